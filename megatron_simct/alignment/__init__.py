@@ -1,0 +1,30 @@
+"""From sampled tokens to common units: which labels of two tokenizations of one response can be compared.
+
+Reading order, each file one idea on top of the previous:
+    token_table.py    what every id of a tokenizer means in bytes
+    tokenizer.py      a table plus "encode these bytes", and the tokenizer files that can be loaded
+    segments.py       two tokenizations of one byte string, cut into minimal common units
+    alignment_map.py  the shared vocabulary: pairs of ids that mean the same bytes
+    placement.py      that vocabulary on one vocabulary shard, as the loss reads it
+    plan.py           one rollout in, one AlignedPair out
+Nothing here runs a model, so all of it can run on CPU workers while models are busy.
+"""
+
+from megatron_simct.alignment.alignment_map import AlignmentMap, build_alignment_map
+from megatron_simct.alignment.placement import VocabPlacement
+from megatron_simct.alignment.plan import plan_pair
+from megatron_simct.alignment.segments import Alignment, align
+from megatron_simct.alignment.token_table import TokenTable
+from megatron_simct.alignment.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "Alignment",
+    "AlignmentMap",
+    "TokenTable",
+    "Tokenizer",
+    "VocabPlacement",
+    "align",
+    "build_alignment_map",
+    "load_tokenizer",
+    "plan_pair",
+]

@@ -1,0 +1,123 @@
+"""The shared vocabulary: pairs of ids, one of each tokenizer, that mean the same bytes.
+
+On these tokens the two models' next-token distributions can be compared directly (the set O of SimCT,
+arXiv:2605.07711). Equality is of bytes, never of spellings such as 'Ġthe' and '▁the'. Beside the pairs of content the
+map holds one bridge between stop tokens: the id that ends the student's turn against the whole stop set of the
+teacher, whose probabilities are summed by whoever scores it.
+
+Shape letters: V_S and V_T ids of the two tokenizers, C shared pairs, W ids of one vocabulary shard.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from megatron_simct.alignment.placement import VocabPlacement
+from megatron_simct.alignment.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AlignmentMap:
+    """Pairs (student_ids[i], teacher_ids[i]) with equal bytes, no id twice on either side, specials excluded."""
+
+    student_ids: np.ndarray
+    """int32 [C], ascending."""
+    teacher_ids: np.ndarray
+    """int32 [C]"""
+    stop_student_id: int
+    stop_teacher_ids: tuple[int, ...]
+    """The teacher's whole stop set; the first ends a retokenized response."""
+    student_vocab_size: int
+    """V_S, the real size."""
+    teacher_vocab_size: int
+    """V_T"""
+    student_fingerprint: str
+    teacher_fingerprint: str
+    """Of the token tables: a map is only valid for the two tokenizers it was built from."""
+    student_id_of_bytes: dict[bytes, int] = field(repr=False)
+    """Bytes of each shared pair -> its student id."""
+
+    @property
+    def num_shared(self) -> int:
+        """C, the number of byte pairs; the stop bridge is not counted."""
+        return self.student_ids.size
+
+    @cached_property
+    def teacher_of_student(self) -> np.ndarray:
+        """int32 [V_S]: the teacher id that each student id is paired with, -1 for none."""
+        teacher_of_student = np.full(self.student_vocab_size, -1, dtype=np.int32)
+        teacher_of_student[self.student_ids] = self.teacher_ids
+        return teacher_of_student
+
+    def is_shared(self, teacher_ids: np.ndarray, student_ids: np.ndarray) -> np.ndarray:
+        """bool [n]: whether each pair of content ids (both int [n]) is a pair of the map."""
+        return self.teacher_of_student[student_ids] == teacher_ids
+
+    def shared_student_id(self, data: bytes) -> int:
+        """The student id of the shared token that spells `data`, -1 if none does."""
+        return self.student_id_of_bytes.get(data, -1)
+
+    def placement(self, *, shard_start: int, shard_end: int) -> VocabPlacement:
+        """The pairs and the stop bridge whose student ids lie in [shard_start, shard_end) of the padded vocabulary.
+
+        Raises ValueError if that range is empty or starts below 0.
+        """
+        if not 0 <= shard_start < shard_end:
+            raise ValueError(f"[{shard_start}, {shard_end}) is not a range of student ids")
+        at = self.student_ids.searchsorted(self.stop_student_id)
+        columns = np.insert(self.student_ids.astype(np.int64), at, self.stop_student_id)
+        teacher_rows = np.insert(self.teacher_ids.astype(np.int64), at, self.stop_teacher_ids)
+        rows_per_column = np.insert(np.ones(self.num_shared, dtype=np.int64), at, len(self.stop_teacher_ids))
+        row_offsets = np.append(0, rows_per_column.cumsum())
+        first, last = columns.searchsorted([shard_start, shard_end])
+        return VocabPlacement(
+            student_vocab_size=self.student_vocab_size,
+            teacher_vocab_size=self.teacher_vocab_size,
+            shard_start=shard_start,
+            shard_end=shard_end,
+            columns=columns[first:last] - shard_start,
+            row_offsets=row_offsets[first : last + 1] - row_offsets[first],
+            teacher_rows=teacher_rows[row_offsets[first] : row_offsets[last]],
+        )
+
+
+def build_alignment_map(student: Tokenizer, teacher: Tokenizer) -> AlignmentMap:
+    """Pairs all content ids with equal bytes. Raises ValueError for a tokenizer without stop tokens.
+
+    Where several ids of one tokenizer have the same bytes, the one that encoding those bytes gives is paired (the one
+    that the model was trained to use), else the lowest.
+    """
+    for tokenizer in (student, teacher):
+        if not tokenizer.table.stop_ids:
+            raise ValueError(f'tokenizer "{tokenizer.name}" has no stop token')
+    of_student, of_teacher = _id_of_bytes(student), _id_of_bytes(teacher)
+    pairs = sorted((i, of_teacher[data], data) for data, i in of_student.items() if data in of_teacher)
+    return AlignmentMap(
+        student_ids=np.array([i for i, _, _ in pairs], dtype=np.int32),
+        teacher_ids=np.array([i for _, i, _ in pairs], dtype=np.int32),
+        stop_student_id=student.table.stop_ids[0],
+        stop_teacher_ids=teacher.table.stop_ids,
+        student_vocab_size=student.table.num_ids,
+        teacher_vocab_size=teacher.table.num_ids,
+        student_fingerprint=student.table.fingerprint,
+        teacher_fingerprint=teacher.table.fingerprint,
+        student_id_of_bytes={data: i for i, _, data in pairs},
+    )
+
+
+def _id_of_bytes(tokenizer: Tokenizer) -> dict[bytes, int]:
+    """Content bytes -> the one id that stands for them."""
+    id_of_bytes: dict[bytes, int] = {}
+    rivals: dict[bytes, set[int]] = {}
+    for token_id, data in enumerate(tokenizer.table.pieces()):
+        # Special ids have no bytes, and a content id without bytes has no counterpart.
+        if data and id_of_bytes.setdefault(data, token_id) != token_id:
+            rivals.setdefault(data, {id_of_bytes[data]}).add(token_id)
+    for data, ids in rivals.items():
+        encoded = tokenizer.encode(data)
+        if encoded.size == 1 and int(encoded[0]) in ids:
+            id_of_bytes[data] = int(encoded[0])
+    return id_of_bytes

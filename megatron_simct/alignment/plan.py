@@ -1,0 +1,172 @@
+"""One rollout in, one AlignedPair out: what the teacher is asked, and which labels of both sides are comparable.
+
+The student's sampled ids are kept as they are, canonical or not: retokenizing them would make those rows off-policy.
+Only their bytes go through the teacher's tokenizer. Everything here is known before any model runs, so the plan also
+says which of the teacher's rows the interface will need.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from megatron_simct.alignment.alignment_map import AlignmentMap
+from megatron_simct.alignment.segments import Alignment, align
+from megatron_simct.alignment.tokenizer import Tokenizer, utf8_prefix_bytes
+from megatron_simct.records import AlignedPair, Prompt, Rollout, SegmentKind, TeacherNeeds
+
+DROP_REASONS = ("mismatch", "special", "one_stop", "no_bytes", "invalid_utf8")
+"""Why bytes of a response are in no segment: those of `Alignment.dropped`, and what `plan_pair` tells apart."""
+
+
+def plan_pair(
+    prompt: Prompt,
+    rollout: Rollout,
+    *,
+    student: Tokenizer,
+    teacher: Tokenizer,
+    alignment_map: AlignmentMap,
+    needs: TeacherNeeds,
+) -> AlignedPair:
+    """Retokenizes the response for the teacher, cuts both into minimal units and classifies these.
+
+    The teacher's side ends in its stop token if and only if the student stopped. Counts of the result, all additive:
+        bytes                     content bytes of the response; the next three sum to it
+        bytes_one_to_one          in segments of kind SHARED
+        bytes_unit                in segments of kind UNIT
+        bytes_dropped_<reason>    in no segment: the reasons of `Alignment.dropped`, and invalid_utf8 where the
+                                  teacher's text ends because the response's bytes are no longer UTF-8
+        student_labels            labels of the response, the normaliser of the loss: dropped ones count too
+        student_labels_dropped, teacher_labels, teacher_labels_dropped
+        segments_shared, segments_unit, segments_stop
+        canonical                 1 if the student's tokenizer would spell the response in just these ids
+
+    Raises ValueError for records of different samples, a rollout that stopped without a stop token, or a map that
+    belongs to other tokenizers.
+    """
+    _check(prompt, rollout, student=student, teacher=teacher, alignment_map=alignment_map)
+    stopped = rollout.finish == "stop"
+    content_ids = rollout.student_ids[:-1] if stopped else rollout.student_ids
+    spelled, ends = student.table.spell(content_ids)
+    special = student.table.special[content_ids]
+    # Behind a special token nothing can be aligned, so the teacher does not read on either.
+    data = spelled[: ends[special.argmax()] if special.any() else None].tobytes()
+
+    teacher_ids = teacher.encode(data)
+    if stopped:
+        teacher_ids = np.append(teacher_ids, np.int32(teacher.table.stop_ids[0]))
+    alignment = align(teacher.table, teacher_ids, student.table, rollout.student_ids)
+    kinds = _kinds(alignment, teacher_ids, rollout.student_ids, alignment_map)
+
+    canonical = np.array_equal(student.encode(data), content_ids)
+    return AlignedPair(
+        sample_id=rollout.sample_id,
+        teacher_prompt_ids=prompt.teacher_ids,
+        teacher_ids=teacher_ids,
+        segments=alignment.segments,
+        kinds=kinds,
+        replaced_columns=_replaced_columns(alignment, kinds, data, alignment_map),
+        teacher_rows=_teacher_rows(alignment.segments, kinds, teacher_ids.size, needs),
+        needs=needs,
+        counts=_counts(alignment, kinds, data)
+        | {
+            "student_labels": rollout.student_ids.size,
+            "teacher_labels": teacher_ids.size,
+            "canonical": int(canonical),
+        },
+    )
+
+
+def _check(
+    prompt: Prompt, rollout: Rollout, *, student: Tokenizer, teacher: Tokenizer, alignment_map: AlignmentMap
+) -> None:
+    if prompt.sample_id != rollout.sample_id:
+        raise ValueError(f"prompt of sample {prompt.sample_id} but rollout of sample {rollout.sample_id}")
+    last_id = int(rollout.student_ids[-1]) if rollout.student_ids.size else None
+    if rollout.finish == "stop" and last_id not in student.table.stop_ids:
+        raise ValueError(
+            f'sample {rollout.sample_id} finished by "stop" but its last id is {last_id}, not one of the stop ids '
+            f"{list(student.table.stop_ids)}"
+        )
+    expected = (alignment_map.student_fingerprint, alignment_map.teacher_fingerprint)
+    if expected != (student.table.fingerprint, teacher.table.fingerprint):
+        raise ValueError(f'the alignment map was not built from "{student.name}" and "{teacher.name}"')
+
+
+def _kinds(
+    alignment: Alignment, teacher_ids: np.ndarray, student_ids: np.ndarray, alignment_map: AlignmentMap
+) -> np.ndarray:
+    """int8 [A] of SegmentKind. One token on each side is SHARED only if the map holds just that pair of ids."""
+    ts, te, ss, se = alignment.segments.T
+    one_to_one = (te - ts == 1) & (se - ss == 1)
+    shared = one_to_one & alignment_map.is_shared(teacher_ids[ts], student_ids[ss])
+    kinds = np.where(shared, SegmentKind.SHARED, SegmentKind.UNIT).astype(np.int8)
+    if alignment.stop:
+        kinds[-1] = SegmentKind.STOP
+    return kinds
+
+
+def _replaced_columns(alignment: Alignment, kinds: np.ndarray, data: bytes, alignment_map: AlignmentMap) -> np.ndarray:
+    """int32 [A]: the shared token that spells the same bytes as a UNIT, -1 where none does.
+
+    U is a set of byte strings, so such a row has one column for both.
+    """
+    ends = alignment.byte_ends
+    starts = np.append(0, ends)[:-1]
+    replaced = np.full(kinds.size, -1, dtype=np.int32)
+    for a in (kinds == SegmentKind.UNIT).nonzero()[0]:
+        replaced[a] = alignment_map.shared_student_id(data[starts[a] : ends[a]])
+    return replaced
+
+
+def _teacher_rows(segments: np.ndarray, kinds: np.ndarray, num_labels: int, needs: TeacherNeeds) -> np.ndarray:
+    """int32 [R], ascending: the teacher labels whose predicting hidden state is asked for."""
+    first = segments[:, 0]
+    match needs.hidden_rows:
+        case "none":
+            return first[:0].copy()
+        case "one_to_one":
+            return first[kinds != SegmentKind.UNIT]
+        case "first":
+            return first.copy()
+        case "all":
+            return np.arange(num_labels, dtype=np.int32)
+    raise ValueError(f'hidden_rows "{needs.hidden_rows}" is unknown; use "none", "one_to_one", "first" or "all"')
+
+
+def _counts(alignment: Alignment, kinds: np.ndarray, data: bytes) -> dict[str, int]:
+    segment_bytes = np.diff(alignment.byte_ends, prepend=0)
+    counts = Counter(
+        bytes=alignment.student_bytes,
+        bytes_one_to_one=int(segment_bytes[kinds == SegmentKind.SHARED].sum()),
+        bytes_unit=int(segment_bytes[kinds == SegmentKind.UNIT].sum()),
+        student_labels_dropped=alignment.student_labels_dropped,
+        teacher_labels_dropped=alignment.teacher_labels_dropped,
+        segments_shared=int((kinds == SegmentKind.SHARED).sum()),
+        segments_unit=int((kinds == SegmentKind.UNIT).sum()),
+        segments_stop=int((kinds == SegmentKind.STOP).sum()),
+    )
+    valid_bytes = utf8_prefix_bytes(data)
+    for reason, num_bytes in alignment.dropped.items():
+        if reason == "mismatch" and valid_bytes < len(data) and alignment.common_prefix_bytes == valid_bytes:
+            reason = "invalid_utf8"
+        counts[f"bytes_dropped_{reason}"] = num_bytes
+    return dict(counts)
+
+
+def plan_without_teacher(prompt: Prompt, rollout: Rollout, *, student: Tokenizer, needs: TeacherNeeds) -> AlignedPair:
+    """The plan of an interface that needs no teacher: nothing to compare, only the response's bytes to count."""
+    content_ids = rollout.student_ids[:-1] if rollout.finish == "stop" else rollout.student_ids
+    nothing = np.zeros(0, np.int32)
+    return AlignedPair(
+        sample_id=rollout.sample_id,
+        teacher_prompt_ids=nothing,
+        teacher_ids=nothing,
+        segments=np.zeros((0, 4), np.int32),
+        kinds=np.zeros(0, np.int8),
+        replaced_columns=nothing,
+        teacher_rows=nothing,
+        needs=needs,
+        counts={"bytes": len(student.decode(content_ids)), "student_labels": rollout.student_ids.size},
+    )

@@ -1,0 +1,218 @@
+"""Spells the dataclasses of `config.py` as command-line flags and as keys of a --config-file.
+
+defaults < --config-file < command line. An unknown flag or key is an error that names the nearest one; a flag of
+Megatron-LM that this package does not implement has its own message.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_simct.config import Config
+from megatron_simct.megatron_flags import MEGATRON_FLAGS
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One field of one group, as a flag."""
+
+    group: str
+    field: str
+    key: str
+    kind: type
+    """bool, int, float or str"""
+    many: bool
+    optional: bool
+    choices: tuple[str, ...] | None
+    default: Any
+    help: str
+    metavar: str | None
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.key.replace("_", "-")
+
+
+def options() -> Iterator[Option]:
+    """Every option of `Config`, in the order of its groups."""
+    group_types = typing.get_type_hints(Config)
+    for group in dataclasses.fields(Config):
+        prefix = group.metadata.get("prefix")
+        field_types = typing.get_type_hints(group_types[group.name])
+        for field in dataclasses.fields(group_types[group.name]):
+            kind, many, optional, choices = _unfold(field_types[field.name])
+            yield Option(
+                group=group.name,
+                field=field.name,
+                key=f"{prefix}_{field.name}" if prefix else field.name,
+                kind=kind,
+                many=many,
+                optional=optional,
+                choices=choices,
+                default=field.default,
+                help=field.metadata["help"],
+                metavar=field.metadata["metavar"],
+            )
+
+
+def _unfold(annotation: Any) -> tuple[type, bool, bool, tuple[str, ...] | None]:
+    """The value type of an annotation, and whether it is a tuple, optional, or a choice."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is types.UnionType or origin is typing.Union:
+        (inner,) = (a for a in arguments if a is not type(None))
+        kind, many, _, choices = _unfold(inner)
+        return kind, many, True, choices
+    if origin is tuple:
+        return arguments[0], True, False, None
+    if origin is typing.Literal:
+        return str, False, False, arguments
+    return annotation, False, False, None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags in the groups of `Config`. Values that were not given are absent, so that a file can supply them."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_simct.train",
+        usage="%(prog)s --hf-checkpoint DIR --tokenizer-model FILE --prompt-data FILE [flags below]",
+        description="Distil a teacher into a student with another tokenizer, on policy, on Megatron-Core. "
+        "Start one process a rank with torchrun, or a single process directly.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=38, width=118),
+    )
+    parser.add_argument(
+        "--config-file", metavar="FILE", help="YAML file with the same keys in snake_case; flags win over it"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration as YAML and stop")
+    sections: dict[str, Any] = {}
+    group_types = typing.get_type_hints(Config)
+    for option in options():
+        if option.group not in sections:
+            doc = (group_types[option.group].__doc__ or "").strip()
+            sections[option.group] = parser.add_argument_group(option.group, doc)
+        text = option.help + ("" if option.default in (None, ()) else f" (default: {option.default})")
+        arguments: dict[str, Any] = {"dest": option.key, "help": text.strip()}
+        if option.kind is bool:
+            arguments["action"] = argparse.BooleanOptionalAction
+        else:
+            arguments["type"] = option.kind
+            arguments["metavar"] = option.metavar or {int: "N", float: "X"}.get(option.kind)
+            if option.choices:
+                arguments |= {"choices": option.choices, "metavar": None}
+            if option.many:
+                arguments["nargs"] = "+"
+        sections[option.group].add_argument(option.flag, **arguments)
+    return parser
+
+
+def parse_config(argv: Sequence[str] | None = None) -> Config:
+    """The resolved `Config` of a command line. Exits with code 2 and one line on a wrong flag, key or value.
+
+    With --print-config it prints the configuration, in the form that --config-file reads, and exits with 0.
+    """
+    parser = build_parser()
+    known, unknown = parser.parse_known_args(argv)
+    given = vars(known)
+    try:
+        for flag in unknown:
+            raise ValueError(_unknown_flag(flag))
+        file = given.pop("config_file", None)
+        show = given.pop("print_config", False)
+        config = _assemble((_read_file(file) if file else {}) | given)
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    if show:
+        sys.stdout.write(to_yaml(config))
+        parser.exit(0)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as the text of a --config-file."""
+    lines: list[str] = []
+    group = None
+    for option in options():
+        if option.group != group:
+            lines.append(f"# {option.group}")
+            group = option.group
+        value = getattr(getattr(config, option.group), option.field)
+        value = list(value) if option.many else value
+        text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"))
+        lines.append(f"{option.key}: {text.splitlines()[0]}")
+    return "\n".join(lines) + "\n"
+
+
+def _assemble(values: dict[str, Any]) -> Config:
+    groups: dict[str, dict[str, Any]] = {}
+    for option in options():
+        if option.key in values:
+            groups.setdefault(option.group, {})[option.field] = _convert(option, values[option.key])
+    group_types = typing.get_type_hints(Config)
+    return Config(**{name: group_types[name](**fields) for name, fields in groups.items()})
+
+
+def _convert(option: Option, value: Any) -> Any:
+    """A value of a YAML file or of argparse as the field's type; YAML reads 1e-5 as a string."""
+    if value is None:
+        if not option.optional:
+            raise ValueError(f"{option.key}: needs a value of type {option.kind.__name__}")
+        return None
+    if option.many:
+        return tuple(_convert(dataclasses.replace(option, many=False), v) for v in value)
+    wrong = ValueError(f"{option.flag} ({option.key}): {value!r} is not a value of type {option.kind.__name__}")
+    if option.kind is bool or isinstance(value, bool):
+        if not (option.kind is bool and isinstance(value, bool)):
+            raise wrong
+        return value
+    if option.kind is int and isinstance(value, float):
+        raise wrong
+    if option.kind is str and not isinstance(value, str):
+        raise wrong
+    try:
+        value = option.kind(value)
+    except (TypeError, ValueError):
+        raise wrong from None
+    if option.choices and value not in option.choices:
+        raise ValueError(f"{option.flag} {value}: choose from {', '.join(option.choices)}")
+    return value
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as error:
+        raise ValueError(f"--config-file {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config-file {path}: not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"--config-file {path}: expected `key: value` lines")
+    keys = [option.key for option in options()]
+    for key in values:
+        if key not in keys:
+            raise ValueError(f"--config-file {path}: unknown key {key!r}{_nearest(str(key), keys)}")
+    return values
+
+
+def _unknown_flag(argument: str) -> str:
+    flag = argument.split("=")[0]
+    if not flag.startswith("-"):
+        return f"unexpected argument {argument!r}"
+    if flag in MEGATRON_FLAGS:
+        return f"{flag} is a flag of Megatron-LM that this package does not implement"
+    return f"unknown flag {flag}{_nearest(flag, [option.flag for option in options()])}"
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""

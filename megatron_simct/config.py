@@ -1,0 +1,201 @@
+"""Every option, its default, its unit and its help. `arguments.py` spells these fields as command-line flags.
+
+A field `train_iters` is the flag `--train-iters` and the key `train_iters` of a --config-file. Flags that Megatron-LM
+or slime have keep their name and meaning; ours carry the prefix `simct`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def option(default: Any, text: str, *, metavar: str | None = None) -> Any:
+    """A dataclass field with its help text."""
+    return field(default=default, metadata={"help": text, "metavar": metavar})
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterfaceConfig:
+    """How the two models' next-token distributions are compared. Flags: --simct-*"""
+
+    interface: Literal["paper", "strict", "sft"] = option(
+        "paper",
+        "paper: shared tokens plus the realised multi-token unit, mean log-probability (SimCT, Eq. 6-9); "
+        "strict: shared tokens at 1:1 positions only; sft: cross entropy on given responses, no teacher",
+    )
+    divergence: Literal["reverse_kl", "forward_kl", "js"] = option(
+        "reverse_kl", "KL(student || teacher), KL(teacher || student), or the generalised Jensen-Shannon divergence"
+    )
+    temperature: float = option(1.0, "divides the row's scores before the softmax over U; no squared factor")
+    js_beta: float = option(0.5, "weight of the teacher in the mixture of --simct-divergence js")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One model and its tokenizer. Flags of the student have no prefix, those of the teacher start with --teacher-."""
+
+    hf_checkpoint: str | None = option(None, "folder with the model's config.json: its architecture", metavar="DIR")
+    tokenizer_model: str | None = option(
+        None,
+        "SentencePiece .model, tekken .json, or tiktoken ranks NAME.tiktoken beside NAME.tiktoken.json",
+        metavar="FILE",
+    )
+    pretrained_checkpoint: str | None = option(
+        None,
+        "Megatron checkpoint directory whose weights the model starts from; random weights without it",
+        metavar="DIR",
+    )
+    stop_token_ids: tuple[int, ...] = option(
+        (), "ids that end a response, the first being the one a response is given; default: the tokenizer's own"
+    )
+    make_vocab_size_divisible_by: int = option(
+        128, "pad the vocabulary to a multiple of this times the tensor-parallel size; padded ids are never scored"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model is spread over processes. Data parallelism is what remains of the world size."""
+
+    tensor_model_parallel_size: int = option(1, "ranks that share each layer and the vocabulary")
+    pipeline_model_parallel_size: int = option(1, "pipeline stages (this version: 1)")
+    context_parallel_size: int = option(1, "ranks that share each sequence (this version: 1)")
+    expert_model_parallel_size: int = option(1, "ranks that share the experts (this version: 1)")
+    sequence_parallel: bool = option(False, "split norms and residuals along the sequence (not in this version)")
+    distributed_timeout_minutes: int = option(10, "give up on a collective after this many minutes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Prompts, one JSON object a line."""
+
+    prompt_data: str | None = option(None, "JSONL file of training prompts", metavar="FILE")
+    input_key: str = option("prompt", "key of the prompt text in each row")
+    response_key: str = option("response", "key of the given response, read by --simct-interface sft")
+    label_key: str = option("label", "key of the expected response, read by evaluation")
+    rollout_shuffle: bool = option(True, "reshuffle the prompts at every epoch, from --seed")
+    eval_prompt_data: str | None = option(None, "JSONL file of held-out prompts with labels", metavar="FILE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """Sampling from the student's current weights."""
+
+    rollout_batch_size: int = option(64, "prompts a step")
+    n_samples_per_prompt: int = option(1, "responses a prompt")
+    rollout_temperature: float = option(1.0, "0 is greedy; log-probs are always of the untempered distribution")
+    rollout_top_p: float = option(1.0, "sample from the smallest set of tokens with this much probability")
+    rollout_max_prompt_len: int = option(2048, "prompts with more student or teacher tokens are skipped and counted")
+    rollout_max_response_len: int = option(1024, "response tokens, the stop token included")
+    rollout_engine_batch_size: int = option(64, "sequences decoded together on one rank: bounds the KV cache")
+    save_debug_rollout_data: str | None = option(None, "write each step's rollouts under this directory", metavar="DIR")
+    load_debug_rollout_data: str | None = option(
+        None, "read each step's rollouts from this directory, instead of sampling", metavar="DIR"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The update: one optimizer step on each rollout batch."""
+
+    micro_batch_size: int = option(8, "sequences of one forward and backward pass on one rank")
+    global_batch_size: int | None = option(
+        None, "sequences of one optimizer step; default and only value: rollout batch size x samples a prompt"
+    )
+    train_iters: int = option(100, "optimizer steps")
+    seed: int = option(1234, "weights, order of the prompts, sampling")
+    bf16: bool = option(False, "bf16 parameters with fp32 master weights and gradients (GPU only)")
+    optimizer: Literal["adam", "sgd"] = option("adam", "adam is AdamW, as in Megatron-LM")
+    lr: float = option(1e-6, "peak learning rate")
+    min_lr: float = option(1e-8, "learning rate at the end of the decay")
+    lr_decay_style: Literal["constant", "linear", "cosine"] = option("cosine", "shape of the decay over --train-iters")
+    lr_warmup_fraction: float = option(0.05, "share of --train-iters over which the rate rises from 0")
+    weight_decay: float = option(0.0, "decoupled weight decay")
+    adam_beta1: float = option(0.9, "")
+    adam_beta2: float = option(0.98, "")
+    adam_eps: float = option(1e-8, "")
+    clip_grad: float = option(1.0, "clip the gradient to this global norm; 0: never")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Exact match of greedy and sampled responses on held-out prompts."""
+
+    eval_interval: int | None = option(
+        None, "evaluate every so many steps; default: before the first and after the last"
+    )
+    eval_temperature: float = option(1.0, "temperature of the sampled responses")
+    eval_samples: int = option(1, "sampled responses a prompt; 0: greedy only")
+    exit_eval_accuracy: float | None = option(None, "stop training when greedy accuracy reaches this share")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """What a run leaves behind."""
+
+    save: str | None = option(
+        None, "directory for checkpoints: one at the end, and every --save-interval steps", metavar="DIR"
+    )
+    save_interval: int | None = option(None, "steps between checkpoints")
+    run_dir: str | None = option(None, "directory for metrics.jsonl, config.yaml and summary of the run", metavar="DIR")
+    log_interval: int = option(1, "steps between log lines")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The whole job. Groups with a prefix in their metadata spell it before each of their flags."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    teacher: ModelConfig = field(default_factory=ModelConfig, metadata={"prefix": "teacher"})
+    interface: InterfaceConfig = field(default_factory=InterfaceConfig, metadata={"prefix": "simct"})
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+    @property
+    def global_batch_size(self) -> int:
+        """Sequences of one optimizer step."""
+        return self.rollout.rollout_batch_size * self.rollout.n_samples_per_prompt
+
+    def check(self, *, data_parallel_size: int) -> None:
+        """ValueError, with the numbers and the flag, where options contradict each other."""
+        size = self.global_batch_size
+        wanted = self.training.global_batch_size
+        if wanted is not None and wanted != size:
+            raise ValueError(
+                f"--global-batch-size {wanted}: training is on policy, one optimizer step a rollout batch, so it "
+                f"must equal --rollout-batch-size ({self.rollout.rollout_batch_size}) x --n-samples-per-prompt "
+                f"({self.rollout.n_samples_per_prompt}) = {size}"
+            )
+        step = self.training.micro_batch_size * data_parallel_size
+        if size % step:
+            raise ValueError(
+                f"global batch size ({size}) must be a multiple of --micro-batch-size "
+                f"({self.training.micro_batch_size}) x data-parallel size ({data_parallel_size}) = {step}; use a --rollout-batch-size of "
+                f"{step * max(1, size // step)} or {step * (size // step + 1)}"
+            )
+        required = {
+            "--hf-checkpoint": self.model.hf_checkpoint,
+            "--tokenizer-model": self.model.tokenizer_model,
+            "--prompt-data": self.data.prompt_data,
+        }
+        if self.interface.interface != "sft":
+            required["--teacher-hf-checkpoint"] = self.teacher.hf_checkpoint
+            required["--teacher-tokenizer-model"] = self.teacher.tokenizer_model
+        missing = [flag for flag, value in required.items() if not value]
+        if missing:
+            raise ValueError(f"missing {', '.join(missing)}: --simct-interface {self.interface.interface} needs it")
+        if self.evaluation.exit_eval_accuracy is not None and self.data.eval_prompt_data is None:
+            raise ValueError("--exit-eval-accuracy needs --eval-prompt-data, a held-out set to measure it on")
+        if self.training.bf16 and not _cuda_available():
+            raise ValueError("--bf16 needs a GPU in this version; leave it out on CPU")
+
+
+def _cuda_available() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

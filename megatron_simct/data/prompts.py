@@ -1,0 +1,129 @@
+"""The stream of prompts: which rows belong to which step and to which rank is arithmetic on the step number.
+
+There is no cursor to save: step, seed and file determine the batch, under any data-parallel size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_simct.alignment.tokenizer import Tokenizer
+from megatron_simct.data.rendering import render_prompt
+from megatron_simct.records import Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One line of the file."""
+
+    prompt: str
+    response: str | None
+    label: str | None
+
+
+def read_rows(
+    path: str, *, flag: str, input_key: str, response_key: str, label_key: str, need_response: bool, need_label: bool
+) -> list[Row]:
+    """The rows of a JSONL file. ValueError, naming the flag, the file and the line, for whatever is wrong with it."""
+    rows = []
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: {error.strerror}") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{flag} {path}, line {number}"
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON ({error.msg})") from None
+        if not isinstance(fields, dict):
+            raise ValueError(f"{where}: expected a JSON object")
+        needed = [input_key] + [response_key] * need_response + [label_key] * need_label
+        for key in needed:
+            if not isinstance(fields.get(key), str):
+                raise ValueError(
+                    f"{where}: needs a string under the key {key!r}; it has {', '.join(fields) or 'no keys'}"
+                )
+        rows.append(Row(prompt=fields[input_key], response=fields.get(response_key), label=fields.get(label_key)))
+    if not rows:
+        raise ValueError(f"{flag} {path}: no prompts in the file")
+    return rows
+
+
+class PromptSource:
+    """Batches of prompts for one data-parallel rank."""
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        *,
+        student: Tokenizer,
+        teacher: Tokenizer | None,
+        batch_size: int,
+        samples_per_prompt: int,
+        max_prompt_len: int,
+        shuffle: bool,
+        seed: int,
+        dp_rank: int,
+        dp_size: int,
+        flag: str,
+    ) -> None:
+        """batch_size counts prompts of the whole job. Prompts longer than max_prompt_len tokens on either side are
+        left out and counted in `num_skipped`; ValueError where none remain. `teacher` is None where none reads them."""
+        rendered = [(row, render_prompt(row.prompt, student), self._teacher_ids(row, teacher)) for row in rows]
+        self._rows = [r for r in rendered if max(len(r[1]), len(r[2])) <= max_prompt_len]
+        self.num_skipped = len(rendered) - len(self._rows)
+        if not self._rows:
+            raise ValueError(f"{flag}: all {len(rows)} prompts exceed --rollout-max-prompt-len {max_prompt_len}")
+        self._batch_size = batch_size
+        self._samples_per_prompt = samples_per_prompt
+        self._shuffle = shuffle
+        self._seed = seed
+        self._dp_rank = dp_rank
+        self._dp_size = dp_size
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @staticmethod
+    def _teacher_ids(row: Row, teacher: Tokenizer | None) -> np.ndarray:
+        return np.zeros(0, np.int32) if teacher is None else render_prompt(row.prompt, teacher)
+
+    def batch(self, step: int) -> list[Prompt]:
+        """This rank's samples of a step: every dp_size-th of the step's batch_size x samples_per_prompt samples."""
+        total = self._batch_size * self._samples_per_prompt
+        return [self._sample(step * total + i) for i in range(self._dp_rank, total, self._dp_size)]
+
+    def share(self) -> list[Prompt]:
+        """This rank's part of all rows once, in file order: for evaluation."""
+        return [self._prompt(i, sample_id=i) for i in range(self._dp_rank, len(self._rows), self._dp_size)]
+
+    def _sample(self, sample_id: int) -> Prompt:
+        epoch, position = divmod(sample_id // self._samples_per_prompt, len(self._rows))
+        return self._prompt(int(self._epoch_order(epoch)[position]), sample_id=sample_id)
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        if self._order is None or self._order[0] != epoch:
+            order = np.arange(len(self._rows))
+            if self._shuffle:
+                np.random.default_rng([self._seed, epoch]).shuffle(order)
+            self._order = (epoch, order)
+        return self._order[1]
+
+    def _prompt(self, index: int, *, sample_id: int) -> Prompt:
+        row, student_ids, teacher_ids = self._rows[index]
+        return Prompt(
+            sample_id=sample_id,
+            student_ids=student_ids,
+            teacher_ids=teacher_ids,
+            response=row.response,
+            label=row.label,
+        )

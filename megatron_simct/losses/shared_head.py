@@ -1,0 +1,154 @@
+"""The frozen teacher's output rows of the shared tokens, on the rank that owns their student column.
+
+The student's output layer is split by vocabulary, and shared token i has its student id on one rank and its teacher id
+anywhere. The teacher's head is frozen, so where its rows lie is ours to choose: next to the student's columns. Both
+scores of a shared token are then local, and the loss exchanges a few numbers a row instead of logits.
+
+`gather_shared_head` brings the rows there: every rank asks the owners of the rows it wants, and only those rows move.
+No rank ever holds the whole head.
+
+Shapes: `c` shared tokens of this rank, `r` teacher rows of this rank (r > c if the stop token is here and the teacher
+has several), `W_T` this rank's slice of the teacher's vocabulary, `H_T` its hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_simct.alignment.placement import VocabPlacement
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedColumns:
+    """The index tensors of one VocabPlacement, on a device."""
+
+    student: torch.Tensor
+    """int64 [c]: local student column of each shared token."""
+    position: torch.Tensor
+    """int64 [W]: the inverse: which shared token a local student column is, or -1."""
+    first_row: torch.Tensor
+    """int64 [c]: the first teacher row of each shared token."""
+    several: torch.Tensor
+    """int64 [q]: the shared tokens that have several teacher rows."""
+    several_rows: torch.Tensor
+    """int64 [q, k]: all their rows, filled up with the first one."""
+    several_filled: torch.Tensor
+    """bool [q, k]: which entries of `several_rows` only fill up."""
+
+    @staticmethod
+    def from_placement(placement: VocabPlacement, device: torch.device | str = "cpu") -> SharedColumns:
+        """Raises ValueError if the CSR is not one (a column without a teacher row, or offsets that do not fit)."""
+        offsets, width = placement.row_offsets, placement.shard_end - placement.shard_start
+        counts = np.diff(offsets)
+        num_columns, num_rows = len(placement.columns), len(placement.teacher_rows)
+        if len(offsets) != num_columns + 1 or offsets[0] != 0 or offsets[-1] != num_rows or (counts < 1).any():
+            raise ValueError(
+                f"the placement's row_offsets must rise from 0 to {num_rows} teacher rows in {num_columns} steps of at "
+                f"least one row; got {len(offsets)} offsets from {offsets[0]} to {offsets[-1]}, "
+                f"smallest step {counts.min(initial=1)}"
+            )
+        real_end = min(placement.student_vocab_size, placement.shard_end) - placement.shard_start
+        if num_columns and not 0 <= placement.columns.min() <= placement.columns.max() < real_end:
+            raise ValueError(
+                f"shared columns must be real tokens of this shard, in [0, {real_end}); "
+                f"got {placement.columns.min()} to {placement.columns.max()}"
+            )
+        position = np.full(width, -1, dtype=np.int64)
+        position[placement.columns] = np.arange(num_columns)
+        several = np.flatnonzero(counts > 1)
+        step = np.arange(counts[several].max(initial=1))[None, :]
+        filled = step >= counts[several][:, None]
+        several_rows = offsets[several][:, None] + np.where(filled, 0, step)
+
+        def index(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device)
+
+        return SharedColumns(
+            student=index(placement.columns),
+            position=index(position),
+            first_row=index(offsets[:-1]),
+            several=index(several),
+            several_rows=index(several_rows),
+            several_filled=torch.from_numpy(filled).to(device),
+        )
+
+    def teacher_columns(self, teacher_logits: torch.Tensor) -> torch.Tensor:
+        """[R, r] -> [R, c]: the teacher's score of each shared token.
+
+        The mass of a stop set is the sum of its members' probabilities, so their scores join by log-sum-exp; the row's
+        own normalizer is the same for all of them and may be subtracted before or after.
+        """
+        scores = teacher_logits.index_select(1, self.first_row)
+        if self.several.numel() == 0:
+            return scores
+        rows = teacher_logits[:, self.several_rows].masked_fill(self.several_filled, float("-inf"))
+        return scores.index_copy(1, self.several, rows.logsumexp(dim=2))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedHead:
+    """This rank's part of the teacher's output layer."""
+
+    weight: torch.Tensor
+    """[r, H_T]: row j is the teacher token VocabPlacement.teacher_rows[j]."""
+    columns: SharedColumns
+
+
+def gather_shared_head(
+    teacher_weight_shard: torch.Tensor,
+    teacher_shard_start: int,
+    placement: VocabPlacement,
+    group: dist.ProcessGroup | None = None,
+) -> SharedHead:
+    """Move each wanted teacher row from the rank that owns it to the rank that owns the student's column.
+
+    teacher_weight_shard [W_T, H_T] holds the teacher's ids from `teacher_shard_start` on; shards are contiguous and of
+    equal size (W_T = padded V_T / tp, rank i starts at i * W_T) over the same group that splits the student's
+    vocabulary. Collective: every rank of the group calls it once, at start-up. What moves is how many rows each rank
+    asks of each other, their ids, and the rows themselves.
+
+    Raises ValueError for a shard that does not start at rank * W_T, and for teacher ids outside the real vocabulary.
+    """
+    shard_size = teacher_weight_shard.shape[0]
+    world_size = 1 if group is None else dist.get_world_size(group)
+    rank = 0 if group is None else dist.get_rank(group)
+    if teacher_shard_start != rank * shard_size:
+        raise ValueError(
+            f"teacher vocabulary shards must be contiguous and of equal size: rank {rank} of {world_size} holds "
+            f"{shard_size} rows and must start at id {rank * shard_size}, not {teacher_shard_start}"
+        )
+    wanted = placement.teacher_rows
+    limit = min(placement.teacher_vocab_size, world_size * shard_size)
+    if len(wanted) and not 0 <= wanted.min() <= wanted.max() < limit:
+        raise ValueError(
+            f"teacher rows must be ids in [0, {limit}) (real vocabulary {placement.teacher_vocab_size}, "
+            f"{world_size} shards of {shard_size}); got {wanted.min()} to {wanted.max()}"
+        )
+    device = teacher_weight_shard.device
+    columns = SharedColumns.from_placement(placement, device)
+    source = teacher_weight_shard.detach()
+    ids = torch.from_numpy(np.ascontiguousarray(wanted, dtype=np.int64)).to(device)
+    if world_size == 1:
+        return SharedHead(weight=source.index_select(0, ids), columns=columns)
+
+    # Ask: ids sorted by owner, so that what is meant for one rank is one piece.
+    owner = torch.div(ids, shard_size, rounding_mode="floor")
+    order = torch.argsort(owner, stable=True)
+    asked = torch.bincount(owner, minlength=world_size)
+    to_answer = torch.empty_like(asked)
+    dist.all_to_all_single(to_answer, asked, group=group)
+    asked_sizes, answer_sizes = asked.tolist(), to_answer.tolist()
+    requests = ids.new_empty(sum(answer_sizes))
+    dist.all_to_all_single(requests, ids[order], answer_sizes, asked_sizes, group=group)
+
+    # Answer: the rows come back in the order of the sorted ids.
+    answers = source.index_select(0, requests - teacher_shard_start)
+    received = source.new_empty(len(ids), source.shape[1])
+    dist.all_to_all_single(received, answers, asked_sizes, answer_sizes, group=group)
+    weight = torch.empty_like(received)
+    weight[order] = received
+    return SharedHead(weight=weight, columns=columns)

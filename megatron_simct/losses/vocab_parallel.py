@@ -1,0 +1,155 @@
+"""Statistics over a vocabulary that is split between the ranks of a tensor-parallel group.
+
+Every rank holds the logits of its own W columns. What a softmax over the whole vocabulary needs from the others is one
+maximum and one sum a row, so that is all that crosses ranks: a row costs a few numbers, whatever the vocabulary.
+Everything here is a function of tensors with an explicit process group; `group=None` is a single process.
+
+Columns from the real vocabulary size on are padding (Megatron pads the table, so do published checkpoints): they are
+cut off before any statistic is formed and can neither win a maximum nor add to a sum.
+
+Statistics are float32 whatever the type of the logits, and float64 if the logits are: the same code then serves as its
+own high-precision check.
+
+Shapes: `n` rows, `H` hidden size, `W` this rank's columns (padding included), `V` the real vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.nn.functional import linear
+
+NEGATIVE_INFINITY = float("-inf")
+
+
+def statistics_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """float64 for float64 inputs, else float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def num_real_columns(*, shard_start: int, shard_width: int, vocab_size: int) -> int:
+    """How many of the columns [shard_start, shard_start + shard_width) are real tokens; the rest is padding."""
+    return max(0, min(shard_width, vocab_size - shard_start))
+
+
+def soft_cap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """cap * tanh(logits / cap), the final soft-cap of families such as Gemma-2; the identity for None."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def row_maxima(scores: torch.Tensor) -> torch.Tensor:
+    """[n, w] -> [n]: the maximum of each row; -inf where this rank has no column (w = 0)."""
+    if scores.shape[1] == 0:
+        return scores.new_full((scores.shape[0],), NEGATIVE_INFINITY)
+    return scores.amax(dim=1)
+
+
+def finite_reference(maxima: torch.Tensor) -> torch.Tensor:
+    """The maxima, or 0 where a row has none: `x - reference` is then -inf and not nan for an empty row.
+
+    nan and +inf pass: they must reach the loss.
+    """
+    return torch.where(maxima == NEGATIVE_INFINITY, torch.zeros_like(maxima), maxima)
+
+
+def reduce_packed(
+    values: list[torch.Tensor], op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None
+) -> list[torch.Tensor]:
+    """All-reduce several vectors as one message. Every rank passes the same shapes; `group=None` sends nothing."""
+    if group is None or dist.get_world_size(group) == 1:
+        return values
+    packed = torch.cat(values)
+    dist.all_reduce(packed, op=op, group=group)
+    return list(packed.split([value.numel() for value in values]))
+
+
+def own_logits(logits: torch.Tensor, labels: torch.Tensor, shard_start: int) -> torch.Tensor:
+    """[n, w], [n] -> [n]: each row's logit of its label, 0 where the label's column is on another rank (for a SUM)."""
+    if logits.shape[1] == 0:
+        return logits.new_zeros(logits.shape[0])
+    local = labels - shard_start
+    here = (local >= 0) & (local < logits.shape[1])
+    own = logits.gather(1, local.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
+    return torch.where(here, own, torch.zeros_like(own))
+
+
+def log_sum_exp(
+    logits: torch.Tensor, *, shard_start: int, vocab_size: int, group: dist.ProcessGroup | None
+) -> torch.Tensor:
+    """Log-sum-exp over the real vocabulary of rows whose columns are split between ranks. No gradient.
+
+    logits [n, W] (after any soft-cap) -> [n], float32 (float64 for float64 logits), equal on every rank.
+    """
+    with torch.no_grad():
+        width = num_real_columns(shard_start=shard_start, shard_width=logits.shape[1], vocab_size=vocab_size)
+        real = logits[:, :width].to(statistics_dtype(logits))
+        (maxima,) = reduce_packed([row_maxima(real)], dist.ReduceOp.MAX, group)
+        reference = finite_reference(maxima)
+        (sums,) = reduce_packed([(real - reference.unsqueeze(1)).exp().sum(1)], dist.ReduceOp.SUM, group)
+        return reference + sums.log()
+
+
+@torch.no_grad()
+def label_statistics(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    shard_start: int,
+    vocab_size: int,
+    group: dist.ProcessGroup | None,
+    logit_softcap: float | None = None,
+    row_chunk: int = 4096,
+    column_chunk: int = 4096,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each label's logit and its row's log-sum-exp over the real vocabulary, without keeping the logits. No gradient.
+
+    hidden [n, H], equal on every rank; weight [W, H], this rank's rows of the output layer from id `shard_start` on;
+    labels [n], ids below `vocab_size`. Returns (own_logit [n], lse [n]), float32 (float64 for float64 inputs), after
+    the soft-cap, equal on every rank; own_logit - lse is the label's log-probability in nats.
+
+    At most row_chunk x column_chunk logits exist at a time: the maximum and the sum of a row are carried from one tile
+    of columns to the next. Between ranks go 12 bytes a row.
+    """
+    width = num_real_columns(shard_start=shard_start, shard_width=weight.shape[0], vocab_size=vocab_size)
+    dtype = statistics_dtype(hidden)
+    own = hidden.new_zeros(hidden.shape[0], dtype=dtype)
+    maxima = torch.full_like(own, NEGATIVE_INFINITY)
+    sums = torch.zeros_like(own)
+    for top in range(0, hidden.shape[0], row_chunk):
+        rows = slice(top, min(top + row_chunk, hidden.shape[0]))
+        for left in range(0, width, column_chunk):
+            tile = linear(hidden[rows], weight[left : min(left + column_chunk, width)]).to(dtype)
+            tile = soft_cap(tile, logit_softcap)
+            own[rows] += own_logits(tile, labels[rows], shard_start + left)
+            new_maxima = torch.maximum(maxima[rows], row_maxima(tile))
+            reference = finite_reference(new_maxima)
+            sums[rows] *= (maxima[rows] - reference).exp()
+            sums[rows] += (tile - reference.unsqueeze(1)).exp().sum(1)
+            maxima[rows] = new_maxima
+    (global_maxima,) = reduce_packed([maxima], dist.ReduceOp.MAX, group)
+    reference = finite_reference(global_maxima)
+    sums, own = reduce_packed([sums * (maxima - reference).exp(), own], dist.ReduceOp.SUM, group)
+    return own, reference + sums.log()
+
+
+class _CopyToGroup(torch.autograd.Function):
+    """The identity forward, the sum over the group backward: how a replicated tensor enters column-parallel work."""
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        if ctx.group is None or dist.get_world_size(ctx.group) == 1:
+            return gradient, None
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, op=dist.ReduceOp.SUM, group=ctx.group)
+        return total, None
+
+
+def copy_to_group(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """`tensor`, equal on every rank of the group, for use with each rank's own columns; its gradient is summed."""
+    return _CopyToGroup.apply(tensor, group)

@@ -1,0 +1,219 @@
+"""What a run says of itself: Megatron's log line, metrics.jsonl, a progress bar on a terminal.
+
+Hops hand over sums; ratios are formed here, once, from sums over the whole global batch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megatron_simct.alignment.plan import DROP_REASONS
+from megatron_simct.parallel.initialize import Groups
+from megatron_simct.records import AlignedPair, Rollout
+from megatron_simct.update.step import StepReport, sum_over_ranks
+
+COUNTS = (
+    "bytes",
+    "bytes_one_to_one",
+    "bytes_unit",
+    *(f"bytes_dropped_{reason}" for reason in DROP_REASONS),
+    "student_labels_dropped",
+    "teacher_labels_dropped",
+    "canonical",
+)
+"""The counts of an AlignedPair that are logged."""
+
+
+class Stopwatch:
+    """Seconds spent in each hop of one step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, hop: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[hop] = self.seconds.get(hop, 0.0) + time.perf_counter() - begin
+
+
+def sample_sums(
+    rollouts: Sequence[Rollout], pairs: Sequence[AlignedPair], group: dist.ProcessGroup
+) -> dict[str, float]:
+    """Sums over the global batch of what samples say of themselves. Collective over the data-parallel group."""
+    sums = {name: sum(pair.counts.get(name, 0) for pair in pairs) for name in COUNTS}
+    sums |= {
+        "samples": len(rollouts),
+        "stopped": sum(r.finish == "stop" for r in rollouts),
+        "rollout_nll_sum": -sum(float(np.sum(r.logprobs, dtype=np.float64)) for r in rollouts),
+    }
+    return sum_over_ranks({name: torch.tensor(float(value)) for name, value in sums.items()}, group)
+
+
+def ratios(report: StepReport, samples: dict[str, float], *, sampled: bool) -> dict[str, float]:
+    """The metrics of one step. Units: nats for losses, shares in [0, 1], tokens for lengths.
+
+    sampled: the responses came from the student (else they were given, and have no log-probs).
+    """
+    sums = report.sums | samples
+    values = {
+        "loss": _ratio(sums["loss"], sums["num_labels"]),
+        "grad_norm": report.grad_norm,
+        "learning_rate": report.learning_rate,
+        "response_length": _ratio(sums["num_labels"], sums["samples"]),
+        "stop_rate": _ratio(sums["stopped"], sums["samples"]),
+        "student_nats_per_byte": _ratio(sums.get("student_nll_sum"), sums["bytes"]),
+    }
+    if sums.get("num_teacher_labels"):
+        rows = sums["rows_shared"] + sums["rows_unit"] + sums["rows_stop"]
+        values |= {
+            "teacher_nats_per_byte": _ratio(sums["teacher_nll_sum"], sums["bytes"]),
+            "loss_one_to_one": _ratio(sums["loss_shared_sum"], sums["rows_shared"]),
+            "loss_unit": _ratio(sums["loss_unit_sum"], sums["rows_unit"]),
+            "loss_stop": _ratio(sums["loss_stop_sum"], sums["rows_stop"]),
+            "coverage_one_to_one": _ratio(sums["bytes_one_to_one"], sums["bytes"]),
+            "coverage_unit": _ratio(sums["bytes_unit"], sums["bytes"]),
+            "student_mass_outside_u": _ratio(sums["student_mass_outside_u_sum"], rows),
+            "teacher_mass_outside_u": _ratio(sums["teacher_mass_outside_u_sum"], rows),
+            "canonical_rollouts": _ratio(sums["canonical"], sums["samples"]),
+        }
+        for reason in DROP_REASONS:
+            values[f"dropped_{reason}"] = _ratio(sums[f"bytes_dropped_{reason}"], sums["bytes"])
+    if sampled:
+        gap = abs(sums["student_nll_sum"] - sums["rollout_nll_sum"])
+        values["rollout_logprob_gap"] = _ratio(gap, sums["num_labels"])
+    return values
+
+
+def _ratio(numerator: float | None, denominator: float) -> float:
+    return numerator / denominator if numerator is not None and denominator else float("nan")
+
+
+class Monitor:
+    """Forms the metrics on every rank; writes on the first rank only."""
+
+    WARN_MASS_RISE = 0.05
+
+    def __init__(
+        self,
+        groups: Groups,
+        *,
+        run_dir: str | None,
+        train_iters: int,
+        log_interval: int,
+        batch_size: int,
+        sampled: bool,
+    ) -> None:
+        """sampled: responses come from the student; else they are given, and have no log-probs of their own."""
+        self._group = groups.dp
+        self._active = groups.is_first_rank
+        self._train_iters = train_iters
+        self._log_interval = log_interval
+        self._batch_size = batch_size
+        self._sampled = sampled
+        self._first_mass: float | None = None
+        self._warned = False
+        self._file = None
+        if self._active and run_dir is not None:
+            Path(run_dir).mkdir(parents=True, exist_ok=True)
+            self._file = open(Path(run_dir) / "metrics.jsonl", "w", buffering=1)
+        self._progress = None
+        if self._active and sys.stdout.isatty():
+            self._progress = Progress(
+                TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console()
+            )
+            self._progress.start()
+            self._task = self._progress.add_task("train", total=train_iters)
+
+    def step(
+        self,
+        iteration: int,
+        rollouts: Sequence[Rollout],
+        pairs: Sequence[AlignedPair],
+        report: StepReport,
+        seconds: dict[str, float],
+    ) -> None:
+        """Record one finished step; `iteration` counts from 1. Collective over the data-parallel group."""
+        values = ratios(report, sample_sums(rollouts, pairs, self._group), sampled=self._sampled)
+        if not self._active:
+            return
+        timing = {f"seconds_{hop}": value for hop, value in seconds.items()}
+        self._record({"kind": "step", "iteration": iteration, **values, "seconds": sum(seconds.values()), **timing})
+        if self._progress is not None:
+            self._progress.update(self._task, completed=iteration)
+        if iteration % self._log_interval == 0 or iteration == self._train_iters:
+            self.say(log_line(iteration, self._train_iters, values, seconds, batch_size=self._batch_size))
+        self._watch_mass(values.get("student_mass_outside_u"))
+
+    def evaluation(self, iteration: int, values: dict[str, float]) -> None:
+        """Record an evaluation of the weights after `iteration` steps."""
+        if self._active:
+            self._record({"kind": "evaluation", "iteration": iteration, **values})
+            self.say(
+                f" evaluation at iteration {iteration} | " + " | ".join(f"{k}: {v:.4f}" for k, v in values.items())
+            )
+
+    def say(self, text: str) -> None:
+        """One line on the terminal, above the progress bar where there is one."""
+        if self._active:
+            if self._progress is not None:
+                self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(text, flush=True)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        if self._file is not None:
+            self._file.close()
+
+    def _record(self, values: dict[str, object]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(values) + "\n")
+
+    def _watch_mass(self, mass: float | None) -> None:
+        """Student mass that leaves U costs nothing under a loss over U: say so, once, when it grows."""
+        if mass is None or mass != mass:
+            return
+        if self._first_mass is None:
+            self._first_mass = mass
+        if not self._warned and mass > self._first_mass + self.WARN_MASS_RISE:
+            self._warned = True
+            self.say(
+                f" WARNING: the student's probability outside the compared tokens rose from {self._first_mass:.3f} to "
+                f"{mass:.3f}; the loss does not see it"
+            )
+
+
+def log_line(
+    iteration: int, train_iters: int, values: dict[str, float], seconds: dict[str, float], *, batch_size: int
+) -> str:
+    """Megatron-LM's log line: fields between bars, the first ones in its order and words."""
+    fields = [
+        f" iteration {iteration:8d}/{train_iters:8d}",
+        f"consumed samples: {iteration * batch_size:12d}",
+        f"elapsed time per iteration (ms): {1000 * sum(seconds.values()):.1f}",
+        f"learning rate: {values['learning_rate']:.6E}",
+        f"global batch size: {batch_size:5d}",
+        f"loss: {values['loss']:.6E}",
+        f"grad norm: {values['grad_norm']:.3f}",
+    ]
+    first = {"learning_rate", "loss", "grad_norm"}
+    fields += [
+        f"{name.replace('_', ' ')}: {value:.4f}"
+        for name, value in values.items()
+        if name not in first and value == value and not (name.startswith("dropped_") and value == 0.0)
+    ]
+    fields.append("seconds: " + " ".join(f"{hop} {value:.2f}" for hop, value in seconds.items()))
+    return " | ".join(fields) + " |"

@@ -1,0 +1,161 @@
+"""megatron-core on CPU with gloo: the patches that make it run where there is no CUDA device.
+
+megatron-core names CUDA in four ways: it asks for the current device, it synchronises and forks the RNG, it writes
+device="cuda" into tensor factories, and it checks for CUDA tensor types. Each entry of PATCHES replaces one attribute
+of one module; nothing is patched where torch.cuda.is_available(). A test asserts that every patched attribute exists
+upstream, so that a new megatron-core cannot make a patch silently void.
+
+The literal device="cuda" lives in a few modules. They get a stand-in for the name `torch` whose tensor factories read
+"cuda" as "cpu"; a torch function mode would do the same at some 20 % of a small step, and not inside backward().
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+_FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange")
+
+
+class _TorchOnCpu(types.ModuleType):
+    """The module torch with device="cuda" read as "cpu" in its tensor factories."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _reads_cuda_as_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return on_cpu
+
+
+_torch_on_cpu = _TorchOnCpu("torch")
+for _name in _FACTORIES:
+    setattr(_torch_on_cpu, _name, _reads_cuda_as_cpu(getattr(torch, _name)))
+
+
+def _nothing() -> Callable[..., None]:
+    """A fresh function that does nothing: torch's compiler refuses one function under two names of torch."""
+    return lambda *args, **kwargs: None
+
+
+def _cpu_device(*args: Any, **kwargs: Any) -> torch.device:
+    return torch.device("cpu")
+
+
+def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    torch.set_rng_state(new_state)
+
+
+def _manual_seed(seed: int) -> None:
+    torch.manual_seed(seed)
+
+
+def _clip_grad_by_total_norm(
+    parameters: torch.Tensor | list[torch.Tensor],
+    max_norm: float,
+    total_norm: float,
+    use_decoupled_grad: bool = False,
+) -> None:
+    """Upstream's clip without its check that gradients are CUDA tensors."""
+    coefficient = max_norm / (total_norm + 1.0e-6)
+    if coefficient < 1.0:
+        parameters = [parameters] if isinstance(parameters, torch.Tensor) else parameters
+        grads = [p.grad for p in parameters if p.grad is not None]
+        torch._foreach_mul_(grads, coefficient)
+
+
+PATCHES: tuple[tuple[str, str, Any], ...] = (
+    # The current device, and calls on it that have nothing to do.
+    ("torch.cuda", "current_device", _cpu_device),
+    ("torch.cuda", "synchronize", _nothing()),
+    ("torch.cuda", "set_device", _nothing()),
+    ("torch.cuda", "empty_cache", _nothing()),
+    ("torch.cuda.nvtx", "range_push", _nothing()),
+    ("torch.cuda.nvtx", "range_pop", _nothing()),
+    # Random state: without CUDA the stock setters queue callbacks that never run.
+    ("torch.cuda", "manual_seed", _manual_seed),
+    ("torch.cuda", "get_rng_state", _get_rng_state),
+    ("torch.cuda", "set_rng_state", _set_rng_state),
+    ("megatron.core.tensor_parallel.random", "_get_cuda_rng_state", _get_rng_state),
+    ("megatron.core.tensor_parallel.random", "_set_cuda_rng_state", _set_rng_state),
+    # device="cuda" in tensor factories.
+    ("megatron.core.pipeline_parallel.schedules", "torch", _torch_on_cpu),
+    ("megatron.core.optimizer.optimizer", "torch", _torch_on_cpu),
+    ("megatron.core.optimizer.clip_grads", "torch", _torch_on_cpu),
+    ("megatron.core.optimizer.grad_scaler", "torch", _torch_on_cpu),
+    ("megatron.core.distributed.param_and_grad_buffer", "torch", _torch_on_cpu),
+    ("megatron.core.transformer.utils", "torch", _torch_on_cpu),
+    ("megatron.core.utils", "torch", _torch_on_cpu),
+    # Checks for CUDA tensor types.
+    ("megatron.core.optimizer.optimizer", "clip_grad_by_total_norm_fp32", _clip_grad_by_total_norm),
+    ("megatron.core.inference.communication_utils", "_is_cuda", _nothing()),
+)
+
+_patched = False
+
+
+def patch_megatron() -> bool:
+    """Apply PATCHES once per process; returns False, and does nothing, where a CUDA device is available."""
+    global _patched
+    if torch.cuda.is_available():
+        return False
+    if _patched:
+        return True
+    with _quietly(), _without_compilation():
+        for module_name, attribute, replacement in PATCHES:
+            module = importlib.import_module(module_name)
+            if not hasattr(module, attribute):
+                raise AttributeError(
+                    f"{module_name}.{attribute} does not exist in this megatron-core; the CPU patch is void"
+                )
+            setattr(module, attribute, replacement)
+    _patched = True
+    return True
+
+
+@contextlib.contextmanager
+def _without_compilation() -> Iterator[None]:
+    """megatron-core hands its small fused functions to torch.compile at import time: 2-8 s each at their first call.
+
+    Its modules take the decorator from megatron.core.jit, which reads it from torch when it is first imported.
+    """
+    compile_ = torch.compile
+    torch.compile = lambda function=None, **options: function or (lambda f: f)
+    try:
+        yield
+    finally:
+        torch.compile = compile_
+
+
+@contextlib.contextmanager
+def megatron_imports() -> Iterator[None]:
+    """Where this package imports megatron-core: patched first on CPU, and without its warnings at import time."""
+    patch_megatron()
+    with _quietly():
+        yield
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Mute what megatron-core warns of where TransformerEngine and Apex are absent by design."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+        warnings.filterwarnings("ignore", message=r".*(Transformer Engine|Apex|apex).*")
+        yield

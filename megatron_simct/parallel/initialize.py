@@ -1,0 +1,143 @@
+"""torchrun (or Slurm) environment -> torch.distributed -> Megatron's process groups, in one context manager.
+
+Everything else gets the groups handed in (`Groups`) and never asks a global for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_simct.config import ParallelConfig
+from megatron_simct.parallel.cpu import megatron_imports
+
+with megatron_imports():
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """Who this process is among those that were launched together."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+    @classmethod
+    def read(cls) -> Environment:
+        """RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them, else srun's SLURM_*, else one process."""
+        env = os.environ
+        if "RANK" in env and "WORLD_SIZE" in env:
+            return cls(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
+        if "SLURM_PROCID" in env and "MASTER_ADDR" in env:
+            return cls(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"]))
+        return cls(0, 1, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """The process groups of one rank, its place in them, and its device."""
+
+    tp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    device: torch.device
+
+    @property
+    def tp_rank(self) -> int:
+        return self.tp.rank()
+
+    @property
+    def tp_size(self) -> int:
+        return self.tp.size()
+
+    @property
+    def dp_rank(self) -> int:
+        return self.dp.rank()
+
+    @property
+    def dp_size(self) -> int:
+        return self.dp.size()
+
+    @property
+    def is_first_rank(self) -> bool:
+        """The one rank that writes logs and metrics."""
+        return dist.get_rank() == 0
+
+    @property
+    def writes_samples(self) -> bool:
+        """One rank of each model replica: it writes what belongs to that replica's samples."""
+        return self.tp_rank == 0
+
+
+def check_layout(parallel: ParallelConfig, world_size: int) -> None:
+    """ValueError, naming the flag, where the layout is impossible or not supported by this version."""
+    unsupported = {
+        "--pipeline-model-parallel-size": parallel.pipeline_model_parallel_size,
+        "--context-parallel-size": parallel.context_parallel_size,
+        "--expert-model-parallel-size": parallel.expert_model_parallel_size,
+    }
+    for flag, size in unsupported.items():
+        if size != 1:
+            raise ValueError(f"{flag} {size}: this version supports 1")
+    if parallel.sequence_parallel:
+        raise ValueError("--sequence-parallel is not supported by this version; leave it out")
+    tp = parallel.tensor_model_parallel_size
+    if tp < 1 or world_size % tp:
+        raise ValueError(
+            f"world size ({world_size}) must be a multiple of --tensor-model-parallel-size ({tp}); "
+            f"start {tp * max(1, world_size // max(tp, 1))} processes or change the flag"
+        )
+
+
+@contextlib.contextmanager
+def process_groups(parallel: ParallelConfig, *, seed: int) -> Iterator[Groups]:
+    """Join the job, build Megatron's groups, seed every generator; leave all of it on exit.
+
+    NCCL where CUDA is available, else gloo with the CPU patches of `parallel.cpu`.
+    """
+    environment = Environment.read()
+    check_layout(parallel, environment.world_size)
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        device = torch.device("cpu")
+    else:
+        device = torch.device("cuda", environment.local_rank)
+        torch.cuda.set_device(device)
+    joined_here = not dist.is_initialized()
+    if joined_here:
+        alone = environment.world_size == 1 and "MASTER_ADDR" not in os.environ
+        dist.init_process_group(
+            backend="gloo" if on_cpu else "nccl",
+            rank=environment.rank,
+            world_size=environment.world_size,
+            store=dist.HashStore() if alone else None,
+            timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
+        )
+    try:
+        yield build_groups(parallel, seed=seed, device=device)
+    finally:
+        parallel_state.destroy_model_parallel()
+        if joined_here:
+            dist.destroy_process_group()
+
+
+def build_groups(parallel: ParallelConfig, *, seed: int, device: torch.device) -> Groups:
+    """Megatron's groups for this layout and its seeds, on an initialised torch.distributed."""
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=parallel.tensor_model_parallel_size)
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model_parallel_cuda_manual_seed(seed)
+    return Groups(
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        device=device,
+    )

@@ -1,0 +1,176 @@
+"""The five records that flow between the six hops of one training step.
+
+    prompts -> rollout -> alignment -> teacher -> losses -> update
+       Prompt -> Rollout -> AlignedPair -> ScoredPair -> MicroBatch
+
+Every record is frozen and says the shape of each field. Records of one sample hold numpy arrays (they are built on
+CPU workers and travel between processes); records that a model reads or wrote hold torch tensors.
+
+Shape letters, used in the whole package:
+    B sequences   S padded sequence   N student labels   M teacher labels   A segments   R requested teacher rows
+    V full vocabulary   W this rank's slice of it (W = padded V / tp)   C shared tokens   H hidden size
+Student and teacher are told apart by a prefix or by the suffixes _S and _T.
+
+A *label* is a response token; label p of a response is predicted by row (prompt length + p - 1) of the model.
+A *segment* (ts, te, ss, se) says that teacher labels [ts, te) and student labels [ss, se) spell the same bytes.
+
+Example. The student samples "ha" "ppy" "</s>", the teacher's tokenizer says "hap" "py" "<|im_end|>":
+    segments = [[0, 2, 0, 2],    "happy", a unit of two tokens on both sides
+                [2, 3, 2, 3]]    the stop tokens
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+
+class SegmentKind(IntEnum):
+    """What a segment is to the loss (method: a row of U is the shared tokens, plus the unit where there is one)."""
+
+    SHARED = 0
+    """One token on each side, and the two are a pair of the shared vocabulary: the row has no unit column."""
+    UNIT = 1
+    """Anything else: the row has a unit column scored over the segment's tokens."""
+    STOP = 2
+    """The stop tokens of both sides; like SHARED for the loss, told apart for the metrics."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherNeeds:
+    """What an interface asks of the teacher, so that nothing else is computed or sent.
+
+    Own logits and log-sum-exp (8 bytes a label) always come; `hidden_rows` says which rows of hidden state come too:
+    "none", "one_to_one" (segments of kind SHARED and STOP), "first" (the first teacher row of every segment), "all".
+    """
+
+    teacher: bool = True
+    hidden_rows: Literal["none", "one_to_one", "first", "all"] = "first"
+    segmentation: Literal["minimal"] = "minimal"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One conversation, rendered for both models. `data` -> `rollout`."""
+
+    sample_id: int
+    """Unique in a run: it seeds the sampling, names the sample in logs, and pairs the records of later hops."""
+    student_ids: np.ndarray
+    """int32 [ps]"""
+    teacher_ids: np.ndarray
+    """int32 [pt]"""
+    response: str | None = None
+    """The given response, for interface `sft`."""
+    label: str | None = None
+    """The expected response, for evaluation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One response of the student. `rollout` -> `alignment`."""
+
+    sample_id: int
+    weight_version: int
+    """Number of optimizer steps that the sampling weights had seen; -1 for a given response (`sft`)."""
+    student_ids: np.ndarray
+    """int32 [n], the stop token included when finish is "stop"."""
+    logprobs: np.ndarray
+    """float32 [n], log-softmax of the untempered, untruncated logits over the real vocabulary."""
+    finish: Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlignedPair:
+    """The response in the teacher's tokens, cut into minimal common units. `alignment` -> `teacher`.
+
+    It needs no model. `teacher_rows` tells the teacher which hidden states to return.
+    """
+
+    sample_id: int
+    teacher_prompt_ids: np.ndarray
+    """int32 [pt]"""
+    teacher_ids: np.ndarray
+    """int32 [m], the teacher's labels: the retokenized response, with its stop token when the student stopped."""
+    segments: np.ndarray
+    """int32 [A, 4] of (ts, te, ss, se)."""
+    kinds: np.ndarray
+    """int8 [A] of SegmentKind."""
+    replaced_columns: np.ndarray
+    """int32 [A]: the student id of the shared token whose bytes a UNIT spells (its score replaces that column), or -1."""
+    teacher_rows: np.ndarray
+    """int32 [R], sorted label positions p whose predicting hidden state the teacher returns."""
+    needs: TeacherNeeds
+    counts: dict[str, int] = field(default_factory=dict)
+    """bytes, bytes_one_to_one, bytes_unit, bytes_dropped_<reason>, and other additive counts for the metrics."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredPair:
+    """What the teacher says of one AlignedPair. `teacher` -> `losses`."""
+
+    sample_id: int
+    own_logit: torch.Tensor
+    """float32 [m]: the raw logit of each teacher label at its own row, after any soft-cap."""
+    lse: torch.Tensor
+    """float32 [m]: log-sum-exp over the teacher's real vocabulary at the same rows."""
+    hidden: torch.Tensor | None
+    """[R, H_T]: what enters the LM head at AlignedPair.teacher_rows; None when no row was asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelBatch:
+    """The labels of a micro-batch, packed over its sequences: what the loss reads beside hidden states.
+
+    Indices in `segments` point into the packed student labels [N] and the packed teacher labels [M].
+    """
+
+    student_labels: torch.Tensor
+    """int64 [N], ids in the student's full vocabulary."""
+    segments: torch.Tensor
+    """int64 [A, 4]; empty for `sft`."""
+    kinds: torch.Tensor
+    """int64 [A] of SegmentKind."""
+    replaced_columns: torch.Tensor
+    """int64 [A], a student id or -1."""
+    teacher_own_logit: torch.Tensor
+    """float32 [M]"""
+    teacher_lse: torch.Tensor
+    """float32 [M]"""
+    teacher_hidden: torch.Tensor | None
+    """[R, H_T], rows of the whole micro-batch."""
+    teacher_hidden_index: torch.Tensor
+    """int64 [A]: the row of `teacher_hidden` for the segment's first teacher label; -1 where none was asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """Padded sequences of the student and their labels. `losses` reads it, `update` feeds it to Megatron's schedule."""
+
+    sample_ids: tuple[int, ...]
+    """B sample ids, in the order of the rows of `tokens`."""
+    tokens: torch.Tensor
+    """int64 [B, S]: prompt and response, padded on the right."""
+    position_ids: torch.Tensor
+    """int64 [B, S]"""
+    label_rows: torch.Tensor
+    """int64 [N]: the row of the model's output, flattened as [S * B, H], that predicts each label (s * B + b)."""
+    labels: LabelBatch
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same micro-batch with every tensor on the device."""
+        return _moved(self, device)
+
+
+def _moved(record: Any, device: torch.device) -> Any:
+    changes: dict[str, Any] = {}
+    for name in record.__slots__:
+        value = getattr(record, name)
+        if isinstance(value, torch.Tensor):
+            changes[name] = value.to(device, non_blocking=True)
+        elif isinstance(value, LabelBatch):
+            changes[name] = _moved(value, device)
+    return replace(record, **changes)

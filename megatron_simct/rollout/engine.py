@@ -1,0 +1,142 @@
+"""The seam behind which responses come from: one Protocol, three sources.
+
+MegatronEngine samples from the training weights, GivenResponses reads the data's own responses (sft), and
+ReplayEngine writes what another engine answers, or reads it back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from megatron_simct.alignment.tokenizer import Tokenizer
+from megatron_simct.records import Prompt, Rollout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How to choose tokens. It never changes the log-probs that are recorded."""
+
+    temperature: float
+    """0 is greedy."""
+    top_p: float
+    max_response_len: int
+    """Tokens, the stop token included."""
+    seed: int
+    """With the sample id it determines every random draw of a sample, whatever the layout or the batch."""
+
+
+class RolloutEngine(Protocol):
+    """Anything that answers prompts."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        """One Rollout a prompt, in the order of the prompts. Collective over the ranks of one model replica."""
+        ...
+
+    def publish(self, weight_version: int) -> None:
+        """Tell the engine that the weights have seen so many optimizer steps."""
+        ...
+
+
+class GivenResponses:
+    """The data's own responses, tokenized for the student and ended by its stop token."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        return [self._rollout(prompt, sampling.max_response_len) for prompt in prompts]
+
+    def publish(self, weight_version: int) -> None:
+        """Given responses do not depend on weights."""
+
+    def _rollout(self, prompt: Prompt, max_response_len: int) -> Rollout:
+        assert prompt.response is not None, f"sample {prompt.sample_id} has no given response"
+        content = self._tokenizer.encode(prompt.response.encode())
+        ids = np.append(content, np.int32(self._tokenizer.table.stop_ids[0]))[:max_response_len].astype(np.int32)
+        return Rollout(
+            sample_id=prompt.sample_id,
+            weight_version=-1,
+            student_ids=ids,
+            logprobs=np.zeros(len(ids), np.float32),
+            finish="stop" if len(content) < max_response_len else "length",
+        )
+
+
+class ReplayEngine:
+    """Writes each batch of rollouts as one file per model replica, or answers from such files.
+
+    The files do not depend on the layout that wrote them: a reader takes its own samples from all files of a step.
+    One file is a JSON document with the records of one step, named by the step and the data-parallel rank.
+    """
+
+    def __init__(
+        self, engine: RolloutEngine, *, save_dir: str | None, load_dir: str | None, dp_rank: int, writes: bool
+    ) -> None:
+        self._engine = engine
+        self._save_dir = Path(save_dir) if save_dir else None
+        self._load_dir = Path(load_dir) if load_dir else None
+        self._dp_rank = dp_rank
+        self._writes = writes
+        self._step = 0
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        if self._load_dir is not None:
+            rollouts = self._load(prompts)
+        else:
+            rollouts = self._engine.generate(prompts, sampling)
+        if self._save_dir is not None and self._writes:
+            self._save(rollouts)
+        return rollouts
+
+    def publish(self, weight_version: int) -> None:
+        self._step = weight_version
+        self._engine.publish(weight_version)
+
+    def _save(self, rollouts: Sequence[Rollout]) -> None:
+        assert self._save_dir is not None
+        self._save_dir.mkdir(parents=True, exist_ok=True)
+        path = self._save_dir / f"rollout_{self._step}.{self._dp_rank}.json"
+        rows = [
+            {
+                "sample_id": r.sample_id,
+                "weight_version": r.weight_version,
+                "student_ids": r.student_ids.tolist(),
+                "logprobs": [float(x) for x in r.logprobs],
+                "finish": r.finish,
+            }
+            for r in rollouts
+        ]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(rows))
+        os.replace(temporary, path)
+
+    def _load(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        assert self._load_dir is not None
+        files = sorted(self._load_dir.glob(f"rollout_{self._step}.*.json"))
+        if not files:
+            raise ValueError(f"--load-debug-rollout-data {self._load_dir}: no file rollout_{self._step}.*.json")
+        rows = {row["sample_id"]: row for file in files for row in json.loads(file.read_text())}
+        missing = [p.sample_id for p in prompts if p.sample_id not in rows]
+        if missing:
+            raise ValueError(
+                f"--load-debug-rollout-data {self._load_dir}: step {self._step} lacks sample {missing[0]}"
+                f" ({len(missing)} missing); it was written with other prompts, --seed or batch sizes"
+            )
+        return [_from_row(rows[prompt.sample_id]) for prompt in prompts]
+
+
+def _from_row(row: dict) -> Rollout:
+    return Rollout(
+        sample_id=row["sample_id"],
+        weight_version=row["weight_version"],
+        student_ids=np.asarray(row["student_ids"], np.int32),
+        logprobs=np.asarray(row["logprobs"], np.float32),
+        finish=row["finish"],
+    )

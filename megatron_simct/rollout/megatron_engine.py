@@ -1,0 +1,139 @@
+"""Generation by the training weights themselves: Megatron's modules with a KV cache, on the same ranks.
+
+Nothing is copied or gathered to publish new weights: an optimizer step changes what the next call samples from.
+Prompts of a batch are padded on the left. Rotary positions are relative, so a shifted prompt scores the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from megatron_simct.models.build import HiddenStateModel
+from megatron_simct.parallel.cpu import megatron_imports
+from megatron_simct.parallel.initialize import Groups
+from megatron_simct.records import Prompt, Rollout
+from megatron_simct.rollout.engine import Sampling
+from megatron_simct.rollout.sampling import sample_tokens
+
+with megatron_imports():
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+
+class MegatronEngine:
+    """Samples responses from a HiddenStateModel under tensor parallelism."""
+
+    def __init__(
+        self,
+        model: HiddenStateModel,
+        groups: Groups,
+        *,
+        vocab_size: int,
+        stop_ids: Sequence[int],
+        batch_size: int,
+    ) -> None:
+        """vocab_size is the real one; batch_size bounds the sequences, and so the KV cache, decoded together."""
+        self._model = model
+        self._groups = groups
+        self._vocab_size = vocab_size
+        self._stop_ids = torch.tensor(list(stop_ids), device=groups.device)
+        self._batch_size = batch_size
+        self._weight_version = 0
+
+    def publish(self, weight_version: int) -> None:
+        self._weight_version = weight_version
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        """See RolloutEngine.generate. Collective over the tensor-parallel group."""
+        was_training = self._model.training
+        self._model.eval()
+        try:
+            order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].student_ids))
+            rollouts: dict[int, Rollout] = {}
+            for begin in range(0, len(order), self._batch_size):
+                members = order[begin : begin + self._batch_size]
+                answers = self._generate_batch([prompts[i] for i in members], sampling)
+                rollouts.update(zip(members, answers, strict=True))
+        finally:
+            self._model.train(was_training)
+        return [rollouts[i] for i in range(len(prompts))]
+
+    def _generate_batch(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        device = self._groups.device
+        tokens, is_padding = _pad_left([p.student_ids for p in prompts])
+        tokens, is_padding = tokens.to(device), is_padding.to(device)
+        uniforms = torch.stack([_uniforms(sampling, p.sample_id) for p in prompts]).to(device)
+        batch, prompt_len = tokens.shape
+        context = StaticInferenceContext(batch, prompt_len + sampling.max_response_len)
+        shard_start, _ = self._model.vocab_shard
+
+        future = torch.ones(prompt_len, prompt_len, dtype=torch.bool, device=device).triu(diagonal=1)
+        mask = future | is_padding[:, None, None, :]  # True: not attended. [B, 1, query, key]
+        key_mask = is_padding
+        finished = torch.zeros(batch, dtype=torch.bool, device=device)
+        chosen, logprobs, alive = [], [], []
+        for step in range(sampling.max_response_len):
+            hidden = self._model(tokens, tokens, mask, inference_context=context)
+            context.sequence_len_offset += tokens.shape[1]
+            context.enable_decode_mode()
+            ids, scores = sample_tokens(
+                hidden[-1] @ self._model.output_weight.T,
+                uniforms[:, step],
+                shard_start=shard_start,
+                vocab_size=self._vocab_size,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                group=self._groups.tp,
+            )
+            chosen.append(ids)
+            logprobs.append(scores)
+            alive.append(~finished)
+            finished = finished | torch.isin(ids, self._stop_ids)
+            if bool(finished.all()):
+                break
+            tokens = ids[:, None]
+            key_mask = torch.nn.functional.pad(key_mask, (0, 1), value=False)
+            mask = key_mask[:, None, None, :]
+        return self._records(prompts, torch.stack(chosen, 1), torch.stack(logprobs, 1), torch.stack(alive, 1), finished)
+
+    def _records(
+        self,
+        prompts: Sequence[Prompt],
+        chosen: torch.Tensor,
+        logprobs: torch.Tensor,
+        alive: torch.Tensor,
+        finished: torch.Tensor,
+    ) -> list[Rollout]:
+        lengths = alive.sum(dim=1).tolist()
+        ids = chosen.to(torch.int32).cpu().numpy()
+        scores = logprobs.cpu().numpy()
+        return [
+            Rollout(
+                sample_id=prompt.sample_id,
+                weight_version=self._weight_version,
+                student_ids=ids[row, :length],
+                logprobs=scores[row, :length],
+                finish="stop" if stopped else "length",
+            )
+            for row, (prompt, length, stopped) in enumerate(zip(prompts, lengths, finished.tolist(), strict=True))
+        ]
+
+
+def _pad_left(sequences: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens int64 [B, P] and where they are padding, bool [B, P]."""
+    width = max(len(s) for s in sequences)
+    tokens = torch.zeros(len(sequences), width, dtype=torch.int64)
+    is_padding = torch.ones(len(sequences), width, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        tokens[row, width - len(sequence) :] = torch.from_numpy(sequence.astype(np.int64))
+        is_padding[row, width - len(sequence) :] = False
+    return tokens, is_padding
+
+
+def _uniforms(sampling: Sampling, sample_id: int) -> torch.Tensor:
+    """One uniform number a token, from the seed and the sample alone: counter-based, so any rank can draw them."""
+    generator = np.random.Generator(np.random.Philox(key=[sampling.seed, sample_id]))
+    return torch.from_numpy(generator.random(sampling.max_response_len))

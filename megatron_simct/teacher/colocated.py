@@ -1,0 +1,83 @@
+"""The teacher on the student's own ranks and in its groups, forward only through Megatron's schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_simct.losses.vocab_parallel import label_statistics
+from megatron_simct.models.build import HiddenStateModel
+from megatron_simct.parallel.cpu import megatron_imports
+from megatron_simct.parallel.initialize import Groups
+from megatron_simct.parallel.packing import label_rows, pad_right
+from megatron_simct.records import AlignedPair, ScoredPair
+
+with megatron_imports():
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+
+class ColocatedScorer:
+    """Scores pairs with a frozen HiddenStateModel in this process."""
+
+    def __init__(self, model: HiddenStateModel, groups: Groups, *, vocab_size: int, micro_batch_size: int) -> None:
+        """vocab_size is the teacher's real one; ids past it are never scored."""
+        self._model = model.eval().requires_grad_(False)
+        self._groups = groups
+        self._vocab_size = vocab_size
+        self._micro_batch_size = micro_batch_size
+
+    def score(self, pairs: Iterable[AlignedPair]) -> Iterator[ScoredPair]:
+        """See TeacherScorer.score. Sequences of similar length share a micro-batch."""
+        ordered = sorted(pairs, key=lambda pair: len(pair.teacher_prompt_ids) + len(pair.teacher_ids))
+        size = self._micro_batch_size
+        micro_batches = [ordered[begin : begin + size] for begin in range(0, len(ordered), size)]
+        if not micro_batches:
+            return
+        schedule = get_forward_backward_func()
+        answers = schedule(
+            forward_step_func=self._forward_step,
+            data_iterator=iter(micro_batches),
+            model=[self._model],
+            num_microbatches=len(micro_batches),
+            seq_length=max(len(p.teacher_prompt_ids) + len(p.teacher_ids) for p in ordered),
+            micro_batch_size=size,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        for answer in answers:
+            yield from answer
+
+    @torch.no_grad()
+    def _forward_step(self, micro_batches: Iterator[Sequence[AlignedPair]], model: HiddenStateModel) -> tuple[Any, Any]:
+        pairs = next(micro_batches)
+        sequences = [np.concatenate([pair.teacher_prompt_ids, pair.teacher_ids]) for pair in pairs]
+        tokens, positions = (tensor.to(self._groups.device) for tensor in pad_right(sequences))
+        return model(tokens, positions, None), partial(self._statistics, pairs)
+
+    @torch.no_grad()
+    def _statistics(
+        self, pairs: Sequence[AlignedPair], hidden: torch.Tensor, non_loss_data: bool = True
+    ) -> list[ScoredPair]:
+        """What the pairs need of the micro-batch's hidden states [S, B, H_T]."""
+        lens = [len(pair.teacher_ids) for pair in pairs]
+        rows = torch.from_numpy(label_rows([len(pair.teacher_prompt_ids) for pair in pairs], lens)).to(hidden.device)
+        hidden = hidden.flatten(0, 1)[rows]
+        labels = torch.from_numpy(np.concatenate([pair.teacher_ids for pair in pairs]).astype(np.int64))
+        own_logit, lse = label_statistics(
+            hidden,
+            self._model.output_weight,
+            labels.to(hidden.device),
+            shard_start=self._model.vocab_shard[0],
+            vocab_size=self._vocab_size,
+            group=self._groups.tp,
+        )
+        scored = []
+        for pair, h, own, z in zip(pairs, hidden.split(lens), own_logit.split(lens), lse.split(lens), strict=True):
+            requested = torch.from_numpy(pair.teacher_rows.astype(np.int64)).to(h.device)
+            wanted = None if pair.needs.hidden_rows == "none" else h[requested]
+            scored.append(ScoredPair(sample_id=pair.sample_id, own_logit=own, lse=z, hidden=wanted))
+        return scored

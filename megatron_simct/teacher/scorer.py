@@ -1,0 +1,31 @@
+"""The seam behind which the teacher lies: pairs stream in, scored pairs stream out, unordered, matched by sample id.
+
+Nothing outside `teacher/` knows whether the model shares these ranks or answers from other nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import torch
+
+from megatron_simct.records import AlignedPair, ScoredPair
+
+
+class TeacherScorer(Protocol):
+    """Anything that scores the teacher's tokens of a response."""
+
+    def score(self, pairs: Iterable[AlignedPair]) -> Iterator[ScoredPair]:
+        """Each pair once, in any order, with exactly what its `needs` ask for. Collective over one model replica."""
+        ...
+
+
+class NoTeacher:
+    """Answers with nothing, for an interface that needs no teacher."""
+
+    def score(self, pairs: Iterable[AlignedPair]) -> Iterator[ScoredPair]:
+        for pair in pairs:
+            assert not pair.needs.teacher, f"sample {pair.sample_id} needs a teacher"
+            empty = torch.zeros(0)
+            yield ScoredPair(sample_id=pair.sample_id, own_logit=empty, lse=empty, hidden=None)

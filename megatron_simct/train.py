@@ -1,0 +1,297 @@
+"""The student job: sample, align, score, update. Start it with torchrun, or directly as one process.
+
+    torchrun --nproc-per-node 2 -m megatron_simct.train --tensor-model-parallel-size 2 ...
+
+`train` is the whole loop. `build_job` is the only place that knows every part.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from megatron_simct.alignment import AlignmentMap, Tokenizer, VocabPlacement, build_alignment_map, load_tokenizer
+from megatron_simct.alignment.plan import plan_pair, plan_without_teacher
+from megatron_simct.arguments import parse_config, to_yaml
+from megatron_simct.config import Config, ModelConfig
+from megatron_simct.data.prompts import PromptSource, read_rows
+from megatron_simct.losses import SharedHead, check_labels, gather_shared_head, teacher_needs
+from megatron_simct.models.build import HiddenStateModel, build_model
+from megatron_simct.models.families import read_architecture
+from megatron_simct.monitoring import Monitor, Stopwatch
+from megatron_simct.parallel.initialize import Environment, Groups, process_groups
+from megatron_simct.parallel.packing import pack_micro_batches
+from megatron_simct.records import AlignedPair, MicroBatch, Prompt, Rollout
+from megatron_simct.rollout.engine import GivenResponses, ReplayEngine, RolloutEngine, Sampling
+from megatron_simct.rollout.evaluation import Evaluator
+from megatron_simct.rollout.megatron_engine import MegatronEngine
+from megatron_simct.teacher.colocated import ColocatedScorer
+from megatron_simct.teacher.scorer import NoTeacher, TeacherScorer
+from megatron_simct.update.checkpoint import load_weights, save_weights
+from megatron_simct.update.optimizer import build_optimizer, wrap_data_parallel
+from megatron_simct.update.step import NonFiniteError, Updater
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """The parts of one rank's training: one for each hop, and what a run leaves behind."""
+
+    config: Config
+    prompts: PromptSource
+    engine: RolloutEngine
+    sampling: Sampling
+    align: Callable[[Prompt, Rollout], AlignedPair]
+    teacher: TeacherScorer
+    pack: Callable[..., list[MicroBatch]]
+    updater: Updater
+    monitor: Monitor
+    evaluator: Evaluator | None
+    save: Callable[[int], None]
+
+
+def train(job: Job) -> None:
+    """Roll out, align, score, update, publish; once an iteration."""
+    training, output = job.config.training, job.config.output
+    iteration, done = 0, evaluate(job, iteration=0)
+    while iteration < training.train_iters and not done:
+        clock = Stopwatch()
+        prompts = job.prompts.batch(iteration)
+        with clock("rollout"):
+            rollouts = job.engine.generate(prompts, job.sampling)
+        with clock("alignment"):
+            pairs = [job.align(prompt, rollout) for prompt, rollout in zip(prompts, rollouts, strict=True)]
+        with clock("teacher"):
+            scored = list(job.teacher.score(pairs))
+        with clock("update"):
+            report = job.updater.step(job.pack(prompts, rollouts, pairs, scored))
+        iteration += 1
+        job.engine.publish(iteration)
+        job.monitor.step(iteration, rollouts, pairs, report, clock.seconds)
+        done = evaluate(job, iteration=iteration)
+        if output.save_interval and iteration % output.save_interval == 0:
+            job.save(iteration)
+    if output.save and not (output.save_interval and iteration % output.save_interval == 0):
+        job.save(iteration)
+
+
+def evaluate(job: Job, *, iteration: int) -> bool:
+    """Measure held-out accuracy where it is due; whether it has reached --exit-eval-accuracy."""
+    config = job.config.evaluation
+    interval = config.eval_interval or job.config.training.train_iters
+    if job.evaluator is None or (iteration % interval and iteration != job.config.training.train_iters):
+        return False
+    accuracy = job.evaluator.measure()
+    job.monitor.evaluation(iteration, accuracy)
+    return config.exit_eval_accuracy is not None and accuracy["greedy_accuracy"] >= config.exit_eval_accuracy
+
+
+def build_job(config: Config, groups: Groups) -> Job:
+    """Build every part from its group of options. ValueError, naming the flag, for whatever cannot work."""
+    config.check(data_parallel_size=groups.dp_size)
+    needs = teacher_needs(config.interface)
+    student = load_tokenizer(config.model.tokenizer_model, config.model.stop_token_ids)
+    teacher = load_tokenizer(config.teacher.tokenizer_model, config.teacher.stop_token_ids) if needs.teacher else None
+    alignment_map = build_alignment_map(student, teacher) if teacher is not None else None
+
+    prompts = build_prompts(config, groups, student, teacher)
+    model = load_model(config, config.model, groups, student, prefix="")
+    placement = build_placement(model, student, alignment_map)
+    scorer, shared_head = build_teacher(config, groups, teacher, placement)
+    ddp = wrap_data_parallel(model)
+    optimizer, scheduler = build_optimizer(ddp, config.training)
+    sampler = MegatronEngine(
+        model,
+        groups,
+        vocab_size=student.table.num_ids,
+        stop_ids=student.table.stop_ids,
+        batch_size=config.rollout.rollout_engine_batch_size,
+    )
+    return Job(
+        config=config,
+        prompts=prompts,
+        engine=build_engine(config, groups, sampler, student),
+        sampling=Sampling(
+            temperature=config.rollout.rollout_temperature,
+            top_p=config.rollout.rollout_top_p,
+            max_response_len=config.rollout.rollout_max_response_len,
+            seed=config.training.seed,
+        ),
+        align=(
+            partial(plan_without_teacher, student=student, needs=needs)
+            if teacher is None
+            else partial(plan_pair, student=student, teacher=teacher, alignment_map=alignment_map, needs=needs)
+        ),
+        teacher=scorer,
+        pack=partial(
+            pack_micro_batches,
+            micro_batch_size=config.training.micro_batch_size,
+            check=partial(check_labels, placement=placement, config=config.interface),
+        ),
+        updater=Updater(
+            ddp,
+            optimizer,
+            scheduler,
+            groups,
+            shared_head=shared_head,
+            placement=placement,
+            interface=config.interface,
+        ),
+        monitor=Monitor(
+            groups,
+            run_dir=config.output.run_dir,
+            train_iters=config.training.train_iters,
+            log_interval=config.output.log_interval,
+            batch_size=config.global_batch_size,
+            sampled=config.interface.interface != "sft",
+        ),
+        evaluator=build_evaluator(config, groups, sampler, student),
+        save=partial(save_weights, model, config.output.save),
+    )
+
+
+def build_prompts(config: Config, groups: Groups, student: Tokenizer, teacher: Tokenizer | None) -> PromptSource:
+    """Training prompts, each rank its share."""
+    rows = read_rows(
+        config.data.prompt_data,
+        flag="--prompt-data",
+        input_key=config.data.input_key,
+        response_key=config.data.response_key,
+        label_key=config.data.label_key,
+        need_response=config.interface.interface == "sft",
+        need_label=False,
+    )
+    return PromptSource(
+        rows,
+        student=student,
+        teacher=teacher,
+        batch_size=config.rollout.rollout_batch_size,
+        samples_per_prompt=config.rollout.n_samples_per_prompt,
+        max_prompt_len=config.rollout.rollout_max_prompt_len,
+        shuffle=config.data.rollout_shuffle,
+        seed=config.training.seed,
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp_size,
+        flag="--prompt-data",
+    )
+
+
+def build_evaluator(config: Config, groups: Groups, engine: RolloutEngine, student: Tokenizer) -> Evaluator | None:
+    """Held-out prompts and how to sample their answers."""
+    if config.data.eval_prompt_data is None:
+        return None
+    rows = read_rows(
+        config.data.eval_prompt_data,
+        flag="--eval-prompt-data",
+        input_key=config.data.input_key,
+        response_key=config.data.response_key,
+        label_key=config.data.label_key,
+        need_response=False,
+        need_label=True,
+    )
+    prompts = PromptSource(
+        rows,
+        student=student,
+        teacher=None,
+        batch_size=len(rows),
+        samples_per_prompt=max(1, config.evaluation.eval_samples),
+        max_prompt_len=config.rollout.rollout_max_prompt_len,
+        shuffle=False,
+        seed=config.training.seed,
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp_size,
+        flag="--eval-prompt-data",
+    )
+    return Evaluator(
+        engine,
+        prompts,
+        student,
+        groups.dp,
+        max_response_len=config.rollout.rollout_max_response_len,
+        temperature=config.evaluation.eval_temperature,
+        samples=config.evaluation.eval_samples,
+        seed=config.training.seed + 1,
+    )
+
+
+def build_engine(config: Config, groups: Groups, sampler: MegatronEngine, student: Tokenizer) -> RolloutEngine:
+    """Where the training responses come from."""
+    engine: RolloutEngine = GivenResponses(student) if config.interface.interface == "sft" else sampler
+    save_dir, load_dir = config.rollout.save_debug_rollout_data, config.rollout.load_debug_rollout_data
+    if save_dir or load_dir:
+        engine = ReplayEngine(
+            engine, save_dir=save_dir, load_dir=load_dir, dp_rank=groups.dp_rank, writes=groups.writes_samples
+        )
+    return engine
+
+
+def build_placement(model: HiddenStateModel, student: Tokenizer, alignment_map: AlignmentMap | None) -> VocabPlacement:
+    """The shared vocabulary on this rank's slice of the student's."""
+    start, end = model.vocab_shard
+    if alignment_map is None:
+        return VocabPlacement.student_only(student_vocab_size=student.table.num_ids, shard_start=start, shard_end=end)
+    return alignment_map.placement(shard_start=start, shard_end=end)
+
+
+def build_teacher(
+    config: Config, groups: Groups, tokenizer: Tokenizer | None, placement: VocabPlacement
+) -> tuple[TeacherScorer, SharedHead | None]:
+    """The scorer, and the teacher's head rows that this rank's columns need."""
+    if tokenizer is None:
+        return NoTeacher(), None
+    model = load_model(config, config.teacher, groups, tokenizer, prefix="teacher-")
+    scorer = ColocatedScorer(
+        model, groups, vocab_size=tokenizer.table.num_ids, micro_batch_size=config.training.micro_batch_size
+    )
+    start, _ = model.vocab_shard
+    return scorer, gather_shared_head(model.output_weight.detach(), start, placement, groups.tp)
+
+
+def load_model(
+    config: Config, options: ModelConfig, groups: Groups, tokenizer: Tokenizer, *, prefix: str
+) -> HiddenStateModel:
+    """The model of one side, with random weights or those of --[teacher-]pretrained-checkpoint."""
+    flag = f"--{prefix}hf-checkpoint"
+    model = build_model(
+        read_architecture(options.hf_checkpoint, flag=flag),
+        config.parallel,
+        groups,
+        vocab_size=tokenizer.table.num_ids,
+        divisible_by=options.make_vocab_size_divisible_by,
+        bf16=config.training.bf16,
+        flag=f"{flag} {options.hf_checkpoint}",
+    )
+    if options.pretrained_checkpoint is not None:
+        load_weights(model, options.pretrained_checkpoint, flag=f"--{prefix}pretrained-checkpoint")
+    return model
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 1 with one line that says what was wrong and which flag to change."""
+    config = parse_config(argv)
+    try:
+        with process_groups(config.parallel, seed=config.training.seed) as groups:
+            job = build_job(config, groups)
+            write_config(config, groups)
+            train(job)
+            job.monitor.close()
+    except (ValueError, NonFiniteError) as error:
+        environment = Environment.read()
+        rank = f" on rank {environment.rank}" if environment.world_size > 1 else ""
+        print(f"megatron_simct.train: error{rank}: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def write_config(config: Config, groups: Groups) -> None:
+    """The resolved options, beside the metrics."""
+    if config.output.run_dir is not None and groups.is_first_rank:
+        folder = Path(config.output.run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(config))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

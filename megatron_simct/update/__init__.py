@@ -1,0 +1,1 @@
+"""One optimizer step on one rollout batch, through Megatron's schedule, optimizer and checkpoints."""

@@ -1,0 +1,62 @@
+"""Weights in Megatron's torch_dist format: written and read by shards, loadable under another tensor-parallel size.
+
+DIR/latest_checkpointed_iteration.txt      the number of the newest complete checkpoint
+DIR/iter_0000100/                          one checkpoint
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_simct.models.build import HiddenStateModel
+from megatron_simct.parallel.cpu import megatron_imports
+
+with megatron_imports():
+    from megatron.core import dist_checkpointing
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def save_weights(model: HiddenStateModel, directory: str, iteration: int) -> None:
+    """Write DIR/iter_<iteration> and then point the tracker at it. Collective over the whole job.
+
+    The tracker is replaced in one step after the checkpoint is complete, so a kill leaves the previous one in use.
+    """
+    path = Path(directory) / f"iter_{iteration:07d}"
+    path.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dist_checkpointing.save(model.sharded_state_dict(), str(path), ("torch_dist", 1))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        temporary = Path(directory) / (TRACKER + ".tmp")
+        temporary.write_text(str(iteration))
+        os.replace(temporary, Path(directory) / TRACKER)
+    dist.barrier()
+
+
+def load_weights(model: HiddenStateModel, directory: str, *, flag: str) -> int:
+    """Load the newest checkpoint of DIR into the model; returns its iteration. Collective over the whole job.
+
+    Raises ValueError, naming the flag and the directory, where there is none or it belongs to another model.
+    """
+    tracker = Path(directory) / TRACKER
+    try:
+        iteration = int(tracker.read_text())
+    except (OSError, ValueError):
+        raise ValueError(f"{flag} {directory}: no checkpoint there ({TRACKER} is missing or not a number)") from None
+    path = Path(directory) / f"iter_{iteration:07d}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = dist_checkpointing.load(model.sharded_state_dict(), str(path))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{flag} {path}: does not fit this model ({reason})") from error
+    model.load_state_dict(state)
+    return iteration

@@ -1,0 +1,70 @@
+"""Megatron's DistributedDataParallel, optimizer and learning-rate schedule for the student."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_simct.config import TrainingConfig
+from megatron_simct.models.build import HiddenStateModel
+from megatron_simct.parallel.cpu import megatron_imports
+
+with megatron_imports():
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+
+def wrap_data_parallel(model: HiddenStateModel) -> DistributedDataParallel:
+    """The model with fp32 gradient buffers that are summed, not averaged, over data-parallel ranks."""
+    ddp = DistributedDataParallel(
+        model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model, disable_bucketing=True
+    )
+    ddp.broadcast_params()
+    return ddp
+
+
+def build_optimizer(
+    ddp: DistributedDataParallel, training: TrainingConfig
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """The optimizer and its schedule, wired into the model's config as Megatron's schedules expect."""
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer=training.optimizer,
+            lr=training.lr,
+            min_lr=training.min_lr,
+            weight_decay=training.weight_decay,
+            adam_beta1=training.adam_beta1,
+            adam_beta2=training.adam_beta2,
+            adam_eps=training.adam_eps,
+            clip_grad=training.clip_grad,
+            bf16=training.bf16,
+            params_dtype=torch.bfloat16 if training.bf16 else torch.float32,
+        ),
+        [ddp],
+    )
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=training.lr,
+        min_lr=min(training.min_lr, training.lr),
+        lr_warmup_steps=int(training.lr_warmup_fraction * training.train_iters),
+        lr_decay_steps=training.train_iters,
+        lr_decay_style=training.lr_decay_style,
+        start_wd=training.weight_decay,
+        end_wd=training.weight_decay,
+        wd_incr_steps=training.train_iters,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+    config: Any = ddp.module.config
+    config.grad_scale_func = optimizer.scale_loss
+    config.no_sync_func = ddp.no_sync
+    config.finalize_model_grads_func = finalize_model_grads
+    return optimizer, scheduler

@@ -1,0 +1,126 @@
+"""The update: forward and backward through Megatron's schedule, one division, one finite check, one optimizer step.
+
+The loss function returns sums. Megatron adds up the label counts of all micro-batches and data-parallel ranks and
+divides every gradient once by that number (finalize_model_grads): the result does not depend on how a batch is split.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_simct.alignment.placement import VocabPlacement
+from megatron_simct.config import InterfaceConfig
+from megatron_simct.losses import SharedHead, interface_loss
+from megatron_simct.models.build import HiddenStateModel
+from megatron_simct.parallel.cpu import megatron_imports
+from megatron_simct.parallel.initialize import Groups
+from megatron_simct.records import MicroBatch
+
+with megatron_imports():
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient norm is not finite. Every rank raises it, and no weight has changed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What one update did, the same on every rank."""
+
+    sums: dict[str, float]
+    """Sums over the global batch: `loss` (not divided), `num_labels`, and the interface's metrics."""
+    grad_norm: float
+    """Global norm of the divided gradient, before clipping."""
+    learning_rate: float
+
+
+class Updater:
+    """Owns the trained model's optimizer; the weights are changed here and nowhere else."""
+
+    def __init__(
+        self,
+        ddp: DistributedDataParallel,
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+        groups: Groups,
+        *,
+        shared_head: SharedHead | None,
+        placement: VocabPlacement,
+        interface: InterfaceConfig,
+    ) -> None:
+        self._ddp = ddp
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        self._groups = groups
+        self._loss = partial(
+            interface_loss, shared_head=shared_head, placement=placement, config=interface, group=groups.tp
+        )
+
+    def step(self, batches: Sequence[MicroBatch]) -> StepReport:
+        """One optimizer step on all micro-batches of all ranks. Collective over the whole job.
+
+        Raises NonFiniteError, on every rank and before any weight changes, for a loss or gradient that is not finite.
+        """
+        self._ddp.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        schedule = get_forward_backward_func()
+        outputs = schedule(
+            forward_step_func=self._forward_step,
+            data_iterator=iter(batches),
+            model=[self._ddp],
+            num_microbatches=len(batches),
+            seq_length=max(batch.tokens.shape[1] for batch in batches),
+            micro_batch_size=batches[0].tokens.shape[0],
+            forward_only=False,
+        )
+        sums = sum_over_ranks(_add(outputs), self._groups.dp)
+        learning_rate = self._optimizer.param_groups[0]["lr"]
+        grad_norm = self._take_optimizer_step(sums)
+        return StepReport(sums=sums, grad_norm=grad_norm, learning_rate=learning_rate)
+
+    def _forward_step(self, batches: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Any, Any]:
+        batch = next(batches).to(self._groups.device)
+        return model(batch.tokens, batch.position_ids, None), partial(self._loss_func, batch)
+
+    def _loss_func(self, batch: MicroBatch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        model: HiddenStateModel = self._ddp.module
+        rows = hidden.flatten(0, 1)[batch.label_rows]
+        output = self._loss(rows, model.output_weight, batch.labels)
+        sums = {"loss": output.sum.detach().clone(), "num_labels": output.num_labels, **output.metrics}
+        return output.sum, output.num_labels.int(), sums
+
+    def _take_optimizer_step(self, sums: dict[str, float]) -> float:
+        """Megatron's optimizer.step(), with a check of the global numbers between gradient and weights."""
+        self._optimizer.prepare_grads()
+        grad_norm = float(self._optimizer.get_grad_norm())
+        if not (math.isfinite(sums["loss"]) and math.isfinite(grad_norm)):
+            raise NonFiniteError(
+                f"loss sum {sums['loss']} over {sums['num_labels']:.0f} labels, gradient norm {grad_norm}: stopped "
+                "before the optimizer step; lower --lr or --clip-grad"
+            )
+        self._optimizer.step()
+        self._scheduler.step(increment=1)
+        return grad_norm
+
+
+def sum_over_ranks(sums: dict[str, torch.Tensor], group: dist.ProcessGroup) -> dict[str, float]:
+    """Each entry summed over the group, in float64: one small all-reduce. Every rank must bring the same names."""
+    names = sorted(sums)
+    values = torch.stack([sums[name].double().reshape(()) for name in names])
+    dist.all_reduce(values, group=group)
+    return dict(zip(names, values.tolist(), strict=True))
+
+
+def _add(outputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([output[name].double() for output in outputs]).sum() for name in outputs[0]}

@@ -1,0 +1,266 @@
+"""The loss on vocabulary shards: same numbers for every tensor-parallel size, and how much crosses ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_simct.config import InterfaceConfig
+from megatron_simct.losses import gather_shared_head, interface_loss, label_statistics, log_sum_exp
+from tests import golden
+from tests.distributed import run_ranks
+from tests.oracles.loss_cases import (
+    CONFIGS,
+    Evaluation,
+    LossCase,
+    evaluate,
+    evaluate_oracle,
+    golden_case,
+    label_batch,
+    padded_shard,
+    placement_of,
+    random_case,
+    shared_head_of,
+)
+
+CASES = [
+    random_case(0),
+    random_case(1, softcap=True),
+    random_case(2, num_stops=1),
+    random_case(11, num_segments=21),
+    random_case(5, vocab_size=9),  # four shards of 3: the last one has no real column at all
+]
+
+
+def evaluate_all(rank: int, world_size: int, cases: list[LossCase], configs: list[InterfaceConfig]) -> list[Evaluation]:
+    return [evaluate(case, config, group=dist.group.WORLD) for case in cases for config in configs]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_loss_and_gradients_equal_the_oracle_on_shards(world_size):
+    by_rank = run_ranks(world_size, evaluate_all, CASES, CONFIGS)
+    pairs = [(case, config) for case in CASES for config in CONFIGS]
+    for (case, config), *evaluations in zip(pairs, *by_rank, strict=True):
+        expected, hidden_gradient, weight_gradient = evaluate_oracle(case, config)
+        for evaluation in evaluations:
+            assert float(evaluation.output.sum) == pytest.approx(float(expected.sum.detach()), rel=1e-10)
+            torch.testing.assert_close(evaluation.hidden_gradient, hidden_gradient, rtol=1e-10, atol=1e-10)
+            assert torch.equal(evaluation.output.sum, evaluations[0].output.sum)
+            assert evaluation.output.metrics == evaluations[0].output.metrics
+        whole = torch.cat([evaluation.weight_gradient for evaluation in evaluations])
+        torch.testing.assert_close(whole[: len(weight_gradient)], weight_gradient, rtol=1e-10, atol=1e-10)
+        assert not whole[len(weight_gradient) :].any(), "padded rows were scored"
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_layouts_agree_in_float32(world_size):
+    cases = [case.to(torch.float32) for case in CASES]
+    by_rank = run_ranks(world_size, evaluate_all, cases, CONFIGS)
+    pairs = [(case, config) for case in cases for config in CONFIGS]
+    for (case, config), *evaluations in zip(pairs, *by_rank, strict=True):
+        alone = evaluate(case, config)
+        whole = torch.cat([evaluation.weight_gradient for evaluation in evaluations])[: len(case.student_weight)]
+        for evaluation in evaluations:
+            torch.testing.assert_close(evaluation.output.sum, alone.output.sum, rtol=1e-5, atol=1e-5)
+            assert relative_error(evaluation.hidden_gradient, alone.hidden_gradient) < 1e-5
+            for name in alone.output.metrics:
+                assert evaluation.metric(name) == pytest.approx(alone.metric(name), rel=1e-5, abs=1e-5), name
+        alone_weight = alone.weight_gradient[: len(case.student_weight)]
+        assert relative_error(whole, alone_weight) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_golden_numbers_on_two_ranks(dtype):
+    configs = [InterfaceConfig(interface=i, divergence=d, temperature=t) for i, d, t in golden.LOSS]
+    for evaluations in run_ranks(2, evaluate_all, [golden_case().to(dtype)], configs):
+        for evaluation, expected in zip(evaluations, golden.LOSS.values(), strict=True):
+            assert float(evaluation.output.sum) / 4 == pytest.approx(expected, abs=6e-7)
+
+
+@contextmanager
+def counted_bytes():
+    """A dict of what this rank hands to each collective of torch.distributed, in bytes."""
+    sent: dict[str, int] = {}
+    names = [
+        name
+        for name in dir(dist)
+        if name.startswith(("all_", "reduce", "broadcast", "gather", "scatter", "send", "recv", "isend", "irecv"))
+        and callable(getattr(dist, name))
+        and not isinstance(getattr(dist, name), type)
+    ]
+    originals = {name: getattr(dist, name) for name in names}
+
+    def counting(name: str) -> Callable[..., Any]:
+        # The input is the second argument where the first is the output.
+        position = 1 if name.startswith(("all_gather", "all_to_all", "reduce_scatter")) else 0
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            tensor = args[position]
+            sent[name] = sent.get(name, 0) + tensor.numel() * tensor.element_size()
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    for name in names:
+        setattr(dist, name, counting(name))
+    try:
+        yield sent
+    finally:
+        for name in names:
+            setattr(dist, name, originals[name])
+
+
+def bytes_of_one_loss(rank: int, world_size: int, case: LossCase, config: InterfaceConfig) -> dict[str, int]:
+    group = dist.group.WORLD
+    weight, start = padded_shard(case.student_weight, rank, world_size)
+    placement = placement_of(case, start, start + len(weight))
+    head = None if config.interface == "sft" else shared_head_of(case, placement, group)
+    labels = label_batch(case, config.interface)
+    with counted_bytes() as sent:
+        interface_loss(
+            case.student_hidden.requires_grad_(),
+            weight,
+            labels,
+            shared_head=head,
+            placement=placement,
+            config=config,
+            group=group,
+        )
+    return sent
+
+
+@pytest.mark.parametrize(
+    "config, limit",
+    [
+        (InterfaceConfig(), 64),
+        (InterfaceConfig(divergence="forward_kl", temperature=2.0), 64),
+        (InterfaceConfig(interface="strict"), 64),
+        (InterfaceConfig(divergence="js"), 96),
+        (InterfaceConfig(interface="sft"), 64),
+    ],
+    ids=str,
+)
+def test_bytes_between_ranks_per_row(config, limit):
+    """Every label a row of its own is the dearest case; a wider vocabulary costs nothing more."""
+    base = random_case(0, num_segments=60).to(torch.float32)
+    n = len(base.student_labels)
+    dense = replace(
+        base,
+        teacher_hidden=base.teacher_hidden[:1].expand(n, -1),
+        teacher_labels=[0] * n,
+        segments=[(i, i + 1, i, i + 1) for i in range(n)],
+        kinds=[0] * n,
+        replaced=[-1] * n,
+    )
+    wide = replace(dense, student_weight=torch.cat([dense.student_weight] * 4))
+    sent, sent_wide = (run_ranks(2, bytes_of_one_loss, case, config)[0] for case in (dense, wide))
+    assert set(sent) == {"all_reduce"}
+    assert 0 < sent["all_reduce"] <= limit * n
+    assert sent_wide == sent
+
+
+def test_empty_micro_batches_on_two_ranks():
+    full = random_case(0)
+    no_segments = replace(full, segments=[], kinds=[], replaced=[])
+    nothing = replace(
+        no_segments,
+        student_hidden=full.student_hidden[:0],
+        teacher_hidden=full.teacher_hidden[:0],
+        student_labels=[],
+        teacher_labels=[],
+    )
+    for evaluations in run_ranks(2, evaluate_all, [nothing, no_segments], CONFIGS):
+        for i, evaluation in enumerate(evaluations):
+            if i < len(CONFIGS) or CONFIGS[i % len(CONFIGS)].interface != "sft":
+                assert float(evaluation.output.sum) == 0
+                assert not evaluation.hidden_gradient.any() and not evaluation.weight_gradient.any()
+
+
+def sum_with_one_bad_weight(rank: int, world_size: int, case: LossCase, bad: float, config: InterfaceConfig) -> float:
+    group = dist.group.WORLD
+    weight, start = padded_shard(case.student_weight, rank, world_size)
+    placement = placement_of(case, start, start + len(weight))
+    head = shared_head_of(case, placement, group)
+    if rank == 1:
+        weight[0] = bad
+    options = {"shared_head": head, "placement": placement, "config": config, "group": group}
+    return float(interface_loss(case.student_hidden, weight, label_batch(case, config.interface), **options).sum)
+
+
+@pytest.mark.parametrize("interface", ["paper", "strict"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_logit_on_one_rank_reaches_all(bad, interface):
+    sums = run_ranks(2, sum_with_one_bad_weight, random_case(0), bad, InterfaceConfig(interface=interface))
+    assert not torch.isfinite(torch.tensor(sums)).any()
+
+
+def gather_head(
+    rank: int, world_size: int, case: LossCase, dtype: torch.dtype
+) -> tuple[torch.Tensor, dict[str, int], int]:
+    width = -(-(len(case.student_weight) + 1) // world_size)
+    placement = placement_of(case, rank * width, (rank + 1) * width)
+    shard, start = padded_shard(case.teacher_weight.to(dtype), rank, world_size)
+    with counted_bytes() as sent:
+        head = gather_shared_head(shard, start, placement, dist.group.WORLD)
+    return head.weight, sent, len(placement.teacher_rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_teacher_rows_move_to_the_student_columns(world_size, dtype):
+    for case in CASES:
+        width = -(-(len(case.student_weight) + 1) // world_size)
+        results = run_ranks(world_size, gather_head, case, dtype)
+        for rank, (weight, _, _) in enumerate(results):
+            wanted = placement_of(case, rank * width, (rank + 1) * width).teacher_rows
+            assert torch.equal(weight, case.teacher_weight.to(dtype)[torch.from_numpy(wanted)])
+        # All ranks together send each wanted row once, its id once, and one count for each pair of ranks.
+        num_rows = sum(result[2] for result in results)
+        row_bytes = case.teacher_weight.shape[1] * dtype.itemsize
+        assert set().union(*(result[1] for result in results)) == {"all_to_all_single"}
+        sent = sum(result[1]["all_to_all_single"] for result in results)
+        assert sent == num_rows * (row_bytes + 8) + 8 * world_size**2
+
+
+def statistics(rank: int, world_size: int, case: LossCase, cap: float | None) -> tuple[torch.Tensor, ...]:
+    group = dist.group.WORLD
+    weight, start = padded_shard(case.teacher_weight, rank, world_size)
+    labels = torch.tensor(case.teacher_labels)
+    vocab_size = len(case.teacher_weight)
+    own, lse = label_statistics(
+        case.teacher_hidden,
+        weight,
+        labels,
+        shard_start=start,
+        vocab_size=vocab_size,
+        group=group,
+        logit_softcap=cap,
+        row_chunk=7,
+        column_chunk=2,
+    )
+    logits = case.teacher_hidden @ weight.T
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    return own, lse, log_sum_exp(logits, shard_start=start, vocab_size=vocab_size, group=group)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_label_statistics_on_shards(world_size, cap):
+    case = CASES[3]
+    logits = case.teacher_hidden @ case.teacher_weight.T
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    expected = logits[torch.arange(len(logits)), torch.tensor(case.teacher_labels)]
+    for own, lse, lse_of_logits in run_ranks(world_size, statistics, case, cap):
+        torch.testing.assert_close(own, expected)
+        torch.testing.assert_close(lse, logits.logsumexp(1))
+        torch.testing.assert_close(lse_of_logits, logits.logsumexp(1))

@@ -1,0 +1,220 @@
+"""`align` against worked examples, against a set-intersection oracle, and by its defining properties."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_simct.alignment import Alignment, TokenTable, align
+from tests.oracles.alignment import SPECIAL, STOP, Piece, minimal_units
+
+EXAMPLES = {
+    # name: (teacher, student, segments). "<>" is a stop token, "_" a blank, "''" a piece of zero bytes, x9F one byte.
+    "same tokens": ("a b c <>", "a b c <>", [(0, 1, 0, 1), (1, 2, 1, 2), (2, 3, 2, 3), (3, 4, 3, 4)]),
+    "crossing": ("ab c <>", "a bc <>", [(0, 2, 0, 2), (2, 3, 2, 3)]),
+    "two units": ("ab cd _x <>", "a b c d _x <>", [(0, 1, 0, 2), (1, 2, 2, 4), (2, 3, 4, 5), (3, 4, 5, 6)]),
+    "neighbours": ("ab c de f <>", "a bc d ef <>", [(0, 2, 0, 2), (2, 4, 2, 4), (4, 5, 4, 5)]),
+    "one to three": ("abc <>", "a b c <>", [(0, 1, 0, 3), (1, 2, 3, 4)]),
+    "cut by length": ("ab", "a b", [(0, 1, 0, 2)]),
+    "zero bytes": ("x '' y <>", "x y <>", [(0, 2, 0, 1), (2, 3, 1, 2), (3, 4, 2, 3)]),
+    "student goes on": ("x <>", "x y <>", [(0, 1, 0, 1)]),
+    "digits": ("12 3 45 6 _ <>", "123 456 _ <>", [(0, 2, 0, 1), (2, 4, 1, 2), (4, 5, 2, 3), (5, 6, 3, 4)]),
+    "words and digits": (
+        "hap py 12 3 45 _the <>",
+        "ha ppy 123 45 _the <>",
+        [(0, 2, 0, 2), (2, 4, 2, 3), (4, 5, 3, 4), (5, 6, 4, 5), (6, 7, 5, 6)],
+    ),
+    "split character": (
+        "hello xF0 x9F x98 x80 _cat <>",
+        "hello xF09F x98 x80 _cat <>",
+        [(0, 1, 0, 1), (1, 3, 1, 2), (3, 4, 2, 3), (4, 5, 3, 4), (5, 6, 4, 5), (6, 7, 5, 6)],
+    ),
+}
+
+
+def pieces_of(text: str) -> list[Piece]:
+    special = {"<>": STOP, "<?>": SPECIAL, "''": b""}
+
+    def piece(word: str) -> Piece:
+        if word in special:
+            return special[word]
+        return bytes.fromhex(word[1:]) if word[0] == "x" and len(word) > 1 else word.replace("_", " ").encode()
+
+    return [piece(word) for word in text.split()]
+
+
+def as_ids(pieces: list[Piece]) -> tuple[TokenTable, np.ndarray]:
+    """A table in which every position has an id of its own, and the ids of `pieces`. Two stop tokens, one special."""
+    content = [piece for piece in pieces if isinstance(piece, bytes)]
+    table = TokenTable.from_bytes([b"<eos>", b"<end>", b"<special>", *content], special_ids=[2], stop_ids=[0, 1])
+    fresh = iter(range(3, 3 + len(content)))
+    ids = [1 if piece == STOP else 2 if piece == SPECIAL else next(fresh) for piece in pieces]
+    return table, np.array(ids, dtype=np.int32)
+
+
+def aligned(teacher: list[Piece], student: list[Piece]) -> Alignment:
+    return align(*as_ids(teacher), *as_ids(student))
+
+
+def segment_list(alignment: Alignment) -> list[tuple[int, int, int, int]]:
+    return [tuple(row) for row in alignment.segments.tolist()]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_worked_examples(name):
+    teacher, student, expected = EXAMPLES[name]
+    alignment = aligned(pieces_of(teacher), pieces_of(student))
+    assert segment_list(alignment) == expected
+    assert alignment.segments.dtype == np.int32
+    assert minimal_units(pieces_of(teacher), pieces_of(student))[0] == expected
+    if name != "student goes on":
+        assert alignment.dropped == {} and alignment.student_labels_dropped == alignment.teacher_labels_dropped == 0
+
+
+def test_what_is_masked_is_counted():
+    alignment = aligned(pieces_of("x <>"), pieces_of("x y <>"))
+    assert alignment.dropped == {"mismatch": 1}
+    assert (alignment.student_labels_dropped, alignment.teacher_labels_dropped) == (2, 1)
+    assert (alignment.common_prefix_bytes, alignment.student_bytes, alignment.stop) == (1, 2, False)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "segments", "dropped", "prefix"),
+    [
+        ("x y <>", "x <>", [(0, 1, 0, 1)], {"mismatch": 0}, 1),
+        # The bytes agree up to offset 2, but a teacher token crosses it: only offset 1 is a common boundary.
+        ("a bc <>", "a b d <>", [(0, 1, 0, 1)], {"mismatch": 2}, 2),
+        ("abc", "abd", [], {"mismatch": 3}, 2),
+        ("q", "a", [], {"mismatch": 1}, 0),
+        ("a b <>", "a <?> b <>", [(0, 1, 0, 1)], {"special": 1}, 1),
+        ("a <?> b <>", "a b <>", [(0, 1, 0, 1)], {"special": 1}, 1),
+        ("a b <>", "a b <?> <>", [(0, 1, 0, 1), (1, 2, 1, 2)], {"special": 0}, 2),
+        ("a <?> b <>", "a <?> b <>", [(0, 1, 0, 1)], {"special": 1}, 1),
+        ("a q <>", "a b <?> <>", [(0, 1, 0, 1)], {"mismatch": 1}, 1),
+        ("a <> b", "a b", [(0, 1, 0, 1)], {"special": 1}, 1),
+        ("a <>", "a", [(0, 1, 0, 1)], {"one_stop": 0}, 1),
+        ("'' <>", "<>", [(1, 2, 0, 1)], {"no_bytes": 0}, 0),
+        ("'' a ''", "'' '' a '' ''", [(0, 3, 0, 5)], {}, 1),
+        ("'' a '' b", "ab ''", [(0, 4, 0, 2)], {}, 2),
+        ("<>", "<>", [(0, 1, 0, 1)], {}, 0),
+        ("", "", [], {}, 0),
+        ("", "a", [], {"mismatch": 1}, 0),
+    ],
+)
+def test_edges(teacher, student, segments, dropped, prefix):
+    alignment = aligned(pieces_of(teacher), pieces_of(student))
+    assert (segment_list(alignment), alignment.dropped) == (segments, dropped)
+    assert alignment.common_prefix_bytes == prefix
+    assert minimal_units(pieces_of(teacher), pieces_of(student)) == (segments, dropped, prefix)
+
+
+def test_errors():
+    table, ids = as_ids(pieces_of("a b"))
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        align(table, ids, table, np.array([99], dtype=np.int32))
+    with pytest.raises(ValueError, match='segmentation "walk" is unknown'):
+        align(table, ids, table, ids, segmentation="walk")
+
+
+@st.composite
+def cut(draw, data: bytes, allow_empty: bool) -> list[Piece]:
+    """A random segmentation of `data`."""
+    minimum = 0 if allow_empty else 1
+    pieces: list[Piece] = []
+    while data:
+        size = draw(st.integers(minimum, min(4, len(data))))
+        pieces.append(data[:size])
+        data = data[size:]
+    return pieces
+
+
+byte_strings = st.lists(st.sampled_from([0x20, 0x61, 0x62, 0xC3, 0xA9, 0x00]), max_size=14).map(bytes)
+
+
+@st.composite
+def pairs(draw, allow_empty: bool = False) -> tuple[list[Piece], list[Piece]]:
+    """Two segmentations of the same bytes, both with or both without a stop token."""
+    data = draw(byte_strings)
+    end = [STOP] if draw(st.booleans()) else []
+    return draw(cut(data, allow_empty)) + end, draw(cut(data, allow_empty)) + end
+
+
+@st.composite
+def damaged_pairs(draw) -> tuple[list[Piece], list[Piece]]:
+    """As `pairs`, with pieces exchanged, removed or inserted on either side, specials and stop tokens included."""
+    sides = draw(pairs(allow_empty=True))
+    for side in sides:
+        for _ in range(draw(st.integers(0, 2))):
+            at = draw(st.integers(0, len(side)))
+            new = draw(st.lists(st.sampled_from([SPECIAL, STOP, b"", b"a", b"\xc3\xa9"]), max_size=1))
+            side[at : at + draw(st.integers(0, 1))] = new
+    return sides
+
+
+@settings(max_examples=600, deadline=None)
+@given(damaged_pairs())
+def test_matches_the_oracle(sides):
+    alignment = aligned(*sides)
+    segments, dropped, prefix = minimal_units(*sides)
+    assert (segment_list(alignment), alignment.dropped) == (segments, dropped)
+    assert alignment.common_prefix_bytes == prefix
+
+
+def spelled(pieces: list[Piece]) -> bytes:
+    return b"".join(piece for piece in pieces if isinstance(piece, bytes))
+
+
+@settings(max_examples=300, deadline=None)
+@given(damaged_pairs())
+def test_segments_spell_equal_bytes_and_tile_what_is_not_dropped(sides):
+    teacher, student = sides
+    alignment = aligned(teacher, student)
+    at_t = at_s = num_bytes = 0
+    for (ts, te, ss, se), end in zip(segment_list(alignment), alignment.byte_ends.tolist(), strict=True):
+        assert spelled(teacher[ts:te]) == spelled(student[ss:se])
+        num_bytes += len(spelled(student[ss:se]))
+        assert num_bytes == end
+        if "no_bytes" not in alignment.dropped:
+            assert (ts, ss) == (at_t, at_s)
+        assert te > ts and se > ss
+        at_t, at_s = te, se
+    covered_t, covered_s = (alignment.segments[:, [1, 3]] - alignment.segments[:, [0, 2]]).sum(axis=0)
+    assert covered_t + alignment.teacher_labels_dropped == len(teacher)
+    assert covered_s + alignment.student_labels_dropped == len(student)
+    assert alignment.student_bytes == num_bytes + sum(alignment.dropped.values())
+    assert bool(alignment.dropped) == bool(alignment.teacher_labels_dropped or alignment.student_labels_dropped)
+
+
+@given(pairs())
+def test_no_interior_offset_is_common(sides):
+    teacher, student = sides
+    for ts, te, ss, se in segment_list(aligned(teacher, student)):
+        interior_t = {len(spelled(teacher[ts:i])) for i in range(ts + 1, te)}
+        interior_s = {len(spelled(student[ss:i])) for i in range(ss + 1, se)}
+        assert not interior_t & interior_s
+
+
+@given(damaged_pairs())
+def test_swapping_the_sides_swaps_the_segments(sides):
+    teacher, student = sides
+    forward, backward = aligned(teacher, student), aligned(student, teacher)
+    np.testing.assert_array_equal(forward.segments, backward.segments[:, [2, 3, 0, 1]])
+    assert set(forward.dropped) == set(backward.dropped)
+
+
+@given(pairs())
+def test_identical_tokens_are_all_one_to_one(sides):
+    pieces, _ = sides
+    alignment = aligned(pieces, pieces)
+    assert segment_list(alignment) == [(i, i + 1, i, i + 1) for i in range(len(pieces))]
+
+
+@given(st.data())
+def test_a_refining_teacher_leaves_one_student_token_a_segment(data):
+    student = data.draw(cut(data.draw(byte_strings), False))
+    teacher = [finer for piece in student for finer in data.draw(cut(piece, False))]
+    assert [(ss, se) for _, _, ss, se in segment_list(aligned(teacher, student))] == [
+        (i, i + 1) for i in range(len(student))
+    ]

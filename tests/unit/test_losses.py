@@ -1,0 +1,463 @@
+"""The interfaces in one process: golden numbers, a dense float64 oracle, identities, edges."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_simct.config import InterfaceConfig
+from megatron_simct.losses import check_labels, interface_loss, teacher_needs
+from megatron_simct.losses.interfaces import LossOutput, _loss_from_logits
+from megatron_simct.losses.shared_head import SharedColumns
+from megatron_simct.records import LabelBatch
+from tests import golden
+from tests.oracles.loss_cases import (
+    CONFIGS,
+    LossCase,
+    evaluate,
+    evaluate_oracle,
+    golden_case,
+    label_batch,
+    padded_shard,
+    placement_of,
+    random_case,
+    shared_head_of,
+)
+
+PAPER = InterfaceConfig()
+
+
+def test_needs():
+    assert teacher_needs(PAPER).hidden_rows == "first"
+    assert teacher_needs(InterfaceConfig(interface="strict")).hidden_rows == "one_to_one"
+    needs = teacher_needs(InterfaceConfig(interface="sft"))
+    assert (needs.teacher, needs.hidden_rows) == (False, "none")
+
+
+@pytest.mark.parametrize("key", list(golden.LOSS), ids=str)
+def test_golden_loss(key):
+    interface, divergence, temperature = key
+    config = InterfaceConfig(interface=interface, divergence=divergence, temperature=temperature)
+    result = evaluate(golden_case(), config)
+    assert float(result.output.sum) / 4 == pytest.approx(golden.LOSS[key], abs=5e-7)
+    assert int(result.output.num_labels) == 4 and result.output.num_labels.dtype == torch.int64
+
+
+def test_golden_rows_and_statistics():
+    result = evaluate(golden_case(), PAPER)
+    rows = [result.metric(f"loss_{kind}_sum") for kind in ("unit", "shared", "stop")]
+    assert rows == pytest.approx(golden.PAPER_ROWS, abs=5e-7)
+    own_s = sum(golden.STUDENT_LOGITS[p, label] for p, label in enumerate(golden.STUDENT_LABELS))
+    own_t = sum(golden.TEACHER_LOGITS[p, label] for p, label in enumerate(golden.TEACHER_LABELS))
+    assert result.metric("student_nll_sum") == pytest.approx(sum(golden.STUDENT_LSE) - own_s, abs=2e-6)
+    assert result.metric("teacher_nll_sum") == pytest.approx(sum(golden.TEACHER_LSE) - own_t, abs=2e-6)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("softcap", [False, True], ids=["plain", "softcap"])
+def test_loss_and_gradient_equal_the_oracle(config, softcap):
+    for seed in range(6):
+        case = random_case(seed, softcap=softcap)
+        result = evaluate(case, config)
+        expected, hidden_gradient, weight_gradient = evaluate_oracle(case, config)
+        assert float(result.output.sum) == pytest.approx(float(expected.sum.detach()), rel=1e-10, abs=1e-10)
+        torch.testing.assert_close(result.hidden_gradient, hidden_gradient, rtol=1e-10, atol=1e-10)
+        real = result.weight_gradient[: len(weight_gradient)]
+        torch.testing.assert_close(real, weight_gradient, rtol=1e-10, atol=1e-10)
+        assert not result.weight_gradient[len(weight_gradient) :].any(), "padded rows were scored"
+
+
+@pytest.mark.parametrize("scale", [0.7, 1.5, 3.0])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_float32_is_close_to_the_oracle(config, scale):
+    """At scale 3 logits reach +-100, so float32 rounds the logits themselves by up to 1e-5, and the models hardly
+    overlap: careless differences lose the whole gradient of js there."""
+    limit = 1e-5 if scale < 3 else 4e-5
+    for seed in range(3):
+        case = random_case(seed, scale=scale).to(torch.float32)
+        result = evaluate(case, config)
+        expected, hidden_gradient, weight_gradient = evaluate_oracle(case, config)
+        assert result.output.sum.dtype == torch.float32
+        assert float(result.output.sum) == pytest.approx(float(expected.sum.detach()), rel=1e-5)
+        for found, wanted in ((result.hidden_gradient, hidden_gradient), (result.weight_gradient, weight_gradient)):
+            error = (found[: len(wanted)].double() - wanted).norm() / wanted.norm()
+            assert error < limit
+
+
+def test_bfloat16_runs_with_float32_statistics():
+    case = random_case(1).to(torch.bfloat16)
+    result = evaluate(case, PAPER)
+    assert result.output.sum.dtype == torch.float32
+    assert result.hidden_gradient.dtype == result.weight_gradient.dtype == torch.bfloat16
+    expected = evaluate_oracle(case, PAPER)[0]
+    assert float(result.output.sum) == pytest.approx(float(expected.sum.detach()), rel=0.05)
+
+
+def test_metrics_equal_the_oracle():
+    kinds = ("unit", "shared", "stop")
+    for seed in range(4):
+        case = random_case(seed)
+        for interface in ("paper", "strict", "sft"):
+            config = InterfaceConfig(interface=interface)
+            result, (expected, _, _) = evaluate(case, config), evaluate_oracle(case, config)
+            used = {"paper": {0, 1, 2}, "strict": {0, 2}, "sft": set()}[interface]
+            counts = [sum(kind == k and kind in used for kind in case.kinds) for k in (1, 0, 2)]
+            assert [result.metric(f"rows_{kind}") for kind in kinds] == counts
+            assert result.metric("rows_dropped") == (case.kinds.count(1) if interface == "strict" else 0)
+            rows = sum(result.metric(f"loss_{kind}_sum") for kind in kinds)
+            assert rows == pytest.approx(sum(float(row.detach()) for row in expected.rows))
+            assert result.metric("student_mass_outside_u_sum") == pytest.approx(expected.mass_outside[0])
+            assert result.metric("teacher_mass_outside_u_sum") == pytest.approx(expected.mass_outside[1])
+            assert result.metric("student_nll_sum") == pytest.approx(expected.nll[0])
+            assert result.metric("teacher_nll_sum") == pytest.approx(expected.nll[1])
+            assert result.metric("num_student_labels") == len(case.student_labels) == int(result.output.num_labels)
+            assert result.metric("num_teacher_labels") == len(case.teacher_labels)
+            assert all(v.dtype == torch.float64 and not v.requires_grad for v in result.output.metrics.values())
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_finite_differences(config):
+    case = random_case(3, num_segments=5, softcap=True)
+    gradient = evaluate(case, config).hidden_gradient
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        direction = torch.tensor(rng.normal(size=case.student_hidden.shape))
+        ahead, behind = (
+            float(evaluate(replace(case, student_hidden=case.student_hidden + step * direction), config).output.sum)
+            for step in (1e-5, -1e-5)
+        )
+        assert (ahead - behind) / 2e-5 == pytest.approx(float((gradient * direction).sum()), rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_gradient_rows_of_the_logits_sum_to_zero(config):
+    """With an identity head the gradient of the hidden states is that of the logits."""
+    dense = random_case(5)
+    logits = dense.student_hidden @ dense.student_weight.T
+    case = replace(dense, student_hidden=logits, student_weight=torch.eye(logits.shape[1], dtype=torch.float64))
+    gradient = evaluate(case, config).hidden_gradient
+    assert gradient.abs().max() > 1e-2
+    torch.testing.assert_close(gradient.sum(1), torch.zeros(len(gradient), dtype=torch.float64), atol=1e-13, rtol=0)
+
+
+def same_tokenizer_case(seed: int, *, same_model: bool) -> LossCase:
+    """Every id is shared with itself and every segment is one token on both sides."""
+    base = random_case(seed, vocab_size=17, num_stops=1)
+    labels = base.student_labels
+    n = len(labels)
+    rng = np.random.default_rng(seed)
+    return replace(
+        base,
+        teacher_hidden=base.student_hidden if same_model else torch.tensor(rng.normal(size=(n, 6))),
+        teacher_weight=base.student_weight if same_model else torch.tensor(rng.normal(size=(17, 6))),
+        teacher_labels=labels,
+        segments=[(i, i + 1, i, i + 1) for i in range(n)],
+        kinds=[0] * n,
+        replaced=[-1] * n,
+        shared={i: [i] for i in range(17)},
+    )
+
+
+@pytest.mark.parametrize("config", CONFIGS[:-1], ids=str)
+def test_teacher_equal_to_student_gives_zero(config):
+    result = evaluate(same_tokenizer_case(2, same_model=True), config)
+    assert abs(float(result.output.sum)) < 1e-12
+    assert result.hidden_gradient.abs().max() < 1e-12
+    assert result.metric("rows_shared") > 0
+
+
+@pytest.mark.parametrize("interface", ["paper", "strict"])
+def test_same_tokenizer_gives_full_vocabulary_kl(interface):
+    case = same_tokenizer_case(4, same_model=False)
+    log_p = (case.student_hidden @ case.student_weight.T).log_softmax(1)
+    log_q = (case.teacher_hidden @ case.teacher_weight.T).log_softmax(1)
+    result = evaluate(case, InterfaceConfig(interface=interface))
+    assert float(result.output.sum) == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum()), rel=1e-12)
+    assert result.metric("student_mass_outside_u_sum") == pytest.approx(0, abs=1e-12)
+
+
+def test_order_of_the_shared_vocabulary_does_not_matter():
+    case = random_case(7)
+    weight, start = padded_shard(case.student_weight, 0, 1)
+    placement = placement_of(case, start, len(weight))
+    order = np.random.default_rng(1).permutation(len(placement.columns))
+    pieces = [placement.teacher_rows[slice(*placement.row_offsets[i : i + 2])][::-1] for i in order]
+    shuffled = replace(
+        placement,
+        columns=placement.columns[order],
+        row_offsets=np.cumsum([0] + [len(piece) for piece in pieces]),
+        teacher_rows=np.concatenate(pieces),
+    )
+    for config in CONFIGS[:-1]:
+        a, b = evaluate(case, config), evaluate(case, config, placement=shuffled)
+        assert float(a.output.sum) == pytest.approx(float(b.output.sum), rel=1e-12)
+        torch.testing.assert_close(a.hidden_gradient, b.hidden_gradient, rtol=1e-11, atol=1e-12)
+
+
+def test_a_unit_replaces_the_shared_token_of_the_same_bytes():
+    """The teacher's word on the replaced token is not heard, its word on any other is."""
+    case = random_case(0, num_segments=1)
+    token, other = list(case.shared)[1:3]
+    eye = torch.eye(len(case.teacher_weight), dtype=torch.float64)
+    logits = case.teacher_hidden @ case.teacher_weight.T
+    dense = replace(case, teacher_hidden=logits, teacher_weight=eye, replaced=[token])
+    placement = placement_of(case, 0, len(case.student_weight))
+    labels = label_batch(dense)
+
+    def loss_with(changed: int | None) -> float:
+        hidden = labels.teacher_hidden.clone()
+        if changed is not None:
+            hidden[0, case.shared[changed][0]] += 3
+        output = interface_loss(
+            case.student_hidden,
+            case.student_weight,
+            replace(labels, teacher_hidden=hidden),
+            shared_head=shared_head_of(dense, placement, None),
+            placement=placement,
+            config=PAPER,
+        )
+        return float(output.sum)
+
+    assert loss_with(token) == loss_with(None)
+    assert abs(loss_with(other) - loss_with(None)) > 1e-6
+
+
+@pytest.mark.parametrize("config", CONFIGS[:5], ids=str)
+def test_a_row_with_the_unit_alone_is_zero(config):
+    """The unit spells the only shared token: one candidate, probability 1 for both models."""
+    case = random_case(0, num_segments=1)
+    stop = next(iter(case.shared))
+    result = evaluate(replace(case, shared={stop: case.shared[stop]}, replaced=[stop]), config)
+    assert result.metric("rows_unit") == 1
+    assert abs(float(result.output.sum)) < 1e-12
+    torch.testing.assert_close(result.hidden_gradient, torch.zeros_like(result.hidden_gradient), rtol=0, atol=1e-12)
+
+
+def test_sums_add_over_micro_batches():
+    """Two samples in one micro-batch and in two: same sum, gradients and metrics."""
+    a = random_case(1)
+    b = replace(random_case(2), student_weight=a.student_weight, teacher_weight=a.teacher_weight, shared=a.shared)
+    n, m = len(a.student_labels), len(a.teacher_labels)
+    both = replace(
+        a,
+        student_hidden=torch.cat([a.student_hidden, b.student_hidden]),
+        teacher_hidden=torch.cat([a.teacher_hidden, b.teacher_hidden]),
+        student_labels=a.student_labels + b.student_labels,
+        teacher_labels=a.teacher_labels + b.teacher_labels,
+        segments=a.segments + [(ts + m, te + m, ss + n, se + n) for ts, te, ss, se in b.segments],
+        kinds=a.kinds + b.kinds,
+        replaced=a.replaced + b.replaced,
+    )
+    for config in CONFIGS:
+        one, first, second = (evaluate(case, config) for case in (both, a, b))
+        assert float(one.output.sum) == pytest.approx(float(first.output.sum + second.output.sum), rel=1e-12)
+        torch.testing.assert_close(one.hidden_gradient, torch.cat([first.hidden_gradient, second.hidden_gradient]))
+        torch.testing.assert_close(one.weight_gradient, first.weight_gradient + second.weight_gradient)
+        for name in one.output.metrics:
+            assert one.metric(name) == pytest.approx(first.metric(name) + second.metric(name)), name
+
+
+def test_scale_of_the_caller_reaches_the_gradient():
+    case = random_case(0)
+    weight, _ = padded_shard(case.student_weight, 0, 1)
+    placement = placement_of(case, 0, len(weight))
+    hidden = case.student_hidden.clone().requires_grad_()
+    head = shared_head_of(case, placement, None)
+    output = interface_loss(hidden, weight, label_batch(case), shared_head=head, placement=placement, config=PAPER)
+    (3 * output.sum).backward()
+    torch.testing.assert_close(hidden.grad, 3 * evaluate(case, PAPER).hidden_gradient)
+    with torch.no_grad():
+        silent = interface_loss(hidden, weight, label_batch(case), shared_head=head, placement=placement, config=PAPER)
+    assert not silent.sum.requires_grad and float(silent.sum) == float(output.sum.detach())
+
+
+def empty_case(*, keep_labels: bool) -> LossCase:
+    case = random_case(0)
+    if keep_labels:
+        return replace(case, segments=[], kinds=[], replaced=[])
+    return replace(
+        case,
+        student_hidden=case.student_hidden[:0],
+        teacher_hidden=case.teacher_hidden[:0],
+        student_labels=[],
+        teacher_labels=[],
+        segments=[],
+        kinds=[],
+        replaced=[],
+    )
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_empty_micro_batches(config):
+    for keep_labels in (False, True):
+        case = empty_case(keep_labels=keep_labels)
+        result = evaluate(case, config)
+        assert int(result.output.num_labels) == len(case.student_labels)
+        assert result.hidden_gradient.shape == case.student_hidden.shape
+        if config.interface != "sft" or not keep_labels:
+            assert float(result.output.sum) == 0
+            assert not result.hidden_gradient.any() and not result.weight_gradient.any()
+
+
+def test_strict_with_units_only():
+    case = random_case(0, num_segments=1)
+    result = evaluate(case, InterfaceConfig(interface="strict"))
+    assert label_batch(case, "strict").teacher_hidden is None
+    assert float(result.output.sum) == 0 and not result.hidden_gradient.any()
+    assert result.metric("rows_dropped") == 1
+
+
+@pytest.mark.parametrize("interface", ["paper", "strict", "sft"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_states_make_the_sum_non_finite(interface, bad):
+    """Whatever the row: also one that the interface does not use."""
+    case = random_case(0)
+    for row in range(len(case.student_labels)):
+        hidden = case.student_hidden.clone()
+        hidden[row, 0] = bad
+        result = evaluate(replace(case, student_hidden=hidden), InterfaceConfig(interface=interface))
+        assert not torch.isfinite(result.output.sum)
+    if interface != "sft":
+        for a, segment in enumerate(case.segments):
+            hidden = case.teacher_hidden.clone()
+            hidden[segment[0], 0] = bad
+            result = evaluate(replace(case, teacher_hidden=hidden), InterfaceConfig(interface=interface))
+            assert not torch.isfinite(result.output.sum), f"segment {a}"
+
+
+def test_no_gradient_is_formed_under_no_grad(monkeypatch):
+    case = random_case(0)
+    logits = (case.student_hidden @ case.student_weight.T).requires_grad_()
+    teacher = case.teacher_hidden @ case.teacher_weight.T
+    expected = float(loss_of_logits(case, logits, teacher, PAPER).sum.detach())
+    monkeypatch.setattr("megatron_simct.losses.interfaces._logit_gradient", None)
+    with torch.no_grad():
+        assert float(loss_of_logits(case, logits, teacher, PAPER).sum) == expected
+    with pytest.raises(TypeError):
+        loss_of_logits(case, logits, teacher, PAPER)
+
+
+IMPOSSIBLE = -float("inf")
+FLOOR = -1e4
+"""A logit of probability 0 that the oracle can multiply."""
+
+
+def loss_of_logits(case: LossCase, student: torch.Tensor, teacher: torch.Tensor, config: InterfaceConfig) -> LossOutput:
+    """The level below the heads: an identity head would turn an infinite logit into nan."""
+    finite = replace(
+        case, teacher_hidden=teacher.clamp(min=FLOOR), teacher_weight=torch.eye(teacher.shape[1], dtype=torch.float64)
+    )
+    labels = label_batch(finite, config.interface)
+    placement = placement_of(case, 0, student.shape[1])
+    rows = labels.teacher_hidden[:, torch.from_numpy(placement.teacher_rows)]
+    return _loss_from_logits(
+        student,
+        rows.masked_fill(rows == FLOOR, IMPOSSIBLE),
+        labels,
+        columns=SharedColumns.from_placement(placement),
+        placement=placement,
+        config=config,
+        group=None,
+        student_logit_softcap=None,
+    )
+
+
+@pytest.mark.parametrize("config", CONFIGS[:-1], ids=str)
+def test_impossible_columns(config):
+    """A shared token that is impossible for both models adds nothing; for one model, only what the divergence says."""
+    case = random_case(9, vocab_size=40)
+    token, teacher_token = next(
+        (i, ids[0])
+        for i, ids in list(case.shared.items())[1:]
+        if i not in case.student_labels and ids[0] not in case.teacher_labels
+    )
+    student = case.student_hidden @ case.student_weight.T
+    teacher = case.teacher_hidden @ case.teacher_weight.T
+    student_without, teacher_without = student.clone(), teacher.clone()
+    student_without[:, token] = IMPOSSIBLE
+    teacher_without[:, teacher_token] = IMPOSSIBLE
+
+    logits = student_without.clone().requires_grad_()
+    output = loss_of_logits(case, logits, teacher_without, config)
+    output.sum.backward()
+    dense = replace(
+        case,
+        student_hidden=student_without.clamp(min=FLOOR),
+        student_weight=torch.eye(student.shape[1], dtype=torch.float64),
+        teacher_hidden=teacher_without.clamp(min=FLOOR),
+        teacher_weight=torch.eye(teacher.shape[1], dtype=torch.float64),
+        shared={i: ids for i, ids in case.shared.items() if i != token},
+    )
+    expected, gradient, _ = evaluate_oracle(dense, config)
+    assert float(output.sum.detach()) == pytest.approx(float(expected.sum.detach()), rel=1e-10)
+    torch.testing.assert_close(logits.grad, gradient, rtol=1e-10, atol=1e-10)
+
+    student_only = loss_of_logits(case, student_without, teacher, config).sum
+    teacher_only = loss_of_logits(case, student, teacher_without, config).sum
+    assert bool(torch.isinf(student_only)) == (config.divergence == "forward_kl")
+    assert bool(torch.isinf(teacher_only)) == (config.divergence == "reverse_kl")
+    assert not student_only.isnan() and not teacher_only.isnan()
+
+
+def test_invalid_labels_are_refused_with_their_numbers():
+    case = random_case(0)
+    labels = label_batch(case)
+    placement = placement_of(case, 0, len(case.student_weight))
+    n, m, r = len(labels.student_labels), len(labels.teacher_lse), len(labels.teacher_hidden)
+    for config in CONFIGS:
+        check_labels(labels, placement=placement, config=config)
+    check_labels(label_batch(case, "strict"), placement=placement, config=InterfaceConfig(interface="strict"))
+
+    def edited(name: str, index: tuple, value: int) -> LabelBatch:
+        tensor = getattr(labels, name).clone()
+        tensor[index] = value
+        return replace(labels, **{name: tensor})
+
+    last = len(case.segments) - 1
+    shared = case.kinds.index(0)
+    cases = [
+        (edited("student_labels", (0,), 23), "23"),
+        (edited("student_labels", (0,), -1), "-1"),
+        (edited("segments", (last, 3), n + 1), str(n + 1)),
+        (edited("segments", (last, 1), m + 2), str(m + 2)),
+        (edited("segments", (1, 2), 0), "start at or after"),
+        (edited("segments", (0, 1), int(labels.segments[0, 0])), "non-empty"),
+        (edited("kinds", (0,), 3), "3"),
+        (edited("kinds", (0,), 0), "is SHARED but has"),
+        (edited("replaced_columns", (0,), 23), "23"),
+        (edited("teacher_hidden_index", (shared,), -1), "-1"),
+        (edited("teacher_hidden_index", (shared,), r), rf"\[0, {r}\)"),
+        (replace(labels, kinds=labels.kinds[1:]), "kinds"),
+        (replace(labels, teacher_lse=labels.teacher_lse[1:]), str(m - 1)),
+        (replace(labels, teacher_hidden=None), "needs a teacher hidden state"),
+        (label_batch(case, "strict"), "needs a teacher hidden state"),
+    ]
+    assert case.kinds[0] == 1 and tuple(np.diff(case.segments[0])[[0, 2]]) != (1, 1)
+    for invalid, message in cases:
+        with pytest.raises(ValueError, match=message):
+            check_labels(invalid, placement=placement, config=PAPER)
+
+
+def test_invalid_options_are_refused():
+    case = random_case(0)
+    for config, message in (
+        (InterfaceConfig(temperature=0.0), "--simct-temperature must be positive, got 0.0"),
+        (InterfaceConfig(divergence="js", js_beta=1.0), "--simct-js-beta"),
+        (InterfaceConfig(interface="papr"), "papr"),
+        (InterfaceConfig(divergence="kl"), "kl"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(case, config)
+    weight, _ = padded_shard(case.student_weight, 0, 1)
+    with pytest.raises(ValueError, match="shared_head"):
+        interface_loss(
+            case.student_hidden,
+            weight,
+            label_batch(case),
+            shared_head=None,
+            placement=placement_of(case, 0, len(weight)),
+            config=PAPER,
+        )
