@@ -100,7 +100,7 @@ class AlignedPair:
     kinds: np.ndarray
     """int8 [A] of SegmentKind."""
     replaced_columns: np.ndarray
-    """int32 [A]: the student id of the shared token whose bytes a UNIT spells (its score replaces that column), or -1."""
+    """int32 [A]: student id of the shared token whose bytes a UNIT spells (its score replaces that column), or -1."""
     teacher_rows: np.ndarray
     """int32 [R], sorted label positions p whose predicting hidden state the teacher returns."""
     needs: TeacherNeeds

@@ -3,6 +3,16 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402
 
 import tests.distributed  # noqa: E402,F401  (imports torch and megatron-core once, patched for CPU)
+from tests.tiny import build_files  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Folder with the files of a complete tiny job."""
+    folder = tmp_path_factory.mktemp("tiny")
+    build_files(folder)
+    return folder

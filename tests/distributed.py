@@ -6,9 +6,11 @@ costs 6-15 s. The workers use one thread each: a thread pool does not survive a 
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import time
 import traceback
@@ -40,7 +42,6 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
             worker = context.Process(
                 target=_work,
                 args=(rank, world_size, os.path.join(folder, "store"), sender, function, args),
-                daemon=True,
             )
             worker.start()
             sender.close()
@@ -50,13 +51,15 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
             return _collect(pipes, deadline=time.monotonic() + timeout_s)
         finally:
             for worker in workers:
-                worker.kill()
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(worker.pid, signal.SIGKILL)  # with what it has started itself
                 worker.join()
 
 
 def _work(
     rank: int, world_size: int, store: str, sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
+    os.setpgid(0, 0)
     torch.set_num_threads(1)
     try:
         # Code under test that reads a torchrun environment finds this world.

@@ -159,12 +159,14 @@ def interface_loss(
     with zero gradients. No host synchronization.
 
     A non-finite logit, of either model, makes the sum non-finite: the step is refused, no row is dropped silently.
-    Raises ValueError for options without a meaning and for a missing shared head.
+    Raises ValueError for options without a meaning and for a missing shared head or teacher hidden states.
     """
     check_config(config)
     needs_teacher = teacher_needs(config).teacher
     if needs_teacher and shared_head is None:
         raise ValueError(f"interface {config.interface} compares with a teacher: it needs shared_head")
+    if config.interface == "paper" and len(labels.segments) and labels.teacher_hidden is None:
+        raise ValueError(f"interface paper scores all {len(labels.segments)} segments: it needs teacher_hidden")
     student_logits = linear(copy_to_group(student_hidden, group), output_weight)
     teacher_logits = None
     if needs_teacher and labels.teacher_hidden is not None:

@@ -59,8 +59,9 @@ def build_model(
 ) -> HiddenStateModel:
     """This rank's part of the model, with random weights drawn from the seeded generators.
 
-    vocab_size: the tokenizer's ids; the embedding holds at least these, padded. On CPU every rank draws the whole
-    matrix and keeps its slice, so the weights do not depend on the layout. `flag` names the checkpoint in errors.
+    vocab_size: the tokenizer's ids; the embedding holds at least these, padded. Random weights depend on the
+    tensor-parallel size (the halves of a gated MLP are drawn in another order); loaded ones do not. `flag` names the
+    checkpoint in errors.
     """
     _check_divides(architecture, parallel.tensor_model_parallel_size, flag=flag)
     if vocab_size > architecture.vocab_size:

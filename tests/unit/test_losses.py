@@ -452,12 +452,12 @@ def test_invalid_options_are_refused():
         with pytest.raises(ValueError, match=message):
             evaluate(case, config)
     weight, _ = padded_shard(case.student_weight, 0, 1)
-    with pytest.raises(ValueError, match="shared_head"):
-        interface_loss(
-            case.student_hidden,
-            weight,
-            label_batch(case),
-            shared_head=None,
-            placement=placement_of(case, 0, len(weight)),
-            config=PAPER,
-        )
+    placement = placement_of(case, 0, len(weight))
+    head, labels = shared_head_of(case, placement, None), label_batch(case)
+    for given_head, given_labels, message in (
+        (None, labels, "shared_head"),
+        (head, replace(labels, teacher_hidden=None), "all 9 segments: it needs teacher_hidden"),
+    ):
+        options = {"shared_head": given_head, "placement": placement, "config": PAPER}
+        with pytest.raises(ValueError, match=message):
+            interface_loss(case.student_hidden, weight, given_labels, **options)

@@ -1,0 +1,164 @@
+"""The whole step, with real megatron-core on gloo, agrees between parallel layouts from the same rollouts."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_simct.parallel.initialize import process_groups
+from megatron_simct.alignment import load_tokenizer
+from megatron_simct.train import build_job, load_model, train
+from megatron_simct.update.checkpoint import save_weights
+from tests.distributed import run_ranks
+from tests.tiny import config
+
+LAYOUTS = {"tp2": (2, 2), "dp2": (2, 1), "tp2 x dp2": (4, 2)}
+
+
+def _run(rank, world_size, folder, *flags):
+    """Loss sum, label count and gradient norm of each step, and the rollout gap, as this rank saw them."""
+    resolved = config(folder, *flags)
+    reports = []
+    with process_groups(resolved.parallel, seed=resolved.training.seed) as groups:
+        job = build_job(resolved, groups)
+        step = job.updater.step
+
+        def recording_step(batches):
+            reports.append(step(batches))
+            return reports[-1]
+
+        job.updater.step = recording_step
+        train(job)
+        parameters = job.updater._ddp.module.state_dict_for_save_checkpoint()
+        norm_weight = parameters["decoder.final_layernorm.weight"].clone()
+    return [(r.sums, r.grad_norm, r.learning_rate) for r in reports], norm_weight
+
+
+def _save_random_weights(rank, world_size, folder):
+    """Checkpoints that every layout starts from: random draws of a gated MLP differ between layouts."""
+    resolved = config(folder)
+    with process_groups(resolved.parallel, seed=5) as groups:
+        for side, options, prefix in (("student", resolved.model, ""), ("teacher", resolved.teacher, "teacher-")):
+            tokenizer = load_tokenizer(options.tokenizer_model)
+            model = load_model(resolved, options, groups, tokenizer, prefix=prefix)
+            save_weights(model, str(folder / f"{side}_weights"), 1)
+
+
+@pytest.fixture(scope="module")
+def start(tiny):
+    """Flags that start both models from the same weights in every layout."""
+    run_ranks(1, _save_random_weights, tiny)
+    return (
+        *("--pretrained-checkpoint", str(tiny / "student_weights")),
+        *("--teacher-pretrained-checkpoint", str(tiny / "teacher_weights")),
+    )
+
+
+@pytest.fixture(scope="module")
+def recorded(tiny, start, tmp_path_factory):
+    """One process samples, trains, and leaves its rollouts."""
+    rollouts = tmp_path_factory.mktemp("rollouts")
+    return rollouts, {
+        interface: run_ranks(
+            1,
+            _run,
+            tiny,
+            *start,
+            "--simct-interface",
+            interface,
+            "--save-debug-rollout-data",
+            str(rollouts / interface),
+        )[0]
+        for interface in ("paper", "strict", "sft")
+    }
+
+
+@pytest.mark.parametrize("interface", ["paper", "strict", "sft"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_agree(tiny, start, recorded, layout, interface):
+    folder, expected = recorded
+    world_size, tp = LAYOUTS[layout]
+    results = run_ranks(
+        world_size,
+        _run,
+        tiny,
+        *start,
+        *("--simct-interface", interface, "--tensor-model-parallel-size", str(tp)),
+        *("--load-debug-rollout-data", str(folder / interface)),
+    )
+    reference_steps, reference_weight = expected[interface]
+    assert len(reference_steps) == 2
+    for steps, weight in results:
+        for (sums, grad_norm, lr), (wanted, wanted_norm, wanted_lr) in zip(steps, reference_steps, strict=True):
+            assert sums.keys() == wanted.keys()
+            assert wanted["loss"] > 0.1 and wanted_norm > 0.01
+            for name, value in wanted.items():
+                assert math.isclose(sums[name], value, rel_tol=1e-5, abs_tol=1e-4), name
+            assert math.isclose(grad_norm, wanted_norm, rel_tol=1e-5)
+            assert lr == wanted_lr
+        torch.testing.assert_close(weight, reference_weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("micro_batch_size", ["1", "8"])
+def test_micro_batch_size_changes_nothing(tiny, start, recorded, micro_batch_size):
+    folder, expected = recorded
+    ((steps, weight),) = run_ranks(
+        1,
+        _run,
+        tiny,
+        *start,
+        "--micro-batch-size",
+        micro_batch_size,
+        "--load-debug-rollout-data",
+        str(folder / "paper"),
+    )
+    for (sums, grad_norm, _), (wanted, wanted_norm, _) in zip(steps, expected["paper"][0], strict=True):
+        assert math.isclose(sums["loss"], wanted["loss"], rel_tol=1e-5)
+        assert math.isclose(grad_norm, wanted_norm, rel_tol=1e-5)
+    torch.testing.assert_close(weight, expected["paper"][1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["tp2", "dp2"])
+def test_sampling_does_not_depend_on_the_layout(tiny, start, recorded, tmp_path, layout):
+    """The rollouts of step 0 are the same tokens: draws depend on seed and sample id, weights on the seed."""
+    from megatron_simct.rollout.engine import ReplayEngine
+
+    world_size, tp = LAYOUTS[layout]
+    run_ranks(
+        world_size,
+        _run,
+        tiny,
+        *start,
+        *("--tensor-model-parallel-size", str(tp), "--train-iters", "1", "--save-debug-rollout-data", str(tmp_path)),
+    )
+    ours, theirs = ({r.sample_id: r for r in _read(ReplayEngine, p)} for p in (tmp_path, recorded[0] / "paper"))
+    assert ours.keys() == theirs.keys() and len(ours) == 8
+    for sample_id, rollout in theirs.items():
+        assert ours[sample_id].student_ids.tolist() == rollout.student_ids.tolist()
+        torch.testing.assert_close(
+            torch.from_numpy(ours[sample_id].logprobs), torch.from_numpy(rollout.logprobs), rtol=0, atol=1e-4
+        )
+
+
+def _read(engine_class, folder):
+    from megatron_simct.records import Prompt
+
+    engine = engine_class(None, save_dir=None, load_dir=str(folder), dp_rank=0, writes=False)
+    empty = torch.zeros(0).numpy()
+    return engine.generate([Prompt(sample_id=i, student_ids=empty, teacher_ids=empty) for i in range(8)], None)
+
+
+def test_sampled_log_probs_are_the_trainer_s(recorded):
+    """Every sampled label scores the same in training: the sum of both sides agrees to 1e-4 a label."""
+    import json
+
+    folder, expected = recorded
+    for step, (sums, _, _) in enumerate(expected["paper"][0]):
+        rows = [
+            row for file in (folder / "paper").glob(f"rollout_{step}.*.json") for row in json.loads(file.read_text())
+        ]
+        sampled = -sum(sum(row["logprobs"]) for row in rows)
+        assert sums["num_labels"] == sum(len(row["student_ids"]) for row in rows) > 40
+        assert abs(sums["student_nll_sum"] - sampled) < 1e-4 * sums["num_labels"]
