@@ -15,12 +15,14 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
 from megatron_simct.config import Config
 from megatron_simct.megatron_flags import MEGATRON_FLAGS
+
+_NOT_IMPLEMENTED = "that this package does not implement"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +82,15 @@ def _unfold(annotation: Any) -> tuple[type, bool, bool, tuple[str, ...] | None]:
     return annotation, False, False, None
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as for every other error: argparse would print the usage above it."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Flags in the groups of `Config`. Values that were not given are absent, so that a file can supply them."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m megatron_simct.train",
         usage="%(prog)s --hf-checkpoint DIR --tokenizer-model FILE --prompt-data FILE [flags below]",
         description="Distil a teacher into a student with another tokenizer, on policy, on Megatron-Core. "
@@ -148,7 +156,9 @@ def to_yaml(config: Config) -> str:
             group = option.group
         value = getattr(getattr(config, option.group), option.field)
         value = list(value) if option.many else value
-        text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"))
+        # In double quotes line breaks are escaped, so that a value is one line.
+        style = '"' if isinstance(value, str) and not value.isprintable() else None
+        text = yaml.safe_dump(value, default_flow_style=True, default_style=style, width=float("inf"))
         lines.append(f"{option.key}: {text.splitlines()[0]}")
     return "\n".join(lines) + "\n"
 
@@ -169,7 +179,9 @@ def _convert(option: Option, value: Any) -> Any:
             raise ValueError(f"{option.key}: needs a value of type {option.kind.__name__}")
         return None
     if option.many:
-        return tuple(_convert(dataclasses.replace(option, many=False), v) for v in value)
+        if not isinstance(value, list):
+            raise ValueError(f"{option.flag} ({option.key}): {value!r} is not a list; write [{value}]")
+        return tuple(_convert(dataclasses.replace(option, many=False, optional=False), v) for v in value)
     wrong = ValueError(f"{option.flag} ({option.key}): {value!r} is not a value of type {option.kind.__name__}")
     if option.kind is bool or isinstance(value, bool):
         if not (option.kind is bool and isinstance(value, bool)):
@@ -190,15 +202,20 @@ def _convert(option: Option, value: Any) -> Any:
 
 def _read_file(path: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ValueError(f"--config-file {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"--config-file {path}{line}: not YAML: {error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config-file {path}: not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict):
         raise ValueError(f"--config-file {path}: expected `key: value` lines")
     keys = [option.key for option in options()]
     for key in values:
+        if f"--{key}".replace("_", "-") in MEGATRON_FLAGS:
+            raise ValueError(f"--config-file {path}: {key!r} is an option of Megatron-LM {_NOT_IMPLEMENTED}")
         if key not in keys:
             raise ValueError(f"--config-file {path}: unknown key {key!r}{_nearest(str(key), keys)}")
     return values
@@ -209,7 +226,7 @@ def _unknown_flag(argument: str) -> str:
     if not flag.startswith("-"):
         return f"unexpected argument {argument!r}"
     if flag in MEGATRON_FLAGS:
-        return f"{flag} is a flag of Megatron-LM that this package does not implement"
+        return f"{flag} is a flag of Megatron-LM {_NOT_IMPLEMENTED}"
     return f"unknown flag {flag}{_nearest(flag, [option.flag for option in options()])}"
 
 

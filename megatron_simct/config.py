@@ -6,6 +6,7 @@ or slime have keep their name and meaning; ours carry the prefix `simct`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -112,9 +113,9 @@ class TrainingConfig:
     lr_decay_style: Literal["constant", "linear", "cosine"] = option("cosine", "shape of the decay over --train-iters")
     lr_warmup_fraction: float = option(0.05, "share of --train-iters over which the rate rises from 0")
     weight_decay: float = option(0.0, "decoupled weight decay")
-    adam_beta1: float = option(0.9, "")
-    adam_beta2: float = option(0.98, "")
-    adam_eps: float = option(1e-8, "")
+    adam_beta1: float = option(0.9, "decay of Adam's mean of gradients")
+    adam_beta2: float = option(0.98, "decay of Adam's mean of squared gradients")
+    adam_eps: float = option(1e-8, "added to the root of Adam's mean of squared gradients")
     clip_grad: float = option(1.0, "clip the gradient to this global norm; 0: never")
 
 
@@ -162,7 +163,8 @@ class Config:
         return self.rollout.rollout_batch_size * self.rollout.n_samples_per_prompt
 
     def check(self, *, data_parallel_size: int) -> None:
-        """ValueError, with the numbers and the flag, where options contradict each other."""
+        """ValueError, with the numbers and the flag, where options have no meaning or contradict each other."""
+        self._check_ranges()
         size = self.global_batch_size
         wanted = self.training.global_batch_size
         if wanted is not None and wanted != size:
@@ -173,10 +175,13 @@ class Config:
             )
         step = self.training.micro_batch_size * data_parallel_size
         if size % step:
+            unit = step // math.gcd(step, self.rollout.n_samples_per_prompt)
+            below = self.rollout.rollout_batch_size // unit * unit
+            fitting = f"{below} or {below + unit}" if below else f"{unit}"
             raise ValueError(
                 f"global batch size ({size}) must be a multiple of --micro-batch-size "
-                f"({self.training.micro_batch_size}) x data-parallel size ({data_parallel_size}) = {step}; use a --rollout-batch-size of "
-                f"{step * max(1, size // step)} or {step * (size // step + 1)}"
+                f"({self.training.micro_batch_size}) x data-parallel size ({data_parallel_size}) = {step}; use a "
+                f"--rollout-batch-size of {fitting}"
             )
         required = {
             "--hf-checkpoint": self.model.hf_checkpoint,
@@ -193,6 +198,40 @@ class Config:
             raise ValueError("--exit-eval-accuracy needs --eval-prompt-data, a held-out set to measure it on")
         if self.training.bf16 and not _cuda_available():
             raise ValueError("--bf16 needs a GPU in this version; leave it out on CPU")
+
+    def _check_ranges(self) -> None:
+        """ValueError for a number outside the range in which it means something; nan is outside of every range."""
+        rollout, training, output = self.rollout, self.training, self.output
+        at_least = {
+            "--make-vocab-size-divisible-by": (self.model.make_vocab_size_divisible_by, 1),
+            "--teacher-make-vocab-size-divisible-by": (self.teacher.make_vocab_size_divisible_by, 1),
+            "--distributed-timeout-minutes": (self.parallel.distributed_timeout_minutes, 1),
+            "--rollout-batch-size": (rollout.rollout_batch_size, 1),
+            "--n-samples-per-prompt": (rollout.n_samples_per_prompt, 1),
+            "--rollout-temperature": (rollout.rollout_temperature, 0),
+            "--rollout-max-prompt-len": (rollout.rollout_max_prompt_len, 1),
+            "--rollout-max-response-len": (rollout.rollout_max_response_len, 1),
+            "--rollout-engine-batch-size": (rollout.rollout_engine_batch_size, 1),
+            "--micro-batch-size": (training.micro_batch_size, 1),
+            "--train-iters": (training.train_iters, 1),
+            "--seed": (training.seed, 0),
+            "--lr": (training.lr, 0),
+            "--min-lr": (training.min_lr, 0),
+            "--weight-decay": (training.weight_decay, 0),
+            "--clip-grad": (training.clip_grad, 0),
+            "--eval-interval": (self.evaluation.eval_interval or 0, 0),
+            "--eval-temperature": (self.evaluation.eval_temperature, 0),
+            "--eval-samples": (self.evaluation.eval_samples, 0),
+            "--save-interval": (output.save_interval or 0, 0),
+            "--log-interval": (output.log_interval, 1),
+        }
+        for flag, (value, lowest) in at_least.items():
+            if not value >= lowest:
+                raise ValueError(f"{flag} {value}: must be at least {lowest}")
+        if not 0 < rollout.rollout_top_p <= 1:
+            raise ValueError(f"--rollout-top-p {rollout.rollout_top_p}: must be above 0 and at most 1")
+        if not 0 <= training.lr_warmup_fraction < 1:
+            raise ValueError(f"--lr-warmup-fraction {training.lr_warmup_fraction}: must be at least 0 and below 1")
 
 
 def _cuda_available() -> bool:

@@ -6,6 +6,7 @@ Hops hand over sums; ratios are formed here, once, from sums over the whole glob
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -179,8 +180,10 @@ class Monitor:
             self._file.close()
 
     def _record(self, values: dict[str, object]) -> None:
+        """One line of metrics.jsonl; a metric that has no value this time is left out, as JSON knows no nan."""
         if self._file is not None:
-            self._file.write(json.dumps(values) + "\n")
+            known = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
+            self._file.write(json.dumps(known) + "\n")
 
     def _watch_mass(self, mass: float | None) -> None:
         """Student mass that leaves U costs nothing under a loss over U: say so, once, when it grows."""

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from megatron_simct.alignment.plan import plan_pair, plan_without_teacher
 from megatron_simct.arguments import parse_config, to_yaml
 from megatron_simct.config import Config, ModelConfig
 from megatron_simct.data.prompts import PromptSource, read_rows
-from megatron_simct.losses import SharedHead, check_labels, gather_shared_head, teacher_needs
+from megatron_simct.losses import SharedHead, check_config, check_labels, gather_shared_head, teacher_needs
 from megatron_simct.models.build import HiddenStateModel, build_model
 from megatron_simct.models.families import read_architecture
 from megatron_simct.monitoring import Monitor, Stopwatch
@@ -91,6 +92,7 @@ def evaluate(job: Job, *, iteration: int) -> bool:
 def build_job(config: Config, groups: Groups) -> Job:
     """Build every part from its group of options. ValueError, naming the flag, for whatever cannot work."""
     config.check(data_parallel_size=groups.dp_size)
+    check_config(config.interface)
     needs = teacher_needs(config.interface)
     student = load_tokenizer(config.model.tokenizer_model, config.model.stop_token_ids)
     teacher = load_tokenizer(config.teacher.tokenizer_model, config.teacher.stop_token_ids) if needs.teacher else None
@@ -163,7 +165,7 @@ def build_prompts(config: Config, groups: Groups, student: Tokenizer, teacher: T
         need_response=config.interface.interface == "sft",
         need_label=False,
     )
-    return PromptSource(
+    source = PromptSource(
         rows,
         student=student,
         teacher=teacher,
@@ -176,6 +178,10 @@ def build_prompts(config: Config, groups: Groups, student: Tokenizer, teacher: T
         dp_size=groups.dp_size,
         flag="--prompt-data",
     )
+    if source.num_skipped and groups.is_first_rank:
+        limit = f"--rollout-max-prompt-len {config.rollout.rollout_max_prompt_len}"
+        print(f" {source.num_skipped} of {len(rows)} prompts exceed {limit} and are left out", flush=True)
+    return source
 
 
 def build_evaluator(config: Config, groups: Groups, engine: RolloutEngine, student: Tokenizer) -> Evaluator | None:
@@ -275,8 +281,8 @@ def main(argv: list[str] | None = None) -> int:
         with process_groups(config.parallel, seed=config.training.seed) as groups:
             job = build_job(config, groups)
             write_config(config, groups)
-            train(job)
-            job.monitor.close()
+            with contextlib.closing(job.monitor):
+                train(job)
     except (ValueError, NonFiniteError) as error:
         environment = Environment.read()
         rank = f" on rank {environment.rank}" if environment.world_size > 1 else ""

@@ -32,9 +32,12 @@ def read_rows(
     """The rows of a JSONL file. ValueError, naming the flag, the file and the line, for whatever is wrong with it."""
     rows = []
     try:
-        lines = Path(path).read_text().splitlines()
+        # Not splitlines(): a JSON string may hold U+2028 and other line ends of Unicode as they are.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise ValueError(f"{flag} {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{flag} {path}: not UTF-8 (byte {error.start}: {error.reason})") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -51,10 +54,23 @@ def read_rows(
                 raise ValueError(
                     f"{where}: needs a string under the key {key!r}; it has {', '.join(fields) or 'no keys'}"
                 )
+            if not _is_text(fields[key]):
+                raise ValueError(f"{where}: the string under {key!r} holds half a surrogate pair, so it has no bytes")
+        if not fields[input_key]:
+            raise ValueError(f"{where}: the prompt under {input_key!r} is empty; no token would precede the response")
         rows.append(Row(prompt=fields[input_key], response=fields.get(response_key), label=fields.get(label_key)))
     if not rows:
         raise ValueError(f"{flag} {path}: no prompts in the file")
     return rows
+
+
+def _is_text(value: str) -> bool:
+    """Whether the string can be encoded: JSON may escape half a surrogate pair."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class PromptSource:

@@ -5,6 +5,7 @@ The model returns hidden states after the final norm, [S, B, H]; whoever needs l
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -70,35 +71,37 @@ def build_model(
         )
     on_cpu = groups.device.type == "cpu"
     dtype = torch.bfloat16 if bf16 else torch.float32
-    config = TransformerConfig(
-        num_layers=architecture.num_layers,
-        hidden_size=architecture.hidden_size,
-        ffn_hidden_size=architecture.ffn_hidden_size,
-        num_attention_heads=architecture.num_attention_heads,
-        num_query_groups=architecture.num_query_groups,
-        kv_channels=architecture.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=architecture.norm_epsilon,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        init_method_std=architecture.init_std,
-        bf16=bf16,
-        params_dtype=dtype,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        # The loss is a sum over labels; the one division by their global number happens in finalize_model_grads.
-        calculate_per_token_loss=True,
-        use_cpu_initialization=on_cpu,
-        # Fusions that need CUDA extensions.
-        apply_rope_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of deprecated defaults of its own
+        config = TransformerConfig(
+            num_layers=architecture.num_layers,
+            hidden_size=architecture.hidden_size,
+            ffn_hidden_size=architecture.ffn_hidden_size,
+            num_attention_heads=architecture.num_attention_heads,
+            num_query_groups=architecture.num_query_groups,
+            kv_channels=architecture.head_dim,
+            normalization="RMSNorm",
+            layernorm_epsilon=architecture.norm_epsilon,
+            gated_linear_unit=True,
+            activation_func=torch.nn.functional.silu,
+            add_bias_linear=False,
+            attention_dropout=0.0,
+            hidden_dropout=0.0,
+            init_method_std=architecture.init_std,
+            bf16=bf16,
+            params_dtype=dtype,
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            # The loss is a sum over labels; the one division by their global number happens in finalize_model_grads.
+            calculate_per_token_loss=True,
+            use_cpu_initialization=on_cpu,
+            # Fusions that need CUDA extensions.
+            apply_rope_fusion=False,
+            bias_activation_fusion=False,
+            bias_dropout_fusion=False,
+            gradient_accumulation_fusion=False,
+            masked_softmax_fusion=False,
+            persist_layer_norm=False,
+        )
     model = HiddenStateModel(
         config=config,
         transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),

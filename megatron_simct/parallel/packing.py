@@ -29,8 +29,11 @@ def pack_micro_batches(
     are on the CPU, but for what the teacher left on a device. `check` raises ValueError for labels that the loss could
     not read; it runs here, before anything is moved.
     """
+    scored = list(scored)
     scores = {score.sample_id: score for score in scored}
-    assert scores.keys() == {pair.sample_id for pair in pairs}, "every pair is scored once"
+    ids, scored_ids = sorted(p.sample_id for p in pairs), sorted(s.sample_id for s in scored)
+    assert ids == scored_ids, f"every pair is scored once: samples {ids}, scores of {scored_ids}"
+    assert len(scores) == len(ids), f"sample ids are unique: {ids}"
     samples = [(p, r, a, scores[a.sample_id]) for p, r, a in zip(prompts, rollouts, pairs, strict=True)]
     assert all(p.sample_id == r.sample_id == a.sample_id for p, r, a, _ in samples), "records are in one order"
     samples.sort(key=lambda s: len(s[0].student_ids) + len(s[1].student_ids), reverse=True)

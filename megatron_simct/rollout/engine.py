@@ -122,14 +122,23 @@ class ReplayEngine:
         files = sorted(self._load_dir.glob(f"rollout_{self._step}.*.json"))
         if not files:
             raise ValueError(f"--load-debug-rollout-data {self._load_dir}: no file rollout_{self._step}.*.json")
-        rows = {row["sample_id"]: row for file in files for row in json.loads(file.read_text())}
-        missing = [p.sample_id for p in prompts if p.sample_id not in rows]
+        rollouts = {rollout.sample_id: rollout for file in files for rollout in _read(file)}
+        missing = [p.sample_id for p in prompts if p.sample_id not in rollouts]
         if missing:
             raise ValueError(
                 f"--load-debug-rollout-data {self._load_dir}: step {self._step} lacks sample {missing[0]}"
                 f" ({len(missing)} missing); it was written with other prompts, --seed or batch sizes"
             )
-        return [_from_row(rows[prompt.sample_id]) for prompt in prompts]
+        return [rollouts[prompt.sample_id] for prompt in prompts]
+
+
+def _read(file: Path) -> list[Rollout]:
+    try:
+        return [_from_row(row) for row in json.loads(file.read_text())]
+    except (ValueError, TypeError, LookupError) as error:
+        raise ValueError(
+            f"--load-debug-rollout-data {file}: not a file of rollouts ({type(error).__name__}: {error})"
+        ) from None
 
 
 def _from_row(row: dict) -> Rollout:

@@ -1,0 +1,263 @@
+"""Generation with a KV cache and padded batches says what the same weights say without either."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_simct.alignment import load_tokenizer
+from megatron_simct.parallel.initialize import process_groups
+from megatron_simct.records import Prompt
+from megatron_simct.rollout.engine import Sampling
+from megatron_simct.rollout.megatron_engine import MegatronEngine
+from megatron_simct.train import load_model
+from tests.distributed import run_ranks
+from tests.tiny import config
+
+VOCAB = 360
+NEVER = (VOCAB - 1,)
+"""A stop id that the runs below do not generate."""
+GREEDY = Sampling(temperature=0.0, top_p=1.0, max_response_len=10, seed=1)
+SAMPLED = Sampling(temperature=1.0, top_p=0.95, max_response_len=10, seed=1)
+
+
+def make_prompts() -> list[Prompt]:
+    """Lengths on both sides of each other, a single token among them."""
+    rng = np.random.default_rng(0)
+    empty = np.zeros(0, np.int32)
+    return [
+        Prompt(sample_id=10 + i, student_ids=rng.integers(3, 350, n).astype(np.int32), teacher_ids=empty)
+        for i, n in enumerate([5, 12, 1, 8, 5, 17])
+    ]
+
+
+PROMPTS = make_prompts()
+
+
+def in_job(function):
+    """function(model, groups, *args) on every rank, with the student's checkpoint loaded."""
+
+    def worker(rank, world_size, folder, weights, tp, *args):
+        resolved = config(folder, *weights, "--tensor-model-parallel-size", str(tp))
+        with process_groups(resolved.parallel, seed=1) as groups:
+            student = load_tokenizer(resolved.model.tokenizer_model)
+            assert student.table.num_ids == VOCAB
+            return function(load_model(resolved, resolved.model, groups, student, prefix=""), groups, *args)
+
+    return worker
+
+
+@in_job
+def _generate(model, groups, calls):
+    """The rollouts of each call: (prompts, sampling, stop ids, batch size)."""
+    results = []
+    for prompts, sampling, stop_ids, batch_size in calls:
+        engine = MegatronEngine(model, groups, vocab_size=VOCAB, stop_ids=stop_ids, batch_size=batch_size)
+        results.append(engine.generate(prompts, sampling))
+    return results
+
+
+@in_job
+def _without_cache(model, groups, prompts, num_tokens):
+    """Greedy continuations, by a whole forward pass for each token of each prompt."""
+    answers = []
+    with torch.no_grad():
+        for prompt in prompts:
+            tokens = prompt.student_ids.tolist()
+            for _ in range(num_tokens):
+                (logits,) = _last_logits(model, [tokens])
+                tokens.append(int(logits.argmax()))
+            answers.append(tokens[len(prompt.student_ids) :])
+    return answers
+
+
+def _last_logits(model, sequences):
+    for tokens in sequences:
+        ids = torch.tensor([tokens])
+        hidden = model(ids, torch.arange(ids.shape[1])[None], None)
+        yield (hidden[-1, 0] @ model.output_weight.T)[:VOCAB]
+
+
+@in_job
+def _log_probs(model, groups, sequences):
+    """log-softmax at every position: row p scores the token at p + 1."""
+    results = []
+    with torch.no_grad():
+        for tokens in sequences:
+            ids = torch.tensor([tokens])
+            hidden = model(ids, torch.arange(ids.shape[1])[None], None)
+            results.append(torch.log_softmax((hidden[:, 0] @ model.output_weight.T)[:, :VOCAB].double(), dim=1))
+    return results
+
+
+@pytest.fixture(scope="module")
+def generate(tiny, weights):
+    """calls -> rollouts of the first rank; all ranks must return the same."""
+
+    def generate(*calls, tp: int = 1):
+        first, *others = run_ranks(tp, _generate, tiny, weights, tp, calls)
+        for other in others:
+            for mine, theirs in zip(first, other, strict=True):
+                assert_equal(mine, theirs, atol=0)
+        return first
+
+    return generate
+
+
+def assert_equal(found, expected, *, atol):
+    for a, b in zip(found, expected, strict=True):
+        assert a.sample_id == b.sample_id
+        assert a.student_ids.tolist() == b.student_ids.tolist()
+        assert a.finish == b.finish
+        np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=atol)
+
+
+@pytest.fixture(scope="module")
+def greedy(generate):
+    """Ten greedy tokens of every prompt, each prompt alone, no stop."""
+    (rollouts,) = generate((PROMPTS, GREEDY, NEVER, 1))
+    return rollouts
+
+
+def test_greedy_tokens_are_those_of_a_loop_without_a_cache(tiny, weights, generate):
+    (expected,) = run_ranks(1, _without_cache, tiny, weights, 1, PROMPTS, GREEDY.max_response_len)
+    assert len({tuple(answer) for answer in expected}) == len(PROMPTS)
+    for tp in (1, 2):
+        (rollouts,) = generate((PROMPTS, GREEDY, NEVER, 4), tp=tp)
+        assert [r.student_ids.tolist() for r in rollouts] == expected
+        assert all(r.finish == "length" and r.student_ids.dtype == np.int32 for r in rollouts)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_batch_answers_as_one_prompt_at_a_time(generate, sampling):
+    alone, *batches = generate(*((PROMPTS, sampling, NEVER, size) for size in (1, 2, 4, 100)))
+    for rollouts in batches:
+        assert_equal(rollouts, alone, atol=1e-4)
+    assert [r.sample_id for r in alone] == [p.sample_id for p in PROMPTS]
+
+
+def test_stopped_sequences_do_not_change_their_neighbours(generate, greedy):
+    """Stop ids that end some sequences of a batch early; the others go on as if alone."""
+    stops = (int(greedy[0].student_ids[2]), int(greedy[3].student_ids[5]))
+    batch, alone = generate((PROMPTS, GREEDY, stops, 100), (PROMPTS, GREEDY, stops, 1))
+    assert_equal(batch, alone, atol=1e-4)
+    assert len({len(r.student_ids) for r in batch}) > 2
+
+
+def test_any_stop_id_ends_a_response_and_is_part_of_it(generate, greedy):
+    stops = (int(greedy[0].student_ids[2]), int(greedy[3].student_ids[5]), int(greedy[1].student_ids[-1]))
+    (rollouts,) = generate((PROMPTS, GREEDY, stops, 4))
+    finishes = set()
+    for rollout, unstopped in zip(rollouts, greedy, strict=True):
+        ids = unstopped.student_ids.tolist()
+        end = next((i + 1 for i, token in enumerate(ids) if token in stops), None)
+        assert rollout.student_ids.tolist() == ids[:end]
+        assert rollout.finish == ("length" if end is None else "stop")
+        assert len(rollout.logprobs) == len(rollout.student_ids)
+        np.testing.assert_allclose(rollout.logprobs, unstopped.logprobs[:end], rtol=0, atol=1e-4)
+        finishes.add((rollout.finish, len(rollout.student_ids)))
+    assert ("stop", 3) in finishes and ("stop", 10) in finishes, "early, and at the last token that fits"
+
+
+def test_a_response_of_one_token(generate, greedy):
+    one = replace(GREEDY, max_response_len=1)
+    stop = (int(greedy[1].student_ids[0]),)
+    (rollouts,) = generate((PROMPTS, one, stop, 4))
+    for rollout, longer in zip(rollouts, greedy, strict=True):
+        assert rollout.student_ids.tolist() == longer.student_ids[:1].tolist()
+        assert rollout.finish == ("stop" if rollout.student_ids[0] == stop[0] else "length")
+    assert {r.finish for r in rollouts} == {"stop", "length"}
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_log_probs_are_those_of_a_full_forward_pass(tiny, weights, generate, tp):
+    """Of the untempered, untruncated distribution, though sampling used neither."""
+    hot = replace(SAMPLED, temperature=1.7, top_p=0.8)
+    (rollouts,) = generate((PROMPTS, hot, NEVER, 4), tp=tp)
+    sequences = [
+        [*prompt.student_ids.tolist(), *rollout.student_ids.tolist()]
+        for prompt, rollout in zip(PROMPTS, rollouts, strict=True)
+    ]
+    (all_rows,) = run_ranks(1, _log_probs, tiny, weights, 1, sequences)
+    for prompt, rollout, rows in zip(PROMPTS, rollouts, all_rows, strict=True):
+        first = len(prompt.student_ids) - 1
+        expected = [float(rows[first + i, token]) for i, token in enumerate(rollout.student_ids)]
+        np.testing.assert_allclose(rollout.logprobs, expected, rtol=0, atol=1e-4)
+        assert rollout.logprobs.dtype == np.float32
+
+
+def test_draws_depend_on_seed_and_sample_alone(generate):
+    other_seed = replace(SAMPLED, seed=2)
+    renamed = [replace(prompt, sample_id=prompt.sample_id + 100) for prompt in PROMPTS]
+    first, again, seeded, others, part = generate(
+        (PROMPTS, SAMPLED, NEVER, 4),
+        (PROMPTS, SAMPLED, NEVER, 4),
+        (PROMPTS, other_seed, NEVER, 4),
+        (renamed, SAMPLED, NEVER, 4),
+        (PROMPTS[::-2], SAMPLED, NEVER, 4),
+    )
+    assert_equal(again, first, atol=0)
+    assert_equal(part, first[::-2], atol=1e-4)
+    for changed in (seeded, others):
+        for a, b in zip(changed, first, strict=True):
+            assert a.student_ids.tolist() != b.student_ids.tolist()
+
+
+def test_no_prompts_no_rollouts(generate):
+    assert generate(([], GREEDY, NEVER, 4)) == [[]]
+
+
+@in_job
+def _states(model, groups):
+    """What generate leaves: the version of its rollouts and the mode of the model, also after an error."""
+    engine = MegatronEngine(model, groups, vocab_size=VOCAB, stop_ids=NEVER, batch_size=4)
+    versions, modes = [], []
+    for training in (True, False):
+        model.train(training)
+        versions.append(engine.generate(PROMPTS[:1], GREEDY)[0].weight_version)
+        modes.append((model.training, model.decoder.layers[0].training))
+        engine.publish(7)
+    model.train()
+    outside = replace(PROMPTS[0], student_ids=np.array([10**6], np.int32))
+    with pytest.raises(IndexError):
+        engine.generate([outside], GREEDY)
+    modes.append((model.training, model.decoder.layers[0].training))
+    return versions, modes, all(p.grad is None for p in model.parameters())
+
+
+def test_what_generation_leaves_behind(tiny, weights):
+    ((versions, modes, no_gradients),) = run_ranks(1, _states, tiny, weights, 1)
+    assert versions == [0, 7]
+    assert modes == [(True, True), (False, False), (True, True)]
+    assert no_gradients
+
+
+@in_job
+def _narrow(model, groups):
+    engine = MegatronEngine(model, groups, vocab_size=50, stop_ids=(1,), batch_size=8)
+    sampling = replace(SAMPLED, temperature=5.0, top_p=1.0)
+    return max(int(r.student_ids.max()) for r in engine.generate(PROMPTS, sampling))
+
+
+def test_ids_past_the_real_vocabulary_are_never_chosen(tiny, weights):
+    for highest in run_ranks(2, _narrow, tiny, weights, 2):
+        assert 30 < highest < 50
+
+
+@in_job
+def _follow_weights(model, groups):
+    """Greedy answers before and after the weights were changed in place, as an optimizer step does."""
+    engine = MegatronEngine(model, groups, vocab_size=VOCAB, stop_ids=NEVER, batch_size=8)
+    before = engine.generate(PROMPTS, GREEDY)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    return before, engine.generate(PROMPTS, GREEDY)
+
+
+def test_new_weights_are_used_at_once(tiny, weights):
+    ((before, after),) = run_ranks(1, _follow_weights, tiny, weights, 1)
+    assert [r.student_ids.tolist() for r in before] != [r.student_ids.tolist() for r in after]

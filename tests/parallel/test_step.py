@@ -1,0 +1,222 @@
+"""One optimizer step: its gradient, its schedule, its clipping, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_simct.parallel.initialize import process_groups
+from megatron_simct.train import build_job
+from megatron_simct.update.step import NonFiniteError
+from tests.distributed import run_ranks
+from tests.tiny import config
+
+SGD = ("--optimizer", "sgd", "--lr", ".5", "--min-lr", ".5", "--lr-decay-style", "constant", "--clip-grad", "0")
+SFT = ("--simct-interface", "sft", "--rollout-max-response-len", "64")
+
+
+def micro_batches(job, step: int = 0):
+    """What the training loop hands to the update."""
+    prompts = job.prompts.batch(step)
+    rollouts = job.engine.generate(prompts, job.sampling)
+    pairs = [job.align(prompt, rollout) for prompt, rollout in zip(prompts, rollouts, strict=True)]
+    return job.pack(prompts, rollouts, pairs, list(job.teacher.score(pairs)))
+
+
+def parameters_of(job) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in job.updater._ddp.module.named_parameters()}
+
+
+# The gradient
+
+
+def _unpacked(model, batches, vocab_size):
+    """Cross entropy and its gradient by plain autograd: one sequence at a time, no padding, then one division."""
+    total, num_labels = 0.0, 0
+    model.zero_grad()
+    for batch in batches:
+        for b, ids in enumerate(batch.tokens):
+            mine = [i for i, row in enumerate(batch.label_rows.tolist()) if row % len(batch.tokens) == b]
+            labels = batch.labels.student_labels[mine]
+            prompt_len = int(batch.label_rows[mine[0]]) // len(batch.tokens) + 1
+            sequence = ids[: prompt_len + len(labels)][None]
+            assert sequence[0, prompt_len:].tolist() == labels.tolist()
+            hidden = model(sequence, torch.arange(sequence.shape[1])[None], None)[:, 0]
+            logits = (hidden[prompt_len - 1 : -1] @ model.output_weight.T)[:, :vocab_size]
+            loss = -torch.log_softmax(logits.double(), dim=1).gather(1, labels[:, None]).sum()
+            loss.backward()
+            total += float(loss.detach())
+            num_labels += len(labels)
+    return {name: p.grad / num_labels for name, p in model.named_parameters()}, total, num_labels
+
+
+def _one_sgd_step(rank, world_size, folder, weights, *flags):
+    """Weights before and after, the report, and the gradient by hand where one process sees all samples."""
+    resolved = config(folder, *weights, *SFT, *SGD, *flags)
+    with process_groups(resolved.parallel, seed=1) as groups:
+        job = build_job(resolved, groups)
+        batches = micro_batches(job)
+        by_hand = None
+        if world_size == 1:
+            model = job.updater._ddp.module
+            was = [p.main_grad for p in model.parameters()]
+            # Plain autograd, without the hooks that move gradients into Megatron's buffer.
+            replica = _replica(resolved, groups, weights)
+            by_hand = _unpacked(replica, batches, 360)
+            assert all(not bool(grad.any()) for grad in was)
+        before = parameters_of(job)
+        report = job.updater.step(batches)
+        return before, parameters_of(job), report, by_hand
+
+
+def _replica(resolved, groups, weights):
+    from megatron_simct.alignment import load_tokenizer
+    from megatron_simct.train import load_model
+
+    student = load_tokenizer(resolved.model.tokenizer_model)
+    return load_model(resolved, resolved.model, groups, student, prefix="")
+
+
+@pytest.fixture(scope="module")
+def by_hand(tiny, weights):
+    ((before, after, report, expected),) = run_ranks(1, _one_sgd_step, tiny, weights)
+    return before, after, report, expected
+
+
+def test_the_step_follows_the_gradient_of_the_unpacked_loss(by_hand):
+    before, after, report, (gradients, total, num_labels) = by_hand
+    assert report.sums["num_labels"] == num_labels > 50
+    assert report.sums["loss"] == pytest.approx(total, rel=1e-6)
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
+    assert report.grad_norm == pytest.approx(norm, rel=1e-5) and norm > 0.1
+    assert report.learning_rate == 0.5
+    assert before.keys() == after.keys() == gradients.keys() and len(gradients) > 10
+    for name, gradient in gradients.items():
+        moved = after[name] - before[name]
+        torch.testing.assert_close(moved, -0.5 * gradient, rtol=1e-3, atol=2e-6, msg=name)
+        assert bool(moved.any()), name
+
+
+@pytest.mark.parametrize("flags", [("--micro-batch-size", "1"), ("--micro-batch-size", "4")])
+def test_data_parallel_ranks_take_the_same_step(tiny, weights, by_hand, flags):
+    _, expected, expected_report, _ = by_hand
+    for _, after, report, _ in run_ranks(2, _one_sgd_step, tiny, weights, *flags):
+        assert report.sums["loss"] == pytest.approx(expected_report.sums["loss"], rel=1e-6)
+        assert report.grad_norm == pytest.approx(expected_report.grad_norm, rel=1e-5)
+        for name, value in expected.items():
+            torch.testing.assert_close(after[name], value, rtol=0, atol=2e-6)
+
+
+def test_clipping_scales_the_step_to_its_norm(tiny, weights, by_hand):
+    before, free, free_report, _ = by_hand
+    limit = free_report.grad_norm / 4
+    ((_, clipped, report, _),) = run_ranks(1, _one_sgd_step, tiny, weights, "--clip-grad", str(limit))
+    assert report.grad_norm == pytest.approx(free_report.grad_norm, rel=1e-6), "the reported norm is the one before"
+    for name, start in before.items():
+        torch.testing.assert_close(clipped[name] - start, (free[name] - start) / 4, rtol=1e-3, atol=2e-6)
+    length = math.sqrt(sum(float((clipped[n] - before[n]).double().square().sum()) for n in before))
+    assert length == pytest.approx(0.5 * limit, rel=1e-3)
+
+
+def test_a_high_limit_clips_nothing(tiny, weights, by_hand):
+    _, free, _, _ = by_hand
+    ((_, after, _, _),) = run_ranks(1, _one_sgd_step, tiny, weights, "--clip-grad", "1000")
+    for name, value in free.items():
+        assert torch.equal(after[name], value)
+
+
+def test_weight_decay_is_decoupled_for_adam(tiny, weights):
+    """Without a gradient (the student is right: lr x decay alone moves the weights that decay)."""
+    adam = ("--optimizer", "adam", "--lr", "1e-2", "--min-lr", "1e-2", "--weight-decay", ".5", "--adam-eps", "1e6")
+    ((before, after, _, _),) = run_ranks(1, _one_sgd_step, tiny, weights, *adam)
+    name = "decoder.layers.0.mlp.linear_fc1.weight"
+    torch.testing.assert_close(after[name], before[name] * (1 - 1e-2 * 0.5), rtol=0, atol=1e-6)
+    norm = "decoder.final_layernorm.weight"
+    torch.testing.assert_close(after[norm], before[norm], rtol=0, atol=1e-6)
+
+
+# The schedule
+
+
+def _learning_rates(rank, world_size, folder, weights, *flags):
+    resolved = config(folder, *weights, *SFT, *flags)
+    with process_groups(resolved.parallel, seed=1) as groups:
+        job = build_job(resolved, groups)
+        batches = micro_batches(job)
+        return [job.updater.step(batches).learning_rate for _ in range(resolved.training.train_iters)]
+
+
+@pytest.mark.parametrize(
+    "style, expected",
+    [
+        # 8 steps, 2 of them warm-up: the rate rises from 0 to 1e-3 and falls to 1e-4 over the other 6.
+        ("linear", [0, 0.5, 1, 0.85, 0.7, 0.55, 0.4, 0.25]),
+        ("cosine", [0, 0.5] + [0.1 + 0.9 * (1 + math.cos(math.pi * i / 6)) / 2 for i in range(6)]),
+        ("constant", [0, 0.5, 1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_learning_rates(tiny, weights, style, expected):
+    flags = ("--lr", "1e-3", "--min-lr", "1e-4", "--lr-decay-style", style, "--lr-warmup-fraction", ".25")
+    (rates,) = run_ranks(1, _learning_rates, tiny, weights, *flags, "--train-iters", "8")
+    assert rates == pytest.approx([1e-3 * factor for factor in expected], abs=1e-12)
+
+
+# What it refuses
+
+
+def _poisoned_step(rank, world_size, folder, weights, tp, where, value, *flags):
+    """The error of a step in which one rank alone holds a bad number, and whether any weight has changed."""
+    resolved = config(folder, *weights, "--tensor-model-parallel-size", str(tp), *flags)
+    with process_groups(resolved.parallel, seed=1) as groups:
+        job = build_job(resolved, groups)
+        model = job.updater._ddp.module
+        batches = micro_batches(job)
+        if rank == world_size - 1:
+            with torch.no_grad():
+                if where == "student":
+                    model.decoder.layers[1].mlp.linear_fc2.weight[0, 0] = value
+                elif where == "head":
+                    model.output_weight[-1, 0] = value  # a token that nothing says
+                elif where == "teacher":
+                    batches[0].labels.teacher_own_logit[0] = value
+                elif where == "teacher hidden":
+                    batches[0].labels.teacher_hidden[0, 0] = value
+                elif where == "shared head":
+                    job.updater._loss.keywords["shared_head"].weight[0, 0] = value
+        before = parameters_of(job)
+        lr = job.updater._optimizer.param_groups[0]["lr"]
+        try:
+            job.updater.step(batches)
+            message = ""
+        except NonFiniteError as error:
+            message = str(error)
+        after = parameters_of(job)
+        unchanged = all(torch.equal(after[n].nan_to_num(7.0), before[n].nan_to_num(7.0)) for n in before)
+        state = job.updater._optimizer.optimizer.state
+        return message, unchanged and not state and job.updater._optimizer.param_groups[0]["lr"] == lr
+
+
+LAYOUTS = {"one": (1, 1), "tp2": (2, 2), "dp2": (2, 1)}
+
+
+@pytest.mark.parametrize("where", ["student", "head", "teacher", "teacher hidden", "shared head"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_nan_of_one_rank_stops_all_before_any_weight_changes(tiny, weights, layout, where):
+    world_size, tp = LAYOUTS[layout]
+    for message, unchanged in run_ranks(world_size, _poisoned_step, tiny, weights, tp, where, math.nan):
+        assert "stopped before the optimizer step" in message and "nan" in message and "--lr" in message
+        assert unchanged
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_infinite_weight_stops_all(tiny, weights, layout):
+    world_size, tp = LAYOUTS[layout]
+    for message, unchanged in run_ranks(world_size, _poisoned_step, tiny, weights, tp, "student", math.inf):
+        assert "stopped before the optimizer step" in message and unchanged
+
+
+def test_a_sound_step_is_not_refused(tiny, weights):
+    for message, unchanged in run_ranks(2, _poisoned_step, tiny, weights, 2, "nothing", 0.0):
+        assert message == "" and not unchanged

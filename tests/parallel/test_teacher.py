@@ -1,0 +1,202 @@
+"""What the colocated teacher says of a text is what its full forward pass says, row by row."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_simct.alignment import load_tokenizer
+from megatron_simct.parallel.initialize import process_groups
+from megatron_simct.records import AlignedPair, SegmentKind, TeacherNeeds
+from megatron_simct.rollout.engine import GivenResponses, Sampling
+from megatron_simct.teacher.colocated import ColocatedScorer
+from megatron_simct.teacher.scorer import NoTeacher
+from megatron_simct.train import build_job, load_model
+from tests.distributed import run_ranks
+from tests.tiny import config
+
+
+def make_pairs(needs: TeacherNeeds = TeacherNeeds()) -> list[AlignedPair]:  # noqa: B008  (frozen)
+    """Texts of different lengths; the requested rows are what `alignment` would ask of them, or a part of it."""
+    rng = np.random.default_rng(1)
+    pairs = []
+    for sample_id, (prompt, labels) in enumerate([(3, 6), (9, 2), (1, 11), (4, 4), (2, 1)]):
+        first = np.sort(rng.choice(labels, size=(labels + 1) // 2, replace=False)).astype(np.int32)
+        rows = {"none": first[:0], "one_to_one": first[1:], "first": first, "all": np.arange(labels, dtype=np.int32)}
+        segments = np.stack([first, first + 1, first, first + 1], axis=1)
+        pairs.append(
+            AlignedPair(
+                sample_id=sample_id,
+                teacher_prompt_ids=rng.integers(0, 250, prompt).astype(np.int32),
+                teacher_ids=rng.integers(0, 250, labels).astype(np.int32),
+                segments=segments,
+                kinds=np.full(len(first), SegmentKind.UNIT, np.int8),
+                replaced_columns=np.full(len(first), -1, np.int32),
+                teacher_rows=rows[needs.hidden_rows],
+                needs=needs,
+            )
+        )
+    return pairs
+
+
+def _score(rank, world_size, folder, weights, tp, pairs, micro_batch_size):
+    """Scored pairs in the order in which they came, and the same numbers from one full pass a text, in float64."""
+    resolved = config(folder, *weights, "--tensor-model-parallel-size", str(tp))
+    with process_groups(resolved.parallel, seed=1) as groups:
+        tokenizer = load_tokenizer(resolved.teacher.tokenizer_model)
+        vocab_size = tokenizer.table.num_ids
+        model = load_model(resolved, resolved.teacher, groups, tokenizer, prefix="teacher-")
+        scorer = ColocatedScorer(model, groups, vocab_size=vocab_size, micro_batch_size=micro_batch_size)
+        assert not model.training and not any(p.requires_grad for p in model.parameters())
+        expected = {}
+        if tp == 1:
+            with torch.no_grad():
+                for pair in pairs:
+                    expected[pair.sample_id] = _full_pass(model, pair, vocab_size)
+            # Padded columns must not count: from here on they would win every row.
+            assert model.output_weight.shape[0] > vocab_size
+            model.output_weight[vocab_size:] = 1e3
+        scored = list(scorer.score(iter(pairs)))  # pairs stream in
+        assert not any(s.own_logit.requires_grad for s in scored)
+        return scored, expected
+
+
+def _full_pass(model, pair, vocab_size):
+    """Hidden states and real logits that predict the labels, in the order of the labels."""
+    ids = torch.tensor([[*pair.teacher_prompt_ids.tolist(), *pair.teacher_ids.tolist()]])
+    hidden = model(ids, torch.arange(ids.shape[1])[None], None)[:, 0]
+    hidden = hidden[len(pair.teacher_prompt_ids) - 1 : -1]
+    logits = (hidden.double() @ model.output_weight.double().T)[:, :vocab_size]
+    return hidden, logits
+
+
+@pytest.fixture(scope="module")
+def score(tiny, weights):
+    def score(pairs, *, tp=1, micro_batch_size=2):
+        return run_ranks(tp, _score, tiny, weights, tp, pairs, micro_batch_size)
+
+    return score
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 5])
+def test_scores_are_those_of_a_full_pass(score, micro_batch_size):
+    pairs = make_pairs()
+    ((scored, expected),) = score(pairs, micro_batch_size=micro_batch_size)
+    by_id = {s.sample_id: s for s in scored}
+    for pair in pairs:
+        found = by_id[pair.sample_id]
+        hidden, logits = expected[pair.sample_id]
+        labels = torch.from_numpy(pair.teacher_ids.astype(np.int64))
+        own = logits.gather(1, labels[:, None])[:, 0]
+        torch.testing.assert_close(found.own_logit.double(), own, rtol=0, atol=1e-4)
+        torch.testing.assert_close(found.lse.double(), torch.logsumexp(logits, dim=1), rtol=0, atol=1e-4)
+        assert found.own_logit.dtype == found.lse.dtype == torch.float32
+        assert found.hidden.shape == (len(pair.teacher_rows), 48)
+        torch.testing.assert_close(found.hidden, hidden[torch.from_numpy(pair.teacher_rows).long()], rtol=0, atol=1e-4)
+    assert expected[0][1].std() > 0.5, "the model says nothing"
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 5])
+def test_every_pair_once_in_any_order(score, micro_batch_size):
+    ((scored, _),) = score(make_pairs(), micro_batch_size=micro_batch_size)
+    assert sorted(s.sample_id for s in scored) == [0, 1, 2, 3, 4]
+    assert [s.sample_id for s in scored] != [0, 1, 2, 3, 4], "texts of similar length share a micro-batch"
+
+
+@pytest.mark.parametrize("hidden_rows", ["none", "one_to_one", "first", "all"])
+def test_only_the_rows_that_were_asked_for_come(score, hidden_rows):
+    pairs = make_pairs(TeacherNeeds(hidden_rows=hidden_rows))
+    ((scored, expected),) = score(pairs)
+    for found in scored:
+        pair = pairs[found.sample_id]
+        assert len(found.own_logit) == len(found.lse) == len(pair.teacher_ids)
+        if hidden_rows == "none":
+            assert found.hidden is None
+        else:
+            hidden, _ = expected[pair.sample_id]
+            wanted = hidden[torch.from_numpy(pair.teacher_rows).long()]
+            torch.testing.assert_close(found.hidden, wanted, rtol=0, atol=1e-4)
+
+
+def test_layouts_agree(score):
+    pairs = make_pairs()
+    ((alone, _),) = score(pairs)
+    for scored, _ in score(pairs, tp=2):
+        for found, expected in zip(scored, alone, strict=True):
+            assert found.sample_id == expected.sample_id
+            for name in ("own_logit", "lse", "hidden"):
+                torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=1e-4)
+
+
+def test_no_pairs_no_scores(score):
+    assert score([])[0][0] == []
+
+
+def test_without_a_teacher_the_scores_are_empty():
+    needs = TeacherNeeds(teacher=False, hidden_rows="none")
+    pairs = [replace(pair, needs=needs) for pair in make_pairs()]
+    scored = list(NoTeacher().score(iter(pairs)))
+    assert [s.sample_id for s in scored] == [0, 1, 2, 3, 4]
+    assert all(s.own_logit.numel() == s.lse.numel() == 0 and s.hidden is None for s in scored)
+    with pytest.raises(AssertionError, match="sample 0 needs a teacher"):
+        list(NoTeacher().score(make_pairs()))
+
+
+# The student as its own teacher
+
+
+def _write_canonical_rollouts(folder, student, prompts, max_response_len):
+    """The data's own texts as rollouts: spelled as the tokenizer spells them, so that both sides have equal tokens."""
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_response_len=max_response_len, seed=0)
+    rollouts = GivenResponses(student).generate(prompts, sampling)
+    rows = [
+        {
+            "sample_id": r.sample_id,
+            "weight_version": 0,
+            "student_ids": r.student_ids.tolist(),
+            "logprobs": r.logprobs.tolist(),
+            "finish": r.finish,
+        }
+        for r in rollouts
+    ]
+    (folder / "rollout_0.0.json").write_text(json.dumps(rows))
+
+
+def _step_as_own_teacher(rank, world_size, folder, weights, tp, rollouts, interface):
+    resolved = config(
+        folder,
+        *weights[:2],
+        *("--teacher-hf-checkpoint", str(folder / "student"), "--teacher-pretrained-checkpoint", weights[1]),
+        *("--teacher-tokenizer-model", str(folder / "student.model"), "--teacher-make-vocab-size-divisible-by", "8"),
+        *("--tensor-model-parallel-size", str(tp), "--rollout-max-response-len", "64"),
+        *("--load-debug-rollout-data", str(rollouts), "--simct-interface", interface),
+    )
+    with process_groups(resolved.parallel, seed=1) as groups:
+        job = build_job(resolved, groups)
+        prompts = job.prompts.batch(0)
+        if rank == 0 and not list(rollouts.iterdir()):
+            student = load_tokenizer(resolved.model.tokenizer_model)
+            _write_canonical_rollouts(rollouts, student, prompts, 64)
+        torch.distributed.barrier()
+        answers = job.engine.generate(prompts, job.sampling)
+        pairs = [job.align(prompt, rollout) for prompt, rollout in zip(prompts, answers, strict=True)]
+        scored = list(job.teacher.score(pairs))
+        report = job.updater.step(job.pack(prompts, answers, pairs, scored))
+        return report, [pair.kinds.tolist() for pair in pairs]
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("interface", ["paper", "strict"])
+def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(tiny, weights, tmp_path, tp, interface):
+    for report, kinds in run_ranks(tp, _step_as_own_teacher, tiny, weights, tp, tmp_path, interface):
+        assert {kind for pair in kinds for kind in pair} == {SegmentKind.SHARED, SegmentKind.STOP}
+        sums = report.sums
+        assert sums["num_labels"] == sums["rows_shared"] + sums["rows_stop"] > 50 and sums["rows_stop"] == 8
+        assert abs(sums["loss"] / sums["num_labels"]) < 1e-6
+        assert report.grad_norm < 1e-5
+        assert sums["student_nll_sum"] == pytest.approx(sums["teacher_nll_sum"], rel=1e-6)
+        assert sums["student_nll_sum"] > sums["num_labels"], "the models say nothing"

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# All tests: creates .venv when missing, installs what they need, checks the form of the code, runs them.
+#   ./tests/run.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source tools/environment.sh
+ensure_packages requirements-test.txt
+ensure_packages examples/quickstart/requirements.txt --no-deps
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+# Multi-process tests fork from the test process: one thread each.
+OMP_NUM_THREADS=1 exec "$PYTHON" -m pytest "$@"

@@ -1,0 +1,315 @@
+"""Flags, keys of a --config-file, their precedence and their errors; what importing the light modules may load."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import typing
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_simct.arguments import build_parser, options, parse_config, to_yaml
+from megatron_simct.config import Config
+from megatron_simct.megatron_flags import MEGATRON_FLAGS
+
+OPTIONS = {option.key: option for option in options()}
+
+
+def refused(capsys, *argv: str) -> str:
+    """The one line that a wrong command line ends with, and nothing beside it."""
+    with pytest.raises(SystemExit) as exit_:
+        parse_config(list(argv))
+    out, err = capsys.readouterr()
+    assert exit_.value.code == 2
+    assert out == "" and err.endswith("\n") and err.count("\n") == 1
+    assert err.startswith("python -m megatron_simct.train: error: ")
+    return err
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+# Spelling
+
+
+def test_every_field_is_a_flag_with_help():
+    groups = typing.get_type_hints(Config)
+    expected = {
+        "_".join(filter(None, [group.metadata.get("prefix"), field.name]))
+        for group in dataclasses.fields(Config)
+        for field in dataclasses.fields(groups[group.name])
+    }
+    assert OPTIONS.keys() == expected
+    assert {"hf_checkpoint", "teacher_hf_checkpoint", "simct_interface", "lr", "run_dir"} <= expected
+    for option in OPTIONS.values():
+        assert option.flag == "--" + option.key.replace("_", "-")
+        assert len(option.help) > 10, f"{option.flag} has no help"
+    assert len({option.flag for option in OPTIONS.values()}) == len(OPTIONS)
+
+
+def test_help_shows_every_flag_and_its_default():
+    text = " ".join(build_parser().format_help().split())
+    for option in OPTIONS.values():
+        assert option.flag in text
+        assert " ".join(option.help.split()[:3]) in text
+    assert "peak learning rate (default: 1e-06)" in text
+
+
+def test_own_flags_are_not_among_those_that_are_not_implemented():
+    flags = {option.flag for option in OPTIONS.values()} | {"--config-file", "--print-config"}
+    assert not flags & MEGATRON_FLAGS
+
+
+def test_no_flags_give_the_defaults():
+    assert parse_config([]) == Config()
+
+
+def test_prefixes_reach_their_own_group():
+    resolved = parse_config(
+        ["--hf-checkpoint", "a", "--teacher-hf-checkpoint", "b", "--teacher-stop-token-ids", "7", "9"]
+        + ["--simct-divergence", "js", "--simct-js-beta", ".25"]
+    )
+    assert (resolved.model.hf_checkpoint, resolved.teacher.hf_checkpoint) == ("a", "b")
+    assert (resolved.model.stop_token_ids, resolved.teacher.stop_token_ids) == ((), (7, 9))
+    assert (resolved.interface.divergence, resolved.interface.js_beta) == ("js", 0.25)
+
+
+def test_switches_have_a_negation():
+    assert parse_config(["--no-rollout-shuffle"]).data.rollout_shuffle is False
+    assert parse_config(["--bf16"]).training.bf16 is True
+
+
+# Precedence and values
+
+
+def test_defaults_then_file_then_command_line(yaml_file):
+    path = yaml_file(
+        "lr: 1e-5\nmin_lr: 3.0e-7\ntrain_iters: 7\nteacher_stop_token_ids: [3, 4]\nrollout_shuffle: false\n"
+    )
+    resolved = parse_config(["--train-iters", "9", "--config-file", path])
+    assert resolved.training.train_iters == 9
+    assert resolved.training.lr == 1e-5 and isinstance(resolved.training.lr, float)
+    assert resolved.training.min_lr == 3e-7
+    assert resolved.teacher.stop_token_ids == (3, 4)
+    assert resolved.data.rollout_shuffle is False
+    assert resolved.training.micro_batch_size == Config().training.micro_batch_size
+
+
+def test_an_empty_file_and_null_for_an_optional_value(yaml_file):
+    assert parse_config(["--config-file", yaml_file("")]) == Config()
+    resolved = parse_config(["--config-file", yaml_file("save: null\n"), "--save", "there"])
+    assert resolved.output.save == "there"
+
+
+def test_printed_config_reads_back_as_itself(capsys, yaml_file):
+    argv = ["--lr", "1e-20", "--prompt-data", "a: b #c", "--stop-token-ids", "5", "6", "--no-rollout-shuffle"]
+    argv += ["--eval-interval", "3", "--input-key", "1e5", "--label-key", "null", "--simct-interface", "strict"]
+    with pytest.raises(SystemExit) as exit_:
+        parse_config([*argv, "--print-config"])
+    assert exit_.value.code == 0
+    printed = capsys.readouterr().out
+    assert parse_config(["--config-file", yaml_file(printed)]) == parse_config(argv) != Config()
+
+
+@settings(max_examples=50, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"])), number=st.floats(allow_nan=False))
+def test_any_value_survives_the_yaml_form(tmp_path_factory, text, number):
+    config = Config()
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, prompt_data=text),
+        training=dataclasses.replace(config.training, lr=number),
+    )
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    assert parse_config(["--config-file", str(path)]) == config
+
+
+# Errors of the command line
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--micro-batchsize", "4"], ["unknown flag --micro-batchsize", "did you mean --micro-batch-size?"]),
+        (["--teacher-hf-chekpoint=x"], ["unknown flag --teacher-hf-chekpoint;", "--teacher-hf-checkpoint?"]),
+        (["--qqqqqqqq"], ["unknown flag --qqqqqqqq"]),
+        (["--num-layers", "4"], ["--num-layers is a flag of Megatron-LM that this package does not implement"]),
+        (["--use-distributed-optimizer"], ["--use-distributed-optimizer is a flag of Megatron-LM"]),
+        (["stray"], ["unexpected argument 'stray'"]),
+        (["--train-iters", "many"], ["--train-iters", "int", "'many'"]),
+        (["--train-iters", "1.5"], ["--train-iters", "int", "'1.5'"]),
+        (["--lr", "fast"], ["--lr", "float", "'fast'"]),
+        (["--lr"], ["--lr", "expected one argument"]),
+        (["--simct-interface", "papers"], ["--simct-interface", "papers", "paper", "strict", "sft"]),
+        (["--stop-token-ids", "1", "x"], ["--stop-token-ids", "'x'"]),
+        (["--micro", "4"], ["unknown flag --micro"]),
+        (["--config-file", "/nowhere/run.yaml"], ["--config-file /nowhere/run.yaml", "No such file"]),
+    ],
+)
+def test_wrong_command_lines(capsys, argv, words):
+    message = refused(capsys, *argv)
+    for word in words:
+        assert word in message
+
+
+def test_an_unlike_flag_gets_no_guess(capsys):
+    assert "did you mean" not in refused(capsys, "--qqqqqqqq")
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("micro_batchsize: 4\n", ["unknown key 'micro_batchsize'", "did you mean micro_batch_size?"]),
+        ("train-iters: 4\n", ["unknown key 'train-iters'", "did you mean train_iters?"]),
+        ("5: 4\n", ["unknown key 5"]),
+        ("num_layers: 4\n", ["'num_layers' is an option of Megatron-LM that this package does not implement"]),
+        ("- lr\n", ["`key: value`"]),
+        ("lr: [1\nmin_lr: 2\n", ["line 2", "not YAML"]),
+        ("lr: fast\n", ["--lr (lr)", "'fast'", "float"]),
+        ("lr: [1]\n", ["--lr (lr)", "[1]", "float"]),
+        ("lr: true\n", ["--lr (lr)", "True", "float"]),
+        ("lr: null\n", ["lr: needs a value of type float"]),
+        ("train_iters: 1.5\n", ["--train-iters (train_iters)", "1.5", "int"]),
+        ("train_iters: 1e3\n", ["--train-iters (train_iters)", "'1e3'", "int"]),
+        ("bf16: 1\n", ["--bf16 (bf16)", "1", "bool"]),
+        ("bf16: maybe\n", ["--bf16 (bf16)", "'maybe'", "bool"]),
+        ("save: 3\n", ["--save (save)", "3", "str"]),
+        ("optimizer: adams\n", ["--optimizer adams", "adam, sgd"]),
+        ("stop_token_ids: 5\n", ["--stop-token-ids (stop_token_ids)", "not a list", "[5]"]),
+        ("stop_token_ids: '12'\n", ["--stop-token-ids (stop_token_ids)", "not a list"]),
+        ("stop_token_ids: [a]\n", ["--stop-token-ids (stop_token_ids)", "'a'", "int"]),
+        ("stop_token_ids: [null]\n", ["stop_token_ids", "int"]),
+        ("stop_token_ids: null\n", ["stop_token_ids", "int"]),
+    ],
+)
+def test_wrong_files(capsys, yaml_file, text, words):
+    message = refused(capsys, "--config-file", yaml_file(text))
+    for word in words:
+        assert word in message
+
+
+def test_a_file_that_is_not_utf8(capsys, tmp_path):
+    (tmp_path / "run.yaml").write_bytes(b"save: \xff\n")
+    assert "run.yaml: not YAML" in refused(capsys, "--config-file", str(tmp_path / "run.yaml"))
+
+
+# Config.check
+
+COMPLETE = ["--hf-checkpoint", "s", "--tokenizer-model", "s.model", "--prompt-data", "p.jsonl"]
+COMPLETE += ["--teacher-hf-checkpoint", "t", "--teacher-tokenizer-model", "t.model"]
+
+
+def check(*argv: str, dp: int = 1, base: list[str] = COMPLETE) -> str:
+    """The message of the error that check raises, or ''."""
+    try:
+        parse_config([*base, *argv]).check(data_parallel_size=dp)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_complete_configuration_passes():
+    assert check() == ""
+    assert check("--rollout-batch-size", "6", "--n-samples-per-prompt", "4", "--micro-batch-size", "3", dp=4) == ""
+    assert check("--rollout-batch-size", "6", "--n-samples-per-prompt", "4", "--global-batch-size", "24") == ""
+
+
+def test_global_batch_size_is_the_rollout_batch():
+    message = check("--rollout-batch-size", "6", "--n-samples-per-prompt", "4", "--global-batch-size", "12")
+    assert "--global-batch-size 12" in message
+    assert "--rollout-batch-size (6) x --n-samples-per-prompt (4) = 24" in message
+
+
+@pytest.mark.parametrize(
+    "rollout, samples, micro, dp, product, advice",
+    [
+        (48, 1, 5, 4, 20, "40 or 60"),
+        (3, 1, 2, 4, 8, "8"),
+        (6, 4, 8, 2, 16, "4 or 8"),
+        (7, 3, 2, 1, 2, "6 or 8"),
+    ],
+)
+def test_batch_sizes_that_do_not_divide(rollout, samples, micro, dp, product, advice):
+    def flags(rollout_batch_size):
+        return [
+            *("--rollout-batch-size", str(rollout_batch_size), "--n-samples-per-prompt", str(samples)),
+            *("--micro-batch-size", str(micro)),
+        ]
+
+    message = check(*flags(rollout), dp=dp)
+    assert f"global batch size ({rollout * samples})" in message
+    assert f"--micro-batch-size ({micro}) x data-parallel size ({dp}) = {product};" in message
+    assert message.endswith(f"use a --rollout-batch-size of {advice}")
+    for size in advice.split(" or "):
+        assert check(*flags(size), dp=dp) == ""
+
+
+def test_missing_files_are_all_named():
+    message = check(base=["--prompt-data", "p"])
+    for flag in ("--hf-checkpoint", "--tokenizer-model", "--teacher-hf-checkpoint", "--teacher-tokenizer-model"):
+        assert f"{flag}," in message or f"{flag}:" in message
+    assert "--prompt-data" not in message and "--simct-interface paper" in message
+    assert check("--simct-interface", "sft", base=COMPLETE[:6]) == ""
+    assert "--teacher-hf-checkpoint" in check("--simct-interface", "strict", base=COMPLETE[:6])
+
+
+def test_options_that_contradict_each_other():
+    assert "--eval-prompt-data" in check("--exit-eval-accuracy", ".5")
+    assert "--bf16 needs a GPU" in check("--bf16")
+
+
+@pytest.mark.parametrize(
+    "flag, value, bound",
+    [
+        ("--micro-batch-size", "0", "at least 1"),
+        ("--micro-batch-size", "-2", "at least 1"),
+        ("--rollout-batch-size", "0", "at least 1"),
+        ("--n-samples-per-prompt", "0", "at least 1"),
+        ("--train-iters", "0", "at least 1"),
+        ("--rollout-max-response-len", "0", "at least 1"),
+        ("--rollout-engine-batch-size", "0", "at least 1"),
+        ("--make-vocab-size-divisible-by", "0", "at least 1"),
+        ("--teacher-make-vocab-size-divisible-by", "0", "at least 1"),
+        ("--log-interval", "0", "at least 1"),
+        ("--rollout-temperature", "-0.1", "at least 0"),
+        ("--eval-samples", "-1", "at least 0"),
+        ("--lr", "-1.0", "at least 0"),
+        ("--lr", "nan", "at least 0"),
+        ("--seed", "-1", "at least 0"),
+        ("--rollout-top-p", "0", "above 0 and at most 1"),
+        ("--rollout-top-p", "1.5", "above 0 and at most 1"),
+        ("--lr-warmup-fraction", "1", "below 1"),
+    ],
+)
+def test_numbers_without_a_meaning(flag, value, bound):
+    message = check(flag, value)
+    assert message.startswith(f"{flag} ") and bound in message
+
+
+# What may be imported
+
+HEAVY = ["megatron", "transformers", "sentencepiece", "tiktoken", "apex", "transformer_engine"]
+
+
+@pytest.mark.parametrize(
+    "modules, more",
+    [
+        (["megatron_simct.config", "megatron_simct.arguments"], ["torch", "numpy"]),
+        (["megatron_simct.records", "megatron_simct.alignment"], ["megatron_simct.parallel", "megatron_simct.losses"]),
+    ],
+)
+def test_light_modules_load_no_heavy_library(modules, more):
+    code = f"import sys, {', '.join(modules)}; print([m for m in {HEAVY + more!r} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,260 @@
+"""Ratios from sums, Megatron's log line, metrics.jsonl, and the warning of mass that the loss does not see."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import re
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from megatron_simct.monitoring import Monitor, Stopwatch, log_line, ratios, sample_sums
+from megatron_simct.records import AlignedPair, Rollout, TeacherNeeds
+from megatron_simct.update.step import StepReport
+from tests.distributed import run_ranks
+
+SUMS = {
+    "loss": 6.0,
+    "num_labels": 24.0,
+    "student_nll_sum": 30.0,
+    "teacher_nll_sum": 12.0,
+    "num_teacher_labels": 20.0,
+    "loss_shared_sum": 2.0,
+    "loss_unit_sum": 3.0,
+    "loss_stop_sum": 1.0,
+    "rows_shared": 8.0,
+    "rows_unit": 4.0,
+    "rows_stop": 0.0,
+    "student_mass_outside_u_sum": 3.0,
+    "teacher_mass_outside_u_sum": 6.0,
+}
+SAMPLES = {
+    "samples": 4.0,
+    "stopped": 3.0,
+    "rollout_nll_sum": 27.6,
+    "bytes": 60.0,
+    "bytes_one_to_one": 45.0,
+    "bytes_unit": 12.0,
+    "bytes_dropped_mismatch": 3.0,
+    "bytes_dropped_special": 0.0,
+    "bytes_dropped_one_stop": 0.0,
+    "bytes_dropped_no_bytes": 0.0,
+    "bytes_dropped_invalid_utf8": 0.0,
+    "canonical": 2.0,
+}
+
+
+def report(**changes: float) -> StepReport:
+    return StepReport(sums=SUMS | changes, grad_norm=0.5, learning_rate=1e-4)
+
+
+# ratios
+
+
+def test_every_ratio_is_formed_from_the_right_sums():
+    values = ratios(report(), SAMPLES, sampled=True)
+    expected = {
+        "loss": 6 / 24,
+        "grad_norm": 0.5,
+        "learning_rate": 1e-4,
+        "response_length": 24 / 4,
+        "stop_rate": 3 / 4,
+        "student_nats_per_byte": 30 / 60,
+        "teacher_nats_per_byte": 12 / 60,
+        "loss_one_to_one": 2 / 8,
+        "loss_unit": 3 / 4,
+        "coverage_one_to_one": 45 / 60,
+        "coverage_unit": 12 / 60,
+        "student_mass_outside_u": 3 / 12,
+        "teacher_mass_outside_u": 6 / 12,
+        "canonical_rollouts": 2 / 4,
+        "dropped_mismatch": 3 / 60,
+        "dropped_special": 0.0,
+        "dropped_one_stop": 0.0,
+        "dropped_no_bytes": 0.0,
+        "dropped_invalid_utf8": 0.0,
+        "rollout_logprob_gap": 2.4 / 24,
+    }
+    assert math.isnan(values.pop("loss_stop")), "no stop row: the ratio has no value"
+    assert values == pytest.approx(expected)
+
+
+def test_given_responses_have_no_gap_and_no_teacher_no_coverage():
+    values = ratios(report(num_teacher_labels=0.0), SAMPLES, sampled=False)
+    assert values.keys() == {
+        *("loss", "grad_norm", "learning_rate", "response_length", "stop_rate", "student_nats_per_byte")
+    }
+
+
+# sample_sums
+
+
+def records(sample_id: int, counts: dict[str, int]) -> tuple[Rollout, AlignedPair]:
+    empty = np.zeros(0, np.int32)
+    return (
+        Rollout(
+            sample_id=sample_id,
+            weight_version=0,
+            student_ids=empty,
+            logprobs=np.array([-0.5, -sample_id], np.float32),
+            finish="stop" if sample_id else "length",
+        ),
+        AlignedPair(
+            sample_id=sample_id,
+            teacher_prompt_ids=empty,
+            teacher_ids=empty,
+            segments=empty.reshape(0, 4),
+            kinds=empty.astype(np.int8),
+            replaced_columns=empty,
+            teacher_rows=empty,
+            needs=TeacherNeeds(),
+            counts=counts,
+        ),
+    )
+
+
+def _sample_sums(rank, world_size):
+    samples = [records(2 * rank + i, {"bytes": 10 * rank + i, "canonical": 1}) for i in range(2)]
+    rollouts, pairs = zip(*samples, strict=True)
+    return sample_sums(rollouts, pairs, dist.group.WORLD)
+
+
+def test_sums_are_over_all_ranks():
+    for sums in run_ranks(2, _sample_sums):
+        assert sums["samples"] == 4 and sums["stopped"] == 3
+        assert sums["bytes"] == 0 + 1 + 10 + 11 and sums["canonical"] == 4
+        assert sums["rollout_nll_sum"] == 4 * 0.5 + 0 + 1 + 2 + 3
+        assert sums["bytes_dropped_mismatch"] == 0, "a count that no pair has is zero"
+
+
+# log_line
+
+VALUES = {"loss": 0.25, "grad_norm": 0.5, "learning_rate": 1e-4, "loss_unit": float("nan"), "stop_rate": 0.75}
+
+
+def test_the_line_starts_as_megatron_s():
+    line = log_line(1, 100, VALUES, {"rollout": 0.25, "update": 1.0}, batch_size=64)
+    assert line.startswith(
+        " iteration        1/     100 | consumed samples:           64 | elapsed time per iteration (ms): 1250.0 | "
+        "learning rate: 1.000000E-04 | global batch size:    64 | loss: 2.500000E-01 | grad norm: 0.500 | "
+    )
+    assert line.endswith(" | stop rate: 0.7500 | seconds: rollout 0.25 update 1.00 |")
+
+
+def test_consumed_samples_count_up():
+    assert "consumed samples:          192 |" in log_line(3, 100, VALUES, {}, batch_size=64)
+
+
+def test_the_line_leaves_out_what_has_no_value_or_did_not_happen():
+    line = log_line(1, 2, VALUES | {"dropped_special": 0.0, "dropped_mismatch": 0.1}, {}, batch_size=1)
+    assert "nan" not in line and "loss unit" not in line and "dropped special" not in line
+    assert "dropped mismatch: 0.1000" in line
+
+
+# Monitor
+
+
+def _run_monitor(rank, world_size, masses, run_dir, log_interval):
+    """What a run with these shares of mass outside U prints on this rank."""
+    # One rank in the data-parallel group, so the sums are those of `report`.
+    group = [dist.new_group([i]) for i in range(world_size)][rank]
+    groups = SimpleNamespace(dp=group, is_first_rank=rank == 0)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        monitor = Monitor(
+            groups,
+            run_dir=run_dir,
+            train_iters=len(masses),
+            log_interval=log_interval,
+            batch_size=1,
+            sampled=True,
+        )
+        monitor.evaluation(0, {"greedy_accuracy": 0.25})
+        rollouts, pairs = ([record] for record in records(1, {"bytes": 60}))
+        for iteration, mass in enumerate(masses, start=1):
+            sums = report(student_mass_outside_u_sum=12.0 * mass)
+            monitor.step(iteration, rollouts, pairs, sums, {"rollout": 0.5, "update": 0.25})
+        monitor.close()
+    return out.getvalue()
+
+
+def warned(masses: list[float]) -> list[str]:
+    (text,) = run_ranks(1, _run_monitor, masses, None, 1)
+    return re.findall(r"^ WARNING: .*$", text, re.MULTILINE)
+
+
+def test_the_warning_comes_once():
+    (warning,) = warned([0.10, 0.14, 0.16, 0.40, 0.10, 0.30])
+    assert "rose from 0.100 to 0.160" in warning
+
+
+def test_no_warning_while_the_mass_does_not_rise_by_a_twentieth():
+    assert warned([0.30, 0.34, 0.01, 0.345]) == []
+
+
+def test_the_rise_counts_from_the_first_step_that_has_a_mass():
+    assert len(warned([math.nan, 0.2, 0.24, math.nan, 0.26])) == 1
+
+
+def test_metrics_are_strict_json_of_the_first_rank(tmp_path):
+    folder = tmp_path / "a" / "run"
+    first, second = run_ranks(2, _run_monitor, [0.25, 0.25, 0.25], str(folder), 2)
+    assert second == ""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    lines = [json.loads(line, parse_constant=refuse) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0] == {"kind": "evaluation", "iteration": 0, "greedy_accuracy": 0.25}
+    assert [(line["kind"], line["iteration"]) for line in lines[1:]] == [("step", 1), ("step", 2), ("step", 3)]
+    for line in lines[1:]:
+        assert line["loss"] == 0.25 and line["student_mass_outside_u"] == 0.25
+        assert (line["seconds"], line["seconds_rollout"], line["seconds_update"]) == (0.75, 0.5, 0.25)
+        assert "loss_stop" not in line, "a ratio without a value is left out"
+    printed = re.findall(r"^ iteration +(\d+)/ +3 \|", first, re.MULTILINE)
+    assert printed == ["2", "3"], "every second line, and the last"
+    assert " evaluation at iteration 0 | greedy_accuracy: 0.2500\n" in first
+
+
+def test_a_terminal_shows_whole_lines_above_a_progress_bar(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "xterm")
+    (text,) = run_ranks(1, _run_on_a_terminal)
+    (line,) = [line for line in text.splitlines() if "iteration        1/       1" in line]
+    assert re.search(r"\| loss: 2\.500000E-01 \|.*\|$", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line)), "cut or wrapped"
+
+
+def _run_on_a_terminal(rank, world_size):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    original, sys.stdout = sys.stdout, terminal
+    try:
+        groups = SimpleNamespace(dp=dist.group.WORLD, is_first_rank=True)
+        monitor = Monitor(groups, run_dir=None, train_iters=1, log_interval=1, batch_size=1, sampled=True)
+        rollouts, pairs = ([record] for record in records(1, {"bytes": 60}))
+        monitor.step(1, rollouts, pairs, report(), {"rollout": 0.5})
+        monitor.close()
+    finally:
+        sys.stdout = original
+    return terminal.getvalue()
+
+
+# Stopwatch
+
+
+def test_seconds_add_up_by_hop():
+    clock = Stopwatch()
+    for _ in range(2):
+        with clock("rollout"):
+            time.sleep(0.02)
+    with clock("update"):
+        pass
+    assert list(clock.seconds) == ["rollout", "update"]
+    assert clock.seconds["rollout"] >= 0.04 > 0.02 > clock.seconds["update"] >= 0

@@ -1,0 +1,49 @@
+"""What a CPU install pulls, and what the README names."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import megatron_simct
+from megatron_simct.arguments import options
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def _names(lines: list[str]) -> list[str]:
+    return [re.split(r"[\[<>=! ]", line)[0] for line in lines if line and not line.startswith(("#", "-r"))]
+
+
+def test_cpu_requirements_pull_nothing_of_a_gpu():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = _names((ROOT / "requirements.txt").read_text().splitlines())
+    assert {"torch", "megatron-core"} <= set(pinned)
+    for name in (*pinned, *_names(project["dependencies"]), *_names(project["optional-dependencies"]["test"])):
+        assert name not in ("transformer-engine", "apex")
+    assert _names(project["optional-dependencies"]["gpu"]) == ["transformer-engine"]
+    # Every dependency of the package is pinned, torch exactly.
+    assert set(_names(project["dependencies"])) == set(pinned)
+    assert all("==" in line for line in (ROOT / "requirements.txt").read_text().splitlines() if line[:1] not in "#")
+
+
+def test_version_is_one():
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dynamic"] == ["version"]
+    assert f"## {megatron_simct.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_paths_in_the_readme_exist():
+    paths = set(re.findall(r"(?:\./)?((?:megatron_simct|examples|tests|tools)/[\w./-]*\w)", README))
+    assert len(paths) > 8
+    missing = [path for path in paths if not (ROOT / path).exists()]
+    assert not missing
+
+
+def test_flags_in_the_readme_exist():
+    known = {option.flag for option in options()} | {"--help", "--print-config", "--config-file", "--nproc-per-node"}
+    known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "examples/quickstart/run.py").read_text()))
+    flags = set(re.findall(r"(--[a-z][a-z0-9-]*[a-z0-9])(?![\w-])", README))
+    assert len(flags) > 20
+    assert not flags - known

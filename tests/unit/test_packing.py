@@ -1,0 +1,249 @@
+"""Samples side by side in a micro-batch: every label finds the row that predicts it, every segment its labels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_simct.parallel.packing import label_rows, pack_micro_batches, pad_right
+from megatron_simct.records import AlignedPair, Prompt, Rollout, ScoredPair, TeacherNeeds
+
+TEACHER_WIDTH = 3
+
+
+def sample(
+    sample_id: int,
+    *,
+    prompt: int,
+    response: int,
+    segments: list[list[int]],
+    teacher_rows: list[int],
+    teacher_labels: int,
+    needs: TeacherNeeds = TeacherNeeds(),  # noqa: B008  (frozen)
+) -> tuple[Prompt, Rollout, AlignedPair, ScoredPair]:
+    """Records whose every number says where it belongs: 100 * sample + position."""
+    base = 100 * sample_id
+    return (
+        Prompt(
+            sample_id=sample_id,
+            student_ids=np.arange(base, base + prompt, dtype=np.int32),
+            teacher_ids=np.zeros(2, np.int32),
+        ),
+        Rollout(
+            sample_id=sample_id,
+            weight_version=0,
+            student_ids=np.arange(base + prompt, base + prompt + response, dtype=np.int32),
+            logprobs=np.zeros(response, np.float32),
+            finish="length",
+        ),
+        AlignedPair(
+            sample_id=sample_id,
+            teacher_prompt_ids=np.zeros(2, np.int32),
+            teacher_ids=np.zeros(teacher_labels, np.int32),
+            segments=np.array(segments, np.int32).reshape(-1, 4),
+            kinds=np.array([i % 3 for i in range(len(segments))], np.int8),
+            replaced_columns=np.array([base + i - 1 for i in range(len(segments))], np.int32),
+            teacher_rows=np.array(teacher_rows, np.int32),
+            needs=needs,
+        ),
+        ScoredPair(
+            sample_id=sample_id,
+            own_logit=torch.arange(teacher_labels) + float(base),
+            lse=torch.arange(teacher_labels) + base + 0.5,
+            hidden=None
+            if needs.hidden_rows == "none"
+            else torch.tensor([base + row for row in teacher_rows], dtype=torch.float32)[:, None].expand(
+                -1, TEACHER_WIDTH
+            ),
+        ),
+    )
+
+
+SAMPLES = (
+    sample(
+        1,
+        prompt=2,
+        response=3,
+        teacher_labels=4,
+        segments=[[0, 2, 0, 1], [2, 3, 1, 2], [3, 4, 2, 3]],
+        teacher_rows=[0, 3],  # the segment that starts at label 2 asked for no row
+    ),
+    sample(2, prompt=5, response=1, teacher_labels=1, segments=[], teacher_rows=[]),
+    sample(3, prompt=1, response=6, teacher_labels=3, segments=[[0, 1, 0, 2], [2, 3, 4, 6]], teacher_rows=[2]),
+    sample(4, prompt=1, response=1, teacher_labels=2, segments=[[1, 2, 0, 1]], teacher_rows=[0, 1]),
+)
+# Lengths 5, 6, 7, 2: in packed order samples 3, 2 and 1, 4.
+
+
+def pack(samples, scored=None, *, micro_batch_size=2, check=lambda labels: None):
+    prompts, rollouts, pairs, scores = zip(*samples, strict=True)
+    scored = scores if scored is None else scored
+    return pack_micro_batches(prompts, rollouts, pairs, scored, micro_batch_size=micro_batch_size, check=check)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_label_rows_pick_the_row_that_predicts_each_label(micro_batch_size):
+    """A causal 'model' whose output at (s, b) is the token that stands there: its row of a label is one before it."""
+    for batch in pack(SAMPLES, micro_batch_size=micro_batch_size):
+        output = batch.tokens.T[:, :, None]  # [S, B, 1], as Megatron's models return it
+        read = output.flatten(0, 1)[batch.label_rows, 0]
+        # Ids count up inside a sample, so the one before a label is one less.
+        assert read.tolist() == (batch.labels.student_labels - 1).tolist()
+
+
+def test_label_rows_against_a_loop():
+    prompt_lens, label_lens = [3, 1, 4], [2, 5, 0]
+    expected = []
+    for b in range(3):
+        for label in range(label_lens[b]):
+            position = prompt_lens[b] + label - 1
+            expected.append(position * 3 + b)
+    assert label_rows(prompt_lens, label_lens).tolist() == expected
+
+
+def test_the_longest_come_first():
+    batches = pack(SAMPLES)
+    assert [batch.sample_ids for batch in batches] == [(3, 2), (1, 4)]
+    assert [batch.tokens.shape for batch in batches] == [(2, 7), (2, 5)]
+
+
+def test_equal_lengths_keep_their_order():
+    samples = [
+        sample(i, prompt=2, response=1, teacher_labels=1, segments=[[0, 1, 0, 1]], teacher_rows=[0])
+        for i in (3, 1, 2, 0)
+    ]
+    assert [batch.sample_ids for batch in pack(samples)] == [(3, 1), (2, 0)]
+
+
+def test_tokens_are_padded_on_the_right():
+    _, batch = pack(SAMPLES)
+    assert batch.tokens.tolist() == [[100, 101, 102, 103, 104], [400, 401, 0, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert batch.tokens.dtype == batch.position_ids.dtype == batch.label_rows.dtype == torch.int64
+
+
+def test_pad_right_of_one():
+    tokens, positions = pad_right([np.array([4, 5], np.int32)])
+    assert tokens.tolist() == [[4, 5]] and positions.tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_everything_of_a_segment_is_its_own_sample_s(micro_batch_size):
+    by_id = {s[0].sample_id: s for s in SAMPLES}
+    for batch in pack(SAMPLES, micro_batch_size=micro_batch_size):
+        labels = batch.labels
+        samples = [by_id[i] for i in batch.sample_ids]
+        expected = []
+        for prompt, _, pair, _ in samples:
+            base = 100 * prompt.sample_id
+            for (ts, te, ss, se), kind, column in zip(
+                pair.segments.tolist(), pair.kinds.tolist(), pair.replaced_columns.tolist(), strict=True
+            ):
+                expected.append(
+                    {
+                        "student": [base + len(prompt.student_ids) + p for p in range(ss, se)],
+                        "own": [base + p for p in range(ts, te)],
+                        "lse": [base + p + 0.5 for p in range(ts, te)],
+                        "kind": kind,
+                        "column": column,
+                        "hidden": base + ts if ts in pair.teacher_rows else None,
+                    }
+                )
+        found = []
+        for a, (ts, te, ss, se) in enumerate(labels.segments.tolist()):
+            row = int(labels.teacher_hidden_index[a])
+            assert row >= -1
+            found.append(
+                {
+                    "student": labels.student_labels[ss:se].tolist(),
+                    "own": labels.teacher_own_logit[ts:te].tolist(),
+                    "lse": labels.teacher_lse[ts:te].tolist(),
+                    "kind": int(labels.kinds[a]),
+                    "column": int(labels.replaced_columns[a]),
+                    "hidden": None if row < 0 else float(labels.teacher_hidden[row, 0]),
+                }
+            )
+        assert found == expected
+        assert len(labels.student_labels) == sum(len(rollout.student_ids) for _, rollout, _, _ in samples)
+        assert len(labels.teacher_lse) == sum(len(pair.teacher_ids) for _, _, pair, _ in samples)
+        assert labels.segments.dtype == labels.kinds.dtype == labels.teacher_hidden_index.dtype == torch.int64
+
+
+def test_a_segment_that_asked_for_no_row_has_index_minus_one():
+    (batch,) = pack(SAMPLES, micro_batch_size=4)
+    # Samples 3, 2, 1, 4; rows [2], [], [0, 3], [0, 1]; segments start at labels 0, 2 | | 0, 2, 3 | 1.
+    assert batch.labels.teacher_hidden_index.tolist() == [-1, 0, 1, -1, 2, 4]
+
+
+def test_no_hidden_states_where_none_were_asked_for():
+    needs = TeacherNeeds(hidden_rows="none")
+    samples = [
+        sample(i, prompt=2, response=1, teacher_labels=1, segments=[[0, 1, 0, 1]], teacher_rows=[], needs=needs)
+        for i in range(2)
+    ]
+    (batch,) = pack(samples)
+    assert batch.labels.teacher_hidden is None
+    assert batch.labels.teacher_hidden_index.tolist() == [-1, -1]
+
+
+def test_without_a_teacher_there_are_no_segments():
+    samples = [
+        sample(
+            i,
+            prompt=2,
+            response=2,
+            teacher_labels=0,
+            segments=[],
+            teacher_rows=[],
+            needs=TeacherNeeds(teacher=False, hidden_rows="none"),
+        )
+        for i in range(2)
+    ]
+    (batch,) = pack(samples)
+    assert batch.labels.segments.shape == (0, 4)
+    assert batch.labels.student_labels.tolist() == [2, 3, 102, 103]
+    assert batch.labels.teacher_own_logit.shape == batch.labels.teacher_lse.shape == (0,)
+
+
+def test_scores_may_come_in_any_order():
+    expected = pack(SAMPLES)
+    found = pack(SAMPLES, iter([s[3] for s in reversed(SAMPLES)]))
+    for a, b in zip(found, expected, strict=True):
+        assert a.sample_ids == b.sample_ids
+        assert torch.equal(a.labels.teacher_own_logit, b.labels.teacher_own_logit)
+        assert torch.equal(a.labels.teacher_hidden, b.labels.teacher_hidden)
+
+
+@pytest.mark.parametrize("chosen", [[0, 1, 2], [0, 1, 2, 2], [0, 1, 2, 3, 3]], ids=["missing", "other", "twice"])
+def test_a_score_that_is_missing_or_comes_twice_is_refused(chosen):
+    with pytest.raises(AssertionError, match=r"every pair is scored once: samples \[1, 2, 3, 4\]"):
+        pack(SAMPLES, [SAMPLES[i][3] for i in chosen])
+
+
+def test_an_unknown_score_is_refused():
+    stranger = sample(9, prompt=1, response=1, teacher_labels=1, segments=[], teacher_rows=[])
+    with pytest.raises(AssertionError, match="every pair is scored once"):
+        pack(SAMPLES, [s[3] for s in (*SAMPLES, stranger)])
+
+
+def test_a_sample_id_that_occurs_twice_is_refused():
+    with pytest.raises(AssertionError, match="unique"):
+        pack([SAMPLES[0], SAMPLES[0]])
+
+
+def test_records_in_different_orders_are_refused():
+    prompts, rollouts, pairs, scores = zip(*SAMPLES, strict=True)
+    with pytest.raises(AssertionError, match="in one order"):
+        pack_micro_batches(prompts, rollouts[::-1], pairs, scores, micro_batch_size=2, check=lambda labels: None)
+
+
+def test_a_rest_is_refused():
+    with pytest.raises(AssertionError, match="4 samples in micro-batches of 3"):
+        pack(SAMPLES, micro_batch_size=3)
+
+
+def test_every_micro_batch_is_checked():
+    seen = []
+    batches = pack(SAMPLES, check=seen.append)
+    assert [id(labels) for labels in seen] == [id(batch.labels) for batch in batches]
