@@ -6,13 +6,14 @@ Three ordinary runs of megatron_simct.train, one after another, each of which a 
     2. warm-up    sft of the student, stopped early, while most of its answers are still wrong
     3. distil     the student samples, the teacher scores, the chosen interface compares
 
-A stage whose command has not changed since it finished is not run again, so a second interface starts from the very
+A stage whose command and inputs have not changed since it finished is not run again, so a second interface starts from the very
 same teacher and student.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -42,8 +43,10 @@ ARCHITECTURE = {
     "max_position_embeddings": 256,
     "tie_word_embeddings": True,
     "hidden_act": "silu",
-    "initializer_range": 0.02,
 }
+# Larger random weights learn sooner, smaller ones generalise better in the end.
+INITIALIZER_RANGE = {"teacher": 0.02, "student": 0.05}
+FINISHED = "finished.json"
 TEACHER_ACCURACY = 0.95
 WARM_ACCURACY = 0.25
 
@@ -64,10 +67,20 @@ class Stage:
             *("-m", "megatron_simct.train", "--run-dir", str(self.folder), *self.flags),
         ]
 
+    def fingerprint(self) -> str:
+        """Of the command, the files that it reads, and the stages whose checkpoints it starts from."""
+        digest = hashlib.sha256(json.dumps(self.command).encode())
+        for path in map(Path, self.flags):
+            for file in (path, path / "config.json", path.parent / FINISHED):
+                if file.is_file() and path != self.folder / "checkpoint":
+                    digest.update(file.read_bytes())
+        return digest.hexdigest()
+
     def run(self) -> float:
         """Seconds it took, 0 where its result is already there."""
-        record = self.folder / "finished.json"
-        if record.exists() and json.loads(record.read_text())["command"] == self.command:
+        record = self.folder / FINISHED
+        fingerprint = self.fingerprint()
+        if record.exists() and json.loads(record.read_text())["fingerprint"] == fingerprint:
             console.print(f"[bold]{self.name}[/bold]: already there in {self.folder}")
             return 0.0
         record.unlink(missing_ok=True)
@@ -78,7 +91,7 @@ class Stage:
         if status != 0:
             raise SystemExit(f"{self.name} failed with exit code {status}; its output is above")
         seconds = time.time() - begin
-        record.write_text(json.dumps({"command": self.command, "seconds": seconds}))
+        record.write_text(json.dumps({"fingerprint": fingerprint, "seconds": seconds}))
         return seconds
 
     def accuracy(self, which: str, *, first: bool = False) -> float:
@@ -95,7 +108,8 @@ def stages(options: argparse.Namespace, folder: Path) -> tuple[Stage, Stage, Sta
     for side, name in ((teacher, "teacher"), (student, "student")):
         path = folder / f"{name}-architecture"
         path.mkdir(exist_ok=True)
-        (path / "config.json").write_text(json.dumps(ARCHITECTURE | {"vocab_size": side.vocab_size}, indent=1))
+        fields = ARCHITECTURE | {"vocab_size": side.vocab_size, "initializer_range": INITIALIZER_RANGE[name]}
+        (path / "config.json").write_text(json.dumps(fields, indent=1))
     processes = options.processes
     common = [
         *("--prompt-data", str(folder / "train.jsonl"), "--eval-prompt-data", str(folder / "held_out.jsonl")),
@@ -110,7 +124,16 @@ def stages(options: argparse.Namespace, folder: Path) -> tuple[Stage, Stage, Sta
             *_model("", teacher, folder / "teacher-architecture"),
             *common,
             *sft,
-            *("--train-iters", "2" if options.smoke else "800", "--lr", "2e-3", "--lr-decay-style", "linear", "--lr-warmup-fraction", "0.03"),
+            *(
+                "--train-iters",
+                "2" if options.smoke else "800",
+                "--lr",
+                "2e-3",
+                "--lr-decay-style",
+                "linear",
+                "--lr-warmup-fraction",
+                "0.03",
+            ),
             *("--eval-interval", "50", "--eval-samples", "0", "--exit-eval-accuracy", str(TEACHER_ACCURACY)),
             *("--save", str(folder / "teacher" / "checkpoint")),
         ],
@@ -123,7 +146,16 @@ def stages(options: argparse.Namespace, folder: Path) -> tuple[Stage, Stage, Sta
             *student_flags,
             *common,
             *sft,
-            *("--train-iters", "2" if options.smoke else "400", "--lr", "2e-3", "--lr-decay-style", "constant", "--lr-warmup-fraction", "0.03"),
+            *(
+                "--train-iters",
+                "2" if options.smoke else "400",
+                "--lr",
+                "2e-3",
+                "--lr-decay-style",
+                "constant",
+                "--lr-warmup-fraction",
+                "0.03",
+            ),
             *("--eval-interval", "20", "--eval-samples", "0", "--exit-eval-accuracy", str(WARM_ACCURACY)),
             *("--save", str(folder / "warm-up" / "checkpoint")),
         ],
@@ -140,7 +172,14 @@ def stages(options: argparse.Namespace, folder: Path) -> tuple[Stage, Stage, Sta
             *common,
             *("--simct-interface", options.interface, "--rollout-batch-size", "64"),
             *("--micro-batch-size", str(64 // processes), "--rollout-temperature", "1.0"),
-            *("--train-iters", "2" if options.smoke else str(options.train_iters), "--lr", "3e-4", "--lr-decay-style", "constant"),
+            *(
+                "--train-iters",
+                "2" if options.smoke else str(options.train_iters),
+                "--lr",
+                "3e-4",
+                "--lr-decay-style",
+                "constant",
+            ),
             *("--eval-interval", "20", "--save", str(folder / f"distil-{options.interface}" / "checkpoint")),
         ],
         processes=processes,
@@ -173,9 +212,13 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=1, help="weights, order of the problems, sampling")
     parser.add_argument("--train-iters", type=int, default=100, help="on-policy steps")
-    parser.add_argument("--smoke", action="store_true", help="two steps of each stage: that it runs, not that it learns")
+    parser.add_argument(
+        "--smoke", action="store_true", help="two steps of each stage: that it runs, not that it learns"
+    )
     parser.add_argument("--processes", type=int, default=2, choices=(1, 2, 4), help="data-parallel ranks")
-    parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "quickstart", help="where everything is written")
+    parser.add_argument(
+        "--run-dir", type=Path, default=ROOT / "runs" / "quickstart", help="where everything is written"
+    )
     return parser.parse_args()
 
 
@@ -207,8 +250,12 @@ def report(summary: dict, folder: Path) -> None:
     for column in ("", "greedy", "sampled"):
         table.add_column(column)
     table.add_row("teacher", f"{summary['teacher_accuracy']:.3f}", "")
-    table.add_row("student before", f"{summary['student_accuracy_before']:.3f}", f"{summary['student_sampled_before']:.3f}")
-    table.add_row("student after", f"{summary['student_accuracy_after']:.3f}", f"{summary['student_sampled_after']:.3f}")
+    table.add_row(
+        "student before", f"{summary['student_accuracy_before']:.3f}", f"{summary['student_sampled_before']:.3f}"
+    )
+    table.add_row(
+        "student after", f"{summary['student_accuracy_after']:.3f}", f"{summary['student_sampled_after']:.3f}"
+    )
     console.print(table)
     console.print(f"{summary['seconds']:.0f} seconds; written to {folder / 'summary.json'}", soft_wrap=True)
 

