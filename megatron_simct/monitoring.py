@@ -21,8 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_simct.alignment.plan import DROP_REASONS
 from megatron_simct.parallel.initialize import Groups
+from megatron_simct.parallel.reductions import sum_over_ranks
 from megatron_simct.records import AlignedPair, Rollout
-from megatron_simct.update.step import StepReport, sum_over_ranks
+from megatron_simct.update.step import StepReport
 
 COUNTS = (
     "bytes",

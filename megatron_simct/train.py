@@ -94,8 +94,8 @@ def build_job(config: Config, groups: Groups) -> Job:
     config.check(data_parallel_size=groups.dp_size)
     check_config(config.interface)
     needs = teacher_needs(config.interface)
-    student = load_tokenizer(config.model.tokenizer_model, config.model.stop_token_ids)
-    teacher = load_tokenizer(config.teacher.tokenizer_model, config.teacher.stop_token_ids) if needs.teacher else None
+    student = open_tokenizer(config.model, prefix="")
+    teacher = open_tokenizer(config.teacher, prefix="teacher-") if needs.teacher else None
     alignment_map = build_alignment_map(student, teacher) if teacher is not None else None
 
     prompts = build_prompts(config, groups, student, teacher)
@@ -152,6 +152,14 @@ def build_job(config: Config, groups: Groups) -> Job:
         evaluator=build_evaluator(config, groups, sampler, student),
         save=partial(save_weights, model, config.output.save),
     )
+
+
+def open_tokenizer(options: ModelConfig, *, prefix: str) -> Tokenizer:
+    """The tokenizer of one side."""
+    try:
+        return load_tokenizer(options.tokenizer_model, options.stop_token_ids)
+    except ValueError as error:
+        raise ValueError(f"--{prefix}tokenizer-model: {error}") from None
 
 
 def build_prompts(config: Config, groups: Groups, student: Tokenizer, teacher: Tokenizer | None) -> PromptSource:

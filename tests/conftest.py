@@ -4,10 +4,17 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
 import tests.distributed  # noqa: E402,F401  (imports torch and megatron-core once, patched for CPU)
 from tests.tiny import build_files  # noqa: E402
+
+# No test measures time: a busy machine is not a failure.
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
+)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -42,19 +42,22 @@ def build_files(folder: Path) -> None:
 
 
 def config(folder: Path, *flags: str) -> Config:
+    """What `command_line` configures."""
+    return parse_config(command_line(folder, *flags))
+
+
+def command_line(folder: Path, *flags: str) -> list[str]:
     """A run of two steps from random weights on these files; later flags win."""
-    return parse_config(
-        [
-            *("--hf-checkpoint", str(folder / "student"), "--tokenizer-model", str(folder / "student.model")),
-            *("--teacher-hf-checkpoint", str(folder / "teacher")),
-            *("--teacher-tokenizer-model", str(folder / "teacher.tiktoken")),
-            *("--prompt-data", str(folder / "train.jsonl"), "--make-vocab-size-divisible-by", "8"),
-            *("--teacher-make-vocab-size-divisible-by", "4", "--rollout-max-response-len", "12"),
-            *("--rollout-batch-size", "8", "--micro-batch-size", "2", "--train-iters", "2"),
-            *("--lr", "1e-3", "--lr-warmup-fraction", "0", "--seed", "5"),
-            *flags,
-        ]
-    )
+    return [
+        *("--hf-checkpoint", str(folder / "student"), "--tokenizer-model", str(folder / "student.model")),
+        *("--teacher-hf-checkpoint", str(folder / "teacher")),
+        *("--teacher-tokenizer-model", str(folder / "teacher.tiktoken")),
+        *("--prompt-data", str(folder / "train.jsonl"), "--make-vocab-size-divisible-by", "8"),
+        *("--teacher-make-vocab-size-divisible-by", "4", "--rollout-max-response-len", "12"),
+        *("--rollout-batch-size", "8", "--micro-batch-size", "2", "--train-iters", "2"),
+        *("--lr", "1e-3", "--lr-warmup-fraction", "0", "--seed", "5"),
+        *flags,
+    ]
 
 
 def _row(i: int) -> dict[str, str]:

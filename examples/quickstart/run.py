@@ -6,8 +6,8 @@ Three ordinary runs of megatron_simct.train, one after another, each of which a 
     2. warm-up    sft of the student, stopped early, while most of its answers are still wrong
     3. distil     the student samples, the teacher scores, the chosen interface compares
 
-A stage whose command and inputs have not changed since it finished is not run again, so a second interface starts from the very
-same teacher and student.
+A stage whose command and inputs have not changed since it finished is not run again, so a second interface starts from
+the very same teacher and student.
 """
 
 from __future__ import annotations
@@ -53,35 +53,18 @@ WARM_ACCURACY = 0.25
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of megatron_simct.train."""
+    """One command, and the folder that it fills."""
 
     name: str
     folder: Path
-    flags: list[str]
-    processes: int
-
-    @property
-    def command(self) -> list[str]:
-        return [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes)),
-            *("-m", "megatron_simct.train", "--run-dir", str(self.folder), *self.flags),
-        ]
-
-    def fingerprint(self) -> str:
-        """Of the command, the files that it reads, and the stages whose checkpoints it starts from."""
-        digest = hashlib.sha256(json.dumps(self.command).encode())
-        for path in map(Path, self.flags):
-            for file in (path, path / "config.json", path.parent / FINISHED):
-                if file.is_file() and path != self.folder / "checkpoint":
-                    digest.update(file.read_bytes())
-        return digest.hexdigest()
+    command: list[str]
 
     def run(self) -> float:
         """Seconds it took, 0 where its result is already there."""
         record = self.folder / FINISHED
-        fingerprint = self.fingerprint()
+        fingerprint = self._fingerprint()
         if record.exists() and json.loads(record.read_text())["fingerprint"] == fingerprint:
-            console.print(f"[bold]{self.name}[/bold]: already there in {self.folder}")
+            console.print(f"[bold]{self.name}[/bold]: already there in {self.folder}", soft_wrap=True)
             return 0.0
         record.unlink(missing_ok=True)
         console.print(f"[bold]{self.name}[/bold]: {shlex.join(self.command)}", soft_wrap=True)
@@ -95,100 +78,83 @@ class Stage:
         return seconds
 
     def accuracy(self, which: str, *, first: bool = False) -> float:
-        """The first or last evaluation of the run."""
+        """The first or last evaluation of a training run."""
         rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
         evaluations = [row for row in rows if row["kind"] == "evaluation"]
         return evaluations[0 if first else -1][f"{which}_accuracy"]
 
-
-def stages(options: argparse.Namespace, folder: Path) -> tuple[Stage, Stage, Stage]:
-    """The three runs, with every flag that differs from the defaults."""
-    teacher, student = sides(options.pair, options.direction, folder / "tokenizers")
-    write_task(folder)
-    for side, name in ((teacher, "teacher"), (student, "student")):
-        path = folder / f"{name}-architecture"
-        path.mkdir(exist_ok=True)
-        fields = ARCHITECTURE | {"vocab_size": side.vocab_size, "initializer_range": INITIALIZER_RANGE[name]}
-        (path / "config.json").write_text(json.dumps(fields, indent=1))
-    processes = options.processes
-    common = [
-        *("--prompt-data", str(folder / "train.jsonl"), "--eval-prompt-data", str(folder / "held_out.jsonl")),
-        *("--rollout-max-response-len", "16", "--seed", str(options.seed), "--log-interval", "20", "--min-lr", "0"),
-    ]
-    sft = ["--simct-interface", "sft", "--rollout-batch-size", "32", "--micro-batch-size", str(32 // processes)]
-    student_flags = _model("", student, folder / "student-architecture")
-    teach = Stage(
-        name="1/3 teacher",
-        folder=folder / "teacher",
-        flags=[
-            *_model("", teacher, folder / "teacher-architecture"),
-            *common,
-            *sft,
-            *(
-                "--train-iters",
-                "2" if options.smoke else "800",
-                "--lr",
-                "2e-3",
-                "--lr-decay-style",
-                "linear",
-                "--lr-warmup-fraction",
-                "0.03",
-            ),
-            *("--eval-interval", "50", "--eval-samples", "0", "--exit-eval-accuracy", str(TEACHER_ACCURACY)),
-            *("--save", str(folder / "teacher" / "checkpoint")),
-        ],
-        processes=processes,
-    )
-    warm = Stage(
-        name="2/3 warm-up",
-        folder=folder / "warm-up",
-        flags=[
-            *student_flags,
-            *common,
-            *sft,
-            *(
-                "--train-iters",
-                "2" if options.smoke else "400",
-                "--lr",
-                "2e-3",
-                "--lr-decay-style",
-                "constant",
-                "--lr-warmup-fraction",
-                "0.03",
-            ),
-            *("--eval-interval", "20", "--eval-samples", "0", "--exit-eval-accuracy", str(WARM_ACCURACY)),
-            *("--save", str(folder / "warm-up" / "checkpoint")),
-        ],
-        processes=processes,
-    )
-    distil = Stage(
-        name=f"3/3 distil with {options.interface}",
-        folder=folder / f"distil-{options.interface}",
-        flags=[
-            *student_flags,
-            *("--pretrained-checkpoint", str(folder / "warm-up" / "checkpoint")),
-            *_model("teacher-", teacher, folder / "teacher-architecture"),
-            *("--teacher-pretrained-checkpoint", str(folder / "teacher" / "checkpoint")),
-            *common,
-            *("--simct-interface", options.interface, "--rollout-batch-size", "64"),
-            *("--micro-batch-size", str(64 // processes), "--rollout-temperature", "1.0"),
-            *(
-                "--train-iters",
-                "2" if options.smoke else str(options.train_iters),
-                "--lr",
-                "3e-4",
-                "--lr-decay-style",
-                "constant",
-            ),
-            *("--eval-interval", "20", "--save", str(folder / f"distil-{options.interface}" / "checkpoint")),
-        ],
-        processes=processes,
-    )
-    return teach, warm, distil
+    def _fingerprint(self) -> str:
+        """Of the command, the files that it reads, and the stages whose checkpoints it starts from."""
+        digest = hashlib.sha256(json.dumps(self.command).encode())
+        for path in map(Path, self.command):
+            for file in (path, path / "config.json", path.parent / FINISHED):
+                if file.is_file() and file.parent != self.folder and path != Path(sys.executable):
+                    digest.update(file.read_bytes())
+        return digest.hexdigest()
 
 
-def _model(prefix: str, side: Side, architecture: Path) -> list[str]:
-    return [f"--{prefix}hf-checkpoint", str(architecture), f"--{prefix}tokenizer-model", side.tokenizer]
+class Recipe:
+    """The commands of one pair of tokenizers, with every flag that differs from the defaults."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self._options = options
+        self._folder = folder
+        self.teacher, self.student = sides(options.pair, options.direction, folder / "tokenizers")
+        write_task(folder)
+        for side, name in ((self.teacher, "teacher"), (self.student, "student")):
+            path = folder / f"{name}-architecture"
+            path.mkdir(exist_ok=True)
+            fields = ARCHITECTURE | {"vocab_size": side.vocab_size, "initializer_range": INITIALIZER_RANGE[name]}
+            (path / "config.json").write_text(json.dumps(fields, indent=1))
+
+    def start(self, name: str, side: Side) -> list[Stage]:
+        """Weights to start from, for the side that groups digits; the other side starts from random ones."""
+        if not side.groups_digits:
+            return []
+        folder = self._folder / f"{name}-start"
+        folder.mkdir(exist_ok=True)
+        program = str(ROOT / "examples" / "quickstart" / "number_embeddings.py")
+        command = [sys.executable, program, *self._model("", name, side), "--seed", str(self._options.seed)]
+        return [Stage(f"start of the {name}", folder, [*command, "--save", str(folder / "checkpoint")])]
+
+    def sft(self, name: str, folder_name: str, side: Side, *flags: str) -> Stage:
+        """Supervised training on the task's answers, until --exit-eval-accuracy."""
+        flags = ("--simct-interface", "sft", "--lr", "2e-3", "--lr-warmup-fraction", "0.03", *flags)
+        if side.groups_digits:
+            flags += ("--pretrained-checkpoint", str(self._folder / f"{folder_name}-start" / "checkpoint"))
+        return self._train(
+            name, folder_name, "32", [*self._model("", folder_name, side), "--eval-samples", "0", *flags]
+        )
+
+    def distil(self, *flags: str) -> Stage:
+        """On-policy distillation with the chosen interface."""
+        interface = self._options.interface
+        models = [
+            *self._model("", "student", self.student),
+            *("--pretrained-checkpoint", str(self._folder / "student" / "checkpoint")),
+            *self._model("teacher-", "teacher", self.teacher),
+            *("--teacher-pretrained-checkpoint", str(self._folder / "teacher" / "checkpoint")),
+        ]
+        return self._train(
+            f"distil with {interface}", f"distil-{interface}", "64", [*models, "--simct-interface", interface, *flags]
+        )
+
+    def _train(self, name: str, folder_name: str, batch_size: str, flags: list[str]) -> Stage:
+        folder, processes = self._folder / folder_name, self._options.processes
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
+            *("-m", "megatron_simct.train", "--run-dir", str(folder), "--save", str(folder / "checkpoint")),
+            *("--prompt-data", str(self._folder / "train.jsonl")),
+            *("--eval-prompt-data", str(self._folder / "held_out.jsonl"), "--rollout-max-response-len", "16"),
+            *("--rollout-batch-size", batch_size, "--micro-batch-size", str(int(batch_size) // processes)),
+            *("--seed", str(self._options.seed), "--min-lr", "0", "--log-interval", "20"),
+            *flags,
+        ]
+        return Stage(name, folder, command + ["--train-iters", "2"] * self._options.smoke)
+
+    def _model(self, prefix: str, name: str, side: Side) -> list[str]:
+        architecture = str(self._folder / f"{name}-architecture")
+        return [f"--{prefix}hf-checkpoint", architecture, f"--{prefix}tokenizer-model", side.tokenizer]
 
 
 def parse() -> argparse.Namespace:
@@ -215,6 +181,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--smoke", action="store_true", help="two steps of each stage: that it runs, not that it learns"
     )
+    parser.add_argument("--lr", type=float, default=3e-4, help="learning rate of the on-policy steps")
     parser.add_argument("--processes", type=int, default=2, choices=(1, 2, 4), help="data-parallel ranks")
     parser.add_argument(
         "--run-dir", type=Path, default=ROOT / "runs" / "quickstart", help="where everything is written"
@@ -227,8 +194,23 @@ def main() -> None:
     begin = time.time()
     folder = options.run_dir.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    teach, warm, distil = stages(options, folder)
-    seconds = {stage.name: stage.run() for stage in (teach, warm, distil)}
+    recipe = Recipe(options, folder)
+    teach = recipe.sft(
+        *("teacher", "teacher", recipe.teacher),
+        *("--train-iters", "800", "--lr-decay-style", "linear"),
+        *("--eval-interval", "50", "--exit-eval-accuracy", str(TEACHER_ACCURACY)),
+    )
+    warm = recipe.sft(
+        *("warm-up of the student", "student", recipe.student),
+        *("--train-iters", "400", "--lr-decay-style", "constant"),
+        *("--eval-interval", "20", "--exit-eval-accuracy", str(WARM_ACCURACY)),
+    )
+    distil = recipe.distil(
+        *("--train-iters", str(options.train_iters), "--lr", str(options.lr), "--lr-decay-style", "constant"),
+        *("--rollout-temperature", "1.0", "--eval-interval", "20"),
+    )
+    starts = [*recipe.start("teacher", recipe.teacher), *recipe.start("student", recipe.student)]
+    seconds = {stage.name: stage.run() for stage in (*starts, teach, warm, distil)}
     summary = {
         "teacher_accuracy": teach.accuracy("greedy"),
         "student_accuracy_before": distil.accuracy("greedy", first=True),

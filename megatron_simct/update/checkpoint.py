@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_simct.models.build import HiddenStateModel
 from megatron_simct.parallel.cpu import megatron_imports
@@ -54,9 +55,18 @@ def load_weights(model: HiddenStateModel, directory: str, *, flag: str) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            state = dist_checkpointing.load(model.sharded_state_dict(), str(path))
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{flag} {path}: does not fit this model ({reason})") from error
+            # Strict in both directions: a checkpoint with an LM head of its own is not that of a tied model.
+            state = dist_checkpointing.load(
+                model.sharded_state_dict(), str(path), strict=dist_checkpointing.validation.StrictHandling.RAISE_ALL
+            )
+    except (Exception, CheckpointException) as error:
+        raise ValueError(f"{flag} {path}: does not fit this model ({_reason(error)})") from error
     model.load_state_dict(state)
     return iteration
+
+
+def _reason(error: BaseException) -> str:
+    """An error in one line; torch's CheckpointException, no Exception, wraps those of the ranks."""
+    if isinstance(error, CheckpointException):
+        error, _ = next(iter(error.failures.values()))
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -21,6 +21,7 @@ from megatron_simct.losses import SharedHead, interface_loss
 from megatron_simct.models.build import HiddenStateModel
 from megatron_simct.parallel.cpu import megatron_imports
 from megatron_simct.parallel.initialize import Groups
+from megatron_simct.parallel.reductions import sum_over_ranks
 from megatron_simct.records import MicroBatch
 
 with megatron_imports():
@@ -104,22 +105,19 @@ class Updater:
         """Megatron's optimizer.step(), with a check of the global numbers between gradient and weights."""
         self._optimizer.prepare_grads()
         grad_norm = float(self._optimizer.get_grad_norm())
-        if not (math.isfinite(sums["loss"]) and math.isfinite(grad_norm)):
+        # Tensor-parallel ranks hold copies of the same numbers; should they differ, all ranks stop, or some would wait.
+        finite = torch.tensor(
+            int(math.isfinite(sums["loss"]) and math.isfinite(grad_norm)), dtype=torch.int32, device=self._groups.device
+        )
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        if not int(finite):
             raise NonFiniteError(
-                f"loss sum {sums['loss']} over {sums['num_labels']:.0f} labels, gradient norm {grad_norm}: stopped "
-                "before the optimizer step; lower --lr or --clip-grad"
+                f"not finite on some rank; here: loss sum {sums['loss']} over {sums['num_labels']:.0f} labels, "
+                f"gradient norm {grad_norm}: stopped before the optimizer step; lower --lr or --clip-grad"
             )
         self._optimizer.step()
         self._scheduler.step(increment=1)
         return grad_norm
-
-
-def sum_over_ranks(sums: dict[str, torch.Tensor], group: dist.ProcessGroup) -> dict[str, float]:
-    """Each entry summed over the group, in float64: one small all-reduce. Every rank must bring the same names."""
-    names = sorted(sums)
-    values = torch.stack([sums[name].double().reshape(()) for name in names])
-    dist.all_reduce(values, group=group)
-    return dict(zip(names, values.tolist(), strict=True))
 
 
 def _add(outputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ import sys
 import typing
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_simct.arguments import build_parser, options, parse_config, to_yaml
@@ -121,6 +121,7 @@ def test_printed_config_reads_back_as_itself(capsys, yaml_file):
     assert parse_config(["--config-file", yaml_file(printed)]) == parse_config(argv) != Config()
 
 
+@example(text="two\n lines: # \u2028\t'\"", number=1e-300)
 @settings(max_examples=50, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])), number=st.floats(allow_nan=False))
 def test_any_value_survives_the_yaml_form(tmp_path_factory, text, number):

@@ -162,11 +162,13 @@ def test_the_line_leaves_out_what_has_no_value_or_did_not_happen():
 
 
 def _run_monitor(rank, world_size, masses, run_dir, log_interval):
-    """What a run with these shares of mass outside U prints on this rank."""
+    """What a run with these shares of mass outside U prints on this rank. The first rank runs first."""
     # One rank in the data-parallel group, so the sums are those of `report`.
     group = [dist.new_group([i]) for i in range(world_size)][rank]
     groups = SimpleNamespace(dp=group, is_first_rank=rank == 0)
     out = io.StringIO()
+    if rank > 0:
+        dist.barrier()
     with contextlib.redirect_stdout(out):
         monitor = Monitor(
             groups,
@@ -182,6 +184,8 @@ def _run_monitor(rank, world_size, masses, run_dir, log_interval):
             sums = report(student_mass_outside_u_sum=12.0 * mass)
             monitor.step(iteration, rollouts, pairs, sums, {"rollout": 0.5, "update": 0.25})
         monitor.close()
+    if rank == 0 and world_size > 1:
+        dist.barrier()
     return out.getvalue()
 
 

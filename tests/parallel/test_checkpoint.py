@@ -1,0 +1,187 @@
+"""Weights survive a change of layout bit by bit; what cannot be loaded says why in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+from megatron_simct.alignment import load_tokenizer
+from megatron_simct.parallel.initialize import process_groups
+from megatron_simct.train import load_model
+from megatron_simct.update import checkpoint
+from megatron_simct.update.checkpoint import TRACKER, load_weights, save_weights
+from tests.distributed import run_ranks
+from tests.tiny import config
+
+
+def student_of(folder, groups, *flags):
+    """The student with random weights, or those of --pretrained-checkpoint."""
+    resolved = config(folder, "--tensor-model-parallel-size", str(groups.tp_size), *flags)
+    tokenizer = load_tokenizer(resolved.model.tokenizer_model)
+    return load_model(resolved, resolved.model, groups, tokenizer, prefix="")
+
+
+def in_job(function):
+    """function(groups, *args) on every rank, with tensor parallelism over all of them."""
+
+    def worker(rank, world_size, folder, *args):
+        resolved = config(folder, "--tensor-model-parallel-size", str(world_size))
+        with process_groups(resolved.parallel, seed=3) as groups:
+            return function(groups, folder, *args)
+
+    return worker
+
+
+def parameters_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def logits_of(model, groups):
+    """[S, V] over the real vocabulary, gathered."""
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        hidden = model(ids, torch.arange(ids.shape[1])[None], None)[:, 0]
+        shard = hidden @ model.output_weight.T
+    shards = [torch.empty_like(shard) for _ in range(groups.tp_size)]
+    torch.distributed.all_gather(shards, shard, group=groups.tp)
+    return torch.cat(shards, dim=1)[:, :360]
+
+
+@in_job
+def _load_and_save(groups, folder, source, target, iteration):
+    """Load from one directory, save in another; the weights and logits in between."""
+    model = student_of(folder, groups, *(["--pretrained-checkpoint", str(source)] if source else []))
+    save_weights(model, str(target), iteration)
+    return parameters_of(model), logits_of(model, groups)
+
+
+@in_job
+def _load(groups, folder, source):
+    model = student_of(folder, groups)
+    iteration = load_weights(model, str(source), flag="--load-it")
+    return iteration, parameters_of(model), logits_of(model, groups)
+
+
+def test_weights_go_from_one_rank_to_two_and_back(tiny, tmp_path):
+    ((weights, logits),) = run_ranks(1, _load_and_save, tiny, None, tmp_path / "one", 7)
+    two = run_ranks(2, _load_and_save, tiny, tmp_path / "one", tmp_path / "two", 8)
+    ((iteration, weights_back, logits_back),) = run_ranks(1, _load, tiny, tmp_path / "two")
+    assert iteration == 8 and (tmp_path / "two" / TRACKER).read_text() == "8"
+    assert logits.std() > 0.1
+    for shard, logits_of_two in two:
+        torch.testing.assert_close(logits_of_two, logits, rtol=1e-5, atol=1e-5)
+        assert shard["decoder.layers.0.mlp.linear_fc2.weight"].shape == (32, 32), "each rank holds its half"
+    assert weights_back.keys() == weights.keys()
+    for name, value in weights.items():
+        if name == "embedding.word_embeddings.weight":  # the padding past the vocabulary is nobody's
+            value, weights_back[name] = value[:360], weights_back[name][:360]
+        assert torch.equal(weights_back[name], value), name
+    assert torch.equal(logits_back, logits)
+
+
+# What cannot be loaded
+
+
+def _refusals(rank, world_size, folder, sources, tp):
+    """The error for each directory."""
+    resolved = config(folder, "--tensor-model-parallel-size", str(tp))
+    with process_groups(resolved.parallel, seed=3) as groups:
+        model = student_of(folder, groups)
+        messages = []
+        for source in sources:
+            with pytest.raises(ValueError) as error:
+                load_weights(model, str(source), flag="--pretrained-checkpoint")
+            messages.append(str(error.value))
+        return messages
+
+
+@in_job
+def _save_relatives(groups, folder, target):
+    """Checkpoints of models that are almost the student."""
+    for name, changes in RELATIVES.items():
+        architecture = target / f"{name} model"
+        architecture.mkdir()
+        fields = json.loads((folder / "student" / "config.json").read_text()) | changes
+        (architecture / "config.json").write_text(json.dumps(fields))
+        save_weights(student_of(folder, groups, "--hf-checkpoint", str(architecture)), str(target / name), 1)
+
+
+RELATIVES = {
+    "untied": {"tie_word_embeddings": False},
+    "deeper": {"num_hidden_layers": 3},
+    "wider": {"intermediate_size": 96},
+}
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_what_is_no_checkpoint_of_this_model_is_refused_in_one_line(tiny, weights, tmp_path, tp):
+    student_dir, teacher_dir = weights[1], weights[3]
+    (tmp_path / "empty").mkdir()
+    for name, content in (("garbage", "newest"), ("dangling", "12")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / TRACKER).write_text(content)
+    sources = [tmp_path / "nowhere", tmp_path / "empty", tmp_path / "garbage", tmp_path / "dangling", teacher_dir]
+    if tp == 1:
+        run_ranks(1, _save_relatives, tiny, tmp_path)
+        sources += [tmp_path / name for name in RELATIVES]
+    for messages in run_ranks(tp, _refusals, tiny, sources, tp):
+        for source, message in zip(sources, messages, strict=True):
+            assert message.startswith(f"--pretrained-checkpoint {source}"), message
+            assert "\n" not in message and len(message) < 600
+        assert all("no checkpoint there" in message and TRACKER in message for message in messages[:3])
+        assert "iter_0000012 does not exist" in messages[3]
+        for message in messages[4:]:
+            assert "does not fit this model" in message and ("layer" in message), message
+    assert run_ranks(tp, _load, tiny, student_dir)[0][0] == 1, "the student's own fits"
+
+
+# A run that is killed
+
+
+@in_job
+def _killed_before_the_tracker(groups, folder, target):
+    """A sound checkpoint 1; then checkpoint 2 is killed between its last file and the tracker."""
+    model = student_of(folder, groups)
+    save_weights(model, str(target), 1)
+    first = logits_of(model, groups)
+    with torch.no_grad():
+        model.output_weight.mul_(2.0)
+    replace = os.replace
+
+    def kill(source, target_path):
+        if str(target_path).endswith(TRACKER):
+            raise KeyboardInterrupt
+        replace(source, target_path)
+
+    checkpoint.os.replace = kill
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            save_weights(model, str(target), 2)
+    finally:
+        checkpoint.os.replace = replace
+    return first, logits_of(model, groups)
+
+
+@in_job
+def _resume(groups, folder, target):
+    """What the next run loads, and what it loads after it has saved checkpoint 2 over the remains."""
+    model = student_of(folder, groups)
+    loaded = load_weights(model, str(target), flag="--load-it"), logits_of(model, groups)
+    with torch.no_grad():
+        model.output_weight.mul_(3.0)
+    save_weights(model, str(target), 2)
+    saved = logits_of(model, groups)
+    other = student_of(folder, groups)
+    return loaded, saved, (load_weights(other, str(target), flag="--load-it"), logits_of(other, groups))
+
+
+def test_a_kill_before_the_tracker_leaves_the_previous_checkpoint_in_use(tiny, tmp_path):
+    ((first, second),) = run_ranks(1, _killed_before_the_tracker, tiny, tmp_path)
+    assert not torch.equal(first, second)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["iter_0000001", "iter_0000002"]
+    ((loaded, saved, reloaded),) = run_ranks(1, _resume, tiny, tmp_path)
+    assert loaded[0] == 1 and torch.equal(loaded[1], first)
+    assert reloaded[0] == 2 and torch.equal(reloaded[1], saved) and not torch.equal(saved, second)
