@@ -194,6 +194,7 @@ def main() -> None:
     begin = time.time()
     folder = options.run_dir.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "summary.json").unlink(missing_ok=True)  # of an earlier run
     recipe = Recipe(options, folder)
     teach = recipe.sft(
         *("teacher", "teacher", recipe.teacher),
