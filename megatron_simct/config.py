@@ -139,7 +139,7 @@ class OutputConfig:
         None, "directory for checkpoints: one at the end, and every --save-interval steps", metavar="DIR"
     )
     save_interval: int | None = option(None, "steps between checkpoints")
-    run_dir: str | None = option(None, "directory for metrics.jsonl, config.yaml and summary of the run", metavar="DIR")
+    run_dir: str | None = option(None, "directory for metrics.jsonl and config.yaml", metavar="DIR")
     log_interval: int = option(1, "steps between log lines")
 
 

@@ -56,7 +56,7 @@ class Job:
 def train(job: Job) -> None:
     """Roll out, align, score, update, publish; once an iteration."""
     training, output = job.config.training, job.config.output
-    iteration, done = 0, evaluate(job, iteration=0)
+    iteration, saved, done = 0, None, evaluate(job, iteration=0)
     while iteration < training.train_iters and not done:
         clock = Stopwatch()
         prompts = job.prompts.batch(iteration)
@@ -74,7 +74,8 @@ def train(job: Job) -> None:
         done = evaluate(job, iteration=iteration)
         if output.save_interval and iteration % output.save_interval == 0:
             job.save(iteration)
-    if output.save and not (output.save_interval and iteration % output.save_interval == 0):
+            saved = iteration
+    if output.save and saved != iteration:
         job.save(iteration)
 
 
@@ -209,7 +210,7 @@ def build_evaluator(config: Config, groups: Groups, engine: RolloutEngine, stude
         rows,
         student=student,
         teacher=None,
-        batch_size=len(rows),
+        batch_size=None,
         samples_per_prompt=max(1, config.evaluation.eval_samples),
         max_prompt_len=config.rollout.rollout_max_prompt_len,
         shuffle=False,

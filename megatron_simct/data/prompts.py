@@ -82,7 +82,7 @@ class PromptSource:
         *,
         student: Tokenizer,
         teacher: Tokenizer | None,
-        batch_size: int,
+        batch_size: int | None,
         samples_per_prompt: int,
         max_prompt_len: int,
         shuffle: bool,
@@ -91,14 +91,15 @@ class PromptSource:
         dp_size: int,
         flag: str,
     ) -> None:
-        """batch_size counts prompts of the whole job. Prompts longer than max_prompt_len tokens on either side are
-        left out and counted in `num_skipped`; ValueError where none remain. `teacher` is None where none reads them."""
+        """batch_size counts prompts of the whole job; None: all of them. Prompts longer than max_prompt_len tokens on
+        either side are left out and counted in `num_skipped`; ValueError where none remain. `teacher` is None where
+        none reads them."""
         rendered = [(row, render_prompt(row.prompt, student), self._teacher_ids(row, teacher)) for row in rows]
         self._rows = [r for r in rendered if max(len(r[1]), len(r[2])) <= max_prompt_len]
         self.num_skipped = len(rendered) - len(self._rows)
         if not self._rows:
             raise ValueError(f"{flag}: all {len(rows)} prompts exceed --rollout-max-prompt-len {max_prompt_len}")
-        self._batch_size = batch_size
+        self._batch_size = len(self._rows) if batch_size is None else batch_size
         self._samples_per_prompt = samples_per_prompt
         self._shuffle = shuffle
         self._seed = seed

@@ -33,11 +33,12 @@ def build_optimizer(
     ddp: DistributedDataParallel, training: TrainingConfig
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """The optimizer and its schedule, wired into the model's config as Megatron's schedules expect."""
+    min_lr = min(training.min_lr, training.lr)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer=training.optimizer,
             lr=training.lr,
-            min_lr=training.min_lr,
+            min_lr=min_lr,
             weight_decay=training.weight_decay,
             adam_beta1=training.adam_beta1,
             adam_beta2=training.adam_beta2,
@@ -52,7 +53,7 @@ def build_optimizer(
         optimizer,
         init_lr=0.0,
         max_lr=training.lr,
-        min_lr=min(training.min_lr, training.lr),
+        min_lr=min_lr,
         lr_warmup_steps=int(training.lr_warmup_fraction * training.train_iters),
         lr_decay_steps=training.train_iters,
         lr_decay_style=training.lr_decay_style,

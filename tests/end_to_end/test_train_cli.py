@@ -137,9 +137,8 @@ def write_rows(path: Path, *rows: dict) -> str:
         (["--micro-batch-size", "3"], 1, ["global batch size (8)", "--micro-batch-size (3)", "6 or 9"]),
         (["--global-batch-size", "4"], 1, ["--global-batch-size 4", "--rollout-batch-size (8)"]),
         (["--simct-temperature", "0"], 1, ["--simct-temperature", "0"]),
-        (["--simct-js-beta", "1", "--simct-divergence", "js"], 1, ["--simct-js-beta", "1"]),
+        (["--simct-divergence", "js", "--simct-js-beta", "0"], 1, ["--simct-js-beta", "0"]),
         (["--rollout-max-prompt-len", "1"], 1, ["--prompt-data", "all 48 prompts", "--rollout-max-prompt-len 1"]),
-        (["--load-debug-rollout-data", "/nowhere"], 1, ["--load-debug-rollout-data /nowhere", "rollout_0"]),
         (["--micro-batch-sise", "2"], 2, ["--micro-batch-sise", "did you mean --micro-batch-size?"]),
         (["--num-layers", "2"], 2, ["--num-layers", "Megatron-LM"]),
         (["--config-file", "/nowhere.yaml"], 2, ["--config-file /nowhere.yaml"]),
@@ -147,7 +146,9 @@ def write_rows(path: Path, *rows: dict) -> str:
     ids=lambda value: value[0].lstrip("-") if isinstance(value, list) and value[0].startswith("--") else "",
 )
 def test_wrong_input_is_one_line_that_names_the_flag(tiny, more, code, words):
-    ((found, out, err),) = run_ranks(1, _main, command_line(tiny, *more))
+    """And it is found before anything else runs, so that the first evaluation prints nothing."""
+    argv = command_line(tiny, "--eval-prompt-data", str(tiny / "held_out.jsonl"), *more)
+    ((found, out, err),) = run_ranks(1, _main, argv)
     assert found == code and out == ""
     prefix = "megatron_simct.train: error: " if code == 1 else "python -m megatron_simct.train: error: "
     assert err.startswith(prefix) and err.count("\n") == 1 and err.endswith("\n"), err
@@ -165,6 +166,7 @@ def test_wrong_content_of_the_files_is_one_line_too(tiny, tmp_path):
     odd.mkdir()
     (odd / "config.json").write_text(json.dumps(fields | {"num_key_value_heads": 1}))
     for world_size, more, words in (
+        (1, ["--load-debug-rollout-data", str(small)], ["--load-debug-rollout-data", "rollout_0.*.json"]),
         (1, ["--eval-prompt-data", unlabelled], ["--eval-prompt-data", "line 2", "'label'"]),
         (1, ["--simct-interface", "sft", "--prompt-data", unlabelled], ["--prompt-data", "line 1", "'response'"]),
         (1, ["--hf-checkpoint", str(small)], ["--hf-checkpoint", "360 ids", "vocab_size 300"]),

@@ -206,6 +206,18 @@ def test_draws_depend_on_seed_and_sample_alone(generate):
             assert a.student_ids.tolist() != b.student_ids.tolist()
 
 
+def test_sampling_options_reach_the_choice(generate, greedy):
+    """A nucleus of one token and a temperature near 0 are greedy; hot sampling is not."""
+    narrow, cold, hot = generate(
+        (PROMPTS, replace(SAMPLED, top_p=1e-6), NEVER, 8),
+        (PROMPTS, replace(SAMPLED, temperature=1e-4, top_p=1.0), NEVER, 8),
+        (PROMPTS, replace(SAMPLED, temperature=3.0, top_p=1.0), NEVER, 8),
+    )
+    expected = [r.student_ids.tolist() for r in greedy]
+    assert [r.student_ids.tolist() for r in narrow] == [r.student_ids.tolist() for r in cold] == expected
+    assert all(r.student_ids.tolist() != ids for r, ids in zip(hot, expected, strict=True))
+
+
 def test_no_prompts_no_rollouts(generate):
     assert generate(([], GREEDY, NEVER, 4)) == [[]]
 

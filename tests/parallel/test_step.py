@@ -156,6 +156,12 @@ def test_learning_rates(tiny, weights, style, expected):
     assert rates == pytest.approx([1e-3 * factor for factor in expected], abs=1e-12)
 
 
+def test_a_rate_below_the_minimum_is_not_raised_to_it(tiny, weights):
+    flags = ("--lr", "1e-9", "--min-lr", "1e-8", "--lr-decay-style", "linear", "--train-iters", "3")
+    (rates,) = run_ranks(1, _learning_rates, tiny, weights, *flags)
+    assert rates == pytest.approx([1e-9] * 3, rel=1e-6)
+
+
 # What it refuses
 
 POISONS = {
