@@ -60,10 +60,10 @@ class ParallelConfig:
     """How the model is spread over processes. Data parallelism is what remains of the world size."""
 
     tensor_model_parallel_size: int = option(1, "ranks that share each layer and the vocabulary")
-    pipeline_model_parallel_size: int = option(1, "pipeline stages (this version: 1)")
+    pipeline_model_parallel_size: int = option(1, "stages of consecutive layers, one a rank")
     context_parallel_size: int = option(1, "ranks that share each sequence (this version: 1)")
     expert_model_parallel_size: int = option(1, "ranks that share the experts (this version: 1)")
-    sequence_parallel: bool = option(False, "split norms and residuals along the sequence (not in this version)")
+    sequence_parallel: bool = option(False, "split norms and residuals along the sequence too, over the tensor ranks")
     distributed_timeout_minutes: int = option(10, "give up on a collective after this many minutes")
 
 

@@ -25,7 +25,7 @@ from megatron_simct.models.families import read_architecture
 from megatron_simct.monitoring import Monitor, Stopwatch
 from megatron_simct.parallel.initialize import Environment, Groups, process_groups
 from megatron_simct.parallel.packing import pack_micro_batches
-from megatron_simct.records import AlignedPair, MicroBatch, Prompt, Rollout
+from megatron_simct.records import AlignedPair, LabelBatch, MicroBatch, Prompt, Rollout
 from megatron_simct.rollout.engine import GivenResponses, ReplayEngine, RolloutEngine, Sampling
 from megatron_simct.rollout.evaluation import Evaluator
 from megatron_simct.rollout.megatron_engine import MegatronEngine
@@ -130,7 +130,12 @@ def build_job(config: Config, groups: Groups) -> Job:
         pack=partial(
             pack_micro_batches,
             micro_batch_size=config.training.micro_batch_size,
-            check=partial(check_labels, placement=placement, config=config.interface),
+            check=(
+                partial(check_labels, placement=placement, config=config.interface)
+                if groups.is_last_stage
+                else _leave_to_last_stage
+            ),
+            multiple_of=groups.tp_size if config.parallel.sequence_parallel else 1,
         ),
         updater=Updater(
             ddp,
@@ -252,15 +257,21 @@ def build_placement(model: HiddenStateModel, student: Tokenizer, alignment_map: 
 def build_teacher(
     config: Config, groups: Groups, tokenizer: Tokenizer | None, placement: VocabPlacement
 ) -> tuple[TeacherScorer, SharedHead | None]:
-    """The scorer, and the teacher's head rows that this rank's columns need."""
+    """The scorer, and on the last stage the teacher's head rows that this rank's columns need."""
     if tokenizer is None:
         return NoTeacher(), None
     model = load_model(config, config.teacher, groups, tokenizer, prefix="teacher-")
     scorer = ColocatedScorer(
         model, groups, vocab_size=tokenizer.table.num_ids, micro_batch_size=config.training.micro_batch_size
     )
+    if not groups.is_last_stage:
+        return scorer, None
     start, _ = model.vocab_shard
     return scorer, gather_shared_head(model.output_weight.detach(), start, placement, groups.tp)
+
+
+def _leave_to_last_stage(labels: LabelBatch) -> None:
+    """Only the last stage has what the teacher says of the labels."""
 
 
 def load_model(

@@ -1,43 +1,72 @@
 """Builds the Megatron model of an architecture. The one place that constructs a GPTModel.
 
 The model returns hidden states after the final norm, [S, B, H]; whoever needs logits multiplies by `output_weight`.
+Of a pipeline each rank builds its stage: the first has the embedding, the last the final norm and the LM head, and the
+others return what the stage after them reads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from megatron_simct.config import ParallelConfig
 from megatron_simct.models.families import Architecture
+from megatron_simct.models.norm import RMSNorm
 from megatron_simct.parallel.cpu import megatron_imports
 from megatron_simct.parallel.initialize import Groups
 
 with megatron_imports():
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
     from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 
 class HiddenStateModel(GPTModel):
     """A GPTModel whose output is what enters the LM head. The head itself belongs to the loss."""
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.post_process and self.config.sequence_parallel:
+            # Whoever reads the whole sequence brings a gradient that is complete on every rank (the loss sums it over
+            # the group), so the way back is this rank's slice, not another sum.
+            return gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
         return hidden_states
+
+    @contextlib.contextmanager
+    def whole_sequences(self) -> Iterator[None]:
+        """Without sequence parallelism, for inference: one token at a time leaves nothing to split."""
+        owners = [(self.config, "sequence_parallel")]
+        owners += [(m, name) for m in self.modules() for name in ("sequence_parallel", "reduce_scatter_embeddings")]
+        owners = [(owner, name) for owner, name in owners if getattr(owner, name, False)]
+        for owner, name in owners:
+            setattr(owner, name, False)
+        try:
+            yield
+        finally:
+            for owner, name in owners:
+                setattr(owner, name, True)
 
     @property
     def output_weight(self) -> torch.nn.Parameter:
-        """[W, H]: this rank's rows of the LM head; the embedding itself where the two are tied."""
+        """[W, H]: this rank's rows of the LM head; the embedding itself where the two are tied. Last stage only."""
+        assert self.post_process, "only the last pipeline stage has the LM head"
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
     @property
     def vocab_shard(self) -> tuple[int, int]:
-        """Ids [start, end) of the padded vocabulary whose rows `output_weight` holds."""
-        width = self.output_weight.shape[0]
+        """Ids [start, end) of the padded vocabulary whose rows this tensor-parallel rank holds, on any stage."""
+        width = self.vocab_size // self.pg_collection.tp.size()
         start = self.pg_collection.tp.rank() * width
         return start, start + width
 
@@ -60,11 +89,11 @@ def build_model(
 ) -> HiddenStateModel:
     """This rank's part of the model, with random weights drawn from the seeded generators.
 
-    vocab_size: the tokenizer's ids; the embedding holds at least these, padded. Random weights depend on the
-    tensor-parallel size (the halves of a gated MLP are drawn in another order); loaded ones do not. `flag` names the
-    checkpoint in errors.
+    vocab_size: the tokenizer's ids; the embedding holds at least these, padded. Random weights depend on the layout
+    (the halves of a gated MLP are drawn in another order, each stage draws its own); loaded ones do not. `flag` names
+    the checkpoint in errors.
     """
-    _check_divides(architecture, parallel.tensor_model_parallel_size, flag=flag)
+    _check_divides(architecture, parallel, flag=flag)
     if vocab_size > architecture.vocab_size:
         raise ValueError(
             f"{flag}: the tokenizer has {vocab_size} ids, but config.json says vocab_size {architecture.vocab_size}"
@@ -91,6 +120,12 @@ def build_model(
             bf16=bf16,
             params_dtype=dtype,
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            pipeline_dtype=dtype,
+            sequence_parallel=parallel.sequence_parallel,
+            # Stages tell each other the shape of each micro-batch. Megatron wants this dispatcher, dense or not.
+            variable_seq_lengths=True,
+            moe_token_dispatcher_type="alltoall",
             # The loss is a sum over labels; the one division by their global number happens in finalize_model_grads.
             calculate_per_token_loss=True,
             use_cpu_initialization=on_cpu,
@@ -104,7 +139,9 @@ def build_model(
         )
     model = HiddenStateModel(
         config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+        transformer_layer_spec=_layers(config),
+        pre_process=groups.is_first_stage,
+        post_process=groups.is_last_stage,
         vocab_size=padded_vocab_size(
             architecture.vocab_size, divisible_by=divisible_by, tp_size=parallel.tensor_model_parallel_size
         ),
@@ -116,7 +153,20 @@ def build_model(
     return model.to(groups.device)
 
 
-def _check_divides(architecture: Architecture, tp: int, *, flag: str) -> None:
+def _layers(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """Megatron's local layers, with our norm, as many as this stage has."""
+    layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+
+
+def _check_divides(architecture: Architecture, parallel: ParallelConfig, *, flag: str) -> None:
+    pp = parallel.pipeline_model_parallel_size
+    if architecture.num_layers % pp:
+        raise ValueError(
+            f"--pipeline-model-parallel-size {pp} does not divide num_layers ({architecture.num_layers}) of {flag}"
+        )
+    tp = parallel.tensor_model_parallel_size
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         value = getattr(architecture, name)
         if value % tp:

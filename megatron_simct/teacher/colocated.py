@@ -1,4 +1,8 @@
-"""The teacher on the student's own ranks and in its groups, forward only through Megatron's schedule."""
+"""The teacher on the student's own ranks and in its groups, forward only through Megatron's schedule.
+
+Under pipeline parallelism only the last stage, where the loss is, gets what the teacher says; the others yield pairs
+without content.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from megatron_simct.parallel.cpu import megatron_imports
 from megatron_simct.parallel.initialize import Groups
 from megatron_simct.parallel.packing import label_rows, pad_right
 from megatron_simct.records import AlignedPair, ScoredPair
+from megatron_simct.teacher.scorer import without_content
 
 with megatron_imports():
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -48,6 +53,8 @@ class ColocatedScorer:
             forward_only=True,
             collect_non_loss_data=True,
         )
+        if not self._groups.is_last_stage:
+            yield from (without_content(pair.sample_id) for pair in ordered)
         for answer in answers:
             yield from answer
 
@@ -55,7 +62,8 @@ class ColocatedScorer:
     def _forward_step(self, micro_batches: Iterator[Sequence[AlignedPair]], model: HiddenStateModel) -> tuple[Any, Any]:
         pairs = next(micro_batches)
         sequences = [np.concatenate([pair.teacher_prompt_ids, pair.teacher_ids]) for pair in pairs]
-        tokens, positions = (tensor.to(self._groups.device) for tensor in pad_right(sequences))
+        multiple = self._groups.tp_size if model.config.sequence_parallel else 1
+        tokens, positions = (tensor.to(self._groups.device) for tensor in pad_right(sequences, multiple_of=multiple))
         return model(tokens, positions, None), partial(self._statistics, pairs)
 
     @torch.no_grad()

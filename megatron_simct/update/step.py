@@ -21,6 +21,7 @@ from megatron_simct.losses import SharedHead, interface_loss
 from megatron_simct.models.build import HiddenStateModel
 from megatron_simct.parallel.cpu import megatron_imports
 from megatron_simct.parallel.initialize import Groups
+from megatron_simct.parallel.pipeline import from_last_stage
 from megatron_simct.parallel.reductions import sum_over_ranks
 from megatron_simct.records import MicroBatch
 
@@ -85,7 +86,9 @@ class Updater:
             micro_batch_size=batches[0].tokens.shape[0],
             forward_only=False,
         )
-        sums = sum_over_ranks(_add(outputs), self._groups.dp)
+        # The loss is that of the last stage; all stages report it, and stop together if it is not finite.
+        sums = sum_over_ranks(_add(outputs), self._groups.dp) if self._groups.is_last_stage else {}
+        sums = from_last_stage(sums, self._groups.pp)
         learning_rate = self._optimizer.param_groups[0]["lr"]
         grad_norm = self._take_optimizer_step(sums)
         return StepReport(sums=sums, grad_norm=grad_norm, learning_rate=learning_rate)
