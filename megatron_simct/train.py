@@ -20,7 +20,7 @@ from megatron_simct.arguments import parse_config, to_yaml
 from megatron_simct.config import Config, ModelConfig
 from megatron_simct.data.prompts import PromptSource, read_rows
 from megatron_simct.losses import SharedHead, check_config, check_labels, gather_shared_head, teacher_needs
-from megatron_simct.models.build import HiddenStateModel, build_model
+from megatron_simct.models.build import HiddenStateModel, InterleavedModel, build_model
 from megatron_simct.models.families import read_architecture
 from megatron_simct.monitoring import Monitor, Stopwatch
 from megatron_simct.parallel.initialize import Environment, Groups, process_groups
@@ -102,8 +102,8 @@ def build_job(config: Config, groups: Groups) -> Job:
     model = load_model(config, config.model, groups, student, prefix="")
     placement = build_placement(model, student, alignment_map)
     scorer, shared_head = build_teacher(config, groups, teacher, placement)
-    ddp = wrap_data_parallel(model)
-    optimizer, scheduler = build_optimizer(ddp, config.training)
+    chunks = wrap_data_parallel(model)
+    optimizer, scheduler = build_optimizer(chunks, config.training)
     sampler = MegatronEngine(
         model,
         groups,
@@ -138,7 +138,7 @@ def build_job(config: Config, groups: Groups) -> Job:
             multiple_of=groups.tp_size if config.parallel.sequence_parallel else 1,
         ),
         updater=Updater(
-            ddp,
+            chunks,
             optimizer,
             scheduler,
             groups,
@@ -246,7 +246,9 @@ def build_engine(config: Config, groups: Groups, sampler: MegatronEngine, studen
     return engine
 
 
-def build_placement(model: HiddenStateModel, student: Tokenizer, alignment_map: AlignmentMap | None) -> VocabPlacement:
+def build_placement(
+    model: HiddenStateModel | InterleavedModel, student: Tokenizer, alignment_map: AlignmentMap | None
+) -> VocabPlacement:
     """The shared vocabulary on this rank's slice of the student's."""
     start, end = model.vocab_shard
     if alignment_map is None:
@@ -276,7 +278,7 @@ def _leave_to_last_stage(labels: LabelBatch) -> None:
 
 def load_model(
     config: Config, options: ModelConfig, groups: Groups, tokenizer: Tokenizer, *, prefix: str
-) -> HiddenStateModel:
+) -> HiddenStateModel | InterleavedModel:
     """The model of one side, with random weights or those of --[teacher-]pretrained-checkpoint."""
     flag = f"--{prefix}hf-checkpoint"
     model = build_model(

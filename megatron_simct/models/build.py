@@ -41,20 +41,6 @@ class HiddenStateModel(GPTModel):
             )
         return hidden_states
 
-    @contextlib.contextmanager
-    def whole_sequences(self) -> Iterator[None]:
-        """Without sequence parallelism, for inference: one token at a time leaves nothing to split."""
-        owners = [(self.config, "sequence_parallel")]
-        owners += [(m, name) for m in self.modules() for name in ("sequence_parallel", "reduce_scatter_embeddings")]
-        owners = [(owner, name) for owner, name in owners if getattr(owner, name, False)]
-        for owner, name in owners:
-            setattr(owner, name, False)
-        try:
-            yield
-        finally:
-            for owner, name in owners:
-                setattr(owner, name, True)
-
     @property
     def output_weight(self) -> torch.nn.Parameter:
         """[W, H]: this rank's rows of the LM head; the embedding itself where the two are tied. Last stage only."""
@@ -69,6 +55,52 @@ class HiddenStateModel(GPTModel):
         width = self.vocab_size // self.pg_collection.tp.size()
         start = self.pg_collection.tp.rank() * width
         return start, start + width
+
+
+class InterleavedModel(torch.nn.ModuleList):
+    """The pieces of the model that one rank of an interleaved pipeline holds, in their order: several stages of it."""
+
+    @property
+    def config(self) -> TransformerConfig:
+        return self[0].config
+
+    @property
+    def output_weight(self) -> torch.nn.Parameter:
+        """See HiddenStateModel.output_weight."""
+        return self[-1].output_weight
+
+    @property
+    def vocab_shard(self) -> tuple[int, int]:
+        """See HiddenStateModel.vocab_shard."""
+        return self[-1].vocab_shard
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Under this module's names; the keys in a checkpoint are those of the whole model, as for every layout."""
+        return {
+            f"{i}.{name}": value
+            for i, chunk in enumerate(self)
+            for name, value in chunk.sharded_state_dict(*args, **kwargs).items()
+        }
+
+
+def chunks_of(model: HiddenStateModel | InterleavedModel) -> list[HiddenStateModel]:
+    """The stages that this rank holds: one, or those of an InterleavedModel."""
+    return list(model) if isinstance(model, InterleavedModel) else [model]
+
+
+@contextlib.contextmanager
+def whole_sequences(model: HiddenStateModel | InterleavedModel) -> Iterator[None]:
+    """Without sequence parallelism, for inference: one token at a time leaves nothing to split."""
+    owners = [(model.config, "sequence_parallel")]
+    owners += [(m, name) for m in model.modules() for name in ("sequence_parallel", "reduce_scatter_embeddings")]
+    owners = [(owner, name) for owner, name in owners if getattr(owner, name, False)]
+    for owner, name in owners:
+        setattr(owner, name, False)
+    try:
+        yield
+    finally:
+        for owner, name in owners:
+            setattr(owner, name, True)
 
 
 def padded_vocab_size(vocab_size: int, *, divisible_by: int, tp_size: int) -> int:
@@ -86,7 +118,7 @@ def build_model(
     divisible_by: int,
     bf16: bool,
     flag: str,
-) -> HiddenStateModel:
+) -> HiddenStateModel | InterleavedModel:
     """This rank's part of the model, with random weights drawn from the seeded generators.
 
     vocab_size: the tokenizer's ids; the embedding holds at least these, padded. Random weights depend on the layout
@@ -99,6 +131,7 @@ def build_model(
             f"{flag}: the tokenizer has {vocab_size} ids, but config.json says vocab_size {architecture.vocab_size}"
         )
     on_cpu = groups.device.type == "cpu"
+    virtual = parallel.num_virtual_stages_per_pipeline_rank
     dtype = torch.bfloat16 if bf16 else torch.float32
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of deprecated defaults of its own
@@ -121,6 +154,10 @@ def build_model(
             params_dtype=dtype,
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+            # The interleaved schedule computes wrong gradients, without a word, in any other mode of communication.
+            overlap_p2p_comm=virtual > 1,
+            batch_p2p_comm=virtual == 1,
             pipeline_dtype=dtype,
             sequence_parallel=parallel.sequence_parallel,
             # Stages tell each other the shape of each micro-batch. Megatron wants this dispatcher, dense or not.
@@ -137,34 +174,43 @@ def build_model(
             masked_softmax_fusion=False,
             persist_layer_norm=False,
         )
-    model = HiddenStateModel(
-        config=config,
-        transformer_layer_spec=_layers(config),
-        pre_process=groups.is_first_stage,
-        post_process=groups.is_last_stage,
-        vocab_size=padded_vocab_size(
-            architecture.vocab_size, divisible_by=divisible_by, tp_size=parallel.tensor_model_parallel_size
-        ),
-        max_sequence_length=architecture.max_position_embeddings,
-        share_embeddings_and_output_weights=architecture.tied_embeddings,
-        position_embedding_type="rope",
-        rotary_base=architecture.rope_theta,
-    )
+
+    def stage(chunk: int) -> HiddenStateModel:
+        vp_stage = chunk if virtual > 1 else None
+        return HiddenStateModel(
+            config=config,
+            transformer_layer_spec=_layers(config, vp_stage),
+            pre_process=groups.is_first_stage and chunk == 0,
+            post_process=groups.is_last_stage and chunk == virtual - 1,
+            vp_stage=vp_stage,
+            vocab_size=padded_vocab_size(
+                architecture.vocab_size, divisible_by=divisible_by, tp_size=parallel.tensor_model_parallel_size
+            ),
+            max_sequence_length=architecture.max_position_embeddings,
+            share_embeddings_and_output_weights=architecture.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=architecture.rope_theta,
+        )
+
+    model = stage(0) if virtual == 1 else InterleavedModel(stage(chunk) for chunk in range(virtual))
     return model.to(groups.device)
 
 
-def _layers(config: TransformerConfig) -> TransformerBlockSubmodules:
+def _layers(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Megatron's local layers, with our norm, as many as this stage has."""
     layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    num_layers = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
 
 def _check_divides(architecture: Architecture, parallel: ParallelConfig, *, flag: str) -> None:
-    pp = parallel.pipeline_model_parallel_size
-    if architecture.num_layers % pp:
+    pp, virtual = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
+    if architecture.num_layers % (pp * virtual):
+        times = f" x --num-virtual-stages-per-pipeline-rank {virtual}" if virtual > 1 else ""
         raise ValueError(
-            f"--pipeline-model-parallel-size {pp} does not divide num_layers ({architecture.num_layers}) of {flag}"
+            f"--pipeline-model-parallel-size {pp}{times} does not divide num_layers ({architecture.num_layers}) of "
+            f"{flag}"
         )
     tp = parallel.tensor_model_parallel_size
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):

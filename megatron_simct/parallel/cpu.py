@@ -131,6 +131,9 @@ def patch_megatron() -> bool:
                     f"{module_name}.{attribute} does not exist in this megatron-core; the CPU patch is void"
                 )
             setattr(module, attribute, replacement)
+    # Advice for CUDA devices, and names that torch is about to change under megatron-core.
+    warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+_tensor` is deprecated.*")
     _patched = True
     return True
 

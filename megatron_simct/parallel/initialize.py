@@ -98,7 +98,13 @@ def check_layout(parallel: ParallelConfig, world_size: int) -> None:
         if size != 1:
             raise ValueError(f"{flag} {size}: this version supports 1")
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    for flag, size in {"--tensor-model-parallel-size": tp, "--pipeline-model-parallel-size": pp}.items():
+    virtual = parallel.num_virtual_stages_per_pipeline_rank
+    sizes = {
+        "--tensor-model-parallel-size": tp,
+        "--pipeline-model-parallel-size": pp,
+        "--num-virtual-stages-per-pipeline-rank": virtual,
+    }
+    for flag, size in sizes.items():
         if size < 1:
             raise ValueError(f"{flag} {size}: must be at least 1")
     if world_size % (tp * pp):
@@ -106,6 +112,11 @@ def check_layout(parallel: ParallelConfig, world_size: int) -> None:
             f"world size ({world_size}) must be a multiple of --tensor-model-parallel-size ({tp}) x "
             f"--pipeline-model-parallel-size ({pp}) = {tp * pp}; start {tp * pp * max(1, world_size // (tp * pp))} "
             "processes or change the flags"
+        )
+    if virtual > 1 and pp == 1:
+        raise ValueError(
+            f"--num-virtual-stages-per-pipeline-rank {virtual} interleaves pipeline stages, and "
+            "--pipeline-model-parallel-size is 1; leave it out or raise the size"
         )
     if parallel.sequence_parallel and tp == 1:
         raise ValueError(
@@ -148,9 +159,11 @@ def process_groups(parallel: ParallelConfig, *, seed: int) -> Iterator[Groups]:
 
 def build_groups(parallel: ParallelConfig, *, seed: int, device: torch.device) -> Groups:
     """Megatron's groups for this layout and its seeds, on an initialised torch.distributed."""
+    virtual = parallel.num_virtual_stages_per_pipeline_rank
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
     )
     pp = parallel_state.get_pipeline_model_parallel_group()
     seed += 100 * pp.rank()  # stages draw different weights

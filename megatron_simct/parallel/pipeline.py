@@ -29,16 +29,22 @@ def tensor_from_last_stage(tensor: torch.Tensor, pp: dist.ProcessGroup) -> torch
 
 
 def through_stage(
-    forward: Callable[[torch.Tensor | None], torch.Tensor], received: torch.Tensor, pp: dist.ProcessGroup
+    forward: Callable[[torch.Tensor | None], torch.Tensor],
+    received: torch.Tensor,
+    pp: dist.ProcessGroup,
+    *,
+    first: bool,
+    last: bool,
 ) -> torch.Tensor:
     """forward(hidden states of the stage before, or None on the first), its result sent on to the stage after.
 
-    `received` gives shape and type of what comes from the stage before; it is written to.
+    `received` gives shape and type of what comes from the stage before; it is written to. An interleaved pipeline goes
+    around the ranks more than once, so `first` and `last` are about the stage, not the rank.
     """
-    stage, last = pp.rank(), pp.size() - 1
-    if stage > 0:
-        dist.recv(received, src=dist.get_global_rank(pp, stage - 1), group=pp)
-    hidden = forward(received if stage > 0 else None)
-    if stage < last:
-        dist.send(hidden.contiguous(), dst=dist.get_global_rank(pp, stage + 1), group=pp)
+    rank, size = pp.rank(), pp.size()
+    if not first:
+        dist.recv(received, src=dist.get_global_rank(pp, (rank - 1) % size), group=pp)
+    hidden = forward(None if first else received)
+    if not last:
+        dist.send(hidden.contiguous(), dst=dist.get_global_rank(pp, (rank + 1) % size), group=pp)
     return hidden

@@ -7,11 +7,12 @@ Prompts of a batch are padded on the left. Rotary positions are relative, so a s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
 
-from megatron_simct.models.build import HiddenStateModel
+from megatron_simct.models.build import HiddenStateModel, InterleavedModel, chunks_of, whole_sequences
 from megatron_simct.parallel.cpu import megatron_imports
 from megatron_simct.parallel.initialize import Groups
 from megatron_simct.parallel.pipeline import tensor_from_last_stage, through_stage
@@ -31,7 +32,7 @@ class MegatronEngine:
 
     def __init__(
         self,
-        model: HiddenStateModel,
+        model: HiddenStateModel | InterleavedModel,
         groups: Groups,
         *,
         vocab_size: int,
@@ -59,7 +60,7 @@ class MegatronEngine:
             rollouts: dict[int, Rollout] = {}
             for begin in range(0, len(order), self._batch_size):
                 members = order[begin : begin + self._batch_size]
-                with self._model.whole_sequences():
+                with whole_sequences(self._model):
                     answers = self._generate_batch([prompts[i] for i in members], sampling)
                 rollouts.update(zip(members, answers, strict=True))
         finally:
@@ -96,17 +97,21 @@ class MegatronEngine:
         return self._records(prompts, torch.stack(chosen, 1), torch.stack(logprobs, 1), torch.stack(alive, 1), finished)
 
     def _forward(self, tokens: torch.Tensor, mask: torch.Tensor, context: StaticInferenceContext) -> torch.Tensor:
-        """This stage's hidden states [S, B, H] of tokens [B, S]."""
+        """This rank's hidden states [S, B, H] of tokens [B, S], of its last stage."""
 
-        def stage(received: torch.Tensor | None) -> torch.Tensor:
-            self._model.set_input_tensor(received)
-            return self._model(tokens, tokens, mask, inference_context=context)
+        def stage(chunk: HiddenStateModel, received: torch.Tensor | None) -> torch.Tensor:
+            chunk.set_input_tensor(received)
+            return chunk(tokens, tokens, mask, inference_context=context)
 
         config = self._model.config
         received = torch.empty(
             tokens.shape[1], tokens.shape[0], config.hidden_size, dtype=config.pipeline_dtype, device=tokens.device
         )
-        return through_stage(stage, received, self._groups.pp)
+        for chunk in chunks_of(self._model):
+            hidden = through_stage(
+                partial(stage, chunk), received, self._groups.pp, first=chunk.pre_process, last=chunk.post_process
+            )
+        return hidden
 
     def _choose(
         self, hidden: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from megatron_simct.losses.vocab_parallel import label_statistics
-from megatron_simct.models.build import HiddenStateModel
+from megatron_simct.models.build import HiddenStateModel, InterleavedModel, chunks_of
 from megatron_simct.parallel.cpu import megatron_imports
 from megatron_simct.parallel.initialize import Groups
 from megatron_simct.parallel.packing import label_rows, pad_right
@@ -28,7 +28,14 @@ with megatron_imports():
 class ColocatedScorer:
     """Scores pairs with a frozen HiddenStateModel in this process."""
 
-    def __init__(self, model: HiddenStateModel, groups: Groups, *, vocab_size: int, micro_batch_size: int) -> None:
+    def __init__(
+        self,
+        model: HiddenStateModel | InterleavedModel,
+        groups: Groups,
+        *,
+        vocab_size: int,
+        micro_batch_size: int,
+    ) -> None:
         """vocab_size is the teacher's real one; ids past it are never scored."""
         self._model = model.eval().requires_grad_(False)
         self._groups = groups
@@ -43,10 +50,11 @@ class ColocatedScorer:
         if not micro_batches:
             return
         schedule = get_forward_backward_func()
+        chunks = chunks_of(self._model)
         answers = schedule(
             forward_step_func=self._forward_step,
-            data_iterator=iter(micro_batches),
-            model=[self._model],
+            data_iterator=[iter(micro_batches) for _ in chunks],
+            model=chunks,
             num_microbatches=len(micro_batches),
             seq_length=max(len(p.teacher_prompt_ids) + len(p.teacher_ids) for p in ordered),
             micro_batch_size=size,

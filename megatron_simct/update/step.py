@@ -52,7 +52,7 @@ class Updater:
 
     def __init__(
         self,
-        ddp: DistributedDataParallel,
+        chunks: Sequence[DistributedDataParallel],
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
         groups: Groups,
@@ -61,7 +61,8 @@ class Updater:
         placement: VocabPlacement,
         interface: InterfaceConfig,
     ) -> None:
-        self._ddp = ddp
+        self._chunks = list(chunks)
+        self._ddp = self._chunks[-1]  # on the last stage the one with the head
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._groups = groups
@@ -74,13 +75,14 @@ class Updater:
 
         Raises NonFiniteError, on every rank and before any weight changes, for a loss or gradient that is not finite.
         """
-        self._ddp.zero_grad_buffer()
+        for ddp in self._chunks:
+            ddp.zero_grad_buffer()
         self._optimizer.zero_grad()
         schedule = get_forward_backward_func()
         outputs = schedule(
             forward_step_func=self._forward_step,
-            data_iterator=iter(batches),
-            model=[self._ddp],
+            data_iterator=[iter(batches) for _ in self._chunks],
+            model=self._chunks,
             num_microbatches=len(batches),
             seq_length=max(batch.tokens.shape[1] for batch in batches),
             micro_batch_size=batches[0].tokens.shape[0],
