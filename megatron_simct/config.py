@@ -60,10 +60,14 @@ class ParallelConfig:
     """How the model is spread over processes. Data parallelism is what remains of the world size."""
 
     tensor_model_parallel_size: int = option(1, "ranks that share each layer and the vocabulary")
-    pipeline_model_parallel_size: int = option(1, "pipeline stages (this version: 1)")
+    pipeline_model_parallel_size: int = option(1, "stages of consecutive layers, one a rank")
+    num_virtual_stages_per_pipeline_rank: int = option(
+        1,
+        "pieces of the model that each pipeline rank holds; above 1 the schedule interleaves them, with less idle time",
+    )
     context_parallel_size: int = option(1, "ranks that share each sequence (this version: 1)")
     expert_model_parallel_size: int = option(1, "ranks that share the experts (this version: 1)")
-    sequence_parallel: bool = option(False, "split norms and residuals along the sequence (not in this version)")
+    sequence_parallel: bool = option(False, "split norms and residuals along the sequence too, over the tensor ranks")
     distributed_timeout_minutes: int = option(10, "give up on a collective after this many minutes")
 
 
@@ -182,6 +186,14 @@ class Config:
                 f"global batch size ({size}) must be a multiple of --micro-batch-size "
                 f"({self.training.micro_batch_size}) x data-parallel size ({data_parallel_size}) = {step}; use a "
                 f"--rollout-batch-size of {fitting}"
+            )
+        stages = self.parallel.pipeline_model_parallel_size
+        if self.parallel.num_virtual_stages_per_pipeline_rank > 1 and size // step % stages:
+            raise ValueError(
+                f"--num-virtual-stages-per-pipeline-rank {self.parallel.num_virtual_stages_per_pipeline_rank}: the "
+                f"interleaved schedule needs micro-batches ({size // step} a step: global batch size ({size}) / "
+                f"(--micro-batch-size x data-parallel size) ({step})) in a multiple of "
+                f"--pipeline-model-parallel-size ({stages})"
             )
         required = {
             "--hf-checkpoint": self.model.hf_checkpoint,

@@ -28,7 +28,7 @@ MEGATRON_FLAGS = frozenset(
     accumulate-allreduce-grads-in-fp32 no-gradient-accumulation-fusion transformer-impl use-distributed-optimizer
     overlap-grad-reduce overlap-param-gather num-distributed-optimizer-instances use-precision-aware-optimizer
     optimizer-cpu-offload use-megatron-fsdp use-torch-fsdp2 data-parallel-sharding-strategy
-    num-layers-per-virtual-pipeline-stage num-virtual-stages-per-pipeline-rank pipeline-model-parallel-layout
+    num-layers-per-virtual-pipeline-stage pipeline-model-parallel-layout
     decoder-first-pipeline-num-layers decoder-last-pipeline-num-layers expert-tensor-parallel-size
     overlap-p2p-communication-warmup-flush no-overlap-p2p-communication tp-comm-overlap cp-comm-type
     hierarchical-context-parallel-sizes recompute-activations recompute-granularity recompute-method

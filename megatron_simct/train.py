@@ -20,12 +20,12 @@ from megatron_simct.arguments import parse_config, to_yaml
 from megatron_simct.config import Config, ModelConfig
 from megatron_simct.data.prompts import PromptSource, read_rows
 from megatron_simct.losses import SharedHead, check_config, check_labels, gather_shared_head, teacher_needs
-from megatron_simct.models.build import HiddenStateModel, build_model
+from megatron_simct.models.build import HiddenStateModel, InterleavedModel, build_model
 from megatron_simct.models.families import read_architecture
 from megatron_simct.monitoring import Monitor, Stopwatch
 from megatron_simct.parallel.initialize import Environment, Groups, process_groups
 from megatron_simct.parallel.packing import pack_micro_batches
-from megatron_simct.records import AlignedPair, MicroBatch, Prompt, Rollout
+from megatron_simct.records import AlignedPair, LabelBatch, MicroBatch, Prompt, Rollout
 from megatron_simct.rollout.engine import GivenResponses, ReplayEngine, RolloutEngine, Sampling
 from megatron_simct.rollout.evaluation import Evaluator
 from megatron_simct.rollout.megatron_engine import MegatronEngine
@@ -103,8 +103,8 @@ def build_job(config: Config, groups: Groups) -> Job:
     model = load_model(config, config.model, groups, student, prefix="")
     placement = build_placement(model, student, alignment_map)
     scorer, shared_head = build_teacher(config, groups, teacher, placement)
-    ddp = wrap_data_parallel(model)
-    optimizer, scheduler = build_optimizer(ddp, config.training)
+    chunks = wrap_data_parallel(model)
+    optimizer, scheduler = build_optimizer(chunks, config.training)
     sampler = MegatronEngine(
         model,
         groups,
@@ -131,10 +131,15 @@ def build_job(config: Config, groups: Groups) -> Job:
         pack=partial(
             pack_micro_batches,
             micro_batch_size=config.training.micro_batch_size,
-            check=partial(check_labels, placement=placement, config=config.interface),
+            check=(
+                partial(check_labels, placement=placement, config=config.interface)
+                if groups.is_last_stage
+                else _leave_to_last_stage
+            ),
+            multiple_of=groups.tp_size if config.parallel.sequence_parallel else 1,
         ),
         updater=Updater(
-            ddp,
+            chunks,
             optimizer,
             scheduler,
             groups,
@@ -242,7 +247,9 @@ def build_engine(config: Config, groups: Groups, sampler: MegatronEngine, studen
     return engine
 
 
-def build_placement(model: HiddenStateModel, student: Tokenizer, alignment_map: AlignmentMap | None) -> VocabPlacement:
+def build_placement(
+    model: HiddenStateModel | InterleavedModel, student: Tokenizer, alignment_map: AlignmentMap | None
+) -> VocabPlacement:
     """The shared vocabulary on this rank's slice of the student's."""
     start, end = model.vocab_shard
     if alignment_map is None:
@@ -253,20 +260,26 @@ def build_placement(model: HiddenStateModel, student: Tokenizer, alignment_map: 
 def build_teacher(
     config: Config, groups: Groups, tokenizer: Tokenizer | None, placement: VocabPlacement
 ) -> tuple[TeacherScorer, SharedHead | None]:
-    """The scorer, and the teacher's head rows that this rank's columns need."""
+    """The scorer, and on the last stage the teacher's head rows that this rank's columns need."""
     if tokenizer is None:
         return NoTeacher(), None
     model = load_model(config, config.teacher, groups, tokenizer, prefix="teacher-")
     scorer = ColocatedScorer(
         model, groups, vocab_size=tokenizer.table.num_ids, micro_batch_size=config.training.micro_batch_size
     )
+    if not groups.is_last_stage:
+        return scorer, None
     start, _ = model.vocab_shard
     return scorer, gather_shared_head(model.output_weight.detach(), start, placement, groups.tp)
 
 
+def _leave_to_last_stage(labels: LabelBatch) -> None:
+    """Only the last stage has what the teacher says of the labels."""
+
+
 def load_model(
     config: Config, options: ModelConfig, groups: Groups, tokenizer: Tokenizer, *, prefix: str
-) -> HiddenStateModel:
+) -> HiddenStateModel | InterleavedModel:
     """The model of one side, with random weights or those of --[teacher-]pretrained-checkpoint."""
     flag = f"--{prefix}hf-checkpoint"
     model = build_model(

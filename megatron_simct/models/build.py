@@ -1,45 +1,106 @@
 """Builds the Megatron model of an architecture. The one place that constructs a GPTModel.
 
 The model returns hidden states after the final norm, [S, B, H]; whoever needs logits multiplies by `output_weight`.
+Of a pipeline each rank builds its stage: the first has the embedding, the last the final norm and the LM head, and the
+others return what the stage after them reads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from megatron_simct.config import ParallelConfig
 from megatron_simct.models.families import Architecture
+from megatron_simct.models.norm import RMSNorm
 from megatron_simct.parallel.cpu import megatron_imports
 from megatron_simct.parallel.initialize import Groups
 
 with megatron_imports():
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
     from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 
 class HiddenStateModel(GPTModel):
     """A GPTModel whose output is what enters the LM head. The head itself belongs to the loss."""
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.post_process and self.config.sequence_parallel:
+            # Whoever reads the whole sequence brings a gradient that is complete on every rank (the loss sums it over
+            # the group), so the way back is this rank's slice, not another sum.
+            return gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
         return hidden_states
 
     @property
     def output_weight(self) -> torch.nn.Parameter:
-        """[W, H]: this rank's rows of the LM head; the embedding itself where the two are tied."""
+        """[W, H]: this rank's rows of the LM head; the embedding itself where the two are tied. Last stage only."""
+        assert self.post_process, "only the last pipeline stage has the LM head"
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
     @property
     def vocab_shard(self) -> tuple[int, int]:
-        """Ids [start, end) of the padded vocabulary whose rows `output_weight` holds."""
-        width = self.output_weight.shape[0]
+        """Ids [start, end) of the padded vocabulary whose rows this tensor-parallel rank holds, on any stage."""
+        width = self.vocab_size // self.pg_collection.tp.size()
         start = self.pg_collection.tp.rank() * width
         return start, start + width
+
+
+class InterleavedModel(torch.nn.ModuleList):
+    """The pieces of the model that one rank of an interleaved pipeline holds, in their order: several stages of it."""
+
+    @property
+    def config(self) -> TransformerConfig:
+        return self[0].config
+
+    @property
+    def output_weight(self) -> torch.nn.Parameter:
+        """See HiddenStateModel.output_weight."""
+        return self[-1].output_weight
+
+    @property
+    def vocab_shard(self) -> tuple[int, int]:
+        """See HiddenStateModel.vocab_shard."""
+        return self[-1].vocab_shard
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Under this module's names; the keys in a checkpoint are those of the whole model, as for every layout."""
+        return {
+            f"{i}.{name}": value
+            for i, chunk in enumerate(self)
+            for name, value in chunk.sharded_state_dict(*args, **kwargs).items()
+        }
+
+
+def chunks_of(model: HiddenStateModel | InterleavedModel) -> list[HiddenStateModel]:
+    """The stages that this rank holds: one, or those of an InterleavedModel."""
+    return list(model) if isinstance(model, InterleavedModel) else [model]
+
+
+@contextlib.contextmanager
+def whole_sequences(model: HiddenStateModel | InterleavedModel) -> Iterator[None]:
+    """Without sequence parallelism, for inference: one token at a time leaves nothing to split."""
+    owners = [(model.config, "sequence_parallel")]
+    owners += [(m, name) for m in model.modules() for name in ("sequence_parallel", "reduce_scatter_embeddings")]
+    owners = [(owner, name) for owner, name in owners if getattr(owner, name, False)]
+    for owner, name in owners:
+        setattr(owner, name, False)
+    try:
+        yield
+    finally:
+        for owner, name in owners:
+            setattr(owner, name, True)
 
 
 def padded_vocab_size(vocab_size: int, *, divisible_by: int, tp_size: int) -> int:
@@ -57,19 +118,20 @@ def build_model(
     divisible_by: int,
     bf16: bool,
     flag: str,
-) -> HiddenStateModel:
+) -> HiddenStateModel | InterleavedModel:
     """This rank's part of the model, with random weights drawn from the seeded generators.
 
-    vocab_size: the tokenizer's ids; the embedding holds at least these, padded. Random weights depend on the
-    tensor-parallel size (the halves of a gated MLP are drawn in another order); loaded ones do not. `flag` names the
-    checkpoint in errors.
+    vocab_size: the tokenizer's ids; the embedding holds at least these, padded. Random weights depend on the layout
+    (the halves of a gated MLP are drawn in another order, each stage draws its own); loaded ones do not. `flag` names
+    the checkpoint in errors.
     """
-    _check_divides(architecture, parallel.tensor_model_parallel_size, flag=flag)
+    _check_divides(architecture, parallel, flag=flag)
     if vocab_size > architecture.vocab_size:
         raise ValueError(
             f"{flag}: the tokenizer has {vocab_size} ids, but config.json says vocab_size {architecture.vocab_size}"
         )
     on_cpu = groups.device.type == "cpu"
+    virtual = parallel.num_virtual_stages_per_pipeline_rank
     dtype = torch.bfloat16 if bf16 else torch.float32
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of deprecated defaults of its own
@@ -91,6 +153,16 @@ def build_model(
             bf16=bf16,
             params_dtype=dtype,
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+            # The interleaved schedule computes wrong gradients, without a word, in any other mode of communication.
+            overlap_p2p_comm=virtual > 1,
+            batch_p2p_comm=virtual == 1,
+            pipeline_dtype=dtype,
+            sequence_parallel=parallel.sequence_parallel,
+            # Stages tell each other the shape of each micro-batch. Megatron wants this dispatcher, dense or not.
+            variable_seq_lengths=True,
+            moe_token_dispatcher_type="alltoall",
             # The loss is a sum over labels; the one division by their global number happens in finalize_model_grads.
             calculate_per_token_loss=True,
             use_cpu_initialization=on_cpu,
@@ -102,21 +174,45 @@ def build_model(
             masked_softmax_fusion=False,
             persist_layer_norm=False,
         )
-    model = HiddenStateModel(
-        config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
-        vocab_size=padded_vocab_size(
-            architecture.vocab_size, divisible_by=divisible_by, tp_size=parallel.tensor_model_parallel_size
-        ),
-        max_sequence_length=architecture.max_position_embeddings,
-        share_embeddings_and_output_weights=architecture.tied_embeddings,
-        position_embedding_type="rope",
-        rotary_base=architecture.rope_theta,
-    )
+
+    def stage(chunk: int) -> HiddenStateModel:
+        vp_stage = chunk if virtual > 1 else None
+        return HiddenStateModel(
+            config=config,
+            transformer_layer_spec=_layers(config, vp_stage),
+            pre_process=groups.is_first_stage and chunk == 0,
+            post_process=groups.is_last_stage and chunk == virtual - 1,
+            vp_stage=vp_stage,
+            vocab_size=padded_vocab_size(
+                architecture.vocab_size, divisible_by=divisible_by, tp_size=parallel.tensor_model_parallel_size
+            ),
+            max_sequence_length=architecture.max_position_embeddings,
+            share_embeddings_and_output_weights=architecture.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=architecture.rope_theta,
+        )
+
+    model = stage(0) if virtual == 1 else InterleavedModel(stage(chunk) for chunk in range(virtual))
     return model.to(groups.device)
 
 
-def _check_divides(architecture: Architecture, tp: int, *, flag: str) -> None:
+def _layers(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Megatron's local layers, with our norm, as many as this stage has."""
+    layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    num_layers = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+
+
+def _check_divides(architecture: Architecture, parallel: ParallelConfig, *, flag: str) -> None:
+    pp, virtual = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
+    if architecture.num_layers % (pp * virtual):
+        times = f" x --num-virtual-stages-per-pipeline-rank {virtual}" if virtual > 1 else ""
+        raise ValueError(
+            f"--pipeline-model-parallel-size {pp}{times} does not divide num_layers ({architecture.num_layers}) of "
+            f"{flag}"
+        )
+    tp = parallel.tensor_model_parallel_size
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         value = getattr(architecture, name)
         if value % tp:

@@ -2,8 +2,8 @@
 
 megatron-core names CUDA in four ways: it asks for the current device, it synchronises and forks the RNG, it writes
 device="cuda" into tensor factories, and it checks for CUDA tensor types. Each entry of PATCHES replaces one attribute
-of one module; nothing is patched where torch.cuda.is_available(). A test asserts that every patched attribute exists
-upstream, so that a new megatron-core cannot make a patch silently void.
+of one module or class; nothing is patched where torch.cuda.is_available(). A test asserts that every patched attribute
+exists upstream, so that a new megatron-core cannot make a patch silently void.
 
 The literal device="cuda" lives in a few modules. They get a stand-in for the name `torch` whose tensor factories read
 "cuda" as "cpu"; a torch function mode would do the same at some 20 % of a small step, and not inside backward().
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
+import pkgutil
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -51,6 +51,10 @@ def _nothing() -> Callable[..., None]:
     return lambda *args, **kwargs: None
 
 
+def _itself(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return tensor
+
+
 def _cpu_device(*args: Any, **kwargs: Any) -> torch.device:
     return torch.device("cpu")
 
@@ -84,6 +88,7 @@ def _clip_grad_by_total_norm(
 PATCHES: tuple[tuple[str, str, Any], ...] = (
     # The current device, and calls on it that have nothing to do.
     ("torch.cuda", "current_device", _cpu_device),
+    ("torch.Tensor", "cuda", _itself),  # the word embeddings that the first and the last pipeline stage share
     ("torch.cuda", "synchronize", _nothing()),
     ("torch.cuda", "set_device", _nothing()),
     ("torch.cuda", "empty_cache", _nothing()),
@@ -120,12 +125,15 @@ def patch_megatron() -> bool:
         return True
     with _quietly(), _without_compilation():
         for module_name, attribute, replacement in PATCHES:
-            module = importlib.import_module(module_name)
+            module = pkgutil.resolve_name(module_name)
             if not hasattr(module, attribute):
                 raise AttributeError(
                     f"{module_name}.{attribute} does not exist in this megatron-core; the CPU patch is void"
                 )
             setattr(module, attribute, replacement)
+    # Advice for CUDA devices, and names that torch is about to change under megatron-core.
+    warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+_tensor` is deprecated.*")
     _patched = True
     return True
 

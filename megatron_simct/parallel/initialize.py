@@ -47,6 +47,7 @@ class Groups:
     """The process groups of one rank, its place in them, and its device."""
 
     tp: dist.ProcessGroup
+    pp: dist.ProcessGroup
     dp: dist.ProcessGroup
     device: torch.device
 
@@ -57,6 +58,16 @@ class Groups:
     @property
     def tp_size(self) -> int:
         return self.tp.size()
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pp.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the final norm and the LM head, and so the loss."""
+        return self.pp.rank() == self.pp.size() - 1
 
     @property
     def dp_rank(self) -> int:
@@ -74,26 +85,43 @@ class Groups:
     @property
     def writes_samples(self) -> bool:
         """One rank of each model replica: it writes what belongs to that replica's samples."""
-        return self.tp_rank == 0
+        return self.tp_rank == 0 and self.is_first_stage
 
 
 def check_layout(parallel: ParallelConfig, world_size: int) -> None:
     """ValueError, naming the flag, where the layout is impossible or not supported by this version."""
     unsupported = {
-        "--pipeline-model-parallel-size": parallel.pipeline_model_parallel_size,
         "--context-parallel-size": parallel.context_parallel_size,
         "--expert-model-parallel-size": parallel.expert_model_parallel_size,
     }
     for flag, size in unsupported.items():
         if size != 1:
             raise ValueError(f"{flag} {size}: this version supports 1")
-    if parallel.sequence_parallel:
-        raise ValueError("--sequence-parallel is not supported by this version; leave it out")
-    tp = parallel.tensor_model_parallel_size
-    if tp < 1 or world_size % tp:
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    virtual = parallel.num_virtual_stages_per_pipeline_rank
+    sizes = {
+        "--tensor-model-parallel-size": tp,
+        "--pipeline-model-parallel-size": pp,
+        "--num-virtual-stages-per-pipeline-rank": virtual,
+    }
+    for flag, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{flag} {size}: must be at least 1")
+    if world_size % (tp * pp):
         raise ValueError(
-            f"world size ({world_size}) must be a multiple of --tensor-model-parallel-size ({tp}); "
-            f"start {tp * max(1, world_size // max(tp, 1))} processes or change the flag"
+            f"world size ({world_size}) must be a multiple of --tensor-model-parallel-size ({tp}) x "
+            f"--pipeline-model-parallel-size ({pp}) = {tp * pp}; start {tp * pp * max(1, world_size // (tp * pp))} "
+            "processes or change the flags"
+        )
+    if virtual > 1 and pp == 1:
+        raise ValueError(
+            f"--num-virtual-stages-per-pipeline-rank {virtual} interleaves pipeline stages, and "
+            "--pipeline-model-parallel-size is 1; leave it out or raise the size"
+        )
+    if parallel.sequence_parallel and tp == 1:
+        raise ValueError(
+            "--sequence-parallel splits sequences over the tensor-parallel ranks, and --tensor-model-parallel-size is "
+            "1; leave it out or raise the size"
         )
 
 
@@ -131,13 +159,21 @@ def process_groups(parallel: ParallelConfig, *, seed: int) -> Iterator[Groups]:
 
 def build_groups(parallel: ParallelConfig, *, seed: int, device: torch.device) -> Groups:
     """Megatron's groups for this layout and its seeds, on an initialised torch.distributed."""
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=parallel.tensor_model_parallel_size)
+    virtual = parallel.num_virtual_stages_per_pipeline_rank
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+    )
+    pp = parallel_state.get_pipeline_model_parallel_group()
+    seed += 100 * pp.rank()  # stages draw different weights
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model_parallel_cuda_manual_seed(seed)
     return Groups(
         tp=parallel_state.get_tensor_model_parallel_group(),
+        pp=pp,
         dp=parallel_state.get_data_parallel_group(with_context_parallel=True),
         device=device,
     )

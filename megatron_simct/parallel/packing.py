@@ -22,12 +22,13 @@ def pack_micro_batches(
     *,
     micro_batch_size: int,
     check: Callable[[LabelBatch], None],
+    multiple_of: int = 1,
 ) -> list[MicroBatch]:
     """len(prompts) / micro_batch_size micro-batches, the longest sequences first: the peak of memory comes early.
 
     prompts, rollouts and pairs are in one order; scored pairs come in any order and are matched by sample id. Tensors
     are on the CPU, but for what the teacher left on a device. `check` raises ValueError for labels that the loss could
-    not read; it runs here, before anything is moved.
+    not read; it runs here, before anything is moved. Sequences are padded to `multiple_of` tokens.
     """
     scored = list(scored)
     scores = {score.sample_id: score for score in scored}
@@ -38,15 +39,18 @@ def pack_micro_batches(
     assert all(p.sample_id == r.sample_id == a.sample_id for p, r, a, _ in samples), "records are in one order"
     samples.sort(key=lambda s: len(s[0].student_ids) + len(s[1].student_ids), reverse=True)
     assert len(samples) % micro_batch_size == 0, f"{len(samples)} samples in micro-batches of {micro_batch_size}"
-    batches = [_pack(samples[begin : begin + micro_batch_size]) for begin in range(0, len(samples), micro_batch_size)]
+    batches = [
+        _pack(samples[begin : begin + micro_batch_size], multiple_of)
+        for begin in range(0, len(samples), micro_batch_size)
+    ]
     for batch in batches:
         check(batch.labels)
     return batches
 
 
-def pad_right(sequences: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and position ids, int64 [B, S]."""
-    width = max(len(s) for s in sequences)
+def pad_right(sequences: Sequence[np.ndarray], *, multiple_of: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and position ids, int64 [B, S], with S the least multiple that holds the longest sequence."""
+    width = -(-max(len(s) for s in sequences) // multiple_of) * multiple_of
     tokens = torch.zeros(len(sequences), width, dtype=torch.int64)
     for row, sequence in enumerate(sequences):
         tokens[row, : len(sequence)] = torch.from_numpy(sequence.astype(np.int64))
@@ -61,8 +65,9 @@ def label_rows(prompt_lens: Sequence[int], label_lens: Sequence[int]) -> np.ndar
     ).astype(np.int64)
 
 
-def _pack(samples: Sequence[tuple[Prompt, Rollout, AlignedPair, ScoredPair]]) -> MicroBatch:
-    tokens, positions = pad_right([np.concatenate([p.student_ids, r.student_ids]) for p, r, _, _ in samples])
+def _pack(samples: Sequence[tuple[Prompt, Rollout, AlignedPair, ScoredPair]], multiple_of: int) -> MicroBatch:
+    sequences = [np.concatenate([p.student_ids, r.student_ids]) for p, r, _, _ in samples]
+    tokens, positions = pad_right(sequences, multiple_of=multiple_of)
     rows = label_rows([len(p.student_ids) for p, _, _, _ in samples], [len(r.student_ids) for _, r, _, _ in samples])
     return MicroBatch(
         sample_ids=tuple(p.sample_id for p, _, _, _ in samples),

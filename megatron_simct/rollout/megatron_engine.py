@@ -7,13 +7,15 @@ Prompts of a batch are padded on the left. Rotary positions are relative, so a s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
 
-from megatron_simct.models.build import HiddenStateModel
+from megatron_simct.models.build import HiddenStateModel, InterleavedModel, chunks_of, whole_sequences
 from megatron_simct.parallel.cpu import megatron_imports
 from megatron_simct.parallel.initialize import Groups
+from megatron_simct.parallel.pipeline import tensor_from_last_stage, through_stage
 from megatron_simct.records import Prompt, Rollout
 from megatron_simct.rollout.engine import Sampling
 from megatron_simct.rollout.sampling import sample_tokens
@@ -23,11 +25,14 @@ with megatron_imports():
 
 
 class MegatronEngine:
-    """Samples responses from a HiddenStateModel under tensor parallelism."""
+    """Samples responses from a HiddenStateModel under tensor and pipeline parallelism.
+
+    Hidden states go from stage to stage, the last stage chooses the tokens and tells the others.
+    """
 
     def __init__(
         self,
-        model: HiddenStateModel,
+        model: HiddenStateModel | InterleavedModel,
         groups: Groups,
         *,
         vocab_size: int,
@@ -47,7 +52,7 @@ class MegatronEngine:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        """See RolloutEngine.generate. Collective over the tensor-parallel group."""
+        """See RolloutEngine.generate. Collective over the tensor- and pipeline-parallel groups."""
         was_training = self._model.training
         self._model.eval()
         try:
@@ -55,7 +60,8 @@ class MegatronEngine:
             rollouts: dict[int, Rollout] = {}
             for begin in range(0, len(order), self._batch_size):
                 members = order[begin : begin + self._batch_size]
-                answers = self._generate_batch([prompts[i] for i in members], sampling)
+                with whole_sequences(self._model):
+                    answers = self._generate_batch([prompts[i] for i in members], sampling)
                 rollouts.update(zip(members, answers, strict=True))
         finally:
             self._model.train(was_training)
@@ -68,7 +74,6 @@ class MegatronEngine:
         uniforms = torch.stack([_uniforms(sampling, p.sample_id) for p in prompts]).to(device)
         batch, prompt_len = tokens.shape
         context = StaticInferenceContext(batch, prompt_len + sampling.max_response_len)
-        shard_start, _ = self._model.vocab_shard
 
         future = torch.ones(prompt_len, prompt_len, dtype=torch.bool, device=device).triu(diagonal=1)
         mask = future | is_padding[:, None, None, :]  # True: not attended. [B, 1, query, key]
@@ -76,18 +81,10 @@ class MegatronEngine:
         finished = torch.zeros(batch, dtype=torch.bool, device=device)
         chosen, logprobs, alive = [], [], []
         for step in range(sampling.max_response_len):
-            hidden = self._model(tokens, tokens, mask, inference_context=context)
+            hidden = self._forward(tokens, mask, context)
             context.sequence_len_offset += tokens.shape[1]
             context.enable_decode_mode()
-            ids, scores = sample_tokens(
-                hidden[-1] @ self._model.output_weight.T,
-                uniforms[:, step],
-                shard_start=shard_start,
-                vocab_size=self._vocab_size,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                group=self._groups.tp,
-            )
+            ids, scores = self._choose(hidden[-1], uniforms[:, step], sampling)
             chosen.append(ids)
             logprobs.append(scores)
             alive.append(~finished)
@@ -98,6 +95,41 @@ class MegatronEngine:
             key_mask = torch.nn.functional.pad(key_mask, (0, 1), value=False)
             mask = key_mask[:, None, None, :]
         return self._records(prompts, torch.stack(chosen, 1), torch.stack(logprobs, 1), torch.stack(alive, 1), finished)
+
+    def _forward(self, tokens: torch.Tensor, mask: torch.Tensor, context: StaticInferenceContext) -> torch.Tensor:
+        """This rank's hidden states [S, B, H] of tokens [B, S], of its last stage."""
+
+        def stage(chunk: HiddenStateModel, received: torch.Tensor | None) -> torch.Tensor:
+            chunk.set_input_tensor(received)
+            return chunk(tokens, tokens, mask, inference_context=context)
+
+        config = self._model.config
+        received = torch.empty(
+            tokens.shape[1], tokens.shape[0], config.hidden_size, dtype=config.pipeline_dtype, device=tokens.device
+        )
+        for chunk in chunks_of(self._model):
+            hidden = through_stage(
+                partial(stage, chunk), received, self._groups.pp, first=chunk.pre_process, last=chunk.post_process
+            )
+        return hidden
+
+    def _choose(
+        self, hidden: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next ids, int64 [B], and their log-probs, float32 [B], from hidden [B, H]; equal on every stage."""
+        chosen = torch.empty(2, len(hidden), dtype=torch.float64, device=hidden.device)
+        if self._groups.is_last_stage:
+            chosen[0], chosen[1] = sample_tokens(
+                hidden @ self._model.output_weight.T,
+                uniforms,
+                shard_start=self._model.vocab_shard[0],
+                vocab_size=self._vocab_size,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                group=self._groups.tp,
+            )
+        ids, scores = tensor_from_last_stage(chosen, self._groups.pp)  # float64 holds both exactly
+        return ids.long(), scores.float()
 
     def _records(
         self,

@@ -1,4 +1,8 @@
-"""The teacher on the student's own ranks and in its groups, forward only through Megatron's schedule."""
+"""The teacher on the student's own ranks and in its groups, forward only through Megatron's schedule.
+
+Under pipeline parallelism only the last stage, where the loss is, gets what the teacher says; the others yield pairs
+without content.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,12 @@ import numpy as np
 import torch
 
 from megatron_simct.losses.vocab_parallel import label_statistics
-from megatron_simct.models.build import HiddenStateModel
+from megatron_simct.models.build import HiddenStateModel, InterleavedModel, chunks_of
 from megatron_simct.parallel.cpu import megatron_imports
 from megatron_simct.parallel.initialize import Groups
 from megatron_simct.parallel.packing import label_rows, pad_right
 from megatron_simct.records import AlignedPair, ScoredPair
+from megatron_simct.teacher.scorer import without_content
 
 with megatron_imports():
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -23,7 +28,14 @@ with megatron_imports():
 class ColocatedScorer:
     """Scores pairs with a frozen HiddenStateModel in this process."""
 
-    def __init__(self, model: HiddenStateModel, groups: Groups, *, vocab_size: int, micro_batch_size: int) -> None:
+    def __init__(
+        self,
+        model: HiddenStateModel | InterleavedModel,
+        groups: Groups,
+        *,
+        vocab_size: int,
+        micro_batch_size: int,
+    ) -> None:
         """vocab_size is the teacher's real one; ids past it are never scored."""
         self._model = model.eval().requires_grad_(False)
         self._groups = groups
@@ -38,16 +50,19 @@ class ColocatedScorer:
         if not micro_batches:
             return
         schedule = get_forward_backward_func()
+        chunks = chunks_of(self._model)
         answers = schedule(
             forward_step_func=self._forward_step,
-            data_iterator=iter(micro_batches),
-            model=[self._model],
+            data_iterator=[iter(micro_batches) for _ in chunks],
+            model=chunks,
             num_microbatches=len(micro_batches),
             seq_length=max(len(p.teacher_prompt_ids) + len(p.teacher_ids) for p in ordered),
             micro_batch_size=size,
             forward_only=True,
             collect_non_loss_data=True,
         )
+        if not self._groups.is_last_stage:
+            yield from (without_content(pair.sample_id) for pair in ordered)
         for answer in answers:
             yield from answer
 
@@ -55,7 +70,8 @@ class ColocatedScorer:
     def _forward_step(self, micro_batches: Iterator[Sequence[AlignedPair]], model: HiddenStateModel) -> tuple[Any, Any]:
         pairs = next(micro_batches)
         sequences = [np.concatenate([pair.teacher_prompt_ids, pair.teacher_ids]) for pair in pairs]
-        tokens, positions = (tensor.to(self._groups.device) for tensor in pad_right(sequences))
+        multiple = self._groups.tp_size if model.config.sequence_parallel else 1
+        tokens, positions = (tensor.to(self._groups.device) for tensor in pad_right(sequences, multiple_of=multiple))
         return model(tokens, positions, None), partial(self._statistics, pairs)
 
     @torch.no_grad()

@@ -17,8 +17,17 @@ class TeacherScorer(Protocol):
     """Anything that scores the teacher's tokens of a response."""
 
     def score(self, pairs: Iterable[AlignedPair]) -> Iterator[ScoredPair]:
-        """Each pair once, in any order, with exactly what its `needs` ask for. Collective over one model replica."""
+        """Each pair once, in any order, with exactly what its `needs` ask for. Collective over one model replica.
+
+        Only the last pipeline stage is told: on the others the tensors are empty.
+        """
         ...
+
+
+def without_content(sample_id: int) -> ScoredPair:
+    """The answer where nobody scores, or where nobody reads the score."""
+    empty = torch.zeros(0)
+    return ScoredPair(sample_id=sample_id, own_logit=empty, lse=empty, hidden=None)
 
 
 class NoTeacher:
@@ -27,5 +36,4 @@ class NoTeacher:
     def score(self, pairs: Iterable[AlignedPair]) -> Iterator[ScoredPair]:
         for pair in pairs:
             assert not pair.needs.teacher, f"sample {pair.sample_id} needs a teacher"
-            empty = torch.zeros(0)
-            yield ScoredPair(sample_id=pair.sample_id, own_logit=empty, lse=empty, hidden=None)
+            yield without_content(pair.sample_id)

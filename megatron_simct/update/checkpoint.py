@@ -13,7 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_simct.models.build import HiddenStateModel
+from megatron_simct.models.build import HiddenStateModel, InterleavedModel
 from megatron_simct.parallel.cpu import megatron_imports
 
 with megatron_imports():
@@ -22,7 +22,7 @@ with megatron_imports():
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
-def save_weights(model: HiddenStateModel, directory: str, iteration: int) -> None:
+def save_weights(model: HiddenStateModel | InterleavedModel, directory: str, iteration: int) -> None:
     """Write DIR/iter_<iteration> and then point the tracker at it. Collective over the whole job.
 
     The tracker is replaced in one step after the checkpoint is complete, so a kill leaves the previous one in use.
@@ -41,7 +41,7 @@ def save_weights(model: HiddenStateModel, directory: str, iteration: int) -> Non
     dist.barrier()
 
 
-def load_weights(model: HiddenStateModel, directory: str, *, flag: str) -> int:
+def load_weights(model: HiddenStateModel | InterleavedModel, directory: str, *, flag: str) -> int:
     """Load the newest checkpoint of DIR into the model; returns its iteration. Collective over the whole job.
 
     Raises ValueError, naming the flag and the directory, where there is none or it belongs to another model.

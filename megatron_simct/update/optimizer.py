@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from megatron_simct.config import TrainingConfig
-from megatron_simct.models.build import HiddenStateModel
+from megatron_simct.models.build import HiddenStateModel, InterleavedModel, chunks_of
 from megatron_simct.parallel.cpu import megatron_imports
 
 with megatron_imports():
@@ -20,17 +21,20 @@ with megatron_imports():
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 
-def wrap_data_parallel(model: HiddenStateModel) -> DistributedDataParallel:
-    """The model with fp32 gradient buffers that are summed, not averaged, over data-parallel ranks."""
-    ddp = DistributedDataParallel(
-        model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model, disable_bucketing=True
-    )
-    ddp.broadcast_params()
-    return ddp
+def wrap_data_parallel(model: HiddenStateModel | InterleavedModel) -> list[DistributedDataParallel]:
+    """Each chunk with fp32 gradient buffers that are summed, not averaged, over data-parallel ranks."""
+    chunks = []
+    for chunk in chunks_of(model):
+        ddp = DistributedDataParallel(
+            model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), chunk, disable_bucketing=True
+        )
+        ddp.broadcast_params()
+        chunks.append(ddp)
+    return chunks
 
 
 def build_optimizer(
-    ddp: DistributedDataParallel, training: TrainingConfig
+    chunks: Sequence[DistributedDataParallel], training: TrainingConfig
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """The optimizer and its schedule, wired into the model's config as Megatron's schedules expect."""
     min_lr = min(training.min_lr, training.lr)
@@ -47,7 +51,7 @@ def build_optimizer(
             bf16=training.bf16,
             params_dtype=torch.bfloat16 if training.bf16 else torch.float32,
         ),
-        [ddp],
+        list(chunks),
     )
     scheduler = OptimizerParamScheduler(
         optimizer,
@@ -64,8 +68,8 @@ def build_optimizer(
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
-    config: Any = ddp.module.config
+    config: Any = chunks[0].module.config
     config.grad_scale_func = optimizer.scale_loss
-    config.no_sync_func = ddp.no_sync
+    config.no_sync_func = [ddp.no_sync for ddp in chunks] if len(chunks) > 1 else chunks[0].no_sync
     config.finalize_model_grads_func = finalize_model_grads
     return optimizer, scheduler

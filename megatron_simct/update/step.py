@@ -21,6 +21,7 @@ from megatron_simct.losses import SharedHead, interface_loss
 from megatron_simct.models.build import HiddenStateModel
 from megatron_simct.parallel.cpu import megatron_imports
 from megatron_simct.parallel.initialize import Groups
+from megatron_simct.parallel.pipeline import from_last_stage
 from megatron_simct.parallel.reductions import sum_over_ranks
 from megatron_simct.records import MicroBatch
 
@@ -51,7 +52,7 @@ class Updater:
 
     def __init__(
         self,
-        ddp: DistributedDataParallel,
+        chunks: Sequence[DistributedDataParallel],
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
         groups: Groups,
@@ -60,7 +61,8 @@ class Updater:
         placement: VocabPlacement,
         interface: InterfaceConfig,
     ) -> None:
-        self._ddp = ddp
+        self._chunks = list(chunks)
+        self._ddp = self._chunks[-1]  # on the last stage the one with the head
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._groups = groups
@@ -73,19 +75,22 @@ class Updater:
 
         Raises NonFiniteError, on every rank and before any weight changes, for a loss or gradient that is not finite.
         """
-        self._ddp.zero_grad_buffer()
+        for ddp in self._chunks:
+            ddp.zero_grad_buffer()
         self._optimizer.zero_grad()
         schedule = get_forward_backward_func()
         outputs = schedule(
             forward_step_func=self._forward_step,
-            data_iterator=iter(batches),
-            model=[self._ddp],
+            data_iterator=[iter(batches) for _ in self._chunks],
+            model=self._chunks,
             num_microbatches=len(batches),
             seq_length=max(batch.tokens.shape[1] for batch in batches),
             micro_batch_size=batches[0].tokens.shape[0],
             forward_only=False,
         )
-        sums = sum_over_ranks(_add(outputs), self._groups.dp)
+        # The loss is that of the last stage; all stages report it, and stop together if it is not finite.
+        sums = sum_over_ranks(_add(outputs), self._groups.dp) if self._groups.is_last_stage else {}
+        sums = from_last_stage(sums, self._groups.pp)
         learning_rate = self._optimizer.param_groups[0]["lr"]
         grad_norm = self._take_optimizer_step(sums)
         return StepReport(sums=sums, grad_norm=grad_norm, learning_rate=learning_rate)

@@ -256,6 +256,16 @@ def test_batch_sizes_that_do_not_divide(rollout, samples, micro, dp, product, ad
         assert check(*flags(size), dp=dp) == ""
 
 
+def test_interleaved_stages_need_as_many_micro_batches():
+    flags = ["--pipeline-model-parallel-size", "4", "--num-virtual-stages-per-pipeline-rank", "2"]
+    flags += ["--micro-batch-size", "2", "--rollout-batch-size"]
+    message = check(*flags, "24", dp=2)
+    assert message.startswith("--num-virtual-stages-per-pipeline-rank 2: ")
+    assert "(6 a step: global batch size (24)" in message and "--pipeline-model-parallel-size (4)" in message
+    assert check(*flags, "32", dp=2) == ""
+    assert check("--pipeline-model-parallel-size", "4", "--micro-batch-size", "2", "--rollout-batch-size", "24") == ""
+
+
 def test_missing_files_are_all_named():
     message = check(base=["--prompt-data", "p"])
     for flag in ("--hf-checkpoint", "--tokenizer-model", "--teacher-hf-checkpoint", "--teacher-tokenizer-model"):

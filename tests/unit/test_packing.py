@@ -76,10 +76,12 @@ SAMPLES = (
 # Lengths 5, 6, 7, 2: in packed order samples 3, 2 and 1, 4.
 
 
-def pack(samples, scored=None, *, micro_batch_size=2, check=lambda labels: None):
+def pack(samples, scored=None, *, micro_batch_size=2, check=lambda labels: None, **options):
     prompts, rollouts, pairs, scores = zip(*samples, strict=True)
     scored = scores if scored is None else scored
-    return pack_micro_batches(prompts, rollouts, pairs, scored, micro_batch_size=micro_batch_size, check=check)
+    return pack_micro_batches(
+        prompts, rollouts, pairs, scored, micro_batch_size=micro_batch_size, check=check, **options
+    )
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
@@ -126,6 +128,21 @@ def test_tokens_are_padded_on_the_right():
 def test_pad_right_of_one():
     tokens, positions = pad_right([np.array([4, 5], np.int32)])
     assert tokens.tolist() == [[4, 5]] and positions.tolist() == [[0, 1]]
+
+
+def test_pad_right_to_a_multiple():
+    tokens, positions = pad_right([np.arange(1, 6), np.arange(1, 4)], multiple_of=4)
+    assert tokens.tolist() == [[1, 2, 3, 4, 5, 0, 0, 0], [1, 2, 3, 0, 0, 0, 0, 0]]
+    assert positions.tolist() == [list(range(8))] * 2
+    assert pad_right([np.arange(8)], multiple_of=4)[0].shape == (1, 8)
+
+
+def test_a_multiple_changes_the_width_alone():
+    for wide, narrow in zip(pack(SAMPLES, multiple_of=3), pack(SAMPLES), strict=True):
+        width = narrow.tokens.shape[1]
+        assert wide.tokens.shape[1] == wide.position_ids.shape[1] == -(-width // 3) * 3 > width
+        assert torch.equal(wide.tokens[:, :width], narrow.tokens)
+        assert torch.equal(wide.label_rows, narrow.label_rows)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])

@@ -1,0 +1,50 @@
+"""What pipeline stages tell each other outside of Megatron's training schedule.
+
+The schedule leaves its results on the last stage, the one with the LM head. Here they reach the other stages, so that
+every rank of a replica goes on with the same numbers; and hidden states go from stage to stage while text is generated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+
+def from_last_stage(values: dict[str, float], pp: dist.ProcessGroup) -> dict[str, float]:
+    """The last stage's values on every stage; those of other stages are not read."""
+    if pp.size() == 1:
+        return values
+    carrier = [values]
+    dist.broadcast_object_list(carrier, src=dist.get_global_rank(pp, pp.size() - 1), group=pp)
+    return carrier[0]
+
+
+def tensor_from_last_stage(tensor: torch.Tensor, pp: dist.ProcessGroup) -> torch.Tensor:
+    """`tensor` of the last stage, in place of what the other stages hold: the same shape and type everywhere."""
+    if pp.size() > 1:
+        dist.broadcast(tensor, src=dist.get_global_rank(pp, pp.size() - 1), group=pp)
+    return tensor
+
+
+def through_stage(
+    forward: Callable[[torch.Tensor | None], torch.Tensor],
+    received: torch.Tensor,
+    pp: dist.ProcessGroup,
+    *,
+    first: bool,
+    last: bool,
+) -> torch.Tensor:
+    """forward(hidden states of the stage before, or None on the first), its result sent on to the stage after.
+
+    `received` gives shape and type of what comes from the stage before; it is written to. An interleaved pipeline goes
+    around the ranks more than once, so `first` and `last` are about the stage, not the rank.
+    """
+    rank, size = pp.rank(), pp.size()
+    if not first:
+        dist.recv(received, src=dist.get_global_rank(pp, (rank - 1) % size), group=pp)
+    hidden = forward(None if first else received)
+    if not last:
+        dist.send(hidden.contiguous(), dst=dist.get_global_rank(pp, (rank + 1) % size), group=pp)
+    return hidden

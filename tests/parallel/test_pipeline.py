@@ -1,0 +1,257 @@
+"""Pipeline stages and sequence parallelism: the same steps and the same text as one process, from the same weights.
+
+Both ways of tying: the student's embedding is tied while the teacher's is not, and the other way round.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_simct.alignment import load_tokenizer
+from megatron_simct.parallel.initialize import process_groups
+from megatron_simct.records import Prompt
+from megatron_simct.rollout.engine import Sampling
+from megatron_simct.rollout.megatron_engine import MegatronEngine
+from megatron_simct.train import build_job, load_model, train
+from megatron_simct.update.checkpoint import load_weights, save_weights
+from tests.distributed import run_ranks
+from tests.tiny import config
+
+TP2, PP2 = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
+SEQUENCE, INTERLEAVED = ("--sequence-parallel",), ("--num-virtual-stages-per-pipeline-rank", "2")
+LAYOUTS = {
+    "pp2": (2, PP2),
+    "tp2 x pp2": (4, TP2 + PP2),
+    "pp2 x dp2": (4, PP2),
+    "tp2, sequence": (2, TP2 + SEQUENCE),
+    "tp2 x pp2, sequence": (4, TP2 + PP2 + SEQUENCE),
+    "pp2, interleaved": (2, PP2 + INTERLEAVED),
+    "tp2 x pp2, interleaved, sequence": (4, TP2 + PP2 + INTERLEAVED + SEQUENCE),
+}
+INTERFACES = ("paper", "strict", "sft")
+
+
+def _save_random_weights(rank, world_size, folder):
+    resolved = config(folder)
+    with process_groups(resolved.parallel, seed=5) as groups:
+        for side, options, prefix in (("student", resolved.model, ""), ("teacher", resolved.teacher, "teacher-")):
+            tokenizer = load_tokenizer(options.tokenizer_model)
+            model = load_model(resolved, options, groups, tokenizer, prefix=prefix)
+            save_weights(model, str(folder / f"{side}_weights"), 1)
+
+
+@pytest.fixture(scope="module", params=["student tied", "teacher tied"])
+def files(request, tiny, tmp_path_factory):
+    """A complete job, and checkpoints that every layout starts from."""
+    folder = tmp_path_factory.mktemp("files") / "job"
+    shutil.copytree(tiny, folder)
+    for side in ("student", "teacher"):
+        path = folder / side / "config.json"
+        fields = json.loads(path.read_text())
+        fields |= {"tie_word_embeddings": request.param == f"{side} tied", "num_hidden_layers": 4}
+        path.write_text(json.dumps(fields))
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    for i, row in enumerate(rows):  # prompts of many lengths
+        row["prompt"] = "Nora has more shells. " * (i % 5) + row["prompt"]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_ranks(1, _save_random_weights, folder)
+    return folder
+
+
+def job_config(folder, *flags):
+    return config(
+        folder,
+        *("--pretrained-checkpoint", str(folder / "student_weights")),
+        *("--teacher-pretrained-checkpoint", str(folder / "teacher_weights")),
+        # Adam's first step is the sign of the gradient, also of one that is rounding noise, unless eps is above that.
+        *("--adam-eps", "1e-4"),
+        *flags,
+    )
+
+
+def replicated_parameters(model):
+    """What tensor parallelism does not split, under names that do not depend on the stage: the norms."""
+    first = model.decoder.layers[0].layer_number - 1
+    found = {}
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parts = name.split(".")
+            if parts[1] == "layers":
+                parts[2] = str(first + int(parts[2]))
+            found[".".join(parts)] = parameter.detach().clone()
+    return found
+
+
+def _run(rank, world_size, folder, *flags):
+    """Every step's report, then the norms' weights, and both ends of a tied embedding."""
+    resolved = job_config(folder, *flags)
+    reports = []
+    with process_groups(resolved.parallel, seed=resolved.training.seed) as groups:
+        job = build_job(resolved, groups)
+        step = job.updater.step
+        widths = set()
+
+        def recording_step(batches):
+            widths.update(batch.tokens.shape[1] for batch in batches)
+            reports.append(step(batches))
+            return reports[-1]
+
+        job.updater.step = recording_step
+        train(job)
+        chunks = [ddp.module for ddp in job.updater._chunks]
+        assert len(widths) > 2, "micro-batches of one length only"
+        shared, norms = None, {}
+        for chunk in chunks:
+            norms |= replicated_parameters(chunk)
+            if chunk.share_embeddings_and_output_weights and (chunk.pre_process or chunk.post_process):
+                shared = groups.tp_rank, chunk.shared_embedding_or_output_weight().detach().clone()
+        return [(r.sums, r.grad_norm, r.learning_rate) for r in reports], norms, shared
+
+
+@pytest.fixture(scope="module")
+def recorded(files, tmp_path_factory):
+    """One process samples, trains, and leaves its rollouts."""
+    rollouts = tmp_path_factory.mktemp("rollouts")
+    return rollouts, {
+        interface: run_ranks(
+            1, _run, files, "--simct-interface", interface, "--save-debug-rollout-data", str(rollouts / interface)
+        )[0]
+        for interface in INTERFACES
+    }
+
+
+@pytest.mark.parametrize("interface", INTERFACES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_agree_with_one_process(files, recorded, layout, interface):
+    rollouts, expected = recorded
+    world_size, flags = LAYOUTS[layout]
+    load = ("--load-debug-rollout-data", str(rollouts / interface))
+    results = run_ranks(world_size, _run, files, "--simct-interface", interface, *load, *flags)
+    reference_steps, reference_norms, _ = expected[interface]
+    assert len(reference_steps) == 2 and len(reference_norms) == 9
+    seen, copies = set(), {}
+    for steps, norms, shared in results:
+        for (sums, grad_norm, lr), (wanted, wanted_norm, wanted_lr) in zip(steps, reference_steps, strict=True):
+            assert sums.keys() == wanted.keys()
+            assert wanted["loss"] > 0.1 and wanted_norm > 0.01
+            for name, value in wanted.items():
+                assert math.isclose(sums[name], value, rel_tol=1e-5, abs_tol=1e-4), name
+            assert math.isclose(sums["loss"], wanted["loss"], rel_tol=1e-5)
+            assert math.isclose(grad_norm, wanted_norm, rel_tol=1e-5)
+            assert lr == wanted_lr
+        for name, weight in norms.items():
+            torch.testing.assert_close(weight, reference_norms[name], rtol=1e-5, atol=1e-6)
+        seen |= norms.keys()
+        if shared is not None:
+            copies.setdefault(shared[0], []).append(shared[1])
+    assert seen == reference_norms.keys()
+    for tied in copies.values():
+        assert all(torch.equal(copy, tied[0]) for copy in tied), "the two ends of a tied embedding drifted apart"
+
+
+# Generation
+
+EMPTY = np.zeros(0, np.int32)
+RNG = np.random.default_rng(0)
+PROMPTS = [
+    Prompt(sample_id=i, student_ids=RNG.integers(3, 350, n).astype(np.int32), teacher_ids=EMPTY)
+    for i, n in enumerate([5, 12, 1, 8, 17])
+]
+
+
+def _generate(rank, world_size, folder, flags):
+    """Greedy and sampled rollouts, in batches of two and with a stop id."""
+    resolved = job_config(folder, *flags)
+    with process_groups(resolved.parallel, seed=1) as groups:
+        student = load_tokenizer(resolved.model.tokenizer_model)
+        model = load_model(resolved, resolved.model, groups, student, prefix="")
+        engine = MegatronEngine(model, groups, vocab_size=360, stop_ids=(7, 11), batch_size=2)
+        rollouts = []
+        for temperature in (0.0, 1.0):
+            sampling = Sampling(temperature=temperature, top_p=0.9, max_response_len=10, seed=1)
+            rollouts += engine.generate(PROMPTS, sampling)
+        assert model.config.sequence_parallel is resolved.parallel.sequence_parallel, "put back"
+        return rollouts
+
+
+def test_every_layout_generates_the_same_tokens(files):
+    (expected,) = run_ranks(1, _generate, files, ())
+    assert len({tuple(r.student_ids.tolist()) for r in expected}) == 2 * len(PROMPTS)
+    for world_size, flags in LAYOUTS.values():
+        for rollouts in run_ranks(world_size, _generate, files, flags):
+            for found, wanted in zip(rollouts, expected, strict=True):
+                assert found.student_ids.tolist() == wanted.student_ids.tolist()
+                assert (found.sample_id, found.finish) == (wanted.sample_id, wanted.finish)
+                np.testing.assert_allclose(found.logprobs, wanted.logprobs, rtol=0, atol=1e-4)
+                assert found.logprobs.dtype == np.float32 and found.student_ids.dtype == np.int32
+
+
+# Checkpoints
+
+
+def _load_and_save(rank, world_size, folder, flags, source, target):
+    """Load from one directory, save in another; this rank's weights in between."""
+    resolved = config(folder, *flags)
+    with process_groups(resolved.parallel, seed=3) as groups:
+        student = load_tokenizer(resolved.model.tokenizer_model)
+        model = load_model(resolved, resolved.model, groups, student, prefix="")
+        load_weights(model, str(source), flag="--load-it")
+        if target is not None:
+            save_weights(model, str(target), 2)
+        return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("flags", [TP2 + PP2, TP2 + PP2 + INTERLEAVED], ids=["stages", "interleaved"])
+def test_weights_go_through_pipeline_stages_and_back(files, tmp_path, flags):
+    start = files / "student_weights"
+    run_ranks(4, _load_and_save, files, flags, start, tmp_path / "stages")
+    (expected,) = run_ranks(1, _load_and_save, files, (), start, None)
+    (found,) = run_ranks(1, _load_and_save, files, (), tmp_path / "stages", None)
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        real = slice(0, 360) if "embedding" in name or "output_layer" in name else slice(None)
+        assert torch.equal(found[name][real], weight[real]), name
+
+
+# What is refused
+
+
+def _refusal(rank, world_size, folder, *flags):
+    resolved = job_config(folder, *flags)
+    with (
+        pytest.raises(ValueError) as error,
+        process_groups(resolved.parallel, seed=1) as groups,
+    ):
+        build_job(resolved, groups)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "world_size, flags, words",
+    [
+        (3, PP2, ["world size (3)", "--pipeline-model-parallel-size (2)", "start 2 processes"]),
+        (2, TP2 + PP2, ["world size (2)", "--tensor-model-parallel-size (2)", "(2) = 4; start 4 processes"]),
+        (
+            3,
+            ("--pipeline-model-parallel-size", "3"),
+            ["--pipeline-model-parallel-size 3 does not divide num_layers (2)"],
+        ),
+        (1, ("--pipeline-model-parallel-size", "0"), ["--pipeline-model-parallel-size 0", "at least 1"]),
+        (1, ("--tensor-model-parallel-size", "0"), ["--tensor-model-parallel-size 0", "at least 1"]),
+        (2, PP2 + SEQUENCE, ["--sequence-parallel", "--tensor-model-parallel-size is 1"]),
+        (1, INTERLEAVED, ["--num-virtual-stages-per-pipeline-rank 2", "--pipeline-model-parallel-size is 1"]),
+        (2, PP2 + INTERLEAVED, ["2 x --num-virtual-stages-per-pipeline-rank 2 does not divide num_layers (2)"]),
+        (1, ("--num-virtual-stages-per-pipeline-rank", "0"), ["--num-virtual-stages-per-pipeline-rank 0", "at least"]),
+        (2, (*PP2, *INTERLEAVED, "--micro-batch-size", "8"), ["1 a step", "--pipeline-model-parallel-size (2)"]),
+    ],
+)
+def test_impossible_layouts_name_the_flag(tiny, world_size, flags, words):
+    for message in run_ranks(world_size, _refusal, tiny, *flags):
+        for word in words:
+            assert word in message
