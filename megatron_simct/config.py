@@ -36,7 +36,11 @@ class InterfaceConfig:
 class ModelConfig:
     """One model and its tokenizer. Flags of the student have no prefix, those of the teacher start with --teacher-."""
 
-    hf_checkpoint: str | None = option(None, "folder with the model's config.json: its architecture", metavar="DIR")
+    hf_checkpoint: str | None = option(
+        None,
+        "Hugging Face folder: config.json is the architecture, safetensors are the weights; random ones without",
+        metavar="DIR",
+    )
     tokenizer_model: str | None = option(
         None,
         "SentencePiece .model, tekken .json, or tiktoken ranks NAME.tiktoken beside NAME.tiktoken.json",
@@ -44,7 +48,7 @@ class ModelConfig:
     )
     pretrained_checkpoint: str | None = option(
         None,
-        "Megatron checkpoint directory whose weights the model starts from; random weights without it",
+        "Megatron checkpoint directory whose weights the model starts from, before those of --hf-checkpoint",
         metavar="DIR",
     )
     stop_token_ids: tuple[int, ...] = option(

@@ -22,6 +22,7 @@ from megatron_simct.data.prompts import PromptSource, read_rows
 from megatron_simct.losses import SharedHead, check_config, check_labels, gather_shared_head, teacher_needs
 from megatron_simct.models.build import HiddenStateModel, build_model
 from megatron_simct.models.families import read_architecture
+from megatron_simct.models.hf_mapping import find_weights, load_hf_weights
 from megatron_simct.monitoring import Monitor, Stopwatch
 from megatron_simct.parallel.initialize import Environment, Groups, process_groups
 from megatron_simct.parallel.packing import pack_micro_batches
@@ -266,10 +267,14 @@ def build_teacher(
 def load_model(
     config: Config, options: ModelConfig, groups: Groups, tokenizer: Tokenizer, *, prefix: str
 ) -> HiddenStateModel:
-    """The model of one side, with random weights or those of --[teacher-]pretrained-checkpoint."""
+    """The model of one side: weights of --[teacher-]pretrained-checkpoint, else of the folder, else random.
+
+    Random weights are drawn in every case, which costs some time where a large model's are then replaced.
+    """
     flag = f"--{prefix}hf-checkpoint"
+    architecture = read_architecture(options.hf_checkpoint, flag=flag)
     model = build_model(
-        read_architecture(options.hf_checkpoint, flag=flag),
+        architecture,
         config.parallel,
         groups,
         vocab_size=tokenizer.table.num_ids,
@@ -279,6 +284,10 @@ def load_model(
     )
     if options.pretrained_checkpoint is not None:
         load_weights(model, options.pretrained_checkpoint, flag=f"--{prefix}pretrained-checkpoint")
+    elif find_weights(options.hf_checkpoint, flag=flag) is not None:
+        load_hf_weights(
+            model, architecture, options.hf_checkpoint, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag=flag
+        )
     return model
 
 
@@ -289,6 +298,7 @@ def main(argv: list[str] | None = None) -> int:
         with process_groups(config.parallel, seed=config.training.seed) as groups:
             job = build_job(config, groups)
             write_config(config, groups)
+            report_random_weights(config, groups)
             with contextlib.closing(job.monitor):
                 train(job)
     except (ValueError, NonFiniteError) as error:
@@ -297,6 +307,20 @@ def main(argv: list[str] | None = None) -> int:
         print(f"megatron_simct.train: error{rank}: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
+
+
+def report_random_weights(config: Config, groups: Groups) -> None:
+    """One log line where a model starts from random weights."""
+    sides = {"--hf-checkpoint": config.model, "--teacher-hf-checkpoint": config.teacher}
+    if config.interface.interface == "sft":
+        del sides["--teacher-hf-checkpoint"]
+    random = [
+        f"{flag} {options.hf_checkpoint}"
+        for flag, options in sides.items()
+        if options.pretrained_checkpoint is None and find_weights(options.hf_checkpoint, flag=flag) is None
+    ]
+    if random and groups.is_first_rank:
+        print(f" random weights: {', '.join(random)}", flush=True)
 
 
 def write_config(config: Config, groups: Groups) -> None:
