@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 
@@ -43,7 +44,8 @@ class ModelConfig:
     )
     tokenizer_model: str | None = option(
         None,
-        "SentencePiece .model, tekken .json, or tiktoken ranks NAME.tiktoken beside NAME.tiktoken.json",
+        "Hugging Face tokenizer.json or its folder, SentencePiece .model, tekken .json, or tiktoken ranks "
+        "NAME.tiktoken beside NAME.tiktoken.json; default: the model's own folder",
         metavar="FILE",
     )
     pretrained_checkpoint: str | None = option(
@@ -52,11 +54,22 @@ class ModelConfig:
         metavar="DIR",
     )
     stop_token_ids: tuple[int, ...] = option(
-        (), "ids that end a response, the first being the one a response is given; default: the tokenizer's own"
+        (),
+        "ids that end a response, the first being the one a response is given; default: generation_config.json's "
+        "beside the tokenizer, else the tokenizer's own",
     )
     make_vocab_size_divisible_by: int = option(
         128, "pad the vocabulary to a multiple of this times the tensor-parallel size; padded ids are never scored"
     )
+
+    @property
+    def tokenizer(self) -> str | None:
+        """--tokenizer-model, else --hf-checkpoint where that folder holds a tokenizer."""
+        from megatron_simct.alignment.hf_tokenizer import tokenizer_file
+
+        if self.tokenizer_model is None and self.hf_checkpoint and tokenizer_file(Path(self.hf_checkpoint)):
+            return self.hf_checkpoint
+        return self.tokenizer_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,12 +202,12 @@ class Config:
             )
         required = {
             "--hf-checkpoint": self.model.hf_checkpoint,
-            "--tokenizer-model": self.model.tokenizer_model,
+            "--tokenizer-model": self.model.tokenizer,
             "--prompt-data": self.data.prompt_data,
         }
         if self.interface.interface != "sft":
             required["--teacher-hf-checkpoint"] = self.teacher.hf_checkpoint
-            required["--teacher-tokenizer-model"] = self.teacher.tokenizer_model
+            required["--teacher-tokenizer-model"] = self.teacher.tokenizer
         missing = [flag for flag, value in required.items() if not value]
         if missing:
             raise ValueError(f"missing {', '.join(missing)}: --simct-interface {self.interface.interface} needs it")

@@ -158,7 +158,7 @@ def build_job(config: Config, groups: Groups) -> Job:
 def open_tokenizer(options: ModelConfig, *, prefix: str) -> Tokenizer:
     """The tokenizer of one side."""
     try:
-        return load_tokenizer(options.tokenizer_model, options.stop_token_ids)
+        return load_tokenizer(options.tokenizer, options.stop_token_ids)
     except ValueError as error:
         raise ValueError(f"--{prefix}tokenizer-model: {error}") from None
 
