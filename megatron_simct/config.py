@@ -89,7 +89,10 @@ class DataConfig:
     """Prompts, one JSON object a line."""
 
     prompt_data: str | None = option(None, "JSONL file of training prompts", metavar="FILE")
-    input_key: str = option("prompt", "key of the prompt text in each row")
+    input_key: str = option("prompt", "key of the prompt in each row: a text, or messages; without it, 'messages'")
+    apply_chat_template: bool = option(
+        False, "write each prompt with the chat template of each model's own folder; rows with messages need it"
+    )
     response_key: str = option("response", "key of the given response, read by --simct-interface sft")
     label_key: str = option("label", "key of the expected response, read by evaluation")
     rollout_shuffle: bool = option(True, "reshuffle the prompts at every epoch, from --seed")

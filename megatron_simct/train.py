@@ -19,6 +19,7 @@ from megatron_simct.alignment.plan import plan_pair, plan_without_teacher
 from megatron_simct.arguments import parse_config, to_yaml
 from megatron_simct.config import Config, ModelConfig
 from megatron_simct.data.prompts import PromptSource, read_rows
+from megatron_simct.data.rendering import ChatTemplate
 from megatron_simct.losses import SharedHead, check_config, check_labels, gather_shared_head, teacher_needs
 from megatron_simct.models.build import HiddenStateModel, build_model
 from megatron_simct.models.families import read_architecture
@@ -163,6 +164,20 @@ def open_tokenizer(options: ModelConfig, *, prefix: str) -> Tokenizer:
         raise ValueError(f"--{prefix}tokenizer-model: {error}") from None
 
 
+def open_chat_template(
+    config: Config, options: ModelConfig, tokenizer: Tokenizer | None, *, prefix: str
+) -> ChatTemplate | None:
+    """How one side's prompts are written; None where they are plain texts or where nothing reads them."""
+    if not config.data.apply_chat_template or tokenizer is None:
+        return None
+    if tokenizer.encode_chat is None:
+        raise ValueError(
+            f"--apply-chat-template: --{prefix}tokenizer-model {tokenizer.name} cannot read the special tokens of a "
+            "chat; it needs a tokenizer.json"
+        )
+    return ChatTemplate.load(options.hf_checkpoint, flag=f"--{prefix}hf-checkpoint")
+
+
 def build_prompts(config: Config, groups: Groups, student: Tokenizer, teacher: Tokenizer | None) -> PromptSource:
     """Training prompts, each rank its share."""
     rows = read_rows(
@@ -171,6 +186,7 @@ def build_prompts(config: Config, groups: Groups, student: Tokenizer, teacher: T
         input_key=config.data.input_key,
         response_key=config.data.response_key,
         label_key=config.data.label_key,
+        chat=config.data.apply_chat_template,
         need_response=config.interface.interface == "sft",
         need_label=False,
     )
@@ -186,6 +202,8 @@ def build_prompts(config: Config, groups: Groups, student: Tokenizer, teacher: T
         dp_rank=groups.dp_rank,
         dp_size=groups.dp_size,
         flag="--prompt-data",
+        student_chat=open_chat_template(config, config.model, student, prefix=""),
+        teacher_chat=open_chat_template(config, config.teacher, teacher, prefix="teacher-"),
     )
     if source.num_skipped and groups.is_first_rank:
         limit = f"--rollout-max-prompt-len {config.rollout.rollout_max_prompt_len}"
@@ -203,6 +221,7 @@ def build_evaluator(config: Config, groups: Groups, engine: RolloutEngine, stude
         input_key=config.data.input_key,
         response_key=config.data.response_key,
         label_key=config.data.label_key,
+        chat=config.data.apply_chat_template,
         need_response=False,
         need_label=True,
     )
@@ -218,6 +237,7 @@ def build_evaluator(config: Config, groups: Groups, engine: RolloutEngine, stude
         dp_rank=groups.dp_rank,
         dp_size=groups.dp_size,
         flag="--eval-prompt-data",
+        student_chat=open_chat_template(config, config.model, student, prefix=""),
     )
     return Evaluator(
         engine,

@@ -120,7 +120,8 @@ def save_byte_fallback(folder: Path, *, metaspace: bool = False, **changes: Any)
     spec = json.loads(tokenizer.to_str())
     # In real files the byte pieces are of the model only.
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in byte_pieces]
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": {"content": "<s>"}, "eos_token": "</s>"}
+    bos = {"__type": "AddedToken", "content": "<s>", "special": True}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": "</s>"}
     written = _save(folder, spec | changes, {"tokenizer_config.json": settings})
     (folder / "chat_template.jinja").write_text(LLAMA_TEMPLATE)
     return written

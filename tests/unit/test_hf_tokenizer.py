@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_simct.alignment import Tokenizer, align, build_alignment_map, load_tokenizer
+from megatron_simct.alignment.hf_tokenizer import Encoder
 from tests.huggingface import save_byte_fallback, save_byte_level
 
 TEXTS = [
@@ -114,6 +115,7 @@ def test_the_spelling_of_special_tokens_is_that_token_in_a_chat_only(loaded, kin
     text = {"byte-level": "<|im_end|>"}.get(kind, "</s>")
     assert stop not in tokenizer.encode(f"a{text}b".encode())
     assert list(tokenizer.encode_chat(f"a{text}b")).count(stop) == 1
+    assert isinstance(tokenizer.encode_text, Encoder), "no cut is needed where the library leaves special tokens alone"
 
 
 @pytest.mark.parametrize("kind", KINDS)
