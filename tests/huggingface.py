@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 
-def build_model(model_type: str, **fields: Any) -> torch.nn.Module:
+def build_model(model_type: str, *, scale: float = 0.3, **fields: Any) -> torch.nn.Module:
     """A causal language model with random weights, biases and norms included."""
     import transformers
 
@@ -32,13 +32,15 @@ def build_model(model_type: str, **fields: Any) -> torch.nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             # Norms and biases too: at their initial ones and zeros they could be swapped unnoticed.
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + (parameter.dim() == 1) * 0.5)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + (parameter.dim() == 1) * 0.5)
     return model
 
 
-def save_model(folder: Path, model_type: str, *, shard_size: str = "1GB", **fields: Any) -> torch.nn.Module:
+def save_model(
+    folder: Path, model_type: str, *, shard_size: str = "1GB", scale: float = 0.3, **fields: Any
+) -> torch.nn.Module:
     """The model of `build_model`, written to the folder."""
-    model = build_model(model_type, **fields)
+    model = build_model(model_type, scale=scale, **fields)
     model.save_pretrained(str(folder), max_shard_size=shard_size)
     return model
 
