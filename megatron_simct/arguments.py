@@ -92,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Flags in the groups of `Config`. Values that were not given are absent, so that a file can supply them."""
     parser = _Parser(
         prog="python -m megatron_simct.train",
-        usage="%(prog)s --hf-checkpoint DIR --tokenizer-model FILE --prompt-data FILE [flags below]",
+        usage="%(prog)s --hf-checkpoint DIR --teacher-hf-checkpoint DIR --prompt-data FILE [flags below]",
         description="Distil a teacher into a student with another tokenizer, on policy, on Megatron-Core. "
         "Start one process a rank with torchrun, or a single process directly.",
         allow_abbrev=False,

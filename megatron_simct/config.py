@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 
@@ -36,23 +37,39 @@ class InterfaceConfig:
 class ModelConfig:
     """One model and its tokenizer. Flags of the student have no prefix, those of the teacher start with --teacher-."""
 
-    hf_checkpoint: str | None = option(None, "folder with the model's config.json: its architecture", metavar="DIR")
+    hf_checkpoint: str | None = option(
+        None,
+        "Hugging Face folder: config.json is the architecture, safetensors are the weights; random ones without",
+        metavar="DIR",
+    )
     tokenizer_model: str | None = option(
         None,
-        "SentencePiece .model, tekken .json, or tiktoken ranks NAME.tiktoken beside NAME.tiktoken.json",
+        "Hugging Face tokenizer.json or its folder, SentencePiece .model, tekken .json, or tiktoken ranks "
+        "NAME.tiktoken beside NAME.tiktoken.json; default: the model's own folder",
         metavar="FILE",
     )
     pretrained_checkpoint: str | None = option(
         None,
-        "Megatron checkpoint directory whose weights the model starts from; random weights without it",
+        "Megatron checkpoint directory whose weights the model starts from, before those of --hf-checkpoint",
         metavar="DIR",
     )
     stop_token_ids: tuple[int, ...] = option(
-        (), "ids that end a response, the first being the one a response is given; default: the tokenizer's own"
+        (),
+        "ids that end a response, the first being the one a response is given; default: generation_config.json's "
+        "beside the tokenizer, else the tokenizer's own",
     )
     make_vocab_size_divisible_by: int = option(
         128, "pad the vocabulary to a multiple of this times the tensor-parallel size; padded ids are never scored"
     )
+
+    @property
+    def tokenizer(self) -> str | None:
+        """--tokenizer-model, else --hf-checkpoint where that folder holds a tokenizer."""
+        from megatron_simct.alignment.hf_tokenizer import tokenizer_file
+
+        if self.tokenizer_model is None and self.hf_checkpoint and tokenizer_file(Path(self.hf_checkpoint)):
+            return self.hf_checkpoint
+        return self.tokenizer_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +93,10 @@ class DataConfig:
     """Prompts, one JSON object a line."""
 
     prompt_data: str | None = option(None, "JSONL file of training prompts", metavar="FILE")
-    input_key: str = option("prompt", "key of the prompt text in each row")
+    input_key: str = option("prompt", "key of the prompt in each row: a text, or messages; without it, 'messages'")
+    apply_chat_template: bool = option(
+        False, "write each prompt with the chat template of each model's own folder; rows with messages need it"
+    )
     response_key: str = option("response", "key of the given response, read by --simct-interface sft")
     label_key: str = option("label", "key of the expected response, read by evaluation")
     rollout_shuffle: bool = option(True, "reshuffle the prompts at every epoch, from --seed")
@@ -197,12 +217,12 @@ class Config:
             )
         required = {
             "--hf-checkpoint": self.model.hf_checkpoint,
-            "--tokenizer-model": self.model.tokenizer_model,
+            "--tokenizer-model": self.model.tokenizer,
             "--prompt-data": self.data.prompt_data,
         }
         if self.interface.interface != "sft":
             required["--teacher-hf-checkpoint"] = self.teacher.hf_checkpoint
-            required["--teacher-tokenizer-model"] = self.teacher.tokenizer_model
+            required["--teacher-tokenizer-model"] = self.teacher.tokenizer
         missing = [flag for flag, value in required.items() if not value]
         if missing:
             raise ValueError(f"missing {', '.join(missing)}: --simct-interface {self.interface.interface} needs it")

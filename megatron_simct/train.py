@@ -19,9 +19,11 @@ from megatron_simct.alignment.plan import plan_pair, plan_without_teacher
 from megatron_simct.arguments import parse_config, to_yaml
 from megatron_simct.config import Config, ModelConfig
 from megatron_simct.data.prompts import PromptSource, read_rows
+from megatron_simct.data.rendering import ChatTemplate
 from megatron_simct.losses import SharedHead, check_config, check_labels, gather_shared_head, teacher_needs
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, build_model
 from megatron_simct.models.families import read_architecture
+from megatron_simct.models.hf_mapping import find_weights, load_hf_weights
 from megatron_simct.monitoring import Monitor, Stopwatch
 from megatron_simct.parallel.initialize import Environment, Groups, process_groups
 from megatron_simct.parallel.packing import pack_micro_batches
@@ -163,9 +165,23 @@ def build_job(config: Config, groups: Groups) -> Job:
 def open_tokenizer(options: ModelConfig, *, prefix: str) -> Tokenizer:
     """The tokenizer of one side."""
     try:
-        return load_tokenizer(options.tokenizer_model, options.stop_token_ids)
+        return load_tokenizer(options.tokenizer, options.stop_token_ids)
     except ValueError as error:
         raise ValueError(f"--{prefix}tokenizer-model: {error}") from None
+
+
+def open_chat_template(
+    config: Config, options: ModelConfig, tokenizer: Tokenizer | None, *, prefix: str
+) -> ChatTemplate | None:
+    """How one side's prompts are written; None where they are plain texts or where nothing reads them."""
+    if not config.data.apply_chat_template or tokenizer is None:
+        return None
+    if tokenizer.encode_chat is None:
+        raise ValueError(
+            f"--apply-chat-template: --{prefix}tokenizer-model {tokenizer.name} cannot read the special tokens of a "
+            "chat; it needs a tokenizer.json"
+        )
+    return ChatTemplate.load(options.hf_checkpoint, flag=f"--{prefix}hf-checkpoint")
 
 
 def build_prompts(config: Config, groups: Groups, student: Tokenizer, teacher: Tokenizer | None) -> PromptSource:
@@ -176,6 +192,7 @@ def build_prompts(config: Config, groups: Groups, student: Tokenizer, teacher: T
         input_key=config.data.input_key,
         response_key=config.data.response_key,
         label_key=config.data.label_key,
+        chat=config.data.apply_chat_template,
         need_response=config.interface.interface == "sft",
         need_label=False,
     )
@@ -191,6 +208,8 @@ def build_prompts(config: Config, groups: Groups, student: Tokenizer, teacher: T
         dp_rank=groups.dp_rank,
         dp_size=groups.dp_size,
         flag="--prompt-data",
+        student_chat=open_chat_template(config, config.model, student, prefix=""),
+        teacher_chat=open_chat_template(config, config.teacher, teacher, prefix="teacher-"),
     )
     if source.num_skipped and groups.is_first_rank:
         limit = f"--rollout-max-prompt-len {config.rollout.rollout_max_prompt_len}"
@@ -208,6 +227,7 @@ def build_evaluator(config: Config, groups: Groups, engine: RolloutEngine, stude
         input_key=config.data.input_key,
         response_key=config.data.response_key,
         label_key=config.data.label_key,
+        chat=config.data.apply_chat_template,
         need_response=False,
         need_label=True,
     )
@@ -223,6 +243,7 @@ def build_evaluator(config: Config, groups: Groups, engine: RolloutEngine, stude
         dp_rank=groups.dp_rank,
         dp_size=groups.dp_size,
         flag="--eval-prompt-data",
+        student_chat=open_chat_template(config, config.model, student, prefix=""),
     )
     return Evaluator(
         engine,
@@ -280,10 +301,14 @@ def _leave_to_last_stage(labels: LabelBatch) -> None:
 def load_model(
     config: Config, options: ModelConfig, groups: Groups, tokenizer: Tokenizer, *, prefix: str
 ) -> HiddenStateModel | InterleavedModel:
-    """The model of one side, with random weights or those of --[teacher-]pretrained-checkpoint."""
+    """The model of one side: weights of --[teacher-]pretrained-checkpoint, else of the folder, else random.
+
+    Random weights are drawn in every case, which costs some time where a large model's are then replaced.
+    """
     flag = f"--{prefix}hf-checkpoint"
+    architecture = read_architecture(options.hf_checkpoint, flag=flag)
     model = build_model(
-        read_architecture(options.hf_checkpoint, flag=flag),
+        architecture,
         config.parallel,
         groups,
         vocab_size=tokenizer.table.num_ids,
@@ -293,6 +318,10 @@ def load_model(
     )
     if options.pretrained_checkpoint is not None:
         load_weights(model, options.pretrained_checkpoint, flag=f"--{prefix}pretrained-checkpoint")
+    elif find_weights(options.hf_checkpoint, flag=flag) is not None:
+        load_hf_weights(
+            model, architecture, options.hf_checkpoint, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag=flag
+        )
     return model
 
 
@@ -303,6 +332,7 @@ def main(argv: list[str] | None = None) -> int:
         with process_groups(config.parallel, seed=config.training.seed) as groups:
             job = build_job(config, groups)
             write_config(config, groups)
+            report_random_weights(config, groups)
             with contextlib.closing(job.monitor):
                 train(job)
     except (ValueError, NonFiniteError) as error:
@@ -311,6 +341,20 @@ def main(argv: list[str] | None = None) -> int:
         print(f"megatron_simct.train: error{rank}: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
+
+
+def report_random_weights(config: Config, groups: Groups) -> None:
+    """One log line where a model starts from random weights."""
+    sides = {"--hf-checkpoint": config.model, "--teacher-hf-checkpoint": config.teacher}
+    if config.interface.interface == "sft":
+        del sides["--teacher-hf-checkpoint"]
+    random = [
+        f"{flag} {options.hf_checkpoint}"
+        for flag, options in sides.items()
+        if options.pretrained_checkpoint is None and find_weights(options.hf_checkpoint, flag=flag) is None
+    ]
+    if random and groups.is_first_rank:
+        print(f" random weights: {', '.join(random)}", flush=True)
 
 
 def write_config(config: Config, groups: Groups) -> None:

@@ -5,7 +5,8 @@ content only: no BOS, no special tokens (their spelling inside a response is ord
 that SentencePiece models of the Llama-2 kind put before a text. It need not be lossless: a tokenizer may rewrite text,
 and who aligns compares the bytes.
 
-Loaded here, each by the library made for it (imported inside the loading function):
+Loaded, each by the library made for it (imported inside the loading function):
+    tokenizer.json                Hugging Face tokenizers (hf_tokenizer.py); or the folder that holds it
     NAME.model, NAME.model.v3     SentencePiece
     NAME.tiktoken                 tiktoken ranks, beside NAME.tiktoken.json = {"pattern": regex,
                                   "special_tokens": {text: id}, "stop_tokens": [text]}
@@ -21,15 +22,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from megatron_simct.alignment.token_table import TokenTable
 
 _ACCEPTED = (
-    "accepted are a SentencePiece model (NAME.model), tiktoken ranks (NAME.tiktoken with NAME.tiktoken.json beside it) "
-    "and Mistral's tekken*.json"
+    "accepted are a Hugging Face tokenizer.json or its folder, a SentencePiece model (NAME.model), tiktoken ranks "
+    "(NAME.tiktoken with NAME.tiktoken.json beside it) and Mistral's tekken*.json"
 )
 
 
@@ -44,6 +44,8 @@ class Tokenizer:
     """Content ids of a text: no special tokens, no BOS, no dummy leading blank."""
     bos_id: int | None = None
     """The id that a prompt starts with, if the tokenizer has one."""
+    encode_chat: Callable[[str], Sequence[int]] | None = None
+    """Ids of a rendered chat template, in which the spelling of a special token is that token; None: cannot."""
 
     def encode(self, data: bytes) -> np.ndarray:
         """int32 [n]: content ids of the longest prefix of `data` that is valid UTF-8."""
@@ -64,14 +66,21 @@ def utf8_prefix_bytes(data: bytes) -> int:
 
 
 def load_tokenizer(spec: str, stop_token_ids: Iterable[int] = ()) -> Tokenizer:
-    """Loads the tokenizer file `spec`; `stop_token_ids` replaces the stop tokens that the file names.
+    """Loads the tokenizer `spec`, a file or a Hugging Face folder; `stop_token_ids` replaces the stop tokens it names.
 
     The first stop id is the one that a retokenized response ends with, so give what the model emits to end its turn.
     Raises ValueError, naming the file, if it cannot be read, is of no accepted kind, has no stop token, or would not
-    spell text as it is (a SentencePiece normalizer that rewrites text).
+    spell text as it is (a normalizer that rewrites text).
     """
+    from megatron_simct.alignment.hf_tokenizer import generation_stop_ids, load_hf_tokenizer, tokenizer_file
+
     path = Path(spec)
-    if re.search(r"\.model(\.\w+)?$", path.name):
+    in_folder = path.is_dir()
+    if in_folder:
+        path = tokenizer_file(path) or path / "tokenizer.json"
+    if path.name == "tokenizer.json":
+        load = load_hf_tokenizer
+    elif re.search(r"\.model(\.\w+)?$", path.name):
         load = _load_sentencepiece
     elif path.suffix == ".tiktoken":
         load = _load_tiktoken
@@ -80,7 +89,10 @@ def load_tokenizer(spec: str, stop_token_ids: Iterable[int] = ()) -> Tokenizer:
     else:
         raise ValueError(f'tokenizer "{spec}" is of an unknown kind; {_ACCEPTED}')
     try:
-        return load(path, tuple(stop_token_ids))
+        stop_ids = tuple(stop_token_ids)
+        if in_folder and load is _load_sentencepiece:
+            stop_ids = stop_ids or generation_stop_ids(path.parent)
+        return load(path, stop_ids)
     except (OSError, RuntimeError, LookupError, ValueError) as error:
         raise ValueError(f'tokenizer "{spec}" cannot be used: {type(error).__name__}: {error}; {_ACCEPTED}') from error
 
@@ -120,8 +132,8 @@ def _load_sentencepiece(path: Path, stop_token_ids: tuple[int, ...]) -> Tokenize
     cuts = re.compile("|".join(f"(?<={re.escape(piece[0])})(?={re.escape(piece[1:])})" for piece in found))
     return Tokenizer(
         name=str(path),
-        table=_table(pieces, special_ids, stop_ids),
-        encode_text=partial(_encode_cut, sp, cuts) if found else sp.encode,
+        table=build_table(pieces, special_ids, stop_ids),
+        encode_text=partial(encode_cut, sp.encode, cuts) if found else sp.encode,
         bos_id=sp.bos_id() if sp.bos_id() >= 0 else None,
     )
 
@@ -131,9 +143,9 @@ def _piece_bytes(piece: str, *, is_byte: bool) -> bytes:
     return bytes([int(piece[3:5], 16)]) if is_byte else piece.replace("▁", " ").encode()
 
 
-def _encode_cut(sp: Any, cuts: re.Pattern[str], text: str) -> list[int]:
+def encode_cut(encode: Callable[[str], Sequence[int]], cuts: re.Pattern[str], text: str) -> list[int]:
     """Content ids of the parts of a text between the places that `cuts` matches."""
-    return [token_id for part in cuts.split(text) for token_id in sp.encode(part)]
+    return [token_id for part in cuts.split(text) for token_id in encode(part)]
 
 
 def _load_tiktoken(path: Path, stop_token_ids: tuple[int, ...]) -> Tokenizer:
@@ -188,13 +200,14 @@ def _from_ranks(
     encoding = tiktoken.Encoding(path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     return Tokenizer(
         name=str(path),
-        table=_table([piece or b"" for piece in pieces], special_ids, stop_ids),
+        table=build_table([piece or b"" for piece in pieces], special_ids, stop_ids),
         encode_text=encoding.encode_ordinary,
         bos_id=bos_id,
     )
 
 
-def _table(pieces: Sequence[bytes], special_ids: Iterable[int], stop_ids: tuple[int, ...]) -> TokenTable:
+def build_table(pieces: Sequence[bytes], special_ids: Iterable[int], stop_ids: tuple[int, ...]) -> TokenTable:
+    """The table of a tokenizer that must have a stop token."""
     if not stop_ids:
         raise ValueError("it names no stop token; give stop_token_ids")
     return TokenTable.from_bytes(pieces, special_ids, stop_ids)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_simct.alignment.tokenizer import Tokenizer
-from megatron_simct.data.rendering import render_prompt
+from megatron_simct.data.rendering import ChatTemplate, Messages, render_prompt
 from megatron_simct.records import Prompt
 
 
@@ -21,15 +22,29 @@ from megatron_simct.records import Prompt
 class Row:
     """One line of the file."""
 
-    prompt: str
+    prompt: str | Messages
+    """Messages where chat templates are applied."""
     response: str | None
     label: str | None
+    where: str = field(default="", compare=False)
+    """For messages: flag, file and line."""
 
 
 def read_rows(
-    path: str, *, flag: str, input_key: str, response_key: str, label_key: str, need_response: bool, need_label: bool
+    path: str,
+    *,
+    flag: str,
+    input_key: str,
+    response_key: str,
+    label_key: str,
+    need_response: bool,
+    need_label: bool,
+    chat: bool = False,
 ) -> list[Row]:
-    """The rows of a JSONL file. ValueError, naming the flag, the file and the line, for whatever is wrong with it."""
+    """The rows of a JSONL file. With `chat` a prompt is a list of messages, or a text that is the user's one message.
+
+    Raises ValueError, naming the flag, the file and the line, for whatever is wrong with the file.
+    """
     rows = []
     try:
         # Not splitlines(): a JSON string may hold U+2028 and other line ends of Unicode as they are.
@@ -48,7 +63,11 @@ def read_rows(
             raise ValueError(f"{where}: not JSON ({error.msg})") from None
         if not isinstance(fields, dict):
             raise ValueError(f"{where}: expected a JSON object")
-        needed = [input_key] + [response_key] * need_response + [label_key] * need_label
+        prompt_key = "messages" if input_key not in fields and "messages" in fields else input_key
+        messages = isinstance(fields.get(prompt_key), list)
+        if messages:
+            _check_messages(fields[prompt_key], chat=chat, where=f"{where}: the messages under {prompt_key!r}")
+        needed = [prompt_key] * (not messages) + [response_key] * need_response + [label_key] * need_label
         for key in needed:
             if not isinstance(fields.get(key), str):
                 raise ValueError(
@@ -56,12 +75,26 @@ def read_rows(
                 )
             if not _is_text(fields[key]):
                 raise ValueError(f"{where}: the string under {key!r} holds half a surrogate pair, so it has no bytes")
-        if not fields[input_key]:
-            raise ValueError(f"{where}: the prompt under {input_key!r} is empty; no token would precede the response")
-        rows.append(Row(prompt=fields[input_key], response=fields.get(response_key), label=fields.get(label_key)))
+        prompt = fields[prompt_key]
+        if not prompt:
+            raise ValueError(f"{where}: the prompt under {prompt_key!r} is empty; no token would precede the response")
+        if chat and not messages:
+            prompt = [{"role": "user", "content": prompt}]
+        rows.append(Row(prompt=prompt, response=fields.get(response_key), label=fields.get(label_key), where=where))
     if not rows:
         raise ValueError(f"{flag} {path}: no prompts in the file")
     return rows
+
+
+def _check_messages(messages: list[Any], *, chat: bool, where: str) -> None:
+    """ValueError where a list is not one of messages, or nothing would write it as a text."""
+    if not chat:
+        raise ValueError(f"{where} need --apply-chat-template")
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise ValueError(f"{where}: number {number} is no object with the strings 'role' and 'content'")
+        if not _is_text(json.dumps(message, ensure_ascii=False)):
+            raise ValueError(f"{where}: number {number} holds half a surrogate pair, so it has no bytes")
 
 
 def _is_text(value: str) -> bool:
@@ -71,6 +104,19 @@ def _is_text(value: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _render(row: Row, tokenizer: Tokenizer | None, chat: ChatTemplate | None) -> np.ndarray:
+    """The ids of a row's prompt for one model, int32 [p]; none where there is no such model."""
+    if tokenizer is None:
+        return np.zeros(0, np.int32)
+    if isinstance(row.prompt, str):
+        return render_prompt(row.prompt, tokenizer)
+    assert chat is not None, f"{row.where}: messages without a chat template"
+    try:
+        return chat.render(row.prompt, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{row.where}: {error}") from None
 
 
 class PromptSource:
@@ -90,11 +136,13 @@ class PromptSource:
         dp_rank: int,
         dp_size: int,
         flag: str,
+        student_chat: ChatTemplate | None = None,
+        teacher_chat: ChatTemplate | None = None,
     ) -> None:
         """batch_size counts prompts of the whole job; None: all of them. Prompts longer than max_prompt_len tokens on
         either side are left out and counted in `num_skipped`; ValueError where none remain. `teacher` is None where
-        none reads them."""
-        rendered = [(row, render_prompt(row.prompt, student), self._teacher_ids(row, teacher)) for row in rows]
+        none reads them. The chat templates write prompts that are messages; ValueError where one refuses a row."""
+        rendered = [(row, _render(row, student, student_chat), _render(row, teacher, teacher_chat)) for row in rows]
         self._rows = [r for r in rendered if max(len(r[1]), len(r[2])) <= max_prompt_len]
         self.num_skipped = len(rendered) - len(self._rows)
         if not self._rows:
@@ -109,10 +157,6 @@ class PromptSource:
 
     def __len__(self) -> int:
         return len(self._rows)
-
-    @staticmethod
-    def _teacher_ids(row: Row, teacher: Tokenizer | None) -> np.ndarray:
-        return np.zeros(0, np.int32) if teacher is None else render_prompt(row.prompt, teacher)
 
     def batch(self, step: int) -> list[Prompt]:
         """This rank's samples of a step: every dp_size-th of the step's batch_size x samples_per_prompt samples."""

@@ -1,14 +1,27 @@
-"""One text, as the prompt of both models.
+"""One text or conversation, as the prompt of both models.
 
-Each model reads the response behind its own prompt; prompts may differ between the models, the bytes of the response do
-not. Prompt and response are tokenized apart, so that their border is a token boundary on both sides.
+Each model reads the response behind its own prompt, a conversation written with its own chat template; prompts may
+differ between the models, the bytes of the response do not. Prompt and response are tokenized apart, so that their
+border is a token boundary on both sides.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.sandbox
 import numpy as np
 
+from megatron_simct.alignment.hf_tokenizer import read_settings, special_token
 from megatron_simct.alignment.tokenizer import Tokenizer
+
+Messages = Sequence[Mapping[str, str]]
+"""[{"role": ..., "content": ...}]"""
 
 
 def render_prompt(text: str, tokenizer: Tokenizer) -> np.ndarray:
@@ -17,3 +30,81 @@ def render_prompt(text: str, tokenizer: Tokenizer) -> np.ndarray:
     if tokenizer.bos_id is not None:
         ids = np.concatenate([[tokenizer.bos_id], ids])
     return ids.astype(np.int32)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The chat template of one Hugging Face folder, which writes a conversation up to where the model answers."""
+
+    name: str
+    """For messages: the flag and the file."""
+    template: jinja2.Template
+    special_tokens: dict[str, str]
+    """bos_token, eos_token and the like: variables of the template."""
+
+    @classmethod
+    def load(cls, folder: str, *, flag: str) -> ChatTemplate:
+        """Raises ValueError, naming the flag and the file, where there is no template or it cannot be read."""
+        try:
+            settings = read_settings(Path(folder), "tokenizer_config.json")
+            name, source = _source(Path(folder), settings)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{flag} {folder}: {error}") from None
+        try:
+            template = _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"{flag} {folder}: {name}, line {error.lineno} of the template: {error.message}") from None
+        tokens = {key: special_token(value) for key, value in settings.items() if key.endswith("_token")}
+        return cls(
+            name=f"{flag} {folder}: {name}",
+            template=template,
+            special_tokens={key: text for key, text in tokens.items() if isinstance(text, str)},
+        )
+
+    def render(self, messages: Messages, tokenizer: Tokenizer) -> np.ndarray:
+        """The prompt's ids, int32 [p]. The template writes BOS itself where the model wants one, so none is added.
+
+        Raises ValueError, naming the template, where it refuses the messages or writes nothing.
+        """
+        assert tokenizer.encode_chat is not None, f"{tokenizer.name} cannot read a rendered template"
+        try:
+            text = self.template.render(messages=messages, add_generation_prompt=True, **self.special_tokens)
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+            raise ValueError(f"{self.name} does not render it: {' '.join(str(error).split())}") from None
+        ids = np.asarray(tokenizer.encode_chat(text), dtype=np.int32)
+        if not ids.size:
+            raise ValueError(f"{self.name} renders nothing; no token would precede the response")
+        return ids
+
+
+def _source(folder: Path, settings: dict[str, Any]) -> tuple[str, str]:
+    """File and text of the folder's template; of several named ones, the one named default."""
+    if (folder / "chat_template.jinja").exists():
+        return "chat_template.jinja", (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+    if not isinstance(template, str):
+        raise ValueError(
+            "has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json), which "
+            "--apply-chat-template needs"
+        )
+    return "tokenizer_config.json", template
+
+
+def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    """What templates are written for, but for the clock (strftime_now): a template that dates its prompts then writes
+    its own default date, and a run that is continued tomorrow continues with the same prompts."""
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def to_json(value: Any, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = raise_exception
+    environment.filters["tojson"] = to_json
+    return environment

@@ -147,6 +147,7 @@ def build_model(
             gated_linear_unit=True,
             activation_func=torch.nn.functional.silu,
             add_bias_linear=False,
+            add_qkv_bias=architecture.qkv_bias,
             attention_dropout=0.0,
             hidden_dropout=0.0,
             init_method_std=architecture.init_std,
@@ -190,6 +191,8 @@ def build_model(
             share_embeddings_and_output_weights=architecture.tied_embeddings,
             position_embedding_type="rope",
             rotary_base=architecture.rope_theta,
+            rope_scaling=architecture.rope_scaling_factor is not None,
+            rope_scaling_factor=architecture.rope_scaling_factor or 1.0,
         )
 
     model = stage(0) if virtual == 1 else InterleavedModel(stage(chunk) for chunk in range(virtual))

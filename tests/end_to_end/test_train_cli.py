@@ -36,7 +36,7 @@ def assert_two_steps(result: subprocess.CompletedProcess, run_dir: Path) -> list
     """Exit code 0, two log lines between two evaluations, and the same in metrics.jsonl; its lines."""
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr and "rror" not in result.stderr
-    lines = result.stdout.splitlines()
+    lines = [line for line in result.stdout.splitlines() if not line.startswith(" random weights")]
     assert [
         re.match(r" (evaluation at iteration [02]|iteration +[12]/ +2) \| ", line) is not None for line in lines
     ] == [True] * 4, result.stdout
@@ -118,6 +118,11 @@ def write_rows(path: Path, *rows: dict) -> str:
     return str(path)
 
 
+def _said(out: str) -> list[str]:
+    """The lines of a run, but for the one that says which weights it starts from."""
+    return [line for line in out.splitlines() if not line.startswith(" random weights")]
+
+
 @pytest.mark.parametrize(
     "more, code, words",
     [
@@ -149,7 +154,7 @@ def test_wrong_input_is_one_line_that_names_the_flag(tiny, more, code, words):
     """And it is found before anything else runs, so that the first evaluation prints nothing."""
     argv = command_line(tiny, "--eval-prompt-data", str(tiny / "held_out.jsonl"), *more)
     ((found, out, err),) = run_ranks(1, _main, argv)
-    assert found == code and out == ""
+    assert found == code and _said(out) == []
     prefix = "megatron_simct.train: error: " if code == 1 else "python -m megatron_simct.train: error: "
     assert err.startswith(prefix) and err.count("\n") == 1 and err.endswith("\n"), err
     for word in words:
@@ -175,7 +180,7 @@ def test_wrong_content_of_the_files_is_one_line_too(tiny, tmp_path):
         argv = command_line(tiny, *more, "--tensor-model-parallel-size", str(world_size))
         for rank, (code, out, err) in enumerate(run_ranks(world_size, _main, argv)):
             place = f" on rank {rank}" if world_size > 1 else ""
-            assert code == 1 and out == ""
+            assert code == 1 and _said(out) == []
             assert err.startswith(f"megatron_simct.train: error{place}: ") and err.count("\n") == 1
             for word in words:
                 assert word in err
@@ -196,7 +201,9 @@ def test_a_run_stops_at_the_wanted_accuracy(tiny, tmp_path):
     argv = command_line(tiny, "--eval-prompt-data", str(tiny / "held_out.jsonl"), "--exit-eval-accuracy", "0")
     ((code, out, _),) = run_ranks(1, _main, [*argv, "--save", str(tmp_path / "save")])
     assert code == 0
-    assert out.count("\n") == 1 and out.startswith(" evaluation at iteration 0 | ")
+    random, evaluation = out.splitlines()
+    assert random == f" random weights: --hf-checkpoint {tiny / 'student'}, --teacher-hf-checkpoint {tiny / 'teacher'}"
+    assert evaluation.startswith(" evaluation at iteration 0 | ")
     assert (tmp_path / "save" / TRACKER).read_text() == "0"
 
 

@@ -240,7 +240,8 @@ def test_spelling_of_a_user_defined_stop_token_is_ordinary_text(tmp_path):
 
 def test_unknown_and_unreadable_files_are_named(tmp_path):
     for name, reason in [
-        ("tokenizer.json", "of an unknown kind"),
+        ("tokenizer.bin", "of an unknown kind"),
+        ("tokenizer.json", "FileNotFoundError"),
         ("missing.model", "FileNotFoundError"),
         ("missing.tiktoken", "FileNotFoundError"),
         ("missing/tekken.json", "FileNotFoundError"),

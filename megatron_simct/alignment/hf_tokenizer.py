@@ -1,0 +1,241 @@
+"""A Hugging Face `tokenizer.json`, and what the files beside it say about stop tokens and BOS.
+
+Two kinds of vocabulary spell every byte string, and are loaded:
+    byte-level      every byte is written as one of 256 printable characters (GPT-2, Llama-3, Qwen)
+    byte fallback   '▁' is a blank, '<0xNN>' the byte of a character that has no token (Llama-2, Gemma)
+The file's pipeline is kept, but for what would add or drop bytes of the content: a leading blank, truncation, padding,
+dropout. A pipeline that rewrites text is refused, for its tokens would not spell the response. The one exception is the
+normal form NFC: nearly all text is in it, and who aligns compares the bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_simct.alignment.tokenizer import Tokenizer, build_table, encode_cut
+
+# Its bytes must come back from every tokenizer that is loaded.
+_PROBE = "  two  blanks,\ta tab\r\n\nI'm café, Ünïcödé. Привет 你好, ｆｕｌｌ ﬁ नमस्ते 😀 1234567 [x]{y} \x00\x7f \n"
+
+_SPLITS = frozenset("ByteLevel Metaspace Split Digits Punctuation UnicodeScripts".split())
+
+
+def tokenizer_file(folder: Path) -> Path | None:
+    """The tokenizer of a Hugging Face folder: tokenizer.json, else SentencePiece's tokenizer.model."""
+    return next((folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).exists()), None)
+
+
+def read_settings(folder: Path, name: str) -> dict[str, Any]:
+    """One JSON file of the folder; empty where there is none. ValueError, naming the file, where it is no object."""
+    path = folder / name
+    if not path.exists():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return settings
+
+
+def special_token(value: Any) -> str | None:
+    """The text of a token in tokenizer_config.json, which is a string or an object with its content."""
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def generation_stop_ids(folder: Path) -> tuple[int, ...]:
+    """eos_token_id of the folder's generation_config.json, a number or a list of them."""
+    ids = read_settings(folder, "generation_config.json").get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return tuple(dict.fromkeys(int(i) for i in ids))
+
+
+def load_hf_tokenizer(path: Path, stop_token_ids: tuple[int, ...]) -> Tokenizer:
+    """Loads a tokenizer.json; see `load_tokenizer`."""
+    spec = json.loads(path.read_text(encoding="utf-8"))
+    if not (isinstance(spec, dict) and isinstance(spec.get("model"), dict)):
+        raise ValueError("it holds no object with a model")
+    model = spec["model"]
+    if model.get("type") not in ("BPE", "Unigram"):
+        raise ValueError(f"its model {model.get('type')} has no tokens for every text; only BPE and Unigram can have")
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        raise ValueError("its pieces carry a prefix or suffix for their place in a word, so they do not spell text")
+    spec |= {"truncation": None, "padding": None}
+    if "dropout" in model:
+        model["dropout"] = None
+    raw = Encoder(json.dumps(spec), special_tokens=True)
+
+    byte_level, blank_mark = _keep_text(spec)
+    pieces, special_ids = _pieces(spec, byte_level=byte_level, blank_mark=blank_mark)
+    added_ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    stop_ids = stop_token_ids or _stop_ids(path.parent, added_ids | _vocabulary(model))
+    table = build_table(pieces, special_ids, stop_ids)
+    for token in spec["added_tokens"]:
+        token["special"] = bool(table.special[token["id"]])
+    encode = _ordinary(Encoder(json.dumps(spec), special_tokens=False), added_ids, stop_ids, pieces)
+
+    tokenizer = Tokenizer(
+        name=str(path), table=table, encode_text=encode, bos_id=_bos_id(path.parent, raw, added_ids), encode_chat=raw
+    )
+    found = tokenizer.decode(tokenizer.encode(_PROBE.encode()))
+    if found != _PROBE.encode():
+        raise ValueError(f"it rewrites text: {_PROBE!r} comes back as {found.decode(errors='replace')!r}")
+    return tokenizer
+
+
+class Encoder:
+    """text -> ids, without BOS. Can be pickled: the library's own pickles forget how special tokens are read."""
+
+    def __init__(self, spec: str, *, special_tokens: bool) -> None:
+        """special_tokens: whether the spelling of a special token is that token, or ordinary text."""
+        import tokenizers
+
+        self._spec = spec
+        self._special_tokens = special_tokens
+        try:
+            self.library = tokenizers.Tokenizer.from_str(spec)
+        except Exception as error:  # the library raises no narrower class
+            raise ValueError(f"the tokenizers library cannot read it: {error}") from None
+        self.library.encode_special_tokens = not special_tokens
+
+    def __call__(self, text: str) -> Sequence[int]:
+        return self.library.encode(text, add_special_tokens=False).ids
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(Encoder, special_tokens=self._special_tokens), (self._spec,)
+
+
+def _keep_text(spec: dict[str, Any]) -> tuple[bool, bool]:
+    """Take the leading blank out of the pipeline; whether it is byte-level, and whether '▁' stands for a blank.
+
+    ValueError for a step that would rewrite or drop text.
+    """
+    splits = list(_steps(spec.get("pre_tokenizer"), "pretokenizers"))
+    byte_level = any(step["type"] == "ByteLevel" for step in splits)
+    blank_mark = False
+    kept = []
+    for step in _steps(spec.get("normalizer"), "normalizers"):
+        blanks = step["type"] == "Replace" and (step["pattern"], step["content"]) == ({"String": " "}, "▁")
+        leading = step["type"] == "Prepend" and step["prepend"] == "▁"
+        if not (step["type"] == "NFC" or ((blanks or leading) and not byte_level)):
+            raise ValueError(f"its normalizer {step['type']} rewrites text, so its tokens would not spell the response")
+        blank_mark |= blanks
+        kept += [] if leading else [step]
+    spec["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
+    for step in splits:
+        drops = step.get("behavior") == "Removed"
+        if step["type"] not in _SPLITS or drops or step.get("replacement", "▁") != "▁":
+            raise ValueError(f"its pre-tokenizer {step['type']} drops or rewrites text")
+        if step["type"] == "ByteLevel":
+            step["add_prefix_space"] = False
+        if step["type"] == "Metaspace":
+            step.pop("add_prefix_space", None)  # the older spelling
+            step["prepend_scheme"] = "never"
+            blank_mark = True
+    return byte_level, blank_mark
+
+
+def _steps(component: dict[str, Any] | None, key: str) -> Iterator[dict[str, Any]]:
+    """A normalizer or pre-tokenizer as its steps; they are the parts of `component` itself, not copies."""
+    if component is not None and component["type"] == "Sequence":
+        for part in component[key]:
+            yield from _steps(part, key)
+    elif component is not None:
+        yield component
+
+
+def _vocabulary(model: dict[str, Any]) -> dict[str, int]:
+    """Pieces of the model, as they are written in the file, and their ids."""
+    if model["type"] == "BPE":
+        return model["vocab"]
+    return {piece: token_id for token_id, (piece, _) in enumerate(model["vocab"])}
+
+
+def _pieces(spec: dict[str, Any], *, byte_level: bool, blank_mark: bool) -> tuple[list[bytes], set[int]]:
+    """The bytes of every id, and the ids that stand for no bytes."""
+    model = spec["model"]
+    vocabulary = _vocabulary(model)
+    if byte_level:
+        spell: Callable[[str], bytes | None] = partial(_byte_level_bytes, _byte_of_character())
+    elif model.get("byte_fallback"):
+        spell = partial(_fallback_bytes, blank_mark)
+    else:
+        raise ValueError("it is neither byte-level nor has it byte_fallback, so not every text has tokens")
+    size = 1 + max([*vocabulary.values(), *(token["id"] for token in spec["added_tokens"])], default=-1)
+    pieces: list[bytes | None] = [None] * size
+    for piece, token_id in vocabulary.items():
+        pieces[token_id] = spell(piece)
+    unknown = model.get("unk_token")
+    unknown_id = model.get("unk_id") if model["type"] == "Unigram" else vocabulary.get(unknown)
+    if unknown_id is not None:
+        pieces[unknown_id] = None
+    for token in spec["added_tokens"]:
+        pieces[token["id"]] = None if token["special"] else token["content"].encode()
+    missing = set(range(256)) - {piece[0] for piece in pieces if piece is not None and len(piece) == 1}
+    if missing:
+        raise ValueError(f"{len(missing)} single bytes have no token, {min(missing):#04x} first")
+    return [piece or b"" for piece in pieces], {i for i, piece in enumerate(pieces) if piece is None}
+
+
+def _byte_of_character() -> dict[str, int]:
+    """Byte-level vocabularies write printable Latin-1 as it is, and the other 68 bytes as U+0100 and on, in order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+def _byte_level_bytes(byte_of: dict[str, int], piece: str) -> bytes | None:
+    """None for a piece with other characters: no text has it."""
+    return bytes(byte_of[character] for character in piece) if byte_of.keys() >= set(piece) else None
+
+
+def _fallback_bytes(blank_mark: bool, piece: str) -> bytes:
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+        return bytes([int(piece[3:5], 16)])
+    return (piece.replace("▁", " ") if blank_mark else piece).encode()
+
+
+def _ordinary(
+    encode: Encoder, added_ids: dict[str, int], stop_ids: tuple[int, ...], pieces: Sequence[bytes]
+) -> Callable[[str], Sequence[int]]:
+    """The encoder, with a cut in the spelling of each special token that a text would still be given.
+
+    The library leaves added special tokens alone, but a model may find the same piece in its own vocabulary.
+    """
+    special = set(stop_ids) | {token_id for text, token_id in added_ids.items() if not pieces[token_id]}
+    texts = dict.fromkeys(text for text, token_id in added_ids.items() if token_id in special)
+    texts |= dict.fromkeys(pieces[i].decode(errors="ignore") for i in stop_ids if i < len(pieces))
+    found = [text for text in texts if len(text) > 1 and special & set(encode(text))]
+    if not found:
+        return encode
+    cuts = re.compile("|".join(f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})" for text in found))
+    return partial(encode_cut, encode, cuts)
+
+
+def _stop_ids(folder: Path, ids: dict[str, int]) -> tuple[int, ...]:
+    """generation_config.json's, else the tokenizer's EOS. A model may stop at several; the EOS of its tokenizer is the
+    one that ends its turn, so that is put first."""
+    eos = None
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        eos = eos or special_token(read_settings(folder, name).get("eos_token"))
+    eos_ids = (ids[eos],) if eos in ids else ()
+    stops = generation_stop_ids(folder)
+    return tuple(sorted(stops, key=lambda i: i not in eos_ids)) or eos_ids
+
+
+def _bos_id(folder: Path, raw: Encoder, added_ids: dict[str, int]) -> int | None:
+    """What the tokenizer puts before a text: tokenizer_config.json's say, else that of the file's post-processor."""
+    settings = read_settings(folder, "tokenizer_config.json")
+    if settings.get("add_bos_token") is not None:
+        return added_ids.get(special_token(settings.get("bos_token")) or "") if settings["add_bos_token"] else None
+    content, whole = list(raw("a")), raw.library.encode("a").ids
+    before = next(i for i in range(len(whole) + 1) if whole[i : i + len(content)] == content)
+    if before > 1:
+        raise ValueError(f"it puts {before} tokens {whole[:before]} before a text; only one is supported")
+    return whole[0] if before else None

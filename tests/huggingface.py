@@ -1,0 +1,136 @@
+"""Tiny Hugging Face folders: models written by transformers itself, tokenizers trained by the tokenizers library."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def build_model(model_type: str, *, scale: float = 0.3, **fields: Any) -> torch.nn.Module:
+    """A causal language model with random weights, biases and norms included."""
+    import transformers
+
+    defaults = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 99,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "attn_implementation": "eager",
+    }
+    config = transformers.AutoConfig.for_model(model_type, **(defaults | fields))
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Norms and biases too: at their initial ones and zeros they could be swapped unnoticed.
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + (parameter.dim() == 1) * 0.5)
+    return model
+
+
+def save_model(
+    folder: Path, model_type: str, *, shard_size: str = "1GB", scale: float = 0.3, **fields: Any
+) -> torch.nn.Module:
+    """The model of `build_model`, written to the folder."""
+    model = build_model(model_type, scale=scale, **fields)
+    model.save_pretrained(str(folder), max_shard_size=shard_size)
+    return model
+
+
+CORPUS = [
+    "the cat sat on the mat 1234",
+    "Tom has 12 apples and gets 7 more. How many?",
+    "Привет, мир",
+    "你好 世界",
+] * 10
+PATTERN = r"'s|'t| ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # in the manner of GPT-2
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}[INST] {{ message['content'] }} "
+    "[/INST]{% elif message['role'] == 'assistant' %} {{ message['content'] }}{{ eos_token }}"
+    "{% else %}{{ raise_exception('no role ' + message['role']) }}{% endif %}{% endfor %}"
+)
+
+
+def save_byte_level(folder: Path, *, vocab_size: int = 320, **changes: Any) -> dict[str, Any]:
+    """A tokenizer in the manner of Qwen: NFC, byte-level, no BOS, two stop tokens, and a chat template.
+
+    `changes` replace parts of tokenizer.json; returns what was written.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 4, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
+    spec = json.loads(tokenizer.to_str())
+    im_end = tokenizer.token_to_id("<|im_end|>")
+    return _save(
+        folder,
+        spec | changes,
+        {
+            "tokenizer_config.json": {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "add_bos_token": False,
+                "bos_token": None,
+                "eos_token": "<|im_end|>",
+                "chat_template": CHAT_TEMPLATE,
+            },
+            "generation_config.json": {"eos_token_id": [tokenizer.token_to_id("<|endoftext|>"), im_end]},
+        },
+    )
+
+
+def save_byte_fallback(folder: Path, *, metaspace: bool = False, **changes: Any) -> dict[str, Any]:
+    """A tokenizer in the manner of Llama-2: '▁', byte fallback, a leading blank, BOS, and a chat template in a file."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+    byte_pieces = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    if metaspace:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    else:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trainer = trainers.BpeTrainer(
+        vocab_size=340, special_tokens=["<unk>", "<s>", "</s>", *byte_pieces], show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    spec = json.loads(tokenizer.to_str())
+    # In real files the byte pieces are of the model only.
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in byte_pieces]
+    bos = {"__type": "AddedToken", "content": "<s>", "special": True}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": "</s>"}
+    written = _save(folder, spec | changes, {"tokenizer_config.json": settings})
+    (folder / "chat_template.jinja").write_text(LLAMA_TEMPLATE)
+    return written
+
+
+def _save(folder: Path, spec: dict[str, Any], files: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    folder.mkdir(exist_ok=True)
+    for name, content in ({"tokenizer.json": spec} | files).items():
+        (folder / name).write_text(json.dumps(content))
+    return spec

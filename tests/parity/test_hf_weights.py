@@ -1,0 +1,273 @@
+"""Weights of Hugging Face folders: Megatron's logits equal those of transformers, and what a damaged folder says."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_simct.config import ParallelConfig
+from megatron_simct.models.build import build_model
+from megatron_simct.models.families import read_architecture
+from megatron_simct.models.hf_mapping import find_weights, load_hf_weights
+from megatron_simct.parallel.initialize import process_groups
+from tests.distributed import run_ranks
+from tests.huggingface import save_model
+
+pytest.importorskip("transformers")
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+MODELS = {
+    "llama": {"model_type": "llama"},
+    "llama, one head a group, tied": {
+        "model_type": "llama",
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+        "vocab_size": 101,
+    },
+    "llama, wide heads, four heads a group": {
+        "model_type": "llama",
+        "num_attention_heads": 8,
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 77.0},
+    },
+    "llama, scaled rotary": {"model_type": "llama", "max_position_embeddings": 16384, "rope_parameters": LLAMA3},
+    "qwen2": {"model_type": "qwen2", "num_attention_heads": 6, "hidden_size": 48, "vocab_size": 97},
+    "qwen2, tied, many files": {"model_type": "qwen2", "tie_word_embeddings": True, "shard_size": "9KB"},
+}
+TOKENS = torch.randint(0, 97, (3, 40), generator=torch.Generator().manual_seed(0))
+
+
+@contextlib.contextmanager
+def load(folder: str, tp_size: int):
+    """This rank's model, from the folder."""
+    architecture = read_architecture(folder, flag="--hf-checkpoint")
+    parallel = ParallelConfig(tensor_model_parallel_size=tp_size)
+    with process_groups(parallel, seed=3) as groups:
+        model = build_model(
+            architecture, parallel, groups, vocab_size=90, divisible_by=16, bf16=False, flag="--hf-checkpoint"
+        )
+        load_hf_weights(
+            model, architecture, folder, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag="--hf-checkpoint"
+        )
+        yield model, groups
+
+
+def _logits(rank: int, world_size: int, folder: str) -> tuple[torch.Tensor, float]:
+    """[B, S, published vocabulary] from all ranks' shards, and the largest absolute value in the padded rows."""
+    with load(folder, world_size) as (model, groups):
+        positions = torch.arange(TOKENS.shape[1]).expand_as(TOKENS)
+        with torch.no_grad():
+            hidden = model(TOKENS, positions, None)
+            shard = (hidden @ model.output_weight.T).transpose(0, 1).contiguous()
+        shards = [torch.empty_like(shard) for _ in range(world_size)]
+        dist.all_gather(shards, shard, group=groups.tp)
+        published = read_architecture(folder, flag="").vocab_size
+        start = model.vocab_shard[0]
+        padding = model.output_weight[max(0, published - start) :]
+        return torch.cat(shards, dim=-1)[..., :published], float(padding.abs().sum())
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folder and transformers' logits of each of MODELS, made when first asked for."""
+    made: dict[str, tuple[Path, torch.Tensor]] = {}
+
+    def make(name: str) -> tuple[Path, torch.Tensor]:
+        if name not in made:
+            folder = tmp_path_factory.mktemp("hf")
+            model = save_model(folder, **MODELS[name])
+            with torch.no_grad():
+                made[name] = folder, model(TOKENS).logits
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_those_of_transformers(folders, name, tp_size):
+    folder, expected = folders(name)
+    for logits, padding in run_ranks(tp_size, _logits, str(folder)):
+        assert logits.shape == expected.shape
+        assert relative(logits, expected) < 1e-4
+        assert padding == 0
+
+
+def test_the_many_files_are_many(folders):
+    folder, _ = folders("qwen2, tied, many files")
+    assert len(list(folder.glob("*.safetensors"))) > 5
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        "model.embed_tokens.weight",
+        "model.layers.0.input_layernorm.weight",
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.1.self_attn.k_proj.bias",
+        "model.layers.1.self_attn.v_proj.weight",
+        "model.layers.1.self_attn.o_proj.weight",
+        "model.layers.0.post_attention_layernorm.weight",
+        "model.layers.1.mlp.gate_proj.weight",
+        "model.layers.0.mlp.up_proj.weight",
+        "model.layers.1.mlp.down_proj.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ],
+)
+def test_one_changed_number_of_the_folder_shows_in_the_logits(folders, tmp_path, tensor):
+    folder, expected = folders("qwen2")
+    copy = shutil.copytree(folder, tmp_path / "copy")
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        index = -1 if tensor != "model.embed_tokens.weight" else (int(TOKENS[0, 0]), 0)
+        tensors[tensor][index] += 1.0
+
+    rewrite(copy, change)
+    ((logits, _),) = run_ranks(1, _logits, str(copy))
+    assert relative(logits, expected) > 1e-3
+
+
+def test_the_scaling_of_rotary_frequencies_shows_in_the_logits(folders, tmp_path):
+    folder, expected = folders("llama, scaled rotary")
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    fields = json.loads((copy / "config.json").read_text())
+    # The older spelling of the same.
+    rope = fields.pop("rope_parameters")
+    fields |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    (copy / "config.json").write_text(json.dumps(fields))
+    ((logits, _),) = run_ranks(1, _logits, str(copy))
+    assert relative(logits, expected) < 1e-4
+    (copy / "config.json").write_text(json.dumps(fields | {"rope_scaling": None}))
+    ((logits, _),) = run_ranks(1, _logits, str(copy))
+    assert relative(logits, expected) > 1e-3
+
+
+# Damaged folders.
+
+
+def rewrite(folder: Path, change, file: str = "model.safetensors") -> None:
+    """Write the file again after `change` has had its tensors, a dictionary by name."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(str(folder / file))
+    change(tensors)
+    save_file(tensors, str(folder / file))
+
+
+def fail(folder: Path) -> str:
+    """The error of loading a folder, which is one line."""
+    (message,) = run_ranks(1, _fail, str(folder))
+    assert "\n" not in message and message.startswith(f"--hf-checkpoint {folder}: ")
+    return message
+
+
+def _fail(rank: int, world_size: int, folder: str) -> str:
+    with pytest.raises(ValueError) as caught, load(folder, world_size):
+        pass
+    return str(caught.value)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def garble(path: Path) -> None:
+    path.write_bytes(b"\xff" * 64 + path.read_bytes()[64:])
+
+
+@pytest.fixture
+def single(folders, tmp_path) -> Path:
+    return shutil.copytree(folders("llama")[0], tmp_path / "copy")
+
+
+@pytest.fixture
+def sharded(folders, tmp_path) -> Path:
+    return shutil.copytree(folders("qwen2, tied, many files")[0], tmp_path / "sharded")
+
+
+O_PROJ = "model.layers.1.self_attn.o_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t: t.pop(O_PROJ), [f"tensor {O_PROJ} is missing in model.safetensors"]),
+        (lambda t: t.pop("lm_head.weight"), ["tensor lm_head.weight is missing in model.safetensors"]),
+        (lambda t: t.update({O_PROJ: torch.zeros(32, 30)}), [O_PROJ, "[32, 30]", "config.json asks for [32, 32]"]),
+        (lambda t: t.update({"lm_head.weight": torch.zeros(98, 32)}), ["lm_head.weight", "[98, 32]", "[99, 32]"]),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}),
+            ["model.safetensors holds model.layers.0.self_attn.q_proj.bias", "no place for"],
+        ),
+        (
+            lambda t: t.update({"model.layers.2.input_layernorm.weight": torch.zeros(32)}),
+            ["model.layers.2.input_layernorm.weight", "no place for"],
+        ),
+    ],
+)
+def test_wrong_tensors_are_named(single, change, words):
+    rewrite(single, change)
+    message = fail(single)
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("damage", [truncate, garble])
+def test_a_damaged_file_is_named(single, sharded, damage):
+    damage(single / "model.safetensors")
+    assert "model.safetensors is damaged or unreadable" in fail(single)
+    file = "model-00003-of-"
+    (path,) = sharded.glob(file + "*")
+    damage(path)
+    assert f"{path.name} is damaged or unreadable" in fail(sharded)
+
+
+def test_an_index_that_names_a_missing_file(sharded):
+    (path,) = sharded.glob("model-00002-of-*")
+    path.unlink()
+    message = fail(sharded)
+    assert re.search(rf"model.safetensors.index.json places model\.\S+ in {path.name}, which is missing", message)
+
+
+def test_an_index_that_lacks_a_tensor_or_names_the_wrong_file(sharded):
+    index = sharded / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    files = content["weight_map"]
+    right = files[O_PROJ]
+    files[O_PROJ] = next(file for file in files.values() if file != right)
+    index.write_text(json.dumps(content))
+    assert f"cannot read tensor {O_PROJ} of {files[O_PROJ]}" in fail(sharded)
+    del files[O_PROJ]
+    index.write_text(json.dumps(content))
+    assert f"tensor {O_PROJ} is missing in model.safetensors.index.json" in fail(sharded)
+    index.write_text("{}")
+    assert "cannot read model.safetensors.index.json (KeyError" in fail(sharded)
+
+
+def test_folders_without_weights_and_with_weights_that_are_not_read(tmp_path):
+    assert find_weights(str(tmp_path), flag="--hf-checkpoint") is None
+    for name in ("pytorch_model-00001-of-00002.bin", "model-00001-of-00002.safetensors"):
+        (tmp_path / name).touch()
+        with pytest.raises(ValueError, match=rf"^--hf-checkpoint \S+: has {re.escape(name)}, but neither"):
+            find_weights(str(tmp_path), flag="--hf-checkpoint")
+    (tmp_path / "model.safetensors").touch()
+    assert find_weights(str(tmp_path), flag="--hf-checkpoint") == tmp_path / "model.safetensors"

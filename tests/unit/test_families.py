@@ -1,0 +1,98 @@
+"""config.json -> Architecture: both families, both spellings of rotary scaling, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_simct.models.families import read_architecture
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "vocab_size": 100,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 512,
+}
+QWEN2 = LLAMA | {
+    "model_type": "qwen2",
+    "use_sliding_window": False,
+    "sliding_window": 32768,
+    "max_window_layers": 28,
+    "layer_types": ["full_attention"] * 3,
+    "tie_word_embeddings": True,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(fields):
+        (tmp_path / "config.json").write_text(fields if isinstance(fields, str) else json.dumps(fields))
+        return read_architecture(str(tmp_path), flag="--hf-checkpoint")
+
+    return read
+
+
+def test_defaults_of_llama(read):
+    found = read(LLAMA)
+    assert (found.num_query_groups, found.head_dim, found.rope_theta) == (8, 8, 10000.0)
+    assert (found.rope_scaling_factor, found.qkv_bias, found.tied_embeddings) == (None, False, False)
+
+
+def test_qwen2_has_biases_and_its_window_is_neutral_while_unused(read):
+    found = read(QWEN2 | {"num_key_value_heads": 2, "rope_theta": 1e6})
+    assert (found.num_query_groups, found.rope_theta) == (2, 1e6)
+    assert found.qkv_bias and found.tied_embeddings
+
+
+@pytest.mark.parametrize(
+    "rope, theta, factor",
+    [
+        ({"rope_theta": 7.0, "rope_scaling": None}, 7.0, None),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, 7.0, None),
+        ({"rope_parameters": None, "rope_theta": 7.0}, 7.0, None),
+        ({"rope_theta": 7.0, "rope_scaling": LLAMA3}, 7.0, 32.0),
+        ({"rope_parameters": LLAMA3 | {"rope_theta": 7.0}}, 7.0, 32.0),
+        ({"rope_theta": 7.0, "rope_scaling": LLAMA3 | {"type": "llama3"}}, 7.0, 32.0),
+    ],
+)
+def test_both_spellings_of_the_rotary_embedding(read, rope, theta, factor):
+    found = read(LLAMA | rope)
+    assert (found.rope_theta, found.rope_scaling_factor) == (theta, factor)
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (LLAMA | {"model_type": "gpt2"}, ["'gpt2' is not supported", "llama, qwen2"]),
+        (LLAMA | {"attention_bias": True}, ["attention_bias = True", "llama"]),
+        (QWEN2 | {"use_sliding_window": True}, ["use_sliding_window = True", "qwen2"]),
+        (QWEN2 | {"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types"]),
+        (LLAMA | {"sliding_window": 4096}, ["'sliding_window' is not known for llama"]),
+        (QWEN2 | {"quantization_config": {}}, ["'quantization_config' is not known for qwen2"]),
+        (LLAMA | {"rope_scaling": LLAMA3 | {"low_freq_factor": 2.0}}, ["rope_scaling", "low_freq_factor 1"]),
+        (LLAMA | {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 4096}}, ["8192"]),
+        (LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}}, ["'linear'", "default and llama3"]),
+        (LLAMA | {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, ["rope_parameters", "'yarn'"]),
+        ({k: v for k, v in LLAMA.items() if k != "vocab_size"}, ["'vocab_size' is missing"]),
+        ("{", ["not JSON (line 1"]),
+        ("[]", ["holds no JSON object"]),
+    ],
+)
+def test_what_is_refused(read, tmp_path, fields, words):
+    with pytest.raises(ValueError) as error:
+        read(fields)
+    assert str(error.value).startswith(f"--hf-checkpoint {tmp_path}: ") and "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)

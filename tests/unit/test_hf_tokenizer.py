@@ -1,0 +1,281 @@
+"""tokenizer.json of both kinds: exact bytes, special tokens, stop tokens and BOS, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_simct.alignment import Tokenizer, align, build_alignment_map, load_tokenizer
+from megatron_simct.alignment.hf_tokenizer import Encoder
+from tests.huggingface import save_byte_fallback, save_byte_level
+
+TEXTS = [
+    "",
+    "The cat sat on the mat.",
+    " leading blank",
+    "  two  blanks   three\tand a tab ",
+    "\n\nlines\r\n\n  indented\n",
+    "1234567 + 89 = 1,234,656",
+    "naïve café",
+    "Привет, мир. Γειά σου. שלום عالم",
+    "你好,世界。日本語のテキスト 한국어",
+    "नमस्ते दुनिया สวัสดี",
+    "😀👩‍👩‍👧‍👦🏳️‍🌈 ∑∂√ 𝔘𝔫𝔦",
+    "ﬁ ｆｕｌｌ ½ \u200b\ufeff\xa0",
+    "def f(x):\n    return x ** 2  # <s>[INST]<|im_end|> <|im_start|>user\n</s><unk>",
+    "nul \0 and \x7f",
+    "<tool>a<tool>",
+]
+KINDS = ["byte-level", "byte fallback", "metaspace"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("tokenizers")
+    made = {kind: root / kind for kind in KINDS}
+    save_byte_level(made["byte-level"])
+    save_byte_fallback(made["byte fallback"])
+    save_byte_fallback(made["metaspace"], metaspace=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def loaded(folders) -> dict[str, Tokenizer]:
+    return {kind: load_tokenizer(str(folder)) for kind, folder in folders.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_is_spelled_exactly(loaded, kind, text):
+    tokenizer = loaded[kind]
+    ids = tokenizer.encode(text.encode())
+    assert ids.dtype == np.int32
+    assert tokenizer.decode(ids) == text.encode()
+    assert not tokenizer.table.special[ids].any()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=30))
+def test_any_text_aligns_unless_the_normal_form_changes_it(loaded, text):
+    fallback, byte_level = loaded["byte fallback"], loaded["byte-level"]
+    ids = fallback.encode(text.encode())
+    assert fallback.decode(ids) == text.encode()
+    # The byte-level one writes NFC; the aligner counts what that changes.
+    alignment = align(byte_level.table, byte_level.encode(text.encode()), fallback.table, ids)
+    if byte_level.decode(byte_level.encode(text.encode())) == text.encode():
+        assert alignment.dropped == {} and alignment.student_bytes == len(text.encode())
+
+
+def test_a_decomposed_letter_is_written_in_nfc(loaded):
+    ids = loaded["byte-level"].encode("e\u0301".encode())
+    assert loaded["byte-level"].decode(ids) == "é".encode()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tables(loaded, kind):
+    tokenizer = loaded[kind]
+    table = tokenizer.table
+    assert {bytes([byte]) for byte in range(256)} <= set(table.pieces())
+    if kind == "byte-level":
+        assert table.num_ids == 320 and np.flatnonzero(table.special).tolist() == [316, 317, 318]
+        # <|im_end|> is the tokenizer's EOS and stands second in generation_config.json.
+        assert (table.stop_ids, tokenizer.bos_id) == ((318, 316), None)
+        assert table.bytes_of(319) == b"<tool>"
+        assert 319 in tokenizer.encode(b"a<tool>")
+    else:
+        assert np.flatnonzero(table.special).tolist() == [0, 1, 2]
+        assert (table.stop_ids, tokenizer.bos_id) == ((2,), 1)
+        assert table.bytes_of(3 + 0x0A) == b"\n"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_encoding_is_the_library_s_own_but_for_the_leading_blank(loaded, folders, kind):
+    import tokenizers
+
+    own = tokenizers.Tokenizer.from_file(str(folders[kind] / "tokenizer.json"))
+    for text in ["the cat", "Tom has 12 apples.", "Привет  мир", "x"]:
+        expected = own.encode(text, add_special_tokens=False).ids
+        if kind != "byte-level":
+            assert loaded[kind].encode((" " + text).encode()).tolist() == expected
+            continue
+        assert loaded[kind].encode(text.encode()).tolist() == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_spelling_of_special_tokens_is_that_token_in_a_chat_only(loaded, kind):
+    tokenizer = loaded[kind]
+    stop = tokenizer.table.stop_ids[0]
+    text = {"byte-level": "<|im_end|>"}.get(kind, "</s>")
+    assert stop not in tokenizer.encode(f"a{text}b".encode())
+    assert list(tokenizer.encode_chat(f"a{text}b")).count(stop) == 1
+    assert isinstance(tokenizer.encode_text, Encoder), "no cut is needed where the library leaves special tokens alone"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokenizers_travel_to_workers(loaded, kind):
+    copy = pickle.loads(pickle.dumps(loaded[kind]))
+    for text in TEXTS:
+        assert copy.encode(text.encode()).tolist() == loaded[kind].encode(text.encode()).tolist()
+        assert list(copy.encode_chat(text)) == list(loaded[kind].encode_chat(text))
+    assert copy.table.fingerprint == loaded[kind].table.fingerprint
+
+
+def test_two_tokenizers_of_one_folder_are_one_vocabulary(loaded, folders):
+    again = load_tokenizer(str(folders["byte-level"] / "tokenizer.json"))
+    assert again.table.fingerprint == loaded["byte-level"].table.fingerprint
+    mapped = build_alignment_map(again, loaded["byte fallback"])
+    assert mapped is not None
+
+
+# Stop tokens and BOS.
+
+
+@pytest.fixture
+def byte_level(tmp_path) -> Path:
+    save_byte_level(tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+def test_stop_tokens_in_the_order_of_the_files(byte_level):
+    def stop_ids(*given: int) -> tuple[int, ...]:
+        return load_tokenizer(str(byte_level), given).table.stop_ids
+
+    assert stop_ids(317, 5) == (317, 5)
+    (byte_level / "generation_config.json").write_text(json.dumps({"eos_token_id": 317}))
+    assert stop_ids() == (317,)
+    (byte_level / "generation_config.json").write_text(json.dumps({"do_sample": True}))
+    assert stop_ids() == (318,)
+    (byte_level / "tokenizer_config.json").write_text("{}")
+    (byte_level / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|endoftext|>"}}))
+    assert stop_ids() == (316,)
+    (byte_level / "special_tokens_map.json").unlink()
+    with pytest.raises(ValueError, match="it names no stop token"):
+        stop_ids()
+    (byte_level / "generation_config.json").write_text(json.dumps({"eos_token_id": [9999]}))
+    with pytest.raises(ValueError, match=r"\[9999\] lie outside the vocabulary of 320 ids"):
+        stop_ids()
+
+
+@pytest.mark.parametrize("stop", [b"<tool>", b" cat"])
+def test_a_stop_token_of_any_kind_is_never_content(byte_level, stop):
+    plain = load_tokenizer(str(byte_level))
+    stop_id = plain.table.pieces().index(stop)
+    data = b"the cat" + stop + b" sat"
+    assert stop_id in plain.encode(data)
+    tokenizer = load_tokenizer(str(byte_level), [stop_id])
+    assert stop_id not in tokenizer.encode(data) and tokenizer.decode(tokenizer.encode(data)) == data
+
+
+def test_bos_is_what_the_settings_say_or_what_the_file_does(tmp_path):
+    save_byte_fallback(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+
+    def bos_id(**changes):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | changes))
+        return load_tokenizer(str(tmp_path)).bos_id
+
+    assert (bos_id(), bos_id(add_bos_token=True), bos_id(add_bos_token=False)) == (1, 1, None)
+    assert bos_id(add_bos_token=True, bos_token=None) is None
+    assert bos_id(bos_token=None) == 1
+    save_byte_fallback(tmp_path, post_processor=None)
+    assert load_tokenizer(str(tmp_path)).bos_id is None
+
+
+def test_a_folder_with_a_sentencepiece_model_only(tiny, tmp_path):
+    shutil.copy(tiny / "student.model", tmp_path / "tokenizer.model")
+    plain = load_tokenizer(str(tmp_path))
+    assert plain.table.stop_ids == (2,) and plain.encode_chat is None
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 2]}))
+    assert load_tokenizer(str(tmp_path)).table.stop_ids == (5, 2)
+    assert load_tokenizer(str(tmp_path), [7]).table.stop_ids == (7,)
+
+
+# What would add or drop bytes is taken out, what rewrites them is refused.
+
+
+def test_truncation_dropout_and_prefix_blanks_are_taken_out(tmp_path):
+    spec = save_byte_level(tmp_path)
+    truncation = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    spec["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = True
+    spec["model"]["dropout"] = 0.9
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec | {"truncation": truncation}))
+    tokenizer = load_tokenizer(str(tmp_path))
+    data = b"the cat sat on the mat, the cat sat on the mat"
+    assert tokenizer.decode(tokenizer.encode(data)) == data
+    assert len({tuple(tokenizer.encode(data)) for _ in range(5)}) == 1
+
+
+def sequence(*steps: dict) -> dict:
+    return {"type": "Sequence", "normalizers": list(steps)}
+
+
+LOWERCASE = {"type": "Lowercase"}
+NFC, NFKC = {"type": "NFC"}, {"type": "NFKC"}
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "b"}
+WORDPIECE = {
+    "type": "WordPiece",
+    "unk_token": "a",
+    "continuing_subword_prefix": "##",
+    "max_input_chars_per_word": 9,
+    "vocab": {"a": 0},
+}
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"normalizer": LOWERCASE}, ["normalizer Lowercase rewrites text"]),
+        ({"normalizer": sequence(NFC, NFKC)}, ["normalizer NFKC rewrites text"]),
+        ({"normalizer": sequence(NFC, sequence(REPLACE))}, ["normalizer Replace rewrites text"]),
+        ({"normalizer": {"type": "Prepend", "prepend": "▁"}}, ["normalizer Prepend"]),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, ["pre-tokenizer Whitespace drops"]),
+        ({"pre_tokenizer": {"type": "Metaspace", "replacement": "_", "prepend_scheme": "never"}}, ["Metaspace"]),
+        (
+            {
+                "pre_tokenizer": {
+                    "type": "Split",
+                    "pattern": {"String": " "},
+                    "behavior": "Removed",
+                    "invert": False,
+                }
+            },
+            ["pre-tokenizer Split drops"],
+        ),
+        ({"pre_tokenizer": None}, ["neither byte-level nor has it byte_fallback"]),
+        ({"model": WORDPIECE}, ["model WordPiece"]),
+        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}, ["255 single bytes have no token, 0x00 first"]),
+        ({"model": {"type": "BPE", "vocab": {"a</w>": 0}, "merges": [], "end_of_word_suffix": "</w>"}}, ["suffix"]),
+        ({"model": {"type": "BPE", "vocab": 5, "merges": []}}, ["the tokenizers library cannot read it"]),
+        ({"model": None}, ["no object with a model"]),
+    ],
+)
+def test_what_is_refused(tmp_path, changes, words):
+    save_byte_level(tmp_path, **changes)
+    with pytest.raises(ValueError) as error:
+        load_tokenizer(str(tmp_path))
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_unreadable_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"FileNotFoundError.*tokenizer\.json"):
+        load_tokenizer(str(tmp_path))
+    save_byte_level(tmp_path)
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        original = (tmp_path / name).read_text()
+        for content, reason in (("{", "is not JSON"), ("[]", "holds no JSON object")):
+            (tmp_path / name).write_text(content)
+            with pytest.raises(ValueError, match=f"{name} {reason}"):
+                load_tokenizer(str(tmp_path))
+        (tmp_path / name).write_text(original)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="JSONDecodeError"):
+        load_tokenizer(str(tmp_path))
