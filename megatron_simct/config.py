@@ -142,7 +142,7 @@ class OutputConfig:
     save_retain: int | None = option(None, "keep this many of the newest checkpoints; default: all")
     load: str | None = option(
         None,
-        "resume from the newest checkpoint of this directory; where it is that of --save and has none yet, start afresh",
+        "resume from this directory's newest checkpoint; where it is that of --save and has none yet, start afresh",
         metavar="DIR",
     )
     exit_signal_handler: bool = option(False, "on SIGTERM finish the step, save a checkpoint and exit with code 0")

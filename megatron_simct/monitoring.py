@@ -5,7 +5,6 @@ Hops hand over sums; ratios are formed here, once, from sums over the whole glob
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
