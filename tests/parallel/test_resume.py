@@ -13,24 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_simct.parallel.cpu import megatron_imports
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.train import build_job, load_model, main, open_tokenizer, train
 from megatron_simct.update import checkpoint
 from megatron_simct.update.checkpoint import RUN_FILE, TRACKER, load_weights
 from tests.distributed import run_ranks
+from tests.runs import assert_same_run, metrics, run, tensors
 from tests.tiny import command_line, config
-
-with megatron_imports():
-    from megatron.core import dist_checkpointing
-
-
-def run(rank, world_size, argv):
-    """Exit code, stdout and stderr of the command, in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(argv)
-    return code, out.getvalue(), err.getvalue()
 
 
 def trained(files: Path, folder: Path, iterations: int, *flags: str, world_size: int = 1) -> str:
@@ -47,32 +36,6 @@ def arguments(files: Path, folder: Path, iterations: int, *flags: str) -> list[s
         *("--lr-decay-style", "constant", "--train-iters", str(iterations), "--run-dir", str(folder / "run")),
         *("--save", str(folder / "save"), "--load", str(folder / "save"), *flags),
     )
-
-
-def metrics(folder: Path) -> list[dict]:
-    """The rows without their timing."""
-    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
-
-
-def _tensors(rank, world_size, folder):
-    iteration = int((folder / "save" / TRACKER).read_text())
-    path = folder / "save" / f"iter_{iteration:07d}"
-    state = dist_checkpointing.load_plain_tensors(str(path))
-    return iteration, {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-
-
-def tensors(folder: Path) -> tuple[int, dict[str, torch.Tensor]]:
-    """The newest checkpoint: its iteration, weights and optimizer state."""
-    return run_ranks(1, _tensors, folder)[0]
-
-
-def assert_same_run(folder: Path, reference: Path) -> None:
-    assert metrics(folder) == metrics(reference)
-    (iteration, ours), (expected_iteration, expected) = tensors(folder), tensors(reference)
-    assert iteration == expected_iteration and ours.keys() == expected.keys() and len(expected) > 15
-    for name, value in expected.items():
-        assert torch.equal(ours[name], value), name
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +202,7 @@ SAVE_MOMENTS = ("while shards are written", "before the name", "before the track
 
 def _killed_in_save(rank, world_size, argv, moment):
     """kill -9 during the save of iteration 2."""
-    save, rename, replace = dist_checkpointing.save, os.rename, os.replace
+    save, rename, replace = checkpoint.dist_checkpointing.save, os.rename, os.replace
     here = iter(range(9))
 
     def kill():
@@ -264,7 +227,8 @@ def _killed_in_save(rank, world_size, argv, moment):
             kill()
         replace(source, target)
 
-    dist_checkpointing.save, checkpoint.os.rename, checkpoint.os.replace = killed_save, killed_rename, killed_replace
+    checkpoint.dist_checkpointing.save = killed_save
+    checkpoint.os.rename, checkpoint.os.replace = killed_rename, killed_replace
     main(argv)
 
 
