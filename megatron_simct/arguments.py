@@ -146,6 +146,11 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     return config
 
 
+def to_dict(config: Config) -> dict[str, Any]:
+    """The value of every option by its key."""
+    return {option.key: getattr(getattr(config, option.group), option.field) for option in options()}
+
+
 def to_yaml(config: Config) -> str:
     """The configuration as the text of a --config-file."""
     lines: list[str] = []

@@ -163,8 +163,23 @@ class OutputConfig:
         None, "directory for checkpoints: one at the end, and every --save-interval steps", metavar="DIR"
     )
     save_interval: int | None = option(None, "steps between checkpoints")
+    save_retain: int | None = option(None, "keep this many of the newest checkpoints; default: all")
+    load: str | None = option(
+        None,
+        "resume from this directory's newest checkpoint; where it is that of --save and has none yet, start afresh",
+        metavar="DIR",
+    )
+    exit_signal_handler: bool = option(False, "on SIGTERM finish the step, save a checkpoint and exit with code 0")
+    exit_duration_in_mins: float | None = option(
+        None, "save a checkpoint and exit with code 0 after the first step that ends later than this"
+    )
     run_dir: str | None = option(None, "directory for metrics.jsonl and config.yaml", metavar="DIR")
     log_interval: int = option(1, "steps between log lines")
+    tensorboard_dir: str | None = option(None, "write the metrics for TensorBoard there", metavar="DIR")
+    wandb_project: str | None = option(
+        None, "write the metrics for Weights & Biases under this project, offline unless WANDB_MODE says otherwise"
+    )
+    wandb_save_dir: str | None = option(None, "directory of the Weights & Biases files", metavar="DIR")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +243,17 @@ class Config:
             raise ValueError(f"missing {', '.join(missing)}: --simct-interface {self.interface.interface} needs it")
         if self.evaluation.exit_eval_accuracy is not None and self.data.eval_prompt_data is None:
             raise ValueError("--exit-eval-accuracy needs --eval-prompt-data, a held-out set to measure it on")
+        needs_save = {
+            "--exit-signal-handler": self.output.exit_signal_handler,
+            "--exit-duration-in-mins": self.output.exit_duration_in_mins is not None,
+            "--save-interval": bool(self.output.save_interval),
+            "--save-retain": self.output.save_retain is not None,
+        }
+        for flag, given in needs_save.items():
+            if given and self.output.save is None:
+                raise ValueError(f"{flag} needs --save, the directory of checkpoints")
+        if self.output.wandb_save_dir is not None and self.output.wandb_project is None:
+            raise ValueError("--wandb-save-dir needs --wandb-project")
         if self.training.bf16 and not _cuda_available():
             raise ValueError("--bf16 needs a GPU in this version; leave it out on CPU")
 
@@ -255,6 +281,8 @@ class Config:
             "--eval-temperature": (self.evaluation.eval_temperature, 0),
             "--eval-samples": (self.evaluation.eval_samples, 0),
             "--save-interval": (output.save_interval or 0, 0),
+            "--save-retain": (1 if output.save_retain is None else output.save_retain, 1),
+            "--exit-duration-in-mins": (output.exit_duration_in_mins or 0, 0),
             "--log-interval": (output.log_interval, 1),
         }
         for flag, (value, lowest) in at_least.items():

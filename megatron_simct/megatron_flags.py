@@ -17,11 +17,11 @@ MEGATRON_FLAGS = frozenset(
     dataloader-type reset-position-ids reset-attention-mask eod-mask-loss sft train-samples lr-decay-iters
     lr-decay-samples lr-warmup-iters lr-warmup-samples lr-warmup-init lr-wsd-decay-style lr-wsd-decay-iters
     start-weight-decay end-weight-decay weight-decay-incr-style sgd-momentum decoupled-lr decoupled-min-lr
-    use-checkpoint-args ckpt-format ckpt-step async-save load finetune no-load-optim no-load-rng no-save-optim
+    use-checkpoint-args ckpt-format ckpt-step async-save finetune no-load-optim no-load-rng no-save-optim
     no-save-rng ckpt-fully-parallel-save ckpt-fully-parallel-load dist-ckpt-format use-dist-ckpt
     non-persistent-save-interval override-opt_param-scheduler use-checkpoint-opt_param-scheduler
-    exit-on-missing-checkpoint save-retain-interval exit-interval exit-duration-in-mins exit-signal-handler
-    eval-iters eval-batch-size skip-train tensorboard-dir wandb-project wandb-exp-name wandb-save-dir wandb-entity
+    exit-on-missing-checkpoint save-retain-interval exit-interval eval-iters eval-batch-size skip-train
+    wandb-exp-name wandb-entity
     log-timers-to-tensorboard log-memory-to-tensorboard log-throughput log-params-norm log-num-zeros-in-grad
     log-progress timing-log-level profile profile-step-start profile-step-end fp16 fp8-format fp8-recipe fp8-margin
     fp4-format loss-scale initial-loss-scale min-loss-scale loss-scale-window grad-reduce-in-bf16

@@ -5,13 +5,10 @@ Hops hand over sums; ratios are formed here, once, from sums over the whole glob
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +21,7 @@ from megatron_simct.parallel.initialize import Groups
 from megatron_simct.parallel.reductions import sum_over_ranks
 from megatron_simct.records import AlignedPair, Rollout
 from megatron_simct.update.step import StepReport
+from megatron_simct.writers import JsonLines, Writer
 
 COUNTS = (
     "bytes",
@@ -116,8 +114,13 @@ class Monitor:
         log_interval: int,
         batch_size: int,
         sampled: bool,
+        start: int = 0,
+        writers: Sequence[Writer] = (),
     ) -> None:
-        """sampled: responses come from the student; else they are given, and have no log-probs of their own."""
+        """sampled: responses come from the student; else they are given, and have no log-probs of their own.
+
+        start: the iteration that a resumed run goes on from. writers: where metrics go beside metrics.jsonl.
+        """
         self._group = groups.dp
         self._active = groups.is_first_rank
         self._train_iters = train_iters
@@ -126,17 +129,18 @@ class Monitor:
         self._sampled = sampled
         self._first_mass: float | None = None
         self._warned = False
-        self._file = None
+        self._writers = list(writers)
         if self._active and run_dir is not None:
-            Path(run_dir).mkdir(parents=True, exist_ok=True)
-            self._file = open(Path(run_dir) / "metrics.jsonl", "w", buffering=1)
+            file = JsonLines(run_dir, start=start)
+            self._writers.append(file)
+            self._remember_masses([row.get("student_mass_outside_u") for row in file.kept])
         self._progress = None
         if self._active and sys.stdout.isatty():
             self._progress = Progress(
                 TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console()
             )
             self._progress.start()
-            self._task = self._progress.add_task("train", total=train_iters)
+            self._task = self._progress.add_task("train", total=train_iters, completed=start)
 
     def step(
         self,
@@ -151,7 +155,7 @@ class Monitor:
         if not self._active:
             return
         timing = {f"seconds_{hop}": value for hop, value in seconds.items()}
-        self._record({"kind": "step", "iteration": iteration, **values, "seconds": sum(seconds.values()), **timing})
+        self._record("step", iteration, values | {"seconds": sum(seconds.values())} | timing)
         if self._progress is not None:
             self._progress.update(self._task, completed=iteration)
         if iteration % self._log_interval == 0 or iteration == self._train_iters:
@@ -161,7 +165,7 @@ class Monitor:
     def evaluation(self, iteration: int, values: dict[str, float]) -> None:
         """Record an evaluation of the weights after `iteration` steps."""
         if self._active:
-            self._record({"kind": "evaluation", "iteration": iteration, **values})
+            self._record("evaluation", iteration, values)
             self.say(
                 f" evaluation at iteration {iteration} | " + " | ".join(f"{k}: {v:.4f}" for k, v in values.items())
             )
@@ -177,14 +181,19 @@ class Monitor:
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
-        if self._file is not None:
-            self._file.close()
+        for writer in self._writers:
+            writer.close()
 
-    def _record(self, values: dict[str, object]) -> None:
-        """One line of metrics.jsonl; a metric that has no value this time is left out, as JSON knows no nan."""
-        if self._file is not None:
-            known = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
-            self._file.write(json.dumps(known) + "\n")
+    def _record(self, kind: str, iteration: int, values: dict[str, float]) -> None:
+        for writer in self._writers:
+            writer.write(kind, iteration, values)
+
+    def _remember_masses(self, masses: Sequence[float | None]) -> None:
+        """What `_watch_mass` knew before the run was interrupted."""
+        known = [mass for mass in masses if mass is not None]
+        if known:
+            self._first_mass = known[0]
+            self._warned = max(known) > known[0] + self.WARN_MASS_RISE
 
     def _watch_mass(self, mass: float | None) -> None:
         """Student mass that leaves U costs nothing under a loss over U: say so, once, when it grows."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 from megatron_simct.alignment import AlignmentMap, Tokenizer, VocabPlacement, build_alignment_map, load_tokenizer
 from megatron_simct.alignment.plan import plan_pair, plan_without_teacher
-from megatron_simct.arguments import parse_config, to_yaml
+from megatron_simct.arguments import parse_config, to_dict, to_yaml
 from megatron_simct.config import Config, ModelConfig
 from megatron_simct.data.prompts import PromptSource, read_rows
 from megatron_simct.data.rendering import ChatTemplate
@@ -28,14 +28,16 @@ from megatron_simct.monitoring import Monitor, Stopwatch
 from megatron_simct.parallel.initialize import Environment, Groups, process_groups
 from megatron_simct.parallel.packing import pack_micro_batches
 from megatron_simct.records import AlignedPair, LabelBatch, MicroBatch, Prompt, Rollout
-from megatron_simct.rollout.engine import GivenResponses, ReplayEngine, RolloutEngine, Sampling
+from megatron_simct.rollout.engine import GivenResponses, ReplayEngine, RolloutEngine, Sampling, write_rollouts
 from megatron_simct.rollout.evaluation import Evaluator
 from megatron_simct.rollout.megatron_engine import MegatronEngine
+from megatron_simct.stopping import ExitWatch
 from megatron_simct.teacher.colocated import ColocatedScorer
 from megatron_simct.teacher.scorer import NoTeacher, TeacherScorer
-from megatron_simct.update.checkpoint import load_weights, save_weights
+from megatron_simct.update.checkpoint import Checkpoints, has_checkpoint, load_weights
 from megatron_simct.update.optimizer import build_optimizer, wrap_data_parallel
 from megatron_simct.update.step import NonFiniteError, Updater
+from megatron_simct.writers import check_writers, open_writers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +54,18 @@ class Job:
     updater: Updater
     monitor: Monitor
     evaluator: Evaluator | None
+    start: int
+    """The iteration that training goes on from; 0 unless it resumes."""
     save: Callable[[int], None]
+    keep_batch: Callable[[Sequence[Rollout], int], str | None]
+    """Keeps the rollouts of a step that failed; where."""
+    exit_watch: ExitWatch
 
 
 def train(job: Job) -> None:
     """Roll out, align, score, update, publish; once an iteration."""
     training, output = job.config.training, job.config.output
-    iteration, saved, done = 0, None, evaluate(job, iteration=0)
+    iteration, done = job.start, evaluate(job, iteration=job.start)
     while iteration < training.train_iters and not done:
         clock = Stopwatch()
         prompts = job.prompts.batch(iteration)
@@ -68,17 +75,16 @@ def train(job: Job) -> None:
             pairs = [job.align(prompt, rollout) for prompt, rollout in zip(prompts, rollouts, strict=True)]
         with clock("teacher"):
             scored = list(job.teacher.score(pairs))
-        with clock("update"):
+        with clock("update"), kept_for_replay(job, rollouts, iteration):
             report = job.updater.step(job.pack(prompts, rollouts, pairs, scored))
         iteration += 1
         job.engine.publish(iteration)
         job.monitor.step(iteration, rollouts, pairs, report, clock.seconds)
-        done = evaluate(job, iteration=iteration)
+        done = evaluate(job, iteration=iteration) or exit_is_due(job, iteration=iteration)
         if output.save_interval and iteration % output.save_interval == 0:
             job.save(iteration)
-            saved = iteration
-    if output.save and saved != iteration:
-        job.save(iteration)
+    if output.save:
+        job.save(iteration)  # unless it has just been saved
 
 
 def evaluate(job: Job, *, iteration: int) -> bool:
@@ -92,10 +98,35 @@ def evaluate(job: Job, *, iteration: int) -> bool:
     return config.exit_eval_accuracy is not None and accuracy["greedy_accuracy"] >= config.exit_eval_accuracy
 
 
+def exit_is_due(job: Job, *, iteration: int) -> bool:
+    """Whether to save and exit before --train-iters, on a signal or because time is over; agreed by all ranks."""
+    reason = job.exit_watch.reason()
+    if reason is not None:
+        job.monitor.say(f" {reason}: saving and exiting after iteration {iteration}")
+    return reason is not None
+
+
+@contextlib.contextmanager
+def kept_for_replay(job: Job, rollouts: Sequence[Rollout], iteration: int) -> Iterator[None]:
+    """Where the update finds a number that is not finite, keep the rollouts that led to it."""
+    try:
+        yield
+    except NonFiniteError as error:
+        folder = job.keep_batch(rollouts, iteration)
+        kept = f"; the step's rollouts are kept: --load-debug-rollout-data {folder}" if folder is not None else ""
+        raise NonFiniteError(f"{error}{kept}") from None
+
+
 def build_job(config: Config, groups: Groups) -> Job:
     """Build every part from its group of options. ValueError, naming the flag, for whatever cannot work."""
     config.check(data_parallel_size=groups.dp_size)
     check_config(config.interface)
+    check_writers(config.output)
+    exit_watch = ExitWatch(
+        on_signal=config.output.exit_signal_handler,
+        after_minutes=config.output.exit_duration_in_mins,
+        device=groups.device,
+    )
     needs = teacher_needs(config.interface)
     student = open_tokenizer(config.model, prefix="")
     teacher = open_tokenizer(config.teacher, prefix="teacher-") if needs.teacher else None
@@ -114,10 +145,22 @@ def build_job(config: Config, groups: Groups) -> Job:
         stop_ids=student.table.stop_ids,
         batch_size=config.rollout.rollout_engine_batch_size,
     )
+    checkpoints = Checkpoints(
+        model,
+        optimizer,
+        scheduler,
+        save_dir=config.output.save,
+        retain=config.output.save_retain,
+        identity=identity(config, student, teacher, alignment_map),
+        config=to_dict(config),
+    )
+    start = resume(config, groups, checkpoints)
+    engine = build_engine(config, groups, sampler, student)
+    engine.publish(start)
     return Job(
         config=config,
         prompts=prompts,
-        engine=build_engine(config, groups, sampler, student),
+        engine=engine,
         sampling=Sampling(
             temperature=config.rollout.rollout_temperature,
             top_p=config.rollout.rollout_top_p,
@@ -156,10 +199,56 @@ def build_job(config: Config, groups: Groups) -> Job:
             log_interval=config.output.log_interval,
             batch_size=config.global_batch_size,
             sampled=config.interface.interface != "sft",
+            start=start,
+            writers=open_writers(config.output, to_dict(config), start=start) if groups.is_first_rank else (),
         ),
         evaluator=build_evaluator(config, groups, sampler, student),
-        save=partial(save_weights, model, config.output.save),
+        start=start,
+        save=checkpoints.save,
+        keep_batch=partial(keep_batch, config, groups),
+        exit_watch=exit_watch,
     )
+
+
+def identity(
+    config: Config, student: Tokenizer, teacher: Tokenizer | None, alignment_map: AlignmentMap | None
+) -> dict[str, object]:
+    """What a checkpoint must share with this run to be resumed by it."""
+    return {
+        "model": asdict(read_architecture(config.model.hf_checkpoint, flag="--hf-checkpoint")),
+        "tokenizer": student.table.fingerprint,
+        "teacher_tokenizer": teacher.table.fingerprint if teacher is not None else None,
+        "alignment_map": alignment_map.fingerprint if alignment_map is not None else None,
+    }
+
+
+def resume(config: Config, groups: Groups, checkpoints: Checkpoints) -> int:
+    """The iteration to go on from: that of --load, or 0. Says which, and which options have changed since."""
+    output = config.output
+    if output.load is None:
+        return 0
+    same = output.save is not None and Path(output.load).resolve() == Path(output.save).resolve()
+    if same and not has_checkpoint(output.load):
+        start, line = 0, f" --load {output.load}: no checkpoint there yet, starting afresh"
+    else:
+        start, changed = checkpoints.resume(output.load)
+        line = f" resuming {output.load} after iteration {start}"
+        if changed:
+            line += "; changed: " + ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
+    if groups.is_first_rank:
+        print(line, flush=True)
+    return start
+
+
+def keep_batch(config: Config, groups: Groups, rollouts: Sequence[Rollout], iteration: int) -> str | None:
+    """Write a step's rollouts as ReplayEngine reads them, beside the metrics or the checkpoints; where."""
+    parent = config.output.run_dir or config.output.save
+    if parent is None:
+        return None
+    folder = Path(parent) / "not_finite"
+    if groups.writes_samples:
+        write_rollouts(folder, rollouts, step=iteration, dp_rank=groups.dp_rank)
+    return str(folder)
 
 
 def open_tokenizer(options: ModelConfig, *, prefix: str) -> Tokenizer:

@@ -10,6 +10,7 @@ Shape letters: V_S and V_T ids of the two tokenizers, C shared pairs, W ids of o
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -44,6 +45,13 @@ class AlignmentMap:
     def num_shared(self) -> int:
         """C, the number of byte pairs; the stop bridge is not counted."""
         return self.student_ids.size
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the pairs and the stop bridge."""
+        pairs = np.stack([self.student_ids, self.teacher_ids])
+        stops = (self.stop_student_id, self.stop_teacher_ids)
+        return hashlib.sha256(pairs.tobytes() + repr(stops).encode()).hexdigest()
 
     @cached_property
     def teacher_of_student(self) -> np.ndarray:

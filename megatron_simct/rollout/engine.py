@@ -101,21 +101,7 @@ class ReplayEngine:
 
     def _save(self, rollouts: Sequence[Rollout]) -> None:
         assert self._save_dir is not None
-        self._save_dir.mkdir(parents=True, exist_ok=True)
-        path = self._save_dir / f"rollout_{self._step}.{self._dp_rank}.json"
-        rows = [
-            {
-                "sample_id": r.sample_id,
-                "weight_version": r.weight_version,
-                "student_ids": r.student_ids.tolist(),
-                "logprobs": [float(x) for x in r.logprobs],
-                "finish": r.finish,
-            }
-            for r in rollouts
-        ]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(rows))
-        os.replace(temporary, path)
+        write_rollouts(self._save_dir, rollouts, step=self._step, dp_rank=self._dp_rank)
 
     def _load(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         assert self._load_dir is not None
@@ -130,6 +116,25 @@ class ReplayEngine:
                 f" ({len(missing)} missing); it was written with other prompts, --seed or batch sizes"
             )
         return [rollouts[prompt.sample_id] for prompt in prompts]
+
+
+def write_rollouts(folder: Path, rollouts: Sequence[Rollout], *, step: int, dp_rank: int) -> None:
+    """The file of one step and one model replica that ReplayEngine reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"rollout_{step}.{dp_rank}.json"
+    rows = [
+        {
+            "sample_id": r.sample_id,
+            "weight_version": r.weight_version,
+            "student_ids": r.student_ids.tolist(),
+            "logprobs": [float(x) for x in r.logprobs],
+            "finish": r.finish,
+        }
+        for r in rollouts
+    ]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(rows))
+    os.replace(temporary, path)
 
 
 def _read(file: Path) -> list[Rollout]:

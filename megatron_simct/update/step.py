@@ -92,7 +92,14 @@ class Updater:
         sums = sum_over_ranks(_add(outputs), self._groups.dp) if self._groups.is_last_stage else {}
         sums = from_last_stage(sums, self._groups.pp)
         learning_rate = self._optimizer.param_groups[0]["lr"]
-        grad_norm = self._take_optimizer_step(sums)
+        # Outputs come in the order of the batches, on ranks that have the loss.
+        bad_ids = [
+            sample_id
+            for batch, output in zip(batches, outputs, strict=False)
+            if not math.isfinite(output["loss"])
+            for sample_id in batch.sample_ids
+        ]
+        grad_norm = self._take_optimizer_step(sums, bad_ids)
         return StepReport(sums=sums, grad_norm=grad_norm, learning_rate=learning_rate)
 
     def _forward_step(self, batches: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Any, Any]:
@@ -106,8 +113,11 @@ class Updater:
         sums = {"loss": output.sum.detach().clone(), "num_labels": output.num_labels, **output.metrics}
         return output.sum, output.num_labels.int(), sums
 
-    def _take_optimizer_step(self, sums: dict[str, float]) -> float:
-        """Megatron's optimizer.step(), with a check of the global numbers between gradient and weights."""
+    def _take_optimizer_step(self, sums: dict[str, float], bad_ids: Sequence[int]) -> float:
+        """Megatron's optimizer.step(), with a check of the global numbers between gradient and weights.
+
+        bad_ids: this rank's samples in micro-batches whose own loss is not finite.
+        """
         self._optimizer.prepare_grads()
         grad_norm = float(self._optimizer.get_grad_norm())
         # Tensor-parallel ranks hold copies of the same numbers; should they differ, all ranks stop, or some would wait.
@@ -117,12 +127,25 @@ class Updater:
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         if not int(finite):
             raise NonFiniteError(
-                f"not finite on some rank; here: loss sum {sums['loss']} over {sums['num_labels']:.0f} labels, "
-                f"gradient norm {grad_norm}: stopped before the optimizer step; lower --lr or --clip-grad"
+                f"not finite: {_culprits(bad_ids, grad_norm)}; here: loss sum {sums['loss']} over "
+                f"{sums['num_labels']:.0f} labels, gradient norm {grad_norm}: stopped before the optimizer step; "
+                "lower --lr or --clip-grad"
             )
         self._optimizer.step()
         self._scheduler.step(increment=1)
         return grad_norm
+
+
+def _culprits(bad_ids: Sequence[int], grad_norm: float) -> str:
+    """Where the bad numbers are, in the same words on every rank. Collective over the whole job."""
+    by_rank: list[tuple[list[int], bool]] = [([], True)] * dist.get_world_size()
+    dist.all_gather_object(by_rank, (sorted(bad_ids), math.isfinite(grad_norm)))
+    losses = [f"rank {rank} (samples {', '.join(map(str, ids))})" for rank, (ids, _) in enumerate(by_rank) if ids]
+    norms = [str(rank) for rank, (_, finite) in enumerate(by_rank) if not finite]
+    parts = ["loss on " + ", ".join(losses)] * bool(losses) + ["gradient norm on rank " + ", ".join(norms)] * bool(
+        norms
+    )
+    return " and ".join(parts)
 
 
 def _add(outputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -278,6 +278,15 @@ def test_missing_files_are_all_named():
 def test_options_that_contradict_each_other():
     assert "--eval-prompt-data" in check("--exit-eval-accuracy", ".5")
     assert "--bf16 needs a GPU" in check("--bf16")
+    for flag, *value in (
+        ["--exit-signal-handler"],
+        ["--exit-duration-in-mins", "5"],
+        ["--save-interval", "5"],
+        ["--save-retain", "2"],
+    ):
+        assert check(flag, *value).startswith(f"{flag} needs --save")
+        assert check(flag, *value, "--save", "there") == ""
+    assert "--wandb-project" in check("--wandb-save-dir", "there")
 
 
 @pytest.mark.parametrize(
@@ -288,6 +297,8 @@ def test_options_that_contradict_each_other():
         ("--rollout-batch-size", "0", "at least 1"),
         ("--n-samples-per-prompt", "0", "at least 1"),
         ("--train-iters", "0", "at least 1"),
+        ("--save-retain", "0", "at least 1"),
+        ("--exit-duration-in-mins", "-1", "at least 0"),
         ("--rollout-max-response-len", "0", "at least 1"),
         ("--rollout-engine-batch-size", "0", "at least 1"),
         ("--make-vocab-size-divisible-by", "0", "at least 1"),

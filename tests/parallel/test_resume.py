@@ -1,0 +1,317 @@
+"""A resumed run ends where an undisturbed one ends, bit by bit, and says so when it cannot."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_simct.parallel.initialize import process_groups
+from megatron_simct.train import build_job, load_model, main, open_tokenizer, train
+from megatron_simct.update import checkpoint
+from megatron_simct.update.checkpoint import RUN_FILE, TRACKER, load_weights
+from tests.distributed import run_ranks
+from tests.runs import assert_same_run, metrics, run, tensors
+from tests.tiny import command_line, config
+
+
+def trained(files: Path, folder: Path, iterations: int, *flags: str, world_size: int = 1) -> str:
+    """Run to this iteration in the folder, resuming what is there; what the first rank printed."""
+    results = run_ranks(world_size, run, arguments(files, folder, iterations, *flags))
+    assert all(code == 0 for code, _, _ in results), results
+    return results[0][1]
+
+
+def arguments(files: Path, folder: Path, iterations: int, *flags: str) -> list[str]:
+    return command_line(
+        files,
+        *("--eval-prompt-data", str(files / "held_out.jsonl"), "--eval-interval", "2"),
+        *("--lr-decay-style", "constant", "--train-iters", str(iterations), "--run-dir", str(folder / "run")),
+        *("--save", str(folder / "save"), "--load", str(folder / "save"), *flags),
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny, tmp_path_factory) -> Path:
+    """Four steps in one go on one process."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    text = trained(tiny, folder, 4)
+    assert "no checkpoint there yet, starting afresh" in text
+    return folder
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_a_resumed_run_equals_an_undisturbed_one(tiny, undisturbed, tmp_path, optimizer):
+    if optimizer == "sgd":
+        undisturbed = tmp_path / "undisturbed"
+        trained(tiny, undisturbed, 4, "--optimizer", "sgd")
+    folder = tmp_path / "resumed"
+    trained(tiny, folder, 1, "--optimizer", optimizer, "--eval-interval", "9")
+    text = trained(tiny, folder, 4, "--optimizer", optimizer)
+    assert "after iteration 1" in text and "train_iters 1 -> 4" in text
+    assert_same_run(folder, undisturbed)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tiny, weights, tmp_path_factory) -> Path:
+    """Four steps on two tensor-parallel ranks; every step's checkpoint is kept."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    flags = ("--save-interval", "1", "--tensor-model-parallel-size", "2")
+    trained(tiny, folder, 4, *weights, *flags, world_size=2)
+    return folder
+
+
+@pytest.mark.parametrize("world_size, tp", [(1, 1), (2, 1)], ids=["one", "dp2"])
+def test_a_run_on_two_ranks_goes_on_in_another_layout(tiny, weights, two_ranks, tmp_path, world_size, tp):
+    (tmp_path / TRACKER).write_text("2")
+    (tmp_path / "iter_0000002").symlink_to(two_ranks / "save" / "iter_0000002")
+    layout = ("--load", str(tmp_path), "--tensor-model-parallel-size", str(tp))
+    argv = arguments(tiny, tmp_path / "out", 4, *weights[2:], *layout)
+    code, text, _ = run_ranks(world_size, run, argv)[0]
+    assert code == 0 and "tensor_model_parallel_size 2 -> 1" in text
+    ours, theirs = (
+        [row for row in metrics(folder) if row["kind"] == "step" and row["iteration"] > 2]
+        for folder in (tmp_path / "out", two_ranks)
+    )
+    assert [row["iteration"] for row in ours] == [row["iteration"] for row in theirs] == [3, 4]
+    for row, expected in zip(ours, theirs, strict=True):
+        assert expected["loss"] > 0.1
+        for name in ("loss", "grad_norm", "learning_rate", "response_length"):
+            assert math.isclose(row[name], expected[name], rel_tol=1e-5), (name, row[name], expected[name])
+
+
+def test_two_data_parallel_ranks_resume_bit_by_bit(tiny, tmp_path):
+    for folder, stops in ((tmp_path / "undisturbed", [3]), (tmp_path / "resumed", [2, 3])):
+        for iterations in stops:
+            trained(tiny, folder, iterations, world_size=2)
+    assert_same_run(tmp_path / "resumed", tmp_path / "undisturbed")
+
+
+def test_a_finished_run_that_is_started_again_changes_nothing(tiny, undisturbed):
+    before = metrics(undisturbed), tensors(undisturbed)
+    text = trained(tiny, undisturbed, 4)
+    assert "after iteration 4" in text and "changed" not in text
+    after = metrics(undisturbed), tensors(undisturbed)
+    assert after[0] == before[0] and after[1][0] == before[1][0] == 4
+    assert all(torch.equal(value, before[1][1][name]) for name, value in after[1][1].items())
+
+
+def test_beside_a_checkpoint_lie_its_configuration_and_versions(undisturbed):
+    written = json.loads((undisturbed / "save" / "iter_0000004" / RUN_FILE).read_text())
+    assert written["iteration"] == 4 and written["world_size"] == 1
+    assert written["config"]["lr"] == 1e-3 and written["config"]["train_iters"] == 4
+    assert {"torch", "megatron-core", "python", "megatron_simct"} <= written["versions"].keys()
+    assert written["identity"]["model"]["hidden_size"] == 32
+
+
+def test_a_lower_rate_on_the_command_line_wins_over_the_checkpoint(tiny, undisturbed, tmp_path):
+    flags = ("--load", str(undisturbed / "save"), "--lr", "1e-5")
+    trained(tiny, tmp_path, 5, *flags)
+    assert [row["learning_rate"] for row in metrics(tmp_path) if row["kind"] == "step"] == [1e-5]
+
+
+# Random state
+
+
+def _random_state_after(rank, world_size, files, folder, save):
+    """Numbers drawn after saving, or after loading."""
+    argv = arguments(files, folder, 1, *(() if save else ("--seed", "77")))
+    resolved = config(files, *argv[len(command_line(files)) :])
+    with process_groups(resolved.parallel, seed=resolved.training.seed) as groups:
+        torch.rand(rank + 1)
+        job = build_job(resolved, groups)
+        if save:
+            job.save(0)
+        job.monitor.close()
+        return torch.rand(3).tolist()
+
+
+def test_every_rank_has_its_own_random_state_again(tiny, tmp_path):
+    saved = run_ranks(2, _random_state_after, tiny, tmp_path, True)
+    assert saved[0] != saved[1]
+    assert run_ranks(2, _random_state_after, tiny, tmp_path, False) == saved
+
+
+# What is refused
+
+
+def refused(argv: list[str], *words: str, world_size: int = 1) -> None:
+    for code, out, err in run_ranks(world_size, run, argv):
+        assert code == 1 and err.count("\n") == 1, (out, err)
+        for word in words:
+            assert word in err, err
+
+
+def test_a_checkpoint_of_another_model_or_map_is_refused(tiny, undisturbed, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    fields = json.loads((tiny / "student" / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(fields | {"rms_norm_eps": 1e-5}))
+    load = ("--load", str(undisturbed / "save"), "--save", str(tmp_path / "save"))
+    refused(arguments(tiny, tmp_path, 4, *load, "--hf-checkpoint", str(other)), "--hf-checkpoint", "norm_epsilon 1e-06")
+    refused(arguments(tiny, tmp_path, 4, *load, "--stop-token-ids", "5"), "--load", "--tokenizer-model")
+    refused(arguments(tiny, tmp_path, 4, *load, "--teacher-stop-token-ids", "5"), "--teacher-tokenizer-model")
+    refused(arguments(tiny, tmp_path, 4, *load, "--simct-interface", "sft"), "--teacher-tokenizer-model", "None here")
+    refused(arguments(tiny, tmp_path, 4, "--load", str(tmp_path / "nowhere")), "--load", "no checkpoint there", TRACKER)
+
+
+def test_weights_alone_are_no_run(tiny, weights, tmp_path):
+    refused(arguments(tiny, tmp_path, 4, "--load", weights[1]), "--load", RUN_FILE, "--pretrained-checkpoint")
+
+
+def test_a_directory_that_cannot_be_written_is_named_on_every_rank(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    argv = arguments(tiny, tmp_path, 4, "--save", str(tmp_path / "file" / "save"), "--load", str(tmp_path / "x"))
+    refused(argv, "--save", "Not a directory", world_size=2)
+
+
+def _student_weights(rank, world_size, files, source):
+    resolved = config(files)
+    with process_groups(resolved.parallel, seed=9) as groups:
+        model = load_model(resolved, resolved.model, groups, open_tokenizer(resolved.model, prefix=""), prefix="")
+        iteration = load_weights(model, str(source), flag="--pretrained-checkpoint")
+        return iteration, model.decoder.final_layernorm.weight.tolist()
+
+
+def test_weights_are_read_from_a_whole_checkpoint(tiny, undisturbed):
+    iteration, norm = run_ranks(1, _student_weights, tiny, undisturbed / "save")[0]
+    assert iteration == 4 and norm == tensors(undisturbed)[1]["decoder.final_layernorm.weight"].tolist()
+    assert norm != [1.0] * 32
+
+
+# Kills and stops
+
+
+def test_only_the_newest_checkpoints_are_kept_and_remains_are_removed(tiny, tmp_path):
+    remains = tmp_path / "save" / "iter_0000009.tmp"
+    remains.mkdir(parents=True)
+    (remains / "half").write_text("")
+    trained(tiny, tmp_path, 4, "--save-interval", "1", "--save-retain", "2")
+    assert sorted(p.name for p in (tmp_path / "save").iterdir()) == ["iter_0000003", "iter_0000004", TRACKER]
+
+
+SAVE_MOMENTS = ("while shards are written", "before the name", "before the tracker", "before older ones go")
+
+
+def _killed_in_save(rank, world_size, argv, moment):
+    """kill -9 during the save of iteration 2."""
+    save, rename, replace = checkpoint.dist_checkpointing.save, os.rename, os.replace
+    here = iter(range(9))
+
+    def kill():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def killed_save(state, path, *more):
+        save(state, path, *more)
+        if moment == SAVE_MOMENTS[0] and "0000002" in path:
+            for file in list(Path(path).iterdir())[1:]:
+                file.unlink()
+            kill()
+
+    def killed_rename(source, target):
+        if moment == SAVE_MOMENTS[1] and str(target).endswith("iter_0000002"):
+            kill()
+        if moment == SAVE_MOMENTS[3] and str(source).endswith("iter_0000001"):
+            kill()
+        rename(source, target)
+
+    def killed_replace(source, target):
+        if moment == SAVE_MOMENTS[2] and str(target).endswith(TRACKER) and next(here) == 1:
+            kill()
+        replace(source, target)
+
+    checkpoint.dist_checkpointing.save = killed_save
+    checkpoint.os.rename, checkpoint.os.replace = killed_rename, killed_replace
+    main(argv)
+
+
+@pytest.mark.parametrize("moment", SAVE_MOMENTS)
+def test_a_kill_at_any_moment_of_a_save_leaves_a_checkpoint_to_resume_from(tiny, undisturbed, tmp_path, moment):
+    flags = ("--save-interval", "1", "--save-retain", "1")
+    with pytest.raises(AssertionError, match="died without an answer"):
+        run_ranks(1, _killed_in_save, arguments(tiny, tmp_path, 4, *flags), moment)
+    text = trained(tiny, tmp_path, 4, *flags)
+    assert f"after iteration {2 if moment == SAVE_MOMENTS[3] else 1}" in text
+    assert sorted(p.name for p in (tmp_path / "save").iterdir()) == ["iter_0000004", TRACKER]
+    assert_same_run(tmp_path, undisturbed)
+
+
+def _signalled(rank, world_size, argv):
+    """SIGTERM to one rank alone, in the rollout of its second step."""
+    resolved = config(Path(), *argv)
+    with process_groups(resolved.parallel, seed=resolved.training.seed) as groups:
+        job = build_job(resolved, groups)
+        generate = job.engine.generate
+
+        def generate_and_signal(prompts, sampling):
+            if rank == world_size - 1 and prompts[0].sample_id >= 8:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return generate(prompts, sampling)
+
+        job.engine.generate = generate_and_signal
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            train(job)
+            job.monitor.close()
+        return out.getvalue()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_signal_to_one_rank_stops_all_after_a_save(tiny, undisturbed, tmp_path, world_size):
+    argv = arguments(tiny, tmp_path, 4, "--exit-signal-handler")
+    texts = run_ranks(world_size, _signalled, argv)
+    assert " SIGTERM: saving and exiting after iteration 2\n" in texts[0]
+    assert (tmp_path / "save" / TRACKER).read_text() == "2"
+    if world_size == 1:
+        trained(tiny, tmp_path, 4)
+        assert_same_run(tmp_path, undisturbed)
+
+
+def test_time_that_is_over_stops_after_a_save(tiny, tmp_path):
+    results = run_ranks(2, run, arguments(tiny, tmp_path, 4, "--exit-duration-in-mins", "1e-6"))
+    assert [code for code, _, _ in results] == [0, 0]
+    assert " --exit-duration-in-mins 1e-06 is over: saving and exiting after iteration 1\n" in results[0][1]
+    assert (tmp_path / "save" / TRACKER).read_text() == "1"
+
+
+# Numbers that are not finite
+
+
+def _poisoned(rank, world_size, argv):
+    """The error of each rank when the teacher's score of a sample of rank 1 is nan in step 1; that sample."""
+    resolved = config(Path(), *argv)
+    with process_groups(resolved.parallel, seed=resolved.training.seed) as groups:
+        job = build_job(resolved, groups)
+        pack, poisoned_ids = job.pack, []
+
+        def poisoned(prompts, rollouts, pairs, scored):
+            score = next(s for s in scored if s.hidden is not None and len(s.hidden))
+            if rank == 1 and prompts[0].sample_id >= 8:
+                score.hidden[:] = math.nan
+                poisoned_ids.append(score.sample_id)
+            return pack(prompts, rollouts, pairs, scored)
+
+        object.__setattr__(job, "pack", poisoned)
+        with pytest.raises(RuntimeError) as error:
+            train(job)
+        return str(error.value), poisoned_ids
+
+
+def test_the_error_names_rank_and_samples_and_keeps_the_batch(tiny, tmp_path):
+    argv = arguments(tiny, tmp_path, 2)
+    (first, _), (second, (poisoned_id,)) = run_ranks(2, _poisoned, argv)
+    folder = tmp_path / "run" / "not_finite"
+    for message in (first, second):
+        assert "loss on rank 1 (samples " in message and "rank 0 (" not in message
+        named = message.split("(samples ")[1].split(")")[0].split(", ")
+        assert str(poisoned_id) in named and len(named) == 2, "those of one micro-batch"
+        assert f"--load-debug-rollout-data {folder}" in message
+    assert sorted(p.name for p in folder.iterdir()) == ["rollout_1.0.json", "rollout_1.1.json"]
+    rows = [row for p in folder.iterdir() for row in json.loads(p.read_text())]
+    assert sorted(row["sample_id"] for row in rows) == list(range(8, 16))
