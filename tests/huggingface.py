@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 
@@ -134,3 +137,72 @@ def _save(folder: Path, spec: dict[str, Any], files: dict[str, dict[str, Any]]) 
     for name, content in ({"tokenizer.json": spec} | files).items():
         (folder / name).write_text(json.dumps(content))
     return spec
+
+
+def save_real_byte_fallback(folder: Path) -> Path:
+    """Mistral's SentencePiece model as a tokenizer.json, in the folder; returns the model's own file."""
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import Tokenizer, models, normalizers
+
+    path = _mistral_data() / "mistral_instruct_tokenizer_240323.model.v3"
+    sp = SentencePieceProcessor(model_file=str(path))
+    ids = range(sp.get_piece_size())
+    vocabulary = {sp.id_to_piece(i): i for i in ids}
+    special = [sp.id_to_piece(i) for i in ids if sp.is_control(i) or sp.is_unknown(i)]
+    byte_pieces = [sp.id_to_piece(i) for i in ids if sp.is_byte(i)]
+    mergeable = {piece: i for piece, i in vocabulary.items() if piece not in {*special, *byte_pieces}}
+    merges = _merges(mergeable, order={piece: -sp.get_score(i) for piece, i in mergeable.items()})
+    model = models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.add_special_tokens(special)
+    _save(folder, json.loads(tokenizer.to_str()), {"generation_config.json": {"eos_token_id": 2}})
+    return path
+
+
+def save_real_byte_level(folder: Path, *, num_ranks: int = 20000) -> Path:
+    """The first ranks of Mistral's tekken as a tokenizer.json, in the folder; returns them as a tiktoken file."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    content = json.loads((_mistral_data() / "tekken_240718.json").read_text())
+    pattern, entries = content["config"]["pattern"], content["vocab"][:num_ranks]
+    encoded = [base64.b64decode(entry["token_bytes"]) for entry in entries]
+    # The library's own alphabet, in the order of the bytes that it writes: printable ones first, then the others.
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    written = sorted(alphabet, key=lambda c: (ord(c) > 255, c))
+    printable = [ord(c) for c in written if ord(c) < 256]
+    character = dict(zip([*printable, *(b for b in range(256) if b not in printable)], written, strict=True))
+    vocabulary = {"".join(character[byte] for byte in piece): rank for rank, piece in enumerate(encoded)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, _merges(vocabulary, order=vocabulary), ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["</s>"])
+    _save(folder, json.loads(tokenizer.to_str()), {"tokenizer_config.json": {"eos_token": "</s>"}})
+    path = folder / "same.tiktoken"
+    path.write_bytes(b"".join(base64.b64encode(piece) + b" %d\n" % rank for rank, piece in enumerate(encoded)))
+    sidecar = {"pattern": pattern, "special_tokens": {"</s>": num_ranks}, "stop_tokens": ["</s>"]}
+    path.with_name(path.name + ".json").write_text(json.dumps(sidecar))
+    return path
+
+
+def _mistral_data() -> Path:
+    spec = importlib.util.find_spec("mistral_common")
+    if spec is None:
+        pytest.skip("the package mistral-common, whose tokenizer files this test reads, is not installed")
+    return Path(spec.submodule_search_locations[0]) / "data"
+
+
+def _merges(ids: dict[str, int], *, order: dict[str, float]) -> list[tuple[str, str]]:
+    """Every pair of pieces that makes a piece, in the order of what they make."""
+    found = [
+        (order[piece], ids[piece[:cut]], ids[piece[cut:]], piece[:cut], piece[cut:])
+        for piece in ids
+        for cut in range(1, len(piece))
+        if piece[:cut] in ids and piece[cut:] in ids
+    ]
+    return [(left, right) for *_, left, right in sorted(found)]

@@ -12,7 +12,13 @@ import pytest
 
 from megatron_simct.train import main
 from tests.distributed import run_ranks
-from tests.huggingface import save_byte_fallback, save_byte_level, save_model
+from tests.huggingface import (
+    save_byte_fallback,
+    save_byte_level,
+    save_model,
+    save_real_byte_fallback,
+    save_real_byte_level,
+)
 
 pytest.importorskip("transformers")
 
@@ -69,6 +75,18 @@ def test_two_steps_from_folders_alone(files, tmp_path, prompts):
     # The weights of the folder do not depend on the layout, so neither does the first step.
     assert metrics[2][0]["loss"] == pytest.approx(metrics[1][0]["loss"], rel=1e-5)
     assert metrics[2][0]["grad_norm"] == pytest.approx(metrics[1][0]["grad_norm"], rel=1e-5)
+
+
+def test_two_steps_with_real_vocabularies(tmp_path):
+    save_model(tmp_path / "student", "llama", vocab_size=20001, scale=0.1)
+    save_real_byte_level(tmp_path / "student")
+    save_model(tmp_path / "teacher", "qwen2", vocab_size=32768, scale=0.1)
+    save_real_byte_fallback(tmp_path / "teacher")
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    argv = command_line(tmp_path, "--rollout-max-response-len", "6", "--run-dir", str(tmp_path / "run"))
+    ((code, out, err),) = run_ranks(1, _main, argv)
+    assert code == 0, err
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_checkpoint_goes_before_the_folder_s_weights(files, tmp_path):

@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_simct.config import ParallelConfig
+from megatron_simct.models import hf_mapping
 from megatron_simct.models.build import build_model
 from megatron_simct.models.families import read_architecture
 from megatron_simct.models.hf_mapping import find_weights, load_hf_weights
@@ -159,6 +161,56 @@ def test_the_scaling_of_rotary_frequencies_shows_in_the_logits(folders, tmp_path
     (copy / "config.json").write_text(json.dumps(fields | {"rope_scaling": None}))
     ((logits, _),) = run_ranks(1, _logits, str(copy))
     assert relative(logits, expected) > 1e-3
+
+
+def _numbers(rank: int, world_size: int, folder: str) -> tuple[int, int]:
+    """How many numbers this rank read, and how many of its parameters are not padding."""
+    read, original = [], hf_mapping._Folder.read
+
+    def counted(*args: object) -> torch.Tensor:
+        part = original(*args)
+        read.append(part.numel())
+        return part
+
+    hf_mapping._Folder.read = counted
+    with load(folder, world_size) as (model, _):
+        published = read_architecture(folder, flag="").vocab_size
+        padding = sum(max(0, end - max(start, published)) for start, end in [model.vocab_shard])
+        held = sum(parameter.numel() for parameter in model.parameters())
+        return sum(read), held - padding * 32 * (1 if model.share_embeddings_and_output_weights else 2)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2, tied, many files"])
+def test_a_rank_reads_its_own_shard_and_no_more(folders, name):
+    for read, held in run_ranks(2, _numbers, str(folders(name)[0])):
+        assert read == held
+
+
+def _second_stage(rank: int, world_size: int, folder: str) -> dict[str, torch.Tensor]:
+    """Parameters of a model of one layer that has the number of the folder's second."""
+    architecture = read_architecture(folder, flag="")
+    with process_groups(ParallelConfig(), seed=3) as groups:
+        model = build_model(
+            replace(architecture, num_layers=1),
+            ParallelConfig(),
+            groups,
+            vocab_size=90,
+            divisible_by=1,
+            bf16=False,
+            flag="",
+        )
+        model.decoder.layers[0].layer_number = 2
+        load_hf_weights(model, architecture, folder, tp_rank=0, tp_size=1, flag="")
+        return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def test_a_layer_is_filled_by_its_number_in_the_whole_model(folders):
+    from safetensors.torch import load_file
+
+    folder, _ = folders("llama")
+    (parameters,) = run_ranks(1, _second_stage, str(folder))
+    expected = load_file(str(folder / "model.safetensors"))["model.layers.1.self_attn.o_proj.weight"]
+    assert torch.equal(parameters["decoder.layers.0.self_attention.linear_proj.weight"], expected)
 
 
 # Damaged folders.

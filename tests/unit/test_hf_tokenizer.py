@@ -14,7 +14,12 @@ from hypothesis import strategies as st
 
 from megatron_simct.alignment import Tokenizer, align, build_alignment_map, load_tokenizer
 from megatron_simct.alignment.hf_tokenizer import Encoder
-from tests.huggingface import save_byte_fallback, save_byte_level
+from tests.huggingface import (
+    save_byte_fallback,
+    save_byte_level,
+    save_real_byte_fallback,
+    save_real_byte_level,
+)
 
 TEXTS = [
     "",
@@ -132,6 +137,16 @@ def test_two_tokenizers_of_one_folder_are_one_vocabulary(loaded, folders):
     assert again.table.fingerprint == loaded["byte-level"].table.fingerprint
     mapped = build_alignment_map(again, loaded["byte fallback"])
     assert mapped is not None
+
+
+@pytest.mark.parametrize("save", [save_real_byte_fallback, save_real_byte_level])
+def test_a_real_vocabulary_reads_like_its_own_file(tmp_path, save):
+    own = load_tokenizer(str(save(tmp_path)))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.table.num_ids > 20000
+    assert tokenizer.table.fingerprint == own.table.fingerprint
+    for text in TEXTS[:-1]:
+        assert tokenizer.encode(text.encode()).tolist() == own.encode(text.encode()).tolist()
 
 
 # Stop tokens and BOS.

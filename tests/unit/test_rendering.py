@@ -93,6 +93,7 @@ def test_what_a_template_finds(tmp_path):
         == "1"
     )
     assert text_of(load(tmp_path, "  {% if add_generation_prompt %}\n  a\n  {% endif %}\n")) == "  a\n"
+    assert text_of(load(tmp_path, "{{ 'é<' | tojson }}")) == '"é<"'
     # No clock, so that prompts do not depend on the day.
     dated = "{% if strftime_now is defined %}today{% else %}a date{% endif %}"
     assert text_of(load(tmp_path, dated)) == "a date"
