@@ -28,6 +28,7 @@ TP2, PP2 = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-si
 SEQUENCE, INTERLEAVED = ("--sequence-parallel",), ("--num-virtual-stages-per-pipeline-rank", "2")
 LAYOUTS = {
     "pp2": (2, PP2),
+    "pp4": (4, ("--pipeline-model-parallel-size", "4")),
     "tp2 x pp2": (4, TP2 + PP2),
     "pp2 x dp2": (4, PP2),
     "tp2, sequence": (2, TP2 + SEQUENCE),
