@@ -18,15 +18,17 @@ from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.records import Prompt
 from megatron_simct.rollout.engine import Sampling
 from megatron_simct.rollout.megatron_engine import MegatronEngine
-from megatron_simct.train import build_job, load_model, train
-from megatron_simct.update.checkpoint import load_weights, save_weights
+from megatron_simct.train import build_job, load_model, main, train
+from megatron_simct.update.checkpoint import TRACKER, load_weights, save_weights
+from megatron_simct.update.step import NonFiniteError
 from tests.distributed import run_ranks
-from tests.tiny import config
+from tests.tiny import command_line, config
 
 TP2, PP2 = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
 SEQUENCE, INTERLEAVED = ("--sequence-parallel",), ("--num-virtual-stages-per-pipeline-rank", "2")
 LAYOUTS = {
     "pp2": (2, PP2),
+    "pp4": (4, ("--pipeline-model-parallel-size", "4")),
     "tp2 x pp2": (4, TP2 + PP2),
     "pp2 x dp2": (4, PP2),
     "tp2, sequence": (2, TP2 + SEQUENCE),
@@ -64,15 +66,17 @@ def files(request, tiny, tmp_path_factory):
     return folder
 
 
-def job_config(folder, *flags):
-    return config(
-        folder,
+def weight_flags(folder):
+    return (
         *("--pretrained-checkpoint", str(folder / "student_weights")),
         *("--teacher-pretrained-checkpoint", str(folder / "teacher_weights")),
         # Adam's first step is the sign of the gradient, also of one that is rounding noise, unless eps is above that.
         *("--adam-eps", "1e-4"),
-        *flags,
     )
+
+
+def job_config(folder, *flags):
+    return config(folder, *weight_flags(folder), *flags)
 
 
 def replicated_parameters(model):
@@ -153,6 +157,63 @@ def test_layouts_agree_with_one_process(files, recorded, layout, interface):
     assert seen == reference_norms.keys()
     for tied in copies.values():
         assert all(torch.equal(copy, tied[0]) for copy in tied), "the two ends of a tied embedding drifted apart"
+
+
+# A whole run
+
+
+def _command(rank, world_size, argv):
+    return main(argv)
+
+
+def test_a_whole_run_logs_what_one_process_logs(files, tmp_path):
+    """Sampling, evaluation, training and saving by the command; the first rank, on the first stage, writes."""
+    logs = {}
+    for name, (world_size, flags) in {"one": (1, ()), "stages": (4, TP2 + PP2 + INTERLEAVED + SEQUENCE)}.items():
+        argv = [
+            *command_line(files, *weight_flags(files), *flags),
+            *("--eval-prompt-data", str(files / "held_out.jsonl"), "--eval-interval", "1"),
+            *("--run-dir", str(tmp_path / name), "--save", str(tmp_path / name / "save")),
+        ]
+        assert run_ranks(world_size, _command, argv) == [0] * world_size
+        logs[name] = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert (tmp_path / name / "save" / TRACKER).read_text() == "2"
+    assert [line["kind"] for line in logs["one"]] == ["evaluation", "step", "evaluation", "step", "evaluation"]
+    for found, wanted in zip(logs["stages"], logs["one"], strict=True):
+        assert found.keys() == wanted.keys()
+        assert found["kind"] == wanted["kind"]
+        for name, value in wanted.items():
+            if name == "rollout_logprob_gap":
+                assert found[name] < 1e-5
+            elif name != "kind" and not name.startswith("seconds"):
+                assert found[name] == pytest.approx(value, rel=1e-4), name
+
+
+def _step_with_a_nan(rank, world_size, folder, stage, *flags):
+    """The error of a step when a layer of one stage holds a nan, and whether any weight moved."""
+    resolved = job_config(folder, *flags)
+    with process_groups(resolved.parallel, seed=1) as groups:
+        job = build_job(resolved, groups)
+        prompts = job.prompts.batch(0)
+        rollouts = job.engine.generate(prompts, job.sampling)
+        pairs = [job.align(prompt, rollout) for prompt, rollout in zip(prompts, rollouts, strict=True)]
+        batches = job.pack(prompts, rollouts, pairs, list(job.teacher.score(pairs)))
+        parameters = [p for ddp in job.updater._chunks for p in ddp.module.parameters()]
+        if groups.pp.rank() == stage:
+            with torch.no_grad():
+                job.updater._ddp.module.decoder.layers[-1].mlp.linear_fc2.weight[0, 0] = math.nan
+        before = [p.detach().clone() for p in parameters]
+        with pytest.raises(NonFiniteError) as error:
+            job.updater.step(batches)
+        same = all(torch.equal(a.nan_to_num(), p.nan_to_num()) for a, p in zip(before, parameters, strict=True))
+        return str(error.value), same
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_bad_number_on_one_stage_stops_all(files, stage):
+    for message, same in run_ranks(2, _step_with_a_nan, files, stage, *PP2):
+        assert "loss sum nan over 96 labels" in message and "stopped before the optimizer step" in message
+        assert same
 
 
 # Generation
