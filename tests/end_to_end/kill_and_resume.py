@@ -9,7 +9,6 @@ torchrun does. Then metrics (timing apart), weights and optimizer state must be 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import os
 import random
@@ -167,7 +166,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--processes", type=int, default=2, choices=(1, 2), help="tensor-parallel ranks")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(BrokenPipeError):
+    with tempfile.TemporaryDirectory() as folder:
         print(verify(Path(folder), kills=options.kills, seed=options.seed, processes=options.processes))
 
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -87,6 +88,14 @@ def test_a_run_on_two_ranks_goes_on_in_another_layout(tiny, weights, two_ranks, 
             assert math.isclose(row[name], expected[name], rel_tol=1e-5), (name, row[name], expected[name])
 
 
+def test_rollouts_are_recorded_under_the_step_that_the_run_goes_on_from(tiny, undisturbed, tmp_path):
+    load = ("--load", str(undisturbed / "save"))
+    trained(tiny, tmp_path, 5, *load, "--save-debug-rollout-data", str(tmp_path / "rollouts"))
+    (file,) = (tmp_path / "rollouts").iterdir()
+    assert file.name == "rollout_4.0.json"
+    assert {row["weight_version"] for row in json.loads(file.read_text())} == {4}
+
+
 def test_two_data_parallel_ranks_resume_bit_by_bit(tiny, tmp_path):
     for folder, stops in ((tmp_path / "undisturbed", [3]), (tmp_path / "resumed", [2, 3])):
         for iterations in stops:
@@ -96,8 +105,11 @@ def test_two_data_parallel_ranks_resume_bit_by_bit(tiny, tmp_path):
 
 def test_a_finished_run_that_is_started_again_changes_nothing(tiny, undisturbed):
     before = metrics(undisturbed), tensors(undisturbed)
+    run_file = undisturbed / "save" / "iter_0000004" / RUN_FILE
+    written_ns = run_file.stat().st_mtime_ns
     text = trained(tiny, undisturbed, 4)
     assert "after iteration 4" in text and "changed" not in text
+    assert run_file.stat().st_mtime_ns == written_ns, "nothing is saved twice"
     after = metrics(undisturbed), tensors(undisturbed)
     assert after[0] == before[0] and after[1][0] == before[1][0] == 4
     assert all(torch.equal(value, before[1][1][name]) for name, value in after[1][1].items())
@@ -129,6 +141,7 @@ def _random_state_after(rank, world_size, files, folder, save):
         job = build_job(resolved, groups)
         if save:
             job.save(0)
+            assert not multiprocessing.active_children(), "a save leaves no process behind"
         job.monitor.close()
         return torch.rand(3).tolist()
 
