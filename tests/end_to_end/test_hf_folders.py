@@ -60,21 +60,23 @@ def _main(rank: int, world_size: int, argv: list[str]) -> tuple[int, str, str]:
 @pytest.mark.parametrize("prompts", ["plain", "chat"])
 def test_two_steps_from_folders_alone(files, tmp_path, prompts):
     flags = ["--prompt-data", str(files / f"{prompts}.jsonl")] + ["--apply-chat-template"] * (prompts == "chat")
+    layouts = {"one": (1, []), "tp2": (2, ["--tensor-model-parallel-size", "2"])}
+    layouts["pp2"] = (2, ["--pipeline-model-parallel-size", "2"])
     metrics = {}
-    for tp in (1, 2):
-        run_dir = tmp_path / f"tp{tp}"
-        argv = command_line(files, *flags, "--tensor-model-parallel-size", str(tp), "--run-dir", str(run_dir))
-        for code, out, err in run_ranks(tp, _main, argv):
+    for name, (world_size, layout) in layouts.items():
+        argv = command_line(files, *flags, *layout, "--run-dir", str(tmp_path / name))
+        for code, out, err in run_ranks(world_size, _main, argv):
             assert code == 0, err
             assert "random weights" not in out
-        metrics[tp] = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        assert [line["iteration"] for line in metrics[tp]] == [1, 2]
-    for one in (*metrics[1], *metrics[2]):
-        assert one["loss"] > 0 and one["rollout_logprob_gap"] < 1e-4
-        assert 0 < one["coverage_one_to_one"] + one["coverage_unit"] <= 1
+        metrics[name] = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert [line["iteration"] for line in metrics[name]] == [1, 2]
+        for step in metrics[name]:
+            assert step["loss"] > 0 and step["rollout_logprob_gap"] < 1e-4
+            assert 0 < step["coverage_one_to_one"] + step["coverage_unit"] <= 1
     # The weights of the folder do not depend on the layout, so neither does the first step.
-    assert metrics[2][0]["loss"] == pytest.approx(metrics[1][0]["loss"], rel=1e-5)
-    assert metrics[2][0]["grad_norm"] == pytest.approx(metrics[1][0]["grad_norm"], rel=1e-5)
+    for name in ("tp2", "pp2"):
+        for metric in ("loss", "grad_norm"):
+            assert metrics[name][0][metric] == pytest.approx(metrics["one"][0][metric], rel=1e-5)
 
 
 def test_two_steps_with_real_vocabularies(tmp_path):

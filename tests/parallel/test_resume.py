@@ -69,11 +69,11 @@ def two_ranks(tiny, weights, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("world_size, tp", [(1, 1), (2, 1)], ids=["one", "dp2"])
-def test_a_run_on_two_ranks_goes_on_in_another_layout(tiny, weights, two_ranks, tmp_path, world_size, tp):
+@pytest.mark.parametrize("world_size, pp", [(1, 1), (2, 1), (2, 2)], ids=["one", "dp2", "pp2"])
+def test_a_run_on_two_ranks_goes_on_in_another_layout(tiny, weights, two_ranks, tmp_path, world_size, pp):
     (tmp_path / TRACKER).write_text("2")
     (tmp_path / "iter_0000002").symlink_to(two_ranks / "save" / "iter_0000002")
-    layout = ("--load", str(tmp_path), "--tensor-model-parallel-size", str(tp))
+    layout = ("--load", str(tmp_path), "--pipeline-model-parallel-size", str(pp))
     argv = arguments(tiny, tmp_path / "out", 4, *weights[2:], *layout)
     code, text, _ = run_ranks(world_size, run, argv)[0]
     assert code == 0 and "tensor_model_parallel_size 2 -> 1" in text
@@ -101,6 +101,14 @@ def test_two_data_parallel_ranks_resume_bit_by_bit(tiny, tmp_path):
         for iterations in stops:
             trained(tiny, folder, iterations, world_size=2)
     assert_same_run(tmp_path / "resumed", tmp_path / "undisturbed")
+
+
+def test_two_pipeline_stages_resume_bit_by_bit(tiny, tmp_path):
+    flags = ("--pipeline-model-parallel-size", "2")
+    trained(tiny, tmp_path / "through", 3, *flags, world_size=2)
+    trained(tiny, tmp_path / "resumed", 2, *flags, world_size=2)
+    trained(tiny, tmp_path / "resumed", 3, *flags, world_size=2)
+    assert_same_run(tmp_path / "resumed", tmp_path / "through")
 
 
 def test_a_finished_run_that_is_started_again_changes_nothing(tiny, undisturbed):
