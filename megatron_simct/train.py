@@ -421,7 +421,7 @@ def main(argv: list[str] | None = None) -> int:
         with process_groups(config.parallel, seed=config.training.seed) as groups:
             job = build_job(config, groups)
             write_config(config, groups)
-            report_random_weights(config, groups)
+            report_random_weights(config, groups, resumed=job.start > 0)
             with contextlib.closing(job.monitor):
                 train(job)
     except (ValueError, NonFiniteError) as error:
@@ -432,9 +432,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def report_random_weights(config: Config, groups: Groups) -> None:
+def report_random_weights(config: Config, groups: Groups, *, resumed: bool) -> None:
     """One log line where a model starts from random weights."""
     sides = {"--hf-checkpoint": config.model, "--teacher-hf-checkpoint": config.teacher}
+    if resumed:
+        del sides["--hf-checkpoint"]
     if config.interface.interface == "sft":
         del sides["--teacher-hf-checkpoint"]
     random = [
