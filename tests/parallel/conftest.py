@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_simct.alignment import load_tokenizer
+from megatron_simct.job import load_model
 from megatron_simct.parallel.initialize import process_groups
-from megatron_simct.train import load_model
 from megatron_simct.update.checkpoint import save_weights
 from tests.distributed import run_ranks
 from tests.tiny import config

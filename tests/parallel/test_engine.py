@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from megatron_simct.alignment import load_tokenizer
+from megatron_simct.job import load_model
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.records import Prompt
 from megatron_simct.rollout.engine import Sampling
 from megatron_simct.rollout.megatron_engine import MegatronEngine
-from megatron_simct.train import load_model
 from tests.distributed import run_ranks
 from tests.tiny import config
 

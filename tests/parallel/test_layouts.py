@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from megatron_simct.alignment import load_tokenizer
+from megatron_simct.job import build_job, load_model
 from megatron_simct.parallel.initialize import process_groups
-from megatron_simct.train import build_job, load_model, train
+from megatron_simct.train import train
 from megatron_simct.update.checkpoint import save_weights
 from tests.distributed import run_ranks
 from tests.tiny import config

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from megatron_simct.alignment import load_tokenizer
+from megatron_simct.job import build_job, load_model
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.records import Prompt
 from megatron_simct.rollout.engine import Sampling
 from megatron_simct.rollout.megatron_engine import MegatronEngine
-from megatron_simct.train import build_job, load_model, main, train
+from megatron_simct.train import main, train
 from megatron_simct.update.checkpoint import TRACKER, load_weights, save_weights
 from megatron_simct.update.step import NonFiniteError
 from tests.distributed import run_ranks

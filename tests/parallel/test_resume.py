@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_simct.job import build_job, load_model, open_tokenizer
 from megatron_simct.parallel.initialize import process_groups
-from megatron_simct.train import build_job, load_model, main, open_tokenizer, train
+from megatron_simct.train import main, train
 from megatron_simct.update import checkpoint
 from megatron_simct.update.checkpoint import RUN_FILE, TRACKER, load_weights
 from tests.distributed import run_ranks

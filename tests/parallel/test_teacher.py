@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from megatron_simct.alignment import load_tokenizer
+from megatron_simct.job import build_job, load_model
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.records import AlignedPair, SegmentKind, TeacherNeeds
 from megatron_simct.rollout.engine import GivenResponses, Sampling
 from megatron_simct.teacher.colocated import ColocatedScorer
 from megatron_simct.teacher.scorer import NoTeacher
-from megatron_simct.train import build_job, load_model
 from tests.distributed import run_ranks
 from tests.tiny import config
 

@@ -1,0 +1,355 @@
+"""The parts of a training job, and how they are built. The one place that knows every part.
+
+`build_job` first, then one function a part, each reading its own group of options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from megatron_simct.alignment import AlignmentMap, Tokenizer, VocabPlacement, build_alignment_map, load_tokenizer
+from megatron_simct.alignment.plan import plan_pair, plan_without_teacher
+from megatron_simct.arguments import to_dict
+from megatron_simct.config import Config, ModelConfig
+from megatron_simct.data.prompts import PromptSource, read_rows
+from megatron_simct.data.rendering import ChatTemplate
+from megatron_simct.losses import SharedHead, check_config, check_labels, gather_shared_head, teacher_needs
+from megatron_simct.models.build import HiddenStateModel, InterleavedModel, build_model
+from megatron_simct.models.families import read_architecture
+from megatron_simct.models.hf_mapping import find_weights, load_hf_weights
+from megatron_simct.monitoring import Monitor
+from megatron_simct.parallel.initialize import Groups
+from megatron_simct.parallel.packing import pack_micro_batches
+from megatron_simct.records import AlignedPair, LabelBatch, MicroBatch, Prompt, Rollout
+from megatron_simct.rollout.engine import GivenResponses, ReplayEngine, RolloutEngine, Sampling, write_rollouts
+from megatron_simct.rollout.evaluation import Evaluator
+from megatron_simct.rollout.megatron_engine import MegatronEngine
+from megatron_simct.stopping import ExitWatch
+from megatron_simct.teacher.colocated import ColocatedScorer
+from megatron_simct.teacher.scorer import NoTeacher, TeacherScorer
+from megatron_simct.update.checkpoint import Checkpoints, has_checkpoint, load_weights
+from megatron_simct.update.optimizer import build_optimizer, wrap_data_parallel
+from megatron_simct.update.step import Updater
+from megatron_simct.writers import check_writers, open_writers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """The parts of one rank's training: one for each hop, and what a run leaves behind."""
+
+    config: Config
+    prompts: PromptSource
+    engine: RolloutEngine
+    sampling: Sampling
+    align: Callable[[Prompt, Rollout], AlignedPair]
+    teacher: TeacherScorer
+    pack: Callable[..., list[MicroBatch]]
+    updater: Updater
+    monitor: Monitor
+    evaluator: Evaluator | None
+    start: int
+    """The iteration that training goes on from; 0 unless it resumes."""
+    save: Callable[[int], None]
+    keep_batch: Callable[[Sequence[Rollout], int], str | None]
+    """Keeps the rollouts of a step that failed; where."""
+    exit_watch: ExitWatch
+
+
+def build_job(config: Config, groups: Groups) -> Job:
+    """Build every part from its group of options. ValueError, naming the flag, for whatever cannot work."""
+    config.check(data_parallel_size=groups.dp_size)
+    check_config(config.interface)
+    check_writers(config.output)
+    exit_watch = ExitWatch(
+        on_signal=config.output.exit_signal_handler,
+        after_minutes=config.output.exit_duration_in_mins,
+        device=groups.device,
+    )
+    needs = teacher_needs(config.interface)
+    student = open_tokenizer(config.model, prefix="")
+    teacher = open_tokenizer(config.teacher, prefix="teacher-") if needs.teacher else None
+    alignment_map = build_alignment_map(student, teacher) if teacher is not None else None
+
+    prompts = build_prompts(config, groups, student, teacher)
+    model = load_model(config, config.model, groups, student, prefix="")
+    placement = build_placement(model, student, alignment_map)
+    scorer, shared_head = build_teacher(config, groups, teacher, placement)
+    chunks = wrap_data_parallel(model)
+    optimizer, scheduler = build_optimizer(chunks, config.training)
+    sampler = MegatronEngine(
+        model,
+        groups,
+        vocab_size=student.table.num_ids,
+        stop_ids=student.table.stop_ids,
+        batch_size=config.rollout.rollout_engine_batch_size,
+    )
+    checkpoints = Checkpoints(
+        model,
+        optimizer,
+        scheduler,
+        save_dir=config.output.save,
+        retain=config.output.save_retain,
+        identity=identity(config, student, teacher, alignment_map),
+        config=to_dict(config),
+    )
+    start = resume(config, groups, checkpoints)
+    engine = build_engine(config, groups, sampler, student)
+    engine.publish(start)
+    return Job(
+        config=config,
+        prompts=prompts,
+        engine=engine,
+        sampling=Sampling(
+            temperature=config.rollout.rollout_temperature,
+            top_p=config.rollout.rollout_top_p,
+            max_response_len=config.rollout.rollout_max_response_len,
+            seed=config.training.seed,
+        ),
+        align=(
+            partial(plan_without_teacher, student=student, needs=needs)
+            if teacher is None
+            else partial(plan_pair, student=student, teacher=teacher, alignment_map=alignment_map, needs=needs)
+        ),
+        teacher=scorer,
+        pack=partial(
+            pack_micro_batches,
+            micro_batch_size=config.training.micro_batch_size,
+            check=(
+                partial(check_labels, placement=placement, config=config.interface)
+                if groups.is_last_stage
+                else _leave_to_last_stage
+            ),
+            multiple_of=groups.tp_size if config.parallel.sequence_parallel else 1,
+        ),
+        updater=Updater(
+            chunks,
+            optimizer,
+            scheduler,
+            groups,
+            shared_head=shared_head,
+            placement=placement,
+            interface=config.interface,
+        ),
+        monitor=Monitor(
+            groups,
+            run_dir=config.output.run_dir,
+            train_iters=config.training.train_iters,
+            log_interval=config.output.log_interval,
+            batch_size=config.global_batch_size,
+            sampled=config.interface.interface != "sft",
+            start=start,
+            writers=open_writers(config.output, to_dict(config), start=start) if groups.is_first_rank else (),
+        ),
+        evaluator=build_evaluator(config, groups, sampler, student),
+        start=start,
+        save=checkpoints.save,
+        keep_batch=partial(keep_batch, config, groups),
+        exit_watch=exit_watch,
+    )
+
+
+def identity(
+    config: Config, student: Tokenizer, teacher: Tokenizer | None, alignment_map: AlignmentMap | None
+) -> dict[str, object]:
+    """What a checkpoint must share with this run to be resumed by it."""
+    return {
+        "model": asdict(read_architecture(config.model.hf_checkpoint, flag="--hf-checkpoint")),
+        "tokenizer": student.table.fingerprint,
+        "teacher_tokenizer": teacher.table.fingerprint if teacher is not None else None,
+        "alignment_map": alignment_map.fingerprint if alignment_map is not None else None,
+    }
+
+
+def resume(config: Config, groups: Groups, checkpoints: Checkpoints) -> int:
+    """The iteration to go on from: that of --load, or 0. Says which, and which options have changed since."""
+    output = config.output
+    if output.load is None:
+        return 0
+    same = output.save is not None and Path(output.load).resolve() == Path(output.save).resolve()
+    if same and not has_checkpoint(output.load):
+        start, line = 0, f" --load {output.load}: no checkpoint there yet, starting afresh"
+    else:
+        start, changed = checkpoints.resume(output.load)
+        line = f" resuming {output.load} after iteration {start}"
+        if changed:
+            line += "; changed: " + ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
+    if groups.is_first_rank:
+        print(line, flush=True)
+    return start
+
+
+def keep_batch(config: Config, groups: Groups, rollouts: Sequence[Rollout], iteration: int) -> str | None:
+    """Write a step's rollouts as ReplayEngine reads them, beside the metrics or the checkpoints; where."""
+    parent = config.output.run_dir or config.output.save
+    if parent is None:
+        return None
+    folder = Path(parent) / "not_finite"
+    if groups.writes_samples:
+        write_rollouts(folder, rollouts, step=iteration, dp_rank=groups.dp_rank)
+    return str(folder)
+
+
+def open_tokenizer(options: ModelConfig, *, prefix: str) -> Tokenizer:
+    """The tokenizer of one side."""
+    try:
+        return load_tokenizer(options.tokenizer, options.stop_token_ids)
+    except ValueError as error:
+        raise ValueError(f"--{prefix}tokenizer-model: {error}") from None
+
+
+def open_chat_template(
+    config: Config, options: ModelConfig, tokenizer: Tokenizer | None, *, prefix: str
+) -> ChatTemplate | None:
+    """How one side's prompts are written; None where they are plain texts or where nothing reads them."""
+    if not config.data.apply_chat_template or tokenizer is None:
+        return None
+    if tokenizer.encode_chat is None:
+        raise ValueError(
+            f"--apply-chat-template: --{prefix}tokenizer-model {tokenizer.name} cannot read the special tokens of a "
+            "chat; it needs a tokenizer.json"
+        )
+    return ChatTemplate.load(options.hf_checkpoint, flag=f"--{prefix}hf-checkpoint")
+
+
+def build_prompts(config: Config, groups: Groups, student: Tokenizer, teacher: Tokenizer | None) -> PromptSource:
+    """Training prompts, each rank its share."""
+    rows = read_rows(
+        config.data.prompt_data,
+        flag="--prompt-data",
+        input_key=config.data.input_key,
+        response_key=config.data.response_key,
+        label_key=config.data.label_key,
+        chat=config.data.apply_chat_template,
+        need_response=config.interface.interface == "sft",
+        need_label=False,
+    )
+    source = PromptSource(
+        rows,
+        student=student,
+        teacher=teacher,
+        batch_size=config.rollout.rollout_batch_size,
+        samples_per_prompt=config.rollout.n_samples_per_prompt,
+        max_prompt_len=config.rollout.rollout_max_prompt_len,
+        shuffle=config.data.rollout_shuffle,
+        seed=config.training.seed,
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp_size,
+        flag="--prompt-data",
+        student_chat=open_chat_template(config, config.model, student, prefix=""),
+        teacher_chat=open_chat_template(config, config.teacher, teacher, prefix="teacher-"),
+    )
+    if source.num_skipped and groups.is_first_rank:
+        limit = f"--rollout-max-prompt-len {config.rollout.rollout_max_prompt_len}"
+        print(f" {source.num_skipped} of {len(rows)} prompts exceed {limit} and are left out", flush=True)
+    return source
+
+
+def build_evaluator(config: Config, groups: Groups, engine: RolloutEngine, student: Tokenizer) -> Evaluator | None:
+    """Held-out prompts and how to sample their answers."""
+    if config.data.eval_prompt_data is None:
+        return None
+    rows = read_rows(
+        config.data.eval_prompt_data,
+        flag="--eval-prompt-data",
+        input_key=config.data.input_key,
+        response_key=config.data.response_key,
+        label_key=config.data.label_key,
+        chat=config.data.apply_chat_template,
+        need_response=False,
+        need_label=True,
+    )
+    prompts = PromptSource(
+        rows,
+        student=student,
+        teacher=None,
+        batch_size=None,
+        samples_per_prompt=max(1, config.evaluation.eval_samples),
+        max_prompt_len=config.rollout.rollout_max_prompt_len,
+        shuffle=False,
+        seed=config.training.seed,
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp_size,
+        flag="--eval-prompt-data",
+        student_chat=open_chat_template(config, config.model, student, prefix=""),
+    )
+    return Evaluator(
+        engine,
+        prompts,
+        student,
+        groups.dp,
+        max_response_len=config.rollout.rollout_max_response_len,
+        temperature=config.evaluation.eval_temperature,
+        samples=config.evaluation.eval_samples,
+        seed=config.training.seed + 1,
+    )
+
+
+def build_engine(config: Config, groups: Groups, sampler: MegatronEngine, student: Tokenizer) -> RolloutEngine:
+    """Where the training responses come from."""
+    engine: RolloutEngine = GivenResponses(student) if config.interface.interface == "sft" else sampler
+    save_dir, load_dir = config.rollout.save_debug_rollout_data, config.rollout.load_debug_rollout_data
+    if save_dir or load_dir:
+        engine = ReplayEngine(
+            engine, save_dir=save_dir, load_dir=load_dir, dp_rank=groups.dp_rank, writes=groups.writes_samples
+        )
+    return engine
+
+
+def build_placement(
+    model: HiddenStateModel | InterleavedModel, student: Tokenizer, alignment_map: AlignmentMap | None
+) -> VocabPlacement:
+    """The shared vocabulary on this rank's slice of the student's."""
+    start, end = model.vocab_shard
+    if alignment_map is None:
+        return VocabPlacement.student_only(student_vocab_size=student.table.num_ids, shard_start=start, shard_end=end)
+    return alignment_map.placement(shard_start=start, shard_end=end)
+
+
+def build_teacher(
+    config: Config, groups: Groups, tokenizer: Tokenizer | None, placement: VocabPlacement
+) -> tuple[TeacherScorer, SharedHead | None]:
+    """The scorer, and on the last stage the teacher's head rows that this rank's columns need."""
+    if tokenizer is None:
+        return NoTeacher(), None
+    model = load_model(config, config.teacher, groups, tokenizer, prefix="teacher-")
+    scorer = ColocatedScorer(
+        model, groups, vocab_size=tokenizer.table.num_ids, micro_batch_size=config.training.micro_batch_size
+    )
+    if not groups.is_last_stage:
+        return scorer, None
+    start, _ = model.vocab_shard
+    return scorer, gather_shared_head(model.output_weight.detach(), start, placement, groups.tp)
+
+
+def _leave_to_last_stage(labels: LabelBatch) -> None:
+    """Only the last stage has what the teacher says of the labels."""
+
+
+def load_model(
+    config: Config, options: ModelConfig, groups: Groups, tokenizer: Tokenizer, *, prefix: str
+) -> HiddenStateModel | InterleavedModel:
+    """The model of one side: weights of --[teacher-]pretrained-checkpoint, else of the folder, else random.
+
+    Random weights are drawn in every case, which costs some time where a large model's are then replaced.
+    """
+    flag = f"--{prefix}hf-checkpoint"
+    architecture = read_architecture(options.hf_checkpoint, flag=flag)
+    model = build_model(
+        architecture,
+        config.parallel,
+        groups,
+        vocab_size=tokenizer.table.num_ids,
+        divisible_by=options.make_vocab_size_divisible_by,
+        bf16=config.training.bf16,
+        flag=f"{flag} {options.hf_checkpoint}",
+    )
+    if options.pretrained_checkpoint is not None:
+        load_weights(model, options.pretrained_checkpoint, flag=f"--{prefix}pretrained-checkpoint")
+    elif find_weights(options.hf_checkpoint, flag=flag) is not None:
+        load_hf_weights(
+            model, architecture, options.hf_checkpoint, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag=flag
+        )
+    return model
