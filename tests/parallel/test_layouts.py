@@ -7,11 +7,9 @@ import math
 import pytest
 import torch
 
-from megatron_simct.alignment import load_tokenizer
-from megatron_simct.job import build_job, load_model
+from megatron_simct.job import build_job
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.train import train
-from megatron_simct.update.checkpoint import save_weights
 from tests.distributed import run_ranks
 from tests.tiny import config
 
@@ -37,28 +35,8 @@ def _run(rank, world_size, folder, *flags):
     return [(r.sums, r.grad_norm, r.learning_rate) for r in reports], norm_weight
 
 
-def _save_random_weights(rank, world_size, folder):
-    """Checkpoints that every layout starts from: random draws of a gated MLP differ between layouts."""
-    resolved = config(folder)
-    with process_groups(resolved.parallel, seed=5) as groups:
-        for side, options, prefix in (("student", resolved.model, ""), ("teacher", resolved.teacher, "teacher-")):
-            tokenizer = load_tokenizer(options.tokenizer_model)
-            model = load_model(resolved, options, groups, tokenizer, prefix=prefix)
-            save_weights(model, str(folder / f"{side}_weights"), 1)
-
-
 @pytest.fixture(scope="module")
-def start(tiny):
-    """Flags that start both models from the same weights in every layout."""
-    run_ranks(1, _save_random_weights, tiny)
-    return (
-        *("--pretrained-checkpoint", str(tiny / "student_weights")),
-        *("--teacher-pretrained-checkpoint", str(tiny / "teacher_weights")),
-    )
-
-
-@pytest.fixture(scope="module")
-def recorded(tiny, start, tmp_path_factory):
+def recorded(tiny, weights, tmp_path_factory):
     """One process samples, trains, and leaves its rollouts."""
     rollouts = tmp_path_factory.mktemp("rollouts")
     return rollouts, {
@@ -66,7 +44,7 @@ def recorded(tiny, start, tmp_path_factory):
             1,
             _run,
             tiny,
-            *start,
+            *weights,
             "--simct-interface",
             interface,
             "--save-debug-rollout-data",
@@ -78,14 +56,14 @@ def recorded(tiny, start, tmp_path_factory):
 
 @pytest.mark.parametrize("interface", ["paper", "strict", "sft"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_agree(tiny, start, recorded, layout, interface):
+def test_layouts_agree(tiny, weights, recorded, layout, interface):
     folder, expected = recorded
     world_size, tp = LAYOUTS[layout]
     results = run_ranks(
         world_size,
         _run,
         tiny,
-        *start,
+        *weights,
         *("--simct-interface", interface, "--tensor-model-parallel-size", str(tp)),
         *("--load-debug-rollout-data", str(folder / interface)),
     )
@@ -103,13 +81,13 @@ def test_layouts_agree(tiny, start, recorded, layout, interface):
 
 
 @pytest.mark.parametrize("micro_batch_size", ["1", "8"])
-def test_micro_batch_size_changes_nothing(tiny, start, recorded, micro_batch_size):
+def test_micro_batch_size_changes_nothing(tiny, weights, recorded, micro_batch_size):
     folder, expected = recorded
     ((steps, weight),) = run_ranks(
         1,
         _run,
         tiny,
-        *start,
+        *weights,
         "--micro-batch-size",
         micro_batch_size,
         "--load-debug-rollout-data",
@@ -122,7 +100,7 @@ def test_micro_batch_size_changes_nothing(tiny, start, recorded, micro_batch_siz
 
 
 @pytest.mark.parametrize("layout", ["tp2", "dp2"])
-def test_sampling_does_not_depend_on_the_layout(tiny, start, recorded, tmp_path, layout):
+def test_sampling_does_not_depend_on_the_layout(tiny, weights, recorded, tmp_path, layout):
     """The rollouts of step 0 are the same tokens: draws depend on seed and sample id, weights on the seed."""
     from megatron_simct.rollout.engine import ReplayEngine
 
@@ -131,7 +109,7 @@ def test_sampling_does_not_depend_on_the_layout(tiny, start, recorded, tmp_path,
         world_size,
         _run,
         tiny,
-        *start,
+        *weights,
         *("--tensor-model-parallel-size", str(tp), "--train-iters", "1", "--save-debug-rollout-data", str(tmp_path)),
     )
     ours, theirs = ({r.sample_id: r for r in _read(ReplayEngine, p)} for p in (tmp_path, recorded[0] / "paper"))

@@ -24,6 +24,7 @@ from megatron_simct.update.checkpoint import TRACKER, load_weights, save_weights
 from megatron_simct.update.step import NonFiniteError
 from tests.distributed import run_ranks
 from tests.tiny import command_line, config
+from tests.weights import random_weights
 
 TP2, PP2 = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
 SEQUENCE, INTERLEAVED = ("--sequence-parallel",), ("--num-virtual-stages-per-pipeline-rank", "2")
@@ -40,15 +41,6 @@ LAYOUTS = {
 INTERFACES = ("paper", "strict", "sft")
 
 
-def _save_random_weights(rank, world_size, folder):
-    resolved = config(folder)
-    with process_groups(resolved.parallel, seed=5) as groups:
-        for side, options, prefix in (("student", resolved.model, ""), ("teacher", resolved.teacher, "teacher-")):
-            tokenizer = load_tokenizer(options.tokenizer_model)
-            model = load_model(resolved, options, groups, tokenizer, prefix=prefix)
-            save_weights(model, str(folder / f"{side}_weights"), 1)
-
-
 @pytest.fixture(scope="module", params=["student tied", "teacher tied"])
 def files(request, tiny, tmp_path_factory):
     """A complete job, and checkpoints that every layout starts from."""
@@ -63,14 +55,14 @@ def files(request, tiny, tmp_path_factory):
     for i, row in enumerate(rows):  # prompts of many lengths
         row["prompt"] = "Nora has more shells. " * (i % 5) + row["prompt"]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run_ranks(1, _save_random_weights, folder)
+    random_weights(folder, folder / "weights")
     return folder
 
 
 def weight_flags(folder):
     return (
-        *("--pretrained-checkpoint", str(folder / "student_weights")),
-        *("--teacher-pretrained-checkpoint", str(folder / "teacher_weights")),
+        *("--pretrained-checkpoint", str(folder / "weights" / "student")),
+        *("--teacher-pretrained-checkpoint", str(folder / "weights" / "teacher")),
         # Adam's first step is the sign of the gradient, also of one that is rounding noise, unless eps is above that.
         *("--adam-eps", "1e-4"),
     )
@@ -271,7 +263,7 @@ def _load_and_save(rank, world_size, folder, flags, source, target):
 
 @pytest.mark.parametrize("flags", [TP2 + PP2, TP2 + PP2 + INTERLEAVED], ids=["stages", "interleaved"])
 def test_weights_go_through_pipeline_stages_and_back(files, tmp_path, flags):
-    start = files / "student_weights"
+    start = files / "weights" / "student"
     run_ranks(4, _load_and_save, files, flags, start, tmp_path / "stages")
     (expected,) = run_ranks(1, _load_and_save, files, (), start, None)
     (found,) = run_ranks(1, _load_and_save, files, (), tmp_path / "stages", None)
