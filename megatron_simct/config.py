@@ -90,7 +90,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Prompts, one JSON object a line."""
+    """Prompts, one JSON object a line, and how the two tokenizers' ids are paired."""
 
     prompt_data: str | None = option(None, "JSONL file of training prompts", metavar="FILE")
     input_key: str = option("prompt", "key of the prompt in each row: a text, or messages; without it, 'messages'")
@@ -101,6 +101,11 @@ class DataConfig:
     label_key: str = option("label", "key of the expected response, read by evaluation")
     rollout_shuffle: bool = option(True, "reshuffle the prompts at every epoch, from --seed")
     eval_prompt_data: str | None = option(None, "JSONL file of held-out prompts with labels", metavar="FILE")
+    simct_alignment_map: str | None = option(
+        None,
+        "alignment map of the two tokenizers, a folder of tools/build_alignment_map.py; default: built at start",
+        metavar="DIR",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

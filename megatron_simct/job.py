@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_simct.alignment import AlignmentMap, Tokenizer, VocabPlacement, build_alignment_map, load_tokenizer
+from megatron_simct.alignment.map_files import load_map
 from megatron_simct.alignment.plan import plan_pair, plan_without_teacher
 from megatron_simct.arguments import to_dict
 from megatron_simct.config import Config, ModelConfig
@@ -71,7 +72,7 @@ def build_job(config: Config, groups: Groups) -> Job:
     needs = teacher_needs(config.interface)
     student = open_tokenizer(config.model, prefix="")
     teacher = open_tokenizer(config.teacher, prefix="teacher-") if needs.teacher else None
-    alignment_map = build_alignment_map(student, teacher) if teacher is not None else None
+    alignment_map = open_alignment_map(config, student, teacher) if teacher is not None else None
 
     prompts = build_prompts(config, groups, student, teacher)
     model = load_model(config, config.model, groups, student, prefix="")
@@ -198,6 +199,17 @@ def open_tokenizer(options: ModelConfig, *, prefix: str) -> Tokenizer:
         return load_tokenizer(options.tokenizer, options.stop_token_ids)
     except ValueError as error:
         raise ValueError(f"--{prefix}tokenizer-model: {error}") from None
+
+
+def open_alignment_map(config: Config, student: Tokenizer, teacher: Tokenizer) -> AlignmentMap:
+    """That of --simct-alignment-map, if it is one of these two tokenizers; else built."""
+    folder = config.data.simct_alignment_map
+    if folder is None:
+        return build_alignment_map(student, teacher)
+    try:
+        return load_map(folder, student=student.table, teacher=teacher.table)
+    except ValueError as error:
+        raise ValueError(f"--simct-alignment-map: {error}") from None
 
 
 def open_chat_template(

@@ -6,6 +6,8 @@ Reading order, each file one idea on top of the previous:
     hf_tokenizer.py   the same from a Hugging Face tokenizer.json
     segments.py       two tokenizations of one byte string, cut into minimal common units
     alignment_map.py  the shared vocabulary: pairs of ids that mean the same bytes
+    map_files.py      that vocabulary as a folder
+    coverage.py       how much of a text it covers
     placement.py      that vocabulary on one vocabulary shard, as the loss reads it
     plan.py           one rollout in, one AlignedPair out
 Nothing here runs a model, so all of it can run on CPU workers while models are busy.

@@ -1,0 +1,201 @@
+"""Builds the alignment map of two tokenizers: the tokens that both have, by bytes, and how far they carry on a text.
+
+    python tools/build_alignment_map.py --teacher-tokenizer TEACHER_DIR --student-tokenizer STUDENT_DIR \\
+        --output maps/teacher_to_student --corpus README.md
+
+A training run uses the folder with --simct-alignment-map, and builds the same map itself where none is given. Look at
+the coverage first: what lies in units (1:n, n:1, n:m) is what an interface of shared tokens alone would lose.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_simct.alignment import AlignmentMap, Tokenizer, build_alignment_map, load_tokenizer
+from megatron_simct.alignment.coverage import KINDS, Coverage, measure_coverage
+from megatron_simct.alignment.map_files import is_map, placement_balance, save_map, stop_pair
+
+_PIECE = 1 << 12
+"""Characters of a corpus that are tokenized at a time, about those of a response: what two tokenizers spell differently
+masks the rest of its piece."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    try:
+        report = build(options)
+    except (ValueError, OSError) as error:
+        print(f"build_alignment_map: error: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        print(json.dumps(report, ensure_ascii=False))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="build_alignment_map", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    spec = (
+        "Hugging Face folder or tokenizer.json, SentencePiece NAME.model, tiktoken ranks NAME.tiktoken beside "
+        "NAME.tiktoken.json, or Mistral's tekken.json"
+    )
+    parser.add_argument("--teacher-tokenizer", required=True, metavar="SPEC", help=spec)
+    parser.add_argument("--student-tokenizer", required=True, metavar="SPEC", help="likewise")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="folder of the map; an earlier map there is replaced"
+    )
+    parser.add_argument(
+        "--corpus",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="texts to measure the coverage on: UTF-8 text, or .jsonl with the text under --corpus-key",
+    )
+    parser.add_argument("--corpus-key", default="text", metavar="KEY", help="key of the text in .jsonl rows (text)")
+    for side in ("teacher", "student"):
+        parser.add_argument(
+            f"--{side}-stop-token-ids",
+            type=int,
+            nargs="+",
+            default=[],
+            metavar="ID",
+            help=f"ids at which the {side} ends a response, the usual one first; default: what its files say",
+        )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
+    return parser
+
+
+def build(options: argparse.Namespace) -> dict[str, object]:
+    """Build, measure, write and show; the report. ValueError names the flag."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    output = Path(options.output)
+    if output.exists() and not is_map(output) and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output {output}: exists and is no alignment map; give another folder")
+    student = _load(options.student_tokenizer, options.student_stop_token_ids, "student")
+    teacher = _load(options.teacher_tokenizer, options.teacher_stop_token_ids, "teacher")
+    with console.status("pairing the two vocabularies"):
+        alignment_map = build_alignment_map(student, teacher)
+    coverages: dict[str, Coverage] = {}
+    for name in options.corpus:
+        pieces = list(read_corpus(name, options.corpus_key))
+        shown = track(pieces, description=name, console=console, transient=True, disable=not console.is_terminal)
+        coverages[name] = measure_coverage(shown, student=student, teacher=teacher, alignment_map=alignment_map)
+    report = {
+        "teacher_tokenizer": teacher.name,
+        "student_tokenizer": student.name,
+        "num_shared": alignment_map.num_shared,
+        "teacher_vocab_size": alignment_map.teacher_vocab_size,
+        "student_vocab_size": alignment_map.student_vocab_size,
+        "stop_pair": stop_pair(alignment_map),
+        "placement_balance": {str(size): share for size, share in placement_balance(alignment_map).items()},
+        "corpora": [{"file": name, **coverage.as_json()} for name, coverage in coverages.items()],
+    }
+    names = ("teacher_tokenizer", "student_tokenizer", "corpora")
+    description = {name: report[name] for name in names}
+    save_map(output, alignment_map, student=student.table, teacher=teacher.table, description=description)
+    if not options.json:
+        show(alignment_map, student, teacher, coverages, output)
+    return report
+
+
+def _load(spec: str, stop_token_ids: list[int], side: str) -> Tokenizer:
+    try:
+        return load_tokenizer(spec, stop_token_ids)
+    except ValueError as error:
+        raise ValueError(f"--{side}-tokenizer: {error}") from None
+
+
+def read_corpus(name: str, key: str) -> Iterator[str]:
+    """The texts of a file, in pieces that end with a line. ValueError naming file and line for what is not a text."""
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--corpus {name}: not UTF-8 at byte {error.start}") from None
+    if not name.endswith(".jsonl"):
+        yield from _pieces(text)
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)[key]
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(
+                f"--corpus {name}, line {number}: no JSON object with {key!r}; --corpus-key names the text's key"
+            ) from None
+        if not isinstance(value, str):
+            raise ValueError(f"--corpus {name}, line {number}: {key!r} is no text")
+        yield from _pieces(value)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    lines, size = [], 0
+    for line in text.splitlines(keepends=True):
+        lines.append(line)
+        size += len(line)
+        if size >= _PIECE:
+            yield "".join(lines)
+            lines, size = [], 0
+    if lines:
+        yield "".join(lines)
+
+
+def show(
+    alignment_map: AlignmentMap, student: Tokenizer, teacher: Tokenizer, coverages: dict[str, Coverage], output: Path
+) -> None:
+    """The same for people."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    shared = alignment_map.num_shared
+    table = Table(box=None, pad_edge=False)
+    for title in ("", "tokenizer", "ids", "shared", "stop ids"):
+        table.add_column(title, justify="right" if title in ("ids", "shared") else "left", overflow="fold")
+    for side, tokenizer in (("teacher", teacher), ("student", student)):
+        size = tokenizer.table.num_ids
+        stop_ids = ", ".join(map(str, tokenizer.table.stop_ids))
+        table.add_row(side, escape(tokenizer.name), f"{size:,}", f"{shared / size:.1%}", stop_ids)
+    console.print(f"[bold]{shared:,}[/bold] shared tokens by bytes, in {escape(str(output))}")
+    console.print(table)
+    balance = ", ".join(f"TP{size} {share:.2f}" for size, share in placement_balance(alignment_map).items())
+    console.print(f"teacher rows on the fullest rank, 1 being an even split of the vocabulary: {balance}")
+    if not coverages:
+        console.print("no --corpus given: coverage on a text was not measured")
+        return
+    table = Table(box=None, pad_edge=False, title="student tokens by unit, student:teacher", title_justify="left")
+    table.add_column("corpus", overflow="fold")
+    for title in ("student", "teacher", "units", *(kind.replace("_", ":") for kind in KINDS), "bytes in none"):
+        table.add_column(title, justify="right")
+    for name, coverage in coverages.items():
+        table.add_row(
+            escape(name),
+            f"{coverage.student_tokens:,}",
+            f"{coverage.teacher_tokens:,}",
+            f"{coverage.units:,}",
+            *(f"{coverage.student_token_shares[kind]:.1%}" for kind in KINDS),
+            f"{sum(coverage.bytes_dropped.values()):,}",
+        )
+    console.print(table)
+    for name, coverage in coverages.items():
+        units = ", ".join(
+            f"{unit['text']!r} {unit['student_tokens']}:{unit['teacher_tokens']}" for unit in coverage.longest_units
+        )
+        console.print(f"longest units of {escape(name)}: {escape(units)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
