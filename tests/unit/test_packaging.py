@@ -44,7 +44,9 @@ def test_paths_in_the_readme_exist():
 
 def test_flags_in_the_readme_exist():
     known = {option.flag for option in options()} | {"--help", "--print-config", "--config-file", "--nproc-per-node"}
-    known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "examples/quickstart/run.py").read_text()))
+    for script in (ROOT / "examples/quickstart/run.py", *(ROOT / "tools").glob("*.py")):
+        known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text()))
+    known |= {f"--{side}-{name}" for side in ("teacher", "student") for name in ("tokenizer", "stop-token-ids")}
     flags = set(re.findall(r"(--[a-z][a-z0-9-]*[a-z0-9])(?![\w-])", README))
     assert len(flags) > 20
     assert not flags - known
