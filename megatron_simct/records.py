@@ -50,7 +50,7 @@ class TeacherNeeds:
 
     teacher: bool = True
     hidden_rows: Literal["none", "one_to_one", "first", "all"] = "first"
-    segmentation: Literal["minimal"] = "minimal"
+    segmentation: Literal["minimal", "authors"] = "minimal"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ Nothing here runs a model, so all of it can run on CPU workers while models are 
 from megatron_simct.alignment.alignment_map import AlignmentMap, build_alignment_map
 from megatron_simct.alignment.placement import VocabPlacement
 from megatron_simct.alignment.plan import plan_pair
-from megatron_simct.alignment.segments import Alignment, align
+from megatron_simct.alignment.segments import Alignment, align, align_batch
 from megatron_simct.alignment.token_table import TokenTable
 from megatron_simct.alignment.tokenizer import Tokenizer, load_tokenizer
 
@@ -27,6 +27,7 @@ __all__ = [
     "Tokenizer",
     "VocabPlacement",
     "align",
+    "align_batch",
     "build_alignment_map",
     "load_tokenizer",
     "plan_pair",

@@ -16,7 +16,7 @@ from megatron_simct.alignment.segments import Alignment, align
 from megatron_simct.alignment.tokenizer import Tokenizer, utf8_prefix_bytes
 from megatron_simct.records import AlignedPair, Prompt, Rollout, SegmentKind, TeacherNeeds
 
-DROP_REASONS = ("mismatch", "special", "one_stop", "no_bytes", "invalid_utf8")
+DROP_REASONS = ("mismatch", "special", "one_stop", "no_bytes", "walk", "invalid_utf8")
 """Why bytes of a response are in no segment: those of `Alignment.dropped`, and what `plan_pair` tells apart."""
 
 
@@ -56,7 +56,7 @@ def plan_pair(
     teacher_ids = teacher.encode(data)
     if stopped:
         teacher_ids = np.append(teacher_ids, np.int32(teacher.table.stop_ids[0]))
-    alignment = align(teacher.table, teacher_ids, student.table, rollout.student_ids)
+    alignment = align(teacher.table, teacher_ids, student.table, rollout.student_ids, segmentation=needs.segmentation)
     kinds = _kinds(alignment, teacher_ids, rollout.student_ids, alignment_map)
 
     canonical = np.array_equal(student.encode(data), content_ids)
@@ -115,8 +115,9 @@ def _replaced_columns(alignment: Alignment, kinds: np.ndarray, data: bytes, alig
     ends = alignment.byte_ends
     starts = np.append(0, ends)[:-1]
     replaced = np.full(kinds.size, -1, dtype=np.int32)
-    for a in (kinds == SegmentKind.UNIT).nonzero()[0]:
-        replaced[a] = alignment_map.shared_student_id(data[starts[a] : ends[a]])
+    units = (kinds == SegmentKind.UNIT).nonzero()[0]
+    bounds = zip(starts[units].tolist(), ends[units].tolist(), strict=True)
+    replaced[units] = [alignment_map.shared_student_id(data[start:end]) for start, end in bounds]
     return replaced
 
 

@@ -12,17 +12,22 @@ What real text adds to that:
 - Pieces of zero bytes attach to the segment on their left, at offset 0 to the first segment.
 - The stop tokens are their own segment at the end, if both sides stopped and nothing was masked before them.
 
+The segmentation "authors" is the walk of SimCT's released code instead (`_walk`), for comparison with their results.
+
 Shape letters: M teacher labels, N student labels, A segments.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from megatron_simct.alignment.token_table import TokenTable
+
+Segmentation = Literal["minimal", "authors"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +46,7 @@ class Alignment:
     special      a special token inside one side's response
     one_stop     bytes agree, but only one side ends in a stop token
     no_bytes     zero-length pieces in a response that has no bytes, so that there is no segment to attach them to
+    walk         behind the last match of segmentation "authors"
     """
     common_prefix_bytes: int
     """Length of the longest common byte prefix; up to one unit of it may be masked, where a token crosses its end."""
@@ -56,14 +62,16 @@ def align(
     student_table: TokenTable,
     student_ids: np.ndarray,
     *,
-    segmentation: Literal["minimal"] = "minimal",
+    segmentation: Segmentation = "minimal",
 ) -> Alignment:
     """Cuts teacher labels [M] and student labels [N] (int32, stop tokens included) into minimal common units.
 
     Integers only, O(M + N + bytes). Raises ValueError for an id outside its table or an unknown segmentation.
     """
+    if segmentation == "authors":
+        return _walk(teacher_table, teacher_ids, student_table, student_ids)
     if segmentation != "minimal":
-        raise ValueError(f'segmentation "{segmentation}" is unknown; use "minimal"')
+        raise ValueError(f'segmentation "{segmentation}" is unknown; use "minimal" or "authors"')
     teacher_data, teacher_ends, _, teacher_stops, teacher_cut = _content(teacher_table, teacher_ids)
     student_data, student_ends, student_bytes, student_stops, student_cut = _content(student_table, student_ids)
 
@@ -110,6 +118,162 @@ def align(
         student_labels_dropped=student_dropped,
         teacher_labels_dropped=teacher_dropped,
     )
+
+
+def align_batch(
+    teacher_table: TokenTable,
+    teacher_ids: Sequence[np.ndarray],
+    student_table: TokenTable,
+    student_ids: Sequence[np.ndarray],
+    *,
+    segmentation: Segmentation = "minimal",
+) -> list[Alignment]:
+    """`align` of each sample: the same results, in one pass over all of them where nothing has to be masked."""
+    samples = list(zip(teacher_ids, student_ids, strict=True))
+    results: list[Alignment | None] = [None] * len(samples)
+    if segmentation == "minimal" and samples:
+        teacher, student = _Side.of(teacher_table, teacher_ids), _Side.of(student_table, student_ids)
+        plain = teacher.plain & student.plain & (teacher.stops == student.stops)
+        plain &= np.diff(teacher.bytes_to) == np.diff(student.bytes_to)
+        if plain.all():
+            differences = np.append(0, (teacher.data != student.data).cumsum())
+            plain &= np.diff(differences[student.bytes_to]) == 0
+        if plain.all():
+            return _align_plain(teacher, student)
+        chosen = plain.nonzero()[0]
+        if chosen.size:
+            found = align_batch(
+                teacher_table, [teacher_ids[i] for i in chosen], student_table, [student_ids[i] for i in chosen]
+            )
+            for i, alignment in zip(chosen, found, strict=True):
+                results[i] = alignment
+    return [
+        align(teacher_table, t, student_table, s, segmentation=segmentation) if result is None else result
+        for (t, s), result in zip(samples, results, strict=True)
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Side:
+    """One side's samples, back to back, without their stop tokens."""
+
+    data: np.ndarray
+    """uint8 [L]"""
+    ends: np.ndarray
+    """int64 [n], where each token ends in `data`."""
+    tokens_to: np.ndarray
+    """int64 [samples + 1], ascending: tokens before each sample."""
+    bytes_to: np.ndarray
+    """int64 [samples + 1]: bytes before each sample."""
+    stops: np.ndarray
+    """bool [samples]"""
+    plain: np.ndarray
+    """bool [samples]: has bytes, and in every token some (so no special token either)."""
+
+    @staticmethod
+    def of(table: TokenTable, samples: Sequence[np.ndarray]) -> _Side:
+        stops = np.array([bool(len(ids)) and int(ids[-1]) in table.stop_ids for ids in samples])
+        content = [ids[:-1] if stop else ids for ids, stop in zip(samples, stops, strict=True)]
+        tokens_to = np.append(0, np.cumsum([len(ids) for ids in content]))
+        data, ends = table.spell(np.concatenate(content))
+        bytes_before = np.append(0, ends)
+        empty_before = np.append(0, (np.diff(bytes_before) == 0).cumsum())
+        bytes_to = bytes_before[tokens_to]
+        plain = (np.diff(empty_before[tokens_to]) == 0) & (np.diff(bytes_to) > 0)
+        return _Side(data=data, ends=ends, tokens_to=tokens_to, bytes_to=bytes_to, stops=stops, plain=plain)
+
+
+def _align_plain(teacher: _Side, student: _Side) -> list[Alignment]:
+    """Of samples whose bytes agree: every sample ends in a common boundary, so all can be cut together."""
+    te, se = _common_boundaries(teacher.ends, student.ends, student.data.size)
+    byte_ends = student.ends[se - 1]
+    # The segments of sample i are [segments_to[i], segments_to[i + 1]), and one more where it stopped.
+    segments_to = np.append(0, byte_ends.searchsorted(student.bytes_to[1:]) + 1)
+    sample = np.arange(student.stops.size).repeat(np.diff(segments_to))
+    stops_before = np.append(0, student.stops.cumsum())
+    row = np.arange(te.size) + stops_before[sample]
+    segments = np.zeros((te.size + stops_before[-1], 4), dtype=np.int32)
+    segments[row, 1] = te - teacher.tokens_to[sample]
+    segments[row, 3] = se - student.tokens_to[sample]
+    all_ends = np.empty(len(segments), dtype=np.int64)
+    all_ends[row] = byte_ends - student.bytes_to[sample]
+    rows_to = segments_to + stops_before
+    at_stop = rows_to[1:][student.stops] - 1
+    segments[at_stop, 1] = np.diff(teacher.tokens_to)[student.stops] + 1
+    segments[at_stop, 3] = np.diff(student.tokens_to)[student.stops] + 1
+    all_ends[at_stop] = np.diff(student.bytes_to)[student.stops]
+    segments[1:, ::2] = segments[:-1, 1::2]
+    segments[rows_to[:-1], ::2] = 0
+    bounds, sizes = rows_to.tolist(), np.diff(student.bytes_to).tolist()
+    return [
+        Alignment(
+            segments=segments[first:last],
+            byte_ends=all_ends[first:last],
+            stop=stop,
+            dropped={},
+            common_prefix_bytes=size,
+            student_bytes=size,
+            student_labels_dropped=0,
+            teacher_labels_dropped=0,
+        )
+        for first, last, stop, size in zip(bounds[:-1], bounds[1:], student.stops.tolist(), sizes, strict=True)
+    ]
+
+
+def _walk(
+    teacher_table: TokenTable, teacher_ids: np.ndarray, student_table: TokenTable, student_ids: np.ndarray
+) -> Alignment:
+    """The segmentation of SimCT's released code, one token at a time over texts.
+
+    Each token is decoded alone, so that bytes which are no character become U+FFFD. Two positions match if the texts
+    before them are equal and the next pieces are equal or both stop tokens. Elsewhere the side whose text
+    is shorter advances, both if they are equally long. A segment runs up to and including a match; what follows the
+    last match is dropped.
+    """
+    left, right = _texts(teacher_table, teacher_ids), _texts(student_table, student_ids)
+    segments: list[tuple[int, int, int, int]] = []
+    i = j = first_i = first_j = 0
+    text_i = text_j = ""  # since the last match: up to there both are equal
+    while i < len(left) and j < len(right):
+        if text_i == text_j and left[i] == right[j]:
+            segments.append((first_i, i + 1, first_j, j + 1))
+            i, j, text_i, text_j = i + 1, j + 1, "", ""
+            first_i, first_j = i, j
+            continue
+        # A stop token has no text.
+        advance_i, advance_j = len(text_i) <= len(text_j), len(text_j) <= len(text_i)
+        if advance_i:
+            text_i += left[i] or ""
+            i += 1
+        if advance_j:
+            text_j += right[j] or ""
+            j += 1
+    _, ends = student_table.spell(student_ids)
+    found = np.array(segments, dtype=np.int32).reshape(-1, 4)
+    byte_ends = ends[found[:, 3] - 1]
+    student_bytes = int(ends[-1]) if ends.size else 0
+    aligned = int(byte_ends[-1]) if byte_ends.size else 0
+    student_dropped, teacher_dropped = len(student_ids) - first_j, len(teacher_ids) - first_i
+    return Alignment(
+        segments=found,
+        byte_ends=byte_ends,
+        stop=bool(segments) and left[first_i - 1] is None and tuple(np.diff(found[-1])[::2]) == (1, 1),
+        dropped={"walk": student_bytes - aligned} if student_dropped or teacher_dropped else {},
+        common_prefix_bytes=aligned,
+        student_bytes=student_bytes,
+        student_labels_dropped=student_dropped,
+        teacher_labels_dropped=teacher_dropped,
+    )
+
+
+def _texts(table: TokenTable, ids: np.ndarray) -> list[str | None]:
+    """The text of each id decoded alone; None for a stop token."""
+    data, ends = table.spell(ids)
+    whole, bounds = data.tobytes(), [0, *ends.tolist()]
+    return [
+        None if int(token_id) in table.stop_ids else whole[start:end].decode(errors="replace")
+        for token_id, start, end in zip(ids, bounds[:-1], bounds[1:], strict=True)
+    ]
 
 
 def _content(table: TokenTable, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, int, bool, bool]:

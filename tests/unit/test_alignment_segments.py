@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_simct.alignment import Alignment, TokenTable, align
+from megatron_simct.alignment import Alignment, TokenTable, align, align_batch
 from tests.oracles.alignment import SPECIAL, STOP, Piece, minimal_units
 
 EXAMPLES = {
@@ -114,8 +114,8 @@ def test_errors():
     table, ids = as_ids(pieces_of("a b"))
     with pytest.raises(ValueError, match="outside the vocabulary"):
         align(table, ids, table, np.array([99], dtype=np.int32))
-    with pytest.raises(ValueError, match='segmentation "walk" is unknown'):
-        align(table, ids, table, ids, segmentation="walk")
+    with pytest.raises(ValueError, match='segmentation "steps" is unknown'):
+        align(table, ids, table, ids, segmentation="steps")
 
 
 @st.composite
@@ -218,3 +218,77 @@ def test_a_refining_teacher_leaves_one_student_token_a_segment(data):
     assert [(ss, se) for _, _, ss, se in segment_list(aligned(teacher, student))] == [
         (i, i + 1) for i in range(len(student))
     ]
+
+
+# method 7.1: teacher pieces, student pieces ("<T>" and "<S>" stop), the authors' segments, the minimal ones.
+GOLDEN = [
+    ("a b c <T>", "a b c <S>", "0101 1212 2323 3434", "0101 1212 2323 3434"),
+    ("ab c <T>", "a bc <S>", "0303", "0202 2323"),
+    ("ab cd _x <T>", "a b c d _x <S>", "0305 3456", "0102 1224 2345 3456"),
+    ("ab c de f <T>", "a bc d ef <S>", "0505", "0202 2424 4545"),
+    ("abc <T>", "a b c <S>", "0204", "0103 1234"),
+    ("ab", "a b", "", "0102"),
+    ("x 0 y <T>", "x y <S>", "0101 1413", "0201 2312 3423"),
+    ("x <T>", "x y <S>", "0101", "0101"),
+    ("12 3 45 6 _ <T>", "123 456 _ <S>", "0503 5634", "0201 2412 4523 5634"),
+    ("hap py 12 3 45 _the <T>", "ha ppy 123 45 _the <S>", "0504 5645 6756", "0202 2423 4534 5645 6756"),
+    (
+        "hello \xf0 \x9f \x98 \x80 _cat <T>",
+        "hello \xf0\x9f \x98 \x80 _cat <S>",
+        "0101 1212 2323 3434",
+        "0101 1312 3423 4534 5645 6756",
+    ),
+]
+
+
+@pytest.mark.parametrize(("teacher", "student", "authors", "minimal"), GOLDEN)
+def test_golden_segments(teacher, student, authors, minimal):
+    def side(text):
+        words = text.split(" ")
+        pieces = [b"" if word == "0" else word.replace("_", " ").encode("latin-1") for word in words]
+        stops = [i for i, word in enumerate(words) if word in ("<T>", "<S>")]
+        return TokenTable.from_bytes(pieces, stop_ids=stops), np.arange(len(words), dtype=np.int32)
+
+    (teacher_table, teacher_ids), (student_table, student_ids) = side(teacher), side(student)
+    for segmentation, expected in (("authors", authors), ("minimal", minimal)):
+        found = align(teacher_table, teacher_ids, student_table, student_ids, segmentation=segmentation)
+        assert ["".join(map(str, segment)) for segment in found.segments.tolist()] == expected.split()
+        last = found.segments[-1] if len(found.segments) else np.zeros(4, int)
+        assert found.student_labels_dropped == len(student_ids) - last[3]
+        assert found.teacher_labels_dropped == len(teacher_ids) - last[1]
+        ones = [segment for segment in expected.split() if int(segment[1]) - int(segment[0]) == 1]
+        assert found.stop == (
+            bool(ones) and expected.split()[-1] == f"{len(teacher_ids) - 1}{len(teacher_ids)}"
+            f"{len(student_ids) - 1}{len(student_ids)}"
+        )  # fmt: skip
+        assert found.byte_ends.tolist() == student_table.spell(student_ids)[1][found.segments[:, 3] - 1].tolist()
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_batch_is_its_samples(data):
+    """Also samples that differ, are empty, stop on one side, or hold pieces without bytes and special tokens."""
+    pieces = [b"a", b"b", b"ab", b"ba", b"aba", b"", b"<special>", b"<stop>", b"<stop2>"]
+    table = TokenTable.from_bytes(pieces, special_ids=[6], stop_ids=[7, 8])
+    content = st.lists(
+        st.sampled_from([0, 1, 2, 3, 4, 4, 2, 0, 1] + data.draw(st.sampled_from([[], [5, 6]]))), max_size=8
+    )
+    teacher_samples, student_samples = [], []
+    for _ in range(data.draw(st.integers(0, 5))):
+        teacher, student = data.draw(content), data.draw(content)
+        if data.draw(st.booleans()):
+            student = data.draw(st.permutations(teacher))
+        if data.draw(st.booleans()):
+            student = [i for token in teacher for i in {2: [0, 1], 4: [0, 3]}.get(token, [token])]
+        tails = data.draw(st.sampled_from([([], []), ([7], [7]), ([8], [7]), ([7], [])]))
+        teacher_samples.append(np.array(teacher + tails[0], dtype=np.int32))
+        student_samples.append(np.array(student + tails[1], dtype=np.int32))
+    for segmentation in ("minimal", "authors"):
+        batch = align_batch(table, teacher_samples, table, student_samples, segmentation=segmentation)
+        assert len(batch) == len(teacher_samples)
+        for found, teacher, student in zip(batch, teacher_samples, student_samples, strict=True):
+            alone = align(table, teacher, table, student, segmentation=segmentation)
+            for name in Alignment.__slots__:
+                a, b = getattr(found, name), getattr(alone, name)
+                assert np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b, name
+            assert found.segments.dtype == alone.segments.dtype
