@@ -46,6 +46,7 @@ SAMPLES = {
     "bytes_dropped_special": 0.0,
     "bytes_dropped_one_stop": 0.0,
     "bytes_dropped_no_bytes": 0.0,
+    "bytes_dropped_walk": 0.0,
     "bytes_dropped_invalid_utf8": 0.0,
     "canonical": 2.0,
 }
@@ -79,6 +80,7 @@ def test_every_ratio_is_formed_from_the_right_sums():
         "dropped_special": 0.0,
         "dropped_one_stop": 0.0,
         "dropped_no_bytes": 0.0,
+        "dropped_walk": 0.0,
         "dropped_invalid_utf8": 0.0,
         "rollout_logprob_gap": 2.4 / 24,
     }
