@@ -129,7 +129,8 @@ def _keep_text(spec: dict[str, Any]) -> tuple[bool, bool]:
         kept += [] if leading else [step]
     spec["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
     for step in splits:
-        drops = step.get("behavior") == "Removed"
+        # Inverted, what matches the pattern is kept. Patterns of this kind match every text (o200k's).
+        drops = step.get("behavior") == "Removed" and not step.get("invert")
         if step["type"] not in _SPLITS or drops or step.get("replacement", "▁") != "▁":
             raise ValueError(f"its pre-tokenizer {step['type']} drops or rewrites text")
         if step["type"] == "ByteLevel":
@@ -176,7 +177,10 @@ def _pieces(spec: dict[str, Any], *, byte_level: bool, blank_mark: bool) -> tupl
     if unknown_id is not None:
         pieces[unknown_id] = None
     for token in spec["added_tokens"]:
-        pieces[token["id"]] = None if token["special"] else token["content"].encode()
+        # A run of '▁' that is also a piece of the vocabulary (Gemma) is what blanks become; others are literal text.
+        is_piece = not byte_level and vocabulary.get(token["content"]) == token["id"]
+        content = spell(token["content"]) if is_piece else token["content"].encode()
+        pieces[token["id"]] = None if token["special"] else content
     missing = set(range(256)) - {piece[0] for piece in pieces if piece is not None and len(piece) == 1}
     if missing:
         raise ValueError(f"{len(missing)} single bytes have no token, {min(missing):#04x} first")
