@@ -142,45 +142,30 @@ def methods(teacher: Tokenizer, student: Tokenizer) -> dict[str, Method]:
     found: dict[str, Method] = {"ours": ours, "released walk": walk}
     gold = _gold()
     if gold is not None:
-        pieces = [side.table.pieces() for side in (teacher, student)]
+        lengths = [side.table.lengths.tolist() for side in (teacher, student)]
 
         def trl(t: np.ndarray, s: np.ndarray) -> np.ndarray:
-            texts = [[p[i].decode(errors="replace") for i in ids] for p, ids in zip(pieces, (t, s), strict=True)]
-            return gold(*texts)
+            groups_s, groups_t = gold(_offsets(s.tolist(), lengths[1]), _offsets(t.tolist(), lengths[0]))
+            return np.array(
+                [(t[0], t[-1] + 1, s[0], s[-1] + 1) for s, t in zip(groups_s, groups_t, strict=True) if s and t]
+            )
 
         found["TRL GOLD"] = trl
     return found
 
 
-def _gold() -> Callable[[list[str], list[str]], np.ndarray] | None:
-    """The grouping of TRL's GOLD trainer over the two sides' pieces of text, as segments."""
+def _offsets(ids: list[int], lengths: list[int]) -> list[tuple[int, int]]:
+    ends = list(accumulate(lengths[i] for i in ids))
+    return list(zip([0, *ends], ends, strict=False))
+
+
+def _gold() -> Callable[..., tuple[list[list[int]], list[list[int]]]] | None:
+    """TRL's grouping of two lists of byte offsets. It is given the bytes of each token, which it derives itself."""
     try:
-        from trl.experimental.gold.gold_trainer import (
-            ULDLoss,
-            build_teacher_inputs_from_texts,  # noqa: F401
-        )
+        from trl.experimental.gold.gold_trainer import ULDLoss
     except ImportError:
         return None
-    build = getattr(ULDLoss, "_build_alignment_groups_from_ids", None)
-    if build is None:
-        return None
-
-    class Decoder:
-        """GOLD asks a tokenizer for the text of one id at a time: here the ids are positions."""
-
-        def __init__(self, texts: list[str]) -> None:
-            self._texts = texts
-
-        def decode(self, ids: list[int], **_: object) -> str:
-            return "".join(self._texts[i] for i in ids)
-
-    def group(teacher: list[str], student: list[str]) -> np.ndarray:
-        loss = ULDLoss.__new__(ULDLoss)
-        loss.student_tokenizer, loss.teacher_tokenizer = Decoder(student), Decoder(teacher)
-        groups = build(loss, list(range(len(student))), list(range(len(teacher))))
-        return np.array([(t[0], t[-1] + 1, s[0], s[-1] + 1) for s, t in zip(*groups, strict=True) if s and t])
-
-    return group
+    return getattr(ULDLoss, "_align_by_byte_offsets", None)
 
 
 def _gold_status() -> str:
@@ -270,8 +255,8 @@ def check(name: str, teacher: Tokenizer, student: Tokenizer, texts: dict[str, li
                 bounds = sorted(b for b in set(starts_t) & set(starts_s) if b <= common)
                 gaps = set(zip(bounds[:-1], bounds[1:], strict=True))
                 for ts, te, ss, se in np.asarray(call(t, s)).reshape(-1, 4).tolist():
-                    span = (starts_s[ss], starts_s[se])
-                    same = span == (starts_t[ts], starts_t[te])
+                    span, other = (starts_s[ss], starts_s[se]), (starts_t[ts], starts_t[te])
+                    same = span == other and bytes_s[slice(*span)] == bytes_t[slice(*other)]
                     wrong += not same
                     right += same and span in gaps
                     covered += (span[1] - span[0]) * same
@@ -307,7 +292,7 @@ def show(report: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     table = Table(title="million tokens a second, both sides", title_justify="left", box=None)
     shapes = list(dict.fromkeys(row["shape"] for row in report["speed"]))
     for title in ("pair", "method", *shapes):
