@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     spec = (
         "Hugging Face folder or tokenizer.json, SentencePiece NAME.model, tiktoken ranks NAME.tiktoken beside "
-        "NAME.tiktoken.json, or Mistral's tekken.json"
+        "NAME.tiktoken.json, tiktoken:NAME, or Mistral's tekken.json"
     )
     parser.add_argument("--teacher-tokenizer", required=True, metavar="SPEC", help=spec)
     parser.add_argument("--student-tokenizer", required=True, metavar="SPEC", help="likewise")
@@ -167,7 +167,8 @@ def show(
         table.add_column(title, justify="right" if title in ("ids", "shared") else "left", overflow="fold")
     for side, tokenizer in (("teacher", teacher), ("student", student)):
         size = tokenizer.table.num_ids
-        stop_ids = ", ".join(map(str, tokenizer.table.stop_ids))
+        sources = tokenizer.stop_sources
+        stop_ids = ", ".join(f"{i} ({sources[i]})" if i in sources else f"{i}" for i in tokenizer.table.stop_ids)
         table.add_row(side, escape(tokenizer.name), f"{size:,}", f"{shared / size:.1%}", stop_ids)
     console.print(f"[bold]{shared:,}[/bold] shared tokens by bytes, in {escape(str(output))}")
     console.print(table)
@@ -176,7 +177,7 @@ def show(
     if not coverages:
         console.print("no --corpus given: coverage on a text was not measured")
         return
-    table = Table(box=None, pad_edge=False, title="student tokens by unit, student:teacher", title_justify="left")
+    table = Table(box=None, pad_edge=False, title="student tokens by unit, teacher:student", title_justify="left")
     table.add_column("corpus", overflow="fold")
     for title in ("student", "teacher", "units", *(kind.replace("_", ":") for kind in KINDS), "bytes in none"):
         table.add_column(title, justify="right")
@@ -192,7 +193,7 @@ def show(
     console.print(table)
     for name, coverage in coverages.items():
         units = ", ".join(
-            f"{unit['text']!r} {unit['student_tokens']}:{unit['teacher_tokens']}" for unit in coverage.longest_units
+            f"{unit['text']!r} {unit['teacher_tokens']}:{unit['student_tokens']}" for unit in coverage.longest_units
         )
         console.print(f"longest units of {escape(name)}: {escape(units)}")
 

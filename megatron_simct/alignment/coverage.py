@@ -1,6 +1,7 @@
 """How much of a text two tokenizers let an interface compare, and in which kinds of units.
 
-A unit of n student and m teacher tokens is of kind 1:1, 1:n (one student token), n:1 (one teacher token) or n:m.
+A unit is of kind 1:1, 1:n (one teacher token, several student tokens), n:1 (one student token) or n:m: teacher first,
+as in a segment.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Coverage:
     """The units of most bytes: text, and the number of tokens on each side."""
 
     def as_json(self) -> dict[str, Any]:
-        """One flat object; `share_*` are shares of the student's tokens, student side first."""
+        """One flat object; `share_*` are shares of the student's tokens; kinds name the teacher's side first."""
         return {
             "student_tokens": self.student_tokens,
             "teacher_tokens": self.teacher_tokens,
@@ -74,7 +75,7 @@ def measure_coverage(
         ts, te, ss, se = found.segments.T
         num_teacher, num_student = te - ts, se - ss
         unit_bytes = np.diff(found.byte_ends, prepend=0)
-        kind = 2 * (num_student > 1) + (num_teacher > 1)
+        kind = 2 * (num_teacher > 1) + (num_student > 1)
         tokens += np.bincount(kind, weights=num_student, minlength=4).astype(np.int64)
         sizes += np.bincount(kind, weights=unit_bytes, minlength=4).astype(np.int64)
         seen[student_ids] = True

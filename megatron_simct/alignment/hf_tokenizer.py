@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_simct.alignment.chat_template import read_settings, special_token, turn_end
 from megatron_simct.alignment.tokenizer import Tokenizer, build_table, encode_cut
 
 # Its bytes must come back from every tokenizer that is loaded.
@@ -28,25 +29,6 @@ _SPLITS = frozenset("ByteLevel Metaspace Split Digits Punctuation UnicodeScripts
 def tokenizer_file(folder: Path) -> Path | None:
     """The tokenizer of a Hugging Face folder: tokenizer.json, else SentencePiece's tokenizer.model."""
     return next((folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).exists()), None)
-
-
-def read_settings(folder: Path, name: str) -> dict[str, Any]:
-    """One JSON file of the folder; empty where there is none. ValueError, naming the file, where it is no object."""
-    path = folder / name
-    if not path.exists():
-        return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return settings
-
-
-def special_token(value: Any) -> str | None:
-    """The text of a token in tokenizer_config.json, which is a string or an object with its content."""
-    return value.get("content") if isinstance(value, dict) else value
 
 
 def generation_stop_ids(folder: Path) -> tuple[int, ...]:
@@ -74,14 +56,22 @@ def load_hf_tokenizer(path: Path, stop_token_ids: tuple[int, ...]) -> Tokenizer:
     byte_level, blank_mark = _keep_text(spec)
     pieces, special_ids = _pieces(spec, byte_level=byte_level, blank_mark=blank_mark)
     added_ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
-    stop_ids = stop_token_ids or _stop_ids(path.parent, added_ids | _vocabulary(model))
+    sources = dict.fromkeys(stop_token_ids, "given") or _stop_ids(
+        path.parent, added_ids | _vocabulary(model), added_ids
+    )
+    stop_ids = tuple(sources)
     table = build_table(pieces, special_ids, stop_ids)
     for token in spec["added_tokens"]:
         token["special"] = bool(table.special[token["id"]])
     encode = _ordinary(Encoder(json.dumps(spec), special_tokens=False), added_ids, stop_ids, pieces)
 
     tokenizer = Tokenizer(
-        name=str(path), table=table, encode_text=encode, bos_id=_bos_id(path.parent, raw, added_ids), encode_chat=raw
+        name=str(path),
+        table=table,
+        encode_text=encode,
+        bos_id=_bos_id(path.parent, raw, added_ids),
+        encode_chat=raw,
+        stop_sources=sources,
     )
     found = tokenizer.decode(tokenizer.encode(_PROBE.encode()))
     if found != _PROBE.encode():
@@ -222,15 +212,26 @@ def _ordinary(
     return partial(encode_cut, encode, cuts)
 
 
-def _stop_ids(folder: Path, ids: dict[str, int]) -> tuple[int, ...]:
-    """generation_config.json's, else the tokenizer's EOS. A model may stop at several; the EOS of its tokenizer is the
-    one that ends its turn, so that is put first."""
+def _stop_ids(folder: Path, ids: dict[str, int], added_ids: dict[str, int]) -> dict[int, str]:
+    """Ids that end a response and who says so: generation_config.json, else chat template and EOS.
+
+    A model may stop at several. The first is the one that ends a turn of the chat template, which is what an instructed
+    model emits, else the tokenizer's EOS.
+    """
+    likely: dict[int, str] = {}
+    end = turn_end(folder, added_ids)
+    if end is not None:
+        likely[added_ids[end]] = "chat template"
     eos = None
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         eos = eos or special_token(read_settings(folder, name).get("eos_token"))
-    eos_ids = (ids[eos],) if eos in ids else ()
+    if eos in ids:
+        likely.setdefault(ids[eos], "eos_token")
     stops = generation_stop_ids(folder)
-    return tuple(sorted(stops, key=lambda i: i not in eos_ids)) or eos_ids
+    if not stops:
+        return likely
+    ordered = [*(i for i in likely if i in stops), *(i for i in stops if i not in likely)]
+    return dict.fromkeys(ordered, "generation_config.json")
 
 
 def _bos_id(folder: Path, raw: Encoder, added_ids: dict[str, int]) -> int | None:

@@ -10,6 +10,7 @@ Loaded, each by the library made for it (imported inside the loading function):
     NAME.model, NAME.model.v3     SentencePiece
     NAME.tiktoken                 tiktoken ranks, beside NAME.tiktoken.json = {"pattern": regex,
                                   "special_tokens": {text: id}, "stop_tokens": [text]}
+    tiktoken:NAME                 an encoding that tiktoken itself knows, such as o200k_base
     tekken*.json                  Mistral's ranks in JSON
 """
 
@@ -19,7 +20,7 @@ import base64
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from megatron_simct.alignment.token_table import TokenTable
 
 _ACCEPTED = (
     "accepted are a Hugging Face tokenizer.json or its folder, a SentencePiece model (NAME.model), tiktoken ranks "
-    "(NAME.tiktoken with NAME.tiktoken.json beside it) and Mistral's tekken*.json"
+    "(NAME.tiktoken with NAME.tiktoken.json beside it), tiktoken:NAME, and Mistral's tekken*.json"
 )
 
 
@@ -46,6 +47,8 @@ class Tokenizer:
     """The id that a prompt starts with, if the tokenizer has one."""
     encode_chat: Callable[[str], Sequence[int]] | None = None
     """Ids of a rendered chat template, in which the spelling of a special token is that token; None: cannot."""
+    stop_sources: dict[int, str] = field(default_factory=dict)
+    """For people: where each stop id comes from."""
 
     def encode(self, data: bytes) -> np.ndarray:
         """int32 [n]: content ids of the longest prefix of `data` that is valid UTF-8."""
@@ -74,6 +77,8 @@ def load_tokenizer(spec: str, stop_token_ids: Iterable[int] = ()) -> Tokenizer:
     """
     from megatron_simct.alignment.hf_tokenizer import generation_stop_ids, load_hf_tokenizer, tokenizer_file
 
+    if spec.startswith("tiktoken:"):
+        return _load_tiktoken_encoding(spec, tuple(stop_token_ids))
     path = Path(spec)
     in_folder = path.is_dir()
     if in_folder:
@@ -158,6 +163,25 @@ def _load_tiktoken(path: Path, stop_token_ids: tuple[int, ...]) -> Tokenizer:
     special_tokens = sidecar["special_tokens"]
     stop_ids = stop_token_ids or tuple(special_tokens[text] for text in sidecar["stop_tokens"])
     return _from_ranks(path, ranks, sidecar["pattern"], special_tokens.values(), stop_ids, bos_id=None)
+
+
+def _load_tiktoken_encoding(spec: str, stop_token_ids: tuple[int, ...]) -> Tokenizer:
+    """tiktoken brings the ranks, over the network unless they are in its cache or in a plugin package."""
+    import tiktoken
+
+    name = spec.partition(":")[2]
+    if name not in tiktoken.list_encoding_names():
+        raise ValueError(f'tokenizer "{spec}": tiktoken knows {", ".join(tiktoken.list_encoding_names())}')
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except Exception as error:  # of any HTTP library
+        raise ValueError(
+            f'tokenizer "{spec}": tiktoken cannot get its ranks: {type(error).__name__}: {error}'
+        ) from None
+    special_tokens = encoding._special_tokens
+    stops = stop_token_ids or tuple(special_tokens[text] for text in ("<|endoftext|>",) if text in special_tokens)
+    ranks, pattern = encoding._mergeable_ranks, encoding._pat_str
+    return _from_ranks(Path(spec), ranks, pattern, special_tokens.values(), stops, bos_id=None)
 
 
 def _load_tekken(path: Path, stop_token_ids: tuple[int, ...]) -> Tokenizer:

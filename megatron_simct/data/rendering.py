@@ -7,17 +7,14 @@ border is a token boundary on both sides.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
-import jinja2.sandbox
 import numpy as np
 
-from megatron_simct.alignment.hf_tokenizer import read_settings, special_token
+from megatron_simct.alignment.chat_template import environment, read_settings, special_token, template_source
 from megatron_simct.alignment.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, str]]
@@ -47,11 +44,11 @@ class ChatTemplate:
         """Raises ValueError, naming the flag and the file, where there is no template or it cannot be read."""
         try:
             settings = read_settings(Path(folder), "tokenizer_config.json")
-            name, source = _source(Path(folder), settings)
+            name, source = template_source(Path(folder), settings)
         except (OSError, ValueError) as error:
             raise ValueError(f"{flag} {folder}: {error}") from None
         try:
-            template = _environment().from_string(source)
+            template = environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"{flag} {folder}: {name}, line {error.lineno} of the template: {error.message}") from None
         tokens = {key: special_token(value) for key, value in settings.items() if key.endswith("_token")}
@@ -75,36 +72,3 @@ class ChatTemplate:
         if not ids.size:
             raise ValueError(f"{self.name} renders nothing; no token would precede the response")
         return ids
-
-
-def _source(folder: Path, settings: dict[str, Any]) -> tuple[str, str]:
-    """File and text of the folder's template; of several named ones, the one named default."""
-    if (folder / "chat_template.jinja").exists():
-        return "chat_template.jinja", (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
-    if not isinstance(template, str):
-        raise ValueError(
-            "has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json), which "
-            "--apply-chat-template needs"
-        )
-    return "tokenizer_config.json", template
-
-
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """What templates are written for, but for the clock (strftime_now): a template that dates its prompts then writes
-    its own default date, and a run that is continued tomorrow continues with the same prompts."""
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def to_json(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = raise_exception
-    environment.filters["tojson"] = to_json
-    return environment

@@ -254,3 +254,28 @@ def test_unknown_and_unreadable_files_are_named(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name}.* cannot be used"):
             load_tokenizer(str(tmp_path / name))
+
+
+def test_an_encoding_that_tiktoken_knows(monkeypatch):
+    import tiktoken
+
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256}
+    encoding = tiktoken.Encoding(
+        "small", pat_str=r"\s*\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 257}
+    )
+    monkeypatch.setattr(tiktoken, "list_encoding_names", lambda: ["small", "remote"])
+
+    def get(name):
+        if name == "remote":
+            raise ConnectionError("no network")
+        return encoding
+
+    monkeypatch.setattr(tiktoken, "get_encoding", get)
+    found = load_tokenizer("tiktoken:small")
+    assert found.encode(b"ab<|endoftext|>").tolist()[0] == 256 and 257 not in found.encode(b"ab<|endoftext|>")
+    assert found.table.stop_ids == (257,) and found.table.num_ids == 258
+    assert load_tokenizer("tiktoken:small", [257]).table.stop_ids == (257,)
+    with pytest.raises(ValueError, match="tiktoken:other.*tiktoken knows small, remote"):
+        load_tokenizer("tiktoken:other")
+    with pytest.raises(ValueError, match="cannot get its ranks: ConnectionError: no network"):
+        load_tokenizer("tiktoken:remote")

@@ -294,3 +294,57 @@ def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="JSONDecodeError"):
         load_tokenizer(str(tmp_path))
+
+
+def test_without_generation_config_the_end_of_a_turn_comes_before_eos(byte_level):
+    """Gemma's folders: the tokenizer's EOS is not what the instructed model stops with."""
+    tokenizer = json.loads((byte_level / "tokenizer.json").read_text())
+    names = {token["content"]: token["id"] for token in tokenizer["added_tokens"] if token["special"]}
+    settings = json.loads((byte_level / "tokenizer_config.json").read_text())
+    end, eos = next(name for name in names if name != settings["eos_token"]), settings["eos_token"]
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n" + end + "{% endfor %}"
+    (byte_level / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    (byte_level / "generation_config.json").unlink()
+    found = load_tokenizer(str(byte_level))
+    assert found.table.stop_ids == (names[end], names[eos])
+    assert found.stop_sources == {names[end]: "chat template", names[eos]: "eos_token"}
+    (byte_level / "generation_config.json").write_text(json.dumps({"eos_token_id": [names[eos], names[end]]}))
+    assert load_tokenizer(str(byte_level)).table.stop_ids == (names[end], names[eos])
+    (byte_level / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "{{ broken"}))
+    assert load_tokenizer(str(byte_level)).table.stop_ids == (names[eos], names[end])
+
+
+def test_a_run_of_blank_marks_that_is_also_a_piece_is_blanks(tmp_path):
+    """Gemma lists its runs of blanks among the added tokens, too."""
+    pieces = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁": 256, "▁▁": 257, "<unk>": 258, "<eos>": 259}
+    added = [("▁▁", 257, False), ("<eos>", 259, True), ("▁x", 260, False)]
+    spec = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": i, "content": text, "special": special, "single_word": False, "lstrip": False, "rstrip": False,
+             "normalized": False}
+            for text, i, special in added
+        ],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        "model": {"type": "BPE", "vocab": pieces, "merges": [["▁", "▁"]], "byte_fallback": True, "unk_token": "<unk>",
+                  "fuse_unk": True},
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    found = load_tokenizer(str(tmp_path), [259])
+    assert [found.table.bytes_of(i) for i in (256, 257, 260)] == [b" ", b"  ", "▁x".encode()]
+    assert found.encode(b"a  b").tolist() == [97, 257, 98]
+
+
+def test_an_inverted_split_keeps_what_matches(byte_level):
+    tokenizer = json.loads((byte_level / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": r"\s*\S+|\s+"}, "behavior": "Removed", "invert": True}
+    byte_level_step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level_step]}
+    (byte_level / "tokenizer.json").write_text(json.dumps(tokenizer))
+    text = b" two  words\n"
+    found = load_tokenizer(str(byte_level))
+    assert found.decode(found.encode(text)) == text
+    split["invert"] = False
+    (byte_level / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="Split drops or rewrites text"):
+        load_tokenizer(str(byte_level))

@@ -165,10 +165,10 @@ def test_coverage_counts_units_by_kind(pair):
         teacher=teacher,
         alignment_map=build_alignment_map(student, teacher),
     )
-    # "happy" 2:2, " cat" 1:1, "x" 1:1; "hap" = ha|p against hap, 2:1; " " 1:1, "t" 1:1
+    # "happy" 2:2, " cat" 1:1, "x" 1:1; "hap" = hap against ha|p, 1:2; " " 1:1, "t" 1:1
     assert (coverage.student_tokens, coverage.teacher_tokens, coverage.units, coverage.bytes) == (8, 7, 6, 15)
-    assert coverage.student_token_shares == {"1_1": 4 / 8, "1_n": 0, "n_1": 2 / 8, "n_m": 2 / 8}
-    assert coverage.byte_shares == {"1_1": 7 / 15, "1_n": 0, "n_1": 3 / 15, "n_m": 5 / 15}
+    assert coverage.student_token_shares == {"1_1": 4 / 8, "1_n": 2 / 8, "n_1": 0, "n_m": 2 / 8}
+    assert coverage.byte_shares == {"1_1": 7 / 15, "1_n": 3 / 15, "n_1": 0, "n_m": 5 / 15}
     assert coverage.shared_token_share == 4 / 8
     assert coverage.bytes_dropped == {}
     assert coverage.longest_units[0] == {"text": "happy", "student_tokens": 2, "teacher_tokens": 2}
@@ -201,7 +201,7 @@ def test_the_tool(tmp_path, capsys):
     assert report["stop_pair"] == {"student": 258, "teacher": [259]}
     assert set(report["placement_balance"]) == {"1", "2", "4", "8", "16"}
     first, second = report["corpora"]
-    # hello: student he|ll|o, teacher hel|lo -> one unit of 3:2; the line end is 1:1
+    # hello: teacher hel|lo, student he|ll|o -> one unit of 2:3; the line end is 1:1
     assert (first["student_tokens"], first["teacher_tokens"], first["units"]) == (7, 5, 3)
     assert (first["share_1_1"], first["share_n_m"], first["share_n_1"]) == (1 / 7, 6 / 7, 0)
     assert (second["student_tokens"], second["units"], second["share_1_1"]) == (3, 3, 1)

@@ -1,0 +1,83 @@
+"""What a Hugging Face folder says about chats: its settings, its template, and the token that ends a turn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.sandbox
+
+_ANSWER = "The answer is 42."
+
+
+def read_settings(folder: Path, name: str) -> dict[str, Any]:
+    """One JSON file of the folder; empty where there is none. ValueError, naming the file, where it is no object."""
+    path = folder / name
+    if not path.exists():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return settings
+
+
+def special_token(value: Any) -> str | None:
+    """The text of a token in tokenizer_config.json, which is a string or an object with its content."""
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def template_source(folder: Path, settings: dict[str, Any]) -> tuple[str, str]:
+    """File and text of the folder's template; of several named ones, the one named default."""
+    if (folder / "chat_template.jinja").exists():
+        return "chat_template.jinja", (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+    if not isinstance(template, str):
+        raise ValueError(
+            "has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json), which "
+            "--apply-chat-template needs"
+        )
+    return "tokenizer_config.json", template
+
+
+def environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    """What templates are written for, but for the clock (strftime_now): a template that dates its prompts then writes
+    its own default date, and a run that is continued tomorrow continues with the same prompts."""
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def to_json(value: Any, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    sandbox.globals["raise_exception"] = raise_exception
+    sandbox.filters["tojson"] = to_json
+    return sandbox
+
+
+def turn_end(folder: Path, special_tokens: Iterable[str]) -> str | None:
+    """The special token that the folder's chat template writes behind an answer: what an instructed model stops with.
+
+    None where there is no template, where it does not render a plain conversation, or writes no such token.
+    """
+    settings = read_settings(folder, "tokenizer_config.json")
+    tokens = {key: special_token(value) for key, value in settings.items() if key.endswith("_token")}
+    messages = [{"role": "user", "content": "What is six times seven?"}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        _, source = template_source(folder, settings)
+        text = environment().from_string(source).render(messages=messages, **tokens)
+    except (OSError, ValueError, TypeError, LookupError, jinja2.TemplateError):
+        return None
+    behind = text.partition(_ANSWER)[2].lstrip()
+    found = [token for token in special_tokens if token and behind.startswith(token)]
+    return max(found, key=len, default=None)

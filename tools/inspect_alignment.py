@@ -1,0 +1,127 @@
+"""Shows how two tokenizers cut one text, and which units they have in common.
+
+    python tools/inspect_alignment.py --teacher-tokenizer SPEC --student-tokenizer SPEC (--text T | --text-file F)
+        [--format terminal|html|json] [--output F]
+
+The student's tokenizer encodes the bytes; the teacher retokenizes what those ids spell, as in training. Without
+--output the result goes to standard output. The page of --format html needs no other file and no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np  # noqa: E402
+
+from megatron_simct.alignment import Tokenizer, align, load_tokenizer  # noqa: E402
+
+KINDS = ("1:1", "1:n", "n:1", "n:m")
+"""Teacher tokens : student tokens."""
+
+
+def inspect(teacher: Tokenizer, student: Tokenizer, data: bytes) -> dict[str, Any]:
+    """The alignment of `data`: segments, ids, dropped bytes by reason, and for display units with kinds and bytes."""
+    student_ids = student.encode(data)
+    spelled = student.decode(student_ids)
+    teacher_ids = teacher.encode(spelled)
+    found = align(teacher.table, teacher_ids, student.table, student_ids)
+
+    def tokens(tokenizer: Tokenizer, ids: np.ndarray) -> list[dict[str, Any]]:
+        return [{"id": int(i), "text": show(tokenizer.table.bytes_of(int(i)))} for i in ids]
+
+    units = []
+    for ts, te, ss, se in found.segments.tolist():
+        content = student.decode(student_ids[ss:se])
+        units.append(
+            {
+                "kind": KINDS[2 * (te - ts > 1) + (se - ss > 1)],
+                "text": show(content),
+                "bytes": content.hex(" "),
+                "teacher": tokens(teacher, teacher_ids[ts:te]),
+                "student": tokens(student, student_ids[ss:se]),
+            }
+        )
+    covered = int(found.byte_ends[-1]) if found.byte_ends.size else 0
+    return {
+        "segments": found.segments.tolist(),
+        "teacher_ids": teacher_ids.tolist(),
+        "student_ids": student_ids.tolist(),
+        "dropped": found.dropped,
+        "bytes_not_encoded": len(data) - len(spelled),
+        "units": units,
+        "rest": show(data[covered:]),
+        "counts": {kind: sum(unit["kind"] == kind for unit in units) for kind in KINDS},
+    }
+
+
+def show(data: bytes) -> str:
+    """Bytes as text; what is not UTF-8 or not printable as \\xNN."""
+    text = data.decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def as_terminal(result: dict[str, Any]) -> str:
+    """Units in the colour of their kind, with ANSI codes where standard output is a terminal."""
+    from rich.console import Console
+    from rich.text import Text
+
+    styles = dict(zip(KINDS, ("green", "black on yellow", "black on cyan", "white on magenta"), strict=True))
+    console = Console(highlight=False)
+    text = Text()
+    for unit in result["units"]:
+        text.append(unit["text"], styles[unit["kind"]])
+        text.append("│", "dim")
+    text.append(result["rest"], "strike red")
+    legend = Text("\n\n")
+    for kind in KINDS:
+        legend.append(f" {kind} ", styles[kind]).append(f" {result['counts'][kind]}   ")
+    legend.append(f"dropped bytes {result['dropped'] or 0}")
+    with console.capture() as capture:
+        console.print(text + legend)
+    return capture.get()
+
+
+def as_html(result: dict[str, Any], teacher: str, student: str) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(Path(__file__).with_name("inspect_alignment.html").read_text(encoding="utf-8"))
+    return template.render(result=result, kinds=KINDS, teacher=teacher, student=student)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--teacher-tokenizer", required=True, metavar="SPEC")
+    parser.add_argument("--student-tokenizer", required=True, metavar="SPEC")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", help="UTF-8 text")
+    source.add_argument("--text-file", help="file of any bytes")
+    parser.add_argument("--format", choices=("terminal", "html", "json"), default="terminal")
+    parser.add_argument("--output", help="file to write; standard output if not given")
+    args = parser.parse_args()
+    try:
+        data = args.text.encode() if args.text is not None else Path(args.text_file).read_bytes()
+        teacher, student = load_tokenizer(args.teacher_tokenizer), load_tokenizer(args.student_tokenizer)
+        result = inspect(teacher, student, data)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if args.format == "html":
+        output = as_html(result, teacher.name, student.name)
+    elif args.format == "json":
+        output = json.dumps(result, ensure_ascii=False) + "\n"
+    else:
+        output = as_terminal(result)
+    if args.output:
+        Path(args.output).write_text(output, encoding="utf-8")
+    else:
+        sys.stdout.write(output)
+
+
+if __name__ == "__main__":
+    main()
