@@ -15,11 +15,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from megatron_simct.alignment import Tokenizer, align, load_tokenizer  # noqa: E402
+from megatron_simct.alignment import Tokenizer, align, load_tokenizer
 
 KINDS = ("1:1", "1:n", "n:1", "n:m")
 """Teacher tokens : student tokens."""
@@ -66,22 +67,25 @@ def show(data: bytes) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def as_terminal(result: dict[str, Any]) -> str:
-    """Units in the colour of their kind, with ANSI codes where standard output is a terminal."""
+def as_terminal(result: dict[str, Any], *, colours: bool) -> str:
+    """Units between bars, in the colour of their kind; without colours those that are not 1:1 stand in brackets."""
     from rich.console import Console
     from rich.text import Text
 
     styles = dict(zip(KINDS, ("green", "black on yellow", "black on cyan", "white on magenta"), strict=True))
-    console = Console(highlight=False)
+    console = Console(highlight=False, force_terminal=colours, no_color=not colours)
     text = Text()
     for unit in result["units"]:
-        text.append(unit["text"], styles[unit["kind"]])
+        plain = unit["kind"] == "1:1" or colours
+        text.append(unit["text"] if plain else f"[{unit['text']}]", styles[unit["kind"]])
         text.append("│", "dim")
     text.append(result["rest"], "strike red")
     legend = Text("\n\n")
     for kind in KINDS:
         legend.append(f" {kind} ", styles[kind]).append(f" {result['counts'][kind]}   ")
-    legend.append(f"dropped bytes {result['dropped'] or 0}")
+    dropped = ", ".join(f"{count} ({reason})" for reason, count in result["dropped"].items()) or "0"
+    legend.append(f"bytes in no unit: {dropped}")
+    legend.append("\nteacher tokens : student tokens of a unit", "dim")
     with console.capture() as capture:
         console.print(text + legend)
     return capture.get()
@@ -95,33 +99,56 @@ def as_html(result: dict[str, Any], teacher: str, student: str) -> str:
     return template.render(result=result, kinds=KINDS, teacher=teacher, student=student)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--teacher-tokenizer", required=True, metavar="SPEC")
-    parser.add_argument("--student-tokenizer", required=True, metavar="SPEC")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", help="UTF-8 text")
-    source.add_argument("--text-file", help="file of any bytes")
-    parser.add_argument("--format", choices=("terminal", "html", "json"), default="terminal")
-    parser.add_argument("--output", help="file to write; standard output if not given")
-    args = parser.parse_args()
+def main(argv: list[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
     try:
-        data = args.text.encode() if args.text is not None else Path(args.text_file).read_bytes()
-        teacher, student = load_tokenizer(args.teacher_tokenizer), load_tokenizer(args.student_tokenizer)
+        data = options.text.encode() if options.text is not None else Path(options.text_file).read_bytes()
+        teacher = _load(options.teacher_tokenizer, "teacher")
+        student = _load(options.student_tokenizer, "student")
         result = inspect(teacher, student, data)
+        match options.format:
+            case "html":
+                output = as_html(result, teacher.name, student.name)
+            case "json":
+                output = json.dumps(result, ensure_ascii=False) + "\n"
+            case _:
+                output = as_terminal(result, colours=options.output is None and sys.stdout.isatty())
+        if options.output is not None:
+            Path(options.output).write_text(output, encoding="utf-8")
+        else:
+            sys.stdout.write(output)
     except (OSError, ValueError) as error:
-        parser.error(str(error))
-    if args.format == "html":
-        output = as_html(result, teacher.name, student.name)
-    elif args.format == "json":
-        output = json.dumps(result, ensure_ascii=False) + "\n"
-    else:
-        output = as_terminal(result)
-    if args.output:
-        Path(args.output).write_text(output, encoding="utf-8")
-    else:
-        sys.stdout.write(output)
+        print(f"inspect_alignment: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="inspect_alignment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    spec = "Hugging Face folder or tokenizer.json, SentencePiece NAME.model, tiktoken ranks, tiktoken:NAME, tekken.json"
+    parser.add_argument("--teacher-tokenizer", required=True, metavar="SPEC", help=spec)
+    parser.add_argument("--student-tokenizer", required=True, metavar="SPEC", help="likewise")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", metavar="T", help="the text itself")
+    source.add_argument("--text-file", metavar="F", help="a file of any bytes: what is not UTF-8 ends the comparison")
+    parser.add_argument(
+        "--format",
+        choices=("terminal", "html", "json"),
+        default="terminal",
+        help="terminal: colours by kind of unit; html: a page with details and filters; json: segments and ids",
+    )
+    parser.add_argument("--output", metavar="F", help="file to write; standard output if not given")
+    return parser
+
+
+def _load(spec: str, side: str) -> Tokenizer:
+    try:
+        return load_tokenizer(spec)
+    except ValueError as error:
+        raise ValueError(f"--{side}-tokenizer: {error}") from None
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
