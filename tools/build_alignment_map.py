@@ -70,6 +70,12 @@ def _parser() -> argparse.ArgumentParser:
             metavar="ID",
             help=f"ids at which the {side} ends a response, the usual one first; default: what its files say",
         )
+    parser.add_argument(
+        "--allow-lossy",
+        action="store_true",
+        help="accept tokenizers that rewrite or drop text (NFKC, WordPiece), to see what share of the --corpus they "
+        "lose; training refuses them",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
     return parser
 
@@ -83,8 +89,10 @@ def build(options: argparse.Namespace) -> dict[str, object]:
     output = Path(options.output)
     if output.exists() and not is_map(output) and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output {output}: exists and is no alignment map; give another folder")
-    student = _load(options.student_tokenizer, options.student_stop_token_ids, "student")
-    teacher = _load(options.teacher_tokenizer, options.teacher_stop_token_ids, "teacher")
+    if options.allow_lossy and not options.corpus:
+        raise ValueError("--allow-lossy needs --corpus, the text on which the loss is measured")
+    student = _load(options.student_tokenizer, options.student_stop_token_ids, "student", options.allow_lossy)
+    teacher = _load(options.teacher_tokenizer, options.teacher_stop_token_ids, "teacher", options.allow_lossy)
     with console.status("pairing the two vocabularies"):
         alignment_map = build_alignment_map(student, teacher)
     coverages: dict[str, Coverage] = {}
@@ -98,11 +106,12 @@ def build(options: argparse.Namespace) -> dict[str, object]:
         "num_shared": alignment_map.num_shared,
         "teacher_vocab_size": alignment_map.teacher_vocab_size,
         "student_vocab_size": alignment_map.student_vocab_size,
+        "lossy": {side: t.lossy for side, t in (("teacher", teacher), ("student", student)) if t.lossy},
         "stop_pair": stop_pair(alignment_map),
         "placement_balance": {str(size): share for size, share in placement_balance(alignment_map).items()},
         "corpora": [{"file": name, **coverage.as_json()} for name, coverage in coverages.items()],
     }
-    names = ("teacher_tokenizer", "student_tokenizer", "corpora")
+    names = ("teacher_tokenizer", "student_tokenizer", "lossy", "corpora")
     description = {name: report[name] for name in names}
     save_map(output, alignment_map, student=student.table, teacher=teacher.table, description=description)
     if not options.json:
@@ -110,9 +119,9 @@ def build(options: argparse.Namespace) -> dict[str, object]:
     return report
 
 
-def _load(spec: str, stop_token_ids: list[int], side: str) -> Tokenizer:
+def _load(spec: str, stop_token_ids: list[int], side: str, allow_lossy: bool) -> Tokenizer:
     try:
-        return load_tokenizer(spec, stop_token_ids)
+        return load_tokenizer(spec, stop_token_ids, allow_lossy=allow_lossy)
     except ValueError as error:
         raise ValueError(f"--{side}-tokenizer: {error}") from None
 
@@ -174,12 +183,15 @@ def show(
     console.print(table)
     balance = ", ".join(f"TP{size} {share:.2f}" for size, share in placement_balance(alignment_map).items())
     console.print(f"teacher rows on the fullest rank, 1 being an even split of the vocabulary: {balance}")
+    for side, tokenizer in (("teacher", teacher), ("student", student)):
+        if tokenizer.lossy:
+            console.print(f"[red]the {side}'s tokenizer is lossy[/red]: {escape(tokenizer.lossy)}")
     if not coverages:
         console.print("no --corpus given: coverage on a text was not measured")
         return
     table = Table(box=None, pad_edge=False, title="student tokens by unit, teacher:student", title_justify="left")
     table.add_column("corpus", overflow="fold")
-    for title in ("student", "teacher", "units", *(kind.replace("_", ":") for kind in KINDS), "bytes in none"):
+    for title in ("student", "teacher", "units", *(kind.replace("_", ":") for kind in KINDS), "bytes lost"):
         table.add_column(title, justify="right")
     for name, coverage in coverages.items():
         table.add_row(
@@ -188,7 +200,7 @@ def show(
             f"{coverage.teacher_tokens:,}",
             f"{coverage.units:,}",
             *(f"{coverage.student_token_shares[kind]:.1%}" for kind in KINDS),
-            f"{sum(coverage.bytes_dropped.values()):,}",
+            f"{coverage.as_json()['share_lost']:.1%}",
         )
     console.print(table)
     for name, coverage in coverages.items():

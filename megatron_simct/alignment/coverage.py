@@ -51,6 +51,7 @@ class Coverage:
             "units": self.units,
             "bytes": self.bytes,
             "bytes_dropped": self.bytes_dropped,
+            "share_lost": sum(self.bytes_dropped.values()) / max(self.bytes, 1),
             **{f"share_{kind}": self.student_token_shares[kind] for kind in KINDS},
             **{f"byte_share_{kind}": self.byte_shares[kind] for kind in KINDS},
             "shared_token_share": self.shared_token_share,

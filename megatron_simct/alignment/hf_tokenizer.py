@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,29 +39,37 @@ def generation_stop_ids(folder: Path) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(i) for i in ids))
 
 
-def load_hf_tokenizer(path: Path, stop_token_ids: tuple[int, ...]) -> Tokenizer:
+def load_hf_tokenizer(path: Path, stop_token_ids: tuple[int, ...], *, allow_lossy: bool = False) -> Tokenizer:
     """Loads a tokenizer.json; see `load_tokenizer`."""
+    losses: list[str] = []
+
+    def lossy(reason: str) -> None:
+        if not allow_lossy:
+            raise ValueError(reason)
+        losses.append(reason)
+
     spec = json.loads(path.read_text(encoding="utf-8"))
     if not (isinstance(spec, dict) and isinstance(spec.get("model"), dict)):
         raise ValueError("it holds no object with a model")
     model = spec["model"]
     if model.get("type") not in ("BPE", "Unigram"):
-        raise ValueError(f"its model {model.get('type')} has no tokens for every text; only BPE and Unigram can have")
+        lossy(f"its model {model.get('type')} has no tokens for every text; only BPE and Unigram can have")
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        raise ValueError("its pieces carry a prefix or suffix for their place in a word, so they do not spell text")
+        lossy("its pieces carry a prefix or suffix for their place in a word, so they do not spell text")
     spec |= {"truncation": None, "padding": None}
     if "dropout" in model:
         model["dropout"] = None
     raw = Encoder(json.dumps(spec), special_tokens=True)
 
-    byte_level, blank_mark = _keep_text(spec)
-    pieces, special_ids = _pieces(spec, byte_level=byte_level, blank_mark=blank_mark)
+    byte_level, blank_mark = _keep_text(spec, lossy)
+    pieces, special_ids = _pieces(spec, lossy, byte_level=byte_level, blank_mark=blank_mark)
     added_ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
     sources = dict.fromkeys(stop_token_ids, "given") or _stop_ids(
         path.parent, added_ids | _vocabulary(model), added_ids
     )
     stop_ids = tuple(sources)
-    table = build_table(pieces, special_ids, stop_ids)
+    normalizer = json.dumps(spec["normalizer"], sort_keys=True) if spec["normalizer"] else ""
+    table = build_table(pieces, special_ids, stop_ids, normalizer=normalizer)
     for token in spec["added_tokens"]:
         token["special"] = bool(table.special[token["id"]])
     encode = _ordinary(Encoder(json.dumps(spec), special_tokens=False), added_ids, stop_ids, pieces)
@@ -74,9 +83,9 @@ def load_hf_tokenizer(path: Path, stop_token_ids: tuple[int, ...]) -> Tokenizer:
         stop_sources=sources,
     )
     found = tokenizer.decode(tokenizer.encode(_PROBE.encode()))
-    if found != _PROBE.encode():
-        raise ValueError(f"it rewrites text: {_PROBE!r} comes back as {found.decode(errors='replace')!r}")
-    return tokenizer
+    if found != _PROBE.encode() and not losses:
+        lossy(f"it rewrites text: {_PROBE!r} comes back as {found.decode(errors='replace')!r}")
+    return replace(tokenizer, lossy="; ".join(losses) or None)
 
 
 class Encoder:
@@ -101,10 +110,10 @@ class Encoder:
         return partial(Encoder, special_tokens=self._special_tokens), (self._spec,)
 
 
-def _keep_text(spec: dict[str, Any]) -> tuple[bool, bool]:
+def _keep_text(spec: dict[str, Any], lossy: Callable[[str], None]) -> tuple[bool, bool]:
     """Take the leading blank out of the pipeline; whether it is byte-level, and whether '▁' stands for a blank.
 
-    ValueError for a step that would rewrite or drop text.
+    `lossy` is called for a step that would rewrite or drop text.
     """
     splits = list(_steps(spec.get("pre_tokenizer"), "pretokenizers"))
     byte_level = any(step["type"] == "ByteLevel" for step in splits)
@@ -114,7 +123,7 @@ def _keep_text(spec: dict[str, Any]) -> tuple[bool, bool]:
         blanks = step["type"] == "Replace" and (step["pattern"], step["content"]) == ({"String": " "}, "▁")
         leading = step["type"] == "Prepend" and step["prepend"] == "▁"
         if not (step["type"] == "NFC" or ((blanks or leading) and not byte_level)):
-            raise ValueError(f"its normalizer {step['type']} rewrites text, so its tokens would not spell the response")
+            lossy(f"its normalizer {step['type']} rewrites text, so its tokens would not spell the response")
         blank_mark |= blanks
         kept += [] if leading else [step]
     spec["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
@@ -122,7 +131,7 @@ def _keep_text(spec: dict[str, Any]) -> tuple[bool, bool]:
         # Inverted, what matches the pattern is kept. Patterns of this kind match every text (o200k's).
         drops = step.get("behavior") == "Removed" and not step.get("invert")
         if step["type"] not in _SPLITS or drops or step.get("replacement", "▁") != "▁":
-            raise ValueError(f"its pre-tokenizer {step['type']} drops or rewrites text")
+            lossy(f"its pre-tokenizer {step['type']} drops or rewrites text")
         if step["type"] == "ByteLevel":
             step["add_prefix_space"] = False
         if step["type"] == "Metaspace":
@@ -143,21 +152,25 @@ def _steps(component: dict[str, Any] | None, key: str) -> Iterator[dict[str, Any
 
 def _vocabulary(model: dict[str, Any]) -> dict[str, int]:
     """Pieces of the model, as they are written in the file, and their ids."""
-    if model["type"] == "BPE":
+    if isinstance(model["vocab"], dict):
         return model["vocab"]
     return {piece: token_id for token_id, (piece, _) in enumerate(model["vocab"])}
 
 
-def _pieces(spec: dict[str, Any], *, byte_level: bool, blank_mark: bool) -> tuple[list[bytes], set[int]]:
+def _pieces(
+    spec: dict[str, Any], lossy: Callable[[str], None], *, byte_level: bool, blank_mark: bool
+) -> tuple[list[bytes], set[int]]:
     """The bytes of every id, and the ids that stand for no bytes."""
     model = spec["model"]
     vocabulary = _vocabulary(model)
     if byte_level:
         spell: Callable[[str], bytes | None] = partial(_byte_level_bytes, _byte_of_character())
-    elif model.get("byte_fallback"):
-        spell = partial(_fallback_bytes, blank_mark)
     else:
-        raise ValueError("it is neither byte-level nor has it byte_fallback, so not every text has tokens")
+        spell = partial(_fallback_bytes, blank_mark)
+        if not model.get("byte_fallback"):
+            lossy("it is neither byte-level nor has it byte_fallback, so not every text has tokens")
+            prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
+            spell = partial(_word_piece_bytes, blank_mark, prefix, suffix)
     size = 1 + max([*vocabulary.values(), *(token["id"] for token in spec["added_tokens"])], default=-1)
     pieces: list[bytes | None] = [None] * size
     for piece, token_id in vocabulary.items():
@@ -173,7 +186,7 @@ def _pieces(spec: dict[str, Any], *, byte_level: bool, blank_mark: bool) -> tupl
         pieces[token["id"]] = None if token["special"] else content
     missing = set(range(256)) - {piece[0] for piece in pieces if piece is not None and len(piece) == 1}
     if missing:
-        raise ValueError(f"{len(missing)} single bytes have no token, {min(missing):#04x} first")
+        lossy(f"{len(missing)} single bytes have no token, {min(missing):#04x} first")
     return [piece or b"" for piece in pieces], {i for i, piece in enumerate(pieces) if piece is None}
 
 
@@ -193,6 +206,10 @@ def _fallback_bytes(blank_mark: bool, piece: str) -> bytes:
     if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
         return bytes([int(piece[3:5], 16)])
     return (piece.replace("▁", " ") if blank_mark else piece).encode()
+
+
+def _word_piece_bytes(blank_mark: bool, prefix: str, suffix: str, piece: str) -> bytes:
+    return (piece.replace("▁", " ") if blank_mark else piece).removeprefix(prefix).removesuffix(suffix).encode()
 
 
 def _ordinary(

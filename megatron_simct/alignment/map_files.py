@@ -81,6 +81,8 @@ def save_map(
         "teacher_vocab_size": alignment_map.teacher_vocab_size,
         "stop_pair": stop_pair(alignment_map),
         "student_stop_ids": list(student.stop_ids),
+        "student_normalizer": student.normalizer,
+        "teacher_normalizer": teacher.normalizer,
         "student_fingerprint": alignment_map.student_fingerprint,
         "teacher_fingerprint": alignment_map.teacher_fingerprint,
         "fingerprint": alignment_map.fingerprint,
@@ -169,7 +171,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     except OSError as error:
         raise ValueError(f"alignment map {folder}: {_TENSORS} cannot be read ({error}); build it again") from None
     names = {"student_ids", "teacher_ids"} | {f"{s}_{n}" for s in _SIDES for n in ("bytes", "lengths", "special")}
-    keys = {"tensors_sha256", "fingerprint", "stop_pair", "student_stop_ids"} | {f"{s}_fingerprint" for s in _SIDES}
+    keys = {"tensors_sha256", "fingerprint", "stop_pair", "student_stop_ids"}
+    keys |= {f"{side}_{name}" for side in _SIDES for name in ("fingerprint", "normalizer")}
     missing = sorted(keys - set(settings))
     if missing:
         raise ValueError(f"alignment map {folder}: {_SETTINGS} lacks {', '.join(missing)}; build it again")
@@ -196,6 +199,7 @@ def _table(folder: Path, settings: dict[str, Any], tensors: dict[str, np.ndarray
             offsets=np.append(0, lengths.cumsum()),
             special=tensors[f"{side}_special"].astype(bool),
             stop_ids=tuple(int(i) for i in stop_ids),
+            normalizer=str(settings[f"{side}_normalizer"]),
         )
     except (AssertionError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"alignment map {folder}: the {side}'s bytes are damaged ({error}); build it again") from None

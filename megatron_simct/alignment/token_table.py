@@ -33,6 +33,8 @@ class TokenTable:
     """bool [V]: ids that are not content (control tokens, stop tokens, ids that the tokenizer leaves unused)."""
     stop_ids: tuple[int, ...]
     """The ids that end a response; the first is the one that a retokenized response ends with."""
+    normalizer: str = ""
+    """What the tokenizer does to text before it cuts it; "" for nothing. Part of the fingerprint only."""
     lengths: np.ndarray = field(init=False, repr=False)
     """int64 [V]: bytes of each id; 0 for special ids."""
 
@@ -48,7 +50,12 @@ class TokenTable:
 
     @classmethod
     def from_bytes(
-        cls, pieces: Sequence[bytes], special_ids: Iterable[int] = (), stop_ids: Iterable[int] = ()
+        cls,
+        pieces: Sequence[bytes],
+        special_ids: Iterable[int] = (),
+        stop_ids: Iterable[int] = (),
+        *,
+        normalizer: str = "",
     ) -> TokenTable:
         """The table of `pieces` [V]. Stop ids are special too; what `pieces` holds for a special id is ignored.
 
@@ -67,7 +74,7 @@ class TokenTable:
         offsets = np.zeros(len(pieces) + 1, dtype=np.int64)
         np.cumsum([len(piece) for piece in content], out=offsets[1:])
         flat = np.frombuffer(b"".join(content), dtype=np.uint8)
-        return cls(flat=flat, offsets=offsets, special=special, stop_ids=stop_ids)
+        return cls(flat=flat, offsets=offsets, special=special, stop_ids=stop_ids, normalizer=normalizer)
 
     @property
     def num_ids(self) -> int:
@@ -76,8 +83,8 @@ class TokenTable:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) of bytes, special flags and stop ids: equal means that ids mean the same on both sides."""
-        digest = hashlib.sha256()
+        """sha256 (hex) of bytes, special flags, stop ids and normalizer: equal means that ids mean the same."""
+        digest = hashlib.sha256(self.normalizer.encode())
         for array in (self.offsets, self.flat, self.special, np.asarray(self.stop_ids, dtype=np.int64)):
             digest.update(np.int64(array.nbytes).tobytes())
             digest.update(array.tobytes())

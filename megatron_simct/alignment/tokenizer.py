@@ -49,6 +49,8 @@ class Tokenizer:
     """Ids of a rendered chat template, in which the spelling of a special token is that token; None: cannot."""
     stop_sources: dict[int, str] = field(default_factory=dict)
     """For people: where each stop id comes from."""
+    lossy: str | None = None
+    """Why its tokens may not spell the text that they encode; None where they do."""
 
     def encode(self, data: bytes) -> np.ndarray:
         """int32 [n]: content ids of the longest prefix of `data` that is valid UTF-8."""
@@ -68,12 +70,13 @@ def utf8_prefix_bytes(data: bytes) -> int:
     return len(data)
 
 
-def load_tokenizer(spec: str, stop_token_ids: Iterable[int] = ()) -> Tokenizer:
+def load_tokenizer(spec: str, stop_token_ids: Iterable[int] = (), *, allow_lossy: bool = False) -> Tokenizer:
     """Loads the tokenizer `spec`, a file or a Hugging Face folder; `stop_token_ids` replaces the stop tokens it names.
 
     The first stop id is the one that a retokenized response ends with, so give what the model emits to end its turn.
     Raises ValueError, naming the file, if it cannot be read, is of no accepted kind, has no stop token, or would not
-    spell text as it is (a normalizer that rewrites text).
+    spell text as it is (a normalizer that rewrites text, WordPiece). With allow_lossy the last is not an error; what
+    such a tokenizer changes is left out of every comparison, and `Tokenizer.lossy` has the reason.
     """
     from megatron_simct.alignment.hf_tokenizer import generation_stop_ids, load_hf_tokenizer, tokenizer_file
 
@@ -97,6 +100,8 @@ def load_tokenizer(spec: str, stop_token_ids: Iterable[int] = ()) -> Tokenizer:
         stop_ids = tuple(stop_token_ids)
         if in_folder and load is _load_sentencepiece:
             stop_ids = stop_ids or generation_stop_ids(path.parent)
+        if load in (load_hf_tokenizer, _load_sentencepiece):
+            return load(path, stop_ids, allow_lossy=allow_lossy)
         return load(path, stop_ids)
     except (OSError, RuntimeError, LookupError, ValueError) as error:
         raise ValueError(f'tokenizer "{spec}" cannot be used: {type(error).__name__}: {error}; {_ACCEPTED}') from error
@@ -109,7 +114,7 @@ _KEEP_BLANKS = bytes([0x1A, 4, 0x18, 0, 0x20, 0])
 _NO_CHARSMAP = bytes([0x1A, 2, 0x12, 0])
 
 
-def _load_sentencepiece(path: Path, stop_token_ids: tuple[int, ...]) -> Tokenizer:
+def _load_sentencepiece(path: Path, stop_token_ids: tuple[int, ...], *, allow_lossy: bool) -> Tokenizer:
     import sentencepiece
 
     def processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
@@ -119,13 +124,16 @@ def _load_sentencepiece(path: Path, stop_token_ids: tuple[int, ...]) -> Tokenize
     sp = processor(model)
     # A character map takes hundreds of kilobytes, an empty field two bytes.
     charsmap_bytes = len(sp.serialized_model_proto()) - len(processor(model + _NO_CHARSMAP).serialized_model_proto())
+    lossy = None
     if charsmap_bytes > 2:
-        raise ValueError(
+        lossy = (
             f"its normalizer rewrites text (a character map of {charsmap_bytes} bytes, as nmt_nfkc has), so its tokens "
             "would not spell the response; only identity normalizers are supported"
         )
-    if sp.normalize("  a  b ") != "▁▁a▁▁b▁":
-        raise ValueError(f'its normalizer turns "  a  b " into "{sp.normalize("  a  b ")}" instead of keeping blanks')
+    elif sp.normalize("  a  b ") != "▁▁a▁▁b▁":
+        lossy = f'its normalizer turns "  a  b " into "{sp.normalize("  a  b ")}" instead of keeping blanks'
+    if lossy is not None and not allow_lossy:
+        raise ValueError(lossy)
 
     ids = range(sp.get_piece_size())
     pieces = [_piece_bytes(sp.id_to_piece(i), is_byte=sp.is_byte(i)) for i in ids]
@@ -137,9 +145,10 @@ def _load_sentencepiece(path: Path, stop_token_ids: tuple[int, ...]) -> Tokenize
     cuts = re.compile("|".join(f"(?<={re.escape(piece[0])})(?={re.escape(piece[1:])})" for piece in found))
     return Tokenizer(
         name=str(path),
-        table=build_table(pieces, special_ids, stop_ids),
+        table=build_table(pieces, special_ids, stop_ids, normalizer=lossy or ""),
         encode_text=partial(encode_cut, sp.encode, cuts) if found else sp.encode,
         bos_id=sp.bos_id() if sp.bos_id() >= 0 else None,
+        lossy=lossy,
     )
 
 
@@ -230,8 +239,10 @@ def _from_ranks(
     )
 
 
-def build_table(pieces: Sequence[bytes], special_ids: Iterable[int], stop_ids: tuple[int, ...]) -> TokenTable:
+def build_table(
+    pieces: Sequence[bytes], special_ids: Iterable[int], stop_ids: tuple[int, ...], *, normalizer: str = ""
+) -> TokenTable:
     """The table of a tokenizer that must have a stop token."""
     if not stop_ids:
         raise ValueError("it names no stop token; give stop_token_ids")
-    return TokenTable.from_bytes(pieces, special_ids, stop_ids)
+    return TokenTable.from_bytes(pieces, special_ids, stop_ids, normalizer=normalizer)

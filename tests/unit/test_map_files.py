@@ -235,3 +235,34 @@ def test_the_tools_errors(tmp_path, capsys, arguments, message):
     error = capsys.readouterr().err.strip()
     assert re.search(message, error.replace("\n", " ")), error
     assert not (tmp_path / "map").exists()
+
+
+def test_a_lossy_tokenizer_is_refused_or_its_loss_reported(tmp_path, capsys):
+    teacher = tiktoken_file(tmp_path, "teacher", [], "<t>")
+    folder = tmp_path / "wordpiece"
+    folder.mkdir()
+    vocabulary = {piece: i for i, piece in enumerate(["[UNK]", "[SEP]", "he", "##llo", "a", "##a"])}
+    special = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    spec = {
+        "version": "1.0",
+        "added_tokens": [{"id": i, "content": text, **special} for text, i in (("[UNK]", 0), ("[SEP]", 1))],
+        "normalizer": {"type": "Lowercase"},
+        "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordPiece", "vocab": vocabulary, "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+                  "max_input_chars_per_word": 100},
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "a.txt").write_text("hello aa")
+    base = ["--teacher-tokenizer", teacher, "--student-tokenizer", str(folder), "--student-stop-token-ids", "1"]
+    base += ["--output", str(tmp_path / "map"), "--corpus", str(tmp_path / "a.txt"), "--json"]
+    assert tool.main(base) == 1
+    assert "WordPiece has no tokens for every text" in capsys.readouterr().err
+    assert tool.main([*base, "--allow-lossy"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert "WordPiece" in report["lossy"]["student"] and "Lowercase" in report["lossy"]["student"]
+    # "hello" is spelled, the blank is lost, and what follows cannot be compared.
+    (corpus,) = report["corpora"]
+    assert corpus["bytes_dropped"] == {"mismatch": 2, "student_rewrites": 1}
+    assert corpus["share_lost"] == 3 / 8
+    assert tool.main([*base[:-3], "--allow-lossy"]) == 1
+    assert "--allow-lossy needs --corpus" in capsys.readouterr().err

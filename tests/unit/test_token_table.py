@@ -75,3 +75,8 @@ def test_the_table_cannot_be_written(table):
     for array in (table.flat, table.offsets, table.special, table.lengths):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 0
+
+
+def test_the_fingerprint_covers_the_normalizer():
+    tables = [TokenTable.from_bytes([b"a", b"<e>"], stop_ids=[1], normalizer=name) for name in ("", "NFC", "NFC")]
+    assert tables[0].fingerprint != tables[1].fingerprint == tables[2].fingerprint
