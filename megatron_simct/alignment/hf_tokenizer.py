@@ -68,7 +68,8 @@ def load_hf_tokenizer(path: Path, stop_token_ids: tuple[int, ...], *, allow_loss
         path.parent, added_ids | _vocabulary(model), added_ids
     )
     stop_ids = tuple(sources)
-    normalizer = json.dumps(spec["normalizer"], sort_keys=True) if spec["normalizer"] else ""
+    rewriting = [step for step in _steps(spec["normalizer"], "normalizers") if not _marks_blanks(step)]
+    normalizer = json.dumps(rewriting, sort_keys=True) if rewriting else ""
     table = build_table(pieces, special_ids, stop_ids, normalizer=normalizer)
     for token in spec["added_tokens"]:
         token["special"] = bool(table.special[token["id"]])
@@ -120,7 +121,7 @@ def _keep_text(spec: dict[str, Any], lossy: Callable[[str], None]) -> tuple[bool
     blank_mark = False
     kept = []
     for step in _steps(spec.get("normalizer"), "normalizers"):
-        blanks = step["type"] == "Replace" and (step["pattern"], step["content"]) == ({"String": " "}, "▁")
+        blanks = _marks_blanks(step)
         leading = step["type"] == "Prepend" and step["prepend"] == "▁"
         if not (step["type"] == "NFC" or ((blanks or leading) and not byte_level)):
             lossy(f"its normalizer {step['type']} rewrites text, so its tokens would not spell the response")
@@ -139,6 +140,10 @@ def _keep_text(spec: dict[str, Any], lossy: Callable[[str], None]) -> tuple[bool
             step["prepend_scheme"] = "never"
             blank_mark = True
     return byte_level, blank_mark
+
+
+def _marks_blanks(step: dict[str, Any]) -> bool:
+    return step["type"] == "Replace" and (step["pattern"], step["content"]) == ({"String": " "}, "▁")
 
 
 def _steps(component: dict[str, Any] | None, key: str) -> Iterator[dict[str, Any]]:
