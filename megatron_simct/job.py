@@ -19,7 +19,7 @@ from megatron_simct.data.rendering import ChatTemplate
 from megatron_simct.losses import SharedHead, check_config, check_labels, gather_shared_head, teacher_needs
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, build_model
 from megatron_simct.models.families import read_architecture
-from megatron_simct.models.hf_mapping import find_weights, load_hf_weights
+from megatron_simct.models.hf_load import find_weights, load_hf_weights
 from megatron_simct.monitoring import Monitor
 from megatron_simct.parallel.initialize import Groups
 from megatron_simct.parallel.packing import pack_micro_batches

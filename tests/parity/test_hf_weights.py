@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_simct.config import ParallelConfig
-from megatron_simct.models import hf_mapping
+from megatron_simct.models import hf_load
 from megatron_simct.models.build import build_model
 from megatron_simct.models.families import read_architecture
-from megatron_simct.models.hf_mapping import find_weights, load_hf_weights
+from megatron_simct.models.hf_load import find_weights, load_hf_weights
 from megatron_simct.parallel.initialize import process_groups
 from tests.distributed import run_ranks
 from tests.huggingface import save_model
@@ -165,14 +165,14 @@ def test_the_scaling_of_rotary_frequencies_shows_in_the_logits(folders, tmp_path
 
 def _numbers(rank: int, world_size: int, folder: str) -> tuple[int, int]:
     """How many numbers this rank read, and how many of its parameters are not padding."""
-    read, original = [], hf_mapping._Folder.read
+    read, original = [], hf_load._Folder.read
 
     def counted(*args: object) -> torch.Tensor:
         part = original(*args)
         read.append(part.numel())
         return part
 
-    hf_mapping._Folder.read = counted
+    hf_load._Folder.read = counted
     with load(folder, world_size) as (model, _):
         published = read_architecture(folder, flag="").vocab_size
         padding = sum(max(0, end - max(start, published)) for start, end in [model.vocab_shard])
