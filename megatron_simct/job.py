@@ -331,12 +331,12 @@ def _leave_to_last_stage(labels: LabelBatch) -> None:
 def load_model(
     config: Config, options: ModelConfig, groups: Groups, tokenizer: Tokenizer, *, prefix: str
 ) -> HiddenStateModel | InterleavedModel:
-    """The model of one side: weights of --[teacher-]pretrained-checkpoint, else of the folder, else random.
-
-    Random weights are drawn in every case, which costs some time where a large model's are then replaced.
-    """
+    """The model of one side: weights of --[teacher-]pretrained-checkpoint, else of the folder, else random."""
     flag = f"--{prefix}hf-checkpoint"
     architecture = read_architecture(options.hf_checkpoint, flag=flag)
+    has_weights = (
+        options.pretrained_checkpoint is not None or find_weights(options.hf_checkpoint, flag=flag) is not None
+    )
     model = build_model(
         architecture,
         config.parallel,
@@ -345,10 +345,11 @@ def load_model(
         divisible_by=options.make_vocab_size_divisible_by,
         bf16=config.training.bf16,
         flag=f"{flag} {options.hf_checkpoint}",
+        initialize=not has_weights,
     )
     if options.pretrained_checkpoint is not None:
         load_weights(model, options.pretrained_checkpoint, flag=f"--{prefix}pretrained-checkpoint")
-    elif find_weights(options.hf_checkpoint, flag=flag) is not None:
+    elif has_weights:
         load_hf_weights(
             model, architecture, options.hf_checkpoint, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag=flag
         )

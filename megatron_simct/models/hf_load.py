@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -37,6 +38,12 @@ def find_weights(folder: str, *, flag: str) -> Path | None:
     return None
 
 
+def has_only_bf16(folder: str, *, flag: str) -> bool:
+    """Whether every tensor of the folder is bfloat16. Raises ValueError as load_hf_weights does."""
+    with contextlib.ExitStack() as files:
+        return _Folder(folder, files, flag=flag).dtypes() == {torch.bfloat16}
+
+
 def load_hf_weights(
     model: HiddenStateModel | InterleavedModel,
     architecture: Architecture,
@@ -45,8 +52,11 @@ def load_hf_weights(
     tp_rank: int,
     tp_size: int,
     flag: str,
+    progress: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Fill every parameter of this rank's part of the model from the folder, in the parameter's own precision.
+
+    `progress` is told the bytes of each parameter when it is filled.
 
     Raises ValueError, naming the flag, the file and the tensor, for one that is missing, has another shape or has no
     place in the model, and for a file that is missing or damaged.
@@ -59,7 +69,13 @@ def load_hf_weights(
             if sum(piece.view.numel() for piece in pieces) < parameter.numel():
                 parameter.zero_()
             for piece in pieces:
-                piece.view.copy_(source.read(piece).view(piece.view.shape))
+                source.read(piece)
+            progress(parameter.nbytes)
+
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_BLOCK = 4 << 20
+"""Bytes that are read at a time."""
 
 
 class _Folder:
@@ -68,12 +84,12 @@ class _Folder:
     def __init__(self, folder: str, files: contextlib.ExitStack, *, flag: str) -> None:
         self._where = f"{flag} {folder}"
         self._files = files
-        self._opened: dict[Path, Any] = {}
+        self._opened: dict[Path, _File] = {}
         path = find_weights(folder, flag=flag)
         if path is None:
             raise ValueError(f"{self._where}: no {_SINGLE} there")
         if path.name == _SINGLE:
-            self._list, self._file_of = path, dict.fromkeys(self._open(path).keys(), path)
+            self._list, self._file_of = path, dict.fromkeys(self._open(path).tensors, path)
         else:
             self._list, self._file_of = path, self._read_index(path)
 
@@ -83,23 +99,53 @@ class _Folder:
             if not known.fullmatch(name):
                 raise ValueError(f"{self._where}: {path.name} holds {name}, which this model has no place for")
 
-    def read(self, piece: Piece) -> torch.Tensor:
-        name = piece.name
+    def dtypes(self) -> set[torch.dtype]:
+        """Of all tensors."""
+        return {self._find(name)[1][0] for name in self._file_of}
+
+    def read(self, piece: Piece) -> None:
+        """Fill the piece's view, in the view's own precision."""
+        file, (dtype, shape, offset) = self._find(piece.name)
+        if shape != piece.shape:
+            raise ValueError(
+                f"{self._where}: tensor {piece.name} of {file.path.name} has the shape {list(shape)}; config.json asks "
+                f"for {list(piece.shape)}"
+            )
+        row = math.prod(shape[1:])
+        skipped = piece.begin * row if piece.axis == 0 else 0
+        rows_per_unit = (piece.end - piece.begin if piece.axis == 0 else shape[0]) // len(piece.view)
+        unit = rows_per_unit * row
+        step = max(1, _BLOCK // (unit * dtype.itemsize))
+        for begin in range(0, len(piece.view), step):
+            target = piece.view[begin : begin + step]
+            block = file.read(offset + (skipped + begin * unit) * dtype.itemsize, len(target) * unit, dtype)
+            if piece.axis == 1:
+                block = block.view(-1, row)[:, piece.begin : piece.end]
+            target.copy_(block.reshape(target.shape))
+
+    def _find(self, name: str) -> tuple[_File, tuple[torch.dtype, tuple[int, ...], int]]:
+        """The file of a tensor, and its type, shape and offset there."""
         if name not in self._file_of:
             raise ValueError(f"{self._where}: tensor {name} is missing in {self._list.name}")
-        path = self._file_of[name]
-        file = self._open(path)
-        try:
-            part = file.get_slice(name)
-            found = tuple(part.get_shape())
-        except _safetensors_error() as error:
-            raise ValueError(f"{self._where}: cannot read tensor {name} of {path.name} ({error})") from None
-        if found != piece.shape:
+        file = self._open(self._file_of[name])
+        if name not in file.tensors:
             raise ValueError(
-                f"{self._where}: tensor {name} of {path.name} has the shape {list(found)}; config.json asks for "
-                f"{list(piece.shape)}"
+                f"{self._where}: cannot read tensor {name} of {file.path.name}, where {self._list.name} places it"
             )
-        return part[piece.begin : piece.end] if piece.axis == 0 else part[:, piece.begin : piece.end]
+        dtype, shape, begin, end = file.tensors[name]
+        if dtype not in _DTYPES:
+            raise ValueError(
+                f"{self._where}: tensor {name} of {file.path.name} has the type {dtype}; quantised weights are not "
+                f"read, only {', '.join(_DTYPES)}"
+            )
+        if end > file.size:
+            raise ValueError(
+                f"{self._where}: {file.path.name} is damaged or unreadable (truncated: tensor {name} ends at byte "
+                f"{end}, the file at {file.size})"
+            )
+        if end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
+            raise ValueError(f"{self._where}: {file.path.name} is damaged or unreadable (the length of {name})")
+        return file, (_DTYPES[dtype], shape, begin)
 
     def _read_index(self, path: Path) -> dict[str, Path]:
         try:
@@ -112,18 +158,41 @@ class _Folder:
                 raise ValueError(f"{self._where}: {path.name} places {name} in {file.name}, which is missing")
         return file_of
 
-    def _open(self, path: Path) -> Any:
+    def _open(self, path: Path) -> _File:
         if path not in self._opened:
-            from safetensors import safe_open
-
             try:
-                self._opened[path] = self._files.enter_context(safe_open(str(path), framework="pt"))
-            except (OSError, _safetensors_error()) as error:
-                raise ValueError(f"{self._where}: {path.name} is damaged or unreadable ({error})") from None
+                self._opened[path] = _File(path, self._files)
+            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+                reason = f"{type(error).__name__}: {str(error)[:100]}"
+                raise ValueError(f"{self._where}: {path.name} is damaged or unreadable ({reason})") from None
         return self._opened[path]
 
 
-def _safetensors_error() -> type[Exception]:
-    from safetensors import SafetensorError
+class _File:
+    """One file of safetensors: 8 bytes with the length of a JSON header, the header, the numbers.
 
-    return SafetensorError
+    It is read rather than mapped: pages of a mapped file stay in this process's memory beside the parameters.
+    """
+
+    def __init__(self, path: Path, files: contextlib.ExitStack) -> None:
+        self.path = path
+        self.size = path.stat().st_size
+        self._file = files.enter_context(path.open("rb"))
+        length = int.from_bytes(self._file.read(8), "little")
+        if length > self.size - 8:
+            raise ValueError(f"a header of {length} bytes in a file of {self.size}")
+        header = json.loads(self._file.read(length))
+        header.pop("__metadata__", None)
+        self.tensors: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
+        """Type, shape, first byte and end, by name."""
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            self.tensors[name] = entry["dtype"], tuple(entry["shape"]), 8 + length + begin, 8 + length + end
+
+    def read(self, offset: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """[count] numbers that begin at the byte `offset`."""
+        buffer = bytearray(count * dtype.itemsize)
+        self._file.seek(offset)
+        if self._file.readinto(buffer) != len(buffer):
+            raise ValueError(f"{self.path} has become shorter while it was read")
+        return torch.frombuffer(buffer, dtype=dtype)

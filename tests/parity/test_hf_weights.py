@@ -18,6 +18,7 @@ from megatron_simct.models import hf_load
 from megatron_simct.models.build import build_model
 from megatron_simct.models.families import read_architecture
 from megatron_simct.models.hf_load import find_weights, load_hf_weights
+from megatron_simct.models.hf_mapping import Piece
 from megatron_simct.parallel.initialize import process_groups
 from tests.distributed import run_ranks
 from tests.huggingface import save_model
@@ -167,10 +168,9 @@ def _numbers(rank: int, world_size: int, folder: str) -> tuple[int, int]:
     """How many numbers this rank read, and how many of its parameters are not padding."""
     read, original = [], hf_load._Folder.read
 
-    def counted(*args: object) -> torch.Tensor:
-        part = original(*args)
-        read.append(part.numel())
-        return part
+    def counted(folder: object, piece: Piece) -> None:
+        original(folder, piece)
+        read.append(piece.view.numel())
 
     hf_load._Folder.read = counted
     with load(folder, world_size) as (model, _):
