@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
+from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.distributed import run_ranks
 from tests.huggingface import save_model
+from tools import convert_checkpoint
+from tools.convert_checkpoint import _transformers_logits as transformers_logits
 from tools.convert_checkpoint import main
 
 pytest.importorskip("transformers")
@@ -31,8 +37,6 @@ def convert(command: str, layout: str = "one", **options: object) -> list[int]:
 
 
 def tensors_of(folder) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
     return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(str(path)).items()}
 
 
@@ -96,3 +100,20 @@ def test_nothing_is_overwritten(folder, tmp_path, capfd):
     assert convert("hf-to-megatron", hf_checkpoint=source, save=tmp_path / "m") == [0]
     assert convert("megatron-to-hf", load=tmp_path / "m", hf_checkpoint=source, save=tmp_path / "there") == [1]
     assert f"--save {tmp_path / 'there'}: exists already; nothing is overwritten" in capfd.readouterr().err
+
+
+def test_verify_fails_for_another_models_weights(folder, tmp_path, capfd):
+    source = folder("llama", False, torch.float32)
+    copy = shutil.copytree(source, tmp_path / "copy")
+    index = json.loads((copy / "model.safetensors.index.json").read_text())["weight_map"]
+    path = copy / index["model.layers.2.mlp.up_proj.weight"]
+    tensors = load_file(str(path))
+    tensors["model.layers.2.mlp.up_proj.weight"][0, 0] += 1.0
+    save_file(tensors, str(path), {"format": "pt"})
+    with patch.object(convert_checkpoint, "_transformers_logits", partial(_of_another_folder, str(source))):
+        assert convert("hf-to-megatron", hf_checkpoint=copy, save=tmp_path / "m", verify=True) == [1]
+    assert "--verify: logits of" in capfd.readouterr().err
+
+
+def _of_another_folder(other: str, folder: str, tokens: torch.Tensor) -> torch.Tensor:
+    return transformers_logits(other, tokens)

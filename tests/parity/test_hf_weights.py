@@ -293,6 +293,22 @@ def test_a_damaged_file_is_named(single, sharded, damage):
     assert f"{path.name} is damaged or unreadable" in fail(sharded)
 
 
+def test_quantised_weights_are_refused_by_name(single):
+    rewrite(single, lambda t: t.update({O_PROJ: t[O_PROJ].to(torch.float8_e4m3fn)}))
+    assert f"tensor {O_PROJ} of model.safetensors has the type F8_E4M3; quantised weights are not read" in fail(single)
+    path = single / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "fp8"}}))
+    assert "config.json says it is quantised (fp8)" in fail(single)
+
+
+def test_a_truncated_shard_is_named_with_the_tensor(sharded):
+    (path,) = sharded.glob("model-00003-of-*")
+    truncate(path)
+    assert re.search(
+        rf"{path.name} is damaged or unreadable \(truncated: tensor model\.\S+ ends at byte", fail(sharded)
+    )
+
+
 def test_an_index_that_names_a_missing_file(sharded):
     (path,) = sharded.glob("model-00002-of-*")
     path.unlink()
