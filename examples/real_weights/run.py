@@ -60,7 +60,7 @@ def report_shared_tokens(teacher: Path, student: Path) -> None:
     from megatron_simct.alignment import build_alignment_map, load_tokenizer
 
     tokens = build_alignment_map(load_tokenizer(str(student), ()), load_tokenizer(str(teacher), ()))
-    print(f" {len(tokens.student_ids)} shared tokens", flush=True)
+    print(f" {tokens.num_shared} shared tokens", flush=True)
 
 
 def distil(teacher: Path, student: Path, prompts: Path, out: Path, train_iters: int) -> None:
