@@ -8,7 +8,14 @@ from pathlib import Path
 
 import torch
 
-_NOT_IN_A_CONFIG = ("quantization_config", "unk_token_id", "_name_or_path", "dtype", "transformers_version")
+_NOT_IN_A_CONFIG = (
+    "quantization_config",
+    "unk_token_id",
+    "_name_or_path",
+    "_model_name_or_path",
+    "dtype",
+    "transformers_version",
+)
 
 
 def gguf_of_smollm2() -> Path:
