@@ -125,6 +125,8 @@ def verify(folder: str, checkpoint: str, options: argparse.Namespace, parallel: 
         expected.copy_(_transformers_logits(folder, tokens))
     expected = expected.to(groups.device)
     dist.broadcast(expected, src=0)
+    if not expected.isfinite().all():
+        raise ValueError(f"--verify: transformers' logits of {folder} are not finite, so they compare with nothing")
     worst = torch.tensor([_difference(model, tokens.to(groups.device), expected, groups)], device=groups.device)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     relative = float(worst / expected.abs().max())
@@ -150,7 +152,7 @@ def _difference(
     def compare(hidden: torch.Tensor, non_loss_data: bool = True) -> float:
         logits = (hidden @ model.output_weight.T).transpose(0, 1)[..., : max(0, end - start)]
         difference = (logits.float() - expected[..., start : max(start, end)]).abs()
-        return float(difference.nan_to_num(nan=float("inf")).max()) if difference.numel() else 0.0
+        return float(difference.nan_to_num(nan=torch.inf, posinf=torch.inf).max()) if difference.numel() else 0.0
 
     @torch.no_grad()
     def step(data: Iterator[torch.Tensor], chunk: HiddenStateModel) -> tuple[torch.Tensor, Callable[..., float]]:
