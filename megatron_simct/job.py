@@ -20,7 +20,7 @@ from megatron_simct.data.rendering import ChatTemplate
 from megatron_simct.losses import SharedHead, check_config, check_labels, gather_shared_head, teacher_needs
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, build_model
 from megatron_simct.models.families import read_architecture
-from megatron_simct.models.hf_mapping import find_weights, load_hf_weights
+from megatron_simct.models.hf_load import find_weights, load_hf_weights
 from megatron_simct.monitoring import Monitor
 from megatron_simct.parallel.initialize import Groups
 from megatron_simct.parallel.packing import pack_micro_batches
@@ -343,12 +343,12 @@ def _leave_to_last_stage(labels: LabelBatch) -> None:
 def load_model(
     config: Config, options: ModelConfig, groups: Groups, tokenizer: Tokenizer, *, prefix: str
 ) -> HiddenStateModel | InterleavedModel:
-    """The model of one side: weights of --[teacher-]pretrained-checkpoint, else of the folder, else random.
-
-    Random weights are drawn in every case, which costs some time where a large model's are then replaced.
-    """
+    """The model of one side: weights of --[teacher-]pretrained-checkpoint, else of the folder, else random."""
     flag = f"--{prefix}hf-checkpoint"
     architecture = read_architecture(options.hf_checkpoint, flag=flag)
+    has_weights = (
+        options.pretrained_checkpoint is not None or find_weights(options.hf_checkpoint, flag=flag) is not None
+    )
     model = build_model(
         architecture,
         config.parallel,
@@ -357,10 +357,11 @@ def load_model(
         divisible_by=options.make_vocab_size_divisible_by,
         bf16=config.training.bf16,
         flag=f"{flag} {options.hf_checkpoint}",
+        initialize=not has_weights,
     )
     if options.pretrained_checkpoint is not None:
         load_weights(model, options.pretrained_checkpoint, flag=f"--{prefix}pretrained-checkpoint")
-    elif find_weights(options.hf_checkpoint, flag=flag) is not None:
+    elif has_weights:
         load_hf_weights(
             model, architecture, options.hf_checkpoint, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag=flag
         )

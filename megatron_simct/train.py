@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_simct.arguments import parse_config, to_yaml
 from megatron_simct.config import Config
 from megatron_simct.job import Job, build_job
-from megatron_simct.models.hf_mapping import find_weights
+from megatron_simct.models.hf_load import find_weights
 from megatron_simct.monitoring import Stopwatch
 from megatron_simct.parallel.initialize import Environment, Groups, process_groups
 from megatron_simct.records import Rollout

@@ -118,8 +118,12 @@ def build_model(
     divisible_by: int,
     bf16: bool,
     flag: str,
+    initialize: bool = True,
 ) -> HiddenStateModel | InterleavedModel:
     """This rank's part of the model, with random weights drawn from the seeded generators.
+
+    Without `initialize` the weights are whatever lies in memory, for a caller that fills all of them: drawing takes
+    time, and on a CPU megatron-core draws whole matrices before it splits them.
 
     vocab_size: the tokenizer's ids; the embedding holds at least these, padded. Random weights depend on the layout
     (the halves of a gated MLP are drawn in another order, each stage draws its own); loaded ones do not. `flag` names
@@ -167,6 +171,7 @@ def build_model(
             # The loss is a sum over labels; the one division by their global number happens in finalize_model_grads.
             calculate_per_token_loss=True,
             use_cpu_initialization=on_cpu,
+            perform_initialization=initialize,
             # Fusions that need CUDA extensions.
             apply_rope_fusion=False,
             bias_activation_fusion=False,

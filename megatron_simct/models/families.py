@@ -88,6 +88,9 @@ def read_architecture(hf_checkpoint: str, *, flag: str) -> Architecture:
         raise ValueError(f"{flag} {hf_checkpoint}: {path} is not UTF-8") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{flag} {hf_checkpoint}: {path} holds no JSON object")
+    if "quantization_config" in fields:
+        method = (fields["quantization_config"] or {}).get("quant_method", "of an unnamed kind")
+        raise ValueError(f"{flag} {hf_checkpoint}: {path} says it is quantised ({method}); such weights are not read")
     name = fields.get("model_type")
     if name not in FAMILIES:
         raise ValueError(

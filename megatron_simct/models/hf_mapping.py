@@ -1,107 +1,73 @@
-"""Weights of a Hugging Face folder of safetensors -> this rank's shard of the Megatron model.
+"""Tensors of a Hugging Face folder <-> parameters of the Megatron model, for reading and for writing.
 
-`WEIGHTS` is the whole mapping: the name of a Megatron parameter and the rule that makes it from tensors of the folder.
-Rules read slices, so a rank never holds more of a matrix than its own shard.
+`WEIGHTS` is the whole mapping: the name of a Megatron parameter and the rule that relates it to tensors of the folder.
+A rule names the pieces of those tensors that a rank's shard of the parameter consists of. `hf_load` copies the pieces
+into the parameter, `hf_export` copies them back.
 
     Whole, Columns          one tensor, not split over the tensor-parallel ranks or split by its columns
     Vocabulary              one tensor whose rows are ids, then rows of zeros that pad the vocabulary
     FusedQKV                per query group: the group's query heads, its key head, its value head
     GatedMLP                this rank's rows of the gate, then its rows of the up projection
 
-A layer is asked for its own number, so a pipeline stage reads its layers only.
+A layer is asked for its own number, so a pipeline stage reads and writes its layers only.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, chunks_of
 from megatron_simct.models.families import Architecture
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-
-
-def find_weights(folder: str, *, flag: str) -> Path | None:
-    """The folder's safetensors index or its one safetensors file; None where the folder has no weights.
-
-    Raises ValueError where it has weights that cannot be read: another format, or shards without an index.
-    """
-    for name in (_INDEX, _SINGLE):
-        if (Path(folder) / name).exists():
-            return Path(folder) / name
-    for pattern in ("*.safetensors", "pytorch_model*.bin"):
-        for path in sorted(Path(folder).glob(pattern)):
-            raise ValueError(
-                f"{flag} {folder}: has {path.name}, but neither {_INDEX} nor {_SINGLE}; weights are read from these"
-            )
-    return None
-
-
-def load_hf_weights(
-    model: HiddenStateModel | InterleavedModel,
-    architecture: Architecture,
-    folder: str,
-    *,
-    tp_rank: int,
-    tp_size: int,
-    flag: str,
-) -> None:
-    """Fill every parameter of this rank's part of the model from the folder, in the parameter's own precision.
-
-    Raises ValueError, naming the flag, the file and the tensor, for one that is missing, has another shape or has no
-    place in the model, and for a file that is missing or damaged.
-    """
-    with contextlib.ExitStack() as files:
-        source = _Folder(folder, files, flag=flag)
-        source.check_names(_names(architecture))
-        for parameter_name, layer, parameter in _parameters(model):
-            shard = Shard(source, architecture, layer, tp_rank, tp_size)
-            WEIGHTS[parameter_name].fill(parameter.data, shard)
-
-
-def _parameters(
-    model: HiddenStateModel | InterleavedModel,
-) -> Iterator[tuple[str, int | None, torch.nn.Parameter]]:
-    """Name in WEIGHTS, number of the layer in the whole model counted from 0, and the parameter."""
-    for chunk in chunks_of(model):
-        for name, parameter in chunk.named_parameters():
-            if not name.startswith("decoder.layers."):
-                yield name, None, parameter
-        for layer in chunk.decoder.layers:
-            for name, parameter in layer.named_parameters():
-                yield "decoder.layers.*." + name, layer.layer_number - 1, parameter
-
 
 @dataclass(frozen=True, slots=True)
-class Shard:
-    """Where a rule reads from, and which part of it."""
+class Piece:
+    """Entries [begin, end) along `axis` of one tensor of the folder, and where they lie in a parameter."""
 
-    source: _Folder
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    view: torch.Tensor
+    """A view of the parameter that has these entries in the same order. Its first dimension runs over blocks of rows
+    of the tensor."""
+    begin: int
+    end: int
+    axis: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Which part of the whole model a parameter is."""
+
     architecture: Architecture
     layer: int | None
+    """Number in the whole model, counted from 0; None outside the layers."""
     tp_rank: int
     tp_size: int
 
-    def read(self, name: str, shape: tuple[int, ...], begin: int, end: int, *, axis: int = 0) -> torch.Tensor:
-        """Entries [begin, end) along `axis` of the tensor `name`, whose shape must be `shape`."""
-        return self.source.read(name.replace("*", str(self.layer)), shape, begin, end, axis)
+    def named(self, name: str) -> str:
+        """The tensor's name with the number of this layer."""
+        return name.replace("*", str(self.layer))
+
+
+class Rule(Protocol):
+    """How a parameter is made of tensors of the folder. Its fields are their names."""
+
+    def pieces(self, parameter: torch.Tensor, place: Place) -> Iterator[Piece]:
+        """What a shard of the parameter consists of. What no piece covers pads the vocabulary and is zero."""
 
 
 @dataclass(frozen=True, slots=True)
 class Whole:
     name: str
 
-    def fill(self, target: torch.Tensor, shard: Shard) -> None:
-        target.copy_(shard.read(self.name, tuple(target.shape), 0, len(target)))
+    def pieces(self, parameter: torch.Tensor, place: Place) -> Iterator[Piece]:
+        yield Piece(place.named(self.name), tuple(parameter.shape), parameter, 0, len(parameter))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,25 +76,24 @@ class Columns:
 
     name: str
 
-    def fill(self, target: torch.Tensor, shard: Shard) -> None:
-        rows, width = target.shape
-        begin = shard.tp_rank * width
-        target.copy_(shard.read(self.name, (rows, width * shard.tp_size), begin, begin + width, axis=1))
+    def pieces(self, parameter: torch.Tensor, place: Place) -> Iterator[Piece]:
+        rows, width = parameter.shape
+        begin = place.tp_rank * width
+        yield Piece(place.named(self.name), (rows, width * place.tp_size), parameter, begin, begin + width, axis=1)
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
     name: str
 
-    def fill(self, target: torch.Tensor, shard: Shard) -> None:
-        architecture = shard.architecture
+    def pieces(self, parameter: torch.Tensor, place: Place) -> Iterator[Piece]:
+        architecture = place.architecture
         name = "model.embed_tokens.weight" if architecture.tied_embeddings else self.name
-        width, hidden = target.shape
-        begin = min(shard.tp_rank * width, architecture.vocab_size)
-        end = min(shard.tp_rank * width + width, architecture.vocab_size)
-        target[end - begin :].zero_()
+        width, hidden = parameter.shape
+        begin = min(place.tp_rank * width, architecture.vocab_size)
+        end = min(place.tp_rank * width + width, architecture.vocab_size)
         if end > begin:
-            target[: end - begin].copy_(shard.read(name, (architecture.vocab_size, hidden), begin, end))
+            yield Piece(name, (architecture.vocab_size, hidden), parameter[: end - begin], begin, end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,18 +104,17 @@ class FusedQKV:
     key: str
     value: str
 
-    def fill(self, target: torch.Tensor, shard: Shard) -> None:
-        architecture = shard.architecture
-        groups, rest = architecture.num_query_groups, tuple(target.shape[1:])
-        width = groups // shard.tp_size
+    def pieces(self, parameter: torch.Tensor, place: Place) -> Iterator[Piece]:
+        architecture = place.architecture
+        groups, rest = architecture.num_query_groups, tuple(parameter.shape[1:])
+        width = groups // place.tp_size
         heads = architecture.num_attention_heads // groups
-        fused = target.view(width, heads + 2, architecture.head_dim, *rest)
+        fused = parameter.view(width, heads + 2, architecture.head_dim, *rest)
         for name, first, last in ((self.query, 0, heads), (self.key, heads, heads + 1), (self.value, heads + 1, None)):
             part = fused[:, first:last]
             rows = part.shape[1] * architecture.head_dim
-            begin = shard.tp_rank * width * rows
-            piece = shard.read(name, (groups * rows, *rest), begin, begin + width * rows)
-            part.copy_(piece.view(part.shape))
+            begin = place.tp_rank * width * rows
+            yield Piece(place.named(name), (groups * rows, *rest), part, begin, begin + width * rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +122,14 @@ class GatedMLP:
     gate: str
     up: str
 
-    def fill(self, target: torch.Tensor, shard: Shard) -> None:
-        for name, half in zip((self.gate, self.up), target.chunk(2), strict=True):
+    def pieces(self, parameter: torch.Tensor, place: Place) -> Iterator[Piece]:
+        for name, half in zip((self.gate, self.up), parameter.chunk(2), strict=True):
             rows, hidden = half.shape
-            begin = shard.tp_rank * rows
-            half.copy_(shard.read(name, (rows * shard.tp_size, hidden), begin, begin + rows))
+            begin = place.tp_rank * rows
+            yield Piece(place.named(name), (rows * place.tp_size, hidden), half, begin, begin + rows)
 
 
-WEIGHTS: dict[str, Whole | Columns | Vocabulary | FusedQKV | GatedMLP] = {
+WEIGHTS: dict[str, Rule] = {
     "embedding.word_embeddings.weight": Vocabulary("model.embed_tokens.weight"),
     "decoder.layers.*.input_layernorm.weight": Whole("model.layers.*.input_layernorm.weight"),
     "decoder.layers.*.self_attention.linear_qkv.weight": FusedQKV(
@@ -189,7 +153,7 @@ WEIGHTS: dict[str, Whole | Columns | Vocabulary | FusedQKV | GatedMLP] = {
 }
 
 
-def _names(architecture: Architecture) -> re.Pattern[str]:
+def tensor_names(architecture: Architecture) -> re.Pattern[str]:
     """Matches every tensor that has a place in the model, or that older exports hold although nothing reads it."""
     names = {
         name
@@ -201,67 +165,16 @@ def _names(architecture: Architecture) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(name).replace(r"\*", layers) for name in sorted(names)))
 
 
-class _Folder:
-    """The tensors of a folder by name. Files are opened when a tensor of theirs is first read."""
-
-    def __init__(self, folder: str, files: contextlib.ExitStack, *, flag: str) -> None:
-        self._where = f"{flag} {folder}"
-        self._files = files
-        self._opened: dict[Path, Any] = {}
-        path = find_weights(folder, flag=flag)
-        if path is None:
-            raise ValueError(f"{self._where}: no {_SINGLE} there")
-        if path.name == _SINGLE:
-            self._list, self._file_of = path, dict.fromkeys(self._open(path).keys(), path)
-        else:
-            self._list, self._file_of = path, self._read_index(path)
-
-    def check_names(self, known: re.Pattern[str]) -> None:
-        """ValueError for a tensor whose name does not match: the model would compute something else without it."""
-        for name, path in self._file_of.items():
-            if not known.fullmatch(name):
-                raise ValueError(f"{self._where}: {path.name} holds {name}, which this model has no place for")
-
-    def read(self, name: str, shape: tuple[int, ...], begin: int, end: int, axis: int) -> torch.Tensor:
-        if name not in self._file_of:
-            raise ValueError(f"{self._where}: tensor {name} is missing in {self._list.name}")
-        path = self._file_of[name]
-        file = self._open(path)
-        try:
-            part = file.get_slice(name)
-            found = tuple(part.get_shape())
-        except _safetensors_error() as error:
-            raise ValueError(f"{self._where}: cannot read tensor {name} of {path.name} ({error})") from None
-        if found != shape:
-            raise ValueError(
-                f"{self._where}: tensor {name} of {path.name} has the shape {list(found)}; config.json asks for "
-                f"{list(shape)}"
-            )
-        return part[begin:end] if axis == 0 else part[:, begin:end]
-
-    def _read_index(self, path: Path) -> dict[str, Path]:
-        try:
-            weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            file_of = {str(name): path.with_name(file) for name, file in weight_map.items()}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{self._where}: cannot read {path.name} ({type(error).__name__}: {error})") from None
-        for name, file in file_of.items():
-            if not file.is_file():
-                raise ValueError(f"{self._where}: {path.name} places {name} in {file.name}, which is missing")
-        return file_of
-
-    def _open(self, path: Path) -> Any:
-        if path not in self._opened:
-            from safetensors import safe_open
-
-            try:
-                self._opened[path] = self._files.enter_context(safe_open(str(path), framework="pt"))
-            except (OSError, _safetensors_error()) as error:
-                raise ValueError(f"{self._where}: {path.name} is damaged or unreadable ({error})") from None
-        return self._opened[path]
-
-
-def _safetensors_error() -> type[Exception]:
-    from safetensors import SafetensorError
-
-    return SafetensorError
+def parameters_of(
+    model: HiddenStateModel | InterleavedModel, architecture: Architecture, *, tp_rank: int, tp_size: int
+) -> Iterator[tuple[Rule, Place, torch.Tensor]]:
+    """Every parameter of this rank's part of the model, with its rule and its place."""
+    for chunk in chunks_of(model):
+        for name, parameter in chunk.named_parameters():
+            if not name.startswith("decoder.layers."):
+                place = Place(architecture=architecture, layer=None, tp_rank=tp_rank, tp_size=tp_size)
+                yield WEIGHTS[name], place, parameter.data
+        for layer in chunk.decoder.layers:
+            place = Place(architecture=architecture, layer=layer.layer_number - 1, tp_rank=tp_rank, tp_size=tp_size)
+            for name, parameter in layer.named_parameters():
+                yield WEIGHTS["decoder.layers.*." + name], place, parameter.data

@@ -27,7 +27,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import megatron_simct
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel
@@ -80,7 +82,7 @@ class Checkpoints:
         self._config = config
         self._saved: int | None = None
         if save_dir is not None:
-            _on_first_rank(lambda: _prepare(Path(save_dir)), save_dir)
+            on_first_rank(lambda: _prepare(Path(save_dir)), save_dir)
 
     def save(self, iteration: int) -> None:
         """Write the checkpoint of this iteration, unless it is the one that was saved or loaded last."""
@@ -100,7 +102,7 @@ class Checkpoints:
         }
         _write(self._state(iteration, is_loading=False), self._save_dir, iteration, run=run)
         if self._retain is not None:
-            _on_first_rank(lambda: _remove_older(Path(self._save_dir), iteration, self._retain), self._save_dir)
+            on_first_rank(lambda: _remove_older(Path(self._save_dir), iteration, self._retain), self._save_dir)
         self._saved = iteration
 
     def resume(self, directory: str) -> tuple[int, dict[str, tuple[Any, Any]]]:
@@ -178,7 +180,7 @@ def has_checkpoint(directory: str) -> bool:
 
 def save_weights(model: HiddenStateModel | InterleavedModel, directory: str, iteration: int) -> None:
     """A checkpoint of weights alone, for --pretrained-checkpoint. Collective over the whole job."""
-    _on_first_rank(lambda: _prepare(Path(directory)), directory)
+    on_first_rank(lambda: _prepare(Path(directory)), directory)
     _write(model.sharded_state_dict(), directory, iteration, run=None)
 
 
@@ -190,6 +192,21 @@ def load_weights(model: HiddenStateModel | InterleavedModel, directory: str, *, 
     iteration, path = _newest(directory, flag=flag)
     model.load_state_dict(_read({"model": model.sharded_state_dict()}, path, flag=flag)["model"])
     return iteration
+
+
+def stored_dtype(directory: str, *, flag: str) -> torch.dtype:
+    """Of the weights of DIR's newest checkpoint; float32 where they are mixed. ValueError as load_weights."""
+    iteration, path = _newest(directory, flag=flag)
+    try:
+        metadata = FileSystemReader(str(path)).read_metadata().state_dict_metadata
+    except (OSError, ValueError, CheckpointException) as error:
+        raise ValueError(f"{flag} {path}: cannot be read ({_reason(error)})") from error
+    found = {
+        entry.properties.dtype
+        for name, entry in metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and name.endswith(("weight", "bias")) and "optimizer." not in name
+    }
+    return found.pop() if len(found) == 1 else torch.float32
 
 
 def _newest(directory: str, *, flag: str) -> tuple[int, Path]:
@@ -219,7 +236,7 @@ def _write(state: dict[str, Any], directory: str, iteration: int, *, run: dict[s
         os.replace(tracker.with_name(TRACKER + ".tmp"), tracker)
         shutil.rmtree(replaced, ignore_errors=True)
 
-    _on_first_rank(make_room, directory)
+    on_first_rank(make_room, directory)
     # Shards are written by forked children that report to this process; the queue that megatron-core would make for
     # results lives in a process of its own, which takes seconds to start and outlives a kill -9 of this one.
     filesystem_async._results_queue = queue.Queue()
@@ -230,7 +247,7 @@ def _write(state: dict[str, Any], directory: str, iteration: int, *, run: dict[s
     except (OSError, CheckpointException) as error:
         raise ValueError(f"--save {temporary}: cannot be written ({_reason(error)})") from error
     dist.barrier()
-    _on_first_rank(publish, directory)
+    on_first_rank(publish, directory)
 
 
 def _read(state: dict[str, Any], path: Path, *, flag: str) -> dict[str, Any]:
@@ -276,7 +293,7 @@ def _remove_older(directory: Path, iteration: int, retain: int) -> None:
         shutil.rmtree(_set_aside(complete[number]), ignore_errors=True)
 
 
-def _on_first_rank(action: Callable[[], None], directory: str) -> None:
+def on_first_rank(action: Callable[[], None], directory: str) -> None:
     """action() on the first rank while the others wait. Where the disk refuses, ValueError on every rank."""
     problem: list[str | None] = [None]
     if dist.get_rank() == 0:

@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_simct.config import ParallelConfig
-from megatron_simct.models import hf_mapping
+from megatron_simct.models import hf_load
 from megatron_simct.models.build import build_model
 from megatron_simct.models.families import read_architecture
-from megatron_simct.models.hf_mapping import find_weights, load_hf_weights
+from megatron_simct.models.hf_load import find_weights, load_hf_weights
+from megatron_simct.models.hf_mapping import Piece
 from megatron_simct.parallel.initialize import process_groups
 from tests.distributed import run_ranks
 from tests.huggingface import save_model
@@ -165,14 +166,13 @@ def test_the_scaling_of_rotary_frequencies_shows_in_the_logits(folders, tmp_path
 
 def _numbers(rank: int, world_size: int, folder: str) -> tuple[int, int]:
     """How many numbers this rank read, and how many of its parameters are not padding."""
-    read, original = [], hf_mapping._Folder.read
+    read, original = [], hf_load._Folder.read
 
-    def counted(*args: object) -> torch.Tensor:
-        part = original(*args)
-        read.append(part.numel())
-        return part
+    def counted(folder: object, piece: Piece) -> None:
+        original(folder, piece)
+        read.append(piece.view.numel())
 
-    hf_mapping._Folder.read = counted
+    hf_load._Folder.read = counted
     with load(folder, world_size) as (model, _):
         published = read_architecture(folder, flag="").vocab_size
         padding = sum(max(0, end - max(start, published)) for start, end in [model.vocab_shard])
@@ -291,6 +291,22 @@ def test_a_damaged_file_is_named(single, sharded, damage):
     (path,) = sharded.glob(file + "*")
     damage(path)
     assert f"{path.name} is damaged or unreadable" in fail(sharded)
+
+
+def test_quantised_weights_are_refused_by_name(single):
+    rewrite(single, lambda t: t.update({O_PROJ: t[O_PROJ].to(torch.float8_e4m3fn)}))
+    assert f"tensor {O_PROJ} of model.safetensors has the type F8_E4M3; quantised weights are not read" in fail(single)
+    path = single / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "fp8"}}))
+    assert "config.json says it is quantised (fp8)" in fail(single)
+
+
+def test_a_truncated_shard_is_named_with_the_tensor(sharded):
+    (path,) = sharded.glob("model-00003-of-*")
+    truncate(path)
+    assert re.search(
+        rf"{path.name} is damaged or unreadable \(truncated: tensor model\.\S+ ends at byte", fail(sharded)
+    )
 
 
 def test_an_index_that_names_a_missing_file(sharded):

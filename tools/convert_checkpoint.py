@@ -1,0 +1,248 @@
+"""Weights of a Hugging Face folder -> a Megatron checkpoint for --pretrained-checkpoint, and back.
+
+    python tools/convert_checkpoint.py hf-to-megatron --hf-checkpoint DIR --save DIR [--verify]
+    torchrun --nproc-per-node 4 tools/convert_checkpoint.py megatron-to-hf --load DIR --hf-checkpoint DIR --save DIR \\
+        --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
+
+The checkpoint does not depend on the layout of the job that wrote it. The layout given here says how the conversion is
+shared: a rank holds its part of the model only. Back to Hugging Face, --hf-checkpoint gives configuration and
+tokenizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout needs no installation
+
+from megatron_simct.config import ParallelConfig  # noqa: E402
+from megatron_simct.models.build import HiddenStateModel, InterleavedModel, build_model, chunks_of  # noqa: E402
+from megatron_simct.models.families import Architecture, read_architecture  # noqa: E402
+from megatron_simct.models.hf_export import save_hf_weights  # noqa: E402
+from megatron_simct.models.hf_load import find_weights, has_only_bf16, load_hf_weights  # noqa: E402
+from megatron_simct.parallel.initialize import Groups, process_groups  # noqa: E402
+from megatron_simct.update.checkpoint import load_weights, save_weights, stored_dtype  # noqa: E402
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_VERIFY_TEXT_IDS = 48
+_VERIFY_TOLERANCE = 1e-4
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 1 with one line that says what was wrong."""
+    options = _parser().parse_args(argv)
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=options.tensor_model_parallel_size,
+        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
+        num_virtual_stages_per_pipeline_rank=options.num_virtual_stages_per_pipeline_rank,
+    )
+    try:
+        with process_groups(parallel, seed=1) as groups:
+            if options.command == "hf-to-megatron":
+                to_megatron(options, parallel, groups)
+                checkpoint, folder = options.save, options.hf_checkpoint
+            else:
+                to_hugging_face(options, parallel, groups)
+                checkpoint, folder = options.load, options.save
+            if options.verify:
+                verify(folder, checkpoint, options, parallel, groups)
+    except ValueError as error:
+        print(f"convert_checkpoint: error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def to_megatron(options: argparse.Namespace, parallel: ParallelConfig, groups: Groups) -> None:
+    """Read this rank's slices of the folder and write them as a checkpoint of iteration 0."""
+    folder, flag = options.hf_checkpoint, "--hf-checkpoint"
+    architecture = read_architecture(folder, flag=flag)
+    if find_weights(folder, flag=flag) is None:
+        raise ValueError(f"{flag} {folder}: has no weights to convert")
+    if Path(options.save).exists():
+        raise ValueError(f"--save {options.save}: exists already; nothing is overwritten")
+    dist.barrier()  # before any rank makes it
+    if options.dtype is None:
+        bf16 = has_only_bf16(folder, flag=flag)
+    elif options.dtype == "float16":
+        raise ValueError("--dtype float16: a Megatron checkpoint is float32 or bfloat16")
+    else:
+        bf16 = options.dtype == "bfloat16"
+    model = _build(architecture, parallel, groups, options, bf16=bf16)
+    with _progress(model, groups, "reading") as progress:
+        load_hf_weights(
+            model,
+            architecture,
+            folder,
+            tp_rank=groups.tp_rank,
+            tp_size=groups.tp_size,
+            flag=flag,
+            progress=progress,
+        )
+    save_weights(model, options.save, 0)
+    _say(groups, f" {options.save}: written in {'bfloat16' if bf16 else 'float32'}")
+
+
+def to_hugging_face(options: argparse.Namespace, parallel: ParallelConfig, groups: Groups) -> None:
+    """Load this rank's shards of the checkpoint and write them as a folder."""
+    architecture = read_architecture(options.hf_checkpoint, flag="--hf-checkpoint")
+    stored = stored_dtype(options.load, flag="--load")
+    model = _build(architecture, parallel, groups, options, bf16=stored == torch.bfloat16)
+    load_weights(model, options.load, flag="--load")
+    dtype = _DTYPES[options.dtype] if options.dtype else stored
+    with _progress(model, groups, "writing") as progress:
+        save_hf_weights(
+            model,
+            architecture,
+            groups,
+            template=options.hf_checkpoint,
+            save=options.save,
+            dtype=dtype,
+            progress=progress,
+        )
+    _say(groups, f" {options.save}: written in {str(dtype).removeprefix('torch.')}")
+
+
+def verify(folder: str, checkpoint: str, options: argparse.Namespace, parallel: ParallelConfig, groups: Groups) -> None:
+    """Compare the checkpoint's logits with transformers' on some ids, both in float32. ValueError where they differ."""
+    architecture = read_architecture(folder, flag="--hf-checkpoint")
+    tokens = torch.randint(
+        0, architecture.vocab_size, (1, _VERIFY_TEXT_IDS), generator=torch.Generator().manual_seed(0)
+    )
+    if options.verify_text is not None:
+        tokens = _encode(folder, options.verify_text)
+    model = _build(architecture, parallel, groups, options, bf16=False)
+    load_weights(model, checkpoint, flag="--verify")
+    expected = torch.empty(*tokens.shape, architecture.vocab_size)
+    if groups.is_first_rank:
+        expected.copy_(_transformers_logits(folder, tokens))
+    expected = expected.to(groups.device)
+    dist.broadcast(expected, src=0)
+    if not expected.isfinite().all():
+        raise ValueError(f"--verify: transformers' logits of {folder} are not finite, so they compare with nothing")
+    worst = torch.tensor([_difference(model, tokens.to(groups.device), expected, groups)], device=groups.device)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    relative = float(worst / expected.abs().max())
+    if not relative <= _VERIFY_TOLERANCE:
+        raise ValueError(
+            f"--verify: logits of {checkpoint} and of transformers on {folder} differ by {relative:.1e} of the largest "
+            f"(allowed: {_VERIFY_TOLERANCE:.0e})"
+        )
+    _say(groups, f" verified: logits at {tokens.shape[1]} positions agree with transformers to {relative:.1e}")
+
+
+def _difference(
+    model: HiddenStateModel | InterleavedModel, tokens: torch.Tensor, expected: torch.Tensor, groups: Groups
+) -> float:
+    """Largest difference of a logit of this rank; 0 on stages that have none."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    chunks = chunks_of(model.eval())
+    start, end = model.vocab_shard
+    end = min(end, expected.shape[-1])
+
+    @torch.no_grad()
+    def compare(hidden: torch.Tensor, non_loss_data: bool = True) -> float:
+        logits = (hidden @ model.output_weight.T).transpose(0, 1)[..., : max(0, end - start)]
+        difference = (logits.float() - expected[..., start : max(start, end)]).abs()
+        return float(difference.nan_to_num(nan=torch.inf, posinf=torch.inf).max()) if difference.numel() else 0.0
+
+    @torch.no_grad()
+    def step(data: Iterator[torch.Tensor], chunk: HiddenStateModel) -> tuple[torch.Tensor, Callable[..., float]]:
+        batch = next(data)
+        return chunk(batch, torch.arange(batch.shape[1], device=batch.device).expand_as(batch), None), partial(compare)
+
+    micro_batches = [tokens] * groups.pp.size()  # an interleaved schedule wants as many as there are stages
+    answers = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=[iter(micro_batches) for _ in chunks],
+        model=chunks,
+        num_microbatches=len(micro_batches),
+        seq_length=tokens.shape[1],
+        micro_batch_size=1,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    return max(answers, default=0.0) if groups.is_last_stage else 0.0
+
+
+def _transformers_logits(folder: str, tokens: torch.Tensor) -> torch.Tensor:
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise ValueError("--verify needs the package transformers: pip install transformers==5.23.0") from None
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def _encode(folder: str, text: str) -> torch.Tensor:
+    from megatron_simct.alignment import load_tokenizer
+
+    return torch.tensor([[int(i) for i in load_tokenizer(folder, ()).encode(text)]])
+
+
+def _build(
+    architecture: Architecture, parallel: ParallelConfig, groups: Groups, options: argparse.Namespace, *, bf16: bool
+) -> HiddenStateModel | InterleavedModel:
+    """This rank's part, to be filled."""
+    return build_model(
+        architecture,
+        parallel,
+        groups,
+        vocab_size=architecture.vocab_size,
+        divisible_by=options.make_vocab_size_divisible_by,
+        bf16=bf16,
+        flag=f"--hf-checkpoint {options.hf_checkpoint}",
+        initialize=False,
+    )
+
+
+@contextlib.contextmanager
+def _progress(
+    model: HiddenStateModel | InterleavedModel, groups: Groups, what: str
+) -> Iterator[Callable[[int], object]]:
+    """A bar of the first rank's bytes."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (f"{what:8}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not groups.is_first_rank) as bar:
+        task = bar.add_task(what, total=sum(parameter.nbytes for parameter in model.parameters()))
+        yield lambda count: bar.advance(task, count)
+
+
+def _say(groups: Groups, text: str) -> None:
+    if groups.is_first_rank:
+        print(text, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="convert_checkpoint", description=__doc__.split("\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("hf-to-megatron", "megatron-to-hf"):
+        command = commands.add_parser(name, allow_abbrev=False)
+        if name == "megatron-to-hf":
+            command.add_argument(
+                "--load", required=True, metavar="DIR", help="checkpoint; its newest iteration is read"
+            )
+        command.add_argument("--hf-checkpoint", required=True, metavar="DIR", help="Hugging Face folder")
+        command.add_argument("--save", required=True, metavar="DIR", help="what to write; it must not exist")
+        command.add_argument("--dtype", choices=_DTYPES, help="of the written weights (default: as they are read)")
+        command.add_argument("--verify", action="store_true", help="compare logits with those of transformers")
+        command.add_argument("--verify-text", metavar="TEXT", help="what to compare them on (default: random ids)")
+        command.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N")
+        command.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N")
+        command.add_argument("--num-virtual-stages-per-pipeline-rank", type=int, default=1, metavar="N")
+        command.add_argument("--make-vocab-size-divisible-by", type=int, default=128, metavar="N")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
