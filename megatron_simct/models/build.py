@@ -23,7 +23,13 @@ from megatron_simct.parallel.initialize import Groups
 with megatron_imports():
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+    from megatron.core.tensor_parallel import (
+        ColumnParallelLinear,
+        RowParallelLinear,
+        VocabParallelEmbedding,
+        gather_from_sequence_parallel_region,
+    )
+    from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -201,7 +207,21 @@ def build_model(
         )
 
     model = stage(0) if virtual == 1 else InterleavedModel(stage(chunk) for chunk in range(virtual))
+    if not initialize:
+        _mark_split(model)
     return model.to(groups.device)
+
+
+def _mark_split(model: torch.nn.Module) -> None:
+    """Say which parameters the tensor-parallel ranks share among them: the gradient norm counts the others once.
+
+    megatron-core says so of a weight when it draws it, and not otherwise.
+    """
+    for module in model.modules():
+        dim = 1 if isinstance(module, RowParallelLinear) else 0
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
+            if module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
 
 
 def _layers(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
