@@ -197,6 +197,10 @@ class ByteSideBatch:
     entry_segment: torch.Tensor
     last_row: torch.Tensor
 
+    def to(self, device: torch.device) -> ByteSideBatch:
+        """The same with every tensor on the device."""
+        return _moved(self, device)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelBatch:

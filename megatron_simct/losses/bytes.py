@@ -35,7 +35,7 @@ import torch.distributed as dist
 
 from megatron_simct.alignment.byte_events import byte_trie
 from megatron_simct.alignment.token_table import TokenTable
-from megatron_simct.losses.tiles import StudentLogits
+from megatron_simct.losses.tiles import OutputLayer, StudentLogits
 from megatron_simct.losses.vocab_parallel import NEGATIVE_INFINITY, finite_reference, reduce_packed, row_maxima
 from megatron_simct.records import REST, SPREAD, ByteBatch, ByteSideBatch
 
@@ -79,6 +79,28 @@ class _RowSums:
     """[n], the same over whole rows."""
     log_probs: torch.Tensor
     """[n], of the rows' own labels."""
+
+
+@torch.no_grad()
+def teacher_byte_statistics(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    side: ByteSideBatch,
+    *,
+    order: ByteOrder,
+    shard_start: int,
+    group: dist.ProcessGroup | None,
+    logit_softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(log-probability of every slot [E], own logit [n], log-sum-exp [n]) from what enters a frozen output layer.
+
+    hidden [n, H] and weight [W, H] as in `label_statistics`, whose two answers are the last two.
+    """
+    source = OutputLayer(hidden, weight, num_columns=len(order.columns), soft_cap=logit_softcap)
+    sums = _row_sums(source, labels, side, order=order, shard_start=shard_start, group=group)
+    lse = sums.maxima + sums.totals.log()
+    return _log_masses(_log_probs(sums, side), sums.log_probs, side), sums.log_probs + lse, lse
 
 
 def slot_log_masses(

@@ -101,6 +101,7 @@ def _pack_labels(samples: Sequence[tuple[Rollout, AlignedPair, ScoredPair]]) -> 
         teacher_offset += len(pair.teacher_ids)
         student_offset += len(rollout.student_ids)
         hidden_offset += len(pair.teacher_rows)
+    events = [pair.byte_events for _, pair, score in samples if score.byte_logprobs is not None]
     hidden = [score.hidden for _, _, score in samples if score.hidden is not None]
 
     def ints(arrays: Sequence[np.ndarray]) -> torch.Tensor:
@@ -115,6 +116,15 @@ def _pack_labels(samples: Sequence[tuple[Rollout, AlignedPair, ScoredPair]]) -> 
         teacher_lse=torch.cat([score.lse for _, _, score in samples]),
         teacher_hidden=torch.cat(hidden) if hidden else None,
         teacher_hidden_index=ints(hidden_index),
+        byte_batch=(
+            pack_byte_events(
+                events,
+                [len(rollout.student_ids) for rollout, _, _ in samples],
+                [score.byte_logprobs for _, _, score in samples],
+            )
+            if events
+            else None
+        ),
     )
 
 

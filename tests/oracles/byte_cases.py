@@ -1,4 +1,4 @@
-"""Samples for the interface `bytes`: two random vocabularies, one text, random logits; and the package's word on them."""
+"""Samples for the interface `bytes`: two random vocabularies, one text, random logits, and the package's answer."""
 
 from __future__ import annotations
 

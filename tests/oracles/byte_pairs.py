@@ -6,6 +6,7 @@ exactly: p(v | v_1 .. v_k) = mass of the texts whose tokens begin with v_1 .. v_
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -38,7 +39,8 @@ def merges(pieces: Sequence[bytes]) -> Tokenize:
     def tokenize(text: bytes) -> list[int]:
         parts = [bytes([b]) for b in text]
         while True:
-            joins = [(pieces.index(a + b), at) for at, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in pieces]
+            pairs = [a + b for a, b in itertools.pairwise(parts)]
+            joins = [(pieces.index(pair), at) for at, pair in enumerate(pairs) if pair in pieces]
             if not joins:
                 return [pieces.index(part) for part in parts]
             _, at = min(joins)
