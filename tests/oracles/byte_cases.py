@@ -16,6 +16,7 @@ from megatron_simct.losses.bytes import ByteOrder, byte_loss, slot_log_masses
 from megatron_simct.losses.tiles import GivenLogits
 from megatron_simct.parallel.packing import pack_byte_events, pack_byte_sides
 from megatron_simct.records import ByteEvents
+from tests import golden
 from tests.oracles.bytes import Side
 
 PADDING_SCORE = 50.0
@@ -91,6 +92,18 @@ def evaluate(
     )
     result.sum.backward()
     return Evaluation(result.sum.detach(), student_logits.grad, result.metrics)
+
+
+def golden_case() -> tuple[Side, Side]:
+    """G0."""
+    sides = []
+    for tokens, stop, logits, labels in (
+        (golden.STUDENT_TOKENS, "<eos>", golden.STUDENT_LOGITS, golden.STUDENT_LABELS),
+        (golden.TEACHER_TOKENS, "<|im_end|>", golden.TEACHER_LOGITS, golden.TEACHER_LABELS),
+    ):
+        pieces = [b"" if token == stop else token.encode() for token in tokens]
+        sides.append(Side(pieces, [tokens.index(stop)], torch.tensor(logits), list(labels)))
+    return sides[0], sides[1]
 
 
 ALPHABET = (b"a", b"b", b"c", "é".encode(), "日".encode())

@@ -99,11 +99,11 @@ def events(student: Point, teacher: Point) -> tuple[dict[str | int, torch.Tensor
             total = sum(mass[e] for e in [*common, STOP, REST] if e in mass)
             spread = own.slack if own.loose & set(common) else 0 * own.slack
             whole = total if has_rest else total + spread
-            lower.append(float(mass[b] / whole))
+            lower.append((mass[b] / whole).item())
             if b in own.loose:
-                upper.append(float((mass[b] + spread) / whole))
+                upper.append(((mass[b] + spread) / whole).item())
             else:
-                upper.append(float(mass[b] / total))
+                upper.append((mass[b] / total).item())
         if lower[0] <= upper[1] * (1 + SLACK) and lower[1] <= upper[0] * (1 + SLACK):
             for mass in masses:
                 mass[("merged", b)] = mass[b]
