@@ -266,28 +266,40 @@ def _side(walk: _Walk, slot_of: np.ndarray, slot_position: np.ndarray) -> ByteSi
     new = (parent == 0) | (trie.first[node] > trie.first[parent])
     behind = np.array([trie.num_content] * (trie.num_other > 0) + [trie.num_content + trie.num_other], dtype=np.int64)
     key = num_ids + 1
+    place = walk.row[visit] * key + trie.first[node]
     cuts = np.concatenate(
         [
-            walk.row[visit[new]] * key + trie.first[node[new]],
+            place[new],
             (np.arange(walk.num_rows)[:, None] * key + behind).ravel(),
             np.arange(walk.num_rows, walk.num_labels) * key,  # rows that no slot needs are one segment
         ]
     )
-    cuts.sort()
+    order = cuts.argsort(kind="stable")  # of a few ascending runs
+    cuts = cuts[order]
 
-    targets, rows, firsts, ends = [], [], [], []
+    # The segments of every pair (visit, child): from its own cut to that of the next child of the same visit.
+    start = np.empty(visit.size, dtype=np.int64)
+    rank = np.empty(order.size, dtype=np.int64)
+    rank[order] = np.arange(order.size)
+    start[new] = rank[: np.count_nonzero(new)]
+    start[~new] = cuts.searchsorted(place[~new])
+    end = np.append(start[1:], 0)
+    is_last_child = np.append(visit[1:] != visit[:-1], True)[: visit.size]
+    of_last = visit[is_last_child]
+    end[is_last_child] = cuts.searchsorted(walk.row[of_last] * key + trie.end[walk.node[of_last]])
+    rest = slot_of[:, REST]
+    position = walk.position[visit]
+    slot = slot_of[position, trie.byte[node]]
+    slot = np.where(slot >= 0, slot, rest[position])
+    used = slot >= 0
+    targets, starts, ends = [slot[used]], [start[used]], [end[used]]
 
     def add(target: np.ndarray, row: np.ndarray, first: np.ndarray | int, end: np.ndarray | int) -> None:
+        """Tokens [first, end) of each row, in byte order, to the slot `target`, unless that is -1."""
         used = target >= 0
         targets.append(target[used])
-        rows.append(row[used])
-        firsts.append(np.broadcast_to(first, used.shape)[used])
-        ends.append(np.broadcast_to(end, used.shape)[used])
-
-    rest = slot_of[:, REST]
-    slot = slot_of[walk.position[visit], trie.byte[node]]
-    slot = np.where(slot >= 0, slot, rest[walk.position[visit]])
-    add(slot, walk.row[visit], trie.first[node], trie.end[node])
+        starts.append(cuts.searchsorted((row * key + first)[used]))
+        ends.append(cuts.searchsorted((row * key + end)[used]))
 
     at_boundary = walk.is_last & (walk.node == 0)
     row, position = walk.row[at_boundary], walk.position[at_boundary]
@@ -303,12 +315,11 @@ def _side(walk: _Walk, slot_of: np.ndarray, slot_position: np.ndarray) -> ByteSi
     longest_end = trie.first[longest] + trie.tokens[longest]
     add(np.where(longest > 0, slot_of[position, SPREAD], -1), row, trie.first[longest], longest_end)
 
-    target, row = np.concatenate(targets), np.concatenate(rows)
-    start = cuts.searchsorted(row * key + np.concatenate(firsts))
-    num_segments = cuts.searchsorted(row * key + np.concatenate(ends)) - start
+    target, start = np.concatenate(targets), np.concatenate(starts)
+    num_segments = np.concatenate(ends) - start
     return ByteSide(
-        segment_row=(cuts // key).astype(np.int32),
-        segment_start=(cuts % key).astype(np.int32),
+        segment_row=(segment_row := cuts // key).astype(np.int32),
+        segment_start=(cuts - segment_row * key).astype(np.int32),
         entry_slot=target.repeat(num_segments).astype(np.int32),
         entry_segment=_ranges(start, num_segments).astype(np.int32),
         last_row=walk.last_row[slot_position].astype(np.int32),
