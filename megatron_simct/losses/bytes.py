@@ -44,7 +44,9 @@ FLOOR = 1e-8
 SLACK = 1e-4
 """Relative difference of bounds that counts as none: rounding."""
 TILE = 4096
-"""Columns at a time."""
+"""Columns at a time, at most ..."""
+TILE_LOGITS = 1 << 22
+"""... and logits at a time, at most (unless one column alone has more rows)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,7 +282,7 @@ def _row_sums(
     segments = maxima.new_zeros(len(side.segment_row))
     own = torch.zeros_like(maxima)
     own_place = _own_places(labels, order, shard_start)
-    for start, end, lengths in _tiles(side, order):
+    for start, end, lengths in _tiles(side, order, source.num_rows):
         tile = source.logits_at(order.columns[start:end])
         own += _own(tile, own_place - start)
         new_maxima = torch.maximum(maxima, row_maxima(tile))
@@ -312,7 +314,7 @@ def _add_gradient(
     whole_row = of_labels.index_add(0, side.segment_row, of_segments) / sums.totals
     weights = torch.where(sums.segments > 0, of_segments / sums.segments, 0) - whole_row[side.segment_row]
     own_place = _own_places(labels, order, shard_start)
-    for start, end, lengths in _tiles(side, order):
+    for start, end, lengths in _tiles(side, order, source.num_rows):
         columns = order.columns[start:end]
         tile = (source.logits_at(columns) - sums.maxima.unsqueeze(1)).exp_()
         tile *= weights.repeat_interleave(lengths, output_size=tile.numel()).view_as(tile)
@@ -323,15 +325,16 @@ def _add_gradient(
         source.add_gradient_at(columns, tile)
 
 
-def _tiles(side: ByteSideBatch, order: ByteOrder) -> Iterator[tuple[int, int, torch.Tensor]]:
+def _tiles(side: ByteSideBatch, order: ByteOrder, num_rows: int) -> Iterator[tuple[int, int, torch.Tensor]]:
     """Ranges of this rank's columns in byte order, and how many columns of the range each segment [G] has."""
     num_columns = len(order.columns)
     first = order.local[side.segment_start]
     last_of_row = torch.ones_like(side.segment_row, dtype=torch.bool)
     last_of_row[:-1] = side.segment_row[1:] != side.segment_row[:-1]
     ends = torch.where(last_of_row, num_columns, first.roll(-1))
-    for start in range(0, num_columns, TILE):
-        end = min(start + TILE, num_columns)
+    width = min(TILE, max(1, TILE_LOGITS // max(1, num_rows)))
+    for start in range(0, num_columns, width):
+        end = min(start + width, num_columns)
         yield start, end, ends.clamp(start, end) - first.clamp(start, end)
 
 
