@@ -26,11 +26,11 @@ match, that can only be the longest token that is a prefix of c, and only if c b
 the model's probability of it is only known to lie between the sum and the sum plus that token's (the *spread*). The
 loss compares a loose byte only where the difference between the models is larger than the spread explains.
 
-What stays approximate: byte-pair merging takes the longest match at most token ends only; where it does not, a byte taken
-for tight may be loose. And where a sampled response is not in the tokenizer's own segmentation, other ways to spell the
-text up to a boundary are taken to go on like the sampled one.
+What stays approximate: byte-pair merging does not take the longest match at every token end; where it does not, a byte
+taken for tight may be loose. And where a sampled response is not in the tokenizer's own segmentation, other ways to
+spell the text up to a boundary are taken to go on like the sampled one.
 
-Shape letters: n labels of one side, P byte positions that are compared, E slots, G segments, X entries, V ids.
+Shape letters: P byte positions that are compared, E slots, G segments, X entries, V ids.
 """
 
 from __future__ import annotations
