@@ -48,6 +48,15 @@ def test_loss_and_gradient_equal_the_oracle(seed, monkeypatch):
         torch.testing.assert_close(row_sums, torch.zeros_like(row_sums), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("seed", [33, 106])
+def test_bounds_of_loose_bytes_decide_as_in_the_oracle_where_there_is_no_rest(seed):
+    cases = random_cases(seed, scale=1.0)
+    expected, gradient = oracle_of(cases, divergence="reverse_kl")
+    found = evaluate(cases)
+    assert float(found.sum) == pytest.approx(expected, rel=1e-10)
+    torch.testing.assert_close(found.gradient[:, : gradient.shape[1]], gradient, rtol=1e-10, atol=1e-10)
+
+
 def test_some_of_the_random_cases_have_bytes_that_may_agree_and_bytes_that_do_not():
     merged = [float(evaluate(random_cases(seed)).metrics["bytes_merged"]) for seed in range(16)]
     assert any(merged)
