@@ -21,10 +21,11 @@ def option(default: Any, text: str, *, metavar: str | None = None) -> Any:
 class InterfaceConfig:
     """How the two models' next-token distributions are compared. Flags: --simct-*"""
 
-    interface: Literal["paper", "strict", "sft"] = option(
+    interface: Literal["paper", "strict", "bytes", "sft"] = option(
         "paper",
         "paper: shared tokens plus the realised multi-token unit, mean log-probability (SimCT, Eq. 6-9); "
-        "strict: shared tokens at 1:1 positions only; sft: cross entropy on given responses, no teacher",
+        "strict: shared tokens at 1:1 positions only; bytes: distributions over the next byte; "
+        "sft: cross entropy on given responses, no teacher",
     )
     divergence: Literal["reverse_kl", "forward_kl", "js"] = option(
         "reverse_kl", "KL(student || teacher), KL(teacher || student), or the generalised Jensen-Shannon divergence"

@@ -17,14 +17,14 @@ from megatron_simct.arguments import to_dict
 from megatron_simct.config import Config, ModelConfig
 from megatron_simct.data.prompts import PromptSource, read_rows
 from megatron_simct.data.rendering import ChatTemplate
-from megatron_simct.losses import SharedHead, check_config, check_labels, gather_shared_head, teacher_needs
+from megatron_simct.losses import ByteOrder, SharedHead, check_config, check_labels, gather_shared_head, teacher_needs
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, build_model
 from megatron_simct.models.families import read_architecture
 from megatron_simct.models.hf_load import find_weights, load_hf_weights
 from megatron_simct.monitoring import Monitor
 from megatron_simct.parallel.initialize import Groups
 from megatron_simct.parallel.packing import pack_micro_batches
-from megatron_simct.records import AlignedPair, LabelBatch, MicroBatch, Prompt, Rollout
+from megatron_simct.records import AlignedPair, LabelBatch, MicroBatch, Prompt, Rollout, TeacherNeeds
 from megatron_simct.rollout.engine import GivenResponses, ReplayEngine, RolloutEngine, Sampling, write_rollouts
 from megatron_simct.rollout.evaluation import Evaluator
 from megatron_simct.rollout.megatron_engine import MegatronEngine
@@ -77,7 +77,7 @@ def build_job(config: Config, groups: Groups) -> Job:
     prompts = build_prompts(config, groups, student, teacher)
     model = load_model(config, config.model, groups, student, prefix="")
     placement = build_placement(model, student, alignment_map)
-    scorer, shared_head = build_teacher(config, groups, teacher, placement)
+    scorer, shared_head = build_teacher(config, groups, teacher, placement, needs)
     chunks = wrap_data_parallel(model)
     optimizer, scheduler = build_optimizer(chunks, config.training)
     sampler = MegatronEngine(
@@ -133,6 +133,7 @@ def build_job(config: Config, groups: Groups) -> Job:
             shared_head=shared_head,
             placement=placement,
             interface=config.interface,
+            byte_order=build_byte_order(model, groups, student) if needs.byte_events else None,
         ),
         monitor=Monitor(
             groups,
@@ -320,17 +321,27 @@ def build_placement(
     return alignment_map.placement(shard_start=start, shard_end=end)
 
 
+def build_byte_order(model: HiddenStateModel | InterleavedModel, groups: Groups, tokenizer: Tokenizer) -> ByteOrder:
+    """This rank's slice of a vocabulary in the order of its bytes."""
+    start, end = model.vocab_shard
+    return ByteOrder.of(tokenizer.table, shard_start=start, shard_end=end, device=groups.device)
+
+
 def build_teacher(
-    config: Config, groups: Groups, tokenizer: Tokenizer | None, placement: VocabPlacement
+    config: Config, groups: Groups, tokenizer: Tokenizer | None, placement: VocabPlacement, needs: TeacherNeeds
 ) -> tuple[TeacherScorer, SharedHead | None]:
-    """The scorer, and on the last stage the teacher's head rows that this rank's columns need."""
+    """The scorer, and on the last stage the teacher's head rows that this rank's columns need, if any."""
     if tokenizer is None:
         return NoTeacher(), None
     model = load_model(config, config.teacher, groups, tokenizer, prefix="teacher-")
     scorer = ColocatedScorer(
-        model, groups, vocab_size=tokenizer.table.num_ids, micro_batch_size=config.training.micro_batch_size
+        model,
+        groups,
+        vocab_size=tokenizer.table.num_ids,
+        micro_batch_size=config.training.micro_batch_size,
+        byte_order=build_byte_order(model, groups, tokenizer) if needs.byte_events else None,
     )
-    if not groups.is_last_stage:
+    if not groups.is_last_stage or needs.hidden_rows == "none":
         return scorer, None
     start, _ = model.vocab_shard
     return scorer, gather_shared_head(model.output_weight.detach(), start, placement, groups.tp)

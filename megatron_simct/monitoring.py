@@ -76,9 +76,20 @@ def ratios(report: StepReport, samples: dict[str, float], *, sampled: bool) -> d
         "student_nats_per_byte": _ratio(sums.get("student_nll_sum"), sums["bytes"]),
     }
     if sums.get("num_teacher_labels"):
-        rows = sums["rows_shared"] + sums["rows_unit"] + sums["rows_stop"]
         values |= {
             "teacher_nats_per_byte": _ratio(sums["teacher_nll_sum"], sums["bytes"]),
+            "canonical_rollouts": _ratio(sums["canonical"], sums["samples"]),
+        }
+    if "byte_positions" in sums:
+        values |= {
+            "loss_bytes": _ratio(sums["loss_bytes_sum"], sums["byte_positions"]),
+            "bytes_student_rest": _ratio(sums["bytes_student_rest_sum"], sums["byte_positions"]),
+            "bytes_teacher_rest": _ratio(sums["bytes_teacher_rest_sum"], sums["byte_positions"]),
+            "bytes_merged": _ratio(sums["bytes_merged"], sums["byte_positions"]),
+        }
+    elif sums.get("num_teacher_labels"):
+        rows = sums["rows_shared"] + sums["rows_unit"] + sums["rows_stop"]
+        values |= {
             "loss_one_to_one": _ratio(sums["loss_shared_sum"], sums["rows_shared"]),
             "loss_unit": _ratio(sums["loss_unit_sum"], sums["rows_unit"]),
             "loss_stop": _ratio(sums["loss_stop_sum"], sums["rows_stop"]),
@@ -86,8 +97,8 @@ def ratios(report: StepReport, samples: dict[str, float], *, sampled: bool) -> d
             "coverage_unit": _ratio(sums["bytes_unit"], sums["bytes"]),
             "student_mass_outside_u": _ratio(sums["student_mass_outside_u_sum"], rows),
             "teacher_mass_outside_u": _ratio(sums["teacher_mass_outside_u_sum"], rows),
-            "canonical_rollouts": _ratio(sums["canonical"], sums["samples"]),
         }
+    if sums.get("num_teacher_labels"):
         for reason in DROP_REASONS:
             values[f"dropped_{reason}"] = _ratio(sums[f"bytes_dropped_{reason}"], sums["bytes"])
     if sampled:

@@ -40,6 +40,48 @@ class SegmentKind(IntEnum):
     """The stop tokens of both sides; like SHARED for the loss, told apart for the metrics."""
 
 
+STOP, REST, SPREAD = 256, 257, 258
+"""What a slot of ByteEvents stands for, beside the bytes 0 .. 255."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByteSide:
+    """What one model sums for the interface `bytes` (alignment/byte_events.py).
+
+    Every row's vocabulary, in the order of its bytes, is cut into consecutive segments, and a slot adds up segments of
+    one or several rows. G segments, X entries, E slots.
+    """
+
+    segment_row: np.ndarray
+    """int32 [G], ascending: the row, which is the label that it predicts."""
+    segment_start: np.ndarray
+    """int32 [G]: where in the byte order the segment starts; it ends at the next one, a row's last at V."""
+    entry_slot: np.ndarray
+    """int32 [X]: the slot that adds ..."""
+    entry_segment: np.ndarray
+    """int32 [X]: ... this segment."""
+    last_row: np.ndarray
+    """int32 [E]: the row of the model's last boundary at or before the slot's position."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByteEvents:
+    """Where and on what two models' next-byte distributions are compared. Slots are in the order of the positions."""
+
+    num_positions: int
+    """P: byte positions that have at least two events."""
+    slot_position: np.ndarray
+    """int32 [E], ascending."""
+    slot_event: np.ndarray
+    """int16 [E]: a byte, STOP or REST; or SPREAD, no event but how much more a loose byte may have."""
+    student_loose: np.ndarray
+    """bool [E]: bytes whose probability the student's rows bound from below only."""
+    teacher_loose: np.ndarray
+    """bool [E]"""
+    student: ByteSide
+    teacher: ByteSide
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherNeeds:
     """What an interface asks of the teacher, so that nothing else is computed or sent.
@@ -51,6 +93,8 @@ class TeacherNeeds:
     teacher: bool = True
     hidden_rows: Literal["none", "one_to_one", "first", "all"] = "first"
     segmentation: Literal["minimal", "authors"] = "minimal"
+    byte_events: bool = False
+    """Whether log-probabilities of byte events come (ScoredPair.byte_logprobs)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +148,8 @@ class AlignedPair:
     teacher_rows: np.ndarray
     """int32 [R], sorted label positions p whose predicting hidden state the teacher returns."""
     needs: TeacherNeeds
+    byte_events: ByteEvents | None = None
+    """What both models sum, where needs.byte_events asks for it."""
     counts: dict[str, int] = field(default_factory=dict)
     """bytes, bytes_one_to_one, bytes_unit, bytes_dropped_<reason>, and other additive counts for the metrics."""
 
@@ -119,6 +165,41 @@ class ScoredPair:
     """float32 [m]: log-sum-exp over the teacher's real vocabulary at the same rows."""
     hidden: torch.Tensor | None
     """[R, H_T]: what enters the LM head at AlignedPair.teacher_rows; None when no row was asked for."""
+    byte_logprobs: torch.Tensor | None = None
+    """float32 [E]: the teacher's log-probability of each slot of AlignedPair.byte_events, relative to its path."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByteBatch:
+    """The byte events of a micro-batch and what the teacher says of them; fields as in ByteEvents."""
+
+    num_positions: int
+    slot_position: torch.Tensor
+    """int64 [E]"""
+    slot_event: torch.Tensor
+    """int64 [E]"""
+    student_loose: torch.Tensor
+    """bool [E]"""
+    teacher_loose: torch.Tensor
+    """bool [E]"""
+    student: ByteSideBatch
+    teacher_logprobs: torch.Tensor
+    """float32 [E]"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByteSideBatch:
+    """ByteSide over the packed labels of a micro-batch; all int64."""
+
+    segment_row: torch.Tensor
+    segment_start: torch.Tensor
+    entry_slot: torch.Tensor
+    entry_segment: torch.Tensor
+    last_row: torch.Tensor
+
+    def to(self, device: torch.device) -> ByteSideBatch:
+        """The same with every tensor on the device."""
+        return _moved(self, device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +225,8 @@ class LabelBatch:
     """[R, H_T], rows of the whole micro-batch."""
     teacher_hidden_index: torch.Tensor
     """int64 [A]: the row of `teacher_hidden` for the segment's first teacher label; -1 where none was asked for."""
+    byte_batch: ByteBatch | None = None
+    """For the interface `bytes`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +254,6 @@ def _moved(record: Any, device: torch.device) -> Any:
         value = getattr(record, name)
         if isinstance(value, torch.Tensor):
             changes[name] = value.to(device, non_blocking=True)
-        elif isinstance(value, LabelBatch):
+        elif isinstance(value, LabelBatch | ByteBatch | ByteSideBatch):
             changes[name] = _moved(value, device)
     return replace(record, **changes)

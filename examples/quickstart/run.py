@@ -163,7 +163,9 @@ def parse() -> argparse.Namespace:
         description="Distil a teacher into a student with another tokenizer, from nothing, on two CPU cores.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--interface", choices=("paper", "strict"), default="paper", help="how distributions compare")
+    parser.add_argument(
+        "--interface", choices=("paper", "strict", "bytes"), default="paper", help="how distributions compare"
+    )
     parser.add_argument(
         "--pair",
         choices=("digits-agree", "digits-disagree"),

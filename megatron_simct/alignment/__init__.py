@@ -5,6 +5,7 @@ Reading order, each file one idea on top of the previous:
     tokenizer.py      a table plus "encode these bytes", and the tokenizer files that can be loaded
     hf_tokenizer.py   the same from a Hugging Face tokenizer.json
     segments.py       two tokenizations of one byte string, cut into minimal common units
+    byte_events.py    which bytes two models can be compared on, and what each sums for them
     alignment_map.py  the shared vocabulary: pairs of ids that mean the same bytes
     map_files.py      that vocabulary as a folder
     coverage.py       how much of a text it covers

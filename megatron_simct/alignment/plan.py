@@ -12,6 +12,7 @@ from collections import Counter
 import numpy as np
 
 from megatron_simct.alignment.alignment_map import AlignmentMap
+from megatron_simct.alignment.byte_events import plan_byte_events
 from megatron_simct.alignment.segments import Alignment, align
 from megatron_simct.alignment.tokenizer import Tokenizer, utf8_prefix_bytes
 from megatron_simct.records import AlignedPair, Prompt, Rollout, SegmentKind, TeacherNeeds
@@ -69,6 +70,18 @@ def plan_pair(
         replaced_columns=_replaced_columns(alignment, kinds, data, alignment_map),
         teacher_rows=_teacher_rows(alignment.segments, kinds, teacher_ids.size, needs),
         needs=needs,
+        byte_events=(
+            plan_byte_events(
+                spelled[: alignment.common_prefix_bytes],
+                stop=alignment.stop,
+                student=student.table,
+                student_ids=rollout.student_ids,
+                teacher=teacher.table,
+                teacher_ids=teacher_ids,
+            )
+            if needs.byte_events
+            else None
+        ),
         counts=_counts(alignment, kinds, data)
         | {
             "student_labels": rollout.student_ids.size,

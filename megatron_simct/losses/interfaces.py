@@ -7,6 +7,7 @@
              pushes the student's correct first token down; and as q is renormalized over U, student mass that leaves
              U costs nothing. `student_mass_outside_u_sum` shows it.
     strict   only segments of one shared token (or the stop tokens) on each side; units are dropped and counted.
+    bytes    no rows of tokens: the two models' distributions over the next byte (bytes.py).
     sft      cross entropy on given responses; no teacher.
 
 U is a set of byte strings. If a unit spells the bytes of a shared token w (the student sampled "8" "2", and "82" is
@@ -41,8 +42,10 @@ from torch.nn.functional import linear
 
 from megatron_simct.alignment.placement import VocabPlacement
 from megatron_simct.config import InterfaceConfig
+from megatron_simct.losses.bytes import ByteOrder, byte_loss
 from megatron_simct.losses.divergences import local_sums, row_divergences
 from megatron_simct.losses.shared_head import SharedColumns, SharedHead
+from megatron_simct.losses.tiles import OutputLayer
 from megatron_simct.losses.vocab_parallel import (
     NEGATIVE_INFINITY,
     copy_to_group,
@@ -76,9 +79,11 @@ def teacher_needs(config: InterfaceConfig) -> TeacherNeeds:
             return TeacherNeeds(hidden_rows="first")
         case "strict":
             return TeacherNeeds(hidden_rows="one_to_one")
+        case "bytes":
+            return TeacherNeeds(hidden_rows="none", byte_events=True)
         case "sft":
             return TeacherNeeds(teacher=False, hidden_rows="none")
-    raise ValueError(f"unknown interface {config.interface!r}: --simct-interface is paper, strict or sft")
+    raise ValueError(f"unknown interface {config.interface!r}: --simct-interface is paper, strict, bytes or sft")
 
 
 def check_labels(labels: LabelBatch, *, placement: VocabPlacement, config: InterfaceConfig) -> None:
@@ -92,6 +97,10 @@ def check_labels(labels: LabelBatch, *, placement: VocabPlacement, config: Inter
     student_end = placement.student_vocab_size
     _check_range("student label", labels.student_labels, 0, student_end)
     if config.interface == "sft":
+        return
+    if config.interface == "bytes":
+        if labels.byte_batch is None:
+            raise ValueError("interface bytes needs the teacher's log-probabilities of byte events")
         return
     num_segments = len(labels.segments)
     for name in ("kinds", "replaced_columns", "teacher_hidden_index"):
@@ -131,6 +140,11 @@ def check_config(config: InterfaceConfig) -> None:
         )
     if not config.temperature > 0:
         raise ValueError(f"--simct-temperature must be positive, got {config.temperature}")
+    if config.interface == "bytes" and config.temperature != 1:
+        raise ValueError(
+            f"--simct-temperature {config.temperature}: interface bytes adds probabilities of tokens up, which are "
+            "those of the models at 1 only"
+        )
     if not 0 < config.js_beta < 1:
         raise ValueError(
             f"--simct-js-beta must lie strictly between 0 and 1, got {config.js_beta}: at 0 and 1 the divergence "
@@ -149,6 +163,7 @@ def interface_loss(
     group: dist.ProcessGroup | None = None,
     teacher_logit_softcap: float | None = None,
     student_logit_softcap: float | None = None,
+    byte_order: ByteOrder | None = None,
 ) -> LossOutput:
     """The loss of one micro-batch, from what enters the student's output layer and that layer's shard.
 
@@ -162,6 +177,19 @@ def interface_loss(
     Raises ValueError for options without a meaning and for a missing shared head or teacher hidden states.
     """
     check_config(config)
+    if config.interface == "bytes":
+        if byte_order is None or labels.byte_batch is None:
+            raise ValueError("interface bytes needs byte_order and the labels' byte_batch")
+        return _bytes_loss(
+            student_hidden,
+            output_weight,
+            labels,
+            byte_order=byte_order,
+            placement=placement,
+            config=config,
+            group=group,
+            student_logit_softcap=student_logit_softcap,
+        )
     needs_teacher = teacher_needs(config).teacher
     if needs_teacher and shared_head is None:
         raise ValueError(f"interface {config.interface} compares with a teacher: it needs shared_head")
@@ -182,6 +210,49 @@ def interface_loss(
         config=config,
         group=group,
         student_logit_softcap=student_logit_softcap,
+    )
+
+
+def _bytes_loss(
+    student_hidden: torch.Tensor,
+    output_weight: torch.Tensor,
+    labels: LabelBatch,
+    *,
+    byte_order: ByteOrder,
+    placement: VocabPlacement,
+    config: InterfaceConfig,
+    group: dist.ProcessGroup | None,
+    student_logit_softcap: float | None,
+) -> LossOutput:
+    """`interface_loss` for the interface `bytes`: no logits but those of a tile."""
+    source = OutputLayer(
+        copy_to_group(student_hidden, group),
+        output_weight,
+        num_columns=len(byte_order.columns),
+        soft_cap=student_logit_softcap,
+    )
+    result = byte_loss(
+        source,
+        labels.student_labels,
+        labels.byte_batch,
+        order=byte_order,
+        shard_start=placement.shard_start,
+        divergence=config.divergence,
+        js_beta=config.js_beta,
+        group=group,
+    )
+    zero = torch.zeros((), dtype=torch.float64, device=student_hidden.device)
+    num_labels = torch.full((), len(labels.student_labels), dtype=torch.int64, device=student_hidden.device)
+    teacher_nll = labels.teacher_lse - labels.teacher_own_logit
+    metrics = {
+        "student_nll_sum": -result.log_probs.sum(dtype=torch.float64),
+        "teacher_nll_sum": teacher_nll.sum(dtype=torch.float64),
+        "num_student_labels": zero + num_labels,
+        "num_teacher_labels": zero + len(teacher_nll),
+    }
+    poison = 0 * (metrics["student_nll_sum"] + metrics["teacher_nll_sum"])
+    return LossOutput(
+        sum=result.sum + poison.to(result.sum.dtype), num_labels=num_labels, metrics=metrics | result.metrics
     )
 
 

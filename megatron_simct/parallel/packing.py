@@ -11,7 +11,18 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import torch
 
-from megatron_simct.records import AlignedPair, LabelBatch, MicroBatch, Prompt, Rollout, ScoredPair
+from megatron_simct.records import (
+    AlignedPair,
+    ByteBatch,
+    ByteEvents,
+    ByteSide,
+    ByteSideBatch,
+    LabelBatch,
+    MicroBatch,
+    Prompt,
+    Rollout,
+    ScoredPair,
+)
 
 
 def pack_micro_batches(
@@ -90,6 +101,7 @@ def _pack_labels(samples: Sequence[tuple[Rollout, AlignedPair, ScoredPair]]) -> 
         teacher_offset += len(pair.teacher_ids)
         student_offset += len(rollout.student_ids)
         hidden_offset += len(pair.teacher_rows)
+    events = [pair.byte_events for _, pair, score in samples if score.byte_logprobs is not None]
     hidden = [score.hidden for _, _, score in samples if score.hidden is not None]
 
     def ints(arrays: Sequence[np.ndarray]) -> torch.Tensor:
@@ -104,7 +116,48 @@ def _pack_labels(samples: Sequence[tuple[Rollout, AlignedPair, ScoredPair]]) -> 
         teacher_lse=torch.cat([score.lse for _, _, score in samples]),
         teacher_hidden=torch.cat(hidden) if hidden else None,
         teacher_hidden_index=ints(hidden_index),
+        byte_batch=(
+            pack_byte_events(
+                events,
+                [len(rollout.student_ids) for rollout, _, _ in samples],
+                [score.byte_logprobs for _, _, score in samples],
+            )
+            if events
+            else None
+        ),
     )
+
+
+def pack_byte_events(
+    events: Sequence[ByteEvents], num_labels: Sequence[int], teacher_logprobs: Sequence[torch.Tensor]
+) -> ByteBatch:
+    """The events of several responses as one; num_labels are those of the student."""
+    return ByteBatch(
+        num_positions=sum(e.num_positions for e in events),
+        slot_position=_joined([e.slot_position for e in events], [e.num_positions for e in events]),
+        slot_event=_joined([e.slot_event for e in events]),
+        student_loose=torch.from_numpy(np.concatenate([e.student_loose for e in events])),
+        teacher_loose=torch.from_numpy(np.concatenate([e.teacher_loose for e in events])),
+        student=pack_byte_sides([e.student for e in events], num_labels),
+        teacher_logprobs=torch.cat(list(teacher_logprobs)),
+    )
+
+
+def pack_byte_sides(sides: Sequence[ByteSide], num_labels: Sequence[int]) -> ByteSideBatch:
+    """One model's sums for several responses, whose labels and slots follow one another."""
+    return ByteSideBatch(
+        segment_row=_joined([side.segment_row for side in sides], num_labels),
+        segment_start=_joined([side.segment_start for side in sides]),
+        entry_slot=_joined([side.entry_slot for side in sides], [side.last_row.size for side in sides]),
+        entry_segment=_joined([side.entry_segment for side in sides], [side.segment_row.size for side in sides]),
+        last_row=_joined([side.last_row for side in sides], num_labels),
+    )
+
+
+def _joined(arrays: Sequence[np.ndarray], sizes: Sequence[int] | None = None) -> torch.Tensor:
+    """int64: the arrays one after another, each shifted by the sizes of those before it."""
+    offsets = np.cumsum([0, *(sizes or [0] * len(arrays))])[:-1]
+    return torch.from_numpy(np.concatenate([a.astype(np.int64) + by for a, by in zip(arrays, offsets, strict=True)]))
 
 
 def _row_of_first_label(pair: AlignedPair) -> np.ndarray:

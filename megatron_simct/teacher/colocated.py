@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_simct.losses.bytes import ByteOrder, teacher_byte_statistics
 from megatron_simct.losses.vocab_parallel import label_statistics
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, chunks_of
 from megatron_simct.parallel.cpu import megatron_imports
 from megatron_simct.parallel.initialize import Groups
-from megatron_simct.parallel.packing import label_rows, pad_right
+from megatron_simct.parallel.packing import label_rows, pack_byte_sides, pad_right
 from megatron_simct.records import AlignedPair, ScoredPair
 from megatron_simct.teacher.scorer import without_content
 
@@ -35,8 +36,10 @@ class ColocatedScorer:
         *,
         vocab_size: int,
         micro_batch_size: int,
+        byte_order: ByteOrder | None = None,
     ) -> None:
-        """vocab_size is the teacher's real one; ids past it are never scored."""
+        """vocab_size is the teacher's real one; ids past it are never scored. byte_order: for pairs that need bytes."""
+        self._byte_order = byte_order
         self._model = model.eval().requires_grad_(False)
         self._groups = groups
         self._vocab_size = vocab_size
@@ -83,17 +86,25 @@ class ColocatedScorer:
         rows = torch.from_numpy(label_rows([len(pair.teacher_prompt_ids) for pair in pairs], lens)).to(hidden.device)
         hidden = hidden.flatten(0, 1)[rows]
         labels = torch.from_numpy(np.concatenate([pair.teacher_ids for pair in pairs]).astype(np.int64))
-        own_logit, lse = label_statistics(
-            hidden,
-            self._model.output_weight,
-            labels.to(hidden.device),
-            shard_start=self._model.vocab_shard[0],
-            vocab_size=self._vocab_size,
-            group=self._groups.tp,
-        )
+        labels = labels.to(hidden.device)
+        weight, shard_start, group = self._model.output_weight, self._model.vocab_shard[0], self._groups.tp
+        byte_logprobs: Sequence[torch.Tensor | None] = [None] * len(pairs)
+        if pairs[0].needs.byte_events:
+            side = pack_byte_sides([pair.byte_events.teacher for pair in pairs], lens).to(hidden.device)
+            slots, own_logit, lse = teacher_byte_statistics(
+                hidden, weight, labels, side, order=self._byte_order, shard_start=shard_start, group=group
+            )
+            byte_logprobs = slots.split([pair.byte_events.slot_event.size for pair in pairs])
+        else:
+            own_logit, lse = label_statistics(
+                hidden, weight, labels, shard_start=shard_start, vocab_size=self._vocab_size, group=group
+            )
         scored = []
-        for pair, h, own, z in zip(pairs, hidden.split(lens), own_logit.split(lens), lse.split(lens), strict=True):
+        split = (hidden.split(lens), own_logit.split(lens), lse.split(lens))
+        for pair, h, own, z, slots in zip(pairs, *split, byte_logprobs, strict=True):
             requested = torch.from_numpy(pair.teacher_rows.astype(np.int64)).to(h.device)
             wanted = None if pair.needs.hidden_rows == "none" else h[requested]
-            scored.append(ScoredPair(sample_id=pair.sample_id, own_logit=own, lse=z, hidden=wanted))
+            scored.append(
+                ScoredPair(sample_id=pair.sample_id, own_logit=own, lse=z, hidden=wanted, byte_logprobs=slots)
+            )
         return scored

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_simct.alignment.placement import VocabPlacement
 from megatron_simct.config import InterfaceConfig
-from megatron_simct.losses import SharedHead, interface_loss
+from megatron_simct.losses import ByteOrder, SharedHead, interface_loss
 from megatron_simct.models.build import HiddenStateModel
 from megatron_simct.parallel.cpu import megatron_imports
 from megatron_simct.parallel.initialize import Groups
@@ -60,6 +60,7 @@ class Updater:
         shared_head: SharedHead | None,
         placement: VocabPlacement,
         interface: InterfaceConfig,
+        byte_order: ByteOrder | None = None,
     ) -> None:
         self._chunks = list(chunks)
         self._ddp = self._chunks[-1]  # on the last stage the one with the head
@@ -67,7 +68,12 @@ class Updater:
         self._scheduler = scheduler
         self._groups = groups
         self._loss = partial(
-            interface_loss, shared_head=shared_head, placement=placement, config=interface, group=groups.tp
+            interface_loss,
+            shared_head=shared_head,
+            placement=placement,
+            config=interface,
+            group=groups.tp,
+            byte_order=byte_order,
         )
 
     def step(self, batches: Sequence[MicroBatch]) -> StepReport:

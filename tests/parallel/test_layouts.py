@@ -50,11 +50,11 @@ def recorded(tiny, weights, tmp_path_factory):
             "--save-debug-rollout-data",
             str(rollouts / interface),
         )[0]
-        for interface in ("paper", "strict", "sft")
+        for interface in ("paper", "strict", "bytes", "sft")
     }
 
 
-@pytest.mark.parametrize("interface", ["paper", "strict", "sft"])
+@pytest.mark.parametrize("interface", ["paper", "strict", "bytes", "sft"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_agree(tiny, weights, recorded, layout, interface):
     folder, expected = recorded

@@ -1,0 +1,336 @@
+"""Which bytes of a response two models can be compared on, and which tokens' probabilities each of them adds up there.
+
+The interface `bytes` compares distributions over the next byte at every byte position i = 0 .. |y| of a response y. All
+of it but the probabilities is known before a model runs, so it is found here, by integers only.
+
+One model. Its row k (the distribution after k of its own tokens) stands at byte offset beta_k. With c = y[beta_k : i],
+tokens that begin with c and go on with b give byte b its probability at i. In the order of their bytes these tokens are
+a range of the vocabulary, and the ranges of one row are nested: those of a longer c lie inside one of a shorter c. So
+the row's vocabulary is cut into consecutive *segments*, fine enough that every range is a run of them; the model only
+has to sum each segment once. Behind all content stand two segments more: ids without content, and the stop ids.
+
+    boundary of the model (beta_k = i)   every first byte, "stop", and other ids without content
+    inside a token (beta_k < i)          the bytes that some token has behind c; a token that spells c has "ended" here
+
+Rows before the last boundary count too, where a token of theirs reaches past i: the realized path is one of several
+ways to have spelled y[:i].
+
+What is compared at i. Events are the bytes that both models can have next, "stop" where both are at a boundary, and
+"rest", all that is left on each side: bytes that only one can have, ids without content, tokens that have ended. Where
+a model is inside a token and c is no token, it cannot end, so what could be in its rest is unknown. Then there is no
+rest, and the models are compared given that the next byte is one of the common ones.
+
+Loose bytes. A model inside a token may be wrong about byte b: of the texts that go on with b, some have left its token
+earlier, at a shorter token, and their probability is in rows that nobody has computed. If a tokenizer takes the longest
+match, that can only be the longest token that is a prefix of c, and only if c b is no token. Such a b is *loose*, and
+the model's probability of it is only known to lie between the sum and the sum plus that token's (the *spread*). The
+loss compares a loose byte only where the difference between the models is larger than the spread explains.
+
+What stays approximate: byte-pair merging does not take the longest match at every token end; where it does not, a byte
+taken for tight may be loose. And where a sampled response is not in the tokenizer's own segmentation, other ways to
+spell the text up to a boundary are taken to go on like the sampled one.
+
+Shape letters: P byte positions that are compared, E slots, G segments, X entries, V ids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from megatron_simct.alignment.token_table import TokenTable
+from megatron_simct.records import REST, SPREAD, STOP, ByteEvents, ByteSide
+
+NUM_BYTES = 256
+
+
+@dataclass(frozen=True, eq=False)
+class ByteTrie:
+    """A vocabulary in the order of its bytes, as a trie. Node 0 is the root; a node is a prefix of some token.
+
+    Nodes are numbered by depth, and within one depth in byte order, so the children of a node are consecutive.
+    """
+
+    order: np.ndarray
+    """int64 [V]: ids in byte order; behind the content come other ids without content, then the stop ids."""
+    num_content: int
+    num_other: int
+    first: np.ndarray
+    """int64 [nodes]: tokens that begin with the node's bytes are order[first:end]; those that spell just them lead."""
+    end: np.ndarray
+    """int64 [nodes]"""
+    tokens: np.ndarray
+    """int64 [nodes]: how many ids spell just the node's bytes."""
+    byte: np.ndarray
+    """int64 [nodes]: the last byte of the node."""
+    children: np.ndarray
+    """int64 [nodes + 1]: the children of node j are children[j] .. children[j + 1] - 1."""
+    keys: np.ndarray
+    """int64 [nodes - 1], ascending: parent * 256 + byte of node j + 1."""
+
+    def child(self, node: np.ndarray, byte: np.ndarray) -> np.ndarray:
+        """int64 [n]: the child of each node by a byte, 0 where there is none."""
+        key = node * NUM_BYTES + byte
+        at = np.minimum(self.keys.searchsorted(key), self.keys.size - 1)
+        return np.where(self.keys[at] == key, at + 1, 0)
+
+
+@lru_cache(maxsize=8)
+def byte_trie(table: TokenTable) -> ByteTrie:
+    """The trie of a token table; built once, in well under a second for 10^5 ids.
+
+    Raises ValueError for a table without content.
+    """
+    content = np.flatnonzero(table.lengths)
+    if not content.size:
+        raise ValueError("the vocabulary has no id with content")
+    pieces = table.pieces()
+    content = np.array(sorted(content.tolist(), key=pieces.__getitem__), dtype=np.int64)
+    stops = np.array(table.stop_ids, dtype=np.int64)
+    others = np.setdiff1d(np.flatnonzero(table.lengths == 0), stops)
+    offsets, lengths = table.offsets[content], table.lengths[content]
+
+    node_of = np.zeros(content.size, dtype=np.int64)
+    first, end, tokens, byte, keys = [[0]], [[content.size]], [[0]], [[0]], []
+    inside, num_nodes = np.arange(content.size), 1
+    for depth in range(int(lengths.max())):
+        inside = inside[lengths[inside] > depth]
+        next_byte = table.flat[offsets[inside] + depth].astype(np.int64)
+        key = node_of[inside] * NUM_BYTES + next_byte
+        begins = np.flatnonzero(np.diff(key, prepend=-1))
+        node = np.diff(key, prepend=-1).astype(bool).cumsum() - 1
+        node_of[inside] = node + num_nodes
+        first.append(inside[begins])
+        end.append(inside[np.append(begins[1:], inside.size) - 1] + 1)
+        tokens.append(np.bincount(node[lengths[inside] == depth + 1], minlength=begins.size))
+        byte.append(next_byte[begins])
+        keys.append(key[begins])
+        num_nodes += begins.size
+    keys = np.concatenate(keys)
+    return ByteTrie(
+        order=np.concatenate([content, others, stops]),
+        num_content=content.size,
+        num_other=others.size,
+        first=np.concatenate(first),
+        end=np.concatenate(end),
+        tokens=np.concatenate(tokens),
+        byte=np.concatenate(byte),
+        children=1 + keys.searchsorted(np.arange(num_nodes + 1) * NUM_BYTES),
+        keys=keys,
+    )
+
+
+def plan_byte_events(
+    text: np.ndarray,
+    *,
+    stop: bool,
+    student: TokenTable,
+    student_ids: np.ndarray,
+    teacher: TokenTable,
+    teacher_ids: np.ndarray,
+) -> ByteEvents:
+    """The events of one response, and both models' sums.
+
+    text uint8 [L]: the bytes that both sequences of ids (int32 [N], [M]) begin with, up to the first special token of
+    either; stop: both spell just `text` and then stop, so that the position behind it is compared too.
+    """
+    num_positions = text.size + stop
+    walks = [
+        _walk(byte_trie(t), t, ids, text, num_positions) for t, ids in ((student, student_ids), (teacher, teacher_ids))
+    ]
+    common = walks[0].reachable & walks[1].reachable
+    both_end = walks[0].can_end & walks[1].can_end
+    both_stop = walks[0].boundary & walks[1].boundary
+    loose = [walk.loose & common for walk in walks]
+    num_bytes = common.sum(1)
+    kept = num_bytes + both_stop + both_end >= 2  # else there is nothing to compare
+    spread = kept & (loose[0] | loose[1]).any(1)
+
+    # Slots, position by position: common bytes, stop, rest, spread.
+    common &= kept[:, None]
+    slots = np.zeros((num_positions, NUM_BYTES + 3), dtype=bool)
+    slots[:, :NUM_BYTES] = common
+    slots[:, STOP] = kept & both_stop
+    slots[:, REST] = kept & both_end
+    slots[:, SPREAD] = spread
+    position, event = slots.nonzero()
+    slot_of = np.full(slots.shape, -1, dtype=np.int64)
+    slot_of[position, event] = np.arange(position.size)
+    is_byte = event < NUM_BYTES
+    loose_slots = np.zeros((2, position.size), dtype=bool)
+    loose_slots[:, is_byte] = [of_side[position[is_byte], event[is_byte]] for of_side in loose]
+
+    number = kept.cumsum() - 1
+    return ByteEvents(
+        num_positions=int(kept.sum()),
+        slot_position=number[position].astype(np.int32),
+        slot_event=event.astype(np.int16),
+        student_loose=loose_slots[0],
+        teacher_loose=loose_slots[1],
+        student=_side(walks[0], slot_of, position),
+        teacher=_side(walks[1], slot_of, position),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Walk:
+    """How far the tokens of a side's rows agree with the text: one visit for each row and position of which it does."""
+
+    trie: ByteTrie
+    num_rows: int
+    """Rows at or before the last position that is compared."""
+    num_labels: int
+    row: np.ndarray
+    """int64 [visits]"""
+    position: np.ndarray
+    node: np.ndarray
+    is_last: np.ndarray
+    """bool [visits]: the row is the last boundary of the position."""
+    longest: np.ndarray
+    """int64 [visits]: the node of the longest token that is a prefix of the node's bytes, 0 for none."""
+    last_row: np.ndarray
+    """int64 [P]"""
+    boundary: np.ndarray
+    """bool [P]"""
+    can_end: np.ndarray
+    """bool [P]"""
+    reachable: np.ndarray
+    """bool [P, 256]"""
+    loose: np.ndarray
+    """bool [P, 256]; true also for bytes that are not reachable."""
+    next_visit: np.ndarray
+    """int64 [Y]: visit of each pair (visit, child of its node)."""
+    next_node: np.ndarray
+    """int64 [Y]: that child."""
+
+
+def _walk(trie: ByteTrie, table: TokenTable, ids: np.ndarray, text: np.ndarray, num_positions: int) -> _Walk:
+    begins = np.append(0, table.lengths[ids].cumsum())[:-1]
+    begins = begins[: begins.searchsorted(num_positions)]
+    last_row = begins.searchsorted(np.arange(num_positions), side="right") - 1
+    row, position = np.arange(begins.size), begins
+    node = longest = np.zeros(begins.size, dtype=np.int64)
+    rows, positions, nodes, longests = [], [], [], []
+    while row.size or not rows:
+        rows.append(row)
+        positions.append(position)
+        nodes.append(node)
+        longests.append(longest)
+        goes_on = position + 1 < num_positions
+        row, position, node, longest = row[goes_on], position[goes_on], node[goes_on], longest[goes_on]
+        node = trie.child(node, text[position].astype(np.int64))
+        longest = np.where(trie.tokens[node] > 0, node, longest)
+        found = node > 0
+        row, position, node, longest = row[found], position[found] + 1, node[found], longest[found]
+    row, position, node = np.concatenate(rows), np.concatenate(positions), np.concatenate(nodes)
+    longest = np.concatenate(longests)
+    is_last = last_row[position] == row
+
+    boundary, can_end = np.zeros(num_positions, dtype=bool), np.zeros(num_positions, dtype=bool)
+    boundary[position[is_last & (node == 0)]] = True
+    can_end[position[is_last & (trie.tokens[node] > 0)]] = True
+    num_children = trie.children[node + 1] - trie.children[node]
+    next_visit = np.arange(node.size).repeat(num_children)
+    next_node = _ranges(trie.children[node], num_children)
+    reachable = np.zeros((num_positions, NUM_BYTES), dtype=bool)
+    reachable[position[next_visit], trie.byte[next_node]] = True
+    may_leave = np.zeros(num_positions, dtype=bool)
+    may_leave[position[is_last & (node > 0) & (longest > 0)]] = True
+    loose = np.repeat(may_leave[:, None], NUM_BYTES, axis=1)
+    tight = is_last[next_visit] & (trie.tokens[next_node] > 0)
+    loose[position[next_visit[tight]], trie.byte[next_node[tight]]] = False
+    return _Walk(
+        trie=trie,
+        num_rows=begins.size,
+        num_labels=len(ids),
+        row=row,
+        position=position,
+        node=node,
+        is_last=is_last,
+        longest=longest,
+        last_row=last_row,
+        boundary=boundary,
+        can_end=boundary | can_end,
+        reachable=reachable,
+        loose=loose,
+        next_visit=next_visit,
+        next_node=next_node,
+    )
+
+
+def _side(walk: _Walk, slot_of: np.ndarray, slot_position: np.ndarray) -> ByteSide:
+    """Segments of the side's rows, and which segments each slot adds up."""
+    trie, num_ids = walk.trie, walk.trie.order.size
+    # Where a row's vocabulary is cut: at every child of a visited node. A first child without tokens that spell the
+    # node itself begins where the node does, which its parent's cut is.
+    visit, node = walk.next_visit, walk.next_node
+    parent = walk.node[visit]
+    new = (parent == 0) | (trie.first[node] > trie.first[parent])
+    behind = np.array([trie.num_content] * (trie.num_other > 0) + [trie.num_content + trie.num_other], dtype=np.int64)
+    key = num_ids + 1
+    place = walk.row[visit] * key + trie.first[node]
+    cuts = np.concatenate(
+        [
+            place[new],
+            (np.arange(walk.num_rows)[:, None] * key + behind).ravel(),
+            np.arange(walk.num_rows, walk.num_labels) * key,  # rows that no slot needs are one segment
+        ]
+    )
+    order = cuts.argsort(kind="stable")  # of a few ascending runs
+    cuts = cuts[order]
+
+    # The segments of every pair (visit, child): from its own cut to that of the next child of the same visit.
+    start = np.empty(visit.size, dtype=np.int64)
+    rank = np.empty(order.size, dtype=np.int64)
+    rank[order] = np.arange(order.size)
+    start[new] = rank[: np.count_nonzero(new)]
+    start[~new] = cuts.searchsorted(place[~new])
+    end = np.append(start[1:], 0)
+    is_last_child = np.append(visit[1:] != visit[:-1], True)[: visit.size]
+    of_last = visit[is_last_child]
+    end[is_last_child] = cuts.searchsorted(walk.row[of_last] * key + trie.end[walk.node[of_last]])
+    rest = slot_of[:, REST]
+    position = walk.position[visit]
+    slot = slot_of[position, trie.byte[node]]
+    slot = np.where(slot >= 0, slot, rest[position])
+    used = slot >= 0
+    targets, starts, ends = [slot[used]], [start[used]], [end[used]]
+
+    def add(target: np.ndarray, row: np.ndarray, first: np.ndarray | int, end: np.ndarray | int) -> None:
+        """Tokens [first, end) of each row, in byte order, to the slot `target`, unless that is -1."""
+        used = target >= 0
+        targets.append(target[used])
+        starts.append(cuts.searchsorted((row * key + first)[used]))
+        ends.append(cuts.searchsorted((row * key + end)[used]))
+
+    at_boundary = walk.is_last & (walk.node == 0)
+    row, position = walk.row[at_boundary], walk.position[at_boundary]
+    if trie.num_other:
+        add(rest[position], row, behind[0], behind[1])
+    stop = slot_of[position, STOP]
+    add(np.where(stop >= 0, stop, rest[position]), row, behind[-1], num_ids)
+
+    inside = walk.is_last & (walk.node > 0)
+    row, position, node, longest = (x[inside] for x in (walk.row, walk.position, walk.node, walk.longest))
+    ends_here = trie.tokens[node] > 0
+    add(np.where(ends_here, rest[position], -1), row, trie.first[node], trie.first[node] + trie.tokens[node])
+    longest_end = trie.first[longest] + trie.tokens[longest]
+    add(np.where(longest > 0, slot_of[position, SPREAD], -1), row, trie.first[longest], longest_end)
+
+    target, start = np.concatenate(targets), np.concatenate(starts)
+    num_segments = np.concatenate(ends) - start
+    return ByteSide(
+        segment_row=(segment_row := cuts // key).astype(np.int32),
+        segment_start=(cuts - segment_row * key).astype(np.int32),
+        entry_slot=target.repeat(num_segments).astype(np.int32),
+        entry_segment=_ranges(start, num_segments).astype(np.int32),
+        last_row=walk.last_row[slot_position].astype(np.int32),
+    )
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """starts[0], starts[0] + 1, ... (lengths[0] numbers), starts[1], ...; int64."""
+    ends = lengths.cumsum()
+    return np.arange(ends[-1] if ends.size else 0) + (starts - ends + lengths).repeat(lengths)

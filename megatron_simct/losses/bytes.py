@@ -1,0 +1,354 @@
+"""The interface `bytes`: two models compared as distributions over the next byte (events: alignment/byte_events.py).
+
+With A_k the probability of a model's first k tokens of the response, the probability of a slot at byte position i is
+
+    sum over its entries (row k, segment)  of  A_k / A_K * (probability of the segment's tokens in row k)
+
+K being the row of the last boundary at or before i: relative to the realized path, in log space. Divided by their sum
+over the events of the position they are P_S and P_T, and the position's loss is their divergence, every probability
+floored at FLOOR. A loose byte, which the models only bound, is an event of its own where the bounds of the two models
+lie apart; else it is part of the rest, or left out where there is no rest. So the loss is 0, and its gradient too,
+whenever both models are the same distribution over texts, each written out in the tokens of a tokenizer that takes the
+longest match.
+
+What is computed. Segments are consecutive in the order of the tokens' bytes, so a tile of columns in that order is
+summed in one pass (`segment_reduce`). One MAX and one SUM over the tensor-parallel group, of one and of 258 + (the
+segments behind the realized token's first byte) numbers a row; all that follows is a few hundred numbers a byte, the
+same on every rank, and is differentiated by autograd. Its gradient with respect to the segments' log-probabilities g_s
+and the realized tokens' h comes back to the logits of row k as
+
+    softmax * (g_s / probability of the segment - sum over the row's segments of g_s - h)  +  h * one-hot
+
+in a second pass over the tiles, in the forward pass like every other interface.
+
+Shapes: `n` rows, `G` segments, `E` slots, `P` positions, `w` this rank's real columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_simct.alignment.byte_events import byte_trie
+from megatron_simct.alignment.token_table import TokenTable
+from megatron_simct.losses.tiles import OutputLayer, StudentLogits
+from megatron_simct.losses.vocab_parallel import NEGATIVE_INFINITY, finite_reference, reduce_packed, row_maxima
+from megatron_simct.records import REST, SPREAD, ByteBatch, ByteSideBatch
+
+FLOOR = 1e-8
+"""Of every probability of an event: a model may be unable to give an event any."""
+SLACK = 1e-4
+"""Relative difference of bounds that counts as none: rounding."""
+TILE = 4096
+"""Columns at a time, at most ..."""
+TILE_LOGITS = 1 << 22
+"""... and logits at a time, at most (unless one column alone has more rows)."""
+
+
+@dataclass(frozen=True, eq=False)
+class ByteOrder:
+    """This rank's real columns in the order of their bytes."""
+
+    columns: torch.Tensor
+    """int64 [w]: local columns."""
+    local: torch.Tensor
+    """int64 [V + 1]: how many of this rank's columns come before each place in the whole vocabulary's order."""
+
+    @classmethod
+    def of(cls, table: TokenTable, *, shard_start: int, shard_end: int, device: torch.device) -> ByteOrder:
+        """Of ids [shard_start, shard_end), padding included."""
+        order = byte_trie(table).order
+        here = (order >= shard_start) & (order < shard_end)
+        return cls(
+            columns=torch.from_numpy(order[here] - shard_start).to(device),
+            local=torch.from_numpy(np.append(0, here.cumsum())).to(device),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _RowSums:
+    """What the ranks agree on after the two reductions."""
+
+    maxima: torch.Tensor
+    """[n]"""
+    segments: torch.Tensor
+    """[G], sums of e^{z - maximum of the row}."""
+    totals: torch.Tensor
+    """[n], the same over whole rows."""
+    log_probs: torch.Tensor
+    """[n], of the rows' own labels."""
+
+
+@torch.no_grad()
+def teacher_byte_statistics(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    side: ByteSideBatch,
+    *,
+    order: ByteOrder,
+    shard_start: int,
+    group: dist.ProcessGroup | None,
+    logit_softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(log-probability of every slot [E], own logit [n], log-sum-exp [n]) from what enters a frozen output layer.
+
+    hidden [n, H] and weight [W, H] as in `label_statistics`, whose two answers are the last two.
+    """
+    source = OutputLayer(hidden, weight, num_columns=len(order.columns), soft_cap=logit_softcap)
+    sums = _row_sums(source, labels, side, order=order, shard_start=shard_start, group=group)
+    lse = sums.maxima + sums.totals.log()
+    return _log_masses(_log_probs(sums, side), sums.log_probs, side), sums.log_probs + lse, lse
+
+
+def slot_log_masses(
+    source: StudentLogits,
+    labels: torch.Tensor,
+    side: ByteSideBatch,
+    *,
+    order: ByteOrder,
+    shard_start: int,
+    group: dist.ProcessGroup | None,
+) -> torch.Tensor:
+    """[E]: one model's log-probability of every slot relative to its realized path, equal on every rank. No gradient.
+
+    labels int64 [n], whose rows are those of `source`, in one order.
+    """
+    with torch.no_grad():
+        sums = _row_sums(source, labels, side, order=order, shard_start=shard_start, group=group)
+        return _log_masses(_log_probs(sums, side), sums.log_probs, side)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByteLoss:
+    """The loss of a micro-batch, equal on every rank."""
+
+    sum: torch.Tensor
+    """0-dim, nats."""
+    log_probs: torch.Tensor
+    """[n], of the student's labels; no gradient."""
+    metrics: dict[str, torch.Tensor]
+
+
+def byte_loss(
+    source: StudentLogits,
+    labels: torch.Tensor,
+    batch: ByteBatch,
+    *,
+    order: ByteOrder,
+    shard_start: int,
+    divergence: str,
+    js_beta: float,
+    group: dist.ProcessGroup | None,
+) -> ByteLoss:
+    """Sum over byte positions, differentiable through `source`. Collective over `group`."""
+    side = batch.student
+    with torch.no_grad():
+        sums = _row_sums(source, labels, side, order=order, shard_start=shard_start, group=group)
+        log_segments, log_probs = _log_probs(sums, side), sums.log_probs
+    with torch.set_grad_enabled(source.needs_gradient):
+        inputs = (log_segments.detach().requires_grad_(), log_probs.detach().requires_grad_())
+        student = _log_masses(inputs[0], inputs[1], side)
+        values, shares = position_divergences(
+            student, batch.teacher_logprobs.to(student.dtype), batch, divergence=divergence, js_beta=js_beta
+        )
+        total = values.sum()
+        if source.needs_gradient:
+            of_segments, of_labels = torch.autograd.grad(total, inputs, allow_unused=True)
+            _add_gradient(source, labels, side, sums, of_segments, of_labels, order=order, shard_start=shard_start)
+    with torch.no_grad():
+        metrics = {"loss_bytes_sum": total.detach().double(), "byte_positions": values.new_full((), len(values))}
+        metrics |= {name: value.detach().double() for name, value in shares.items()}
+    return ByteLoss(sum=source.attach(total.detach()), log_probs=log_probs, metrics=metrics)
+
+
+def position_divergences(
+    student: torch.Tensor, teacher: torch.Tensor, batch: ByteBatch, *, divergence: str, js_beta: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """[P], and sums for the metrics. student, teacher [E]: log masses; differentiable in the student's."""
+    position, event = batch.slot_position, batch.slot_event
+    is_event, is_rest = event != SPREAD, event == REST
+    num_positions = batch.num_positions
+    # The rest's slot of each position, and -1 for none.
+    rest = torch.full((num_positions,), -1, dtype=torch.int64, device=position.device)
+    index = torch.arange(len(position), device=position.device)
+    rest = rest.scatter_reduce(0, position, torch.where(is_rest, index, -1), "amax")[position]
+    with torch.no_grad():
+        merged = _may_agree(student, teacher, batch, is_event=is_event, has_rest=rest >= 0)
+    target = torch.where(merged & (rest >= 0), rest, index)
+    used = is_event & ((rest >= 0) | ~merged)
+    alive = is_event & ~merged
+    p = _floored(student, target, position, used, num_positions)
+    q = _floored(teacher, target, position, used, num_positions)
+    match divergence:
+        case "reverse_kl":
+            terms = p * (p / q).log()
+        case "forward_kl":
+            terms = q * (q / p).log()
+        case "js":
+            m = js_beta * q + (1 - js_beta) * p
+            terms = js_beta * q * (q / m).log() + (1 - js_beta) * p * (p / m).log()
+        case _:
+            raise AssertionError(f"unknown divergence {divergence!r}")
+    values = terms.new_zeros(num_positions).index_add(0, position, torch.where(alive, terms, 0))
+    with torch.no_grad():
+        shares = {
+            "bytes_student_rest_sum": torch.where(alive & is_rest, p, 0).sum(),
+            "bytes_teacher_rest_sum": torch.where(alive & is_rest, q, 0).sum(),
+            "bytes_merged": merged.sum(),
+        }
+    return values, shares
+
+
+def _may_agree(
+    student: torch.Tensor, teacher: torch.Tensor, batch: ByteBatch, *, is_event: torch.Tensor, has_rest: torch.Tensor
+) -> torch.Tensor:
+    """bool [E]: loose bytes whose probability may be the same in both models, for all that is known."""
+    bounds = [
+        _bounds(values, loose, batch, is_event=is_event, has_rest=has_rest)
+        for values, loose in ((student, batch.student_loose), (teacher, batch.teacher_loose))
+    ]
+    (lower_s, upper_s), (lower_t, upper_t) = bounds
+    overlap = (lower_s <= upper_t * (1 + SLACK)) & (lower_t <= upper_s * (1 + SLACK))
+    return (batch.student_loose | batch.teacher_loose) & overlap
+
+
+def _bounds(
+    values: torch.Tensor, loose: torch.Tensor, batch: ByteBatch, *, is_event: torch.Tensor, has_rest: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Between what the probability of each byte lies, among the events of its position; both [E]."""
+    position = batch.slot_position
+    log_reference = _log_sums(values.masked_fill(~is_event, NEGATIVE_INFINITY), position, batch.num_positions)
+    masses = (values - log_reference[position]).exp()  # events of a position add up to 1
+    any_loose = loose.new_zeros(batch.num_positions, dtype=masses.dtype).index_add(0, position, loose.to(masses.dtype))
+    spread = masses.new_zeros(batch.num_positions).index_add(0, position, torch.where(is_event, 0, masses))
+    spread = torch.where(any_loose > 0, spread, 0)[position]
+    whole = torch.where(has_rest, 1, 1 + spread)  # the rest has the spread in it
+    upper = torch.where(loose, (masses + spread) / whole, masses)
+    return masses / whole, upper
+
+
+def _floored(
+    log_masses: torch.Tensor, target: torch.Tensor, position: torch.Tensor, used: torch.Tensor, num_positions: int
+) -> torch.Tensor:
+    """[E]: probabilities of the events that are left, at least FLOOR."""
+    log_masses = torch.where(used, log_masses, NEGATIVE_INFINITY)
+    reference = torch.full((num_positions,), NEGATIVE_INFINITY, dtype=log_masses.dtype, device=log_masses.device)
+    reference = finite_reference(reference.scatter_reduce(0, position, log_masses.detach(), "amax"))
+    masses = (log_masses - reference[position]).exp()
+    totals = masses.new_zeros(num_positions).index_add(0, position, masses).clamp(min=FLOOR)
+    masses = torch.zeros_like(masses).index_add(0, target, masses)
+    return (masses / totals[position]).clamp(min=FLOOR)
+
+
+def _log_masses(log_segments: torch.Tensor, log_probs: torch.Tensor, side: ByteSideBatch) -> torch.Tensor:
+    """[G], [n] -> [E]: the entries of each slot added up, each relative to the realized path."""
+    # log A_k; in float64, as the sums over a whole micro-batch are long and their differences short.
+    path = torch.cat([log_probs.new_zeros(1, dtype=torch.float64), log_probs.double().cumsum(0)])
+    row, last = side.segment_row[side.entry_segment], side.last_row[side.entry_slot]
+    terms = log_segments[side.entry_segment] + (path[row] - path[last]).to(log_segments.dtype)
+    return _log_sums(terms, side.entry_slot, len(side.last_row))
+
+
+def _log_sums(terms: torch.Tensor, index: torch.Tensor, size: int) -> torch.Tensor:
+    """[X] -> [size]: the log-sum-exp of the terms of each index; -inf, with gradient 0, where there are none."""
+    maxima = torch.full((size,), NEGATIVE_INFINITY, dtype=terms.dtype, device=terms.device)
+    maxima = finite_reference(maxima.scatter_reduce(0, index, terms.detach(), "amax"))
+    sums = terms.new_zeros(size).index_add(0, index, (terms - maxima[index]).exp())
+    empty = sums == 0
+    return torch.where(empty, NEGATIVE_INFINITY, maxima + torch.where(empty, 1, sums).log())
+
+
+def _log_probs(sums: _RowSums, side: ByteSideBatch) -> torch.Tensor:
+    """[G]: log-probability of each segment in its row."""
+    return sums.segments.log() - sums.totals.log()[side.segment_row]
+
+
+def _row_sums(
+    source: StudentLogits,
+    labels: torch.Tensor,
+    side: ByteSideBatch,
+    *,
+    order: ByteOrder,
+    shard_start: int,
+    group: dist.ProcessGroup | None,
+) -> _RowSums:
+    """Maxima, segment sums and own logits of every row: one MAX and one SUM over the ranks."""
+    maxima = torch.full((source.num_rows,), NEGATIVE_INFINITY, dtype=source.dtype, device=source.device)
+    segments = maxima.new_zeros(len(side.segment_row))
+    own = torch.zeros_like(maxima)
+    own_place = _own_places(labels, order, shard_start)
+    for start, end, lengths in _tiles(side, order, source.num_rows):
+        tile = source.logits_at(order.columns[start:end])
+        own += _own(tile, own_place - start)
+        new_maxima = torch.maximum(maxima, row_maxima(tile))
+        reference = finite_reference(new_maxima)
+        segments *= (maxima - reference).exp()[side.segment_row]
+        tile = (tile - reference.unsqueeze(1)).exp_()
+        segments += torch.segment_reduce(tile.flatten(), "sum", lengths=lengths, unsafe=True)
+        maxima = new_maxima
+    (global_maxima,) = reduce_packed([maxima], dist.ReduceOp.MAX, group)
+    reference = finite_reference(global_maxima)
+    segments *= (maxima - reference).exp()[side.segment_row]
+    segments, own = reduce_packed([segments, own], dist.ReduceOp.SUM, group)
+    totals = torch.zeros_like(own).index_add(0, side.segment_row, segments)
+    return _RowSums(maxima=reference, segments=segments, totals=totals, log_probs=own - reference - totals.log())
+
+
+def _add_gradient(
+    source: StudentLogits,
+    labels: torch.Tensor,
+    side: ByteSideBatch,
+    sums: _RowSums,
+    of_segments: torch.Tensor,
+    of_labels: torch.Tensor,
+    *,
+    order: ByteOrder,
+    shard_start: int,
+) -> None:
+    """Add the gradient of the logits, from those of the segments' [G] and the labels' [n] log-probabilities."""
+    whole_row = of_labels.index_add(0, side.segment_row, of_segments) / sums.totals
+    weights = torch.where(sums.segments > 0, of_segments / sums.segments, 0) - whole_row[side.segment_row]
+    own_place = _own_places(labels, order, shard_start)
+    for start, end, lengths in _tiles(side, order, source.num_rows):
+        columns = order.columns[start:end]
+        tile = (source.logits_at(columns) - sums.maxima.unsqueeze(1)).exp_()
+        tile *= weights.repeat_interleave(lengths, output_size=tile.numel()).view_as(tile)
+        place = own_place - start
+        here = (place >= 0) & (place < end - start)
+        index = place.clamp(0, end - start - 1).unsqueeze(1)
+        tile.scatter_add_(1, index, torch.where(here, of_labels, 0).unsqueeze(1))
+        source.add_gradient_at(columns, tile)
+
+
+def _tiles(side: ByteSideBatch, order: ByteOrder, num_rows: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Ranges of this rank's columns in byte order, and how many columns of the range each segment [G] has."""
+    num_columns = len(order.columns)
+    first = order.local[side.segment_start]
+    last_of_row = torch.ones_like(side.segment_row, dtype=torch.bool)
+    last_of_row[:-1] = side.segment_row[1:] != side.segment_row[:-1]
+    ends = torch.where(last_of_row, num_columns, first.roll(-1))
+    width = min(TILE, max(1, TILE_LOGITS // max(1, num_rows)))
+    for start in range(0, num_columns, width):
+        end = min(start + width, num_columns)
+        yield start, end, ends.clamp(start, end) - first.clamp(start, end)
+
+
+def _own_places(labels: torch.Tensor, order: ByteOrder, shard_start: int) -> torch.Tensor:
+    """int64 [n]: the place of each label among this rank's columns in byte order, -1 where another rank has it."""
+    num_columns = len(order.columns)
+    place = labels.new_full((num_columns + 1,), -1)
+    place[order.columns] = torch.arange(num_columns, device=labels.device)
+    local = labels - shard_start
+    return torch.where((local >= 0) & (local < num_columns), place[local.clamp(0, num_columns)], -1)
+
+
+def _own(tile: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """[n]: each row's entry at its place, 0 where that is outside the tile."""
+    here = (place >= 0) & (place < tile.shape[1])
+    own = tile.gather(1, place.clamp(0, tile.shape[1] - 1).unsqueeze(1)).squeeze(1)
+    return torch.where(here, own, 0)

@@ -1,0 +1,154 @@
+"""Samples for the interface `bytes`: two random vocabularies, one text, random logits, and the package's answer."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_simct.alignment.byte_events import plan_byte_events
+from megatron_simct.alignment.segments import align
+from megatron_simct.alignment.token_table import TokenTable
+from megatron_simct.losses.bytes import ByteOrder, byte_loss, slot_log_masses
+from megatron_simct.losses.tiles import GivenLogits
+from megatron_simct.parallel.packing import pack_byte_events, pack_byte_sides
+from megatron_simct.records import ByteEvents
+from tests import golden
+from tests.oracles.bytes import Side
+
+PADDING_SCORE = 50.0
+
+
+def table_of(side: Side) -> TokenTable:
+    special = [i for i, piece in enumerate(side.pieces) if piece == b""]
+    return TokenTable.from_bytes(side.pieces, special_ids=special, stop_ids=side.stop_ids)
+
+
+def events_of(student: Side, teacher: Side) -> ByteEvents:
+    tables = table_of(student), table_of(teacher)
+    ids = [np.array(side.labels, dtype=np.int32) for side in (student, teacher)]
+    alignment = align(tables[1], ids[1], tables[0], ids[0])
+    content = ids[0][:-1] if student.labels[-1] in student.stop_ids else ids[0]
+    text = tables[0].spell(content)[0][: alignment.common_prefix_bytes]
+    return plan_byte_events(
+        text, stop=alignment.stop, student=tables[0], student_ids=ids[0], teacher=tables[1], teacher_ids=ids[1]
+    )
+
+
+@dataclass
+class Evaluation:
+    sum: torch.Tensor
+    gradient: torch.Tensor
+    """[n, W]: this rank's columns, padding included."""
+    metrics: dict[str, torch.Tensor]
+
+
+def _shard(logits: torch.Tensor, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, int, int]:
+    """This rank's columns (at least one of them padding in the whole), where they start, and how many are real."""
+    rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    width = -(-(logits.shape[1] + 1) // size)
+    padded = logits.new_full((len(logits), width * size), PADDING_SCORE)
+    padded[:, : logits.shape[1]] = logits
+    start = rank * width
+    return padded[:, start : start + width].clone(), start, max(0, min(width, logits.shape[1] - start))
+
+
+def evaluate(
+    cases: list[tuple[Side, Side]],
+    *,
+    divergence: str = "reverse_kl",
+    js_beta: float = 0.5,
+    group: dist.ProcessGroup | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Evaluation:
+    """The package's loss of a micro-batch of (student, teacher) with common vocabularies."""
+    events = [events_of(student, teacher) for student, teacher in cases]
+    sides = [[case[k] for case in cases] for k in (0, 1)]
+    sources, labels, orders, starts = [], [], [], []
+    for of_side in sides:
+        logits, start, num_columns = _shard(torch.cat([side.logits.detach() for side in of_side]).to(dtype), group)
+        if of_side is sides[0]:
+            student_logits = logits.requires_grad_()
+        sources.append(GivenLogits(logits, num_columns=num_columns))
+        labels.append(torch.tensor([label for side in of_side for label in side.labels]))
+        order = ByteOrder.of(table_of(of_side[0]), shard_start=start, shard_end=start + logits.shape[1], device="cpu")
+        orders.append(order)
+        starts.append(start)
+    teacher_side = pack_byte_sides([e.teacher for e in events], [len(side.labels) for side in sides[1]])
+    teacher = slot_log_masses(sources[1], labels[1], teacher_side, order=orders[1], shard_start=starts[1], group=group)
+    batch = pack_byte_events(events, [len(side.labels) for side in sides[0]], [teacher])
+    result = byte_loss(
+        sources[0],
+        labels[0],
+        batch,
+        order=orders[0],
+        shard_start=starts[0],
+        divergence=divergence,
+        js_beta=js_beta,
+        group=group,
+    )
+    result.sum.backward()
+    return Evaluation(result.sum.detach(), student_logits.grad, result.metrics)
+
+
+def golden_case() -> tuple[Side, Side]:
+    """G0."""
+    sides = []
+    for tokens, stop, logits, labels in (
+        (golden.STUDENT_TOKENS, "<eos>", golden.STUDENT_LOGITS, golden.STUDENT_LABELS),
+        (golden.TEACHER_TOKENS, "<|im_end|>", golden.TEACHER_LOGITS, golden.TEACHER_LABELS),
+    ):
+        pieces = [b"" if token == stop else token.encode() for token in tokens]
+        sides.append(Side(pieces, [tokens.index(stop)], torch.tensor(logits), list(labels)))
+    return sides[0], sides[1]
+
+
+ALPHABET = (b"a", b"b", b"c", "é".encode(), "日".encode())
+
+
+def random_vocabulary(rng: random.Random, *, closed: bool, size: int = 14) -> list[bytes]:
+    """Single bytes of the alphabet, longer tokens, some duplicate, specials without bytes, and a stop token, id 0."""
+    pieces = {bytes([b]) for unit in ALPHABET for b in unit}
+    for _ in range(size):
+        piece = b"".join(rng.choices(ALPHABET, k=rng.randint(1, 4)))
+        pieces |= {piece[:length] for length in range(1, len(piece) + 1)} if closed else {piece}
+    vocabulary = sorted(pieces)
+    vocabulary += rng.choices(vocabulary, k=2) + [b""] * rng.randint(0, 2)
+    rng.shuffle(vocabulary)
+    return [b"", *vocabulary]
+
+
+def spelled(rng: random.Random, pieces: list[bytes], text: bytes) -> list[int]:
+    """The ids of some tokenization of the text, canonical or not."""
+    ids = []
+    while text:
+        choices = [i for i, piece in enumerate(pieces) if piece and text.startswith(piece)]
+        ids.append(rng.choice(choices))
+        text = text[len(pieces[ids[-1]]) :]
+    return ids
+
+
+def random_cases(seed: int, *, num_cases: int = 3, scale: float = 2.0) -> list[tuple[Side, Side]]:
+    """Responses that stopped, were cut, differ in their last bytes, hold a special token, or are empty."""
+    rng = random.Random(seed)
+    vocabularies = [random_vocabulary(rng, closed=rng.random() < 0.5) for _ in range(2)]
+    cases = []
+    for number in range(num_cases):
+        text = b"".join(rng.choices(ALPHABET, k=rng.randint(0 if number else 3, 7)))
+        sides = []
+        for pieces in vocabularies:
+            labels = spelled(rng, pieces, text)
+            kind = rng.random()
+            if kind < 0.15:
+                labels += spelled(rng, pieces, rng.choice(ALPHABET))
+            elif kind < 0.25 and b"" in pieces[1:]:
+                labels.insert(rng.randint(0, len(labels)), pieces.index(b"", 1))
+            if kind > 0.2 or not labels:
+                labels.append(0)
+            logits = torch.tensor(np.random.default_rng(rng.randint(0, 10**6)).normal(size=(len(labels), len(pieces))))
+            sides.append(Side(pieces, [0], logits * scale, labels))
+        cases.append(tuple(sides))
+    return cases

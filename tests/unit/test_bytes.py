@@ -1,0 +1,185 @@
+"""The interface `bytes`: equal to its oracle, and zero whenever two models are the same distribution over texts."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from megatron_simct.losses import bytes as losses_bytes
+from tests import golden
+from tests.oracles import bytes as oracle
+from tests.oracles.byte_cases import evaluate, golden_case, random_cases
+from tests.oracles.byte_pairs import longest_match, merges, random_language, write_out
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "js")
+
+
+def oracle_of(cases, *, divergence: str, js_beta: float = 0.5) -> tuple[float, torch.Tensor]:
+    total, gradients = 0.0, []
+    for student, teacher in cases:
+        logits = student.logits.detach().requires_grad_()
+        value, _ = oracle.loss(
+            oracle.Side(student.pieces, student.stop_ids, logits, student.labels),
+            teacher,
+            divergence_name=divergence,
+            beta=js_beta,
+        )
+        value.backward()
+        total += float(value.detach())
+        gradients.append(logits.grad)
+    return total, torch.cat(gradients)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_loss_and_gradient_equal_the_oracle(seed, monkeypatch):
+    monkeypatch.setattr(losses_bytes, "TILE", (1, 3, 4096)[seed % 3])
+    cases = random_cases(seed)
+    for divergence in DIVERGENCES:
+        expected, gradient = oracle_of(cases, divergence=divergence, js_beta=0.3)
+        found = evaluate(cases, divergence=divergence, js_beta=0.3)
+        assert float(found.sum) == pytest.approx(expected, rel=1e-10, abs=1e-12)
+        real = gradient.shape[1]
+        torch.testing.assert_close(found.gradient[:, :real], gradient, rtol=1e-10, atol=1e-10)
+        assert not found.gradient[:, real:].any(), "padding was scored"
+        row_sums = found.gradient.sum(1)
+        torch.testing.assert_close(row_sums, torch.zeros_like(row_sums), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", [33, 106])
+def test_bounds_of_loose_bytes_decide_as_in_the_oracle_where_there_is_no_rest(seed):
+    cases = random_cases(seed, scale=1.0)
+    expected, gradient = oracle_of(cases, divergence="reverse_kl")
+    found = evaluate(cases)
+    assert float(found.sum) == pytest.approx(expected, rel=1e-10)
+    torch.testing.assert_close(found.gradient[:, : gradient.shape[1]], gradient, rtol=1e-10, atol=1e-10)
+
+
+def test_some_of_the_random_cases_have_bytes_that_may_agree_and_bytes_that_do_not():
+    merged = [float(evaluate(random_cases(seed)).metrics["bytes_merged"]) for seed in range(16)]
+    assert any(merged)
+    loose = 0
+    for seed in range(16):
+        for student, teacher in random_cases(seed):
+            text, count = oracle.positions(student, teacher)
+            sides = [torch.log_softmax(side.logits, -1) for side in (student, teacher)]
+            for i in range(count):
+                points = [oracle.point(s, p, text, i) for s, p in zip((student, teacher), sides, strict=True)]
+                loose += len((points[0].loose | points[1].loose) & set(points[0].mass) & set(points[1].mass))
+    assert loose > sum(merged)
+
+
+def test_golden_numbers():
+    for divergence, expected in golden.BYTES.items():
+        student, teacher = golden_case()
+        _, positions = oracle.loss(student, teacher, divergence_name=divergence)
+        found = evaluate([golden_case()], divergence=divergence)
+        assert float(found.sum) / 4 == pytest.approx(expected, abs=6e-7)
+        if divergence == "reverse_kl":
+            assert [value.item() for value in positions] == pytest.approx(golden.BYTES_POSITIONS, abs=6e-7)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_gradient_is_that_of_finite_differences(divergence):
+    cases = random_cases(4, num_cases=1, scale=1.0)
+    found = evaluate(cases, divergence=divergence)
+    student, teacher = cases[0]
+    rng = random.Random(0)
+    for _ in range(25):
+        n, v = rng.randrange(len(student.labels)), rng.randrange(len(student.pieces))
+        values = []
+        for step in (1e-6, -1e-6):
+            logits = student.logits.clone()
+            logits[n, v] += step
+            moved = oracle.Side(student.pieces, student.stop_ids, logits, student.labels)
+            values.append(float(evaluate([(moved, teacher)], divergence=divergence).sum))
+        assert float(found.gradient[n, v]) == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5, abs=1e-7)
+
+
+SINGLES = [b"a", b"b", b"c"]
+DIGITS = [b"1", b"2", b"3"]
+CHARACTERS = ("é", "日", "a")
+CHARACTER_BYTES = sorted({bytes([b]) for c in CHARACTERS for b in c.encode()})
+VOCABULARIES = {
+    "bytes": SINGLES,
+    "prefix-closed": [*SINGLES, b"ab", b"abc", b"ca", b"cab"],
+    "not prefix-closed": [*SINGLES, b"abc", b"cab", b"bbca"],
+    "long tokens": [*SINGLES, b"abcb", b"aba", b"bc", b"ccba", b"caa"],
+}
+GROUPS = {
+    "single digits": DIGITS,
+    "digit groups": [bytes(g) for k in (1, 2, 3) for g in itertools.product(b"123", repeat=k)],
+}
+TEXTS = {
+    "character bytes": CHARACTER_BYTES,
+    "characters": [*CHARACTER_BYTES, "é".encode(), "日".encode()],
+    "pairs of characters": [*CHARACTER_BYTES, "éa".encode(), "日é".encode(), "日日".encode(), b"aa"],
+}
+KINDS = {
+    "letters": (VOCABULARIES, SINGLES, 5),
+    "digits": (GROUPS, DIGITS, 4),
+    "characters": (TEXTS, [c.encode() for c in CHARACTERS], 4),
+}
+PAIRS = [(kind, s, t) for kind, (names, _, _) in KINDS.items() for s in names for t in names if s != t]
+
+
+@pytest.mark.parametrize(("kind", "student_name", "teacher_name"), PAIRS)
+def test_one_distribution_in_two_tokenizations_has_loss_and_gradient_zero(kind, student_name, teacher_name):
+    vocabularies, units, length = KINDS[kind]
+    language = random_language(units, length, seed=3)
+    texts = random.Random(5).sample(sorted(language), 16)
+    for divergence in DIVERGENCES:
+        cases = []
+        for text in texts if divergence == "reverse_kl" else texts[:4]:
+            sides = []
+            for name in (student_name, teacher_name):
+                pieces = [*vocabularies[name], b""]
+                sides.append(write_out(language, text, pieces, len(pieces) - 1, longest_match(pieces)))
+            cases.append(tuple(sides))
+        found = evaluate(cases, divergence=divergence)
+        assert abs(float(found.sum)) < 1e-12
+        assert float(found.gradient.abs().max()) < 1e-12
+
+
+def test_merges_that_take_the_longest_match_have_loss_zero_too():
+    pieces = [*SINGLES, b"aa", b"aac", b"bb", b""]
+    language = random_language(SINGLES, 4, seed=1)
+    assert all(merges(pieces)(text) == longest_match(pieces)(text) for text in language)
+    singles = [*SINGLES, b""]
+    texts = sorted(language)[::9]
+    student = [write_out(language, text, singles, 3, merges(singles)) for text in texts]
+    teacher = [write_out(language, text, pieces, 6, merges(pieces)) for text in texts]
+    for cases in (zip(student, teacher, strict=True), zip(teacher, student, strict=True)):
+        found = evaluate(list(cases))
+        assert abs(float(found.sum)) < 1e-12
+        assert float(found.gradient.abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_with_one_tokenizer_it_is_a_lower_bound_of_token_level_kl(name):
+    pieces = [*VOCABULARIES[name], b""]
+    tokenize = longest_match(pieces)
+    of_student, of_teacher = (random_language(SINGLES, 3, seed=seed) for seed in (1, 2))
+    chain = tokens = 0.0
+    for text, mass in of_student.items():
+        case = tuple(
+            write_out(language, text, pieces, len(pieces) - 1, tokenize) for language in (of_student, of_teacher)
+        )
+        chain += mass * float(evaluate([case]).sum)
+        log_p, log_q = (torch.log_softmax(side.logits, -1) for side in case)
+        tokens += mass * float((log_p.exp() * (log_p - log_q)).sum())
+    assert 0.05 < chain <= tokens + 1e-9
+    if name == "bytes":
+        assert chain == pytest.approx(tokens, abs=1e-6)
+
+
+def test_nothing_to_compare_is_a_zero_with_zero_gradient():
+    student, teacher = random_cases(0, num_cases=1)[0]
+    special = student.pieces.index(b"", 1) if b"" in student.pieces[1:] else None
+    cut = oracle.Side(student.pieces, [0], student.logits[:1], [1 if special is None else special])
+    other = oracle.Side(teacher.pieces, [0], teacher.logits[:1], [0])
+    found = evaluate([(cut, other)])
+    assert float(found.sum) == 0
+    assert not found.gradient.any()
