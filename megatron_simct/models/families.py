@@ -87,14 +87,19 @@ class Family:
     """Of fields that config.json may leave out."""
     ropes: tuple[str, ...] = ("default",)
     """Kinds of scaling that are implemented."""
+    windows: Literal["none", "all", "upper", "pattern"] = "none"
+    """Layers with the sliding window where layer_types does not say: none, all, from max_window_layers on, or all but
+    every sliding_window_pattern-th."""
     qkv_bias: bool = False
 
 
 FAMILIES = {
     "llama": Family(fixed={"attention_bias": (False,), "mlp_bias": (False,)}, ropes=("default", "linear", "llama3")),
+    "mistral": Family(fixed={}, read=frozenset({"sliding_window"}), windows="all"),
     "qwen2": Family(
-        fixed={"use_sliding_window": (False,)},
-        neutral=frozenset({"sliding_window", "max_window_layers"}),
+        fixed={},
+        read=frozenset({"use_sliding_window", "sliding_window", "max_window_layers"}),
+        windows="upper",
         qkv_bias=True,
     ),
 }
@@ -157,11 +162,10 @@ def _architecture(fields: dict[str, Any], family: Family, *, where: str) -> Arch
         if key not in _NEUTRAL | _READ | fixed.keys() | family.read | family.neutral:
             raise ValueError(f"{where}: field {key!r} is not known for {name}, so it cannot be honoured")
     fields = family.defaults | fields
-    if set(fields.get("layer_types") or ()) - {"full_attention"}:
-        raise ValueError(f"{where}: layer_types other than full_attention are not implemented for {name}")
     try:
         heads, num_layers = fields["num_attention_heads"], fields["num_hidden_layers"]
         head_dim = fields.get("head_dim") or fields["hidden_size"] // heads
+        windows = _windows(fields, family, num_layers, where=where)
         return Architecture(
             num_layers=num_layers,
             hidden_size=fields["hidden_size"],
@@ -174,7 +178,7 @@ def _architecture(fields: dict[str, Any], family: Family, *, where: str) -> Arch
             norm_epsilon=fields["rms_norm_eps"],
             ropes=(_rope(fields, family, head_dim, where=where),),
             rope_of_layer=(0,) * num_layers,
-            windows=(None,) * num_layers,
+            windows=windows,
             softmax_scale=head_dim**-0.5,
             qkv_bias=family.qkv_bias,
             tied_embeddings=fields.get("tie_word_embeddings", False),
@@ -182,6 +186,32 @@ def _architecture(fields: dict[str, Any], family: Family, *, where: str) -> Arch
         )
     except KeyError as error:
         raise ValueError(f"{where}: field {error.args[0]!r} is missing") from None
+
+
+def _windows(fields: dict[str, Any], family: Family, num_layers: int, *, where: str) -> tuple[int | None, ...]:
+    """The sliding window of each layer, None where it has none."""
+    name, listed = fields["model_type"], fields.get("layer_types")
+    window = fields.get("sliding_window") if fields.get("use_sliding_window", True) else None
+    layers = range(num_layers)
+    match family.windows:
+        case "none":
+            slides = [False for _ in layers]
+        case "all":
+            slides = [window is not None for _ in layers]
+        case "upper":
+            slides = [window is not None and i >= fields["max_window_layers"] for i in layers]
+        case "pattern":
+            slides = [window is not None and (i + 1) % fields["sliding_window_pattern"] != 0 for i in layers]
+    if listed is not None:
+        wanted = [kind == "sliding_attention" for kind in listed]
+        known = set(listed) <= {"full_attention", "sliding_attention"} and len(listed) == num_layers
+        # transformers does not look at this field where all layers are alike.
+        if not known or (family.windows in ("none", "all") and wanted != slides):
+            raise ValueError(f"{where}: layer_types = {listed!r} is not implemented for {name}")
+        slides = wanted
+    if any(slides) and not isinstance(window, int):
+        raise ValueError(f"{where}: layer_types has sliding_attention, but sliding_window is {window!r}")
+    return tuple(window if slide else None for slide in slides)
 
 
 def _rope(fields: dict[str, Any], family: Family, head_dim: int, *, where: str) -> Rope:

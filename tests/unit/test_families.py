@@ -26,6 +26,7 @@ QWEN2 = LLAMA | {
     "layer_types": ["full_attention"] * 3,
     "tie_word_embeddings": True,
 }
+MISTRAL = LLAMA | {"model_type": "mistral", "sliding_window": 5}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 32.0,
@@ -65,6 +66,23 @@ def test_qwen2_has_biases_and_its_window_is_neutral_while_unused(read):
 
 
 @pytest.mark.parametrize(
+    "fields, windows",
+    [
+        (MISTRAL, (5, 5, 5)),
+        (MISTRAL | {"sliding_window": None}, (None, None, None)),
+        (QWEN2 | {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None}, (None, 32768, 32768)),
+        (QWEN2 | {"use_sliding_window": True}, (None, None, None)),
+        (
+            QWEN2 | {"use_sliding_window": True, "layer_types": ["sliding_attention", *["full_attention"] * 2]},
+            (32768, None, None),
+        ),
+    ],
+)
+def test_which_layers_have_a_window(read, fields, windows):
+    assert read(fields).windows == windows
+
+
+@pytest.mark.parametrize(
     "rope, theta, scaling",
     [
         ({"rope_theta": 7.0, "rope_scaling": None}, 7.0, {}),
@@ -91,8 +109,11 @@ def test_both_spellings_of_the_rotary_embedding(read, rope, theta, scaling):
     [
         (LLAMA | {"model_type": "gpt2"}, ["'gpt2' is not supported", "llama, qwen2"]),
         (LLAMA | {"attention_bias": True}, ["attention_bias = True", "llama"]),
-        (QWEN2 | {"use_sliding_window": True}, ["use_sliding_window = True", "qwen2"]),
         (QWEN2 | {"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types"]),
+        (QWEN2 | {"layer_types": ["sliding_attention"] * 3}, ["sliding_window is None"]),
+        (LLAMA | {"layer_types": ["sliding_attention"] * 3}, ["layer_types", "llama"]),
+        (MISTRAL | {"layer_types": ["full_attention"] * 3}, ["layer_types", "mistral"]),
+        (QWEN2 | {"layer_types": ["chunked_attention"] * 3}, ["layer_types", "chunked_attention"]),
         (LLAMA | {"sliding_window": 4096}, ["'sliding_window' is not known for llama"]),
         (QWEN2 | {"quantization_config": {}}, ["says it is quantised"]),
         (LLAMA | {"rope_scaling": LLAMA3 | {"beta": 2.0}}, ["rope_scaling", "beta", "rope_type llama3 has factor"]),
