@@ -92,7 +92,28 @@ class Family:
     every sliding_window_pattern-th."""
     qkv_bias: bool = False
     qk_norm: bool = False
+    zero_centered_norm: bool = False
+    post_norms: bool = False
+    scaled_embedding: bool = False
+    """The embedding of a token is multiplied by the root of hidden_size."""
 
+
+_GEMMA_FIXED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("gelu_pytorch_tanh",),  # not read by transformers, which has hidden_activation
+    "hidden_activation": ("gelu_pytorch_tanh",),
+    "attention_bias": (False,),
+    "use_bidirectional_attention": (False, None),
+}
+_GEMMA_READ = frozenset(
+    {"query_pre_attn_scalar", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
+)
+_GEMMA_DEFAULTS: dict[str, Any] = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
 
 FAMILIES = {
     "llama": Family(fixed={"attention_bias": (False,), "mlp_bias": (False,)}, ropes=("default", "linear", "llama3")),
@@ -108,6 +129,17 @@ FAMILIES = {
         read=frozenset({"use_sliding_window", "sliding_window", "max_window_layers"}),
         windows="upper",
         qk_norm=True,
+    ),
+    "gemma2": Family(
+        fixed=_GEMMA_FIXED,
+        read=_GEMMA_READ,
+        neutral=frozenset({"cache_implementation"}),
+        defaults=_GEMMA_DEFAULTS
+        | {"sliding_window_pattern": 2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        windows="pattern",
+        zero_centered_norm=True,
+        post_norms=True,
+        scaled_embedding=True,
     ),
 }
 
@@ -186,9 +218,15 @@ def _architecture(fields: dict[str, Any], family: Family, *, where: str) -> Arch
             ropes=(_rope(fields, family, head_dim, where=where),),
             rope_of_layer=(0,) * num_layers,
             windows=windows,
-            softmax_scale=head_dim**-0.5,
+            softmax_scale=fields.get("query_pre_attn_scalar", head_dim) ** -0.5,
+            attention_softcap=fields.get("attn_logit_softcapping"),
+            final_logit_softcap=fields.get("final_logit_softcapping"),
+            activation=fields.get("hidden_activation", "silu"),
+            embedding_scale=fields["hidden_size"] ** 0.5 if family.scaled_embedding else 1.0,
             qkv_bias=family.qkv_bias,
             qk_norm=family.qk_norm,
+            zero_centered_norm=family.zero_centered_norm,
+            post_norms=family.post_norms,
             tied_embeddings=fields.get("tie_word_embeddings", False),
             init_std=fields.get("initializer_range", 0.02),
         )

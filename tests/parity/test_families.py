@@ -34,6 +34,7 @@ LENGTH = 40
 VOCAB = 90  # of the tokenizer: fewer ids than the models' rows
 WINDOW = 6
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e3, "factor": 3.0, "low_freq_factor": 0.5, "high_freq_factor": 2.5}
+GEMMA2 = {"head_dim": 8, "sliding_window": WINDOW, "scale": 0.5}
 MODELS: dict[str, list[dict[str, Any]]] = {
     "llama": [
         {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 32}},
@@ -59,6 +60,10 @@ MODELS: dict[str, list[dict[str, Any]]] = {
             "num_attention_heads": 8,
         },
     ],
+    "gemma2": [
+        GEMMA2 | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16},
+        GEMMA2 | {"tie_word_embeddings": True, "vocab_size": 101, "head_dim": 16, "num_key_value_heads": 4},
+    ],
 }
 # Changes of config.json that the logits of a family's first model must show.
 CONTROLS: dict[str, list[dict[str, Any]]] = {
@@ -79,6 +84,17 @@ CONTROLS: dict[str, list[dict[str, Any]]] = {
         {"sliding_window": WINDOW - 1},
     ],
     "qwen3": [{"rope_parameters": {"rope_theta": 2e4}}, {"rms_norm_eps": 1e-2}],
+    "gemma2": [
+        {"attn_logit_softcapping": None},
+        {"attn_logit_softcapping": 2.1},
+        {"final_logit_softcapping": None},
+        {"final_logit_softcapping": 3.1},
+        {"query_pre_attn_scalar": 8},
+        {"sliding_window": WINDOW + 1},
+        {"layer_types": ["full_attention"] * 4},
+        {"layer_types": ["full_attention", "sliding_attention"] * 2},
+        {"rope_parameters": {"rope_theta": 2e4}},
+    ],
 }
 LAYOUTS = {"one": (1, 1), "TP2": (2, 1), "PP2": (1, 2), "TP2xPP2": (2, 2)}
 TOKENS = torch.randint(0, VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -143,9 +159,7 @@ def _logits(model: Any, groups: Any) -> torch.Tensor:
     width = model.vocab_shard[1] - model.vocab_shard[0]
     logits = torch.empty(len(TOKENS), LENGTH, width * groups.tp_size)
     if groups.is_last_stage:
-        shard = (
-            soft_cap(hidden @ model.output_weight.T, getattr(model, "logit_softcap", None)).transpose(0, 1).contiguous()
-        )
+        shard = soft_cap(hidden @ model.output_weight.T, model.logit_softcap).transpose(0, 1).contiguous()
         shards = [torch.empty_like(shard) for _ in range(groups.tp_size)]
         dist.all_gather(shards, shard, group=groups.tp)
         logits = torch.cat(shards, dim=-1)
