@@ -376,6 +376,7 @@ def load_model(
         bf16=config.training.bf16,
         flag=f"{flag} {options.hf_checkpoint}",
         initialize=not has_weights,
+        longest=config.rollout.rollout_max_prompt_len + config.rollout.rollout_max_response_len,
     )
     if options.pretrained_checkpoint is not None:
         load_weights(model, options.pretrained_checkpoint, flag=f"--{prefix}pretrained-checkpoint")

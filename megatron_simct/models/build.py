@@ -47,9 +47,9 @@ _ACTIVATIONS = {
 class HiddenStateModel(GPTModel):
     """A GPTModel whose output is what enters the LM head. The head itself belongs to the loss."""
 
-    def __init__(self, *, architecture: Architecture, **kwargs: Any) -> None:
+    def __init__(self, *, architecture: Architecture, longest: int | None, **kwargs: Any) -> None:
         super().__init__(position_embedding_type="rope", **kwargs)
-        self.rotary_pos_emb = Rotary(architecture.ropes)
+        self.rotary_pos_emb = Rotary(architecture.ropes, longest=longest)
         self.logit_softcap = architecture.final_logit_softcap
         """Whoever multiplies by `output_weight` bounds the logits: cap * tanh(logit / cap). None: not bounded."""
         # As transformers does, the scale is rounded to the embedding's precision.
@@ -154,6 +154,7 @@ def build_model(
     bf16: bool,
     flag: str,
     initialize: bool = True,
+    longest: int | None = None,
 ) -> HiddenStateModel | InterleavedModel:
     """This rank's part of the model, with random weights drawn from the seeded generators.
 
@@ -162,7 +163,7 @@ def build_model(
 
     vocab_size: the tokenizer's ids; the embedding holds at least these, padded. Random weights depend on the layout
     (the halves of a gated MLP are drawn in another order, each stage draws its own); loaded ones do not. `flag` names
-    the checkpoint in errors.
+    the checkpoint in errors. longest: see Rotary.
     """
     _check_divides(architecture, parallel, flag=flag)
     if vocab_size > architecture.vocab_size:
@@ -223,6 +224,7 @@ def build_model(
         return HiddenStateModel(
             config=config,
             architecture=architecture,
+            longest=longest,
             transformer_layer_spec=_layers(config, architecture, vp_stage),
             pre_process=groups.is_first_stage and chunk == 0,
             post_process=groups.is_last_stage and chunk == virtual - 1,

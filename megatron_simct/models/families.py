@@ -6,6 +6,7 @@ A field of config.json that would change the mathematics and that we do not impl
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -96,6 +97,7 @@ class Family:
     post_norms: bool = False
     scaled_embedding: bool = False
     """The embedding of a token is multiplied by the root of hidden_size."""
+    fused_projections: bool = False
     local_rope: bool = False
     """Layers with the sliding window have a rotary embedding of their own."""
 
@@ -156,6 +158,22 @@ FAMILIES = {
         scaled_embedding=True,
         local_rope=True,
     ),
+    "phi3": Family(
+        fixed={
+            "attention_bias": (False,),
+            "mlp_bias": (False,),
+            "lm_head_bias": (False,),
+            "resid_pdrop": (0.0,),
+            "embd_pdrop": (0.0,),
+            "full_attn_mod": (1,),
+            "interpolate_factor": (1,),
+        },
+        read=frozenset({"sliding_window", "partial_rotary_factor", "original_max_position_embeddings"}),
+        neutral=frozenset({"auto_map"}),
+        ropes=("default", "longrope"),
+        windows="all",
+        fused_projections=True,
+    ),
 }
 
 # For every family.
@@ -175,6 +193,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",), "attention_dropou
 _ROPE_FIELDS = {
     "default": frozenset(),
     "linear": frozenset({"factor"}),
+    "longrope": frozenset({"short_factor", "long_factor", "attention_factor", "original_max_position_embeddings"}),
     "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
 }
 
@@ -240,6 +259,7 @@ def _architecture(fields: dict[str, Any], family: Family, *, where: str) -> Arch
             embedding_scale=fields["hidden_size"] ** 0.5 if family.scaled_embedding else 1.0,
             qkv_bias=family.qkv_bias,
             qk_norm=family.qk_norm,
+            fused_projections=family.fused_projections,
             zero_centered_norm=family.zero_centered_norm,
             post_norms=family.post_norms,
             tied_embeddings=fields.get("tie_word_embeddings", False),
@@ -305,13 +325,32 @@ def _rope(rope: dict[str, Any], key: str, fields: dict[str, Any], family: Family
     theta = values.pop("rope_theta")
     kinds = {values.pop(name) for name in ("rope_type", "type") if name in values} or {"default"}
     kind = kinds.pop()
+    kind = "longrope" if kind == "su" else kind  # its first name
     if kinds or kind not in family.ropes:
         raise ValueError(
             f"{where}: {key} = {rope!r} is not implemented for {fields['model_type']}; "
             f"rope_type {', '.join(family.ropes)} are"
         )
-    if values.keys() != _ROPE_FIELDS[kind]:
+    dim = head_dim
+    if "partial_rotary_factor" in family.read:
+        dim = int(head_dim * values.pop("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0)))
+    if kind == "longrope":
+        # A model that was made longer says its first length outside; transformers prefers that.
+        original = values.pop("original_max_position_embeddings", fields["max_position_embeddings"])
+        original = fields.get("original_max_position_embeddings", original)
+        factor = values.pop("factor", None) or fields["max_position_embeddings"] / original
+        unscaled = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        values["attention_factor"] = values.get("attention_factor") or unscaled
+        values["original_max_position_embeddings"] = original
+    lengths = {len(values.get(name, ())) for name in ("short_factor", "long_factor")}
+    if values.keys() != _ROPE_FIELDS[kind] or (kind == "longrope" and lengths != {dim // 2}):
         wanted = ", ".join(sorted(_ROPE_FIELDS[kind])) or "nothing else"
-        raise ValueError(f"{where}: {key} = {rope!r} is not implemented; rope_type {kind} has {wanted}")
-    original = values.pop("original_max_position_embeddings", 0)
-    return Rope(theta=theta, dim=head_dim, kind=kind, original_length=original, **values)
+        counted = f", with {dim // 2} factors each" if kind == "longrope" else ""
+        raise ValueError(f"{where}: {key} = {rope!r} is not implemented; rope_type {kind} has {wanted}{counted}")
+    names = {
+        "original_max_position_embeddings": "original_length",
+        "short_factor": "short_factors",
+        "long_factor": "long_factors",
+    }
+    values = {names.get(name, name): tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return Rope(theta=theta, dim=dim, kind=kind, **values)

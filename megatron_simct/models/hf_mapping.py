@@ -7,13 +7,16 @@ into the parameter, `hf_export` copies them back.
     Whole, Columns          one tensor, not split over the tensor-parallel ranks or split by its columns
     Vocabulary              one tensor whose rows are ids, then rows of zeros that pad the vocabulary
     FusedQKV                per query group: the group's query heads, its key head, its value head
+    PackedQKV               the same from one tensor: all query heads, then all key heads, then all value heads
     GatedMLP                this rank's rows of the gate, then its rows of the up projection
+    PackedMLP               the same from one tensor: all of the gate, then all of the up projection
 
 A layer is asked for its own number, so a pipeline stage reads and writes its layers only.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -105,16 +108,34 @@ class FusedQKV:
     value: str
 
     def pieces(self, parameter: torch.Tensor, place: Place) -> Iterator[Piece]:
-        architecture = place.architecture
-        groups, rest = architecture.num_query_groups, tuple(parameter.shape[1:])
-        width = groups // place.tp_size
-        heads = architecture.num_attention_heads // groups
-        fused = parameter.view(width, heads + 2, architecture.head_dim, *rest)
-        for name, first, last in ((self.query, 0, heads), (self.key, heads, heads + 1), (self.value, heads + 1, None)):
-            part = fused[:, first:last]
-            rows = part.shape[1] * architecture.head_dim
-            begin = place.tp_rank * width * rows
-            yield Piece(place.named(name), (groups * rows, *rest), part, begin, begin + width * rows)
+        for name, part in zip((self.query, self.key, self.value), _qkv(parameter, place), strict=True):
+            rows = math.prod(part.shape[:3])
+            begin = place.tp_rank * rows
+            shape = (rows * place.tp_size, *parameter.shape[1:])
+            yield Piece(place.named(name), shape, part, begin, begin + rows)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedQKV:
+    name: str
+
+    def pieces(self, parameter: torch.Tensor, place: Place) -> Iterator[Piece]:
+        shape = (len(parameter) * place.tp_size, *parameter.shape[1:])
+        first = 0
+        for part in _qkv(parameter, place):
+            rows = math.prod(part.shape[:3])
+            begin = first + place.tp_rank * rows
+            yield Piece(place.named(self.name), shape, part, begin, begin + rows)
+            first += rows * place.tp_size
+
+
+def _qkv(parameter: torch.Tensor, place: Place) -> Iterator[torch.Tensor]:
+    """Views of the query, key and value heads of a fused parameter, [groups, heads, head_dim, ...] each."""
+    architecture = place.architecture
+    width = architecture.num_query_groups // place.tp_size
+    heads = architecture.num_attention_heads // architecture.num_query_groups
+    fused = parameter.view(width, heads + 2, architecture.head_dim, *parameter.shape[1:])
+    yield from (fused[:, :heads], fused[:, heads : heads + 1], fused[:, heads + 1 :])
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +148,17 @@ class GatedMLP:
             rows, hidden = half.shape
             begin = place.tp_rank * rows
             yield Piece(place.named(name), (rows * place.tp_size, hidden), half, begin, begin + rows)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedMLP:
+    name: str
+
+    def pieces(self, parameter: torch.Tensor, place: Place) -> Iterator[Piece]:
+        shape = (len(parameter) * place.tp_size, parameter.shape[1])
+        for i, half in enumerate(parameter.chunk(2)):
+            begin = (i * place.tp_size + place.tp_rank) * len(half)
+            yield Piece(place.named(self.name), shape, half, begin, begin + len(half))
 
 
 _WEIGHTS: dict[str, Rule] = {
@@ -168,10 +200,22 @@ _POST_NORMS: dict[str, Rule] = {
 }
 
 
+_FUSED: dict[str, Rule] = {
+    "decoder.layers.*.self_attention.linear_qkv.weight": PackedQKV("model.layers.*.self_attn.qkv_proj.weight"),
+    "decoder.layers.*.mlp.linear_fc1.weight": PackedMLP("model.layers.*.mlp.gate_up_proj.weight"),
+}
+
+
 def weights(architecture: Architecture) -> dict[str, Rule]:
     """The rule of each parameter that the architecture has, by its name; layers have the number *."""
     left_out = set() if architecture.qkv_bias else {"decoder.layers.*.self_attention.linear_qkv.bias"}
-    rules = _WEIGHTS | (_QK_NORM if architecture.qk_norm else {}) | (_POST_NORMS if architecture.post_norms else {})
+    rules = dict(_WEIGHTS)
+    for has_them, others in (
+        (architecture.qk_norm, _QK_NORM),
+        (architecture.post_norms, _POST_NORMS),
+        (architecture.fused_projections, _FUSED),
+    ):
+        rules |= others if has_them else {}
     return {name: rule for name, rule in rules.items() if name not in left_out}
 
 

@@ -18,15 +18,20 @@ from megatron_simct.models.families import Rope
 class Rotary(torch.nn.Module):
     """In the place of Megatron's RotaryEmbedding, which knows one base and one scaling with fixed constants."""
 
-    def __init__(self, ropes: Sequence[Rope]) -> None:
+    def __init__(self, ropes: Sequence[Rope], *, longest: int | None) -> None:
+        """longest: positions of the longest sequence of all that the model will see. longrope has two sets of factors,
+        for short and for long sequences. Knowing the longest, it takes one set for all, so that a token has the same
+        log-probability when it is sampled, when it is trained on, and in whatever batch. Without, each forward pass
+        decides by its own length, as transformers does."""
         super().__init__()
         self._ropes = tuple(ropes)
+        self._longest = longest
 
     def forward(self, length: int, **_: Any) -> torch.Tensor:
         """Angles of positions 0 .. length - 1, float32 [kinds, length, 1, 1, d]."""
         device = torch.cuda.current_device()
         positions = torch.arange(length, dtype=torch.float32, device=device)
-        kinds = [torch.outer(positions, frequencies(rope, length).to(device)) for rope in self._ropes]
+        kinds = [torch.outer(positions, frequencies(rope, self._longest or length).to(device)) for rope in self._ropes]
         return torch.cat([torch.stack(kinds)] * 2, dim=-1)[:, :, None, None, :]
 
     def get_rotary_seq_len(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,14 @@ VOCAB = 90  # of the tokenizer: fewer ids than the models' rows
 WINDOW = 6
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e3, "factor": 3.0, "low_freq_factor": 0.5, "high_freq_factor": 2.5}
 GEMMA2 = {"head_dim": 8, "sliding_window": WINDOW, "scale": 0.5}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e3,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.5, 2.0],
+    "long_factor": [1.2, 3.0, 5.0],
+}
+PHI3 = {"rope_parameters": LONGROPE, "pad_token_id": None}
 MODELS: dict[str, list[dict[str, Any]]] = {
     "llama": [
         {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 32}},
@@ -76,6 +85,11 @@ MODELS: dict[str, list[dict[str, Any]]] = {
         },
         GEMMA2 | {"tie_word_embeddings": True, "vocab_size": 101, "head_dim": 16, "num_key_value_heads": 4},
     ],
+    "phi3": [
+        PHI3 | {"sliding_window": WINDOW, "original_max_position_embeddings": 64},
+        PHI3 | {"original_max_position_embeddings": 8, "tie_word_embeddings": True, "vocab_size": 101},
+        {"pad_token_id": None, "num_attention_heads": 8, "num_key_value_heads": 8},
+    ],
 }
 # Changes of config.json that the logits of a family's first model must show.
 CONTROLS: dict[str, list[dict[str, Any]]] = {
@@ -115,6 +129,17 @@ CONTROLS: dict[str, list[dict[str, Any]]] = {
         {"rope_parameters": None, "rope_theta": 1e3, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
         {"layer_types": None, "sliding_window_pattern": 2},
     ],
+    "phi3": [
+        {"sliding_window": None},
+        {"original_max_position_embeddings": LENGTH - 1},
+        {"original_max_position_embeddings": 128},
+        {"max_position_embeddings": 512},
+        {"rope_parameters": LONGROPE | {"attention_factor": 1.0}},
+        {"rope_parameters": LONGROPE | {"factor": 2.0}},
+        {"rope_parameters": LONGROPE | {"short_factor": [1.0, 1.5, 2.5]}},
+        {"rope_parameters": {"rope_theta": 1e3, "partial_rotary_factor": 0.75}},
+        {"rope_parameters": {"rope_theta": 1e3, "partial_rotary_factor": 1.0}},
+    ],
 }
 # The same as a family's first model in the spelling of older files.
 SPELLED: dict[str, dict[str, Any]] = {
@@ -132,6 +157,13 @@ SPELLED: dict[str, dict[str, Any]] = {
         "rope_scaling": {"rope_type": "linear", "factor": 4.0},
     },
     "gemma2": {"layer_types": None},
+    "phi3": {
+        "rope_parameters": None,
+        "rope_theta": 1e3,
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": {"type": "longrope"}
+        | {k: v for k, v in LONGROPE.items() if k.endswith("g_factor") or k == "short_factor"},
+    },
     "qwen2": {"layer_types": None},
 }
 LAYOUTS = {"one": (1, 1), "TP2": (2, 1), "PP2": (1, 2), "TP2xPP2": (2, 2)}
@@ -154,7 +186,7 @@ def folders(tmp_path_factory):
             made[family] = []
             for fields in MODELS[family]:
                 folder = tmp_path_factory.mktemp(family)
-                made[family].append((folder, save_model(folder, family, **({"num_hidden_layers": 4} | fields))))
+                made[family].append((folder, save_model(folder, family, **deepcopy({"num_hidden_layers": 4} | fields))))
         return made[family]
 
     return make

@@ -104,6 +104,55 @@ def test_both_spellings_of_the_rotary_embedding(read, rope, theta, scaling):
     assert found.ropes == (Rope(theta=theta, dim=8, **scaling),)
 
 
+GEMMA2 = LLAMA | {
+    "model_type": "gemma2",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_act": "gelu_pytorch_tanh",
+    "cache_implementation": "hybrid",
+    "query_pre_attn_scalar": 144,
+}
+PHI4_MINI = LLAMA | {
+    "model_type": "phi3",
+    "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 4096,
+    "partial_rotary_factor": 0.5,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [3, 4]},
+    "sliding_window": 262144,
+    "tie_word_embeddings": True,
+    "lm_head_bias": False,
+    "full_attn_mod": 1,
+    "interpolate_factor": 1,
+    "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"},
+}
+
+
+def test_what_gemma2_leaves_out(read):
+    found = read(GEMMA2)
+    assert (found.head_dim, found.tied_embeddings, found.softmax_scale) == (256, True, 144**-0.5)
+    assert (found.attention_softcap, found.final_logit_softcap) == (50.0, 30.0)
+    assert (found.windows, found.embedding_scale) == ((4096, None, 4096), 8.0)
+    assert found.zero_centered_norm and found.post_norms and found.activation == "gelu_pytorch_tanh"
+    assert read(GEMMA2 | {"attn_logit_softcapping": None}).attention_softcap is None
+
+
+def test_gemma3_has_two_rotary_embeddings(read):
+    fields = GEMMA2 | {"model_type": "gemma3_text", "num_hidden_layers": 7, "sliding_window": 512}
+    found = read(fields)
+    assert found.ropes == (Rope(theta=1e6, dim=256), Rope(theta=1e4, dim=256))
+    assert found.rope_of_layer == (1, 1, 1, 1, 1, 0, 1)
+    assert found.windows == (*[512] * 5, None, 512)
+    assert (found.attention_softcap, found.final_logit_softcap, found.qk_norm) == (None, None, True)
+
+
+def test_phi4_mini_turns_a_part_of_each_head_by_longrope(read):
+    found = read(PHI4_MINI)
+    (rope,) = found.ropes
+    assert (rope.kind, rope.dim, rope.original_length) == ("longrope", 4, 4096)
+    assert (rope.short_factors, rope.long_factors) == ((1.0, 2.0), (3, 4))
+    assert rope.attention_factor == pytest.approx((1 + 5 / 12) ** 0.5)  # log2(32) / log2(4096)
+    assert found.fused_projections and found.windows == (262144,) * 3
+
+
 @pytest.mark.parametrize(
     "fields, words",
     [
@@ -121,6 +170,14 @@ def test_both_spellings_of_the_rotary_embedding(read, rope, theta, scaling):
         (QWEN2 | {"rope_scaling": {"type": "linear", "factor": 2.0}}, ["'linear'", "qwen2", "rope_type default"]),
         (LLAMA | {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, ["rope_parameters", "'yarn'"]),
         ({k: v for k, v in LLAMA.items() if k != "vocab_size"}, ["'vocab_size' is missing"]),
+        (GEMMA2 | {"hidden_activation": "gelu"}, ["hidden_activation = 'gelu'", "gemma2"]),
+        (GEMMA2 | {"use_bidirectional_attention": True}, ["use_bidirectional_attention = True"]),
+        (GEMMA2 | {"model_type": "gemma3"}, ["'gemma3' is not supported", "gemma3_text"]),
+        (GEMMA2 | {"model_type": "qwen3_moe"}, ["'qwen3_moe' is not supported"]),
+        (PHI4_MINI | {"embd_pdrop": 0.1}, ["embd_pdrop = 0.1", "phi3"]),
+        (PHI4_MINI | {"partial_rotary_factor": 1.0}, ["rope_type longrope has", "with 4 factors each"]),
+        (LLAMA | {"partial_rotary_factor": 0.5}, ["'partial_rotary_factor' is not known for llama"]),
+        (LLAMA | {"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}}, ["nothing else"]),
         ("{", ["not JSON (line 1"]),
         ("[]", ["holds no JSON object"]),
     ],
