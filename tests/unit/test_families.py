@@ -80,7 +80,7 @@ def test_both_spellings_of_the_rotary_embedding(read, rope, theta, factor):
         (QWEN2 | {"use_sliding_window": True}, ["use_sliding_window = True", "qwen2"]),
         (QWEN2 | {"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types"]),
         (LLAMA | {"sliding_window": 4096}, ["'sliding_window' is not known for llama"]),
-        (QWEN2 | {"quantization_config": {}}, ["'quantization_config' is not known for qwen2"]),
+        (QWEN2 | {"quantization_config": {"quant_method": "fp8"}}, ["it is quantised (fp8)"]),
         (LLAMA | {"rope_scaling": LLAMA3 | {"low_freq_factor": 2.0}}, ["rope_scaling", "low_freq_factor 1"]),
         (LLAMA | {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 4096}}, ["8192"]),
         (LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}}, ["'linear'", "default and llama3"]),
