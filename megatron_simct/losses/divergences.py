@@ -130,7 +130,7 @@ def shared_sums(
         case "forward_kl":
             return ColumnSums(p=p, q=q, first=shrink_t * (sums["cross"] + sums["z_t"] * lead), second=p)
         case "js":
-            return ColumnSums(p=p, q=q, first=deficits[0], second=deficits[1])
+            return ColumnSums(**dict(zip(ColumnSums.__slots__, deficits, strict=True)))
     raise AssertionError(f"unknown divergence {divergence!r}")
 
 
@@ -144,16 +144,20 @@ def known_sums(log_p: torch.Tensor, log_q: torch.Tensor, divergence: str, beta: 
         case "forward_kl":
             first = weighted_(log_q.exp(), log_q - log_p).sum(1)
         case "js":
-            first, second = mean_deficits(log_p, log_q, beta)
+            _, _, first, second = mean_deficits(log_p, log_q, beta)
     return ColumnSums(p=p.sum(1), q=q.sum(1), first=first, second=second)
 
 
 def value_of(total: ColumnSums, divergence: str, beta: float) -> torch.Tensor:
-    """[A]: the divergence of two distributions, from the sums over all their columns."""
+    """[A]: the divergence of two distributions, from the sums over all their columns.
+
+    js divides its means by the probabilities that were summed with them: what rounding leaves of 1 would be multiplied
+    by deficits far larger than the value.
+    """
     if divergence != "js":
         return total.first
     constant = -beta * math.log(beta) - (1 - beta) * math.log(1 - beta)
-    return constant - (1 - beta) * total.first - beta * total.second
+    return constant - (1 - beta) * total.first / total.p - beta * total.second / total.q
 
 
 def mean_of_derivative(total: ColumnSums, divergence: str, beta: float) -> torch.Tensor:
@@ -163,7 +167,7 @@ def mean_of_derivative(total: ColumnSums, divergence: str, beta: float) -> torch
             return total.first
         case "forward_kl":
             return -total.q
-    return -total.first
+    return -total.first / total.p
 
 
 def known_gradient(
@@ -215,16 +219,16 @@ def score_gradient_(
     return s.mul_(scale.unsqueeze(1))
 
 
-def mean_deficits(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """-sum p log((1 - b) p / m) and -sum q log(b q / m) over columns [A, c]; each [A].
+def mean_deficits(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> tuple[torch.Tensor, ...]:
+    """The fields of ColumnSums for js over columns [A, c]; each [A].
 
     KL(p || m) = -log(1 - b) - the mean deficit of log p/m from that bound. Where the models hardly overlap, the
     gradient is made of small differences of deficits, which log p - log m would round away.
     """
-    return (
-        weighted_(log_p.exp(), _deficit(log_p, log_q, 1 - beta)).sum(1),
-        weighted_(log_q.exp(), _deficit(log_q, log_p, beta)).sum(1),
-    )
+    p, q = log_p.exp(), log_q.exp()
+    sums = p.sum(1), q.sum(1)
+    first, second = _deficit(log_p, log_q, 1 - beta), _deficit(log_q, log_p, beta)
+    return *sums, weighted_(p, first).sum(1), weighted_(q, second).sum(1)
 
 
 def weighted_(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -251,7 +251,7 @@ class TwoPass:
     def deficits(self, norms: Norms) -> list[torch.Tensor]:
         """The sums of js over the shared columns, [A] each: another look at the tiles, one SUM reduction."""
         plan = self._plan
-        total = [self._empty.new_zeros(plan.num_shared) for _ in range(2)]
+        total = [self._empty.new_zeros(plan.num_shared) for _ in range(4)]
         for start, end in self._tiles():
             teacher, index = self._teacher_tile(start, end)
             if teacher is None:
