@@ -1,6 +1,13 @@
 """The fourth hop: the student's hidden states and the teacher's word, compared on vocabulary shards."""
 
-from megatron_simct.losses.interfaces import LossOutput, check_config, check_labels, interface_loss, teacher_needs
+from megatron_simct.losses.interfaces import (
+    LossOutput,
+    check_config,
+    check_labels,
+    interface_loss,
+    interface_loss_from_logits,
+    teacher_needs,
+)
 from megatron_simct.losses.shared_head import SharedColumns, SharedHead, gather_shared_head
 from megatron_simct.losses.vocab_parallel import label_statistics, log_sum_exp
 
@@ -12,6 +19,7 @@ __all__ = [
     "check_labels",
     "gather_shared_head",
     "interface_loss",
+    "interface_loss_from_logits",
     "label_statistics",
     "log_sum_exp",
     "teacher_needs",

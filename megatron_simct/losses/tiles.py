@@ -1,0 +1,314 @@
+"""The student's logits, a tile of columns at a time, and the way back of their gradient.
+
+A loss over a vocabulary of 10^5 columns needs no more than a few thousand of them at once. It reads them from a source
+and hands the gradient of a tile back to it:
+
+    GivenLogits     the logits exist as a tensor; so does their gradient
+    OutputLayer     the logits are hidden @ weight^T, made for a tile and dropped; the gradient of a tile adds
+                    gradient @ weight_tile to that of `hidden` and gradient^T @ hidden to that of `weight`
+
+A loss written against this seam is one code for both. How it is used:
+
+    source = OutputLayer(hidden, weight, ...)
+    with torch.no_grad():
+        ... source.logits(start, end) ...                       as often as needed
+        if source.needs_gradient:
+            ... source.add_gradient(start, end, gradient) ...   of the loss's sum, in the forward pass
+    return source.attach(value)                                 differentiable
+
+The gradient is formed in the forward pass because its scale is known there (the loss is a sum) and because the tiles
+are at hand. Backward multiplies it by the incoming scalar.
+
+Where Megatron's DistributedDataParallel owns the weight, its gradient goes straight to `weight.main_grad`, as in
+Megatron's fused linear layer (tensor_parallel/layers.py): no second tensor of that size exists. Sums commute, so it
+does not matter that the schedule runs a micro-batch's forward pass ahead of another's backward; overlapped reduction
+starts in the last micro-batch's backward pass, after all forward passes. What is added cannot be scaled later, so
+backward insists on a scale of 1, and every forward pass with gradients must be followed by its backward pass. Backward
+marks `weight.grad_added_to_main_grad` and returns a gradient of the right shape, so that DDP's hook counts the weight
+as ready: zeros, which a tied embedding's own gradient may be added to.
+
+Logits are float32, or float64 for float64 inputs, and capped where the model caps them. Only real columns are read: a
+source knows where padding starts.
+
+Shapes: `n` rows, `H` hidden size, `W` this rank's columns (padding included), `w` columns of a tile.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from megatron_simct.losses.vocab_parallel import statistics_dtype
+
+ALL_ROWS = slice(None)
+
+
+class GivenLogits:
+    """Logits that exist as a tensor."""
+
+    def __init__(
+        self,
+        logits: torch.Tensor,
+        *,
+        num_columns: int,
+        soft_cap: float | None = None,
+        order: torch.Tensor | None = None,
+    ) -> None:
+        """logits [n, W] before the soft-cap; the first `num_columns` columns are real.
+
+        order [n], a permutation: row i of this source is row order[i] of `logits`; None is the identity.
+        """
+        self.num_rows, self.num_columns = logits.shape[0], num_columns
+        self.dtype = statistics_dtype(logits)
+        self.device = logits.device
+        self.soft_cap = soft_cap
+        self.needs_gradient = torch.is_grad_enabled() and logits.requires_grad
+        self._input = logits
+        self._logits = logits.detach()
+        self._order = order
+        self._gradient = torch.zeros_like(self._logits) if self.needs_gradient else None
+
+    def logits(self, start: int, end: int, rows: slice = ALL_ROWS) -> torch.Tensor:
+        """[n, end - start], a new tensor: the capped logits of local columns [start, end) at a slice of the rows."""
+        tile = self._logits[:, start:end]
+        tile = tile[rows] if self._order is None else tile.index_select(0, self._order[rows])
+        shared = self._order is None and tile.dtype == self.dtype
+        return _cap_(tile.clone() if shared else tile.to(self.dtype), self.soft_cap)
+
+    def logits_at(self, columns: torch.Tensor, rows: slice = ALL_ROWS) -> torch.Tensor:
+        """[n, w], a new tensor: the capped logits of local columns `columns` int64 [w]."""
+        if self._order is None:
+            picked = self._logits[rows].gather(1, columns.expand(len(self._logits[rows]), -1))
+        else:
+            picked = self._logits[self._order[rows].unsqueeze(1), columns]
+        return _cap_(picked.to(self.dtype), self.soft_cap)
+
+    def add_gradient(self, start: int, end: int, gradient: torch.Tensor, rows: slice = ALL_ROWS) -> None:
+        """Add [n, end - start], the gradient with respect to the capped logits of `logits(start, end, rows)`.
+
+        `gradient` may be overwritten.
+        """
+        if self.soft_cap is not None:
+            gradient = _through_cap_(gradient, self.logits(start, end, rows), self.soft_cap)
+        target = self._gradient[:, start:end]
+        gradient = gradient.to(target.dtype)
+        if self._order is None:
+            target[rows] += gradient
+        else:
+            target.index_add_(0, self._order[rows], gradient)
+
+    def add_gradient_at(self, columns: torch.Tensor, gradient: torch.Tensor, rows: slice = ALL_ROWS) -> None:
+        """Add [n, w], the gradient with respect to `logits_at(columns, rows)`; the columns are distinct."""
+        if self.soft_cap is not None:
+            gradient = _through_cap_(gradient, self.logits_at(columns, rows), self.soft_cap)
+        gradient = gradient.to(self._gradient.dtype)
+        if self._order is None:
+            self._gradient[rows].scatter_add_(1, columns.expand(len(gradient), -1), gradient)
+        else:
+            # Each entry occurs once: reading and writing them is 100 times as fast as an accumulating index_put_.
+            index = (self._order[rows].unsqueeze(1), columns)
+            self._gradient[index] = gradient.add_(self._gradient[index])
+
+    def add_gradient_of_entries(self, columns: torch.Tensor, gradient: torch.Tensor, rows: slice = ALL_ROWS) -> None:
+        """Add [n, k], the gradient with respect to the capped logits at local columns int64 [n, k], each row its own.
+
+        Entries with gradient 0 are left out whatever their column says, as long as it is a real one.
+        """
+        order = torch.arange(self.num_rows, device=self.device) if self._order is None else self._order
+        index = (order[rows].unsqueeze(1), columns)
+        if self.soft_cap is not None:
+            capped = _cap_(self._logits[index].to(self.dtype), self.soft_cap)
+            gradient = _through_cap_(gradient, capped, self.soft_cap)
+        self._gradient.index_put_(index, gradient.to(self._gradient.dtype), accumulate=True)
+
+    def attach(self, value: torch.Tensor) -> torch.Tensor:
+        """`value`, differentiable with the gradient that was added; `value` itself where none is needed."""
+        if not self.needs_gradient:
+            return value
+        return _KnownGradient.apply(value, self._gradient, self._input)
+
+
+class OutputLayer:
+    """Logits of an output layer, made for a tile at a time."""
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        *,
+        num_columns: int,
+        soft_cap: float | None = None,
+        order: torch.Tensor | None = None,
+    ) -> None:
+        """hidden [n, H], weight [W, H]; the first `num_columns` rows of the weight are real.
+
+        order [n], a permutation: row i of this source is row order[i] of `hidden`; None is the identity. The gradient
+        of `hidden` is that of this rank's columns: the caller sums it over tensor-parallel ranks (`copy_to_group`).
+        """
+        self.num_rows, self.num_columns = hidden.shape[0], num_columns
+        self.dtype = statistics_dtype(hidden)
+        self.device = hidden.device
+        self.soft_cap = soft_cap
+        enabled = torch.is_grad_enabled()
+        self._inputs = (hidden, weight)
+        self._order = order
+        self._hidden = hidden.detach() if order is None else hidden.detach().index_select(0, order)
+        self._weight = weight.detach()
+        self._gathered: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._hidden_gradient = self._weight_gradient = None
+        self._in_main_grad = False
+        if enabled and hidden.requires_grad:
+            self._hidden_gradient = torch.zeros_like(self._hidden, dtype=self.dtype)
+        if enabled and weight.requires_grad:
+            self._in_main_grad = weight.is_leaf and hasattr(weight, "grad_added_to_main_grad")
+            self._weight_gradient = weight.main_grad if self._in_main_grad else torch.zeros_like(self._weight)
+        self.needs_gradient = self._hidden_gradient is not None or self._weight_gradient is not None
+
+    def logits(self, start: int, end: int, rows: slice = ALL_ROWS) -> torch.Tensor:
+        """See GivenLogits.logits."""
+        return self._tile(self._weight[start:end], rows)
+
+    def logits_at(self, columns: torch.Tensor, rows: slice = ALL_ROWS) -> torch.Tensor:
+        """See GivenLogits.logits_at."""
+        return self._tile(self._rows_at(columns), rows)
+
+    def add_gradient(self, start: int, end: int, gradient: torch.Tensor, rows: slice = ALL_ROWS) -> None:
+        """See GivenLogits.add_gradient."""
+        weight = self._weight[start:end]
+        gradient = self._add_to_hidden(weight, gradient, rows)
+        if self._weight_gradient is not None:
+            target = self._weight_gradient[start:end]
+            if target.dtype == gradient.dtype:
+                target.addmm_(gradient.t(), self._hidden[rows])
+            else:
+                target += gradient.t() @ self._hidden[rows]
+
+    def add_gradient_at(self, columns: torch.Tensor, gradient: torch.Tensor, rows: slice = ALL_ROWS) -> None:
+        """See GivenLogits.add_gradient_at."""
+        gradient = self._add_to_hidden(self._rows_at(columns), gradient, rows)
+        if self._weight_gradient is not None:
+            of_rows = gradient.t() @ self._hidden[rows]
+            self._weight_gradient.index_add_(0, columns, of_rows.to(self._weight_gradient.dtype))
+
+    def add_gradient_of_entries(self, columns: torch.Tensor, gradient: torch.Tensor, rows: slice = ALL_ROWS) -> None:
+        """See GivenLogits.add_gradient_of_entries."""
+        hidden = self._hidden[rows]
+        for k in range(columns.shape[1]):  # one [n, H] at a time
+            weight, value = self._weight.index_select(0, columns[:, k]), gradient[:, k : k + 1]
+            if self.soft_cap is not None:
+                logits = (hidden.to(self.dtype) * weight.to(self.dtype)).sum(1, keepdim=True)
+                value = _through_cap_(value.clone(), _cap_(logits, self.soft_cap), self.soft_cap)
+            if self._hidden_gradient is not None:
+                self._hidden_gradient[rows] += value * weight
+            if self._weight_gradient is not None:
+                self._weight_gradient.index_add_(0, columns[:, k], (value * hidden).to(self._weight_gradient.dtype))
+
+    def attach(self, value: torch.Tensor) -> torch.Tensor:
+        """See GivenLogits.attach."""
+        if not self.needs_gradient:
+            return value
+        hidden, weight = self._inputs
+        of_hidden = self._hidden_gradient
+        if of_hidden is not None:
+            if self._order is not None:
+                of_hidden = torch.empty_like(of_hidden).index_copy_(0, self._order, of_hidden)
+            of_hidden = of_hidden.to(hidden.dtype)
+        if self._in_main_grad:
+            return _KnownGradientInMainGrad.apply(value, of_hidden, hidden, weight)
+        return _KnownGradients.apply(value, of_hidden, self._weight_gradient, hidden, weight)
+
+    def _tile(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
+        return _cap_(linear(self._hidden[rows], weight).to(self.dtype), self.soft_cap)
+
+    def _rows_at(self, columns: torch.Tensor) -> torch.Tensor:
+        """The weight rows of a gathered tile; kept until another tile is asked for, as each is read several times."""
+        if self._gathered is None or self._gathered[0] is not columns:
+            self._gathered = (columns, self._weight.index_select(0, columns))
+        return self._gathered[1]
+
+    def _add_to_hidden(self, weight: torch.Tensor, gradient: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Add a tile's part to the hidden states' gradient; returns the gradient of the logits before the cap."""
+        if self.soft_cap is not None:
+            gradient = _through_cap_(gradient, self._tile(weight, rows), self.soft_cap)
+        gradient = gradient.to(self._hidden.dtype)
+        if self._hidden_gradient is not None:
+            target = self._hidden_gradient[rows]
+            if target.dtype == gradient.dtype:
+                target.addmm_(gradient, weight)
+            else:
+                target += gradient @ weight
+        return gradient
+
+
+StudentLogits = GivenLogits | OutputLayer
+
+
+def _cap_(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+
+def _through_cap_(gradient: torch.Tensor, capped: torch.Tensor, cap: float) -> torch.Tensor:
+    """d(cap tanh(z / cap)) / dz = 1 - tanh^2."""
+    return gradient.mul_(capped.div_(cap).square_().neg_().add_(1))
+
+
+class _KnownGradient(torch.autograd.Function):
+    """`value` as a function of `logits` whose gradient is `gradient`."""
+
+    @staticmethod
+    def forward(ctx, value: torch.Tensor, gradient: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return None, None, gradient * scale.to(gradient.dtype)
+
+
+class _KnownGradients(torch.autograd.Function):
+    """`value` as a function of hidden states and an output weight with known gradients; None where not needed."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        value: torch.Tensor,
+        of_hidden: torch.Tensor | None,
+        of_weight: torch.Tensor | None,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(of_hidden, of_weight)
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        scaled = [None if saved is None else saved * scale.to(saved.dtype) for saved in ctx.saved_tensors]
+        return None, None, None, *scaled
+
+
+class _KnownGradientInMainGrad(torch.autograd.Function):
+    """As _KnownGradients, for a weight whose gradient is in main_grad already."""
+
+    @staticmethod
+    def forward(
+        ctx, value: torch.Tensor, of_hidden: torch.Tensor | None, hidden: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(of_hidden)
+        ctx.weight = weight
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        torch._assert_async(
+            (scale == 1).all(),
+            "the loss's sum must reach backward with gradient 1: the weight's gradient is in main_grad already, so no "
+            "loss scale can be applied to it; the one division happens in finalize_model_grads",
+        )
+        (of_hidden,) = ctx.saved_tensors
+        ctx.weight.grad_added_to_main_grad = True
+        return None, None, of_hidden, torch.zeros_like(ctx.weight)
