@@ -17,7 +17,7 @@ A loss written against this seam is one code for both. How it is used:
     return source.attach(value)                                 differentiable
 
 The gradient is formed in the forward pass because its scale is known there (the loss is a sum) and because the tiles
-are at hand. Backward multiplies it by the incoming scalar.
+are at hand. Backward multiplies it by the incoming scalar, in place: a second backward pass is an error of autograd.
 
 Where Megatron's DistributedDataParallel owns the weight, its gradient goes straight to `weight.main_grad`, as in
 Megatron's fused linear layer (tensor_parallel/layers.py): no second tensor of that size exists. Sums commute, so it
@@ -265,7 +265,7 @@ class _KnownGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return None, None, gradient * scale.to(gradient.dtype)
+        return None, None, gradient.mul_(scale.to(gradient.dtype))
 
 
 class _KnownGradients(torch.autograd.Function):
@@ -286,7 +286,7 @@ class _KnownGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scaled = [None if saved is None else saved * scale.to(saved.dtype) for saved in ctx.saved_tensors]
+        scaled = [None if saved is None else saved.mul_(scale.to(saved.dtype)) for saved in ctx.saved_tensors]
         return None, None, None, *scaled
 
 

@@ -466,3 +466,20 @@ def test_invalid_options_are_refused():
         options = {"shared_head": given_head, "placement": placement, "config": PAPER}
         with pytest.raises(ValueError, match=message):
             interface_loss(case.student_hidden, weight, given_labels, **options)
+
+
+@pytest.mark.parametrize("width", [1, 3, 7])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_tiles_of_any_width_give_the_same_numbers(monkeypatch, config, width):
+    """Maxima that grow from tile to tile, tiles without a shared token, a label or a stop set on a border."""
+    monkeypatch.setattr("megatron_simct.losses.two_pass.MAX_TILE_COLUMNS", width)
+    monkeypatch.setattr("megatron_simct.losses.two_pass.MIN_TILE_COLUMNS", 1)
+    monkeypatch.setattr("megatron_simct.losses.two_pass.CACHED_ELEMENTS", 5)
+    for seed in range(3):
+        case = random_case(seed, softcap=seed == 1)
+        result = evaluate(case, config)
+        expected, hidden_gradient, weight_gradient = evaluate_oracle(case, config)
+        assert float(result.output.sum) == pytest.approx(float(expected.sum.detach()), rel=1e-10)
+        torch.testing.assert_close(result.hidden_gradient, hidden_gradient, rtol=1e-10, atol=1e-10)
+        real = result.weight_gradient[: len(weight_gradient)]
+        torch.testing.assert_close(real, weight_gradient, rtol=1e-10, atol=1e-10)
