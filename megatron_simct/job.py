@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -158,7 +159,7 @@ def identity(
 ) -> dict[str, object]:
     """What a checkpoint must share with this run to be resumed by it."""
     return {
-        "model": asdict(read_architecture(config.model.hf_checkpoint, flag="--hf-checkpoint")),
+        "model": json.loads(json.dumps(asdict(read_architecture(config.model.hf_checkpoint, flag="--hf-checkpoint")))),
         "tokenizer": student.table.fingerprint,
         "teacher_tokenizer": teacher.table.fingerprint if teacher is not None else None,
         "alignment_map": alignment_map.fingerprint if alignment_map is not None else None,

@@ -10,13 +10,16 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 from megatron_simct.config import ParallelConfig
+from megatron_simct.models.attention import CoreAttention, SelfAttention
 from megatron_simct.models.families import Architecture
 from megatron_simct.models.norm import RMSNorm
+from megatron_simct.models.rotary import Rotary
 from megatron_simct.parallel.cpu import megatron_imports
 from megatron_simct.parallel.initialize import Groups
 
@@ -37,6 +40,10 @@ with megatron_imports():
 
 class HiddenStateModel(GPTModel):
     """A GPTModel whose output is what enters the LM head. The head itself belongs to the loss."""
+
+    def __init__(self, *, architecture: Architecture, **kwargs: Any) -> None:
+        super().__init__(position_embedding_type="rope", **kwargs)
+        self.rotary_pos_emb = Rotary(architecture.ropes)
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.post_process and self.config.sequence_parallel:
@@ -191,7 +198,8 @@ def build_model(
         vp_stage = chunk if virtual > 1 else None
         return HiddenStateModel(
             config=config,
-            transformer_layer_spec=_layers(config, vp_stage),
+            architecture=architecture,
+            transformer_layer_spec=_layers(config, architecture, vp_stage),
             pre_process=groups.is_first_stage and chunk == 0,
             post_process=groups.is_last_stage and chunk == virtual - 1,
             vp_stage=vp_stage,
@@ -200,10 +208,6 @@ def build_model(
             ),
             max_sequence_length=architecture.max_position_embeddings,
             share_embeddings_and_output_weights=architecture.tied_embeddings,
-            position_embedding_type="rope",
-            rotary_base=architecture.rope_theta,
-            rope_scaling=architecture.rope_scaling_factor is not None,
-            rope_scaling_factor=architecture.rope_scaling_factor or 1.0,
         )
 
     model = stage(0) if virtual == 1 else InterleavedModel(stage(chunk) for chunk in range(virtual))
@@ -224,10 +228,14 @@ def _mark_split(model: torch.nn.Module) -> None:
                 set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
 
 
-def _layers(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """Megatron's local layers, with our norm, as many as this stage has."""
+def _layers(config: TransformerConfig, architecture: Architecture, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Megatron's local layers, with our norm and attention, as many as this stage has."""
     layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention: ModuleSpec = layer.submodules.self_attention
+    attention.module = SelfAttention
+    attention.params["architecture"] = architecture
+    attention.submodules.core_attention = partial(CoreAttention, architecture=architecture)
     num_layers = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 

@@ -6,9 +6,30 @@ A field of config.json that would change the mathematics and that we do not impl
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rope:
+    """The rotary embedding of one kind of layer. See models/rotary.py for what the numbers do."""
+
+    theta: float
+    dim: int
+    """Entries of a head that are turned, from the first on."""
+    kind: Literal["default", "linear", "llama3", "longrope"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    original_length: int = 0
+    """Positions that the model was trained for before it was scaled."""
+    short_factors: tuple[float, ...] = ()
+    """longrope, one for each of the dim / 2 frequencies: for sequences of up to original_length positions."""
+    long_factors: tuple[float, ...] = ()
+    """The same for longer sequences."""
+    attention_factor: float = 1.0
+    """Multiplies what is turned, of queries and keys alike."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,30 +46,60 @@ class Architecture:
     """Rows of the embedding as published; the tokenizer may use fewer."""
     max_position_embeddings: int
     norm_epsilon: float
-    rope_theta: float
-    rope_scaling_factor: float | None
-    """Factor of the llama3 scaling of rotary frequencies; None: not scaled."""
-    qkv_bias: bool
+    ropes: tuple[Rope, ...]
+    rope_of_layer: tuple[int, ...]
+    """Which of `ropes` each layer has."""
+    windows: tuple[int | None, ...]
+    """How many positions each layer's queries see, their own included; None: all."""
+    softmax_scale: float
+    """Multiplies the product of query and key."""
+    attention_softcap: float | None = None
+    """cap * tanh(score / cap) bounds the scores; None: not bounded."""
+    final_logit_softcap: float | None = None
+    """The same for the logits."""
+    activation: Literal["silu", "gelu_pytorch_tanh"] = "silu"
+    embedding_scale: float = 1.0
+    """Multiplies the embedding of a token on its way into the first layer."""
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    """Each head of queries and keys is normalized."""
+    zero_centered_norm: bool = False
+    """Norms multiply by 1 + weight."""
+    post_norms: bool = False
+    """What attention and MLP add to the residual is normalized too."""
+    fused_projections: bool = False
+    """The folder has one tensor of queries, keys and values, and one of gate and up projection."""
     tied_embeddings: bool
     init_std: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """Which fields of config.json a family has, beside those that all families share."""
+    """What a family has beside what all families share: fields of config.json, and parts of the model."""
 
     fixed: dict[str, tuple[Any, ...]]
     """Fields that are implemented at these values only."""
+    read: frozenset[str] = frozenset()
+    """Fields that are read below."""
     neutral: frozenset[str] = frozenset()
-    """Fields that say nothing about the forward pass while the fixed ones have their values."""
+    """Fields that say nothing about the forward pass."""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """Of fields that config.json may leave out."""
+    ropes: tuple[str, ...] = ("default",)
+    """Kinds of scaling that are implemented."""
+    windows: Literal["none", "all", "upper", "pattern"] = "none"
+    """Layers with the sliding window where layer_types does not say: none, all, from max_window_layers on, or all but
+    every sliding_window_pattern-th."""
     qkv_bias: bool = False
 
 
 FAMILIES = {
-    "llama": Family(fixed={"attention_bias": (False,), "mlp_bias": (False,)}),
+    "llama": Family(fixed={"attention_bias": (False,), "mlp_bias": (False,)}, ropes=("default", "linear", "llama3")),
+    "mistral": Family(fixed={}, read=frozenset({"sliding_window"}), windows="all"),
     "qwen2": Family(
-        fixed={"use_sliding_window": (False,)},
-        neutral=frozenset({"sliding_window", "max_window_layers"}),
+        fixed={},
+        read=frozenset({"use_sliding_window", "sliding_window", "max_window_layers"}),
+        windows="upper",
         qkv_bias=True,
     ),
 }
@@ -67,8 +118,11 @@ _READ = frozenset(
 
 _FIXED: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",), "attention_dropout": (0.0,)}
 
-# Megatron-Core takes the factor of the llama3 scaling and has these three in its source.
-_LLAMA3_CONSTANTS = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+_ROPE_FIELDS = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+}
 
 
 def read_architecture(hf_checkpoint: str, *, flag: str) -> Architecture:
@@ -102,28 +156,30 @@ def read_architecture(hf_checkpoint: str, *, flag: str) -> Architecture:
 def _architecture(fields: dict[str, Any], family: Family, *, where: str) -> Architecture:
     name = fields["model_type"]
     fixed = _FIXED | family.fixed
-    for field, value in fields.items():
-        if field in fixed and value not in fixed[field]:
-            raise ValueError(f"{where}: {field} = {value!r} is not implemented for {name}")
-        if field not in _NEUTRAL | _READ | fixed.keys() | family.neutral:
-            raise ValueError(f"{where}: field {field!r} is not known for {name}, so it cannot be honoured")
-    if set(fields.get("layer_types") or ()) - {"full_attention"}:
-        raise ValueError(f"{where}: layer_types other than full_attention are not implemented for {name}")
-    theta, factor = _rope(fields, where=where)
+    for key, value in fields.items():
+        if key in fixed and value not in fixed[key]:
+            raise ValueError(f"{where}: {key} = {value!r} is not implemented for {name}")
+        if key not in _NEUTRAL | _READ | fixed.keys() | family.read | family.neutral:
+            raise ValueError(f"{where}: field {key!r} is not known for {name}, so it cannot be honoured")
+    fields = family.defaults | fields
     try:
-        heads = fields["num_attention_heads"]
+        heads, num_layers = fields["num_attention_heads"], fields["num_hidden_layers"]
+        head_dim = fields.get("head_dim") or fields["hidden_size"] // heads
+        windows = _windows(fields, family, num_layers, where=where)
         return Architecture(
-            num_layers=fields["num_hidden_layers"],
+            num_layers=num_layers,
             hidden_size=fields["hidden_size"],
             ffn_hidden_size=fields["intermediate_size"],
             num_attention_heads=heads,
             num_query_groups=fields.get("num_key_value_heads") or heads,
-            head_dim=fields.get("head_dim") or fields["hidden_size"] // heads,
+            head_dim=head_dim,
             vocab_size=fields["vocab_size"],
             max_position_embeddings=fields["max_position_embeddings"],
             norm_epsilon=fields["rms_norm_eps"],
-            rope_theta=theta,
-            rope_scaling_factor=factor,
+            ropes=(_rope(fields, family, head_dim, where=where),),
+            rope_of_layer=(0,) * num_layers,
+            windows=windows,
+            softmax_scale=head_dim**-0.5,
             qkv_bias=family.qkv_bias,
             tied_embeddings=fields.get("tie_word_embeddings", False),
             init_std=fields.get("initializer_range", 0.02),
@@ -132,8 +188,34 @@ def _architecture(fields: dict[str, Any], family: Family, *, where: str) -> Arch
         raise ValueError(f"{where}: field {error.args[0]!r} is missing") from None
 
 
-def _rope(fields: dict[str, Any], *, where: str) -> tuple[float, float | None]:
-    """Base and scaling factor of the rotary embedding.
+def _windows(fields: dict[str, Any], family: Family, num_layers: int, *, where: str) -> tuple[int | None, ...]:
+    """The sliding window of each layer, None where it has none."""
+    name, listed = fields["model_type"], fields.get("layer_types")
+    window = fields.get("sliding_window") if fields.get("use_sliding_window", True) else None
+    layers = range(num_layers)
+    match family.windows:
+        case "none":
+            slides = [False for _ in layers]
+        case "all":
+            slides = [window is not None for _ in layers]
+        case "upper":
+            slides = [window is not None and i >= fields["max_window_layers"] for i in layers]
+        case "pattern":
+            slides = [window is not None and (i + 1) % fields["sliding_window_pattern"] != 0 for i in layers]
+    if listed is not None:
+        wanted = [kind == "sliding_attention" for kind in listed]
+        known = set(listed) <= {"full_attention", "sliding_attention"} and len(listed) == num_layers
+        # transformers does not look at this field where all layers are alike.
+        if not known or (family.windows in ("none", "all") and wanted != slides):
+            raise ValueError(f"{where}: layer_types = {listed!r} is not implemented for {name}")
+        slides = wanted
+    if any(slides) and not isinstance(window, int):
+        raise ValueError(f"{where}: layer_types has sliding_attention, but sliding_window is {window!r}")
+    return tuple(window if slide else None for slide in slides)
+
+
+def _rope(fields: dict[str, Any], family: Family, head_dim: int, *, where: str) -> Rope:
+    """The rotary embedding.
 
     Two spellings: rope_theta beside rope_scaling (None, or a dictionary with a type), and one dictionary
     rope_parameters with the base in it.
@@ -143,12 +225,13 @@ def _rope(fields: dict[str, Any], *, where: str) -> tuple[float, float | None]:
     theta = rope.pop("rope_theta", fields.get("rope_theta", 10000.0))
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
-    if kind == "default" and not rope:
-        return theta, None
-    if kind != "llama3":
-        raise ValueError(f"{where}: {key} = {fields[key]!r} is not implemented; only rope_type default and llama3 are")
-    factor = rope.pop("factor", None)
-    if factor is None or rope != _LLAMA3_CONSTANTS:
-        wanted = ", ".join(f"{name} {value}" for name, value in _LLAMA3_CONSTANTS.items())
-        raise ValueError(f"{where}: {key} = {fields[key]!r} is not implemented; llama3 needs a factor, {wanted}")
-    return theta, factor
+    if kind not in family.ropes:
+        raise ValueError(
+            f"{where}: {key} = {fields[key]!r} is not implemented for {fields['model_type']}; "
+            f"rope_type {', '.join(family.ropes)} are"
+        )
+    if rope.keys() != _ROPE_FIELDS[kind]:
+        wanted = ", ".join(sorted(_ROPE_FIELDS[kind])) or "nothing else"
+        raise ValueError(f"{where}: {key} = {fields[key]!r} is not implemented; rope_type {kind} has {wanted}")
+    original = rope.pop("original_max_position_embeddings", 0)
+    return Rope(theta=theta, dim=head_dim, kind=kind, original_length=original, **rope)

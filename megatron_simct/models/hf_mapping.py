@@ -1,6 +1,6 @@
 """Tensors of a Hugging Face folder <-> parameters of the Megatron model, for reading and for writing.
 
-`WEIGHTS` is the whole mapping: the name of a Megatron parameter and the rule that relates it to tensors of the folder.
+`weights` is the whole mapping: the name of a Megatron parameter and the rule that relates it to tensors of the folder.
 A rule names the pieces of those tensors that a rank's shard of the parameter consists of. `hf_load` copies the pieces
 into the parameter, `hf_export` copies them back.
 
@@ -129,7 +129,7 @@ class GatedMLP:
             yield Piece(place.named(name), (rows * place.tp_size, hidden), half, begin, begin + rows)
 
 
-WEIGHTS: dict[str, Rule] = {
+_WEIGHTS: dict[str, Rule] = {
     "embedding.word_embeddings.weight": Vocabulary("model.embed_tokens.weight"),
     "decoder.layers.*.input_layernorm.weight": Whole("model.layers.*.input_layernorm.weight"),
     "decoder.layers.*.self_attention.linear_qkv.weight": FusedQKV(
@@ -153,12 +153,17 @@ WEIGHTS: dict[str, Rule] = {
 }
 
 
+def weights(architecture: Architecture) -> dict[str, Rule]:
+    """The rule of each parameter that the architecture has, by its name; layers have the number *."""
+    left_out = set() if architecture.qkv_bias else {"decoder.layers.*.self_attention.linear_qkv.bias"}
+    return {name: rule for name, rule in _WEIGHTS.items() if name not in left_out}
+
+
 def tensor_names(architecture: Architecture) -> re.Pattern[str]:
     """Matches every tensor that has a place in the model, or that older exports hold although nothing reads it."""
     names = {
         name
-        for parameter, rule in WEIGHTS.items()
-        if architecture.qkv_bias or not parameter.endswith(".bias")
+        for rule in weights(architecture).values()
         for name in (getattr(rule, field) for field in rule.__dataclass_fields__)
     } | {"model.layers.*.self_attn.rotary_emb.inv_freq"}
     layers = "(?:" + "|".join(str(i) for i in range(architecture.num_layers)) + ")"
@@ -169,12 +174,13 @@ def parameters_of(
     model: HiddenStateModel | InterleavedModel, architecture: Architecture, *, tp_rank: int, tp_size: int
 ) -> Iterator[tuple[Rule, Place, torch.Tensor]]:
     """Every parameter of this rank's part of the model, with its rule and its place."""
+    rules = weights(architecture)
     for chunk in chunks_of(model):
         for name, parameter in chunk.named_parameters():
             if not name.startswith("decoder.layers."):
                 place = Place(architecture=architecture, layer=None, tp_rank=tp_rank, tp_size=tp_size)
-                yield WEIGHTS[name], place, parameter.data
+                yield rules[name], place, parameter.data
         for layer in chunk.decoder.layers:
             place = Place(architecture=architecture, layer=layer.layer_number - 1, tp_rank=tp_rank, tp_size=tp_size)
             for name, parameter in layer.named_parameters():
-                yield WEIGHTS["decoder.layers.*." + name], place, parameter.data
+                yield rules["decoder.layers.*." + name], place, parameter.data

@@ -75,12 +75,11 @@ class MegatronEngine:
         batch, prompt_len = tokens.shape
         context = StaticInferenceContext(batch, prompt_len + sampling.max_response_len)
 
-        future = torch.ones(prompt_len, prompt_len, dtype=torch.bool, device=device).triu(diagonal=1)
-        mask = future | is_padding[:, None, None, :]  # True: not attended. [B, 1, query, key]
-        key_mask = is_padding
+        has_padding = bool(is_padding.any())
         finished = torch.zeros(batch, dtype=torch.bool, device=device)
         chosen, logprobs, alive = [], [], []
         for step in range(sampling.max_response_len):
+            mask = is_padding[:, None, None, :] if has_padding else None
             hidden = self._forward(tokens, mask, context)
             context.sequence_len_offset += tokens.shape[1]
             context.enable_decode_mode()
@@ -92,11 +91,12 @@ class MegatronEngine:
             if bool(finished.all()):
                 break
             tokens = ids[:, None]
-            key_mask = torch.nn.functional.pad(key_mask, (0, 1), value=False)
-            mask = key_mask[:, None, None, :]
+            is_padding = torch.nn.functional.pad(is_padding, (0, 1), value=False)
         return self._records(prompts, torch.stack(chosen, 1), torch.stack(logprobs, 1), torch.stack(alive, 1), finished)
 
-    def _forward(self, tokens: torch.Tensor, mask: torch.Tensor, context: StaticInferenceContext) -> torch.Tensor:
+    def _forward(
+        self, tokens: torch.Tensor, mask: torch.Tensor | None, context: StaticInferenceContext
+    ) -> torch.Tensor:
         """This rank's hidden states [S, B, H] of tokens [B, S], of its last stage."""
 
         def stage(chunk: HiddenStateModel, received: torch.Tensor | None) -> torch.Tensor:

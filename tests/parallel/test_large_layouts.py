@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_simct.config import ParallelConfig
 from megatron_simct.models.build import build_model
-from megatron_simct.models.families import Architecture
+from megatron_simct.models.families import Architecture, Rope
 from megatron_simct.models.hf_mapping import parameters_of
 from megatron_simct.parallel.initialize import parallel_state, process_groups
 from tests.distributed import run_ranks
@@ -29,9 +29,10 @@ LLAMA_70B = Architecture(
     vocab_size=128256,
     max_position_embeddings=8192,
     norm_epsilon=1e-5,
-    rope_theta=5e5,
-    rope_scaling_factor=None,
-    qkv_bias=False,
+    ropes=(Rope(theta=5e5, dim=128),),
+    rope_of_layer=(0,) * 80,
+    windows=(None,) * 80,
+    softmax_scale=128**-0.5,
     tied_embeddings=False,
     init_std=0.02,
 )

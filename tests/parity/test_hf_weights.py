@@ -48,6 +48,15 @@ MODELS = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 77.0},
     },
     "llama, scaled rotary": {"model_type": "llama", "max_position_embeddings": 16384, "rope_parameters": LLAMA3},
+    "llama, scaled rotary, every factor its own": {
+        "model_type": "llama",
+        "rope_parameters": LLAMA3
+        | {"factor": 3.0, "low_freq_factor": 1.5, "high_freq_factor": 2.5, "original_max_position_embeddings": 32},
+    },
+    "llama, linear rotary": {
+        "model_type": "llama",
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+    },
     "qwen2": {"model_type": "qwen2", "num_attention_heads": 6, "hidden_size": 48, "vocab_size": 97},
     "qwen2, tied, many files": {"model_type": "qwen2", "tie_word_embeddings": True, "shard_size": "9KB"},
 }

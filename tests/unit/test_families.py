@@ -1,4 +1,4 @@
-"""config.json -> Architecture: both families, both spellings of rotary scaling, and what is refused."""
+"""config.json -> Architecture: families, both spellings of rotary scaling, and what is refused."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megatron_simct.models.families import read_architecture
+from megatron_simct.models.families import Rope, read_architecture
 
 LLAMA = {
     "model_type": "llama",
@@ -26,12 +26,20 @@ QWEN2 = LLAMA | {
     "layer_types": ["full_attention"] * 3,
     "tie_word_embeddings": True,
 }
+MISTRAL = LLAMA | {"model_type": "mistral", "sliding_window": 5}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 32.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
+}
+SCALED = {
+    "kind": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_length": 8192,
 }
 
 
@@ -46,44 +54,71 @@ def read(tmp_path):
 
 def test_defaults_of_llama(read):
     found = read(LLAMA)
-    assert (found.num_query_groups, found.head_dim, found.rope_theta) == (8, 8, 10000.0)
-    assert (found.rope_scaling_factor, found.qkv_bias, found.tied_embeddings) == (None, False, False)
+    assert (found.num_query_groups, found.head_dim, found.ropes) == (8, 8, (Rope(theta=10000.0, dim=8),))
+    assert (found.windows, found.softmax_scale) == ((None, None, None), 8**-0.5)
+    assert (found.qkv_bias, found.tied_embeddings) == (False, False)
 
 
 def test_qwen2_has_biases_and_its_window_is_neutral_while_unused(read):
     found = read(QWEN2 | {"num_key_value_heads": 2, "rope_theta": 1e6})
-    assert (found.num_query_groups, found.rope_theta) == (2, 1e6)
+    assert (found.num_query_groups, found.ropes[0].theta) == (2, 1e6)
     assert found.qkv_bias and found.tied_embeddings
 
 
 @pytest.mark.parametrize(
-    "rope, theta, factor",
+    "fields, windows",
     [
-        ({"rope_theta": 7.0, "rope_scaling": None}, 7.0, None),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, 7.0, None),
-        ({"rope_parameters": None, "rope_theta": 7.0}, 7.0, None),
-        ({"rope_theta": 7.0, "rope_scaling": LLAMA3}, 7.0, 32.0),
-        ({"rope_parameters": LLAMA3 | {"rope_theta": 7.0}}, 7.0, 32.0),
-        ({"rope_theta": 7.0, "rope_scaling": LLAMA3 | {"type": "llama3"}}, 7.0, 32.0),
+        (MISTRAL, (5, 5, 5)),
+        (MISTRAL | {"sliding_window": None}, (None, None, None)),
+        (QWEN2 | {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None}, (None, 32768, 32768)),
+        (QWEN2 | {"use_sliding_window": True}, (None, None, None)),
+        (
+            QWEN2 | {"use_sliding_window": True, "layer_types": ["sliding_attention", *["full_attention"] * 2]},
+            (32768, None, None),
+        ),
     ],
 )
-def test_both_spellings_of_the_rotary_embedding(read, rope, theta, factor):
+def test_which_layers_have_a_window(read, fields, windows):
+    assert read(fields).windows == windows
+
+
+@pytest.mark.parametrize(
+    "rope, theta, scaling",
+    [
+        ({"rope_theta": 7.0, "rope_scaling": None}, 7.0, {}),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, 7.0, {}),
+        ({"rope_parameters": None, "rope_theta": 7.0}, 7.0, {}),
+        ({"rope_theta": 7.0, "rope_scaling": LLAMA3}, 7.0, SCALED),
+        ({"rope_parameters": LLAMA3 | {"rope_theta": 7.0}}, 7.0, SCALED),
+        ({"rope_theta": 7.0, "rope_scaling": LLAMA3 | {"type": "llama3"}}, 7.0, SCALED),
+        (
+            {"rope_scaling": LLAMA3 | {"low_freq_factor": 2.0, "original_max_position_embeddings": 64}},
+            10000.0,
+            SCALED | {"low_freq_factor": 2.0, "original_length": 64},
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 10000.0, {"kind": "linear", "factor": 2.0}),
+    ],
+)
+def test_both_spellings_of_the_rotary_embedding(read, rope, theta, scaling):
     found = read(LLAMA | rope)
-    assert (found.rope_theta, found.rope_scaling_factor) == (theta, factor)
+    assert found.ropes == (Rope(theta=theta, dim=8, **scaling),)
 
 
 @pytest.mark.parametrize(
     "fields, words",
     [
-        (LLAMA | {"model_type": "gpt2"}, ["'gpt2' is not supported", "llama, qwen2"]),
+        (LLAMA | {"model_type": "gpt2"}, ["'gpt2' is not supported", "llama, mistral, qwen2"]),
         (LLAMA | {"attention_bias": True}, ["attention_bias = True", "llama"]),
-        (QWEN2 | {"use_sliding_window": True}, ["use_sliding_window = True", "qwen2"]),
         (QWEN2 | {"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types"]),
+        (QWEN2 | {"layer_types": ["sliding_attention"] * 3}, ["sliding_window is None"]),
+        (LLAMA | {"layer_types": ["sliding_attention"] * 3}, ["layer_types", "llama"]),
+        (MISTRAL | {"layer_types": ["full_attention"] * 3}, ["layer_types", "mistral"]),
+        (QWEN2 | {"layer_types": ["chunked_attention"] * 3}, ["layer_types", "chunked_attention"]),
         (LLAMA | {"sliding_window": 4096}, ["'sliding_window' is not known for llama"]),
         (QWEN2 | {"quantization_config": {"quant_method": "fp8"}}, ["it is quantised (fp8)"]),
-        (LLAMA | {"rope_scaling": LLAMA3 | {"low_freq_factor": 2.0}}, ["rope_scaling", "low_freq_factor 1"]),
-        (LLAMA | {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 4096}}, ["8192"]),
-        (LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}}, ["'linear'", "default and llama3"]),
+        (LLAMA | {"rope_scaling": LLAMA3 | {"beta": 2.0}}, ["rope_scaling", "beta", "rope_type llama3 has factor"]),
+        (LLAMA | {"rope_scaling": {"type": "llama3", "factor": 2.0}}, ["high_freq_factor"]),
+        (QWEN2 | {"rope_scaling": {"type": "linear", "factor": 2.0}}, ["'linear'", "qwen2", "rope_type default"]),
         (LLAMA | {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, ["rope_parameters", "'yarn'"]),
         ({k: v for k, v in LLAMA.items() if k != "vocab_size"}, ["'vocab_size' is missing"]),
         ("{", ["not JSON (line 1"]),

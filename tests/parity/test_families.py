@@ -1,0 +1,203 @@
+"""Tiny random models of every family: what transformers computes, Megatron computes in every layout; weights go there
+and back bit by bit; and whatever the comparison should notice, it notices."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_simct.config import ParallelConfig
+from megatron_simct.losses.vocab_parallel import soft_cap
+from megatron_simct.models.build import build_model, chunks_of
+from megatron_simct.models.families import read_architecture
+from megatron_simct.models.hf_export import save_hf_weights
+from megatron_simct.models.hf_load import load_hf_weights
+from megatron_simct.parallel.initialize import process_groups
+from megatron_simct.parallel.pipeline import tensor_from_last_stage, through_stage
+from megatron_simct.records import Prompt
+from megatron_simct.rollout.engine import Sampling
+from megatron_simct.rollout.megatron_engine import MegatronEngine
+from tests.distributed import run_ranks
+from tests.huggingface import save_model
+
+pytest.importorskip("transformers")
+
+LENGTH = 40
+VOCAB = 90  # of the tokenizer: fewer ids than the models' rows
+WINDOW = 6
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e3, "factor": 3.0, "low_freq_factor": 0.5, "high_freq_factor": 2.5}
+MODELS: dict[str, list[dict[str, Any]]] = {
+    "llama": [
+        {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 32}},
+        {"num_key_value_heads": 4, "tie_word_embeddings": True, "vocab_size": 101, "head_dim": 16},
+    ],
+    "mistral": [
+        {"sliding_window": WINDOW},
+        {"sliding_window": None, "tie_word_embeddings": True, "num_attention_heads": 8, "vocab_size": 101},
+    ],
+    "qwen2": [
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
+        {"tie_word_embeddings": True, "num_attention_heads": 6, "hidden_size": 48, "vocab_size": 97},
+    ],
+}
+# Changes of config.json that the logits of a family's first model must show.
+CONTROLS: dict[str, list[dict[str, Any]]] = {
+    "llama": [
+        {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 32} | change}
+        for change in (
+            {"rope_theta": 2e3},
+            {"factor": 4.0},
+            {"low_freq_factor": 0.7},
+            {"high_freq_factor": 4.0},
+            {"original_max_position_embeddings": 64},
+        )
+    ],
+    "mistral": [{"sliding_window": None}, {"sliding_window": WINDOW + 1}, {"rope_parameters": {"rope_theta": 2e4}}],
+    "qwen2": [
+        {"use_sliding_window": False, "layer_types": None},
+        {"max_window_layers": 1, "layer_types": None},
+        {"sliding_window": WINDOW - 1},
+    ],
+}
+LAYOUTS = {"one": (1, 1), "TP2": (2, 1), "PP2": (1, 2), "TP2xPP2": (2, 2)}
+TOKENS = torch.randint(0, VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(0))
+EMPTY = np.zeros(0, np.int32)
+PROMPTS = [  # of several lengths, below, at and past the window: padded on the left
+    Prompt(sample_id=i, student_ids=TOKENS[i % 3, :n].numpy().astype(np.int32), teacher_ids=EMPTY)
+    for i, n in enumerate((2, WINDOW, 3 * WINDOW, 25))
+]
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_response_len=12, seed=1)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders and models of a family, made when first asked for."""
+    made: dict[str, list[tuple[Path, torch.nn.Module]]] = {}
+
+    def make(family: str) -> list[tuple[Path, torch.nn.Module]]:
+        if family not in made:
+            made[family] = []
+            for fields in MODELS[family]:
+                folder = tmp_path_factory.mktemp(family)
+                made[family].append((folder, save_model(folder, family, **({"num_hidden_layers": 4} | fields))))
+        return made[family]
+
+    return make
+
+
+def _run(rank: int, world_size: int, folders: list[str], layout: str, save: str | None) -> list[tuple]:
+    """Logits [B, S, published vocabulary], rollouts, and largest padding of each folder; writes it again to `save`."""
+    tp, pp = LAYOUTS[layout]
+    parallel = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    with process_groups(parallel, seed=3) as groups:
+        return [_one(folder, parallel, groups, f"{save}/{i}" if save else None) for i, folder in enumerate(folders)]
+
+
+def _one(folder: str, parallel: ParallelConfig, groups: Any, save: str | None) -> tuple:
+    architecture = read_architecture(folder, flag="")
+    model = build_model(architecture, parallel, groups, vocab_size=VOCAB, divisible_by=8, bf16=False, flag="")
+    load_hf_weights(model, architecture, folder, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag="")
+    logits = _logits(model, groups)[..., : architecture.vocab_size]
+    rollouts = None
+    if save is not None:
+        engine = MegatronEngine(model, groups, vocab_size=VOCAB, stop_ids=[VOCAB], batch_size=4)
+        rollouts = engine.generate(PROMPTS, SAMPLING)
+        save_hf_weights(model, architecture, groups, template=folder, save=save, dtype=torch.float32)
+    return logits, rollouts
+
+
+@torch.no_grad()
+def _logits(model: Any, groups: Any) -> torch.Tensor:
+    positions = torch.arange(LENGTH).expand_as(TOKENS)
+
+    def stage(chunk: Any, received: torch.Tensor | None) -> torch.Tensor:
+        chunk.set_input_tensor(received)
+        return chunk(TOKENS, positions, None)
+
+    hidden = torch.empty(LENGTH, len(TOKENS), model.config.hidden_size)
+    for chunk in chunks_of(model):
+        hidden = through_stage(
+            partial(stage, chunk), hidden, groups.pp, first=chunk.pre_process, last=chunk.post_process
+        )
+    width = model.vocab_shard[1] - model.vocab_shard[0]
+    logits = torch.empty(len(TOKENS), LENGTH, width * groups.tp_size)
+    if groups.is_last_stage:
+        shard = (
+            soft_cap(hidden @ model.output_weight.T, getattr(model, "logit_softcap", None)).transpose(0, 1).contiguous()
+        )
+        shards = [torch.empty_like(shard) for _ in range(groups.tp_size)]
+        dist.all_gather(shards, shard, group=groups.tp)
+        logits = torch.cat(shards, dim=-1)
+    return tensor_from_last_stage(logits, groups.pp)
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@torch.no_grad()
+def check_rollouts(rollouts: list, model: torch.nn.Module) -> None:
+    """The log-probs of tokens sampled with a KV cache are transformers' of the whole sequence."""
+    for prompt, rollout in zip(PROMPTS, rollouts, strict=True):
+        ids = torch.from_numpy(np.concatenate([prompt.student_ids, rollout.student_ids]).astype(np.int64))
+        rows = model(ids[None]).logits[0, len(prompt.student_ids) - 1 : -1, :VOCAB].double().log_softmax(-1)
+        expected = rows.gather(1, ids[len(prompt.student_ids) :, None])[:, 0]
+        np.testing.assert_allclose(rollout.logprobs, expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", MODELS)
+def test_a_layout_computes_what_transformers_computes_and_gives_every_tensor_back(folders, tmp_path, family, layout):
+    from safetensors.torch import load_file
+
+    models = folders(family)
+    tp, pp = LAYOUTS[layout]
+    for answers in run_ranks(tp * pp, _run, [str(folder) for folder, _ in models], layout, str(tmp_path)):
+        for (_, model), (logits, rollouts) in zip(models, answers, strict=True):
+            with torch.no_grad():
+                assert relative(logits, model(TOKENS).logits) < 1e-4
+            check_rollouts(rollouts, model)
+    for i, (folder, _) in enumerate(models):
+        expected = load_file(str(folder / "model.safetensors"))
+        found = {name: t for path in (tmp_path / str(i)).glob("*.safetensors") for name, t in load_file(path).items()}
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_every_tensor_and_every_setting_shows_in_the_logits(folders, tmp_path, family):
+    from safetensors.torch import load_file, save_file
+
+    folder, model = folders(family)[0]
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+    tensors = load_file(str(folder / "model.safetensors"))
+    copies, names = [], []
+    for name, tensor in tensors.items():
+        if ".layers." in name and ".layers.1." not in name:
+            continue
+        row = int(TOKENS[0, 0]) if "embed_tokens" in name else 0
+        copy = shutil.copytree(folder, tmp_path / name)
+        changed = tensor.clone()
+        changed[row] += 1.0
+        save_file(tensors | {name: changed}, str(copy / "model.safetensors"), {"format": "pt"})
+        copies.append(copy)
+        names.append(name)
+    for i, change in enumerate(CONTROLS[family]):
+        copy = shutil.copytree(folder, tmp_path / f"control {i}")
+        fields = json.loads((copy / "config.json").read_text()) | change
+        (copy / "config.json").write_text(json.dumps(fields))
+        copies.append(copy)
+        names.append(str(change))
+    (answers,) = run_ranks(1, _run, [str(folder), *map(str, copies)], "one", None)
+    assert relative(answers[0][0], expected) < 1e-4
+    for name, (logits, _) in zip(names, answers[1:], strict=True):
+        assert relative(logits, expected) > 1e-3, name
