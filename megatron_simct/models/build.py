@@ -165,6 +165,7 @@ def build_model(
             activation_func=torch.nn.functional.silu,
             add_bias_linear=False,
             add_qkv_bias=architecture.qkv_bias,
+            qk_layernorm=architecture.qk_norm,
             attention_dropout=0.0,
             hidden_dropout=0.0,
             init_method_std=architecture.init_std,
@@ -236,6 +237,8 @@ def _layers(config: TransformerConfig, architecture: Architecture, vp_stage: int
     attention.module = SelfAttention
     attention.params["architecture"] = architecture
     attention.submodules.core_attention = partial(CoreAttention, architecture=architecture)
+    if architecture.qk_norm:
+        attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
     num_layers = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 

@@ -91,6 +91,7 @@ class Family:
     """Layers with the sliding window where layer_types does not say: none, all, from max_window_layers on, or all but
     every sliding_window_pattern-th."""
     qkv_bias: bool = False
+    qk_norm: bool = False
 
 
 FAMILIES = {
@@ -101,6 +102,12 @@ FAMILIES = {
         read=frozenset({"use_sliding_window", "sliding_window", "max_window_layers"}),
         windows="upper",
         qkv_bias=True,
+    ),
+    "qwen3": Family(
+        fixed={"attention_bias": (False,)},
+        read=frozenset({"use_sliding_window", "sliding_window", "max_window_layers"}),
+        windows="upper",
+        qk_norm=True,
     ),
 }
 
@@ -181,6 +188,7 @@ def _architecture(fields: dict[str, Any], family: Family, *, where: str) -> Arch
             windows=windows,
             softmax_scale=head_dim**-0.5,
             qkv_bias=family.qkv_bias,
+            qk_norm=family.qk_norm,
             tied_embeddings=fields.get("tie_word_embeddings", False),
             init_std=fields.get("initializer_range", 0.02),
         )

@@ -153,10 +153,17 @@ _WEIGHTS: dict[str, Rule] = {
 }
 
 
+_QK_NORM: dict[str, Rule] = {
+    "decoder.layers.*.self_attention.q_layernorm.weight": Whole("model.layers.*.self_attn.q_norm.weight"),
+    "decoder.layers.*.self_attention.k_layernorm.weight": Whole("model.layers.*.self_attn.k_norm.weight"),
+}
+
+
 def weights(architecture: Architecture) -> dict[str, Rule]:
     """The rule of each parameter that the architecture has, by its name; layers have the number *."""
     left_out = set() if architecture.qkv_bias else {"decoder.layers.*.self_attention.linear_qkv.bias"}
-    return {name: rule for name, rule in _WEIGHTS.items() if name not in left_out}
+    rules = _WEIGHTS | (_QK_NORM if architecture.qk_norm else {})
+    return {name: rule for name, rule in rules.items() if name not in left_out}
 
 
 def tensor_names(architecture: Architecture) -> re.Pattern[str]:

@@ -47,6 +47,18 @@ MODELS: dict[str, list[dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
         {"tie_word_embeddings": True, "num_attention_heads": 6, "hidden_size": 48, "vocab_size": 97},
     ],
+    "qwen3": [
+        {"head_dim": 8},
+        {
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 1,
+            "tie_word_embeddings": True,
+            "head_dim": 16,
+            "vocab_size": 93,
+            "num_attention_heads": 8,
+        },
+    ],
 }
 # Changes of config.json that the logits of a family's first model must show.
 CONTROLS: dict[str, list[dict[str, Any]]] = {
@@ -66,6 +78,7 @@ CONTROLS: dict[str, list[dict[str, Any]]] = {
         {"max_window_layers": 1, "layer_types": None},
         {"sliding_window": WINDOW - 1},
     ],
+    "qwen3": [{"rope_parameters": {"rope_theta": 2e4}}, {"rms_norm_eps": 1e-2}],
 }
 LAYOUTS = {"one": (1, 1), "TP2": (2, 1), "PP2": (1, 2), "TP2xPP2": (2, 2)}
 TOKENS = torch.randint(0, VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(0))
