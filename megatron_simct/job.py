@@ -135,6 +135,7 @@ def build_job(config: Config, groups: Groups) -> Job:
             placement=placement,
             interface=config.interface,
             byte_order=build_byte_order(model, groups, student) if needs.byte_events else None,
+            teacher_logit_softcap=None if teacher is None else teacher_logit_softcap(config),
         ),
         monitor=Monitor(
             groups,
@@ -346,6 +347,11 @@ def build_teacher(
         return scorer, None
     start, _ = model.vocab_shard
     return scorer, gather_shared_head(model.output_weight.detach(), start, placement, groups.tp)
+
+
+def teacher_logit_softcap(config: Config) -> float | None:
+    """What bounds the teacher's logits, which the loss makes of its hidden states."""
+    return read_architecture(config.teacher.hf_checkpoint, flag="--teacher-hf-checkpoint").final_logit_softcap
 
 
 def _leave_to_last_stage(labels: LabelBatch) -> None:

@@ -24,6 +24,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout needs no installation
 
 from megatron_simct.config import ParallelConfig  # noqa: E402
+from megatron_simct.losses.vocab_parallel import soft_cap  # noqa: E402
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, build_model, chunks_of  # noqa: E402
 from megatron_simct.models.families import Architecture, read_architecture  # noqa: E402
 from megatron_simct.models.hf_export import save_hf_weights  # noqa: E402
@@ -150,7 +151,8 @@ def _difference(
 
     @torch.no_grad()
     def compare(hidden: torch.Tensor, non_loss_data: bool = True) -> float:
-        logits = (hidden @ model.output_weight.T).transpose(0, 1)[..., : max(0, end - start)]
+        logits = soft_cap(hidden @ model.output_weight.T, model.logit_softcap)
+        logits = logits.transpose(0, 1)[..., : max(0, end - start)]
         difference = (logits.float() - expected[..., start : max(start, end)]).abs()
         return float(difference.nan_to_num(nan=torch.inf, posinf=torch.inf).max()) if difference.numel() else 0.0
 

@@ -18,7 +18,7 @@ import torch
 from megatron_simct.config import ParallelConfig
 from megatron_simct.models.attention import CoreAttention, SelfAttention
 from megatron_simct.models.families import Architecture
-from megatron_simct.models.norm import RMSNorm
+from megatron_simct.models.norm import NormedRowParallelLinear, RMSNorm
 from megatron_simct.models.rotary import Rotary
 from megatron_simct.parallel.cpu import megatron_imports
 from megatron_simct.parallel.initialize import Groups
@@ -38,12 +38,29 @@ with megatron_imports():
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 
+_ACTIVATIONS = {
+    "silu": torch.nn.functional.silu,
+    "gelu_pytorch_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
+}
+
+
 class HiddenStateModel(GPTModel):
     """A GPTModel whose output is what enters the LM head. The head itself belongs to the loss."""
 
     def __init__(self, *, architecture: Architecture, **kwargs: Any) -> None:
         super().__init__(position_embedding_type="rope", **kwargs)
         self.rotary_pos_emb = Rotary(architecture.ropes)
+        self.logit_softcap = architecture.final_logit_softcap
+        """Whoever multiplies by `output_weight` bounds the logits: cap * tanh(logit / cap). None: not bounded."""
+        # As transformers does, the scale is rounded to the embedding's precision.
+        scale = torch.tensor(architecture.embedding_scale, dtype=self.config.params_dtype, device="cpu")
+        self._embedding_scale = float(scale)
+
+    def _preprocess(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **kwargs: Any) -> tuple[Any, ...]:
+        if self.pre_process and self._embedding_scale != 1.0:
+            embedded = self.embedding(input_ids=input_ids, position_ids=position_ids)
+            kwargs["decoder_input"] = embedded * self._embedding_scale
+        return super()._preprocess(input_ids, position_ids, **kwargs)
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.post_process and self.config.sequence_parallel:
@@ -86,6 +103,11 @@ class InterleavedModel(torch.nn.ModuleList):
     def vocab_shard(self) -> tuple[int, int]:
         """See HiddenStateModel.vocab_shard."""
         return self[-1].vocab_shard
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """See HiddenStateModel.logit_softcap."""
+        return self[-1].logit_softcap
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Under this module's names; the keys in a checkpoint are those of the whole model, as for every layout."""
@@ -161,8 +183,9 @@ def build_model(
             kv_channels=architecture.head_dim,
             normalization="RMSNorm",
             layernorm_epsilon=architecture.norm_epsilon,
+            layernorm_zero_centered_gamma=architecture.zero_centered_norm,
             gated_linear_unit=True,
-            activation_func=torch.nn.functional.silu,
+            activation_func=_ACTIVATIONS[architecture.activation],
             add_bias_linear=False,
             add_qkv_bias=architecture.qkv_bias,
             qk_layernorm=architecture.qk_norm,
@@ -239,6 +262,8 @@ def _layers(config: TransformerConfig, architecture: Architecture, vp_stage: int
     attention.submodules.core_attention = partial(CoreAttention, architecture=architecture)
     if architecture.qk_norm:
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
+    if architecture.post_norms:
+        attention.submodules.linear_proj = layer.submodules.mlp.submodules.linear_fc2 = NormedRowParallelLinear
     num_layers = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 

@@ -92,7 +92,30 @@ class Family:
     every sliding_window_pattern-th."""
     qkv_bias: bool = False
     qk_norm: bool = False
+    zero_centered_norm: bool = False
+    post_norms: bool = False
+    scaled_embedding: bool = False
+    """The embedding of a token is multiplied by the root of hidden_size."""
+    local_rope: bool = False
+    """Layers with the sliding window have a rotary embedding of their own."""
 
+
+_GEMMA_FIXED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("gelu_pytorch_tanh",),  # not read by transformers, which has hidden_activation
+    "hidden_activation": ("gelu_pytorch_tanh",),
+    "attention_bias": (False,),
+    "use_bidirectional_attention": (False, None),
+}
+_GEMMA_READ = frozenset(
+    {"query_pre_attn_scalar", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
+)
+_GEMMA_DEFAULTS: dict[str, Any] = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
 
 FAMILIES = {
     "llama": Family(fixed={"attention_bias": (False,), "mlp_bias": (False,)}, ropes=("default", "linear", "llama3")),
@@ -108,6 +131,30 @@ FAMILIES = {
         read=frozenset({"use_sliding_window", "sliding_window", "max_window_layers"}),
         windows="upper",
         qk_norm=True,
+    ),
+    "gemma2": Family(
+        fixed=_GEMMA_FIXED,
+        read=_GEMMA_READ,
+        neutral=frozenset({"cache_implementation"}),
+        defaults=_GEMMA_DEFAULTS
+        | {"sliding_window_pattern": 2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        windows="pattern",
+        zero_centered_norm=True,
+        post_norms=True,
+        scaled_embedding=True,
+    ),
+    "gemma3_text": Family(
+        fixed=_GEMMA_FIXED,
+        read=_GEMMA_READ | {"rope_local_base_freq", "sliding_window_pattern"},
+        neutral=frozenset({"cache_implementation", "_sliding_window_pattern"}),
+        defaults=_GEMMA_DEFAULTS | {"sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
+        ropes=("default", "linear"),
+        windows="pattern",
+        qk_norm=True,
+        zero_centered_norm=True,
+        post_norms=True,
+        scaled_embedding=True,
+        local_rope=True,
     ),
 }
 
@@ -183,12 +230,18 @@ def _architecture(fields: dict[str, Any], family: Family, *, where: str) -> Arch
             vocab_size=fields["vocab_size"],
             max_position_embeddings=fields["max_position_embeddings"],
             norm_epsilon=fields["rms_norm_eps"],
-            ropes=(_rope(fields, family, head_dim, where=where),),
-            rope_of_layer=(0,) * num_layers,
+            ropes=_ropes(fields, family, head_dim, where=where),
+            rope_of_layer=tuple(int(family.local_rope and window is not None) for window in windows),
             windows=windows,
-            softmax_scale=head_dim**-0.5,
+            softmax_scale=fields.get("query_pre_attn_scalar", head_dim) ** -0.5,
+            attention_softcap=fields.get("attn_logit_softcapping"),
+            final_logit_softcap=fields.get("final_logit_softcapping"),
+            activation=fields.get("hidden_activation", "silu"),
+            embedding_scale=fields["hidden_size"] ** 0.5 if family.scaled_embedding else 1.0,
             qkv_bias=family.qkv_bias,
             qk_norm=family.qk_norm,
+            zero_centered_norm=family.zero_centered_norm,
+            post_norms=family.post_norms,
             tied_embeddings=fields.get("tie_word_embeddings", False),
             init_std=fields.get("initializer_range", 0.02),
         )
@@ -222,24 +275,43 @@ def _windows(fields: dict[str, Any], family: Family, num_layers: int, *, where: 
     return tuple(window if slide else None for slide in slides)
 
 
-def _rope(fields: dict[str, Any], family: Family, head_dim: int, *, where: str) -> Rope:
-    """The rotary embedding.
+def _ropes(fields: dict[str, Any], family: Family, head_dim: int, *, where: str) -> tuple[Rope, ...]:
+    """The rotary embedding, and after it that of layers with a sliding window where they have their own.
 
     Two spellings: rope_theta beside rope_scaling (None, or a dictionary with a type), and one dictionary
-    rope_parameters with the base in it.
+    rope_parameters with the base in it; where there are two kinds of layers, with a dictionary for each.
     """
+    theta = fields.get("rope_theta", 10000.0)
     key = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
-    rope = dict(fields.get(key) or {})
-    theta = rope.pop("rope_theta", fields.get("rope_theta", 10000.0))
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    rope.pop("type", None)
-    if kind not in family.ropes:
+    spelled = [({"rope_theta": theta} | (fields.get(key) or {}), key)]
+    if family.local_rope:
+        local = {"rope_theta": fields["rope_local_base_freq"]}
+        if key == "rope_parameters":
+            both = fields[key]
+            if both.keys() != {"full_attention", "sliding_attention"}:
+                raise ValueError(f"{where}: {key} = {both!r} is not known: it has full_attention and sliding_attention")
+            spelled = [
+                ({"rope_theta": theta} | both["full_attention"], f"{key}.full_attention"),
+                (local | both["sliding_attention"], f"{key}.sliding_attention"),
+            ]
+        else:
+            spelled.append((local, "rope_local_base_freq"))
+    return tuple(_rope(rope, key, fields, family, head_dim, where=where) for rope, key in spelled)
+
+
+def _rope(rope: dict[str, Any], key: str, fields: dict[str, Any], family: Family, head_dim: int, *, where: str) -> Rope:
+    """One rotary embedding from its dictionary, which config.json has under `key`."""
+    values = dict(rope)
+    theta = values.pop("rope_theta")
+    kinds = {values.pop(name) for name in ("rope_type", "type") if name in values} or {"default"}
+    kind = kinds.pop()
+    if kinds or kind not in family.ropes:
         raise ValueError(
-            f"{where}: {key} = {fields[key]!r} is not implemented for {fields['model_type']}; "
+            f"{where}: {key} = {rope!r} is not implemented for {fields['model_type']}; "
             f"rope_type {', '.join(family.ropes)} are"
         )
-    if rope.keys() != _ROPE_FIELDS[kind]:
+    if values.keys() != _ROPE_FIELDS[kind]:
         wanted = ", ".join(sorted(_ROPE_FIELDS[kind])) or "nothing else"
-        raise ValueError(f"{where}: {key} = {fields[key]!r} is not implemented; rope_type {kind} has {wanted}")
-    original = rope.pop("original_max_position_embeddings", 0)
-    return Rope(theta=theta, dim=head_dim, kind=kind, original_length=original, **rope)
+        raise ValueError(f"{where}: {key} = {rope!r} is not implemented; rope_type {kind} has {wanted}")
+    original = values.pop("original_max_position_embeddings", 0)
+    return Rope(theta=theta, dim=head_dim, kind=kind, original_length=original, **values)

@@ -159,10 +159,19 @@ _QK_NORM: dict[str, Rule] = {
 }
 
 
+_POST_NORMS: dict[str, Rule] = {
+    "decoder.layers.*.self_attention.linear_proj.post_layernorm.weight": Whole(
+        "model.layers.*.post_attention_layernorm.weight"
+    ),
+    "decoder.layers.*.pre_mlp_layernorm.weight": Whole("model.layers.*.pre_feedforward_layernorm.weight"),
+    "decoder.layers.*.mlp.linear_fc2.post_layernorm.weight": Whole("model.layers.*.post_feedforward_layernorm.weight"),
+}
+
+
 def weights(architecture: Architecture) -> dict[str, Rule]:
     """The rule of each parameter that the architecture has, by its name; layers have the number *."""
     left_out = set() if architecture.qkv_bias else {"decoder.layers.*.self_attention.linear_qkv.bias"}
-    rules = _WEIGHTS | (_QK_NORM if architecture.qk_norm else {})
+    rules = _WEIGHTS | (_QK_NORM if architecture.qk_norm else {}) | (_POST_NORMS if architecture.post_norms else {})
     return {name: rule for name, rule in rules.items() if name not in left_out}
 
 

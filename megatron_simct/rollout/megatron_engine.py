@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from megatron_simct.losses.vocab_parallel import soft_cap
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, chunks_of, whole_sequences
 from megatron_simct.parallel.cpu import megatron_imports
 from megatron_simct.parallel.initialize import Groups
@@ -120,7 +121,7 @@ class MegatronEngine:
         chosen = torch.empty(2, len(hidden), dtype=torch.float64, device=hidden.device)
         if self._groups.is_last_stage:
             chosen[0], chosen[1] = sample_tokens(
-                hidden @ self._model.output_weight.T,
+                soft_cap(hidden @ self._model.output_weight.T, self._model.logit_softcap),
                 uniforms,
                 shard_start=self._model.vocab_shard[0],
                 vocab_size=self._vocab_size,

@@ -92,12 +92,25 @@ class ColocatedScorer:
         if pairs[0].needs.byte_events:
             side = pack_byte_sides([pair.byte_events.teacher for pair in pairs], lens).to(hidden.device)
             slots, own_logit, lse = teacher_byte_statistics(
-                hidden, weight, labels, side, order=self._byte_order, shard_start=shard_start, group=group
+                hidden,
+                weight,
+                labels,
+                side,
+                order=self._byte_order,
+                shard_start=shard_start,
+                group=group,
+                logit_softcap=self._model.logit_softcap,
             )
             byte_logprobs = slots.split([pair.byte_events.slot_event.size for pair in pairs])
         else:
             own_logit, lse = label_statistics(
-                hidden, weight, labels, shard_start=shard_start, vocab_size=self._vocab_size, group=group
+                hidden,
+                weight,
+                labels,
+                shard_start=shard_start,
+                vocab_size=self._vocab_size,
+                group=group,
+                logit_softcap=self._model.logit_softcap,
             )
         scored = []
         split = (hidden.split(lens), own_logit.split(lens), lse.split(lens))

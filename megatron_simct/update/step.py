@@ -61,6 +61,7 @@ class Updater:
         placement: VocabPlacement,
         interface: InterfaceConfig,
         byte_order: ByteOrder | None = None,
+        teacher_logit_softcap: float | None = None,
     ) -> None:
         self._chunks = list(chunks)
         self._ddp = self._chunks[-1]  # on the last stage the one with the head
@@ -74,6 +75,7 @@ class Updater:
             config=interface,
             group=groups.tp,
             byte_order=byte_order,
+            teacher_logit_softcap=teacher_logit_softcap,
         )
 
     def step(self, batches: Sequence[MicroBatch]) -> StepReport:
@@ -115,7 +117,7 @@ class Updater:
     def _loss_func(self, batch: MicroBatch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
         model: HiddenStateModel = self._ddp.module
         rows = hidden.flatten(0, 1)[batch.label_rows]
-        output = self._loss(rows, model.output_weight, batch.labels)
+        output = self._loss(rows, model.output_weight, batch.labels, student_logit_softcap=model.logit_softcap)
         sums = {"loss": output.sum.detach().clone(), "num_labels": output.num_labels, **output.metrics}
         return output.sum, output.num_labels.int(), sums
 

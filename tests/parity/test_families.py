@@ -34,6 +34,7 @@ LENGTH = 40
 VOCAB = 90  # of the tokenizer: fewer ids than the models' rows
 WINDOW = 6
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e3, "factor": 3.0, "low_freq_factor": 0.5, "high_freq_factor": 2.5}
+GEMMA2 = {"head_dim": 8, "sliding_window": WINDOW, "scale": 0.5}
 MODELS: dict[str, list[dict[str, Any]]] = {
     "llama": [
         {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 32}},
@@ -59,6 +60,22 @@ MODELS: dict[str, list[dict[str, Any]]] = {
             "num_attention_heads": 8,
         },
     ],
+    "gemma2": [
+        GEMMA2 | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16},
+        GEMMA2 | {"tie_word_embeddings": True, "vocab_size": 101, "head_dim": 16, "num_key_value_heads": 4},
+    ],
+    "gemma3_text": [
+        GEMMA2
+        | {
+            "num_hidden_layers": 8,  # five with the window, then one without
+            "query_pre_attn_scalar": 16,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e3, "factor": 4.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
+            },
+        },
+        GEMMA2 | {"tie_word_embeddings": True, "vocab_size": 101, "head_dim": 16, "num_key_value_heads": 4},
+    ],
 }
 # Changes of config.json that the logits of a family's first model must show.
 CONTROLS: dict[str, list[dict[str, Any]]] = {
@@ -79,6 +96,43 @@ CONTROLS: dict[str, list[dict[str, Any]]] = {
         {"sliding_window": WINDOW - 1},
     ],
     "qwen3": [{"rope_parameters": {"rope_theta": 2e4}}, {"rms_norm_eps": 1e-2}],
+    "gemma2": [
+        {"attn_logit_softcapping": None},
+        {"attn_logit_softcapping": 2.1},
+        {"final_logit_softcapping": None},
+        {"final_logit_softcapping": 3.1},
+        {"query_pre_attn_scalar": 8},
+        {"sliding_window": WINDOW + 1},
+        {"layer_types": ["full_attention"] * 4},
+        {"layer_types": ["full_attention", "sliding_attention"] * 2},
+        {"rope_parameters": {"rope_theta": 2e4}},
+    ],
+    "gemma3_text": [
+        {"query_pre_attn_scalar": 8},
+        {"sliding_window": WINDOW + 1},
+        {"layer_types": ["sliding_attention"] * 8},
+        {"rope_parameters": None, "rope_theta": 1e3, "rope_local_base_freq": 1e2},
+        {"rope_parameters": None, "rope_theta": 1e3, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        {"layer_types": None, "sliding_window_pattern": 2},
+    ],
+}
+# The same as a family's first model in the spelling of older files.
+SPELLED: dict[str, dict[str, Any]] = {
+    "llama": {
+        "rope_parameters": None,
+        "rope_theta": 1e3,
+        "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}
+        | {"original_max_position_embeddings": 32},
+    },
+    "gemma3_text": {
+        "layer_types": None,
+        "rope_parameters": None,
+        "rope_theta": 1e3,
+        "rope_local_base_freq": 1e2,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    },
+    "gemma2": {"layer_types": None},
+    "qwen2": {"layer_types": None},
 }
 LAYOUTS = {"one": (1, 1), "TP2": (2, 1), "PP2": (1, 2), "TP2xPP2": (2, 2)}
 TOKENS = torch.randint(0, VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -143,9 +197,7 @@ def _logits(model: Any, groups: Any) -> torch.Tensor:
     width = model.vocab_shard[1] - model.vocab_shard[0]
     logits = torch.empty(len(TOKENS), LENGTH, width * groups.tp_size)
     if groups.is_last_stage:
-        shard = (
-            soft_cap(hidden @ model.output_weight.T, getattr(model, "logit_softcap", None)).transpose(0, 1).contiguous()
-        )
+        shard = soft_cap(hidden @ model.output_weight.T, model.logit_softcap).transpose(0, 1).contiguous()
         shards = [torch.empty_like(shard) for _ in range(groups.tp_size)]
         dist.all_gather(shards, shard, group=groups.tp)
         logits = torch.cat(shards, dim=-1)
@@ -185,11 +237,20 @@ def test_a_layout_computes_what_transformers_computes_and_gives_every_tensor_bac
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+def respelled(folder: Path, copy: Path, change: dict[str, Any]) -> Path:
+    """A copy of the folder with changes of its config.json."""
+    shutil.copytree(folder, copy)
+    fields = json.loads((copy / "config.json").read_text()) | change
+    (copy / "config.json").write_text(json.dumps(fields))
+    return copy
+
+
 @pytest.mark.parametrize("family", MODELS)
 def test_every_tensor_and_every_setting_shows_in_the_logits(folders, tmp_path, family):
     from safetensors.torch import load_file, save_file
 
     folder, model = folders(family)[0]
+    again = folder if family not in SPELLED else respelled(folder, tmp_path / "respelled", SPELLED[family])
     with torch.no_grad():
         expected = model(TOKENS).logits
     tensors = load_file(str(folder / "model.safetensors"))
@@ -205,12 +266,9 @@ def test_every_tensor_and_every_setting_shows_in_the_logits(folders, tmp_path, f
         copies.append(copy)
         names.append(name)
     for i, change in enumerate(CONTROLS[family]):
-        copy = shutil.copytree(folder, tmp_path / f"control {i}")
-        fields = json.loads((copy / "config.json").read_text()) | change
-        (copy / "config.json").write_text(json.dumps(fields))
-        copies.append(copy)
+        copies.append(respelled(folder, tmp_path / f"control {i}", change))
         names.append(str(change))
-    (answers,) = run_ranks(1, _run, [str(folder), *map(str, copies)], "one", None)
+    (answers,) = run_ranks(1, _run, [str(again), *map(str, copies)], "one", None)
     assert relative(answers[0][0], expected) < 1e-4
     for name, (logits, _) in zip(names, answers[1:], strict=True):
         assert relative(logits, expected) > 1e-3, name

@@ -1,0 +1,163 @@
+"""Steps on families with norms in unusual places and soft-caps: the same in every layout, and soft-caps reach the loss,
+the scorer and the sampler."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_simct.alignment import load_tokenizer
+from megatron_simct.job import build_job
+from megatron_simct.parallel.initialize import process_groups
+from megatron_simct.records import Rollout
+from tests.distributed import run_ranks
+from tests.huggingface import save_model
+from tests.tiny import config
+
+pytest.importorskip("transformers")
+
+SHAPE = {"num_hidden_layers": 4, "head_dim": 8, "vocab_size": 360, "scale": 0.2}
+FAMILIES = {
+    "gemma2": {"sliding_window": 6, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+}
+TP2, PP2 = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
+LAYOUTS = {
+    "tp2": (2, TP2),
+    "tp2, sequence": (2, (*TP2, "--sequence-parallel")),
+    "pp2, interleaved": (2, (*PP2, "--num-virtual-stages-per-pipeline-rank", "2")),
+    "tp2 x pp2, sequence": (4, (*TP2, *PP2, "--sequence-parallel")),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tiny, tmp_path_factory):
+    """The tiny job with a folder of weights for each family; the teacher has the student's tokenizer."""
+    folder = tmp_path_factory.mktemp("families") / "job"
+    shutil.copytree(tiny, folder)
+    for family, fields in FAMILIES.items():
+        save_model(folder / family, family, **SHAPE, **fields, tie_word_embeddings=family == "gemma2")
+    return folder
+
+
+def _job_config(folder, student: str, teacher: str, *flags: str):
+    sides = ("--hf-checkpoint", str(folder / student), "--teacher-hf-checkpoint", str(folder / teacher))
+    tokenizer = ("--teacher-tokenizer-model", str(folder / "student.model"))
+    optimizer = ("--optimizer", "sgd", "--lr", "0.1", "--clip-grad", "0")
+    return config(folder, *sides, *tokenizer, *optimizer, *flags)
+
+
+def _batches(job):
+    prompts = job.prompts.batch(0)
+    rollouts = job.engine.generate(prompts, job.sampling)
+    pairs = [job.align(prompt, rollout) for prompt, rollout in zip(prompts, rollouts, strict=True)]
+    return rollouts, pairs, list(job.teacher.score(pairs)), prompts
+
+
+def _steps(rank, world_size, folder, student, teacher, *flags):
+    """Loss, gradient norm and text of two steps."""
+    resolved = _job_config(folder, student, teacher, *flags)
+    reports = []
+    with process_groups(resolved.parallel, seed=1) as groups:
+        job = build_job(resolved, groups)
+        for _ in range(2):
+            rollouts, pairs, scored, prompts = _batches(job)
+            report = job.updater.step(job.pack(prompts, rollouts, pairs, scored))
+            reports.append((report.sums["loss"], report.grad_norm, [r.student_ids.tolist() for r in rollouts]))
+    return reports
+
+
+@pytest.fixture(scope="module")
+def alone(files):
+    return {
+        student: run_ranks(1, _steps, files, student, teacher)[0]
+        for student, teacher in (("gemma2", "qwen3"), ("qwen3", "gemma2"))
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("student, teacher", [("gemma2", "qwen3"), ("qwen3", "gemma2")])
+def test_layouts_take_the_same_steps(files, alone, layout, student, teacher):
+    world_size, flags = LAYOUTS[layout]
+    for reports in run_ranks(world_size, _steps, files, student, teacher, *flags):
+        for (loss, norm, ids), (expected_loss, expected_norm, expected_ids) in zip(
+            reports, alone[student], strict=True
+        ):
+            assert ids == expected_ids
+            assert loss == pytest.approx(expected_loss, rel=1e-4) and loss > 1
+            assert norm == pytest.approx(expected_norm, rel=1e-4)
+
+
+def _own_teacher(rank, world_size, folder, family, interface):
+    """The loss against itself of responses that both tokenize alike, and the teacher's log-probs."""
+    resolved = _job_config(folder, family, family, "--simct-interface", interface)
+    with process_groups(resolved.parallel, seed=1) as groups:
+        job = build_job(resolved, groups)
+        tokenizer = load_tokenizer(resolved.model.tokenizer_model)
+        prompts = job.prompts.batch(0)
+        texts = [f"Tom has {10 + i} apples and gets {i} more." for i in range(len(prompts))]
+        rollouts = [
+            Rollout(
+                sample_id=prompt.sample_id,
+                weight_version=0,
+                student_ids=tokenizer.encode(text.encode()).astype(np.int32),
+                logprobs=np.zeros(len(tokenizer.encode(text.encode())), np.float32),
+                finish="length",
+            )
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        pairs = [job.align(prompt, rollout) for prompt, rollout in zip(prompts, rollouts, strict=True)]
+        scored = list(job.teacher.score(pairs))
+        report = job.updater.step(job.pack(prompts, rollouts, pairs, scored))
+        by_id = {score.sample_id: (score.own_logit - score.lse).numpy() for score in scored}
+        return report, [(pair.teacher_prompt_ids, pair.teacher_ids, by_id[pair.sample_id]) for pair in pairs]
+
+
+@pytest.mark.parametrize("interface", ["paper", "bytes"])
+def test_a_model_with_soft_caps_is_its_own_teacher(files, interface):
+    """Loss and scorer agree: one of them without the cap would not."""
+    ((report, answers),) = run_ranks(1, _own_teacher, files, "gemma2", interface)
+    assert abs(report.sums["loss"]) < 1e-5 * report.sums["num_labels"]
+    model = transformers_model(files / "gemma2")
+    for prompt, ids, logprobs in answers:
+        np.testing.assert_allclose(logprobs, log_probs(model, prompt, ids).detach().numpy(), rtol=0, atol=1e-4)
+
+
+def transformers_model(folder):
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(str(folder), attn_implementation="eager")
+
+
+def log_probs(model, prompt: np.ndarray, response: np.ndarray) -> torch.Tensor:
+    """Of each token of the response."""
+    ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))
+    rows = model(ids[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    return rows.gather(1, ids[len(prompt) :, None])[:, 0]
+
+
+def _given_responses(rank, world_size, folder):
+    resolved = _job_config(
+        folder, "gemma2", "gemma2", "--simct-interface", "sft", "--rollout-max-response-len", "40", "--lr", "0"
+    )
+    with process_groups(resolved.parallel, seed=1) as groups:
+        job = build_job(resolved, groups)
+        rollouts, pairs, scored, prompts = _batches(job)
+        report = job.updater.step(job.pack(prompts, rollouts, pairs, scored))
+        return report, [(p.student_ids, r.student_ids) for p, r in zip(prompts, rollouts, strict=True)]
+
+
+def test_the_loss_and_its_gradient_are_those_of_transformers(files):
+    """Cross entropy of given responses, by autograd through transformers' own model."""
+    ((report, sequences),) = run_ranks(1, _given_responses, files)
+    model = transformers_model(files / "gemma2")
+    total = -sum(log_probs(model, prompt, response).sum() for prompt, response in sequences)
+    count = sum(len(response) for _, response in sequences)
+    (total / count).backward()
+    norm = sum(float(p.grad.double().square().sum()) for p in model.parameters()) ** 0.5
+    assert report.sums["num_labels"] == count
+    assert report.sums["loss"] == pytest.approx(float(total.detach()), rel=1e-4)
+    assert report.grad_norm == pytest.approx(norm, rel=1e-3)
