@@ -32,6 +32,9 @@ class InterfaceConfig:
     )
     temperature: float = option(1.0, "divides the row's scores before the softmax over U; no squared factor")
     js_beta: float = option(0.5, "weight of the teacher in the mixture of --simct-divergence js")
+    loss_memory_mib: int = option(
+        128, "what the loss may hold of logits at a time, in MiB: sets how many columns of the vocabulary a tile has"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ def build_model(model_type: str, *, scale: float = 0.3, **fields: Any) -> torch.
         "tie_word_embeddings": False,
         "bos_token_id": None,
         "eos_token_id": None,
+        "pad_token_id": None,
         "attn_implementation": "eager",
     }
     config = transformers.AutoConfig.for_model(model_type, **(defaults | fields))

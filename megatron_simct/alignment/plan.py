@@ -67,7 +67,12 @@ def plan_pair(
         teacher_ids=teacher_ids,
         segments=alignment.segments,
         kinds=kinds,
-        replaced_columns=_replaced_columns(alignment, kinds, data, alignment_map),
+        # The walk's units are columns of their own, whatever they spell.
+        replaced_columns=(
+            _replaced_columns(alignment, kinds, data, alignment_map)
+            if needs.segmentation == "minimal"
+            else np.full(kinds.size, -1, dtype=np.int32)
+        ),
         teacher_rows=_teacher_rows(alignment.segments, kinds, teacher_ids.size, needs),
         needs=needs,
         byte_events=(

@@ -1,20 +1,38 @@
 """The fourth hop: the student's hidden states and the teacher's word, compared on vocabulary shards."""
 
 from megatron_simct.losses.bytes import ByteOrder
-from megatron_simct.losses.interfaces import LossOutput, check_config, check_labels, interface_loss, teacher_needs
+from megatron_simct.losses.interfaces import (
+    LossOutput,
+    check_config,
+    check_labels,
+    interface_loss,
+    interface_loss_from_logits,
+    teacher_needs,
+)
+from megatron_simct.losses.public import (
+    CrossTokenizerLoss,
+    cross_tokenizer_loss,
+    fused_cross_tokenizer_loss,
+    place_shared_head,
+)
 from megatron_simct.losses.shared_head import SharedColumns, SharedHead, gather_shared_head
 from megatron_simct.losses.vocab_parallel import label_statistics, log_sum_exp
 
 __all__ = [
     "ByteOrder",
+    "CrossTokenizerLoss",
     "LossOutput",
     "SharedColumns",
     "SharedHead",
     "check_config",
     "check_labels",
+    "cross_tokenizer_loss",
+    "fused_cross_tokenizer_loss",
     "gather_shared_head",
     "interface_loss",
+    "interface_loss_from_logits",
     "label_statistics",
     "log_sum_exp",
+    "place_shared_head",
     "teacher_needs",
 ]

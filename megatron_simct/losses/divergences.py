@@ -1,31 +1,32 @@
-"""Divergences between the two models' distributions over U, from vocabulary-parallel scores.
+"""Divergences between the two models' distributions over a row's columns, from vocabulary-parallel scores.
 
-A row compares q_S = softmax of the student's scores s over U with q_T = softmax of the teacher's scores t over U
-(SimCT, arXiv:2605.07711, Eq. 8-9). The shared tokens of U are spread over ranks; the row's unit, if it has one, is one
-more column whose score every rank knows. A row without a unit has the unit score -inf on both sides.
+A row has many columns that are spread over ranks and tiles (shared tokens) and a few that every rank knows (a unit, a
+rest). With log p and log q the two models' log-probabilities of a column, each divergence is a sum over columns:
 
-    reverse_kl   KL(q_S || q_T)     the paper's
-    forward_kl   KL(q_T || q_S)
-    js           b KL(q_T || m) + (1 - b) KL(q_S || m),   m = b q_T + (1 - b) q_S
+    reverse_kl   KL(p || q)     the paper's (SimCT, arXiv:2605.07711, Eq. 9)
+    forward_kl   KL(q || p)
+    js           b KL(q || m) + (1 - b) KL(p || m),   m = b q + (1 - b) p
 
-All scores in this module are shifted: s stands for s - m_s and t for t - m_t, with the rows' maxima over the shared
-tokens of all ranks, so the large common part is gone before anything is added. Everything follows from sums over
-columns:
+For the gradient a row needs D = d(value)/dp of each column, up to a constant of the row, which a distribution (sum of p
+is 1) does not see:
 
-    Z_s = sum e^s,   Z_t = sum e^t,   X = sum e^s (s - t)          (forward KL: X = sum e^t (t - s))
+    reverse_kl   D = log p - log q          forward_kl   D = -q / p          js   D = log(p / m), times 1 - b
 
-A KL is separable, KL(q_S || q_T) = X / Z_s - log Z_s + log Z_t: one reduction for the maxima and one for the sums. js
-needs log q_S and log q_T first, and one reduction more.
+Where p is a softmax of scores, d(value)/d(score) = p (D - offset) with offset = sum p D over the row: KL, -1 and so on.
+Where one column takes what the others leave, offset is D of that column. The formulas are the same.
 
-The gradients are with respect to the student's scores, and each adds up to zero over a row:
+Sums over the many columns are of scores relative to the row's largest, s - m_s and t - m_t, so that the large common
+part is gone before anything is added:
 
-    reverse_kl   p (log p - log q - value)              p = q_S, q = q_T
-    forward_kl   p - q
-    js           (1 - b) p (log p/m - KL(p || m))
+    Z_s = sum e^(s - m_s),   Z_t = sum e^(t - m_t)
+    X = sum e^(s - m_s) ((s - m_s) - (t - m_t)),      or, for forward_kl, with s and t exchanged
+
+Maxima grow from tile to tile; what was summed before is rescaled. Ranks are joined the same way: one MAX, one SUM. js
+needs log p and log q first, so its sums take another look at the tiles and one reduction more.
 
 A column of probability zero adds nothing to a value it weights (0 log 0 = 0); nan goes through everywhere.
 
-Shapes: `A` rows, `c` shared tokens of this rank.
+Shapes: `A` rows, `c` columns of a tile, `E` columns that every rank knows.
 """
 
 from __future__ import annotations
@@ -34,96 +35,209 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
-from megatron_simct.losses.vocab_parallel import reduce_packed
+from megatron_simct.losses.vocab_parallel import NEGATIVE_INFINITY, finite_reference, row_maxima
+
+
+class RunningSums:
+    """Z_s, Z_t and X of each row, over the columns seen so far."""
+
+    def __init__(self, num_rows: int, *, divergence: str, temperature: float, like: torch.Tensor) -> None:
+        self.student_max = like.new_full((num_rows,), NEGATIVE_INFINITY)
+        self.teacher_max = self.student_max.clone()
+        names = ["z_s", "z_t"] + ["cross"] * (divergence != "js") + ["mass_s", "mass_t"] * (temperature != 1)
+        self.sums = {name: like.new_zeros(num_rows) for name in names}
+        self._divergence, self._temperature = divergence, temperature
+
+    def add(self, student: torch.Tensor, teacher: torch.Tensor, rows: slice) -> None:
+        """student, teacher [A, c]: scores of a tile at a slice of the rows. Both are overwritten."""
+        new_s = torch.maximum(self.student_max[rows], row_maxima(student))
+        new_t = torch.maximum(self.teacher_max[rows], row_maxima(teacher))
+        self.rescale(new_s, new_t, rows)
+        s = student.sub_(finite_reference(new_s).unsqueeze(1))
+        t = teacher.sub_(finite_reference(new_t).unsqueeze(1))
+        sums = {name: values[rows] for name, values in self.sums.items()}
+        if self._temperature != 1:
+            # At temperature 1 the masses follow from Z_s and Z_t.
+            sums["mass_s"] += (s * self._temperature).exp_().sum(1)
+            sums["mass_t"] += (t * self._temperature).exp_().sum(1)
+        weights_s, weights_t = s.exp(), t.exp()
+        sums["z_s"] += weights_s.sum(1)
+        sums["z_t"] += weights_t.sum(1)
+        if self._divergence == "reverse_kl":
+            sums["cross"] += weighted_(weights_s, s.sub_(t)).sum(1)
+        elif self._divergence == "forward_kl":
+            sums["cross"] += weighted_(weights_t, t.sub_(s)).sum(1)
+
+    def rescale(self, new_s: torch.Tensor, new_t: torch.Tensor, rows: slice) -> None:
+        """Make the sums relative to larger maxima."""
+        rise_s, factor_s = _rise(self.student_max[rows], new_s)
+        rise_t, factor_t = _rise(self.teacher_max[rows], new_t)
+        sums = {name: values[rows] for name, values in self.sums.items()}
+        if self._divergence == "reverse_kl":
+            sums["cross"].sub_(sums["z_s"] * (rise_s - rise_t)).mul_(factor_s)
+        elif self._divergence == "forward_kl":
+            sums["cross"].sub_(sums["z_t"] * (rise_t - rise_s)).mul_(factor_t)
+        sums["z_s"] *= factor_s
+        sums["z_t"] *= factor_t
+        if self._temperature != 1:
+            sums["mass_s"] *= (-rise_s * self._temperature).exp()
+            sums["mass_t"] *= (-rise_t * self._temperature).exp()
+        self.student_max[rows], self.teacher_max[rows] = new_s, new_t
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RowDivergences:
-    """Value of each row and its gradient with respect to the student's scores."""
+class Norms:
+    """What turns the scores of a row into log-probabilities: log p = (s - student_max) - student_log_z; each [A]."""
 
-    value: torch.Tensor
-    """[A], nats, equal on every rank."""
-    shared_gradient: torch.Tensor
-    """[A, c]"""
-    unit_gradient: torch.Tensor
-    """[A], equal on every rank."""
+    student_max: torch.Tensor
+    teacher_max: torch.Tensor
+    student_log_z: torch.Tensor
+    teacher_log_z: torch.Tensor
+
+    def at(self, rows: slice) -> Norms:
+        """The norms of a slice of the rows."""
+        return Norms(**{name: getattr(self, name)[rows] for name in self.__slots__})
 
 
-def local_sums(student: torch.Tensor, teacher: torch.Tensor, divergence: str) -> list[torch.Tensor]:
-    """This rank's part of Z_s, Z_t and, for the two KLs, X; each [A]. To be summed over the ranks.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColumnSums:
+    """Sums over columns of a row: what value and offset are made of; each [A]."""
 
-    student, teacher [A, c]: this rank's shifted scores.
-    """
-    weights_s, weights_t = student.exp(), teacher.exp()
-    sums = [weights_s.sum(1), weights_t.sum(1)]
+    p: torch.Tensor
+    """The student's probability of the columns."""
+    q: torch.Tensor
+    """The teacher's."""
+    first: torch.Tensor
+    """reverse_kl: sum p (log p - log q); forward_kl: sum q (log q - log p); js: -sum p log((1 - b) p / m)."""
+    second: torch.Tensor
+    """js: -sum q log(b q / m); else unused."""
+
+    def __add__(self, other: ColumnSums) -> ColumnSums:
+        return ColumnSums(**{name: getattr(self, name) + getattr(other, name) for name in self.__slots__})
+
+
+def shared_sums(
+    sums: dict[str, torch.Tensor], norms: Norms, deficits: list[torch.Tensor], divergence: str
+) -> ColumnSums:
+    """Over the columns of RunningSums; `deficits` are those of `mean_deficits`, summed over ranks, for js."""
+    shrink_s, shrink_t = (-norms.student_log_z).exp(), (-norms.teacher_log_z).exp()
+    p, q = sums["z_s"] * shrink_s, sums["z_t"] * shrink_t
+    lead = norms.student_log_z - norms.teacher_log_z
     match divergence:
         case "reverse_kl":
-            sums.append(_weighted(weights_s, student - teacher).sum(1))
+            return ColumnSums(p=p, q=q, first=shrink_s * (sums["cross"] - sums["z_s"] * lead), second=p)
         case "forward_kl":
-            sums.append(_weighted(weights_t, teacher - student).sum(1))
-    return sums
-
-
-def row_divergences(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    sums: list[torch.Tensor],
-    *,
-    student_unit: torch.Tensor,
-    teacher_unit: torch.Tensor,
-    divergence: str,
-    js_beta: float,
-    group: dist.ProcessGroup | None,
-) -> RowDivergences:
-    """Value and gradient of each row, from the sums of `local_sums` over all ranks.
-
-    student, teacher [A, c] and the units [A] (-inf for no unit) are shifted by the same maxima. js reduces two numbers
-    a row over `group`; the KLs communicate nothing here.
-    """
-    log_z_s = torch.logaddexp(sums[0].log(), student_unit)
-    log_z_t = torch.logaddexp(sums[1].log(), teacher_unit)
-    # Log-probabilities over U of the columns: shared tokens [A, c] and unit [A, 1].
-    log_p, log_q = student - log_z_s.unsqueeze(1), teacher - log_z_t.unsqueeze(1)
-    log_p_unit, log_q_unit = (student_unit - log_z_s).unsqueeze(1), (teacher_unit - log_z_t).unsqueeze(1)
-    match divergence:
-        case "reverse_kl":
-            # Over the shared tokens, sum p (log p - log q) with p = e^s / Z: from X and Z alone.
-            kl = (-log_z_s).exp() * (sums[2] - sums[0] * (log_z_s - log_z_t))
-            kl = kl + _weighted(log_p_unit.exp(), log_p_unit - log_q_unit).squeeze(1)
-            return _join(kl, _reverse_kl_gradient(log_p, log_q, kl), _reverse_kl_gradient(log_p_unit, log_q_unit, kl))
-        case "forward_kl":
-            kl = (-log_z_t).exp() * (sums[2] - sums[1] * (log_z_t - log_z_s))
-            kl = kl + _weighted(log_q_unit.exp(), log_q_unit - log_p_unit).squeeze(1)
-            return _join(kl, log_p.exp() - log_q.exp(), log_p_unit.exp() - log_q_unit.exp())
+            return ColumnSums(p=p, q=q, first=shrink_t * (sums["cross"] + sums["z_t"] * lead), second=p)
         case "js":
-            # KL(p || m) = -log(1 - b) - the mean deficit of log p/m from that bound. Where the models hardly overlap,
-            # the gradient is made of small differences of deficits, which log p - log m would round away.
-            local = list(_mean_deficits(log_p, log_q, js_beta))
-            shared = reduce_packed(local, dist.ReduceOp.SUM, group)
-            unit = _mean_deficits(log_p_unit, log_q_unit, js_beta)
-            deficit_s, deficit_t = shared[0] + unit[0], shared[1] + unit[1]
-            kl_s, kl_t = -math.log(1 - js_beta) - deficit_s, -math.log(js_beta) - deficit_t
-            return _join(
-                js_beta * kl_t + (1 - js_beta) * kl_s,
-                _js_gradient(log_p, log_q, deficit_s, js_beta),
-                _js_gradient(log_p_unit, log_q_unit, deficit_s, js_beta),
-            )
+            return ColumnSums(**dict(zip(ColumnSums.__slots__, deficits, strict=True)))
     raise AssertionError(f"unknown divergence {divergence!r}")
 
 
-def _join(value: torch.Tensor, shared_gradient: torch.Tensor, unit_gradient: torch.Tensor) -> RowDivergences:
-    return RowDivergences(value=value, shared_gradient=shared_gradient, unit_gradient=unit_gradient.squeeze(1))
+def known_sums(log_p: torch.Tensor, log_q: torch.Tensor, divergence: str, beta: float) -> ColumnSums:
+    """Over columns [A, E] that every rank knows; -inf on both sides is no column."""
+    p, q = log_p.exp(), log_q.exp()
+    second = p.sum(1)
+    match divergence:
+        case "reverse_kl":
+            first = weighted_(log_p.exp(), log_p - log_q).sum(1)
+        case "forward_kl":
+            first = weighted_(log_q.exp(), log_q - log_p).sum(1)
+        case "js":
+            _, _, first, second = mean_deficits(log_p, log_q, beta)
+    return ColumnSums(p=p.sum(1), q=q.sum(1), first=first, second=second)
 
 
-def _weighted(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """weights * values, and 0 where the weight is 0: the value may be infinite or inf - inf there. nan weights stay."""
-    return torch.where(weights == 0, torch.zeros_like(weights), weights * values)
+def value_of(total: ColumnSums, divergence: str, beta: float) -> torch.Tensor:
+    """[A]: the divergence of two distributions, from the sums over all their columns.
+
+    js divides its means by the probabilities that were summed with them: what rounding leaves of 1 would be multiplied
+    by deficits far larger than the value.
+    """
+    if divergence != "js":
+        return total.first
+    constant = -beta * math.log(beta) - (1 - beta) * math.log(1 - beta)
+    return constant - (1 - beta) * total.first / total.p - beta * total.second / total.q
 
 
-def _reverse_kl_gradient(log_p: torch.Tensor, log_q: torch.Tensor, kl: torch.Tensor) -> torch.Tensor:
-    return _weighted(log_p.exp(), log_p - log_q - kl.unsqueeze(1))
+def mean_of_derivative(total: ColumnSums, divergence: str, beta: float) -> torch.Tensor:
+    """[A]: sum p D over the columns of `total`."""
+    match divergence:
+        case "reverse_kl":
+            return total.first
+        case "forward_kl":
+            return -total.q
+    return -total.first / total.p
+
+
+def known_gradient(
+    log_p: torch.Tensor, log_q: torch.Tensor, offset: torch.Tensor, divergence: str, beta: float
+) -> torch.Tensor:
+    """[A, E]: p (D - offset) of columns that every rank knows, without `factor_of`; offset [A]."""
+    offset = offset.unsqueeze(1)
+    match divergence:
+        case "reverse_kl":
+            return weighted_(log_p.exp(), log_p - log_q - offset)
+        case "forward_kl":
+            return log_p.exp() * -offset - log_q.exp()
+    return weighted_(log_p.exp(), -_deficit(log_p, log_q, 1 - beta) - offset)
+
+
+def factor_of(divergence: str, beta: float) -> float:
+    """What D is still to be multiplied by: the deficits of js are subtracted first, their difference may be small."""
+    return 1 - beta if divergence == "js" else 1.0
+
+
+def score_gradient_(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    norms: Norms,
+    *,
+    offset: torch.Tensor,
+    scale: torch.Tensor,
+    divergence: str,
+    beta: float,
+) -> torch.Tensor:
+    """[A, c]: scale p (D - offset), in place of a tile's student scores; the teacher's are overwritten too.
+
+    offset, scale [A]; `factor_of` is part of the scale. Rows of scale 0 give 0 whatever else they hold.
+    """
+    s = student.sub_(norms.student_max.unsqueeze(1))
+    t = teacher.sub_(norms.teacher_max.unsqueeze(1))
+    log_z_s, log_z_t = norms.student_log_z.unsqueeze(1), norms.teacher_log_z.unsqueeze(1)
+    offset = offset.unsqueeze(1)
+    match divergence:
+        case "reverse_kl":
+            derivative = torch.sub(s, t, out=t).sub_(log_z_s - log_z_t + offset)
+            weighted_(s.sub_(log_z_s).exp_(), derivative)
+        case "forward_kl":
+            s.sub_(log_z_s).exp_().mul_(-offset).sub_(t.sub_(log_z_t).exp_())
+        case _:
+            log_p, log_q = s.sub_(log_z_s), t.sub_(log_z_t)
+            derivative = _deficit(log_p, log_q, 1 - beta).add_(offset).neg_()
+            weighted_(log_p.exp_(), derivative)
+    return s.mul_(scale.unsqueeze(1))
+
+
+def mean_deficits(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> tuple[torch.Tensor, ...]:
+    """The fields of ColumnSums for js over columns [A, c]; each [A].
+
+    KL(p || m) = -log(1 - b) - the mean deficit of log p/m from that bound. Where the models hardly overlap, the
+    gradient is made of small differences of deficits, which log p - log m would round away.
+    """
+    p, q = log_p.exp(), log_q.exp()
+    sums = p.sum(1), q.sum(1)
+    first, second = _deficit(log_p, log_q, 1 - beta), _deficit(log_q, log_p, beta)
+    return *sums, weighted_(p, first).sum(1), weighted_(q, second).sum(1)
+
+
+def weighted_(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """weights * values, and 0 where the weight is 0: the value may be infinite or inf - inf there. nan weights stay.
+
+    `weights` is overwritten and returned.
+    """
+    nothing = weights == 0
+    return weights.mul_(values).masked_fill_(nothing, 0)
 
 
 def _deficit(log_a: torch.Tensor, log_b: torch.Tensor, share: float) -> torch.Tensor:
@@ -132,13 +246,8 @@ def _deficit(log_a: torch.Tensor, log_b: torch.Tensor, share: float) -> torch.Te
     return torch.logaddexp(relative, torch.zeros_like(relative))
 
 
-def _mean_deficits(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The columns' part of the mean deficit of q_S under q_S and of q_T under q_T; each [A]."""
-    return (
-        _weighted(log_p.exp(), _deficit(log_p, log_q, 1 - beta)).sum(1),
-        _weighted(log_q.exp(), _deficit(log_q, log_p, beta)).sum(1),
-    )
-
-
-def _js_gradient(log_p: torch.Tensor, log_q: torch.Tensor, mean_deficit: torch.Tensor, beta: float) -> torch.Tensor:
-    return (1 - beta) * _weighted(log_p.exp(), mean_deficit.unsqueeze(1) - _deficit(log_p, log_q, 1 - beta))
+def _rise(old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """By how much the maxima rose, and e^-rise; (0, 0) where there was none."""
+    none = old == NEGATIVE_INFINITY
+    rise = torch.where(none, 0, new - old)
+    return rise, torch.where(none, 0, (-rise).exp())

@@ -13,50 +13,31 @@
 U is a set of byte strings. If a unit spells the bytes of a shared token w (the student sampled "8" "2", and "82" is
 shared), the row has one column for them: the realized unit's score replaces column w, for both models.
 
-What is computed. With z the logits of the segment's first row, LSE their log-sum-exp over the real vocabulary, u the
-mean log-probability of the unit and tau the temperature, the scores of a row are (z_c - LSE) / tau and u / tau. The
-softmax over U does not see a constant, so LSE is added to all of them: z_c / tau and (u + LSE) / tau. Then the maxima
-and sums over shared columns do not wait for LSE, and one MAX and one SUM reduction do for everything that crosses
-ranks: 12 bytes a student label and 28 a segment in float32 (js: 8 more in a third reduction, 4 less in the second).
-
-Gradient with respect to the student's logits, with g the divergence's gradient with respect to the scores (zero sum
-over a row): the shared columns of the first row get g_c / tau. The unit's share h = g_u / tau goes through each of its
-k labels, h / k (onehot - softmax), and comes back through the added LSE, + h softmax at the first row. Each logit row's
-gradient adds up to 0. It is formed by hand in the forward pass: differentiating through an all-reduce would give each
-rank another gradient.
+How the rows and their gradient follow from the logits is in row_terms.py; the passes over the vocabulary are in
+two_pass.py. The gradient is formed by hand: differentiating through an all-reduce would give each rank another one.
 
 The loss is a sum over segments and never divided here: one division by the global label count happens in `update`.
 
-Shapes: records.py's legend, and `c` shared tokens of this rank, `r` teacher rows of this rank, `w` real columns of this
-rank.
+Shapes: records.py's legend, and `c` shared tokens of this rank, `r` teacher rows of this rank.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
 from megatron_simct.alignment.placement import VocabPlacement
 from megatron_simct.config import InterfaceConfig
 from megatron_simct.losses.bytes import ByteOrder, byte_loss
-from megatron_simct.losses.divergences import local_sums, row_divergences
-from megatron_simct.losses.shared_head import SharedColumns, SharedHead
-from megatron_simct.losses.tiles import OutputLayer
-from megatron_simct.losses.vocab_parallel import (
-    NEGATIVE_INFINITY,
-    copy_to_group,
-    finite_reference,
-    num_real_columns,
-    own_logits,
-    reduce_packed,
-    row_maxima,
-    soft_cap,
-    statistics_dtype,
-)
+from megatron_simct.losses.row_terms import RowInputs, RowTerms, binary_events, compare_over_u, cross_entropy, spread
+from megatron_simct.losses.shared_head import GivenScores, HeadScores, SharedColumns, SharedHead, TeacherScores
+from megatron_simct.losses.tiles import GivenLogits, OutputLayer, StudentLogits
+from megatron_simct.losses.two_pass import RowPlan, Statistics, TwoPass
+from megatron_simct.losses.vocab_parallel import copy_to_group, num_real_columns
 from megatron_simct.records import LabelBatch, SegmentKind, TeacherNeeds
 
 
@@ -170,8 +151,9 @@ def interface_loss(
     student_hidden [N, H_S], the row that predicts each student label, equal on every rank of `group`; output_weight
     [W, H_S], this rank's rows of the output layer; `labels` passed `check_labels` before it moved to the device. `sum`
     is differentiable: the gradient of student_hidden is the full one on every rank (one all-reduce in backward), that
-    of output_weight this rank's. Collective over `group`; all ranks pass the same labels. Empty labels give a zero sum
-    with zero gradients. No host synchronization.
+    of output_weight this rank's; where Megatron's DDP owns output_weight it goes to main_grad in this call (tiles.py
+    says what that asks of the caller). Collective over `group`; all ranks pass the same labels. Empty labels give a
+    zero sum with zero gradients.
 
     A non-finite logit, of either model, makes the sum non-finite: the step is refused, no row is dropped silently.
     Raises ValueError for options without a meaning and for a missing shared head or teacher hidden states.
@@ -190,27 +172,25 @@ def interface_loss(
             group=group,
             student_logit_softcap=student_logit_softcap,
         )
-    needs_teacher = teacher_needs(config).teacher
-    if needs_teacher and shared_head is None:
+    rows = _plan(labels, config)
+    if teacher_needs(config).teacher and shared_head is None:
         raise ValueError(f"interface {config.interface} compares with a teacher: it needs shared_head")
-    if config.interface == "paper" and len(labels.segments) and labels.teacher_hidden is None:
-        raise ValueError(f"interface paper scores all {len(labels.segments)} segments: it needs teacher_hidden")
-    student_logits = linear(copy_to_group(student_hidden, group), output_weight)
-    teacher_logits = None
-    if needs_teacher and labels.teacher_hidden is not None:
-        with torch.no_grad():
-            teacher_logits = linear(labels.teacher_hidden.to(shared_head.weight.dtype), shared_head.weight)
-            teacher_logits = soft_cap(teacher_logits.to(statistics_dtype(student_logits)), teacher_logit_softcap)
-    return _loss_from_logits(
-        student_logits,
-        teacher_logits,
-        labels,
-        columns=shared_head.columns if needs_teacher else None,
-        placement=placement,
-        config=config,
-        group=group,
-        student_logit_softcap=student_logit_softcap,
+    num_shared = rows.num_shared
+    if num_shared and labels.teacher_hidden is None:
+        raise ValueError(f"interface {config.interface} scores {num_shared} segments: it needs teacher_hidden")
+    source = OutputLayer(
+        copy_to_group(student_hidden, group),
+        output_weight,
+        num_columns=_num_columns(output_weight.shape[0], placement),
+        soft_cap=student_logit_softcap,
+        order=rows.order,
     )
+    teacher = None
+    if num_shared:
+        hidden = labels.teacher_hidden.index_select(0, labels.teacher_hidden_index[rows.segments])
+        teacher = HeadScores(hidden, shared_head, soft_cap=teacher_logit_softcap, dtype=source.dtype)
+    columns = None if shared_head is None else shared_head.columns
+    return _loss(source, teacher, labels, rows, columns=columns, placement=placement, config=config, group=group)
 
 
 def _bytes_loss(
@@ -256,7 +236,7 @@ def _bytes_loss(
     )
 
 
-def _loss_from_logits(
+def interface_loss_from_logits(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor | None,
     labels: LabelBatch,
@@ -264,308 +244,177 @@ def _loss_from_logits(
     columns: SharedColumns | None,
     placement: VocabPlacement,
     config: InterfaceConfig,
-    group: dist.ProcessGroup | None,
-    student_logit_softcap: float | None,
+    group: dist.ProcessGroup | None = None,
+    teacher_rows: torch.Tensor | None = None,
+    teacher_logit_softcap: float | None = None,
+    student_logit_softcap: float | None = None,
 ) -> LossOutput:
-    """`interface_loss` from student_logits [N, W] (before any soft-cap) and teacher_logits [R, r] (after it)."""
-    form_gradient = torch.is_grad_enabled() and student_logits.requires_grad
-    with torch.no_grad():
-        width = num_real_columns(
-            shard_start=placement.shard_start,
-            shard_width=student_logits.shape[1],
-            vocab_size=placement.student_vocab_size,
+    """`interface_loss` from logits that exist: student_logits [N, W], teacher_logits [R, X], before any soft-cap.
+
+    teacher_rows int64 [r]: the column of teacher_logits of each of the placement's teacher rows (in one process, with
+    logits over the whole teacher vocabulary: placement.teacher_rows); None: the columns are the placement's rows,
+    X = r. The teacher's logits are read a tile at a time. The gradient of student_logits is the only large tensor made.
+    """
+    check_config(config)
+    rows = _plan(labels, config)
+    if rows.num_shared and teacher_logits is None:
+        raise ValueError(f"interface {config.interface} scores {rows.num_shared} segments: it needs teacher_logits")
+    source = GivenLogits(
+        student_logits,
+        num_columns=_num_columns(student_logits.shape[1], placement),
+        soft_cap=student_logit_softcap,
+        order=rows.order,
+    )
+    teacher = None
+    if rows.num_shared:
+        teacher = GivenScores(
+            teacher_logits,
+            labels.teacher_hidden_index[rows.segments],
+            columns,
+            teacher_rows=teacher_rows,
+            soft_cap=teacher_logit_softcap,
+            dtype=source.dtype,
         )
-        logits = soft_cap(student_logits[:, :width].to(statistics_dtype(student_logits)), student_logit_softcap)
-        rows = _select_rows(logits, teacher_logits, labels, columns=columns, placement=placement, config=config)
-        stats = _reduce(logits, rows, labels, shard_start=placement.shard_start, config=config, group=group)
-        result = _compare(rows, stats, labels, config=config, group=group)
-        value = _add_up(result, stats, labels)
-        metrics = _metrics(rows, stats, result, labels, config=config)
-        gradient = None
-        if form_gradient:
-            gradient = torch.zeros_like(student_logits)
-            gradient[:, :width] = _logit_gradient(logits, rows, stats, result, labels, columns, placement.shard_start)
-            if student_logit_softcap is not None:
-                gradient[:, :width] *= 1 - (logits / student_logit_softcap) ** 2
-    if form_gradient:
-        value = _KnownGradient.apply(student_logits, value, gradient)
-    num_labels = torch.full((), len(labels.student_labels), dtype=torch.int64, device=student_logits.device)
-    return LossOutput(sum=value, num_labels=num_labels, metrics=metrics)
+    return _loss(source, teacher, labels, rows, columns=columns, placement=placement, config=config, group=group)
 
 
-class _KnownGradient(torch.autograd.Function):
-    """`value` as a function of `logits` whose gradient is `gradient`."""
-
-    @staticmethod
-    def forward(ctx, logits: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gradient)
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, scale: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * scale.to(gradient.dtype), None, None
+def _num_columns(width: int, placement: VocabPlacement) -> int:
+    return num_real_columns(
+        shard_start=placement.shard_start, shard_width=width, vocab_size=placement.student_vocab_size
+    )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Rows:
-    """The segments as rows over this rank's shared columns. A = 0 for `sft`."""
-
-    segments: torch.Tensor
-    """[A, 4]"""
-    kinds: torch.Tensor
-    """[A]"""
-    used: torch.Tensor
-    """bool [A]: False for the rows that the interface drops."""
-    has_unit: torch.Tensor
-    """bool [A]"""
-    student: torch.Tensor
-    """[A, c], logits at the first student row."""
-    teacher: torch.Tensor
-    """[A, c], logits at the first teacher row."""
-    replaced: torch.Tensor
-    """[A]: which of this rank's shared tokens the unit replaces, or -1."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Statistics:
-    """What the ranks agree on after the two reductions."""
-
-    label_max: torch.Tensor
-    """[N], the largest logit of each student row (0 where there is none)."""
-    label_sum: torch.Tensor
-    """[N], sum of e^{z - label_max} over the real vocabulary."""
-    log_probs: torch.Tensor
-    """[N], of each student label."""
-    student: torch.Tensor
-    """[A, c], the rows' scores over the temperature, replaced columns out, relative to `student_max`."""
-    teacher: torch.Tensor
-    """[A, c]"""
-    student_max: torch.Tensor
-    """[A], over the shared tokens of all ranks (0 where there is none)."""
-    teacher_max: torch.Tensor
-    """[A]"""
-    sums: list[torch.Tensor]
-    """Of `local_sums`, over all ranks."""
-    student_mass: torch.Tensor
-    """[A], the student's probability of the shared tokens at the first row."""
-    teacher_mass: torch.Tensor
-    """[A]"""
+@torch.no_grad()
+def _plan(labels: LabelBatch, config: InterfaceConfig) -> RowPlan:
+    """Which rows the interface compares, and which of them need the whole softmax in their gradient."""
+    needs = _ROWS[config.interface]
+    used = _is_row(labels.kinds, config)
+    starts, ends = labels.segments[:, 2], labels.segments[:, 3]
+    num_labels = len(labels.student_labels)
+    match needs.dense:
+        case "none":
+            dense = torch.zeros_like(labels.student_labels, dtype=torch.bool)
+        case "units":
+            dense = spread(used & (labels.kinds == SegmentKind.UNIT), starts, ends, num_labels).bool()
+        case "segments":
+            dense = spread(used, starts, ends, num_labels).bool()
+        case "labels":
+            dense = torch.ones_like(labels.student_labels, dtype=torch.bool)
+    return RowPlan.build(
+        starts,
+        shared=used if needs.shared else torch.zeros_like(used),
+        dense=dense,
+        special=labels.replaced_columns.unsqueeze(1) if needs.replaces else None,
+    )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Result:
-    """The loss as terms, and its gradient as weights of the three things a logit gradient is made of."""
-
-    row_loss: torch.Tensor
-    """[A], 0 for dropped rows."""
-    shared_gradient: torch.Tensor
-    """[A, c], with respect to the first row's shared logits."""
-    own_weight: torch.Tensor
-    """[N], of the label's one-hot."""
-    softmax_weight: torch.Tensor
-    """[N], of the softmax over the real vocabulary."""
-    label_loss: torch.Tensor
-    """[N], the cross entropy of `sft`; zero for the others."""
-
-
-def _is_row(kinds: torch.Tensor, config: InterfaceConfig) -> torch.Tensor:
-    """[A] -> bool [A]: which segments the interface uses."""
-    return kinds != SegmentKind.UNIT if config.interface == "strict" else torch.ones_like(kinds, dtype=torch.bool)
-
-
-def _select_rows(
-    logits: torch.Tensor,
-    teacher_logits: torch.Tensor | None,
+def _loss(
+    source: StudentLogits,
+    teacher: TeacherScores | None,
     labels: LabelBatch,
+    plan: RowPlan,
     *,
     columns: SharedColumns | None,
     placement: VocabPlacement,
     config: InterfaceConfig,
-) -> _Rows:
-    """Both models' logits of the shared tokens at the first position of every segment."""
-    num_rows = 0 if columns is None else len(labels.segments)
-    segments, kinds, replaced = labels.segments[:num_rows], labels.kinds[:num_rows], labels.replaced_columns[:num_rows]
-    if num_rows == 0:
-        student = teacher = logits.new_zeros(0, 0 if columns is None else len(columns.student))
-    else:
-        student = logits.index_select(0, segments[:, 2]).index_select(1, columns.student)
-        teacher = torch.zeros_like(student)
-        if teacher_logits is not None and len(teacher_logits):
-            # Dropped rows may have no hidden state (-1): they read row 0, and nothing of them is used.
-            index = labels.teacher_hidden_index[:num_rows].clamp(min=0)
-            teacher = columns.teacher_columns(teacher_logits.to(logits.dtype)).index_select(0, index)
-    if columns is not None:
-        local = replaced - placement.shard_start
-        here = (replaced >= 0) & (local >= 0) & (local < len(columns.position))
-        position = columns.position[local.clamp(0, len(columns.position) - 1)]
-        replaced = torch.where(here, position, -1)
-    return _Rows(
-        segments=segments,
-        kinds=kinds,
-        used=_is_row(kinds, config),
-        has_unit=kinds == SegmentKind.UNIT,
-        student=student,
-        teacher=teacher,
-        replaced=replaced,
-    )
-
-
-def _scores(logits: torch.Tensor, replaced: torch.Tensor, temperature: float) -> torch.Tensor:
-    """[A, c] -> [A, c]: logits over the temperature, -inf in the column that the row's unit replaces."""
-    scores = logits / temperature
-    if scores.shape[1]:
-        index = replaced.clamp(min=0).unsqueeze(1)
-        current = scores.gather(1, index)
-        scores.scatter_(1, index, current.masked_fill(replaced.unsqueeze(1) >= 0, NEGATIVE_INFINITY))
-    return scores
-
-
-def _reduce(
-    logits: torch.Tensor,
-    rows: _Rows,
-    labels: LabelBatch,
-    *,
-    shard_start: int,
-    config: InterfaceConfig,
     group: dist.ProcessGroup | None,
-) -> _Statistics:
-    """Everything that crosses ranks, apart from js: one MAX and one SUM."""
-    student = _scores(rows.student, rows.replaced, config.temperature)
-    teacher = _scores(rows.teacher, rows.replaced, config.temperature)
-    maxima = [row_maxima(logits), row_maxima(student), row_maxima(teacher)]
-    maxima = reduce_packed(maxima, dist.ReduceOp.MAX, group)
-    label_max, student_max, teacher_max = (finite_reference(values) for values in maxima)
-    student -= student_max.unsqueeze(1)
-    teacher -= teacher_max.unsqueeze(1)
-    starts_t, starts_s = rows.segments[:, 0], rows.segments[:, 2]
-    teacher_lse = labels.teacher_lse.to(logits.dtype)[starts_t]
-    label_sum, own, student_mass, teacher_mass, *sums = reduce_packed(
-        [
-            (logits - label_max.unsqueeze(1)).exp().sum(1),
-            own_logits(logits, labels.student_labels, shard_start),
-            (rows.student - label_max[starts_s].unsqueeze(1)).exp().sum(1),
-            (rows.teacher - teacher_lse.unsqueeze(1)).exp().sum(1),
-            *local_sums(student, teacher, config.divergence),
-        ],
-        dist.ReduceOp.SUM,
-        group,
-    )
-    return _Statistics(
-        label_max=label_max,
-        label_sum=label_sum,
-        # Not own - LSE: the rounding of a large log-sum-exp would be that of the result.
-        log_probs=own - label_max - label_sum.log(),
-        student=student,
-        teacher=teacher,
-        student_max=student_max,
-        teacher_max=teacher_max,
-        sums=sums,
-        student_mass=student_mass / label_sum[starts_s],
-        teacher_mass=teacher_mass,
-    )
-
-
-def _compare(
-    rows: _Rows, stats: _Statistics, labels: LabelBatch, *, config: InterfaceConfig, group: dist.ProcessGroup | None
-) -> _Result:
-    """Row losses and the weights of their gradient (Eq. 6-9; the cross entropy of `sft`)."""
-    zero = torch.zeros_like(stats.log_probs)
-    if config.interface == "sft":
-        return _Result(
-            row_loss=zero[:0],
-            shared_gradient=rows.student,
-            own_weight=zero - 1,
-            softmax_weight=zero + 1,
-            label_loss=-stats.log_probs,
+) -> LossOutput:
+    """Pass 1, the interface's algebra, pass 2."""
+    with torch.no_grad():
+        passes = TwoPass(
+            source,
+            teacher,
+            plan,
+            labels=labels.student_labels,
+            columns=columns,
+            shard_start=placement.shard_start,
+            divergence=config.divergence,
+            beta=config.js_beta,
+            temperature=config.temperature,
+            memory_mib=config.loss_memory_mib,
+            group=group,
         )
-    teacher_lse = labels.teacher_lse.to(zero.dtype)
-    teacher_log_probs = labels.teacher_own_logit.to(zero.dtype) - teacher_lse
-    starts_t, ends_t, starts_s, ends_s = rows.segments.unbind(1)
-    # u + LSE relative to the row's maximum. LSE is label_max + log label_sum: the two maxima cancel first.
-    tau = config.temperature
-    student_unit = (_segment_mean(stats.log_probs, starts_s, ends_s) + stats.label_sum[starts_s].log()) / tau
-    student_unit = student_unit + (stats.label_max[starts_s] / tau - stats.student_max)
-    teacher_unit = _segment_mean(teacher_log_probs, starts_t, ends_t) / tau
-    teacher_unit = teacher_unit + (teacher_lse[starts_t] / tau - stats.teacher_max)
-    divergences = row_divergences(
-        stats.student,
-        stats.teacher,
-        stats.sums,
-        student_unit=student_unit.masked_fill(~rows.has_unit, NEGATIVE_INFINITY),
-        teacher_unit=teacher_unit.masked_fill(~rows.has_unit, NEGATIVE_INFINITY),
+        stats = passes.statistics()
+        chosen = plan.segments
+        if not _ROWS[config.interface].shared:
+            chosen = torch.arange(0 if config.interface == "sft" else len(labels.segments), device=chosen.device)
+        rows = RowInputs(
+            segments=labels.segments,
+            chosen=chosen,
+            has_unit=(labels.kinds == SegmentKind.UNIT)[chosen],
+            weight=torch.ones_like(chosen, dtype=source.dtype),
+            teacher_own=labels.teacher_own_logit.to(source.dtype),
+            teacher_lse=labels.teacher_lse.to(source.dtype),
+        )
+        terms = _row_terms(passes, stats, rows, config)
+        value = _add_up(terms, stats, rows)
+        metrics = _metrics(terms, stats, rows, labels, needs_rows=config.interface != "sft")
+        if source.needs_gradient:
+            passes.add_gradient(stats, terms.weights)
+    num_labels = torch.full((), len(labels.student_labels), dtype=torch.int64, device=source.device)
+    return LossOutput(sum=source.attach(value), num_labels=num_labels, metrics=metrics)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _RowNeeds:
+    """What an interface reads of the student's rows."""
+
+    shared: bool = True
+    """Compares the shared tokens at the first row of every used segment."""
+    dense: Literal["none", "units", "segments", "labels"] = "none"
+    """The labels whose rows need the whole softmax in the gradient: of units, of all used segments, or all."""
+    replaces: bool = False
+    """The unit's score replaces the shared token of the same bytes."""
+
+
+_ROWS = {
+    "paper": _RowNeeds(dense="units", replaces=True),
+    "sum": _RowNeeds(dense="units", replaces=True),
+    "code": _RowNeeds(),
+    "code_gh": _RowNeeds(),
+    "strict": _RowNeeds(),
+    "kd": _RowNeeds(),
+    "alm": _RowNeeds(shared=False, dense="segments"),
+    "sft": _RowNeeds(shared=False, dense="labels"),
+}
+
+_UNIT_SCORE: dict[str, Literal["mean", "sum", "raw"]] = {"sum": "sum", "code": "raw", "code_gh": "raw"}
+
+
+def _row_terms(passes: TwoPass, stats: Statistics, rows: RowInputs, config: InterfaceConfig) -> RowTerms:
+    match config.interface:
+        case "sft":
+            return cross_entropy(stats)
+        case "alm":
+            return binary_events(stats, rows, temperature=math.inf)
+    return compare_over_u(
+        passes,
+        stats,
+        rows,
+        unit_score=_UNIT_SCORE.get(config.interface, "mean"),
         divergence=config.divergence,
-        js_beta=config.js_beta,
-        group=group,
-    )
-    # where, not a product with 0: what a dropped row computed may be anything.
-    value = torch.where(rows.used, divergences.value, 0)
-    shared_gradient = torch.where(rows.used.unsqueeze(1), divergences.shared_gradient, 0) / tau
-    unit_gradient = torch.where(rows.used & rows.has_unit, divergences.unit_gradient, 0) / tau
-    per_label = _spread(unit_gradient / (ends_s - starts_s), starts_s, ends_s, len(zero))
-    return _Result(
-        row_loss=value,
-        shared_gradient=shared_gradient,
-        own_weight=per_label,
-        softmax_weight=(-per_label).index_add(0, starts_s, unit_gradient),
-        label_loss=zero,
+        beta=config.js_beta,
+        temperature=config.temperature,
+        min_teacher_mass=0.5 if config.interface == "code_gh" else 0.0,
     )
 
 
-def _add_up(result: _Result, stats: _Statistics, labels: LabelBatch) -> torch.Tensor:
+def _is_row(kinds: torch.Tensor, config: InterfaceConfig) -> torch.Tensor:
+    """[A] -> bool [A]: which segments the interface uses."""
+    if config.interface in ("strict", "kd"):
+        return kinds != SegmentKind.UNIT
+    return torch.full_like(kinds, config.interface != "sft", dtype=torch.bool)
+
+
+def _add_up(terms: RowTerms, stats: Statistics, rows: RowInputs) -> torch.Tensor:
     """The sum over rows (or labels). Finite statistics add nothing to it, non-finite ones make it nan: a model that
     yields nan at a row that the interface does not use is broken all the same."""
-    teacher_nll = (labels.teacher_lse - labels.teacher_own_logit).to(stats.log_probs.dtype)
-    poison = 0 * stats.log_probs.sum() + 0 * teacher_nll.sum()
-    return result.row_loss.sum() + result.label_loss.sum() + poison
-
-
-def _logit_gradient(
-    logits: torch.Tensor,
-    rows: _Rows,
-    stats: _Statistics,
-    result: _Result,
-    labels: LabelBatch,
-    columns: SharedColumns | None,
-    shard_start: int,
-) -> torch.Tensor:
-    """[N, w]: softmax and one-hot of every label's row by their weights, and the shared columns of the first rows."""
-    gradient = (logits - stats.label_max.unsqueeze(1)).exp_()
-    gradient *= (result.softmax_weight / stats.label_sum).unsqueeze(1)
-    if logits.shape[1] == 0:
-        return gradient
-    local = labels.student_labels - shard_start
-    here = (local >= 0) & (local < logits.shape[1])
-    index = local.clamp(0, logits.shape[1] - 1).unsqueeze(1)
-    gradient.scatter_add_(1, index, torch.where(here, result.own_weight, 0).unsqueeze(1))
-    if columns is not None:
-        shared = gradient.new_zeros(len(rows.segments), logits.shape[1])
-        gradient.index_add_(0, rows.segments[:, 2], shared.index_copy_(1, columns.student, result.shared_gradient))
-    return gradient
-
-
-def _segment_mean(values: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """[n] -> [A]: the mean over [starts, ends), which ascend without overlap. Every rank adds in the same order."""
-    borders = torch.stack([starts, ends], dim=1).flatten()
-    offsets = torch.cat([borders.new_zeros(1), borders, borders.new_full((1,), len(values))])
-    # Pieces 1, 3, 5, ... are the segments, those between them the gaps. `unsafe` leaves out a check on the host.
-    sums = torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True, initial=0)[1::2]
-    return sums / (ends - starts)
-
-
-def _spread(values: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor, count: int) -> torch.Tensor:
-    """[A] -> [count]: the segment's value at each of its labels, 0 outside of segments."""
-    if len(values) == 0:
-        return values.new_zeros(count)
-    position = torch.arange(count, device=values.device)
-    segment = (torch.searchsorted(starts.contiguous(), position, right=True) - 1).clamp(min=0)
-    inside = (position >= starts[segment]) & (position < ends[segment])
-    return torch.where(inside, values[segment], 0)
+    poison = 0 * stats.log_probs.sum() + 0 * (rows.teacher_lse - rows.teacher_own).sum()
+    return terms.row_loss.sum() + terms.label_loss.sum() + poison
 
 
 def _metrics(
-    rows: _Rows, stats: _Statistics, result: _Result, labels: LabelBatch, *, config: InterfaceConfig
+    terms: RowTerms, stats: Statistics, rows: RowInputs, labels: LabelBatch, *, needs_rows: bool
 ) -> dict[str, torch.Tensor]:
     """Additive sums and counts, the same keys for every interface."""
 
@@ -573,14 +422,16 @@ def _metrics(
         return values.sum(dtype=torch.float64)
 
     metrics = {}
+    kinds, used = labels.kinds[rows.chosen], ~terms.dropped
     for kind in SegmentKind:
-        chosen = rows.used & (rows.kinds == kind)
-        metrics[f"loss_{kind.name.lower()}_sum"] = total(torch.where(chosen, result.row_loss, 0))
+        chosen = used & (kinds == kind)
+        metrics[f"loss_{kind.name.lower()}_sum"] = total(torch.where(chosen, terms.row_loss, 0))
         metrics[f"rows_{kind.name.lower()}"] = total(chosen)
     # Mass of the shared tokens alone: a unit's own first step is not added, a replaced column counts.
-    metrics["student_mass_outside_u_sum"] = total(torch.where(rows.used, (1 - stats.student_mass).clamp(min=0), 0))
-    metrics["teacher_mass_outside_u_sum"] = total(torch.where(rows.used, (1 - stats.teacher_mass).clamp(min=0), 0))
-    metrics["rows_dropped"] = total(~rows.used)
+    for name in ("student", "teacher"):
+        outside = (1 - getattr(terms, f"{name}_mass")).clamp(min=0)
+        metrics[f"{name}_mass_outside_u_sum"] = total(torch.where(used, outside, 0))
+    metrics["rows_dropped"] = total(torch.ones_like(labels.kinds)) * needs_rows - total(used)
     metrics["student_nll_sum"] = total(-stats.log_probs)
     metrics["teacher_nll_sum"] = total(labels.teacher_lse - labels.teacher_own_logit)
     metrics["num_student_labels"] = total(torch.ones_like(stats.log_probs))

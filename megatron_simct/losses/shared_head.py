@@ -18,8 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.functional import linear
 
 from megatron_simct.alignment.placement import VocabPlacement
+from megatron_simct.losses.vocab_parallel import soft_cap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,21 +29,26 @@ class SharedColumns:
     """The index tensors of one VocabPlacement, on a device."""
 
     student: torch.Tensor
-    """int64 [c]: local student column of each shared token."""
+    """int64 [c], ascending: local student column of each shared token."""
     position: torch.Tensor
     """int64 [W]: the inverse: which shared token a local student column is, or -1."""
     first_row: torch.Tensor
     """int64 [c]: the first teacher row of each shared token."""
-    several: torch.Tensor
-    """int64 [q]: the shared tokens that have several teacher rows."""
     several_rows: torch.Tensor
-    """int64 [q, k]: all their rows, filled up with the first one."""
+    """int64 [q, k]: all rows of the q shared tokens that have several, filled up with the first one."""
     several_filled: torch.Tensor
     """bool [q, k]: which entries of `several_rows` only fill up."""
+    columns: np.ndarray
+    """int64 [c]: `student` on the host, where tiles are cut."""
+    row_offsets: np.ndarray
+    """int64 [c + 1]: the teacher rows of shared token i are [row_offsets[i], row_offsets[i + 1])."""
+    several: np.ndarray
+    """int64 [q], ascending: the shared tokens that have several teacher rows."""
 
     @staticmethod
     def from_placement(placement: VocabPlacement, device: torch.device | str = "cpu") -> SharedColumns:
-        """Raises ValueError if the CSR is not one (a column without a teacher row, or offsets that do not fit)."""
+        """Raises ValueError if the CSR is not one (a column without a teacher row, or offsets that do not fit), and for
+        columns that do not ascend (a token shared twice) or are not real tokens."""
         offsets, width = placement.row_offsets, placement.shard_end - placement.shard_start
         counts = np.diff(offsets)
         num_columns, num_rows = len(placement.columns), len(placement.teacher_rows)
@@ -57,6 +64,12 @@ class SharedColumns:
                 f"shared columns must be real tokens of this shard, in [0, {real_end}); "
                 f"got {placement.columns.min()} to {placement.columns.max()}"
             )
+        wrong = np.flatnonzero(np.diff(placement.columns) <= 0)
+        if len(wrong):
+            one, two = placement.columns[wrong[0]], placement.columns[wrong[0] + 1]
+            raise ValueError(
+                f"shared columns must ascend, each student token once: {two} follows {one} at place {wrong[0] + 1}"
+            )
         position = np.full(width, -1, dtype=np.int64)
         position[placement.columns] = np.arange(num_columns)
         several = np.flatnonzero(counts > 1)
@@ -71,22 +84,34 @@ class SharedColumns:
             student=index(placement.columns),
             position=index(position),
             first_row=index(offsets[:-1]),
-            several=index(several),
             several_rows=index(several_rows),
             several_filled=torch.from_numpy(filled).to(device),
+            columns=np.asarray(placement.columns),
+            row_offsets=np.asarray(offsets),
+            several=several,
         )
 
-    def teacher_columns(self, teacher_logits: torch.Tensor) -> torch.Tensor:
-        """[R, r] -> [R, c]: the teacher's score of each shared token.
+    def within(self, start: int, end: int) -> tuple[int, int]:
+        """The shared tokens [first, last) whose local student columns lie in [start, end)."""
+        first, last = np.searchsorted(self.columns, [start, end])
+        return int(first), int(last)
+
+    def join(self, teacher_logits: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        """[A, rows of the shared tokens [first, last)] -> [A, last - first]: the teacher's score of each.
 
         The mass of a stop set is the sum of its members' probabilities, so their scores join by log-sum-exp; the row's
         own normalizer is the same for all of them and may be subtracted before or after.
         """
-        scores = teacher_logits.index_select(1, self.first_row)
-        if self.several.numel() == 0:
-            return scores
-        rows = teacher_logits[:, self.several_rows].masked_fill(self.several_filled, float("-inf"))
-        return scores.index_copy(1, self.several, rows.logsumexp(dim=2))
+        low, high = np.searchsorted(self.several, [first, last])
+        if low == high:
+            return teacher_logits
+        top = int(self.row_offsets[first])
+        scores = teacher_logits.index_select(1, self.first_row[first:last] - top)
+        rows = teacher_logits[:, self.several_rows[low:high] - top]
+        joined = rows.masked_fill(self.several_filled[low:high], float("-inf")).logsumexp(dim=2)
+        for i in range(low, high):
+            scores[:, int(self.several[i]) - first] = joined[:, i - low]
+        return scores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +121,56 @@ class SharedHead:
     weight: torch.Tensor
     """[r, H_T]: row j is the teacher token VocabPlacement.teacher_rows[j]."""
     columns: SharedColumns
+
+
+class HeadScores:
+    """The teacher's logits of the shared tokens, made for a tile at a time from hidden states."""
+
+    def __init__(self, hidden: torch.Tensor, head: SharedHead, *, soft_cap: float | None, dtype: torch.dtype) -> None:
+        """hidden [A, H_T]; scores are of `dtype`."""
+        self._hidden = hidden.detach().to(head.weight.dtype)
+        self._head, self._soft_cap, self._dtype = head, soft_cap, dtype
+
+    def scores(self, first: int, last: int) -> torch.Tensor:
+        """[A, last - first], a new tensor: capped scores of the shared tokens [first, last)."""
+        columns = self._head.columns
+        rows = slice(int(columns.row_offsets[first]), int(columns.row_offsets[last]))
+        logits = linear(self._hidden, self._head.weight[rows]).to(self._dtype)
+        return columns.join(soft_cap(logits, self._soft_cap), first, last)
+
+
+class GivenScores:
+    """The teacher's logits of the shared tokens, read from a tensor."""
+
+    def __init__(
+        self,
+        logits: torch.Tensor,
+        index: torch.Tensor,
+        columns: SharedColumns,
+        *,
+        teacher_rows: torch.Tensor | None,
+        soft_cap: float | None,
+        dtype: torch.dtype,
+    ) -> None:
+        """logits [R, X] before the soft-cap; row a of the scores is row index[a].
+
+        teacher_rows int64 [r]: the column of `logits` of each teacher row of the placement; None: they are the columns.
+        """
+        self._logits, self._index, self._columns = logits.detach(), index, columns
+        self._teacher_rows, self._soft_cap, self._dtype = teacher_rows, soft_cap, dtype
+
+    def scores(self, first: int, last: int) -> torch.Tensor:
+        """See HeadScores.scores."""
+        low, high = int(self._columns.row_offsets[first]), int(self._columns.row_offsets[last])
+        if self._teacher_rows is None:
+            logits = self._logits[:, low:high].index_select(0, self._index)
+        else:
+            wanted = self._teacher_rows[low:high]
+            logits = self._logits.gather(1, wanted.expand(len(self._logits), -1)).index_select(0, self._index)
+        return self._columns.join(soft_cap(logits.to(self._dtype), self._soft_cap), first, last)
+
+
+TeacherScores = HeadScores | GivenScores
 
 
 def gather_shared_head(

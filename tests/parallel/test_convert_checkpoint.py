@@ -63,6 +63,9 @@ PAIRS = [
     ("TP2xPP2", "one", "qwen2", False, torch.bfloat16),
     ("TP2xPP2", "PP2 interleaved", "llama", False, torch.float32),
     ("PP2 interleaved", "TP2xPP2", "qwen2", True, torch.float32),
+    ("TP2xPP2", "PP2 interleaved", "gemma2", True, torch.bfloat16),
+    ("TP2", "PP2", "gemma3_text", True, torch.float32),
+    ("PP2", "TP2", "phi3", False, torch.float32),
 ]
 
 

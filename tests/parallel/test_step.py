@@ -168,7 +168,8 @@ def test_a_rate_below_the_minimum_is_not_raised_to_it(tiny, weights):
 POISONS = {
     "layer": (lambda model, loss, labels: model.decoder.layers[1].mlp.linear_fc2.weight, (0, 0), math.nan),
     "infinite layer": (lambda model, loss, labels: model.decoder.layers[1].mlp.linear_fc2.weight, (0, 0), math.inf),
-    "head, at a token that nothing says": (lambda model, loss, labels: model.output_weight, (-1, 0), math.nan),
+    "head, at a token that nothing says": (lambda model, loss, labels: model.output_weight, (-16, 0), math.nan),
+    # Not the last row: under tensor parallelism that is padding, which the loss never reads.
     "teacher's head": (lambda model, loss, labels: loss.keywords["shared_head"].weight, (0, 0), math.nan),
     "teacher's logit": (lambda model, loss, labels: labels.teacher_own_logit, (0,), math.nan),
     "teacher's hidden state": (lambda model, loss, labels: labels.teacher_hidden, (0, 0), math.nan),

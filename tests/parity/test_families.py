@@ -43,7 +43,7 @@ LONGROPE = {
     "short_factor": [1.0, 1.5, 2.0],
     "long_factor": [1.2, 3.0, 5.0],
 }
-PHI3 = {"rope_parameters": LONGROPE, "pad_token_id": None}
+PHI3 = {"rope_parameters": LONGROPE}
 MODELS: dict[str, list[dict[str, Any]]] = {
     "llama": [
         {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 32}},
@@ -88,7 +88,7 @@ MODELS: dict[str, list[dict[str, Any]]] = {
     "phi3": [
         PHI3 | {"sliding_window": WINDOW, "original_max_position_embeddings": 64},
         PHI3 | {"original_max_position_embeddings": 8, "tie_word_embeddings": True, "vocab_size": 101},
-        {"pad_token_id": None, "num_attention_heads": 8, "num_key_value_heads": 8},
+        {"num_attention_heads": 8, "num_key_value_heads": 8},
     ],
 }
 # Changes of config.json that the logits of a family's first model must show.

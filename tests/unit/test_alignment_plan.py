@@ -224,3 +224,16 @@ def test_random_ids_of_a_real_pair_keep_the_books():
                 assert dropped == 0 and pair.kinds[-1] == STOP
                 num_complete += 1
         assert num_complete > 5
+
+
+def test_the_released_walk_has_its_own_units():
+    """The walk swallows the 1:1 token behind a mismatch, fuses with the stop tokens, and replaces no column."""
+    needs = TeacherNeeds(segmentation="authors")
+    pair = plan(HAPPY_STUDENT, HAPPY_TEACHER, [0, 1, 2, 4, 5], needs=needs)
+    assert pair.segments.tolist() == [[0, 3, 0, 3], [3, 4, 3, 4], [4, 5, 4, 5]]
+    assert pair.kinds.tolist() == [UNIT, SHARED, STOP]
+    fused = plan(HAPPY_STUDENT, HAPPY_TEACHER, [0, 1, 5], needs=needs)
+    assert (fused.segments.tolist(), fused.kinds.tolist()) == ([[0, 3, 0, 3]], [UNIT])
+    # The unit "82" of "8" "2" spells a shared token; its column stays beside the unit's.
+    assert plan(DIGIT_STUDENT, DIGIT_TEACHER, [0, 1, 9, 3]).replaced_columns.tolist() == [2, -1, -1]
+    assert plan(DIGIT_STUDENT, DIGIT_TEACHER, [0, 1, 9, 3], needs=needs).replaced_columns.tolist() == [-1, -1]

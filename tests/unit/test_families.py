@@ -164,7 +164,7 @@ def test_phi4_mini_turns_a_part_of_each_head_by_longrope(read):
         (MISTRAL | {"layer_types": ["full_attention"] * 3}, ["layer_types", "mistral"]),
         (QWEN2 | {"layer_types": ["chunked_attention"] * 3}, ["layer_types", "chunked_attention"]),
         (LLAMA | {"sliding_window": 4096}, ["'sliding_window' is not known for llama"]),
-        (QWEN2 | {"quantization_config": {}}, ["says it is quantised"]),
+        (QWEN2 | {"quantization_config": {"quant_method": "fp8"}}, ["it is quantised (fp8)"]),
         (LLAMA | {"rope_scaling": LLAMA3 | {"beta": 2.0}}, ["rope_scaling", "beta", "rope_type llama3 has factor"]),
         (LLAMA | {"rope_scaling": {"type": "llama3", "factor": 2.0}}, ["high_freq_factor"]),
         (QWEN2 | {"rope_scaling": {"type": "linear", "factor": 2.0}}, ["'linear'", "qwen2", "rope_type default"]),

@@ -9,9 +9,14 @@ import pytest
 import torch
 
 from megatron_simct.config import InterfaceConfig
-from megatron_simct.losses import check_labels, interface_loss, teacher_needs
-from megatron_simct.losses.interfaces import LossOutput, _loss_from_logits
-from megatron_simct.losses.shared_head import SharedColumns
+from megatron_simct.losses import (
+    LossOutput,
+    SharedColumns,
+    check_labels,
+    interface_loss,
+    interface_loss_from_logits,
+    teacher_needs,
+)
 from megatron_simct.records import LabelBatch
 from tests import golden
 from tests.oracles.loss_cases import (
@@ -180,19 +185,21 @@ def test_same_tokenizer_gives_full_vocabulary_kl(interface):
 
 
 def test_order_of_the_shared_vocabulary_does_not_matter():
+    """Another numbering of both vocabularies is the same loss; so is another order of a stop set."""
     case = random_case(7)
-    weight, start = padded_shard(case.student_weight, 0, 1)
-    placement = placement_of(case, start, len(weight))
-    order = np.random.default_rng(1).permutation(len(placement.columns))
-    pieces = [placement.teacher_rows[slice(*placement.row_offsets[i : i + 2])][::-1] for i in order]
-    shuffled = replace(
-        placement,
-        columns=placement.columns[order],
-        row_offsets=np.cumsum([0] + [len(piece) for piece in pieces]),
-        teacher_rows=np.concatenate(pieces),
+    rng = np.random.default_rng(1)
+    new_s, new_t = (rng.permutation(len(weight)) for weight in (case.student_weight, case.teacher_weight))
+    renamed = replace(
+        case,
+        student_weight=case.student_weight[torch.from_numpy(np.argsort(new_s))],
+        teacher_weight=case.teacher_weight[torch.from_numpy(np.argsort(new_t))],
+        student_labels=[int(new_s[label]) for label in case.student_labels],
+        teacher_labels=[int(new_t[label]) for label in case.teacher_labels],
+        replaced=[int(new_s[label]) if label >= 0 else -1 for label in case.replaced],
+        shared={int(new_s[i]): [int(new_t[t]) for t in reversed(ids)] for i, ids in case.shared.items()},
     )
     for config in CONFIGS[:-1]:
-        a, b = evaluate(case, config), evaluate(case, config, placement=shuffled)
+        a, b = evaluate(case, config), evaluate(renamed, config)
         assert float(a.output.sum) == pytest.approx(float(b.output.sum), rel=1e-12)
         torch.testing.assert_close(a.hidden_gradient, b.hidden_gradient, rtol=1e-11, atol=1e-12)
 
@@ -333,7 +340,7 @@ def test_no_gradient_is_formed_under_no_grad(monkeypatch):
     logits = (case.student_hidden @ case.student_weight.T).requires_grad_()
     teacher = case.teacher_hidden @ case.teacher_weight.T
     expected = float(loss_of_logits(case, logits, teacher, PAPER).sum.detach())
-    monkeypatch.setattr("megatron_simct.losses.interfaces._logit_gradient", None)
+    monkeypatch.setattr("megatron_simct.losses.two_pass.TwoPass.add_gradient", None)
     with torch.no_grad():
         assert float(loss_of_logits(case, logits, teacher, PAPER).sum) == expected
     with pytest.raises(TypeError):
@@ -353,15 +360,13 @@ def loss_of_logits(case: LossCase, student: torch.Tensor, teacher: torch.Tensor,
     labels = label_batch(finite, config.interface)
     placement = placement_of(case, 0, student.shape[1])
     rows = labels.teacher_hidden[:, torch.from_numpy(placement.teacher_rows)]
-    return _loss_from_logits(
+    return interface_loss_from_logits(
         student,
         rows.masked_fill(rows == FLOOR, IMPOSSIBLE),
         labels,
         columns=SharedColumns.from_placement(placement),
         placement=placement,
         config=config,
-        group=None,
-        student_logit_softcap=None,
     )
 
 
@@ -456,8 +461,25 @@ def test_invalid_options_are_refused():
     head, labels = shared_head_of(case, placement, None), label_batch(case)
     for given_head, given_labels, message in (
         (None, labels, "shared_head"),
-        (head, replace(labels, teacher_hidden=None), "all 9 segments: it needs teacher_hidden"),
+        (head, replace(labels, teacher_hidden=None), "scores 9 segments: it needs teacher_hidden"),
     ):
         options = {"shared_head": given_head, "placement": placement, "config": PAPER}
         with pytest.raises(ValueError, match=message):
             interface_loss(case.student_hidden, weight, given_labels, **options)
+
+
+@pytest.mark.parametrize("width", [1, 3, 7])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_tiles_of_any_width_give_the_same_numbers(monkeypatch, config, width):
+    """Maxima that grow from tile to tile, tiles without a shared token, a label or a stop set on a border."""
+    monkeypatch.setattr("megatron_simct.losses.two_pass.MAX_TILE_COLUMNS", width)
+    monkeypatch.setattr("megatron_simct.losses.two_pass.MIN_TILE_COLUMNS", 1)
+    monkeypatch.setattr("megatron_simct.losses.two_pass.CACHED_ELEMENTS", 5)
+    for seed in range(3):
+        case = random_case(seed, softcap=seed == 1)
+        result = evaluate(case, config)
+        expected, hidden_gradient, weight_gradient = evaluate_oracle(case, config)
+        assert float(result.output.sum) == pytest.approx(float(expected.sum.detach()), rel=1e-10)
+        torch.testing.assert_close(result.hidden_gradient, hidden_gradient, rtol=1e-10, atol=1e-10)
+        real = result.weight_gradient[: len(weight_gradient)]
+        torch.testing.assert_close(real, weight_gradient, rtol=1e-10, atol=1e-10)

@@ -94,7 +94,12 @@ def test_teacher_columns_sum_the_mass_of_a_stop_set():
         placement = placement_of(case, 0, len(case.student_weight))
         log_q = (case.teacher_hidden @ case.teacher_weight.T).log_softmax(1)
         columns = SharedColumns.from_placement(placement)
-        found = columns.teacher_columns(log_q[:, torch.from_numpy(placement.teacher_rows)])
+        rows = log_q[:, torch.from_numpy(placement.teacher_rows)]
+        found = columns.join(rows, 0, len(placement.columns))
+        offsets = placement.row_offsets
+        for first, last in ((0, 1), (1, 4), (2, len(placement.columns))):
+            part = columns.join(rows[:, offsets[first] : offsets[last]], first, last)
+            torch.testing.assert_close(part, found[:, first:last])
         mass = [sum(log_q[:, t].exp() for t in case.shared[int(student)]) for student in placement.columns]
         torch.testing.assert_close(found.exp(), torch.stack(mass, dim=1))
         assert (columns.position[columns.student] == torch.arange(len(case.shared))).all()
@@ -118,6 +123,8 @@ def test_invalid_placements_are_refused_with_their_numbers():
         ({"row_offsets": gap}, "smallest step 0"),
         ({"row_offsets": offsets[:-1]}, f"got {len(offsets) - 1} offsets"),
         ({"row_offsets": offsets + 1}, "from 1 to"),
+        ({"columns": placement.columns[::-1]}, "must ascend, each student token once"),
+        ({"columns": placement.columns.repeat(2)[: len(placement.columns)]}, "must ascend, each student token once"),
         ({"columns": placement.columns + len(case.student_weight)}, "real tokens of this shard"),
         ({"student_vocab_size": int(placement.columns[-1])}, "real tokens of this shard"),
         ({"teacher_rows": rows + len(case.teacher_weight)}, r"ids in \[0, 27\)"),

@@ -1,0 +1,419 @@
+"""Two passes over the vocabulary: statistics of every row, then the gradient. The one place that cuts tiles.
+
+Pass 1 reads the student's logits of a tile of columns for all rows, and the teacher's scores of the tile's shared
+tokens, and carries maxima and sums from tile to tile. `reduce` joins the ranks. An interface then decides, from a few
+numbers a row, what the loss is and how its gradient is weighted; pass 2 makes the tiles again and forms the gradient in
+place. Neither model's logits exist for more than a tile.
+
+The rows of the student are put in an order in which every kind of work is a slice:
+
+    [ sparse first rows | dense first rows | other dense rows | the rest ]
+      `-------- shared rows: one a segment -'
+                          `-- dense rows: gradient everywhere
+
+A *shared row* is the row of a segment's first label: there the shared tokens of both models are compared. A *dense row*
+needs the whole softmax in its gradient; a sparse one only its shared columns, and the rest none.
+
+The gradient of a row of logits z, with x_c the score z_c / tau of a shared token:
+
+    own_weight  onehot(label)  +  softmax_weight  softmax(z)  +  scale  p_c (D_c - offset)  at the shared columns
+
+A row may have *special columns*: shared tokens taken out of the sums (and of the last term) whose scores every rank
+gets to know, so that the interface can put them back as it likes; `special_weight` is their gradient.
+
+Shapes: `N` student rows, `A` shared rows in the order above, `F` of them dense, `K` special columns, `c` shared tokens
+and `w` columns of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_simct.losses.divergences import Norms, RunningSums, mean_deficits, score_gradient_
+from megatron_simct.losses.shared_head import SharedColumns, TeacherScores
+from megatron_simct.losses.tiles import StudentLogits
+from megatron_simct.losses.vocab_parallel import (
+    NEGATIVE_INFINITY,
+    finite_reference,
+    own_logits,
+    reduce_packed,
+    row_maxima,
+)
+
+MAX_TILE_COLUMNS = 4096
+"""Wider tiles gain nothing: the products are as fast."""
+MIN_TILE_COLUMNS = 64
+CACHED_ELEMENTS = 1 << 18
+"""On a CPU, elementwise work goes over blocks of rows that stay in the cache; the products take the whole tile."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowPlan:
+    """Which rows need what; the order of the module's docstring."""
+
+    order: torch.Tensor
+    """int64 [N]: row i of the order is row order[i] of the student."""
+    segments: torch.Tensor
+    """int64 [A]: the segment of each shared row."""
+    num_sparse: int
+    num_first: int
+    """F"""
+    num_dense: int
+    special: torch.Tensor
+    """int64 [F, K]: student ids of the special columns of the dense first rows, or -1."""
+
+    @property
+    def num_shared(self) -> int:
+        return self.num_sparse + self.num_first
+
+    @property
+    def dense(self) -> slice:
+        """The dense rows."""
+        return slice(self.num_sparse, self.num_sparse + self.num_dense)
+
+    @staticmethod
+    def build(
+        starts: torch.Tensor, *, shared: torch.Tensor, dense: torch.Tensor, special: torch.Tensor | None
+    ) -> RowPlan:
+        """starts int64 [segments]: each segment's first student row; shared bool [segments]: which are shared rows.
+
+        dense bool [N]: rows whose gradient needs the softmax. special int64 [segments, K]: ids, read at dense first
+        rows only. How many rows are of which kind decides shapes, so on a GPU this waits for the labels' transfer.
+        """
+        num_rows = len(dense)
+        segments = shared.nonzero().squeeze(1)
+        rows = starts[segments]
+        first_dense = dense[rows] if len(rows) else rows.bool()
+        segments = torch.cat([segments[~first_dense], segments[first_dense]])
+        rows = starts[segments]
+        num_first = int(first_dense.sum())
+        is_first = torch.zeros_like(dense).index_fill_(0, rows, True)
+        others = (dense & ~is_first).nonzero().squeeze(1)
+        rest = (~dense & ~is_first).nonzero().squeeze(1)
+        num_sparse = len(rows) - num_first
+        chosen = segments[num_sparse:]
+        return RowPlan(
+            order=torch.cat([rows, others, rest]) if num_rows else rows,
+            segments=segments,
+            num_sparse=num_sparse,
+            num_first=num_first,
+            num_dense=num_first + len(others),
+            special=chosen.new_zeros(len(chosen), 0) if special is None else special[chosen],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """What the ranks agree on after the reductions."""
+
+    label_max: torch.Tensor
+    """[N], the largest logit of each student row (0 where there is none)."""
+    label_log_sum: torch.Tensor
+    """[N], log of the sum of e^(z - label_max) over the real vocabulary."""
+    own: torch.Tensor
+    """[N], each label's logit."""
+    log_probs: torch.Tensor
+    """[N], of each student label."""
+    student_max: torch.Tensor
+    """[A], of the scores of the shared tokens, special columns left out (0 where there is none)."""
+    teacher_max: torch.Tensor
+    """[A]"""
+    sums: dict[str, torch.Tensor]
+    """Of RunningSums."""
+    special_student: torch.Tensor
+    """[F, K], logits (before the temperature) of the special columns; -inf where the token is not a shared one."""
+    special_teacher: torch.Tensor
+    """[F, K]"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientWeights:
+    """How the gradient of the loss is weighted; see the module's docstring."""
+
+    norms: Norms
+    offset: torch.Tensor
+    """[A]"""
+    scale: torch.Tensor
+    """[A]"""
+    own_weight: torch.Tensor
+    """[N], in the student's order."""
+    softmax_weight: torch.Tensor
+    """[N], in the student's order; read at dense rows."""
+    special_weight: torch.Tensor | None = None
+    """[F, K]"""
+    own_outside_dense: bool = False
+    """Whether own_weight is read at rows that are not dense, too."""
+
+
+class TwoPass:
+    """The tiles of one micro-batch on one rank."""
+
+    def __init__(
+        self,
+        source: StudentLogits,
+        teacher: TeacherScores | None,
+        plan: RowPlan,
+        *,
+        labels: torch.Tensor,
+        columns: SharedColumns | None,
+        shard_start: int,
+        divergence: str,
+        beta: float,
+        temperature: float,
+        memory_mib: int,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        """source reads rows in the plan's order; teacher gives the scores of the shared rows in that order.
+
+        labels int64 [N], in the student's order. teacher is None where no rows are shared.
+        """
+        self._source, self._teacher, self._plan, self._columns = source, teacher, plan, columns
+        self._labels = labels[plan.order] - shard_start
+        self._shard_start = shard_start
+        self._divergence, self._beta, self._temperature = divergence, beta, temperature
+        self._group = group
+        self._empty = torch.zeros(0, dtype=source.dtype, device=source.device)
+        num_rows = source.num_rows + (0 if teacher is None else plan.num_shared)
+        # A tile of each model; a second one while a soft-cap or a narrower type is converted.
+        width = (memory_mib << 20) // max(1, 2 * num_rows * self._empty.element_size())
+        self._width = max(MIN_TILE_COLUMNS, min(MAX_TILE_COLUMNS, width))
+        self._special_position = self._positions(plan.special)
+
+    def statistics(self) -> Statistics:
+        """Pass 1, one MAX and one SUM reduction."""
+        source, plan = self._source, self._plan
+        maxima = self._empty.new_full((source.num_rows,), NEGATIVE_INFINITY)
+        sums, own = torch.zeros_like(maxima), torch.zeros_like(maxima)
+        running = RunningSums(
+            plan.num_shared, divergence=self._divergence, temperature=self._temperature, like=self._empty
+        )
+        special_s = self._empty.new_full(plan.special.shape, NEGATIVE_INFINITY)
+        special_t = torch.full_like(special_s, NEGATIVE_INFINITY)
+        for start, end in self._tiles():
+            logits = source.logits(start, end)
+            own += own_logits(logits, self._labels, start)
+            teacher, index = self._teacher_tile(start, end)
+            for rows in self._blocks(0, source.num_rows, end - start):
+                block = logits[rows]
+                shared = slice(rows.start, min(rows.stop, plan.num_shared))
+                if teacher is not None and shared.start < shared.stop:
+                    s = block[: shared.stop - shared.start].gather(1, index.expand(shared.stop - shared.start, -1))
+                    t = teacher[shared]
+                    self._cut(s, t, shared, start, end, read=(special_s, special_t))
+                    running.add(self._scaled(s), self._scaled(t), shared)
+                new = torch.maximum(maxima[rows], row_maxima(block))
+                reference = finite_reference(new)
+                sums[rows] *= (maxima[rows] - reference).exp()
+                sums[rows] += block.sub_(reference.unsqueeze(1)).exp_().sum(1)
+                maxima[rows] = new
+        return self._reduce(maxima, sums, own, running, special_s, special_t)
+
+    def _reduce(
+        self,
+        maxima: torch.Tensor,
+        sums: torch.Tensor,
+        own: torch.Tensor,
+        running: RunningSums,
+        special_s: torch.Tensor,
+        special_t: torch.Tensor,
+    ) -> Statistics:
+        shape = special_s.shape
+        label_max, student_max, teacher_max, special_s, special_t = reduce_packed(
+            [maxima, running.student_max, running.teacher_max, special_s.flatten(), special_t.flatten()],
+            dist.ReduceOp.MAX,
+            self._group,
+        )
+        label_max = finite_reference(label_max)
+        sums = sums * (maxima - label_max).exp()
+        running.rescale(student_max.clone(), teacher_max.clone(), slice(None))
+        label_sum, own, *shared = reduce_packed([sums, own, *running.sums.values()], dist.ReduceOp.SUM, self._group)
+        label_log_sum = label_sum.log()
+        natural = torch.empty_like(self._plan.order)
+        natural[self._plan.order] = torch.arange(len(natural), device=natural.device)
+        label_max, label_log_sum, own = label_max[natural], label_log_sum[natural], own[natural]
+        return Statistics(
+            label_max=label_max,
+            label_log_sum=label_log_sum,
+            own=own,
+            # Not own - LSE: the rounding of a large log-sum-exp would be that of the result.
+            log_probs=own - label_max - label_log_sum,
+            student_max=finite_reference(student_max),
+            teacher_max=finite_reference(teacher_max),
+            sums=dict(zip(running.sums, shared, strict=True)),
+            special_student=special_s.reshape(shape),
+            special_teacher=special_t.reshape(shape),
+        )
+
+    def deficits(self, norms: Norms) -> list[torch.Tensor]:
+        """The sums of js over the shared columns, [A] each: another look at the tiles, one SUM reduction."""
+        plan = self._plan
+        total = [self._empty.new_zeros(plan.num_shared) for _ in range(4)]
+        for start, end in self._tiles():
+            teacher, index = self._teacher_tile(start, end)
+            if teacher is None:
+                continue
+            # The same products as in pass 2: what js subtracts must be rounded alike.
+            pieces: dict[int, torch.Tensor] = {}
+            if plan.num_sparse:
+                pieces[0] = self._source.logits_at(index + start, slice(0, plan.num_sparse))
+            if plan.num_first:
+                dense = self._source.logits(start, end, plan.dense)[: plan.num_first]
+                pieces[plan.num_sparse] = dense.gather(1, index.expand(plan.num_first, -1))
+            for top, student in pieces.items():
+                for rows in self._blocks(top, top + len(student), student.shape[1]):
+                    s, t = student[rows.start - top : rows.stop - top], teacher[rows]
+                    self._cut(s, t, rows, start, end)
+                    here = norms.at(rows)
+                    log_p = self._scaled(s).sub_(here.student_max.unsqueeze(1)).sub_(here.student_log_z.unsqueeze(1))
+                    log_q = self._scaled(t).sub_(here.teacher_max.unsqueeze(1)).sub_(here.teacher_log_z.unsqueeze(1))
+                    for whole, part in zip(total, mean_deficits(log_p, log_q, self._beta), strict=True):
+                        whole[rows] += part
+        return reduce_packed(total, dist.ReduceOp.SUM, self._group)
+
+    def add_gradient(self, statistics: Statistics, weights: GradientWeights) -> None:
+        """Pass 2: hand the gradient of every tile to the source."""
+        source, plan = self._source, self._plan
+        sparse, dense = slice(0, plan.num_sparse), plan.dense
+        order = plan.order
+        own = weights.own_weight[order]
+        label_max = statistics.label_max[order]
+        softmax = (weights.softmax_weight * (-statistics.label_log_sum).exp())[order]
+        for start, end in self._tiles():
+            teacher, index = self._teacher_tile(start, end)
+            if teacher is not None and plan.num_sparse:
+                columns = index + start
+                student = source.logits_at(columns, sparse)
+                for rows in self._blocks(0, plan.num_sparse, student.shape[1]):
+                    self._shared_gradient_(student[rows], teacher[rows], rows, weights)
+                source.add_gradient_at(columns, student, sparse)
+            if plan.num_dense:
+                self._dense_tile(start, end, teacher, index, statistics, weights, own, softmax, label_max)
+        if weights.own_outside_dense:
+            own[dense] = 0
+            self._add_own(own)
+
+    def _dense_tile(
+        self,
+        start: int,
+        end: int,
+        teacher: torch.Tensor | None,
+        index: torch.Tensor | None,
+        statistics: Statistics,
+        weights: GradientWeights,
+        own: torch.Tensor,
+        softmax: torch.Tensor,
+        label_max: torch.Tensor,
+    ) -> None:
+        plan, dense = self._plan, self._plan.dense
+        logits = self._source.logits(start, end, dense)
+        for rows in self._blocks(dense.start, dense.stop, end - start):
+            block = logits[rows.start - dense.start : rows.stop - dense.start]
+            shared = slice(rows.start, min(rows.stop, plan.num_shared))
+            gradient = None
+            if teacher is not None and shared.start < shared.stop:
+                index_of_rows = index.expand(shared.stop - shared.start, -1)
+                s, t = block[: len(index_of_rows)].gather(1, index_of_rows), teacher[shared]
+                self._cut(s, t, shared, start, end)
+                gradient = self._shared_gradient_(s, t, shared, weights)
+            block.sub_(label_max[rows].unsqueeze(1)).exp_().mul_(softmax[rows].unsqueeze(1))
+            if gradient is not None:
+                block[: len(gradient)].scatter_add_(1, index_of_rows, gradient)
+            _add_at(block, self._labels[rows].unsqueeze(1) - start, own[rows].unsqueeze(1))
+            if weights.special_weight is not None and shared.start < shared.stop:
+                first = slice(shared.start - plan.num_sparse, shared.stop - plan.num_sparse)
+                special = plan.special[first] - self._shard_start - start
+                values = torch.where(plan.special[first] >= 0, weights.special_weight[first], 0)
+                _add_at(block[: shared.stop - shared.start], special, values)
+        self._source.add_gradient(start, end, logits, dense)
+
+    def _shared_gradient_(
+        self, student: torch.Tensor, teacher: torch.Tensor, rows: slice, weights: GradientWeights
+    ) -> torch.Tensor:
+        """From a block of both models' logits, in place of the student's."""
+        return score_gradient_(
+            self._scaled(student),
+            self._scaled(teacher),
+            weights.norms.at(rows),
+            offset=weights.offset[rows],
+            scale=weights.scale[rows],
+            divergence=self._divergence,
+            beta=self._beta,
+        )
+
+    def _add_own(self, weight: torch.Tensor) -> None:
+        """The labels' own gradient at rows that no dense tile covers; weight [N] in the plan's order."""
+        if self._source.num_columns == 0:
+            return
+        here = (self._labels >= 0) & (self._labels < self._source.num_columns)
+        columns = torch.where(here, self._labels, 0).unsqueeze(1)
+        self._source.add_gradient_of_entries(columns, torch.where(here, weight, 0).unsqueeze(1))
+
+    def _tiles(self) -> Iterator[tuple[int, int]]:
+        for start in range(0, self._source.num_columns, self._width):
+            yield start, min(start + self._width, self._source.num_columns)
+
+    def _blocks(self, start: int, stop: int, width: int) -> Iterator[slice]:
+        """Rows [start, stop) in blocks; a block is either before, in or behind the dense first rows."""
+        size = max(1, CACHED_ELEMENTS // max(1, width)) if self._source.device.type == "cpu" else max(1, stop - start)
+        borders = [b for b in (self._plan.num_sparse, self._plan.num_shared) if start < b < stop]
+        for low, high in zip([start, *borders], [*borders, stop], strict=True):
+            for top in range(low, high, size):
+                yield slice(top, min(top + size, high))
+
+    def _teacher_tile(self, start: int, end: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Teacher scores [A, c] of the tile's shared tokens and their columns in the tile; None without any."""
+        if self._teacher is None or self._plan.num_shared == 0:
+            return None, None
+        first, last = self._columns.within(start, end)
+        if first == last:
+            return None, None
+        return self._teacher.scores(first, last), self._columns.student[first:last] - start
+
+    def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits if self._temperature == 1 else logits.div_(self._temperature)
+
+    def _positions(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which of this rank's shared tokens each student id is, or -1."""
+        if ids.numel() == 0:
+            return ids
+        local = ids - self._shard_start
+        here = (ids >= 0) & (local >= 0) & (local < len(self._columns.position))
+        return torch.where(here, self._columns.position[local.clamp(0, len(self._columns.position) - 1)], -1)
+
+    def _cut(
+        self,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        rows: slice,
+        start: int,
+        end: int,
+        *,
+        read: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        """Take the special columns out of a block [rows, c]: -inf for both models. `read` receives their logits."""
+        plan = self._plan
+        if plan.special.numel() == 0 or rows.start < plan.num_sparse:
+            return
+        first, _ = self._columns.within(start, end)
+        chosen = slice(rows.start - plan.num_sparse, rows.stop - plan.num_sparse)
+        position = self._special_position[chosen] - first
+        here = (position >= 0) & (position < student.shape[1])
+        index = position.clamp(0, student.shape[1] - 1)
+        values_s, values_t = student.gather(1, index), teacher.gather(1, index)
+        if read is not None:
+            read[0][chosen] = torch.where(here, values_s, read[0][chosen])
+            read[1][chosen] = torch.where(here, values_t, read[1][chosen])
+        for k in range(index.shape[1]):  # one at a time: two may name the same place, one of them to leave it alone
+            for block in (student, teacher):
+                current = block.gather(1, index[:, k : k + 1])
+                block.scatter_(1, index[:, k : k + 1], current.masked_fill(here[:, k : k + 1], NEGATIVE_INFINITY))
+
+
+def _add_at(block: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) -> None:
+    """block[i, columns[i, k]] += values[i, k] where the column is one of the block."""
+    here = (columns >= 0) & (columns < block.shape[1])
+    block.scatter_add_(1, columns.clamp(0, block.shape[1] - 1), torch.where(here, values, 0).to(block.dtype))

@@ -1,0 +1,189 @@
+"""The loss for one's own training loop: against the oracle, from logits and fused, on one and two ranks; its errors."""
+
+from __future__ import annotations
+
+import doctest
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_simct.losses import cross_tokenizer_loss, fused_cross_tokenizer_loss, place_shared_head, public
+from tests import golden
+from tests.distributed import run_ranks
+from tests.oracles.loss_cases import LossCase, padded_shard, random_case
+from tests.oracles.modes import Model, capped, row_losses
+
+INTERFACES = ("paper", "strict", "sft")
+
+
+def arguments(case: LossCase) -> dict:
+    """The sample of a case; its first shared token is the stop token."""
+    stop, *others = case.shared
+    return {
+        "segments": torch.tensor(case.segments).reshape(-1, 4),
+        "student_labels": torch.tensor(case.student_labels),
+        "teacher_labels": torch.tensor(case.teacher_labels),
+        "shared_student_ids": torch.tensor(others),
+        "shared_teacher_ids": torch.tensor([case.shared[i][0] for i in others]),
+        "stop_student_id": stop,
+        "stop_teacher_ids": case.shared[stop],
+        "replaced_columns": torch.tensor(case.replaced),
+        "student_logit_softcap": case.student_softcap,
+        "teacher_logit_softcap": case.teacher_softcap,
+        "student_vocab_size": len(case.student_weight),
+        "teacher_vocab_size": len(case.teacher_weight),
+    }
+
+
+def expected(case: LossCase, interface: str, **options) -> tuple[float, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss over n, and its gradients with respect to logits, hidden states and weight."""
+    hidden, weight = case.student_hidden.clone().requires_grad_(), case.student_weight.clone().requires_grad_()
+    logits = hidden @ weight.T
+    logits.retain_grad()
+    teacher = case.teacher_hidden @ case.teacher_weight.T
+    rows = row_losses(
+        Model(capped(logits, case.student_softcap), case.student_labels),
+        Model(capped(teacher, case.teacher_softcap), case.teacher_labels),
+        segments=case.segments,
+        kinds=case.kinds,
+        replaced=case.replaced,
+        shared=case.shared,
+        interface=interface,
+        **options,
+    )
+    loss = sum(rows) / len(case.student_labels)
+    loss.backward()
+    return float(loss.detach()), logits.grad, hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("interface", INTERFACES)
+@pytest.mark.parametrize("softcap", [False, True], ids=["plain", "softcap"])
+def test_both_entries_equal_the_oracle(interface, softcap):
+    for seed, divergence in enumerate(("reverse_kl", "forward_kl", "js")):
+        case = random_case(seed, softcap=softcap)
+        value, of_logits, of_hidden, of_weight = expected(case, interface, divergence_name=divergence)
+        logits = (case.student_hidden @ case.student_weight.T).requires_grad_()
+        teacher = case.teacher_hidden @ case.teacher_weight.T
+        options = arguments(case) | {"interface": interface, "divergence": divergence}
+        output = cross_tokenizer_loss(logits, teacher, **options)
+        output.loss.backward()
+        assert float(output.loss.detach()) == pytest.approx(value, rel=1e-10)
+        assert int(output.count) == len(case.student_labels)
+        torch.testing.assert_close(logits.grad, of_logits, rtol=1e-10, atol=1e-10)
+
+        hidden, weight = case.student_hidden.clone().requires_grad_(), case.student_weight.clone().requires_grad_()
+        output = fused_cross_tokenizer_loss(hidden, weight, case.teacher_hidden, case.teacher_weight, **options)
+        output.loss.backward()
+        assert float(output.loss.detach()) == pytest.approx(value, rel=1e-10)
+        torch.testing.assert_close(hidden.grad, of_hidden, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(weight.grad, of_weight, rtol=1e-10, atol=1e-10)
+
+
+def on_two_ranks(rank: int, world_size: int, case: LossCase) -> list:
+    """(loss, logits' gradient of this rank, fused loss, hidden gradient, weight gradient of this rank)."""
+    group = dist.group.WORLD
+    weight, _ = padded_shard(case.student_weight, rank, world_size)
+    teacher_weight, _ = padded_shard(case.teacher_weight, rank, world_size)
+    options = arguments(case) | {"group": group}
+    logits = (case.student_hidden @ weight.T).requires_grad_()
+    output = cross_tokenizer_loss(logits, case.teacher_hidden @ teacher_weight.T, **options)
+    output.loss.backward()
+    hidden = case.student_hidden.clone().requires_grad_()
+    weight.requires_grad_()
+    placing = ("shared_student_ids", "shared_teacher_ids", "stop_student_id", "stop_teacher_ids")
+    sizes = ("student_vocab_size", "teacher_vocab_size")
+    head = place_shared_head(
+        teacher_weight, student_width=len(weight), group=group, **{name: options[name] for name in placing + sizes}
+    )
+    fused = fused_cross_tokenizer_loss(hidden, weight, case.teacher_hidden, teacher_weight, shared_head=head, **options)
+    fused.loss.backward()
+    return [float(output.loss.detach()), logits.grad, float(fused.loss.detach()), hidden.grad, weight.grad]
+
+
+def test_two_ranks_equal_the_oracle():
+    case = random_case(3, softcap=True)
+    value, of_logits, of_hidden, of_weight = expected(case, "paper")
+    found = run_ranks(2, on_two_ranks, case)
+    real = len(case.student_weight)
+    for loss, _, fused_loss, hidden_gradient, _ in found:
+        assert loss == pytest.approx(value, rel=1e-10) and fused_loss == pytest.approx(value, rel=1e-10)
+        torch.testing.assert_close(hidden_gradient, of_hidden, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(torch.cat([f[1] for f in found], 1)[:, :real], of_logits, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(torch.cat([f[4] for f in found])[:real], of_weight, rtol=1e-10, atol=1e-10)
+
+
+def golden_arguments() -> dict:
+    pairs = [pair for pair in golden.SHARED_PAIRS if pair != (5, 5)]
+    return {
+        "segments": torch.tensor(golden.SEGMENTS),
+        "student_labels": torch.tensor(golden.STUDENT_LABELS),
+        "teacher_labels": torch.tensor(golden.TEACHER_LABELS),
+        "shared_student_ids": torch.tensor([s for s, _ in pairs]),
+        "shared_teacher_ids": torch.tensor([t for _, t in pairs]),
+        "stop_student_id": 5,
+        "stop_teacher_ids": [5],
+    }
+
+
+STUDENT, TEACHER = torch.tensor(golden.STUDENT_LOGITS), torch.tensor(golden.TEACHER_LOGITS)
+
+
+def test_golden_numbers_and_normalizer():
+    output = cross_tokenizer_loss(STUDENT, TEACHER, **golden_arguments())
+    assert float(output.loss) == pytest.approx(golden.LOSS["paper", "reverse_kl", 1.0], abs=5e-7)
+    assert [float(output.metrics[f"rows_{kind}"]) for kind in ("unit", "shared", "stop")] == [1, 1, 1]
+    half = cross_tokenizer_loss(STUDENT, TEACHER, **golden_arguments(), normalizer=8)
+    assert float(half.loss) == pytest.approx(float(output.loss) / 2) and float(half.sum) == float(output.sum)
+
+
+def test_nothing_to_compare_is_a_counted_zero():
+    logits = STUDENT.clone().requires_grad_()
+    none = golden_arguments() | {"segments": torch.zeros(0, 4, dtype=torch.int64)}
+    output = cross_tokenizer_loss(logits, TEACHER, **none)
+    output.loss.backward()
+    assert (float(output.loss.detach()), int(output.count)) == (0, 4) and not logits.grad.any()
+    empty = none | {name: torch.zeros(0, dtype=torch.int64) for name in ("student_labels", "teacher_labels")}
+    output = cross_tokenizer_loss(STUDENT[:0], TEACHER[:0], **empty)
+    assert (float(output.loss), int(output.count)) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"shared_student_ids": torch.tensor([2, 3, 4, 6, 2])}, "student ids are given more than once.* 2"),
+        ({"shared_teacher_ids": torch.tensor([2, 3, 4, 6, 5])}, "teacher ids are given more than once.* 5"),
+        ({"shared_teacher_ids": torch.tensor([2, 3, 4, 6, 9])}, r"\[0, 9\); got 2 to 9"),
+        ({"shared_teacher_ids": torch.tensor([2, 3])}, "pairs"),
+        ({"student_labels": torch.tensor([0, 1, 2, 8])}, r"student_labels must lie in \[0, 8\)"),
+        ({"teacher_labels": torch.tensor([0, 1, 2, -1])}, r"teacher_labels must lie in \[0, 9\)"),
+        ({"student_labels": torch.tensor([0, 1, 2])}, "one row a label"),
+        ({"segments": torch.tensor([[0, 2, 0, 2], [2, 3, 2, 5]])}, r"segment 1 is \[2, 3, 2, 5\]"),
+        ({"segments": torch.tensor([[0, 2, 0, 2], [1, 3, 2, 3]])}, "start at or after"),
+        ({"segments": torch.tensor([0, 2, 0, 2])}, r"\[A, 4\]"),
+        ({"stop_teacher_ids": []}, "go together"),
+        ({"replaced_columns": torch.tensor([7, 0, -1])}, "replaced_columns"),
+        ({"normalizer": 0}, "normalizer"),
+        ({"interface": "papr"}, "papr"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"student_vocab_size": 9}, "student_vocab_size 9"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value[:20],
+)
+def test_wrong_input_is_refused_with_its_numbers(change, message):
+    with pytest.raises(ValueError, match=message):
+        cross_tokenizer_loss(STUDENT, TEACHER, **(golden_arguments() | change))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_refused(bad):
+    for side in range(2):
+        logits = [STUDENT.clone(), TEACHER.clone()]
+        logits[side][1, 0] = bad
+        with pytest.raises(ValueError, match="nan or inf"):
+            cross_tokenizer_loss(*logits, **golden_arguments())
+
+
+def test_the_example_of_the_docstring_runs():
+    assert doctest.testmod(public).attempted > 5
+    assert doctest.testmod(public).failed == 0
