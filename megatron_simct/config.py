@@ -69,7 +69,7 @@ class ModelConfig:
     @property
     def tokenizer(self) -> str | None:
         """--tokenizer-model, else --hf-checkpoint where that folder holds a tokenizer."""
-        from megatron_simct.alignment.hf_tokenizer import tokenizer_file
+        from megatron_simct.alignment.hf_folder import tokenizer_file
 
         if self.tokenizer_model is None and self.hf_checkpoint and tokenizer_file(Path(self.hf_checkpoint)):
             return self.hf_checkpoint

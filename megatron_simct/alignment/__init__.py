@@ -2,8 +2,8 @@
 
 Reading order, each file one idea on top of the previous:
     token_table.py    what every id of a tokenizer means in bytes
-    tokenizer.py      a table plus "encode these bytes", and the tokenizer files that can be loaded
-    hf_tokenizer.py   the same from a Hugging Face tokenizer.json
+    tokenizer.py      a table plus "encode these bytes"
+    hf_folder.py, hf_tokenizer.py, tokenizer_files.py   the files that it is loaded from; by `load_tokenizer`
     segments.py       two tokenizations of one byte string, cut into minimal common units
     byte_events.py    which bytes two models can be compared on, and what each sums for them
     alignment_map.py  the shared vocabulary: pairs of ids that mean the same bytes
@@ -19,7 +19,8 @@ from megatron_simct.alignment.placement import VocabPlacement
 from megatron_simct.alignment.plan import plan_pair
 from megatron_simct.alignment.segments import Alignment, align, align_batch
 from megatron_simct.alignment.token_table import TokenTable
-from megatron_simct.alignment.tokenizer import Tokenizer, load_tokenizer
+from megatron_simct.alignment.tokenizer import Tokenizer
+from megatron_simct.alignment.tokenizer_files import load_tokenizer
 
 __all__ = [
     "Alignment",

@@ -18,25 +18,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_simct.alignment.chat_template import read_settings, special_token, turn_end
+from megatron_simct.alignment.hf_folder import generation_stop_ids, read_settings, special_token, turn_end
 from megatron_simct.alignment.tokenizer import Tokenizer, build_table, encode_cut
 
 # Its bytes must come back from every tokenizer that is loaded.
 _PROBE = "  two  blanks,\ta tab\r\n\nI'm café, Ünïcödé. Привет 你好, ｆｕｌｌ ﬁ नमस्ते 😀 1234567 [x]{y} \x00\x7f \n"
 
 _SPLITS = frozenset("ByteLevel Metaspace Split Digits Punctuation UnicodeScripts".split())
-
-
-def tokenizer_file(folder: Path) -> Path | None:
-    """The tokenizer of a Hugging Face folder: tokenizer.json, else SentencePiece's tokenizer.model."""
-    return next((folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).exists()), None)
-
-
-def generation_stop_ids(folder: Path) -> tuple[int, ...]:
-    """eos_token_id of the folder's generation_config.json, a number or a list of them."""
-    ids = read_settings(folder, "generation_config.json").get("eos_token_id")
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    return tuple(dict.fromkeys(int(i) for i in ids))
 
 
 def load_hf_tokenizer(path: Path, stop_token_ids: tuple[int, ...], *, allow_lossy: bool = False) -> Tokenizer:

@@ -14,7 +14,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from megatron_simct.alignment.chat_template import environment, read_settings, special_token, template_source
+from megatron_simct.alignment.hf_folder import environment, read_settings, special_token, template_source
 from megatron_simct.alignment.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, str]]

@@ -25,7 +25,7 @@ PAIRS = [
     ("mistral-v1", "cl100k"),
     ("tekken", "mistral-v3"),
     ("qwen", "gpt2"),
-    ("gemma3", "llama3"),
+    ("gemma3", "llama3-hf"),
 ]
 PIECES: dict[str, list[bytes]] = {}
 NUM_TEXTS = {"humaneval": 15, "champ": 15, "udhr": 31, "gsm8k": 50, "marks": 6}

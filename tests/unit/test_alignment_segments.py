@@ -292,3 +292,40 @@ def test_a_batch_is_its_samples(data):
                 a, b = getattr(found, name), getattr(alone, name)
                 assert np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b, name
             assert found.segments.dtype == alone.segments.dtype
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_random_vocabularies(data):
+    """The six properties where ids repeat, as in a real vocabulary: any bytes, two vocabularies with some in common."""
+    some_bytes = st.binary(min_size=1, max_size=4)
+    common = data.draw(st.lists(some_bytes, max_size=6))
+    vocabularies = [data.draw(st.lists(some_bytes, max_size=8)) + common for _ in range(2)]
+    text = b"".join(data.draw(st.lists(st.sampled_from([*vocabularies[0], *vocabularies[1], b"a"]), max_size=12)))
+    tables, sides = [], []
+    for vocabulary in vocabularies:
+        pieces = [bytes([byte]) for byte in range(256)] + vocabulary
+        tables.append(TokenTable.from_bytes([*pieces, b"</s>"], stop_ids=[len(pieces)]))
+        ids, rest = [], text
+        while rest:  # any segmentation that the vocabulary allows, not the longest match only
+            ids.append(data.draw(st.sampled_from([i for i, piece in enumerate(pieces) if rest.startswith(piece)])))
+            rest = rest[len(pieces[ids[-1]]) :]
+        sides.append(np.array([*ids, len(pieces)], dtype=np.int32))
+    (teacher_table, student_table), (teacher, student) = tables, sides
+    found = align(teacher_table, teacher, student_table, student)
+    ends = [set(table.spell(ids[:-1])[1].tolist()) for table, ids in zip(tables, sides, strict=True)]
+    units = found.segments[:-1].tolist()
+    assert found.stop and not found.dropped
+    # (i), (ii), (iii): both sides spell the text between neighbours of the common token ends, which tile it.
+    assert found.byte_ends[:-1].tolist() == sorted(ends[0] & ends[1])
+    starts = [0, *found.byte_ends[:-1].tolist()]
+    for (ts, te, ss, se), start, end in zip(units, starts[:-1], starts[1:], strict=True):
+        assert teacher_table.spell(teacher[ts:te])[0].tobytes() == text[start:end]
+        assert student_table.spell(student[ss:se])[0].tobytes() == text[start:end]
+    # (iv), (v), (vi): swapped roles, the same ids, a teacher of single bytes, which refines every student.
+    swapped = align(student_table, student, teacher_table, teacher)
+    assert np.array_equal(swapped.segments, found.segments[:, [2, 3, 0, 1]])
+    assert (np.diff(align(student_table, student, student_table, student).segments)[:, ::2] == 1).all()
+    finest = np.array([*text, len(teacher_table.lengths) - 1], dtype=np.int32)
+    refined = align(teacher_table, finest, student_table, student).segments
+    assert refined[:, 2:].tolist() == [[i, i + 1] for i in range(len(student))]

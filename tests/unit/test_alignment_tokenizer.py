@@ -195,13 +195,11 @@ def write_sentencepiece(folder: Path, normalizer: str = "identity", **options: o
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["the cat sat on the mat", "hello world of cats"] * 10),
         model_writer=model,
-        vocab_size=290,
         model_type="bpe",
-        byte_fallback=True,
         normalization_rule_name=normalizer,
         user_defined_symbols=["<turn>"],
         minloglevel=2,
-        **options,
+        **{"vocab_size": 290, "byte_fallback": True} | options,
     )
     path = folder / "small.model"
     path.write_bytes(model.getvalue())
@@ -218,6 +216,15 @@ def test_sentencepiece_keeps_blanks_even_where_the_model_strips_them(tmp_path):
 def test_sentencepiece_that_rewrites_text_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"small\.model.*normalizer rewrites text.*only identity"):
         load_tokenizer(write_sentencepiece(tmp_path, "nmt_nfkc"))
+
+
+def test_sentencepiece_without_tokens_for_every_text_is_refused(tmp_path):
+    path = write_sentencepiece(tmp_path, vocab_size=30, byte_fallback=False)
+    with pytest.raises(ValueError, match="single bytes have no token, 0x00 first"):
+        load_tokenizer(path)
+    lossy = load_tokenizer(path, allow_lossy=True)
+    assert "single bytes have no token" in lossy.lossy
+    assert lossy.decode(lossy.encode("the cät".encode())) == b"the ct"
 
 
 def test_sentencepiece_without_stop_token(tmp_path):

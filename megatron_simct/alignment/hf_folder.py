@@ -1,4 +1,4 @@
-"""What a Hugging Face folder says about chats: its settings, its template, and the token that ends a turn."""
+"""What a Hugging Face folder says beside its tokenizer: stop ids, chat template, the token that ends a turn."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ import jinja2
 import jinja2.sandbox
 
 _ANSWER = "The answer is 42."
+
+
+def tokenizer_file(folder: Path) -> Path | None:
+    """The tokenizer of a Hugging Face folder: tokenizer.json, else SentencePiece's tokenizer.model."""
+    return next((folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).exists()), None)
 
 
 def read_settings(folder: Path, name: str) -> dict[str, Any]:
@@ -30,6 +35,13 @@ def read_settings(folder: Path, name: str) -> dict[str, Any]:
 def special_token(value: Any) -> str | None:
     """The text of a token in tokenizer_config.json, which is a string or an object with its content."""
     return value.get("content") if isinstance(value, dict) else value
+
+
+def generation_stop_ids(folder: Path) -> tuple[int, ...]:
+    """eos_token_id of the folder's generation_config.json, a number or a list of them."""
+    ids = read_settings(folder, "generation_config.json").get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return tuple(dict.fromkeys(int(i) for i in ids))
 
 
 def template_source(folder: Path, settings: dict[str, Any]) -> tuple[str, str]:
