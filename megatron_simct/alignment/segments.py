@@ -136,10 +136,10 @@ def align_batch(
         plain = teacher.plain & student.plain & (teacher.stops == student.stops)
         plain &= np.diff(teacher.bytes_to) == np.diff(student.bytes_to)
         if plain.all():
+            if np.array_equal(teacher.data, student.data):
+                return _align_plain(teacher, student)
             differences = np.append(0, (teacher.data != student.data).cumsum())
             plain &= np.diff(differences[student.bytes_to]) == 0
-        if plain.all():
-            return _align_plain(teacher, student)
         chosen = plain.nonzero()[0]
         if chosen.size:
             found = align_batch(
@@ -187,21 +187,25 @@ def _align_plain(teacher: _Side, student: _Side) -> list[Alignment]:
     """Of samples whose bytes agree: every sample ends in a common boundary, so all can be cut together."""
     te, se = _common_boundaries(teacher.ends, student.ends, student.data.size)
     byte_ends = student.ends[se - 1]
-    # The segments of sample i are [segments_to[i], segments_to[i + 1]), and one more where it stopped.
+    # The segments of sample i are [segments_to[i], segments_to[i + 1]); with the stops' they are rows_to's.
     segments_to = np.append(0, byte_ends.searchsorted(student.bytes_to[1:]) + 1)
-    sample = np.arange(student.stops.size).repeat(np.diff(segments_to))
-    stops_before = np.append(0, student.stops.cumsum())
-    row = np.arange(te.size) + stops_before[sample]
-    segments = np.zeros((te.size + stops_before[-1], 4), dtype=np.int32)
-    segments[row, 1] = te - teacher.tokens_to[sample]
-    segments[row, 3] = se - student.tokens_to[sample]
-    all_ends = np.empty(len(segments), dtype=np.int64)
-    all_ends[row] = byte_ends - student.bytes_to[sample]
-    rows_to = segments_to + stops_before
+    rows_to = segments_to + np.append(0, student.stops.cumsum())
+    counts = np.diff(segments_to)
     at_stop = rows_to[1:][student.stops] - 1
-    segments[at_stop, 1] = np.diff(teacher.tokens_to)[student.stops] + 1
-    segments[at_stop, 3] = np.diff(student.tokens_to)[student.stops] + 1
-    all_ends[at_stop] = np.diff(student.bytes_to)[student.stops]
+    is_content = np.ones(rows_to[-1], dtype=bool)
+    is_content[at_stop] = False
+
+    def column(ends: np.ndarray, before: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """Ends relative to the sample, and the stop segment's own behind them."""
+        values = np.empty(is_content.size, dtype=np.int64)
+        values[is_content] = ends - before[:-1].repeat(counts)
+        values[at_stop] = last[student.stops]
+        return values
+
+    segments = np.zeros((is_content.size, 4), dtype=np.int32)
+    segments[:, 1] = column(te, teacher.tokens_to, np.diff(teacher.tokens_to) + 1)
+    segments[:, 3] = column(se, student.tokens_to, np.diff(student.tokens_to) + 1)
+    all_ends = column(byte_ends, student.bytes_to, np.diff(student.bytes_to))
     segments[1:, ::2] = segments[:-1, 1::2]
     segments[rows_to[:-1], ::2] = 0
     bounds, sizes = rows_to.tolist(), np.diff(student.bytes_to).tolist()
