@@ -21,17 +21,20 @@ def option(default: Any, text: str, *, metavar: str | None = None) -> Any:
 class InterfaceConfig:
     """How the two models' next-token distributions are compared. Flags: --simct-*"""
 
-    interface: Literal["paper", "strict", "bytes", "sft"] = option(
+    interface: Literal["paper", "sum", "code", "code_gh", "strict", "alm", "bytes", "sft"] = option(
         "paper",
         "paper: shared tokens plus the realised multi-token unit, mean log-probability (SimCT, Eq. 6-9); "
-        "strict: shared tokens at 1:1 positions only; bytes: distributions over the next byte; "
-        "sft: cross entropy on given responses, no teacher",
+        "sum: the same with the unit's whole log-probability; "
+        "code: SimCT's released code, its walk and raw logits; code_gh: that without rows of low teacher mass; "
+        "strict: shared tokens at 1:1 positions only; alm: the probability of each unit alone; "
+        "bytes: next-byte distributions; sft: cross entropy on given responses, no teacher",
     )
     divergence: Literal["reverse_kl", "forward_kl", "js"] = option(
         "reverse_kl", "KL(student || teacher), KL(teacher || student), or the generalised Jensen-Shannon divergence"
     )
     temperature: float = option(1.0, "divides the row's scores before the softmax over U; no squared factor")
     js_beta: float = option(0.5, "weight of the teacher in the mixture of --simct-divergence js")
+    alm_temperature: float = option(float("inf"), "temperature of the binary events of interface alm; inf: the limit")
     loss_memory_mib: int = option(
         128, "what the loss may hold of logits at a time, in MiB: sets how many columns of the vocabulary a tile has"
     )

@@ -42,3 +42,15 @@ BYTES = {"reverse_kl": 0.833321, "forward_kl": 2.426343, "js": 0.214977}
 """divergence -> sum over byte positions / 4 labels, with every probability floored at 1e-8."""
 BYTES_POSITIONS = (0.645330, 0.369621, 0, 0.496810, 0, 0.602705, 0.549142, 0, 0, 0.669675)
 """reverse_kl; at positions 2 and 4 the teacher or the student is inside a token that it cannot end there."""
+WALK = ((0, 3, 0, 3), (3, 4, 3, 4))
+"""The segments of the released walk on G0: the unit swallows the shared token behind it."""
+OTHER_LOSSES = {
+    ("code", "reverse_kl", 1.0, "authors"): 0.321500,
+    ("code", "reverse_kl", 2.0, "authors"): 0.094687,
+    ("code", "forward_kl", 1.0, "authors"): 0.420118,
+    ("code_gh", "reverse_kl", 1.0, "authors"): 0.321500,
+    ("sum", "reverse_kl", 1.0, "minimal"): 0.412004,
+    ("alm", "reverse_kl", 1.0, "minimal"): 0.358705,
+    ("alm", "reverse_kl", 1.0, "authors"): 0.202014,
+}
+"""(interface, divergence, temperature, segments) -> loss, as in method 7.2."""

@@ -6,6 +6,12 @@
              the teacher says in one, and the first of them is a shared token that the teacher would not say, the row
              pushes the student's correct first token down; and as q is renormalized over U, student mass that leaves
              U costs nothing. `student_mass_outside_u_sum` shows it.
+    sum      as paper, with the sum of the unit's log-probabilities.
+    code     SimCT's released code: the segments of its walk, raw logits, and the mean raw logit of the unit. Not
+             invariant to a constant added to the logits of a unit's inner position. code_gh drops rows where the
+             teacher's probability of U is below 1/2.
+    alm      one event a segment: the probability of its bytes, both models' own tokens. No shared tokens, so it says
+             nothing of what else could have been said.
     strict   only segments of one shared token (or the stop tokens) on each side; units are dropped and counted.
     bytes    no rows of tokens: the two models' distributions over the next byte (bytes.py).
     sft      cross entropy on given responses; no teacher.
@@ -23,7 +29,6 @@ Shapes: records.py's legend, and `c` shared tokens of this rank, `r` teacher row
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,15 +61,19 @@ class LossOutput:
 def teacher_needs(config: InterfaceConfig) -> TeacherNeeds:
     """What an interface asks of the teacher."""
     match config.interface:
-        case "paper":
+        case "paper" | "sum":
             return TeacherNeeds(hidden_rows="first")
+        case "code" | "code_gh":
+            return TeacherNeeds(hidden_rows="first", segmentation="authors")
+        case "alm":
+            return TeacherNeeds(hidden_rows="none")
         case "strict":
             return TeacherNeeds(hidden_rows="one_to_one")
         case "bytes":
             return TeacherNeeds(hidden_rows="none", byte_events=True)
         case "sft":
             return TeacherNeeds(teacher=False, hidden_rows="none")
-    raise ValueError(f"unknown interface {config.interface!r}: --simct-interface is paper, strict, bytes or sft")
+    raise ValueError(f"unknown interface {config.interface!r}: --simct-interface is one of {', '.join(_ROWS)}, bytes")
 
 
 def check_labels(labels: LabelBatch, *, placement: VocabPlacement, config: InterfaceConfig) -> None:
@@ -103,6 +112,8 @@ def check_labels(labels: LabelBatch, *, placement: VocabPlacement, config: Inter
         raise ValueError(
             f"segment {a} is SHARED but has {int(lengths[a, 0])} teacher and {int(lengths[a, 1])} student labels"
         )
+    if not _ROWS[config.interface].shared:
+        return
     needed = labels.teacher_hidden_index[_is_row(labels.kinds, config)]
     num_hidden = 0 if labels.teacher_hidden is None else len(labels.teacher_hidden)
     if len(needed) and not 0 <= int(needed.min()) <= int(needed.max()) < num_hidden:
@@ -126,6 +137,8 @@ def check_config(config: InterfaceConfig) -> None:
             f"--simct-temperature {config.temperature}: interface bytes adds probabilities of tokens up, which are "
             "those of the models at 1 only"
         )
+    if not config.alm_temperature > 0:
+        raise ValueError(f"--simct-alm-temperature must be positive, got {config.alm_temperature}")
     if not 0 < config.js_beta < 1:
         raise ValueError(
             f"--simct-js-beta must lie strictly between 0 and 1, got {config.js_beta}: at 0 and 1 the divergence "
@@ -173,7 +186,7 @@ def interface_loss(
             student_logit_softcap=student_logit_softcap,
         )
     rows = _plan(labels, config)
-    if teacher_needs(config).teacher and shared_head is None:
+    if _ROWS[config.interface].shared and shared_head is None:
         raise ValueError(f"interface {config.interface} compares with a teacher: it needs shared_head")
     num_shared = rows.num_shared
     if num_shared and labels.teacher_hidden is None:
@@ -348,7 +361,7 @@ def _loss(
         )
         terms = _row_terms(passes, stats, rows, config)
         value = _add_up(terms, stats, rows)
-        metrics = _metrics(terms, stats, rows, labels, needs_rows=config.interface != "sft")
+        metrics = _metrics(terms, stats, rows, labels, config)
         if source.needs_gradient:
             passes.add_gradient(stats, terms.weights)
     num_labels = torch.full((), len(labels.student_labels), dtype=torch.int64, device=source.device)
@@ -373,7 +386,6 @@ _ROWS = {
     "code": _RowNeeds(),
     "code_gh": _RowNeeds(),
     "strict": _RowNeeds(),
-    "kd": _RowNeeds(),
     "alm": _RowNeeds(shared=False, dense="segments"),
     "sft": _RowNeeds(shared=False, dense="labels"),
 }
@@ -386,7 +398,7 @@ def _row_terms(passes: TwoPass, stats: Statistics, rows: RowInputs, config: Inte
         case "sft":
             return cross_entropy(stats)
         case "alm":
-            return binary_events(stats, rows, temperature=math.inf)
+            return binary_events(stats, rows, temperature=config.alm_temperature)
     return compare_over_u(
         passes,
         stats,
@@ -401,7 +413,7 @@ def _row_terms(passes: TwoPass, stats: Statistics, rows: RowInputs, config: Inte
 
 def _is_row(kinds: torch.Tensor, config: InterfaceConfig) -> torch.Tensor:
     """[A] -> bool [A]: which segments the interface uses."""
-    if config.interface in ("strict", "kd"):
+    if config.interface == "strict":
         return kinds != SegmentKind.UNIT
     return torch.full_like(kinds, config.interface != "sft", dtype=torch.bool)
 
@@ -414,7 +426,7 @@ def _add_up(terms: RowTerms, stats: Statistics, rows: RowInputs) -> torch.Tensor
 
 
 def _metrics(
-    terms: RowTerms, stats: Statistics, rows: RowInputs, labels: LabelBatch, *, needs_rows: bool
+    terms: RowTerms, stats: Statistics, rows: RowInputs, labels: LabelBatch, config: InterfaceConfig
 ) -> dict[str, torch.Tensor]:
     """Additive sums and counts, the same keys for every interface."""
 
@@ -430,8 +442,8 @@ def _metrics(
     # Mass of the shared tokens alone: a unit's own first step is not added, a replaced column counts.
     for name in ("student", "teacher"):
         outside = (1 - getattr(terms, f"{name}_mass")).clamp(min=0)
-        metrics[f"{name}_mass_outside_u_sum"] = total(torch.where(used, outside, 0))
-    metrics["rows_dropped"] = total(torch.ones_like(labels.kinds)) * needs_rows - total(used)
+        metrics[f"{name}_mass_outside_u_sum"] = total(torch.where(used, outside, 0)) * _ROWS[config.interface].shared
+    metrics["rows_dropped"] = total(torch.ones_like(labels.kinds)) * (config.interface != "sft") - total(used)
     metrics["student_nll_sum"] = total(-stats.log_probs)
     metrics["teacher_nll_sum"] = total(labels.teacher_lse - labels.teacher_own_logit)
     metrics["num_student_labels"] = total(torch.ones_like(stats.log_probs))

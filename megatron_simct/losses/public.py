@@ -96,6 +96,7 @@ def cross_tokenizer_loss(
     divergence: str = "reverse_kl",
     temperature: float = 1.0,
     js_beta: float = 0.5,
+    alm_temperature: float = float("inf"),
     group: dist.ProcessGroup | None = None,
     normalizer: float | torch.Tensor | None = None,
     stop_student_id: int | None = None,
@@ -125,7 +126,7 @@ def cross_tokenizer_loss(
     Raises ValueError for shapes and ids that do not fit, ids given twice, options without a meaning, and for a loss
     that is not finite (nan or inf in either model's logits): no such gradient reaches the weights.
     """
-    config = _config(interface, divergence, temperature, js_beta)
+    config = _config(interface, divergence, temperature, js_beta, alm_temperature)
     needs_teacher = teacher_needs(config).teacher
     _check_shapes(student_logits, student_labels, "student_logits", "student_labels")
     placement = _placement(
@@ -191,6 +192,7 @@ def fused_cross_tokenizer_loss(
     divergence: str = "reverse_kl",
     temperature: float = 1.0,
     js_beta: float = 0.5,
+    alm_temperature: float = float("inf"),
     group: dist.ProcessGroup | None = None,
     normalizer: float | torch.Tensor | None = None,
     stop_student_id: int | None = None,
@@ -214,7 +216,7 @@ def fused_cross_tokenizer_loss(
     Where Megatron's DistributedDataParallel owns output_weight, its gradient goes to main_grad in this call, so no
     factor may come after: use `interface_loss`, whose sum is divided once in Megatron's finalize_model_grads.
     """
-    config = _config(interface, divergence, temperature, js_beta)
+    config = _config(interface, divergence, temperature, js_beta, alm_temperature)
     needs_teacher = teacher_needs(config).teacher
     _check_shapes(student_hidden, student_labels, "student_hidden", "student_labels")
     placement = _placement(
@@ -299,11 +301,19 @@ def place_shared_head(
     return gather_shared_head(teacher_weight.detach(), _rank(group) * teacher_weight.shape[0], placement, group)
 
 
-def _config(interface: str, divergence: str, temperature: float, js_beta: float) -> InterfaceConfig:
-    config = InterfaceConfig(interface=interface, divergence=divergence, temperature=temperature, js_beta=js_beta)
+def _config(
+    interface: str, divergence: str, temperature: float, js_beta: float, alm_temperature: float
+) -> InterfaceConfig:
+    config = InterfaceConfig(
+        interface=interface,
+        divergence=divergence,
+        temperature=temperature,
+        js_beta=js_beta,
+        alm_temperature=alm_temperature,
+    )
     check_config(config)
     needs = teacher_needs(config)
-    if getattr(needs, "byte_events", False):
+    if needs.byte_events:
         raise ValueError(f"interface {interface} compares bytes, not ids: use megatron_simct.losses.bytes")
     return config
 

@@ -10,7 +10,7 @@ With z the logits of a segment's first row, LSE their log-sum-exp over the real 
     paper           unit score u = mean of the labels' log-probabilities       (SimCT, arXiv:2605.07711, Eq. 6-9)
     sum             u = their sum
     code, code_gh   u = mean of the labels' raw logits, beside raw logits of the shared tokens (the authors' code)
-    strict, kd      no units
+    strict          no units
 
   The scores of a row are (z_c - LSE) / tau and u / tau. The softmax does not see a constant, so LSE is added to all of
   them: z_c / tau and (u + LSE) / tau; then the maxima and sums over shared tokens do not wait for LSE. With g the

@@ -154,7 +154,9 @@ def label_batch(case: LossCase, interface: str = "paper") -> LabelBatch:
     if case.teacher_softcap is not None:
         logits = case.teacher_softcap * torch.tanh(logits / case.teacher_softcap)
     wanted = [a for a, kind in enumerate(case.kinds) if interface != "strict" or kind != oracle.UNIT]
-    wanted = np.random.default_rng(0).permutation(wanted).astype(int).tolist() if interface != "sft" else []
+    wanted = (
+        np.random.default_rng(0).permutation(wanted).astype(int).tolist() if interface not in ("sft", "alm") else []
+    )
     index = [wanted.index(a) if a in wanted else -1 for a in range(len(case.segments))]
     label_index = torch.tensor(case.teacher_labels, dtype=torch.int64)
     statistics_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -205,7 +207,7 @@ def evaluate(
         hidden,
         weight,
         label_batch(case, config.interface),
-        shared_head=None if config.interface == "sft" else shared_head_of(case, placement, group),
+        shared_head=None if config.interface in ("sft", "alm") else shared_head_of(case, placement, group),
         placement=placement,
         config=config,
         group=group,
@@ -233,6 +235,7 @@ def evaluate_oracle(case: LossCase, config: InterfaceConfig) -> tuple[oracle.Ora
         divergence_name=config.divergence,
         temperature=config.temperature,
         beta=config.js_beta,
+        alm_temperature=config.alm_temperature,
         student_softcap=case.student_softcap,
         teacher_softcap=case.teacher_softcap,
     )
@@ -251,3 +254,15 @@ CONFIGS = [
     InterfaceConfig(interface="strict", divergence="js", js_beta=0.9),
     InterfaceConfig(interface="sft"),
 ]
+
+OTHERS = [
+    InterfaceConfig(interface="sum"),
+    InterfaceConfig(interface="sum", divergence="js", js_beta=0.3, temperature=1.5),
+    InterfaceConfig(interface="code"),
+    InterfaceConfig(interface="code", divergence="forward_kl", temperature=2.0),
+    InterfaceConfig(interface="code", divergence="js"),
+    InterfaceConfig(interface="code_gh"),
+    InterfaceConfig(interface="alm"),
+    InterfaceConfig(interface="alm", alm_temperature=3.0),
+]
+"""Interfaces beside those of CONFIGS: other unit scores, and events without shared tokens."""

@@ -13,6 +13,7 @@ from megatron_simct.train import train
 from tests.distributed import run_ranks
 from tests.tiny import config
 
+INTERFACES = ("paper", "code", "strict", "alm", "bytes", "sft")
 LAYOUTS = {"tp2": (2, 2), "dp2": (2, 1), "tp2 x dp2": (4, 2)}
 
 
@@ -50,11 +51,11 @@ def recorded(tiny, weights, tmp_path_factory):
             "--save-debug-rollout-data",
             str(rollouts / interface),
         )[0]
-        for interface in ("paper", "strict", "bytes", "sft")
+        for interface in INTERFACES
     }
 
 
-@pytest.mark.parametrize("interface", ["paper", "strict", "bytes", "sft"])
+@pytest.mark.parametrize("interface", INTERFACES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_agree(tiny, weights, recorded, layout, interface):
     folder, expected = recorded

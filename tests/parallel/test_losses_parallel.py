@@ -17,6 +17,7 @@ from tests import golden
 from tests.distributed import run_ranks
 from tests.oracles.loss_cases import (
     CONFIGS,
+    OTHERS,
     Evaluation,
     LossCase,
     evaluate,
@@ -44,8 +45,9 @@ def evaluate_all(rank: int, world_size: int, cases: list[LossCase], configs: lis
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_loss_and_gradients_equal_the_oracle_on_shards(world_size):
-    by_rank = run_ranks(world_size, evaluate_all, CASES, CONFIGS)
-    pairs = [(case, config) for case in CASES for config in CONFIGS]
+    configs = [*CONFIGS, *OTHERS]
+    by_rank = run_ranks(world_size, evaluate_all, CASES, configs)
+    pairs = [(case, config) for case in CASES for config in configs]
     for (case, config), *evaluations in zip(pairs, *by_rank, strict=True):
         expected, hidden_gradient, weight_gradient = evaluate_oracle(case, config)
         for evaluation in evaluations:

@@ -21,6 +21,7 @@ from megatron_simct.records import LabelBatch
 from tests import golden
 from tests.oracles.loss_cases import (
     CONFIGS,
+    OTHERS,
     LossCase,
     evaluate,
     evaluate_oracle,
@@ -33,11 +34,17 @@ from tests.oracles.loss_cases import (
 )
 
 PAPER = InterfaceConfig()
+FLOAT32_OTHERS = [config for config in OTHERS if config.interface != "code_gh"]
+"""code_gh is the arithmetic of code on the rows that it keeps; of few or none there is no norm to relate to."""
 
 
 def test_needs():
     assert teacher_needs(PAPER).hidden_rows == "first"
     assert teacher_needs(InterfaceConfig(interface="strict")).hidden_rows == "one_to_one"
+    code = teacher_needs(InterfaceConfig(interface="code"))
+    assert (code.hidden_rows, code.segmentation) == ("first", "authors")
+    alm = teacher_needs(InterfaceConfig(interface="alm"))
+    assert (alm.teacher, alm.hidden_rows, alm.segmentation) == (True, "none", "minimal")
     needs = teacher_needs(InterfaceConfig(interface="sft"))
     assert (needs.teacher, needs.hidden_rows) == (False, "none")
 
@@ -51,6 +58,17 @@ def test_golden_loss(key):
     assert int(result.output.num_labels) == 4 and result.output.num_labels.dtype == torch.int64
 
 
+@pytest.mark.parametrize("key", list(golden.OTHER_LOSSES), ids=str)
+def test_golden_loss_of_other_interfaces(key):
+    """On the minimal segments and on those of the released walk, which swallows the shared token behind the unit."""
+    interface, divergence, temperature, segmentation = key
+    case = golden_case()
+    if segmentation == "authors":
+        case = replace(case, segments=list(golden.WALK), kinds=[1, 2], replaced=[-1, -1])
+    config = InterfaceConfig(interface=interface, divergence=divergence, temperature=temperature)
+    assert float(evaluate(case, config).output.sum) / 4 == pytest.approx(golden.OTHER_LOSSES[key], abs=5e-7)
+
+
 def test_golden_rows_and_statistics():
     result = evaluate(golden_case(), PAPER)
     rows = [result.metric(f"loss_{kind}_sum") for kind in ("unit", "shared", "stop")]
@@ -61,7 +79,7 @@ def test_golden_rows_and_statistics():
     assert result.metric("teacher_nll_sum") == pytest.approx(sum(golden.TEACHER_LSE) - own_t, abs=2e-6)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", [*CONFIGS, *OTHERS], ids=str)
 @pytest.mark.parametrize("softcap", [False, True], ids=["plain", "softcap"])
 def test_loss_and_gradient_equal_the_oracle(config, softcap):
     for seed in range(6):
@@ -76,7 +94,7 @@ def test_loss_and_gradient_equal_the_oracle(config, softcap):
 
 
 @pytest.mark.parametrize("scale", [0.7, 1.5, 3.0])
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", [*CONFIGS, *FLOAT32_OTHERS], ids=str)
 def test_float32_is_close_to_the_oracle(config, scale):
     """At scale 3 logits reach +-100, so float32 rounds the logits themselves by up to 1e-5, and the models hardly
     overlap: careless differences lose the whole gradient of js there."""
@@ -105,13 +123,14 @@ def test_metrics_equal_the_oracle():
     kinds = ("unit", "shared", "stop")
     for seed in range(4):
         case = random_case(seed)
-        for interface in ("paper", "strict", "sft"):
+        for interface in ("paper", "strict", "sum", "code", "code_gh", "alm", "sft"):
             config = InterfaceConfig(interface=interface)
             result, (expected, _, _) = evaluate(case, config), evaluate_oracle(case, config)
-            used = {"paper": {0, 1, 2}, "strict": {0, 2}, "sft": set()}[interface]
+            used = {"strict": {0, 2}, "sft": set()}.get(interface, {0, 1, 2})
             counts = [sum(kind == k and kind in used for kind in case.kinds) for k in (1, 0, 2)]
-            assert [result.metric(f"rows_{kind}") for kind in kinds] == counts
-            assert result.metric("rows_dropped") == (case.kinds.count(1) if interface == "strict" else 0)
+            found = [result.metric(f"rows_{kind}") for kind in kinds]
+            assert found == counts if interface != "code_gh" else sum(found) == len(expected.rows)
+            assert result.metric("rows_dropped") == (0 if interface == "sft" else len(case.kinds) - sum(found))
             rows = sum(result.metric(f"loss_{kind}_sum") for kind in kinds)
             assert rows == pytest.approx(sum(float(row.detach()) for row in expected.rows))
             assert result.metric("student_mass_outside_u_sum") == pytest.approx(expected.mass_outside[0])
@@ -123,7 +142,7 @@ def test_metrics_equal_the_oracle():
             assert all(v.dtype == torch.float64 and not v.requires_grad for v in result.output.metrics.values())
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", [*CONFIGS, *OTHERS], ids=str)
 def test_finite_differences(config):
     case = random_case(3, num_segments=5, softcap=True)
     gradient = evaluate(case, config).hidden_gradient
@@ -166,7 +185,7 @@ def same_tokenizer_case(seed: int, *, same_model: bool) -> LossCase:
     )
 
 
-@pytest.mark.parametrize("config", CONFIGS[:-1], ids=str)
+@pytest.mark.parametrize("config", [*CONFIGS[:-1], *OTHERS], ids=str)
 def test_teacher_equal_to_student_gives_zero(config):
     result = evaluate(same_tokenizer_case(2, same_model=True), config)
     assert abs(float(result.output.sum)) < 1e-12
@@ -198,7 +217,7 @@ def test_order_of_the_shared_vocabulary_does_not_matter():
         replaced=[int(new_s[label]) if label >= 0 else -1 for label in case.replaced],
         shared={int(new_s[i]): [int(new_t[t]) for t in reversed(ids)] for i, ids in case.shared.items()},
     )
-    for config in CONFIGS[:-1]:
+    for config in [*CONFIGS[:-1], *OTHERS]:
         a, b = evaluate(case, config), evaluate(renamed, config)
         assert float(a.output.sum) == pytest.approx(float(b.output.sum), rel=1e-12)
         torch.testing.assert_close(a.hidden_gradient, b.hidden_gradient, rtol=1e-11, atol=1e-12)
@@ -258,7 +277,7 @@ def test_sums_add_over_micro_batches():
         kinds=a.kinds + b.kinds,
         replaced=a.replaced + b.replaced,
     )
-    for config in CONFIGS:
+    for config in [*CONFIGS, *OTHERS]:
         one, first, second = (evaluate(case, config) for case in (both, a, b))
         assert float(one.output.sum) == pytest.approx(float(first.output.sum + second.output.sum), rel=1e-12)
         torch.testing.assert_close(one.hidden_gradient, torch.cat([first.hidden_gradient, second.hidden_gradient]))
@@ -297,7 +316,7 @@ def empty_case(*, keep_labels: bool) -> LossCase:
     )
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", [*CONFIGS, *OTHERS], ids=str)
 def test_empty_micro_batches(config):
     for keep_labels in (False, True):
         case = empty_case(keep_labels=keep_labels)
@@ -317,7 +336,7 @@ def test_strict_with_units_only():
     assert result.metric("rows_dropped") == 1
 
 
-@pytest.mark.parametrize("interface", ["paper", "strict", "sft"])
+@pytest.mark.parametrize("interface", ["paper", "strict", "code", "alm", "sft"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_states_make_the_sum_non_finite(interface, bad):
     """Whatever the row: also one that the interface does not use."""
@@ -452,6 +471,7 @@ def test_invalid_options_are_refused():
         (InterfaceConfig(temperature=0.0), "--simct-temperature must be positive, got 0.0"),
         (InterfaceConfig(divergence="js", js_beta=1.0), "--simct-js-beta"),
         (InterfaceConfig(interface="papr"), "papr"),
+        (InterfaceConfig(interface="alm", alm_temperature=0.0), "--simct-alm-temperature must be positive"),
         (InterfaceConfig(divergence="kl"), "kl"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -469,7 +489,7 @@ def test_invalid_options_are_refused():
 
 
 @pytest.mark.parametrize("width", [1, 3, 7])
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", [*CONFIGS, *OTHERS], ids=str)
 def test_tiles_of_any_width_give_the_same_numbers(monkeypatch, config, width):
     """Maxima that grow from tile to tile, tiles without a shared token, a label or a stop set on a border."""
     monkeypatch.setattr("megatron_simct.losses.two_pass.MAX_TILE_COLUMNS", width)

@@ -14,7 +14,7 @@ from tests.distributed import run_ranks
 from tests.oracles.loss_cases import LossCase, padded_shard, random_case
 from tests.oracles.modes import Model, capped, row_losses
 
-INTERFACES = ("paper", "strict", "sft")
+INTERFACES = ("paper", "sum", "code", "code_gh", "strict", "alm", "sft")
 
 
 def arguments(case: LossCase) -> dict:
@@ -52,7 +52,7 @@ def expected(case: LossCase, interface: str, **options) -> tuple[float, torch.Te
         interface=interface,
         **options,
     )
-    loss = sum(rows) / len(case.student_labels)
+    loss = sum(rows, 0 * logits.sum()) / len(case.student_labels)
     loss.backward()
     return float(loss.detach()), logits.grad, hidden.grad, weight.grad
 
@@ -165,6 +165,8 @@ def test_nothing_to_compare_is_a_counted_zero():
         ({"replaced_columns": torch.tensor([7, 0, -1])}, "replaced_columns"),
         ({"normalizer": 0}, "normalizer"),
         ({"interface": "papr"}, "papr"),
+        ({"interface": "bytes"}, "compares bytes, not ids"),
+        ({"interface": "alm", "alm_temperature": 0.0}, "alm-temperature"),
         ({"temperature": 0.0}, "temperature"),
         ({"student_vocab_size": 9}, "student_vocab_size 9"),
     ],

@@ -15,7 +15,7 @@ from tests.oracles.modes import SHARED, STOP, UNIT, Model, captured_teacher_mass
 STUDENT = Model(torch.tensor(golden.STUDENT_LOGITS), golden.STUDENT_LABELS)
 TEACHER = Model(torch.tensor(golden.TEACHER_LOGITS), golden.TEACHER_LABELS)
 PAIRS = {student: [teacher] for student, teacher in golden.SHARED_PAIRS}
-WALK = ((0, 3, 0, 3), (3, 4, 3, 4))
+WALK = golden.WALK
 """The segments of the authors' own walk on G0: the unit swallows the shared token behind it."""
 
 MINIMAL = {"segments": golden.SEGMENTS, "kinds": golden.KINDS, "replaced": (-1, -1, -1), "shared": PAIRS}
