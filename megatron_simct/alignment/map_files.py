@@ -69,10 +69,10 @@ def save_map(
     _check_fingerprints(folder, _fingerprints(alignment_map), tables)
     tensors = {"student_ids": alignment_map.student_ids, "teacher_ids": alignment_map.teacher_ids}
     for side, table in tables.items():
-        tensors[f"{side}_bytes"] = np.ascontiguousarray(table.flat)
+        tensors[f"{side}_bytes"] = table.flat
         tensors[f"{side}_lengths"] = table.lengths.astype(np.int32)
         tensors[f"{side}_special"] = table.special.astype(np.uint8)
-    data = save(tensors)
+    data = save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
     settings = {
         "format_version": FORMAT_VERSION,
         "tool_version": megatron_simct.__version__,

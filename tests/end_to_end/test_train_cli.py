@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_simct.alignment import build_alignment_map, load_tokenizer
+from megatron_simct.alignment.map_files import save_map
 from megatron_simct.arguments import parse_config
 from megatron_simct.config import Config
 from megatron_simct.train import main
@@ -195,6 +197,34 @@ def test_prompts_that_are_left_out_are_counted(tiny, tmp_path):
     assert [code for code, _, _ in results] == [0, 0]
     assert " 1 of 8 prompts exceed --rollout-max-prompt-len 64 and are left out\n" in results[0][1]
     assert results[1][1] == "", "only the first rank prints"
+
+
+def test_a_given_alignment_map_is_the_one_that_is_used(tiny, tmp_path):
+    """A map of the same tokenizers with half of the pairs compares fewer tokens; another's is refused."""
+    student = load_tokenizer(str(tiny / "student.model"))
+    teacher = load_tokenizer(str(tiny / "teacher.tiktoken"))
+    whole = build_alignment_map(student, teacher)
+    kept = slice(None, None, 2)
+    half = replace(whole, student_ids=whole.student_ids[kept], teacher_ids=whole.teacher_ids[kept])
+    for name, of, sides in (
+        ("whole", whole, (student, teacher)),
+        ("half", half, (student, teacher)),
+        ("swapped", build_alignment_map(teacher, student), (teacher, student)),
+    ):
+        save_map(tmp_path / name, of, student=sides[0].table, teacher=sides[1].table)
+    flags = {name: ["--simct-alignment-map", str(tmp_path / name)] for name in ("whole", "half", "swapped")}
+    step = {}
+    for name, more in {"built": [], "whole": flags["whole"], "half": flags["half"]}.items():
+        argv = command_line(tiny, *more, "--train-iters", "1", "--run-dir", str(tmp_path / f"run-{name}"))
+        ((code, _, err),) = run_ranks(1, _main, argv)
+        assert code == 0, err
+        line = json.loads((tmp_path / f"run-{name}" / "metrics.jsonl").read_text())
+        step[name] = {key: line[key] for key in ("loss", "grad_norm", "coverage_one_to_one")}
+    assert step["whole"] == step["built"]
+    assert step["half"]["coverage_one_to_one"] < step["whole"]["coverage_one_to_one"]
+    ((code, out, err),) = run_ranks(1, _main, command_line(tiny, *flags["swapped"]))
+    assert code == 1 and _said(out) == [] and err.count("\n") == 1
+    assert err.startswith("megatron_simct.train: error: --simct-alignment-map: ") and "roles are swapped" in err
 
 
 def test_a_run_stops_at_the_wanted_accuracy(tiny, tmp_path):

@@ -234,6 +234,9 @@ def test_the_released_walk_has_its_own_units():
     assert pair.kinds.tolist() == [UNIT, SHARED, STOP]
     fused = plan(HAPPY_STUDENT, HAPPY_TEACHER, [0, 1, 5], needs=needs)
     assert (fused.segments.tolist(), fused.kinds.tolist()) == ([[0, 3, 0, 3]], [UNIT])
-    # The unit "82" of "8" "2" spells a shared token; its column stays beside the unit's.
-    assert plan(DIGIT_STUDENT, DIGIT_TEACHER, [0, 1, 9, 3]).replaced_columns.tolist() == [2, -1, -1]
-    assert plan(DIGIT_STUDENT, DIGIT_TEACHER, [0, 1, 9, 3], needs=needs).replaced_columns.tolist() == [-1, -1]
+    # The walk's unit "82" + "x" spells the shared token "82x", whose column stays beside the unit's.
+    student = tokenizer([b"8", b"2", b"x", b"82x", b"</s>"], [4])
+    table = TokenTable.from_bytes([b"82", b"x", b"82x", b"</s>"], stop_ids=[3])
+    teacher = Tokenizer(name="test", table=table, encode_text=lambda text: [0, 1])
+    walked = plan(student, teacher, [0, 1, 2, 4], needs=needs)
+    assert (walked.segments.tolist(), walked.replaced_columns.tolist()) == ([[0, 2, 0, 3], [2, 3, 3, 4]], [-1, -1])
