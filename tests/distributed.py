@@ -87,6 +87,7 @@ def _collect(pipes: list[Connection], *, deadline: float) -> list[Any]:
         for pipe in ready:
             rank = pipes.index(pipe)
             try:
+                # Nothing from outside: the sender is a fork of this process.
                 outcome, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 raise AssertionError(f"rank {rank} died without an answer") from None
