@@ -92,6 +92,12 @@ class ParallelConfig:
     context_parallel_size: int = option(1, "ranks that share each sequence (this version: 1)")
     expert_model_parallel_size: int = option(1, "ranks that share the experts (this version: 1)")
     sequence_parallel: bool = option(False, "split norms and residuals along the sequence too, over the tensor ranks")
+    overlap_grad_reduce: bool = option(
+        False, "sum gradients over data-parallel ranks bucket by bucket, while the backward pass still runs"
+    )
+    ddp_bucket_size: int | None = option(
+        None, "parameters of a bucket of --overlap-grad-reduce; default: Megatron-Core's, which grows with the ranks"
+    )
     distributed_timeout_minutes: int = option(10, "give up on a collective after this many minutes")
 
 
@@ -264,6 +270,8 @@ class Config:
         for flag, given in needs_save.items():
             if given and self.output.save is None:
                 raise ValueError(f"{flag} needs --save, the directory of checkpoints")
+        if self.parallel.ddp_bucket_size is not None and not self.parallel.overlap_grad_reduce:
+            raise ValueError("--ddp-bucket-size needs --overlap-grad-reduce")
         if self.output.wandb_save_dir is not None and self.output.wandb_project is None:
             raise ValueError("--wandb-save-dir needs --wandb-project")
         if self.training.bf16 and not _cuda_available():
@@ -275,6 +283,7 @@ class Config:
         at_least = {
             "--make-vocab-size-divisible-by": (self.model.make_vocab_size_divisible_by, 1),
             "--teacher-make-vocab-size-divisible-by": (self.teacher.make_vocab_size_divisible_by, 1),
+            "--ddp-bucket-size": (1 if self.parallel.ddp_bucket_size is None else self.parallel.ddp_bucket_size, 1),
             "--distributed-timeout-minutes": (self.parallel.distributed_timeout_minutes, 1),
             "--rollout-batch-size": (rollout.rollout_batch_size, 1),
             "--n-samples-per-prompt": (rollout.n_samples_per_prompt, 1),

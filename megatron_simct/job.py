@@ -79,7 +79,7 @@ def build_job(config: Config, groups: Groups) -> Job:
     model = load_model(config, config.model, groups, student, prefix="")
     placement = build_placement(model, student, alignment_map)
     scorer, shared_head = build_teacher(config, groups, teacher, placement, needs)
-    chunks = wrap_data_parallel(model)
+    chunks = wrap_data_parallel(model, config.parallel)
     optimizer, scheduler = build_optimizer(chunks, config.training)
     sampler = MegatronEngine(
         model,

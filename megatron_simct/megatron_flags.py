@@ -26,7 +26,7 @@ MEGATRON_FLAGS = frozenset(
     log-progress timing-log-level profile profile-step-start profile-step-end fp16 fp8-format fp8-recipe fp8-margin
     fp4-format loss-scale initial-loss-scale min-loss-scale loss-scale-window grad-reduce-in-bf16
     accumulate-allreduce-grads-in-fp32 no-gradient-accumulation-fusion transformer-impl use-distributed-optimizer
-    overlap-grad-reduce overlap-param-gather num-distributed-optimizer-instances use-precision-aware-optimizer
+    overlap-param-gather num-distributed-optimizer-instances use-precision-aware-optimizer
     optimizer-cpu-offload use-megatron-fsdp use-torch-fsdp2 data-parallel-sharding-strategy
     num-layers-per-virtual-pipeline-stage pipeline-model-parallel-layout
     decoder-first-pipeline-num-layers decoder-last-pipeline-num-layers expert-tensor-parallel-size

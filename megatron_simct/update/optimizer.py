@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_simct.config import TrainingConfig
+from megatron_simct.config import ParallelConfig, TrainingConfig
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, chunks_of
 from megatron_simct.parallel.cpu import megatron_imports
 
@@ -21,13 +21,18 @@ with megatron_imports():
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 
-def wrap_data_parallel(model: HiddenStateModel | InterleavedModel) -> list[DistributedDataParallel]:
+def wrap_data_parallel(
+    model: HiddenStateModel | InterleavedModel, parallel: ParallelConfig
+) -> list[DistributedDataParallel]:
     """Each chunk with fp32 gradient buffers that are summed, not averaged, over data-parallel ranks."""
+    overlap = parallel.overlap_grad_reduce
+    options = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, overlap_grad_reduce=overlap, bucket_size=parallel.ddp_bucket_size
+    )
     chunks = []
-    for chunk in chunks_of(model):
-        ddp = DistributedDataParallel(
-            model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), chunk, disable_bucketing=True
-        )
+    for index, chunk in enumerate(chunks_of(model)):
+        # As in Megatron-LM: later chunks of an interleaved stage are reduced whole, behind other chunks' work.
+        ddp = DistributedDataParallel(model.config, options, chunk, disable_bucketing=not overlap or index > 0)
         ddp.broadcast_params()
         chunks.append(ddp)
     return chunks

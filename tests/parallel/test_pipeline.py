@@ -152,6 +152,61 @@ def test_layouts_agree_with_one_process(files, recorded, layout, interface):
         assert all(torch.equal(copy, tied[0]) for copy in tied), "the two ends of a tied embedding drifted apart"
 
 
+# Gradients that are summed while the backward pass still runs
+
+THREE_MICRO_BATCHES = ("--simct-interface", "paper", "--rollout-batch-size", "12")
+OVERLAPPED = {
+    "dp2": (2, ()),
+    "pp2 x dp2": (4, PP2),
+    "tp2 x dp2, sequence": (4, TP2 + SEQUENCE),
+    "pp2 x dp2, interleaved": (4, (*PP2, *INTERLEAVED, "--micro-batch-size", "3")),
+}
+
+
+def _run_counting_buckets(rank, world_size, folder, *flags):
+    """`_run`, and how many reductions began in a backward pass, before Megatron waits for them."""
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as BucketGroup
+
+    counts = {"early": 0, "late": 0}
+    start, finish = BucketGroup.start_grad_sync, DistributedDataParallel.finish_grad_sync
+
+    def counting_start(group, **kwargs):
+        counts["late" if counts.get("finishing") else "early"] += 1
+        start(group, **kwargs)
+
+    def marked_finish(ddp, *args, **kwargs):
+        counts["finishing"] = True
+        finish(ddp, *args, **kwargs)
+        counts["finishing"] = False
+
+    BucketGroup.start_grad_sync, DistributedDataParallel.finish_grad_sync = counting_start, marked_finish
+    return *_run(rank, world_size, folder, *flags), counts
+
+
+@pytest.mark.parametrize("layout", OVERLAPPED)
+def test_overlapped_reduction_changes_nothing(files, tmp_path, layout):
+    """Three micro-batches a rank, small buckets, and a head whose gradient is in main_grad before backward begins."""
+    world_size, flags = OVERLAPPED[layout]
+    rollouts = str(tmp_path)
+    ((expected, expected_norms, _),) = run_ranks(
+        1, _run, files, *THREE_MICRO_BATCHES, "--save-debug-rollout-data", rollouts
+    )
+    overlap = ("--overlap-grad-reduce", "--ddp-bucket-size", "4000")
+    results = run_ranks(
+        world_size, _run_counting_buckets, files, *THREE_MICRO_BATCHES, *overlap, *flags,
+        *("--load-debug-rollout-data", rollouts),
+    )  # fmt: skip
+    for steps, norms, _, counts in results:
+        # Megatron learns in the first step which gradients a bucket waits for, and overlaps from the second one on.
+        assert counts["early"] == counts["late"] > 0
+        for (sums, grad_norm, _), (wanted, wanted_norm, _) in zip(steps, expected, strict=True):
+            assert math.isclose(sums["loss"], wanted["loss"], rel_tol=1e-5)
+            assert math.isclose(grad_norm, wanted_norm, rel_tol=1e-5)
+        for name, weight in norms.items():
+            torch.testing.assert_close(weight, expected_norms[name], rtol=1e-5, atol=1e-6)
+
+
 # A whole run
 
 
