@@ -21,20 +21,42 @@ def option(default: Any, text: str, *, metavar: str | None = None) -> Any:
 class InterfaceConfig:
     """How the two models' next-token distributions are compared. Flags: --simct-*"""
 
-    interface: Literal["paper", "sum", "code", "code_gh", "strict", "alm", "bytes", "sft"] = option(
+    interface: Literal[
+        "paper", "sum", "code", "code_gh", "exact", "strict", "strict_topk", "no_unit_loss", "random_unit",
+        "uld", "alm", "bytes", "kd", "sft",
+    ] = option(
         "paper",
         "paper: shared tokens plus the realised multi-token unit, mean log-probability (SimCT, Eq. 6-9); "
         "sum: the same with the unit's whole log-probability; "
         "code: SimCT's released code, its walk and raw logits; code_gh: that without rows of low teacher mass; "
-        "strict: shared tokens at 1:1 positions only; alm: the probability of each unit alone; "
-        "bytes: next-byte distributions; sft: cross entropy on given responses, no teacher",
-    )
+        "exact: a partition of events, the unit one of them and all else another; "
+        "strict: shared tokens at 1:1 positions only; strict_topk: the student's --simct-topk likeliest of them; "
+        "no_unit_loss: paper, without the loss of a share --simct-rho of the units; "
+        "random_unit: strict, with a share --simct-rho of the positions joined to the next one as units; "
+        "uld: sorted distributions at 1:1 positions; alm: the probability of each unit alone; "
+        "bytes: next-byte distributions; kd: the whole vocabulary of one common tokenizer; "
+        "sft: cross entropy on given responses, no teacher",
+    )  # fmt: skip
     divergence: Literal["reverse_kl", "forward_kl", "js"] = option(
         "reverse_kl", "KL(student || teacher), KL(teacher || student), or the generalised Jensen-Shannon divergence"
     )
     temperature: float = option(1.0, "divides the row's scores before the softmax over U; no squared factor")
     js_beta: float = option(0.5, "weight of the teacher in the mixture of --simct-divergence js")
     alm_temperature: float = option(float("inf"), "temperature of the binary events of interface alm; inf: the limit")
+    topk: int = option(16, "shared tokens that strict_topk compares in a row")
+    uld_topk: int = option(1024, "largest probabilities of each model that uld compares one by one; 0: all")
+    unit_weight: Literal["one", "student_length"] = option(
+        "one", "what the loss of a multi-token unit is multiplied by: 1, or the number of its student tokens"
+    )
+    mask_whitespace: bool = option(
+        False, "leave out segments that are blanks only, where models differ by their tokenizers' taste"
+    )
+    min_teacher_mass: float = option(
+        0.0, "leave out segments where the teacher gives the compared tokens and the unit together less than this"
+    )
+    stop_bridge: bool = option(True, "compare the stop tokens, the student's with all of the teacher's as one")
+    rho: float = option(0.5, "share of no_unit_loss and random_unit")
+    interface_seed: int = option(0, "seed of no_unit_loss and random_unit")
     loss_memory_mib: int = option(
         128, "what the loss may hold of logits at a time, in MiB: sets how many columns of the vocabulary a tile has"
     )

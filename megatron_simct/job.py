@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_simct.alignment import AlignmentMap, Tokenizer, VocabPlacement, build_alignment_map, load_tokenizer
+from megatron_simct.alignment.alignment_map import identity_map
 from megatron_simct.alignment.map_files import load_map
 from megatron_simct.alignment.plan import plan_pair, plan_without_teacher
 from megatron_simct.arguments import to_dict
@@ -77,7 +78,7 @@ def build_job(config: Config, groups: Groups) -> Job:
 
     prompts = build_prompts(config, groups, student, teacher)
     model = load_model(config, config.model, groups, student, prefix="")
-    placement = build_placement(model, student, alignment_map)
+    placement = build_placement(config, model, student, alignment_map)
     scorer, shared_head = build_teacher(config, groups, teacher, placement, needs)
     chunks = wrap_data_parallel(model, config.parallel)
     optimizer, scheduler = build_optimizer(chunks, config.training)
@@ -113,7 +114,14 @@ def build_job(config: Config, groups: Groups) -> Job:
         align=(
             partial(plan_without_teacher, student=student, needs=needs)
             if teacher is None
-            else partial(plan_pair, student=student, teacher=teacher, alignment_map=alignment_map, needs=needs)
+            else partial(
+                plan_pair,
+                student=student,
+                teacher=teacher,
+                alignment_map=alignment_map,
+                needs=needs,
+                interface=config.interface,
+            )
         ),
         teacher=scorer,
         pack=partial(
@@ -207,6 +215,8 @@ def open_tokenizer(options: ModelConfig, *, prefix: str) -> Tokenizer:
 def open_alignment_map(config: Config, student: Tokenizer, teacher: Tokenizer) -> AlignmentMap:
     """That of --simct-alignment-map, if it is one of these two tokenizers; else built."""
     folder = config.data.simct_alignment_map
+    if config.interface.interface == "kd":
+        return identity_map(student, teacher)
     if folder is None:
         return build_alignment_map(student, teacher)
     try:
@@ -314,13 +324,13 @@ def build_engine(config: Config, groups: Groups, sampler: MegatronEngine, studen
 
 
 def build_placement(
-    model: HiddenStateModel | InterleavedModel, student: Tokenizer, alignment_map: AlignmentMap | None
+    config: Config, model: HiddenStateModel | InterleavedModel, student: Tokenizer, alignment_map: AlignmentMap | None
 ) -> VocabPlacement:
     """The shared vocabulary on this rank's slice of the student's."""
     start, end = model.vocab_shard
     if alignment_map is None:
         return VocabPlacement.student_only(student_vocab_size=student.table.num_ids, shard_start=start, shard_end=end)
-    return alignment_map.placement(shard_start=start, shard_end=end)
+    return alignment_map.placement(shard_start=start, shard_end=end, stop_bridge=config.interface.stop_bridge)
 
 
 def build_byte_order(model: HiddenStateModel | InterleavedModel, groups: Groups, tokenizer: Tokenizer) -> ByteOrder:

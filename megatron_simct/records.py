@@ -93,6 +93,8 @@ class TeacherNeeds:
     teacher: bool = True
     hidden_rows: Literal["none", "one_to_one", "first", "all"] = "first"
     segmentation: Literal["minimal", "authors"] = "minimal"
+    topk: int = 0
+    """Log-probabilities of the likeliest tokens that come with each row of hidden_rows (ScoredPair.topk)."""
     byte_events: bool = False
     """Whether log-probabilities of byte events come (ScoredPair.byte_logprobs)."""
 
@@ -145,6 +147,10 @@ class AlignedPair:
     """int8 [A] of SegmentKind."""
     replaced_columns: np.ndarray
     """int32 [A]: student id of the shared token whose bytes a UNIT spells (its score replaces that column), or -1."""
+    teacher_first_columns: np.ndarray
+    """int32 [A]: student id of the shared token that the first teacher label of a UNIT is, or -1."""
+    weights: np.ndarray
+    """float32 [A]: what the loss of each segment is multiplied by; 0 leaves it out."""
     teacher_rows: np.ndarray
     """int32 [R], sorted label positions p whose predicting hidden state the teacher returns."""
     needs: TeacherNeeds
@@ -165,6 +171,8 @@ class ScoredPair:
     """float32 [m]: log-sum-exp over the teacher's real vocabulary at the same rows."""
     hidden: torch.Tensor | None
     """[R, H_T]: what enters the LM head at AlignedPair.teacher_rows; None when no row was asked for."""
+    topk: torch.Tensor | None = None
+    """float32 [R, k]: log-probabilities of the teacher's likeliest tokens at AlignedPair.teacher_rows, descending."""
     byte_logprobs: torch.Tensor | None = None
     """float32 [E]: the teacher's log-probability of each slot of AlignedPair.byte_events, relative to its path."""
 
@@ -217,6 +225,10 @@ class LabelBatch:
     """int64 [A] of SegmentKind."""
     replaced_columns: torch.Tensor
     """int64 [A], a student id or -1."""
+    teacher_first_columns: torch.Tensor
+    """int64 [A], a student id or -1."""
+    weights: torch.Tensor
+    """float32 [A]"""
     teacher_own_logit: torch.Tensor
     """float32 [M]"""
     teacher_lse: torch.Tensor
@@ -225,6 +237,8 @@ class LabelBatch:
     """[R, H_T], rows of the whole micro-batch."""
     teacher_hidden_index: torch.Tensor
     """int64 [A]: the row of `teacher_hidden` for the segment's first teacher label; -1 where none was asked for."""
+    teacher_topk: torch.Tensor | None = None
+    """float32 [R, k], log-probabilities, descending; rows as in `teacher_hidden`."""
     byte_batch: ByteBatch | None = None
     """For the interface `bytes`."""
 

@@ -68,17 +68,34 @@ class AlignmentMap:
         """The student id of the shared token that spells `data`, -1 if none does."""
         return self.student_id_of_bytes.get(data, -1)
 
-    def placement(self, *, shard_start: int, shard_end: int) -> VocabPlacement:
-        """The pairs and the stop bridge whose student ids lie in [shard_start, shard_end) of the padded vocabulary.
+    def shared_student_ids_of(self, teacher_ids: np.ndarray) -> np.ndarray:
+        """int32 [n]: the student id that each teacher id (content, int [n]) is paired with, -1 for none."""
+        place = self._by_teacher[0].searchsorted(teacher_ids).clip(max=max(0, self.num_shared - 1))
+        if self.num_shared == 0:
+            return np.full(len(teacher_ids), -1, dtype=np.int32)
+        found = self._by_teacher[0][place] == teacher_ids
+        return np.where(found, self._by_teacher[1][place], -1).astype(np.int32)
+
+    @cached_property
+    def _by_teacher(self) -> tuple[np.ndarray, np.ndarray]:
+        """Teacher ids, ascending, and their student ids."""
+        order = self.teacher_ids.argsort()
+        return self.teacher_ids[order], self.student_ids[order]
+
+    def placement(self, *, shard_start: int, shard_end: int, stop_bridge: bool = True) -> VocabPlacement:
+        """The pairs whose student ids lie in [shard_start, shard_end) of the padded vocabulary, and the stop bridge.
 
         Raises ValueError if that range is empty or starts below 0.
         """
         if not 0 <= shard_start < shard_end:
             raise ValueError(f"[{shard_start}, {shard_end}) is not a range of student ids")
-        at = self.student_ids.searchsorted(self.stop_student_id)
-        columns = np.insert(self.student_ids.astype(np.int64), at, self.stop_student_id)
-        teacher_rows = np.insert(self.teacher_ids.astype(np.int64), at, self.stop_teacher_ids)
-        rows_per_column = np.insert(np.ones(self.num_shared, dtype=np.int64), at, len(self.stop_teacher_ids))
+        columns, teacher_rows = self.student_ids.astype(np.int64), self.teacher_ids.astype(np.int64)
+        rows_per_column = np.ones(self.num_shared, dtype=np.int64)
+        if stop_bridge:
+            at = columns.searchsorted(self.stop_student_id)
+            columns = np.insert(columns, at, self.stop_student_id)
+            teacher_rows = np.insert(teacher_rows, at, self.stop_teacher_ids)
+            rows_per_column = np.insert(rows_per_column, at, len(self.stop_teacher_ids))
         row_offsets = np.append(0, rows_per_column.cumsum())
         first, last = columns.searchsorted([shard_start, shard_end])
         return VocabPlacement(
@@ -113,6 +130,33 @@ def build_alignment_map(student: Tokenizer, teacher: Tokenizer) -> AlignmentMap:
         student_fingerprint=student.table.fingerprint,
         teacher_fingerprint=teacher.table.fingerprint,
         student_id_of_bytes={data: i for i, _, data in pairs},
+    )
+
+
+def identity_map(student: Tokenizer, teacher: Tokenizer) -> AlignmentMap:
+    """Every real id with itself, special ones included: for two models of one tokenizer (interface `kd`).
+
+    Raises ValueError for tokenizers that are not the same.
+    """
+    table = student.table
+    if table.fingerprint != teacher.table.fingerprint:
+        raise ValueError(
+            f'tokenizers "{student.name}" and "{teacher.name}" are not the same, so their ids cannot be compared one '
+            "by one; choose another --simct-interface than kd"
+        )
+    if not table.stop_ids:
+        raise ValueError(f'tokenizer "{student.name}" has no stop token')
+    ids = np.delete(np.arange(table.num_ids, dtype=np.int32), table.stop_ids[0])
+    return AlignmentMap(
+        student_ids=ids,
+        teacher_ids=ids,
+        stop_student_id=table.stop_ids[0],
+        stop_teacher_ids=table.stop_ids[:1],
+        student_vocab_size=table.num_ids,
+        teacher_vocab_size=table.num_ids,
+        student_fingerprint=table.fingerprint,
+        teacher_fingerprint=table.fingerprint,
+        student_id_of_bytes=_id_of_bytes(student),
     )
 
 

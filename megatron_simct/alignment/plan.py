@@ -8,6 +8,7 @@ says which of the teacher's rows the interface will need.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from megatron_simct.alignment.alignment_map import AlignmentMap
 from megatron_simct.alignment.byte_events import plan_byte_events
 from megatron_simct.alignment.segments import Alignment, align
 from megatron_simct.alignment.tokenizer import Tokenizer, utf8_prefix_bytes
+from megatron_simct.config import InterfaceConfig
 from megatron_simct.records import AlignedPair, Prompt, Rollout, SegmentKind, TeacherNeeds
 
 DROP_REASONS = ("mismatch", "special", "one_stop", "no_bytes", "walk", "invalid_utf8")
@@ -29,8 +31,12 @@ def plan_pair(
     teacher: Tokenizer,
     alignment_map: AlignmentMap,
     needs: TeacherNeeds,
+    interface: InterfaceConfig | None = None,
 ) -> AlignedPair:
-    """Retokenizes the response for the teacher, cuts both into minimal units and classifies these.
+    """Retokenizes the response for the teacher, cuts both into minimal units, classifies and weights these.
+
+    `interface` says which segments are joined or weighted otherwise than by 1; what is drawn at random depends on its
+    seed and on the sample's id alone.
 
     The teacher's side ends in its stop token if and only if the student stopped. Counts of the result, all additive:
         bytes                     content bytes of the response; the next three sum to it
@@ -40,7 +46,7 @@ def plan_pair(
                                   teacher's text ends because the response's bytes are no longer UTF-8
         student_labels            labels of the response, the normaliser of the loss: dropped ones count too
         student_labels_dropped, teacher_labels, teacher_labels_dropped
-        segments_shared, segments_unit, segments_stop
+        segments_shared, segments_unit, segments_stop, and of them all segments_blank, of white space only
         canonical                 1 if the student's tokenizer would spell the response in just these ids
 
     Raises ValueError for records of different samples, a rollout that stopped without a stop token, or a map that
@@ -58,7 +64,13 @@ def plan_pair(
     if stopped:
         teacher_ids = np.append(teacher_ids, np.int32(teacher.table.stop_ids[0]))
     alignment = align(teacher.table, teacher_ids, student.table, rollout.student_ids, segmentation=needs.segmentation)
+    interface = interface or InterfaceConfig()
     kinds = _kinds(alignment, teacher_ids, rollout.student_ids, alignment_map)
+    weights = np.ones(kinds.size, np.float32)
+    random = np.random.default_rng([interface.interface_seed, rollout.sample_id])
+    if interface.interface == "random_unit":
+        alignment, kinds, weights = _joined_at_random(alignment, kinds, interface.rho, random)
+    weights *= _weights(alignment, kinds, data, interface, random)
 
     canonical = np.array_equal(student.encode(data), content_ids)
     return AlignedPair(
@@ -73,6 +85,10 @@ def plan_pair(
             if needs.segmentation == "minimal"
             else np.full(kinds.size, -1, dtype=np.int32)
         ),
+        teacher_first_columns=np.where(
+            kinds == SegmentKind.UNIT, alignment_map.shared_student_ids_of(teacher_ids[alignment.segments[:, 0]]), -1
+        ).astype(np.int32),
+        weights=weights,
         teacher_rows=_teacher_rows(alignment.segments, kinds, teacher_ids.size, needs),
         needs=needs,
         byte_events=(
@@ -125,6 +141,50 @@ def _kinds(
     return kinds
 
 
+def _joined_at_random(
+    alignment: Alignment, kinds: np.ndarray, share: float, random: np.random.Generator
+) -> tuple[Alignment, np.ndarray, np.ndarray]:
+    """The ablation `random_unit`: what coarser units cost (alignment, kinds and weights of the segments).
+
+    Of the n 1:1 positions round(n share) are marked; a longest run of marked neighbours and the position behind it
+    become one unit. The real units have weight 0: at share 0 this is `strict`.
+    """
+    single = (kinds == SegmentKind.SHARED).nonzero()[0]
+    marked = np.zeros(kinds.size, dtype=bool)
+    marked[random.permutation(single)[: round(single.size * share)]] = True
+    # A segment is joined to the one before it, if that one is marked and both are 1:1 positions.
+    is_single = kinds == SegmentKind.SHARED
+    joined = np.append(False, marked[:-1] & is_single[1:])[: kinds.size]
+    first = (~joined).nonzero()[0]
+    last = np.append(first[1:], kinds.size)[: first.size] - 1
+    segments = np.stack([alignment.segments[of, i] for i, of in enumerate((first, last, first, last))], axis=1)
+    new_kinds = np.where(last > first, SegmentKind.UNIT, kinds[first]).astype(np.int8)
+    weights = np.where((last == first) & (new_kinds == SegmentKind.UNIT), 0, 1).astype(np.float32)
+    return replace(alignment, segments=segments, byte_ends=alignment.byte_ends[last]), new_kinds, weights
+
+
+def _weights(
+    alignment: Alignment, kinds: np.ndarray, data: bytes, interface: InterfaceConfig, random: np.random.Generator
+) -> np.ndarray:
+    """float32 [A]"""
+    weights, units = np.ones(kinds.size, np.float32), kinds == SegmentKind.UNIT
+    if interface.unit_weight == "student_length":
+        weights = np.where(units, alignment.segments[:, 3] - alignment.segments[:, 2], weights)
+    if interface.interface == "no_unit_loss":
+        weights = np.where(units & (random.random(kinds.size) < interface.rho), 0, weights)
+    if interface.mask_whitespace:
+        weights = np.where(_is_blank(alignment, data), 0, weights)
+    if not interface.stop_bridge:
+        weights = np.where(kinds == SegmentKind.STOP, 0, weights)
+    return weights.astype(np.float32)
+
+
+def _is_blank(alignment: Alignment, data: bytes) -> np.ndarray:
+    """bool [A]: segments whose bytes are ASCII blanks only, at least one."""
+    bounds = zip(np.append(0, alignment.byte_ends)[:-1].tolist(), alignment.byte_ends.tolist(), strict=True)
+    return np.array([data[start:end].isspace() for start, end in bounds], dtype=bool)
+
+
 def _replaced_columns(alignment: Alignment, kinds: np.ndarray, data: bytes, alignment_map: AlignmentMap) -> np.ndarray:
     """int32 [A]: the shared token that spells the same bytes as a UNIT, -1 where none does.
 
@@ -165,6 +225,7 @@ def _counts(alignment: Alignment, kinds: np.ndarray, data: bytes) -> dict[str, i
         segments_shared=int((kinds == SegmentKind.SHARED).sum()),
         segments_unit=int((kinds == SegmentKind.UNIT).sum()),
         segments_stop=int((kinds == SegmentKind.STOP).sum()),
+        segments_blank=int(_is_blank(alignment, data).sum()),
     )
     valid_bytes = utf8_prefix_bytes(data)
     for reason, num_bytes in alignment.dropped.items():
@@ -185,6 +246,8 @@ def plan_without_teacher(prompt: Prompt, rollout: Rollout, *, student: Tokenizer
         segments=np.zeros((0, 4), np.int32),
         kinds=np.zeros(0, np.int8),
         replaced_columns=nothing,
+        teacher_first_columns=nothing,
+        weights=np.zeros(0, np.float32),
         teacher_rows=nothing,
         needs=needs,
         counts={"bytes": len(student.decode(content_ids)), "student_labels": rollout.student_ids.size},

@@ -170,6 +170,28 @@ def mean_of_derivative(total: ColumnSums, divergence: str, beta: float) -> torch
     return -total.first / total.p
 
 
+def sum_of_derivative(sums: ColumnSums, divergence: str) -> torch.Tensor:
+    """[A]: sum p D over the columns of `sums`, which need not be all columns of the rows."""
+    match divergence:
+        case "reverse_kl":
+            return sums.first
+        case "forward_kl":
+            return -sums.q
+    return -sums.first
+
+
+def derivative_of(log_p: torch.Tensor, log_q: torch.Tensor, divergence: str, beta: float) -> torch.Tensor:
+    """D of columns that every rank knows, without `factor_of`; 0 where the student gives a column nothing."""
+    match divergence:
+        case "reverse_kl":
+            derivative = log_p - log_q
+        case "forward_kl":
+            derivative = -(log_q - log_p).exp()
+        case _:
+            derivative = -_deficit(log_p, log_q, 1 - beta)
+    return derivative.masked_fill(log_p == NEGATIVE_INFINITY, 0)
+
+
 def known_gradient(
     log_p: torch.Tensor, log_q: torch.Tensor, offset: torch.Tensor, divergence: str, beta: float
 ) -> torch.Tensor:

@@ -10,9 +10,16 @@
     code     SimCT's released code: the segments of its walk, raw logits, and the mean raw logit of the unit. Not
              invariant to a constant added to the logits of a unit's inner position. code_gh drops rows where the
              teacher's probability of U is below 1/2.
+    exact    a partition: every shared token, the unit and the rest, each with its probability. The shared token that
+             the unit's path begins with keeps what does not go on along it. Nothing is renormalized.
     alm      one event a segment: the probability of its bytes, both models' own tokens. No shared tokens, so it says
              nothing of what else could have been said.
     strict   only segments of one shared token (or the stop tokens) on each side; units are dropped and counted.
+    strict_topk   as strict, over the student's k likeliest shared tokens of each row.
+    uld      1:1 positions; the distance of the two sorted distributions, whatever the tokens. Both vocabularies count,
+             so the ranks exchange their k largest probabilities of a row (arXiv:2402.12030).
+    no_unit_loss, random_unit   ablations: paper and strict with other weights or other units (alignment/plan.py).
+    kd       strict where both models have one tokenizer: U is the whole vocabulary.
     bytes    no rows of tokens: the two models' distributions over the next byte (bytes.py).
     sft      cross entropy on given responses; no teacher.
 
@@ -38,7 +45,18 @@ import torch.distributed as dist
 from megatron_simct.alignment.placement import VocabPlacement
 from megatron_simct.config import InterfaceConfig
 from megatron_simct.losses.bytes import ByteOrder, byte_loss
-from megatron_simct.losses.row_terms import RowInputs, RowTerms, binary_events, compare_over_u, cross_entropy, spread
+from megatron_simct.losses.row_terms import (
+    FirstTokens,
+    RowInputs,
+    RowTerms,
+    binary_events,
+    compare_over_u,
+    compare_top,
+    cross_entropy,
+    partition_of_events,
+    sorted_distance,
+    spread,
+)
 from megatron_simct.losses.shared_head import GivenScores, HeadScores, SharedColumns, SharedHead, TeacherScores
 from megatron_simct.losses.tiles import GivenLogits, OutputLayer, StudentLogits
 from megatron_simct.losses.two_pass import RowPlan, Statistics, TwoPass
@@ -61,14 +79,16 @@ class LossOutput:
 def teacher_needs(config: InterfaceConfig) -> TeacherNeeds:
     """What an interface asks of the teacher."""
     match config.interface:
-        case "paper" | "sum":
+        case "paper" | "sum" | "exact" | "no_unit_loss" | "random_unit":
             return TeacherNeeds(hidden_rows="first")
         case "code" | "code_gh":
             return TeacherNeeds(hidden_rows="first", segmentation="authors")
         case "alm":
             return TeacherNeeds(hidden_rows="none")
-        case "strict":
+        case "strict" | "strict_topk" | "kd":
             return TeacherNeeds(hidden_rows="one_to_one")
+        case "uld":
+            return TeacherNeeds(hidden_rows="one_to_one", topk=config.uld_topk or ALL_TOKENS)
         case "bytes":
             return TeacherNeeds(hidden_rows="none", byte_events=True)
         case "sft":
@@ -93,7 +113,7 @@ def check_labels(labels: LabelBatch, *, placement: VocabPlacement, config: Inter
             raise ValueError("interface bytes needs the teacher's log-probabilities of byte events")
         return
     num_segments = len(labels.segments)
-    for name in ("kinds", "replaced_columns", "teacher_hidden_index"):
+    for name in ("kinds", "replaced_columns", "teacher_first_columns", "weights", "teacher_hidden_index"):
         if len(getattr(labels, name)) != num_segments:
             raise ValueError(f"{num_segments} segments need as many {name}, got {len(getattr(labels, name))}")
     num_teacher_labels = len(labels.teacher_own_logit)
@@ -105,6 +125,9 @@ def check_labels(labels: LabelBatch, *, placement: VocabPlacement, config: Inter
     _check_side("student", labels.segments[:, 2], labels.segments[:, 3], len(labels.student_labels))
     _check_range("segment kind", labels.kinds, 0, len(SegmentKind))
     _check_range("replaced column", labels.replaced_columns, -1, student_end)
+    _check_range("teacher first column", labels.teacher_first_columns, -1, student_end)
+    if not bool(((labels.weights >= 0) & torch.isfinite(labels.weights)).all()):
+        raise ValueError("the weights of segments must be finite and not negative")
     lengths = labels.segments[:, 1::2] - labels.segments[:, 0::2]
     wrong = ((labels.kinds == SegmentKind.SHARED) & (lengths != 1).any(1)).nonzero()
     if len(wrong):
@@ -112,6 +135,8 @@ def check_labels(labels: LabelBatch, *, placement: VocabPlacement, config: Inter
         raise ValueError(
             f"segment {a} is SHARED but has {int(lengths[a, 0])} teacher and {int(lengths[a, 1])} student labels"
         )
+    if config.interface == "uld" and labels.teacher_topk is None:
+        raise ValueError("interface uld needs the teacher's largest probabilities")
     if not _ROWS[config.interface].shared:
         return
     needed = labels.teacher_hidden_index[_is_row(labels.kinds, config)]
@@ -132,11 +157,19 @@ def check_config(config: InterfaceConfig) -> None:
         )
     if not config.temperature > 0:
         raise ValueError(f"--simct-temperature must be positive, got {config.temperature}")
-    if config.interface == "bytes" and config.temperature != 1:
+    if config.interface in ("bytes", "exact", "uld") and config.temperature != 1:
         raise ValueError(
-            f"--simct-temperature {config.temperature}: interface bytes adds probabilities of tokens up, which are "
-            "those of the models at 1 only"
+            f"--simct-temperature {config.temperature}: interface {config.interface} compares probabilities of events, "
+            "which are those of the models at 1 only"
         )
+    if not (config.topk >= 1 and config.uld_topk >= 0):
+        raise ValueError(
+            f"--simct-topk ({config.topk}) must be at least 1, --simct-uld-topk ({config.uld_topk}) at least 0"
+        )
+    for flag, share in {"--simct-rho": config.rho, "--simct-min-teacher-mass": config.min_teacher_mass}.items():
+        if not 0 <= share <= 1:
+            raise ValueError(f"{flag} {share}: must lie in [0, 1]")
+    _check_unread(config)
     if not config.alm_temperature > 0:
         raise ValueError(f"--simct-alm-temperature must be positive, got {config.alm_temperature}")
     if not 0 < config.js_beta < 1:
@@ -144,6 +177,20 @@ def check_config(config: InterfaceConfig) -> None:
             f"--simct-js-beta must lie strictly between 0 and 1, got {config.js_beta}: at 0 and 1 the divergence "
             "vanishes; use --simct-divergence reverse_kl or forward_kl for the limits"
         )
+
+
+def _check_unread(config: InterfaceConfig) -> None:
+    """Refuse an option that the interface would not read."""
+    without_segments, without_mass = ("bytes", "sft"), ("bytes", "sft", "alm", "uld", "code_gh")
+    given = {
+        "--simct-unit-weight": (config.unit_weight != "one", without_segments),
+        "--simct-mask-whitespace": (config.mask_whitespace, without_segments),
+        "--no-simct-stop-bridge": (not config.stop_bridge, (*without_segments, "kd")),
+        "--simct-min-teacher-mass": (config.min_teacher_mass > 0, without_mass),
+    }
+    for flag, (changed, interfaces) in given.items():
+        if changed and config.interface in interfaces:
+            raise ValueError(f"{flag} has no meaning with --simct-interface {config.interface}; leave it out")
 
 
 def interface_loss(
@@ -188,7 +235,7 @@ def interface_loss(
     rows = _plan(labels, config)
     if _ROWS[config.interface].shared and shared_head is None:
         raise ValueError(f"interface {config.interface} compares with a teacher: it needs shared_head")
-    num_shared = rows.num_shared
+    num_shared = rows.num_shared if _ROWS[config.interface].shared else 0
     if num_shared and labels.teacher_hidden is None:
         raise ValueError(f"interface {config.interface} scores {num_shared} segments: it needs teacher_hidden")
     source = OutputLayer(
@@ -270,8 +317,9 @@ def interface_loss_from_logits(
     """
     check_config(config)
     rows = _plan(labels, config)
-    if rows.num_shared and teacher_logits is None:
-        raise ValueError(f"interface {config.interface} scores {rows.num_shared} segments: it needs teacher_logits")
+    num_shared = rows.num_shared if _ROWS[config.interface].shared else 0
+    if num_shared and teacher_logits is None:
+        raise ValueError(f"interface {config.interface} scores {num_shared} segments: it needs teacher_logits")
     source = GivenLogits(
         student_logits,
         num_columns=_num_columns(student_logits.shape[1], placement),
@@ -279,7 +327,7 @@ def interface_loss_from_logits(
         order=rows.order,
     )
     teacher = None
-    if rows.num_shared:
+    if num_shared:
         teacher = GivenScores(
             teacher_logits,
             labels.teacher_hidden_index[rows.segments],
@@ -311,13 +359,32 @@ def _plan(labels: LabelBatch, config: InterfaceConfig) -> RowPlan:
             dense = spread(used & (labels.kinds == SegmentKind.UNIT), starts, ends, num_labels).bool()
         case "segments":
             dense = spread(used, starts, ends, num_labels).bool()
+        case "firsts":
+            dense = torch.zeros_like(labels.student_labels, dtype=torch.bool).index_fill_(0, starts[used], True)
         case "labels":
             dense = torch.ones_like(labels.student_labels, dtype=torch.bool)
+    match needs.special:
+        case "none":
+            special = None
+        case "replaced":
+            special = labels.replaced_columns.unsqueeze(1)
+        case "first":
+            is_unit = (labels.kinds == SegmentKind.UNIT).unsqueeze(1)
+            everywhere = torch.arange(len(starts), device=starts.device)
+            special = torch.where(is_unit, _first_tokens(labels, everywhere).special(), -1)
     return RowPlan.build(
         starts,
-        shared=used if needs.shared else torch.zeros_like(used),
+        shared=used if needs.shared or config.interface == "uld" else torch.zeros_like(used),
         dense=dense,
-        special=labels.replaced_columns.unsqueeze(1) if needs.replaces else None,
+        special=special,
+    )
+
+
+def _first_tokens(labels: LabelBatch, chosen: torch.Tensor) -> FirstTokens:
+    return FirstTokens(
+        own=labels.student_labels[labels.segments[chosen, 2]],
+        teacher=labels.teacher_first_columns[chosen],
+        replaced=labels.replaced_columns[chosen],
     )
 
 
@@ -346,20 +413,21 @@ def _loss(
             temperature=config.temperature,
             memory_mib=config.loss_memory_mib,
             group=group,
+            topk=_topk(config, placement),
         )
         stats = passes.statistics()
         chosen = plan.segments
-        if not _ROWS[config.interface].shared:
+        if config.interface in ("alm", "sft"):
             chosen = torch.arange(0 if config.interface == "sft" else len(labels.segments), device=chosen.device)
         rows = RowInputs(
             segments=labels.segments,
             chosen=chosen,
             has_unit=(labels.kinds == SegmentKind.UNIT)[chosen],
-            weight=torch.ones_like(chosen, dtype=source.dtype),
+            weight=labels.weights[chosen].to(source.dtype),
             teacher_own=labels.teacher_own_logit.to(source.dtype),
             teacher_lse=labels.teacher_lse.to(source.dtype),
         )
-        terms = _row_terms(passes, stats, rows, config)
+        terms = _row_terms(passes, stats, rows, labels, config)
         value = _add_up(terms, stats, rows)
         metrics = _metrics(terms, stats, rows, labels, config)
         if source.needs_gradient:
@@ -368,24 +436,44 @@ def _loss(
     return LossOutput(sum=source.attach(value), num_labels=num_labels, metrics=metrics)
 
 
+ALL_TOKENS = 1 << 30
+"""TeacherNeeds.topk for a whole vocabulary."""
+
+
+def _topk(config: InterfaceConfig, placement: VocabPlacement) -> int:
+    match config.interface:
+        case "strict_topk":
+            return config.topk
+        case "uld":
+            return min(config.uld_topk or ALL_TOKENS, placement.student_vocab_size)
+    return 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _RowNeeds:
     """What an interface reads of the student's rows."""
 
     shared: bool = True
     """Compares the shared tokens at the first row of every used segment."""
-    dense: Literal["none", "units", "segments", "labels"] = "none"
-    """The labels whose rows need the whole softmax in the gradient: of units, of all used segments, or all."""
-    replaces: bool = False
-    """The unit's score replaces the shared token of the same bytes."""
+    dense: Literal["none", "units", "firsts", "segments", "labels"] = "none"
+    """The labels whose rows need the whole softmax in the gradient: of units, the first ones or all of every used
+    segment, or simply all."""
+    special: Literal["none", "replaced", "first"] = "none"
+    """Columns that are told apart in a unit's row: the shared token of the same bytes, or FirstTokens.special."""
 
 
 _ROWS = {
-    "paper": _RowNeeds(dense="units", replaces=True),
-    "sum": _RowNeeds(dense="units", replaces=True),
+    "paper": _RowNeeds(dense="units", special="replaced"),
+    "sum": _RowNeeds(dense="units", special="replaced"),
+    "no_unit_loss": _RowNeeds(dense="units", special="replaced"),
+    "random_unit": _RowNeeds(dense="units", special="replaced"),
     "code": _RowNeeds(),
     "code_gh": _RowNeeds(),
+    "exact": _RowNeeds(dense="segments", special="first"),
     "strict": _RowNeeds(),
+    "strict_topk": _RowNeeds(),
+    "kd": _RowNeeds(),
+    "uld": _RowNeeds(shared=False, dense="firsts"),
     "alm": _RowNeeds(shared=False, dense="segments"),
     "sft": _RowNeeds(shared=False, dense="labels"),
 }
@@ -393,12 +481,36 @@ _ROWS = {
 _UNIT_SCORE: dict[str, Literal["mean", "sum", "raw"]] = {"sum": "sum", "code": "raw", "code_gh": "raw"}
 
 
-def _row_terms(passes: TwoPass, stats: Statistics, rows: RowInputs, config: InterfaceConfig) -> RowTerms:
+def _row_terms(
+    passes: TwoPass, stats: Statistics, rows: RowInputs, labels: LabelBatch, config: InterfaceConfig
+) -> RowTerms:
+    least = 0.5 if config.interface == "code_gh" else config.min_teacher_mass
     match config.interface:
         case "sft":
             return cross_entropy(stats)
         case "alm":
             return binary_events(stats, rows, temperature=config.alm_temperature)
+        case "uld":
+            return sorted_distance(stats, rows, labels.teacher_topk[labels.teacher_hidden_index[rows.chosen]])
+        case "strict_topk":
+            return compare_top(
+                stats,
+                rows,
+                divergence=config.divergence,
+                beta=config.js_beta,
+                temperature=config.temperature,
+                min_teacher_mass=least,
+            )
+        case "exact":
+            return partition_of_events(
+                passes,
+                stats,
+                rows,
+                _first_tokens(labels, rows.chosen),
+                divergence=config.divergence,
+                beta=config.js_beta,
+                min_teacher_mass=least,
+            )
     return compare_over_u(
         passes,
         stats,
@@ -407,13 +519,13 @@ def _row_terms(passes: TwoPass, stats: Statistics, rows: RowInputs, config: Inte
         divergence=config.divergence,
         beta=config.js_beta,
         temperature=config.temperature,
-        min_teacher_mass=0.5 if config.interface == "code_gh" else 0.0,
+        min_teacher_mass=least,
     )
 
 
 def _is_row(kinds: torch.Tensor, config: InterfaceConfig) -> torch.Tensor:
     """[A] -> bool [A]: which segments the interface uses."""
-    if config.interface == "strict":
+    if config.interface in ("strict", "strict_topk", "kd", "uld"):
         return kinds != SegmentKind.UNIT
     return torch.full_like(kinds, config.interface != "sft", dtype=torch.bool)
 

@@ -21,6 +21,9 @@ The gradient of a row of logits z, with x_c the score z_c / tau of a shared toke
 A row may have *special columns*: shared tokens taken out of the sums (and of the last term) whose scores every rank
 gets to know, so that the interface can put them back as it likes; `special_weight` is their gradient.
 
+Where an interface compares only a few columns of a row, the likeliest ones (`topk`), there are no sums and no last
+term: the ranks exchange k scores a row, and `top_weight` is the gradient of these columns.
+
 Shapes: `N` student rows, `A` shared rows in the order above, `F` of them dense, `K` special columns, `c` shared tokens
 and `w` columns of a tile.
 """
@@ -28,7 +31,7 @@ and `w` columns of a tile.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -128,6 +131,22 @@ class Statistics:
     """[F, K], logits (before the temperature) of the special columns; -inf where the token is not a shared one."""
     special_teacher: torch.Tensor
     """[F, K]"""
+    top: TopColumns | None = None
+    """With topk: those of the shared rows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopColumns:
+    """The student's likeliest columns of each shared row, over all ranks, in descending order."""
+
+    student: torch.Tensor
+    """[A, k]: logits; -inf where a row has fewer columns."""
+    teacher: torch.Tensor
+    """[A, k]: the teacher's logits of the same shared tokens; of no meaning without a teacher."""
+    local: torch.Tensor
+    """int64 [A, k]: local column; 0 where the column is another rank's."""
+    here: torch.Tensor
+    """bool [A, k]: whether the column is this rank's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +166,8 @@ class GradientWeights:
     """[F, K]"""
     own_outside_dense: bool = False
     """Whether own_weight is read at rows that are not dense, too."""
+    top_weight: torch.Tensor | None = None
+    """[A, k]: gradient of the top columns' logits; then norms, offset and scale are not read."""
 
 
 class TwoPass:
@@ -166,11 +187,14 @@ class TwoPass:
         temperature: float,
         memory_mib: int,
         group: dist.ProcessGroup | None,
+        topk: int = 0,
     ) -> None:
         """source reads rows in the plan's order; teacher gives the scores of the shared rows in that order.
 
-        labels int64 [N], in the student's order. teacher is None where no rows are shared.
+        labels int64 [N], in the student's order. teacher is None where no rows are shared, or where topk columns are
+        to be found among all of the student's.
         """
+        self._topk = topk
         self._source, self._teacher, self._plan, self._columns = source, teacher, plan, columns
         self._labels = labels[plan.order] - shard_start
         self._shard_start = shard_start
@@ -193,6 +217,7 @@ class TwoPass:
         )
         special_s = self._empty.new_full(plan.special.shape, NEGATIVE_INFINITY)
         special_t = torch.full_like(special_s, NEGATIVE_INFINITY)
+        top = _LocalTop(plan.num_shared, self._topk, like=self._empty)
         for start, end in self._tiles():
             logits = source.logits(start, end)
             own += own_logits(logits, self._labels, start)
@@ -204,13 +229,19 @@ class TwoPass:
                     s = block[: shared.stop - shared.start].gather(1, index.expand(shared.stop - shared.start, -1))
                     t = teacher[shared]
                     self._cut(s, t, shared, start, end, read=(special_s, special_t))
-                    running.add(self._scaled(s), self._scaled(t), shared)
+                    if self._topk:
+                        top.add(s, t, index, start, shared)
+                    else:
+                        running.add(self._scaled(s), self._scaled(t), shared)
+                elif self._topk and self._teacher is None and shared.start < shared.stop:
+                    top.add(block[: shared.stop - shared.start], None, None, start, shared)
                 new = torch.maximum(maxima[rows], row_maxima(block))
                 reference = finite_reference(new)
                 sums[rows] *= (maxima[rows] - reference).exp()
                 sums[rows] += block.sub_(reference.unsqueeze(1)).exp_().sum(1)
                 maxima[rows] = new
-        return self._reduce(maxima, sums, own, running, special_s, special_t)
+        statistics = self._reduce(maxima, sums, own, running, special_s, special_t)
+        return replace(statistics, top=top.over_ranks(self._group)) if self._topk else statistics
 
     def _reduce(
         self,
@@ -283,7 +314,7 @@ class TwoPass:
         label_max = statistics.label_max[order]
         softmax = (weights.softmax_weight * (-statistics.label_log_sum).exp())[order]
         for start, end in self._tiles():
-            teacher, index = self._teacher_tile(start, end)
+            teacher, index = (None, None) if self._topk else self._teacher_tile(start, end)
             if teacher is not None and plan.num_sparse:
                 columns = index + start
                 student = source.logits_at(columns, sparse)
@@ -295,6 +326,9 @@ class TwoPass:
         if weights.own_outside_dense:
             own[dense] = 0
             self._add_own(own)
+        if weights.top_weight is not None and plan.num_sparse:
+            here, values = statistics.top.here[sparse], weights.top_weight[sparse]
+            source.add_gradient_of_entries(statistics.top.local[sparse], torch.where(here, values, 0), sparse)
 
     def _dense_tile(
         self,
@@ -328,6 +362,9 @@ class TwoPass:
                 special = plan.special[first] - self._shard_start - start
                 values = torch.where(plan.special[first] >= 0, weights.special_weight[first], 0)
                 _add_at(block[: shared.stop - shared.start], special, values)
+            if weights.top_weight is not None and shared.start < shared.stop:
+                top = torch.where(statistics.top.here[shared], statistics.top.local[shared] - start, -1)
+                _add_at(block[: shared.stop - shared.start], top, weights.top_weight[shared])
         self._source.add_gradient(start, end, logits, dense)
 
     def _shared_gradient_(
@@ -411,6 +448,51 @@ class TwoPass:
             for block in (student, teacher):
                 current = block.gather(1, index[:, k : k + 1])
                 block.scatter_(1, index[:, k : k + 1], current.masked_fill(here[:, k : k + 1], NEGATIVE_INFINITY))
+
+
+class _LocalTop:
+    """The k largest scores of each shared row among this rank's columns, while tiles go by."""
+
+    def __init__(self, num_rows: int, k: int, *, like: torch.Tensor) -> None:
+        self._student = like.new_full((num_rows, k), NEGATIVE_INFINITY)
+        self._teacher = torch.zeros_like(self._student)
+        self._columns = torch.zeros(num_rows, k, dtype=torch.int64, device=like.device)
+
+    def add(
+        self,
+        student: torch.Tensor,
+        teacher: torch.Tensor | None,
+        index: torch.Tensor | None,
+        start: int,
+        rows: slice,
+    ) -> None:
+        """Scores [rows, c] of the tile's columns `start + index`, index int64 [c]; None: all of the tile."""
+        k = self._student.shape[1]
+        index = torch.arange(student.shape[1], device=student.device) if index is None else index
+        values, chosen = torch.cat([self._student[rows], student], dim=1).topk(k, dim=1)
+        columns = torch.cat([self._columns[rows], (index + start).expand(len(student), -1)], dim=1)
+        self._student[rows], self._columns[rows] = values, columns.gather(1, chosen)
+        if teacher is not None:
+            self._teacher[rows] = torch.cat([self._teacher[rows], teacher], dim=1).gather(1, chosen)
+
+    def over_ranks(self, group: dist.ProcessGroup | None) -> TopColumns:
+        """The k largest of all ranks': one all-gather of 2 k numbers a row."""
+        k, rank, world_size = self._student.shape[1], 0, 1
+        student, teacher = self._student, self._teacher
+        if group is not None:
+            rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+            both = torch.stack([student, teacher])
+            everybody = [torch.empty_like(both) for _ in range(world_size)]
+            dist.all_gather(everybody, both, group=group)
+            student, teacher = torch.cat(everybody, dim=2).unbind(0)
+        values, chosen = student.topk(k, dim=1)
+        here = (chosen // k == rank) & (values > NEGATIVE_INFINITY)
+        return TopColumns(
+            student=values,
+            teacher=teacher.gather(1, chosen),
+            local=torch.where(here, self._columns.gather(1, torch.where(here, chosen % k, 0)), 0),
+            here=here,
+        )
 
 
 def _add_at(block: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) -> None:

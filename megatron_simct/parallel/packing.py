@@ -103,6 +103,7 @@ def _pack_labels(samples: Sequence[tuple[Rollout, AlignedPair, ScoredPair]]) -> 
         hidden_offset += len(pair.teacher_rows)
     events = [pair.byte_events for _, pair, score in samples if score.byte_logprobs is not None]
     hidden = [score.hidden for _, _, score in samples if score.hidden is not None]
+    topk = [score.topk for _, _, score in samples if score.topk is not None]
 
     def ints(arrays: Sequence[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(arrays).astype(np.int64))
@@ -112,10 +113,13 @@ def _pack_labels(samples: Sequence[tuple[Rollout, AlignedPair, ScoredPair]]) -> 
         segments=ints(segments),
         kinds=ints([pair.kinds for _, pair, _ in samples]),
         replaced_columns=ints([pair.replaced_columns for _, pair, _ in samples]),
+        teacher_first_columns=ints([pair.teacher_first_columns for _, pair, _ in samples]),
+        weights=torch.from_numpy(np.concatenate([pair.weights for _, pair, _ in samples])),
         teacher_own_logit=torch.cat([score.own_logit for _, _, score in samples]),
         teacher_lse=torch.cat([score.lse for _, _, score in samples]),
         teacher_hidden=torch.cat(hidden) if hidden else None,
         teacher_hidden_index=ints(hidden_index),
+        teacher_topk=torch.cat(topk) if topk else None,
         byte_batch=(
             pack_byte_events(
                 events,

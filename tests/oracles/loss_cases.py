@@ -5,7 +5,7 @@ A case is dense and whole; `shard` cuts out what one tensor-parallel rank sees a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from megatron_simct.losses.interfaces import LossOutput
 from megatron_simct.records import LabelBatch
 from tests import golden
 from tests.oracles import losses as oracle
+
+ONE_TO_ONE = ("strict", "strict_topk", "kd", "uld")
+WITHOUT_HEAD = ("sft", "alm", "uld")
 
 PADDING_SCORE = 50.0
 """Padded rows of both heads give huge logits: a loss that scores them is far off."""
@@ -38,6 +41,8 @@ class LossCase:
     kinds: list[int]
     replaced: list[int]
     shared: dict[int, list[int]]
+    weights: list[float] | None = None
+    """One a segment; None: all 1."""
     student_softcap: float | None = None
     teacher_softcap: float | None = None
 
@@ -70,8 +75,14 @@ def random_case(
     num_stops: int = 3,
     softcap: bool = False,
     scale: float = 1.5,
+    spelled: bool = False,
+    weighted: bool = False,
 ) -> LossCase:
-    """Shared tokens, units of 1-4 tokens a side, some of them spelling a shared token, stops, labels in no segment."""
+    """Shared tokens, units of 1-4 tokens a side, some of them spelling a shared token, stops, labels in no segment.
+
+    spelled: units as texts make them, where a side of one shared token is the unit's whole text and stop tokens are in
+    no unit. weighted: segments of weights 0, .5 and 2.
+    """
     rng = np.random.default_rng(seed)
     v_s, v_t = vocab_size, vocab_size + 4
     students = rng.permutation(v_s)[: int(rng.integers(4, v_s - 3))].tolist()
@@ -96,7 +107,9 @@ def random_case(
         else:
             new_s = rng.integers(0, v_s, rng.integers(1, 5)).tolist()
             new_t = rng.integers(0, v_t, rng.integers(1, 5)).tolist()
-            if rng.random() < 0.5:
+            if spelled:
+                new_s, new_t, replaced_id = _spelled_unit(rng, students[1:], shared, stop, v_s, v_t)
+            elif rng.random() < 0.5:
                 replaced_id = students[int(rng.integers(1, len(students)))]
         segments.append((len(labels_t), len(labels_t) + len(new_t), len(labels_s), len(labels_s) + len(new_s)))
         kinds.append(kind)
@@ -119,9 +132,36 @@ def random_case(
         kinds=kinds,
         replaced=replaced,
         shared=shared,
+        weights=rng.choice([0.0, 0.5, 2.0], num_segments).tolist() if weighted else None,
         student_softcap=4.0 if softcap else None,
         teacher_softcap=3.0 if softcap else None,
     )
+
+
+def _spelled_unit(
+    rng: np.random.Generator, students: list[int], shared: dict[int, list[int]], stop: int, v_s: int, v_t: int
+) -> tuple[list[int], list[int], int]:
+    """Labels of both sides, and the shared token of the same bytes, if any. At most one side is that token alone; any
+    other path may begin with it, or with what the other side begins with."""
+    stops_t = shared[stop]
+    new_s = [i for i in rng.integers(0, v_s, 8).tolist() if i != stop][: int(rng.integers(2, 4))]
+    new_t = [i for i in rng.integers(0, v_t, 9).tolist() if i not in stops_t][: int(rng.integers(2, 4))]
+    first = students[int(rng.integers(len(students)))]
+    match int(rng.integers(7)):
+        case 0:
+            return [first], new_t, first
+        case 1:
+            return new_s, list(shared[first]), first
+        case 2:
+            return new_s, new_t, first
+        case 3:
+            return [first, *new_s], [shared[first][0], *new_t], -1
+        case 4:
+            return [first, *new_s], [shared[first][0], *new_t], first
+        case 5:
+            other = students[int(rng.integers(len(students)))]
+            return [first, *new_s], [shared[other][0], *new_t], other
+    return new_s, new_t, -1
 
 
 def padded_shard(weight: torch.Tensor, rank: int, world_size: int, *, extra: int = 1) -> tuple[torch.Tensor, int]:
@@ -147,16 +187,22 @@ def placement_of(case: LossCase, start: int, end: int) -> VocabPlacement:
     )
 
 
-def label_batch(case: LossCase, interface: str = "paper") -> LabelBatch:
+def label_batch(case: LossCase, interface: str = "paper", *, uld_topk: int = 0) -> LabelBatch:
     """What the teacher would have sent: statistics of every label, hidden states of the rows asked for, shuffled."""
     dtype = case.student_hidden.dtype
     logits = case.teacher_hidden.double() @ case.teacher_weight.double().T
     if case.teacher_softcap is not None:
         logits = case.teacher_softcap * torch.tanh(logits / case.teacher_softcap)
-    wanted = [a for a, kind in enumerate(case.kinds) if interface != "strict" or kind != oracle.UNIT]
+    wanted = [a for a, kind in enumerate(case.kinds) if interface not in ONE_TO_ONE or kind != oracle.UNIT]
     wanted = (
         np.random.default_rng(0).permutation(wanted).astype(int).tolist() if interface not in ("sft", "alm") else []
     )
+    topk = None
+    if interface == "uld":
+        k = min(uld_topk or logits.shape[1], logits.shape[1])
+        rows = logits[[case.segments[a][0] for a in wanted]]
+        topk = torch.log_softmax(rows, dim=1).sort(dim=1, descending=True).values[:, :k]
+    student_of = {teacher: student for student, teachers in case.shared.items() for teacher in teachers}
     index = [wanted.index(a) if a in wanted else -1 for a in range(len(case.segments))]
     label_index = torch.tensor(case.teacher_labels, dtype=torch.int64)
     statistics_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -165,10 +211,19 @@ def label_batch(case: LossCase, interface: str = "paper") -> LabelBatch:
         segments=torch.tensor(case.segments, dtype=torch.int64).reshape(-1, 4),
         kinds=torch.tensor(case.kinds, dtype=torch.int64),
         replaced_columns=torch.tensor(case.replaced, dtype=torch.int64),
+        teacher_first_columns=torch.tensor(
+            [
+                student_of.get(case.teacher_labels[ts], -1) if kind == oracle.UNIT else -1
+                for (ts, _, _, _), kind in zip(case.segments, case.kinds, strict=True)
+            ],
+            dtype=torch.int64,
+        ),
+        weights=torch.tensor(case.weights or [1.0] * len(case.segments)),
         teacher_own_logit=logits.gather(1, label_index[:, None]).squeeze(1).to(statistics_dtype),
         teacher_lse=logits.logsumexp(1).to(statistics_dtype),
         teacher_hidden=case.teacher_hidden[[case.segments[a][0] for a in wanted]] if wanted else None,
         teacher_hidden_index=torch.tensor(index, dtype=torch.int64),
+        teacher_topk=topk,
     )
 
 
@@ -206,8 +261,8 @@ def evaluate(
     output = interface_loss(
         hidden,
         weight,
-        label_batch(case, config.interface),
-        shared_head=None if config.interface in ("sft", "alm") else shared_head_of(case, placement, group),
+        label_batch(case, config.interface, uld_topk=config.uld_topk),
+        shared_head=None if config.interface in WITHOUT_HEAD else shared_head_of(case, placement, group),
         placement=placement,
         config=config,
         group=group,
@@ -236,11 +291,23 @@ def evaluate_oracle(case: LossCase, config: InterfaceConfig) -> tuple[oracle.Ora
         temperature=config.temperature,
         beta=config.js_beta,
         alm_temperature=config.alm_temperature,
+        topk=config.topk,
+        uld_topk=config.uld_topk,
+        min_teacher_mass=config.min_teacher_mass,
+        weights=case.weights,
         student_softcap=case.student_softcap,
         teacher_softcap=case.teacher_softcap,
     )
     result.sum.backward()
     return result, hidden.grad, weight.grad
+
+
+def name_of(config: object) -> str:
+    """What differs from the defaults; other parameters of a test as they are."""
+    if not isinstance(config, InterfaceConfig):
+        return str(config)
+    changed = [getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default]
+    return " ".join(map(str, changed)) or "paper"
 
 
 CONFIGS = [
@@ -264,5 +331,21 @@ OTHERS = [
     InterfaceConfig(interface="code_gh"),
     InterfaceConfig(interface="alm"),
     InterfaceConfig(interface="alm", alm_temperature=3.0),
+    InterfaceConfig(interface="strict_topk", topk=3),
+    InterfaceConfig(interface="strict_topk", topk=2, divergence="forward_kl", temperature=1.5),
+    InterfaceConfig(interface="strict_topk", topk=40, divergence="js"),
+    InterfaceConfig(interface="uld", uld_topk=0),
+    InterfaceConfig(interface="uld", uld_topk=5),
+    InterfaceConfig(interface="paper", min_teacher_mass=0.7),
+    InterfaceConfig(interface="strict", min_teacher_mass=0.6),
 ]
-"""Interfaces beside those of CONFIGS: other unit scores, and events without shared tokens."""
+"""Interfaces beside those of CONFIGS: other unit scores, events without shared tokens, and fewer columns or rows."""
+
+EXACT = [
+    InterfaceConfig(interface="exact"),
+    InterfaceConfig(interface="exact", divergence="forward_kl"),
+    InterfaceConfig(interface="exact", divergence="js"),
+    InterfaceConfig(interface="exact", divergence="js", js_beta=0.2),
+    InterfaceConfig(interface="exact", min_teacher_mass=0.7),
+]
+"""For units as texts make them: `random_case(spelled=True)`."""

@@ -12,7 +12,7 @@ import torch
 from tests.oracles.modes import SHARED, STOP, UNIT, Model, capped, captured_teacher_mass, row_losses
 
 __all__ = ["SHARED", "STOP", "UNIT", "OracleLoss", "loss"]
-NO_ROWS_OF_U = ("sft", "alm")
+NO_ROWS_OF_U = ("sft", "alm", "uld")
 
 
 @dataclass
@@ -40,6 +40,10 @@ def loss(
     temperature: float = 1.0,
     beta: float = 0.5,
     alm_temperature: float = float("inf"),
+    topk: int = 16,
+    uld_topk: int = 0,
+    min_teacher_mass: float = 0.0,
+    weights: list[float] | None = None,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
 ) -> OracleLoss:
@@ -63,11 +67,15 @@ def loss(
         temperature=temperature,
         beta=beta,
         alm_temperature=alm_temperature,
+        topk=topk,
+        uld_topk=uld_topk,
+        min_teacher_mass=min_teacher_mass,
+        weights=weights,
     )
     outside_s = outside_t = 0.0
     for segment, kind in zip(segments, kinds, strict=True):
         ts, _, ss, _ = segment
-        dropped = (kind == UNIT and interface == "strict") or (
+        dropped = (kind == UNIT and interface in ("strict", "kd")) or (
             interface == "code_gh" and captured_teacher_mass(teacher, segment, kind, shared) < 0.5
         )
         if interface in NO_ROWS_OF_U or dropped:
