@@ -353,7 +353,7 @@ def build_teacher(
         micro_batch_size=config.training.micro_batch_size,
         byte_order=build_byte_order(model, groups, tokenizer) if needs.byte_events else None,
     )
-    if not groups.is_last_stage or needs.hidden_rows == "none":
+    if not groups.is_last_stage or needs.hidden_rows == "none" or needs.topk:
         return scorer, None
     start, _ = model.vocab_shard
     return scorer, gather_shared_head(model.output_weight.detach(), start, placement, groups.tp)

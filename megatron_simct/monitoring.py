@@ -30,6 +30,10 @@ COUNTS = (
     *(f"bytes_dropped_{reason}" for reason in DROP_REASONS),
     "student_labels_dropped",
     "teacher_labels_dropped",
+    "segments_shared",
+    "segments_unit",
+    "segments_stop",
+    "segments_blank",
     "canonical",
 )
 """The counts of an AlignedPair that are logged."""
@@ -97,11 +101,17 @@ def ratios(report: StepReport, samples: dict[str, float], *, sampled: bool) -> d
             "coverage_unit": _ratio(sums["bytes_unit"], sums["bytes"]),
             "student_mass_outside_u": _ratio(sums["student_mass_outside_u_sum"], rows),
             "teacher_mass_outside_u": _ratio(sums["teacher_mass_outside_u_sum"], rows),
+            "top1_agreement": _ratio(sums["rows_same_top"], rows),
+            "blank_segments": _ratio(
+                sums["segments_blank"], sums["segments_shared"] + sums["segments_unit"] + sums["segments_stop"]
+            ),
         }
     if sums.get("num_teacher_labels"):
         for reason in DROP_REASONS:
             values[f"dropped_{reason}"] = _ratio(sums[f"bytes_dropped_{reason}"], sums["bytes"])
     if sampled:
+        # The mean surprise of own samples is an unbiased estimate of the entropy, at rollout temperature 1 and top-p 1.
+        values["student_entropy"] = _ratio(sums["rollout_nll_sum"], sums["num_labels"])
         gap = abs(sums["student_nll_sum"] - sums["rollout_nll_sum"])
         values["rollout_logprob_gap"] = _ratio(gap, sums["num_labels"])
     return values

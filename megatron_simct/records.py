@@ -94,7 +94,7 @@ class TeacherNeeds:
     hidden_rows: Literal["none", "one_to_one", "first", "all"] = "first"
     segmentation: Literal["minimal", "authors"] = "minimal"
     topk: int = 0
-    """Log-probabilities of the likeliest tokens that come with each row of hidden_rows (ScoredPair.topk)."""
+    """Log-probabilities of the likeliest tokens that come for each row of hidden_rows, in place of hidden states."""
     byte_events: bool = False
     """Whether log-probabilities of byte events come (ScoredPair.byte_logprobs)."""
 
@@ -193,6 +193,10 @@ class ByteBatch:
     student: ByteSideBatch
     teacher_logprobs: torch.Tensor
     """float32 [E]"""
+
+    def to(self, device: torch.device) -> ByteBatch:
+        """The same with every tensor on the device."""
+        return _moved(self, device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from megatron_simct.arguments import parse_config, to_yaml
 from megatron_simct.config import Config
 from megatron_simct.job import Job, build_job
+from megatron_simct.losses import known_failure
 from megatron_simct.models.hf_load import find_weights
 from megatron_simct.monitoring import Stopwatch
 from megatron_simct.parallel.initialize import Environment, Groups, process_groups
@@ -85,6 +86,9 @@ def main(argv: list[str] | None = None) -> int:
             job = build_job(config, groups)
             write_config(config, groups)
             report_random_weights(config, groups, resumed=job.start > 0)
+            if groups.is_first_rank:
+                interface = config.interface
+                print(f" interface {interface.interface}; known failure: {known_failure(interface)}", flush=True)
             with contextlib.closing(job.monitor):
                 train(job)
     except (ValueError, NonFiniteError) as error:

@@ -2,11 +2,13 @@
 
 from megatron_simct.losses.bytes import ByteOrder
 from megatron_simct.losses.interfaces import (
+    LabelRows,
     LossOutput,
     check_config,
     check_labels,
     interface_loss,
     interface_loss_from_logits,
+    known_failure,
     teacher_needs,
 )
 from megatron_simct.losses.public import (
@@ -21,6 +23,7 @@ from megatron_simct.losses.vocab_parallel import label_statistics, log_sum_exp
 __all__ = [
     "ByteOrder",
     "CrossTokenizerLoss",
+    "LabelRows",
     "LossOutput",
     "SharedColumns",
     "SharedHead",
@@ -31,6 +34,7 @@ __all__ = [
     "gather_shared_head",
     "interface_loss",
     "interface_loss_from_logits",
+    "known_failure",
     "label_statistics",
     "log_sum_exp",
     "place_shared_head",

@@ -45,13 +45,21 @@ class RunningSums:
     def __init__(self, num_rows: int, *, divergence: str, temperature: float, like: torch.Tensor) -> None:
         self.student_max = like.new_full((num_rows,), NEGATIVE_INFINITY)
         self.teacher_max = self.student_max.clone()
+        self.teacher_at_top = self.student_max.clone()
+        """The teacher's score of the student's likeliest column."""
         names = ["z_s", "z_t"] + ["cross"] * (divergence != "js") + ["mass_s", "mass_t"] * (temperature != 1)
         self.sums = {name: like.new_zeros(num_rows) for name in names}
         self._divergence, self._temperature = divergence, temperature
 
     def add(self, student: torch.Tensor, teacher: torch.Tensor, rows: slice) -> None:
         """student, teacher [A, c]: scores of a tile at a slice of the rows. Both are overwritten."""
-        new_s = torch.maximum(self.student_max[rows], row_maxima(student))
+        if student.shape[1] == 0:
+            return
+        largest, where = student.max(dim=1, keepdim=True)
+        rises = largest.squeeze(1) > self.student_max[rows]
+        at_top = teacher.gather(1, where).squeeze(1)
+        self.teacher_at_top[rows] = torch.where(rises, at_top, self.teacher_at_top[rows])
+        new_s = torch.maximum(self.student_max[rows], largest.squeeze(1))
         new_t = torch.maximum(self.teacher_max[rows], row_maxima(teacher))
         self.rescale(new_s, new_t, rows)
         s = student.sub_(finite_reference(new_s).unsqueeze(1))

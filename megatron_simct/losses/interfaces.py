@@ -36,7 +36,7 @@ Shapes: records.py's legend, and `c` shared tokens of this rank, `r` teacher row
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -59,8 +59,8 @@ from megatron_simct.losses.row_terms import (
 )
 from megatron_simct.losses.shared_head import GivenScores, HeadScores, SharedColumns, SharedHead, TeacherScores
 from megatron_simct.losses.tiles import GivenLogits, OutputLayer, StudentLogits
-from megatron_simct.losses.two_pass import RowPlan, Statistics, TwoPass
-from megatron_simct.losses.vocab_parallel import copy_to_group, num_real_columns
+from megatron_simct.losses.two_pass import GradientWeights, RowPlan, Statistics, TwoPass
+from megatron_simct.losses.vocab_parallel import copy_to_group, num_real_columns, reduce_packed
 from megatron_simct.records import LabelBatch, SegmentKind, TeacherNeeds
 
 
@@ -74,6 +74,20 @@ class LossOutput:
     """0-dim int64: N, all student labels, dropped ones included: what the sum is later divided by, over all ranks."""
     metrics: dict[str, torch.Tensor]
     """0-dim float64, without gradient. Sums and counts to be added over micro-batches and ranks; ratios come later."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelRows:
+    """Which rows a context-parallel rank holds of the labels, where each rank holds some of each sequence.
+
+    The labels themselves are few numbers and known to all ranks. A segment belongs to the rank that has the row of its
+    first label; a unit that straddles a cut needs the log-probabilities of its other labels, and hands back their
+    share of the gradient: 12 bytes a label between the ranks of `group` (8 for the raw logits of `code` on top).
+    """
+
+    index: torch.Tensor
+    """int64 [n], ascending: the labels whose rows are here, one a row of student_hidden."""
+    group: dist.ProcessGroup
 
 
 def teacher_needs(config: InterfaceConfig) -> TeacherNeeds:
@@ -94,6 +108,28 @@ def teacher_needs(config: InterfaceConfig) -> TeacherNeeds:
         case "sft":
             return TeacherNeeds(teacher=False, hidden_rows="none")
     raise ValueError(f"unknown interface {config.interface!r}: --simct-interface is one of {', '.join(_ROWS)}, bytes")
+
+
+def known_failure(config: InterfaceConfig) -> str:
+    """One sentence for the log: what the interface does and when it is known to harm."""
+    renormalized = "student mass that leaves the compared tokens costs nothing (watch student_mass_outside_u)"
+    match config.interface:
+        case "paper" | "sum" | "no_unit_loss" | "random_unit" | "code" | "code_gh":
+            return (
+                "where the student spells in several tokens what the teacher says in one, its correct first token is "
+                f"pushed down, and {renormalized}"
+            )
+        case "strict" | "strict_topk":
+            return f"units of several tokens teach nothing, and {renormalized}"
+        case "exact":
+            return "where the student spells in several tokens what the teacher says in one, only its whole path counts"
+        case "alm":
+            return "only what was sampled is judged: nothing says what else could have been said"
+        case "uld":
+            return "which token has a probability is not compared, only how large the largest ones are"
+        case "bytes":
+            return "tokens beside the sampled tokenization are not summed: merges that are not longest match blur it"
+    return "none: the tokens are the same" if config.interface == "kd" else "none: given responses"
 
 
 def check_labels(labels: LabelBatch, *, placement: VocabPlacement, config: InterfaceConfig) -> None:
@@ -205,6 +241,7 @@ def interface_loss(
     teacher_logit_softcap: float | None = None,
     student_logit_softcap: float | None = None,
     byte_order: ByteOrder | None = None,
+    label_rows: LabelRows | None = None,
 ) -> LossOutput:
     """The loss of one micro-batch, from what enters the student's output layer and that layer's shard.
 
@@ -215,6 +252,9 @@ def interface_loss(
     says what that asks of the caller). Collective over `group`; all ranks pass the same labels. Empty labels give a
     zero sum with zero gradients.
 
+    label_rows: with context parallelism, the rows of student_hidden are those of these labels only; sum, num_labels and
+    metrics are then this rank's share, to be added over label_rows.group. Not for interface bytes.
+
     A non-finite logit, of either model, makes the sum non-finite: the step is refused, no row is dropped silently.
     Raises ValueError for options without a meaning and for a missing shared head or teacher hidden states.
     """
@@ -222,17 +262,16 @@ def interface_loss(
     if config.interface == "bytes":
         if byte_order is None or labels.byte_batch is None:
             raise ValueError("interface bytes needs byte_order and the labels' byte_batch")
-        return _bytes_loss(
-            student_hidden,
+        if label_rows is not None:
+            raise ValueError("interface bytes needs all rows of a response on one rank: no context parallelism")
+        source = OutputLayer(
+            copy_to_group(student_hidden, group),
             output_weight,
-            labels,
-            byte_order=byte_order,
-            placement=placement,
-            config=config,
-            group=group,
-            student_logit_softcap=student_logit_softcap,
+            num_columns=len(byte_order.columns),
+            soft_cap=student_logit_softcap,
         )
-    rows = _plan(labels, config)
+        return _bytes_loss(source, labels, byte_order=byte_order, placement=placement, config=config, group=group)
+    rows = _plan(labels, config, label_rows)
     if _ROWS[config.interface].shared and shared_head is None:
         raise ValueError(f"interface {config.interface} compares with a teacher: it needs shared_head")
     num_shared = rows.num_shared if _ROWS[config.interface].shared else 0
@@ -250,27 +289,22 @@ def interface_loss(
         hidden = labels.teacher_hidden.index_select(0, labels.teacher_hidden_index[rows.segments])
         teacher = HeadScores(hidden, shared_head, soft_cap=teacher_logit_softcap, dtype=source.dtype)
     columns = None if shared_head is None else shared_head.columns
-    return _loss(source, teacher, labels, rows, columns=columns, placement=placement, config=config, group=group)
+    return _loss(
+        source, teacher, labels, rows, columns=columns, placement=placement, config=config, group=group,
+        label_rows=label_rows,
+    )  # fmt: skip
 
 
 def _bytes_loss(
-    student_hidden: torch.Tensor,
-    output_weight: torch.Tensor,
+    source: StudentLogits,
     labels: LabelBatch,
     *,
     byte_order: ByteOrder,
     placement: VocabPlacement,
     config: InterfaceConfig,
     group: dist.ProcessGroup | None,
-    student_logit_softcap: float | None,
 ) -> LossOutput:
-    """`interface_loss` for the interface `bytes`: no logits but those of a tile."""
-    source = OutputLayer(
-        copy_to_group(student_hidden, group),
-        output_weight,
-        num_columns=len(byte_order.columns),
-        soft_cap=student_logit_softcap,
-    )
+    """`interface_loss` for the interface `bytes`; source reads rows in the order of the labels."""
     result = byte_loss(
         source,
         labels.student_labels,
@@ -281,8 +315,8 @@ def _bytes_loss(
         js_beta=config.js_beta,
         group=group,
     )
-    zero = torch.zeros((), dtype=torch.float64, device=student_hidden.device)
-    num_labels = torch.full((), len(labels.student_labels), dtype=torch.int64, device=student_hidden.device)
+    zero = torch.zeros((), dtype=torch.float64, device=source.device)
+    num_labels = torch.full((), len(labels.student_labels), dtype=torch.int64, device=source.device)
     teacher_nll = labels.teacher_lse - labels.teacher_own_logit
     metrics = {
         "student_nll_sum": -result.log_probs.sum(dtype=torch.float64),
@@ -308,6 +342,7 @@ def interface_loss_from_logits(
     teacher_rows: torch.Tensor | None = None,
     teacher_logit_softcap: float | None = None,
     student_logit_softcap: float | None = None,
+    byte_order: ByteOrder | None = None,
 ) -> LossOutput:
     """`interface_loss` from logits that exist: student_logits [N, W], teacher_logits [R, X], before any soft-cap.
 
@@ -316,7 +351,12 @@ def interface_loss_from_logits(
     X = r. The teacher's logits are read a tile at a time. The gradient of student_logits is the only large tensor made.
     """
     check_config(config)
-    rows = _plan(labels, config)
+    if config.interface == "bytes":
+        if byte_order is None or labels.byte_batch is None:
+            raise ValueError("interface bytes needs byte_order and the labels' byte_batch")
+        source = GivenLogits(student_logits, num_columns=len(byte_order.columns), soft_cap=student_logit_softcap)
+        return _bytes_loss(source, labels, byte_order=byte_order, placement=placement, config=config, group=group)
+    rows = _plan(labels, config, None)
     num_shared = rows.num_shared if _ROWS[config.interface].shared else 0
     if num_shared and teacher_logits is None:
         raise ValueError(f"interface {config.interface} scores {num_shared} segments: it needs teacher_logits")
@@ -336,7 +376,9 @@ def interface_loss_from_logits(
             soft_cap=teacher_logit_softcap,
             dtype=source.dtype,
         )
-    return _loss(source, teacher, labels, rows, columns=columns, placement=placement, config=config, group=group)
+    return _loss(
+        source, teacher, labels, rows, columns=columns, placement=placement, config=config, group=group, label_rows=None
+    )
 
 
 def _num_columns(width: int, placement: VocabPlacement) -> int:
@@ -346,8 +388,8 @@ def _num_columns(width: int, placement: VocabPlacement) -> int:
 
 
 @torch.no_grad()
-def _plan(labels: LabelBatch, config: InterfaceConfig) -> RowPlan:
-    """Which rows the interface compares, and which of them need the whole softmax in their gradient."""
+def _plan(labels: LabelBatch, config: InterfaceConfig, label_rows: LabelRows | None) -> RowPlan:
+    """Which rows the interface compares, and which of them need the whole softmax in their gradient; those here."""
     needs = _ROWS[config.interface]
     used = _is_row(labels.kinds, config)
     starts, ends = labels.segments[:, 2], labels.segments[:, 3]
@@ -372,12 +414,17 @@ def _plan(labels: LabelBatch, config: InterfaceConfig) -> RowPlan:
             is_unit = (labels.kinds == SegmentKind.UNIT).unsqueeze(1)
             everywhere = torch.arange(len(starts), device=starts.device)
             special = torch.where(is_unit, _first_tokens(labels, everywhere).special(), -1)
-    return RowPlan.build(
-        starts,
-        shared=used if needs.shared or config.interface == "uld" else torch.zeros_like(used),
-        dense=dense,
-        special=special,
-    )
+    shared = used if needs.shared or config.interface == "uld" else torch.zeros_like(used)
+    if label_rows is not None:
+        starts, dense = _place_here(labels, label_rows)[starts], dense[label_rows.index]
+        shared = shared & (starts >= 0)
+    return RowPlan.build(starts, shared=shared, dense=dense, special=special)
+
+
+def _place_here(labels: LabelBatch, label_rows: LabelRows) -> torch.Tensor:
+    """int64 [N]: the row of student_hidden that predicts each label, -1 where it is another rank's."""
+    place = torch.full_like(labels.student_labels, -1)
+    return place.index_copy(0, label_rows.index, torch.arange(len(label_rows.index), device=place.device))
 
 
 def _first_tokens(labels: LabelBatch, chosen: torch.Tensor) -> FirstTokens:
@@ -398,14 +445,19 @@ def _loss(
     placement: VocabPlacement,
     config: InterfaceConfig,
     group: dist.ProcessGroup | None,
+    label_rows: LabelRows | None,
 ) -> LossOutput:
     """Pass 1, the interface's algebra, pass 2."""
+    everywhere = torch.arange(len(labels.student_labels), device=source.device)
+    here = everywhere if label_rows is None else label_rows.index
+    first_labels = labels.segments[:, 2]
+    mine = torch.isin(first_labels, here)
     with torch.no_grad():
         passes = TwoPass(
             source,
             teacher,
             plan,
-            labels=labels.student_labels,
+            labels=labels.student_labels[here],
             columns=columns,
             shard_start=placement.shard_start,
             divergence=config.divergence,
@@ -416,9 +468,10 @@ def _loss(
             topk=_topk(config, placement),
         )
         stats = passes.statistics()
+        of_labels = stats if label_rows is None else _of_all_labels(stats, labels, label_rows, config)
         chosen = plan.segments
         if config.interface in ("alm", "sft"):
-            chosen = torch.arange(0 if config.interface == "sft" else len(labels.segments), device=chosen.device)
+            chosen = mine.nonzero().squeeze(1)[: 0 if config.interface == "sft" else None]
         rows = RowInputs(
             segments=labels.segments,
             chosen=chosen,
@@ -427,13 +480,42 @@ def _loss(
             teacher_own=labels.teacher_own_logit.to(source.dtype),
             teacher_lse=labels.teacher_lse.to(source.dtype),
         )
-        terms = _row_terms(passes, stats, rows, labels, config)
-        value = _add_up(terms, stats, rows)
-        metrics = _metrics(terms, stats, rows, labels, config)
+        terms = _row_terms(passes, of_labels, rows, labels, config)
+        value = _add_up(terms, stats, rows, here)
+        counts_teacher = label_rows is None or dist.get_rank(label_rows.group) == 0
+        metrics = _metrics(terms, stats, rows, labels, config, num_segments=mine.sum(), counts_teacher=counts_teacher)
         if source.needs_gradient:
-            passes.add_gradient(stats, terms.weights)
-    num_labels = torch.full((), len(labels.student_labels), dtype=torch.int64, device=source.device)
+            weights = terms.weights if label_rows is None else _weights_here(terms.weights, label_rows, config)
+            passes.add_gradient(stats, weights)
+    num_labels = torch.full((), len(here), dtype=torch.int64, device=source.device)
     return LossOutput(sum=source.attach(value), num_labels=num_labels, metrics=metrics)
+
+
+def _of_all_labels(stats: Statistics, labels: LabelBatch, label_rows: LabelRows, config: InterfaceConfig) -> Statistics:
+    """The statistics with those of labels [N] that all ranks need; the others are only known, and read, here."""
+
+    def spread_out(values: torch.Tensor) -> torch.Tensor:
+        return values.new_zeros(len(labels.student_labels)).index_copy(0, label_rows.index, values)
+
+    (log_probs,) = reduce_packed([spread_out(stats.log_probs)], dist.ReduceOp.SUM, label_rows.group)
+    own = spread_out(stats.own)
+    if _UNIT_SCORE.get(config.interface) == "raw":
+        (own,) = reduce_packed([own], dist.ReduceOp.SUM, label_rows.group)
+    return replace(
+        stats,
+        label_max=spread_out(stats.label_max),
+        label_log_sum=spread_out(stats.label_log_sum),
+        own=own,
+        log_probs=log_probs,
+    )
+
+
+def _weights_here(weights: GradientWeights, label_rows: LabelRows, config: InterfaceConfig) -> GradientWeights:
+    """The gradient's weights of the labels whose rows are here: what the segments of all ranks give them, added up."""
+    own, softmax = weights.own_weight, weights.softmax_weight
+    if config.interface != "sft":  # whose labels are in no segment
+        own, softmax = reduce_packed([own, softmax], dist.ReduceOp.SUM, label_rows.group)
+    return replace(weights, own_weight=own[label_rows.index], softmax_weight=softmax[label_rows.index])
 
 
 ALL_TOKENS = 1 << 30
@@ -530,17 +612,24 @@ def _is_row(kinds: torch.Tensor, config: InterfaceConfig) -> torch.Tensor:
     return torch.full_like(kinds, config.interface != "sft", dtype=torch.bool)
 
 
-def _add_up(terms: RowTerms, stats: Statistics, rows: RowInputs) -> torch.Tensor:
+def _add_up(terms: RowTerms, stats: Statistics, rows: RowInputs, here: torch.Tensor) -> torch.Tensor:
     """The sum over rows (or labels). Finite statistics add nothing to it, non-finite ones make it nan: a model that
     yields nan at a row that the interface does not use is broken all the same."""
     poison = 0 * stats.log_probs.sum() + 0 * (rows.teacher_lse - rows.teacher_own).sum()
-    return terms.row_loss.sum() + terms.label_loss.sum() + poison
+    return terms.row_loss.sum() + terms.label_loss[here].sum() + poison
 
 
 def _metrics(
-    terms: RowTerms, stats: Statistics, rows: RowInputs, labels: LabelBatch, config: InterfaceConfig
+    terms: RowTerms,
+    stats: Statistics,
+    rows: RowInputs,
+    labels: LabelBatch,
+    config: InterfaceConfig,
+    *,
+    num_segments: torch.Tensor,
+    counts_teacher: bool,
 ) -> dict[str, torch.Tensor]:
-    """Additive sums and counts, the same keys for every interface."""
+    """Additive sums and counts, the same keys for every interface; statistics are those of the rows here."""
 
     def total(values: torch.Tensor) -> torch.Tensor:
         return values.sum(dtype=torch.float64)
@@ -555,11 +644,15 @@ def _metrics(
     for name in ("student", "teacher"):
         outside = (1 - getattr(terms, f"{name}_mass")).clamp(min=0)
         metrics[f"{name}_mass_outside_u_sum"] = total(torch.where(used, outside, 0)) * _ROWS[config.interface].shared
-    metrics["rows_dropped"] = total(torch.ones_like(labels.kinds)) * (config.interface != "sft") - total(used)
+    if len(stats.same_top) == len(used):
+        metrics["rows_same_top"] = total(used & stats.same_top)
+    else:
+        metrics["rows_same_top"] = total(used[:0])
+    metrics["rows_dropped"] = num_segments.double() * (config.interface != "sft") - total(used)
     metrics["student_nll_sum"] = total(-stats.log_probs)
-    metrics["teacher_nll_sum"] = total(labels.teacher_lse - labels.teacher_own_logit)
+    metrics["teacher_nll_sum"] = total(labels.teacher_lse - labels.teacher_own_logit) * counts_teacher
     metrics["num_student_labels"] = total(torch.ones_like(stats.log_probs))
-    metrics["num_teacher_labels"] = total(torch.ones_like(labels.teacher_lse))
+    metrics["num_teacher_labels"] = total(torch.ones_like(labels.teacher_lse)) * counts_teacher
     return metrics
 
 

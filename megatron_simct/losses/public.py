@@ -40,14 +40,18 @@ Shapes: records.py's legend; `n` student labels, `m` teacher labels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_simct.alignment.byte_events import plan_byte_events
 from megatron_simct.alignment.placement import VocabPlacement
+from megatron_simct.alignment.segments import align
+from megatron_simct.alignment.token_table import TokenTable
 from megatron_simct.config import InterfaceConfig
+from megatron_simct.losses.bytes import ByteOrder, slot_log_masses
 from megatron_simct.losses.interfaces import (
     LossOutput,
     check_config,
@@ -57,6 +61,7 @@ from megatron_simct.losses.interfaces import (
     teacher_needs,
 )
 from megatron_simct.losses.shared_head import SharedColumns, SharedHead, gather_shared_head
+from megatron_simct.losses.tiles import GivenLogits, OutputLayer, StudentLogits, likeliest
 from megatron_simct.losses.vocab_parallel import (
     label_statistics,
     log_sum_exp,
@@ -66,6 +71,7 @@ from megatron_simct.losses.vocab_parallel import (
     soft_cap,
     statistics_dtype,
 )
+from megatron_simct.parallel.packing import pack_byte_events, pack_byte_sides
 from megatron_simct.records import LabelBatch, SegmentKind
 
 
@@ -96,7 +102,11 @@ def cross_tokenizer_loss(
     divergence: str = "reverse_kl",
     temperature: float = 1.0,
     js_beta: float = 0.5,
+    topk: int = 16,
+    uld_topk: int = 1024,
     alm_temperature: float = float("inf"),
+    min_teacher_mass: float = 0.0,
+    segment_weights: torch.Tensor | None = None,
     group: dist.ProcessGroup | None = None,
     normalizer: float | torch.Tensor | None = None,
     stop_student_id: int | None = None,
@@ -106,6 +116,8 @@ def cross_tokenizer_loss(
     teacher_vocab_size: int | None = None,
     student_logit_softcap: float | None = None,
     teacher_logit_softcap: float | None = None,
+    student_table: TokenTable | None = None,
+    teacher_table: TokenTable | None = None,
 ) -> CrossTokenizerLoss:
     """The loss from logits, before any soft-cap; differentiable in student_logits.
 
@@ -118,7 +130,11 @@ def cross_tokenizer_loss(
     stop_student_id and stop_teacher_ids: one shared token more, with the added-up probability of the latter.
     replaced_columns [A]: the shared student id whose bytes are those of a unit of several tokens ("8" "2" where "82" is
     shared), or -1; default: none.
+    segment_weights [A]: what the loss of each segment is multiplied by; default: 1.
     normalizer: what the sum is divided by; default: n, or 1 where that is 0.
+    student_table, teacher_table: the bytes of every token, for interface "bytes" (TokenTable.from_bytes). It reads the
+    labels as ONE response, and neither segments nor shared ids, which may be empty. Several responses: one call each,
+    with one normalizer.
 
     With `group`, the columns of teacher_logits that another rank needs are sent to it, 4 bytes a row each; where the
     output layers are at hand, `fused_cross_tokenizer_loss` sends none.
@@ -126,7 +142,11 @@ def cross_tokenizer_loss(
     Raises ValueError for shapes and ids that do not fit, ids given twice, options without a meaning, and for a loss
     that is not finite (nan or inf in either model's logits): no such gradient reaches the weights.
     """
-    config = _config(interface, divergence, temperature, js_beta, alm_temperature)
+    config = InterfaceConfig(
+        interface=interface, divergence=divergence, temperature=temperature, js_beta=js_beta, topk=topk,
+        uld_topk=uld_topk, alm_temperature=alm_temperature, min_teacher_mass=min_teacher_mass,
+    )  # fmt: skip
+    check_config(config)
     needs_teacher = teacher_needs(config).teacher
     _check_shapes(student_logits, student_labels, "student_logits", "student_labels")
     placement = _placement(
@@ -148,6 +168,7 @@ def cross_tokenizer_loss(
         _check_shapes(teacher_logits, teacher_labels, "teacher_logits", "teacher_labels")
         _check_ids("teacher_labels", teacher_labels, placement.teacher_vocab_size)
         teacher_logits = teacher_logits.detach()
+        whole_teacher_logits = teacher_logits
         own, lse = _teacher_statistics(teacher_logits, teacher_labels, placement, group, teacher_logit_softcap)
         if group is None:
             columns = SharedColumns.from_placement(placement, student_logits.device)
@@ -158,9 +179,23 @@ def cross_tokenizer_loss(
             columns, teacher_logits = moved.columns, moved.weight.T
     labels = _labels(
         segments, student_labels, teacher_labels, own, lse, placement, replaced_columns, stop_student_id,
-        stop_teacher_ids, shared_student_ids, shared_teacher_ids, teacher_hidden=teacher_logits,
-        needs_teacher=needs_teacher,
+        stop_teacher_ids, shared_student_ids, shared_teacher_ids, segment_weights, teacher_hidden=teacher_logits,
+        needs_segments=needs_teacher and interface != "bytes",
     )  # fmt: skip
+    byte_order = None
+    if interface == "bytes":
+        _check_tables(student_table, teacher_table, placement)
+        order, start = _byte_order(teacher_table, whole_teacher_logits.shape[1], group, student_logits.device)
+        source = GivenLogits(whole_teacher_logits, num_columns=len(order.columns), soft_cap=teacher_logit_softcap)
+        labels = _with_bytes(labels, teacher_labels, student_table, teacher_table, source, order, start, group)
+        byte_order, _ = _byte_order(student_table, student_logits.shape[1], group, student_logits.device)
+    elif interface == "uld":
+        source = GivenLogits(
+            whole_teacher_logits,
+            num_columns=_num_columns(whole_teacher_logits.shape[1], placement, group),
+            soft_cap=teacher_logit_softcap,
+        )
+        labels = replace(labels, teacher_topk=_top(source, lse, uld_topk, placement, group))
     check_labels(labels, placement=placement, config=config)
     output = interface_loss_from_logits(
         student_logits,
@@ -173,6 +208,7 @@ def cross_tokenizer_loss(
         teacher_rows=teacher_rows,
         teacher_logit_softcap=teacher_logit_softcap,
         student_logit_softcap=student_logit_softcap,
+        byte_order=byte_order,
     )
     return _finish(output, normalizer)
 
@@ -192,7 +228,11 @@ def fused_cross_tokenizer_loss(
     divergence: str = "reverse_kl",
     temperature: float = 1.0,
     js_beta: float = 0.5,
+    topk: int = 16,
+    uld_topk: int = 1024,
     alm_temperature: float = float("inf"),
+    min_teacher_mass: float = 0.0,
+    segment_weights: torch.Tensor | None = None,
     group: dist.ProcessGroup | None = None,
     normalizer: float | torch.Tensor | None = None,
     stop_student_id: int | None = None,
@@ -202,6 +242,8 @@ def fused_cross_tokenizer_loss(
     teacher_vocab_size: int | None = None,
     student_logit_softcap: float | None = None,
     teacher_logit_softcap: float | None = None,
+    student_table: TokenTable | None = None,
+    teacher_table: TokenTable | None = None,
     shared_head: SharedHead | None = None,
 ) -> CrossTokenizerLoss:
     """`cross_tokenizer_loss` from what enters the output layers; neither model's logits exist for more than a tile.
@@ -216,7 +258,11 @@ def fused_cross_tokenizer_loss(
     Where Megatron's DistributedDataParallel owns output_weight, its gradient goes to main_grad in this call, so no
     factor may come after: use `interface_loss`, whose sum is divided once in Megatron's finalize_model_grads.
     """
-    config = _config(interface, divergence, temperature, js_beta, alm_temperature)
+    config = InterfaceConfig(
+        interface=interface, divergence=divergence, temperature=temperature, js_beta=js_beta, topk=topk,
+        uld_topk=uld_topk, alm_temperature=alm_temperature, min_teacher_mass=min_teacher_mass,
+    )  # fmt: skip
+    check_config(config)
     needs_teacher = teacher_needs(config).teacher
     _check_shapes(student_hidden, student_labels, "student_hidden", "student_labels")
     placement = _placement(
@@ -249,13 +295,30 @@ def fused_cross_tokenizer_loss(
             group=group,
             logit_softcap=teacher_logit_softcap,
         )
-        if shared_head is None:
+        if shared_head is None and interface not in ("bytes", "uld"):
             shared_head = gather_shared_head(teacher_weight.detach(), start, placement, group)
     labels = _labels(
         segments, student_labels, teacher_labels, own, lse, placement, replaced_columns, stop_student_id,
-        stop_teacher_ids, shared_student_ids, shared_teacher_ids, teacher_hidden=teacher_hidden,
-        needs_teacher=needs_teacher,
+        stop_teacher_ids, shared_student_ids, shared_teacher_ids, segment_weights, teacher_hidden=teacher_hidden,
+        needs_segments=needs_teacher and interface != "bytes",
     )  # fmt: skip
+    byte_order = None
+    if interface == "bytes":
+        _check_tables(student_table, teacher_table, placement)
+        order, start = _byte_order(teacher_table, teacher_weight.shape[0], group, student_hidden.device)
+        source = OutputLayer(
+            teacher_hidden, teacher_weight.detach(), num_columns=len(order.columns), soft_cap=teacher_logit_softcap
+        )
+        labels = _with_bytes(labels, teacher_labels, student_table, teacher_table, source, order, start, group)
+        byte_order, _ = _byte_order(student_table, output_weight.shape[0], group, student_hidden.device)
+    elif interface == "uld":
+        source = OutputLayer(
+            teacher_hidden,
+            teacher_weight.detach(),
+            num_columns=_num_columns(teacher_weight.shape[0], placement, group),
+            soft_cap=teacher_logit_softcap,
+        )
+        labels = replace(labels, teacher_topk=_top(source, lse, uld_topk, placement, group))
     check_labels(labels, placement=placement, config=config)
     output = interface_loss(
         student_hidden,
@@ -267,6 +330,7 @@ def fused_cross_tokenizer_loss(
         group=group,
         teacher_logit_softcap=teacher_logit_softcap,
         student_logit_softcap=student_logit_softcap,
+        byte_order=byte_order,
     )
     return _finish(output, normalizer)
 
@@ -299,23 +363,6 @@ def place_shared_head(
         group=group,
     )
     return gather_shared_head(teacher_weight.detach(), _rank(group) * teacher_weight.shape[0], placement, group)
-
-
-def _config(
-    interface: str, divergence: str, temperature: float, js_beta: float, alm_temperature: float
-) -> InterfaceConfig:
-    config = InterfaceConfig(
-        interface=interface,
-        divergence=divergence,
-        temperature=temperature,
-        js_beta=js_beta,
-        alm_temperature=alm_temperature,
-    )
-    check_config(config)
-    needs = teacher_needs(config)
-    if needs.byte_events:
-        raise ValueError(f"interface {interface} compares bytes, not ids: use megatron_simct.losses.bytes")
-    return config
 
 
 def _rank(group: dist.ProcessGroup | None) -> int:
@@ -420,14 +467,15 @@ def _labels(
     stop_teacher_ids: Sequence[int],
     shared_student_ids: torch.Tensor,
     shared_teacher_ids: torch.Tensor,
+    segment_weights: torch.Tensor | None,
     *,
     teacher_hidden: torch.Tensor | None,
-    needs_teacher: bool,
+    needs_segments: bool,
 ) -> LabelBatch:
     """Every segment is told its kind: SHARED for one label on each side that are a pair, STOP, else UNIT."""
     device = student_labels.device
-    if not needs_teacher:
-        segments = segments[:0]
+    if not needs_segments:
+        segments, segment_weights = segments[:0], None
     if segments.ndim != 2 or segments.shape[1] != 4:
         raise ValueError(f"segments must be [A, 4] of (ts, te, ss, se); got {list(segments.shape)}")
     segments = segments.to(device=device, dtype=torch.int64)
@@ -439,6 +487,7 @@ def _labels(
             f"segment {a} is {segments[a].tolist()}: it leaves the {m} teacher labels or the {n} student labels"
         )
     kinds = torch.full((len(segments),), int(SegmentKind.UNIT), device=device)
+    teacher_first = torch.full_like(kinds, -1)
     if len(segments):
         _check_ids("student_labels", student_labels, placement.student_vocab_size)
         partner = torch.full((placement.student_vocab_size,), -1, dtype=torch.int64, device=device)
@@ -451,7 +500,16 @@ def _labels(
         if stop_student_id is not None:
             stops = torch.tensor(list(stop_teacher_ids), device=device)
             kinds[single & (label_s == stop_student_id) & torch.isin(label_t, stops)] = SegmentKind.STOP
-    if replaced_columns is None or not needs_teacher:
+        student_of = torch.full((placement.teacher_vocab_size,), -1, dtype=torch.int64, device=device)
+        student_of[shared_teacher_ids.to(device).long()] = shared_student_ids.to(device).long()
+        teacher_first = torch.where(kinds == SegmentKind.UNIT, student_of[label_t], -1)
+    if segment_weights is None:
+        segment_weights = torch.ones(len(segments), device=device)
+    if segment_weights.shape != kinds.shape:
+        raise ValueError(
+            f"segment_weights needs one number a segment: got {list(segment_weights.shape)} for {len(kinds)} segments"
+        )
+    if replaced_columns is None or not needs_segments:
         replaced_columns = torch.full_like(kinds, -1)
     else:
         known = torch.cat([shared_student_ids.to(device).long(), torch.tensor([-1], device=device)])
@@ -462,11 +520,80 @@ def _labels(
         segments=segments,
         kinds=kinds,
         replaced_columns=replaced_columns.to(device=device, dtype=torch.int64),
+        teacher_first_columns=teacher_first,
+        weights=segment_weights.to(device=device, dtype=torch.float32),
         teacher_own_logit=own,
         teacher_lse=lse,
         teacher_hidden=teacher_hidden,
         teacher_hidden_index=segments[:, 0],
     )
+
+
+def _check_tables(student: TokenTable | None, teacher: TokenTable | None, placement: VocabPlacement) -> None:
+    for side, table, size in (
+        ("student", student, placement.student_vocab_size),
+        ("teacher", teacher, placement.teacher_vocab_size),
+    ):
+        if table is None:
+            raise ValueError(f"interface bytes needs {side}_table, the bytes of every token")
+        if table.num_ids != size:
+            raise ValueError(
+                f"{side}_table has {table.num_ids} ids, the {side}'s vocabulary {size}: they must be equal"
+            )
+
+
+def _byte_order(
+    table: TokenTable, width: int, group: dist.ProcessGroup | None, device: torch.device
+) -> tuple[ByteOrder, int]:
+    """This rank's columns in the order of their bytes, and where they start."""
+    start = _rank(group) * width
+    return ByteOrder.of(table, shard_start=start, shard_end=start + width, device=device), start
+
+
+def _with_bytes(
+    labels: LabelBatch,
+    teacher_labels: torch.Tensor,
+    student_table: TokenTable,
+    teacher_table: TokenTable,
+    teacher: StudentLogits,
+    order: ByteOrder,
+    teacher_start: int,
+    group: dist.ProcessGroup | None,
+) -> LabelBatch:
+    """The labels with the byte events of the one response that they spell."""
+    student_ids, teacher_ids = (
+        ids.detach().cpu().numpy().astype(np.int32) for ids in (labels.student_labels, teacher_labels)
+    )
+    alignment = align(teacher_table, teacher_ids, student_table, student_ids)
+    stopped = student_ids.size and int(student_ids[-1]) in student_table.stop_ids
+    spelled, _ = student_table.spell(student_ids[:-1] if stopped else student_ids)
+    events = plan_byte_events(
+        spelled[: alignment.common_prefix_bytes],
+        stop=alignment.stop,
+        student=student_table,
+        student_ids=student_ids,
+        teacher=teacher_table,
+        teacher_ids=teacher_ids,
+    )
+    device = labels.student_labels.device
+    side = pack_byte_sides([events.teacher], [teacher_ids.size]).to(device)
+    masses = slot_log_masses(teacher, teacher_labels, side, order=order, shard_start=teacher_start, group=group)
+    batch = pack_byte_events([events], [student_ids.size], [masses.cpu()])
+    return replace(labels, byte_batch=batch.to(device))
+
+
+def _num_columns(width: int, placement: VocabPlacement, group: dist.ProcessGroup | None) -> int:
+    """Real columns of this rank's slice of the teacher's vocabulary."""
+    return num_real_columns(
+        shard_start=_rank(group) * width, shard_width=width, vocab_size=placement.teacher_vocab_size
+    )
+
+
+def _top(
+    source: StudentLogits, lse: torch.Tensor, k: int, placement: VocabPlacement, group: dist.ProcessGroup | None
+) -> torch.Tensor:
+    size = placement.teacher_vocab_size
+    return likeliest(source, lse, k or size, vocab_size=size, group=group)
 
 
 def _finish(output: LossOutput, normalizer: float | torch.Tensor | None) -> CrossTokenizerLoss:

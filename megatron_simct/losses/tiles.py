@@ -36,12 +36,15 @@ Shapes: `n` rows, `H` hidden size, `W` this rank's columns (padding included), `
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from megatron_simct.losses.vocab_parallel import statistics_dtype
+from megatron_simct.losses.vocab_parallel import NEGATIVE_INFINITY, statistics_dtype
 
 ALL_ROWS = slice(None)
+TOP_COLUMNS = 4096
+"""Columns of a tile of `likeliest`."""
 
 
 class GivenLogits:
@@ -242,6 +245,27 @@ class OutputLayer:
 
 
 StudentLogits = GivenLogits | OutputLayer
+
+
+@torch.no_grad()
+def likeliest(
+    source: StudentLogits, lse: torch.Tensor, k: int, *, vocab_size: int, group: dist.ProcessGroup | None
+) -> torch.Tensor:
+    """[n, min(k, vocab_size)], descending: log-probabilities of each row's likeliest tokens. No gradient.
+
+    lse [n] is over the whole vocabulary of `vocab_size` real tokens, `source` this rank's. Between ranks go k numbers a
+    row from each.
+    """
+    k = min(k, vocab_size)
+    best = torch.full((source.num_rows, k), NEGATIVE_INFINITY, dtype=source.dtype, device=source.device)
+    for start in range(0, source.num_columns, TOP_COLUMNS):
+        tile = source.logits(start, min(start + TOP_COLUMNS, source.num_columns))
+        best = torch.cat([best, tile], dim=1).topk(k, dim=1).values
+    if group is not None and dist.get_world_size(group) > 1:
+        everybody = [torch.empty_like(best) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(everybody, best, group=group)
+        best = torch.cat(everybody, dim=1).topk(k, dim=1).values
+    return best - lse.unsqueeze(1)
 
 
 def _cap_(logits: torch.Tensor, cap: float | None) -> torch.Tensor:

@@ -125,6 +125,8 @@ class Statistics:
     """[A], of the scores of the shared tokens, special columns left out (0 where there is none)."""
     teacher_max: torch.Tensor
     """[A]"""
+    same_top: torch.Tensor
+    """bool [A]: whether both models find the same shared token likeliest, special columns left out."""
     sums: dict[str, torch.Tensor]
     """Of RunningSums."""
     special_student: torch.Tensor
@@ -260,8 +262,11 @@ class TwoPass:
         )
         label_max = finite_reference(label_max)
         sums = sums * (maxima - label_max).exp()
+        at_top = torch.where(running.student_max == student_max, finite_reference(running.teacher_at_top), 0)
         running.rescale(student_max.clone(), teacher_max.clone(), slice(None))
-        label_sum, own, *shared = reduce_packed([sums, own, *running.sums.values()], dist.ReduceOp.SUM, self._group)
+        label_sum, own, at_top, *shared = reduce_packed(
+            [sums, own, at_top, *running.sums.values()], dist.ReduceOp.SUM, self._group
+        )
         label_log_sum = label_sum.log()
         natural = torch.empty_like(self._plan.order)
         natural[self._plan.order] = torch.arange(len(natural), device=natural.device)
@@ -274,6 +279,7 @@ class TwoPass:
             log_probs=own - label_max - label_log_sum,
             student_max=finite_reference(student_max),
             teacher_max=finite_reference(teacher_max),
+            same_top=(at_top == teacher_max) & (teacher_max > NEGATIVE_INFINITY),
             sums=dict(zip(running.sums, shared, strict=True)),
             special_student=special_s.reshape(shape),
             special_teacher=special_t.reshape(shape),

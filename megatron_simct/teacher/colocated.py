@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from megatron_simct.losses.bytes import ByteOrder, teacher_byte_statistics
-from megatron_simct.losses.vocab_parallel import label_statistics
+from megatron_simct.losses.tiles import OutputLayer, likeliest
+from megatron_simct.losses.vocab_parallel import label_statistics, num_real_columns
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, chunks_of
 from megatron_simct.parallel.cpu import megatron_imports
 from megatron_simct.parallel.initialize import Groups
@@ -117,7 +118,17 @@ class ColocatedScorer:
         for pair, h, own, z, slots in zip(pairs, *split, byte_logprobs, strict=True):
             requested = torch.from_numpy(pair.teacher_rows.astype(np.int64)).to(h.device)
             wanted = None if pair.needs.hidden_rows == "none" else h[requested]
+            topk = None
+            if pair.needs.topk:
+                width = num_real_columns(
+                    shard_start=shard_start, shard_width=weight.shape[0], vocab_size=self._vocab_size
+                )
+                source = OutputLayer(wanted, weight, num_columns=width, soft_cap=self._model.logit_softcap)
+                topk = likeliest(source, z[requested], pair.needs.topk, vocab_size=self._vocab_size, group=group)
+                wanted = None
             scored.append(
-                ScoredPair(sample_id=pair.sample_id, own_logit=own, lse=z, hidden=wanted, byte_logprobs=slots)
+                ScoredPair(
+                    sample_id=pair.sample_id, own_logit=own, lse=z, hidden=wanted, topk=topk, byte_logprobs=slots
+                )
             )
         return scored

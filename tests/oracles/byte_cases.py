@@ -17,7 +17,7 @@ from megatron_simct.losses.tiles import GivenLogits
 from megatron_simct.parallel.packing import pack_byte_events, pack_byte_sides
 from megatron_simct.records import ByteEvents
 from tests import golden
-from tests.oracles.bytes import Side
+from tests.oracles.bytes import Side, loss
 
 PADDING_SCORE = 50.0
 
@@ -152,3 +152,19 @@ def random_cases(seed: int, *, num_cases: int = 3, scale: float = 2.0) -> list[t
             sides.append(Side(pieces, [0], logits * scale, labels))
         cases.append(tuple(sides))
     return cases
+
+
+def oracle_of(cases, *, divergence: str, js_beta: float = 0.5) -> tuple[float, torch.Tensor]:
+    total, gradients = 0.0, []
+    for student, teacher in cases:
+        logits = student.logits.detach().requires_grad_()
+        value, _ = loss(
+            Side(student.pieces, student.stop_ids, logits, student.labels),
+            teacher,
+            divergence_name=divergence,
+            beta=js_beta,
+        )
+        value.backward()
+        total += float(value.detach())
+        gradients.append(logits.grad)
+    return total, torch.cat(gradients)

@@ -13,7 +13,7 @@ from megatron_simct.train import train
 from tests.distributed import run_ranks
 from tests.tiny import config
 
-INTERFACES = ("paper", "code", "strict", "alm", "bytes", "sft")
+INTERFACES = ("paper", "code", "exact", "strict", "uld", "alm", "bytes", "sft")
 LAYOUTS = {"tp2": (2, 2), "dp2": (2, 1), "tp2 x dp2": (4, 2)}
 
 

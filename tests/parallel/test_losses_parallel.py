@@ -12,13 +12,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_simct.config import InterfaceConfig
-from megatron_simct.losses import gather_shared_head, interface_loss, label_statistics, log_sum_exp
+from megatron_simct.losses import LabelRows, gather_shared_head, interface_loss, label_statistics, log_sum_exp
 from tests import golden
 from tests.distributed import run_ranks
 from tests.oracles.loss_cases import (
     CONFIGS,
     EXACT,
     OTHERS,
+    WITHOUT_HEAD,
     Evaluation,
     LossCase,
     evaluate,
@@ -31,6 +32,8 @@ from tests.oracles.loss_cases import (
     random_case,
     shared_head_of,
 )
+
+CONTEXT_PARALLEL = ("paper", "sum", "code", "exact", "strict", "strict_topk", "uld", "alm", "sft")
 
 CASES = [
     random_case(0),
@@ -279,3 +282,72 @@ def test_label_statistics_on_shards(world_size, cap):
         torch.testing.assert_close(own, expected)
         torch.testing.assert_close(lse, logits.logsumexp(1))
         torch.testing.assert_close(lse_of_logits, logits.logsumexp(1))
+
+
+# Label rows split over context-parallel ranks
+
+
+def context_parallel(rank: int, world_size: int, tp: int, cases: list[LossCase], configs: list[InterfaceConfig]):
+    """As `evaluate`, with labels dealt out in pieces: the first and the last to rank 0, as context parallelism does."""
+    groups = {"tp": None, "cp": None}
+    for start in range(0, world_size, tp):
+        members = list(range(start, start + tp))
+        group = dist.new_group(members)
+        groups["tp"] = group if rank in members else groups["tp"]
+    for start in range(tp):
+        members = list(range(start, world_size, tp))
+        group = dist.new_group(members)
+        groups["cp"] = group if rank in members else groups["cp"]
+    cp_rank, cp_size = dist.get_rank(groups["cp"]), dist.get_world_size(groups["cp"])
+    found = []
+    for case in cases:
+        for config in configs:
+            n = len(case.student_labels)
+            pieces = torch.arange(n).tensor_split(2 * cp_size)
+            index = torch.cat([pieces[cp_rank], pieces[2 * cp_size - 1 - cp_rank]])
+            weight, start = padded_shard(case.student_weight, rank % tp, tp)
+            placement = placement_of(case, start, start + len(weight))
+            hidden = case.student_hidden[index].clone().requires_grad_()
+            weight.requires_grad_()
+            output = interface_loss(
+                hidden,
+                weight,
+                label_batch(case, config.interface, uld_topk=config.uld_topk),
+                shared_head=(
+                    None if config.interface in WITHOUT_HEAD else shared_head_of(case, placement, groups["tp"])
+                ),
+                placement=placement,
+                config=config,
+                group=groups["tp"],
+                teacher_logit_softcap=case.teacher_softcap,
+                student_logit_softcap=case.student_softcap,
+                label_rows=LabelRows(index=index, group=groups["cp"]),
+            )
+            output.sum.backward()
+            whole = torch.zeros_like(case.student_hidden).index_copy(0, index, hidden.grad)
+            totals = [whole, weight.grad, output.sum.detach(), output.num_labels, *output.metrics.values()]
+            for total in totals:
+                dist.all_reduce(total, group=groups["cp"])
+            whole, of_weight, value, num_labels, *metrics = totals
+            found.append((float(value), int(num_labels), whole, of_weight, dict(zip(output.metrics, metrics))))  # noqa: B905
+    return found
+
+
+@pytest.mark.parametrize("tp, cp", [(1, 2), (1, 3), (2, 2)])
+def test_label_rows_split_over_context_parallel_ranks(tp, cp):
+    """Units straddle the cuts."""
+    cases = [random_case(seed, spelled=True, softcap=seed == 1, weighted=seed == 2) for seed in range(3)]
+    configs = [InterfaceConfig(divergence="js"), *(InterfaceConfig(interface=name) for name in CONTEXT_PARALLEL)]
+    by_rank = run_ranks(tp * cp, context_parallel, tp, cases, configs)
+    pairs = [(case, config) for case in cases for config in configs]
+    for (case, config), *found in zip(pairs, *by_rank, strict=True):
+        whole = evaluate(case, config)
+        expected, hidden_gradient, weight_gradient = evaluate_oracle(case, config)
+        for value, num_labels, of_hidden, _, metrics in found:
+            assert value == pytest.approx(float(expected.sum.detach()), rel=1e-10, abs=1e-10)
+            assert num_labels == len(case.student_labels)
+            torch.testing.assert_close(of_hidden, hidden_gradient, rtol=1e-9, atol=1e-9)
+            for name, total in whole.output.metrics.items():
+                assert float(metrics[name]) == pytest.approx(float(total), rel=1e-9, abs=1e-9), name
+        of_weight = torch.cat([of_weight for _, _, _, of_weight, _ in found[:tp]])[: len(weight_gradient)]
+        torch.testing.assert_close(of_weight, weight_gradient, rtol=1e-9, atol=1e-9)

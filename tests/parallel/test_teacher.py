@@ -36,6 +36,8 @@ def make_pairs(needs: TeacherNeeds = TeacherNeeds()) -> list[AlignedPair]:  # no
                 segments=segments,
                 kinds=np.full(len(first), SegmentKind.UNIT, np.int8),
                 replaced_columns=np.full(len(first), -1, np.int32),
+                teacher_first_columns=np.full(len(first), -1, np.int32),
+                weights=np.ones(len(first), np.float32),
                 teacher_rows=rows[needs.hidden_rows],
                 needs=needs,
             )

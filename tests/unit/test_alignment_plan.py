@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from megatron_simct.alignment import Tokenizer, TokenTable, build_alignment_map, load_tokenizer, plan_pair
+from megatron_simct.alignment.alignment_map import identity_map
+from megatron_simct.config import InterfaceConfig
 from megatron_simct.records import AlignedPair, Prompt, Rollout, SegmentKind, TeacherNeeds
 from tests.oracles.alignment import greedy_encoder
 
@@ -63,6 +65,7 @@ def test_happy_cat():
         "segments_shared": 1,
         "segments_unit": 1,
         "segments_stop": 1,
+        "segments_blank": 0,
         "canonical": 1,
     }
     arrays = {"teacher_ids": "int32", "segments": "int32", "kinds": "int8", "replaced_columns": "int32"}
@@ -240,3 +243,91 @@ def test_the_released_walk_has_its_own_units():
     teacher = Tokenizer(name="test", table=table, encode_text=lambda text: [0, 1])
     walked = plan(student, teacher, [0, 1, 2, 4], needs=needs)
     assert (walked.segments.tolist(), walked.replaced_columns.tolist()) == ([[0, 2, 0, 3], [2, 3, 3, 4]], [-1, -1])
+
+
+# Weights and ablations
+
+BYTES = [bytes([b]) for b in b"abcd 12"]
+SPACED_STUDENT = tokenizer([*BYTES, b"ab", b"<s>"], [8])
+SPACED_TEACHER = tokenizer([*BYTES, b"cd", b"12", b"<t>"], [9])
+
+
+def planned(ids, sample_id=0, finish="stop", **options):
+    prompt = Prompt(sample_id=sample_id, student_ids=np.zeros(1, np.int32), teacher_ids=np.zeros(1, np.int32))
+    student_ids, logprobs = np.array(ids, np.int32), np.zeros(len(ids), np.float32)
+    rollout = Rollout(sample_id=sample_id, weight_version=0, student_ids=student_ids, logprobs=logprobs, finish=finish)
+    return plan_pair(
+        prompt,
+        rollout,
+        student=SPACED_STUDENT,
+        teacher=SPACED_TEACHER,
+        alignment_map=build_alignment_map(SPACED_STUDENT, SPACED_TEACHER),
+        needs=TeacherNeeds(),
+        interface=InterfaceConfig(**options),
+    )
+
+
+TEXT = [7, 4, 5, 6, 2, 3, 4, 0, 8]
+"""ab|_|1 2|c d|_|a|stop; the teacher says a b|_|12|cd|_|a|stop."""
+
+
+def test_weights_follow_the_options():
+    plain = planned(TEXT)
+    assert plain.segments[:, 2:].tolist() == [[0, 1], [1, 2], [2, 4], [4, 6], [6, 7], [7, 8], [8, 9]]
+    assert plain.kinds.tolist() == [UNIT, SHARED, UNIT, UNIT, SHARED, SHARED, STOP]
+    assert plain.weights.dtype == np.float32 and plain.weights.tolist() == [1] * 7
+    assert plain.teacher_first_columns.tolist() == [0, -1, -1, -1, -1, -1, -1]  # "a", "12" and "cd" are the teacher's
+    assert plain.counts["segments_blank"] == 2
+    assert planned(TEXT, unit_weight="student_length").weights.tolist() == [1, 1, 2, 2, 1, 1, 1]
+    assert planned(TEXT, mask_whitespace=True).weights.tolist() == [1, 0, 1, 1, 0, 1, 1]
+    assert planned(TEXT, stop_bridge=False).weights.tolist() == [1, 1, 1, 1, 1, 1, 0]
+
+
+def test_no_unit_loss_leaves_a_share_of_the_units_out():
+    weights = [planned(TEXT, sample_id=i, interface="no_unit_loss", rho=0.3).weights for i in range(400)]
+    assert all(w[[1, 4, 5, 6]].tolist() == [1, 1, 1, 1] for w in weights)
+    assert np.mean([w[[0, 2, 3]] for w in weights]) == pytest.approx(0.7, abs=0.05)
+    assert planned(TEXT, interface="no_unit_loss", rho=0.0).weights.tolist() == [1] * 7
+    again = planned(TEXT, sample_id=3, interface="no_unit_loss", rho=0.3).weights
+    assert again.tolist() == weights[3].tolist()
+    others = [planned(TEXT, sample_id=i, interface="no_unit_loss", rho=0.3, interface_seed=1).weights for i in range(9)]
+    assert any(a.tolist() != b.tolist() for a, b in zip(others, weights, strict=False))
+
+
+def test_random_unit_joins_marked_positions_with_the_next_one():
+    same = planned(TEXT, interface="random_unit", rho=0.0)
+    assert same.segments.tolist() == planned(TEXT).segments.tolist()
+    assert same.weights.tolist() == [0, 1, 0, 0, 1, 1, 1]
+    text = [0, 1, 2, 3, 4, 0, 1, 7, 0, 8]  # eight 1:1 positions but for "cd", "ab": a b|cd|_|a|b|ab|a
+    for seed in range(20):
+        pair = planned(text, interface="random_unit", rho=0.5, interface_seed=seed)
+        singles = planned(text)
+        single = singles.kinds == SHARED
+        assert pair.segments[:, 3].max() == len(text) and (pair.segments[1:, ::2] == pair.segments[:-1, 1::2]).all()
+        ends = set(singles.segments[:, 3].tolist())
+        assert {int(e) for e in pair.segments[:, 3]} <= ends
+        for (_, _, ss, se), kind, weight in zip(pair.segments.tolist(), pair.kinds, pair.weights, strict=True):
+            inside = [i for i, s in enumerate(singles.segments.tolist()) if ss <= s[2] and s[3] <= se]
+            if len(inside) > 1:
+                assert kind == UNIT and weight == 1 and single[inside].all()
+            elif singles.kinds[inside[0]] == UNIT:
+                assert weight == 0
+            else:
+                assert weight == 1 and kind == singles.kinds[inside[0]]
+    whole = planned(text, interface="random_unit", rho=1.0)
+    runs = [se - ss for _, _, ss, se in whole.segments.tolist()]
+    assert max(runs) >= 3, "a run of marked positions is one unit"
+
+
+def test_kd_pairs_every_id_with_itself():
+    pairs = identity_map(SPACED_STUDENT, SPACED_STUDENT)
+    placement = pairs.placement(shard_start=0, shard_end=9)
+    assert placement.columns.tolist() == list(range(9)) == placement.teacher_rows.tolist()
+    with pytest.raises(ValueError, match="not the same"):
+        identity_map(SPACED_STUDENT, SPACED_TEACHER)
+
+
+def test_without_the_stop_bridge_the_stop_token_is_not_shared():
+    pairs = build_alignment_map(SPACED_STUDENT, SPACED_TEACHER)
+    bridged, plain = (pairs.placement(shard_start=0, shard_end=9, stop_bridge=b) for b in (True, False))
+    assert bridged.columns.tolist() == [*plain.columns.tolist(), 8] and len(plain.columns) == pairs.num_shared

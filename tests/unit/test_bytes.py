@@ -11,26 +11,10 @@ import torch
 from megatron_simct.losses import bytes as losses_bytes
 from tests import golden
 from tests.oracles import bytes as oracle
-from tests.oracles.byte_cases import evaluate, golden_case, random_cases
+from tests.oracles.byte_cases import evaluate, golden_case, oracle_of, random_cases
 from tests.oracles.byte_pairs import longest_match, merges, random_language, write_out
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js")
-
-
-def oracle_of(cases, *, divergence: str, js_beta: float = 0.5) -> tuple[float, torch.Tensor]:
-    total, gradients = 0.0, []
-    for student, teacher in cases:
-        logits = student.logits.detach().requires_grad_()
-        value, _ = oracle.loss(
-            oracle.Side(student.pieces, student.stop_ids, logits, student.labels),
-            teacher,
-            divergence_name=divergence,
-            beta=js_beta,
-        )
-        value.backward()
-        total += float(value.detach())
-        gradients.append(logits.grad)
-    return total, torch.cat(gradients)
 
 
 @pytest.mark.parametrize("seed", range(16))

@@ -166,6 +166,18 @@ def test_bfloat16_runs_with_float32_statistics():
     assert float(result.output.sum) == pytest.approx(float(expected.sum.detach()), rel=0.05)
 
 
+def same_top(case: LossCase, used: set[int], *, cut: bool) -> int:
+    """Rows where both models find the same shared token likeliest; cut: the one that the unit replaces left out."""
+    student, teacher = case.student_hidden @ case.student_weight.T, case.teacher_hidden @ case.teacher_weight.T
+    count = 0
+    for (ts, _, ss, _), kind, replaced in zip(case.segments, case.kinds, case.replaced, strict=True):
+        ids = [i for i in case.shared if not cut or i != replaced]
+        of_student = max(ids, key=lambda i: float(student[ss, i]))
+        of_teacher = max(ids, key=lambda i: float(teacher[ts, case.shared[i]].logsumexp(0)))
+        count += kind in used and of_student == of_teacher
+    return count
+
+
 def test_metrics_equal_the_oracle():
     kinds = ("unit", "shared", "stop")
     for seed in range(4):
@@ -182,6 +194,8 @@ def test_metrics_equal_the_oracle():
             assert rows == pytest.approx(sum(float(row.detach()) for row in expected.rows))
             assert result.metric("student_mass_outside_u_sum") == pytest.approx(expected.mass_outside[0])
             assert result.metric("teacher_mass_outside_u_sum") == pytest.approx(expected.mass_outside[1])
+            if interface in ("paper", "strict", "code"):
+                assert result.metric("rows_same_top") == same_top(case, used, cut=interface == "paper")
             assert result.metric("student_nll_sum") == pytest.approx(expected.nll[0])
             assert result.metric("teacher_nll_sum") == pytest.approx(expected.nll[1])
             assert result.metric("num_student_labels") == len(case.student_labels) == int(result.output.num_labels)

@@ -11,10 +11,13 @@ import torch.distributed as dist
 from megatron_simct.losses import cross_tokenizer_loss, fused_cross_tokenizer_loss, place_shared_head, public
 from tests import golden
 from tests.distributed import run_ranks
+from tests.oracles.byte_cases import oracle_of, random_cases, table_of
+from tests.oracles.bytes import Side
 from tests.oracles.loss_cases import LossCase, padded_shard, random_case
 from tests.oracles.modes import Model, capped, row_losses
 
-INTERFACES = ("paper", "sum", "code", "code_gh", "strict", "alm", "sft")
+INTERFACES = ("paper", "sum", "code", "code_gh", "exact", "strict", "strict_topk", "uld", "alm", "sft")
+TOPK = {"strict_topk": {"topk": 3}, "uld": {"uld_topk": 5}}
 
 
 def arguments(case: LossCase) -> dict:
@@ -61,11 +64,17 @@ def expected(case: LossCase, interface: str, **options) -> tuple[float, torch.Te
 @pytest.mark.parametrize("softcap", [False, True], ids=["plain", "softcap"])
 def test_both_entries_equal_the_oracle(interface, softcap):
     for seed, divergence in enumerate(("reverse_kl", "forward_kl", "js")):
-        case = random_case(seed, softcap=softcap)
-        value, of_logits, of_hidden, of_weight = expected(case, interface, divergence_name=divergence)
+        case = random_case(seed, softcap=softcap, spelled=interface == "exact", weighted=seed == 1)
+        weights = {} if interface == "sft" else {"weights": case.weights}
+        topk = TOPK.get(interface, {})
+        value, of_logits, of_hidden, of_weight = expected(
+            case, interface, divergence_name=divergence, **weights, **topk
+        )
         logits = (case.student_hidden @ case.student_weight.T).requires_grad_()
         teacher = case.teacher_hidden @ case.teacher_weight.T
-        options = arguments(case) | {"interface": interface, "divergence": divergence}
+        options = arguments(case) | {"interface": interface, "divergence": divergence} | topk
+        if case.weights is not None and interface != "sft":
+            options["segment_weights"] = torch.tensor(case.weights)
         output = cross_tokenizer_loss(logits, teacher, **options)
         output.loss.backward()
         assert float(output.loss.detach()) == pytest.approx(value, rel=1e-10)
@@ -78,6 +87,52 @@ def test_both_entries_equal_the_oracle(interface, softcap):
         assert float(output.loss.detach()) == pytest.approx(value, rel=1e-10)
         torch.testing.assert_close(hidden.grad, of_hidden, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(weight.grad, of_weight, rtol=1e-10, atol=1e-10)
+
+
+def bytes_arguments(case: tuple[Side, Side]) -> dict:
+    student, teacher = case
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return {
+        "segments": nothing.reshape(0, 4),
+        "student_labels": torch.tensor(student.labels),
+        "teacher_labels": torch.tensor(teacher.labels),
+        "shared_student_ids": nothing,
+        "shared_teacher_ids": nothing,
+        "student_table": table_of(student),
+        "teacher_table": table_of(teacher),
+        "interface": "bytes",
+    }
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js"])
+def test_bytes_from_logits_and_fused_equals_the_oracle(divergence):
+    for seed in range(6):
+        (case,) = random_cases(seed, num_cases=1)
+        student, teacher = case
+        wanted, gradient = oracle_of([case], divergence=divergence)
+        n = len(student.labels)
+        logits = student.logits.clone().requires_grad_()
+        options = bytes_arguments(case) | {"divergence": divergence}
+        output = cross_tokenizer_loss(logits, teacher.logits, **options)
+        output.loss.backward()
+        assert float(output.loss.detach()) == pytest.approx(wanted / n, rel=1e-10, abs=1e-12)
+        torch.testing.assert_close(logits.grad, gradient / n, rtol=1e-10, atol=1e-10)
+        hidden = torch.eye(n, dtype=torch.float64).requires_grad_()  # the output weight is the logits
+        weight = student.logits.T.clone().requires_grad_()
+        teacher_hidden = torch.eye(len(teacher.labels), dtype=torch.float64)
+        output = fused_cross_tokenizer_loss(hidden, weight, teacher_hidden, teacher.logits.T.contiguous(), **options)
+        output.loss.backward()
+        assert float(output.loss.detach()) == pytest.approx(wanted / n, rel=1e-10, abs=1e-12)
+        torch.testing.assert_close(weight.grad.T, gradient / n, rtol=1e-10, atol=1e-10)
+
+
+def test_bytes_needs_the_tables():
+    (case,) = random_cases(0, num_cases=1)
+    options = bytes_arguments(case)
+    with pytest.raises(ValueError, match="needs student_table"):
+        cross_tokenizer_loss(case[0].logits, case[1].logits, **options | {"student_table": None})
+    with pytest.raises(ValueError, match="teacher_table has"):
+        cross_tokenizer_loss(case[0].logits, case[1].logits[:, :-1], **options)
 
 
 def on_two_ranks(rank: int, world_size: int, case: LossCase) -> list:
@@ -165,7 +220,7 @@ def test_nothing_to_compare_is_a_counted_zero():
         ({"replaced_columns": torch.tensor([7, 0, -1])}, "replaced_columns"),
         ({"normalizer": 0}, "normalizer"),
         ({"interface": "papr"}, "papr"),
-        ({"interface": "bytes"}, "compares bytes, not ids"),
+        ({"interface": "bytes"}, "needs student_table"),
         ({"interface": "alm", "alm_temperature": 0.0}, "alm-temperature"),
         ({"temperature": 0.0}, "temperature"),
         ({"student_vocab_size": 9}, "student_vocab_size 9"),

@@ -34,6 +34,7 @@ SUMS = {
     "rows_stop": 0.0,
     "student_mass_outside_u_sum": 3.0,
     "teacher_mass_outside_u_sum": 6.0,
+    "rows_same_top": 9.0,
 }
 SAMPLES = {
     "samples": 4.0,
@@ -48,6 +49,10 @@ SAMPLES = {
     "bytes_dropped_no_bytes": 0.0,
     "bytes_dropped_walk": 0.0,
     "bytes_dropped_invalid_utf8": 0.0,
+    "segments_shared": 11.0,
+    "segments_unit": 4.0,
+    "segments_stop": 1.0,
+    "segments_blank": 2.0,
     "canonical": 2.0,
 }
 
@@ -83,6 +88,9 @@ def test_every_ratio_is_formed_from_the_right_sums():
         "dropped_walk": 0.0,
         "dropped_invalid_utf8": 0.0,
         "rollout_logprob_gap": 2.4 / 24,
+        "top1_agreement": 9 / 12,
+        "blank_segments": 2 / 16,
+        "student_entropy": 27.6 / 24,
     }
     assert math.isnan(values.pop("loss_stop")), "no stop row: the ratio has no value"
     assert values == pytest.approx(expected)
@@ -115,6 +123,8 @@ def records(sample_id: int, counts: dict[str, int]) -> tuple[Rollout, AlignedPai
             segments=empty.reshape(0, 4),
             kinds=empty.astype(np.int8),
             replaced_columns=empty,
+            teacher_first_columns=empty,
+            weights=np.zeros(0, np.float32),
             teacher_rows=empty,
             needs=TeacherNeeds(),
             counts=counts,

@@ -44,6 +44,8 @@ def sample(
             segments=np.array(segments, np.int32).reshape(-1, 4),
             kinds=np.array([i % 3 for i in range(len(segments))], np.int8),
             replaced_columns=np.array([base + i - 1 for i in range(len(segments))], np.int32),
+            teacher_first_columns=np.array([base + 2 * i for i in range(len(segments))], np.int32),
+            weights=np.array([base + 0.5 * i for i in range(len(segments))], np.float32),
             teacher_rows=np.array(teacher_rows, np.int32),
             needs=needs,
         ),
