@@ -97,7 +97,8 @@ def _rank(rank: int, world_size: int, folder: str, function: Callable[..., dict]
 
 def loss_on_two_ranks(device: torch.device) -> list[Line]:
     """Loss and gradients of `paper` on vocabulary shards, fp32, against one process on the same device."""
-    (alone,), ranks = (on_ranks(size, _loss_on_shards) for size in (1, 2))
+    alone = {name: tensor.cpu() for name, tensor in _loss_on_shards(device).items()}
+    ranks = on_ranks(2, _loss_on_shards)
     rows = len(alone["weight"])
     whole = {
         "loss": ranks[0]["loss"],
@@ -112,9 +113,10 @@ def loss_on_two_ranks(device: torch.device) -> list[Line]:
 
 
 def _loss_on_shards(device: torch.device) -> dict[str, torch.Tensor]:
-    group, size = dist.group.WORLD, dist.get_world_size()
+    group = dist.group.WORLD if dist.is_initialized() else None
+    rank, size = (0, 1) if group is None else (dist.get_rank(), dist.get_world_size())
     case = case_of(0, FAR, torch.float32)
-    shards = [padded_shard(w, dist.get_rank(), size, extra=0) for w in (case.student_weight, case.teacher_weight)]
+    shards = [padded_shard(w, rank, size, extra=0) for w in (case.student_weight, case.teacher_weight)]
     weight, teacher_weight = (shard.to(device) for shard, _ in shards)
     case = case.to(device)
     hidden = case.student_hidden.requires_grad_()
@@ -135,17 +137,8 @@ def training_on_two_ranks(device: torch.device) -> list[Line]:
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder)
         build_files(files)
-        on_ranks(1, _save_weights, files)
-        flags = (
-            "--pretrained-checkpoint",
-            f"{folder}/w/student",
-            "--teacher-pretrained-checkpoint",
-            f"{folder}/w/teacher",
-        )
-        rollouts = f"{folder}/rollouts"
-        (alone,) = on_ranks(1, _train, files, (*flags, "--save-debug-rollout-data", rollouts))
-        two = (*flags, "--load-debug-rollout-data", rollouts, "--tensor-model-parallel-size", "2")
-        split = on_ranks(2, _train, files, two)[0]
+        (alone,) = on_ranks(1, _train_alone, files)
+        split = on_ranks(2, _train, files, "--load-debug-rollout-data", 2)[0]
     return [
         Line(
             check=f"TP2 against one process: {name} of two training steps",
@@ -156,12 +149,17 @@ def training_on_two_ranks(device: torch.device) -> list[Line]:
     ]
 
 
-def _save_weights(device: torch.device, files: Path) -> dict[str, torch.Tensor]:
-    weights._save(0, 1, files, files / "w")
-    return {}
+def _train_alone(device: torch.device, files: Path) -> dict[str, torch.Tensor]:
+    weights._save(0, 1, files, files / "weights")
+    return _train(device, files, "--save-debug-rollout-data", 1)
 
 
-def _train(device: torch.device, files: Path, flags: tuple[str, ...]) -> dict[str, torch.Tensor]:
+def _train(device: torch.device, files: Path, rollouts_flag: str, tp: int) -> dict[str, torch.Tensor]:
+    flags = [
+        *("--pretrained-checkpoint", str(files / "weights" / "student")),
+        *("--teacher-pretrained-checkpoint", str(files / "weights" / "teacher")),
+        *(rollouts_flag, str(files / "rollouts"), "--tensor-model-parallel-size", str(tp)),
+    ]
     steps, _ = test_layouts._run(dist.get_rank(), dist.get_world_size(), files, *flags)
     values = {"loss": [sums["loss"] for sums, _, _ in steps], "gradient norm": [norm for _, norm, _ in steps]}
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
