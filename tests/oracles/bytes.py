@@ -53,11 +53,11 @@ def point(side: Side, log_p: torch.Tensor, text: bytes, i: int) -> Point:
     for label in side.labels[:-1]:
         begins.append(begins[-1] + len(side.pieces[label]))
     last = max(k for k, begin in enumerate(begins) if begin <= i)
-    zero = torch.zeros((), dtype=torch.float64)
+    zero = log_p.new_zeros(())
     mass: dict[int, torch.Tensor] = {}
     for k in range(last + 1):
         c = text[begins[k] : i]
-        weight = torch.ones((), dtype=torch.float64)
+        weight = log_p.new_ones(())
         for j in range(k, last):
             weight = weight / log_p[j, side.labels[j]].exp()
         for w, piece in enumerate(side.pieces):
@@ -120,7 +120,7 @@ def events(student: Point, teacher: Point) -> tuple[dict[str | int, torch.Tensor
             for event, value in mass.items():
                 if isinstance(event, tuple):
                     result[REST] = result[REST] + value
-        total = sum(result.values(), torch.zeros((), dtype=torch.float64))
+        total = sum(result.values(), student.stop.new_zeros(()))
         results.append({event: (value / total).clamp(min=FLOOR) for event, value in result.items()})
     return results[0], results[1]
 

@@ -24,6 +24,20 @@ def test_small_run_reports_every_variant():
     assert all(row["seconds"] > 0 and row["extra_mib"] >= 0 for row in rows.values())
 
 
+def test_several_sizes_are_one_object_a_line_and_bytes_between_ranks_are_counted():
+    sizes = ["--labels", "20", "--vocab", "512,640", "--hidden", "8", "--repeats", "1", "--threads", "1"]
+    sizes += ["--tensor-model-parallel-size", "2", "--variants", "fused,bytes"]
+    ran = subprocess.run([sys.executable, TOOL, *sizes, "--json"], capture_output=True, text=True, check=True)
+    reports = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert [report["vocab"] for report in reports] == [512, 640]
+    for report in reports:
+        fused = report["variants"]["fused"]["sent_bytes_per_label"]
+        # Of a label: one maximum, two sums and the teacher's three; of a row: three more maxima and three sums at most.
+        assert 24 <= fused["statistics"] <= 64 and fused["rows"] == 0
+        assert fused["states"] == 8 * 4  # the gradient of the hidden states
+        assert report["variants"]["bytes"]["sent_bytes_per_label"]["statistics"] > 64
+
+
 def test_dense_variant_is_the_same_loss():
     dense_paper = runpy.run_path(str(TOOL))["dense_paper"]
     generator = torch.Generator().manual_seed(0)

@@ -3,6 +3,8 @@
     python tools/benchmark/loss.py --labels 512 --vocab 151936 --teacher-vocab 128256 --shared 109566
     python tools/benchmark/loss.py --labels 4096 --hidden 896 --variants fused,products --dtype bf16
     python tools/benchmark/loss.py --tensor-model-parallel-size 2 --variants logits,fused --json
+    python tools/benchmark/loss.py --labels 128,512,4096 --vocab 32000,152064,256000 --variants fused,products
+    python tools/benchmark/loss.py --labels 512 --vocab 152064 --variants fused,bytes
 
 variants
     dense      plain torch from logits that exist: log_softmax, gather, softmax over U, autograd (one process only)
@@ -10,65 +12,99 @@ variants
     fused      fused_cross_tokenizer_loss from what enters the output layers
     products   the bare matrix products that `fused` cannot do without, each done at once: student logits, teacher
                logits of the shared tokens, the logits' gradient times the weight and times the hidden states
+    bytes      the interface bytes from what enters the output layers, the teacher's sums included, as `fused` includes
+               the teacher's statistics; what both plan on the host beforehand (alignment, byte events) is left out
+    gold       the loss of TRL's GOLD trainer (1.16, hybrid) from the same logits as `dense`, where trl is installed;
+               one process only, and another definition of the same job
 
 seconds     the least of --repeats calls; variants take turns in one process, so their ratios hold on a busy machine
 extra MiB   highest resident memory during the first call, less what was resident before it (inputs), a process a
             variant; `less gradients` leaves out the gradients that the call returns
-statistics  bytes that all-reduces of one call carry, a label, counted by wrapping torch.distributed
+sent        bytes of the tensors that one call hands to collectives of torch.distributed, a label, counted by wrapping
+            them: `statistics` are reductions of vectors (the loss), `states` those of the hidden states' gradient
+            [n, H], which any column-parallel layer makes, `rows` is what goes from rank to rank
 
-Labels: 9 of 10 segments are one shared token on both sides, the tenth is a unit of two tokens on both.
+Labels: 9 of 10 segments are one shared token on both sides, the tenth is a unit of two tokens on both. For `bytes` the
+tokens are made up: all single bytes, words of 2 to 8 letters drawn as English draws letters, and their prefixes.
+Several sizes, by commas, are measured one after another; --json then prints one object a line.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-VARIANTS = ("dense", "logits", "fused", "products")
+VARIANTS = ("dense", "logits", "fused", "products", "bytes", "gold")
+ONE_PROCESS = ("dense", "gold")
+LETTERS, FREQUENCIES = b" etaoinshrdlcumwfgypbvkjxqz", (18, 10, 7, 7, 6, 6, 6, 5, 5, 5, 3, 3, 2, 2) + (1,) * 13
 MIB = 1 << 20
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--labels", type=int, default=512, help="student labels (default: 512)")
-    parser.add_argument("--vocab", type=int, default=32000, help="student's vocabulary (default: 32000)")
+    parser.add_argument("--labels", default="512", help="student labels, some by commas (default: 512)")
+    parser.add_argument("--vocab", default="32000", help="student's vocabulary, some by commas (default: 32000)")
     parser.add_argument("--teacher-vocab", type=int, help="default: --vocab")
     parser.add_argument("--shared", type=int, help="shared tokens; default: 0.7 of the smaller vocabulary")
     parser.add_argument("--hidden", type=int, default=896, help="hidden size of the student (default: 896)")
     parser.add_argument("--teacher-hidden", type=int, help="default: --hidden")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of hidden states, weights, logits")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch, over all ranks (default: 2)")
-    parser.add_argument("--tensor-model-parallel-size", type=int, choices=(1, 2), default=1, help="gloo ranks")
+    parser.add_argument("--tensor-model-parallel-size", default="1", help="gloo ranks, 1, 2 or 1,2 (default: 1)")
     parser.add_argument("--variants", default="dense,logits,fused,products", help="some of them, by commas")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls a variant (default: 3)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    args.teacher_vocab = args.teacher_vocab or args.vocab
     args.teacher_hidden = args.teacher_hidden or args.hidden
-    args.shared = args.shared or int(0.7 * min(args.vocab, args.teacher_vocab))
+    for name in ("labels", "vocab", "tensor_model_parallel_size"):
+        try:
+            setattr(args, name, [int(value) for value in getattr(args, name).split(",")])
+        except ValueError:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: numbers, by commas")
+    if not set(args.tensor_model_parallel_size) <= {1, 2}:
+        parser.error("--tensor-model-parallel-size: choose from 1, 2")
     chosen = args.variants.split(",")
     if not set(chosen) <= set(VARIANTS):
         parser.error(f"--variants {args.variants}: choose from {', '.join(VARIANTS)}")
-    if args.tensor_model_parallel_size > 1 and "dense" in chosen:
-        chosen.remove("dense")
-        print("dense: left out, it runs in one process only", file=sys.stderr)
-    if min(args.vocab, args.teacher_vocab) % args.tensor_model_parallel_size:
-        parser.error("both vocabularies must be a multiple of --tensor-model-parallel-size")
-    if args.shared > min(args.vocab, args.teacher_vocab):
-        parser.error(f"--shared {args.shared}: more than the smaller vocabulary")
+    if "gold" in chosen and _gold() is None:
+        chosen.remove("gold")
+        print("gold: left out, the package trl does not import with the loss of its GOLD trainer", file=sys.stderr)
     args.variants = ",".join(chosen)
+    for one in sizes(args):
+        if min(one.vocab, one.teacher_vocab) % one.tensor_model_parallel_size:
+            parser.error("both vocabularies must be a multiple of --tensor-model-parallel-size")
+        if one.shared > min(one.vocab, one.teacher_vocab):
+            parser.error(f"--shared {one.shared}: more than the smaller vocabulary")
     return args
+
+
+def sizes(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """One set of options for each combination of the sizes given by commas."""
+    found = []
+    for tp, labels, vocab in itertools.product(args.tensor_model_parallel_size, args.labels, args.vocab):
+        one = copy.copy(args)
+        one.tensor_model_parallel_size, one.labels, one.vocab = tp, labels, vocab
+        one.teacher_vocab = args.teacher_vocab or vocab
+        one.shared = args.shared or int(0.7 * min(vocab, one.teacher_vocab))
+        if tp > 1:
+            one.variants = ",".join(name for name in args.variants.split(",") if name not in ONE_PROCESS)
+        found.append(one)
+    return found
 
 
 # The parent: one set of ranks for the times, one a variant for the memory
@@ -102,30 +138,48 @@ def run_workers(args: argparse.Namespace, mode: str, variants: str) -> dict[str,
 def main() -> None:
     args = parse()
     if args.worker:
-        print(json.dumps(work(args)))
+        print(json.dumps(work(sizes(args)[0])))
         return
+    for one in sizes(args):
+        for name in sorted(set(args.variants.split(",")) - set(one.variants.split(","))):
+            print(f"{name}: left out, it runs in one process only", file=sys.stderr)
+        report = measure(one)
+        print(json.dumps(report) if args.json else table(report), flush=True)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     results = run_workers(args, "time", args.variants)
     for variant in args.variants.split(","):
         results[variant] |= run_workers(args, "memory", variant)[variant]
-    sizes = ("labels", "vocab", "teacher_vocab", "shared", "hidden", "teacher_hidden", "dtype", "threads")
-    report = {name: getattr(args, name) for name in (*sizes, "tensor_model_parallel_size")}
+    names = ("labels", "vocab", "teacher_vocab", "shared", "hidden", "teacher_hidden", "dtype", "threads")
+    report = {name: getattr(args, name) for name in (*names, "tensor_model_parallel_size")}
     report["student_logits_mib"] = args.labels * args.vocab * (4 if args.dtype == "fp32" else 2) / MIB
     report["variants"] = results
-    if args.json:
-        print(json.dumps(report))
-        return
-    print(", ".join(f"{name} {value}" for name, value in report.items() if name != "variants"))
-    print(f"{'variant':10} {'seconds':>9} {'extra MiB':>10} {'less gradients':>15} {'statistics B/label':>19}")
-    for name, row in results.items():
-        statistics = f"{row['statistics_bytes_per_label']:.1f}" if args.tensor_model_parallel_size > 1 else "-"
-        print(
+    for over, under in (("fused", "products"), ("bytes", "fused"), ("dense", "logits"), ("gold", "logits")):
+        if over in results and under in results:
+            report[f"{over}_over_{under}_seconds"] = results[over]["seconds"] / results[under]["seconds"]
+    if "fused" in results:
+        extra = results["fused"]["extra_less_gradients_mib"]
+        report["fused_over_student_logits_memory"] = extra / report["student_logits_mib"]
+    return report
+
+
+def table(report: dict[str, Any]) -> str:
+    scalars = {name: value for name, value in report.items() if name != "variants"}
+    lines = [
+        ", ".join(f"{name} {value:.3g}" if "_over_" in name else f"{name} {value}" for name, value in scalars.items())
+    ]
+    lines.append(
+        f"{'variant':10} {'seconds':>9} {'extra MiB':>10} {'less gradients':>15} {'sent, B/label: statistics':>26} "
+        f"{'states':>8} {'rows':>10}"
+    )
+    for name, row in report["variants"].items():
+        sent = row["sent_bytes_per_label"]
+        lines.append(
             f"{name:10} {row['seconds']:9.3f} {row['extra_mib']:10.1f} {row['extra_less_gradients_mib']:15.1f} "
-            f"{statistics:>19}"
+            f"{sent['statistics']:26.1f} {sent['states']:8.1f} {sent['rows']:10.1f}"
         )
-    if "fused" in results and "products" in results:
-        ratio = results["fused"]["seconds"] / results["products"]["seconds"]
-        share = results["fused"]["extra_less_gradients_mib"] / report["student_logits_mib"]
-        print(f"fused / products {ratio:.2f} in time; fused / student logits {share:.3f} in memory (one rank's share)")
+    return "\n".join(lines)
 
 
 # A worker: one rank
@@ -157,7 +211,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     for name, (call, _) in calls.items():
         with count_bytes() as counted:
             call()
-        results[name]["statistics_bytes_per_label"] = sum(counted) / args.labels
+        results[name]["sent_bytes_per_label"] = {kind: size / args.labels for kind, size in counted.items()}
         results[name]["seconds"] = float("inf")
     for _ in range(args.repeats):
         for name, (call, _) in calls.items():
@@ -170,23 +224,35 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class count_bytes:
-    """Collects the bytes of each all-reduce's tensor on this rank, but for gradients of hidden states [n, H]."""
+    """Collects the bytes of the tensors that this rank hands to collectives, by what they carry."""
 
-    def __enter__(self) -> list[int]:
+    def __enter__(self) -> dict[str, int]:
         import torch.distributed as dist
 
-        self._dist, self._original, counted = dist, dist.all_reduce, []
+        self._originals: dict[str, Any] = {}
+        counted = {"statistics": 0, "states": 0, "rows": 0}
 
-        def counting(tensor, *args, **kwargs):
-            if tensor.ndim < 2:
-                counted.append(tensor.numel() * tensor.element_size())
-            return self._original(tensor, *args, **kwargs)
+        def counting(name: str, given: int, original: Callable) -> Callable:
+            def wrapper(*args: Any, **kwargs: Any) -> Any:
+                tensor = args[given]
+                reduced = name in ("all_reduce", "reduce_scatter_tensor")
+                kind = "rows" if not reduced else "states" if tensor.ndim > 1 else "statistics"
+                counted[kind] += tensor.numel() * tensor.element_size()
+                return original(*args, **kwargs)
 
-        dist.all_reduce = counting
+            return wrapper
+
+        # Which argument is sent.
+        names = {"all_reduce": 0, "broadcast": 0, "all_to_all_single": 1, "all_gather_into_tensor": 1}
+        for name, given in (names | {"all_gather": 1, "reduce_scatter_tensor": 1, "send": 0, "isend": 0}).items():
+            self._originals[name] = getattr(dist, name)
+            setattr(dist, name, counting(name, given, self._originals[name]))
+        self._dist = dist
         return counted
 
     def __exit__(self, *error: object) -> None:
-        self._dist.all_reduce = self._original
+        for name, original in self._originals.items():
+            setattr(self._dist, name, original)
 
 
 def reset_peak() -> int:
@@ -234,13 +300,16 @@ def build(args: argparse.Namespace, variant: str, rank: int, group: Any) -> tupl
     def normal(*shape: int, scale: float = 1.0, seed: int = 1) -> torch.Tensor:
         return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
-    if variant in ("dense", "logits"):
+    if variant in ("dense", "logits", "gold"):
         student = normal(n, wide_s, seed=2 + rank, scale=2.0).requires_grad_()
         teacher = normal(n, wide_t, seed=12 + rank, scale=2.0)
+        gold = gold_loss(student, teacher, sample) if variant == "gold" else None
 
         def from_logits() -> None:
             student.grad = None
-            if variant == "dense":
+            if gold is not None:
+                loss = gold()
+            elif variant == "dense":
                 loss = dense_paper(student, teacher, sample)
             else:
                 loss = cross_tokenizer_loss(student, teacher, group=group, **sample).loss
@@ -260,6 +329,15 @@ def build(args: argparse.Namespace, variant: str, rank: int, group: Any) -> tupl
         fused_cross_tokenizer_loss(
             hidden, weight, teacher_hidden, teacher_weight, group=group, shared_head=head, **sample
         ).loss.backward()
+
+    if variant == "bytes":
+        from_states = byte_loss(args, sample, hidden, weight, teacher_hidden, teacher_weight, rank, group)
+
+        def compared_bytes() -> None:
+            hidden.grad = weight.grad = None
+            from_states().backward()
+
+        return compared_bytes, gradients
 
     def products() -> None:
         with torch.no_grad():
@@ -287,6 +365,147 @@ def dense_paper(student: Any, teacher: Any, sample: dict[str, Any]) -> Any:
     p = torch.cat([log_p[ss][:, sample["shared_student_ids"]], unit_p[:, None]], 1).log_softmax(1)
     q = torch.cat([log_q[ts][:, sample["shared_teacher_ids"]], unit_q[:, None]], 1).log_softmax(1)
     return torch.where(p.exp() > 0, p.exp() * (p - q), 0).sum() / len(own_p)
+
+
+def byte_loss(
+    args: argparse.Namespace,
+    sample: dict[str, Any],
+    hidden: Any,
+    weight: Any,
+    teacher_hidden: Any,
+    teacher_weight: Any,
+    rank: int,
+    group: Any,
+) -> Callable[[], Any]:
+    """A call of `bytes` on the labels of the sample; tables, events and their packing are made here, once."""
+    import numpy as np
+    import torch
+
+    from megatron_simct.alignment import TokenTable
+    from megatron_simct.alignment.byte_events import plan_byte_events
+    from megatron_simct.alignment.placement import VocabPlacement
+    from megatron_simct.config import InterfaceConfig
+    from megatron_simct.losses import ByteOrder, interface_loss
+    from megatron_simct.losses.bytes import teacher_byte_statistics
+    from megatron_simct.parallel.packing import pack_byte_events, pack_byte_sides
+    from megatron_simct.records import LabelBatch
+
+    shared = [sample[f"shared_{side}_ids"] for side in ("student", "teacher")]
+    words = made_up_words(args.vocab + args.teacher_vocab - args.shared)
+    common, rest = words[: args.shared], iter(words[args.shared :])
+    tables = []
+    for ids, size in zip(shared, (args.vocab, args.teacher_vocab), strict=True):
+        pieces = dict(zip(ids.tolist(), common, strict=True))
+        tables.append(TokenTable.from_bytes([pieces.get(i) or next(rest) for i in range(size)]))
+    labels = [sample["student_labels"], sample["teacher_labels"]]
+    spelled = b"".join(tables[0].bytes_of(int(i)) for i in labels[0])
+    student_ids, teacher_ids = (side.numpy().astype(np.int32) for side in labels)
+    events = plan_byte_events(
+        np.frombuffer(spelled, dtype=np.uint8),
+        stop=False,
+        student=tables[0],
+        student_ids=student_ids,
+        teacher=tables[1],
+        teacher_ids=teacher_ids,
+    )
+    starts = [rank * len(weight), rank * len(teacher_weight)]
+    orders = [
+        ByteOrder.of(table, shard_start=start, shard_end=start + len(head), device=head.device)
+        for table, start, head in zip(tables, starts, (weight, teacher_weight), strict=True)
+    ]
+    teacher_side = pack_byte_sides([events.teacher], [len(labels[1])])
+    none = torch.zeros(0, dtype=torch.int64)
+    placement = VocabPlacement(
+        student_vocab_size=args.vocab,
+        teacher_vocab_size=args.teacher_vocab,
+        shard_start=starts[0],
+        shard_end=starts[0] + len(weight),
+        columns=none.numpy(),
+        row_offsets=np.zeros(1, dtype=np.int64),
+        teacher_rows=none.numpy(),
+    )
+
+    def loss() -> Any:
+        masses, own, lse = teacher_byte_statistics(
+            teacher_hidden, teacher_weight, labels[1], teacher_side, order=orders[1], shard_start=starts[1], group=group
+        )
+        batch = LabelBatch(
+            student_labels=labels[0],
+            segments=none.reshape(0, 4),
+            kinds=none,
+            replaced_columns=none,
+            teacher_own_logit=own,
+            teacher_lse=lse,
+            teacher_hidden=None,
+            teacher_hidden_index=none,
+            byte_batch=pack_byte_events([events], [len(labels[0])], [masses]),
+        )
+        config = InterfaceConfig(interface="bytes")
+        options = {"shared_head": None, "placement": placement, "config": config, "group": group}
+        return interface_loss(hidden, weight, batch, byte_order=orders[0], **options).sum
+
+    return loss
+
+
+def made_up_words(count: int) -> list[bytes]:
+    """`count` different byte strings: a shuffle of all single bytes, words, and some of their prefixes."""
+    rng = random.Random(0)
+    words = {bytes([b]) for b in range(256)}
+    while len(words) < count:
+        word = bytes(rng.choices(LETTERS, FREQUENCIES, k=rng.randint(2, 8)))
+        words.add(word)
+        words.add(word[: rng.randint(2, len(word))])
+    chosen = sorted(words)
+    rng.shuffle(chosen)
+    return chosen[:count]
+
+
+def _gold() -> Any:
+    """The class of TRL's loss, or None."""
+    try:
+        from trl.experimental.gold.gold_trainer import ULDLoss
+    except Exception:  # trl says RuntimeError where something that it needs is missing
+        return None
+    return ULDLoss
+
+
+def gold_loss(student: Any, teacher: Any, sample: dict[str, Any]) -> Callable[[], Any]:
+    """TRL's loss with its trainer's defaults and the hybrid that compares tokens of equal spelling."""
+    import torch
+
+    n = len(student)
+    names = [dict() for _ in range(2)]
+    for side, (own, width) in enumerate((("student", student.shape[1]), ("teacher", teacher.shape[1]))):
+        shared = {int(i): f"shared {k}" for k, i in enumerate(sample[f"shared_{own}_ids"])}
+        names[side] = {shared.get(i, f"{own} {i}"): i for i in range(width)}
+    tokenizers = [SimpleNamespace(get_vocab=lambda found=found: found) for found in names]
+    config = SimpleNamespace(
+        uld_crossentropy_weight=0.0,
+        uld_distillation_weight=1.0,
+        uld_student_temperature=1.0,
+        uld_teacher_temperature=1.0,
+        uld_skip_student_eos=False,
+        uld_skip_teacher_eos=False,
+        use_extended_uld=True,
+        uld_token_merge_strategy="observed",
+        uld_use_hybrid_loss=True,
+        uld_hybrid_matched_weight=None,
+        uld_hybrid_unmatched_weight=None,
+        beta=0.0,
+    )
+    loss = _gold()(config, *tokenizers, device=student.device)
+    # Every label is a token of its own; those of a unit end at other bytes, so that it is one group.
+    ends = {side: torch.arange(1, n + 1) * 4 for side in ("student", "teacher")}
+    for ss, se in sample["segments"][:, 2:].tolist():
+        if se - ss > 1:
+            ends["student"][ss : se - 1] += 1
+    offsets = [torch.stack([side - 4, side], 1)[None] for side in (ends["student"], ends["teacher"])]
+    labels = [sample[f"{side}_labels"][None] for side in ("student", "teacher")]
+
+    def call() -> Any:
+        return loss(student[None], teacher[None], *labels, *labels, *offsets)
+
+    return call
 
 
 if __name__ == "__main__":
