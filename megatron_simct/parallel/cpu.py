@@ -85,6 +85,17 @@ def _clip_grad_by_total_norm(
         torch._foreach_mul_(grads, coefficient)
 
 
+def _splits_as_numbers(dispatcher: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> Any:
+    """Upstream brings the sizes of what ranks send each other from the device to the host, on a stream of its own."""
+    if point == dispatcher.cuda_dtoh_point:
+        for name in ("input_splits", "output_splits", "output_splits_tp"):
+            splits = getattr(dispatcher, name)
+            setattr(dispatcher, name, None if splits is None else splits.numpy())
+    return tokens_per_expert
+
+
+_DISPATCHER = "megatron.core.transformer.moe.token_dispatcher.MoEAlltoAllTokenDispatcher"
+
 PATCHES: tuple[tuple[str, str, Any], ...] = (
     # The current device, and calls on it that have nothing to do.
     ("torch.cuda", "current_device", _cpu_device),
@@ -111,6 +122,9 @@ PATCHES: tuple[tuple[str, str, Any], ...] = (
     # Checks for CUDA tensor types.
     ("megatron.core.optimizer.optimizer", "clip_grad_by_total_norm_fp32", _clip_grad_by_total_norm),
     ("megatron.core.inference.communication_utils", "_is_cuda", _nothing()),
+    # A mixture of experts: a stream that nothing runs on, and the sizes of what ranks send each other.
+    (_DISPATCHER, "cuda_dtoh_stream", "none"),
+    (_DISPATCHER, "_maybe_dtoh_and_synchronize", _splits_as_numbers),
 )
 
 _patched = False
