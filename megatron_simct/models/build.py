@@ -204,8 +204,8 @@ def build_model(
             batch_p2p_comm=virtual == 1,
             pipeline_dtype=dtype,
             sequence_parallel=parallel.sequence_parallel,
-            # Stages tell each other the shape of each micro-batch. Megatron wants this dispatcher, dense or not; with it
-            # expert-parallel ranks, too, may have micro-batches of different shapes.
+            # Stages tell each other the shape of each micro-batch. Megatron wants this dispatcher, dense or not; under
+            # it ranks that share experts may have micro-batches of different shapes.
             variable_seq_lengths=True,
             moe_token_dispatcher_type="alltoall",
             **_experts(architecture, parallel),
@@ -290,9 +290,7 @@ def _mark_split(model: torch.nn.Module) -> None:
 
 def _layers(config: TransformerConfig, architecture: Architecture, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Megatron's local layers, with our norm and attention, as many as this stage has."""
-    layer: ModuleSpec = get_gpt_layer_local_spec(
-        num_experts=architecture.num_experts or None, normalization="RMSNorm"
-    )
+    layer: ModuleSpec = get_gpt_layer_local_spec(num_experts=architecture.num_experts or None, normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention: ModuleSpec = layer.submodules.self_attention
     attention.module = SelfAttention

@@ -1,8 +1,8 @@
 """This job's Megatron model -> a Hugging Face folder of sharded safetensors.
 
-Each pipeline stage writes the files of its own layers, each expert-parallel rank those of its experts. Their sizes are known before the numbers are, so each parameter
-is gathered over the tensor-parallel group, turned into tensors of the folder, written and let go: a rank never holds
-more than one whole parameter beside its own shard.
+Each pipeline stage writes the files of its own layers, each expert-parallel rank those of its experts. Their sizes are
+known before the numbers are, so each parameter is gathered over the tensor-parallel group, turned into tensors of the
+folder, written and let go: a rank never holds more than one whole parameter beside its own shard.
 """
 
 from __future__ import annotations

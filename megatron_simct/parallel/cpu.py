@@ -16,10 +16,11 @@ import functools
 import pkgutil
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange")
 
@@ -94,6 +95,47 @@ def _splits_as_numbers(dispatcher: Any, point: str, tokens_per_expert: torch.Ten
     return tokens_per_expert
 
 
+def _gather_rows(
+    input_: torch.Tensor,
+    group: dist.ProcessGroup,
+    output_split_sizes: Sequence[int] | None = None,
+    use_global_buffer: bool = False,
+) -> torch.Tensor:
+    """The rows of all ranks one after the other. gloo gathers blocks of one size only, but sends others."""
+    size = group.size()
+    if size == 1:
+        return input_
+    if output_split_sizes is None:
+        output = input_.new_empty(len(input_) * size, *input_.shape[1:])
+        dist.all_gather_into_tensor(output, input_.contiguous(), group=group)
+    else:
+        output = input_.new_empty(sum(output_split_sizes), *input_.shape[1:])
+        dist.all_to_all_single(
+            output, torch.cat([input_] * size), list(output_split_sizes), [len(input_)] * size, group=group
+        )
+    return output
+
+
+def _sum_and_scatter_rows(
+    input_: torch.Tensor,
+    group: dist.ProcessGroup,
+    input_split_sizes: Sequence[int] | None = None,
+    use_global_buffer: bool = False,
+) -> torch.Tensor:
+    """This rank's rows of the sum over ranks; for blocks that differ in size gloo sums all of them everywhere."""
+    size = group.size()
+    if size == 1:
+        return input_
+    if input_split_sizes is None:
+        assert len(input_) % size == 0, f"{len(input_)} rows for {size} ranks"
+        output = input_.new_empty(len(input_) // size, *input_.shape[1:])
+        dist.reduce_scatter_tensor(output, input_.contiguous(), group=group)
+        return output
+    total = input_.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total.split(list(input_split_sizes))[group.rank()].clone()
+
+
 _DISPATCHER = "megatron.core.transformer.moe.token_dispatcher.MoEAlltoAllTokenDispatcher"
 
 PATCHES: tuple[tuple[str, str, Any], ...] = (
@@ -125,6 +167,8 @@ PATCHES: tuple[tuple[str, str, Any], ...] = (
     # A mixture of experts: a stream that nothing runs on, and the sizes of what ranks send each other.
     (_DISPATCHER, "cuda_dtoh_stream", "none"),
     (_DISPATCHER, "_maybe_dtoh_and_synchronize", _splits_as_numbers),
+    ("megatron.core.tensor_parallel.mappings", "_gather_along_first_dim", _gather_rows),
+    ("megatron.core.tensor_parallel.mappings", "_reduce_scatter_along_first_dim", _sum_and_scatter_rows),
 )
 
 _patched = False

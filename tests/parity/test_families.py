@@ -274,7 +274,9 @@ def test_a_layout_computes_what_transformers_computes_and_gives_every_tensor_bac
     from safetensors.torch import load_file
 
     models = folders(family)
-    for answers in run_ranks(math.prod(LAYOUTS[layout]), _run, [str(folder) for folder, _ in models], layout, str(tmp_path)):
+    for answers in run_ranks(
+        math.prod(LAYOUTS[layout]), _run, [str(folder) for folder, _ in models], layout, str(tmp_path)
+    ):
         for (_, model), (logits, rollouts) in zip(models, answers, strict=True):
             with torch.no_grad():
                 assert relative(logits, model(TOKENS).logits) < 1e-4
