@@ -264,15 +264,19 @@ def _experts(architecture: Architecture, parallel: ParallelConfig) -> dict[str, 
 
 
 def _uneven_stages(architecture: Architecture, parallel: ParallelConfig) -> dict[str, int]:
-    """Where the stages do not divide the layers, the last and the first, which have more to do, get fewer of them."""
-    num_stages = parallel.pipeline_model_parallel_size
-    fewer = -architecture.num_layers % num_stages
-    if not fewer:
+    """Options of TransformerConfig where the stages do not divide the layers: those in the middle have equally many.
+
+    The first and the last have more to do, so they get what is left if the others have one more than they.
+    """
+    layers, stages = architecture.num_layers, parallel.pipeline_model_parallel_size
+    if layers % stages == 0:
         return {}
-    most = -(-architecture.num_layers // num_stages)
+    at_ends = layers - (stages - 2) * -(-layers // stages)
+    if at_ends < 2:
+        at_ends = layers - (stages - 2) * (layers // stages)
     return {
-        "num_layers_in_first_pipeline_stage": most - fewer // 2,
-        "num_layers_in_last_pipeline_stage": most - (fewer + 1) // 2,
+        "num_layers_in_first_pipeline_stage": at_ends - at_ends // 2,
+        "num_layers_in_last_pipeline_stage": at_ends // 2,
     }
 
 
@@ -314,8 +318,8 @@ def _check_divides(architecture: Architecture, parallel: ParallelConfig, *, flag
             f"--pipeline-model-parallel-size {pp} x --num-virtual-stages-per-pipeline-rank {virtual} does not divide "
             f"num_layers ({layers}) of {flag}"
         )
-    if min(_uneven_stages(architecture, parallel).values(), default=1) < 1:
-        raise ValueError(f"--pipeline-model-parallel-size {pp}: num_layers ({layers}) of {flag} are too few")
+    if layers < pp:
+        raise ValueError(f"--pipeline-model-parallel-size {pp} is more than num_layers ({layers}) of {flag}")
     ep = parallel.expert_model_parallel_size
     if architecture.num_experts % ep:
         raise ValueError(

@@ -30,6 +30,7 @@ LAYOUTS = {  # TP, PP, virtual stages, EP
     "PP2xEP2": (1, 2, 1, 2),
     "EP2xDP2": (1, 1, 1, 2),
     "TP4": (4, 1, 1, 1),
+    "PP3": (1, 3, 1, 1),
 }
 
 
@@ -81,7 +82,8 @@ PAIRS = [
     ("TP2", "PP2", "gemma3_text", True, torch.float32),
     ("PP2", "TP2", "phi3", False, torch.float32),
     ("PP2", "TP4", "phi3", False, torch.bfloat16),
-    ("TP4", "PP2", "qwen2", True, torch.bfloat16),
+    ("TP4", "PP3", "qwen2", True, torch.bfloat16),
+    ("PP3", "TP2", "gemma2", True, torch.float32),
     ("one", "EP2", "qwen3_moe", False, torch.bfloat16),
     ("EP2", "TP2", "qwen3_moe", False, torch.float32),
     ("TP2", "TP2xEP2", "qwen3_moe", False, torch.float32),

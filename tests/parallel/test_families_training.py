@@ -29,6 +29,7 @@ TP2, PP2 = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-si
 LAYOUTS = {
     "tp2": (2, TP2),
     "tp2, sequence": (2, (*TP2, "--sequence-parallel")),
+    "tp4, more than groups": (4, ("--tensor-model-parallel-size", "4")),
     "pp2, interleaved": (2, (*PP2, "--num-virtual-stages-per-pipeline-rank", "2")),
     "tp2 x pp2, sequence": (4, (*TP2, *PP2, "--sequence-parallel")),
 }
