@@ -163,8 +163,8 @@ def build_model(
     time, and on a CPU megatron-core draws whole matrices before it splits them.
 
     vocab_size: the tokenizer's ids; the embedding holds at least these, padded. Random weights depend on the layout
-    (the halves of a gated MLP are drawn in another order, each stage draws its own); loaded ones do not. `flag` names
-    the checkpoint in errors. longest: see Rotary.
+    (the halves of a gated MLP are drawn in another order, each stage draws its own, and on a CPU ranks that share
+    experts draw the same ones); loaded ones do not. `flag` names the checkpoint in errors. longest: see Rotary.
     """
     _check_divides(architecture, parallel, flag=flag)
     if vocab_size > architecture.vocab_size:
@@ -243,6 +243,11 @@ def build_model(
     model = stage(0) if virtual == 1 else InterleavedModel(stage(chunk) for chunk in range(virtual))
     if not initialize:
         _mark_split(model)
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            # Reduced and updated apart from the others, as megatron-core does where ranks share experts. In every
+            # layout, so that a checkpoint of the optimizer has the same parts in all of them.
+            parameter.allreduce = False
     return model.to(groups.device)
 
 

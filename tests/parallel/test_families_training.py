@@ -116,6 +116,26 @@ def test_ranks_that_share_experts_take_the_same_steps(files, alone, layout):
         assert_same_steps(reports, alone["qwen3_moe"], rel=1e-5)
 
 
+def _refusal(rank, world_size, folder, *flags):
+    resolved = _job_config(folder, "qwen3_moe", "gemma2", *flags)
+    with process_groups(resolved.parallel, seed=1) as groups, pytest.raises(ValueError) as error:
+        build_job(resolved, groups)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "world_size, flags, words",
+    [
+        (2, TP2, ["--tensor-model-parallel-size 2", "needs --sequence-parallel"]),
+        (3, ("--expert-model-parallel-size", "3"), ["--expert-model-parallel-size 3", "num_experts (4)"]),
+    ],
+)
+def test_layouts_that_experts_cannot_have_name_the_flag(files, world_size, flags, words):
+    batch = ("--rollout-batch-size", "6", "--micro-batch-size", "1")
+    for message in run_ranks(world_size, _refusal, files, *batch, *flags):
+        assert all(word in message for word in words), message
+
+
 def _own_teacher(rank, world_size, folder, family, interface):
     """The loss against itself of responses that both tokenize alike, and the teacher's log-probs."""
     resolved = _job_config(folder, family, family, "--simct-interface", interface)
