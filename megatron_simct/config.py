@@ -112,7 +112,7 @@ class ParallelConfig:
         "pieces of the model that each pipeline rank holds; above 1 the schedule interleaves them, with less idle time",
     )
     context_parallel_size: int = option(1, "ranks that share each sequence (this version: 1)")
-    expert_model_parallel_size: int = option(1, "ranks that share the experts (this version: 1)")
+    expert_model_parallel_size: int = option(1, "data-parallel ranks that share the experts of each layer")
     sequence_parallel: bool = option(False, "split norms and residuals along the sequence too, over the tensor ranks")
     overlap_grad_reduce: bool = option(
         False, "sum gradients over data-parallel ranks bucket by bucket, while the backward pass still runs"

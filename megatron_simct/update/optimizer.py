@@ -24,8 +24,18 @@ with megatron_imports():
 def wrap_data_parallel(
     model: HiddenStateModel | InterleavedModel, parallel: ParallelConfig
 ) -> list[DistributedDataParallel]:
-    """Each chunk with fp32 gradient buffers that are summed, not averaged, over data-parallel ranks."""
-    overlap = parallel.overlap_grad_reduce
+    """Each chunk with fp32 gradient buffers that are summed, not averaged, over data-parallel ranks.
+
+    Gradients of experts are summed over the ranks that have the same ones. ValueError in a layout in which
+    megatron-core does not train a mixture of experts.
+    """
+    overlap, tp_size = parallel.overlap_grad_reduce, model.config.tensor_model_parallel_size
+    if model.config.num_moe_experts and tp_size > 1 and not model.config.sequence_parallel:
+        raise ValueError(
+            f"--tensor-model-parallel-size {tp_size}: training a mixture of experts needs --sequence-parallel with it"
+        )
+    if model.config.num_moe_experts and overlap:
+        raise ValueError("--overlap-grad-reduce: not for a mixture of experts in this version; leave it out")
     options = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, overlap_grad_reduce=overlap, bucket_size=parallel.ddp_bucket_size
     )
