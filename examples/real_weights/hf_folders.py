@@ -21,8 +21,8 @@ from models import MODELS, Model, gguf_file
 def restore_digits(spec: dict[str, Any]) -> dict[str, Any]:
     """The content of a tokenizer.json, with numbers cut into single digits before anything else.
 
-    transformers' converter keeps only the second of SmolLM2's two pre-tokenizers; without the first, numbers come out in
-    tokens that the model was never trained on.
+    transformers' converter keeps only the second of SmolLM2's two pre-tokenizers; without the first, numbers come out
+    in tokens that the model was never trained on.
     """
     before = spec["pre_tokenizer"]
     if before["type"] != "ByteLevel":
@@ -45,7 +45,8 @@ def save_folder(model: Model, cache: Path, save: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
 
     config = transformers.AutoConfig.from_pretrained(**arguments)
-    del config.unk_token_id  # of the tokenizer, not of the model
+    for name in ("unk_token_id", "_model_name_or_path"):  # not of the model
+        delattr(config, name)
     read = transformers.AutoModelForCausalLM.from_pretrained(**arguments, config=config, dtype=torch.float32)
     with torch.device("meta"):
         fresh = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
