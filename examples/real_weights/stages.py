@@ -30,7 +30,7 @@ class Stage:
     """Other files that it reads."""
     resumes: bool = False
     """The command goes on from what an interrupted one has left; else that is removed."""
-    threads: int = 2
+    threads: int = 1
 
     @property
     def record(self) -> Path:
