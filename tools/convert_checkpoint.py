@@ -33,7 +33,7 @@ from megatron_simct.parallel.initialize import Groups, process_groups  # noqa: E
 from megatron_simct.update.checkpoint import load_weights, save_weights, stored_dtype  # noqa: E402
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_VERIFY_TEXT_IDS = 48
+_VERIFY_IDS = 48
 _VERIFY_TOLERANCE = 1e-4
 
 
@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         expert_model_parallel_size=options.expert_model_parallel_size,
     )
     try:
+        text_ids = None if options.verify_text is None else _encode(options)
         with process_groups(parallel, seed=1) as groups:
             if options.command == "hf-to-megatron":
                 to_megatron(options, parallel, groups)
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
                 to_hugging_face(options, parallel, groups)
                 checkpoint, folder = options.load, options.save
             if options.verify:
-                verify(folder, checkpoint, options, parallel, groups)
+                verify(folder, checkpoint, text_ids, options, parallel, groups)
     except ValueError as error:
         print(f"convert_checkpoint: error: {error}", file=sys.stderr, flush=True)
         return 1
@@ -112,14 +113,22 @@ def to_hugging_face(options: argparse.Namespace, parallel: ParallelConfig, group
     _say(groups, f" {options.save}: written in {str(dtype).removeprefix('torch.')}")
 
 
-def verify(folder: str, checkpoint: str, options: argparse.Namespace, parallel: ParallelConfig, groups: Groups) -> None:
-    """Compare the checkpoint's logits with transformers' on some ids, both in float32. ValueError where they differ."""
+def verify(
+    folder: str,
+    checkpoint: str,
+    tokens: torch.Tensor | None,
+    options: argparse.Namespace,
+    parallel: ParallelConfig,
+    groups: Groups,
+) -> None:
+    """Compare the checkpoint's logits with transformers' on ids [1, s], both in float32. ValueError where they differ.
+
+    tokens: None for random ones.
+    """
     architecture = read_architecture(folder, flag="--hf-checkpoint")
-    tokens = torch.randint(
-        0, architecture.vocab_size, (1, _VERIFY_TEXT_IDS), generator=torch.Generator().manual_seed(0)
-    )
-    if options.verify_text is not None:
-        tokens = _encode(folder, options.verify_text)
+    if tokens is None:
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, architecture.vocab_size, (1, _VERIFY_IDS), generator=generator)
     model = _build(architecture, parallel, groups, options, bf16=False)
     load_weights(model, checkpoint, flag="--verify")
     expected = torch.empty(*tokens.shape, architecture.vocab_size)
@@ -186,10 +195,26 @@ def _transformers_logits(folder: str, tokens: torch.Tensor) -> torch.Tensor:
         return model(tokens).logits
 
 
-def _encode(folder: str, text: str) -> torch.Tensor:
+def _encode(options: argparse.Namespace) -> torch.Tensor:
+    """[1, s]: the ids of --verify-text as a prompt. ValueError where there are none, or the model lacks one."""
     from megatron_simct.alignment import load_tokenizer
+    from megatron_simct.data.rendering import render_prompt
 
-    return torch.tensor([[int(i) for i in load_tokenizer(folder, ()).encode(text)]])
+    flag = f"--verify-text {options.verify_text!r}"
+    if not options.verify:
+        raise ValueError(f"{flag}: needs --verify")
+    if not options.verify_text:
+        raise ValueError(f"{flag}: is empty; leave it out to compare on random ids")
+    try:
+        ids = render_prompt(options.verify_text, load_tokenizer(options.hf_checkpoint))
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from None
+    vocab_size = read_architecture(options.hf_checkpoint, flag="--hf-checkpoint").vocab_size
+    if ids.max() >= vocab_size:
+        raise ValueError(
+            f"{flag}: the tokenizer gives the id {ids.max()}, the model of --hf-checkpoint has {vocab_size}"
+        )
+    return torch.from_numpy(ids).long().unsqueeze(0)
 
 
 def _build(
@@ -239,7 +264,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--save", required=True, metavar="DIR", help="what to write; it must not exist")
         command.add_argument("--dtype", choices=_DTYPES, help="of the written weights (default: as they are read)")
         command.add_argument("--verify", action="store_true", help="compare logits with those of transformers")
-        command.add_argument("--verify-text", metavar="TEXT", help="what to compare them on (default: random ids)")
+        command.add_argument(
+            "--verify-text", metavar="TEXT", help="with --verify: what to compare them on (default: random ids)"
+        )
         command.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N")
         command.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N")
         command.add_argument("--num-virtual-stages-per-pipeline-rank", type=int, default=1, metavar="N")

@@ -1,8 +1,10 @@
 """A Hugging Face `tokenizer.json`, and what the files beside it say about stop tokens and BOS.
 
-Two kinds of vocabulary spell every byte string, and are loaded:
+Two kinds of vocabulary spell every text, and are loaded:
     byte-level      every byte is written as one of 256 printable characters (GPT-2, Llama-3, Qwen)
     byte fallback   '▁' is a blank, '<0xNN>' the byte of a character that has no token (Llama-2, Gemma)
+Some (SmolLM2) lack tokens for control characters and for bytes that begin no assigned character. The library leaves
+such bytes out, so who aligns sees other bytes from there on.
 The file's pipeline is kept, but for what would add or drop bytes of the content: a leading blank, truncation, padding,
 dropout. A pipeline that rewrites text is refused, for its tokens would not spell the response. The one exception is the
 normal form NFC: nearly all text is in it, and who aligns compares the bytes.
@@ -21,8 +23,11 @@ from typing import Any
 from megatron_simct.alignment.hf_folder import generation_stop_ids, read_settings, special_token, turn_end
 from megatron_simct.alignment.tokenizer import Tokenizer, build_table, encode_cut
 
-# Its bytes must come back from every tokenizer that is loaded.
+# Its bytes must come back from every tokenizer that is loaded, but for characters that have no token.
 _PROBE = "  two  blanks,\ta tab\r\n\nI'm café, Ünïcödé. Привет 你好, ｆｕｌｌ ﬁ नमस्ते 😀 1234567 [x]{y} \x00\x7f \n"
+
+_DISPENSABLE = frozenset({*range(0x20), 0x7F, 0xC0, 0xC1, *range(0xF1, 0x100)}) - frozenset(b"\t\n\r") - {0xF3}
+"""Control characters, and bytes that UTF-8 has not or that begin only unassigned and private characters."""
 
 _SPLITS = frozenset("ByteLevel Metaspace Split Digits Punctuation UnicodeScripts".split())
 
@@ -50,7 +55,7 @@ def load_hf_tokenizer(path: Path, stop_token_ids: tuple[int, ...], *, allow_loss
     raw = Encoder(json.dumps(spec), special_tokens=True)
 
     byte_level, blank_mark = _keep_text(spec, lossy)
-    pieces, special_ids = _pieces(spec, lossy, byte_level=byte_level, blank_mark=blank_mark)
+    pieces, special_ids, missing = _pieces(spec, lossy, byte_level=byte_level, blank_mark=blank_mark)
     added_ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
     sources = dict.fromkeys(stop_token_ids, "given") or _stop_ids(
         path.parent, added_ids | _vocabulary(model), added_ids
@@ -71,9 +76,10 @@ def load_hf_tokenizer(path: Path, stop_token_ids: tuple[int, ...], *, allow_loss
         encode_chat=raw,
         stop_sources=sources,
     )
-    found = tokenizer.decode(tokenizer.encode(_PROBE.encode()))
-    if found != _PROBE.encode() and not losses:
-        lossy(f"it rewrites text: {_PROBE!r} comes back as {found.decode(errors='replace')!r}")
+    probe = "".join(character for character in _PROBE if missing.isdisjoint(character.encode()))
+    found = tokenizer.decode(tokenizer.encode(probe.encode()))
+    if found != probe.encode() and not losses:
+        lossy(f"it rewrites text: {probe!r} comes back as {found.decode(errors='replace')!r}")
     return replace(tokenizer, lossy="; ".join(losses) or None)
 
 
@@ -152,8 +158,8 @@ def _vocabulary(model: dict[str, Any]) -> dict[str, int]:
 
 def _pieces(
     spec: dict[str, Any], lossy: Callable[[str], None], *, byte_level: bool, blank_mark: bool
-) -> tuple[list[bytes], set[int]]:
-    """The bytes of every id, and the ids that stand for no bytes."""
+) -> tuple[list[bytes], set[int], set[int]]:
+    """The bytes of every id, the ids that stand for no bytes, and the bytes that have no token."""
     model = spec["model"]
     vocabulary = _vocabulary(model)
     if byte_level:
@@ -178,9 +184,10 @@ def _pieces(
         content = spell(token["content"]) if is_piece else token["content"].encode()
         pieces[token["id"]] = None if token["special"] else content
     missing = set(range(256)) - {piece[0] for piece in pieces if piece is not None and len(piece) == 1}
-    if missing:
-        lossy(f"{len(missing)} single bytes have no token, {min(missing):#04x} first")
-    return [piece or b"" for piece in pieces], {i for i, piece in enumerate(pieces) if piece is None}
+    needed = missing - _DISPENSABLE if byte_level else missing
+    if needed:
+        lossy(f"{len(needed)} single bytes have no token, {min(needed):#04x} first, so not every text has tokens")
+    return [piece or b"" for piece in pieces], {i for i, piece in enumerate(pieces) if piece is None}, missing
 
 
 def _byte_of_character() -> dict[str, int]:

@@ -81,7 +81,10 @@ def save_hf_weights(
         weight_map = {name: file for part in entries for name, file in part.items()}
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        for path in (*sorted(temporary.iterdir()), temporary):
+            _sync(path)
         os.rename(temporary, final)
+        _sync(final.parent)
 
     on_first_rank(publish, save)
 
@@ -184,6 +187,15 @@ class _Writer:
         self._open = path.open("wb")
         self._open.write(len(text).to_bytes(8, "little") + text)
         self._left = list(shapes)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _copy_other_files(template: Path, folder: Path, dtype: torch.dtype) -> None:

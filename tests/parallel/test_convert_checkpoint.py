@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from functools import partial
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_simct.alignment import load_tokenizer
+from megatron_simct.models import hf_export
 from tests.distributed import run_ranks
-from tests.huggingface import save_model
+from tests.huggingface import save_byte_fallback, save_model
 from tools import convert_checkpoint
 from tools.convert_checkpoint import _transformers_logits as transformers_logits
 from tools.convert_checkpoint import main
@@ -120,6 +123,75 @@ def test_verify_compares_with_transformers(folder, tmp_path, layout, family, cap
     source = folder(family, True, torch.float32)
     assert set(convert("hf-to-megatron", layout, hf_checkpoint=source, save=tmp_path / "m", verify=True)) == {0}
     assert "verified: logits at 48 positions agree" in capfd.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def with_tokenizer(tmp_path_factory):
+    """A folder whose model has an id for each of its tokenizer's."""
+    path = tmp_path_factory.mktemp("with_tokenizer")
+    save_model(path, "llama", vocab_size=340, num_hidden_layers=4)
+    save_byte_fallback(path)
+    return path
+
+
+@pytest.mark.parametrize("layout", ["one", "TP2xPP2"])
+def test_verify_compares_on_a_text_there_and_back(with_tokenizer, tmp_path, layout, capfd):
+    text = "Tom has 12 apples, Привет"
+    tokenizer = load_tokenizer(str(with_tokenizer))
+    expected = [tokenizer.bos_id, *tokenizer.encode(text.encode()).tolist()]
+    seen = tmp_path / "seen"
+    options = {"hf_checkpoint": with_tokenizer, "verify": True, "verify_text": text}
+    with patch.object(convert_checkpoint, "_transformers_logits", partial(_noting, str(seen))):
+        assert set(convert("hf-to-megatron", layout, save=tmp_path / "m", **options)) == {0}
+        assert json.loads(seen.read_text()) == [expected]
+        assert set(convert("megatron-to-hf", layout, load=tmp_path / "m", save=tmp_path / "hf", **options)) == {0}
+    assert capfd.readouterr().out.count(f"verified: logits at {len(expected)} positions agree") == 2
+
+
+def _noting(seen: str, folder: str, tokens: torch.Tensor) -> torch.Tensor:
+    Path(seen).write_text(json.dumps(tokens.tolist()))
+    return transformers_logits(folder, tokens)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"verify_text": ""}, "--verify-text '': is empty"),
+        ({"verify_text": "a", "verify": None}, "--verify-text 'a': needs --verify"),
+        ({"vocab_size": 200}, "the model of --hf-checkpoint has 200"),
+        ({"tokenizer": None}, "--verify-text 'some text': tokenizer "),
+    ],
+)
+def test_a_wrong_verify_text_is_found_before_anything_is_written(with_tokenizer, tmp_path, change, words, capfd):
+    source = shutil.copytree(with_tokenizer, tmp_path / "copy")
+    if "vocab_size" in change:
+        fields = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps(fields | {"vocab_size": change["vocab_size"]}))
+    if "tokenizer" in change:
+        (source / "tokenizer.json").unlink()
+    options = {"verify": True, "verify_text": "some text"} | {k: v for k, v in change.items() if k.startswith("verify")}
+    options = {name: value for name, value in options.items() if value is not None}
+    assert convert("hf-to-megatron", hf_checkpoint=source, save=tmp_path / "m", **options) == [1]
+    error = capfd.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert not (tmp_path / "m").exists()
+
+
+def test_an_export_is_on_the_disk_before_it_has_its_name(folder, tmp_path):
+    source = folder("llama", True, torch.float32)
+    assert convert("hf-to-megatron", hf_checkpoint=source, save=tmp_path / "m") == [0]
+    with patch.object(hf_export, "_sync", partial(_sync_noting, str(tmp_path / "log"))):
+        assert convert("megatron-to-hf", load=tmp_path / "m", hf_checkpoint=source, save=tmp_path / "hf") == [0]
+    synced = (tmp_path / "log").read_text().splitlines()
+    assert synced[-2:] == [f"{tmp_path / 'hf.tmp'} False", f"{tmp_path} True"]
+    files = {str(tmp_path / "hf.tmp" / path.name) + " False" for path in (tmp_path / "hf").iterdir()}
+    assert set(synced[:-2]) == files and len(files) > 2
+
+
+def _sync_noting(log: str, path: Path) -> None:
+    """Which path, and whether the export has its name."""
+    with Path(log).open("a") as file:
+        file.write(f"{path} {Path(log).with_name('hf').exists()}\n")
 
 
 def test_nothing_is_overwritten(folder, tmp_path, capfd):

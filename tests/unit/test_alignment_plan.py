@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -124,6 +125,21 @@ def test_empty_responses(ids, finish, num_labels, hidden_rows):
     assert pair.kinds.tolist() == [STOP] * num_labels
     assert pair.teacher_rows.tolist() == [0] * (num_labels if hidden_rows != "none" else 0)
     assert (pair.counts["bytes"], pair.counts["student_labels"]) == (0, num_labels)
+
+
+@pytest.mark.parametrize(("teacher_pieces", "aligned"), [([b"a", b"b", b"<eos>"], 1), ([b"ab", b"a", b"<eos>"], 0)])
+def test_a_byte_that_the_teacher_has_no_token_for_ends_the_common_text(teacher_pieces, aligned):
+    """Byte-level libraries leave such a byte out; a token that is merged across it takes its own unit along."""
+    student = tokenizer([b"a", b"\x04", b"b", b"<end>"], [3])
+    teacher = tokenizer(teacher_pieces, [2])
+    greedy = teacher.encode_text
+    teacher = dataclasses.replace(teacher, encode_text=lambda text: greedy(text.replace("\x04", "")))
+    pair = plan(student, teacher, [0, 1, 2, 3], needs=TeacherNeeds(byte_events=True))
+    assert len(pair.segments) == aligned and pair.counts["segments_stop"] == 0
+    assert pair.counts["bytes_dropped_mismatch"] == 3 - aligned and pair.counts["bytes"] == 3
+    assert pair.counts["student_labels_dropped"] == 4 - aligned
+    # Positions: that of "a"; the byte behind it is one that only the student has.
+    assert pair.byte_events.num_positions <= 1 and not (pair.byte_events.slot_event == 4).any()
 
 
 def test_bytes_that_are_not_utf8_end_the_teachers_text():

