@@ -151,8 +151,8 @@ class TeacherClient(Thread):
         return {name: dict(replica.status) for name, replica in list(self._replicas.items()) if replica.ready}
 
     def close(self) -> None:
+        """End the thread."""
         self._closing = True
-        self._waker.wake()
         self.join(5)
 
     # The thread

@@ -165,7 +165,6 @@ class Door(Thread):
         withdraw(self._folder, self.endpoint)
         with self._condition:
             self._closing = True
-        self._waker.wake()
         self.join(timeout_s)
 
     def status(self) -> dict[str, Any]:
