@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -20,7 +21,7 @@ from megatron_simct.records import ByteSide, ScoredPair
 from megatron_simct.serve_teacher import main as serve_main
 from megatron_simct.teacher.client import Patience, TeacherClient
 from megatron_simct.teacher.endpoints import Endpoint, Keys, endpoint_folder, publish, read_endpoints
-from megatron_simct.teacher.forward import TeacherRequest
+from megatron_simct.teacher.forward import TeacherForward, TeacherRequest
 from megatron_simct.teacher.payload import read_scored, scored_message
 from megatron_simct.teacher.service import Door
 from tests.distributed import run_ranks
@@ -32,7 +33,18 @@ FINGERPRINTS = {"hidden_size": HIDDEN, "teacher_vocabulary": VOCAB, "teacher_tok
 class TeacherJob:
     """A teacher's job in forked processes: entered when its door is open, left by SIGTERM with exit code 0."""
 
-    def __init__(self, tiny: Path, weights: tuple[str, ...], run_dir: Path, *flags: str, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        tiny: Path,
+        weights: tuple[str, ...],
+        run_dir: Path,
+        *flags: str,
+        world_size: int = 1,
+        die_at: int | None = None,
+        again: bool = False,
+    ) -> None:
+        """die_at: its first rank is killed (-9) with its so manyth request unanswered; then it is started `again`."""
+        self._die_at, self._again = die_at, again
         self._argv = [
             *("--teacher-hf-checkpoint", str(tiny / "teacher"), *weights[2:]),
             *("--teacher-tokenizer-model", str(tiny / "teacher.tiktoken")),
@@ -43,7 +55,9 @@ class TeacherJob:
 
     def start(self) -> None:
         known = set(read_endpoints(self.folder))
-        self._process = multiprocessing.get_context("fork").Process(target=_job, args=(self._world_size, self._argv))
+        self._process = multiprocessing.get_context("fork").Process(
+            target=_job, args=(self._world_size, self._argv, self._die_at, self._again)
+        )
         self._process.start()
         deadline = time.monotonic() + 90
         while not set(read_endpoints(self.folder)) - known:
@@ -52,26 +66,44 @@ class TeacherJob:
         (name,) = set(read_endpoints(self.folder)) - known
         self.endpoint = read_endpoints(self.folder)[name]
 
-    def kill(self) -> None:
-        """kill -9 of the rank that talks, and with it of its job."""
-        os.kill(self.endpoint.pid, signal.SIGKILL)
-        self._process.join(60)
-
     def __enter__(self) -> TeacherJob:
         self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.kill(self.endpoint.pid, signal.SIGTERM)
+        for endpoint in read_endpoints(self.folder).values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(endpoint.pid, signal.SIGTERM)
         self._process.join(60)
         assert self._process.exitcode == 0
 
 
-def _job(world_size: int, argv: list[str]) -> None:
-    assert run_ranks(world_size, _serve, argv, timeout_s=300) == [0] * world_size
+def _job(world_size: int, argv: list[str], die_at: int | None, again: bool) -> None:
+    if die_at is not None:
+        try:
+            run_ranks(world_size, _serve, argv, die_at, timeout_s=300)
+        except AssertionError as error:
+            assert "died without an answer" in str(error), error
+        else:
+            raise AssertionError("nothing was killed")
+        if not again:
+            return
+    assert run_ranks(world_size, _serve, argv, None, timeout_s=300) == [0] * world_size
 
 
-def _serve(rank: int, world_size: int, argv: list[str]) -> int:
+def _serve(rank: int, world_size: int, argv: list[str], die_at: int | None) -> int:
+    run, requests = TeacherForward.run, 0
+
+    def run_and_die(self, micro_batches):
+        nonlocal requests
+        answers = run(self, micro_batches)
+        requests += sum(map(len, micro_batches))
+        if requests >= die_at and rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return answers
+
+    if die_at is not None:
+        TeacherForward.run = run_and_die
     return serve_main(argv)
 
 

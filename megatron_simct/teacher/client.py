@@ -200,13 +200,10 @@ class TeacherClient(Thread):
         self._looked = now
         found = read_endpoints(self._folder) if self._folder is not None else self._fixed
         for name in [n for n, r in self._replicas.items() if n not in found or found[n] != r.endpoint]:
-            replica = self._replicas[name]
-            if name not in found and replica.tokens:
-                continue  # it stops, and finishes what it holds
             self._lose(name)
-            poller.unregister(replica.sock)
-            replica.sock.close(0)
-            del self._replicas[name]
+            sock = self._replicas.pop(name).sock
+            poller.unregister(sock)
+            sock.close(0)
         for name, endpoint in found.items():
             if name not in self._replicas:
                 keys = None

@@ -161,11 +161,11 @@ class Door(Thread):
         self._waker.wake()
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Send what is left and end the thread; the replica's files are removed."""
-        withdraw(self._folder, self.endpoint)
+        """Send what is left and end the thread; then the replica's files are removed."""
         with self._condition:
             self._closing = True
         self.join(timeout_s)
+        withdraw(self._folder, self.endpoint)
 
     def status(self) -> dict[str, Any]:
         """What the replica has done since its start, and what it is doing."""
