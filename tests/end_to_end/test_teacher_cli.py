@@ -82,6 +82,7 @@ def test_torchrun_serves_a_folder_and_sigterm_ends_it(files, tmp_path):
         ours, wanted = metrics(tmp_path / "remote"), metrics(tmp_path / "colocated")
         assert len(wanted) == 2 and wanted[0]["loss"] > 0.01
         for found, expected in zip(ours, wanted, strict=True):
+            assert found.pop("kind") == expected.pop("kind")
             assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
         (endpoint,) = read_endpoints(tmp_path / "teacher").values()
         status = json.loads((tmp_path / "teacher" / f"{endpoint.replica}.status").read_text())
@@ -92,8 +93,9 @@ def test_torchrun_serves_a_folder_and_sigterm_ends_it(files, tmp_path):
         assert " teacher replica 0 stops: 16 requests, " in out
         assert not read_endpoints(tmp_path / "teacher") and not list((tmp_path / "teacher").glob("*.status"))
     finally:
-        if teacher.poll() is None:
-            os.killpg(teacher.pid, signal.SIGKILL)
+        if teacher.poll() is None:  # torchrun's workers are in sessions of their own: it ends them itself
+            teacher.terminate()
+            teacher.wait(60)
 
 
 @pytest.mark.parametrize("side, name", [("teacher", "model.embed_tokens.weight"), ("student", None)])

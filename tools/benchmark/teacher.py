@@ -41,6 +41,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--text-file", required=True, metavar="FILE")
     parser.add_argument("--samples", type=int, default=16, help="responses (default: 16)")
+    parser.add_argument("--words", type=int, default=180, help="of a prompt and response together (default: 180)")
     parser.add_argument("--bind", default="tcp://127.0.0.1", help="ipc or tcp://HOST (default: tcp://127.0.0.1)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch, each side (default: 1)")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds (default: 3)")
@@ -84,7 +85,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     student = load_tokenizer(args.student_hf_checkpoint)
     teacher = load_tokenizer(args.teacher_hf_checkpoint)
     alignment_map = build_alignment_map(student, teacher)
-    texts = paragraphs(Path(args.text_file).read_text(encoding="utf-8"), args.samples)
+    texts = paragraphs(Path(args.text_file).read_text(encoding="utf-8"), args.samples, args.words)
     needs = {"paper": TeacherNeeds(hidden_rows="first"), "bytes": TeacherNeeds(hidden_rows="none", byte_events=True)}
     pairs = {name: align(texts, student, teacher, alignment_map, need) for name, need in needs.items()}
     labels = sum(pair.counts["student_labels"] for pair in pairs["paper"])
@@ -142,12 +143,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def paragraphs(text: str, count: int) -> list[tuple[str, str]]:
-    """A prompt and a response each, some 1,000 characters together."""
+def paragraphs(text: str, count: int, size: int) -> list[tuple[str, str]]:
+    """A prompt of 120 characters and a response each."""
     words = text.split(" ")
-    chunks = [" ".join(words[i : i + 180]) for i in range(0, len(words), 180)][:count]
+    chunks = [" ".join(words[i : i + size]) for i in range(0, len(words), size)][:count]
     if len(chunks) < count:
-        raise SystemExit(f"--text-file: holds {len(chunks)} pieces of 180 words, --samples wants {count}")
+        raise SystemExit(f"--text-file: holds {len(chunks)} pieces of {size} words, --samples wants {count}")
     return [(chunk[:120], chunk[120:]) for chunk in chunks]
 
 
