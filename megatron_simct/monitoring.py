@@ -40,16 +40,20 @@ COUNTS = (
 
 
 class Stopwatch:
-    """Seconds spent in each hop of one step."""
+    """Seconds spent in each hop of one step. Time in a hop within another one is the inner hop's only."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._inner = 0.0
 
     @contextmanager
     def __call__(self, hop: str) -> Iterator[None]:
-        begin = time.perf_counter()
+        begin, outside = time.perf_counter(), self._inner
+        self._inner = 0.0
         yield
-        self.seconds[hop] = self.seconds.get(hop, 0.0) + time.perf_counter() - begin
+        elapsed = time.perf_counter() - begin
+        self.seconds[hop] = self.seconds.get(hop, 0.0) + elapsed - self._inner
+        self._inner = outside + elapsed
 
 
 def sample_sums(
@@ -170,8 +174,12 @@ class Monitor:
         pairs: Sequence[AlignedPair],
         report: StepReport,
         seconds: dict[str, float],
+        note: str = "",
     ) -> None:
-        """Record one finished step; `iteration` counts from 1. Collective over the data-parallel group."""
+        """Record one finished step; `iteration` counts from 1. Collective over the data-parallel group.
+
+        note: ends the log line, and is not recorded.
+        """
         values = ratios(report, sample_sums(rollouts, pairs, self._group), sampled=self._sampled)
         if not self._active:
             return
@@ -180,7 +188,8 @@ class Monitor:
         if self._progress is not None:
             self._progress.update(self._task, completed=iteration)
         if iteration % self._log_interval == 0 or iteration == self._train_iters:
-            self.say(log_line(iteration, self._train_iters, values, seconds, batch_size=self._batch_size))
+            line = log_line(iteration, self._train_iters, values, seconds, batch_size=self._batch_size)
+            self.say(f"{line} {note} |" if note else line)
         self._watch_mass(values.get("student_mass_outside_u"))
 
     def evaluation(self, iteration: int, values: dict[str, float]) -> None:

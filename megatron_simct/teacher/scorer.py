@@ -13,6 +13,10 @@ import torch
 from megatron_simct.records import AlignedPair, ScoredPair
 
 
+class TeacherError(RuntimeError):
+    """The teacher refuses, or has not answered in time. Every rank raises it, and no weight has changed."""
+
+
 class TeacherScorer(Protocol):
     """Anything that scores the teacher's tokens of a response."""
 
@@ -21,6 +25,10 @@ class TeacherScorer(Protocol):
 
         Only the last pipeline stage is told: on the others the tensors are empty.
         """
+        ...
+
+    def note(self) -> str:
+        """What the log line says of the teacher; may be nothing."""
         ...
 
 
@@ -37,3 +45,6 @@ class NoTeacher:
         for pair in pairs:
             assert not pair.needs.teacher, f"sample {pair.sample_id} needs a teacher"
             yield without_content(pair.sample_id)
+
+    def note(self) -> str:
+        return ""
