@@ -77,22 +77,35 @@ def stand_ins():
         mock.patch.object(gpt_layer_specs, "TESpecProvider", provider, create=True),
         mock.patch.object(build, "_uses_transformer_engine", lambda architecture, device: True),
     ):
-        yield
+        yield mock.patch.object(build, "_uses_transformer_engine", lambda architecture, device: False)
+
+
+def stored(model: torch.nn.Module) -> set[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the tensors of a checkpoint; those of experts are up to TransformerEngine's own modules."""
+    entries = model.sharded_state_dict().values()
+    entries = [part for entry in entries for part in (entry.build() if hasattr(entry, "build") else [entry])]
+    entries = [entry for entry in entries if hasattr(entry, "global_shape") and ".experts." not in entry.key]
+    return {(entry.key, tuple(entry.global_shape)) for entry in entries}
 
 
 @torch.no_grad()
-def _read(rank: int, world_size: int, folder: str, save: str) -> tuple[torch.Tensor, set[str]]:
-    """Logits, and names of the parameters with numbers; the folder is written again to `save`."""
+def _read(rank: int, world_size: int, folder: str, save: str) -> tuple[torch.Tensor, set[str], set, set]:
+    """Logits, names of a layer's parameters, what a checkpoint holds, and what one of local layers holds.
+
+    The folder is written again to `save`.
+    """
     architecture = read_architecture(folder, flag="")
-    with process_groups(ParallelConfig(), seed=1) as groups, stand_ins():
-        model = build.build_model(
-            architecture, ParallelConfig(), groups, vocab_size=90, divisible_by=8, bf16=False, flag="", initialize=False
-        ).eval()
+    options = {"vocab_size": 90, "divisible_by": 8, "bf16": False, "flag": "", "initialize": False}
+    with process_groups(ParallelConfig(), seed=1) as groups, stand_ins() as use_local:
+        model = build.build_model(architecture, ParallelConfig(), groups, **options).eval()
         load_hf_weights(model, architecture, folder, tp_rank=0, tp_size=1, flag="")
         hidden = model(TOKENS, torch.arange(TOKENS.shape[1]).expand_as(TOKENS), None)
         logits = (hidden @ model.output_weight.T).transpose(0, 1)[..., : architecture.vocab_size]
         save_hf_weights(model, architecture, groups, template=folder, save=save, dtype=torch.float32)
-        return logits, {name for name, parameter in model.decoder.layers[1].named_parameters()}
+        names = {name for name, parameter in model.decoder.layers[1].named_parameters()}
+        with use_local:
+            local = build.build_model(architecture, ParallelConfig(), groups, **options)
+        return logits, names, stored(model), stored(local)
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -100,10 +113,11 @@ def test_a_folder_is_read_computed_and_written(tmp_path, family):
     from safetensors.torch import load_file
 
     model = save_model(tmp_path / "hf", family, **MODELS[family])
-    ((logits, names),) = run_ranks(1, _read, str(tmp_path / "hf"), str(tmp_path / "again"))
+    ((logits, names, checkpoint, of_local_layers),) = run_ranks(1, _read, str(tmp_path / "hf"), str(tmp_path / "again"))
     with torch.no_grad():
         expected = model(TOKENS).logits
     assert float((logits - expected).abs().max() / expected.abs().max()) < 1e-4
+    assert len(checkpoint) > 8 and checkpoint == of_local_layers, "one kind of layers reads checkpoints of the other"
     assert "self_attention.linear_qkv.layer_norm_weight" in names and "input_layernorm.weight" not in names
     if family == "qwen3_moe":
         assert {"pre_mlp_layernorm.weight", *(f"mlp.experts.linear_fc1.weight{i}" for i in range(4))} <= names
