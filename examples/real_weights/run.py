@@ -98,6 +98,7 @@ def recipe(options: argparse.Namespace) -> Recipe:
                 str(_micro(options.batch_size, options)),
             ),
             *("--rollout-max-prompt-len", "160", "--rollout-max-response-len", str(options.response_len)),
+            *("--simct-divergence", options.divergence),
             *("--train-iters", str(options.train_iters), "--lr", str(options.lr), "--min-lr", "0", "--seed", "1"),
             *("--save", str(checkpoint), "--load", str(checkpoint), "--save-interval", "5", "--save-retain", "1"),
             *("--run-dir", str(folder / "distil")),
@@ -234,7 +235,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train-iters", type=int, default=20, help="on-policy steps")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts a step; even")
     parser.add_argument("--response-len", type=int, default=64, help="tokens a response")
-    parser.add_argument("--lr", type=float, default=1e-5, help="peak learning rate")
+    parser.add_argument("--lr", type=float, default=2e-5, help="peak learning rate")
+    parser.add_argument(
+        "--divergence",
+        choices=("forward_kl", "reverse_kl", "js"),
+        default="forward_kl",
+        help="reverse_kl makes samples likelier under the teacher, forward_kl also other texts under the student",
+    )
     parser.add_argument("--held-out", type=int, default=16, help="held-out problems of each source; even")
     parser.add_argument(
         "--processes", type=int, default=2, choices=(1, 2), help="data-parallel ranks; 1 needs less memory"
