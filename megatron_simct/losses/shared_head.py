@@ -131,11 +131,11 @@ class HeadScores:
         self._hidden = hidden.detach().to(head.weight.dtype)
         self._head, self._soft_cap, self._dtype = head, soft_cap, dtype
 
-    def scores(self, first: int, last: int) -> torch.Tensor:
-        """[A, last - first], a new tensor: capped scores of the shared tokens [first, last)."""
+    def scores(self, first: int, last: int, rows: slice) -> torch.Tensor:
+        """[rows, last - first], a new tensor: capped scores of the shared tokens [first, last)."""
         columns = self._head.columns
-        rows = slice(int(columns.row_offsets[first]), int(columns.row_offsets[last]))
-        logits = linear(self._hidden, self._head.weight[rows]).to(self._dtype)
+        of_head = slice(int(columns.row_offsets[first]), int(columns.row_offsets[last]))
+        logits = linear(self._hidden[rows], self._head.weight[of_head]).to(self._dtype)
         return columns.join(soft_cap(logits, self._soft_cap), first, last)
 
 
@@ -159,14 +159,14 @@ class GivenScores:
         self._logits, self._index, self._columns = logits.detach(), index, columns
         self._teacher_rows, self._soft_cap, self._dtype = teacher_rows, soft_cap, dtype
 
-    def scores(self, first: int, last: int) -> torch.Tensor:
+    def scores(self, first: int, last: int, rows: slice) -> torch.Tensor:
         """See HeadScores.scores."""
         low, high = int(self._columns.row_offsets[first]), int(self._columns.row_offsets[last])
+        logits = self._logits.index_select(0, self._index[rows])
         if self._teacher_rows is None:
-            logits = self._logits[:, low:high].index_select(0, self._index)
+            logits = logits[:, low:high]
         else:
-            wanted = self._teacher_rows[low:high]
-            logits = self._logits.gather(1, wanted.expand(len(self._logits), -1)).index_select(0, self._index)
+            logits = logits.gather(1, self._teacher_rows[low:high].expand(len(logits), -1))
         return self._columns.join(soft_cap(logits.to(self._dtype), self._soft_cap), first, last)
 
 

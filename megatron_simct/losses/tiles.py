@@ -50,6 +50,9 @@ TOP_COLUMNS = 4096
 class GivenLogits:
     """Logits that exist as a tensor."""
 
+    rows_first = True
+    """Whether tiles are some rows of all columns: nothing is computed, and reading follows the memory."""
+
     def __init__(
         self,
         logits: torch.Tensor,
@@ -84,7 +87,8 @@ class GivenLogits:
         if self._order is None:
             picked = self._logits[rows].gather(1, columns.expand(len(self._logits[rows]), -1))
         else:
-            picked = self._logits[self._order[rows].unsqueeze(1), columns]
+            picked = self._logits.index_select(0, self._order[rows])
+            picked = picked.gather(1, columns.expand(len(picked), -1))
         return _cap_(picked.to(self.dtype), self.soft_cap)
 
     def add_gradient(self, start: int, end: int, gradient: torch.Tensor, rows: slice = ALL_ROWS) -> None:
@@ -102,16 +106,14 @@ class GivenLogits:
             target.index_add_(0, self._order[rows], gradient)
 
     def add_gradient_at(self, columns: torch.Tensor, gradient: torch.Tensor, rows: slice = ALL_ROWS) -> None:
-        """Add [n, w], the gradient with respect to `logits_at(columns, rows)`; the columns are distinct."""
+        """Take [n, w], the gradient with respect to `logits_at(columns, rows)`: the first that these entries get."""
         if self.soft_cap is not None:
             gradient = _through_cap_(gradient, self.logits_at(columns, rows), self.soft_cap)
         gradient = gradient.to(self._gradient.dtype)
         if self._order is None:
-            self._gradient[rows].scatter_add_(1, columns.expand(len(gradient), -1), gradient)
+            self._gradient[rows].scatter_(1, columns.expand(len(gradient), -1), gradient)
         else:
-            # Each entry occurs once: reading and writing them is 100 times as fast as an accumulating index_put_.
-            index = (self._order[rows].unsqueeze(1), columns)
-            self._gradient[index] = gradient.add_(self._gradient[index])
+            self._gradient[self._order[rows].unsqueeze(1), columns] = gradient
 
     def add_gradient_of_entries(self, columns: torch.Tensor, gradient: torch.Tensor, rows: slice = ALL_ROWS) -> None:
         """Add [n, k], the gradient with respect to the capped logits at local columns int64 [n, k], each row its own.
@@ -134,6 +136,9 @@ class GivenLogits:
 
 class OutputLayer:
     """Logits of an output layer, made for a tile at a time."""
+
+    rows_first = False
+    """Tiles are all rows of some columns: products of few rows are slow."""
 
     def __init__(
         self,

@@ -50,6 +50,8 @@ from megatron_simct.losses.vocab_parallel import (
 MAX_TILE_COLUMNS = 4096
 """Wider tiles gain nothing: the products are as fast."""
 MIN_TILE_COLUMNS = 64
+ROWS_FIRST_ELEMENTS = 1 << 19
+"""Of a tile of whole rows, where logits exist: scores that are read in another order should stay in the cache."""
 CACHED_ELEMENTS = 1 << 18
 """On a CPU, elementwise work goes over blocks of rows that stay in the cache; the products take the whole tile."""
 
@@ -207,6 +209,10 @@ class TwoPass:
         # A tile of each model; a second one while a soft-cap or a narrower type is converted.
         width = (memory_mib << 20) // max(1, 2 * num_rows * self._empty.element_size())
         self._width = max(MIN_TILE_COLUMNS, min(MAX_TILE_COLUMNS, width))
+        self._height = source.num_rows
+        if source.rows_first:
+            self._width = max(1, source.num_columns)
+            self._height = max(1, ROWS_FIRST_ELEMENTS // self._width)
         self._special_position = self._positions(plan.special)
 
     def statistics(self) -> Statistics:
@@ -220,16 +226,16 @@ class TwoPass:
         special_s = self._empty.new_full(plan.special.shape, NEGATIVE_INFINITY)
         special_t = torch.full_like(special_s, NEGATIVE_INFINITY)
         top = _LocalTop(plan.num_shared, self._topk, like=self._empty)
-        for start, end in self._tiles():
-            logits = source.logits(start, end)
-            own += own_logits(logits, self._labels, start)
-            teacher, index = self._teacher_tile(start, end)
-            for rows in self._blocks(0, source.num_rows, end - start):
-                block = logits[rows]
+        for chunk, start, end in self._tiles():
+            logits = source.logits(start, end, chunk)
+            own[chunk] += own_logits(logits, self._labels[chunk], start)
+            teacher, index = self._teacher_tile(chunk, start, end)
+            for rows in self._blocks(chunk.start, chunk.stop, end - start):
+                block = logits[rows.start - chunk.start : rows.stop - chunk.start]
                 shared = slice(rows.start, min(rows.stop, plan.num_shared))
                 if teacher is not None and shared.start < shared.stop:
                     s = block[: shared.stop - shared.start].gather(1, index.expand(shared.stop - shared.start, -1))
-                    t = teacher[shared]
+                    t = teacher[shared.start - chunk.start : shared.stop - chunk.start]
                     self._cut(s, t, shared, start, end, read=(special_s, special_t))
                     if self._topk:
                         top.add(s, t, index, start, shared)
@@ -289,20 +295,23 @@ class TwoPass:
         """The sums of js over the shared columns, [A] each: another look at the tiles, one SUM reduction."""
         plan = self._plan
         total = [self._empty.new_zeros(plan.num_shared) for _ in range(4)]
-        for start, end in self._tiles():
-            teacher, index = self._teacher_tile(start, end)
+        for chunk, start, end in self._tiles():
+            teacher, index = self._teacher_tile(chunk, start, end)
             if teacher is None:
                 continue
             # The same products as in pass 2: what js subtracts must be rounded alike.
-            pieces: dict[int, torch.Tensor] = {}
-            if plan.num_sparse:
-                pieces[0] = self._source.logits_at(index + start, slice(0, plan.num_sparse))
-            if plan.num_first:
-                dense = self._source.logits(start, end, plan.dense)[: plan.num_first]
-                pieces[plan.num_sparse] = dense.gather(1, index.expand(plan.num_first, -1))
-            for top, student in pieces.items():
-                for rows in self._blocks(top, top + len(student), student.shape[1]):
-                    s, t = student[rows.start - top : rows.stop - top], teacher[rows]
+            pieces: list[tuple[slice, torch.Tensor]] = []
+            sparse, dense = _common(chunk, self._sparse), _common(chunk, plan.dense)
+            if sparse is not None:
+                pieces.append((sparse, self._source.logits_at(index + start, sparse)))
+            if dense is not None and dense.start < plan.num_shared:
+                first = slice(dense.start, min(dense.stop, plan.num_shared))
+                logits = self._source.logits(start, end, dense)[: first.stop - first.start]
+                pieces.append((first, logits.gather(1, index.expand(len(logits), -1))))
+            for piece, student in pieces:
+                for rows in self._blocks(piece.start, piece.stop, student.shape[1]):
+                    s = student[rows.start - piece.start : rows.stop - piece.start]
+                    t = teacher[rows.start - chunk.start : rows.stop - chunk.start]
                     self._cut(s, t, rows, start, end)
                     here = norms.at(rows)
                     log_p = self._scaled(s).sub_(here.student_max.unsqueeze(1)).sub_(here.student_log_z.unsqueeze(1))
@@ -314,30 +323,34 @@ class TwoPass:
     def add_gradient(self, statistics: Statistics, weights: GradientWeights) -> None:
         """Pass 2: hand the gradient of every tile to the source."""
         source, plan = self._source, self._plan
-        sparse, dense = slice(0, plan.num_sparse), plan.dense
         order = plan.order
         own = weights.own_weight[order]
         label_max = statistics.label_max[order]
         softmax = (weights.softmax_weight * (-statistics.label_log_sum).exp())[order]
-        for start, end in self._tiles():
-            teacher, index = (None, None) if self._topk else self._teacher_tile(start, end)
-            if teacher is not None and plan.num_sparse:
-                columns = index + start
-                student = source.logits_at(columns, sparse)
-                for rows in self._blocks(0, plan.num_sparse, student.shape[1]):
-                    self._shared_gradient_(student[rows], teacher[rows], rows, weights)
-                source.add_gradient_at(columns, student, sparse)
-            if plan.num_dense:
-                self._dense_tile(start, end, teacher, index, statistics, weights, own, softmax, label_max)
+        for chunk, start, end in self._tiles():
+            teacher, index = (None, None) if self._topk else self._teacher_tile(chunk, start, end)
+            sparse, dense = _common(chunk, self._sparse), _common(chunk, plan.dense)
+            if teacher is not None and sparse is not None:
+                student = source.logits_at(index + start, sparse)
+                for rows in self._blocks(sparse.start, sparse.stop, student.shape[1]):
+                    here = slice(rows.start - sparse.start, rows.stop - sparse.start)
+                    self._shared_gradient_(student[here], teacher[here], rows, weights)
+                source.add_gradient_at(index + start, student, sparse)
+            if dense is not None:
+                # teacher's rows begin with the chunk's, and so do those of a dense chunk behind its sparse rows
+                of_dense = None if teacher is None else teacher[dense.start - chunk.start :]
+                self._dense_tile(dense, start, end, of_dense, index, statistics, weights, own, softmax, label_max)
         if weights.own_outside_dense:
-            own[dense] = 0
+            own[plan.dense] = 0
             self._add_own(own)
         if weights.top_weight is not None and plan.num_sparse:
-            here, values = statistics.top.here[sparse], weights.top_weight[sparse]
-            source.add_gradient_of_entries(statistics.top.local[sparse], torch.where(here, values, 0), sparse)
+            rows = self._sparse
+            values = torch.where(statistics.top.here[rows], weights.top_weight[rows], 0)
+            source.add_gradient_of_entries(statistics.top.local[rows], values, rows)
 
     def _dense_tile(
         self,
+        dense: slice,
         start: int,
         end: int,
         teacher: torch.Tensor | None,
@@ -348,7 +361,8 @@ class TwoPass:
         softmax: torch.Tensor,
         label_max: torch.Tensor,
     ) -> None:
-        plan, dense = self._plan, self._plan.dense
+        """Dense rows of a tile; `teacher` has the scores of those of them that are shared rows."""
+        plan = self._plan
         logits = self._source.logits(start, end, dense)
         for rows in self._blocks(dense.start, dense.stop, end - start):
             block = logits[rows.start - dense.start : rows.stop - dense.start]
@@ -356,7 +370,8 @@ class TwoPass:
             gradient = None
             if teacher is not None and shared.start < shared.stop:
                 index_of_rows = index.expand(shared.stop - shared.start, -1)
-                s, t = block[: len(index_of_rows)].gather(1, index_of_rows), teacher[shared]
+                s = block[: len(index_of_rows)].gather(1, index_of_rows)
+                t = teacher[shared.start - dense.start : shared.stop - dense.start]
                 self._cut(s, t, shared, start, end)
                 gradient = self._shared_gradient_(s, t, shared, weights)
             block.sub_(label_max[rows].unsqueeze(1)).exp_().mul_(softmax[rows].unsqueeze(1))
@@ -395,9 +410,16 @@ class TwoPass:
         columns = torch.where(here, self._labels, 0).unsqueeze(1)
         self._source.add_gradient_of_entries(columns, torch.where(here, weight, 0).unsqueeze(1))
 
-    def _tiles(self) -> Iterator[tuple[int, int]]:
-        for start in range(0, self._source.num_columns, self._width):
-            yield start, min(start + self._width, self._source.num_columns)
+    @property
+    def _sparse(self) -> slice:
+        return slice(0, self._plan.num_sparse)
+
+    def _tiles(self) -> Iterator[tuple[slice, int, int]]:
+        """Rows and columns [start, end): all rows of some columns, or some rows of all columns."""
+        for top in range(0, self._source.num_rows, max(1, self._height)):
+            chunk = slice(top, min(top + self._height, self._source.num_rows))
+            for start in range(0, self._source.num_columns, self._width):
+                yield chunk, start, min(start + self._width, self._source.num_columns)
 
     def _blocks(self, start: int, stop: int, width: int) -> Iterator[slice]:
         """Rows [start, stop) in blocks; a block is either before, in or behind the dense first rows."""
@@ -407,14 +429,15 @@ class TwoPass:
             for top in range(low, high, size):
                 yield slice(top, min(top + size, high))
 
-    def _teacher_tile(self, start: int, end: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Teacher scores [A, c] of the tile's shared tokens and their columns in the tile; None without any."""
-        if self._teacher is None or self._plan.num_shared == 0:
+    def _teacher_tile(self, chunk: slice, start: int, end: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Teacher scores of the tile's shared rows and tokens, and these tokens' columns in the tile; None for none."""
+        rows = _common(chunk, slice(0, self._plan.num_shared))
+        if self._teacher is None or rows is None:
             return None, None
         first, last = self._columns.within(start, end)
         if first == last:
             return None, None
-        return self._teacher.scores(first, last), self._columns.student[first:last] - start
+        return self._teacher.scores(first, last, rows), self._columns.student[first:last] - start
 
     def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
         return logits if self._temperature == 1 else logits.div_(self._temperature)
@@ -499,6 +522,12 @@ class _LocalTop:
             local=torch.where(here, self._columns.gather(1, torch.where(here, chosen % k, 0)), 0),
             here=here,
         )
+
+
+def _common(a: slice, b: slice) -> slice | None:
+    """The rows of both, None for none."""
+    both = slice(max(a.start, b.start), min(a.stop, b.stop))
+    return both if both.start < both.stop else None
 
 
 def _add_at(block: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) -> None:

@@ -38,7 +38,7 @@ def assert_two_steps(result: subprocess.CompletedProcess, run_dir: Path) -> list
     """Exit code 0, two log lines between two evaluations, and the same in metrics.jsonl; its lines."""
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr and "rror" not in result.stderr
-    lines = [line for line in result.stdout.splitlines() if not line.startswith(" random weights")]
+    lines = [line for line in result.stdout.splitlines() if not line.startswith((" random weights", " interface "))]
     assert [
         re.match(r" (evaluation at iteration [02]|iteration +[12]/ +2) \| ", line) is not None for line in lines
     ] == [True] * 4, result.stdout
@@ -122,7 +122,7 @@ def write_rows(path: Path, *rows: dict) -> str:
 
 def _said(out: str) -> list[str]:
     """The lines of a run, but for the one that says which weights it starts from."""
-    return [line for line in out.splitlines() if not line.startswith(" random weights")]
+    return [line for line in out.splitlines() if not line.startswith((" random weights", " interface "))]
 
 
 @pytest.mark.parametrize(
@@ -233,8 +233,9 @@ def test_a_run_stops_at_the_wanted_accuracy(tiny, tmp_path):
     argv = command_line(tiny, "--eval-prompt-data", str(tiny / "held_out.jsonl"), "--exit-eval-accuracy", "0")
     ((code, out, _),) = run_ranks(1, _main, [*argv, "--save", str(tmp_path / "save")])
     assert code == 0
-    random, evaluation = out.splitlines()
+    random, interface, evaluation = out.splitlines()
     assert random == f" random weights: --hf-checkpoint {tiny / 'student'}, --teacher-hf-checkpoint {tiny / 'teacher'}"
+    assert interface.startswith(" interface paper; known failure: ")
     assert evaluation.startswith(" evaluation at iteration 0 | ")
     assert (tmp_path / "save" / TRACKER).read_text() == "0"
 
