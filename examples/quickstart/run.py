@@ -44,8 +44,8 @@ ARCHITECTURE = {
     "tie_word_embeddings": True,
     "hidden_act": "silu",
 }
-# Larger random weights learn sooner. Smaller ones generalise better in the end, and where numbers are tokens of their own,
-# sums of unseen numbers are not found at all from larger ones: not even by supervised training.
+# Larger random weights learn sooner, smaller ones generalise better in the end. Where numbers are tokens of their own,
+# sums of unseen numbers are not found from larger ones at all, not even by supervised training.
 INITIALIZER_RANGE = {"teacher": 0.02, "student": 0.05}
 INITIALIZER_RANGE_OF_GROUPED_DIGITS = 0.02
 FINISHED = "finished.json"
