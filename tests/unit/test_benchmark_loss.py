@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_simct.losses import cross_tokenizer_loss
+from tests.distributed import run_ranks
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "benchmark" / "loss.py"
 
@@ -24,18 +26,35 @@ def test_small_run_reports_every_variant():
     assert all(row["seconds"] > 0 and row["extra_mib"] >= 0 for row in rows.values())
 
 
-def test_several_sizes_are_one_object_a_line_and_bytes_between_ranks_are_counted():
-    sizes = ["--labels", "20", "--vocab", "512,640", "--hidden", "8", "--repeats", "1", "--threads", "1"]
-    sizes += ["--tensor-model-parallel-size", "2", "--variants", "fused,bytes"]
-    ran = subprocess.run([sys.executable, TOOL, *sizes, "--json"], capture_output=True, text=True, check=True)
-    reports = [json.loads(line) for line in ran.stdout.splitlines()]
-    assert [report["vocab"] for report in reports] == [512, 640]
-    for report in reports:
-        fused = report["variants"]["fused"]["sent_bytes_per_label"]
-        # Of a label: one maximum, two sums and the teacher's three; of a row: three more maxima and three sums at most.
-        assert 24 <= fused["statistics"] <= 64 and fused["rows"] == 0
-        assert fused["states"] == 8 * 4  # the gradient of the hidden states
-        assert report["variants"]["bytes"]["sent_bytes_per_label"]["statistics"] > 64
+def test_sizes_by_commas_are_all_combinations():
+    tool = runpy.run_path(str(TOOL))
+    flags = ["--labels", "20,24", "--vocab", "512,640", "--tensor-model-parallel-size", "1,2"]
+    found = tool["sizes"](tool["parse"](flags))
+    assert [(one.tensor_model_parallel_size, one.labels, one.vocab) for one in found] == [
+        (tp, labels, vocab) for tp in (1, 2) for labels in (20, 24) for vocab in (512, 640)
+    ]
+    assert all(one.teacher_vocab == one.vocab and one.shared == int(0.7 * one.vocab) for one in found)
+    assert [("dense" in one.variants) for one in found] == [True] * 4 + [False] * 4
+
+
+def sent(rank: int, world_size: int, variant: str) -> dict[str, int]:
+    tool = runpy.run_path(str(TOOL))
+    flags = ["--labels", "20", "--vocab", "512", "--hidden", "8", "--tensor-model-parallel-size", str(world_size)]
+    (args,) = tool["sizes"](tool["parse"](flags))
+    call, _ = tool["build"](args, variant, rank, dist.group.WORLD)
+    with tool["count_bytes"]() as counted:
+        call()
+    return counted
+
+
+def test_what_crosses_ranks_is_counted_by_kind():
+    found = {variant: run_ranks(2, sent, variant)[0] for variant in ("fused", "bytes", "logits")}
+    for variant in ("fused", "bytes"):
+        assert found[variant]["states"] == 20 * 8 * 4  # the gradient of the hidden states
+        assert found[variant]["rows"] == 0
+    # Of a label one maximum and two sums of either model, of a row up to five numbers more.
+    assert 24 <= found["fused"]["statistics"] / 20 <= 64 < found["bytes"]["statistics"] / 20
+    assert found["logits"]["states"] == 0 and found["logits"]["rows"] > 0
 
 
 def test_dense_variant_is_the_same_loss():
