@@ -204,7 +204,7 @@ def dequantized(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def _rotated(rows: torch.Tensor) -> torch.Tensor:
-    """The orthonormal Walsh-Hadamard transform of blocks of a row, as long as the largest power of 2 that divides it."""
+    """The orthonormal Walsh-Hadamard transform of a row's blocks, as long as the largest power of 2 in its width."""
     width = rows.shape[1]
     block = width & -width
     for half in (1 << i for i in range(block.bit_length() - 1)):

@@ -87,7 +87,7 @@ def test_rounded_hidden_states_lose_nothing_more_on_the_way(dtype, size):
     original = torch.randn(50, 96)
     original[:, 5] *= 30  # as hidden states are
     error = (rounded(original, dtype) - original).square().mean(1).sqrt() / original.square().mean(1).sqrt()
-    assert (error <= {"fp32": 0, "bf16": 2**-9, "int8": 0.01}[dtype]).all()
+    assert (error <= {"fp32": 0, "bf16": 2**-8, "int8": 0.01}[dtype]).all()
     assert (error > 0).all() or dtype == "fp32"
 
 
