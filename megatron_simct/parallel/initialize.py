@@ -49,6 +49,10 @@ class Groups:
     tp: dist.ProcessGroup
     pp: dist.ProcessGroup
     dp: dist.ProcessGroup
+    ep: dist.ProcessGroup
+    """Data-parallel ranks that share the experts among them."""
+    expert_dp: dist.ProcessGroup
+    """Data-parallel ranks that have the same experts."""
     device: torch.device
 
     @property
@@ -169,6 +173,7 @@ def build_groups(parallel: ParallelConfig, *, seed: int, device: torch.device) -
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
     )
     pp = parallel_state.get_pipeline_model_parallel_group()
     seed += 100 * pp.rank()  # stages draw different weights
@@ -180,5 +185,7 @@ def build_groups(parallel: ParallelConfig, *, seed: int, device: torch.device) -
         tp=parallel_state.get_tensor_model_parallel_group(),
         pp=pp,
         dp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        ep=parallel_state.get_expert_model_parallel_group(),
+        expert_dp=parallel_state.get_expert_data_parallel_group(),
         device=device,
     )

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import math
+import threading
+from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
+import torch
 
 import megatron_simct.job
+from megatron_simct.config import ParallelConfig
 from megatron_simct.job import build_job
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.teacher.client import Patience
+from megatron_simct.teacher.service import serve
 from megatron_simct.train import train
 from tests.distributed import run_ranks
 from tests.runs import assert_same_run, run
-from tests.teacher_jobs import TeacherJob
+from tests.teacher_jobs import (
+    FAST,
+    ModelFreeTeacher,
+    TeacherJob,
+    answer_of,
+    collect,
+    make_request,
+    open_client,
+    same_answer,
+)
 from tests.tiny import command_line, config
 
 INTERFACES = ("paper", "code", "strict", "alm", "bytes")
@@ -141,6 +156,48 @@ def test_answers_on_disk_take_the_place_of_a_teacher(tiny, weights, colocated, t
             assert_same([(steps, counts)], expected[interface], tolerance=1e-5)
             asked.append(counts["answers"])
     assert asked == [1, 0]
+
+
+class _SharedExperts:
+    """In the place of a TeacherForward: a collective over both replicas in every micro-batch."""
+
+    def __init__(self, group):
+        self._group, self.batches = group, 0
+
+    def run(self, micro_batches):
+        for _ in micro_batches:
+            ranks = torch.ones(1)
+            torch.distributed.all_reduce(ranks, group=self._group)
+            assert int(ranks) == 2
+            self.batches += 1
+        return [answer_of(request) for batch in micro_batches for request in batch]
+
+
+def _replicas_that_share_experts(rank, world_size, folder):
+    """How many micro-batches each replica ran; only the first one has a client."""
+    with process_groups(ParallelConfig(), seed=0) as groups:
+        groups = replace(groups, ep=groups.dp)
+        forward = _SharedExperts(groups.ep)
+        teacher = ModelFreeTeacher(folder / str(rank), works=False)
+        done = threading.Event()
+        if rank == 0:
+            rng = np.random.default_rng(0)
+            requests = [make_request(rng, sample_id) for sample_id in range(30)]
+            client = open_client(folder / "0", patience=replace(FAST, again_s=60))
+
+            def ask():
+                assert all(same_answer(s, requests[s.sample_id]) for s in collect(client, requests))
+                client.close()
+                done.set()
+
+            threading.Thread(target=ask, daemon=True).start()
+        serve(teacher.door, forward, groups, max_tokens=20, hidden_dtype="fp32", stop=done.is_set)
+        return forward.batches, teacher.door.status()["requests"]
+
+
+def test_replicas_that_share_experts_run_as_many_micro_batches(tmp_path):
+    (one, answered), (other, none) = run_ranks(2, _replicas_that_share_experts, tmp_path)
+    assert one == other > 3 and (answered, none) == (30, 0)
 
 
 # Faults; those without a model are in tests/unit/test_teacher_faults.py
