@@ -200,6 +200,11 @@ class TrainingConfig:
     global_batch_size: int | None = option(
         None, "sequences of one optimizer step; default and only value: rollout batch size x samples a prompt"
     )
+    schedule: Literal["on_policy", "one_step_off"] = option(
+        "on_policy",
+        "one_step_off: the rollouts of the next step are sampled, and are with --teacher-endpoint, before this step's "
+        "update, so with weights one step older",
+    )
     train_iters: int = option(100, "optimizer steps")
     seed: int = option(1234, "weights, order of the prompts, sampling")
     bf16: bool = option(False, "bf16 parameters with fp32 master weights and gradients (GPU only)")
@@ -213,6 +218,11 @@ class TrainingConfig:
     adam_beta2: float = option(0.98, "decay of Adam's mean of squared gradients")
     adam_eps: float = option(1e-8, "added to the root of Adam's mean of squared gradients")
     clip_grad: float = option(1.0, "clip the gradient to this global norm; 0: never")
+
+    @property
+    def lag(self) -> int:
+        """Optimizer steps that weights may have seen since a step's rollouts were sampled."""
+        return 1 if self.schedule == "one_step_off" else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,6 +342,10 @@ class Config:
                 f"--teacher-timeout-minutes ({self.teacher_job.timeout_minutes:g}) must be below "
                 f"--distributed-timeout-minutes ({self.parallel.distributed_timeout_minutes}): while one rank waits "
                 "for the teacher, others wait for that rank"
+            )
+        if self.training.lag and not self.teacher_job.endpoint:
+            raise ValueError(
+                "--schedule one_step_off needs --teacher-endpoint: it keeps a teacher in another job at work"
             )
         if self.teacher_job.cache is not None and not self.teacher_job.endpoint:
             raise ValueError("--teacher-cache needs --teacher-endpoint; --load-debug-scored-data reads one without it")

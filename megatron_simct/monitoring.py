@@ -181,6 +181,8 @@ class Monitor:
         note: ends the log line, and is not recorded.
         """
         values = ratios(report, sample_sums(rollouts, pairs, self._group), sampled=self._sampled)
+        if self._sampled and any(rollout.weight_version != iteration - 1 for rollout in rollouts):
+            values["rollout_lag"] = iteration - 1 - float(np.mean([rollout.weight_version for rollout in rollouts]))
         if not self._active:
             return
         timing = {f"seconds_{hop}": value for hop, value in seconds.items()}

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_simct.arguments import parse_config, to_yaml
@@ -19,7 +21,7 @@ from megatron_simct.losses import known_failure
 from megatron_simct.models.hf_load import find_weights
 from megatron_simct.monitoring import Stopwatch
 from megatron_simct.parallel.initialize import Environment, Groups, process_groups
-from megatron_simct.records import AlignedPair, Prompt, Rollout
+from megatron_simct.records import AlignedPair, Prompt, Rollout, ScoredPair
 from megatron_simct.teacher.scorer import TeacherError
 from megatron_simct.update.step import NonFiniteError
 
@@ -28,16 +30,19 @@ def train(job: Job) -> None:
     """Roll out, align, score, update, publish; once an iteration."""
     training, output = job.config.training, job.config.output
     iteration, done = job.start, evaluate(job, iteration=job.start)
+    ahead = deque[Batch]()
     while iteration < training.train_iters and not done:
         clock = Stopwatch()
-        prompts, rollouts, pairs = job.prompts.batch(iteration), [], []
         with clock("teacher"), saved_without_teacher(job, iteration):
-            scored = list(job.teacher.score(waves(job, prompts, rollouts, pairs, clock)))
-        with clock("update"), kept_for_replay(job, rollouts, iteration):
-            report = job.updater.step(job.pack(prompts, rollouts, pairs, scored))
+            for coming in range(iteration + len(ahead), min(iteration + training.lag + 1, training.train_iters)):
+                ahead.append(begin(job, coming, clock))
+            batch = ahead.popleft()
+            scored = list(batch.scores)
+        with clock("update"), kept_for_replay(job, batch.rollouts, iteration):
+            report = job.updater.step(job.pack(batch.prompts, batch.rollouts, batch.pairs, scored))
         iteration += 1
         job.engine.publish(iteration)
-        job.monitor.step(iteration, rollouts, pairs, report, clock.seconds, job.teacher.note())
+        job.monitor.step(iteration, batch.rollouts, batch.pairs, report, clock.seconds, job.teacher.note())
         done = evaluate(job, iteration=iteration) or exit_is_due(job, iteration=iteration)
         if output.save_interval and iteration % output.save_interval == 0:
             job.save(iteration)
@@ -45,18 +50,33 @@ def train(job: Job) -> None:
         job.save(iteration)  # unless it has just been saved
 
 
-def waves(
-    job: Job, prompts: Sequence[Prompt], rollouts: list[Rollout], pairs: list[AlignedPair], clock: Stopwatch
-) -> Iterator[AlignedPair]:
+@dataclass(kw_only=True)
+class Batch:
+    """The records of one step on their way: lists fill up while `scores` is iterated, at the latest."""
+
+    prompts: Sequence[Prompt]
+    rollouts: list[Rollout] = field(default_factory=list)
+    pairs: list[AlignedPair] = field(default_factory=list)
+    scores: Iterator[ScoredPair] = iter(())
+
+
+def begin(job: Job, iteration: int, clock: Stopwatch) -> Batch:
+    """Send the prompts of a step on their way: sampled, aligned, and with the teacher."""
+    batch = Batch(prompts=job.prompts.batch(iteration))
+    batch.scores = job.teacher.score(waves(job, batch, clock))
+    return batch
+
+
+def waves(job: Job, batch: Batch, clock: Stopwatch) -> Iterator[AlignedPair]:
     """Roll out and align a wave of prompts at a time; the teacher has one wave while the next is sampled."""
-    size = job.config.rollout.rollout_wave_size or len(prompts)
-    for begin in range(0, len(prompts), size):
-        wave = prompts[begin : begin + size]
+    size = job.config.rollout.rollout_wave_size or len(batch.prompts)
+    for start in range(0, len(batch.prompts), size):
+        wave = batch.prompts[start : start + size]
         with clock("rollout"):
-            rollouts += job.engine.generate(wave, job.sampling)
+            batch.rollouts += job.engine.generate(wave, job.sampling)
         with clock("alignment"):
-            pairs += [job.align(p, r) for p, r in zip(wave, rollouts[begin:], strict=True)]
-        yield from pairs[begin:]
+            batch.pairs += [job.align(p, r) for p, r in zip(wave, batch.rollouts[start:], strict=True)]
+        yield from batch.pairs[start:]
 
 
 def evaluate(job: Job, *, iteration: int) -> bool:

@@ -163,6 +163,7 @@ class ModelFreeTeacher:
     def __init__(
         self, folder: Path, *, delay_s: float = 0.0, address: str = "ipc", keys: Keys | None = None, **more: Any
     ):
+        works = more.pop("works", True)  # else another thread takes from the door
         self.door = Door(
             folder,
             name=more.pop("name", uuid.uuid4().hex[:8]),
@@ -182,7 +183,8 @@ class ModelFreeTeacher:
         self._stop = False
         self._thread = threading.Thread(target=self._answer, daemon=True)
         self.door.start()
-        self._thread.start()
+        if works:
+            self._thread.start()
 
     def _answer(self) -> None:
         while not self._stop:

@@ -378,6 +378,7 @@ class RemoteScorer:
         """
         assert (client is not None) == groups.meets_teacher
         self._client, self._groups = client, groups
+        self._early: dict[int, Sequence[Any]] = {}
         problem = None
         if client is not None:
             try:
@@ -388,13 +389,20 @@ class RemoteScorer:
         _agree(problem)
 
     def score(self, pairs: Iterable[AlignedPair]) -> Iterator[ScoredPair]:
-        """See TeacherScorer.score. A pair is on its way as soon as `pairs` yields it. TeacherError on every rank."""
+        """See TeacherScorer.score. All pairs are on their way when it returns, each as soon as `pairs` yields it.
+
+        Whoever iterates waits for the answers; several calls may be open. TeacherError on every rank.
+        """
         sample_ids = []
         for pair in pairs:
             sample_ids.append(pair.sample_id)
             if self._client is not None:
                 self._client.submit(TeacherRequest.of(pair))
+        return self._answers(sample_ids)
+
+    def _answers(self, sample_ids: Sequence[int]) -> Iterator[ScoredPair]:
         problem = None
+        due = set(sample_ids)
         if not self._groups.is_last_stage:
             yield from map(without_content, sample_ids)
         else:
@@ -402,7 +410,7 @@ class RemoteScorer:
                 messages = None
                 if self._client is not None:
                     try:
-                        messages = [self._client.next()[0]]
+                        messages = [self._next_of(due)]
                     except TeacherError as error:
                         problem = str(error)
                 messages = share(messages, self._groups.tp, source=0, device=self._groups.device)
@@ -411,6 +419,17 @@ class RemoteScorer:
                     break
                 yield read_scored(decode(messages[0]))
         _agree(problem)
+
+    def _next_of(self, due: set[int]) -> Sequence[Any]:
+        """The next answer to one of these samples, which leaves the set. What comes for others is kept for them."""
+        early = due & self._early.keys()
+        while not early:
+            parts, message = self._client.next()
+            self._early[message.fields["sample_id"]] = parts
+            early = due & {message.fields["sample_id"]}
+        sample_id = min(early)
+        due.remove(sample_id)
+        return self._early.pop(sample_id)
 
     def note(self) -> str:
         """Replicas that are alive, and what they last said of themselves; nothing on ranks that do not talk to them."""

@@ -17,7 +17,10 @@ from pathlib import Path
 from threading import Condition, Thread
 from typing import Any
 
+import numpy as np
 import psutil
+import torch
+import torch.distributed as dist
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
@@ -148,6 +151,13 @@ class Door(Thread):
             self._counts["answer_bytes"] += num_bytes(parts)
             self._outbox.append((work.client, parts))
         self._waker.wake()
+
+    def hand_back(self, work: Work) -> None:
+        """A request that was taken, unanswered."""
+        with self._condition:
+            self._taken.discard(work.key)
+            self._counts["handed_back"] += 1
+            self._send_later(work.client, _returned(work.number, "the teacher stops"))
 
     def drain(self) -> None:
         """Take no more requests and hand back those that wait."""
@@ -320,6 +330,24 @@ def _returned(number: int, reason: str) -> list[bytes | memoryview]:
     return encode(Message(kind="returned", fields={"request": number, "reason": reason}))
 
 
+_NOTHING = TeacherRequest(
+    sample_id=-1,
+    prompt_ids=np.zeros(1, np.int32),
+    label_ids=np.zeros(0, np.int32),
+    rows=np.zeros(0, np.int32),
+    hidden=False,
+    byte_side=None,
+)
+"""What a replica runs for the sake of those that share its experts."""
+
+
+def _most(value: int, groups: Groups) -> int:
+    """The largest value among the replicas that share experts."""
+    values = torch.tensor(value, dtype=torch.int64, device=groups.device)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=groups.ep)
+    return int(values)
+
+
 def serve(
     door: Door | None,
     forward: TeacherForward,
@@ -331,7 +359,8 @@ def serve(
 ) -> None:
     """Answer requests until `stop()` says so on the rank of the door; what was taken is finished, the rest handed back.
 
-    Collective over one model replica. The pipeline is given several micro-batches of max_tokens at a time.
+    Collective over one model replica, and over the replicas that share experts: these run as many micro-batches as the
+    one with most work, and end together. The pipeline is given several micro-batches of max_tokens at a time.
     """
     in_flight = max(2, 2 * groups.pp.size())
     stopping = False
@@ -344,15 +373,25 @@ def serve(
         if groups.is_last_stage:
             messages = share(messages, groups.tp, source=0, device=groups.device)
         messages = share(messages, groups.pp, source=groups.pp.size() - 1, device=groups.device)
+        if groups.ep.size() > 1:
+            stopping_everywhere = _most(int(messages is None), groups)
+            messages = None if stopping_everywhere else messages
         if messages is None:
+            for work in works:
+                door.hand_back(work)
             break
         requests = [work.request for work in works] if door is not None else [read_score(decode(m)) for m in messages]
         micro_batches = by_length(requests, max_tokens=max_tokens)
+        if groups.ep.size() > 1:
+            idle = _most(len(micro_batches), groups) - len(micro_batches)
+            micro_batches += [[_NOTHING]] * idle
         answers = forward.run(micro_batches)
         if door is not None:
             work_of = {id(work.request): work for work in works}
             requests = [request for batch in micro_batches for request in batch]
             for request, scored in zip(requests, answers, strict=True):
+                if request is _NOTHING:
+                    continue
                 work = work_of[id(request)]
                 door.answer(work, scored_message(work.number, scored, hidden_dtype))
     if door is not None:

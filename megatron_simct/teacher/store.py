@@ -149,7 +149,7 @@ class SavingScorer:
         self._scorer, self._store, self._writes = scorer, store, writes
 
     def score(self, pairs: Iterable[AlignedPair]) -> Iterator[ScoredPair]:
-        """See TeacherScorer.score. A disk that refuses is reported once, and costs no more than the copy."""
+        """See TeacherScorer.score."""
         requests: dict[int, TeacherRequest] = {}
 
         def remembered() -> Iterator[AlignedPair]:
@@ -157,7 +157,11 @@ class SavingScorer:
                 requests[pair.sample_id] = TeacherRequest.of(pair)
                 yield pair
 
-        for scored in self._scorer.score(remembered()):
+        return self._kept(self._scorer.score(remembered()), requests)
+
+    def _kept(self, answers: Iterator[ScoredPair], requests: Mapping[int, TeacherRequest]) -> Iterator[ScoredPair]:
+        """A disk that refuses is reported once, and costs no more than the copy."""
+        for scored in answers:
             if self._writes:
                 try:
                     self._store.put(requests[scored.sample_id], scored)

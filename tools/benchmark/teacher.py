@@ -6,6 +6,8 @@ Paragraphs of the text stand for responses. The teacher's job is one process of 
 --bind; both sides use --threads threads. For each --teacher-hidden-dtype, with hidden states of every segment's first
 row (interface paper), and with sums of bytes (interface bytes):
 
+wire           CPU seconds of encoding and decoding requests and answers, and of encrypting them at the speed that is
+               measured below, over CPU seconds of the forward passes: holds on a busy machine
 seconds        the least of --repeats rounds, jobs and this process taking turns; `ratio` is over the passes here
 B/label        what one student label costs on the wire, to the teacher and back; full logits would be 4 V
 KL nats        of the teacher's distribution over its vocabulary after rounding from the one before, a row: mean and
@@ -53,25 +55,25 @@ def main() -> None:
     args = parse()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     report = {"samples": args.samples, "threads": args.threads, "bind": args.bind, "socket_mb_per_s": sockets()}
-    report |= measure(args)
+    report |= measure(args, report["socket_mb_per_s"]["curve"])
     if args.json:
         print(json.dumps(report))
         return
     for name in ("labels", "teacher_tokens", "teacher_vocabulary", "hidden_size", "socket_mb_per_s"):
         print(f"{name}: {report[name]}")
     print(
-        f"{'interface':10} {'dtype':6} {'seconds':>8} {'ratio':>6} {'B/label to':>11} {'back':>8} "
+        f"{'interface':10} {'dtype':6} {'seconds':>8} {'ratio':>6} {'wire':>7} {'B/label to':>11} {'back':>8} "
         f"{'of logits':>10} KL nats"
     )
     for row in report["rows"]:
         kl = f"{row['kl_mean']:.2e} (largest {row['kl_max']:.2e})" if "kl_mean" in row else "-"
         print(
-            f"{row['interface']:10} {row['dtype']:6} {row['seconds']:8.3f} {row['ratio']:6.3f} "
+            f"{row['interface']:10} {row['dtype']:6} {row['seconds']:8.3f} {row['ratio']:6.3f} {row['wire']:7.4f} "
             f"{row['request_bytes_per_label']:11.0f} {row['answer_bytes_per_label']:8.0f} {row['of_logits']:10.5f} {kl}"
         )
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure(args: argparse.Namespace, curve_mb_per_s: float) -> dict[str, Any]:
     import torch
 
     from megatron_simct.alignment import build_alignment_map, load_tokenizer
@@ -108,7 +110,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 calls["here"] = lambda requests=requests: forward.run(by_length(requests, max_tokens=16384))
                 before = {dtype: dict(client.counts) for dtype, client in clients.items()}
                 seconds = best(calls, args.repeats)
+                begin = time.process_time()
                 answers = {answer.sample_id: answer for answer in calls["here"]()}
+                forward_cpu_s = time.process_time() - begin
                 for dtype in calls.keys() & set(DTYPES):
                     sent, received = (
                         (clients[dtype].counts[key] - before[dtype][key]) / (args.repeats + 1) / labels
@@ -120,6 +124,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                             "dtype": dtype,
                             "seconds": seconds[dtype],
                             "ratio": seconds[dtype] / seconds["here"],
+                            "wire": wire_seconds(requests, answers, dtype, curve_mb_per_s) / forward_cpu_s,
                             "request_bytes_per_label": sent,
                             "answer_bytes_per_label": received,
                             "of_logits": received / (4 * teacher.table.num_ids),
@@ -228,6 +233,22 @@ def scored_by(client: Any, requests: Sequence[Any]) -> list[Any]:
     for request in requests:
         client.submit(request)
     return [read_scored(client.next()[1]) for _ in requests]
+
+
+def wire_seconds(requests: Sequence[Any], answers: dict[int, Any], dtype: str, curve_mb_per_s: float) -> float:
+    """CPU seconds of both ends, outside of the model."""
+    from megatron_simct.teacher.payload import read_score, read_scored, score_message, scored_message
+    from megatron_simct.teacher.wire import decode, encode, num_bytes
+
+    size = 0
+    begin = time.process_time()
+    for request in requests:
+        there = encode(score_message(0, request))
+        read_score(decode(there))
+        back = encode(scored_message(0, answers[request.sample_id], dtype))
+        read_scored(decode(back))
+        size += num_bytes(there) + num_bytes(back)
+    return time.process_time() - begin + size / 1e6 / curve_mb_per_s
 
 
 def best(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
