@@ -107,9 +107,7 @@ class MegatronEngine:
         """One more token of all active sequences."""
         tokens = torch.tensor([sequence.ids[-1] for sequence in active], device=self._groups.device)
         positions = [sequence.length - 1 for sequence in active]
-        hidden = self._through(
-            stages, tokens.shape, lambda stage, received: stage.decode(tokens, received, positions)
-        )
+        hidden = self._through(stages, tokens.shape, lambda stage, received: stage.decode(tokens, received, positions))
         self._append(active, hidden, sampling)
 
     def _through(
