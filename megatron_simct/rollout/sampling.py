@@ -28,8 +28,9 @@ def sample_tokens(
 
     logits [B, W]: this rank's columns, ids [shard_start, shard_start + W); ids >= vocab_size are padding.
     uniforms [B] float64 in [0, 1): the same on every rank; not read when temperature is 0 (greedy; of equal logits
-    the lowest id). top_k (-1: all) cuts before top_p, which is a share of what top_k leaves. Returns ids int64 [B] and their log-probs float32 [B] under the untempered, untruncated softmax,
-    the same on every rank. A row with nan gives some real id and the log-prob nan: whoever reads it can tell.
+    the lowest id). top_k (-1: all) cuts before top_p, which is a share of what top_k leaves. Returns ids int64 [B] and
+    their log-probs float32 [B] under the untempered, untruncated softmax, the same on every rank. A row with nan gives
+    some real id and the log-prob nan: whoever reads it can tell.
     """
     logits = logits.float()
     num_real = min(max(vocab_size - shard_start, 0), logits.shape[1])
