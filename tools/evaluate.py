@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 
 from megatron_simct.evaluation.benchmarks import CODE, NAMES, Problem, read_problems  # noqa: E402
 from megatron_simct.evaluation.grading import Grader  # noqa: E402
+from megatron_simct.evaluation.math_verifier import MathVerifier  # noqa: E402
 from megatron_simct.evaluation.sandbox import Limits, check_sandbox  # noqa: E402
 from megatron_simct.evaluation.statistics import estimates  # noqa: E402
 
@@ -195,16 +196,17 @@ def grade(options: argparse.Namespace, problems: Sequence[Problem], parts: Seque
     """What is right of every response; parts that are graded already are read."""
     by_id = {problem.problem_id: problem for problem in problems}
     limits = Limits(cpu_s=options.cpu_seconds, wall_s=WALL_TIMES * options.cpu_seconds, memory_mib=options.memory_mib)
-    graders: queue.SimpleQueue[Grader] = queue.SimpleQueue()
+    verifiers: queue.SimpleQueue[MathVerifier] = queue.SimpleQueue()
     for _ in range(options.workers):
-        graders.put(Grader(options.benchmark, chat=options.chat, limits=limits))
+        verifiers.put(MathVerifier())
 
     def one(row: dict[str, Any]) -> dict[str, bool]:
-        grader = graders.get()
+        verifier = verifiers.get()
         try:
+            grader = Grader(options.benchmark, verifier, chat=options.chat, limits=limits)
             return grader.grade(by_id[row["problem_id"]], row["response"])
         finally:
-            graders.put(grader)
+            verifiers.put(verifier)
 
     grades: list[dict[str, bool]] = []
     try:
@@ -217,8 +219,8 @@ def grade(options: argparse.Namespace, problems: Sequence[Problem], parts: Seque
                     write_rows(path, [key | {"right": right} for key, right in zip(keys, found, strict=True)])
                 grades += [row["right"] for row in read_rows(path)]
     finally:
-        while not graders.empty():
-            graders.get().close()
+        while not verifiers.empty():
+            verifiers.get().close()
     return grades
 
 

@@ -1,6 +1,6 @@
 """The child process of sandbox.py: gives up what a program does not need, then runs it.
 
-    python -I -B confined.py '{"cpu_s": 10, "memory_mib": 1024, "as_script": false}'     program.py in the current folder
+    python -I -B confined.py '{"cpu_s": 10, "memory_mib": 1024, "as_script": false}'    runs ./program.py
 
 Standard library only. The kernel refuses every system call that is not listed here (seccomp): what opens sockets,
 starts processes, sends signals to others, opens a file to write, or changes the file system. Nothing of it can be taken

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from megatron_simct.evaluation.benchmarks import Name, Problem, cut, livecodebench_tests
-from megatron_simct.evaluation.math_verifier import MathVerifier
 from megatron_simct.evaluation.sandbox import Limits, passes, run_program
 
 _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
@@ -39,17 +39,17 @@ for _test in _json.loads({tests!r}):
 """
 
 
-@dataclass
+@dataclass(frozen=True)
 class Grader:
-    """Grades responses; holds the process that compares numbers. To be closed."""
+    """Grades responses, one at a time."""
 
     benchmark: Name
+    same_answer: Callable[[str, str], bool]
+    """Whether a gold text and a response have the same final answer: a MathVerifier."""
+    _: KW_ONLY
     chat: bool
     """Whether responses answer a message; else they go on with a text."""
     limits: Limits = field(default_factory=Limits)
-
-    def __post_init__(self) -> None:
-        self._math = MathVerifier()
 
     def grade(self, problem: Problem, response: str) -> dict[str, bool]:
         """Whether the response is right, under each of the benchmark's metrics."""
@@ -58,13 +58,13 @@ class Grader:
             case "gsm8k":
                 gold = problem.fields["answer"].rsplit("#### ", 1)[1]
                 return {
-                    "math_verify": self._math(gold.replace(",", ""), text),
+                    "math_verify": self.same_answer(gold.replace(",", ""), text),
                     "strict_match": _same_number(_strict(text), gold),
                     "flexible_extract": _same_number(_flexible(text), gold),
                 }
             case "math500":
                 gold = problem.fields.get("solution") or f"$\\boxed{{{problem.fields['answer']}}}$"
-                return {"math_verify": self._math(gold, text)}
+                return {"math_verify": self.same_answer(gold, text)}
             case "mbpp":
                 return {"pass": passes(mbpp_program(problem.fields, self._code(text)), self.limits)}
             case "humaneval":
@@ -75,9 +75,6 @@ class Grader:
             case "livecodebench":
                 code = self._code(text, last=True) if self.chat else (problem.fields.get("starter_code") or "") + text
                 return {"pass": _passes_livecodebench(problem.fields, code, self.limits)}
-
-    def close(self) -> None:
-        self._math.close()
 
     def _code(self, text: str, *, last: bool = False) -> str:
         if not self.chat:
