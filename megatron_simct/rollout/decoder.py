@@ -1,7 +1,8 @@
 """A lean forward pass without autograd over the parameters of a HiddenStateModel, with a KV cache.
 
 Megatron's modules hold the parameters and say how they are split; the arithmetic of their layers is done here, in few
-operations. A layer whose MLP is not Megatron's plain one (experts) runs that module as it is.
+operations. A part that is not one of Megatron's plain modules (experts, TransformerEngine's layers, fewer key heads
+than ranks) runs as it is.
 
 Sequences stand from position 0 on, so nothing is padded on the left, and what a token computes depends on its own
 sequence alone.
@@ -20,10 +21,12 @@ from torch.nn.functional import linear
 
 from megatron_simct.models.attention import SelfAttention
 from megatron_simct.models.build import HiddenStateModel
+from megatron_simct.models.norm import NormedRowParallelLinear
 from megatron_simct.parallel.cpu import megatron_imports
 from megatron_simct.parallel.initialize import Groups
 
 with megatron_imports():
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.mlp import MLP
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
@@ -119,24 +122,34 @@ class Decoder:
     ) -> torch.Tensor:
         """[..., H] -> [..., g, n / g + 2, d]: of each key head its query heads, itself and its values; the first two
         turned by their positions' angles."""
-        projection, rope = attention.linear_qkv, attention.rope
-        qkv = linear(hidden, projection.weight, projection.bias)
-        groups, size = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
-        qkv = qkv.unflatten(-1, (groups, -1, size))
-        if attention.q_layernorm is not None:
-            qkv[..., :-2, :] = attention.q_layernorm(qkv[..., :-2, :])
-            qkv[..., -2, :] = attention.k_layernorm(qkv[..., -2, :])
+        qkv, rope = self._projected(attention, hidden), attention.rope
         turned = qkv[..., :-1, : rope.dim]
         first, second = turned.chunk(2, dim=-1)
         swapped = torch.cat([second, first], dim=-1)
         turned.mul_(cos[attention.rope_index]).addcmul_(swapped, sin[attention.rope_index])
+        return qkv
+
+    def _projected(self, attention: SelfAttention, hidden: torch.Tensor) -> torch.Tensor:
+        """What _turned turns."""
+        projection, rope = attention.linear_qkv, attention.rope
+        if type(projection) is not ColumnParallelLinear or attention.config.num_query_groups < self._tp.size():
+            query, *others = attention.get_query_key_value_tensors(hidden.reshape(-1, 1, hidden.shape[-1]), None)
+            heads = [query.unflatten(2, (others[0].shape[2], -1)), *(tensor.unsqueeze(3) for tensor in others)]
+            return torch.cat(heads, dim=3).unflatten(0, hidden.shape[:-1]).squeeze(hidden.dim() - 1)
+        qkv = linear(hidden, projection.weight, projection.bias)
+        qkv = qkv.unflatten(
+            -1, (attention.num_query_groups_per_partition, -1, attention.hidden_size_per_attention_head)
+        )
+        if attention.q_layernorm is not None:
+            qkv[..., :-2, :] = attention.q_layernorm(qkv[..., :-2, :])
+            qkv[..., -2, :] = attention.k_layernorm(qkv[..., -2, :])
         if rope.attention_factor != 1.0:
             qkv[..., :-2, : rope.dim] *= rope.attention_factor**2  # see SelfAttention
         return qkv
 
     def _mlp(self, layer: TransformerLayer, hidden: torch.Tensor) -> torch.Tensor:
         mlp = layer.mlp
-        if type(mlp) is not MLP:
+        if type(mlp) is not MLP or type(mlp.linear_fc1) is not ColumnParallelLinear:
             output, _ = mlp(hidden.reshape(-1, 1, hidden.shape[-1]))
             return output.view_as(hidden)
         gate, up = linear(hidden, mlp.linear_fc1.weight).chunk(2, dim=-1)
@@ -144,8 +157,9 @@ class Decoder:
 
     def _reduced(self, projection: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """A row-parallel layer's output, with the norm that comes after it in some families."""
+        if not isinstance(projection, RowParallelLinear):
+            return projection(hidden)[0]
         output = linear(hidden, projection.weight)
         if self._tp.size() > 1:
             dist.all_reduce(output, group=self._tp)
-        norm = getattr(projection, "post_layernorm", None)
-        return output if norm is None else norm(output)
+        return projection.post_layernorm(output) if isinstance(projection, NormedRowParallelLinear) else output

@@ -328,3 +328,38 @@ def _follow_weights(model, groups):
 def test_new_weights_are_used_at_once(tiny, weights):
     ((before, after),) = run_ranks(1, _follow_weights, tiny, weights, 1)
     assert [r.student_ids.tolist() for r in before] != [r.student_ids.tolist() for r in after]
+
+
+class _AnotherLinear(torch.nn.Module):
+    """Hides the type of a module, as if it were not one of megatron-core's own."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+@in_job
+def _by_modules(model, groups):
+    """Rollouts with the decoder's own arithmetic, and with the modules of the layers as they are."""
+    answers = []
+    engine = MegatronEngine(model, groups, vocab_size=VOCAB, stop_ids=NEVER, batch_size=4)
+    for wrap in (False, True):
+        if wrap:
+            for layer in model.decoder.layers:
+                for owner, names in (
+                    (layer.self_attention, ("linear_qkv", "linear_proj")),
+                    (layer.mlp, ("linear_fc1", "linear_fc2")),
+                ):
+                    for name in names:
+                        setattr(owner, name, _AnotherLinear(getattr(owner, name)))
+        answers.append(engine.generate(PROMPTS, SAMPLED))
+    return answers
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_modules_of_another_kind_run_as_they_are(tiny, weights, tp):
+    for own, modules in run_ranks(tp, _by_modules, tiny, weights, tp):
+        assert_equal(modules, own, atol=1e-5)
