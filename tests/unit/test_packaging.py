@@ -44,6 +44,7 @@ def test_paths_in_the_readme_exist():
 
 def test_flags_in_the_readme_exist():
     known = {option.flag for option in options()} | {"--help", "--print-config", "--config-file", "--nproc-per-node"}
+    known |= {"--model", "--tasks"}  # of lm-eval
     for script in (ROOT / "examples/quickstart/run.py", *(ROOT / "tools").glob("*.py")):
         known |= set(re.findall(r'"(--[a-z0-9-]+)"', script.read_text()))
     known |= {f"--{side}-{name}" for side in ("teacher", "student") for name in ("tokenizer", "stop-token-ids")}
