@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megatron_simct.losses.vocab_parallel import soft_cap
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, chunks_of, whole_sequences
@@ -26,6 +27,8 @@ from megatron_simct.rollout.sampling import sample_tokens
 
 PREFILL_TOKENS = 8192
 """Prompt tokens, padding included, of one forward pass; a longer prompt has one of its own."""
+
+_NO_PROMPT = np.zeros(1, np.int32)
 
 
 class MegatronEngine:
@@ -56,9 +59,7 @@ class MegatronEngine:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        """See RolloutEngine.generate. Collective over the tensor- and pipeline-parallel groups."""
-        if not prompts:
-            return []
+        """See RolloutEngine.generate. Collective over the tensor-, pipeline- and expert-parallel groups."""
         was_training = self._model.training
         self._model.eval()
         try:
@@ -71,18 +72,29 @@ class MegatronEngine:
 
     def _decode_all(self, sequences: Sequence[_Sequence], sampling: Sampling) -> None:
         """Row r of the cache holds active[r]. All ranks of a replica take the same way: they see the same tokens."""
-        rows = min(self._batch_size, len(sequences))
-        length = max(len(s.prompt.student_ids) for s in sequences) + sampling.max_response_len
+        rows = max(1, min(self._batch_size, len(sequences)))
+        length = max((len(s.prompt.student_ids) for s in sequences), default=1) + sampling.max_response_len
         stages = [Decoder(chunk, self._groups, rows=rows, length=length) for chunk in chunks_of(self._model)]
         waiting = deque(_by_prompt(sequences))
         active: list[_Sequence] = []
-        while waiting or active:
-            for batch in _passes(_admitted(waiting, rows, len(active))):
+        while self._most(len(waiting) + len(active)):
+            batches = _passes(_admitted(waiting, rows, len(active)))
+            for number in range(self._most(len(batches))):
+                batch = batches[number] if number < len(batches) else []
                 active += self._prefill(stages, batch, sampling, first_row=len(active))
             _close_up(active, stages)
-            if active:
+            if self._most(len(active)):
                 self._decode(stages, active, sampling)
                 _close_up(active, stages)
+
+    def _most(self, count: int) -> int:
+        """The largest count of the ranks that share experts: all must pass through a layer together, and one that has
+        nothing to do sends one token of no sequence."""
+        if self._groups.ep.size() == 1:
+            return count
+        largest = torch.tensor(count, device=self._groups.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._groups.ep)
+        return int(largest)
 
     def _prefill(
         self, stages: Sequence[Decoder], batch: Sequence[Sequence[_Sequence]], sampling: Sampling, *, first_row: int
@@ -92,10 +104,11 @@ class MegatronEngine:
         Each element of the batch is the samples of one prompt.
         """
         device = self._groups.device
-        tokens, lengths = _pad_right([samples[0].prompt.student_ids for samples in batch])
+        tokens, lengths = _pad_right([samples[0].prompt.student_ids for samples in batch] or [_NO_PROMPT])
         tokens, lengths = tokens.to(device), lengths.to(device)
         prompt_of_row = [i for i, samples in enumerate(batch) for _ in samples]
-        places = torch.tensor([range(first_row, first_row + len(prompt_of_row)), prompt_of_row], device=device)
+        rows = list(range(first_row, first_row + len(prompt_of_row)))
+        places = torch.tensor([rows, prompt_of_row], dtype=torch.int64, device=device)
         hidden = self._through(
             stages, tokens.shape, lambda stage, received: stage.prefill(tokens, received, lengths, places)
         )
@@ -105,8 +118,8 @@ class MegatronEngine:
 
     def _decode(self, stages: Sequence[Decoder], active: Sequence[_Sequence], sampling: Sampling) -> None:
         """One more token of all active sequences."""
-        tokens = torch.tensor([sequence.ids[-1] for sequence in active], device=self._groups.device)
-        positions = [sequence.length - 1 for sequence in active]
+        tokens = torch.tensor([sequence.ids[-1] for sequence in active] or [0], device=self._groups.device)
+        positions = [sequence.length - 1 for sequence in active] or [0]
         hidden = self._through(stages, tokens.shape, lambda stage, received: stage.decode(tokens, received, positions))
         self._append(active, hidden, sampling)
 
@@ -127,6 +140,8 @@ class MegatronEngine:
 
     def _append(self, sequences: Sequence[_Sequence], hidden: torch.Tensor, sampling: Sampling) -> None:
         """Choose the next token of each sequence. hidden [B, H], read on the last stage only."""
+        if not sequences:
+            return
         chosen = torch.empty(2, len(sequences), dtype=torch.float64, device=self._groups.device)
         if self._groups.is_last_stage:
             uniforms = np.array([sequence.uniforms[len(sequence.ids)] for sequence in sequences])
