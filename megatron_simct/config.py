@@ -173,6 +173,7 @@ class RolloutConfig:
     n_samples_per_prompt: int = option(1, "responses a prompt")
     rollout_temperature: float = option(1.0, "0 is greedy; log-probs are always of the untempered distribution")
     rollout_top_p: float = option(1.0, "sample from the smallest set of tokens with this much probability")
+    rollout_top_k: int = option(-1, "sample from this many most probable tokens, before --rollout-top-p; -1: from all")
     rollout_max_prompt_len: int = option(2048, "prompts with more student or teacher tokens are skipped and counted")
     rollout_max_response_len: int = option(1024, "response tokens, the stop token included")
     rollout_engine_batch_size: int = option(64, "sequences decoded together on one rank: bounds the KV cache")
@@ -393,6 +394,8 @@ class Config:
                 raise ValueError(f"{flag} {value}: must be at least {lowest}")
         if not 0 < rollout.rollout_top_p <= 1:
             raise ValueError(f"--rollout-top-p {rollout.rollout_top_p}: must be above 0 and at most 1")
+        if rollout.rollout_top_k < 1 and rollout.rollout_top_k != -1:
+            raise ValueError(f"--rollout-top-k {rollout.rollout_top_k}: must be at least 1, or -1 for all tokens")
         if not 0 <= training.lr_warmup_fraction < 1:
             raise ValueError(f"--lr-warmup-fraction {training.lr_warmup_fraction}: must be at least 0 and below 1")
 

@@ -124,6 +124,7 @@ def build_job(config: Config, groups: Groups) -> Job:
         sampling=Sampling(
             temperature=config.rollout.rollout_temperature,
             top_p=config.rollout.rollout_top_p,
+            top_k=config.rollout.rollout_top_k,
             max_response_len=config.rollout.rollout_max_response_len,
             seed=config.training.seed,
         ),

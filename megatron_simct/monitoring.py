@@ -186,6 +186,8 @@ class Monitor:
         if not self._active:
             return
         timing = {f"seconds_{hop}": value for hop, value in seconds.items()}
+        if self._sampled:
+            timing["rollout_tokens_per_second"] = _ratio(report.sums["num_labels"], seconds.get("rollout", 0.0))
         self._record("step", iteration, values | {"seconds": sum(seconds.values())} | timing)
         if self._progress is not None:
             self._progress.update(self._task, completed=iteration)

@@ -27,19 +27,19 @@ class SelfAttention(MegatronSelfAttention):
 
     def __init__(self, *args: Any, architecture: Architecture, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._rope_index = architecture.rope_of_layer[self.layer_number - 1]
-        self._rope = architecture.ropes[self._rope_index]
+        self.rope_index = architecture.rope_of_layer[self.layer_number - 1]
+        self.rope = architecture.ropes[self.rope_index]
 
     def forward(self, *args: Any, rotary_pos_emb: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         """rotary_pos_emb: of all kinds of layers, see Rotary."""
-        return super().forward(*args, rotary_pos_emb=rotary_pos_emb[self._rope_index], **kwargs)
+        return super().forward(*args, rotary_pos_emb=rotary_pos_emb[self.rope_index], **kwargs)
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         query, *rest = super().get_query_key_value_tensors(*args, **kwargs)
-        if self._rope.attention_factor != 1.0:
+        if self.rope.attention_factor != 1.0:
             # The factor belongs to the turned entries of query and key alike; a product sees its square.
-            turned, others = query.split([self._rope.dim, query.shape[-1] - self._rope.dim], dim=-1)
-            query = torch.cat([turned * self._rope.attention_factor**2, others], dim=-1)
+            turned, others = query.split([self.rope.dim, query.shape[-1] - self.rope.dim], dim=-1)
+            query = torch.cat([turned * self.rope.attention_factor**2, others], dim=-1)
         return query, *rest
 
 
@@ -74,6 +74,28 @@ class CoreAttention(torch.nn.Module):
         parts = zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True)
         return torch.cat([self._attend(*(t[:, None] for t in part), None)[:, 0] for part in parts])
 
+    def decode(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor | None
+    ) -> torch.Tensor:
+        """One query a sequence over cached keys: [B, n, d], [B, g, K, d], [B, g, K, d] -> [B, n * d].
+
+        positions: int64 [B], where each query stands; it sees the keys up to there. None: all stand at K - 1.
+        """
+        num_keys, groups = keys.shape[2], keys.shape[1]
+        window = self._window if self._window is not None and self._window < num_keys else None
+        visible = None
+        if positions is not None or window is not None:
+            steps = torch.arange(num_keys, device=keys.device)
+            back = (num_keys - 1 if positions is None else positions[:, None]) - steps
+            visible = back >= 0 if window is None else (back >= 0) & (back < window)
+            visible = visible.view(-1, 1, 1, num_keys)
+        query = query.unflatten(1, (groups, -1))  # the heads that share keys, as queries of one head
+        if self._cap is None:
+            out = scaled_dot_product_attention(query, keys, values, attn_mask=visible, scale=self._scale)
+        else:
+            out = capped_attention(query, keys, values, visible, scale=self._scale, cap=self._cap)
+        return out.flatten(1)
+
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_padding: torch.Tensor | None
     ) -> torch.Tensor:
@@ -104,11 +126,23 @@ def visible_keys(
 
 
 def capped_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor, *, scale: float, cap: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor | None,
+    *,
+    scale: float,
+    cap: float,
 ) -> torch.Tensor:
-    """[B, n, S, d], [B, g, K, d], [B, g, K, d] -> [B, n, S, d]. Holds all scores; the softmax is in float32."""
+    """[B, n, S, d], [B, g, K, d], [B, g, K, d] -> [B, n, S, d]. Holds all scores; the softmax is in float32.
+
+    visible: which keys each query sees, a bool that broadcasts to [B, n, S, K]; None: all of them.
+    """
     group = query.shape[1] // key.shape[1]
-    key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))
+    if group > 1:
+        key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))
     scores = torch.tanh(query @ key.transpose(2, 3) * (scale / cap)) * cap
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1, dtype=torch.float32)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    weights = scores.softmax(dim=-1, dtype=torch.float32)
     return weights.to(value.dtype) @ value

@@ -54,12 +54,13 @@ class HiddenStateModel(GPTModel):
         """Whoever multiplies by `output_weight` bounds the logits: cap * tanh(logit / cap). None: not bounded."""
         # As transformers does, the scale is rounded to the embedding's precision.
         scale = torch.tensor(architecture.embedding_scale, dtype=self.config.params_dtype, device="cpu")
-        self._embedding_scale = float(scale)
+        self.embedding_scale = float(scale)
+        """Multiplies the embedding of a token on its way into the first layer."""
 
     def _preprocess(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **kwargs: Any) -> tuple[Any, ...]:
-        if self.pre_process and self._embedding_scale != 1.0:
+        if self.pre_process and self.embedding_scale != 1.0:
             embedded = self.embedding(input_ids=input_ids, position_ids=position_ids)
-            kwargs["decoder_input"] = embedded * self._embedding_scale
+            kwargs["decoder_input"] = embedded * self.embedding_scale
         return super()._preprocess(input_ids, position_ids, **kwargs)
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

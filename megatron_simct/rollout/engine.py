@@ -25,7 +25,9 @@ class Sampling:
 
     temperature: float
     """0 is greedy."""
-    top_p: float
+    top_p: float = 1.0
+    top_k: int = -1
+    """Sample from this many most probable tokens, and of these from the nucleus of top_p; -1: from all."""
     max_response_len: int
     """Tokens, the stop token included."""
     seed: int

@@ -1,13 +1,16 @@
-"""Generation by the training weights themselves: Megatron's modules with a KV cache, on the same ranks.
+"""Generation by the training weights themselves, with a KV cache, on the same ranks.
 
 Nothing is copied or gathered to publish new weights: an optimizer step changes what the next call samples from.
-Prompts of a batch are padded on the left. Rotary positions are relative, so a shifted prompt scores the same.
+Samples of one prompt share its forward pass. As sequences finish, the rows of the KV cache that they leave are filled
+with waiting prompts, or closed up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,19 +18,17 @@ import torch.distributed as dist
 
 from megatron_simct.losses.vocab_parallel import soft_cap
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, chunks_of, whole_sequences
-from megatron_simct.parallel.cpu import megatron_imports
 from megatron_simct.parallel.initialize import Groups
 from megatron_simct.parallel.pipeline import tensor_from_last_stage, through_stage
 from megatron_simct.records import Prompt, Rollout
+from megatron_simct.rollout.decoder import Decoder
 from megatron_simct.rollout.engine import Sampling
 from megatron_simct.rollout.sampling import sample_tokens
 
-with megatron_imports():
-    from megatron.core.inference.contexts import StaticInferenceContext
+PREFILL_TOKENS = 8192
+"""Prompt tokens, padding included, of one forward pass; a longer prompt has one of its own."""
 
-
-_FILLER = Prompt(sample_id=0, student_ids=np.zeros(1, np.int32), teacher_ids=np.zeros(0, np.int32))
-"""What a rank without prompts of its own answers while others that share experts with it have some."""
+_NO_PROMPT = np.zeros(1, np.int32)
 
 
 class MegatronEngine:
@@ -49,7 +50,7 @@ class MegatronEngine:
         self._model = model
         self._groups = groups
         self._vocab_size = vocab_size
-        self._stop_ids = torch.tensor(list(stop_ids), device=groups.device)
+        self._stop_ids = frozenset(stop_ids)
         self._batch_size = batch_size
         self._weight_version = 0
 
@@ -62,124 +63,192 @@ class MegatronEngine:
         was_training = self._model.training
         self._model.eval()
         try:
-            order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].student_ids))
-            rollouts: dict[int, Rollout] = {}
-            for begin in range(0, self._most(len(order)), self._batch_size):
-                members = order[begin : begin + self._batch_size]
-                with whole_sequences(self._model):
-                    answers = self._generate_batch([prompts[i] for i in members] or [_FILLER], sampling)
-                rollouts.update(zip(members, answers[: len(members)], strict=True))
+            with whole_sequences(self._model):
+                sequences = [_Sequence(prompt, sampling) for prompt in prompts]
+                self._decode_all(sequences, sampling)
         finally:
             self._model.train(was_training)
-        return [rollouts[i] for i in range(len(prompts))]
+        return [sequence.rollout(self._weight_version) for sequence in sequences]
 
-    def _generate_batch(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        device = self._groups.device
-        tokens, is_padding = _pad_left([p.student_ids for p in prompts])
-        tokens, is_padding = tokens.to(device), is_padding.to(device)
-        uniforms = torch.stack([_uniforms(sampling, p.sample_id) for p in prompts]).to(device)
-        batch, prompt_len = tokens.shape
-        context = StaticInferenceContext(batch, prompt_len + sampling.max_response_len)
-
-        has_padding = bool(is_padding.any())
-        finished = torch.zeros(batch, dtype=torch.bool, device=device)
-        chosen, logprobs, alive = [], [], []
-        for step in range(sampling.max_response_len):
-            mask = is_padding[:, None, None, :] if has_padding else None
-            hidden = self._forward(tokens, mask, context)
-            context.sequence_len_offset += tokens.shape[1]
-            context.enable_decode_mode()
-            ids, scores = self._choose(hidden[-1], uniforms[:, step], sampling)
-            chosen.append(ids)
-            logprobs.append(scores)
-            alive.append(~finished)
-            finished = finished | torch.isin(ids, self._stop_ids)
-            if not self._most(int(~finished.all())):
-                break
-            tokens = ids[:, None]
-            is_padding = torch.nn.functional.pad(is_padding, (0, 1), value=False)
-        return self._records(prompts, torch.stack(chosen, 1), torch.stack(logprobs, 1), torch.stack(alive, 1), finished)
+    def _decode_all(self, sequences: Sequence[_Sequence], sampling: Sampling) -> None:
+        """Row r of the cache holds active[r]. All ranks of a replica take the same way: they see the same tokens."""
+        rows = max(1, min(self._batch_size, len(sequences)))
+        length = max((len(s.prompt.student_ids) for s in sequences), default=1) + sampling.max_response_len
+        stages = [Decoder(chunk, self._groups, rows=rows, length=length) for chunk in chunks_of(self._model)]
+        waiting = deque(_by_prompt(sequences))
+        active: list[_Sequence] = []
+        while self._most(len(waiting) + len(active)):
+            batches = _passes(_admitted(waiting, rows, len(active)))
+            for number in range(self._most(len(batches))):
+                batch = batches[number] if number < len(batches) else []
+                active += self._prefill(stages, batch, sampling, first_row=len(active))
+            _close_up(active, stages)
+            if self._most(len(active)):
+                self._decode(stages, active, sampling)
+                _close_up(active, stages)
 
     def _most(self, count: int) -> int:
-        """The largest count of the ranks that share experts: all must pass through a layer together."""
+        """The largest count of the ranks that share experts: all must pass through a layer together, and one that has
+        nothing to do sends one token of no sequence."""
         if self._groups.ep.size() == 1:
             return count
         largest = torch.tensor(count, device=self._groups.device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._groups.ep)
         return int(largest)
 
-    def _forward(
-        self, tokens: torch.Tensor, mask: torch.Tensor | None, context: StaticInferenceContext
-    ) -> torch.Tensor:
-        """This rank's hidden states [S, B, H] of tokens [B, S], of its last stage."""
+    def _prefill(
+        self, stages: Sequence[Decoder], batch: Sequence[Sequence[_Sequence]], sampling: Sampling, *, first_row: int
+    ) -> list[_Sequence]:
+        """One forward pass of the prompts of a batch, and the first token of all their samples, which are returned.
 
-        def stage(chunk: HiddenStateModel, received: torch.Tensor | None) -> torch.Tensor:
-            chunk.set_input_tensor(received)
-            return chunk(tokens, tokens, mask, inference_context=context)
-
-        config = self._model.config
-        received = torch.empty(
-            tokens.shape[1], tokens.shape[0], config.hidden_size, dtype=config.pipeline_dtype, device=tokens.device
+        Each element of the batch is the samples of one prompt.
+        """
+        device = self._groups.device
+        tokens, lengths = _pad_right([samples[0].prompt.student_ids for samples in batch] or [_NO_PROMPT])
+        tokens, lengths = tokens.to(device), lengths.to(device)
+        prompt_of_row = [i for i, samples in enumerate(batch) for _ in samples]
+        rows = list(range(first_row, first_row + len(prompt_of_row)))
+        places = torch.tensor([rows, prompt_of_row], dtype=torch.int64, device=device)
+        hidden = self._through(
+            stages, tokens.shape, lambda stage, received: stage.prefill(tokens, received, lengths, places)
         )
-        for chunk in chunks_of(self._model):
+        started = [sequence for samples in batch for sequence in samples]
+        self._append(started, hidden[places[1]] if self._groups.is_last_stage else hidden, sampling)
+        return started
+
+    def _decode(self, stages: Sequence[Decoder], active: Sequence[_Sequence], sampling: Sampling) -> None:
+        """One more token of all active sequences."""
+        tokens = torch.tensor([sequence.ids[-1] for sequence in active] or [0], device=self._groups.device)
+        positions = [sequence.length - 1 for sequence in active] or [0]
+        hidden = self._through(stages, tokens.shape, lambda stage, received: stage.decode(tokens, received, positions))
+        self._append(active, hidden, sampling)
+
+    def _through(
+        self,
+        stages: Sequence[Decoder],
+        shape: Sequence[int],
+        forward: Callable[[Decoder, torch.Tensor | None], torch.Tensor],
+    ) -> torch.Tensor:
+        """What the last of this rank's stages returns; hidden states between stages are [*shape, H]."""
+        config = self._model.config
+        received = torch.empty(*shape, config.hidden_size, dtype=config.pipeline_dtype, device=self._groups.device)
+        for stage in stages:
             hidden = through_stage(
-                partial(stage, chunk), received, self._groups.pp, first=chunk.pre_process, last=chunk.post_process
+                partial(forward, stage), received, self._groups.pp, first=stage.is_first, last=stage.is_last
             )
         return hidden
 
-    def _choose(
-        self, hidden: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next ids, int64 [B], and their log-probs, float32 [B], from hidden [B, H]; equal on every stage."""
-        chosen = torch.empty(2, len(hidden), dtype=torch.float64, device=hidden.device)
+    def _append(self, sequences: Sequence[_Sequence], hidden: torch.Tensor, sampling: Sampling) -> None:
+        """Choose the next token of each sequence. hidden [B, H], read on the last stage only."""
+        if not sequences:
+            return
+        chosen = torch.empty(2, len(sequences), dtype=torch.float64, device=self._groups.device)
         if self._groups.is_last_stage:
+            uniforms = np.array([sequence.uniforms[len(sequence.ids)] for sequence in sequences])
             chosen[0], chosen[1] = sample_tokens(
                 soft_cap(hidden @ self._model.output_weight.T, self._model.logit_softcap),
-                uniforms,
+                torch.from_numpy(uniforms).to(hidden.device),
                 shard_start=self._model.vocab_shard[0],
                 vocab_size=self._vocab_size,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
+                top_k=sampling.top_k,
                 group=self._groups.tp,
             )
-        ids, scores = tensor_from_last_stage(chosen, self._groups.pp)  # float64 holds both exactly
-        return ids.long(), scores.float()
-
-    def _records(
-        self,
-        prompts: Sequence[Prompt],
-        chosen: torch.Tensor,
-        logprobs: torch.Tensor,
-        alive: torch.Tensor,
-        finished: torch.Tensor,
-    ) -> list[Rollout]:
-        lengths = alive.sum(dim=1).tolist()
-        ids = chosen.to(torch.int32).cpu().numpy()
-        scores = logprobs.cpu().numpy()
-        return [
-            Rollout(
-                sample_id=prompt.sample_id,
-                weight_version=self._weight_version,
-                student_ids=ids[row, :length],
-                logprobs=scores[row, :length],
-                finish="stop" if stopped else "length",
-            )
-            for row, (prompt, length, stopped) in enumerate(zip(prompts, lengths, finished.tolist(), strict=True))
-        ]
+        ids, scores = tensor_from_last_stage(chosen, self._groups.pp).tolist()  # float64 holds both exactly
+        for sequence, token, score in zip(sequences, ids, scores, strict=True):
+            sequence.append(int(token), score, stop_ids=self._stop_ids)
 
 
-def _pad_left(sequences: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens int64 [B, P] and where they are padding, bool [B, P]."""
-    width = max(len(s) for s in sequences)
-    tokens = torch.zeros(len(sequences), width, dtype=torch.int64)
-    is_padding = torch.ones(len(sequences), width, dtype=torch.bool)
-    for row, sequence in enumerate(sequences):
-        tokens[row, width - len(sequence) :] = torch.from_numpy(sequence.astype(np.int64))
-        is_padding[row, width - len(sequence) :] = False
-    return tokens, is_padding
+class _Sequence:
+    """One response while it grows."""
+
+    def __init__(self, prompt: Prompt, sampling: Sampling) -> None:
+        self.prompt = prompt
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.finish: Literal["stop", "length"] | None = None
+        self._max_len = sampling.max_response_len
+        # From the seed and the sample alone, and counter-based, so any rank can draw them.
+        generator = np.random.Generator(np.random.Philox(key=[sampling.seed, prompt.sample_id]))
+        self.uniforms = generator.random(self._max_len)
+        """One for each token."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.prompt.student_ids) + len(self.ids)
+
+    def append(self, token: int, logprob: float, *, stop_ids: frozenset[int]) -> None:
+        self.ids.append(token)
+        self.logprobs.append(logprob)
+        if token in stop_ids:
+            self.finish = "stop"
+        elif len(self.ids) == self._max_len:
+            self.finish = "length"
+
+    def rollout(self, weight_version: int) -> Rollout:
+        assert self.finish is not None, f"sample {self.prompt.sample_id} has not finished"
+        return Rollout(
+            sample_id=self.prompt.sample_id,
+            weight_version=weight_version,
+            student_ids=np.array(self.ids, np.int32),
+            logprobs=np.array(self.logprobs, np.float32),
+            finish=self.finish,
+        )
 
 
-def _uniforms(sampling: Sampling, sample_id: int) -> torch.Tensor:
-    """One uniform number a token, from the seed and the sample alone: counter-based, so any rank can draw them."""
-    generator = np.random.Generator(np.random.Philox(key=[sampling.seed, sample_id]))
-    return torch.from_numpy(generator.random(sampling.max_response_len))
+def _by_prompt(sequences: Sequence[_Sequence]) -> list[list[_Sequence]]:
+    """The samples of each distinct prompt, longest prompts first, so that neighbours in a batch are of like length."""
+    groups: dict[bytes, list[_Sequence]] = {}
+    for sequence in sequences:
+        groups.setdefault(sequence.prompt.student_ids.tobytes(), []).append(sequence)
+    return sorted(groups.values(), key=lambda samples: -samples[0].length)
+
+
+def _admitted(waiting: deque[list[_Sequence]], rows: int, num_active: int) -> list[list[_Sequence]]:
+    """Take from `waiting` the prompts that fit into the free rows, all samples of a prompt at once.
+
+    None before an eighth of the rows is free: a forward pass for one prompt costs nearly as much as for several.
+    """
+    if waiting and len(waiting[0]) > rows:  # more samples than rows: they come in parts
+        samples = waiting.popleft()
+        waiting.extendleft(samples[i : i + rows] for i in reversed(range(0, len(samples), rows)))
+    admitted: list[list[_Sequence]] = []
+    free = rows - num_active
+    if num_active and free < rows / 8:
+        return admitted
+    while waiting and len(waiting[0]) <= free:
+        admitted.append(waiting.popleft())
+        free -= len(admitted[-1])
+    return admitted
+
+
+def _passes(groups: Sequence[list[_Sequence]]) -> list[list[list[_Sequence]]]:
+    """Cut into parts of at most PREFILL_TOKENS padded prompt tokens each; groups are sorted, the longest first."""
+    passes: list[list[list[_Sequence]]] = []
+    for samples in groups:
+        if not passes or (len(passes[-1]) + 1) * passes[-1][0][0].length > PREFILL_TOKENS:
+            passes.append([])
+        passes[-1].append(samples)
+    return passes
+
+
+def _close_up(active: list[_Sequence], stages: Sequence[Decoder]) -> None:
+    """Drop finished sequences; the last row takes the place of one that leaves."""
+    for row in reversed(range(len(active))):
+        if active[row].finish is not None:
+            last = active.pop()
+            if row < len(active):
+                active[row] = last
+                for stage in stages:
+                    stage.move(len(active), row, last.length)
+
+
+def _pad_right(prompts: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens int64 [B, S] and lengths int64 [B]."""
+    lengths = [len(prompt) for prompt in prompts]
+    tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = torch.from_numpy(prompt.astype(np.int64))
+    return tokens, torch.tensor(lengths)

@@ -20,15 +20,17 @@ def sample_tokens(
     shard_start: int,
     vocab_size: int,
     temperature: float,
-    top_p: float,
+    top_p: float = 1.0,
+    top_k: int = -1,
     group: dist.ProcessGroup | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose one token a row.
 
     logits [B, W]: this rank's columns, ids [shard_start, shard_start + W); ids >= vocab_size are padding.
     uniforms [B] float64 in [0, 1): the same on every rank; not read when temperature is 0 (greedy; of equal logits
-    the lowest id). Returns ids int64 [B] and their log-probs float32 [B] under the untempered, untruncated softmax,
-    the same on every rank. A row with nan gives some real id and the log-prob nan: whoever reads it can tell.
+    the lowest id). top_k (-1: all) cuts before top_p, which is a share of what top_k leaves. Returns ids int64 [B] and
+    their log-probs float32 [B] under the untempered, untruncated softmax, the same on every rank. A row with nan gives
+    some real id and the log-prob nan: whoever reads it can tell.
     """
     logits = logits.float()
     num_real = min(max(vocab_size - shard_start, 0), logits.shape[1])
@@ -45,6 +47,8 @@ def sample_tokens(
         return ids, (-normalizer.log()).float()
 
     weights = ((logits - top[:, None]) / temperature).exp()
+    if 0 < top_k < vocab_size:
+        weights = weights * (weights >= kth_weight(weights, top_k, group=group)[:, None])
     if top_p < 1.0:
         weights = weights * (weights >= nucleus_cutoff(weights, top_p, group=group)[:, None])
     local, owned = _invert_cdf(weights, uniforms, group)
@@ -52,6 +56,17 @@ def sample_tokens(
     chosen = torch.stack([(local + shard_start).double(), own_logit])
     chosen = _reduce(torch.where(owned, chosen, 0.0), dist.ReduceOp.SUM, group)
     return chosen[0].long().clamp(max=vocab_size - 1), (chosen[1] - normalizer.log()).float()
+
+
+def kth_weight(weights: torch.Tensor, top_k: int, *, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """The top_k-th heaviest weight of each row, [B]; what ties with it is kept too.
+
+    weights [B, W] >= 0. Each rank offers its top_k heaviest: none of the row's top_k can be missing.
+    """
+    offered = weights.new_zeros(len(weights), top_k)  # a shard narrower than top_k offers all it has
+    heaviest = weights.topk(min(top_k, weights.shape[1]), dim=1).values
+    offered[:, : heaviest.shape[1]] = heaviest
+    return _gather(offered, group).transpose(0, 1).flatten(1).topk(top_k, dim=1).values[:, -1]
 
 
 def nucleus_cutoff(

@@ -34,9 +34,13 @@ def nucleus(probs: Sequence[float], top_p: float) -> set[int]:
     return {i for i in order if probs[i] >= lowest}
 
 
-def distribution(logits: Sequence[float], *, temperature: float, top_p: float) -> list[float]:
-    """What is sampled from: tempered, cut to its nucleus, normalized."""
+def distribution(logits: Sequence[float], *, temperature: float, top_p: float, top_k: int = -1) -> list[float]:
+    """What is sampled from: tempered, cut to the top_k most probable and what ties with the last of them, cut to the
+    nucleus of what is left, normalized."""
     probs = [math.exp(score) for score in log_softmax([z / temperature for z in logits])]
+    if 0 < top_k < len(probs):
+        lowest = sorted(probs)[-top_k]
+        probs = [p if p >= lowest else 0.0 for p in probs]
     if top_p < 1.0:
         kept = nucleus(probs, top_p)
         probs = [p if i in kept else 0.0 for i, p in enumerate(probs)]

@@ -12,6 +12,7 @@ from megatron_simct.alignment import load_tokenizer
 from megatron_simct.job import load_model
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.records import Prompt
+from megatron_simct.rollout.decoder import Decoder
 from megatron_simct.rollout.engine import Sampling
 from megatron_simct.rollout.megatron_engine import MegatronEngine
 from tests.distributed import run_ranks
@@ -21,6 +22,8 @@ from tests.tiny import config
 VOCAB = 360
 NEVER = (VOCAB - 1,)
 """A stop id that the runs below do not generate."""
+SOME = tuple(range(0, VOCAB, 12))
+"""Stop ids that end sampled responses sooner or later."""
 GREEDY = Sampling(temperature=0.0, top_p=1.0, max_response_len=10, seed=1)
 SAMPLED = Sampling(temperature=1.0, top_p=0.95, max_response_len=10, seed=1)
 
@@ -173,6 +176,56 @@ def test_a_response_of_one_token(generate, greedy):
     assert {r.finish for r in rollouts} == {"stop", "length"}
 
 
+@in_job
+def _counted(model, groups, prompts, sampling, batch_size):
+    """Rollouts, and what each forward pass worked on: (prompts, rows to fill) or the sequences of a decoding step."""
+    passes = []
+    with pytest.MonkeyPatch.context() as patch:
+        prefill, decode = Decoder.prefill, Decoder.decode
+
+        def counted_prefill(self, tokens, received, lengths, rows):
+            passes.append((len(tokens), rows.shape[1]))
+            return prefill(self, tokens, received, lengths, rows)
+
+        def counted_decode(self, tokens, *rest):
+            passes.append(len(tokens))
+            return decode(self, tokens, *rest)
+
+        patch.setattr(Decoder, "prefill", counted_prefill)
+        patch.setattr(Decoder, "decode", counted_decode)
+        engine = MegatronEngine(model, groups, vocab_size=VOCAB, stop_ids=SOME, batch_size=batch_size)
+        return engine.generate(prompts, sampling), passes
+
+
+def test_samples_of_a_prompt_share_its_forward_pass(tiny, weights, generate):
+    """Two prompts with three and five samples, and one sample of a third; also in fewer rows than samples."""
+    of_prompt = [0, 1, 0, 1, 1, 2, 1, 0, 1]
+    prompts = [replace(PROMPTS[p], sample_id=50 + i) for i, p in enumerate(of_prompt)]
+    alone = generate(*(([prompt], SAMPLED, SOME, 1) for prompt in prompts))
+    for batch_size, expected in ((100, [(3, 9)]), (5, [(1, 5), (1, 3), (1, 1)]), (2, [(1, 2)] * 3 + [(1, 1)] * 3)):
+        ((rollouts, passes),) = run_ranks(1, _counted, tiny, weights, 1, prompts, SAMPLED, batch_size)
+        assert_equal(rollouts, [rollout for (rollout,) in alone], atol=1e-4)
+        prefills = [entry for entry in passes if isinstance(entry, tuple)]
+        assert sum(count for count, _ in prefills) == sum(count for count, _ in expected)
+        assert sum(rows for _, rows in prefills) == len(prompts)
+        assert max(rows for _, rows in prefills) <= batch_size
+
+
+def test_rows_of_finished_sequences_are_filled_or_closed_up(tiny, weights):
+    """24 samples in 8 rows: no row decodes a finished sequence, and new ones start beside old ones."""
+    prompts = [replace(prompt, sample_id=100 * i + j) for i, prompt in enumerate(PROMPTS) for j in range(4)]
+    sampling = replace(SAMPLED, max_response_len=40)
+    ((rollouts, passes),) = run_ranks(1, _counted, tiny, weights, 1, prompts, sampling, 8)
+    lengths = [len(rollout.student_ids) for rollout in rollouts]
+    assert len(set(lengths)) > 5 and {r.finish for r in rollouts} == {"stop", "length"}
+    decoded = [entry for entry in passes if not isinstance(entry, tuple)]
+    assert max(decoded) <= 8
+    assert sum(decoded) == sum(lengths) - len(prompts), "each token but a prompt's first is one row of one step"
+    between = passes[1 : -1 - passes[::-1].index(next(p for p in reversed(passes) if isinstance(p, tuple)))]
+    assert any(not isinstance(entry, tuple) for entry in between)
+    assert len(decoded) < sum(max(lengths[i : i + 8]) - 1 for i in range(0, 24, 8)), "fewer steps than in fixed batches"
+
+
 @pytest.mark.parametrize("tp", [1, 2])
 def test_log_probs_are_those_of_a_full_forward_pass(tiny, weights, generate, tp):
     """Of the untempered, untruncated distribution, though sampling used neither."""
@@ -208,14 +261,16 @@ def test_draws_depend_on_seed_and_sample_alone(generate):
 
 
 def test_sampling_options_reach_the_choice(generate, greedy):
-    """A nucleus of one token and a temperature near 0 are greedy; hot sampling is not."""
-    narrow, cold, hot = generate(
+    """A nucleus of one token, the top 1 and a temperature near 0 are greedy; hot sampling is not."""
+    narrow, first, cold, hot = generate(
         (PROMPTS, replace(SAMPLED, top_p=1e-6), NEVER, 8),
+        (PROMPTS, replace(SAMPLED, temperature=3.0, top_p=1.0, top_k=1), NEVER, 8),
         (PROMPTS, replace(SAMPLED, temperature=1e-4, top_p=1.0), NEVER, 8),
         (PROMPTS, replace(SAMPLED, temperature=3.0, top_p=1.0), NEVER, 8),
     )
     expected = [r.student_ids.tolist() for r in greedy]
-    assert [r.student_ids.tolist() for r in narrow] == [r.student_ids.tolist() for r in cold] == expected
+    for rollouts in (narrow, first, cold):
+        assert [r.student_ids.tolist() for r in rollouts] == expected
     assert all(r.student_ids.tolist() != ids for r, ids in zip(hot, expected, strict=True))
 
 
@@ -274,6 +329,41 @@ def _follow_weights(model, groups):
 def test_new_weights_are_used_at_once(tiny, weights):
     ((before, after),) = run_ranks(1, _follow_weights, tiny, weights, 1)
     assert [r.student_ids.tolist() for r in before] != [r.student_ids.tolist() for r in after]
+
+
+class _AnotherLinear(torch.nn.Module):
+    """Hides the type of a module, as if it were not one of megatron-core's own."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+@in_job
+def _by_modules(model, groups):
+    """Rollouts with the decoder's own arithmetic, and with the modules of the layers as they are."""
+    answers = []
+    engine = MegatronEngine(model, groups, vocab_size=VOCAB, stop_ids=NEVER, batch_size=4)
+    for wrap in (False, True):
+        if wrap:
+            for layer in model.decoder.layers:
+                for owner, names in (
+                    (layer.self_attention, ("linear_qkv", "linear_proj")),
+                    (layer.mlp, ("linear_fc1", "linear_fc2")),
+                ):
+                    for name in names:
+                        setattr(owner, name, _AnotherLinear(getattr(owner, name)))
+        answers.append(engine.generate(PROMPTS, SAMPLED))
+    return answers
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_modules_of_another_kind_run_as_they_are(tiny, weights, tp):
+    for own, modules in run_ranks(tp, _by_modules, tiny, weights, tp):
+        assert_equal(modules, own, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from tests.oracles import sampling as oracle
 INF = float("inf")
 VOCAB, PADDED = 21, 24  # on 4 ranks the last one holds 3 real columns of 6
 SETTINGS = [(0.0, 1.0), (1.0, 1.0), (0.6, 1.0), (3.0, 1.0), (1.0, 0.95), (0.7, 0.5), (2.0, 0.05)]
-"""(temperature, top_p)"""
+SETTINGS += [(1.0, 1.0, 1), (1.0, 1.0, 5), (3.0, 0.8, 9), (2.0, 1.0, 20), (2.0, 0.9, 1000)]
+"""(temperature, top_p), or with top_k after them; a rank of four has 6 columns."""
 BELOW_ONE = 1.0 - 2.0**-53
 """The largest number below 1."""
 
@@ -34,6 +35,10 @@ def random_uniforms(rows: int, *, seed: int = 1) -> torch.Tensor:
     return torch.rand(rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def choice(setting: tuple) -> dict:
+    return dict(zip(("temperature", "top_p", "top_k"), setting, strict=False))
+
+
 def _sample(rank, world_size, logits, uniforms, vocab_size, all_settings):
     width = logits.shape[1] // world_size
     return [
@@ -42,11 +47,10 @@ def _sample(rank, world_size, logits, uniforms, vocab_size, all_settings):
             uniforms,
             shard_start=rank * width,
             vocab_size=vocab_size,
-            temperature=temperature,
-            top_p=top_p,
+            **choice(setting),
             group=dist.group.WORLD if world_size > 1 else None,
         )
-        for temperature, top_p in all_settings
+        for setting in all_settings
     ]
 
 
@@ -67,7 +71,7 @@ def sample(world_size, logits, uniforms, all_settings=SETTINGS, *, vocab_size=VO
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_tokens_and_log_probs_are_the_oracle_s(world_size):
     logits, uniforms = random_logits(200), random_uniforms(200)
-    for (temperature, top_p), (ids, scores) in zip(SETTINGS, sample(world_size, logits, uniforms), strict=True):
+    for setting, (ids, scores) in zip(SETTINGS, sample(world_size, logits, uniforms), strict=True):
         assert ids.dtype == torch.int64 and scores.dtype == torch.float32
         compared = 0
         for row, uniform, token, score in zip(
@@ -75,10 +79,10 @@ def test_tokens_and_log_probs_are_the_oracle_s(world_size):
         ):
             assert 0 <= token < VOCAB
             assert score == pytest.approx(oracle.log_softmax(row)[token], abs=2e-6)
-            if temperature == 0:
+            if setting[0] == 0:
                 expected, margin = oracle.greedy(row), 1.0
             else:
-                probs = oracle.distribution(row, temperature=temperature, top_p=top_p)
+                probs = oracle.distribution(row, **choice(setting))
                 assert probs[token] > 0
                 expected, margin = oracle.choose(probs, uniform)
             if margin > 1e-5:  # else single precision may decide
@@ -145,15 +149,15 @@ def test_extreme_logits(world_size):
     logits[40:, :VOCAB] = 1e4 + torch.randn(20, VOCAB, generator=generator)
     logits[:, VOCAB:] = INF
     uniforms = random_uniforms(60)
-    for (temperature, top_p), (ids, scores) in zip(SETTINGS, sample(world_size, logits, uniforms), strict=True):
+    for setting, (ids, scores) in zip(SETTINGS, sample(world_size, logits, uniforms), strict=True):
         assert ids[20:40].tolist() == list(range(20))
         assert scores[20:40].tolist() == [0.0] * 20
         for row, uniform, token, score in zip(
             logits[:, :VOCAB].double().tolist(), uniforms.tolist(), ids.tolist(), scores.tolist(), strict=True
         ):
             assert score == pytest.approx(oracle.log_softmax(row)[token], rel=1e-6, abs=1e-5)
-            if temperature > 0:
-                probs = oracle.distribution(row, temperature=temperature, top_p=top_p)
+            if setting[0] > 0:
+                probs = oracle.distribution(row, **choice(setting))
                 expected, margin = oracle.choose(probs, uniform)
                 assert token == expected or margin < 1e-5
 
@@ -201,12 +205,10 @@ def test_frequencies_are_the_distribution_s(world_size):
     logits = random_logits(1, scale=1.0, seed=7).expand(draws, -1)
     uniforms = random_uniforms(draws, seed=8)
     row = logits[0, :VOCAB].double().tolist()
-    all_settings = [(1.0, 1.0), (0.6, 1.0), (2.0, 1.0), (1.0, 0.8), (0.7, 0.6)]
+    all_settings = [(1.0, 1.0), (0.6, 1.0), (2.0, 1.0), (1.0, 0.8), (0.7, 0.6), (1.0, 1.0, 6), (1.5, 0.7, 12)]
     seen = []
-    for (temperature, top_p), (ids, _) in zip(
-        all_settings, sample(world_size, logits, uniforms, all_settings), strict=True
-    ):
-        probs = oracle.distribution(row, temperature=temperature, top_p=top_p)
+    for setting, (ids, _) in zip(all_settings, sample(world_size, logits, uniforms, all_settings), strict=True):
+        probs = oracle.distribution(row, **choice(setting))
         counts = torch.bincount(ids, minlength=VOCAB).tolist()
         support = [i for i, p in enumerate(probs) if p > 0]
         assert sum(counts[i] for i in support) == draws, "a token outside the nucleus"

@@ -311,6 +311,8 @@ def test_options_that_contradict_each_other():
         ("--seed", "-1", "at least 0"),
         ("--rollout-top-p", "0", "above 0 and at most 1"),
         ("--rollout-top-p", "1.5", "above 0 and at most 1"),
+        ("--rollout-top-k", "0", "at least 1, or -1 for all tokens"),
+        ("--rollout-top-k", "-2", "at least 1, or -1 for all tokens"),
         ("--lr-warmup-fraction", "1", "below 1"),
     ],
 )

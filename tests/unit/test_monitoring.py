@@ -233,6 +233,7 @@ def test_metrics_are_strict_json_of_the_first_rank(tmp_path):
     for line in lines[1:]:
         assert line["loss"] == 0.25 and line["student_mass_outside_u"] == 0.25
         assert (line["seconds"], line["seconds_rollout"], line["seconds_update"]) == (0.75, 0.5, 0.25)
+        assert line["rollout_tokens_per_second"] == 48.0
         assert "loss_stop" not in line, "a ratio without a value is left out"
     printed = re.findall(r"^ iteration +(\d+)/ +3 \|", first, re.MULTILINE)
     assert printed == ["2", "3"], "every second line, and the last"

@@ -50,6 +50,7 @@ def test_flags_in_the_readme_exist():
         "--config-file",
         "--nproc-per-node",
     }
+    known |= {"--model", "--tasks"}  # of lm-eval
     for script in (*ROOT.glob("examples/*/run.py"), *(ROOT / "tools").glob("*.py")):
         known |= set(re.findall(r'"(--[a-z0-9-]+)"', script.read_text()))
     known |= {f"--{side}-{name}" for side in ("teacher", "student") for name in ("tokenizer", "stop-token-ids")}

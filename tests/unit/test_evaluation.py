@@ -1,0 +1,242 @@
+"""Formats of benchmarks, what counts as right, and intervals."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import pickle
+import zlib
+
+import numpy as np
+import pytest
+
+from megatron_simct.evaluation.benchmarks import cut, livecodebench_tests, read_problems
+from megatron_simct.evaluation.grading import Grader, same_output
+from megatron_simct.evaluation.math_verifier import MathVerifier
+from megatron_simct.evaluation.sandbox import Limits
+from megatron_simct.evaluation.statistics import bootstrap, estimates
+
+LIMITS = Limits(cpu_s=2)
+GSM8K = {"question": "How many?", "answer": "3 * 400 = <<3*400=1200>>1200.\n#### 1,200"}
+MATH = {"problem": "Half?", "solution": "So $\\boxed{\\frac{1}{2}}$.", "answer": "\\frac{1}{2}", "unique_id": "a/1"}
+MBPP = {
+    "task_id": 7,
+    "prompt": "Write a root.",
+    "code": "def root(x):\n  return math.isqrt(x)",
+    "test_imports": ["import math"],
+    "test_list": ["assert root(9) == 3", "assert root(10) == 3"],
+}
+HUMANEVAL = {
+    "task_id": "HumanEval/0",
+    "prompt": 'from typing import List\n\n\ndef total(x: List[int]) -> int:\n    """Sum."""\n',
+    "entry_point": "total",
+    "canonical_solution": "    return sum(x)\n",
+    "test": "def check(candidate):\n    assert candidate([1, 2]) == 3\n",
+}
+STDIN = [{"input": "1 2\n", "output": "3", "testtype": "stdin"}, {"input": "5 6\n", "output": "11\n"}]
+CALLS = [{"input": "[1, 2]\n3", "output": "[1, 2, 3]", "testtype": "functional"}]
+
+
+def livecodebench(public, private, *, starter="", function=None, packed=True):
+    text = json.dumps(private)
+    if packed:
+        text = base64.b64encode(zlib.compress(pickle.dumps(text))).decode()
+    return {
+        "question_id": "q1",
+        "question_content": "Add.",
+        "starter_code": starter,
+        "public_test_cases": json.dumps(public),
+        "private_test_cases": text,
+        "metadata": json.dumps({"func_name": function} if function else {}),
+    }
+
+
+ROWS = {
+    "gsm8k": GSM8K,
+    "math500": MATH,
+    "mbpp": MBPP,
+    "humaneval": HUMANEVAL,
+    "livecodebench": livecodebench(STDIN[:1], STDIN[1:]),
+}
+
+
+def problem(tmp_path, name, row):
+    (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
+    (found,) = read_problems(name, str(tmp_path / "data.jsonl"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    """One process for all tests: it takes seconds to start."""
+    verifier = MathVerifier()
+    yield verifier
+    verifier.close()
+
+
+@pytest.fixture
+def right(tmp_path, verifier):
+    """right(benchmark, row, response, chat) -> grades"""
+
+    def grade(name, row, response, chat=False):
+        grader = Grader(name, verifier, chat=chat, limits=LIMITS)
+        return grader.grade(problem(tmp_path, name, row), response)
+
+    return grade
+
+
+# Files
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_problem_asks_for_what_its_row_says(tmp_path, name):
+    found = problem(tmp_path, name, ROWS[name])
+    asked = {"gsm8k": "How many?", "math500": "Half?", "mbpp": "assert root(9)", "humaneval": "Sum."}.get(name, "Add.")
+    assert asked in found.chat and asked in found.completion
+    assert found.problem_id == {"gsm8k": "0", "math500": "a/1", "mbpp": "7", "humaneval": "HumanEval/0"}.get(name, "q1")
+
+
+def test_lists_and_compressed_lines_are_read(tmp_path):
+    (tmp_path / "list.json").write_text(json.dumps([MBPP, MBPP | {"task_id": 8}]))
+    (tmp_path / "lines.jsonl.gz").write_bytes(gzip.compress((json.dumps(MBPP) + "\n").encode()))
+    assert [p.problem_id for p in read_problems("mbpp", str(tmp_path / "list.json"))] == ["7", "8"]
+    assert [p.problem_id for p in read_problems("mbpp", str(tmp_path / "lines.jsonl.gz"))] == ["7"]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("gsm8k", json.dumps(GSM8K | {"answer": "3"}), "row 1 is not one of gsm8k"),
+        ("mbpp", json.dumps(GSM8K), "row 1 is not one of mbpp .KeyError: 'test_list'"),
+        ("mbpp", "\n".join([json.dumps(MBPP)] * 2), "two rows have the same id"),
+        ("math500", "{", "not JSON"),
+        ("math500", "", "holds no problems"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said_in_a_line(tmp_path, name, content, message):
+    (tmp_path / "data.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_problems(name, str(tmp_path / "data.jsonl"))
+    with pytest.raises(ValueError, match="--data .*absent: No such file"):
+        read_problems(name, str(tmp_path / "absent"))
+
+
+def test_private_tests_are_read_without_unpickling():
+    tests, function = livecodebench_tests(livecodebench(STDIN[:1], STDIN[1:]))
+    assert tests == STDIN and function is None
+    tests, _ = livecodebench_tests(livecodebench(STDIN[:1], STDIN[1:], packed=False))
+    assert tests == STDIN
+
+    class Harmful:
+        def __reduce__(self):
+            return print, ("unpickled",)
+
+    row = livecodebench([], [])
+    for harmful in (Harmful(), [Harmful(), "[]"], ["[]"], 3):
+        row["private_test_cases"] = base64.b64encode(zlib.compress(pickle.dumps(harmful))).decode()
+        with pytest.raises(ValueError, match="something else than a text"):
+            livecodebench_tests(row)
+
+
+# Right and wrong
+
+
+@pytest.mark.parametrize(
+    "response, expected",
+    [
+        ("It is 1200.\n#### 1200", (True, True, True)),
+        ("#### $1,200", (False, False, True)),
+        ("#### 1,200.", (True, True, True)),
+        ("so \\boxed{1200}", (True, False, True)),
+        ("1200, not 1300", (False, False, False)),
+        ("1200\n\nQuestion: 7?\nAnswer: 9", (True, False, True)),
+        ("no idea", (False, False, False)),
+    ],
+)
+def test_numbers_of_gsm8k(right, response, expected):
+    grades = right("gsm8k", GSM8K, response)
+    assert (grades["strict_match"], grades["flexible_extract"]) == expected[1:]
+    if response != "#### $1,200" and "not" not in response:
+        assert grades["math_verify"] == expected[0]
+
+
+def test_equal_answers_of_math(right):
+    assert right("math500", MATH, "It is $\\boxed{0.5}$.", chat=True) == {"math_verify": True}
+    assert right("math500", MATH, "It is $\\boxed{\\frac{2}{3}}$.", chat=True) == {"math_verify": False}
+    assert right("math500", {"problem": "?", "answer": "x+1"}, "$\\boxed{1+x}$") == {"math_verify": True}
+
+
+def test_a_computation_without_end_is_wrong_and_the_next_answer_is_read(verifier, monkeypatch):
+    assert verifier("$\\boxed{4}$", "$\\boxed{2+2}$")
+    monkeypatch.setattr(MathVerifier._ask, "__kwdefaults__", {"timeout_s": 0.0})
+    assert not verifier("$\\boxed{4}$", "$\\boxed{4}$")
+    monkeypatch.undo()
+    assert verifier("$\\boxed{4}$", "$\\boxed{4}$")
+
+
+RIGHT_CODE = {
+    "mbpp": ("import math\ndef root(x):\n  return math.isqrt(x)", "def root(x):\n  return 4"),
+    "humaneval": ("    return sum(x)\n", "    return len(x)\n"),
+    "livecodebench": ("print(sum(map(int, input().split())))", "print(3)"),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT_CODE)
+def test_code_that_passes_its_tests(right, name):
+    good, bad = RIGHT_CODE[name]
+    assert right(name, ROWS[name], good) == {"pass": True}
+    assert right(name, ROWS[name], bad) == {"pass": False}
+    junk = {"mbpp": "\n[DONE]\n(", "humaneval": "\nprint(1 / 0)", "livecodebench": "\n### Question\n("}[name]
+    assert right(name, ROWS[name], good + junk) == {"pass": True}
+    assert right(name, ROWS[name], f"Here:\n```python\n{good}\n```\nDone.", chat=True) == {"pass": True}
+    assert right(name, ROWS[name], f"Here:\n```python\n{bad}\n```\nDone.", chat=True) == {"pass": False}
+
+
+def test_a_whole_function_in_a_block_stands_for_the_prompt(right):
+    """It keeps the prompt's imports."""
+    whole = "def total(x: List[int]) -> int:\n    return x[0] + x[1]"
+    assert right("humaneval", HUMANEVAL, f"```python\n{whole}\n```", chat=True) == {"pass": True}
+    assert right("humaneval", HUMANEVAL, f"```python\n{whole}", chat=True) == {"pass": True}, "cut at the length limit"
+
+
+def test_functions_of_livecodebench(right):
+    row = livecodebench([], CALLS, starter="class Solution:\n    def join(self, a, b):\n        ", function="join")
+    good = "class Solution:\n    def join(self, a: List[int], b):\n        return (*a, b)"
+    for code, expected in ((good, True), (good.replace("*a, b", "b, *a"), False)):
+        assert right("livecodebench", row, f"```python\n{code}\n```", chat=True) == {"pass": expected}
+    assert right("livecodebench", row, "return [*a, b]") == {"pass": True}, "the text goes on with the starter code"
+
+
+def test_output_is_compared_by_lines_and_numbers():
+    assert same_output("1 2 \n3\n", "1 2\n3")
+    assert same_output("0.50 1", "0.5 1.0")
+    assert not same_output("1 2\n3", "1 2 3")
+    assert not same_output("0.5001", "0.5")
+    assert not same_output("a", "b")
+
+
+def test_a_completion_is_cut_where_something_new_starts():
+    assert cut("humaneval", "    return 1\n\nclass A:\n\ndef f():") == "    return 1\n"
+    assert cut("gsm8k", "18") == "18"
+
+
+# Intervals
+
+
+def test_estimates_of_one_and_of_several_samples():
+    rng = np.random.default_rng(0)
+    one = rng.random((400, 1)) < 0.3
+    (estimate,) = estimates(one).values()
+    error = 1.96 * (one.mean() * (1 - one.mean()) / 400) ** 0.5  # the normal approximation
+    assert estimate.mean == one.mean()
+    assert (estimate.low, estimate.high) == pytest.approx((one.mean() - error, one.mean() + error), abs=0.006)
+    several = np.array([[1, 0], [0, 0], [1, 1], [0, 1]], bool)
+    found = estimates(several)
+    assert found.keys() == {"avg@2", "pass@2"}
+    assert (found["avg@2"].mean, found["pass@2"].mean) == (0.5, 0.75)
+
+
+def test_an_interval_of_equal_scores_is_a_point():
+    estimate = bootstrap(np.ones(5))
+    assert (estimate.mean, estimate.low, estimate.high) == (1.0, 1.0, 1.0)

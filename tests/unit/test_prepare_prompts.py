@@ -1,0 +1,204 @@
+"""tools/prepare_prompts.py: what is kept, what is dropped and why, and that training reads the result."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+import yaml
+
+from megatron_simct.data.prompts import read_rows
+from tests.huggingface import save_byte_fallback, save_byte_level
+from tools import prepare_prompts
+
+
+@pytest.fixture
+def prepare(tmp_path, capsys):
+    """prepare(files, mixture, *flags) -> exit code, rows, report, standard error"""
+
+    def prepare(files, mixture, *flags, output="out"):
+        for name, rows in files.items():
+            data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+            (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        (tmp_path / "mixture.yaml").write_text(mixture if isinstance(mixture, str) else yaml.safe_dump(mixture))
+        argv = ["--mixture", str(tmp_path / "mixture.yaml"), "--data-root", str(tmp_path)]
+        code = prepare_prompts.main([*argv, "--output-dir", str(tmp_path / output), *flags])
+        error = capsys.readouterr().err
+        if code:
+            assert error.count("\n") == 1 and not list((tmp_path / output).glob("*"))
+            return code, [], {}, error
+        text = (tmp_path / output / "prompts.jsonl").read_text()
+        report = json.loads((tmp_path / output / "report.json").read_text())
+        return code, [json.loads(line) for line in text.splitlines()], report, error
+
+    return prepare
+
+
+def numbered(count: int, word: str = "apples") -> list[dict]:
+    return [{"prompt": f"{i} {word}?", "label": str(i)} for i in range(count)]
+
+
+def one(**keys) -> dict:
+    return {"sources": [{"name": "a", "path": "a.jsonl"} | keys]}
+
+
+def test_rows_say_where_they_come_from_and_training_reads_them(prepare, tmp_path):
+    code, rows, report, _ = prepare({"a.jsonl": numbered(20)}, one(label_key="label", suffix="\nThink."))
+    assert code == 0 and report["rows"] == len(rows) == 20
+    assert sorted(row["id"] for row in rows) == sorted(f"a/{i}" for i in range(20))
+    assert all(row["prompt"] == f"{row['label']} apples?\nThink." and row["id"] == f"a/{row['label']}" for row in rows)
+    assert [row["label"] for row in rows] != sorted((row["label"] for row in rows), key=int), "not shuffled"
+    read = read_rows(
+        str(tmp_path / "out" / "prompts.jsonl"),
+        flag="",
+        input_key="prompt",
+        response_key="response",
+        label_key="label",
+        need_response=False,
+        need_label=True,
+    )
+    assert [(r.prompt, r.label) for r in read] == [(row["prompt"], row["label"]) for row in rows]
+
+
+def test_counts_and_weights(prepare):
+    files = {f"{name}.jsonl": numbered(50, name) for name in "abc"}
+    sources = [{"name": name, "path": f"{name}.jsonl"} for name in "abc"]
+    sources = [sources[0] | {"count": 11}, sources[1] | {"weight": 2}, sources[2] | {"weight": 1.0}]
+    _, rows, report, _ = prepare(files, {"size": 30, "sources": sources})
+    assert [report["sources"][name]["kept"] for name in "abc"] == [11, 13, 6]
+    assert len(rows) == 30
+    sources[2]["weight"] = 100
+    _, _, report, _ = prepare(files, {"size": 90, "sources": sources}, output="short")
+    assert (report["sources"]["c"]["wanted"], report["sources"]["c"]["kept"]) == (77, 50)
+
+
+def test_the_seed_decides_which_and_in_what_order(prepare):
+    results = [
+        prepare({"a.jsonl": numbered(40)}, {"seed": seed} | one(count=20), output=str(i))[1:3]
+        for i, seed in enumerate((1, 1, 2))
+    ]
+    (first, report), (again, same_report), (other, _) = results
+    assert first == again and report == same_report
+    assert {row["id"] for row in first} != {row["id"] for row in other}
+
+
+def test_every_reason_is_counted(prepare):
+    good = {"prompt": "How many apples?", "label": "#### 7"}
+    rows = [
+        good,
+        good | {"prompt": "  how MANY\napples? "},  # a duplicate
+        good | {"prompt": " "},
+        {"label": "#### 7"},
+        good | {"prompt": "short"},
+        good | {"prompt": "x" * 200},
+        good | {"prompt": "Taken from a test?"},
+        good | {"prompt": "No label here?", "label": "seven"},
+        good | {"prompt": "Half of \ud83d?"},
+        {"messages": [{"role": "user"}], "label": "#### 7"},
+        {"messages": [{"role": "assistant", "content": "Hello there, hello"}], "label": "#### 7"},
+    ]
+    mixture = one(min_chars=8, max_chars=100, label_key="label", label_pattern="#### (.*)")
+    mixture["exclude"] = [{"path": "test.jsonl", "prompt_key": "question"}]
+    files = {"a.jsonl": rows, "test.jsonl": [{"question": "taken FROM a test?"}, {"other": 1}]}
+    _, kept, report, _ = prepare(files, mixture)
+    assert [(row["label"], row["prompt"].split()[-1]) for row in kept] == [("7", "apples?")]
+    assert report["sources"]["a"]["dropped"] == {
+        "duplicate": 1,
+        "empty": 1,
+        "no messages": 1,
+        "too few characters": 1,
+        "too many characters": 1,
+        "excluded": 1,
+        "no label": 1,
+        "half a surrogate pair": 1,
+        "messages without role and content": 1,
+        "messages that do not end with the user's": 1,
+    }
+    assert report["sources"]["a"]["looked_at"] == len(rows)
+
+
+def test_duplicates_are_found_across_sources_and_forms(prepare):
+    files = {
+        "a.jsonl": [{"prompt": "Same?"}],
+        "b.jsonl": [{"messages": [{"role": "user", "content": "same?"}, {"role": "assistant", "content": "Yes."}]}],
+    }
+    sources = [{"name": name, "path": f"{name}.jsonl"} for name in "ab"]
+    _, rows, report, _ = prepare(files, {"sources": sources})
+    assert [row["prompt"] for row in rows] == ["Same?"]
+    assert report["sources"]["b"]["dropped"] == {"duplicate": 1}
+    _, rows, _, _ = prepare({}, {"sources": sources[1:]}, output="other")
+    assert (rows[0]["messages"], rows[0]["response"]) == ([{"role": "user", "content": "same?"}], "Yes.")
+
+
+def test_both_templates_count_tokens_and_refuse(prepare, tmp_path):
+    save_byte_level(tmp_path / "student")
+    save_byte_fallback(tmp_path / "teacher")
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]  # not for the teacher
+    files = {"a.jsonl": [{"prompt": "the cat sat?"}, {"prompt": "9" * 60}, {"messages": system}]}
+    flags = ("--hf-checkpoint", str(tmp_path / "student"), "--teacher-hf-checkpoint", str(tmp_path / "teacher"))
+    _, rows, report, _ = prepare(files, one(), *flags, "--apply-chat-template", "--max-prompt-len", "40")
+    assert report["sources"]["a"]["dropped"] == {"too long for the student": 1, "refused by the teacher's template": 1}
+    (row,) = rows
+    assert 5 < row["student_tokens"] < 40 and 5 < row["teacher_tokens"] < 40
+    code, _, _, error = prepare(files, one(), *flags, output="other")
+    assert code == 1 and "messages need --apply-chat-template" in error
+
+
+def test_files_of_every_format(prepare, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="Parquet and Arrow files are read by pyarrow")
+    from pyarrow import parquet
+
+    names = ["list.json", "lines.jsonl.gz", "table.parquet", "stream.arrow", "file.arrow"]
+    tables = {name: pyarrow.Table.from_pylist([{"prompt": f"{name} {i}?"} for i in range(3)]) for name in names}
+    parquet.write_table(tables["table.parquet"], tmp_path / "table.parquet")
+    for name, new in (("stream.arrow", pyarrow.ipc.new_stream), ("file.arrow", pyarrow.ipc.new_file)):
+        with new(str(tmp_path / name), tables[name].schema) as writer:
+            writer.write_table(tables[name])
+    (tmp_path / "list.json").write_text(json.dumps(tables["list.json"].to_pylist()))
+    files = {"lines.jsonl.gz": tables["lines.jsonl.gz"].to_pylist()}
+    _, rows, _, _ = prepare(files, {"sources": [{"name": "all", "path": names}]})
+    assert sorted(row["prompt"] for row in rows) == sorted(f"{name} {i}?" for name in names for i in range(3))
+
+
+@pytest.mark.parametrize(
+    "mixture, message",
+    [
+        ("sources: [", "not YAML"),
+        ("sources: []", "no list of sources"),
+        (
+            {"sources": [{"name": "a", "path": "a.jsonl", "weigth": 1}]},
+            "source 1: unknown key 'weigth'; did you mean 'wei",
+        ),
+        ({"sources": [{"name": "a"}]}, "source 1: missing 1 required key: 'path'"),
+        (one(count=3, weight=1), "has count and weight"),
+        (one(weight=1), "there is no size"),
+        ({"size": 3} | one(), "no count and no weight"),
+        (one(count=0), "must be above 0"),
+        (one(prompt_key="a", messages_key="b"), "a prompt is one of them"),
+        (one(label_pattern="("), "no regular expression"),
+        (one(path="absent.jsonl"), "absent.jsonl: No such file"),
+        (one(path="mixture.yaml"), "the format is told by the name"),
+        (one(path="broken.jsonl"), "broken.jsonl: JSONDecodeError"),
+        (one(max_chars=1), "nothing is left of 3 rows"),
+        ({"sources": one()["sources"] * 2}, "two sources have one name"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(prepare, tmp_path, mixture, message):
+    (tmp_path / "broken.jsonl").write_text("{")
+    code, _, _, error = prepare({"a.jsonl": numbered(3)}, mixture)
+    assert code == 1 and message in error
+
+
+def test_nothing_is_overwritten(prepare, tmp_path):
+    prepare({"a.jsonl": numbered(3)}, one())
+    before = (tmp_path / "out" / "prompts.jsonl").read_bytes()
+    argv = ["--mixture", str(tmp_path / "mixture.yaml"), "--data-root", str(tmp_path)]
+    assert prepare_prompts.main([*argv, "--output-dir", str(tmp_path / "out")]) == 1
+    assert (tmp_path / "out" / "prompts.jsonl").read_bytes() == before
+
+
+def test_the_mixture_of_the_paper_has_its_sizes():
+    path = str(prepare_prompts.Path(prepare_prompts.__file__).parents[1] / "examples" / "prompts" / "paper_10k.yaml")
+    counts = prepare_prompts.wanted_counts(prepare_prompts.read_mixture(path))
+    assert counts == {"gsm8k": 1800, "orca_math": 2200, "openmathinstruct": 1000, "math": 800, "code": 4200}

@@ -1,0 +1,119 @@
+"""Programs that ought to run, programs that ought to be stopped, and what is left of them."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import pytest
+
+from megatron_simct.evaluation import confined
+from megatron_simct.evaluation.sandbox import Limits, check_sandbox, passes, run_program
+
+LIMITS = Limits(cpu_s=1, wall_s=30.0)
+SHORT = Limits(cpu_s=1, wall_s=0.5)
+
+HOSTILE = {
+    "fork bomb": "import os\nwhile True:\n    os.fork()",
+    "another program": "import subprocess\nsubprocess.run(['true'])",
+    "shell": "import os\nassert os.system('true') == 0",
+    "endless output": "while True:\n    print('x' * 4096)",
+    "endless loop": "while True:\n    pass",
+    "memory": "x = []\nwhile True:\n    x.append(bytearray(1 << 26))",
+    "socket": "import socket\nsocket.socket()",
+    "unix socket": "import socket\nsocket.socketpair()",
+    "signal to its parent": "import os\nos.kill(os.getppid(), 0)",
+    "limits of its parent": "import os, resource\nresource.prlimit(os.getppid(), resource.RLIMIT_CORE)",
+    "higher limits": "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (1, 1))",
+    "owner of its pipe": "import fcntl, os\nfcntl.fcntl(1, fcntl.F_SETOWN, os.getppid())",
+    "crash": "import ctypes\nctypes.string_at(0)",
+    "early exit": "import os\nos._exit(0)",
+    "exit": "raise SystemExit(0)",
+    "syntax": "def f(:",
+    "memory of another process": "import ctypes\nassert ctypes.CDLL(None).ptrace(16, 1, 0, 0) == 0",
+    "change of the file system": "import os\nos.mkdir('folder')",
+    "removal": "import os\nos.unlink('program.py')",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_program_ends_and_is_wrong(name):
+    assert not passes(HOSTILE[name], LIMITS)
+
+
+@pytest.mark.parametrize("source", ["import time\ntime.sleep(60)", "import os, time\nos.close(1)\ntime.sleep(60)"])
+def test_a_program_that_waits_is_stopped(source):
+    assert run_program(source, SHORT).status == "time"
+
+
+def test_output_is_read_up_to_its_limit():
+    outcome = run_program("while True:\n    print('x' * 4096)", LIMITS)
+    assert outcome.status == "output" and 1 << 20 < len(outcome.output) < 2 << 20
+
+
+@pytest.mark.parametrize("mode", ["w", "a", "r+", "x"])
+def test_no_file_is_written(tmp_path, mode):
+    path = tmp_path / "kept"
+    if mode != "x":
+        path.write_text("before")
+    source = f"open({str(path)!r}, {mode!r}).write('after')"
+    assert not passes(source, LIMITS)
+    assert path.read_text() == "before" if mode != "x" else not path.exists()
+
+
+def test_what_a_program_needs_works():
+    source = """
+import collections, dataclasses, datetime, decimal, functools, heapq, itertools
+import math, random, re, string, threading, typing
+import numpy as np
+found = []
+thread = threading.Thread(target=found.append, args=(1,))
+thread.start()
+thread.join()
+assert found == [1] and np.ones((4, 4)).dot(np.ones(4)).sum() == 16
+assert open("program.py").read()
+@dataclasses.dataclass
+class Point:
+    x: int
+assert Point(1) == Point(1)
+"""
+    assert passes(source, LIMITS)
+    assert not passes(source + "assert found == [2]", LIMITS)
+
+
+def test_a_program_may_print():
+    assert passes("print('done')", LIMITS)
+
+
+def test_input_output_and_name():
+    source = "print(input()[::-1])\nif __name__ == '__main__':\n    print('main')"
+    assert run_program(source, LIMITS, stdin="abc\n", as_script=True).output == "cba\nmain\n"
+    assert run_program(source, LIMITS, stdin="abc\n").output == "cba\n"
+
+
+def test_the_environment_is_not_handed_on(monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "hidden")
+    assert "hidden" not in run_program("import os\nprint(os.environ)", LIMITS).output
+
+
+def test_where_programs_cannot_be_confined_none_run(monkeypatch, tmp_path):
+    check_sandbox()
+    copy = tmp_path / "confined.py"
+    text = open(confined.__file__).read()
+    copy.write_text(text.replace(platform.machine(), "another"))
+    monkeypatch.setattr(confined, "__file__", str(copy))
+    with pytest.raises(ValueError, match="cannot confine programs .KeyError.* seccomp"):
+        check_sandbox()
+
+
+def test_the_filter_knows_both_architectures():
+    """Every call has a number on x86-64; filters end by refusing; jumps stay within them."""
+    for machine in ("x86_64", "aarch64"):
+        code = confined.system_call_filter(machine, os.getpid())
+        steps = [code[i : i + 8] for i in range(0, len(code), 8)]
+        assert 100 < len(steps) < 4096
+        for at, step in enumerate(steps):
+            kind, yes, no, value = int.from_bytes(step[:2], "little"), step[2], step[3], step[4:]
+            assert kind & 0x7 != 0x5 or at + 1 + max(yes, no) < len(steps)
+            if at == len(steps) - 1:
+                assert kind == 0x06 and int.from_bytes(value, "little") == 0x00050001

