@@ -165,7 +165,7 @@ def build_model(
     (the halves of a gated MLP are drawn in another order, each stage draws its own); loaded ones do not. `flag` names
     the checkpoint in errors. longest: see Rotary.
     """
-    _check_divides(architecture, parallel, flag=flag)
+    check_divides(architecture, parallel, flag=flag)
     if vocab_size > architecture.vocab_size:
         raise ValueError(
             f"{flag}: the tokenizer has {vocab_size} ids, but config.json says vocab_size {architecture.vocab_size}"
@@ -270,7 +270,8 @@ def _layers(config: TransformerConfig, architecture: Architecture, vp_stage: int
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
 
-def _check_divides(architecture: Architecture, parallel: ParallelConfig, *, flag: str) -> None:
+def check_divides(architecture: Architecture, parallel: ParallelConfig, *, flag: str) -> None:
+    """ValueError, naming the flag and the number, where the layout does not divide layers, heads or MLP."""
     pp, virtual = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
     if architecture.num_layers % (pp * virtual):
         times = f" x --num-virtual-stages-per-pipeline-rank {virtual}" if virtual > 1 else ""
