@@ -21,7 +21,7 @@ from megatron_simct.launch.run_file import read_run_file
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = _parser().parse_args(argv)
+    options = _parser().parse_intermixed_args(argv)
     try:
         run = read_run_file(options.run_file, options.overrides)
     except ValueError as error:

@@ -4,7 +4,7 @@
     student:                    # flags of megatron_simct.train in snake_case
       hf_checkpoint: /models/student
       prompt_data: /data/prompts.jsonl
-    teacher:                    # flags of megatron_simct.serve_teacher; without it the teacher shares the student's ranks
+    teacher:                    # flags of megatron_simct.serve_teacher; without, both models share the student's ranks
       teacher_hf_checkpoint: /models/teacher
       tensor_model_parallel_size: 4
     cluster:                    # the fields of Cluster below
@@ -128,7 +128,7 @@ STUDENT_ONLY = ("teacher_endpoint",)
 
 _SECRET = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_PLAIN = re.compile(r"[A-Za-z0-9_./@+=:,\[\]-]+")
+_PLAIN = re.compile(r"[A-Za-z0-9_./@+=:,-]+")
 """What may stand in an #SBATCH line, which no shell reads and sbatch reads by rules of its own."""
 
 
@@ -351,7 +351,7 @@ def _check_cluster(cluster: Cluster, run_dir: str, *, where: str) -> None:
     for name, text in texts.items():
         if text is not None and not _PLAIN.fullmatch(text):
             raise ValueError(
-                f"{where}: {name} {text!r}: may have letters, digits and the characters _ . / @ + = : , [ ] - only, "
+                f"{where}: {name} {text!r}: may have letters, digits and the characters _ . / @ + = : , - only, "
                 "for Slurm reads it by rules of its own"
             )
     for text in cluster.sbatch:

@@ -99,7 +99,7 @@ def _container(run: RunFile) -> Iterator[Finding]:
         host = mount.split(":")[0]
         if not _exists(host):
             yield failed("cluster", "container", f"cluster.container.mounts: {host} does not exist here")
-    for key, path in _paths(run):
+    for key, path in dict.fromkeys(_paths(run)):
         if not os.path.isabs(path):
             yield failed(
                 "cluster",
