@@ -133,7 +133,14 @@ def _call(*command: str) -> str:
     if shutil.which(command[0]) is None:
         raise ValueError(f"cluster.kind slurm: {command[0]} is not on this machine; --dry-run shows the job script")
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, stdin=subprocess.DEVNULL)
+        result = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            stdin=subprocess.DEVNULL,
+            umask=0o077,  # sbatch opens the job's log with the one that it finds
+        )
     except subprocess.TimeoutExpired:
         raise ValueError(f"{command[0]} did not answer within {_TIMEOUT_S:.0f} s; is slurmctld up?") from None
     if result.returncode:
