@@ -90,7 +90,7 @@ class ParallelConfig:
         "pieces of the model that each pipeline rank holds; above 1 the schedule interleaves them, with less idle time",
     )
     context_parallel_size: int = option(1, "ranks that share each sequence (this version: 1)")
-    expert_model_parallel_size: int = option(1, "ranks that share the experts (this version: 1)")
+    expert_model_parallel_size: int = option(1, "data-parallel ranks that share the experts of each layer")
     sequence_parallel: bool = option(False, "split norms and residuals along the sequence too, over the tensor ranks")
     distributed_timeout_minutes: int = option(10, "give up on a collective after this many minutes")
 

@@ -71,6 +71,7 @@ def build_job(config: Config, groups: Groups) -> Job:
         device=groups.device,
     )
     needs = teacher_needs(config.interface)
+    check_experts(config, needs)
     student = open_tokenizer(config.model, prefix="")
     teacher = open_tokenizer(config.teacher, prefix="teacher-") if needs.teacher else None
     alignment_map = open_alignment_map(config, student, teacher) if teacher is not None else None
@@ -153,6 +154,16 @@ def build_job(config: Config, groups: Groups) -> Job:
         keep_batch=partial(keep_batch, config, groups),
         exit_watch=exit_watch,
     )
+
+
+def check_experts(config: Config, needs: TeacherNeeds) -> None:
+    """ValueError where --expert-model-parallel-size is given and neither model has experts."""
+    sides = [(config.model.hf_checkpoint, "--hf-checkpoint")]
+    sides += [(config.teacher.hf_checkpoint, "--teacher-hf-checkpoint")] * needs.teacher
+    ep = config.parallel.expert_model_parallel_size
+    if ep > 1 and not any(read_architecture(folder, flag=flag).num_experts for folder, flag in sides):
+        folders = " and ".join(f"{flag} {folder}" for folder, flag in sides)
+        raise ValueError(f"--expert-model-parallel-size {ep}: no experts in {folders}; leave it out")
 
 
 def identity(

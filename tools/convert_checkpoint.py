@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         tensor_model_parallel_size=options.tensor_model_parallel_size,
         pipeline_model_parallel_size=options.pipeline_model_parallel_size,
         num_virtual_stages_per_pipeline_rank=options.num_virtual_stages_per_pipeline_rank,
+        expert_model_parallel_size=options.expert_model_parallel_size,
     )
     try:
         with process_groups(parallel, seed=1) as groups:
@@ -242,6 +243,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N")
         command.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N")
         command.add_argument("--num-virtual-stages-per-pipeline-rank", type=int, default=1, metavar="N")
+        command.add_argument("--expert-model-parallel-size", type=int, default=1, metavar="N")
         command.add_argument("--make-vocab-size-divisible-by", type=int, default=128, metavar="N")
     return parser
 

@@ -17,6 +17,7 @@ import torch
 
 from megatron_simct.config import ParallelConfig
 from megatron_simct.models.attention import CoreAttention, SelfAttention
+from megatron_simct.models.experts import Router
 from megatron_simct.models.families import Architecture
 from megatron_simct.models.norm import NormedRowParallelLinear, RMSNorm
 from megatron_simct.models.rotary import Rotary
@@ -162,8 +163,8 @@ def build_model(
     time, and on a CPU megatron-core draws whole matrices before it splits them.
 
     vocab_size: the tokenizer's ids; the embedding holds at least these, padded. Random weights depend on the layout
-    (the halves of a gated MLP are drawn in another order, each stage draws its own); loaded ones do not. `flag` names
-    the checkpoint in errors. longest: see Rotary.
+    (the halves of a gated MLP are drawn in another order, each stage draws its own, and on a CPU ranks that share
+    experts draw the same ones); loaded ones do not. `flag` names the checkpoint in errors. longest: see Rotary.
     """
     check_divides(architecture, parallel, flag=flag)
     if vocab_size > architecture.vocab_size:
@@ -203,9 +204,12 @@ def build_model(
             batch_p2p_comm=virtual == 1,
             pipeline_dtype=dtype,
             sequence_parallel=parallel.sequence_parallel,
-            # Stages tell each other the shape of each micro-batch. Megatron wants this dispatcher, dense or not.
+            # Stages tell each other the shape of each micro-batch. Megatron wants this dispatcher, dense or not; under
+            # it ranks that share experts may have micro-batches of different shapes.
             variable_seq_lengths=True,
             moe_token_dispatcher_type="alltoall",
+            **_experts(architecture, parallel),
+            **_uneven_stages(architecture, parallel),
             # The loss is a sum over labels; the one division by their global number happens in finalize_model_grads.
             calculate_per_token_loss=True,
             use_cpu_initialization=on_cpu,
@@ -239,7 +243,46 @@ def build_model(
     model = stage(0) if virtual == 1 else InterleavedModel(stage(chunk) for chunk in range(virtual))
     if not initialize:
         _mark_split(model)
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            # Reduced and updated apart from the others, as megatron-core does where ranks share experts. In every
+            # layout, so that a checkpoint of the optimizer has the same parts in all of them.
+            parameter.allreduce = False
     return model.to(groups.device)
+
+
+def _experts(architecture: Architecture, parallel: ParallelConfig) -> dict[str, Any]:
+    """Options of TransformerConfig for a mixture of experts: no auxiliary loss, nothing dropped, the router in fp32."""
+    if not architecture.num_experts:
+        return {}
+    return {
+        "num_moe_experts": architecture.num_experts,
+        "moe_ffn_hidden_size": architecture.ffn_hidden_size,
+        "moe_router_topk": architecture.experts_per_token,
+        "moe_router_pre_softmax": not architecture.normalized_routing,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.tensor_model_parallel_size,
+    }
+
+
+def _uneven_stages(architecture: Architecture, parallel: ParallelConfig) -> dict[str, int]:
+    """Options of TransformerConfig where the stages do not divide the layers: those in the middle have equally many.
+
+    The first and the last have more to do, so they get what is left if the others have one more than they.
+    """
+    layers, stages = architecture.num_layers, parallel.pipeline_model_parallel_size
+    if layers % stages == 0:
+        return {}
+    at_ends = layers - (stages - 2) * -(-layers // stages)
+    if at_ends < 2:
+        at_ends = layers - (stages - 2) * (layers // stages)
+    return {
+        "num_layers_in_first_pipeline_stage": at_ends - at_ends // 2,
+        "num_layers_in_last_pipeline_stage": at_ends // 2,
+    }
 
 
 def _mark_split(model: torch.nn.Module) -> None:
@@ -256,7 +299,7 @@ def _mark_split(model: torch.nn.Module) -> None:
 
 def _layers(config: TransformerConfig, architecture: Architecture, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Megatron's local layers, with our norm and attention, as many as this stage has."""
-    layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer: ModuleSpec = get_gpt_layer_local_spec(num_experts=architecture.num_experts or None, normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention: ModuleSpec = layer.submodules.self_attention
     attention.module = SelfAttention
@@ -264,6 +307,8 @@ def _layers(config: TransformerConfig, architecture: Architecture, vp_stage: int
     attention.submodules.core_attention = partial(CoreAttention, architecture=architecture)
     if architecture.qk_norm:
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
+    if architecture.num_experts:
+        layer.submodules.mlp.submodules.router = Router
     if architecture.post_norms:
         attention.submodules.linear_proj = layer.submodules.mlp.submodules.linear_fc2 = NormedRowParallelLinear
     num_layers = get_num_layers_to_build(config, vp_stage)
@@ -273,14 +318,26 @@ def _layers(config: TransformerConfig, architecture: Architecture, vp_stage: int
 def check_divides(architecture: Architecture, parallel: ParallelConfig, *, flag: str) -> None:
     """ValueError, naming the flag and the number, where the layout does not divide layers, heads or MLP."""
     pp, virtual = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
-    if architecture.num_layers % (pp * virtual):
-        times = f" x --num-virtual-stages-per-pipeline-rank {virtual}" if virtual > 1 else ""
+    layers = architecture.num_layers
+    if virtual > 1 and layers % (pp * virtual):
         raise ValueError(
-            f"--pipeline-model-parallel-size {pp}{times} does not divide num_layers ({architecture.num_layers}) of "
-            f"{flag}"
+            f"--pipeline-model-parallel-size {pp} x --num-virtual-stages-per-pipeline-rank {virtual} does not divide "
+            f"num_layers ({layers}) of {flag}"
+        )
+    if layers < pp:
+        raise ValueError(f"--pipeline-model-parallel-size {pp} is more than num_layers ({layers}) of {flag}")
+    ep = parallel.expert_model_parallel_size
+    if architecture.num_experts % ep:
+        raise ValueError(
+            f"--expert-model-parallel-size {ep} does not divide num_experts ({architecture.num_experts}) of {flag}"
         )
     tp = parallel.tensor_model_parallel_size
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+    if architecture.num_query_groups % tp and tp % architecture.num_query_groups:
+        raise ValueError(
+            f"--tensor-model-parallel-size {tp} neither divides num_query_groups ({architecture.num_query_groups}) of "
+            f"{flag} nor is a multiple of it"
+        )
+    for name in ("num_attention_heads", "ffn_hidden_size"):
         value = getattr(architecture, name)
         if value % tp:
             raise ValueError(f"--tensor-model-parallel-size {tp} does not divide {name} ({value}) of {flag}")

@@ -70,6 +70,12 @@ class Architecture:
     """What attention and MLP add to the residual is normalized too."""
     fused_projections: bool = False
     """The folder has one tensor of queries, keys and values, and one of gate and up projection."""
+    num_experts: int = 0
+    """MLPs of each layer, ffn_hidden_size wide each; 0: one that every token goes through."""
+    experts_per_token: int = 0
+    """The experts with the highest scores of the router."""
+    normalized_routing: bool = True
+    """Weights of a token's experts add up to 1; else they are a softmax over all experts."""
     tied_embeddings: bool
     init_std: float
 
@@ -100,6 +106,8 @@ class Family:
     fused_projections: bool = False
     local_rope: bool = False
     """Layers with the sliding window have a rotary embedding of their own."""
+    experts: bool = False
+    """Every layer has experts."""
 
 
 _GEMMA_FIXED: dict[str, tuple[Any, ...]] = {
@@ -133,6 +141,23 @@ FAMILIES = {
         read=frozenset({"use_sliding_window", "sliding_window", "max_window_layers"}),
         windows="upper",
         qk_norm=True,
+    ),
+    "qwen3_moe": Family(
+        fixed={
+            "attention_bias": (False,),
+            "decoder_sparse_step": (1,),
+            "mlp_only_layers": ([], None),
+            "output_router_logits": (False,),
+        },
+        read=frozenset(
+            """use_sliding_window sliding_window num_experts num_local_experts num_experts_per_tok norm_topk_prob
+            moe_intermediate_size""".split()
+        ),
+        neutral=frozenset({"router_aux_loss_coef", "max_window_layers"}),
+        defaults={"use_sliding_window": False, "norm_topk_prob": False},
+        windows="all",
+        qk_norm=True,
+        experts=True,
     ),
     "gemma2": Family(
         fixed=_GEMMA_FIXED,
@@ -242,7 +267,7 @@ def _architecture(fields: dict[str, Any], family: Family, *, where: str) -> Arch
         return Architecture(
             num_layers=num_layers,
             hidden_size=fields["hidden_size"],
-            ffn_hidden_size=fields["intermediate_size"],
+            ffn_hidden_size=fields["moe_intermediate_size" if family.experts else "intermediate_size"],
             num_attention_heads=heads,
             num_query_groups=fields.get("num_key_value_heads") or heads,
             head_dim=head_dim,
@@ -262,11 +287,30 @@ def _architecture(fields: dict[str, Any], family: Family, *, where: str) -> Arch
             fused_projections=family.fused_projections,
             zero_centered_norm=family.zero_centered_norm,
             post_norms=family.post_norms,
+            **_experts(fields, family, where=where),
             tied_embeddings=fields.get("tie_word_embeddings", False),
             init_std=fields.get("initializer_range", 0.02),
         )
     except KeyError as error:
         raise ValueError(f"{where}: field {error.args[0]!r} is missing") from None
+
+
+def _experts(fields: dict[str, Any], family: Family, *, where: str) -> dict[str, Any]:
+    """How many experts a layer has and how the router weighs those of a token."""
+    if not family.experts:
+        return {}
+    # transformers 5 writes the second name.
+    names = {name for name in ("num_experts", "num_local_experts") if name in fields}
+    if len({fields[name] for name in names}) != 1:
+        found = ", ".join(f"{name} = {fields[name]}" for name in sorted(names)) or "neither is there"
+        raise ValueError(f"{where}: num_experts and num_local_experts are two names of one number ({found})")
+    experts, chosen, normalized = fields[names.pop()], fields["num_experts_per_tok"], fields["norm_topk_prob"]
+    if not (2 if normalized else 1) <= chosen <= experts:
+        raise ValueError(
+            f"{where}: num_experts_per_tok = {chosen} of {experts} experts, norm_topk_prob = {normalized} is not "
+            "implemented"
+        )
+    return {"num_experts": experts, "experts_per_token": chosen, "normalized_routing": normalized}
 
 
 def _windows(fields: dict[str, Any], family: Family, num_layers: int, *, where: str) -> tuple[int | None, ...]:

@@ -1,8 +1,8 @@
 """This job's Megatron model -> a Hugging Face folder of sharded safetensors.
 
-Each pipeline stage writes the files of its own layers. Their sizes are known before the numbers are, so each parameter
-is gathered over the tensor-parallel group, turned into tensors of the folder, written and let go: a rank never holds
-more than one whole parameter beside its own shard.
+Each pipeline stage writes the files of its own layers, each expert-parallel rank those of its experts. Their sizes are
+known before the numbers are, so each parameter is gathered over the tensor-parallel group, turned into tensors of the
+folder, written and let go: a rank never holds more than one whole parameter beside its own shard.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel
 from megatron_simct.models.families import Architecture
-from megatron_simct.models.hf_mapping import Place, Rule, Vocabulary, parameters_of
+from megatron_simct.models.hf_mapping import Place, Rule, Vocabulary, Whole, parameters_of
 from megatron_simct.parallel.initialize import Groups
 from megatron_simct.update.checkpoint import on_first_rank
 
@@ -58,8 +58,7 @@ def save_hf_weights(
         _copy_other_files(Path(template), temporary, dtype)
 
     on_first_rank(prepare, save)
-    writes = groups.tp_rank == 0 and groups.dp_rank == 0
-    files = _plan(model, architecture, groups, dtype, max_file_bytes) if writes else []
+    files = _plan(model, architecture, groups, dtype, max_file_bytes)
     counts: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(counts, len(files))
     before, total = sum(counts[: dist.get_rank()]), sum(counts)
@@ -67,8 +66,8 @@ def save_hf_weights(
     writer = _Writer([(temporary / name, file) for name, file in zip(names, files, strict=True)], dtype)
     # Every replica gathers, and one of them writes: who gathers does not depend on who writes.
     for rule, place, parameter in _exported(model, architecture, groups):
-        shards = _gather(rule, parameter, place, groups)
-        if writes:
+        shards = _gather(rule, parameter, groups)
+        if _writes(place, groups):
             writer.write(_assemble(rule, shards, place))
         progress(parameter.nbytes)
     writer.close()
@@ -97,6 +96,12 @@ def _exported(
         yield rule, place, parameter
 
 
+def _writes(place: Place, groups: Groups) -> bool:
+    """Whether this rank is the one that writes a parameter of its own."""
+    replica = groups.dp_rank if place.expert is None else groups.expert_dp.rank()
+    return groups.tp_rank == 0 and replica == 0
+
+
 def _plan(
     model: HiddenStateModel | InterleavedModel,
     architecture: Architecture,
@@ -104,12 +109,14 @@ def _plan(
     dtype: torch.dtype,
     max_file_bytes: int,
 ) -> list[dict[str, tuple[int, ...]]]:
-    """Shapes by name of the tensors of each file of this stage, in the order in which they are written."""
+    """Shapes by name of the tensors of each file that this rank writes, in the order in which they are written."""
     files: list[dict[str, tuple[int, ...]]] = []
     room = 0
     for rule, place, parameter in _exported(model, architecture, groups):
-        shapes = {piece.name: piece.shape for piece in rule.pieces(parameter, place)}
-        for name, shape in shapes.items():
+        if not _writes(place, groups):
+            continue
+        pieces = (rule.pieces(parameter, replace(place, tp_rank=tp_rank)) for tp_rank in range(groups.tp_size))
+        for name, shape in {piece.name: piece.shape for part in pieces for piece in part}.items():
             size = math.prod(shape) * dtype.itemsize
             if not files or size > room:
                 files.append({})
@@ -119,12 +126,9 @@ def _plan(
     return files
 
 
-def _gather(rule: Rule, parameter: torch.Tensor, place: Place, groups: Groups) -> list[torch.Tensor]:
+def _gather(rule: Rule, parameter: torch.Tensor, groups: Groups) -> list[torch.Tensor]:
     """The shards of a parameter by tensor-parallel rank, on rank 0; its own alone where that has everything."""
-    first = list(rule.pieces(parameter, replace(place, tp_rank=0)))
-    if sum(piece.view.numel() for piece in first) == sum(
-        math.prod(s) for s in {p.name: p.shape for p in first}.values()
-    ):
+    if isinstance(rule, Whole):
         return [parameter]
     shards = [torch.empty_like(parameter) for _ in range(groups.tp_size)] if groups.tp_rank == 0 else None
     dist.gather(parameter.contiguous(), shards, dst=dist.get_global_rank(groups.tp, 0), group=groups.tp)

@@ -11,15 +11,15 @@ into the parameter, `hf_export` copies them back.
     GatedMLP                this rank's rows of the gate, then its rows of the up projection
     PackedMLP               the same from one tensor: all of the gate, then all of the up projection
 
-A layer is asked for its own number, so a pipeline stage reads and writes its layers only.
+A layer is asked for its own number and that of its experts, so a pipeline stage reads and writes its layers only, and
+an expert-parallel rank its experts.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -50,12 +50,14 @@ class Place:
     architecture: Architecture
     layer: int | None
     """Number in the whole model, counted from 0; None outside the layers."""
+    expert: int | None = None
+    """Number in the whole layer, counted from 0; None outside the experts."""
     tp_rank: int
     tp_size: int
 
     def named(self, name: str) -> str:
-        """The tensor's name with the number of this layer."""
-        return name.replace("*", str(self.layer))
+        """The tensor's name with the number of this layer, and of this expert where it has a second *."""
+        return name.replace("*", str(self.layer), 1).replace("*", str(self.expert))
 
 
 class Rule(Protocol):
@@ -108,11 +110,10 @@ class FusedQKV:
     value: str
 
     def pieces(self, parameter: torch.Tensor, place: Place) -> Iterator[Piece]:
-        for name, part in zip((self.query, self.key, self.value), _qkv(parameter, place), strict=True):
-            rows = math.prod(part.shape[:3])
-            begin = place.tp_rank * rows
-            shape = (rows * place.tp_size, *parameter.shape[1:])
-            yield Piece(place.named(name), shape, part, begin, begin + rows)
+        names, sizes = (self.query, self.key, self.value), _qkv_rows(place.architecture)
+        for part, begin, rows in _qkv(parameter, place):
+            shape = (sizes[part], *parameter.shape[1:])
+            yield Piece(place.named(names[part]), shape, rows, begin, begin + len(rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,22 +121,33 @@ class PackedQKV:
     name: str
 
     def pieces(self, parameter: torch.Tensor, place: Place) -> Iterator[Piece]:
-        shape = (len(parameter) * place.tp_size, *parameter.shape[1:])
-        first = 0
-        for part in _qkv(parameter, place):
-            rows = math.prod(part.shape[:3])
-            begin = first + place.tp_rank * rows
-            yield Piece(place.named(self.name), shape, part, begin, begin + rows)
-            first += rows * place.tp_size
+        sizes = _qkv_rows(place.architecture)
+        shape = (sum(sizes), *parameter.shape[1:])
+        for part, begin, rows in _qkv(parameter, place):
+            begin += sum(sizes[:part])
+            yield Piece(place.named(self.name), shape, rows, begin, begin + len(rows))
 
 
-def _qkv(parameter: torch.Tensor, place: Place) -> Iterator[torch.Tensor]:
-    """Views of the query, key and value heads of a fused parameter, [groups, heads, head_dim, ...] each."""
-    architecture = place.architecture
-    width = architecture.num_query_groups // place.tp_size
-    heads = architecture.num_attention_heads // architecture.num_query_groups
-    fused = parameter.view(width, heads + 2, architecture.head_dim, *parameter.shape[1:])
-    yield from (fused[:, :heads], fused[:, heads : heads + 1], fused[:, heads + 1 :])
+def _qkv_rows(architecture: Architecture) -> tuple[int, int, int]:
+    """Rows of all query heads, of all key heads and of all value heads."""
+    query, key = architecture.num_attention_heads, architecture.num_query_groups
+    return query * architecture.head_dim, key * architecture.head_dim, key * architecture.head_dim
+
+
+def _qkv(parameter: torch.Tensor, place: Place) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """The runs of rows of a fused parameter: 0, 1 or 2 for query, key or value, first row among those, the rows.
+
+    With more tensor-parallel ranks than groups, a rank has a part of a group: megatron-core cuts the fused rows evenly.
+    """
+    groups = place.architecture.num_query_groups
+    first = place.tp_rank * len(parameter)
+    row = 0
+    for group in range(groups):
+        for part, size in enumerate(rows // groups for rows in _qkv_rows(place.architecture)):
+            begin, end = max(row, first), min(row + size, first + len(parameter))
+            if begin < end:
+                yield part, group * size + begin - row, parameter[begin - first : end - first]
+            row += size
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,23 +212,50 @@ _POST_NORMS: dict[str, Rule] = {
 }
 
 
+_EXPERTS: dict[str, Rule] = {
+    "decoder.layers.*.mlp.router.weight": Whole("model.layers.*.mlp.gate.weight"),
+    "decoder.layers.*.mlp.experts.local_experts.*.linear_fc1.weight": GatedMLP(
+        "model.layers.*.mlp.experts.*.gate_proj.weight", "model.layers.*.mlp.experts.*.up_proj.weight"
+    ),
+    "decoder.layers.*.mlp.experts.local_experts.*.linear_fc2.weight": Columns(
+        "model.layers.*.mlp.experts.*.down_proj.weight"
+    ),
+}
+
+
 _FUSED: dict[str, Rule] = {
     "decoder.layers.*.self_attention.linear_qkv.weight": PackedQKV("model.layers.*.self_attn.qkv_proj.weight"),
     "decoder.layers.*.mlp.linear_fc1.weight": PackedMLP("model.layers.*.mlp.gate_up_proj.weight"),
 }
 
 
+_TRANSFORMER_ENGINE = {
+    "decoder.layers.*.self_attention.linear_qkv.layer_norm_weight": "decoder.layers.*.input_layernorm.weight",
+    "decoder.layers.*.mlp.linear_fc1.layer_norm_weight": "decoder.layers.*.pre_mlp_layernorm.weight",
+    "decoder.layers.*.mlp.experts.linear_fc1.weight*": "decoder.layers.*.mlp.experts.local_experts.*.linear_fc1.weight",
+    "decoder.layers.*.mlp.experts.linear_fc2.weight*": "decoder.layers.*.mlp.experts.local_experts.*.linear_fc2.weight",
+}
+"""Names of parameters in megatron-core's TransformerEngine layers, where they are not those of its local layers."""
+
+
 def weights(architecture: Architecture) -> dict[str, Rule]:
-    """The rule of each parameter that the architecture has, by its name; layers have the number *."""
+    """The rule of each parameter that the architecture has, by its name; layers and experts have the number *.
+
+    A parameter has two names where TransformerEngine's layers have another than megatron-core's local ones.
+    """
     left_out = set() if architecture.qkv_bias else {"decoder.layers.*.self_attention.linear_qkv.bias"}
+    if architecture.num_experts:
+        left_out |= {name for name in _WEIGHTS if ".mlp." in name}
     rules = dict(_WEIGHTS)
     for has_them, others in (
         (architecture.qk_norm, _QK_NORM),
         (architecture.post_norms, _POST_NORMS),
         (architecture.fused_projections, _FUSED),
+        (bool(architecture.num_experts), _EXPERTS),
     ):
         rules |= others if has_them else {}
-    return {name: rule for name, rule in rules.items() if name not in left_out}
+    rules = {name: rule for name, rule in rules.items() if name not in left_out}
+    return rules | {name: rules[local] for name, local in _TRANSFORMER_ENGINE.items() if local in rules}
 
 
 def tensor_names(architecture: Architecture) -> re.Pattern[str]:
@@ -226,8 +265,14 @@ def tensor_names(architecture: Architecture) -> re.Pattern[str]:
         for rule in weights(architecture).values()
         for name in (getattr(rule, field) for field in rule.__dataclass_fields__)
     } | {"model.layers.*.self_attn.rotary_emb.inv_freq"}
-    layers = "(?:" + "|".join(str(i) for i in range(architecture.num_layers)) + ")"
-    return re.compile("|".join(re.escape(name).replace(r"\*", layers) for name in sorted(names)))
+    layers, experts = (
+        "(?:" + "|".join(map(str, range(count))) + ")" for count in (architecture.num_layers, architecture.num_experts)
+    )
+    patterns = (re.escape(name).replace(r"\*", layers, 1).replace(r"\*", experts) for name in sorted(names))
+    return re.compile("|".join(patterns))
+
+
+_EXPERT_NUMBER = re.compile(r"(?<=^mlp\.experts\.local_experts\.)\d+|(?<=^mlp\.experts\.linear_fc[12]\.weight)\d+$")
 
 
 def parameters_of(
@@ -235,12 +280,16 @@ def parameters_of(
 ) -> Iterator[tuple[Rule, Place, torch.Tensor]]:
     """Every parameter of this rank's part of the model, with its rule and its place."""
     rules = weights(architecture)
+    outside = Place(architecture=architecture, layer=None, tp_rank=tp_rank, tp_size=tp_size)
     for chunk in chunks_of(model):
         for name, parameter in chunk.named_parameters():
             if not name.startswith("decoder.layers."):
-                place = Place(architecture=architecture, layer=None, tp_rank=tp_rank, tp_size=tp_size)
-                yield rules[name], place, parameter.data
+                yield rules[name], outside, parameter.data
         for layer in chunk.decoder.layers:
-            place = Place(architecture=architecture, layer=layer.layer_number - 1, tp_rank=tp_rank, tp_size=tp_size)
+            place = replace(outside, layer=layer.layer_number - 1)
             for name, parameter in layer.named_parameters():
-                yield rules["decoder.layers.*." + name], place, parameter.data
+                of_expert = place
+                if local := _EXPERT_NUMBER.search(name):
+                    of_expert = replace(place, expert=layer.mlp.local_expert_indices[int(local[0])])
+                    name = _EXPERT_NUMBER.sub("*", name)
+                yield rules["decoder.layers.*." + name], of_expert, parameter.data

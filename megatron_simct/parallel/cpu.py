@@ -16,10 +16,11 @@ import functools
 import pkgutil
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange")
 
@@ -85,6 +86,58 @@ def _clip_grad_by_total_norm(
         torch._foreach_mul_(grads, coefficient)
 
 
+def _splits_as_numbers(dispatcher: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> Any:
+    """Upstream brings the sizes of what ranks send each other from the device to the host, on a stream of its own."""
+    if point == dispatcher.cuda_dtoh_point:
+        for name in ("input_splits", "output_splits", "output_splits_tp"):
+            splits = getattr(dispatcher, name)
+            setattr(dispatcher, name, None if splits is None else splits.numpy())
+    return tokens_per_expert
+
+
+def _gather_rows(
+    input_: torch.Tensor,
+    group: dist.ProcessGroup,
+    output_split_sizes: Sequence[int] | None = None,
+    use_global_buffer: bool = False,
+) -> torch.Tensor:
+    """The rows of all ranks one after the other. gloo gathers blocks of one size only, but sends others."""
+    size = group.size()
+    if size == 1:
+        return input_
+    if output_split_sizes is None:
+        output = input_.new_empty(len(input_) * size, *input_.shape[1:])
+        dist.all_gather_into_tensor(output, input_.contiguous(), group=group)
+    else:
+        output = input_.new_empty(sum(output_split_sizes), *input_.shape[1:])
+        dist.all_to_all_single(
+            output, torch.cat([input_] * size), list(output_split_sizes), [len(input_)] * size, group=group
+        )
+    return output
+
+
+def _sum_and_scatter_rows(
+    input_: torch.Tensor,
+    group: dist.ProcessGroup,
+    input_split_sizes: Sequence[int] | None = None,
+    use_global_buffer: bool = False,
+) -> torch.Tensor:
+    """This rank's rows of the sum over ranks; for blocks that differ in size gloo sums all of them everywhere."""
+    size = group.size()
+    if size == 1:
+        return input_
+    if input_split_sizes is None:
+        assert len(input_) % size == 0, f"{len(input_)} rows for {size} ranks"
+        output = input_.new_empty(len(input_) // size, *input_.shape[1:])
+        dist.reduce_scatter_tensor(output, input_.contiguous(), group=group)
+        return output
+    total = input_.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total.split(list(input_split_sizes))[group.rank()].clone()
+
+
+_DISPATCHER = "megatron.core.transformer.moe.token_dispatcher.MoEAlltoAllTokenDispatcher"
+
 PATCHES: tuple[tuple[str, str, Any], ...] = (
     # The current device, and calls on it that have nothing to do.
     ("torch.cuda", "current_device", _cpu_device),
@@ -111,6 +164,11 @@ PATCHES: tuple[tuple[str, str, Any], ...] = (
     # Checks for CUDA tensor types.
     ("megatron.core.optimizer.optimizer", "clip_grad_by_total_norm_fp32", _clip_grad_by_total_norm),
     ("megatron.core.inference.communication_utils", "_is_cuda", _nothing()),
+    # A mixture of experts: a stream that nothing runs on, and the sizes of what ranks send each other.
+    (_DISPATCHER, "cuda_dtoh_stream", "none"),
+    (_DISPATCHER, "_maybe_dtoh_and_synchronize", _splits_as_numbers),
+    ("megatron.core.tensor_parallel.mappings", "_gather_along_first_dim", _gather_rows),
+    ("megatron.core.tensor_parallel.mappings", "_reduce_scatter_along_first_dim", _sum_and_scatter_rows),
 )
 
 _patched = False

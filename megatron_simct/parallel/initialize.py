@@ -49,6 +49,10 @@ class Groups:
     tp: dist.ProcessGroup
     pp: dist.ProcessGroup
     dp: dist.ProcessGroup
+    ep: dist.ProcessGroup
+    """Data-parallel ranks that share the experts among them."""
+    expert_dp: dist.ProcessGroup
+    """Data-parallel ranks that have the same experts."""
     device: torch.device
 
     @property
@@ -90,19 +94,16 @@ class Groups:
 
 def check_layout(parallel: ParallelConfig, world_size: int) -> None:
     """ValueError, naming the flag, where the layout is impossible or not supported by this version."""
-    unsupported = {
-        "--context-parallel-size": parallel.context_parallel_size,
-        "--expert-model-parallel-size": parallel.expert_model_parallel_size,
-    }
-    for flag, size in unsupported.items():
-        if size != 1:
-            raise ValueError(f"{flag} {size}: this version supports 1")
+    if parallel.context_parallel_size != 1:
+        raise ValueError(f"--context-parallel-size {parallel.context_parallel_size}: this version supports 1")
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    ep = parallel.expert_model_parallel_size
     virtual = parallel.num_virtual_stages_per_pipeline_rank
     sizes = {
         "--tensor-model-parallel-size": tp,
         "--pipeline-model-parallel-size": pp,
         "--num-virtual-stages-per-pipeline-rank": virtual,
+        "--expert-model-parallel-size": ep,
     }
     for flag, size in sizes.items():
         if size < 1:
@@ -112,6 +113,12 @@ def check_layout(parallel: ParallelConfig, world_size: int) -> None:
             f"world size ({world_size}) must be a multiple of --tensor-model-parallel-size ({tp}) x "
             f"--pipeline-model-parallel-size ({pp}) = {tp * pp}; start {tp * pp * max(1, world_size // (tp * pp))} "
             "processes or change the flags"
+        )
+    if world_size // (tp * pp) % ep:
+        raise ValueError(
+            f"--expert-model-parallel-size {ep} must divide the data-parallel size ({world_size // (tp * pp)}: world "
+            f"size ({world_size}) / (--tensor-model-parallel-size x --pipeline-model-parallel-size) ({tp * pp})); "
+            "data-parallel ranks share the experts"
         )
     if virtual > 1 and pp == 1:
         raise ValueError(
@@ -164,6 +171,7 @@ def build_groups(parallel: ParallelConfig, *, seed: int, device: torch.device) -
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
     )
     pp = parallel_state.get_pipeline_model_parallel_group()
     seed += 100 * pp.rank()  # stages draw different weights
@@ -175,5 +183,7 @@ def build_groups(parallel: ParallelConfig, *, seed: int, device: torch.device) -
         tp=parallel_state.get_tensor_model_parallel_group(),
         pp=pp,
         dp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        ep=parallel_state.get_expert_model_parallel_group(),
+        expert_dp=parallel_state.get_expert_data_parallel_group(),
         device=device,
     )

@@ -36,6 +36,7 @@ class Evaluator:
         self._tokenizer = tokenizer
         self._group = group
         self._greedy_prompts = prompts.share()
+        self._samples = samples
         self._sampled_prompts = prompts.batch(0) if samples else []
         self._greedy = Sampling(temperature=0.0, top_p=1.0, max_response_len=max_response_len, seed=seed)
         self._sampled = Sampling(temperature=temperature, top_p=1.0, max_response_len=max_response_len, seed=seed)
@@ -43,7 +44,7 @@ class Evaluator:
     def measure(self) -> dict[str, float]:
         """greedy_accuracy and, where samples were asked for, sampled_accuracy. Collective over all ranks."""
         accuracy = {"greedy_accuracy": self._accuracy(self._greedy_prompts, self._greedy)}
-        if self._sampled_prompts:
+        if self._samples:
             accuracy["sampled_accuracy"] = self._accuracy(self._sampled_prompts, self._sampled)
         return accuracy
 

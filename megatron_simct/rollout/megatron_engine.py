@@ -11,6 +11,7 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megatron_simct.losses.vocab_parallel import soft_cap
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, chunks_of, whole_sequences
@@ -23,6 +24,10 @@ from megatron_simct.rollout.sampling import sample_tokens
 
 with megatron_imports():
     from megatron.core.inference.contexts import StaticInferenceContext
+
+
+_FILLER = Prompt(sample_id=0, student_ids=np.zeros(1, np.int32), teacher_ids=np.zeros(0, np.int32))
+"""What a rank without prompts of its own answers while others that share experts with it have some."""
 
 
 class MegatronEngine:
@@ -53,17 +58,17 @@ class MegatronEngine:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        """See RolloutEngine.generate. Collective over the tensor- and pipeline-parallel groups."""
+        """See RolloutEngine.generate. Collective over the tensor-, pipeline- and expert-parallel groups."""
         was_training = self._model.training
         self._model.eval()
         try:
             order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].student_ids))
             rollouts: dict[int, Rollout] = {}
-            for begin in range(0, len(order), self._batch_size):
+            for begin in range(0, self._most(len(order)), self._batch_size):
                 members = order[begin : begin + self._batch_size]
                 with whole_sequences(self._model):
-                    answers = self._generate_batch([prompts[i] for i in members], sampling)
-                rollouts.update(zip(members, answers, strict=True))
+                    answers = self._generate_batch([prompts[i] for i in members] or [_FILLER], sampling)
+                rollouts.update(zip(members, answers[: len(members)], strict=True))
         finally:
             self._model.train(was_training)
         return [rollouts[i] for i in range(len(prompts))]
@@ -89,11 +94,19 @@ class MegatronEngine:
             logprobs.append(scores)
             alive.append(~finished)
             finished = finished | torch.isin(ids, self._stop_ids)
-            if bool(finished.all()):
+            if not self._most(int(~finished.all())):
                 break
             tokens = ids[:, None]
             is_padding = torch.nn.functional.pad(is_padding, (0, 1), value=False)
         return self._records(prompts, torch.stack(chosen, 1), torch.stack(logprobs, 1), torch.stack(alive, 1), finished)
+
+    def _most(self, count: int) -> int:
+        """The largest count of the ranks that share experts: all must pass through a layer together."""
+        if self._groups.ep.size() == 1:
+            return count
+        largest = torch.tensor(count, device=self._groups.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._groups.ep)
+        return int(largest)
 
     def _forward(
         self, tokens: torch.Tensor, mask: torch.Tensor | None, context: StaticInferenceContext

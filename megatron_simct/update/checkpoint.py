@@ -260,7 +260,7 @@ def _read(state: dict[str, Any], path: Path, *, flag: str) -> dict[str, Any]:
     except (Exception, CheckpointException) as error:
         raise ValueError(f"{flag} {path}: does not fit this model ({_reason(error)})") from error
     # A checkpoint with an LM head of its own is not that of a tied model. A run's other state may stay where it is.
-    beside = {key for key in beside if key != _RNG and not key.startswith("optimizer.")}
+    beside = {key for key in beside if key != _RNG and "optimizer." not in key}
     for what, keys in (("it lacks", lacking), ("it also holds", beside)):
         if keys:
             raise ValueError(f"{flag} {path}: does not fit this model ({what} {', '.join(sorted(keys))[:300]})")

@@ -22,7 +22,16 @@ with megatron_imports():
 
 
 def wrap_data_parallel(model: HiddenStateModel | InterleavedModel) -> list[DistributedDataParallel]:
-    """Each chunk with fp32 gradient buffers that are summed, not averaged, over data-parallel ranks."""
+    """Each chunk with fp32 gradient buffers that are summed, not averaged, over data-parallel ranks.
+
+    Gradients of experts are summed over the ranks that have the same ones. ValueError in a layout in which
+    megatron-core does not train a mixture of experts.
+    """
+    tp_size = model.config.tensor_model_parallel_size
+    if model.config.num_moe_experts and tp_size > 1 and not model.config.sequence_parallel:
+        raise ValueError(
+            f"--tensor-model-parallel-size {tp_size}: training a mixture of experts needs --sequence-parallel with it"
+        )
     chunks = []
     for chunk in chunks_of(model):
         ddp = DistributedDataParallel(

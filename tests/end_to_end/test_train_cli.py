@@ -139,7 +139,7 @@ def _said(out: str) -> list[str]:
         (["--tensor-model-parallel-size", "2"], 1, ["world size (1)", "--tensor-model-parallel-size (2)", "start 2"]),
         (["--pipeline-model-parallel-size", "2"], 1, ["world size (1)", "--pipeline-model-parallel-size (2)"]),
         (["--context-parallel-size", "2"], 1, ["--context-parallel-size 2"]),
-        (["--expert-model-parallel-size", "2"], 1, ["--expert-model-parallel-size 2"]),
+        (["--expert-model-parallel-size", "2"], 1, ["--expert-model-parallel-size 2", "data-parallel size (1: "]),
         (["--sequence-parallel"], 1, ["--sequence-parallel", "--tensor-model-parallel-size is 1"]),
         (["--micro-batch-size", "3"], 1, ["global batch size (8)", "--micro-batch-size (3)", "6 or 9"]),
         (["--global-batch-size", "4"], 1, ["--global-batch-size 4", "--rollout-batch-size (8)"]),
@@ -171,13 +171,15 @@ def test_wrong_content_of_the_files_is_one_line_too(tiny, tmp_path):
     (small / "config.json").write_text(json.dumps(fields | {"vocab_size": 300}))
     odd = tmp_path / "odd"
     odd.mkdir()
-    (odd / "config.json").write_text(json.dumps(fields | {"num_key_value_heads": 1}))
+    (odd / "config.json").write_text(
+        json.dumps(fields | {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8})
+    )
     for world_size, more, words in (
         (1, ["--load-debug-rollout-data", str(small)], ["--load-debug-rollout-data", "rollout_0.*.json"]),
         (1, ["--eval-prompt-data", unlabelled], ["--eval-prompt-data", "line 2", "'label'"]),
         (1, ["--simct-interface", "sft", "--prompt-data", unlabelled], ["--prompt-data", "line 1", "'response'"]),
         (1, ["--hf-checkpoint", str(small)], ["--hf-checkpoint", "360 ids", "vocab_size 300"]),
-        (2, ["--hf-checkpoint", str(odd)], ["--tensor-model-parallel-size 2", "num_query_groups (1)"]),
+        (2, ["--hf-checkpoint", str(odd)], ["--tensor-model-parallel-size 2", "num_query_groups (3)"]),
     ):
         argv = command_line(tiny, *more, "--tensor-model-parallel-size", str(world_size))
         for rank, (code, out, err) in enumerate(run_ranks(world_size, _main, argv)):

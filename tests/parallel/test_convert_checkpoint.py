@@ -19,7 +19,19 @@ from tools.convert_checkpoint import main
 
 pytest.importorskip("transformers")
 
-LAYOUTS = {"one": (1, 1, 1), "TP2": (2, 1, 1), "PP2": (1, 2, 1), "TP2xPP2": (2, 2, 1), "PP2 interleaved": (1, 2, 2)}
+LAYOUTS = {  # TP, PP, virtual stages, EP
+    "one": (1, 1, 1, 1),
+    "TP2": (2, 1, 1, 1),
+    "PP2": (1, 2, 1, 1),
+    "TP2xPP2": (2, 2, 1, 1),
+    "PP2 interleaved": (1, 2, 2, 1),
+    "EP2": (1, 1, 1, 2),
+    "TP2xEP2": (2, 1, 1, 2),
+    "PP2xEP2": (1, 2, 1, 2),
+    "EP2xDP2": (1, 1, 1, 2),
+    "TP4": (4, 1, 1, 1),
+    "PP3": (1, 3, 1, 1),
+}
 
 
 def _main(rank: int, world_size: int, arguments: list[str]) -> int:
@@ -27,13 +39,14 @@ def _main(rank: int, world_size: int, arguments: list[str]) -> int:
 
 
 def convert(command: str, layout: str = "one", **options: object) -> list[int]:
-    tp, pp, virtual = LAYOUTS[layout]
+    tp, pp, virtual, ep = LAYOUTS[layout]
     arguments = [command, "--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp)]
     arguments += ["--num-virtual-stages-per-pipeline-rank", str(virtual), "--make-vocab-size-divisible-by", "16"]
+    arguments += ["--expert-model-parallel-size", str(ep)]
     for name, value in options.items():
         flag = "--" + name.replace("_", "-")
         arguments += [flag] if value is True else [flag, str(value)]
-    return run_ranks(tp * pp, _main, arguments)
+    return run_ranks(tp * pp * ep * (2 if layout.endswith("DP2") else 1), _main, arguments)
 
 
 def tensors_of(folder) -> dict[str, torch.Tensor]:
@@ -49,7 +62,9 @@ def folder(tmp_path_factory):
         key = family, tied, dtype
         if key not in made:
             made[key] = tmp_path_factory.mktemp("hf")
-            model = save_model(made[key], family, tie_word_embeddings=tied, num_hidden_layers=4, shard_size="9KB")
+            experts = {"num_experts": 4, "moe_intermediate_size": 20, "num_experts_per_tok": 2, "head_dim": 8}
+            shape = {"tie_word_embeddings": tied, "num_hidden_layers": 4} | (experts if family == "qwen3_moe" else {})
+            model = save_model(made[key], family, shard_size="9KB", **shape)
             model.to(dtype).save_pretrained(str(made[key]), max_shard_size="9KB")
         return made[key]
 
@@ -66,6 +81,15 @@ PAIRS = [
     ("TP2xPP2", "PP2 interleaved", "gemma2", True, torch.bfloat16),
     ("TP2", "PP2", "gemma3_text", True, torch.float32),
     ("PP2", "TP2", "phi3", False, torch.float32),
+    ("PP2", "TP4", "phi3", False, torch.bfloat16),
+    ("TP4", "PP3", "qwen2", True, torch.bfloat16),
+    ("PP3", "TP2", "gemma2", True, torch.float32),
+    ("one", "EP2", "qwen3_moe", False, torch.bfloat16),
+    ("EP2", "TP2", "qwen3_moe", False, torch.float32),
+    ("TP2", "TP2xEP2", "qwen3_moe", False, torch.float32),
+    ("TP2xEP2", "PP2xEP2", "qwen3_moe", False, torch.bfloat16),
+    ("PP2xEP2", "EP2xDP2", "qwen3_moe", False, torch.float32),
+    ("EP2xDP2", "PP2 interleaved", "qwen3_moe", False, torch.float32),
 ]
 
 
@@ -88,9 +112,12 @@ def test_every_tensor_comes_back(folder, tmp_path, there, back, family, tied, dt
     assert (tmp_path / "hf" / "tokenizer.json").exists() and not (tmp_path / "hf.tmp").exists()
 
 
-@pytest.mark.parametrize("layout", ["one", "TP2xPP2", "PP2 interleaved"])
-def test_verify_compares_with_transformers(folder, tmp_path, layout, capfd):
-    source = folder("qwen2", True, torch.float32)
+@pytest.mark.parametrize(
+    "layout, family",
+    [("one", "qwen2"), ("TP2xPP2", "qwen2"), ("PP2 interleaved", "qwen2"), ("TP2xEP2", "qwen3_moe")],
+)
+def test_verify_compares_with_transformers(folder, tmp_path, layout, family, capfd):
+    source = folder(family, True, torch.float32)
     assert set(convert("hf-to-megatron", layout, hf_checkpoint=source, save=tmp_path / "m", verify=True)) == {0}
     assert "verified: logits at 48 positions agree" in capfd.readouterr().out
 

@@ -15,6 +15,7 @@ from megatron_simct.records import Prompt
 from megatron_simct.rollout.engine import Sampling
 from megatron_simct.rollout.megatron_engine import MegatronEngine
 from tests.distributed import run_ranks
+from tests.huggingface import save_model
 from tests.tiny import config
 
 VOCAB = 360
@@ -273,3 +274,43 @@ def _follow_weights(model, groups):
 def test_new_weights_are_used_at_once(tiny, weights):
     ((before, after),) = run_ranks(1, _follow_weights, tiny, weights, 1)
     assert [r.student_ids.tolist() for r in before] != [r.student_ids.tolist() for r in after]
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory) -> tuple[str, ...]:
+    """Flags of a student with experts."""
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("experts")
+    shape = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True}
+    save_model(folder, "qwen3_moe", vocab_size=VOCAB, head_dim=8, **shape)
+    return "--hf-checkpoint", str(folder)
+
+
+@in_job
+def _generate_shares(model, groups, calls):
+    """The rollouts of each call: (prompts of each data-parallel rank, stop ids)."""
+    results = []
+    for shares, stop_ids in calls:
+        engine = MegatronEngine(model, groups, vocab_size=VOCAB, stop_ids=stop_ids, batch_size=2)
+        results.append(engine.generate(shares[groups.dp_rank], GREEDY))
+    return results
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_ranks_that_share_experts_answer_prompts_of_their_own(tiny, experts, tp):
+    """Other numbers of prompts, other lengths, other ends; a rank without any prompt, too."""
+    (expected,) = run_ranks(1, _without_cache, tiny, experts, 1, PROMPTS, GREEDY.max_response_len)
+    assert len({tuple(answer) for answer in expected}) == len(PROMPTS)
+    stop = expected[0][1]
+    ends = [next((i + 1 for i, token in enumerate(answer) if token == stop), None) for answer in expected]
+    assert None in ends and ends[0] == 2
+    calls = [([PROMPTS[:1], PROMPTS[1:]], NEVER), ([PROMPTS, []], NEVER), ([PROMPTS[:1], PROMPTS[1:]], (stop,))]
+    flags = (*experts, "--expert-model-parallel-size", "2")
+    ranks = run_ranks(2 * tp, _generate_shares, tiny, flags, tp, calls)
+    for call, ((shares, stop_ids), found) in enumerate(zip(calls, zip(*ranks, strict=True), strict=True)):
+        for rank, rollouts in enumerate(found):
+            assert [r.sample_id for r in rollouts] == [p.sample_id for p in shares[rank // tp]], call
+            for rollout in rollouts:
+                index = rollout.sample_id - PROMPTS[0].sample_id
+                end = None if stop_ids == NEVER else ends[index]
+                assert rollout.student_ids.tolist() == expected[index][:end], call

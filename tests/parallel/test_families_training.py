@@ -23,13 +23,28 @@ SHAPE = {"num_hidden_layers": 4, "head_dim": 8, "vocab_size": 360, "scale": 0.2}
 FAMILIES = {
     "gemma2": {"sliding_window": 6, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5},
     "qwen3": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True},
 }
 TP2, PP2 = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
 LAYOUTS = {
     "tp2": (2, TP2),
     "tp2, sequence": (2, (*TP2, "--sequence-parallel")),
+    "tp4, more than groups": (4, ("--tensor-model-parallel-size", "4")),
     "pp2, interleaved": (2, (*PP2, "--num-virtual-stages-per-pipeline-rank", "2")),
     "tp2 x pp2, sequence": (4, (*TP2, *PP2, "--sequence-parallel")),
+}
+
+SEQUENCE, INTERLEAVED = ("--sequence-parallel",), ("--num-virtual-stages-per-pipeline-rank", "2")
+EP2 = ("--expert-model-parallel-size", "2")
+MOE_LAYOUTS = {
+    "dp2": (2, ()),
+    "ep2": (2, EP2),
+    "ep2 x dp2": (4, EP2),
+    "ep4": (4, ("--expert-model-parallel-size", "4")),
+    "tp2, sequence": (2, (*TP2, *SEQUENCE)),
+    "tp2 x ep2, sequence": (4, (*TP2, *EP2, *SEQUENCE)),
+    "pp2 x ep2": (4, (*PP2, *EP2)),
+    "pp2 x ep2, interleaved": (4, (*PP2, *EP2, *INTERLEAVED)),
 }
 
 
@@ -58,7 +73,7 @@ def _batches(job):
 
 
 def _steps(rank, world_size, folder, student, teacher, *flags):
-    """Loss, gradient norm and text of two steps."""
+    """Loss, gradient norm and this rank's texts by sample, of two steps."""
     resolved = _job_config(folder, student, teacher, *flags)
     reports = []
     with process_groups(resolved.parallel, seed=1) as groups:
@@ -66,7 +81,8 @@ def _steps(rank, world_size, folder, student, teacher, *flags):
         for _ in range(2):
             rollouts, pairs, scored, prompts = _batches(job)
             report = job.updater.step(job.pack(prompts, rollouts, pairs, scored))
-            reports.append((report.sums["loss"], report.grad_norm, [r.student_ids.tolist() for r in rollouts]))
+            ids = {rollout.sample_id: rollout.student_ids.tolist() for rollout in rollouts}
+            reports.append((report.sums["loss"], report.grad_norm, ids))
     return reports
 
 
@@ -74,7 +90,7 @@ def _steps(rank, world_size, folder, student, teacher, *flags):
 def alone(files):
     return {
         student: run_ranks(1, _steps, files, student, teacher)[0]
-        for student, teacher in (("gemma2", "qwen3"), ("qwen3", "gemma2"))
+        for student, teacher in (("gemma2", "qwen3"), ("qwen3", "gemma2"), ("qwen3_moe", "gemma2"))
     }
 
 
@@ -83,12 +99,41 @@ def alone(files):
 def test_layouts_take_the_same_steps(files, alone, layout, student, teacher):
     world_size, flags = LAYOUTS[layout]
     for reports in run_ranks(world_size, _steps, files, student, teacher, *flags):
-        for (loss, norm, ids), (expected_loss, expected_norm, expected_ids) in zip(
-            reports, alone[student], strict=True
-        ):
-            assert ids == expected_ids
-            assert loss == pytest.approx(expected_loss, rel=1e-4) and loss > 1
-            assert norm == pytest.approx(expected_norm, rel=1e-4)
+        assert_same_steps(reports, alone[student], rel=1e-4)
+
+
+def assert_same_steps(reports, expected, *, rel):
+    for (loss, norm, ids), (expected_loss, expected_norm, expected_ids) in zip(reports, expected, strict=True):
+        assert ids and all(expected_ids[sample_id] == found for sample_id, found in ids.items())
+        assert loss == pytest.approx(expected_loss, rel=rel) and loss > 1
+        assert norm == pytest.approx(expected_norm, rel=rel)
+
+
+@pytest.mark.parametrize("layout", MOE_LAYOUTS)
+def test_ranks_that_share_experts_take_the_same_steps(files, alone, layout):
+    world_size, flags = MOE_LAYOUTS[layout]
+    for reports in run_ranks(world_size, _steps, files, "qwen3_moe", "gemma2", *flags):
+        assert_same_steps(reports, alone["qwen3_moe"], rel=1e-5)
+
+
+def _refusal(rank, world_size, folder, *flags):
+    resolved = _job_config(folder, "qwen3_moe", "gemma2", *flags)
+    with process_groups(resolved.parallel, seed=1) as groups, pytest.raises(ValueError) as error:
+        build_job(resolved, groups)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "world_size, flags, words",
+    [
+        (2, TP2, ["--tensor-model-parallel-size 2", "needs --sequence-parallel"]),
+        (3, ("--expert-model-parallel-size", "3"), ["--expert-model-parallel-size 3", "num_experts (4)"]),
+    ],
+)
+def test_layouts_that_experts_cannot_have_name_the_flag(files, world_size, flags, words):
+    batch = ("--rollout-batch-size", "6", "--micro-batch-size", "1")
+    for message in run_ranks(world_size, _refusal, files, *batch, *flags):
+        assert all(word in message for word in words), message
 
 
 def _own_teacher(rank, world_size, folder, family, interface):

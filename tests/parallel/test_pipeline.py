@@ -30,6 +30,7 @@ TP2, PP2 = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-si
 SEQUENCE, INTERLEAVED = ("--sequence-parallel",), ("--num-virtual-stages-per-pipeline-rank", "2")
 LAYOUTS = {
     "pp2": (2, PP2),
+    "pp3, uneven": (3, ("--pipeline-model-parallel-size", "3")),
     "pp4": (4, ("--pipeline-model-parallel-size", "4")),
     "tp2 x pp2": (4, TP2 + PP2),
     "pp2 x dp2": (4, PP2),
@@ -294,9 +295,12 @@ def _refusal(rank, world_size, folder, *flags):
         (
             3,
             ("--pipeline-model-parallel-size", "3"),
-            ["--pipeline-model-parallel-size 3 does not divide num_layers (2)"],
+            ["--pipeline-model-parallel-size 3 is more than num_layers (2)"],
         ),
         (1, ("--pipeline-model-parallel-size", "0"), ["--pipeline-model-parallel-size 0", "at least 1"]),
+        (2, ("--expert-model-parallel-size", "2"), ["2: no experts in --hf-checkpoint", "--teacher-hf-checkpoint"]),
+        (3, ("--expert-model-parallel-size", "2"), ["--expert-model-parallel-size 2", "data-parallel size (3"]),
+        (1, ("--expert-model-parallel-size", "0"), ["--expert-model-parallel-size 0", "at least 1"]),
         (1, ("--tensor-model-parallel-size", "0"), ["--tensor-model-parallel-size 0", "at least 1"]),
         (2, PP2 + SEQUENCE, ["--sequence-parallel", "--tensor-model-parallel-size is 1"]),
         (1, INTERLEAVED, ["--num-virtual-stages-per-pipeline-rank 2", "--pipeline-model-parallel-size is 1"]),

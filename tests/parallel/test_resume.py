@@ -20,6 +20,7 @@ from megatron_simct.train import main, train
 from megatron_simct.update import checkpoint
 from megatron_simct.update.checkpoint import RUN_FILE, TRACKER, load_weights
 from tests.distributed import run_ranks
+from tests.huggingface import save_model
 from tests.runs import assert_same_run, metrics, run, tensors
 from tests.tiny import command_line, config
 
@@ -78,9 +79,14 @@ def test_a_run_on_two_ranks_goes_on_in_another_layout(tiny, weights, two_ranks, 
     argv = arguments(tiny, tmp_path / "out", 4, *weights[2:], *layout)
     code, text, _ = run_ranks(world_size, run, argv)[0]
     assert code == 0 and "tensor_model_parallel_size 2 -> 1" in text
+    assert_same_steps(tmp_path / "out", two_ranks)
+
+
+def assert_same_steps(found: Path, expected: Path) -> None:
+    """Steps 3 and 4 of two runs agree to 1e-5."""
     ours, theirs = (
         [row for row in metrics(folder) if row["kind"] == "step" and row["iteration"] > 2]
-        for folder in (tmp_path / "out", two_ranks)
+        for folder in (found, expected)
     )
     assert [row["iteration"] for row in ours] == [row["iteration"] for row in theirs] == [3, 4]
     for row, expected in zip(ours, theirs, strict=True):
@@ -110,6 +116,46 @@ def test_two_pipeline_stages_resume_bit_by_bit(tiny, tmp_path):
     trained(tiny, tmp_path / "resumed", 2, *flags, world_size=2)
     trained(tiny, tmp_path / "resumed", 3, *flags, world_size=2)
     assert_same_run(tmp_path / "resumed", tmp_path / "through")
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory) -> tuple[str, ...]:
+    """Flags of a student with experts."""
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("experts")
+    shape = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True}
+    save_model(folder, "qwen3_moe", vocab_size=360, head_dim=8, **shape)
+    return "--hf-checkpoint", str(folder), "--adam-eps", "1e-4"
+
+
+@pytest.fixture(scope="module")
+def shared_experts(tiny, weights, experts, tmp_path_factory) -> Path:
+    """Four steps on two ranks that share experts, in one go."""
+    folder = tmp_path_factory.mktemp("shared_experts")
+    flags = ("--save-interval", "1", "--expert-model-parallel-size", "2")
+    trained(tiny, folder, 4, *weights[2:], *experts, *flags, world_size=2)
+    return folder
+
+
+def test_two_ranks_that_share_experts_resume_bit_by_bit(tiny, weights, experts, shared_experts, tmp_path):
+    flags = ("--save-interval", "1", "--expert-model-parallel-size", "2")
+    for iterations in (2, 4):
+        trained(tiny, tmp_path, iterations, *weights[2:], *experts, *flags, world_size=2)
+    assert_same_run(tmp_path, shared_experts)
+
+
+def test_a_run_on_ranks_that_share_experts_goes_on_alone(tiny, weights, experts, shared_experts, tmp_path):
+    (tmp_path / TRACKER).write_text("2")
+    (tmp_path / "iter_0000002").symlink_to(shared_experts / "save" / "iter_0000002")
+    argv = arguments(tiny, tmp_path / "out", 4, *weights[2:], *experts, "--load", str(tmp_path))
+    ((code, text, _),) = run_ranks(1, run, argv)
+    assert code == 0 and "expert_model_parallel_size 2 -> 1" in text
+    assert_same_steps(tmp_path / "out", shared_experts)
+
+
+def test_weights_of_a_run_with_experts_start_another(tiny, weights, experts, shared_experts, tmp_path):
+    flags = ("--pretrained-checkpoint", str(shared_experts / "save"))
+    assert "resuming" not in trained(tiny, tmp_path, 1, *weights[2:], *experts, *flags)
 
 
 def test_a_finished_run_that_is_started_again_changes_nothing(tiny, undisturbed):

@@ -4,6 +4,7 @@ and back bit by bit; and whatever the comparison should notice, it notices."""
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from copy import deepcopy
 from functools import partial
@@ -36,6 +37,7 @@ VOCAB = 90  # of the tokenizer: fewer ids than the models' rows
 WINDOW = 6
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e3, "factor": 3.0, "low_freq_factor": 0.5, "high_freq_factor": 2.5}
 GEMMA2 = {"head_dim": 8, "sliding_window": WINDOW, "scale": 0.5}
+MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "head_dim": 8}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 1e3,
@@ -68,6 +70,10 @@ MODELS: dict[str, list[dict[str, Any]]] = {
             "vocab_size": 93,
             "num_attention_heads": 8,
         },
+    ],
+    "qwen3_moe": [
+        MOE | {"norm_topk_prob": True, "use_sliding_window": True, "sliding_window": WINDOW},
+        MOE | {"norm_topk_prob": False, "tie_word_embeddings": True, "vocab_size": 97, "num_experts_per_tok": 3},
     ],
     "gemma2": [
         GEMMA2 | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16},
@@ -110,6 +116,13 @@ CONTROLS: dict[str, list[dict[str, Any]]] = {
         {"sliding_window": WINDOW - 1},
     ],
     "qwen3": [{"rope_parameters": {"rope_theta": 2e4}}, {"rms_norm_eps": 1e-2}],
+    "qwen3_moe": [
+        {"norm_topk_prob": False},
+        {"num_experts_per_tok": 3},
+        {"use_sliding_window": False},
+        {"sliding_window": WINDOW + 1},
+        {"rope_parameters": {"rope_theta": 2e4}},
+    ],
     "gemma2": [
         {"attn_logit_softcapping": None},
         {"attn_logit_softcapping": 2.1},
@@ -165,8 +178,12 @@ SPELLED: dict[str, dict[str, Any]] = {
         | {k: v for k, v in LONGROPE.items() if k.endswith("g_factor") or k == "short_factor"},
     },
     "qwen2": {"layer_types": None},
+    "qwen3_moe": {"num_experts": 6, "max_window_layers": 48},
 }
-LAYOUTS = {"one": (1, 1), "TP2": (2, 1), "PP2": (1, 2), "TP2xPP2": (2, 2)}
+LAYOUTS = {"one": (1, 1, 1), "TP2": (2, 1, 1), "PP2": (1, 2, 1), "TP2xPP2": (2, 2, 1)}  # TP, PP, EP
+MOE_LAYOUTS = {"EP2": (1, 1, 2), "EP3": (1, 1, 3), "TP2xEP2": (2, 1, 2), "PP2xEP2": (1, 2, 2), "TP4": (4, 1, 1)}
+RUNS = [(f, layout) for f in MODELS for layout in LAYOUTS] + [("qwen3_moe", layout) for layout in MOE_LAYOUTS]
+LAYOUTS |= MOE_LAYOUTS
 TOKENS = torch.randint(0, VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(0))
 EMPTY = np.zeros(0, np.int32)
 PROMPTS = [  # of several lengths, below, at and past the window: padded on the left
@@ -194,8 +211,10 @@ def folders(tmp_path_factory):
 
 def _run(rank: int, world_size: int, folders: list[str], layout: str, save: str | None) -> list[tuple]:
     """Logits [B, S, published vocabulary], rollouts, and largest padding of each folder; writes it again to `save`."""
-    tp, pp = LAYOUTS[layout]
-    parallel = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    tp, pp, ep = LAYOUTS[layout]
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, expert_model_parallel_size=ep
+    )
     with process_groups(parallel, seed=3) as groups:
         return [_one(folder, parallel, groups, f"{save}/{i}" if save else None) for i, folder in enumerate(folders)]
 
@@ -222,7 +241,7 @@ def _logits(model: Any, groups: Any) -> torch.Tensor:
         return chunk(TOKENS, positions, None)
 
     hidden = torch.empty(LENGTH, len(TOKENS), model.config.hidden_size)
-    for chunk in chunks_of(model):
+    for chunk in chunks_of(model.eval()):
         hidden = through_stage(
             partial(stage, chunk), hidden, groups.pp, first=chunk.pre_process, last=chunk.post_process
         )
@@ -250,14 +269,14 @@ def check_rollouts(rollouts: list, model: torch.nn.Module) -> None:
         np.testing.assert_allclose(rollout.logprobs, expected.numpy(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family, layout", RUNS)
 def test_a_layout_computes_what_transformers_computes_and_gives_every_tensor_back(folders, tmp_path, family, layout):
     from safetensors.torch import load_file
 
     models = folders(family)
-    tp, pp = LAYOUTS[layout]
-    for answers in run_ranks(tp * pp, _run, [str(folder) for folder, _ in models], layout, str(tmp_path)):
+    for answers in run_ranks(
+        math.prod(LAYOUTS[layout]), _run, [str(folder) for folder, _ in models], layout, str(tmp_path)
+    ):
         for (_, model), (logits, rollouts) in zip(models, answers, strict=True):
             with torch.no_grad():
                 assert relative(logits, model(TOKENS).logits) < 1e-4

@@ -59,15 +59,16 @@ MODELS = {
     },
     "qwen2": {"model_type": "qwen2", "num_attention_heads": 6, "hidden_size": 48, "vocab_size": 97},
     "qwen2, tied, many files": {"model_type": "qwen2", "tie_word_embeddings": True, "shard_size": "9KB"},
+    "qwen3_moe": {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20},
 }
 TOKENS = torch.randint(0, 97, (3, 40), generator=torch.Generator().manual_seed(0))
 
 
 @contextlib.contextmanager
-def load(folder: str, tp_size: int):
+def load(folder: str, tp_size: int, ep_size: int = 1):
     """This rank's model, from the folder."""
     architecture = read_architecture(folder, flag="--hf-checkpoint")
-    parallel = ParallelConfig(tensor_model_parallel_size=tp_size)
+    parallel = ParallelConfig(tensor_model_parallel_size=tp_size, expert_model_parallel_size=ep_size)
     with process_groups(parallel, seed=3) as groups:
         model = build_model(
             architecture, parallel, groups, vocab_size=90, divisible_by=16, bf16=False, flag="--hf-checkpoint"
@@ -75,7 +76,7 @@ def load(folder: str, tp_size: int):
         load_hf_weights(
             model, architecture, folder, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag="--hf-checkpoint"
         )
-        yield model, groups
+        yield model.eval(), groups
 
 
 def _logits(rank: int, world_size: int, folder: str) -> tuple[torch.Tensor, float]:
@@ -173,7 +174,7 @@ def test_the_scaling_of_rotary_frequencies_shows_in_the_logits(folders, tmp_path
     assert relative(logits, expected) > 1e-3
 
 
-def _numbers(rank: int, world_size: int, folder: str) -> tuple[int, int]:
+def _numbers(rank: int, world_size: int, folder: str, tp_size: int, ep_size: int) -> tuple[int, int]:
     """How many numbers this rank read, and how many of its parameters are not padding."""
     read, original = [], hf_load._Folder.read
 
@@ -182,17 +183,23 @@ def _numbers(rank: int, world_size: int, folder: str) -> tuple[int, int]:
         read.append(piece.view.numel())
 
     hf_load._Folder.read = counted
-    with load(folder, world_size) as (model, _):
+    with load(folder, tp_size, ep_size) as (model, _):
         published = read_architecture(folder, flag="").vocab_size
         padding = sum(max(0, end - max(start, published)) for start, end in [model.vocab_shard])
         held = sum(parameter.numel() for parameter in model.parameters())
         return sum(read), held - padding * 32 * (1 if model.share_embeddings_and_output_weights else 2)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2, tied, many files"])
-def test_a_rank_reads_its_own_shard_and_no_more(folders, name):
-    for read, held in run_ranks(2, _numbers, str(folders(name)[0])):
+@pytest.mark.parametrize(
+    "name, tp_size, ep_size", [("llama", 2, 1), ("qwen2, tied, many files", 2, 1), ("qwen3_moe", 1, 2)]
+)
+def test_a_rank_reads_its_own_shard_and_no_more(folders, name, tp_size, ep_size):
+    numbers = run_ranks(2, _numbers, str(folders(name)[0]), tp_size, ep_size)
+    for read, held in numbers:
         assert read == held
+    if ep_size == 2:
+        ((whole, _),) = run_ranks(1, _numbers, str(folders(name)[0]), 1, 1)
+        assert whole - numbers[0][0] == 2 * 2 * (3 * 32 * 20)  # layers, experts of the other rank, their numbers
 
 
 def _second_stage(rank: int, world_size: int, folder: str) -> dict[str, torch.Tensor]:
@@ -290,6 +297,17 @@ def test_wrong_tensors_are_named(single, change, words):
     message = fail(single)
     for word in words:
         assert word in message
+
+
+def test_experts_that_are_missing_or_too_many_are_named(folders, tmp_path):
+    name = "model.layers.1.mlp.experts.{}.down_proj.weight"
+    for change, words in (
+        (lambda t: t.pop(name.format(3)), f"tensor {name.format(3)} is missing in model.safetensors"),
+        (lambda t: t.update({name.format(4): torch.zeros(32, 20)}), f"holds {name.format(4)}, which this model has no"),
+    ):
+        copy = shutil.copytree(folders("qwen3_moe")[0], tmp_path / words.split()[0])
+        rewrite(copy, change)
+        assert words in fail(copy)
 
 
 @pytest.mark.parametrize("damage", [truncate, garble])
