@@ -19,10 +19,36 @@ from typing import Any, NoReturn
 
 import yaml
 
-from megatron_simct.config import Config
+from megatron_simct.config import Config, TeacherConfig
 from megatron_simct.megatron_flags import MEGATRON_FLAGS
 
 _NOT_IMPLEMENTED = "that this package does not implement"
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One of the entries, and the dataclass that its flags fill."""
+
+    config: type
+    module: str
+    usage: str
+    description: str
+
+
+TRAIN = Command(
+    config=Config,
+    module="megatron_simct.train",
+    usage="%(prog)s --hf-checkpoint DIR --teacher-hf-checkpoint DIR --prompt-data FILE [flags below]",
+    description="Distil a teacher into a student with another tokenizer, on policy, on Megatron-Core. "
+    "Start one process a rank with torchrun, or a single process directly.",
+)
+SERVE_TEACHER = Command(
+    config=TeacherConfig,
+    module="megatron_simct.serve_teacher",
+    usage="%(prog)s --teacher-hf-checkpoint DIR --run-dir DIR [flags below]",
+    description="Score students' responses with a teacher, until SIGTERM. Start one process a rank with torchrun, or a "
+    "single process directly; the student's job finds it by --teacher-endpoint RUN_DIR.",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +72,10 @@ class Option:
         return "--" + self.key.replace("_", "-")
 
 
-def options() -> Iterator[Option]:
-    """Every option of `Config`, in the order of its groups."""
-    group_types = typing.get_type_hints(Config)
-    for group in dataclasses.fields(Config):
+def options(config: type = Config) -> Iterator[Option]:
+    """Every option of a job's configuration, in the order of its groups."""
+    group_types = typing.get_type_hints(config)
+    for group in dataclasses.fields(config):
         prefix = group.metadata.get("prefix")
         field_types = typing.get_type_hints(group_types[group.name])
         for field in dataclasses.fields(group_types[group.name]):
@@ -88,13 +114,12 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Flags in the groups of `Config`. Values that were not given are absent, so that a file can supply them."""
+def build_parser(command: Command = TRAIN) -> argparse.ArgumentParser:
+    """Flags in the groups of the job's configuration. Values that were not given are absent: a file can supply them."""
     parser = _Parser(
-        prog="python -m megatron_simct.train",
-        usage="%(prog)s --hf-checkpoint DIR --teacher-hf-checkpoint DIR --prompt-data FILE [flags below]",
-        description="Distil a teacher into a student with another tokenizer, on policy, on Megatron-Core. "
-        "Start one process a rank with torchrun, or a single process directly.",
+        prog=f"python -m {command.module}",
+        usage=command.usage,
+        description=command.description,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=38, width=118),
@@ -104,8 +129,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration as YAML and stop")
     sections: dict[str, Any] = {}
-    group_types = typing.get_type_hints(Config)
-    for option in options():
+    group_types = typing.get_type_hints(command.config)
+    for option in options(command.config):
         if option.group not in sections:
             doc = (group_types[option.group].__doc__ or "").strip()
             sections[option.group] = parser.add_argument_group(option.group, doc)
@@ -124,20 +149,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_config(argv: Sequence[str] | None = None) -> Config:
-    """The resolved `Config` of a command line. Exits with code 2 and one line on a wrong flag, key or value.
+def parse_config(argv: Sequence[str] | None = None, command: Command = TRAIN) -> Any:
+    """The resolved `command.config` of a command line. Exits with code 2 and one line on a wrong flag, key or value.
 
     With --print-config it prints the configuration, in the form that --config-file reads, and exits with 0.
     """
-    parser = build_parser()
+    parser = build_parser(command)
     known, unknown = parser.parse_known_args(argv)
     given = vars(known)
     try:
         for flag in unknown:
-            raise ValueError(_unknown_flag(flag))
+            raise ValueError(_unknown_flag(flag, command.config))
         file = given.pop("config_file", None)
         show = given.pop("print_config", False)
-        config = assemble((_read_file(file) if file else {}) | given)
+        config = assemble((_read_file(file, command.config) if file else {}) | given, command.config)
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     if show:
@@ -146,16 +171,16 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     return config
 
 
-def to_dict(config: Config) -> dict[str, Any]:
+def to_dict(config: Config | TeacherConfig) -> dict[str, Any]:
     """The value of every option by its key."""
-    return {option.key: getattr(getattr(config, option.group), option.field) for option in options()}
+    return {option.key: getattr(getattr(config, option.group), option.field) for option in options(type(config))}
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: Config | TeacherConfig) -> str:
     """The configuration as the text of a --config-file."""
     lines: list[str] = []
     group = None
-    for option in options():
+    for option in options(type(config)):
         if option.group != group:
             lines.append(f"# {option.group}")
             group = option.group
@@ -168,14 +193,14 @@ def to_yaml(config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
-def assemble(values: dict[str, Any]) -> Config:
-    """The `Config` of values by key, as YAML or argparse give them. ValueError for a value of another type."""
+def assemble(values: dict[str, Any], config: type) -> Any:
+    """A job's configuration of values by key, as YAML or argparse give them. ValueError for one of another type."""
     groups: dict[str, dict[str, Any]] = {}
-    for option in options():
+    for option in options(config):
         if option.key in values:
             groups.setdefault(option.group, {})[option.field] = _convert(option, values[option.key])
-    group_types = typing.get_type_hints(Config)
-    return Config(**{name: group_types[name](**fields) for name, fields in groups.items()})
+    group_types = typing.get_type_hints(config)
+    return config(**{name: group_types[name](**fields) for name, fields in groups.items()})
 
 
 def _convert(option: Option, value: Any) -> Any:
@@ -206,7 +231,7 @@ def _convert(option: Option, value: Any) -> Any:
     return value
 
 
-def _read_file(path: str) -> dict[str, Any]:
+def _read_file(path: str, config: type) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
@@ -218,13 +243,13 @@ def _read_file(path: str) -> dict[str, Any]:
         raise ValueError(f"--config-file {path}: not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict):
         raise ValueError(f"--config-file {path}: expected `key: value` lines")
-    check_keys(values, where=f"--config-file {path}")
+    check_keys(values, config, where=f"--config-file {path}")
     return values
 
 
-def check_keys(values: dict[str, Any], *, where: str) -> None:
-    """ValueError, beginning with `where`, for a key that is no option; it names the nearest one."""
-    keys = [option.key for option in options()]
+def check_keys(values: dict[str, Any], config: type, *, where: str) -> None:
+    """ValueError, beginning with `where`, for a key that is no option of the job; it names the nearest one."""
+    keys = [option.key for option in options(config)]
     for key in values:
         if f"--{key}".replace("_", "-") in MEGATRON_FLAGS:
             raise ValueError(f"{where}: {key!r} is an option of Megatron-LM {_NOT_IMPLEMENTED}")
@@ -232,13 +257,13 @@ def check_keys(values: dict[str, Any], *, where: str) -> None:
             raise ValueError(f"{where}: unknown key {key!r}{nearest(str(key), keys)}")
 
 
-def _unknown_flag(argument: str) -> str:
+def _unknown_flag(argument: str, config: type) -> str:
     flag = argument.split("=")[0]
     if not flag.startswith("-"):
         return f"unexpected argument {argument!r}"
     if flag in MEGATRON_FLAGS:
         return f"{flag} is a flag of Megatron-LM {_NOT_IMPLEMENTED}"
-    return f"unknown flag {flag}{nearest(flag, [option.flag for option in options()])}"
+    return f"unknown flag {flag}{nearest(flag, [option.flag for option in options(config)])}"
 
 
 def nearest(name: str, names: Sequence[str]) -> str:

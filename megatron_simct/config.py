@@ -80,6 +80,23 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeacherJobConfig:
+    """A teacher that runs as a job of its own (megatron_simct/serve_teacher.py). Flags: --teacher-*"""
+
+    endpoint: tuple[str, ...] = option(
+        (),
+        "--run-dir of the teacher's job, where its replicas make themselves known; or their addresses, "
+        "tcp://HOST:PORT ...; default: the teacher runs on the student's own ranks",
+        metavar="DIR",
+    )
+    client_key: str | None = option(
+        None, "client_key.json of the teacher's job, for tcp:// addresses that are given by hand", metavar="FILE"
+    )
+    timeout_minutes: float = option(5.0, "end the run, with a checkpoint, after so long without an answer that is due")
+    window_tokens: int = option(65536, "tokens that one replica is given before it has answered")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How the model is spread over processes. Data parallelism is what remains of the world size."""
 
@@ -126,6 +143,10 @@ class RolloutConfig:
     rollout_max_prompt_len: int = option(2048, "prompts with more student or teacher tokens are skipped and counted")
     rollout_max_response_len: int = option(1024, "response tokens, the stop token included")
     rollout_engine_batch_size: int = option(64, "sequences decoded together on one rank: bounds the KV cache")
+    rollout_wave_size: int | None = option(
+        None,
+        "prompts that one rank samples before they go to the teacher, while it samples the next; default: all at once",
+    )
     save_debug_rollout_data: str | None = option(None, "write each step's rollouts under this directory", metavar="DIR")
     load_debug_rollout_data: str | None = option(
         None, "read each step's rollouts from this directory, instead of sampling", metavar="DIR"
@@ -200,6 +221,7 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     teacher: ModelConfig = field(default_factory=ModelConfig, metadata={"prefix": "teacher"})
+    teacher_job: TeacherJobConfig = field(default_factory=TeacherJobConfig, metadata={"prefix": "teacher"})
     interface: InterfaceConfig = field(default_factory=InterfaceConfig, metadata={"prefix": "simct"})
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -264,6 +286,12 @@ class Config:
         for flag, given in needs_save.items():
             if given and self.output.save is None:
                 raise ValueError(f"{flag} needs --save, the directory of checkpoints")
+        if self.teacher_job.endpoint and self.teacher_job.timeout_minutes >= self.parallel.distributed_timeout_minutes:
+            raise ValueError(
+                f"--teacher-timeout-minutes ({self.teacher_job.timeout_minutes:g}) must be below "
+                f"--distributed-timeout-minutes ({self.parallel.distributed_timeout_minutes}): while one rank waits "
+                "for the teacher, others wait for that rank"
+            )
         if self.output.wandb_save_dir is not None and self.output.wandb_project is None:
             raise ValueError("--wandb-save-dir needs --wandb-project")
         if self.training.bf16 and not _cuda_available():
@@ -275,6 +303,8 @@ class Config:
         at_least = {
             "--make-vocab-size-divisible-by": (self.model.make_vocab_size_divisible_by, 1),
             "--teacher-make-vocab-size-divisible-by": (self.teacher.make_vocab_size_divisible_by, 1),
+            "--teacher-timeout-minutes": (self.teacher_job.timeout_minutes, 0),
+            "--teacher-window-tokens": (self.teacher_job.window_tokens, 1),
             "--distributed-timeout-minutes": (self.parallel.distributed_timeout_minutes, 1),
             "--rollout-batch-size": (rollout.rollout_batch_size, 1),
             "--n-samples-per-prompt": (rollout.n_samples_per_prompt, 1),
@@ -282,6 +312,7 @@ class Config:
             "--rollout-max-prompt-len": (rollout.rollout_max_prompt_len, 1),
             "--rollout-max-response-len": (rollout.rollout_max_response_len, 1),
             "--rollout-engine-batch-size": (rollout.rollout_engine_batch_size, 1),
+            "--rollout-wave-size": (1 if rollout.rollout_wave_size is None else rollout.rollout_wave_size, 1),
             "--micro-batch-size": (training.micro_batch_size, 1),
             "--train-iters": (training.train_iters, 1),
             "--seed": (training.seed, 0),
@@ -304,6 +335,64 @@ class Config:
             raise ValueError(f"--rollout-top-p {rollout.rollout_top_p}: must be above 0 and at most 1")
         if not 0 <= training.lr_warmup_fraction < 1:
             raise ValueError(f"--lr-warmup-fraction {training.lr_warmup_fraction}: must be at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingConfig:
+    """How the teacher's job answers."""
+
+    run_dir: str | None = option(
+        None, "directory where replicas make themselves known, the --teacher-endpoint of the student", metavar="DIR"
+    )
+    bind: str = option(
+        "ipc",
+        "ipc: students on this host; tcp://HOST or tcp://HOST:PORT: encrypted, HOST as students reach it, replica i at "
+        "PORT + i",
+        metavar="ADDRESS",
+    )
+    teacher_hidden_dtype: Literal["fp32", "bf16", "int8"] = option(
+        "bf16",
+        "what hidden states are rounded to, and sent as; int8 has a scale a row; below fp32 `bytes` is sent as float16",
+    )
+    max_tokens_per_batch: int = option(16384, "tokens of one micro-batch, padding included; longer samples are refused")
+    simct_alignment_map: str | None = option(
+        None, "the alignment map that students must use; default: any of this teacher's tokenizer", metavar="DIR"
+    )
+    rollout_max_prompt_len: int = option(2048, "as in the student's job; LongRoPE looks at it")
+    rollout_max_response_len: int = option(1024, "likewise")
+    bf16: bool = option(False, "bf16 parameters (GPU only)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The whole job of a teacher."""
+
+    teacher: ModelConfig = field(default_factory=ModelConfig, metadata={"prefix": "teacher"})
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    serving: ServingConfig = field(default_factory=ServingConfig)
+
+    def check(self) -> None:
+        """ValueError, with the flag, where options have no meaning or one that is needed is missing."""
+        required = {
+            "--teacher-hf-checkpoint": self.teacher.hf_checkpoint,
+            "--teacher-tokenizer-model": self.teacher.tokenizer,
+            "--run-dir": self.serving.run_dir,
+        }
+        missing = [flag for flag, value in required.items() if not value]
+        if missing:
+            raise ValueError(f"missing {', '.join(missing)}: a teacher's job needs it")
+        at_least_one = {
+            "--teacher-make-vocab-size-divisible-by": self.teacher.make_vocab_size_divisible_by,
+            "--distributed-timeout-minutes": self.parallel.distributed_timeout_minutes,
+            "--max-tokens-per-batch": self.serving.max_tokens_per_batch,
+            "--rollout-max-prompt-len": self.serving.rollout_max_prompt_len,
+            "--rollout-max-response-len": self.serving.rollout_max_response_len,
+        }
+        for flag, value in at_least_one.items():
+            if value < 1:
+                raise ValueError(f"{flag} {value}: must be at least 1")
+        if self.serving.bf16 and not _cuda_available():
+            raise ValueError("--bf16 needs a GPU in this version; leave it out on CPU")
 
 
 def _cuda_available() -> bool:

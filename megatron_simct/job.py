@@ -11,17 +11,27 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from megatron_simct.alignment import AlignmentMap, Tokenizer, VocabPlacement, build_alignment_map, load_tokenizer
 from megatron_simct.alignment.map_files import load_map
 from megatron_simct.alignment.plan import plan_pair, plan_without_teacher
 from megatron_simct.arguments import to_dict
-from megatron_simct.config import Config, ModelConfig
+from megatron_simct.config import Config, ModelConfig, ParallelConfig
 from megatron_simct.data.prompts import PromptSource, read_rows
 from megatron_simct.data.rendering import ChatTemplate
-from megatron_simct.losses import ByteOrder, SharedHead, check_config, check_labels, gather_shared_head, teacher_needs
+from megatron_simct.losses import (
+    ByteOrder,
+    SharedColumns,
+    SharedHead,
+    check_config,
+    check_labels,
+    gather_shared_head,
+    teacher_needs,
+)
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, build_model
 from megatron_simct.models.families import read_architecture
-from megatron_simct.models.hf_load import find_weights, load_hf_weights
+from megatron_simct.models.hf_load import find_weights, load_hf_weights, load_output_rows
 from megatron_simct.monitoring import Monitor
 from megatron_simct.parallel.initialize import Groups
 from megatron_simct.parallel.packing import pack_micro_batches
@@ -30,9 +40,12 @@ from megatron_simct.rollout.engine import GivenResponses, ReplayEngine, RolloutE
 from megatron_simct.rollout.evaluation import Evaluator
 from megatron_simct.rollout.megatron_engine import MegatronEngine
 from megatron_simct.stopping import ExitWatch
+from megatron_simct.teacher.client import Patience, RemoteScorer, TeacherClient
 from megatron_simct.teacher.colocated import ColocatedScorer
+from megatron_simct.teacher.endpoints import CLIENT_KEY, endpoint_folder
+from megatron_simct.teacher.fingerprints import fingerprints
 from megatron_simct.teacher.scorer import NoTeacher, TeacherScorer
-from megatron_simct.update.checkpoint import Checkpoints, has_checkpoint, load_weights
+from megatron_simct.update.checkpoint import Checkpoints, has_checkpoint, load_output_shard, load_weights
 from megatron_simct.update.optimizer import build_optimizer, wrap_data_parallel
 from megatron_simct.update.step import Updater
 from megatron_simct.writers import check_writers, open_writers
@@ -74,12 +87,13 @@ def build_job(config: Config, groups: Groups) -> Job:
     check_experts(config, needs)
     student = open_tokenizer(config.model, prefix="")
     teacher = open_tokenizer(config.teacher, prefix="teacher-") if needs.teacher else None
-    alignment_map = open_alignment_map(config, student, teacher) if teacher is not None else None
+    needs_map = not needs.byte_events or config.data.simct_alignment_map is not None
+    alignment_map = open_alignment_map(config, student, teacher) if teacher is not None and needs_map else None
 
     prompts = build_prompts(config, groups, student, teacher)
     model = load_model(config, config.model, groups, student, prefix="")
     placement = build_placement(model, student, alignment_map)
-    scorer, shared_head = build_teacher(config, groups, teacher, placement, needs)
+    scorer, shared_head = build_teacher(config, groups, student, teacher, alignment_map, placement, needs)
     chunks = wrap_data_parallel(model)
     optimizer, scheduler = build_optimizer(chunks, config.training)
     sampler = MegatronEngine(
@@ -341,11 +355,20 @@ def build_byte_order(model: HiddenStateModel | InterleavedModel, groups: Groups,
 
 
 def build_teacher(
-    config: Config, groups: Groups, tokenizer: Tokenizer | None, placement: VocabPlacement, needs: TeacherNeeds
+    config: Config,
+    groups: Groups,
+    student: Tokenizer,
+    tokenizer: Tokenizer | None,
+    alignment_map: AlignmentMap | None,
+    placement: VocabPlacement,
+    needs: TeacherNeeds,
 ) -> tuple[TeacherScorer, SharedHead | None]:
     """The scorer, and on the last stage the teacher's head rows that this rank's columns need, if any."""
     if tokenizer is None:
         return NoTeacher(), None
+    if config.teacher_job.endpoint:
+        client = build_client(config, groups, student, tokenizer, alignment_map, needs)
+        return RemoteScorer(client, groups), load_shared_head(config, groups, placement, needs)
     model = load_model(config, config.teacher, groups, tokenizer, prefix="teacher-")
     scorer = ColocatedScorer(
         model,
@@ -358,6 +381,74 @@ def build_teacher(
         return scorer, None
     start, _ = model.vocab_shard
     return scorer, gather_shared_head(model.output_weight.detach(), start, placement, groups.tp)
+
+
+def build_client(
+    config: Config,
+    groups: Groups,
+    student: Tokenizer,
+    teacher: Tokenizer,
+    alignment_map: AlignmentMap | None,
+    needs: TeacherNeeds,
+) -> TeacherClient | None:
+    """The connection to the teacher's job, on the rank that has one."""
+    options = config.teacher_job
+    if not (groups.is_last_stage and groups.tp_rank == 0):
+        return None
+    addresses = tuple(place for place in options.endpoint if "://" in place)
+    if addresses and len(addresses) < len(options.endpoint) or not addresses and len(options.endpoint) > 1:
+        raise ValueError(f"--teacher-endpoint {' '.join(options.endpoint)}: give one directory, or addresses only")
+    folder = None if addresses else endpoint_folder(options.endpoint[0])
+    key_file = Path(options.client_key) if options.client_key else (folder or Path()) / CLIENT_KEY
+    architecture = read_architecture(config.teacher.hf_checkpoint, flag="--teacher-hf-checkpoint")
+    return TeacherClient(
+        folder=folder,
+        addresses=addresses,
+        key_file=key_file,
+        fingerprints=fingerprints(
+            config.teacher,
+            architecture,
+            teacher,
+            longest=config.rollout.rollout_max_prompt_len + config.rollout.rollout_max_response_len,
+            student=student,
+            alignment_map=alignment_map.fingerprint if alignment_map is not None else None,
+        ),
+        patience=Patience(timeout_s=60 * options.timeout_minutes),
+        window_tokens=options.window_tokens,
+        where=f"--teacher-endpoint {' '.join(options.endpoint)}",
+    )
+
+
+def load_shared_head(
+    config: Config, groups: Groups, placement: VocabPlacement, needs: TeacherNeeds
+) -> SharedHead | None:
+    """The head rows that this rank's columns need, straight from the teacher's checkpoint. Collective over the job."""
+    options, flag = config.teacher, "--teacher-hf-checkpoint"
+    if needs.hidden_rows == "none":
+        return None
+    architecture = read_architecture(options.hf_checkpoint, flag=flag)
+    dtype = torch.bfloat16 if config.training.bf16 else torch.float32
+    if options.pretrained_checkpoint is not None:
+        shard = load_output_shard(
+            architecture,
+            options.pretrained_checkpoint,
+            groups=groups,
+            divisible_by=options.make_vocab_size_divisible_by,
+            dtype=dtype,
+            flag="--teacher-pretrained-checkpoint",
+        ).to(groups.device)
+        if not groups.is_last_stage:
+            return None
+        return gather_shared_head(shard, groups.tp_rank * len(shard), placement, groups.tp)
+    if find_weights(options.hf_checkpoint, flag=flag) is None:
+        raise ValueError(
+            f"{flag} {options.hf_checkpoint}: has no weights; --simct-interface {config.interface.interface} needs the "
+            "rows of the teacher's head that the student shares, although the teacher is another job"
+        )
+    if not groups.is_last_stage:
+        return None
+    rows = load_output_rows(architecture, options.hf_checkpoint, placement.teacher_rows, dtype=dtype, flag=flag)
+    return SharedHead(weight=rows.to(groups.device), columns=SharedColumns.from_placement(placement, groups.device))
 
 
 def teacher_logit_softcap(config: Config) -> float | None:
@@ -373,6 +464,28 @@ def load_model(
     config: Config, options: ModelConfig, groups: Groups, tokenizer: Tokenizer, *, prefix: str
 ) -> HiddenStateModel | InterleavedModel:
     """The model of one side: weights of --[teacher-]pretrained-checkpoint, else of the folder, else random."""
+    return open_model(
+        options,
+        config.parallel,
+        groups,
+        tokenizer,
+        prefix=prefix,
+        bf16=config.training.bf16,
+        longest=config.rollout.rollout_max_prompt_len + config.rollout.rollout_max_response_len,
+    )
+
+
+def open_model(
+    options: ModelConfig,
+    parallel: ParallelConfig,
+    groups: Groups,
+    tokenizer: Tokenizer,
+    *,
+    prefix: str,
+    bf16: bool,
+    longest: int,
+) -> HiddenStateModel | InterleavedModel:
+    """See load_model; `longest` as in Rotary."""
     flag = f"--{prefix}hf-checkpoint"
     architecture = read_architecture(options.hf_checkpoint, flag=flag)
     has_weights = (
@@ -380,14 +493,14 @@ def load_model(
     )
     model = build_model(
         architecture,
-        config.parallel,
+        parallel,
         groups,
         vocab_size=tokenizer.table.num_ids,
         divisible_by=options.make_vocab_size_divisible_by,
-        bf16=config.training.bf16,
+        bf16=bf16,
         flag=f"{flag} {options.hf_checkpoint}",
         initialize=not has_weights,
-        longest=config.rollout.rollout_max_prompt_len + config.rollout.rollout_max_response_len,
+        longest=longest,
     )
     if options.pretrained_checkpoint is not None:
         load_weights(model, options.pretrained_checkpoint, flag=f"--{prefix}pretrained-checkpoint")

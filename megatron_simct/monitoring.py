@@ -36,16 +36,20 @@ COUNTS = (
 
 
 class Stopwatch:
-    """Seconds spent in each hop of one step."""
+    """Seconds spent in each hop of one step. Time in a hop within another one is the inner hop's only."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._inner = 0.0
 
     @contextmanager
     def __call__(self, hop: str) -> Iterator[None]:
-        begin = time.perf_counter()
+        begin, outside = time.perf_counter(), self._inner
+        self._inner = 0.0
         yield
-        self.seconds[hop] = self.seconds.get(hop, 0.0) + time.perf_counter() - begin
+        elapsed = time.perf_counter() - begin
+        self.seconds[hop] = self.seconds.get(hop, 0.0) + elapsed - self._inner
+        self._inner = outside + elapsed
 
 
 def sample_sums(

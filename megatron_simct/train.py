@@ -18,7 +18,8 @@ from megatron_simct.job import Job, build_job
 from megatron_simct.models.hf_load import find_weights
 from megatron_simct.monitoring import Stopwatch
 from megatron_simct.parallel.initialize import Environment, Groups, process_groups
-from megatron_simct.records import Rollout
+from megatron_simct.records import AlignedPair, Prompt, Rollout
+from megatron_simct.teacher.scorer import TeacherError
 from megatron_simct.update.step import NonFiniteError
 
 
@@ -28,13 +29,9 @@ def train(job: Job) -> None:
     iteration, done = job.start, evaluate(job, iteration=job.start)
     while iteration < training.train_iters and not done:
         clock = Stopwatch()
-        prompts = job.prompts.batch(iteration)
-        with clock("rollout"):
-            rollouts = job.engine.generate(prompts, job.sampling)
-        with clock("alignment"):
-            pairs = [job.align(prompt, rollout) for prompt, rollout in zip(prompts, rollouts, strict=True)]
-        with clock("teacher"):
-            scored = list(job.teacher.score(pairs))
+        prompts, rollouts, pairs = job.prompts.batch(iteration), [], []
+        with clock("teacher"), saved_without_teacher(job, iteration):
+            scored = list(job.teacher.score(waves(job, prompts, rollouts, pairs, clock)))
         with clock("update"), kept_for_replay(job, rollouts, iteration):
             report = job.updater.step(job.pack(prompts, rollouts, pairs, scored))
         iteration += 1
@@ -45,6 +42,20 @@ def train(job: Job) -> None:
             job.save(iteration)
     if output.save:
         job.save(iteration)  # unless it has just been saved
+
+
+def waves(
+    job: Job, prompts: Sequence[Prompt], rollouts: list[Rollout], pairs: list[AlignedPair], clock: Stopwatch
+) -> Iterator[AlignedPair]:
+    """Roll out and align a wave of prompts at a time; the teacher has one wave while the next is sampled."""
+    size = job.config.rollout.rollout_wave_size or len(prompts)
+    for begin in range(0, len(prompts), size):
+        wave = prompts[begin : begin + size]
+        with clock("rollout"):
+            rollouts += job.engine.generate(wave, job.sampling)
+        with clock("alignment"):
+            pairs += [job.align(p, r) for p, r in zip(wave, rollouts[begin:], strict=True)]
+        yield from pairs[begin:]
 
 
 def evaluate(job: Job, *, iteration: int) -> bool:
@@ -64,6 +75,19 @@ def exit_is_due(job: Job, *, iteration: int) -> bool:
     if reason is not None:
         job.monitor.say(f" {reason}: saving and exiting after iteration {iteration}")
     return reason is not None
+
+
+@contextlib.contextmanager
+def saved_without_teacher(job: Job, iteration: int) -> Iterator[None]:
+    """Where the teacher's job is gone for good, save what has been trained."""
+    try:
+        yield
+    except TeacherError as error:
+        saved = ""
+        if job.config.output.save:
+            job.save(iteration)
+            saved = f"; saved after iteration {iteration}: --load {job.config.output.save}"
+        raise TeacherError(f"{error}{saved}") from None
 
 
 @contextlib.contextmanager
@@ -87,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
             report_random_weights(config, groups, resumed=job.start > 0)
             with contextlib.closing(job.monitor):
                 train(job)
-    except (ValueError, NonFiniteError) as error:
+    except (ValueError, NonFiniteError, TeacherError) as error:
         environment = Environment.read()
         rank = f" on rank {environment.rank}" if environment.world_size > 1 else ""
         print(f"megatron_simct.train: error{rank}: {error}", file=sys.stderr, flush=True)

@@ -27,7 +27,7 @@ def plan_pair(
     *,
     student: Tokenizer,
     teacher: Tokenizer,
-    alignment_map: AlignmentMap,
+    alignment_map: AlignmentMap | None,
     needs: TeacherNeeds,
 ) -> AlignedPair:
     """Retokenizes the response for the teacher, cuts both into minimal units and classifies these.
@@ -42,6 +42,8 @@ def plan_pair(
         student_labels_dropped, teacher_labels, teacher_labels_dropped
         segments_shared, segments_unit, segments_stop
         canonical                 1 if the student's tokenizer would spell the response in just these ids
+
+    alignment_map: which tokens are shared; None where nothing compares tokens (`bytes`).
 
     Raises ValueError for records of different samples, a rollout that stopped without a stop token, or a map that
     belongs to other tokenizers.
@@ -70,7 +72,7 @@ def plan_pair(
         # The walk's units are columns of their own, whatever they spell.
         replaced_columns=(
             _replaced_columns(alignment, kinds, data, alignment_map)
-            if needs.segmentation == "minimal"
+            if needs.segmentation == "minimal" and alignment_map is not None
             else np.full(kinds.size, -1, dtype=np.int32)
         ),
         teacher_rows=_teacher_rows(alignment.segments, kinds, teacher_ids.size, needs),
@@ -97,7 +99,7 @@ def plan_pair(
 
 
 def _check(
-    prompt: Prompt, rollout: Rollout, *, student: Tokenizer, teacher: Tokenizer, alignment_map: AlignmentMap
+    prompt: Prompt, rollout: Rollout, *, student: Tokenizer, teacher: Tokenizer, alignment_map: AlignmentMap | None
 ) -> None:
     if prompt.sample_id != rollout.sample_id:
         raise ValueError(f"prompt of sample {prompt.sample_id} but rollout of sample {rollout.sample_id}")
@@ -107,18 +109,22 @@ def _check(
             f'sample {rollout.sample_id} finished by "stop" but its last id is {last_id}, not one of the stop ids '
             f"{list(student.table.stop_ids)}"
         )
+    if alignment_map is None:
+        return
     expected = (alignment_map.student_fingerprint, alignment_map.teacher_fingerprint)
     if expected != (student.table.fingerprint, teacher.table.fingerprint):
         raise ValueError(f'the alignment map was not built from "{student.name}" and "{teacher.name}"')
 
 
 def _kinds(
-    alignment: Alignment, teacher_ids: np.ndarray, student_ids: np.ndarray, alignment_map: AlignmentMap
+    alignment: Alignment, teacher_ids: np.ndarray, student_ids: np.ndarray, alignment_map: AlignmentMap | None
 ) -> np.ndarray:
-    """int8 [A] of SegmentKind. One token on each side is SHARED only if the map holds just that pair of ids."""
+    """int8 [A] of SegmentKind. One token on each side is SHARED only if the map, if any, holds that pair of ids."""
     ts, te, ss, se = alignment.segments.T
     one_to_one = (te - ts == 1) & (se - ss == 1)
-    shared = one_to_one & alignment_map.is_shared(teacher_ids[ts], student_ids[ss])
+    shared = one_to_one
+    if alignment_map is not None:
+        shared = shared & alignment_map.is_shared(teacher_ids[ts], student_ids[ss])
     kinds = np.where(shared, SegmentKind.SHARED, SegmentKind.UNIT).astype(np.int8)
     if alignment.stop:
         kinds[-1] = SegmentKind.STOP

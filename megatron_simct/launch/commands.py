@@ -9,11 +9,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from megatron_simct.arguments import Option, options
-from megatron_simct.launch.run_file import STUDENT_ONLY, JobSize, RunFile, teacher_options
-
-STUDENT_MODULE = "megatron_simct.train"
-TEACHER_MODULE = "megatron_simct.serve_teacher"
+from megatron_simct.arguments import SERVE_TEACHER, TRAIN, Option, options
+from megatron_simct.launch.run_file import JobSize, RunFile
 
 SIGNALS = "SIGINT,SIGHUP,SIGQUIT"
 """What torchrun answers by stopping its processes within 30 s. Not SIGTERM: on it a run saves first, which may take
@@ -22,14 +19,13 @@ longer, so it is sent to the run's processes and torchrun waits for their end.""
 
 def student_command(run: RunFile) -> list[str]:
     """-m megatron_simct.train and its flags."""
-    extra = [f"--{key.replace('_', '-')}={run.student[key]}" for key in STUDENT_ONLY if key in run.student]
-    return ["-m", STUDENT_MODULE, *flags(run.student, options()), *extra]
+    return ["-m", TRAIN.module, *flags(run.student, options(TRAIN.config))]
 
 
 def teacher_command(run: RunFile) -> list[str]:
     """-m megatron_simct.serve_teacher and its flags."""
     assert run.teacher is not None
-    return ["-m", TEACHER_MODULE, *flags(run.teacher, teacher_options())]
+    return ["-m", SERVE_TEACHER.module, *flags(run.teacher, options(SERVE_TEACHER.config))]
 
 
 def flags(values: Mapping[str, Any], known: Iterable[Option]) -> list[str]:

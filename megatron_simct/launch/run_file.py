@@ -31,8 +31,8 @@ from typing import Any, Literal
 
 import yaml
 
-from megatron_simct.arguments import Option, assemble, check_keys, nearest, options
-from megatron_simct.config import Config
+from megatron_simct.arguments import assemble, check_keys, nearest, options
+from megatron_simct.config import Config, TeacherConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,22 +109,16 @@ class RunFile:
     """Options of serve_teacher by key; None: the teacher shares the student's ranks."""
     config: Config
     """`student`, resolved."""
+    teacher_config: TeacherConfig | None
+    """`teacher`, resolved."""
     cluster: Cluster
     env: dict[str, str]
-
-    @property
-    def teacher_dir(self) -> str:
-        """Where the teacher job publishes its endpoints and keys."""
-        return f"{self.run_dir}/teacher"
 
     @property
     def duration_s(self) -> int | None:
         """Seconds that --time allows; None: no limit."""
         return None if self.cluster.time is None else seconds(self.cluster.time)
 
-
-STUDENT_ONLY = ("teacher_endpoint",)
-"""Options of train that this version's `Config` may not have yet."""
 
 _SECRET = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -149,44 +143,26 @@ def read_run_file(path: str, overrides: Sequence[str] = ()) -> RunFile:
     student = _section(values, "student", path)
     teacher = _section(values, "teacher", path) if values.get("teacher") is not None else None
     env = _environment(values.get("env") or {}, where=f"{path}: env")
-    known = {key: value for key, value in student.items() if key not in STUDENT_ONLY}
-    check_keys(known, where=f"{path}: student")
+    check_keys(student, Config, where=f"{path}: student")
     if teacher is not None:
-        names = [option.key for option in teacher_options()]
-        for key in teacher:
-            if key not in names:
-                raise ValueError(f"{path}: teacher: unknown key {key!r}{nearest(str(key), names)}")
-        teacher = {"run_dir": f"{run_dir}/teacher"} | teacher
-        # The student reads the same tokenizer and the same config.json.
-        shared = {key: value for key, value in teacher.items() if key.startswith("teacher_")}
-        for key in shared.keys() & student.keys():
-            if shared[key] != student[key]:
-                raise ValueError(f"{path}: student.{key} and teacher.{key} differ; leave out the student's")
-        student = shared | student | {"teacher_endpoint": teacher["run_dir"]}
+        check_keys(teacher, TeacherConfig, where=f"{path}: teacher")
+        student, teacher = _joined(student, teacher, run_dir, where=path)
     student = _filled(student, cluster, run_dir)
     try:
-        config = assemble({key: value for key, value in student.items() if key not in STUDENT_ONLY})
-        if teacher is not None:
-            teacher_config(teacher)
+        config = assemble(student, Config)
+        teacher_config = None if teacher is None else assemble(teacher, TeacherConfig)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return RunFile(
-        path=path, run_dir=run_dir, student=student, teacher=teacher, config=config, cluster=cluster, env=env
+        path=path,
+        run_dir=run_dir,
+        student=student,
+        teacher=teacher,
+        config=config,
+        teacher_config=teacher_config,
+        cluster=cluster,
+        env=env,
     )
-
-
-def teacher_options() -> list[Option]:
-    """The options of serve_teacher."""
-    return [
-        option
-        for option in options()
-        if option.group in ("teacher", "parallel") or option.key in ("run_dir", "bf16", "micro_batch_size")
-    ]
-
-
-def teacher_config(teacher: Mapping[str, Any]) -> Config:
-    """The teacher job's options in the groups of Config. ValueError for a value of another type."""
-    return assemble(dict(teacher))
 
 
 def seconds(time: str) -> int:
@@ -201,6 +177,24 @@ def seconds(time: str) -> int:
     else:
         units = (60,) if len(numbers) == 1 else (60, 1) if len(numbers) == 2 else (3600, 60, 1)
     return int(days or 0) * 86400 + sum(number * unit for number, unit in zip(numbers, units, strict=False))
+
+
+def _joined(
+    student: dict[str, Any], teacher: dict[str, Any], run_dir: str, *, where: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both jobs' options, with those of the other that a job must know too, and where the two find each other."""
+    of_student = {option.key for option in options(Config)}
+    of_teacher = {option.key for option in options(TeacherConfig)}
+    # The student reads the teacher's tokenizer and its config.json; the teacher is told the longest sequence.
+    to_student = {key: value for key, value in teacher.items() if key.startswith("teacher_") and key in of_student}
+    given = {"rollout_max_prompt_len", "rollout_max_response_len", "simct_alignment_map"} & of_teacher
+    to_teacher = {key: student[key] for key in given & student.keys()}
+    for theirs, ours in ((to_student, student), (to_teacher, teacher)):
+        for key in theirs.keys() & ours.keys():
+            if theirs[key] != ours[key]:
+                raise ValueError(f"{where}: student.{key} and teacher.{key} differ; leave one of them out")
+    teacher = {"run_dir": f"{run_dir}/teacher"} | to_teacher | teacher
+    return to_student | {"teacher_endpoint": [teacher["run_dir"]]} | student, teacher
 
 
 def _filled(student: dict[str, Any], cluster: Cluster, run_dir: str) -> dict[str, Any]:

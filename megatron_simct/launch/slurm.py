@@ -8,11 +8,9 @@ line holds has been checked to need none.
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import jinja2
 
 from megatron_simct.launch.commands import interpreter, student_command, teacher_command, torchrun
 from megatron_simct.launch.run_file import RunFile
+from megatron_simct.teacher.endpoints import write_private
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 _TIMEOUT_S = 60.0
@@ -45,6 +44,7 @@ def job_script(run: RunFile, *, directory: str) -> str:
             env=run.env,
             student=[*torchrun(cluster.student)[2:], *student_command(run)],
             teacher=None if run.teacher is None else [*torchrun(cluster.teacher)[2:], *teacher_command(run)],
+            binds=run.teacher is not None and "bind" not in run.teacher,
             task=task,
             container=container,
             tracker=f"{run.config.output.save}/{_TRACKER}",
@@ -69,9 +69,9 @@ def submit(run: RunFile, *, directory: str) -> str:
     active = [] if job_id(run) is None else _squeue(str(job_id(run)))
     if active:
         raise ValueError(f"job {job_id(run)} of {run.run_dir} is still {active[0]['state']}; cancel it first")
-    _write(folder / "job.sh", job_script(run, directory=directory))
+    write_private(folder / "job.sh", job_script(run, directory=directory), mode=0o700)
     number = _call("sbatch", "--parsable", script_path(run)).strip().split(";")[0]
-    _write(folder / "job.json", json.dumps({"job_id": number}) + "\n")
+    write_private(folder / "job.json", json.dumps({"job_id": number}) + "\n")
     return number
 
 
@@ -176,18 +176,3 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-
-
-def _write(path: Path, text: str) -> None:
-    """Readable by the user alone, and whole or not there."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o700 if path.suffix == ".sh" else 0o600)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -209,7 +209,7 @@ def build_model(
             variable_seq_lengths=True,
             moe_token_dispatcher_type="alltoall",
             **_experts(architecture, parallel),
-            **_uneven_stages(architecture, parallel),
+            **uneven_stages(architecture, parallel),
             # The loss is a sum over labels; the one division by their global number happens in finalize_model_grads.
             calculate_per_token_loss=True,
             use_cpu_initialization=on_cpu,
@@ -268,7 +268,7 @@ def _experts(architecture: Architecture, parallel: ParallelConfig) -> dict[str, 
     }
 
 
-def _uneven_stages(architecture: Architecture, parallel: ParallelConfig) -> dict[str, int]:
+def uneven_stages(architecture: Architecture, parallel: ParallelConfig) -> dict[str, int]:
     """Options of TransformerConfig where the stages do not divide the layers: those in the middle have equally many.
 
     The first and the last have more to do, so they get what is left if the others have one more than they.

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel
@@ -36,6 +37,33 @@ def find_weights(folder: str, *, flag: str) -> Path | None:
                 f"{flag} {folder}: has {path.name}, but neither {_INDEX} nor {_SINGLE}; weights are read from these"
             )
     return None
+
+
+def weight_files(folder: str, *, flag: str) -> list[Path]:
+    """The folder's safetensors files, in the order of their names. Raises ValueError as load_hf_weights does."""
+    with contextlib.ExitStack() as files:
+        return _Folder(folder, files, flag=flag).paths()
+
+
+def load_output_rows(
+    architecture: Architecture, folder: str, ids: np.ndarray, *, dtype: torch.dtype, flag: str
+) -> torch.Tensor:
+    """Rows `ids` of the LM head, [len(ids), H], and nothing else of the folder. ValueError as load_hf_weights."""
+    name = "model.embed_tokens.weight" if architecture.tied_embeddings else "lm_head.weight"
+    shape = (architecture.vocab_size, architecture.hidden_size)
+    order = np.argsort(ids, kind="stable")
+    ascending = torch.empty(len(ids), shape[1], dtype=dtype)
+    # Ids that follow each other are read at once.
+    breaks = np.flatnonzero(np.diff(ids[order]) != 1) + 1
+    with contextlib.ExitStack() as files:
+        source = _Folder(folder, files, flag=flag)
+        for places in np.split(np.arange(len(ids)), breaks) if len(ids) else ():
+            begin = int(ids[order[places[0]]])
+            view = ascending[places[0] : places[-1] + 1]
+            source.read(Piece(name, shape, view, begin, begin + len(places)))
+    rows = torch.empty_like(ascending)
+    rows[torch.from_numpy(order)] = ascending
+    return rows
 
 
 def has_only_bf16(folder: str, *, flag: str) -> bool:
@@ -98,6 +126,10 @@ class _Folder:
         for name, path in self._file_of.items():
             if not known.fullmatch(name):
                 raise ValueError(f"{self._where}: {path.name} holds {name}, which this model has no place for")
+
+    def paths(self) -> list[Path]:
+        """Of all files."""
+        return sorted(set(self._file_of.values()))
 
     def dtypes(self) -> set[torch.dtype]:
         """Of all tensors."""

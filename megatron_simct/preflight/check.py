@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 from megatron_simct.alignment import AlignmentMap
 from megatron_simct.alignment.coverage import Coverage
 from megatron_simct.alignment.map_files import placement_balance
-from megatron_simct.config import Config, ModelConfig, ParallelConfig
+from megatron_simct.config import ModelConfig, ParallelConfig
 from megatron_simct.data.prompts import PromptSource, Row, read_rows
 from megatron_simct.job import open_alignment_map, open_chat_template, open_tokenizer
-from megatron_simct.launch.run_file import JobSize, RunFile, teacher_config
+from megatron_simct.launch.run_file import JobSize, RunFile
 from megatron_simct.losses import check_config, teacher_needs
 from megatron_simct.models.build import check_divides, padded_vocab_size
 from megatron_simct.models.families import Architecture, read_architecture
@@ -29,6 +29,8 @@ from megatron_simct.writers import check_writers
 
 MEMORY_WARN = 0.9
 """Share of the device from which a plan is pointed out."""
+
+_VALUE_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 
 T = TypeVar("T")
 
@@ -89,7 +91,7 @@ class _Check:
         training = dataclasses.replace(config.training, bf16=False)
         self._config = dataclasses.replace(config, training=training)
         self._bf16 = config.training.bf16
-        self._teacher_job = None if run.teacher is None else teacher_config(run.teacher)
+        self._teacher_job = run.teacher_config
         self._needs_teacher = config.interface.interface != "sft"
 
     def _try(
@@ -166,6 +168,10 @@ class _Check:
         if self._teacher_job is not None:
             parallel, cluster = self._teacher_job.parallel, self._run.cluster.teacher
             self._try("teacher", "options", lambda: check_layout(parallel, cluster.world_size))
+            job = dataclasses.replace(
+                self._teacher_job, serving=dataclasses.replace(self._teacher_job.serving, bf16=False)
+            )
+            self._try("teacher", "options", job.check)
 
     def _side(self, name: str, model: ModelConfig) -> pair.Side | None:
         """One model: its architecture in its layout, its weights, its tokenizer and template."""
@@ -224,7 +230,10 @@ class _Check:
         except ValueError as error:
             self._findings.append(failed(name, "weights", str(error)))
             return
-        if found is None:
+        if found is None and name == "teacher" and self._teacher_job is not None:
+            message = f"--{flag}hf-checkpoint {folder} has no safetensors, and a teacher needs weights; or give"
+            self._findings.append(failed(name, "weights", f"{message} --{flag}pretrained-checkpoint"))
+        elif found is None:
             message = f"{folder} has no safetensors: the weights would be random"
             self._findings.append(warned(name, "weights", message, flag=f"--{flag}hf-checkpoint"))
 
@@ -296,6 +305,12 @@ class _Check:
         if teacher is not None:
             lengths["response_len"] = self._teacher_labels(coverage)
             findings += pair.check_length(teacher, **lengths)
+            limit = None if self._teacher_job is None else self._teacher_job.serving.max_tokens_per_batch
+            if limit is not None and sum(lengths.values()) > limit:
+                message = (
+                    f"--max-tokens-per-batch {limit}: samples of {sum(lengths.values()):,} tokens would be refused"
+                )
+                findings.append(failed("teacher", "context", message))
         return findings
 
     def _teacher_labels(self, coverage: Coverage | None) -> int:
@@ -342,11 +357,12 @@ class _Check:
         }
         self._fits("student", plans["student"], cluster.student)
         if teacher is not None and self._teacher_job is not None:
-            job: Config = self._teacher_job
+            job = self._teacher_job
+            length = rollout.rollout_max_prompt_len + rollout.rollout_max_response_len
             plans["teacher"] = teacher_plan(
-                self._sizes(teacher, job.teacher, job.parallel, bf16=job.training.bf16),
-                micro_batch_size=job.training.micro_batch_size,
-                length=rollout.rollout_max_prompt_len + rollout.rollout_max_response_len,
+                self._sizes(teacher, job.teacher, job.parallel, bf16=job.serving.bf16),
+                tokens=job.serving.max_tokens_per_batch,
+                length=min(length, job.serving.max_tokens_per_batch),
                 on_gpu=cluster.teacher.gpus_per_node > 0,
             )
             self._fits("teacher", plans["teacher"], cluster.teacher)
@@ -396,13 +412,14 @@ class _Check:
             rows = round(labels * one_to_one / max(coverage.teacher_tokens, 1))
         elif needs.hidden_rows == "none":
             rows = 0
+        hidden_dtype = self._teacher_job.serving.teacher_hidden_dtype if self._teacher_job else "bf16"
         traffic = step_traffic(
             needs,
             sequences=config.global_batch_size,
             prompt_len=config.rollout.rollout_max_prompt_len,
             teacher_labels=labels,
             rows=rows,
-            hidden_size=teacher.architecture.hidden_size,
+            hidden_row_bytes=teacher.architecture.hidden_size * _VALUE_BYTES[hidden_dtype],
             vocab_size=teacher.tokenizer.table.num_ids,
         )
         said = (

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_simct.arguments import options
-from megatron_simct.launch.run_file import Container, RunFile, teacher_options
+from megatron_simct.config import Config, TeacherConfig
+from megatron_simct.launch.run_file import Container, RunFile
 from megatron_simct.preflight.findings import Finding, failed, passed, warned
 
+_OTHER = re.compile(r"tiktoken:|tcp://")
+"""What stands in the place of a path and is none."""
 _OF_A_NODE = ("/tmp", "/dev/shm", "/var/tmp")
 """Folders that every node has for itself."""
 
@@ -30,8 +34,8 @@ def _summary(run: RunFile) -> str:
 def _sizes(run: RunFile) -> Iterator[Finding]:
     cluster = run.cluster
     jobs = {"student": run.config.parallel.tensor_model_parallel_size}
-    if run.teacher is not None:
-        jobs["teacher"] = run.teacher.get("tensor_model_parallel_size", 1)
+    if run.teacher_config is not None:
+        jobs["teacher"] = run.teacher_config.parallel.tensor_model_parallel_size
     for name, tp in jobs.items():
         size = cluster.student if name == "student" else cluster.teacher
         where = f"cluster.{name}"
@@ -52,11 +56,20 @@ def _sizes(run: RunFile) -> Iterator[Finding]:
                 "for the network; use pipeline stages",
                 flag="--tensor-model-parallel-size",
             )
-        bf16 = run.config.training.bf16 if name == "student" else (run.teacher or {}).get("bf16", False)
+        bf16 = _is_bf16(run, name)
         if bf16 and not size.gpus_per_node:
             yield failed(name, "precision", f"--bf16 needs GPUs, and {where}.gpus_per_node is 0")
+        if name == "teacher" and cluster.kind == "slurm" and (run.teacher or {}).get("bind") == "ipc":
+            message = "--bind ipc is for one machine, and the jobs get nodes of their own; leave it out"
+            yield failed(name, "address", message)
         if size.gpus_per_node and not bf16:
             yield warned(name, "precision", "float32 on GPUs: twice the memory, a fraction of the speed", flag="--bf16")
+
+
+def _is_bf16(run: RunFile, name: str) -> bool:
+    if name == "student":
+        return run.config.training.bf16
+    return run.teacher_config is not None and run.teacher_config.serving.bf16
 
 
 def _times(run: RunFile) -> Iterator[Finding]:
@@ -123,12 +136,12 @@ def _container(run: RunFile) -> Iterator[Finding]:
 def _paths(run: RunFile) -> Iterator[tuple[str, str]]:
     """Every path that a job reads or writes, by its flag."""
     yield "run_dir", run.run_dir
-    of_student = [(o, run.student) for o in options()]
-    of_teacher = [(o, run.teacher) for o in teacher_options() if run.teacher is not None]
-    for option, values in [*of_student, *of_teacher]:
-        value = (values or {}).get(option.key)
-        if option.metavar in ("DIR", "FILE") and isinstance(value, str) and not value.startswith("tiktoken:"):
-            yield option.flag, value
+    of_student = [(option, run.student.get(option.key)) for option in options(Config)]
+    of_teacher = [(option, (run.teacher or {}).get(option.key)) for option in options(TeacherConfig)]
+    for option, value in [*of_student, *of_teacher]:
+        for path in value if isinstance(value, list) else [value]:
+            if option.metavar in ("DIR", "FILE") and isinstance(path, str) and not _OTHER.match(path):
+                yield option.flag, path
 
 
 def _is_mounted(path: str, container: Container) -> bool:

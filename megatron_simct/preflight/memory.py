@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_simct.config import ParallelConfig
+from megatron_simct.models.build import uneven_stages
 from megatron_simct.models.families import Architecture
 
 GIB = 1 << 30
@@ -83,7 +84,7 @@ def stage_parameters(sizes: Sizes, *, stage: int) -> int:
     """Parameters of one rank of the pipeline stage. Tied embeddings lie on the first and on the last stage."""
     architecture = sizes.architecture
     layer = _layer_parameters(architecture, tp=sizes.tp, ep=sizes.parallel.expert_model_parallel_size)
-    count = stage_layers(sizes) * layer
+    count = stage_layers(sizes, stage) * layer
     embedding = math.ceil(sizes.vocab_size / sizes.tp) * architecture.hidden_size
     first, last = stage == 0, stage == sizes.pp - 1
     if first:
@@ -95,9 +96,20 @@ def stage_parameters(sizes: Sizes, *, stage: int) -> int:
     return count
 
 
-def stage_layers(sizes: Sizes) -> int:
-    """Layers of the fullest stage."""
-    return math.ceil(sizes.architecture.num_layers / sizes.pp)
+def stage_layers(sizes: Sizes, stage: int) -> int:
+    """Layers of a pipeline stage."""
+    layers, ends = sizes.architecture.num_layers, uneven_stages(sizes.architecture, sizes.parallel)
+    if not ends:
+        return layers // sizes.pp
+    first, last = ends["num_layers_in_first_pipeline_stage"], ends["num_layers_in_last_pipeline_stage"]
+    if stage == 0:
+        return first
+    return last if stage == sizes.pp - 1 else (layers - first - last) // (sizes.pp - 2)
+
+
+def _stages(sizes: Sizes) -> list[int]:
+    """One stage of each kind: the first, the first of those in the middle, the last."""
+    return sorted({0, min(1, sizes.pp - 1), sizes.pp - 1})
 
 
 def _layer_parameters(architecture: Architecture, *, tp: int, ep: int) -> int:
@@ -110,20 +122,10 @@ def _layer_parameters(architecture: Architecture, *, tp: int, ep: int) -> int:
     if architecture.qk_norm:
         attention += 2 * d
     mlp = 3 * h * math.ceil(architecture.ffn_hidden_size / tp)
-    experts = num_experts(architecture)
+    experts = architecture.num_experts
     if experts:
         mlp = math.ceil(experts / ep) * mlp + experts * h  # and the router
     return attention + mlp + (4 if architecture.post_norms else 2) * h
-
-
-def num_experts(architecture: Architecture) -> int:
-    """Experts of a layer, 0 where all tokens go through one MLP."""
-    return getattr(architecture, "num_experts", 0)
-
-
-def experts_per_token(architecture: Architecture) -> int:
-    """MLPs that a token goes through."""
-    return getattr(architecture, "experts_per_token", 0) or 1
 
 
 def layer_activation_bytes(sizes: Sizes, *, batch: int, length: int) -> int:
@@ -137,10 +139,9 @@ def layer_activation_bytes(sizes: Sizes, *, batch: int, length: int) -> int:
     architecture, t = sizes.architecture, sizes.tp
     h, d = architecture.hidden_size, architecture.head_dim
     n, g = math.ceil(architecture.num_attention_heads / t), math.ceil(architecture.num_query_groups / t)
-    routed = experts_per_token(architecture) if num_experts(architecture) else 0
-    wide = 6 + (4 if sizes.bf16 else 0) + (4 if architecture.post_norms else 0) + 2 * routed
+    wide = 6 + (4 if sizes.bf16 else 0) + (4 if architecture.post_norms else 0) + 2 * architecture.experts_per_token
     values = wide * h / (t if sizes.parallel.sequence_parallel else 1)
-    values += 5 * experts_per_token(architecture) * architecture.ffn_hidden_size / t
+    values += 5 * max(1, architecture.experts_per_token) * architecture.ffn_hidden_size / t
     values += (5 if architecture.qk_norm else 3) * (n + g) * d
     kept = batch * length * values * sizes.value_bytes
     if architecture.attention_softcap is not None:
@@ -153,7 +154,7 @@ def forward_bytes(sizes: Sizes, *, batch: int, length: int) -> int:
     attention."""
     architecture, t = sizes.architecture, sizes.tp
     n, g = math.ceil(architecture.num_attention_heads / t), math.ceil(architecture.num_query_groups / t)
-    width = experts_per_token(architecture) * architecture.ffn_hidden_size / t
+    width = max(1, architecture.experts_per_token) * architecture.ffn_hidden_size / t
     mlp = 4 * width * sizes.value_bytes * batch * length
     attention = 3 * (n + g) * architecture.head_dim * sizes.value_bytes * batch * length
     if architecture.attention_softcap is not None:
@@ -162,11 +163,11 @@ def forward_bytes(sizes: Sizes, *, batch: int, length: int) -> int:
     return math.ceil(hidden + max(mlp, attention))
 
 
-def kv_cache_bytes(sizes: Sizes, *, batch: int, length: int) -> int:
-    """Keys and values of every layer of the fullest stage."""
+def kv_cache_bytes(sizes: Sizes, *, stage: int, batch: int, length: int) -> int:
+    """Keys and values of every layer of the stage."""
     architecture = sizes.architecture
     groups = math.ceil(architecture.num_query_groups / sizes.tp)
-    return 2 * batch * length * stage_layers(sizes) * groups * architecture.head_dim * sizes.value_bytes
+    return 2 * batch * length * stage_layers(sizes, stage) * groups * architecture.head_dim * sizes.value_bytes
 
 
 def optimizer_bytes(optimizer: str, *, bf16: bool) -> int:
@@ -198,7 +199,7 @@ def student_plan(
     """
     plans = []
     length = prompt_len + response_len
-    for stage in sorted({0, sizes.pp - 1}):
+    for stage in _stages(sizes):
         parameters = stage_parameters(sizes, stage=stage)
         last = stage == sizes.pp - 1
         held = {
@@ -211,14 +212,14 @@ def student_plan(
             logits = 4 * 4 * engine_batch_size * math.ceil(sizes.vocab_size / sizes.tp) if last else 0
             prefill = forward_bytes(sizes, batch=engine_batch_size, length=prompt_len)
             phases["rollout"] = {
-                "KV cache": kv_cache_bytes(sizes, batch=engine_batch_size, length=length),
+                "KV cache": kv_cache_bytes(sizes, stage=stage, batch=engine_batch_size, length=length),
                 "forward pass": max(prefill, logits),
             }
         if teacher is not None:
             held["teacher weights"] = teacher.value_bytes * stage_parameters(teacher, stage=stage)
             phases["teacher"] = {"forward pass": forward_bytes(teacher, batch=micro_batch_size, length=length)}
         in_flight = min(num_micro_batches, sizes.pp - stage)
-        layers = stage_layers(sizes) * layer_activation_bytes(sizes, batch=micro_batch_size, length=length)
+        layers = stage_layers(sizes, stage) * layer_activation_bytes(sizes, batch=micro_batch_size, length=length)
         phases["update"] = {"activations": in_flight * layers}
         if last:
             if shared_rows:
@@ -233,22 +234,21 @@ def student_plan(
     return max(plans, key=lambda plan: plan.peak)
 
 
-def teacher_plan(sizes: Sizes, *, micro_batch_size: int, length: int, on_gpu: bool) -> MemoryPlan:
-    """The rank of a teacher job that needs most: weights, and a forward pass of micro_batch_size whole sequences."""
+def teacher_plan(sizes: Sizes, *, tokens: int, length: int, on_gpu: bool) -> MemoryPlan:
+    """The rank of a teacher job that needs most: weights, and a forward pass of `tokens` in sequences of `length`."""
     plans = []
-    for stage in sorted({0, sizes.pp - 1}):
+    batch = max(1, tokens // length)
+    for stage in _stages(sizes):
         held = {"weights": stage_parameters(sizes, stage=stage) * sizes.value_bytes}
-        phases = {"forward": {"forward pass": forward_bytes(sizes, batch=micro_batch_size, length=length)}}
+        parts = {"forward pass": forward_bytes(sizes, batch=batch, length=length)}
         if stage == sizes.pp - 1:
-            shard = math.ceil(sizes.vocab_size / sizes.tp)
-            phases["forward"]["hidden states"] = (
-                micro_batch_size * length * sizes.architecture.hidden_size * (sizes.value_bytes + 4)
-            )
+            rows, columns = batch * length, math.ceil(sizes.vocab_size / sizes.tp)
+            parts["hidden states"] = rows * sizes.architecture.hidden_size * (sizes.value_bytes + 4)
             tile = 4096  # of rows and of columns, as losses.label_statistics makes them
-            phases["forward"]["logits"] = 12 * min(tile, micro_batch_size * length) * min(tile, shard)
+            parts["logits"] = 12 * min(tile, rows) * min(tile, columns)
         held = held | ({"GPU context": GPU_CONTEXT} if on_gpu else {})
         total = total_parameters(sizes.architecture, vocab_size=sizes.vocab_size)
-        plans.append(MemoryPlan(held=held, phases=phases, num_parameters=total))
+        plans.append(MemoryPlan(held=held, phases={"scoring": parts}, num_parameters=total))
     return max(plans, key=lambda plan: plan.peak)
 
 

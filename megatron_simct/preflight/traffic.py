@@ -31,7 +31,7 @@ def step_traffic(
     prompt_len: int,
     teacher_labels: int,
     rows: int,
-    hidden_size: int,
+    hidden_row_bytes: int,
     vocab_size: int,
 ) -> Traffic:
     """teacher_labels, rows: labels of a response in the teacher's tokens, and those whose hidden state is wanted."""
@@ -39,7 +39,7 @@ def step_traffic(
         return Traffic(requests=0, answers=0, logits=0)
     answer = LABEL_BYTES * teacher_labels
     if needs.hidden_rows != "none":
-        answer += 2 * hidden_size * rows
+        answer += hidden_row_bytes * rows
     if needs.byte_events:
         answer += BYTE_EVENT_BYTES * teacher_labels
     return Traffic(

@@ -73,7 +73,8 @@ class ReplayEngine:
     """Writes each batch of rollouts as one file per model replica, or answers from such files.
 
     The files do not depend on the layout that wrote them: a reader takes its own samples from all files of a step.
-    One file is a JSON document with the records of one step, named by the step and the data-parallel rank.
+    One file is a JSON document with the records of one call, named by the step, the data-parallel rank, and which of
+    the step's calls it was.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class ReplayEngine:
         self._load_dir = Path(load_dir) if load_dir else None
         self._dp_rank = dp_rank
         self._writes = writes
-        self._step = 0
+        self._step = self._call = 0
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
         if self._load_dir is not None:
@@ -96,12 +97,13 @@ class ReplayEngine:
         return rollouts
 
     def publish(self, weight_version: int) -> None:
-        self._step = weight_version
+        self._step, self._call = weight_version, 0
         self._engine.publish(weight_version)
 
     def _save(self, rollouts: Sequence[Rollout]) -> None:
         assert self._save_dir is not None
-        write_rollouts(self._save_dir, rollouts, step=self._step, dp_rank=self._dp_rank)
+        write_rollouts(self._save_dir, rollouts, step=self._step, dp_rank=self._dp_rank, call=self._call)
+        self._call += 1
 
     def _load(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         assert self._load_dir is not None
@@ -118,10 +120,10 @@ class ReplayEngine:
         return [rollouts[prompt.sample_id] for prompt in prompts]
 
 
-def write_rollouts(folder: Path, rollouts: Sequence[Rollout], *, step: int, dp_rank: int) -> None:
-    """The file of one step and one model replica that ReplayEngine reads."""
+def write_rollouts(folder: Path, rollouts: Sequence[Rollout], *, step: int, dp_rank: int, call: int = 0) -> None:
+    """A file of one step and one model replica that ReplayEngine reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"rollout_{step}.{dp_rank}.json"
+    path = folder / (f"rollout_{step}.{dp_rank}.{call}.json" if call else f"rollout_{step}.{dp_rank}.json")
     rows = [
         {
             "sample_id": r.sample_id,

@@ -13,6 +13,10 @@ import torch
 from megatron_simct.records import AlignedPair, ScoredPair
 
 
+class TeacherError(RuntimeError):
+    """The teacher refuses, or has not answered in time. Every rank raises it, and no weight has changed."""
+
+
 class TeacherScorer(Protocol):
     """Anything that scores the teacher's tokens of a response."""
 

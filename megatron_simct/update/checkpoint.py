@@ -32,12 +32,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import megatron_simct
-from megatron_simct.models.build import HiddenStateModel, InterleavedModel
+from megatron_simct.models.build import HiddenStateModel, InterleavedModel, padded_vocab_size
+from megatron_simct.models.families import Architecture
 from megatron_simct.parallel.cpu import megatron_imports
+from megatron_simct.parallel.initialize import Groups
 
 with megatron_imports():
     from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -111,7 +113,7 @@ class Checkpoints:
         Raises ValueError, naming the flag and the directory, where there is none, where it holds weights only, or
         where it belongs to another model, tokenizer or alignment map.
         """
-        iteration, path = _newest(directory, flag="--load")
+        iteration, path = newest_checkpoint(directory, flag="--load")
         try:
             run = json.loads((path / RUN_FILE).read_text())
         except OSError:
@@ -189,14 +191,40 @@ def load_weights(model: HiddenStateModel | InterleavedModel, directory: str, *, 
 
     Raises ValueError, naming the flag and the directory, where there is none or it belongs to another model.
     """
-    iteration, path = _newest(directory, flag=flag)
+    iteration, path = newest_checkpoint(directory, flag=flag)
     model.load_state_dict(_read({"model": model.sharded_state_dict()}, path, flag=flag)["model"])
     return iteration
 
 
+def load_output_shard(
+    architecture: Architecture, directory: str, *, groups: Groups, divisible_by: int, dtype: torch.dtype, flag: str
+) -> torch.Tensor:
+    """This rank's rows [W, H] of the LM head in DIR's newest checkpoint, and nothing else of it.
+
+    Collective over the whole job. ValueError as load_weights.
+    """
+    _, path = newest_checkpoint(directory, flag=flag)
+    width = padded_vocab_size(architecture.vocab_size, divisible_by=divisible_by, tp_size=groups.tp_size)
+    key = "embedding.word_embeddings.weight" if architecture.tied_embeddings else "output_layer.weight"
+    rows = torch.zeros(width // groups.tp_size, architecture.hidden_size, dtype=dtype)
+    wanted = ShardedTensor.from_rank_offsets(
+        key,
+        rows,
+        (0, groups.tp_rank, groups.tp_size),
+        replica_id=(int(not groups.is_last_stage), 0, groups.dp_rank),
+        allow_shape_mismatch=True,  # the padding depends on the layout that wrote it
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return dist_checkpointing.load({key: wanted}, str(path))[key]
+    except (Exception, CheckpointException) as error:
+        raise ValueError(f"{flag} {path}: does not fit this model ({_reason(error)})") from error
+
+
 def stored_dtype(directory: str, *, flag: str) -> torch.dtype:
     """Of the weights of DIR's newest checkpoint; float32 where they are mixed. ValueError as load_weights."""
-    iteration, path = _newest(directory, flag=flag)
+    iteration, path = newest_checkpoint(directory, flag=flag)
     try:
         metadata = FileSystemReader(str(path)).read_metadata().state_dict_metadata
     except (OSError, ValueError, CheckpointException) as error:
@@ -209,7 +237,8 @@ def stored_dtype(directory: str, *, flag: str) -> torch.dtype:
     return found.pop() if len(found) == 1 else torch.float32
 
 
-def _newest(directory: str, *, flag: str) -> tuple[int, Path]:
+def newest_checkpoint(directory: str, *, flag: str) -> tuple[int, Path]:
+    """Its iteration and its folder. ValueError, naming the flag, where there is none."""
     try:
         iteration = int((Path(directory) / TRACKER).read_text())
     except (OSError, ValueError):

@@ -1,0 +1,70 @@
+"""What both jobs must agree on before the first request, as short values that either of them may not know (None)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_simct.alignment import Tokenizer
+from megatron_simct.config import ModelConfig
+from megatron_simct.models.families import Architecture
+from megatron_simct.models.hf_load import find_weights, weight_files
+from megatron_simct.update.checkpoint import newest_checkpoint
+
+_SAMPLE = 1 << 16
+
+
+def fingerprints(
+    options: ModelConfig,
+    architecture: Architecture,
+    tokenizer: Tokenizer,
+    *,
+    longest: int,
+    student: Tokenizer | None = None,
+    alignment_map: str | None = None,
+) -> dict[str, Any]:
+    """Of a teacher, as one of the jobs sees it. `longest` counts where LongRoPE does: see Rotary."""
+    has_two_ropes = any(rope.kind == "longrope" for rope in architecture.ropes)
+    return {
+        "hidden_size": architecture.hidden_size,
+        "teacher_vocabulary": tokenizer.table.num_ids,
+        "teacher_tokenizer": tokenizer.table.fingerprint,
+        "teacher_config": hashlib.sha256(json.dumps(asdict(architecture), default=str).encode()).hexdigest(),
+        "teacher_weights": weights_fingerprint(options, flag="--teacher-hf-checkpoint"),
+        "longest_sequence": longest if has_two_ropes else None,
+        "student_tokenizer": student.table.fingerprint if student is not None else None,
+        "alignment_map": alignment_map,
+    }
+
+
+def weights_fingerprint(options: ModelConfig, *, flag: str) -> str | None:
+    """Names and sizes of the files with the weights, and three samples of each; None without weights.
+
+    Enough to tell checkpoints and revisions apart without reading hundreds of gigabytes; it is no proof that two files
+    are equal in every byte.
+    """
+    if options.pretrained_checkpoint is not None:
+        _, path = newest_checkpoint(options.pretrained_checkpoint, flag="--teacher-pretrained-checkpoint")
+        files = sorted(p for p in path.rglob("*") if p.suffix == ".distcp" or p.name == ".metadata")
+    elif find_weights(options.hf_checkpoint, flag=flag) is not None:
+        files = weight_files(options.hf_checkpoint, flag=flag)
+    else:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        for piece in _pieces(file):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    size = path.stat().st_size
+    yield f"{path.name} {size}\n".encode()
+    with path.open("rb") as file:
+        for begin in sorted({0, max(0, size // 2 - _SAMPLE // 2), max(0, size - _SAMPLE)}):
+            file.seek(begin)
+            yield file.read(_SAMPLE)

@@ -1,0 +1,189 @@
+"""What the two jobs say to each other: one message is a msgpack header, raw frames of numbers, and a checksum.
+
+    [header, frame, ..., frame, crc32 of all that]
+    header = {version, kind, fields, frames: [[name, type, shape], ...]}
+
+Nothing is ever unpickled. Both ends decode with the same `decode`: sizes first, then checksum, version, and the schema
+of the kind: which fields, which frames, their types, and lengths that must agree. What does not fit is a WireError.
+
+    hello     student -> teacher   fingerprints of what both must share; sent again as a sign of life
+    welcome   teacher -> student   the same of the teacher, which life of the replica this is, and its status
+    score     student -> teacher   one sample's tokens, and what is wanted of them
+    scored    teacher -> student   what was wanted
+    returned  teacher -> student   the request is handed back unanswered: the teacher stops, or its queue is full
+    refused   teacher -> student   a hello or a request that will never be answered, and why
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+import numpy as np
+
+VERSION = 1
+"""Of the protocol. Ends of different versions refuse each other."""
+
+MAX_HEADER_BYTES = 1 << 16
+MAX_FRAME_BYTES = 1 << 30
+"""Of one frame; sockets are told too (ZMQ_MAXMSGSIZE), so that a longer one ends the connection unread."""
+
+_DTYPES = {
+    "int32": np.dtype("<i4"),
+    "int8": np.dtype("i1"),
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype("<u2"),  # its bits: numpy has no such type
+}
+
+
+class WireError(ValueError):
+    """Bytes that are no message of this protocol."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One message, as it was before it was encoded."""
+
+    kind: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    frames: Mapping[str, tuple[str, np.ndarray]] = field(default_factory=dict)
+    """Type on the wire, a key of _DTYPES, and numbers, by name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Schema:
+    fields: Mapping[str, type]
+    frames: Mapping[str, tuple[tuple[str, ...], str]] = field(default_factory=dict)
+    """Types that are allowed, and a letter a dimension: the same letter is the same length."""
+    together: tuple[tuple[str, ...], ...] = ()
+    """Frames that may be left out, but only all of a group."""
+
+
+_BYTE_SIDE = ("segment_row", "segment_start", "entry_slot", "entry_segment", "last_row")
+_SCHEMAS = {
+    "hello": _Schema(fields={"fingerprints": dict}),
+    "welcome": _Schema(fields={"fingerprints": dict, "life": str, "status": dict}),
+    "score": _Schema(
+        fields={"request": int, "sample_id": int, "hidden": bool},
+        frames={
+            "prompt_ids": (("int32",), "p"),
+            "label_ids": (("int32",), "m"),
+            "rows": (("int32",), "r"),
+            **dict(zip(_BYTE_SIDE, [(("int32",), letter) for letter in "ggxxe"], strict=True)),
+        },
+        together=(_BYTE_SIDE,),
+    ),
+    "scored": _Schema(
+        fields={"request": int, "sample_id": int},
+        frames={
+            "own_logit": (("float32",), "m"),
+            "lse": (("float32",), "m"),
+            "hidden": (("float32", "bfloat16", "int8"), "rh"),
+            "scale": (("float32",), "r"),
+            "byte_logprobs": (("float32", "float16"), "e"),
+        },
+        together=(("hidden",), ("scale",), ("byte_logprobs",)),
+    ),
+    "returned": _Schema(fields={"request": int, "reason": str}),
+    "refused": _Schema(fields={"request": int, "reason": str}),
+}
+
+
+def encode(message: Message) -> list[bytes | memoryview]:
+    """The message as parts that a socket sends. The frames' memory is not copied where it is contiguous."""
+    arrays = [
+        (name, dtype, np.ascontiguousarray(array, dtype=_DTYPES[dtype]))
+        for name, (dtype, array) in message.frames.items()
+    ]
+    header = {
+        "version": VERSION,
+        "kind": message.kind,
+        "fields": dict(message.fields),
+        "frames": [[name, dtype, list(array.shape)] for name, dtype, array in arrays],
+    }
+    parts: list[bytes | memoryview] = [msgpack.packb(header)]
+    parts += [memoryview(array).cast("B") if array.size else b"" for _, _, array in arrays]
+    return [*parts, _checksum(parts)]
+
+
+def decode(parts: Sequence[bytes | memoryview]) -> Message:
+    """The message of these parts; its arrays share their memory. WireError, in one line, for anything else."""
+    if len(parts) < 2:
+        raise WireError(f"{len(parts)} parts are no message")
+    header, frames, checksum = parts[0], parts[1:-1], parts[-1]
+    if len(header) > MAX_HEADER_BYTES:
+        raise WireError(f"a header of {len(header)} bytes, at most {MAX_HEADER_BYTES}")
+    try:
+        values = msgpack.unpackb(header, strict_map_key=True, raw=False)
+    except Exception as error:  # of several unrelated types
+        raise WireError(f"the header is not msgpack ({type(error).__name__})") from None
+    if not isinstance(values, dict) or not isinstance(values.get("version"), int):
+        raise WireError("the header names no version")
+    if values["version"] != VERSION:
+        raise WireError(f"protocol version {values['version']}; this end speaks {VERSION}")
+    if bytes(checksum) != _checksum(parts[:-1]):
+        raise WireError("the checksum does not fit")
+    if values.keys() != {"version", "kind", "fields", "frames"} or values["kind"] not in _SCHEMAS:
+        raise WireError("the header is of no known kind")
+    schema = _SCHEMAS[values["kind"]]
+    _check_fields(values["kind"], values["fields"], schema)
+    return Message(
+        kind=values["kind"], fields=values["fields"], frames=_arrays(values["kind"], values["frames"], frames, schema)
+    )
+
+
+def num_bytes(parts: Sequence[bytes | memoryview]) -> int:
+    """Of a message on the wire, without what ZeroMQ adds."""
+    return sum(len(part) for part in parts)
+
+
+def _checksum(parts: Sequence[bytes | memoryview]) -> bytes:
+    value = 0
+    for part in parts:
+        value = zlib.crc32(part, value)
+    return value.to_bytes(4, "little")
+
+
+def _check_fields(kind: str, fields: Any, schema: _Schema) -> None:
+    if not isinstance(fields, dict) or fields.keys() != schema.fields.keys():
+        raise WireError(f"{kind} has not the fields {', '.join(schema.fields)}")
+    for name, wanted in schema.fields.items():
+        if type(fields[name]) is not wanted:
+            raise WireError(f"{kind}: {name} is no {wanted.__name__}")
+
+
+def _arrays(
+    kind: str, specs: Any, frames: Sequence[bytes | memoryview], schema: _Schema
+) -> dict[str, tuple[str, np.ndarray]]:
+    if not isinstance(specs, list) or len(specs) != len(frames):
+        raise WireError(f"{kind}: the header does not describe its {len(frames)} frames")
+    arrays: dict[str, tuple[str, np.ndarray]] = {}
+    lengths: dict[str, int] = {}
+    for spec, frame in zip(specs, frames, strict=True):
+        if not (isinstance(spec, list) and len(spec) == 3 and isinstance(spec[0], str) and isinstance(spec[2], list)):
+            raise WireError(f"{kind}: a frame is not described by name, type and shape")
+        name, dtype, shape = spec
+        if name not in schema.frames or name in arrays:
+            raise WireError(f"{kind} has no frame {name[:40]!r}, or has it twice")
+        allowed, letters = schema.frames[name]
+        if dtype not in allowed or len(shape) != len(letters):
+            raise WireError(f"{kind}: {name} is not {' or '.join(allowed)} of {len(letters)} dimensions")
+        for letter, length in zip(letters, shape, strict=True):
+            if type(length) is not int or length < 0 or lengths.setdefault(letter, length) != length:
+                raise WireError(f"{kind}: the shape of {name} does not fit")
+        if math.prod(shape) * _DTYPES[dtype].itemsize != len(frame) or len(frame) > MAX_FRAME_BYTES:
+            raise WireError(f"{kind}: {name} has {len(frame)} bytes, its shape {shape} others")
+        arrays[name] = dtype, np.frombuffer(frame, dtype=_DTYPES[dtype]).reshape(shape)
+    optional = {name for group in schema.together for name in group}
+    missing = [name for name in schema.frames if name not in arrays and name not in optional]
+    if missing:
+        raise WireError(f"{kind} lacks {', '.join(missing)}")
+    for group in schema.together:
+        if 0 < sum(name in arrays for name in group) < len(group):
+            raise WireError(f"{kind} has only some of {', '.join(group)}")
+    return arrays

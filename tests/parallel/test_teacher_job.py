@@ -1,0 +1,185 @@
+"""A teacher in another job scores as the colocated one does, whatever the layouts of the two jobs."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+
+import megatron_simct.job
+from megatron_simct.job import build_job
+from megatron_simct.parallel.initialize import process_groups
+from megatron_simct.teacher.client import Patience
+from megatron_simct.train import train
+from tests.distributed import run_ranks
+from tests.runs import assert_same_run, run
+from tests.teacher_jobs import TeacherJob
+from tests.tiny import command_line, config
+
+INTERFACES = ("paper", "code", "strict", "alm", "bytes")
+TEACHERS = {"one": (1, 1), "tp2": (2, 1), "pp2": (1, 2), "tp2 x pp2": (2, 2)}
+STUDENTS = {"one": (1, 1), "tp2": (2, 1), "pp2": (1, 2)}
+
+
+def layout(tp: int, pp: int) -> tuple[str, ...]:
+    return ("--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp))
+
+
+def _run(rank, world_size, folder, *flags):
+    """Loss sums and gradient norm of each step, as this rank saw them, and what its client has counted."""
+    megatron_simct.job.Patience = partial(Patience, hello_s=0.2, silence_s=2.0, again_s=5.0, look_s=0.1)
+    resolved = config(folder, *flags)
+    reports = []
+    with process_groups(resolved.parallel, seed=resolved.training.seed) as groups:
+        job = build_job(resolved, groups)
+        step = job.updater.step
+
+        def recording_step(batches):
+            reports.append(step(batches))
+            return reports[-1]
+
+        job.updater.step = recording_step
+        train(job)
+        counts = dict(job.teacher._client.counts) if getattr(job.teacher, "_client", None) else {}
+    return [(r.sums, r.grad_norm) for r in reports], counts
+
+
+@pytest.fixture(scope="module")
+def colocated(tiny, weights, tmp_path_factory):
+    """One process, both models: its rollouts and what it trained, by interface."""
+    rollouts = tmp_path_factory.mktemp("rollouts")
+    return rollouts, {
+        interface: run_ranks(
+            1,
+            _run,
+            tiny,
+            *(*weights, "--simct-interface", interface, "--save-debug-rollout-data", str(rollouts / interface)),
+        )[0]
+        for interface in INTERFACES
+    }
+
+
+def assert_same(results, colocated, *, tolerance: float):
+    reference, _ = colocated
+    assert len(reference) == 2
+    for steps, _ in results:
+        for (sums, grad_norm), (wanted, wanted_norm) in zip(steps, reference, strict=True):
+            assert sums.keys() == wanted.keys()
+            assert wanted["loss"] > 0.1 and wanted_norm > 0.01
+            for name, value in wanted.items():
+                assert math.isclose(sums[name], value, rel_tol=tolerance, abs_tol=10 * tolerance), name
+            assert math.isclose(grad_norm, wanted_norm, rel_tol=tolerance)
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_every_layout_of_both_jobs_and_every_interface(tiny, weights, colocated, tmp_path, teacher):
+    rollouts, expected = colocated
+    tp, pp = TEACHERS[teacher]
+    flags = (*layout(tp, pp), "--teacher-hidden-dtype", "fp32", "--max-tokens-per-batch", "128")
+    with TeacherJob(tiny, weights, tmp_path, *flags, world_size=tp * pp):
+        for student, (student_tp, student_pp) in STUDENTS.items():
+            for interface in INTERFACES if student == "tp2" or teacher == "one" else ("paper", "bytes"):
+                results = run_ranks(
+                    student_tp * student_pp,
+                    _run,
+                    tiny,
+                    *weights,
+                    *("--simct-interface", interface, *layout(student_tp, student_pp)),
+                    *("--load-debug-rollout-data", str(rollouts / interface), "--teacher-endpoint", str(tmp_path)),
+                )
+                assert_same(results, expected[interface], tolerance=1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("bf16", 5e-3), ("int8", 1e-2)])
+def test_rounded_hidden_states(tiny, weights, colocated, tmp_path, dtype, tolerance):
+    rollouts, expected = colocated
+    with TeacherJob(tiny, weights, tmp_path, "--teacher-hidden-dtype", dtype):
+        for interface in ("paper", "bytes"):
+            ((steps, counts),) = run_ranks(1, _run, tiny, *_remote(weights, rollouts, interface, tmp_path))
+            assert_same([(steps, counts)], expected[interface], tolerance=tolerance)
+            exact = expected[interface][0][0][0]["teacher_nll_sum"]
+            assert 0 < abs(steps[0][0]["teacher_nll_sum"] - exact) < 1e-2 * exact, "nothing was rounded"
+
+
+def _remote(weights, rollouts, interface, run_dir, *flags):
+    return (
+        *(*weights, "--simct-interface", interface, "--load-debug-rollout-data", str(rollouts / interface)),
+        *("--teacher-endpoint", str(run_dir), *flags),
+    )
+
+
+def test_between_hosts_with_keys_in_waves_and_by_two_students(tiny, weights, colocated, tmp_path):
+    rollouts, expected = colocated
+    flags = ("--bind", "tcp://127.0.0.1", "--teacher-hidden-dtype", "fp32")
+    with TeacherJob(tiny, weights, tmp_path, *flags) as teacher:
+        waves = _remote(weights, rollouts, "paper", tmp_path, "--rollout-wave-size", "3")
+        assert_same(run_ranks(2, _run, tiny, *waves), expected["paper"], tolerance=1e-5)
+        key = str(teacher.folder / "client_key.json")
+        by_hand = _remote(weights, rollouts, "paper", teacher.endpoint.address, "--teacher-client-key", key)
+        assert_same(run_ranks(1, _run, tiny, *by_hand), expected["paper"], tolerance=1e-5)
+
+
+# Faults; those without a model are in tests/unit/test_teacher_faults.py
+
+
+@pytest.mark.parametrize("world_size, tp", [(1, 1), (2, 2)])
+def test_a_teacher_that_is_killed_in_a_request_and_started_again(tiny, weights, colocated, tmp_path, world_size, tp):
+    rollouts, expected = colocated
+    flags = (*layout(tp, 1), "--teacher-hidden-dtype", "fp32", "--max-tokens-per-batch", "64")
+    with TeacherJob(tiny, weights, tmp_path, *flags, world_size=world_size, die_at=4, again=True):
+        ((steps, counts),) = run_ranks(1, _run, tiny, *_remote(weights, rollouts, "paper", tmp_path))
+    assert_same([(steps, counts)], expected["paper"], tolerance=1e-5)
+    assert counts["answers"] == 16 and counts["again"] > 0
+
+
+def test_one_of_two_replicas_is_killed(tiny, weights, colocated, tmp_path):
+    rollouts, expected = colocated
+    flags = ("--teacher-hidden-dtype", "fp32", "--max-tokens-per-batch", "64")
+    with TeacherJob(tiny, weights, tmp_path, *flags, die_at=1), TeacherJob(tiny, weights, tmp_path, *flags):
+        remote = _remote(weights, rollouts, "paper", tmp_path, "--teacher-window-tokens", "64")
+        ((steps, counts),) = run_ranks(1, _run, tiny, *remote)
+    assert_same([(steps, counts)], expected["paper"], tolerance=1e-5)
+    assert counts["answers"] == 16 and counts["again"] > 0
+
+
+def test_a_teacher_that_never_returns_leaves_a_checkpoint_to_go_on_from(tiny, weights, tmp_path):
+    """One clear line and exit code 1, on every rank; with a teacher again, the run ends as an undisturbed one."""
+    argv = [*command_line(tiny, *weights), "--teacher-endpoint", str(tmp_path), "--simct-interface", "bytes"]
+    argv += ["--tensor-model-parallel-size", "2", "--teacher-timeout-minutes", "0.1"]
+    folders = {}
+    for name in ("whole", "broken"):
+        folders[name] = tmp_path / name
+        save = str(folders[name] / "save")
+        argv_of = [*argv, "--run-dir", str(folders[name] / "run"), "--save", save, "--load", save]
+        if name == "broken":
+            with TeacherJob(tiny, weights, tmp_path, "--teacher-hidden-dtype", "fp32", die_at=9):
+                results = run_ranks(2, run, argv_of)
+            for rank, (code, _, err) in enumerate(results):
+                assert code == 1 and err.count("\n") == 1, err
+                assert err.startswith(f"megatron_simct.train: error on rank {rank}: --teacher-endpoint {tmp_path}: 8 ")
+                assert "no answer has come for 0.1 minutes (--teacher-timeout-minutes)" in err
+                assert f"saved after iteration 1: --load {save}" in err
+        with TeacherJob(tiny, weights, tmp_path, "--teacher-hidden-dtype", "fp32"):
+            for code, _, err in run_ranks(2, run, argv_of):
+                assert code == 0, err
+    assert_same_run(folders["broken"], folders["whole"])
+
+
+def test_what_cannot_work_is_one_line_that_names_the_flag(tiny, weights, tmp_path):
+    for more, words in (
+        (["--teacher-timeout-minutes", "10"], ["--teacher-timeout-minutes (10)", "--distributed-timeout-minutes (10)"]),
+        (["--teacher-endpoint", "a", "b"], ["--teacher-endpoint a b", "one directory, or addresses only"]),
+        (["--teacher-timeout-minutes", "0.02"], ["no teacher for 0.02 minutes", "none was found"]),
+    ):
+        argv = [*command_line(tiny, *weights), "--teacher-endpoint", str(tmp_path), *more]
+        ((code, _, err),) = run_ranks(1, run, argv)
+        assert code == 1 and err.count("\n") == 1 and err.startswith("megatron_simct.train: error: ")
+        for word in words:
+            assert word in err
+    with TeacherJob(tiny, weights, tmp_path):
+        argv = [*command_line(tiny, *weights, "--teacher-stop-token-ids", "1"), "--teacher-endpoint", str(tmp_path)]
+        for rank, (code, _, err) in enumerate(run_ranks(2, run, argv)):
+            assert code == 1 and err.count("\n") == 1, err
+            assert f"error on rank {rank}: --teacher-endpoint {tmp_path}: replica" in err
+            assert "refuses: teacher tokenizer: " in err

@@ -1,0 +1,252 @@
+"""What goes wrong between the two jobs costs time and nothing else: every sample is answered once, with its own answer.
+
+The teacher here has no model. tests/parallel/test_teacher_job.py kills real ones.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from megatron_simct.teacher.client import TeacherClient
+from megatron_simct.teacher.endpoints import publish, withdraw
+from megatron_simct.teacher.forward import TeacherRequest
+from megatron_simct.teacher.payload import read_scored
+from megatron_simct.teacher.scorer import TeacherError
+from tests.teacher_jobs import FAST, BadLine, ModelFreeTeacher, collect, make_request, open_client, same_answer
+
+SEEDS = range(int(os.environ.get("TEACHER_FAULT_SEEDS", "10")))
+FAULTS = {
+    "drop": {"drop": 0.2},
+    "delay": {"delay": 0.3},
+    "duplicate": {"duplicate": 0.5},
+    "reorder": {"reorder": 0.5},
+    "garble": {"garble": 0.2},
+    "all": {"drop": 0.1, "delay": 0.1, "duplicate": 0.2, "reorder": 0.3, "garble": 0.1},
+}
+
+
+def requests_of(seed: int, count: int = 24) -> list[TeacherRequest]:
+    rng = np.random.default_rng(seed)
+    return [make_request(rng, sample_id) for sample_id in range(count)]
+
+
+def assert_each_once(scored, requests):
+    assert sorted(s.sample_id for s in scored) == [r.sample_id for r in requests]
+    by_id = {r.sample_id: r for r in requests}
+    assert all(same_answer(s, by_id[s.sample_id]) for s in scored)
+
+
+def nothing_left(client: TeacherClient) -> bool:
+    """No second answer of any sample has come up."""
+    time.sleep(0.05)
+    return client._results.empty() and not client._open
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_line(tmp_path, fault):
+    done, counts = 0, dict.fromkeys(("again", "late", "malformed"), 0)
+    for seed in SEEDS:
+        behind, front = tmp_path / f"{seed}/behind", tmp_path / f"{seed}/front"
+        with ModelFreeTeacher(behind) as teacher:
+            line = BadLine(front, teacher.door.endpoint, seed=seed, shares=FAULTS[fault])
+            line.start()
+            client = open_client(front, patience=replace(FAST, again_s=0.3))
+            requests = requests_of(seed)
+            assert_each_once(collect(client, requests), requests)
+            assert nothing_left(client)
+            client.close()
+            line.close()
+            done += sum(line.done.values())
+            for name in counts:
+                counts[name] += client.counts[name]
+            counts["malformed"] += teacher.door.status()["malformed"]
+    assert done > 5 * len(SEEDS), "the line did not misbehave"
+    if fault in ("drop", "delay", "all"):
+        assert counts["again"] > 0
+    if fault in ("delay", "duplicate", "all"):
+        assert counts["late"] > 0
+    if fault in ("garble", "all"):
+        assert counts["malformed"] > 0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_replica_that_stalls_and_wakes(tmp_path, seed):
+    """It greets but does not answer; the other does its work too. What it says when it wakes is late."""
+    with ModelFreeTeacher(tmp_path) as one, ModelFreeTeacher(tmp_path, delay_s=0.005) as other:
+        client = open_client(tmp_path)
+        _until(lambda: len(client.status()) == 2)
+        one.stall()
+        requests = requests_of(seed)
+        assert_each_once(collect(client, requests), requests)
+        assert client.counts["again"] > 0 and one.answered == []
+        one.wake()
+        _until(lambda: client.counts["late"] > 0)
+        again = requests_of(seed + 100)
+        assert_each_once(collect(client, again), again)
+        assert nothing_left(client)
+        assert one.answered and other.answered, "both work again"
+        client.close()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_replica_that_stops_hands_back_what_it_has_not_begun(tmp_path, seed):
+    with ModelFreeTeacher(tmp_path, delay_s=0.01) as one, ModelFreeTeacher(tmp_path) as other:
+        client = open_client(tmp_path, window_tokens=100_000)
+        _until(lambda: len(client.status()) == 2)
+        requests = requests_of(seed)
+        for request in requests:
+            client.submit(request)
+        _until(lambda: len(one.answered) > 0)
+        one.stop()
+        scored = [read_scored(client.next()[1]) for _ in requests]
+        assert_each_once(scored, requests)
+        assert one.door.status()["handed_back"] == client.counts["handed_back"] > 0
+        assert client.counts["again"] == 0, "nothing had to time out"
+        assert not (tmp_path / f"{one.door.endpoint.replica}.json").exists()
+        assert nothing_left(client) and other.answered
+        client.close()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_restart_at_another_address(tmp_path, seed):
+    """The first replica vanishes with its work; another life of it opens elsewhere, under the same name."""
+    one = ModelFreeTeacher(tmp_path, name="replica")
+    client = open_client(tmp_path)
+    client.meet()
+    one.stall()
+    requests = requests_of(seed)
+    for request in requests:
+        client.submit(request)
+    _until(lambda: one.door.status()["queue"] > 0)
+    with ModelFreeTeacher(tmp_path, name="replica"):
+        scored = [read_scored(client.next()[1]) for _ in requests]
+        assert_each_once(scored, requests)
+        assert client.counts["again"] > 0 and one.answered == []
+        client.close()
+    one.stop()
+
+
+def test_another_life_at_the_same_address(tmp_path):
+    """What the first life held is asked for at once, without waiting for its silence."""
+    with ModelFreeTeacher(tmp_path) as teacher:
+        patience = replace(FAST, again_s=60.0, silence_s=60.0)
+        client = open_client(tmp_path, patience=patience)
+        client.meet()
+        teacher.stall()
+        requests = requests_of(0)
+        for request in requests:
+            client.submit(request)
+        _until(lambda: teacher.door.status()["queue"] > 0)
+        with teacher.door._condition:  # it forgets everything, as a process that is started anew
+            teacher.door._queue.clear()
+            teacher.door._welcome.clear()
+            teacher.door.endpoint = replace(teacher.door.endpoint, life="another")
+        teacher.wake()
+        scored = [read_scored(client.next()[1]) for _ in requests]
+        assert_each_once(scored, requests)
+        client.close()
+
+
+def test_replicas_that_join_are_found_and_share_the_work(tmp_path):
+    with ModelFreeTeacher(tmp_path, delay_s=0.01) as one:
+        client = open_client(tmp_path, window_tokens=30)
+        requests = requests_of(3, count=120)
+        for request in requests:
+            client.submit(request)
+        _until(lambda: len(one.answered) > 5)
+        with ModelFreeTeacher(tmp_path, delay_s=0.01) as other:
+            scored = [read_scored(client.next()[1]) for _ in requests]
+            assert_each_once(scored, requests)
+            assert len(other.answered) > 20 and len(one.answered) > 20
+        client.close()
+
+
+def test_a_replica_gets_no_more_than_the_window(tmp_path):
+    with ModelFreeTeacher(tmp_path) as teacher:
+        teacher.stall()
+        client = open_client(tmp_path, window_tokens=50, patience=replace(FAST, again_s=60))
+        client.meet()
+        requests = requests_of(1, count=40)
+        for request in requests:
+            client.submit(request)
+        _until(lambda: teacher.door.status()["queue"] > 0)
+        time.sleep(0.3)
+        with teacher.door._condition:
+            held = sum(work.request.num_tokens for work in teacher.door._queue.values())
+        assert held <= 50
+        teacher.wake()
+        assert_each_once([read_scored(client.next()[1]) for _ in requests], requests)
+        client.close()
+
+
+def test_a_client_that_is_killed_leaves_nothing_behind(tmp_path):
+    with ModelFreeTeacher(tmp_path, forget_s=0.5) as teacher:
+        teacher.stall()
+        gone = open_client(tmp_path, window_tokens=100_000)
+        gone.meet()
+        for request in requests_of(0):
+            gone.submit(request)
+        _until(lambda: teacher.door.status()["queue"] == 24)
+        gone._send = lambda *_: None  # from here on it says nothing
+        _until(lambda: teacher.door.status()["clients"] == 0)
+        status = teacher.door.status()
+        assert status["queue"] == 0 and teacher.door._queued_bytes == 0
+        gone.close()
+        teacher.wake()
+        client = open_client(tmp_path)
+        requests = requests_of(1)
+        assert_each_once(collect(client, requests), requests)
+        client.close()
+
+
+def test_a_teacher_that_never_answers_is_one_error_after_the_time_out(tmp_path):
+    client = open_client(tmp_path, patience=replace(FAST, timeout_s=0.6))
+    with pytest.raises(
+        TeacherError, match="no teacher for 0.01 minutes .*none was found; start the teacher and resume"
+    ):
+        client.meet()
+    client.close()
+    with ModelFreeTeacher(tmp_path) as teacher:
+        client = open_client(tmp_path, patience=replace(FAST, timeout_s=3))
+        client.meet()
+        teacher.stall()
+        client.submit(requests_of(0)[0])
+        with pytest.raises(
+            TeacherError, match=r"1 samples are unanswered .*0.05 minutes .*ipc://.*last heard \d s ago"
+        ):
+            client.next()
+        client.close()
+
+
+def test_addresses_may_be_given_by_hand(tmp_path):
+    with ModelFreeTeacher(tmp_path) as teacher:
+        client = open_client(None, addresses=[teacher.door.endpoint.address])
+        requests = requests_of(5)
+        assert_each_once(collect(client, requests), requests)
+        client.close()
+
+
+def test_a_killed_replica_of_this_host_is_forgotten_by_the_next(tmp_path):
+    with ModelFreeTeacher(tmp_path) as teacher:
+        dead = replace(teacher.door.endpoint, replica="dead", pid=2**22 + 1)
+        elsewhere = replace(dead, replica="elsewhere", host="another")
+        for endpoint in (dead, elsewhere):
+            (tmp_path / f"{endpoint.replica}.json").write_text("{}")
+            publish(tmp_path, endpoint)
+        publish(tmp_path, teacher.door.endpoint)
+        assert not (tmp_path / "dead.json").exists()
+        assert (tmp_path / "elsewhere.json").exists()
+        withdraw(tmp_path, replace(elsewhere, life="an earlier one"))
+        assert (tmp_path / "elsewhere.json").exists()
+
+
+def _until(condition, timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.01)
