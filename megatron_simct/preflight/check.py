@@ -307,9 +307,7 @@ class _Check:
             findings += pair.check_length(teacher, **lengths)
             limit = None if self._teacher_job is None else self._teacher_job.serving.max_tokens_per_batch
             if limit is not None and sum(lengths.values()) > limit:
-                message = (
-                    f"--max-tokens-per-batch {limit}: samples of {sum(lengths.values()):,} tokens would be refused"
-                )
+                message = f"--max-tokens-per-batch {limit}: {sum(lengths.values()):,} tokens would be refused"
                 findings.append(failed("teacher", "context", message))
         return findings
 
