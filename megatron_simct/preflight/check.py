@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_simct.alignment import AlignmentMap
@@ -230,6 +232,8 @@ class _Check:
         except ValueError as error:
             self._findings.append(failed(name, "weights", str(error)))
             return
+        if found is not None and found.name.endswith(".index.json"):
+            self._try(name, "weights", lambda: _check_shards(found, flag=f"--{flag}hf-checkpoint"))
         if found is None and name == "teacher" and self._teacher_job is not None:
             message = f"--{flag}hf-checkpoint {folder} has no safetensors, and a teacher needs weights; or give"
             self._findings.append(failed(name, "weights", f"{message} --{flag}pretrained-checkpoint"))
@@ -426,6 +430,20 @@ class _Check:
         )
         self._findings.append(passed("pair", "traffic", said))
         return traffic
+
+
+def _check_shards(index: Path, *, flag: str) -> None:
+    """ValueError where a file of the index is missing, as after a download that was cut off."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{flag} {index.parent}: {index.name} is damaged; fetch the folder again") from None
+    missing = sorted(name for name in names if not (index.parent / name).exists())
+    if missing:
+        raise ValueError(
+            f"{flag} {index.parent}: {len(missing)} of {len(names)} weight files are missing, {missing[0]} first; "
+            "fetch the folder again"
+        )
 
 
 def _remedy(job: str, plan: MemoryPlan, largest: str) -> tuple[str, str]:

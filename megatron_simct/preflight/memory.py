@@ -115,10 +115,11 @@ def _stages(sizes: Sizes) -> list[int]:
 def _layer_parameters(architecture: Architecture, *, tp: int, ep: int) -> int:
     """Parameters of one layer on one rank."""
     h, d = architecture.hidden_size, architecture.head_dim
-    n, g = math.ceil(architecture.num_attention_heads / tp), math.ceil(architecture.num_query_groups / tp)
-    attention = h * (n + 2 * g) * d + n * d * h
+    # Ranks that outnumber the query groups hold a part of a group each.
+    qkv = (architecture.num_attention_heads + 2 * architecture.num_query_groups) * d // tp
+    attention = h * qkv + architecture.num_attention_heads * d // tp * h
     if architecture.qkv_bias:
-        attention += (n + 2 * g) * d
+        attention += qkv
     if architecture.qk_norm:
         attention += 2 * d
     mlp = 3 * h * math.ceil(architecture.ffn_hidden_size / tp)
@@ -155,7 +156,9 @@ def forward_bytes(sizes: Sizes, *, batch: int, length: int) -> int:
     architecture, t = sizes.architecture, sizes.tp
     n, g = math.ceil(architecture.num_attention_heads / t), math.ceil(architecture.num_query_groups / t)
     width = max(1, architecture.experts_per_token) * architecture.ffn_hidden_size / t
-    mlp = 4 * width * sizes.value_bytes * batch * length
+    # Of a mixture of experts every chosen expert gets a copy of the hidden state, and gives one back.
+    copies = 2 * architecture.experts_per_token * architecture.hidden_size
+    mlp = (4 * width + copies) * sizes.value_bytes * batch * length
     attention = 3 * (n + g) * architecture.head_dim * sizes.value_bytes * batch * length
     if architecture.attention_softcap is not None:
         attention += 12 * batch * n * length**2
