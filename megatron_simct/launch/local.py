@@ -38,12 +38,28 @@ def commands(run: RunFile) -> dict[str, list[str]]:
     return jobs
 
 
+def devices(run: RunFile) -> dict[str, dict[str, str]]:
+    """Job -> the variable that gives it GPUs of its own: the first ones are the student's, the next the teacher's."""
+    visible = run.env.get("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES"))
+    sizes = {"student": run.cluster.student.gpus_per_node}
+    if run.teacher is not None:
+        sizes["teacher"] = run.cluster.teacher.gpus_per_node
+    names = [str(i) for i in range(sum(sizes.values()))] if visible is None else visible.split(",")
+    given: dict[str, dict[str, str]] = {}
+    for job, count in sizes.items():
+        given[job] = {"CUDA_VISIBLE_DEVICES": ",".join(names[:count])} if count else {}
+        names = names[count:]
+    return given
+
+
 def dry_run(run: RunFile) -> str:
     """What would run, as lines for a shell."""
     lines = ["umask 077", f"mkdir -p -- {shlex.quote(run.run_dir)}"]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in run.env.items()]
-    jobs = commands(run)
-    lines += [f"{shlex.join(command)}{' &' if job == 'teacher' else ''}" for job, command in jobs.items()]
+    gpus = devices(run)
+    for job, command in commands(run).items():
+        variables = [f"{name}={shlex.quote(value)}" for name, value in gpus[job].items()]
+        lines.append(" ".join([*variables, shlex.join(command), *(["&"] if job == "teacher" else [])]))
     return "\n".join(lines) + "\n"
 
 
@@ -56,9 +72,10 @@ def start(run: RunFile) -> int:
     stop = _Stop()
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     jobs: dict[str, _Process] = {}
+    gpus = devices(run)
     try:
         for name, command in commands(run).items():
-            jobs[name] = _Process(name, command, os.environ | run.env)
+            jobs[name] = _Process(name, command, os.environ | run.env | gpus[name])
         return _watch(jobs, stop, grace_s=run.cluster.grace_s)
     finally:
         for job in jobs.values():

@@ -95,8 +95,9 @@ NAMES = ("local", "slurm", "slurm, one job", "pyxis", "apptainer")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_dry_run_is_as_written_down(name, tmp_path):
+def test_dry_run_is_as_written_down(name, tmp_path, monkeypatch):
     """SIMCT_WRITE_GOLDEN=1 writes the files anew, for a person to read the difference."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     path = GOLDEN / f"{name.replace(', ', '_').replace(' ', '_')}.sh"
     text = planned(tmp_path, name)
     if os.environ.get("SIMCT_WRITE_GOLDEN"):
@@ -331,6 +332,17 @@ def test_without_slurm_it_says_so(tmp_path, monkeypatch):
 
 def test_the_address_towards_a_host():
     assert address_towards("127.0.0.1") == "127.0.0.1"
+
+
+def test_each_local_job_has_gpus_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    cluster = {"kind": "local", "student": {"gpus_per_node": 2}, "teacher": {"gpus_per_node": 3}}
+    run = run_of(tmp_path, cluster=cluster)
+    given = {job: variables["CUDA_VISIBLE_DEVICES"] for job, variables in local.devices(run).items()}
+    assert given == {"student": "0,1", "teacher": "2,3,4"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,3,1,0")
+    assert local.devices(run)["teacher"] == {"CUDA_VISIBLE_DEVICES": "3,1,0"}
+    assert local.devices(run_of(tmp_path, cluster={"kind": "local"})) == {"student": {}, "teacher": {}}
 
 
 # Both jobs on this machine: torchrun in the shape of a process that starts a worker and waits for it.
