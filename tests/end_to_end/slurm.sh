@@ -21,12 +21,19 @@ ensure_packages examples/quickstart/requirements.txt --no-deps
 
 folder=$(mktemp -d /tmp/simct-slurm.XXXXXX)
 tear_down() {
+    if [ -e "$folder/slurmctld.pid" ]; then
+        scancel --user=root || true
+        for _ in {1..40}; do  # Slurm's KillWait is 30 s
+            [ -n "$(squeue --noheader 2> /dev/null)" ] || break
+            sleep 1
+        done
+    fi
     for file in "$folder"/slurmctld.pid "$folder"/slurmd-*.pid "$folder"/munge/pid; do
         [ ! -s "$file" ] || kill "$(cat "$file")" 2> /dev/null || true
     done
-    for second in 1 2 3 4 5 6 7 8 9 10; do
+    for _ in {1..10}; do
         ls "$folder"/*.pid > /dev/null 2>&1 || break
-        sleep "$((second > 0))"
+        sleep 1
     done
     rm -rf "$folder"
 }

@@ -15,6 +15,7 @@ from megatron_simct.launch.run_file import read_run_file
 from megatron_simct.models.families import read_architecture
 from megatron_simct.preflight.check import check_run
 from megatron_simct.preflight.memory import GIB, Sizes, student_plan, teacher_plan, total_parameters
+from tests.examples import CONFIGS, PARAMETERS, stand_in
 from tests.preflight import build_pair, edit_json, run_values, write_json, write_run
 from tools import check_pair
 
@@ -446,38 +447,10 @@ def test_the_tool_prints_a_table_or_json_and_fails(folder, capsys):
 
 # A teacher of 235 billion parameters
 
-QWEN3_235B = {
-    "model_type": "qwen3_moe",
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "decoder_sparse_step": 1,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "max_position_embeddings": 40960,
-    "max_window_layers": 94,
-    "mlp_only_layers": [],
-    "moe_intermediate_size": 1536,
-    "norm_topk_prob": True,
-    "num_attention_heads": 64,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 94,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-6,
-    "rope_scaling": None,
-    "rope_theta": 1e6,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
-
 
 def test_golden_plan_of_a_235b_teacher(tmp_path):
     """TP8 x PP4, bfloat16: 23, 24, 24 and 23 layers; the last stage needs most, with the head and the answers."""
-    write_json(tmp_path / "config.json", QWEN3_235B)
+    write_json(tmp_path / "config.json", CONFIGS["Qwen3-235B-A22B"])
     architecture = read_architecture(str(tmp_path), flag="--teacher-hf-checkpoint")
     assert total_parameters(architecture, vocab_size=151936) == 235_093_634_560
     parallel = ParallelConfig(tensor_model_parallel_size=8, pipeline_model_parallel_size=4)
@@ -560,11 +533,16 @@ def test_plan_of_a_student(tmp_path):
 # The shipped examples
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*/*.yaml")), ids=lambda path: path.parent.name)
-def test_shipped_examples_fit_on_paper(path, tmp_path, monkeypatch):
-    """With folders that have the published architectures in the place of downloaded ones, nothing fails."""
-    from tests.examples import stand_in
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_are_the_published_ones(name, tmp_path):
+    write_json(tmp_path / "config.json", CONFIGS[name])
+    architecture = read_architecture(str(tmp_path), flag="--hf-checkpoint")
+    assert total_parameters(architecture, vocab_size=architecture.vocab_size) == PARAMETERS[name]
 
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*/run.yaml")), ids=lambda path: path.parent.name)
+def test_shipped_examples_fit_on_paper(path, tmp_path):
+    """With folders that have the published architectures in the place of downloaded ones, nothing fails."""
     run = stand_in(path, tmp_path)
     report = check_run(run)
     assert [f for f in report.findings if f.level == "fail"] == []
