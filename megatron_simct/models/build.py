@@ -25,8 +25,7 @@ from megatron_simct.parallel.cpu import megatron_imports
 from megatron_simct.parallel.initialize import Groups
 
 with megatron_imports():
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt import GPTModel, gpt_layer_specs
     from megatron.core.tensor_parallel import (
         ColumnParallelLinear,
         RowParallelLinear,
@@ -229,7 +228,12 @@ def build_model(
             config=config,
             architecture=architecture,
             longest=longest,
-            transformer_layer_spec=_layers(config, architecture, vp_stage),
+            transformer_layer_spec=_layers(
+                config,
+                architecture,
+                vp_stage,
+                transformer_engine=_uses_transformer_engine(architecture, groups.device),
+            ),
             pre_process=groups.is_first_stage and chunk == 0,
             post_process=groups.is_last_stage and chunk == virtual - 1,
             vp_stage=vp_stage,
@@ -297,20 +301,38 @@ def _mark_split(model: torch.nn.Module) -> None:
                 set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
 
 
-def _layers(config: TransformerConfig, architecture: Architecture, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """Megatron's local layers, with our norm and attention, as many as this stage has."""
-    layer: ModuleSpec = get_gpt_layer_local_spec(num_experts=architecture.num_experts or None, normalization="RMSNorm")
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    attention: ModuleSpec = layer.submodules.self_attention
+def _uses_transformer_engine(architecture: Architecture, device: torch.device) -> bool:
+    """Whether the layers are TransformerEngine's: on a GPU, where megatron-core could import it, for the families that
+    its layers can express."""
+    return gpt_layer_specs.HAVE_TE and device.type == "cuda" and not architecture.post_norms
+
+
+def _layers(
+    config: TransformerConfig, architecture: Architecture, vp_stage: int | None, *, transformer_engine: bool
+) -> TransformerBlockSubmodules:
+    """Megatron's layers with our attention, as many as this stage has; its local ones also with our norm."""
+    num_experts = architecture.num_experts or None
+    if transformer_engine:
+        layer: ModuleSpec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
+            num_experts=num_experts, moe_grouped_gemm=num_experts is not None, qk_layernorm=architecture.qk_norm
+        )
+        attention: ModuleSpec = layer.submodules.self_attention
+    else:
+        layer = gpt_layer_specs.get_gpt_layer_local_spec(num_experts=num_experts, normalization="RMSNorm")
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        attention = layer.submodules.self_attention
+        if architecture.qk_norm:
+            attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
+        if architecture.post_norms:
+            attention.submodules.linear_proj = layer.submodules.mlp.submodules.linear_fc2 = NormedRowParallelLinear
+        if architecture.num_experts:
+            # In TransformerEngine's layers too this norm is fused with the MLP only where there is but one.
+            del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention.module = SelfAttention
     attention.params["architecture"] = architecture
     attention.submodules.core_attention = partial(CoreAttention, architecture=architecture)
-    if architecture.qk_norm:
-        attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
     if architecture.num_experts:
         layer.submodules.mlp.submodules.router = Router
-    if architecture.post_norms:
-        attention.submodules.linear_proj = layer.submodules.mlp.submodules.linear_fc2 = NormedRowParallelLinear
     num_layers = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 

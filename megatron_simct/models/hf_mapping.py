@@ -245,7 +245,7 @@ def weights(architecture: Architecture) -> dict[str, Rule]:
     """
     left_out = set() if architecture.qkv_bias else {"decoder.layers.*.self_attention.linear_qkv.bias"}
     if architecture.num_experts:
-        left_out |= {name for name in _WEIGHTS if ".mlp." in name}
+        left_out |= {name for name in (*_WEIGHTS, *_TRANSFORMER_ENGINE) if ".mlp.linear" in name}
     rules = dict(_WEIGHTS)
     for has_them, others in (
         (architecture.qk_norm, _QK_NORM),
@@ -254,8 +254,8 @@ def weights(architecture: Architecture) -> dict[str, Rule]:
         (bool(architecture.num_experts), _EXPERTS),
     ):
         rules |= others if has_them else {}
-    rules = {name: rule for name, rule in rules.items() if name not in left_out}
-    return rules | {name: rules[local] for name, local in _TRANSFORMER_ENGINE.items() if local in rules}
+    rules |= {name: rules[local] for name, local in _TRANSFORMER_ENGINE.items() if local in rules}
+    return {name: rule for name, rule in rules.items() if name not in left_out}
 
 
 def tensor_names(architecture: Architecture) -> re.Pattern[str]:

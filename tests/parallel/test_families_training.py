@@ -25,6 +25,7 @@ FAMILIES = {
     "qwen3": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True},
 }
+PAIRS = (("gemma2", "qwen3"), ("qwen3", "gemma2"))
 TP2, PP2 = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
 LAYOUTS = {
     "tp2": (2, TP2),
@@ -89,17 +90,17 @@ def _steps(rank, world_size, folder, student, teacher, *flags):
 @pytest.fixture(scope="module")
 def alone(files):
     return {
-        student: run_ranks(1, _steps, files, student, teacher)[0]
-        for student, teacher in (("gemma2", "qwen3"), ("qwen3", "gemma2"), ("qwen3_moe", "gemma2"))
+        (student, teacher): run_ranks(1, _steps, files, student, teacher)[0]
+        for student, teacher in (*PAIRS, ("qwen3_moe", "gemma2"), ("gemma2", "qwen3_moe"))
     }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("student, teacher", [("gemma2", "qwen3"), ("qwen3", "gemma2")])
+@pytest.mark.parametrize("student, teacher", PAIRS)
 def test_layouts_take_the_same_steps(files, alone, layout, student, teacher):
     world_size, flags = LAYOUTS[layout]
     for reports in run_ranks(world_size, _steps, files, student, teacher, *flags):
-        assert_same_steps(reports, alone[student], rel=1e-4)
+        assert_same_steps(reports, alone[student, teacher], rel=1e-4)
 
 
 def assert_same_steps(reports, expected, *, rel):
@@ -113,7 +114,13 @@ def assert_same_steps(reports, expected, *, rel):
 def test_ranks_that_share_experts_take_the_same_steps(files, alone, layout):
     world_size, flags = MOE_LAYOUTS[layout]
     for reports in run_ranks(world_size, _steps, files, "qwen3_moe", "gemma2", *flags):
-        assert_same_steps(reports, alone["qwen3_moe"], rel=1e-5)
+        assert_same_steps(reports, alone["qwen3_moe", "gemma2"], rel=1e-5)
+
+
+@pytest.mark.parametrize("world_size, flags", [(2, EP2), (2, TP2)])
+def test_only_the_teacher_has_experts(files, alone, world_size, flags):
+    for reports in run_ranks(world_size, _steps, files, "gemma2", "qwen3_moe", *flags):
+        assert_same_steps(reports, alone["gemma2", "qwen3_moe"], rel=1e-5)
 
 
 def _refusal(rank, world_size, folder, *flags):

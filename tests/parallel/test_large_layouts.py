@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_simct.config import ParallelConfig
 from megatron_simct.models.build import build_model
 from megatron_simct.models.families import Architecture, Rope
-from megatron_simct.models.hf_mapping import parameters_of
+from megatron_simct.models.hf_mapping import Place, Rule, parameters_of
 from megatron_simct.parallel.initialize import parallel_state, process_groups
 from tests.distributed import run_ranks
 
@@ -118,9 +118,9 @@ def _model(architecture: Architecture, *, rank: int, ep: int) -> Iterator[tuple[
     dist.destroy_process_group()
 
 
-def _pieces_of(model: Any, architecture: Architecture, tp_rank: int) -> Iterator[Found]:
-    for rule, place, parameter in parameters_of(model, architecture, tp_rank=tp_rank, tp_size=TP):
-        for piece in rule.pieces(parameter, place):
+def _pieces_of(parameters: Iterable[tuple[Rule, Place, torch.Tensor]], tp_rank: int) -> Iterator[Found]:
+    for rule, place, parameter in parameters:
+        for piece in rule.pieces(parameter, replace(place, tp_rank=tp_rank)):
             yield piece.name, piece.shape, piece.axis, piece.begin, piece.end, piece.view.numel()
 
 
@@ -130,7 +130,8 @@ def _cover_llama(rank: int, world_size: int) -> Covered:
     covered = Covered()
     for fake_rank in range(TP * PP):
         with _model(LLAMA_70B, rank=fake_rank, ep=1) as (model, groups):
-            covered.add(_pieces_of(model, LLAMA_70B, groups.tp_rank))
+            parameters = parameters_of(model, LLAMA_70B, tp_rank=groups.tp_rank, tp_size=TP)
+            covered.add(_pieces_of(parameters, groups.tp_rank))
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)  # for run_ranks to leave
     return covered
 
@@ -168,18 +169,19 @@ def _cover_qwen(rank: int, world_size: int) -> tuple[Covered, list[tuple[int, li
             assert (groups.tp_rank, groups.ep.rank(), groups.pp.rank()) == (tp_rank, ep_rank, stage)
             layers = model.decoder.layers
             built.append((layers[0].layer_number - 1, layers[0].mlp.local_expert_indices))
-            for other in range(EP):
-                for layer in layers:
-                    layer.mlp.local_expert_indices = range(other * per_rank, (other + 1) * per_rank)
-                for tp_rank in range(TP):
-                    covered.add(_pieces_of(model, QWEN3_235B_A22B, tp_rank))
+        for other in range(EP):
+            for layer in layers:
+                layer.mlp.local_expert_indices = range(other * per_rank, (other + 1) * per_rank)
+            parameters = list(parameters_of(model, QWEN3_235B_A22B, tp_rank=0, tp_size=TP))
+            for other_tp_rank in range(TP):
+                covered.add(_pieces_of(parameters, other_tp_rank))
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     return covered, built
 
 
 def test_the_ranks_of_a_235b_mixture_of_experts_share_every_tensor_of_its_folder():
     """Its 94 layers are 23, 24, 24 and 23 on four stages, and its 4 query groups lie on 8 tensor-parallel ranks."""
-    ((covered, built),) = run_ranks(1, _cover_qwen)
+    ((covered, built),) = run_ranks(1, _cover_qwen, timeout_s=240)
     assert built == [(first, [16 * ep + i for i in range(16)]) for first, ep in ((0, 1), (23, 3), (47, 5), (71, 7))]
     assert len(covered.sizes) == TP * PP * EP and max(covered.sizes) < 235.1e9 / (TP * PP * EP) * 1.3
     shapes = covered.shapes_of_whole_tensors()

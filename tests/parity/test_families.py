@@ -73,7 +73,14 @@ MODELS: dict[str, list[dict[str, Any]]] = {
     ],
     "qwen3_moe": [
         MOE | {"norm_topk_prob": True, "use_sliding_window": True, "sliding_window": WINDOW},
-        MOE | {"norm_topk_prob": False, "tie_word_embeddings": True, "vocab_size": 97, "num_experts_per_tok": 3},
+        MOE
+        | {
+            "norm_topk_prob": False,
+            "num_experts_per_tok": 3,
+            "tie_word_embeddings": True,
+            "vocab_size": 97,
+            "num_attention_heads": 8,
+        },
     ],
     "gemma2": [
         GEMMA2 | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16},

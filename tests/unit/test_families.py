@@ -126,6 +126,32 @@ PHI4_MINI = LLAMA | {
 }
 
 
+QWEN3_MOE = LLAMA | {
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "max_window_layers": 3,
+    "sliding_window": None,
+    "router_aux_loss_coef": 0.001,
+    "output_router_logits": False,
+}
+
+
+def test_experts_of_qwen3_moe(read):
+    found = read(QWEN3_MOE)
+    assert (found.num_experts, found.experts_per_token, found.ffn_hidden_size) == (8, 2, 24)
+    assert found.normalized_routing and found.qk_norm
+    left_out = {k: v for k, v in QWEN3_MOE.items() if k not in ("norm_topk_prob", "num_experts")}
+    found = read(left_out | {"num_local_experts": 8, "num_experts_per_tok": 1, "sliding_window": 4096})
+    assert (found.num_experts, found.normalized_routing, found.windows) == (8, False, (None, None, None))
+    assert read(QWEN3_MOE | {"use_sliding_window": True, "sliding_window": 5}).windows == (5, 5, 5)
+    assert read(LLAMA).num_experts == 0
+
+
 def test_what_gemma2_leaves_out(read):
     found = read(GEMMA2)
     assert (found.head_dim, found.tied_embeddings, found.softmax_scale) == (256, True, 144**-0.5)
@@ -173,7 +199,14 @@ def test_phi4_mini_turns_a_part_of_each_head_by_longrope(read):
         (GEMMA2 | {"hidden_activation": "gelu"}, ["hidden_activation = 'gelu'", "gemma2"]),
         (GEMMA2 | {"use_bidirectional_attention": True}, ["use_bidirectional_attention = True"]),
         (GEMMA2 | {"model_type": "gemma3"}, ["'gemma3' is not supported", "gemma3_text"]),
-        (GEMMA2 | {"model_type": "qwen3_moe"}, ["'qwen3_moe' is not supported"]),
+        (QWEN3_MOE | {"decoder_sparse_step": 2}, ["decoder_sparse_step = 2", "qwen3_moe"]),
+        (QWEN3_MOE | {"mlp_only_layers": [0]}, ["mlp_only_layers = [0]", "qwen3_moe"]),
+        (QWEN3_MOE | {"num_experts": 0}, ["num_experts_per_tok = 2 of 0 experts"]),
+        (QWEN3_MOE | {"num_local_experts": 4}, ["num_experts = 8, num_local_experts = 4"]),
+        ({k: v for k, v in QWEN3_MOE.items() if k != "num_experts"}, ["num_experts", "neither is there"]),
+        (QWEN3_MOE | {"num_experts_per_tok": 9}, ["num_experts_per_tok = 9 of 8 experts"]),
+        (QWEN3_MOE | {"num_experts_per_tok": 1}, ["num_experts_per_tok = 1", "norm_topk_prob = True"]),
+        ({k: v for k, v in QWEN3_MOE.items() if k != "moe_intermediate_size"}, ["'moe_intermediate_size' is missing"]),
         (PHI4_MINI | {"embd_pdrop": 0.1}, ["embd_pdrop = 0.1", "phi3"]),
         (PHI4_MINI | {"partial_rotary_factor": 1.0}, ["rope_type longrope has", "with 4 factors each"]),
         (LLAMA | {"partial_rotary_factor": 0.5}, ["'partial_rotary_factor' is not known for llama"]),
