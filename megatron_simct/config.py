@@ -94,6 +94,11 @@ class TeacherJobConfig:
     )
     timeout_minutes: float = option(5.0, "end the run, with a checkpoint, after so long without an answer that is due")
     window_tokens: int = option(65536, "tokens that one replica is given before it has answered")
+    cache: str | None = option(
+        None,
+        "keep the answers of --teacher-endpoint in this directory, and ask only for what is not there",
+        metavar="DIR",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +155,12 @@ class RolloutConfig:
     save_debug_rollout_data: str | None = option(None, "write each step's rollouts under this directory", metavar="DIR")
     load_debug_rollout_data: str | None = option(
         None, "read each step's rollouts from this directory, instead of sampling", metavar="DIR"
+    )
+    save_debug_scored_data: str | None = option(
+        None, "write what the teacher says of each rollout under this directory", metavar="DIR"
+    )
+    load_debug_scored_data: str | None = option(
+        None, "read what the teacher says from this directory; no teacher is loaded or asked", metavar="DIR"
     )
 
 
@@ -292,6 +303,10 @@ class Config:
                 f"--distributed-timeout-minutes ({self.parallel.distributed_timeout_minutes}): while one rank waits "
                 "for the teacher, others wait for that rank"
             )
+        if self.teacher_job.cache is not None and not self.teacher_job.endpoint:
+            raise ValueError("--teacher-cache needs --teacher-endpoint; --load-debug-scored-data reads one without it")
+        if self.rollout.load_debug_scored_data is not None and self.teacher_job.endpoint:
+            raise ValueError("--load-debug-scored-data needs no --teacher-endpoint; --teacher-cache asks for the rest")
         if self.output.wandb_save_dir is not None and self.output.wandb_project is None:
             raise ValueError("--wandb-save-dir needs --wandb-project")
         if self.training.bf16 and not _cuda_available():

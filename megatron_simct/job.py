@@ -45,6 +45,7 @@ from megatron_simct.teacher.colocated import ColocatedScorer
 from megatron_simct.teacher.endpoints import CLIENT_KEY, endpoint_folder
 from megatron_simct.teacher.fingerprints import fingerprints
 from megatron_simct.teacher.scorer import NoTeacher, TeacherScorer
+from megatron_simct.teacher.store import AnswerStore, SavingScorer, StoredClient
 from megatron_simct.update.checkpoint import Checkpoints, has_checkpoint, load_output_shard, load_weights
 from megatron_simct.update.optimizer import build_optimizer, wrap_data_parallel
 from megatron_simct.update.step import Updater
@@ -366,8 +367,32 @@ def build_teacher(
     """The scorer, and on the last stage the teacher's head rows that this rank's columns need, if any."""
     if tokenizer is None:
         return NoTeacher(), None
-    if config.teacher_job.endpoint:
-        client = build_client(config, groups, student, tokenizer, alignment_map, needs)
+    marks = teacher_fingerprints(config, student, tokenizer, alignment_map)
+    scorer, shared_head = _build_teacher(config, groups, tokenizer, placement, needs, marks)
+    keep = config.rollout.save_debug_scored_data or config.teacher_job.cache
+    if keep is not None:
+        flag = "--save-debug-scored-data" if config.rollout.save_debug_scored_data else "--teacher-cache"
+        scorer = SavingScorer(scorer, AnswerStore(keep, marks, flag=flag), writes=groups.meets_teacher)
+    return scorer, shared_head
+
+
+def _build_teacher(
+    config: Config,
+    groups: Groups,
+    tokenizer: Tokenizer,
+    placement: VocabPlacement,
+    needs: TeacherNeeds,
+    marks: dict[str, object],
+) -> tuple[TeacherScorer, SharedHead | None]:
+    """See build_teacher: in another job, on disk, or here."""
+    stored = config.rollout.load_debug_scored_data
+    if config.teacher_job.endpoint or stored:
+        client: TeacherClient | StoredClient | None = None
+        if groups.meets_teacher:
+            client = build_client(config, marks) if config.teacher_job.endpoint else None
+            if stored or config.teacher_job.cache:
+                flag = "--load-debug-scored-data" if stored else "--teacher-cache"
+                client = StoredClient(AnswerStore(stored or config.teacher_job.cache, marks, flag=flag), client)
         return RemoteScorer(client, groups), load_shared_head(config, groups, placement, needs)
     model = load_model(config, config.teacher, groups, tokenizer, prefix="teacher-")
     scorer = ColocatedScorer(
@@ -383,36 +408,32 @@ def build_teacher(
     return scorer, gather_shared_head(model.output_weight.detach(), start, placement, groups.tp)
 
 
-def build_client(
-    config: Config,
-    groups: Groups,
-    student: Tokenizer,
-    teacher: Tokenizer,
-    alignment_map: AlignmentMap | None,
-    needs: TeacherNeeds,
-) -> TeacherClient | None:
-    """The connection to the teacher's job, on the rank that has one."""
+def teacher_fingerprints(
+    config: Config, student: Tokenizer, teacher: Tokenizer, alignment_map: AlignmentMap | None
+) -> dict[str, object]:
+    """What this job knows of the teacher."""
+    return fingerprints(
+        config.teacher,
+        read_architecture(config.teacher.hf_checkpoint, flag="--teacher-hf-checkpoint"),
+        teacher,
+        longest=config.rollout.rollout_max_prompt_len + config.rollout.rollout_max_response_len,
+        student=student,
+        alignment_map=alignment_map.fingerprint if alignment_map is not None else None,
+    )
+
+
+def build_client(config: Config, marks: dict[str, object]) -> TeacherClient:
+    """The connection to the teacher's job. marks: fingerprints."""
     options = config.teacher_job
-    if not (groups.is_last_stage and groups.tp_rank == 0):
-        return None
     addresses = tuple(place for place in options.endpoint if "://" in place)
     if addresses and len(addresses) < len(options.endpoint) or not addresses and len(options.endpoint) > 1:
         raise ValueError(f"--teacher-endpoint {' '.join(options.endpoint)}: give one directory, or addresses only")
     folder = None if addresses else endpoint_folder(options.endpoint[0])
-    key_file = Path(options.client_key) if options.client_key else (folder or Path()) / CLIENT_KEY
-    architecture = read_architecture(config.teacher.hf_checkpoint, flag="--teacher-hf-checkpoint")
     return TeacherClient(
         folder=folder,
         addresses=addresses,
-        key_file=key_file,
-        fingerprints=fingerprints(
-            config.teacher,
-            architecture,
-            teacher,
-            longest=config.rollout.rollout_max_prompt_len + config.rollout.rollout_max_response_len,
-            student=student,
-            alignment_map=alignment_map.fingerprint if alignment_map is not None else None,
-        ),
+        key_file=Path(options.client_key) if options.client_key else (folder or Path()) / CLIENT_KEY,
+        fingerprints=marks,
         patience=Patience(timeout_s=60 * options.timeout_minutes),
         window_tokens=options.window_tokens,
         where=f"--teacher-endpoint {' '.join(options.endpoint)}",

@@ -164,8 +164,12 @@ class Monitor:
         pairs: Sequence[AlignedPair],
         report: StepReport,
         seconds: dict[str, float],
+        note: str = "",
     ) -> None:
-        """Record one finished step; `iteration` counts from 1. Collective over the data-parallel group."""
+        """Record one finished step; `iteration` counts from 1. Collective over the data-parallel group.
+
+        note: ends the log line, and is not recorded.
+        """
         values = ratios(report, sample_sums(rollouts, pairs, self._group), sampled=self._sampled)
         if not self._active:
             return
@@ -174,7 +178,8 @@ class Monitor:
         if self._progress is not None:
             self._progress.update(self._task, completed=iteration)
         if iteration % self._log_interval == 0 or iteration == self._train_iters:
-            self.say(log_line(iteration, self._train_iters, values, seconds, batch_size=self._batch_size))
+            line = log_line(iteration, self._train_iters, values, seconds, batch_size=self._batch_size)
+            self.say(f"{line} {note} |" if note else line)
         self._watch_mass(values.get("student_mass_outside_u"))
 
     def evaluation(self, iteration: int, values: dict[str, float]) -> None:

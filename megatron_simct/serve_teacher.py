@@ -65,7 +65,7 @@ def serve_teacher(config: TeacherConfig, groups: Groups, stop: Stop) -> None:
         hidden_dtype=serving.teacher_hidden_dtype,
     )
     door = None
-    if groups.is_last_stage and groups.tp_rank == 0:
+    if groups.meets_teacher:
         folder = endpoint_folder(serving.run_dir)
         map_fingerprint = None
         if serving.simct_alignment_map is not None:

@@ -36,7 +36,7 @@ def train(job: Job) -> None:
             report = job.updater.step(job.pack(prompts, rollouts, pairs, scored))
         iteration += 1
         job.engine.publish(iteration)
-        job.monitor.step(iteration, rollouts, pairs, report, clock.seconds)
+        job.monitor.step(iteration, rollouts, pairs, report, clock.seconds, job.teacher.note())
         done = evaluate(job, iteration=iteration) or exit_is_due(job, iteration=iteration)
         if output.save_interval and iteration % output.save_interval == 0:
             job.save(iteration)

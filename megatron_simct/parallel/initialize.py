@@ -87,6 +87,11 @@ class Groups:
         return dist.get_rank() == 0
 
     @property
+    def meets_teacher(self) -> bool:
+        """One rank of each model replica, where the loss is: it speaks for the replica with what scores its samples."""
+        return self.tp_rank == 0 and self.is_last_stage
+
+    @property
     def writes_samples(self) -> bool:
         """One rank of each model replica: it writes what belongs to that replica's samples."""
         return self.tp_rank == 0 and self.is_first_stage

@@ -371,9 +371,12 @@ class TeacherClient(Thread):
 class RemoteScorer:
     """Scores pairs by a teacher in another job. See TeacherScorer."""
 
-    def __init__(self, client: TeacherClient | None, groups: Groups) -> None:
-        """client: on the rank that talks, else None. Collective over the job: waits until a teacher has answered."""
-        assert (client is not None) == (groups.is_last_stage and groups.tp_rank == 0)
+    def __init__(self, client: Any, groups: Groups) -> None:
+        """client: a TeacherClient, or what acts as one, on the rank that talks; else None.
+
+        Collective over the job: waits until a teacher has answered.
+        """
+        assert (client is not None) == groups.meets_teacher
         self._client, self._groups = client, groups
         problem = None
         if client is not None:
@@ -408,6 +411,17 @@ class RemoteScorer:
                     break
                 yield read_scored(decode(messages[0]))
         _agree(problem)
+
+    def note(self) -> str:
+        """Replicas that are alive, and what they last said of themselves; nothing on ranks that do not talk to them."""
+        if self._client is None:
+            return ""
+        states = list(self._client.status().values())
+        speed, queue = (sum(state[key] for state in states) for key in ("tokens_per_s", "queue"))
+        again = self._client.counts["again"]
+        return f"teacher: {len(states)} replicas {speed:.0f} tokens/s queue {queue}" + (
+            f" asked again {again}" if again else ""
+        )
 
 
 def _agree(problem: str | None) -> None:

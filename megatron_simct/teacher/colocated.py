@@ -41,3 +41,6 @@ class ColocatedScorer:
         if not self._groups.is_last_stage:
             answers = [without_content(request.sample_id) for request in ordered]
         yield from answers
+
+    def note(self) -> str:
+        return ""

@@ -187,8 +187,12 @@ def rounded(hidden: torch.Tensor, dtype: HiddenDtype) -> torch.Tensor:
 
 
 def quantized(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[R, H] -> codes int8 [R, H] and scale float32 [R]: a row's largest entry is 127 steps from 0."""
-    hidden = hidden.float()
+    """[R, H] -> codes int8 [R, H] and scale float32 [R]: a rotated row's largest entry is 127 steps from 0.
+
+    A few channels of a hidden state are many times larger than the rest. The rotation spreads them, so that one scale
+    fits the whole row; it is its own inverse.
+    """
+    hidden = _rotated(hidden.float())
     scale = hidden.abs().amax(dim=1) / 127 if hidden.shape[1] else hidden.new_zeros(len(hidden))
     steps = torch.where(scale > 0, scale, 1).unsqueeze(1)
     return (hidden / steps).round().clamp(-127, 127).to(torch.int8), scale
@@ -196,4 +200,14 @@ def quantized(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def dequantized(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """float32 [R, H] of `quantized`."""
-    return codes.float() * scale.unsqueeze(1)
+    return _rotated(codes.float() * scale.unsqueeze(1))
+
+
+def _rotated(rows: torch.Tensor) -> torch.Tensor:
+    """The orthonormal Walsh-Hadamard transform of blocks of a row, as long as the largest power of 2 that divides it."""
+    width = rows.shape[1]
+    block = width & -width
+    for half in (1 << i for i in range(block.bit_length() - 1)):
+        pairs = rows.view(len(rows), width // (2 * half), 2, half)
+        rows = torch.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], dim=2).flatten(1)
+    return rows / max(block, 1) ** 0.5

@@ -24,7 +24,7 @@ def score_message(number: int, request: TeacherRequest) -> Message:
         "rows": ("int32", request.rows),
     }
     if request.byte_side is not None:
-        frames |= {name: ("int32", getattr(request.byte_side, name)) for name in _BYTE_SIDE}
+        frames |= {name: ("steps", getattr(request.byte_side, name)) for name in _BYTE_SIDE}
     return Message(
         kind="score",
         fields={"request": number, "sample_id": request.sample_id, "hidden": request.hidden},

@@ -27,6 +27,10 @@ class TeacherScorer(Protocol):
         """
         ...
 
+    def note(self) -> str:
+        """What the log line says of the teacher; may be nothing."""
+        ...
+
 
 def without_content(sample_id: int) -> ScoredPair:
     """The answer where nobody scores, or where nobody reads the score."""
@@ -41,3 +45,6 @@ class NoTeacher:
         for pair in pairs:
             assert not pair.needs.teacher, f"sample {pair.sample_id} needs a teacher"
             yield without_content(pair.sample_id)
+
+    def note(self) -> str:
+        return ""

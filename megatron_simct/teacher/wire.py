@@ -31,9 +31,12 @@ VERSION = 1
 MAX_HEADER_BYTES = 1 << 16
 MAX_FRAME_BYTES = 1 << 30
 """Of one frame; sockets are told too (ZMQ_MAXMSGSIZE), so that a longer one ends the connection unread."""
+MAX_INFLATED_BYTES = 1 << 28
+"""Of a frame of steps when it is unpacked."""
 
 _DTYPES = {
     "int32": np.dtype("<i4"),
+    "steps": np.dtype("<i4"),  # int32 as deflated differences: for indices that mostly rise by the same
     "int8": np.dtype("i1"),
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
@@ -74,7 +77,7 @@ _SCHEMAS = {
             "prompt_ids": (("int32",), "p"),
             "label_ids": (("int32",), "m"),
             "rows": (("int32",), "r"),
-            **dict(zip(_BYTE_SIDE, [(("int32",), letter) for letter in "ggxxe"], strict=True)),
+            **dict(zip(_BYTE_SIDE, [(("steps",), letter) for letter in "ggxxe"], strict=True)),
         },
         together=(_BYTE_SIDE,),
     ),
@@ -106,8 +109,7 @@ def encode(message: Message) -> list[bytes | memoryview]:
         "fields": dict(message.fields),
         "frames": [[name, dtype, list(array.shape)] for name, dtype, array in arrays],
     }
-    parts: list[bytes | memoryview] = [msgpack.packb(header)]
-    parts += [memoryview(array).cast("B") if array.size else b"" for _, _, array in arrays]
+    parts = [msgpack.packb(header), *(_frame(dtype, array) for _, dtype, array in arrays)]
     return [*parts, _checksum(parts)]
 
 
@@ -149,6 +151,24 @@ def _checksum(parts: Sequence[bytes | memoryview]) -> bytes:
     return value.to_bytes(4, "little")
 
 
+def _frame(dtype: str, array: np.ndarray) -> bytes | memoryview:
+    if dtype == "steps":
+        return zlib.compress(np.diff(array.ravel(), prepend=np.int32(0)).astype("<i4").tobytes(), 1)
+    return memoryview(array).cast("B") if array.size else b""
+
+
+def _inflated(frame: bytes | memoryview, size: int) -> bytes | None:
+    """The int32 numbers of a frame of steps, of so many bytes; None where it has others."""
+    if size > MAX_INFLATED_BYTES:
+        return None
+    inflater = zlib.decompressobj()
+    try:
+        data = inflater.decompress(frame, size + 1)
+    except zlib.error:
+        return None
+    return np.cumsum(np.frombuffer(data, "<i4"), dtype="<i4").tobytes() if len(data) == size else None
+
+
 def _check_fields(kind: str, fields: Any, schema: _Schema) -> None:
     if not isinstance(fields, dict) or fields.keys() != schema.fields.keys():
         raise WireError(f"{kind} has not the fields {', '.join(schema.fields)}")
@@ -176,9 +196,11 @@ def _arrays(
         for letter, length in zip(letters, shape, strict=True):
             if type(length) is not int or length < 0 or lengths.setdefault(letter, length) != length:
                 raise WireError(f"{kind}: the shape of {name} does not fit")
-        if math.prod(shape) * _DTYPES[dtype].itemsize != len(frame) or len(frame) > MAX_FRAME_BYTES:
+        size = math.prod(shape) * _DTYPES[dtype].itemsize
+        data = _inflated(frame, size) if dtype == "steps" else frame
+        if data is None or len(data) != size or len(frame) > MAX_FRAME_BYTES:
             raise WireError(f"{kind}: {name} has {len(frame)} bytes, its shape {shape} others")
-        arrays[name] = dtype, np.frombuffer(frame, dtype=_DTYPES[dtype]).reshape(shape)
+        arrays[name] = dtype, np.frombuffer(data, dtype=_DTYPES[dtype]).reshape(shape)
     optional = {name for group in schema.together for name in group}
     missing = [name for name in schema.frames if name not in arrays and name not in optional]
     if missing:

@@ -21,15 +21,16 @@ folder=$(mktemp -d /tmp/simct-container.XXXXXX)
 build() { buildah --root "$folder/storage" --runroot "$folder/run" --storage-driver vfs "$@"; }
 trap 'rm -rf --one-file-system "$folder"' EXIT
 
-debootstrap --variant=minbase bookworm "$folder/debian" > "$folder/debootstrap.log" || { tail -n 5 "$folder/debootstrap.log"; exit 1; }
+debootstrap --variant=minbase --include=ca-certificates bookworm "$folder/debian" > "$folder/debootstrap.log" || { tail -n 5 "$folder/debootstrap.log"; exit 1; }
+# The host's certificates and package indices are those of the build: pip's configuration, and folders that it names.
+cp /etc/ssl/certs/ca-certificates.crt "$folder/debian/etc/ssl/certs/ca-certificates.crt"
 debian=$(build from scratch)
 build add --quiet "$debian" "$folder/debian" / > /dev/null
 build commit --quiet "$debian" simct-debian > /dev/null
 build rm "$debian" > /dev/null
 rm -rf --one-file-system "$folder/debian"
 
-# The host's package indices are those of the build: pip's configuration, and folders that it names.
-volumes=(--volume /etc/ssl/certs:/etc/ssl/certs:ro)
+volumes=()
 for path in /etc/pip.conf /etc/xdg/pip /etc/apt/apt.conf.d $(python3 -m pip config list | grep --only-matching "/[^' ]*" | sed 's|/simple$||' | sort -u); do
     [ ! -e "$path" ] || volumes+=(--volume "$path:$path:ro")
 done

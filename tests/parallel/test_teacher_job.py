@@ -41,7 +41,8 @@ def _run(rank, world_size, folder, *flags):
 
         job.updater.step = recording_step
         train(job)
-        counts = dict(job.teacher._client.counts) if getattr(job.teacher, "_client", None) else {}
+        teacher = getattr(job.teacher, "_scorer", job.teacher)  # behind one that saves
+        counts = dict(teacher._client.counts) if getattr(teacher, "_client", None) else {}
     return [(r.sums, r.grad_norm) for r in reports], counts
 
 
@@ -118,6 +119,28 @@ def test_between_hosts_with_keys_in_waves_and_by_two_students(tiny, weights, col
         key = str(teacher.folder / "client_key.json")
         by_hand = _remote(weights, rollouts, "paper", teacher.endpoint.address, "--teacher-client-key", key)
         assert_same(run_ranks(1, _run, tiny, *by_hand), expected["paper"], tolerance=1e-5)
+
+
+@pytest.mark.parametrize("interface", ["paper", "bytes"])
+def test_answers_on_disk_take_the_place_of_a_teacher(tiny, weights, colocated, tmp_path, interface):
+    """Saved by the colocated teacher under one layout, read under another; a cache asks only for what it lacks."""
+    rollouts, expected = colocated
+    replay = (*weights, "--simct-interface", interface, "--load-debug-rollout-data", str(rollouts / interface))
+    disk = str(tmp_path / "disk")
+    run_ranks(2, _run, tiny, *replay, *layout(1, 2), "--save-debug-scored-data", disk)
+    results = run_ranks(2, _run, tiny, *replay, *layout(2, 1), "--load-debug-scored-data", disk)
+    assert_same(results, expected[interface], tolerance=1e-5)
+    next(path for path in (tmp_path / "disk").rglob("*.bin")).unlink()
+    with pytest.raises(AssertionError, match="TeacherError: --load-debug-scored-data .*: no answer for sample"):
+        run_ranks(1, _run, tiny, *replay, "--load-debug-scored-data", disk)
+    asked = []
+    with TeacherJob(tiny, weights, tmp_path, "--teacher-hidden-dtype", "fp32"):
+        for _ in range(2):
+            remote = ("--teacher-endpoint", str(tmp_path), "--teacher-cache", disk)
+            ((steps, counts),) = run_ranks(1, _run, tiny, *replay, *remote)
+            assert_same([(steps, counts)], expected[interface], tolerance=1e-5)
+            asked.append(counts["answers"])
+    assert asked == [1, 0]
 
 
 # Faults; those without a model are in tests/unit/test_teacher_faults.py

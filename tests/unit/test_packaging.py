@@ -9,6 +9,7 @@ import tomllib
 
 import megatron_simct
 from megatron_simct.arguments import options
+from megatron_simct.config import Config, TeacherConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -43,7 +44,12 @@ def test_paths_in_the_readme_exist():
 
 
 def test_flags_in_the_readme_exist():
-    known = {option.flag for option in options()} | {"--help", "--print-config", "--config-file", "--nproc-per-node"}
+    known = {option.flag for config in (Config, TeacherConfig) for option in options(config)} | {
+        "--help",
+        "--print-config",
+        "--config-file",
+        "--nproc-per-node",
+    }
     launcher = ROOT / "megatron_simct/launch/__main__.py"
     for script in (ROOT / "examples/quickstart/run.py", launcher, *(ROOT / "tools").glob("*.py")):
         known |= set(re.findall(r'"(--[a-z0-9-]+)"', script.read_text()))

@@ -80,12 +80,15 @@ def test_rounded_hidden_states_lose_nothing_more_on_the_way(dtype, size):
     nothing = torch.zeros(0)
     scored = ScoredPair(sample_id=0, own_logit=nothing, lse=nothing, hidden=hidden, byte_logprobs=torch.randn(5))
     message = scored_message(0, scored, dtype)
-    torch.testing.assert_close(read_scored(journey(message)).hidden.float(), hidden, rtol=1e-6, atol=0)
+    found = read_scored(journey(message)).hidden.float()
+    assert ((found - hidden).abs().amax(1) <= (1e-6 if dtype == "int8" else 0) * hidden.abs().amax(1)).all()
     assert message.frames["hidden"][1].nbytes == 7 * 64 * size
     assert encode(message)[4 if dtype != "int8" else 5].nbytes == (20 if dtype == "fp32" else 10)
-    original = torch.randn(50, 64)
-    error = (rounded(original, dtype) - original).abs().amax(1) / original.abs().amax(1)
-    assert (error <= {"fp32": 0, "bf16": 2**-8, "int8": 0.5 / 127 + 1e-6}[dtype]).all()
+    original = torch.randn(50, 96)
+    original[:, 5] *= 30  # as hidden states are
+    error = (rounded(original, dtype) - original).square().mean(1).sqrt() / original.square().mean(1).sqrt()
+    assert (error <= {"fp32": 0, "bf16": 2**-9, "int8": 0.01}[dtype]).all()
+    assert (error > 0).all() or dtype == "fp32"
 
 
 def test_a_row_that_is_not_finite_stays_so():
@@ -93,7 +96,7 @@ def test_a_row_that_is_not_finite_stays_so():
     hidden[1, 2] = float("nan")
     hidden[2] = 0
     codes, scale = quantized(hidden)
-    assert codes[0].tolist() == [127] * 4 and codes[2].tolist() == [0] * 4
+    assert codes[0].tolist() == [127, 0, 0, 0] and codes[2].tolist() == [0] * 4
     assert rounded(hidden, "int8")[1].isnan().all() and rounded(hidden, "int8")[2].tolist() == [0] * 4
 
 

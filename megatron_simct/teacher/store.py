@@ -1,0 +1,171 @@
+"""A teacher's answers on disk, so that a repeated experiment needs no teacher.
+
+    DIR/teacher.json       which teacher they are of
+    DIR/ab/abcd....bin     one answer, as the wire has it; its name is the hash of what was asked
+
+`SavingScorer` writes what any scorer answers, `StoredClient` reads: alone, or before it asks a TeacherClient.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import torch
+
+from megatron_simct.records import AlignedPair, ScoredPair
+from megatron_simct.teacher.client import TeacherClient
+from megatron_simct.teacher.endpoints import write_private
+from megatron_simct.teacher.forward import TeacherRequest
+from megatron_simct.teacher.payload import answers, scored_message
+from megatron_simct.teacher.scorer import TeacherError, TeacherScorer
+from megatron_simct.teacher.service import mismatch
+from megatron_simct.teacher.wire import Message, WireError, decode, encode
+
+_OF_A_TEACHER = ("teacher_config", "teacher_tokenizer", "teacher_weights", "longest_sequence")
+
+
+class AnswerStore:
+    """One directory. Any number of processes may read and write it."""
+
+    def __init__(self, directory: str, fingerprints: Mapping[str, Any], *, flag: str) -> None:
+        """fingerprints: see `fingerprints`. ValueError, naming the flag, for answers of another teacher."""
+        self._folder, self._hidden_size = Path(directory), fingerprints["hidden_size"]
+        self.where = f"{flag} {directory}"
+        about = self._folder / "teacher.json"
+        ours = {name: fingerprints[name] for name in _OF_A_TEACHER}
+        try:
+            if not about.exists():
+                write_private(about, json.dumps(ours, indent=2) + "\n", mode=0o644, replace=False)
+            theirs = json.loads(about.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.where}: {about.name} cannot be used ({error})") from None
+        for name, value in ours.items():
+            if value is not None and theirs.get(name) is not None and theirs[name] != value:
+                raise ValueError(f"{self.where}: {mismatch(name, teacher=theirs[name], student=value)}")
+
+    def get(self, request: TeacherRequest) -> tuple[Sequence[Any], Message] | None:
+        """The answer to the same question, as a client has it; None where there is none, or a damaged one."""
+        try:
+            data = self._path(request).read_bytes()
+            message = decode(msgpack.unpackb(data, max_bin_len=len(data)))
+        except FileNotFoundError:
+            return None
+        except (OSError, WireError, ValueError, msgpack.UnpackException) as error:
+            print(f" {self.where}: a damaged answer is asked for again ({error})", file=sys.stderr, flush=True)
+            return None
+        message = replace(message, fields={**message.fields, "sample_id": request.sample_id})
+        if not answers(message, request, hidden_size=self._hidden_size):
+            return None
+        return encode(message), message
+
+    def put(self, request: TeacherRequest, scored: ScoredPair) -> None:
+        """Keep an answer, unless it is there already. OSError where the disk refuses."""
+        path = self._path(request)
+        if path.exists():
+            return
+        rounded = scored.hidden is not None and scored.hidden.dtype == torch.bfloat16
+        parts = encode(scored_message(0, scored, "bf16" if rounded else "fp32"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(msgpack.packb([bytes(part) for part in parts]))
+            os.replace(temporary, path)
+        except OSError:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def _path(self, request: TeacherRequest) -> Path:
+        digest = hashlib.sha256(b"hidden" if request.hidden else b"")
+        arrays = {"prompt_ids": request.prompt_ids, "label_ids": request.label_ids, "rows": request.rows}
+        if request.byte_side is not None:
+            arrays |= asdict(request.byte_side)
+        for name, array in arrays.items():
+            digest.update(f"{name} {array.size} ".encode() + array.astype("<i4").tobytes())
+        name = digest.hexdigest()
+        return self._folder / name[:2] / f"{name}.bin"
+
+
+class StoredClient:
+    """In the place of a TeacherClient: what is in the store comes from there, the rest from a teacher, if any."""
+
+    def __init__(self, store: AnswerStore, behind: TeacherClient | None) -> None:
+        self._store, self._behind = store, behind
+        self._found: deque[tuple[Sequence[Any], Message]] = deque()
+        self._missing: deque[int] = deque()
+        self.counts = behind.counts if behind is not None else {"again": 0}
+
+    def start(self) -> None:
+        if self._behind is not None:
+            self._behind.start()
+
+    def meet(self) -> None:
+        """See TeacherClient.meet."""
+        if self._behind is not None:
+            self._behind.meet()
+
+    def submit(self, request: TeacherRequest) -> None:
+        """See TeacherClient.submit."""
+        found = self._store.get(request)
+        if found is not None:
+            self._found.append(found)
+        elif self._behind is not None:
+            self._behind.submit(request)
+        else:
+            self._missing.append(request.sample_id)
+
+    def next(self) -> tuple[Sequence[Any], Message]:
+        """See TeacherClient.next."""
+        if self._found:
+            return self._found.popleft()
+        if self._missing:
+            raise TeacherError(
+                f"{self._store.where}: no answer for sample {self._missing[0]} ({len(self._missing)} missing); it was "
+                "saved from other rollouts, or for another --simct-interface"
+            )
+        assert self._behind is not None
+        return self._behind.next()
+
+    def status(self) -> dict[str, dict[str, Any]]:
+        """See TeacherClient.status."""
+        return self._behind.status() if self._behind is not None else {}
+
+
+class SavingScorer:
+    """Scores by another scorer, and keeps what it says."""
+
+    def __init__(self, scorer: TeacherScorer, store: AnswerStore, *, writes: bool) -> None:
+        """writes: on one rank of a model replica's last stage."""
+        self._scorer, self._store, self._writes = scorer, store, writes
+
+    def score(self, pairs: Iterable[AlignedPair]) -> Iterator[ScoredPair]:
+        """See TeacherScorer.score. A disk that refuses is reported once, and costs no more than the copy."""
+        requests: dict[int, TeacherRequest] = {}
+
+        def remembered() -> Iterator[AlignedPair]:
+            for pair in pairs:
+                requests[pair.sample_id] = TeacherRequest.of(pair)
+                yield pair
+
+        for scored in self._scorer.score(remembered()):
+            if self._writes:
+                try:
+                    self._store.put(requests[scored.sample_id], scored)
+                except OSError as error:
+                    self._writes = False
+                    reason = f"{self._store.where}: {error.strerror}; nothing more is kept"
+                    print(f" WARNING: {reason}", file=sys.stderr, flush=True)
+            yield scored
+
+    def note(self) -> str:
+        return self._scorer.note()

@@ -1,0 +1,354 @@
+"""A teacher in another job beside the same forward passes in this process: what its answers and its rounding cost.
+
+    python tools/benchmark/teacher.py --teacher-hf-checkpoint DIR --student-hf-checkpoint DIR --text-file FILE [--json]
+
+Paragraphs of the text stand for responses. The teacher's job is one process of its own on this machine, reached by
+--bind; both sides use --threads threads. For each --teacher-hidden-dtype, with hidden states of every segment's first
+row (interface paper), and with sums of bytes (interface bytes):
+
+wire           CPU seconds of encoding and decoding requests and answers, and of encrypting them at the speed that is
+               measured below, over CPU seconds of the forward passes: holds on a busy machine
+seconds        the least of --repeats rounds, jobs and this process taking turns; `ratio` is over the passes here
+B/label        what one student label costs on the wire, to the teacher and back; full logits would be 4 V
+KL nats        of the teacher's distribution over its vocabulary after rounding from the one before, a row: mean and
+               largest; for bytes, of the events of a byte position, rounded to float16
+socket MB/s    one ZeroMQ socket alone, in messages of 1 MiB, plain and encrypted (CURVE)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+DTYPES = ("fp32", "bf16", "int8")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher-hf-checkpoint", required=True, metavar="DIR")
+    parser.add_argument(
+        "--student-hf-checkpoint", required=True, metavar="DIR", help="its tokenizer is all that is read"
+    )
+    parser.add_argument("--text-file", required=True, metavar="FILE")
+    parser.add_argument("--samples", type=int, default=16, help="responses (default: 16)")
+    parser.add_argument("--words", type=int, default=180, help="of a prompt and response together (default: 180)")
+    parser.add_argument("--bind", default="tcp://127.0.0.1", help="ipc or tcp://HOST (default: tcp://127.0.0.1)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch, each side (default: 1)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed rounds (default: 3)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse()
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    report = {"samples": args.samples, "threads": args.threads, "bind": args.bind, "socket_mb_per_s": sockets()}
+    report |= measure(args, report["socket_mb_per_s"]["curve"])
+    if args.json:
+        print(json.dumps(report))
+        return
+    for name in ("labels", "teacher_tokens", "teacher_vocabulary", "hidden_size", "socket_mb_per_s"):
+        print(f"{name}: {report[name]}")
+    print(
+        f"{'interface':10} {'dtype':6} {'seconds':>8} {'ratio':>6} {'wire':>7} {'B/label to':>11} {'back':>8} "
+        f"{'of logits':>10} KL nats"
+    )
+    for row in report["rows"]:
+        kl = f"{row['kl_mean']:.2e} (largest {row['kl_max']:.2e})" if "kl_mean" in row else "-"
+        print(
+            f"{row['interface']:10} {row['dtype']:6} {row['seconds']:8.3f} {row['ratio']:6.3f} {row['wire']:7.4f} "
+            f"{row['request_bytes_per_label']:11.0f} {row['answer_bytes_per_label']:8.0f} {row['of_logits']:10.5f} {kl}"
+        )
+
+
+def measure(args: argparse.Namespace, curve_mb_per_s: float) -> dict[str, Any]:
+    import torch
+
+    from megatron_simct.alignment import build_alignment_map, load_tokenizer
+    from megatron_simct.config import ModelConfig, ParallelConfig
+    from megatron_simct.job import build_byte_order, open_model
+    from megatron_simct.parallel.initialize import process_groups
+    from megatron_simct.records import TeacherNeeds
+    from megatron_simct.teacher.forward import TeacherForward, by_length
+
+    torch.set_num_threads(args.threads)
+    student = load_tokenizer(args.student_hf_checkpoint)
+    teacher = load_tokenizer(args.teacher_hf_checkpoint)
+    alignment_map = build_alignment_map(student, teacher)
+    texts = paragraphs(Path(args.text_file).read_text(encoding="utf-8"), args.samples, args.words)
+    needs = {"paper": TeacherNeeds(hidden_rows="first"), "bytes": TeacherNeeds(hidden_rows="none", byte_events=True)}
+    pairs = {name: align(texts, student, teacher, alignment_map, need) for name, need in needs.items()}
+    labels = sum(pair.counts["student_labels"] for pair in pairs["paper"])
+    rows: list[dict[str, Any]] = []
+    with process_groups(ParallelConfig(), seed=0) as groups, tempfile.TemporaryDirectory() as folder:
+        options = ModelConfig(hf_checkpoint=args.teacher_hf_checkpoint)
+        model = open_model(options, ParallelConfig(), groups, teacher, prefix="teacher-", bf16=False, longest=4096)
+        order = build_byte_order(model, groups, teacher)
+        forward = TeacherForward(model, groups, vocab_size=teacher.table.num_ids, byte_order=order)
+        jobs = {dtype: start_job(args, Path(folder) / dtype, dtype) for dtype in DTYPES}
+        try:
+            clients = {dtype: open_client(args, Path(folder) / dtype, model) for dtype in DTYPES}
+            for interface, of_interface in pairs.items():
+                requests = requests_of(of_interface)
+                calls: dict[str, Callable[[], object]] = {
+                    dtype: lambda client=client, requests=requests: scored_by(client, requests)
+                    for dtype, client in clients.items()
+                    if interface == "paper" or dtype != "int8"
+                }
+                calls["here"] = lambda requests=requests: forward.run(by_length(requests, max_tokens=16384))
+                before = {dtype: dict(client.counts) for dtype, client in clients.items()}
+                seconds = best(calls, args.repeats)
+                begin = time.process_time()
+                answers = {answer.sample_id: answer for answer in calls["here"]()}
+                forward_cpu_s = time.process_time() - begin
+                for dtype in calls.keys() & set(DTYPES):
+                    sent, received = (
+                        (clients[dtype].counts[key] - before[dtype][key]) / (args.repeats + 1) / labels
+                        for key in ("request_bytes", "answer_bytes")
+                    )
+                    rows.append(
+                        {
+                            "interface": interface,
+                            "dtype": dtype,
+                            "seconds": seconds[dtype],
+                            "ratio": seconds[dtype] / seconds["here"],
+                            "wire": wire_seconds(requests, answers, dtype, curve_mb_per_s) / forward_cpu_s,
+                            "request_bytes_per_label": sent,
+                            "answer_bytes_per_label": received,
+                            "of_logits": received / (4 * teacher.table.num_ids),
+                            **errors(interface, dtype, model, of_interface, answers, teacher.table.num_ids),
+                        }
+                    )
+            for client in clients.values():
+                client.close()
+        finally:
+            for job in jobs.values():
+                job.send_signal(signal.SIGTERM)
+            for job in jobs.values():
+                job.wait(30)
+    rows.sort(key=lambda row: (row["interface"] != "paper", DTYPES.index(row["dtype"])))
+    return {
+        "labels": labels,
+        "teacher_tokens": sum(request.num_tokens for request in requests_of(pairs["paper"])),
+        "teacher_vocabulary": teacher.table.num_ids,
+        "hidden_size": model.config.hidden_size,
+        "rows": rows,
+    }
+
+
+def paragraphs(text: str, count: int, size: int) -> list[tuple[str, str]]:
+    """A prompt of 120 characters and a response each."""
+    words = text.split(" ")
+    chunks = [" ".join(words[i : i + size]) for i in range(0, len(words), size)][:count]
+    if len(chunks) < count:
+        raise SystemExit(f"--text-file: holds {len(chunks)} pieces of {size} words, --samples wants {count}")
+    return [(chunk[:120], chunk[120:]) for chunk in chunks]
+
+
+def align(texts: Sequence[tuple[str, str]], student: Any, teacher: Any, alignment_map: Any, needs: Any) -> list[Any]:
+    import numpy as np
+
+    from megatron_simct.alignment.plan import plan_pair
+    from megatron_simct.records import Prompt, Rollout
+
+    pairs = []
+    for sample_id, (prompt, response) in enumerate(texts):
+        ids = student.encode(response.encode()).astype(np.int32)
+        pairs.append(
+            plan_pair(
+                Prompt(
+                    sample_id=sample_id,
+                    student_ids=student.encode(prompt.encode()).astype(np.int32),
+                    teacher_ids=teacher.encode(prompt.encode()).astype(np.int32),
+                ),
+                Rollout(
+                    sample_id=sample_id,
+                    weight_version=0,
+                    student_ids=ids,
+                    logprobs=np.zeros(len(ids), np.float32),
+                    finish="length",
+                ),
+                student=student,
+                teacher=teacher,
+                alignment_map=alignment_map,
+                needs=needs,
+            )
+        )
+    return pairs
+
+
+def requests_of(pairs: Sequence[Any]) -> list[Any]:
+    from megatron_simct.teacher.forward import TeacherRequest
+
+    return [TeacherRequest.of(pair) for pair in pairs]
+
+
+def start_job(args: argparse.Namespace, run_dir: Path, dtype: str) -> subprocess.Popen:
+    from megatron_simct.teacher.endpoints import endpoint_folder, read_endpoints
+
+    command = [sys.executable, "-m", "megatron_simct.serve_teacher", "--run-dir", str(run_dir), "--bind", args.bind]
+    command += ["--teacher-hf-checkpoint", args.teacher_hf_checkpoint, "--teacher-hidden-dtype", dtype]
+    root = Path(__file__).resolve().parents[2]
+    job = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(root)}, stdout=subprocess.DEVNULL)
+    while not read_endpoints(endpoint_folder(str(run_dir))):
+        if job.poll() is not None:
+            raise SystemExit(f"the teacher's job ended with code {job.returncode}")
+        time.sleep(0.1)
+    return job
+
+
+def open_client(args: argparse.Namespace, run_dir: Path, model: Any) -> Any:
+    from megatron_simct.teacher.client import Patience, TeacherClient
+    from megatron_simct.teacher.endpoints import CLIENT_KEY, endpoint_folder
+
+    folder = endpoint_folder(str(run_dir))
+    client = TeacherClient(
+        folder=folder,
+        key_file=folder / CLIENT_KEY,
+        fingerprints={"hidden_size": model.config.hidden_size},
+        patience=Patience(timeout_s=120, again_s=120),
+        window_tokens=1 << 20,
+        where=str(run_dir),
+    )
+    client.start()
+    client.meet()
+    return client
+
+
+def scored_by(client: Any, requests: Sequence[Any]) -> list[Any]:
+    from megatron_simct.teacher.payload import read_scored
+
+    for request in requests:
+        client.submit(request)
+    return [read_scored(client.next()[1]) for _ in requests]
+
+
+def wire_seconds(requests: Sequence[Any], answers: dict[int, Any], dtype: str, curve_mb_per_s: float) -> float:
+    """CPU seconds of both ends, outside of the model."""
+    from megatron_simct.teacher.payload import read_score, read_scored, score_message, scored_message
+    from megatron_simct.teacher.wire import decode, encode, num_bytes
+
+    size = 0
+    begin = time.process_time()
+    for request in requests:
+        there = encode(score_message(0, request))
+        read_score(decode(there))
+        back = encode(scored_message(0, answers[request.sample_id], dtype))
+        read_scored(decode(back))
+        size += num_bytes(there) + num_bytes(back)
+    return time.process_time() - begin + size / 1e6 / curve_mb_per_s
+
+
+def best(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """The least seconds of each; they take turns, so that a busy machine is busy for all."""
+    seconds = dict.fromkeys(calls, float("inf"))
+    for call in calls.values():
+        call()
+    for _ in range(repeats):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            seconds[name] = min(seconds[name], time.perf_counter() - begin)
+    return seconds
+
+
+def errors(
+    interface: str, dtype: str, model: Any, pairs: Sequence[Any], answers: dict[int, Any], vocab_size: int
+) -> dict[str, float]:
+    """KL of what the student makes of the answer from what it would make of an exact one: mean and largest."""
+    import torch
+
+    from megatron_simct.losses.vocab_parallel import soft_cap
+    from megatron_simct.teacher.forward import rounded
+
+    if dtype == "fp32":
+        return {}
+    values = []
+    for pair in pairs:
+        answer = answers[pair.sample_id]
+        if interface == "paper":
+            weight = model.output_weight[:vocab_size]
+            exact, coarse = (
+                torch.log_softmax(soft_cap(h @ weight.T, model.logit_softcap).double(), dim=1)
+                for h in (answer.hidden, rounded(answer.hidden, dtype))
+            )
+            values.append((exact.exp() * (exact - coarse)).sum(1))
+        else:
+            position = torch.from_numpy(pair.byte_events.slot_position).long()
+            events = torch.from_numpy(pair.byte_events.slot_event) != 258
+            exact, coarse = (
+                log_shares(x.double()[events], position[events], pair.byte_events.num_positions)
+                for x in (answer.byte_logprobs, answer.byte_logprobs.half())
+            )
+            terms = torch.where(exact.isinf(), 0.0, exact.exp() * (exact - coarse))
+            values.append(torch.zeros(pair.byte_events.num_positions).double().index_add(0, position[events], terms))
+    kl = torch.cat(values)
+    return {"kl_mean": float(kl.mean()), "kl_max": float(kl.max())}
+
+
+def log_shares(log_masses: Any, position: Any, num_positions: int) -> Any:
+    """Normalized over the events of each position."""
+    import torch
+
+    totals = torch.zeros(num_positions, dtype=log_masses.dtype).index_add(0, position, log_masses.exp())
+    return log_masses - totals.log()[position]
+
+
+# One socket
+
+
+def sockets(count: int = 200) -> dict[str, float]:
+    """Messages of 1 MiB from another process."""
+    return {name: round(socket_speed(name == "curve", count), 1) for name in ("plain", "curve")}
+
+
+def socket_speed(curve: bool, count: int) -> float:
+    import zmq
+
+    server, client = zmq.curve_keypair(), zmq.curve_keypair()
+    context = zmq.Context()
+    receiver = context.socket(zmq.PULL)
+    if curve:
+        receiver.curve_server, receiver.curve_publickey, receiver.curve_secretkey = True, *server
+    port = receiver.bind_to_random_port("tcp://127.0.0.1")
+    sender = multiprocessing.get_context("fork").Process(target=send, args=(port, curve, server[0], client, count + 1))
+    sender.start()
+    receiver.recv()
+    begin = time.perf_counter()
+    for _ in range(count):
+        receiver.recv()
+    seconds = time.perf_counter() - begin
+    sender.join()
+    context.destroy(0)
+    return count * (1 << 20) / 1e6 / seconds
+
+
+def send(port: int, curve: bool, server_public: bytes, client: tuple[bytes, bytes], count: int) -> None:
+    import zmq
+
+    context = zmq.Context()
+    sender = context.socket(zmq.PUSH)
+    if curve:
+        sender.curve_serverkey, (sender.curve_publickey, sender.curve_secretkey) = server_public, client
+    sender.connect(f"tcp://127.0.0.1:{port}")
+    message = os.urandom(1 << 20)
+    for _ in range(count):
+        sender.send(message)
+    sender.close(10_000)
+    context.term()
+
+
+if __name__ == "__main__":
+    main()
