@@ -66,9 +66,7 @@ def dry_run(run: RunFile) -> str:
 def start(run: RunFile) -> int:
     """Run both jobs to their end; the student's exit code. Output goes to stdout, with the job's name before it."""
     os.umask(0o077)
-    folder = Path(run.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)
+    Path(run.run_dir).mkdir(parents=True, exist_ok=True)
     stop = _Stop()
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     jobs: dict[str, _Process] = {}

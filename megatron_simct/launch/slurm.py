@@ -63,9 +63,8 @@ def script_path(run: RunFile) -> str:
 def submit(run: RunFile, *, directory: str) -> str:
     """Write the job script and submit it; the job's number. ValueError with what sbatch says."""
     folder = Path(run.run_dir)
-    (folder / "logs").mkdir(parents=True, exist_ok=True, mode=0o700)
     for private in (folder, folder / "logs"):
-        private.chmod(0o700)
+        private.mkdir(parents=True, exist_ok=True, mode=0o700)
     active = [] if job_id(run) is None else _squeue(str(job_id(run)))
     if active:
         raise ValueError(f"job {job_id(run)} of {run.run_dir} is still {active[0]['state']}; cancel it first")

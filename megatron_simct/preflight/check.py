@@ -94,6 +94,7 @@ class _Check:
         self._config = dataclasses.replace(config, training=training)
         self._bf16 = config.training.bf16
         self._teacher_job = run.teacher_config
+        self._colocated = not config.teacher_job.endpoint
         self._needs_teacher = config.interface.interface != "sft"
 
     def _try(
@@ -218,7 +219,7 @@ class _Check:
             yield self._config.parallel, ""
         elif self._teacher_job is not None:
             yield self._teacher_job.parallel, ""
-        else:
+        elif self._colocated:
             yield self._config.parallel, "on the student's ranks, "
 
     def _weights(self, name: str, folder: str, model: ModelConfig, flag: str) -> None:
@@ -335,7 +336,6 @@ class _Check:
         if alignment_map is not None and needs.hidden_rows != "none":
             tp = parallel.tensor_model_parallel_size
             rows = round(placement_balance(alignment_map, (tp,))[tp] * alignment_map.teacher_vocab_size / tp)
-        colocated = teacher is not None and self._teacher_job is None
         plans = {
             "student": student_plan(
                 sizes,
@@ -350,7 +350,7 @@ class _Check:
                 on_gpu=cluster.student.gpus_per_node > 0,
                 teacher=(
                     self._sizes(teacher, config.teacher, parallel, bf16=self._bf16)
-                    if colocated and teacher is not None
+                    if self._colocated and teacher is not None
                     else None
                 ),
                 shared_rows=rows,

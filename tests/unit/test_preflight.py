@@ -549,6 +549,20 @@ def test_shipped_examples_fit_on_paper(path, tmp_path):
     assert {"student"} <= report.plans.keys()
 
 
+def test_a_teacher_that_runs_elsewhere_takes_none_of_the_students_memory(folder):
+    def elsewhere(run: dict[str, Any], folder: Path) -> None:
+        colocated(run, folder)
+        run["student"]["teacher_endpoint"] = [str(folder / "other")]
+
+    plans = {
+        name: check_run(read_run_file(str(write_run(folder, change)))).plans
+        for name, change in (("colocated", colocated), ("elsewhere", elsewhere))
+    }
+    assert all(plan.keys() == {"student"} for plan in plans.values())
+    assert "teacher weights" in plans["colocated"]["student"].held
+    assert "teacher weights" not in plans["elsewhere"]["student"].held
+
+
 def test_values_of_the_pair_are_read(folder):
     run = read_run_file(str(write_run(folder)))
     assert run.config.rollout.rollout_batch_size == run_values(folder)["student"]["rollout_batch_size"]
