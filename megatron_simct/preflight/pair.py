@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-import numpy as np
 
 from megatron_simct.alignment.alignment_map import AlignmentMap
 from megatron_simct.alignment.coverage import Coverage, measure_coverage
@@ -33,7 +32,7 @@ SKIPPED_WARN = 0.05
 
 _MARKERS = re.compile(r"<\|[a-z_]+\|>|</?s>|<(?:bos|eos|start_of_turn|end_of_turn)>|\[/?INST\]|<<SYS>>")
 """What chat templates write, and texts seldom do."""
-_NUMBERS = "12 345 6789 2024 31415926"
+_NUMBERS = ("7", "12", "365", "1234", "31415926")
 _SAMPLE: Messages = [{"role": "user", "content": "What is six times seven?"}]
 _SYSTEM: Messages = [{"role": "system", "content": "Be brief."}, *_SAMPLE]
 
@@ -263,15 +262,7 @@ def check_interface(interface: str, coverage: Coverage, *, student: Side, teache
     Interfaces of units push the student's right first token down where it says in several tokens what the teacher says
     in one; the share of such tokens (1:n) is what is at stake.
     """
-    numbers = _NUMBERS.encode()
-    found = align(
-        teacher.tokenizer.table,
-        teacher.tokenizer.encode(numbers),
-        student.tokenizer.table,
-        student.tokenizer.encode(numbers),
-    )
-    ts, te, ss, se = found.segments.T
-    differ = bool(((te - ts > 1) != (se - ss > 1)).any()) or bool((np.maximum(te - ts, se - ss) > 1).any())
+    differ = any(not _cut_alike(number.encode(), student=student, teacher=teacher) for number in _NUMBERS)
     at_stake = coverage.student_token_shares["1_n"] + coverage.student_token_shares["n_m"]
     if interface in ("bytes", "sft"):
         return [passed("pair", "interface", f"{interface}")]
@@ -296,3 +287,10 @@ def check_interface(interface: str, coverage: Coverage, *, student: Side, teache
             )
         ]
     return [passed("pair", "interface", f"{interface}; digits are cut alike")]
+
+
+def _cut_alike(text: bytes, *, student: Side, teacher: Side) -> bool:
+    """Whether both tokenizers cut the text at the same places."""
+    teacher_ids, student_ids = teacher.tokenizer.encode(text), student.tokenizer.encode(text)
+    segments = align(teacher.tokenizer.table, teacher_ids, student.tokenizer.table, student_ids).segments
+    return len(segments) == len(teacher_ids) == len(student_ids)

@@ -30,9 +30,10 @@ build commit --quiet "$debian" simct-debian > /dev/null
 build rm "$debian" > /dev/null
 rm -rf --one-file-system "$folder/debian"
 
-volumes=()
-for path in /etc/pip.conf /etc/xdg/pip /etc/apt/apt.conf.d $(python3 -m pip config list | grep --only-matching "/[^' ]*" | sed 's|/simple$||' | sort -u); do
-    [ ! -e "$path" ] || volumes+=(--volume "$path:$path:ro")
+{ echo "[global]"; python3 -m pip config list | sed -nE "s/^(global|:env:)\.([a-z-]+)='(.*)'\$/\2 = \3/p" | sort -u -t = -k 1,1; } > "$folder/pip.conf"
+volumes=(--volume "$folder/pip.conf:/etc/pip.conf:ro")
+for path in /etc/apt/apt.conf.d $(grep --only-matching "/[^' ]*" "$folder/pip.conf" | sed 's|^///|/|; s|/simple$||' | sort -u); do
+    [ ! -e "$path" ] || [[ $path == /etc/ssl/* ]] || volumes+=(--volume "$path:$path:ro")
 done
 
 build build --isolation chroot --target cpu --build-arg BASE_IMAGE=localhost/simct-debian --tag simct-cpu \

@@ -93,6 +93,16 @@ def template(side: str, text: str | None) -> Change:
     return apply
 
 
+def single_digits(side: str) -> Change:
+    def apply(run: dict[str, Any], folder: Path) -> None:
+        path = folder / side / "tokenizer.json"
+        text = path.read_text()
+        assert r"\\p{N}{1,3}" in text
+        path.write_text(text.replace(r"\\p{N}{1,3}", r"\\p{N}"))
+
+    return apply
+
+
 def index(side: str, *names: str) -> Change:
     def apply(run: dict[str, Any], folder: Path) -> None:
         (folder / side / "model.safetensors").rename(folder / side / names[0])
@@ -393,7 +403,7 @@ def test_each_misconfiguration_names_its_flag(folder, name):
 
 WARNINGS: dict[str, tuple[Change, str, str]] = {
     "plain prompts for a chat model": (student(apply_chat_template=False), "--apply-chat-template", "plain text"),
-    "digits": (student(simct_interface="paper"), "--simct-interface", "digits"),
+    "digits": (both(single_digits("student"), student(simct_interface="paper")), "--simct-interface", "digits"),
     "random student": (remove("student/model.safetensors"), "--hf-checkpoint", "random"),
     "thinking": (
         template("teacher", "{{ bos_token }}{{ messages[0]['content'] }}<think>\n"),
