@@ -162,7 +162,7 @@ def parse_config(argv: Sequence[str] | None = None, command: Command = TRAIN) ->
             raise ValueError(_unknown_flag(flag, command.config))
         file = given.pop("config_file", None)
         show = given.pop("print_config", False)
-        config = _assemble((_read_file(file, command.config) if file else {}) | given, command.config)
+        config = assemble((_read_file(file, command.config) if file else {}) | given, command.config)
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     if show:
@@ -193,7 +193,8 @@ def to_yaml(config: Config | TeacherConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _assemble(values: dict[str, Any], config: type) -> Any:
+def assemble(values: dict[str, Any], config: type) -> Any:
+    """A job's configuration of values by key, as YAML or argparse give them. ValueError for one of another type."""
     groups: dict[str, dict[str, Any]] = {}
     for option in options(config):
         if option.key in values:
@@ -242,13 +243,18 @@ def _read_file(path: str, config: type) -> dict[str, Any]:
         raise ValueError(f"--config-file {path}: not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict):
         raise ValueError(f"--config-file {path}: expected `key: value` lines")
+    check_keys(values, config, where=f"--config-file {path}")
+    return values
+
+
+def check_keys(values: dict[str, Any], config: type, *, where: str) -> None:
+    """ValueError, beginning with `where`, for a key that is no option of the job; it names the nearest one."""
     keys = [option.key for option in options(config)]
     for key in values:
         if f"--{key}".replace("_", "-") in MEGATRON_FLAGS:
-            raise ValueError(f"--config-file {path}: {key!r} is an option of Megatron-LM {_NOT_IMPLEMENTED}")
+            raise ValueError(f"{where}: {key!r} is an option of Megatron-LM {_NOT_IMPLEMENTED}")
         if key not in keys:
-            raise ValueError(f"--config-file {path}: unknown key {key!r}{_nearest(str(key), keys)}")
-    return values
+            raise ValueError(f"{where}: unknown key {key!r}{nearest(str(key), keys)}")
 
 
 def _unknown_flag(argument: str, config: type) -> str:
@@ -257,9 +263,10 @@ def _unknown_flag(argument: str, config: type) -> str:
         return f"unexpected argument {argument!r}"
     if flag in MEGATRON_FLAGS:
         return f"{flag} is a flag of Megatron-LM {_NOT_IMPLEMENTED}"
-    return f"unknown flag {flag}{_nearest(flag, [option.flag for option in options(config)])}"
+    return f"unknown flag {flag}{nearest(flag, [option.flag for option in options(config)])}"
 
 
-def _nearest(name: str, names: Sequence[str]) -> str:
+def nearest(name: str, names: Sequence[str]) -> str:
+    """The end of a message about an unknown name: which of `names` may have been meant."""
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""

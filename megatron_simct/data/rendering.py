@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+import jinja2.meta
 import numpy as np
 
 from megatron_simct.alignment.hf_folder import environment, read_settings, special_token, template_source
@@ -38,6 +39,8 @@ class ChatTemplate:
     template: jinja2.Template
     special_tokens: dict[str, str]
     """bos_token, eos_token and the like: variables of the template."""
+    variables: frozenset[str] = frozenset()
+    """What the template reads and does not set."""
 
     @classmethod
     def load(cls, folder: str, *, flag: str) -> ChatTemplate:
@@ -49,6 +52,7 @@ class ChatTemplate:
             raise ValueError(f"{flag} {folder}: {error}") from None
         try:
             template = environment().from_string(source)
+            variables = jinja2.meta.find_undeclared_variables(environment().parse(source))
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"{flag} {folder}: {name}, line {error.lineno} of the template: {error.message}") from None
         tokens = {key: special_token(value) for key, value in settings.items() if key.endswith("_token")}
@@ -56,7 +60,12 @@ class ChatTemplate:
             name=f"{flag} {folder}: {name}",
             template=template,
             special_tokens={key: text for key, text in tokens.items() if isinstance(text, str)},
+            variables=frozenset(variables),
         )
+
+    def text(self, messages: Messages) -> str:
+        """What the template writes. Raises what jinja2 or the template itself does."""
+        return self.template.render(messages=messages, add_generation_prompt=True, **self.special_tokens)
 
     def render(self, messages: Messages, tokenizer: Tokenizer) -> np.ndarray:
         """The prompt's ids, int32 [p]. The template writes BOS itself where the model wants one, so none is added.
@@ -65,7 +74,7 @@ class ChatTemplate:
         """
         assert tokenizer.encode_chat is not None, f"{tokenizer.name} cannot read a rendered template"
         try:
-            text = self.template.render(messages=messages, add_generation_prompt=True, **self.special_tokens)
+            text = self.text(messages)
         except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
             raise ValueError(f"{self.name} does not render it: {' '.join(str(error).split())}") from None
         ids = np.asarray(tokenizer.encode_chat(text), dtype=np.int32)

@@ -166,7 +166,7 @@ def build_model(
     (the halves of a gated MLP are drawn in another order, each stage draws its own, and on a CPU ranks that share
     experts draw the same ones); loaded ones do not. `flag` names the checkpoint in errors. longest: see Rotary.
     """
-    _check_divides(architecture, parallel, flag=flag)
+    check_divides(architecture, parallel, flag=flag)
     if vocab_size > architecture.vocab_size:
         raise ValueError(
             f"{flag}: the tokenizer has {vocab_size} ids, but config.json says vocab_size {architecture.vocab_size}"
@@ -209,7 +209,7 @@ def build_model(
             variable_seq_lengths=True,
             moe_token_dispatcher_type="alltoall",
             **_experts(architecture, parallel),
-            **_uneven_stages(architecture, parallel),
+            **uneven_stages(architecture, parallel),
             # The loss is a sum over labels; the one division by their global number happens in finalize_model_grads.
             calculate_per_token_loss=True,
             use_cpu_initialization=on_cpu,
@@ -273,7 +273,7 @@ def _experts(architecture: Architecture, parallel: ParallelConfig) -> dict[str, 
     }
 
 
-def _uneven_stages(architecture: Architecture, parallel: ParallelConfig) -> dict[str, int]:
+def uneven_stages(architecture: Architecture, parallel: ParallelConfig) -> dict[str, int]:
     """Options of TransformerConfig where the stages do not divide the layers: those in the middle have equally many.
 
     The first and the last have more to do, so they get what is left if the others have one more than they.
@@ -338,7 +338,8 @@ def _layers(
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
 
-def _check_divides(architecture: Architecture, parallel: ParallelConfig, *, flag: str) -> None:
+def check_divides(architecture: Architecture, parallel: ParallelConfig, *, flag: str) -> None:
+    """ValueError, naming the flag and the number, where the layout does not divide layers, heads or MLP."""
     pp, virtual = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
     layers = architecture.num_layers
     if virtual > 1 and layers % (pp * virtual):

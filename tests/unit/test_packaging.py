@@ -52,9 +52,24 @@ def test_flags_in_the_readme_exist():
     }
     known |= {"--model", "--tasks"}  # of lm-eval
     known |= {flag.replace("--", "--no-", 1) for flag in known}
-    for script in (*ROOT.glob("examples/*/run.py"), *(ROOT / "tools").glob("*.py")):
+    launcher = ROOT / "megatron_simct/launch/__main__.py"
+    for script in (*ROOT.glob("examples/*/run.py"), launcher, *(ROOT / "tools").glob("*.py")):
         known |= set(re.findall(r'"(--[a-z0-9-]+)"', script.read_text()))
     known |= {f"--{side}-{name}" for side in ("teacher", "student") for name in ("tokenizer", "stop-token-ids")}
     flags = set(re.findall(r"(--[a-z][a-z0-9-]*[a-z0-9])(?![\w-])", README))
     assert len(flags) > 20
     assert sorted(flags - known) == []
+
+
+def test_the_image_has_the_versions_that_the_tests_ran_with():
+    pinned = set((ROOT / "requirements.txt").read_text().split() + (ROOT / "requirements-test.txt").read_text().split())
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    named = re.findall(r" ([a-z]+==\d[\d.]+)", dockerfile)
+    assert {name.split("==")[0] for name in named} == {"hypothesis", "pytest", "transformers"} and set(named) <= pinned
+    (core,) = re.findall(r"ARG MEGATRON_CORE_VERSION=(\S+)", dockerfile)
+    assert f"megatron-core=={core}" in pinned
+
+
+def test_templates_of_the_launcher_are_installed():
+    package_data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    assert list((ROOT / "megatron_simct").glob(package_data["megatron_simct"][0]))

@@ -1,0 +1,114 @@
+"""Starts a run on this machine, or queues it with Slurm.
+
+    python -m megatron_simct.launch run.yaml [--dry-run] [section.key=value ...]
+    python -m megatron_simct.launch status|logs|cancel run.yaml
+
+A run whose pre-flight fails is not started (tools/check_pair.py shows all of it). --dry-run prints exactly what would
+run. Secrets such as WANDB_API_KEY belong into the environment that launches, which both jobs inherit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from megatron_simct.launch import local, slurm
+from megatron_simct.launch.run_file import RunFile, read_run_file
+
+_COMMANDS = ("status", "logs", "cancel")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The student's exit code for a local run; else 0, or 1 with one line that says what was wrong."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments.pop(0) if arguments[:1] and arguments[0] in _COMMANDS else "start"
+    options = _parser(command).parse_intermixed_args(arguments)
+    try:
+        run = read_run_file(options.run_file, options.overrides)
+        if command == "start":
+            return _start(run, dry_run=options.dry_run)
+        if run.cluster.kind != "slurm":
+            raise ValueError(f"{run.path}: cluster.kind is local: {command} is of Slurm jobs")
+        return {"status": _status, "logs": _logs, "cancel": _cancel}[command](run, options)
+    except (ValueError, OSError) as error:
+        print(f"megatron_simct.launch: error: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, BrokenPipeError):
+        return 130
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_simct.launch" + ("" if command == "start" else f" {command}"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_file", metavar="RUN.yaml", help="both jobs; megatron_simct/launch/run_file.py explains it")
+    parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="go before what the file says")
+    if command == "start":
+        parser.add_argument("--dry-run", action="store_true", help="print what would run, and start nothing")
+    if command == "logs":
+        parser.add_argument("--follow", action="store_true", help="go on until Ctrl-C")
+    return parser
+
+
+def _start(run: RunFile, *, dry_run: bool) -> int:
+    from megatron_simct.preflight.check import check_run
+    from megatron_simct.preflight.table import console, show
+
+    report = check_run(run)
+    show(report, console(stderr=True), only_problems=True)
+    if dry_run:
+        print(
+            local.dry_run(run) if run.cluster.kind == "local" else slurm.job_script(run, directory=os.getcwd()), end=""
+        )
+        return int(report.failed)
+    if report.failed:
+        raise ValueError(f"{run.path}: the pre-flight failed, so nothing was started; tools/check_pair.py shows it all")
+    if run.cluster.kind == "local":
+        return local.start(run)
+    number = slurm.submit(run, directory=os.getcwd())
+    print(f"job {number} of {slurm.script_path(run)}; status, logs and cancel take the same run file")
+    return 0
+
+
+def _status(run: RunFile, options: argparse.Namespace) -> int:
+    found = slurm.status(run)
+    if not found["components"]:
+        print(f"job {found['job_id']}: no longer queued")
+    for row in found["components"]:
+        print(f"job {row['id']}: {row['state']} for {row['time']}, {row['where']}")
+    step = found["step"]
+    if step is not None:
+        print(f"iteration {step['iteration']} of {run.config.training.train_iters}, loss {step['loss']:.6f}")
+    return 0
+
+
+def _cancel(run: RunFile, options: argparse.Namespace) -> int:
+    print(f"job {slurm.cancel(run)} cancelled")
+    return 0
+
+
+def _logs(run: RunFile, options: argparse.Namespace) -> int:
+    """Every line with its file's name before it."""
+    read: dict[Path, int] = {}
+    while True:
+        for path in slurm.log_files(run):
+            with path.open("rb") as file:
+                file.seek(read.get(path, 0))
+                text = file.read()
+            whole = len(text) if not options.follow else text.rfind(b"\n") + 1
+            read[path] = read.get(path, 0) + whole
+            for line in text[:whole].decode(errors="replace").splitlines():
+                print(f"[{path.stem}] {line}")
+        sys.stdout.flush()
+        if not options.follow:
+            return 0
+        time.sleep(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,296 @@
+"""What two models share: prompts in both chat templates, stop tokens, coverage of the text, the interface that suits.
+
+Every function answers with findings, of which each says what to change. What training itself would refuse is left to
+the code that trains: `check.py` calls it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+
+from megatron_simct.alignment.alignment_map import AlignmentMap
+from megatron_simct.alignment.coverage import Coverage, measure_coverage
+from megatron_simct.alignment.hf_folder import turn_end
+from megatron_simct.alignment.segments import align
+from megatron_simct.alignment.tokenizer import Tokenizer
+from megatron_simct.data.prompts import Row
+from megatron_simct.data.rendering import ChatTemplate, Messages
+from megatron_simct.models.families import Architecture
+from megatron_simct.preflight.findings import Finding, failed, passed, warned
+
+MAX_TEXTS, MAX_CHARACTERS = 400, 200_000
+"""Of the prompts that coverage and templates are looked at on: enough for shares, soon done."""
+
+LOST_FAIL, LOST_WARN = 0.2, 0.005
+"""Share of bytes in no unit from which a pair is refused, or pointed out."""
+SKIPPED_WARN = 0.05
+
+_MARKERS = re.compile(r"<\|[a-z_]+\|>|</?s>|<(?:bos|eos|start_of_turn|end_of_turn)>|\[/?INST\]|<<SYS>>")
+"""What chat templates write, and texts seldom do."""
+_NUMBERS = ("7", "12", "365", "1234", "31415926")
+_SAMPLE: Messages = [{"role": "user", "content": "What is six times seven?"}]
+_SYSTEM: Messages = [{"role": "system", "content": "Be brief."}, *_SAMPLE]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One model of the pair. `flag` is the prefix of its flags: empty, or teacher-."""
+
+    name: str
+    flag: str
+    folder: str
+    architecture: Architecture
+    tokenizer: Tokenizer
+    chat: ChatTemplate | None
+
+
+def check_stop_tokens(side: Side) -> list[Finding]:
+    """Whether what ends a turn in the chat template is among the tokens that end a response."""
+    table = side.tokenizer.table
+    stops = ", ".join(
+        f"{i} ({side.tokenizer.stop_sources[i]})" if i in side.tokenizer.stop_sources else str(i)
+        for i in table.stop_ids
+    )
+    if side.chat is not None and side.tokenizer.encode_chat is not None:
+        marks = _MARKERS.findall(_text(side.chat, [*_SAMPLE, {"role": "assistant", "content": "42"}]) or "")
+        end = turn_end(Path(side.folder), set(marks))
+        ids = [] if end is None else list(side.tokenizer.encode_chat(end))
+        if len(ids) == 1 and ids[0] not in table.stop_ids:
+            return [
+                failed(
+                    side.name,
+                    "stop tokens",
+                    f"the chat template ends a turn with {end} ({ids[0]}), which is not among the stop ids ({stops}): "
+                    "responses would run on to the length limit; add it",
+                    flag=f"--{side.flag}stop-token-ids",
+                )
+            ]
+    return [passed(side.name, "stop tokens", stops)]
+
+
+def check_vocabulary(side: Side) -> list[Finding]:
+    """Whether the embedding has a row for every id of the tokenizer."""
+    ids, rows = side.tokenizer.table.num_ids, side.architecture.vocab_size
+    if ids > rows:
+        return [
+            failed(
+                side.name,
+                "vocabulary",
+                f"the tokenizer has {ids:,} ids, but config.json says vocab_size {rows:,}: they are not of one model",
+                flag=f"--{side.flag}tokenizer-model",
+            )
+        ]
+    return [passed(side.name, "vocabulary", f"{ids:,} ids, {rows:,} rows")]
+
+
+def check_length(side: Side, *, prompt_len: int, response_len: int) -> list[Finding]:
+    """Whether prompt and response fit into the positions that the model knows.
+
+    prompt_len and response_len in the side's own tokens.
+    """
+    limit, wanted = side.architecture.max_position_embeddings, prompt_len + response_len
+    if wanted > limit:
+        return [
+            failed(
+                side.name,
+                "context",
+                f"prompts of {prompt_len:,} and responses of {response_len:,} tokens make {wanted:,}; the model has "
+                f"max_position_embeddings {limit:,}; lower it or --rollout-max-prompt-len",
+                flag="--rollout-max-response-len",
+            )
+        ]
+    return [passed(side.name, "context", f"{wanted:,} of {limit:,} positions")]
+
+
+def check_templates(student: Side, teacher: Side | None, rows: Sequence[Row], *, chat: bool) -> list[Finding]:
+    """How the two sides read one conversation: markers in plain prompts, BOS, system role, thinking."""
+    sides = [student] if teacher is None else [student, teacher]
+    rows = rows[:MAX_TEXTS]
+    if not chat:
+        for row in rows:
+            found = _MARKERS.search(row.prompt) if isinstance(row.prompt, str) else None
+            if found:
+                return [
+                    failed(
+                        "pair",
+                        "chat template",
+                        f"{row.where}: the prompt holds {found[0]!r}, which without chat templates is ordinary text to "
+                        "both models; give the bare message or messages, and",
+                        flag="--apply-chat-template",
+                    )
+                ]
+        if any(_has_template(side) for side in sides):
+            return [
+                warned(
+                    "pair",
+                    "chat template",
+                    "prompts are read as plain text although a model has a chat template; instructed models want it",
+                    flag="--apply-chat-template",
+                )
+            ]
+        return [passed("pair", "chat template", "prompts are plain texts")]
+    findings = []
+    for side in sides:
+        assert side.chat is not None
+        findings += _check_bos(side, rows)
+    systems = {side.name: _text(side.chat, _SYSTEM) is not None for side in sides if side.chat}
+    shown = ", ".join(f"{name} {'has' if has else 'refuses'}" for name, has in systems.items())
+    findings.append(passed("pair", "system role", f"{shown} the role"))
+    thinking = {side.name: _thinks(side.chat) for side in sides if side.chat}
+    if len(set(thinking.values())) > 1:
+        which = next(name for name, thinks in thinking.items() if thinks)
+        findings.append(
+            warned(
+                "pair",
+                "thinking",
+                f"only the {which}'s template has a thinking mode: what it says after <think> is unlikely to the "
+                "other; replace chat_template.jinja by one without it",
+                flag=f"--{'teacher-' if which == 'teacher' else ''}hf-checkpoint",
+            )
+        )
+    else:
+        findings.append(passed("pair", "thinking", f"{'both' if any(thinking.values()) else 'neither'} side thinks"))
+    return findings
+
+
+def _has_template(side: Side) -> bool:
+    try:
+        ChatTemplate.load(side.folder, flag="")
+    except ValueError:
+        return False
+    return True
+
+
+def _check_bos(side: Side, rows: Sequence[Row]) -> list[Finding]:
+    """BOS once at the start: a template may write it where the message holds it already."""
+    bos = side.tokenizer.bos_id
+    for row in rows:
+        assert side.chat is not None and not isinstance(row.prompt, str)
+        ids = side.chat.render(row.prompt, side.tokenizer)
+        found = any(_MARKERS.search(message["content"]) for message in row.prompt)
+        if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
+            return [
+                failed(
+                    side.name,
+                    "BOS",
+                    f"{row.where}: the rendered prompt begins with the beginning-of-sequence token twice; take it out "
+                    "of the text or of the template",
+                    flag="--prompt-data" if found else f"--{side.flag}hf-checkpoint",
+                )
+            ]
+        if found:
+            return [
+                failed(
+                    side.name,
+                    "chat template",
+                    f"{row.where}: a message holds a template's own markers, so it would be rendered twice; give the "
+                    "bare message in",
+                    flag="--prompt-data",
+                )
+            ]
+    return [passed(side.name, "chat template", "renders every prompt looked at")]
+
+
+def _text(chat: ChatTemplate, messages: Messages) -> str | None:
+    """The rendered text, None where the template refuses."""
+    try:
+        return chat.text(messages)
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError):
+        return None
+
+
+def _thinks(chat: ChatTemplate) -> bool:
+    """Whether the template opens a thinking block, or a model with it does so by itself (enable_thinking)."""
+    rendered = _text(chat, _SAMPLE) or ""
+    opened = rendered.count("<think>") > rendered.count("</think>")
+    return opened or ("enable_thinking" in chat.variables and "</think>" not in rendered)
+
+
+def side_by_side(student: Side, teacher: Side | None, messages: Messages | str) -> dict[str, str]:
+    """One prompt as each side reads it."""
+    sides = [student] if teacher is None else [student, teacher]
+    if isinstance(messages, str):
+        return {side.name: messages for side in sides}
+    return {side.name: (_text(side.chat, messages) or "") for side in sides if side.chat}
+
+
+def texts_of(rows: Sequence[Row]) -> list[str]:
+    """The texts of the prompts, and of the responses or labels that are given with them."""
+    texts, size = [], 0
+    step = max(1, len(rows) // MAX_TEXTS)
+    for row in rows[::step]:
+        prompt = row.prompt if isinstance(row.prompt, str) else "\n".join(m["content"] for m in row.prompt)
+        texts.append("\n".join([prompt, row.response or row.label or ""]).strip("\n"))
+        size += len(texts[-1])
+        if size > MAX_CHARACTERS:
+            break
+    return texts
+
+
+def coverage_of(rows: Sequence[Row], *, student: Side, teacher: Side, alignment_map: AlignmentMap) -> Coverage:
+    """On the user's own prompts."""
+    return measure_coverage(
+        texts_of(rows), student=student.tokenizer, teacher=teacher.tokenizer, alignment_map=alignment_map
+    )
+
+
+def check_coverage(coverage: Coverage) -> list[Finding]:
+    """How much of the text any interface can compare."""
+    lost = sum(coverage.bytes_dropped.values()) / max(coverage.bytes, 1)
+    shares = coverage.student_token_shares
+    said = (
+        f"student tokens of the prompts: 1:1 {shares['1_1']:.1%}, 1:n {shares['1_n']:.1%}, n:1 {shares['n_1']:.1%}, "
+        f"n:m {shares['n_m']:.1%}; bytes lost {lost:.2%}"
+    )
+    reasons = ", ".join(f"{reason} {count}" for reason, count in coverage.bytes_dropped.items())
+    if lost > LOST_FAIL:
+        message = f"{said} ({reasons}): the two tokenizers do not spell the same text; choose others"
+        return [failed("pair", "coverage", message, flag="--teacher-tokenizer-model")]
+    if lost > LOST_WARN:
+        return [warned("pair", "coverage", f"{said} ({reasons})", flag="--teacher-tokenizer-model")]
+    return [passed("pair", "coverage", said)]
+
+
+def check_interface(interface: str, coverage: Coverage, *, student: Side, teacher: Side) -> list[Finding]:
+    """Whether the interface suits the pair: where digits are grouped differently, only `bytes` was seen to learn.
+
+    Interfaces of units push the student's right first token down where it says in several tokens what the teacher says
+    in one; the share of such tokens (1:n) is what is at stake.
+    """
+    differ = any(not _cut_alike(number.encode(), student=student, teacher=teacher) for number in _NUMBERS)
+    at_stake = coverage.student_token_shares["1_n"] + coverage.student_token_shares["n_m"]
+    if interface in ("bytes", "sft"):
+        return [passed("pair", "interface", f"{interface}")]
+    if differ:
+        return [
+            warned(
+                "pair",
+                "interface",
+                f"the two tokenizers cut digits differently, where {interface} was seen to unlearn numbers (README, "
+                "Interfaces); use bytes",
+                flag="--simct-interface",
+            )
+        ]
+    if at_stake > 0.15:
+        return [
+            warned(
+                "pair",
+                "interface",
+                f"{at_stake:.0%} of the student's tokens lie in units of several student tokens, which {interface} "
+                "judges by their first token or not at all; consider bytes",
+                flag="--simct-interface",
+            )
+        ]
+    return [passed("pair", "interface", f"{interface}; digits are cut alike")]
+
+
+def _cut_alike(text: bytes, *, student: Side, teacher: Side) -> bool:
+    """Whether both tokenizers cut the text at the same places."""
+    teacher_ids, student_ids = teacher.tokenizer.encode(text), student.tokenizer.encode(text)
+    segments = align(teacher.tokenizer.table, teacher_ids, student.tokenizer.table, student_ids).segments
+    return len(segments) == len(teacher_ids) == len(student_ids)

@@ -1,0 +1,49 @@
+"""Bytes that one step sends between the two jobs, or between the two models where they share ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_simct.records import TeacherNeeds
+
+LABEL_BYTES = 8
+"""Own logit and log-sum-exp of a label, float32."""
+BYTE_EVENT_BYTES = 800
+"""A response token of the interface bytes, in half precision; measured, it depends on the pair a little."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Bytes of one step with responses of full length."""
+
+    requests: int
+    """Token ids, student -> teacher."""
+    answers: int
+    """What the interface needs of the teacher."""
+    logits: int
+    """What the teacher's whole logits in float16 would be instead."""
+
+
+def step_traffic(
+    needs: TeacherNeeds,
+    *,
+    sequences: int,
+    prompt_len: int,
+    teacher_labels: int,
+    rows: int,
+    hidden_row_bytes: int,
+    vocab_size: int,
+) -> Traffic:
+    """teacher_labels, rows: labels of a response in the teacher's tokens, and those whose hidden state is wanted."""
+    if not needs.teacher:
+        return Traffic(requests=0, answers=0, logits=0)
+    answer = LABEL_BYTES * teacher_labels
+    if needs.hidden_rows != "none":
+        answer += hidden_row_bytes * rows
+    if needs.byte_events:
+        answer += BYTE_EVENT_BYTES * teacher_labels
+    return Traffic(
+        requests=4 * sequences * (prompt_len + teacher_labels),
+        answers=sequences * answer,
+        logits=2 * sequences * teacher_labels * vocab_size,
+    )

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Builds the `cpu` target of the Dockerfile without a daemon, from a Debian that debootstrap makes; its unit tests run
+# inside, as its last step. Needs root and Debian's packages buildah and debootstrap; takes minutes and some gigabytes.
+#   ./tests/end_to_end/container.sh
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+if [ "$(id -u)" != 0 ]; then
+    echo "container.sh: skipped, buildah's chroot isolation needs root here"
+    exit 0
+fi
+if ! command -v buildah debootstrap > /dev/null; then
+    if ! { apt-get update -qq && apt-get install -y -qq --no-install-recommends buildah debootstrap; } > /dev/null 2>&1; then
+        echo "container.sh: skipped, the packages buildah and debootstrap cannot be installed"
+        exit 0
+    fi
+fi
+
+folder=$(mktemp -d /tmp/simct-container.XXXXXX)
+# Its own storage, so that nothing of it is left, and no other image is touched.
+build() { buildah --root "$folder/storage" --runroot "$folder/run" --storage-driver vfs "$@"; }
+trap 'rm -rf --one-file-system "$folder"' EXIT
+
+debootstrap --variant=minbase --include=ca-certificates bookworm "$folder/debian" > "$folder/debootstrap.log" || { tail -n 5 "$folder/debootstrap.log"; exit 1; }
+# The host's certificates and package indices are those of the build: pip's configuration, and folders that it names.
+cp /etc/ssl/certs/ca-certificates.crt "$folder/debian/etc/ssl/certs/ca-certificates.crt"
+debian=$(build from scratch)
+build add --quiet "$debian" "$folder/debian" / > /dev/null
+build commit --quiet "$debian" simct-debian > /dev/null
+build rm "$debian" > /dev/null
+rm -rf --one-file-system "$folder/debian"
+
+{ echo "[global]"; python3 -m pip config list | sed -nE "s/^(global|:env:)\.([a-z-]+)='(.*)'\$/\2 = \3/p" | sort -u -t = -k 1,1; } > "$folder/pip.conf"
+volumes=(--volume "$folder/pip.conf:/etc/pip.conf:ro")
+for path in /etc/apt/apt.conf.d $(grep --only-matching "/[^' ]*" "$folder/pip.conf" | sed 's|^///|/|; s|/simple$||' | sort -u); do
+    [ ! -e "$path" ] || [[ $path == /etc/ssl/* ]] || volumes+=(--volume "$path:$path:ro")
+done
+
+build build --isolation chroot --target cpu --build-arg BASE_IMAGE=localhost/simct-debian --tag simct-cpu \
+    "${volumes[@]}" --layers=false . 2>&1 | tee "$folder/build.log"
+passed=$(grep --only-matching --extended-regexp '[0-9]+ passed' "$folder/build.log" | tail -n 1)
+image=$(build from localhost/simct-cpu)
+user=$(build run --isolation chroot "$image" -- id -un)
+help=$(build run --isolation chroot "$image" -- python -m megatron_simct.train --help | head -n 1)
+[ "$user" = simct ] && [ -n "$passed" ] && [[ $help == usage:* ]]
+echo "verified: the cpu target builds without a daemon; its unit tests inside: $passed; it runs as user $user"

@@ -1,0 +1,188 @@
+"""What slurm.sh verifies, on the Slurm that it has set up.
+
+The quick-start pair, from checkpoints of a few steps, through `python -m megatron_simct.launch`:
+
+    one job           pre-empted by a job of higher priority, queued again, resumed: metrics as if nothing had happened
+    heterogeneous     the teacher on one node, the student on the other; told to stop, queued again, resumed to the end
+    cancelled         no process of either component is left
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+ITERATIONS = 40
+WAIT_S = 420.0
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    nodes = call("sinfo", "--noheader", "--format=%D %T").strip()
+    pair = quick_start(folder / "quickstart")
+    print(f"slurm: nodes {nodes}; the quick start's pair is in {folder / 'quickstart'}", flush=True)
+
+    alone = one_job(folder, pair)
+    together = heterogeneous(folder, pair)
+    cancelled(folder, pair)
+    print(
+        f"verified: a Slurm job pre-empted after {alone} of {ITERATIONS} steps, queued again, resumed bit-identically; "
+        f"a heterogeneous job, teacher and student on a node each, stopped by its signal after {together} steps, "
+        "queued again, finished; a cancelled one leaves no process",
+        flush=True,
+    )
+
+
+def quick_start(folder: Path) -> dict[str, Any]:
+    """Sections student and teacher of the quick start's pair, from a few steps of each."""
+    command = [sys.executable, "examples/quickstart/run.py", "--smoke", "--processes", "1", "--run-dir", str(folder)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(command, cwd=ROOT, env=env, check=True, timeout=600, stdout=subprocess.DEVNULL)
+    run = yaml.safe_load((folder / "distil-paper" / "config.yaml").read_text())
+    kept = ("hf_checkpoint", "tokenizer_model", "pretrained_checkpoint")
+    student = {key: run[key] for key in (*kept, "prompt_data", "rollout_max_response_len", "min_lr")}
+    student |= {"rollout_batch_size": 16, "micro_batch_size": 16, "rollout_max_prompt_len": 64}
+    student |= {"train_iters": ITERATIONS, "lr": 3e-4}
+    return {"student": student, "teacher": {f"teacher_{key}": run[f"teacher_{key}"] for key in kept}}
+
+
+def write_run(folder: Path, name: str, pair: dict[str, Any], *, kind: str, with_teacher: bool) -> Path:
+    """A run file; without a teacher job the teacher is on the student's ranks."""
+    size = {"cpus_per_node": 1}
+    run: dict[str, Any] = {
+        "run_dir": str(folder / name),
+        "student": pair["student"] | ({} if with_teacher else pair["teacher"]),
+        "cluster": {"kind": kind, "student": size, "teacher": size, "grace_s": 120, "time": "00:30:00"},
+        "env": {"OMP_NUM_THREADS": 1},
+    }
+    if kind == "slurm":
+        run["cluster"]["partition"] = "low"
+    if with_teacher:
+        run["teacher"] = pair["teacher"]
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(run))
+    return path
+
+
+def one_job(folder: Path, pair: dict[str, Any]) -> int:
+    """Pre-empted and resumed against undisturbed; the step after which it was pre-empted."""
+    launch(write_run(folder, "undisturbed", pair, kind="local", with_teacher=False))
+    path = write_run(folder, "preempted", pair, kind="slurm", with_teacher=False)
+    launch(path)
+    wait("the first steps", lambda: steps(folder / "preempted") >= 3)
+    urgent = ["--partition=high", "--nodelist=node1", "--time=1", "--output=/dev/null", "--wrap=sleep 1"]
+    call("sbatch", *urgent)
+    wait("the job to be queued again", lambda: "queued again" in log(folder / "preempted"))
+    stopped = int((folder / "preempted" / "checkpoint" / "latest_checkpointed_iteration.txt").read_text())
+    assert 3 <= stopped < ITERATIONS, stopped
+    wait("the end", lambda: not call("squeue", "--noheader"))
+    assert metrics(folder / "preempted") == metrics(folder / "undisturbed")
+    assert_private(folder / "preempted")
+    print(f"slurm: pre-empted after step {stopped}, resumed, equal to the undisturbed run", flush=True)
+    return stopped
+
+
+def heterogeneous(folder: Path, pair: dict[str, Any]) -> int:
+    """Both components, told to stop and resumed; the step after which it stopped."""
+    path = write_run(folder, "both", pair, kind="slurm", with_teacher=True)
+    launch(path)
+    wait("the first steps", lambda: steps(folder / "both") >= 3)
+    rows = launch("status", path).splitlines()
+    assert [row.split()[-1] for row in rows[:2]] == ["node1", "node2"], rows
+    assert rows[-1].startswith("iteration ") and "loss" in rows[-1], rows
+    number = json.loads((folder / "both" / "job.json").read_text())["job_id"]
+    # What Slurm sends to the job's script when grace_s seconds of its time are left.
+    call("scancel", "--batch", "--signal=USR1", number)
+    wait("the job to be queued again", lambda: "queued again" in log(folder / "both"))
+    stopped = int((folder / "both" / "checkpoint" / "latest_checkpointed_iteration.txt").read_text())
+    assert 3 <= stopped < ITERATIONS, stopped
+    wait("the end", lambda: not call("squeue", "--noheader"))
+    rows = [row for row in metrics(folder / "both") if row["kind"] == "step"]
+    assert [row["iteration"] for row in rows] == list(range(1, ITERATIONS + 1))
+    reference = [row for row in metrics(folder / "undisturbed") if row["kind"] == "step"]
+    gaps = [abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(rows, reference, strict=True)]
+    # What the teacher sends is rounded to bfloat16; the responses are equal until a rounding tips a sample.
+    assert gaps[0] < 5e-3, gaps[0]
+    shown = launch("logs", path)
+    assert "[teacher-0]  teacher replica 0 of 1 at tcp://" in shown and "[student-0]  iteration " in shown
+    assert "0 handed_back, 0 malformed, 0 refused, 0 strangers" in shown, shown
+    assert_private(folder / "both")
+    print(f"slurm: both components, stopped after step {stopped}, resumed to the end", flush=True)
+    return stopped
+
+
+def cancelled(folder: Path, pair: dict[str, Any]) -> None:
+    path = write_run(folder, "cancelled", pair, kind="slurm", with_teacher=True)
+    launch(path)
+    wait("the first step", lambda: steps(folder / "cancelled") >= 1)
+    assert len(processes(folder / "cancelled")) >= 2
+    launch("cancel", path)
+    wait("the queue to be empty", lambda: not call("squeue", "--noheader"))
+    wait("the last process to end", lambda: not processes(folder / "cancelled"))
+    assert "no longer queued" in launch("status", path)
+
+
+def launch(*arguments: str | Path) -> str:
+    """python -m megatron_simct.launch; what it prints."""
+    return call(sys.executable, "-m", "megatron_simct.launch", *map(str, arguments))
+
+
+def call(*command: str) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, cwd=ROOT)
+    assert result.returncode == 0, f"{command}: exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def wait(what: str, arrived: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not arrived():
+        assert time.monotonic() < deadline, f"waited {WAIT_S:.0f} s for {what}\n{call('squeue')}"
+        time.sleep(0.5)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run without their timing."""
+    rows = [json.loads(line) for line in (run / "student" / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
+
+
+def steps(run: Path) -> int:
+    """Lines of metrics so far; of a run that fails, its logs."""
+    path = run / "student" / "metrics.jsonl"
+    assert call("squeue", "--noheader") or path.exists(), "\n".join(p.read_text() for p in run.glob("logs/*.log"))
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def log(run: Path) -> str:
+    return (run / "logs" / "job.log").read_text()
+
+
+def processes(run: Path) -> list[int]:
+    """Those whose command line names the run."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        arguments = process.info["cmdline"] or []
+        if any(argument.startswith("--") and str(run) in argument for argument in arguments):
+            found.append(process.pid)
+    return found
+
+
+def assert_private(run: Path) -> None:
+    """Nobody else can enter the run's folder, nor read what lies in it."""
+    assert run.stat().st_mode & 0o777 == 0o700
+    for path in run.rglob("*"):
+        assert not path.stat().st_mode & 0o077, path
+
+
+if __name__ == "__main__":
+    main()
