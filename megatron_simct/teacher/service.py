@@ -336,6 +336,7 @@ _NOTHING = TeacherRequest(
     label_ids=np.zeros(0, np.int32),
     rows=np.zeros(0, np.int32),
     hidden=False,
+    topk=0,
     byte_side=None,
 )
 """What a replica runs for the sake of those that share its experts."""

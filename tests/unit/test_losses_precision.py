@@ -250,6 +250,8 @@ def fused_bytes(given: ByteInput, divergence: str) -> Found:
         segments=none.reshape(0, 4),
         kinds=none,
         replaced_columns=none,
+        teacher_first_columns=none,
+        weights=torch.ones(len(none)),
         teacher_own_logit=own,
         teacher_lse=lse,
         teacher_hidden=None,

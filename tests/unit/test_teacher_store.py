@@ -79,6 +79,8 @@ def _pair(sample_id: int) -> AlignedPair:
         segments=np.zeros((0, 4), np.int32),
         kinds=np.zeros(0, np.int8),
         replaced_columns=np.zeros(0, np.int32),
+        teacher_first_columns=np.zeros(0, np.int32),
+        weights=np.zeros(0, np.float32),
         teacher_rows=ids[:1],
         needs=TeacherNeeds(),
     )
