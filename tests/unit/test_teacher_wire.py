@@ -53,13 +53,25 @@ def test_requests_arrive_as_they_were():
     for number, request in enumerate(some_requests()):
         message = journey(score_message(number, request))
         found = read_score(message)
-        assert message.fields == {"request": number, "sample_id": request.sample_id, "hidden": request.hidden}
+        scalars = {name: getattr(request, name) for name in ("sample_id", "hidden", "topk")}
+        assert message.fields == {"request": number, **scalars}
         for name in ("prompt_ids", "label_ids", "rows"):
             np.testing.assert_array_equal(getattr(found, name), getattr(request, name))
         assert (found.byte_side is None) == (request.byte_side is None)
         if request.byte_side is not None:
             for name in request.byte_side.__slots__:
                 np.testing.assert_array_equal(getattr(found.byte_side, name), getattr(request.byte_side, name))
+
+
+def test_the_likeliest_tokens_arrive_in_place_of_hidden_states():
+    request = replace(some_requests()[0], hidden=False, topk=3, byte_side=None)
+    topk = torch.arange(3.0 * len(request.rows)).reshape(len(request.rows), 3)
+    scored = replace(answer_of(request), hidden=None, byte_logprobs=None, topk=topk)
+    message = journey(scored_message(3, scored, "fp32"))
+    assert torch.equal(read_scored(message).topk, topk)
+    assert answers(message, request, hidden_size=HIDDEN)
+    assert not answers(message, replace(request, topk=2), hidden_size=HIDDEN), "more than was asked for"
+    assert not answers(message, replace(request, topk=0), hidden_size=HIDDEN)
 
 
 def test_answers_arrive_as_they_were():
