@@ -15,7 +15,9 @@ import sys
 class MathVerifier:
     """Math-Verify in a process of its own: a response can ask for a computation that never ends."""
 
-    TIMEOUT_S = 20.0
+    TIMEOUT_S = 60.0
+    STEP_TIMEOUT_S = 20
+    """Of one expression, by Math-Verify itself; generous, for a busy machine."""
     MEMORY_MIB = 2048
 
     def __init__(self) -> None:
@@ -37,7 +39,7 @@ class MathVerifier:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
-        if self._ask("1", "1", timeout_s=120.0) is not True:
+        if self._ask("$\\frac{1}{2}$", "$\\frac{2}{4}$", timeout_s=180.0) is not True:
             self.close()
             raise ValueError("grading needs the package math-verify: pip install math-verify==0.9.0")
 
@@ -67,12 +69,16 @@ def _serve() -> None:
     """Answer questions [gold, response], one a line, with true or false."""
     from math_verify import parse, verify
 
-    limit = MathVerifier.MEMORY_MIB << 20
+    limit, step = MathVerifier.MEMORY_MIB << 20, MathVerifier.STEP_TIMEOUT_S
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     for line in sys.stdin:
         gold, response = json.loads(line)
         try:
-            answer = verify(gold=parse(gold), target=parse(response))
+            answer = verify(
+                gold=parse(gold, parsing_timeout=step),
+                target=parse(response, parsing_timeout=step),
+                timeout_seconds=step,
+            )
         except Exception:  # whatever its parser or sympy raises, there is no equal answer
             answer = False
         print(json.dumps(bool(answer)), flush=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import os
 import pickle
+import signal
 import zlib
 
 import numpy as np
@@ -169,7 +171,8 @@ def test_equal_answers_of_math(right):
 
 def test_a_computation_without_end_is_wrong_and_the_next_answer_is_read(verifier, monkeypatch):
     assert verifier("$\\boxed{4}$", "$\\boxed{2+2}$")
-    monkeypatch.setattr(MathVerifier._ask, "__kwdefaults__", {"timeout_s": 0.0})
+    os.kill(verifier._process.pid, signal.SIGSTOP)
+    monkeypatch.setattr(MathVerifier._ask, "__kwdefaults__", {"timeout_s": 0.1})
     assert not verifier("$\\boxed{4}$", "$\\boxed{4}$")
     monkeypatch.undo()
     assert verifier("$\\boxed{4}$", "$\\boxed{4}$")
