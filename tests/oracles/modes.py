@@ -135,7 +135,7 @@ def exact_row(
                 goes_on = first in same and end - start > 1
                 unit = mass if is_path or goes_on else mass + along
             found.append(unit)
-        return [*found, 1 - sum(found)]
+        return [*found, torch.clamp(1 - sum(found), min=1e-15)]  # what rounding leaves of nothing is no event
 
     return Row(events(student, ss, se, lambda w: [w]), events(teacher, ts, te, lambda w: shared[w]))
 
