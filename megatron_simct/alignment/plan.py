@@ -87,9 +87,7 @@ def plan_pair(
             if needs.segmentation == "minimal" and alignment_map is not None
             else np.full(kinds.size, -1, dtype=np.int32)
         ),
-        teacher_first_columns=np.where(
-            kinds == SegmentKind.UNIT, alignment_map.shared_student_ids_of(teacher_ids[alignment.segments[:, 0]]), -1
-        ).astype(np.int32),
+        teacher_first_columns=_teacher_first_columns(alignment, kinds, teacher_ids, alignment_map),
         weights=weights,
         teacher_rows=_teacher_rows(alignment.segments, kinds, teacher_ids.size, needs),
         needs=needs,
@@ -145,6 +143,16 @@ def _kinds(
     if alignment.stop:
         kinds[-1] = SegmentKind.STOP
     return kinds
+
+
+def _teacher_first_columns(
+    alignment: Alignment, kinds: np.ndarray, teacher_ids: np.ndarray, alignment_map: AlignmentMap | None
+) -> np.ndarray:
+    """int32 [A]: the shared token that a UNIT's first teacher label is, -1 where it is none."""
+    if alignment_map is None:
+        return np.full(kinds.size, -1, dtype=np.int32)
+    first = alignment_map.shared_student_ids_of(teacher_ids[alignment.segments[:, 0]])
+    return np.where(kinds == SegmentKind.UNIT, first, -1).astype(np.int32)
 
 
 def _joined_at_random(
