@@ -200,6 +200,7 @@ class TeacherClient(Thread):
         self._looked = now
         found = read_endpoints(self._folder) if self._folder is not None else self._fixed
         for name in [n for n, r in self._replicas.items() if n not in found or found[n] != r.endpoint]:
+            self._receive(name, self._replicas[name])  # what it may have handed back at the end
             self._lose(name)
             sock = self._replicas.pop(name).sock
             poller.unregister(sock)

@@ -105,8 +105,9 @@ def test_a_replica_that_stops_hands_back_what_it_has_not_begun(tmp_path, seed):
         one.stop()
         scored = [read_scored(client.next()[1]) for _ in requests]
         assert_each_once(scored, requests)
-        assert one.door.status()["handed_back"] == client.counts["handed_back"] > 0
-        assert client.counts["again"] == 0, "nothing had to time out"
+        # What it hands back in its last moment may be overtaken by the news that it is gone: then it is asked again.
+        handed_back = one.door.status()["handed_back"]
+        assert 0 < handed_back <= client.counts["handed_back"] + client.counts["again"]
         assert not (tmp_path / f"{one.door.endpoint.replica}.json").exists()
         assert nothing_left(client) and other.answered
         client.close()

@@ -36,6 +36,9 @@ from tests.teacher_jobs import (
 )
 
 
+SCORE_FIELDS = {"request": 1, "sample_id": 1, "hidden": True, "topk": 0}
+
+
 def some_requests(count: int = 40):
     rng = np.random.default_rng(0)
     return [make_request(rng, sample_id) for sample_id in range(count)]
@@ -145,8 +148,8 @@ def _header(parts, **changes):
         (lambda p: _header(p, kind="other"), "no known kind"),
         (lambda p: _header(p, more=1), "no known kind"),
         (lambda p: _header(p, fields={}), "has not the fields"),
-        (lambda p: _header(p, fields={"request": "a", "sample_id": 1, "hidden": True, "topk": 0}), "request is no int"),
-        (lambda p: _header(p, fields={"request": True, "sample_id": 1, "hidden": True, "topk": 0}), "request is no int"),
+        (lambda p: _header(p, fields=SCORE_FIELDS | {"request": "a"}), "request is no int"),
+        (lambda p: _header(p, fields=SCORE_FIELDS | {"request": True}), "request is no int"),
         (lambda p: _header(p, frames=[]), "does not describe its 3 frames"),
         (lambda p: _header(p, frames=[1, 2, 3]), "name, type and shape"),
         (lambda p: _header(p, frames=_frames(p, 0, name="label_ids")), "twice"),
