@@ -35,7 +35,6 @@ from tests.teacher_jobs import (
     same_answer,
 )
 
-
 SCORE_FIELDS = {"request": 1, "sample_id": 1, "hidden": True, "topk": 0}
 
 
