@@ -232,7 +232,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--reverse", action="store_true", help="SmolLM2-135M teaches Gemma-3-270M")
     parser.add_argument("--gsm8k", type=Path, metavar="FILE", help="JSONL with question and answer, as more problems")
-    parser.add_argument("--train-iters", type=int, default=20, help="on-policy steps")
+    parser.add_argument("--train-iters", type=int, default=12, help="on-policy steps")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts a step; even")
     parser.add_argument("--response-len", type=int, default=64, help="tokens a response")
     parser.add_argument("--lr", type=float, default=2e-5, help="peak learning rate")
@@ -242,7 +242,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default="forward_kl",
         help="reverse_kl makes samples likelier under the teacher, forward_kl also other texts under the student",
     )
-    parser.add_argument("--held-out", type=int, default=16, help="held-out problems of each source; even")
+    parser.add_argument("--held-out", type=int, default=10, help="held-out problems of each source; even")
     parser.add_argument(
         "--processes", type=int, default=2, choices=(1, 2), help="data-parallel ranks; 1 needs less memory"
     )
