@@ -434,6 +434,8 @@ def byte_loss(
             segments=none.reshape(0, 4),
             kinds=none,
             replaced_columns=none,
+            teacher_first_columns=none,
+            weights=torch.ones(0),
             teacher_own_logit=own,
             teacher_lse=lse,
             teacher_hidden=None,
