@@ -172,13 +172,13 @@ def test_no_value_reaches_a_shell(container, tmp_path):
 def test_no_value_of_a_local_run_reaches_a_shell(tmp_path):
     run = evil_run(tmp_path, None)
     python, calls, pwned = tmp_path / "python", tmp_path / "calls", tmp_path / "pwned"
-    python.write_text('#!/bin/bash\nprintf "%s\\0" "$A" "$@" >> "$CALLS"\n')
+    python.write_text('#!/bin/bash\nprintf "%s\\0" "$A" "$@" > "$CALLS.$$"\n')  # two at a time, a file each
     python.chmod(0o755)
     run = replace(run, run_dir=str(tmp_path / "run"), cluster=replace(run.cluster, python=str(python)))
     env = {"PATH": "/usr/bin:/bin", "CALLS": str(calls), "PWNED": str(pwned)}
     script = local.dry_run(run) + "wait\n"
     subprocess.run(["bash", "-c", script], env=env, check=True, timeout=60, cwd=tmp_path)
-    arguments = calls.read_text().split("\0")
+    arguments = [word for file in tmp_path.glob("calls.*") for word in file.read_text().split("\0")]
     assert f"--prompt-data=-{EVIL}" in arguments and f"--teacher-tokenizer-model={EVIL}" in arguments
     assert arguments.count(EVIL) == 2, "the environment of both jobs"
     assert not pwned.exists() and not Path("/tmp/simct-pwned").exists()
