@@ -243,6 +243,8 @@ def open_alignment_map(config: Config, student: Tokenizer, teacher: Tokenizer) -
     """That of --simct-alignment-map, if it is one of these two tokenizers; else built."""
     folder = config.data.simct_alignment_map
     if config.interface.interface == "kd":
+        if folder is not None:
+            raise ValueError(f"--simct-alignment-map {folder}: interface kd pairs every id with itself; leave it out")
         return identity_map(student, teacher)
     if folder is None:
         return build_alignment_map(student, teacher)

@@ -130,9 +130,7 @@ def main(argv: list[str] | None = None) -> int:
             job = build_job(config, groups)
             write_config(config, groups)
             report_random_weights(config, groups, resumed=job.start > 0)
-            if groups.is_first_rank:
-                interface = config.interface
-                print(f" interface {interface.interface}; known failure: {known_failure(interface)}", flush=True)
+            report_interface(config, groups)
             with contextlib.closing(job.monitor):
                 train(job)
     except (ValueError, NonFiniteError, TeacherError) as error:
@@ -157,6 +155,14 @@ def report_random_weights(config: Config, groups: Groups, *, resumed: bool) -> N
     ]
     if random and groups.is_first_rank:
         print(f" random weights: {', '.join(random)}", flush=True)
+
+
+def report_interface(config: Config, groups: Groups) -> None:
+    """One log line: which interface runs, and when it is known to harm."""
+    failure = known_failure(config.interface)
+    if groups.is_first_rank:
+        known = f"; known failure: {failure}" if failure else ""
+        print(f" interface {config.interface.interface}{known}", flush=True)
 
 
 def write_config(config: Config, groups: Groups) -> None:

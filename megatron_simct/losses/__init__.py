@@ -1,16 +1,8 @@
 """The fourth hop: the student's hidden states and the teacher's word, compared on vocabulary shards."""
 
 from megatron_simct.losses.bytes import ByteOrder
-from megatron_simct.losses.interfaces import (
-    LabelRows,
-    LossOutput,
-    check_config,
-    check_labels,
-    interface_loss,
-    interface_loss_from_logits,
-    known_failure,
-    teacher_needs,
-)
+from megatron_simct.losses.interfaces import LabelRows, LossOutput, interface_loss, interface_loss_from_logits
+from megatron_simct.losses.needs import check_config, check_labels, known_failure, teacher_needs
 from megatron_simct.losses.public import (
     CrossTokenizerLoss,
     cross_tokenizer_loss,

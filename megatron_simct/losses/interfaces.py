@@ -26,8 +26,9 @@
 U is a set of byte strings. If a unit spells the bytes of a shared token w (the student sampled "8" "2", and "82" is
 shared), the row has one column for them: the realized unit's score replaces column w, for both models.
 
-How the rows and their gradient follow from the logits is in row_terms.py; the passes over the vocabulary are in
-two_pass.py. The gradient is formed by hand: differentiating through an all-reduce would give each rank another one.
+What each of them needs and refuses is in needs.py, how the rows and their gradient follow from the logits in
+row_terms.py, the passes over the vocabulary in two_pass.py. The gradient is formed by hand: differentiating through an
+all-reduce would give each rank another one.
 
 The loss is a sum over segments and never divided here: one division by the global label count happens in `update`.
 
@@ -45,6 +46,7 @@ import torch.distributed as dist
 from megatron_simct.alignment.placement import VocabPlacement
 from megatron_simct.config import InterfaceConfig
 from megatron_simct.losses.bytes import ByteOrder, byte_loss
+from megatron_simct.losses.needs import ALL_TOKENS, ROW_NEEDS, check_config, is_row
 from megatron_simct.losses.row_terms import (
     FirstTokens,
     RowInputs,
@@ -61,7 +63,7 @@ from megatron_simct.losses.shared_head import GivenScores, HeadScores, SharedCol
 from megatron_simct.losses.tiles import GivenLogits, OutputLayer, StudentLogits
 from megatron_simct.losses.two_pass import GradientWeights, RowPlan, Statistics, TwoPass
 from megatron_simct.losses.vocab_parallel import copy_to_group, num_real_columns, reduce_packed
-from megatron_simct.records import LabelBatch, SegmentKind, TeacherNeeds
+from megatron_simct.records import LabelBatch, SegmentKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,151 +84,12 @@ class LabelRows:
 
     The labels themselves are few numbers and known to all ranks. A segment belongs to the rank that has the row of its
     first label; a unit that straddles a cut needs the log-probabilities of its other labels, and hands back their
-    share of the gradient: 12 bytes a label between the ranks of `group` (8 for the raw logits of `code` on top).
+    share of the gradient: 12 bytes a label between the ranks of `group` (4 for the raw logits of `code` on top).
     """
 
     index: torch.Tensor
     """int64 [n], ascending: the labels whose rows are here, one a row of student_hidden."""
     group: dist.ProcessGroup
-
-
-def teacher_needs(config: InterfaceConfig) -> TeacherNeeds:
-    """What an interface asks of the teacher."""
-    match config.interface:
-        case "paper" | "sum" | "exact" | "no_unit_loss" | "random_unit":
-            return TeacherNeeds(hidden_rows="first")
-        case "code" | "code_gh":
-            return TeacherNeeds(hidden_rows="first", segmentation="authors")
-        case "alm":
-            return TeacherNeeds(hidden_rows="none")
-        case "strict" | "strict_topk" | "kd":
-            return TeacherNeeds(hidden_rows="one_to_one")
-        case "uld":
-            return TeacherNeeds(hidden_rows="one_to_one", topk=config.uld_topk or ALL_TOKENS)
-        case "bytes":
-            return TeacherNeeds(hidden_rows="none", byte_events=True)
-        case "sft":
-            return TeacherNeeds(teacher=False, hidden_rows="none")
-    raise ValueError(f"unknown interface {config.interface!r}: --simct-interface is one of {', '.join(_ROWS)}, bytes")
-
-
-def known_failure(config: InterfaceConfig) -> str:
-    """One sentence for the log: what the interface does and when it is known to harm."""
-    renormalized = "student mass that leaves the compared tokens costs nothing (watch student_mass_outside_u)"
-    match config.interface:
-        case "paper" | "sum" | "no_unit_loss" | "random_unit" | "code" | "code_gh":
-            return (
-                "where the student spells in several tokens what the teacher says in one, its correct first token is "
-                f"pushed down, and {renormalized}"
-            )
-        case "strict" | "strict_topk":
-            return f"units of several tokens teach nothing, and {renormalized}"
-        case "exact":
-            return "where the student spells in several tokens what the teacher says in one, only its whole path counts"
-        case "alm":
-            return "only what was sampled is judged: nothing says what else could have been said"
-        case "uld":
-            return "which token has a probability is not compared, only how large the largest ones are"
-        case "bytes":
-            return "tokens beside the sampled tokenization are not summed: merges that are not longest match blur it"
-    return "none: the tokens are the same" if config.interface == "kd" else "none: given responses"
-
-
-def check_labels(labels: LabelBatch, *, placement: VocabPlacement, config: InterfaceConfig) -> None:
-    """Refuse labels that the loss would misread or fault on. For tensors still on the CPU: the loss itself never looks.
-
-    Raises ValueError with the numbers for: ids outside the real vocabulary; segments that are empty, leave their
-    labels, or do not ascend without overlap; kinds that do not fit; teacher statistics or hidden states that are
-    missing.
-    """
-    check_config(config)
-    student_end = placement.student_vocab_size
-    _check_range("student label", labels.student_labels, 0, student_end)
-    if config.interface == "sft":
-        return
-    if config.interface == "bytes":
-        if labels.byte_batch is None:
-            raise ValueError("interface bytes needs the teacher's log-probabilities of byte events")
-        return
-    num_segments = len(labels.segments)
-    for name in ("kinds", "replaced_columns", "teacher_first_columns", "weights", "teacher_hidden_index"):
-        if len(getattr(labels, name)) != num_segments:
-            raise ValueError(f"{num_segments} segments need as many {name}, got {len(getattr(labels, name))}")
-    num_teacher_labels = len(labels.teacher_own_logit)
-    if len(labels.teacher_lse) != num_teacher_labels:
-        raise ValueError(f"{num_teacher_labels} teacher logits but {len(labels.teacher_lse)} log-sum-exps")
-    if num_segments == 0:
-        return
-    _check_side("teacher", labels.segments[:, 0], labels.segments[:, 1], num_teacher_labels)
-    _check_side("student", labels.segments[:, 2], labels.segments[:, 3], len(labels.student_labels))
-    _check_range("segment kind", labels.kinds, 0, len(SegmentKind))
-    _check_range("replaced column", labels.replaced_columns, -1, student_end)
-    _check_range("teacher first column", labels.teacher_first_columns, -1, student_end)
-    if not bool(((labels.weights >= 0) & torch.isfinite(labels.weights)).all()):
-        raise ValueError("the weights of segments must be finite and not negative")
-    lengths = labels.segments[:, 1::2] - labels.segments[:, 0::2]
-    wrong = ((labels.kinds == SegmentKind.SHARED) & (lengths != 1).any(1)).nonzero()
-    if len(wrong):
-        a = int(wrong[0])
-        raise ValueError(
-            f"segment {a} is SHARED but has {int(lengths[a, 0])} teacher and {int(lengths[a, 1])} student labels"
-        )
-    if config.interface == "uld" and labels.teacher_topk is None:
-        raise ValueError("interface uld needs the teacher's largest probabilities")
-    if not _ROWS[config.interface].shared:
-        return
-    needed = labels.teacher_hidden_index[_is_row(labels.kinds, config)]
-    num_hidden = 0 if labels.teacher_hidden is None else len(labels.teacher_hidden)
-    if len(needed) and not 0 <= int(needed.min()) <= int(needed.max()) < num_hidden:
-        raise ValueError(
-            f"interface {config.interface} needs a teacher hidden state for {len(needed)} of {num_segments} segments, "
-            f"with indices in [0, {num_hidden}); got {int(needed.min())} to {int(needed.max())}"
-        )
-
-
-def check_config(config: InterfaceConfig) -> None:
-    """Refuse option values for which the loss is not defined."""
-    teacher_needs(config)
-    if config.divergence not in ("reverse_kl", "forward_kl", "js"):
-        raise ValueError(
-            f"unknown divergence {config.divergence!r}: --simct-divergence is reverse_kl, forward_kl or js"
-        )
-    if not config.temperature > 0:
-        raise ValueError(f"--simct-temperature must be positive, got {config.temperature}")
-    if config.interface in ("bytes", "exact", "uld") and config.temperature != 1:
-        raise ValueError(
-            f"--simct-temperature {config.temperature}: interface {config.interface} compares probabilities of events, "
-            "which are those of the models at 1 only"
-        )
-    if not (config.topk >= 1 and config.uld_topk >= 0):
-        raise ValueError(
-            f"--simct-topk ({config.topk}) must be at least 1, --simct-uld-topk ({config.uld_topk}) at least 0"
-        )
-    for flag, share in {"--simct-rho": config.rho, "--simct-min-teacher-mass": config.min_teacher_mass}.items():
-        if not 0 <= share <= 1:
-            raise ValueError(f"{flag} {share}: must lie in [0, 1]")
-    _check_unread(config)
-    if not config.alm_temperature > 0:
-        raise ValueError(f"--simct-alm-temperature must be positive, got {config.alm_temperature}")
-    if not 0 < config.js_beta < 1:
-        raise ValueError(
-            f"--simct-js-beta must lie strictly between 0 and 1, got {config.js_beta}: at 0 and 1 the divergence "
-            "vanishes; use --simct-divergence reverse_kl or forward_kl for the limits"
-        )
-
-
-def _check_unread(config: InterfaceConfig) -> None:
-    """Refuse an option that the interface would not read."""
-    without_segments, without_mass = ("bytes", "sft"), ("bytes", "sft", "alm", "uld", "code_gh")
-    given = {
-        "--simct-unit-weight": (config.unit_weight != "one", without_segments),
-        "--simct-mask-whitespace": (config.mask_whitespace, without_segments),
-        "--no-simct-stop-bridge": (not config.stop_bridge, (*without_segments, "kd")),
-        "--simct-min-teacher-mass": (config.min_teacher_mass > 0, without_mass),
-    }
-    for flag, (changed, interfaces) in given.items():
-        if changed and config.interface in interfaces:
-            raise ValueError(f"{flag} has no meaning with --simct-interface {config.interface}; leave it out")
 
 
 def interface_loss(
@@ -272,9 +135,9 @@ def interface_loss(
         )
         return _bytes_loss(source, labels, byte_order=byte_order, placement=placement, config=config, group=group)
     rows = _plan(labels, config, label_rows)
-    if _ROWS[config.interface].shared and shared_head is None:
+    if ROW_NEEDS[config.interface].shared and shared_head is None:
         raise ValueError(f"interface {config.interface} compares with a teacher: it needs shared_head")
-    num_shared = rows.num_shared if _ROWS[config.interface].shared else 0
+    num_shared = rows.num_shared if ROW_NEEDS[config.interface].shared else 0
     if num_shared and labels.teacher_hidden is None:
         raise ValueError(f"interface {config.interface} scores {num_shared} segments: it needs teacher_hidden")
     source = OutputLayer(
@@ -357,7 +220,7 @@ def interface_loss_from_logits(
         source = GivenLogits(student_logits, num_columns=len(byte_order.columns), soft_cap=student_logit_softcap)
         return _bytes_loss(source, labels, byte_order=byte_order, placement=placement, config=config, group=group)
     rows = _plan(labels, config, None)
-    num_shared = rows.num_shared if _ROWS[config.interface].shared else 0
+    num_shared = rows.num_shared if ROW_NEEDS[config.interface].shared else 0
     if num_shared and teacher_logits is None:
         raise ValueError(f"interface {config.interface} scores {num_shared} segments: it needs teacher_logits")
     source = GivenLogits(
@@ -390,8 +253,8 @@ def _num_columns(width: int, placement: VocabPlacement) -> int:
 @torch.no_grad()
 def _plan(labels: LabelBatch, config: InterfaceConfig, label_rows: LabelRows | None) -> RowPlan:
     """Which rows the interface compares, and which of them need the whole softmax in their gradient; those here."""
-    needs = _ROWS[config.interface]
-    used = _is_row(labels.kinds, config)
+    needs = ROW_NEEDS[config.interface]
+    used = is_row(labels.kinds, config)
     starts, ends = labels.segments[:, 2], labels.segments[:, 3]
     num_labels = len(labels.student_labels)
     match needs.dense:
@@ -414,7 +277,7 @@ def _plan(labels: LabelBatch, config: InterfaceConfig, label_rows: LabelRows | N
             is_unit = (labels.kinds == SegmentKind.UNIT).unsqueeze(1)
             everywhere = torch.arange(len(starts), device=starts.device)
             special = torch.where(is_unit, _first_tokens(labels, everywhere).special(), -1)
-    shared = used if needs.shared or config.interface == "uld" else torch.zeros_like(used)
+    shared = used if needs.first_rows else torch.zeros_like(used)
     if label_rows is not None:
         starts, dense = _place_here(labels, label_rows)[starts], dense[label_rows.index]
         shared = shared & (starts >= 0)
@@ -448,10 +311,11 @@ def _loss(
     label_rows: LabelRows | None,
 ) -> LossOutput:
     """Pass 1, the interface's algebra, pass 2."""
-    everywhere = torch.arange(len(labels.student_labels), device=source.device)
-    here = everywhere if label_rows is None else label_rows.index
-    first_labels = labels.segments[:, 2]
-    mine = torch.isin(first_labels, here)
+    if label_rows is None:
+        here = torch.arange(len(labels.student_labels), device=source.device)
+        mine = torch.ones_like(labels.kinds, dtype=torch.bool)
+    else:
+        here, mine = label_rows.index, torch.isin(labels.segments[:, 2], label_rows.index)
     with torch.no_grad():
         passes = TwoPass(
             source,
@@ -470,8 +334,8 @@ def _loss(
         stats = passes.statistics()
         of_labels = stats if label_rows is None else _of_all_labels(stats, labels, label_rows, config)
         chosen = plan.segments
-        if config.interface in ("alm", "sft"):
-            chosen = mine.nonzero().squeeze(1)[: 0 if config.interface == "sft" else None]
+        if not ROW_NEEDS[config.interface].first_rows:
+            chosen = (mine & is_row(labels.kinds, config)).nonzero().squeeze(1)
         rows = RowInputs(
             segments=labels.segments,
             chosen=chosen,
@@ -513,13 +377,9 @@ def _of_all_labels(stats: Statistics, labels: LabelBatch, label_rows: LabelRows,
 def _weights_here(weights: GradientWeights, label_rows: LabelRows, config: InterfaceConfig) -> GradientWeights:
     """The gradient's weights of the labels whose rows are here: what the segments of all ranks give them, added up."""
     own, softmax = weights.own_weight, weights.softmax_weight
-    if config.interface != "sft":  # whose labels are in no segment
+    if ROW_NEEDS[config.interface].segments:  # else every rank has all of them itself
         own, softmax = reduce_packed([own, softmax], dist.ReduceOp.SUM, label_rows.group)
     return replace(weights, own_weight=own[label_rows.index], softmax_weight=softmax[label_rows.index])
-
-
-ALL_TOKENS = 1 << 30
-"""TeacherNeeds.topk for a whole vocabulary."""
 
 
 def _topk(config: InterfaceConfig, placement: VocabPlacement) -> int:
@@ -530,35 +390,6 @@ def _topk(config: InterfaceConfig, placement: VocabPlacement) -> int:
             return min(config.uld_topk or ALL_TOKENS, placement.student_vocab_size)
     return 0
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _RowNeeds:
-    """What an interface reads of the student's rows."""
-
-    shared: bool = True
-    """Compares the shared tokens at the first row of every used segment."""
-    dense: Literal["none", "units", "firsts", "segments", "labels"] = "none"
-    """The labels whose rows need the whole softmax in the gradient: of units, the first ones or all of every used
-    segment, or simply all."""
-    special: Literal["none", "replaced", "first"] = "none"
-    """Columns that are told apart in a unit's row: the shared token of the same bytes, or FirstTokens.special."""
-
-
-_ROWS = {
-    "paper": _RowNeeds(dense="units", special="replaced"),
-    "sum": _RowNeeds(dense="units", special="replaced"),
-    "no_unit_loss": _RowNeeds(dense="units", special="replaced"),
-    "random_unit": _RowNeeds(dense="units", special="replaced"),
-    "code": _RowNeeds(),
-    "code_gh": _RowNeeds(),
-    "exact": _RowNeeds(dense="segments", special="first"),
-    "strict": _RowNeeds(),
-    "strict_topk": _RowNeeds(),
-    "kd": _RowNeeds(),
-    "uld": _RowNeeds(shared=False, dense="firsts"),
-    "alm": _RowNeeds(shared=False, dense="segments"),
-    "sft": _RowNeeds(shared=False, dense="labels"),
-}
 
 _UNIT_SCORE: dict[str, Literal["mean", "sum", "raw"]] = {"sum": "sum", "code": "raw", "code_gh": "raw"}
 
@@ -605,13 +436,6 @@ def _row_terms(
     )
 
 
-def _is_row(kinds: torch.Tensor, config: InterfaceConfig) -> torch.Tensor:
-    """[A] -> bool [A]: which segments the interface uses."""
-    if config.interface in ("strict", "strict_topk", "kd", "uld"):
-        return kinds != SegmentKind.UNIT
-    return torch.full_like(kinds, config.interface != "sft", dtype=torch.bool)
-
-
 def _add_up(terms: RowTerms, stats: Statistics, rows: RowInputs, here: torch.Tensor) -> torch.Tensor:
     """The sum over rows (or labels). Finite statistics add nothing to it, non-finite ones make it nan: a model that
     yields nan at a row that the interface does not use is broken all the same."""
@@ -634,7 +458,7 @@ def _metrics(
     def total(values: torch.Tensor) -> torch.Tensor:
         return values.sum(dtype=torch.float64)
 
-    metrics = {}
+    needs, metrics = ROW_NEEDS[config.interface], {}
     kinds, used = labels.kinds[rows.chosen], ~terms.dropped
     for kind in SegmentKind:
         chosen = used & (kinds == kind)
@@ -643,32 +467,13 @@ def _metrics(
     # Mass of the shared tokens alone: a unit's own first step is not added, a replaced column counts.
     for name in ("student", "teacher"):
         outside = (1 - getattr(terms, f"{name}_mass")).clamp(min=0)
-        metrics[f"{name}_mass_outside_u_sum"] = total(torch.where(used, outside, 0)) * _ROWS[config.interface].shared
-    if len(stats.same_top) == len(used):
-        metrics["rows_same_top"] = total(used & stats.same_top)
-    else:
-        metrics["rows_same_top"] = total(used[:0])
-    metrics["rows_dropped"] = num_segments.double() * (config.interface != "sft") - total(used)
+        metrics[f"{name}_mass_outside_u_sum"] = (
+            total(torch.where(used, outside, 0)) * ROW_NEEDS[config.interface].shared
+        )
+    metrics["rows_same_top"] = total(used & stats.same_top if needs.shared else used[:0])
+    metrics["rows_dropped"] = num_segments.double() * needs.segments - total(used)
     metrics["student_nll_sum"] = total(-stats.log_probs)
     metrics["teacher_nll_sum"] = total(labels.teacher_lse - labels.teacher_own_logit) * counts_teacher
     metrics["num_student_labels"] = total(torch.ones_like(stats.log_probs))
     metrics["num_teacher_labels"] = total(torch.ones_like(labels.teacher_lse)) * counts_teacher
     return metrics
-
-
-def _check_range(name: str, values: torch.Tensor, start: int, end: int) -> None:
-    if len(values) and not start <= int(values.min()) <= int(values.max()) < end:
-        raise ValueError(f"{name}s must lie in [{start}, {end}); got {int(values.min())} to {int(values.max())}")
-
-
-def _check_side(side: str, starts: torch.Tensor, ends: torch.Tensor, num_labels: int) -> None:
-    """Segments of one side: not empty, ascending without overlap, inside the labels."""
-    previous_ends = torch.cat([ends.new_zeros(1), ends[:-1]])
-    wrong = ((starts < previous_ends) | (ends <= starts) | (ends > num_labels)).nonzero()
-    if len(wrong):
-        a = int(wrong[0])
-        raise ValueError(
-            f"{side} side of segment {a} is [{int(starts[a])}, {int(ends[a])}): segments must be non-empty, start at "
-            f"or after the end of the one before ({int(previous_ends[a])}), and end within the {num_labels} {side} "
-            "labels"
-        )

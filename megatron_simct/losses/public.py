@@ -52,14 +52,8 @@ from megatron_simct.alignment.segments import align
 from megatron_simct.alignment.token_table import TokenTable
 from megatron_simct.config import InterfaceConfig
 from megatron_simct.losses.bytes import ByteOrder, slot_log_masses
-from megatron_simct.losses.interfaces import (
-    LossOutput,
-    check_config,
-    check_labels,
-    interface_loss,
-    interface_loss_from_logits,
-    teacher_needs,
-)
+from megatron_simct.losses.interfaces import LossOutput, interface_loss, interface_loss_from_logits
+from megatron_simct.losses.needs import check_config, check_labels, teacher_needs
 from megatron_simct.losses.shared_head import SharedColumns, SharedHead, gather_shared_head
 from megatron_simct.losses.tiles import GivenLogits, OutputLayer, StudentLogits, likeliest
 from megatron_simct.losses.vocab_parallel import (

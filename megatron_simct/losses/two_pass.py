@@ -128,7 +128,7 @@ class Statistics:
     teacher_max: torch.Tensor
     """[A]"""
     same_top: torch.Tensor
-    """bool [A]: whether both models find the same shared token likeliest, special columns left out."""
+    """bool [A]: whether both models find the same of the compared tokens likeliest, special columns left out."""
     sums: dict[str, torch.Tensor]
     """Of RunningSums."""
     special_student: torch.Tensor
@@ -249,7 +249,11 @@ class TwoPass:
                 sums[rows] += block.sub_(reference.unsqueeze(1)).exp_().sum(1)
                 maxima[rows] = new
         statistics = self._reduce(maxima, sums, own, running, special_s, special_t)
-        return replace(statistics, top=top.over_ranks(self._group)) if self._topk else statistics
+        if self._topk:
+            best = top.over_ranks(self._group)
+            compared = best.teacher.masked_fill(best.student == NEGATIVE_INFINITY, NEGATIVE_INFINITY)
+            statistics = replace(statistics, top=best, same_top=compared.argmax(dim=1) == 0)
+        return statistics
 
     def _reduce(
         self,
@@ -337,7 +341,7 @@ class TwoPass:
                     self._shared_gradient_(student[here], teacher[here], rows, weights)
                 source.add_gradient_at(index + start, student, sparse)
             if dense is not None:
-                # teacher's rows begin with the chunk's, and so do those of a dense chunk behind its sparse rows
+                # The teacher's first row is that of the chunk, whose sparse rows come before its dense ones.
                 of_dense = None if teacher is None else teacher[dense.start - chunk.start :]
                 self._dense_tile(dense, start, end, of_dense, index, statistics, weights, own, softmax, label_max)
         if weights.own_outside_dense:

@@ -75,7 +75,7 @@ def loss(
     outside_s = outside_t = 0.0
     for segment, kind in zip(segments, kinds, strict=True):
         ts, _, ss, _ = segment
-        dropped = (kind == UNIT and interface in ("strict", "kd")) or (
+        dropped = (kind == UNIT and interface in ("strict", "strict_topk", "kd")) or (
             interface == "code_gh" and captured_teacher_mass(teacher, segment, kind, shared) < 0.5
         )
         if interface in NO_ROWS_OF_U or dropped:

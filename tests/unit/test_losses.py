@@ -12,6 +12,7 @@ from megatron_simct.config import InterfaceConfig
 from megatron_simct.losses import (
     LossOutput,
     SharedColumns,
+    check_config,
     check_labels,
     interface_loss,
     interface_loss_from_logits,
@@ -182,10 +183,11 @@ def test_metrics_equal_the_oracle():
     kinds = ("unit", "shared", "stop")
     for seed in range(4):
         case = random_case(seed)
-        for interface in ("paper", "strict", "sum", "exact", "code", "code_gh", "alm", "sft"):
-            config = InterfaceConfig(interface=interface)
+        for interface in ("paper", "strict", "strict_topk", "sum", "exact", "code", "code_gh", "alm", "sft"):
+            # topk: all shared tokens, so that strict_topk compares what strict does
+            config = InterfaceConfig(interface=interface, **({"topk": 40} if interface == "strict_topk" else {}))
             result, (expected, _, _) = evaluate(case, config), evaluate_oracle(case, config)
-            used = {"strict": {0, 2}, "sft": set()}.get(interface, {0, 1, 2})
+            used = {"strict": {0, 2}, "strict_topk": {0, 2}, "sft": set()}.get(interface, {0, 1, 2})
             counts = [sum(kind == k and kind in used for kind in case.kinds) for k in (1, 0, 2)]
             found = [result.metric(f"rows_{kind}") for kind in kinds]
             assert found == counts if interface != "code_gh" else sum(found) == len(expected.rows)
@@ -194,7 +196,7 @@ def test_metrics_equal_the_oracle():
             assert rows == pytest.approx(sum(float(row.detach()) for row in expected.rows))
             assert result.metric("student_mass_outside_u_sum") == pytest.approx(expected.mass_outside[0])
             assert result.metric("teacher_mass_outside_u_sum") == pytest.approx(expected.mass_outside[1])
-            if interface in ("paper", "strict", "code"):
+            if interface in ("paper", "strict", "code", "strict_topk"):
                 assert result.metric("rows_same_top") == same_top(case, used, cut=interface == "paper")
             assert result.metric("student_nll_sum") == pytest.approx(expected.nll[0])
             assert result.metric("teacher_nll_sum") == pytest.approx(expected.nll[1])
@@ -203,7 +205,7 @@ def test_metrics_equal_the_oracle():
             assert all(v.dtype == torch.float64 and not v.requires_grad for v in result.output.metrics.values())
 
 
-@pytest.mark.parametrize("config", [*CONFIGS, *OTHERS], ids=name_of)
+@pytest.mark.parametrize("config", [*CONFIGS, *OTHERS, *EXACT], ids=name_of)
 def test_finite_differences(config):
     case = random_case(3, num_segments=5, softcap=True)
     gradient = evaluate(case, config).hidden_gradient
@@ -524,6 +526,39 @@ def test_invalid_labels_are_refused_with_their_numbers():
     for invalid, message in cases:
         with pytest.raises(ValueError, match=message):
             check_labels(invalid, placement=placement, config=PAPER)
+
+
+def test_uld_needs_a_list_for_every_row():
+    case = random_case(0)
+    placement, config = placement_of(case, 0, 24), InterfaceConfig(interface="uld")
+    labels = label_batch(case, "uld")
+    check_labels(labels, placement=placement, config=config)
+    for invalid in (replace(labels, teacher_topk=None), replace(labels, teacher_topk=labels.teacher_topk[1:])):
+        with pytest.raises(ValueError, match="needs a teacher list of its likeliest tokens"):
+            check_labels(invalid, placement=placement, config=config)
+
+
+@pytest.mark.parametrize(
+    "interface, option, flag",
+    [
+        ("bytes", {"unit_weight": "student_length"}, "--simct-unit-weight"),
+        ("strict", {"unit_weight": "student_length"}, "--simct-unit-weight"),
+        ("sft", {"mask_whitespace": True}, "--simct-mask-whitespace"),
+        ("kd", {"stop_bridge": False}, "--no-simct-stop-bridge"),
+        ("code_gh", {"min_teacher_mass": 0.5}, "--simct-min-teacher-mass"),
+        ("strict", {"topk": 4}, "--simct-topk"),
+        ("strict_topk", {"uld_topk": 4}, "--simct-uld-topk"),
+        ("paper", {"alm_temperature": 2.0}, "--simct-alm-temperature"),
+        ("paper", {"rho": 0.3}, "--simct-rho"),
+        ("strict", {"interface_seed": 3}, "--simct-interface-seed"),
+        ("exact", {"temperature": 2.0}, "--simct-temperature"),
+        ("no_unit_loss", {"rho": 1.5}, "--simct-rho"),
+    ],
+)
+def test_options_that_would_not_be_read_are_refused(interface, option, flag):
+    check_config(InterfaceConfig(interface=interface))
+    with pytest.raises(ValueError, match=flag):
+        check_config(InterfaceConfig(interface=interface, **option))
 
 
 def test_invalid_options_are_refused():

@@ -89,6 +89,24 @@ def test_both_entries_equal_the_oracle(interface, softcap):
         torch.testing.assert_close(weight.grad, of_weight, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("interface", INTERFACES)
+def test_logits_are_read_some_rows_at_a_time(monkeypatch, interface, rows):
+    """Chunks of rows that begin or end among sparse, first dense and other dense rows."""
+    monkeypatch.setattr("megatron_simct.losses.two_pass.CACHED_ELEMENTS", 30)
+    for seed, divergence in enumerate(("reverse_kl", "forward_kl", "js")):
+        case = random_case(seed, softcap=seed == 1, spelled=interface == "exact")
+        monkeypatch.setattr("megatron_simct.losses.two_pass.ROWS_FIRST_ELEMENTS", rows * len(case.student_weight))
+        topk = TOPK.get(interface, {})
+        value, of_logits, _, _ = expected(case, interface, divergence_name=divergence, **topk)
+        logits = (case.student_hidden @ case.student_weight.T).requires_grad_()
+        options = arguments(case) | {"interface": interface, "divergence": divergence} | topk
+        output = cross_tokenizer_loss(logits, case.teacher_hidden @ case.teacher_weight.T, **options)
+        output.loss.backward()
+        assert float(output.loss.detach()) == pytest.approx(value, rel=1e-10)
+        torch.testing.assert_close(logits.grad, of_logits, rtol=1e-10, atol=1e-10)
+
+
 def bytes_arguments(case: tuple[Side, Side]) -> dict:
     student, teacher = case
     nothing = torch.zeros(0, dtype=torch.int64)
