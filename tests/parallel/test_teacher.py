@@ -124,6 +124,20 @@ def test_only_the_rows_that_were_asked_for_come(score, hidden_rows):
             torch.testing.assert_close(found.hidden, wanted, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("k", [7, 1 << 30], ids=["some", "all"])
+def test_the_likeliest_tokens_come_in_place_of_hidden_states(score, k):
+    pairs = make_pairs(TeacherNeeds(hidden_rows="one_to_one", topk=k))
+    ((alone, expected),) = score(pairs)
+    for scored in (alone, *(of_rank for of_rank, _ in score(pairs, tp=2))):
+        for found in scored:
+            pair = pairs[found.sample_id]
+            _, logits = expected[pair.sample_id]
+            log_q = torch.log_softmax(logits[torch.from_numpy(pair.teacher_rows).long()], dim=1)
+            wanted = log_q.sort(dim=1, descending=True).values[:, :k]
+            assert found.hidden is None
+            torch.testing.assert_close(found.topk.double(), wanted, rtol=0, atol=1e-4)
+
+
 def test_layouts_agree(score):
     pairs = make_pairs()
     ((alone, _),) = score(pairs)
