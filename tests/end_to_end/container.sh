@@ -16,7 +16,7 @@ if ! command -v buildah debootstrap > /dev/null; then
     fi
 fi
 
-folder=$(mktemp -d /tmp/simct-container.XXXXXX)
+folder=$(mktemp -d -t simct-container.XXXXXX)
 # Its own storage, so that nothing of it is left, and no other image is touched.
 build() { buildah --root "$folder/storage" --runroot "$folder/run" --storage-driver vfs "$@"; }
 trap 'rm -rf --one-file-system "$folder"' EXIT

@@ -19,7 +19,7 @@ source tools/environment.sh
 ensure_packages requirements-test.txt
 ensure_packages examples/quickstart/requirements.txt --no-deps
 
-folder=$(mktemp -d /tmp/simct-slurm.XXXXXX)
+folder=$(mktemp -d -t simct-slurm.XXXXXX)
 tear_down() {
     if [ -e "$folder/slurmctld.pid" ]; then
         scancel --user=root || true
