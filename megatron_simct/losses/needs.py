@@ -186,7 +186,11 @@ def _check_unread(config: InterfaceConfig) -> None:
     """Refuse an option that the interface would not read."""
     with_units = {name for name, needs in ROW_NEEDS.items() if needs.units}
     with_segments = {name for name, needs in ROW_NEEDS.items() if needs.segments}
+    everywhere = ROW_NEEDS.keys() | {"bytes"}
     readers = {
+        "divergence": everywhere - {"alm", "uld", "sft"},
+        "js_beta": everywhere - {"alm", "uld", "sft"} if config.divergence == "js" else set(),
+        "temperature": with_segments - {"alm"},
         "unit_weight": with_units,
         "mask_whitespace": with_segments,
         "stop_bridge": with_segments - {"kd"},
@@ -201,7 +205,10 @@ def _check_unread(config: InterfaceConfig) -> None:
         changed = getattr(config, field.name) != field.default
         if changed and config.interface not in readers.get(field.name, {config.interface}):
             flag = f"--{'no-' * (field.default is True)}simct-{field.name.replace('_', '-')}"
-            raise ValueError(f"{flag} has no meaning with --simct-interface {config.interface}; leave it out")
+            divergence = f" and --simct-divergence {config.divergence}" * (field.name == "js_beta")
+            raise ValueError(
+                f"{flag} has no meaning with --simct-interface {config.interface}{divergence}; leave it out"
+            )
 
 
 def is_row(kinds: torch.Tensor, config: InterfaceConfig) -> torch.Tensor:

@@ -10,8 +10,8 @@ import pytest
 
 from megatron_simct.job import build_job
 from megatron_simct.parallel.initialize import process_groups
-from megatron_simct.train import train
 from tests.distributed import run_ranks
+from tests.steps import train_and_record
 from tests.tiny import config
 
 GIVEN = ("--train-iters", "1", "--rollout-max-response-len", "64")
@@ -19,13 +19,8 @@ GIVEN = ("--train-iters", "1", "--rollout-max-response-len", "64")
 
 def sums_of_a_step(rank, world_size, folder, *flags) -> dict[str, float]:
     resolved = config(folder, *GIVEN, *flags)
-    reports = []
     with process_groups(resolved.parallel, seed=1) as groups:
-        job = build_job(resolved, groups)
-        step = job.updater.step
-        job.updater.step = lambda batches: reports.append(step(batches)) or reports[-1]
-        train(job)
-    return reports[0].sums
+        return train_and_record(build_job(resolved, groups))[0].sums
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import torch
 
 from megatron_simct.job import build_job
 from megatron_simct.parallel.initialize import process_groups
-from megatron_simct.train import train
 from tests.distributed import run_ranks
+from tests.steps import train_and_record
 from tests.tiny import config
 
 INTERFACES = ("paper", "code", "exact", "strict", "uld", "alm", "bytes", "sft")
@@ -20,17 +20,9 @@ LAYOUTS = {"tp2": (2, 2), "dp2": (2, 1), "tp2 x dp2": (4, 2)}
 def _run(rank, world_size, folder, *flags):
     """Loss sum, label count and gradient norm of each step, and the rollout gap, as this rank saw them."""
     resolved = config(folder, *flags)
-    reports = []
     with process_groups(resolved.parallel, seed=resolved.training.seed) as groups:
         job = build_job(resolved, groups)
-        step = job.updater.step
-
-        def recording_step(batches):
-            reports.append(step(batches))
-            return reports[-1]
-
-        job.updater.step = recording_step
-        train(job)
+        reports = train_and_record(job)
         parameters = job.updater._ddp.module.state_dict_for_save_checkpoint()
         norm_weight = parameters["decoder.final_layernorm.weight"].clone()
     return [(r.sums, r.grad_norm, r.learning_rate) for r in reports], norm_weight

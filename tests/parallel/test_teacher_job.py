@@ -19,9 +19,9 @@ from megatron_simct.job import build_job
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.teacher.client import Patience, TeacherClient
 from megatron_simct.teacher.service import serve
-from megatron_simct.train import train
 from tests.distributed import run_ranks
 from tests.runs import metrics, run
+from tests.steps import train_and_record
 from tests.teacher_jobs import (
     FAST,
     ModelFreeTeacher,
@@ -49,17 +49,9 @@ def _run(rank, world_size, folder, *flags):
     """Loss sums and gradient norm of each step, as this rank saw them, and what its client has counted."""
     megatron_simct.job.Patience = partial(Patience, hello_s=0.2, silence_s=2.0, again_s=5.0, look_s=0.1)
     resolved = config(folder, *ADAM, *flags)
-    reports = []
     with process_groups(resolved.parallel, seed=resolved.training.seed) as groups:
         job = build_job(resolved, groups)
-        step = job.updater.step
-
-        def recording_step(batches):
-            reports.append(step(batches))
-            return reports[-1]
-
-        job.updater.step = recording_step
-        train(job)
+        reports = train_and_record(job)
         teacher = getattr(job.teacher, "_scorer", job.teacher)  # behind one that saves
         counts = dict(teacher._client.counts) if getattr(teacher, "_client", None) else {}
     return [(r.sums, r.grad_norm) for r in reports], counts

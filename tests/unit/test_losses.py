@@ -552,6 +552,9 @@ def test_uld_needs_a_list_for_every_row():
         ("paper", {"rho": 0.3}, "--simct-rho"),
         ("strict", {"interface_seed": 3}, "--simct-interface-seed"),
         ("exact", {"temperature": 2.0}, "--simct-temperature"),
+        ("alm", {"divergence": "js"}, "--simct-divergence"),
+        ("sft", {"temperature": 2.0}, "--simct-temperature"),
+        ("paper", {"js_beta": 0.3}, "--simct-js-beta has no meaning with .* --simct-divergence reverse_kl"),
         ("no_unit_loss", {"rho": 1.5}, "--simct-rho"),
     ],
 )
