@@ -266,6 +266,8 @@ def weighted_(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
     `weights` is overwritten and returned.
     """
+    if weights.device.type == "cpu" and weights.numel() > 0 and weights.amin() > 0:
+        return weights.mul_(values)  # the common case: one look at the weights in place of a mask
     nothing = weights == 0
     return weights.mul_(values).masked_fill_(nothing, 0)
 

@@ -73,7 +73,9 @@ class GivenLogits:
         self._input = logits
         self._logits = logits.detach()
         self._order = order
-        self._gradient = torch.zeros_like(self._logits) if self.needs_gradient else None
+        self._gradient = (
+            torch.zeros_like(self._logits, memory_format=torch.contiguous_format) if self.needs_gradient else None
+        )
 
     def logits(self, start: int, end: int, rows: slice = ALL_ROWS) -> torch.Tensor:
         """[n, end - start], a new tensor: the capped logits of local columns [start, end) at a slice of the rows."""
@@ -113,7 +115,9 @@ class GivenLogits:
         if self._order is None:
             self._gradient[rows].scatter_(1, columns.expand(len(gradient), -1), gradient)
         else:
-            self._gradient[self._order[rows].unsqueeze(1), columns] = gradient
+            # One scatter into the flat tensor takes half the time of an assignment with two indices.
+            entries = self._order[rows].unsqueeze(1) * self._gradient.shape[1] + columns
+            self._gradient.view(-1).scatter_(0, entries.view(-1), gradient.reshape(-1))
 
     def add_gradient_of_entries(self, columns: torch.Tensor, gradient: torch.Tensor, rows: slice = ALL_ROWS) -> None:
         """Add [n, k], the gradient with respect to the capped logits at local columns int64 [n, k], each row its own.
