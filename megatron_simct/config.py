@@ -256,7 +256,12 @@ class OutputConfig:
     exit_duration_in_mins: float | None = option(
         None, "save a checkpoint and exit with code 0 after the first step that ends later than this"
     )
-    run_dir: str | None = option(None, "directory for metrics.jsonl and config.yaml", metavar="DIR")
+    run_dir: str | None = option(
+        None, "directory for metrics.jsonl, samples.jsonl and config.yaml (tools/plot_run.py shows them)", metavar="DIR"
+    )
+    sample_interval: int = option(
+        20, "steps between the responses that samples.jsonl shows with their units and losses"
+    )
     log_interval: int = option(1, "steps between log lines")
     tensorboard_dir: str | None = option(None, "write the metrics for TensorBoard there", metavar="DIR")
     wandb_project: str | None = option(
@@ -388,6 +393,7 @@ class Config:
             "--save-retain": (1 if output.save_retain is None else output.save_retain, 1),
             "--exit-duration-in-mins": (output.exit_duration_in_mins or 0, 0),
             "--log-interval": (output.log_interval, 1),
+            "--sample-interval": (output.sample_interval, 1),
         }
         for flag, (value, lowest) in at_least.items():
             if not value >= lowest:

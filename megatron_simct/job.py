@@ -40,6 +40,7 @@ from megatron_simct.records import AlignedPair, LabelBatch, MicroBatch, Prompt, 
 from megatron_simct.rollout.engine import GivenResponses, ReplayEngine, RolloutEngine, Sampling, write_rollouts
 from megatron_simct.rollout.evaluation import Evaluator
 from megatron_simct.rollout.megatron_engine import MegatronEngine
+from megatron_simct.samples import SampleLog
 from megatron_simct.stopping import ExitWatch
 from megatron_simct.teacher.client import Patience, RemoteScorer, TeacherClient
 from megatron_simct.teacher.colocated import ColocatedScorer
@@ -49,7 +50,7 @@ from megatron_simct.teacher.scorer import NoTeacher, TeacherScorer
 from megatron_simct.teacher.store import AnswerStore, SavingScorer, StoredClient
 from megatron_simct.update.checkpoint import Checkpoints, has_checkpoint, load_output_shard, load_weights
 from megatron_simct.update.optimizer import build_optimizer, wrap_data_parallel
-from megatron_simct.update.step import Updater
+from megatron_simct.update.step import StepReport, Updater
 from megatron_simct.writers import check_writers, open_writers
 
 
@@ -66,6 +67,8 @@ class Job:
     pack: Callable[..., list[MicroBatch]]
     updater: Updater
     monitor: Monitor
+    log_samples: Callable[[int, Sequence[Rollout], Sequence[AlignedPair], StepReport], None]
+    """Keeps a few responses of a step with their units and losses, where they are due."""
     evaluator: Evaluator | None
     start: int
     """The iteration that training goes on from; 0 unless it resumes."""
@@ -172,6 +175,7 @@ def build_job(config: Config, groups: Groups) -> Job:
             start=start,
             writers=open_writers(config.output, to_dict(config), start=start) if groups.is_first_rank else (),
         ),
+        log_samples=build_sample_log(config, groups, student, teacher, start=start),
         evaluator=build_evaluator(config, groups, sampler, student),
         start=start,
         save=checkpoints.save,
@@ -218,6 +222,23 @@ def resume(config: Config, groups: Groups, checkpoints: Checkpoints) -> int:
     if groups.is_first_rank:
         print(line, flush=True)
     return start
+
+
+def build_sample_log(
+    config: Config, groups: Groups, student: Tokenizer, teacher: Tokenizer | None, *, start: int
+) -> Callable[[int, Sequence[Rollout], Sequence[AlignedPair], StepReport], None]:
+    """That of the rank which has both the loss and the first samples; nothing on the others."""
+    output = config.output
+    if output.run_dir is None or not groups.meets_teacher or groups.dp_rank > 0:
+        return lambda *_: None
+    return SampleLog(
+        output.run_dir,
+        interval=output.sample_interval,
+        train_iters=config.training.train_iters,
+        start=start,
+        student=student,
+        teacher=teacher,
+    ).step
 
 
 def keep_batch(config: Config, groups: Groups, rollouts: Sequence[Rollout], iteration: int) -> str | None:

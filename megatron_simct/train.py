@@ -43,6 +43,7 @@ def train(job: Job) -> None:
         iteration += 1
         job.engine.publish(iteration)
         job.monitor.step(iteration, batch.rollouts, batch.pairs, report, clock.seconds, job.teacher.note())
+        job.log_samples(iteration, batch.rollouts, batch.pairs, report)
         done = evaluate(job, iteration=iteration) or exit_is_due(job, iteration=iteration)
         if output.save_interval and iteration % output.save_interval == 0:
             job.save(iteration)

@@ -27,14 +27,16 @@ class Writer(Protocol):
 
 
 class JsonLines:
-    """RUN_DIR/metrics.jsonl, one object a line."""
+    """RUN_DIR/metrics.jsonl, or another `name`, one object a line."""
 
-    def __init__(self, run_dir: str, *, start: int) -> None:
+    def __init__(self, run_dir: str, *, start: int, name: str = "metrics.jsonl") -> None:
         """start: the iteration that the run goes on from. An evaluation at `start` is measured anew on resuming."""
-        path = Path(run_dir) / "metrics.jsonl"
+        path = Path(run_dir) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         self.kept = [
-            row for row in _rows(path) if row["iteration"] < start or (row["iteration"], row["kind"]) == (start, "step")
+            row
+            for row in _rows(path)
+            if row["iteration"] < start or (row["iteration"] == start and row["kind"] != "evaluation")
         ]
         """Rows of the run before it was interrupted."""
         temporary = path.with_suffix(".tmp")
@@ -42,7 +44,7 @@ class JsonLines:
         os.replace(temporary, path)
         self._file = open(path, "a", buffering=1)
 
-    def write(self, kind: str, iteration: int, values: dict[str, float]) -> None:
+    def write(self, kind: str, iteration: int, values: dict[str, Any]) -> None:
         self._file.write(json.dumps({"kind": kind, "iteration": iteration, **_finite(values)}) + "\n")
 
     def close(self) -> None:
@@ -95,9 +97,9 @@ class WandB:
         self._run.finish()
 
 
-def _finite(values: dict[str, float]) -> dict[str, float]:
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
     """The metrics that have a value this time."""
-    return {name: value for name, value in values.items() if math.isfinite(value)}
+    return {name: v for name, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
 
 
 def check_writers(output: OutputConfig) -> None:

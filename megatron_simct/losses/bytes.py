@@ -131,6 +131,8 @@ class ByteLoss:
     """0-dim, nats."""
     log_probs: torch.Tensor
     """[n], of the student's labels; no gradient."""
+    label_losses: torch.Tensor
+    """[n]: the positions of the bytes in each label, added up; no gradient."""
     metrics: dict[str, torch.Tensor]
 
 
@@ -163,7 +165,9 @@ def byte_loss(
     with torch.no_grad():
         metrics = {"loss_bytes_sum": total.detach().double(), "byte_positions": values.new_full((), len(values))}
         metrics |= {name: value.detach().double() for name, value in shares.items()}
-    return ByteLoss(sum=source.attach(total.detach()), log_probs=log_probs, metrics=metrics)
+        label_of_position = side.last_row.new_zeros(len(values)).scatter(0, batch.slot_position, side.last_row)
+        label_losses = torch.zeros_like(log_probs).index_add(0, label_of_position, values.to(log_probs.dtype))
+    return ByteLoss(sum=source.attach(total.detach()), log_probs=log_probs, label_losses=label_losses, metrics=metrics)
 
 
 def position_divergences(

@@ -76,6 +76,9 @@ class LossOutput:
     """0-dim int64: N, all student labels, dropped ones included: what the sum is later divided by, over all ranks."""
     metrics: dict[str, torch.Tensor]
     """0-dim float64, without gradient. Sums and counts to be added over micro-batches and ranks; ratios come later."""
+    label_losses: torch.Tensor
+    """[N], nats, without gradient: the sum's parts, a segment's at its first label, a byte position's at the label that
+    its byte is in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,7 +192,10 @@ def _bytes_loss(
     }
     poison = 0 * (metrics["student_nll_sum"] + metrics["teacher_nll_sum"])
     return LossOutput(
-        sum=result.sum + poison.to(result.sum.dtype), num_labels=num_labels, metrics=metrics | result.metrics
+        sum=result.sum + poison.to(result.sum.dtype),
+        num_labels=num_labels,
+        metrics=metrics | result.metrics,
+        label_losses=result.label_losses,
     )
 
 
@@ -346,13 +352,15 @@ def _loss(
         )
         terms = _row_terms(passes, of_labels, rows, labels, config)
         value = _add_up(terms, stats, rows, here)
+        label_losses = torch.zeros_like(terms.label_loss).index_copy(0, here, terms.label_loss[here])
+        label_losses = label_losses.index_add(0, labels.segments[chosen, 2], terms.row_loss)
         counts_teacher = label_rows is None or dist.get_rank(label_rows.group) == 0
         metrics = _metrics(terms, stats, rows, labels, config, num_segments=mine.sum(), counts_teacher=counts_teacher)
         if source.needs_gradient:
             weights = terms.weights if label_rows is None else _weights_here(terms.weights, label_rows, config)
             passes.add_gradient(stats, weights)
     num_labels = torch.full((), len(here), dtype=torch.int64, device=source.device)
-    return LossOutput(sum=source.attach(value), num_labels=num_labels, metrics=metrics)
+    return LossOutput(sum=source.attach(value), num_labels=num_labels, metrics=metrics, label_losses=label_losses)
 
 
 def _of_all_labels(stats: Statistics, labels: LabelBatch, label_rows: LabelRows, config: InterfaceConfig) -> Statistics:

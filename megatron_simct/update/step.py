@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -45,6 +45,8 @@ class StepReport:
     grad_norm: float
     """Global norm of the divided gradient, before clipping."""
     learning_rate: float
+    label_losses: dict[int, torch.Tensor] = field(default_factory=dict)
+    """By sample id, for this rank's samples on the last pipeline stage: LossOutput.label_losses of the response [n]."""
 
 
 class Updater:
@@ -96,11 +98,14 @@ class Updater:
             micro_batch_size=batches[0].tokens.shape[0],
             forward_only=False,
         )
+        # Outputs come in the order of the batches, on ranks that have the loss.
+        label_losses: dict[int, torch.Tensor] = {}
+        for batch, output in zip(batches, outputs, strict=False):
+            label_losses |= _by_sample(batch, output.pop("label_losses"))
         # The loss is that of the last stage; all stages report it, and stop together if it is not finite.
         sums = sum_over_ranks(_add(outputs), self._groups.dp) if self._groups.is_last_stage else {}
         sums = from_last_stage(sums, self._groups.pp)
         learning_rate = self._optimizer.param_groups[0]["lr"]
-        # Outputs come in the order of the batches, on ranks that have the loss.
         bad_ids = [
             sample_id
             for batch, output in zip(batches, outputs, strict=False)
@@ -108,7 +113,7 @@ class Updater:
             for sample_id in batch.sample_ids
         ]
         grad_norm = self._take_optimizer_step(sums, bad_ids)
-        return StepReport(sums=sums, grad_norm=grad_norm, learning_rate=learning_rate)
+        return StepReport(sums=sums, grad_norm=grad_norm, learning_rate=learning_rate, label_losses=label_losses)
 
     def _forward_step(self, batches: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Any, Any]:
         batch = next(batches).to(self._groups.device)
@@ -119,6 +124,7 @@ class Updater:
         rows = hidden.flatten(0, 1)[batch.label_rows]
         output = self._loss(rows, model.output_weight, batch.labels, student_logit_softcap=model.logit_softcap)
         sums = {"loss": output.sum.detach().clone(), "num_labels": output.num_labels, **output.metrics}
+        sums["label_losses"] = output.label_losses
         return output.sum, output.num_labels.int(), sums
 
     def _take_optimizer_step(self, sums: dict[str, float], bad_ids: Sequence[int]) -> float:
@@ -142,6 +148,12 @@ class Updater:
         self._optimizer.step()
         self._scheduler.step(increment=1)
         return grad_norm
+
+
+def _by_sample(batch: MicroBatch, label_losses: torch.Tensor) -> dict[int, torch.Tensor]:
+    """Labels are packed sample by sample; which sequence each is of, its row of the model's output says."""
+    sizes = torch.bincount(batch.label_rows % len(batch.sample_ids), minlength=len(batch.sample_ids))
+    return dict(zip(batch.sample_ids, label_losses.split(sizes.tolist()), strict=True))
 
 
 def _culprits(bad_ids: Sequence[int], grad_norm: float) -> str:

@@ -44,6 +44,8 @@ class Evaluation:
     gradient: torch.Tensor
     """[n, W]: this rank's columns, padding included."""
     metrics: dict[str, torch.Tensor]
+    label_losses: torch.Tensor
+    """[n]"""
 
 
 def _shard(logits: torch.Tensor, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, int, int]:
@@ -91,7 +93,7 @@ def evaluate(
         group=group,
     )
     result.sum.backward()
-    return Evaluation(result.sum.detach(), student_logits.grad, result.metrics)
+    return Evaluation(result.sum.detach(), student_logits.grad, result.metrics, result.label_losses)
 
 
 def golden_case() -> tuple[Side, Side]:

@@ -82,6 +82,9 @@ def test_golden_numbers():
         assert float(found.sum) / 4 == pytest.approx(expected, abs=6e-7)
         if divergence == "reverse_kl":
             assert [value.item() for value in positions] == pytest.approx(golden.BYTES_POSITIONS, abs=6e-7)
+            spans = ((0, 2), (2, 5), (5, 9), (9, 10))  # ha, ppy, " cat", stop
+            by_label = [sum(golden.BYTES_POSITIONS[first:last]) for first, last in spans]
+            assert found.label_losses.tolist() == pytest.approx(by_label, abs=2e-6)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

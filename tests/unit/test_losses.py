@@ -87,10 +87,23 @@ def test_golden_loss_of_partitions_and_likeliest_tokens(config, expected):
     assert float(evaluate(golden_case(), config).output.sum) / 4 == pytest.approx(expected, abs=5e-7)
 
 
+@pytest.mark.parametrize("config", [*CONFIGS, *OTHERS, *EXACT], ids=name_of)
+def test_losses_of_labels_are_the_parts_of_the_sum(config):
+    for seed in range(3):
+        case = random_case(seed, weighted=True)
+        output = evaluate(case, config).output
+        assert float(output.label_losses.sum()) == pytest.approx(float(output.sum), rel=1e-9, abs=1e-12)
+        if config.interface != "sft":
+            starts = {segment[2] for segment in case.segments}
+            assert set(output.label_losses.nonzero().squeeze(1).tolist()) <= starts
+
+
 def test_golden_rows_and_statistics():
     result = evaluate(golden_case(), PAPER)
     rows = [result.metric(f"loss_{kind}_sum") for kind in ("unit", "shared", "stop")]
     assert rows == pytest.approx(golden.PAPER_ROWS, abs=5e-7)
+    unit, shared, stop = golden.PAPER_ROWS
+    assert result.output.label_losses.tolist() == pytest.approx([unit, 0, shared, stop], abs=5e-7)
     own_s = sum(golden.STUDENT_LOGITS[p, label] for p, label in enumerate(golden.STUDENT_LABELS))
     own_t = sum(golden.TEACHER_LOGITS[p, label] for p, label in enumerate(golden.TEACHER_LABELS))
     assert result.metric("student_nll_sum") == pytest.approx(sum(golden.STUDENT_LSE) - own_s, abs=2e-6)
