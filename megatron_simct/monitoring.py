@@ -5,6 +5,7 @@ Hops hand over sums; ratios are formed here, once, from sums over the whole glob
 
 from __future__ import annotations
 
+import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -54,6 +55,14 @@ class Stopwatch:
         elapsed = time.perf_counter() - begin
         self.seconds[hop] = self.seconds.get(hop, 0.0) + elapsed - self._inner
         self._inner = outside + elapsed
+
+
+def peak_memory_gib() -> float:
+    """The most that this process has held so far: allocated on its GPU, or resident where it has none."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def sample_sums(
@@ -185,7 +194,7 @@ class Monitor:
             values["rollout_lag"] = iteration - 1 - float(np.mean([rollout.weight_version for rollout in rollouts]))
         if not self._active:
             return
-        timing = {f"seconds_{hop}": value for hop, value in seconds.items()}
+        timing = {f"seconds_{hop}": value for hop, value in seconds.items()} | {"peak_memory_gib": peak_memory_gib()}
         if self._sampled:
             timing["rollout_tokens_per_second"] = _ratio(report.sums["num_labels"], seconds.get("rollout", 0.0))
         self._record("step", iteration, values | {"seconds": sum(seconds.values())} | timing)

@@ -27,9 +27,9 @@ def run(rank: int, world_size: int, argv: list[str]) -> tuple[int, str, str]:
 
 
 def metrics(folder: Path) -> list[dict]:
-    """The rows of FOLDER/run/metrics.jsonl without their timing."""
+    """The rows of FOLDER/run/metrics.jsonl without time and memory."""
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+    return [{k: v for k, v in row.items() if "second" not in k and "memory" not in k} for row in rows]
 
 
 def tensors(folder: Path) -> tuple[int, dict[str, torch.Tensor]]:

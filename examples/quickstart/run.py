@@ -233,6 +233,8 @@ def main() -> None:
         "seconds_by_stage": {name: round(value, 1) for name, value in seconds.items()},
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    pictures = ["--output", str(folder / "report.html"), "--png", str(folder / "curves.png")]
+    subprocess.run([sys.executable, str(ROOT / "tools" / "plot_run.py"), str(distil.folder), *pictures], check=True)
     report(summary, folder)
 
 

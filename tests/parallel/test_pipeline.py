@@ -234,7 +234,7 @@ def test_a_whole_run_logs_what_one_process_logs(files, tmp_path):
         for name, value in wanted.items():
             if name == "rollout_logprob_gap":
                 assert found[name] < 1e-5
-            elif name != "kind" and "second" not in name:
+            elif name != "kind" and "second" not in name and "memory" not in name:
                 assert found[name] == pytest.approx(value, rel=1e-4), name
 
 
