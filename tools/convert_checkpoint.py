@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout needs no installation
+if __package__ in (None, ""):  # a script of a checkout, which needs no installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_simct.config import ParallelConfig  # noqa: E402
 from megatron_simct.losses.vocab_parallel import soft_cap  # noqa: E402

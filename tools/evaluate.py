@@ -25,7 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout needs no installation
+if __package__ in (None, ""):  # a script of a checkout, which needs no installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_simct.evaluation.benchmarks import CODE, NAMES, Problem, read_problems  # noqa: E402
 from megatron_simct.evaluation.grading import Grader  # noqa: E402

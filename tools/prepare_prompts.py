@@ -42,7 +42,8 @@ from zlib import crc32
 import numpy as np
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout needs no installation
+if __package__ in (None, ""):  # a script of a checkout, which needs no installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_simct.alignment import Tokenizer, load_tokenizer  # noqa: E402
 from megatron_simct.config import ModelConfig  # noqa: E402

@@ -26,8 +26,9 @@ def test_cpu_requirements_pull_nothing_of_a_gpu():
     for name in (*pinned, *_names(project["dependencies"]), *_names(project["optional-dependencies"]["test"])):
         assert name not in ("transformer-engine", "apex")
     assert _names(project["optional-dependencies"]["gpu"]) == ["transformer-engine"]
-    # Every dependency of the package is pinned, torch exactly.
-    assert set(_names(project["dependencies"])) == set(pinned)
+    # Every dependency of the package is pinned, torch exactly, and what draws the quick start's pictures.
+    report = _names(project["optional-dependencies"]["report"])
+    assert set(_names(project["dependencies"])) | set(report) == set(pinned)
     assert all("==" in line for line in (ROOT / "requirements.txt").read_text().splitlines() if line[:1] not in "#")
 
 
@@ -70,6 +71,22 @@ def test_the_image_has_the_versions_that_the_tests_ran_with():
     assert f"megatron-core=={core}" in pinned
 
 
-def test_templates_of_the_launcher_are_installed():
-    package_data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    assert list((ROOT / "megatron_simct").glob(package_data["megatron_simct"][0]))
+def test_all_packages_their_files_and_their_commands_are_installed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    setuptools = project["tool"]["setuptools"]
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "megatron_simct").rglob("*.py")}
+    assert {str(folder).replace("/", ".") for folder in folders} | {"megatron_simct_tools"} == set(
+        setuptools["packages"]
+    )
+    kept = {
+        path
+        for package, patterns in setuptools["package-data"].items()
+        for pattern in patterns
+        for path in (ROOT / setuptools["package-dir"][package]).glob(pattern)
+    }
+    others = {path for folder in ("megatron_simct", "tools") for path in (ROOT / folder).rglob("*") if path.is_file()}
+    assert {path for path in others if path.suffix not in (".py", ".sh", ".pyc")} == kept
+    for name, target in project["project"]["scripts"].items():
+        module, function = target.split(":")
+        path = ROOT / (module.replace("megatron_simct_tools", "tools").replace(".", "/") + ".py")
+        assert name.startswith("simct-") and f"def {function}(argv" in path.read_text()
