@@ -368,3 +368,10 @@ def test_impossible_layouts_name_the_flag(tiny, world_size, flags, words):
     for message in run_ranks(world_size, _refusal, tiny, *flags):
         for word in words:
             assert word in message
+
+
+def test_a_restart_that_would_wait_for_the_dead_is_refused(tiny, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    for message in run_ranks(2, _refusal, tiny):
+        assert "torchrun --max-restarts 2" in message and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in message
