@@ -3,6 +3,7 @@
 # inside, as its last step. Needs root and Debian's packages buildah and debootstrap; takes minutes and some gigabytes.
 #   ./tests/end_to_end/container.sh
 set -euo pipefail
+# shellcheck source=tests/end_to_end/own_namespaces.sh
 source "$(dirname "$0")/own_namespaces.sh"
 cd "$(dirname "$0")/../.."
 need_packages buildah debootstrap

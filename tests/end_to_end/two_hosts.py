@@ -118,13 +118,11 @@ def teacher_elsewhere(folder: Path, files: Path, weights: tuple[str, ...]) -> fl
 def student_on_both(folder: Path, files: Path, weights: tuple[str, ...], layout: tuple[str, ...]) -> float:
     """The largest difference of a metric from those of a run on one host that nobody disturbed."""
     size = JobSize(nodes=2, max_restarts=1)
-    flags = command_line(files, *weights, *layout, "--train-iters", str(STEPS), "--save-interval", "2")
+    flags = command_line(files, *weights, *layout, "--train-iters", str(STEPS))
     both = folder / "both"
-    resumed = ("--save", str(both / "save"), "--load", str(both / "save"), "--run-dir", str(both / "run"))
-    jobs = [
-        start(folder / f"{host}.log", host, size, "megatron_simct.train", *flags, *resumed, rendezvous=TEACHER)
-        for host in ADDRESSES
-    ]
+    resumed = ("--save", str(both / "save"), "--load", str(both / "save"), "--save-interval", "2")
+    command = ("megatron_simct.train", *flags, *resumed, "--run-dir", str(both / "run"))
+    jobs = [start(folder / f"{host}.log", host, size, *command, rendezvous=TEACHER) for host in ADDRESSES]
     wait(folder, "the third step", lambda: num_steps(both) >= 3, *jobs)
     (rank,) = psutil.Process(jobs[1].pid).children()
     rank.kill()

@@ -3,6 +3,7 @@
 # student on both. Needs root and Debian's package iproute2.
 #   ./tests/end_to_end/two_hosts.sh
 set -euo pipefail
+# shellcheck source=tests/end_to_end/own_namespaces.sh
 source "$(dirname "$0")/own_namespaces.sh"
 cd "$(dirname "$0")/../.."
 need_packages iproute2
