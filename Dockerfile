@@ -30,7 +30,8 @@ RUN torch=$(grep '^torch==' requirements.txt) \
 COPY . .
 RUN pip install --no-cache-dir --no-deps . && chown --recursive simct .
 USER 10001
-RUN OMP_NUM_THREADS=1 python -m pytest -p no:cacheprovider --numprocesses 2 --dist loadfile tests/unit
+RUN OMP_NUM_THREADS=1 python -m pytest -p no:cacheprovider --numprocesses 2 --dist loadfile tests/unit \
+    && rm -rf /tmp/pytest-of-*
 ENTRYPOINT []
 CMD ["bash"]
 
@@ -61,5 +62,7 @@ RUN if [ -n "$TRANSFORMER_ENGINE_VERSION" ]; then \
 COPY . .
 RUN pip install --no-cache-dir --no-deps . && chown --recursive simct .
 USER 10001
-RUN if [ "$RUN_TESTS" = 1 ]; then OMP_NUM_THREADS=1 python -m pytest -p no:cacheprovider tests/unit; fi
+RUN if [ "$RUN_TESTS" = 1 ]; then \
+        OMP_NUM_THREADS=1 python -m pytest -p no:cacheprovider tests/unit && rm -rf /tmp/pytest-of-*; \
+    fi
 CMD ["bash"]

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_simct.preflight.check import check_run
+from megatron_simct.alignment import Tokenizer
+from megatron_simct.job import open_tokenizer
+from megatron_simct.preflight import check
 from tests.examples import stand_in
 from tests.huggingface import LLAMA_TEMPLATE
 from tools.benchmark.real_inputs import Unavailable, tokenizer_path
@@ -35,8 +37,21 @@ def test_every_shipped_file_is_here():
     assert WARNINGS.keys() == {path.parent.name for path in (ROOT / "examples").glob("*/run.yaml")}
 
 
+@pytest.fixture(scope="module")
+def opened() -> dict[str, Tokenizer]:
+    """By model: files of this size take a second or two."""
+    return {}
+
+
 @pytest.mark.parametrize("name", WARNINGS)
-def test_only_what_has_a_cause_is_warned_of(name, tmp_path):
+def test_only_what_has_a_cause_is_warned_of(name, tmp_path, opened, monkeypatch):
+    def open_once(model, *, prefix):
+        key = Path(model.hf_checkpoint).name
+        if key not in opened:
+            opened[key] = open_tokenizer(model, prefix=prefix)
+        return opened[key]
+
+    monkeypatch.setattr(check, "open_tokenizer", open_once)
     run = stand_in(ROOT / "examples" / name / "run.yaml", tmp_path)
     for model in (tmp_path / "models").iterdir():
         (model / "generation_config.json").unlink(missing_ok=True)
@@ -49,8 +64,8 @@ def test_only_what_has_a_cause_is_warned_of(name, tmp_path):
             shutil.copy(files / file, model)
         if "chat_template" not in (model / "tokenizer_config.json").read_text():  # those of base models
             (model / "chat_template.jinja").write_text(LLAMA_TEMPLATE)
-    findings = [f for f in check_run(run).findings if f.level != "pass"]
+    findings = [f for f in check.check_run(run).findings if f.level != "pass"]
     assert [f for f in findings if f.level != "warn"] == []
-    assert sorted(f.check for f in findings) == sorted(check for check, _ in WARNINGS[name])
-    for check, words in WARNINGS[name]:
-        assert any(f.check == check and words in f.message for f in findings)
+    assert sorted(f.check for f in findings) == sorted(what for what, _ in WARNINGS[name])
+    for what, words in WARNINGS[name]:
+        assert any(f.check == what and words in f.message for f in findings)
