@@ -30,7 +30,8 @@ RUN torch=$(grep '^torch==' requirements.txt) \
 COPY . .
 RUN pip install --no-cache-dir --no-deps . && chown --recursive simct .
 USER 10001
-RUN OMP_NUM_THREADS=1 python -m pytest -p no:cacheprovider tests/unit
+RUN OMP_NUM_THREADS=1 python -m pytest -p no:cacheprovider --numprocesses 2 --dist loadfile tests/unit \
+    && rm -rf /tmp/pytest-of-*
 ENTRYPOINT []
 CMD ["bash"]
 
@@ -47,7 +48,7 @@ WORKDIR /opt/megatron_simct
 COPY requirements.txt requirements-test.txt ./
 RUN grep --invert-match --extended-regexp '^(torch|megatron-core|numpy)==' requirements.txt > /tmp/packages.txt \
     && pip install --no-cache-dir --requirement /tmp/packages.txt \
-        "megatron-core==${MEGATRON_CORE_VERSION}" hypothesis==6.170.15 pytest==9.2.0 transformers==5.23.0 \
+        "megatron-core==${MEGATRON_CORE_VERSION}" hypothesis==6.170.15 pytest==9.2.0 pytest-xdist==3.8.0 transformers==5.23.0 \
     && rm /tmp/packages.txt
 RUN if [ -n "$TRANSFORMER_ENGINE_VERSION" ]; then \
         pip install --no-cache-dir --no-build-isolation "transformer-engine[pytorch]==$TRANSFORMER_ENGINE_VERSION"; \
@@ -61,5 +62,7 @@ RUN if [ -n "$TRANSFORMER_ENGINE_VERSION" ]; then \
 COPY . .
 RUN pip install --no-cache-dir --no-deps . && chown --recursive simct .
 USER 10001
-RUN if [ "$RUN_TESTS" = 1 ]; then OMP_NUM_THREADS=1 python -m pytest -p no:cacheprovider tests/unit; fi
+RUN if [ "$RUN_TESTS" = 1 ]; then \
+        OMP_NUM_THREADS=1 python -m pytest -p no:cacheprovider tests/unit && rm -rf /tmp/pytest-of-*; \
+    fi
 CMD ["bash"]

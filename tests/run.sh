@@ -9,5 +9,10 @@ ensure_packages examples/quickstart/requirements.txt --no-deps
 "$PYTHON" tools/benchmark/real_inputs.py  # tokenizers and texts of the parity tests, once
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-# Multi-process tests fork from the test process: one thread each.
-OMP_NUM_THREADS=1 exec "$PYTHON" -m pytest "$@"
+export OMP_NUM_THREADS=1  # multi-process tests fork from the test process: one thread each
+[ $# = 0 ] || exec "$PYTHON" -m pytest "$@"
+status=0
+# Tests of one process side by side, then those that start several.
+"$PYTHON" -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile tests/unit tests/parity || status=$?
+"$PYTHON" -m pytest --ignore tests/unit --ignore tests/parity || status=$?
+exit $status

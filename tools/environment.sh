@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the shell entry points, from the repository root: PYTHON and ensure_packages.
 #
 # Packages go to .venv, or to the environment that is active. An installed requirements file is remembered by its
@@ -17,6 +18,6 @@ ensure_packages() {  # FILE [pip options]
     stamp=$environment/.installed-$(cat requirements*.txt "$file" | sha256sum | cut -c1-16)-$(echo "$file" | tr / -)
     [ -e "$stamp" ] && return
     echo "installing $file into $environment" >&2
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@" -r "$file"
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@" -r "$file" || return
     touch "$stamp"
 }

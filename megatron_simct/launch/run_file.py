@@ -120,6 +120,10 @@ class RunFile:
         return None if self.cluster.time is None else seconds(self.cluster.time)
 
 
+FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""What lets torchrun start processes again: else they read in its store where those before them were, and wait for the
+dead (pytorch/pytorch#135712)."""
+
 _SECRET = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PLAIN = re.compile(r"[A-Za-z0-9_./@+=:,-]+")
@@ -142,7 +146,7 @@ def read_run_file(path: str, overrides: Sequence[str] = ()) -> RunFile:
     _check_cluster(cluster, run_dir, where=path)
     student = _section(values, "student", path)
     teacher = _section(values, "teacher", path) if values.get("teacher") is not None else None
-    env = _environment(values.get("env") or {}, where=f"{path}: env")
+    env = FRESH_STORE | _environment(values.get("env") or {}, where=f"{path}: env")
     check_keys(student, Config, where=f"{path}: student")
     if teacher is not None:
         check_keys(teacher, TeacherConfig, where=f"{path}: teacher")

@@ -137,6 +137,16 @@ def check_layout(parallel: ParallelConfig, world_size: int) -> None:
         )
 
 
+def check_restarts(world_size: int) -> None:
+    """ValueError where processes that torchrun starts again would look for each other where those before them were."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if world_size > 1 and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError(
+            f"torchrun --max-restarts {restarts}: processes that are started again would wait for those that have "
+            "ended; use --rdzv-backend c10d and export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
+        )
+
+
 @contextlib.contextmanager
 def process_groups(parallel: ParallelConfig, *, seed: int) -> Iterator[Groups]:
     """Join the job, build Megatron's groups, seed every generator; leave all of it on exit.
@@ -145,6 +155,7 @@ def process_groups(parallel: ParallelConfig, *, seed: int) -> Iterator[Groups]:
     """
     environment = Environment.read()
     check_layout(parallel, environment.world_size)
+    check_restarts(environment.world_size)
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         device = torch.device("cpu")

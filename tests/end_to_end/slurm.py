@@ -23,6 +23,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 ITERATIONS = 40
+TOKEN = "hf_" + "9fQ2" * 8
+"""A secret where jobs are launched, which they inherit."""
 WAIT_S = 420.0
 
 
@@ -30,6 +32,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     nodes = call("sinfo", "--noheader", "--format=%D %T").strip()
     pair = quick_start(folder / "quickstart")
+    os.environ["HF_TOKEN"] = TOKEN
     print(f"slurm: nodes {nodes}; the quick start's pair is in {folder / 'quickstart'}", flush=True)
 
     alone = one_job(folder, pair)
@@ -38,7 +41,8 @@ def main() -> None:
     print(
         f"verified: a Slurm job pre-empted after {alone} of {ITERATIONS} steps, queued again, resumed bit-identically; "
         f"a heterogeneous job, teacher and student on a node each, stopped by its signal after {together} steps, "
-        "queued again, finished; a cancelled one leaves no process",
+        "queued again, finished; a cancelled one leaves no process; no secret in a log, a command line or a file that "
+        "others can read",
         flush=True,
     )
 
@@ -86,7 +90,8 @@ def one_job(folder: Path, pair: dict[str, Any]) -> int:
     stopped = int((folder / "preempted" / "checkpoint" / "latest_checkpointed_iteration.txt").read_text())
     assert 3 <= stopped < ITERATIONS, stopped
     wait("the end", lambda: not call("squeue", "--noheader"))
-    assert metrics(folder / "preempted") == metrics(folder / "undisturbed")
+    for found, wanted in zip(metrics(folder / "preempted"), metrics(folder / "undisturbed"), strict=True):
+        assert found == wanted, (found, wanted)
     assert_private(folder / "preempted")
     print(f"slurm: pre-empted after step {stopped}, resumed, equal to the undisturbed run", flush=True)
     return stopped
@@ -101,6 +106,10 @@ def heterogeneous(folder: Path, pair: dict[str, Any]) -> int:
     assert [row.split()[-1] for row in rows[:2]] == ["node1", "node2"], rows
     assert rows[-1].startswith("iteration ") and "loss" in rows[-1], rows
     number = json.loads((folder / "both" / "job.json").read_text())["job_id"]
+    secrets = {secret for file in (folder / "both").rglob("*_key.json") for secret in keys_of(file)}
+    assert len(secrets) == 2
+    commands = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    assert not [command for command in commands if any(secret in command for secret in {TOKEN, *secrets})]
     # What Slurm sends to the job's script when grace_s seconds of its time are left.
     call("scancel", "--batch", "--signal=USR1", number)
     wait("the job to be queued again", lambda: "queued again" in log(folder / "both"))
@@ -153,7 +162,7 @@ def wait(what: str, arrived: Callable[[], bool]) -> None:
 def metrics(run: Path) -> list[dict[str, Any]]:
     """The rows of a run without their timing."""
     rows = [json.loads(line) for line in (run / "student" / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
+    return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
 
 
 def steps(run: Path) -> int:
@@ -178,10 +187,20 @@ def processes(run: Path) -> list[int]:
 
 
 def assert_private(run: Path) -> None:
-    """Nobody else can enter the run's folder, nor read what lies in it."""
+    """Nobody else can enter the run's folder, nor read what lies in it; secrets are in the files of keys alone."""
     assert run.stat().st_mode & 0o777 == 0o700
+    files = [path for path in run.rglob("*") if path.is_file()]
+    secrets = {secret for path in files if path.name.endswith("_key.json") for secret in keys_of(path)}
     for path in run.rglob("*"):
         assert not path.stat().st_mode & 0o077, path
+    for path in files:
+        text = b"" if path.name.endswith("_key.json") else path.read_bytes()
+        assert not [path for secret in {TOKEN, *secrets} if secret.encode() in text], path
+
+
+def keys_of(file: Path) -> set[str]:
+    """The secret ones."""
+    return {value for name, value in json.loads(file.read_text()).items() if name.endswith("_secret")}
 
 
 if __name__ == "__main__":

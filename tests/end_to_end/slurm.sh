@@ -3,41 +3,13 @@
 # queues, how it is pre-empted, resumed and cancelled. Needs root and Debian's packages slurm-wlm and munge.
 #   ./tests/end_to_end/slurm.sh
 set -euo pipefail
+# shellcheck source=tests/end_to_end/own_namespaces.sh
+source "$(dirname "$0")/own_namespaces.sh"
 cd "$(dirname "$0")/../.."
-
-if [ "$(id -u)" != 0 ]; then
-    echo "slurm.sh: skipped, it needs root to run Slurm's daemons"
-    exit 0
-fi
-if ! command -v slurmctld slurmd munged > /dev/null; then
-    if ! { apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge; } > /dev/null 2>&1; then
-        echo "slurm.sh: skipped, the packages slurm-wlm and munge cannot be installed"
-        exit 0
-    fi
-fi
+need_packages slurm-wlm munge
 source tools/environment.sh
 ensure_packages requirements-test.txt
 ensure_packages examples/quickstart/requirements.txt --no-deps
-
-folder=$(mktemp -d -t simct-slurm.XXXXXX)
-tear_down() {
-    if [ -e "$folder/slurmctld.pid" ]; then
-        scancel --user=root || true
-        for _ in {1..40}; do  # Slurm's KillWait is 30 s
-            [ -n "$(squeue --noheader 2> /dev/null)" ] || break
-            sleep 1
-        done
-    fi
-    for file in "$folder"/slurmctld.pid "$folder"/slurmd-*.pid "$folder"/munge/pid; do
-        [ ! -s "$file" ] || kill "$(cat "$file")" 2> /dev/null || true
-    done
-    for _ in {1..10}; do
-        ls "$folder"/*.pid > /dev/null 2>&1 || break
-        sleep 1
-    done
-    rm -rf "$folder"
-}
-trap tear_down EXIT
 
 chmod 711 "$folder"
 mkdir "$folder/state" "$folder/munge"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -10,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tools.benchmark.real_inputs import Unavailable
 
 ROOT = Path(__file__).resolve().parents[2]
 WANTED = "MEGATRON_SIMCT_REAL_WEIGHTS"
@@ -21,8 +24,15 @@ WANTED = "MEGATRON_SIMCT_REAL_WEIGHTS"
     any(importlib.util.find_spec(name) is None for name in ("gguf", "accelerate")),
     reason="gguf or accelerate is not installed: pip install -r examples/real_weights/requirements.txt",
 )
-def test_two_steps_with_real_weights(tmp_path):
+def test_two_steps_with_real_weights(tmp_path, monkeypatch):
     folder = tmp_path if os.environ[WANTED] == "1" else Path(os.environ[WANTED]).resolve()
+    monkeypatch.syspath_prepend(ROOT / "examples" / "real_weights")
+    models = importlib.import_module("models")
+    try:
+        for model in models.MODELS.values():
+            models.gguf_file(model, folder / "gguf")
+    except Unavailable as error:
+        pytest.skip(str(error))
     command = [sys.executable, "examples/real_weights/run.py", "--run-dir", str(folder), "--processes", "1"]
     command += ["--train-iters", "2", "--batch-size", "2", "--response-len", "16", "--held-out", "2"]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}

@@ -1,9 +1,15 @@
-"""What two_hosts.sh runs: training across a link that is cut for a while ends as training without one."""
+"""What two_hosts.sh verifies, between the two network namespaces that it makes.
+
+    teacher and student     on a host each: the link is cut for a while and a rank of the teacher killed, whose torchrun
+                            starts it again; the student, which only waits, ends as with a teacher of its own
+    a student on both       DP2 and PP2, one torchrun a host and the rendezvous on the first, as the launcher starts
+                            them; a rank on the second is killed, both start again and resume: every step as on one host
+
+Whatever it has started ends with the script's namespaces.
+"""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import math
 import os
 import signal
@@ -11,78 +17,158 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
+import psutil
+
+from megatron_simct.launch.commands import torchrun
+from megatron_simct.launch.run_file import FRESH_STORE, JobSize
 from megatron_simct.teacher.endpoints import read_endpoints
-from tests.runs import metrics
+from tests.distributed import run_ranks
+from tests.runs import metrics, run
 from tests.tiny import build_files, command_line
 from tests.weights import random_weights
 
 ROOT = Path(__file__).parents[2]
-TEACHER, STUDENT = f"simct-t{os.getpid()}", f"simct-s{os.getpid()}"
-ADDRESSES = {TEACHER: "10.213.7.1", STUDENT: "10.213.7.2"}
+ADDRESSES = {"host1": "10.213.7.1", "host2": "10.213.7.2"}
+TEACHER, STUDENT = ADDRESSES
 LINK = "veth0"
-TP2 = ("--tensor-model-parallel-size", "2")
+LAYOUTS = {"DP2": (), "PP2": ("--pipeline-model-parallel-size", "2")}
+STEPS = 6
+CUT_S = 15.0
+WAIT_S = 300.0
+
+
+def main() -> None:
+    make_hosts()
+    folder = Path(tempfile.mkdtemp())
+    files = folder / "files"
+    files.mkdir()
+    build_files(files)
+    weights = random_weights(files, folder / "weights")
+    gap = teacher_elsewhere(folder / "teacher-elsewhere", files, weights)
+    print(
+        f"two_hosts: {STEPS} steps of a student (TP2) with a teacher (TP2) on another host, over tcp with CURVE; the "
+        f"link was cut for {CUT_S:g} s, and the teacher killed and started again: every metric is that of a colocated "
+        f"teacher to {gap:.0e}",
+        flush=True,
+    )
+    gaps = {name: student_on_both(folder / name, files, weights, flags) for name, flags in LAYOUTS.items()}
+    print(
+        "two_hosts: verified: a teacher on another host, its link cut, killed, started again; a student on both hosts, "
+        f"killed on one of them after 3 of {STEPS} steps, started again by torchrun, resumed: every metric of every "
+        "step is that of an undisturbed run on one host "
+        f"({', '.join(f'{name} to {gap:.0e}' for name, gap in gaps.items())})"
+    )
 
 
 def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True)
 
 
-@contextlib.contextmanager
-def two_namespaces() -> Iterator[None]:
-    """Two hosts with one link between them."""
-    made = []
-    try:
-        for name in ADDRESSES:
-            ip("netns", "add", name)
-            made.append(name)
-        ip("link", "add", "name", LINK, "netns", TEACHER, "type", "veth", "peer", "name", LINK, "netns", STUDENT)
-        for name, address in ADDRESSES.items():
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", LINK)
-            for device in (LINK, "lo"):
-                ip("-n", name, "link", "set", device, "up")
-        yield
-    finally:
-        for name in made:
-            ip("netns", "del", name)
+def make_hosts() -> None:
+    """Two namespaces with one link between them."""
+    for name in ADDRESSES:
+        ip("netns", "add", name)
+    ip("link", "add", "name", LINK, "netns", TEACHER, "type", "veth", "peer", "name", LINK, "netns", STUDENT)
+    for name, address in ADDRESSES.items():
+        ip("-n", name, "addr", "add", f"{address}/24", "dev", LINK)
+        for device in (LINK, "lo"):
+            ip("-n", name, "link", "set", device, "up")
 
 
-def torchrun(host: str | None, module: str, *flags: str) -> subprocess.Popen:
-    """Two ranks on a host."""
-    place = ["ip", "netns", "exec", host] if host else []
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", module]
-    return subprocess.Popen(
-        [*place, *command, *flags],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+def teacher_elsewhere(folder: Path, files: Path, weights: tuple[str, ...]) -> float:
+    """The largest difference of a metric from those with a colocated teacher."""
+    size = JobSize(processes_per_node=2, max_restarts=1)
+    layout = ("--tensor-model-parallel-size", "2")
+    teacher = start(
+        folder / "teacher.log",
+        TEACHER,
+        size,
+        "megatron_simct.serve_teacher",
+        *("--teacher-hf-checkpoint", str(files / "teacher"), *weights[2:], *layout, "--run-dir", str(folder)),
+        *("--teacher-tokenizer-model", str(files / "teacher.tiktoken"), "--teacher-hidden-dtype", "fp32"),
+        *("--teacher-make-vocab-size-divisible-by", "4", "--bind", f"tcp://{ADDRESSES[TEACHER]}"),
     )
+    wait(folder, "the teacher's door", lambda: bool(read_endpoints(folder / "teacher")), teacher)
+    (first,) = read_endpoints(folder / "teacher").values()
+    flags = [*command_line(files, *weights, *layout, "--train-iters", str(STEPS))]
+    remote = ("--teacher-endpoint", str(folder), "--run-dir", str(folder / "remote" / "run"))
+    student = start(folder / "student.log", STUDENT, size, "megatron_simct.train", *flags, *remote)
+    wait(folder, "the second step", lambda: num_steps(folder / "remote") >= 2, teacher, student)
+    ip("-n", STUDENT, "link", "set", LINK, "down")
+    time.sleep(1.0)  # a step may have had all its answers
+    before = num_steps(folder / "remote")
+    time.sleep(CUT_S)
+    if num_steps(folder / "remote") > before + 1 or num_steps(folder / "remote") == STEPS:
+        fail(folder, "the student went on without a link")
+    os.kill(first.pid, signal.SIGKILL)
+    ip("-n", STUDENT, "link", "set", LINK, "up")
+    wait(folder, "the student's end", lambda: student.poll() == 0, teacher, student)
+    (second,) = read_endpoints(folder / "teacher").values()
+    if second.life == first.life:
+        fail(folder, "the teacher was not started again")
+    os.kill(second.pid, signal.SIGTERM)
+    wait(folder, "the teacher's end", lambda: teacher.poll() == 0, teacher)
+    return compare(folder / "remote", one_host(folder / "alone", flags), tolerance=1e-4)
 
 
-@contextlib.contextmanager
-def ended(job: subprocess.Popen) -> Iterator[None]:
-    """Whatever happens, the job does not stay."""
-    try:
-        yield
-    finally:
-        if job.poll() is None:
-            job.terminate()
-            job.wait(60)
+def student_on_both(folder: Path, files: Path, weights: tuple[str, ...], layout: tuple[str, ...]) -> float:
+    """The largest difference of a metric from those of a run on one host that nobody disturbed."""
+    size = JobSize(nodes=2, max_restarts=1)
+    flags = command_line(files, *weights, *layout, "--train-iters", str(STEPS))
+    both = folder / "both"
+    resumed = ("--save", str(both / "save"), "--load", str(both / "save"), "--save-interval", "2")
+    command = ("megatron_simct.train", *flags, *resumed, "--run-dir", str(both / "run"))
+    jobs = [start(folder / f"{host}.log", host, size, *command, rendezvous=TEACHER) for host in ADDRESSES]
+    wait(folder, "the third step", lambda: num_steps(both) >= 3, *jobs)
+    (rank,) = psutil.Process(jobs[1].pid).children()
+    rank.kill()
+    wait(folder, "the last step", lambda: all(job.poll() == 0 for job in jobs), *jobs)
+    if "after iteration 2" not in (folder / "host1.log").read_text():
+        fail(folder, "the run was not resumed")
+    return compare(both, one_host(folder / "alone", flags), tolerance=1e-5)
 
 
-def wait(condition: Callable[[], bool], what: str, *jobs: subprocess.Popen, timeout_s: float = 240) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        for job in jobs:
-            if job.poll():
-                raise SystemExit(f"two_hosts: FAILED: a job ended before {what}:\n{job.communicate()[0]}")
-        if time.monotonic() > deadline:
-            raise SystemExit(f"two_hosts: FAILED: {what} did not come within {timeout_s:.0f} s")
-        time.sleep(0.1)
+def start(log: Path, host: str, size: JobSize, *command: str, rendezvous: str | None = None) -> subprocess.Popen[bytes]:
+    """torchrun on a host, as the launcher's script for Slurm starts it."""
+    log.parent.mkdir(exist_ok=True)
+    meeting = [f"--rdzv-endpoint={ADDRESSES[rendezvous or host]}:29500"]
+    meeting += [f"--rdzv-conf=is_host={int(rendezvous in (None, host))}"]
+    # No name leads to a namespace.
+    meeting += [f"--local-addr={ADDRESSES[host]}"]
+    variables = FRESH_STORE | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LINK}
+    place = ["ip", "netns", "exec", host, sys.executable]
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [*place, *torchrun(size), *meeting, "-m", *command],
+            cwd=ROOT,
+            env=os.environ | variables,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def one_host(folder: Path, flags: list[str]) -> Path:
+    """The same flags on two ranks side by side, the teacher's model in them."""
+    for code, _, err in run_ranks(2, run, [*flags, "--run-dir", str(folder / "run")]):
+        if code:
+            fail(folder, f"the run on one host:\n{err}")
+    return folder
+
+
+def compare(found: Path, expected: Path, *, tolerance: float) -> float:
+    """The largest difference of a metric of any step, relative to its value or to 0.1."""
+    largest = 0.0
+    for ours, wanted in zip(metrics(found), metrics(expected), strict=True):
+        assert ours.keys() == wanted.keys()
+        for name in ours.keys() - {"kind"}:
+            largest = max(largest, abs(ours[name] - wanted[name]) / max(abs(wanted[name]), 0.1))
+            if not math.isclose(ours[name], wanted[name], rel_tol=tolerance, abs_tol=0.1 * tolerance):
+                fail(found, f"{name} is {ours[name]}, on one host {wanted[name]}")
+    return largest
 
 
 def num_steps(folder: Path) -> int:
@@ -90,69 +176,19 @@ def num_steps(folder: Path) -> int:
     return len(file.read_text().splitlines()) if file.exists() else 0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--cut-s", type=float, default=15.0)
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        run(Path(folder), steps=args.steps, cut_s=args.cut_s)
-    print(
-        f"two_hosts: verified: {args.steps} steps of a student (TP2) against a teacher (TP2) in another network "
-        f"namespace, over tcp with CURVE; the link was cut for {args.cut_s:g} s, which only delayed them: every metric "
-        "is that of a colocated run to 1e-4"
-    )
+def wait(folder: Path, what: str, arrived: Callable[[], bool], *jobs: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not arrived():
+        if any(job.poll() for job in jobs):
+            fail(folder, f"a job ended before {what}")
+        if time.monotonic() > deadline:
+            fail(folder, f"{what} did not come within {WAIT_S:.0f} s")
+        time.sleep(0.1)
 
 
-def run(folder: Path, *, steps: int, cut_s: float) -> None:
-    files = folder / "files"
-    files.mkdir()
-    build_files(files)
-    weights = random_weights(files, folder / "weights")
-    student = [*command_line(files, *weights, *TP2, "--train-iters", str(steps)), "--run-dir"]
-    alone = torchrun(None, "megatron_simct.train", *student, str(folder / "alone" / "run"))
-    with two_namespaces(), ended(alone):
-        teacher = torchrun(
-            TEACHER,
-            "megatron_simct.serve_teacher",
-            *("--teacher-hf-checkpoint", str(files / "teacher"), *weights[2:], *TP2, "--run-dir", str(folder)),
-            *("--teacher-tokenizer-model", str(files / "teacher.tiktoken"), "--teacher-hidden-dtype", "fp32"),
-            *("--teacher-make-vocab-size-divisible-by", "4", "--bind", f"tcp://{ADDRESSES[TEACHER]}"),
-        )
-        with ended(teacher), contextlib.ExitStack() as stack:
-            wait(lambda: bool(read_endpoints(folder / "teacher")), "the teacher's door", teacher)
-            remote = folder / "remote"
-            trained = torchrun(
-                STUDENT,
-                "megatron_simct.train",
-                *(*student, str(remote / "run"), "--teacher-endpoint", str(folder)),
-            )
-            stack.enter_context(ended(trained))
-            wait(lambda: num_steps(remote) >= 2, "the second step", teacher, trained)
-            ip("-n", STUDENT, "link", "set", LINK, "down")
-            time.sleep(1.0)  # a step may have had all its answers
-            before = num_steps(remote)
-            time.sleep(cut_s)
-            if num_steps(remote) > before + 1 or num_steps(remote) == steps:
-                raise SystemExit("two_hosts: FAILED: the student went on without a link")
-            ip("-n", STUDENT, "link", "set", LINK, "up")
-            wait(lambda: trained.poll() is not None, "the last step", teacher)
-            if trained.returncode:
-                raise SystemExit(f"two_hosts: FAILED: the student's job:\n{trained.communicate()[0]}")
-            (endpoint,) = read_endpoints(folder / "teacher").values()
-            os.kill(endpoint.pid, signal.SIGTERM)
-            wait(lambda: teacher.poll() is not None, "the teacher's end")
-            if teacher.returncode:
-                raise SystemExit(f"two_hosts: FAILED: the teacher's job:\n{teacher.communicate()[0]}")
-        if alone.wait(240):
-            raise SystemExit(f"two_hosts: FAILED: the colocated run:\n{alone.communicate()[0]}")
-    ours, wanted = metrics(folder / "remote"), metrics(folder / "alone")
-    assert len(ours) == len(wanted) == steps
-    for found, expected in zip(ours, wanted, strict=True):
-        assert found.keys() == expected.keys()
-        for name in found.keys() - {"kind"}:
-            if not math.isclose(found[name], expected[name], rel_tol=1e-4, abs_tol=1e-5):
-                raise SystemExit(f"two_hosts: FAILED: {name} is {found[name]}, {expected[name]} without a link")
+def fail(folder: Path, what: str) -> NoReturn:
+    logs = [f"--- {path.name}\n{path.read_text()[-4000:]}" for path in sorted(folder.glob("*.log"))]
+    raise SystemExit("\n".join([*logs, f"two_hosts: FAILED: {what}"]))
 
 
 if __name__ == "__main__":

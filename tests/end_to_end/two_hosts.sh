@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# A student and a teacher on two hosts: two network namespaces joined by a veth pair, each with its own torchrun. Root only.
-#   ./tests/end_to_end/two_hosts.sh [--steps N] [--cut-s SECONDS]
+# Two hosts, which are two network namespaces joined by a veth pair: a student and a teacher on a host each, then a
+# student on both. Needs root and Debian's package iproute2.
+#   ./tests/end_to_end/two_hosts.sh
 set -euo pipefail
+# shellcheck source=tests/end_to_end/own_namespaces.sh
+source "$(dirname "$0")/own_namespaces.sh"
 cd "$(dirname "$0")/../.."
-if [ "$(id -u)" -ne 0 ] || ! command -v ip > /dev/null; then
-    echo "two_hosts: skipped: it needs root and iproute2 to make network namespaces"
-    exit 0
-fi
+need_packages iproute2
 source tools/environment.sh
 ensure_packages requirements-test.txt
-OMP_NUM_THREADS=1 exec "$PYTHON" -m tests.end_to_end.two_hosts "$@"
+mkdir -p /run/netns
+mount -t tmpfs tmpfs /run/netns
+OMP_NUM_THREADS=1 "$PYTHON" -m tests.end_to_end.two_hosts

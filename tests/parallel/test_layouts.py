@@ -19,58 +19,58 @@ LAYOUTS = {"tp2": (2, 2), "dp2": (2, 1), "tp2 x dp2": (4, 2)}
 
 def _run(rank, world_size, folder, *flags):
     """Loss sum, label count and gradient norm of each step, and the rollout gap, as this rank saw them."""
-    resolved = config(folder, *flags)
-    with process_groups(resolved.parallel, seed=resolved.training.seed) as groups:
-        job = build_job(resolved, groups)
-        reports = train_and_record(job)
-        parameters = job.updater._ddp.module.state_dict_for_save_checkpoint()
-        norm_weight = parameters["decoder.final_layernorm.weight"].clone()
-    return [(r.sums, r.grad_norm, r.learning_rate) for r in reports], norm_weight
+    return _run_each(rank, world_size, folder, [flags])[0]
+
+
+def _run_each(rank, world_size, folder, runs):
+    """`_run` for several sets of flags of one layout, in the same processes."""
+    configs = [config(folder, *flags) for flags in runs]
+    results = []
+    with process_groups(configs[0].parallel, seed=configs[0].training.seed) as groups:
+        for resolved in configs:
+            job = build_job(resolved, groups)
+            reports = train_and_record(job)
+            parameters = job.updater._ddp.module.state_dict_for_save_checkpoint()
+            norm_weight = parameters["decoder.final_layernorm.weight"].clone()
+            results.append(([(r.sums, r.grad_norm, r.learning_rate) for r in reports], norm_weight))
+    return results
 
 
 @pytest.fixture(scope="module")
 def recorded(tiny, weights, tmp_path_factory):
     """One process samples, trains, and leaves its rollouts."""
     rollouts = tmp_path_factory.mktemp("rollouts")
-    return rollouts, {
-        interface: run_ranks(
-            1,
-            _run,
-            tiny,
-            *weights,
-            "--simct-interface",
-            interface,
-            "--save-debug-rollout-data",
-            str(rollouts / interface),
-        )[0]
+    save = [
+        (*weights, "--simct-interface", interface, "--save-debug-rollout-data", str(rollouts / interface))
         for interface in INTERFACES
-    }
+    ]
+    (results,) = run_ranks(1, _run_each, tiny, save)
+    return rollouts, dict(zip(INTERFACES, results, strict=True))
 
 
-@pytest.mark.parametrize("interface", INTERFACES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_agree(tiny, weights, recorded, layout, interface):
+def test_layouts_agree(tiny, weights, recorded, layout):
     folder, expected = recorded
     world_size, tp = LAYOUTS[layout]
-    results = run_ranks(
-        world_size,
-        _run,
-        tiny,
-        *weights,
-        *("--simct-interface", interface, "--tensor-model-parallel-size", str(tp)),
-        *("--load-debug-rollout-data", str(folder / interface)),
-    )
-    reference_steps, reference_weight = expected[interface]
-    assert len(reference_steps) == 2
-    for steps, weight in results:
-        for (sums, grad_norm, lr), (wanted, wanted_norm, wanted_lr) in zip(steps, reference_steps, strict=True):
-            assert sums.keys() == wanted.keys()
-            assert wanted["loss"] > 0.1 and wanted_norm > 0.01
-            for name, value in wanted.items():
-                assert math.isclose(sums[name], value, rel_tol=1e-5, abs_tol=1e-4), name
-            assert math.isclose(grad_norm, wanted_norm, rel_tol=1e-5)
-            assert lr == wanted_lr
-        torch.testing.assert_close(weight, reference_weight, rtol=1e-5, atol=1e-6)
+    runs = [
+        (
+            *(*weights, "--simct-interface", interface, "--tensor-model-parallel-size", str(tp)),
+            *("--load-debug-rollout-data", str(folder / interface)),
+        )
+        for interface in INTERFACES
+    ]
+    for results in run_ranks(world_size, _run_each, tiny, runs):
+        for interface, (steps, weight) in zip(INTERFACES, results, strict=True):
+            reference_steps, reference_weight = expected[interface]
+            assert len(reference_steps) == 2
+            for (sums, grad_norm, lr), (wanted, wanted_norm, wanted_lr) in zip(steps, reference_steps, strict=True):
+                assert sums.keys() == wanted.keys()
+                assert wanted["loss"] > 0.1 and wanted_norm > 0.01
+                for name, value in wanted.items():
+                    assert math.isclose(sums[name], value, rel_tol=1e-5, abs_tol=1e-4), (interface, name)
+                assert math.isclose(grad_norm, wanted_norm, rel_tol=1e-5), interface
+                assert lr == wanted_lr
+            torch.testing.assert_close(weight, reference_weight, rtol=1e-5, atol=1e-6, msg=interface)
 
 
 @pytest.mark.parametrize("micro_batch_size", ["1", "8"])

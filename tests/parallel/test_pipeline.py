@@ -40,9 +40,10 @@ LAYOUTS = {
     "tp2 x pp2, interleaved, sequence": (4, TP2 + PP2 + INTERLEAVED + SEQUENCE),
 }
 INTERFACES = ("paper", "strict", "sft")
+TIED = ("student tied", "teacher tied")
 
 
-@pytest.fixture(scope="module", params=["student tied", "teacher tied"])
+@pytest.fixture(scope="module", params=TIED)
 def files(request, tiny, tmp_path_factory):
     """A complete job, and checkpoints that every layout starts from."""
     folder = tmp_path_factory.mktemp("files") / "job"
@@ -124,8 +125,16 @@ def recorded(files, tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("interface", INTERFACES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "files, layout, interface",
+    # Each layout under each interface; the ways of tying by turns, so that each layout and interface meets both.
+    [
+        (TIED[(i + j) % 2], layout, interface)
+        for i, layout in enumerate(LAYOUTS)
+        for j, interface in enumerate(INTERFACES)
+    ],
+    indirect=["files"],
+)
 def test_layouts_agree_with_one_process(files, recorded, layout, interface):
     rollouts, expected = recorded
     world_size, flags = LAYOUTS[layout]
@@ -185,14 +194,18 @@ def _run_counting_buckets(rank, world_size, folder, *flags):
     return *_run(rank, world_size, folder, *flags), counts
 
 
+@pytest.fixture(scope="module")
+def recorded_at_length(files, tmp_path_factory):
+    """One process samples three micro-batches a step, trains, and leaves its rollouts."""
+    rollouts = str(tmp_path_factory.mktemp("three_micro_batches"))
+    return rollouts, run_ranks(1, _run, files, *THREE_MICRO_BATCHES, "--save-debug-rollout-data", rollouts)[0]
+
+
 @pytest.mark.parametrize("layout", OVERLAPPED)
-def test_overlapped_reduction_changes_nothing(files, tmp_path, layout):
+def test_overlapped_reduction_changes_nothing(files, recorded_at_length, layout):
     """Three micro-batches a rank, small buckets, and a head whose gradient is in main_grad before backward begins."""
     world_size, flags = OVERLAPPED[layout]
-    rollouts = str(tmp_path)
-    ((expected, expected_norms, _),) = run_ranks(
-        1, _run, files, *THREE_MICRO_BATCHES, "--save-debug-rollout-data", rollouts
-    )
+    rollouts, (expected, expected_norms, _) = recorded_at_length
     overlap = ("--overlap-grad-reduce", "--ddp-bucket-size", "4000")
     results = run_ranks(
         world_size, _run_counting_buckets, files, *THREE_MICRO_BATCHES, *overlap, *flags,
@@ -290,10 +303,13 @@ def _generate(rank, world_size, folder, flags):
         return rollouts
 
 
-def test_every_layout_generates_the_same_tokens(files):
+@pytest.mark.parametrize(
+    "files, layouts", [("student tied", list(LAYOUTS)[::2]), ("teacher tied", list(LAYOUTS)[1::2])], indirect=["files"]
+)
+def test_every_layout_generates_the_same_tokens(files, layouts):
     (expected,) = run_ranks(1, _generate, files, ())
     assert len({tuple(r.student_ids.tolist()) for r in expected}) == 2 * len(PROMPTS)
-    for world_size, flags in LAYOUTS.values():
+    for world_size, flags in map(LAYOUTS.get, layouts):
         for rollouts in run_ranks(world_size, _generate, files, flags):
             for found, wanted in zip(rollouts, expected, strict=True):
                 assert found.student_ids.tolist() == wanted.student_ids.tolist()
@@ -368,3 +384,10 @@ def test_impossible_layouts_name_the_flag(tiny, world_size, flags, words):
     for message in run_ranks(world_size, _refusal, tiny, *flags):
         for word in words:
             assert word in message
+
+
+def test_a_restart_that_would_wait_for_the_dead_is_refused(tiny, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    for message in run_ranks(2, _refusal, tiny):
+        assert "torchrun --max-restarts 2" in message and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in message

@@ -31,6 +31,7 @@ umask 077
 cd /code
 run_dir=/runs/first
 python=/opt/env/bin/python
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 export NCCL_DEBUG=WARN
 
