@@ -26,14 +26,14 @@ match, that can only be the longest token that is a prefix of c, and only if c b
 the model's probability of it is only known to lie between the sum and the sum plus that token's (the *spread*). The
 loss compares a loose byte only where the difference between the models is larger than the spread explains.
 
-Mixtures. Several teachers, each in its own tokens, are one: the probability of the next byte is the weighted sum of
-theirs, given the same bytes before. A position counts where every teacher can end (at a boundary, or c is a token);
+Mixtures. Several teachers, each in its own tokens, are one: the probability of a byte is the weighted sum of what each
+of them gives it behind the same bytes. A position counts where every teacher can end (at a boundary, or c is a token);
 elsewhere a teacher's whole probability, and so its share of the sum, is not known. Events are then the bytes that the
-student and all teachers can have next, "stop" where all are at a boundary, and "rest", all that is left of each of them,
-where the student can end too. Where it cannot, what a teacher has *outside* of the events comes along, since its events
-are shares of its whole. A byte that is loose for one teacher is loose for the mixture; the spread is the weighted sum of
-those of the teachers that have a loose byte. The text ends for all where it ends for one of them, and the position
-behind it counts where the student and all teachers stop there.
+student and all teachers can have next, "stop" where all are at a boundary, and "rest", all that is left of each of
+them, where the student can end too. Where it cannot, what a teacher has *outside* of the events comes along, since its
+events are shares of its whole. A byte that is loose for one teacher is loose for the mixture; the spread is the
+weighted sum of those of the teachers that have a loose byte. The text ends for all where it ends for one of them, and
+the position behind it counts where the student and all teachers stop there.
 
 What stays approximate: byte-pair merging does not take the longest match at every token end; where it does not, a byte
 taken for tight may be loose. And where a sampled response is not in the tokenizer's own segmentation, other ways to
