@@ -1,4 +1,4 @@
-"""Two teachers in jobs of their own, each with its own tokenizer, are one: loss and gradient are those of the oracle."""
+"""Two teachers in jobs of their own, each with its tokenizer, are one: loss and gradient are those of the oracle."""
 
 from __future__ import annotations
 
