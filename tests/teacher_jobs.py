@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import random
@@ -14,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import zmq
 
 from megatron_simct.records import ByteSide, ScoredPair
 from megatron_simct.serve_teacher import main as serve_main
 from megatron_simct.teacher.client import Patience, TeacherClient
-from megatron_simct.teacher.endpoints import Endpoint, Keys, endpoint_folder, publish, read_endpoints
+from megatron_simct.teacher.endpoints import Endpoint, Keys, endpoint_folder, publish, read_endpoints, withdraw
 from megatron_simct.teacher.forward import TeacherForward, TeacherRequest
 from megatron_simct.teacher.payload import read_scored, scored_message
 from megatron_simct.teacher.service import Door
@@ -40,11 +42,12 @@ class TeacherJob:
         run_dir: Path,
         *flags: str,
         world_size: int = 1,
+        replicas: int = 1,
         die_at: int | None = None,
         again: bool = False,
     ) -> None:
         """die_at: its first rank is killed (-9) with its so manyth request unanswered; then it is started `again`."""
-        self._die_at, self._again = die_at, again
+        self._replicas, self._die_at, self._again = replicas, die_at, again
         self._argv = [
             *("--teacher-hf-checkpoint", str(tiny / "teacher"), *weights[2:]),
             *("--teacher-tokenizer-model", str(tiny / "teacher.tiktoken")),
@@ -60,11 +63,14 @@ class TeacherJob:
         )
         self._process.start()
         deadline = time.monotonic() + 90
-        while not set(read_endpoints(self.folder)) - known:
+        while len(names := set(read_endpoints(self.folder)) - known) < self._replicas:
             assert self._process.is_alive() and time.monotonic() < deadline, "the teacher did not start"
             time.sleep(0.05)
-        (name,) = set(read_endpoints(self.folder)) - known
-        self.endpoint = read_endpoints(self.folder)[name]
+        self.endpoint = read_endpoints(self.folder)[min(names)]
+
+    def statuses(self) -> list[dict[str, Any]]:
+        """What the replicas last wrote of themselves."""
+        return [json.loads(path.read_text()) for path in self.folder.glob("*.status")]
 
     def __enter__(self) -> TeacherJob:
         self.start()
@@ -76,6 +82,9 @@ class TeacherJob:
                 os.kill(endpoint.pid, signal.SIGTERM)
         self._process.join(60)
         assert self._process.exitcode == 0
+        for endpoint in read_endpoints(self.folder).values():
+            if not psutil.pid_exists(endpoint.pid):  # it was killed, and nobody came after it
+                withdraw(self.folder, endpoint)
 
 
 def _job(world_size: int, argv: list[str], die_at: int | None, again: bool) -> None:
