@@ -167,7 +167,7 @@ def same_answer(found: ScoredPair, request: TeacherRequest) -> bool:
 
 
 class ModelFreeTeacher:
-    """A door, and a thread in the place of the model."""
+    """A door, and a thread in the place of the model, which takes delay_s for an answer unless it is to stop."""
 
     def __init__(
         self, folder: Path, *, delay_s: float = 0.0, address: str = "ipc", keys: Keys | None = None, **more: Any
@@ -189,20 +189,20 @@ class ModelFreeTeacher:
         self._awake, self._asleep = threading.Event(), threading.Event()
         self._awake.set()
         self.answered: list[int] = []
-        self._stop = False
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._answer, daemon=True)
         self.door.start()
         if works:
             self._thread.start()
 
     def _answer(self) -> None:
-        while not self._stop:
+        while not self._stop.is_set():
             if not self._awake.is_set():
                 self._asleep.set()
                 self._awake.wait(0.05)
                 continue
             for work in self.door.take(40, 0.02):
-                time.sleep(self.delay_s)
+                self._stop.wait(self.delay_s)
                 self.answered.append(work.request.sample_id)
                 self.door.answer(work, scored_message(work.number, answer_of(work.request), "fp32"))
 
@@ -217,7 +217,7 @@ class ModelFreeTeacher:
 
     def stop(self) -> None:
         """As on SIGTERM."""
-        self._stop = True
+        self._stop.set()
         self._thread.join()
         self.door.drain()
         self.door.close()
