@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -64,6 +65,8 @@ class Job:
     sampling: Sampling
     align: Callable[[Prompt, Rollout], AlignedPair]
     teacher: TeacherScorer
+    background: ThreadPoolExecutor
+    """One thread beside the one that trains: it aligns what has been sampled, and hands it to the teacher."""
     pack: Callable[..., list[MicroBatch]]
     updater: Updater
     monitor: Monitor
@@ -149,6 +152,7 @@ def build_job(config: Config, groups: Groups) -> Job:
             )
         ),
         teacher=scorer,
+        background=ThreadPoolExecutor(max_workers=1, thread_name_prefix="alignment"),
         pack=partial(
             pack_micro_batches,
             micro_batch_size=config.training.micro_batch_size,
