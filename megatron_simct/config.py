@@ -124,6 +124,17 @@ class TeacherJobConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixtureConfig:
+    """A second teacher, in a job of its own, that is mixed with the first byte by byte. Flags: --second-teacher-*"""
+
+    endpoint: tuple[str, ...] = option((), "as --teacher-endpoint, of the second teacher's job", metavar="DIR")
+    client_key: str | None = option(None, "as --teacher-client-key", metavar="FILE")
+    weight: float = option(
+        0.5, "its share of the probability of the next byte, the first teacher's being what remains of 1"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How the model is spread over processes. Data parallelism is what remains of the world size."""
 
@@ -277,6 +288,8 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     teacher: ModelConfig = field(default_factory=ModelConfig, metadata={"prefix": "teacher"})
     teacher_job: TeacherJobConfig = field(default_factory=TeacherJobConfig, metadata={"prefix": "teacher"})
+    second_teacher: ModelConfig = field(default_factory=ModelConfig, metadata={"prefix": "second_teacher"})
+    mixture: MixtureConfig = field(default_factory=MixtureConfig, metadata={"prefix": "second_teacher"})
     interface: InterfaceConfig = field(default_factory=InterfaceConfig, metadata={"prefix": "simct"})
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -357,10 +370,50 @@ class Config:
             raise ValueError("--teacher-cache needs --teacher-endpoint; --load-debug-scored-data reads one without it")
         if self.rollout.load_debug_scored_data is not None and self.teacher_job.endpoint:
             raise ValueError("--load-debug-scored-data needs no --teacher-endpoint; --teacher-cache asks for the rest")
+        for prefix, places in (("", self.teacher_job.endpoint), ("second-", self.mixture.endpoint)):
+            num_addresses = sum("://" in place for place in places)
+            if num_addresses < len(places) and len(places) > 1:
+                raise ValueError(
+                    f"--{prefix}teacher-endpoint {' '.join(places)}: give one directory, or addresses only"
+                )
+        self._check_mixture()
         if self.output.wandb_save_dir is not None and self.output.wandb_project is None:
             raise ValueError("--wandb-save-dir needs --wandb-project")
         if self.training.bf16 and not _cuda_available():
             raise ValueError("--bf16 needs a GPU in this version; leave it out on CPU")
+
+    @property
+    def mixes_teachers(self) -> bool:
+        """Whether there is a second teacher."""
+        return bool(self.mixture.endpoint)
+
+    def _check_mixture(self) -> None:
+        """ValueError for options of a second teacher that is none, or cannot be mixed with the first."""
+        if not self.mixes_teachers:
+            if (self.second_teacher, self.mixture) != (ModelConfig(), MixtureConfig()):
+                raise ValueError("--second-teacher-endpoint is missing: the other --second-teacher flags need it")
+            return
+        if self.interface.interface != "bytes":
+            raise ValueError(
+                f"--second-teacher-endpoint: --simct-interface {self.interface.interface} compares tokens, and only "
+                "distributions over bytes can be mixed; use --simct-interface bytes"
+            )
+        for flag, value in {
+            "--teacher-endpoint": self.teacher_job.endpoint,
+            "--second-teacher-hf-checkpoint": self.second_teacher.hf_checkpoint,
+            "--second-teacher-tokenizer-model": self.second_teacher.tokenizer,
+        }.items():
+            if not value:
+                raise ValueError(f"missing {flag}: --second-teacher-endpoint needs it")
+        for flag, value in {
+            "--save-debug-scored-data": self.rollout.save_debug_scored_data,
+            "--teacher-cache": self.teacher_job.cache,
+            "--simct-alignment-map": self.data.simct_alignment_map,
+        }.items():
+            if value is not None:
+                raise ValueError(f"{flag} is of one teacher; leave it out, or --second-teacher-endpoint")
+        if not 0 < self.mixture.weight < 1:
+            raise ValueError(f"--second-teacher-weight {self.mixture.weight}: must lie strictly between 0 and 1")
 
     def _check_ranges(self) -> None:
         """ValueError for a number outside the range in which it means something; nan is outside of every range."""

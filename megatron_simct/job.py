@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,9 @@ import torch
 from megatron_simct.alignment import AlignmentMap, Tokenizer, VocabPlacement, build_alignment_map, load_tokenizer
 from megatron_simct.alignment.alignment_map import identity_map
 from megatron_simct.alignment.map_files import load_map
-from megatron_simct.alignment.plan import plan_pair, plan_without_teacher
+from megatron_simct.alignment.plan import plan_mixture, plan_pair, plan_without_teacher
 from megatron_simct.arguments import to_dict
-from megatron_simct.config import Config, ModelConfig, ParallelConfig
+from megatron_simct.config import Config, MixtureConfig, ModelConfig, ParallelConfig, TeacherJobConfig
 from megatron_simct.data.prompts import PromptSource, read_rows
 from megatron_simct.data.rendering import ChatTemplate
 from megatron_simct.losses import (
@@ -46,6 +47,7 @@ from megatron_simct.teacher.client import Patience, RemoteScorer, TeacherClient
 from megatron_simct.teacher.colocated import ColocatedScorer
 from megatron_simct.teacher.endpoints import CLIENT_KEY, endpoint_folder
 from megatron_simct.teacher.fingerprints import fingerprints
+from megatron_simct.teacher.mixture import MixtureScorer
 from megatron_simct.teacher.scorer import NoTeacher, TeacherScorer
 from megatron_simct.teacher.store import AnswerStore, SavingScorer, StoredClient
 from megatron_simct.update.checkpoint import Checkpoints, has_checkpoint, load_output_shard, load_weights
@@ -64,6 +66,8 @@ class Job:
     sampling: Sampling
     align: Callable[[Prompt, Rollout], AlignedPair]
     teacher: TeacherScorer
+    background: ThreadPoolExecutor
+    """One thread beside the one that trains: it aligns what has been sampled, and hands it to the teacher."""
     pack: Callable[..., list[MicroBatch]]
     updater: Updater
     monitor: Monitor
@@ -94,11 +98,14 @@ def build_job(config: Config, groups: Groups) -> Job:
     teacher = open_tokenizer(config.teacher, prefix="teacher-") if needs.teacher else None
     needs_map = not needs.byte_events or config.data.simct_alignment_map is not None
     alignment_map = open_alignment_map(config, student, teacher) if teacher is not None and needs_map else None
+    second = open_tokenizer(config.second_teacher, prefix="second-teacher-") if config.mixes_teachers else None
 
-    prompts = build_prompts(config, groups, student, teacher)
+    prompts = build_prompts(config, groups, student, teacher, second)
     model = load_model(config, config.model, groups, student, prefix="")
     placement = build_placement(config, model, student, alignment_map)
     scorer, shared_head = build_teacher(config, groups, student, teacher, alignment_map, placement, needs)
+    if second is not None:
+        scorer = build_mixture(config, groups, scorer, student, second)
     chunks = wrap_data_parallel(model, config.parallel)
     optimizer, scheduler = build_optimizer(chunks, config.training)
     sampler = MegatronEngine(
@@ -114,7 +121,7 @@ def build_job(config: Config, groups: Groups) -> Job:
         scheduler,
         save_dir=config.output.save,
         retain=config.output.save_retain,
-        identity=identity(config, student, teacher, alignment_map),
+        identity=identity(config, student, teacher, alignment_map, second),
         config=to_dict(config),
     )
     start = resume(config, groups, checkpoints)
@@ -135,6 +142,10 @@ def build_job(config: Config, groups: Groups) -> Job:
             partial(plan_without_teacher, student=student, needs=needs)
             if teacher is None
             else partial(
+                plan_mixture, student=student, teachers=[teacher, second], needs=needs, interface=config.interface
+            )
+            if second is not None
+            else partial(
                 plan_pair,
                 student=student,
                 teacher=teacher,
@@ -144,6 +155,7 @@ def build_job(config: Config, groups: Groups) -> Job:
             )
         ),
         teacher=scorer,
+        background=ThreadPoolExecutor(max_workers=1, thread_name_prefix="alignment"),
         pack=partial(
             pack_micro_batches,
             micro_batch_size=config.training.micro_batch_size,
@@ -195,7 +207,11 @@ def check_experts(config: Config, needs: TeacherNeeds) -> None:
 
 
 def identity(
-    config: Config, student: Tokenizer, teacher: Tokenizer | None, alignment_map: AlignmentMap | None
+    config: Config,
+    student: Tokenizer,
+    teacher: Tokenizer | None,
+    alignment_map: AlignmentMap | None,
+    second: Tokenizer | None,
 ) -> dict[str, object]:
     """What a checkpoint must share with this run to be resumed by it."""
     return {
@@ -203,7 +219,7 @@ def identity(
         "tokenizer": student.table.fingerprint,
         "teacher_tokenizer": teacher.table.fingerprint if teacher is not None else None,
         "alignment_map": alignment_map.fingerprint if alignment_map is not None else None,
-    }
+    } | ({"second_teacher_tokenizer": second.table.fingerprint} if second is not None else {})
 
 
 def resume(config: Config, groups: Groups, checkpoints: Checkpoints) -> int:
@@ -289,7 +305,9 @@ def open_chat_template(
     return ChatTemplate.load(options.hf_checkpoint, flag=f"--{prefix}hf-checkpoint")
 
 
-def build_prompts(config: Config, groups: Groups, student: Tokenizer, teacher: Tokenizer | None) -> PromptSource:
+def build_prompts(
+    config: Config, groups: Groups, student: Tokenizer, teacher: Tokenizer | None, second: Tokenizer | None
+) -> PromptSource:
     """Training prompts, each rank its share."""
     rows = read_rows(
         config.data.prompt_data,
@@ -315,6 +333,11 @@ def build_prompts(config: Config, groups: Groups, student: Tokenizer, teacher: T
         flag="--prompt-data",
         student_chat=open_chat_template(config, config.model, student, prefix=""),
         teacher_chat=open_chat_template(config, config.teacher, teacher, prefix="teacher-"),
+        others=(
+            [(second, open_chat_template(config, config.second_teacher, second, prefix="second-teacher-"))]
+            if second is not None
+            else ()
+        ),
     )
     if source.num_skipped and groups.is_first_rank:
         limit = f"--rollout-max-prompt-len {config.rollout.rollout_max_prompt_len}"
@@ -401,7 +424,7 @@ def build_teacher(
     """The scorer, and on the last stage the teacher's head rows that this rank's columns need, if any."""
     if tokenizer is None:
         return NoTeacher(), None
-    marks = teacher_fingerprints(config, student, tokenizer, alignment_map)
+    marks = teacher_fingerprints(config, config.teacher, student, tokenizer, alignment_map, prefix="teacher-")
     scorer, shared_head = _build_teacher(config, groups, tokenizer, placement, needs, marks)
     keep = config.rollout.save_debug_scored_data or config.teacher_job.cache
     if keep is not None:
@@ -423,7 +446,8 @@ def _build_teacher(
     if config.teacher_job.endpoint or stored:
         client: TeacherClient | StoredClient | None = None
         if groups.meets_teacher:
-            client = build_client(config, marks) if config.teacher_job.endpoint else None
+            if config.teacher_job.endpoint:
+                client = build_client(config, config.teacher_job, marks, prefix="teacher-")
             if stored or config.teacher_job.cache:
                 flag = "--load-debug-scored-data" if stored else "--teacher-cache"
                 client = StoredClient(AnswerStore(stored or config.teacher_job.cache, marks, flag=flag), client)
@@ -442,35 +466,55 @@ def _build_teacher(
     return scorer, gather_shared_head(model.output_weight.detach(), start, placement, groups.tp)
 
 
+def build_mixture(
+    config: Config, groups: Groups, first: TeacherScorer, student: Tokenizer, tokenizer: Tokenizer
+) -> MixtureScorer:
+    """The teacher's job and that of --second-teacher-endpoint, whose tokenizer this is, as one."""
+    assert isinstance(first, RemoteScorer)
+    client = None
+    if groups.meets_teacher:
+        marks = teacher_fingerprints(config, config.second_teacher, student, tokenizer, None, prefix="second-teacher-")
+        client = build_client(config, config.mixture, marks, prefix="second-teacher-")
+    weight = config.mixture.weight
+    return MixtureScorer([first, RemoteScorer(client, groups)], [1 - weight, weight], groups)
+
+
 def teacher_fingerprints(
-    config: Config, student: Tokenizer, teacher: Tokenizer, alignment_map: AlignmentMap | None
+    config: Config,
+    options: ModelConfig,
+    student: Tokenizer,
+    teacher: Tokenizer,
+    alignment_map: AlignmentMap | None,
+    *,
+    prefix: str,
 ) -> dict[str, object]:
-    """What this job knows of the teacher."""
+    """What this job knows of the teacher of these options."""
+    flag = f"--{prefix}hf-checkpoint"
     return fingerprints(
-        config.teacher,
-        read_architecture(config.teacher.hf_checkpoint, flag="--teacher-hf-checkpoint"),
+        options,
+        read_architecture(options.hf_checkpoint, flag=flag),
         teacher,
         longest=config.rollout.rollout_max_prompt_len + config.rollout.rollout_max_response_len,
         student=student,
         alignment_map=alignment_map.fingerprint if alignment_map is not None else None,
+        prefix=prefix,
     )
 
 
-def build_client(config: Config, marks: dict[str, object]) -> TeacherClient:
-    """The connection to the teacher's job. marks: fingerprints."""
-    options = config.teacher_job
-    addresses = tuple(place for place in options.endpoint if "://" in place)
-    if addresses and len(addresses) < len(options.endpoint) or not addresses and len(options.endpoint) > 1:
-        raise ValueError(f"--teacher-endpoint {' '.join(options.endpoint)}: give one directory, or addresses only")
-    folder = None if addresses else endpoint_folder(options.endpoint[0])
+def build_client(
+    config: Config, job: TeacherJobConfig | MixtureConfig, marks: dict[str, object], *, prefix: str
+) -> TeacherClient:
+    """The connection to a teacher's job. marks: fingerprints."""
+    addresses = tuple(place for place in job.endpoint if "://" in place)
+    folder = None if addresses else endpoint_folder(job.endpoint[0])
     return TeacherClient(
         folder=folder,
         addresses=addresses,
-        key_file=Path(options.client_key) if options.client_key else (folder or Path()) / CLIENT_KEY,
+        key_file=Path(job.client_key) if job.client_key else (folder or Path()) / CLIENT_KEY,
         fingerprints=marks,
-        patience=Patience(timeout_s=60 * options.timeout_minutes),
-        window_tokens=options.window_tokens,
-        where=f"--teacher-endpoint {' '.join(options.endpoint)}",
+        patience=Patience(timeout_s=60 * config.teacher_job.timeout_minutes),
+        window_tokens=config.teacher_job.window_tokens,
+        where=f"--{prefix}endpoint {' '.join(job.endpoint)}",
     )
 
 

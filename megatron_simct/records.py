@@ -40,8 +40,8 @@ class SegmentKind(IntEnum):
     """The stop tokens of both sides; like SHARED for the loss, told apart for the metrics."""
 
 
-STOP, REST, SPREAD = 256, 257, 258
-"""What a slot of ByteEvents stands for, beside the bytes 0 .. 255."""
+STOP, REST, SPREAD, OUTSIDE = 256, 257, 258, 259
+"""What a slot of ByteEvents stands for, beside the bytes 0 .. 255; the last two are no events."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +73,8 @@ class ByteEvents:
     slot_position: np.ndarray
     """int32 [E], ascending."""
     slot_event: np.ndarray
-    """int16 [E]: a byte, STOP or REST; or SPREAD, no event but how much more a loose byte may have."""
+    """int16 [E]: a byte, STOP or REST; SPREAD: how much more a loose byte may have; OUTSIDE, in mixtures only: what is
+    in no event of a position without REST."""
     student_loose: np.ndarray
     """bool [E]: bytes whose probability the student's rows bound from below only."""
     teacher_loose: np.ndarray
@@ -109,6 +110,8 @@ class Prompt:
     """int32 [ps]"""
     teacher_ids: np.ndarray
     """int32 [pt]"""
+    other_teacher_ids: tuple[np.ndarray, ...] = ()
+    """The same of the other teachers of a mixture."""
     response: str | None = None
     """The given response, for interface `sft`."""
     label: str | None = None
@@ -156,6 +159,8 @@ class AlignedPair:
     needs: TeacherNeeds
     byte_events: ByteEvents | None = None
     """What both models sum, where needs.byte_events asks for it."""
+    others: tuple[AlignedPair, ...] = ()
+    """The same response for the other teachers of a mixture, with the same slots of byte_events."""
     counts: dict[str, int] = field(default_factory=dict)
     """bytes, bytes_one_to_one, bytes_unit, bytes_dropped_<reason>, and other additive counts for the metrics."""
 

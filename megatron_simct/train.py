@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 
 from megatron_simct.arguments import parse_config, to_yaml
 from megatron_simct.config import Config
@@ -51,9 +52,12 @@ def train(job: Job) -> None:
         job.save(iteration)  # unless it has just been saved
 
 
+Wave = list[tuple[Prompt, Rollout]]
+
+
 @dataclass(kw_only=True)
 class Batch:
-    """The records of one step on their way: lists fill up while `scores` is iterated, at the latest."""
+    """The records of one step on their way."""
 
     prompts: Sequence[Prompt]
     rollouts: list[Rollout] = field(default_factory=list)
@@ -62,22 +66,30 @@ class Batch:
 
 
 def begin(job: Job, iteration: int, clock: Stopwatch) -> Batch:
-    """Send the prompts of a step on their way: sampled, aligned, and with the teacher."""
-    batch = Batch(prompts=job.prompts.batch(iteration))
-    batch.scores = job.teacher.score(waves(job, batch, clock))
+    """Send the prompts of a step on their way: a wave is aligned and goes to the teacher while the next is sampled."""
+    batch, finished = Batch(prompts=job.prompts.batch(iteration)), SimpleQueue[Wave | None]()
+    sending = job.background.submit(job.teacher.score, aligned(job, batch, finished))
+    size = job.config.rollout.rollout_wave_size or len(batch.prompts)
+    try:
+        for start in range(0, len(batch.prompts), size):
+            wave = batch.prompts[start : start + size]
+            with clock("rollout"):
+                rollouts = job.engine.generate(wave, job.sampling)
+            batch.rollouts += rollouts
+            finished.put(list(zip(wave, rollouts, strict=True)))
+    finally:
+        finished.put(None)
+    with clock("alignment"):
+        batch.scores = sending.result()
     return batch
 
 
-def waves(job: Job, batch: Batch, clock: Stopwatch) -> Iterator[AlignedPair]:
-    """Roll out and align a wave of prompts at a time; the teacher has one wave while the next is sampled."""
-    size = job.config.rollout.rollout_wave_size or len(batch.prompts)
-    for start in range(0, len(batch.prompts), size):
-        wave = batch.prompts[start : start + size]
-        with clock("rollout"):
-            batch.rollouts += job.engine.generate(wave, job.sampling)
-        with clock("alignment"):
-            batch.pairs += [job.align(p, r) for p, r in zip(wave, batch.rollouts[start:], strict=True)]
-        yield from batch.pairs[start:]
+def aligned(job: Job, batch: Batch, finished: SimpleQueue[Wave | None]) -> Iterator[AlignedPair]:
+    """The pairs of the waves, in the background; they are kept in the batch."""
+    while (wave := finished.get()) is not None:
+        for prompt, rollout in wave:
+            batch.pairs.append(job.align(prompt, rollout))
+            yield batch.pairs[-1]
 
 
 def evaluate(job: Job, *, iteration: int) -> bool:

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
-import torch._dynamo  # noqa: F401  (the first optimizer imports it: a second of every worker)
+import torch._dynamo  # noqa: F401  the first optimizer of a process imports it, which costs a rank a second
 import torch.distributed as dist
 
 from megatron_simct.parallel.cpu import patch_megatron

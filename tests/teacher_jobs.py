@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import random
@@ -14,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import zmq
 
 from megatron_simct.records import ByteSide, ScoredPair
 from megatron_simct.serve_teacher import main as serve_main
 from megatron_simct.teacher.client import Patience, TeacherClient
-from megatron_simct.teacher.endpoints import Endpoint, Keys, endpoint_folder, publish, read_endpoints
+from megatron_simct.teacher.endpoints import Endpoint, Keys, endpoint_folder, publish, read_endpoints, withdraw
 from megatron_simct.teacher.forward import TeacherForward, TeacherRequest
 from megatron_simct.teacher.payload import read_scored, scored_message
 from megatron_simct.teacher.service import Door
@@ -40,11 +42,12 @@ class TeacherJob:
         run_dir: Path,
         *flags: str,
         world_size: int = 1,
+        replicas: int = 1,
         die_at: int | None = None,
         again: bool = False,
     ) -> None:
         """die_at: its first rank is killed (-9) with its so manyth request unanswered; then it is started `again`."""
-        self._die_at, self._again = die_at, again
+        self._replicas, self._die_at, self._again = replicas, die_at, again
         self._argv = [
             *("--teacher-hf-checkpoint", str(tiny / "teacher"), *weights[2:]),
             *("--teacher-tokenizer-model", str(tiny / "teacher.tiktoken")),
@@ -60,11 +63,14 @@ class TeacherJob:
         )
         self._process.start()
         deadline = time.monotonic() + 90
-        while not set(read_endpoints(self.folder)) - known:
+        while len(names := set(read_endpoints(self.folder)) - known) < self._replicas:
             assert self._process.is_alive() and time.monotonic() < deadline, "the teacher did not start"
             time.sleep(0.05)
-        (name,) = set(read_endpoints(self.folder)) - known
-        self.endpoint = read_endpoints(self.folder)[name]
+        self.endpoint = read_endpoints(self.folder)[min(names)]
+
+    def statuses(self) -> list[dict[str, Any]]:
+        """What the replicas last wrote of themselves."""
+        return [json.loads(path.read_text()) for path in self.folder.glob("*.status")]
 
     def __enter__(self) -> TeacherJob:
         self.start()
@@ -76,6 +82,9 @@ class TeacherJob:
                 os.kill(endpoint.pid, signal.SIGTERM)
         self._process.join(60)
         assert self._process.exitcode == 0
+        for endpoint in read_endpoints(self.folder).values():
+            if not psutil.pid_exists(endpoint.pid):  # it was killed, and nobody came after it
+                withdraw(self.folder, endpoint)
 
 
 def _job(world_size: int, argv: list[str], die_at: int | None, again: bool) -> None:
@@ -158,7 +167,7 @@ def same_answer(found: ScoredPair, request: TeacherRequest) -> bool:
 
 
 class ModelFreeTeacher:
-    """A door, and a thread in the place of the model."""
+    """A door, and a thread in the place of the model, which takes delay_s for an answer unless it is to stop."""
 
     def __init__(
         self, folder: Path, *, delay_s: float = 0.0, address: str = "ipc", keys: Keys | None = None, **more: Any
@@ -180,20 +189,20 @@ class ModelFreeTeacher:
         self._awake, self._asleep = threading.Event(), threading.Event()
         self._awake.set()
         self.answered: list[int] = []
-        self._stop = False
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._answer, daemon=True)
         self.door.start()
         if works:
             self._thread.start()
 
     def _answer(self) -> None:
-        while not self._stop:
+        while not self._stop.is_set():
             if not self._awake.is_set():
                 self._asleep.set()
                 self._awake.wait(0.05)
                 continue
             for work in self.door.take(40, 0.02):
-                time.sleep(self.delay_s)
+                self._stop.wait(self.delay_s)
                 self.answered.append(work.request.sample_id)
                 self.door.answer(work, scored_message(work.number, answer_of(work.request), "fp32"))
 
@@ -208,7 +217,7 @@ class ModelFreeTeacher:
 
     def stop(self) -> None:
         """As on SIGTERM."""
-        self._stop = True
+        self._stop.set()
         self._thread.join()
         self.door.drain()
         self.door.close()

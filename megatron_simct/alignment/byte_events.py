@@ -26,6 +26,15 @@ match, that can only be the longest token that is a prefix of c, and only if c b
 the model's probability of it is only known to lie between the sum and the sum plus that token's (the *spread*). The
 loss compares a loose byte only where the difference between the models is larger than the spread explains.
 
+Mixtures. Several teachers, each in its own tokens, are one: the probability of a byte is the weighted sum of what each
+of them gives it behind the same bytes. A position counts where every teacher can end (at a boundary, or c is a token);
+elsewhere a teacher's whole probability, and so its share of the sum, is not known. Events are then the bytes that the
+student and all teachers can have next, "stop" where all are at a boundary, and "rest", all that is left of each of
+them, where the student can end too. Where it cannot, what a teacher has *outside* of the events comes along, since its
+events are shares of its whole. A byte that is loose for one teacher is loose for the mixture; the spread is the
+weighted sum of those of the teachers that have a loose byte. The text ends for all where it ends for one of them, and
+the position behind it counts where the student and all teachers stop there.
+
 What stays approximate: byte-pair merging does not take the longest match at every token end; where it does not, a byte
 taken for tight may be loose. And where a sampled response is not in the tokenizer's own segmentation, other ways to
 spell the text up to a boundary are taken to go on like the sampled one.
@@ -35,13 +44,14 @@ Shape letters: P byte positions that are compared, E slots, G segments, X entrie
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from megatron_simct.alignment.token_table import TokenTable
-from megatron_simct.records import REST, SPREAD, STOP, ByteEvents, ByteSide
+from megatron_simct.records import OUTSIDE, REST, SPREAD, STOP, ByteEvents, ByteSide
 
 NUM_BYTES = 256
 
@@ -140,38 +150,74 @@ def plan_byte_events(
     walks = [
         _walk(byte_trie(t), t, ids, text, num_positions) for t, ids in ((student, student_ids), (teacher, teacher_ids))
     ]
-    common = walks[0].reachable & walks[1].reachable
-    both_end = walks[0].can_end & walks[1].can_end
-    both_stop = walks[0].boundary & walks[1].boundary
+    (events,) = _events(walks[0], walks[1:], whole=np.ones(num_positions, dtype=bool), outside=False)
+    return events
+
+
+def plan_mixture_events(
+    text: np.ndarray,
+    *,
+    stop: bool,
+    student: TokenTable,
+    student_ids: np.ndarray,
+    teachers: Sequence[tuple[TokenTable, np.ndarray]],
+) -> list[ByteEvents]:
+    """As `plan_byte_events`, of a mixture of teachers (each a table and its ids): an answer a teacher.
+
+    They differ in the teacher's sums only: the slots and the student's sums are the same.
+    """
+    num_positions = text.size + stop
+    of_student, *of_teachers = (
+        _walk(byte_trie(table), table, ids, text, num_positions) for table, ids in ((student, student_ids), *teachers)
+    )
+    whole = np.logical_and.reduce([walk.can_end for walk in of_teachers])
+    return _events(of_student, of_teachers, whole=whole, outside=True)
+
+
+def _events(student: _Walk, teachers: Sequence[_Walk], *, whole: np.ndarray, outside: bool) -> list[ByteEvents]:
+    """whole: bool [positions], which may be compared; outside: whether there are slots for what is in no event."""
+    walks = [student, *teachers]
+    num_positions = student.boundary.size
+    common = np.logical_and.reduce([walk.reachable for walk in walks])
+    all_end = np.logical_and.reduce([walk.can_end for walk in walks])
+    all_stop = np.logical_and.reduce([walk.boundary for walk in walks])
     loose = [walk.loose & common for walk in walks]
     num_bytes = common.sum(1)
-    kept = num_bytes + both_stop + both_end >= 2  # else there is nothing to compare
-    spread = kept & (loose[0] | loose[1]).any(1)
+    kept = whole & (num_bytes + all_stop + all_end >= 2)  # else there is nothing to compare
+    has_loose = [of_side.any(1) & kept for of_side in loose]
 
-    # Slots, position by position: common bytes, stop, rest, spread.
+    # Slots, position by position: common bytes, stop, rest, spread, outside.
     common &= kept[:, None]
-    slots = np.zeros((num_positions, NUM_BYTES + 3), dtype=bool)
+    slots = np.zeros((num_positions, NUM_BYTES + 4), dtype=bool)
     slots[:, :NUM_BYTES] = common
-    slots[:, STOP] = kept & both_stop
-    slots[:, REST] = kept & both_end
-    slots[:, SPREAD] = spread
+    slots[:, STOP] = kept & all_stop
+    slots[:, REST] = kept & all_end
+    slots[:, SPREAD] = np.logical_or.reduce(has_loose)
+    slots[:, OUTSIDE] = kept & ~all_end & outside
     position, event = slots.nonzero()
     slot_of = np.full(slots.shape, -1, dtype=np.int64)
     slot_of[position, event] = np.arange(position.size)
     is_byte = event < NUM_BYTES
     loose_slots = np.zeros((2, position.size), dtype=bool)
-    loose_slots[:, is_byte] = [of_side[position[is_byte], event[is_byte]] for of_side in loose]
+    either = (loose[0], np.logical_or.reduce(loose[1:]))
+    loose_slots[:, is_byte] = [of_side[position[is_byte], event[is_byte]] for of_side in either]
 
     number = kept.cumsum() - 1
-    return ByteEvents(
-        num_positions=int(kept.sum()),
-        slot_position=number[position].astype(np.int32),
-        slot_event=event.astype(np.int16),
-        student_loose=loose_slots[0],
-        teacher_loose=loose_slots[1],
-        student=_side(walks[0], slot_of, position),
-        teacher=_side(walks[1], slot_of, position),
+    of_student, *of_teachers = (
+        _side(walk, slot_of, position, spread=spread) for walk, spread in zip(walks, has_loose, strict=True)
     )
+    return [
+        ByteEvents(
+            num_positions=int(kept.sum()),
+            slot_position=number[position].astype(np.int32),
+            slot_event=event.astype(np.int16),
+            student_loose=loose_slots[0],
+            teacher_loose=loose_slots[1],
+            student=of_student,
+            teacher=of_teacher,
+        )
+        for of_teacher in of_teachers
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,8 +306,11 @@ def _walk(trie: ByteTrie, table: TokenTable, ids: np.ndarray, text: np.ndarray, 
     )
 
 
-def _side(walk: _Walk, slot_of: np.ndarray, slot_position: np.ndarray) -> ByteSide:
-    """Segments of the side's rows, and which segments each slot adds up."""
+def _side(walk: _Walk, slot_of: np.ndarray, slot_position: np.ndarray, *, spread: np.ndarray) -> ByteSide:
+    """Segments of the side's rows, and which segments each slot adds up.
+
+    spread: bool [positions], where a byte is loose for this side.
+    """
     trie, num_ids = walk.trie, walk.trie.order.size
     # Where a row's vocabulary is cut: at every child of a visited node. A first child without tokens that spell the
     # node itself begins where the node does, which its parent's cut is.
@@ -291,7 +340,7 @@ def _side(walk: _Walk, slot_of: np.ndarray, slot_position: np.ndarray) -> ByteSi
     is_last_child = np.append(visit[1:] != visit[:-1], True)[: visit.size]
     of_last = visit[is_last_child]
     end[is_last_child] = cuts.searchsorted(walk.row[of_last] * key + trie.end[walk.node[of_last]])
-    rest = slot_of[:, REST]
+    rest = np.maximum(slot_of[:, REST], slot_of[:, OUTSIDE])
     position = walk.position[visit]
     slot = slot_of[position, trie.byte[node]]
     slot = np.where(slot >= 0, slot, rest[position])
@@ -317,7 +366,9 @@ def _side(walk: _Walk, slot_of: np.ndarray, slot_position: np.ndarray) -> ByteSi
     ends_here = trie.tokens[node] > 0
     add(np.where(ends_here, rest[position], -1), row, trie.first[node], trie.first[node] + trie.tokens[node])
     longest_end = trie.first[longest] + trie.tokens[longest]
-    add(np.where(longest > 0, slot_of[position, SPREAD], -1), row, trie.first[longest], longest_end)
+    add(
+        np.where((longest > 0) & spread[position], slot_of[position, SPREAD], -1), row, trie.first[longest], longest_end
+    )
 
     target, start = np.concatenate(targets), np.concatenate(starts)
     num_segments = np.concatenate(ends) - start

@@ -8,16 +8,17 @@ says which of the teacher's rows the interface will need.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from megatron_simct.alignment.alignment_map import AlignmentMap
-from megatron_simct.alignment.byte_events import plan_byte_events
+from megatron_simct.alignment.byte_events import plan_byte_events, plan_mixture_events
 from megatron_simct.alignment.segments import Alignment, align
 from megatron_simct.alignment.tokenizer import Tokenizer, utf8_prefix_bytes
 from megatron_simct.config import InterfaceConfig
-from megatron_simct.records import AlignedPair, Prompt, Rollout, SegmentKind, TeacherNeeds
+from megatron_simct.records import AlignedPair, ByteEvents, Prompt, Rollout, SegmentKind, TeacherNeeds
 
 DROP_REASONS = ("mismatch", "special", "one_stop", "no_bytes", "walk", "invalid_utf8")
 """Why bytes of a response are in no segment: those of `Alignment.dropped`, and what `plan_pair` tells apart."""
@@ -54,6 +55,76 @@ def plan_pair(
     Raises ValueError for records of different samples, a rollout that stopped without a stop token, or a map that
     belongs to other tokenizers.
     """
+    read = _read(prompt, rollout, student=student, teacher=teacher, alignment_map=alignment_map, needs=needs)
+    events = None
+    if needs.byte_events:
+        events = plan_byte_events(
+            read.common,
+            stop=read.alignment.stop,
+            student=student.table,
+            student_ids=rollout.student_ids,
+            teacher=teacher.table,
+            teacher_ids=read.teacher_ids,
+        )
+    interface = interface or InterfaceConfig()
+    return _pair(read, prompt.teacher_ids, rollout, student, alignment_map, needs, interface, events)
+
+
+def plan_mixture(
+    prompt: Prompt,
+    rollout: Rollout,
+    *,
+    student: Tokenizer,
+    teachers: Sequence[Tokenizer],
+    needs: TeacherNeeds,
+    interface: InterfaceConfig | None = None,
+) -> AlignedPair:
+    """As `plan_pair`, for several teachers that are mixed (`plan_mixture_events`): that of the first, with `others`.
+
+    The counts are those of the first teacher.
+    """
+    reads = [
+        _read(prompt, rollout, student=student, teacher=teacher, alignment_map=None, needs=needs)
+        for teacher in teachers
+    ]
+    events = plan_mixture_events(
+        min((read.common for read in reads), key=len),
+        stop=all(read.alignment.stop for read in reads),
+        student=student.table,
+        student_ids=rollout.student_ids,
+        teachers=[(teacher.table, read.teacher_ids) for teacher, read in zip(teachers, reads, strict=True)],
+    )
+    interface = interface or InterfaceConfig()
+    first, *others = (
+        _pair(read, prompt_ids, rollout, student, None, needs, interface, of_teacher)
+        for read, prompt_ids, of_teacher in zip(
+            reads, (prompt.teacher_ids, *prompt.other_teacher_ids), events, strict=True
+        )
+    )
+    return replace(first, others=tuple(others))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    """The response as one teacher reads it."""
+
+    data: bytes
+    """What the student spells, up to its first special token."""
+    teacher_ids: np.ndarray
+    alignment: Alignment
+    common: np.ndarray
+    """uint8: the bytes that both sides begin with."""
+
+
+def _read(
+    prompt: Prompt,
+    rollout: Rollout,
+    *,
+    student: Tokenizer,
+    teacher: Tokenizer,
+    alignment_map: AlignmentMap | None,
+    needs: TeacherNeeds,
+) -> _Read:
     _check(prompt, rollout, student=student, teacher=teacher, alignment_map=alignment_map)
     stopped = rollout.finish == "stop"
     content_ids = rollout.student_ids[:-1] if stopped else rollout.student_ids
@@ -66,7 +137,21 @@ def plan_pair(
     if stopped:
         teacher_ids = np.append(teacher_ids, np.int32(teacher.table.stop_ids[0]))
     alignment = align(teacher.table, teacher_ids, student.table, rollout.student_ids, segmentation=needs.segmentation)
-    interface = interface or InterfaceConfig()
+    common = spelled[: alignment.common_prefix_bytes]
+    return _Read(data=data, teacher_ids=teacher_ids, alignment=alignment, common=common)
+
+
+def _pair(
+    read: _Read,
+    teacher_prompt_ids: np.ndarray,
+    rollout: Rollout,
+    student: Tokenizer,
+    alignment_map: AlignmentMap | None,
+    needs: TeacherNeeds,
+    interface: InterfaceConfig,
+    byte_events: ByteEvents | None,
+) -> AlignedPair:
+    alignment, teacher_ids, data = read.alignment, read.teacher_ids, read.data
     kinds = _kinds(alignment, teacher_ids, rollout.student_ids, alignment_map)
     weights = np.ones(kinds.size, np.float32)
     random = np.random.default_rng([interface.interface_seed, rollout.sample_id])
@@ -74,10 +159,11 @@ def plan_pair(
         alignment, kinds, weights = _joined_at_random(alignment, kinds, interface.rho, random)
     weights *= _weights(alignment, kinds, data, interface, random)
 
+    content_ids = rollout.student_ids[:-1] if rollout.finish == "stop" else rollout.student_ids
     canonical = np.array_equal(student.encode(data), content_ids)
     return AlignedPair(
         sample_id=rollout.sample_id,
-        teacher_prompt_ids=prompt.teacher_ids,
+        teacher_prompt_ids=teacher_prompt_ids,
         teacher_ids=teacher_ids,
         segments=alignment.segments,
         kinds=kinds,
@@ -91,18 +177,7 @@ def plan_pair(
         weights=weights,
         teacher_rows=_teacher_rows(alignment.segments, kinds, teacher_ids.size, needs),
         needs=needs,
-        byte_events=(
-            plan_byte_events(
-                spelled[: alignment.common_prefix_bytes],
-                stop=alignment.stop,
-                student=student.table,
-                student_ids=rollout.student_ids,
-                teacher=teacher.table,
-                teacher_ids=teacher_ids,
-            )
-            if needs.byte_events
-            else None
-        ),
+        byte_events=byte_events,
         counts=_counts(alignment, kinds, data)
         | {
             "student_labels": rollout.student_ids.size,

@@ -138,12 +138,15 @@ class PromptSource:
         flag: str,
         student_chat: ChatTemplate | None = None,
         teacher_chat: ChatTemplate | None = None,
+        others: Sequence[tuple[Tokenizer, ChatTemplate | None]] = (),
     ) -> None:
         """batch_size counts prompts of the whole job; None: all of them. Prompts longer than max_prompt_len tokens on
         either side are left out and counted in `num_skipped`; ValueError where none remain. `teacher` is None where
-        none reads them. The chat templates write prompts that are messages; ValueError where one refuses a row."""
-        rendered = [(row, _render(row, student, student_chat), _render(row, teacher, teacher_chat)) for row in rows]
-        self._rows = [r for r in rendered if max(len(r[1]), len(r[2])) <= max_prompt_len]
+        none reads them; `others` are those that it is mixed with. The chat templates write prompts that are messages;
+        ValueError where one refuses a row."""
+        readers = [(student, student_chat), (teacher, teacher_chat), *others]
+        rendered = [(row, *(_render(row, *reader) for reader in readers)) for row in rows]
+        self._rows = [r for r in rendered if max(map(len, r[1:])) <= max_prompt_len]
         self.num_skipped = len(rendered) - len(self._rows)
         if not self._rows:
             raise ValueError(f"{flag}: all {len(rows)} prompts exceed --rollout-max-prompt-len {max_prompt_len}")
@@ -180,11 +183,12 @@ class PromptSource:
         return self._order[1]
 
     def _prompt(self, index: int, *, sample_id: int) -> Prompt:
-        row, student_ids, teacher_ids = self._rows[index]
+        row, student_ids, teacher_ids, *others = self._rows[index]
         return Prompt(
             sample_id=sample_id,
             student_ids=student_ids,
             teacher_ids=teacher_ids,
+            other_teacher_ids=tuple(others),
             response=row.response,
             label=row.label,
         )

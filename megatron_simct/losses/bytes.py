@@ -9,7 +9,7 @@ over the events of the position they are P_S and P_T, and the position's loss is
 floored at FLOOR. A loose byte, which the models only bound, is an event of its own where the bounds of the two models
 lie apart; else it is part of the rest, or left out where there is no rest. So the loss is 0, and its gradient too,
 whenever both models are the same distribution over texts, each written out in the tokens of a tokenizer that takes the
-longest match.
+longest match. Several teachers are mixed slot by slot before (`mixed_log_masses`), and then are one.
 
 What is computed. Segments are consecutive in the order of the tokens' bytes, so a tile of columns in that order is
 summed in one pass (`segment_reduce`). One MAX and one SUM over the tensor-parallel group, of one and of 258 + (the
@@ -26,7 +26,8 @@ Shapes: `n` rows, `G` segments, `E` slots, `P` positions, `w` this rank's real c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +38,7 @@ from megatron_simct.alignment.byte_events import byte_trie
 from megatron_simct.alignment.token_table import TokenTable
 from megatron_simct.losses.tiles import OutputLayer, StudentLogits
 from megatron_simct.losses.vocab_parallel import NEGATIVE_INFINITY, finite_reference, reduce_packed, row_maxima
-from megatron_simct.records import REST, SPREAD, ByteBatch, ByteSideBatch
+from megatron_simct.records import REST, SPREAD, ByteBatch, ByteEvents, ByteSideBatch
 
 FLOOR = 1e-8
 """Of every probability of an event: a model may be unable to give an event any."""
@@ -123,6 +124,24 @@ def slot_log_masses(
         return _log_masses(_log_probs(sums, side), sums.log_probs, side)
 
 
+@torch.no_grad()
+def mixed_log_masses(log_masses: Sequence[torch.Tensor], weights: Sequence[float], events: ByteEvents) -> torch.Tensor:
+    """[E]: the log-probability of every slot in a mixture of teachers, from those in each of them.
+
+    log_masses [E] each, relative to that teacher's path; weights: positive, adding up to 1; events: of
+    `plan_mixture_events`, any of them. A teacher's share of a slot is of all it has at the position, events and what is
+    outside of them; the mixture's is the weighted sum of those, its spread too.
+    """
+    device = log_masses[0].device
+    position = torch.from_numpy(events.slot_position).long().to(device)
+    is_spread = torch.from_numpy(events.slot_event == SPREAD).to(device)
+    shares = []
+    for values, weight in zip(log_masses, weights, strict=True):
+        whole = _log_sums(values.masked_fill(is_spread, NEGATIVE_INFINITY), position, events.num_positions)
+        shares.append(values - whole[position] + math.log(weight))
+    return torch.stack(shares).logsumexp(0)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ByteLoss:
     """The loss of a micro-batch, equal on every rank."""
@@ -175,7 +194,7 @@ def position_divergences(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """[P], and sums for the metrics. student, teacher [E]: log masses; differentiable in the student's."""
     position, event = batch.slot_position, batch.slot_event
-    is_event, is_rest = event != SPREAD, event == REST
+    is_event, is_rest = event < SPREAD, event == REST
     num_positions = batch.num_positions
     # The rest's slot of each position, and -1 for none.
     rest = torch.full((num_positions,), -1, dtype=torch.int64, device=position.device)

@@ -397,11 +397,16 @@ class RemoteScorer:
         sample_ids = []
         for pair in pairs:
             sample_ids.append(pair.sample_id)
-            if self._client is not None:
-                self._client.submit(TeacherRequest.of(pair))
-        return self._answers(sample_ids)
+            self.send(pair)
+        return self.answers(sample_ids)
 
-    def _answers(self, sample_ids: Sequence[int]) -> Iterator[ScoredPair]:
+    def send(self, pair: AlignedPair) -> None:
+        """Ask the teacher; on ranks that do not talk to it, nothing."""
+        if self._client is not None:
+            self._client.submit(TeacherRequest.of(pair))
+
+    def answers(self, sample_ids: Sequence[int]) -> Iterator[ScoredPair]:
+        """What it says of samples that were sent, in any order. Collective over the job; see `score`."""
         problem = None
         due = set(sample_ids)
         if not self._groups.is_last_stage:

@@ -6,7 +6,7 @@ without content.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from megatron_simct.losses.bytes import ByteOrder
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel
@@ -35,7 +35,9 @@ class ColocatedScorer:
 
     def score(self, pairs: Iterable[AlignedPair]) -> Iterator[ScoredPair]:
         """See TeacherScorer.score. Sequences of similar length share a micro-batch."""
-        ordered = sorted(map(TeacherRequest.of, pairs), key=lambda request: request.num_tokens)
+        return self._answers(sorted(map(TeacherRequest.of, pairs), key=lambda request: request.num_tokens))
+
+    def _answers(self, ordered: Sequence[TeacherRequest]) -> Iterator[ScoredPair]:
         size = self._micro_batch_size
         answers = self._forward.run([ordered[begin : begin + size] for begin in range(0, len(ordered), size)])
         if not self._groups.is_last_stage:

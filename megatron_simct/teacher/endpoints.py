@@ -5,8 +5,9 @@
     RUN/teacher/server_key.json    CURVE keys of tcp:// sockets, made once a run, for its owner only (mode 0600):
     RUN/teacher/client_key.json    all a student needs of them
 
-On one host sockets are files in a folder that only its owner can enter, and need no keys. Between hosts everything is
-encrypted, and a client without the key of the run is refused by ZeroMQ before a byte of it is read.
+On one host a socket is a file in a folder that only its owner can enter, and needs no keys. A replica removes both at
+its end, and at its start those of replicas that were killed. Between hosts everything is encrypted, and a client
+without the key of the run is refused by ZeroMQ before a byte of it is read.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from zmq.auth.thread import ThreadAuthenticator
 from megatron_simct.teacher.wire import MAX_FRAME_BYTES
 
 FOLDER = "teacher"
+SOCKET_FOLDER = "megatron_simct."
+"""How the folder of an ipc:// socket is named, in the system's folder for temporary files."""
 SERVER_KEY, CLIENT_KEY = "server_key.json", "client_key.json"
 
 
@@ -66,7 +69,12 @@ def publish(folder: Path, endpoint: Endpoint) -> None:
 
 
 def withdraw(folder: Path, endpoint: Endpoint) -> None:
-    """Remove the files of a replica, unless a later life of it has replaced them."""
+    """Remove the files of a replica of this host: its socket, and the others unless a later life has replaced them."""
+    socket_file = Path(endpoint.address.removeprefix("ipc://"))
+    if endpoint.address.startswith("ipc://") and socket_file.parent.name.startswith(SOCKET_FOLDER):
+        with contextlib.suppress(OSError):
+            socket_file.unlink(missing_ok=True)
+            socket_file.parent.rmdir()
     current = read_endpoints(folder).get(endpoint.replica)
     if current is None or current.life == endpoint.life:
         for suffix in (".json", ".status"):
@@ -160,7 +168,7 @@ def bind(context: zmq.Context, wanted: str, keys: Keys | None, *, number: int) -
     router.setsockopt(zmq.ROUTER_HANDOVER, 1)
     try:
         if wanted == "ipc":
-            address = f"ipc://{tempfile.mkdtemp(prefix='megatron_simct.')}/teacher"  # mkdtemp: mode 0700
+            address = f"ipc://{tempfile.mkdtemp(prefix=SOCKET_FOLDER)}/teacher"  # mkdtemp: mode 0700
             router.bind(address)
             return router, address
         host, _, port = wanted.removeprefix("tcp://").partition(":")

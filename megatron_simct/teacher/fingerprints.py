@@ -26,29 +26,34 @@ def fingerprints(
     longest: int,
     student: Tokenizer | None = None,
     alignment_map: str | None = None,
+    prefix: str = "teacher-",
 ) -> dict[str, Any]:
-    """Of a teacher, as one of the jobs sees it. `longest` counts where LongRoPE does: see Rotary."""
+    """Of a teacher, as one of the jobs sees it. `longest` counts where LongRoPE does: see Rotary.
+
+    prefix: of its flags, for errors.
+    """
     has_two_ropes = any(rope.kind == "longrope" for rope in architecture.ropes)
     return {
         "hidden_size": architecture.hidden_size,
         "teacher_vocabulary": tokenizer.table.num_ids,
         "teacher_tokenizer": tokenizer.table.fingerprint,
         "teacher_config": hashlib.sha256(json.dumps(asdict(architecture), default=str).encode()).hexdigest(),
-        "teacher_weights": weights_fingerprint(options, flag="--teacher-hf-checkpoint"),
+        "teacher_weights": weights_fingerprint(options, prefix=prefix),
         "longest_sequence": longest if has_two_ropes else None,
         "student_tokenizer": student.table.fingerprint if student is not None else None,
         "alignment_map": alignment_map,
     }
 
 
-def weights_fingerprint(options: ModelConfig, *, flag: str) -> str | None:
+def weights_fingerprint(options: ModelConfig, *, prefix: str) -> str | None:
     """Names and sizes of the files with the weights, and three samples of each; None without weights.
 
     Enough to tell checkpoints and revisions apart without reading hundreds of gigabytes; it is no proof that two files
     are equal in every byte.
     """
+    flag = f"--{prefix}hf-checkpoint"
     if options.pretrained_checkpoint is not None:
-        _, path = newest_checkpoint(options.pretrained_checkpoint, flag="--teacher-pretrained-checkpoint")
+        _, path = newest_checkpoint(options.pretrained_checkpoint, flag=f"--{prefix}pretrained-checkpoint")
         files = sorted(p for p in path.rglob("*") if p.suffix == ".distcp" or p.name == ".metadata")
     elif find_weights(options.hf_checkpoint, flag=flag) is not None:
         files = weight_files(options.hf_checkpoint, flag=flag)

@@ -21,9 +21,11 @@ class TeacherScorer(Protocol):
     """Anything that scores the teacher's tokens of a response."""
 
     def score(self, pairs: Iterable[AlignedPair]) -> Iterator[ScoredPair]:
-        """Each pair once, in any order, with exactly what its `needs` ask for. Collective over one model replica.
+        """Each pair once, in any order, with exactly what its `needs` ask for.
 
-        Only the last pipeline stage is told: on the others the tensors are empty.
+        It takes all pairs before it returns, and may be called beside the thread that trains. That one iterates the
+        answers, which is collective over one model replica. Only the last pipeline stage is told: on the others the
+        tensors are empty.
         """
         ...
 
@@ -42,9 +44,10 @@ class NoTeacher:
     """Answers with nothing, for an interface that needs no teacher."""
 
     def score(self, pairs: Iterable[AlignedPair]) -> Iterator[ScoredPair]:
+        pairs = list(pairs)
         for pair in pairs:
             assert not pair.needs.teacher, f"sample {pair.sample_id} needs a teacher"
-            yield without_content(pair.sample_id)
+        return iter([without_content(pair.sample_id) for pair in pairs])
 
     def note(self) -> str:
         return ""

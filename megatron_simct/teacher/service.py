@@ -365,36 +365,40 @@ def serve(
     """
     in_flight = max(2, 2 * groups.pp.size())
     stopping = False
-    while True:
-        works: list[Work] = []
+    try:
+        while True:
+            works: list[Work] = []
+            if door is not None:
+                stopping = stop()
+                works = [] if stopping else door.take(in_flight * max_tokens, wait_s=0.2)
+            messages = None if stopping else [work.parts for work in works]
+            if groups.is_last_stage:
+                messages = share(messages, groups.tp, source=0, device=groups.device)
+            messages = share(messages, groups.pp, source=groups.pp.size() - 1, device=groups.device)
+            if groups.ep.size() > 1:
+                stopping_everywhere = _most(int(messages is None), groups)
+                messages = None if stopping_everywhere else messages
+            if messages is None:
+                for work in works:
+                    door.hand_back(work)
+                break
+            requests = (
+                [work.request for work in works] if door is not None else [read_score(decode(m)) for m in messages]
+            )
+            micro_batches = by_length(requests, max_tokens=max_tokens)
+            if groups.ep.size() > 1:
+                idle = _most(len(micro_batches), groups) - len(micro_batches)
+                micro_batches += [[_NOTHING]] * idle
+            answers = forward.run(micro_batches)
+            if door is not None:
+                work_of = {id(work.request): work for work in works}
+                requests = [request for batch in micro_batches for request in batch]
+                for request, scored in zip(requests, answers, strict=True):
+                    if request is _NOTHING:
+                        continue
+                    work = work_of[id(request)]
+                    door.answer(work, scored_message(work.number, scored, hidden_dtype))
+    finally:
         if door is not None:
-            stopping = stop()
-            works = [] if stopping else door.take(in_flight * max_tokens, wait_s=0.2)
-        messages = None if stopping else [work.parts for work in works]
-        if groups.is_last_stage:
-            messages = share(messages, groups.tp, source=0, device=groups.device)
-        messages = share(messages, groups.pp, source=groups.pp.size() - 1, device=groups.device)
-        if groups.ep.size() > 1:
-            stopping_everywhere = _most(int(messages is None), groups)
-            messages = None if stopping_everywhere else messages
-        if messages is None:
-            for work in works:
-                door.hand_back(work)
-            break
-        requests = [work.request for work in works] if door is not None else [read_score(decode(m)) for m in messages]
-        micro_batches = by_length(requests, max_tokens=max_tokens)
-        if groups.ep.size() > 1:
-            idle = _most(len(micro_batches), groups) - len(micro_batches)
-            micro_batches += [[_NOTHING]] * idle
-        answers = forward.run(micro_batches)
-        if door is not None:
-            work_of = {id(work.request): work for work in works}
-            requests = [request for batch in micro_batches for request in batch]
-            for request, scored in zip(requests, answers, strict=True):
-                if request is _NOTHING:
-                    continue
-                work = work_of[id(request)]
-                door.answer(work, scored_message(work.number, scored, hidden_dtype))
-    if door is not None:
-        door.drain()
-        door.close()
+            door.drain()
+            door.close()

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_simct.alignment.byte_events import plan_byte_events
+from megatron_simct.alignment.byte_events import plan_byte_events, plan_mixture_events
 from megatron_simct.alignment.segments import align
 from megatron_simct.alignment.token_table import TokenTable
-from megatron_simct.losses.bytes import ByteOrder, byte_loss, slot_log_masses
+from megatron_simct.losses.bytes import ByteOrder, byte_loss, mixed_log_masses, slot_log_masses
 from megatron_simct.losses.tiles import GivenLogits
 from megatron_simct.parallel.packing import pack_byte_events, pack_byte_sides
 from megatron_simct.records import ByteEvents
 from tests import golden
-from tests.oracles.bytes import Side, loss
+from tests.oracles.bytes import Side, loss, mixture_loss
 
 PADDING_SCORE = 50.0
 
@@ -28,14 +29,35 @@ def table_of(side: Side) -> TokenTable:
 
 
 def events_of(student: Side, teacher: Side) -> ByteEvents:
+    text, stop = _text(student, teacher)
     tables = table_of(student), table_of(teacher)
-    ids = [np.array(side.labels, dtype=np.int32) for side in (student, teacher)]
-    alignment = align(tables[1], ids[1], tables[0], ids[0])
-    content = ids[0][:-1] if student.labels[-1] in student.stop_ids else ids[0]
-    text = tables[0].spell(content)[0][: alignment.common_prefix_bytes]
+    ids = [_ids(side) for side in (student, teacher)]
     return plan_byte_events(
-        text, stop=alignment.stop, student=tables[0], student_ids=ids[0], teacher=tables[1], teacher_ids=ids[1]
+        text, stop=stop, student=tables[0], student_ids=ids[0], teacher=tables[1], teacher_ids=ids[1]
     )
+
+
+def mixture_events_of(student: Side, teachers: Sequence[Side]) -> list[ByteEvents]:
+    texts, stops = zip(*(_text(student, teacher) for teacher in teachers), strict=True)
+    return plan_mixture_events(
+        min(texts, key=len),
+        stop=all(stops),
+        student=table_of(student),
+        student_ids=_ids(student),
+        teachers=[(table_of(teacher), _ids(teacher)) for teacher in teachers],
+    )
+
+
+def _ids(side: Side) -> np.ndarray:
+    return np.array(side.labels, dtype=np.int32)
+
+
+def _text(student: Side, teacher: Side) -> tuple[np.ndarray, bool]:
+    """What both spell, and whether both stop there."""
+    table, ids = table_of(student), _ids(student)
+    alignment = align(table_of(teacher), _ids(teacher), table, ids)
+    content = ids[:-1] if student.labels[-1] in student.stop_ids else ids
+    return table.spell(content)[0][: alignment.common_prefix_bytes], alignment.stop
 
 
 @dataclass
@@ -67,8 +89,35 @@ def evaluate(
     dtype: torch.dtype = torch.float64,
 ) -> Evaluation:
     """The package's loss of a micro-batch of (student, teacher) with common vocabularies."""
-    events = [events_of(student, teacher) for student, teacher in cases]
-    sides = [[case[k] for case in cases] for k in (0, 1)]
+    events = [[events_of(student, teacher)] for student, teacher in cases]
+    return _evaluate(cases, events, (1.0,), divergence=divergence, js_beta=js_beta, group=group, dtype=dtype)
+
+
+def evaluate_mixture(
+    cases: list[tuple[Side, ...]],
+    weights: Sequence[float],
+    *,
+    divergence: str = "reverse_kl",
+    js_beta: float = 0.5,
+    group: dist.ProcessGroup | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Evaluation:
+    """The same of (student, teacher, teacher, ...), the teachers mixed."""
+    events = [mixture_events_of(student, teachers) for student, *teachers in cases]
+    return _evaluate(cases, events, weights, divergence=divergence, js_beta=js_beta, group=group, dtype=dtype)
+
+
+def _evaluate(
+    cases: Sequence[tuple[Side, ...]],
+    events: Sequence[Sequence[ByteEvents]],
+    weights: Sequence[float],
+    *,
+    divergence: str,
+    js_beta: float,
+    group: dist.ProcessGroup | None,
+    dtype: torch.dtype,
+) -> Evaluation:
+    sides = list(zip(*cases, strict=True))
     sources, labels, orders, starts = [], [], [], []
     for of_side in sides:
         logits, start, num_columns = _shard(torch.cat([side.logits.detach() for side in of_side]).to(dtype), group)
@@ -79,9 +128,17 @@ def evaluate(
         order = ByteOrder.of(table_of(of_side[0]), shard_start=start, shard_end=start + logits.shape[1], device="cpu")
         orders.append(order)
         starts.append(start)
-    teacher_side = pack_byte_sides([e.teacher for e in events], [len(side.labels) for side in sides[1]])
-    teacher = slot_log_masses(sources[1], labels[1], teacher_side, order=orders[1], shard_start=starts[1], group=group)
-    batch = pack_byte_events(events, [len(side.labels) for side in sides[0]], [teacher])
+    answers = []
+    for k, of_side in enumerate(sides[1:], start=1):
+        side = pack_byte_sides([e[k - 1].teacher for e in events], [len(side.labels) for side in of_side])
+        masses = slot_log_masses(sources[k], labels[k], side, order=orders[k], shard_start=starts[k], group=group)
+        answers.append(masses.split([e[0].slot_event.size for e in events]))
+    of_samples = zip(*answers, strict=True)
+    if len(weights) > 1:
+        of_teacher = [mixed_log_masses(a, weights, e[0]) for a, e in zip(of_samples, events, strict=True)]
+    else:
+        of_teacher = [answer for (answer,) in of_samples]
+    batch = pack_byte_events([e[0] for e in events], [len(side.labels) for side in sides[0]], of_teacher)
     result = byte_loss(
         sources[0],
         labels[0],
@@ -133,10 +190,10 @@ def spelled(rng: random.Random, pieces: list[bytes], text: bytes) -> list[int]:
     return ids
 
 
-def random_cases(seed: int, *, num_cases: int = 3, scale: float = 2.0) -> list[tuple[Side, Side]]:
+def random_cases(seed: int, *, num_cases: int = 3, scale: float = 2.0, num_sides: int = 2) -> list[tuple[Side, ...]]:
     """Responses that stopped, were cut, differ in their last bytes, hold a special token, or are empty."""
     rng = random.Random(seed)
-    vocabularies = [random_vocabulary(rng, closed=rng.random() < 0.5) for _ in range(2)]
+    vocabularies = [random_vocabulary(rng, closed=rng.random() < 0.5) for _ in range(num_sides)]
     cases = []
     for number in range(num_cases):
         text = b"".join(rng.choices(ALPHABET, k=rng.randint(0 if number else 3, 7)))
@@ -166,6 +223,18 @@ def oracle_of(cases, *, divergence: str, js_beta: float = 0.5) -> tuple[float, t
             divergence_name=divergence,
             beta=js_beta,
         )
+        value.backward()
+        total += float(value.detach())
+        gradients.append(logits.grad)
+    return total, torch.cat(gradients)
+
+
+def mixture_oracle_of(cases, weights, *, divergence: str, js_beta: float = 0.5) -> tuple[float, torch.Tensor]:
+    total, gradients = 0.0, []
+    for student, *teachers in cases:
+        logits = student.logits.detach().requires_grad_()
+        own = Side(student.pieces, student.stop_ids, logits, student.labels)
+        value = mixture_loss(own, teachers, weights, divergence_name=divergence, beta=js_beta)
         value.backward()
         total += float(value.detach())
         gradients.append(logits.grad)

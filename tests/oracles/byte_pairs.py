@@ -72,3 +72,21 @@ def random_language(units: Sequence[bytes], length: int, seed: int) -> dict[byte
         texts |= {text + unit for text in texts for unit in units}
     weights = np.random.default_rng(seed).gamma(0.7, size=len(texts)) + 1e-3
     return dict(zip(sorted(texts), (weights / weights.sum()).tolist(), strict=True))
+
+
+def mixture(languages: Sequence[dict[bytes, float]], weights: Sequence[float]) -> dict[bytes, float]:
+    """The language whose every next byte, or end, is drawn from one of the languages, by fixed weights."""
+
+    def beginning(language: dict[bytes, float], text: bytes) -> float:
+        return sum(mass for t, mass in language.items() if t.startswith(text))
+
+    mixed = {}
+    for text in languages[0]:
+        mass = 1.0
+        for end in range(len(text) + 1):
+            mass *= sum(
+                w * (beginning(of, text[: end + 1]) if end < len(text) else of[text]) / beginning(of, text[:end])
+                for of, w in zip(languages, weights, strict=True)
+            )
+        mixed[text] = mass
+    return mixed

@@ -78,51 +78,80 @@ def point(side: Side, log_p: torch.Tensor, text: bytes, i: int) -> Point:
     return Point(mass, boundary, stop, other, boundary or c in side.pieces, ended, slack, loose)
 
 
-def events(student: Point, teacher: Point) -> tuple[dict[str | int, torch.Tensor], dict[str | int, torch.Tensor]]:
-    """The probabilities of the two models that are compared at one position."""
-    common = sorted(set(student.mass) & set(teacher.mass))
-    stop_is_event = student.boundary and teacher.boundary
-    has_rest = student.can_end and teacher.can_end
-    masses = []
-    for own in (student, teacher):
-        mass: dict[str | int, torch.Tensor] = {b: own.mass[b] for b in common}
-        if stop_is_event:
-            mass[STOP] = own.stop
-        if has_rest:
-            mass[REST] = own.other + own.ended + sum(own.mass[b] for b in own.mass if b not in common)
-            mass[REST] = mass[REST] + (own.stop if not stop_is_event else 0)
-        masses.append(mass)
+@dataclass
+class Shares:
+    """What one side says of the events of a position, in any unit that is the same for all of them."""
+
+    mass: dict[str | int, torch.Tensor]
+    slack: torch.Tensor
+    """How much more its loose bytes may have, all together; 0 without any."""
+    loose: set[int]
+
+
+def shares(own: Point, common: set[int], *, stop_is_event: bool, has_rest: bool) -> Shares:
+    mass: dict[str | int, torch.Tensor] = {b: own.mass[b] for b in sorted(common)}
+    if stop_is_event:
+        mass[STOP] = own.stop
+    if has_rest:
+        mass[REST] = own.other + own.ended + sum(own.mass[b] for b in own.mass if b not in common)
+        mass[REST] = mass[REST] + (own.stop if not stop_is_event else 0)
+    loose = own.loose & common
+    return Shares(mass, own.slack if loose else 0 * own.slack, loose)
+
+
+def mixture(own: list[Shares], wholes: list[torch.Tensor], weights: list[float]) -> Shares:
+    """A teacher that says b with the weighted sum of the probabilities with which the teachers say b."""
+    parts = list(zip(weights, own, wholes, strict=True))
+    mass = {event: sum(w * s.mass[event] / whole for w, s, whole in parts) for event in own[0].mass}
+    return Shares(mass, sum(w * s.slack / whole for w, s, whole in parts), set().union(*(s.loose for s in own)))
+
+
+def compared(student: Shares, teacher: Shares) -> list[dict[str | int, torch.Tensor]]:
+    """The probabilities of the two sides that are compared at one position."""
     # A byte whose probability may be the same in both models, for all that is known, is no event of its own.
-    for b in [b for b in common if b in student.loose or b in teacher.loose]:
+    has_rest = REST in student.mass
+    merged = set()
+    for b in student.loose | teacher.loose:
         lower, upper = [], []
-        for own, mass in zip((student, teacher), masses, strict=True):
-            total = sum(mass[e] for e in [*common, STOP, REST] if e in mass)
-            spread = own.slack if own.loose & set(common) else 0 * own.slack
-            whole = total if has_rest else total + spread
-            lower.append((mass[b] / whole).item())
-            if b in own.loose:
-                upper.append(((mass[b] + spread) / whole).item())
-            else:
-                upper.append((mass[b] / total).item())
+        for own in (student, teacher):
+            total = sum(own.mass.values())
+            whole = total if has_rest else total + own.slack
+            lower.append((own.mass[b] / whole).item())
+            upper.append(((own.mass[b] + own.slack) / whole if b in own.loose else own.mass[b] / total).item())
         if lower[0] <= upper[1] * (1 + SLACK) and lower[1] <= upper[0] * (1 + SLACK):
-            for mass in masses:
-                mass[("merged", b)] = mass[b]
+            merged.add(b)
     results = []
-    for mass in masses:
-        result = {}
-        for event, value in mass.items():
-            if isinstance(event, tuple):
-                continue
-            if ("merged", event) in mass:
-                continue
-            result[event] = value
+    for own in (student, teacher):
+        result = {event: value for event, value in own.mass.items() if event not in merged}
         if has_rest:
-            for event, value in mass.items():
-                if isinstance(event, tuple):
-                    result[REST] = result[REST] + value
-        total = sum(result.values(), student.stop.new_zeros(()))
+            result[REST] = result[REST] + sum(own.mass[b] for b in merged)
+        total = sum(result.values(), 0 * student.slack)
         results.append({event: (value / total).clamp(min=FLOOR) for event, value in result.items()})
-    return results[0], results[1]
+    return results
+
+
+def events(student: Point, teacher: Point) -> list[dict[str | int, torch.Tensor]]:
+    """The probabilities of the two models that are compared at one position."""
+    common = set(student.mass) & set(teacher.mass)
+    options = {
+        "stop_is_event": student.boundary and teacher.boundary,
+        "has_rest": student.can_end and teacher.can_end,
+    }
+    return compared(*(shares(own, common, **options) for own in (student, teacher)))
+
+
+def mixture_events(student: Point, teachers: list[Point], weights: list[float]) -> list[dict[str | int, torch.Tensor]]:
+    """Of a student and a mixture; nothing where a teacher is in a token that it cannot end."""
+    if not all(teacher.can_end for teacher in teachers):
+        return [{}, {}]
+    common = set(student.mass).intersection(*(set(teacher.mass) for teacher in teachers))
+    options = {
+        "stop_is_event": student.boundary and all(teacher.boundary for teacher in teachers),
+        "has_rest": student.can_end,
+    }
+    of_teachers = [shares(teacher, common, **options) for teacher in teachers]
+    wholes = [sum(t.mass.values()) + t.stop + t.other + t.ended for t in teachers]
+    return compared(shares(student, common, **options), mixture(of_teachers, wholes, weights))
 
 
 def divergence(p: dict, q: dict, name: str, beta: float) -> torch.Tensor:
@@ -139,10 +168,10 @@ def divergence(p: dict, q: dict, name: str, beta: float) -> torch.Tensor:
     return total
 
 
-def positions(student: Side, teacher: Side) -> tuple[bytes, int]:
-    """The common text, and how many byte positions are compared: its length, one more where both stopped on it."""
+def positions(*sides: Side) -> tuple[bytes, int]:
+    """The common text, and how many byte positions are compared: its length, one more where all stopped on it."""
     texts, stopped = [], []
-    for side in (student, teacher):
+    for side in sides:
         text, whole = b"", True
         stops = bool(side.labels) and side.labels[-1] in side.stop_ids
         for label in side.labels[: len(side.labels) - stops]:
@@ -153,10 +182,9 @@ def positions(student: Side, teacher: Side) -> tuple[bytes, int]:
         texts.append(text)
         stopped.append(stops and whole)
     common = 0
-    while common < min(map(len, texts)) and texts[0][common] == texts[1][common]:
+    while common < min(map(len, texts)) and len({text[common] for text in texts}) == 1:
         common += 1
-    same = texts[0] == texts[1] and all(stopped)
-    return texts[0][:common], common + same
+    return texts[0][:common], common + (len(set(texts)) == 1 and all(stopped))
 
 
 def loss(
@@ -171,3 +199,18 @@ def loss(
         p, q = events(point(student, log_p, text, i), point(teacher, log_q, text, i))
         values.append(divergence(p, q, divergence_name, beta))
     return sum(values, 0 * student.logits.double().sum()), values
+
+
+def mixture_loss(
+    student: Side, teachers: list[Side], weights: list[float], *, divergence_name: str = "reverse_kl", beta: float = 0.5
+) -> torch.Tensor:
+    """The sum over byte positions. Differentiable in student.logits."""
+    log_p = torch.log_softmax(student.logits.double(), dim=-1)
+    log_q = [torch.log_softmax(teacher.logits.double(), dim=-1).detach() for teacher in teachers]
+    text, count = positions(student, *teachers)
+    total = 0 * student.logits.double().sum()
+    for i in range(count):
+        of_teachers = [point(teacher, log, text, i) for teacher, log in zip(teachers, log_q, strict=True)]
+        p, q = mixture_events(point(student, log_p, text, i), of_teachers, weights)
+        total = total + divergence(p, q, divergence_name, beta)
+    return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import threading
@@ -20,6 +21,7 @@ from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.teacher.client import Patience, TeacherClient
 from megatron_simct.teacher.service import serve
 from tests.distributed import run_ranks
+from tests.huggingface import save_model
 from tests.runs import metrics, run
 from tests.steps import train_and_record
 from tests.teacher_jobs import (
@@ -84,30 +86,77 @@ def assert_same(results, colocated, *, tolerance: float):
             assert math.isclose(grad_norm, wanted_norm, rel_tol=tolerance)
 
 
+@pytest.fixture(scope="module")
+def served(tiny, weights, tmp_path_factory):
+    """The run directory of a teacher's job of one process that answers in fp32."""
+    run_dir = tmp_path_factory.mktemp("served")
+    with TeacherJob(tiny, weights, run_dir, "--teacher-hidden-dtype", "fp32", "--max-tokens-per-batch", "128"):
+        yield run_dir
+
+
 @pytest.mark.parametrize("teacher", TEACHERS)
-def test_every_layout_of_both_jobs_and_every_interface(tiny, weights, colocated, tmp_path, teacher):
-    rollouts, expected = colocated
+def test_every_layout_of_both_jobs_and_every_interface(tiny, weights, colocated, served, tmp_path, teacher):
+    """Each two of the teacher's layout, the student's and the interface meet once at least."""
     tp, pp = TEACHERS[teacher]
     flags = (*layout(tp, pp), "--teacher-hidden-dtype", "fp32", "--max-tokens-per-batch", "128")
-    with TeacherJob(tiny, weights, tmp_path, *flags, world_size=tp * pp):
-        for student, (student_tp, student_pp) in STUDENTS.items():
-            for interface in INTERFACES if student == "tp2" or teacher == "one" else ("paper", "bytes"):
-                results = run_ranks(
-                    student_tp * student_pp,
-                    _run,
-                    tiny,
-                    *weights,
-                    *("--simct-interface", interface, *layout(student_tp, student_pp)),
-                    *("--load-debug-rollout-data", str(rollouts / interface), "--teacher-endpoint", str(tmp_path)),
-                )
-                assert_same(results, expected[interface], tolerance=1e-5)
+    with contextlib.ExitStack() as stack:
+        run_dir = served
+        if teacher != "one":
+            run_dir = tmp_path
+            stack.enter_context(TeacherJob(tiny, weights, tmp_path, *flags, world_size=tp * pp))
+        first = list(TEACHERS).index(teacher)
+        for number, interface in enumerate(INTERFACES):
+            student_tp, student_pp = list(STUDENTS.values())[(first + number) % len(STUDENTS)]
+            remote = _remote(weights, colocated[0], interface, run_dir, *layout(student_tp, student_pp))
+            results = run_ranks(student_tp * student_pp, _run, tiny, *remote)
+            assert_same(results, colocated[1][interface], tolerance=1e-5)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("bf16", 5e-3), ("int8", 1e-2)])
-def test_rounded_hidden_states(tiny, weights, colocated, tmp_path, dtype, tolerance):
+EXPERTS = {
+    "ep2": (2, ("--expert-model-parallel-size", "2")),
+    "tp2 x ep2": (4, (*layout(2, 1), "--expert-model-parallel-size", "2", "--sequence-parallel")),
+}
+
+
+@pytest.fixture(scope="module")
+def experts(tiny, weights, tmp_path_factory):
+    """Flags of a teacher with experts, its rollouts, and what the colocated one trained."""
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("experts")
+    of_experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True}
+    save_model(folder / "teacher", "qwen3_moe", vocab_size=320, head_dim=8, **of_experts)
+    flags = ("--teacher-hf-checkpoint", str(folder / "teacher"))
+    expected = {}
+    for interface in ("paper", "bytes"):
+        saved = ("--simct-interface", interface, "--save-debug-rollout-data", str(folder / interface))
+        (expected[interface],) = run_ranks(1, _run, tiny, *weights[:2], *flags, *saved)
+    return flags, folder, expected
+
+
+@pytest.mark.parametrize("layout_of_teacher", EXPERTS)
+def test_a_teacher_whose_replicas_share_experts(tiny, weights, experts, tmp_path, layout_of_teacher):
+    of_teacher, rollouts, expected = experts
+    world_size, flags = EXPERTS[layout_of_teacher]
+    flags = (*of_teacher, *flags, "--teacher-hidden-dtype", "fp32", "--max-tokens-per-batch", "64")
+    with TeacherJob(tiny, (), tmp_path, *flags, world_size=world_size, replicas=2) as teacher:
+        for interface, (tp, pp) in {"paper": (1, 1), "bytes": (2, 1)}.items():
+            remote = _remote(weights[:2], rollouts, interface, tmp_path, *of_teacher, *layout(tp, pp))
+            results = run_ranks(tp * pp, _run_when_two_are_known, tiny, *remote, "--teacher-window-tokens", "64")
+            assert_same(results, expected[interface], tolerance=1e-5)
+        deadline = time.monotonic() + 30
+        while sum(answered := [status["requests"] for status in teacher.statuses()]) < 2 * 16:
+            assert time.monotonic() < deadline, f"of two runs of 16 requests: {answered}"
+            time.sleep(0.2)
+        assert len(answered) == 2 and min(answered) > 0
+
+
+@pytest.mark.parametrize(
+    "dtype, interfaces, tolerance", [("bf16", ("paper", "bytes"), 5e-3), ("int8", ("paper",), 1e-2)]
+)
+def test_rounded_hidden_states(tiny, weights, colocated, tmp_path, dtype, interfaces, tolerance):
     rollouts, expected = colocated
     with TeacherJob(tiny, weights, tmp_path, "--teacher-hidden-dtype", dtype):
-        for interface in ("paper", "bytes"):
+        for interface in interfaces:
             ((steps, counts),) = run_ranks(1, _run, tiny, *_remote(weights, rollouts, interface, tmp_path))
             assert_same([(steps, counts)], expected[interface], tolerance=tolerance)
             exact = expected[interface][0][0][0]["teacher_nll_sum"]
@@ -133,7 +182,7 @@ def test_between_hosts_with_keys_in_waves_and_by_two_students(tiny, weights, col
 
 
 @pytest.mark.parametrize("interface", ["paper", "bytes"])
-def test_answers_on_disk_take_the_place_of_a_teacher(tiny, weights, colocated, tmp_path, interface):
+def test_answers_on_disk_take_the_place_of_a_teacher(tiny, weights, colocated, served, tmp_path, interface):
     """Saved by the colocated teacher under one layout, read under another; a cache asks only for what it lacks."""
     rollouts, expected = colocated
     replay = (*weights, "--simct-interface", interface, "--load-debug-rollout-data", str(rollouts / interface))
@@ -145,23 +194,20 @@ def test_answers_on_disk_take_the_place_of_a_teacher(tiny, weights, colocated, t
     with pytest.raises(AssertionError, match="TeacherError: --load-debug-scored-data .*: no answer for sample"):
         run_ranks(1, _run, tiny, *replay, "--load-debug-scored-data", disk)
     asked = []
-    with TeacherJob(tiny, weights, tmp_path, "--teacher-hidden-dtype", "fp32"):
-        for _ in range(2):
-            remote = ("--teacher-endpoint", str(tmp_path), "--teacher-cache", disk)
-            ((steps, counts),) = run_ranks(1, _run, tiny, *replay, *remote)
-            assert_same([(steps, counts)], expected[interface], tolerance=1e-5)
-            asked.append(counts["answers"])
+    for _ in range(2):
+        remote = ("--teacher-endpoint", str(served), "--teacher-cache", disk)
+        ((steps, counts),) = run_ranks(1, _run, tiny, *replay, *remote)
+        assert_same([(steps, counts)], expected[interface], tolerance=1e-5)
+        asked.append(counts["answers"])
     assert asked == [1, 0]
 
 
-@pytest.mark.parametrize("world_size, tp", [(1, 1), (2, 2)])
-def test_one_step_off_trains_on_rollouts_that_are_one_step_old(tiny, weights, tmp_path, world_size, tp):
+def test_one_step_off_trains_on_rollouts_that_are_one_step_old(tiny, weights, served, tmp_path):
     """Every step's loss and gradient are those of the same rollouts in the serial order, from the same weights."""
-    flags = (*weights, *layout(tp, 1), "--train-iters", "4", "--rollout-wave-size", "4")
+    flags = (*weights, *layout(2, 1), "--train-iters", "4", "--rollout-wave-size", "4")
     saved, serial = tmp_path / "saved", tmp_path / "serial"
-    with TeacherJob(tiny, weights, tmp_path, "--teacher-hidden-dtype", "fp32"):
-        remote = ("--schedule", "one_step_off", "--teacher-endpoint", str(tmp_path))
-        overlapped = run_ranks(world_size, _run, tiny, *flags, *remote, "--save-debug-rollout-data", str(saved))
+    remote = ("--schedule", "one_step_off", "--teacher-endpoint", str(served))
+    overlapped = run_ranks(2, _run, tiny, *flags, *remote, "--save-debug-rollout-data", str(saved))
     rows = {row["sample_id"]: row for file in saved.iterdir() for row in json.loads(file.read_text())}
     assert [rows[i]["weight_version"] for i in range(32)] == [0] * 16 + [1] * 8 + [2] * 8
     serial.mkdir()
@@ -217,11 +263,10 @@ def test_replicas_that_share_experts_run_as_many_micro_batches(tmp_path):
 # Faults; those without a model are in tests/unit/test_teacher_faults.py
 
 
-@pytest.mark.parametrize("world_size, tp", [(1, 1), (2, 2)])
-def test_a_teacher_that_is_killed_in_a_request_and_started_again(tiny, weights, colocated, tmp_path, world_size, tp):
+def test_a_teacher_that_is_killed_in_a_request_and_started_again(tiny, weights, colocated, tmp_path):
     rollouts, expected = colocated
-    flags = (*layout(tp, 1), "--teacher-hidden-dtype", "fp32", "--max-tokens-per-batch", "64")
-    with TeacherJob(tiny, weights, tmp_path, *flags, world_size=world_size, die_at=4, again=True):
+    flags = (*layout(2, 1), "--teacher-hidden-dtype", "fp32", "--max-tokens-per-batch", "64")
+    with TeacherJob(tiny, weights, tmp_path, *flags, world_size=2, die_at=4, again=True):
         ((steps, counts),) = run_ranks(1, _run, tiny, *_remote(weights, rollouts, "paper", tmp_path))
     assert_same([(steps, counts)], expected["paper"], tolerance=1e-5)
     assert counts["answers"] == 16 and counts["again"] > 0
@@ -252,33 +297,32 @@ def test_one_of_two_replicas_is_killed(tiny, weights, colocated, tmp_path):
     assert counts["answers"] == 16 and counts["again"] > 0
 
 
-def test_a_teacher_that_never_returns_leaves_a_checkpoint_to_go_on_from(tiny, weights, tmp_path):
+def test_a_teacher_that_never_returns_leaves_a_checkpoint_to_go_on_from(tiny, weights, served, tmp_path):
     """One clear line and exit code 1, on every rank; with a teacher again, the run ends as an undisturbed one."""
-    argv = [*command_line(tiny, *weights), "--teacher-endpoint", str(tmp_path), "--simct-interface", "bytes"]
-    argv += ["--tensor-model-parallel-size", "2", "--teacher-timeout-minutes", "0.1"]
+    argv = [*command_line(tiny, *weights), "--simct-interface", "bytes", "--tensor-model-parallel-size", "2"]
     folders = {}
     for name in ("whole", "broken"):
         folders[name] = tmp_path / name
         save = str(folders[name] / "save")
         argv_of = [*argv, "--run-dir", str(folders[name] / "run"), "--save", save, "--load", save]
         if name == "broken":
+            there = ["--teacher-endpoint", str(tmp_path), "--teacher-timeout-minutes", "0.1"]
             with TeacherJob(tiny, weights, tmp_path, "--teacher-hidden-dtype", "fp32", die_at=9):
-                results = run_ranks(2, run, argv_of)
+                results = run_ranks(2, run, [*argv_of, *there])
             for rank, (code, _, err) in enumerate(results):
                 assert code == 1 and err.count("\n") == 1, err
                 assert err.startswith(f"megatron_simct.train: error on rank {rank}: --teacher-endpoint {tmp_path}: 8 ")
                 assert "no answer has come for 0.1 minutes (--teacher-timeout-minutes)" in err
                 assert f"saved after iteration 1: --load {save}" in err
-        with TeacherJob(tiny, weights, tmp_path, "--teacher-hidden-dtype", "fp32"):
-            for code, _, err in run_ranks(2, run, argv_of):
-                assert code == 0, err
+        for code, _, err in run_ranks(2, run, [*argv_of, "--teacher-endpoint", str(served)]):
+            assert code == 0, err
     # Which samples share a batch of the teacher depends on when they arrive, so the last bits do too.
     for found, wanted in zip(*(metrics(folder) for folder in folders.values()), strict=True):
         assert found.pop("kind") == wanted.pop("kind")
         assert found == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
 
-def test_what_cannot_work_is_one_line_that_names_the_flag(tiny, weights, tmp_path):
+def test_what_cannot_work_is_one_line_that_names_the_flag(tiny, weights, served, tmp_path):
     for more, words in (
         (["--teacher-timeout-minutes", "10"], ["--teacher-timeout-minutes (10)", "--distributed-timeout-minutes (10)"]),
         (["--teacher-endpoint", "a", "b"], ["--teacher-endpoint a b", "one directory, or addresses only"]),
@@ -289,9 +333,8 @@ def test_what_cannot_work_is_one_line_that_names_the_flag(tiny, weights, tmp_pat
         assert code == 1 and err.count("\n") == 1 and err.startswith("megatron_simct.train: error: ")
         for word in words:
             assert word in err
-    with TeacherJob(tiny, weights, tmp_path):
-        argv = [*command_line(tiny, *weights, "--teacher-stop-token-ids", "1"), "--teacher-endpoint", str(tmp_path)]
-        for rank, (code, _, err) in enumerate(run_ranks(2, run, argv)):
-            assert code == 1 and err.count("\n") == 1, err
-            assert f"error on rank {rank}: --teacher-endpoint {tmp_path}: replica" in err
-            assert "refuses: teacher tokenizer: " in err
+    argv = [*command_line(tiny, *weights, "--teacher-stop-token-ids", "1"), "--teacher-endpoint", str(served)]
+    for rank, (code, _, err) in enumerate(run_ranks(2, run, argv)):
+        assert code == 1 and err.count("\n") == 1, err
+        assert f"error on rank {rank}: --teacher-endpoint {served}: replica" in err
+        assert "refuses: teacher tokenizer: " in err

@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import zmq
 
 from megatron_simct.teacher.client import TeacherClient
-from megatron_simct.teacher.endpoints import publish, withdraw
+from megatron_simct.teacher.endpoints import bind, publish, withdraw
 from megatron_simct.teacher.forward import TeacherRequest
 from megatron_simct.teacher.payload import read_scored
 from megatron_simct.teacher.scorer import TeacherError
@@ -47,25 +53,29 @@ def nothing_left(client: TeacherClient) -> bool:
     return client._results.empty() and not client._open
 
 
+def with_every_seed(check: Callable[[int, Path], Any], folder: Path) -> list[Any]:
+    """check(seed, a folder of its own), several at a time: they wait more than they work."""
+    with ThreadPoolExecutor(10) as pool:
+        return list(pool.map(lambda seed: check(seed, folder / str(seed)), SEEDS))
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_bad_line(tmp_path, fault):
-    done, counts = 0, dict.fromkeys(("again", "late", "malformed"), 0)
-    for seed in SEEDS:
-        behind, front = tmp_path / f"{seed}/behind", tmp_path / f"{seed}/front"
-        with ModelFreeTeacher(behind) as teacher:
-            line = BadLine(front, teacher.door.endpoint, seed=seed, shares=FAULTS[fault])
+    def check(seed: int, folder: Path) -> Counter:
+        with ModelFreeTeacher(folder / "behind") as teacher:
+            line = BadLine(folder / "front", teacher.door.endpoint, seed=seed, shares=FAULTS[fault])
             line.start()
-            client = open_client(front, patience=replace(FAST, again_s=0.3))
+            client = open_client(folder / "front", patience=replace(FAST, again_s=0.3))
             requests = requests_of(seed)
             assert_each_once(collect(client, requests), requests)
             assert nothing_left(client)
             client.close()
             line.close()
-            done += sum(line.done.values())
-            for name in counts:
-                counts[name] += client.counts[name]
-            counts["malformed"] += teacher.door.status()["malformed"]
-    assert done > 5 * len(SEEDS), "the line did not misbehave"
+            at_the_teacher = {"malformed": teacher.door.status()["malformed"], "done": sum(line.done.values())}
+            return Counter(client.counts) + Counter(at_the_teacher)
+
+    counts = sum(with_every_seed(check, tmp_path), Counter())
+    assert counts["done"] > 5 * len(SEEDS), "the line did not misbehave"
     if fault in ("drop", "delay", "all"):
         assert counts["again"] > 0
     if fault in ("delay", "duplicate", "all"):
@@ -74,62 +84,70 @@ def test_a_bad_line(tmp_path, fault):
         assert counts["malformed"] > 0
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_a_replica_that_stalls_and_wakes(tmp_path, seed):
+def test_a_replica_that_stalls_and_wakes(tmp_path):
     """It greets but does not answer; the other does its work too. What it says when it wakes is late."""
-    with ModelFreeTeacher(tmp_path) as one, ModelFreeTeacher(tmp_path, delay_s=0.005) as other:
-        client = open_client(tmp_path)
-        _until(lambda: len(client.status()) == 2)
+
+    def check(seed: int, folder: Path) -> None:
+        with ModelFreeTeacher(folder) as one, ModelFreeTeacher(folder, delay_s=0.005) as other:
+            client = open_client(folder)
+            _until(lambda: len(client.status()) == 2)
+            one.stall()
+            requests = requests_of(seed)
+            assert_each_once(collect(client, requests), requests)
+            assert client.counts["again"] > 0 and one.answered == []
+            one.wake()
+            _until(lambda: client.counts["late"] > 0)
+            again = requests_of(seed + 100)
+            assert_each_once(collect(client, again), again)
+            assert nothing_left(client)
+            assert one.answered and other.answered, "both work again"
+            client.close()
+
+    with_every_seed(check, tmp_path)
+
+
+def test_a_replica_that_stops_hands_back_what_it_has_not_begun(tmp_path):
+    def check(seed: int, folder: Path) -> None:
+        with ModelFreeTeacher(folder, delay_s=60) as one, ModelFreeTeacher(folder) as other:
+            client = open_client(folder, window_tokens=100_000, patience=replace(FAST, again_s=60))
+            _until(lambda: len(client.status()) == 2)
+            requests = requests_of(seed)
+            for request in requests:
+                client.submit(request)
+            _until(lambda: one.door.status()["in_work"] and one.door.status()["queue"])
+            one.stop()
+            scored = [read_scored(client.next()[1]) for _ in requests]
+            assert_each_once(scored, requests)
+            # What it hands back in its last moment may be overtaken by the news that it is gone: it is asked again.
+            handed_back = one.door.status()["handed_back"]
+            assert 0 < handed_back <= client.counts["handed_back"] + client.counts["again"]
+            assert not (folder / f"{one.door.endpoint.replica}.json").exists()
+            assert nothing_left(client) and one.answered and other.answered
+            client.close()
+
+    with_every_seed(check, tmp_path)
+
+
+def test_a_restart_at_another_address(tmp_path):
+    """The first replica vanishes with its work; another life of it opens elsewhere, under the same name."""
+
+    def check(seed: int, folder: Path) -> None:
+        one = ModelFreeTeacher(folder, name="replica")
+        client = open_client(folder)
+        client.meet()
         one.stall()
-        requests = requests_of(seed)
-        assert_each_once(collect(client, requests), requests)
-        assert client.counts["again"] > 0 and one.answered == []
-        one.wake()
-        _until(lambda: client.counts["late"] > 0)
-        again = requests_of(seed + 100)
-        assert_each_once(collect(client, again), again)
-        assert nothing_left(client)
-        assert one.answered and other.answered, "both work again"
-        client.close()
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_a_replica_that_stops_hands_back_what_it_has_not_begun(tmp_path, seed):
-    with ModelFreeTeacher(tmp_path, delay_s=0.01) as one, ModelFreeTeacher(tmp_path) as other:
-        client = open_client(tmp_path, window_tokens=100_000)
-        _until(lambda: len(client.status()) == 2)
         requests = requests_of(seed)
         for request in requests:
             client.submit(request)
-        _until(lambda: len(one.answered) > 0)
+        _until(lambda: one.door.status()["queue"] > 0)
+        with ModelFreeTeacher(folder, name="replica"):
+            scored = [read_scored(client.next()[1]) for _ in requests]
+            assert_each_once(scored, requests)
+            assert client.counts["again"] > 0 and one.answered == []
+            client.close()
         one.stop()
-        scored = [read_scored(client.next()[1]) for _ in requests]
-        assert_each_once(scored, requests)
-        # What it hands back in its last moment may be overtaken by the news that it is gone: then it is asked again.
-        handed_back = one.door.status()["handed_back"]
-        assert 0 < handed_back <= client.counts["handed_back"] + client.counts["again"]
-        assert not (tmp_path / f"{one.door.endpoint.replica}.json").exists()
-        assert nothing_left(client) and other.answered
-        client.close()
 
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_a_restart_at_another_address(tmp_path, seed):
-    """The first replica vanishes with its work; another life of it opens elsewhere, under the same name."""
-    one = ModelFreeTeacher(tmp_path, name="replica")
-    client = open_client(tmp_path)
-    client.meet()
-    one.stall()
-    requests = requests_of(seed)
-    for request in requests:
-        client.submit(request)
-    _until(lambda: one.door.status()["queue"] > 0)
-    with ModelFreeTeacher(tmp_path, name="replica"):
-        scored = [read_scored(client.next()[1]) for _ in requests]
-        assert_each_once(scored, requests)
-        assert client.counts["again"] > 0 and one.answered == []
-        client.close()
-    one.stop()
+    with_every_seed(check, tmp_path)
 
 
 def test_another_life_at_the_same_address(tmp_path):
@@ -213,12 +231,12 @@ def test_a_teacher_that_never_answers_is_one_error_after_the_time_out(tmp_path):
         client.meet()
     client.close()
     with ModelFreeTeacher(tmp_path) as teacher:
-        client = open_client(tmp_path, patience=replace(FAST, timeout_s=3))
+        client = open_client(tmp_path, patience=replace(FAST, timeout_s=1.2))
         client.meet()
         teacher.stall()
         client.submit(requests_of(0)[0])
         with pytest.raises(
-            TeacherError, match=r"1 samples are unanswered .*0.05 minutes .*ipc://.*last heard \d s ago"
+            TeacherError, match=r"1 samples are unanswered .*0.02 minutes .*ipc://.*last heard \d s ago"
         ):
             client.next()
         client.close()
@@ -232,18 +250,40 @@ def test_addresses_may_be_given_by_hand(tmp_path):
         client.close()
 
 
+def socket_folder(teacher: ModelFreeTeacher) -> Path:
+    folder = Path(teacher.door.endpoint.address.removeprefix("ipc://")).parent
+    assert folder.name.startswith("megatron_simct.")
+    return folder
+
+
 def test_a_killed_replica_of_this_host_is_forgotten_by_the_next(tmp_path):
     with ModelFreeTeacher(tmp_path) as teacher:
-        dead = replace(teacher.door.endpoint, replica="dead", pid=2**22 + 1)
+        context = zmq.Context()
+        sock, address = bind(context, "ipc", None, number=0)
+        left = Path(address.removeprefix("ipc://"))
+        dead = replace(teacher.door.endpoint, replica="dead", pid=2**22 + 1, address=address)
         elsewhere = replace(dead, replica="elsewhere", host="another")
         for endpoint in (dead, elsewhere):
             (tmp_path / f"{endpoint.replica}.json").write_text("{}")
             publish(tmp_path, endpoint)
         publish(tmp_path, teacher.door.endpoint)
-        assert not (tmp_path / "dead.json").exists()
+        assert not (tmp_path / "dead.json").exists() and not left.parent.exists()
+        sock.close(0)
+        context.term()
         assert (tmp_path / "elsewhere.json").exists()
         withdraw(tmp_path, replace(elsewhere, life="an earlier one"))
+        assert socket_folder(teacher).exists(), "it is not that of another"
         assert (tmp_path / "elsewhere.json").exists()
+
+
+def test_a_replica_takes_its_socket_along(tmp_path):
+    with ModelFreeTeacher(tmp_path) as teacher:
+        folder = socket_folder(teacher)
+        assert folder.stat().st_mode & 0o777 == 0o700
+        client = open_client(tmp_path)
+        client.meet()
+        client.close()
+    assert not folder.exists() and not list(tmp_path.glob("*.json"))
 
 
 def _until(condition, timeout_s: float = 20.0) -> None:

@@ -1,0 +1,42 @@
+"""Several teachers, each in a job of its own, that are one to the loss: `bytes` compares distributions over the next
+byte, and those can be mixed with fixed weights whatever the tokenizers (losses/bytes.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from megatron_simct.losses.bytes import mixed_log_masses
+from megatron_simct.parallel.initialize import Groups
+from megatron_simct.records import AlignedPair, ScoredPair
+from megatron_simct.teacher.client import RemoteScorer
+
+
+class MixtureScorer:
+    """Scores pairs of `plan_mixture`. See TeacherScorer."""
+
+    def __init__(self, scorers: Sequence[RemoteScorer], weights: Sequence[float], groups: Groups) -> None:
+        """One scorer and one weight a teacher; the weights are positive and add up to 1."""
+        self._scorers, self._weights, self._groups = scorers, weights, groups
+
+    def score(self, pairs: Iterable[AlignedPair]) -> Iterator[ScoredPair]:
+        """See RemoteScorer.score. Own logits and log-sum-exps are those of the first teacher."""
+        sent = []
+        for pair in pairs:
+            sent.append(pair)
+            for scorer, part in zip(self._scorers, (pair, *pair.others), strict=True):
+                scorer.send(part)
+        return self._mixed(sent)
+
+    def _mixed(self, pairs: Sequence[AlignedPair]) -> Iterator[ScoredPair]:
+        sample_ids = [pair.sample_id for pair in pairs]
+        first, *others = ({s.sample_id: s for s in scorer.answers(sample_ids)} for scorer in self._scorers)
+        for pair in pairs:
+            scored = first[pair.sample_id]
+            if self._groups.is_last_stage:
+                masses = [of[pair.sample_id].byte_logprobs for of in (first, *others)]
+                scored = replace(scored, byte_logprobs=mixed_log_masses(masses, self._weights, pair.byte_events))
+            yield scored
+
+    def note(self) -> str:
+        return ", ".join(note for note in (scorer.note() for scorer in self._scorers) if note)

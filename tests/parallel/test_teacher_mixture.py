@@ -1,0 +1,171 @@
+"""Two teachers in jobs of their own, each with its tokenizer, are one: loss and gradient are those of the oracle."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+import megatron_simct.job
+from megatron_simct.job import build_job, build_prompts, open_model, open_tokenizer
+from megatron_simct.parallel.initialize import process_groups
+from megatron_simct.records import Rollout
+from megatron_simct.rollout.engine import write_rollouts
+from megatron_simct.teacher.client import Patience
+from tests.distributed import run_ranks
+from tests.huggingface import save_byte_level, save_model
+from tests.oracles.bytes import Side, mixture_loss
+from tests.runs import run
+from tests.steps import train_and_record
+from tests.teacher_jobs import TeacherJob
+from tests.tiny import command_line, config
+
+pytest.importorskip("transformers")
+
+WEIGHT = 0.35
+TP2, PP2 = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory):
+    """A teacher whose tokenizer is a third one."""
+    folder = tmp_path_factory.mktemp("second")
+    save_model(folder, "llama", vocab_size=320, hidden_size=48)
+    save_byte_level(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rollouts(tiny, tmp_path_factory):
+    """Responses of the tiny job's task, spelled as the student spells them; the last one was cut."""
+    folder = tmp_path_factory.mktemp("rollouts")
+    run_ranks(1, _write_rollouts, tiny, folder)
+    return folder
+
+
+def _write_rollouts(rank, world_size, tiny, folder):
+    tokenizer = open_tokenizer(config(tiny).model, prefix="")
+    texts = [f"{name} has {number} apples." for number, name in enumerate(["Tom", "Nora", "Anna", "Äh"] * 2, start=8)]
+    samples = []
+    for sample_id, text in enumerate(texts):
+        ids = tokenizer.encode(text.encode()).astype(np.int32)
+        finish = "length" if sample_id == len(texts) - 1 else "stop"
+        if finish == "stop":
+            ids = np.append(ids, np.int32(tokenizer.table.stop_ids[0]))
+        samples.append(
+            Rollout(
+                sample_id=sample_id,
+                weight_version=0,
+                student_ids=ids,
+                logprobs=np.zeros(ids.size, np.float32),
+                finish=finish,
+            )
+        )
+    write_rollouts(folder, samples, step=0, dp_rank=0)
+
+
+def _flags(weights, second, rollouts, *more):
+    return (
+        *(*weights, "--simct-interface", "bytes", "--load-debug-rollout-data", str(rollouts), "--train-iters", "1"),
+        *("--second-teacher-hf-checkpoint", str(second), "--second-teacher-weight", str(WEIGHT), "--clip-grad", "0"),
+        *more,
+    )
+
+
+def _endpoints(run_dir):
+    return ("--teacher-endpoint", str(run_dir / "1"), "--second-teacher-endpoint", str(run_dir / "2"))
+
+
+def _run(rank, world_size, folder, *flags):
+    megatron_simct.job.Patience = partial(Patience, hello_s=0.2, silence_s=2.0, again_s=5.0, look_s=0.1)
+    resolved = config(folder, *flags)
+    with process_groups(resolved.parallel, seed=resolved.training.seed) as groups:
+        (report,) = train_and_record(build_job(resolved, groups))
+    return report.sums, report.grad_norm
+
+
+def _expected(rank, world_size, folder, *flags):
+    """Loss and norm of the gradient by the oracle and autograd, from whole logits of all three models."""
+    resolved = config(folder, *flags)
+    prefixes = ("", "teacher-", "second-teacher-")
+    options = (resolved.model, resolved.teacher, resolved.second_teacher)
+    with process_groups(resolved.parallel, seed=resolved.training.seed) as groups:
+        tokenizers = [open_tokenizer(o, prefix=p) for o, p in zip(options, prefixes, strict=True)]
+        models = [
+            open_model(o, resolved.parallel, groups, t, prefix=p, bf16=False, longest=256)
+            for o, p, t in zip(options, prefixes, tokenizers, strict=True)
+        ]
+        prompts = build_prompts(resolved, groups, *tokenizers).batch(0)
+        responses = megatron_simct.job.ReplayEngine(
+            None, save_dir=None, load_dir=resolved.rollout.load_debug_rollout_data, dp_rank=0, writes=False
+        ).generate(prompts, None)
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        for prompt, rollout in zip(prompts, responses, strict=True):
+            stopped = rollout.finish == "stop"
+            text = tokenizers[0].decode(rollout.student_ids[:-1] if stopped else rollout.student_ids)
+            labels = [rollout.student_ids]
+            for tokenizer in tokenizers[1:]:
+                labels.append(np.append(tokenizer.encode(text), tokenizer.table.stop_ids[:1] if stopped else []))
+            prompt_ids = (prompt.student_ids, prompt.teacher_ids, *prompt.other_teacher_ids)
+            student, *teachers = (
+                _side(model, tokenizer.table, *ids)
+                for model, tokenizer, *ids in zip(models, tokenizers, prompt_ids, labels, strict=True)
+            )
+            total = total + mixture_loss(student, teachers, [1 - WEIGHT, WEIGHT])
+            count += len(rollout.student_ids)
+        (total / count).backward()
+        squares = (p.grad.double().square().sum() for p in models[0].parameters() if p.grad is not None)
+        return float(total.detach()), float(sum(squares)) ** 0.5
+
+
+def _side(model, table, prompt_ids, labels) -> Side:
+    tokens = torch.from_numpy(np.concatenate([prompt_ids, labels]).astype(np.int64))[None]
+    hidden = model(tokens, torch.arange(tokens.shape[1])[None], None)[:, 0]
+    logits = (hidden @ model.output_weight.T)[len(prompt_ids) - 1 : -1, : table.num_ids]
+    return Side(table.pieces(), list(table.stop_ids), logits, [int(label) for label in labels])
+
+
+@pytest.fixture(scope="module")
+def expected(tiny, weights, second, rollouts):
+    return run_ranks(1, _expected, tiny, *_flags(weights, second, rollouts))[0]
+
+
+@pytest.mark.parametrize(
+    "student, first_teacher, second_teacher",
+    [((1, ()), (1, ()), (2, TP2)), ((2, TP2), (2, PP2), (1, ())), ((2, PP2), (1, ()), (1, ()))],
+)
+def test_two_jobs_are_the_mixture_of_the_oracle(
+    tiny, weights, second, rollouts, expected, tmp_path, student, first_teacher, second_teacher
+):
+    fp32 = ("--teacher-hidden-dtype", "fp32")
+    of_second = ("--teacher-hf-checkpoint", str(second), "--teacher-tokenizer-model", str(second))
+    with (
+        TeacherJob(tiny, weights, tmp_path / "1", *fp32, *first_teacher[1], world_size=first_teacher[0]),
+        TeacherJob(tiny, (), tmp_path / "2", *fp32, *of_second, *second_teacher[1], world_size=second_teacher[0]),
+    ):
+        flags = _flags(weights, second, rollouts, *_endpoints(tmp_path), "--rollout-wave-size", "4", *student[1])
+        for sums, grad_norm in run_ranks(student[0], _run, tiny, *flags):
+            assert sums["loss"] == pytest.approx(expected[0], rel=1e-5) and expected[0] > 10
+            assert grad_norm == pytest.approx(expected[1], rel=1e-5) and expected[1] > 0.1
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (("--simct-interface", "paper"), ["--simct-interface paper", "use --simct-interface bytes"]),
+        (("--second-teacher-weight", "1"), ["--second-teacher-weight 1", "between 0 and 1"]),
+        (("--teacher-cache", "x"), ["--teacher-cache", "--second-teacher-endpoint"]),
+        (("--second-teacher-endpoint", "a", "b"), ["--second-teacher-endpoint a b", "one directory"]),
+    ],
+)
+def test_what_cannot_work_is_one_line_that_names_the_flag(tiny, weights, second, rollouts, tmp_path, change, words):
+    argv = command_line(tiny, *_flags(weights, second, rollouts, *_endpoints(tmp_path), *change))
+    ((code, _, err),) = run_ranks(1, run, argv)
+    assert code == 1 and err.count("\n") == 1 and all(word in err for word in words), err
+
+
+def test_flags_of_a_second_teacher_need_one(tiny, second):
+    ((code, _, err),) = run_ranks(1, run, command_line(tiny, "--second-teacher-hf-checkpoint", str(second)))
+    assert code == 1 and "--second-teacher-endpoint is missing" in err
