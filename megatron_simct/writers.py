@@ -19,8 +19,9 @@ from megatron_simct.config import OutputConfig
 class Writer(Protocol):
     """One destination of metrics."""
 
-    def write(self, kind: str, iteration: int, values: dict[str, float]) -> None:
-        """Metrics of a step or an evaluation; a value that is not finite has no place in the output."""
+    def write(self, kind: str, iteration: int, values: dict[str, float | list[int]]) -> None:
+        """Metrics of a step or an evaluation; a value that is not finite has no place in the output. Lists are counts
+        of each held-out prompt: JSON lines have them, curves do not."""
         ...
 
     def close(self) -> None: ...
@@ -42,8 +43,9 @@ class JsonLines:
         os.replace(temporary, path)
         self._file = open(path, "a", buffering=1)
 
-    def write(self, kind: str, iteration: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"kind": kind, "iteration": iteration, **_finite(values)}) + "\n")
+    def write(self, kind: str, iteration: int, values: dict[str, float | list[int]]) -> None:
+        lists = {name: value for name, value in values.items() if isinstance(value, list)}
+        self._file.write(json.dumps({"kind": kind, "iteration": iteration, **_finite(values), **lists}) + "\n")
 
     def close(self) -> None:
         self._file.close()
@@ -68,7 +70,7 @@ class TensorBoard:
 
         self._writer = SummaryWriter(directory, purge_step=start + 1 if start else None)
 
-    def write(self, kind: str, iteration: int, values: dict[str, float]) -> None:
+    def write(self, kind: str, iteration: int, values: dict[str, float | list[int]]) -> None:
         for name, value in _finite(values).items():
             self._writer.add_scalar(f"{kind}/{name}", value, iteration)
 
@@ -87,7 +89,7 @@ class WandB:
         mode = os.environ.get("WANDB_MODE", "offline")
         self._run = wandb.init(project=project, dir=directory, config=config, mode=mode)
 
-    def write(self, kind: str, iteration: int, values: dict[str, float]) -> None:
+    def write(self, kind: str, iteration: int, values: dict[str, float | list[int]]) -> None:
         named = {f"{kind}/{name}": value for name, value in _finite(values).items()}
         self._run.log(named | {"iteration": iteration})
 
@@ -95,9 +97,9 @@ class WandB:
         self._run.finish()
 
 
-def _finite(values: dict[str, float]) -> dict[str, float]:
-    """The metrics that have a value this time."""
-    return {name: value for name, value in values.items() if math.isfinite(value)}
+def _finite(values: dict[str, float | list[int]]) -> dict[str, float]:
+    """The metrics that are one number, and have it this time."""
+    return {name: value for name, value in values.items() if not isinstance(value, list) and math.isfinite(value)}
 
 
 def check_writers(output: OutputConfig) -> None:

@@ -25,10 +25,13 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from task import write_task
-from tokenizer_files import Side, sides
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # so that a checkout needs no installation
+
+from examples.quickstart.task import write_task  # noqa: E402
+from examples.quickstart.tokenizer_files import Side, sides  # noqa: E402
+
 console = Console(highlight=False)
 
 # Small enough for two CPU cores, large enough to add.
@@ -110,7 +113,33 @@ class Recipe:
             fields = ARCHITECTURE | {"vocab_size": side.vocab_size, "initializer_range": spread}
             (path / "config.json").write_text(json.dumps(fields, indent=1))
 
-    def start(self, name: str, side: Side) -> list[Stage]:
+    @property
+    def warm_start(self) -> list[Stage]:
+        """What comes before distillation, in order; the last two are the teacher and the student's warm-up."""
+        teacher = self._sft(
+            *("teacher", "teacher", self.teacher),
+            *("--train-iters", "800", "--lr-decay-style", "linear"),
+            *("--eval-interval", "50", "--exit-eval-accuracy", str(TEACHER_ACCURACY)),
+        )
+        student = self._sft(
+            *("warm-up of the student", "student", self.student),
+            *("--train-iters", "800", "--lr-decay-style", "constant"),
+            *("--eval-interval", "20", "--exit-eval-accuracy", str(WARM_ACCURACY)),
+        )
+        return [*self._start("teacher", self.teacher), *self._start("student", self.student), teacher, student]
+
+    def distil(self, interface: str, folder_name: str, *flags: str) -> Stage:
+        """On-policy distillation from the warm start."""
+        models = [
+            *self._model("", "student", self.student),
+            *("--pretrained-checkpoint", str(self._folder / "student" / "checkpoint")),
+            *self._model("teacher-", "teacher", self.teacher),
+            *("--teacher-pretrained-checkpoint", str(self._folder / "teacher" / "checkpoint")),
+        ]
+        flags = ("--simct-interface", interface, "--lr-decay-style", "constant", "--rollout-temperature", "1.0", *flags)
+        return self._train(f"distil with {interface}", folder_name, "64", [*models, *flags])
+
+    def _start(self, name: str, side: Side) -> list[Stage]:
         """Weights to start from, for the side that groups digits; the other side starts from random ones."""
         if not side.groups_digits:
             return []
@@ -120,7 +149,7 @@ class Recipe:
         command = [sys.executable, program, *self._model("", name, side), "--seed", str(self._options.seed)]
         return [Stage(f"start of the {name}", folder, [*command, "--save", str(folder / "checkpoint")])]
 
-    def sft(self, name: str, folder_name: str, side: Side, *flags: str) -> Stage:
+    def _sft(self, name: str, folder_name: str, side: Side, *flags: str) -> Stage:
         """Supervised training on the task's answers, until --exit-eval-accuracy."""
         flags = ("--simct-interface", "sft", "--lr", "2e-3", "--lr-warmup-fraction", "0.03", *flags)
         if side.groups_digits:
@@ -129,23 +158,11 @@ class Recipe:
             name, folder_name, "32", [*self._model("", folder_name, side), "--eval-samples", "0", *flags]
         )
 
-    def distil(self, *flags: str) -> Stage:
-        """On-policy distillation with the chosen interface."""
-        interface = self._options.interface
-        models = [
-            *self._model("", "student", self.student),
-            *("--pretrained-checkpoint", str(self._folder / "student" / "checkpoint")),
-            *self._model("teacher-", "teacher", self.teacher),
-            *("--teacher-pretrained-checkpoint", str(self._folder / "teacher" / "checkpoint")),
-        ]
-        return self._train(
-            f"distil with {interface}", f"distil-{interface}", "64", [*models, "--simct-interface", interface, *flags]
-        )
-
     def _train(self, name: str, folder_name: str, batch_size: str, flags: list[str]) -> Stage:
         folder, processes = self._folder / folder_name, self._options.processes
+        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
         command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
+            *(sys.executable, *(torchrun if processes > 1 else ())),
             *("-m", "megatron_simct.train", "--run-dir", str(folder), "--save", str(folder / "checkpoint")),
             *("--prompt-data", str(self._folder / "train.jsonl")),
             *("--eval-prompt-data", str(self._folder / "held_out.jsonl"), "--rollout-max-response-len", "16"),
@@ -160,7 +177,7 @@ class Recipe:
         return [f"--{prefix}hf-checkpoint", architecture, f"--{prefix}tokenizer-model", side.tokenizer]
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="examples/quickstart/run.sh",
         description="Distil a teacher into a student with another tokenizer, from nothing, on two CPU cores.",
@@ -194,7 +211,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--run-dir", type=Path, default=ROOT / "runs" / "quickstart", help="where everything is written"
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def main() -> None:
@@ -204,22 +221,13 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").unlink(missing_ok=True)  # of an earlier run
     recipe = Recipe(options, folder)
-    teach = recipe.sft(
-        *("teacher", "teacher", recipe.teacher),
-        *("--train-iters", "800", "--lr-decay-style", "linear"),
-        *("--eval-interval", "50", "--exit-eval-accuracy", str(TEACHER_ACCURACY)),
-    )
-    warm = recipe.sft(
-        *("warm-up of the student", "student", recipe.student),
-        *("--train-iters", "800", "--lr-decay-style", "constant"),
-        *("--eval-interval", "20", "--exit-eval-accuracy", str(WARM_ACCURACY)),
-    )
+    warm_start = recipe.warm_start
+    teach = warm_start[-2]
     distil = recipe.distil(
-        *("--train-iters", str(options.train_iters), "--lr", str(options.lr), "--lr-decay-style", "constant"),
-        *("--rollout-temperature", "1.0", "--eval-interval", "20"),
+        *(options.interface, f"distil-{options.interface}"),
+        *("--train-iters", str(options.train_iters), "--lr", str(options.lr), "--eval-interval", "20"),
     )
-    starts = [*recipe.start("teacher", recipe.teacher), *recipe.start("student", recipe.student)]
-    seconds = {stage.name: stage.run() for stage in (*starts, teach, warm, distil)}
+    seconds = {stage.name: stage.run() for stage in (*warm_start, distil)}
     summary = {
         "teacher_accuracy": teach.accuracy("greedy"),
         "student_accuracy_before": distil.accuracy("greedy", first=True),
