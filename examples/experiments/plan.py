@@ -14,7 +14,14 @@ ALL = (
 )
 SOME = ("paper", "strict", "bytes", "exact", "alm")
 TOY = {"train_iters": 150, "rollout_batch_size": 64, "eval_samples": 4, "warm_start_seed": 1}
-REAL = {"train_iters": 8, "rollout_batch_size": 8, "response_len": 48, "held_out": 10, "lr": 2e-5}
+REAL = {
+    "train_iters": 8,
+    "rollout_batch_size": 8,
+    "response_len": 48,
+    "lr": 2e-5,
+    "divergence": "reverse_kl",
+    "held_out": 10,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))  # so that a checkout needs no installation
 
 from examples.experiments.plan import RESULTS, SETTINGS, Run, planned_runs  # noqa: E402
 from examples.experiments.processes import Workplace  # noqa: E402
+from examples.experiments.real import RealWeights  # noqa: E402
 from examples.experiments.report import write_report  # noqa: E402
 from examples.experiments.toy import Toy  # noqa: E402
 
@@ -62,7 +63,7 @@ def run_missing(runs: list[Run], options: argparse.Namespace) -> int:
         return 0
     workplace = Workplace(options.run_dir.resolve())
     benches = {
-        setting.name: Toy(setting, workplace)
+        setting.name: (RealWeights if setting.name == "real-weights" else Toy)(setting, workplace)
         for setting in SETTINGS
         if any(run.setting.name == setting.name for run in runs)
     }
@@ -102,7 +103,7 @@ def shown(figures: dict[str, float]) -> str:
     """What changed, in a few words."""
     if "greedy" in figures:
         return f"greedy {figures['greedy_before']:.3f} -> {figures['greedy']:.3f}"
-    return f"{figures['nats_per_byte_before']:.4f} -> {figures['nats_per_byte']:.4f} nats a byte"
+    return f"nats a byte {figures['nats_before']:.4f} -> {figures['nats']:.4f}"
 
 
 def keep(run: Run, found: dict[str, Any]) -> None:
