@@ -13,7 +13,7 @@ ALL = (
     *("paper", "code", "sum", "exact", "bytes", "strict", "strict_topk", "no_unit_loss", "random_unit", "uld", "alm"),
 )
 SOME = ("paper", "strict", "bytes", "exact", "alm")
-TOY = {"train_iters": 150, "rollout_batch_size": 64, "eval_samples": 4, "warm_start_seed": 1}
+TOY = {"train_iters": 150, "rollout_batch_size": 32, "eval_samples": 4, "warm_start_seed": 1}
 REAL = {
     "train_iters": 8,
     "rollout_batch_size": 8,

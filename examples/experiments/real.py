@@ -12,8 +12,8 @@ from examples.experiments.plan import Run, Setting
 from examples.experiments.processes import ROOT, Workplace
 from examples.real_weights import run as real_weights
 from examples.real_weights.models import MODELS, gguf_file
-from examples.real_weights.stages import Stage
 from examples.real_weights.texts import write_texts
+from examples.stages import Stage
 from tools.benchmark.real_inputs import Unavailable
 
 PROGRAM = "examples/experiments/distances.py"

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from examples.experiments.plan import Run, Setting
-from examples.experiments.processes import Workplace
+from examples.experiments.processes import ROOT, Workplace
 from examples.quickstart import run as quickstart
 
 ENDS = 10
@@ -31,7 +31,7 @@ class Toy:
             self._folder,
         )
         for stage in self._recipe.warm_start:
-            stage.run()
+            stage.run(ROOT)
 
     def run(self, run: Run) -> dict[str, Any]:
         """Figures, outcomes and seconds. RuntimeError, with the end of its log, where the distillation fails."""
@@ -48,11 +48,11 @@ class Toy:
         stage = self._recipe.distil(
             *(run.interface, f"{run.interface}-{run.seed}"), *(str(part) for item in flags.items() for part in item)
         )
-        shutil.rmtree(stage.folder, ignore_errors=True)
-        seconds = self._workplace.command(stage.command, log=stage.folder / "log.txt")
-        rows = [json.loads(line) for line in (stage.folder / "metrics.jsonl").read_text().splitlines()]
+        shutil.rmtree(stage.output, ignore_errors=True)
+        seconds = self._workplace.command(stage.command, log=stage.output / "log.txt")
+        rows = [json.loads(line) for line in (stage.output / "metrics.jsonl").read_text().splitlines()]
         found = summarize(rows) | seconds | {"warm_start": self._digest()}
-        shutil.rmtree(stage.folder)
+        shutil.rmtree(stage.output)
         return found
 
     def _digest(self) -> str:

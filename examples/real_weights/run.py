@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that a checkout needs no installation
 
 from examples.real_weights.models import MODELS, gguf_file  # noqa: E402
-from examples.real_weights.stages import Stage, console  # noqa: E402
 from examples.real_weights.texts import write_texts  # noqa: E402
+from examples.stages import Stage, console  # noqa: E402
 from tools.benchmark.real_inputs import Unavailable  # noqa: E402
 
 AGREE = 1e-4

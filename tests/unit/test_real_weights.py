@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from examples.real_weights import hf_folders, measure, models, run, stages, texts
+from examples import stages
+from examples.real_weights import hf_folders, measure, models, run, texts
 from megatron_simct.arguments import parse_config
 from tests.huggingface import save_byte_fallback, save_model
 from tools import build_alignment_map, convert_checkpoint
