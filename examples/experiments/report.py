@@ -50,13 +50,15 @@ def _introduction(runs: Sequence[Run], missing: Sequence[Run]) -> str:
         f"**{len(runs) - len(missing)} of {len(runs)} planned runs are done.**",
     ]
     if missing:
-        by_setting = {}
-        for run in missing:
-            by_setting.setdefault(run.setting.name, {}).setdefault(run.interface, []).append(str(run.seed))
         lines += ["Missing, by setting, interface and seed:", ""]
-        for name, interfaces in by_setting.items():
-            items = [f"`{interface}` {' '.join(seeds)}" for interface, seeds in interfaces.items()]
-            lines.append(f"* {name}: {', '.join(items)}")
+        for setting in SETTINGS:
+            seeds = {name: [] for name in setting.interfaces}
+            for run in missing:
+                if run.setting == setting:
+                    seeds[run.interface].append(str(run.seed))
+            items = [f"`{name}` {' '.join(numbers)}" for name, numbers in seeds.items() if numbers]
+            if items:
+                lines.append(f"* {setting.name}: {', '.join(items)}")
     return "\n".join(lines)
 
 
