@@ -29,6 +29,7 @@ def finished(interface: str, seed: int, *, greedy: str, before: str = "0011") ->
     """A run of the toy with these outcomes, kept."""
     done = Run(setting=TOY, interface=interface, seed=seed)
     outcomes = {"greedy_before": before, "greedy": greedy, "sampled_before": "0022", "sampled": "0123"}
+    outcomes = {name: digits * 10 for name, digits in outcomes.items()}
     figures = {"greedy_before": 0.5, "greedy": greedy.count("1") / 4}
     run.keep(done, {"figures": figures, "outcomes": outcomes, "warm_start": "w", "seconds": 9.0, "cpu_seconds": 8.0})
     return done
