@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -108,18 +108,11 @@ def shown(figures: dict[str, float]) -> str:
 
 def keep(run: Run, found: dict[str, Any]) -> None:
     """Write the result; the file gets its name when it is whole and on disk."""
-    import megatron.core
-    import torch
-
     content = {
         "fingerprint": run.fingerprint,
         "configuration": run.configuration,
         **found,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "megatron_core": megatron.core.__version__,
-        },
+        "versions": {name: version(name) for name in ("torch", "megatron-core")},
     }
     path = RESULTS / f"{run.name}.json"
     RESULTS.mkdir(exist_ok=True)
