@@ -4,9 +4,9 @@
 
 transformers runs both folders; megatron_simct.losses compares them, as in training. Written are lists with one number a
 text, sums with what they are to be divided by:
-    nats                    the student's, of the solution's bytes              nats_count: bytes
-    bytes_{reverse,forward}_kl     of the next byte, at every byte and the end  .._count: positions
-    strict_{reverse,forward}_kl    over the shared tokens, at 1:1 positions     .._count: positions
+    nats                           the student's, of the solution              nats_count: bytes
+    bytes_{reverse,forward}_kl     of the next byte, at every byte and the end   .._count: bytes
+    strict_{reverse,forward}_kl    over the shared tokens, at 1:1 positions, the end too  .._count: positions
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def distances(student_folder: str, teacher_folder: str, rows: Sequence[dict[str,
         alignment = align(tables["teacher"], labels["teacher"], tables["student"], labels["student"])
         ts, te, ss, se = alignment.segments.T
         one_to_one = (te - ts == 1) & (se - ss == 1)
-        for interface, positions in (("bytes", ("byte_positions",)), ("strict", ("rows_shared", "rows_stop"))):
+        for interface in ("bytes", "strict"):
             for divergence in ("reverse_kl", "forward_kl"):
                 with torch.no_grad():
                     output = cross_tokenizer_loss(
@@ -80,7 +80,8 @@ def distances(student_folder: str, teacher_folder: str, rows: Sequence[dict[str,
                         student_table=tables["student"],
                         teacher_table=tables["teacher"],
                     )
-                add(f"{interface}_{divergence}", output.sum, sum(output.metrics[name] for name in positions))
+                count = len(response) if interface == "bytes" else int(one_to_one.sum())
+                add(f"{interface}_{divergence}", output.sum, count)
     return found
 
 

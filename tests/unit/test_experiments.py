@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from examples.experiments import plan, processes, report, run, scoring, toy
+from examples.experiments import distances, plan, processes, real, report, run, scoring, toy
 from examples.experiments.plan import SETTINGS, Run
+from examples.real_weights import measure
+from megatron_simct.arguments import parse_config
+from tests.huggingface import save_byte_fallback, save_byte_level, save_model
 
 TOY, REAL = SETTINGS[0], SETTINGS[-1]
 
@@ -166,3 +170,73 @@ def test_results_in_the_repository_are_of_planned_runs(monkeypatch):
                 samples = content["configuration"]["eval_samples"] if name.startswith("sampled") else 1
                 share = sum(map(int, outcome)) / (samples * len(outcome))
                 assert share == pytest.approx(content["figures"][name])
+
+
+def test_distances_of_texts_from_a_teacher(tmp_path):
+    pytest.importorskip("transformers", reason="pip install -r requirements-test.txt")
+    for name, vocab_size, save_tokenizer in (("student", 320, save_byte_level), ("teacher", 340, save_byte_fallback)):
+        (tmp_path / name).mkdir()
+        save_model(tmp_path / name, "llama", vocab_size=vocab_size)
+        save_tokenizer(tmp_path / name)
+    student, teacher = str(tmp_path / "student"), str(tmp_path / "teacher")
+    rows = [{"prompt": "the cat", "response": "sat on"}, {"prompt": "Tom", "response": "has 12"}]
+    found = distances.distances(student, teacher, rows)
+    names = {metric.name for metric in scoring.DISTANCES}
+    assert found.keys() == names | {f"{name}_count" for name in names}
+    assert found["nats_count"] == found["bytes_reverse_kl_count"] == [6, 6]
+    measured = measure.measure(student, rows, 0)
+    assert sum(found["nats"]) / 12 == pytest.approx(measured["nats_per_byte"], rel=1e-5)
+    same = distances.distances(student, student, rows)
+    assert same["nats"] == found["nats"]
+    for name in names - {"nats"}:
+        assert min(found[name]) > 0.1, name
+        # Of the two stop tokens `strict` compares the student's first with both of the teacher's.
+        assert max(map(abs, same[name])) < (1e-5 if name.startswith("bytes") else 0.1), name
+    assert found["strict_reverse_kl"] != found["strict_forward_kl"]
+
+
+def test_a_run_with_real_weights_is_the_examples_own_commands(tmp_path, monkeypatch):
+    """Downloads, conversion and training replaced; the rest is what runs."""
+    folder = tmp_path / "work" / REAL.name
+    started = []
+
+    def command(self, command, *, log):
+        started.append(list(command))
+        if "distances.py" in command[1]:
+            sums = {"nats": [1.0, 3.0], "nats_count": [10, 10]}
+            (folder / "bytes-2" / "after.json").write_text(json.dumps(sums))
+        elif "megatron_simct.train" in command:
+            (folder / "bytes-2" / "distil").mkdir(parents=True)
+            row = {"kind": "step", "iteration": 1, "loss": 0.5}
+            (folder / "bytes-2" / "distil" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        return {"seconds": 5.0, "cpu_seconds": 4.0}
+
+    def stage(self, root):
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        if self.output.name == "before.json":
+            self.output.write_text(json.dumps({"nats": [2.0, 3.0], "nats_count": [10, 10]}))
+
+    monkeypatch.setattr(real, "gguf_file", lambda model, cache: cache)
+    monkeypatch.setattr(real, "write_texts", lambda path, gsm8k, num_held_out: write_texts(path))
+    monkeypatch.setattr(real.Stage, "run", stage)
+    monkeypatch.setattr(processes.Workplace, "command", command)
+    bench = real.RealWeights(REAL, processes.Workplace(tmp_path / "work"))
+    found = bench.run(Run(setting=REAL, interface="bytes", seed=2))
+    assert found["figures"] == {"nats_before": 0.25, "nats": 0.2, "loss_first": 0.5, "loss_last": 0.5}
+    assert found["texts"]["nats_before"] == [2.0, 3.0] and found["seconds"] == 5.0
+    for name in ("smollm2", "gemma3"):
+        (folder / name).mkdir()
+        (folder / name / "tokenizer.json").write_text("{}")
+    flags = started[0][started[0].index("megatron_simct.train") + 1 :]
+    config = parse_config(flags)
+    config.check(data_parallel_size=1)
+    assert (config.interface.interface, config.training.seed, config.training.lr) == ("bytes", 2, REAL.options["lr"])
+    assert config.interface.divergence == REAL.options["divergence"]
+    assert [len(started), "export" in " ".join(started[1])] == [3, True]
+    assert not (folder / "bytes-2").exists(), "2 GB of checkpoints"
+
+
+def write_texts(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for name in ("prompts", "held_out"):
+        (folder / f"{name}.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 12)
