@@ -101,7 +101,11 @@ def _verdicts(results: Results, metrics: Sequence[Metric]) -> str:
     lines = []
     for metric in metrics:
         of_change = {name: change(list(by_seed.values()), metric.name) for name, by_seed in results.items()}
-        for word, text in (("better", "improves under"), ("worse", "is harmed by"), ("undecided", "is not told under")):
+        for word, text in (
+            ("better", "improves under"),
+            ("worse", "is harmed by"),
+            ("undecided", "may go either way under"),
+        ):
             names = [name for name, estimate in of_change.items() if verdict(estimate, metric) == word]
             if names:
                 lines.append(f"* {metric.title.capitalize()} {text} {_list(names, of_change)}.")

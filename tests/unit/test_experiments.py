@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import sys
@@ -14,6 +15,7 @@ from examples.experiments import distances, plan, processes, real, report, run, 
 from examples.experiments.plan import SETTINGS, Run
 from examples.real_weights import measure
 from megatron_simct.arguments import parse_config
+from megatron_simct.losses.needs import check_config
 from tests.huggingface import save_byte_fallback, save_byte_level, save_model
 
 TOY, REAL = SETTINGS[0], SETTINGS[-1]
@@ -98,6 +100,37 @@ def test_two_studies_do_not_share_a_folder(tmp_path):
         RuntimeError, match="ValueError: --run-dir .*: a study, or a command that a killed one has left"
     ):
         first.command([sys.executable, "-c", other.format(tmp_path)], log=tmp_path / "log.txt")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("mistral_common") is None,
+    reason="mistral-common is not installed: pip install --no-deps -r examples/quickstart/requirements.txt",
+)
+@pytest.mark.parametrize("setting", SETTINGS[:-1], ids=lambda setting: setting.name)
+def test_every_planned_run_is_a_command_that_the_trainer_accepts(tmp_path, monkeypatch, setting):
+    commands = []
+
+    def command(self, command, *, log):
+        commands.append(parse_config(list(command[3:])))
+        log.parent.mkdir()
+        evaluation = {"kind": "evaluation", "greedy_accuracy": 0, "sampled_accuracy": 0}
+        row = json.dumps(evaluation | {"greedy_right": [0], "sampled_right": [0]}) + "\n"
+        (log.parent / "metrics.jsonl").write_text(row * 2)
+        return {"seconds": 1.0, "cpu_seconds": 1.0}
+
+    monkeypatch.setattr(toy.quickstart.Recipe, "warm_start", ())
+    monkeypatch.setattr(processes.Workplace, "command", command)
+    bench = toy.Toy(setting, processes.Workplace(tmp_path / "work"))
+    for interface in setting.interfaces:
+        bench.run(Run(setting=setting, interface=interface, seed=3))
+    for interface, config in zip(setting.interfaces, commands, strict=True):
+        config.check(data_parallel_size=1)
+        check_config(config.interface)
+        assert config.interface.interface == interface and config.training.seed == 3
+        assert (config.training.lr, config.training.train_iters) == (setting.options["lr"], TOY.options["train_iters"])
+        assert config.rollout.rollout_batch_size == config.training.micro_batch_size == 32
+        assert config.evaluation.eval_interval is None, "before and after, nothing between"
+    assert len({config.model.pretrained_checkpoint for config in commands}) == 1
 
 
 def test_outcomes_are_what_the_evaluations_have_counted():
@@ -230,6 +263,7 @@ def test_a_run_with_real_weights_is_the_examples_own_commands(tmp_path, monkeypa
     flags = started[0][started[0].index("megatron_simct.train") + 1 :]
     config = parse_config(flags)
     config.check(data_parallel_size=1)
+    check_config(config.interface)
     assert (config.interface.interface, config.training.seed, config.training.lr) == ("bytes", 2, REAL.options["lr"])
     assert config.interface.divergence == REAL.options["divergence"]
     assert [len(started), "export" in " ".join(started[1])] == [3, True]
