@@ -43,6 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"examples/experiments/run.sh: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("examples/experiments/run.sh: stopped; the same command goes on with what is missing", file=sys.stderr)
+        return 130
     console.print(f"written to {path}", soft_wrap=True)
     return 1 if failed else 0
 
