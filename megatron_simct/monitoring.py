@@ -205,13 +205,12 @@ class Monitor:
             self.say(f"{line} {note} |" if note else line)
         self._watch_mass(values.get("student_mass_outside_u"))
 
-    def evaluation(self, iteration: int, values: dict[str, float]) -> None:
-        """Record an evaluation of the weights after `iteration` steps."""
+    def evaluation(self, iteration: int, values: dict[str, float | list[int]]) -> None:
+        """Record an evaluation of the weights after `iteration` steps; lists go to metrics.jsonl only."""
         if self._active:
             self._record("evaluation", iteration, values)
-            self.say(
-                f" evaluation at iteration {iteration} | " + " | ".join(f"{k}: {v:.4f}" for k, v in values.items())
-            )
+            shown = [f"{name}: {value:.4f}" for name, value in values.items() if not isinstance(value, list)]
+            self.say(f" evaluation at iteration {iteration} | " + " | ".join(shown))
 
     def say(self, text: str) -> None:
         """One line on the terminal, above the progress bar where there is one."""
@@ -227,7 +226,7 @@ class Monitor:
         for writer in self._writers:
             writer.close()
 
-    def _record(self, kind: str, iteration: int, values: dict[str, float]) -> None:
+    def _record(self, kind: str, iteration: int, values: dict[str, float | list[int]]) -> None:
         for writer in self._writers:
             writer.write(kind, iteration, values)
 

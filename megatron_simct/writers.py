@@ -19,8 +19,9 @@ from megatron_simct.config import OutputConfig
 class Writer(Protocol):
     """One destination of metrics."""
 
-    def write(self, kind: str, iteration: int, values: dict[str, float]) -> None:
-        """Metrics of a step or an evaluation; a value that is not finite has no place in the output."""
+    def write(self, kind: str, iteration: int, values: dict[str, float | list[int]]) -> None:
+        """Metrics of a step or an evaluation; a value that is not finite has no place in the output. Lists are counts
+        of each held-out prompt: JSON lines have them, curves do not."""
         ...
 
     def close(self) -> None: ...
@@ -45,7 +46,8 @@ class JsonLines:
         self._file = open(path, "a", buffering=1)
 
     def write(self, kind: str, iteration: int, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"kind": kind, "iteration": iteration, **_finite(values)}) + "\n")
+        kept = {name: value for name, value in values.items() if not isinstance(value, float) or math.isfinite(value)}
+        self._file.write(json.dumps({"kind": kind, "iteration": iteration, **kept}) + "\n")
 
     def close(self) -> None:
         self._file.close()
@@ -70,7 +72,7 @@ class TensorBoard:
 
         self._writer = SummaryWriter(directory, purge_step=start + 1 if start else None)
 
-    def write(self, kind: str, iteration: int, values: dict[str, float]) -> None:
+    def write(self, kind: str, iteration: int, values: dict[str, float | list[int]]) -> None:
         for name, value in _finite(values).items():
             self._writer.add_scalar(f"{kind}/{name}", value, iteration)
 
@@ -89,7 +91,7 @@ class WandB:
         mode = os.environ.get("WANDB_MODE", "offline")
         self._run = wandb.init(project=project, dir=directory, config=config, mode=mode)
 
-    def write(self, kind: str, iteration: int, values: dict[str, float]) -> None:
+    def write(self, kind: str, iteration: int, values: dict[str, float | list[int]]) -> None:
         named = {f"{kind}/{name}": value for name, value in _finite(values).items()}
         self._run.log(named | {"iteration": iteration})
 
@@ -97,9 +99,9 @@ class WandB:
         self._run.finish()
 
 
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """The metrics that have a value this time."""
-    return {name: v for name, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
+def _finite(values: dict[str, Any]) -> dict[str, float]:
+    """The metrics that are one number, and have it this time."""
+    return {name: v for name, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
 
 
 def check_writers(output: OutputConfig) -> None:

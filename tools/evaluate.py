@@ -278,14 +278,18 @@ def identity(options: argparse.Namespace, problems: Sequence[Problem]) -> dict[s
         names += ["hf_checkpoint", "tokenizer_model", "pretrained_checkpoint", "stop_token_ids", "bf16"]
         names += ["temperature", "top_p", "top_k", "max_response_len", "max_prompt_len", "seed"]
     run = {name: getattr(options, name) for name in names}
-    digest = hashlib.sha256(json.dumps([p.fields for p in problems], sort_keys=True).encode())
-    run |= {"problems": len(problems), "problems_sha256": digest.hexdigest()}
+    run |= {"problems": len(problems), "problems_sha256": digest_of(problems)}
     if options.responses is not None:
         try:
             run["responses_sha256"] = hashlib.sha256(Path(options.responses).read_bytes()).hexdigest()
         except OSError as error:
             raise ValueError(f"--responses {options.responses}: {error.strerror}") from None
     return json.loads(json.dumps(run))
+
+
+def digest_of(problems: Sequence[Problem]) -> str:
+    """sha256 (hex) of the rows."""
+    return hashlib.sha256(json.dumps([p.fields for p in problems], sort_keys=True).encode()).hexdigest()
 
 
 def remember(folder: Path, run: dict[str, Any]) -> None:

@@ -6,30 +6,34 @@ Three ordinary runs of megatron_simct.train, one after another, each of which a 
     2. warm-up    sft of the student, stopped early, while most of its answers are still wrong
     3. distil     the student samples, the teacher scores, the chosen interface compares
 
+With --warm-up teacher the student is warmed up on what the teacher says, and two stages come before it, and one at the
+end (tools/evaluate.py, tools/select_responses.py):
+
+    2a. sample    the teacher answers the training problems, and its answers are checked
+    2b. select    of the right answers to each problem the shortest
+    4. evaluate   the distilled student on held-out problems, with intervals
+
 A stage whose command and inputs have not changed since it finished is not run again, so a second interface starts from
-the very same teacher and student.
+the very same teacher and student; one that was interrupted goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
-import shlex
-import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
 from rich.table import Table
-from task import write_task
-from tokenizer_files import Side, sides
 
 ROOT = Path(__file__).resolve().parents[2]
-console = Console(highlight=False)
+sys.path.insert(0, str(ROOT))  # so that a checkout needs no installation
+
+from examples.quickstart.task import write_task  # noqa: E402
+from examples.quickstart.tokenizer_files import sides  # noqa: E402
+from examples.stages import Stage, console  # noqa: E402
 
 # Small enough for two CPU cores, large enough to add.
 ARCHITECTURE = {
@@ -48,119 +52,149 @@ ARCHITECTURE = {
 # sums of unseen numbers are not found from larger ones at all, not even by supervised training.
 INITIALIZER_RANGE = {"teacher": 0.02, "student": 0.05}
 INITIALIZER_RANGE_OF_GROUPED_DIGITS = 0.02
-FINISHED = "finished.json"
 TEACHER_ACCURACY = 0.95
 WARM_ACCURACY = 0.25
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One command, and the folder that it fills."""
-
-    name: str
-    folder: Path
-    command: list[str]
-
-    def run(self) -> float:
-        """Seconds it took, 0 where its result is already there."""
-        record = self.folder / FINISHED
-        fingerprint = self._fingerprint()
-        if record.exists() and json.loads(record.read_text())["fingerprint"] == fingerprint:
-            console.print(f"[bold]{self.name}[/bold]: already there in {self.folder}", soft_wrap=True)
-            return 0.0
-        record.unlink(missing_ok=True)
-        console.print(f"[bold]{self.name}[/bold]: {shlex.join(self.command)}", soft_wrap=True)
-        begin = time.time()
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        status = subprocess.run(self.command, env=environment).returncode
-        if status != 0:
-            raise SystemExit(f"{self.name} failed with exit code {status}; its output is above")
-        seconds = time.time() - begin
-        record.write_text(json.dumps({"fingerprint": fingerprint, "seconds": seconds}))
-        return seconds
-
-    def accuracy(self, which: str, *, first: bool = False) -> float:
-        """The first or last evaluation of a training run."""
-        rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        evaluations = [row for row in rows if row["kind"] == "evaluation"]
-        return evaluations[0 if first else -1][f"{which}_accuracy"]
-
-    def _fingerprint(self) -> str:
-        """Of the command, the files that it reads, and the stages whose checkpoints it starts from."""
-        digest = hashlib.sha256(json.dumps(self.command).encode())
-        for path in map(Path, self.command):
-            for file in (path, path / "config.json", path.parent / FINISHED):
-                if file.is_file() and file.parent != self.folder and path != Path(sys.executable):
-                    digest.update(file.read_bytes())
-        return digest.hexdigest()
-
-
 class Recipe:
-    """The commands of one pair of tokenizers, with every flag that differs from the defaults."""
+    """The stages of one pair of tokenizers, with every flag that differs from the defaults."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self._options = options
         self._folder = folder
-        self.teacher, self.student = sides(options.pair, options.direction, folder / "tokenizers")
+        teacher, student = sides(options.pair, options.direction, folder / "tokenizers")
+        self._sides = {"teacher": teacher, "student": student}
         write_task(folder)
-        for side, name in ((self.teacher, "teacher"), (self.student, "student")):
+        self._data, self._held_out = folder / "train.jsonl", folder / "held_out.jsonl"
+        for name, side in self._sides.items():
             path = folder / f"{name}-architecture"
             path.mkdir(exist_ok=True)
             spread = INITIALIZER_RANGE_OF_GROUPED_DIGITS if side.groups_digits else INITIALIZER_RANGE[name]
             fields = ARCHITECTURE | {"vocab_size": side.vocab_size, "initializer_range": spread}
             (path / "config.json").write_text(json.dumps(fields, indent=1))
-
-    def start(self, name: str, side: Side) -> list[Stage]:
-        """Weights to start from, for the side that groups digits; the other side starts from random ones."""
-        if not side.groups_digits:
-            return []
-        folder = self._folder / f"{name}-start"
-        folder.mkdir(exist_ok=True)
-        program = str(ROOT / "examples" / "quickstart" / "number_embeddings.py")
-        command = [sys.executable, program, *self._model("", name, side), "--seed", str(self._options.seed)]
-        return [Stage(f"start of the {name}", folder, [*command, "--save", str(folder / "checkpoint")])]
-
-    def sft(self, name: str, folder_name: str, side: Side, *flags: str) -> Stage:
-        """Supervised training on the task's answers, until --exit-eval-accuracy."""
-        flags = ("--simct-interface", "sft", "--lr", "2e-3", "--lr-warmup-fraction", "0.03", *flags)
-        if side.groups_digits:
-            flags += ("--pretrained-checkpoint", str(self._folder / f"{folder_name}-start" / "checkpoint"))
-        return self._train(
-            name, folder_name, "32", [*self._model("", folder_name, side), "--eval-samples", "0", *flags]
+        self.teacher = self._sft(
+            *("teacher", "teacher", self._data),
+            *("--train-iters", "800", "--lr-decay-style", "linear"),
+            *("--eval-interval", "50", "--exit-eval-accuracy", str(TEACHER_ACCURACY)),
+        )
+        self.sample = self._sample()
+        self.select = self._select()
+        from_teacher = options.warm_up == "teacher"
+        self.student = self._sft(
+            *("warm-up of the student", "student", self.select.output if from_teacher else self._data),
+            *("--train-iters", "800", "--lr-decay-style", "constant"),
+            *("--eval-interval", "20", "--exit-eval-accuracy", str(WARM_ACCURACY)),
+            needs=(self.select,) if from_teacher else (),
         )
 
-    def distil(self, *flags: str) -> Stage:
-        """On-policy distillation with the chosen interface."""
-        interface = self._options.interface
+    @property
+    def warm_start(self) -> list[Stage]:
+        """All that comes before distillation, in order."""
+        stages = [*self.teacher.needs, self.teacher]
+        if self._options.warm_up == "teacher":
+            stages += [self.sample, self.select]
+        return [*stages, *(stage for stage in self.student.needs if stage not in stages), self.student]
+
+    def distil(self, interface: str, name: str, *flags: str) -> Stage:
+        """On-policy distillation from the warm start, into the folder `name`."""
         models = [
-            *self._model("", "student", self.student),
-            *("--pretrained-checkpoint", str(self._folder / "student" / "checkpoint")),
-            *self._model("teacher-", "teacher", self.teacher),
-            *("--teacher-pretrained-checkpoint", str(self._folder / "teacher" / "checkpoint")),
+            *(*self._model("student"), "--pretrained-checkpoint", self._checkpoint("student")),
+            *(*self._model("teacher", "teacher-"), "--teacher-pretrained-checkpoint", self._checkpoint("teacher")),
         ]
-        return self._train(
-            f"distil with {interface}", f"distil-{interface}", "64", [*models, "--simct-interface", interface, *flags]
+        flags = ("--simct-interface", interface, "--lr-decay-style", "constant", "--rollout-temperature", "1.0", *flags)
+        return self._stage(
+            *(f"distil with {interface}", name, self._data, 64, [*models, *flags]), needs=(self.teacher, self.student)
         )
 
-    def _train(self, name: str, folder_name: str, batch_size: str, flags: list[str]) -> Stage:
-        folder, processes = self._folder / folder_name, self._options.processes
+    def evaluate(self, distil: Stage) -> Stage:
+        """Greedy answers of a distilled student to the held-out problems."""
+        output = self._folder / f"{distil.output.name}-evaluation"
+        model = [*self._model("student"), "--pretrained-checkpoint", str(distil.output / "checkpoint")]
+        return self._answers("evaluate", output, self._held_out, model, needs=(distil,))
+
+    def _sample(self) -> Stage:
+        """The teacher's answers to the training problems, checked."""
+        model = [*self._model("teacher"), "--pretrained-checkpoint", self._checkpoint("teacher")]
+        sampling = ("--samples", "4", "--temperature", "0.6", "--top-p", "0.95", "--limit", "1024")
+        return self._answers(
+            "sample", self._folder / "responses", self._data, [*model, *sampling], needs=(self.teacher,)
+        )
+
+    def _select(self) -> Stage:
+        program, output = str(ROOT / "tools" / "select_responses.py"), self._folder / "warm_up.jsonl"
+        command = [sys.executable, program, "--responses", str(self.sample.output), "--data", str(self._data)]
+        return Stage(
+            name="select",
+            command=(*command, "--min-characters", "1", "--output", str(output)),
+            output=output,
+            needs=(self.sample,),
+        )
+
+    def _answers(self, name: str, output: Path, data: Path, flags: list[str], *, needs: tuple[Stage, ...]) -> Stage:
+        program = [str(ROOT / "tools" / "evaluate.py"), "--benchmark", "exact_match", "--data", str(data)]
+        command = [*self._python, *program, "--output-dir", str(output), "--max-response-len", "16", *flags]
+        return Stage(name=name, command=tuple(command), output=output, needs=needs, inputs=(data,), resumes=True)
+
+    def _start(self, name: str) -> tuple[Stage, ...]:
+        """Weights to start from, for the side that groups digits; the other side starts from random ones."""
+        if not self._sides[name].groups_digits:
+            return ()
+        output = self._folder / f"{name}-start"
+        program = str(ROOT / "examples" / "quickstart" / "number_embeddings.py")
+        command = (sys.executable, program, *self._model(name), "--seed", str(self._options.seed))
+        return (Stage(name=f"start of the {name}", command=(*command, "--save", str(output)), output=output),)
+
+    def _sft(self, title: str, name: str, data: Path, *flags: str, needs: tuple[Stage, ...] = ()) -> Stage:
+        """Supervised training on answers, until --exit-eval-accuracy."""
+        start = self._start(name)
+        flags = ("--simct-interface", "sft", "--lr", "2e-3", "--lr-warmup-fraction", "0.03", *flags)
+        for stage in start:
+            flags += ("--pretrained-checkpoint", str(stage.output))
+        return self._stage(
+            *(title, name, data, 32, [*self._model(name), "--eval-samples", "0", *flags]), needs=(*start, *needs)
+        )
+
+    def _stage(
+        self, title: str, name: str, data: Path, batch_size: int, flags: list[str], *, needs: tuple[Stage, ...]
+    ) -> Stage:
+        """A run of megatron_simct.train in the folder `name`."""
+        folder = self._folder / name
+        checkpoint = str(folder / "checkpoint")
         command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
-            *("-m", "megatron_simct.train", "--run-dir", str(folder), "--save", str(folder / "checkpoint")),
-            *("--prompt-data", str(self._folder / "train.jsonl")),
-            *("--eval-prompt-data", str(self._folder / "held_out.jsonl"), "--rollout-max-response-len", "16"),
-            *("--rollout-batch-size", batch_size, "--micro-batch-size", str(int(batch_size) // processes)),
+            *(*self._python, "-m", "megatron_simct.train", "--run-dir", str(folder)),
+            *("--save", checkpoint, "--load", checkpoint, "--save-interval", "50", "--save-retain", "1"),
+            *("--prompt-data", str(data), "--eval-prompt-data", str(self._held_out)),
+            *("--rollout-max-response-len", "16", "--rollout-batch-size", str(batch_size)),
+            *("--micro-batch-size", str(batch_size // self._options.processes)),
             *("--seed", str(self._options.seed), "--min-lr", "0", "--log-interval", "20"),
             *flags,
+            *(("--train-iters", "2") if self._options.smoke else ()),
         ]
-        return Stage(name, folder, command + ["--train-iters", "2"] * self._options.smoke)
+        inputs = tuple(path for path in (data, self._held_out) if path not in [stage.output for stage in needs])
+        return Stage(name=title, command=tuple(command), output=folder, needs=needs, inputs=inputs, resumes=True)
 
-    def _model(self, prefix: str, name: str, side: Side) -> list[str]:
+    @property
+    def _python(self) -> tuple[str, ...]:
+        """What runs a program, or -m and a module, on all ranks."""
+        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self._options.processes))
+        return (sys.executable, *(torchrun if self._options.processes > 1 else ()))
+
+    def _checkpoint(self, name: str) -> str:
+        return str(self._folder / name / "checkpoint")
+
+    def _model(self, name: str, prefix: str = "") -> list[str]:
         architecture = str(self._folder / f"{name}-architecture")
-        return [f"--{prefix}hf-checkpoint", architecture, f"--{prefix}tokenizer-model", side.tokenizer]
+        return [f"--{prefix}hf-checkpoint", architecture, f"--{prefix}tokenizer-model", self._sides[name].tokenizer]
 
 
-def parse() -> argparse.Namespace:
+def accuracy(stage: Stage, which: str, *, first: bool = False) -> float:
+    """The first or last evaluation of a training run."""
+    rows = [json.loads(line) for line in (stage.output / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [row for row in rows if row["kind"] == "evaluation"]
+    return evaluations[0 if first else -1][f"{which}_accuracy"]
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="examples/quickstart/run.sh",
         description="Distil a teacher into a student with another tokenizer, from nothing, on two CPU cores.",
@@ -184,6 +218,12 @@ def parse() -> argparse.Namespace:
         default="teacher-groups",
         help="which side groups digits under --pair digits-disagree",
     )
+    parser.add_argument(
+        "--warm-up",
+        choices=("answers", "teacher"),
+        default="answers",
+        help="what the student is warmed up on: the task's answers, or checked answers of the teacher",
+    )
     parser.add_argument("--seed", type=int, default=1, help="weights, order of the problems, sampling")
     parser.add_argument("--train-iters", type=int, default=100, help="on-policy steps")
     parser.add_argument(
@@ -194,7 +234,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--run-dir", type=Path, default=ROOT / "runs" / "quickstart", help="where everything is written"
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def main() -> None:
@@ -204,30 +244,23 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").unlink(missing_ok=True)  # of an earlier run
     recipe = Recipe(options, folder)
-    teach = recipe.sft(
-        *("teacher", "teacher", recipe.teacher),
-        *("--train-iters", "800", "--lr-decay-style", "linear"),
-        *("--eval-interval", "50", "--exit-eval-accuracy", str(TEACHER_ACCURACY)),
-    )
-    warm = recipe.sft(
-        *("warm-up of the student", "student", recipe.student),
-        *("--train-iters", "800", "--lr-decay-style", "constant"),
-        *("--eval-interval", "20", "--exit-eval-accuracy", str(WARM_ACCURACY)),
-    )
     distil = recipe.distil(
-        *("--train-iters", str(options.train_iters), "--lr", str(options.lr), "--lr-decay-style", "constant"),
-        *("--rollout-temperature", "1.0", "--eval-interval", "20"),
+        *(options.interface, f"distil-{options.interface}"),
+        *("--train-iters", str(options.train_iters), "--lr", str(options.lr), "--eval-interval", "20"),
     )
-    starts = [*recipe.start("teacher", recipe.teacher), *recipe.start("student", recipe.student)]
-    seconds = {stage.name: stage.run() for stage in (*starts, teach, warm, distil)}
-    summary = {
-        "teacher_accuracy": teach.accuracy("greedy"),
-        "student_accuracy_before": distil.accuracy("greedy", first=True),
-        "student_accuracy_after": distil.accuracy("greedy"),
-        "student_sampled_before": distil.accuracy("sampled", first=True),
-        "student_sampled_after": distil.accuracy("sampled"),
+    stages = [*recipe.warm_start, distil]
+    if options.warm_up == "teacher":
+        stages.append(recipe.evaluate(distil))
+    seconds = {stage.name: stage.run(ROOT) for stage in stages}
+    summary: dict[str, Any] = {
+        "teacher_accuracy": accuracy(recipe.teacher, "greedy"),
+        "student_accuracy_before": accuracy(distil, "greedy", first=True),
+        "student_accuracy_after": accuracy(distil, "greedy"),
+        "student_sampled_before": accuracy(distil, "sampled", first=True),
+        "student_sampled_after": accuracy(distil, "sampled"),
         "interface": options.interface,
         "pair": options.pair if options.pair == "digits-agree" else f"{options.pair}, {options.direction}",
+        "warm_up": options.warm_up,
         "seed": options.seed,
         "seconds": round(time.time() - begin, 1),
         "seconds_by_stage": {name: round(value, 1) for name, value in seconds.items()},

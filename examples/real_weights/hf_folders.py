@@ -12,10 +12,13 @@ import argparse
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
-from models import MODELS, Model, gguf_file
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checkout needs no installation
+
+from examples.real_weights.models import MODELS, Model, gguf_file  # noqa: E402
 
 
 def restore_digits(spec: dict[str, Any]) -> dict[str, Any]:

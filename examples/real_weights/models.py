@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # so that a checkout needs no installation
-
-from tools.benchmark.real_inputs import Archive, Source, fetch  # noqa: E402
+from tools.benchmark.real_inputs import Archive, Source, fetch
 
 
 @dataclass(frozen=True, kw_only=True)

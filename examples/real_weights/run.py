@@ -22,12 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models import MODELS, ROOT, gguf_file
 from rich.table import Table
-from stages import Stage, console
-from texts import write_texts
 
-from tools.benchmark.real_inputs import Unavailable
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # so that a checkout needs no installation
+
+from examples.real_weights.models import MODELS, gguf_file  # noqa: E402
+from examples.real_weights.texts import write_texts  # noqa: E402
+from examples.stages import Stage, console  # noqa: E402
+from tools.benchmark.real_inputs import Unavailable  # noqa: E402
 
 AGREE = 1e-4
 """Relative: the exported student's loss in transformers and in the trainer."""
@@ -58,10 +61,14 @@ class Recipe:
         return _steps(self.distil.output / "metrics.jsonl")
 
 
-def recipe(options: argparse.Namespace) -> Recipe:
-    """The commands, with every flag that differs from the defaults. The texts are there already."""
+def recipe(options: argparse.Namespace, *, work: Path | None = None) -> Recipe:
+    """The commands, with every flag that differs from the defaults. The texts are there already.
+
+    work: the folder of the distillation and of what comes after; default: that of the alignment map.
+    """
     teacher_name, student_name = ("smollm2", "gemma3") if options.reverse else ("gemma3", "smollm2")
     folder = options.run_dir / f"{teacher_name}-to-{student_name}"
+    work = work or folder
     texts = options.run_dir / "texts"
     prompts, held_out = texts / "prompts.jsonl", texts / "held_out.jsonl"
     python, torchrun = (sys.executable,), (sys.executable, "-m", "torch.distributed.run", "--standalone")
@@ -85,7 +92,7 @@ def recipe(options: argparse.Namespace) -> Recipe:
         needs=(teacher, student),
         inputs=(held_out,),
     )
-    checkpoint = folder / "distil" / "checkpoint"
+    checkpoint = work / "distil" / "checkpoint"
     distil = Stage(
         name="distil",
         command=(
@@ -98,12 +105,14 @@ def recipe(options: argparse.Namespace) -> Recipe:
                 str(_micro(options.batch_size, options)),
             ),
             *("--rollout-max-prompt-len", "160", "--rollout-max-response-len", str(options.response_len)),
-            *("--simct-divergence", options.divergence),
-            *("--train-iters", str(options.train_iters), "--lr", str(options.lr), "--min-lr", "0", "--seed", "1"),
+            *("--simct-interface", options.interface),
+            *(() if options.interface in ("alm", "uld") else ("--simct-divergence", options.divergence)),
+            *("--train-iters", str(options.train_iters), "--lr", str(options.lr), "--min-lr", "0"),
+            *("--seed", str(options.seed)),
             *("--save", str(checkpoint), "--load", str(checkpoint), "--save-interval", "5", "--save-retain", "1"),
-            *("--run-dir", str(folder / "distil")),
+            *("--run-dir", str(work / "distil")),
         ),
-        output=folder / "distil",
+        output=work / "distil",
         needs=(teacher, student, alignment_map),
         inputs=(prompts,),
         resumes=True,
@@ -113,10 +122,10 @@ def recipe(options: argparse.Namespace) -> Recipe:
         name="export",
         command=(
             *(*python, "tools/convert_checkpoint.py", "megatron-to-hf", "--load", str(checkpoint)),
-            *("--hf-checkpoint", str(student.output), "--save", str(folder / "export")),
+            *("--hf-checkpoint", str(student.output), "--save", str(work / "export")),
             *("--verify", "--verify-text", VERIFY_TEXT),
         ),
-        output=folder / "export",
+        output=work / "export",
         needs=(distil,),
     )
     num_rows = len(held_out.read_text().splitlines())
@@ -126,9 +135,9 @@ def recipe(options: argparse.Namespace) -> Recipe:
             *(*train, "--simct-interface", "sft", "--hf-checkpoint", str(student.output)),
             *("--pretrained-checkpoint", str(checkpoint), "--prompt-data", str(held_out)),
             *("--rollout-batch-size", str(num_rows), "--micro-batch-size", str(_micro(num_rows, options))),
-            *("--train-iters", "1", "--lr", "0", "--min-lr", "0", "--run-dir", str(folder / "trainer")),
+            *("--train-iters", "1", "--lr", "0", "--min-lr", "0", "--run-dir", str(work / "trainer")),
         ),
-        output=folder / "trainer",
+        output=work / "trainer",
         needs=(distil,),
         inputs=(held_out,),
         threads=threads,
@@ -148,7 +157,7 @@ def recipe(options: argparse.Namespace) -> Recipe:
     measured = {
         "teacher": measure(MODELS[teacher_name].name, teacher, options.run_dir / f"{teacher_name}.json", 0),
         "before": measure(MODELS[student_name].name, student, options.run_dir / f"{student_name}.json", 0),
-        "after": measure("exported student", export, folder / "export.json", 2),
+        "after": measure("exported student", export, work / "export.json", 2),
     }
     return Recipe(
         teacher=teacher,
@@ -236,6 +245,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, help="prompts a step; even")
     parser.add_argument("--response-len", type=int, default=64, help="tokens a response")
     parser.add_argument("--lr", type=float, default=2e-5, help="peak learning rate")
+    parser.add_argument(
+        "--interface",
+        choices=("paper", "sum", "exact", "strict", "strict_topk", "uld", "alm", "bytes"),
+        default="paper",
+        help="how distributions compare",
+    )
+    parser.add_argument("--seed", type=int, default=1, help="order of the problems, sampling")
     parser.add_argument(
         "--divergence",
         choices=("forward_kl", "reverse_kl", "js"),

@@ -9,8 +9,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import models  # noqa: F401  (finds the checkout)
-
 from tools.benchmark.real_inputs import champ_problems, humaneval_problems
 
 Problem = tuple[str, str]

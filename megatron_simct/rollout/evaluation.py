@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_simct.alignment.tokenizer import Tokenizer
 from megatron_simct.data.prompts import PromptSource
-from megatron_simct.parallel.reductions import sum_over_ranks
+from megatron_simct.parallel.reductions import total
 from megatron_simct.records import Prompt
 from megatron_simct.rollout.engine import RolloutEngine, Sampling
 
@@ -35,24 +35,27 @@ class Evaluator:
         self._engine = engine
         self._tokenizer = tokenizer
         self._group = group
+        self._num_prompts = len(prompts)
         self._greedy_prompts = prompts.share()
         self._samples = samples
         self._sampled_prompts = prompts.batch(0) if samples else []
         self._greedy = Sampling(temperature=0.0, top_p=1.0, max_response_len=max_response_len, seed=seed)
         self._sampled = Sampling(temperature=temperature, top_p=1.0, max_response_len=max_response_len, seed=seed)
 
-    def measure(self) -> dict[str, float]:
-        """greedy_accuracy and, where samples were asked for, sampled_accuracy. Collective over all ranks."""
-        accuracy = {"greedy_accuracy": self._accuracy(self._greedy_prompts, self._greedy)}
+    def measure(self) -> dict[str, float | list[int]]:
+        """greedy_accuracy and, where samples were asked for, sampled_accuracy; greedy_right and sampled_right: how many
+        responses to each held-out prompt were right, in the order of the file. Collective over all ranks."""
+        found = self._measure("greedy", self._greedy_prompts, self._greedy, 1)
         if self._samples:
-            accuracy["sampled_accuracy"] = self._accuracy(self._sampled_prompts, self._sampled)
-        return accuracy
+            found |= self._measure("sampled", self._sampled_prompts, self._sampled, self._samples)
+        return found
 
-    def _accuracy(self, prompts: Sequence[Prompt], sampling: Sampling) -> float:
-        hits = sum(
-            rollout.finish == "stop" and self._tokenizer.decode(rollout.student_ids[:-1]) == str(prompt.label).encode()
-            for prompt, rollout in zip(prompts, self._engine.generate(prompts, sampling), strict=True)
-        )
-        counts = {"hits": torch.tensor(hits), "prompts": torch.tensor(len(prompts))}
-        counts = sum_over_ranks(counts, self._group)
-        return counts["hits"] / counts["prompts"]
+    def _measure(
+        self, name: str, prompts: Sequence[Prompt], sampling: Sampling, samples: int
+    ) -> dict[str, float | list[int]]:
+        right = torch.zeros(self._num_prompts, dtype=torch.int64)
+        for prompt, rollout in zip(prompts, self._engine.generate(prompts, sampling), strict=True):
+            response = self._tokenizer.decode(rollout.student_ids[:-1])
+            right[prompt.sample_id // samples] += rollout.finish == "stop" and response == str(prompt.label).encode()
+        counts = total(right, self._group).tolist()
+        return {f"{name}_accuracy": sum(counts) / (self._num_prompts * samples), f"{name}_right": counts}

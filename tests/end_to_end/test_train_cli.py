@@ -53,7 +53,9 @@ def assert_two_steps(result: subprocess.CompletedProcess, run_dir: Path) -> list
         assert line["loss"] > 0 and line["grad_norm"] > 0 and line["rollout_logprob_gap"] < 1e-4
         assert 0 < line["coverage_one_to_one"] + line["coverage_unit"] <= 1
     for line in (metrics[0], metrics[3]):
-        assert 0 <= line["greedy_accuracy"] <= 1 and 0 <= line["sampled_accuracy"] <= 1
+        for name in ("greedy", "sampled"):
+            right = line[f"{name}_right"]
+            assert set(right) <= {0, 1} and line[f"{name}_accuracy"] == sum(right) / len(right)
     return metrics
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_simct import train
 from tests.distributed import run_ranks
-from tools import evaluate
+from tests.tiny import command_line
+from tools import evaluate, select_responses
 
 ROWS = [
     {"task_id": i, "prompt": f"Tom has {i}.", "code": "", "test_imports": [], "test_list": [f"assert {i} > 1"]}
@@ -122,3 +124,39 @@ def test_given_responses_are_graded_without_a_model(tmp_path):
     assert (metrics["avg@2"]["mean"], metrics["pass@2"]["mean"]) == (0.3, 0.6)
     code, error = _main(0, 1, [*argv, "--output-dir", str(tmp_path / "another")])
     assert code == 1 and "2 responses to 0, and --samples is 1" in error
+
+
+def _train(rank, world_size, argv):
+    return train.main(argv)
+
+
+def test_a_teachers_right_answers_are_what_a_student_is_warmed_up_on(tiny, weights, tmp_path):
+    """Sample and check, select, sft: each command reads what the one before has left."""
+
+    def sample(folder: Path, labels: list[str]) -> list[dict]:
+        rows = [{"prompt": f"Tom has {i}.", "label": label} for i, label in enumerate(labels)]
+        (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        argv = [
+            *("--benchmark", "exact_match", "--data", str(tmp_path / "problems.jsonl"), "--output-dir", str(folder)),
+            *("--hf-checkpoint", str(tiny / "student"), "--tokenizer-model", str(tiny / "student.model")),
+            *("--make-vocab-size-divisible-by", "8", *weights[:2], "--max-response-len", "6", "--workers", "1"),
+            *("--samples", "4", "--temperature", "1", "--stop-token-ids", *map(str, range(260, 310))),
+        ]
+        assert run_ranks(1, _main, argv) == [(0, "")]
+        return [json.loads(line) for line in (folder / "responses" / "000000.jsonl").read_text().splitlines()]
+
+    said = sample(tmp_path / "first", ["?"] * 12)
+    whole = [row for row in said if row["finish"] == "stop" and row["response"] and "\ufffd" not in row["response"]]
+    ended = {row["problem_id"]: row["response"] for row in whole}
+    assert len(ended) >= 2, "the model ends some of its answers"
+    sample(tmp_path / "second", [ended.get(str(i), "?") for i in range(12)])
+    argv = ["--responses", str(tmp_path / "second"), "--data", str(tmp_path / "problems.jsonl")]
+    argv += ["--min-characters", "1", "--output", str(tmp_path / "warm_up.jsonl")]
+    assert select_responses.main(argv) == 0
+    rows = [json.loads(line) for line in (tmp_path / "warm_up.jsonl").read_text().splitlines()]
+    assert {row["id"]: row["response"] for row in rows} == ended
+    argv = command_line(tiny, "--simct-interface", "sft", "--prompt-data", str(tmp_path / "warm_up.jsonl"))
+    argv += ["--rollout-batch-size", "2", "--train-iters", "1", "--run-dir", str(tmp_path / "run")]
+    assert run_ranks(1, _train, argv) == [0]
+    (step,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert step["loss"] > 0 and step["stop_rate"] == 1

@@ -60,6 +60,8 @@ ROWS = {
     "mbpp": MBPP,
     "humaneval": HUMANEVAL,
     "livecodebench": livecodebench(STDIN[:1], STDIN[1:]),
+    "exact_match": {"id": "q1", "prompt": "Add.", "label": " 3."},
+    "math_label": {"id": "q1", "messages": [{"role": "user", "content": "Add."}], "label": "1/2"},
 }
 
 
@@ -113,6 +115,8 @@ def test_lists_and_compressed_lines_are_read(tmp_path):
         ("mbpp", json.dumps(GSM8K), "row 1 is not one of mbpp .KeyError: 'test_list'"),
         ("mbpp", "\n".join([json.dumps(MBPP)] * 2), "two rows have the same id"),
         ("math500", "{", "not JSON"),
+        ("exact_match", json.dumps({"prompt": "Add.", "label": 3}), "row 1 is not one of exact_match .TypeError"),
+        ("math_label", json.dumps({"messages": [], "label": "3"}), "not one message of the user"),
         ("math500", "", "holds no problems"),
     ],
 )
@@ -167,6 +171,15 @@ def test_equal_answers_of_math(right):
     assert right("math500", MATH, "It is $\\boxed{0.5}$.", chat=True) == {"math_verify": True}
     assert right("math500", MATH, "It is $\\boxed{\\frac{2}{3}}$.", chat=True) == {"math_verify": False}
     assert right("math500", {"problem": "?", "answer": "x+1"}, "$\\boxed{1+x}$") == {"math_verify": True}
+
+
+def test_labels_are_the_response_or_its_final_answer(right):
+    row = {"prompt": "Half?", "label": "\\frac{1}{2}"}
+    assert right("exact_match", row, "\\frac{1}{2}") == {"exact_match": True}
+    assert right("exact_match", row, " \\frac{1}{2}") == {"exact_match": False}
+    assert right("math_label", row, "It is $0.5$.") == {"math_verify": True}
+    assert right("math_label", row | {"label": "so $\\frac{1}{2}$"}, "It is $\\boxed{1/2}$.") == {"math_verify": True}
+    assert right("math_label", row, "It is $0.6$.") == {"math_verify": False}
 
 
 def test_a_computation_without_end_is_wrong_and_the_next_answer_is_read(verifier, monkeypatch):

@@ -190,7 +190,7 @@ def _run_monitor(rank, world_size, masses, run_dir, log_interval):
             batch_size=1,
             sampled=True,
         )
-        monitor.evaluation(0, {"greedy_accuracy": 0.25})
+        monitor.evaluation(0, {"greedy_accuracy": 0.25, "greedy_right": [0, 1, 0, 0]})
         rollouts, pairs = ([record] for record in records(1, {"bytes": 60}))
         for iteration, mass in enumerate(masses, start=1):
             sums = report(student_mass_outside_u_sum=12.0 * mass)
@@ -228,7 +228,8 @@ def test_metrics_are_strict_json_of_the_first_rank(tmp_path):
         raise AssertionError(f"{constant} is not JSON")
 
     lines = [json.loads(line, parse_constant=refuse) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert lines[0] == {"kind": "evaluation", "iteration": 0, "greedy_accuracy": 0.25}
+    evaluation = {"kind": "evaluation", "iteration": 0, "greedy_accuracy": 0.25, "greedy_right": [0, 1, 0, 0]}
+    assert lines[0] == evaluation
     assert [(line["kind"], line["iteration"]) for line in lines[1:]] == [("step", 1), ("step", 2), ("step", 3)]
     for line in lines[1:]:
         assert line["loss"] == 0.25 and line["student_mass_outside_u"] == 0.25

@@ -4,33 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import json
 import sys
 from pathlib import Path
 
 import pytest
 
+from examples import stages
+from examples.real_weights import hf_folders, measure, models, run, texts
 from megatron_simct.arguments import parse_config
 from tests.huggingface import save_byte_fallback, save_model
 from tools import build_alignment_map, convert_checkpoint
 from tools.benchmark.real_inputs import Archive, Source
-
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "real_weights"
-
-
-def example(name: str):
-    """One of the example's modules, which import each other by their bare names."""
-    sys.path.insert(0, str(EXAMPLE))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(EXAMPLE))
-
-
-hf_folders, measure, models, run, stages, texts = map(
-    example, ("hf_folders", "measure", "models", "run", "stages", "texts")
-)
 
 
 def test_numbers_are_cut_into_digits_again():

@@ -1,0 +1,231 @@
+"""report.md from the files of results/: tables, figures, and the sentences that they bear."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from examples.experiments.figures import draw
+from examples.experiments.plan import SETTINGS, Run, Setting
+from examples.experiments.scoring import Metric, change, difference, metrics_of, scores, verdict
+from megatron_simct.evaluation.statistics import Estimate
+
+HERE = Path(__file__).parent
+BASELINES = ("strict", "paper")
+"""What every other interface is compared with: the one without units, and the one that SimCT proposes."""
+
+Results = dict[str, dict[int, dict[str, Any]]]
+"""Of one setting: by interface, by seed."""
+
+
+def write_report(runs: Sequence[Run]) -> Path:
+    """Write report.md and its figures; where the report lies."""
+    found = {run.name: run.result for run in runs}
+    missing = [run for run in runs if found[run.name] is None]
+    parts = [_introduction(runs, missing)]
+    for setting in SETTINGS:
+        results: Results = {}
+        for run in runs:
+            if run.setting == setting and found[run.name] is not None:
+                results.setdefault(run.interface, {})[run.seed] = found[run.name]
+        parts.append(_section(setting, results))
+    parts.append(_limits())
+    path = HERE / "report.md"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def _introduction(runs: Sequence[Run], missing: Sequence[Run]) -> str:
+    lines = [
+        "# Which interface is better",
+        "",
+        "Written by `./examples/experiments/run.sh` from the files of `results/`; do not edit. Each run distils on",
+        "policy from the warm start that all runs of its setting share, with one learning rate for all interfaces.",
+        "",
+        f"**{len(runs) - len(missing)} of {len(runs)} planned runs are done.**",
+    ]
+    if missing:
+        lines += ["Missing, by setting, interface and seed:", ""]
+        for setting in SETTINGS:
+            seeds = {name: [] for name in setting.interfaces}
+            for run in missing:
+                if run.setting == setting:
+                    seeds[run.interface].append(str(run.seed))
+            items = [f"`{name}` {' '.join(numbers)}" for name, numbers in seeds.items() if numbers]
+            if items:
+                lines.append(f"* {setting.name}: {', '.join(items)}")
+    return "\n".join(lines)
+
+
+def _section(setting: Setting, results: Results) -> str:
+    lines = [f"## {setting.name}: {setting.title}", "", _configuration(setting)]
+    if not results:
+        return "\n".join([*lines, "", "No run of this setting is done."])
+    metrics = metrics_of(next(iter(next(iter(results.values())).values())))
+    lines += ["", _warm_starts(results, metrics)]
+    draw(setting.name, results, metrics, HERE / "figures" / f"{setting.name}.svg")
+    lines += ["", f"![{setting.title}](figures/{setting.name}.svg)", ""]
+    lines += [_verdicts(results, metrics), "", _values(results, metrics), "", _comparisons(results, metrics)]
+    return "\n".join([*lines, "", _conditions(results)])
+
+
+def _configuration(setting: Setting) -> str:
+    options = ", ".join(f"{name} {value}" for name, value in setting.options.items())
+    interfaces = ", ".join(f"`{name}`" for name in setting.interfaces)
+    return f"Part {setting.part}; {options}. Planned: {interfaces}; seeds 1 to {setting.seeds}."
+
+
+def _warm_starts(results: Results, metrics: Sequence[Metric]) -> str:
+    every = [result for by_seed in results.values() for result in by_seed.values()]
+    starts = sorted({result["warm_start"] for result in every})
+    one = f"All runs start from one student ({starts[0]})." if len(starts) == 1 else (
+        f"The runs start from {len(starts)} different warm starts ({', '.join(starts)}): compare with care."
+    )  # fmt: skip
+    before = [
+        f"{metric.title} {fmean(scores(result, metric.name, before=True).mean() for result in every):.4f}"
+        for metric in metrics
+    ]
+    return f"{one} Before distillation: {', '.join(before)}."
+
+
+# Sentences
+
+
+def _verdicts(results: Results, metrics: Sequence[Metric]) -> str:
+    """What changed, who is ahead, who harms; each with what its interval says."""
+    lines = []
+    for metric in metrics:
+        of_change = {name: change(list(by_seed.values()), metric.name) for name, by_seed in results.items()}
+        for word, text in (
+            ("better", "improves under"),
+            ("worse", "is harmed by"),
+            ("undecided", "may go either way under"),
+        ):
+            names = [name for name, estimate in of_change.items() if verdict(estimate, metric) == word]
+            if names:
+                lines.append(f"* {metric.title.capitalize()} {text} {_list(names, of_change)}.")
+        if len(results) > 1:
+            lines.append(f"* {_ahead(results, metric)}")
+    return "\n".join(lines)
+
+
+def _list(names: Sequence[str], estimates: dict[str, Estimate]) -> str:
+    return ", ".join(f"`{name}` ({estimates[name].mean:+.3f})" for name in names)
+
+
+def _ahead(results: Results, metric: Metric) -> str:
+    """Who has the best mean, and who cannot be told from it."""
+    sign = 1 if metric.higher_is_better else -1
+
+    def mean(name: str) -> float:
+        return fmean(scores(result, metric.name).mean() for result in results[name].values())
+
+    best, *others = sorted(results, key=lambda name: -sign * mean(name))
+    close = []
+    for name in others:
+        if results[best].keys() & results[name].keys():
+            estimate = difference(results[best], results[name], metric.name)
+            if verdict(estimate, metric) != "better":
+                close.append(f"`{name}`")
+    told = f"not told apart from it: {', '.join(close)}" if close else "ahead of every other one"
+    return f"Best {metric.title}: `{best}`, {mean(best):.4f}; {told}."
+
+
+# Tables
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _interval(estimate: Estimate, digits: int) -> str:
+    return f"{estimate.mean:+.{digits}f} ({estimate.low:+.{digits}f} to {estimate.high:+.{digits}f})"
+
+
+def _digits(metrics: Sequence[Metric]) -> int:
+    return 3 if metrics[0].higher_is_better else 4
+
+
+def _values(results: Results, metrics: Sequence[Metric]) -> str:
+    """Every seed, and the change that distillation made."""
+    digits = _digits(metrics)
+    header = ["interface", "seeds"]
+    for metric in metrics:
+        header += [f"{metric.title}, by seed", "change (95 % interval)"]
+    rows = []
+    for name, by_seed in results.items():
+        seeds = sorted(by_seed)
+        row = [f"`{name}`", " ".join(map(str, seeds))]
+        for metric in metrics:
+            values = [f"{scores(by_seed[seed], metric.name).mean():.{digits}f}" for seed in seeds]
+            row += [" ".join(values), _interval(change([by_seed[seed] for seed in seeds], metric.name), digits)]
+        rows.append(row)
+    return _table(header, rows)
+
+
+def _comparisons(results: Results, metrics: Sequence[Metric]) -> str:
+    """Each interface minus the baselines, on the seeds that both have."""
+    digits = _digits(metrics)
+    baselines = [name for name in BASELINES if name in results]
+    header = ["difference, paired"]
+    header += [f"{metric.title} - `{name}`" for name in baselines for metric in metrics[:2]]
+    rows = []
+    for name, by_seed in results.items():
+        cells = []
+        for baseline in baselines:
+            for metric in metrics[:2]:
+                common = by_seed.keys() & results[baseline].keys()
+                none = name == baseline or not common
+                cells.append("" if none else _interval(difference(by_seed, results[baseline], metric.name), digits))
+        rows.append([f"`{name}`", *cells])
+    return _table(header, rows)
+
+
+def _conditions(results: Results) -> str:
+    """What else was seen of the runs, means over seeds."""
+
+    def mean(by_seed: dict[int, dict[str, Any]], of: Callable[[dict[str, Any]], float | None], digits: int) -> str:
+        values = [value for value in map(of, by_seed.values()) if value is not None]
+        return f"{fmean(values):.{digits}f}" if values else ""
+
+    columns = {
+        "coverage 1:1": "coverage_one_to_one",
+        "coverage units": "coverage_unit",
+        "mass outside U, first": "mass_outside_first",
+        "last": "mass_outside_last",
+        "loss, first": "loss_first",
+        "loss, last": "loss_last",
+    }
+    rows = [
+        [
+            f"`{name}`",
+            *(mean(by_seed, lambda result, key=key: result["figures"].get(key), 3) for key in columns.values()),
+            mean(by_seed, lambda result: result["seconds"], 0),
+            mean(by_seed, lambda result: result["cpu_seconds"], 0),
+        ]
+        for name, by_seed in results.items()
+    ]
+    return _table(["mean over seeds", *columns, "seconds", "of the processor"], rows)
+
+
+def _limits() -> str:
+    return """## What the intervals cannot tell
+
+* They are percentiles of means over held-out problems drawn again with replacement, the seeds being averaged first,
+  both interfaces on the same draws. They tell what other problems of the same kind would give. They do not tell what
+  another teacher or warm start would: every setting has one. What another seed of the distillation would give shows in
+  the seeds themselves, which scatter more than the intervals where a run can collapse.
+* One learning rate serves all interfaces of a setting, chosen where `bytes` was known to learn; another interface may
+  want another rate, or another number of steps. An interface that harms here harms with this budget.
+* Many interfaces and several metrics: of twenty intervals one misses by chance. Differences near 0 are no ranking.
+* The toy answers turn on numbers. Where tokenizers disagree on digits, that is the hardest case for units and no
+  typical text.
+* Seconds are of a machine that did other work too; `of the processor` is the time that the run's one thread had.
+* Mass outside U is the student's probability outside the compared tokens, mean of the first and of the last ten steps.
+  `bytes` compares no tokens: it covers every byte, and has neither coverage nor U."""

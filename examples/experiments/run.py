@@ -1,0 +1,153 @@
+"""The study: which interface is better on which pair, how sure that is, and where one harms.
+
+    ./examples/experiments/run.sh                  what is missing of all parts, then the report
+    ./examples/experiments/run.sh --parts a,b      the quick start's pairs only
+    ./examples/experiments/run.sh --report-only
+
+Every finished run is a file of results/; a run whose file has the same configuration is not run again. What is on the
+way when the command is stopped or killed is run again, nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # so that a checkout needs no installation
+
+from examples.experiments.plan import RESULTS, SETTINGS, Run, planned_runs  # noqa: E402
+from examples.experiments.processes import Workplace  # noqa: E402
+from examples.experiments.real import RealWeights  # noqa: E402
+from examples.experiments.report import write_report  # noqa: E402
+from examples.experiments.toy import Toy  # noqa: E402
+
+console = Console(highlight=False)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0; 1 where a run failed or nothing could be started."""
+    options = parse(argv)
+    try:
+        failed = 0 if options.report_only else run_missing(chosen(options), options)
+        path = write_report(planned_runs())
+    except ValueError as error:
+        print(f"examples/experiments/run.sh: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("examples/experiments/run.sh: stopped; the same command goes on with what is missing", file=sys.stderr)
+        return 130
+    console.print(f"written to {path}", soft_wrap=True)
+    return 1 if failed else 0
+
+
+def chosen(options: argparse.Namespace) -> list[Run]:
+    """The missing runs of the parts and names that were asked for, in order. ValueError where none is meant."""
+    runs = [run for run in planned_runs() if run.setting.part in options.parts and options.only in run.name]
+    if not runs:
+        raise ValueError(f"--only {options.only}: no run of parts {','.join(options.parts)} has this in its name")
+    missing = [run for run in runs if run.result is None]
+    console.print(f"{len(runs) - len(missing)} of {len(runs)} runs are there")
+    return missing
+
+
+def run_missing(runs: list[Run], options: argparse.Namespace) -> int:
+    """Run them, --jobs at a time; how many failed."""
+    if not runs:
+        return 0
+    workplace = Workplace(options.run_dir.resolve())
+    benches = {
+        setting.name: (RealWeights if setting.name == "real-weights" else Toy)(setting, workplace)
+        for setting in SETTINGS
+        if any(run.setting.name == setting.name for run in runs)
+    }
+    begin, done, failed = time.monotonic(), 0, 0
+    waiting = iter(runs)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        at_work: dict[Future[dict[str, Any]], Run] = {}
+
+        def start() -> None:
+            run = next(waiting, None)
+            if run is not None:
+                at_work[pool.submit(benches[run.setting.name].run, run)] = run
+
+        for _ in range(options.jobs):
+            start()
+        while at_work:
+            for future in wait(at_work, return_when=FIRST_COMPLETED).done:
+                run = at_work.pop(future)
+                done += 1
+                left = (time.monotonic() - begin) / done * (len(runs) - done)
+                progress = f"{done}/{len(runs)} {run.name}"
+                try:
+                    found = future.result()
+                except RuntimeError as error:
+                    failed += 1
+                    console.print(f"[bold]{progress}[/bold] failed: {error}", soft_wrap=True)
+                else:
+                    keep(run, found)
+                    console.print(
+                        f"{progress}: {shown(found['figures'])}, {found['seconds']:.0f} s, {left / 60:.0f} min left"
+                    )
+                start()
+    return failed
+
+
+def shown(figures: dict[str, float]) -> str:
+    """What changed, in a few words."""
+    if "greedy" in figures:
+        return f"greedy {figures['greedy_before']:.3f} -> {figures['greedy']:.3f}"
+    return f"nats a byte {figures['nats_before']:.4f} -> {figures['nats']:.4f}"
+
+
+def keep(run: Run, found: dict[str, Any]) -> None:
+    """Write the result; the file gets its name when it is whole and on disk."""
+    content = {
+        "fingerprint": run.fingerprint,
+        "configuration": run.configuration,
+        **found,
+        "versions": {name: version(name) for name in ("torch", "megatron-core")},
+    }
+    path = RESULTS / f"{run.name}.json"
+    RESULTS.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="examples/experiments/run.sh",
+        description="Compare the interfaces. Results accumulate in examples/experiments/results.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parts = sorted({setting.part for setting in SETTINGS})
+    parser.add_argument("--parts", default=",".join(parts), help="which of the parts to run, by commas")
+    parser.add_argument("--only", default="", metavar="TEXT", help="runs with this in their name, as bytes-1")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, each on one core")
+    parser.add_argument("--report-only", action="store_true", help="write the report from the results that are there")
+    parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "experiments", help="where runs work")
+    options = parser.parse_args(argv)
+    options.parts = options.parts.split(",")
+    if not set(options.parts) <= set(parts):
+        parser.error(f"--parts {','.join(options.parts)}: expected some of {','.join(parts)}")
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: must be at least 1")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

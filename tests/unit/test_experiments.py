@@ -1,0 +1,276 @@
+"""examples/experiments without training: what is planned, kept and run again, and what the report makes of results."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from examples.experiments import distances, plan, processes, real, report, run, scoring, toy
+from examples.experiments.plan import SETTINGS, Run
+from examples.real_weights import measure
+from megatron_simct.arguments import parse_config
+from megatron_simct.losses.needs import check_config
+from tests.huggingface import save_byte_fallback, save_byte_level, save_model
+
+TOY, REAL = SETTINGS[0], SETTINGS[-1]
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path, monkeypatch):
+    """The folder of results, empty, and the report's beside it."""
+    folder = tmp_path / "results"
+    monkeypatch.setattr(plan, "RESULTS", folder)
+    monkeypatch.setattr(run, "RESULTS", folder)
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    return folder
+
+
+def finished(interface: str, seed: int, *, greedy: str, before: str = "0011") -> Run:
+    """A run of the toy with these outcomes, kept."""
+    done = Run(setting=TOY, interface=interface, seed=seed)
+    outcomes = {"greedy_before": before, "greedy": greedy, "sampled_before": "0022", "sampled": "0123"}
+    outcomes = {name: digits * 10 for name, digits in outcomes.items()}
+    figures = {"greedy_before": 0.5, "greedy": greedy.count("1") / 4}
+    run.keep(done, {"figures": figures, "outcomes": outcomes, "warm_start": "w", "seconds": 9.0, "cpu_seconds": 8.0})
+    return done
+
+
+def test_the_first_seed_of_everything_comes_first():
+    runs = plan.planned_runs()
+    assert [r.seed for r in runs] == sorted(r.seed for r in runs)
+    assert len(runs) == 2 * 11 * 5 + 5 * 3 + 5 * 2 == len({r.name for r in runs}) == len({r.fingerprint for r in runs})
+    first = [(r.setting.name, r.interface) for r in runs if r.seed == 1]
+    assert len(first) == 32 and {r.setting.part for r in runs} == {"a", "b", "c"}
+    for setting in SETTINGS:
+        assert isinstance(setting.options["lr"], float), "one rate for all interfaces"
+
+
+def test_a_run_is_done_while_its_configuration_is_the_same(results, monkeypatch):
+    done = finished("bytes", 1, greedy="1111")
+    options = run.parse(["--parts", "a", "--only", "teacher-groups-bytes"])
+    assert done.result["configuration"] == done.configuration
+    assert [r.seed for r in run.chosen(options)] == [2, 3, 4, 5]
+    monkeypatch.setitem(TOY.options, "lr", 1.0)
+    assert done.result is None and len(run.chosen(options)) == 5
+    assert [path.name for path in results.iterdir()] == ["teacher-groups-bytes-1.json"]
+    with pytest.raises(ValueError, match="--only nothing: no run of parts a has this in its name"):
+        run.chosen(run.parse(["--parts", "a", "--only", "nothing"]))
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_a_failed_run_does_not_stop_the_others(tmp_path, monkeypatch, capsys, jobs):
+    class Bench:
+        def __init__(self, setting, workplace):
+            pass
+
+        def run(self, one):
+            if one.interface == "paper":
+                raise RuntimeError("exit code 3")
+            return {"figures": {"greedy_before": 0.25, "greedy": 0.5}, "seconds": 1.0}
+
+    monkeypatch.setattr(run, "Toy", Bench)
+    flags = ["--parts", "a", "--only", "teacher-groups", "--run-dir", str(tmp_path / "runs"), "--jobs", str(jobs)]
+    options = run.parse(flags)
+    missing = [one for one in run.chosen(options) if one.seed == 1]
+    assert run.run_missing(missing, options) == 1
+    assert [one.interface for one in missing if one.result is None] == ["paper"]
+    out = capsys.readouterr().out
+    assert "failed: exit code 3" in out and "11/11" in out and "greedy 0.250 -> 0.500" in out
+
+
+def test_a_command_is_measured_and_its_failure_is_told(tmp_path):
+    workplace = processes.Workplace(tmp_path / "work")
+    spin = "import time\nwhile time.process_time() < .3: pass"
+    used = workplace.command([sys.executable, "-c", spin], log=tmp_path / "logs" / "log.txt")
+    assert used["cpu_seconds"] >= 0.3 and used["seconds"] > 0
+    with pytest.raises(RuntimeError, match=r"exit code 3; the end of .*log.txt:\nwhat was wrong"):
+        workplace.command([sys.executable, "-c", "print('what was wrong'); exit(3)"], log=tmp_path / "log.txt")
+
+
+def test_two_studies_do_not_share_a_folder(tmp_path):
+    first = processes.Workplace(tmp_path)
+    other = "from pathlib import Path; from examples.experiments.processes import Workplace; Workplace(Path(r'{}'))"
+    with pytest.raises(
+        RuntimeError, match="ValueError: --run-dir .*: a study, or a command that a killed one has left"
+    ):
+        first.command([sys.executable, "-c", other.format(tmp_path)], log=tmp_path / "log.txt")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("mistral_common") is None,
+    reason="mistral-common is not installed: pip install --no-deps -r examples/quickstart/requirements.txt",
+)
+@pytest.mark.parametrize("setting", SETTINGS[:-1], ids=lambda setting: setting.name)
+def test_every_planned_run_is_a_command_that_the_trainer_accepts(tmp_path, monkeypatch, setting):
+    commands = []
+
+    def command(self, command, *, log):
+        commands.append(parse_config(list(command[3:])))
+        log.parent.mkdir()
+        evaluation = {"kind": "evaluation", "greedy_accuracy": 0, "sampled_accuracy": 0}
+        row = json.dumps(evaluation | {"greedy_right": [0], "sampled_right": [0]}) + "\n"
+        (log.parent / "metrics.jsonl").write_text(row * 2)
+        return {"seconds": 1.0, "cpu_seconds": 1.0}
+
+    monkeypatch.setattr(toy.quickstart.Recipe, "warm_start", ())
+    monkeypatch.setattr(processes.Workplace, "command", command)
+    bench = toy.Toy(setting, processes.Workplace(tmp_path / "work"))
+    for interface in setting.interfaces:
+        bench.run(Run(setting=setting, interface=interface, seed=3))
+    for interface, config in zip(setting.interfaces, commands, strict=True):
+        config.check(data_parallel_size=1)
+        check_config(config.interface)
+        assert config.interface.interface == interface and config.training.seed == 3
+        assert (config.training.lr, config.training.train_iters) == (setting.options["lr"], TOY.options["train_iters"])
+        assert config.rollout.rollout_batch_size == config.training.micro_batch_size == 32
+        assert config.evaluation.eval_interval is None, "before and after, nothing between"
+    assert len({config.model.pretrained_checkpoint for config in commands}) == 1
+
+
+def test_outcomes_are_what_the_evaluations_have_counted():
+    steps = [{"kind": "step", "loss": float(i), "coverage_unit": 0.25} for i in range(20)]
+    evaluations = [
+        {"kind": "evaluation", "greedy_accuracy": a, "greedy_right": g, "sampled_accuracy": a, "sampled_right": s}
+        for a, g, s in ((0.5, [0, 1], [0, 4]), (1.0, [1, 1], [3, 4]))
+    ]
+    found = toy.summarize([evaluations[0], *steps, evaluations[1]])
+    assert found["outcomes"] == {"greedy_before": "01", "sampled_before": "04", "greedy": "11", "sampled": "34"}
+    figures = found["figures"]
+    assert (figures["loss_first"], figures["loss_last"], figures["coverage_unit"]) == (4.5, 14.5, 0.25)
+    assert figures["coverage_one_to_one"] is None, "bytes has none"
+
+
+def test_differences_are_paired_by_seed_and_problem():
+    def result(greedy: str) -> dict:
+        return {"outcomes": {"greedy": greedy, "greedy_before": "0000"}, "configuration": {"eval_samples": 4}}
+
+    ours, theirs = {1: result("1110"), 2: result("1111"), 3: result("0000")}, {1: result("1100"), 2: result("0111")}
+    estimate = scoring.difference(ours, theirs, "greedy")
+    assert estimate.mean == pytest.approx((0 + 0 + 1 + 0 + 1 + 0 + 0 + 0) / 8)
+    assert 0 <= estimate.low < estimate.mean < estimate.high <= 0.5
+    assert scoring.change([result("1111")], "greedy").low == 1
+    with pytest.raises(ValueError, match="no seed in common"):
+        scoring.difference({1: ours[1]}, {2: theirs[2]}, "greedy")
+
+
+def test_sums_of_texts_are_weighed_by_their_lengths():
+    texts = {"nats": [1.0, 9.0], "nats_before": [2.0, 9.0], "nats_count": [10, 90]}
+    values = scoring.scores({"texts": texts}, "nats")
+    np.testing.assert_allclose(values.mean(), 0.1)
+    assert scoring.change([{"texts": texts}], "nats").mean == pytest.approx(-0.01)
+
+
+def test_an_interval_with_0_in_it_decides_nothing():
+    higher, lower = scoring.ACCURACIES[0], scoring.DISTANCES[0]
+    for bounds, of_higher, of_lower in (((0.1, 0.2), "better", "worse"), ((-0.1, 0.2), "undecided", "undecided")):
+        estimate = scoring.Estimate(mean=sum(bounds) / 2, low=bounds[0], high=bounds[1])
+        assert (scoring.verdict(estimate, higher), scoring.verdict(estimate, lower)) == (of_higher, of_lower)
+
+
+def test_the_report_says_what_is_done_and_what_the_results_bear(tmp_path):
+    pytest.importorskip("matplotlib", reason="pip install -r examples/experiments/requirements.txt")
+    for seed in (1, 2):
+        finished("bytes", seed, greedy="1111")
+        finished("paper", seed, greedy="0000")
+    finished("strict", 1, greedy="0011")
+    text = report.write_report(plan.planned_runs()).read_text()
+    assert "**5 of 135 planned runs are done.**" in text
+    assert re.search(r"^\* teacher-groups: .*`bytes` 3 4 5.*`strict` 2 3 4 5", text, re.MULTILINE)
+    assert "* Greedy accuracy improves under `bytes` (+0.500)." in text
+    assert "* Greedy accuracy is harmed by `paper` (-0.500)." in text
+    assert "* Best greedy accuracy: `bytes`, 1.0000; ahead of every other one." in text
+    assert re.search(r"^\| `bytes` \| 1 2 \| 1.000 1.000 \| \+0.500 ", text, re.MULTILINE)
+    assert "All runs start from one student (w)" in text and text.count("No run of this setting is done.") == 3
+    figure = tmp_path / "figures" / "teacher-groups.svg"
+    first = figure.read_bytes()
+    report.write_report(plan.planned_runs())
+    assert figure.read_bytes() == first and len(first) < 60_000 and b"strict" in first
+
+
+def test_results_in_the_repository_are_of_planned_runs(monkeypatch):
+    monkeypatch.undo()
+    for path in sorted(plan.RESULTS.glob("*.json")):
+        content = json.loads(path.read_text())
+        assert path.stem in {one.name for one in plan.planned_runs()}
+        if "outcomes" in content:
+            for name, outcome in content["outcomes"].items():
+                samples = content["configuration"]["eval_samples"] if name.startswith("sampled") else 1
+                share = sum(map(int, outcome)) / (samples * len(outcome))
+                assert share == pytest.approx(content["figures"][name])
+
+
+def test_distances_of_texts_from_a_teacher(tmp_path):
+    pytest.importorskip("transformers", reason="pip install -r requirements-test.txt")
+    for name, vocab_size, save_tokenizer in (("student", 320, save_byte_level), ("teacher", 340, save_byte_fallback)):
+        (tmp_path / name).mkdir()
+        save_model(tmp_path / name, "llama", vocab_size=vocab_size)
+        save_tokenizer(tmp_path / name)
+    student, teacher = str(tmp_path / "student"), str(tmp_path / "teacher")
+    rows = [{"prompt": "the cat", "response": "sat on"}, {"prompt": "Tom", "response": "has 12"}]
+    found = distances.distances(student, teacher, rows)
+    names = {metric.name for metric in scoring.DISTANCES}
+    assert found.keys() == names | {f"{name}_count" for name in names}
+    assert found["nats_count"] == found["bytes_reverse_kl_count"] == [6, 6]
+    measured = measure.measure(student, rows, 0)
+    assert sum(found["nats"]) / 12 == pytest.approx(measured["nats_per_byte"], rel=1e-5)
+    same = distances.distances(student, student, rows)
+    assert same["nats"] == found["nats"]
+    for name in names - {"nats"}:
+        assert min(found[name]) > 0.1, name
+        # Of the two stop tokens `strict` compares the student's first with both of the teacher's.
+        assert max(map(abs, same[name])) < (1e-5 if name.startswith("bytes") else 0.1), name
+    assert found["strict_reverse_kl"] != found["strict_forward_kl"]
+
+
+def test_a_run_with_real_weights_is_the_examples_own_commands(tmp_path, monkeypatch):
+    """Downloads, conversion and training replaced; the rest is what runs."""
+    folder = tmp_path / "work" / REAL.name
+    started = []
+
+    def command(self, command, *, log):
+        started.append(list(command))
+        if "distances.py" in command[1]:
+            sums = {"nats": [1.0, 3.0], "nats_count": [10, 10]}
+            (folder / "bytes-2" / "after.json").write_text(json.dumps(sums))
+        elif "megatron_simct.train" in command:
+            (folder / "bytes-2" / "distil").mkdir(parents=True)
+            row = {"kind": "step", "iteration": 1, "loss": 0.5}
+            (folder / "bytes-2" / "distil" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        return {"seconds": 5.0, "cpu_seconds": 4.0}
+
+    def stage(self, root):
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        if self.output.name == "before.json":
+            self.output.write_text(json.dumps({"nats": [2.0, 3.0], "nats_count": [10, 10]}))
+
+    monkeypatch.setattr(real, "gguf_file", lambda model, cache: cache)
+    monkeypatch.setattr(real, "write_texts", lambda path, gsm8k, num_held_out: write_texts(path))
+    monkeypatch.setattr(real.Stage, "run", stage)
+    monkeypatch.setattr(processes.Workplace, "command", command)
+    bench = real.RealWeights(REAL, processes.Workplace(tmp_path / "work"))
+    found = bench.run(Run(setting=REAL, interface="bytes", seed=2))
+    assert found["figures"] == {"nats_before": 0.25, "nats": 0.2, "loss_first": 0.5, "loss_last": 0.5}
+    assert found["texts"]["nats_before"] == [2.0, 3.0] and found["seconds"] == 5.0
+    for name in ("smollm2", "gemma3"):
+        (folder / name).mkdir()
+        (folder / name / "tokenizer.json").write_text("{}")
+    flags = started[0][started[0].index("megatron_simct.train") + 1 :]
+    config = parse_config(flags)
+    config.check(data_parallel_size=1)
+    check_config(config.interface)
+    assert (config.interface.interface, config.training.seed, config.training.lr) == ("bytes", 2, REAL.options["lr"])
+    assert config.interface.divergence == REAL.options["divergence"]
+    assert [len(started), "export" in " ".join(started[1])] == [3, True]
+    assert not (folder / "bytes-2").exists(), "2 GB of checkpoints"
+
+
+def write_texts(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for name in ("prompts", "held_out"):
+        (folder / f"{name}.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 12)
