@@ -50,6 +50,7 @@ def test_flags_in_the_readme_exist():
         "--print-config",
         "--config-file",
         "--nproc-per-node",
+        "--rdzv-backend",
     }
     known |= {"--model", "--tasks"}  # of lm-eval
     known |= {flag.replace("--", "--no-", 1) for flag in known}
