@@ -6,7 +6,6 @@ cd "$(dirname "$0")/.."
 source tools/environment.sh
 ensure_packages requirements-test.txt
 ensure_packages examples/quickstart/requirements.txt --no-deps
-ensure_packages examples/experiments/requirements.txt
 "$PYTHON" tools/benchmark/real_inputs.py  # tokenizers and texts of the parity tests, once
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .

@@ -7,5 +7,4 @@ source tools/environment.sh
 ensure_packages requirements.txt
 ensure_packages examples/quickstart/requirements.txt --no-deps
 ensure_packages examples/real_weights/requirements.txt
-ensure_packages examples/experiments/requirements.txt
 exec "$PYTHON" examples/experiments/run.py "$@"

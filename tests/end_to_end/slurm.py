@@ -160,9 +160,9 @@ def wait(what: str, arrived: Callable[[], bool]) -> None:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run without their timing."""
+    """The rows of a run without time and memory."""
     rows = [json.loads(line) for line in (run / "student" / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
+    return [{key: value for key, value in row.items() if "second" not in key and "memory" not in key} for row in rows]
 
 
 def steps(run: Path) -> int:

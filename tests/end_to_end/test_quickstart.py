@@ -41,6 +41,7 @@ def test_quickstart_smoke(tmp_path):
     } <= summary.keys()
     assert summary["interface"] == "paper" and summary["seconds"] > 0
     assert "student after" in first.stdout
+    assert "<svg" in (tmp_path / "report.html").read_text() and (tmp_path / "curves.png").stat().st_size > 10_000
 
     rows = [json.loads(line) for line in (tmp_path / "distil-paper" / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["kind"] == "step"]

@@ -174,7 +174,7 @@ def test_an_interval_with_0_in_it_decides_nothing():
 
 
 def test_the_report_says_what_is_done_and_what_the_results_bear(tmp_path):
-    pytest.importorskip("matplotlib", reason="pip install -r examples/experiments/requirements.txt")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     for seed in (1, 2):
         finished("bytes", seed, greedy="1111")
         finished("paper", seed, greedy="0000")
