@@ -15,9 +15,9 @@ KL nats        of the teacher's distribution over its vocabulary after rounding 
 socket MB/s    one ZeroMQ socket alone, in messages of 1 MiB: plain, encrypted (CURVE), and two encrypted ones at once
 overlap        seconds of a step over those of the slower part, which is either rollout and update, or the teacher. The
                student is a small model with random weights and the student's tokenizer, and the teacher a replica that
-               sleeps for as long as a step of the student takes, since a model would compete for the same cores: the
-               case that gains most and is the hardest to reach 1 in. serial: nothing overlaps; on_policy: in waves
-               of one prompt; one_step_off: in waves too, and one step ahead
+               sleeps for a step as long as the student's last rollout and update took (a model would compete for the
+               same cores): the case that gains most, and in which 1 is the hardest to reach. serial: nothing
+               overlaps; on_policy: in waves of two prompts; one_step_off: in such waves, and one step ahead
 """
 
 from __future__ import annotations
@@ -322,8 +322,8 @@ def log_shares(log_masses: Any, position: Any, num_positions: int) -> Any:
 
 SCHEDULES = {
     "serial": (),
-    "on_policy": ("--rollout-wave-size", "1"),
-    "one_step_off": ("--rollout-wave-size", "1", "--schedule", "one_step_off"),
+    "on_policy": ("--rollout-wave-size", "2"),
+    "one_step_off": ("--rollout-wave-size", "2", "--schedule", "one_step_off"),
 }
 PROMPTS = 8
 
@@ -336,10 +336,8 @@ def overlaps(args: argparse.Namespace) -> list[dict[str, Any]]:
         write_small_student(folder / "student", args)
         texts = paragraphs(Path(args.text_file).read_text(encoding="utf-8"), PROMPTS, 30)
         (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p + r}) + "\n" for p, r in texts))
-        alone = in_a_process(train_beside, args, folder, "serial", 0.0)
-        seconds_a_sample = alone["rollout_and_update"] / PROMPTS
         for schedule in SCHEDULES:
-            row = in_a_process(train_beside, args, folder, schedule, seconds_a_sample)
+            row = in_a_process(train_beside, args, folder, schedule)
             slower = max(row["rollout_and_update"], row["teacher"])
             rows.append({"schedule": schedule, **row, "ratio": row["step"] / slower})
     return rows
@@ -373,7 +371,7 @@ def write_small_student(folder: Path, args: argparse.Namespace) -> None:
     (folder / "config.json").write_text(json.dumps(fields))
 
 
-def train_beside(args: argparse.Namespace, folder: Path, schedule: str, seconds_a_sample: float) -> dict[str, float]:
+def train_beside(args: argparse.Namespace, folder: Path, schedule: str) -> dict[str, float]:
     """A run of the student beside a teacher that sleeps, each in a process of its own."""
     import torch
 
@@ -386,8 +384,8 @@ def train_beside(args: argparse.Namespace, folder: Path, schedule: str, seconds_
     torch.set_num_threads(args.threads)
     run_dir = Path(tempfile.mkdtemp(dir=folder))
     context = multiprocessing.get_context("fork")
-    busy, stop = context.Value("d", 0.0), context.Event()
-    teacher = context.Process(target=sleeping_teacher, args=(run_dir, seconds_a_sample, busy, stop))
+    pace, busy, stop = context.Value("d", 0.1), context.Value("d", 0.0), context.Event()
+    teacher = context.Process(target=sleeping_teacher, args=(run_dir, pace, busy, stop))
     teacher.start()
     while not read_endpoints(endpoint_folder(str(run_dir))):
         assert teacher.is_alive(), "the teacher has ended"
@@ -403,7 +401,17 @@ def train_beside(args: argparse.Namespace, folder: Path, schedule: str, seconds_
     )
     try:
         with process_groups(config.parallel, seed=0) as groups:
-            train(build_job(config, groups))
+            job = build_job(config, groups)
+            record, at_step = job.monitor.step, []
+
+            def step(*of_step: Any) -> None:
+                seconds = of_step[4]
+                pace.value = (seconds["rollout"] + seconds["update"]) / PROMPTS
+                at_step.append(busy.value)
+                record(*of_step)
+
+            job.monitor.step = step
+            train(job)
     finally:
         stop.set()
         teacher.join(30)
@@ -415,13 +423,13 @@ def train_beside(args: argparse.Namespace, folder: Path, schedule: str, seconds_
     return {
         "step": mean("seconds"),
         "rollout_and_update": mean("seconds_rollout", "seconds_update"),
-        "teacher": busy.value / args.steps,
+        "teacher": (at_step[-2] - at_step[0]) / len(steps),
         "alignment_left": mean("seconds_alignment"),
     }
 
 
-def sleeping_teacher(run_dir: Path, seconds_a_sample: float, busy: Any, stop: Any) -> None:
-    """A replica without a model that takes its time for each sample; every event is as likely as any other."""
+def sleeping_teacher(run_dir: Path, pace: Any, busy: Any, stop: Any) -> None:
+    """A replica without a model: it sleeps `pace` seconds for each sample, in all `busy` seconds, until `stop`."""
     import torch
 
     from megatron_simct.records import ScoredPair
@@ -444,7 +452,7 @@ def sleeping_teacher(run_dir: Path, seconds_a_sample: float, busy: Any, stop: An
     while not stop.is_set():
         for work in door.take(1, 0.05):
             begin = time.perf_counter()
-            time.sleep(seconds_a_sample)
+            time.sleep(pace.value)
             zeros = torch.zeros(len(work.request.label_ids))
             answer = ScoredPair(
                 sample_id=work.request.sample_id,
