@@ -12,7 +12,12 @@ seconds        the least of --repeats rounds, jobs and this process taking turns
 B/label        what one student label costs on the wire, to the teacher and back; full logits would be 4 V
 KL nats        of the teacher's distribution over its vocabulary after rounding from the one before, a row: mean and
                largest; for bytes, of the events of a byte position, rounded to float16
-socket MB/s    one ZeroMQ socket alone, in messages of 1 MiB, plain and encrypted (CURVE)
+socket MB/s    one ZeroMQ socket alone, in messages of 1 MiB: plain, encrypted (CURVE), and two encrypted ones at once
+overlap        seconds of a step over those of the slower part, which is either rollout and update, or the teacher. The
+               student is a small model with random weights and the student's tokenizer, and the teacher a replica that
+               sleeps for a step as long as the student's last rollout and update took (a model would compete for the
+               same cores): the case that gains most, and in which 1 is the hardest to reach. serial: nothing
+               overlaps; on_policy: in waves of two prompts; one_step_off: in such waves, and one step ahead
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +53,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bind", default="tcp://127.0.0.1", help="ipc or tcp://HOST (default: tcp://127.0.0.1)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch, each side (default: 1)")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds (default: 3)")
+    parser.add_argument(
+        "--steps", type=int, default=8, help="training steps of the part overlap; 0: without (default: 8)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     return parser.parse_args(argv)
 
@@ -55,6 +64,7 @@ def main() -> None:
     args = parse()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     report = {"samples": args.samples, "threads": args.threads, "bind": args.bind, "socket_mb_per_s": sockets()}
+    report["overlap"] = overlaps(args) if args.steps else []
     report |= measure(args, report["socket_mb_per_s"]["curve"])
     if args.json:
         print(json.dumps(report))
@@ -71,6 +81,8 @@ def main() -> None:
             f"{row['interface']:10} {row['dtype']:6} {row['seconds']:8.3f} {row['ratio']:6.3f} {row['wire']:7.4f} "
             f"{row['request_bytes_per_label']:11.0f} {row['answer_bytes_per_label']:8.0f} {row['of_logits']:10.5f} {kl}"
         )
+    for row in report["overlap"]:
+        print("overlap " + " ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{v:12}" for k, v in row.items()))
 
 
 def measure(args: argparse.Namespace, curve_mb_per_s: float) -> dict[str, Any]:
@@ -306,33 +318,192 @@ def log_shares(log_masses: Any, position: Any, num_positions: int) -> Any:
     return log_masses - totals.log()[position]
 
 
+# A step's parts at the same time
+
+SCHEDULES = {
+    "serial": (),
+    "on_policy": ("--rollout-wave-size", "2"),
+    "one_step_off": ("--rollout-wave-size", "2", "--schedule", "one_step_off"),
+}
+PROMPTS = 8
+
+
+def overlaps(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Seconds of a step, of its rollout and update, and of the teacher, means over the steps but the first and last."""
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_small_student(folder / "student", args)
+        texts = paragraphs(Path(args.text_file).read_text(encoding="utf-8"), PROMPTS, 30)
+        (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p + r}) + "\n" for p, r in texts))
+        for schedule in SCHEDULES:
+            row = in_a_process(train_beside, args, folder, schedule)
+            slower = max(row["rollout_and_update"], row["teacher"])
+            rows.append({"schedule": schedule, **row, "ratio": row["step"] / slower})
+    return rows
+
+
+def in_a_process(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args) in a process of its own: each training run begins with a fresh Megatron."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def write_small_student(folder: Path, args: argparse.Namespace) -> None:
+    from megatron_simct.alignment import load_tokenizer
+
+    fields = {
+        "model_type": "llama",
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": load_tokenizer(args.student_hf_checkpoint).table.num_ids,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(fields))
+
+
+def train_beside(args: argparse.Namespace, folder: Path, schedule: str) -> dict[str, float]:
+    """A run of the student beside a teacher that sleeps, each in a process of its own."""
+    import torch
+
+    from megatron_simct.arguments import parse_config
+    from megatron_simct.job import build_job
+    from megatron_simct.parallel.initialize import process_groups
+    from megatron_simct.teacher.endpoints import endpoint_folder, read_endpoints
+    from megatron_simct.train import train
+
+    torch.set_num_threads(args.threads)
+    run_dir = Path(tempfile.mkdtemp(dir=folder))
+    context = multiprocessing.get_context("fork")
+    pace, busy, stop = context.Value("d", 0.1), context.Value("d", 0.0), context.Event()
+    teacher = context.Process(target=sleeping_teacher, args=(run_dir, pace, busy, stop))
+    teacher.start()
+    while not read_endpoints(endpoint_folder(str(run_dir))):
+        assert teacher.is_alive(), "the teacher has ended"
+        time.sleep(0.05)
+    config = parse_config(
+        [
+            *("--hf-checkpoint", str(folder / "student"), "--tokenizer-model", args.student_hf_checkpoint),
+            *("--teacher-hf-checkpoint", args.teacher_hf_checkpoint, "--teacher-endpoint", str(run_dir)),
+            *("--simct-interface", "bytes", "--prompt-data", str(folder / "prompts.jsonl"), "--run-dir", str(run_dir)),
+            *("--rollout-batch-size", str(PROMPTS), "--micro-batch-size", "4", "--rollout-max-response-len", "32"),
+            *("--train-iters", str(args.steps), "--log-interval", str(args.steps), *SCHEDULES[schedule]),
+        ]
+    )
+    try:
+        with process_groups(config.parallel, seed=0) as groups:
+            job = build_job(config, groups)
+            record, at_step = job.monitor.step, []
+
+            def step(*of_step: Any) -> None:
+                seconds = of_step[4]
+                pace.value = (seconds["rollout"] + seconds["update"]) / PROMPTS
+                at_step.append(busy.value)
+                record(*of_step)
+
+            job.monitor.step = step
+            train(job)
+    finally:
+        stop.set()
+        teacher.join(30)
+    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][1:-1]
+
+    def mean(*keys: str) -> float:
+        return sum(step[key] for step in steps for key in keys) / len(steps)
+
+    return {
+        "step": mean("seconds"),
+        "rollout_and_update": mean("seconds_rollout", "seconds_update"),
+        "teacher": (at_step[-2] - at_step[0]) / len(steps),
+        "alignment_left": mean("seconds_alignment"),
+    }
+
+
+def sleeping_teacher(run_dir: Path, pace: Any, busy: Any, stop: Any) -> None:
+    """A replica without a model: it sleeps `pace` seconds for each sample, in all `busy` seconds, until `stop`."""
+    import torch
+
+    from megatron_simct.records import ScoredPair
+    from megatron_simct.teacher.endpoints import endpoint_folder
+    from megatron_simct.teacher.payload import scored_message
+    from megatron_simct.teacher.service import Door
+
+    door = Door(
+        endpoint_folder(str(run_dir)),
+        name="sleeping",
+        address="ipc",
+        number=0,
+        keys=None,
+        fingerprints={},
+        vocab_size=1 << 30,
+        max_tokens=1 << 20,
+        life="one",
+    )
+    door.start()
+    while not stop.is_set():
+        for work in door.take(1, 0.05):
+            begin = time.perf_counter()
+            time.sleep(pace.value)
+            zeros = torch.zeros(len(work.request.label_ids))
+            answer = ScoredPair(
+                sample_id=work.request.sample_id,
+                own_logit=zeros,
+                lse=zeros,
+                hidden=None,
+                byte_logprobs=torch.zeros(len(work.request.byte_side.last_row)),
+            )
+            door.answer(work, scored_message(work.number, answer, "bf16"))
+            busy.value += time.perf_counter() - begin
+    door.drain()
+    door.close()
+
+
 # One socket
 
 
 def sockets(count: int = 200) -> dict[str, float]:
-    """Messages of 1 MiB from another process."""
-    return {name: round(socket_speed(name == "curve", count), 1) for name in ("plain", "curve")}
+    """Messages of 1 MiB from another process; two_curve: from two others, to two sockets that two threads serve."""
+    return {
+        name: round(socket_speed(curve, number, count), 1)
+        for name, curve, number in (("plain", False, 1), ("curve", True, 1), ("two_curve", True, 2))
+    }
 
 
-def socket_speed(curve: bool, count: int) -> float:
+def socket_speed(curve: bool, number: int, count: int) -> float:
     import zmq
 
     server, client = zmq.curve_keypair(), zmq.curve_keypair()
-    context = zmq.Context()
-    receiver = context.socket(zmq.PULL)
-    if curve:
-        receiver.curve_server, receiver.curve_publickey, receiver.curve_secretkey = True, *server
-    port = receiver.bind_to_random_port("tcp://127.0.0.1")
-    sender = multiprocessing.get_context("fork").Process(target=send, args=(port, curve, server[0], client, count + 1))
-    sender.start()
-    receiver.recv()
+    context = zmq.Context(io_threads=number)
+    receivers, senders = [], []
+    for _ in range(number):
+        receiver = context.socket(zmq.PULL)
+        if curve:
+            receiver.curve_server, receiver.curve_publickey, receiver.curve_secretkey = True, *server
+        receivers.append(receiver)
+        arguments = (receiver.bind_to_random_port("tcp://127.0.0.1"), curve, server[0], client, count + 1)
+        senders.append(multiprocessing.get_context("fork").Process(target=send, args=arguments))
+    for sender in senders:
+        sender.start()
+    for receiver in receivers:
+        receiver.recv()
     begin = time.perf_counter()
     for _ in range(count):
-        receiver.recv()
+        for receiver in receivers:
+            receiver.recv()
     seconds = time.perf_counter() - begin
-    sender.join()
+    for sender in senders:
+        sender.join()
     context.destroy(0)
-    return count * (1 << 20) / 1e6 / seconds
+    return number * count * (1 << 20) / 1e6 / seconds
 
 
 def send(port: int, curve: bool, server_public: bytes, client: tuple[bytes, bytes], count: int) -> None:
@@ -346,7 +517,7 @@ def send(port: int, curve: bool, server_public: bytes, client: tuple[bytes, byte
     message = os.urandom(1 << 20)
     for _ in range(count):
         sender.send(message)
-    sender.close(10_000)
+    sender.close(120_000)
     context.term()
 
 
