@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ITERATIONS = 40
 TOKEN = "hf_" + "9fQ2" * 8
 """A secret where jobs are launched, which they inherit."""
-WAIT_S = 420.0
+WAIT_S = 600.0
 
 
 def main() -> None:
