@@ -268,7 +268,7 @@ def main() -> None:
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     pictures = ["--output", str(folder / "report.html"), "--png", str(folder / "curves.png")]
-    subprocess.run([sys.executable, str(ROOT / "tools" / "plot_run.py"), str(distil.folder), *pictures], check=True)
+    subprocess.run([sys.executable, str(ROOT / "tools" / "plot_run.py"), str(distil.output), *pictures], check=True)
     report(summary, folder)
 
 
