@@ -57,7 +57,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--steps", type=int, default=8, help="training steps of the part overlap; 0: without (default: 8)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if 0 < args.steps < 4:
+        parser.error(f"--steps {args.steps}: at least 4, as the first and the last do not count; or 0")
+    return args
 
 
 def main() -> None:
@@ -406,7 +409,7 @@ def train_beside(args: argparse.Namespace, folder: Path, schedule: str) -> dict[
 
             def step(*of_step: Any) -> None:
                 seconds = of_step[4]
-                pace.value = (seconds["rollout"] + seconds["update"]) / PROMPTS
+                pace.value = (seconds.get("rollout", 0.0) + seconds["update"]) / PROMPTS
                 at_step.append(busy.value)
                 record(*of_step)
 
