@@ -221,6 +221,7 @@ def _limits() -> str:
   both interfaces on the same draws. They tell what other problems of the same kind would give. They do not tell what
   another teacher or warm start would: every setting has one. What another seed of the distillation would give shows in
   the seeds themselves, which scatter more than the intervals where a run can collapse.
+* A row with one seed is one run: its interval says nothing of other seeds.
 * One learning rate serves all interfaces of a setting, chosen where `bytes` was known to learn; another interface may
   want another rate, or another number of steps. An interface that harms here harms with this budget.
 * Many interfaces and several metrics: of twenty intervals one misses by chance. Differences near 0 are no ranking.
