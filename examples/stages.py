@@ -14,6 +14,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megatron_simct.files import write_whole
+
 console = Console(highlight=False)
 
 
@@ -55,7 +57,7 @@ class Stage:
         if not (same and self.resumes):
             _remove(self.output)
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        _write(self.record, {"digest": digest})
+        write_whole(self.record, json.dumps({"digest": digest}))
         console.print(f"[bold]{self.name}[/bold]: {shlex.join(self.command)}", soft_wrap=True)
         begin = time.time()
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": str(root)}
@@ -63,7 +65,7 @@ class Stage:
         if status != 0:
             raise SystemExit(f"{self.name} failed with exit code {status}; its output is above")
         seconds = time.time() - begin
-        _write(self.record, {"digest": digest, "seconds": seconds})
+        write_whole(self.record, json.dumps({"digest": digest, "seconds": seconds}))
         return seconds
 
 
@@ -72,9 +74,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _write(path: Path, content: dict[str, object]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content))
-    os.replace(temporary, path)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_simct.alignment.tokenizer import Tokenizer
+from megatron_simct.alignment.tokenizer import Tokenizer, readable
 from megatron_simct.records import AlignedPair, Rollout
 from megatron_simct.update.step import StepReport
 from megatron_simct.writers import JsonLines
@@ -51,7 +51,7 @@ class SampleLog:
             return
         for rollout, pair in list(zip(rollouts, pairs, strict=True))[:SAMPLES]:
             losses = report.label_losses[rollout.sample_id].float().cpu().numpy()
-            prompt = "" if self._teacher is None else show(self._teacher.decode(pair.teacher_prompt_ids))
+            prompt = "" if self._teacher is None else readable(self._teacher.decode(pair.teacher_prompt_ids), keep="\n")
             self._file.write(
                 "sample",
                 iteration,
@@ -83,12 +83,6 @@ class SampleLog:
         return units
 
 
-def show(data: bytes) -> str:
-    """Bytes as text, lines kept; what is not UTF-8 or not printable as \\xNN."""
-    text = data.decode(errors="backslashreplace")
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-
-
 def _pieces(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
     """What each token says; a special one, which says nothing, by its id."""
-    return [show(tokenizer.table.bytes_of(int(i))) or f"<{int(i)}>" for i in ids]
+    return [readable(tokenizer.table.bytes_of(int(i)), keep="\n") or f"<{int(i)}>" for i in ids]

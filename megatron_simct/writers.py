@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_simct.config import OutputConfig
+from megatron_simct.files import write_rows
 
 
 class Writer(Protocol):
@@ -33,16 +34,13 @@ class JsonLines:
     def __init__(self, run_dir: str, *, start: int, name: str = "metrics.jsonl") -> None:
         """start: the iteration that the run goes on from. An evaluation at `start` is measured anew on resuming."""
         path = Path(run_dir) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.kept = [
             row
             for row in _rows(path)
             if row["iteration"] < start or (row["iteration"] == start and row["kind"] != "evaluation")
         ]
         """Rows of the run before it was interrupted."""
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.kept))
-        os.replace(temporary, path)
+        write_rows(path, self.kept)
         self._file = open(path, "a", buffering=1)
 
     def write(self, kind: str, iteration: int, values: dict[str, Any]) -> None:

@@ -28,11 +28,12 @@ from typing import Any
 if __package__ in (None, ""):  # a script of a checkout, which needs no installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_simct.evaluation.benchmarks import CODE, NAMES, Problem, read_problems  # noqa: E402
+from megatron_simct.evaluation.benchmarks import CODE, NAMES, Problem, digest_of, read_problems  # noqa: E402
 from megatron_simct.evaluation.grading import Grader  # noqa: E402
 from megatron_simct.evaluation.math_verifier import MathVerifier  # noqa: E402
 from megatron_simct.evaluation.sandbox import Limits, check_sandbox  # noqa: E402
 from megatron_simct.evaluation.statistics import estimates  # noqa: E402
+from megatron_simct.files import read_rows, write_rows, write_whole  # noqa: E402
 
 WALL_TIMES = 6
 """A program may take this many times --cpu-seconds until it has used them, on a busy machine."""
@@ -287,11 +288,6 @@ def identity(options: argparse.Namespace, problems: Sequence[Problem]) -> dict[s
     return json.loads(json.dumps(run))
 
 
-def digest_of(problems: Sequence[Problem]) -> str:
-    """sha256 (hex) of the rows."""
-    return hashlib.sha256(json.dumps([p.fields for p in problems], sort_keys=True).encode()).hexdigest()
-
-
 def remember(folder: Path, run: dict[str, Any]) -> None:
     """Write run.json, or ValueError where the folder's is another one."""
     path = folder / "run.json"
@@ -307,26 +303,7 @@ def remember(folder: Path, run: dict[str, Any]) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    _replace(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_rows(path: Path, rows: Rows) -> None:
-    _replace(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def read_rows(path: Path) -> Rows:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-
-
-def _replace(path: Path, text: str) -> None:
-    """The file gets its name when it is whole and on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def _counted(items: Sequence[int], what: str, shown: bool) -> Any:

@@ -21,6 +21,7 @@ if __package__ in (None, ""):
 import numpy as np
 
 from megatron_simct.alignment import Tokenizer, align, load_tokenizer
+from megatron_simct.alignment.tokenizer import readable
 
 KINDS = ("1:1", "1:n", "n:1", "n:m")
 """Teacher tokens : student tokens."""
@@ -34,7 +35,7 @@ def inspect(teacher: Tokenizer, student: Tokenizer, data: bytes) -> dict[str, An
     found = align(teacher.table, teacher_ids, student.table, student_ids)
 
     def tokens(tokenizer: Tokenizer, ids: np.ndarray) -> list[dict[str, Any]]:
-        return [{"id": int(i), "text": show(tokenizer.table.bytes_of(int(i)))} for i in ids]
+        return [{"id": int(i), "text": readable(tokenizer.table.bytes_of(int(i)))} for i in ids]
 
     units = []
     for ts, te, ss, se in found.segments.tolist():
@@ -42,7 +43,7 @@ def inspect(teacher: Tokenizer, student: Tokenizer, data: bytes) -> dict[str, An
         units.append(
             {
                 "kind": KINDS[2 * (te - ts > 1) + (se - ss > 1)],
-                "text": show(content),
+                "text": readable(content),
                 "bytes": content.hex(" "),
                 "teacher": tokens(teacher, teacher_ids[ts:te]),
                 "student": tokens(student, student_ids[ss:se]),
@@ -56,15 +57,9 @@ def inspect(teacher: Tokenizer, student: Tokenizer, data: bytes) -> dict[str, An
         "dropped": found.dropped,
         "bytes_not_encoded": len(data) - len(spelled),
         "units": units,
-        "rest": show(data[covered:]),
+        "rest": readable(data[covered:]),
         "counts": {kind: sum(unit["kind"] == kind for unit in units) for kind in KINDS},
     }
-
-
-def show(data: bytes) -> str:
-    """Bytes as text; what is not UTF-8 or not printable as \\xNN."""
-    text = data.decode(errors="backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def as_terminal(result: dict[str, Any], *, colours: bool) -> str:

@@ -13,12 +13,16 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+if __package__ in (None, ""):  # a script of a checkout, which needs no installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_simct.files import write_whole  # noqa: E402
 
 INK, LINE = "#26262b", "#dedcd5"
 """Colours of text and grid in a drawing; in the page they become those of the reader's mode."""
@@ -255,13 +259,6 @@ def page(run_dir: Path, rows: Sequence[dict[str, Any]], samples: Sequence[dict[s
         scale=f"{scale:.2g}",
         config=config,
     )
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file, or none of it."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -30,7 +30,6 @@ import difflib
 import gzip
 import hashlib
 import json
-import os
 import re
 import sys
 from collections import Counter
@@ -48,6 +47,7 @@ if __package__ in (None, ""):  # a script of a checkout, which needs no installa
 from megatron_simct.alignment import Tokenizer, load_tokenizer  # noqa: E402
 from megatron_simct.config import ModelConfig  # noqa: E402
 from megatron_simct.data.rendering import ChatTemplate, render_prompt  # noqa: E402
+from megatron_simct.files import write_whole  # noqa: E402
 
 OUTPUT, REPORT = "prompts.jsonl", "report.json"
 
@@ -96,8 +96,8 @@ def main(argv: list[str] | None = None) -> int:
         report["mixture"] = dataclasses.asdict(mixture)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         report["sha256"] = hashlib.sha256(text.encode()).hexdigest()
-        write(folder / REPORT, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-        write(folder / OUTPUT, text)
+        write_whole(folder / REPORT, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        write_whole(folder / OUTPUT, text)
         show(report, folder)
     except ValueError as error:
         print(f"prepare_prompts: error: {error}", file=sys.stderr, flush=True)
@@ -340,17 +340,6 @@ def _read_arrow(path: Path, kind: str) -> Iterator[dict[str, Any]]:
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else iter(reader)
         for batch in batches:
             yield from batch.to_pylist()
-
-
-def write(path: Path, text: str) -> None:
-    """The file gets its name when it is whole and on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 # Tokens

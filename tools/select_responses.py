@@ -21,10 +21,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout needs no installation
+if __package__ in (None, ""):  # a script of a checkout, which needs no installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_simct.evaluation.benchmarks import Problem, cut, read_problems  # noqa: E402
-from tools.evaluate import digest_of, read_rows, write_rows  # noqa: E402
+from megatron_simct.evaluation.benchmarks import Problem, cut, digest_of, read_problems  # noqa: E402
+from megatron_simct.files import read_rows, write_rows  # noqa: E402
 
 WORDS = 4
 

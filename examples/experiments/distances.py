@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that a checkout needs no installation
+
+from megatron_simct.files import write_whole  # noqa: E402
 
 Lists = dict[str, list[float]]
 
@@ -94,9 +95,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = [json.loads(line) for line in options.held_out.read_text(encoding="utf-8").split("\n") if line]
     found = distances(options.student, options.teacher, rows)
-    temporary = options.output.with_name(options.output.name + ".tmp")
-    temporary.write_text(json.dumps(found) + "\n")
-    os.replace(temporary, options.output)
+    write_whole(options.output, json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -12,6 +11,7 @@ from examples.experiments.figures import draw
 from examples.experiments.plan import SETTINGS, Run, Setting
 from examples.experiments.scoring import Metric, change, difference, metrics_of, scores, verdict
 from megatron_simct.evaluation.statistics import Estimate
+from megatron_simct.files import write_whole
 
 HERE = Path(__file__).parent
 BASELINES = ("strict", "paper")
@@ -34,9 +34,7 @@ def write_report(runs: Sequence[Run]) -> Path:
         parts.append(_section(setting, results))
     parts.append(_limits())
     path = HERE / "report.md"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, "\n\n".join(parts) + "\n")
     return path
 
 

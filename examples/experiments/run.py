@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -30,6 +29,7 @@ from examples.experiments.processes import Workplace  # noqa: E402
 from examples.experiments.real import RealWeights  # noqa: E402
 from examples.experiments.report import write_report  # noqa: E402
 from examples.experiments.toy import Toy  # noqa: E402
+from megatron_simct.files import write_whole  # noqa: E402
 
 console = Console(highlight=False)
 
@@ -117,14 +117,7 @@ def keep(run: Run, found: dict[str, Any]) -> None:
         **found,
         "versions": {name: version(name) for name in ("torch", "megatron-core")},
     }
-    path = RESULTS / f"{run.name}.json"
-    RESULTS.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_whole(RESULTS / f"{run.name}.json", json.dumps(content, indent=1) + "\n")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -65,3 +65,9 @@ def build_table(
     if not stop_ids:
         raise ValueError("it names no stop token; give stop_token_ids")
     return TokenTable.from_bytes(pieces, special_ids, stop_ids, normalizer=normalizer)
+
+
+def readable(data: bytes, *, keep: str = "") -> str:
+    """Bytes as text; what is not UTF-8, or not printable and not one of the characters of `keep`, as an escape."""
+    text = data.decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import base64
 import gzip
+import hashlib
 import importlib.util
 import json
 import pickletools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -53,6 +54,11 @@ class Problem:
     """The text for a base model to go on with."""
     fields: dict[str, Any]
     """The row as it was read."""
+
+
+def digest_of(problems: Sequence[Problem]) -> str:
+    """sha256 (hex) of the rows."""
+    return hashlib.sha256(json.dumps([p.fields for p in problems], sort_keys=True).encode()).hexdigest()
 
 
 def read_problems(name: Name, data: str | None) -> list[Problem]:

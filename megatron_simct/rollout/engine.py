@@ -7,7 +7,6 @@ ReplayEngine writes what another engine answers, or reads it back.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from megatron_simct.alignment.tokenizer import Tokenizer
+from megatron_simct.files import write_whole
 from megatron_simct.records import Prompt, Rollout
 
 
@@ -124,7 +124,6 @@ class ReplayEngine:
 
 def write_rollouts(folder: Path, rollouts: Sequence[Rollout], *, step: int, dp_rank: int, call: int = 0) -> None:
     """A file of one step and one model replica that ReplayEngine reads."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / (f"rollout_{step}.{dp_rank}.{call}.json" if call else f"rollout_{step}.{dp_rank}.json")
     rows = [
         {
@@ -136,9 +135,7 @@ def write_rollouts(folder: Path, rollouts: Sequence[Rollout], *, step: int, dp_r
         }
         for r in rollouts
     ]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(rows))
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(rows))
 
 
 def _read(file: Path) -> list[Rollout]:

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import megatron_simct
+from megatron_simct.files import write_whole
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, padded_vocab_size
 from megatron_simct.models.families import Architecture
 from megatron_simct.parallel.cpu import megatron_imports
@@ -260,9 +261,7 @@ def _write(state: dict[str, Any], directory: str, iteration: int, *, run: dict[s
             (temporary / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
         replaced = _set_aside(path)  # of a run that was killed before the tracker, or of one that is done again
         os.rename(temporary, path)
-        tracker = Path(directory) / TRACKER
-        tracker.with_name(TRACKER + ".tmp").write_text(str(iteration))
-        os.replace(tracker.with_name(TRACKER + ".tmp"), tracker)
+        write_whole(Path(directory) / TRACKER, str(iteration))
         shutil.rmtree(replaced, ignore_errors=True)
 
     on_first_rank(make_room, directory)

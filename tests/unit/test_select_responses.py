@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_simct.data.prompts import read_rows
-from megatron_simct.evaluation.benchmarks import read_problems
+from megatron_simct.evaluation.benchmarks import digest_of, read_problems
+from megatron_simct.files import write_rows
 from tools import evaluate, select_responses
 
 GOOD = "The answer is surely four."
@@ -27,10 +28,10 @@ def leave(folder: Path, responses: list[list[tuple[str, bool, str]]], *, chat: b
             key = {"problem_id": f"p{number}", "sample": sample}
             given.append(key | {"response": text, "finish": finish, "tokens": 1})
             grades.append(key | {"right": {"exact_match": right, "other": not right}})
-        evaluate.write_rows(folder / "run" / "responses" / f"{number:06d}.jsonl", given)
-        evaluate.write_rows(folder / "run" / "grades" / f"{number:06d}.jsonl", grades)
+        write_rows(folder / "run" / "responses" / f"{number:06d}.jsonl", given)
+        write_rows(folder / "run" / "grades" / f"{number:06d}.jsonl", grades)
     run = {"benchmark": "exact_match", "chat": chat, "problems": len(rows)}
-    evaluate.write_json(folder / "run" / "results.json", run | {"problems_sha256": evaluate.digest_of(problems)})
+    evaluate.write_json(folder / "run" / "results.json", run | {"problems_sha256": digest_of(problems)})
     return ["--responses", str(folder / "run"), "--data", str(data), "--output", str(folder / "warm_up.jsonl")]
 
 
