@@ -12,28 +12,15 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from megatron_simct.alignment import AlignmentMap, Tokenizer, VocabPlacement, build_alignment_map, load_tokenizer
-from megatron_simct.alignment.alignment_map import identity_map
-from megatron_simct.alignment.map_files import load_map
+from megatron_simct.alignment import AlignmentMap, Tokenizer, VocabPlacement
 from megatron_simct.alignment.plan import plan_mixture, plan_pair, plan_without_teacher
 from megatron_simct.arguments import to_dict
-from megatron_simct.config import Config, MixtureConfig, ModelConfig, ParallelConfig, TeacherJobConfig
+from megatron_simct.config import Config
 from megatron_simct.data.prompts import PromptSource, read_rows
-from megatron_simct.data.rendering import ChatTemplate
-from megatron_simct.losses import (
-    ByteOrder,
-    SharedColumns,
-    SharedHead,
-    check_config,
-    check_labels,
-    gather_shared_head,
-    teacher_needs,
-)
-from megatron_simct.models.build import HiddenStateModel, InterleavedModel, build_model
+from megatron_simct.loading import build_byte_order, load_model, open_alignment_map, open_chat_template, open_tokenizer
+from megatron_simct.losses import check_config, check_labels, teacher_needs
+from megatron_simct.models.build import HiddenStateModel, InterleavedModel
 from megatron_simct.models.families import read_architecture
-from megatron_simct.models.hf_load import find_weights, load_hf_weights, load_output_rows
 from megatron_simct.monitoring import Monitor
 from megatron_simct.parallel.initialize import Groups
 from megatron_simct.parallel.packing import pack_micro_batches
@@ -43,14 +30,9 @@ from megatron_simct.rollout.evaluation import Evaluator
 from megatron_simct.rollout.megatron_engine import MegatronEngine
 from megatron_simct.samples import SampleLog
 from megatron_simct.stopping import ExitWatch
-from megatron_simct.teacher.client import Patience, RemoteScorer, TeacherClient
-from megatron_simct.teacher.colocated import ColocatedScorer
-from megatron_simct.teacher.endpoints import CLIENT_KEY, endpoint_folder
-from megatron_simct.teacher.fingerprints import fingerprints
-from megatron_simct.teacher.mixture import MixtureScorer
-from megatron_simct.teacher.scorer import NoTeacher, TeacherScorer
-from megatron_simct.teacher.store import AnswerStore, SavingScorer, StoredClient
-from megatron_simct.update.checkpoint import Checkpoints, has_checkpoint, load_output_shard, load_weights
+from megatron_simct.teacher.build import build_mixture, build_teacher, teacher_logit_softcap
+from megatron_simct.teacher.scorer import TeacherScorer
+from megatron_simct.update.checkpoint import Checkpoints, has_checkpoint
 from megatron_simct.update.optimizer import build_optimizer, wrap_data_parallel
 from megatron_simct.update.step import StepReport, Updater
 from megatron_simct.writers import check_writers, open_writers
@@ -138,22 +120,7 @@ def build_job(config: Config, groups: Groups) -> Job:
             max_response_len=config.rollout.rollout_max_response_len,
             seed=config.training.seed,
         ),
-        align=(
-            partial(plan_without_teacher, student=student, needs=needs)
-            if teacher is None
-            else partial(
-                plan_mixture, student=student, teachers=[teacher, second], needs=needs, interface=config.interface
-            )
-            if second is not None
-            else partial(
-                plan_pair,
-                student=student,
-                teacher=teacher,
-                alignment_map=alignment_map,
-                needs=needs,
-                interface=config.interface,
-            )
-        ),
+        align=build_alignment(config, student, teacher, second, alignment_map, needs),
         teacher=scorer,
         background=ThreadPoolExecutor(max_workers=1, thread_name_prefix="alignment"),
         pack=partial(
@@ -268,43 +235,6 @@ def keep_batch(config: Config, groups: Groups, rollouts: Sequence[Rollout], iter
     return str(folder)
 
 
-def open_tokenizer(options: ModelConfig, *, prefix: str) -> Tokenizer:
-    """The tokenizer of one side."""
-    try:
-        return load_tokenizer(options.tokenizer, options.stop_token_ids)
-    except ValueError as error:
-        raise ValueError(f"--{prefix}tokenizer-model: {error}") from None
-
-
-def open_alignment_map(config: Config, student: Tokenizer, teacher: Tokenizer) -> AlignmentMap:
-    """That of --simct-alignment-map, if it is one of these two tokenizers; else built."""
-    folder = config.data.simct_alignment_map
-    if config.interface.interface == "kd":
-        if folder is not None:
-            raise ValueError(f"--simct-alignment-map {folder}: interface kd pairs every id with itself; leave it out")
-        return identity_map(student, teacher)
-    if folder is None:
-        return build_alignment_map(student, teacher)
-    try:
-        return load_map(folder, student=student.table, teacher=teacher.table)
-    except ValueError as error:
-        raise ValueError(f"--simct-alignment-map: {error}") from None
-
-
-def open_chat_template(
-    config: Config, options: ModelConfig, tokenizer: Tokenizer | None, *, prefix: str
-) -> ChatTemplate | None:
-    """How one side's prompts are written; None where they are plain texts or where nothing reads them."""
-    if not config.data.apply_chat_template or tokenizer is None:
-        return None
-    if tokenizer.encode_chat is None:
-        raise ValueError(
-            f"--apply-chat-template: --{prefix}tokenizer-model {tokenizer.name} cannot read the special tokens of a "
-            "chat; it needs a tokenizer.json"
-        )
-    return ChatTemplate.load(options.hf_checkpoint, flag=f"--{prefix}hf-checkpoint")
-
-
 def build_prompts(
     config: Config, groups: Groups, student: Tokenizer, teacher: Tokenizer | None, second: Tokenizer | None
 ) -> PromptSource:
@@ -396,6 +326,25 @@ def build_engine(config: Config, groups: Groups, sampler: MegatronEngine, studen
     return engine
 
 
+def build_alignment(
+    config: Config,
+    student: Tokenizer,
+    teacher: Tokenizer | None,
+    second: Tokenizer | None,
+    alignment_map: AlignmentMap | None,
+    needs: TeacherNeeds,
+) -> Callable[[Prompt, Rollout], AlignedPair]:
+    """How a response is cut for the comparison: with no teacher, with two that are mixed, or with one."""
+    if teacher is None:
+        return partial(plan_without_teacher, student=student, needs=needs)
+    interface = config.interface
+    if second is not None:
+        return partial(plan_mixture, student=student, teachers=[teacher, second], needs=needs, interface=interface)
+    return partial(
+        plan_pair, student=student, teacher=teacher, alignment_map=alignment_map, needs=needs, interface=interface
+    )
+
+
 def build_placement(
     config: Config, model: HiddenStateModel | InterleavedModel, student: Tokenizer, alignment_map: AlignmentMap | None
 ) -> VocabPlacement:
@@ -406,205 +355,5 @@ def build_placement(
     return alignment_map.placement(shard_start=start, shard_end=end, stop_bridge=config.interface.stop_bridge)
 
 
-def build_byte_order(model: HiddenStateModel | InterleavedModel, groups: Groups, tokenizer: Tokenizer) -> ByteOrder:
-    """This rank's slice of a vocabulary in the order of its bytes."""
-    start, end = model.vocab_shard
-    return ByteOrder.of(tokenizer.table, shard_start=start, shard_end=end, device=groups.device)
-
-
-def build_teacher(
-    config: Config,
-    groups: Groups,
-    student: Tokenizer,
-    tokenizer: Tokenizer | None,
-    alignment_map: AlignmentMap | None,
-    placement: VocabPlacement,
-    needs: TeacherNeeds,
-) -> tuple[TeacherScorer, SharedHead | None]:
-    """The scorer, and on the last stage the teacher's head rows that this rank's columns need, if any."""
-    if tokenizer is None:
-        return NoTeacher(), None
-    marks = teacher_fingerprints(config, config.teacher, student, tokenizer, alignment_map, prefix="teacher-")
-    scorer, shared_head = _build_teacher(config, groups, tokenizer, placement, needs, marks)
-    keep = config.rollout.save_debug_scored_data or config.teacher_job.cache
-    if keep is not None:
-        flag = "--save-debug-scored-data" if config.rollout.save_debug_scored_data else "--teacher-cache"
-        scorer = SavingScorer(scorer, AnswerStore(keep, marks, flag=flag), writes=groups.meets_teacher)
-    return scorer, shared_head
-
-
-def _build_teacher(
-    config: Config,
-    groups: Groups,
-    tokenizer: Tokenizer,
-    placement: VocabPlacement,
-    needs: TeacherNeeds,
-    marks: dict[str, object],
-) -> tuple[TeacherScorer, SharedHead | None]:
-    """See build_teacher: in another job, on disk, or here."""
-    stored = config.rollout.load_debug_scored_data
-    if config.teacher_job.endpoint or stored:
-        client: TeacherClient | StoredClient | None = None
-        if groups.meets_teacher:
-            if config.teacher_job.endpoint:
-                client = build_client(config, config.teacher_job, marks, prefix="teacher-")
-            if stored or config.teacher_job.cache:
-                flag = "--load-debug-scored-data" if stored else "--teacher-cache"
-                client = StoredClient(AnswerStore(stored or config.teacher_job.cache, marks, flag=flag), client)
-        return RemoteScorer(client, groups), load_shared_head(config, groups, placement, needs)
-    model = load_model(config, config.teacher, groups, tokenizer, prefix="teacher-")
-    scorer = ColocatedScorer(
-        model,
-        groups,
-        vocab_size=tokenizer.table.num_ids,
-        micro_batch_size=config.training.micro_batch_size,
-        byte_order=build_byte_order(model, groups, tokenizer) if needs.byte_events else None,
-    )
-    if not groups.is_last_stage or needs.hidden_rows == "none" or needs.topk:
-        return scorer, None
-    start, _ = model.vocab_shard
-    return scorer, gather_shared_head(model.output_weight.detach(), start, placement, groups.tp)
-
-
-def build_mixture(
-    config: Config, groups: Groups, first: TeacherScorer, student: Tokenizer, tokenizer: Tokenizer
-) -> MixtureScorer:
-    """The teacher's job and that of --second-teacher-endpoint, whose tokenizer this is, as one."""
-    assert isinstance(first, RemoteScorer)
-    client = None
-    if groups.meets_teacher:
-        marks = teacher_fingerprints(config, config.second_teacher, student, tokenizer, None, prefix="second-teacher-")
-        client = build_client(config, config.mixture, marks, prefix="second-teacher-")
-    weight = config.mixture.weight
-    return MixtureScorer([first, RemoteScorer(client, groups)], [1 - weight, weight], groups)
-
-
-def teacher_fingerprints(
-    config: Config,
-    options: ModelConfig,
-    student: Tokenizer,
-    teacher: Tokenizer,
-    alignment_map: AlignmentMap | None,
-    *,
-    prefix: str,
-) -> dict[str, object]:
-    """What this job knows of the teacher of these options."""
-    flag = f"--{prefix}hf-checkpoint"
-    return fingerprints(
-        options,
-        read_architecture(options.hf_checkpoint, flag=flag),
-        teacher,
-        longest=config.rollout.rollout_max_prompt_len + config.rollout.rollout_max_response_len,
-        student=student,
-        alignment_map=alignment_map.fingerprint if alignment_map is not None else None,
-        prefix=prefix,
-    )
-
-
-def build_client(
-    config: Config, job: TeacherJobConfig | MixtureConfig, marks: dict[str, object], *, prefix: str
-) -> TeacherClient:
-    """The connection to a teacher's job. marks: fingerprints."""
-    addresses = tuple(place for place in job.endpoint if "://" in place)
-    folder = None if addresses else endpoint_folder(job.endpoint[0])
-    return TeacherClient(
-        folder=folder,
-        addresses=addresses,
-        key_file=Path(job.client_key) if job.client_key else (folder or Path()) / CLIENT_KEY,
-        fingerprints=marks,
-        patience=Patience(timeout_s=60 * config.teacher_job.timeout_minutes),
-        window_tokens=config.teacher_job.window_tokens,
-        where=f"--{prefix}endpoint {' '.join(job.endpoint)}",
-    )
-
-
-def load_shared_head(
-    config: Config, groups: Groups, placement: VocabPlacement, needs: TeacherNeeds
-) -> SharedHead | None:
-    """The head rows that this rank's columns need, straight from the teacher's checkpoint. Collective over the job."""
-    options, flag = config.teacher, "--teacher-hf-checkpoint"
-    if needs.hidden_rows == "none" or needs.topk:
-        return None
-    architecture = read_architecture(options.hf_checkpoint, flag=flag)
-    dtype = torch.bfloat16 if config.training.bf16 else torch.float32
-    if options.pretrained_checkpoint is not None:
-        shard = load_output_shard(
-            architecture,
-            options.pretrained_checkpoint,
-            groups=groups,
-            divisible_by=options.make_vocab_size_divisible_by,
-            dtype=dtype,
-            flag="--teacher-pretrained-checkpoint",
-        ).to(groups.device)
-        if not groups.is_last_stage:
-            return None
-        return gather_shared_head(shard, groups.tp_rank * len(shard), placement, groups.tp)
-    if find_weights(options.hf_checkpoint, flag=flag) is None:
-        raise ValueError(
-            f"{flag} {options.hf_checkpoint}: has no weights; --simct-interface {config.interface.interface} needs the "
-            "rows of the teacher's head that the student shares, although the teacher is another job"
-        )
-    if not groups.is_last_stage:
-        return None
-    rows = load_output_rows(architecture, options.hf_checkpoint, placement.teacher_rows, dtype=dtype, flag=flag)
-    return SharedHead(weight=rows.to(groups.device), columns=SharedColumns.from_placement(placement, groups.device))
-
-
-def teacher_logit_softcap(config: Config) -> float | None:
-    """What bounds the teacher's logits, which the loss makes of its hidden states."""
-    return read_architecture(config.teacher.hf_checkpoint, flag="--teacher-hf-checkpoint").final_logit_softcap
-
-
 def _leave_to_last_stage(labels: LabelBatch) -> None:
     """Only the last stage has what the teacher says of the labels."""
-
-
-def load_model(
-    config: Config, options: ModelConfig, groups: Groups, tokenizer: Tokenizer, *, prefix: str
-) -> HiddenStateModel | InterleavedModel:
-    """The model of one side: weights of --[teacher-]pretrained-checkpoint, else of the folder, else random."""
-    return open_model(
-        options,
-        config.parallel,
-        groups,
-        tokenizer,
-        prefix=prefix,
-        bf16=config.training.bf16,
-        longest=config.rollout.rollout_max_prompt_len + config.rollout.rollout_max_response_len,
-    )
-
-
-def open_model(
-    options: ModelConfig,
-    parallel: ParallelConfig,
-    groups: Groups,
-    tokenizer: Tokenizer,
-    *,
-    prefix: str,
-    bf16: bool,
-    longest: int,
-) -> HiddenStateModel | InterleavedModel:
-    """See load_model; `longest` as in Rotary."""
-    flag = f"--{prefix}hf-checkpoint"
-    architecture = read_architecture(options.hf_checkpoint, flag=flag)
-    has_weights = (
-        options.pretrained_checkpoint is not None or find_weights(options.hf_checkpoint, flag=flag) is not None
-    )
-    model = build_model(
-        architecture,
-        parallel,
-        groups,
-        vocab_size=tokenizer.table.num_ids,
-        divisible_by=options.make_vocab_size_divisible_by,
-        bf16=bf16,
-        flag=f"{flag} {options.hf_checkpoint}",
-        initialize=not has_weights,
-        longest=longest,
-    )
-    if options.pretrained_checkpoint is not None:
-        load_weights(model, options.pretrained_checkpoint, flag=f"--{prefix}pretrained-checkpoint")
-    elif has_weights:
-        load_hf_weights(
-            model, architecture, options.hf_checkpoint, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag=flag
-        )
-    return model

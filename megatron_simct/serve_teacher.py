@@ -20,7 +20,7 @@ from typing import Any
 from megatron_simct.alignment.map_files import load_map
 from megatron_simct.arguments import SERVE_TEACHER, parse_config
 from megatron_simct.config import TeacherConfig
-from megatron_simct.job import build_byte_order, open_model, open_tokenizer
+from megatron_simct.loading import build_byte_order, open_model, open_tokenizer
 from megatron_simct.models.families import read_architecture
 from megatron_simct.models.hf_load import find_weights
 from megatron_simct.parallel.initialize import Environment, Groups, process_groups

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_simct.job import load_model, open_tokenizer
+from megatron_simct.loading import load_model, open_tokenizer
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.update.checkpoint import save_weights
 from tests.distributed import run_ranks

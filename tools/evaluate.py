@@ -79,7 +79,7 @@ def generate(options: argparse.Namespace, problems: Sequence[Problem], run: dict
     import torch.distributed as dist
 
     from megatron_simct.config import Config, ModelConfig, ParallelConfig, RolloutConfig, TrainingConfig
-    from megatron_simct.job import load_model, open_tokenizer
+    from megatron_simct.loading import load_model, open_tokenizer
     from megatron_simct.parallel.initialize import process_groups
     from megatron_simct.rollout.engine import Sampling
     from megatron_simct.rollout.megatron_engine import MegatronEngine

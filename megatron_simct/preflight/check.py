@@ -14,8 +14,8 @@ from megatron_simct.alignment.coverage import Coverage
 from megatron_simct.alignment.map_files import placement_balance
 from megatron_simct.config import ModelConfig, ParallelConfig
 from megatron_simct.data.prompts import PromptSource, Row, read_rows
-from megatron_simct.job import open_alignment_map, open_chat_template, open_tokenizer
 from megatron_simct.launch.run_file import JobSize, RunFile
+from megatron_simct.loading import open_alignment_map, open_chat_template, open_tokenizer
 from megatron_simct.losses import check_config, teacher_needs
 from megatron_simct.models.build import check_divides, padded_vocab_size
 from megatron_simct.models.families import Architecture, read_architecture

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_simct.alignment import load_tokenizer
-from megatron_simct.job import load_model
+from megatron_simct.loading import load_model
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.records import Prompt
 from megatron_simct.rollout.decoder import Decoder

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_simct.job import build_job, load_model, open_tokenizer
+from megatron_simct.job import build_job
+from megatron_simct.loading import load_model, open_tokenizer
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.train import main, train
 from megatron_simct.update import checkpoint

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from megatron_simct.alignment import load_tokenizer
-from megatron_simct.job import build_job, load_model
+from megatron_simct.job import build_job
+from megatron_simct.loading import load_model
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.records import AlignedPair, SegmentKind, TeacherNeeds
 from megatron_simct.rollout.engine import GivenResponses, Sampling

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-import megatron_simct.job
+import megatron_simct.teacher.build
 from megatron_simct.config import ParallelConfig
 from megatron_simct.job import build_job
 from megatron_simct.parallel.initialize import process_groups
@@ -49,7 +49,7 @@ def layout(tp: int, pp: int) -> tuple[str, ...]:
 
 def _run(rank, world_size, folder, *flags):
     """Loss sums and gradient norm of each step, as this rank saw them, and what its client has counted."""
-    megatron_simct.job.Patience = partial(Patience, hello_s=0.2, silence_s=2.0, again_s=5.0, look_s=0.1)
+    megatron_simct.teacher.build.Patience = partial(Patience, hello_s=0.2, silence_s=2.0, again_s=5.0, look_s=0.1)
     resolved = config(folder, *ADAM, *flags)
     with process_groups(resolved.parallel, seed=resolved.training.seed) as groups:
         job = build_job(resolved, groups)

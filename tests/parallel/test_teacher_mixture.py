@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-import megatron_simct.job
-from megatron_simct.job import build_job, build_prompts, open_model, open_tokenizer
+import megatron_simct.teacher.build
+from megatron_simct.job import build_job, build_prompts
+from megatron_simct.loading import open_model, open_tokenizer
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.records import Rollout
-from megatron_simct.rollout.engine import write_rollouts
+from megatron_simct.rollout.engine import ReplayEngine, write_rollouts
 from megatron_simct.teacher.client import Patience
 from tests.distributed import run_ranks
 from tests.huggingface import save_byte_level, save_model
@@ -89,7 +90,7 @@ def _endpoints(run_dir):
 
 
 def _run(rank, world_size, folder, *flags):
-    megatron_simct.job.Patience = partial(Patience, hello_s=0.2, silence_s=2.0, again_s=5.0, look_s=0.1)
+    megatron_simct.teacher.build.Patience = partial(Patience, hello_s=0.2, silence_s=2.0, again_s=5.0, look_s=0.1)
     resolved = config(folder, *flags)
     with process_groups(resolved.parallel, seed=resolved.training.seed) as groups:
         (report,) = train_and_record(build_job(resolved, groups))
@@ -108,7 +109,7 @@ def _expected(rank, world_size, folder, *flags):
             for o, p, t in zip(options, prefixes, tokenizers, strict=True)
         ]
         prompts = build_prompts(resolved, groups, *tokenizers).batch(0)
-        responses = megatron_simct.job.ReplayEngine(
+        responses = ReplayEngine(
             None, save_dir=None, load_dir=resolved.rollout.load_debug_rollout_data, dp_rank=0, writes=False
         ).generate(prompts, None)
         total, count = torch.zeros((), dtype=torch.float64), 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_simct.alignment import Tokenizer
-from megatron_simct.job import open_tokenizer
+from megatron_simct.loading import open_tokenizer
 from megatron_simct.preflight import check
 from tests.examples import stand_in
 from tests.huggingface import LLAMA_TEMPLATE

@@ -93,7 +93,7 @@ def measure(args: argparse.Namespace, curve_mb_per_s: float) -> dict[str, Any]:
 
     from megatron_simct.alignment import build_alignment_map, load_tokenizer
     from megatron_simct.config import ModelConfig, ParallelConfig
-    from megatron_simct.job import build_byte_order, open_model
+    from megatron_simct.loading import build_byte_order, open_model
     from megatron_simct.parallel.initialize import process_groups
     from megatron_simct.records import TeacherNeeds
     from megatron_simct.teacher.forward import TeacherForward, by_length
