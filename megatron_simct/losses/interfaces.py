@@ -475,9 +475,7 @@ def _metrics(
     # Mass of the shared tokens alone: a unit's own first step is not added, a replaced column counts.
     for name in ("student", "teacher"):
         outside = (1 - getattr(terms, f"{name}_mass")).clamp(min=0)
-        metrics[f"{name}_mass_outside_u_sum"] = (
-            total(torch.where(used, outside, 0)) * ROW_NEEDS[config.interface].shared
-        )
+        metrics[f"{name}_mass_outside_u_sum"] = total(torch.where(used, outside, 0)) * needs.shared
     metrics["rows_same_top"] = total(used & stats.same_top if needs.shared else used[:0])
     metrics["rows_dropped"] = num_segments.double() * needs.segments - total(used)
     metrics["student_nll_sum"] = total(-stats.log_probs)
