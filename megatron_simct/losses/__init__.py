@@ -10,7 +10,7 @@ from megatron_simct.losses.public import (
     place_shared_head,
 )
 from megatron_simct.losses.shared_head import SharedColumns, SharedHead, gather_shared_head
-from megatron_simct.losses.vocab_parallel import label_statistics, log_sum_exp
+from megatron_simct.losses.vocab_parallel import label_statistics, logit_statistics
 
 __all__ = [
     "ByteOrder",
@@ -28,7 +28,7 @@ __all__ = [
     "interface_loss_from_logits",
     "known_failure",
     "label_statistics",
-    "log_sum_exp",
+    "logit_statistics",
     "place_shared_head",
     "teacher_needs",
 ]

@@ -58,12 +58,8 @@ from megatron_simct.losses.shared_head import SharedColumns, SharedHead, gather_
 from megatron_simct.losses.tiles import GivenLogits, OutputLayer, StudentLogits, likeliest
 from megatron_simct.losses.vocab_parallel import (
     label_statistics,
-    log_sum_exp,
+    logit_statistics,
     num_real_columns,
-    own_logits,
-    reduce_packed,
-    soft_cap,
-    statistics_dtype,
 )
 from megatron_simct.parallel.packing import pack_byte_events, pack_byte_sides
 from megatron_simct.records import LabelBatch, SegmentKind
@@ -163,7 +159,14 @@ def cross_tokenizer_loss(
         _check_ids("teacher_labels", teacher_labels, placement.teacher_vocab_size)
         teacher_logits = teacher_logits.detach()
         whole_teacher_logits = teacher_logits
-        own, lse = _teacher_statistics(teacher_logits, teacher_labels, placement, group, teacher_logit_softcap)
+        own, lse = logit_statistics(
+            teacher_logits,
+            teacher_labels,
+            shard_start=_rank(group) * teacher_logits.shape[1],
+            vocab_size=placement.teacher_vocab_size,
+            group=group,
+            logit_softcap=teacher_logit_softcap,
+        )
         if group is None:
             columns = SharedColumns.from_placement(placement, student_logits.device)
             teacher_rows = torch.from_numpy(placement.teacher_rows).to(student_logits.device)
@@ -424,29 +427,6 @@ def _placement(
         row_offsets=np.concatenate([[0], counts[here].cumsum()]) if teacher_width else np.zeros(1, np.int64),
         teacher_rows=np.concatenate(rows) if rows else np.zeros(0, np.int64),
     )
-
-
-@torch.no_grad()
-def _teacher_statistics(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    placement: VocabPlacement,
-    group: dist.ProcessGroup | None,
-    softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Own logit and log-sum-exp of every teacher label [m], some rows at a time."""
-    start = _rank(group) * logits.shape[1]
-    width = num_real_columns(shard_start=start, shard_width=logits.shape[1], vocab_size=placement.teacher_vocab_size)
-    own, lse = [], []
-    for rows, their_labels in zip(logits.split(64), labels.split(64), strict=True):
-        rows = soft_cap(rows[:, :width].to(statistics_dtype(rows)), softcap)
-        own.append(own_logits(rows, their_labels, start))
-        lse.append(log_sum_exp(rows, shard_start=start, vocab_size=placement.teacher_vocab_size, group=group))
-    if not own:
-        nothing = torch.zeros(0, dtype=statistics_dtype(logits), device=logits.device)
-        return nothing, nothing
-    (total,) = reduce_packed([torch.cat(own)], dist.ReduceOp.SUM, group)
-    return total, torch.cat(lse)
 
 
 def _labels(

@@ -157,14 +157,20 @@ class GivenScores:
         teacher_rows int64 [r]: the column of `logits` of each teacher row of the placement; None: they are the columns.
         """
         self._logits, self._index, self._columns = logits.detach(), index, columns
+        self._places = index.tolist()
         self._teacher_rows, self._soft_cap, self._dtype = teacher_rows, soft_cap, dtype
 
     def scores(self, first: int, last: int, rows: slice) -> torch.Tensor:
         """See HeadScores.scores."""
         low, high = int(self._columns.row_offsets[first]), int(self._columns.row_offsets[last])
-        logits = self._logits.index_select(0, self._index[rows])
+        places = self._places[rows]
+        follow = range(places[0], places[0] + len(places))
+        if places == list(follow):  # a view
+            logits = self._logits[follow.start : follow.stop]
+        else:
+            logits = self._logits.index_select(0, self._index[rows])
         if self._teacher_rows is None:
-            logits = logits[:, low:high]
+            logits = logits[:, low:high].clone()
         else:
             logits = logits.gather(1, self._teacher_rows[low:high].expand(len(logits), -1))
         return self._columns.join(soft_cap(logits.to(self._dtype), self._soft_cap), first, last)

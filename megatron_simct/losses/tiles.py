@@ -63,7 +63,8 @@ class GivenLogits:
     ) -> None:
         """logits [n, W] before the soft-cap; the first `num_columns` columns are real.
 
-        order [n], a permutation: row i of this source is row order[i] of `logits`; None is the identity.
+        order [n], a permutation: row i of this source is row order[i] of `logits`; None is the identity. Rows that are
+        asked for by a slice must follow one another in `logits` too: `runs` says where they do.
         """
         self.num_rows, self.num_columns = logits.shape[0], num_columns
         self.dtype = statistics_dtype(logits)
@@ -73,25 +74,31 @@ class GivenLogits:
         self._input = logits
         self._logits = logits.detach()
         self._order = order
+        self._places = list(range(self.num_rows)) if order is None else order.tolist()
         self._gradient = (
             torch.zeros_like(self._logits, memory_format=torch.contiguous_format) if self.needs_gradient else None
         )
 
+    def runs(self) -> list[slice]:
+        """All rows, cut where two that follow one another here do not in memory."""
+        borders = [i for i in range(1, self.num_rows) if self._places[i] != self._places[i - 1] + 1]
+        ends = [*borders, self.num_rows] if self.num_rows else []
+        return [slice(start, end) for start, end in zip([0, *borders], ends, strict=False)]
+
     def logits(self, start: int, end: int, rows: slice = ALL_ROWS) -> torch.Tensor:
         """[n, end - start], a new tensor: the capped logits of local columns [start, end) at a slice of the rows."""
-        tile = self._logits[:, start:end]
-        tile = tile[rows] if self._order is None else tile.index_select(0, self._order[rows])
-        shared = self._order is None and tile.dtype == self.dtype
-        return _cap_(tile.clone() if shared else tile.to(self.dtype), self.soft_cap)
+        return _cap_(self._logits[self._place(rows), start:end].to(self.dtype, copy=True), self.soft_cap)
+
+    def read(self, start: int, end: int, rows: slice = ALL_ROWS) -> torch.Tensor:
+        """`logits`, not to be overwritten: a view of what exists where it is what is asked for."""
+        if self.soft_cap is None and self._logits.dtype == self.dtype:
+            return self._logits[self._place(rows), start:end]
+        return self.logits(start, end, rows)
 
     def logits_at(self, columns: torch.Tensor, rows: slice = ALL_ROWS) -> torch.Tensor:
         """[n, w], a new tensor: the capped logits of local columns `columns` int64 [w]."""
-        if self._order is None:
-            picked = self._logits[rows].gather(1, columns.expand(len(self._logits[rows]), -1))
-        else:
-            picked = self._logits.index_select(0, self._order[rows])
-            picked = picked.gather(1, columns.expand(len(picked), -1))
-        return _cap_(picked.to(self.dtype), self.soft_cap)
+        logits = self._logits[self._place(rows)]
+        return _cap_(logits.gather(1, columns.expand(len(logits), -1)).to(self.dtype), self.soft_cap)
 
     def add_gradient(self, start: int, end: int, gradient: torch.Tensor, rows: slice = ALL_ROWS) -> None:
         """Add [n, end - start], the gradient with respect to the capped logits of `logits(start, end, rows)`.
@@ -100,24 +107,14 @@ class GivenLogits:
         """
         if self.soft_cap is not None:
             gradient = _through_cap_(gradient, self.logits(start, end, rows), self.soft_cap)
-        target = self._gradient[:, start:end]
-        gradient = gradient.to(target.dtype)
-        if self._order is None:
-            target[rows] += gradient
-        else:
-            target.index_add_(0, self._order[rows], gradient)
+        self._gradient[self._place(rows), start:end] += gradient.to(self._gradient.dtype)
 
     def add_gradient_at(self, columns: torch.Tensor, gradient: torch.Tensor, rows: slice = ALL_ROWS) -> None:
         """Take [n, w], the gradient with respect to `logits_at(columns, rows)`: the first that these entries get."""
         if self.soft_cap is not None:
             gradient = _through_cap_(gradient, self.logits_at(columns, rows), self.soft_cap)
-        gradient = gradient.to(self._gradient.dtype)
-        if self._order is None:
-            self._gradient[rows].scatter_(1, columns.expand(len(gradient), -1), gradient)
-        else:
-            # One scatter into the flat tensor takes half the time of an assignment with two indices.
-            entries = self._order[rows].unsqueeze(1) * self._gradient.shape[1] + columns
-            self._gradient.view(-1).scatter_(0, entries.view(-1), gradient.reshape(-1))
+        target = self._gradient[self._place(rows)]
+        target.scatter_(1, columns.expand(len(gradient), -1), gradient.to(target.dtype))
 
     def add_gradient_of_entries(self, columns: torch.Tensor, gradient: torch.Tensor, rows: slice = ALL_ROWS) -> None:
         """Add [n, k], the gradient with respect to the capped logits at local columns int64 [n, k], each row its own.
@@ -136,6 +133,17 @@ class GivenLogits:
         if not self.needs_gradient:
             return value
         return _KnownGradient.apply(value, self._gradient, self._input)
+
+    def _place(self, rows: slice) -> slice:
+        """Where these rows are in memory."""
+        rows = slice(*rows.indices(self.num_rows))
+        if rows.start >= rows.stop:
+            return slice(0, 0)
+        first = self._places[rows.start]
+        place = slice(first, first + rows.stop - rows.start)
+        if self._places[rows.stop - 1] != place.stop - 1:
+            raise ValueError(f"rows [{rows.start}, {rows.stop}) do not follow one another in memory")
+        return place
 
 
 class OutputLayer:
@@ -177,9 +185,17 @@ class OutputLayer:
             self._weight_gradient = weight.main_grad if self._in_main_grad else torch.zeros_like(self._weight)
         self.needs_gradient = self._hidden_gradient is not None or self._weight_gradient is not None
 
+    def runs(self) -> list[slice]:
+        """See GivenLogits.runs: one, the rows were put in order."""
+        return [slice(0, self.num_rows)] if self.num_rows else []
+
     def logits(self, start: int, end: int, rows: slice = ALL_ROWS) -> torch.Tensor:
         """See GivenLogits.logits."""
         return self._tile(self._weight[start:end], rows)
+
+    def read(self, start: int, end: int, rows: slice = ALL_ROWS) -> torch.Tensor:
+        """See GivenLogits.read."""
+        return self.logits(start, end, rows)
 
     def logits_at(self, columns: torch.Tensor, rows: slice = ALL_ROWS) -> torch.Tensor:
         """See GivenLogits.logits_at."""

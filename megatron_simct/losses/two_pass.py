@@ -50,9 +50,9 @@ from megatron_simct.losses.vocab_parallel import (
 MAX_TILE_COLUMNS = 4096
 """Wider tiles gain nothing: the products are as fast."""
 MIN_TILE_COLUMNS = 64
-ROWS_FIRST_ELEMENTS = 1 << 19
+ROWS_FIRST_ELEMENTS = 1 << 20
 """Of a tile of whole rows, where logits exist: scores that are read in another order should stay in the cache."""
-CACHED_ELEMENTS = 1 << 18
+CACHED_ELEMENTS = 1 << 19
 """On a CPU, elementwise work goes over blocks of rows that stay in the cache; the products take the whole tile."""
 
 
@@ -198,6 +198,8 @@ class TwoPass:
         labels int64 [N], in the student's order. teacher is None where no rows are shared, or where topk columns are
         to be found among all of the student's.
         """
+        if source.device.type == "cpu":
+            _keep_freed_memory()
         self._topk = topk
         self._source, self._teacher, self._plan, self._columns = source, teacher, plan, columns
         self._labels = labels[plan.order] - shard_start
@@ -209,7 +211,7 @@ class TwoPass:
         # A tile of each model; a second one while a soft-cap or a narrower type is converted.
         width = (memory_mib << 20) // max(1, 2 * num_rows * self._empty.element_size())
         self._width = max(MIN_TILE_COLUMNS, min(MAX_TILE_COLUMNS, width))
-        self._height = source.num_rows
+        self._height = max(1, source.num_rows)
         if source.rows_first:
             self._width = max(1, source.num_columns)
             self._height = max(1, ROWS_FIRST_ELEMENTS // self._width)
@@ -227,7 +229,7 @@ class TwoPass:
         special_t = torch.full_like(special_s, NEGATIVE_INFINITY)
         top = _LocalTop(plan.num_shared, self._topk, like=self._empty)
         for chunk, start, end in self._tiles():
-            logits = source.logits(start, end, chunk)
+            logits = source.read(start, end, chunk)
             own[chunk] += own_logits(logits, self._labels[chunk], start)
             teacher, index = self._teacher_tile(chunk, start, end)
             for rows in self._blocks(chunk.start, chunk.stop, end - start):
@@ -246,7 +248,7 @@ class TwoPass:
                 new = torch.maximum(maxima[rows], row_maxima(block))
                 reference = finite_reference(new)
                 sums[rows] *= (maxima[rows] - reference).exp()
-                sums[rows] += block.sub_(reference.unsqueeze(1)).exp_().sum(1)
+                sums[rows] += (block - reference.unsqueeze(1)).exp_().sum(1)
                 maxima[rows] = new
         statistics = self._reduce(maxima, sums, own, running, special_s, special_t)
         if self._topk:
@@ -420,10 +422,11 @@ class TwoPass:
 
     def _tiles(self) -> Iterator[tuple[slice, int, int]]:
         """Rows and columns [start, end): all rows of some columns, or some rows of all columns."""
-        for top in range(0, self._source.num_rows, max(1, self._height)):
-            chunk = slice(top, min(top + self._height, self._source.num_rows))
-            for start in range(0, self._source.num_columns, self._width):
-                yield chunk, start, min(start + self._width, self._source.num_columns)
+        for run in self._source.runs():
+            for top in range(run.start, run.stop, self._height):
+                chunk = slice(top, min(top + self._height, run.stop))
+                for start in range(0, self._source.num_columns, self._width):
+                    yield chunk, start, min(start + self._width, self._source.num_columns)
 
     def _blocks(self, start: int, stop: int, width: int) -> Iterator[slice]:
         """Rows [start, stop) in blocks; a block is either before, in or behind the dense first rows."""
@@ -526,6 +529,14 @@ class _LocalTop:
             local=torch.where(here, self._columns.gather(1, torch.where(here, chosen % k, 0)), 0),
             here=here,
         )
+
+
+def _keep_freed_memory() -> None:
+    """Let malloc keep what is freed, up to 62 MiB: it would hand every tile's memory back, and fault it in again.
+
+    glibc keeps twice the largest block that was ever freed, if that is below 32 MiB. One that is never touched will do.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def _common(a: slice, b: slice) -> slice | None:

@@ -20,6 +20,10 @@ import torch.distributed as dist
 from torch.nn.functional import linear
 
 NEGATIVE_INFINITY = float("-inf")
+LABEL_STATISTICS_ROWS, LABEL_STATISTICS_COLUMNS = 4096, 1024
+"""16 MiB of float32: malloc hands larger blocks back to the system each time."""
+ROWS_OF_LOGITS = 8
+"""At a time, of logits that exist: what is computed of them should stay in the cache."""
 
 
 def statistics_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -73,22 +77,6 @@ def own_logits(logits: torch.Tensor, labels: torch.Tensor, shard_start: int) -> 
     return torch.where(here, own, torch.zeros_like(own))
 
 
-def log_sum_exp(
-    logits: torch.Tensor, *, shard_start: int, vocab_size: int, group: dist.ProcessGroup | None
-) -> torch.Tensor:
-    """Log-sum-exp over the real vocabulary of rows whose columns are split between ranks. No gradient.
-
-    logits [n, W] (after any soft-cap) -> [n], float32 (float64 for float64 logits), equal on every rank.
-    """
-    with torch.no_grad():
-        width = num_real_columns(shard_start=shard_start, shard_width=logits.shape[1], vocab_size=vocab_size)
-        real = logits[:, :width].to(statistics_dtype(logits))
-        (maxima,) = reduce_packed([row_maxima(real)], dist.ReduceOp.MAX, group)
-        reference = finite_reference(maxima)
-        (sums,) = reduce_packed([(real - reference.unsqueeze(1)).exp().sum(1)], dist.ReduceOp.SUM, group)
-        return reference + sums.log()
-
-
 @torch.no_grad()
 def label_statistics(
     hidden: torch.Tensor,
@@ -99,8 +87,8 @@ def label_statistics(
     vocab_size: int,
     group: dist.ProcessGroup | None,
     logit_softcap: float | None = None,
-    row_chunk: int = 4096,
-    column_chunk: int = 4096,
+    row_chunk: int = LABEL_STATISTICS_ROWS,
+    column_chunk: int = LABEL_STATISTICS_COLUMNS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each label's logit and its row's log-sum-exp over the real vocabulary, without keeping the logits. No gradient.
 
@@ -111,26 +99,62 @@ def label_statistics(
     At most row_chunk x column_chunk logits exist at a time: the maximum and the sum of a row are carried from one tile
     of columns to the next. Between ranks go 12 bytes a row.
     """
+    sums = _LabelSums(labels, shard_start=shard_start, dtype=statistics_dtype(hidden), logit_softcap=logit_softcap)
     width = num_real_columns(shard_start=shard_start, shard_width=weight.shape[0], vocab_size=vocab_size)
-    dtype = statistics_dtype(hidden)
-    own = hidden.new_zeros(hidden.shape[0], dtype=dtype)
-    maxima = torch.full_like(own, NEGATIVE_INFINITY)
-    sums = torch.zeros_like(own)
     for top in range(0, hidden.shape[0], row_chunk):
         rows = slice(top, min(top + row_chunk, hidden.shape[0]))
         for left in range(0, width, column_chunk):
-            tile = linear(hidden[rows], weight[left : min(left + column_chunk, width)]).to(dtype)
-            tile = soft_cap(tile, logit_softcap)
-            own[rows] += own_logits(tile, labels[rows], shard_start + left)
-            new_maxima = torch.maximum(maxima[rows], row_maxima(tile))
-            reference = finite_reference(new_maxima)
-            sums[rows] *= (maxima[rows] - reference).exp()
-            sums[rows] += (tile - reference.unsqueeze(1)).exp().sum(1)
-            maxima[rows] = new_maxima
-    (global_maxima,) = reduce_packed([maxima], dist.ReduceOp.MAX, group)
-    reference = finite_reference(global_maxima)
-    sums, own = reduce_packed([sums * (maxima - reference).exp(), own], dist.ReduceOp.SUM, group)
-    return own, reference + sums.log()
+            sums.add(linear(hidden[rows], weight[left : min(left + column_chunk, width)]), rows, left)
+    return sums.over_ranks(group)
+
+
+@torch.no_grad()
+def logit_statistics(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    shard_start: int,
+    vocab_size: int,
+    group: dist.ProcessGroup | None,
+    logit_softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`label_statistics` from logits [n, W] that exist, before any soft-cap: some rows at a time."""
+    sums = _LabelSums(labels, shard_start=shard_start, dtype=statistics_dtype(logits), logit_softcap=logit_softcap)
+    width = num_real_columns(shard_start=shard_start, shard_width=logits.shape[1], vocab_size=vocab_size)
+    for top in range(0, logits.shape[0] if width else 0, ROWS_OF_LOGITS):
+        rows = slice(top, min(top + ROWS_OF_LOGITS, logits.shape[0]))
+        sums.add(logits[rows, :width], rows, 0)
+    return sums.over_ranks(group)
+
+
+class _LabelSums:
+    """Each row's label, maximum and sum of exponentials, over the tiles seen so far."""
+
+    def __init__(
+        self, labels: torch.Tensor, *, shard_start: int, dtype: torch.dtype, logit_softcap: float | None
+    ) -> None:
+        self._labels, self._shard_start, self._soft_cap = labels, shard_start, logit_softcap
+        self._own = torch.zeros(len(labels), dtype=dtype, device=labels.device)
+        self._maxima = torch.full_like(self._own, NEGATIVE_INFINITY)
+        self._sums = torch.zeros_like(self._own)
+
+    def add(self, tile: torch.Tensor, rows: slice, left: int) -> None:
+        """tile [rows, w]: logits of this rank's columns from `left` on."""
+        tile = soft_cap(tile.to(self._own.dtype), self._soft_cap)
+        self._own[rows] += own_logits(tile, self._labels[rows], self._shard_start + left)
+        maxima = torch.maximum(self._maxima[rows], row_maxima(tile))
+        reference = finite_reference(maxima)
+        self._sums[rows] *= (self._maxima[rows] - reference).exp()
+        self._sums[rows] += (tile - reference.unsqueeze(1)).exp_().sum(1)
+        self._maxima[rows] = maxima
+
+    def over_ranks(self, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(own_logit, lse), equal on every rank: one MAX and one SUM."""
+        (maxima,) = reduce_packed([self._maxima], dist.ReduceOp.MAX, group)
+        reference = finite_reference(maxima)
+        sums = self._sums * (self._maxima - reference).exp()
+        sums, own = reduce_packed([sums, self._own], dist.ReduceOp.SUM, group)
+        return own, reference + sums.log()
 
 
 class _CopyToGroup(torch.autograd.Function):

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_simct.config import ParallelConfig
+from megatron_simct.losses.vocab_parallel import LABEL_STATISTICS_COLUMNS, LABEL_STATISTICS_ROWS
 from megatron_simct.models.build import uneven_stages
 from megatron_simct.models.families import Architecture
 
@@ -247,8 +248,9 @@ def teacher_plan(sizes: Sizes, *, tokens: int, length: int, on_gpu: bool) -> Mem
         if stage == sizes.pp - 1:
             rows, columns = batch * length, math.ceil(sizes.vocab_size / sizes.tp)
             parts["hidden states"] = rows * sizes.architecture.hidden_size * (sizes.value_bytes + 4)
-            tile = 4096  # of rows and of columns, as losses.label_statistics makes them
-            parts["logits"] = 12 * min(tile, rows) * min(tile, columns)
+            # losses.label_statistics: a tile in the type of the weights, in float32, and less the rows' maxima.
+            tile = min(LABEL_STATISTICS_ROWS, rows) * min(LABEL_STATISTICS_COLUMNS, columns)
+            parts["logits"] = (sizes.value_bytes + 8) * tile
         held = held | ({"GPU context": GPU_CONTEXT} if on_gpu else {})
         total = total_parameters(sizes.architecture, vocab_size=sizes.vocab_size)
         plans.append(MemoryPlan(held=held, phases={"scoring": parts}, num_parameters=total))

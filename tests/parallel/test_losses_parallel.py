@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_simct.config import InterfaceConfig
-from megatron_simct.losses import LabelRows, gather_shared_head, interface_loss, label_statistics, log_sum_exp
+from megatron_simct.losses import LabelRows, gather_shared_head, interface_loss, label_statistics, logit_statistics
 from tests import golden
 from tests.distributed import run_ranks
 from tests.oracles.loss_cases import (
@@ -286,9 +286,15 @@ def statistics(rank: int, world_size: int, case: LossCase, cap: float | None) ->
         row_chunk=7,
         column_chunk=2,
     )
-    logits = case.teacher_hidden @ weight.T
-    logits = logits if cap is None else cap * torch.tanh(logits / cap)
-    return own, lse, log_sum_exp(logits, shard_start=start, vocab_size=vocab_size, group=group)
+    of_logits = logit_statistics(
+        case.teacher_hidden @ weight.T,
+        labels,
+        shard_start=start,
+        vocab_size=vocab_size,
+        group=group,
+        logit_softcap=cap,
+    )
+    return own, lse, *of_logits
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -298,9 +304,10 @@ def test_label_statistics_on_shards(world_size, cap):
     logits = case.teacher_hidden @ case.teacher_weight.T
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     expected = logits[torch.arange(len(logits)), torch.tensor(case.teacher_labels)]
-    for own, lse, lse_of_logits in run_ranks(world_size, statistics, case, cap):
+    for own, lse, own_of_logits, lse_of_logits in run_ranks(world_size, statistics, case, cap):
         torch.testing.assert_close(own, expected)
         torch.testing.assert_close(lse, logits.logsumexp(1))
+        torch.testing.assert_close(own_of_logits, expected)
         torch.testing.assert_close(lse_of_logits, logits.logsumexp(1))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_simct.losses import SharedColumns, gather_shared_head, label_statistics, log_sum_exp
+from megatron_simct.losses import SharedColumns, gather_shared_head, label_statistics, logit_statistics
 from tests.oracles.loss_cases import placement_of, random_case
 
 
@@ -75,13 +75,20 @@ def test_label_statistics_of_nothing_and_of_nan():
     assert label_statistics(hidden, weight, labels, column_chunk=2, **options)[1].isnan().all()
 
 
-def test_log_sum_exp_scores_no_padding():
-    hidden, weight, _ = sample()
-    found = log_sum_exp(hidden @ weight.T, shard_start=0, vocab_size=25, group=None)
-    torch.testing.assert_close(found, (hidden @ weight[:25].T).logsumexp(1))
-    assert found.dtype == torch.float64
-    nothing = log_sum_exp(hidden @ weight.T, shard_start=25, vocab_size=25, group=None)
-    assert (nothing == -float("inf")).all()
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_statistics_of_logits_are_those_of_hidden_states_and_score_no_padding(cap):
+    hidden, weight, labels = sample()
+    options = {"shard_start": 0, "vocab_size": 25, "group": None, "logit_softcap": cap}
+    own, lse = logit_statistics(hidden @ weight.T, labels, **options)
+    expected = label_statistics(hidden, weight, labels, **options)
+    torch.testing.assert_close((own, lse), expected, rtol=1e-13, atol=1e-13)
+    assert lse.dtype == torch.float64
+
+
+def test_statistics_of_logits_of_padding_alone():
+    hidden, weight, labels = sample()
+    own, lse = logit_statistics(hidden @ weight.T, labels, shard_start=25, vocab_size=25, group=None)
+    assert (own == 0).all() and (lse == -float("inf")).all()
 
 
 def test_teacher_columns_sum_the_mass_of_a_stop_set():
