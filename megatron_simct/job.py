@@ -90,13 +90,6 @@ def build_job(config: Config, groups: Groups) -> Job:
         scorer = build_mixture(config, groups, scorer, student, second)
     chunks = wrap_data_parallel(model, config.parallel)
     optimizer, scheduler = build_optimizer(chunks, config.training)
-    sampler = MegatronEngine(
-        model,
-        groups,
-        vocab_size=student.table.num_ids,
-        stop_ids=student.table.stop_ids,
-        batch_size=config.rollout.rollout_engine_batch_size,
-    )
     checkpoints = Checkpoints(
         model,
         optimizer,
@@ -107,6 +100,24 @@ def build_job(config: Config, groups: Groups) -> Job:
         config=to_dict(config),
     )
     start = resume(config, groups, checkpoints)
+    monitor = Monitor(
+        groups,
+        run_dir=config.output.run_dir,
+        train_iters=config.training.train_iters,
+        log_interval=config.output.log_interval,
+        batch_size=config.global_batch_size,
+        sampled=config.interface.interface != "sft",
+        start=start,
+        writers=open_writers(config.output, to_dict(config), start=start) if groups.is_first_rank else (),
+    )
+    sampler = MegatronEngine(
+        model,
+        groups,
+        vocab_size=student.table.num_ids,
+        stop_ids=student.table.stop_ids,
+        batch_size=config.rollout.rollout_engine_batch_size,
+        progress=monitor.responses,
+    )
     engine = build_engine(config, groups, sampler, student)
     engine.publish(start)
     return Job(
@@ -144,16 +155,7 @@ def build_job(config: Config, groups: Groups) -> Job:
             byte_order=build_byte_order(model, groups, student) if needs.byte_events else None,
             teacher_logit_softcap=None if teacher is None else teacher_logit_softcap(config),
         ),
-        monitor=Monitor(
-            groups,
-            run_dir=config.output.run_dir,
-            train_iters=config.training.train_iters,
-            log_interval=config.output.log_interval,
-            batch_size=config.global_batch_size,
-            sampled=config.interface.interface != "sft",
-            start=start,
-            writers=open_writers(config.output, to_dict(config), start=start) if groups.is_first_rank else (),
-        ),
+        monitor=monitor,
         log_samples=build_sample_log(config, groups, student, teacher, start=start),
         evaluator=build_evaluator(config, groups, sampler, student),
         start=start,

@@ -170,11 +170,10 @@ class Monitor:
             self._remember_masses([row.get("student_mass_outside_u") for row in file.kept])
         self._progress = None
         if self._active and sys.stdout.isatty():
-            self._progress = Progress(
-                TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console()
-            )
-            self._progress.start()
-            self._task = self._progress.add_task("train", total=train_iters, completed=start)
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=Console())
+            self._steps = self._progress.add_task("steps", total=train_iters, completed=start)
+            self._responses = self._progress.add_task("responses", visible=False)
 
     def step(
         self,
@@ -199,7 +198,8 @@ class Monitor:
             timing["rollout_tokens_per_second"] = _ratio(report.sums["num_labels"], seconds.get("rollout", 0.0))
         self._record("step", iteration, values | {"seconds": sum(seconds.values())} | timing)
         if self._progress is not None:
-            self._progress.update(self._task, completed=iteration)
+            self._progress.start()
+            self._progress.update(self._steps, completed=iteration)
         if iteration % self._log_interval == 0 or iteration == self._train_iters:
             line = log_line(iteration, self._train_iters, values, seconds, batch_size=self._batch_size)
             self.say(f"{line} {note} |" if note else line)
@@ -211,6 +211,14 @@ class Monitor:
             self._record("evaluation", iteration, values)
             shown = [f"{name}: {value:.4f}" for name, value in values.items() if not isinstance(value, list)]
             self.say(f" evaluation at iteration {iteration} | " + " | ".join(shown))
+
+    def responses(self, finished: int, of: int) -> None:
+        """On a terminal, a bar of the responses that this rank samples, while it does."""
+        if self._progress is not None:
+            self._progress.start()
+            if finished == 0:
+                self._progress.reset(self._responses)
+            self._progress.update(self._responses, completed=finished, total=of, visible=finished < of)
 
     def say(self, text: str) -> None:
         """One line on the terminal, above the progress bar where there is one."""

@@ -33,7 +33,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -191,7 +191,7 @@ def mix(
         found = list(read_files(source, root))
         order = np.random.default_rng([mixture.seed, crc32(source.name.encode())]).permutation(len(found))
         kept, dropped = [], Counter()
-        for number in order.tolist():
+        for number in _counted(order.tolist(), source.name):
             if len(kept) == wanted[source.name]:
                 break
             try:
@@ -223,6 +223,14 @@ def mix(
     order = np.random.default_rng(mixture.seed).permutation(len(rows))
     report["rows"] = len(rows)
     return [rows[i] for i in order], report
+
+
+def _counted(items: Sequence[int], name: str) -> Iterable[int]:
+    """The items, with a bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(items, description=name, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
 
 
 # Rows

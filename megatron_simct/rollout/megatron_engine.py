@@ -45,13 +45,18 @@ class MegatronEngine:
         vocab_size: int,
         stop_ids: Sequence[int],
         batch_size: int,
+        progress: Callable[[int, int], object] = lambda finished, of: None,
     ) -> None:
-        """vocab_size is the real one; batch_size bounds the sequences, and so the KV cache, decoded together."""
+        """vocab_size is the real one; batch_size bounds the sequences, and so the KV cache, decoded together.
+
+        progress is told after each token how many responses of a call are finished, and of how many.
+        """
         self._model = model
         self._groups = groups
         self._vocab_size = vocab_size
         self._stop_ids = frozenset(stop_ids)
         self._batch_size = batch_size
+        self._progress = progress
         self._weight_version = 0
 
     def publish(self, weight_version: int) -> None:
@@ -86,6 +91,7 @@ class MegatronEngine:
             if self._most(len(active)):
                 self._decode(stages, active, sampling)
                 _close_up(active, stages)
+            self._progress(len(sequences) - len(waiting) - len(active), len(sequences))
 
     def _most(self, count: int) -> int:
         """The largest count of the ranks that share experts: all must pass through a layer together, and one that has

@@ -59,8 +59,17 @@ def _generate(model, groups, calls):
     """The rollouts of each call: (prompts, sampling, stop ids, batch size)."""
     results = []
     for prompts, sampling, stop_ids, batch_size in calls:
-        engine = MegatronEngine(model, groups, vocab_size=VOCAB, stop_ids=stop_ids, batch_size=batch_size)
+        told = []
+        engine = MegatronEngine(
+            model,
+            groups,
+            vocab_size=VOCAB,
+            stop_ids=stop_ids,
+            batch_size=batch_size,
+            progress=lambda finished, of, told=told: told.append((finished, of)),
+        )
         results.append(engine.generate(prompts, sampling))
+        assert told == sorted(told) and (not prompts or told[-1] == (len(prompts), len(prompts)))
     return results
 
 

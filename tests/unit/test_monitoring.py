@@ -245,6 +245,8 @@ def test_a_terminal_shows_whole_lines_above_a_progress_bar(monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setenv("TERM", "xterm")
     (text,) = run_ranks(1, _run_on_a_terminal)
+    assert re.search(r"responses.*2/4", text), "while they are sampled"
+    assert "responses" not in text[text.index("iteration        1/       1") :], "no longer"
     (line,) = [line for line in text.splitlines() if "iteration        1/       1" in line]
     assert re.search(r"\| loss: 2\.500000E-01 \|.*\|$", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line)), "cut or wrapped"
 
@@ -257,6 +259,9 @@ def _run_on_a_terminal(rank, world_size):
         groups = SimpleNamespace(dp=dist.group.WORLD, is_first_rank=True)
         monitor = Monitor(groups, run_dir=None, train_iters=1, log_interval=1, batch_size=1, sampled=True)
         rollouts, pairs = ([record] for record in records(1, {"bytes": 60}))
+        for finished in (0, 2, 4):
+            monitor.responses(finished, 4)
+            monitor._progress.refresh()  # else when its thread comes to it
         monitor.step(1, rollouts, pairs, report(), {"rollout": 0.5})
         monitor.close()
     finally:
