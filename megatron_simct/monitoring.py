@@ -69,7 +69,7 @@ def sample_sums(
     rollouts: Sequence[Rollout], pairs: Sequence[AlignedPair], group: dist.ProcessGroup
 ) -> dict[str, float]:
     """Sums over the global batch of what samples say of themselves. Collective over the data-parallel group."""
-    sums = {name: sum(pair.counts.get(name, 0) for pair in pairs) for name in COUNTS}
+    sums: dict[str, float] = {name: sum(pair.counts.get(name, 0) for pair in pairs) for name in COUNTS}
     sums |= {
         "samples": len(rollouts),
         "stopped": sum(r.finish == "stop" for r in rollouts),
@@ -197,7 +197,7 @@ class Monitor:
         timing = {f"seconds_{hop}": value for hop, value in seconds.items()} | {"peak_memory_gib": peak_memory_gib()}
         if self._sampled:
             timing["rollout_tokens_per_second"] = _ratio(report.sums["num_labels"], seconds.get("rollout", 0.0))
-        self._record("step", iteration, values | {"seconds": sum(seconds.values())} | timing)
+        self._record("step", iteration, {**values, "seconds": sum(seconds.values()), **timing})
         if self._progress is not None:
             self._progress.update(self._task, completed=iteration)
         if iteration % self._log_interval == 0 or iteration == self._train_iters:
