@@ -17,14 +17,18 @@ def option(default: Any, text: str, *, metavar: str | None = None) -> Any:
     return field(default=default, metadata={"help": text, "metavar": metavar})
 
 
+Interface = Literal[
+    "paper", "sum", "code", "code_gh", "exact", "strict", "strict_topk", "no_unit_loss", "random_unit",
+    "uld", "alm", "bytes", "kd", "sft",
+]  # fmt: skip
+Divergence = Literal["reverse_kl", "forward_kl", "js"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class InterfaceConfig:
     """How the two models' next-token distributions are compared. Flags: --simct-*"""
 
-    interface: Literal[
-        "paper", "sum", "code", "code_gh", "exact", "strict", "strict_topk", "no_unit_loss", "random_unit",
-        "uld", "alm", "bytes", "kd", "sft",
-    ] = option(
+    interface: Interface = option(
         "paper",
         "paper: shared tokens plus the realised multi-token unit, mean log-probability (SimCT, Eq. 6-9); "
         "sum: the same with the unit's whole log-probability; "
@@ -36,8 +40,8 @@ class InterfaceConfig:
         "uld: sorted distributions at 1:1 positions; alm: the probability of each unit alone; "
         "bytes: next-byte distributions; kd: the whole vocabulary of one common tokenizer; "
         "sft: cross entropy on given responses, no teacher",
-    )  # fmt: skip
-    divergence: Literal["reverse_kl", "forward_kl", "js"] = option(
+    )
+    divergence: Divergence = option(
         "reverse_kl", "KL(student || teacher), KL(teacher || student), or the generalised Jensen-Shannon divergence"
     )
     temperature: float = option(1.0, "divides the row's scores before the softmax over U; no squared factor")
@@ -90,6 +94,12 @@ class ModelConfig:
     make_vocab_size_divisible_by: int = option(
         128, "pad the vocabulary to a multiple of this times the tensor-parallel size; padded ids are never scored"
     )
+
+    @property
+    def folder(self) -> str:
+        """--hf-checkpoint, once `check` has found it given."""
+        assert self.hf_checkpoint is not None, "check() refuses a job without this folder"
+        return self.hf_checkpoint
 
     @property
     def tokenizer(self) -> str | None:

@@ -167,8 +167,9 @@ def build_job(config: Config, groups: Groups) -> Job:
 
 def check_experts(config: Config, needs: TeacherNeeds) -> None:
     """ValueError where --expert-model-parallel-size is given and neither model has experts."""
-    sides = [(config.model.hf_checkpoint, "--hf-checkpoint")]
-    sides += [(config.teacher.hf_checkpoint, "--teacher-hf-checkpoint")] * needs.teacher
+    sides = [(config.model.folder, "--hf-checkpoint")]
+    if needs.teacher:
+        sides.append((config.teacher.folder, "--teacher-hf-checkpoint"))
     ep = config.parallel.expert_model_parallel_size
     if ep > 1 and not any(read_architecture(folder, flag=flag).num_experts for folder, flag in sides):
         folders = " and ".join(f"{flag} {folder}" for folder, flag in sides)
@@ -184,7 +185,7 @@ def identity(
 ) -> dict[str, object]:
     """What a checkpoint must share with this run to be resumed by it."""
     return {
-        "model": json.loads(json.dumps(asdict(read_architecture(config.model.hf_checkpoint, flag="--hf-checkpoint")))),
+        "model": json.loads(json.dumps(asdict(read_architecture(config.model.folder, flag="--hf-checkpoint")))),
         "tokenizer": student.table.fingerprint,
         "teacher_tokenizer": teacher.table.fingerprint if teacher is not None else None,
         "alignment_map": alignment_map.fingerprint if alignment_map is not None else None,
@@ -241,6 +242,7 @@ def build_prompts(
     config: Config, groups: Groups, student: Tokenizer, teacher: Tokenizer | None, second: Tokenizer | None
 ) -> PromptSource:
     """Training prompts, each rank its share."""
+    assert config.data.prompt_data is not None, "check() refuses a job without --prompt-data"
     rows = read_rows(
         config.data.prompt_data,
         flag="--prompt-data",

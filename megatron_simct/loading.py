@@ -20,6 +20,7 @@ from megatron_simct.update.checkpoint import load_weights
 
 def open_tokenizer(options: ModelConfig, *, prefix: str) -> Tokenizer:
     """The tokenizer of one side."""
+    assert options.tokenizer is not None, "check() refuses a job without a tokenizer"
     try:
         return load_tokenizer(options.tokenizer, options.stop_token_ids)
     except ValueError as error:
@@ -52,7 +53,7 @@ def open_chat_template(
             f"--apply-chat-template: --{prefix}tokenizer-model {tokenizer.name} cannot read the special tokens of a "
             "chat; it needs a tokenizer.json"
         )
-    return ChatTemplate.load(options.hf_checkpoint, flag=f"--{prefix}hf-checkpoint")
+    return ChatTemplate.load(options.folder, flag=f"--{prefix}hf-checkpoint")
 
 
 def load_model(
@@ -82,10 +83,8 @@ def open_model(
 ) -> HiddenStateModel | InterleavedModel:
     """See load_model; `longest` as in Rotary."""
     flag = f"--{prefix}hf-checkpoint"
-    architecture = read_architecture(options.hf_checkpoint, flag=flag)
-    has_weights = (
-        options.pretrained_checkpoint is not None or find_weights(options.hf_checkpoint, flag=flag) is not None
-    )
+    architecture = read_architecture(options.folder, flag=flag)
+    has_weights = options.pretrained_checkpoint is not None or find_weights(options.folder, flag=flag) is not None
     model = build_model(
         architecture,
         parallel,
@@ -100,9 +99,7 @@ def open_model(
     if options.pretrained_checkpoint is not None:
         load_weights(model, options.pretrained_checkpoint, flag=f"--{prefix}pretrained-checkpoint")
     elif has_weights:
-        load_hf_weights(
-            model, architecture, options.hf_checkpoint, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag=flag
-        )
+        load_hf_weights(model, architecture, options.folder, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag=flag)
     return model
 
 

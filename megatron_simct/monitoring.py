@@ -39,6 +39,64 @@ COUNTS = (
 )
 """The counts of an AlignedPair that are logged."""
 
+METRICS = {
+    "loss": ("nats a label", "the loss, over all student labels of the step, dropped ones included"),
+    "loss_one_to_one": ("nats a row", "the loss of segments that are one shared token on each side"),
+    "loss_unit": ("nats a row", "the loss of multi-token units"),
+    "loss_stop": ("nats a row", "the loss of the stop tokens"),
+    "loss_bytes": ("nats a position", "interface bytes: the loss, over byte positions that are compared"),
+    "grad_norm": ("", "norm of the gradient before --clip-grad"),
+    "learning_rate": ("", "of this step"),
+    "response_length": ("tokens", "mean length of a response, its stop token included"),
+    "stop_rate": ("share of samples", "responses that end in a stop token"),
+    "student_nats_per_byte": ("nats a byte", "surprise of the student at the responses"),
+    "teacher_nats_per_byte": ("nats a byte", "surprise of the teacher at the same bytes"),
+    "student_entropy": (
+        "nats a label",
+        "surprise at the tokens as they were sampled: at rollout temperature 1, top-p 1 an estimate of the entropy",
+    ),
+    "rollout_logprob_gap": (
+        "nats a label",
+        "how far the mean log-prob of the samples in training is from that in sampling; 0 but for rounding unless the "
+        "weights have changed",
+    ),
+    "rollout_lag": ("steps", "by how many steps the sampling weights are older; there where they are"),
+    "canonical_rollouts": ("share of samples", "responses that the student's tokenizer cuts as they were sampled"),
+    "coverage_one_to_one": ("share of bytes", "bytes in segments of one shared token on each side"),
+    "coverage_unit": ("share of bytes", "bytes in multi-token units"),
+    "blank_segments": ("share of segments", "segments of white space only"),
+    "top1_agreement": ("share of rows", "rows where both models' likeliest token, of those compared, is the same"),
+    "student_mass_outside_u": (
+        "probability",
+        "what the student gives tokens that are not shared; a loss over shared tokens does not see it",
+    ),
+    "teacher_mass_outside_u": ("probability", "what the teacher gives tokens that are not shared"),
+    "bytes_student_rest": ("probability", "interface bytes: what the student gives all bytes that are no event"),
+    "bytes_teacher_rest": ("probability", "interface bytes: what the teacher gives them"),
+    "bytes_merged": (
+        "events a position",
+        "interface bytes: events that were joined to the rest or left out, as the models may agree on them",
+    ),
+    "dropped_mismatch": ("share of bytes", "left out: the two tokenizers' bytes differ"),
+    "dropped_special": ("share of bytes", "left out: from a special token within the response on"),
+    "dropped_one_stop": ("share of bytes", "left out: only one side ends in a stop token"),
+    "dropped_no_bytes": ("share of bytes", "left out: tokens without bytes in a response that has none"),
+    "dropped_walk": ("share of bytes", "left out: lost by the released code's walk (interface code)"),
+    "dropped_invalid_utf8": ("share of bytes", "left out: from bytes that are not UTF-8 on"),
+    "seconds": ("s", "wall time of the step"),
+    "seconds_rollout": ("s", "of it in sampling"),
+    "seconds_alignment": ("s", "of it in alignment"),
+    "seconds_teacher": ("s", "of it in scoring, or in waiting for the teacher's job"),
+    "seconds_update": ("s", "of it in the forward and backward passes, and the optimizer"),
+    "peak_memory_gib": ("GiB", "the most that the first rank's process has held so far, on its GPU or resident"),
+    "rollout_tokens_per_second": ("tokens a second", "sampled, over all ranks"),
+    "greedy_accuracy": ("share of prompts", "evaluation: greedy responses that equal the label"),
+    "sampled_accuracy": ("share of responses", "evaluation: sampled responses that equal the label"),
+    "greedy_right": ("count a prompt", "evaluation: right greedy responses to each held-out prompt, in file order"),
+    "sampled_right": ("count a prompt", "evaluation: the same of the sampled ones"),
+}
+"""Unit and meaning of every name in metrics.jsonl, beside `kind` and `iteration`."""
+
 
 class Stopwatch:
     """Seconds spent in each hop of one step. Time in a hop within another one is the inner hop's only."""
@@ -69,7 +127,7 @@ def sample_sums(
     rollouts: Sequence[Rollout], pairs: Sequence[AlignedPair], group: dist.ProcessGroup
 ) -> dict[str, float]:
     """Sums over the global batch of what samples say of themselves. Collective over the data-parallel group."""
-    sums = {name: sum(pair.counts.get(name, 0) for pair in pairs) for name in COUNTS}
+    sums: dict[str, float] = {name: sum(pair.counts.get(name, 0) for pair in pairs) for name in COUNTS}
     sums |= {
         "samples": len(rollouts),
         "stopped": sum(r.finish == "stop" for r in rollouts),
@@ -196,7 +254,7 @@ class Monitor:
         timing = {f"seconds_{hop}": value for hop, value in seconds.items()} | {"peak_memory_gib": peak_memory_gib()}
         if self._sampled:
             timing["rollout_tokens_per_second"] = _ratio(report.sums["num_labels"], seconds.get("rollout", 0.0))
-        self._record("step", iteration, values | {"seconds": sum(seconds.values())} | timing)
+        self._record("step", iteration, {**values, "seconds": sum(seconds.values()), **timing})
         if self._progress is not None:
             self._progress.start()
             self._progress.update(self._steps, completed=iteration)

@@ -23,10 +23,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch  # alignment reads these records on machines that have no torch
 
 
 class SegmentKind(IntEnum):
@@ -272,6 +274,8 @@ class MicroBatch:
 
 
 def _moved(record: Any, device: torch.device) -> Any:
+    import torch
+
     changes: dict[str, Any] = {}
     for name in record.__slots__:
         value = getattr(record, name)

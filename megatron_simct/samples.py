@@ -83,6 +83,8 @@ class SampleLog:
         return units
 
 
-def _pieces(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
-    """What each token says; a special one, which says nothing, by its id."""
+def _pieces(tokenizer: Tokenizer | None, ids: np.ndarray) -> list[str]:
+    """What each token says; a special one, which says nothing, by its id. Without a tokenizer there are no tokens."""
+    if tokenizer is None:
+        return []
     return [readable(tokenizer.table.bytes_of(int(i)), keep="\n") or f"<{int(i)}>" for i in ids]

@@ -49,8 +49,8 @@ def serve_teacher(config: TeacherConfig, groups: Groups, stop: Stop) -> None:
     """Load the model, open the door, answer. ValueError, naming the flag, for whatever cannot work."""
     config.check()
     options, serving, flag = config.teacher, config.serving, "--teacher-hf-checkpoint"
-    architecture = read_architecture(options.hf_checkpoint, flag=flag)
-    if options.pretrained_checkpoint is None and find_weights(options.hf_checkpoint, flag=flag) is None:
+    architecture = read_architecture(options.folder, flag=flag)
+    if options.pretrained_checkpoint is None and find_weights(options.folder, flag=flag) is None:
         raise ValueError(f"{flag} {options.hf_checkpoint}: has no weights; a teacher needs some")
     tokenizer = open_tokenizer(options, prefix="teacher-")
     longest = serving.rollout_max_prompt_len + serving.rollout_max_response_len
@@ -66,6 +66,7 @@ def serve_teacher(config: TeacherConfig, groups: Groups, stop: Stop) -> None:
     )
     door = None
     if groups.meets_teacher:
+        assert serving.run_dir is not None, "check() refuses a job without --run-dir"
         folder = endpoint_folder(serving.run_dir)
         map_fingerprint = None
         if serving.simct_alignment_map is not None:

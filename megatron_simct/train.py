@@ -100,7 +100,9 @@ def evaluate(job: Job, *, iteration: int) -> bool:
         return False
     accuracy = job.evaluator.measure()
     job.monitor.evaluation(iteration, accuracy)
-    return config.exit_eval_accuracy is not None and accuracy["greedy_accuracy"] >= config.exit_eval_accuracy
+    greedy = accuracy["greedy_accuracy"]
+    assert isinstance(greedy, float), "an accuracy is one number"
+    return config.exit_eval_accuracy is not None and greedy >= config.exit_eval_accuracy
 
 
 def exit_is_due(job: Job, *, iteration: int) -> bool:
@@ -164,7 +166,7 @@ def report_random_weights(config: Config, groups: Groups, *, resumed: bool) -> N
     random = [
         f"{flag} {options.hf_checkpoint}"
         for flag, options in sides.items()
-        if options.pretrained_checkpoint is None and find_weights(options.hf_checkpoint, flag=flag) is None
+        if options.pretrained_checkpoint is None and find_weights(options.folder, flag=flag) is None
     ]
     if random and groups.is_first_rank:
         print(f" random weights: {', '.join(random)}", flush=True)

@@ -87,7 +87,12 @@ class WandB:
         if directory is not None:
             Path(directory).mkdir(parents=True, exist_ok=True)
         mode = os.environ.get("WANDB_MODE", "offline")
-        self._run = wandb.init(project=project, dir=directory, config=config, mode=mode)
+        self._run = wandb.init(
+            project=project,
+            dir=directory,
+            config=config,
+            mode=mode,  # type: ignore[arg-type]  # a word of the user, which wandb checks
+        )
 
     def write(self, kind: str, iteration: int, values: dict[str, float | list[int]]) -> None:
         named = {f"{kind}/{name}": value for name, value in _finite(values).items()}

@@ -11,6 +11,7 @@ ensure_packages examples/quickstart/requirements.txt --no-deps
 "$PYTHON" -m ruff format --check .
 export OMP_NUM_THREADS=1  # multi-process tests fork from the test process: one thread each
 [ $# = 0 ] || exec "$PYTHON" -m pytest "$@"
+"$PYTHON" -m mypy
 status=0
 # Tests of one process side by side, then those that start several.
 "$PYTHON" -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile tests/unit tests/parity || status=$?

@@ -114,7 +114,7 @@ PANELS = (
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file up to its end, or to a line that a kill cut off; ValueError for another kind of file."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             row = json.loads(line)

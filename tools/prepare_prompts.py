@@ -162,12 +162,14 @@ def wanted_counts(mixture: Mixture) -> dict[str, int | None]:
     counts: dict[str, int | None] = {source.name: source.count for source in mixture.sources}
     weights = {source.name: source.weight for source in mixture.sources if source.weight is not None}
     if weights:
+        assert mixture.size is not None, "a weight without a size was refused"
         left = mixture.size - sum(count for count in counts.values() if count is not None)
         shares = {name: max(0, left) * weight / sum(weights.values()) for name, weight in weights.items()}
-        counts |= {name: int(share) for name, share in shares.items()}
+        whole = {name: int(share) for name, share in shares.items()}
         for name in sorted(shares, key=lambda name: int(shares[name]) - shares[name]):
-            if sum(counts[name] for name in shares) < left:
-                counts[name] += 1
+            if sum(whole.values()) < left:
+                whole[name] += 1
+        counts |= whole
     return counts
 
 
@@ -190,7 +192,8 @@ def mix(
     for source in mixture.sources:
         found = list(read_files(source, root))
         order = np.random.default_rng([mixture.seed, crc32(source.name.encode())]).permutation(len(found))
-        kept, dropped = [], Counter()
+        kept: list[dict[str, Any]] = []
+        dropped = Counter[str]()
         for number in _counted(order.tolist(), source.name):
             if len(kept) == wanted[source.name]:
                 break

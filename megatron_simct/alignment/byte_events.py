@@ -103,7 +103,9 @@ def byte_trie(table: TokenTable) -> ByteTrie:
     offsets, lengths = table.offsets[content], table.lengths[content]
 
     node_of = np.zeros(content.size, dtype=np.int64)
-    first, end, tokens, byte, keys = [[0]], [[content.size]], [[0]], [[0]], []
+    first, end = [np.array([0])], [np.array([content.size])]
+    tokens, byte = [np.array([0])], [np.array([0])]
+    keys: list[np.ndarray] = []
     inside, num_nodes = np.arange(content.size), 1
     for depth in range(int(lengths.max())):
         inside = inside[lengths[inside] > depth]
@@ -118,7 +120,7 @@ def byte_trie(table: TokenTable) -> ByteTrie:
         byte.append(next_byte[begins])
         keys.append(key[begins])
         num_nodes += begins.size
-    keys = np.concatenate(keys)
+    child_keys = np.concatenate(keys)
     return ByteTrie(
         order=np.concatenate([content, others, stops]),
         num_content=content.size,
@@ -127,8 +129,8 @@ def byte_trie(table: TokenTable) -> ByteTrie:
         end=np.concatenate(end),
         tokens=np.concatenate(tokens),
         byte=np.concatenate(byte),
-        children=1 + keys.searchsorted(np.arange(num_nodes + 1) * NUM_BYTES),
-        keys=keys,
+        children=1 + child_keys.searchsorted(np.arange(num_nodes + 1) * NUM_BYTES),
+        keys=child_keys,
     )
 
 
@@ -258,7 +260,10 @@ def _walk(trie: ByteTrie, table: TokenTable, ids: np.ndarray, text: np.ndarray, 
     last_row = begins.searchsorted(np.arange(num_positions), side="right") - 1
     row, position = np.arange(begins.size), begins
     node = longest = np.zeros(begins.size, dtype=np.int64)
-    rows, positions, nodes, longests = [], [], [], []
+    rows: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    nodes: list[np.ndarray] = []
+    longests: list[np.ndarray] = []
     while row.size or not rows:
         rows.append(row)
         positions.append(position)

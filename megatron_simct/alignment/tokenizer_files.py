@@ -14,7 +14,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def load_tokenizer(spec: str, stop_token_ids: Iterable[int] = (), *, allow_lossy
     if in_folder:
         path = tokenizer_file(path) or path / "tokenizer.json"
     if path.name == "tokenizer.json":
-        load = load_hf_tokenizer
+        load: Callable[..., Tokenizer] = load_hf_tokenizer
     elif re.search(r"\.model(\.\w+)?$", path.name):
         load = _load_sentencepiece
     elif path.suffix == ".tiktoken":

@@ -145,8 +145,8 @@ class PromptSource:
         none reads them; `others` are those that it is mixed with. The chat templates write prompts that are messages;
         ValueError where one refuses a row."""
         readers = [(student, student_chat), (teacher, teacher_chat), *others]
-        rendered = [(row, *(_render(row, *reader) for reader in readers)) for row in rows]
-        self._rows = [r for r in rendered if max(map(len, r[1:])) <= max_prompt_len]
+        rendered = [(row, [_render(row, *reader) for reader in readers]) for row in rows]
+        self._rows = [(row, ids) for row, ids in rendered if max(map(len, ids)) <= max_prompt_len]
         self.num_skipped = len(rendered) - len(self._rows)
         if not self._rows:
             raise ValueError(f"{flag}: all {len(rows)} prompts exceed --rollout-max-prompt-len {max_prompt_len}")
@@ -183,7 +183,7 @@ class PromptSource:
         return self._order[1]
 
     def _prompt(self, index: int, *, sample_id: int) -> Prompt:
-        row, student_ids, teacher_ids, *others = self._rows[index]
+        row, (student_ids, teacher_ids, *others) = self._rows[index]
         return Prompt(
             sample_id=sample_id,
             student_ids=student_ids,

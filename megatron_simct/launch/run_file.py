@@ -177,7 +177,7 @@ def seconds(time: str) -> int:
     days, *parts = match.groups()
     numbers = [int(part) for part in parts if part is not None]
     if days is not None:
-        units = (3600, 60, 1)
+        units: tuple[int, ...] = (3600, 60, 1)
     else:
         units = (60,) if len(numbers) == 1 else (60, 1) if len(numbers) == 2 else (3600, 60, 1)
     return int(days or 0) * 86400 + sum(number * unit for number, unit in zip(numbers, units, strict=False))

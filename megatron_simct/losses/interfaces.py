@@ -152,6 +152,7 @@ def interface_loss(
     )
     teacher = None
     if num_shared:
+        assert labels.teacher_hidden is not None and shared_head is not None, "checked above"
         hidden = labels.teacher_hidden.index_select(0, labels.teacher_hidden_index[rows.segments])
         teacher = HeadScores(hidden, shared_head, soft_cap=teacher_logit_softcap, dtype=source.dtype)
     columns = None if shared_head is None else shared_head.columns
@@ -171,6 +172,7 @@ def _bytes_loss(
     group: dist.ProcessGroup | None,
 ) -> LossOutput:
     """`interface_loss` for the interface `bytes`; source reads rows in the order of the labels."""
+    assert labels.byte_batch is not None, "checked by the callers"
     result = byte_loss(
         source,
         labels.student_labels,
@@ -237,6 +239,7 @@ def interface_loss_from_logits(
     )
     teacher = None
     if num_shared:
+        assert teacher_logits is not None and columns is not None, "shared rows need the teacher's logits and columns"
         teacher = GivenScores(
             teacher_logits,
             labels.teacher_hidden_index[rows.segments],
@@ -412,6 +415,7 @@ def _row_terms(
         case "alm":
             return binary_events(stats, rows, temperature=config.alm_temperature)
         case "uld":
+            assert labels.teacher_topk is not None, "check_labels refuses uld without teacher_topk"
             return sorted_distance(stats, rows, labels.teacher_topk[labels.teacher_hidden_index[rows.chosen]])
         case "strict_topk":
             return compare_top(

@@ -50,7 +50,7 @@ from megatron_simct.alignment.byte_events import plan_byte_events
 from megatron_simct.alignment.placement import VocabPlacement
 from megatron_simct.alignment.segments import align
 from megatron_simct.alignment.token_table import TokenTable
-from megatron_simct.config import InterfaceConfig
+from megatron_simct.config import Divergence, Interface, InterfaceConfig
 from megatron_simct.losses.bytes import ByteOrder, slot_log_masses
 from megatron_simct.losses.interfaces import LossOutput, interface_loss, interface_loss_from_logits
 from megatron_simct.losses.needs import check_config, check_labels, teacher_needs
@@ -88,8 +88,8 @@ def cross_tokenizer_loss(
     shared_student_ids: torch.Tensor,
     shared_teacher_ids: torch.Tensor,
     *,
-    interface: str = "paper",
-    divergence: str = "reverse_kl",
+    interface: Interface = "paper",
+    divergence: Divergence = "reverse_kl",
     temperature: float = 1.0,
     js_beta: float = 0.5,
     topk: int = 16,
@@ -181,7 +181,7 @@ def cross_tokenizer_loss(
     )  # fmt: skip
     byte_order = None
     if interface == "bytes":
-        _check_tables(student_table, teacher_table, placement)
+        student_table, teacher_table = _checked_tables(student_table, teacher_table, placement)
         order, start = _byte_order(teacher_table, whole_teacher_logits.shape[1], group, student_logits.device)
         source = GivenLogits(whole_teacher_logits, num_columns=len(order.columns), soft_cap=teacher_logit_softcap)
         labels = _with_bytes(labels, teacher_labels, student_table, teacher_table, source, order, start, group)
@@ -221,8 +221,8 @@ def fused_cross_tokenizer_loss(
     shared_student_ids: torch.Tensor,
     shared_teacher_ids: torch.Tensor,
     *,
-    interface: str = "paper",
-    divergence: str = "reverse_kl",
+    interface: Interface = "paper",
+    divergence: Divergence = "reverse_kl",
     temperature: float = 1.0,
     js_beta: float = 0.5,
     topk: int = 16,
@@ -301,7 +301,8 @@ def fused_cross_tokenizer_loss(
     )  # fmt: skip
     byte_order = None
     if interface == "bytes":
-        _check_tables(student_table, teacher_table, placement)
+        student_table, teacher_table = _checked_tables(student_table, teacher_table, placement)
+        assert teacher_hidden is not None and teacher_weight is not None, "bytes needs a teacher: checked above"
         order, start = _byte_order(teacher_table, teacher_weight.shape[0], group, student_hidden.device)
         source = OutputLayer(
             teacher_hidden, teacher_weight.detach(), num_columns=len(order.columns), soft_cap=teacher_logit_softcap
@@ -309,6 +310,7 @@ def fused_cross_tokenizer_loss(
         labels = _with_bytes(labels, teacher_labels, student_table, teacher_table, source, order, start, group)
         byte_order, _ = _byte_order(student_table, output_weight.shape[0], group, student_hidden.device)
     elif interface == "uld":
+        assert teacher_hidden is not None and teacher_weight is not None, "uld needs a teacher: checked above"
         source = OutputLayer(
             teacher_hidden,
             teacher_weight.detach(),
@@ -503,17 +505,22 @@ def _labels(
     )
 
 
-def _check_tables(student: TokenTable | None, teacher: TokenTable | None, placement: VocabPlacement) -> None:
-    for side, table, size in (
-        ("student", student, placement.student_vocab_size),
-        ("teacher", teacher, placement.teacher_vocab_size),
-    ):
+def _checked_tables(
+    student: TokenTable | None, teacher: TokenTable | None, placement: VocabPlacement
+) -> tuple[TokenTable, TokenTable]:
+    def checked(side: str, table: TokenTable | None, size: int) -> TokenTable:
         if table is None:
             raise ValueError(f"interface bytes needs {side}_table, the bytes of every token")
         if table.num_ids != size:
             raise ValueError(
                 f"{side}_table has {table.num_ids} ids, the {side}'s vocabulary {size}: they must be equal"
             )
+        return table
+
+    return (
+        checked("student", student, placement.student_vocab_size),
+        checked("teacher", teacher, placement.teacher_vocab_size),
+    )
 
 
 def _byte_order(

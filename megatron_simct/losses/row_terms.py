@@ -316,6 +316,7 @@ def compare_top(
     """strict_topk: q = softmax over the top columns. The masses are those of the top columns."""
     starts_t, _, starts_s, _ = rows.sides
     top = stats.top
+    assert top is not None, "the statistics were taken without topk"
     nothing = top.student == NEGATIVE_INFINITY
     log_p = torch.log_softmax(top.student / temperature, dim=1)
     log_q = torch.log_softmax(top.teacher.masked_fill(nothing, NEGATIVE_INFINITY) / temperature, dim=1)
@@ -346,8 +347,10 @@ def sorted_distance(stats: Statistics, rows: RowInputs, teacher_topk: torch.Tens
     teacher_topk [A, k']: log-probabilities, descending; the shorter list is filled up with zeros.
     """
     _, _, starts_s, _ = rows.sides
+    top = stats.top
+    assert top is not None, "the statistics were taken without topk"
     log_sum = stats.label_max[starts_s] + stats.label_log_sum[starts_s]
-    p = (stats.top.student - log_sum.unsqueeze(1)).exp()
+    p = (top.student - log_sum.unsqueeze(1)).exp()
     q = teacher_topk.to(p.dtype).exp()
     width = max(p.shape[1], q.shape[1])
     p, q = (pad(side, (0, width - side.shape[1])) for side in (p, q))
@@ -357,7 +360,7 @@ def sorted_distance(stats: Statistics, rows: RowInputs, teacher_topk: torch.Tens
     value = ((p - q).abs().sum(1) + (rest_p - rest_q).abs()) * weight
     slope = _sign(p, q) - _sign(rest_p, rest_q, scale=1.0).unsqueeze(1)
     slope = slope * p * weight.unsqueeze(1)
-    slope = slope.masked_fill(dropped.unsqueeze(1), 0)[:, : stats.top.student.shape[1]]
+    slope = slope.masked_fill(dropped.unsqueeze(1), 0)[:, : top.student.shape[1]]
     softmax_weight = torch.zeros_like(stats.log_probs).index_add(0, starts_s, -slope.sum(1))
     return _without_sums(
         row_loss=torch.where(dropped, 0, value),

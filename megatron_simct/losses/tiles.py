@@ -35,6 +35,8 @@ Shapes: `n` rows, `H` hidden size, `W` this rank's columns (padding included), `
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
@@ -107,12 +109,14 @@ class GivenLogits:
         """
         if self.soft_cap is not None:
             gradient = _through_cap_(gradient, self.logits(start, end, rows), self.soft_cap)
+        assert self._gradient is not None, "the logits need no gradient"
         self._gradient[self._place(rows), start:end] += gradient.to(self._gradient.dtype)
 
     def add_gradient_at(self, columns: torch.Tensor, gradient: torch.Tensor, rows: slice = ALL_ROWS) -> None:
         """Take [n, w], the gradient with respect to `logits_at(columns, rows)`: the first that these entries get."""
         if self.soft_cap is not None:
             gradient = _through_cap_(gradient, self.logits_at(columns, rows), self.soft_cap)
+        assert self._gradient is not None, "the logits need no gradient"
         target = self._gradient[self._place(rows)]
         target.scatter_(1, columns.expand(len(gradient), -1), gradient.to(target.dtype))
 
@@ -126,6 +130,7 @@ class GivenLogits:
         if self.soft_cap is not None:
             capped = _cap_(self._logits[index].to(self.dtype), self.soft_cap)
             gradient = _through_cap_(gradient, capped, self.soft_cap)
+        assert self._gradient is not None, "the logits need no gradient"
         self._gradient.index_put_(index, gradient.to(self._gradient.dtype), accumulate=True)
 
     def attach(self, value: torch.Tensor) -> torch.Tensor:
@@ -176,13 +181,17 @@ class OutputLayer:
         self._hidden = hidden.detach() if order is None else hidden.detach().index_select(0, order)
         self._weight = weight.detach()
         self._gathered: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._hidden_gradient = self._weight_gradient = None
+        self._hidden_gradient: torch.Tensor | None = None
+        self._weight_gradient: torch.Tensor | None = None
         self._in_main_grad = False
         if enabled and hidden.requires_grad:
             self._hidden_gradient = torch.zeros_like(self._hidden, dtype=self.dtype)
         if enabled and weight.requires_grad:
             self._in_main_grad = weight.is_leaf and hasattr(weight, "grad_added_to_main_grad")
-            self._weight_gradient = weight.main_grad if self._in_main_grad else torch.zeros_like(self._weight)
+            if self._in_main_grad:
+                self._weight_gradient = weight.main_grad  # type: ignore[attr-defined]  # of Megatron's DDP
+            else:
+                self._weight_gradient = torch.zeros_like(self._weight)
         self.needs_gradient = self._hidden_gradient is not None or self._weight_gradient is not None
 
     def runs(self) -> list[slice]:
@@ -306,13 +315,13 @@ class _KnownGradient(torch.autograd.Function):
     """`value` as a function of `logits` whose gradient is `gradient`."""
 
     @staticmethod
-    def forward(ctx, value: torch.Tensor, gradient: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, value: torch.Tensor, gradient: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gradient)
         return value.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return None, None, gradient.mul_(scale.to(gradient.dtype))
 
@@ -322,7 +331,7 @@ class _KnownGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         value: torch.Tensor,
         of_hidden: torch.Tensor | None,
         of_weight: torch.Tensor | None,
@@ -334,7 +343,7 @@ class _KnownGradients(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scaled = [None if saved is None else saved.mul_(scale.to(saved.dtype)) for saved in ctx.saved_tensors]
         return None, None, None, *scaled
 
@@ -344,7 +353,7 @@ class _KnownGradientInMainGrad(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, value: torch.Tensor, of_hidden: torch.Tensor | None, hidden: torch.Tensor, weight: torch.Tensor
+        ctx: Any, value: torch.Tensor, of_hidden: torch.Tensor | None, hidden: torch.Tensor, weight: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(of_hidden)
         ctx.weight = weight
@@ -352,7 +361,7 @@ class _KnownGradientInMainGrad(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         torch._assert_async(
             (scale == 1).all(),
             "the loss's sum must reach backward with gradient 1: the weight's gradient is in main_grad already, so no "

@@ -235,7 +235,7 @@ class TwoPass:
             for rows in self._blocks(chunk.start, chunk.stop, end - start):
                 block = logits[rows.start - chunk.start : rows.stop - chunk.start]
                 shared = slice(rows.start, min(rows.stop, plan.num_shared))
-                if teacher is not None and shared.start < shared.stop:
+                if teacher is not None and index is not None and shared.start < shared.stop:
                     s = block[: shared.stop - shared.start].gather(1, index.expand(shared.stop - shared.start, -1))
                     t = teacher[shared.start - chunk.start : shared.stop - chunk.start]
                     self._cut(s, t, shared, start, end, read=(special_s, special_t))
@@ -303,7 +303,7 @@ class TwoPass:
         total = [self._empty.new_zeros(plan.num_shared) for _ in range(4)]
         for chunk, start, end in self._tiles():
             teacher, index = self._teacher_tile(chunk, start, end)
-            if teacher is None:
+            if teacher is None or index is None:
                 continue
             # The same products as in pass 2: what js subtracts must be rounded alike.
             pieces: list[tuple[slice, torch.Tensor]] = []
@@ -336,7 +336,7 @@ class TwoPass:
         for chunk, start, end in self._tiles():
             teacher, index = (None, None) if self._topk else self._teacher_tile(chunk, start, end)
             sparse, dense = _common(chunk, self._sparse), _common(chunk, plan.dense)
-            if teacher is not None and sparse is not None:
+            if teacher is not None and index is not None and sparse is not None:
                 student = source.logits_at(index + start, sparse)
                 for rows in self._blocks(sparse.start, sparse.stop, student.shape[1]):
                     here = slice(rows.start - sparse.start, rows.stop - sparse.start)
@@ -350,9 +350,10 @@ class TwoPass:
             own[plan.dense] = 0
             self._add_own(own)
         if weights.top_weight is not None and plan.num_sparse:
-            rows = self._sparse
-            values = torch.where(statistics.top.here[rows], weights.top_weight[rows], 0)
-            source.add_gradient_of_entries(statistics.top.local[rows], values, rows)
+            rows, top = self._sparse, statistics.top
+            assert top is not None, "gradients of top columns need their statistics"
+            values = torch.where(top.here[rows], weights.top_weight[rows], 0)
+            source.add_gradient_of_entries(top.local[rows], values, rows)
 
     def _dense_tile(
         self,
@@ -374,7 +375,7 @@ class TwoPass:
             block = logits[rows.start - dense.start : rows.stop - dense.start]
             shared = slice(rows.start, min(rows.stop, plan.num_shared))
             gradient = None
-            if teacher is not None and shared.start < shared.stop:
+            if teacher is not None and index is not None and shared.start < shared.stop:
                 index_of_rows = index.expand(shared.stop - shared.start, -1)
                 s = block[: len(index_of_rows)].gather(1, index_of_rows)
                 t = teacher[shared.start - dense.start : shared.stop - dense.start]
@@ -390,8 +391,10 @@ class TwoPass:
                 values = torch.where(plan.special[first] >= 0, weights.special_weight[first], 0)
                 _add_at(block[: shared.stop - shared.start], special, values)
             if weights.top_weight is not None and shared.start < shared.stop:
-                top = torch.where(statistics.top.here[shared], statistics.top.local[shared] - start, -1)
-                _add_at(block[: shared.stop - shared.start], top, weights.top_weight[shared])
+                top = statistics.top
+                assert top is not None, "gradients of top columns need their statistics"
+                columns = torch.where(top.here[shared], top.local[shared] - start, -1)
+                _add_at(block[: shared.stop - shared.start], columns, weights.top_weight[shared])
         self._source.add_gradient(start, end, logits, dense)
 
     def _shared_gradient_(
@@ -441,6 +444,7 @@ class TwoPass:
         rows = _common(chunk, slice(0, self._plan.num_shared))
         if self._teacher is None or rows is None:
             return None, None
+        assert self._columns is not None, "a teacher's scores need their columns"
         first, last = self._columns.within(start, end)
         if first == last:
             return None, None
@@ -453,9 +457,11 @@ class TwoPass:
         """Which of this rank's shared tokens each student id is, or -1."""
         if ids.numel() == 0:
             return ids
+        assert self._columns is not None, "special columns are shared tokens"
+        position = self._columns.position
         local = ids - self._shard_start
-        here = (ids >= 0) & (local >= 0) & (local < len(self._columns.position))
-        return torch.where(here, self._columns.position[local.clamp(0, len(self._columns.position) - 1)], -1)
+        here = (ids >= 0) & (local >= 0) & (local < len(position))
+        return torch.where(here, position[local.clamp(0, len(position) - 1)], -1)
 
     def _cut(
         self,
@@ -471,6 +477,7 @@ class TwoPass:
         plan = self._plan
         if plan.special.numel() == 0 or rows.start < plan.num_sparse:
             return
+        assert self._columns is not None, "special columns are shared tokens"
         first, _ = self._columns.within(start, end)
         chosen = slice(rows.start - plan.num_sparse, rows.stop - plan.num_sparse)
         position = self._special_position[chosen] - first

@@ -15,6 +15,8 @@ Shapes: `n` rows, `H` hidden size, `W` this rank's columns (padding included), `
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch.nn.functional import linear
@@ -161,12 +163,12 @@ class _CopyToGroup(torch.autograd.Function):
     """The identity forward, the sum over the group backward: how a replicated tensor enters column-parallel work."""
 
     @staticmethod
-    def forward(ctx, tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    def forward(ctx: Any, tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
         ctx.group = group
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         if ctx.group is None or dist.get_world_size(ctx.group) == 1:
             return gradient, None
         total = gradient.clone(memory_format=torch.contiguous_format)

@@ -71,8 +71,8 @@ class CoreAttention(torch.nn.Module):
         if packed_seq_params is None:
             return self._attend(query, key, value, attention_mask)
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-        parts = zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True)
-        return torch.cat([self._attend(*(t[:, None] for t in part), None)[:, 0] for part in parts])
+        parts = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+        return torch.cat([self._attend(q[:, None], k[:, None], v[:, None], None)[:, 0] for q, k, v in parts])
 
     def decode(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor | None

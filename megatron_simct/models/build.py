@@ -11,7 +11,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -92,36 +92,41 @@ class InterleavedModel(torch.nn.ModuleList):
     """The pieces of the model that one rank of an interleaved pipeline holds, in their order: several stages of it."""
 
     @property
+    def stages(self) -> list[HiddenStateModel]:
+        """The pieces as what they are; a ModuleList knows modules only."""
+        return cast("list[HiddenStateModel]", list(self))
+
+    @property
     def config(self) -> TransformerConfig:
-        return self[0].config
+        return self.stages[0].config
 
     @property
     def output_weight(self) -> torch.nn.Parameter:
         """See HiddenStateModel.output_weight."""
-        return self[-1].output_weight
+        return self.stages[-1].output_weight
 
     @property
     def vocab_shard(self) -> tuple[int, int]:
         """See HiddenStateModel.vocab_shard."""
-        return self[-1].vocab_shard
+        return self.stages[-1].vocab_shard
 
     @property
     def logit_softcap(self) -> float | None:
         """See HiddenStateModel.logit_softcap."""
-        return self[-1].logit_softcap
+        return self.stages[-1].logit_softcap
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Under this module's names; the keys in a checkpoint are those of the whole model, as for every layout."""
         return {
             f"{i}.{name}": value
-            for i, chunk in enumerate(self)
+            for i, chunk in enumerate(self.stages)
             for name, value in chunk.sharded_state_dict(*args, **kwargs).items()
         }
 
 
 def chunks_of(model: HiddenStateModel | InterleavedModel) -> list[HiddenStateModel]:
     """The stages that this rank holds: one, or those of an InterleavedModel."""
-    return list(model) if isinstance(model, InterleavedModel) else [model]
+    return model.stages if isinstance(model, InterleavedModel) else [model]
 
 
 @contextlib.contextmanager
@@ -252,7 +257,7 @@ def build_model(
         if ".experts." in name:
             # Reduced and updated apart from the others, as megatron-core does where ranks share experts. In every
             # layout, so that a checkpoint of the optimizer has the same parts in all of them.
-            parameter.allreduce = False
+            parameter.allreduce = False  # type: ignore[union-attr]
     return model.to(groups.device)
 
 

@@ -9,7 +9,9 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
+
+RopeKind = Literal["default", "linear", "llama3", "longrope"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +21,7 @@ class Rope:
     theta: float
     dim: int
     """Entries of a head that are turned, from the first on."""
-    kind: Literal["default", "linear", "llama3", "longrope"] = "default"
+    kind: RopeKind = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
@@ -397,4 +399,4 @@ def _rope(rope: dict[str, Any], key: str, fields: dict[str, Any], family: Family
         "long_factor": "long_factors",
     }
     values = {names.get(name, name): tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    return Rope(theta=theta, dim=dim, kind=kind, **values)
+    return Rope(theta=theta, dim=dim, kind=cast(RopeKind, kind), **values)

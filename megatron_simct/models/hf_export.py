@@ -165,6 +165,7 @@ class _Writer:
                 self._next_file()
             assert self._left.pop(0) == name, "tensors come in the order of the plan"
             numbers = tensor.to("cpu", self._dtype).contiguous().flatten().view(torch.uint8)
+            assert self._open is not None, "_next_file opened one"
             self._open.write(numbers.numpy().data)
 
     def close(self) -> None:

@@ -17,10 +17,11 @@ an expert-parallel rank its experts.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -62,6 +63,8 @@ class Place:
 
 class Rule(Protocol):
     """How a parameter is made of tensors of the folder. Its fields are their names."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def pieces(self, parameter: torch.Tensor, place: Place) -> Iterator[Piece]:
         """What a shard of the parameter consists of. What no piece covers pads the vocabulary and is zero."""
@@ -263,7 +266,7 @@ def tensor_names(architecture: Architecture) -> re.Pattern[str]:
     names = {
         name
         for rule in weights(architecture).values()
-        for name in (getattr(rule, field) for field in rule.__dataclass_fields__)
+        for name in (getattr(rule, field.name) for field in dataclasses.fields(rule))
     } | {"model.layers.*.self_attn.rotary_emb.inv_freq"}
     layers, experts = (
         "(?:" + "|".join(map(str, range(count))) + ")" for count in (architecture.num_layers, architecture.num_experts)

@@ -22,7 +22,8 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+        # What Megatron reads on a parameter.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self._zero_centered = config.layernorm_zero_centered_gamma
         if self._zero_centered:
             torch.nn.init.zeros_(self.weight)

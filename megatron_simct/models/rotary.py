@@ -38,7 +38,7 @@ class Rotary(torch.nn.Module):
         self,
         inference_context: Any,
         transformer: Any,
-        transformer_input: torch.Tensor | None,
+        transformer_input: Any,
         transformer_config: Any,
         packed_seq_params: Any = None,
     ) -> int:

@@ -203,7 +203,7 @@ def _without_compilation() -> Iterator[None]:
     Its modules take the decorator from megatron.core.jit, which reads it from torch when it is first imported.
     """
     compile_ = torch.compile
-    torch.compile = lambda function=None, **options: function or (lambda f: f)
+    torch.compile = lambda function=None, **options: function or (lambda f: f)  # type: ignore[assignment]
     try:
         yield
     finally:

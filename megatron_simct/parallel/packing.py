@@ -101,7 +101,7 @@ def _pack_labels(samples: Sequence[tuple[Rollout, AlignedPair, ScoredPair]]) -> 
         teacher_offset += len(pair.teacher_ids)
         student_offset += len(rollout.student_ids)
         hidden_offset += len(pair.teacher_rows)
-    events = [pair.byte_events for _, pair, score in samples if score.byte_logprobs is not None]
+    events = [pair.byte_events for _, pair, score in samples if score.byte_logprobs is not None and pair.byte_events]
     hidden = [score.hidden for _, _, score in samples if score.hidden is not None]
     topk = [score.topk for _, _, score in samples if score.topk is not None]
 
@@ -124,7 +124,7 @@ def _pack_labels(samples: Sequence[tuple[Rollout, AlignedPair, ScoredPair]]) -> 
             pack_byte_events(
                 events,
                 [len(rollout.student_ids) for rollout, _, _ in samples],
-                [score.byte_logprobs for _, _, score in samples],
+                [score.byte_logprobs for _, _, score in samples if score.byte_logprobs is not None],
             )
             if events
             else None

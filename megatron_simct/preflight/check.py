@@ -176,6 +176,15 @@ class _Check:
             )
             self._try("teacher", "options", job.check)
 
+    def _divides(self, name: str, architecture: Architecture, parallel: ParallelConfig, where: str, flag: str) -> None:
+        """One layout of one model."""
+        self._try(
+            name,
+            "layout",
+            lambda: check_divides(architecture, parallel, flag=f"--{flag}hf-checkpoint"),
+            lambda _: f"{where}{_layout(parallel)} divides the model",
+        )
+
     def _side(self, name: str, model: ModelConfig) -> pair.Side | None:
         """One model: its architecture in its layout, its weights, its tokenizer and template."""
         flag = "" if name == "student" else "teacher-"
@@ -187,12 +196,7 @@ class _Check:
         )
         if architecture is not None:
             for parallel, where in self._layouts(name):
-                self._try(
-                    name,
-                    "layout",
-                    lambda parallel=parallel: check_divides(architecture, parallel, flag=f"--{flag}hf-checkpoint"),
-                    lambda _, parallel=parallel, where=where: f"{where}{_layout(parallel)} divides the model",
-                )
+                self._divides(name, architecture, parallel, where, flag)
         self._weights(name, folder, model, flag)
         if model.tokenizer is None:
             message = f"--{flag}hf-checkpoint {folder} has no tokenizer; give --{flag}tokenizer-model"

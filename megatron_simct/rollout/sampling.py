@@ -119,7 +119,7 @@ def _lowest_argmax(logits: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
     return torch.where(is_top.any(dim=1), is_top.int().argmax(dim=1), logits.shape[1])
 
 
-def _reduce(value: torch.Tensor, op: dist.ReduceOp, group: dist.ProcessGroup | None) -> torch.Tensor:
+def _reduce(value: torch.Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> torch.Tensor:
     if group is not None and group.size() > 1:
         dist.all_reduce(value, op=op, group=group)
     return value

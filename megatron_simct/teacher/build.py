@@ -56,13 +56,15 @@ def _build_teacher(
     """See build_teacher: in another job, on disk, or here."""
     stored = config.rollout.load_debug_scored_data
     if config.teacher_job.endpoint or stored:
+        teacher: TeacherClient | None = None
         client: TeacherClient | StoredClient | None = None
         if groups.meets_teacher:
             if config.teacher_job.endpoint:
-                client = build_client(config, config.teacher_job, marks, prefix="teacher-")
-            if stored or config.teacher_job.cache:
+                client = teacher = build_client(config, config.teacher_job, marks, prefix="teacher-")
+            kept = stored or config.teacher_job.cache
+            if kept:
                 flag = "--load-debug-scored-data" if stored else "--teacher-cache"
-                client = StoredClient(AnswerStore(stored or config.teacher_job.cache, marks, flag=flag), client)
+                client = StoredClient(AnswerStore(kept, marks, flag=flag), teacher)
         return RemoteScorer(client, groups), load_shared_head(config, groups, placement, needs)
     model = load_model(config, config.teacher, groups, tokenizer, prefix="teacher-")
     scorer = ColocatedScorer(
@@ -104,7 +106,7 @@ def teacher_fingerprints(
     flag = f"--{prefix}hf-checkpoint"
     return fingerprints(
         options,
-        read_architecture(options.hf_checkpoint, flag=flag),
+        read_architecture(options.folder, flag=flag),
         teacher,
         longest=config.rollout.rollout_max_prompt_len + config.rollout.rollout_max_response_len,
         student=student,
@@ -137,7 +139,7 @@ def load_shared_head(
     options, flag = config.teacher, "--teacher-hf-checkpoint"
     if needs.hidden_rows == "none" or needs.topk:
         return None
-    architecture = read_architecture(options.hf_checkpoint, flag=flag)
+    architecture = read_architecture(options.folder, flag=flag)
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
     if options.pretrained_checkpoint is not None:
         shard = load_output_shard(
@@ -151,17 +153,17 @@ def load_shared_head(
         if not groups.is_last_stage:
             return None
         return gather_shared_head(shard, groups.tp_rank * len(shard), placement, groups.tp)
-    if find_weights(options.hf_checkpoint, flag=flag) is None:
+    if find_weights(options.folder, flag=flag) is None:
         raise ValueError(
             f"{flag} {options.hf_checkpoint}: has no weights; --simct-interface {config.interface.interface} needs the "
             "rows of the teacher's head that the student shares, although the teacher is another job"
         )
     if not groups.is_last_stage:
         return None
-    rows = load_output_rows(architecture, options.hf_checkpoint, placement.teacher_rows, dtype=dtype, flag=flag)
+    rows = load_output_rows(architecture, options.folder, placement.teacher_rows, dtype=dtype, flag=flag)
     return SharedHead(weight=rows.to(groups.device), columns=SharedColumns.from_placement(placement, groups.device))
 
 
 def teacher_logit_softcap(config: Config) -> float | None:
     """What bounds the teacher's logits, which the loss makes of its hidden states."""
-    return read_architecture(config.teacher.hf_checkpoint, flag="--teacher-hf-checkpoint").final_logit_softcap
+    return read_architecture(config.teacher.folder, flag="--teacher-hf-checkpoint").final_logit_softcap

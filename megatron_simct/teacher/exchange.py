@@ -37,14 +37,14 @@ def share(
     dist.broadcast(lengths, root, group=group)
     counts, sizes = lengths.split([num_messages, num_parts])[0].tolist(), lengths[num_messages:].tolist()
     payload = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-    if is_source:
+    if messages is not None and is_source:
         payload.copy_(
             torch.frombuffer(bytearray(b"".join(part for parts in messages for part in parts)), dtype=torch.uint8)
         )
     dist.broadcast(payload, root, group=group)
-    if is_source:
+    if messages is not None and is_source:
         return list(messages)
-    view = memoryview(payload.cpu().numpy())
+    view = payload.cpu().numpy().data
     shared: list[Parts] = []
     part = begin = 0
     for count in counts:

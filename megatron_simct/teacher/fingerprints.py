@@ -55,8 +55,8 @@ def weights_fingerprint(options: ModelConfig, *, prefix: str) -> str | None:
     if options.pretrained_checkpoint is not None:
         _, path = newest_checkpoint(options.pretrained_checkpoint, flag=f"--{prefix}pretrained-checkpoint")
         files = sorted(p for p in path.rglob("*") if p.suffix == ".distcp" or p.name == ".metadata")
-    elif find_weights(options.hf_checkpoint, flag=flag) is not None:
-        files = weight_files(options.hf_checkpoint, flag=flag)
+    elif find_weights(options.folder, flag=flag) is not None:
+        files = weight_files(options.folder, flag=flag)
     else:
         return None
     digest = hashlib.sha256()

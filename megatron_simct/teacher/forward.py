@@ -49,6 +49,7 @@ class TeacherRequest:
 
     @classmethod
     def of(cls, pair: AlignedPair) -> TeacherRequest:
+        events = pair.byte_events if pair.needs.byte_events else None
         return cls(
             sample_id=pair.sample_id,
             prompt_ids=pair.teacher_prompt_ids,
@@ -56,7 +57,7 @@ class TeacherRequest:
             rows=pair.teacher_rows,
             hidden=pair.needs.hidden_rows != "none" and not pair.needs.topk,
             topk=pair.needs.topk,
-            byte_side=pair.byte_events.teacher if pair.needs.byte_events else None,
+            byte_side=None if events is None else events.teacher,
         )
 
     @property
@@ -128,8 +129,10 @@ class TeacherForward:
         labels = labels.to(hidden.device)
         weight, shard_start, group = self._model.output_weight, self._model.vocab_shard[0], self._groups.tp
         byte_logprobs: Sequence[torch.Tensor | None] = [None] * len(requests)
-        if requests[0].byte_side is not None:
-            side = pack_byte_sides([request.byte_side for request in requests], lens).to(hidden.device)
+        byte_sides = [request.byte_side for request in requests if request.byte_side is not None]
+        if byte_sides:
+            assert self._byte_order is not None, "byte events need the order of the vocabulary"
+            side = pack_byte_sides(byte_sides, lens).to(hidden.device)
             slots, own_logit, lse = teacher_byte_statistics(
                 hidden,
                 weight,
@@ -140,7 +143,7 @@ class TeacherForward:
                 group=group,
                 logit_softcap=self._model.logit_softcap,
             )
-            byte_logprobs = slots.split([request.byte_side.last_row.size for request in requests])
+            byte_logprobs = slots.split([side.last_row.size for side in byte_sides])
         else:
             own_logit, lse = label_statistics(
                 hidden,
@@ -152,8 +155,8 @@ class TeacherForward:
                 logit_softcap=self._model.logit_softcap,
             )
         scored = []
-        split = (hidden.split(lens), own_logit.split(lens), lse.split(lens))
-        for request, h, own, z, slots in zip(requests, *split, byte_logprobs, strict=True):
+        split = zip(requests, hidden.split(lens), own_logit.split(lens), lse.split(lens), byte_logprobs, strict=True)
+        for request, h, own, z, log_masses in split:
             rows = torch.from_numpy(request.rows.astype(np.int64)).to(h.device)
             scored.append(
                 ScoredPair(
@@ -162,7 +165,7 @@ class TeacherForward:
                     lse=z,
                     hidden=h[rows] if request.hidden else None,
                     topk=self._likeliest(h[rows], z[rows], request.topk) if request.topk else None,
-                    byte_logprobs=slots,
+                    byte_logprobs=log_masses,
                 )
             )
         return scored

@@ -34,7 +34,9 @@ class MixtureScorer:
         for pair in pairs:
             scored = first[pair.sample_id]
             if self._groups.is_last_stage:
-                masses = [of[pair.sample_id].byte_logprobs for of in (first, *others)]
+                answers = [of[pair.sample_id].byte_logprobs for of in (first, *others)]
+                masses = [answer for answer in answers if answer is not None]
+                assert len(masses) == len(answers) and pair.byte_events is not None, "a mixture is of byte events"
                 scored = replace(scored, byte_logprobs=mixed_log_masses(masses, self._weights, pair.byte_events))
             yield scored
 

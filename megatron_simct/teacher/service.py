@@ -36,7 +36,7 @@ from megatron_simct.teacher.endpoints import (
     withdraw,
     write_private,
 )
-from megatron_simct.teacher.exchange import share
+from megatron_simct.teacher.exchange import Parts, share
 from megatron_simct.teacher.forward import HiddenDtype, TeacherForward, TeacherRequest, by_length
 from megatron_simct.teacher.payload import check_request, read_score, scored_message
 from megatron_simct.teacher.wire import Message, WireError, decode, encode, num_bytes
@@ -56,7 +56,7 @@ class Work:
     client: bytes
     number: int
     request: TeacherRequest
-    parts: Sequence[bytes]
+    parts: Parts
     """As it came, for the other ranks."""
 
     @property
@@ -128,7 +128,8 @@ class Door(Thread):
         with self._condition:
             if not self._queue:
                 self._condition.wait(wait_s)
-            taken, tokens = [], 0
+            taken: list[Work] = []
+            tokens = 0
             while self._queue:
                 work = next(iter(self._queue.values()))
                 tokens += work.request.num_tokens
@@ -371,7 +372,7 @@ def serve(
             if door is not None:
                 stopping = stop()
                 works = [] if stopping else door.take(in_flight * max_tokens, wait_s=0.2)
-            messages = None if stopping else [work.parts for work in works]
+            messages: list[Parts] | None = None if stopping else [work.parts for work in works]
             if groups.is_last_stage:
                 messages = share(messages, groups.tp, source=0, device=groups.device)
             messages = share(messages, groups.pp, source=groups.pp.size() - 1, device=groups.device)
@@ -379,8 +380,9 @@ def serve(
                 stopping_everywhere = _most(int(messages is None), groups)
                 messages = None if stopping_everywhere else messages
             if messages is None:
-                for work in works:
-                    door.hand_back(work)
+                if door is not None:
+                    for work in works:
+                        door.hand_back(work)
                 break
             requests = (
                 [work.request for work in works] if door is not None else [read_score(decode(m)) for m in messages]

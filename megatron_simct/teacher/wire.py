@@ -34,7 +34,7 @@ MAX_FRAME_BYTES = 1 << 30
 MAX_INFLATED_BYTES = 1 << 28
 """Of a frame of steps when it is unpacked."""
 
-_DTYPES = {
+_DTYPES: dict[str, np.dtype[Any]] = {
     "int32": np.dtype("<i4"),
     "steps": np.dtype("<i4"),  # int32 as deflated differences: for indices that mostly rise by the same
     "int8": np.dtype("i1"),
@@ -155,7 +155,7 @@ def _checksum(parts: Sequence[bytes | memoryview]) -> bytes:
 def _frame(dtype: str, array: np.ndarray) -> bytes | memoryview:
     if dtype == "steps":
         return zlib.compress(np.diff(array.ravel(), prepend=np.int32(0)).astype("<i4").tobytes(), 1)
-    return memoryview(array).cast("B") if array.size else b""
+    return array.data.cast("B") if array.size else b""
 
 
 def _inflated(frame: bytes | memoryview, size: int) -> bytes | None:

@@ -104,8 +104,9 @@ class Checkpoints:
             "config": self._config,
         }
         _write(self._state(iteration, is_loading=False), self._save_dir, iteration, run=run)
-        if self._retain is not None:
-            on_first_rank(lambda: _remove_older(Path(self._save_dir), iteration, self._retain), self._save_dir)
+        folder, retain = self._save_dir, self._retain
+        if retain is not None:
+            on_first_rank(lambda: _remove_older(Path(folder), iteration, retain), folder)
         self._saved = iteration
 
     def resume(self, directory: str) -> tuple[int, dict[str, tuple[Any, Any]]]:

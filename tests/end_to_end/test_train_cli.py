@@ -18,6 +18,7 @@ from megatron_simct.alignment import build_alignment_map, load_tokenizer
 from megatron_simct.alignment.map_files import save_map
 from megatron_simct.arguments import parse_config
 from megatron_simct.config import Config
+from megatron_simct.monitoring import METRICS
 from megatron_simct.train import main
 from tests.distributed import run_ranks
 from tests.tiny import command_line, config
@@ -70,7 +71,8 @@ def first_run(tiny, tmp_path_factory) -> tuple[Path, list[str], subprocess.Compl
 
 def test_one_process_trains_and_leaves_metrics_config_and_checkpoint(first_run):
     folder, argv, result = first_run
-    assert_two_steps(result, folder / "run")
+    rows = assert_two_steps(result, folder / "run")
+    assert {name for row in rows for name in row} - {"kind", "iteration"} <= METRICS.keys()
     assert parse_config(["--config-file", str(folder / "run" / "config.yaml")]) == parse_config(argv)
     assert (folder / "save" / TRACKER).read_text() == "2"
     assert (folder / "save" / "iter_0000002" / "metadata.json").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import json
 import math
@@ -15,7 +16,8 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from megatron_simct.monitoring import Monitor, Stopwatch, log_line, ratios, sample_sums
+from megatron_simct import train
+from megatron_simct.monitoring import METRICS, Monitor, Stopwatch, log_line, ratios, sample_sums
 from megatron_simct.records import AlignedPair, Rollout, TeacherNeeds
 from megatron_simct.update.step import StepReport
 from tests.distributed import run_ranks
@@ -94,6 +96,18 @@ def test_every_ratio_is_formed_from_the_right_sums():
     }
     assert math.isnan(values.pop("loss_stop")), "no stop row: the ratio has no value"
     assert values == pytest.approx(expected)
+
+
+def test_the_glossary_has_every_metric_and_no_other():
+    of_bytes = dict.fromkeys(
+        ("byte_positions", "loss_bytes_sum", "bytes_student_rest_sum", "bytes_teacher_rest_sum"), 1.0
+    )
+    names = ratios(report(), SAMPLES, sampled=True).keys()
+    names |= ratios(report(**of_bytes, bytes_merged=0.0), SAMPLES, sampled=True).keys()
+    hops = set(re.findall(r'clock\("(\w+)"\)', inspect.getsource(train)))
+    names |= {f"seconds_{hop}" for hop in hops} | {"seconds", "peak_memory_gib", "rollout_tokens_per_second"}
+    names |= {"rollout_lag"} | {f"{kind}_{what}" for kind in ("greedy", "sampled") for what in ("accuracy", "right")}
+    assert names == METRICS.keys()
 
 
 def test_given_responses_have_no_gap_and_no_teacher_no_coverage():

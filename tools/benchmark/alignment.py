@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -199,7 +200,7 @@ def measure_speed(
         runs = {method: _calls(call, samples) for method, call in calls.items()}
         if batch > 1:
             teacher_ids, student_ids = [t for t, _ in samples], [s for _, s in samples]
-            runs["ours"] = lambda t=teacher_ids, s=student_ids: align_batch(teacher.table, t, student.table, s)
+            runs["ours"] = partial(align_batch, teacher.table, teacher_ids, student.table, student_ids)
         best = dict.fromkeys(runs, float("inf"))
         for _ in range(repeats):
             for method, run in runs.items():
@@ -215,7 +216,7 @@ def measure_speed(
     return rows
 
 
-def _calls(call: Method, samples: Sequence[tuple[np.ndarray, np.ndarray]]) -> Callable[[], None]:
+def _calls(call: Method, samples: Sequence[tuple[np.ndarray, np.ndarray]]) -> Callable[[], object]:
     def run() -> None:
         for t, s in samples:
             call(t, s)

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checkout needs no installation
 
@@ -33,7 +34,7 @@ from megatron_simct.records import Prompt
 from megatron_simct.rollout.engine import Sampling
 from megatron_simct.rollout.megatron_engine import MegatronEngine
 
-SMOLLM2_135M = {
+SMOLLM2_135M: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def measure(options: argparse.Namespace, folder: str, theirs: torch.nn.Module) -> dict:
+def measure(options: argparse.Namespace, folder: str, theirs: Any) -> dict:
     """Seconds and tokens a second of both, and how often they chose the same token."""
     architecture = read_architecture(folder, flag="--hf-checkpoint")
     vocab_size, total = architecture.vocab_size, options.prompts * options.samples_per_prompt
@@ -119,7 +120,7 @@ def measure(options: argparse.Namespace, folder: str, theirs: torch.nn.Module) -
             max_response_len=options.new_tokens,
             seed=1,
         )
-        choice = {"do_sample": False}
+        choice: dict[str, Any] = {"do_sample": False}
         if options.temperature > 0:
             choice = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
             choice["top_k"] = options.top_k if options.top_k > 0 else 0

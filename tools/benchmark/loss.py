@@ -284,12 +284,13 @@ def build(args: argparse.Namespace, variant: str, rank: int, group: Any) -> tupl
     shared_t = torch.randperm(args.teacher_vocab, generator=generator)[: args.shared]
     pick = torch.randint(args.shared, (n,), generator=generator)
     labels_s, labels_t = shared_s[pick], shared_t[pick]
-    segments, at = [], 0
+    segments: list[tuple[int, int, int, int]] = []
+    at = 0
     while at < n:
         width = 2 if len(segments) % 10 == 9 and at + 2 <= n else 1
         segments.append((at, at + width, at, at + width))
         at += width
-    sample = {
+    sample: dict[str, Any] = {
         "segments": torch.tensor(segments),
         "student_labels": labels_s,
         "teacher_labels": labels_t,
@@ -476,7 +477,7 @@ def gold_loss(student: Any, teacher: Any, sample: dict[str, Any]) -> Callable[[]
     import torch
 
     n = len(student)
-    names = [dict() for _ in range(2)]
+    names: list[dict[str, int]] = [{}, {}]
     for side, (own, width) in enumerate((("student", student.shape[1]), ("teacher", teacher.shape[1]))):
         shared = {int(i): f"shared {k}" for k, i in enumerate(sample[f"shared_{own}_ids"])}
         names[side] = {shared.get(i, f"{own} {i}"): i for i in range(width)}

@@ -33,12 +33,16 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-DTYPES = ("fp32", "bf16", "int8")
+if TYPE_CHECKING:
+    from megatron_simct.teacher.forward import HiddenDtype
+
+DTYPES: tuple[HiddenDtype, ...] = ("fp32", "bf16", "int8")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -118,17 +122,21 @@ def measure(args: argparse.Namespace, curve_mb_per_s: float) -> dict[str, Any]:
             for interface, of_interface in pairs.items():
                 requests = requests_of(of_interface)
                 calls: dict[str, Callable[[], object]] = {
-                    dtype: lambda client=client, requests=requests: scored_by(client, requests)
+                    dtype: partial(scored_by, client, requests)
                     for dtype, client in clients.items()
                     if interface == "paper" or dtype != "int8"
                 }
-                calls["here"] = lambda requests=requests: forward.run(by_length(requests, max_tokens=16384))
+
+                def here(requests: Sequence[Any] = requests) -> list[Any]:
+                    return forward.run(by_length(requests, max_tokens=16384))
+
+                calls["here"] = here
                 before = {dtype: dict(client.counts) for dtype, client in clients.items()}
                 seconds = best(calls, args.repeats)
                 begin = time.process_time()
-                answers = {answer.sample_id: answer for answer in calls["here"]()}
+                answers = {answer.sample_id: answer for answer in here()}
                 forward_cpu_s = time.process_time() - begin
-                for dtype in calls.keys() & set(DTYPES):
+                for dtype in (dtype for dtype in DTYPES if dtype in calls):
                     sent, received = (
                         (clients[dtype].counts[key] - before[dtype][key]) / (args.repeats + 1) / labels
                         for key in ("request_bytes", "answer_bytes")
@@ -250,7 +258,7 @@ def scored_by(client: Any, requests: Sequence[Any]) -> list[Any]:
     return [read_scored(client.next()[1]) for _ in requests]
 
 
-def wire_seconds(requests: Sequence[Any], answers: dict[int, Any], dtype: str, curve_mb_per_s: float) -> float:
+def wire_seconds(requests: Sequence[Any], answers: dict[int, Any], dtype: HiddenDtype, curve_mb_per_s: float) -> float:
     """CPU seconds of both ends, outside of the model."""
     from megatron_simct.teacher.payload import read_score, read_scored, score_message, scored_message
     from megatron_simct.teacher.wire import decode, encode, num_bytes
@@ -280,7 +288,7 @@ def best(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, floa
 
 
 def errors(
-    interface: str, dtype: str, model: Any, pairs: Sequence[Any], answers: dict[int, Any], vocab_size: int
+    interface: str, dtype: HiddenDtype, model: Any, pairs: Sequence[Any], answers: dict[int, Any], vocab_size: int
 ) -> dict[str, float]:
     """KL of what the student makes of the answer from what it would make of an exact one: mean and largest."""
     import torch
@@ -413,7 +421,7 @@ def train_beside(args: argparse.Namespace, folder: Path, schedule: str) -> dict[
                 at_step.append(busy.value)
                 record(*of_step)
 
-            job.monitor.step = step
+            job.monitor.step = step  # type: ignore[method-assign, assignment]
             train(job)
     finally:
         stop.set()
@@ -457,6 +465,7 @@ def sleeping_teacher(run_dir: Path, pace: Any, busy: Any, stop: Any) -> None:
             begin = time.perf_counter()
             time.sleep(pace.value)
             zeros = torch.zeros(len(work.request.label_ids))
+            assert work.request.byte_side is not None, "the student asks for `bytes`"
             answer = ScoredPair(
                 sample_id=work.request.sample_id,
                 own_logit=zeros,
