@@ -43,7 +43,7 @@ COMMANDS = {
 TOKENIZERS = "--teacher-tokenizer tiny/teacher.tiktoken --student-tokenizer tiny/student.model"
 RIGHT = {
     "train": "",  # tests.tiny.command_line
-    "serve_teacher": "--teacher-hf-checkpoint tiny/teacher --teacher-tokenizer-model tiny/teacher.tiktoken --run-dir out/t",
+    "serve_teacher": "--teacher-hf-checkpoint tiny/teacher --teacher-tokenizer-model tiny/teacher.tiktoken --run-dir out",
     "launch": "run.yaml --dry-run",
     "align": f"{TOKENIZERS} --output out/map",
     "inspect": f"{TOKENIZERS} --text hello --format html --output out/page.html",
@@ -52,7 +52,7 @@ RIGHT = {
     "--save out/folder",
     "prepare": "--mixture mixture.yaml --output-dir out/prompts",
     "select": "--responses evaluated/run --data evaluated/problems.jsonl --output out/warm_up.jsonl",
-    "evaluate": "--benchmark exact_match --data evaluated/problems.jsonl --responses responses.jsonl --output-dir out/e",
+    "evaluate": "--benchmark exact_match --data evaluated/problems.jsonl --responses responses.jsonl --output-dir out",
     "plot": "run --output out/report.html",
 }
 
@@ -74,9 +74,7 @@ class Mistake:
 
 def mistakes(command: str, *rows: tuple[str, str, str] | tuple[str, str, str, str]) -> list[Mistake]:
     """Rows of what, flags, line, and disk."""
-    usage = (
-        r"unknown flag|unexpected|the following|argument |expected|unrecognized|one of the|--config-file|--lr \(lr\)"
-    )
+    usage = r"unknown flag|unexpected|the following|argument |expected|unrecognized|--config-file"
     return [
         Mistake(
             command=command,
