@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import sys
 import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
+from megatron_simct.command_line import Parser, nearest
 from megatron_simct.config import Config, TeacherConfig
 from megatron_simct.megatron_flags import MEGATRON_FLAGS
 
@@ -108,10 +108,12 @@ def _unfold(annotation: Any) -> tuple[type, bool, bool, tuple[str, ...] | None]:
     return annotation, False, False, None
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, as for every other error: argparse would print the usage above it."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+class _Parser(Parser):
+    def unknown_flag(self, flag: str) -> str:
+        """A flag of Megatron-LM that this package lacks has its own message."""
+        if flag in MEGATRON_FLAGS:
+            return f"{flag} is a flag of Megatron-LM {_NOT_IMPLEMENTED}"
+        return super().unknown_flag(flag)
 
 
 def build_parser(command: Command = TRAIN) -> argparse.ArgumentParser:
@@ -120,7 +122,6 @@ def build_parser(command: Command = TRAIN) -> argparse.ArgumentParser:
         prog=f"python -m {command.module}",
         usage=command.usage,
         description=command.description,
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=38, width=118),
     )
@@ -157,14 +158,17 @@ def parse_config(argv: Sequence[str] | None = None, command: Command = TRAIN) ->
     parser = build_parser(command)
     known, unknown = parser.parse_known_args(argv)
     given = vars(known)
+    debug = given.pop("debug", False)
     try:
-        for flag in unknown:
-            raise ValueError(_unknown_flag(flag, command.config))
+        for argument in unknown:
+            raise ValueError(f"unexpected argument {argument!r}")
         file = given.pop("config_file", None)
         show = given.pop("print_config", False)
         config = assemble((_read_file(file, command.config) if file else {}) | given, command.config)
     except ValueError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        if debug:
+            raise
+        parser.error(str(error))
     if show:
         sys.stdout.write(to_yaml(config))
         parser.exit(0)
@@ -255,18 +259,3 @@ def check_keys(values: dict[str, Any], config: type, *, where: str) -> None:
             raise ValueError(f"{where}: {key!r} is an option of Megatron-LM {_NOT_IMPLEMENTED}")
         if key not in keys:
             raise ValueError(f"{where}: unknown key {key!r}{nearest(str(key), keys)}")
-
-
-def _unknown_flag(argument: str, config: type) -> str:
-    flag = argument.split("=")[0]
-    if not flag.startswith("-"):
-        return f"unexpected argument {argument!r}"
-    if flag in MEGATRON_FLAGS:
-        return f"{flag} is a flag of Megatron-LM {_NOT_IMPLEMENTED}"
-    return f"unknown flag {flag}{nearest(flag, [option.flag for option in options(config)])}"
-
-
-def nearest(name: str, names: Sequence[str]) -> str:
-    """The end of a message about an unknown name: which of `names` may have been meant."""
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""

@@ -15,15 +15,17 @@ import os
 import signal
 import sys
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
+from megatron_simct.command_line import command  # isort: skip  (before what takes seconds to load)
 from megatron_simct.alignment.map_files import load_map
 from megatron_simct.arguments import SERVE_TEACHER, parse_config
 from megatron_simct.config import TeacherConfig
 from megatron_simct.loading import build_byte_order, open_model, open_tokenizer
 from megatron_simct.models.families import read_architecture
 from megatron_simct.models.hf_load import find_weights
-from megatron_simct.parallel.initialize import Environment, Groups, process_groups
+from megatron_simct.parallel.initialize import Groups, process_groups
 from megatron_simct.teacher.endpoints import endpoint_folder, make_keys, this_host
 from megatron_simct.teacher.fingerprints import fingerprints
 from megatron_simct.teacher.forward import TeacherForward
@@ -101,19 +103,13 @@ def serve_teacher(config: TeacherConfig, groups: Groups, stop: Stop) -> None:
         print(f" teacher replica {groups.dp_rank} stops: " + ", ".join(f"{numbers[k]} {k}" for k in kept), flush=True)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code 0 after SIGTERM, or 1 with one line that says what was wrong and which flag to change."""
+@command("megatron_simct.serve_teacher")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Ends by SIGTERM or Ctrl-C, which are no errors."""
     config = parse_config(argv, SERVE_TEACHER)
     stop = Stop()
-    try:
-        with process_groups(config.parallel, seed=0) as groups:
-            serve_teacher(config, groups, stop)
-    except ValueError as error:
-        environment = Environment.read()
-        rank = f" on rank {environment.rank}" if environment.world_size > 1 else ""
-        print(f"megatron_simct.serve_teacher: error{rank}: {error}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+    with process_groups(config.parallel, seed=0) as groups:
+        serve_teacher(config, groups, stop)
 
 
 if __name__ == "__main__":

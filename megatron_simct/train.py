@@ -15,13 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 
+from megatron_simct.command_line import command  # isort: skip  (before what takes seconds to load)
 from megatron_simct.arguments import parse_config, to_yaml
 from megatron_simct.config import Config
+from megatron_simct.files import write_whole
 from megatron_simct.job import Job, build_job
 from megatron_simct.losses import known_failure
 from megatron_simct.models.hf_load import find_weights
 from megatron_simct.monitoring import Stopwatch
-from megatron_simct.parallel.initialize import Environment, Groups, process_groups
+from megatron_simct.parallel.initialize import Groups, process_groups
 from megatron_simct.records import AlignedPair, Prompt, Rollout, ScoredPair
 from megatron_simct.teacher.scorer import TeacherError
 from megatron_simct.update.step import NonFiniteError
@@ -137,23 +139,16 @@ def kept_for_replay(job: Job, rollouts: Sequence[Rollout], iteration: int) -> It
         raise NonFiniteError(f"{error}{kept}") from None
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 1 with one line that says what was wrong and which flag to change."""
+@command("megatron_simct.train", also=(NonFiniteError, TeacherError))
+def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(argv)
-    try:
-        with process_groups(config.parallel, seed=config.training.seed) as groups:
-            job = build_job(config, groups)
-            write_config(config, groups)
-            report_random_weights(config, groups, resumed=job.start > 0)
-            report_interface(config, groups)
-            with contextlib.closing(job.monitor):
-                train(job)
-    except (ValueError, NonFiniteError, TeacherError) as error:
-        environment = Environment.read()
-        rank = f" on rank {environment.rank}" if environment.world_size > 1 else ""
-        print(f"megatron_simct.train: error{rank}: {error}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+    with process_groups(config.parallel, seed=config.training.seed) as groups:
+        job = build_job(config, groups)
+        write_config(config, groups)
+        report_random_weights(config, groups, resumed=job.start > 0)
+        report_interface(config, groups)
+        with contextlib.closing(job.monitor):
+            train(job)
 
 
 def report_random_weights(config: Config, groups: Groups, *, resumed: bool) -> None:
@@ -183,9 +178,7 @@ def report_interface(config: Config, groups: Groups) -> None:
 def write_config(config: Config, groups: Groups) -> None:
     """The resolved options, beside the metrics."""
     if config.output.run_dir is not None and groups.is_first_rank:
-        folder = Path(config.output.run_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(config))
+        write_whole(Path(config.output.run_dir) / "config.yaml", to_yaml(config))
 
 
 if __name__ == "__main__":

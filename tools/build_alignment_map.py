@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_simct.command_line import Parser, command  # isort: skip  (before what takes seconds to load)
 from megatron_simct.alignment import AlignmentMap, Tokenizer, build_alignment_map, load_tokenizer
 from megatron_simct.alignment.coverage import KINDS, Coverage, measure_coverage
 from megatron_simct.alignment.map_files import is_map, placement_balance, save_map, stop_pair
@@ -27,20 +28,16 @@ _PIECE = 1 << 12
 masks the rest of its piece."""
 
 
-def main(argv: list[str] | None = None) -> int:
+@command("build_alignment_map")
+def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
-    try:
-        report = build(options)
-    except (ValueError, OSError) as error:
-        print(f"build_alignment_map: error: {error}", file=sys.stderr)
-        return 1
+    report = build(options)
     if options.json:
         print(json.dumps(report, ensure_ascii=False))
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="build_alignment_map", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     spec = (

@@ -12,21 +12,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_simct.command_line import Parser, command  # isort: skip  (before what takes seconds to load)
 from megatron_simct.launch.run_file import read_run_file
 
 
-def main(argv: list[str] | None = None) -> int:
+@command("check_pair")
+def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(argv)
-    try:
-        run = read_run_file(options.run_file, options.overrides)
-    except ValueError as error:
-        print(f"check_pair: error: {error}", file=sys.stderr)
-        return 1
+    run = read_run_file(options.run_file, options.overrides)
     from megatron_simct.preflight.check import check_run
     from megatron_simct.preflight.table import console, show
 
@@ -39,9 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="check_pair", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="check_pair", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_file", metavar="RUN.yaml", help="the run, as for megatron_simct.launch")
     parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="go before what the file says")
     parser.add_argument(

@@ -14,15 +14,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
 if __package__ in (None, ""):  # a script of a checkout, which needs no installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_simct.command_line import Parser, command  # noqa: E402  isort: skip  (before what takes seconds to load)
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 
 from megatron_simct.config import ParallelConfig  # noqa: E402
 from megatron_simct.losses.vocab_parallel import soft_cap  # noqa: E402
@@ -38,8 +39,8 @@ _VERIFY_IDS = 48
 _VERIFY_TOLERANCE = 1e-4
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 1 with one line that says what was wrong."""
+@command("convert_checkpoint")
+def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     parallel = ParallelConfig(
         tensor_model_parallel_size=options.tensor_model_parallel_size,
@@ -47,21 +48,16 @@ def main(argv: list[str] | None = None) -> int:
         num_virtual_stages_per_pipeline_rank=options.num_virtual_stages_per_pipeline_rank,
         expert_model_parallel_size=options.expert_model_parallel_size,
     )
-    try:
-        text_ids = None if options.verify_text is None else _encode(options)
-        with process_groups(parallel, seed=1) as groups:
-            if options.command == "hf-to-megatron":
-                to_megatron(options, parallel, groups)
-                checkpoint, folder = options.save, options.hf_checkpoint
-            else:
-                to_hugging_face(options, parallel, groups)
-                checkpoint, folder = options.load, options.save
-            if options.verify:
-                verify(folder, checkpoint, text_ids, options, parallel, groups)
-    except ValueError as error:
-        print(f"convert_checkpoint: error: {error}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+    text_ids = None if options.verify_text is None else _encode(options)
+    with process_groups(parallel, seed=1) as groups:
+        if options.command == "hf-to-megatron":
+            to_megatron(options, parallel, groups)
+            checkpoint, folder = options.save, options.hf_checkpoint
+        else:
+            to_hugging_face(options, parallel, groups)
+            checkpoint, folder = options.load, options.save
+        if options.verify:
+            verify(folder, checkpoint, text_ids, options, parallel, groups)
 
 
 def to_megatron(options: argparse.Namespace, parallel: ParallelConfig, groups: Groups) -> None:
@@ -242,7 +238,7 @@ def _progress(
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (f"{what:8}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not groups.is_first_rank) as bar:
+    with Progress(*columns, disable=not (groups.is_first_rank and sys.stdout.isatty())) as bar:
         task = bar.add_task(what, total=sum(parameter.nbytes for parameter in model.parameters()))
         yield lambda count: bar.advance(task, count)
 
@@ -253,26 +249,24 @@ def _say(groups: Groups, text: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="convert_checkpoint", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="convert_checkpoint", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("hf-to-megatron", "megatron-to-hf"):
-        command = commands.add_parser(name, allow_abbrev=False)
+        one = commands.add_parser(name)
         if name == "megatron-to-hf":
-            command.add_argument(
-                "--load", required=True, metavar="DIR", help="checkpoint; its newest iteration is read"
-            )
-        command.add_argument("--hf-checkpoint", required=True, metavar="DIR", help="Hugging Face folder")
-        command.add_argument("--save", required=True, metavar="DIR", help="what to write; it must not exist")
-        command.add_argument("--dtype", choices=_DTYPES, help="of the written weights (default: as they are read)")
-        command.add_argument("--verify", action="store_true", help="compare logits with those of transformers")
-        command.add_argument(
+            one.add_argument("--load", required=True, metavar="DIR", help="checkpoint; its newest iteration is read")
+        one.add_argument("--hf-checkpoint", required=True, metavar="DIR", help="Hugging Face folder")
+        one.add_argument("--save", required=True, metavar="DIR", help="what to write; it must not exist")
+        one.add_argument("--dtype", choices=_DTYPES, help="of the written weights (default: as they are read)")
+        one.add_argument("--verify", action="store_true", help="compare logits with those of transformers")
+        one.add_argument(
             "--verify-text", metavar="TEXT", help="with --verify: what to compare them on (default: random ids)"
         )
-        command.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N")
-        command.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N")
-        command.add_argument("--num-virtual-stages-per-pipeline-rank", type=int, default=1, metavar="N")
-        command.add_argument("--expert-model-parallel-size", type=int, default=1, metavar="N")
-        command.add_argument("--make-vocab-size-divisible-by", type=int, default=128, metavar="N")
+        one.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N")
+        one.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N")
+        one.add_argument("--num-virtual-stages-per-pipeline-rank", type=int, default=1, metavar="N")
+        one.add_argument("--expert-model-parallel-size", type=int, default=1, metavar="N")
+        one.add_argument("--make-vocab-size-divisible-by", type=int, default=128, metavar="N")
     return parser
 
 

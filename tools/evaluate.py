@@ -28,6 +28,7 @@ from typing import Any
 if __package__ in (None, ""):  # a script of a checkout, which needs no installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_simct.command_line import Parser, command  # noqa: E402  isort: skip  (before what takes seconds to load)
 from megatron_simct.evaluation.benchmarks import CODE, NAMES, Problem, digest_of, read_problems  # noqa: E402
 from megatron_simct.evaluation.grading import Grader  # noqa: E402
 from megatron_simct.evaluation.math_verifier import MathVerifier  # noqa: E402
@@ -41,30 +42,25 @@ WALL_TIMES = 6
 Rows = list[dict[str, Any]]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 1 with one line that says what was wrong."""
+@command("evaluate")
+def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
-    try:
-        _check(options)
-        problems = read_problems(options.benchmark, options.data)[: options.limit]
-        if options.benchmark in CODE:
-            check_sandbox()
-        folder = Path(options.output_dir)
-        run = identity(options, problems)
-        if options.responses is not None:
-            remember(folder, run)
-            parts, writes = given_responses(options, problems), True
-        else:
-            parts, writes = generate(options, problems, run)
-        if writes:
-            grades = grade(options, problems, parts)
-            results = summarize(options, run, parts, grades)
-            write_json(folder / "results.json", results)
-            show(results, folder)
-    except ValueError as error:
-        print(f"evaluate: error: {error}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+    _check(options)
+    problems = read_problems(options.benchmark, options.data)[: options.limit]
+    if options.benchmark in CODE:
+        check_sandbox()
+    folder = Path(options.output_dir)
+    run = identity(options, problems)
+    if options.responses is not None:
+        parts, writes = given_responses(options, problems), True
+        remember(folder, run)
+    else:
+        parts, writes = generate(options, problems, run)
+    if writes:
+        grades = grade(options, problems, parts)
+        results = summarize(options, run, parts, grades)
+        write_json(folder / "results.json", results)
+        show(results, folder)
 
 
 # Responses
@@ -334,11 +330,10 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
 
     def add(group: Any, flag: str, help: str, **kwargs: Any) -> None:

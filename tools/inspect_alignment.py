@@ -12,16 +12,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_simct.command_line import Parser, command  # isort: skip  (before what takes seconds to load)
 import numpy as np
 
 from megatron_simct.alignment import Tokenizer, align, load_tokenizer
 from megatron_simct.alignment.tokenizer import readable
+from megatron_simct.files import write_whole
 
 KINDS = ("1:1", "1:n", "n:1", "n:m")
 """Teacher tokens : student tokens."""
@@ -68,7 +71,7 @@ def as_terminal(result: dict[str, Any], *, colours: bool) -> str:
     from rich.text import Text
 
     styles = dict(zip(KINDS, ("green", "black on yellow", "black on cyan", "white on magenta"), strict=True))
-    console = Console(highlight=False, force_terminal=colours, no_color=not colours)
+    console = Console(highlight=False, force_terminal=colours, no_color=None if colours else True)
     text = Text()
     for unit in result["units"]:
         plain = unit["kind"] == "1:1" or colours
@@ -94,34 +97,28 @@ def as_html(result: dict[str, Any], teacher: str, student: str) -> str:
     return template.render(result=result, kinds=KINDS, teacher=teacher, student=student)
 
 
-def main(argv: list[str] | None = None) -> int:
+@command("inspect_alignment")
+def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
-    try:
-        data = options.text.encode() if options.text is not None else Path(options.text_file).read_bytes()
-        teacher = _load(options.teacher_tokenizer, "teacher")
-        student = _load(options.student_tokenizer, "student")
-        result = inspect(teacher, student, data)
-        match options.format:
-            case "html":
-                output = as_html(result, teacher.name, student.name)
-            case "json":
-                output = json.dumps(result, ensure_ascii=False) + "\n"
-            case _:
-                output = as_terminal(result, colours=options.output is None and sys.stdout.isatty())
-        if options.output is not None:
-            Path(options.output).write_text(output, encoding="utf-8")
-        else:
-            sys.stdout.write(output)
-    except (OSError, ValueError) as error:
-        print(f"inspect_alignment: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    data = options.text.encode() if options.text is not None else Path(options.text_file).read_bytes()
+    teacher = _load(options.teacher_tokenizer, "teacher")
+    student = _load(options.student_tokenizer, "student")
+    result = inspect(teacher, student, data)
+    match options.format:
+        case "html":
+            output = as_html(result, teacher.name, student.name)
+        case "json":
+            output = json.dumps(result, ensure_ascii=False) + "\n"
+        case _:
+            output = as_terminal(result, colours=options.output is None and sys.stdout.isatty())
+    if options.output is not None:
+        write_whole(Path(options.output), output)
+    else:
+        sys.stdout.write(output)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="inspect_alignment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="inspect_alignment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     spec = "Hugging Face folder or tokenizer.json, SentencePiece NAME.model, tiktoken ranks, tiktoken:NAME, tekken.json"
     parser.add_argument("--teacher-tokenizer", required=True, metavar="SPEC", help=spec)
     parser.add_argument("--student-tokenizer", required=True, metavar="SPEC", help="likewise")

@@ -22,6 +22,7 @@ from typing import Any
 if __package__ in (None, ""):  # a script of a checkout, which needs no installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_simct.command_line import Parser, command  # noqa: E402  isort: skip  (before what takes seconds to load)
 from megatron_simct.files import write_whole  # noqa: E402
 
 INK, LINE = "#26262b", "#dedcd5"
@@ -261,20 +262,13 @@ def page(run_dir: Path, rows: Sequence[dict[str, Any]], samples: Sequence[dict[s
     )
 
 
-def main(argv: list[str] | None = None) -> int:
+@command("plot_run")
+def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     try:
-        _draw_run(options)
-    except (OSError, ValueError, ImportError) as error:
-        hint = ": pip install matplotlib" if isinstance(error, ImportError) else ""
-        print(f"plot_run: error: {error}{hint}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _draw_run(options: argparse.Namespace) -> None:
-    import matplotlib
-
+        import matplotlib
+    except ImportError:
+        raise ValueError("drawing needs the package matplotlib: pip install matplotlib") from None
     matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
     matplotlib.rcParams["svg.hashsalt"] = "megatron_simct"  # the same run gives the same page
     run_dir: Path = options.run_dir
@@ -300,9 +294,7 @@ def _draw_run(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="plot_run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="plot_run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the --run-dir of a run")
     parser.add_argument("--output", metavar="F", type=Path, help="the page; default: RUN_DIR/report.html")
     parser.add_argument("--png", metavar="F", type=Path, help="write the curves as a picture too")

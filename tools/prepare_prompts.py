@@ -38,11 +38,12 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-import numpy as np
-import yaml
-
 if __package__ in (None, ""):  # a script of a checkout, which needs no installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_simct.command_line import Parser, command  # noqa: E402  isort: skip  (before what takes seconds to load)
+import numpy as np  # noqa: E402
+import yaml  # noqa: E402
 
 from megatron_simct.alignment import Tokenizer, load_tokenizer  # noqa: E402
 from megatron_simct.config import ModelConfig  # noqa: E402
@@ -84,25 +85,20 @@ class Dropped(Exception):
     """Why a row is not taken."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 1 with one line that says what was wrong."""
+@command("prepare_prompts")
+def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
-    try:
-        folder = Path(options.output_dir)
-        if (folder / OUTPUT).exists():
-            raise ValueError(f"--output-dir {folder}: has a {OUTPUT} already; nothing is overwritten")
-        mixture = read_mixture(options.mixture)
-        rows, report = mix(mixture, Path(options.data_root), renderers(options), options.max_prompt_len)
-        report["mixture"] = dataclasses.asdict(mixture)
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        report["sha256"] = hashlib.sha256(text.encode()).hexdigest()
-        write_whole(folder / REPORT, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-        write_whole(folder / OUTPUT, text)
-        show(report, folder)
-    except ValueError as error:
-        print(f"prepare_prompts: error: {error}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+    folder = Path(options.output_dir)
+    if (folder / OUTPUT).exists():
+        raise ValueError(f"--output-dir {folder}: has a {OUTPUT} already; nothing is overwritten")
+    mixture = read_mixture(options.mixture)
+    rows, report = mix(mixture, Path(options.data_root), renderers(options), options.max_prompt_len)
+    report["mixture"] = dataclasses.asdict(mixture)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    report["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    write_whole(folder / REPORT, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_whole(folder / OUTPUT, text)
+    show(report, folder)
 
 
 # The mixture
@@ -420,11 +416,10 @@ def show(report: dict[str, Any], folder: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="prepare_prompts",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--mixture", required=True, metavar="FILE", help="YAML file of sources")
     parser.add_argument("--data-root", default=".", metavar="DIR", help="where paths begin (default: here)")

@@ -24,29 +24,25 @@ from typing import Any
 if __package__ in (None, ""):  # a script of a checkout, which needs no installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_simct.command_line import Parser, command  # noqa: E402  isort: skip  (before what takes seconds to load)
 from megatron_simct.evaluation.benchmarks import Problem, cut, digest_of, read_problems  # noqa: E402
 from megatron_simct.files import read_rows, write_rows  # noqa: E402
 
 WORDS = 4
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 1 with one line that says what was wrong."""
+@command("select_responses")
+def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
-    try:
-        run = finished_run(options.responses)
-        problems = read_problems(run["benchmark"], options.data)[: run["problems"]]
-        if digest_of(problems) != run["problems_sha256"]:
-            raise ValueError(f"--data {options.data}: not the problems that {options.responses} has responses to")
-        rows, counts = select(problems, run, graded(options.responses), options)
-        if not rows:
-            raise ValueError(f"--responses {options.responses}: none is kept ({shown(counts)})")
-        write_rows(options.output, rows)
-    except ValueError as error:
-        print(f"select_responses: error: {error}", file=sys.stderr, flush=True)
-        return 1
+    run = finished_run(options.responses)
+    problems = read_problems(run["benchmark"], options.data)[: run["problems"]]
+    if digest_of(problems) != run["problems_sha256"]:
+        raise ValueError(f"--data {options.data}: not the problems that {options.responses} has responses to")
+    rows, counts = select(problems, run, graded(options.responses), options)
+    if not rows:
+        raise ValueError(f"--responses {options.responses}: none is kept ({shown(counts)})")
+    write_rows(options.output, rows)
     print(f"{len(rows)} of {len(problems)} problems have a response; {shown(counts)}; written to {options.output}")
-    return 0
 
 
 def finished_run(folder: Path) -> dict[str, Any]:
@@ -118,11 +114,10 @@ def shown(counts: Counter[str]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="select_responses",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--responses", type=Path, required=True, metavar="DIR", help="--output-dir of tools/evaluate.py"

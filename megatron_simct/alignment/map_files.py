@@ -22,6 +22,7 @@ import numpy as np
 import megatron_simct
 from megatron_simct.alignment.alignment_map import AlignmentMap
 from megatron_simct.alignment.token_table import TokenTable
+from megatron_simct.files import named_errors
 
 FORMAT_VERSION = 1
 _SETTINGS, _TENSORS = "map.json", "map.safetensors"
@@ -258,7 +259,7 @@ def _check_pairs(
 
 
 def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
+    with named_errors(path), open(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

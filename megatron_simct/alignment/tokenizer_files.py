@@ -39,6 +39,8 @@ def load_tokenizer(spec: str, stop_token_ids: Iterable[int] = (), *, allow_lossy
     if spec.startswith("tiktoken:"):
         return _load_tiktoken_encoding(spec, tuple(stop_token_ids))
     path = Path(spec)
+    if not path.exists():
+        raise ValueError(f'tokenizer "{spec}" does not exist; {_ACCEPTED}')
     in_folder = path.is_dir()
     if in_folder:
         path = tokenizer_file(path) or path / "tokenizer.json"

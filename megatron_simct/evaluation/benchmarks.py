@@ -158,6 +158,8 @@ def _livecodebench(row: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _labelled(row: dict[str, Any]) -> tuple[str, str, str]:
+    if not {"prompt", "messages"} & row.keys():
+        raise ValueError("it has neither a prompt nor messages")
     prompt, _ = row["prompt"] if "prompt" in row else _user_message(row["messages"]), row["label"] + ""
     return row.get("id", ""), prompt, prompt
 

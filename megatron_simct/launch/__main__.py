@@ -13,44 +13,41 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_simct.command_line import Parser, command  # isort: skip  (before what takes seconds to load)
 from megatron_simct.launch import local, slurm
 from megatron_simct.launch.run_file import RunFile, read_run_file
 
 _COMMANDS = ("status", "logs", "cancel")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The student's exit code for a local run; else 0, or 1 with one line that says what was wrong."""
+@command("megatron_simct.launch")
+def main(argv: Sequence[str] | None = None) -> int:
+    """The student's exit code for a local run."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    command = arguments.pop(0) if arguments[:1] and arguments[0] in _COMMANDS else "start"
-    options = _parser(command).parse_intermixed_args(arguments)
-    try:
-        run = read_run_file(options.run_file, options.overrides)
-        if command == "start":
-            return _start(run, dry_run=options.dry_run)
-        if run.cluster.kind != "slurm":
-            raise ValueError(f"{run.path}: cluster.kind is local: {command} is of Slurm jobs")
-        return {"status": _status, "logs": _logs, "cancel": _cancel}[command](run, options)
-    except (ValueError, OSError) as error:
-        print(f"megatron_simct.launch: error: {error}", file=sys.stderr)
-        return 1
-    except (KeyboardInterrupt, BrokenPipeError):
-        return 130
+    action = arguments.pop(0) if arguments[:1] and arguments[0] in _COMMANDS else "start"
+    options = _parser(action).parse_intermixed_args(arguments)
+    run = read_run_file(options.run_file, options.overrides)
+    if action == "start":
+        return _start(run, dry_run=options.dry_run)
+    if run.cluster.kind != "slurm":
+        raise ValueError(f"{run.path}: cluster.kind is local: {action} is of Slurm jobs")
+    return {"status": _status, "logs": _logs, "cancel": _cancel}[action](run, options)
 
 
-def _parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_simct.launch" + ("" if command == "start" else f" {command}"),
+def _parser(action: str) -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m megatron_simct.launch" + ("" if action == "start" else f" {action}"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run_file", metavar="RUN.yaml", help="both jobs; megatron_simct/launch/run_file.py explains it")
     parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="go before what the file says")
-    if command == "start":
+    if action == "start":
         parser.add_argument("--dry-run", action="store_true", help="print what would run, and start nothing")
-    if command == "logs":
+    if action == "logs":
         parser.add_argument("--follow", action="store_true", help="go on until Ctrl-C")
     return parser
 

@@ -31,7 +31,8 @@ from typing import Any, Literal
 
 import yaml
 
-from megatron_simct.arguments import assemble, check_keys, nearest, options
+from megatron_simct.arguments import assemble, check_keys, options
+from megatron_simct.command_line import nearest
 from megatron_simct.config import Config, TeacherConfig
 
 

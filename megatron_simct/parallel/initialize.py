@@ -17,29 +17,11 @@ import torch.distributed as dist
 
 from megatron_simct.config import ParallelConfig
 from megatron_simct.parallel.cpu import megatron_imports
+from megatron_simct.parallel.environment import Environment
 
 with megatron_imports():
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-
-@dataclass(frozen=True, slots=True)
-class Environment:
-    """Who this process is among those that were launched together."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-
-    @classmethod
-    def read(cls) -> Environment:
-        """RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them, else srun's SLURM_*, else one process."""
-        env = os.environ
-        if "RANK" in env and "WORLD_SIZE" in env:
-            return cls(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
-        if "SLURM_PROCID" in env and "MASTER_ADDR" in env:
-            return cls(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"]))
-        return cls(0, 1, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,8 @@ with megatron_imports():
 TRACKER = "latest_checkpointed_iteration.txt"
 RUN_FILE = "run.json"
 
+_REFUSED_WRITES = ("basic_ios", "iostream", "PytorchStreamWriter")
+"""In the RuntimeError of torch.save on a full disk."""
 _IDENTITY_FLAGS = {
     "model": "--hf-checkpoint",
     "tokenizer": "--tokenizer-model and --stop-token-ids",
@@ -273,7 +275,9 @@ def _write(state: dict[str, Any], directory: str, iteration: int, *, run: dict[s
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dist_checkpointing.save(state, str(temporary), ("torch_dist", 1))
-    except (OSError, CheckpointException) as error:
+    except (OSError, RuntimeError, CheckpointException) as error:
+        if isinstance(error, RuntimeError) and not any(mark in str(error) for mark in _REFUSED_WRITES):
+            raise
         raise ValueError(f"--save {temporary}: cannot be written ({_reason(error)})") from error
     dist.barrier()
     on_first_rank(publish, directory)

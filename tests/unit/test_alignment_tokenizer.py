@@ -246,12 +246,15 @@ def test_spelling_of_a_user_defined_stop_token_is_ordinary_text(tmp_path):
 
 
 def test_unknown_and_unreadable_files_are_named(tmp_path):
+    (tmp_path / "tokenizer.bin").touch()
+    (tmp_path / "folder").mkdir()
     for name, reason in [
         ("tokenizer.bin", "of an unknown kind"),
-        ("tokenizer.json", "FileNotFoundError"),
-        ("missing.model", "FileNotFoundError"),
-        ("missing.tiktoken", "FileNotFoundError"),
-        ("missing/tekken.json", "FileNotFoundError"),
+        ("tokenizer.json", "does not exist"),
+        ("missing.model", "does not exist"),
+        ("missing.tiktoken", "does not exist"),
+        ("missing/tekken.json", "does not exist"),
+        ("folder", "FileNotFoundError"),
     ]:
         spec = str(tmp_path / name)
         with pytest.raises(ValueError, match=reason) as caught:

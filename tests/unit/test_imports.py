@@ -17,12 +17,13 @@ ALLOWED = {
     "files": "",
     "stopping": "",
     "megatron_flags": "",
+    "command_line": "parallel",
     "config": "alignment",  # whether a folder holds a tokenizer
-    "arguments": "config megatron_flags",
+    "arguments": "command_line config megatron_flags",
     "writers": "config files",
     "parallel": "config records",
     # The hops.
-    "alignment": "config records",
+    "alignment": "config files records",
     "data": "alignment records",
     "evaluation": "",
     "losses": "alignment config parallel records",
@@ -35,12 +36,12 @@ ALLOWED = {
     "monitoring": "alignment parallel records update writers",
     "samples": "alignment records update writers",
     "preflight": "alignment arguments config data launch loading losses models parallel records update writers",
-    "launch": "arguments config preflight teacher",
+    "launch": "arguments command_line config preflight teacher",
     # The jobs.
     "job": "alignment arguments config data loading losses models monitoring parallel records rollout samples stopping "
     "teacher update writers",
-    "serve_teacher": "alignment arguments config loading models parallel teacher",
-    "train": "arguments config job losses models monitoring parallel records teacher update",
+    "serve_teacher": "alignment arguments command_line config loading models parallel teacher",
+    "train": "arguments command_line config files job losses models monitoring parallel records teacher update",
 }
 """Which folders and files of megatron_simct/ each import, in functions too. No hop knows job.py or train.py."""
 

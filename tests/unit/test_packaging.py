@@ -49,6 +49,7 @@ def test_flags_in_the_readme_exist():
         "--help",
         "--print-config",
         "--config-file",
+        "--debug",
         "--nproc-per-node",
         "--rdzv-backend",
     }

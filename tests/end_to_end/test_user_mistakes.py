@@ -1,0 +1,307 @@
+"""What users do wrong, over all commands: one helpful line, no traceback, an exit code, and nothing half-written.
+
+`MISTAKES` is the list. Each is the command's main() in a forked process, started in a folder that has what is needed,
+with a right command line but for the flags that are given. Afterwards the folder is as it was before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import io
+import json
+import os
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.distributed import run_ranks
+from tests.end_to_end.test_plot_run import write_run
+from tests.preflight import build_pair, run_values
+from tests.tiny import command_line
+from tests.unit.test_select_responses import GOOD, leave
+from tests.weights import random_weights
+
+COMMANDS = {
+    "train": "megatron_simct.train",
+    "serve_teacher": "megatron_simct.serve_teacher",
+    "launch": "megatron_simct.launch.__main__",
+    "align": "tools.build_alignment_map",
+    "inspect": "tools.inspect_alignment",
+    "check_pair": "tools.check_pair",
+    "convert": "tools.convert_checkpoint",
+    "prepare": "tools.prepare_prompts",
+    "select": "tools.select_responses",
+    "evaluate": "tools.evaluate",
+    "plot": "tools.plot_run",
+}
+TOKENIZERS = "--teacher-tokenizer tiny/teacher.tiktoken --student-tokenizer tiny/student.model"
+RIGHT = {
+    "train": "",  # tests.tiny.command_line
+    "serve_teacher": "--teacher-hf-checkpoint tiny/teacher --teacher-tokenizer-model tiny/teacher.tiktoken "
+    "--run-dir out",
+    "launch": "run.yaml --dry-run",
+    "align": f"{TOKENIZERS} --output out/map",
+    "inspect": f"{TOKENIZERS} --text hello --format html --output out/page.html",
+    "check_pair": "run.yaml",
+    "convert": "megatron-to-hf --load weights/student --hf-checkpoint tiny/student --make-vocab-size-divisible-by 8 "
+    "--save out/folder",
+    "prepare": "--mixture mixture.yaml --output-dir out/prompts",
+    "select": "--responses evaluated/run --data evaluated/problems.jsonl --output out/warm_up.jsonl",
+    "evaluate": "--benchmark exact_match --data evaluated/problems.jsonl --responses responses.jsonl --output-dir out",
+    "plot": "run --output out/report.html",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mistake:
+    """One way to start a command that cannot work."""
+
+    what: str
+    command: str
+    flags: str
+    """Behind the right ones, or with a leading `=` instead of them."""
+    line: str
+    """A regular expression that the line behind `PROGRAM: error: ` begins with."""
+    code: int = 1
+    disk: str = ""
+    """What out/ is on: `full` or `read-only`."""
+
+
+def mistakes(command: str, *rows: tuple[str, str, str] | tuple[str, str, str, str]) -> list[Mistake]:
+    """Rows of what, flags, line, and disk."""
+    usage = r"unknown flag|unexpected|the following|argument |expected|unrecognized|--config-file"
+    return [
+        Mistake(
+            command=command,
+            what=what,
+            flags=flags,
+            line=line,
+            disk=disk[0] if disk else "",
+            code=2 if re.match(usage, line) else 1,
+        )
+        for what, flags, line, *disk in rows
+    ]
+
+
+MISTAKES = [
+    *mistakes(
+        "train",
+        ("a folder that is not there", "--hf-checkpoint no/folder", "--hf-checkpoint no/folder: .*No such file"),
+        ("a file in place of a folder", "--hf-checkpoint text.txt", "--hf-checkpoint text.txt: .*Not a directory"),
+        ("prompts that are not there", "--prompt-data no.jsonl", "--prompt-data no.jsonl: No such file"),
+        ("a folder in place of prompts", "--prompt-data tiny", "--prompt-data tiny: Is a directory"),
+        ("a binary file in place of prompts", "--prompt-data binary", "--prompt-data binary: not UTF-8"),
+        ("prompts that may not be read", "--prompt-data locked.jsonl", "--prompt-data locked.jsonl: Permission denied"),
+        ("another column", "--input-key question", "--prompt-data .*line 1.*question"),
+        ("a text for a number", "--train-iters many", "argument --train-iters: invalid int value: 'many'"),
+        ("a misspelt flag", "--hf-chekpoint x", "unknown flag --hf-chekpoint; did you mean --hf-checkpoint?"),
+        ("a shortened flag", "--train-iter 3", "unknown flag --train-iter; did you mean --train-iters?"),
+        ("a flag without its value", "--save", "argument --save: expected one argument"),
+        ("a word too many", "--bf16 true", "unexpected argument 'true'"),
+        ("an unknown choice", "--simct-interface papr", "argument --simct-interface: invalid choice: 'papr'"),
+        ("no such configuration", "--config-file no.yaml", "--config-file no.yaml: No such file"),
+        ("a key that does not exist", "--config-file typo.yaml", "--config-file typo.yaml: unknown key 'train_iter'"),
+        ("two processes too few", "--tensor-model-parallel-size 2", r"world size \(1\).*start 2 processes"),
+        ("a checkpoint of another kind", "--load tiny", "--load tiny: no checkpoint there"),
+        ("weights that are no safetensors", "--hf-checkpoint bad_weights", "--hf-checkpoint bad_weights"),
+        ("a disk that may not be written", "--run-dir out/run", "--run-dir out/run: Read-only.*name", "read-only"),
+        ("a file where the run is to be", "--run-dir text.txt", "--run-dir text.txt.*File exists"),
+    ),
+    *mistakes(
+        "serve_teacher",
+        ("a folder without weights", "", "--teacher-hf-checkpoint tiny/teacher: has no weights"),
+        ("a misspelt flag", "--run-dri x", "unknown flag --run-dri; did you mean --run-dir?"),
+        ("a folder that is not there", "--teacher-hf-checkpoint no", "--teacher-hf-checkpoint no: .*No such file"),
+    ),
+    *mistakes(
+        "launch",
+        ("no run file", "= no.yaml", "no.yaml: No such file"),
+        ("a folder for a run file", "= tiny", "tiny: Is a directory"),
+        ("a misspelt section", "= misspelt.yaml", "misspelt.yaml: unknown section 'studnet'; did you mean student"),
+        ("a key that does not exist", "student.train_iter=3", ".*unknown key 'train_iter'; did you mean train_iters"),
+        ("an override without a value", "student.train_iters", ".*student.train_iters"),
+        ("Slurm's command for a local run", "= status local.yaml", "local.yaml: cluster.kind is local"),
+        ("a misspelt flag", "--dry-rum", "unknown flag --dry-rum; did you mean --dry-run?"),
+        ("a pre-flight that fails", "= run.yaml student.prompt_data=no.jsonl", "run.yaml: the pre-flight failed"),
+    ),
+    *mistakes(
+        "align",
+        ("a required flag left out", f"= {TOKENIZERS}", "the following arguments are required: --output"),
+        ("that flag misspelt", f"= {TOKENIZERS} --ouput x", "unknown flag --ouput; did you mean --output?"),
+        ("a folder with other things", "--output tiny", "--output tiny: exists and is no alignment map"),
+        ("a text that is not there", "--corpus no.txt", "--corpus no.txt: No such file"),
+        ("another column", "--corpus prompts.jsonl", "--corpus prompts.jsonl, line 1: no JSON object with 'text'"),
+        ("a file that is no text", "--corpus binary", "--corpus binary: not UTF-8 at byte 0"),
+        ("a text that may not be read", "--corpus locked.jsonl", "--corpus locked.jsonl: Permission denied; change"),
+        ("a disk that may not be written", "", "--output out/map: .*Read-only file system; name", "read-only"),
+    ),
+    *mistakes(
+        "inspect",
+        ("both sources of the text", "--text-file text.txt", "argument --text-file: not allowed with argument --text"),
+        ("a format that does not exist", "--format pdf", "argument --format: invalid choice: 'pdf'"),
+        ("a text that is not there", f"= {TOKENIZERS} --text-file no.txt", "--text-file no.txt: No such file"),
+        ("a folder that is not there", "--output text.txt/x/page.html", "--output text.txt/x/page.html: .*Not a dir"),
+        ("a disk that may not be written", "", "--output out/page.html: .*Read-only file system", "read-only"),
+    ),
+    *mistakes(
+        "check_pair",
+        ("no run file", "= no.yaml", "no.yaml: No such file"),
+        ("a text for a number", "--device-memory lots", "argument --device-memory: invalid float value: 'lots'"),
+        ("a misspelt flag", "--jsno", "unknown flag --jsno; did you mean --json?"),
+    ),
+    *mistakes(
+        "convert",
+        ("no direction", "=", "the following arguments are required: command"),
+        ("no such direction", "= hf-to-megatrn", "argument command: invalid choice: 'hf-to-megatrn'"),
+        ("no checkpoint", "--load tiny", "--load tiny: no checkpoint there"),
+        ("a folder that exists", "--save tiny", "--save tiny: .*exists already; nothing is overwritten"),
+        ("another model's folder", "--hf-checkpoint tiny/teacher", "--load weights/student.*does not fit this model"),
+        ("no weights to convert", "= hf-to-megatron --hf-checkpoint tiny/student --save out/c", ".*has no weights"),
+        ("a misspelt flag", "--verfy", "unknown flag --verfy; did you mean --verify?"),
+        ("a disk that may not be written", "", "--save out/folder: .*Read-only file system", "read-only"),
+    ),
+    *mistakes(
+        "prepare",
+        ("no mixture", "--mixture no.yaml", "--mixture no.yaml: No such file"),
+        ("data in another place", "--data-root tiny", "--data-root: source words: tiny/prompts.jsonl: No such file"),
+        ("a pattern that is none", "--mixture pattern.yaml", "--mixture pattern.yaml: source words: label_pattern"),
+        ("a disk that may not be written", "", "--output-dir out/prompts: .*Read-only file system", "read-only"),
+    ),
+    *mistakes(
+        "select",
+        ("no run", "--responses no", "--responses no: no finished run of tools/evaluate.py"),
+        ("other problems", "--data prompts.jsonl", "--data prompts.jsonl: .*"),
+        ("a metric that it has not", "--metric rouge", "--metric rouge: .*exact_match"),
+        ("a full disk", "", "--output out/warm_up.jsonl: No space left", "full"),
+    ),
+    *mistakes(
+        "evaluate",
+        ("an unknown benchmark", "--benchmark gsm9k", "argument --benchmark: invalid choice: 'gsm9k'"),
+        ("no problems", "--data no.jsonl", "--data no.jsonl: .*No such file"),
+        ("no responses", "--responses no.jsonl", "--responses no.jsonl: No such file"),
+    ),
+    *mistakes(
+        "plot",
+        ("a folder without a run", "= tiny", "RUN_DIR tiny: no metrics.jsonl there; give the --run-dir"),
+        ("a file that no run wrote", "= foreign", "foreign/metrics.jsonl: line 1"),
+        ("a full disk", "", "--output out/report.html: No space left", "full"),
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def desk(tiny, tmp_path_factory) -> Path:
+    """The folder that the commands are started in."""
+    folder = tmp_path_factory.mktemp("desk")
+    (folder / "tiny").symlink_to(tiny)
+    (folder / "pair").mkdir()
+    build_pair(folder / "pair")
+    run = run_values(folder / "pair")
+    local = run | {"cluster": {"kind": "local"}}
+    misspelt = {"studnet" if key == "student" else key: value for key, value in run.items()}
+    for name, values in (("run", run), ("local", local), ("misspelt", misspelt)):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    source = {"name": "words", "path": "prompts.jsonl"}
+    mixtures = {"mixture": {}, "column": {"prompt_key": "question"}, "pattern": {"label_pattern": "("}}
+    for name, more in mixtures.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"sources": [source | more]}))
+    (folder / "broken.yaml").write_text("lr: 1\n  - [\n")
+    (folder / "typo.yaml").write_text("train_iter: 3\n")
+    (folder / "wrong_type.yaml").write_text("lr: fast\n")
+    (folder / "text.txt").write_text("words\n")
+    (folder / "binary").write_bytes(bytes(range(128, 256)))
+    (folder / "damaged.json").write_text('{"model": ')
+    prompts = '{"prompt": "How many?", "label": "2"}\n'
+    (folder / "prompts.jsonl").write_text(prompts)
+    (folder / "locked.jsonl").write_text(prompts)
+    (folder / "locked.jsonl").chmod(0)
+    (folder / "bad_weights").mkdir()
+    (folder / "bad_weights" / "config.json").write_bytes((tiny / "student" / "config.json").read_bytes())
+    (folder / "bad_weights" / "model.safetensors").write_bytes(b"PK\3\4 no tensors")
+    (folder / "evaluated").mkdir()
+    leave(folder / "evaluated", [[(GOOD, True, "stop")]])
+    (folder / "responses.jsonl").write_text(json.dumps({"problem_id": "p0", "response": GOOD}) + "\n")
+    write_run(folder / "run", iterations=2)
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "metrics.jsonl").write_text("iteration,loss\n")
+    (folder / "weights").mkdir()
+    random_weights(tiny, folder / "weights")
+    (folder / "out").mkdir()
+    return folder
+
+
+def argv_of(mistake: Mistake) -> list[str]:
+    flags = shlex.split(mistake.flags.removeprefix("="))
+    if mistake.flags.startswith("="):
+        return flags
+    right = command_line(Path("tiny")) if mistake.command == "train" else shlex.split(RIGHT[mistake.command])
+    return [*right, *flags]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: f"{mistake.command}: {mistake.what}")
+def test_a_mistake_is_one_line_and_leaves_nothing(mistake, desk):
+    ((code, err, before, after),) = run_ranks(1, _make, mistake, desk)
+    if code == "skip":
+        pytest.skip(err)
+    assert "Traceback" not in err, err
+    *above, line = err.splitlines()
+    assert not above or mistake.what == "a pre-flight that fails", err
+    program, _, text = line.partition(": error: ")
+    assert program.split()[0] in line and re.match(mistake.line, text), line
+    assert code == mistake.code, line
+    assert after == before
+
+
+def test_there_are_enough():
+    assert len({(mistake.command, mistake.flags, mistake.disk) for mistake in MISTAKES}) == len(MISTAKES) >= 40
+    assert {mistake.command for mistake in MISTAKES} == set(COMMANDS) == set(RIGHT)
+
+
+def _make(rank: int, world_size: int, mistake: Mistake, desk: Path) -> tuple[int | str, str, list[str], list[str]]:
+    """Exit code, stderr, and the files before and after."""
+    main = importlib.import_module(COMMANDS[mistake.command]).main
+    os.chdir(desk)
+    _obey_permissions()
+    if mistake.disk and (reason := _mount(desk / "out", mistake.disk)):
+        return "skip", reason, [], []
+    before, out, err = _files(desk), io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(argv_of(mistake))
+        except SystemExit as exit_:
+            code = exit_.code
+    return code, err.getvalue(), before, _files(desk)
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(f"{path} {path.stat().st_size if path.is_file() else ''}" for path in folder.rglob("*"))
+
+
+def _obey_permissions() -> None:
+    """Root reads and writes everything, until it gives up CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, sets) == 0
+    sets[0] &= ~0b110
+    assert libc.capset(header, sets) == 0
+
+
+def _mount(folder: Path, disk: str) -> str | None:
+    """A disk of this process alone, without room or read-only; why not, where that is not allowed."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_mounts, read_only, private = 0x20000, 1, 0x44000
+    if libc.unshare(new_mounts) or libc.mount(None, b"/", None, private, None):
+        return f"no disk of one's own: {os.strerror(ctypes.get_errno())}; needs root"
+    if libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", read_only * (disk == "read-only"), b"size=16k"):
+        return f"no tmpfs: {os.strerror(ctypes.get_errno())}"
+    if disk == "full":
+        with contextlib.suppress(OSError), open(folder / "filler", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+    return None
