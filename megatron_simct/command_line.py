@@ -124,10 +124,10 @@ def _report(program: str, error: BaseException, argv: Sequence[str]) -> int:
 def _os_error(error: OSError, argv: Sequence[str]) -> str:
     """What the system refused, with the flag that names the place and the way out."""
     way_out = f"; {_WAYS_OUT[error.errno]}" if error.errno in _WAYS_OUT else ""
-    path = error.filename
+    path = error.filename2 or error.filename  # where a file was to be, after what it was called before
     if not isinstance(path, str | os.PathLike):
         return f"{error.strerror}{way_out}"
-    path = os.path.abspath(path)
+    shown, path = path, os.path.abspath(path)
     flag, around = "", ""
     for argument in argv:
         is_flag = argument.startswith("--")
@@ -137,7 +137,7 @@ def _os_error(error: OSError, argv: Sequence[str]) -> str:
             return f"{named}: {error.strerror}{way_out}"
         if value and not around and _belongs(path, os.path.abspath(value)):
             around = f"{named}: "
-    return f"{around}{error.filename}: {error.strerror}{way_out}"
+    return f"{around}{shown}: {error.strerror}{way_out}"
 
 
 def _belongs(path: str, named: str) -> bool:

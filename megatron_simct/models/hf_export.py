@@ -7,6 +7,7 @@ folder, written and let go: a rank never holds more than one whole parameter bes
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -57,36 +58,48 @@ def save_hf_weights(
         temporary.mkdir(parents=True)
         _copy_other_files(Path(template), temporary, dtype)
 
-    on_first_rank(prepare, save)
-    files = _plan(model, architecture, groups, dtype, max_file_bytes)
-    counts: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(counts, len(files))
-    before, total = sum(counts[: dist.get_rank()]), sum(counts)
-    names = [f"model-{before + i + 1:05d}-of-{total:05d}.safetensors" for i in range(len(files))]
-    writer = _Writer([(temporary / name, file) for name, file in zip(names, files, strict=True)], dtype)
-    # Every replica gathers, and one of them writes: who gathers does not depend on who writes.
-    for rule, place, parameter in _exported(model, architecture, groups):
-        shards = _gather(rule, parameter, groups)
-        if _writes(place, groups):
-            writer.write(_assemble(rule, shards, place))
-        progress(parameter.nbytes)
-    writer.close()
-    entries: list[dict[str, str]] = [{}] * dist.get_world_size() if groups.is_first_rank else []
-    own = {tensor: name for name, file in zip(names, files, strict=True) for tensor in file}
-    dist.gather_object(own, entries if groups.is_first_rank else None, dst=0)
-    sizes: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(sizes, sum(math.prod(shape) * dtype.itemsize for file in files for shape in file.values()))
+    with _removed_on_failure(temporary):
+        on_first_rank(prepare, save)
+        files = _plan(model, architecture, groups, dtype, max_file_bytes)
+        counts: list[int] = [0] * dist.get_world_size()
+        dist.all_gather_object(counts, len(files))
+        before, total = sum(counts[: dist.get_rank()]), sum(counts)
+        names = [f"model-{before + i + 1:05d}-of-{total:05d}.safetensors" for i in range(len(files))]
+        writer = _Writer([(temporary / name, file) for name, file in zip(names, files, strict=True)], dtype)
+        # Every replica gathers, and one of them writes: who gathers does not depend on who writes.
+        for rule, place, parameter in _exported(model, architecture, groups):
+            shards = _gather(rule, parameter, groups)
+            if _writes(place, groups):
+                writer.write(_assemble(rule, shards, place))
+            progress(parameter.nbytes)
+        writer.close()
+        entries: list[dict[str, str]] = [{}] * dist.get_world_size() if groups.is_first_rank else []
+        own = {tensor: name for name, file in zip(names, files, strict=True) for tensor in file}
+        dist.gather_object(own, entries if groups.is_first_rank else None, dst=0)
+        sizes: list[int] = [0] * dist.get_world_size()
+        dist.all_gather_object(
+            sizes, sum(math.prod(shape) * dtype.itemsize for file in files for shape in file.values())
+        )
 
-    def publish() -> None:
-        weight_map = {name: file for part in entries for name, file in part.items()}
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
-        (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        for path in (*sorted(temporary.iterdir()), temporary):
-            _sync(path)
-        os.rename(temporary, final)
-        _sync(final.parent)
+        def publish() -> None:
+            weight_map = {name: file for part in entries for name, file in part.items()}
+            index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+            (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            for path in (*sorted(temporary.iterdir()), temporary):
+                _sync(path)
+            os.rename(temporary, final)
+            _sync(final.parent)
 
-    on_first_rank(publish, save)
+        on_first_rank(publish, save)
+
+
+@contextlib.contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _exported(

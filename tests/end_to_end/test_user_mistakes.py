@@ -14,6 +14,10 @@ import json
 import os
 import re
 import shlex
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +31,7 @@ from tests.tiny import command_line
 from tests.unit.test_select_responses import GOOD, leave
 from tests.weights import random_weights
 
+ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = {
     "train": "megatron_simct.train",
     "serve_teacher": "megatron_simct.serve_teacher",
@@ -111,6 +116,7 @@ MISTAKES = [
         ("a checkpoint of another kind", "--load tiny", "--load tiny: no checkpoint there"),
         ("weights that are no safetensors", "--hf-checkpoint bad_weights", "--hf-checkpoint bad_weights"),
         ("a disk that may not be written", "--run-dir out/run", "--run-dir out/run: Read-only.*name", "read-only"),
+        ("no such tokenizer", "--tokenizer-model no.model", ".*no.model.* does not exist"),
         ("a file where the run is to be", "--run-dir text.txt", "--run-dir text.txt.*File exists"),
     ),
     *mistakes(
@@ -135,6 +141,8 @@ MISTAKES = [
         ("a required flag left out", f"= {TOKENIZERS}", "the following arguments are required: --output"),
         ("that flag misspelt", f"= {TOKENIZERS} --ouput x", "unknown flag --ouput; did you mean --output?"),
         ("a folder with other things", "--output tiny", "--output tiny: exists and is no alignment map"),
+        ("no such tokenizer", "--teacher-tokenizer no/tok", ".*no/tok.* does not exist"),
+        ("a full disk", "", "--output out/map: .*No space left", "full"),
         ("a text that is not there", "--corpus no.txt", "--corpus no.txt: No such file"),
         ("another column", "--corpus prompts.jsonl", "--corpus prompts.jsonl, line 1: no JSON object with 'text'"),
         ("a file that is no text", "--corpus binary", "--corpus binary: not UTF-8 at byte 0"),
@@ -146,6 +154,8 @@ MISTAKES = [
         ("both sources of the text", "--text-file text.txt", "argument --text-file: not allowed with argument --text"),
         ("a format that does not exist", "--format pdf", "argument --format: invalid choice: 'pdf'"),
         ("a text that is not there", f"= {TOKENIZERS} --text-file no.txt", "--text-file no.txt: No such file"),
+        ("a folder in place of the page", "--output foreign", "--output foreign: Is a directory"),
+        ("a full disk", "", "--output out/page.html: No space left", "full"),
         ("a folder that is not there", "--output text.txt/x/page.html", "--output text.txt/x/page.html: .*Not a dir"),
         ("a disk that may not be written", "", "--output out/page.html: .*Read-only file system", "read-only"),
     ),
@@ -165,6 +175,7 @@ MISTAKES = [
         ("no weights to convert", "= hf-to-megatron --hf-checkpoint tiny/student --save out/c", ".*has no weights"),
         ("a misspelt flag", "--verfy", "unknown flag --verfy; did you mean --verify?"),
         ("a disk that may not be written", "", "--save out/folder: .*Read-only file system", "read-only"),
+        ("a full disk", "", "--save out/folder: .*No space left", "full"),
     ),
     *mistakes(
         "prepare",
@@ -184,6 +195,7 @@ MISTAKES = [
         "evaluate",
         ("an unknown benchmark", "--benchmark gsm9k", "argument --benchmark: invalid choice: 'gsm9k'"),
         ("no problems", "--data no.jsonl", "--data no.jsonl: .*No such file"),
+        ("another column", "--data question.jsonl", "--data question.jsonl.*neither a prompt nor messages"),
         ("no responses", "--responses no.jsonl", "--responses no.jsonl: No such file"),
     ),
     *mistakes(
@@ -226,6 +238,7 @@ def desk(tiny, tmp_path_factory) -> Path:
     (folder / "bad_weights" / "model.safetensors").write_bytes(b"PK\3\4 no tensors")
     (folder / "evaluated").mkdir()
     leave(folder / "evaluated", [[(GOOD, True, "stop")]])
+    (folder / "question.jsonl").write_text('{"question": "How many?", "label": "2"}\n')
     (folder / "responses.jsonl").write_text(json.dumps({"problem_id": "p0", "response": GOOD}) + "\n")
     write_run(folder / "run", iterations=2)
     (folder / "foreign").mkdir()
@@ -263,6 +276,33 @@ def test_there_are_enough():
     assert {mistake.command for mistake in MISTAKES} == set(COMMANDS) == set(RIGHT)
 
 
+def test_debug_shows_the_traceback(tmp_path):
+    for flags, shown in ((), False), (("--debug",), True):
+        command = [sys.executable, str(ROOT / "tools" / "plot_run.py"), str(tmp_path), *flags]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert ended.returncode == 1 and ("Traceback" in ended.stderr) == shown
+        assert "no metrics.jsonl there" in ended.stderr
+
+
+@pytest.mark.parametrize("begun", ["", "written to|iteration +2"], ids=["while libraries load", "in training"])
+def test_ctrl_c_is_one_line(begun, tiny, tmp_path):
+    flags = ("--train-iters", "1000", "--run-dir", str(tmp_path / "run"))
+    command = [sys.executable, "-m", "megatron_simct.train", *command_line(tiny, *flags)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        if begun:
+            assert any(re.search(begun, line) for line in process.stdout)
+        else:
+            time.sleep(1)  # whatever it is doing then
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode in (130, -signal.SIGINT)  # a shell says 130 of both
+    assert err.splitlines()[-1].endswith("train: interrupted"), err
+    assert "Traceback" not in err
+
+
 def _make(rank: int, world_size: int, mistake: Mistake, desk: Path) -> tuple[int | str, str, list[str], list[str]]:
     """Exit code, stderr, and the files before and after."""
     main = importlib.import_module(COMMANDS[mistake.command]).main
@@ -280,7 +320,7 @@ def _make(rank: int, world_size: int, mistake: Mistake, desk: Path) -> tuple[int
 
 
 def _files(folder: Path) -> list[str]:
-    return sorted(f"{path} {path.stat().st_size if path.is_file() else ''}" for path in folder.rglob("*"))
+    return sorted(f"{path} {path.stat().st_size}" for path in folder.rglob("*") if path.is_file())
 
 
 def _obey_permissions() -> None:
