@@ -135,7 +135,7 @@ def _said(out: str) -> list[str]:
         (["--hf-checkpoint", "/nowhere"], 1, ["--hf-checkpoint /nowhere", "config.json", "No such file"]),
         (["--teacher-hf-checkpoint", "/nowhere"], 1, ["--teacher-hf-checkpoint /nowhere", "config.json"]),
         (["--tokenizer-model", "/nowhere/a.model"], 1, ["--tokenizer-model: ", "/nowhere/a.model"]),
-        (["--teacher-tokenizer-model", "x.bin"], 1, ["--teacher-tokenizer-model: ", "x.bin", "unknown kind"]),
+        (["--teacher-tokenizer-model", "x.bin"], 1, ["--teacher-tokenizer-model: ", "x.bin", "does not exist"]),
         (["--stop-token-ids", "999"], 1, ["--tokenizer-model: ", "[999]", "360"]),
         (["--pretrained-checkpoint", "/nowhere"], 1, ["--pretrained-checkpoint /nowhere", TRACKER]),
         (["--teacher-pretrained-checkpoint", "/nowhere"], 1, ["--teacher-pretrained-checkpoint /nowhere"]),

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -288,7 +289,10 @@ def test_debug_shows_the_traceback(tmp_path):
 def test_ctrl_c_is_one_line(begun, tiny, tmp_path):
     flags = ("--train-iters", "1000", "--run-dir", str(tmp_path / "run"))
     command = [sys.executable, "-m", "megatron_simct.train", *command_line(tiny, *flags)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A job that a shell has put into the background ignores SIGINT, and so would all that it starts.
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, preexec_fn=listening, **pipes)
     try:
         if begun:
             assert any(re.search(begun, line) for line in process.stdout)
