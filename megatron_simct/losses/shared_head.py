@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.nn.functional import linear
 
 from megatron_simct.alignment.placement import VocabPlacement
-from megatron_simct.losses.vocab_parallel import soft_cap
+from megatron_simct.losses.vocab_parallel import in_place, soft_cap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,12 +163,8 @@ class GivenScores:
     def scores(self, first: int, last: int, rows: slice) -> torch.Tensor:
         """See HeadScores.scores."""
         low, high = int(self._columns.row_offsets[first]), int(self._columns.row_offsets[last])
-        places = self._places[rows]
-        follow = range(places[0], places[0] + len(places))
-        if places == list(follow):  # a view
-            logits = self._logits[follow.start : follow.stop]
-        else:
-            logits = self._logits.index_select(0, self._index[rows])
+        place = in_place(self._places[rows])
+        logits = self._logits.index_select(0, self._index[rows]) if place is None else self._logits[place]
         if self._teacher_rows is None:
             logits = logits[:, low:high].clone()
         else:

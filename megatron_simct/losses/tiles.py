@@ -42,7 +42,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from megatron_simct.losses.vocab_parallel import NEGATIVE_INFINITY, statistics_dtype
+from megatron_simct.losses.vocab_parallel import NEGATIVE_INFINITY, in_place, statistics_dtype
 
 ALL_ROWS = slice(None)
 TOP_COLUMNS = 4096
@@ -83,9 +83,10 @@ class GivenLogits:
 
     def runs(self) -> list[slice]:
         """All rows, cut where two that follow one another here do not in memory."""
+        if self.num_rows == 0:
+            return []
         borders = [i for i in range(1, self.num_rows) if self._places[i] != self._places[i - 1] + 1]
-        ends = [*borders, self.num_rows] if self.num_rows else []
-        return [slice(start, end) for start, end in zip([0, *borders], ends, strict=False)]
+        return [slice(*ends) for ends in zip([0, *borders], [*borders, self.num_rows], strict=True)]
 
     def logits(self, start: int, end: int, rows: slice = ALL_ROWS) -> torch.Tensor:
         """[n, end - start], a new tensor: the capped logits of local columns [start, end) at a slice of the rows."""
@@ -141,13 +142,8 @@ class GivenLogits:
 
     def _place(self, rows: slice) -> slice:
         """Where these rows are in memory."""
-        rows = slice(*rows.indices(self.num_rows))
-        if rows.start >= rows.stop:
-            return slice(0, 0)
-        first = self._places[rows.start]
-        place = slice(first, first + rows.stop - rows.start)
-        if self._places[rows.stop - 1] != place.stop - 1:
-            raise ValueError(f"rows [{rows.start}, {rows.stop}) do not follow one another in memory")
+        place = in_place(self._places[rows])
+        assert place is not None, f"rows {rows} do not follow one another in memory"
         return place
 
 

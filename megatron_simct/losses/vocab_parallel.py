@@ -58,6 +58,12 @@ def finite_reference(maxima: torch.Tensor) -> torch.Tensor:
     return torch.where(maxima == NEGATIVE_INFINITY, torch.zeros_like(maxima), maxima)
 
 
+def in_place(rows: list[int]) -> slice | None:
+    """The rows of a tensor as a slice, of which a view can be had, where each follows the one before; else None."""
+    first = rows[0] if rows else 0
+    return slice(first, first + len(rows)) if rows == list(range(first, first + len(rows))) else None
+
+
 def reduce_packed(
     values: list[torch.Tensor], op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None
 ) -> list[torch.Tensor]:

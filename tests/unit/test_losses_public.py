@@ -176,8 +176,9 @@ def on_two_ranks(rank: int, world_size: int, case: LossCase) -> list:
     return [float(output.loss.detach()), logits.grad, float(fused.loss.detach()), hidden.grad, weight.grad]
 
 
-def test_two_ranks_equal_the_oracle():
-    case = random_case(3, softcap=True)
+@pytest.mark.parametrize("softcap", [True, False])  # without one, teacher's logits are read where they are
+def test_two_ranks_equal_the_oracle(softcap):
+    case = random_case(3, softcap=softcap)
     value, of_logits, of_hidden, of_weight = expected(case, "paper")
     found = run_ranks(2, on_two_ranks, case)
     real = len(case.student_weight)
