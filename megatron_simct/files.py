@@ -11,7 +11,15 @@ from typing import Any
 
 
 def write_whole(path: Path, text: str) -> None:
-    """The file gets its name when it is whole and on disk. Folders above it are made. OSError where that fails."""
+    """The file gets its name when it is whole and on disk. Folders above it are made. OSError where that fails.
+
+    A link stays, and what it points to is written; so does a device or a pipe (/dev/null), which is never half there.
+    """
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with named_errors(path), open(path, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     try:

@@ -27,3 +27,21 @@ def test_rows_come_back(tmp_path):
     rows = [{"text": "a\u2028b\r", "n": 1}, {}]
     write_rows(tmp_path / "rows.jsonl", rows)
     assert read_rows(tmp_path / "rows.jsonl") == rows and [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_link_stays_and_a_pipe_is_written_to(tmp_path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to("file")
+    write_whole(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDWR | os.O_NONBLOCK)
+    try:
+        write_whole(tmp_path / "pipe", "text")
+        assert (tmp_path / "pipe").is_fifo() and os.read(reader, 10) == b"text"
+    finally:
+        os.close(reader)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_whole(tmp_path / "folder", "text")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "link", "pipe"]
