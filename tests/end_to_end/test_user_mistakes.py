@@ -272,6 +272,17 @@ def test_a_mistake_is_one_line_and_leaves_nothing(mistake, desk):
     assert after == before
 
 
+def test_a_full_disk_at_a_save_is_one_line_and_no_checkpoint(desk):
+    """What is there has a temporary name, which the next start clears away."""
+    save = Mistake(command="train", what="a full disk", flags="--save out/saved", line="--save out/saved", disk="full")
+    ((code, err, before, after),) = run_ranks(1, _make, save, desk)
+    if code == "skip":
+        pytest.skip(err)
+    assert code == 1 and re.fullmatch(r"megatron_simct.train: error: --save out/saved.*\n", err), err
+    new = set(after) - set(before)
+    assert all("/out/saved/iter_0000002.tmp/" in name for name in new), new
+
+
 def test_there_are_enough():
     assert len({(mistake.command, mistake.flags, mistake.disk) for mistake in MISTAKES}) == len(MISTAKES) >= 40
     assert {mistake.command for mistake in MISTAKES} == set(COMMANDS) == set(RIGHT)
