@@ -113,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             output = as_terminal(result, colours=options.output is None and sys.stdout.isatty())
     if options.output is not None:
         write_whole(Path(options.output), output)
+        print(f"written: {options.output}")
     else:
         sys.stdout.write(output)
 

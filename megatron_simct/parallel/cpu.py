@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import pkgutil
 import types
 import warnings
@@ -220,8 +221,14 @@ def megatron_imports() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Mute what megatron-core warns of where TransformerEngine and Apex are absent by design."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"megatron\.core.*")
-        warnings.filterwarnings("ignore", message=r".*(Transformer Engine|Apex|apex).*")
-        yield
+    """Mute what megatron-core warns of where TransformerEngine and Apex are absent by design, and what torch logs where
+    there is nvcc and no GPU."""
+    disabled = logging.root.manager.disable
+    logging.disable(max(disabled, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+            warnings.filterwarnings("ignore", message=r".*(Transformer Engine|Apex|apex).*")
+            yield
+    finally:
+        logging.disable(disabled)

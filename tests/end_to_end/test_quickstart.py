@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,13 +23,33 @@ needs_tokenizers = pytest.mark.skipif(
 )
 
 
-@needs_tokenizers
-def test_quickstart_smoke(tmp_path):
-    command = [sys.executable, "examples/quickstart/run.py", "--smoke", "--run-dir", str(tmp_path)]
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A checkout in which the quick start has run, two steps a stage; what it printed is in `printed`."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("megatron_simct", "tools", "examples"):
+        (folder / name).symlink_to(ROOT / name)
+    command = [sys.executable, "examples/quickstart/run.py", "--smoke"]
+    command += ["--run-dir", str(folder / "runs" / "quickstart")]
+    (folder / "printed").write_text(_run(command, folder))
+    return folder
+
+
+def _run(command: list[str], folder: Path) -> str:
+    """What the command prints, and the errors, as a person in `folder` sees them in a pipe."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    first = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert first.returncode == 0, first.stderr[-2000:]
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    return done.stdout
+
+
+@needs_tokenizers
+def test_quickstart_smoke(checkout):
+    folder = checkout / "runs" / "quickstart"
+    summary = json.loads((folder / "summary.json").read_text())
     assert {
         "teacher_accuracy",
         "student_accuracy_before",
@@ -40,10 +61,11 @@ def test_quickstart_smoke(tmp_path):
         "seconds",
     } <= summary.keys()
     assert summary["interface"] == "paper" and summary["seconds"] > 0
-    assert "student after" in first.stdout
-    assert "<svg" in (tmp_path / "report.html").read_text() and (tmp_path / "curves.png").stat().st_size > 10_000
+    assert "<svg" in (folder / "report.html").read_text() and (folder / "curves.png").stat().st_size > 10_000
+    printed = (checkout / "printed").read_text()
+    _compare(section("The quick start").split("```")[1], printed[printed.index("   Held-out accuracy") :])
 
-    rows = [json.loads(line) for line in (tmp_path / "distil-paper" / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "distil-paper" / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["kind"] == "step"]
     assert [row["iteration"] for row in steps] == [1, 2]
     for row in steps:
@@ -77,3 +99,33 @@ def test_a_warm_up_on_the_teachers_answers_is_a_chain_of_commands_that_the_tools
     for before, after in zip(chain, chain[1:], strict=False):
         assert before in after.needs
     assert all(stage.resumes for stage in chain if stage is not select)
+
+
+@needs_tokenizers
+@pytest.mark.parametrize("number", range(8))
+def test_the_first_hour_is_as_the_readme_prints_it(checkout, number):
+    parts = re.findall(r"```bash\n(.*?)```\n```text\n(.*?)```", section("A first hour"), re.DOTALL)
+    assert len(parts) == 8
+    command, expected = parts[number]
+    _compare(expected, _run(["bash", "-c", command], checkout))
+
+
+def section(title: str) -> str:
+    """The text of one section of the README."""
+    return (ROOT / "README.md").read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def _compare(expected: str, printed: str) -> None:
+    """Line by line, but for numbers and the widths of tables: a run of two steps finds others than a whole one. A line
+    "..." of the README stands for any lines, "..." within one for any text."""
+
+    def plain(text: str) -> str:
+        text = re.sub(r"\d[\d,]*(\.\d+)?", "#", text.replace("...", "\0"))
+        return re.sub(r"[ ━]+", " ", text).strip()
+
+    pattern = ""
+    for line in expected.strip("\n").split("\n"):
+        pattern += "(.*\n)*?" if line == "..." else re.escape(plain(line)).replace("\0", ".*") + "\n"
+    found = "".join(plain(line) + "\n" for line in printed.strip("\n").split("\n"))
+    same = re.match(pattern, found) is not None
+    assert same, f"the README prints\n{expected}\nfound was\n{printed}"
