@@ -23,20 +23,22 @@ with megatron_imports():
 
 
 class SelfAttention(MegatronSelfAttention):
-    """Megatron's, with the rotary angles of this layer's kind."""
+    """Megatron's, with the rotary angles of this layer's kind, or without any."""
 
     def __init__(self, *args: Any, architecture: Architecture, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rope_index = architecture.rope_of_layer[self.layer_number - 1]
-        self.rope = architecture.ropes[self.rope_index]
+        self.rope = None if self.rope_index is None else architecture.ropes[self.rope_index]
+        """None: nothing is turned."""
 
     def forward(self, *args: Any, rotary_pos_emb: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         """rotary_pos_emb: of all kinds of layers, see Rotary."""
-        return super().forward(*args, rotary_pos_emb=rotary_pos_emb[self.rope_index], **kwargs)
+        angles = None if self.rope_index is None else rotary_pos_emb[self.rope_index]
+        return super().forward(*args, rotary_pos_emb=angles, **kwargs)
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         query, *rest = super().get_query_key_value_tensors(*args, **kwargs)
-        if self.rope.attention_factor != 1.0:
+        if self.rope is not None and self.rope.attention_factor != 1.0:
             # The factor belongs to the turned entries of query and key alike; a product sees its square.
             turned, others = query.split([self.rope.dim, query.shape[-1] - self.rope.dim], dim=-1)
             query = torch.cat([turned * self.rope.attention_factor**2, others], dim=-1)

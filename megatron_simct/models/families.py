@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -50,8 +51,8 @@ class Architecture:
     max_position_embeddings: int
     norm_epsilon: float
     ropes: tuple[Rope, ...]
-    rope_of_layer: tuple[int, ...]
-    """Which of `ropes` each layer has."""
+    rope_of_layer: tuple[int | None, ...]
+    """Which of `ropes` each layer has; None: nothing is turned."""
     windows: tuple[int | None, ...]
     """How many positions each layer's queries see, their own included; None: all."""
     softmax_scale: float
@@ -96,9 +97,9 @@ class Family:
     """Of fields that config.json may leave out."""
     ropes: tuple[str, ...] = ("default",)
     """Kinds of scaling that are implemented."""
-    windows: Literal["none", "all", "upper", "pattern"] = "none"
-    """Layers with the sliding window where layer_types does not say: none, all, from max_window_layers on, or all but
-    every sliding_window_pattern-th."""
+    windows: Literal["none", "all", "upper", "pattern", "unturned"] = "none"
+    """Layers with the sliding window where layer_types does not say: none, all, from max_window_layers on, all but
+    every sliding_window_pattern-th, or those without a rotary embedding."""
     qkv_bias: bool = False
     qk_norm: bool = False
     zero_centered_norm: bool = False
@@ -201,6 +202,18 @@ FAMILIES = {
         windows="all",
         fused_projections=True,
     ),
+    "smollm3": Family(
+        fixed={"attention_bias": (False,), "mlp_bias": (False,)},
+        read=frozenset({"use_sliding_window", "sliding_window", "no_rope_layers", "no_rope_layer_interval"}),
+        neutral=frozenset({"max_window_layers"}),
+        defaults={
+            "use_sliding_window": False,
+            "no_rope_layer_interval": 4,
+            "rope_theta": 2e6,
+            "tie_word_embeddings": True,
+        },
+        windows="unturned",
+    ),
 }
 
 # For every family.
@@ -265,7 +278,8 @@ def _architecture(fields: dict[str, Any], family: Family, *, where: str) -> Arch
     try:
         heads, num_layers = fields["num_attention_heads"], fields["num_hidden_layers"]
         head_dim = fields.get("head_dim") or fields["hidden_size"] // heads
-        windows = _windows(fields, family, num_layers, where=where)
+        turned = _turned(fields, family, num_layers, where=where)
+        windows = _windows(fields, family, turned, where=where)
         return Architecture(
             num_layers=num_layers,
             hidden_size=fields["hidden_size"],
@@ -277,7 +291,10 @@ def _architecture(fields: dict[str, Any], family: Family, *, where: str) -> Arch
             max_position_embeddings=fields["max_position_embeddings"],
             norm_epsilon=fields["rms_norm_eps"],
             ropes=_ropes(fields, family, head_dim, where=where),
-            rope_of_layer=tuple(int(family.local_rope and window is not None) for window in windows),
+            rope_of_layer=tuple(
+                int(family.local_rope and window is not None) if turns else None
+                for turns, window in zip(turned, windows, strict=True)
+            ),
             windows=windows,
             softmax_scale=fields.get("query_pre_attn_scalar", head_dim) ** -0.5,
             attention_softcap=fields.get("attn_logit_softcapping"),
@@ -315,9 +332,24 @@ def _experts(fields: dict[str, Any], family: Family, *, where: str) -> dict[str,
     return {"num_experts": experts, "experts_per_token": chosen, "normalized_routing": normalized}
 
 
-def _windows(fields: dict[str, Any], family: Family, num_layers: int, *, where: str) -> tuple[int | None, ...]:
-    """The sliding window of each layer, None where it has none."""
-    name, listed = fields["model_type"], fields.get("layer_types")
+def _turned(fields: dict[str, Any], family: Family, num_layers: int, *, where: str) -> list[bool]:
+    """Whether each layer has a rotary embedding: those with a 1 in no_rope_layers, which says the contrary of its name,
+    or else all but every no_rope_layer_interval-th."""
+    if "no_rope_layers" not in family.read:
+        return [True] * num_layers
+    listed, interval = fields.get("no_rope_layers"), fields["no_rope_layer_interval"]
+    if listed is None:
+        if not isinstance(interval, int) or interval < 1:
+            raise ValueError(f"{where}: no_rope_layer_interval = {interval!r} is not a positive number")
+        return [(i + 1) % interval != 0 for i in range(num_layers)]
+    if not isinstance(listed, list) or len(listed) < num_layers or any(turns not in (0, 1) for turns in listed):
+        raise ValueError(f"{where}: no_rope_layers = {listed!r} is not a 0 or 1 for each of {num_layers} layers")
+    return [turns == 1 for turns in listed[:num_layers]]
+
+
+def _windows(fields: dict[str, Any], family: Family, turned: Sequence[bool], *, where: str) -> tuple[int | None, ...]:
+    """The sliding window of each layer, None where it has none. turned: which layers have a rotary embedding."""
+    name, listed, num_layers = fields["model_type"], fields.get("layer_types"), len(turned)
     window = fields.get("sliding_window") if fields.get("use_sliding_window", True) else None
     layers = range(num_layers)
     match family.windows:
@@ -329,6 +361,8 @@ def _windows(fields: dict[str, Any], family: Family, num_layers: int, *, where: 
             slides = [window is not None and i >= fields["max_window_layers"] for i in layers]
         case "pattern":
             slides = [window is not None and (i + 1) % fields["sliding_window_pattern"] != 0 for i in layers]
+        case "unturned":
+            slides = [window is not None and not turns for turns in turned]
     if listed is not None:
         wanted = [kind == "sliding_attention" for kind in listed]
         known = set(listed) <= {"full_attention", "sliding_attention"} and len(listed) == num_layers

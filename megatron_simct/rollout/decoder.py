@@ -121,8 +121,10 @@ class Decoder:
         self, attention: SelfAttention, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
         """[..., H] -> [..., g, n / g + 2, d]: of each key head its query heads, itself and its values; the first two
-        turned by their positions' angles."""
+        turned by their positions' angles, in layers that have a rotary embedding."""
         qkv, rope = self._projected(attention, hidden), attention.rope
+        if rope is None:
+            return qkv
         turned = qkv[..., :-1, : rope.dim]
         first, second = turned.chunk(2, dim=-1)
         swapped = torch.cat([second, first], dim=-1)
@@ -143,7 +145,7 @@ class Decoder:
         if attention.q_layernorm is not None:
             qkv[..., :-2, :] = attention.q_layernorm(qkv[..., :-2, :])
             qkv[..., -2, :] = attention.k_layernorm(qkv[..., -2, :])
-        if rope.attention_factor != 1.0:
+        if rope is not None and rope.attention_factor != 1.0:
             qkv[..., :-2, : rope.dim] *= rope.attention_factor**2  # see SelfAttention
         return qkv
 

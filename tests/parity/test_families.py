@@ -103,6 +103,10 @@ MODELS: dict[str, list[dict[str, Any]]] = {
         PHI3 | {"original_max_position_embeddings": 8, "tie_word_embeddings": True, "vocab_size": 101},
         {"num_attention_heads": 8, "num_key_value_heads": 8},
     ],
+    "smollm3": [
+        {"no_rope_layers": [1, 0, 1, 0], "use_sliding_window": True, "sliding_window": WINDOW},
+        {"no_rope_layers": [0, 1, 1, 0], "tie_word_embeddings": True, "vocab_size": 101, "num_attention_heads": 8},
+    ],
 }
 # Changes of config.json that the logits of a family's first model must show.
 CONTROLS: dict[str, list[dict[str, Any]]] = {
@@ -160,6 +164,14 @@ CONTROLS: dict[str, list[dict[str, Any]]] = {
         {"rope_parameters": {"rope_theta": 1e3, "partial_rotary_factor": 0.75}},
         {"rope_parameters": {"rope_theta": 1e3, "partial_rotary_factor": 1.0}},
     ],
+    "smollm3": [
+        {"no_rope_layers": [1, 1, 1, 1]},
+        {"no_rope_layers": [1, 0, 1, 1]},
+        {"no_rope_layers": [0, 0, 1, 0]},
+        {"use_sliding_window": False, "layer_types": None},
+        {"sliding_window": WINDOW + 1},
+        {"rope_parameters": {"rope_theta": 2e4}},
+    ],
 }
 # The same as a family's first model in the spelling of older files.
 SPELLED: dict[str, dict[str, Any]] = {
@@ -186,6 +198,7 @@ SPELLED: dict[str, dict[str, Any]] = {
     },
     "qwen2": {"layer_types": None},
     "qwen3_moe": {"num_experts": 6, "max_window_layers": 48},
+    "smollm3": {"no_rope_layers": None, "no_rope_layer_interval": 2, "layer_types": None},
 }
 LAYOUTS = {"one": (1, 1, 1), "TP2": (2, 1, 1), "PP2": (1, 2, 1), "TP2xPP2": (2, 2, 1)}  # TP, PP, EP
 MOE_LAYOUTS = {"EP2": (1, 1, 2), "EP3": (1, 1, 3), "TP2xEP2": (2, 1, 2), "PP2xEP2": (1, 2, 2), "TP4": (4, 1, 1)}

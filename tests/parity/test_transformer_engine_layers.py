@@ -30,6 +30,7 @@ MODELS = {
     "qwen3": {"head_dim": 8},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True},
     "phi3": {"sliding_window": 6},
+    "smollm3": {"no_rope_layers": [1, 0]},
 }
 TOKENS = torch.randint(0, 90, (2, 20), generator=torch.Generator().manual_seed(0))
 

@@ -179,6 +179,26 @@ def test_phi4_mini_turns_a_part_of_each_head_by_longrope(read):
     assert found.fused_projections and found.windows == (262144,) * 3
 
 
+SMOLLM3 = LLAMA | {"model_type": "smollm3", "num_hidden_layers": 5, "sliding_window": 7, "max_window_layers": 28}
+
+
+@pytest.mark.parametrize(
+    "fields, turned",
+    [
+        ({}, (0, 0, 0, None, 0)),
+        ({"no_rope_layer_interval": 2}, (0, None, 0, None, 0)),
+        ({"no_rope_layers": [0, 1, 1, 0, 1, 0], "no_rope_layer_interval": 2}, (None, 0, 0, None, 0)),
+    ],
+)
+def test_layers_of_smollm3_without_rotary_embedding_have_the_window(read, fields, turned):
+    found = read(SMOLLM3 | fields)
+    assert (found.rope_of_layer, found.windows, found.tied_embeddings) == (turned, (None,) * 5, True)
+    assert found.ropes == (Rope(theta=2e6, dim=8),)
+    found = read(SMOLLM3 | fields | {"use_sliding_window": True})
+    assert found.windows == tuple(7 if rope is None else None for rope in turned)
+    assert read(SMOLLM3 | {"use_sliding_window": True, "layer_types": ["full_attention"] * 5}).windows == (None,) * 5
+
+
 @pytest.mark.parametrize(
     "fields, words",
     [
@@ -209,6 +229,11 @@ def test_phi4_mini_turns_a_part_of_each_head_by_longrope(read):
         ({k: v for k, v in QWEN3_MOE.items() if k != "moe_intermediate_size"}, ["'moe_intermediate_size' is missing"]),
         (PHI4_MINI | {"embd_pdrop": 0.1}, ["embd_pdrop = 0.1", "phi3"]),
         (PHI4_MINI | {"partial_rotary_factor": 1.0}, ["rope_type longrope has", "with 4 factors each"]),
+        (SMOLLM3 | {"no_rope_layers": [1, 1, 1, 0]}, ["no_rope_layers = [1, 1, 1, 0]", "each of 5 layers"]),
+        (SMOLLM3 | {"no_rope_layers": [1, 1, 1, 0, 2]}, ["no_rope_layers = [1, 1, 1, 0, 2]"]),
+        (SMOLLM3 | {"no_rope_layers": 4}, ["no_rope_layers = 4"]),
+        (SMOLLM3 | {"no_rope_layer_interval": 0}, ["no_rope_layer_interval = 0"]),
+        (SMOLLM3 | {"layer_types": ["sliding_attention"] * 5}, ["sliding_window is None"]),
         (LLAMA | {"partial_rotary_factor": 0.5}, ["'partial_rotary_factor' is not known for llama"]),
         (LLAMA | {"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}}, ["nothing else"]),
         ("{", ["not JSON (line 1"]),
