@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_simct.evaluation.benchmarks import Name as Benchmark
+
 
 def option(default: Any, text: str, *, metavar: str | None = None) -> Any:
     """A dataclass field with its help text."""
@@ -178,7 +180,9 @@ class DataConfig:
     response_key: str = option("response", "key of the given response, read by --simct-interface sft")
     label_key: str = option("label", "key of the expected response, read by evaluation")
     rollout_shuffle: bool = option(True, "reshuffle the prompts at every epoch, from --seed")
-    eval_prompt_data: str | None = option(None, "JSONL file of held-out prompts with labels", metavar="FILE")
+    eval_prompt_data: str | None = option(
+        None, "file of held-out prompts: JSONL with labels, or that of --eval-benchmark", metavar="FILE"
+    )
     simct_alignment_map: str | None = option(
         None,
         "alignment map of the two tokenizers, a folder of tools/build_alignment_map.py; default: built at start",
@@ -249,8 +253,13 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Exact match of greedy and sampled responses on held-out prompts."""
+    """How many greedy and sampled responses to held-out prompts are right."""
 
+    eval_benchmark: Benchmark = option(
+        "exact_match",
+        "what --eval-prompt-data holds, and so what is right: the label itself, or by the first metric that "
+        "tools/evaluate.py has for the benchmark; mbpp, humaneval and livecodebench run programs, confined",
+    )
     eval_interval: int | None = option(
         None, "evaluate every so many steps; default: before the first and after the last"
     )
@@ -353,6 +362,10 @@ class Config:
         missing = [flag for flag, value in required.items() if not value]
         if missing:
             raise ValueError(f"missing {', '.join(missing)}: --simct-interface {self.interface.interface} needs it")
+        if self.evaluation.eval_benchmark != "exact_match" and self.data.eval_prompt_data is None:
+            raise ValueError(
+                f"--eval-benchmark {self.evaluation.eval_benchmark} needs --eval-prompt-data, the benchmark's file"
+            )
         if self.evaluation.exit_eval_accuracy is not None and self.data.eval_prompt_data is None:
             raise ValueError("--exit-eval-accuracy needs --eval-prompt-data, a held-out set to measure it on")
         needs_save = {

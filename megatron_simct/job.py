@@ -17,7 +17,17 @@ from megatron_simct.alignment.plan import plan_mixture, plan_pair, plan_without_
 from megatron_simct.arguments import to_dict
 from megatron_simct.config import Config
 from megatron_simct.data.prompts import PromptSource, read_rows
-from megatron_simct.loading import build_byte_order, load_model, open_alignment_map, open_chat_template, open_tokenizer
+from megatron_simct.evaluation.benchmarks import CODE, Problem
+from megatron_simct.evaluation.grading import Graders
+from megatron_simct.evaluation.sandbox import Limits, check_sandbox
+from megatron_simct.loading import (
+    build_byte_order,
+    load_model,
+    open_alignment_map,
+    open_chat_template,
+    open_held_out,
+    open_tokenizer,
+)
 from megatron_simct.losses import check_config, check_labels, teacher_needs
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel
 from megatron_simct.models.families import read_architecture
@@ -26,7 +36,7 @@ from megatron_simct.parallel.initialize import Groups
 from megatron_simct.parallel.packing import pack_micro_batches
 from megatron_simct.records import AlignedPair, LabelBatch, MicroBatch, Prompt, Rollout, TeacherNeeds
 from megatron_simct.rollout.engine import GivenResponses, ReplayEngine, RolloutEngine, Sampling, write_rollouts
-from megatron_simct.rollout.evaluation import Evaluator
+from megatron_simct.rollout.held_out import Evaluator, equals_label, response_text
 from megatron_simct.rollout.megatron_engine import MegatronEngine
 from megatron_simct.samples import SampleLog
 from megatron_simct.stopping import ExitWatch
@@ -36,6 +46,9 @@ from megatron_simct.update.checkpoint import Checkpoints, has_checkpoint
 from megatron_simct.update.optimizer import build_optimizer, wrap_data_parallel
 from megatron_simct.update.step import StepReport, Updater
 from megatron_simct.writers import check_writers, open_writers
+
+EVAL_WORKERS = 4
+"""Responses to a benchmark that one rank of each model replica grades at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,19 +293,10 @@ def build_prompts(
 
 
 def build_evaluator(config: Config, groups: Groups, engine: RolloutEngine, student: Tokenizer) -> Evaluator | None:
-    """Held-out prompts and how to sample their answers."""
+    """Held-out prompts, how to sample their answers, and what is right."""
     if config.data.eval_prompt_data is None:
         return None
-    rows = read_rows(
-        config.data.eval_prompt_data,
-        flag="--eval-prompt-data",
-        input_key=config.data.input_key,
-        response_key=config.data.response_key,
-        label_key=config.data.label_key,
-        chat=config.data.apply_chat_template,
-        need_response=False,
-        need_label=True,
-    )
+    rows, problems = open_held_out(config)
     prompts = PromptSource(
         rows,
         student=student,
@@ -310,13 +314,35 @@ def build_evaluator(config: Config, groups: Groups, engine: RolloutEngine, stude
     return Evaluator(
         engine,
         prompts,
-        student,
-        groups.dp,
+        judge(config, problems, student),
+        groups,
         max_response_len=config.rollout.rollout_max_response_len,
         temperature=config.evaluation.eval_temperature,
         samples=config.evaluation.eval_samples,
         seed=config.training.seed + 1,
     )
+
+
+def judge(
+    config: Config, problems: Sequence[Problem], student: Tokenizer
+) -> Callable[[Sequence[Prompt], Sequence[Rollout]], Sequence[bool]]:
+    """Which responses to held-out prompts are right, by --eval-benchmark. ValueError for programs where they cannot be
+    confined."""
+    benchmark = config.evaluation.eval_benchmark
+    if benchmark == "exact_match":
+        return partial(equals_label, tokenizer=student)
+    if benchmark in CODE:
+        check_sandbox(flag="--eval-benchmark")
+    graders = Graders(benchmark, chat=config.data.apply_chat_template, workers=EVAL_WORKERS, limits=Limits())
+
+    def right(prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[bool]:
+        graded = graders.grade(
+            (problems[int(str(prompt.label))], response_text(rollout, student))
+            for prompt, rollout in zip(prompts, rollouts, strict=True)
+        )
+        return [next(iter(metrics.values())) for metrics in graded]
+
+    return right
 
 
 def build_engine(config: Config, groups: Groups, sampler: MegatronEngine, student: Tokenizer) -> RolloutEngine:

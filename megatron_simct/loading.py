@@ -9,7 +9,9 @@ from megatron_simct.alignment import AlignmentMap, Tokenizer, build_alignment_ma
 from megatron_simct.alignment.alignment_map import identity_map
 from megatron_simct.alignment.map_files import load_map
 from megatron_simct.config import Config, ModelConfig, ParallelConfig
+from megatron_simct.data.prompts import Row, read_rows
 from megatron_simct.data.rendering import ChatTemplate
+from megatron_simct.evaluation.benchmarks import Problem, read_problems
 from megatron_simct.losses import ByteOrder
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, build_model
 from megatron_simct.models.families import read_architecture
@@ -54,6 +56,37 @@ def open_chat_template(
             "chat; it needs a tokenizer.json"
         )
     return ChatTemplate.load(options.folder, flag=f"--{prefix}hf-checkpoint")
+
+
+def open_held_out(config: Config) -> tuple[list[Row], list[Problem]]:
+    """The prompts of --eval-prompt-data, and the problems of --eval-benchmark whose numbers are the prompts' labels; no
+    problems where labels are what is compared. ValueError, naming the flag, for a file that is not as expected."""
+    data, benchmark = config.data, config.evaluation.eval_benchmark
+    path, flag = data.eval_prompt_data, "--eval-prompt-data"
+    assert path is not None, "there are held-out prompts"
+    if benchmark == "exact_match":
+        rows = read_rows(
+            path,
+            flag=flag,
+            input_key=data.input_key,
+            response_key=data.response_key,
+            label_key=data.label_key,
+            chat=data.apply_chat_template,
+            need_response=False,
+            need_label=True,
+        )
+        return rows, []
+    problems = read_problems(benchmark, path, flag=flag)
+    rows = [
+        Row(
+            prompt=[{"role": "user", "content": problem.chat}] if data.apply_chat_template else problem.completion,
+            response=None,
+            label=str(number),
+            where=f"{flag} {path}: problem {problem.problem_id}",
+        )
+        for number, problem in enumerate(problems)
+    ]
+    return rows, problems
 
 
 def load_model(

@@ -90,8 +90,8 @@ METRICS = {
     "seconds_update": ("s", "of it in the forward and backward passes, and the optimizer"),
     "peak_memory_gib": ("GiB", "the most that the first rank's process has held so far, on its GPU or resident"),
     "rollout_tokens_per_second": ("tokens a second", "sampled, over all ranks"),
-    "greedy_accuracy": ("share of prompts", "evaluation: greedy responses that equal the label"),
-    "sampled_accuracy": ("share of responses", "evaluation: sampled responses that equal the label"),
+    "greedy_accuracy": ("share of prompts", "evaluation: greedy responses that are right (--eval-benchmark)"),
+    "sampled_accuracy": ("share of responses", "evaluation: sampled responses that are right"),
     "greedy_right": ("count a prompt", "evaluation: right greedy responses to each held-out prompt, in file order"),
     "sampled_right": ("count a prompt", "evaluation: the same of the sampled ones"),
 }

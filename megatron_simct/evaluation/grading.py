@@ -7,13 +7,16 @@ GSM8K is graded in two more ways, by the regular expressions with which lm-evalu
 from __future__ import annotations
 
 import json
+import queue
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from megatron_simct.evaluation.benchmarks import Name, Problem, cut, livecodebench_tests
+from megatron_simct.evaluation.math_verifier import MathVerifier
 from megatron_simct.evaluation.sandbox import Limits, passes, run_program
 
 _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
@@ -87,6 +90,33 @@ class Grader:
             return text
         blocks = _BLOCK.findall(text)
         return blocks[-1 if last else 0] if blocks else text
+
+
+class Graders:
+    """Grades responses, `workers` at a time, each with a Math-Verify of its own. To be closed."""
+
+    def __init__(self, benchmark: Name, *, chat: bool, workers: int, limits: Limits) -> None:
+        self._pool = ThreadPoolExecutor(workers)
+        self._verifiers = [MathVerifier() for _ in range(workers)]
+        self._idle: queue.SimpleQueue[Grader] = queue.SimpleQueue()
+        for verifier in self._verifiers:
+            self._idle.put(Grader(benchmark, verifier, chat=chat, limits=limits))
+
+    def grade(self, responses: Iterable[tuple[Problem, str]]) -> Iterator[dict[str, bool]]:
+        """As Grader.grade, of each, in order."""
+        return self._pool.map(self._one, responses)
+
+    def _one(self, response: tuple[Problem, str]) -> dict[str, bool]:
+        grader = self._idle.get()
+        try:
+            return grader.grade(*response)
+        finally:
+            self._idle.put(grader)
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        for verifier in self._verifiers:
+            verifier.close()
 
 
 def humaneval_program(row: dict[str, Any], code: str) -> str:

@@ -110,12 +110,12 @@ def passes(source: str, limits: Limits) -> bool:
     return outcome.status == "ok" and mark in outcome.output  # what is printed is buffered, and may come after it
 
 
-def check_sandbox() -> None:
-    """ValueError where programs cannot be confined on this system."""
+def check_sandbox(*, flag: str = "--benchmark") -> None:
+    """ValueError, naming the flag that asked for it, where programs cannot be confined on this system."""
     outcome = run_program("", Limits(wall_s=60.0))
     if outcome.status != "ok":
         reason = outcome.output.strip() or outcome.status
         raise ValueError(
-            f"--benchmark: this system cannot confine programs ({reason}), so benchmarks of code are not run here; it "
+            f"{flag}: this system cannot confine programs ({reason}), so benchmarks of code are not run here; it "
             "takes Linux on x86-64 or aarch64 with seccomp"
         )

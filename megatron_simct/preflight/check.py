@@ -15,7 +15,7 @@ from megatron_simct.alignment.map_files import placement_balance
 from megatron_simct.config import ModelConfig, ParallelConfig
 from megatron_simct.data.prompts import PromptSource, Row, read_rows
 from megatron_simct.launch.run_file import JobSize, RunFile
-from megatron_simct.loading import open_alignment_map, open_chat_template, open_tokenizer
+from megatron_simct.loading import open_alignment_map, open_chat_template, open_held_out, open_tokenizer
 from megatron_simct.losses import check_config, teacher_needs
 from megatron_simct.models.build import check_divides, padded_vocab_size
 from megatron_simct.models.families import Architecture, read_architecture
@@ -252,27 +252,22 @@ class _Check:
         if config.data.prompt_data is None:
             return []  # said by the options
 
-        def read(path: str, flag: str, *, for_training: bool) -> list[Row]:
-            return read_rows(
-                path,
-                flag=flag,
+        rows = self._try(
+            "pair",
+            "prompts",
+            lambda: read_rows(
+                config.data.prompt_data or "",
+                flag="--prompt-data",
                 input_key=config.data.input_key,
                 response_key=config.data.response_key,
                 label_key=config.data.label_key,
                 chat=config.data.apply_chat_template,
-                need_response=for_training and not self._needs_teacher,
-                need_label=not for_training,
-            )
-
-        rows = self._try(
-            "pair", "prompts", lambda: read(config.data.prompt_data or "", "--prompt-data", for_training=True)
+                need_response=not self._needs_teacher,
+                need_label=False,
+            ),
         )
         if config.data.eval_prompt_data is not None:
-            self._try(
-                "pair",
-                "prompts",
-                lambda: read(config.data.eval_prompt_data or "", "--eval-prompt-data", for_training=False),
-            )
+            self._try("pair", "prompts", lambda: open_held_out(config))
         if rows is None:
             return []
         looked_at = rows[:: max(1, len(rows) // pair.MAX_TEXTS)]

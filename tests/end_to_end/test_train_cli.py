@@ -140,6 +140,7 @@ def _said(out: str) -> list[str]:
         (["--pretrained-checkpoint", "/nowhere"], 1, ["--pretrained-checkpoint /nowhere", TRACKER]),
         (["--teacher-pretrained-checkpoint", "/nowhere"], 1, ["--teacher-pretrained-checkpoint /nowhere"]),
         (["--eval-prompt-data", "/nowhere/x"], 1, ["--eval-prompt-data /nowhere/x", "No such file"]),
+        (["--eval-benchmark", "gsm8k"], 1, ["--eval-prompt-data ", "row 1 is not one of gsm8k"]),
         (["--tensor-model-parallel-size", "2"], 1, ["world size (1)", "--tensor-model-parallel-size (2)", "start 2"]),
         (["--pipeline-model-parallel-size", "2"], 1, ["world size (1)", "--pipeline-model-parallel-size (2)"]),
         (["--context-parallel-size", "2"], 1, ["--context-parallel-size 2"]),

@@ -160,3 +160,36 @@ def test_a_teachers_right_answers_are_what_a_student_is_warmed_up_on(tiny, weigh
     assert run_ranks(1, _train, argv) == [0]
     (step,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert step["loss"] > 0 and step["stop_rate"] == 1
+
+
+@pytest.mark.parametrize("flags, ranks", [((), 1), ((), 2), (("--tensor-model-parallel-size", "2"), 2)])
+def test_a_benchmark_while_training_is_graded_as_afterwards(tiny, weights, tmp_path, flags, ranks):
+    """What the model says stands behind a comment sign, so that a program is right where its first line is."""
+    data = tmp_path / "problems.jsonl"
+    rows = [
+        {
+            "task_id": f"T/{i}",
+            "prompt": f"def f(): return {i}  # ",
+            "test": "def check(f):\n    assert f() % 3 == 0",
+            "entry_point": "f",
+        }
+        for i in range(5)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = [
+        *("--benchmark", "humaneval", "--data", str(data), "--output-dir", str(tmp_path / "afterwards")),
+        *("--hf-checkpoint", str(tiny / "student"), "--tokenizer-model", str(tiny / "student.model")),
+        *("--make-vocab-size-divisible-by", "8", *weights[:2], "--max-response-len", "12", "--workers", "1"),
+    ]
+    assert run_ranks(1, _main, argv) == [(0, "")]
+    grades = [
+        json.loads(line) for line in (tmp_path / "afterwards" / "grades" / "000000.jsonl").read_text().splitlines()
+    ]
+    expected = [int(row["right"]["pass"]) for row in grades]
+    assert 0 < sum(expected) < 5
+    argv = command_line(tiny, *weights[:2], "--eval-benchmark", "humaneval", "--eval-prompt-data", str(data), *flags)
+    argv += ["--eval-samples", "0", "--train-iters", "1", "--run-dir", str(tmp_path / "run")]
+    assert run_ranks(ranks, _train, argv) == [0] * ranks
+    evaluation = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert (evaluation["kind"], evaluation["iteration"], evaluation["greedy_right"]) == ("evaluation", 0, expected)
+    assert evaluation["greedy_accuracy"] == sum(expected) / 5

@@ -277,6 +277,7 @@ def test_missing_files_are_all_named():
 
 def test_options_that_contradict_each_other():
     assert "--eval-prompt-data" in check("--exit-eval-accuracy", ".5")
+    assert "--eval-prompt-data" in check("--eval-benchmark", "gsm8k")
     assert "--bf16 needs a GPU" in check("--bf16")
     for flag, *value in (
         ["--exit-signal-handler"],

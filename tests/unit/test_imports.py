@@ -18,7 +18,7 @@ ALLOWED = {
     "stopping": "",
     "megatron_flags": "",
     "command_line": "parallel",
-    "config": "alignment",  # whether a folder holds a tokenizer
+    "config": "alignment evaluation",  # whether a folder holds a tokenizer; names of benchmarks
     "arguments": "command_line config megatron_flags",
     "writers": "config files",
     "parallel": "config records",
@@ -32,14 +32,14 @@ ALLOWED = {
     "teacher": "alignment config loading losses models parallel records update",
     "update": "alignment config files losses models parallel records",
     # What knows several of them.
-    "loading": "alignment config data losses models parallel update",
+    "loading": "alignment config data evaluation losses models parallel update",
     "monitoring": "alignment parallel records update writers",
     "samples": "alignment records update writers",
     "preflight": "alignment arguments config data launch loading losses models parallel records update writers",
     "launch": "arguments command_line config preflight teacher",
     # The jobs.
-    "job": "alignment arguments config data loading losses models monitoring parallel records rollout samples stopping "
-    "teacher update writers",
+    "job": "alignment arguments config data evaluation loading losses models monitoring parallel records rollout "
+    "samples stopping teacher update writers",
     "serve_teacher": "alignment arguments command_line config loading models parallel teacher",
     "train": "arguments command_line config files job losses models monitoring parallel records teacher update",
 }

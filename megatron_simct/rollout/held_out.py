@@ -1,31 +1,33 @@
-"""Exact match of responses with the labels of held-out prompts."""
+"""How many of the responses to held-out prompts are right."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 
 from megatron_simct.alignment.tokenizer import Tokenizer
 from megatron_simct.data.prompts import PromptSource
+from megatron_simct.parallel.initialize import Groups
 from megatron_simct.parallel.reductions import total
-from megatron_simct.records import Prompt
+from megatron_simct.records import Prompt, Rollout
 from megatron_simct.rollout.engine import RolloutEngine, Sampling
 
 
 class Evaluator:
     """Greedy and sampled accuracy of an engine on a fixed set of prompts.
 
-    The sampled draws depend on the seed alone, so two evaluations of one set of weights agree.
+    The sampled draws depend on the seed alone, so two evaluations of one set of weights agree. One rank of each model
+    replica judges the replica's responses, in `right`, so that no rank can think otherwise than another.
     """
 
     def __init__(
         self,
         engine: RolloutEngine,
         prompts: PromptSource,
-        tokenizer: Tokenizer,
-        group: dist.ProcessGroup,
+        right: Callable[[Sequence[Prompt], Sequence[Rollout]], Sequence[bool]],
+        groups: Groups,
         *,
         max_response_len: int,
         temperature: float,
@@ -33,8 +35,8 @@ class Evaluator:
         seed: int,
     ) -> None:
         self._engine = engine
-        self._tokenizer = tokenizer
-        self._group = group
+        self._right = right
+        self._groups = groups
         self._num_prompts = len(prompts)
         self._greedy_prompts = prompts.share()
         self._samples = samples
@@ -54,8 +56,25 @@ class Evaluator:
         self, name: str, prompts: Sequence[Prompt], sampling: Sampling, samples: int
     ) -> dict[str, float | list[int]]:
         right = torch.zeros(self._num_prompts, dtype=torch.int64)
-        for prompt, rollout in zip(prompts, self._engine.generate(prompts, sampling), strict=True):
-            response = self._tokenizer.decode(rollout.student_ids[:-1])
-            right[prompt.sample_id // samples] += rollout.finish == "stop" and response == str(prompt.label).encode()
-        counts = total(right, self._group).tolist()
+        rollouts = self._engine.generate(prompts, sampling)
+        if self._groups.writes_samples:
+            for prompt, is_right in zip(prompts, self._right(prompts, rollouts), strict=True):
+                right[prompt.sample_id // samples] += is_right
+        world = dist.group.WORLD
+        assert world is not None, "ranks know each other"
+        counts = total(right, world).tolist()
         return {f"{name}_accuracy": sum(counts) / (self._num_prompts * samples), f"{name}_right": counts}
+
+
+def response_text(rollout: Rollout, tokenizer: Tokenizer) -> str:
+    """What a rollout says, its stop token left out; bytes that are no UTF-8 replaced."""
+    content = rollout.student_ids[:-1] if rollout.finish == "stop" else rollout.student_ids
+    return tokenizer.decode(content).decode(errors="replace")
+
+
+def equals_label(prompts: Sequence[Prompt], rollouts: Sequence[Rollout], *, tokenizer: Tokenizer) -> list[bool]:
+    """Whether each response ends by itself, and its bytes are the label's."""
+    return [
+        rollout.finish == "stop" and tokenizer.decode(rollout.student_ids[:-1]) == str(prompt.label).encode()
+        for prompt, rollout in zip(prompts, rollouts, strict=True)
+    ]
