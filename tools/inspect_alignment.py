@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,7 +72,7 @@ def as_terminal(result: dict[str, Any], *, colours: bool) -> str:
     from rich.text import Text
 
     styles = dict(zip(KINDS, ("green", "black on yellow", "black on cyan", "white on magenta"), strict=True))
-    console = Console(highlight=False, force_terminal=colours, no_color=None if colours else True)
+    console = Console(highlight=False, force_terminal=colours, no_color=not colours)
     text = Text()
     for unit in result["units"]:
         plain = unit["kind"] == "1:1" or colours
@@ -110,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         case "json":
             output = json.dumps(result, ensure_ascii=False) + "\n"
         case _:
-            output = as_terminal(result, colours=options.output is None and sys.stdout.isatty())
+            colours = options.output is None and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+            output = as_terminal(result, colours=colours)
     if options.output is not None:
         write_whole(Path(options.output), output)
         print(f"written: {options.output}")
