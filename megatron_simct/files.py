@@ -10,21 +10,22 @@ from pathlib import Path
 from typing import Any
 
 
-def write_whole(path: Path, text: str) -> None:
-    """The file gets its name when it is whole and on disk. Folders above it are made. OSError where that fails.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Bytes, or a text in UTF-8. The file gets its name when it is whole and on disk. OSError where that fails.
 
-    A link stays, and what it points to is written; so does a device or a pipe (/dev/null), which is never half there.
+    Folders above it are made. A link stays, and what it points to is written; so does a device or a pipe (/dev/null), which is never half there.
     """
+    data = content.encode() if isinstance(content, str) else content
     path = path.resolve() if path.is_symlink() else path
     if path.exists() and not path.is_file() and not path.is_dir():
-        with named_errors(path), open(path, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with named_errors(path), open(path, "wb") as file:
+            file.write(data)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with named_errors(path), open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with named_errors(path), open(temporary, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

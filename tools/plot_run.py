@@ -223,7 +223,9 @@ def write_png(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
     for axes in grid[len(panels) :]:
         axes.axis("off")
     figure.suptitle(title, x=0.01, ha="left", fontsize=13)
-    figure.savefig(path, dpi=130)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130, format=path.suffix.removeprefix(".") or "png")
+    write_whole(path, picture.getvalue())
 
 
 # The page

@@ -218,7 +218,12 @@ def mix(
         }
         rows += kept
     if not rows:
-        raise ValueError(f"--mixture: nothing is left of {sum(s['rows'] for s in report['sources'].values())} rows")
+        reasons = Counter[str]()
+        for counts in report["sources"].values():
+            reasons.update(counts["dropped"])
+        why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "its files are empty"
+        number = sum(counts["rows"] for counts in report["sources"].values())
+        raise ValueError(f"--mixture: nothing is left of {number} rows: {why}")
     order = np.random.default_rng(mixture.seed).permutation(len(rows))
     report["rows"] = len(rows)
     return [rows[i] for i in order], report

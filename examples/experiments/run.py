@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,7 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that a checkout needs no installation
 
+from megatron_simct.command_line import Parser, command  # noqa: E402  isort: skip
 from examples.experiments.plan import RESULTS, SETTINGS, Run, planned_runs  # noqa: E402
 from examples.experiments.processes import Workplace  # noqa: E402
 from examples.experiments.real import RealWeights  # noqa: E402
@@ -34,19 +36,12 @@ from megatron_simct.files import write_whole  # noqa: E402
 console = Console(highlight=False)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code 0; 1 where a run failed or nothing could be started."""
+@command("examples/experiments/run.sh")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0; 1 where a run failed or nothing could be started. Stopped, the same command goes on."""
     options = parse(argv)
-    try:
-        failed = 0 if options.report_only else run_missing(chosen(options), options)
-        path = write_report(planned_runs())
-    except ValueError as error:
-        print(f"examples/experiments/run.sh: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("examples/experiments/run.sh: stopped; the same command goes on with what is missing", file=sys.stderr)
-        return 130
-    console.print(f"written to {path}", soft_wrap=True)
+    failed = 0 if options.report_only else run_missing(chosen(options), options)
+    console.print(f"written to {write_report(planned_runs())}", soft_wrap=True)
     return 1 if failed else 0
 
 
@@ -120,12 +115,11 @@ def keep(run: Run, found: dict[str, Any]) -> None:
     write_whole(RESULTS / f"{run.name}.json", json.dumps(content, indent=1) + "\n")
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(
         prog="examples/experiments/run.sh",
         description="Compare the interfaces. Results accumulate in examples/experiments/results.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     parts = sorted({setting.part for setting in SETTINGS})
     parser.add_argument("--parts", default=",".join(parts), help="which of the parts to run, by commas")

@@ -24,6 +24,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that a checkout needs no installation
 
+from megatron_simct.command_line import Parser, command  # noqa: E402  isort: skip
 from examples.quickstart.task import write_task  # noqa: E402
 from examples.quickstart.tokenizer_files import sides  # noqa: E402
 from examples.stages import Stage, console  # noqa: E402
@@ -195,8 +197,8 @@ def accuracy(stage: Stage, which: str, *, first: bool = False) -> float:
     return evaluations[0 if first else -1][f"{which}_accuracy"]
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(
         prog="examples/quickstart/run.sh",
         description="Distil a teacher into a student with another tokenizer, from nothing, on two CPU cores.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -238,8 +240,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main() -> None:
-    options = parse()
+@command("examples/quickstart/run.sh")
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(argv)
     begin = time.time()
     folder = options.run_dir.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -288,4 +291,4 @@ def report(summary: dict, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,6 +18,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that a checkout needs no installation
 
+from megatron_simct.command_line import Parser, command  # noqa: E402  isort: skip
 from examples.real_weights.models import MODELS, gguf_file  # noqa: E402
 from examples.real_weights.texts import write_texts  # noqa: E402
 from examples.stages import Stage, console  # noqa: E402
@@ -231,13 +233,12 @@ def report(summary: dict[str, Any], path: Path) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="examples/real_weights/run.sh",
         description="Distil one small pretrained model into another with another tokenizer, on two CPU cores: from "
         "GGUF files to a Hugging Face folder that transformers continues texts with. Gemma is under Google's terms of "
         "use, https://ai.google.dev/gemma/terms.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--reverse", action="store_true", help="SmolLM2-135M teaches Gemma-3-270M")
     parser.add_argument("--gsm8k", type=Path, metavar="FILE", help="JSONL with question and answer, as more problems")
@@ -273,16 +274,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def main() -> None:
-    options = parse()
+@command("examples/real_weights/run.sh", also=(Unavailable,))
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(argv)
     begin = time.time()
-    try:
-        for model in MODELS.values():
-            console.print(f"[bold]{model.name}[/bold] ({model.license})", soft_wrap=True)
-            console.print(f" {gguf_file(model, options.run_dir / 'gguf')}", soft_wrap=True)
-        write_texts(options.run_dir / "texts", options.gsm8k, num_held_out=options.held_out)
-    except (OSError, ValueError, Unavailable) as error:
-        raise SystemExit(f"examples/real_weights/run.sh: error: {error}") from None
+    for model in MODELS.values():
+        console.print(f"[bold]{model.name}[/bold] ({model.license})", soft_wrap=True)
+        console.print(f" {gguf_file(model, options.run_dir / 'gguf')}", soft_wrap=True)
+    write_texts(options.run_dir / "texts", options.gsm8k, num_held_out=options.held_out)
     fetched = time.time()
     plan = recipe(options)
     seconds = {stage.name: stage.run(ROOT) for stage in plan.stages}
@@ -294,4 +293,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -45,6 +45,8 @@ COMMANDS = {
     "select": "tools.select_responses",
     "evaluate": "tools.evaluate",
     "plot": "tools.plot_run",
+    "quickstart": "examples.quickstart.run",
+    "study": "examples.experiments.run",
 }
 TOKENIZERS = "--teacher-tokenizer tiny/teacher.tiktoken --student-tokenizer tiny/student.model"
 RIGHT = {
@@ -61,7 +63,10 @@ RIGHT = {
     "select": "--responses evaluated/run --data evaluated/problems.jsonl --output out/warm_up.jsonl",
     "evaluate": "--benchmark exact_match --data evaluated/problems.jsonl --responses responses.jsonl --output-dir out",
     "plot": "run --output out/report.html",
+    "quickstart": "--smoke --run-dir out/quickstart",
+    "study": "--run-dir out/study",
 }
+ASKED = "--benchmark exact_match --data evaluated/problems.jsonl --output-dir out --hf-checkpoint tiny/student"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +81,12 @@ class Mistake:
     """A regular expression that the line behind `PROGRAM: error: ` begins with."""
     code: int = 1
     disk: str = ""
-    """What out/ is on: `full` or `read-only`."""
+    """What out/ is on: `full` or `read-only`; `cut off`: there is no network."""
 
 
 def mistakes(command: str, *rows: tuple[str, str, str] | tuple[str, str, str, str]) -> list[Mistake]:
     """Rows of what, flags, line, and disk."""
-    usage = r"unknown flag|unexpected|the following|argument |expected|unrecognized|--config-file"
+    usage = r"unknown flag|unexpected|--parts z|the following|argument |expected|unrecognized|--config-file"
     return [
         Mistake(
             command=command,
@@ -156,6 +161,7 @@ MISTAKES = [
         ("a format that does not exist", "--format pdf", "argument --format: invalid choice: 'pdf'"),
         ("a text that is not there", f"= {TOKENIZERS} --text-file no.txt", "--text-file no.txt: No such file"),
         ("a folder in place of the page", "--output foreign", "--output foreign: Is a directory"),
+        ("no network", "--teacher-tokenizer tiktoken:o200k_base", ".*without a network give them as a file", "cut off"),
         ("a full disk", "", "--output out/page.html: No space left", "full"),
         ("a folder that is not there", "--output text.txt/x/page.html", "--output text.txt/x/page.html: .*Not a dir"),
         ("a disk that may not be written", "", "--output out/page.html: .*Read-only file system", "read-only"),
@@ -182,6 +188,7 @@ MISTAKES = [
         "prepare",
         ("no mixture", "--mixture no.yaml", "--mixture no.yaml: No such file"),
         ("data in another place", "--data-root tiny", "--data-root: source words: tiny/prompts.jsonl: No such file"),
+        ("all of it in a test set", "--mixture excluded.yaml", "--mixture: nothing is left of 1 rows: 1 excluded"),
         ("a pattern that is none", "--mixture pattern.yaml", "--mixture pattern.yaml: source words: label_pattern"),
         ("a disk that may not be written", "", "--output-dir out/prompts: .*Read-only file system", "read-only"),
     ),
@@ -198,12 +205,26 @@ MISTAKES = [
         ("no problems", "--data no.jsonl", "--data no.jsonl: .*No such file"),
         ("another column", "--data question.jsonl", "--data question.jsonl.*neither a prompt nor messages"),
         ("no responses", "--responses no.jsonl", "--responses no.jsonl: No such file"),
+        ("more samples than responses", "--samples 3", "--responses responses.jsonl: 1 responses to p0, and --samples"),
+        ("samples that are all the same", f"= {ASKED} --samples 2", "--samples 2 of one greedy response"),
     ),
     *mistakes(
         "plot",
         ("a folder without a run", "= tiny", "RUN_DIR tiny: no metrics.jsonl there; give the --run-dir"),
         ("a file that no run wrote", "= foreign", "foreign/metrics.jsonl: line 1"),
         ("a full disk", "", "--output out/report.html: No space left", "full"),
+        ("a full disk for the picture", "--output /dev/null --png out/a.png", "--png out/a.png: No space left", "full"),
+    ),
+    *mistakes(
+        "quickstart",
+        ("a misspelt flag", "--interfce bytes", "unknown flag --interfce; did you mean --interface?"),
+        ("an interface that does not exist", "--interface papper", "argument --interface: invalid choice: 'papper'"),
+        ("a disk that may not be written", "", "--run-dir .*out/quickstart: Read-only file system", "read-only"),
+    ),
+    *mistakes(
+        "study",
+        ("a part that does not exist", "--parts z", "--parts z: expected some of a,b,c"),
+        ("no such run", "--only rouge", "--only rouge: no run of parts"),
     ),
 ]
 
@@ -222,6 +243,8 @@ def desk(tiny, tmp_path_factory) -> Path:
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
     source = {"name": "words", "path": "prompts.jsonl"}
     mixtures = {"mixture": {}, "column": {"prompt_key": "question"}, "pattern": {"label_pattern": "("}}
+    excluded = {"sources": [{"name": "words", "path": "prompts.jsonl"}], "exclude": [{"path": "prompts.jsonl"}]}
+    (folder / "excluded.yaml").write_text(yaml.safe_dump(excluded))
     for name, more in mixtures.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"sources": [source | more]}))
     (folder / "broken.yaml").write_text("lr: 1\n  - [\n")
@@ -348,9 +371,12 @@ def _obey_permissions() -> None:
 
 
 def _mount(folder: Path, disk: str) -> str | None:
-    """A disk of this process alone, without room or read-only; why not, where that is not allowed."""
+    """A disk of this process alone, without room or read-only, or no network; why not, where that is not allowed."""
     libc = ctypes.CDLL(None, use_errno=True)
-    new_mounts, read_only, private = 0x20000, 1, 0x44000
+    new_network, new_mounts, read_only, private = 0x40000000, 0x20000, 1, 0x44000
+    if disk == "cut off":
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(folder / "no_cache")
+        return f"no network of one's own: {os.strerror(ctypes.get_errno())}" if libc.unshare(new_network) else None
     if libc.unshare(new_mounts) or libc.mount(None, b"/", None, private, None):
         return f"no disk of one's own: {os.strerror(ctypes.get_errno())}; needs root"
     if libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", read_only * (disk == "read-only"), b"size=16k"):
