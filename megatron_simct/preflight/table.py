@@ -23,11 +23,13 @@ def show(report: Report, console: Console, *, only_problems: bool = False) -> No
     findings = [finding for finding in report.findings if not only_problems or finding.level != "pass"]
     if findings:
         table = Table(box=None, pad_edge=False)
-        for title in ("", "side", "check", "change", "found"):
+        for title in ("", "side", "check", "found"):
             table.add_column(title, overflow="fold", no_wrap=title in ("", "side"))
         for finding in findings:
             colour = _COLOURS[finding.level]
-            row = (finding.side, finding.check, finding.flag or "", finding.message)
+            named = finding.flag is None or finding.flag in finding.message
+            message = finding.message if named else f"{finding.flag}: {finding.message}"
+            row = (finding.side, finding.check, message)
             table.add_row(f"[{colour}]{finding.level}[/{colour}]", *map(escape, row))
         console.print(table)
     if only_problems:
