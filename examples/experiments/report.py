@@ -17,6 +17,9 @@ HERE = Path(__file__).parent
 BASELINES = ("strict", "paper")
 """What every other interface is compared with: the one without units, and the one that SimCT proposes."""
 
+HEADLINES = ("greedy", "bytes_reverse_kl")
+"""The metric of a setting that stands for it in the summary."""
+
 Results = dict[str, dict[int, dict[str, Any]]]
 """Of one setting: by interface, by seed."""
 
@@ -25,13 +28,12 @@ def write_report(runs: Sequence[Run]) -> Path:
     """Write report.md and its figures; where the report lies."""
     found = {run.name: run.result for run in runs}
     missing = [run for run in runs if found[run.name] is None]
-    parts = [_introduction(runs, missing)]
-    for setting in SETTINGS:
-        results: Results = {}
-        for run in runs:
-            if run.setting == setting and found[run.name] is not None:
-                results.setdefault(run.interface, {})[run.seed] = found[run.name]
-        parts.append(_section(setting, results))
+    by_setting: dict[str, Results] = {setting.name: {} for setting in SETTINGS}
+    for run in runs:
+        if found[run.name] is not None:
+            by_setting[run.setting.name].setdefault(run.interface, {})[run.seed] = found[run.name]
+    parts = [_introduction(runs, missing), _summary(by_setting)]
+    parts += [_section(setting, by_setting[setting.name]) for setting in SETTINGS]
     parts.append(_limits())
     path = HERE / "report.md"
     write_whole(path, "\n\n".join(parts) + "\n")
@@ -58,6 +60,35 @@ def _introduction(runs: Sequence[Run], missing: Sequence[Run]) -> str:
             if items:
                 lines.append(f"* {setting.name}: {', '.join(items)}")
     return "\n".join(lines)
+
+
+def _summary(by_setting: dict[str, Results]) -> str:
+    """Each interface in each setting, by one metric."""
+    there = {name: results for name, results in by_setting.items() if results}
+    if not there:
+        return "No run is done."
+    metrics = {
+        name: next(m for m in metrics_of(next(iter(next(iter(results.values())).values()))) if m.name in HEADLINES)
+        for name, results in there.items()
+    }
+    words = {"better": "better", "worse": "**worse**", "undecided": "either way"}
+    rows = []
+    for interface in dict.fromkeys(name for setting in SETTINGS for name in setting.interfaces):
+        row = [f"`{interface}`"]
+        for name, results in there.items():
+            by_seed = results.get(interface, {})
+            if by_seed:
+                estimate = change(list(by_seed.values()), metrics[name].name)
+                row.append(f"{estimate.mean:+.3f} {words[verdict(estimate, metrics[name])]}, {_seeds(len(by_seed))}")
+            else:
+                row.append("")
+        rows.append(row)
+    header = ["change by distillation", *(f"{name}: {metrics[name].title}" for name in there)]
+    return f"## In one table\n\n{_table(header, rows)}\n\n`either way`: its interval has 0 in it."
+
+
+def _seeds(number: int) -> str:
+    return "1 seed" if number == 1 else f"{number} seeds"
 
 
 def _section(setting: Setting, results: Results) -> str:
@@ -106,7 +137,7 @@ def _verdicts(results: Results, metrics: Sequence[Metric]) -> str:
         ):
             names = [name for name, estimate in of_change.items() if verdict(estimate, metric) == word]
             if names:
-                lines.append(f"* {metric.title.capitalize()} {text} {_list(names, of_change)}.")
+                lines.append(f"* {metric.title[0].upper()}{metric.title[1:]} {text} {_list(names, of_change)}.")
         if len(results) > 1:
             lines.append(f"* {_ahead(results, metric)}")
     return "\n".join(lines)
