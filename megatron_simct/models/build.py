@@ -176,12 +176,53 @@ def build_model(
         raise ValueError(
             f"{flag}: the tokenizer has {vocab_size} ids, but config.json says vocab_size {architecture.vocab_size}"
         )
-    on_cpu = groups.device.type == "cpu"
+    virtual = parallel.num_virtual_stages_per_pipeline_rank
+    config = _transformer_config(
+        architecture, parallel, bf16=bf16, on_cpu=groups.device.type == "cpu", initialize=initialize
+    )
+
+    def stage(chunk: int) -> HiddenStateModel:
+        vp_stage = chunk if virtual > 1 else None
+        return HiddenStateModel(
+            config=config,
+            architecture=architecture,
+            longest=longest,
+            transformer_layer_spec=_layers(
+                config,
+                architecture,
+                vp_stage,
+                transformer_engine=_uses_transformer_engine(architecture, groups.device),
+            ),
+            pre_process=groups.is_first_stage and chunk == 0,
+            post_process=groups.is_last_stage and chunk == virtual - 1,
+            vp_stage=vp_stage,
+            vocab_size=padded_vocab_size(
+                architecture.vocab_size, divisible_by=divisible_by, tp_size=parallel.tensor_model_parallel_size
+            ),
+            max_sequence_length=architecture.max_position_embeddings,
+            share_embeddings_and_output_weights=architecture.tied_embeddings,
+        )
+
+    model = stage(0) if virtual == 1 else InterleavedModel(stage(chunk) for chunk in range(virtual))
+    if not initialize:
+        _mark_split(model)
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            # Reduced and updated apart from the others, as megatron-core does where ranks share experts. In every
+            # layout, so that a checkpoint of the optimizer has the same parts in all of them.
+            parameter.allreduce = False  # type: ignore[union-attr]
+    return model.to(groups.device)
+
+
+def _transformer_config(
+    architecture: Architecture, parallel: ParallelConfig, *, bf16: bool, on_cpu: bool, initialize: bool
+) -> TransformerConfig:
+    """Megatron's configuration of the model."""
     virtual = parallel.num_virtual_stages_per_pipeline_rank
     dtype = torch.bfloat16 if bf16 else torch.float32
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of deprecated defaults of its own
-        config = TransformerConfig(
+        return TransformerConfig(
             num_layers=architecture.num_layers,
             hidden_size=architecture.hidden_size,
             ffn_hidden_size=architecture.ffn_hidden_size,
@@ -227,38 +268,6 @@ def build_model(
             masked_softmax_fusion=False,
             persist_layer_norm=False,
         )
-
-    def stage(chunk: int) -> HiddenStateModel:
-        vp_stage = chunk if virtual > 1 else None
-        return HiddenStateModel(
-            config=config,
-            architecture=architecture,
-            longest=longest,
-            transformer_layer_spec=_layers(
-                config,
-                architecture,
-                vp_stage,
-                transformer_engine=_uses_transformer_engine(architecture, groups.device),
-            ),
-            pre_process=groups.is_first_stage and chunk == 0,
-            post_process=groups.is_last_stage and chunk == virtual - 1,
-            vp_stage=vp_stage,
-            vocab_size=padded_vocab_size(
-                architecture.vocab_size, divisible_by=divisible_by, tp_size=parallel.tensor_model_parallel_size
-            ),
-            max_sequence_length=architecture.max_position_embeddings,
-            share_embeddings_and_output_weights=architecture.tied_embeddings,
-        )
-
-    model = stage(0) if virtual == 1 else InterleavedModel(stage(chunk) for chunk in range(virtual))
-    if not initialize:
-        _mark_split(model)
-    for name, parameter in model.named_parameters():
-        if ".experts." in name:
-            # Reduced and updated apart from the others, as megatron-core does where ranks share experts. In every
-            # layout, so that a checkpoint of the optimizer has the same parts in all of them.
-            parameter.allreduce = False  # type: ignore[union-attr]
-    return model.to(groups.device)
 
 
 def _experts(architecture: Architecture, parallel: ParallelConfig) -> dict[str, Any]:
