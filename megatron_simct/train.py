@@ -70,9 +70,9 @@ class Batch:
 def begin(job: Job, iteration: int, clock: Stopwatch) -> Batch:
     """Send the prompts of a step on their way: a wave is aligned and goes to the teacher while the next is sampled."""
     batch, finished = Batch(prompts=job.prompts.batch(iteration)), SimpleQueue[Wave | None]()
-    sending = job.background.submit(job.teacher.score, aligned(job, batch, finished))
     size = job.config.rollout.rollout_wave_size or len(batch.prompts)
     try:
+        sending = job.background.submit(job.teacher.score, aligned(job, batch, finished))
         for start in range(0, len(batch.prompts), size):
             wave = batch.prompts[start : start + size]
             with clock("rollout"):
@@ -80,7 +80,7 @@ def begin(job: Job, iteration: int, clock: Stopwatch) -> Batch:
             batch.rollouts += rollouts
             finished.put(list(zip(wave, rollouts, strict=True)))
     finally:
-        finished.put(None)
+        finished.put(None)  # after a Ctrl-C too: the thread would wait for waves, and the process for the thread
     with clock("alignment"):
         batch.scores = sending.result()
     return batch

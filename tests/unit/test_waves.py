@@ -78,3 +78,21 @@ def test_what_goes_wrong_in_either_thread_ends_the_step(part, words):
     with pytest.raises(ValueError, match=words):
         begin(parts.job, 0, Stopwatch())
     parts.job.background.shutdown()  # nothing of it waits for ever
+
+
+def test_an_interrupt_while_work_is_handed_over_leaves_no_thread_that_waits():
+    """A Ctrl-C may come when the other thread has its work and this one has not yet gone on."""
+    parts = Parts()
+    handed_over = []
+
+    def submit(*work):
+        handed_over.append(pool.submit(*work))
+        raise KeyboardInterrupt
+
+    pool, parts.job.background = parts.job.background, SimpleNamespace(submit=submit)
+    with pytest.raises(KeyboardInterrupt):
+        begin(parts.job, 0, Stopwatch())
+    try:
+        assert list(handed_over[0].result(timeout=PATIENCE_S)) == []
+    finally:
+        pool.shutdown(wait=False)
