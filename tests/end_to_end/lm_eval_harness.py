@@ -116,7 +116,7 @@ def _made_up(name: str, row: dict[str, Any], chance: random.Random) -> str:
 
 
 def compare_model(model: Path, rows: Rows, length: int, work: Path) -> None:
-    """Greedy responses of an export, by transformers under lm-eval and by the engine on three ranks, and their grades."""
+    """Greedy responses of an export, by transformers under lm-eval and by the engine, and their grades."""
     checkpoint, export = work / "checkpoint", work / "export"
     convert = [sys.executable, "tools/convert_checkpoint.py"]
     _run(*convert, "hf-to-megatron", "--hf-checkpoint", model, "--save", checkpoint)
