@@ -91,7 +91,8 @@ class MegatronEngine:
             if self._most(len(active)):
                 self._decode(stages, active, sampling)
                 _close_up(active, stages)
-            self._progress(len(sequences) - len(waiting) - len(active), len(sequences))
+            unfinished = sum(map(len, waiting)) + len(active)
+            self._progress(len(sequences) - unfinished, len(sequences))
 
     def _most(self, count: int) -> int:
         """The largest count of the ranks that share experts: all must pass through a layer together, and one that has
