@@ -262,8 +262,10 @@ def test_only_the_newest_checkpoints_are_kept_and_remains_are_removed(tiny, tmp_
     remains = tmp_path / "save" / "iter_0000009.tmp"
     remains.mkdir(parents=True)
     (remains / "half").write_text("")
+    (tmp_path / "save" / "iter_0000007").mkdir()  # of an earlier run that went further: not one of the newest of this
     trained(tiny, tmp_path, 4, "--save-interval", "1", "--save-retain", "2")
-    assert sorted(p.name for p in (tmp_path / "save").iterdir()) == ["iter_0000003", "iter_0000004", TRACKER]
+    kept = ["iter_0000003", "iter_0000004", "iter_0000007", TRACKER]
+    assert sorted(p.name for p in (tmp_path / "save").iterdir()) == kept
 
 
 SAVE_MOMENTS = ("while shards are written", "before the name", "before the tracker", "before older ones go")
