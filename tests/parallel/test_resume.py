@@ -314,6 +314,17 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_checkpoint_to_resume_from(tiny,
     assert_same_run(tmp_path, undisturbed)
 
 
+def test_a_kill_while_a_checkpoint_takes_the_place_of_another_leaves_one_of_them(tiny, tmp_path):
+    """A run that is started afresh over an old one saves an iteration that the tracker already names."""
+    argv = arguments(tiny, tmp_path, 2)
+    trained(tiny, tmp_path, 2)
+    load = argv.index("--load")
+    with pytest.raises(AssertionError, match="died without an answer"):
+        run_ranks(1, _killed_in_save, argv[:load] + argv[load + 2 :], SAVE_MOMENTS[1])
+    assert "after iteration 2" in trained(tiny, tmp_path, 2)
+    assert sorted(p.name for p in (tmp_path / "save").iterdir()) == ["iter_0000002", TRACKER]
+
+
 def _signalled(rank, world_size, argv):
     """SIGTERM to one rank alone, in the rollout of its second step."""
     resolved = config(Path(), *argv)
