@@ -229,7 +229,7 @@ def load_output_shard(
 
 def stored_dtype(directory: str, *, flag: str) -> torch.dtype:
     """Of the weights of DIR's newest checkpoint; float32 where they are mixed. ValueError as load_weights."""
-    iteration, path = newest_checkpoint(directory, flag=flag)
+    _, path = newest_checkpoint(directory, flag=flag)
     try:
         metadata = FileSystemReader(str(path)).read_metadata().state_dict_metadata
     except (OSError, ValueError, CheckpointException) as error:
