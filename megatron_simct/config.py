@@ -474,12 +474,25 @@ class Config:
         for flag, (value, lowest) in at_least.items():
             if not value >= lowest:
                 raise ValueError(f"{flag} {value}: must be at least {lowest}")
+            if value == math.inf and flag not in ("--clip-grad", "--exit-duration-in-mins"):
+                raise ValueError(f"{flag} {value}: must be finite")
         if not 0 < rollout.rollout_top_p <= 1:
             raise ValueError(f"--rollout-top-p {rollout.rollout_top_p}: must be above 0 and at most 1")
         if rollout.rollout_top_k < 1 and rollout.rollout_top_k != -1:
             raise ValueError(f"--rollout-top-k {rollout.rollout_top_k}: must be at least 1, or -1 for all tokens")
-        if not 0 <= training.lr_warmup_fraction < 1:
-            raise ValueError(f"--lr-warmup-fraction {training.lr_warmup_fraction}: must be at least 0 and below 1")
+        if training.seed >= 2**63:
+            raise ValueError(f"--seed {training.seed}: must be below 2**63")
+        below_one = {
+            "--lr-warmup-fraction": training.lr_warmup_fraction,
+            "--adam-beta1": training.adam_beta1,
+            "--adam-beta2": training.adam_beta2,
+        }
+        for flag, value in below_one.items():
+            if not 0 <= value < 1:
+                raise ValueError(f"{flag} {value}: must be at least 0 and below 1")
+        accuracy = self.evaluation.exit_eval_accuracy
+        if accuracy is not None and not 0 <= accuracy <= 1:
+            raise ValueError(f"--exit-eval-accuracy {accuracy}: must be at least 0 and at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -286,10 +286,15 @@ def build_prompts(
             else ()
         ),
     )
+    report_skipped(config, groups, source, "prompts", of=len(rows))
+    return source
+
+
+def report_skipped(config: Config, groups: Groups, source: PromptSource, what: str, *, of: int) -> None:
+    """One log line where prompts of a file are too long."""
     if source.num_skipped and groups.is_first_rank:
         limit = f"--rollout-max-prompt-len {config.rollout.rollout_max_prompt_len}"
-        print(f" {source.num_skipped} of {len(rows)} prompts exceed {limit} and are left out", flush=True)
-    return source
+        print(f" {source.num_skipped} of {of} {what} exceed {limit} and are left out", flush=True)
 
 
 def build_evaluator(config: Config, groups: Groups, engine: RolloutEngine, student: Tokenizer) -> Evaluator | None:
@@ -311,6 +316,7 @@ def build_evaluator(config: Config, groups: Groups, engine: RolloutEngine, stude
         flag="--eval-prompt-data",
         student_chat=open_chat_template(config, config.model, student, prefix=""),
     )
+    report_skipped(config, groups, prompts, "held-out prompts", of=len(rows))
     return Evaluator(
         engine,
         prompts,

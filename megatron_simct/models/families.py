@@ -94,7 +94,7 @@ class Family:
     neutral: frozenset[str] = frozenset()
     """Fields that say nothing about the forward pass."""
     defaults: dict[str, Any] = field(default_factory=dict)
-    """Of fields that config.json may leave out."""
+    """Of fields that config.json may leave out: transformers' own."""
     ropes: tuple[str, ...] = ("default",)
     """Kinds of scaling that are implemented."""
     windows: Literal["none", "all", "upper", "pattern", "unturned"] = "none"
@@ -129,19 +129,22 @@ _GEMMA_DEFAULTS: dict[str, Any] = {
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
 }
+_QWEN_DEFAULTS: dict[str, Any] = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 
 FAMILIES = {
     "llama": Family(fixed={"attention_bias": (False,), "mlp_bias": (False,)}, ropes=("default", "linear", "llama3")),
-    "mistral": Family(fixed={}, read=frozenset({"sliding_window"}), windows="all"),
+    "mistral": Family(fixed={}, read=frozenset({"sliding_window"}), defaults={"sliding_window": 4096}, windows="all"),
     "qwen2": Family(
         fixed={},
         read=frozenset({"use_sliding_window", "sliding_window", "max_window_layers"}),
+        defaults=_QWEN_DEFAULTS,
         windows="upper",
         qkv_bias=True,
     ),
     "qwen3": Family(
         fixed={"attention_bias": (False,)},
         read=frozenset({"use_sliding_window", "sliding_window", "max_window_layers"}),
+        defaults=_QWEN_DEFAULTS | {"head_dim": 128},
         windows="upper",
         qk_norm=True,
     ),
@@ -157,7 +160,7 @@ FAMILIES = {
             moe_intermediate_size""".split()
         ),
         neutral=frozenset({"router_aux_loss_coef", "max_window_layers"}),
-        defaults={"use_sliding_window": False, "norm_topk_prob": False},
+        defaults={"use_sliding_window": False, "sliding_window": 4096, "norm_topk_prob": False},
         windows="all",
         qk_norm=True,
         experts=True,

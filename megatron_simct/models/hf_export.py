@@ -23,12 +23,12 @@ import torch.distributed as dist
 
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel
 from megatron_simct.models.families import Architecture
+from megatron_simct.models.hf_load import DTYPES, INDEX
 from megatron_simct.models.hf_mapping import Place, Rule, Vocabulary, Whole, parameters_of
 from megatron_simct.parallel.initialize import Groups
 from megatron_simct.update.checkpoint import on_first_rank
 
-INDEX = "model.safetensors.index.json"
-_TYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 

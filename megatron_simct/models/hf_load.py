@@ -19,8 +19,10 @@ from megatron_simct.models.build import HiddenStateModel, InterleavedModel
 from megatron_simct.models.families import Architecture
 from megatron_simct.models.hf_mapping import Piece, parameters_of, tensor_names
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Types that are read and written, by their names in a file."""
 
 
 def find_weights(folder: str, *, flag: str) -> Path | None:
@@ -28,13 +30,13 @@ def find_weights(folder: str, *, flag: str) -> Path | None:
 
     Raises ValueError where it has weights that cannot be read: another format, or shards without an index.
     """
-    for name in (_INDEX, _SINGLE):
+    for name in (INDEX, _SINGLE):
         if (Path(folder) / name).exists():
             return Path(folder) / name
     for pattern in ("*.safetensors", "pytorch_model*.bin"):
         for path in sorted(Path(folder).glob(pattern)):
             raise ValueError(
-                f"{flag} {folder}: has {path.name}, but neither {_INDEX} nor {_SINGLE}; weights are read from these"
+                f"{flag} {folder}: has {path.name}, but neither {INDEX} nor {_SINGLE}; weights are read from these"
             )
     return None
 
@@ -101,7 +103,6 @@ def load_hf_weights(
             progress(parameter.nbytes)
 
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _BLOCK = 4 << 20
 """Bytes that are read at a time."""
 
@@ -165,19 +166,19 @@ class _Folder:
                 f"{self._where}: cannot read tensor {name} of {file.path.name}, where {self._list.name} places it"
             )
         dtype, shape, begin, end = file.tensors[name]
-        if dtype not in _DTYPES:
+        if dtype not in DTYPES:
             raise ValueError(
                 f"{self._where}: tensor {name} of {file.path.name} has the type {dtype}; quantised weights are not "
-                f"read, only {', '.join(_DTYPES)}"
+                f"read, only {', '.join(DTYPES)}"
             )
         if end > file.size:
             raise ValueError(
                 f"{self._where}: {file.path.name} is damaged or unreadable (truncated: tensor {name} ends at byte "
                 f"{end}, the file at {file.size})"
             )
-        if end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
+        if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
             raise ValueError(f"{self._where}: {file.path.name} is damaged or unreadable (the length of {name})")
-        return file, (_DTYPES[dtype], shape, begin)
+        return file, (DTYPES[dtype], shape, begin)
 
     def _read_index(self, path: Path) -> dict[str, Path]:
         try:

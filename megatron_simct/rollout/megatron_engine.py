@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron_simct.losses.vocab_parallel import soft_cap
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, chunks_of, whole_sequences
 from megatron_simct.parallel.initialize import Groups
+from megatron_simct.parallel.packing import pad_right
 from megatron_simct.parallel.pipeline import tensor_from_last_stage, through_stage
 from megatron_simct.records import Prompt, Rollout
 from megatron_simct.rollout.decoder import Decoder
@@ -91,7 +92,8 @@ class MegatronEngine:
             if self._most(len(active)):
                 self._decode(stages, active, sampling)
                 _close_up(active, stages)
-            self._progress(len(sequences) - len(waiting) - len(active), len(sequences))
+            unfinished = sum(map(len, waiting)) + len(active)
+            self._progress(len(sequences) - unfinished, len(sequences))
 
     def _most(self, count: int) -> int:
         """The largest count of the ranks that share experts: all must pass through a layer together, and one that has
@@ -110,8 +112,9 @@ class MegatronEngine:
         Each element of the batch is the samples of one prompt.
         """
         device = self._groups.device
-        tokens, lengths = _pad_right([samples[0].prompt.student_ids for samples in batch] or [_NO_PROMPT])
-        tokens, lengths = tokens.to(device), lengths.to(device)
+        token_ids = [samples[0].prompt.student_ids for samples in batch] or [_NO_PROMPT]
+        tokens = pad_right(token_ids)[0].to(device)
+        lengths = torch.tensor([len(ids) for ids in token_ids], device=device)
         prompt_of_row = [i for i, samples in enumerate(batch) for _ in samples]
         rows = list(range(first_row, first_row + len(prompt_of_row)))
         places = torch.tensor([rows, prompt_of_row], dtype=torch.int64, device=device)
@@ -249,12 +252,3 @@ def _close_up(active: list[_Sequence], stages: Sequence[Decoder]) -> None:
                 active[row] = last
                 for stage in stages:
                     stage.move(len(active), row, last.length)
-
-
-def _pad_right(prompts: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens int64 [B, S] and lengths int64 [B]."""
-    lengths = [len(prompt) for prompt in prompts]
-    tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = torch.from_numpy(prompt.astype(np.int64))
-    return tokens, torch.tensor(lengths)

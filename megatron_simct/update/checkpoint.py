@@ -14,6 +14,7 @@ sampling need nothing: they are arithmetic on the iteration (`data.prompts`, `ro
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -228,7 +229,7 @@ def load_output_shard(
 
 def stored_dtype(directory: str, *, flag: str) -> torch.dtype:
     """Of the weights of DIR's newest checkpoint; float32 where they are mixed. ValueError as load_weights."""
-    iteration, path = newest_checkpoint(directory, flag=flag)
+    _, path = newest_checkpoint(directory, flag=flag)
     try:
         metadata = FileSystemReader(str(path)).read_metadata().state_dict_metadata
     except (OSError, ValueError, CheckpointException) as error:
@@ -301,22 +302,33 @@ def _read(state: dict[str, Any], path: Path, *, flag: str) -> dict[str, Any]:
 
 
 def _prepare(directory: Path) -> None:
-    """The directory, writable and without the remains of a run that was killed."""
+    """The directory, writable and without the remains of a run that was killed.
+
+    Where it was killed while its checkpoint took the place of one that the tracker names, that one comes back.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     probe = directory / f".writable.{os.getpid()}"
     probe.touch()
     probe.unlink()
+    with contextlib.suppress(ValueError):  # there is none yet
+        _, newest = newest_checkpoint(str(directory), flag="--save")
+        if not newest.exists() and _aside(newest).exists():
+            os.rename(_aside(newest), newest)
     for remains in directory.glob("iter_*.tmp"):
         shutil.rmtree(remains, ignore_errors=True)
 
 
 def _set_aside(path: Path) -> Path:
     """Rename a checkpoint that is to go, if it exists: a kill halfway leaves no half of one under its name."""
-    aside = path.with_name(path.name + ".old.tmp")
+    aside = _aside(path)
     if path.exists():
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(path, aside)
     return aside
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(path.name + ".old.tmp")
 
 
 def _remove_older(directory: Path, iteration: int, retain: int) -> None:

@@ -197,12 +197,15 @@ def test_wrong_content_of_the_files_is_one_line_too(tiny, tmp_path):
 
 def test_prompts_that_are_left_out_are_counted(tiny, tmp_path):
     rows = [{"prompt": "Tom has 1 apples."}] * 7 + [{"prompt": "Tom has 1 apples. " * 20}]
+    held_out = [row | {"label": "Tom has 1 apples."} for row in rows[4:]]
     argv = command_line(
         tiny, "--prompt-data", write_rows(tmp_path / "train.jsonl", *rows), "--rollout-max-prompt-len", "64"
     )
+    argv += ["--eval-prompt-data", write_rows(tmp_path / "held_out.jsonl", *held_out)]
     results = run_ranks(2, _main, [*argv, "--train-iters", "1"])
     assert [code for code, _, _ in results] == [0, 0]
-    assert " 1 of 8 prompts exceed --rollout-max-prompt-len 64 and are left out\n" in results[0][1]
+    for left_out in ("1 of 8 prompts", "1 of 4 held-out prompts"):
+        assert f" {left_out} exceed --rollout-max-prompt-len 64 and are left out\n" in results[0][1]
     assert results[1][1] == "", "only the first rank prints"
 
 

@@ -187,8 +187,9 @@ def test_a_response_of_one_token(generate, greedy):
 
 @in_job
 def _counted(model, groups, prompts, sampling, batch_size):
-    """Rollouts, and what each forward pass worked on: (prompts, rows to fill) or the sequences of a decoding step."""
-    passes = []
+    """Rollouts; what each forward pass worked on, (prompts, rows to fill) or the sequences of a decoding step; and how
+    many responses were said to be finished after each token."""
+    passes, told = [], []
     with pytest.MonkeyPatch.context() as patch:
         prefill, decode = Decoder.prefill, Decoder.decode
 
@@ -202,8 +203,15 @@ def _counted(model, groups, prompts, sampling, batch_size):
 
         patch.setattr(Decoder, "prefill", counted_prefill)
         patch.setattr(Decoder, "decode", counted_decode)
-        engine = MegatronEngine(model, groups, vocab_size=VOCAB, stop_ids=SOME, batch_size=batch_size)
-        return engine.generate(prompts, sampling), passes
+        engine = MegatronEngine(
+            model,
+            groups,
+            vocab_size=VOCAB,
+            stop_ids=SOME,
+            batch_size=batch_size,
+            progress=lambda finished, of: told.append(finished),
+        )
+        return engine.generate(prompts, sampling), passes, told
 
 
 def test_samples_of_a_prompt_share_its_forward_pass(tiny, weights, generate):
@@ -212,19 +220,21 @@ def test_samples_of_a_prompt_share_its_forward_pass(tiny, weights, generate):
     prompts = [replace(PROMPTS[p], sample_id=50 + i) for i, p in enumerate(of_prompt)]
     alone = generate(*(([prompt], SAMPLED, SOME, 1) for prompt in prompts))
     for batch_size, expected in ((100, [(3, 9)]), (5, [(1, 5), (1, 3), (1, 1)]), (2, [(1, 2)] * 3 + [(1, 1)] * 3)):
-        ((rollouts, passes),) = run_ranks(1, _counted, tiny, weights, 1, prompts, SAMPLED, batch_size)
+        ((rollouts, passes, told),) = run_ranks(1, _counted, tiny, weights, 1, prompts, SAMPLED, batch_size)
         assert_equal(rollouts, [rollout for (rollout,) in alone], atol=1e-4)
         prefills = [entry for entry in passes if isinstance(entry, tuple)]
         assert sum(count for count, _ in prefills) == sum(count for count, _ in expected)
         assert sum(rows for _, rows in prefills) == len(prompts)
         assert max(rows for _, rows in prefills) <= batch_size
+        assert told == sorted(told) and told[-1] == len(prompts)
+        assert told[0] <= batch_size, "a sample that waits with others of its prompt is not finished"
 
 
 def test_rows_of_finished_sequences_are_filled_or_closed_up(tiny, weights):
     """24 samples in 8 rows: no row decodes a finished sequence, and new ones start beside old ones."""
     prompts = [replace(prompt, sample_id=100 * i + j) for i, prompt in enumerate(PROMPTS) for j in range(4)]
     sampling = replace(SAMPLED, max_response_len=40)
-    ((rollouts, passes),) = run_ranks(1, _counted, tiny, weights, 1, prompts, sampling, 8)
+    ((rollouts, passes, _),) = run_ranks(1, _counted, tiny, weights, 1, prompts, sampling, 8)
     lengths = [len(rollout.student_ids) for rollout in rollouts]
     assert len(set(lengths)) > 5 and {r.finish for r in rollouts} == {"stop", "length"}
     decoded = [entry for entry in passes if not isinstance(entry, tuple)]

@@ -346,6 +346,20 @@ def test_weights_go_through_pipeline_stages_and_back(files, tmp_path, flags):
         assert torch.equal(found[name][real], weight[real]), name
 
 
+def _first_weights(rank, world_size, folder):
+    """Of the first layer of this stage, drawn at random."""
+    resolved = config(folder, *PP2)
+    with process_groups(resolved.parallel, seed=1) as groups:
+        student = load_tokenizer(resolved.model.tokenizer_model)
+        model = load_model(resolved, resolved.model, groups, student, prefix="")
+        return model.decoder.layers[0].self_attention.linear_qkv.weight.detach()
+
+
+def test_stages_draw_different_weights(tiny):
+    first, second = run_ranks(2, _first_weights, tiny)
+    assert first.std() > 0.1 and (first - second).std() > 0.1
+
+
 # What is refused
 
 

@@ -262,8 +262,10 @@ def test_only_the_newest_checkpoints_are_kept_and_remains_are_removed(tiny, tmp_
     remains = tmp_path / "save" / "iter_0000009.tmp"
     remains.mkdir(parents=True)
     (remains / "half").write_text("")
+    (tmp_path / "save" / "iter_0000007").mkdir()  # of an earlier run that went further: not one of the newest of this
     trained(tiny, tmp_path, 4, "--save-interval", "1", "--save-retain", "2")
-    assert sorted(p.name for p in (tmp_path / "save").iterdir()) == ["iter_0000003", "iter_0000004", TRACKER]
+    kept = ["iter_0000003", "iter_0000004", "iter_0000007", TRACKER]
+    assert sorted(p.name for p in (tmp_path / "save").iterdir()) == kept
 
 
 SAVE_MOMENTS = ("while shards are written", "before the name", "before the tracker", "before older ones go")
@@ -310,6 +312,17 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_checkpoint_to_resume_from(tiny,
     assert f"after iteration {2 if moment == SAVE_MOMENTS[3] else 1}" in text
     assert sorted(p.name for p in (tmp_path / "save").iterdir()) == ["iter_0000004", TRACKER]
     assert_same_run(tmp_path, undisturbed)
+
+
+def test_a_kill_while_a_checkpoint_takes_the_place_of_another_leaves_one_of_them(tiny, tmp_path):
+    """A run that is started afresh over an old one saves an iteration that the tracker already names."""
+    argv = arguments(tiny, tmp_path, 2)
+    trained(tiny, tmp_path, 2)
+    load = argv.index("--load")
+    with pytest.raises(AssertionError, match="died without an answer"):
+        run_ranks(1, _killed_in_save, argv[:load] + argv[load + 2 :], SAVE_MOMENTS[1])
+    assert "after iteration 2" in trained(tiny, tmp_path, 2)
+    assert sorted(p.name for p in (tmp_path / "save").iterdir()) == ["iter_0000002", TRACKER]
 
 
 def _signalled(rank, world_size, argv):

@@ -12,6 +12,7 @@ from megatron_simct.job import build_job
 from megatron_simct.loading import load_model
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.train import train
+from megatron_simct.update.optimizer import wrap_data_parallel
 from megatron_simct.update.step import NonFiniteError
 from tests.distributed import run_ranks
 from tests.tiny import config
@@ -102,6 +103,25 @@ def test_data_parallel_ranks_take_the_same_step(tiny, weights, by_hand, flags):
         assert report.grad_norm == pytest.approx(expected_report.grad_norm, rel=1e-5)
         for name, value in expected.items():
             torch.testing.assert_close(after[name], value, rtol=0, atol=2e-6)
+
+
+def _wrapped(rank, world_size, folder, weights):
+    """Weights of a rank on which they had come out otherwise."""
+    resolved = config(folder, *weights)
+    with process_groups(resolved.parallel, seed=1) as groups:
+        student = load_tokenizer(resolved.model.tokenizer_model)
+        model = load_model(resolved, resolved.model, groups, student, prefix="")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(rank)
+        (chunk,) = wrap_data_parallel(model, resolved.parallel)
+        return {name: parameter.detach() for name, parameter in chunk.named_parameters()}
+
+
+def test_data_parallel_ranks_start_from_the_weights_of_the_first(tiny, weights):
+    first, second = run_ranks(2, _wrapped, tiny, weights)
+    assert first.keys() == second.keys() and len(first) > 10
+    assert all(torch.equal(second[name], value) for name, value in first.items())
 
 
 def test_clipping_scales_the_step_to_its_norm(tiny, weights, by_hand):

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron_simct.config import ParallelConfig
 from megatron_simct.losses.vocab_parallel import soft_cap
 from megatron_simct.models.build import build_model, chunks_of
-from megatron_simct.models.families import read_architecture
+from megatron_simct.models.families import FAMILIES, read_architecture
 from megatron_simct.models.hf_export import save_hf_weights
 from megatron_simct.models.hf_load import load_hf_weights
 from megatron_simct.parallel.initialize import process_groups
@@ -306,6 +306,42 @@ def test_a_layout_computes_what_transformers_computes_and_gives_every_tensor_bac
         found = {name: t for path in (tmp_path / str(i)).glob("*.safetensors") for name, t in load_file(path).items()}
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"sliding_window": WINDOW}, {"use_sliding_window": True, "max_window_layers": 1}],
+    ids=["nothing", "window", "used"],
+)
+@pytest.mark.parametrize("family", MODELS)
+def test_what_config_json_leaves_out_is_read_as_transformers_reads_it(tmp_path, family, change):
+    """Files that were written by hand, or by another library, lack what transformers has a default for."""
+    from transformers import AutoConfig
+
+    known = FAMILIES[family].read | FAMILIES[family].neutral
+    fields = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 7,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCAB,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 512,
+        **(MOE if family == "qwen3_moe" else {}),
+        **{name: value for name, value in change.items() if name in known},
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family} | fields))
+    ours, theirs = read_architecture(str(tmp_path), flag=""), AutoConfig.for_model(family, **fields)
+    window = getattr(theirs, "sliding_window", None)
+    kinds = getattr(theirs, "layer_types", None) or ["sliding_attention"] * 7
+    assert ours.windows == tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 64 // 8)
+    assert ours.tied_embeddings == theirs.tie_word_embeddings
+    assert ours.init_std == theirs.initializer_range
+    ropes = theirs.rope_parameters
+    thetas = {ropes["rope_theta"]} if "rope_theta" in ropes else {kind["rope_theta"] for kind in ropes.values()}
+    assert {rope.theta for rope in ours.ropes} == thetas
 
 
 def respelled(folder: Path, copy: Path, change: dict[str, Any]) -> Path:

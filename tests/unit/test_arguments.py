@@ -309,7 +309,16 @@ def test_options_that_contradict_each_other():
         ("--eval-samples", "-1", "at least 0"),
         ("--lr", "-1.0", "at least 0"),
         ("--lr", "nan", "at least 0"),
+        ("--lr", "inf", "finite"),
+        ("--weight-decay", "inf", "finite"),
+        ("--rollout-temperature", "inf", "finite"),
+        ("--eval-temperature", "inf", "finite"),
         ("--seed", "-1", "at least 0"),
+        ("--seed", str(2**63), "below 2**63"),
+        ("--adam-beta1", "1", "at least 0 and below 1"),
+        ("--adam-beta2", "nan", "at least 0 and below 1"),
+        ("--exit-eval-accuracy", "60", "at least 0 and at most 1"),
+        ("--exit-eval-accuracy", "nan", "at least 0 and at most 1"),
         ("--rollout-top-p", "0", "above 0 and at most 1"),
         ("--rollout-top-p", "1.5", "above 0 and at most 1"),
         ("--rollout-top-k", "0", "at least 1, or -1 for all tokens"),
@@ -320,6 +329,11 @@ def test_options_that_contradict_each_other():
 def test_numbers_without_a_meaning(flag, value, bound):
     message = check(flag, value)
     assert message.startswith(f"{flag} ") and bound in message
+
+
+def test_no_limit_is_a_limit():
+    assert check("--clip-grad", "inf") == ""
+    assert check("--exit-duration-in-mins", "inf", "--save", "there") == ""
 
 
 # What may be imported

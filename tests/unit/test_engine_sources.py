@@ -133,6 +133,16 @@ def test_nothing_but_complete_files_is_left(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["rollout_0.2.json"]
 
 
+def test_the_calls_of_each_step_are_counted_from_its_first(tmp_path):
+    engine = writer(tmp_path)
+    for step in (4, 5):
+        engine.publish(step)
+        for i in range(2):
+            engine.generate([prompt(i)], sampling())
+    names = ["rollout_4.0.1.json", "rollout_4.0.json", "rollout_5.0.1.json", "rollout_5.0.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
 def test_a_missing_step_names_flag_and_file(tmp_path):
     writer(tmp_path).generate([prompt(0)], sampling())
     replay = reader(tmp_path)
