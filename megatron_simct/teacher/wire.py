@@ -131,13 +131,12 @@ def decode(parts: Sequence[bytes | memoryview]) -> Message:
         raise WireError(f"protocol version {values['version']}; this end speaks {VERSION}")
     if bytes(checksum) != _checksum(parts[:-1]):
         raise WireError("the checksum does not fit")
-    if values.keys() != {"version", "kind", "fields", "frames"} or values["kind"] not in _SCHEMAS:
+    kind = values.get("kind")
+    if values.keys() != {"version", "kind", "fields", "frames"} or not isinstance(kind, str) or kind not in _SCHEMAS:
         raise WireError("the header is of no known kind")
-    schema = _SCHEMAS[values["kind"]]
-    _check_fields(values["kind"], values["fields"], schema)
-    return Message(
-        kind=values["kind"], fields=values["fields"], frames=_arrays(values["kind"], values["frames"], frames, schema)
-    )
+    schema = _SCHEMAS[kind]
+    _check_fields(kind, values["fields"], schema)
+    return Message(kind=kind, fields=values["fields"], frames=_arrays(kind, values["frames"], frames, schema))
 
 
 def num_bytes(parts: Sequence[bytes | memoryview]) -> int:

@@ -145,6 +145,7 @@ def _header(parts, **changes):
         (lambda p: [p[0], b"", *p[2:]], "checksum"),
         (lambda p: p[:-2] + p[-1:], "checksum"),
         (lambda p: _header(p, kind="other"), "no known kind"),
+        (lambda p: _header(p, kind=[]), "no known kind"),
         (lambda p: _header(p, more=1), "no known kind"),
         (lambda p: _header(p, fields={}), "has not the fields"),
         (lambda p: _header(p, fields=SCORE_FIELDS | {"request": "a"}), "request is no int"),
