@@ -192,7 +192,7 @@ def bind(context: zmq.Context, wanted: str, keys: Keys | None, *, number: int) -
 
 
 def connect(context: zmq.Context, address: str, keys: Keys | None, identity: bytes) -> zmq.Socket:
-    """A DEALER socket. It connects in the background, again and again."""
+    """A DEALER socket. It connects in the background, again and again. ValueError for what is no address."""
     dealer = context.socket(zmq.DEALER)
     _harden(dealer)
     dealer.setsockopt(zmq.IDENTITY, identity)
@@ -203,7 +203,11 @@ def connect(context: zmq.Context, address: str, keys: Keys | None, identity: byt
         dealer.curve_serverkey = keys.server_public.encode()
         dealer.curve_publickey = keys.client_public.encode()
         dealer.curve_secretkey = keys.client_secret.encode()
-    dealer.connect(address)
+    try:
+        dealer.connect(address)
+    except zmq.ZMQError as error:
+        dealer.close(0)
+        raise ValueError(f"{address}: {error.strerror}; write tcp://HOST:PORT") from None
     return dealer
 
 

@@ -250,6 +250,15 @@ def test_addresses_may_be_given_by_hand(tmp_path):
         client.close()
 
 
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1", "http://127.0.0.1:1", "nowhere://"])
+def test_an_address_that_is_none_is_one_error_and_the_thread_ends(address):
+    client = open_client(None, addresses=[address])
+    with pytest.raises(TeacherError, match=f"--teacher-endpoint here: {address}: .*; write tcp://HOST:PORT"):
+        client.meet()
+    client.close()
+    assert not client.is_alive()
+
+
 def socket_folder(teacher: ModelFreeTeacher) -> Path:
     folder = Path(teacher.door.endpoint.address.removeprefix("ipc://")).parent
     assert folder.name.startswith("megatron_simct.")
