@@ -252,8 +252,8 @@ class Waker:
         self._sender.connect(address)
 
     def wake(self) -> None:
-        """From one other thread only."""
-        with contextlib.suppress(zmq.Again):
+        """From one other thread only. Nothing where that thread is awake already, or has ended."""
+        with contextlib.suppress(zmq.ZMQError):
             self._sender.send(b"", zmq.NOBLOCK)
 
     def clear(self) -> None:
