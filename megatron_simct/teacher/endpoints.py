@@ -168,9 +168,7 @@ def bind(context: zmq.Context, wanted: str, keys: Keys | None, *, number: int) -
     router.setsockopt(zmq.ROUTER_HANDOVER, 1)
     try:
         if wanted == "ipc":
-            address = f"ipc://{tempfile.mkdtemp(prefix=SOCKET_FOLDER)}/teacher"  # mkdtemp: mode 0700
-            router.bind(address)
-            return router, address
+            return router, _bind_in_new_folder(router)
         host, _, port = wanted.removeprefix("tcp://").partition(":")
         if not wanted.startswith("tcp://") or host in ("", "*", "0.0.0.0") or (port and not port.isdigit()):
             raise ValueError(f"--bind {wanted}: write ipc, or tcp://HOST or tcp://HOST:PORT as students reach it")
@@ -189,6 +187,18 @@ def bind(context: zmq.Context, wanted: str, keys: Keys | None, *, number: int) -
     except ValueError:
         router.close(0)
         raise
+
+
+def _bind_in_new_folder(router: zmq.Socket) -> str:
+    """The ipc:// address, in a folder that only its owner can enter. ValueError where its name is too long."""
+    folder = tempfile.mkdtemp(prefix=SOCKET_FOLDER)  # mode 0700
+    address = f"ipc://{folder}/teacher"
+    try:
+        router.bind(address)
+    except zmq.ZMQError as error:
+        os.rmdir(folder)
+        raise ValueError(f"--bind ipc: {address}: {error.strerror}; let TMPDIR name a shorter folder") from None
+    return address
 
 
 def connect(context: zmq.Context, address: str, keys: Keys | None, identity: bytes) -> zmq.Socket:

@@ -295,6 +295,17 @@ def test_a_replica_that_cannot_make_itself_known_says_so_and_leaves_nothing(tmp_
     assert not list((tmp_path / "tmp").iterdir())
 
 
+def test_a_socket_whose_name_is_too_long_leaves_no_folder(tmp_path, monkeypatch):
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    context = zmq.Context()
+    with pytest.raises(ValueError, match="--bind ipc: ipc://.*; let TMPDIR name a shorter folder"):
+        bind(context, "ipc", None, number=0)
+    context.term()
+    assert not list(long.iterdir())
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_replica_does_not_outlive_its_door(tmp_path, monkeypatch):
     """Its model would wait for ever for requests that nobody can bring."""
