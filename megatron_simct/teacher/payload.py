@@ -62,6 +62,8 @@ def check_request(request: TeacherRequest, *, vocab_size: int, max_tokens: int) 
         )
     _check_range("token ids", np.concatenate([request.prompt_ids, request.label_ids]), 0, vocab_size)
     _check_range("rows", request.rows, 0, num_labels)
+    if (np.diff(request.rows) <= 0).any():
+        raise ValueError("rows must ascend, each once")
     if request.topk < 0:
         raise ValueError(f"topk {request.topk}; it must not be negative")
     side = request.byte_side

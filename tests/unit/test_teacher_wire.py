@@ -297,6 +297,7 @@ def test_requests_that_would_fault_are_refused_with_a_reason(tmp_path):
         "token ids from .* must lie in .0, 300": replace(good, label_ids=np.full_like(good.label_ids, 300)),
         "token ids from -1": replace(good, prompt_ids=np.array([-1], np.int32)),
         "rows from": replace(good, rows=np.array([len(good.label_ids)], np.int32)),
+        "rows must ascend": replace(good, rows=np.array([1, 1], np.int32)),
         "no token of prompt": replace(good, prompt_ids=np.zeros(0, np.int32)),
         "--max-tokens-per-batch 1000": replace(good, prompt_ids=np.zeros(1001, np.int32)),
         "segment_row from": replace(good, byte_side=replace(side, segment_row=side.segment_row + 100)),
