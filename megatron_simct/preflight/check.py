@@ -94,7 +94,7 @@ class _Check:
         self._config = dataclasses.replace(config, training=training)
         self._bf16 = config.training.bf16
         self._teacher_job = run.teacher_config
-        self._colocated = not config.teacher_job.endpoint
+        self._colocated = not config.teacher_job.endpoint and config.rollout.load_debug_scored_data is None
         self._needs_teacher = config.interface.interface != "sft"
 
     def _try(
@@ -332,7 +332,7 @@ class _Check:
         share = -(-config.global_batch_size // data_parallel_size)
         needs = teacher_needs(config.interface)
         rows = 0
-        if alignment_map is not None and needs.hidden_rows != "none":
+        if alignment_map is not None and needs.hidden_rows != "none" and not needs.topk:
             tp = parallel.tensor_model_parallel_size
             rows = round(placement_balance(alignment_map, (tp,))[tp] * alignment_map.teacher_vocab_size / tp)
         plans = {
@@ -420,7 +420,8 @@ class _Check:
             prompt_len=config.rollout.rollout_max_prompt_len,
             teacher_labels=labels,
             rows=rows,
-            hidden_row_bytes=teacher.architecture.hidden_size * _VALUE_BYTES[hidden_dtype],
+            hidden_size=teacher.architecture.hidden_size,
+            value_bytes=_VALUE_BYTES[hidden_dtype],
             vocab_size=teacher.tokenizer.table.num_ids,
         )
         said = (
@@ -446,15 +447,13 @@ def _check_shards(index: Path, *, flag: str) -> None:
 
 
 def _remedy(job: str, plan: MemoryPlan, largest: str) -> tuple[str, str]:
-    """The flag that lowers the largest part, and what to do with it."""
+    """The flag of the job that lowers the largest part, and what to do with it."""
     if largest == "KV cache" or plan.peak_phase == "rollout" and largest == "forward pass":
         return "--rollout-engine-batch-size", "lower it, so that fewer sequences are decoded together"
-    if largest in ("activations", "loss", "forward pass", "hidden states") and job == "student":
-        return "--micro-batch-size", "lower it"
+    if largest in ("activations", "loss", "forward pass", "hidden states", "logits"):
+        return "--micro-batch-size" if job == "student" else "--max-tokens-per-batch", "lower it"
     if largest == "teacher weights":
         return "--tensor-model-parallel-size", "raise it, or give the teacher a job of its own (section teacher)"
-    if largest in ("forward pass", "hidden states", "logits"):
-        return "--micro-batch-size", "lower it"
     return "--tensor-model-parallel-size", "raise it or --pipeline-model-parallel-size"
 
 

@@ -336,6 +336,16 @@ WRONG: dict[str, tuple[Change, str, str, tuple[str, ...]]] = {
         "--rollout-engine-batch-size",
         ("KV cache", "lower it"),
     ),
+    "teacher's batches in memory": (
+        both(
+            config("student", max_position_embeddings=400000),
+            config("teacher", max_position_embeddings=400000, intermediate_size=65536),
+            teacher(max_tokens_per_batch=300000),
+        ),
+        "teacher",
+        "--max-tokens-per-batch",
+        ("forward pass", "80 GiB", "lower it"),
+    ),
     "teacher's memory": (
         both(config("teacher", num_hidden_layers=40, hidden_size=32768, intermediate_size=131072)),
         "teacher",
@@ -571,6 +581,26 @@ def test_a_teacher_that_runs_elsewhere_takes_none_of_the_students_memory(folder)
     assert all(plan.keys() == {"student"} for plan in plans.values())
     assert "teacher weights" in plans["colocated"]["student"].held
     assert "teacher weights" not in plans["elsewhere"]["student"].held
+
+
+def test_answers_from_disk_need_no_teacher_in_memory(folder):
+    def from_disk(run: dict[str, Any], folder: Path) -> None:
+        colocated(run, folder)
+        run["student"]["load_debug_scored_data"] = str(folder / "answers")
+
+    plan = check_run(read_run_file(str(write_run(folder, from_disk)))).plans["student"]
+    assert "teacher weights" not in plan.held and "teacher" not in plan.phases
+
+
+def test_likeliest_tokens_come_in_place_of_hidden_states(folder):
+    """uld: no head of the teacher on the student's ranks, and --simct-uld-topk numbers a row over the wire."""
+    reports = {
+        topk: check_run(read_run_file(str(write_run(folder, student(simct_interface="uld", simct_uld_topk=topk)))))
+        for topk in (1, 9, 0)
+    }
+    assert all("teacher head" not in report.plans["student"].held for report in reports.values())
+    few, more, all_tokens = (report.traffic.answers for report in reports.values())
+    assert (all_tokens - few) / (more - few) == (340 - 1) / (9 - 1), "the teacher has 340 tokens"
 
 
 def test_values_of_the_pair_are_read(folder):
