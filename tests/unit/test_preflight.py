@@ -178,6 +178,20 @@ WRONG: dict[str, tuple[Change, str, str, tuple[str, ...]]] = {
     ),
     "batch": (student(rollout_batch_size=18), "student", "--micro-batch-size", ("18", "use a --rollout-batch-size")),
     "global batch": (student(global_batch_size=8), "student", "--global-batch-size", ("must equal",)),
+    "micro-batches of nothing": (student(micro_batch_size=0), "student", "--micro-batch-size", ("at least 1",)),
+    "ranks of nothing": (
+        student(tensor_model_parallel_size=0),
+        "student",
+        "--tensor-model-parallel-size",
+        ("at least 1",),
+    ),
+    "padding to nothing": (
+        student(make_vocab_size_divisible_by=0),
+        "student",
+        "--make-vocab-size-divisible-by",
+        ("at least 1",),
+    ),
+    "batches of nothing": (teacher(max_tokens_per_batch=0), "teacher", "--max-tokens-per-batch", ("at least 1",)),
     "teacher world": (
         teacher(tensor_model_parallel_size=3),
         "teacher",
