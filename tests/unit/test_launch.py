@@ -342,7 +342,12 @@ def test_each_local_job_has_gpus_of_its_own(tmp_path, monkeypatch):
     assert given == {"student": "0,1", "teacher": "2,3,4"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,3,1,0")
     assert local.devices(run)["teacher"] == {"CUDA_VISIBLE_DEVICES": "3,1,0"}
-    assert local.devices(run_of(tmp_path, cluster={"kind": "local"})) == {"student": {}, "teacher": {}}
+    on_cpus = local.devices(run_of(tmp_path, cluster={"kind": "local"}))
+    assert on_cpus == dict.fromkeys(("student", "teacher"), {"CUDA_VISIBLE_DEVICES": ""})
+    for visible, count in (("7,5,3", 3), ("", 0)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        with pytest.raises(ValueError, match=f"={visible} has {count} of 5 GPUs .*cluster.teacher.gpus_per_node 3"):
+            local.devices(run)
 
 
 # Both jobs on this machine: torchrun in the shape of a process that starts a worker and waits for it.
@@ -366,7 +371,13 @@ sys.exit({code})
 """
 
 
-def start_local(tmp_path, monkeypatch, *, student: str, teacher: str = TEACHER, interrupt: int = 0) -> int:
+DEAF = "import time\ndef wait():\n    end = time.monotonic() + 60\n    while time.monotonic() < end: time.sleep(1)\n"
+"""What a signal does not wake."""
+
+
+def start_local(
+    tmp_path, monkeypatch, *, student: str, teacher: str = TEACHER, interrupt: int = 0, after_s: float = 1.5
+) -> int:
     run = run_of(
         tmp_path,
         run_dir=str(tmp_path / "run"),
@@ -379,7 +390,7 @@ def start_local(tmp_path, monkeypatch, *, student: str, teacher: str = TEACHER, 
 
     def send() -> None:
         for _ in range(interrupt):
-            time.sleep(1.5)
+            time.sleep(after_s)
             os.kill(os.getpid(), signal.SIGINT)
 
     sender = threading.Thread(target=send)
@@ -407,13 +418,20 @@ def test_one_interrupt_lets_the_student_save(tmp_path, monkeypatch, capsys):
 
 def test_a_second_interrupt_ends_both(tmp_path, monkeypatch):
     deaf = STUDENT.format(seconds=60, code=1).replace("sys.exit(0)", "None").replace("time.sleep(60)", "wait()")
-    deaf = (
-        "import time\ndef wait():\n    end = time.monotonic() + 60\n    while time.monotonic() < end: time.sleep(1)\n"
-        + deaf
-    )
     begin = time.monotonic()
-    assert start_local(tmp_path, monkeypatch, student=deaf, interrupt=2) == 128 + signal.SIGKILL
+    assert start_local(tmp_path, monkeypatch, student=DEAF + deaf, interrupt=2) == 128 + signal.SIGKILL
     assert time.monotonic() - begin < 55
+
+
+@pytest.mark.parametrize("dies", ["teacher", "student"])
+def test_an_interrupt_ends_the_wait_for_the_other_job(tmp_path, monkeypatch, dies):
+    """One job has ended by itself, and the other does not heed that it was asked to stop."""
+    deaf = DEAF + "import signal\nsignal.signal(signal.SIGTERM, lambda *_: None)\nwait()"
+    short = "exit(3)"
+    codes = {"teacher": deaf, "student": deaf} | {dies: short}
+    begin = time.monotonic()
+    assert start_local(tmp_path, monkeypatch, **codes, interrupt=1, after_s=4) == (1 if dies == "teacher" else 3)
+    assert time.monotonic() - begin < 19, "that is below both of the waits"
 
 
 def test_a_teacher_that_dies_ends_the_run(tmp_path, monkeypatch, capsys):
