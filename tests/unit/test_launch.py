@@ -207,6 +207,8 @@ def test_no_value_of_a_local_run_reaches_a_shell(tmp_path):
         ({"cluster": {"time": "4 hours"}}, ["cluster.time", "HH:MM:SS"]),
         ({"cluster": {"time": "10", "kind": "slurm"}}, ["cluster.time", "grace_s"]),
         ({"cluster": {"grace_s": 0}}, ["cluster.grace_s 0"]),
+        ({"cluster": {"device_memory_gib": 0}}, ["cluster.device_memory_gib 0"]),
+        ({"cluster": {"device_memory_gib": float("nan")}}, ["cluster.device_memory_gib nan"]),
         ({"cluster": {"partition": "a\n#SBATCH --wrap=x"}}, ["cluster.partition"]),
         ({"cluster": {"job_name": "x; id"}}, ["cluster.job_name"]),
         ({"cluster": {"sbatch": ["--comment=$(id)"]}}, ["cluster.sbatch[0]"]),
@@ -238,7 +240,12 @@ def test_a_wrong_run_file_is_one_line(change, words, tmp_path, capsys):
 
 
 def test_files_that_are_none_and_overrides(tmp_path):
-    for text, words in (("a: [", "line 1"), ("- a", "expected the sections"), ("\xff", "not YAML")):
+    for text, words in (
+        ("a: [", "line 1"),
+        ("- a", "expected the sections"),
+        ("\xff", "not YAML"),
+        ("a: 2026-13-45", "bad.yaml: not YAML: month"),
+    ):
         (tmp_path / "bad.yaml").write_bytes(text.encode("latin-1"))
         with pytest.raises(ValueError, match=words):
             read_run_file(str(tmp_path / "bad.yaml"))
@@ -249,7 +256,12 @@ def test_files_that_are_none_and_overrides(tmp_path):
     run = read_run_file(path, ["student.lr=2e-5", "cluster.teacher.nodes=4", "env.A=b c", "teacher.run_dir=/x"])
     assert run.config.training.lr == 2e-5 and run.cluster.teacher.nodes == 4 and run.env["A"] == "b c"
     assert run.config.teacher_job.endpoint == ("/x",)
-    for override, words in (("lr", "section.key=value"), ("run_dir.x=1", "no section"), ("student.lr=[", "YAML")):
+    for override, words in (
+        ("lr", "section.key=value"),
+        ("run_dir.x=1", "no section"),
+        ("student.lr=[", "YAML"),
+        ("env.A=2026-13-45", "quote it"),
+    ):
         with pytest.raises(ValueError, match=words):
             read_run_file(path, [override])
 
@@ -308,7 +320,9 @@ def test_submit_status_logs_cancel(tmp_path, capsys, monkeypatch):
     assert "still RUNNING" in capsys.readouterr().err
     (run / "student").mkdir()
     rows = [{"kind": "step", "iteration": 3, "loss": 0.5}, {"kind": "evaluation", "iteration": 3}]
-    (run / "student" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "student" / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "step", "iter'
+    )
     assert command.main(["status", path]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "job 41+0: RUNNING for 0:10, node1",
