@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="check_pair", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_file", metavar="RUN.yaml", help="the run, as for megatron_simct.launch")
-    parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="go before what the file says")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help="go before what the file says"
+    )
     parser.add_argument(
         "--device-memory",
         type=_gib,

@@ -266,6 +266,19 @@ def test_files_that_are_none_and_overrides(tmp_path):
             read_run_file(path, [override])
 
 
+def test_the_smallest_file_of_the_help_is_one(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        command.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    begin = lines.index("    run_dir: runs/first")
+    (tmp_path / "run.yaml").write_text("\n".join(line.strip() for line in lines[begin : begin + 3]))
+    run = read_run_file(str(tmp_path / "run.yaml"))
+    assert end.value.code == 0 and run.teacher_config.teacher.hf_checkpoint == "TEACHER_DIR"
+    with pytest.raises(SystemExit):
+        command.main([])
+    assert capsys.readouterr().err.endswith(": error: the following arguments are required: RUN.yaml\n")
+
+
 def test_times_are_those_of_slurm():
     for text, value in (("90", 5400), ("1:30", 90), ("01:02:03", 3723), ("2-12", 216000), ("1-00:30", 88200)):
         assert seconds(text) == value
