@@ -67,7 +67,8 @@ class _Schema:
     """Frames that may be left out, but only all of a group."""
 
 
-_BYTE_SIDE = ("segment_row", "segment_start", "entry_slot", "entry_segment", "last_row")
+BYTE_SIDE = ("segment_row", "segment_start", "entry_slot", "entry_segment", "last_row")
+"""The arrays of a ByteSide: all of them, or none."""
 _SCHEMAS = {
     "hello": _Schema(fields={"fingerprints": dict}),
     "welcome": _Schema(fields={"fingerprints": dict, "life": str, "status": dict}),
@@ -77,9 +78,9 @@ _SCHEMAS = {
             "prompt_ids": (("int32",), "p"),
             "label_ids": (("int32",), "m"),
             "rows": (("int32",), "r"),
-            **dict(zip(_BYTE_SIDE, [(("steps",), letter) for letter in "ggxxe"], strict=True)),
+            **dict(zip(BYTE_SIDE, [(("steps",), letter) for letter in "ggxxe"], strict=True)),
         },
-        together=(_BYTE_SIDE,),
+        together=(BYTE_SIDE,),
     ),
     "scored": _Schema(
         fields={"request": int, "sample_id": int},
