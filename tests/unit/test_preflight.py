@@ -500,8 +500,9 @@ def test_golden_plan_of_a_235b_teacher(tmp_path):
     layer = 4_718_592 + 4_194_304 + 256 + 301_989_888 + 524_288 + 8_192
     last = 47 * layer + 152064 // 8 * 4096 + 4096
     assert plan.held == {"weights": 2 * last, "GPU context": 2 * GIB}
-    # 2 sequences of 6,144 tokens: 12,288 rows. The last stage keeps their hidden states for the answers.
-    rows = 12288
+    # Whole micro-batches, which sequences of 6,144 tokens would not fill. The last stage keeps their hidden states for
+    # the answers.
+    rows = 16384
     assert plan.phases == {
         "scoring": {
             "forward pass": rows * 2 * (3 * 4096 + 4 * 8 * 1536 // 8 + 2 * 8 * 4096),
@@ -509,7 +510,7 @@ def test_golden_plan_of_a_235b_teacher(tmp_path):
             "logits": (2 + 8) * 4096 * 1024,
         }
     }
-    assert plan.peak / GIB == pytest.approx(34.18, abs=0.02)
+    assert plan.peak / GIB == pytest.approx(34.98, abs=0.02)
     # Experts over 8 data-parallel ranks too, on 128 GPUs.
     spread = ParallelConfig(tensor_model_parallel_size=8, pipeline_model_parallel_size=2, expert_model_parallel_size=8)
     sizes = Sizes(architecture=architecture, parallel=spread, vocab_size=152064, bf16=True)
