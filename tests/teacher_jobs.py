@@ -218,7 +218,8 @@ class ModelFreeTeacher:
     def stop(self) -> None:
         """As on SIGTERM."""
         self._stop.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
         self.door.drain()
         self.door.close()
 

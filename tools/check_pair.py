@@ -40,15 +40,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="check_pair", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_file", metavar="RUN.yaml", help="the run, as for megatron_simct.launch")
-    parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="go before what the file says")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help="go before what the file says"
+    )
     parser.add_argument(
         "--device-memory",
-        type=float,
+        type=_gib,
         metavar="GIB",
         help="memory of one GPU, against which the plan is held (cluster.device_memory_gib)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
     return parser
+
+
+def _gib(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+    return value
 
 
 if __name__ == "__main__":

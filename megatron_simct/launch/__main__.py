@@ -1,10 +1,19 @@
 """Starts a run on this machine, or queues it with Slurm.
 
-    python -m megatron_simct.launch run.yaml [--dry-run] [section.key=value ...]
-    python -m megatron_simct.launch status|logs|cancel run.yaml
+    python -m megatron_simct.launch run.yaml                            start it, or queue it
+    python -m megatron_simct.launch run.yaml --dry-run                  print exactly what would run
+    python -m megatron_simct.launch run.yaml student.lr=2e-6 cluster.teacher.nodes=2
+    python -m megatron_simct.launch status run.yaml                     of a Slurm job; or cancel
+    python -m megatron_simct.launch logs run.yaml --follow              what both jobs of a Slurm job write
 
-A run whose pre-flight fails is not started (tools/check_pair.py shows all of it). --dry-run prints exactly what would
-run. Secrets such as WANDB_API_KEY belong into the environment that launches, which both jobs inherit.
+The smallest run file; without `teacher` both models share the student's processes (student: teacher_hf_checkpoint):
+
+    run_dir: runs/first
+    student: {hf_checkpoint: STUDENT_DIR, prompt_data: prompts.jsonl}   # flags of megatron_simct.train
+    teacher: {teacher_hf_checkpoint: TEACHER_DIR}                       # flags of megatron_simct.serve_teacher
+
+A run whose pre-flight fails is not started (tools/check_pair.py shows all of it). Secrets such as WANDB_API_KEY belong
+into the environment that launches, which both jobs inherit.
 """
 
 from __future__ import annotations
@@ -44,7 +53,9 @@ def _parser(action: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run_file", metavar="RUN.yaml", help="both jobs; megatron_simct/launch/run_file.py explains it")
-    parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="go before what the file says")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help="go before what the file says"
+    )
     if action == "start":
         parser.add_argument("--dry-run", action="store_true", help="print what would run, and start nothing")
     if action == "logs":

@@ -39,15 +39,23 @@ def commands(run: RunFile) -> dict[str, list[str]]:
 
 
 def devices(run: RunFile) -> dict[str, dict[str, str]]:
-    """Job -> the variable that gives it GPUs of its own: the first ones are the student's, the next the teacher's."""
+    """Job -> the variable that gives it GPUs of its own: the first ones are the student's, the next the teacher's.
+
+    A job without GPUs sees none. ValueError where CUDA_VISIBLE_DEVICES has fewer than the jobs ask for: the last job
+    would run on CPUs, or on one GPU several times.
+    """
     visible = run.env.get("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES"))
     sizes = {"student": run.cluster.student.gpus_per_node}
     if run.teacher is not None:
         sizes["teacher"] = run.cluster.teacher.gpus_per_node
-    names = [str(i) for i in range(sum(sizes.values()))] if visible is None else visible.split(",")
+    wanted = sum(sizes.values())
+    names = [str(i) for i in range(wanted)] if visible is None else list(filter(None, visible.split(",")))
+    if len(names) < wanted:
+        asked = ", ".join(f"cluster.{job}.gpus_per_node {count}" for job, count in sizes.items())
+        raise ValueError(f"CUDA_VISIBLE_DEVICES={visible} has {len(names)} of {wanted} GPUs ({asked})")
     given: dict[str, dict[str, str]] = {}
     for job, count in sizes.items():
-        given[job] = {"CUDA_VISIBLE_DEVICES": ",".join(names[:count])} if count else {}
+        given[job] = {"CUDA_VISIBLE_DEVICES": ",".join(names[:count])}
         names = names[count:]
     return given
 
@@ -65,12 +73,12 @@ def dry_run(run: RunFile) -> str:
 
 def start(run: RunFile) -> int:
     """Run both jobs to their end; the student's exit code. Output goes to stdout, with the job's name before it."""
+    gpus = devices(run)
     os.umask(0o077)
     Path(run.run_dir).mkdir(parents=True, exist_ok=True)
     stop = _Stop()
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     jobs: dict[str, _Process] = {}
-    gpus = devices(run)
     try:
         for name, command in commands(run).items():
             jobs[name] = _Process(name, command, os.environ | run.env | gpus[name])
@@ -105,13 +113,13 @@ def _watch(jobs: Mapping[str, _Process], stop: _Stop, *, grace_s: float) -> int:
         if teacher is not None and not teacher.running and not stop.count:
             _say(f"the teacher ended with exit code {teacher.exit_code}, and the student needs it; its output is above")
             student.ask_to_stop()
-            student.wait(grace_s)
+            student.wait(grace_s, stop)
             student.kill()
             return 1
         time.sleep(_POLL_S)
     if teacher is not None and teacher.running:
         teacher.ask_to_stop()
-        teacher.wait(_TEACHER_STOP_S)
+        teacher.wait(_TEACHER_STOP_S, stop)
     return student.exit_code
 
 
@@ -156,10 +164,10 @@ class _Process:
         for pid in self._asked or {self._process.pid}:
             _signal(pid, signal.SIGTERM)
 
-    def wait(self, timeout_s: float) -> None:
-        """Until it ends, at most so long."""
-        deadline = time.monotonic() + timeout_s
-        while self.running and time.monotonic() < deadline:
+    def wait(self, timeout_s: float, stop: _Stop) -> None:
+        """Until it ends, at most so long, or until one more signal asks for an end."""
+        deadline, before = time.monotonic() + timeout_s, stop.count
+        while self.running and time.monotonic() < deadline and stop.count == before:
             time.sleep(_POLL_S)
 
     def kill(self) -> None:

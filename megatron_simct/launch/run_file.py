@@ -220,7 +220,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"{path}{line}: not YAML: {error.problem}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError, as is text that is not UTF-8
         raise ValueError(f"{path}: not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected the sections run_dir, student, teacher, cluster, env")
@@ -242,7 +242,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         values = inner
     try:
         values[key] = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise ValueError(f"override {override!r}: the value is not YAML; quote it") from None
 
 
@@ -326,6 +326,9 @@ def _check_cluster(cluster: Cluster, run_dir: str, *, where: str) -> None:
         for key in ("processes_per_node", "cpus_per_node"):
             if getattr(size, key) is not None and getattr(size, key) < 1:
                 raise ValueError(f"{where}: cluster.{name}.{key} {getattr(size, key)}: must be at least 1")
+    memory = cluster.device_memory_gib
+    if memory is not None and not memory > 0:
+        raise ValueError(f"{where}: cluster.device_memory_gib {memory}: must be above 0")
     if cluster.grace_s < 1:
         raise ValueError(f"{where}: cluster.grace_s {cluster.grace_s}: must be at least 1")
     if cluster.time is not None:

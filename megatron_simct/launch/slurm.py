@@ -7,6 +7,7 @@ line holds has been checked to need none.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import shutil
@@ -65,9 +66,10 @@ def submit(run: RunFile, *, directory: str) -> str:
     folder = Path(run.run_dir)
     for private in (folder, folder / "logs"):
         private.mkdir(parents=True, exist_ok=True, mode=0o700)
-    active = [] if job_id(run) is None else _squeue(str(job_id(run)))
+    earlier = job_id(run)
+    active = [] if earlier is None else _squeue(earlier)
     if active:
-        raise ValueError(f"job {job_id(run)} of {run.run_dir} is still {active[0]['state']}; cancel it first")
+        raise ValueError(f"job {earlier} of {run.run_dir} is still {active[0]['state']}; cancel it first")
     write_private(folder / "job.sh", job_script(run, directory=directory), mode=0o700)
     number = _call("sbatch", "--parsable", script_path(run)).strip().split(";")[0]
     write_private(folder / "job.json", json.dumps({"job_id": number}) + "\n")
@@ -91,8 +93,10 @@ def status(run: RunFile) -> dict[str, Any]:
     last = None
     if metrics.exists():
         lines = metrics.read_text().splitlines()
-        steps = [row for row in map(json.loads, lines[-20:]) if row["kind"] == "step"]
-        last = steps[-1] if steps else None
+        for line in lines[-20:]:
+            with contextlib.suppress(json.JSONDecodeError):  # of a line that is being written
+                row = json.loads(line)
+                last = row if row["kind"] == "step" else last
     return {"job_id": number, "components": _squeue(number), "step": last}
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from megatron_simct.alignment import AlignmentMap
 from megatron_simct.alignment.coverage import Coverage
 from megatron_simct.alignment.map_files import placement_balance
-from megatron_simct.config import ModelConfig, ParallelConfig
+from megatron_simct.config import ModelConfig, ParallelConfig, TeacherConfig
 from megatron_simct.data.prompts import PromptSource, Row, read_rows
 from megatron_simct.launch.run_file import JobSize, RunFile
 from megatron_simct.loading import open_alignment_map, open_chat_template, open_held_out, open_tokenizer
@@ -94,8 +94,10 @@ class _Check:
         self._config = dataclasses.replace(config, training=training)
         self._bf16 = config.training.bf16
         self._teacher_job = run.teacher_config
-        self._colocated = not config.teacher_job.endpoint
+        self._colocated = not config.teacher_job.endpoint and config.rollout.load_debug_scored_data is None
         self._needs_teacher = config.interface.interface != "sft"
+        self._sound: set[str] = set()
+        """Jobs whose options have a meaning: of the others there is neither layout nor plan."""
 
     def _try(
         self, side: str, check: str, function: Callable[[], T], said: Callable[[T], str] | None = None
@@ -161,6 +163,7 @@ class _Check:
 
         size = self._try("student", "options", check)
         if size is not None:
+            self._sound.add("student")
             batches = config.global_batch_size // (config.training.micro_batch_size * size)
             said = f"data-parallel size {size}, {config.global_batch_size} sequences a step in {batches} micro-batches"
             self._findings.append(passed("student", "options", said))
@@ -170,11 +173,16 @@ class _Check:
             self._findings.append(failed("student", "resuming", message))
         if self._teacher_job is not None:
             parallel, cluster = self._teacher_job.parallel, self._run.cluster.teacher
-            self._try("teacher", "options", lambda: check_layout(parallel, cluster.world_size))
-            job = dataclasses.replace(
-                self._teacher_job, serving=dataclasses.replace(self._teacher_job.serving, bf16=False)
-            )
-            self._try("teacher", "options", job.check)
+            serving = dataclasses.replace(self._teacher_job.serving, bf16=False)
+            job = dataclasses.replace(self._teacher_job, serving=serving)
+
+            def check_job() -> bool:
+                check_layout(parallel, cluster.world_size)
+                job.check()
+                return True
+
+            if self._try("teacher", "options", check_job):
+                self._sound.add("teacher")
 
     def _divides(self, name: str, architecture: Architecture, parallel: ParallelConfig, where: str, flag: str) -> None:
         """One layout of one model."""
@@ -218,13 +226,12 @@ class _Check:
         return side
 
     def _layouts(self, name: str) -> Iterator[tuple[ParallelConfig, str]]:
-        """Every layout that the model is built in."""
-        if name == "student":
-            yield self._config.parallel, ""
-        elif self._teacher_job is not None:
-            yield self._teacher_job.parallel, ""
-        elif self._colocated:
-            yield self._config.parallel, "on the student's ranks, "
+        """Every layout that the model is built in, where it is one."""
+        if name == "teacher" and self._teacher_job is not None:
+            if "teacher" in self._sound:
+                yield self._teacher_job.parallel, ""
+        elif "student" in self._sound and (name == "student" or self._colocated):
+            yield self._config.parallel, "" if name == "student" else "on the student's ranks, "
 
     def _weights(self, name: str, folder: str, model: ModelConfig, flag: str) -> None:
         if model.pretrained_checkpoint is not None:
@@ -324,6 +331,19 @@ class _Check:
         self, student: pair.Side, teacher: pair.Side | None, alignment_map: AlignmentMap | None
     ) -> dict[str, MemoryPlan]:
         """A plan for each job, and whether it fits."""
+        cluster = self._run.cluster
+        plans: dict[str, MemoryPlan] = {}
+        if "student" in self._sound:
+            plans["student"] = self._student_plan(student, teacher, alignment_map)
+            self._fits("student", plans["student"], cluster.student)
+        if teacher is not None and self._teacher_job is not None and "teacher" in self._sound:
+            plans["teacher"] = self._teacher_plan(teacher, self._teacher_job)
+            self._fits("teacher", plans["teacher"], cluster.teacher)
+        return plans
+
+    def _student_plan(
+        self, student: pair.Side, teacher: pair.Side | None, alignment_map: AlignmentMap | None
+    ) -> MemoryPlan:
         config, cluster = self._config, self._run.cluster
         parallel, rollout = config.parallel, config.rollout
         sizes = self._sizes(student, config.model, parallel, bf16=self._bf16)
@@ -332,42 +352,37 @@ class _Check:
         share = -(-config.global_batch_size // data_parallel_size)
         needs = teacher_needs(config.interface)
         rows = 0
-        if alignment_map is not None and needs.hidden_rows != "none":
+        if alignment_map is not None and needs.hidden_rows != "none" and not needs.topk:
             tp = parallel.tensor_model_parallel_size
             rows = round(placement_balance(alignment_map, (tp,))[tp] * alignment_map.teacher_vocab_size / tp)
-        plans = {
-            "student": student_plan(
-                sizes,
-                optimizer=config.training.optimizer,
-                micro_batch_size=config.training.micro_batch_size,
-                num_micro_batches=max(1, share // config.training.micro_batch_size),
-                engine_batch_size=min(rollout.rollout_engine_batch_size, share),
-                prompt_len=rollout.rollout_max_prompt_len,
-                response_len=rollout.rollout_max_response_len,
-                loss_memory=config.interface.loss_memory_mib << 20,
-                trains_on_given=not self._needs_teacher,
-                on_gpu=cluster.student.gpus_per_node > 0,
-                teacher=(
-                    self._sizes(teacher, config.teacher, parallel, bf16=self._bf16)
-                    if self._colocated and teacher is not None
-                    else None
-                ),
-                shared_rows=rows,
-                teacher_hidden_size=0 if teacher is None else teacher.architecture.hidden_size,
-            )
-        }
-        self._fits("student", plans["student"], cluster.student)
-        if teacher is not None and self._teacher_job is not None:
-            job = self._teacher_job
-            length = rollout.rollout_max_prompt_len + rollout.rollout_max_response_len
-            plans["teacher"] = teacher_plan(
-                self._sizes(teacher, job.teacher, job.parallel, bf16=job.serving.bf16),
-                tokens=job.serving.max_tokens_per_batch,
-                length=min(length, job.serving.max_tokens_per_batch),
-                on_gpu=cluster.teacher.gpus_per_node > 0,
-            )
-            self._fits("teacher", plans["teacher"], cluster.teacher)
-        return plans
+        return student_plan(
+            sizes,
+            optimizer=config.training.optimizer,
+            micro_batch_size=config.training.micro_batch_size,
+            num_micro_batches=max(1, share // config.training.micro_batch_size),
+            engine_batch_size=min(rollout.rollout_engine_batch_size, share),
+            prompt_len=rollout.rollout_max_prompt_len,
+            response_len=rollout.rollout_max_response_len,
+            loss_memory=config.interface.loss_memory_mib << 20,
+            trains_on_given=not self._needs_teacher,
+            on_gpu=cluster.student.gpus_per_node > 0,
+            teacher=(
+                self._sizes(teacher, config.teacher, parallel, bf16=self._bf16)
+                if self._colocated and teacher is not None
+                else None
+            ),
+            shared_rows=rows,
+            teacher_hidden_size=0 if teacher is None else teacher.architecture.hidden_size,
+        )
+
+    def _teacher_plan(self, teacher: pair.Side, job: TeacherConfig) -> MemoryPlan:
+        length = self._config.rollout.rollout_max_prompt_len + self._config.rollout.rollout_max_response_len
+        return teacher_plan(
+            self._sizes(teacher, job.teacher, job.parallel, bf16=job.serving.bf16),
+            tokens=job.serving.max_tokens_per_batch,
+            length=min(length, job.serving.max_tokens_per_batch),
+            on_gpu=self._run.cluster.teacher.gpus_per_node > 0,
+        )
 
     @staticmethod
     def _sizes(side: pair.Side, model: ModelConfig, parallel: ParallelConfig, *, bf16: bool) -> Sizes:
@@ -420,7 +435,8 @@ class _Check:
             prompt_len=config.rollout.rollout_max_prompt_len,
             teacher_labels=labels,
             rows=rows,
-            hidden_row_bytes=teacher.architecture.hidden_size * _VALUE_BYTES[hidden_dtype],
+            hidden_size=teacher.architecture.hidden_size,
+            value_bytes=_VALUE_BYTES[hidden_dtype],
             vocab_size=teacher.tokenizer.table.num_ids,
         )
         said = (
@@ -446,15 +462,13 @@ def _check_shards(index: Path, *, flag: str) -> None:
 
 
 def _remedy(job: str, plan: MemoryPlan, largest: str) -> tuple[str, str]:
-    """The flag that lowers the largest part, and what to do with it."""
+    """The flag of the job that lowers the largest part, and what to do with it."""
     if largest == "KV cache" or plan.peak_phase == "rollout" and largest == "forward pass":
         return "--rollout-engine-batch-size", "lower it, so that fewer sequences are decoded together"
-    if largest in ("activations", "loss", "forward pass", "hidden states") and job == "student":
-        return "--micro-batch-size", "lower it"
+    if largest in ("activations", "loss", "forward pass", "hidden states", "logits"):
+        return "--micro-batch-size" if job == "student" else "--max-tokens-per-batch", "lower it"
     if largest == "teacher weights":
         return "--tensor-model-parallel-size", "raise it, or give the teacher a job of its own (section teacher)"
-    if largest in ("forward pass", "hidden states", "logits"):
-        return "--micro-batch-size", "lower it"
     return "--tensor-model-parallel-size", "raise it or --pipeline-model-parallel-size"
 
 

@@ -151,7 +151,7 @@ def layer_activation_bytes(sizes: Sizes, *, batch: int, length: int) -> int:
     return math.ceil(kept)
 
 
-def forward_bytes(sizes: Sizes, *, batch: int, length: int) -> int:
+def forward_bytes(sizes: Sizes, *, batch: float, length: int) -> int:
     """The most that a forward pass without gradients holds at one time: two hidden states and one layer's MLP or
     attention."""
     architecture, t = sizes.architecture, sizes.tp
@@ -239,17 +239,19 @@ def student_plan(
 
 
 def teacher_plan(sizes: Sizes, *, tokens: int, length: int, on_gpu: bool) -> MemoryPlan:
-    """The rank of a teacher job that needs most: weights, and a forward pass of `tokens` in sequences of `length`."""
+    """The rank of a teacher job that needs most: weights, and the forward pass of `tokens` in all, `length` a sequence.
+
+    Shorter sequences fill a micro-batch to its last token where those of `length` leave some of it empty.
+    """
     plans = []
-    batch = max(1, tokens // length)
     for stage in _stages(sizes):
         held = {"weights": stage_parameters(sizes, stage=stage) * sizes.value_bytes}
-        parts = {"forward pass": forward_bytes(sizes, batch=batch, length=length)}
+        parts = {"forward pass": forward_bytes(sizes, batch=tokens / length, length=length)}
         if stage == sizes.pp - 1:
-            rows, columns = batch * length, math.ceil(sizes.vocab_size / sizes.tp)
-            parts["hidden states"] = rows * sizes.architecture.hidden_size * (sizes.value_bytes + 4)
+            columns = math.ceil(sizes.vocab_size / sizes.tp)
+            parts["hidden states"] = tokens * sizes.architecture.hidden_size * (sizes.value_bytes + 4)
             # losses.label_statistics: a tile in the type of the weights, in float32, and less the rows' maxima.
-            tile = min(LABEL_STATISTICS_ROWS, rows) * min(LABEL_STATISTICS_COLUMNS, columns)
+            tile = min(LABEL_STATISTICS_ROWS, tokens) * min(LABEL_STATISTICS_COLUMNS, columns)
             parts["logits"] = (sizes.value_bytes + 8) * tile
         held = held | ({"GPU context": GPU_CONTEXT} if on_gpu else {})
         total = total_parameters(sizes.architecture, vocab_size=sizes.vocab_size)

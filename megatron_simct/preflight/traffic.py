@@ -8,6 +8,8 @@ from megatron_simct.records import TeacherNeeds
 
 LABEL_BYTES = 8
 """Own logit and log-sum-exp of a label, float32."""
+LOGPROB_BYTES = 4
+"""One of a row's likeliest tokens, float32."""
 BYTE_EVENT_BYTES = 800
 """A response token of the interface bytes, in half precision; measured, it depends on the pair a little."""
 
@@ -31,15 +33,19 @@ def step_traffic(
     prompt_len: int,
     teacher_labels: int,
     rows: int,
-    hidden_row_bytes: int,
+    hidden_size: int,
+    value_bytes: int,
     vocab_size: int,
 ) -> Traffic:
-    """teacher_labels, rows: labels of a response in the teacher's tokens, and those whose hidden state is wanted."""
+    """teacher_labels, rows: labels of a response in the teacher's tokens, and those whose hidden state is wanted, or
+    their likeliest tokens. value_bytes: of an entry of a hidden state."""
     if not needs.teacher:
         return Traffic(requests=0, answers=0, logits=0)
     answer = LABEL_BYTES * teacher_labels
-    if needs.hidden_rows != "none":
-        answer += hidden_row_bytes * rows
+    if needs.topk:
+        answer += LOGPROB_BYTES * min(needs.topk, vocab_size) * rows
+    elif needs.hidden_rows != "none":
+        answer += value_bytes * hidden_size * rows
     if needs.byte_events:
         answer += BYTE_EVENT_BYTES * teacher_labels
     return Traffic(

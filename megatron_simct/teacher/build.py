@@ -38,10 +38,13 @@ def build_teacher(
         return NoTeacher(), None
     marks = teacher_fingerprints(config, config.teacher, student, tokenizer, alignment_map, prefix="teacher-")
     scorer, shared_head = _build_teacher(config, groups, tokenizer, placement, needs, marks)
-    keep = config.rollout.save_debug_scored_data or config.teacher_job.cache
-    if keep is not None:
-        flag = "--save-debug-scored-data" if config.rollout.save_debug_scored_data else "--teacher-cache"
-        scorer = SavingScorer(scorer, AnswerStore(keep, marks, flag=flag), writes=groups.meets_teacher)
+    kept = {
+        "--save-debug-scored-data": config.rollout.save_debug_scored_data,
+        "--teacher-cache": config.teacher_job.cache,
+    }
+    for flag, folder in kept.items():
+        if folder is not None:
+            scorer = SavingScorer(scorer, AnswerStore(folder, marks, flag=flag), writes=groups.meets_teacher)
     return scorer, shared_head
 
 
@@ -56,15 +59,16 @@ def _build_teacher(
     """See build_teacher: in another job, on disk, or here."""
     stored = config.rollout.load_debug_scored_data
     if config.teacher_job.endpoint or stored:
+        folder, flag = (stored, "--load-debug-scored-data") if stored else (config.teacher_job.cache, "--teacher-cache")
+        # On every rank, or the others would wait for the one that finds answers of another teacher.
+        store = None if folder is None else AnswerStore(folder, marks, flag=flag)
         teacher: TeacherClient | None = None
         client: TeacherClient | StoredClient | None = None
         if groups.meets_teacher:
             if config.teacher_job.endpoint:
                 client = teacher = build_client(config, config.teacher_job, marks, prefix="teacher-")
-            kept = stored or config.teacher_job.cache
-            if kept:
-                flag = "--load-debug-scored-data" if stored else "--teacher-cache"
-                client = StoredClient(AnswerStore(kept, marks, flag=flag), teacher)
+            if store is not None:
+                client = StoredClient(store, teacher)
         return RemoteScorer(client, groups), load_shared_head(config, groups, placement, needs)
     model = load_model(config, config.teacher, groups, tokenizer, prefix="teacher-")
     scorer = ColocatedScorer(

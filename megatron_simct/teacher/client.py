@@ -214,7 +214,11 @@ class TeacherClient(Thread):
                     except ValueError as error:
                         self._fail(f"--teacher-client-key {error}")
                         return
-                sock = connect(self._context, endpoint.address, keys, self._identity)
+                try:
+                    sock = connect(self._context, endpoint.address, keys, self._identity)
+                except ValueError as error:
+                    self._fail(f"{self._where}: {error}")
+                    return
                 poller.register(sock, zmq.POLLIN)
                 self._replicas[name] = _Replica(endpoint=endpoint, sock=sock)
 

@@ -168,9 +168,7 @@ def bind(context: zmq.Context, wanted: str, keys: Keys | None, *, number: int) -
     router.setsockopt(zmq.ROUTER_HANDOVER, 1)
     try:
         if wanted == "ipc":
-            address = f"ipc://{tempfile.mkdtemp(prefix=SOCKET_FOLDER)}/teacher"  # mkdtemp: mode 0700
-            router.bind(address)
-            return router, address
+            return router, _bind_in_new_folder(router)
         host, _, port = wanted.removeprefix("tcp://").partition(":")
         if not wanted.startswith("tcp://") or host in ("", "*", "0.0.0.0") or (port and not port.isdigit()):
             raise ValueError(f"--bind {wanted}: write ipc, or tcp://HOST or tcp://HOST:PORT as students reach it")
@@ -191,8 +189,20 @@ def bind(context: zmq.Context, wanted: str, keys: Keys | None, *, number: int) -
         raise
 
 
+def _bind_in_new_folder(router: zmq.Socket) -> str:
+    """The ipc:// address, in a folder that only its owner can enter. ValueError where its name is too long."""
+    folder = tempfile.mkdtemp(prefix=SOCKET_FOLDER)  # mode 0700
+    address = f"ipc://{folder}/teacher"
+    try:
+        router.bind(address)
+    except zmq.ZMQError as error:
+        os.rmdir(folder)
+        raise ValueError(f"--bind ipc: {address}: {error.strerror}; let TMPDIR name a shorter folder") from None
+    return address
+
+
 def connect(context: zmq.Context, address: str, keys: Keys | None, identity: bytes) -> zmq.Socket:
-    """A DEALER socket. It connects in the background, again and again."""
+    """A DEALER socket. It connects in the background, again and again. ValueError for what is no address."""
     dealer = context.socket(zmq.DEALER)
     _harden(dealer)
     dealer.setsockopt(zmq.IDENTITY, identity)
@@ -203,7 +213,11 @@ def connect(context: zmq.Context, address: str, keys: Keys | None, identity: byt
         dealer.curve_serverkey = keys.server_public.encode()
         dealer.curve_publickey = keys.client_public.encode()
         dealer.curve_secretkey = keys.client_secret.encode()
-    dealer.connect(address)
+    try:
+        dealer.connect(address)
+    except zmq.ZMQError as error:
+        dealer.close(0)
+        raise ValueError(f"{address}: {error.strerror}; write tcp://HOST:PORT") from None
     return dealer
 
 
@@ -248,8 +262,8 @@ class Waker:
         self._sender.connect(address)
 
     def wake(self) -> None:
-        """From one other thread only."""
-        with contextlib.suppress(zmq.Again):
+        """From one other thread only. Nothing where that thread is awake already, or has ended."""
+        with contextlib.suppress(zmq.ZMQError):
             self._sender.send(b"", zmq.NOBLOCK)
 
     def clear(self) -> None:

@@ -11,9 +11,7 @@ import torch
 
 from megatron_simct.records import ByteSide, ScoredPair
 from megatron_simct.teacher.forward import HiddenDtype, TeacherRequest, dequantized, quantized
-from megatron_simct.teacher.wire import Message
-
-_BYTE_SIDE = ("segment_row", "segment_start", "entry_slot", "entry_segment", "last_row")
+from megatron_simct.teacher.wire import BYTE_SIDE, Message
 
 
 def score_message(number: int, request: TeacherRequest) -> Message:
@@ -24,7 +22,7 @@ def score_message(number: int, request: TeacherRequest) -> Message:
         "rows": ("int32", request.rows),
     }
     if request.byte_side is not None:
-        frames |= {name: ("steps", getattr(request.byte_side, name)) for name in _BYTE_SIDE}
+        frames |= {name: ("steps", getattr(request.byte_side, name)) for name in BYTE_SIDE}
     return Message(
         kind="score",
         fields={
@@ -47,7 +45,7 @@ def read_score(message: Message) -> TeacherRequest:
         rows=arrays["rows"],
         hidden=message.fields["hidden"],
         topk=message.fields["topk"],
-        byte_side=ByteSide(**{name: arrays[name] for name in _BYTE_SIDE}) if "last_row" in arrays else None,
+        byte_side=ByteSide(**{name: arrays[name] for name in BYTE_SIDE}) if "last_row" in arrays else None,
     )
 
 
@@ -62,6 +60,8 @@ def check_request(request: TeacherRequest, *, vocab_size: int, max_tokens: int) 
         )
     _check_range("token ids", np.concatenate([request.prompt_ids, request.label_ids]), 0, vocab_size)
     _check_range("rows", request.rows, 0, num_labels)
+    if (np.diff(request.rows) <= 0).any():
+        raise ValueError("rows must ascend, each once")
     if request.topk < 0:
         raise ValueError(f"topk {request.topk}; it must not be negative")
     side = request.byte_side

@@ -8,6 +8,7 @@ and hands answers back.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections import OrderedDict, deque
@@ -114,20 +115,36 @@ class Door(Thread):
                 "malformed",
                 "refused",
                 "strangers",
+                "undeliverable",
             ),
             0,
         )
-        self._counts["undeliverable"] = 0
         self._begin = time.monotonic()
         self._rate = deque([(self._begin, 0)], maxlen=16)
 
     # What the model's thread calls
 
+    def start(self) -> None:
+        """Make the replica known, and open. OSError where the folder refuses; then nothing is left behind."""
+        try:
+            publish(self._folder, self.endpoint)
+        except OSError:
+            self._let_go()
+            with contextlib.suppress(OSError):
+                withdraw(self._folder, self.endpoint)
+            raise
+        super().start()
+
     def take(self, max_tokens: int, wait_s: float) -> list[Work]:
-        """The requests that came first, up to so many tokens but at least one; after wait_s seconds maybe none."""
+        """The requests that came first, up to so many tokens but at least one; after wait_s seconds maybe none.
+
+        RuntimeError where the thread has died: no request would ever come.
+        """
         with self._condition:
             if not self._queue:
                 self._condition.wait(wait_s)
+            if not self.is_alive():
+                raise RuntimeError(f"teacher replica {self.endpoint.replica}: its door has ended; the reason is above")
             taken: list[Work] = []
             tokens = 0
             while self._queue:
@@ -197,7 +214,13 @@ class Door(Thread):
     # The thread
 
     def run(self) -> None:
-        publish(self._folder, self.endpoint)
+        try:
+            self._attend()
+        finally:
+            self._let_go()
+
+    def _attend(self) -> None:
+        """Talk to students until `close`."""
         poller = zmq.Poller()
         for sock in (self._router, self._monitor, self._waker.receiver):
             poller.register(sock, zmq.POLLIN)
@@ -213,10 +236,12 @@ class Door(Thread):
                 self._receive()
             self._send()
             if closing:
-                break
+                return
             if time.monotonic() >= next_status:
                 next_status = time.monotonic() + 1.0
                 self._every_second()
+
+    def _let_go(self) -> None:
         self._router.disable_monitor()
         self._router.close(2_000)  # what was sent may still be on its way
         self._monitor.close(0)
@@ -234,10 +259,8 @@ class Door(Thread):
                 for key in [key for key in self._queue if key[0] == client]:
                     self._queued_bytes -= num_bytes(self._queue.pop(key).parts)
         text = json.dumps({"replica": self.endpoint.replica, "address": self.endpoint.address, **self.status()})
-        try:
+        with contextlib.suppress(OSError):  # a full disk is no reason to stop answering
             write_private(self._folder / f"{self.endpoint.replica}.status", text + "\n", mode=0o644)
-        except OSError:
-            pass  # a full disk is no reason to stop answering
 
     def _receive(self) -> None:
         for _ in range(256):  # and then look after the rest

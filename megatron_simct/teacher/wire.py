@@ -67,7 +67,8 @@ class _Schema:
     """Frames that may be left out, but only all of a group."""
 
 
-_BYTE_SIDE = ("segment_row", "segment_start", "entry_slot", "entry_segment", "last_row")
+BYTE_SIDE = ("segment_row", "segment_start", "entry_slot", "entry_segment", "last_row")
+"""The arrays of a ByteSide: all of them, or none."""
 _SCHEMAS = {
     "hello": _Schema(fields={"fingerprints": dict}),
     "welcome": _Schema(fields={"fingerprints": dict, "life": str, "status": dict}),
@@ -77,9 +78,9 @@ _SCHEMAS = {
             "prompt_ids": (("int32",), "p"),
             "label_ids": (("int32",), "m"),
             "rows": (("int32",), "r"),
-            **dict(zip(_BYTE_SIDE, [(("steps",), letter) for letter in "ggxxe"], strict=True)),
+            **dict(zip(BYTE_SIDE, [(("steps",), letter) for letter in "ggxxe"], strict=True)),
         },
-        together=(_BYTE_SIDE,),
+        together=(BYTE_SIDE,),
     ),
     "scored": _Schema(
         fields={"request": int, "sample_id": int},
@@ -131,13 +132,12 @@ def decode(parts: Sequence[bytes | memoryview]) -> Message:
         raise WireError(f"protocol version {values['version']}; this end speaks {VERSION}")
     if bytes(checksum) != _checksum(parts[:-1]):
         raise WireError("the checksum does not fit")
-    if values.keys() != {"version", "kind", "fields", "frames"} or values["kind"] not in _SCHEMAS:
+    kind = values.get("kind")
+    if values.keys() != {"version", "kind", "fields", "frames"} or not isinstance(kind, str) or kind not in _SCHEMAS:
         raise WireError("the header is of no known kind")
-    schema = _SCHEMAS[values["kind"]]
-    _check_fields(values["kind"], values["fields"], schema)
-    return Message(
-        kind=values["kind"], fields=values["fields"], frames=_arrays(values["kind"], values["frames"], frames, schema)
-    )
+    schema = _SCHEMAS[kind]
+    _check_fields(kind, values["fields"], schema)
+    return Message(kind=kind, fields=values["fields"], frames=_arrays(kind, values["frames"], frames, schema))
 
 
 def num_bytes(parts: Sequence[bytes | memoryview]) -> int:

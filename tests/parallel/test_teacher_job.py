@@ -54,7 +54,9 @@ def _run(rank, world_size, folder, *flags):
     with process_groups(resolved.parallel, seed=resolved.training.seed) as groups:
         job = build_job(resolved, groups)
         reports = train_and_record(job)
-        teacher = getattr(job.teacher, "_scorer", job.teacher)  # behind one that saves
+        teacher = job.teacher
+        while hasattr(teacher, "_scorer"):  # behind those that save
+            teacher = teacher._scorer
         counts = dict(teacher._client.counts) if getattr(teacher, "_client", None) else {}
     return [(r.sums, r.grad_norm) for r in reports], counts
 
@@ -193,13 +195,20 @@ def test_answers_on_disk_take_the_place_of_a_teacher(tiny, weights, colocated, s
     next(path for path in (tmp_path / "disk").rglob("*.bin")).unlink()
     with pytest.raises(AssertionError, match="TeacherError: --load-debug-scored-data .*: no answer for sample"):
         run_ranks(1, _run, tiny, *replay, "--load-debug-scored-data", disk)
+    copies = tmp_path / "copies"
     asked = []
     for _ in range(2):
-        remote = ("--teacher-endpoint", str(served), "--teacher-cache", disk)
+        remote = ("--teacher-endpoint", str(served), "--teacher-cache", disk, "--save-debug-scored-data", str(copies))
         ((steps, counts),) = run_ranks(1, _run, tiny, *replay, *remote)
         assert_same([(steps, counts)], expected[interface], tolerance=1e-5)
         asked.append(counts["answers"])
     assert asked == [1, 0]
+    assert len(list(copies.rglob("*.bin"))) == 16
+    about = tmp_path / "disk" / "teacher.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"teacher_weights": "others"}))
+    argv = [*command_line(tiny, *replay), *layout(2, 1), "--load-debug-scored-data", disk]
+    for code, _, err in run_ranks(2, run, argv):
+        assert code == 1 and "teacher weights: others at the teacher" in err and err.count("\n") == 1
 
 
 def test_one_step_off_trains_on_rollouts_that_are_one_step_old(tiny, weights, served, tmp_path):

@@ -207,6 +207,8 @@ def test_no_value_of_a_local_run_reaches_a_shell(tmp_path):
         ({"cluster": {"time": "4 hours"}}, ["cluster.time", "HH:MM:SS"]),
         ({"cluster": {"time": "10", "kind": "slurm"}}, ["cluster.time", "grace_s"]),
         ({"cluster": {"grace_s": 0}}, ["cluster.grace_s 0"]),
+        ({"cluster": {"device_memory_gib": 0}}, ["cluster.device_memory_gib 0"]),
+        ({"cluster": {"device_memory_gib": float("nan")}}, ["cluster.device_memory_gib nan"]),
         ({"cluster": {"partition": "a\n#SBATCH --wrap=x"}}, ["cluster.partition"]),
         ({"cluster": {"job_name": "x; id"}}, ["cluster.job_name"]),
         ({"cluster": {"sbatch": ["--comment=$(id)"]}}, ["cluster.sbatch[0]"]),
@@ -238,7 +240,12 @@ def test_a_wrong_run_file_is_one_line(change, words, tmp_path, capsys):
 
 
 def test_files_that_are_none_and_overrides(tmp_path):
-    for text, words in (("a: [", "line 1"), ("- a", "expected the sections"), ("\xff", "not YAML")):
+    for text, words in (
+        ("a: [", "line 1"),
+        ("- a", "expected the sections"),
+        ("\xff", "not YAML"),
+        ("a: 2026-13-45", "bad.yaml: not YAML: month"),
+    ):
         (tmp_path / "bad.yaml").write_bytes(text.encode("latin-1"))
         with pytest.raises(ValueError, match=words):
             read_run_file(str(tmp_path / "bad.yaml"))
@@ -249,9 +256,27 @@ def test_files_that_are_none_and_overrides(tmp_path):
     run = read_run_file(path, ["student.lr=2e-5", "cluster.teacher.nodes=4", "env.A=b c", "teacher.run_dir=/x"])
     assert run.config.training.lr == 2e-5 and run.cluster.teacher.nodes == 4 and run.env["A"] == "b c"
     assert run.config.teacher_job.endpoint == ("/x",)
-    for override, words in (("lr", "section.key=value"), ("run_dir.x=1", "no section"), ("student.lr=[", "YAML")):
+    for override, words in (
+        ("lr", "section.key=value"),
+        ("run_dir.x=1", "no section"),
+        ("student.lr=[", "YAML"),
+        ("env.A=2026-13-45", "quote it"),
+    ):
         with pytest.raises(ValueError, match=words):
             read_run_file(path, [override])
+
+
+def test_the_smallest_file_of_the_help_is_one(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        command.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    begin = lines.index("    run_dir: runs/first")
+    (tmp_path / "run.yaml").write_text("\n".join(line.strip() for line in lines[begin : begin + 3]))
+    run = read_run_file(str(tmp_path / "run.yaml"))
+    assert end.value.code == 0 and run.teacher_config.teacher.hf_checkpoint == "TEACHER_DIR"
+    with pytest.raises(SystemExit):
+        command.main([])
+    assert capsys.readouterr().err.endswith(": error: the following arguments are required: RUN.yaml\n")
 
 
 def test_times_are_those_of_slurm():
@@ -308,7 +333,9 @@ def test_submit_status_logs_cancel(tmp_path, capsys, monkeypatch):
     assert "still RUNNING" in capsys.readouterr().err
     (run / "student").mkdir()
     rows = [{"kind": "step", "iteration": 3, "loss": 0.5}, {"kind": "evaluation", "iteration": 3}]
-    (run / "student" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "student" / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "step", "iter'
+    )
     assert command.main(["status", path]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "job 41+0: RUNNING for 0:10, node1",
@@ -342,7 +369,12 @@ def test_each_local_job_has_gpus_of_its_own(tmp_path, monkeypatch):
     assert given == {"student": "0,1", "teacher": "2,3,4"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,3,1,0")
     assert local.devices(run)["teacher"] == {"CUDA_VISIBLE_DEVICES": "3,1,0"}
-    assert local.devices(run_of(tmp_path, cluster={"kind": "local"})) == {"student": {}, "teacher": {}}
+    on_cpus = local.devices(run_of(tmp_path, cluster={"kind": "local"}))
+    assert on_cpus == dict.fromkeys(("student", "teacher"), {"CUDA_VISIBLE_DEVICES": ""})
+    for visible, count in (("7,5,3", 3), ("", 0)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        with pytest.raises(ValueError, match=f"={visible} has {count} of 5 GPUs .*cluster.teacher.gpus_per_node 3"):
+            local.devices(run)
 
 
 # Both jobs on this machine: torchrun in the shape of a process that starts a worker and waits for it.
@@ -366,7 +398,13 @@ sys.exit({code})
 """
 
 
-def start_local(tmp_path, monkeypatch, *, student: str, teacher: str = TEACHER, interrupt: int = 0) -> int:
+DEAF = "import time\ndef wait():\n    end = time.monotonic() + 60\n    while time.monotonic() < end: time.sleep(1)\n"
+"""What a signal does not wake."""
+
+
+def start_local(
+    tmp_path, monkeypatch, *, student: str, teacher: str = TEACHER, interrupt: int = 0, after_s: float = 1.5
+) -> int:
     run = run_of(
         tmp_path,
         run_dir=str(tmp_path / "run"),
@@ -379,7 +417,7 @@ def start_local(tmp_path, monkeypatch, *, student: str, teacher: str = TEACHER, 
 
     def send() -> None:
         for _ in range(interrupt):
-            time.sleep(1.5)
+            time.sleep(after_s)
             os.kill(os.getpid(), signal.SIGINT)
 
     sender = threading.Thread(target=send)
@@ -407,13 +445,20 @@ def test_one_interrupt_lets_the_student_save(tmp_path, monkeypatch, capsys):
 
 def test_a_second_interrupt_ends_both(tmp_path, monkeypatch):
     deaf = STUDENT.format(seconds=60, code=1).replace("sys.exit(0)", "None").replace("time.sleep(60)", "wait()")
-    deaf = (
-        "import time\ndef wait():\n    end = time.monotonic() + 60\n    while time.monotonic() < end: time.sleep(1)\n"
-        + deaf
-    )
     begin = time.monotonic()
-    assert start_local(tmp_path, monkeypatch, student=deaf, interrupt=2) == 128 + signal.SIGKILL
+    assert start_local(tmp_path, monkeypatch, student=DEAF + deaf, interrupt=2) == 128 + signal.SIGKILL
     assert time.monotonic() - begin < 55
+
+
+@pytest.mark.parametrize("dies", ["teacher", "student"])
+def test_an_interrupt_ends_the_wait_for_the_other_job(tmp_path, monkeypatch, dies):
+    """One job has ended by itself, and the other does not heed that it was asked to stop."""
+    deaf = DEAF + "import signal\nsignal.signal(signal.SIGTERM, lambda *_: None)\nwait()"
+    short = "exit(3)"
+    codes = {"teacher": deaf, "student": deaf} | {dies: short}
+    begin = time.monotonic()
+    assert start_local(tmp_path, monkeypatch, **codes, interrupt=1, after_s=4) == (1 if dies == "teacher" else 3)
+    assert time.monotonic() - begin < 19, "that is below both of the waits"
 
 
 def test_a_teacher_that_dies_ends_the_run(tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ The teacher here has no model. tests/parallel/test_teacher_job.py kills real one
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -250,6 +251,15 @@ def test_addresses_may_be_given_by_hand(tmp_path):
         client.close()
 
 
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1", "http://127.0.0.1:1", "nowhere://"])
+def test_an_address_that_is_none_is_one_error_and_the_thread_ends(address):
+    client = open_client(None, addresses=[address])
+    with pytest.raises(TeacherError, match=f"--teacher-endpoint here: {address}: .*; write tcp://HOST:PORT"):
+        client.meet()
+    client.close()
+    assert not client.is_alive()
+
+
 def socket_folder(teacher: ModelFreeTeacher) -> Path:
     folder = Path(teacher.door.endpoint.address.removeprefix("ipc://")).parent
     assert folder.name.startswith("megatron_simct.")
@@ -274,6 +284,39 @@ def test_a_killed_replica_of_this_host_is_forgotten_by_the_next(tmp_path):
         withdraw(tmp_path, replace(elsewhere, life="an earlier one"))
         assert socket_folder(teacher).exists(), "it is not that of another"
         assert (tmp_path / "elsewhere.json").exists()
+
+
+def test_a_replica_that_cannot_make_itself_known_says_so_and_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    with pytest.raises(OSError, match="file"):
+        ModelFreeTeacher(tmp_path / "file")
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_a_socket_whose_name_is_too_long_leaves_no_folder(tmp_path, monkeypatch):
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    context = zmq.Context()
+    with pytest.raises(ValueError, match="--bind ipc: ipc://.*; let TMPDIR name a shorter folder"):
+        bind(context, "ipc", None, number=0)
+    context.term()
+    assert not list(long.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_replica_does_not_outlive_its_door(tmp_path, monkeypatch):
+    """Its model would wait for ever for requests that nobody can bring."""
+    teacher = ModelFreeTeacher(tmp_path, works=False)
+    monkeypatch.setattr(teacher.door, "_send", lambda: 1 / 0)
+    _until(lambda: not teacher.door.is_alive())
+    with pytest.raises(RuntimeError, match=f"teacher replica {teacher.door.endpoint.replica}: its door has ended"):
+        teacher.door.take(100, 0.01)
+    folder = socket_folder(teacher)
+    teacher.stop()
+    assert not folder.exists() and not list(tmp_path.glob("*.json"))
 
 
 def test_a_replica_takes_its_socket_along(tmp_path):
