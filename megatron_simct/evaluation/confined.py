@@ -3,8 +3,8 @@
     python -I -B confined.py '{"cpu_s": 10, "memory_mib": 1024, "as_script": false}'    runs ./program.py
 
 Standard library only. The kernel refuses every system call that is not listed here (seccomp): what opens sockets,
-starts processes, sends signals to others, opens a file to write, or changes the file system. Nothing of it can be taken
-back, and the program runs in this very process, so there is no one else to kill.
+starts processes, sends signals to others, opens a file to write, or changes the file system or a terminal. Nothing of
+it can be taken back, and the program runs in this very process, so there is no one else to kill.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CANNOT_CONFINE = 120
 # System calls and their numbers on x86-64 and on aarch64, where it has them.
 _ALLOWED = {
     # bytes of open files
-    **{"read": (0, 63), "write": (1, 64), "close": (3, 57), "fstat": (5, 80), "lseek": (8, 62), "ioctl": (16, 29)},
+    **{"read": (0, 63), "write": (1, 64), "close": (3, 57), "fstat": (5, 80), "lseek": (8, 62)},
     **{"pread64": (17, 67), "readv": (19, 65), "writev": (20, 66), "dup": (32, 23), "dup2": (33, None)},
     **{"dup3": (292, 24), "pipe": (22, None), "pipe2": (293, 59), "close_range": (436, 436), "eventfd2": (290, 19)},
     # names of files
@@ -60,6 +60,9 @@ _ALLOWED = {
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 """Column of the table, and the name that the kernel has for the architecture."""
 _CLONE_THREAD, _F_SETLKW, _F_DUPFD_CLOEXEC = 0x10000, 7, 1030
+_QUESTIONS = (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+"""What ioctl may be asked: TCGETS and TCGETS2 (is it a terminal), TIOCGWINSZ, FIONREAD, and of the program's own
+descriptors FIONBIO, FIONCLEX, FIOCLEX. Others type into a terminal (TIOCSTI) or change a file that is open to read."""
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _LOAD, _EQUAL, _ABOVE, _ANY_BIT, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x06
 _ALLOW, _REFUSE, _NO_SUCH_CALL, _KILL = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
@@ -83,6 +86,8 @@ def system_call_filter(machine: str, pid: int) -> bytes:
     program += call((2, None), argument(1), *reads_only)  # open
     program += call((257, 56), argument(2), *reads_only)  # openat
     program += call((56, 220), argument(0), (_ANY_BIT, 0, 1, _CLONE_THREAD), allow, refuse)  # clone
+    questions = [(_EQUAL, len(_QUESTIONS) - i, 0, question) for i, question in enumerate(_QUESTIONS)]
+    program += call((16, 29), argument(1), *questions, refuse, allow)  # ioctl
     program += call((435, 435), (_RETURN, 0, 0, _NO_SUCH_CALL))  # clone3: the C library goes on to clone
     program += call((234, 131), argument(0), (_EQUAL, 0, 1, pid), allow, refuse)  # tgkill: itself
     program += call((302, 261), argument(0), (_EQUAL, 0, 1, 0), allow, refuse)  # prlimit64: itself

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import termios
 
 import pytest
 
@@ -32,6 +33,7 @@ HOSTILE = {
     "syntax": "def f(:",
     "memory of another process": "import ctypes\nassert ctypes.CDLL(None).ptrace(16, 1, 0, 0) == 0",
     "change of the file system": "import os\nos.mkdir('folder')",
+    "flags of a file": "import fcntl\nfcntl.ioctl(open('program.py'), 0x40086602, bytes([0x40, 0, 0, 0, 0, 0, 0, 0]))",
     "removal": "import os\nos.unlink('program.py')",
 }
 
@@ -61,17 +63,35 @@ def test_no_file_is_written(tmp_path, mode):
     assert path.read_text() == "before" if mode != "x" else not path.exists()
 
 
+@pytest.mark.parametrize(
+    "change",
+    ["settings = termios.tcgetattr(file)\nsettings[3] ^= termios.ECHO\ntermios.tcsetattr(file, 0, settings)"]
+    + ["import fcntl\nfcntl.ioctl(file, termios.TIOCSTI, b'x')"],
+    ids=["settings", "typing"],
+)
+def test_a_terminal_of_the_user_is_left_alone(change):
+    """A program may open it to read, which is enough for both."""
+    ends = os.openpty()
+    try:
+        before, name = termios.tcgetattr(ends[1]), os.ttyname(ends[1])
+        assert not passes(f"import os, termios\nfile = os.open({name!r}, os.O_RDONLY | os.O_NOCTTY)\n{change}", LIMITS)
+        assert termios.tcgetattr(ends[1]) == before
+    finally:
+        for end in ends:
+            os.close(end)
+
+
 def test_what_a_program_needs_works():
     source = """
 import collections, dataclasses, datetime, decimal, functools, heapq, itertools
-import math, random, re, string, threading, typing
+import math, random, re, string, sys, threading, typing
 import numpy as np
 found = []
 thread = threading.Thread(target=found.append, args=(1,))
 thread.start()
 thread.join()
 assert found == [1] and np.ones((4, 4)).dot(np.ones(4)).sum() == 16
-assert open("program.py").read()
+assert open("program.py").read() and not sys.stdin.isatty()
 @dataclasses.dataclass
 class Point:
     x: int
