@@ -14,7 +14,22 @@ from megatron_simct.evaluation.sandbox import Limits, check_sandbox, passes, run
 LIMITS = Limits(cpu_s=1, wall_s=30.0)
 SHORT = Limits(cpu_s=1, wall_s=0.5)
 
+SPY = """
+import gc, os, re, sys
+seen, frames = [open(name).read() for name in os.listdir() + ["/proc/self/cmdline"] if os.path.isfile(name)], []
+frames += sys._current_frames().values()
+while frames[-1].f_back:
+    frames.append(frames[-1].f_back)
+for frame in frames:
+    seen += map(repr, (frame.f_locals, frame.f_code.co_consts, *gc.get_referents(frame)))
+seen += [repr(x) for x in gc.get_objects() if isinstance(x, (tuple, list, dict)) and len(x) < 99]
+for mark in re.findall("[0-9a-f]{32}", "".join(seen)):
+    os.write(1, mark.encode())
+os._exit(0)
+"""
+"""Says early whatever may be the sign that it has run to its end."""
 HOSTILE = {
+    "its own end": SPY,
     "fork bomb": "import os\nwhile True:\n    os.fork()",
     "another program": "import subprocess\nsubprocess.run(['true'])",
     "shell": "import os\nassert os.system('true') == 0",
