@@ -210,10 +210,13 @@ def test_code_that_passes_its_tests(right, name):
 
 
 def test_a_whole_function_in_a_block_stands_for_the_prompt(right):
-    """It keeps the prompt's imports."""
+    """It keeps the prompt's imports, and the functions before the one that is asked for."""
     whole = "def total(x: List[int]) -> int:\n    return x[0] + x[1]"
     assert right("humaneval", HUMANEVAL, f"```python\n{whole}\n```", chat=True) == {"pass": True}
     assert right("humaneval", HUMANEVAL, f"```python\n{whole}", chat=True) == {"pass": True}, "cut at the length limit"
+    helper = "def twice(x):\n    return 2 * x\n\n\n"
+    row = {"prompt": helper + HUMANEVAL["prompt"], "test": HUMANEVAL["test"] + "    assert twice(1) == 2\n"}
+    assert right("humaneval", HUMANEVAL | row, f"```python\n{whole}\n```", chat=True) == {"pass": True}
 
 
 def test_functions_of_livecodebench(right):
