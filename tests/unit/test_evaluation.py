@@ -115,7 +115,13 @@ def test_lists_and_compressed_lines_are_read(tmp_path):
         ("mbpp", json.dumps(GSM8K), "row 1 is not one of mbpp .KeyError: 'test_list'"),
         ("mbpp", "\n".join([json.dumps(MBPP)] * 2), "two rows have the same id"),
         ("math500", "{", "not JSON"),
+        ("mbpp", json.dumps(MBPP) + "\n\n{", "not JSON .*, line 3"),
         ("exact_match", json.dumps({"prompt": "Add.", "label": 3}), "row 1 is not one of exact_match .TypeError"),
+        ("exact_match", "[3]", "row 1 is not one of exact_match"),
+        ("gsm8k", json.dumps(GSM8K | {"answer": 3}), "row 1 is not one of gsm8k .TypeError: its answer is no text"),
+        ("gsm8k", json.dumps(GSM8K | {"question": None}), "its question is no text"),
+        ("humaneval", json.dumps(HUMANEVAL | {"prompt": None}), "its prompt is no text"),
+        ("livecodebench", json.dumps(livecodebench(STDIN, []) | {"private_test_cases": "abcd"}), "row 1 is not one of"),
         ("math_label", json.dumps({"messages": [], "label": "3"}), "not one message of the user"),
         ("math500", "", "holds no problems"),
     ],
@@ -126,6 +132,21 @@ def test_what_is_wrong_with_a_file_is_said_in_a_line(tmp_path, name, content, me
         read_problems(name, str(tmp_path / "data.jsonl"))
     with pytest.raises(ValueError, match="--data .*absent: No such file"):
         read_problems(name, str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize(
+    "data", [gzip.compress(b"{}" * 99)[:-9], gzip.compress(b"{}" * 99)[:12] + b"no deflate", b"{}"]
+)
+def test_a_damaged_archive_is_said_in_a_line(tmp_path, data):
+    (tmp_path / "data.jsonl.gz").write_bytes(data)
+    with pytest.raises(ValueError, match=r"--data .*data\.jsonl\.gz: "):
+        read_problems("gsm8k", str(tmp_path / "data.jsonl.gz"))
+
+
+def test_an_id_may_be_a_number(tmp_path):
+    rows = [{"id": number, "prompt": "Add.", "label": "3"} for number in (0, 7)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [p.problem_id for p in read_problems("exact_match", str(tmp_path / "data.jsonl"))] == ["0", "7"]
 
 
 def test_private_tests_are_read_without_unpickling():
