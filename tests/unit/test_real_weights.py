@@ -67,10 +67,18 @@ def test_gsm8k_is_a_file_of_questions_and_answers(tmp_path):
     path.write_text(json.dumps({"question": "How many?", "answer": "4\n#### 4"}) + "\n")
     assert texts.gsm8k_problems(path) == [("How many?", "4\n#### 4")]
     assert texts.as_task(texts.gsm8k_problems(path)) == [("Problem: How many?\nSolution:\n", "4\n#### 4")]
+    path.write_text(json.dumps({"question": "a\u2028b", "answer": "4"}, ensure_ascii=False) + "\n")
+    assert texts.gsm8k_problems(path) == [("a\u2028b", "4")]
     for line in ("{", "[]", '{"question": "a"}', '{"question": "a", "answer": 4}'):
         path.write_text(path.read_text().split("\n")[0] + "\n" + line + "\n")
         with pytest.raises(ValueError, match=r"--gsm8k .*gsm8k\.jsonl, line 2"):
             texts.gsm8k_problems(path)
+
+
+def test_a_line_of_a_corpus_ends_where_json_says(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text(json.dumps({"text": "a\u2028b\u0085c"}, ensure_ascii=False) + "\n")
+    assert "".join(build_alignment_map.read_corpus(str(path), "text")) == "a\u2028b\u0085c"
 
 
 # Stages.
