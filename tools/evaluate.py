@@ -322,7 +322,14 @@ def _check(options: argparse.Namespace) -> None:
     if (options.responses is None) == (options.hf_checkpoint is None):
         raise ValueError("--hf-checkpoint for a model that answers, or --responses for answers that are there")
     at_least = {"samples": 1, "part_size": 1, "workers": 1, "limit": 1, "cpu_seconds": 1, "memory_mib": 256}
-    at_least |= {"max_response_len": 1, "max_prompt_len": 1, "engine_batch_size": 1, "temperature": 0, "seed": 0}
+    at_least |= {
+        "max_response_len": 1,
+        "max_prompt_len": 1,
+        "engine_batch_size": 1,
+        "make_vocab_size_divisible_by": 1,
+        "temperature": 0,
+        "seed": 0,
+    }
     for name, lowest in at_least.items():
         value = getattr(options, name)
         if value is not None and not value >= lowest:
