@@ -212,6 +212,22 @@ def test_a_computation_without_end_is_wrong_and_the_next_answer_is_read(verifier
     assert verifier("$\\boxed{4}$", "$\\boxed{4}$")
 
 
+def test_a_process_that_was_killed_between_two_answers_is_started_again(verifier):
+    assert verifier("$\\boxed{4}$", "$\\boxed{2+2}$")
+    verifier._process.kill()
+    verifier._process.wait(timeout=60)
+    assert verifier("$\\boxed{4}$", "$\\boxed{4}$")
+
+
+def test_a_process_that_is_killed_as_it_is_asked_is_a_wrong_answer(verifier, monkeypatch):
+    assert verifier("$\\boxed{4}$", "$\\boxed{2+2}$")
+    verifier._process.kill()
+    verifier._process.wait(timeout=60)
+    monkeypatch.setattr(verifier._process, "poll", lambda: None)
+    assert not verifier("$\\boxed{4}$", "$\\boxed{4}$")
+    assert verifier("$\\boxed{4}$", "$\\boxed{4}$")
+
+
 RIGHT_CODE = {
     "mbpp": ("import math\ndef root(x):\n  return math.isqrt(x)", "def root(x):\n  return 4"),
     "humaneval": ("    return sum(x)\n", "    return len(x)\n"),
