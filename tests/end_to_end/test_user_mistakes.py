@@ -86,7 +86,9 @@ class Mistake:
 
 def mistakes(command: str, *rows: tuple[str, str, str] | tuple[str, str, str, str]) -> list[Mistake]:
     """Rows of what, flags, line, and disk."""
-    usage = r"unknown flag|unexpected|--parts z|the following|argument |expected|unrecognized|--config-file"
+    usage = (
+        r"unknown flag|unexpected|--parts z|--train-iters 0|--lr 0|the following|argument |expected|unrecog|--config-f"
+    )
     return [
         Mistake(
             command=command,
@@ -259,6 +261,8 @@ MISTAKES = [
     *mistakes(
         "quickstart",
         ("a misspelt flag", "--interfce bytes", "unknown flag --interfce; did you mean --interface?"),
+        ("no steps", "--train-iters 0", "--train-iters 0: must be at least 1"),
+        ("a rate of 0", "--lr 0", "--lr 0.0: must be above 0"),
         ("an interface that does not exist", "--interface papper", "argument --interface: invalid choice: 'papper'"),
         ("a disk that may not be written", "", "--run-dir .*out/quickstart: Read-only file system", "read-only"),
     ),

@@ -118,6 +118,18 @@ def test_a_stage_is_run_again_where_what_it_reads_has_changed(stage, tmp_path):
         assert stage.output.read_text() == "x"  # what the other command left is gone
 
 
+def test_what_no_stage_has_made_is_not_removed(stage, tmp_path):
+    stage.output.write_text("mine")
+    with pytest.raises(ValueError, match="made: is there, and was not made here; name another --run-dir"):
+        stage.run(tmp_path)
+    assert stage.output.read_text() == "mine"
+
+
+def test_a_command_is_no_markup(stage, tmp_path, capsys):
+    dataclasses.replace(stage, command=(*stage.command, "[/b]", "[0]")).run(tmp_path)
+    assert "'[/b]' '[0]'" in capsys.readouterr().out.replace("\n", "")
+
+
 @pytest.mark.parametrize("resumes, left", [(True, "xx"), (False, "x")])
 def test_an_interrupted_stage_starts_afresh_unless_it_resumes(stage, tmp_path, resumes, left):
     fails = "import os, sys; exec(sys.argv[2]); sys.exit(3 * (not os.path.exists(sys.argv[1] + '.ok')))"
@@ -170,6 +182,10 @@ def test_numbers_that_two_ranks_cannot_share_are_refused(capsys):
         with pytest.raises(SystemExit):
             run.parse([flag, "7"])
         assert f"{flag} 7: must be even" in capsys.readouterr().err
+    for flag in ("--train-iters", "--response-len", "--lr"):
+        with pytest.raises(SystemExit):
+            run.parse([flag, "0"])
+        assert f"{flag} 0" in capsys.readouterr().err
 
 
 # The figures.
