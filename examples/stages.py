@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from megatron_simct.files import write_whole
 
@@ -47,18 +48,21 @@ class Stage:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def run(self, root: Path) -> float:
-        """Seconds that the command takes or took, from the folder `root`. SystemExit where it fails."""
+        """Seconds that the command takes or took, from the folder `root`. SystemExit where it fails, ValueError where
+        its output is there and no stage has made it."""
         digest = self.digest
         record = json.loads(self.record.read_text()) if self.record.exists() else {}
         same = record.get("digest") == digest
         if same and "seconds" in record and self.output.exists():
-            console.print(f"[bold]{self.name}[/bold]: already there, {self.output}", soft_wrap=True)
+            self._say(f"already there, {self.output}")
             return record["seconds"]
+        if self.output.exists() and not record:
+            raise ValueError(f"{self.output}: is there, and was not made here; name another --run-dir")
         if not (same and self.resumes):
             _remove(self.output)
         self.output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.record, json.dumps({"digest": digest}))
-        console.print(f"[bold]{self.name}[/bold]: {shlex.join(self.command)}", soft_wrap=True)
+        self._say(shlex.join(self.command))
         begin = time.time()
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": str(root)}
         status = subprocess.run(self.command, env=environment, cwd=root).returncode
@@ -67,6 +71,9 @@ class Stage:
         seconds = time.time() - begin
         write_whole(self.record, json.dumps({"digest": digest, "seconds": seconds}))
         return seconds
+
+    def _say(self, text: str) -> None:
+        console.print(f"[bold]{self.name}[/bold]: {escape(text)}", soft_wrap=True)
 
 
 def _remove(path: Path) -> None:

@@ -132,7 +132,7 @@ def read_corpus(name: str, key: str) -> Iterator[str]:
     if not name.endswith(".jsonl"):
         yield from _pieces(text)
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # JSON may hold other ends of lines, as U+2028
         if not line.strip():
             continue
         try:

@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_virtual_stages_per_pipeline_rank=options.num_virtual_stages_per_pipeline_rank,
         expert_model_parallel_size=options.expert_model_parallel_size,
     )
+    if options.make_vocab_size_divisible_by < 1:
+        raise ValueError(f"--make-vocab-size-divisible-by {options.make_vocab_size_divisible_by}: must be at least 1")
     text_ids = None if options.verify_text is None else _encode(options)
     with process_groups(parallel, seed=1) as groups:
         if options.command == "hf-to-megatron":
@@ -249,10 +251,16 @@ def _say(groups: Groups, text: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="convert_checkpoint", description=__doc__.split("\n")[0])
+    parser = Parser(
+        prog="convert_checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("hf-to-megatron", "megatron-to-hf"):
-        one = commands.add_parser(name)
+    directions = {
+        "hf-to-megatron": "a Hugging Face folder becomes a checkpoint of iteration 0",
+        "megatron-to-hf": "a checkpoint becomes a Hugging Face folder",
+    }
+    for name, what in directions.items():
+        one = commands.add_parser(name, help=what, description=what)
         if name == "megatron-to-hf":
             one.add_argument("--load", required=True, metavar="DIR", help="checkpoint; its newest iteration is read")
         one.add_argument("--hf-checkpoint", required=True, metavar="DIR", help="Hugging Face folder")
@@ -262,11 +270,15 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument(
             "--verify-text", metavar="TEXT", help="with --verify: what to compare them on (default: random ids)"
         )
-        one.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N")
-        one.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N")
-        one.add_argument("--num-virtual-stages-per-pipeline-rank", type=int, default=1, metavar="N")
-        one.add_argument("--expert-model-parallel-size", type=int, default=1, metavar="N")
-        one.add_argument("--make-vocab-size-divisible-by", type=int, default=128, metavar="N")
+        numbers = {
+            "--tensor-model-parallel-size": (1, "ranks that share each layer"),
+            "--pipeline-model-parallel-size": (1, "stages of consecutive layers"),
+            "--num-virtual-stages-per-pipeline-rank": (1, "parts of a stage that are not consecutive"),
+            "--expert-model-parallel-size": (1, "ranks that share the experts of a layer"),
+            "--make-vocab-size-divisible-by": (128, "as in training"),
+        }
+        for flag, (default, help) in numbers.items():
+            one.add_argument(flag, type=int, default=default, metavar="N", help=f"{help} (default: {default})")
     return parser
 
 

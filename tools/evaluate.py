@@ -4,9 +4,9 @@
         --hf-checkpoint DIR --tensor-model-parallel-size 2 --apply-chat-template
     python tools/evaluate.py --benchmark humaneval --output-dir runs/humaneval --responses responses.jsonl
 
-The output directory holds responses/ and grades/ in parts, and at the end results.json. The same command goes on where
-it was stopped, under any layout. With --responses no model runs: rows {"problem_id", "response"}, several of one
-problem being its samples.
+The output directory holds run.json, responses/ and grades/ in parts, and at the end results.json. The same command
+goes on where it was stopped, under any layout. With --responses no model runs: rows {"problem_id", "response"},
+several of one problem being its samples.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from megatron_simct.files import read_rows, write_rows, write_whole  # noqa: E40
 WALL_TIMES = 6
 """A program may take this many times --cpu-seconds until it has used them, on a busy machine."""
 
+RUN = "run.json"
+
 Rows = list[dict[str, Any]]
 
 
@@ -50,7 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = identity(options, problems)
     if options.responses is not None:
         parts, writes = given_responses(options, problems), True
-        remember(folder, run)
+        check_same(folder, run)
+        write_json(folder / RUN, run)
+        for number, part in enumerate(parts):
+            write_rows(part_path(options, "responses", number), part)
     else:
         parts, writes = generate(options, problems, run)
     if writes:
@@ -99,10 +104,10 @@ def generate(options: argparse.Namespace, problems: Sequence[Problem], run: dict
         seed=options.seed,
     )
     num_parts = math.ceil(len(problems) * options.samples / options.part_size)
-    paths = [folder / "responses" / f"{i:06d}.jsonl" for i in range(num_parts)]
+    paths = [part_path(options, "responses", i) for i in range(num_parts)]
     with process_groups(config.parallel, seed=options.seed) as groups:
         if groups.is_first_rank:
-            remember(folder, run)
+            check_same(folder, run)
         dist.barrier()
         missing = [i for i, path in enumerate(paths) if not path.exists()]
         dist.barrier()  # before any rank adds one
@@ -116,6 +121,9 @@ def generate(options: argparse.Namespace, problems: Sequence[Problem], run: dict
                 stop_ids=tokenizer.table.stop_ids,
                 batch_size=options.engine_batch_size,
             )
+            if groups.is_first_rank:
+                write_json(folder / RUN, run)  # not before all that can be wrong with the model has been found
+            dist.barrier()
             for i in _counted(missing[groups.dp_rank :: groups.dp_size], "generating", groups.is_first_rank):
                 part = prompts[i * options.part_size : (i + 1) * options.part_size]
                 rows = []
@@ -167,7 +175,7 @@ def given_responses(options: argparse.Namespace, problems: Sequence[Problem]) ->
     try:
         given = defaultdict(list)
         for row in read_rows(path):
-            given[row["problem_id"]].append(str(row["response"]))
+            given[str(row["problem_id"])].append(str(row["response"]))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"--responses {path}: not rows of problem_id and response ({error})") from None
     for problem in problems:
@@ -184,6 +192,11 @@ def given_responses(options: argparse.Namespace, problems: Sequence[Problem]) ->
     return [rows[i : i + options.part_size] for i in range(0, len(rows), options.part_size)]
 
 
+def part_path(options: argparse.Namespace, kind: str, number: int) -> Path:
+    """Of a part's responses or grades."""
+    return Path(options.output_dir) / kind / f"{number:06d}.jsonl"
+
+
 # Grades
 
 
@@ -195,7 +208,7 @@ def grade(options: argparse.Namespace, problems: Sequence[Problem], parts: Seque
     grades: list[dict[str, bool]] = []
     try:
         for i in _counted(range(len(parts)), "grading", True):
-            path = Path(options.output_dir) / "grades" / f"{i:06d}.jsonl"
+            path = part_path(options, "grades", i)
             if not path.exists():
                 keys = [{name: row[name] for name in ("problem_id", "sample")} for row in parts[i]]
                 found = graders.grade((by_id[row["problem_id"]], row["response"]) for row in parts[i])
@@ -259,6 +272,11 @@ def identity(options: argparse.Namespace, problems: Sequence[Problem]) -> dict[s
         names += ["hf_checkpoint", "tokenizer_model", "pretrained_checkpoint", "stop_token_ids", "bf16"]
         names += ["temperature", "top_p", "top_k", "max_response_len", "max_prompt_len", "seed"]
     run = {name: getattr(options, name) for name in names}
+    if options.responses is None and options.pretrained_checkpoint is not None:
+        # A run that trains on has newer weights under the same name.
+        from megatron_simct.update.checkpoint import newest_checkpoint
+
+        run["iteration"], _ = newest_checkpoint(options.pretrained_checkpoint, flag="--pretrained-checkpoint")
     run |= {"problems": len(problems), "problems_sha256": digest_of(problems)}
     if options.responses is not None:
         try:
@@ -268,13 +286,15 @@ def identity(options: argparse.Namespace, problems: Sequence[Problem]) -> dict[s
     return json.loads(json.dumps(run))
 
 
-def remember(folder: Path, run: dict[str, Any]) -> None:
-    """Write run.json, or ValueError where the folder's is another one."""
-    path = folder / "run.json"
+def check_same(folder: Path, run: dict[str, Any]) -> None:
+    """ValueError where the folder holds another run."""
+    path = folder / RUN
     if not path.exists():
-        write_json(path, run)
         return
-    before = json.loads(path.read_text())
+    try:
+        before = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise ValueError(f"--output-dir {folder}: its {RUN} is not of this command; name another directory") from None
     changed = [name for name in run.keys() | before.keys() if run.get(name) != before.get(name)]
     if changed:
         raise ValueError(
@@ -302,13 +322,26 @@ def _check(options: argparse.Namespace) -> None:
     if (options.responses is None) == (options.hf_checkpoint is None):
         raise ValueError("--hf-checkpoint for a model that answers, or --responses for answers that are there")
     at_least = {"samples": 1, "part_size": 1, "workers": 1, "limit": 1, "cpu_seconds": 1, "memory_mib": 256}
-    at_least |= {"max_response_len": 1, "max_prompt_len": 1, "engine_batch_size": 1, "temperature": 0, "seed": 0}
+    at_least |= {
+        "max_response_len": 1,
+        "max_prompt_len": 1,
+        "engine_batch_size": 1,
+        "make_vocab_size_divisible_by": 1,
+        "temperature": 0,
+        "seed": 0,
+    }
     for name, lowest in at_least.items():
         value = getattr(options, name)
         if value is not None and not value >= lowest:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
+    if options.chat_responses and options.responses is None:
+        raise ValueError(
+            "--chat-responses: says what --responses are; a model is asked in messages by --apply-chat-template"
+        )
     if not 0 < options.top_p <= 1:
         raise ValueError(f"--top-p {options.top_p}: must be above 0 and at most 1")
+    if options.top_k != -1 and options.top_k < 1:
+        raise ValueError(f"--top-k {options.top_k}: must be at least 1, or -1 for all tokens")
     if options.samples > 1 and options.temperature == 0 and options.responses is None:
         raise ValueError(f"--samples {options.samples} of one greedy response are all the same; set --temperature")
 

@@ -101,7 +101,10 @@ def as_html(result: dict[str, Any], teacher: str, student: str) -> str:
 @command("inspect_alignment")
 def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
-    data = options.text.encode() if options.text is not None else Path(options.text_file).read_bytes()
+    if options.output is not None and options.text_file is not None:
+        if Path(options.output).resolve() == Path(options.text_file).resolve():
+            raise ValueError(f"--output {options.output}: is the --text-file; name another")
+    data = os.fsencode(options.text) if options.text is not None else Path(options.text_file).read_bytes()
     teacher = _load(options.teacher_tokenizer, "teacher")
     student = _load(options.student_tokenizer, "student")
     result = inspect(teacher, student, data)

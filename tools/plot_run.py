@@ -116,7 +116,11 @@ PANELS = (
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file up to its end, or to a line that a kill cut off; ValueError for another kind of file."""
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}: it is not what a run writes") from None
+    for number, line in enumerate(text.splitlines(), start=1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
@@ -126,6 +130,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict) or "iteration" not in row or "kind" not in row:
             raise ValueError(f"{path}: line {number} has no iteration and kind: it is not what a run writes")
         rows.append(row)
+    return rows
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """The same of the file of responses."""
+    rows = read_lines(path)
+    if not all({"sample_id", "finish", "prompt", "units"} <= row.keys() for row in rows):
+        raise ValueError(f"{path}: has rows that are no responses: it is not what a run writes")
     return rows
 
 
@@ -224,8 +236,12 @@ def write_png(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
         axes.axis("off")
     figure.suptitle(title, x=0.01, ha="left", fontsize=13)
     picture = io.BytesIO()
-    figure.savefig(picture, dpi=130, format=path.suffix.removeprefix(".") or "png")
+    figure.savefig(picture, dpi=130, format=picture_format(path))
     write_whole(path, picture.getvalue())
+
+
+def picture_format(path: Path) -> str:
+    return path.suffix.removeprefix(".").lower() or "png"
 
 
 # The page
@@ -248,7 +264,12 @@ def page(run_dir: Path, rows: Sequence[dict[str, Any]], samples: Sequence[dict[s
 
     losses = sorted(unit["loss"] for sample in samples for unit in sample["units"])
     scale = max(losses[int(0.98 * (len(losses) - 1))], 1e-6) if losses else 1.0
-    options = yaml.safe_load(config) if config else {}
+    try:
+        options = dict(yaml.safe_load(config) or {})
+    except (yaml.YAMLError, TypeError, ValueError):
+        raise ValueError(
+            f"{run_dir / 'config.yaml'}: it is not what a run writes; without it the page has no options"
+        ) from None
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(Path(__file__).with_name("plot_run.html").read_text(encoding="utf-8"))
     return template.render(
@@ -269,6 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     try:
         import matplotlib
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
         raise ValueError("drawing needs the package matplotlib: pip install matplotlib") from None
     matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
@@ -277,17 +299,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     metrics = run_dir / "metrics.jsonl"
     if not metrics.is_file():
         raise ValueError(f"RUN_DIR {run_dir}: no metrics.jsonl there; give the --run-dir of a run")
+    samples, config = run_dir / "samples.jsonl", run_dir / "config.yaml"
+    output = options.output or run_dir / "report.html"
+    for flag, path in (("--output", output), ("--png", options.png)):
+        if path is not None and path.resolve() in [of_run.resolve() for of_run in (metrics, samples, config)]:
+            raise ValueError(f"{flag} {path}: the run wrote it; name another file")
+    if options.png is not None and picture_format(options.png) not in FigureCanvasBase.get_supported_filetypes():
+        raise ValueError(f"--png {options.png}: no kind of picture; end its name in .png, .svg or .pdf")
     rows = read_lines(metrics)
     if not any(row["kind"] == "step" for row in rows):
         raise ValueError(f"{metrics}: no step is finished yet")
-    samples, config = run_dir / "samples.jsonl", run_dir / "config.yaml"
     text = page(
         run_dir,
         rows,
-        read_lines(samples) if samples.is_file() else [],
+        read_samples(samples) if samples.is_file() else [],
         config.read_text(encoding="utf-8") if config.is_file() else "",
     )
-    output = options.output or run_dir / "report.html"
     write_whole(output, text)
     print(f"written: {output}")
     if options.png is not None:

@@ -17,8 +17,8 @@ YAML file: `seed`, `size`, `exclude` and a list of `sources`, each with
     suffix                  a text behind each prompt
     min_chars, max_chars    of the prompt
 
-`exclude` names files, such as test sets, whose prompts must not be taken: [{path, prompt_key}]. The same mixture, seed
-and files give the same rows.
+`exclude` names files, such as test sets, whose prompts must not be taken: a list of {path, prompt_key}. The same
+mixture, seed and files give the same rows.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ import hashlib
 import json
 import re
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
-from zlib import crc32
+from typing import Any, get_args, get_origin, get_type_hints
 
 if __package__ in (None, ""):  # a script of a checkout, which needs no installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -72,13 +72,21 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Excluded:
+    """One entry of `exclude`."""
+
+    path: str
+    prompt_key: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixture:
     """The YAML file."""
 
     sources: list[Source]
     seed: int = 1234
     size: int | None = None
-    exclude: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    exclude: list[Excluded] = dataclasses.field(default_factory=list)
 
 
 class Dropped(Exception):
@@ -91,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path(options.output_dir)
     if (folder / OUTPUT).exists():
         raise ValueError(f"--output-dir {folder}: has a {OUTPUT} already; nothing is overwritten")
+    if options.max_prompt_len < 1:
+        raise ValueError(f"--max-prompt-len {options.max_prompt_len}: must be at least 1")
     mixture = read_mixture(options.mixture)
     rows, report = mix(mixture, Path(options.data_root), renderers(options), options.max_prompt_len)
     report["mixture"] = dataclasses.asdict(mixture)
@@ -113,11 +123,16 @@ def read_mixture(path: str) -> Mixture:
         raise ValueError(f"{where}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{where}: not YAML ({' '.join(str(error).split())})") from None
+    if isinstance(content, dict):
+        for key, kind, name in (("sources", Source, "source"), ("exclude", Excluded, "exclude")):
+            if isinstance(content.get(key), list):
+                content[key] = [_filled(kind, x, f"{where}: {name} {i}") for i, x in enumerate(content[key], start=1)]
     mixture = _filled(Mixture, content, where)
-    if not isinstance(mixture.sources, list) or not mixture.sources:
+    if not mixture.sources:
         raise ValueError(f"{where}: sources is no list of sources")
-    sources = [_filled(Source, entry, f"{where}: source {i + 1}") for i, entry in enumerate(mixture.sources)]
-    for source in sources:
+    if mixture.seed < 0:
+        raise ValueError(f"{where}: seed {mixture.seed}: must be at least 0")
+    for source in mixture.sources:
         name = f"{where}: source {source.name}"
         if source.count is not None and source.weight is not None:
             raise ValueError(f"{name} has count and weight; one of them says how much of it is taken")
@@ -129,13 +144,22 @@ def read_mixture(path: str) -> Mixture:
             raise ValueError(f"{name} has prompt_key and messages_key; a prompt is one of them")
         if not all(value is None or value > 0 for value in (source.count, source.weight)):
             raise ValueError(f"{name}: count and weight must be above 0")
+        if not source.path:
+            raise ValueError(f"{name}: path names no file")
         try:
-            re.compile(source.label_pattern or "()")
+            groups = re.compile(source.label_pattern or "()").groups
         except re.error as error:
             raise ValueError(f"{name}: label_pattern is no regular expression ({error})") from None
-    if len({source.name for source in sources}) < len(sources):
+        if not groups:
+            raise ValueError(f"{name}: label_pattern {source.label_pattern!r} has no group; put the label in ( )")
+        if source.label_pattern is not None and source.label_key is None:
+            raise ValueError(f"{name} has a label_pattern, and no label_key that it is a part of")
+    if len({source.name for source in mixture.sources}) < len(mixture.sources):
         raise ValueError(f"{where}: two sources have one name")
-    return dataclasses.replace(mixture, sources=sources)
+    counted, weighted = sum(s.count or 0 for s in mixture.sources), any(s.weight for s in mixture.sources)
+    if mixture.size is not None and (counted > mixture.size or (counted < mixture.size and not weighted)):
+        raise ValueError(f"{where}: the counts make {counted}, and the size is {mixture.size}")
+    return mixture
 
 
 def _filled(kind: type, content: Any, where: str) -> Any:
@@ -147,10 +171,24 @@ def _filled(kind: type, content: Any, where: str) -> Any:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
             raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+    types = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if field.name in content and not _is_a(content[field.name], types[field.name]):
+            value, expected = content[field.name], str(field.type).removesuffix(" | None")
+            raise ValueError(f"{where}: {field.name} {value!r}: expected {expected}")
     try:
         return kind(**content)
     except TypeError as error:
         raise ValueError(f"{where}: {str(error).split(') ', 1)[-1].replace('keyword-only argument', 'key')}") from None
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a value of YAML is of a field's type: a whole number is a float too, true and false are no numbers."""
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_a(item, get_args(kind)[0]) for item in value)
+    if get_args(kind):
+        return any(_is_a(value, one) for one in get_args(kind))
+    return isinstance(value, int | float if kind is float else kind) and not isinstance(value, bool)
 
 
 def wanted_counts(mixture: Mixture) -> dict[str, int | None]:
@@ -175,33 +213,38 @@ def mix(
     """The rows in their final order, and the report. A source is looked at in a random order until it has enough."""
     excluded: set[bytes] = set()
     for entry in mixture.exclude:
-        if not isinstance(entry, dict) or "path" not in entry:
-            raise ValueError("--mixture: exclude is a list of {path, prompt_key}")
-        source = Source(name="exclude", path=entry["path"], prompt_key=entry.get("prompt_key"))
+        source = Source(name="exclude", path=entry.path, prompt_key=entry.prompt_key)
+        found = set()
         for row in read_files(source, root):
             with contextlib.suppress(Dropped):  # a row without a prompt excludes none
-                excluded.add(fingerprint(_prompt_of(row, source)[0]))
+                found.add(fingerprint(_prompt_of(row, source)[0]))
+        if not found:
+            raise ValueError(
+                f"--mixture: exclude {entry.path}: no row has a {entry.prompt_key or 'prompt'}, so it excludes nothing"
+                "; prompt_key names the column"
+            )
+        excluded |= found
     seen: set[bytes] = set()
     rows: list[dict[str, Any]] = []
     report: dict[str, Any] = {"sources": {}}
     wanted = wanted_counts(mixture)
     for source in mixture.sources:
-        found = list(read_files(source, root))
-        order = np.random.default_rng([mixture.seed, crc32(source.name.encode())]).permutation(len(found))
+        source_rows = list(read_files(source, root))
+        order = np.random.default_rng([mixture.seed, zlib.crc32(source.name.encode())]).permutation(len(source_rows))
         kept: list[dict[str, Any]] = []
         dropped = Counter[str]()
         for number in _counted(order.tolist(), source.name):
             if len(kept) == wanted[source.name]:
                 break
             try:
-                row = clean(found[number], source)
-                key = fingerprint(_prompt_of(found[number], source)[0])
+                row = clean(source_rows[number], source)
+                key = fingerprint(_prompt_of(source_rows[number], source)[0])
                 if key in excluded:
                     raise Dropped("excluded")
                 if key in seen:
                     raise Dropped("duplicate")
                 for side, length in render.items():
-                    row[f"{side}_tokens"] = length(row.get("prompt") or row["messages"])
+                    row[f"{side}_tokens"] = length(row["prompt"] if "prompt" in row else row["messages"])
                     if row[f"{side}_tokens"] > max_prompt_len:
                         raise Dropped(f"too long for the {side}")
             except Dropped as reason:
@@ -210,7 +253,7 @@ def mix(
             seen.add(key)
             kept.append({"id": f"{source.name}/{number}", "source": source.name} | row)
         report["sources"][source.name] = {
-            "rows": len(found),
+            "rows": len(source_rows),
             "looked_at": len(kept) + sum(dropped.values()),
             "wanted": wanted[source.name],
             "kept": len(kept),
@@ -316,8 +359,8 @@ def read_files(source: Source, root: Path) -> Iterator[dict[str, Any]]:
         path = root / name
         try:
             yield from _read(path)
-        except (OSError, ValueError, EOFError) as error:
-            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        except (OSError, ValueError, EOFError, zlib.error) as error:
+            reason = getattr(error, "strerror", None) or error
             raise ValueError(f"--data-root: source {source.name}: {path}: {reason}") from None
 
 
@@ -330,7 +373,13 @@ def _read(path: Path) -> Iterable[dict[str, Any]]:
         raise ValueError("the format is told by the name: .jsonl, .json (also .gz), .parquet or .arrow")
     data = path.read_bytes()
     text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-    rows = json.loads(text) if kind == ".json" else [json.loads(line) for line in text.split("\n") if line.strip()]
+    rows: Any = []
+    for above, part in enumerate([text] if kind == ".json" else text.split("\n")):
+        try:
+            rows += [json.loads(part)] if part.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {above + error.lineno}: not JSON ({error.msg})") from None
+    rows = rows[0] if rows and kind == ".json" else rows
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError("it holds something else than objects")
     return rows
@@ -366,6 +415,10 @@ def renderers(options: argparse.Namespace) -> dict[str, Callable[[Any], int]]:
             "teacher-",
         ),
     }
+    if options.apply_chat_template and all(model.hf_checkpoint is None for model, _ in sides.values()):
+        raise ValueError(
+            "--apply-chat-template: needs --hf-checkpoint or --teacher-hf-checkpoint, whose template it is"
+        )
     found: dict[str, Callable[[Any], int]] = {}
     for side, (model, prefix) in sides.items():
         if model.hf_checkpoint is None and model.tokenizer_model is None:
@@ -406,6 +459,7 @@ def _renderer(tokenizer: Tokenizer, template: ChatTemplate | None, side: str) ->
 def show(report: dict[str, Any], folder: Path) -> None:
     """The report as a table."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("source", "rows", "looked at", "wanted", "kept", "dropped", title=f"{report['rows']} prompts")
@@ -414,10 +468,10 @@ def show(report: dict[str, Any], folder: Path) -> None:
         short = source["wanted"] is not None and source["kept"] < source["wanted"]
         kept = f"[red]{source['kept']}[/red]" if short else str(source["kept"])
         wanted = "all" if source["wanted"] is None else str(source["wanted"])
-        table.add_row(name, str(source["rows"]), str(source["looked_at"]), wanted, kept, reasons)
+        table.add_row(escape(name), str(source["rows"]), str(source["looked_at"]), wanted, kept, escape(reasons))
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print(table)
-    console.print(f"written to {folder / OUTPUT} and {folder / REPORT}", soft_wrap=True)
+    console.print(f"written to {folder / OUTPUT} and {folder / REPORT}", soft_wrap=True, markup=False)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -34,6 +34,8 @@ WORDS = 4
 @command("select_responses")
 def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
+    if options.data is not None and options.output.resolve() == Path(options.data).resolve():
+        raise ValueError(f"--output {options.output}: is the file of --data; name another")
     run = finished_run(options.responses)
     problems = read_problems(run["benchmark"], options.data)[: run["problems"]]
     if digest_of(problems) != run["problems_sha256"]:
@@ -48,11 +50,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 def finished_run(folder: Path) -> dict[str, Any]:
     """results.json of tools/evaluate.py. ValueError where the folder is not that of a finished run."""
     try:
-        return json.loads((folder / "results.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        run = json.loads((folder / "results.json").read_text())
+        missing = {"benchmark", "chat", "problems", "problems_sha256"} - run.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        missing = {str(error)}
+    if missing:
         raise ValueError(
-            f"--responses {folder}: no finished run of tools/evaluate.py ({error}); run that to its end"
-        ) from None
+            f"--responses {folder}: no finished run of tools/evaluate.py (results.json: {', '.join(sorted(missing))}); "
+            "run that to its end"
+        )
+    return run
 
 
 def graded(folder: Path) -> Iterable[tuple[dict[str, Any], dict[str, bool]]]:

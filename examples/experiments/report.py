@@ -157,10 +157,9 @@ def _ahead(results: Results, metric: Metric) -> str:
     best, *others = sorted(results, key=lambda name: -sign * mean(name))
     close = []
     for name in others:
-        if results[best].keys() & results[name].keys():
-            estimate = difference(results[best], results[name], metric.name)
-            if verdict(estimate, metric) != "better":
-                close.append(f"`{name}`")
+        paired = results[best].keys() & results[name].keys()
+        if not paired or verdict(difference(results[best], results[name], metric.name), metric) != "better":
+            close.append(f"`{name}`")
     told = f"not told apart from it: {', '.join(close)}" if close else "ahead of every other one"
     return f"Best {metric.title}: `{best}`, {mean(best):.4f}; {told}."
 

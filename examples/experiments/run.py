@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that a checkout needs no installation
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 1 where a run failed or nothing could be started. Stopped, the same command goes on."""
     options = parse(argv)
     failed = 0 if options.report_only else run_missing(chosen(options), options)
-    console.print(f"written to {write_report(planned_runs())}", soft_wrap=True)
+    console.print(f"written to {write_report(planned_runs())}", soft_wrap=True, markup=False)
     return 1 if failed else 0
 
 
@@ -87,7 +88,7 @@ def run_missing(runs: list[Run], options: argparse.Namespace) -> int:
                     found = future.result()
                 except RuntimeError as error:
                     failed += 1
-                    console.print(f"[bold]{progress}[/bold] failed: {error}", soft_wrap=True)
+                    console.print(f"[bold]{progress}[/bold] failed: {escape(str(error))}", soft_wrap=True)
                 else:
                     keep(run, found)
                     console.print(

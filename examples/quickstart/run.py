@@ -37,6 +37,7 @@ from megatron_simct.command_line import Parser, command  # noqa: E402  isort: sk
 from examples.quickstart.task import write_task  # noqa: E402
 from examples.quickstart.tokenizer_files import sides  # noqa: E402
 from examples.stages import Stage, console  # noqa: E402
+from megatron_simct.files import write_whole  # noqa: E402
 
 # Small enough for two CPU cores, large enough to add.
 ARCHITECTURE = {
@@ -237,10 +238,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--run-dir", type=Path, default=ROOT / "runs" / "quickstart", help="where everything is written"
     )
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    for flag, lowest in (("--train-iters", 1), ("--seed", 0)):  # the trainer would say so after minutes
+        value = getattr(options, flag.removeprefix("--").replace("-", "_"))
+        if value < lowest:
+            parser.error(f"{flag} {value}: must be at least {lowest}")
+    if not options.lr > 0:
+        parser.error(f"--lr {options.lr}: must be above 0")
+    return options
 
 
-@command("examples/quickstart/run.sh")
+@command("examples/quickstart/run.sh", also=(subprocess.CalledProcessError,))
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     begin = time.time()
@@ -269,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "seconds": round(time.time() - begin, 1),
         "seconds_by_stage": {name: round(value, 1) for name, value in seconds.items()},
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_whole(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     pictures = ["--output", str(folder / "report.html"), "--png", str(folder / "curves.png")]
     subprocess.run([sys.executable, str(ROOT / "tools" / "plot_run.py"), str(distil.output), *pictures], check=True)
     report(summary, folder)
@@ -287,7 +295,9 @@ def report(summary: dict, folder: Path) -> None:
         "student after", f"{summary['student_accuracy_after']:.3f}", f"{summary['student_sampled_after']:.3f}"
     )
     console.print(table)
-    console.print(f"{summary['seconds']:.0f} seconds; written to {folder / 'summary.json'}", soft_wrap=True)
+    console.print(
+        f"{summary['seconds']:.0f} seconds; written to {folder / 'summary.json'}", soft_wrap=True, markup=False
+    )
 
 
 if __name__ == "__main__":

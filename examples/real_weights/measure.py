@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from rich.progress import track
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checkout needs no installation
+
+from megatron_simct.files import write_whole  # noqa: E402
 
 
 def measure(folder: str, rows: list[dict[str, str]], num_continued: int) -> dict[str, Any]:
@@ -55,9 +58,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = [json.loads(line) for line in options.held_out.read_text(encoding="utf-8").split("\n") if line]
     result = measure(options.folder, rows, options.num_continued)
-    temporary = options.output.with_name(options.output.name + ".tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(temporary, options.output)
+    write_whole(options.output, json.dumps(result, indent=1) + "\n")
     print(f" {options.folder}: {result['nats_per_byte']:.4f} nats a byte, loss {result['loss']:.4f}", flush=True)
 
 

@@ -32,6 +32,7 @@ from megatron_simct.command_line import Parser, command  # noqa: E402  isort: sk
 from examples.real_weights.models import MODELS, gguf_file  # noqa: E402
 from examples.real_weights.texts import write_texts  # noqa: E402
 from examples.stages import Stage, console  # noqa: E402
+from megatron_simct.files import write_whole  # noqa: E402
 from tools.benchmark.real_inputs import Unavailable  # noqa: E402
 
 AGREE = 1e-4
@@ -270,6 +271,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for flag, value in (("--batch-size", options.batch_size), ("--held-out", options.held_out)):
         if value < 2 or value % 2:
             parser.error(f"{flag} {value}: must be even, and at least 2")
+    for flag, value in (("--train-iters", options.train_iters), ("--response-len", options.response_len)):
+        if value < 1:  # the trainer would say so after the downloads
+            parser.error(f"{flag} {value}: must be at least 1")
+    if not options.lr > 0:
+        parser.error(f"--lr {options.lr}: must be above 0")
     options.run_dir = options.run_dir.resolve()
     return options
 
@@ -287,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds = {stage.name: stage.run(ROOT) for stage in plan.stages}
     summary = summarize(plan, seconds) | {"seconds_after_downloads": round(time.time() - fetched, 1)}
     path = plan.distil.output.parent / "summary.json"
-    path.write_text(json.dumps(summary, indent=1) + "\n")
+    write_whole(path, json.dumps(summary, indent=1) + "\n")
     report(summary, path)
     console.print(f"{time.time() - begin:.0f} seconds, {fetched - begin:.0f} of them for downloads and checks")
 

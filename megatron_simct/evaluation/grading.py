@@ -72,8 +72,8 @@ class Grader:
                 return {"pass": passes(mbpp_program(problem.fields, self._code(text)), self.limits)}
             case "humaneval":
                 code = self._code(text)
-                complete = self.chat and re.search(rf"\bdef {problem.fields['entry_point']}\b", code)
-                start = _imports(problem.fields["prompt"]) if complete else problem.fields["prompt"]
+                prompt, whole = problem.fields["prompt"], rf"\bdef {problem.fields['entry_point']}\b"
+                start = re.split(whole, prompt)[0] if self.chat and re.search(whole, code) else prompt
                 return {"pass": passes(humaneval_program(problem.fields, start + code), self.limits)}
             case "livecodebench":
                 code = self._code(text, last=True) if self.chat else (problem.fields.get("starter_code") or "") + text
@@ -128,11 +128,6 @@ def mbpp_program(row: dict[str, Any], code: str) -> str:
     """The code and its tests."""
     before = row.get("test_imports") or [row.get("test_setup_code") or ""]
     return "\n".join([code, *before, *row["test_list"]])
-
-
-def _imports(prompt: str) -> str:
-    """What stands before the first function, such as imports and helpers' imports."""
-    return prompt[: prompt.find("def ")]
 
 
 def _passes_livecodebench(row: dict[str, Any], code: str, limits: Limits) -> bool:

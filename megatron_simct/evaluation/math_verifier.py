@@ -5,6 +5,7 @@ This file is both sides. The child runs it by its path, so it imports nothing of
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import selectors
@@ -25,6 +26,8 @@ class MathVerifier:
 
     def __call__(self, gold: str, response: str) -> bool:
         """Whether the response's final answer equals that of the gold text. Not in time is wrong."""
+        if self._process is not None and self._process.poll() is not None:  # killed since, not by this answer
+            self.close()
         if self._process is None:
             self._start()
         answer = self._ask(gold, response)
@@ -63,7 +66,8 @@ class MathVerifier:
             self._process.kill()
             self._process.wait(timeout=60)
             assert self._process.stdin is not None and self._process.stdout is not None, "both are pipes"
-            self._process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it still holds what the process did not read
+                self._process.stdin.close()
             self._process.stdout.close()
             self._process = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -36,6 +37,11 @@ def test_bytes_that_are_no_text_are_shown_and_counted(arguments, tmp_path, capsy
     assert tool.main([*arguments, "--text-file", str(tmp_path / "bytes"), "--format", "json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["segments"], result["bytes_not_encoded"], result["rest"]) == ([[0, 1, 0, 1]], 4, "\\xff\\xfelo")
+
+
+def test_a_text_on_the_command_line_may_be_any_bytes(arguments, capsys):
+    assert tool.main([*arguments, "--text", os.fsdecode(b"he\xff"), "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rest"] == "\\xff"
 
 
 def test_the_terminal_marks_what_is_not_one_to_one(arguments, capsys):

@@ -86,7 +86,9 @@ class Mistake:
 
 def mistakes(command: str, *rows: tuple[str, str, str] | tuple[str, str, str, str]) -> list[Mistake]:
     """Rows of what, flags, line, and disk."""
-    usage = r"unknown flag|unexpected|--parts z|the following|argument |expected|unrecognized|--config-file"
+    usage = (
+        r"unknown flag|unexpected|--parts z|--train-iters 0|--lr 0|the following|argument |expected|unrecog|--config-f"
+    )
     return [
         Mistake(
             command=command,
@@ -162,6 +164,11 @@ MISTAKES = [
         ("a text that is not there", f"= {TOKENIZERS} --text-file no.txt", "--text-file no.txt: No such file"),
         ("a folder in place of the page", "--output foreign", "--output foreign: Is a directory"),
         ("no network", "--teacher-tokenizer tiktoken:o200k_base", ".*without a network give them as a file", "cut off"),
+        (
+            "the text's own file",
+            f"= {TOKENIZERS} --text-file text.txt --output text.txt",
+            "--output text.txt: is the --text",
+        ),
         ("a full disk", "", "--output out/page.html: No space left", "full"),
         ("a folder that is not there", "--output text.txt/x/page.html", "--output text.txt/x/page.html: .*Not a dir"),
         ("a disk that may not be written", "", "--output out/page.html: .*Read-only file system", "read-only"),
@@ -180,6 +187,7 @@ MISTAKES = [
         ("a folder that exists", "--save tiny", "--save tiny: .*exists already; nothing is overwritten"),
         ("another model's folder", "--hf-checkpoint tiny/teacher", "--load weights/student.*does not fit this model"),
         ("no weights to convert", "= hf-to-megatron --hf-checkpoint tiny/student --save out/c", ".*has no weights"),
+        ("no vocabulary", "--make-vocab-size-divisible-by 0", "--make-vocab-size-divisible-by 0: must be at least 1"),
         ("a misspelt flag", "--verfy", "unknown flag --verfy; did you mean --verify?"),
         ("a disk that may not be written", "", "--save out/folder: .*Read-only file system", "read-only"),
         ("a full disk", "", "--save out/folder: .*No space left", "full"),
@@ -189,6 +197,13 @@ MISTAKES = [
         ("no mixture", "--mixture no.yaml", "--mixture no.yaml: No such file"),
         ("data in another place", "--data-root tiny", "--data-root: source words: tiny/prompts.jsonl: No such file"),
         ("all of it in a test set", "--mixture excluded.yaml", "--mixture: nothing is left of 1 rows: 1 excluded"),
+        (
+            "a test set without prompts",
+            "--mixture unexcluded.yaml",
+            "--mixture: exclude prompts.jsonl: no row has a quest",
+        ),
+        ("a text for a count", "--mixture count.yaml", "--mixture count.yaml: source 1: count '3': expected int"),
+        ("a template of no model", "--apply-chat-template", "--apply-chat-template: needs --hf-checkpoint or"),
         ("a pattern that is none", "--mixture pattern.yaml", "--mixture pattern.yaml: source words: label_pattern"),
         ("a disk that may not be written", "", "--output-dir out/prompts: .*Read-only file system", "read-only"),
     ),
@@ -196,6 +211,16 @@ MISTAKES = [
         "select",
         ("no run", "--responses no", "--responses no: no finished run of tools/evaluate.py"),
         ("other problems", "--data prompts.jsonl", "--data prompts.jsonl: .*"),
+        (
+            "a folder with other results",
+            "--responses results",
+            "--responses results: no finished run of tools/evaluate",
+        ),
+        (
+            "the problems' own file",
+            "--output evaluated/problems.jsonl",
+            "--output .*problems.jsonl: is the file of --data",
+        ),
         ("a metric that it has not", "--metric rouge", "--metric rouge: .*exact_match"),
         ("a full disk", "", "--output out/warm_up.jsonl: No space left", "full"),
     ),
@@ -206,6 +231,14 @@ MISTAKES = [
         ("another column", "--data question.jsonl", "--data question.jsonl.*neither a prompt nor messages"),
         ("no responses", "--responses no.jsonl", "--responses no.jsonl: No such file"),
         ("more samples than responses", "--samples 3", "--responses responses.jsonl: 1 responses to p0, and --samples"),
+        ("chat responses of a model", f"= {ASKED} --chat-responses", "--chat-responses: says what --responses are"),
+        (
+            "no vocabulary",
+            f"= {ASKED} --make-vocab-size-divisible-by 0",
+            "--make-vocab-size-divisible-by 0: must be at",
+        ),
+        ("an archive that is none", "--data damaged.jsonl.gz", "--data damaged.jsonl.gz: Not a gzipped file"),
+        ("a number for an answer", "--data number.jsonl", "--data number.jsonl: row 1 is not one of exact_match"),
         ("samples that are all the same", f"= {ASKED} --samples 2", "--samples 2 of one greedy response"),
     ),
     *mistakes(
@@ -213,11 +246,23 @@ MISTAKES = [
         ("a folder without a run", "= tiny", "RUN_DIR tiny: no metrics.jsonl there; give the --run-dir"),
         ("a file that no run wrote", "= foreign", "foreign/metrics.jsonl: line 1"),
         ("a full disk", "", "--output out/report.html: No space left", "full"),
+        (
+            "a page over the run's own file",
+            "--output run/metrics.jsonl",
+            "--output run/metrics.jsonl: the run wrote it",
+        ),
+        ("a picture of no kind", "--png out/a.txt", "--png out/a.txt: no kind of picture"),
+        ("a picture in place of the page", "--png out/report.html", "--png out/report.html: no kind of picture"),
+        ("a configuration that is no YAML", "= bad_config", "bad_config/config.yaml: it is not what a run writes"),
+        ("samples of something else", "= bad_samples", "bad_samples/samples.jsonl: has rows that are no responses"),
+        ("a binary file for the metrics", "= bad_metrics", "bad_metrics/metrics.jsonl: not UTF-8 at byte 0"),
         ("a full disk for the picture", "--output /dev/null --png out/a.png", "--png out/a.png: No space left", "full"),
     ),
     *mistakes(
         "quickstart",
         ("a misspelt flag", "--interfce bytes", "unknown flag --interfce; did you mean --interface?"),
+        ("no steps", "--train-iters 0", "--train-iters 0: must be at least 1"),
+        ("a rate of 0", "--lr 0", "--lr 0.0: must be above 0"),
         ("an interface that does not exist", "--interface papper", "argument --interface: invalid choice: 'papper'"),
         ("a disk that may not be written", "", "--run-dir .*out/quickstart: Read-only file system", "read-only"),
     ),
@@ -242,9 +287,11 @@ def desk(tiny, tmp_path_factory) -> Path:
     for name, values in (("run", run), ("local", local), ("misspelt", misspelt)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
     source = {"name": "words", "path": "prompts.jsonl"}
-    mixtures = {"mixture": {}, "column": {"prompt_key": "question"}, "pattern": {"label_pattern": "("}}
+    mixtures = {"mixture": {}, "pattern": {"label_pattern": "("}, "count": {"count": "3"}}
     excluded = {"sources": [{"name": "words", "path": "prompts.jsonl"}], "exclude": [{"path": "prompts.jsonl"}]}
     (folder / "excluded.yaml").write_text(yaml.safe_dump(excluded))
+    excluded["exclude"][0]["prompt_key"] = "question"
+    (folder / "unexcluded.yaml").write_text(yaml.safe_dump(excluded))
     for name, more in mixtures.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"sources": [source | more]}))
     (folder / "broken.yaml").write_text("lr: 1\n  - [\n")
@@ -267,6 +314,18 @@ def desk(tiny, tmp_path_factory) -> Path:
     write_run(folder / "run", iterations=2)
     (folder / "foreign").mkdir()
     (folder / "foreign" / "metrics.jsonl").write_text("iteration,loss\n")
+    for name, file in (
+        ("bad_config", "config.yaml"),
+        ("bad_samples", "samples.jsonl"),
+        ("bad_metrics", "metrics.jsonl"),
+    ):
+        write_run(folder / name, iterations=2)
+        (folder / name / file).write_text('{"kind": "sample", "iteration": 1}\n' if "samples" in file else "- [\n")
+    (folder / "bad_metrics" / "metrics.jsonl").write_bytes(bytes(range(128, 256)))
+    (folder / "damaged.jsonl.gz").write_bytes(b"no archive")
+    (folder / "number.jsonl").write_text('{"prompt": 3, "label": "2"}\n')
+    (folder / "results").mkdir()
+    (folder / "results" / "results.json").write_text("[1]")
     (folder / "weights").mkdir()
     random_weights(tiny, folder / "weights")
     (folder / "out").mkdir()

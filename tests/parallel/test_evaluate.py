@@ -106,22 +106,47 @@ def test_another_run_is_not_mixed_into_the_folder(run, alone):
         (("--apply-chat-template",), "chat"),
         (("--responses", "x"), "--hf-checkpoint for a model that answers, or --responses"),
         (("--part-size", "0"), "--part-size 0: must be at least 1"),
+        (("--top-k", "0"), "--top-k 0: must be at least 1, or -1 for all tokens"),
+        (("--chat-responses",), "--chat-responses: says what --responses are"),
+        (("--tokenizer-model", "absent.model"), "absent.model"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(run, tmp_path, flags, message):
     code, error = run(tmp_path, *flags)
     assert code == 1 and message in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir()), "the right command would find another run there"
+
+
+def test_newer_weights_under_the_same_name_are_another_run(run, weights, alone):
+    tracker = Path(weights[1]) / "latest_checkpointed_iteration.txt"
+    before = tracker.read_text()
+    try:
+        tracker.write_text("7")
+        code, error = run(alone)
+    finally:
+        tracker.write_text(before)
+    assert code == 1 and "holds a run that differs in iteration; name another directory" in error
+
+
+def test_a_folder_of_something_else_is_not_taken(run, tmp_path):
+    (tmp_path / "run.json").write_text("[1]")
+    code, error = run(tmp_path)
+    assert code == 1 and "its run.json is not of this command" in error and error.count("\n") == 1
 
 
 def test_given_responses_are_graded_without_a_model(tmp_path):
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    given = [{"problem_id": str(i), "response": "x = 1" if sample else "("} for i in range(5) for sample in range(2)]
+    given = [{"problem_id": i, "response": "x = 1" if sample else "("} for i in range(5) for sample in range(2)]
     (tmp_path / "given.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
     argv = ["--benchmark", "mbpp", "--data", str(tmp_path / "problems.jsonl"), "--output-dir", str(tmp_path / "out")]
     argv += ["--responses", str(tmp_path / "given.jsonl"), "--workers", "2"]
     assert _main(0, 1, [*argv, "--samples", "2"]) == (0, "")
     metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]["pass"]
     assert (metrics["avg@2"]["mean"], metrics["pass@2"]["mean"]) == (0.3, 0.6)
+    assert [name.split("/")[0] for name in parts(tmp_path / "out")] == ["grades", "responses"]
+    select = ["--responses", str(tmp_path / "out"), "--data", str(tmp_path / "problems.jsonl"), "--min-characters", "1"]
+    assert select_responses.main([*select, "--output", str(tmp_path / "right.jsonl")]) == 0
+    assert (tmp_path / "right.jsonl").read_text().count("x = 1") == 3
     code, error = _main(0, 1, [*argv, "--output-dir", str(tmp_path / "another")])
     assert code == 1 and "2 responses to 0, and --samples is 1" in error
 

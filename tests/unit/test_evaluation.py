@@ -115,7 +115,13 @@ def test_lists_and_compressed_lines_are_read(tmp_path):
         ("mbpp", json.dumps(GSM8K), "row 1 is not one of mbpp .KeyError: 'test_list'"),
         ("mbpp", "\n".join([json.dumps(MBPP)] * 2), "two rows have the same id"),
         ("math500", "{", "not JSON"),
+        ("mbpp", json.dumps(MBPP) + "\n\n{", "not JSON .*, line 3"),
         ("exact_match", json.dumps({"prompt": "Add.", "label": 3}), "row 1 is not one of exact_match .TypeError"),
+        ("exact_match", "[3]", "row 1 is not one of exact_match"),
+        ("gsm8k", json.dumps(GSM8K | {"answer": 3}), "row 1 is not one of gsm8k .TypeError: its answer is no text"),
+        ("gsm8k", json.dumps(GSM8K | {"question": None}), "its question is no text"),
+        ("humaneval", json.dumps(HUMANEVAL | {"prompt": None}), "its prompt is no text"),
+        ("livecodebench", json.dumps(livecodebench(STDIN, []) | {"private_test_cases": "abcd"}), "row 1 is not one of"),
         ("math_label", json.dumps({"messages": [], "label": "3"}), "not one message of the user"),
         ("math500", "", "holds no problems"),
     ],
@@ -126,6 +132,21 @@ def test_what_is_wrong_with_a_file_is_said_in_a_line(tmp_path, name, content, me
         read_problems(name, str(tmp_path / "data.jsonl"))
     with pytest.raises(ValueError, match="--data .*absent: No such file"):
         read_problems(name, str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize(
+    "data", [gzip.compress(b"{}" * 99)[:-9], gzip.compress(b"{}" * 99)[:12] + b"no deflate", b"{}"]
+)
+def test_a_damaged_archive_is_said_in_a_line(tmp_path, data):
+    (tmp_path / "data.jsonl.gz").write_bytes(data)
+    with pytest.raises(ValueError, match=r"--data .*data\.jsonl\.gz: "):
+        read_problems("gsm8k", str(tmp_path / "data.jsonl.gz"))
+
+
+def test_an_id_may_be_a_number(tmp_path):
+    rows = [{"id": number, "prompt": "Add.", "label": "3"} for number in (0, 7)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [p.problem_id for p in read_problems("exact_match", str(tmp_path / "data.jsonl"))] == ["0", "7"]
 
 
 def test_private_tests_are_read_without_unpickling():
@@ -191,6 +212,22 @@ def test_a_computation_without_end_is_wrong_and_the_next_answer_is_read(verifier
     assert verifier("$\\boxed{4}$", "$\\boxed{4}$")
 
 
+def test_a_process_that_was_killed_between_two_answers_is_started_again(verifier):
+    assert verifier("$\\boxed{4}$", "$\\boxed{2+2}$")
+    verifier._process.kill()
+    verifier._process.wait(timeout=60)
+    assert verifier("$\\boxed{4}$", "$\\boxed{4}$")
+
+
+def test_a_process_that_is_killed_as_it_is_asked_is_a_wrong_answer(verifier, monkeypatch):
+    assert verifier("$\\boxed{4}$", "$\\boxed{2+2}$")
+    verifier._process.kill()
+    verifier._process.wait(timeout=60)
+    monkeypatch.setattr(verifier._process, "poll", lambda: None)
+    assert not verifier("$\\boxed{4}$", "$\\boxed{4}$")
+    assert verifier("$\\boxed{4}$", "$\\boxed{4}$")
+
+
 RIGHT_CODE = {
     "mbpp": ("import math\ndef root(x):\n  return math.isqrt(x)", "def root(x):\n  return 4"),
     "humaneval": ("    return sum(x)\n", "    return len(x)\n"),
@@ -210,10 +247,13 @@ def test_code_that_passes_its_tests(right, name):
 
 
 def test_a_whole_function_in_a_block_stands_for_the_prompt(right):
-    """It keeps the prompt's imports."""
+    """It keeps the prompt's imports, and the functions before the one that is asked for."""
     whole = "def total(x: List[int]) -> int:\n    return x[0] + x[1]"
     assert right("humaneval", HUMANEVAL, f"```python\n{whole}\n```", chat=True) == {"pass": True}
     assert right("humaneval", HUMANEVAL, f"```python\n{whole}", chat=True) == {"pass": True}, "cut at the length limit"
+    helper = "def twice(x):\n    return 2 * x\n\n\n"
+    row = {"prompt": helper + HUMANEVAL["prompt"], "test": HUMANEVAL["test"] + "    assert twice(1) == 2\n"}
+    assert right("humaneval", HUMANEVAL | row, f"```python\n{whole}\n```", chat=True) == {"pass": True}
 
 
 def test_functions_of_livecodebench(right):

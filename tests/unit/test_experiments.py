@@ -71,7 +71,7 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path, monkeypatch, capsys, jo
 
         def run(self, one):
             if one.interface == "paper":
-                raise RuntimeError("exit code 3")
+                raise RuntimeError("exit code 3 [/tmp]")
             return {"figures": {"greedy_before": 0.25, "greedy": 0.5}, "seconds": 1.0}
 
     monkeypatch.setattr(run, "Toy", Bench)
@@ -81,7 +81,7 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path, monkeypatch, capsys, jo
     assert run.run_missing(missing, options) == 1
     assert [one.interface for one in missing if one.result is None] == ["paper"]
     out = capsys.readouterr().out
-    assert "failed: exit code 3" in out and "11/11" in out and "greedy 0.250 -> 0.500" in out
+    assert "failed: exit code 3 [/tmp]" in out and "11/11" in out and "greedy 0.250 -> 0.500" in out
 
 
 def test_a_command_is_measured_and_its_failure_is_told(tmp_path):
@@ -191,6 +191,14 @@ def test_the_report_says_what_is_done_and_what_the_results_bear(tmp_path):
     first = figure.read_bytes()
     report.write_report(plan.planned_runs())
     assert figure.read_bytes() == first and len(first) < 60_000 and b"strict" in first
+
+
+def test_no_interface_is_ahead_of_one_that_shares_no_seed_with_it():
+    def result(greedy: str) -> dict:
+        return {"outcomes": {"greedy": greedy}, "configuration": {"eval_samples": 4}}
+
+    said = report._ahead({"bytes": {1: result("1111")}, "paper": {2: result("0000")}}, scoring.ACCURACIES[0])
+    assert said == "Best greedy accuracy: `bytes`, 1.0000; not told apart from it: `paper`."
 
 
 def test_results_in_the_repository_are_of_planned_runs(monkeypatch):

@@ -179,15 +179,61 @@ def test_files_of_every_format(prepare, tmp_path):
         (one(label_pattern="("), "no regular expression"),
         (one(path="absent.jsonl"), "absent.jsonl: No such file"),
         (one(path="mixture.yaml"), "the format is told by the name"),
-        (one(path="broken.jsonl"), "broken.jsonl: JSONDecodeError"),
+        (one(path="broken.jsonl"), "source a: "),
+        (one(path="broken.jsonl"), "broken.jsonl: line 3: not JSON (Expecting"),
+        (one(path="broken.jsonl.gz"), "broken.jsonl.gz: Error -3 while decompressing"),
+        (one(path=[]), "source a: path names no file"),
+        (one(path=3), "source 1: path 3: expected str | list[str]"),
+        (one(count="3"), "source 1: count '3': expected int"),
+        (one(count=1.5), "source 1: count 1.5: expected int"),
+        (one(suffix=True), "source 1: suffix True: expected str"),
+        ({"sources": "a.jsonl"}, "sources 'a.jsonl': expected list"),
+        ({"seed": "x"} | one(), "seed 'x': expected int"),
+        ({"seed": -1} | one(), "seed -1: must be at least 0"),
+        ({"size": 2} | one(count=3), "the counts make 3, and the size is 2"),
+        ({"size": 4} | one(count=3), "the counts make 3, and the size is 4"),
+        (one(label_pattern="(.)"), "has a label_pattern, and no label_key"),
+        (one(label_key="label", label_pattern="[0-9]+"), "label_pattern '[0-9]+' has no group"),
+        (one() | {"exclude": "a.jsonl"}, "exclude 'a.jsonl': expected list"),
+        (
+            one() | {"exclude": [{"path": "a.jsonl", "promt_key": "label"}]},
+            "exclude 1: unknown key 'promt_key'; did you",
+        ),
+        (one() | {"exclude": [{"path": "a.jsonl", "prompt_key": "text"}]}, "no row has a text, so it excludes nothing"),
         (one(max_chars=1), "nothing is left of 3 rows"),
         ({"sources": one()["sources"] * 2}, "two sources have one name"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(prepare, tmp_path, mixture, message):
-    (tmp_path / "broken.jsonl").write_text("{")
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n\n{')
+    (tmp_path / "broken.jsonl.gz").write_bytes(gzip.compress(b"{}" * 99)[:12] + b"no deflate")
     code, _, _, error = prepare({"a.jsonl": numbered(3)}, mixture)
     assert code == 1 and message in error
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--apply-chat-template",), "--apply-chat-template: needs --hf-checkpoint or --teacher-hf-checkpoint"),
+        (("--max-prompt-len", "0"), "--max-prompt-len 0: must be at least 1"),
+    ],
+)
+def test_a_flag_that_would_do_nothing_is_refused(prepare, flags, message):
+    code, _, _, error = prepare({"a.jsonl": numbered(3)}, one(), *flags)
+    assert code == 1 and message in error
+
+
+def test_names_are_no_markup(prepare):
+    code, _, report, _ = prepare({"a.jsonl": numbered(3)}, one(name="a[/b]"))
+    assert code == 0 and list(report["sources"]) == ["a[/b]"]
+
+
+def test_an_empty_prompt_may_be_asked_for(prepare, tmp_path):
+    save_byte_level(tmp_path / "student")
+    _, rows, _, _ = prepare(
+        {"a.jsonl": [{"prompt": ""}]}, one(min_chars=0), "--hf-checkpoint", str(tmp_path / "student")
+    )
+    assert [row["prompt"] for row in rows] == [""]
 
 
 def test_nothing_is_overwritten(prepare, tmp_path):

@@ -67,10 +67,18 @@ def test_gsm8k_is_a_file_of_questions_and_answers(tmp_path):
     path.write_text(json.dumps({"question": "How many?", "answer": "4\n#### 4"}) + "\n")
     assert texts.gsm8k_problems(path) == [("How many?", "4\n#### 4")]
     assert texts.as_task(texts.gsm8k_problems(path)) == [("Problem: How many?\nSolution:\n", "4\n#### 4")]
+    path.write_text(json.dumps({"question": "a\u2028b", "answer": "4"}, ensure_ascii=False) + "\n")
+    assert texts.gsm8k_problems(path) == [("a\u2028b", "4")]
     for line in ("{", "[]", '{"question": "a"}', '{"question": "a", "answer": 4}'):
         path.write_text(path.read_text().split("\n")[0] + "\n" + line + "\n")
         with pytest.raises(ValueError, match=r"--gsm8k .*gsm8k\.jsonl, line 2"):
             texts.gsm8k_problems(path)
+
+
+def test_a_line_of_a_corpus_ends_where_json_says(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text(json.dumps({"text": "a\u2028b\u0085c"}, ensure_ascii=False) + "\n")
+    assert "".join(build_alignment_map.read_corpus(str(path), "text")) == "a\u2028b\u0085c"
 
 
 # Stages.
@@ -108,6 +116,18 @@ def test_a_stage_is_run_again_where_what_it_reads_has_changed(stage, tmp_path):
         stage.inputs[0].write_text(stage.inputs[0].read_text() + "3")
         given.run(tmp_path)
         assert stage.output.read_text() == "x"  # what the other command left is gone
+
+
+def test_what_no_stage_has_made_is_not_removed(stage, tmp_path):
+    stage.output.write_text("mine")
+    with pytest.raises(ValueError, match="made: is there, and was not made here; name another --run-dir"):
+        stage.run(tmp_path)
+    assert stage.output.read_text() == "mine"
+
+
+def test_a_command_is_no_markup(stage, tmp_path, capsys):
+    dataclasses.replace(stage, command=(*stage.command, "[/b]", "[0]")).run(tmp_path)
+    assert "'[/b]' '[0]'" in capsys.readouterr().out.replace("\n", "")
 
 
 @pytest.mark.parametrize("resumes, left", [(True, "xx"), (False, "x")])
@@ -162,6 +182,10 @@ def test_numbers_that_two_ranks_cannot_share_are_refused(capsys):
         with pytest.raises(SystemExit):
             run.parse([flag, "7"])
         assert f"{flag} 7: must be even" in capsys.readouterr().err
+    for flag in ("--train-iters", "--response-len", "--lr"):
+        with pytest.raises(SystemExit):
+            run.parse([flag, "0"])
+        assert f"{flag} 0" in capsys.readouterr().err
 
 
 # The figures.

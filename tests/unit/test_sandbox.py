@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import termios
 
 import pytest
 
@@ -13,7 +14,22 @@ from megatron_simct.evaluation.sandbox import Limits, check_sandbox, passes, run
 LIMITS = Limits(cpu_s=1, wall_s=30.0)
 SHORT = Limits(cpu_s=1, wall_s=0.5)
 
+SPY = """
+import gc, os, re, sys
+seen, frames = [open(name).read() for name in os.listdir() + ["/proc/self/cmdline"] if os.path.isfile(name)], []
+frames += sys._current_frames().values()
+while frames[-1].f_back:
+    frames.append(frames[-1].f_back)
+for frame in frames:
+    seen += map(repr, (frame.f_locals, frame.f_code.co_consts, *gc.get_referents(frame)))
+seen += [repr(x) for x in gc.get_objects() if isinstance(x, (tuple, list, dict)) and len(x) < 99]
+for mark in re.findall("[0-9a-f]{32}", "".join(seen)):
+    os.write(1, mark.encode())
+os._exit(0)
+"""
+"""Says early whatever may be the sign that it has run to its end."""
 HOSTILE = {
+    "its own end": SPY,
     "fork bomb": "import os\nwhile True:\n    os.fork()",
     "another program": "import subprocess\nsubprocess.run(['true'])",
     "shell": "import os\nassert os.system('true') == 0",
@@ -32,6 +48,7 @@ HOSTILE = {
     "syntax": "def f(:",
     "memory of another process": "import ctypes\nassert ctypes.CDLL(None).ptrace(16, 1, 0, 0) == 0",
     "change of the file system": "import os\nos.mkdir('folder')",
+    "flags of a file": "import fcntl\nfcntl.ioctl(open('program.py'), 0x40086602, bytes([0x40, 0, 0, 0, 0, 0, 0, 0]))",
     "removal": "import os\nos.unlink('program.py')",
 }
 
@@ -61,17 +78,35 @@ def test_no_file_is_written(tmp_path, mode):
     assert path.read_text() == "before" if mode != "x" else not path.exists()
 
 
+@pytest.mark.parametrize(
+    "change",
+    ["settings = termios.tcgetattr(file)\nsettings[3] ^= termios.ECHO\ntermios.tcsetattr(file, 0, settings)"]
+    + ["import fcntl\nfcntl.ioctl(file, termios.TIOCSTI, b'x')"],
+    ids=["settings", "typing"],
+)
+def test_a_terminal_of_the_user_is_left_alone(change):
+    """A program may open it to read, which is enough for both."""
+    ends = os.openpty()
+    try:
+        before, name = termios.tcgetattr(ends[1]), os.ttyname(ends[1])
+        assert not passes(f"import os, termios\nfile = os.open({name!r}, os.O_RDONLY | os.O_NOCTTY)\n{change}", LIMITS)
+        assert termios.tcgetattr(ends[1]) == before
+    finally:
+        for end in ends:
+            os.close(end)
+
+
 def test_what_a_program_needs_works():
     source = """
 import collections, dataclasses, datetime, decimal, functools, heapq, itertools
-import math, random, re, string, threading, typing
+import math, random, re, string, sys, threading, typing
 import numpy as np
 found = []
 thread = threading.Thread(target=found.append, args=(1,))
 thread.start()
 thread.join()
 assert found == [1] and np.ones((4, 4)).dot(np.ones(4)).sum() == 16
-assert open("program.py").read()
+assert open("program.py").read() and not sys.stdin.isatty()
 @dataclasses.dataclass
 class Point:
     x: int
