@@ -22,7 +22,7 @@ from megatron_simct.evaluation.sandbox import Limits, passes, run_program
 _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 _BLOCK = re.compile(r"```(?:[^\n`]*\n)?(.*?)(?:\n?```|\Z)", re.DOTALL)
-_LEETCODE_IMPORTS = """
+_IMPORTS = """
 import bisect, collections, functools, heapq, itertools, math, operator, random, re, string, sys
 from bisect import *
 from collections import *
@@ -31,7 +31,9 @@ from heapq import *
 from itertools import *
 from math import *
 from typing import *
+from builtins import *
 """
+"""What solutions of LiveCodeBench need not import; builtins last, or math's pow would stand in the place of theirs."""
 _CALLS = """
 import json as _json
 for _test in _json.loads({tests!r}):
@@ -133,9 +135,9 @@ def mbpp_program(row: dict[str, Any], code: str) -> str:
 def _passes_livecodebench(row: dict[str, Any], code: str, limits: Limits) -> bool:
     tests, function = livecodebench_tests(row)
     if function is not None:
-        return passes(_LEETCODE_IMPORTS + code + "\n" + _CALLS.format(tests=json.dumps(tests), name=function), limits)
+        return passes(_IMPORTS + code + "\n" + _CALLS.format(tests=json.dumps(tests), name=function), limits)
     for test in tests:
-        outcome = run_program(code, limits, stdin=test["input"], as_script=True)
+        outcome = run_program(_IMPORTS + code, limits, stdin=test["input"], as_script=True)
         if outcome.status != "ok" or not same_output(outcome.output, test["output"]):
             return False
     return True

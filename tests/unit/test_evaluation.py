@@ -264,6 +264,13 @@ def test_functions_of_livecodebench(right):
     assert right("livecodebench", row, "return [*a, b]") == {"pass": True}, "the text goes on with the starter code"
 
 
+def test_programs_of_livecodebench_need_not_import_what_its_grader_imports(right):
+    code = "print(reduce(lambda a, b: a + pow(b, 1, 100), map(int, sys.stdin.read().split())))"
+    assert right(
+        "livecodebench", livecodebench(STDIN, []), f"```python\nfrom functools import reduce\n{code}\n```", chat=True
+    ) == {"pass": True}
+
+
 def test_output_is_compared_by_lines_and_numbers():
     assert same_output("1 2 \n3\n", "1 2\n3")
     assert same_output("0.50 1", "0.5 1.0")
