@@ -256,15 +256,17 @@ def partition_of_events(
     dropped = weight == 0
     scale = (weight * factor_of(divergence, beta)).masked_fill(dropped, 0)
 
+    # where, not a product with 0: the derivatives of a dropped row may be infinite.
     relative = derivative_of(log_p, log_q, divergence, beta) - offset.unsqueeze(1)
+    relative = torch.where(dropped.unsqueeze(1), 0, relative)
     # The path's probability goes to the unit, from the event that its first token is part of.
     from_event = torch.where(at_own_s, relative[:, 0], torch.where(in_unit_s, relative[:, 2], 0))
     of_path = torch.where(rows.has_unit, path_s.exp() * (relative[:, 2] - from_event), 0) * scale
     of_special = torch.where(special_s > NEGATIVE_INFINITY, special_s.exp() * relative, 0) * scale.unsqueeze(1)
-    of_many = (sum_of_derivative(many, divergence) - offset * many.p) * scale
+    of_many = torch.where(dropped, 0, sum_of_derivative(many, divergence) - offset * many.p) * scale
     count = len(stats.log_probs)
     per_label = rows.spread(of_path, count)
-    softmax_weight = (-per_label).index_add(0, starts_s, -(of_many + of_special.sum(1)).masked_fill(dropped, 0))
+    softmax_weight = (-per_label).index_add(0, starts_s, -(of_many + of_special.sum(1)))
     return RowTerms(
         row_loss=torch.where(dropped, 0, value_of(total, divergence, beta) * weight),
         label_loss=torch.zeros_like(stats.log_probs),

@@ -502,6 +502,29 @@ def test_impossible_columns(config):
     assert not student_only.isnan() and not teacher_only.isnan()
 
 
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js"])
+@pytest.mark.parametrize("interface", ["paper", "sum", "code", "exact", "strict", "strict_topk"])
+def test_a_segment_of_weight_zero_is_left_out_however_far_the_models_are_apart(interface, divergence):
+    """A token that is impossible for one of them: the row's divergence and derivatives are infinite, its part is 0."""
+    config = InterfaceConfig(interface=interface, divergence=divergence)
+    case = random_case(9, vocab_size=40, num_stops=1)
+    token = next(i for i in case.shared if i not in case.student_labels)
+    student = case.student_hidden @ case.student_weight.T
+    teacher = case.teacher_hidden @ case.teacher_weight.T
+    for a, (ts, _, ss, _) in enumerate(case.segments):
+        weighted = replace(case, weights=[float(i != a) for i in range(len(case.segments))])
+        found = []
+        for value in (0.0, IMPOSSIBLE):
+            changed_s, changed_t = student.clone(), teacher.clone()
+            changed_t[ts, case.shared[token][0]] = value
+            if divergence == "forward_kl":
+                changed_s[ss, token], changed_t = value, teacher
+            output = loss_of_logits(weighted, changed_s.requires_grad_(), changed_t, config)
+            output.sum.backward()
+            found.append((output.sum.detach(), changed_s.grad))
+        torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+
+
 def test_invalid_labels_are_refused_with_their_numbers():
     case = random_case(0)
     labels = label_batch(case)
