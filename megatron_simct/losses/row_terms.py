@@ -438,11 +438,10 @@ def binary_events(stats: Statistics, rows: RowInputs, *, temperature: float) -> 
         value = (b - a) - a * (b / a).log()
         slope = 1 - a / b
     else:
-        p_t = (-a / temperature).exp()
-        # log(1 - e^(-x / tau)) of both.
-        log_not_t, log_not_s = (torch.log(-torch.expm1(-x / temperature)) for x in (a, b))
-        value = p_t * (b - a) + temperature * (1 - p_t) * (log_not_t - log_not_s)
-        slope = ((-a / temperature).exp() - (-b / temperature).exp()) / log_not_s.exp()
+        # At a large tau the events are nearly certain: 1 - e^(-x / tau) and differences of such would be rounded away.
+        p_t, not_t, not_s = (-a / temperature).exp(), -torch.expm1(-a / temperature), -torch.expm1(-b / temperature)
+        value = p_t * (b - a) + temperature * not_t * (not_t / not_s).log()
+        slope = -p_t * torch.expm1((a - b) / temperature) / not_s
     dropped = rows.weight == 0
     slope = torch.where(dropped | (surprise_s < ALM_FLOOR), 0, slope * rows.weight)
     per_label = rows.spread(slope, len(stats.log_probs))

@@ -171,6 +171,18 @@ def test_float32_is_close_to_the_oracle(config, scale):
             assert error < limit
 
 
+@pytest.mark.parametrize("temperature", [30.0, 1e4, 1e7])
+def test_float32_is_close_to_the_oracle_at_large_temperatures_of_alm(temperature):
+    """Both events are nearly certain: the loss is made of what they lack of 1."""
+    config = InterfaceConfig(interface="alm", alm_temperature=temperature)
+    for seed in range(3):
+        case = random_case(seed).to(torch.float32)
+        result = evaluate(case, config)
+        expected, hidden_gradient, _ = evaluate_oracle(case, config)
+        assert float(result.output.sum) == pytest.approx(float(expected.sum.detach()), rel=1e-5)
+        assert (result.hidden_gradient.double() - hidden_gradient).norm() < 1e-5 * hidden_gradient.norm()
+
+
 def test_bfloat16_runs_with_float32_statistics():
     case = random_case(1).to(torch.bfloat16)
     result = evaluate(case, PAPER)
