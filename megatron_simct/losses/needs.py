@@ -77,6 +77,11 @@ def teacher_needs(config: InterfaceConfig) -> TeacherNeeds:
     )
 
 
+def compares_shared_tokens(config: InterfaceConfig) -> bool:
+    """Whether the loss reads both models' scores of the shared tokens, and so the teacher's head."""
+    return config.interface != "bytes" and ROW_NEEDS[config.interface].shared
+
+
 def known_failure(config: InterfaceConfig) -> str | None:
     """One sentence for the log: when the interface is known to harm, if it is."""
     renormalized = "student mass that leaves the compared tokens costs nothing (watch student_mass_outside_u)"
