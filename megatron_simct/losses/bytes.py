@@ -153,6 +153,7 @@ class ByteLoss:
     label_losses: torch.Tensor
     """[n]: the positions of the bytes in each label, added up; no gradient."""
     metrics: dict[str, torch.Tensor]
+    """0-dim float64, additive."""
 
 
 def byte_loss(
@@ -182,11 +183,16 @@ def byte_loss(
             of_segments, of_labels = torch.autograd.grad(total, inputs, allow_unused=True)
             _add_gradient(source, labels, side, sums, of_segments, of_labels, order=order, shard_start=shard_start)
     with torch.no_grad():
-        metrics = {"loss_bytes_sum": total.detach().double(), "byte_positions": values.new_full((), len(values))}
-        metrics |= {name: value.detach().double() for name, value in shares.items()}
+        num_positions = values.new_full((), len(values))
+        metrics = {"loss_bytes_sum": total, "byte_positions": num_positions} | shares
         label_of_position = side.last_row.new_zeros(len(values)).scatter(0, batch.slot_position, side.last_row)
         label_losses = torch.zeros_like(log_probs).index_add(0, label_of_position, values.to(log_probs.dtype))
-    return ByteLoss(sum=source.attach(total.detach()), log_probs=log_probs, label_losses=label_losses, metrics=metrics)
+    return ByteLoss(
+        sum=source.attach(total.detach()),
+        log_probs=log_probs,
+        label_losses=label_losses,
+        metrics={name: value.detach().double() for name, value in metrics.items()},
+    )
 
 
 def position_divergences(
