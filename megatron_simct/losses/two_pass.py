@@ -274,10 +274,11 @@ class TwoPass:
         )
         label_max = finite_reference(label_max)
         sums = sums * (maxima - label_max).exp()
-        at_top = torch.where(running.student_max == student_max, finite_reference(running.teacher_at_top), 0)
+        # Which ranks hold a token that is the likeliest of both: in bf16 several tokens may be the student's.
+        agrees = (running.student_max == student_max) & (running.teacher_at_top == teacher_max)
         running.rescale(student_max.clone(), teacher_max.clone(), slice(None))
-        label_sum, own, at_top, *shared = reduce_packed(
-            [sums, own, at_top, *running.sums.values()], dist.ReduceOp.SUM, self._group
+        label_sum, own, num_agree, *shared = reduce_packed(
+            [sums, own, agrees.to(sums.dtype), *running.sums.values()], dist.ReduceOp.SUM, self._group
         )
         label_log_sum = label_sum.log()
         natural = torch.empty_like(self._plan.order)
@@ -291,7 +292,7 @@ class TwoPass:
             log_probs=own - label_max - label_log_sum,
             student_max=finite_reference(student_max),
             teacher_max=finite_reference(teacher_max),
-            same_top=(at_top == teacher_max) & (teacher_max > NEGATIVE_INFINITY),
+            same_top=(num_agree > 0) & (teacher_max > NEGATIVE_INFINITY),
             sums=dict(zip(running.sums, shared, strict=True)),
             special_student=special_s.reshape(shape),
             special_teacher=special_t.reshape(shape),
