@@ -338,11 +338,12 @@ class TwoPass:
             teacher, index = (None, None) if self._topk else self._teacher_tile(chunk, start, end)
             sparse, dense = _common(chunk, self._sparse), _common(chunk, plan.dense)
             if teacher is not None and index is not None and sparse is not None:
-                student = source.logits_at(index + start, sparse)
+                columns = index + start  # one tensor for both calls: an output layer gathers its rows once
+                student = source.logits_at(columns, sparse)
                 for rows in self._blocks(sparse.start, sparse.stop, student.shape[1]):
                     here = slice(rows.start - sparse.start, rows.stop - sparse.start)
                     self._shared_gradient_(student[here], teacher[here], rows, weights)
-                source.add_gradient_at(index + start, student, sparse)
+                source.add_gradient_at(columns, student, sparse)
             if dense is not None:
                 # The teacher's first row is that of the chunk, whose sparse rows come before its dense ones.
                 of_dense = None if teacher is None else teacher[dense.start - chunk.start :]

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_simct.config import InterfaceConfig
 from megatron_simct.losses import (
@@ -633,6 +634,29 @@ def test_invalid_options_are_refused():
         options = {"shared_head": given_head, "placement": placement, "config": PAPER}
         with pytest.raises(ValueError, match=message):
             interface_loss(case.student_hidden, weight, given_labels, **options)
+
+
+class Gathered(TorchDispatchMode):
+    """Counts the rows that are gathered of a tensor of this size."""
+
+    def __init__(self, num_rows: int) -> None:
+        super().__init__()
+        self.num_rows, self.gathered = num_rows, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.index_select.default and len(args[0]) == self.num_rows:
+            self.gathered += len(args[2])
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_weight_rows_of_a_tile_are_gathered_once(monkeypatch):
+    """For its logits and for the gradient of the hidden states: beside the products it is what costs most."""
+    monkeypatch.setattr("megatron_simct.losses.two_pass.MAX_TILE_COLUMNS", 7)
+    monkeypatch.setattr("megatron_simct.losses.two_pass.MIN_TILE_COLUMNS", 1)
+    case = random_case(0)
+    with Gathered(len(case.student_weight) + 1) as mode:
+        evaluate(case, InterfaceConfig(interface="strict"))
+    assert mode.gathered == len(case.shared)
 
 
 @pytest.mark.parametrize("width", [1, 3, 7])
