@@ -37,7 +37,14 @@ import torch.distributed as dist
 from megatron_simct.alignment.byte_events import byte_trie
 from megatron_simct.alignment.token_table import TokenTable
 from megatron_simct.losses.tiles import OutputLayer, StudentLogits
-from megatron_simct.losses.vocab_parallel import NEGATIVE_INFINITY, finite_reference, reduce_packed, row_maxima
+from megatron_simct.losses.vocab_parallel import (
+    NEGATIVE_INFINITY,
+    add_at_,
+    finite_reference,
+    own_logits,
+    reduce_packed,
+    row_maxima,
+)
 from megatron_simct.records import REST, SPREAD, ByteBatch, ByteEvents, ByteSideBatch
 
 FLOOR = 1e-8
@@ -313,7 +320,7 @@ def _row_sums(
     own_place = _own_places(labels, order, shard_start)
     for start, end, lengths in _tiles(side, order, source.num_rows):
         tile = source.logits_at(order.columns[start:end])
-        own += _own(tile, own_place - start)
+        own += own_logits(tile, own_place, start)
         new_maxima = torch.maximum(maxima, row_maxima(tile))
         reference = finite_reference(new_maxima)
         segments *= (maxima - reference).exp()[side.segment_row]
@@ -347,10 +354,7 @@ def _add_gradient(
         columns = order.columns[start:end]
         tile = (source.logits_at(columns) - sums.maxima.unsqueeze(1)).exp_()
         tile *= weights.repeat_interleave(lengths, output_size=tile.numel()).view_as(tile)
-        place = own_place - start
-        here = (place >= 0) & (place < end - start)
-        index = place.clamp(0, end - start - 1).unsqueeze(1)
-        tile.scatter_add_(1, index, torch.where(here, of_labels, 0).unsqueeze(1))
+        add_at_(tile, (own_place - start).unsqueeze(1), of_labels.unsqueeze(1))
         source.add_gradient_at(columns, tile)
 
 
@@ -374,10 +378,3 @@ def _own_places(labels: torch.Tensor, order: ByteOrder, shard_start: int) -> tor
     place[order.columns] = torch.arange(num_columns, device=labels.device)
     local = labels - shard_start
     return torch.where((local >= 0) & (local < num_columns), place[local.clamp(0, num_columns)], -1)
-
-
-def _own(tile: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """[n]: each row's entry at its place, 0 where that is outside the tile."""
-    here = (place >= 0) & (place < tile.shape[1])
-    own = tile.gather(1, place.clamp(0, tile.shape[1] - 1).unsqueeze(1)).squeeze(1)
-    return torch.where(here, own, 0)

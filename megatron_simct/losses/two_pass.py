@@ -41,6 +41,7 @@ from megatron_simct.losses.shared_head import SharedColumns, TeacherScores
 from megatron_simct.losses.tiles import StudentLogits
 from megatron_simct.losses.vocab_parallel import (
     NEGATIVE_INFINITY,
+    add_at_,
     finite_reference,
     own_logits,
     reduce_packed,
@@ -386,17 +387,17 @@ class TwoPass:
             block.sub_(label_max[rows].unsqueeze(1)).exp_().mul_(softmax[rows].unsqueeze(1))
             if gradient is not None:
                 block[: len(gradient)].scatter_add_(1, index_of_rows, gradient)
-            _add_at(block, self._labels[rows].unsqueeze(1) - start, own[rows].unsqueeze(1))
+            add_at_(block, self._labels[rows].unsqueeze(1) - start, own[rows].unsqueeze(1))
             if weights.special_weight is not None and shared.start < shared.stop:
                 first = slice(shared.start - plan.num_sparse, shared.stop - plan.num_sparse)
                 special = plan.special[first] - self._shard_start - start
                 values = torch.where(plan.special[first] >= 0, weights.special_weight[first], 0)
-                _add_at(block[: shared.stop - shared.start], special, values)
+                add_at_(block[: shared.stop - shared.start], special, values)
             if weights.top_weight is not None and shared.start < shared.stop:
                 top = statistics.top
                 assert top is not None, "gradients of top columns need their statistics"
                 columns = torch.where(top.here[shared], top.local[shared] - start, -1)
-                _add_at(block[: shared.stop - shared.start], columns, weights.top_weight[shared])
+                add_at_(block[: shared.stop - shared.start], columns, weights.top_weight[shared])
         self._source.add_gradient(start, end, logits, dense)
 
     def _shared_gradient_(
@@ -552,9 +553,3 @@ def _common(a: slice, b: slice) -> slice | None:
     """The rows of both, None for none."""
     both = slice(max(a.start, b.start), min(a.stop, b.stop))
     return both if both.start < both.stop else None
-
-
-def _add_at(block: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) -> None:
-    """block[i, columns[i, k]] += values[i, k] where the column is one of the block."""
-    here = (columns >= 0) & (columns < block.shape[1])
-    block.scatter_add_(1, columns.clamp(0, block.shape[1] - 1), torch.where(here, values, 0).to(block.dtype))
