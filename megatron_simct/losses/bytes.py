@@ -260,9 +260,9 @@ def _bounds(
     position = batch.slot_position
     log_reference = _log_sums(values.masked_fill(~is_event, NEGATIVE_INFINITY), position, batch.num_positions)
     masses = (values - log_reference[position]).exp()  # events of a position add up to 1
-    any_loose = loose.new_zeros(batch.num_positions, dtype=masses.dtype).index_add(0, position, loose.to(masses.dtype))
-    spread = masses.new_zeros(batch.num_positions).index_add(0, position, torch.where(is_event, 0, masses))
-    spread = torch.where(any_loose > 0, spread, 0)[position]
+    # A side without a loose byte adds nothing to the spread's slot; what is outside of a mixture's events is no spread.
+    is_spread = batch.slot_event == SPREAD
+    spread = masses.new_zeros(batch.num_positions).index_add(0, position, torch.where(is_spread, masses, 0))[position]
     whole = torch.where(has_rest, 1, 1 + spread)  # the rest has the spread in it
     upper = torch.where(loose, (masses + spread) / whole, masses)
     return masses / whole, upper
