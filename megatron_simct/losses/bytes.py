@@ -37,7 +37,14 @@ import torch.distributed as dist
 from megatron_simct.alignment.byte_events import byte_trie
 from megatron_simct.alignment.token_table import TokenTable
 from megatron_simct.losses.tiles import OutputLayer, StudentLogits
-from megatron_simct.losses.vocab_parallel import NEGATIVE_INFINITY, finite_reference, reduce_packed, row_maxima
+from megatron_simct.losses.vocab_parallel import (
+    NEGATIVE_INFINITY,
+    add_at_,
+    finite_reference,
+    own_logits,
+    reduce_packed,
+    row_maxima,
+)
 from megatron_simct.records import REST, SPREAD, ByteBatch, ByteEvents, ByteSideBatch
 
 FLOOR = 1e-8
@@ -153,6 +160,7 @@ class ByteLoss:
     label_losses: torch.Tensor
     """[n]: the positions of the bytes in each label, added up; no gradient."""
     metrics: dict[str, torch.Tensor]
+    """0-dim float64, additive."""
 
 
 def byte_loss(
@@ -182,11 +190,16 @@ def byte_loss(
             of_segments, of_labels = torch.autograd.grad(total, inputs, allow_unused=True)
             _add_gradient(source, labels, side, sums, of_segments, of_labels, order=order, shard_start=shard_start)
     with torch.no_grad():
-        metrics = {"loss_bytes_sum": total.detach().double(), "byte_positions": values.new_full((), len(values))}
-        metrics |= {name: value.detach().double() for name, value in shares.items()}
+        num_positions = values.new_full((), len(values))
+        metrics = {"loss_bytes_sum": total, "byte_positions": num_positions} | shares
         label_of_position = side.last_row.new_zeros(len(values)).scatter(0, batch.slot_position, side.last_row)
         label_losses = torch.zeros_like(log_probs).index_add(0, label_of_position, values.to(log_probs.dtype))
-    return ByteLoss(sum=source.attach(total.detach()), log_probs=log_probs, label_losses=label_losses, metrics=metrics)
+    return ByteLoss(
+        sum=source.attach(total.detach()),
+        log_probs=log_probs,
+        label_losses=label_losses,
+        metrics={name: value.detach().double() for name, value in metrics.items()},
+    )
 
 
 def position_divergences(
@@ -247,9 +260,9 @@ def _bounds(
     position = batch.slot_position
     log_reference = _log_sums(values.masked_fill(~is_event, NEGATIVE_INFINITY), position, batch.num_positions)
     masses = (values - log_reference[position]).exp()  # events of a position add up to 1
-    any_loose = loose.new_zeros(batch.num_positions, dtype=masses.dtype).index_add(0, position, loose.to(masses.dtype))
-    spread = masses.new_zeros(batch.num_positions).index_add(0, position, torch.where(is_event, 0, masses))
-    spread = torch.where(any_loose > 0, spread, 0)[position]
+    # A side without a loose byte adds nothing to the spread's slot; what is outside of a mixture's events is no spread.
+    is_spread = batch.slot_event == SPREAD
+    spread = masses.new_zeros(batch.num_positions).index_add(0, position, torch.where(is_spread, masses, 0))[position]
     whole = torch.where(has_rest, 1, 1 + spread)  # the rest has the spread in it
     upper = torch.where(loose, (masses + spread) / whole, masses)
     return masses / whole, upper
@@ -307,7 +320,7 @@ def _row_sums(
     own_place = _own_places(labels, order, shard_start)
     for start, end, lengths in _tiles(side, order, source.num_rows):
         tile = source.logits_at(order.columns[start:end])
-        own += _own(tile, own_place - start)
+        own += own_logits(tile, own_place, start)
         new_maxima = torch.maximum(maxima, row_maxima(tile))
         reference = finite_reference(new_maxima)
         segments *= (maxima - reference).exp()[side.segment_row]
@@ -341,10 +354,7 @@ def _add_gradient(
         columns = order.columns[start:end]
         tile = (source.logits_at(columns) - sums.maxima.unsqueeze(1)).exp_()
         tile *= weights.repeat_interleave(lengths, output_size=tile.numel()).view_as(tile)
-        place = own_place - start
-        here = (place >= 0) & (place < end - start)
-        index = place.clamp(0, end - start - 1).unsqueeze(1)
-        tile.scatter_add_(1, index, torch.where(here, of_labels, 0).unsqueeze(1))
+        add_at_(tile, (own_place - start).unsqueeze(1), of_labels.unsqueeze(1))
         source.add_gradient_at(columns, tile)
 
 
@@ -368,10 +378,3 @@ def _own_places(labels: torch.Tensor, order: ByteOrder, shard_start: int) -> tor
     place[order.columns] = torch.arange(num_columns, device=labels.device)
     local = labels - shard_start
     return torch.where((local >= 0) & (local < num_columns), place[local.clamp(0, num_columns)], -1)
-
-
-def _own(tile: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """[n]: each row's entry at its place, 0 where that is outside the tile."""
-    here = (place >= 0) & (place < tile.shape[1])
-    own = tile.gather(1, place.clamp(0, tile.shape[1] - 1).unsqueeze(1)).squeeze(1)
-    return torch.where(here, own, 0)

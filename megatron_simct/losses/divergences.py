@@ -230,23 +230,21 @@ def score_gradient_(
 ) -> torch.Tensor:
     """[A, c]: scale p (D - offset), in place of a tile's student scores; the teacher's are overwritten too.
 
-    offset, scale [A]; `factor_of` is part of the scale. Rows of scale 0 give 0 whatever else they hold.
+    offset, scale [A]; `factor_of` is part of the scale. Rows of scale 0 give 0, also where D is infinite.
     """
     s = student.sub_(norms.student_max.unsqueeze(1))
     t = teacher.sub_(norms.teacher_max.unsqueeze(1))
     log_z_s, log_z_t = norms.student_log_z.unsqueeze(1), norms.teacher_log_z.unsqueeze(1)
-    offset = offset.unsqueeze(1)
+    offset, scale = offset.unsqueeze(1), scale.unsqueeze(1)
     match divergence:
         case "reverse_kl":
             derivative = torch.sub(s, t, out=t).sub_(log_z_s - log_z_t + offset)
-            weighted_(s.sub_(log_z_s).exp_(), derivative)
+            return weighted_(s.sub_(log_z_s).exp_().mul_(scale), derivative)
         case "forward_kl":
-            s.sub_(log_z_s).exp_().mul_(-offset).sub_(t.sub_(log_z_t).exp_())
-        case _:
-            log_p, log_q = s.sub_(log_z_s), t.sub_(log_z_t)
-            derivative = _deficit(log_p, log_q, 1 - beta).add_(offset).neg_()
-            weighted_(log_p.exp_(), derivative)
-    return s.mul_(scale.unsqueeze(1))
+            return s.sub_(log_z_s).exp_().mul_(-offset).sub_(t.sub_(log_z_t).exp_()).mul_(scale)
+    log_p, log_q = s.sub_(log_z_s), t.sub_(log_z_t)
+    derivative = _deficit(log_p, log_q, 1 - beta).add_(offset).neg_()
+    return weighted_(log_p.exp_().mul_(scale), derivative)
 
 
 def mean_deficits(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> tuple[torch.Tensor, ...]:

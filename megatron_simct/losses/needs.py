@@ -77,6 +77,11 @@ def teacher_needs(config: InterfaceConfig) -> TeacherNeeds:
     )
 
 
+def compares_shared_tokens(config: InterfaceConfig) -> bool:
+    """Whether the loss reads both models' scores of the shared tokens, and so the teacher's head."""
+    return config.interface != "bytes" and ROW_NEEDS[config.interface].shared
+
+
 def known_failure(config: InterfaceConfig) -> str | None:
     """One sentence for the log: when the interface is known to harm, if it is."""
     renormalized = "student mass that leaves the compared tokens costs nothing (watch student_mass_outside_u)"
@@ -132,12 +137,11 @@ def check_labels(labels: LabelBatch, *, placement: VocabPlacement, config: Inter
     if not bool(((labels.weights >= 0) & torch.isfinite(labels.weights)).all()):
         raise ValueError("the weights of segments must be finite and not negative")
     lengths = labels.segments[:, 1::2] - labels.segments[:, 0::2]
-    wrong = ((labels.kinds == SegmentKind.SHARED) & (lengths != 1).any(1)).nonzero()
+    wrong = ((labels.kinds != SegmentKind.UNIT) & (lengths != 1).any(1)).nonzero()
     if len(wrong):
         a = int(wrong[0])
-        raise ValueError(
-            f"segment {a} is SHARED but has {int(lengths[a, 0])} teacher and {int(lengths[a, 1])} student labels"
-        )
+        kind, (teacher, student) = SegmentKind(int(labels.kinds[a])).name, lengths[a].tolist()
+        raise ValueError(f"segment {a} is {kind} but has {teacher} teacher and {student} student labels")
     if not ROW_NEEDS[config.interface].first_rows:
         return
     needed = labels.teacher_hidden_index[is_row(labels.kinds, config)]

@@ -53,7 +53,7 @@ from megatron_simct.alignment.token_table import TokenTable
 from megatron_simct.config import Divergence, Interface, InterfaceConfig
 from megatron_simct.losses.bytes import ByteOrder, slot_log_masses
 from megatron_simct.losses.interfaces import LossOutput, interface_loss, interface_loss_from_logits
-from megatron_simct.losses.needs import check_config, check_labels, teacher_needs
+from megatron_simct.losses.needs import check_config, check_labels, compares_shared_tokens, teacher_needs
 from megatron_simct.losses.shared_head import SharedColumns, SharedHead, gather_shared_head
 from megatron_simct.losses.tiles import GivenLogits, OutputLayer, StudentLogits, likeliest
 from megatron_simct.losses.vocab_parallel import (
@@ -167,10 +167,10 @@ def cross_tokenizer_loss(
             group=group,
             logit_softcap=teacher_logit_softcap,
         )
-        if group is None:
+        if compares_shared_tokens(config) and group is None:
             columns = SharedColumns.from_placement(placement, student_logits.device)
             teacher_rows = torch.from_numpy(placement.teacher_rows).to(student_logits.device)
-        else:
+        elif compares_shared_tokens(config):
             start = dist.get_rank(group) * teacher_logits.shape[1]
             moved = gather_shared_head(teacher_logits.T.contiguous(), start, placement, group)
             columns, teacher_logits = moved.columns, moved.weight.T
@@ -292,7 +292,7 @@ def fused_cross_tokenizer_loss(
             group=group,
             logit_softcap=teacher_logit_softcap,
         )
-        if shared_head is None and interface not in ("bytes", "uld"):
+        if shared_head is None and compares_shared_tokens(config):
             shared_head = gather_shared_head(teacher_weight.detach(), start, placement, group)
     labels = _labels(
         segments, student_labels, teacher_labels, own, lse, placement, replaced_columns, stop_student_id,

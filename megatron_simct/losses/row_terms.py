@@ -256,15 +256,17 @@ def partition_of_events(
     dropped = weight == 0
     scale = (weight * factor_of(divergence, beta)).masked_fill(dropped, 0)
 
+    # where, not a product with 0: the derivatives of a dropped row may be infinite.
     relative = derivative_of(log_p, log_q, divergence, beta) - offset.unsqueeze(1)
+    relative = torch.where(dropped.unsqueeze(1), 0, relative)
     # The path's probability goes to the unit, from the event that its first token is part of.
     from_event = torch.where(at_own_s, relative[:, 0], torch.where(in_unit_s, relative[:, 2], 0))
     of_path = torch.where(rows.has_unit, path_s.exp() * (relative[:, 2] - from_event), 0) * scale
     of_special = torch.where(special_s > NEGATIVE_INFINITY, special_s.exp() * relative, 0) * scale.unsqueeze(1)
-    of_many = (sum_of_derivative(many, divergence) - offset * many.p) * scale
+    of_many = torch.where(dropped, 0, sum_of_derivative(many, divergence) - offset * many.p) * scale
     count = len(stats.log_probs)
     per_label = rows.spread(of_path, count)
-    softmax_weight = (-per_label).index_add(0, starts_s, -(of_many + of_special.sum(1)).masked_fill(dropped, 0))
+    softmax_weight = (-per_label).index_add(0, starts_s, -(of_many + of_special.sum(1)))
     return RowTerms(
         row_loss=torch.where(dropped, 0, value_of(total, divergence, beta) * weight),
         label_loss=torch.zeros_like(stats.log_probs),
@@ -436,11 +438,10 @@ def binary_events(stats: Statistics, rows: RowInputs, *, temperature: float) -> 
         value = (b - a) - a * (b / a).log()
         slope = 1 - a / b
     else:
-        p_t = (-a / temperature).exp()
-        # log(1 - e^(-x / tau)) of both.
-        log_not_t, log_not_s = (torch.log(-torch.expm1(-x / temperature)) for x in (a, b))
-        value = p_t * (b - a) + temperature * (1 - p_t) * (log_not_t - log_not_s)
-        slope = ((-a / temperature).exp() - (-b / temperature).exp()) / log_not_s.exp()
+        # At a large tau the events are nearly certain: 1 - e^(-x / tau) and differences of such would be rounded away.
+        p_t, not_t, not_s = (-a / temperature).exp(), -torch.expm1(-a / temperature), -torch.expm1(-b / temperature)
+        value = p_t * (b - a) + temperature * not_t * (not_t / not_s).log()
+        slope = -p_t * torch.expm1((a - b) / temperature) / not_s
     dropped = rows.weight == 0
     slope = torch.where(dropped | (surprise_s < ALM_FLOOR), 0, slope * rows.weight)
     per_label = rows.spread(slope, len(stats.log_probs))

@@ -41,6 +41,7 @@ from megatron_simct.losses.shared_head import SharedColumns, TeacherScores
 from megatron_simct.losses.tiles import StudentLogits
 from megatron_simct.losses.vocab_parallel import (
     NEGATIVE_INFINITY,
+    add_at_,
     finite_reference,
     own_logits,
     reduce_packed,
@@ -274,10 +275,11 @@ class TwoPass:
         )
         label_max = finite_reference(label_max)
         sums = sums * (maxima - label_max).exp()
-        at_top = torch.where(running.student_max == student_max, finite_reference(running.teacher_at_top), 0)
+        # Which ranks hold a token that is the likeliest of both: in bf16 several tokens may be the student's.
+        agrees = (running.student_max == student_max) & (running.teacher_at_top == teacher_max)
         running.rescale(student_max.clone(), teacher_max.clone(), slice(None))
-        label_sum, own, at_top, *shared = reduce_packed(
-            [sums, own, at_top, *running.sums.values()], dist.ReduceOp.SUM, self._group
+        label_sum, own, num_agree, *shared = reduce_packed(
+            [sums, own, agrees.to(sums.dtype), *running.sums.values()], dist.ReduceOp.SUM, self._group
         )
         label_log_sum = label_sum.log()
         natural = torch.empty_like(self._plan.order)
@@ -291,7 +293,7 @@ class TwoPass:
             log_probs=own - label_max - label_log_sum,
             student_max=finite_reference(student_max),
             teacher_max=finite_reference(teacher_max),
-            same_top=(at_top == teacher_max) & (teacher_max > NEGATIVE_INFINITY),
+            same_top=(num_agree > 0) & (teacher_max > NEGATIVE_INFINITY),
             sums=dict(zip(running.sums, shared, strict=True)),
             special_student=special_s.reshape(shape),
             special_teacher=special_t.reshape(shape),
@@ -337,11 +339,12 @@ class TwoPass:
             teacher, index = (None, None) if self._topk else self._teacher_tile(chunk, start, end)
             sparse, dense = _common(chunk, self._sparse), _common(chunk, plan.dense)
             if teacher is not None and index is not None and sparse is not None:
-                student = source.logits_at(index + start, sparse)
+                columns = index + start  # one tensor for both calls: an output layer gathers its rows once
+                student = source.logits_at(columns, sparse)
                 for rows in self._blocks(sparse.start, sparse.stop, student.shape[1]):
                     here = slice(rows.start - sparse.start, rows.stop - sparse.start)
                     self._shared_gradient_(student[here], teacher[here], rows, weights)
-                source.add_gradient_at(index + start, student, sparse)
+                source.add_gradient_at(columns, student, sparse)
             if dense is not None:
                 # The teacher's first row is that of the chunk, whose sparse rows come before its dense ones.
                 of_dense = None if teacher is None else teacher[dense.start - chunk.start :]
@@ -384,17 +387,17 @@ class TwoPass:
             block.sub_(label_max[rows].unsqueeze(1)).exp_().mul_(softmax[rows].unsqueeze(1))
             if gradient is not None:
                 block[: len(gradient)].scatter_add_(1, index_of_rows, gradient)
-            _add_at(block, self._labels[rows].unsqueeze(1) - start, own[rows].unsqueeze(1))
+            add_at_(block, self._labels[rows].unsqueeze(1) - start, own[rows].unsqueeze(1))
             if weights.special_weight is not None and shared.start < shared.stop:
                 first = slice(shared.start - plan.num_sparse, shared.stop - plan.num_sparse)
                 special = plan.special[first] - self._shard_start - start
                 values = torch.where(plan.special[first] >= 0, weights.special_weight[first], 0)
-                _add_at(block[: shared.stop - shared.start], special, values)
+                add_at_(block[: shared.stop - shared.start], special, values)
             if weights.top_weight is not None and shared.start < shared.stop:
                 top = statistics.top
                 assert top is not None, "gradients of top columns need their statistics"
                 columns = torch.where(top.here[shared], top.local[shared] - start, -1)
-                _add_at(block[: shared.stop - shared.start], columns, weights.top_weight[shared])
+                add_at_(block[: shared.stop - shared.start], columns, weights.top_weight[shared])
         self._source.add_gradient(start, end, logits, dense)
 
     def _shared_gradient_(
@@ -550,9 +553,3 @@ def _common(a: slice, b: slice) -> slice | None:
     """The rows of both, None for none."""
     both = slice(max(a.start, b.start), min(a.stop, b.stop))
     return both if both.start < both.stop else None
-
-
-def _add_at(block: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) -> None:
-    """block[i, columns[i, k]] += values[i, k] where the column is one of the block."""
-    here = (columns >= 0) & (columns < block.shape[1])
-    block.scatter_add_(1, columns.clamp(0, block.shape[1] - 1), torch.where(here, values, 0).to(block.dtype))

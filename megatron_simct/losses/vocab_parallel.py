@@ -85,6 +85,12 @@ def own_logits(logits: torch.Tensor, labels: torch.Tensor, shard_start: int) -> 
     return torch.where(here, own, torch.zeros_like(own))
 
 
+def add_at_(block: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) -> None:
+    """block[i, columns[i, k]] += values[i, k] where the column is one of the block."""
+    here = (columns >= 0) & (columns < block.shape[1])
+    block.scatter_add_(1, columns.clamp(0, block.shape[1] - 1), torch.where(here, values, 0).to(block.dtype))
+
+
 @torch.no_grad()
 def label_statistics(
     hidden: torch.Tensor,

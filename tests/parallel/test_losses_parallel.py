@@ -87,6 +87,25 @@ def _compare(world_size: int, pairs: Pairs) -> None:
         assert not whole[len(weight_gradient) :].any(), "padded rows were scored"
 
 
+def test_two_likeliest_tokens_on_two_ranks_agree_with_the_teacher():
+    """Logits of bf16 are often equal; the ranks' answers must not add up to something else."""
+    case = random_case(0, num_stops=1)
+    student, teacher = case.student_hidden @ case.student_weight.T, case.teacher_hidden @ case.teacher_weight.T
+    low, high = min(case.shared), max(case.shared)
+    width = -(-(len(case.student_weight) + 1) // 2)
+    assert low < width <= high
+    student[:, [low, high]] = teacher[:, [case.shared[low][0], case.shared[high][0]]] = 50.0
+    tied = replace(
+        case,
+        student_hidden=student,
+        student_weight=torch.eye(student.shape[1], dtype=torch.float64),
+        teacher_hidden=teacher,
+        teacher_weight=torch.eye(teacher.shape[1], dtype=torch.float64),
+    )
+    for ((evaluation,),) in zip(run_ranks(2, evaluate_all, [(tied, InterfaceConfig())]), strict=True):
+        assert evaluation.metric("rows_same_top") == len(case.segments)
+
+
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 

@@ -339,6 +339,9 @@ def test_kd_pairs_every_id_with_itself():
     pairs = identity_map(SPACED_STUDENT, SPACED_STUDENT)
     placement = pairs.placement(shard_start=0, shard_end=9)
     assert placement.columns.tolist() == list(range(9)) == placement.teacher_rows.tolist()
+    # A second stop token is a column of its own, so it is not added to that of the first.
+    several = identity_map(DIGIT_STUDENT, DIGIT_STUDENT).placement(shard_start=0, shard_end=10)
+    assert several.columns.tolist() == list(range(10)) == several.teacher_rows.tolist()
     with pytest.raises(ValueError, match="not the same"):
         identity_map(SPACED_STUDENT, SPACED_TEACHER)
 

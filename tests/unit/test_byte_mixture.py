@@ -29,6 +29,16 @@ def test_loss_and_gradient_equal_the_oracle(seed, monkeypatch):
         assert not found.gradient[:, real:].any(), "padding was scored"
 
 
+@pytest.mark.parametrize("seed", [277, 327])
+def test_what_is_outside_of_the_events_is_no_spread(seed):
+    """Cases with a loose byte where the student cannot end its token, which few random ones have."""
+    cases = random_cases(seed, num_sides=3)
+    expected, gradient = mixture_oracle_of(cases, WEIGHTS[2], divergence="reverse_kl")
+    found = evaluate_mixture(cases, WEIGHTS[2])
+    assert float(found.sum) == pytest.approx(expected, rel=1e-10)
+    torch.testing.assert_close(found.gradient[:, : gradient.shape[1]], gradient, rtol=1e-10, atol=1e-10)
+
+
 def test_the_random_cases_compare_something_and_merge_some_bytes():
     found = [evaluate_mixture(random_cases(seed, num_sides=3, scale=1.0), WEIGHTS[2]) for seed in range(12)]
     assert sum(float(f.sum) > 0.1 for f in found) > 8

@@ -181,6 +181,12 @@ def test_with_one_tokenizer_it_is_a_lower_bound_of_token_level_kl(name):
         assert chain == pytest.approx(tokens, abs=1e-6)
 
 
+def test_metrics_are_float64_whatever_the_logits_are():
+    metrics = evaluate(random_cases(0), dtype=torch.float32).metrics
+    assert metrics["byte_positions"] > 0
+    assert all(value.dtype == torch.float64 and not value.requires_grad for value in metrics.values())
+
+
 def test_nothing_to_compare_is_a_zero_with_zero_gradient():
     student, teacher = random_cases(0, num_cases=1)[0]
     special = student.pieces.index(b"", 1) if b"" in student.pieces[1:] else None

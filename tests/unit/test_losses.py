@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_simct.config import InterfaceConfig
 from megatron_simct.losses import (
@@ -169,6 +170,18 @@ def test_float32_is_close_to_the_oracle(config, scale):
         for found, wanted in ((result.hidden_gradient, hidden_gradient), (result.weight_gradient, weight_gradient)):
             error = (found[: len(wanted)].double() - wanted).norm() / wanted.norm()
             assert error < limit
+
+
+@pytest.mark.parametrize("temperature", [30.0, 1e4, 1e7])
+def test_float32_is_close_to_the_oracle_at_large_temperatures_of_alm(temperature):
+    """Both events are nearly certain: the loss is made of what they lack of 1."""
+    config = InterfaceConfig(interface="alm", alm_temperature=temperature)
+    for seed in range(3):
+        case = random_case(seed).to(torch.float32)
+        result = evaluate(case, config)
+        expected, hidden_gradient, _ = evaluate_oracle(case, config)
+        assert float(result.output.sum) == pytest.approx(float(expected.sum.detach()), rel=1e-5)
+        assert (result.hidden_gradient.double() - hidden_gradient).norm() < 1e-5 * hidden_gradient.norm()
 
 
 def test_bfloat16_runs_with_float32_statistics():
@@ -502,6 +515,29 @@ def test_impossible_columns(config):
     assert not student_only.isnan() and not teacher_only.isnan()
 
 
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js"])
+@pytest.mark.parametrize("interface", ["paper", "sum", "code", "exact", "strict", "strict_topk"])
+def test_a_segment_of_weight_zero_is_left_out_however_far_the_models_are_apart(interface, divergence):
+    """A token that is impossible for one of them: the row's divergence and derivatives are infinite, its part is 0."""
+    config = InterfaceConfig(interface=interface, divergence=divergence)
+    case = random_case(9, vocab_size=40, num_stops=1)
+    token = next(i for i in case.shared if i not in case.student_labels)
+    student = case.student_hidden @ case.student_weight.T
+    teacher = case.teacher_hidden @ case.teacher_weight.T
+    for a, (ts, _, ss, _) in enumerate(case.segments):
+        weighted = replace(case, weights=[float(i != a) for i in range(len(case.segments))])
+        found = []
+        for value in (0.0, IMPOSSIBLE):
+            changed_s, changed_t = student.clone(), teacher.clone()
+            changed_t[ts, case.shared[token][0]] = value
+            if divergence == "forward_kl":
+                changed_s[ss, token], changed_t = value, teacher
+            output = loss_of_logits(weighted, changed_s.requires_grad_(), changed_t, config)
+            output.sum.backward()
+            found.append((output.sum.detach(), changed_s.grad))
+        torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+
+
 def test_invalid_labels_are_refused_with_their_numbers():
     case = random_case(0)
     labels = label_batch(case)
@@ -526,7 +562,8 @@ def test_invalid_labels_are_refused_with_their_numbers():
         (edited("segments", (1, 2), 0), "start at or after"),
         (edited("segments", (0, 1), int(labels.segments[0, 0])), "non-empty"),
         (edited("kinds", (0,), 3), "3"),
-        (edited("kinds", (0,), 0), "is SHARED but has"),
+        (edited("kinds", (0,), 0), "segment 0 is SHARED but has"),
+        (edited("kinds", (0,), 2), "segment 0 is STOP but has"),
         (edited("replaced_columns", (0,), 23), "23"),
         (edited("teacher_hidden_index", (shared,), -1), "-1"),
         (edited("teacher_hidden_index", (shared,), r), rf"\[0, {r}\)"),
@@ -598,6 +635,29 @@ def test_invalid_options_are_refused():
         options = {"shared_head": given_head, "placement": placement, "config": PAPER}
         with pytest.raises(ValueError, match=message):
             interface_loss(case.student_hidden, weight, given_labels, **options)
+
+
+class Gathered(TorchDispatchMode):
+    """Counts the rows that are gathered of a tensor of this size."""
+
+    def __init__(self, num_rows: int) -> None:
+        super().__init__()
+        self.num_rows, self.gathered = num_rows, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.index_select.default and len(args[0]) == self.num_rows:
+            self.gathered += len(args[2])
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_weight_rows_of_a_tile_are_gathered_once(monkeypatch):
+    """For its logits and for the gradient of the hidden states: beside the products it is what costs most."""
+    monkeypatch.setattr("megatron_simct.losses.two_pass.MAX_TILE_COLUMNS", 7)
+    monkeypatch.setattr("megatron_simct.losses.two_pass.MIN_TILE_COLUMNS", 1)
+    case = random_case(0)
+    with Gathered(len(case.student_weight) + 1) as mode:
+        evaluate(case, InterfaceConfig(interface="strict"))
+    assert mode.gathered == len(case.shared)
 
 
 @pytest.mark.parametrize("width", [1, 3, 7])

@@ -109,6 +109,26 @@ def test_logits_are_read_some_rows_at_a_time(monkeypatch, interface, rows):
         torch.testing.assert_close(logits.grad, of_logits, rtol=1e-10, atol=1e-10)
 
 
+def without_gathering(rank: int, world_size: int, case: LossCase, interface: str) -> list[float]:
+    """Both entries, where no row of the teacher's head may be moved or copied."""
+    public.gather_shared_head = None
+    group = dist.group.WORLD if world_size > 1 else None
+    weight, teacher_weight = (padded_shard(w, rank, world_size)[0] for w in (case.student_weight, case.teacher_weight))
+    options = arguments(case) | {"group": group, "interface": interface}
+    logits = (case.student_hidden @ weight.T, case.teacher_hidden @ teacher_weight.T)
+    fused = fused_cross_tokenizer_loss(case.student_hidden, weight, case.teacher_hidden, teacher_weight, **options)
+    return [float(cross_tokenizer_loss(*logits, **options).loss), float(fused.loss)]
+
+
+@pytest.mark.parametrize("interface", ["alm", "uld"])
+def test_no_teacher_row_moves_where_shared_tokens_are_not_compared(interface):
+    case = random_case(4)
+    value, *_ = expected(case, interface)
+    for world_size in (1, 2):
+        for found in run_ranks(world_size, without_gathering, case, interface):
+            assert found == pytest.approx([value, value], rel=1e-10)
+
+
 def bytes_arguments(case: tuple[Side, Side]) -> dict:
     student, teacher = case
     nothing = torch.zeros(0, dtype=torch.int64)
