@@ -222,7 +222,7 @@ def _conditions(results: Results) -> str:
         values = [value for value in map(of, by_seed.values()) if value is not None]
         return f"{fmean(values):.{digits}f}" if values else ""
 
-    columns = {
+    figures = {
         "coverage 1:1": "coverage_one_to_one",
         "coverage units": "coverage_unit",
         "mass outside U, first": "mass_outside_first",
@@ -230,16 +230,16 @@ def _conditions(results: Results) -> str:
         "loss, first": "loss_first",
         "loss, last": "loss_last",
     }
-    rows = [
-        [
-            f"`{name}`",
-            *(mean(by_seed, lambda result, key=key: result["figures"].get(key), 3) for key in columns.values()),
-            mean(by_seed, lambda result: result["seconds"], 0),
-            mean(by_seed, lambda result: result["cpu_seconds"], 0),
-        ]
-        for name, by_seed in results.items()
+    columns = {"mean over seeds": [f"`{name}`" for name in results]}
+    for title, key in figures.items():
+        cells = [mean(by_seed, lambda result, key=key: result["figures"].get(key), 3) for by_seed in results.values()]
+        if any(cells):  # runs with real weights keep fewer figures
+            columns[title] = cells
+    columns["seconds"] = [mean(by_seed, lambda result: result["seconds"], 0) for by_seed in results.values()]
+    columns["of the processor"] = [
+        mean(by_seed, lambda result: result["cpu_seconds"], 0) for by_seed in results.values()
     ]
-    return _table(["mean over seeds", *columns, "seconds", "of the processor"], rows)
+    return _table(list(columns), list(zip(*columns.values(), strict=True)))
 
 
 def _limits() -> str:

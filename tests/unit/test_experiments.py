@@ -186,6 +186,7 @@ def test_the_report_says_what_is_done_and_what_the_results_bear(tmp_path):
     assert "* Greedy accuracy is harmed by `paper` (-0.500)." in text
     assert "* Best greedy accuracy: `bytes`, 1.0000; ahead of every other one." in text
     assert re.search(r"^\| `bytes` \| 1 2 \| 1.000 1.000 \| \+0.500 ", text, re.MULTILINE)
+    assert "| mean over seeds | seconds | of the processor |" in text, "no column for what no run has"
     assert "All runs start from one student (w)" in text and text.count("No run of this setting is done.") == 3
     figure = tmp_path / "figures" / "teacher-groups.svg"
     first = figure.read_bytes()
