@@ -76,6 +76,7 @@ def imported(path: Path) -> set[str]:
         ("megatron_simct.losses", "megatron transformers"),
         ("megatron_simct.launch.__main__", "torch megatron tokenizers"),
         ("megatron_simct.teacher.wire", "torch megatron zmq"),
+        ("megatron_simct.train", "transformers tensorboard wandb matplotlib"),
     ],
 )
 def test_an_import_loads_nothing_heavy_that_it_does_not_need(module, forbidden):
