@@ -153,8 +153,8 @@ def headline(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
         ("step", "loss", "loss, nats a label"),
         ("step", "student_nats_per_byte", "student, nats a byte"),
         ("step", "teacher_nats_per_byte", "teacher, nats a byte"),
-        ("evaluation", "greedy_accuracy", "held-out accuracy, greedy"),
-        ("evaluation", "sampled_accuracy", "held-out accuracy, sampled"),
+        ("evaluation", "greedy_accuracy", "greedy accuracy"),
+        ("evaluation", "sampled_accuracy", "sampled accuracy"),
         ("step", "stop_rate", "responses that stop"),
     )
     found = []
@@ -212,8 +212,9 @@ def as_svg(panel: Panel, rows: Sequence[dict[str, Any]]) -> str | None:
     """A drawing for the page, whose text and grid take the colours of the page."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2, 3.3), layout="constrained")
-    if not draw(figure.subplots(), panel, rows):
+    figure = Figure(figsize=(5.2, 3.3))
+    # At the same place in every drawing: frames stand in line whatever their labels.
+    if not draw(figure.add_axes((0.13, 0.28, 0.85, 0.63)), panel, rows):
         return None
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
