@@ -375,7 +375,15 @@ def _parser() -> argparse.ArgumentParser:
     add(model, "--hf-checkpoint", "Hugging Face folder: architecture, and weights unless given below", metavar="DIR")
     add(model, "--pretrained-checkpoint", "Megatron checkpoint of the weights", metavar="DIR")
     add(model, "--tokenizer-model", "default: the folder's own", metavar="FILE")
-    add(model, "--stop-token-ids", "ids that end a response; default: the tokenizer's", type=int, nargs="+", default=(), metavar="ID")
+    add(
+        model,
+        "--stop-token-ids",
+        "ids that end a response; default: the tokenizer's",
+        type=int,
+        nargs="+",
+        default=(),
+        metavar="ID",
+    )
     add(model, "--make-vocab-size-divisible-by", "as in training", **number(128))
     add(model, "--bf16", "bf16 parameters (GPU only)", action="store_true")
     add(model, "--tensor-model-parallel-size", "ranks that share each layer", **number(1))
