@@ -26,7 +26,7 @@ from megatron_simct.loading import build_byte_order, open_model, open_tokenizer
 from megatron_simct.models.families import read_architecture
 from megatron_simct.models.hf_load import find_weights
 from megatron_simct.parallel.initialize import Groups, process_groups
-from megatron_simct.teacher.endpoints import endpoint_folder, make_keys, this_host
+from megatron_simct.teacher.endpoints import check_bind, endpoint_folder, make_keys, this_host
 from megatron_simct.teacher.fingerprints import fingerprints
 from megatron_simct.teacher.forward import TeacherForward
 from megatron_simct.teacher.service import Door, serve
@@ -55,6 +55,14 @@ def serve_teacher(config: TeacherConfig, groups: Groups, stop: Stop) -> None:
     if options.pretrained_checkpoint is None and find_weights(options.folder, flag=flag) is None:
         raise ValueError(f"{flag} {options.hf_checkpoint}: has no weights; a teacher needs some")
     tokenizer = open_tokenizer(options, prefix="teacher-")
+    map_fingerprint = None
+    if serving.simct_alignment_map is not None:
+        try:
+            map_fingerprint = load_map(serving.simct_alignment_map, teacher=tokenizer.table).fingerprint
+        except ValueError as error:
+            raise ValueError(f"--simct-alignment-map: {error}") from None
+    if groups.meets_teacher:
+        check_bind(serving.bind, number=groups.dp_rank)
     longest = serving.rollout_max_prompt_len + serving.rollout_max_response_len
     model = open_model(
         options, config.parallel, groups, tokenizer, prefix="teacher-", bf16=serving.bf16, longest=longest
@@ -70,12 +78,6 @@ def serve_teacher(config: TeacherConfig, groups: Groups, stop: Stop) -> None:
     if groups.meets_teacher:
         assert serving.run_dir is not None, "check() refuses a job without --run-dir"
         folder = endpoint_folder(serving.run_dir)
-        map_fingerprint = None
-        if serving.simct_alignment_map is not None:
-            try:
-                map_fingerprint = load_map(serving.simct_alignment_map, teacher=tokenizer.table).fingerprint
-            except ValueError as error:
-                raise ValueError(f"--simct-alignment-map: {error}") from None
         door = Door(
             folder,
             name=f"{this_host()}-{os.getpid()}",

@@ -6,6 +6,7 @@ The teacher here has no model. tests/parallel/test_teacher_job.py kills real one
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 import time
 from collections import Counter
@@ -20,7 +21,7 @@ import pytest
 import zmq
 
 from megatron_simct.teacher.client import TeacherClient
-from megatron_simct.teacher.endpoints import bind, publish, withdraw
+from megatron_simct.teacher.endpoints import bind, check_bind, make_keys, publish, withdraw
 from megatron_simct.teacher.forward import TeacherRequest
 from megatron_simct.teacher.payload import read_scored
 from megatron_simct.teacher.scorer import TeacherError
@@ -303,7 +304,22 @@ def test_a_socket_whose_name_is_too_long_leaves_no_folder(tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="--bind ipc: ipc://.*; let TMPDIR name a shorter folder"):
         bind(context, "ipc", None, number=0)
     context.term()
+    with pytest.raises(ValueError, match="--bind ipc: ipc://.*; let TMPDIR name a shorter folder"):
+        check_bind("ipc", number=0)
     assert not list(long.iterdir())
+
+
+def test_an_address_that_was_checked_is_free_and_nothing_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    check_bind("ipc", number=0)
+    assert not list(tmp_path.iterdir())
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(ValueError, match=f"--bind tcp://127.0.0.1:{port - 3}: .*in use"):
+            check_bind(f"tcp://127.0.0.1:{port - 3}", number=3)
+    check_bind(f"tcp://127.0.0.1:{port}", number=0)
+    with ModelFreeTeacher(tmp_path / "run", address=f"tcp://127.0.0.1:{port}", keys=make_keys(tmp_path / "run")) as one:
+        assert one.door.endpoint.address == f"tcp://127.0.0.1:{port}"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
