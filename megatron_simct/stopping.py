@@ -1,33 +1,116 @@
-"""When to stop before --train-iters: a signal from the scheduler of the cluster, or the time that was allowed.
+"""When to stop before the end: a signal from a scheduler or a terminal, or the time that was allowed.
 
-Ranks see a signal or a clock at different moments, so after each step they agree: one that has seen it stops all.
+Ranks see a signal or a clock at different moments, so after each step they agree: one that has seen it stops all. While
+a job is loading there is nothing to finish, and each rank ends by itself.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import socket
 import time
+from collections.abc import Callable, Mapping
+from threading import Lock, Thread
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+_TOGETHER_S = 1.0
+"""Signals within this time are one: a scheduler may send it to all processes, and torchrun to its own once more."""
+
+
+class EndSignals:
+    """Signals that end the process at once until `remember`, and from then on are remembered.
+
+    A thread hears of them: Python would wait until the main thread comes back from a library that waits in C for a file
+    or for other ranks, which may be minutes.
+    """
+
+    def __init__(self, endings: Mapping[signal.Signals, tuple[int, str]], *, again_ends: bool = False) -> None:
+        """endings: exit code, and what is written to stderr before it. again_ends: one more signal ends at once too.
+
+        Made by the main thread. The last one made is the one that hears.
+        """
+        self.told = False
+        self.last: Callable[[], object] = _nothing
+        """Called before a signal ends the process at once."""
+        self._endings, self._again_ends = dict(endings), again_ends
+        self._remembers = False
+        self._told_at = 0.0
+        self._lock = Lock()
+        self._receiver, self._sender = socket.socketpair()
+        self._sender.setblocking(False)
+        Thread(target=self._listen, name="end-signals", daemon=True).start()
+        signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
+        for number in self._endings:
+            signal.signal(number, _nothing)
+
+    def remember(self, device: torch.device) -> None:
+        """From now on there is something to finish. Collective over the job: ranks that wait here still end at once."""
+        loaded = torch.ones((), dtype=torch.int32, device=device)
+        dist.all_reduce(loaded)
+        assert int(loaded) == dist.get_world_size(), "every rank takes part"
+        with self._lock:
+            self._remembers = True
+
+    def _listen(self) -> None:
+        while numbers := self._receiver.recv(64):
+            for number in numbers:
+                if number in self._endings:  # others that Python handles come here too
+                    self._hear(signal.Signals(number))
+
+    def _hear(self, number: signal.Signals) -> None:
+        now = time.monotonic()
+        with self._lock:
+            if self._remembers and not self.told:
+                self.told, self._told_at = True, now
+            elif not self._remembers or (self._again_ends and now - self._told_at > _TOGETHER_S):
+                self._end(number)
+
+    def _end(self, number: signal.Signals) -> None:
+        """Without what Python does at an end, which would wait for other threads and other ranks."""
+        code, line = self._endings[number]
+        with contextlib.suppress(Exception):
+            self.last()
+        with contextlib.suppress(OSError):
+            os.write(2, line.encode())
+        os._exit(code)
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+def _in_a_fork() -> None:
+    """A process that is forked from one with EndSignals would tell its parent of its own signals."""
+    with contextlib.suppress(ValueError):
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_in_a_fork)
 
 
 class ExitWatch:
     """Answers after each step whether the run is to save and exit."""
 
     def __init__(self, *, on_signal: bool, after_minutes: float | None, device: torch.device) -> None:
-        """on_signal: SIGTERM no longer ends the process, it is remembered. Time counts from here."""
-        self._signalled = False
+        """on_signal: SIGTERM is remembered, or ends a job that loads with exit code 0. Time counts from here."""
         self._after_minutes = after_minutes
         self._begin_s = time.monotonic()
         self._active = on_signal or after_minutes is not None
         self._device = device
+        self._signals = None
         if on_signal:
-            signal.signal(signal.SIGTERM, self._remember)
+            line = " SIGTERM: exiting before the first step\n" if dist.get_rank() == 0 else ""
+            self._signals = EndSignals({signal.SIGTERM: (0, line)})
 
-    def _remember(self, *_: Any) -> None:
-        self._signalled = True
+    def loaded(self) -> None:
+        """From now on a signal waits for the end of a step. Collective over the whole job."""
+        if self._signals is not None:
+            self._signals.remember(self._device)
 
     def reason(self) -> str | None:
         """Why to exit now, the same on every rank; None to go on. Collective over the whole job."""
@@ -35,7 +118,8 @@ class ExitWatch:
             return None
         minutes = (time.monotonic() - self._begin_s) / 60
         late = self._after_minutes is not None and minutes > self._after_minutes
-        seen = torch.tensor([int(self._signalled), int(late)], dtype=torch.int32, device=self._device)
+        told = self._signals is not None and self._signals.told
+        seen = torch.tensor([int(told), int(late)], dtype=torch.int32, device=self._device)
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         signalled, late = seen.tolist()
         if signalled:

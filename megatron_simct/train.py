@@ -31,6 +31,7 @@ from megatron_simct.update.step import NonFiniteError
 
 def train(job: Job) -> None:
     """Roll out, align, score, update, publish; once an iteration."""
+    job.exit_watch.loaded()
     training, output = job.config.training, job.config.output
     iteration, done = job.start, evaluate(job, iteration=job.start)
     ahead = deque[Batch]()

@@ -30,10 +30,10 @@ from megatron_simct.parallel.initialize import Groups
 from megatron_simct.records import AlignedPair, ScoredPair
 from megatron_simct.teacher.endpoints import Endpoint, Waker, connect, read_endpoints, read_keys
 from megatron_simct.teacher.exchange import share
+from megatron_simct.teacher.fingerprints import mismatch
 from megatron_simct.teacher.forward import TeacherRequest
 from megatron_simct.teacher.payload import answers, read_scored, score_message
 from megatron_simct.teacher.scorer import TeacherError, without_content
-from megatron_simct.teacher.service import mismatch
 from megatron_simct.teacher.wire import Message, WireError, decode, encode, num_bytes
 
 

@@ -13,6 +13,7 @@ without the key of the run is refused by ZeroMQ before a byte of it is read.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -97,19 +98,22 @@ def make_keys(folder: Path) -> Keys:
     """The keys of this run; made by whichever replica comes first."""
     path = folder / SERVER_KEY
     if not path.exists():
-        server_public, server_secret = zmq.curve_keypair()
-        client_public, client_secret = zmq.curve_keypair()
-        keys = Keys(
-            server_public=server_public.decode(),
-            server_secret=server_secret.decode(),
-            client_public=client_public.decode(),
-            client_secret=client_secret.decode(),
-        )
-        write_private(path, json.dumps(asdict(keys)), replace=False)
+        write_private(path, json.dumps(asdict(_new_keys())), replace=False)
     keys = read_keys(path)
     public = {name: value for name, value in asdict(keys).items() if name != "server_secret"}
     write_private(folder / CLIENT_KEY, json.dumps(public))
     return keys
+
+
+def _new_keys() -> Keys:
+    server_public, server_secret = zmq.curve_keypair()
+    client_public, client_secret = zmq.curve_keypair()
+    return Keys(
+        server_public=server_public.decode(),
+        server_secret=server_secret.decode(),
+        client_public=client_public.decode(),
+        client_secret=client_secret.decode(),
+    )
 
 
 def read_keys(path: Path) -> Keys:
@@ -172,6 +176,10 @@ def bind(context: zmq.Context, wanted: str, keys: Keys | None, *, number: int) -
         host, _, port = wanted.removeprefix("tcp://").partition(":")
         if not wanted.startswith("tcp://") or host in ("", "*", "0.0.0.0") or (port and not port.isdigit()):
             raise ValueError(f"--bind {wanted}: write ipc, or tcp://HOST or tcp://HOST:PORT as students reach it")
+        if port and int(port) + number > 65535:  # ZeroMQ would take what is left of it in 16 bits
+            raise ValueError(
+                f"--bind {wanted}: replica {number} would have port {int(port) + number}, of at most 65535"
+            )
         assert keys is not None, "tcp needs keys"
         router.curve_server = True
         router.curve_secretkey = keys.server_secret.encode()
@@ -187,6 +195,26 @@ def bind(context: zmq.Context, wanted: str, keys: Keys | None, *, number: int) -
     except ValueError:
         router.close(0)
         raise
+
+
+def check_bind(wanted: str, *, number: int) -> None:
+    """ValueError, as from `bind`, for an address that cannot be had now. Nothing is left behind, not for a moment."""
+    if wanted == "ipc":
+        _check_length(f"{tempfile.gettempdir()}/{SOCKET_FOLDER}{'x' * 8}/teacher")  # as mkdtemp names folders
+        return
+    context = zmq.Context()
+    try:
+        router, _ = bind(context, wanted, _new_keys(), number=number)  # which nobody has
+        router.close(0)
+    finally:
+        context.term()
+
+
+def _check_length(path: str) -> None:
+    if len(os.fsencode(path)) > zmq.IPC_PATH_MAX_LEN:
+        raise ValueError(
+            f"--bind ipc: ipc://{path}: {os.strerror(errno.ENAMETOOLONG)}; let TMPDIR name a shorter folder"
+        )
 
 
 def _bind_in_new_folder(router: zmq.Socket) -> str:

@@ -38,6 +38,7 @@ from megatron_simct.teacher.endpoints import (
     write_private,
 )
 from megatron_simct.teacher.exchange import Parts, share
+from megatron_simct.teacher.fingerprints import mismatch
 from megatron_simct.teacher.forward import HiddenDtype, TeacherForward, TeacherRequest, by_length
 from megatron_simct.teacher.payload import check_request, read_score, scored_message
 from megatron_simct.teacher.wire import Message, WireError, decode, encode, num_bytes
@@ -195,6 +196,10 @@ class Door(Thread):
         self.join(timeout_s)
         withdraw(self._folder, self.endpoint)
 
+    def vanish(self) -> None:
+        """Remove the replica's files, from any thread: the process ends at once."""
+        withdraw(self._folder, self.endpoint)
+
     def status(self) -> dict[str, Any]:
         """What the replica has done since its start, and what it is doing."""
         with self._condition:
@@ -340,14 +345,6 @@ class Door(Thread):
         while self._monitor.poll(0):
             recv_monitor_message(self._monitor)
             self._counts["strangers"] += 1
-
-
-def mismatch(name: str, *, teacher: Any, student: Any) -> str:
-    """One line about a fingerprint that the two ends do not share."""
-    short = [value[:12] if isinstance(value, str) else value for value in (teacher, student)]
-    return (
-        f"{name.replace('_', ' ')}: {short[0]} at the teacher, {short[1]} at the student; both jobs must use the same"
-    )
 
 
 def _returned(number: int, reason: str) -> list[bytes | memoryview]:

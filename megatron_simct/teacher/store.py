@@ -25,10 +25,10 @@ import torch
 from megatron_simct.records import AlignedPair, ScoredPair
 from megatron_simct.teacher.client import TeacherClient
 from megatron_simct.teacher.endpoints import write_private
+from megatron_simct.teacher.fingerprints import mismatch
 from megatron_simct.teacher.forward import TeacherRequest
 from megatron_simct.teacher.payload import answers, scored_message
 from megatron_simct.teacher.scorer import TeacherError, TeacherScorer
-from megatron_simct.teacher.service import mismatch
 from megatron_simct.teacher.wire import Message, WireError, decode, encode
 
 _OF_A_TEACHER = ("teacher_config", "teacher_tokenizer", "teacher_weights", "longest_sequence")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_simct import serve_teacher
 from megatron_simct.models.families import read_architecture
 from megatron_simct.models.hf_load import load_output_rows
 from megatron_simct.serve_teacher import main
@@ -116,15 +118,20 @@ def test_rows_of_the_head_are_those_of_the_folder(files, side, name):
         (["--run-dir"], 2, ["--run-dir"]),
         (["--bind", "tcp://*"], 1, ["--bind tcp://*", "tcp://HOST"]),
         (["--bind", "tcp://256.1.1.1"], 1, ["--bind tcp://256.1.1.1"]),
+        (["--bind", "tcp://127.0.0.1:99999"], 1, ["--bind tcp://127.0.0.1:99999"]),
+        (["--bind", "tcp://127.0.0.1:TAKEN"], 1, ["--bind tcp://127.0.0.1:", "in use"]),
+        (["--simct-alignment-map", "/nowhere"], 1, ["--simct-alignment-map: ", "/nowhere", "there is no map.json"]),
         (["--max-tokens-per-batch", "0"], 1, ["--max-tokens-per-batch 0"]),
         (["--lr", "1"], 2, ["unknown flag --lr"]),
         (["--num-layers", "1"], 2, ["--num-layers", "Megatron-LM"]),
         (["--tensor-model-parallel-size", "2"], 1, ["world size (1)", "--tensor-model-parallel-size (2)"]),
     ],
 )
-def test_wrong_input_is_one_line_that_names_the_flag(files, tmp_path, more, code, words):
-    argv = ["--teacher-hf-checkpoint", str(files / "teacher"), "--run-dir", str(tmp_path), *more]
-    ((found, err),) = run_ranks(1, _main, argv)
+def test_wrong_input_is_one_line_that_names_the_flag_before_the_model_is_loaded(files, tmp_path, more, code, words):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        more = [value.replace("TAKEN", str(taken.getsockname()[1])) for value in more]
+        argv = ["--teacher-hf-checkpoint", str(files / "teacher"), "--run-dir", str(tmp_path), *more]
+        ((found, err),) = run_ranks(1, _main, argv)
     assert found == code and err.count("\n") == 1, err
     prefix = "megatron_simct.serve_teacher: error: " if code == 1 else "python -m megatron_simct.serve_teacher: error: "
     assert err.startswith(prefix)
@@ -136,6 +143,10 @@ def _main(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
     import contextlib
     import io
 
+    def load(*_, **__):
+        raise AssertionError("the model was loaded first")
+
+    serve_teacher.open_model = load
     err = io.StringIO()
     with contextlib.redirect_stderr(err):
         try:

@@ -40,7 +40,7 @@ ALLOWED = {
     # The jobs.
     "job": "alignment arguments config data evaluation loading losses models monitoring parallel records rollout "
     "samples stopping teacher update writers",
-    "serve_teacher": "alignment arguments command_line config loading models parallel teacher",
+    "serve_teacher": "alignment arguments command_line config loading models parallel stopping teacher",
     "train": "arguments command_line config files job losses models monitoring parallel records teacher update",
 }
 """Which folders and files of megatron_simct/ each import, in functions too. No hop knows job.py or train.py."""

@@ -6,6 +6,7 @@ The teacher here has no model. tests/parallel/test_teacher_job.py kills real one
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 import time
 from collections import Counter
@@ -19,12 +20,24 @@ import numpy as np
 import pytest
 import zmq
 
+from megatron_simct.teacher import service
 from megatron_simct.teacher.client import TeacherClient
-from megatron_simct.teacher.endpoints import bind, publish, withdraw
+from megatron_simct.teacher.endpoints import Endpoint, bind, check_bind, make_keys, publish, withdraw
 from megatron_simct.teacher.forward import TeacherRequest
-from megatron_simct.teacher.payload import read_scored
+from megatron_simct.teacher.payload import read_score, read_scored, score_message, scored_message
 from megatron_simct.teacher.scorer import TeacherError
-from tests.teacher_jobs import FAST, BadLine, ModelFreeTeacher, collect, make_request, open_client, same_answer
+from megatron_simct.teacher.wire import Message, decode, encode, num_bytes
+from tests.teacher_jobs import (
+    FAST,
+    FINGERPRINTS,
+    BadLine,
+    ModelFreeTeacher,
+    answer_of,
+    collect,
+    make_request,
+    open_client,
+    same_answer,
+)
 
 SEEDS = range(int(os.environ.get("TEACHER_FAULT_SEEDS", "10")))
 FAULTS = {
@@ -204,6 +217,78 @@ def test_a_replica_gets_no_more_than_the_window(tmp_path):
         client.close()
 
 
+def test_an_answer_to_what_waits_to_be_asked_again_counts(tmp_path):
+    """A replica that is taken for dead answers after all, before it has greeted again; then it works as before."""
+    context = zmq.Context()
+    router, address = bind(context, "ipc", None, number=0)
+    publish(tmp_path, Endpoint(replica="slow", address=address, life="one"))
+    client = open_client(tmp_path, patience=replace(FAST, again_s=60.0, timeout_s=20.0))
+
+    def heard(kind: str) -> tuple[bytes, Message]:
+        while True:
+            assert router.poll(20_000), f"no {kind}"
+            who, *parts = router.recv_multipart()
+            if decode(parts).kind == kind:
+                return who, decode(parts)
+
+    def answer(who: bytes, score: Message) -> None:
+        request = read_score(score)
+        parts = encode(scored_message(score.fields["request"], answer_of(request), "fp32"))
+        router.send_multipart([who, *parts])
+
+    who, _ = heard("hello")
+    welcome = encode(Message(kind="welcome", fields={"fingerprints": FINGERPRINTS, "life": "one", "status": {}}))
+    router.send_multipart([who, *welcome])
+    first, second = requests_of(0, count=2)
+    client.submit(first)
+    _, score = heard("score")
+    _until(lambda: client.counts["again"] == 1)
+    answer(who, score)
+    assert same_answer(read_scored(client.next()[1]), first)
+    router.send_multipart([who, *welcome])
+    client.submit(second)
+    answer(who, heard("score")[1])
+    assert same_answer(read_scored(client.next()[1]), second)
+    client.close()
+    router.close(0)
+    context.term()
+    withdraw(tmp_path, Endpoint(replica="slow", address=address, life="one"))
+
+
+def test_a_full_queue_hands_back_until_the_model_has_taken_from_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(service, "MAX_QUEUED_BYTES", 2000)
+    requests = requests_of(0, count=40)
+    sizes = [num_bytes(encode(score_message(0, request))) for request in requests]
+    assert sum(sizes) > 5 * 2000
+    with ModelFreeTeacher(tmp_path) as teacher:
+        teacher.stall()
+        client = open_client(tmp_path, window_tokens=100_000, patience=replace(FAST, again_s=60, timeout_s=20))
+        for request in requests:
+            client.submit(request)
+        _until(lambda: client.counts["handed_back"] > 0)
+        with teacher.door._condition:
+            held = sum(num_bytes(work.parts) for work in teacher.door._queue.values())
+            assert held == teacher.door._queued_bytes and 2000 < held <= 2000 + max(sizes)
+        teacher.wake()
+        assert_each_once([read_scored(client.next()[1]) for _ in requests], requests)
+        assert teacher.door._queued_bytes == 0 and teacher.door.status()["handed_back"] > 0
+        client.close()
+
+
+def test_a_request_that_the_model_has_is_not_queued_again(tmp_path):
+    with ModelFreeTeacher(tmp_path, works=False) as teacher:
+        client = open_client(tmp_path)  # it asks again after half a second
+        (request,) = requests_of(0, count=1)
+        client.submit(request)
+        works: list[Any] = []
+        _until(lambda: bool(works.extend(teacher.door.take(100, 0.05)) or works))
+        _until(lambda: teacher.door.status()["again"] > 1)
+        assert len(works) == 1 and teacher.door.status()["queue"] == 0
+        teacher.door.answer(works[0], scored_message(works[0].number, answer_of(request), "fp32"))
+        assert same_answer(read_scored(client.next()[1]), request)
+        client.close()
+
+
 def test_a_client_that_is_killed_leaves_nothing_behind(tmp_path):
     with ModelFreeTeacher(tmp_path, forget_s=0.5) as teacher:
         teacher.stall()
@@ -303,7 +388,22 @@ def test_a_socket_whose_name_is_too_long_leaves_no_folder(tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="--bind ipc: ipc://.*; let TMPDIR name a shorter folder"):
         bind(context, "ipc", None, number=0)
     context.term()
+    with pytest.raises(ValueError, match="--bind ipc: ipc://.*; let TMPDIR name a shorter folder"):
+        check_bind("ipc", number=0)
     assert not list(long.iterdir())
+
+
+def test_an_address_that_was_checked_is_free_and_nothing_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    check_bind("ipc", number=0)
+    assert not list(tmp_path.iterdir())
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(ValueError, match=f"--bind tcp://127.0.0.1:{port - 3}: .*in use"):
+            check_bind(f"tcp://127.0.0.1:{port - 3}", number=3)
+    check_bind(f"tcp://127.0.0.1:{port}", number=0)
+    with ModelFreeTeacher(tmp_path / "run", address=f"tcp://127.0.0.1:{port}", keys=make_keys(tmp_path / "run")) as one:
+        assert one.door.endpoint.address == f"tcp://127.0.0.1:{port}"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -309,7 +309,7 @@ def test_requests_that_would_fault_are_refused_with_a_reason(tmp_path):
     }
     with ModelFreeTeacher(tmp_path) as teacher:
         for words, request in wrong.items():
-            client = open_client(tmp_path)
+            client = open_client(tmp_path, patience=replace(FAST, again_s=60))  # each is asked once
             client.submit(request)
             with pytest.raises(TeacherError, match=f"refuses sample {good.sample_id}: .*{words}"):
                 client.next()
