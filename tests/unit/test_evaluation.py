@@ -135,7 +135,9 @@ def test_what_is_wrong_with_a_file_is_said_in_a_line(tmp_path, name, content, me
 
 
 @pytest.mark.parametrize(
-    "data", [gzip.compress(b"{}" * 99)[:-9], gzip.compress(b"{}" * 99)[:12] + b"no deflate", b"{}"]
+    "data",
+    [gzip.compress(b"{}" * 99)[:-9], gzip.compress(b"{}" * 99)[:12] + b"no deflate", b"{}"],
+    ids=["cut off", "no deflate", "not packed"],
 )
 def test_a_damaged_archive_is_said_in_a_line(tmp_path, data):
     (tmp_path / "data.jsonl.gz").write_bytes(data)
