@@ -44,6 +44,15 @@ def test_paths_in_the_readme_exist():
     assert not missing
 
 
+def test_links_in_the_readme_lead_somewhere():
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", README, flags=re.DOTALL), re.MULTILINE)
+    anchors = {"#" + re.sub(r"[^a-z0-9 _-]", "", title.lower()).replace(" ", "-") for title in titles}
+    links = set(re.findall(r"\]\((?!https://)([^)]+)\)", README))
+    assert len(links) > 10
+    assert sorted(link for link in links if link.startswith("#") and link not in anchors) == []
+    assert sorted(link for link in links if not link.startswith("#")) == [".github/flow.svg"]
+
+
 def test_flags_in_the_readme_exist():
     known = {option.flag for config in (Config, TeacherConfig) for option in options(config)} | {
         "--help",
