@@ -25,8 +25,8 @@ from megatron_simct.models.build import HiddenStateModel, InterleavedModel
 from megatron_simct.models.families import Architecture
 from megatron_simct.models.hf_load import DTYPES, INDEX
 from megatron_simct.models.hf_mapping import Place, Rule, Vocabulary, Whole, parameters_of
+from megatron_simct.parallel.disk import on_first_rank
 from megatron_simct.parallel.initialize import Groups
-from megatron_simct.update.checkpoint import on_first_rank
 
 _TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")

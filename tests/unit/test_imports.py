@@ -27,7 +27,7 @@ ALLOWED = {
     "data": "alignment records",
     "evaluation": "",
     "losses": "alignment config parallel records",
-    "models": "config parallel update",  # an export is prepared and published by the first rank, as a checkpoint is
+    "models": "config parallel",
     "rollout": "alignment data files losses models parallel records",
     "teacher": "alignment config loading losses models parallel records update",
     "update": "alignment config files losses models parallel records",
