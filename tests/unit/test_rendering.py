@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_simct.alignment import Tokenizer, load_tokenizer
-from megatron_simct.data.prompts import PromptSource, Row, read_rows
+from megatron_simct.data.prompts import PromptSource, Row, read_prompts
 from megatron_simct.data.rendering import ChatTemplate, render_prompt
 from tests.huggingface import save_byte_fallback, save_byte_level
 
@@ -152,7 +152,7 @@ def read(tmp_path):
             "need_label": False,
             "chat": True,
         }
-        return read_rows(str(path), **(options | overrides))
+        return read_prompts(str(path), **(options | overrides))
 
     return read
 
