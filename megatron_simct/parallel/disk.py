@@ -9,12 +9,23 @@ import torch.distributed as dist
 
 def on_first_rank(action: Callable[[], None], directory: str) -> None:
     """action() on the first rank while the others wait. Where the disk refuses, ValueError on every rank."""
-    problem: list[str | None] = [None]
+    refused: OSError | None = None
     if dist.get_rank() == 0:
         try:
             action()
         except OSError as error:
-            problem = [f"--save {directory}: {error.strerror} ({error.filename})"]
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise ValueError(problem[0])
+            refused = error
+    check_all_wrote(refused, directory)
+
+
+def check_all_wrote(refused: OSError | None, directory: str) -> None:
+    """ValueError on every rank, in the same words, where the disk refused one of them. Collective over the whole job.
+
+    refused: what this rank met; it must have gone on to here, for others would wait in whatever comes between.
+    """
+    problem = None if refused is None else f"--save {directory}: {refused.strerror} ({refused.filename})"
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for found in problems:
+        if found is not None:
+            raise ValueError(found)
