@@ -15,6 +15,7 @@ ALLOWED = {
     # What every other part may read.
     "records": "",
     "files": "",
+    "json_fields": "",
     "stopping": "",
     "megatron_flags": "",
     "command_line": "parallel",
@@ -27,7 +28,7 @@ ALLOWED = {
     "data": "alignment records",
     "evaluation": "",
     "losses": "alignment config parallel records",
-    "models": "config parallel",
+    "models": "config json_fields parallel",
     "rollout": "alignment data files losses models parallel records",
     "teacher": "alignment config loading losses models parallel records update",
     "update": "alignment config files losses models parallel records",
