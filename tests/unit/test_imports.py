@@ -24,7 +24,7 @@ ALLOWED = {
     "writers": "config files",
     "parallel": "config records",
     # The hops.
-    "alignment": "config files records",
+    "alignment": "config files json_fields records",
     "data": "alignment records",
     "evaluation": "",
     "losses": "alignment config parallel records",
