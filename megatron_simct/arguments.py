@@ -243,7 +243,7 @@ def _read_file(path: str, config: type) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"--config-file {path}{line}: not YAML: {error.problem}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError, as is text that is not UTF-8
         raise ValueError(f"--config-file {path}: not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict):
         raise ValueError(f"--config-file {path}: expected `key: value` lines")

@@ -16,7 +16,7 @@ from megatron_simct.alignment import AlignmentMap, Tokenizer, VocabPlacement
 from megatron_simct.alignment.plan import plan_mixture, plan_pair, plan_without_teacher
 from megatron_simct.arguments import to_dict
 from megatron_simct.config import Config
-from megatron_simct.data.prompts import PromptSource, read_rows
+from megatron_simct.data.prompts import PromptSource, read_prompts
 from megatron_simct.evaluation.benchmarks import CODE, Problem
 from megatron_simct.evaluation.grading import Graders
 from megatron_simct.evaluation.sandbox import Limits, check_sandbox
@@ -256,7 +256,7 @@ def build_prompts(
 ) -> PromptSource:
     """Training prompts, each rank its share."""
     assert config.data.prompt_data is not None, "check() refuses a job without --prompt-data"
-    rows = read_rows(
+    rows = read_prompts(
         config.data.prompt_data,
         flag="--prompt-data",
         input_key=config.data.input_key,

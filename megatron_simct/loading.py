@@ -9,7 +9,7 @@ from megatron_simct.alignment import AlignmentMap, Tokenizer, build_alignment_ma
 from megatron_simct.alignment.alignment_map import identity_map
 from megatron_simct.alignment.map_files import load_map
 from megatron_simct.config import Config, ModelConfig, ParallelConfig
-from megatron_simct.data.prompts import Row, read_rows
+from megatron_simct.data.prompts import Row, read_prompts
 from megatron_simct.data.rendering import ChatTemplate
 from megatron_simct.evaluation.benchmarks import Problem, read_problems
 from megatron_simct.losses import ByteOrder
@@ -65,7 +65,7 @@ def open_held_out(config: Config) -> tuple[list[Row], list[Problem]]:
     path, flag = data.eval_prompt_data, "--eval-prompt-data"
     assert path is not None, "there are held-out prompts"
     if benchmark == "exact_match":
-        rows = read_rows(
+        rows = read_prompts(
             path,
             flag=flag,
             input_key=data.input_key,

@@ -10,6 +10,36 @@ from typing import Any
 import jinja2
 import jinja2.sandbox
 
+from megatron_simct.json_fields import BOOL, NULL, STRING, Kind, check_fields, list_of, whole
+
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,  # with what recurses too deep
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+"""What reading or rendering a template raises: it is a program of somebody else."""
+
+
+def _object_of_strings(*names: str) -> Kind:
+    return Kind(
+        f"an object with the string{'s' * (len(names) > 1)} {' and '.join(names)}",
+        lambda value: isinstance(value, dict) and all(isinstance(value.get(name), str) for name in names),
+    )
+
+
+_TOKEN = STRING | _object_of_strings("content") | NULL
+_KINDS = {
+    "generation_config.json": {"eos_token_id": whole(0) | list_of(whole(0)) | NULL},
+    "tokenizer_config.json": {"eos_token": _TOKEN, "bos_token": _TOKEN, "add_bos_token": BOOL | NULL},
+    "special_tokens_map.json": {"eos_token": _TOKEN},
+}
+"""Of the fields that are read wherever the files are."""
+
 _ANSWER = "The answer is 42."
 
 
@@ -19,16 +49,17 @@ def tokenizer_file(folder: Path) -> Path | None:
 
 
 def read_settings(folder: Path, name: str) -> dict[str, Any]:
-    """One JSON file of the folder; empty where there is none. ValueError, naming the file, where it is no object."""
+    """One JSON file of the folder; empty where there is none. ValueError, naming the file, for what it cannot be."""
     path = folder / name
     if not path.exists():
         return {}
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error})") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds no JSON object")
+    check_fields(settings, _KINDS.get(name, {}), where=str(path))
     return settings
 
 
@@ -41,16 +72,24 @@ def generation_stop_ids(folder: Path) -> tuple[int, ...]:
     """eos_token_id of the folder's generation_config.json, a number or a list of them."""
     ids = read_settings(folder, "generation_config.json").get("eos_token_id")
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    return tuple(dict.fromkeys(int(i) for i in ids))
+    return tuple(dict.fromkeys(ids))
 
 
 def template_source(folder: Path, settings: dict[str, Any]) -> tuple[str, str]:
     """File and text of the folder's template; of several named ones, the one named default."""
     if (folder / "chat_template.jinja").exists():
-        return "chat_template.jinja", (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        try:
+            return "chat_template.jinja", (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"chat_template.jinja is not UTF-8 at byte {error.start}") from None
+    check_fields(
+        settings,
+        {"chat_template": STRING | list_of(_object_of_strings("name", "template")) | NULL},
+        where="tokenizer_config.json",
+    )
     template = settings.get("chat_template")
     if isinstance(template, list):
-        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
     if not isinstance(template, str):
         raise ValueError(
             "has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json), which "
@@ -88,7 +127,7 @@ def turn_end(folder: Path, special_tokens: Iterable[str]) -> str | None:
     try:
         _, source = template_source(folder, settings)
         text = environment().from_string(source).render(messages=messages, **tokens)
-    except (OSError, ValueError, TypeError, LookupError, jinja2.TemplateError):
+    except (OSError, *TEMPLATE_ERRORS):
         return None
     behind = text.partition(_ANSWER)[2].lstrip()
     found = [token for token in special_tokens if token and behind.startswith(token)]

@@ -61,7 +61,7 @@ def load_tokenizer(spec: str, stop_token_ids: Iterable[int] = (), *, allow_lossy
         if load in (load_hf_tokenizer, _load_sentencepiece):
             return load(path, stop_ids, allow_lossy=allow_lossy)
         return load(path, stop_ids)
-    except (OSError, RuntimeError, LookupError, ValueError) as error:
+    except (OSError, RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f'tokenizer "{spec}" cannot be used: {type(error).__name__}: {error}; {_ACCEPTED}') from error
 
 

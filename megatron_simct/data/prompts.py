@@ -30,7 +30,7 @@ class Row:
     """For messages: flag, file and line."""
 
 
-def read_rows(
+def read_prompts(
     path: str,
     *,
     flag: str,

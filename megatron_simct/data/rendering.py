@@ -15,7 +15,13 @@ import jinja2
 import jinja2.meta
 import numpy as np
 
-from megatron_simct.alignment.hf_folder import environment, read_settings, special_token, template_source
+from megatron_simct.alignment.hf_folder import (
+    TEMPLATE_ERRORS,
+    environment,
+    read_settings,
+    special_token,
+    template_source,
+)
 from megatron_simct.alignment.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, str]]
@@ -55,6 +61,9 @@ class ChatTemplate:
             variables = jinja2.meta.find_undeclared_variables(environment().parse(source))
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"{flag} {folder}: {name}, line {error.lineno} of the template: {error.message}") from None
+        except TEMPLATE_ERRORS as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{flag} {folder}: {name} holds a template that cannot be read: {reason}") from None
         tokens = {key: special_token(value) for key, value in settings.items() if key.endswith("_token")}
         return cls(
             name=f"{flag} {folder}: {name}",
@@ -75,7 +84,7 @@ class ChatTemplate:
         assert tokenizer.encode_chat is not None, f"{tokenizer.name} cannot read a rendered template"
         try:
             text = self.text(messages)
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+        except TEMPLATE_ERRORS as error:
             raise ValueError(f"{self.name} does not render it: {' '.join(str(error).split())}") from None
         ids = np.asarray(tokenizer.encode_chat(text), dtype=np.int32)
         if not ids.size:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from megatron_simct.json_fields import BOOL, NULL, OBJECT, STRING, Kind, check_fields, list_of, number, whole
+
 RopeKind = Literal["default", "linear", "llama3", "longrope"]
 
 
@@ -231,6 +233,37 @@ _READ = frozenset(
     layer_types""".split()
 )
 
+_KINDS: dict[str, Kind] = {
+    **dict.fromkeys(
+        """num_hidden_layers hidden_size intermediate_size num_attention_heads vocab_size max_position_embeddings
+        no_rope_layer_interval sliding_window_pattern num_experts num_local_experts num_experts_per_tok
+        moe_intermediate_size""".split(),
+        whole(1),
+    ),
+    **dict.fromkeys("num_key_value_heads head_dim sliding_window".split(), whole(1) | NULL),
+    "max_window_layers": whole(0),
+    "original_max_position_embeddings": whole(2),  # its logarithm divides
+    **dict.fromkeys("rms_norm_eps initializer_range".split(), number(least=0)),
+    **dict.fromkeys(
+        "rope_theta rope_local_base_freq query_pre_attn_scalar partial_rotary_factor".split(), number(above=0)
+    ),
+    **dict.fromkeys("attn_logit_softcapping final_logit_softcapping".split(), number(above=0) | NULL),
+    **dict.fromkeys("tie_word_embeddings use_sliding_window norm_topk_prob".split(), BOOL),
+    **dict.fromkeys("rope_scaling rope_parameters".split(), OBJECT | NULL),
+    "layer_types": list_of(STRING) | NULL,
+    "no_rope_layers": list_of(whole(0)) | NULL,
+}
+"""Of every field that is read."""
+
+_ROPE_KINDS: dict[str, Kind] = {
+    **dict.fromkeys("rope_type type".split(), STRING),
+    **dict.fromkeys("rope_theta partial_rotary_factor low_freq_factor high_freq_factor".split(), number(above=0)),
+    **dict.fromkeys("factor attention_factor".split(), number(above=0) | NULL),
+    **dict.fromkeys("short_factor long_factor".split(), list_of(number(above=0))),
+    "original_max_position_embeddings": whole(2),
+}
+"""Of every field of rope_scaling and rope_parameters."""
+
 _FIXED: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",), "attention_dropout": (0.0,)}
 
 _ROPE_FIELDS = {
@@ -256,13 +289,17 @@ def read_architecture(hf_checkpoint: str, *, flag: str) -> Architecture:
         raise ValueError(f"{flag} {hf_checkpoint}: {path} is not JSON (line {error.lineno}: {error.msg})") from None
     except UnicodeDecodeError:
         raise ValueError(f"{flag} {hf_checkpoint}: {path} is not UTF-8") from None
+    except (ValueError, RecursionError) as error:  # a number of too many digits, brackets within brackets
+        raise ValueError(f"{flag} {hf_checkpoint}: {path} is not JSON ({error})") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{flag} {hf_checkpoint}: {path} holds no JSON object")
     if "quantization_config" in fields:
-        method = (fields["quantization_config"] or {}).get("quant_method", "of an unnamed kind")
+        settings = fields["quantization_config"]
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
+        method = method if isinstance(method, str) else "of an unnamed kind"
         raise ValueError(f"{flag} {hf_checkpoint}: {path} says it is quantised ({method}); such weights are not read")
     name = fields.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(
             f"{flag} {hf_checkpoint}: model_type {name!r} is not supported; this version knows: {', '.join(FAMILIES)}"
         )
@@ -278,8 +315,12 @@ def _architecture(fields: dict[str, Any], family: Family, *, where: str) -> Arch
         if key not in _NEUTRAL | _READ | fixed.keys() | family.read | family.neutral:
             raise ValueError(f"{where}: field {key!r} is not known for {name}, so it cannot be honoured")
     fields = family.defaults | fields
+    check_fields(fields, {key: kind for key, kind in _KINDS.items() if key not in family.neutral}, where=where)
     try:
         heads, num_layers = fields["num_attention_heads"], fields["num_hidden_layers"]
+        query_groups = fields.get("num_key_value_heads") or heads
+        if heads % query_groups:
+            raise ValueError(f"{where}: num_key_value_heads = {query_groups}; expected a divisor of {heads} heads")
         head_dim = fields.get("head_dim") or fields["hidden_size"] // heads
         turned = _turned(fields, family, num_layers, where=where)
         windows = _windows(fields, family, turned, where=where)
@@ -288,7 +329,7 @@ def _architecture(fields: dict[str, Any], family: Family, *, where: str) -> Arch
             hidden_size=fields["hidden_size"],
             ffn_hidden_size=fields["moe_intermediate_size" if family.experts else "intermediate_size"],
             num_attention_heads=heads,
-            num_query_groups=fields.get("num_key_value_heads") or heads,
+            num_query_groups=query_groups,
             head_dim=head_dim,
             vocab_size=fields["vocab_size"],
             max_position_embeddings=fields["max_position_embeddings"],
@@ -342,10 +383,8 @@ def _turned(fields: dict[str, Any], family: Family, num_layers: int, *, where: s
         return [True] * num_layers
     listed, interval = fields.get("no_rope_layers"), fields["no_rope_layer_interval"]
     if listed is None:
-        if not isinstance(interval, int) or interval < 1:
-            raise ValueError(f"{where}: no_rope_layer_interval = {interval!r} is not a positive number")
         return [(i + 1) % interval != 0 for i in range(num_layers)]
-    if not isinstance(listed, list) or len(listed) < num_layers or any(turns not in (0, 1) for turns in listed):
+    if len(listed) < num_layers or any(turns not in (0, 1) for turns in listed):
         raise ValueError(f"{where}: no_rope_layers = {listed!r} is not a 0 or 1 for each of {num_layers} layers")
     return [turns == 1 for turns in listed[:num_layers]]
 
@@ -373,7 +412,7 @@ def _windows(fields: dict[str, Any], family: Family, turned: Sequence[bool], *, 
         if not known or (family.windows in ("none", "all") and wanted != slides):
             raise ValueError(f"{where}: layer_types = {listed!r} is not implemented for {name}")
         slides = wanted
-    if any(slides) and not isinstance(window, int):
+    if any(slides) and window is None:
         raise ValueError(f"{where}: layer_types has sliding_attention, but sliding_window is {window!r}")
     return tuple(window if slide else None for slide in slides)
 
@@ -393,6 +432,7 @@ def _ropes(fields: dict[str, Any], family: Family, head_dim: int, *, where: str)
             both = fields[key]
             if both.keys() != {"full_attention", "sliding_attention"}:
                 raise ValueError(f"{where}: {key} = {both!r} is not known: it has full_attention and sliding_attention")
+            check_fields(both, dict.fromkeys(both, OBJECT), where=f"{where}: {key}")
             spelled = [
                 ({"rope_theta": theta} | both["full_attention"], f"{key}.full_attention"),
                 (local | both["sliding_attention"], f"{key}.sliding_attention"),
@@ -404,7 +444,8 @@ def _ropes(fields: dict[str, Any], family: Family, head_dim: int, *, where: str)
 
 def _rope(rope: dict[str, Any], key: str, fields: dict[str, Any], family: Family, head_dim: int, *, where: str) -> Rope:
     """One rotary embedding from its dictionary, which config.json has under `key`."""
-    values = dict(rope)
+    check_fields(rope, _ROPE_KINDS, where=f"{where}: {key}")
+    values = {name: value for name, value in rope.items() if value is not None}
     theta = values.pop("rope_theta")
     kinds = {values.pop(name) for name in ("rope_type", "type") if name in values} or {"default"}
     kind = kinds.pop()
@@ -417,19 +458,23 @@ def _rope(rope: dict[str, Any], key: str, fields: dict[str, Any], family: Family
     dim = head_dim
     if "partial_rotary_factor" in family.read:
         dim = int(head_dim * values.pop("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0)))
+    if not 2 <= dim <= head_dim or dim % 2:
+        raise ValueError(f"{where}: of a head's {head_dim} entries {dim} would be turned; expected an even number")
     if kind == "longrope":
         # A model that was made longer says its first length outside; transformers prefers that.
         original = values.pop("original_max_position_embeddings", fields["max_position_embeddings"])
         original = fields.get("original_max_position_embeddings", original)
-        factor = values.pop("factor", None) or fields["max_position_embeddings"] / original
+        factor = values.pop("factor", fields["max_position_embeddings"] / original)
         unscaled = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-        values["attention_factor"] = values.get("attention_factor") or unscaled
+        values.setdefault("attention_factor", unscaled)
         values["original_max_position_embeddings"] = original
     lengths = {len(values.get(name, ())) for name in ("short_factor", "long_factor")}
     if values.keys() != _ROPE_FIELDS[kind] or (kind == "longrope" and lengths != {dim // 2}):
         wanted = ", ".join(sorted(_ROPE_FIELDS[kind])) or "nothing else"
         counted = f", with {dim // 2} factors each" if kind == "longrope" else ""
         raise ValueError(f"{where}: {key} = {rope!r} is not implemented; rope_type {kind} has {wanted}{counted}")
+    if kind == "llama3" and values["high_freq_factor"] <= values["low_freq_factor"]:
+        raise ValueError(f"{where}: {key} = {rope!r}; expected a high_freq_factor above low_freq_factor")
     names = {
         "original_max_position_embeddings": "original_length",
         "short_factor": "short_factors",

@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,8 +26,8 @@ from megatron_simct.models.build import HiddenStateModel, InterleavedModel
 from megatron_simct.models.families import Architecture
 from megatron_simct.models.hf_load import DTYPES, INDEX
 from megatron_simct.models.hf_mapping import Place, Rule, Vocabulary, Whole, parameters_of
+from megatron_simct.parallel.disk import check_all_wrote, on_first_rank
 from megatron_simct.parallel.initialize import Groups
-from megatron_simct.update.checkpoint import on_first_rank
 
 _TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -46,7 +47,8 @@ def save_hf_weights(
     """Write the folder `save` with the weights, an index, and the other files of the folder `template`.
 
     It gets its name when it is complete. Collective over the whole job, whose ranks share the file system. `progress`
-    is told the bytes of each parameter of this rank. ValueError where the folder exists or cannot be written.
+    is told the bytes of each parameter of this rank. ValueError, on every rank, where the folder exists or cannot be
+    written by one of them.
     """
     final = Path(save)
     temporary = final.with_name(final.name + ".tmp")
@@ -73,6 +75,7 @@ def save_hf_weights(
                 writer.write(_assemble(rule, shards, place))
             progress(parameter.nbytes)
         writer.close()
+        check_all_wrote(writer.refused, save)
         entries: list[dict[str, str]] = [{}] * dist.get_world_size() if groups.is_first_rank else []
         own = {tensor: name for name, file in zip(names, files, strict=True) for tensor in file}
         dist.gather_object(own, entries if groups.is_first_rank else None, dst=0)
@@ -164,31 +167,51 @@ def _assemble(rule: Rule, shards: list[torch.Tensor], place: Place) -> dict[str,
 
 
 class _Writer:
-    """Writes tensors, one after the other, into files whose contents are known in advance."""
+    """Writes tensors, one after the other, into files whose contents are known in advance.
+
+    Where the disk refuses, `refused` says so and no more is written: other ranks count on this one in each gather.
+    """
 
     def __init__(self, files: list[tuple[Path, dict[str, tuple[int, ...]]]], dtype: torch.dtype) -> None:
+        self.refused: OSError | None = None
         self._files = files
         self._dtype = dtype
         self._left: list[str] = []
         self._open: BinaryIO | None = None
+        self._path: Path | None = None
 
     def write(self, tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
-            if not self._left:
-                self._next_file()
-            assert self._left.pop(0) == name, "tensors come in the order of the plan"
-            numbers = tensor.to("cpu", self._dtype).contiguous().flatten().view(torch.uint8)
-            assert self._open is not None, "_next_file opened one"
-            self._open.write(numbers.numpy().data)
+            self._unless_refused(partial(self._write, name, tensor))
 
     def close(self) -> None:
+        self._unless_refused(self._close)
+
+    def _unless_refused(self, action: Callable[[], None]) -> None:
+        if self.refused is not None:
+            return
+        try:
+            action()
+        except OSError as error:
+            error.filename = error.filename or str(self._path)
+            self.refused = error
+
+    def _write(self, name: str, tensor: torch.Tensor) -> None:
+        if not self._left:
+            self._next_file()
+        assert self._left.pop(0) == name, "tensors come in the order of the plan"
+        numbers = tensor.to("cpu", self._dtype).contiguous().flatten().view(torch.uint8)
+        assert self._open is not None, "_next_file opened one"
+        self._open.write(numbers.numpy().data)
+
+    def _close(self) -> None:
         if self._open is not None:
             self._open.flush()
             os.fsync(self._open.fileno())
             self._open.close()
 
     def _next_file(self) -> None:
-        self.close()
+        self._close()
         path, shapes = self._files.pop(0)
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
@@ -198,7 +221,7 @@ class _Writer:
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._open = path.open("wb")
+        self._open, self._path = path.open("wb"), path
         self._open.write(len(text).to_bytes(8, "little") + text)
         self._left = list(shapes)
 

@@ -13,7 +13,7 @@ from megatron_simct.alignment import AlignmentMap
 from megatron_simct.alignment.coverage import Coverage
 from megatron_simct.alignment.map_files import placement_balance
 from megatron_simct.config import ModelConfig, ParallelConfig, TeacherConfig
-from megatron_simct.data.prompts import PromptSource, Row, read_rows
+from megatron_simct.data.prompts import PromptSource, Row, read_prompts
 from megatron_simct.launch.run_file import JobSize, RunFile
 from megatron_simct.loading import open_alignment_map, open_chat_template, open_held_out, open_tokenizer
 from megatron_simct.losses import check_config, teacher_needs
@@ -262,7 +262,7 @@ class _Check:
         rows = self._try(
             "pair",
             "prompts",
-            lambda: read_rows(
+            lambda: read_prompts(
                 config.data.prompt_data or "",
                 flag="--prompt-data",
                 input_key=config.data.input_key,

@@ -11,11 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
-
 from megatron_simct.alignment.alignment_map import AlignmentMap
 from megatron_simct.alignment.coverage import Coverage, measure_coverage
-from megatron_simct.alignment.hf_folder import turn_end
+from megatron_simct.alignment.hf_folder import TEMPLATE_ERRORS, turn_end
 from megatron_simct.alignment.segments import align
 from megatron_simct.alignment.tokenizer import Tokenizer
 from megatron_simct.data.prompts import Row
@@ -200,7 +198,7 @@ def _text(chat: ChatTemplate, messages: Messages) -> str | None:
     """The rendered text, None where the template refuses."""
     try:
         return chat.text(messages)
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError):
+    except TEMPLATE_ERRORS:
         return None
 
 

@@ -21,7 +21,6 @@ import platform
 import queue
 import shutil
 import warnings
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from megatron_simct.files import write_whole
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, padded_vocab_size
 from megatron_simct.models.families import Architecture
 from megatron_simct.parallel.cpu import megatron_imports
+from megatron_simct.parallel.disk import on_first_rank
 from megatron_simct.parallel.initialize import Groups
 
 with megatron_imports():
@@ -336,19 +336,6 @@ def _remove_older(directory: Path, iteration: int, retain: int) -> None:
     complete = {int(path.name[5:]): path for path in directory.glob("iter_*") if path.name[5:].isdigit()}
     for number in sorted(number for number in complete if number <= iteration)[:-retain]:
         shutil.rmtree(_set_aside(complete[number]), ignore_errors=True)
-
-
-def on_first_rank(action: Callable[[], None], directory: str) -> None:
-    """action() on the first rank while the others wait. Where the disk refuses, ValueError on every rank."""
-    problem: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except OSError as error:
-            problem = [f"--save {directory}: {error.strerror} ({error.filename})"]
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise ValueError(problem[0])
 
 
 def _init_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None:

@@ -106,6 +106,7 @@ MISTAKES = [
     *mistakes(
         "train",
         ("a folder that is not there", "--hf-checkpoint no/folder", "--hf-checkpoint no/folder: .*No such file"),
+        ("a text for a size", "--hf-checkpoint sizes", "--hf-checkpoint sizes: .*: hidden_size = '64'; expected a"),
         ("a file in place of a folder", "--hf-checkpoint text.txt", "--hf-checkpoint text.txt: .*Not a directory"),
         ("prompts that are not there", "--prompt-data no.jsonl", "--prompt-data no.jsonl: No such file"),
         ("a folder in place of prompts", "--prompt-data tiny", "--prompt-data tiny: Is a directory"),
@@ -181,6 +182,7 @@ MISTAKES = [
     ),
     *mistakes(
         "convert",
+        ("a text for a size", "--hf-checkpoint sizes", "--hf-checkpoint sizes: .*: hidden_size = '64'; expected a"),
         ("no direction", "=", "the following arguments are required: command"),
         ("no such direction", "= hf-to-megatrn", "argument command: invalid choice: 'hf-to-megatrn'"),
         ("no checkpoint", "--load tiny", "--load tiny: no checkpoint there"),
@@ -307,6 +309,9 @@ def desk(tiny, tmp_path_factory) -> Path:
     (folder / "bad_weights").mkdir()
     (folder / "bad_weights" / "config.json").write_bytes((tiny / "student" / "config.json").read_bytes())
     (folder / "bad_weights" / "model.safetensors").write_bytes(b"PK\3\4 no tensors")
+    (folder / "sizes").mkdir()
+    fields = json.loads((tiny / "student" / "config.json").read_text()) | {"hidden_size": "64"}
+    (folder / "sizes" / "config.json").write_text(json.dumps(fields))
     (folder / "evaluated").mkdir()
     leave(folder / "evaluated", [[(GOOD, True, "stop")]])
     (folder / "question.jsonl").write_text('{"question": "How many?", "label": "2"}\n')

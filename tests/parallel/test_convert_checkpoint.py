@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from functools import partial
+from collections.abc import Callable
+from functools import partial, partialmethod
 from pathlib import Path
+from typing import IO
 from unittest.mock import patch
 
 import pytest
@@ -202,6 +205,26 @@ def test_nothing_is_overwritten(folder, tmp_path, capfd):
     assert convert("hf-to-megatron", hf_checkpoint=source, save=tmp_path / "m") == [0]
     assert convert("megatron-to-hf", load=tmp_path / "m", hf_checkpoint=source, save=tmp_path / "there") == [1]
     assert f"--save {tmp_path / 'there'}: exists already; nothing is overwritten" in capfd.readouterr().err
+
+
+def test_a_disk_that_is_full_for_one_rank_ends_all_with_one_line(folder, tmp_path, capfd):
+    source = folder("llama", False, torch.float32)
+    assert convert("hf-to-megatron", hf_checkpoint=source, save=tmp_path / "m") == [0]
+    capfd.readouterr()
+    with patch.object(Path, "open", partialmethod(_full_for_rank_2, Path.open)):
+        options = {"load": tmp_path / "m", "hf_checkpoint": source, "save": tmp_path / "hf"}
+        assert convert("megatron-to-hf", "TP2xPP2", **options) == [1] * 4
+    lines = capfd.readouterr().err.splitlines()
+    assert sorted(line.partition(" on rank ")[2][0] for line in lines) == list("0123")
+    (said,) = {line.partition(": --save ")[2] for line in lines}
+    assert said.startswith(f"{tmp_path / 'hf'}: No space left on device ({tmp_path / 'hf.tmp' / 'model-'}")
+    assert {path.name for path in tmp_path.iterdir()} == {"m"}
+
+
+def _full_for_rank_2(path: Path, original: Callable, mode: str = "r", **options: object) -> IO:
+    """That rank is the first of the second stage. What is written to /dev/full finds no space."""
+    full = mode == "wb" and path.suffix == ".safetensors" and os.environ["RANK"] == "2"
+    return original(Path("/dev/full") if full else path, mode, **options)
 
 
 def test_verify_fails_for_another_models_weights(folder, tmp_path, capfd):

@@ -177,6 +177,7 @@ def test_an_unlike_flag_gets_no_guess(capsys):
         ("num_layers: 4\n", ["'num_layers' is an option of Megatron-LM that this package does not implement"]),
         ("- lr\n", ["`key: value`"]),
         ("lr: [1\nmin_lr: 2\n", ["line 2", "not YAML"]),
+        ("seed: 2024-13-45\n", ["--config-file", "run.yaml: not YAML: month must be in 1..12"]),
         ("lr: fast\n", ["--lr (lr)", "'fast'", "float"]),
         ("lr: [1]\n", ["--lr (lr)", "[1]", "float"]),
         ("lr: true\n", ["--lr (lr)", "True", "float"]),

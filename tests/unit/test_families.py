@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
+from megatron_simct.models import families
 from megatron_simct.models.families import Rope, read_architecture
 
 LLAMA = {
@@ -221,7 +223,7 @@ def test_layers_of_smollm3_without_rotary_embedding_have_the_window(read, fields
         (GEMMA2 | {"model_type": "gemma3"}, ["'gemma3' is not supported", "gemma3_text"]),
         (QWEN3_MOE | {"decoder_sparse_step": 2}, ["decoder_sparse_step = 2", "qwen3_moe"]),
         (QWEN3_MOE | {"mlp_only_layers": [0]}, ["mlp_only_layers = [0]", "qwen3_moe"]),
-        (QWEN3_MOE | {"num_experts": 0}, ["num_experts_per_tok = 2 of 0 experts"]),
+        (QWEN3_MOE | {"num_experts": 1}, ["num_experts_per_tok = 2 of 1 experts"]),
         (QWEN3_MOE | {"num_local_experts": 4}, ["num_experts = 8, num_local_experts = 4"]),
         ({k: v for k, v in QWEN3_MOE.items() if k != "num_experts"}, ["num_experts", "neither is there"]),
         (QWEN3_MOE | {"num_experts_per_tok": 9}, ["num_experts_per_tok = 9 of 8 experts"]),
@@ -236,6 +238,19 @@ def test_layers_of_smollm3_without_rotary_embedding_have_the_window(read, fields
         (SMOLLM3 | {"layer_types": ["sliding_attention"] * 5}, ["sliding_window is None"]),
         (LLAMA | {"partial_rotary_factor": 0.5}, ["'partial_rotary_factor' is not known for llama"]),
         (LLAMA | {"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}}, ["nothing else"]),
+        (LLAMA | {"model_type": ["llama"]}, ["model_type ['llama'] is not supported"]),
+        (LLAMA | {"quantization_config": ["fp8"]}, ["it is quantised (of an unnamed kind)"]),
+        (LLAMA | {"num_key_value_heads": 3}, ["num_key_value_heads = 3; expected a divisor of 8 heads"]),
+        (LLAMA | {"num_attention_heads": 128}, ["of a head's 0 entries 0 would be turned; expected an even"]),
+        (LLAMA | {"head_dim": 7}, ["of a head's 7 entries 7 would be turned; expected an even number"]),
+        (PHI4_MINI | {"partial_rotary_factor": 0.4}, ["of a head's 8 entries 3 would be turned"]),
+        (PHI4_MINI | {"partial_rotary_factor": 2}, ["of a head's 8 entries 16 would be turned"]),
+        (
+            LLAMA | {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}},
+            ["rope_scaling = {", "expected a high_freq_factor above low_freq_factor"],
+        ),
+        ('{"hidden_size": ' + "1" * 5000 + "}", ["not JSON", "5000 digits"]),
+        ("[" * 100000, ["not JSON", "recursion"]),
         ("{", ["not JSON (line 1"]),
         ("[]", ["holds no JSON object"]),
     ],
@@ -246,3 +261,77 @@ def test_what_is_refused(read, tmp_path, fields, words):
     assert str(error.value).startswith(f"--hf-checkpoint {tmp_path}: ") and "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+GEMMA3 = GEMMA2 | {"model_type": "gemma3_text"}
+
+
+@pytest.mark.parametrize(
+    "fields, field, values, expected",
+    [
+        (LLAMA, "hidden_size", ["64", 0, -1, None, 64.0, True, [64], 2**64], "a whole number, at least 1"),
+        (LLAMA, "num_hidden_layers", [0, 2.5, "3"], "a whole number, at least 1"),
+        (LLAMA, "num_attention_heads", [0, -8, "8"], "a whole number, at least 1"),
+        (LLAMA, "num_key_value_heads", [0, "2"], "a whole number, at least 1, or null"),
+        (LLAMA, "head_dim", [0, 8.0], "a whole number, at least 1, or null"),
+        (LLAMA, "intermediate_size", [0, None], "a whole number, at least 1"),
+        (LLAMA, "vocab_size", ["100", 0], "a whole number, at least 1"),
+        (LLAMA, "max_position_embeddings", [0, "512", math.inf], "a whole number, at least 1"),
+        (LLAMA, "rms_norm_eps", [None, "1e-5", -1e-5, math.nan], "a number, at least 0"),
+        (LLAMA, "initializer_range", ["0.02", -0.02, math.inf], "a number, at least 0"),
+        (LLAMA, "rope_theta", ["x", 0, None, False, 10**400], "a number above 0"),
+        (LLAMA, "rope_scaling", [[], "linear", 2.0], "an object, or null"),
+        (LLAMA, "rope_parameters", [["default"], 1], "an object, or null"),
+        (LLAMA, "tie_word_embeddings", ["yes", 1, None], "true or false"),
+        (LLAMA, "layer_types", ["full_attention", [["full_attention"]], 3], "a list, each entry a string, or null"),
+        (MISTRAL, "sliding_window", [0, "4096", 4096.0], "a whole number, at least 1, or null"),
+        (QWEN2, "use_sliding_window", ["no"], "true or false"),
+        (QWEN2, "max_window_layers", [-1, None, "28"], "a whole number, at least 0"),
+        (QWEN3_MOE, "num_experts", [0, "8"], "a whole number, at least 1"),
+        (QWEN3_MOE, "num_experts_per_tok", [0, "2"], "a whole number, at least 1"),
+        (QWEN3_MOE, "moe_intermediate_size", [0, None], "a whole number, at least 1"),
+        (QWEN3_MOE, "norm_topk_prob", ["true"], "true or false"),
+        (GEMMA2, "query_pre_attn_scalar", [0, -256, "256"], "a number above 0"),
+        (GEMMA2, "final_logit_softcapping", [0, "30"], "a number above 0, or null"),
+        (GEMMA3, "sliding_window_pattern", [0, None], "a whole number, at least 1"),
+        (GEMMA3, "rope_local_base_freq", [0, None], "a number above 0"),
+        (PHI4_MINI, "original_max_position_embeddings", [1, None, "4096"], "a whole number, at least 2"),
+        (PHI4_MINI, "partial_rotary_factor", [0, "0.5"], "a number above 0"),
+        (SMOLLM3, "no_rope_layer_interval", [0, "4"], "a whole number, at least 1"),
+        (SMOLLM3, "no_rope_layers", [4, ["1"]], "a list, each entry a whole number, at least 0, or null"),
+    ],
+)
+def test_a_value_without_a_meaning_is_named(read, tmp_path, fields, field, values, expected):
+    for value in values:
+        with pytest.raises(ValueError) as error:
+            read(fields | {field: value})
+        where = f"--hf-checkpoint {tmp_path}: {tmp_path / 'config.json'}"
+        assert str(error.value) == f"{where}: {field} = {value!r}; expected {expected}"
+
+
+@pytest.mark.parametrize(
+    "fields, scaling, change, said",
+    [
+        (LLAMA, LLAMA3, {"factor": "32"}, "rope_scaling: factor = '32'; expected a number above 0, or null"),
+        (LLAMA, LLAMA3, {"low_freq_factor": 0}, "rope_scaling: low_freq_factor = 0; expected a number above 0"),
+        (LLAMA, LLAMA3, {"rope_type": ["llama3"]}, "rope_scaling: rope_type = ['llama3']; expected a string"),
+        (LLAMA, LLAMA3, {"rope_theta": None}, "rope_scaling: rope_theta = None; expected a number above 0"),
+        (PHI4_MINI, PHI4_MINI["rope_scaling"], {"short_factor": 2}, "rope_scaling: short_factor = 2; expected a list"),
+        (PHI4_MINI, PHI4_MINI["rope_scaling"], {"long_factor": [1, "2"]}, "rope_scaling: long_factor = [1, '2']"),
+    ],
+)
+def test_a_value_without_a_meaning_in_the_scaling_is_named(read, tmp_path, fields, scaling, change, said):
+    with pytest.raises(ValueError) as error:
+        read(fields | {"rope_scaling": scaling | change})
+    assert str(error.value).startswith(f"--hf-checkpoint {tmp_path}: {tmp_path / 'config.json'}: {said}")
+
+
+def test_both_rotary_embeddings_of_gemma3_are_objects(read):
+    both = {"full_attention": {"rope_type": "default"}, "sliding_attention": 1e4}
+    with pytest.raises(ValueError, match=r"rope_parameters: sliding_attention = 10000\.0; expected an object"):
+        read(GEMMA3 | {"rope_parameters": both})
+
+
+def test_every_field_that_is_read_says_what_it_may_hold():
+    assert families._READ.union(*(family.read for family in families.FAMILIES.values())) <= families._KINDS.keys()
+    assert set().union(*families._ROPE_FIELDS.values()) <= families._ROPE_KINDS.keys()

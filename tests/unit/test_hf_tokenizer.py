@@ -296,6 +296,42 @@ def test_unreadable_files_are_named(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "name, field, values, expected",
+    [
+        (
+            "generation_config.json",
+            "eos_token_id",
+            ["316", -1, 2.5, True, {}, ["316"], [None], [[316]]],
+            "a whole number, at least 0, or a list, each entry a whole number, at least 0, or null",
+        ),
+        ("tokenizer_config.json", "eos_token", [5, ["</s>"], {}, {"content": 5}], "a string, or an object with the"),
+        ("tokenizer_config.json", "bos_token", [5, ["<s>"]], "a string, or an object with the string content, or null"),
+        ("tokenizer_config.json", "add_bos_token", ["yes", 1], "true or false, or null"),
+    ],
+)
+def test_a_setting_without_a_meaning_is_named(byte_level, name, field, values, expected):
+    settings = json.loads((byte_level / name).read_text())
+    for value in values:
+        (byte_level / name).write_text(json.dumps(settings | {field: value}))
+        with pytest.raises(ValueError) as error:
+            load_tokenizer(str(byte_level))
+        assert f"{byte_level / name}: {field} = {value!r}; expected {expected}" in str(error.value)
+
+
+@pytest.mark.parametrize("template", [5, ["d"], [[1]], "{{ 1 / 0 }}", "{% break %}", "{{ range(1000000) | list }}"])
+def test_a_template_that_cannot_be_rendered_says_nothing_about_stop_tokens(byte_level, template):
+    settings = json.loads((byte_level / "tokenizer_config.json").read_text())
+    (byte_level / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    assert load_tokenizer(str(byte_level)).table.stop_ids == (318, 316)
+
+
+def test_a_tokenizer_whose_parts_are_of_other_types_is_named(byte_level):
+    save_byte_level(byte_level, normalizer=["NFC"])
+    with pytest.raises(ValueError, match=r"cannot be used: .*accepted are"):
+        load_tokenizer(str(byte_level))
+
+
 def test_without_generation_config_the_end_of_a_turn_comes_before_eos(byte_level):
     """Gemma's folders: the tokenizer's EOS is not what the instructed model stops with."""
     tokenizer = json.loads((byte_level / "tokenizer.json").read_text())

@@ -15,6 +15,7 @@ ALLOWED = {
     # What every other part may read.
     "records": "",
     "files": "",
+    "json_fields": "",
     "stopping": "",
     "megatron_flags": "",
     "command_line": "parallel",
@@ -23,11 +24,11 @@ ALLOWED = {
     "writers": "config files",
     "parallel": "config records",
     # The hops.
-    "alignment": "config files records",
+    "alignment": "config files json_fields records",
     "data": "alignment records",
     "evaluation": "",
     "losses": "alignment config parallel records",
-    "models": "config parallel update",  # an export is prepared and published by the first rank, as a checkpoint is
+    "models": "config json_fields parallel",
     "rollout": "alignment data files losses models parallel records",
     "teacher": "alignment config loading losses models parallel records update",
     "update": "alignment config files losses models parallel records",

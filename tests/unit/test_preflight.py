@@ -137,7 +137,10 @@ WRONG: dict[str, tuple[Change, str, str, tuple[str, ...]]] = {
         ("num_attention_heads (6)",),
     ),
     "student query groups": (
-        both(config("student", num_key_value_heads=3, num_attention_heads=12), student(tensor_model_parallel_size=2)),
+        both(
+            config("student", num_key_value_heads=3, num_attention_heads=12, head_dim=8),
+            student(tensor_model_parallel_size=2),
+        ),
         "student",
         "--tensor-model-parallel-size",
         ("num_query_groups (3)",),

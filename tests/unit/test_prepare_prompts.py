@@ -8,7 +8,7 @@ import json
 import pytest
 import yaml
 
-from megatron_simct.data.prompts import read_rows
+from megatron_simct.data.prompts import read_prompts
 from tests.huggingface import save_byte_fallback, save_byte_level
 from tools import prepare_prompts
 
@@ -49,7 +49,7 @@ def test_rows_say_where_they_come_from_and_training_reads_them(prepare, tmp_path
     assert sorted(row["id"] for row in rows) == sorted(f"a/{i}" for i in range(20))
     assert all(row["prompt"] == f"{row['label']} apples?\nThink." and row["id"] == f"a/{row['label']}" for row in rows)
     assert [row["label"] for row in rows] != sorted((row["label"] for row in rows), key=int), "not shuffled"
-    read = read_rows(
+    read = read_prompts(
         str(tmp_path / "out" / "prompts.jsonl"),
         flag="",
         input_key="prompt",

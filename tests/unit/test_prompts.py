@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_simct.alignment import Tokenizer, TokenTable
-from megatron_simct.data.prompts import PromptSource, Row, read_rows
+from megatron_simct.data.prompts import PromptSource, Row, read_prompts
 from megatron_simct.data.rendering import render_prompt
 
 
@@ -23,7 +23,7 @@ STUDENT = byte_tokenizer(bos_id=257)
 TEACHER = byte_tokenizer(step=2)
 
 
-# read_rows
+# read_prompts
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def read(tmp_path):
             "need_response": False,
             "need_label": False,
         }
-        return read_rows(str(path), **(options | overrides))
+        return read_prompts(str(path), **(options | overrides))
 
     return read
 
@@ -65,7 +65,7 @@ def test_a_line_end_of_unicode_inside_a_string_does_not_end_the_row(read):
 
 def test_a_missing_file(tmp_path):
     with pytest.raises(ValueError, match=r"^--eval-prompt-data /nowhere/x\.jsonl: No such file or directory$"):
-        read_rows(
+        read_prompts(
             "/nowhere/x.jsonl",
             flag="--eval-prompt-data",
             input_key="prompt",

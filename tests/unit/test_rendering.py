@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_simct.alignment import Tokenizer, load_tokenizer
-from megatron_simct.data.prompts import PromptSource, Row, read_rows
+from megatron_simct.data.prompts import PromptSource, Row, read_prompts
 from megatron_simct.data.rendering import ChatTemplate, render_prompt
 from tests.huggingface import save_byte_fallback, save_byte_level
 
@@ -105,6 +105,12 @@ def test_what_a_template_finds(tmp_path):
         (None, ["has no chat template", "--apply-chat-template"]),
         ([{"name": "tool_use", "template": "t"}], ["has no chat template"]),
         ("a\n{% for %}", ["tokenizer_config.json, line 2 of the template"]),
+        ("{% break %}", ["tokenizer_config.json holds a template that cannot be read: 'break' outside loop"]),
+        ("{{ " + "(" * 5000 + "1 }}", ["cannot be read", "recursion"]),
+        (5, ["tokenizer_config.json: chat_template = 5; expected a string, or a list, each entry an object with"]),
+        ({"default": "d"}, ["tokenizer_config.json: chat_template = {'default': 'd'}; expected a string"]),
+        (["d"], ["tokenizer_config.json: chat_template = ['d']; expected a string"]),
+        ([{"name": "default"}], ["tokenizer_config.json: chat_template = [{'name': 'default'}]; expected a string"]),
     ],
 )
 def test_folders_without_a_readable_template(tmp_path, template, words):
@@ -124,6 +130,9 @@ def test_folders_without_a_readable_template(tmp_path, template, words):
         ("{{ messages.append(1) }}", ["does not render it"]),
         ("{{ messages.__class__.__mro__ }}", ["does not render it"]),
         ("{% if false %}a{% endif %}", ["renders nothing"]),
+        ("{{ 1 / 0 }}", ["does not render it: division by zero"]),
+        ("{{ range(1000000) | list }}", ["does not render it: Range too big"]),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", ["does not render it: maximum recursion depth"]),
     ],
 )
 def test_templates_that_fail_on_the_messages(tmp_path, template, words):
@@ -152,7 +161,7 @@ def read(tmp_path):
             "need_label": False,
             "chat": True,
         }
-        return read_rows(str(path), **(options | overrides))
+        return read_prompts(str(path), **(options | overrides))
 
     return read
 

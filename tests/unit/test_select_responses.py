@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_simct.data.prompts import read_rows
+from megatron_simct.data.prompts import read_prompts
 from megatron_simct.evaluation.benchmarks import digest_of, read_problems
 from megatron_simct.files import write_rows
 from tools import evaluate, select_responses
@@ -45,7 +45,7 @@ def test_the_shortest_right_response_to_each_problem_is_kept(tmp_path, capsys):
         tmp_path, [[(LONG, True, "stop"), wrong, (GOOD, True, "stop"), cut_off], [wrong], [(LONG, True, "stop")]]
     )
     assert select_responses.main(argv) == 0
-    rows = read_rows(
+    rows = read_prompts(
         *(str(tmp_path / "warm_up.jsonl"),),
         flag="--prompt-data", input_key="prompt", response_key="response", label_key="label",
         need_response=True, need_label=False,

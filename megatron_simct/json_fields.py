@@ -1,0 +1,64 @@
+"""What the fields of a JSON file that others wrote may hold: any other value is a ValueError that names it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_TOO_LARGE = 2**63
+"""For a size of torch, and above all that has a meaning here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Some values of JSON."""
+
+    words: str
+    """What they are, behind `expected`."""
+    holds: Callable[[Any], bool]
+
+    def __or__(self, other: Kind) -> Kind:
+        return Kind(f"{self.words}, or {other.words}", lambda value: self.holds(value) or other.holds(value))
+
+
+NULL = Kind("null", lambda value: value is None)
+BOOL = Kind("true or false", lambda value: isinstance(value, bool))
+STRING = Kind("a string", lambda value: isinstance(value, str))
+OBJECT = Kind("an object", lambda value: isinstance(value, dict))
+
+
+def whole(least: int) -> Kind:
+    """Whole numbers from `least` on."""
+    return Kind(
+        f"a whole number, at least {least}",
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value < _TOO_LARGE,
+    )
+
+
+def number(*, above: float | None = None, least: float = 0.0) -> Kind:
+    """Finite numbers above a bound, or from `least` on."""
+    return Kind(
+        f"a number, at least {least:g}" if above is None else f"a number above {above:g}",
+        lambda value: (
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and (least <= value if above is None else above < value)
+            and value < _TOO_LARGE
+        ),
+    )
+
+
+def list_of(kind: Kind) -> Kind:
+    """Lists of such values only."""
+    return Kind(
+        f"a list, each entry {kind.words}",
+        lambda value: isinstance(value, list) and all(kind.holds(entry) for entry in value),
+    )
+
+
+def check_fields(fields: Mapping[str, Any], kinds: Mapping[str, Kind], *, where: str) -> None:
+    """ValueError, beginning with `where`, for the first field that is there and is not of its kind."""
+    for name, kind in kinds.items():
+        if name in fields and not kind.holds(fields[name]):
+            raise ValueError(f"{where}: {name} = {fields[name]!r}; expected {kind.words}")
