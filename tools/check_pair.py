@@ -25,6 +25,8 @@ from megatron_simct.launch.run_file import read_run_file
 @command("check_pair")
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(argv)
+    if options.device_memory is not None and not options.device_memory > 0:
+        raise ValueError(f"--device-memory {options.device_memory}: must be above 0")
     run = read_run_file(options.run_file, options.overrides)
     from megatron_simct.preflight.check import check_run
     from megatron_simct.preflight.table import console, show
@@ -45,19 +47,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--device-memory",
-        type=_gib,
+        type=float,
         metavar="GIB",
         help="memory of one GPU, against which the plan is held (cluster.device_memory_gib)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
     return parser
-
-
-def _gib(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
-    return value
 
 
 if __name__ == "__main__":

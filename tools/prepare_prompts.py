@@ -121,7 +121,7 @@ def read_mixture(path: str) -> Mixture:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{where}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
         raise ValueError(f"{where}: not YAML ({' '.join(str(error).split())})") from None
     if isinstance(content, dict):
         for key, kind, name in (("sources", Source, "source"), ("exclude", Excluded, "exclude")):

@@ -165,6 +165,7 @@ def test_files_of_every_format(prepare, tmp_path):
     "mixture, message",
     [
         ("sources: [", "not YAML"),
+        ("seed: 2024-13-45", "not YAML"),
         ("sources: []", "no list of sources"),
         (
             {"sources": [{"name": "a", "path": "a.jsonl", "weigth": 1}]},
