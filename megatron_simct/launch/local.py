@@ -156,7 +156,8 @@ class _Process:
     @property
     def was_restarted(self) -> bool:
         """Whether processes that were asked to stop died of it, and torchrun has started others."""
-        return bool(self._asked) and bool(self._workers()) and not self._asked & self._workers()
+        workers = self._workers()  # once: between two looks they may end as they were asked to
+        return bool(self._asked) and bool(workers) and not self._asked & workers
 
     def ask_to_stop(self) -> None:
         """SIGTERM to the processes that torchrun has started, or to torchrun where there are none yet."""

@@ -383,16 +383,19 @@ TORCHRUN = """
 import subprocess, sys
 sys.exit(subprocess.run([sys.executable, "-u", "-c", sys.argv[1]]).returncode)
 """
+# Each tells by a file that it heeds signals.
 TEACHER = """
 import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 print("ready")
+open("READY", "w").close()
 time.sleep(60)
 """
 STUDENT = """
 import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: (print("saved"), sys.exit(0)))
 print("step 1")
+open("READY", "w").close()
 time.sleep({seconds})
 sys.exit({code})
 """
@@ -403,12 +406,22 @@ DEAF = "import time\ndef wait():\n    end = time.monotonic() + 60\n    while tim
 
 
 def start_local(
-    tmp_path, monkeypatch, *, student: str, teacher: str = TEACHER, interrupt: int = 0, after_s: float = 1.5
+    tmp_path,
+    monkeypatch,
+    *,
+    student: str,
+    teacher: str = TEACHER,
+    interrupt: int = 0,
+    when: Path | None = None,
+    grace_s: int = 20,
 ) -> int:
+    """Exit code of a run of two programs, interrupted so many times once both heed signals, or `when` is there."""
+    ready = [tmp_path / name for name in ("student", "teacher")]
+    student, teacher = (code.replace("READY", str(path)) for code, path in zip((student, teacher), ready, strict=True))
     run = run_of(
         tmp_path,
         run_dir=str(tmp_path / "run"),
-        cluster={"kind": "local", "grace_s": 20},
+        cluster={"kind": "local", "grace_s": grace_s},
     )
     # As torchrun does it: a worker that the parent waits for, stopped by SIGTERM to itself.
     jobs = {name: [sys.executable, "-c", TORCHRUN, code] for name, code in (("teacher", teacher), ("student", student))}
@@ -416,15 +429,22 @@ def start_local(
     monkeypatch.setattr(local, "_POLL_S", 0.02)
 
     def send() -> None:
-        for _ in range(interrupt):
-            time.sleep(after_s)
+        if not interrupt:
+            return
+        while not all(path.exists() for path in ([when] if when is not None else ready)):
+            if over.wait(0.05):
+                return
+        for number in range(interrupt):
+            time.sleep(1.5 * number)
             os.kill(os.getpid(), signal.SIGINT)
 
+    over = threading.Event()
     sender = threading.Thread(target=send)
     sender.start()
     try:
         return local.start(run)
     finally:
+        over.set()
         sender.join()
 
 
@@ -445,20 +465,24 @@ def test_one_interrupt_lets_the_student_save(tmp_path, monkeypatch, capsys):
 
 def test_a_second_interrupt_ends_both(tmp_path, monkeypatch):
     deaf = STUDENT.format(seconds=60, code=1).replace("sys.exit(0)", "None").replace("time.sleep(60)", "wait()")
-    begin = time.monotonic()
     assert start_local(tmp_path, monkeypatch, student=DEAF + deaf, interrupt=2) == 128 + signal.SIGKILL
-    assert time.monotonic() - begin < 55
 
 
 @pytest.mark.parametrize("dies", ["teacher", "student"])
 def test_an_interrupt_ends_the_wait_for_the_other_job(tmp_path, monkeypatch, dies):
     """One job has ended by itself, and the other does not heed that it was asked to stop."""
-    deaf = DEAF + "import signal\nsignal.signal(signal.SIGTERM, lambda *_: None)\nwait()"
-    short = "exit(3)"
-    codes = {"teacher": deaf, "student": deaf} | {dies: short}
-    begin = time.monotonic()
-    assert start_local(tmp_path, monkeypatch, **codes, interrupt=1, after_s=4) == (1 if dies == "teacher" else 3)
-    assert time.monotonic() - begin < 19, "that is below both of the waits"
+    monkeypatch.setattr(local, "_TEACHER_STOP_S", 600.0)
+    listens, asked, ended = (tmp_path / name for name in ("listens", "asked", "ended"))
+    deaf = (
+        f"{DEAF}import signal\nfrom pathlib import Path\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: Path({str(asked)!r}).touch())\n"
+        f"Path({str(listens)!r}).touch()\nwait()\nPath({str(ended)!r}).touch()"
+    )
+    dying = f"import os, time\nwhile not os.path.exists({str(listens)!r}): time.sleep(0.05)\nexit(3)"
+    codes = {"teacher": deaf, "student": deaf} | {dies: dying}
+    code = start_local(tmp_path, monkeypatch, **codes, interrupt=1, when=asked, grace_s=600)
+    assert code == (1 if dies == "teacher" else 3)
+    assert not ended.exists(), "it was killed, not waited for"
 
 
 def test_a_teacher_that_dies_ends_the_run(tmp_path, monkeypatch, capsys):
