@@ -1,6 +1,8 @@
 """One thread a process, set before any parallel region runs: the multi-process tests fork from this process."""
 
 import os
+import tempfile
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -23,3 +25,10 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     build_files(folder)
     return folder
+
+
+@pytest.fixture
+def short_tmp():
+    """A folder for temporary files in which sockets may lie: their paths have 107 characters at most."""
+    with tempfile.TemporaryDirectory(prefix="simct", dir="/tmp") as folder:
+        yield Path(folder)

@@ -12,4 +12,5 @@ ensure_packages examples/quickstart/requirements.txt --no-deps
 export OMP_NUM_THREADS=1  # multi-process tests fork from the test process: one thread each
 [ $# = 0 ] || exec "$PYTHON" -m pytest "$@"
 "$PYTHON" -m mypy
-exec "$PYTHON" -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+# In the order of the folders: the longest files come first.
+exec "$PYTHON" -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder

@@ -34,11 +34,12 @@ def wait_in_c(*_, **__) -> None:
 class Ranks:
     """A command in forked processes with a stderr and a folder for temporary files of their own."""
 
-    def __init__(self, folder: Path, main: Callable, argv: list[str], patch: Callable, world_size: int = 1) -> None:
+    def __init__(
+        self, folder: Path, tmp: Path, main: Callable, argv: list[str], patch: Callable, world_size: int = 1
+    ) -> None:
         """patch(rank, ready): before the command, on every rank, which has come where it is to be with ready.set()."""
         context = multiprocessing.get_context("fork")
-        self._folder, self.tmp = folder, folder / "tmp"
-        self.tmp.mkdir()
+        self._folder, self.tmp = folder, tmp
         self._ready = [context.Event() for _ in range(world_size)]
         self._processes = [
             context.Process(target=self._run, args=(main, argv, patch, rank, world_size)) for rank in range(world_size)
@@ -126,9 +127,11 @@ def last_loads(module: object, name: str, after: str, world_size: int) -> Callab
         (signal.SIGINT, 130, "megatron_simct.serve_teacher: interrupted\n"),
     ],
 )
-def test_a_teacher_that_loads_ends_at_once_and_leaves_nothing(teacher_argv, tmp_path, number, code, line, world_size):
+def test_a_teacher_that_loads_ends_at_once_and_leaves_nothing(
+    teacher_argv, tmp_path, short_tmp, number, code, line, world_size
+):
     patch = last_loads(serve_teacher, "open_model", "TeacherForward", world_size)
-    with ranks(tmp_path, serve_teacher.main, teacher_argv, patch, world_size) as job_:
+    with ranks(tmp_path, short_tmp, serve_teacher.main, teacher_argv, patch, world_size) as job_:
         job_.come()
         time.sleep(0.5)  # one that has loaded would open its door
         job_.tell(number)
@@ -146,9 +149,9 @@ def never_answers(rank, ready):
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_second_signal_ends_a_teacher_that_finishes_what_it_holds(teacher_argv, tmp_path, number, code):
+def test_a_second_signal_ends_a_teacher_that_finishes_what_it_holds(teacher_argv, tmp_path, short_tmp, number, code):
     folder = tmp_path / "run" / "teacher"
-    with ranks(tmp_path, serve_teacher.main, teacher_argv, never_answers) as job_:
+    with ranks(tmp_path, short_tmp, serve_teacher.main, teacher_argv, never_answers) as job_:
         client = open_client(folder, fingerprints={"hidden_size": 48})
         client.meet()
         client.submit(make_request(np.random.default_rng(0), 0))
@@ -167,12 +170,11 @@ def test_a_second_signal_ends_a_teacher_that_finishes_what_it_holds(teacher_argv
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_training_that_loads_ends_at_once_on_the_signal_that_it_handles(tiny, tmp_path, world_size):
+def test_training_that_loads_ends_at_once_on_the_signal_that_it_handles(tiny, tmp_path, short_tmp, world_size):
     save = ("--save", str(tmp_path / "save"), "--run-dir", str(tmp_path / "run"))
     argv = command_line(tiny, "--exit-signal-handler", *save)
-    with ranks(
-        tmp_path, train.main, argv, last_loads(job, "load_model", "build_placement", world_size), world_size
-    ) as job_:
+    patch = last_loads(job, "load_model", "build_placement", world_size)
+    with ranks(tmp_path, short_tmp, train.main, argv, patch, world_size) as job_:
         job_.come()
         job_.tell(signal.SIGTERM)
         (first, *others) = job_.end()
@@ -180,7 +182,7 @@ def test_training_that_loads_ends_at_once_on_the_signal_that_it_handles(tiny, tm
         assert not (tmp_path / "save").exists()
 
 
-def test_a_fork_does_not_tell_its_parent_of_its_own_signals(tmp_path):
+def test_a_fork_does_not_tell_its_parent_of_its_own_signals(tmp_path, short_tmp):
     """As the children that write a checkpoint's shards, where a scheduler signals all processes of a job."""
 
     def main(_: list[str]) -> int:
@@ -194,5 +196,5 @@ def test_a_fork_does_not_tell_its_parent_of_its_own_signals(tmp_path):
         child.join()
         return int(signals.told) + (0 if child.exitcode == 0 else 2)
 
-    with ranks(tmp_path, main, [], lambda *_: None) as job_:
+    with ranks(tmp_path, short_tmp, main, [], lambda *_: None) as job_:
         assert job_.end() == [(0, "")]

@@ -371,13 +371,12 @@ def test_a_killed_replica_of_this_host_is_forgotten_by_the_next(tmp_path):
         assert (tmp_path / "elsewhere.json").exists()
 
 
-def test_a_replica_that_cannot_make_itself_known_says_so_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_replica_that_cannot_make_itself_known_says_so_and_leaves_nothing(tmp_path, short_tmp, monkeypatch):
     (tmp_path / "file").touch()
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", str(short_tmp))
     with pytest.raises(OSError, match="file"):
         ModelFreeTeacher(tmp_path / "file")
-    assert not list((tmp_path / "tmp").iterdir())
+    assert not list(short_tmp.iterdir())
 
 
 def test_a_socket_whose_name_is_too_long_leaves_no_folder(tmp_path, monkeypatch):
@@ -393,10 +392,10 @@ def test_a_socket_whose_name_is_too_long_leaves_no_folder(tmp_path, monkeypatch)
     assert not list(long.iterdir())
 
 
-def test_an_address_that_was_checked_is_free_and_nothing_is_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_an_address_that_was_checked_is_free_and_nothing_is_left(tmp_path, short_tmp, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(short_tmp))
     check_bind("ipc", number=0)
-    assert not list(tmp_path.iterdir())
+    assert not list(short_tmp.iterdir())
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(ValueError, match=f"--bind tcp://127.0.0.1:{port - 3}: .*in use"):
