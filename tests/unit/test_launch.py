@@ -217,8 +217,8 @@ def test_no_value_of_a_local_run_reaches_a_shell(tmp_path):
         ({"cluster": {"container": {"runtime": "pyxis"}}}, ["cluster.container", "image is missing"]),
         ({"cluster": {"container": {"runtime": "pyxis", "image": "x", "mounts": ["/a"]}}}, ["mounts", "'/a'"]),
         ({"cluster": {"container": {"runtime": "pyxis", "image": "x", "mounts": ["/a:/b,/c:/d"]}}}, ["mounts"]),
-        ({"env": {"WANDB_API_KEY": "abc"}}, ["env", "WANDB_API_KEY", "secret"]),
-        ({"env": {"HF_TOKEN": "abc"}}, ["env", "HF_TOKEN", "secret"]),
+        ({"env": {"WANDB_API_KEY": "the-secret"}}, ["env", "WANDB_API_KEY", "secret"]),
+        ({"env": {"HF_TOKEN": "the-secret"}}, ["env", "HF_TOKEN", "secret"]),
         ({"env": {"A B": "c"}}, ["env", "'A B'"]),
         ({"env": {"A": ["c"]}}, ["env", "A"]),
     ],
@@ -236,7 +236,7 @@ def test_a_wrong_run_file_is_one_line(change, words, tmp_path, capsys):
     assert captured.err.startswith(f"megatron_simct.launch: error: {path}: ")
     for word in words:
         assert word in captured.err, captured.err
-    assert "abc" not in captured.err
+    assert "the-secret" not in captured.err
 
 
 def test_files_that_are_none_and_overrides(tmp_path):
