@@ -42,7 +42,7 @@ class Stage:
 
     @property
     def digest(self) -> str:
-        """Of the command and of all that it reads."""
+        """Digest of the command and of everything that it reads."""
         parts = [list(self.command), [stage.digest for stage in self.needs]]
         parts.append([hashlib.sha256(path.read_bytes()).hexdigest() for path in self.inputs])
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

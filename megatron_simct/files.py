@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import socket
+import tempfile
+import threading
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+
+def owner_tag() -> str:
+    """Whose temporary file it is, in its name: two processes never write into one."""
+    return f"{socket.gethostname()}.{os.getpid()}".replace("/", "_")
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -23,7 +33,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
             file.write(data)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{owner_tag()}.tmp")
     try:
         with named_errors(path), open(temporary, "wb") as file:
             file.write(data)
@@ -32,6 +42,28 @@ def write_whole(path: Path, content: str | bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_private(path: Path, text: str, *, mode: int = 0o600, replace: bool = True, on_disk: bool = True) -> None:
+    """Write a file whole, or not at all. Without `replace`, a file that is there already stays. on_disk: it survives a
+    power failure; without, whatever reads it sees a whole file, and the disk is not waited for."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.{owner_tag()}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(text)
+            file.flush()
+            if on_disk:
+                os.fsync(file.fileno())
+        if replace:
+            os.replace(temporary, path)
+        else:
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
 
 
 @contextlib.contextmanager
@@ -52,3 +84,53 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The objects of JSON lines that this package wrote."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+
+
+_BLOCK = 4 << 20
+"""Bytes that are hashed at a time."""
+_POLL_S = 0.01
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileHash:
+    """What tells whether a file is the one that was written."""
+
+    size: int
+    sha256: str
+
+
+def hash_file(path: Path, *, whole: threading.Event | None = None) -> FileHash:
+    """Hash a whole file, or one that grows until `whole` is set. Raises OSError if it cannot be read."""
+    digest, size, buffer = hashlib.sha256(), 0, memoryview(bytearray(_BLOCK))
+    with named_errors(path), open(path, "rb", buffering=0) as file:
+        while True:
+            is_whole = whole is None or whole.is_set()  # before the read: what comes after it is read next time
+            count = file.readinto(buffer)
+            if count:
+                digest.update(buffer[:count])
+                size += count
+            elif is_whole:
+                return FileHash(size=size, sha256=digest.hexdigest())
+            else:
+                assert whole is not None
+                whole.wait(_POLL_S)
+
+
+_SAMPLE = 1 << 16
+
+
+def sampled_fingerprint(files: Iterable[Path]) -> str:
+    """SHA-256 over names and sizes of the files, and over three samples of each.
+
+    Enough to tell checkpoints and revisions apart without reading hundreds of gigabytes; it is no proof that two files
+    are equal in every byte.
+    """
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for begin in sorted({0, max(0, size // 2 - _SAMPLE // 2), max(0, size - _SAMPLE)}):
+                file.seek(begin)
+                digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()

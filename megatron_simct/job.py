@@ -5,47 +5,89 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from megatron_simct.alignment import AlignmentMap, Tokenizer, VocabPlacement
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_simct.alignment import Tokenizer, VocabPlacement, report_notes
+from megatron_simct.alignment.alignment_map import id_of_bytes
 from megatron_simct.alignment.plan import plan_mixture, plan_pair, plan_without_teacher
-from megatron_simct.arguments import to_dict
-from megatron_simct.config import Config
+from megatron_simct.alignment.translation import Translation
+from megatron_simct.config.flags import to_dict
+from megatron_simct.config.options import Config
 from megatron_simct.data.prompts import PromptSource, read_prompts
+from megatron_simct.data.rendering import ChatTemplate
+from megatron_simct.engine_client import EngineClient
 from megatron_simct.evaluation.benchmarks import CODE, Problem
 from megatron_simct.evaluation.grading import Graders
+from megatron_simct.evaluation.rewards import Rewards
 from megatron_simct.evaluation.sandbox import Limits, check_sandbox
+from megatron_simct.files import sampled_fingerprint
 from megatron_simct.loading import (
+    Pair,
     build_byte_order,
     load_model,
-    open_alignment_map,
     open_chat_template,
     open_held_out,
-    open_tokenizer,
+    open_pair,
+    open_thinking,
+    prompt_date,
 )
-from megatron_simct.losses import check_config, check_labels, teacher_needs
-from megatron_simct.models.build import HiddenStateModel, InterleavedModel
+from megatron_simct.losses import check_config, check_has_units, check_labels, teacher_needs
+from megatron_simct.losses.kinds.table import interface_of
+from megatron_simct.losses.kinds.teacher_topk import response_entries
+from megatron_simct.models.build import HiddenStateModel, InterleavedModel, uses_transformer_engine, whole_sequences
 from megatron_simct.models.families import read_architecture
-from megatron_simct.monitoring import Monitor
+from megatron_simct.models.hf_export import save_hf_weights
+from megatron_simct.models.layout import context_pieces, token_multiple
+from megatron_simct.models.lora import adapter_parameters, add_adapters
+from megatron_simct.models.operations import Operations, peak_operations
+from megatron_simct.models.tensor_files import find_weights, weight_files
+from megatron_simct.packing import Context, Cut, Entries, by_number, by_tokens, pack_micro_batches
+from megatron_simct.parallel.cpu import megatron_imports
+from megatron_simct.parallel.disk import on_first_rank
 from megatron_simct.parallel.initialize import Groups
-from megatron_simct.parallel.packing import pack_micro_batches
-from megatron_simct.records import AlignedPair, LabelBatch, MicroBatch, Prompt, Rollout, TeacherNeeds
-from megatron_simct.rollout.engine import GivenResponses, ReplayEngine, RolloutEngine, Sampling, write_rollouts
-from megatron_simct.rollout.held_out import Evaluator, equals_label, response_text
+from megatron_simct.parallel.reductions import largest
+from megatron_simct.records import AlignedPair, LabelBatch, MicroBatch, Prompt, Rollout
+from megatron_simct.reporting.monitor import Monitor, Throughput, slowest_ranks
+from megatron_simct.reporting.profiling import Profiler
+from megatron_simct.reporting.samples import SampleLog
+from megatron_simct.reporting.writers import check_writers, open_writers
+from megatron_simct.rewarding import Rewarding
+from megatron_simct.rollout.engine import (
+    GivenResponses,
+    ReplayEngine,
+    RolloutEngine,
+    Sampling,
+    SharedEngine,
+    write_rollouts,
+)
+from megatron_simct.rollout.held_out import Evaluator, equals_label, response_text, special_marks
 from megatron_simct.rollout.megatron_engine import MegatronEngine
-from megatron_simct.samples import SampleLog
+from megatron_simct.rollout.vllm_engine import VllmEngine
 from megatron_simct.stopping import ExitWatch
-from megatron_simct.teacher.build import build_mixture, build_teacher, teacher_logit_softcap
+from megatron_simct.teacher.average import Average
+from megatron_simct.teacher.build import build_teacher, teacher_logit_softcap
+from megatron_simct.teacher.forward import TeacherForward, own_tokens
 from megatron_simct.teacher.scorer import TeacherScorer
-from megatron_simct.update.checkpoint import Checkpoints, has_checkpoint
-from megatron_simct.update.optimizer import build_optimizer, wrap_data_parallel
+from megatron_simct.update.checkpoint import TRACKER, Checkpoints, has_checkpoint, numbered
+from megatron_simct.update.distributed_state import parts_of
+from megatron_simct.update.optimizer import build_optimizer, gather_weights, wrap_data_parallel
 from megatron_simct.update.step import StepReport, Updater
-from megatron_simct.writers import check_writers, open_writers
+from megatron_simct.update.support import check_support
+
+with megatron_imports():
+    from megatron.core.timers import Timers
 
 EVAL_WORKERS = 4
 """Responses to a benchmark that one rank of each model replica grades at a time."""
@@ -63,8 +105,12 @@ class Job:
     teacher: TeacherScorer
     background: ThreadPoolExecutor
     """One thread beside the one that trains: it aligns what has been sampled, and hands it to the teacher."""
+    rewarding: Rewarding | None
+    """Where --reward is given."""
     pack: Callable[..., list[MicroBatch]]
     updater: Updater
+    teacher_follows: Callable[[], None]
+    """After an update: --teacher-ema averages the student's weights into the teacher's."""
     monitor: Monitor
     log_samples: Callable[[int, Sequence[Rollout], Sequence[AlignedPair], StepReport], None]
     """Keeps a few responses of a step with their units and losses, where they are due."""
@@ -72,45 +118,72 @@ class Job:
     start: int
     """The iteration that training goes on from; 0 unless it resumes."""
     save: Callable[[int], None]
+    """Write the checkpoint of an iteration, or begin to."""
+    finish_save: Callable[..., None]
+    """Give the checkpoint that is being written its name; with wait=False, if it is whole."""
     keep_batch: Callable[[Sequence[Rollout], int], str | None]
     """Keeps the rollouts of a step that failed; where."""
     exit_watch: ExitWatch
+    profiler: Profiler
+    measure: Callable[[Sequence[Prompt], Sequence[Rollout], dict[str, float]], dict[str, float]]
+    """Metrics of a step that are about all ranks, from the seconds of this one; collective over the job."""
+    timers: Callable[[int], str]
+    """What Megatron's timers say of an iteration, where a log line is due; collective over the job."""
+
+    def before_step(self, iteration: int) -> None:
+        """What a step begins with, beside its work."""
+        self.profiler.step(iteration)
+        update = self.config.update
+        if update.manual_gc and iteration % update.manual_gc_interval == 0:
+            gc.collect()
 
 
 def build_job(config: Config, groups: Groups) -> Job:
-    """Build every part from its group of options. ValueError, naming the flag, for whatever cannot work."""
+    """Build every part from its group of options. Raises ValueError, naming the flag, if the
+    configuration is invalid."""
     config.check(data_parallel_size=groups.dp_size)
-    check_config(config.interface)
+    config = with_prompt_date(config)
+    check_config(config.interface, context_parallel_size=config.parallel.context_parallel_size)
+    if config.output.gradient_parts_interval:
+        check_has_units(config.interface, flag="--gradient-parts-interval")
     check_writers(config.output)
     exit_watch = ExitWatch(
         on_signal=config.output.exit_signal_handler,
         after_minutes=config.output.exit_duration_in_mins,
         device=groups.device,
     )
-    needs = teacher_needs(config.interface)
-    check_experts(config, needs)
-    student = open_tokenizer(config.model, prefix="")
-    teacher = open_tokenizer(config.teacher, prefix="teacher-") if needs.teacher else None
-    needs_map = not needs.byte_events or config.data.simct_alignment_map is not None
-    alignment_map = open_alignment_map(config, student, teacher) if teacher is not None and needs_map else None
-    second = open_tokenizer(config.second_teacher, prefix="second-teacher-") if config.mixes_teachers else None
+    check_experts(config)
+    check_update(config, groups)
+    pair = open_pair(config, say=partial(print, flush=True) if groups.is_first_rank else lambda line: None)
+    student = pair.student
+    if groups.is_first_rank:
+        report_notes(student, *(teacher.tokenizer for teacher in pair.teachers))
 
-    prompts = build_prompts(config, groups, student, teacher, second)
-    model = load_model(config, config.model, groups, student, prefix="")
-    placement = build_placement(config, model, student, alignment_map)
-    scorer, shared_head = build_teacher(config, groups, student, teacher, alignment_map, placement, needs)
-    if second is not None:
-        scorer = build_mixture(config, groups, scorer, student, second)
-    chunks = wrap_data_parallel(model, config.parallel)
-    optimizer, scheduler = build_optimizer(chunks, config.training)
+    prompts = build_prompts(config, groups, pair)
+    model = load_student(config, groups, student)
+    placement = build_placement(config, model, pair)
+    teacher_cut = build_cut(config, groups, context_parallel_size=config.teacher_context_parallel_size)
+    teaching = build_teacher(config, groups, pair, placement, teacher_cut, model)
+    chunks = wrap_data_parallel(model, config.parallel, config.update)
+    optimizer, scheduler = build_optimizer(chunks, config.training, config.update)
+    timers = build_timers(config, chunks, optimizer)
+    if config.update.manual_gc:
+        gc.disable()
+        gc.collect()
     checkpoints = Checkpoints(
         model,
         optimizer,
         scheduler,
+        dp=groups.dp_cp,
+        writes_in_parallel=config.output.ckpt_fully_parallel_save,
+        reads_in_parallel=config.output.ckpt_fully_parallel_load,
+        in_background=config.output.async_save,
+        before_reading_weights=partial(gather_weights, chunks),
         save_dir=config.output.save,
         retain=config.output.save_retain,
-        identity=identity(config, student, teacher, alignment_map, second),
+        identity=identity(config, pair),
         config=to_dict(config),
+        average=teaching.average,
     )
     start = resume(config, groups, checkpoints)
     monitor = Monitor(
@@ -123,15 +196,29 @@ def build_job(config: Config, groups: Groups) -> Job:
         start=start,
         writers=open_writers(config.output, to_dict(config), start=start) if groups.is_first_rank else (),
     )
-    sampler = MegatronEngine(
+    sampler: RolloutEngine = MegatronEngine(
         model,
         groups,
         vocab_size=student.table.num_ids,
         stop_ids=student.table.stop_ids,
         batch_size=config.rollout.rollout_engine_batch_size,
         progress=monitor.responses,
+        before_reading_weights=partial(gather_weights, chunks),
     )
-    engine = build_engine(config, groups, sampler, student)
+    if config.rollout.rollout_engine == "vllm":
+        if groups.cp_size > 1:
+            raise ValueError(
+                f"--context-parallel-size {groups.cp_size}: not with --rollout-engine vllm in this version; leave one "
+                "of them out"
+            )
+        source: RolloutEngine = build_vllm_engine(
+            config, groups, model, student, before_reading_weights=partial(gather_weights, chunks)
+        )
+    else:
+        if groups.cp_size > 1:
+            sampler = SharedEngine(sampler, groups.cp)
+        source = sampler
+    engine = build_engine(config, groups, source, student)
     engine.publish(start)
     return Job(
         config=config,
@@ -144,65 +231,216 @@ def build_job(config: Config, groups: Groups) -> Job:
             max_response_len=config.rollout.rollout_max_response_len,
             seed=config.training.seed,
         ),
-        align=build_alignment(config, student, teacher, second, alignment_map, needs),
-        teacher=scorer,
+        align=build_alignment(config, pair),
+        teacher=teaching.scorer,
         background=ThreadPoolExecutor(max_workers=1, thread_name_prefix="alignment"),
+        rewarding=build_rewarding(config, groups, student),
         pack=partial(
             pack_micro_batches,
-            micro_batch_size=config.training.micro_batch_size,
+            cut=build_cut(config, groups, context_parallel_size=groups.cp_size),
             check=(
                 partial(check_labels, placement=placement, config=config.interface)
                 if groups.is_last_stage
                 else _leave_to_last_stage
             ),
-            multiple_of=groups.tp_size if config.parallel.sequence_parallel else 1,
+            packed=config.training.max_tokens_per_gpu is not None,
+            multiple_of=token_multiple(config.parallel, groups.device, context_parallel_size=groups.cp_size),
+            context=(
+                Context(rank=groups.cp_rank, size=groups.cp_size, pieces=partial(context_pieces, size=groups.cp_size))
+                if groups.cp_size > 1
+                else None
+            ),
+            entries=build_entries(config, pair),
         ),
         updater=Updater(
             chunks,
             optimizer,
             scheduler,
             groups,
-            shared_head=shared_head,
+            shared_head=teaching.shared_head,
             placement=placement,
             interface=config.interface,
-            byte_order=build_byte_order(model, groups, student) if needs.byte_events else None,
-            teacher_logit_softcap=None if teacher is None else teacher_logit_softcap(config),
+            byte_order=build_byte_order(model, groups, student) if pair.needs.byte_events else None,
+            teacher_logit_softcap=teacher_logit_softcap(config) if pair.teachers else None,
+            gradient_parts_interval=config.output.gradient_parts_interval,
+            importance_cap=config.rollout.rollout_importance_weights,
+            check_sampling=(
+                source.check_step
+                if isinstance(source, VllmEngine) and not config.rollout.load_debug_rollout_data and not config.max_lag
+                else None
+            ),
         ),
+        teacher_follows=build_following(teaching.average, before_reading_weights=partial(gather_weights, chunks)),
         monitor=monitor,
-        log_samples=build_sample_log(config, groups, student, teacher, start=start),
-        evaluator=build_evaluator(config, groups, sampler, student),
+        log_samples=build_sample_log(config, groups, pair, start=start),
+        evaluator=build_evaluator(config, groups, source, student),
         start=start,
         save=checkpoints.save,
+        finish_save=checkpoints.finish,
         keep_batch=partial(keep_batch, config, groups),
         exit_watch=exit_watch,
+        profiler=Profiler(config.output),
+        measure=build_measure(config, groups, model),
+        timers=timers,
     )
 
 
-def check_experts(config: Config, needs: TeacherNeeds) -> None:
-    """ValueError where --expert-model-parallel-size is given and neither model has experts."""
+def build_following(average: Average | None, *, before_reading_weights: Callable[[], None]) -> Callable[[], None]:
+    """How the teacher's weights follow the student's; not at all without --teacher-ema."""
+
+    def follow() -> None:
+        if average is not None:
+            before_reading_weights()
+            average.follow()
+
+    return follow
+
+
+def build_timers(config: Config, chunks: Sequence[Any], optimizer: Any) -> Callable[[int], str]:
+    """Megatron's own, in its schedule and its optimizer, by --timing-log-level."""
+    output = config.output
+    if not output.timing_log_level:
+        return lambda iteration: ""
+    timers = Timers(output.timing_log_level, "minmax")
+    for ddp in chunks:
+        ddp.module.config.timers = timers
+    for part in parts_of(optimizer):
+        part.config.timers = timers
+
+    def told(iteration: int) -> str:
+        if iteration % output.log_interval and iteration != config.training.train_iters:
+            return ""
+        return timers.get_all_timers_string(barrier=True) or ""
+
+    return told
+
+
+def build_measure(
+    config: Config, groups: Groups, model: HiddenStateModel | InterleavedModel
+) -> Callable[[Sequence[Prompt], Sequence[Rollout], dict[str, float]], dict[str, float]]:
+    """The slowest rank; by --log-throughput, what is computed in a second."""
+    name = torch.cuda.get_device_name(groups.device) if groups.device.type == "cuda" else ""
+    peak = peak_operations(name) if config.training.bf16 else None
+    throughput = Throughput(Operations(model).forward, device=groups.device, peak=peak)
+    sampled = config.interface.interface != "sft"
+
+    def measure(prompts: Sequence[Prompt], rollouts: Sequence[Rollout], seconds: dict[str, float]) -> dict[str, float]:
+        found = slowest_ranks(seconds, groups.device)
+        if config.output.log_throughput:
+            found |= throughput.step(prompts, rollouts, seconds, sampled=sampled)
+        return found
+
+    return measure
+
+
+def build_entries(config: Config, pair: Pair) -> Entries | None:
+    """The single tokens that the interface compares, of what a teacher says of a response; None if it compares none."""
+    entries_of, tables = interface_of(config.interface).entries, pair.alignment_map
+    if entries_of is None:
+        return None
+    assert pair.teacher is not None and tables is not None, "such an interface compares tokens with a teacher's"
+    compares_stops = config.interface.stop_bridge
+    translation = Translation(
+        student=pair.student.table.pieces(),
+        teacher=pair.teacher.table.pieces(),
+        student_of_bytes=id_of_bytes(pair.student),
+        stop_student_id=tables.stop_student_id if compares_stops else None,
+        stop_teacher_ids=frozenset(tables.stop_teacher_ids),
+    )
+    return partial(response_entries, entries_of(config.interface), translation)
+
+
+def build_cut(config: Config, groups: Groups, *, context_parallel_size: int) -> Cut:
+    """How a rank's sequences of a step are cut into micro-batches, as many on every rank.
+
+    context_parallel_size: ranks that share each of them.
+    """
+    training, parallel = config.training, config.parallel
+    if training.max_tokens_per_gpu is None:
+        return partial(by_number, size=training.micro_batch_size)
+    # The interleaved schedule wants a multiple of the stages.
+    interleaved = parallel.num_virtual_stages_per_pipeline_rank > 1
+    stages = parallel.pipeline_model_parallel_size if interleaved else 1
+
+    def agree(count: int) -> int:
+        return -(-largest(count, groups.dp_cp) // stages) * stages
+
+    return partial(by_tokens, max_tokens=training.max_tokens_per_gpu * context_parallel_size, agree=agree)
+
+
+def with_prompt_date(config: Config) -> Config:
+    """The configuration with the date of its prompts, the first rank's: others may start after midnight."""
+    date = [prompt_date(config)]
+    dist.broadcast_object_list(date, src=0)
+    return replace(config, data=replace(config.data, chat_template_date=date[0]))
+
+
+def check_experts(config: Config) -> None:
+    """ValueError where experts are shared, and neither model has any."""
     sides = [(config.model.folder, "--hf-checkpoint")]
-    if needs.teacher:
+    if teacher_needs(config.interface).teacher:
         sides.append((config.teacher.folder, "--teacher-hf-checkpoint"))
-    ep = config.parallel.expert_model_parallel_size
-    if ep > 1 and not any(read_architecture(folder, flag=flag).num_experts for folder, flag in sides):
-        folders = " and ".join(f"{flag} {folder}" for folder, flag in sides)
-        raise ValueError(f"--expert-model-parallel-size {ep}: no experts in {folders}; leave it out")
+    parallel = config.parallel
+    ep = parallel.expert_model_parallel_size
+    given = {
+        "--expert-model-parallel-size": ep if ep > 1 else None,
+        "--expert-tensor-parallel-size": parallel.expert_tensor_parallel_size,
+    }
+    for flag, value in given.items():
+        if value is not None and not any(read_architecture(folder, flag=side).num_experts for folder, side in sides):
+            folders = " and ".join(f"{side} {folder}" for folder, side in sides)
+            raise ValueError(f"{flag} {value}: no experts in {folders}; leave it out")
 
 
-def identity(
-    config: Config,
-    student: Tokenizer,
-    teacher: Tokenizer | None,
-    alignment_map: AlignmentMap | None,
-    second: Tokenizer | None,
-) -> dict[str, object]:
+def load_student(config: Config, groups: Groups, tokenizer: Tokenizer) -> HiddenStateModel | InterleavedModel:
+    """The model that is trained: all its weights, or adapters beside them. ValueError, naming the flag."""
+    if not config.lora.rank:
+        return load_model(config, config.model, groups, tokenizer, prefix="")
+    folder = f"--hf-checkpoint {config.model.folder}"
+    architecture = read_architecture(config.model.folder, flag="--hf-checkpoint")
+    if find_weights(config.model.folder, flag="--hf-checkpoint") is None:
+        raise ValueError(f"--lora-rank {config.lora.rank}: {folder} has no weights for adapters to lie beside")
+    counts = adapter_parameters(architecture, config.lora, tp_size=groups.tp_size, flag=folder)
+    model = load_model(config, config.model, groups, tokenizer, prefix="")
+    add_adapters(model, architecture, config.lora, tp_size=groups.tp_size, seed=config.training.seed, flag=folder)
+    if groups.is_first_rank:
+        count = sum(counts[layer] for layer in architecture.layers)
+        said = f"{count:,} numbers of adapters are trained on each tensor-parallel rank, and no weights"
+        print(f" --lora-rank {config.lora.rank}: {said}", flush=True)
+    return model
+
+
+def check_update(config: Config, groups: Groups) -> None:
+    """ValueError for an option of the update that the student, or its layout, does not have."""
+    architecture = read_architecture(config.model.folder, flag="--hf-checkpoint")
+    check_support(
+        config.update,
+        config.parallel,
+        architecture,
+        transformer_engine=not config.lora.rank and uses_transformer_engine(architecture, groups.device),
+        flag=f"--hf-checkpoint {config.model.folder}",
+    )
+
+
+def identity(config: Config, pair: Pair) -> dict[str, object]:
     """What a checkpoint must share with this run to be resumed by it."""
     return {
         "model": json.loads(json.dumps(asdict(read_architecture(config.model.folder, flag="--hf-checkpoint")))),
-        "tokenizer": student.table.fingerprint,
-        "teacher_tokenizer": teacher.table.fingerprint if teacher is not None else None,
-        "alignment_map": alignment_map.fingerprint if alignment_map is not None else None,
-    } | ({"second_teacher_tokenizer": second.table.fingerprint} if second is not None else {})
+        "tokenizer": pair.student.table.fingerprint,
+        "teacher_tokenizer": None,
+        "alignment_map": pair.alignment_map.fingerprint if pair.alignment_map is not None else None,
+        "adapters": adapter_identity(config),
+    } | {
+        f"{teacher.prefix.replace('-', '_')}tokenizer": teacher.tokenizer.table.fingerprint for teacher in pair.teachers
+    }
+
+
+def adapter_identity(config: Config) -> dict[str, object] | None:
+    """What adapters of a checkpoint must share with those of this run; None without adapters."""
+    if not config.lora.rank:
+        return None
+    files = weight_files(config.model.folder, flag="--hf-checkpoint")
+    return json.loads(json.dumps(asdict(config.lora))) | {"base": sampled_fingerprint(files)}
 
 
 def resume(config: Config, groups: Groups, checkpoints: Checkpoints) -> int:
@@ -211,11 +449,14 @@ def resume(config: Config, groups: Groups, checkpoints: Checkpoints) -> int:
     if output.load is None:
         return 0
     same = output.save is not None and Path(output.load).resolve() == Path(output.save).resolve()
-    if same and not has_checkpoint(output.load):
+    if same and output.ckpt_step is None and not has_checkpoint(output.load):
         start, line = 0, f" --load {output.load}: no checkpoint there yet, starting afresh"
     else:
-        start, changed = checkpoints.resume(output.load)
+        start, changed = checkpoints.resume(output.load, step=output.ckpt_step, verified=output.verify_checkpoint)
         line = f" resuming {output.load} after iteration {start}"
+        newer = [iteration for iteration in numbered(output.load) if iteration > start]
+        if newer and output.ckpt_step is None:
+            line += f", as {TRACKER} says; there are newer ones: {', '.join(map(str, newer))}"
         if changed:
             line += "; changed: " + ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
     if groups.is_first_rank:
@@ -224,7 +465,7 @@ def resume(config: Config, groups: Groups, checkpoints: Checkpoints) -> int:
 
 
 def build_sample_log(
-    config: Config, groups: Groups, student: Tokenizer, teacher: Tokenizer | None, *, start: int
+    config: Config, groups: Groups, pair: Pair, *, start: int
 ) -> Callable[[int, Sequence[Rollout], Sequence[AlignedPair], StepReport], None]:
     """That of the rank which has both the loss and the first samples; nothing on the others."""
     output = config.output
@@ -235,8 +476,8 @@ def build_sample_log(
         interval=output.sample_interval,
         train_iters=config.training.train_iters,
         start=start,
-        student=student,
-        teacher=teacher,
+        student=pair.student,
+        teacher=pair.teacher,
     ).step
 
 
@@ -251,9 +492,7 @@ def keep_batch(config: Config, groups: Groups, rollouts: Sequence[Rollout], iter
     return str(folder)
 
 
-def build_prompts(
-    config: Config, groups: Groups, student: Tokenizer, teacher: Tokenizer | None, second: Tokenizer | None
-) -> PromptSource:
+def build_prompts(config: Config, groups: Groups, pair: Pair) -> PromptSource:
     """Training prompts, each rank its share."""
     assert config.data.prompt_data is not None, "check() refuses a job without --prompt-data"
     rows = read_prompts(
@@ -265,11 +504,11 @@ def build_prompts(
         chat=config.data.apply_chat_template,
         need_response=config.interface.interface == "sft",
         need_label=False,
+        keep_fields=config.reward.reward is not None,
     )
     source = PromptSource(
         rows,
-        student=student,
-        teacher=teacher,
+        student=pair.student,
         batch_size=config.rollout.rollout_batch_size,
         samples_per_prompt=config.rollout.n_samples_per_prompt,
         max_prompt_len=config.rollout.rollout_max_prompt_len,
@@ -278,15 +517,16 @@ def build_prompts(
         dp_rank=groups.dp_rank,
         dp_size=groups.dp_size,
         flag="--prompt-data",
-        student_chat=open_chat_template(config, config.model, student, prefix=""),
-        teacher_chat=open_chat_template(config, config.teacher, teacher, prefix="teacher-"),
-        others=(
-            [(second, open_chat_template(config, config.second_teacher, second, prefix="second-teacher-"))]
-            if second is not None
-            else ()
-        ),
+        student_chat=open_chat_template(config, config.model, pair.student, prefix=""),
+        teachers=[
+            (t.tokenizer, open_chat_template(config, t.options, t.tokenizer, prefix=t.prefix)) for t in pair.teachers
+        ],
     )
     report_skipped(config, groups, source, "prompts", of=len(rows))
+    if source.num_teacher_prompts and groups.is_first_rank:
+        print(
+            f" the teacher reads a prompt of its own in {source.num_teacher_prompts} of {len(source)} rows", flush=True
+        )
     return source
 
 
@@ -297,15 +537,44 @@ def report_skipped(config: Config, groups: Groups, source: PromptSource, what: s
         print(f" {source.num_skipped} of {of} {what} exceed {limit} and are left out", flush=True)
 
 
+def build_rewarding(config: Config, groups: Groups, student: Tokenizer) -> Rewarding | None:
+    """Who asks for rewards, and how; None without --reward. ValueError where one rank cannot."""
+    options = config.reward
+    if options.reward is None:
+        return None
+    chat = open_chat_template(config, config.model, student, prefix="")
+    thinking = open_thinking(chat)
+    rewards, problem = None, ""
+    if groups.writes_samples:
+        try:
+            if options.reward == "code":
+                check_sandbox(flag="--reward")
+            rewards = Rewards(options, chat=config.data.apply_chat_template, thinking=thinking)
+        except ValueError as error:
+            problem = str(error)
+    problems: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    if any(problems):
+        raise ValueError(next(filter(None, problems)))
+    return Rewarding(
+        rewards=rewards,
+        student=student,
+        marks=special_marks(student, (thinking.start, thinking.end)),
+        batch_size=config.global_batch_size,
+        group_size=config.rollout.n_samples_per_prompt,
+        weight=options.reward_weight,
+    )
+
+
 def build_evaluator(config: Config, groups: Groups, engine: RolloutEngine, student: Tokenizer) -> Evaluator | None:
     """Held-out prompts, how to sample their answers, and what is right."""
     if config.data.eval_prompt_data is None:
         return None
     rows, problems = open_held_out(config)
+    chat = open_chat_template(config, config.model, student, prefix="")
     prompts = PromptSource(
         rows,
         student=student,
-        teacher=None,
         batch_size=None,
         samples_per_prompt=max(1, config.evaluation.eval_samples),
         max_prompt_len=config.rollout.rollout_max_prompt_len,
@@ -314,13 +583,13 @@ def build_evaluator(config: Config, groups: Groups, engine: RolloutEngine, stude
         dp_rank=groups.dp_rank,
         dp_size=groups.dp_size,
         flag="--eval-prompt-data",
-        student_chat=open_chat_template(config, config.model, student, prefix=""),
+        student_chat=chat,
     )
     report_skipped(config, groups, prompts, "held-out prompts", of=len(rows))
     return Evaluator(
         engine,
         prompts,
-        judge(config, problems, student),
+        judge(config, problems, student, chat),
         groups,
         max_response_len=config.rollout.rollout_max_response_len,
         temperature=config.evaluation.eval_temperature,
@@ -330,7 +599,7 @@ def build_evaluator(config: Config, groups: Groups, engine: RolloutEngine, stude
 
 
 def judge(
-    config: Config, problems: Sequence[Problem], student: Tokenizer
+    config: Config, problems: Sequence[Problem], student: Tokenizer, chat: ChatTemplate | None
 ) -> Callable[[Sequence[Prompt], Sequence[Rollout]], Sequence[bool]]:
     """Which responses to held-out prompts are right, by --eval-benchmark. ValueError for programs where they cannot be
     confined."""
@@ -339,11 +608,19 @@ def judge(
         return partial(equals_label, tokenizer=student)
     if benchmark in CODE:
         check_sandbox(flag="--eval-benchmark")
-    graders = Graders(benchmark, chat=config.data.apply_chat_template, workers=EVAL_WORKERS, limits=Limits())
+    thinking = open_thinking(chat)
+    marks = special_marks(student, (thinking.start, thinking.end))
+    graders = Graders(
+        benchmark,
+        chat=config.data.apply_chat_template,
+        workers=EVAL_WORKERS,
+        limits=Limits(),
+        thinking=thinking,
+    )
 
     def right(prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[bool]:
         graded = graders.grade(
-            (problems[int(str(prompt.label))], response_text(rollout, student))
+            (problems[int(str(prompt.label))], response_text(rollout, student, marks))
             for prompt, rollout in zip(prompts, rollouts, strict=True)
         )
         return [next(iter(metrics.values())) for metrics in graded]
@@ -351,7 +628,62 @@ def judge(
     return right
 
 
-def build_engine(config: Config, groups: Groups, sampler: MegatronEngine, student: Tokenizer) -> RolloutEngine:
+def build_vllm_engine(
+    config: Config,
+    groups: Groups,
+    model: HiddenStateModel | InterleavedModel,
+    student: Tokenizer,
+    *,
+    before_reading_weights: Callable[[], None],
+) -> VllmEngine:
+    """Responses by vLLM servers, which are handed the weights in a folder.
+
+    before_reading_weights: see MegatronEngine.
+    """
+    rollout, flag = config.rollout, "--rollout-engine-weights"
+    architecture = read_architecture(config.model.folder, flag="--hf-checkpoint")
+    root = Path(rollout.rollout_engine_weights or f"{config.output.run_dir}/engine_weights").absolute()
+    forward = TeacherForward(model, groups, vocab_size=student.table.num_ids, frozen=False)
+
+    def write_weights(version: int) -> str:
+        before_reading_weights()
+        folder = root / f"version-{version}"
+
+        def make_room() -> None:
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for old in root.glob("version-*"):
+                shutil.rmtree(old)
+
+        on_first_rank(make_room, str(root), flag=flag)
+        dtype = torch.bfloat16 if config.training.bf16 else torch.float32
+        save_hf_weights(model, architecture, groups, template=config.model.folder, save=str(folder), dtype=dtype)
+        return str(folder)
+
+    def log_probs(prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[np.ndarray]:
+        before_reading_weights()
+        was_training = model.training
+        model.eval()
+        try:
+            with whole_sequences(model):
+                requests = [own_tokens(prompt, rollout) for prompt, rollout in zip(prompts, rollouts, strict=True)]
+                return [(s.own_logit - s.lse).float().cpu().numpy() for s in forward.run([requests])]
+        finally:
+            model.train(was_training)
+
+    timeout_s = 60 * rollout.rollout_engine_timeout_minutes
+    return VllmEngine(
+        [EngineClient(url, timeout_s=timeout_s) for url in rollout.rollout_engine_endpoint],
+        groups,
+        vocab_size=student.table.num_ids,
+        stop_ids=student.table.stop_ids,
+        write_weights=write_weights,
+        log_probs=log_probs,
+        bound_nats=rollout.rollout_logprob_bound,
+        timeout_s=timeout_s,
+    )
+
+
+def build_engine(config: Config, groups: Groups, sampler: RolloutEngine, student: Tokenizer) -> RolloutEngine:
     """Where the training responses come from."""
     engine: RolloutEngine = GivenResponses(student) if config.interface.interface == "sft" else sampler
     save_dir, load_dir = config.rollout.save_debug_rollout_data, config.rollout.load_debug_rollout_data
@@ -362,33 +694,26 @@ def build_engine(config: Config, groups: Groups, sampler: MegatronEngine, studen
     return engine
 
 
-def build_alignment(
-    config: Config,
-    student: Tokenizer,
-    teacher: Tokenizer | None,
-    second: Tokenizer | None,
-    alignment_map: AlignmentMap | None,
-    needs: TeacherNeeds,
-) -> Callable[[Prompt, Rollout], AlignedPair]:
-    """How a response is cut for the comparison: with no teacher, with two that are mixed, or with one."""
-    if teacher is None:
-        return partial(plan_without_teacher, student=student, needs=needs)
-    interface = config.interface
-    if second is not None:
-        return partial(plan_mixture, student=student, teachers=[teacher, second], needs=needs, interface=interface)
-    return partial(
-        plan_pair, student=student, teacher=teacher, alignment_map=alignment_map, needs=needs, interface=interface
-    )
+def build_alignment(config: Config, pair: Pair) -> Callable[[Prompt, Rollout], AlignedPair]:
+    """How a response is cut for the comparison: with no teacher, with one, or with several that are mixed."""
+    plan = partial(plan_without_teacher, student=pair.student, needs=pair.needs)
+    match [teacher.tokenizer for teacher in pair.teachers]:
+        case []:
+            return plan
+        case [teacher]:
+            plan = partial(plan_pair, student=pair.student, teacher=teacher, alignment_map=pair.alignment_map)
+        case teachers:
+            plan = partial(plan_mixture, student=pair.student, teachers=teachers)
+    return partial(plan, needs=pair.needs, interface=config.interface)
 
 
-def build_placement(
-    config: Config, model: HiddenStateModel | InterleavedModel, student: Tokenizer, alignment_map: AlignmentMap | None
-) -> VocabPlacement:
+def build_placement(config: Config, model: HiddenStateModel | InterleavedModel, pair: Pair) -> VocabPlacement:
     """The shared vocabulary on this rank's slice of the student's."""
     start, end = model.vocab_shard
-    if alignment_map is None:
-        return VocabPlacement.student_only(student_vocab_size=student.table.num_ids, shard_start=start, shard_end=end)
-    return alignment_map.placement(shard_start=start, shard_end=end, stop_bridge=config.interface.stop_bridge)
+    if pair.alignment_map is None:
+        vocab_size = pair.student.table.num_ids
+        return VocabPlacement.student_only(student_vocab_size=vocab_size, shard_start=start, shard_end=end)
+    return pair.alignment_map.placement(shard_start=start, shard_end=end, stop_bridge=config.interface.stop_bridge)
 
 
 def _leave_to_last_stage(labels: LabelBatch) -> None:

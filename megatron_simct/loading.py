@@ -5,26 +5,103 @@ Errors name the flag. Used by the student's job (job.py), the teacher's (serve_t
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
 from megatron_simct.alignment import AlignmentMap, Tokenizer, build_alignment_map, load_tokenizer
-from megatron_simct.alignment.alignment_map import identity_map
+from megatron_simct.alignment.alignment_map import identity_map, released_map
+from megatron_simct.alignment.cut_rules import with_continuations
+from megatron_simct.alignment.hf_folder import locate_tokenizer
 from megatron_simct.alignment.map_files import load_map
-from megatron_simct.config import Config, ModelConfig, ParallelConfig
+from megatron_simct.config.options import Config, MixtureConfig, ModelConfig, ParallelConfig, TeacherJobConfig
 from megatron_simct.data.prompts import Row, read_prompts
-from megatron_simct.data.rendering import ChatTemplate
+from megatron_simct.data.rendering import ChatTemplate, read_date
+from megatron_simct.evaluation.answers import Thinking, find_thinking
 from megatron_simct.evaluation.benchmarks import Problem, read_problems
-from megatron_simct.losses import ByteOrder
+from megatron_simct.losses import ByteOrder, teacher_needs
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, build_model
-from megatron_simct.models.families import read_architecture
-from megatron_simct.models.hf_load import find_weights, load_hf_weights
+from megatron_simct.models.families import Architecture, read_architecture
+from megatron_simct.models.formats import folder_format
+from megatron_simct.models.head import Head, read_head
+from megatron_simct.models.hf_hashes import check_hashes
+from megatron_simct.models.hf_load import load_hf_weights
+from megatron_simct.models.tensor_files import find_weights
 from megatron_simct.parallel.initialize import Groups
-from megatron_simct.update.checkpoint import load_weights
+from megatron_simct.records import TeacherNeeds
+from megatron_simct.update.checkpoint import load_weights, saved_options
+from megatron_simct.update.support import model_fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """One teacher of a run."""
+
+    prefix: str
+    """Prefix of its flags: "teacher-" or "second-teacher-"."""
+    options: ModelConfig
+    job: TeacherJobConfig | MixtureConfig
+    """Where it runs."""
+    weight: float
+    """Its share of the probability of the next byte; 1 for a teacher that is the only one."""
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """The two sides of a run, opened once: what is compared with what, and what that takes."""
+
+    student: Tokenizer
+    teachers: tuple[Teacher, ...]
+    """Empty for an interface without a teacher; several are mixed byte by byte."""
+    alignment_map: AlignmentMap | None
+    """The tokens that student and teacher share; None where no tokens are compared."""
+    needs: TeacherNeeds
+
+    @property
+    def teacher(self) -> Tokenizer | None:
+        """The tokenizer of the first teacher."""
+        return self.teachers[0].tokenizer if self.teachers else None
+
+
+def open_pair(config: Config, *, say: Callable[[str], object] = lambda line: None) -> Pair:
+    """The tokenizers and the alignment map of the run. ValueError, naming the flag, for what cannot be opened.
+
+    say: told, in a line, of what takes long.
+    """
+    needs = teacher_needs(config.interface)
+    student = open_tokenizer(config.model, prefix="")
+    teachers = tuple(_open_teachers(config)) if needs.teacher else ()
+    if needs.byte_events and config.interface.byte_bounds == "any":
+        sides = []
+        for tokenizer in (student, *(one.tokenizer for one in teachers)):
+            say(f" {tokenizer.name}: finding what may follow each of {tokenizer.table.num_ids:,} tokens")
+            sides.append(with_continuations(tokenizer))
+        student, *others = sides
+        teachers = tuple(replace(one, tokenizer=other) for one, other in zip(teachers, others, strict=True))
+    alignment_map = None
+    if teachers and (not needs.byte_events or config.data.simct_alignment_map is not None):
+        alignment_map = open_alignment_map(config, student, teachers[0].tokenizer)
+    return Pair(student=student, teachers=teachers, alignment_map=alignment_map, needs=needs)
+
+
+def _open_teachers(config: Config) -> Iterator[Teacher]:
+    share = config.mixture.weight if config.mixes_teachers else 0.0
+    sides: list[tuple[str, ModelConfig, TeacherJobConfig | MixtureConfig, float]]
+    sides = [("teacher-", config.teacher, config.teacher_job, 1 - share)]
+    if config.mixes_teachers:
+        sides.append(("second-teacher-", config.second_teacher, config.mixture, share))
+    for prefix, options, job, weight in sides:
+        tokenizer = open_tokenizer(options, prefix=prefix)
+        yield Teacher(prefix=prefix, options=options, job=job, weight=weight, tokenizer=tokenizer)
 
 
 def open_tokenizer(options: ModelConfig, *, prefix: str) -> Tokenizer:
     """The tokenizer of one side."""
-    assert options.tokenizer is not None, "check() refuses a job without a tokenizer"
+    place = locate_tokenizer(options, prefix=prefix)
     try:
-        return load_tokenizer(options.tokenizer, options.stop_token_ids)
+        return load_tokenizer(place, options.stop_token_ids)
     except ValueError as error:
         raise ValueError(f"--{prefix}tokenizer-model: {error}") from None
 
@@ -36,6 +113,12 @@ def open_alignment_map(config: Config, student: Tokenizer, teacher: Tokenizer) -
         if folder is not None:
             raise ValueError(f"--simct-alignment-map {folder}: interface kd pairs every id with itself; leave it out")
         return identity_map(student, teacher)
+    if config.interface.shared == "released":
+        if folder is not None:
+            raise ValueError(
+                f"--simct-alignment-map {folder}: its pairs are of equal bytes; leave out --simct-shared released"
+            )
+        return released_map(student, teacher)
     if folder is None:
         return build_alignment_map(student, teacher)
     try:
@@ -45,17 +128,31 @@ def open_alignment_map(config: Config, student: Tokenizer, teacher: Tokenizer) -
 
 
 def open_chat_template(
-    config: Config, options: ModelConfig, tokenizer: Tokenizer | None, *, prefix: str
+    config: Config, options: ModelConfig, tokenizer: Tokenizer, *, prefix: str
 ) -> ChatTemplate | None:
-    """How one side's prompts are written; None where they are plain texts or where nothing reads them."""
-    if not config.data.apply_chat_template or tokenizer is None:
+    """How one side's prompts are written; None where they are plain texts."""
+    if not config.data.apply_chat_template:
         return None
     if tokenizer.encode_chat is None:
         raise ValueError(
             f"--apply-chat-template: --{prefix}tokenizer-model {tokenizer.name} cannot read the special tokens of a "
             "chat; it needs a tokenizer.json"
         )
-    return ChatTemplate.load(options.folder, flag=f"--{prefix}hf-checkpoint")
+    return ChatTemplate.load(
+        options.folder,
+        flag=f"--{prefix}hf-checkpoint",
+        kwargs=options.chat_template_kwargs,
+        date=config.data.chat_template_date,
+    )
+
+
+def prompt_date(config: Config) -> str | None:
+    """What --chat-template-date is if it is not given: that of the run that --load resumes, else today's date. None if
+    no template is applied."""
+    if not config.data.apply_chat_template:
+        return None
+    given, load = config.data.chat_template_date, config.output.load
+    return read_date(given or (saved_options(load).get("chat_template_date") if load is not None else None))
 
 
 def open_held_out(config: Config) -> tuple[list[Row], list[Problem]]:
@@ -79,7 +176,7 @@ def open_held_out(config: Config) -> tuple[list[Row], list[Problem]]:
     problems = read_problems(benchmark, path, flag=flag)
     rows = [
         Row(
-            prompt=[{"role": "user", "content": problem.chat}] if data.apply_chat_template else problem.completion,
+            prompt=problem.messages if data.apply_chat_template else _completion(problem, flag),
             response=None,
             label=str(number),
             where=f"{flag} {path}: problem {problem.problem_id}",
@@ -89,18 +186,38 @@ def open_held_out(config: Config) -> tuple[list[Row], list[Problem]]:
     return rows, problems
 
 
+def _completion(problem: Problem, flag: str) -> str:
+    if problem.completion is None:
+        raise ValueError(f"{flag}: {problem.problem_id} is a conversation, which needs --apply-chat-template")
+    return problem.completion
+
+
+def open_thinking(chat: ChatTemplate | None, marks: Sequence[str] | None = None) -> Thinking:
+    """How the model marks its thinking: by these marks, or by those of the chat template that it is asked with."""
+    if chat is None:
+        return find_thinking("", "", marks)
+    try:
+        prompt = chat.text([{"role": "user", "content": "?"}])
+    except ValueError:  # what it refuses is said when it writes the prompts
+        prompt = ""
+    return find_thinking(chat.source, prompt, marks)
+
+
 def load_model(
     config: Config, options: ModelConfig, groups: Groups, tokenizer: Tokenizer, *, prefix: str
 ) -> HiddenStateModel | InterleavedModel:
     """The model of one side: weights of --[teacher-]pretrained-checkpoint, else of the folder, else random."""
     return open_model(
         options,
-        config.parallel,
+        config.parallel.for_teacher if prefix else config.parallel,
         groups,
         tokenizer,
         prefix=prefix,
         bf16=config.training.bf16,
         longest=config.rollout.rollout_max_prompt_len + config.rollout.rollout_max_response_len,
+        verified=config.output.verify_checkpoint,
+        more={} if prefix else model_fields(config.update),
+        local_layers=not prefix and bool(config.lora.rank),
     )
 
 
@@ -113,8 +230,12 @@ def open_model(
     prefix: str,
     bf16: bool,
     longest: int,
+    verified: bool = True,
+    more: Mapping[str, Any] = MappingProxyType({}),
+    local_layers: bool = False,
 ) -> HiddenStateModel | InterleavedModel:
-    """See load_model; `longest` as in Rotary."""
+    """See load_model; `longest` as in Rotary, `more` and `local_layers` as in build_model. verified: compare files with
+    their hashes first."""
     flag = f"--{prefix}hf-checkpoint"
     architecture = read_architecture(options.folder, flag=flag)
     has_weights = options.pretrained_checkpoint is not None or find_weights(options.folder, flag=flag) is not None
@@ -128,10 +249,20 @@ def open_model(
         flag=f"{flag} {options.hf_checkpoint}",
         initialize=not has_weights,
         longest=longest,
+        more=more,
+        local_layers=local_layers,
     )
+    reads_folder = has_weights and options.pretrained_checkpoint is None
+    if verified and (reads_folder or options.hf_sha256 is not None):
+        check_hashes(options.folder, listed=options.hf_sha256, prefix=prefix)
     if options.pretrained_checkpoint is not None:
-        load_weights(model, options.pretrained_checkpoint, flag=f"--{prefix}pretrained-checkpoint")
+        checkpoint, flag = options.pretrained_checkpoint, f"--{prefix}pretrained-checkpoint"
+        load_weights(model, checkpoint, flag=flag, verified=verified, among=groups.dp_cp)
     elif has_weights:
+        quantised = folder_format(options.folder, flag=flag)
+        if quantised is not None and groups.is_first_rank:
+            kind = "bfloat16" if bf16 else "float32"
+            print(f" {flag} {options.folder}: {quantised.label}, which becomes {kind} in memory", flush=True)
         load_hf_weights(model, architecture, options.folder, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag=flag)
     return model
 
@@ -140,3 +271,14 @@ def build_byte_order(model: HiddenStateModel | InterleavedModel, groups: Groups,
     """This rank's slice of a vocabulary in the order of its bytes."""
     start, end = model.vocab_shard
     return ByteOrder.of(tokenizer.table, shard_start=start, shard_end=end, device=groups.device)
+
+
+def describe_teacher(folder: str, *, flag: str) -> Architecture | Head:
+    """What this job must know of a teacher that runs elsewhere: all of it if its family is known, else its head."""
+    try:
+        return read_architecture(folder, flag=flag)
+    except ValueError as error:
+        try:
+            return read_head(folder, flag=flag)
+        except ValueError:
+            raise error from None

@@ -21,6 +21,7 @@ Example. The student samples "ha" "ppy" "</s>", the teacher's tokenizer says "ha
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,7 +36,8 @@ class SegmentKind(IntEnum):
     """What a segment is to the loss (method: a row of U is the shared tokens, plus the unit where there is one)."""
 
     SHARED = 0
-    """One token on each side, and the two are a pair of the shared vocabulary: the row has no unit column."""
+    """One token on each side, and the two are a pair of the shared vocabulary, or a match of the authors' walk: the row
+    has no unit column."""
     UNIT = 1
     """Anything else: the row has a unit column scored over the segment's tokens."""
     STOP = 2
@@ -44,6 +46,8 @@ class SegmentKind(IntEnum):
 
 STOP, REST, SPREAD, OUTSIDE = 256, 257, 258, 259
 """What a slot of ByteEvents stands for, beside the bytes 0 .. 255; the last two are no events."""
+OTHERS, FREE, ENDED, CAP = 260, 261, 262, 263
+"""The same in the events of `plan_byte_bounds`: several bytes, or ids without content; the last three are no events."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,14 +79,18 @@ class ByteEvents:
     slot_position: np.ndarray
     """int32 [E], ascending."""
     slot_event: np.ndarray
-    """int16 [E]: a byte, STOP or REST; SPREAD: how much more a loose byte may have; OUTSIDE, in mixtures only: what is
-    in no event of a position without REST."""
-    student_loose: np.ndarray
-    """bool [E]: bytes whose probability the student's rows bound from below only."""
-    teacher_loose: np.ndarray
-    """bool [E]"""
+    """int16 [E]: a byte, STOP or OTHERS; FREE: mass that any event may have; ENDED: mass that all events may have whose
+    slot_cap it is, CAP: the part of ENDED that these events may have. With bounds of the longest match a byte, STOP or
+    REST; SPREAD: how much more a loose byte may have; OUTSIDE, in mixtures only: what is in no event of a position
+    without REST."""
     student: ByteSide
     teacher: ByteSide
+    slot_cap: np.ndarray | None = None
+    """int32 [E]: the slot that bounds an event, beside FREE; -1 for none. None with bounds of the longest match."""
+    student_loose: np.ndarray | None = None
+    """bool [E], with bounds of the longest match: bytes that the student's rows bound from below only."""
+    teacher_loose: np.ndarray | None = None
+    """bool [E]"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,8 +106,20 @@ class TeacherNeeds:
     segmentation: Literal["minimal", "authors"] = "minimal"
     topk: int = 0
     """Log-probabilities of the likeliest tokens that come for each row of hidden_rows, in place of hidden states."""
+    token_ids: bool = False
+    """Whether the ids of these tokens come too (ScoredPair.topk_ids)."""
     byte_events: bool = False
     """Whether log-probabilities of byte events come (ScoredPair.byte_logprobs)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A row of --prompt-data, for --reward."""
+
+    prompt: str | Sequence[Mapping[str, Any]]
+    """A text, or messages."""
+    row: Mapping[str, Any]
+    """All of it, as it was read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +138,8 @@ class Prompt:
     """The given response, for interface `sft`."""
     label: str | None = None
     """The expected response, for evaluation."""
+    asked: Asked | None = None
+    """What a reward is a function of beside the response."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +191,7 @@ class AlignedPair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredPair:
-    """What the teacher says of one AlignedPair. `teacher` -> `losses`."""
+    """The teacher's scores for one AlignedPair. `teacher` -> `losses`."""
 
     sample_id: int
     own_logit: torch.Tensor
@@ -180,6 +202,8 @@ class ScoredPair:
     """[R, H_T]: what enters the LM head at AlignedPair.teacher_rows; None when no row was asked for."""
     topk: torch.Tensor | None = None
     """float32 [R, k]: log-probabilities of the teacher's likeliest tokens at AlignedPair.teacher_rows, descending."""
+    topk_ids: torch.Tensor | None = None
+    """int32 [R, k]: which tokens these are."""
     byte_logprobs: torch.Tensor | None = None
     """float32 [E]: the teacher's log-probability of each slot of AlignedPair.byte_events, relative to its path."""
 
@@ -193,13 +217,17 @@ class ByteBatch:
     """int64 [E]"""
     slot_event: torch.Tensor
     """int64 [E]"""
-    student_loose: torch.Tensor
-    """bool [E]"""
-    teacher_loose: torch.Tensor
-    """bool [E]"""
     student: ByteSideBatch
     teacher_logprobs: torch.Tensor
     """float32 [E]"""
+    part: ByteSidePart | None = None
+    """With context parallelism: everything else is of its slots only, and `student` is its `sums`."""
+    slot_cap: torch.Tensor | None = None
+    """int64 [E]"""
+    student_loose: torch.Tensor | None = None
+    """bool [E]"""
+    teacher_loose: torch.Tensor | None = None
+    """bool [E]"""
 
     def to(self, device: torch.device) -> ByteBatch:
         """The same with every tensor on the device."""
@@ -217,6 +245,56 @@ class ByteSideBatch:
     last_row: torch.Tensor
 
     def to(self, device: torch.device) -> ByteSideBatch:
+        """The same with every tensor on the device."""
+        return _moved(self, device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByteSidePart:
+    """What a context-parallel rank sums of a ByteSideBatch: the slots whose last row it has. All int64.
+
+    A slot may need segments of rows before that, which another rank has: their sums are exchanged. Only slots near a
+    cut have any. Segments are numbered anew: those of the rows here, then those of other ranks that slots here need.
+    """
+
+    rows: ByteSideBatch
+    """The segments of the rows here, and of no slot; rows are numbered anew too."""
+    sums: ByteSideBatch
+    """The slots here and what they add up; segment_row and last_row are labels of the whole batch."""
+    slots: torch.Tensor
+    """[e]: which slots of the whole batch they are."""
+    num_exchanged: int
+    """Segments that some rank has and another one needs."""
+    sent: torch.Tensor
+    """Those of the exchanged segments that are here, by their number among the exchanged ones."""
+    sent_segment: torch.Tensor
+    """Which segments here `sent` are."""
+    received: torch.Tensor
+    """Numbers of the other exchanged segments that slots here need, ascending."""
+
+    def to(self, device: torch.device) -> ByteSidePart:
+        """The same with every tensor on the device."""
+        return _moved(self, device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EntryBatch:
+    """Events of an interface that compares single tokens: one student token behind some student labels. E events."""
+
+    segment: torch.Tensor
+    """int64 [E]: the segment that an event belongs to."""
+    start: torch.Tensor
+    """int64 [E]: the first label of the path; the labels [start, label) come before the token."""
+    label: torch.Tensor
+    """int64 [E]: the label in whose place the token stands: its row predicts it."""
+    column: torch.Tensor
+    """int64 [E]: the token, a student id."""
+    teacher_log_probs: torch.Tensor
+    """[E]: the teacher's log-probability of the event."""
+    group: torch.Tensor | None = None
+    """int64 [E]: entries that are one event together, side by side, have one number; -1: an event of its own."""
+
+    def to(self, device: torch.device) -> EntryBatch:
         """The same with every tensor on the device."""
         return _moved(self, device)
 
@@ -252,20 +330,48 @@ class LabelBatch:
     """float32 [R, k], log-probabilities, descending; rows as in `teacher_hidden`."""
     byte_batch: ByteBatch | None = None
     """For the interface `bytes`."""
+    sampling_log_probs: torch.Tensor | None = None
+    """float32 [N]: the student labels' log-probabilities when they were sampled (Rollout.logprobs)."""
+    advantages: torch.Tensor | None = None
+    """float32 [N]: --reward-weight times the advantage of each label's response."""
+    entries: EntryBatch | None = None
+    """For the interfaces `partition`, `topk_kl` and `bpm`."""
+    response_starts: torch.Tensor | None = None
+    """int64 [B], ascending: the first label of each response, for importance weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceBatch:
+    """What one forward pass reads: B sequences beside each other, or packed one after another in one row."""
+
+    tokens: torch.Tensor
+    """int64 [B, S]: prompt and response, padded on the right; packed [1, S]."""
+    position_ids: torch.Tensor
+    """int64 [B, S], each token's place in its sequence; the same in every row."""
+    lengths: tuple[int, ...] | None
+    """Tokens of each packed sequence, the last of them being what fills the row up; None: each row is a sequence."""
+    label_rows: torch.Tensor
+    """int64 [N]: the row of the model's output, flattened as [S * B, H], that predicts each label (s * B + b)."""
+    label_index: torch.Tensor | None = None
+    """int64 [n], ascending: with context parallelism, the labels whose rows are here. S is then this rank's share of
+    the tokens, and label_rows [n] are of these labels."""
+    label_owner: torch.Tensor | None = None
+    """int64 [N]: the context-parallel rank that has the row of each label."""
+
+    def to(self, device: torch.device) -> SequenceBatch:
+        """The same with every tensor on the device."""
+        return _moved(self, device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """Padded sequences of the student and their labels. `losses` reads it, `update` feeds it to Megatron's schedule."""
+    """Sequences of the student and their labels. `losses` reads it, `update` feeds it to Megatron's schedule."""
 
     sample_ids: tuple[int, ...]
-    """B sample ids, in the order of the rows of `tokens`."""
-    tokens: torch.Tensor
-    """int64 [B, S]: prompt and response, padded on the right."""
-    position_ids: torch.Tensor
-    """int64 [B, S]"""
-    label_rows: torch.Tensor
-    """int64 [N]: the row of the model's output, flattened as [S * B, H], that predicts each label (s * B + b)."""
+    """In the order of the sequences."""
+    num_labels: tuple[int, ...]
+    """How many each sample has; N in all."""
+    sequences: SequenceBatch
     labels: LabelBatch
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -281,6 +387,6 @@ def _moved(record: Any, device: torch.device) -> Any:
         value = getattr(record, name)
         if isinstance(value, torch.Tensor):
             changes[name] = value.to(device, non_blocking=True)
-        elif isinstance(value, LabelBatch | ByteBatch | ByteSideBatch):
+        elif isinstance(value, LabelBatch | ByteBatch | ByteSideBatch | ByteSidePart | EntryBatch | SequenceBatch):
             changes[name] = _moved(value, device)
     return replace(record, **changes)

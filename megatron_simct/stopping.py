@@ -7,11 +7,12 @@ a job is loading there is nothing to finish, and each rank ends by itself.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from threading import Lock, Thread
 from typing import Any
 
@@ -73,23 +74,64 @@ class EndSignals:
     def _end(self, number: signal.Signals) -> None:
         """Without what Python does at an end, which would wait for other threads and other ranks."""
         code, line = self._endings[number]
-        with contextlib.suppress(Exception):
-            self.last()
+        for action in (self.last, *_at_sudden_end):
+            with contextlib.suppress(Exception):
+                action()
         with contextlib.suppress(OSError):
             os.write(2, line.encode())
         os._exit(code)
+
+
+_at_sudden_end: list[Callable[[], object]] = []
+
+
+@contextlib.contextmanager
+def at_sudden_end(action: Callable[[], object]) -> Iterator[None]:
+    """Call action() where a signal ends the process at once while the context lasts: no `finally` runs then."""
+    _at_sudden_end.append(action)
+    try:
+        yield
+    finally:
+        _at_sudden_end.remove(action)
 
 
 def _nothing(*_: Any) -> None:
     pass
 
 
+_children_end_with: int | None = None
+"""The process whose forked children are killed when it ends."""
+
+
+@contextlib.contextmanager
+def children_end_with_me() -> Iterator[None]:
+    """While the context lasts, a process that is forked from this one is killed when this one ends, by kill -9 too.
+
+    megatron-core forks processes that write a checkpoint. One that waits for a parent that was killed would wait for
+    ever. The kernel counts a child as its thread's: fork from a thread that lives as long as the child.
+    """
+    global _children_end_with
+    before, _children_end_with = _children_end_with, os.getpid()
+    try:
+        yield
+    finally:
+        _children_end_with = before
+
+
 def _in_a_fork() -> None:
     """A process that is forked from one with EndSignals would tell its parent of its own signals."""
+    global _children_end_with
     with contextlib.suppress(ValueError):
         signal.set_wakeup_fd(-1)
+    if _children_end_with is not None:
+        with contextlib.suppress(AttributeError):  # a system that is not Linux
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != _children_end_with:  # it has ended already
+            os._exit(1)
+        _children_end_with = os.getpid()
 
 
+_PR_SET_PDEATHSIG = 1
 os.register_at_fork(after_in_child=_in_a_fork)
 
 

@@ -8,91 +8,151 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 
-from megatron_simct.command_line import command  # isort: skip  (before what takes seconds to load)
-from megatron_simct.arguments import parse_config, to_yaml
-from megatron_simct.config import Config
+from megatron_simct.config.command_line import command, loading
+
+with loading("megatron_simct.train"):
+    from megatron_simct.job import Job, build_job
+
+from megatron_simct.config.flags import parse_config, to_yaml
+from megatron_simct.config.options import Config
 from megatron_simct.files import write_whole
-from megatron_simct.job import Job, build_job
 from megatron_simct.losses import known_failure
-from megatron_simct.models.hf_load import find_weights
-from megatron_simct.monitoring import Stopwatch
+from megatron_simct.models.tensor_files import find_weights
+from megatron_simct.parallel.disk import sole_owner
 from megatron_simct.parallel.initialize import Groups, process_groups
-from megatron_simct.records import AlignedPair, Prompt, Rollout, ScoredPair
+from megatron_simct.records import AlignedPair, Prompt, Rollout
+from megatron_simct.reporting.monitor import Stopwatch
+from megatron_simct.rollout.engine import responses
 from megatron_simct.teacher.scorer import TeacherError
 from megatron_simct.update.step import NonFiniteError
 
 
 def train(job: Job) -> None:
-    """Roll out, align, score, update, publish; once an iteration."""
+    """Once an iteration: sample, align and ask the teacher (`begin`), collect its scores, update, publish."""
     job.exit_watch.loaded()
     training, output = job.config.training, job.config.output
     iteration, done = job.start, evaluate(job, iteration=job.start)
     ahead = deque[Batch]()
     while iteration < training.train_iters and not done:
         clock = Stopwatch()
+        job.before_step(iteration + 1)
         with clock("teacher"), saved_without_teacher(job, iteration):
             for coming in range(iteration + len(ahead), min(iteration + training.lag + 1, training.train_iters)):
                 ahead.append(begin(job, coming, clock))
             batch = ahead.popleft()
-            scored = list(batch.scores)
+            check_lag(batch.rollouts, iteration, job.config.max_lag)
+            scored = list(job.teacher.collect(batch.pairs))
+        rewarded = None
+        if job.rewarding is not None:
+            with clock("reward"):
+                rewarded = job.rewarding.collect(batch.rollouts, batch.rewards)
         with clock("update"), kept_for_replay(job, batch.rollouts, iteration):
-            report = job.updater.step(job.pack(batch.prompts, batch.rollouts, batch.pairs, scored))
+            micro_batches = job.pack(
+                *(batch.prompts, batch.rollouts, batch.pairs, scored),
+                advantages=None if rewarded is None else rewarded.of_samples,
+            )
+            report = job.updater.step(micro_batches)
+            job.teacher_follows()
         iteration += 1
         job.engine.publish(iteration)
-        job.monitor.step(iteration, batch.rollouts, batch.pairs, report, clock.seconds, job.teacher.note())
+        job.monitor.step(
+            *(iteration, batch.rollouts, batch.pairs, report, clock.seconds, job.teacher.note()),
+            rewarded={} if rewarded is None else rewarded.metrics,
+            more={**batch.more, **job.measure(batch.prompts, batch.rollouts, clock.seconds)},
+            timers=job.timers(iteration),
+        )
         job.log_samples(iteration, batch.rollouts, batch.pairs, report)
+        job.finish_save(wait=False)
         done = evaluate(job, iteration=iteration) or exit_is_due(job, iteration=iteration)
         if output.save_interval and iteration % output.save_interval == 0:
             job.save(iteration)
     if output.save:
         job.save(iteration)  # unless it has just been saved
+    job.finish_save()
 
 
-Wave = list[tuple[Prompt, Rollout]]
-
-
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The records of one step on their way."""
+    """The records of one step, in one order, whose pairs the teacher has been asked for."""
 
     prompts: Sequence[Prompt]
-    rollouts: list[Rollout] = field(default_factory=list)
-    pairs: list[AlignedPair] = field(default_factory=list)
-    scores: Iterator[ScoredPair] = iter(())
+    rollouts: Sequence[Rollout]
+    pairs: Sequence[AlignedPair]
+    more: Mapping[str, float]
+    """Metrics of how they came."""
+    rewards: Mapping[int, Future[float]]
+    """By sample id, where --reward is given, on the rank that asks for them."""
 
 
 def begin(job: Job, iteration: int, clock: Stopwatch) -> Batch:
-    """Send the prompts of a step on their way: a wave is aligned and goes to the teacher while the next is sampled."""
-    batch, finished = Batch(prompts=job.prompts.batch(iteration)), SimpleQueue[Wave | None]()
-    size = job.config.rollout.rollout_wave_size or len(batch.prompts)
-    try:
-        sending = job.background.submit(job.teacher.score, aligned(job, batch, finished))
-        for start in range(0, len(batch.prompts), size):
-            wave = batch.prompts[start : start + size]
+    """Samples a step's prompts in waves. What has been sampled is aligned, and goes to the teacher, while the rest is
+    sampled: one response after another, or a wave, as the engine tells of them."""
+    prompts = job.prompts.batch(iteration)
+    rollout = job.config.rollout
+    size = rollout.rollout_wave_size or len(prompts)
+    of = {prompt.sample_id: prompt for prompt in prompts}
+    rollouts: dict[int, Rollout] = {}
+    sent: list[Future[list[AlignedPair]]] = []
+    rewards: dict[int, Future[float]] = {}
+    arrived: list[float] = []
+    for start in range(0, len(prompts), size):
+        coming = responses(job.engine, prompts[start : start + size], job.sampling)
+        while True:
             with clock("rollout"):
-                rollouts = job.engine.generate(wave, job.sampling)
-            batch.rollouts += rollouts
-            finished.put(list(zip(wave, rollouts, strict=True)))
-    finally:
-        finished.put(None)  # after a Ctrl-C too: the thread would wait for waves, and the process for the thread
+                sampled = next(coming, None)
+            if sampled is None:
+                break
+            rollouts |= {one.sample_id: one for one in sampled}
+            arrived += [time.perf_counter()] * len(sampled)
+            asked = [of[one.sample_id] for one in sampled]
+            if job.rewarding is not None:
+                rewards |= job.rewarding.submit(asked, sampled)
+            sent.append(job.background.submit(align_and_submit, job, asked, sampled))
     with clock("alignment"):
-        batch.scores = sending.result()
-    return batch
+        pairs = {pair.sample_id: pair for some in sent for pair in some.result()}
+    return Batch(
+        prompts=prompts,
+        rollouts=[rollouts[prompt.sample_id] for prompt in prompts],
+        pairs=[pairs[prompt.sample_id] for prompt in prompts],
+        more={"seconds_rollout_tail": tail_s(arrived)} if rollout.rollout_engine == "vllm" else {},
+        rewards=rewards,
+    )
 
 
-def aligned(job: Job, batch: Batch, finished: SimpleQueue[Wave | None]) -> Iterator[AlignedPair]:
-    """The pairs of the waves, in the background; they are kept in the batch."""
-    while (wave := finished.get()) is not None:
-        for prompt, rollout in wave:
-            batch.pairs.append(job.align(prompt, rollout))
-            yield batch.pairs[-1]
+def tail_s(arrived: Sequence[float]) -> float:
+    """Seconds from when nine tenths of the responses were there until all were. arrived: when each came, ascending."""
+    return arrived[-1] - arrived[math.ceil(0.9 * len(arrived)) - 1]
+
+
+def align_and_submit(job: Job, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[AlignedPair]:
+    """The pairs of some responses, in the background; the teacher is asked for each as soon as it is aligned."""
+    pairs = []
+    for prompt, rollout in zip(prompts, rollouts, strict=True):
+        pair = job.align(prompt, rollout)
+        job.teacher.submit([pair])
+        pairs.append(pair)
+    return pairs
+
+
+def check_lag(rollouts: Sequence[Rollout], iteration: int, most: int | None) -> None:
+    """ValueError for a response of weights that are too old."""
+    oldest = min((rollout for rollout in rollouts), key=lambda rollout: rollout.weight_version, default=None)
+    if most is None or oldest is None or oldest.weight_version < 0:  # -1: a given response
+        return
+    if iteration - oldest.weight_version > most:
+        raise ValueError(
+            f"--rollout-max-lag {most}: sample {oldest.sample_id} was sampled by the weights after "
+            f"{oldest.weight_version} steps, and {iteration} are done; raise it if the weights may be so old"
+        )
 
 
 def evaluate(job: Job, *, iteration: int) -> bool:
@@ -125,6 +185,7 @@ def saved_without_teacher(job: Job, iteration: int) -> Iterator[None]:
         saved = ""
         if job.config.output.save:
             job.save(iteration)
+            job.finish_save()
             saved = f"; saved after iteration {iteration}: --load {job.config.output.save}"
         raise TeacherError(f"{error}{saved}") from None
 
@@ -135,6 +196,7 @@ def kept_for_replay(job: Job, rollouts: Sequence[Rollout], iteration: int) -> It
     try:
         yield
     except NonFiniteError as error:
+        job.finish_save()
         folder = job.keep_batch(rollouts, iteration)
         kept = f"; the step's rollouts are kept: --load-debug-rollout-data {folder}" if folder is not None else ""
         raise NonFiniteError(f"{error}{kept}") from None
@@ -143,13 +205,24 @@ def kept_for_replay(job: Job, rollouts: Sequence[Rollout], iteration: int) -> It
 @command("megatron_simct.train", also=(NonFiniteError, TeacherError))
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(argv)
-    with process_groups(config.parallel, seed=config.training.seed) as groups:
-        job = build_job(config, groups)
-        write_config(config, groups)
-        report_random_weights(config, groups, resumed=job.start > 0)
-        report_interface(config, groups)
-        with contextlib.closing(job.monitor):
-            train(job)
+    with process_groups(
+        config.parallel,
+        seed=config.training.seed,
+        bf16=config.training.bf16,
+        deterministic=config.update.deterministic_mode,
+    ) as groups:
+        config.check(data_parallel_size=groups.dp_size)
+        with sole_owner({"--save": config.output.save, "--run-dir": config.output.run_dir}):
+            job = build_job(config, groups)
+            write_config(job.config, groups)
+            report_random_weights(config, groups, resumed=job.start > 0)
+            report_interface(config, groups)
+            report_precision(config, groups)
+            with contextlib.ExitStack() as parts:
+                for part in (job.monitor, job.profiler, job.rewarding):
+                    if part is not None:
+                        parts.callback(part.close)
+                train(job)
 
 
 def report_random_weights(config: Config, groups: Groups, *, resumed: bool) -> None:
@@ -157,7 +230,7 @@ def report_random_weights(config: Config, groups: Groups, *, resumed: bool) -> N
     sides = {"--hf-checkpoint": config.model, "--teacher-hf-checkpoint": config.teacher}
     if resumed:
         del sides["--hf-checkpoint"]
-    if config.interface.interface == "sft":
+    if not config.needs_teacher:
         del sides["--teacher-hf-checkpoint"]
     random = [
         f"{flag} {options.hf_checkpoint}"
@@ -174,6 +247,12 @@ def report_interface(config: Config, groups: Groups) -> None:
     if groups.is_first_rank:
         known = f"; known failure: {failure}" if failure else ""
         print(f" interface {config.interface.interface}{known}", flush=True)
+
+
+def report_precision(config: Config, groups: Groups) -> None:
+    """One log line for float32 on a GPU."""
+    if groups.is_first_rank and groups.device.type == "cuda" and not config.training.bf16:
+        print(" float32 on GPUs: twice the memory, a fraction of the speed; --bf16 changes it", flush=True)
 
 
 def write_config(config: Config, groups: Groups) -> None:

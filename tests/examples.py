@@ -9,7 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_simct.launch.run_file import RunFile, read_run_file
+from safetensors.numpy import save_file
+
+from megatron_simct.config.run_file import RunFile, read_run_file
 from tests.huggingface import save_byte_fallback, save_byte_level
 
 _LLAMA3_ROPE = {
@@ -140,7 +142,7 @@ def stand_in(path: Path, folder: Path) -> RunFile:
         model.parent.mkdir(exist_ok=True)
         (save_byte_fallback if name.startswith("gemma") else save_byte_level)(model)
         (model / "config.json").write_text(json.dumps(config))
-        (model / "model.safetensors").touch()
+        save_file({}, model / "model.safetensors")
     for name in ("data", "images"):
         (folder / name).mkdir(exist_ok=True)
     (folder / "images" / "simct.sqsh").touch()

@@ -37,6 +37,9 @@ def build_model(model_type: str, *, scale: float = 0.3, **fields: Any) -> torch.
         for parameter in model.parameters():
             # Norms and biases too: at their initial ones and zeros they could be swapped unnoticed.
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + (parameter.dim() == 1) * 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * scale)
     return model
 
 

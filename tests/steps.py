@@ -1,10 +1,20 @@
-"""Training steps of a job, and what each of them reported."""
+"""Training steps of a job, and what each of them reported; what a teacher says of pairs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron_simct.job import Job
+from megatron_simct.records import AlignedPair, ScoredPair
+from megatron_simct.teacher.scorer import TeacherScorer
 from megatron_simct.train import train
 from megatron_simct.update.step import StepReport
+
+
+def scores_of(teacher: TeacherScorer, pairs: Sequence[AlignedPair]) -> list[ScoredPair]:
+    """What the teacher says, once it has been asked."""
+    teacher.submit(pairs)
+    return list(teacher.collect(pairs))
 
 
 def train_and_record(job: Job) -> list[StepReport]:

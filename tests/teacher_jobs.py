@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from megatron_simct.serve_teacher import main as serve_main
 from megatron_simct.teacher.client import Patience, TeacherClient
 from megatron_simct.teacher.endpoints import Endpoint, Keys, endpoint_folder, publish, read_endpoints, withdraw
 from megatron_simct.teacher.forward import TeacherForward, TeacherRequest
+from megatron_simct.teacher.lookout import Lookout
 from megatron_simct.teacher.payload import read_scored, scored_message
 from megatron_simct.teacher.service import Door
+from megatron_simct.teacher.wire import Message
 from tests.distributed import run_ranks
 
 VOCAB, HIDDEN = 300, 16
@@ -139,6 +142,7 @@ def make_request(rng: np.random.Generator, sample_id: int) -> TeacherRequest:
         rows=np.flatnonzero(rng.integers(0, 2, labels)).astype(np.int32),
         hidden=not wants_bytes,
         topk=0,
+        token_ids=False,
         byte_side=side if wants_bytes else None,
     )
 
@@ -231,12 +235,30 @@ class ModelFreeTeacher:
             self.stop()
 
 
-FAST = Patience(timeout_s=30, hello_s=0.1, silence_s=1.0, again_s=0.5, look_s=0.05)
+FAST = Patience(timeout_s=30, hello_s=0.1, silence_s=1.0, look_s=0.05, look_again_s=0.05)
 
 
-def open_client(folder: Path, *, patience: Patience = FAST, window_tokens: int = 200, **more: Any) -> TeacherClient:
+def hello(beat: int = 1, **fingerprints: Any) -> Message:
+    return Message(kind="hello", fields={"fingerprints": FINGERPRINTS | fingerprints, "beat": beat})
+
+
+def welcome(
+    status: dict[Any, Any], *, beat: int = 1, life: str = "l", holds: Sequence[int] = (), **more: Any
+) -> Message:
+    fields = {"fingerprints": FINGERPRINTS, "life": life, "status": status, "beat": beat} | more
+    return Message(kind="welcome", fields=fields, frames={"holds": ("int32", np.array(holds, np.int32))})
+
+
+def open_client(
+    folder: Path | None,
+    *,
+    addresses: Sequence[str] = (),
+    patience: Patience = FAST,
+    window_tokens: int = 200,
+    **more: Any,
+) -> TeacherClient:
     client = TeacherClient(
-        folder=folder,
+        lookout=Lookout(folder, addresses),
         fingerprints=more.pop("fingerprints", FINGERPRINTS),
         patience=patience,
         window_tokens=window_tokens,

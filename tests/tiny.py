@@ -12,8 +12,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from megatron_simct.arguments import parse_config
-from megatron_simct.config import Config
+from megatron_simct.config.flags import parse_config
+from megatron_simct.config.options import Config
 
 WORDS = ["apples", "shells", "pencils", "marbles", "Tom", "Nora", "Anna", "has", "gets", "more", "How", "many"]
 PIECES = [" apples", " shell", "s", " pen", "cils", " marbles", "Tom", "Nora", "Ann", "a", " has", " gets", " more"]

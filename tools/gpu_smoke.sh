@@ -1,9 +1,30 @@
 #!/usr/bin/env bash
-# First contact with GPUs: NCCL, TransformerEngine, bf16, memory and speed, as one Markdown table on stdout.
-#   ./tools/gpu_smoke.sh                               two GPUs (one: the checks of two ranks are left out)
-#   SIMCT_GPU_SMOKE_DEVICE=cpu ./tools/gpu_smoke.sh    the same code, small, on CPU with gloo
-# Needs the environment of requirements-test.txt, on a GPU also that of requirements-gpu.txt. PYTHON names the interpreter.
+# First contact with a GPU: what works, how fast, how much memory; one Markdown table, in the order of value, and a JSON a
+# step. Each step has its own time limit; together they end within ten minutes. Nothing is fetched.
+#   ./tools/gpu_smoke.sh [--out DIR] [STEP ...]        one GPU or more; with TransformerEngine and Apex, and without
+#   ./tools/gpu_smoke.sh --help                        the steps
+#   SIMCT_GPU_SMOKE_DEVICE=cpu ./tools/gpu_smoke.sh    the same code, small, on a CPU with gloo
+# A bare CUDA machine has torch and lacks the rest. Where there is a network, and with the Python of that machine:
+#   ./tools/gpu_smoke.sh --prepare-wheels wheels       download what the steps need beside torch
+# and there, before the first run:
+#   ./tools/gpu_smoke.sh --install-wheels wheels       into build/gpu_smoke_packages, which later runs find
+# PYTHON names the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+python="${PYTHON:-python}"
+packages=build/gpu_smoke_packages
+case "${1:-}" in
+    --prepare-wheels)
+        folder=${2:?a folder for the wheels}
+        mapfile -t more < <(grep -E '^(pytest|hypothesis)==' requirements-test.txt)
+        "$python" -m pip download --no-deps --require-hashes --requirement requirements.lock --dest "$folder"
+        exec "$python" -m pip download --dest "$folder" "${more[@]}"
+        ;;
+    --install-wheels)
+        exec "$python" -m pip install --no-index --no-deps --upgrade --target "$packages" "${2:?the folder of the wheels}"/*.whl
+        ;;
+esac
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+if [ -d "$packages" ]; then export PYTHONPATH="$PYTHONPATH:$PWD/$packages"; fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-exec "${PYTHON:-python}" -m tests.gpu.smoke
+exec "$python" -m tests.gpu.smoke "$@"

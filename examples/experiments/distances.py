@@ -13,14 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # so that a checkout needs no installation
-
-from megatron_simct.files import write_whole  # noqa: E402
+from megatron_simct.files import write_whole
 
 Lists = dict[str, list[float]]
 
@@ -32,8 +28,9 @@ def distances(student_folder: str, teacher_folder: str, rows: Sequence[dict[str,
     import transformers
 
     from megatron_simct.alignment import align, build_alignment_map, load_tokenizer
+    from megatron_simct.config.options import InterfaceConfig
     from megatron_simct.data.rendering import render_prompt
-    from megatron_simct.losses import cross_tokenizer_loss
+    from megatron_simct.losses import Logits, Response, SharedVocabulary, cross_tokenizer_loss
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -45,6 +42,13 @@ def distances(student_folder: str, teacher_folder: str, rows: Sequence[dict[str,
     }
     tables = {side: tokenizer.table for side, tokenizer in tokenizers.items()}
     shared = build_alignment_map(tokenizers["student"], tokenizers["teacher"])
+    pair = SharedVocabulary(
+        student_ids=torch.from_numpy(shared.student_ids.astype(np.int64)),
+        teacher_ids=torch.from_numpy(shared.teacher_ids.astype(np.int64)),
+        stop_student_id=shared.stop_student_id,
+        stop_teacher_ids=shared.stop_teacher_ids,
+        tables=(tables["student"], tables["teacher"]),
+    )
     found: Lists = {}
 
     def add(name: str, total: float, count: float) -> None:
@@ -70,16 +74,15 @@ def distances(student_folder: str, teacher_folder: str, rows: Sequence[dict[str,
             for divergence in ("reverse_kl", "forward_kl"):
                 with torch.no_grad():
                     output = cross_tokenizer_loss(
-                        *(logits["student"], logits["teacher"]),
-                        torch.from_numpy(alignment.segments[one_to_one].astype(np.int64)),
-                        *(ids["student"], ids["teacher"]),
-                        *(torch.from_numpy(x.astype(np.int64)) for x in (shared.student_ids, shared.teacher_ids)),
-                        interface=interface,
-                        divergence=divergence,
-                        stop_student_id=shared.stop_student_id,
-                        stop_teacher_ids=shared.stop_teacher_ids,
-                        student_table=tables["student"],
-                        teacher_table=tables["teacher"],
+                        Logits(logits["student"]),
+                        Logits(logits["teacher"]),
+                        pair,
+                        Response(
+                            segments=torch.from_numpy(alignment.segments[one_to_one].astype(np.int64)),
+                            student_labels=ids["student"],
+                            teacher_labels=ids["teacher"],
+                        ),
+                        InterfaceConfig(interface=interface, divergence=divergence),
                     )
                 count = len(response) if interface == "bytes" else int(one_to_one.sum())
                 add(f"{interface}_{divergence}", output.sum, count)

@@ -14,6 +14,8 @@ from megatron_simct.evaluation.statistics import Estimate
 from megatron_simct.files import write_whole
 
 HERE = Path(__file__).parent
+FIGURES = HERE.parents[1] / "docs" / "figures"
+"""Beside the pages, which show them too."""
 BASELINES = ("strict", "paper")
 """What every other interface is compared with: the one without units, and the one that SimCT proposes."""
 
@@ -21,11 +23,11 @@ HEADLINES = ("greedy", "bytes_reverse_kl")
 """The metric of a setting that stands for it in the summary."""
 
 Results = dict[str, dict[int, dict[str, Any]]]
-"""Of one setting: by interface, by seed."""
+"""Results of one setting, by interface and seed."""
 
 
 def write_report(runs: Sequence[Run]) -> Path:
-    """Write report.md and its figures; where the report lies."""
+    """Write report.md, and its figures into docs/figures; where the report lies."""
     found = {run.name: run.result for run in runs}
     missing = [run for run in runs if found[run.name] is None]
     by_setting: dict[str, Results] = {setting.name: {} for setting in SETTINGS}
@@ -97,10 +99,10 @@ def _section(setting: Setting, results: Results) -> str:
         return "\n".join([*lines, "", "No run of this setting is done."])
     metrics = metrics_of(next(iter(next(iter(results.values())).values())))
     lines += ["", _warm_starts(results, metrics)]
-    draw(setting.name, results, metrics, HERE / "figures" / f"{setting.name}.svg")
-    lines += ["", f"![{setting.title}](figures/{setting.name}.svg)", ""]
+    draw(setting.name, results, metrics, FIGURES / f"{setting.name}.svg")
+    lines += ["", f"![{setting.title}](../../docs/figures/{setting.name}.svg)", ""]
     lines += [_verdicts(results, metrics), "", _values(results, metrics), "", _comparisons(results, metrics)]
-    return "\n".join([*lines, "", _conditions(results)])
+    return "\n".join([*lines, "", _rising(results), "", _conditions(results)])
 
 
 def _configuration(setting: Setting) -> str:
@@ -242,16 +244,29 @@ def _conditions(results: Results) -> str:
     return _table(list(columns), list(zip(*columns.values(), strict=True)))
 
 
+def _rising(results: Results) -> str:
+    """Interfaces whose own loss was larger at the end."""
+
+    def mean(name: str, key: str) -> float:
+        return fmean(result["figures"].get(key, 0.0) for result in results[name].values())
+
+    ends = {name: (mean(name, "loss_first"), mean(name, "loss_last")) for name in results}
+    rose = [f"`{name}` ({first:.3f} to {last:.3f})" for name, (first, last) in ends.items() if last > first]
+    return f"Own loss, of the first and of the last ten steps, rose under {', '.join(rose) or 'none of them'}."
+
+
 def _limits() -> str:
     return """## What the intervals cannot tell
 
 * They are percentiles of means over held-out problems drawn again with replacement, the seeds being averaged first,
-  both interfaces on the same draws. They tell what other problems of the same kind would give. They do not tell what
-  another teacher or warm start would: every setting has one. What another seed of the distillation would give shows in
-  the seeds themselves, which scatter more than the intervals where a run can collapse.
+  both interfaces on the same draws. The toy's 200 problems are 54 pairs of numbers in other words, so there pairs are
+  drawn, each with all of its problems. They tell what other problems of the same kind would give. They do not tell
+  what another teacher or warm start would: every setting has one. What another seed of the distillation would give
+  shows in the seeds themselves, which scatter more than the intervals where a run can collapse.
 * A row with one seed is one run: its interval says nothing of other seeds.
 * One learning rate serves all interfaces of a setting, chosen where `bytes` was known to learn; another interface may
-  want another rate, or another number of steps. An interface that harms here harms with this budget.
+  want another rate, or another number of steps. An interface that harms here harms with this budget. Where its own
+  loss rose (below each table of differences), it did not even reach what it aims at: that rate is no test of it.
 * Many interfaces and several metrics: of twenty intervals one misses by chance. Differences near 0 are no ranking.
 * The toy answers turn on numbers. Where tokenizers disagree on digits, that is the hardest case for units and no
   typical text.

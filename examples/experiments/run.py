@@ -23,16 +23,15 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # so that a checkout needs no installation
+from examples.experiments.plan import RESULTS, SETTINGS, Run, planned_runs
+from examples.experiments.processes import Workplace
+from examples.experiments.real import RealWeights
+from examples.experiments.report import write_report
+from examples.experiments.toy import Toy
+from megatron_simct.config.command_line import Parser, command
+from megatron_simct.files import write_whole
 
-from megatron_simct.command_line import Parser, command  # noqa: E402  isort: skip
-from examples.experiments.plan import RESULTS, SETTINGS, Run, planned_runs  # noqa: E402
-from examples.experiments.processes import Workplace  # noqa: E402
-from examples.experiments.real import RealWeights  # noqa: E402
-from examples.experiments.report import write_report  # noqa: E402
-from examples.experiments.toy import Toy  # noqa: E402
-from megatron_simct.files import write_whole  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 console = Console(highlight=False)
 

@@ -1,4 +1,8 @@
-"""Outcomes of finished runs as scores of held-out problems, and differences of them with intervals."""
+"""Outcomes of finished runs as scores of held-out problems, and differences of them with intervals.
+
+The toy's 200 held-out problems are 54 pairs of numbers in other words (`examples/quickstart/task.py`), and who can add
+a pair can add it in any words. So pairs are drawn again, each with all of its problems, not problems.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_simct.evaluation.statistics import Estimate, bootstrap
+from examples.quickstart.task import LEFT, RIGHT
+from megatron_simct.evaluation.statistics import RESAMPLES, SEED, Estimate, bootstrap
+
+NUM_PAIRS = len(LEFT) * len(RIGHT) // 5
+"""Pairs of numbers that are held out: problem i is of pair i modulo this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +56,31 @@ def scores(result: Mapping[str, Any], metric: str, *, before: bool = False) -> n
 
 
 def change(results: Sequence[Mapping[str, Any]], metric: str) -> Estimate:
-    """Of the distillation, after - before, mean over seeds."""
-    return bootstrap(np.mean([scores(r, metric) - scores(r, metric, before=True) for r in results], axis=0))
+    """How much distillation changes a metric (after - before), averaged over seeds."""
+    values = [scores(r, metric) - scores(r, metric, before=True) for r in results]
+    return _estimate(np.mean(values, axis=0), results[0])
 
 
 def difference(ours: Mapping[int, Mapping[str, Any]], theirs: Mapping[int, Mapping[str, Any]], metric: str) -> Estimate:
-    """Of two interfaces, ours - theirs, mean over the seeds that both have; results by seed. ValueError without any."""
+    """Difference of two interfaces (ours - theirs), averaged over common seeds. ValueError if there are none."""
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         raise ValueError("no seed in common")
-    return bootstrap(np.mean([scores(ours[s], metric) - scores(theirs[s], metric) for s in seeds], axis=0))
+    values = [scores(ours[s], metric) - scores(theirs[s], metric) for s in seeds]
+    return _estimate(np.mean(values, axis=0), ours[seeds[0]])
+
+
+def _estimate(values: np.ndarray, result: Mapping[str, Any]) -> Estimate:
+    return by_clusters(values, NUM_PAIRS) if "outcomes" in result else bootstrap(values)
+
+
+def by_clusters(values: np.ndarray, num_clusters: int) -> Estimate:
+    """values [P]: the mean, and its interval over clusters drawn again; value i is of cluster i modulo their number."""
+    cluster = np.arange(len(values)) % num_clusters
+    sums, sizes = np.bincount(cluster, weights=values), np.bincount(cluster)
+    drawn = np.random.default_rng(SEED).integers(0, len(sizes), (RESAMPLES, len(sizes)))
+    low, high = np.percentile(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1), [2.5, 97.5])
+    return Estimate(mean=float(values.mean()), low=float(low), high=float(high))
 
 
 def verdict(estimate: Estimate, metric: Metric) -> str:

@@ -56,7 +56,7 @@ class Toy:
         return found
 
     def _digest(self) -> str:
-        """Of the saved weights that every run starts from."""
+        """SHA-256 of the saved weights that every run starts from."""
         digest = hashlib.sha256()
         for name in ("teacher", "student"):
             for path in sorted((self._folder / name / "checkpoint").rglob("*.distcp")):
@@ -65,7 +65,7 @@ class Toy:
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the rows of metrics.jsonl. An outcome has one digit a held-out problem: how many responses were right."""
+    """Summarise the rows of metrics.jsonl. An outcome has a digit per held-out problem: its right responses."""
     steps = [row for row in rows if row["kind"] == "step"]
     before, after = (row for row in rows if row["kind"] == "evaluation")
 

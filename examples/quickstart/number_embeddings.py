@@ -12,7 +12,7 @@ import argparse
 import torch
 
 from megatron_simct.alignment import load_tokenizer
-from megatron_simct.arguments import parse_config
+from megatron_simct.config.flags import parse_config
 from megatron_simct.loading import load_model
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.update.checkpoint import save_weights

@@ -24,20 +24,19 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # so that a checkout needs no installation
+from examples.quickstart.task import write_task
+from examples.quickstart.tokenizer_files import sides
+from examples.stages import Stage, console
+from megatron_simct.config.command_line import Parser, command
+from megatron_simct.files import write_whole
 
-from megatron_simct.command_line import Parser, command  # noqa: E402  isort: skip
-from examples.quickstart.task import write_task  # noqa: E402
-from examples.quickstart.tokenizer_files import sides  # noqa: E402
-from examples.stages import Stage, console  # noqa: E402
-from megatron_simct.files import write_whole  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 # Small enough for two CPU cores, large enough to add.
 ARCHITECTURE = {
@@ -63,7 +62,9 @@ WARM_ACCURACY = 0.25
 class Recipe:
     """The stages of one pair of tokenizers, with every flag that differs from the defaults."""
 
-    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+    def __init__(
+        self, options: argparse.Namespace, folder: Path, *, architecture: Mapping[str, object] = ARCHITECTURE
+    ) -> None:
         self._options = options
         self._folder = folder
         teacher, student = sides(options.pair, options.direction, folder / "tokenizers")
@@ -74,7 +75,7 @@ class Recipe:
             path = folder / f"{name}-architecture"
             path.mkdir(exist_ok=True)
             spread = INITIALIZER_RANGE_OF_GROUPED_DIGITS if side.groups_digits else INITIALIZER_RANGE[name]
-            fields = ARCHITECTURE | {"vocab_size": side.vocab_size, "initializer_range": spread}
+            fields = dict(architecture) | {"vocab_size": side.vocab_size, "initializer_range": spread}
             (path / "config.json").write_text(json.dumps(fields, indent=1))
         self.teacher = self._sft(
             *("teacher", "teacher", self._data),

@@ -12,13 +12,10 @@ import argparse
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checkout needs no installation
-
-from examples.real_weights.models import MODELS, Model, gguf_file  # noqa: E402
+from examples.real_weights.models import MODELS, Model, gguf_file
 
 
 def restore_digits(spec: dict[str, Any]) -> dict[str, Any]:
@@ -30,7 +27,7 @@ def restore_digits(spec: dict[str, Any]) -> dict[str, Any]:
     before = spec["pre_tokenizer"]
     if before["type"] != "ByteLevel":
         raise ValueError(
-            f"the converted tokenizer cuts text by {before['type']}, expected ByteLevel; use transformers==5.23.0"
+            f"the converted tokenizer cuts text by {before['type']}, expected ByteLevel; use transformers==5.24.0"
         )
     digits = {"type": "Digits", "individual_digits": True}
     return spec | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, before]}}
@@ -48,8 +45,6 @@ def save_folder(model: Model, cache: Path, save: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
 
     config = transformers.AutoConfig.from_pretrained(**arguments)
-    for name in ("unk_token_id", "_model_name_or_path"):  # not of the model
-        delattr(config, name)
     read = transformers.AutoModelForCausalLM.from_pretrained(**arguments, config=config, dtype=torch.float32)
     with torch.device("meta"):
         fresh = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -13,9 +13,7 @@ from typing import Any
 
 from rich.progress import track
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checkout needs no installation
-
-from megatron_simct.files import write_whole  # noqa: E402
+from megatron_simct.files import write_whole
 
 
 def measure(folder: str, rows: list[dict[str, str]], num_continued: int) -> dict[str, Any]:

@@ -25,15 +25,14 @@ from typing import Any
 
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # so that a checkout needs no installation
+from examples.real_weights.models import MODELS, gguf_file
+from examples.real_weights.texts import write_texts
+from examples.stages import Stage, console
+from megatron_simct.config.command_line import Parser, command
+from megatron_simct.files import write_whole
+from tools.benchmark.real_inputs import Unavailable
 
-from megatron_simct.command_line import Parser, command  # noqa: E402  isort: skip
-from examples.real_weights.models import MODELS, gguf_file  # noqa: E402
-from examples.real_weights.texts import write_texts  # noqa: E402
-from examples.stages import Stage, console  # noqa: E402
-from megatron_simct.files import write_whole  # noqa: E402
-from tools.benchmark.real_inputs import Unavailable  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 AGREE = 1e-4
 """Relative: the exported student's loss in transformers and in the trainer."""
@@ -60,7 +59,7 @@ class Recipe:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """Of the steps of the distillation."""
+        """Rows of the distillation's steps."""
         return _steps(self.distil.output / "metrics.jsonl")
 
 

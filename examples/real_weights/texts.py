@@ -24,7 +24,7 @@ def as_task(problems: Sequence[Problem]) -> list[Problem]:
 
 
 def gsm8k_problems(path: Path) -> list[Problem]:
-    """Of a JSONL file with question and answer. ValueError, naming the file and the line, where it is not one."""
+    """Problems in a JSONL file with question and answer. Raises ValueError, naming the file and the line."""
     problems = []
     lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")  # JSON may hold other ends of lines, as U+2028
     for number, line in enumerate(lines, start=1):

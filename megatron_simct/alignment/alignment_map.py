@@ -11,7 +11,7 @@ Shape letters: V_S and V_T ids of the two tokenizers, C shared pairs, W ids of o
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -37,7 +37,7 @@ class AlignmentMap:
     """V_T"""
     student_fingerprint: str
     teacher_fingerprint: str
-    """Of the token tables: a map is only valid for the two tokenizers it was built from."""
+    """Fingerprints of the token tables: a map is only valid for the two tokenizers it was built from."""
     student_id_of_bytes: dict[bytes, int] = field(repr=False)
     """Bytes of each shared pair -> its student id."""
 
@@ -118,7 +118,7 @@ def build_alignment_map(student: Tokenizer, teacher: Tokenizer) -> AlignmentMap:
     for tokenizer in (student, teacher):
         if not tokenizer.table.stop_ids:
             raise ValueError(f'tokenizer "{tokenizer.name}" has no stop token')
-    of_student, of_teacher = _id_of_bytes(student), _id_of_bytes(teacher)
+    of_student, of_teacher = id_of_bytes(student), id_of_bytes(teacher)
     pairs = sorted((i, of_teacher[data], data) for data, i in of_student.items() if data in of_teacher)
     return AlignmentMap(
         student_ids=np.array([i for i, _, _ in pairs], dtype=np.int32),
@@ -140,6 +140,12 @@ def identity_map(student: Tokenizer, teacher: Tokenizer) -> AlignmentMap:
     """
     table = student.table
     if table.fingerprint != teacher.table.fingerprint:
+        if replace(table, stop_ids=()).fingerprint == replace(teacher.table, stop_ids=()).fingerprint:
+            raise ValueError(
+                f'tokenizers "{student.name}" and "{teacher.name}" are the same, but the student stops at ids '
+                f"{list(table.stop_ids)} and the teacher at {list(teacher.table.stop_ids)}; give both the same by "
+                "--stop-token-ids and --teacher-stop-token-ids"
+            )
         raise ValueError(
             f'tokenizers "{student.name}" and "{teacher.name}" are not the same, so their ids cannot be compared one '
             "by one; choose another --simct-interface than kd"
@@ -156,20 +162,47 @@ def identity_map(student: Tokenizer, teacher: Tokenizer) -> AlignmentMap:
         teacher_vocab_size=table.num_ids,
         student_fingerprint=table.fingerprint,
         teacher_fingerprint=table.fingerprint,
-        student_id_of_bytes=_id_of_bytes(student),
+        student_id_of_bytes=id_of_bytes(student),
     )
 
 
-def _id_of_bytes(tokenizer: Tokenizer) -> dict[bytes, int]:
+def released_map(student: Tokenizer, teacher: Tokenizer) -> AlignmentMap:
+    """The shared vocabulary of SimCT's released code: ids whose strings in tokenizer.json are equal, 'Ġ' read as '▁'.
+
+    So it misses pairs whose files spell bytes in different ways (a line end, accents), and pairs a character of one
+    file with a single byte of the other. The stop tokens are bridged as in every map, and in no pair. Raises ValueError
+    for a tokenizer of another file.
+    """
+    by_string: list[dict[str, int]] = []
+    for tokenizer in (student, teacher):
+        if tokenizer.strings is None:
+            raise ValueError(
+                f'--simct-shared released: tokenizer "{tokenizer.name}" is no tokenizer.json, whose strings it compares'
+            )
+        ids: dict[str, int] = {}
+        for text, token_id in sorted(tokenizer.strings().items(), key=lambda item: item[1]):
+            if token_id not in tokenizer.table.stop_ids:
+                ids.setdefault(text.replace("Ġ", "▁"), token_id)
+        by_string.append(ids)
+    pairs = sorted((i, by_string[1][text]) for text, i in by_string[0].items() if text in by_string[1])
+    return replace(
+        build_alignment_map(student, teacher),
+        student_ids=np.array([i for i, _ in pairs], dtype=np.int32),
+        teacher_ids=np.array([i for _, i in pairs], dtype=np.int32),
+        student_id_of_bytes={},
+    )
+
+
+def id_of_bytes(tokenizer: Tokenizer) -> dict[bytes, int]:
     """Content bytes -> the one id that stands for them."""
-    id_of_bytes: dict[bytes, int] = {}
+    found: dict[bytes, int] = {}
     rivals: dict[bytes, set[int]] = {}
     for token_id, data in enumerate(tokenizer.table.pieces()):
         # Special ids have no bytes, and a content id without bytes has no counterpart.
-        if data and id_of_bytes.setdefault(data, token_id) != token_id:
-            rivals.setdefault(data, {id_of_bytes[data]}).add(token_id)
+        if data and found.setdefault(data, token_id) != token_id:
+            rivals.setdefault(data, {found[data]}).add(token_id)
     for data, ids in rivals.items():
         encoded = tokenizer.encode(data)
         if encoded.size == 1 and int(encoded[0]) in ids:
-            id_of_bytes[data] = int(encoded[0])
-    return id_of_bytes
+            found[data] = int(encoded[0])
+    return found

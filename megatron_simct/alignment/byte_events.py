@@ -284,7 +284,7 @@ def _walk(trie: ByteTrie, table: TokenTable, ids: np.ndarray, text: np.ndarray, 
     can_end[position[is_last & (trie.tokens[node] > 0)]] = True
     num_children = trie.children[node + 1] - trie.children[node]
     next_visit = np.arange(node.size).repeat(num_children)
-    next_node = _ranges(trie.children[node], num_children)
+    next_node = ranges(trie.children[node], num_children)
     reachable = np.zeros((num_positions, NUM_BYTES), dtype=bool)
     reachable[position[next_visit], trie.byte[next_node]] = True
     may_leave = np.zeros(num_positions, dtype=bool)
@@ -381,12 +381,12 @@ def _side(walk: _Walk, slot_of: np.ndarray, slot_position: np.ndarray, *, spread
         segment_row=(segment_row := cuts // key).astype(np.int32),
         segment_start=(cuts - segment_row * key).astype(np.int32),
         entry_slot=target.repeat(num_segments).astype(np.int32),
-        entry_segment=_ranges(start, num_segments).astype(np.int32),
+        entry_segment=ranges(start, num_segments).astype(np.int32),
         last_row=walk.last_row[slot_position].astype(np.int32),
     )
 
 
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """starts[0], starts[0] + 1, ... (lengths[0] numbers), starts[1], ...; int64."""
     ends = lengths.cumsum()
     return np.arange(ends[-1] if ends.size else 0) + (starts - ends + lengths).repeat(lengths)

@@ -23,7 +23,7 @@ _LONGEST = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Coverage:
-    """Of one corpus, where each model's own tokenizer spells the text."""
+    """What an alignment covers of one corpus, if each model's own tokenizer spells the text."""
 
     student_tokens: int
     teacher_tokens: int

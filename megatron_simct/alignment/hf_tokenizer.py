@@ -1,4 +1,4 @@
-"""A Hugging Face `tokenizer.json`, and what the files beside it say about stop tokens and BOS.
+"""A Hugging Face `tokenizer.json`, with the added tokens, stop ids and BOS that the files beside it name.
 
 Two kinds of vocabulary spell every text, and are loaded:
     byte-level      every byte is written as one of 256 printable characters (GPT-2, Llama-3, Qwen)
@@ -14,13 +14,18 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_simct.alignment.hf_folder import generation_stop_ids, read_settings, special_token, turn_end
+import numpy as np
+
+from megatron_simct.alignment.continuations import CutRules, Merges
+from megatron_simct.alignment.folder_tokens import check_ids, check_named, stop_ids
+from megatron_simct.alignment.hf_folder import UNNAMED, AddedToken, HfFolder
 from megatron_simct.alignment.tokenizer import Tokenizer, build_table, encode_cut
 
 # Its bytes must come back from every tokenizer that is loaded, but for characters that have no token.
@@ -32,8 +37,10 @@ _DISPENSABLE = frozenset({*range(0x20), 0x7F, 0xC0, 0xC1, *range(0xF1, 0x100)}) 
 _SPLITS = frozenset("ByteLevel Metaspace Split Digits Punctuation UnicodeScripts".split())
 
 
-def load_hf_tokenizer(path: Path, stop_token_ids: tuple[int, ...], *, allow_lossy: bool = False) -> Tokenizer:
-    """Loads a tokenizer.json; see `load_tokenizer`."""
+def load_hf_tokenizer(
+    path: Path, folder: HfFolder, stop_token_ids: tuple[int, ...], *, allow_lossy: bool = False
+) -> Tokenizer:
+    """Loads a tokenizer.json with the files beside it; see `load_tokenizer`."""
     losses: list[str] = []
 
     def lossy(reason: str) -> None:
@@ -52,35 +59,157 @@ def load_hf_tokenizer(path: Path, stop_token_ids: tuple[int, ...], *, allow_loss
     spec |= {"truncation": None, "padding": None}
     if "dropout" in model:
         model["dropout"] = None
+    sources = _merge_added_tokens(spec, folder)
     raw = Encoder(json.dumps(spec), special_tokens=True)
 
     byte_level, blank_mark = _keep_text(spec, lossy)
     pieces, special_ids, missing = _pieces(spec, lossy, byte_level=byte_level, blank_mark=blank_mark)
+    _check_added_tokens(spec["added_tokens"], raw.library, sources)
     added_ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
-    sources = dict.fromkeys(stop_token_ids, "given") or _stop_ids(
-        path.parent, added_ids | _vocabulary(model), added_ids
-    )
-    stop_ids = tuple(sources)
+    ids = _vocabulary(model) | added_ids
+    check_ids(folder, ids, vocabulary=str(path))
+    notes = check_named(folder, ids)
+    stop_sources = dict.fromkeys(stop_token_ids, "given") or stop_ids(folder, ids, added_ids)
     rewriting = [step for step in _steps(spec["normalizer"], "normalizers") if not _marks_blanks(step)]
     normalizer = json.dumps(rewriting, sort_keys=True) if rewriting else ""
-    table = build_table(pieces, special_ids, stop_ids, normalizer=normalizer)
+    table = build_table(pieces, special_ids, tuple(stop_sources), normalizer=normalizer)
     for token in spec["added_tokens"]:
         token["special"] = bool(table.special[token["id"]])
-    encode = _ordinary(Encoder(json.dumps(spec), special_tokens=False), added_ids, stop_ids, pieces)
+    # What the model's own vocabulary makes an added token's id of; of a byte-level one, "Ġcat" is found in " cat".
+    spell = _speller(model, byte_level=byte_level, blank_mark=blank_mark)
+    own = {token_id: spell(text) or b"" for text, token_id in added_ids.items() if text in _vocabulary(model)}
+    own_texts = {token_id: data.decode(errors="ignore") for token_id, data in own.items()}
+    ordinary = Encoder(json.dumps(spec), special_tokens=False)
+    encode = _ordinary(ordinary, added_ids, table.stop_ids, pieces, own_texts)
+    bos_id, bos_notes = _bos_id(folder, raw)
 
     tokenizer = Tokenizer(
         name=str(path),
         table=table,
         encode_text=encode,
-        bos_id=_bos_id(path.parent, raw, added_ids),
+        cut_rules=partial(_cut_rules, ordinary, byte_level, blank_mark) if model["type"] == "BPE" else None,
+        strings=partial(_strings, ordinary),
+        bos_id=bos_id,
         encode_chat=raw,
-        stop_sources=sources,
+        stop_sources=stop_sources,
+        notes=notes + bos_notes,
     )
+    for token in spec["added_tokens"]:
+        if not table.special[token["id"]] and missing.isdisjoint(token["content"].encode()):
+            _check_spelling(tokenizer, token, own_texts.get(token["id"], ""), lossy, blank_mark=blank_mark)
     probe = "".join(character for character in _PROBE if missing.isdisjoint(character.encode()))
     found = tokenizer.decode(tokenizer.encode(probe.encode()))
     if found != probe.encode() and not losses:
         lossy(f"it rewrites text: {probe!r} comes back as {found.decode(errors='replace')!r}")
     return replace(tokenizer, lossy="; ".join(losses) or None)
+
+
+def _merge_added_tokens(spec: dict[str, Any], folder: HfFolder) -> dict[str, str]:
+    """Put the tokens of the folder's other files into the file's added tokens; the file that each one is from.
+
+    added_tokens_decoder replaces the flags of a token that tokenizer.json lists, added_tokens.json does not. A token
+    with a role is special, but for one that added_tokens_decoder leaves out. A named token that only the model's
+    vocabulary has becomes an added one.
+    """
+    tokens: dict[str, dict[str, Any]] = {token["content"]: token for token in spec["added_tokens"]}
+    for token in spec["added_tokens"]:
+        if tokens[token["content"]]["id"] != token["id"]:
+            raise ValueError(f"it lists the added token {token['content']!r} twice, with two ids")
+    sources = dict.fromkeys(tokens, "tokenizer.json")
+    for added in folder.added:
+        listed = tokens.get(added.content)
+        if listed is not None and (added.source == "added_tokens.json" or listed["id"] != added.token_id):
+            continue  # another id is for check_ids to refuse
+        tokens[added.content] = _spec_of(added)
+        sources.setdefault(added.content, added.source)
+    vocabulary = _vocabulary(spec["model"]) if isinstance(spec["model"].get("vocab"), dict | list) else {}
+    has_decoder = "added_tokens_decoder" in folder.settings
+    set_again = {added.content for added in folder.added} if has_decoder else tokens.keys()
+    for named in folder.named:
+        if named.content in tokens:
+            tokens[named.content]["special"] |= named.role != UNNAMED and named.content in set_again
+        elif named.content in vocabulary:
+            token_id = vocabulary[named.content]
+            tokens[named.content] = _spec_of(
+                AddedToken(
+                    content=named.content, token_id=token_id, source=named.source, special=True, normalized=False
+                )
+            )
+            sources[named.content] = named.source
+    spec["added_tokens"] = list(tokens.values())
+    return sources
+
+
+def _spec_of(token: AddedToken) -> dict[str, Any]:
+    """The token as an entry of tokenizer.json."""
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    return {"id": token.token_id, "content": token.content} | {flag: getattr(token, flag) for flag in flags}
+
+
+def _check_added_tokens(tokens: Sequence[dict[str, Any]], library: Any, sources: dict[str, str]) -> None:
+    """ValueError for an added token that the library gives another id, or reads in another way, than the file says."""
+    read = library.get_added_tokens_decoder()
+    for token in tokens:
+        content, found = token["content"], library.token_to_id(token["content"])
+        where = f"{sources[content]}: added token {content!r}"
+        if found != token["id"]:
+            raise ValueError(
+                f"{where} has the id {token['id']}, but the tokenizers library gives it {found}, for it counts added "
+                "tokens on from the vocabulary; list every id in between as an added token, in order"
+            )
+        for flag in ("lstrip", "rstrip", "normalized", "single_word", "special"):
+            if getattr(read[found], flag) != token[flag]:
+                raise ValueError(
+                    f"{where} has {flag} = {token[flag]}, but the tokenizers library reads {getattr(read[found], flag)}"
+                )
+
+
+def _check_spelling(
+    tokenizer: Tokenizer, token: dict[str, Any], own_text: str, lossy: Callable[[str], None], *, blank_mark: bool
+) -> None:
+    """`lossy` is called for an added token of content whose id stands for other bytes than the text had.
+
+    own_text: what the model's vocabulary spells with this id; empty if it has no such piece.
+    """
+    flagged = token["lstrip"] or token["rstrip"] or token["normalized"]
+    if not flagged and own_text in ("", token["content"]):
+        return  # the library finds it as it is written
+    content = unicodedata.normalize("NFC", token["content"])
+    content = content.replace("▁", " ") if blank_mark else content
+    for text in (f"a {content} b", f"a{content}b", f"a{own_text}"):
+        found = tokenizer.decode(tokenizer.encode(text.encode()))
+        if found != text.encode():
+            flags = ", ".join(flag for flag in ("lstrip", "rstrip", "normalized") if token[flag])
+            lossy(
+                f"its added token {token['content']!r} ({flags or 'a piece of the vocabulary'}) rewrites text: "
+                f"{text!r} comes back as {found.decode(errors='replace')!r}"
+            )
+            return
+
+
+def _cut_rules(encoder: Encoder, byte_level: bool, blank_mark: bool) -> CutRules:
+    """Merges and pretokens of a byte-pair tokenizer's file."""
+    spec = json.loads(encoder.spec)
+    model = spec["model"]
+    ids = model["vocab"]
+    pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
+    rows = [(ids[a], ids[b], ids[a + b], rank) for rank, (a, b) in enumerate(pairs)]
+    left, right, joined, rank = np.array(rows, dtype=np.int64).reshape(-1, 4).T
+    normalizer, splitter = encoder.library.normalizer, encoder.library.pre_tokenizer
+
+    def pretokens(text: str) -> list[str]:
+        text = normalizer.normalize_str(text) if normalizer is not None else text
+        if splitter is None:
+            return [text]
+        return [text[start:end] for _, (start, end) in splitter.pre_tokenize_str(text)]
+
+    added = frozenset(token["id"] for token in spec["added_tokens"] if not token["special"])
+    return CutRules(Merges(left, right, joined, rank), pretokens, added)
+
+
+def _strings(encoder: Encoder) -> dict[str, int]:
+    spec = json.loads(encoder.spec)
+    return _vocabulary(spec["model"]) | {token["content"]: token["id"] for token in spec["added_tokens"]}
 
 
 class Encoder:
@@ -90,7 +219,7 @@ class Encoder:
         """special_tokens: whether the spelling of a special token is that token, or ordinary text."""
         import tokenizers
 
-        self._spec = spec
+        self.spec = spec
         self._special_tokens = special_tokens
         try:
             self.library = tokenizers.Tokenizer.from_str(spec)
@@ -102,7 +231,7 @@ class Encoder:
         return self.library.encode(text, add_special_tokens=False).ids
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(Encoder, special_tokens=self._special_tokens), (self._spec,)
+        return partial(Encoder, special_tokens=self._special_tokens), (self.spec,)
 
 
 def _keep_text(spec: dict[str, Any], lossy: Callable[[str], None]) -> tuple[bool, bool]:
@@ -162,14 +291,9 @@ def _pieces(
     """The bytes of every id, the ids that stand for no bytes, and the bytes that have no token."""
     model = spec["model"]
     vocabulary = _vocabulary(model)
-    if byte_level:
-        spell: Callable[[str], bytes | None] = partial(_byte_level_bytes, _byte_of_character())
-    else:
-        spell = partial(_fallback_bytes, blank_mark)
-        if not model.get("byte_fallback"):
-            lossy("it is neither byte-level nor has it byte_fallback, so not every text has tokens")
-            prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
-            spell = partial(_word_piece_bytes, blank_mark, prefix, suffix)
+    if not byte_level and not model.get("byte_fallback"):
+        lossy("it is neither byte-level nor has it byte_fallback, so not every text has tokens")
+    spell = _speller(model, byte_level=byte_level, blank_mark=blank_mark)
     size = 1 + max([*vocabulary.values(), *(token["id"] for token in spec["added_tokens"])], default=-1)
     pieces: list[bytes | None] = [None] * size
     for piece, token_id in vocabulary.items():
@@ -188,6 +312,16 @@ def _pieces(
     if needed:
         lossy(f"{len(needed)} single bytes have no token, {min(needed):#04x} first, so not every text has tokens")
     return [piece or b"" for piece in pieces], {i for i, piece in enumerate(pieces) if piece is None}, missing
+
+
+def _speller(model: dict[str, Any], *, byte_level: bool, blank_mark: bool) -> Callable[[str], bytes | None]:
+    """What a piece of the model's vocabulary stands for; None for one that no text has."""
+    if byte_level:
+        return partial(_byte_level_bytes, _byte_of_character())
+    if model.get("byte_fallback"):
+        return partial(_fallback_bytes, blank_mark)
+    prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
+    return partial(_word_piece_bytes, blank_mark, prefix, suffix)
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -213,15 +347,21 @@ def _word_piece_bytes(blank_mark: bool, prefix: str, suffix: str, piece: str) ->
 
 
 def _ordinary(
-    encode: Encoder, added_ids: dict[str, int], stop_ids: tuple[int, ...], pieces: Sequence[bytes]
+    encode: Encoder,
+    added_ids: dict[str, int],
+    stop_ids: tuple[int, ...],
+    pieces: Sequence[bytes],
+    own_texts: dict[int, str],
 ) -> Callable[[str], Sequence[int]]:
     """The encoder, with a cut in the spelling of each special token that a text would still be given.
 
     The library leaves added special tokens alone, but a model may find the same piece in its own vocabulary.
+    own_texts: what that vocabulary spells with the ids of added tokens.
     """
     special = set(stop_ids) | {token_id for text, token_id in added_ids.items() if not pieces[token_id]}
     texts = dict.fromkeys(text for text, token_id in added_ids.items() if token_id in special)
     texts |= dict.fromkeys(pieces[i].decode(errors="ignore") for i in stop_ids if i < len(pieces))
+    texts |= dict.fromkeys(text for token_id, text in own_texts.items() if token_id in special)
     found = [text for text in texts if len(text) > 1 and special & set(encode(text))]
     if not found:
         return encode
@@ -229,35 +369,20 @@ def _ordinary(
     return partial(encode_cut, encode, cuts)
 
 
-def _stop_ids(folder: Path, ids: dict[str, int], added_ids: dict[str, int]) -> dict[int, str]:
-    """Ids that end a response and who says so: generation_config.json, else chat template and EOS.
+def _bos_id(folder: HfFolder, raw: Encoder) -> tuple[int | None, tuple[str, ...]]:
+    """What the file's post-processor puts before a text, and a note if tokenizer_config.json says otherwise.
 
-    A model may stop at several. The first is the one that ends a turn of the chat template, which is what an instructed
-    model emits, else the tokenizer's EOS.
+    For a tokenizer.json transformers reads add_bos_token no more.
     """
-    likely: dict[int, str] = {}
-    end = turn_end(folder, added_ids)
-    if end is not None:
-        likely[added_ids[end]] = "chat template"
-    eos = None
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        eos = eos or special_token(read_settings(folder, name).get("eos_token"))
-    if eos in ids:
-        likely.setdefault(ids[eos], "eos_token")
-    stops = generation_stop_ids(folder)
-    if not stops:
-        return likely
-    ordered = [*(i for i in likely if i in stops), *(i for i in stops if i not in likely)]
-    return dict.fromkeys(ordered, "generation_config.json")
-
-
-def _bos_id(folder: Path, raw: Encoder, added_ids: dict[str, int]) -> int | None:
-    """What the tokenizer puts before a text: tokenizer_config.json's say, else that of the file's post-processor."""
-    settings = read_settings(folder, "tokenizer_config.json")
-    if settings.get("add_bos_token") is not None:
-        return added_ids.get(special_token(settings.get("bos_token")) or "") if settings["add_bos_token"] else None
     content, whole = list(raw("a")), raw.library.encode("a").ids
     before = next(i for i in range(len(whole) + 1) if whole[i : i + len(content)] == content)
     if before > 1:
         raise ValueError(f"it puts {before} tokens {whole[:before]} before a text; only one is supported")
-    return whole[0] if before else None
+    bos_id = whole[0] if before else None
+    if folder.adds_bos is None or folder.adds_bos == (bos_id is not None):
+        return bos_id, ()
+    instead = "no BOS" if bos_id is None else f"BOS {bos_id}"
+    return bos_id, (
+        f"tokenizer_config.json: add_bos_token = {str(folder.adds_bos).lower()} is not read; a prompt begins with "
+        f"{instead}, as the post_processor of tokenizer.json has it",
+    )

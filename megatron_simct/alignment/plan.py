@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_simct.alignment.alignment_map import AlignmentMap
+from megatron_simct.alignment.byte_bounds import Side, plan_byte_bounds
 from megatron_simct.alignment.byte_events import plan_byte_events, plan_mixture_events
 from megatron_simct.alignment.segments import Alignment, align
 from megatron_simct.alignment.tokenizer import Tokenizer, utf8_prefix_bytes
-from megatron_simct.config import InterfaceConfig
+from megatron_simct.config.options import InterfaceConfig
 from megatron_simct.records import AlignedPair, ByteEvents, Prompt, Rollout, SegmentKind, TeacherNeeds
 
 DROP_REASONS = ("mismatch", "special", "one_stop", "no_bytes", "walk", "invalid_utf8")
@@ -56,8 +57,16 @@ def plan_pair(
     belongs to other tokenizers.
     """
     read = _read(prompt, rollout, student=student, teacher=teacher, alignment_map=alignment_map, needs=needs)
+    interface = (interface or InterfaceConfig()).method()
     events = None
-    if needs.byte_events:
+    if needs.byte_events and interface.byte_bounds == "any":
+        (events,) = plan_byte_bounds(
+            read.common,
+            stop=read.alignment.stop,
+            student=_side(student, rollout.student_ids),
+            teachers=[_side(teacher, read.teacher_ids)],
+        )
+    elif needs.byte_events:
         events = plan_byte_events(
             read.common,
             stop=read.alignment.stop,
@@ -66,7 +75,6 @@ def plan_pair(
             teacher=teacher.table,
             teacher_ids=read.teacher_ids,
         )
-    interface = interface or InterfaceConfig()
     return _pair(read, prompt.teacher_ids, rollout, student, alignment_map, needs, interface, events)
 
 
@@ -87,14 +95,24 @@ def plan_mixture(
         _read(prompt, rollout, student=student, teacher=teacher, alignment_map=None, needs=needs)
         for teacher in teachers
     ]
-    events = plan_mixture_events(
-        min((read.common for read in reads), key=len),
-        stop=all(read.alignment.stop for read in reads),
-        student=student.table,
-        student_ids=rollout.student_ids,
-        teachers=[(teacher.table, read.teacher_ids) for teacher, read in zip(teachers, reads, strict=True)],
-    )
-    interface = interface or InterfaceConfig()
+    interface = (interface or InterfaceConfig()).method()
+    text, stop = min((read.common for read in reads), key=len), all(read.alignment.stop for read in reads)
+    parts = list(zip(teachers, reads, strict=True))
+    if interface.byte_bounds == "any":
+        events = plan_byte_bounds(
+            text,
+            stop=stop,
+            student=_side(student, rollout.student_ids),
+            teachers=[_side(teacher, read.teacher_ids) for teacher, read in parts],
+        )
+    else:
+        events = plan_mixture_events(
+            text,
+            stop=stop,
+            student=student.table,
+            student_ids=rollout.student_ids,
+            teachers=[(teacher.table, read.teacher_ids) for teacher, read in parts],
+        )
     first, *others = (
         _pair(read, prompt_ids, rollout, student, None, needs, interface, of_teacher)
         for read, prompt_ids, of_teacher in zip(
@@ -102,6 +120,10 @@ def plan_mixture(
         )
     )
     return replace(first, others=tuple(others))
+
+
+def _side(tokenizer: Tokenizer, ids: np.ndarray) -> Side:
+    return Side(table=tokenizer.table, ids=ids, continuations=tokenizer.continuations)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,11 +174,12 @@ def _pair(
     byte_events: ByteEvents | None,
 ) -> AlignedPair:
     alignment, teacher_ids, data = read.alignment, read.teacher_ids, read.data
-    kinds = _kinds(alignment, teacher_ids, rollout.student_ids, alignment_map)
+    matches_are_shared = needs.segmentation == "authors"
+    kinds = _kinds(alignment, teacher_ids, rollout.student_ids, None if matches_are_shared else alignment_map)
     weights = np.ones(kinds.size, np.float32)
     random = np.random.default_rng([interface.interface_seed, rollout.sample_id])
-    if interface.interface == "random_unit":
-        alignment, kinds, weights = _joined_at_random(alignment, kinds, interface.rho, random)
+    if interface.random_units is not None:
+        alignment, kinds, weights = _joined_at_random(alignment, kinds, interface.random_units, random)
     weights *= _weights(alignment, kinds, data, interface, random)
 
     content_ids = rollout.student_ids[:-1] if rollout.finish == "stop" else rollout.student_ids
@@ -208,7 +231,10 @@ def _check(
 def _kinds(
     alignment: Alignment, teacher_ids: np.ndarray, student_ids: np.ndarray, alignment_map: AlignmentMap | None
 ) -> np.ndarray:
-    """int8 [A] of SegmentKind. One token on each side is SHARED only if the map, if any, holds that pair of ids."""
+    """int8 [A] of SegmentKind. One token on each side is SHARED only if the map, if any, holds that pair of ids.
+
+    The released code gives a match of its walk no unit column, whatever the ids: there the map is not asked.
+    """
     ts, te, ss, se = alignment.segments.T
     one_to_one = (te - ts == 1) & (se - ss == 1)
     shared = one_to_one
@@ -233,7 +259,7 @@ def _teacher_first_columns(
 def _joined_at_random(
     alignment: Alignment, kinds: np.ndarray, share: float, random: np.random.Generator
 ) -> tuple[Alignment, np.ndarray, np.ndarray]:
-    """The ablation `random_unit`: what coarser units cost (alignment, kinds and weights of the segments).
+    """The ablation `random_units`: what coarser units cost (alignment, kinds and weights of the segments).
 
     Of the n 1:1 positions round(n share) are marked; a longest run of marked neighbours and the position behind it
     become one unit. The real units have weight 0: at share 0 this is `strict`.
@@ -259,13 +285,22 @@ def _weights(
     weights, units = np.ones(kinds.size, np.float32), kinds == SegmentKind.UNIT
     if interface.unit_weight == "student_length":
         weights = np.where(units, alignment.segments[:, 3] - alignment.segments[:, 2], weights)
-    if interface.interface == "no_unit_loss":
-        weights = np.where(units & (random.random(kinds.size) < interface.rho), 0, weights)
+    if interface.drop_units:
+        weights = np.where(units & (random.random(kinds.size) < interface.drop_units), 0, weights)
+    if interface.interface == "scalar" and interface.scalar == "dpca":
+        weights = np.where(_ends_inside_character(alignment, data), 0, weights)
     if interface.mask_whitespace:
         weights = np.where(_is_blank(alignment, data), 0, weights)
     if not interface.stop_bridge:
         weights = np.where(kinds == SegmentKind.STOP, 0, weights)
     return weights.astype(np.float32)
+
+
+def _ends_inside_character(alignment: Alignment, data: bytes) -> np.ndarray:
+    """bool [A]: segments whose own bytes, as text, end in a replacement character."""
+    bounds = zip(np.append(0, alignment.byte_ends)[:-1].tolist(), alignment.byte_ends.tolist(), strict=True)
+    texts = (data[start:end].decode("utf-8", "replace") for start, end in bounds)
+    return np.array([text.endswith("\ufffd") for text in texts], dtype=bool)
 
 
 def _is_blank(alignment: Alignment, data: bytes) -> np.ndarray:

@@ -184,7 +184,7 @@ class _Side:
 
 
 def _align_plain(teacher: _Side, student: _Side) -> list[Alignment]:
-    """Of samples whose bytes agree: every sample ends in a common boundary, so all can be cut together."""
+    """Align samples whose bytes agree: every sample ends in a common boundary, so all can be cut together."""
     te, se = _common_boundaries(teacher.ends, student.ends, student.data.size)
     byte_ends = student.ends[se - 1]
     # The segments of sample i are [segments_to[i], segments_to[i + 1]); with the stops' they are rows_to's.

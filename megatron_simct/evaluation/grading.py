@@ -1,11 +1,15 @@
 """What is right: numbers by Math-Verify, programs by their tests.
 
+The answer is what a response says outside of its thinking (answers.py). If a block of thinking is not closed there is
+no answer, and the response is wrong. Only `exact_match` compares the whole response.
+
 GSM8K is graded in two more ways, by the regular expressions with which lm-evaluation-harness defines them:
 `strict_match` (the number after "####") and `flexible_extract` (the last number).
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import queue
 import re
@@ -15,13 +19,15 @@ from dataclasses import KW_ONLY, dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from megatron_simct.evaluation.benchmarks import Name, Problem, cut, livecodebench_tests
+from megatron_simct.config.options import Benchmark
+from megatron_simct.evaluation.answers import Thinking, answer_of, called_functions, plain_math, program_of
+from megatron_simct.evaluation.benchmarks import METRICS, Problem, cut, livecodebench_function, livecodebench_tests
 from megatron_simct.evaluation.math_verifier import MathVerifier
 from megatron_simct.evaluation.sandbox import Limits, passes, run_program
+from megatron_simct.prompt_files import label_of
 
 _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
-_BLOCK = re.compile(r"```(?:[^\n`]*\n)?(.*?)(?:\n?```|\Z)", re.DOTALL)
 _IMPORTS = """
 import bisect, collections, functools, heapq, itertools, math, operator, random, re, string, sys
 from bisect import *
@@ -34,13 +40,16 @@ from typing import *
 from builtins import *
 """
 """What solutions of LiveCodeBench need not import; builtins last, or math's pow would stand in the place of theirs."""
+_FUNCTION = """
+def simct_asked(*arguments):
+    return (Solution().{name} if "Solution" in globals() else {name})(*arguments)
+"""
 _CALLS = """
-import json as _json
-for _test in _json.loads({tests!r}):
-    _arguments = [_json.loads(_line) for _line in _test["input"].split("\\n")]
-    _found = (Solution().{name} if "Solution" in globals() else {name})(*_arguments)
-    _found = _json.loads(_json.dumps(_found))
-    assert _found == _json.loads(_test["output"])
+import json
+for test in json.loads({tests!r}):
+    arguments = [json.loads(line) for line in test["input"].split("\\n")]
+    found = json.loads(json.dumps(simct_asked(*arguments)))
+    assert found == json.loads(test["output"])
 """
 
 
@@ -48,61 +57,74 @@ for _test in _json.loads({tests!r}):
 class Grader:
     """Grades responses, one at a time."""
 
-    benchmark: Name
+    benchmark: Benchmark
     same_answer: Callable[[str, str], bool]
     """Whether a gold text and a response have the same final answer: a MathVerifier."""
     _: KW_ONLY
     chat: bool
     """Whether responses answer a message; else they go on with a text."""
     limits: Limits = field(default_factory=Limits)
+    thinking: Thinking = field(default_factory=Thinking)
 
     def grade(self, problem: Problem, response: str) -> dict[str, bool]:
         """Whether the response is right, under each of the benchmark's metrics."""
-        text = response if self.chat else cut(self.benchmark, response)
+        if self.benchmark == "exact_match":
+            return {"exact_match": response == label_of(problem.fields, "label")}
+        answer = answer_of(response, self.thinking)
+        if answer is None:
+            return dict.fromkeys(METRICS[self.benchmark], False)
+        text = answer if self.chat else cut(self.benchmark, answer)
         match self.benchmark:
             case "gsm8k":
                 gold = problem.fields["answer"].rsplit("#### ", 1)[1]
                 return {
-                    "math_verify": self.same_answer(gold.replace(",", ""), text),
+                    "math_verify": self.same_answer(gold.replace(",", ""), plain_math(text)),
                     "strict_match": _same_number(_strict(text), gold),
                     "flexible_extract": _same_number(_flexible(text), gold),
                 }
             case "math500":
-                gold = problem.fields.get("solution") or f"$\\boxed{{{problem.fields['answer']}}}$"
-                return {"math_verify": self.same_answer(gold, text)}
+                gold = problem.fields.get("solution") or f"$\\boxed{{{label_of(problem.fields, 'answer')}}}$"
+                return {"math_verify": self.same_answer(gold, plain_math(text))}
             case "mbpp":
-                return {"pass": passes(mbpp_program(problem.fields, self._code(text)), self.limits)}
+                return {"pass": _passes_mbpp(problem.fields, self._code(problem, text), self.limits)}
             case "humaneval":
-                code = self._code(text)
+                code = self._code(problem, text)
                 prompt, whole = problem.fields["prompt"], rf"\bdef {problem.fields['entry_point']}\b"
                 start = re.split(whole, prompt)[0] if self.chat and re.search(whole, code) else prompt
-                return {"pass": passes(humaneval_program(problem.fields, start + code), self.limits)}
+                return {"pass": _passes_humaneval(problem.fields, start + code, self.limits)}
             case "livecodebench":
-                code = self._code(text, last=True) if self.chat else (problem.fields.get("starter_code") or "") + text
+                code = self._code(problem, text) if self.chat else (problem.fields.get("starter_code") or "") + text
                 return {"pass": _passes_livecodebench(problem.fields, code, self.limits)}
-            case "exact_match":
-                return {"exact_match": text == problem.fields["label"]}
             case "math_label":
-                label = problem.fields["label"]
+                label = plain_math(label_of(problem.fields, "label"))
                 gold = label if "$" in label or "\\boxed" in label else f"$\\boxed{{{label}}}$"
-                return {"math_verify": self.same_answer(gold, text)}
+                return {"math_verify": self.same_answer(gold, plain_math(text))}
 
-    def _code(self, text: str, *, last: bool = False) -> str:
-        if not self.chat:
-            return text
-        blocks = _BLOCK.findall(text)
-        return blocks[-1 if last else 0] if blocks else text
+    def _code(self, problem: Problem, text: str) -> str:
+        return program_of(text, asked_functions(self.benchmark, problem.fields)) if self.chat else text
+
+
+def asked_functions(benchmark: Benchmark, row: dict[str, Any]) -> set[str]:
+    """The names of which a program defines one: the function that is asked for, or those that the tests call."""
+    match benchmark:
+        case "humaneval":
+            return {row["entry_point"]}
+        case "livecodebench":
+            function = livecodebench_function(row)
+            return set() if function is None else {function}
+        case _:
+            return called_functions(row["test_list"])
 
 
 class Graders:
     """Grades responses, `workers` at a time, each with a Math-Verify of its own. To be closed."""
 
-    def __init__(self, benchmark: Name, *, chat: bool, workers: int, limits: Limits) -> None:
+    def __init__(self, benchmark: Benchmark, *, chat: bool, workers: int, limits: Limits, thinking: Thinking) -> None:
         self._pool = ThreadPoolExecutor(workers)
         self._verifiers = [MathVerifier() for _ in range(workers)]
         self._idle: queue.SimpleQueue[Grader] = queue.SimpleQueue()
         for verifier in self._verifiers:
-            self._idle.put(Grader(benchmark, verifier, chat=chat, limits=limits))
+            self._idle.put(Grader(benchmark, verifier, chat=chat, limits=limits, thinking=thinking))
 
     def grade(self, responses: Iterable[tuple[Problem, str]]) -> Iterator[dict[str, bool]]:
         """As Grader.grade, of each, in order."""
@@ -121,21 +143,30 @@ class Graders:
             verifier.close()
 
 
-def humaneval_program(row: dict[str, Any], code: str) -> str:
-    """The code and its tests."""
-    return f"{code}\n{row['test']}\ncheck({row['entry_point']})"
+def _passes_humaneval(row: dict[str, Any], code: str, limits: Limits) -> bool:
+    """Functions that stand in the prompt before the one that is asked for are the prompt's, for the test."""
+    asked = row["entry_point"]
+    helpers = re.split(rf"\bdef {asked}\b", row["prompt"])[0]
+    return passes(code, f"{row['test']}\ncheck({asked})", limits, helpers=helpers, asked=[asked])
 
 
-def mbpp_program(row: dict[str, Any], code: str) -> str:
-    """The code and its tests."""
+def _passes_mbpp(row: dict[str, Any], code: str, limits: Limits) -> bool:
+    """What is asked for is what the row's own solution defines; what it imports, the tests may use."""
     before = row.get("test_imports") or [row.get("test_setup_code") or ""]
-    return "\n".join([code, *before, *row["test_list"]])
+    try:
+        solution = ast.parse(row.get("code") or "").body
+    except SyntaxError:
+        solution = []
+    asked = [step.name for step in solution if isinstance(step, ast.FunctionDef | ast.ClassDef)]
+    imports = "\n".join(ast.unparse(step) for step in solution if isinstance(step, ast.Import | ast.ImportFrom))
+    return passes(code, "\n".join([*before, *row["test_list"]]), limits, helpers=imports, asked=asked)
 
 
 def _passes_livecodebench(row: dict[str, Any], code: str, limits: Limits) -> bool:
     tests, function = livecodebench_tests(row)
     if function is not None:
-        return passes(_IMPORTS + code + "\n" + _CALLS.format(tests=json.dumps(tests), name=function), limits)
+        source = _IMPORTS + code + _FUNCTION.format(name=function)
+        return passes(source, _CALLS.format(tests=json.dumps(tests)), limits)
     for test in tests:
         outcome = run_program(_IMPORTS + code, limits, stdin=test["input"], as_script=True)
         if outcome.status != "ok" or not same_output(outcome.output, test["output"]):

@@ -18,7 +18,7 @@ class MathVerifier:
 
     TIMEOUT_S = 60.0
     STEP_TIMEOUT_S = 20
-    """Of one expression, by Math-Verify itself; generous, for a busy machine."""
+    """Time limit that Math-Verify itself applies to one expression; generous, for a busy machine."""
     MEMORY_MIB = 2048
 
     def __init__(self) -> None:

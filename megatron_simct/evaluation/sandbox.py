@@ -1,28 +1,54 @@
-"""Run a program that nobody has read, in a child process of its own, within limits.
+"""Run a program that nobody has read, in a process of its own, within limits, and check what its functions return.
 
-    no network, no other process, no file written     refused by the kernel's system call filter (confined.py)
+    no network, no other process, no file written     refused by the kernel's filter of system calls
+    no file read but Python's own and its libraries'  refused by Landlock, where the kernel has it
+    nothing of another process                        by Landlock, and none can be looked into (confined.py)
     CPU seconds, memory, open files, core dumps       resource limits of the process
-    seconds, bytes of output                          watched from here; past them the process is killed
+    seconds, bytes of output                          watched by its supervisor; past them the process is killed
 
-It can read what the user who runs it can read; nothing carries that away but its output, which is compared and dropped.
+The checks of a program run in a second process, which has from the program nothing but plain data (program_server.py).
+Where the kernel has no Landlock, a program can read what the user who runs it can read; nothing carries that away but
+its output, which is compared and dropped, and what its functions return.
+
 Linux on x86-64 or aarch64, any user, no privileges; elsewhere code is not run at all.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
-import secrets
-import selectors
+import socket
 import subprocess
 import sys
-import tempfile
+import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from megatron_simct.evaluation import confined
+from megatron_simct.evaluation.program_server import LENGTH, STARTED
+
+ROOT = str(Path(__file__).resolve().parents[2])
+_START = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from megatron_simct.evaluation import program_server
+del sys.path[0]
+program_server.main()
+"""
+_SERVER_START_S = 120.0
+_ANSWER_SLACK_S = 30.0
+"""A supervisor ends a program that takes too long; this is for a supervisor that cannot."""
+
+Sandbox = Literal["auto", "strict"]
+SANDBOXES: tuple[Sandbox, ...] = get_args(Sandbox)
+"""What a kernel must have for programs to run: the filter of system calls, or Landlock too."""
+
+
+_NO_LANDLOCK = "this kernel has no Landlock, which takes Linux 5.13 and `landlock` in its list of security modules"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +58,7 @@ class Limits:
     cpu_s: int = 10
     wall_s: float = 60.0
     memory_mib: int = 1024
-    """Of address space, the interpreter's own included."""
+    """Limit of the address space, the interpreter included."""
     output_kib: int = 1024
 
 
@@ -45,83 +71,190 @@ class Outcome:
     output: str
 
 
-def run_program(source: str, limits: Limits, *, stdin: str = "", as_script: bool = False, mark: bytes = b"") -> Outcome:
+def run_program(source: str, limits: Limits, *, stdin: str = "", as_script: bool = False) -> Outcome:
     """Run Python source; its standard output, of at most limits.output_kib.
 
-    as_script: `__name__` is "__main__"; else the source runs as code that is imported. mark: what is written behind the
-    source's last statement, if it gets there.
+    as_script: `__name__` is "__main__"; else the source runs as code that is imported.
     """
-    with tempfile.TemporaryDirectory(prefix="simct_program_") as folder:
-        # Half a surrogate pair has no bytes: a question mark makes it a wrong program, not our error.
-        (Path(folder) / "program.py").write_bytes(source.encode(errors="replace"))
-        (Path(folder) / "input").write_bytes(stdin.encode(errors="replace"))
-        (Path(folder) / "mark").write_bytes(mark)
-        options = {"cpu_s": limits.cpu_s, "memory_mib": limits.memory_mib, "as_script": as_script}
-        with open(Path(folder) / "input", "rb") as given:
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-B", confined.__file__, json.dumps(options)],
-                cwd=folder,
-                env={"PATH": os.defpath, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
-                stdin=given,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        try:
-            output, past = _read(process, limits)
-        finally:
-            process.kill()
-            process.wait(timeout=60)
-            assert process.stdout is not None, "it is a pipe"
-            process.stdout.close()
-    text = output.decode(errors="replace")
-    if past is not None:
-        return Outcome(past, text)
-    if process.returncode == 0:
-        return Outcome("ok", text)
-    return Outcome("error", text)
+    answer = _run(source, limits, stdin=stdin, as_script=as_script)
+    return Outcome(answer["status"], answer["output"])
 
 
-def _read(process: subprocess.Popen, limits: Limits) -> tuple[bytes, Literal["time", "output"] | None]:
-    """All output, and which limit was passed. Without one, the process has ended."""
-    assert process.stdout is not None, "it is a pipe"
-    deadline, output = time.monotonic() + limits.wall_s, bytearray()
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        while True:
-            left = deadline - time.monotonic()
-            if left <= 0 or not selector.select(left):
-                return bytes(output), "time"
-            part = os.read(process.stdout.fileno(), 1 << 16)
-            output += part
-            if len(output) > limits.output_kib << 10:
-                return bytes(output), "output"
-            if not part:
-                break
-    try:
-        process.wait(timeout=max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:  # it has closed its output and goes on
-        return bytes(output), "time"
-    return bytes(output), None
+def passes(source: str, checks: str, limits: Limits, *, helpers: str = "", asked: Sequence[str] = ()) -> bool:
+    """Whether checks of what the source defines run to their end, in another process than the source.
 
-
-def passes(source: str, limits: Limits) -> bool:
-    """Whether source that checks itself runs to its end. To leave early, with whatever exit code, is not to pass.
-
-    The code that is checked and its checks share one interpreter, as in the benchmarks' own graders: code that sets out
-    to, such as a class that equals everything, can make a check mean nothing.
+    checks: Python. It sees the source's functions and classes under their names, and calls them with plain data, its
+    own functions, and what it has got from the source; it gets plain data, and objects of the source that equal only
+    themselves. The names of Python and its modules are Python's, unless they are asked. Arguments are copies: a
+    function that changes its argument does not change that of the checks. helpers: what the checks may use instead of
+    the source's definition; asked: names that are the source's in any case.
     """
-    mark = secrets.token_hex(16)
-    outcome = run_program(source, limits, mark=mark.encode())
-    return outcome.status == "ok" and mark in outcome.output  # what is printed is buffered, and may come after it
+    answer = _run(source, limits, checks=checks, helpers=helpers, asked=list(asked))
+    return answer["status"] == "ok"
 
 
-def check_sandbox(*, flag: str = "--benchmark") -> None:
+def landlock_version() -> int:
+    """Landlock version of the kernel under the programs that run here; 0 if it has none."""
+    return _the_server().landlock
+
+
+def described(landlock: int) -> str:
+    """What confines programs on a kernel with this version of Landlock, and what that leaves open."""
+    if landlock > 0:
+        return f"programs were confined by seccomp and Landlock (version {landlock})"
+    return f"programs were confined by seccomp alone, and could read this user's files: {_NO_LANDLOCK}"
+
+
+def check_sandbox(*, flag: str = "--benchmark", sandbox: Sandbox = "auto") -> None:
     """ValueError, naming the flag that asked for it, where programs cannot be confined on this system."""
-    outcome = run_program("", Limits(wall_s=60.0))
-    if outcome.status != "ok":
-        reason = outcome.output.strip() or outcome.status
+    try:
+        # A module that is not loaded yet shows that the library can still be read.
+        outcome = run_program("import colorsys", Limits(wall_s=60.0))
+        reason = None if outcome.status == "ok" else f"a program that imports a module ends with {outcome.status}"
+    except OSError as error:
+        reason = str(error)
+    if reason is not None:
         raise ValueError(
             f"{flag}: this system cannot confine programs ({reason}), so benchmarks of code are not run here; it "
             "takes Linux on x86-64 or aarch64 with seccomp"
         )
+    if sandbox == "strict" and landlock_version() == 0:
+        raise ValueError(f"--sandbox strict: {_NO_LANDLOCK}; run on a kernel that has it, or with --sandbox auto")
+
+
+# The server
+
+
+class _Server:
+    """The process from which programs are forked."""
+
+    def __init__(self) -> None:
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-B", "-c", _START, str(theirs.fileno()), ROOT],
+                cwd="/",
+                env={"PATH": os.defpath, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        assert self._process.stdout is not None, "it is a pipe"
+        with self._process.stdout as report:
+            line = report.readline()
+        if not line:
+            self.close()
+            raise OSError("the process that starts programs has ended")
+        self.landlock: int = json.loads(line)["landlock"]
+        if self.landlock == 0:
+            # Else a program of the same user reads this process's environment and memory.
+            confined.hide()
+
+    def connect(self) -> socket.socket:
+        """To the supervisor of a new program."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                socket.send_fds(self._control, [b"+"], [theirs.fileno()])
+            except OSError:
+                ours.close()
+                raise
+        return ours
+
+    def close(self) -> None:
+        self._control.close()
+        self._process.kill()
+        self._process.wait(timeout=60)
+
+
+_server: _Server | None = None
+_lock = threading.Lock()
+
+
+def _the_server(*, instead_of: _Server | None = None) -> _Server:
+    """The one of this process, started where there is none."""
+    global _server
+    with _lock:
+        if _server is not None and _server is instead_of:
+            _server.close()
+            _server = None
+        if _server is None:
+            _server = _Server()
+        return _server
+
+
+@atexit.register
+def _close() -> None:
+    global _server
+    with _lock:
+        if _server is not None:
+            _server.close()
+        _server = None
+
+
+def _connected() -> socket.socket:
+    server = _the_server()
+    try:
+        return server.connect()
+    except OSError:  # it was killed since
+        return _the_server(instead_of=server).connect()
+
+
+def _run(source: str, limits: Limits, **what: Any) -> dict[str, Any]:
+    """Have a program run. OSError where that is not possible on this system, or at this time."""
+    with _connected() as connection:
+        return _answer(connection, job(source, limits, **what), limits)
+
+
+def job(
+    source: str,
+    limits: Limits,
+    *,
+    checks: str | None = None,
+    helpers: str = "",
+    asked: Sequence[str] = (),
+    stdin: str = "",
+    as_script: bool = False,
+) -> bytes:
+    """What a supervisor reads."""
+    content = {
+        # Half a surrogate pair has no bytes: a question mark makes it a wrong program, not our error.
+        "source": source.encode(errors="replace").decode(),
+        "checks": checks,
+        "helpers": helpers,
+        "asked": asked,
+        "stdin": stdin,
+        "as_script": as_script,
+        "cpu_s": limits.cpu_s,
+        "wall_s": limits.wall_s,
+        "memory_mib": limits.memory_mib,
+        "output_kib": limits.output_kib,
+    }
+    message = json.dumps(content).encode()
+    return LENGTH.pack(len(message)) + message
+
+
+def _answer(connection: socket.socket, message: bytes, limits: Limits) -> dict[str, Any]:
+    deadline = time.monotonic() + limits.wall_s + _ANSWER_SLACK_S
+    data = bytearray()
+    try:
+        connection.settimeout(limits.wall_s + _ANSWER_SLACK_S)
+        connection.sendall(message)
+        while part := connection.recv(1 << 20):
+            data += part
+            connection.settimeout(max(0.001, deadline - time.monotonic()))
+    except TimeoutError:
+        return {"status": "time", "output": ""}
+    except (BrokenPipeError, ConnectionResetError):  # as where it ends without an answer
+        pass
+    if not data.startswith(STARTED):
+        raise OSError("no process could be started for a program; there may be too many, or too little memory")
+    start = len(STARTED) + LENGTH.size
+    if len(data) <= start:  # it was killed
+        return {"status": "error", "output": ""}
+    answer = json.loads(data[start:])
+    if answer["status"] == "unconfined":
+        raise OSError(answer["reason"])
+    return answer

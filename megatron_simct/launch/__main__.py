@@ -4,7 +4,7 @@
     python -m megatron_simct.launch run.yaml --dry-run                  print exactly what would run
     python -m megatron_simct.launch run.yaml student.lr=2e-6 cluster.teacher.nodes=2
     python -m megatron_simct.launch status run.yaml                     of a Slurm job; or cancel
-    python -m megatron_simct.launch logs run.yaml --follow              what both jobs of a Slurm job write
+    python -m megatron_simct.launch logs run.yaml --follow              what all jobs of a Slurm run write
 
 The smallest run file; without `teacher` both models share the student's processes (student: teacher_hf_checkpoint):
 
@@ -12,8 +12,12 @@ The smallest run file; without `teacher` both models share the student's process
     student: {hf_checkpoint: STUDENT_DIR, prompt_data: prompts.jsonl}   # flags of megatron_simct.train
     teacher: {teacher_hf_checkpoint: TEACHER_DIR}                       # flags of megatron_simct.serve_teacher
 
+A second teacher, or an inference engine with an environment of its own, is one more entry of the list `jobs`, which
+takes the place of the sections student and teacher; megatron_simct/config/run_file.py has its form. There
+jobs.teacher.nodes=2 and jobs.student.options.lr=2e-6 override values.
+
 A run whose pre-flight fails is not started (tools/check_pair.py shows all of it). Secrets such as WANDB_API_KEY belong
-into the environment that launches, which both jobs inherit.
+into the environment that launches, which all jobs inherit.
 """
 
 from __future__ import annotations
@@ -25,9 +29,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_simct.command_line import Parser, command  # isort: skip  (before what takes seconds to load)
+from megatron_simct.config.command_line import Parser, command
+from megatron_simct.config.run_file import RunFile, read_run_file
 from megatron_simct.launch import local, slurm
-from megatron_simct.launch.run_file import RunFile, read_run_file
 
 _COMMANDS = ("status", "logs", "cancel")
 
@@ -42,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if action == "start":
         return _start(run, dry_run=options.dry_run)
     if run.cluster.kind != "slurm":
-        raise ValueError(f"{run.path}: cluster.kind is local: {action} is of Slurm jobs")
+        raise ValueError(f"{run.path}: cluster.kind is local: {action} is only available for Slurm runs")
     return {"status": _status, "logs": _logs, "cancel": _cancel}[action](run, options)
 
 
@@ -52,9 +56,9 @@ def _parser(action: str) -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run_file", metavar="RUN.yaml", help="both jobs; megatron_simct/launch/run_file.py explains it")
+    parser.add_argument("run_file", metavar="RUN.yaml", help="all jobs; megatron_simct/config/run_file.py explains it")
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help="go before what the file says"
+        "overrides", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help="override values of the file"
     )
     if action == "start":
         parser.add_argument("--dry-run", action="store_true", help="print what would run, and start nothing")
@@ -88,7 +92,7 @@ def _status(run: RunFile, options: argparse.Namespace) -> int:
     if not found["components"]:
         print(f"job {found['job_id']}: no longer queued")
     for row in found["components"]:
-        print(f"job {row['id']}: {row['state']} for {row['time']}, {row['where']}")
+        print(f"job {row['id']} ({row['name']}): {row['state']} for {row['time']}, {row['where']}")
     step = found["step"]
     if step is not None:
         print(f"iteration {step['iteration']} of {run.config.training.train_iters}, loss {step['loss']:.6f}")

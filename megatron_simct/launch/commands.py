@@ -1,31 +1,31 @@
-"""The two command lines of a run. Nothing else spells them.
+"""The command lines of a run. Nothing else spells them.
 
 A command is a list of arguments and never a line of text: whoever writes it into a script quotes each of them.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from megatron_simct.arguments import SERVE_TEACHER, TRAIN, Option, options
-from megatron_simct.launch.run_file import JobSize, RunFile
+from megatron_simct.config.flags import SERVE_TEACHER, TRAIN, Option, flag_text, options
+from megatron_simct.config.run_file import Job, JobSize
 
 SIGNALS = "SIGINT,SIGHUP,SIGQUIT"
 """What torchrun answers by stopping its processes within 30 s. Not SIGTERM: on it a run saves first, which may take
 longer, so it is sent to the run's processes and torchrun waits for their end."""
 
 
-def student_command(run: RunFile) -> list[str]:
-    """-m megatron_simct.train and its flags."""
-    return ["-m", TRAIN.module, *flags(run.student, options(TRAIN.config))]
+def command_of(job: Job, *, without: Sequence[str] = ()) -> list[str]:
+    """What the interpreter of a job's processes runs: a module and its flags, or an engine's own command.
 
-
-def teacher_command(run: RunFile) -> list[str]:
-    """-m megatron_simct.serve_teacher and its flags."""
-    assert run.teacher is not None
-    return ["-m", SERVE_TEACHER.module, *flags(run.teacher, options(SERVE_TEACHER.config))]
+    without: keys of options that are left out.
+    """
+    if job.kind == "engine":
+        return list(job.command)
+    entry = TRAIN if job.kind == "student" else SERVE_TEACHER
+    values = {key: value for key, value in job.options.items() if key not in without}
+    return ["-m", entry.module, *flags(values, options(entry.config))]
 
 
 def flags(values: Mapping[str, Any], known: Iterable[Option]) -> list[str]:
@@ -40,7 +40,7 @@ def flags(values: Mapping[str, Any], known: Iterable[Option]) -> list[str]:
         elif option.many:
             arguments += [option.flag, *map(str, value)]
         else:
-            arguments.append(f"{option.flag}={value}")
+            arguments.append(f"{option.flag}={flag_text(value)}")
     return arguments
 
 
@@ -50,8 +50,3 @@ def torchrun(size: JobSize) -> list[str]:
         *("-m", "torch.distributed.run", f"--nnodes={size.nodes}", f"--nproc-per-node={size.processes}"),
         *(f"--max-restarts={size.max_restarts}", f"--signals-to-handle={SIGNALS}", "--rdzv-backend=c10d"),
     ]
-
-
-def interpreter(run: RunFile) -> str:
-    """The Python of the nodes."""
-    return run.cluster.python or ("python" if run.cluster.container else sys.executable)

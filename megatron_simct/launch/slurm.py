@@ -1,4 +1,4 @@
-"""One heterogeneous Slurm job: component 0 is the student, component 1 the teacher.
+"""One heterogeneous Slurm job: component 0 is the student, the others are teachers and engines in the file's order.
 
 The script is written into run_dir/job.sh, readable and runnable by hand. Every value that comes from the run file goes
 through shlex.quote on its way into it (`_environment` does so to whatever the template writes), and what an #SBATCH
@@ -17,9 +17,10 @@ from typing import Any
 
 import jinja2
 
-from megatron_simct.launch.commands import interpreter, student_command, teacher_command, torchrun
-from megatron_simct.launch.run_file import RunFile
-from megatron_simct.teacher.endpoints import write_private
+from megatron_simct.config.options import flag_of
+from megatron_simct.config.run_file import Job, RunFile
+from megatron_simct.files import write_private
+from megatron_simct.launch.commands import command_of, torchrun
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 _TIMEOUT_S = 60.0
@@ -28,10 +29,7 @@ _TIMEOUT_S = 60.0
 
 def job_script(run: RunFile, *, directory: str) -> str:
     """The text of the job script. `directory`: where the job's processes start."""
-    cluster = run.cluster
-    sizes = [cluster.student] if run.teacher is None else [cluster.student, cluster.teacher]
     duration = run.config.output.exit_duration_in_mins
-    task, container = _task(run, on_gpu=any(size.gpus_per_node for size in sizes))
     return (
         _environment()
         .get_template("slurm_job.sh.jinja")
@@ -39,21 +37,38 @@ def job_script(run: RunFile, *, directory: str) -> str:
             script=script_path(run),
             run_dir=run.run_dir,
             directory=directory,
-            python=interpreter(run),
-            cluster=cluster,
-            sizes=sizes,
+            cluster=run.cluster,
+            jobs=[_step(run, job) for job in run.jobs],
             env=run.env,
-            student=[*torchrun(cluster.student)[2:], *student_command(run)],
-            teacher=None if run.teacher is None else [*torchrun(cluster.teacher)[2:], *teacher_command(run)],
-            binds=run.teacher is not None and "bind" not in run.teacher,
-            task=task,
-            container=container,
             tracker=f"{run.config.output.save}/{_TRACKER}",
             train_iters=run.config.training.train_iters,
             may_end_early=run.config.evaluation.exit_eval_accuracy is not None,
             duration_s=1 << 40 if duration is None else int(60 * duration),
         )
     )
+
+
+def _step(run: RunFile, job: Job) -> dict[str, Any]:
+    """What the template writes of one job."""
+    task, prefix = _task(run, job)
+    engine = run.engine_of(job)
+    key = "rollout_engine_endpoint" if job.kind == "student" else "engine_endpoint"
+    words = command_of(job, without=(key,) if engine is not None else ())
+    return {
+        "name": job.name,
+        "kind": job.kind,
+        "size": job,
+        "component": run.jobs.index(job),
+        "python": run.python_of(job),
+        "command": words if job.kind == "engine" else [*torchrun(job)[2:], *words],
+        "binds": job.kind == "teacher" and "bind" not in job.options,
+        "engine": (
+            None if engine is None else {"component": run.jobs.index(engine), "port": engine.port, "flag": flag_of(key)}
+        ),
+        "task": task,
+        "prefix": prefix,
+        "starts": 1 + job.max_restarts,
+    }
 
 
 def script_path(run: RunFile) -> str:
@@ -72,6 +87,8 @@ def submit(run: RunFile, *, directory: str) -> str:
         raise ValueError(f"job {earlier} of {run.run_dir} is still {active[0]['state']}; cancel it first")
     write_private(folder / "job.sh", job_script(run, directory=directory), mode=0o700)
     number = _call("sbatch", "--parsable", script_path(run)).strip().split(";")[0]
+    if not _is_number(number):
+        raise ValueError(f"sbatch printed {number[:80]!r}, not the number of a job; look for the job with squeue")
     write_private(folder / "job.json", json.dumps({"job_id": number}) + "\n")
     return number
 
@@ -79,15 +96,22 @@ def submit(run: RunFile, *, directory: str) -> str:
 def job_id(run: RunFile) -> str | None:
     """The number of the run's job; None where none was submitted."""
     try:
-        return str(json.loads((Path(run.run_dir) / "job.json").read_text())["job_id"])
+        number = json.loads((Path(run.run_dir) / "job.json").read_text())["job_id"]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{run.run_dir}/job.json is damaged; look for the job with squeue") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        number = None
+    if not isinstance(number, str) or not _is_number(number):  # it becomes an argument of scancel
+        raise ValueError(f"{run.run_dir}/job.json is damaged; look for the job with squeue")
+    return number
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
 
 
 def status(run: RunFile) -> dict[str, Any]:
-    """The job's components in the queue, and the last line of the student's metrics."""
+    """The job's components in the queue with the names of their jobs, and the last line of the student's metrics."""
     number = _submitted(run)
     metrics = Path(run.config.output.run_dir or run.run_dir) / "metrics.jsonl"
     last = None
@@ -97,7 +121,15 @@ def status(run: RunFile) -> dict[str, Any]:
             with contextlib.suppress(json.JSONDecodeError):  # of a line that is being written
                 row = json.loads(line)
                 last = row if row["kind"] == "step" else last
-    return {"job_id": number, "components": _squeue(number), "step": last}
+    components = [row | {"name": _name_of(run, row["id"])} for row in _squeue(number)]
+    return {"job_id": number, "components": components, "step": last}
+
+
+def _name_of(run: RunFile, component: str) -> str:
+    """The job of a component: squeue writes NUMBER+COMPONENT, or the number alone where there is one."""
+    _, _, number = component.partition("+")
+    place = int(number) if _is_number(number) else 0
+    return run.jobs[place].name if place < len(run.jobs) else "?"
 
 
 def cancel(run: RunFile) -> str:
@@ -108,7 +140,7 @@ def cancel(run: RunFile) -> str:
 
 
 def log_files(run: RunFile) -> list[Path]:
-    """What the job and the tasks of both components have written."""
+    """What the job and the tasks of all components have written."""
     return sorted((Path(run.run_dir) / "logs").glob("*.log"))
 
 
@@ -152,21 +184,22 @@ def _call(*command: str) -> str:
     return result.stdout
 
 
-def _task(run: RunFile, *, on_gpu: bool) -> tuple[list[str], list[str]]:
+def _task(run: RunFile, job: Job) -> tuple[list[str], list[str]]:
     """Options of srun for one task a node, and what stands before the command in each task."""
     task = ["--ntasks-per-node=1", "--cpu-bind=none", "--kill-on-bad-exit=1", "--open-mode=append"]
-    container = run.cluster.container
+    own = ["env", *(f"{name}={value}" for name, value in job.env.items())] if job.env else []
+    container = run.container_of(job)
     if container is None:
-        return task, []
+        return task, own
     if container.runtime == "pyxis":
         task.append(f"--container-image={container.image}")
         if container.mounts:
             task.append(f"--container-mounts={','.join(container.mounts)}")
         if run.env:
             task.append(f"--container-env={','.join(run.env)}")  # before what the image says of them
-        return task, []
-    gpus, binds = ["--nv"] * on_gpu, [f"--bind={mount}" for mount in container.mounts]
-    return task, ["apptainer", "exec", *gpus, *binds, container.image]
+        return task, own
+    gpus, binds = ["--nv"] * bool(job.gpus_per_node), [f"--bind={mount}" for mount in container.mounts]
+    return task, ["apptainer", "exec", *gpus, *binds, container.image, *own]
 
 
 def _environment() -> jinja2.Environment:

@@ -1,12 +1,15 @@
-"""The fourth hop: the student's hidden states and the teacher's word, compared on vocabulary shards."""
+"""The fourth hop: compares the student's hidden states with the teacher's scores on vocabulary shards."""
 
-from megatron_simct.losses.bytes import ByteOrder
-from megatron_simct.losses.interfaces import LabelRows, LossOutput, interface_loss, interface_loss_from_logits
-from megatron_simct.losses.needs import check_config, check_labels, known_failure, teacher_needs
+from megatron_simct.losses.checks import check_config, check_has_units, check_labels, known_failure, teacher_needs
+from megatron_simct.losses.kinds.bytes import ByteOrder
+from megatron_simct.losses.loss import LabelRows, LossOutput, interface_loss, interface_loss_from_logits
 from megatron_simct.losses.public import (
     CrossTokenizerLoss,
+    Head,
+    Logits,
+    Response,
+    SharedVocabulary,
     cross_tokenizer_loss,
-    fused_cross_tokenizer_loss,
     place_shared_head,
 )
 from megatron_simct.losses.shared_head import SharedColumns, SharedHead, gather_shared_head
@@ -15,14 +18,18 @@ from megatron_simct.losses.vocab_parallel import label_statistics, logit_statist
 __all__ = [
     "ByteOrder",
     "CrossTokenizerLoss",
+    "Head",
     "LabelRows",
+    "Logits",
     "LossOutput",
+    "Response",
     "SharedColumns",
     "SharedHead",
+    "SharedVocabulary",
     "check_config",
+    "check_has_units",
     "check_labels",
     "cross_tokenizer_loss",
-    "fused_cross_tokenizer_loss",
     "gather_shared_head",
     "interface_loss",
     "interface_loss_from_logits",

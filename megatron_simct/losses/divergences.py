@@ -13,7 +13,6 @@ is 1) does not see:
     reverse_kl   D = log p - log q          forward_kl   D = -q / p          js   D = log(p / m), times 1 - b
 
 Where p is a softmax of scores, d(value)/d(score) = p (D - offset) with offset = sum p D over the row: KL, -1 and so on.
-Where one column takes what the others leave, offset is D of that column. The formulas are the same.
 
 Sums over the many columns are of scores relative to the row's largest, s - m_s and t - m_t, so that the large common
 part is gone before anything is added:
@@ -143,7 +142,7 @@ def shared_sums(
 
 
 def known_sums(log_p: torch.Tensor, log_q: torch.Tensor, divergence: str, beta: float) -> ColumnSums:
-    """Over columns [A, E] that every rank knows; -inf on both sides is no column."""
+    """Over columns [A, E] that every rank knows; a column with -inf for both models is ignored."""
     p, q = log_p.exp(), log_q.exp()
     second = p.sum(1)
     match divergence:
@@ -176,28 +175,6 @@ def mean_of_derivative(total: ColumnSums, divergence: str, beta: float) -> torch
         case "forward_kl":
             return -total.q
     return -total.first / total.p
-
-
-def sum_of_derivative(sums: ColumnSums, divergence: str) -> torch.Tensor:
-    """[A]: sum p D over the columns of `sums`, which need not be all columns of the rows."""
-    match divergence:
-        case "reverse_kl":
-            return sums.first
-        case "forward_kl":
-            return -sums.q
-    return -sums.first
-
-
-def derivative_of(log_p: torch.Tensor, log_q: torch.Tensor, divergence: str, beta: float) -> torch.Tensor:
-    """D of columns that every rank knows, without `factor_of`; 0 where the student gives a column nothing."""
-    match divergence:
-        case "reverse_kl":
-            derivative = log_p - log_q
-        case "forward_kl":
-            derivative = -(log_q - log_p).exp()
-        case _:
-            derivative = -_deficit(log_p, log_q, 1 - beta)
-    return derivative.masked_fill(log_p == NEGATIVE_INFINITY, 0)
 
 
 def known_gradient(

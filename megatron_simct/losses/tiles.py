@@ -42,7 +42,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from megatron_simct.losses.vocab_parallel import NEGATIVE_INFINITY, in_place, statistics_dtype
+from megatron_simct.losses.vocab_parallel import NEGATIVE_INFINITY, in_place, soft_cap, statistics_dtype
 
 ALL_ROWS = slice(None)
 TOP_COLUMNS = 4096
@@ -90,7 +90,8 @@ class GivenLogits:
 
     def logits(self, start: int, end: int, rows: slice = ALL_ROWS) -> torch.Tensor:
         """[n, end - start], a new tensor: the capped logits of local columns [start, end) at a slice of the rows."""
-        return _cap_(self._logits[self._place(rows), start:end].to(self.dtype, copy=True), self.soft_cap)
+        tile = self._logits[self._place(rows), start:end].to(self.dtype, copy=True)
+        return soft_cap(tile, self.soft_cap, in_place=True)
 
     def read(self, start: int, end: int, rows: slice = ALL_ROWS) -> torch.Tensor:
         """`logits`, not to be overwritten: a view of what exists where it is what is asked for."""
@@ -101,7 +102,8 @@ class GivenLogits:
     def logits_at(self, columns: torch.Tensor, rows: slice = ALL_ROWS) -> torch.Tensor:
         """[n, w], a new tensor: the capped logits of local columns `columns` int64 [w]."""
         logits = self._logits[self._place(rows)]
-        return _cap_(logits.gather(1, columns.expand(len(logits), -1)).to(self.dtype), self.soft_cap)
+        tile = logits.gather(1, columns.expand(len(logits), -1)).to(self.dtype)
+        return soft_cap(tile, self.soft_cap, in_place=True)
 
     def add_gradient(self, start: int, end: int, gradient: torch.Tensor, rows: slice = ALL_ROWS) -> None:
         """Add [n, end - start], the gradient with respect to the capped logits of `logits(start, end, rows)`.
@@ -129,7 +131,7 @@ class GivenLogits:
         order = torch.arange(self.num_rows, device=self.device) if self._order is None else self._order
         index = (order[rows].unsqueeze(1), columns)
         if self.soft_cap is not None:
-            capped = _cap_(self._logits[index].to(self.dtype), self.soft_cap)
+            capped = soft_cap(self._logits[index].to(self.dtype), self.soft_cap)
             gradient = _through_cap_(gradient, capped, self.soft_cap)
         assert self._gradient is not None, "the logits need no gradient"
         self._gradient.index_put_(index, gradient.to(self._gradient.dtype), accumulate=True)
@@ -231,7 +233,7 @@ class OutputLayer:
             weight, value = self._weight.index_select(0, columns[:, k]), gradient[:, k : k + 1]
             if self.soft_cap is not None:
                 logits = (hidden.to(self.dtype) * weight.to(self.dtype)).sum(1, keepdim=True)
-                value = _through_cap_(value.clone(), _cap_(logits, self.soft_cap), self.soft_cap)
+                value = _through_cap_(value.clone(), soft_cap(logits, self.soft_cap), self.soft_cap)
             if self._hidden_gradient is not None:
                 self._hidden_gradient[rows] += value * weight
             if self._weight_gradient is not None:
@@ -252,7 +254,7 @@ class OutputLayer:
         return _KnownGradients.apply(value, of_hidden, self._weight_gradient, hidden, weight)
 
     def _tile(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
-        return _cap_(linear(self._hidden[rows], weight).to(self.dtype), self.soft_cap)
+        return soft_cap(linear(self._hidden[rows], weight).to(self.dtype), self.soft_cap, in_place=True)
 
     def _rows_at(self, columns: torch.Tensor) -> torch.Tensor:
         """The weight rows of a gathered tile; kept until another tile is asked for, as each is read several times."""
@@ -279,27 +281,41 @@ StudentLogits = GivenLogits | OutputLayer
 
 @torch.no_grad()
 def likeliest(
-    source: StudentLogits, lse: torch.Tensor, k: int, *, vocab_size: int, group: dist.ProcessGroup | None
-) -> torch.Tensor:
-    """[n, min(k, vocab_size)], descending: log-probabilities of each row's likeliest tokens. No gradient.
+    source: StudentLogits,
+    lse: torch.Tensor,
+    k: int,
+    *,
+    vocab_size: int,
+    shard_start: int,
+    group: dist.ProcessGroup | None,
+    ids: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """[n, min(k, vocab_size)], descending: log-probabilities of each row's likeliest tokens, and with `ids` which they
+    are, int64. No gradient.
 
-    lse [n] is over the whole vocabulary of `vocab_size` real tokens, `source` this rank's. Between ranks go k numbers a
-    row from each.
+    lse [n] is over the whole vocabulary of `vocab_size` real tokens; `source` is this rank's, from shard_start on.
+    Between ranks go k numbers a row from each, with `ids` k more.
     """
     k = min(k, vocab_size)
     best = torch.full((source.num_rows, k), NEGATIVE_INFINITY, dtype=source.dtype, device=source.device)
+    names = torch.zeros(best.shape, dtype=torch.int64, device=source.device)
     for start in range(0, source.num_columns, TOP_COLUMNS):
-        tile = source.logits(start, min(start + TOP_COLUMNS, source.num_columns))
-        best = torch.cat([best, tile], dim=1).topk(k, dim=1).values
+        end = min(start + TOP_COLUMNS, source.num_columns)
+        best, chosen = torch.cat([best, source.logits(start, end)], dim=1).topk(k, dim=1)
+        if ids:
+            of_tile = torch.arange(start, end, device=names.device) + shard_start
+            names = torch.cat([names, of_tile.expand(len(names), -1)], dim=1).gather(1, chosen)
     if group is not None and dist.get_world_size(group) > 1:
-        everybody = [torch.empty_like(best) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(everybody, best, group=group)
-        best = torch.cat(everybody, dim=1).topk(k, dim=1).values
-    return best - lse.unsqueeze(1)
+        best, chosen = _gathered(best, group).topk(k, dim=1)
+        names = _gathered(names, group).gather(1, chosen) if ids else names
+    return best - lse.unsqueeze(1), names if ids else None
 
 
-def _cap_(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+def _gathered(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """[n, k] -> [n, k ranks]"""
+    everybody = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everybody, values, group=group)
+    return torch.cat(everybody, dim=1)
 
 
 def _through_cap_(gradient: torch.Tensor, capped: torch.Tensor, cap: float) -> torch.Tensor:

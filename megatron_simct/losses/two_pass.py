@@ -21,8 +21,11 @@ The gradient of a row of logits z, with x_c the score z_c / tau of a shared toke
 A row may have *special columns*: shared tokens taken out of the sums (and of the last term) whose scores every rank
 gets to know, so that the interface can put them back as it likes; `special_weight` is their gradient.
 
-Where an interface compares only a few columns of a row, the likeliest ones (`topk`), there are no sums and no last
-term: the ranks exchange k scores a row, and `top_weight` is the gradient of these columns.
+An interface may ask for the probability that a first row gives to the columns that are not shared (`outside`). It
+is summed, not taken as what the shared ones leave of 1: where they leave little, that would be rounding. The second
+term of such a row is then that of the columns outside alone.
+
+Where an interface compares only a few columns of a row, the likeliest ones, see top_columns.py.
 
 Shapes: `N` student rows, `A` shared rows in the order above, `F` of them dense, `K` special columns, `c` shared tokens
 and `w` columns of a tile.
@@ -31,28 +34,29 @@ and `w` columns of a tile.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_simct.losses.divergences import Norms, RunningSums, mean_deficits, score_gradient_
+from megatron_simct.losses.rows import Statistics
 from megatron_simct.losses.shared_head import SharedColumns, TeacherScores
 from megatron_simct.losses.tiles import StudentLogits
 from megatron_simct.losses.vocab_parallel import (
     NEGATIVE_INFINITY,
+    LabelSums,
     add_at_,
     finite_reference,
-    own_logits,
     reduce_packed,
-    row_maxima,
 )
 
 MAX_TILE_COLUMNS = 4096
 """Wider tiles gain nothing: the products are as fast."""
 MIN_TILE_COLUMNS = 64
 ROWS_FIRST_ELEMENTS = 1 << 20
-"""Of a tile of whole rows, where logits exist: scores that are read in another order should stay in the cache."""
+"""Elements of a tile of whole rows, if logits exist: the scores are read again in another order, from the cache."""
 CACHED_ELEMENTS = 1 << 19
 """On a CPU, elementwise work goes over blocks of rows that stay in the cache; the products take the whole tile."""
 
@@ -113,70 +117,29 @@ class RowPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Statistics:
-    """What the ranks agree on after the reductions."""
-
-    label_max: torch.Tensor
-    """[N], the largest logit of each student row (0 where there is none)."""
-    label_log_sum: torch.Tensor
-    """[N], log of the sum of e^(z - label_max) over the real vocabulary."""
-    own: torch.Tensor
-    """[N], each label's logit."""
-    log_probs: torch.Tensor
-    """[N], of each student label."""
-    student_max: torch.Tensor
-    """[A], of the scores of the shared tokens, special columns left out (0 where there is none)."""
-    teacher_max: torch.Tensor
-    """[A]"""
-    same_top: torch.Tensor
-    """bool [A]: whether both models find the same of the compared tokens likeliest, special columns left out."""
-    sums: dict[str, torch.Tensor]
-    """Of RunningSums."""
-    special_student: torch.Tensor
-    """[F, K], logits (before the temperature) of the special columns; -inf where the token is not a shared one."""
-    special_teacher: torch.Tensor
-    """[F, K]"""
-    top: TopColumns | None = None
-    """With topk: those of the shared rows."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TopColumns:
-    """The student's likeliest columns of each shared row, over all ranks, in descending order."""
-
-    student: torch.Tensor
-    """[A, k]: logits; -inf where a row has fewer columns."""
-    teacher: torch.Tensor
-    """[A, k]: the teacher's logits of the same shared tokens; of no meaning without a teacher."""
-    local: torch.Tensor
-    """int64 [A, k]: local column; 0 where the column is another rank's."""
-    here: torch.Tensor
-    """bool [A, k]: whether the column is this rank's."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class GradientWeights:
     """How the gradient of the loss is weighted; see the module's docstring."""
 
-    norms: Norms
-    offset: torch.Tensor
-    """[A]"""
-    scale: torch.Tensor
-    """[A]"""
     own_weight: torch.Tensor
     """[N], in the student's order."""
     softmax_weight: torch.Tensor
-    """[N], in the student's order; read at dense rows."""
+    """[N], in the student's order; read at dense rows. With `outside`, at first rows, only of the columns outside."""
+    whole_weight: torch.Tensor | None = None
+    """[N], with `outside`: the same at first rows, of all columns; None: 0."""
+    shared: tuple[Norms, torch.Tensor, torch.Tensor] | None = None
+    """Norms, offset [A] and scale [A] of the shared columns."""
     special_weight: torch.Tensor | None = None
     """[F, K]"""
+    top_weight: torch.Tensor | None = None
+    """[A, k]: gradient of the top columns' logits (top_columns.py)."""
+    entry_weight: torch.Tensor | None = None
+    """[E]: gradient of the entries' logits (entries.py)."""
     own_outside_dense: bool = False
     """Whether own_weight is read at rows that are not dense, too."""
-    top_weight: torch.Tensor | None = None
-    """[A, k]: gradient of the top columns' logits; then norms, offset and scale are not read."""
 
 
-class TwoPass:
-    """The tiles of one micro-batch on one rank."""
+class Tiles:
+    """How the rows and columns of one micro-batch on one rank are gone through."""
 
     def __init__(
         self,
@@ -187,26 +150,18 @@ class TwoPass:
         labels: torch.Tensor,
         columns: SharedColumns | None,
         shard_start: int,
-        divergence: str,
-        beta: float,
-        temperature: float,
         memory_mib: int,
         group: dist.ProcessGroup | None,
-        topk: int = 0,
     ) -> None:
         """source reads rows in the plan's order; teacher gives the scores of the shared rows in that order.
 
-        labels int64 [N], in the student's order. teacher is None where no rows are shared, or where topk columns are
-        to be found among all of the student's.
+        labels int64 [N], in the student's order. teacher is None where no scores of shared tokens are read.
         """
         if source.device.type == "cpu":
             _keep_freed_memory()
-        self._topk = topk
         self._source, self._teacher, self._plan, self._columns = source, teacher, plan, columns
         self._labels = labels[plan.order] - shard_start
-        self._shard_start = shard_start
-        self._divergence, self._beta, self._temperature = divergence, beta, temperature
-        self._group = group
+        self._shard_start, self._group = shard_start, group
         self._empty = torch.zeros(0, dtype=source.dtype, device=source.device)
         num_rows = source.num_rows + (0 if teacher is None else plan.num_shared)
         # A tile of each model; a second one while a soft-cap or a narrower type is converted.
@@ -216,88 +171,164 @@ class TwoPass:
         if source.rows_first:
             self._width = max(1, source.num_columns)
             self._height = max(1, ROWS_FIRST_ELEMENTS // self._width)
-        self._special_position = self._positions(plan.special)
+
+    @property
+    def _sparse(self) -> slice:
+        return slice(0, self._plan.num_sparse)
+
+    def _tiles(self) -> Iterator[tuple[slice, int, int]]:
+        """Rows and columns [start, end): all rows of some columns, or some rows of all columns."""
+        for run in self._source.runs():
+            for top in range(run.start, run.stop, self._height):
+                chunk = slice(top, min(top + self._height, run.stop))
+                for start in range(0, self._source.num_columns, self._width):
+                    yield chunk, start, min(start + self._width, self._source.num_columns)
+
+    def _blocks(self, start: int, stop: int, width: int) -> Iterator[slice]:
+        """Rows [start, stop) in blocks; a block is either before, in or behind the dense first rows."""
+        size = max(1, CACHED_ELEMENTS // max(1, width)) if self._source.device.type == "cpu" else max(1, stop - start)
+        borders = [b for b in (self._plan.num_sparse, self._plan.num_shared) if start < b < stop]
+        for low, high in zip([start, *borders], [*borders, stop], strict=True):
+            for top in range(low, high, size):
+                yield slice(top, min(top + size, high))
+
+    def _teacher_tile(self, chunk: slice, start: int, end: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Teacher scores of the tile's shared rows and tokens, and these tokens' columns in the tile; None for none."""
+        rows = common(chunk, slice(0, self._plan.num_shared))
+        if self._teacher is None or rows is None:
+            return None, None
+        assert self._columns is not None, "a teacher's scores need their columns"
+        first, last = self._columns.within(start, end)
+        if first == last:
+            return None, None
+        return self._teacher.scores(first, last, rows), self._columns.student[first:last] - start
+
+    def _add_own(self, weight: torch.Tensor) -> None:
+        """The labels' own gradient at rows that no dense tile covers; weight [N] in the plan's order."""
+        if self._source.num_columns == 0:
+            return
+        here = (self._labels >= 0) & (self._labels < self._source.num_columns)
+        columns = torch.where(here, self._labels, 0).unsqueeze(1)
+        self._source.add_gradient_of_entries(columns, torch.where(here, weight, 0).unsqueeze(1))
+
+    def _statistics(
+        self, label_max: torch.Tensor, label_sum: torch.Tensor, own: torch.Tensor, **others: Any
+    ) -> Statistics:
+        """From numbers [N] of the ranks together, in the plan's order."""
+        log_sum = label_sum.log()
+        label_max, log_sum, own = (self._in_student_order(values) for values in (label_max, log_sum, own))
+        # Not own - LSE: the rounding of a large log-sum-exp would be that of the result.
+        log_probs = own - label_max - log_sum
+        return Statistics(label_max=label_max, label_log_sum=log_sum, own=own, log_probs=log_probs, **others)
+
+    def _in_student_order(self, values: torch.Tensor) -> torch.Tensor:
+        """[N], from the plan's order."""
+        return torch.empty_like(values).index_copy_(0, self._plan.order, values)
+
+
+class TwoPass(Tiles):
+    """Sums over the shared columns of every shared row."""
+
+    def __init__(
+        self, *given: Any, divergence: str, beta: float, temperature: float, outside: bool = False, **named: Any
+    ) -> None:
+        """`given` and `named` as in Tiles. outside: all shared rows are dense, and their columns that are not shared
+        have one gradient."""
+        super().__init__(*given, **named)
+        self._divergence, self._beta, self._temperature = divergence, beta, temperature
+        self._outside = outside
+        assert not (outside and self._plan.num_sparse), "a sparse row has no gradient outside of its shared columns"
+        self._special_position = self._positions(self._plan.special)
 
     def statistics(self) -> Statistics:
         """Pass 1, one MAX and one SUM reduction."""
         source, plan = self._source, self._plan
-        maxima = self._empty.new_full((source.num_rows,), NEGATIVE_INFINITY)
-        sums, own = torch.zeros_like(maxima), torch.zeros_like(maxima)
+        seen = LabelSums(self._labels, like=self._empty)
         running = RunningSums(
             plan.num_shared, divergence=self._divergence, temperature=self._temperature, like=self._empty
         )
         special_s = self._empty.new_full(plan.special.shape, NEGATIVE_INFINITY)
         special_t = torch.full_like(special_s, NEGATIVE_INFINITY)
-        top = _LocalTop(plan.num_shared, self._topk, like=self._empty)
+        outside = self._empty.new_zeros(plan.num_shared if self._outside else 0)
         for chunk, start, end in self._tiles():
             logits = source.read(start, end, chunk)
-            own[chunk] += own_logits(logits, self._labels[chunk], start)
             teacher, index = self._teacher_tile(chunk, start, end)
             for rows in self._blocks(chunk.start, chunk.stop, end - start):
                 block = logits[rows.start - chunk.start : rows.stop - chunk.start]
                 shared = slice(rows.start, min(rows.stop, plan.num_shared))
-                if teacher is not None and index is not None and shared.start < shared.stop:
-                    s = block[: shared.stop - shared.start].gather(1, index.expand(shared.stop - shared.start, -1))
+                num_shared = shared.stop - shared.start
+                if teacher is not None and index is not None and num_shared > 0:
+                    s = block[:num_shared].gather(1, index.expand(num_shared, -1))
                     t = teacher[shared.start - chunk.start : shared.stop - chunk.start]
                     self._cut(s, t, shared, start, end, read=(special_s, special_t))
-                    if self._topk:
-                        top.add(s, t, index, start, shared)
-                    else:
-                        running.add(self._scaled(s), self._scaled(t), shared)
-                elif self._topk and self._teacher is None and shared.start < shared.stop:
-                    top.add(block[: shared.stop - shared.start], None, None, start, shared)
-                new = torch.maximum(maxima[rows], row_maxima(block))
-                reference = finite_reference(new)
-                sums[rows] *= (maxima[rows] - reference).exp()
-                sums[rows] += (block - reference.unsqueeze(1)).exp_().sum(1)
-                maxima[rows] = new
-        statistics = self._reduce(maxima, sums, own, running, special_s, special_t)
-        if self._topk:
-            best = top.over_ranks(self._group)
-            compared = best.teacher.masked_fill(best.student == NEGATIVE_INFINITY, NEGATIVE_INFINITY)
-            statistics = replace(statistics, top=best, same_top=compared.argmax(dim=1) == 0)
-        return statistics
+                    running.add(self._scaled(s), self._scaled(t), shared)
+                exponentials, shrink = seen.add(block, rows, start)
+                if self._outside and num_shared > 0:
+                    outside[shared] *= shrink[:num_shared]
+                    outside[shared] += self._outside_sums(exponentials[:num_shared], index, shared, start)
+        return self._reduce(seen, running, special_s, special_t, outside)
 
     def _reduce(
         self,
-        maxima: torch.Tensor,
-        sums: torch.Tensor,
-        own: torch.Tensor,
+        seen: LabelSums,
         running: RunningSums,
         special_s: torch.Tensor,
         special_t: torch.Tensor,
+        outside: torch.Tensor,
     ) -> Statistics:
         shape = special_s.shape
         label_max, student_max, teacher_max, special_s, special_t = reduce_packed(
-            [maxima, running.student_max, running.teacher_max, special_s.flatten(), special_t.flatten()],
+            [
+                seen.exponentials.maxima,
+                running.student_max,
+                running.teacher_max,
+                special_s.flatten(),
+                special_t.flatten(),
+            ],
             dist.ReduceOp.MAX,
             self._group,
         )
         label_max = finite_reference(label_max)
-        sums = sums * (maxima - label_max).exp()
+        shrink = seen.exponentials.shrink_to(label_max)
+        outside = outside * shrink[: len(outside)]
         # Which ranks hold a token that is the likeliest of both: in bf16 several tokens may be the student's.
         agrees = (running.student_max == student_max) & (running.teacher_at_top == teacher_max)
         running.rescale(student_max.clone(), teacher_max.clone(), slice(None))
-        label_sum, own, num_agree, *shared = reduce_packed(
-            [sums, own, agrees.to(sums.dtype), *running.sums.values()], dist.ReduceOp.SUM, self._group
+        label_sum, own, num_agree, outside, *shared = reduce_packed(
+            [seen.exponentials.sums, seen.own, agrees.to(label_max.dtype), outside, *running.sums.values()],
+            dist.ReduceOp.SUM,
+            self._group,
         )
-        label_log_sum = label_sum.log()
-        natural = torch.empty_like(self._plan.order)
-        natural[self._plan.order] = torch.arange(len(natural), device=natural.device)
-        label_max, label_log_sum, own = label_max[natural], label_log_sum[natural], own[natural]
-        return Statistics(
-            label_max=label_max,
-            label_log_sum=label_log_sum,
-            own=own,
-            # Not own - LSE: the rounding of a large log-sum-exp would be that of the result.
-            log_probs=own - label_max - label_log_sum,
+        return self._statistics(
+            label_max,
+            label_sum,
+            own,
             student_max=finite_reference(student_max),
             teacher_max=finite_reference(teacher_max),
             same_top=(num_agree > 0) & (teacher_max > NEGATIVE_INFINITY),
             sums=dict(zip(running.sums, shared, strict=True)),
             special_student=special_s.reshape(shape),
             special_teacher=special_t.reshape(shape),
+            outside=outside,
         )
+
+    def _outside_sums(
+        self, exponentials: torch.Tensor, index: torch.Tensor | None, rows: slice, start: int
+    ) -> torch.Tensor:
+        """[rows]: over the columns of a block that are not shared; the block is overwritten."""
+        if index is not None:
+            exponentials.index_fill_(1, index, 0)
+        self._without_special_(exponentials, rows, start)
+        return exponentials.sum(1)
+
+    def _without_special_(self, values: torch.Tensor, rows: slice, start: int) -> None:
+        """Put 0 at the special columns of a block of first rows; values [rows, w] from column `start` on."""
+        special = self._plan.special[rows] - self._shard_start - start
+        here = (special >= 0) & (special < values.shape[1])
+        places = special.clamp(0, values.shape[1] - 1)
+        for k in range(places.shape[1]):  # one at a time: two may name the same place, one of them to leave it alone
+            column = places[:, k : k + 1]
+            values.scatter_(1, column, values.gather(1, column).masked_fill(here[:, k : k + 1], 0))
 
     def deficits(self, norms: Norms) -> list[torch.Tensor]:
         """The sums of js over the shared columns, [A] each: another look at the tiles, one SUM reduction."""
@@ -309,7 +340,7 @@ class TwoPass:
                 continue
             # The same products as in pass 2: what js subtracts must be rounded alike.
             pieces: list[tuple[slice, torch.Tensor]] = []
-            sparse, dense = _common(chunk, self._sparse), _common(chunk, plan.dense)
+            sparse, dense = common(chunk, self._sparse), common(chunk, plan.dense)
             if sparse is not None:
                 pieces.append((sparse, self._source.logits_at(index + start, sparse)))
             if dense is not None and dense.start < plan.num_shared:
@@ -334,10 +365,12 @@ class TwoPass:
         order = plan.order
         own = weights.own_weight[order]
         label_max = statistics.label_max[order]
-        softmax = (weights.softmax_weight * (-statistics.label_log_sum).exp())[order]
+        over_sum = (-statistics.label_log_sum).exp()
+        softmax = (weights.softmax_weight * over_sum)[order]
+        whole = None if weights.whole_weight is None else (weights.whole_weight * over_sum)[order]
         for chunk, start, end in self._tiles():
-            teacher, index = (None, None) if self._topk else self._teacher_tile(chunk, start, end)
-            sparse, dense = _common(chunk, self._sparse), _common(chunk, plan.dense)
+            teacher, index = self._teacher_tile(chunk, start, end)
+            sparse, dense = common(chunk, self._sparse), common(chunk, plan.dense)
             if teacher is not None and index is not None and sparse is not None:
                 columns = index + start  # one tensor for both calls: an output layer gathers its rows once
                 student = source.logits_at(columns, sparse)
@@ -348,15 +381,10 @@ class TwoPass:
             if dense is not None:
                 # The teacher's first row is that of the chunk, whose sparse rows come before its dense ones.
                 of_dense = None if teacher is None else teacher[dense.start - chunk.start :]
-                self._dense_tile(dense, start, end, of_dense, index, statistics, weights, own, softmax, label_max)
+                self._dense_tile(dense, start, end, of_dense, index, weights, own, softmax, whole, label_max)
         if weights.own_outside_dense:
             own[plan.dense] = 0
             self._add_own(own)
-        if weights.top_weight is not None and plan.num_sparse:
-            rows, top = self._sparse, statistics.top
-            assert top is not None, "gradients of top columns need their statistics"
-            values = torch.where(top.here[rows], weights.top_weight[rows], 0)
-            source.add_gradient_of_entries(top.local[rows], values, rows)
 
     def _dense_tile(
         self,
@@ -365,10 +393,10 @@ class TwoPass:
         end: int,
         teacher: torch.Tensor | None,
         index: torch.Tensor | None,
-        statistics: Statistics,
         weights: GradientWeights,
         own: torch.Tensor,
         softmax: torch.Tensor,
+        whole: torch.Tensor | None,
         label_max: torch.Tensor,
     ) -> None:
         """Dense rows of a tile; `teacher` has the scores of those of them that are shared rows."""
@@ -384,74 +412,43 @@ class TwoPass:
                 t = teacher[shared.start - dense.start : shared.stop - dense.start]
                 self._cut(s, t, shared, start, end)
                 gradient = self._shared_gradient_(s, t, shared, weights)
-            block.sub_(label_max[rows].unsqueeze(1)).exp_().mul_(softmax[rows].unsqueeze(1))
+            block.sub_(label_max[rows].unsqueeze(1)).exp_()
+            of_all_columns = None
+            if whole is not None and shared.start < shared.stop:
+                of_all_columns = block[: shared.stop - shared.start] * whole[shared].unsqueeze(1)
+            block.mul_(softmax[rows].unsqueeze(1))
+            if self._outside and shared.start < shared.stop:
+                self._without_special_(block[: shared.stop - shared.start], shared, start)
             if gradient is not None:
-                block[: len(gradient)].scatter_add_(1, index_of_rows, gradient)
+                if self._outside:
+                    block[: len(gradient)].scatter_(1, index_of_rows, gradient)
+                else:
+                    block[: len(gradient)].scatter_add_(1, index_of_rows, gradient)
+            if of_all_columns is not None:
+                block[: len(of_all_columns)].add_(of_all_columns)
             add_at_(block, self._labels[rows].unsqueeze(1) - start, own[rows].unsqueeze(1))
             if weights.special_weight is not None and shared.start < shared.stop:
                 first = slice(shared.start - plan.num_sparse, shared.stop - plan.num_sparse)
                 special = plan.special[first] - self._shard_start - start
                 values = torch.where(plan.special[first] >= 0, weights.special_weight[first], 0)
                 add_at_(block[: shared.stop - shared.start], special, values)
-            if weights.top_weight is not None and shared.start < shared.stop:
-                top = statistics.top
-                assert top is not None, "gradients of top columns need their statistics"
-                columns = torch.where(top.here[shared], top.local[shared] - start, -1)
-                add_at_(block[: shared.stop - shared.start], columns, weights.top_weight[shared])
         self._source.add_gradient(start, end, logits, dense)
 
     def _shared_gradient_(
         self, student: torch.Tensor, teacher: torch.Tensor, rows: slice, weights: GradientWeights
     ) -> torch.Tensor:
         """From a block of both models' logits, in place of the student's."""
+        assert weights.shared is not None, "a teacher's scores are compared"
+        norms, offset, scale = weights.shared
         return score_gradient_(
             self._scaled(student),
             self._scaled(teacher),
-            weights.norms.at(rows),
-            offset=weights.offset[rows],
-            scale=weights.scale[rows],
+            norms.at(rows),
+            offset=offset[rows],
+            scale=scale[rows],
             divergence=self._divergence,
             beta=self._beta,
         )
-
-    def _add_own(self, weight: torch.Tensor) -> None:
-        """The labels' own gradient at rows that no dense tile covers; weight [N] in the plan's order."""
-        if self._source.num_columns == 0:
-            return
-        here = (self._labels >= 0) & (self._labels < self._source.num_columns)
-        columns = torch.where(here, self._labels, 0).unsqueeze(1)
-        self._source.add_gradient_of_entries(columns, torch.where(here, weight, 0).unsqueeze(1))
-
-    @property
-    def _sparse(self) -> slice:
-        return slice(0, self._plan.num_sparse)
-
-    def _tiles(self) -> Iterator[tuple[slice, int, int]]:
-        """Rows and columns [start, end): all rows of some columns, or some rows of all columns."""
-        for run in self._source.runs():
-            for top in range(run.start, run.stop, self._height):
-                chunk = slice(top, min(top + self._height, run.stop))
-                for start in range(0, self._source.num_columns, self._width):
-                    yield chunk, start, min(start + self._width, self._source.num_columns)
-
-    def _blocks(self, start: int, stop: int, width: int) -> Iterator[slice]:
-        """Rows [start, stop) in blocks; a block is either before, in or behind the dense first rows."""
-        size = max(1, CACHED_ELEMENTS // max(1, width)) if self._source.device.type == "cpu" else max(1, stop - start)
-        borders = [b for b in (self._plan.num_sparse, self._plan.num_shared) if start < b < stop]
-        for low, high in zip([start, *borders], [*borders, stop], strict=True):
-            for top in range(low, high, size):
-                yield slice(top, min(top + size, high))
-
-    def _teacher_tile(self, chunk: slice, start: int, end: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Teacher scores of the tile's shared rows and tokens, and these tokens' columns in the tile; None for none."""
-        rows = _common(chunk, slice(0, self._plan.num_shared))
-        if self._teacher is None or rows is None:
-            return None, None
-        assert self._columns is not None, "a teacher's scores need their columns"
-        first, last = self._columns.within(start, end)
-        if first == last:
-            return None, None
-        return self._teacher.scores(first, last, rows), self._columns.student[first:last] - start
 
     def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
         return logits if self._temperature == 1 else logits.div_(self._temperature)
@@ -496,60 +493,16 @@ class TwoPass:
                 block.scatter_(1, index[:, k : k + 1], current.masked_fill(here[:, k : k + 1], NEGATIVE_INFINITY))
 
 
-class _LocalTop:
-    """The k largest scores of each shared row among this rank's columns, while tiles go by."""
-
-    def __init__(self, num_rows: int, k: int, *, like: torch.Tensor) -> None:
-        self._student = like.new_full((num_rows, k), NEGATIVE_INFINITY)
-        self._teacher = torch.zeros_like(self._student)
-        self._columns = torch.zeros(num_rows, k, dtype=torch.int64, device=like.device)
-
-    def add(
-        self,
-        student: torch.Tensor,
-        teacher: torch.Tensor | None,
-        index: torch.Tensor | None,
-        start: int,
-        rows: slice,
-    ) -> None:
-        """Scores [rows, c] of the tile's columns `start + index`, index int64 [c]; None: all of the tile."""
-        k = self._student.shape[1]
-        index = torch.arange(student.shape[1], device=student.device) if index is None else index
-        values, chosen = torch.cat([self._student[rows], student], dim=1).topk(k, dim=1)
-        columns = torch.cat([self._columns[rows], (index + start).expand(len(student), -1)], dim=1)
-        self._student[rows], self._columns[rows] = values, columns.gather(1, chosen)
-        if teacher is not None:
-            self._teacher[rows] = torch.cat([self._teacher[rows], teacher], dim=1).gather(1, chosen)
-
-    def over_ranks(self, group: dist.ProcessGroup | None) -> TopColumns:
-        """The k largest of all ranks': one all-gather of 2 k numbers a row."""
-        k, rank, world_size = self._student.shape[1], 0, 1
-        student, teacher = self._student, self._teacher
-        if group is not None:
-            rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-            both = torch.stack([student, teacher])
-            everybody = [torch.empty_like(both) for _ in range(world_size)]
-            dist.all_gather(everybody, both, group=group)
-            student, teacher = torch.cat(everybody, dim=2).unbind(0)
-        values, chosen = student.topk(k, dim=1)
-        here = (chosen // k == rank) & (values > NEGATIVE_INFINITY)
-        return TopColumns(
-            student=values,
-            teacher=teacher.gather(1, chosen),
-            local=torch.where(here, self._columns.gather(1, torch.where(here, chosen % k, 0)), 0),
-            here=here,
-        )
-
-
 def _keep_freed_memory() -> None:
     """Let malloc keep what is freed, up to 62 MiB: it would hand every tile's memory back, and fault it in again.
 
-    glibc keeps twice the largest block that was ever freed, if that is below 32 MiB. One that is never touched will do.
+    glibc keeps twice the largest block that was ever freed, if that is below 32 MiB. Allocating and freeing
+    one untouched block is enough.
     """
     torch.empty(31 << 20, dtype=torch.uint8)
 
 
-def _common(a: slice, b: slice) -> slice | None:
+def common(a: slice, b: slice) -> slice | None:
     """The rows of both, None for none."""
     both = slice(max(a.start, b.start), min(a.stop, b.stop))
     return both if both.start < both.stop else None

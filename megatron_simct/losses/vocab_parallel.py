@@ -38,9 +38,13 @@ def num_real_columns(*, shard_start: int, shard_width: int, vocab_size: int) -> 
     return max(0, min(shard_width, vocab_size - shard_start))
 
 
-def soft_cap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+def soft_cap(logits: torch.Tensor, cap: float | None, *, in_place: bool = False) -> torch.Tensor:
     """cap * tanh(logits / cap), the final soft-cap of families such as Gemma-2; the identity for None."""
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+    if cap is None:
+        return logits
+    if in_place:
+        return logits.div_(cap).tanh_().mul_(cap)
+    return cap * torch.tanh(logits / cap)
 
 
 def row_maxima(scores: torch.Tensor) -> torch.Tensor:
@@ -73,6 +77,32 @@ def reduce_packed(
     packed = torch.cat(values)
     dist.all_reduce(packed, op=op, group=group)
     return list(packed.split([value.numel() for value in values]))
+
+
+class OnlineLogSumExp:
+    """log sum e^x of each row over columns that come a tile at a time: the maximum, and the sum relative to it."""
+
+    def __init__(self, num_rows: int, *, like: torch.Tensor) -> None:
+        self.maxima = like.new_full((num_rows,), NEGATIVE_INFINITY)
+        self.sums = like.new_zeros(num_rows)
+
+    def add(self, tile: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """tile [rows, w], of a slice of the rows. Returns e^(tile - maxima), a new tensor, and what older sums shrank
+        by."""
+        maxima = torch.maximum(self.maxima[rows], row_maxima(tile))
+        reference = finite_reference(maxima)
+        shrink = (self.maxima[rows] - reference).exp()
+        exponentials = (tile - reference.unsqueeze(1)).exp_()
+        self.sums[rows] *= shrink
+        self.sums[rows] += exponentials.sum(1)
+        self.maxima[rows] = maxima
+        return exponentials, shrink
+
+    def shrink_to(self, maxima: torch.Tensor) -> torch.Tensor:
+        """Make the sums relative to maxima that are no smaller, such as those of all ranks; returns the factor."""
+        shrink = (self.maxima - maxima).exp()
+        self.sums *= shrink
+        return shrink
 
 
 def own_logits(logits: torch.Tensor, labels: torch.Tensor, shard_start: int) -> torch.Tensor:
@@ -113,12 +143,14 @@ def label_statistics(
     At most row_chunk x column_chunk logits exist at a time: the maximum and the sum of a row are carried from one tile
     of columns to the next. Between ranks go 12 bytes a row.
     """
-    sums = _LabelSums(labels, shard_start=shard_start, dtype=statistics_dtype(hidden), logit_softcap=logit_softcap)
+    like = torch.empty(0, dtype=statistics_dtype(hidden), device=hidden.device)
+    sums = LabelSums(labels - shard_start, like=like)
     width = num_real_columns(shard_start=shard_start, shard_width=weight.shape[0], vocab_size=vocab_size)
     for top in range(0, hidden.shape[0], row_chunk):
         rows = slice(top, min(top + row_chunk, hidden.shape[0]))
         for left in range(0, width, column_chunk):
-            sums.add(linear(hidden[rows], weight[left : min(left + column_chunk, width)]), rows, left)
+            tile = linear(hidden[rows], weight[left : min(left + column_chunk, width)]).to(like.dtype)
+            sums.add(soft_cap(tile, logit_softcap, in_place=True), rows, left)
     return sums.over_ranks(group)
 
 
@@ -133,41 +165,35 @@ def logit_statistics(
     logit_softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`label_statistics` from logits [n, W] that exist, before any soft-cap: some rows at a time."""
-    sums = _LabelSums(labels, shard_start=shard_start, dtype=statistics_dtype(logits), logit_softcap=logit_softcap)
+    like = torch.empty(0, dtype=statistics_dtype(logits), device=logits.device)
+    sums = LabelSums(labels - shard_start, like=like)
     width = num_real_columns(shard_start=shard_start, shard_width=logits.shape[1], vocab_size=vocab_size)
     for top in range(0, logits.shape[0] if width else 0, ROWS_OF_LOGITS):
         rows = slice(top, min(top + ROWS_OF_LOGITS, logits.shape[0]))
-        sums.add(logits[rows, :width], rows, 0)
+        sums.add(soft_cap(logits[rows, :width].to(like.dtype), logit_softcap), rows, 0)
     return sums.over_ranks(group)
 
 
-class _LabelSums:
-    """Each row's label, maximum and sum of exponentials, over the tiles seen so far."""
+class LabelSums:
+    """Each row's label, and the log-sum-exp of the row, over the tiles seen so far."""
 
-    def __init__(
-        self, labels: torch.Tensor, *, shard_start: int, dtype: torch.dtype, logit_softcap: float | None
-    ) -> None:
-        self._labels, self._shard_start, self._soft_cap = labels, shard_start, logit_softcap
-        self._own = torch.zeros(len(labels), dtype=dtype, device=labels.device)
-        self._maxima = torch.full_like(self._own, NEGATIVE_INFINITY)
-        self._sums = torch.zeros_like(self._own)
+    def __init__(self, labels: torch.Tensor, *, like: torch.Tensor) -> None:
+        """labels int64 [n]: local columns; those of other ranks lie outside of this rank's."""
+        self._labels = labels
+        self.own = like.new_zeros(len(labels))
+        self.exponentials = OnlineLogSumExp(len(labels), like=like)
 
-    def add(self, tile: torch.Tensor, rows: slice, left: int) -> None:
-        """tile [rows, w]: logits of this rank's columns from `left` on."""
-        tile = soft_cap(tile.to(self._own.dtype), self._soft_cap)
-        self._own[rows] += own_logits(tile, self._labels[rows], self._shard_start + left)
-        maxima = torch.maximum(self._maxima[rows], row_maxima(tile))
-        reference = finite_reference(maxima)
-        self._sums[rows] *= (self._maxima[rows] - reference).exp()
-        self._sums[rows] += (tile - reference.unsqueeze(1)).exp_().sum(1)
-        self._maxima[rows] = maxima
+    def add(self, tile: torch.Tensor, rows: slice, left: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """tile [rows, w]: logits of this rank's columns from `left` on. Returns what OnlineLogSumExp.add does."""
+        self.own[rows] += own_logits(tile, self._labels[rows], left)
+        return self.exponentials.add(tile, rows)
 
     def over_ranks(self, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(own_logit, lse), equal on every rank: one MAX and one SUM."""
-        (maxima,) = reduce_packed([self._maxima], dist.ReduceOp.MAX, group)
+        (maxima,) = reduce_packed([self.exponentials.maxima], dist.ReduceOp.MAX, group)
         reference = finite_reference(maxima)
-        sums = self._sums * (self._maxima - reference).exp()
-        sums, own = reduce_packed([sums, self._own], dist.ReduceOp.SUM, group)
+        self.exponentials.shrink_to(reference)
+        sums, own = reduce_packed([self.exponentials.sums, self.own], dist.ReduceOp.SUM, group)
         return own, reference + sums.log()
 
 

@@ -1,35 +1,65 @@
 """Attention in torch's own operations, on any device: in the place of Megatron's DotProductAttention.
 
     score(q, k) = scale * <q, k>, then cap * tanh(score / cap) where the architecture has a soft-cap
-    query i sees key j  iff  0 <= i - j < window, and j is no padding
+    weight(q, k) = exp score(q, k) / sum of these over the visible keys, and over exp(sink) where a head has one
+    query i sees key j of its own sequence  iff  0 <= i - j < window
 
-Shape letters: S queries, K keys, B sequences, T tokens of packed sequences, n query heads and g key heads of this
-tensor-parallel rank, d entries of a head.
+Padding stands behind the tokens that it follows, so none of them sees it; what it computes itself, nothing reads.
+
+Shape letters: S queries, K keys, B sequences (1 where they are packed one after another), n query heads and g key heads
+of this tensor-parallel rank, d entries of a head.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_simct.models.families import Architecture
+from megatron_simct.models.layout import Layout, visible_keys
+from megatron_simct.models.norm import RMSNorm, UnweightedNorm
+from megatron_simct.models.rotary import Rope
 from megatron_simct.parallel.cpu import megatron_imports
 
+if TYPE_CHECKING:
+    from megatron_simct.models.layers import Step
+
 with megatron_imports():
-    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+    from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.attention import SelfAttention as MegatronSelfAttention
+    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 
 class SelfAttention(MegatronSelfAttention):
     """Megatron's, with the rotary angles of this layer's kind, or without any."""
 
-    def __init__(self, *args: Any, architecture: Architecture, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        rope: Rope | None,
+        rope_index: int | None,
+        whole_norms: tuple[Callable[..., torch.nn.Module], ...] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """rope_index: its place among those of Rotary. None: the layer has no rotary embedding. whole_norms: of all
+        heads of queries, and of keys, together; Megatron has norms of single heads only."""
         super().__init__(*args, **kwargs)
-        self.rope_index = architecture.rope_of_layer[self.layer_number - 1]
-        self.rope = None if self.rope_index is None else architecture.ropes[self.rope_index]
-        """None: nothing is turned."""
+        if whole_norms is not None:
+            self.q_layernorm, self.k_layernorm = (
+                norm(
+                    hidden_size=self.hidden_size_per_attention_head,
+                    config=self.config,
+                    eps=self.config.layernorm_epsilon,
+                )
+                for norm in whole_norms
+            )
+        self.rope, self.rope_index = rope, rope_index
+        if isinstance(self.q_layernorm, UnweightedNorm):
+            self.core_attention.turned_norms = (self.q_layernorm, self.k_layernorm)
 
     def forward(self, *args: Any, rotary_pos_emb: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         """rotary_pos_emb: of all kinds of layers, see Rotary."""
@@ -48,83 +78,114 @@ class SelfAttention(MegatronSelfAttention):
 class CoreAttention(torch.nn.Module):
     """softmax(score) @ values, for one layer."""
 
-    def __init__(self, *, architecture: Architecture, layer_number: int, **_: Any) -> None:
-        """layer_number: in the whole model, counted from 1. Megatron's other arguments say what `architecture` does."""
+    def __init__(
+        self,
+        *,
+        window: int | None,
+        scale: float,
+        cap: float | None,
+        sinks: int = 0,
+        rope: Rope | None = None,
+        config: TransformerConfig | None = None,
+        **_: Any,
+    ) -> None:
+        """sinks: query heads that have one, 0 or all. Megatron's other arguments say what these do."""
         super().__init__()
-        self._window = architecture.windows[layer_number - 1]
-        self._scale = architecture.softmax_scale
-        self._cap = architecture.attention_softcap
+        self.sinks = None
+        if sinks and config is not None:
+            own = sinks // parallel_state.get_tensor_model_parallel_world_size()
+            self.sinks = torch.nn.Parameter(torch.zeros(own, dtype=config.params_dtype))
+            set_tensor_model_parallel_attributes(self.sinks, True, 0, 1)
+        self._window = window
+        self._scale = scale
+        self._cap = cap
+        self._growing = rope if rope is not None and rope.query_growth else None
+        # In a tuple, so that their weights stay parameters of SelfAttention alone.
+        self.turned_norms: tuple[RMSNorm, ...] = ()
 
     def forward(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        attention_mask: None = None,
         *,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: Layout | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        """[S, B, n, d], [K, B, g, d], [K, B, g, d] -> [S, B, n * d]; packed, [T, n, d] and so on -> [T, n * d].
+        """[S, B, n, d], [K, B, g, d], [K, B, g, d] -> [S, B, n * d].
 
-        The queries are the last S of the K positions. attention_mask: bool [B, 1, 1, K], True where a key is padding,
-        or None. A query sees itself in any case: what padding computes is finite, and nothing reads it.
+        packed_seq_params: where the tokens stand. None: each row is a sequence, the queries the last S of the K.
         """
-        if packed_seq_params is None:
-            return self._attend(query, key, value, attention_mask)
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-        parts = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
-        return torch.cat([self._attend(q[:, None], k[:, None], v[:, None], None)[:, 0] for q, k, v in parts])
+        assert attention_mask is None, "a Layout says what is seen"
+        query = self._weighted(query)
+        layout = packed_seq_params
+        if layout is None:
+            return self._attend(query, key, value, None)
+        key, value = layout.all_keys(key, value)
+        parts = [self._attend(query[p.queries], key[p.keys], value[p.keys], layout) for p in layout.pieces]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def decode(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor | None
-    ) -> torch.Tensor:
-        """One query a sequence over cached keys: [B, n, d], [B, g, K, d], [B, g, K, d] -> [B, n * d].
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """For a checkpoint: sinks are split as the heads are."""
+        own = {} if self.sinks is None else {"sinks": self.sinks}
+        return make_sharded_tensors_for_checkpoint(own, prefix, {"sinks": 0}, sharded_offsets)
 
-        positions: int64 [B], where each query stands; it sees the keys up to there. None: all stand at K - 1.
+    def decode(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: Step) -> torch.Tensor:
+        """One query a head over cached keys: [B, g, n / g, d], [B, g, K, d], [B, g, K, d] -> [B, n * d].
+
+        The heads that share keys are treated as queries of one head.
         """
-        num_keys, groups = keys.shape[2], keys.shape[1]
-        window = self._window if self._window is not None and self._window < num_keys else None
-        visible = None
-        if positions is not None or window is not None:
-            steps = torch.arange(num_keys, device=keys.device)
-            back = (num_keys - 1 if positions is None else positions[:, None]) - steps
-            visible = back >= 0 if window is None else (back >= 0) & (back < window)
-            visible = visible.view(-1, 1, 1, num_keys)
-        query = query.unflatten(1, (groups, -1))  # the heads that share keys, as queries of one head
+        assert self.sinks is None, "generation does not compute sinks"
+        visible = step.visible(self._window)
+        query = self._weighted(query)
+        if self._growing is not None:
+            query = query * grown(step.where, self._growing)[:, None, None, None].to(query.dtype)
         if self._cap is None:
             out = scaled_dot_product_attention(query, keys, values, attn_mask=visible, scale=self._scale)
         else:
-            out = capped_attention(query, keys, values, visible, scale=self._scale, cap=self._cap)
+            products = query @ keys.transpose(2, 3)
+            weights = step.regions.capped_weights(products, visible, self._scale, self._cap)
+            out = weights.to(values.dtype) @ values
         return out.flatten(1)
 
+    def _weighted(self, query: torch.Tensor) -> torch.Tensor:
+        """Queries times the weights of UnweightedNorm: a product of query and key sees the product of both."""
+        if not self.turned_norms:
+            return query
+        ours, theirs = (norm.weight for norm in self.turned_norms)
+        return query * (ours * theirs)
+
     def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_padding: torch.Tensor | None
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout | None
     ) -> torch.Tensor:
+        """Consecutive queries of one sequence, or of B padded ones; the masks are those of the layout, if any."""
         num_queries, num_keys = query.shape[0], key.shape[0]
+        if self._growing is not None:
+            where = torch.arange(num_keys - num_queries, num_keys, device=query.device)
+            query = query * grown(where, self._growing)[:, None, None, None].to(query.dtype)
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         window = self._window if self._window is not None and self._window < num_keys else None
-        is_triangle = num_queries == num_keys and window is None and is_padding is None and self._cap is None
+        is_triangle = num_queries == num_keys and window is None and self._cap is None and self.sinks is None
         visible = None
-        if not is_triangle:
-            visible = visible_keys(num_queries, num_keys, window=window, is_padding=is_padding, device=query.device)
-        if self._cap is None:
+        if not is_triangle and layout is not None:
+            visible = layout.visible_keys(num_queries, num_keys, window)
+        elif not is_triangle:
+            visible = visible_keys(num_queries, num_keys, window, device=query.device)
+        if self._cap is None and self.sinks is None:
             out = scaled_dot_product_attention(
                 query, key, value, attn_mask=visible, is_causal=is_triangle, scale=self._scale, enable_gqa=True
             )
         else:
-            out = capped_attention(query, key, value, visible, scale=self._scale, cap=self._cap)
+            out = capped_attention(query, key, value, visible, scale=self._scale, cap=self._cap, sinks=self.sinks)
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
-def visible_keys(
-    num_queries: int, num_keys: int, *, window: int | None, is_padding: torch.Tensor | None, device: torch.device
-) -> torch.Tensor:
-    """Which keys each query sees, bool [S, K], or [B, 1, S, K] with padding."""
-    keys = torch.arange(num_keys, device=device)
-    back = keys[num_keys - num_queries :, None] - keys
-    visible = back >= 0 if window is None else (back >= 0) & (back < window)
-    return visible if is_padding is None else (visible & ~is_padding) | (back == 0)
+def grown(positions: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """What queries at these positions are multiplied by, float32."""
+    return 1 + rope.query_growth * torch.log(1 + torch.floor(positions.float() / rope.original_length))
 
 
 def capped_attention(
@@ -134,17 +195,25 @@ def capped_attention(
     visible: torch.Tensor | None,
     *,
     scale: float,
-    cap: float,
+    cap: float | None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[B, n, S, d], [B, g, K, d], [B, g, K, d] -> [B, n, S, d]. Holds all scores; the softmax is in float32.
 
-    visible: which keys each query sees, a bool that broadcasts to [B, n, S, K]; None: all of them.
+    sinks [n]: one more score of each head, whose weight goes to no value. visible: which keys each query sees, a bool
+    that broadcasts to [B, n, S, K]; None: all of them.
     """
     group = query.shape[1] // key.shape[1]
     if group > 1:
         key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))
-    scores = torch.tanh(query @ key.transpose(2, 3) * (scale / cap)) * cap
+    scores = query @ key.transpose(2, 3) * scale
+    if cap is not None:
+        scores = torch.tanh(scores / cap) * cap
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], dim=-1)
     weights = scores.softmax(dim=-1, dtype=torch.float32)
+    weights = weights if sinks is None else weights[..., :-1]
     return weights.to(value.dtype) @ value

@@ -8,23 +8,23 @@ others return what the stage after them reads.
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
 
-from megatron_simct.config import ParallelConfig
-from megatron_simct.models.attention import CoreAttention, SelfAttention
-from megatron_simct.models.experts import Router
+from megatron_simct.config.options import ParallelConfig
 from megatron_simct.models.families import Architecture
-from megatron_simct.models.norm import NormedRowParallelLinear, RMSNorm
+from megatron_simct.models.norm import RMSNorm
 from megatron_simct.models.rotary import Rotary
 from megatron_simct.parallel.cpu import megatron_imports
 from megatron_simct.parallel.initialize import Groups
 
 with megatron_imports():
+    from megatron.core.models.backends import LocalSpecProvider
     from megatron.core.models.gpt import GPTModel, gpt_layer_specs
     from megatron.core.tensor_parallel import (
         ColumnParallelLinear,
@@ -34,14 +34,9 @@ with megatron_imports():
     )
     from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
     from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-
-
-_ACTIVATIONS = {
-    "silu": torch.nn.functional.silu,
-    "gelu_pytorch_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
-}
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 
 class HiddenStateModel(GPTModel):
@@ -49,6 +44,7 @@ class HiddenStateModel(GPTModel):
 
     def __init__(self, *, architecture: Architecture, longest: int | None, **kwargs: Any) -> None:
         super().__init__(position_embedding_type="rope", **kwargs)
+        self.architecture = architecture
         self.rotary_pos_emb = Rotary(architecture.ropes, longest=longest)
         self.logit_softcap = architecture.final_logit_softcap
         """Whoever multiplies by `output_weight` bounds the logits: cap * tanh(logit / cap). None: not bounded."""
@@ -64,6 +60,8 @@ class HiddenStateModel(GPTModel):
         return super()._preprocess(input_ids, position_ids, **kwargs)
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.post_process and self.architecture.logit_scale != 1.0:
+            hidden_states = hidden_states * self.architecture.logit_scale
         if self.post_process and self.config.sequence_parallel:
             # Whoever reads the whole sequence brings a gradient that is complete on every rank (the loss sums it over
             # the group), so the way back is this rank's slice, not another sum.
@@ -161,6 +159,8 @@ def build_model(
     flag: str,
     initialize: bool = True,
     longest: int | None = None,
+    more: Mapping[str, Any] = MappingProxyType({}),
+    local_layers: bool = False,
 ) -> HiddenStateModel | InterleavedModel:
     """This rank's part of the model, with random weights drawn from the seeded generators.
 
@@ -170,6 +170,8 @@ def build_model(
     vocab_size: the tokenizer's ids; the embedding holds at least these, padded. Random weights depend on the layout
     (the halves of a gated MLP are drawn in another order, each stage draws its own, and on a CPU ranks that share
     experts draw the same ones); loaded ones do not. `flag` names the checkpoint in errors. longest: see Rotary.
+    more: fields of TransformerConfig that have nothing to do with what the model computes. local_layers:
+    megatron-core's own layers also where TransformerEngine's would do.
     """
     check_divides(architecture, parallel, flag=flag)
     if vocab_size > architecture.vocab_size:
@@ -178,7 +180,7 @@ def build_model(
         )
     virtual = parallel.num_virtual_stages_per_pipeline_rank
     config = _transformer_config(
-        architecture, parallel, bf16=bf16, on_cpu=groups.device.type == "cpu", initialize=initialize
+        architecture, parallel, bf16=bf16, on_cpu=groups.device.type == "cpu", initialize=initialize, more=more
     )
 
     def stage(chunk: int) -> HiddenStateModel:
@@ -191,7 +193,7 @@ def build_model(
                 config,
                 architecture,
                 vp_stage,
-                transformer_engine=_uses_transformer_engine(architecture, groups.device),
+                transformer_engine=not local_layers and uses_transformer_engine(architecture, groups.device),
             ),
             pre_process=groups.is_first_stage and chunk == 0,
             post_process=groups.is_last_stage and chunk == virtual - 1,
@@ -203,7 +205,9 @@ def build_model(
             share_embeddings_and_output_weights=architecture.tied_embeddings,
         )
 
-    model = stage(0) if virtual == 1 else InterleavedModel(stage(chunk) for chunk in range(virtual))
+    with warnings.catch_warnings():  # whole experts do without sequence parallelism: megatron-core says so of each
+        warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`")
+        model = stage(0) if virtual == 1 else InterleavedModel(stage(chunk) for chunk in range(virtual))
     if not initialize:
         _mark_split(model)
     for name, parameter in model.named_parameters():
@@ -215,28 +219,30 @@ def build_model(
 
 
 def _transformer_config(
-    architecture: Architecture, parallel: ParallelConfig, *, bf16: bool, on_cpu: bool, initialize: bool
+    architecture: Architecture,
+    parallel: ParallelConfig,
+    *,
+    bf16: bool,
+    on_cpu: bool,
+    initialize: bool,
+    more: Mapping[str, Any],
 ) -> TransformerConfig:
     """Megatron's configuration of the model."""
     virtual = parallel.num_virtual_stages_per_pipeline_rank
     dtype = torch.bfloat16 if bf16 else torch.float32
+    options = _of_layers(architecture, parallel)
+    has_biases = options.pop("add_bias_linear")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of deprecated defaults of its own
-        return TransformerConfig(
+        config = TransformerConfig(
             num_layers=architecture.num_layers,
             hidden_size=architecture.hidden_size,
-            ffn_hidden_size=architecture.ffn_hidden_size,
-            num_attention_heads=architecture.num_attention_heads,
-            num_query_groups=architecture.num_query_groups,
-            kv_channels=architecture.head_dim,
             normalization="RMSNorm",
             layernorm_epsilon=architecture.norm_epsilon,
             layernorm_zero_centered_gamma=architecture.zero_centered_norm,
             gated_linear_unit=True,
-            activation_func=_ACTIVATIONS[architecture.activation],
             add_bias_linear=False,
-            add_qkv_bias=architecture.qkv_bias,
-            qk_layernorm=architecture.qk_norm,
+            rotary_interleaved=any(rope.interleaved for rope in architecture.ropes),
             attention_dropout=0.0,
             hidden_dropout=0.0,
             init_method_std=architecture.init_std,
@@ -245,17 +251,18 @@ def _transformer_config(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
-            # The interleaved schedule computes wrong gradients, without a word, in any other mode of communication.
+            # The interleaved schedule silently computes wrong gradients in any other mode of communication.
             overlap_p2p_comm=virtual > 1,
             batch_p2p_comm=virtual == 1,
             pipeline_dtype=dtype,
             sequence_parallel=parallel.sequence_parallel,
+            context_parallel_size=parallel.context_parallel_size,
             # Stages tell each other the shape of each micro-batch. Megatron wants this dispatcher, dense or not; under
             # it ranks that share experts may have micro-batches of different shapes.
             variable_seq_lengths=True,
             moe_token_dispatcher_type="alltoall",
-            **_experts(architecture, parallel),
-            **uneven_stages(architecture, parallel),
+            **options,
+            **_uneven_stages(architecture, parallel),
             # The loss is a sum over labels; the one division by their global number happens in finalize_model_grads.
             calculate_per_token_loss=True,
             use_cpu_initialization=on_cpu,
@@ -267,41 +274,105 @@ def _transformer_config(
             gradient_accumulation_fusion=False,
             masked_softmax_fusion=False,
             persist_layer_norm=False,
+            **more,
         )
+    # Set later: Megatron refuses biases of experts under tensor parallelism, of which ours add theirs once.
+    config.add_bias_linear = has_biases
+    return config
 
 
-def _experts(architecture: Architecture, parallel: ParallelConfig) -> dict[str, Any]:
-    """Options of TransformerConfig for a mixture of experts: no auxiliary loss, nothing dropped, the router in fp32."""
-    if not architecture.num_experts:
-        return {}
-    return {
-        "num_moe_experts": architecture.num_experts,
-        "moe_ffn_hidden_size": architecture.ffn_hidden_size,
-        "moe_router_topk": architecture.experts_per_token,
-        "moe_router_pre_softmax": not architecture.normalized_routing,
-        "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "none",
-        "moe_aux_loss_coeff": 0.0,
-        "expert_model_parallel_size": parallel.expert_model_parallel_size,
-        "expert_tensor_parallel_size": parallel.tensor_model_parallel_size,
-    }
+def _of_layers(architecture: Architecture, parallel: ParallelConfig) -> dict[str, Any]:
+    """Options of TransformerConfig that the layers ask for."""
+    options: dict[str, Any] = {}
+    if len({(type(layer.attention), type(layer.mlp)) for layer in architecture.layers}) > 1:
+        # Else a checkpoint has what all layers call by one name as one tensor, whatever layers have it.
+        options["hetereogenous_dist_checkpoint"] = True  # as megatron-core spells it
+    for part in (part for layer in architecture.kinds for part in (layer.attention, layer.mlp)):
+        for name, value in part.options().items():
+            assert options.setdefault(name, value) == value, f"layers differ in {name}"
+    options.setdefault("add_bias_linear", False)
+    if len({bool(layer.mlp.num_experts) for layer in architecture.layers}) == 2:
+        options["moe_layer_freq"] = [int(layer.mlp.num_experts > 0) for layer in architecture.layers]
+    if architecture.num_experts:
+        options.setdefault("ffn_hidden_size", options["moe_ffn_hidden_size"])
+        options["expert_model_parallel_size"] = parallel.expert_model_parallel_size
+        options["expert_tensor_parallel_size"] = parallel.expert_tp
+    return options
 
 
-def uneven_stages(architecture: Architecture, parallel: ParallelConfig) -> dict[str, int]:
-    """Options of TransformerConfig where the stages do not divide the layers: those in the middle have equally many.
+def layers_of_stages(architecture: Architecture, parallel: ParallelConfig) -> list[int]:
+    """How many layers each piece of the model has, from the first to the last: stages, or those of an interleaved
+    pipeline, of which rank r of P has the pieces r, r + P, ...
 
-    The first and the last have more to do, so they get what is left if the others have one more than they.
+    Where stages do not divide the layers and nothing else is said, those in the middle have equally many, and the
+    ends, which have more to do, what is left if the others have one more than they. ValueError, naming the flag.
     """
     layers, stages = architecture.num_layers, parallel.pipeline_model_parallel_size
-    if layers % stages == 0:
+    if parallel.pipeline_model_parallel_layout is not None:
+        return _read_layout(parallel, layers)
+    pieces = stages * parallel.num_virtual_stages_per_pipeline_rank
+    first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
+    if first is None and last is None:
+        if layers % pieces == 0:
+            return [layers // pieces] * pieces
+        assert pieces == stages, "check_divides refuses interleaved stages that do not divide the layers"
+        at_ends = layers - (stages - 2) * -(-layers // stages)
+        if at_ends < 2:
+            at_ends = layers - (stages - 2) * (layers // stages)
+        first, last = at_ends - at_ends // 2, at_ends // 2
+    rest = layers - (first or 0) - (last or 0)
+    others = stages - (first is not None) - (last is not None)
+    if rest < 0 or (rest if others == 0 else rest % others):
+        flags = {"--decoder-first-pipeline-num-layers": first, "--decoder-last-pipeline-num-layers": last}
+        said = " and ".join(f"{flag} {count}" for flag, count in flags.items() if count is not None)
+        raise ValueError(
+            f"{said}: of {layers} layers {rest} are left for {others} stages, which must have equally many; "
+            "--pipeline-model-parallel-layout can say it for each"
+        )
+    middle = [rest // others] * others if others else []
+    return [*([] if first is None else [first]), *middle, *([] if last is None else [last])]
+
+
+def _read_layout(parallel: ParallelConfig, num_layers: int) -> list[int]:
+    """The layers of each piece that --pipeline-model-parallel-layout says."""
+    text = parallel.pipeline_model_parallel_layout or ""
+    where = f"--pipeline-model-parallel-layout {text}"
+    if not re.fullmatch(r"(?:[EtL|,()]|\*\d{1,4})*", text):
+        raise ValueError(f"{where}: is written with E, t, L, |, commas, and x*3 or (x|)*3")
+    try:
+        stages = [
+            "".join(layer.name[0] for layer in stage) for stage in PipelineParallelLayerLayout.parse_str_to_list(text)
+        ]
+    except AssertionError:
+        raise ValueError(f"{where}: its parentheses do not match") from None
+    size, virtual = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
+    if len(stages) != size * virtual:
+        times = f" x --num-virtual-stages-per-pipeline-rank ({virtual})" if virtual > 1 else ""
+        raise ValueError(
+            f"{where}: has {len(stages)} stages, and --pipeline-model-parallel-size ({size}){times} asks for "
+            f"{size * virtual}"
+        )
+    if not re.fullmatch(r"ed*(\|d*)*\|d*l", "|".join(stages)):
+        raise ValueError(
+            f"{where}: the first stage must begin with E, the last end with L, and neither stand elsewhere"
+        )
+    counts = [stage.count("d") for stage in stages]
+    if 0 in counts[1:-1]:
+        raise ValueError(f"{where}: a stage between the first and the last has no layers")
+    if sum(counts) != num_layers:
+        raise ValueError(f"{where}: has {sum(counts)} layers, and the model {num_layers}")
+    return counts
+
+
+def _uneven_stages(architecture: Architecture, parallel: ParallelConfig) -> dict[str, Any]:
+    """The option of TransformerConfig where pieces of the model differ in their layers."""
+    counts = layers_of_stages(architecture, parallel)
+    if len(set(counts)) == 1:
         return {}
-    at_ends = layers - (stages - 2) * -(-layers // stages)
-    if at_ends < 2:
-        at_ends = layers - (stages - 2) * (layers // stages)
-    return {
-        "num_layers_in_first_pipeline_stage": at_ends - at_ends // 2,
-        "num_layers_in_last_pipeline_stage": at_ends // 2,
-    }
+    stages = [["decoder"] * count for count in counts]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return {"pipeline_model_parallel_layout": stages}
 
 
 def _mark_split(model: torch.nn.Module) -> None:
@@ -316,65 +387,51 @@ def _mark_split(model: torch.nn.Module) -> None:
                 set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
 
 
-def _uses_transformer_engine(architecture: Architecture, device: torch.device) -> bool:
+def uses_transformer_engine(architecture: Architecture, device: torch.device) -> bool:
     """Whether the layers are TransformerEngine's: on a GPU, where megatron-core could import it, for the families that
     its layers can express."""
-    return gpt_layer_specs.HAVE_TE and device.type == "cuda" and not architecture.post_norms
+    return (
+        gpt_layer_specs.HAVE_TE
+        and device.type == "cuda"
+        and all(layer.has_transformer_engine for layer in architecture.kinds)
+    )
 
 
 def _layers(
     config: TransformerConfig, architecture: Architecture, vp_stage: int | None, *, transformer_engine: bool
 ) -> TransformerBlockSubmodules:
-    """Megatron's layers with our attention, as many as this stage has; its local ones also with our norm."""
-    num_experts = architecture.num_experts or None
-    if transformer_engine:
-        layer: ModuleSpec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
-            num_experts=num_experts, moe_grouped_gemm=num_experts is not None, qk_layernorm=architecture.qk_norm
-        )
-        attention: ModuleSpec = layer.submodules.self_attention
-    else:
-        layer = gpt_layer_specs.get_gpt_layer_local_spec(num_experts=num_experts, normalization="RMSNorm")
-        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-        attention = layer.submodules.self_attention
-        if architecture.qk_norm:
-            attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
-        if architecture.post_norms:
-            attention.submodules.linear_proj = layer.submodules.mlp.submodules.linear_fc2 = NormedRowParallelLinear
-        if architecture.num_experts:
-            # In TransformerEngine's layers too this norm is fused with the MLP only where there is but one.
-            del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
-    attention.module = SelfAttention
-    attention.params["architecture"] = architecture
-    attention.submodules.core_attention = partial(CoreAttention, architecture=architecture)
-    if architecture.num_experts:
-        layer.submodules.mlp.submodules.router = Router
-    num_layers = get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    """The layers of this stage."""
+    backend = gpt_layer_specs.TESpecProvider() if transformer_engine else LocalSpecProvider()
+    first = get_transformer_layer_offset(config, vp_stage)
+    own = architecture.layers[first : first + get_num_layers_to_build(config, vp_stage)]
+    specs = {layer: layer.spec(backend, architecture.ropes) for layer in dict.fromkeys(own)}
+    return TransformerBlockSubmodules(layer_specs=[specs[layer] for layer in own], layer_norm=RMSNorm)
 
 
 def check_divides(architecture: Architecture, parallel: ParallelConfig, *, flag: str) -> None:
     """ValueError, naming the flag and the number, where the layout does not divide layers, heads or MLP."""
     pp, virtual = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
     layers = architecture.num_layers
-    if virtual > 1 and layers % (pp * virtual):
+    if virtual > 1 and layers % (pp * virtual) and parallel.pipeline_model_parallel_layout is None:
         raise ValueError(
             f"--pipeline-model-parallel-size {pp} x --num-virtual-stages-per-pipeline-rank {virtual} does not divide "
-            f"num_layers ({layers}) of {flag}"
+            f"num_layers ({layers}) of {flag}; --pipeline-model-parallel-layout can say how many each piece has"
         )
     if layers < pp:
         raise ValueError(f"--pipeline-model-parallel-size {pp} is more than num_layers ({layers}) of {flag}")
+    layers_of_stages(architecture, parallel)
     ep = parallel.expert_model_parallel_size
     if architecture.num_experts % ep:
         raise ValueError(
             f"--expert-model-parallel-size {ep} does not divide num_experts ({architecture.num_experts}) of {flag}"
         )
-    tp = parallel.tensor_model_parallel_size
-    if architecture.num_query_groups % tp and tp % architecture.num_query_groups:
+    cp = parallel.context_parallel_size
+    if cp > 1 and not all(layer.attention.has_context_parallel for layer in architecture.kinds):
         raise ValueError(
-            f"--tensor-model-parallel-size {tp} neither divides num_query_groups ({architecture.num_query_groups}) of "
-            f"{flag} nor is a multiple of it"
+            f"--context-parallel-size {cp}: {flag} has linear attention, whose state goes through a sequence from its "
+            "start to its end; leave it out"
         )
-    for name in ("num_attention_heads", "ffn_hidden_size"):
-        value = getattr(architecture, name)
-        if value % tp:
-            raise ValueError(f"--tensor-model-parallel-size {tp} does not divide {name} ({value}) of {flag}")
+    tp = parallel.tensor_model_parallel_size
+    for layer in architecture.kinds:
+        layer.attention.check_divides(tp, flag=flag)
+        layer.mlp.check_divides(tp, parallel.expert_tp, flag=flag)

@@ -1,18 +1,51 @@
 """Rotary position embeddings of an architecture: one set of angles for each kind of layer it has.
 
-A pair (x_i, x_{i + d/2}) of the first d entries of a query or a key is turned by position * f_i, where
-f_i = theta^(-2i/d), scaled as the architecture says.
+A pair (x_i, x_{i + d/2}), or (x_2i, x_{2i + 1}), of the first d entries of a query or a key is turned by
+position * f_i, where f_i = theta^(-2i/d), scaled as the architecture says.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
-from megatron_simct.models.families import Rope
+from megatron_simct.models.layout import Layout
+
+RopeKind = Literal["default", "linear", "llama3", "longrope", "yarn"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rope:
+    """The rotary embedding of one kind of layer."""
+
+    theta: float
+    dim: int
+    """Entries of a head that are turned, from the first on."""
+    kind: RopeKind = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    original_length: int = 0
+    """Positions that the model was trained for before it was scaled."""
+    short_factors: tuple[float, ...] = ()
+    """longrope, one for each of the dim / 2 frequencies: for sequences of up to original_length positions."""
+    long_factors: tuple[float, ...] = ()
+    """The same for longer sequences."""
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    """yarn: waves that turn more often in the original length are kept, those that turn less often are stretched."""
+    truncate: bool = True
+    """yarn: the bounds of the entries between the two are whole numbers."""
+    interleaved: bool = False
+    """A pair that is turned is (x_2i, x_{2i + 1}), and else (x_i, x_{i + d/2})."""
+    query_growth: float = 0.0
+    """Queries are multiplied by 1 + query_growth * log(1 + floor(position / original_length))."""
+    attention_factor: float = 1.0
+    """Multiplies what is turned, of queries and keys alike."""
 
 
 class Rotary(torch.nn.Module):
@@ -27,12 +60,18 @@ class Rotary(torch.nn.Module):
         self._ropes = tuple(ropes)
         self._longest = longest
 
-    def forward(self, length: int, **_: Any) -> torch.Tensor:
-        """Angles of positions 0 .. length - 1, float32 [kinds, length, 1, 1, d]."""
+    def forward(self, where: int | Layout, **_: Any) -> torch.Tensor:
+        """Angles float32 [kinds, S, 1, 1, d] of the positions of a Layout, or of 0 .. S - 1."""
         device = torch.cuda.current_device()
-        positions = torch.arange(length, dtype=torch.float32, device=device)
-        kinds = [torch.outer(positions, frequencies(rope, self._longest or length).to(device)) for rope in self._ropes]
-        return torch.cat([torch.stack(kinds)] * 2, dim=-1)[:, :, None, None, :]
+        if isinstance(where, Layout):
+            positions, longest = where.positions.float(), where.longest
+        else:
+            positions, longest = torch.arange(where, dtype=torch.float32, device=device), where
+        kinds = [torch.outer(positions, frequencies(rope, self._longest or longest).to(device)) for rope in self._ropes]
+        angles = torch.stack(kinds)
+        if self._ropes[0].interleaved:
+            return angles.repeat_interleave(2, dim=-1)[:, :, None, None, :]
+        return torch.cat([angles] * 2, dim=-1)[:, :, None, None, :]
 
     def get_rotary_seq_len(
         self,
@@ -40,16 +79,28 @@ class Rotary(torch.nn.Module):
         transformer: Any,
         transformer_input: Any,
         transformer_config: Any,
-        packed_seq_params: Any = None,
-    ) -> int:
-        """Positions of this forward pass, those in the KV cache included. Called by GPTModel."""
+        packed_seq_params: Layout | None = None,
+    ) -> int | Layout:
+        """Positions of this forward pass, those in the KV cache included. GPTModel asks for them, and hands the answer
+        to `forward`."""
         if packed_seq_params is not None:
-            return max(packed_seq_params.max_seqlen_q, packed_seq_params.max_seqlen_kv)
+            return packed_seq_params
         received = transformer.input_tensor if transformer.input_tensor is not None else transformer_input
         length = received.shape[0]
         if transformer_config.sequence_parallel:
             length *= transformer_config.tensor_model_parallel_size
         return length + (inference_context.sequence_len_offset if inference_context is not None else 0)
+
+
+def turned(x: torch.Tensor, angles: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """x [S, B, heads, d] turned by angles [S, 1, 1, d] of Rotary."""
+    angles = angles[: x.shape[0]]
+    if rope.interleaved:
+        swapped = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
+    else:
+        first, second = x.chunk(2, dim=-1)
+        swapped = torch.cat([-second, first], dim=-1)
+    return x * angles.cos().to(x.dtype) + swapped * angles.sin().to(x.dtype)
 
 
 def frequencies(rope: Rope, length: int) -> torch.Tensor:
@@ -65,6 +116,8 @@ def frequencies(rope: Rope, length: int) -> torch.Tensor:
         case "longrope":
             factors = rope.long_factors if length > rope.original_length else rope.short_factors
             return 1.0 / (torch.tensor(factors, dtype=torch.float32) * plain)
+        case "yarn":
+            return _yarn(1.0 / plain, rope)
     raise AssertionError(rope.kind)
 
 
@@ -74,3 +127,19 @@ def _llama3(plain: torch.Tensor, rope: Rope) -> torch.Tensor:
     turns = rope.original_length * plain / (2 * math.pi)
     kept = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0.0, 1.0)
     return kept * plain + (1 - kept) * plain / rope.factor
+
+
+def _yarn(plain: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """As llama3, with a mixture that changes evenly in i rather than in the wave (YaRN, arXiv:2309.00071)."""
+
+    def entry(turns: float) -> float:
+        """i of the wave that turns so often in the original length."""
+        return rope.dim * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = entry(rope.beta_fast), entry(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dim - 1)
+    high += 0.001 if low == high else 0.0
+    stretched = ((torch.arange(rope.dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0.0, 1.0)
+    return stretched * plain / rope.factor + (1 - stretched) * plain

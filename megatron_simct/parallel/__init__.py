@@ -1,1 +1,1 @@
-"""From a torchrun or Slurm environment to process groups; padded micro-batches; a shared disk; what CPU runs need."""
+"""From a torchrun or Slurm environment to process groups; a shared disk; what CPU runs need."""

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange")
+_FACTORIES = ("zeros", "ones", "empty", "empty_like", "full", "tensor", "arange")
 
 
 class _TorchOnCpu(types.ModuleType):
@@ -88,6 +88,12 @@ def _clip_grad_by_total_norm(
         torch._foreach_mul_(grads, coefficient)
 
 
+def _init_data(sharded: Any, device: Any, init_fn: Callable[..., torch.Tensor] = torch.empty) -> None:
+    """Room for what another rank has read, which upstream makes on the CUDA device."""
+    if sharded.data is None:
+        sharded.data = init_fn(sharded.local_shape, dtype=sharded.dtype, device="cpu")
+
+
 def _splits_as_numbers(dispatcher: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> Any:
     """Upstream brings the sizes of what ranks send each other from the device to the host, on a stream of its own."""
     if point == dispatcher.cuda_dtoh_point:
@@ -138,6 +144,26 @@ def _sum_and_scatter_rows(
     return total.split(list(input_split_sizes))[group.rank()].clone()
 
 
+_upstream: dict[tuple[str, str], Any] = {}
+"""What the patches have replaced."""
+
+
+def _build_main_parameters(optimizer: Any, *args: Any) -> Any:
+    """Upstream's, which knows a parameter's type by the name that it has on a CUDA device."""
+    type_ = torch.Tensor.type
+
+    def as_on_cuda(tensor: torch.Tensor, *options: Any, **more: Any) -> Any:
+        named = type_(tensor, *options, **more)
+        return named if options or more else named.replace("torch.", "torch.cuda.")
+
+    torch.Tensor.type = as_on_cuda  # type: ignore[method-assign, assignment]
+    try:
+        return _upstream[_DISTRIBUTED_OPTIMIZER, "_build_model_and_main_param_groups"](*args)
+    finally:
+        torch.Tensor.type = type_  # type: ignore[method-assign]
+
+
+_DISTRIBUTED_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
 _DISPATCHER = "megatron.core.transformer.moe.token_dispatcher.MoEAlltoAllTokenDispatcher"
 
 PATCHES: tuple[tuple[str, str, Any], ...] = (
@@ -145,6 +171,7 @@ PATCHES: tuple[tuple[str, str, Any], ...] = (
     ("torch.cuda", "current_device", _cpu_device),
     ("torch.Tensor", "cuda", _itself),  # the word embeddings that the first and the last pipeline stage share
     ("torch.cuda", "synchronize", _nothing()),
+    ("torch.cuda", "current_stream", _nothing()),
     ("torch.cuda", "set_device", _nothing()),
     ("torch.cuda", "empty_cache", _nothing()),
     ("torch.cuda.nvtx", "range_push", _nothing()),
@@ -161,10 +188,13 @@ PATCHES: tuple[tuple[str, str, Any], ...] = (
     ("megatron.core.optimizer.clip_grads", "torch", _torch_on_cpu),
     ("megatron.core.optimizer.grad_scaler", "torch", _torch_on_cpu),
     ("megatron.core.distributed.param_and_grad_buffer", "torch", _torch_on_cpu),
+    ("megatron.core.dist_checkpointing.exchange_utils", "torch", _torch_on_cpu),
+    ("megatron.core.dist_checkpointing.mapping.ShardedTensor", "init_data", _init_data),
     ("megatron.core.transformer.utils", "torch", _torch_on_cpu),
     ("megatron.core.utils", "torch", _torch_on_cpu),
     # Checks for CUDA tensor types.
     ("megatron.core.optimizer.optimizer", "clip_grad_by_total_norm_fp32", _clip_grad_by_total_norm),
+    (_DISTRIBUTED_OPTIMIZER, "_build_model_and_main_param_groups", _build_main_parameters),
     ("megatron.core.inference.communication_utils", "_is_cuda", _nothing()),
     # A mixture of experts: a stream that nothing runs on, and the sizes of what ranks send each other.
     (_DISPATCHER, "cuda_dtoh_stream", "none"),
@@ -190,6 +220,7 @@ def patch_megatron() -> bool:
                 raise AttributeError(
                     f"{module_name}.{attribute} does not exist in this megatron-core; the CPU patch is void"
                 )
+            _upstream[module_name, attribute] = getattr(module, attribute)
             setattr(module, attribute, replacement)
     # Advice for CUDA devices, and names that torch is about to change under megatron-core.
     warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")

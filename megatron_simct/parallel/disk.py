@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
+from megatron_simct.ownership import Lock, take
+from megatron_simct.stopping import at_sudden_end
 
-def on_first_rank(action: Callable[[], None], directory: str) -> None:
-    """action() on the first rank while the others wait. Where the disk refuses, ValueError on every rank."""
-    refused: OSError | None = None
+
+def on_first_rank(action: Callable[[], None], directory: str, *, flag: str = "--save") -> None:
+    """action() on the first rank while the others wait. ValueError on every rank where the disk refuses, or where
+    action() raises one."""
+    problem: str | None = None
     if dist.get_rank() == 0:
         try:
             action()
         except OSError as error:
-            refused = error
-    check_all_wrote(refused, directory)
+            problem = f"{flag} {directory}: {_refused(error)}"
+        except ValueError as error:
+            problem = str(error)
+    raise_together(problem)
 
 
 def check_all_wrote(refused: OSError | None, directory: str) -> None:
@@ -23,9 +32,68 @@ def check_all_wrote(refused: OSError | None, directory: str) -> None:
 
     refused: what this rank met; it must have gone on to here, for others would wait in whatever comes between.
     """
-    problem = None if refused is None else f"--save {directory}: {refused.strerror} ({refused.filename})"
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    for found in problems:
-        if found is not None:
-            raise ValueError(found)
+    raise_together(None if refused is None else f"--save {directory}: {_refused(refused)}")
+
+
+def raise_together(problem: str | None) -> None:
+    """ValueError on every rank with the first problem that a rank has. Collective over the whole job."""
+    found = first_of(problem)
+    if found is not None:
+        raise ValueError(found)
+
+
+def first_of(problem: str | None) -> str | None:
+    """The first problem that a rank has, on every rank; None where none has one. Collective over the whole job."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    first = torch.tensor(world_size if problem is None else rank, device=device)
+    dist.all_reduce(first, op=dist.ReduceOp.MIN)
+    source = int(first)
+    if source == world_size:
+        return None
+    found = [problem]
+    dist.broadcast_object_list(found, src=source)
+    return found[0]
+
+
+@contextlib.contextmanager
+def sole_owner(folders: Mapping[str, str | None], *, beside: bool = False) -> Iterator[None]:
+    """Own the folders, by the flags that name them, while the context lasts. None: no such folder.
+
+    beside: they are to be made, so their locks lie beside them. The first rank has the locks. ValueError on every rank
+    where another run writes into one of the folders.
+    """
+    held: dict[Path, Lock] = {}
+    made: list[Path] = []
+
+    def own(folder: Path, what: str) -> None:
+        place = folder.resolve()
+        if place in held:
+            return
+        if not beside and not folder.exists():
+            made.append(folder)
+        try:
+            held[place] = take(place.parent, name=place.name, what=what) if beside else take(folder, what=what)
+        except OSError as error:
+            raise ValueError(f"{what}: {_refused(error)}; name a place that can be written to") from None
+
+    def let_go() -> None:
+        for lock in held.values():
+            lock.release()
+        for folder in made:
+            with contextlib.suppress(OSError):  # what was written stays
+                folder.rmdir()
+
+    try:
+        for flag, name in folders.items():
+            if name is not None:
+                folder, what = Path(name), f"{flag} {name}"
+                on_first_rank(lambda folder=folder, what=what: own(folder, what), name, flag=flag)  # type: ignore[misc]
+        with at_sudden_end(let_go):
+            yield
+    finally:
+        let_go()
+
+
+def _refused(error: OSError) -> str:
+    return f"{error.strerror} ({error.filename})"

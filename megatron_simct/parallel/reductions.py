@@ -1,4 +1,4 @@
-"""Sums of a few numbers over ranks."""
+"""Sums, and the largest, of a few numbers over ranks."""
 
 from __future__ import annotations
 
@@ -18,3 +18,10 @@ def total(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     values = values.to("cuda" if dist.get_backend(group) == "nccl" else "cpu")
     dist.all_reduce(values, group=group)
     return values
+
+
+def largest(value: int, group: dist.ProcessGroup) -> int:
+    """The largest of the ranks' numbers."""
+    values = torch.tensor(value, dtype=torch.int64, device="cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+    return int(values)

@@ -1,33 +1,64 @@
-"""All checks of one run file, in the order in which a user would meet their failures. The longest takes seconds."""
+"""All checks of one run file, in the order in which a user would meet their failures. All but the bias take seconds."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_simct.alignment import AlignmentMap
 from megatron_simct.alignment.coverage import Coverage
 from megatron_simct.alignment.map_files import placement_balance
-from megatron_simct.config import ModelConfig, ParallelConfig, TeacherConfig
+from megatron_simct.config.options import ModelConfig, ParallelConfig, TeacherConfig
+from megatron_simct.config.run_file import Job, JobSize, RunFile
 from megatron_simct.data.prompts import PromptSource, Row, read_prompts
-from megatron_simct.launch.run_file import JobSize, RunFile
-from megatron_simct.loading import open_alignment_map, open_chat_template, open_held_out, open_tokenizer
-from megatron_simct.losses import check_config, teacher_needs
-from megatron_simct.models.build import check_divides, padded_vocab_size
+from megatron_simct.loading import (
+    describe_teacher,
+    open_alignment_map,
+    open_chat_template,
+    open_held_out,
+    open_tokenizer,
+)
+from megatron_simct.losses import check_config, check_has_units, teacher_needs
+from megatron_simct.models.build import check_divides, layers_of_stages, padded_vocab_size
 from megatron_simct.models.families import Architecture, read_architecture
-from megatron_simct.models.hf_load import find_weights
+from megatron_simct.models.formats import folder_format
+from megatron_simct.models.head import Head
+from megatron_simct.models.layers import Layer
+from megatron_simct.models.lora import adapter_parameters
+from megatron_simct.models.tensor_files import find_weights
 from megatron_simct.parallel.initialize import check_layout
 from megatron_simct.preflight import pair
+from megatron_simct.preflight.bias import Bias
 from megatron_simct.preflight.cluster import check_cluster
+from megatron_simct.preflight.engines import check_engines
 from megatron_simct.preflight.findings import Finding, failed, passed, warned
-from megatron_simct.preflight.memory import GIB, MemoryPlan, Sizes, as_gib, size_text, student_plan, teacher_plan
+from megatron_simct.preflight.memory import (
+    GIB,
+    MemoryPlan,
+    Sizes,
+    as_gib,
+    size_text,
+    student_plan,
+    teacher_plan,
+    total_parameters,
+)
+from megatron_simct.preflight.stages import (
+    even_stages,
+    layer_operations,
+    layout_text,
+    loss_operations,
+    unevenness,
+)
 from megatron_simct.preflight.traffic import Traffic, step_traffic
+from megatron_simct.reporting.writers import check_writers
 from megatron_simct.update.checkpoint import has_checkpoint
-from megatron_simct.writers import check_writers
+from megatron_simct.update.support import check_support
 
 MEMORY_WARN = 0.9
 """Share of the device from which a plan is pointed out."""
@@ -46,6 +77,7 @@ class Report:
     """student and teacher job -> plan."""
     traffic: Traffic | None = None
     coverage: Coverage | None = None
+    bias: Bias | None = None
     prompts: dict[str, str] = field(default_factory=dict)
     """The first prompt, as each side reads it."""
 
@@ -69,35 +101,42 @@ class Report:
             },
             "traffic_bytes": None if self.traffic is None else dataclasses.asdict(self.traffic),
             "coverage": None if self.coverage is None else self.coverage.as_json(),
+            "bias_nats_a_word": None if self.bias is None else self.bias.as_json(),
             "prompts": self.prompts,
         }
 
 
-def check_run(run: RunFile, *, device_memory_gib: float | None = None) -> Report:
-    """Every check that the file allows. Nothing is raised for what a user can mend: it is a finding.
+def check_run(run: RunFile, *, device_memory_gib: float | None = None, bias: bool = False) -> Report:
+    """Every check that the file allows. User errors are returned as findings, not raised.
 
-    device_memory_gib goes before cluster.device_memory_gib.
+    device_memory_gib goes before cluster.device_memory_gib. bias: measure the loss of a student that is already right,
+    which takes some seconds, for large vocabularies up to a minute.
     """
-    return _Check(run, device_memory_gib or run.cluster.device_memory_gib).report()
+    return _Check(run, device_memory_gib or run.cluster.device_memory_gib, bias=bias).report()
 
 
 class _Check:
     """Collects findings; a check whose input another one has refused is left out."""
 
-    def __init__(self, run: RunFile, device_memory_gib: float | None) -> None:
+    def __init__(self, run: RunFile, device_memory_gib: float | None, *, bias: bool) -> None:
         self._run = run
+        self._wants_bias = bias
         self._device_memory_gib = device_memory_gib
         self._findings: list[Finding] = []
-        config = run.config
-        # Whether there is a GPU is asked of the nodes, not of the machine that launches.
-        training = dataclasses.replace(config.training, bf16=False)
-        self._config = dataclasses.replace(config, training=training)
-        self._bf16 = config.training.bf16
-        self._teacher_job = run.teacher_config
+        config = self._config = run.config
+        self._jobs = {job.name: (job, run.teacher_configs[job.name]) for job in run.of_kind("teacher")}
+        """Teachers in jobs of their own."""
+        self._flags = dict(zip(self._jobs, ("teacher-", "second-teacher-"), strict=False))
+        self._flags |= {"student": ""} | ({} if self._jobs else {"teacher": "teacher-"})
+        """Prefix of each model's flags in the student's command."""
+        self._teacher_job = next((config for _, config in self._jobs.values()), None)
         self._colocated = not config.teacher_job.endpoint and config.rollout.load_debug_scored_data is None
-        self._needs_teacher = config.interface.interface != "sft"
+        self._needs_teacher = config.needs_teacher
+        self._sides: dict[str, pair.Side] = {}
         self._sound: set[str] = set()
         """Jobs whose options have a meaning: of the others there is neither layout nor plan."""
+        self._undivided: set[str] = set()
+        """Models that their layout does not divide: there is no plan."""
 
     def _try(
         self, side: str, check: str, function: Callable[[], T], said: Callable[[T], str] | None = None
@@ -118,15 +157,20 @@ class _Check:
         self._options()
         student, teacher = self._side("student", self._config.model), None
         if self._needs_teacher:
-            teacher = self._side("teacher", self._config.teacher)
-        elif self._run.teacher is not None:
-            findings.append(
-                failed("teacher", "interface", "--simct-interface sft asks no teacher; leave out the section teacher")
+            first, *others = self._jobs or ["teacher"]
+            teacher = self._side(first, self._config.teacher)
+            for name in others:
+                self._side(name, self._config.second_teacher)
+        elif self._jobs:
+            message = (
+                f"--simct-interface {self._config.interface.interface} asks no teacher; leave out the teachers' jobs"
             )
+            findings.append(failed(next(iter(self._jobs)), "interface", message))
+        findings += check_engines(self._run, self._device_memory_gib)
         if student is None or (teacher is None and self._needs_teacher):
             return Report(findings=findings)
         rows = self._rows(student, teacher)
-        coverage, alignment_map = None, None
+        coverage, alignment_map, bias = None, None, None
         if teacher is not None:
             alignment_map = self._try(
                 "pair",
@@ -140,23 +184,35 @@ class _Check:
             findings += pair.check_interface(
                 self._config.interface.interface, coverage, student=student, teacher=teacher
             )
+            interface = self._config.interface
+            if self._wants_bias:
+                bias = self._try(
+                    "pair", "bias", lambda: pair.bias_of(rows, interface, student=student, teacher=teacher)
+                )
+            if bias is not None:
+                findings += pair.check_bias(bias, interface)
         findings += self._lengths(student, teacher, coverage)
+        average = self._config.teacher_job.ema
+        if average is not None and teacher is not None and teacher.architecture != student.architecture:
+            said = f"{average}: averages two models of one architecture, and --teacher-hf-checkpoint has another"
+            findings.append(failed("teacher", "weights", said, flag="--teacher-ema"))
         plans = self._memory(student, teacher, alignment_map)
         traffic = self._traffic(teacher, coverage) if teacher is not None else None
-        prompts = pair.side_by_side(student, teacher, rows[0].prompt) if rows else {}
-        return Report(findings=findings, plans=plans, traffic=traffic, coverage=coverage, prompts=prompts)
+        prompts = pair.side_by_side(student, teacher, rows[0]) if rows else {}
+        return Report(findings=findings, plans=plans, traffic=traffic, coverage=coverage, bias=bias, prompts=prompts)
 
     def _options(self) -> None:
         """What the options say by themselves."""
-        config, student = self._config, self._run.cluster.student
+        config, student = self._config, self._run.student
 
         def check() -> int:
             check_layout(config.parallel, student.world_size)
             parallel = config.parallel
-            ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-            data_parallel_size = student.world_size // ranks
+            data_parallel_size = student.world_size // parallel.model_parallel_size
             config.check(data_parallel_size=data_parallel_size)
-            check_config(config.interface)
+            check_config(config.interface, context_parallel_size=config.parallel.context_parallel_size)
+            if config.output.gradient_parts_interval:
+                check_has_units(config.interface, flag="--gradient-parts-interval")
             if self._run.cluster.container is None:
                 check_writers(config.output)
             return data_parallel_size
@@ -165,52 +221,46 @@ class _Check:
         if size is not None:
             self._sound.add("student")
             batches = config.global_batch_size // (config.training.micro_batch_size * size)
-            said = f"data-parallel size {size}, {config.global_batch_size} sequences a step in {batches} micro-batches"
+            cut = f"in {batches} micro-batches"
+            if config.training.max_tokens_per_gpu is not None:
+                cut = f"in micro-batches of at most {config.training.max_tokens_per_gpu:,} tokens"
+            said = f"data-parallel size {size}, {config.global_batch_size} sequences a step {cut}"
             self._findings.append(passed("student", "options", said))
         output = config.output
         if output.load is not None and output.load != output.save and not has_checkpoint(output.load):
             message = f"--load {output.load}: no checkpoint there, and it is not the directory of --save"
             self._findings.append(failed("student", "resuming", message))
-        if self._teacher_job is not None:
-            parallel, cluster = self._teacher_job.parallel, self._run.cluster.teacher
-            serving = dataclasses.replace(self._teacher_job.serving, bf16=False)
-            job = dataclasses.replace(self._teacher_job, serving=serving)
-
-            def check_job() -> bool:
-                check_layout(parallel, cluster.world_size)
-                job.check()
-                return True
-
-            if self._try("teacher", "options", check_job):
-                self._sound.add("teacher")
+        for name, (job, teacher) in self._jobs.items():
+            if self._try(name, "options", partial(_check_teacher_job, teacher, job.world_size)):
+                self._sound.add(name)
 
     def _divides(self, name: str, architecture: Architecture, parallel: ParallelConfig, where: str, flag: str) -> None:
         """One layout of one model."""
-        self._try(
-            name,
-            "layout",
-            lambda: check_divides(architecture, parallel, flag=f"--{flag}hf-checkpoint"),
-            lambda _: f"{where}{_layout(parallel)} divides the model",
-        )
+
+        def divides() -> bool:
+            check_divides(architecture, parallel, flag=f"--{flag}hf-checkpoint")
+            return True
+
+        if not self._try(name, "layout", divides, lambda _: f"{where}{_layout(parallel)} divides the model"):
+            self._undivided.add(name)
 
     def _side(self, name: str, model: ModelConfig) -> pair.Side | None:
         """One model: its architecture in its layout, its weights, its tokenizer and template."""
-        flag = "" if name == "student" else "teacher-"
+        flag = self._flags[name]
         folder = model.hf_checkpoint
         if folder is None:
             return None  # said by the options
-        architecture = self._try(
-            name, "family", lambda: read_architecture(folder, flag=f"--{flag}hf-checkpoint"), _describe
-        )
-        if architecture is not None:
+        read = describe_teacher if self._has_engine(name) else read_architecture
+        architecture = self._try(name, "family", lambda: read(folder, flag=f"--{flag}hf-checkpoint"), _describe)
+        if isinstance(architecture, Architecture):
             for parallel, where in self._layouts(name):
                 self._divides(name, architecture, parallel, where, flag)
-        self._weights(name, folder, model, flag)
-        if model.tokenizer is None:
-            message = f"--{flag}hf-checkpoint {folder} has no tokenizer; give --{flag}tokenizer-model"
-            self._findings.append(failed(name, "tokenizer", message, flag=f"--{flag}tokenizer-model"))
-            return None
+                if name == "student":
+                    self._supports(architecture, parallel, f"--hf-checkpoint {folder}")
+        self._weights(name, folder, model, flag, architecture)
         tokenizer = self._try(name, "tokenizer", lambda: open_tokenizer(model, prefix=flag), lambda found: found.name)
+        for note in tokenizer.notes if tokenizer is not None else ():
+            self._findings.append(warned(name, "tokenizer", note, flag=f"--{flag}tokenizer-model"))
         if tokenizer is None or architecture is None:
             return None
         if self._config.data.apply_chat_template:
@@ -222,18 +272,41 @@ class _Check:
         else:
             chat = None
         side = pair.Side(name=name, flag=flag, folder=folder, architecture=architecture, tokenizer=tokenizer, chat=chat)
-        self._findings += [*pair.check_vocabulary(side), *pair.check_stop_tokens(side)]
+        self._findings += pair.check_vocabulary(side)
+        try:
+            self._findings += pair.check_stop_tokens(side)
+        except ValueError as error:  # a template without an end
+            self._findings.append(failed(name, "chat template", str(error), flag=f"--{flag}hf-checkpoint"))
+            return None
+        self._sides[name] = side
         return side
+
+    def _supports(self, architecture: Architecture, parallel: ParallelConfig, flag: str) -> None:
+        """The options of the update, for the student."""
+        on_gpu = self._run.student.gpus_per_node > 0
+        try:
+            check_support(self._config.update, parallel, architecture, transformer_engine=on_gpu, flag=flag)
+        except ValueError as error:
+            self._findings.append(failed("student", "options", str(error)))
 
     def _layouts(self, name: str) -> Iterator[tuple[ParallelConfig, str]]:
         """Every layout that the model is built in, where it is one."""
-        if name == "teacher" and self._teacher_job is not None:
-            if "teacher" in self._sound:
-                yield self._teacher_job.parallel, ""
+        if name in self._jobs:
+            if name in self._sound and not self._has_engine(name):
+                yield self._jobs[name][1].parallel, ""
         elif "student" in self._sound and (name == "student" or self._colocated):
-            yield self._config.parallel, "" if name == "student" else "on the student's ranks, "
+            if name == "student":
+                yield self._config.parallel, ""
+            else:
+                yield self._config.parallel.for_teacher, "on the student's ranks, "
 
-    def _weights(self, name: str, folder: str, model: ModelConfig, flag: str) -> None:
+    def _has_engine(self, name: str) -> bool:
+        """Whether an engine computes the hidden states of this model."""
+        return name in self._jobs and bool(self._jobs[name][1].engine.endpoint)
+
+    def _weights(
+        self, name: str, folder: str, model: ModelConfig, flag: str, architecture: Architecture | Head | None
+    ) -> None:
         if model.pretrained_checkpoint is not None:
             if not has_checkpoint(model.pretrained_checkpoint):
                 message = f"--{flag}pretrained-checkpoint {model.pretrained_checkpoint}: no checkpoint there"
@@ -246,12 +319,34 @@ class _Check:
             return
         if found is not None and found.name.endswith(".index.json"):
             self._try(name, "weights", lambda: _check_shards(found, flag=f"--{flag}hf-checkpoint"))
-        if found is None and name == "teacher" and self._teacher_job is not None:
+        if found is not None and isinstance(architecture, Architecture) and not self._has_engine(name):
+            self._quantised(name, found, flag, architecture)
+        if found is None and name in self._jobs:
             message = f"--{flag}hf-checkpoint {folder} has no safetensors, and a teacher needs weights; or give"
             self._findings.append(failed(name, "weights", f"{message} --{flag}pretrained-checkpoint"))
         elif found is None:
             message = f"{folder} has no safetensors: the weights would be random"
             self._findings.append(warned(name, "weights", message, flag=f"--{flag}hf-checkpoint"))
+
+    def _quantised(self, name: str, weights: Path, flag: str, architecture: Architecture) -> None:
+        """What quantised weights take in files and in memory, where the plan counts them as what they become."""
+        label = folder_format(str(weights.parent), flag=f"--{flag}hf-checkpoint")
+        if label is None:
+            return
+        files = weights.parent.glob("*.safetensors") if weights.suffix == ".json" else [weights]
+        in_files = sum(path.stat().st_size for path in files)
+        job = self._jobs[name][1] if name in self._jobs else None
+        bf16 = self._config.training.bf16 if job is None else job.serving.bf16
+        parameters = total_parameters(architecture, vocab_size=architecture.vocab_size)
+        said = (
+            f"{label.label}, {size_text(in_files)} in files; {size_text(parameters * (2 if bf16 else 4))} of "
+            f"{'bfloat16' if bf16 else 'float32'} in memory, over the ranks of one replica"
+        )
+        if name == "student":
+            said += "; the student starts from the quantised numbers, and is trained and saved as plain ones"
+            self._findings.append(warned(name, "weights", said, flag="--hf-checkpoint"))
+        else:
+            self._findings.append(passed(name, "weights", said))
 
     def _rows(self, student: pair.Side, teacher: pair.Side | None) -> list[Row]:
         """The prompts, where they can be read and rendered; else none."""
@@ -269,7 +364,7 @@ class _Check:
                 response_key=config.data.response_key,
                 label_key=config.data.label_key,
                 chat=config.data.apply_chat_template,
-                need_response=not self._needs_teacher,
+                need_response=config.interface.interface == "sft",
                 need_label=False,
             ),
         )
@@ -283,7 +378,6 @@ class _Check:
             source = PromptSource(
                 looked_at,
                 student=student.tokenizer,
-                teacher=None if teacher is None else teacher.tokenizer,
                 batch_size=None,
                 samples_per_prompt=1,
                 max_prompt_len=config.rollout.rollout_max_prompt_len,
@@ -293,7 +387,7 @@ class _Check:
                 dp_size=1,
                 flag="--prompt-data",
                 student_chat=student.chat,
-                teacher_chat=None if teacher is None else teacher.chat,
+                teachers=[] if teacher is None else [(teacher.tokenizer, teacher.chat)],
             )
         except ValueError as error:
             message = str(error)
@@ -303,6 +397,9 @@ class _Check:
         self._findings += templates
         share = source.num_skipped / len(looked_at)
         said = f"{len(rows):,} prompts; of {len(looked_at)} looked at {share:.1%} are too long and left out"
+        own = sum(row.teacher_prompt is not None for row in rows)
+        if own and teacher is not None:
+            said += f"; in {own:,} rows the teacher reads a prompt of its own"
         if share > pair.SKIPPED_WARN:
             self._findings.append(warned("pair", "prompts", said, flag="--rollout-max-prompt-len"))
         else:
@@ -331,25 +428,123 @@ class _Check:
         self, student: pair.Side, teacher: pair.Side | None, alignment_map: AlignmentMap | None
     ) -> dict[str, MemoryPlan]:
         """A plan for each job, and whether it fits."""
-        cluster = self._run.cluster
         plans: dict[str, MemoryPlan] = {}
-        if "student" in self._sound:
+        on_its_ranks = {"student", "teacher"} if self._colocated else {"student"}
+        if "student" in self._sound and not self._undivided & on_its_ranks:
             plans["student"] = self._student_plan(student, teacher, alignment_map)
-            self._fits("student", plans["student"], cluster.student)
-        if teacher is not None and self._teacher_job is not None and "teacher" in self._sound:
-            plans["teacher"] = self._teacher_plan(teacher, self._teacher_job)
-            self._fits("teacher", plans["teacher"], cluster.teacher)
+            self._fits("student", plans["student"], self._run.student)
+            self._propose_stages(student, teacher, alignment_map)
+            if self._device_memory_gib is not None:
+                self._propose(student, teacher, alignment_map, self._device_memory_gib)
+        for name, (job, teacher_config) in self._jobs.items():
+            if name in self._sides and name in self._sound - self._undivided and not self._has_engine(name):
+                plans[name] = self._teacher_plan(self._sides[name], job, teacher_config)
+                self._fits(name, plans[name], job)
         return plans
 
-    def _student_plan(
+    def _propose(
+        self, student: pair.Side, teacher: pair.Side | None, alignment_map: AlignmentMap | None, device: float
+    ) -> None:
+        """What would fit too, and be faster: more sequences decoded together, less tensor parallelism."""
+        config, world_size = self._config, self._run.student.world_size
+        parallel = config.parallel
+
+        def fits(**changes: Any) -> bool:
+            return self._student_plan(student, teacher, alignment_map, **changes).peak <= MEMORY_WARN * device * GIB
+
+        ranks = parallel.model_parallel_size
+        share = -(-config.global_batch_size * ranks // world_size)
+        asked = best = min(config.rollout.rollout_engine_batch_size, share)
+        while best < share and fits(engine_batch_size=min(2 * best, share)):
+            best = min(2 * best, share)
+        if best > asked and self._needs_teacher:
+            said = f"--rollout-engine-batch-size {best} would fit, in place of {asked}: fewer turns of decoding"
+            self._findings.append(passed("student", "proposal", said))
+        tp = 1
+        while tp < parallel.tensor_model_parallel_size:
+            less = replace(
+                parallel, tensor_model_parallel_size=tp, sequence_parallel=parallel.sequence_parallel and tp > 1
+            )
+            if self._can_run(student, less) and fits(parallel=less):
+                said = f"--tensor-model-parallel-size {tp} would fit, in place of {parallel.tensor_model_parallel_size}"
+                self._findings.append(passed("student", "proposal", said))
+                return
+            tp *= 2
+
+    def _propose_stages(
         self, student: pair.Side, teacher: pair.Side | None, alignment_map: AlignmentMap | None
+    ) -> None:
+        """Other layers for the pipeline stages, where one of them has much more to do than the others."""
+        config, parallel = self._config, self._config.parallel
+        pp, architecture = parallel.pipeline_model_parallel_size, _known(student.architecture)
+        if pp == 1 or parallel.num_virtual_stages_per_pipeline_rank > 1 or not self._can_run(student, parallel):
+            return
+        rollout, needs = config.rollout, teacher_needs(config.interface)
+        costs = [
+            layer_operations(
+                layer,
+                hidden_size=architecture.hidden_size,
+                tokens=rollout.rollout_max_prompt_len + rollout.rollout_max_response_len,
+                computed_again=config.update.recompute_granularity == "full",
+            )
+            for layer in architecture.layers
+        ]
+        sends_rows = alignment_map is not None and needs.hidden_rows != "none" and not needs.topk
+        last = loss_operations(
+            hidden_size=architecture.hidden_size,
+            vocab_size=architecture.vocab_size,
+            teacher_rows=alignment_map.teacher_vocab_size if alignment_map is not None and sends_rows else 0,
+            teacher_hidden_size=0 if teacher is None else teacher.architecture.hidden_size,
+            labels=rollout.rollout_max_response_len,
+        )
+        layers = even_stages(costs, last=last, stages=pp)
+        now = unevenness(layers_of_stages(architecture, parallel), costs, last=last)
+        then = unevenness(layers, costs, last=last)
+        if now > 1.05 * then:
+            text = layout_text(layers)
+            fitting = replace(parallel.for_teacher, pipeline_model_parallel_layout=text)
+            plan = self._student_plan(student, teacher, alignment_map, parallel=fitting)
+            device = self._device_memory_gib
+            if self._can_run(student, fitting) and (device is None or plan.peak <= MEMORY_WARN * device * GIB):
+                said = (
+                    f"--pipeline-model-parallel-layout '{text}' would even out the stages: the one that does most has "
+                    f"{then:.2f} times the mean of the matrix products, in place of {now:.2f} (the last has the loss)"
+                )
+                self._findings.append(passed("student", "proposal", said))
+
+    def _can_run(self, student: pair.Side, parallel: ParallelConfig) -> bool:
+        """Whether the student and its batch divide over a layout."""
+        world_size = self._run.student.world_size
+        try:
+            check_layout(parallel, world_size)
+            check_divides(_known(student.architecture), parallel, flag="")
+            replicas = world_size // parallel.model_parallel_size
+            replace(self._config, parallel=parallel).check(data_parallel_size=replicas)
+        except ValueError:
+            return False
+        return True
+
+    def _student_plan(
+        self,
+        student: pair.Side,
+        teacher: pair.Side | None,
+        alignment_map: AlignmentMap | None,
+        *,
+        parallel: ParallelConfig | None = None,
+        engine_batch_size: int | None = None,
     ) -> MemoryPlan:
-        config, cluster = self._config, self._run.cluster
-        parallel, rollout = config.parallel, config.rollout
-        sizes = self._sizes(student, config.model, parallel, bf16=self._bf16)
-        ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-        data_parallel_size = max(1, cluster.student.world_size // ranks)
+        """parallel, engine_batch_size: in the place of those of the run."""
+        config, job = self._config, self._run.student
+        parallel, rollout = parallel or config.parallel, config.rollout
+        sizes = self._sizes(student, config.model, parallel, bf16=config.training.bf16)
+        data_parallel_size = max(1, job.world_size // parallel.model_parallel_size)
         share = -(-config.global_batch_size // data_parallel_size)
+        # What a rank has of a micro-batch, and of a step, in sequences.
+        context = parallel.context_parallel_size
+        sequences, of_step = config.training.micro_batch_size / context, share / context
+        if config.training.max_tokens_per_gpu is not None:
+            longest = rollout.rollout_max_prompt_len + rollout.rollout_max_response_len
+            sequences = max(1.0 / context, config.training.max_tokens_per_gpu / longest)
         needs = teacher_needs(config.interface)
         rows = 0
         if alignment_map is not None and needs.hidden_rows != "none" and not needs.topk:
@@ -358,30 +553,49 @@ class _Check:
         return student_plan(
             sizes,
             optimizer=config.training.optimizer,
-            micro_batch_size=config.training.micro_batch_size,
-            num_micro_batches=max(1, share // config.training.micro_batch_size),
-            engine_batch_size=min(rollout.rollout_engine_batch_size, share),
+            micro_batch_size=min(sequences, of_step),
+            num_micro_batches=max(1, int(of_step / sequences)),
+            engine_batch_size=min(engine_batch_size or rollout.rollout_engine_batch_size, math.ceil(of_step)),
+            update=config.update,
+            data_parallel_size=data_parallel_size,
             prompt_len=rollout.rollout_max_prompt_len,
             response_len=rollout.rollout_max_response_len,
             loss_memory=config.interface.loss_memory_mib << 20,
-            trains_on_given=not self._needs_teacher,
-            on_gpu=cluster.student.gpus_per_node > 0,
+            trains_on_given=config.interface.interface == "sft",
+            on_gpu=job.gpus_per_node > 0,
             teacher=(
-                self._sizes(teacher, config.teacher, parallel, bf16=self._bf16)
+                self._sizes(teacher, config.teacher, parallel.for_teacher, bf16=config.training.bf16)
                 if self._colocated and teacher is not None
                 else None
             ),
             shared_rows=rows,
             teacher_hidden_size=0 if teacher is None else teacher.architecture.hidden_size,
+            adapters=self._adapters(student),
+            averages_teacher=config.teacher_job.ema is not None,
         )
 
-    def _teacher_plan(self, teacher: pair.Side, job: TeacherConfig) -> MemoryPlan:
+    def _adapters(self, student: pair.Side) -> dict[Layer, int] | None:
+        """Numbers of each layer's adapters, if these are what is trained."""
+        if not self._config.lora.rank:
+            return None
+        return self._try(
+            "student",
+            "adapters",
+            lambda: adapter_parameters(
+                _known(student.architecture),
+                self._config.lora,
+                tp_size=self._config.parallel.tensor_model_parallel_size,
+                flag=f"--hf-checkpoint {student.folder}",
+            ),
+        )
+
+    def _teacher_plan(self, teacher: pair.Side, job: Job, config: TeacherConfig) -> MemoryPlan:
         length = self._config.rollout.rollout_max_prompt_len + self._config.rollout.rollout_max_response_len
         return teacher_plan(
-            self._sizes(teacher, job.teacher, job.parallel, bf16=job.serving.bf16),
-            tokens=job.serving.max_tokens_per_batch,
-            length=min(length, job.serving.max_tokens_per_batch),
-            on_gpu=self._run.cluster.teacher.gpus_per_node > 0,
+            self._sizes(teacher, config.teacher, config.parallel, bf16=config.serving.bf16),
+            tokens=config.serving.max_tokens_per_batch,
+            length=min(length, config.serving.max_tokens_per_batch),
+            on_gpu=job.gpus_per_node > 0,
         )
 
     @staticmethod
@@ -391,7 +605,7 @@ class _Check:
             divisible_by=model.make_vocab_size_divisible_by,
             tp_size=parallel.tensor_model_parallel_size,
         )
-        return Sizes(architecture=side.architecture, parallel=parallel, vocab_size=rows, bf16=bf16)
+        return Sizes(architecture=_known(side.architecture), parallel=parallel, vocab_size=rows, bf16=bf16)
 
     def _fits(self, job: str, plan: MemoryPlan, size: JobSize) -> None:
         device, peak = self._device_memory_gib, plan.peak / GIB
@@ -402,7 +616,7 @@ class _Check:
         )
         if device is None:
             if size.gpus_per_node:
-                message = f"{said}; how much a GPU has is not said, so it was not compared"
+                message = f"{said}; GPU memory is not configured, so the plan was not checked against it"
                 self._findings.append(warned(job, "memory", message, flag="--device-memory"))
             else:
                 self._findings.append(passed(job, "memory", said))
@@ -465,19 +679,34 @@ def _remedy(job: str, plan: MemoryPlan, largest: str) -> tuple[str, str]:
     """The flag of the job that lowers the largest part, and what to do with it."""
     if largest == "KV cache" or plan.peak_phase == "rollout" and largest == "forward pass":
         return "--rollout-engine-batch-size", "lower it, so that fewer sequences are decoded together"
+    if largest == "activations" and job == "student":
+        return "--micro-batch-size", "lower it, or add --recompute-granularity full"
     if largest in ("activations", "loss", "forward pass", "hidden states", "logits"):
         return "--micro-batch-size" if job == "student" else "--max-tokens-per-batch", "lower it"
     if largest == "teacher weights":
         return "--tensor-model-parallel-size", "raise it, or give the teacher a job of its own (section teacher)"
-    return "--tensor-model-parallel-size", "raise it or --pipeline-model-parallel-size"
+    more = ", or add --use-distributed-optimizer" if largest == "optimizer" else ""
+    return "--tensor-model-parallel-size", f"raise it or --pipeline-model-parallel-size{more}"
 
 
-def _describe(architecture: Architecture) -> str:
-    return (
-        f"{architecture.num_layers} layers, hidden size {architecture.hidden_size}, "
-        f"{architecture.num_attention_heads} heads"
-    )
+def _known(architecture: Architecture | Head) -> Architecture:
+    assert isinstance(architecture, Architecture), "what is built here is of a known family"
+    return architecture
+
+
+def _check_teacher_job(config: TeacherConfig, world_size: int) -> bool:
+    check_layout(config.parallel, world_size)
+    config.check()
+    return True
+
+
+def _describe(architecture: Architecture | Head) -> str:
+    if isinstance(architecture, Head):
+        return f"the engine's; its head is {architecture.tensor}, hidden size {architecture.hidden_size}"
+    heads = architecture.layers[0].attention.heads
+    return f"{architecture.num_layers} layers, hidden size {architecture.hidden_size}, {heads} heads"
 
 
 def _layout(parallel: ParallelConfig) -> str:
-    return f"TP{parallel.tensor_model_parallel_size} x PP{parallel.pipeline_model_parallel_size}"
+    context = f" x CP{parallel.context_parallel_size}" if parallel.context_parallel_size > 1 else ""
+    return f"TP{parallel.tensor_model_parallel_size} x PP{parallel.pipeline_model_parallel_size}{context}"

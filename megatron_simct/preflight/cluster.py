@@ -1,4 +1,4 @@
-"""Nodes, times, containers and paths of a run: what the scheduler would find out late, or not at all."""
+"""Nodes, times, environments and paths of a run: what the scheduler would find out late, or not at all."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_simct.arguments import options
-from megatron_simct.config import Config, TeacherConfig
-from megatron_simct.launch.run_file import Container, RunFile
+from megatron_simct.config.flags import options
+from megatron_simct.config.options import Config, TeacherConfig
+from megatron_simct.config.run_file import Container, Job, RunFile
 from megatron_simct.preflight.findings import Finding, failed, passed, warned
 
 _OTHER = re.compile(r"tiktoken:|tcp://")
-"""What stands in the place of a path and is none."""
+"""Values that are not paths."""
 _OF_A_NODE = ("/tmp", "/dev/shm", "/var/tmp")
-"""Folders that every node has for itself."""
+"""Node-local directories."""
 
 
 def check_cluster(run: RunFile) -> list[Finding]:
@@ -25,51 +25,44 @@ def check_cluster(run: RunFile) -> list[Finding]:
 
 
 def _summary(run: RunFile) -> str:
-    sizes = {"student": run.cluster.student} | ({"teacher": run.cluster.teacher} if run.teacher is not None else {})
     return f"{run.cluster.kind}: " + ", ".join(
-        f"{name} {size.nodes} x {size.processes} processes" for name, size in sizes.items()
+        f"{job.name} {job.nodes} x {1 if job.kind == 'engine' else job.processes} processes" for job in run.jobs
     )
 
 
 def _sizes(run: RunFile) -> Iterator[Finding]:
     cluster = run.cluster
-    jobs = {"student": run.config.parallel.tensor_model_parallel_size}
-    if run.teacher_config is not None:
-        jobs["teacher"] = run.teacher_config.parallel.tensor_model_parallel_size
-    for name, tp in jobs.items():
-        size = cluster.student if name == "student" else cluster.teacher
-        where = f"cluster.{name}"
-        if cluster.kind == "local" and size.nodes != 1:
-            yield failed(name, "nodes", f"{where}.nodes {size.nodes}: a local run has one node; use cluster.kind slurm")
-        if size.gpus_per_node and size.processes > size.gpus_per_node:
+    for job in run.jobs:
+        name, where = job.name, run.where(job)
+        if cluster.kind == "local" and job.nodes != 1:
+            yield failed(name, "nodes", f"{where}.nodes {job.nodes}: a local run has one node; use cluster.kind slurm")
+        if job.kind == "engine":
+            continue
+        if job.gpus_per_node and job.processes > job.gpus_per_node:
             yield failed(
                 name,
                 "processes",
-                f"{where}.processes_per_node {size.processes} exceeds gpus_per_node {size.gpus_per_node}: NCCL refuses "
+                f"{where}.processes_per_node {job.processes} exceeds gpus_per_node {job.gpus_per_node}: NCCL refuses "
                 "two processes on one GPU",
             )
-        if size.nodes > 1 and size.gpus_per_node and tp > size.gpus_per_node:
+        parallel = (run.config if job.kind == "student" else run.teacher_configs[name]).parallel
+        tp = parallel.tensor_model_parallel_size
+        if job.nodes > 1 and job.gpus_per_node and tp > job.gpus_per_node:
             yield warned(
                 name,
                 "nodes",
-                f"tensor parallelism over {tp} ranks leaves the node of {size.gpus_per_node} GPUs: every layer waits "
+                f"tensor parallelism over {tp} ranks leaves the node of {job.gpus_per_node} GPUs: every layer waits "
                 "for the network; use pipeline stages",
                 flag="--tensor-model-parallel-size",
             )
-        bf16 = _is_bf16(run, name)
-        if bf16 and not size.gpus_per_node:
+        bf16 = run.config.training.bf16 if job.kind == "student" else run.teacher_configs[name].serving.bf16
+        if bf16 and not job.gpus_per_node:
             yield failed(name, "precision", f"--bf16 needs GPUs, and {where}.gpus_per_node is 0")
-        if name == "teacher" and cluster.kind == "slurm" and (run.teacher or {}).get("bind") == "ipc":
+        if job.kind == "teacher" and cluster.kind == "slurm" and job.options.get("bind") == "ipc":
             message = "--bind ipc is for one machine, and the jobs get nodes of their own; leave it out"
             yield failed(name, "address", message)
-        if size.gpus_per_node and not bf16:
+        if job.gpus_per_node and not bf16:
             yield warned(name, "precision", "float32 on GPUs: twice the memory, a fraction of the speed", flag="--bf16")
-
-
-def _is_bf16(run: RunFile, name: str) -> bool:
-    if name == "student":
-        return run.config.training.bf16
-    return run.teacher_config is not None and run.teacher_config.serving.bf16
 
 
 def _times(run: RunFile) -> Iterator[Finding]:
@@ -99,46 +92,52 @@ def _times(run: RunFile) -> Iterator[Finding]:
 
 
 def _container(run: RunFile) -> Iterator[Finding]:
-    container = run.cluster.container
-    if container is None:
-        return
-    if run.cluster.kind == "local":
-        yield failed("cluster", "container", "cluster.container: a local run starts in this environment; leave it out")
-        return
-    image = container.image
-    if (container.runtime == "apptainer" or image.endswith(".sqsh")) and "://" not in image and not _exists(image):
-        yield failed("cluster", "container", f"cluster.container.image {image}: no such file")
-    for mount in container.mounts:
-        host = mount.split(":")[0]
-        if not _exists(host):
-            yield failed("cluster", "container", f"cluster.container.mounts: {host} does not exist here")
-    for key, path in dict.fromkeys(_paths(run)):
-        if not os.path.isabs(path):
-            yield failed(
-                "cluster",
-                "container",
-                f"{key} {path}: a relative path has no meaning inside the image; write the absolute one",
-            )
-        elif not _is_mounted(path, container):
-            finding = failed(
-                "cluster",
-                "container",
-                f"{key} {path} lies under no mount, so the image does not see it; add it",
-                flag="cluster.container.mounts",
-            )
-            # apptainer mounts home, /tmp and the current directory by itself, unless its administrator says otherwise.
-            own = [Path.home(), Path("/tmp"), Path.cwd()]
-            if container.runtime == "apptainer" and any(Path(path).is_relative_to(folder) for folder in own):
-                continue
-            yield finding
+    for job in run.jobs:
+        container = run.container_of(job)
+        if container is None:
+            continue
+        where = f"{run.where(job)}.container" if job.container else "cluster.container"
+        if run.cluster.kind == "local":
+            yield failed("cluster", "container", f"{where}: a local run starts in this environment; leave it out")
+            return
+        if job.container or job.kind == "student":  # that of the cluster once
+            image = container.image
+            is_file = container.runtime == "apptainer" or image.endswith(".sqsh")
+            if is_file and "://" not in image and not _exists(image):
+                yield failed("cluster", "container", f"{where}.image {image}: no such file")
+            for mount in container.mounts:
+                host = mount.split(":")[0]
+                if not _exists(host):
+                    yield failed("cluster", "container", f"{where}.mounts: {host} does not exist here")
+        for key, path in dict.fromkeys(_paths(run, job)):
+            yield from _inside(key, path, container, where)
 
 
-def _paths(run: RunFile) -> Iterator[tuple[str, str]]:
+def _inside(key: str, path: str, container: Container, where: str) -> Iterator[Finding]:
+    """Whether an image sees a path."""
+    if not os.path.isabs(path):
+        message = f"{key} {path}: a relative path has no meaning inside the image; write the absolute one"
+        yield failed("cluster", "container", message)
+    elif not _is_mounted(path, container):
+        # apptainer mounts home, /tmp and the current directory by itself, unless its administrator says otherwise.
+        own = [Path.home(), Path("/tmp"), Path.cwd()]
+        if container.runtime == "apptainer" and any(Path(path).is_relative_to(folder) for folder in own):
+            return
+        message = f"{key} {path} lies under no mount, so the image does not see it; add it"
+        yield failed("cluster", "container", message, flag=f"{where}.mounts")
+
+
+def _paths(run: RunFile, job: Job) -> Iterator[tuple[str, str]]:
     """Every path that a job reads or writes, by its flag."""
-    yield "run_dir", run.run_dir
-    of_student = [(option, run.student.get(option.key)) for option in options(Config)]
-    of_teacher = [(option, (run.teacher or {}).get(option.key)) for option in options(TeacherConfig)]
-    for option, value in [*of_student, *of_teacher]:
+    if job.kind == "engine":
+        model = job.flag_of_command("--model")
+        if model is not None:
+            yield "--model", model
+        return
+    if job.kind == "student":
+        yield "run_dir", run.run_dir
+    for option in options(Config if job.kind == "student" else TeacherConfig):
+        value = job.options.get(option.key)
         for path in value if isinstance(value, list) else [value]:
             if option.metavar in ("DIR", "FILE") and isinstance(path, str) and not _OTHER.match(path):
                 yield option.flag, path
@@ -160,7 +159,7 @@ def _folders(run: RunFile) -> Iterator[Finding]:
 
 def _environment(run: RunFile) -> Iterator[Finding]:
     parallel, name = run.config.parallel, "CUDA_DEVICE_MAX_CONNECTIONS"
-    if run.cluster.student.gpus_per_node and parallel.sequence_parallel and run.env.get(name) != "1":
+    if run.student.gpus_per_node and parallel.sequence_parallel and run.env.get(name) != "1":
         yield warned(
             "student",
             "environment",

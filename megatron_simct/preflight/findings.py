@@ -6,7 +6,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-_FLAG = re.compile(r"--[a-z][a-z0-9-]*[a-z0-9]|(?:cluster|env|run_dir)[.\w]*")
+_FLAG = re.compile(r"--[a-z][a-z0-9-]*[a-z0-9]|(?:cluster|env|run_dir|jobs)[.\w]*")
 
 
 @dataclass(frozen=True, kw_only=True)

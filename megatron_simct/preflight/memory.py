@@ -3,20 +3,22 @@
 Parameters are counted exactly. Activations are what autograd keeps of a layer of this package's models, measured
 through saved-tensor hooks; what an allocator loses to fragmentation is a share on top (`RESERVE`).
 
-Letters: L layers of a stage, h hidden size, f width of the MLP, n query heads, g key heads, d entries of a head, t
-tensor-parallel size, b sequences of a micro-batch, s positions.
+Each layer counts what is its own (`models.layers`). Letters: h hidden size, t tensor-parallel size, B sequences of a
+micro-batch, S positions.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
-from megatron_simct.config import ParallelConfig
+from megatron_simct.config.options import ParallelConfig, UpdateConfig
 from megatron_simct.losses.vocab_parallel import LABEL_STATISTICS_COLUMNS, LABEL_STATISTICS_ROWS
-from megatron_simct.models.build import uneven_stages
+from megatron_simct.models.build import layers_of_stages
 from megatron_simct.models.families import Architecture
+from megatron_simct.models.layers import Layer, Share
 
 GIB = 1 << 30
 
@@ -24,6 +26,9 @@ RESERVE = 0.08
 """Share of what is planned that the allocator's fragmentation and temporary buffers take on top."""
 GPU_CONTEXT = 2 * GIB
 """What CUDA, cuBLAS and NCCL hold on a GPU before the first tensor."""
+
+
+NO_OPTIONS = UpdateConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +40,7 @@ class MemoryPlan:
     phases: dict[str, dict[str, int]]
     """Phase of a step -> part -> bytes: phases follow one another, so the largest counts."""
     num_parameters: int
-    """Of the whole model."""
+    """Number of parameters of the whole model."""
 
     @property
     def peak_phase(self) -> str:
@@ -69,6 +74,17 @@ class Sizes:
         return self.parallel.tensor_model_parallel_size
 
     @property
+    def share(self) -> Share:
+        """What a rank has of each layer."""
+        return Share(
+            hidden_size=self.architecture.hidden_size,
+            tp=self.tp,
+            ep=self.parallel.expert_model_parallel_size,
+            etp=self.parallel.expert_tp,
+            value_bytes=self.value_bytes,
+        )
+
+    @property
     def pp(self) -> int:
         return self.parallel.pipeline_model_parallel_size
 
@@ -77,15 +93,14 @@ def total_parameters(architecture: Architecture, *, vocab_size: int) -> int:
     """Parameters of the whole model with vocab_size rows of the embedding."""
     embedding = vocab_size * architecture.hidden_size
     heads = 1 if architecture.tied_embeddings else 2
-    layers = architecture.num_layers * _layer_parameters(architecture, tp=1, ep=1)
+    layers = sum(layer.parameters(Share(hidden_size=architecture.hidden_size)) for layer in architecture.layers)
     return heads * embedding + layers + architecture.hidden_size
 
 
 def stage_parameters(sizes: Sizes, *, stage: int) -> int:
     """Parameters of one rank of the pipeline stage. Tied embeddings lie on the first and on the last stage."""
     architecture = sizes.architecture
-    layer = _layer_parameters(architecture, tp=sizes.tp, ep=sizes.parallel.expert_model_parallel_size)
-    count = stage_layers(sizes, stage) * layer
+    count = sum(layer.parameters(sizes.share) for layer in stage_layers(sizes, stage))
     embedding = math.ceil(sizes.vocab_size / sizes.tp) * architecture.hidden_size
     first, last = stage == 0, stage == sizes.pp - 1
     if first:
@@ -97,81 +112,79 @@ def stage_parameters(sizes: Sizes, *, stage: int) -> int:
     return count
 
 
-def stage_layers(sizes: Sizes, stage: int) -> int:
-    """Layers of a pipeline stage."""
-    layers, ends = sizes.architecture.num_layers, uneven_stages(sizes.architecture, sizes.parallel)
-    if not ends:
-        return layers // sizes.pp
-    first, last = ends["num_layers_in_first_pipeline_stage"], ends["num_layers_in_last_pipeline_stage"]
-    if stage == 0:
-        return first
-    return last if stage == sizes.pp - 1 else (layers - first - last) // (sizes.pp - 2)
+def stage_layers(sizes: Sizes, stage: int) -> tuple[Layer, ...]:
+    """Layers of a pipeline stage; of interleaved ones those of all its pieces."""
+    bounds = [0, *accumulate(layers_of_stages(sizes.architecture, sizes.parallel))]
+    pieces = pairwise(bounds)
+    own = (piece for number, piece in enumerate(pieces) if number % sizes.pp == stage)
+    return tuple(layer for start, end in own for layer in sizes.architecture.layers[start:end])
 
 
-def _stages(sizes: Sizes) -> list[int]:
-    """One stage of each kind: the first, the first of those in the middle, the last."""
-    return sorted({0, min(1, sizes.pp - 1), sizes.pp - 1})
-
-
-def _layer_parameters(architecture: Architecture, *, tp: int, ep: int) -> int:
-    """Parameters of one layer on one rank."""
-    h, d = architecture.hidden_size, architecture.head_dim
-    # Ranks that outnumber the query groups hold a part of a group each.
-    qkv = (architecture.num_attention_heads + 2 * architecture.num_query_groups) * d // tp
-    attention = h * qkv + architecture.num_attention_heads * d // tp * h
-    if architecture.qkv_bias:
-        attention += qkv
-    if architecture.qk_norm:
-        attention += 2 * d
-    mlp = 3 * h * math.ceil(architecture.ffn_hidden_size / tp)
-    experts = architecture.num_experts
-    if experts:
-        mlp = math.ceil(experts / ep) * mlp + experts * h  # and the router
-    return attention + mlp + (4 if architecture.post_norms else 2) * h
-
-
-def layer_activation_bytes(sizes: Sizes, *, batch: int, length: int) -> int:
+def layer_activation_bytes(sizes: Sizes, layer: Layer, *, batch: float, length: int) -> int:
     """What autograd keeps of one layer on one rank, for `batch` sequences of `length` positions.
 
-    b s (6 h / t' + 5 f / t + 3 (n + g) d / t) values, t' = t under sequence parallelism and else 1: inputs of both
-    norms, of the projections and of the residuals; the MLP's two halves, their activation, its product and the copy of
-    a half; queries, keys and values before and after the rotation. In bfloat16 each norm keeps its input in float32
-    too, which counts as 4 h more. A soft-cap keeps tanh and softmax of all scores: 8 b n s^2 / t bytes.
+    Beside attention and MLP 6 B S h / t' values, t' = t under sequence parallelism and else 1: inputs of both norms,
+    of the projections and of the residuals. In bfloat16 each norm keeps its input in float32 too, which counts as 4 h
+    more, and norms of what is added to the residual keep another 4 h. Context-parallel ranks keep the keys and values
+    of all of them too, which are as many as generation would cache.
     """
-    architecture, t = sizes.architecture, sizes.tp
-    h, d = architecture.hidden_size, architecture.head_dim
-    n, g = math.ceil(architecture.num_attention_heads / t), math.ceil(architecture.num_query_groups / t)
-    wide = 6 + (4 if sizes.bf16 else 0) + (4 if architecture.post_norms else 0) + 2 * architecture.experts_per_token
-    values = wide * h / (t if sizes.parallel.sequence_parallel else 1)
-    values += 5 * max(1, architecture.experts_per_token) * architecture.ffn_hidden_size / t
-    values += (5 if architecture.qk_norm else 3) * (n + g) * d
-    kept = batch * length * values * sizes.value_bytes
-    if architecture.attention_softcap is not None:
-        kept += 8 * batch * n * length**2
+    hidden = sizes.architecture.hidden_size / (sizes.tp if sizes.parallel.sequence_parallel else 1)
+    wide = 6 + (4 if sizes.bf16 else 0) + {"before": 0, "around": 4, "after": 0}[layer.norms]
+    kept = wide * hidden * sizes.value_bytes * batch * length
+    kept += layer.attention.kept_bytes(sizes.share, batch=batch, length=length)
+    kept += layer.mlp.kept_bytes(sizes.share, hidden_size=hidden, batch=batch, length=length)
+    context = sizes.parallel.context_parallel_size
+    if context > 1:
+        kept += layer.attention.cache_bytes(sizes.share, batch=1, length=length) * batch * context
+    return math.ceil(kept)
+
+
+def kept_activations(
+    sizes: Sizes, update: UpdateConfig, layers: Sequence[Layer], *, batch: float, length: int, in_flight: int = 1
+) -> int:
+    """What autograd keeps of the layers of a stage, for `in_flight` micro-batches, and what the backward pass of one
+    computes again and then holds at one time."""
+    whole = [layer_activation_bytes(sizes, layer, batch=batch, length=length) for layer in layers]
+    unit = update.recompute_num_layers or 1
+    hidden = sizes.architecture.hidden_size / (sizes.tp if sizes.parallel.sequence_parallel else 1)
+    entered = math.ceil(batch * length * hidden * sizes.value_bytes)
+    if update.recompute_method == "uniform":
+        return in_flight * math.ceil(len(layers) / unit) * entered + sum(sorted(whole)[-unit:])
+    if update.recompute_method == "block":
+        again = min(unit * sizes.parallel.num_virtual_stages_per_pipeline_rank, len(layers))
+        return in_flight * (again * entered + sum(whole[again:])) + max(whole, default=0)
+    if update.recompute_granularity == "selective":
+        modules = update.recompute_modules or ("core_attn",)
+        less = [_parts_of_layer(sizes, layer, modules, batch=batch, length=length) for layer in layers]
+        return in_flight * (sum(whole) - sum(less)) + max(less, default=0)
+    return in_flight * sum(whole)
+
+
+def _parts_of_layer(sizes: Sizes, layer: Layer, modules: Sequence[str], *, batch: float, length: int) -> int:
+    """What autograd keeps of these parts of a layer beside what enters them."""
+    hidden = sizes.architecture.hidden_size / (sizes.tp if sizes.parallel.sequence_parallel else 1)
+    kept = 0.0
+    if ("moe" if layer.mlp.num_experts else "mlp") in modules:
+        kept += layer.mlp.kept_bytes(sizes.share, hidden_size=hidden, batch=batch, length=length)
+        if layer.norms == "around":
+            kept += 2 * hidden * sizes.value_bytes * batch * length
+    if "core_attn" in modules and getattr(layer.attention, "softcap", None) is not None:
+        kept += 8 * batch * math.ceil(layer.attention.heads / sizes.tp) * length**2
     return math.ceil(kept)
 
 
 def forward_bytes(sizes: Sizes, *, batch: float, length: int) -> int:
-    """The most that a forward pass without gradients holds at one time: two hidden states and one layer's MLP or
+    """The most that a forward pass without gradients holds at one time: three hidden states and one layer's MLP or
     attention."""
-    architecture, t = sizes.architecture, sizes.tp
-    n, g = math.ceil(architecture.num_attention_heads / t), math.ceil(architecture.num_query_groups / t)
-    width = max(1, architecture.experts_per_token) * architecture.ffn_hidden_size / t
-    # Of a mixture of experts every chosen expert gets a copy of the hidden state, and gives one back.
-    copies = 2 * architecture.experts_per_token * architecture.hidden_size
-    mlp = (4 * width + copies) * sizes.value_bytes * batch * length
-    attention = 3 * (n + g) * architecture.head_dim * sizes.value_bytes * batch * length
-    if architecture.attention_softcap is not None:
-        attention += 12 * batch * n * length**2
-    hidden = 3 * architecture.hidden_size * sizes.value_bytes * batch * length
-    return math.ceil(hidden + max(mlp, attention))
+    hidden = 3 * sizes.architecture.hidden_size * sizes.value_bytes * batch * length
+    parts = (part for layer in sizes.architecture.kinds for part in (layer.attention, layer.mlp))
+    return math.ceil(hidden + max(part.forward_bytes(sizes.share, batch=batch, length=length) for part in parts))
 
 
-def kv_cache_bytes(sizes: Sizes, *, stage: int, batch: int, length: int) -> int:
-    """Keys and values of every layer of the stage."""
-    architecture = sizes.architecture
-    groups = math.ceil(architecture.num_query_groups / sizes.tp)
-    return 2 * batch * length * stage_layers(sizes, stage) * groups * architecture.head_dim * sizes.value_bytes
+def cache_bytes(sizes: Sizes, *, stage: int, batch: int, length: int) -> int:
+    """What generation keeps for every layer of the stage: keys and values of attention."""
+    layers = stage_layers(sizes, stage)
+    return sum(layer.attention.cache_bytes(sizes.share, batch=batch, length=length) for layer in layers)
 
 
 def optimizer_bytes(optimizer: str, *, bf16: bool) -> int:
@@ -183,7 +196,7 @@ def student_plan(
     sizes: Sizes,
     *,
     optimizer: str,
-    micro_batch_size: int,
+    micro_batch_size: float,
     num_micro_batches: int,
     engine_batch_size: int,
     prompt_len: int,
@@ -191,44 +204,64 @@ def student_plan(
     loss_memory: int,
     trains_on_given: bool,
     on_gpu: bool,
+    update: UpdateConfig = NO_OPTIONS,
+    data_parallel_size: int = 1,
     teacher: Sizes | None = None,
     shared_rows: int = 0,
     teacher_hidden_size: int = 0,
+    adapters: Mapping[Layer, int] | None = None,
+    averages_teacher: bool = False,
 ) -> MemoryPlan:
     """The rank of the student that needs most.
 
-    engine_batch_size: sequences decoded together. loss_memory: bytes of --simct-loss-memory-mib. trains_on_given: no
-    rollouts. teacher: the model that shares the ranks, if any. shared_rows: rows of the teacher's head on the fullest
-    rank of the last stage, each teacher_hidden_size wide.
+    micro_batch_size: sequences of full length, a fraction where they are packed. engine_batch_size: sequences
+    decoded together. loss_memory: bytes of --simct-loss-memory-mib. trains_on_given: no rollouts.
+    data_parallel_size: ranks that --use-distributed-optimizer shares over. teacher: the model that shares the
+    ranks, if any. shared_rows: rows of the teacher's head on the fullest rank of the last stage, each
+    teacher_hidden_size wide. adapters: numbers of a layer's adapters on one rank, if these are trained and the
+    weights are not. averages_teacher: --teacher-ema, whose float32 average lies beside weights of another type.
     """
     plans = []
     length = prompt_len + response_len
-    for stage in _stages(sizes):
+    shares = 1
+    if update.use_distributed_optimizer:  # ranks that share experts have fewer to share their state with
+        shares = max(1, data_parallel_size // sizes.parallel.expert_model_parallel_size)
+    for stage in range(sizes.pp):
         parameters = stage_parameters(sizes, stage=stage)
         last = stage == sizes.pp - 1
+        trained = sum(adapters[layer] for layer in stage_layers(sizes, stage)) if adapters else parameters
         held = {
-            "weights": parameters * sizes.value_bytes,
-            "gradients": 4 * parameters,
-            "optimizer": optimizer_bytes(optimizer, bf16=sizes.bf16) * parameters,
+            "weights": (parameters + (trained if adapters else 0)) * sizes.value_bytes,
+            "gradients": 4 * trained,
+            "optimizer": math.ceil(optimizer_bytes(optimizer, bf16=sizes.bf16) * trained / shares),
         }
         phases: dict[str, dict[str, int]] = {}
         if not trains_on_given:
             logits = 4 * 4 * engine_batch_size * math.ceil(sizes.vocab_size / sizes.tp) if last else 0
             prefill = forward_bytes(sizes, batch=engine_batch_size, length=prompt_len)
             phases["rollout"] = {
-                "KV cache": kv_cache_bytes(sizes, stage=stage, batch=engine_batch_size, length=length),
+                "KV cache": cache_bytes(sizes, stage=stage, batch=engine_batch_size, length=length),
                 "forward pass": max(prefill, logits),
             }
         if teacher is not None:
-            held["teacher weights"] = teacher.value_bytes * stage_parameters(teacher, stage=stage)
+            average_bytes = 4 if averages_teacher and teacher.value_bytes != 4 else 0
+            held["teacher weights"] = (teacher.value_bytes + average_bytes) * stage_parameters(teacher, stage=stage)
             phases["teacher"] = {"forward pass": forward_bytes(teacher, batch=micro_batch_size, length=length)}
         in_flight = min(num_micro_batches, sizes.pp - stage)
-        layers = stage_layers(sizes, stage) * layer_activation_bytes(sizes, batch=micro_batch_size, length=length)
-        phases["update"] = {"activations": in_flight * layers}
+        phases["update"] = {
+            "activations": kept_activations(
+                sizes,
+                update,
+                stage_layers(sizes, stage),
+                batch=micro_batch_size,
+                length=length,
+                in_flight=in_flight,
+            )
+        }
         if last:
             if shared_rows:
                 held["teacher head"] = shared_rows * teacher_hidden_size * sizes.value_bytes
-            labels = micro_batch_size * response_len
+            labels = math.ceil(micro_batch_size * response_len)
             # The hidden states and their gradient, in float32 too; the teacher's rows.
             rows = labels * (2 * sizes.architecture.hidden_size + teacher_hidden_size) * (sizes.value_bytes + 4)
             phases["update"]["loss"] = loss_memory + rows
@@ -244,7 +277,7 @@ def teacher_plan(sizes: Sizes, *, tokens: int, length: int, on_gpu: bool) -> Mem
     Shorter sequences fill a micro-batch to its last token where those of `length` leave some of it empty.
     """
     plans = []
-    for stage in _stages(sizes):
+    for stage in range(sizes.pp):
         held = {"weights": stage_parameters(sizes, stage=stage) * sizes.value_bytes}
         parts = {"forward pass": forward_bytes(sizes, batch=tokens / length, length=length)}
         if stage == sizes.pp - 1:

@@ -13,16 +13,21 @@ from pathlib import Path
 
 from megatron_simct.alignment.alignment_map import AlignmentMap
 from megatron_simct.alignment.coverage import Coverage, measure_coverage
-from megatron_simct.alignment.hf_folder import TEMPLATE_ERRORS, turn_end
+from megatron_simct.alignment.cut_rules import with_continuations
+from megatron_simct.alignment.hf_folder import read_folder, turn_end
 from megatron_simct.alignment.segments import align
+from megatron_simct.alignment.templates import TemplateLimit
 from megatron_simct.alignment.tokenizer import Tokenizer
+from megatron_simct.config.options import InterfaceConfig
 from megatron_simct.data.prompts import Row
 from megatron_simct.data.rendering import ChatTemplate, Messages
 from megatron_simct.models.families import Architecture
+from megatron_simct.models.head import Head
+from megatron_simct.preflight.bias import Bias, has_bias, measure_bias, words_of
 from megatron_simct.preflight.findings import Finding, failed, passed, warned
 
 MAX_TEXTS, MAX_CHARACTERS = 400, 200_000
-"""Of the prompts that coverage and templates are looked at on: enough for shares, soon done."""
+"""Limits of the prompt sample used for coverage and template checks."""
 
 LOST_FAIL, LOST_WARN = 0.2, 0.005
 """Share of bytes in no unit from which a pair is refused, or pointed out."""
@@ -42,7 +47,7 @@ class Side:
     name: str
     flag: str
     folder: str
-    architecture: Architecture
+    architecture: Architecture | Head
     tokenizer: Tokenizer
     chat: ChatTemplate | None
 
@@ -56,7 +61,7 @@ def check_stop_tokens(side: Side) -> list[Finding]:
     )
     if side.chat is not None and side.tokenizer.encode_chat is not None:
         marks = _MARKERS.findall(_text(side.chat, [*_SAMPLE, {"role": "assistant", "content": "42"}]) or "")
-        end = turn_end(Path(side.folder), set(marks))
+        end = turn_end(read_folder(Path(side.folder)), set(marks))
         ids = [] if end is None else list(side.tokenizer.encode_chat(end))
         if len(ids) == 1 and ids[0] not in table.stop_ids:
             return [
@@ -92,6 +97,8 @@ def check_length(side: Side, *, prompt_len: int, response_len: int) -> list[Find
     prompt_len and response_len in the side's own tokens.
     """
     limit, wanted = side.architecture.max_position_embeddings, prompt_len + response_len
+    if limit is None:  # an engine's model, which says so itself
+        return []
     if wanted > limit:
         return [
             failed(
@@ -111,7 +118,8 @@ def check_templates(student: Side, teacher: Side | None, rows: Sequence[Row], *,
     rows = rows[:MAX_TEXTS]
     if not chat:
         for row in rows:
-            found = _MARKERS.search(row.prompt) if isinstance(row.prompt, str) else None
+            texts = [text for text in (row.prompt, row.read_by_teacher) if isinstance(text, str)]
+            found = next(filter(None, map(_MARKERS.search, texts)), None)
             if found:
                 return [
                     failed(
@@ -141,14 +149,17 @@ def check_templates(student: Side, teacher: Side | None, rows: Sequence[Row], *,
     findings.append(passed("pair", "system role", f"{shown} the role"))
     thinking = {side.name: _thinks(side.chat) for side in sides if side.chat}
     if len(set(thinking.values())) > 1:
-        which = next(name for name, thinks in thinking.items() if thinks)
+        side = next(side for side in sides if thinking[side.name])
+        assert side.chat is not None
+        switch = "enable_thinking" in side.chat.variables
+        way_out = 'set {"enable_thinking": false} in' if switch else "replace chat_template.jinja by one without it"
         findings.append(
             warned(
                 "pair",
                 "thinking",
-                f"only the {which}'s template has a thinking mode: what it says after <think> is unlikely to the "
-                "other; replace chat_template.jinja by one without it",
-                flag=f"--{'teacher-' if which == 'teacher' else ''}hf-checkpoint",
+                f"only the {side.name}'s template has a thinking mode: what it says after <think> is unlikely to the "
+                f"other; {way_out}",
+                flag=f"--{side.flag}{'chat-template-kwargs' if switch else 'hf-checkpoint'}",
             )
         )
     else:
@@ -168,9 +179,10 @@ def _check_bos(side: Side, rows: Sequence[Row]) -> list[Finding]:
     """BOS once at the start: a template may write it where the message holds it already."""
     bos = side.tokenizer.bos_id
     for row in rows:
-        assert side.chat is not None and not isinstance(row.prompt, str)
-        ids = side.chat.render(row.prompt, side.tokenizer)
-        found = any(_MARKERS.search(message["content"]) for message in row.prompt)
+        prompt = read_by(side, row)
+        assert side.chat is not None and not isinstance(prompt, str)
+        ids = side.chat.render(prompt, side.tokenizer)
+        found = any(_MARKERS.search(message["content"]) for message in prompt)
         if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
             return [
                 failed(
@@ -198,32 +210,47 @@ def _text(chat: ChatTemplate, messages: Messages) -> str | None:
     """The rendered text, None where the template refuses."""
     try:
         return chat.text(messages)
-    except TEMPLATE_ERRORS:
+    except TemplateLimit as error:
+        raise ValueError(f"{chat.name} {error}") from None
+    except ValueError:
         return None
 
 
 def _thinks(chat: ChatTemplate) -> bool:
-    """Whether the template opens a thinking block, or a model with it does so by itself (enable_thinking)."""
+    """Whether the template opens a thinking block, or a model with it does so by itself unless enable_thinking is
+    false."""
+    if chat.arguments.get("enable_thinking") is False:
+        return False
     rendered = _text(chat, _SAMPLE) or ""
     opened = rendered.count("<think>") > rendered.count("</think>")
     return opened or ("enable_thinking" in chat.variables and "</think>" not in rendered)
 
 
-def side_by_side(student: Side, teacher: Side | None, messages: Messages | str) -> dict[str, str]:
+def read_by(side: Side, row: Row) -> Messages | str:
+    """The row's prompt, or the one that is for the teacher alone."""
+    return row.read_by_teacher if side.name == "teacher" else row.prompt
+
+
+def side_by_side(student: Side, teacher: Side | None, row: Row) -> dict[str, str]:
     """One prompt as each side reads it."""
-    sides = [student] if teacher is None else [student, teacher]
-    if isinstance(messages, str):
-        return {side.name: messages for side in sides}
-    return {side.name: (_text(side.chat, messages) or "") for side in sides if side.chat}
+    texts = {}
+    for side in [student] if teacher is None else [student, teacher]:
+        prompt = read_by(side, row)
+        if isinstance(prompt, str):
+            texts[side.name] = prompt
+        elif side.chat is not None:
+            texts[side.name] = _text(side.chat, prompt) or ""
+    return texts
 
 
 def texts_of(rows: Sequence[Row]) -> list[str]:
-    """The texts of the prompts, and of the responses or labels that are given with them."""
+    """The texts of the prompts, the teacher's own too, and of the responses or labels that are given with them."""
     texts, size = [], 0
     step = max(1, len(rows) // MAX_TEXTS)
     for row in rows[::step]:
-        prompt = row.prompt if isinstance(row.prompt, str) else "\n".join(m["content"] for m in row.prompt)
-        texts.append("\n".join([prompt, row.response or row.label or ""]).strip("\n"))
+        prompts = [row.prompt] if row.teacher_prompt is None else [row.prompt, row.teacher_prompt]
+        read = [prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt) for prompt in prompts]
+        texts.append("\n".join([*read, row.response or row.label or ""]).strip("\n"))
         size += len(texts[-1])
         if size > MAX_CHARACTERS:
             break
@@ -262,15 +289,15 @@ def check_interface(interface: str, coverage: Coverage, *, student: Side, teache
     """
     differ = any(not _cut_alike(number.encode(), student=student, teacher=teacher) for number in _NUMBERS)
     at_stake = coverage.student_token_shares["1_n"] + coverage.student_token_shares["n_m"]
-    if interface in ("bytes", "sft"):
+    if interface in ("bytes", "sft", "reward"):
         return [passed("pair", "interface", f"{interface}")]
     if differ:
         return [
             warned(
                 "pair",
                 "interface",
-                f"the two tokenizers cut digits differently, where {interface} was seen to unlearn numbers (README, "
-                "Interfaces); use bytes",
+                f"the two tokenizers cut digits differently, where {interface} moves even a perfect student "
+                "(docs/perfect_student.md) and lost accuracy on numbers in our study (docs/interfaces.md); use bytes",
                 flag="--simct-interface",
             )
         ]
@@ -285,6 +312,31 @@ def check_interface(interface: str, coverage: Coverage, *, student: Side, teache
             )
         ]
     return [passed("pair", "interface", f"{interface}; digits are cut alike")]
+
+
+def bias_of(rows: Sequence[Row], interface: InterfaceConfig, *, student: Side, teacher: Side) -> Bias | None:
+    """On the words of the user's own prompts; None where the interface has no such figure, or the prompts no words."""
+    language = words_of(texts_of(rows))
+    if not has_bias(interface) or len(language) < 2:
+        return None
+    sides = [student.tokenizer, teacher.tokenizer]
+    if interface.interface == "bytes" and interface.byte_bounds == "any":
+        sides = [with_continuations(tokenizer) for tokenizer in sides]
+    return measure_bias(language, [interface], student=sides[0], teacher=sides[1])[0]
+
+
+def check_bias(bias: Bias, interface: InterfaceConfig) -> list[Finding]:
+    """Whether the interface has something to say to a student that is already right."""
+    said = (
+        f"on {bias.words:,} words of the prompts a student that is already right has a loss of {bias.perfect:.4f} nats "
+        f"a word under {interface.interface}; one that is less sure, truly {bias.true:.3f} away, {bias.flattened:.3f}"
+    )
+    if not bias.is_large:
+        return [passed("pair", "bias", said)]
+    if interface.interface == "bytes":
+        return [warned("pair", "bias", f"{said}; any bounds suit every tokenizer", flag="--simct-byte-bounds")]
+    way_out = "for such a student bytes with --simct-byte-bounds any has none"
+    return [warned("pair", "bias", f"{said}; {way_out}", flag="--simct-interface")]
 
 
 def _cut_alike(text: bytes, *, student: Side, teacher: Side) -> bool:

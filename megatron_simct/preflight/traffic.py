@@ -10,6 +10,8 @@ LABEL_BYTES = 8
 """Own logit and log-sum-exp of a label, float32."""
 LOGPROB_BYTES = 4
 """One of a row's likeliest tokens, float32."""
+ID_BYTES = 4
+"""Its id, int32."""
 BYTE_EVENT_BYTES = 800
 """A response token of the interface bytes, in half precision; measured, it depends on the pair a little."""
 
@@ -43,7 +45,7 @@ def step_traffic(
         return Traffic(requests=0, answers=0, logits=0)
     answer = LABEL_BYTES * teacher_labels
     if needs.topk:
-        answer += LOGPROB_BYTES * min(needs.topk, vocab_size) * rows
+        answer += (LOGPROB_BYTES + ID_BYTES * needs.token_ids) * min(needs.topk, vocab_size) * rows
     elif needs.hidden_rows != "none":
         answer += value_bytes * hidden_size * rows
     if needs.byte_events:

@@ -1,62 +1,57 @@
-"""A lean forward pass without autograd over the parameters of a HiddenStateModel, with a KV cache.
+"""A lean forward pass without autograd over the parameters of a HiddenStateModel, with a cache.
 
-Megatron's modules hold the parameters and say how they are split; the arithmetic of their layers is done here, in few
-operations. A part that is not one of Megatron's plain modules (experts, TransformerEngine's layers, fewer key heads
-than ranks) runs as it is.
+Megatron's modules hold the parameters and say how they are split; the arithmetic of their layers is done here and in
+the caches of `models`, in few operations. A part that is not one of Megatron's plain modules (experts,
+TransformerEngine's layers, fewer key heads than ranks) runs as it is.
 
 Sequences stand from position 0 on, so nothing is padded on the left, and what a token computes depends on its own
 sequence alone.
 
-Shape letters: B sequences, S padded prompt, K cached positions, H hidden size, n query heads and g key heads of this
-tensor-parallel rank, d entries of a head.
+Shape letters: B sequences, S padded prompt, H hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch.nn.functional import linear
 
-from megatron_simct.models.attention import SelfAttention
 from megatron_simct.models.build import HiddenStateModel
-from megatron_simct.models.norm import NormedRowParallelLinear
+from megatron_simct.models.layers import Angles, Cache, Step
+from megatron_simct.models.norm import RMSNorm, row_parallel, scale_after
+from megatron_simct.models.regions import EAGER, Regions, Scale, added
+from megatron_simct.models.rotary import Rope
 from megatron_simct.parallel.cpu import megatron_imports
-from megatron_simct.parallel.initialize import Groups
 
 with megatron_imports():
-    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.tensor_parallel import ColumnParallelLinear
     from megatron.core.transformer.mlp import MLP
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
 
 class Decoder:
-    """One pipeline stage and the keys and values of its layers, for a fixed number of sequences (rows)."""
+    """One pipeline stage and the caches of its layers, for a fixed number of sequences (rows)."""
 
-    def __init__(self, stage: HiddenStateModel, groups: Groups, *, rows: int, length: int) -> None:
+    def __init__(self, stage: HiddenStateModel, *, rows: int, length: int, regions: Regions = EAGER) -> None:
         """length: positions of the longest sequence. Reads the parameters at every call: nothing is copied."""
-        self._stage = stage
+        self._stage, self._regions = stage, regions
         self._layers: list[TransformerLayer] = list(stage.decoder.layers)
-        self._tp = groups.tp
         self.is_first = stage.pre_process
         self.is_last = stage.post_process
         """Whether it is the whole model's first or last stage."""
-        weight = next(stage.parameters())
-        heads = self._layers[0].self_attention
-        # Not left to what lies in memory: attention weighs what a row has not reached with 0, and 0 times nan is nan.
-        self._cache = torch.zeros(
-            *(len(self._layers), rows, heads.num_query_groups_per_partition, 2, length),
-            heads.hidden_size_per_attention_head,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
-        """[layers, rows, g, keys and values, length, d]"""
-        angles = stage.rotary_pos_emb(length)[:, :, 0, 0]
-        half = angles.shape[-1] // 2
-        sign = torch.cat([-torch.ones(half), torch.ones(half)]).to(angles.device)
-        self._cos, self._sin = angles.cos().to(weight.dtype), (angles.sin() * sign).to(weight.dtype)
-        """[kinds, length, turned entries of a head]; the first half of the sines with the sign of the rotation"""
+        angles = self._angles(length)
+        self.kinds = [stage.architecture.layers[layer.layer_number - 1] for layer in self._layers]
+        self._caches: list[Cache] = []
+        for layer, record in zip(self._layers, self.kinds, strict=True):
+            turned = None if record.rope is None else angles[record.rope]
+            self._caches.append(record.attention.cache(layer.self_attention, turned, rows=rows, length=length))
+
+    def _angles(self, length: int) -> dict[Rope, Angles]:
+        """Cosines and sines of each kind of layer."""
+        dtype, ropes = self._stage.config.params_dtype, self._stage.architecture.ropes
+        angles = self._stage.rotary_pos_emb(length)[:, :, 0, 0] if ropes else ()
+        return {rope: Angles.of(turn, rope, dtype) for rope, turn in zip(ropes, angles, strict=True)}
 
     def prefill(
         self, tokens: torch.Tensor, received: torch.Tensor | None, lengths: torch.Tensor, rows: torch.Tensor
@@ -67,101 +62,76 @@ class Decoder:
         states [B, S, H] of the stage before. Returns what the next stage reads, or of the last one what enters the LM
         head at the prompts' last tokens, [B, H].
         """
-        length = tokens.shape[1]
         hidden = self._embed(tokens) if received is None else received
-        cos, sin = self._cos[:, :length, None, None], self._sin[:, :length, None, None]
-        for index, layer in enumerate(self._layers):
-            attention = layer.self_attention
-            qkv = self._turned(attention, layer.input_layernorm(hidden), cos, sin)  # [B, S, g, n / g + 2, d]
-            self._cache[index, rows[0], :, :, :length] = qkv[..., -2:, :].permute(0, 2, 3, 1, 4)[rows[1]]
-            query, key, value = qkv[..., :-2, :].flatten(2, 3), qkv[..., -2, :], qkv[..., -1, :]
-            mixed = attention.core_attention(*(t.transpose(0, 1) for t in (query, key, value)), None)
-            hidden = hidden + self._reduced(attention.linear_proj, mixed.transpose(0, 1))
-            hidden = hidden + self._mlp(layer, layer.pre_mlp_layernorm(hidden))
-        if not self.is_last:
-            return hidden
-        return self._stage.decoder.final_layernorm(hidden[torch.arange(len(lengths)), lengths - 1])
+        hidden, states = self._through(hidden, EAGER, lambda cache, states: cache.prefill(states, lengths, rows))
+        return self._output(states[torch.arange(len(lengths)), lengths - 1]) if self.is_last else hidden
 
-    def decode(self, tokens: torch.Tensor, received: torch.Tensor | None, positions: Sequence[int]) -> torch.Tensor:
-        """One more token of the first B rows: tokens int64 [B], and where each of them stands.
+    def decode(
+        self, tokens: torch.Tensor, received: torch.Tensor | None, where: torch.Tensor, num_keys: int
+    ) -> torch.Tensor:
+        """One more token of the first B rows: tokens int64 [B], and where int64 [B] each of them stands.
 
-        received: hidden states [B, H] of the stage before. Returns hidden states [B, H], of the last stage those that
-        enter the LM head.
+        num_keys: positions of the caches to look at, at least up to the last of them. received: hidden states [B, H] of
+        the stage before. Returns hidden states [B, H], of the last stage those that enter the LM head.
         """
-        batch, num_keys = len(tokens), max(positions) + 1
-        where = torch.tensor(positions, device=tokens.device)
-        level = None if min(positions) + 1 == num_keys else where
         hidden = self._embed(tokens) if received is None else received
-        cos, sin = self._cos[:, where, None, None], self._sin[:, where, None, None]
-        rows = torch.arange(batch, device=tokens.device)
-        for index, layer in enumerate(self._layers):
-            attention = layer.self_attention
-            qkv = self._turned(attention, layer.input_layernorm(hidden), cos, sin)  # [B, g, n / g + 2, d]
-            cache = self._cache[index]
-            if level is None:
-                cache[:batch, :, :, num_keys - 1] = qkv[:, :, -2:]
-            else:
-                cache[rows, :, :, where] = qkv[:, :, -2:]
-            keys, values = cache[:batch, :, 0, :num_keys], cache[:batch, :, 1, :num_keys]
-            mixed = attention.core_attention.decode(qkv[:, :, :-2].flatten(1, 2), keys, values, level)
-            hidden = hidden + self._reduced(attention.linear_proj, mixed)
-            hidden = hidden + self._mlp(layer, layer.pre_mlp_layernorm(hidden))
-        return self._stage.decoder.final_layernorm(hidden) if self.is_last else hidden
+        step = Step(where, num_keys, dtype=hidden.dtype, regions=self._regions)
+        hidden, states = self._through(hidden, self._regions, lambda cache, states: cache.decode(states, step))
+        return self._output(states) if self.is_last else hidden
+
+    def _through(
+        self, hidden: torch.Tensor, regions: Regions, attend: Callable[[Cache, torch.Tensor], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual behind all layers of the stage, and after the norm that follows, if the stage has it."""
+        norms = [norm for layer in self._layers for norm in (layer.input_layernorm, layer.pre_mlp_layernorm)]
+        norms.append(self._stage.decoder.final_layernorm if self.is_last else None)
+        states = hidden if norms[0] is None else norms[0](hidden)
+        for index, (layer, cache) in enumerate(zip(self._layers, self._caches, strict=True)):
+            factor = self.kinds[index].residual_scale
+            output, after = attend(cache, states), scale_after(layer.self_attention.linear_proj)
+            hidden, states = self._add(hidden, output, after, norms[2 * index + 1], factor, regions)
+            output, after = self._mlp(layer, states, regions)
+            hidden, states = self._add(hidden, output, after, norms[2 * index + 2], factor, regions)
+        return hidden, states
+
+    def _add(
+        self,
+        hidden: torch.Tensor,
+        output: torch.Tensor,
+        after: Scale | None,
+        before: torch.nn.Module | None,
+        factor: float,
+        regions: Regions,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `add_normed`; norms of another kind than ours run as they are."""
+        if isinstance(before, RMSNorm):
+            return regions.add_normed(hidden, output, after, before.scale, factor)
+        hidden = added(hidden, output, after, factor)
+        return hidden, hidden if before is None else before(hidden)
 
     def move(self, source: int, target: int, length: int) -> None:
         """The first `length` positions of one row, in place of another's."""
-        self._cache[:, target, :, :, :length] = self._cache[:, source, :, :, :length]
+        for cache in self._caches:
+            cache.move(source, target, length)
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         embedded = self._stage.embedding.word_embeddings(tokens)
         scale = self._stage.embedding_scale
         return embedded if scale == 1.0 else embedded * scale
 
-    def _turned(
-        self, attention: SelfAttention, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> torch.Tensor:
-        """[..., H] -> [..., g, n / g + 2, d]: of each key head its query heads, itself and its values; the first two
-        turned by their positions' angles, in layers that have a rotary embedding."""
-        qkv, rope = self._projected(attention, hidden), attention.rope
-        if rope is None:
-            return qkv
-        turned = qkv[..., :-1, : rope.dim]
-        first, second = turned.chunk(2, dim=-1)
-        swapped = torch.cat([second, first], dim=-1)
-        turned.mul_(cos[attention.rope_index]).addcmul_(swapped, sin[attention.rope_index])
-        return qkv
+    def _output(self, states: torch.Tensor) -> torch.Tensor:
+        """What enters the LM head, of what leaves the last norm."""
+        scale = self._stage.architecture.logit_scale
+        return states if scale == 1.0 else states * scale
 
-    def _projected(self, attention: SelfAttention, hidden: torch.Tensor) -> torch.Tensor:
-        """What _turned turns."""
-        projection, rope = attention.linear_qkv, attention.rope
-        if type(projection) is not ColumnParallelLinear or attention.config.num_query_groups < self._tp.size():
-            query, *others = attention.get_query_key_value_tensors(hidden.reshape(-1, 1, hidden.shape[-1]), None)
-            heads = [query.unflatten(2, (others[0].shape[2], -1)), *(tensor.unsqueeze(3) for tensor in others)]
-            return torch.cat(heads, dim=3).unflatten(0, hidden.shape[:-1]).squeeze(hidden.dim() - 1)
-        qkv = linear(hidden, projection.weight, projection.bias)
-        qkv = qkv.unflatten(
-            -1, (attention.num_query_groups_per_partition, -1, attention.hidden_size_per_attention_head)
-        )
-        if attention.q_layernorm is not None:
-            qkv[..., :-2, :] = attention.q_layernorm(qkv[..., :-2, :])
-            qkv[..., -2, :] = attention.k_layernorm(qkv[..., -2, :])
-        if rope is not None and rope.attention_factor != 1.0:
-            qkv[..., :-2, : rope.dim] *= rope.attention_factor**2  # see SelfAttention
-        return qkv
-
-    def _mlp(self, layer: TransformerLayer, hidden: torch.Tensor) -> torch.Tensor:
+    def _mlp(
+        self, layer: TransformerLayer, states: torch.Tensor, regions: Regions
+    ) -> tuple[torch.Tensor, Scale | None]:
+        """The MLP's output, and the norm that comes after it and is not in it."""
         mlp = layer.mlp
         if type(mlp) is not MLP or type(mlp.linear_fc1) is not ColumnParallelLinear:
-            output, _ = mlp(hidden.reshape(-1, 1, hidden.shape[-1]))
-            return output.view_as(hidden)
-        gate, up = linear(hidden, mlp.linear_fc1.weight).chunk(2, dim=-1)
-        return self._reduced(mlp.linear_fc2, mlp.config.activation_func(gate).mul_(up))
-
-    def _reduced(self, projection: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """A row-parallel layer's output, with the norm that comes after it in some families."""
-        if not isinstance(projection, RowParallelLinear):
-            return projection(hidden)[0]
-        output = linear(hidden, projection.weight)
-        if self._tp.size() > 1:
-            dist.all_reduce(output, group=self._tp)
-        return projection.post_layernorm(output) if isinstance(projection, NormedRowParallelLinear) else output
+            output, _ = mlp(states.reshape(-1, 1, states.shape[-1]))
+            return output.view_as(states), None
+        halves = linear(states, mlp.linear_fc1.weight)
+        output = row_parallel(mlp.linear_fc2, regions.gated(halves, mlp.config.activation_func))
+        return output, scale_after(mlp.linear_fc2)

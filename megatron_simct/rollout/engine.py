@@ -1,18 +1,19 @@
-"""The seam behind which responses come from: one Protocol, three sources.
+"""The seam behind which responses come from: one Protocol, and its sources.
 
-MegatronEngine samples from the training weights, GivenResponses reads the data's own responses (sft), and
-ReplayEngine writes what another engine answers, or reads it back.
+MegatronEngine samples from the training weights, VllmEngine asks servers that are handed them, GivenResponses reads
+the data's own responses (sft), and ReplayEngine writes what another engine answers, or reads it back.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
+import torch.distributed as dist
 
 from megatron_simct.alignment.tokenizer import Tokenizer
 from megatron_simct.files import write_whole
@@ -46,6 +47,23 @@ class RolloutEngine(Protocol):
         ...
 
 
+@runtime_checkable
+class StreamingEngine(Protocol):
+    """A RolloutEngine whose responses can be had as they finish."""
+
+    def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[list[Rollout]]:
+        """Each response once, in any order, the same on every rank of the model replica; collective over it."""
+        ...
+
+
+def responses(engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[list[Rollout]]:
+    """As they finish, where the engine tells of them so; else all at once."""
+    if isinstance(engine, StreamingEngine):
+        yield from engine.stream(prompts, sampling)
+    else:
+        yield engine.generate(prompts, sampling)
+
+
 class GivenResponses:
     """The data's own responses, tokenized for the student and ended by its stop token."""
 
@@ -71,6 +89,23 @@ class GivenResponses:
         )
 
 
+class SharedEngine:
+    """Ranks that train on the same samples, and whose engines each answer a share of the prompts."""
+
+    def __init__(self, engine: RolloutEngine, group: dist.ProcessGroup) -> None:
+        self._engine, self._group = engine, group
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        """See RolloutEngine.generate. Collective over the group too; all of its ranks get all answers."""
+        rank, size = self._group.rank(), self._group.size()
+        shares: list[list[Rollout]] = [[] for _ in range(size)]
+        dist.all_gather_object(shares, self._engine.generate(prompts[rank::size], sampling), group=self._group)
+        return [shares[i % size][i // size] for i in range(len(prompts))]
+
+    def publish(self, weight_version: int) -> None:
+        self._engine.publish(weight_version)
+
+
 class ReplayEngine:
     """Writes each batch of rollouts as one file per model replica, or answers from such files.
 
@@ -90,13 +125,18 @@ class ReplayEngine:
         self._step = self._call = 0
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        if self._load_dir is not None:
-            rollouts = self._load(prompts)
-        else:
-            rollouts = self._engine.generate(prompts, sampling)
+        found = {rollout.sample_id: rollout for some in self.stream(prompts, sampling) for rollout in some}
+        return [found[prompt.sample_id] for prompt in prompts]
+
+    def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[list[Rollout]]:
+        """See StreamingEngine."""
+        found: dict[int, Rollout] = {}
+        loaded = None if self._load_dir is None else iter([self._load(prompts)])
+        for some in loaded or responses(self._engine, prompts, sampling):
+            found |= {rollout.sample_id: rollout for rollout in some}
+            yield some
         if self._save_dir is not None and self._writes:
-            self._save(rollouts)
-        return rollouts
+            self._save([found[prompt.sample_id] for prompt in prompts])
 
     def publish(self, weight_version: int) -> None:
         self._step, self._call = weight_version, 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -66,10 +66,26 @@ class Evaluator:
         return {f"{name}_accuracy": sum(counts) / (self._num_prompts * samples), f"{name}_right": counts}
 
 
-def response_text(rollout: Rollout, tokenizer: Tokenizer) -> str:
-    """What a rollout says, its stop token left out; bytes that are no UTF-8 replaced."""
+def response_text(rollout: Rollout, tokenizer: Tokenizer, marks: Mapping[int, str]) -> str:
+    """What a rollout says, its stop token left out; bytes that are no UTF-8 replaced.
+
+    Special tokens have no bytes. Those in `marks` are written as the text that is given for them.
+    """
     content = rollout.student_ids[:-1] if rollout.finish == "stop" else rollout.student_ids
-    return tokenizer.decode(content).decode(errors="replace")
+    said, start = [], 0
+    for end, token_id in enumerate(content.tolist()):
+        if token_id in marks:
+            said += [tokenizer.decode(content[start:end]), marks[token_id].encode()]
+            start = end + 1
+    return b"".join([*said, tokenizer.decode(content[start:])]).decode(errors="replace")
+
+
+def special_marks(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[int, str]:
+    """Those of the texts that are a special token of the tokenizer, by its id."""
+    if tokenizer.encode_chat is None:
+        return {}
+    spelled = {text: list(tokenizer.encode_chat(text)) for text in texts if text}
+    return {ids[0]: text for text, ids in spelled.items() if len(ids) == 1 and tokenizer.table.special[ids[0]]}
 
 
 def equals_label(prompts: Sequence[Prompt], rollouts: Sequence[Rollout], *, tokenizer: Tokenizer) -> list[bool]:

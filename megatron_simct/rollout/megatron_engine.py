@@ -18,12 +18,15 @@ import torch.distributed as dist
 
 from megatron_simct.losses.vocab_parallel import soft_cap
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, chunks_of, whole_sequences
+from megatron_simct.models.grouped_query import GroupedQuery
+from megatron_simct.models.regions import EAGER, compiled
+from megatron_simct.packing import pad_right
 from megatron_simct.parallel.initialize import Groups
-from megatron_simct.parallel.packing import pad_right
 from megatron_simct.parallel.pipeline import tensor_from_last_stage, through_stage
 from megatron_simct.records import Prompt, Rollout
 from megatron_simct.rollout.decoder import Decoder
 from megatron_simct.rollout.engine import Sampling
+from megatron_simct.rollout.graphs import StepGraphs, Stepping
 from megatron_simct.rollout.sampling import sample_tokens
 
 PREFILL_TOKENS = 8192
@@ -47,10 +50,13 @@ class MegatronEngine:
         stop_ids: Sequence[int],
         batch_size: int,
         progress: Callable[[int, int], object] = lambda finished, of: None,
+        before_reading_weights: Callable[[], None] = lambda: None,
+        stepping: Stepping | None = None,
     ) -> None:
         """vocab_size is the real one; batch_size bounds the sequences, and so the KV cache, decoded together.
 
         progress is told after each token how many responses of a call are finished, and of how many.
+        before_reading_weights brings them up to date. stepping: None for what suits the device.
         """
         self._model = model
         self._groups = groups
@@ -58,6 +64,8 @@ class MegatronEngine:
         self._stop_ids = frozenset(stop_ids)
         self._batch_size = batch_size
         self._progress = progress
+        self._stepping = stepping or Stepping.on(groups.device)
+        self._before_reading_weights = before_reading_weights
         self._weight_version = 0
 
     def publish(self, weight_version: int) -> None:
@@ -66,6 +74,7 @@ class MegatronEngine:
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
         """See RolloutEngine.generate. Collective over the tensor-, pipeline- and expert-parallel groups."""
+        self._before_reading_weights()
         was_training = self._model.training
         self._model.eval()
         try:
@@ -80,37 +89,50 @@ class MegatronEngine:
         """Row r of the cache holds active[r]. All ranks of a replica take the same way: they see the same tokens."""
         rows = max(1, min(self._batch_size, len(sequences)))
         length = max((len(s.prompt.student_ids) for s in sequences), default=1) + sampling.max_response_len
-        stages = [Decoder(chunk, self._groups, rows=rows, length=length) for chunk in chunks_of(self._model)]
+        run = _Run(self._model, self._groups, self._stepping, sampling, through=self._through, rows=rows, length=length)
         waiting = deque(_by_prompt(sequences))
         active: list[_Sequence] = []
-        while self._most(len(waiting) + len(active)):
+        unread: deque[_Unread] = deque()
+        while True:
             batches = _passes(_admitted(waiting, rows, len(active)))
-            for number in range(self._most(len(batches))):
+            started = sum(len(samples) for batch in batches for samples in batch)
+            going_on = len(active) + (started if sampling.max_response_len > 1 else 0)
+            unfinished = len(waiting) + len(active) + started
+            passes, decodes, unfinished = self._most(len(batches), going_on, unfinished)
+            if not unfinished:
+                break
+            for number in range(passes):
                 batch = batches[number] if number < len(batches) else []
-                active += self._prefill(stages, batch, sampling, first_row=len(active))
-            _close_up(active, stages)
-            if self._most(len(active)):
-                self._decode(stages, active, sampling)
-                _close_up(active, stages)
-            unfinished = sum(map(len, waiting)) + len(active)
-            self._progress(len(sequences) - unfinished, len(sequences))
+                new = [sequence for samples in batch for sequence in samples]
+                unread += self._choose(run, new, self._prefill(run, batch, len(active)), first=len(active))
+                active += new
+            self._read(unread, self._stepping.late)
+            _close_up(active, run)
+            if active or (decodes and self._groups.passes_together):
+                unread += self._choose(run, active, self._decode(run, active), first=0)
+            self._read(unread, self._stepping.late)
+            _close_up(active, run)
+            self._progress(sum(s.finish is not None for s in sequences), len(sequences))
+        self._read(unread, 0)
+        self._progress(len(sequences), len(sequences))
 
-    def _most(self, count: int) -> int:
-        """The largest count of the ranks that share experts: all must pass through a layer together, and one that has
-        nothing to do sends one token of no sequence."""
-        if self._groups.ep.size() == 1:
-            return count
-        largest = torch.tensor(count, device=self._groups.device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._groups.ep)
-        return int(largest)
+    def _read(self, unread: deque[_Unread], late: int) -> None:
+        """All but the last few."""
+        while len(unread) > late:
+            unread.popleft().read(self._stop_ids)
 
-    def _prefill(
-        self, stages: Sequence[Decoder], batch: Sequence[Sequence[_Sequence]], sampling: Sampling, *, first_row: int
-    ) -> list[_Sequence]:
-        """One forward pass of the prompts of a batch, and the first token of all their samples, which are returned.
+    def _most(self, *counts: int) -> Sequence[int]:
+        """The largest of each count of the ranks that share experts: all must pass through a layer together, and an
+        idle rank runs a forward pass on one dummy token."""
+        if not self._groups.passes_together:
+            return counts
+        largest = torch.tensor(counts, device=self._groups.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._groups.exchange)
+        return largest.tolist()
 
-        Each element of the batch is the samples of one prompt.
-        """
+    def _prefill(self, run: _Run, batch: Sequence[Sequence[_Sequence]], first_row: int) -> torch.Tensor:
+        """One forward pass of the prompts of a batch, whose samples get the rows from first_row on; what enters the LM
+        head for each of them. An element of the batch is the samples of one prompt."""
         device = self._groups.device
         token_ids = [samples[0].prompt.student_ids for samples in batch] or [_NO_PROMPT]
         tokens = pad_right(token_ids)[0].to(device)
@@ -119,18 +141,16 @@ class MegatronEngine:
         rows = list(range(first_row, first_row + len(prompt_of_row)))
         places = torch.tensor([rows, prompt_of_row], dtype=torch.int64, device=device)
         hidden = self._through(
-            stages, tokens.shape, lambda stage, received: stage.prefill(tokens, received, lengths, places)
+            run.stages, tokens.shape, lambda stage, received: stage.prefill(tokens, received, lengths, places)
         )
-        started = [sequence for samples in batch for sequence in samples]
-        self._append(started, hidden[places[1]] if self._groups.is_last_stage else hidden, sampling)
-        return started
+        if rows:
+            run.start(rows, [sequence for samples in batch for sequence in samples], lengths[places[1]])
+        return hidden[places[1]] if self._groups.is_last_stage else hidden
 
-    def _decode(self, stages: Sequence[Decoder], active: Sequence[_Sequence], sampling: Sampling) -> None:
-        """One more token of all active sequences."""
-        tokens = torch.tensor([sequence.ids[-1] for sequence in active] or [0], device=self._groups.device)
-        positions = [sequence.length - 1 for sequence in active] or [0]
-        hidden = self._through(stages, tokens.shape, lambda stage, received: stage.decode(tokens, received, positions))
-        self._append(active, hidden, sampling)
+    def _decode(self, run: _Run, active: Sequence[_Sequence]) -> torch.Tensor:
+        """What enters the LM head for one more token of all active sequences."""
+        longest = max((sequence.length for sequence in active), default=1)
+        return run.step(*run.bucket(len(active), longest))
 
     def _through(
         self,
@@ -147,26 +167,131 @@ class MegatronEngine:
             )
         return hidden
 
-    def _append(self, sequences: Sequence[_Sequence], hidden: torch.Tensor, sampling: Sampling) -> None:
-        """Choose the next token of each sequence. hidden [B, H], read on the last stage only."""
+    def _choose(self, run: _Run, sequences: Sequence[_Sequence], hidden: torch.Tensor, *, first: int) -> list[_Unread]:
+        """Choose the next token of each sequence, whose rows begin at `first`; hidden [B, H] is read on the last stage
+        only, and may have more rows. The tokens are not read here."""
         if not sequences:
-            return
+            return []
+        rows = slice(first, first + max(len(sequences), len(hidden) if self._groups.is_last_stage else 0))
         chosen = torch.empty(2, len(sequences), dtype=torch.float64, device=self._groups.device)
         if self._groups.is_last_stage:
-            uniforms = np.array([sequence.uniforms[len(sequence.ids)] for sequence in sequences])
-            chosen[0], chosen[1] = sample_tokens(
+            ids, scores = sample_tokens(
                 soft_cap(hidden @ self._model.output_weight.T, self._model.logit_softcap),
-                torch.from_numpy(uniforms).to(hidden.device),
+                run.uniforms_of(rows),
                 shard_start=self._model.vocab_shard[0],
                 vocab_size=self._vocab_size,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
+                temperature=run.sampling.temperature,
+                top_p=run.sampling.top_p,
+                top_k=run.sampling.top_k,
                 group=self._groups.tp,
             )
-        ids, scores = tensor_from_last_stage(chosen, self._groups.pp).tolist()  # float64 holds both exactly
-        for sequence, token, score in zip(sequences, ids, scores, strict=True):
-            sequence.append(int(token), score, stop_ids=self._stop_ids)
+            chosen = torch.stack([ids.double(), scores.double()])[:, : len(sequences)]  # float64 holds both exactly
+        chosen = tensor_from_last_stage(chosen.contiguous(), self._groups.pp)
+        run.go_on(slice(first, first + len(sequences)), chosen[0])
+        for sequence in sequences:
+            sequence.asked += 1
+        return [_Unread(sequences, chosen)]
+
+
+class _Run:
+    """What one call of `generate` keeps on the device: caches, and of each row its last token and what comes next."""
+
+    def __init__(
+        self,
+        model: HiddenStateModel | InterleavedModel,
+        groups: Groups,
+        stepping: Stepping,
+        sampling: Sampling,
+        *,
+        through: Callable[..., torch.Tensor],
+        rows: int,
+        length: int,
+    ) -> None:
+        """through: see MegatronEngine. length: positions of the longest sequence."""
+        device = groups.device
+        regions = compiled() if stepping.compiled else EAGER
+        self.sampling, self._through = sampling, through
+        self.stages = [Decoder(chunk, rows=rows, length=length, regions=regions) for chunk in chunks_of(model)]
+        self._stepping, self._num_rows, self._length = stepping, rows, length
+        self._tokens, self._where, self._drawn = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(3))
+        """The last token of each row, its position, and how many tokens have been chosen."""
+        self._uniforms = torch.zeros(rows, sampling.max_response_len, dtype=torch.float64, device=device)
+        # Ranks of other stages, and of experts, are waited for by the host; and a step runs twice when it is captured,
+        # which a cache of keys and values does not notice, and a running state does.
+        kinds = self.stages[0].kinds
+        alone = groups.pp.size() == 1 and not any(layer.mlp.num_experts for layer in kinds)
+        alone = alone and all(isinstance(layer.attention, GroupedQuery) for layer in kinds)
+        self._graphs = StepGraphs(self._forward, capture=stepping.graphs and device.type == "cuda" and alone)
+
+    def start(self, rows: Sequence[int], sequences: Sequence[_Sequence], lengths: torch.Tensor) -> None:
+        """Sequences whose prompts, of these lengths int64 [R], have been read into these consecutive rows."""
+        part = slice(rows[0], rows[-1] + 1)
+        self._uniforms[part] = torch.from_numpy(np.stack([sequence.uniforms for sequence in sequences])).to(
+            self._uniforms.device
+        )
+        self._where[part] = lengths - 1
+        self._drawn[part] = 0
+
+    def bucket(self, rows: int, keys: int) -> tuple[int, int]:
+        """The numbers of rows and positions that a step with so many computes."""
+        rows_up, keys_up = (
+            -(-n // step) * step for n, step in ((max(rows, 1), self._stepping.rows), (keys, self._stepping.keys))
+        )
+        return min(rows_up, self._num_rows), min(keys_up, self._length)
+
+    def step(self, rows: int, keys: int) -> torch.Tensor:
+        """One more token of the first rows; see Decoder.decode."""
+        return self._graphs(rows, keys)
+
+    def _forward(self, rows: int, keys: int) -> torch.Tensor:
+        tokens, where = self._tokens[:rows], self._where[:rows]
+        return self._through(
+            self.stages, tokens.shape, lambda stage, received: stage.decode(tokens, received, where, keys)
+        )
+
+    def uniforms_of(self, rows: slice) -> torch.Tensor:
+        """The uniform number that the next token of each row is drawn with, float64 [B]."""
+        return self._uniforms[rows].gather(1, self._drawn[rows, None])[:, 0]
+
+    def go_on(self, rows: slice, tokens: torch.Tensor) -> None:
+        """These tokens have been chosen."""
+        self._tokens[rows] = tokens.long()
+        self._where[rows] += 1
+        self._drawn[rows] += 1
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """One row in place of another; `length` positions of its sequence have been computed."""
+        for stage in self.stages:
+            stage.move(source, target, length)
+        for state in (self._tokens, self._where, self._drawn, self._uniforms):
+            state[target] = state[source]
+
+    def free(self, first: int) -> None:
+        """The rows from `first` on hold nothing. A step that computes them writes to their first position."""
+        self._where[first:], self._drawn[first:] = 0, 0
+
+
+class _Unread:
+    """Tokens and log-probs that have been chosen, on their way to the host."""
+
+    def __init__(self, sequences: Sequence[_Sequence], chosen: torch.Tensor) -> None:
+        """chosen float64 [2, B]."""
+        self._sequences = list(sequences)
+        self._there: torch.cuda.Event | None = None
+        self._chosen = chosen
+        if chosen.is_cuda:
+            self._chosen = torch.empty_like(chosen, device="cpu", pin_memory=True).copy_(chosen, non_blocking=True)
+            self._there = torch.cuda.Event()
+            self._there.record()
+
+    def read(self, stop_ids: frozenset[int]) -> None:
+        """Wait for them, and give each sequence its token."""
+        if self._there is not None:
+            self._there.synchronize()
+        ids, scores = self._chosen.tolist()
+        for sequence, token, score in zip(self._sequences, ids, scores, strict=True):
+            if sequence.finish is None:  # else it has stopped before
+                sequence.append(int(token), score, stop_ids=stop_ids)
 
 
 class _Sequence:
@@ -177,6 +302,8 @@ class _Sequence:
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.finish: Literal["stop", "length"] | None = None
+        self.asked = 0
+        """Tokens that have been chosen; the last of them may not be in `ids` yet."""
         self._max_len = sampling.max_response_len
         # From the seed and the sample alone, and counter-based, so any rank can draw them.
         generator = np.random.Generator(np.random.Philox(key=[sampling.seed, prompt.sample_id]))
@@ -185,8 +312,13 @@ class _Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and response."""
-        return len(self.prompt.student_ids) + len(self.ids)
+        """Tokens of prompt and response that have been chosen."""
+        return len(self.prompt.student_ids) + self.asked
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it needs another token, as far as is known."""
+        return self.finish is None and self.asked < self._max_len
 
     def append(self, token: int, logprob: float, *, stop_ids: frozenset[int]) -> None:
         self.ids.append(token)
@@ -243,12 +375,14 @@ def _passes(groups: Sequence[list[_Sequence]]) -> list[list[list[_Sequence]]]:
     return passes
 
 
-def _close_up(active: list[_Sequence], stages: Sequence[Decoder]) -> None:
-    """Drop finished sequences; the last row takes the place of one that leaves."""
-    for row in reversed(range(len(active))):
-        if active[row].finish is not None:
+def _close_up(active: list[_Sequence], run: _Run) -> None:
+    """Drop sequences that need no more tokens; the last row takes the place of one that leaves."""
+    before = len(active)
+    for row in reversed(range(before)):
+        if not active[row].is_open:
             last = active.pop()
             if row < len(active):
                 active[row] = last
-                for stage in stages:
-                    stage.move(len(active), row, last.length)
+                run.move(len(active), row, last.length)
+    if len(active) < before:
+        run.free(len(active))

@@ -90,7 +90,9 @@ def nucleus_cutoff(
         cutoff = ordered.gather(1, position[:, None])[:, 0]
         cutoff = torch.where(reached.any(dim=1), cutoff, torch.zeros_like(cutoff))
         unseen = shards[:, :, -1].amax(dim=0) > cutoff
-        if count == width or not bool(unseen.any()):
+        # Agreed: the sums behind it may differ in their last bits from rank to rank, and each waits for the others.
+        undecided = _reduce(unseen.any().int(), dist.ReduceOp.MAX, group)
+        if count == width or not bool(undecided):
             return cutoff
         candidates *= 2
 

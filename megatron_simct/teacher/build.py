@@ -1,138 +1,158 @@
-"""Which teacher a student's job has: another job, two of them, answers on disk, or a model on its own ranks."""
+"""Which teachers a student's job has: other jobs, answers on disk, or a model on its own ranks."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from megatron_simct.alignment import AlignmentMap, Tokenizer, VocabPlacement
-from megatron_simct.config import Config, MixtureConfig, ModelConfig, TeacherJobConfig
-from megatron_simct.loading import build_byte_order, load_model
+from megatron_simct.alignment import VocabPlacement
+from megatron_simct.config.options import Config
+from megatron_simct.loading import Pair, Teacher, build_byte_order, describe_teacher, load_model
 from megatron_simct.losses import SharedColumns, SharedHead, gather_shared_head
 from megatron_simct.models.families import read_architecture
-from megatron_simct.models.hf_load import find_weights, load_output_rows
-from megatron_simct.parallel.initialize import Groups
+from megatron_simct.models.head import load_head_rows, read_head
+from megatron_simct.models.hf_hashes import check_hashes
+from megatron_simct.models.layout import token_multiple
+from megatron_simct.models.tensor_files import find_weights
+from megatron_simct.packing import Cut
+from megatron_simct.parallel.initialize import Groups, shared_store
 from megatron_simct.records import TeacherNeeds
-from megatron_simct.teacher.client import Patience, RemoteScorer, TeacherClient
+from megatron_simct.teacher.average import Average, Model
+from megatron_simct.teacher.client import Patience, TeacherClient
 from megatron_simct.teacher.colocated import ColocatedScorer
 from megatron_simct.teacher.endpoints import CLIENT_KEY, endpoint_folder
 from megatron_simct.teacher.fingerprints import fingerprints
+from megatron_simct.teacher.lookout import Lookout
 from megatron_simct.teacher.mixture import MixtureScorer
+from megatron_simct.teacher.remote import RemoteScorer
 from megatron_simct.teacher.scorer import NoTeacher, TeacherScorer
 from megatron_simct.teacher.store import AnswerStore, SavingScorer, StoredClient
 from megatron_simct.update.checkpoint import load_output_shard
 
 
+@dataclass(frozen=True, kw_only=True)
+class Teaching:
+    """All teachers of a job."""
+
+    scorer: TeacherScorer
+    shared_head: SharedHead | None = None
+    """On the last stage the head rows that this rank's columns need, if any."""
+    average: Average | None = None
+    """The average that the first teacher has as its weights, if they follow the student's (--teacher-ema)."""
+
+
 def build_teacher(
-    config: Config,
-    groups: Groups,
-    student: Tokenizer,
-    tokenizer: Tokenizer | None,
-    alignment_map: AlignmentMap | None,
-    placement: VocabPlacement,
-    needs: TeacherNeeds,
-) -> tuple[TeacherScorer, SharedHead | None]:
-    """The scorer, and on the last stage the teacher's head rows that this rank's columns need, if any."""
-    if tokenizer is None:
-        return NoTeacher(), None
-    marks = teacher_fingerprints(config, config.teacher, student, tokenizer, alignment_map, prefix="teacher-")
-    scorer, shared_head = _build_teacher(config, groups, tokenizer, placement, needs, marks)
+    config: Config, groups: Groups, pair: Pair, placement: VocabPlacement, cut: Cut, student: Model
+) -> Teaching:
+    """cut: into micro-batches, for a teacher on these ranks. student: the model, which a teacher may follow."""
+    if not pair.teachers:
+        return Teaching(scorer=NoTeacher())
+    first, *others = pair.teachers
+    teaching = _build_first(config, groups, pair, placement, cut, student)
+    scorer = teaching.scorer
     kept = {
         "--save-debug-scored-data": config.rollout.save_debug_scored_data,
         "--teacher-cache": config.teacher_job.cache,
     }
     for flag, folder in kept.items():
         if folder is not None:
-            scorer = SavingScorer(scorer, AnswerStore(folder, marks, flag=flag), writes=groups.meets_teacher)
-    return scorer, shared_head
+            store = AnswerStore(folder, teacher_fingerprints(config, pair, first), flag=flag)
+            scorer = SavingScorer(scorer, store, writes=groups.meets_teacher)
+    if others:
+        scorers = [scorer, *(_build_remote(config, groups, pair, teacher) for teacher in others)]
+        scorer = MixtureScorer(scorers, [teacher.weight for teacher in pair.teachers], groups)
+    return replace(teaching, scorer=scorer)
 
 
-def _build_teacher(
-    config: Config,
-    groups: Groups,
-    tokenizer: Tokenizer,
-    placement: VocabPlacement,
-    needs: TeacherNeeds,
-    marks: dict[str, object],
-) -> tuple[TeacherScorer, SharedHead | None]:
-    """See build_teacher: in another job, on disk, or here."""
-    stored = config.rollout.load_debug_scored_data
-    if config.teacher_job.endpoint or stored:
-        folder, flag = (stored, "--load-debug-scored-data") if stored else (config.teacher_job.cache, "--teacher-cache")
-        # On every rank, or the others would wait for the one that finds answers of another teacher.
-        store = None if folder is None else AnswerStore(folder, marks, flag=flag)
-        teacher: TeacherClient | None = None
-        client: TeacherClient | StoredClient | None = None
-        if groups.meets_teacher:
-            if config.teacher_job.endpoint:
-                client = teacher = build_client(config, config.teacher_job, marks, prefix="teacher-")
-            if store is not None:
-                client = StoredClient(store, teacher)
-        return RemoteScorer(client, groups), load_shared_head(config, groups, placement, needs)
-    model = load_model(config, config.teacher, groups, tokenizer, prefix="teacher-")
+def _build_first(
+    config: Config, groups: Groups, pair: Pair, placement: VocabPlacement, cut: Cut, student: Model
+) -> Teaching:
+    """The first teacher: in another job, on disk, or here."""
+    teacher, needs = pair.teachers[0], pair.needs
+    if config.teacher_job.endpoint or config.rollout.load_debug_scored_data:
+        head = load_shared_head(config, groups, placement, needs)
+        return Teaching(scorer=_build_remote(config, groups, pair, teacher), shared_head=head)
+    model = load_model(config, teacher.options, groups, teacher.tokenizer, prefix=teacher.prefix)
     scorer = ColocatedScorer(
         model,
         groups,
-        vocab_size=tokenizer.table.num_ids,
-        micro_batch_size=config.training.micro_batch_size,
-        byte_order=build_byte_order(model, groups, tokenizer) if needs.byte_events else None,
+        vocab_size=teacher.tokenizer.table.num_ids,
+        cut=cut,
+        byte_order=build_byte_order(model, groups, teacher.tokenizer) if needs.byte_events else None,
+        packed=config.training.max_tokens_per_gpu is not None,
+        multiple_of=token_multiple(
+            config.parallel, groups.device, context_parallel_size=config.teacher_context_parallel_size
+        ),
+        context_parallel_size=config.teacher_context_parallel_size,
     )
-    if not groups.is_last_stage or needs.hidden_rows == "none" or needs.topk:
-        return scorer, None
+    head = None
+    if groups.is_last_stage and needs.hidden_rows != "none" and not needs.topk:
+        head = head_rows(model, placement, groups)
+    average = None
+    if config.teacher_job.ema is not None:
+
+        def changed() -> None:
+            if head is not None:
+                head.weight.copy_(head_rows(model, placement, groups).weight)
+
+        try:
+            average = Average(model, student, decay=config.teacher_job.ema, changed=changed)
+        except ValueError:
+            folders = f"--teacher-hf-checkpoint {teacher.options.folder} and --hf-checkpoint {config.model.folder}"
+            raise ValueError(f"--teacher-ema: {folders} must be of one architecture and vocabulary") from None
+    return Teaching(scorer=scorer, shared_head=head, average=average)
+
+
+def head_rows(model: Model, placement: VocabPlacement, groups: Groups) -> SharedHead:
+    """The rows of a teacher's head that this rank's columns need. Collective over the tensor-parallel group."""
     start, _ = model.vocab_shard
-    return scorer, gather_shared_head(model.output_weight.detach(), start, placement, groups.tp)
+    return gather_shared_head(model.output_weight.detach(), start, placement, groups.tp)
 
 
-def build_mixture(
-    config: Config, groups: Groups, first: TeacherScorer, student: Tokenizer, tokenizer: Tokenizer
-) -> MixtureScorer:
-    """The teacher's job and that of --second-teacher-endpoint, whose tokenizer this is, as one."""
-    assert isinstance(first, RemoteScorer)
-    client = None
+def _build_remote(config: Config, groups: Groups, pair: Pair, teacher: Teacher) -> RemoteScorer:
+    """A teacher in another job, with its answers on disk before it or in its place."""
+    marks = teacher_fingerprints(config, pair, teacher)
+    store = None
+    if teacher is pair.teachers[0]:
+        stored = config.rollout.load_debug_scored_data
+        folder, flag = (stored, "--load-debug-scored-data") if stored else (config.teacher_job.cache, "--teacher-cache")
+        # On every rank, or the others would wait for the one that finds answers of another teacher.
+        store = None if folder is None else AnswerStore(folder, marks, flag=flag)
+    client: TeacherClient | StoredClient | None = None
     if groups.meets_teacher:
-        marks = teacher_fingerprints(config, config.second_teacher, student, tokenizer, None, prefix="second-teacher-")
-        client = build_client(config, config.mixture, marks, prefix="second-teacher-")
-    weight = config.mixture.weight
-    return MixtureScorer([first, RemoteScorer(client, groups)], [1 - weight, weight], groups)
+        asked = build_client(config, groups, teacher, marks) if teacher.job.endpoint else None
+        client = asked if store is None else StoredClient(store, asked)
+    return RemoteScorer(client, groups)
 
 
-def teacher_fingerprints(
-    config: Config,
-    options: ModelConfig,
-    student: Tokenizer,
-    teacher: Tokenizer,
-    alignment_map: AlignmentMap | None,
-    *,
-    prefix: str,
-) -> dict[str, object]:
-    """What this job knows of the teacher of these options."""
-    flag = f"--{prefix}hf-checkpoint"
+def teacher_fingerprints(config: Config, pair: Pair, teacher: Teacher) -> dict[str, object]:
+    """What this job knows of a teacher."""
+    flag = f"--{teacher.prefix}hf-checkpoint"
     return fingerprints(
-        options,
-        read_architecture(options.folder, flag=flag),
-        teacher,
+        teacher.options,
+        describe_teacher(teacher.options.folder, flag=flag),
+        teacher.tokenizer,
         longest=config.rollout.rollout_max_prompt_len + config.rollout.rollout_max_response_len,
-        student=student,
-        alignment_map=alignment_map.fingerprint if alignment_map is not None else None,
-        prefix=prefix,
+        student=pair.student,
+        alignment_map=pair.alignment_map.fingerprint if pair.alignment_map is not None else None,
+        prefix=teacher.prefix,
     )
 
 
-def build_client(
-    config: Config, job: TeacherJobConfig | MixtureConfig, marks: dict[str, object], *, prefix: str
-) -> TeacherClient:
-    """The connection to a teacher's job. marks: fingerprints."""
+def build_client(config: Config, groups: Groups, teacher: Teacher, marks: dict[str, object]) -> TeacherClient:
+    """The connection to a teacher's job. marks: fingerprints. The first model replica looks for all."""
+    job = teacher.job
     addresses = tuple(place for place in job.endpoint if "://" in place)
     folder = None if addresses else endpoint_folder(job.endpoint[0])
     return TeacherClient(
-        folder=folder,
-        addresses=addresses,
+        lookout=Lookout(folder, addresses, store=shared_store(), reads=groups.dp_rank == 0),
         key_file=Path(job.client_key) if job.client_key else (folder or Path()) / CLIENT_KEY,
         fingerprints=marks,
         patience=Patience(timeout_s=60 * config.teacher_job.timeout_minutes),
         window_tokens=config.teacher_job.window_tokens,
-        where=f"--{prefix}endpoint {' '.join(job.endpoint)}",
+        where=f"--{teacher.prefix}endpoint {' '.join(job.endpoint)}",
     )
 
 
@@ -143,16 +163,16 @@ def load_shared_head(
     options, flag = config.teacher, "--teacher-hf-checkpoint"
     if needs.hidden_rows == "none" or needs.topk:
         return None
-    architecture = read_architecture(options.folder, flag=flag)
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
     if options.pretrained_checkpoint is not None:
         shard = load_output_shard(
-            architecture,
+            read_architecture(options.folder, flag=flag),
             options.pretrained_checkpoint,
             groups=groups,
             divisible_by=options.make_vocab_size_divisible_by,
             dtype=dtype,
             flag="--teacher-pretrained-checkpoint",
+            verified=config.output.verify_checkpoint,
         ).to(groups.device)
         if not groups.is_last_stage:
             return None
@@ -162,12 +182,15 @@ def load_shared_head(
             f"{flag} {options.hf_checkpoint}: has no weights; --simct-interface {config.interface.interface} needs the "
             "rows of the teacher's head that the student shares, although the teacher is another job"
         )
+    if config.output.verify_checkpoint:
+        check_hashes(options.folder, listed=options.hf_sha256, prefix="teacher-")
     if not groups.is_last_stage:
         return None
-    rows = load_output_rows(architecture, options.folder, placement.teacher_rows, dtype=dtype, flag=flag)
+    head = read_head(options.folder, flag=flag)
+    rows = load_head_rows(head, options.folder, placement.teacher_rows, dtype=dtype, flag=flag)
     return SharedHead(weight=rows.to(groups.device), columns=SharedColumns.from_placement(placement, groups.device))
 
 
 def teacher_logit_softcap(config: Config) -> float | None:
     """What bounds the teacher's logits, which the loss makes of its hidden states."""
-    return read_architecture(config.teacher.folder, flag="--teacher-hf-checkpoint").final_logit_softcap
+    return describe_teacher(config.teacher.folder, flag="--teacher-hf-checkpoint").final_logit_softcap

@@ -1,56 +1,60 @@
 """The student's end: samples go out to the replicas of a teacher in another job, and come back in any order.
 
-`TeacherClient` is a thread that owns the sockets: it looks for replicas in the endpoint folder, greets them, gives each
-as much work as its window holds, and asks again for whatever stays unanswered. `RemoteScorer` is the TeacherScorer on
-top of it. Only one rank a model replica talks, the first of the last pipeline stage; it shares answers with its
-tensor-parallel group.
+`TeacherClient` is a thread that owns the sockets: it greets replicas, and gives each as much work as its window holds.
+`RemoteScorer` (remote.py) is the TeacherScorer on top of it.
 
-A request is idempotent and has a number. It may be sent again to the same replica or to another; the first answer
-counts, later ones are dropped and counted. A replica that says nothing is taken for dead after `silence_s`, although it
-may still come back; a dead teacher is given up after `timeout_s` without an answer.
+Which replica. Every replica reports how many tokens it holds for all students, and how many it computes a second. A
+request goes to one that would end before the mean (`_choose`). Many clients choose at the same moment and from reports
+that are a second old, so they draw lots; what came out uneven, or becomes so because a replica is slower than it was,
+is recalled before the model has begun with it and goes elsewhere (`_even_out`).
+
+What is asked again. A request has a number. A socket keeps the order of its messages, so the reply to a greeting
+settles what became of every request sent before the greeting: the replica has answered it, names it as held, or has
+lost it. Only what is lost is sent again. So a slow replica is not asked twice. A replica that says nothing is taken for
+dead after `silence_s`, and so is one that reports that its model hangs; both may still come back. The first answer
+counts, later ones are dropped and counted. A dead teacher is given up after `timeout_s` without an answer.
 """
 
 from __future__ import annotations
 
+import math
+import random
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any
 
-import torch
-import torch.distributed as dist
+import numpy as np
 import zmq
 
-from megatron_simct.parallel.initialize import Groups
-from megatron_simct.records import AlignedPair, ScoredPair
-from megatron_simct.teacher.endpoints import Endpoint, Waker, connect, read_endpoints, read_keys
-from megatron_simct.teacher.exchange import share
+from megatron_simct.teacher.endpoints import Endpoint, Keys, Waker, connect, is_encrypted, read_keys
 from megatron_simct.teacher.fingerprints import mismatch
 from megatron_simct.teacher.forward import TeacherRequest
-from megatron_simct.teacher.payload import answers, read_scored, score_message
-from megatron_simct.teacher.scorer import TeacherError, without_content
-from megatron_simct.teacher.wire import Message, WireError, decode, encode, num_bytes
+from megatron_simct.teacher.lookout import Lookout
+from megatron_simct.teacher.payload import misfit, score_message
+from megatron_simct.teacher.scorer import TeacherError
+from megatron_simct.teacher.wire import Message, WireError, decode, encode, num_bytes, quoted, with_checksum
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patience:
-    """How long the client waits for what, in seconds."""
+    """Timeouts of the client, in seconds."""
 
     timeout_s: float
-    """Without any answer, although some are due: give up."""
+    """Give up if pending requests get no answer for this long."""
     hello_s: float = 1.0
-    """Between greetings, which are signs of life."""
+    """Interval of greetings, which serve as heartbeats. A replica with many students is greeted more rarely."""
     silence_s: float = 10.0
-    """Without a word of a replica: its requests go elsewhere."""
-    again_s: float = 30.0
-    """Without an answer to a request, although its replica lives: ask again, another one if there is one."""
+    """After this silence a replica is considered dead and its requests are reassigned."""
     look_s: float = 0.5
-    """Between looks at the endpoint folder."""
+    """Interval of looking for replicas while none is ready."""
+    look_again_s: float = 10.0
+    """The same while some replica is ready."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -61,9 +65,28 @@ class _Replica:
     ready: bool = False
     heard: float = 0.0
     greeted: float = 0.0
+    beat: int = 0
+    """Number of the last greeting."""
     tokens: int = 0
     """Outstanding."""
+    others: int = 0
+    """Tokens that it held for other students when it last reported."""
     status: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def backlog(self) -> int:
+        return self.others + self.tokens
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second while it works; 0 if it has not worked yet."""
+        speed = self.status.get("speed", 0.0)
+        return speed if math.isfinite(speed) and speed > 0 else 0.0
+
+    @property
+    def rarer(self) -> float:
+        """How many times the interval of greetings it is greeted at."""
+        return max(1.0, self.status.get("clients", 0) / MAX_HELLOS)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -72,8 +95,24 @@ class _Open:
 
     request: TeacherRequest
     parts: Sequence[bytes | memoryview]
+    """Encoded, without a checksum."""
     sent_to: str | None = None
-    sent: float = 0.0
+    beat: int = 0
+    """Number of the greeting that its replica had last been sent before it."""
+    recalled: int | None = None
+    """The same, before it was recalled."""
+    misfits: int = 0
+    """Answers to it that were not what was asked for."""
+
+
+MAX_HELLOS = 200
+"""Greetings that a replica gets in an interval; with more students, each greets more rarely."""
+UNEVEN = 1.1
+"""A replica hands work back if it would end so many times later than the mean of all."""
+IO_THREADS = 2
+"""Threads that decrypt. A connection belongs to one of them."""
+MAX_MISFITS = 3
+"""So many wrong answers to one request end the run: its teacher computes something else, or not at all."""
 
 
 class TeacherClient(Thread):
@@ -82,40 +121,45 @@ class TeacherClient(Thread):
     def __init__(
         self,
         *,
-        folder: Path | None = None,
-        addresses: Sequence[str] = (),
+        lookout: Lookout,
         key_file: Path | None = None,
         fingerprints: Mapping[str, Any],
         patience: Patience,
         window_tokens: int,
         where: str,
+        context: zmq.Context | None = None,
     ) -> None:
-        """Replicas are those of the folder, or those of the addresses. key_file: for those at tcp:// addresses.
+        """key_file: for replicas at tcp:// addresses.
 
         fingerprints: what this end knows of what both must share; hidden_size at least.
 
         window_tokens: what one replica is given before it has answered. `where` names the flag in errors.
+
+        context: None for one of its own, which ends with the thread.
         """
         super().__init__(name="teacher-client", daemon=True)
-        self._folder, self._key_file, self._fingerprints = folder, key_file, dict(fingerprints)
+        self._lookout, self._key_file, self._fingerprints = lookout, key_file, dict(fingerprints)
+        self._keys: Keys | None = None
         self._patience, self._window, self._where = patience, window_tokens, where
-        self._fixed = {a: Endpoint(replica=a, address=a, life="") for a in addresses}
-        self._context = zmq.Context()
+        self._context = context or zmq.Context(IO_THREADS)
         self._waker = Waker(self._context)
+        self._poller = zmq.Poller()
+        self._poller.register(self._waker.receiver, zmq.POLLIN)
         self._identity = b"s" + uuid.uuid4().bytes
+        self._random = random.Random(self._identity)
         self._inbox: SimpleQueue[tuple[int, _Open]] = SimpleQueue()
         self._results: SimpleQueue[tuple[Sequence[Any], Message] | str] = SimpleQueue()
         self._replicas: dict[str, _Replica] = {}
         self._open: dict[int, _Open] = {}
         self._waiting: deque[int] = deque()
         self._number = 0
-        self._looked = 0.0
+        self._looked = self._evened = -math.inf
         self._progress = time.monotonic()
         self._closing = False
         self._failed = False
         self._met = SimpleQueue[bool]()
         self.counts = dict.fromkeys(
-            ("answers", "again", "late", "malformed", "handed_back", "request_bytes", "answer_bytes"), 0
+            ("answers", "again", "late", "malformed", "handed_back", "recalled", "request_bytes", "answer_bytes"), 0
         )
 
     # What the training thread calls
@@ -123,9 +167,13 @@ class TeacherClient(Thread):
     def submit(self, request: TeacherRequest) -> None:
         """Send it when a replica's window has room."""
         self._number += 1
-        entry = _Open(request=request, parts=encode(score_message(self._number, request)))
+        entry = _Open(request=request, parts=encode(score_message(self._number, request), checked=False))
         self._inbox.put((self._number, entry))
         self._waker.wake()
+
+    def arrived(self) -> bool:
+        """Whether `next` would return at once."""
+        return not self._results.empty()
 
     def next(self) -> tuple[Sequence[Any], Message]:
         """The next answer, as it came and decoded. TeacherError where none will come."""
@@ -158,21 +206,9 @@ class TeacherClient(Thread):
     # The thread
 
     def run(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._waker.receiver, zmq.POLLIN)
         try:
             while not self._closing:
-                now = time.monotonic()
-                self._look(now, poller)
-                self._greet(now)
-                self._dispatch(now)
-                self._give_up(now)
-                events = dict(poller.poll(100 if self._open else 300))
-                self._waker.clear()
-                self._take_in()
-                for name, replica in list(self._replicas.items()):
-                    if replica.sock in events:
-                        self._receive(name, replica)
+                self.turn(100 if self._open else 300)
         except Exception as error:
             self._fail(f"{self._where}: {type(error).__name__}: {error}")
             raise
@@ -181,6 +217,21 @@ class TeacherClient(Thread):
                 replica.sock.close(0)
             self._waker.close()
             self._context.term()
+
+    def turn(self, wait_ms: int) -> None:
+        """Do what is due, wait for messages, and take in all that have come."""
+        now = time.monotonic()
+        self._look(now)
+        self._greet(now)
+        self._even_out(now)
+        self._dispatch()
+        self._give_up(now)
+        events = dict(self._poller.poll(wait_ms))
+        self._waker.clear()
+        self._take_in()
+        for name, replica in list(self._replicas.items()):
+            if replica.sock in events:
+                self._receive(name, replica)
 
     def _take_in(self) -> None:
         while True:
@@ -193,79 +244,154 @@ class TeacherClient(Thread):
             self._open[number] = entry
             self._waiting.append(number)
 
-    def _look(self, now: float, poller: zmq.Poller) -> None:
+    def _look(self, now: float) -> None:
         """Connect to replicas that are new or live at another address, and leave those that are gone."""
-        if now - self._looked < self._patience.look_s:
+        met = any(replica.ready for replica in self._replicas.values())
+        if now - self._looked < (self._patience.look_again_s if met else self._patience.look_s):
             return
         self._looked = now
-        found = read_endpoints(self._folder) if self._folder is not None else self._fixed
+        try:
+            found = self._lookout.look()
+        except ValueError as error:
+            self._fail(f"{self._where}: {error}")
+            return
         for name in [n for n, r in self._replicas.items() if n not in found or found[n] != r.endpoint]:
             self._receive(name, self._replicas[name])  # what it may have handed back at the end
             self._lose(name)
             sock = self._replicas.pop(name).sock
-            poller.unregister(sock)
+            self._poller.unregister(sock)
             sock.close(0)
         for name, endpoint in found.items():
             if name not in self._replicas:
-                keys = None
-                if endpoint.address.startswith("tcp://") and self._key_file is not None:
-                    try:
-                        keys = read_keys(self._key_file)
-                    except ValueError as error:
-                        self._fail(f"--teacher-client-key {error}")
-                        return
+                try:
+                    keys = self._keys_for(endpoint)
+                except ValueError as error:
+                    self._fail(f"--teacher-client-key {error}")
+                    return
                 try:
                     sock = connect(self._context, endpoint.address, keys, self._identity)
                 except ValueError as error:
                     self._fail(f"{self._where}: {error}")
                     return
-                poller.register(sock, zmq.POLLIN)
+                self._poller.register(sock, zmq.POLLIN)
                 self._replicas[name] = _Replica(endpoint=endpoint, sock=sock)
+
+    def _keys_for(self, endpoint: Endpoint) -> Keys | None:
+        """Read once: they are those of the run. ValueError where the file has none."""
+        if not is_encrypted(endpoint) or self._key_file is None:
+            return None
+        if self._keys is None:
+            self._keys = read_keys(self._key_file)
+        return self._keys
 
     def _greet(self, now: float) -> None:
         for name, replica in self._replicas.items():
-            if now - replica.greeted >= self._patience.hello_s:
+            if now - replica.greeted >= self._patience.hello_s * replica.rarer:
                 replica.greeted = now
-                self._send(replica, encode(Message(kind="hello", fields={"fingerprints": self._fingerprints})))
-            if replica.ready and now - replica.heard > self._patience.silence_s:
+                replica.beat += 1
+                fields = {"fingerprints": self._fingerprints, "beat": replica.beat}
+                self._send(replica, encode(Message(kind="hello", fields=fields), checked=False))
+            silence_s = max(self._patience.silence_s, 3 * self._patience.hello_s * replica.rarer)
+            if replica.ready and now - replica.heard > silence_s:
                 self._lose(name)
 
     def _lose(self, name: str) -> None:
         """What this replica was to answer waits again."""
-        replica = self._replicas[name]
-        replica.ready, replica.tokens = False, 0
-        lost = [number for number, entry in self._open.items() if entry.sent_to == name]
+        self._replicas[name].ready = False
+        self._wait_again([number for number, entry in self._open.items() if entry.sent_to == name])
+
+    def _wait_again(self, lost: Sequence[int]) -> None:
+        """These requests have been lost on the way, or with their replica."""
         for number in reversed(lost):
-            self._open[number].sent_to = None
+            self._take_back(self._open[number])
             self._waiting.appendleft(number)
         self.counts["again"] += len(lost)
 
-    def _dispatch(self, now: float) -> None:
-        for number, entry in self._open.items():
-            if entry.sent_to is not None and now - entry.sent > self._patience.again_s:
-                self.counts["again"] += 1
-                others = [n for n in self._replicas if n != entry.sent_to and self._replicas[n].ready]
-                self._assign(number, min(others, key=self._load, default=entry.sent_to), now)
-        ready = [name for name, replica in self._replicas.items() if replica.ready]
-        while self._waiting and ready:
+    def _even_out(self, now: float) -> None:
+        """Recall this student's share of what a replica holds beyond the mean, from the end of its queue."""
+        if now - self._evened < self._patience.hello_s:
+            return
+        self._evened = now
+        ready = self._ready()
+        if len(ready) < 2 or not any(self._replicas[name].speed for name in ready):
+            return
+        speeds = self._speeds(ready)
+        mean_s = sum(self._replicas[name].backlog for name in ready) / sum(speeds.values())
+        for name in ready:
+            replica = self._replicas[name]
+            seconds = replica.backlog / speeds[name]
+            if seconds > UNEVEN * mean_s and seconds - mean_s > self._patience.hello_s / 2:
+                self._recall(name, replica.tokens * (1 - mean_s / seconds))
+
+    def _recall(self, name: str, tokens: float) -> None:
+        """Ask a replica to hand back about so many of this student's tokens."""
+        numbers = []
+        for number, entry in reversed(self._open.items()):
+            if tokens <= 0:
+                break
+            if entry.sent_to != name:
+                continue
+            size = entry.request.num_tokens
+            if entry.recalled is None and self._random.random() < tokens / size:
+                entry.recalled = self._replicas[name].beat
+                numbers.append(number)
+            tokens -= size
+        if numbers:
+            self._send_recall(self._replicas[name], numbers)
+
+    def _send_recall(self, replica: _Replica, numbers: Sequence[int]) -> None:
+        frames = {"requests": ("int32", np.array(numbers, np.int32))}
+        self._send(replica, encode(Message(kind="recall", frames=frames), checked=False))
+
+    def _dispatch(self) -> None:
+        while self._waiting:
             number = self._waiting[0]
-            name = min(ready, key=self._load)
-            tokens = self._replicas[name].tokens
-            if tokens and tokens + self._open[number].request.num_tokens > self._window:
+            name = self._choose(self._open[number].request.num_tokens)
+            if name is None:
                 return
             self._waiting.popleft()
-            self._assign(number, name, now)
+            self._assign(number, name)
 
-    def _load(self, name: str) -> int:
-        return self._replicas[name].tokens
+    def _ready(self, other_than: str | None = None) -> list[str]:
+        return [name for name, replica in self._replicas.items() if replica.ready and name != other_than]
 
-    def _assign(self, number: int, name: str, now: float) -> None:
-        entry = self._open[number]
-        self._release(entry)
-        entry.sent_to, entry.sent = name, now
-        self._replicas[name].tokens += entry.request.num_tokens
+    def _choose(self, tokens: int, other_than: str | None = None) -> str | None:
+        """A replica whose window has room, drawn by how much it can take before it ends as late as the mean."""
+        ready = self._ready(other_than)
+        free = [name for name in ready if self._has_room(name, tokens)]
+        if not free:
+            return None
+        speeds = self._speeds(ready)
+        backlogs = {name: self._replicas[name].backlog for name in ready}
+        level_s = (sum(backlogs.values()) + tokens) / sum(speeds.values())
+        room = [max(0.0, level_s * speeds[name] - backlogs[name]) for name in free]
+        if not any(room):
+            return min(free, key=lambda name: backlogs[name] / speeds[name])
+        return self._random.choices(free, room)[0]
+
+    def _has_room(self, name: str, tokens: int) -> bool:
+        outstanding = self._replicas[name].tokens
+        return not outstanding or outstanding + tokens <= self._window
+
+    def _speeds(self, names: Sequence[str]) -> dict[str, float]:
+        """Tokens a second; of a replica that has not worked yet, the mean of the others."""
+        speeds = {name: self._replicas[name].speed for name in names}
+        known = [speed for speed in speeds.values() if speed]
+        mean = sum(known) / len(known) if known else 1.0
+        return {name: speed or mean for name, speed in speeds.items()}
+
+    def _assign(self, number: int, name: str) -> None:
+        entry, replica = self._open[number], self._replicas[name]
+        self._take_back(entry)
+        entry.sent_to, entry.beat, entry.recalled = name, replica.beat, None
+        replica.tokens += entry.request.num_tokens
         self.counts["request_bytes"] += num_bytes(entry.parts)
-        self._send(self._replicas[name], entry.parts)
+        self._send(replica, entry.parts)
+
+    def _take_back(self, entry: _Open) -> None:
+        """It is no longer with the replica it was sent to."""
+        self._release(entry)
+        entry.sent_to = None
 
     def _release(self, entry: _Open) -> None:
         """It no longer counts against the window of the replica it was sent to."""
@@ -273,6 +399,9 @@ class TeacherClient(Thread):
             self._replicas[entry.sent_to].tokens -= entry.request.num_tokens
 
     def _send(self, replica: _Replica, parts: Sequence[bytes | memoryview]) -> None:
+        """parts: without a checksum."""
+        if not is_encrypted(replica.endpoint):
+            parts = with_checksum(parts)
         try:
             replica.sock.send_multipart(parts, zmq.NOBLOCK, copy=True)
         except zmq.ZMQError:
@@ -285,34 +414,38 @@ class TeacherClient(Thread):
             except zmq.Again:
                 return
             try:
-                message = decode(parts)
+                message = decode(parts, checked=not is_encrypted(replica.endpoint))
             except WireError as error:
                 self.counts["malformed"] += 1
                 if "protocol version" in str(error):
-                    self._fail(f"{self._where}: replica {name} ({replica.endpoint.address}): {error}")
+                    self._fail(f"{self._where}: replica {name} ({replica.endpoint.address}): {quoted(str(error))}")
                 continue
             replica.heard = time.monotonic()
             match message.kind:
                 case "welcome":
                     self._welcomed(name, replica, message)
                 case "scored":
-                    self._answered(parts, message)
+                    self._answered(name, replica, parts, message)
                 case "returned":
-                    self._handed_back(name, replica, message)
+                    self._handed_back(name, message)
                 case "refused" if message.fields["request"] < 0 or message.fields["request"] in self._open:
                     number = message.fields["request"]
                     what = f" sample {self._open[number].request.sample_id}" if number >= 0 else ""
                     who = f"{self._where}: replica {name} ({replica.endpoint.address})"
-                    self._fail(f"{who} refuses{what}: {message.fields['reason']}")
+                    self._fail(f"{who} refuses{what}: {quoted(message.fields['reason'])}")
                 case _:
                     self.counts["malformed"] += 1
 
     def _welcomed(self, name: str, replica: _Replica, message: Message) -> None:
         theirs = message.fields["fingerprints"]
+        if not _are_fingerprints(theirs) or not _is_status(message.fields["status"]):
+            self.counts["malformed"] += 1
+            return
         for key, value in theirs.items():
             ours = self._fingerprints.get(key)
             if value is not None and ours is not None and value != ours:
-                self._fail(f"{self._where}: replica {name}: {mismatch(key, teacher=value, student=ours)}")
+                reason = quoted(mismatch(key, teacher=value, student=ours))
+                self._fail(f"{self._where}: replica {name}: {reason}")
                 return
         # What only the teacher knew, any other life of it must share.
         self._fingerprints = {k: v for k, v in theirs.items() if v is not None} | {
@@ -324,14 +457,44 @@ class TeacherClient(Thread):
             self._met.put(True)
         replica.life, replica.status = message.fields["life"], message.fields["status"]
         replica.ready = not replica.status.get("draining", False)
+        self._compare(name, replica, message.fields["beat"], message.frames["holds"][1].tolist())
+        if replica.status.get("stalled", False):
+            self._lose(name)
 
-    def _answered(self, parts: Sequence[Any], message: Message) -> None:
+    def _compare(self, name: str, replica: _Replica, beat: int, holds: Sequence[int]) -> None:
+        """What a replica holds for this student, beside what it should hold."""
+        held = set(holds)
+        own = sum(self._open[number].request.num_tokens for number in held & self._open.keys())
+        replica.others = max(0, int(replica.status.get("held_tokens", 0)) - own)
+        here = {number for number, entry in self._open.items() if entry.sent_to == name}
+        for entry in map(self._open.__getitem__, here & held):
+            if entry.recalled is not None and entry.recalled < beat:
+                entry.recalled = None  # the model had begun with it
+        self._wait_again(sorted(n for n in here - held if self._open[n].beat < beat))
+        if held - here:  # meanwhile asked elsewhere
+            self._send_recall(replica, sorted(held - here))
+
+    def _answered(self, name: str, replica: _Replica, parts: Sequence[Any], message: Message) -> None:
         entry = self._open.get(message.fields["request"])
         if entry is None:
             self.counts["late"] += 1
             return
-        if not answers(message, entry.request, hidden_size=self._fingerprints["hidden_size"]):
+        marks = self._fingerprints
+        reason = misfit(
+            message, entry.request, hidden_size=marks["hidden_size"], vocab_size=marks["teacher_vocabulary"]
+        )
+        if reason is not None:
             self.counts["malformed"] += 1
+            entry.misfits += 1
+            if entry.misfits >= MAX_MISFITS:
+                self._fail(
+                    f"{self._where}: replica {name} ({replica.endpoint.address}): {entry.misfits} answers to sample "
+                    f"{entry.request.sample_id} do not fit, the last one because {quoted(reason)}"
+                )
+            elif entry.sent_to == name:
+                self.counts["again"] += 1
+                other = self._choose(entry.request.num_tokens, name) or next(iter(self._ready(name)), name)
+                self._assign(message.fields["request"], other)
             return
         del self._open[message.fields["request"]]
         if entry.sent_to is None:
@@ -342,15 +505,16 @@ class TeacherClient(Thread):
         self.counts["answer_bytes"] += num_bytes(parts)
         self._results.put((parts, message))
 
-    def _handed_back(self, name: str, replica: _Replica, message: Message) -> None:
+    def _handed_back(self, name: str, message: Message) -> None:
         number = message.fields["request"]
         entry = self._open.get(number)
-        replica.ready = False  # until its next welcome says that it takes more
-        if entry is not None and entry.sent_to == name:
-            self.counts["handed_back"] += 1
-            self._release(entry)
-            entry.sent_to = None
-            self._waiting.append(number)
+        if entry is None or entry.sent_to != name:
+            return  # another replica has been asked
+        if entry.recalled is None:
+            self._replicas[name].ready = False  # until its next welcome says that it takes more
+        self.counts["handed_back" if entry.recalled is None else "recalled"] += 1
+        self._take_back(entry)
+        self._waiting.append(number)
 
     def _give_up(self, now: float) -> None:
         if self._open and not self._failed and now - self._progress > self._patience.timeout_s:
@@ -362,9 +526,11 @@ class TeacherClient(Thread):
             f"{name} ({r.endpoint.address}, last heard {f'{now - r.heard:.0f} s ago' if r.heard else 'never'})"
             for name, r in self._replicas.items()
         )
+        ignored = "; ".join(self._lookout.ignored()[:3])
         return (
             f"{self._where}: {what} for {self._patience.timeout_s / 60:g} minutes (--teacher-timeout-minutes); "
             f"replicas: {known or 'none was found'}; start the teacher and resume"
+            + (f"; files that are not a replica's: {ignored}" if ignored else "")
         )
 
     def _fail(self, reason: str) -> None:
@@ -373,92 +539,14 @@ class TeacherClient(Thread):
         self._met.put(False)
 
 
-class RemoteScorer:
-    """Scores pairs by a teacher in another job. See TeacherScorer."""
-
-    def __init__(self, client: Any, groups: Groups) -> None:
-        """client: a TeacherClient, or what acts as one, on the rank that talks; else None.
-
-        Collective over the job: waits until a teacher has answered.
-        """
-        assert (client is not None) == groups.meets_teacher
-        self._client, self._groups = client, groups
-        self._early: dict[int, Sequence[Any]] = {}
-        problem = None
-        if client is not None:
-            try:
-                client.start()
-                client.meet()
-            except TeacherError as error:
-                problem = str(error)
-        _agree(problem)
-
-    def score(self, pairs: Iterable[AlignedPair]) -> Iterator[ScoredPair]:
-        """See TeacherScorer.score. All pairs are on their way when it returns, each as soon as `pairs` yields it.
-
-        Whoever iterates waits for the answers; several calls may be open. TeacherError on every rank.
-        """
-        sample_ids = []
-        for pair in pairs:
-            sample_ids.append(pair.sample_id)
-            self.send(pair)
-        return self.answers(sample_ids)
-
-    def send(self, pair: AlignedPair) -> None:
-        """Ask the teacher; on ranks that do not talk to it, nothing."""
-        if self._client is not None:
-            self._client.submit(TeacherRequest.of(pair))
-
-    def answers(self, sample_ids: Sequence[int]) -> Iterator[ScoredPair]:
-        """What it says of samples that were sent, in any order. Collective over the job; see `score`."""
-        problem = None
-        due = set(sample_ids)
-        if not self._groups.is_last_stage:
-            yield from map(without_content, sample_ids)
-        else:
-            for _ in sample_ids:
-                messages = None
-                if self._client is not None:
-                    try:
-                        messages = [self._next_of(due)]
-                    except TeacherError as error:
-                        problem = str(error)
-                messages = share(messages, self._groups.tp, source=0, device=self._groups.device)
-                if messages is None:
-                    problem = problem or ""
-                    break
-                yield read_scored(decode(messages[0]))
-        _agree(problem)
-
-    def _next_of(self, due: set[int]) -> Sequence[Any]:
-        """The next answer to one of these samples, which leaves the set. What comes for others is kept for them."""
-        early = due & self._early.keys()
-        while not early:
-            parts, message = self._client.next()
-            self._early[message.fields["sample_id"]] = parts
-            early = due & {message.fields["sample_id"]}
-        sample_id = min(early)
-        due.remove(sample_id)
-        return self._early.pop(sample_id)
-
-    def note(self) -> str:
-        """Replicas that are alive, and what they last said of themselves; nothing on ranks that do not talk to them."""
-        if self._client is None:
-            return ""
-        states = list(self._client.status().values())
-        speed, queue = (sum(state[key] for state in states) for key in ("tokens_per_s", "queue"))
-        again = self._client.counts["again"]
-        return f"teacher: {len(states)} replicas {speed:.0f} tokens/s queue {queue}" + (
-            f" asked again {again}" if again else ""
-        )
+def _are_fingerprints(values: Mapping[Any, Any]) -> bool:
+    return all(isinstance(k, str) and isinstance(v, str | int | None) for k, v in values.items())
 
 
-def _agree(problem: str | None) -> None:
-    """TeacherError on all ranks of the job if one of them has a problem. Collective over the job."""
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    failed = torch.tensor(int(problem is not None), dtype=torch.int32, device=device)
-    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-    if int(failed):
-        problems: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-        raise TeacherError(next(p for p in problems if p))
+def _is_status(status: Mapping[Any, Any]) -> bool:
+    """Whether it has the numbers that `RemoteScorer.note` adds up, and says whether the replica stops."""
+    always = ("tokens_per_s", "queue")
+    numbers = {name: status.get(name, 0) for name in ("speed", "held_tokens", "clients")}
+    numbers |= {name: status.get(name) for name in always}
+    are_numbers = all(type(value) in (int, float) and 0 <= value < 1e15 for value in numbers.values())
+    return are_numbers and all(type(status.get(name, False)) is bool for name in ("draining", "stalled"))

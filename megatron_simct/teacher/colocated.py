@@ -6,10 +6,11 @@ without content.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-from megatron_simct.losses.bytes import ByteOrder
+from megatron_simct.losses.kinds.bytes import ByteOrder
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel
+from megatron_simct.packing import Cut
 from megatron_simct.parallel.initialize import Groups
 from megatron_simct.records import AlignedPair, ScoredPair
 from megatron_simct.teacher.forward import TeacherForward, TeacherRequest
@@ -25,23 +26,40 @@ class ColocatedScorer:
         groups: Groups,
         *,
         vocab_size: int,
-        micro_batch_size: int,
+        cut: Cut,
         byte_order: ByteOrder | None = None,
+        packed: bool = False,
+        multiple_of: int = 1,
+        context_parallel_size: int = 1,
     ) -> None:
-        """See TeacherForward."""
-        self._forward = TeacherForward(model, groups, vocab_size=vocab_size, byte_order=byte_order)
+        """cut: which sequences share a micro-batch. context_parallel_size: ranks that share each of them: 1, or the
+        student's. The others as of TeacherForward."""
+        self._forward = TeacherForward(
+            model,
+            groups,
+            vocab_size=vocab_size,
+            byte_order=byte_order,
+            packed=packed,
+            multiple_of=multiple_of,
+            context=groups.cp if context_parallel_size > 1 else None,
+        )
         self._groups = groups
-        self._micro_batch_size = micro_batch_size
+        self._cut = cut
+        self._deals_out = context_parallel_size < groups.cp_size
 
-    def score(self, pairs: Iterable[AlignedPair]) -> Iterator[ScoredPair]:
-        """See TeacherScorer.score. Sequences of similar length share a micro-batch."""
-        return self._answers(sorted(map(TeacherRequest.of, pairs), key=lambda request: request.num_tokens))
+    def submit(self, pairs: Sequence[AlignedPair]) -> None:
+        """Nothing: these ranks are busy until they collect."""
 
-    def _answers(self, ordered: Sequence[TeacherRequest]) -> Iterator[ScoredPair]:
-        size = self._micro_batch_size
-        answers = self._forward.run([ordered[begin : begin + size] for begin in range(0, len(ordered), size)])
+    def collect(self, pairs: Sequence[AlignedPair]) -> Iterator[ScoredPair]:
+        """See TeacherScorer. The model runs now; sequences of similar length share a micro-batch."""
+        everything = [TeacherRequest.of(pair) for pair in pairs]
+        requests = everything[self._groups.cp_rank :: self._groups.cp_size] if self._deals_out else everything
+        batches = [[requests[i] for i in chosen] for chosen in self._cut([request.num_tokens for request in requests])]
+        answers = self._forward.run(batches)
         if not self._groups.is_last_stage:
-            answers = [without_content(request.sample_id) for request in ordered]
+            answers = [without_content(request.sample_id) for request in everything]
+        elif self._deals_out:
+            answers = self._forward.exchanged(everything, answers, self._groups.cp)
         yield from answers
 
     def note(self) -> str:

@@ -2,6 +2,7 @@
 
     RUN/teacher/NAME.json          a replica's address; written whole, replaced at a restart, removed at a clean end
     RUN/teacher/NAME.status        what it is doing, in numbers, every second or so
+    RUN/teacher/.NAME.1.lock       whose these two are (`ownership`)
     RUN/teacher/server_key.json    CURVE keys of tcp:// sockets, made once a run, for its owner only (mode 0600):
     RUN/teacher/client_key.json    all a student needs of them
 
@@ -16,22 +17,32 @@ import contextlib
 import errno
 import json
 import os
+import re
 import socket
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
+from megatron_simct.files import write_private
+from megatron_simct.ownership import Owner, forget, is_gone, owner_of, take
 from megatron_simct.teacher.wire import MAX_FRAME_BYTES
 
 FOLDER = "teacher"
 SOCKET_FOLDER = "megatron_simct."
 """How the folder of an ipc:// socket is named, in the system's folder for temporary files."""
+SOCKET = "teacher"
+"""How the socket in that folder is named."""
 SERVER_KEY, CLIENT_KEY = "server_key.json", "client_key.json"
+MAX_FILE_BYTES = 1 << 14
+"""Size limit of one of these files: a longer one is not read."""
+_REPLICA = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+"""A replica's name is part of the names of its files."""
+_Z85_KEY = re.compile(r"[0-9A-Za-z.:+=^!/*?&<>()\[\]{}@%$#-]{40}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +55,11 @@ class Endpoint:
     """Another one after every start."""
     host: str = ""
     pid: int = 0
+
+
+def is_encrypted(endpoint: Endpoint) -> bool:
+    """Whether what is sent there is encrypted and authenticated (CURVE)."""
+    return endpoint.address.startswith("tcp://")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,17 +78,24 @@ def endpoint_folder(directory: str) -> Path:
 
 
 def publish(folder: Path, endpoint: Endpoint) -> None:
-    """Make a replica known, and forget those of this host that were killed."""
+    """Make a replica known, and forget those that were killed.
+
+    Raises ValueError for a folder that others can write to, and if the name is that of another replica.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    check_folder(folder)
     for other in read_endpoints(folder).values():
-        if other.host == endpoint.host and other.pid and not _alive(other.pid):
+        if _is_gone(folder, other, endpoint.host):
             withdraw(folder, other)
+    take(folder, name=endpoint.replica, what=f"{folder}: teacher replica {endpoint.replica}")
     write_private(folder / f"{endpoint.replica}.json", json.dumps(asdict(endpoint)), mode=0o644)
 
 
 def withdraw(folder: Path, endpoint: Endpoint) -> None:
     """Remove the files of a replica of this host: its socket, and the others unless a later life has replaced them."""
     socket_file = Path(endpoint.address.removeprefix("ipc://"))
-    if endpoint.address.startswith("ipc://") and socket_file.parent.name.startswith(SOCKET_FOLDER):
+    is_ours = socket_file.name == SOCKET and socket_file.parent.name.startswith(SOCKET_FOLDER)
+    if endpoint.address.startswith("ipc://") and is_ours:
         with contextlib.suppress(OSError):
             socket_file.unlink(missing_ok=True)
             socket_file.parent.rmdir()
@@ -80,22 +103,95 @@ def withdraw(folder: Path, endpoint: Endpoint) -> None:
     if current is None or current.life == endpoint.life:
         for suffix in (".json", ".status"):
             (folder / f"{endpoint.replica}{suffix}").unlink(missing_ok=True)
+        forget(folder, name=endpoint.replica)
+
+
+def _is_gone(folder: Path, replica: Endpoint, this_host: str) -> bool:
+    """Whether a replica provably does not run any more. Those of earlier versions have no lock."""
+    owner = owner_of(folder, name=replica.replica)
+    if owner is not None:
+        return is_gone(owner, Owner.this_process())
+    return replica.host == this_host and bool(replica.pid) and not _alive(replica.pid)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ValueError, naming the folder and the mend, if others could put files into it.
+
+    Whoever can write there can send students to a teacher of their own. Root may use anybody's folder: a container's
+    root often sees a shared file system's owners under other numbers.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        status = folder.stat()
+        if status.st_mode & 0o022:
+            raise ValueError(f"{folder}: others can write to it; chmod go-w {folder}")
+        if os.geteuid() not in (0, status.st_uid):
+            raise ValueError(f"{folder}: belongs to user {status.st_uid}, not to you; use a --run-dir of your own")
 
 
 def read_endpoints(folder: Path) -> dict[str, Endpoint]:
-    """Every replica that is known now, by name; files that are none are passed over."""
-    found = {}
+    """Every replica that is known now, by name. Files that are not endpoint records are skipped."""
+    records = (record for _, record in _records(folder))
+    return {record.replica: record for record in records if isinstance(record, Endpoint)}
+
+
+def ignored_files(folder: Path) -> list[str]:
+    """One line for each file that stands where endpoint records do and is not one."""
+    return [f"{path}: {record}" for path, record in _records(folder) if isinstance(record, str)]
+
+
+def _records(folder: Path) -> Iterator[tuple[Path, Endpoint | str]]:
+    """Each file with its record, or with the reason why it is not one."""
     for path in sorted(folder.glob("*.json")):
         if path.name in (SERVER_KEY, CLIENT_KEY):
             continue
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            endpoint = Endpoint(**json.loads(path.read_text()))
-            found[endpoint.replica] = endpoint
-    return found
+        try:
+            yield path, _endpoint(path)
+        except FileNotFoundError:
+            continue  # removed since it was listed
+        except OSError as error:
+            yield path, str(error.strerror)
+        except ValueError as error:
+            yield path, str(error)
+
+
+def _endpoint(path: Path) -> Endpoint:
+    """Raises ValueError with what is wrong with the file."""
+    record = Endpoint(**_values(path, Endpoint))
+    if not _REPLICA.fullmatch(record.replica) or path.name != f"{record.replica}.json":
+        raise ValueError("replica is not the name of this file")
+    if not record.address.startswith(("ipc://", "tcp://")) or not record.address.isprintable():
+        raise ValueError("address is neither ipc:// nor tcp://")
+    return record
+
+
+def _values(path: Path, kind: type[Endpoint] | type[Keys]) -> dict[str, Any]:
+    """The fields of a record as a file has them, each of its type. Raises ValueError with what is wrong."""
+    with path.open("rb") as file:
+        text = file.read(MAX_FILE_BYTES + 1)
+    if len(text) > MAX_FILE_BYTES:
+        raise ValueError(f"longer than {MAX_FILE_BYTES} bytes")
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError("not JSON") from None
+    if not isinstance(values, dict):
+        raise ValueError("not a JSON object")
+    types = {"str": str, "int": int}
+    known = {field.name: field for field in fields(kind)}
+    unknown = sorted(values.keys() - known.keys())
+    if unknown:
+        raise ValueError(f"unknown field {unknown[0][:40]!r}")
+    for name, field in known.items():
+        if name not in values and field.default is MISSING:
+            raise ValueError(f"{name} is missing")
+        if name in values and type(values[name]) is not types[str(field.type)]:
+            raise ValueError(f"{name} is not of type {field.type}")
+    return values
 
 
 def make_keys(folder: Path) -> Keys:
-    """The keys of this run; made by whichever replica comes first."""
+    """The keys of this run; made by whichever replica comes first. ValueError for a folder of others."""
+    check_folder(folder)
     path = folder / SERVER_KEY
     if not path.exists():
         write_private(path, json.dumps(asdict(_new_keys())), replace=False)
@@ -117,35 +213,20 @@ def _new_keys() -> Keys:
 
 
 def read_keys(path: Path) -> Keys:
-    """ValueError, naming the file, where it is missing, readable by others, or holds no keys."""
+    """Raises ValueError, naming the file, if it is missing, readable by others, or not a file of keys."""
     try:
         if path.stat().st_mode & 0o077:
             raise ValueError(f"{path}: others can read it; chmod 600 {path}")
-        return Keys(**json.loads(path.read_text()))
+        values = _values(path, Keys)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; the teacher writes it when it binds to tcp://") from None
-    except (TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: holds no keys ({error})") from None
-
-
-def write_private(path: Path, text: str, *, mode: int = 0o600, replace: bool = True) -> None:
-    """Write a file whole, or not at all. Without `replace`, a file that is there already stays."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            os.fchmod(file.fileno(), mode)
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        if replace:
-            os.replace(temporary, path)
-        else:
-            with contextlib.suppress(FileExistsError):
-                os.link(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+    except ValueError as error:
+        reason = str(error)
+        raise ValueError(reason if reason.startswith(f"{path}") else f"{path}: holds no keys: {reason}") from None
+    for name, value in values.items():
+        if not _Z85_KEY.fullmatch(value):
+            raise ValueError(f"{path}: holds no keys: {name} is not 40 characters of Z85")
+    return Keys(**values)
 
 
 def _alive(pid: int) -> bool:
@@ -164,7 +245,7 @@ def _alive(pid: int) -> bool:
 def bind(context: zmq.Context, wanted: str, keys: Keys | None, *, number: int) -> tuple[zmq.Socket, str]:
     """A ROUTER socket and its address. wanted: "ipc", or tcp://HOST[:PORT]; replica `number` takes PORT + number.
 
-    Raises ValueError, naming --bind, for an address that cannot be had.
+    Raises ValueError, naming --bind, if the address cannot be bound.
     """
     router = context.socket(zmq.ROUTER)
     _harden(router)
@@ -198,9 +279,9 @@ def bind(context: zmq.Context, wanted: str, keys: Keys | None, *, number: int) -
 
 
 def check_bind(wanted: str, *, number: int) -> None:
-    """ValueError, as from `bind`, for an address that cannot be had now. Nothing is left behind, not for a moment."""
+    """Raises ValueError, as `bind` does, if the address cannot be bound now. Creates no files."""
     if wanted == "ipc":
-        _check_length(f"{tempfile.gettempdir()}/{SOCKET_FOLDER}{'x' * 8}/teacher")  # as mkdtemp names folders
+        _check_length(f"{tempfile.gettempdir()}/{SOCKET_FOLDER}{'x' * 8}/{SOCKET}")  # as mkdtemp names folders
         return
     context = zmq.Context()
     try:
@@ -220,7 +301,7 @@ def _check_length(path: str) -> None:
 def _bind_in_new_folder(router: zmq.Socket) -> str:
     """The ipc:// address, in a folder that only its owner can enter. ValueError where its name is too long."""
     folder = tempfile.mkdtemp(prefix=SOCKET_FOLDER)  # mode 0700
-    address = f"ipc://{folder}/teacher"
+    address = f"ipc://{folder}/{SOCKET}"
     try:
         router.bind(address)
     except zmq.ZMQError as error:
@@ -250,7 +331,7 @@ def connect(context: zmq.Context, address: str, keys: Keys | None, identity: byt
 
 
 def only(context: zmq.Context, keys: Keys) -> ThreadAuthenticator:
-    """Refuse every CURVE client of this context but the one of these keys. Stop it at the end."""
+    """Accept only the client with this public key. The caller must stop the authenticator."""
 
     class OneKey:
         def callback(self, domain: str, key: bytes) -> bool:

@@ -10,6 +10,9 @@ import torch.distributed as dist
 Parts = Sequence[bytes | memoryview]
 """One message as the wire has it."""
 
+MAX_SHARED_BYTES = 1 << 28
+"""Messages that have arrived are shared together up to about so many bytes."""
+
 
 def share(
     messages: Sequence[Parts] | None, group: dist.ProcessGroup, *, source: int, device: torch.device

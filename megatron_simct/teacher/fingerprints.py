@@ -1,26 +1,24 @@
-"""What both jobs must agree on before the first request, as short values that either of them may not know (None)."""
+"""Fingerprints that student and teacher compare in the handshake. None means unknown to this side."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from megatron_simct.alignment import Tokenizer
-from megatron_simct.config import ModelConfig
+from megatron_simct.config.options import ModelConfig
+from megatron_simct.files import sampled_fingerprint
 from megatron_simct.models.families import Architecture
-from megatron_simct.models.hf_load import find_weights, weight_files
+from megatron_simct.models.head import Head
+from megatron_simct.models.tensor_files import find_weights, weight_files
 from megatron_simct.update.checkpoint import newest_checkpoint
-
-_SAMPLE = 1 << 16
 
 
 def fingerprints(
     options: ModelConfig,
-    architecture: Architecture,
+    architecture: Architecture | Head,
     tokenizer: Tokenizer,
     *,
     longest: int,
@@ -28,11 +26,13 @@ def fingerprints(
     alignment_map: str | None = None,
     prefix: str = "teacher-",
 ) -> dict[str, Any]:
-    """Of a teacher, as one of the jobs sees it. `longest` counts where LongRoPE does: see Rotary.
+    """Fingerprints of a teacher, as one of the jobs sees it. `longest` counts only for LongRoPE: see Rotary.
 
+    architecture: its head alone where the family is not known here, which only an engine teacher's may be.
     prefix: of its flags, for errors.
     """
-    has_two_ropes = any(rope.kind == "longrope" for rope in architecture.ropes)
+    ropes = architecture.ropes if isinstance(architecture, Architecture) else ()
+    has_two_ropes = any(rope.kind == "longrope" for rope in ropes)
     return {
         "hidden_size": architecture.hidden_size,
         "teacher_vocabulary": tokenizer.table.num_ids,
@@ -67,17 +67,4 @@ def weights_fingerprint(options: ModelConfig, *, prefix: str) -> str | None:
         files = weight_files(options.folder, flag=flag)
     else:
         return None
-    digest = hashlib.sha256()
-    for file in files:
-        for piece in _pieces(file):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def _pieces(path: Path) -> Iterator[bytes]:
-    size = path.stat().st_size
-    yield f"{path.name} {size}\n".encode()
-    with path.open("rb") as file:
-        for begin in sorted({0, max(0, size // 2 - _SAMPLE // 2), max(0, size - _SAMPLE)}):
-            file.seek(begin)
-            yield file.read(_SAMPLE)
+    return sampled_fingerprint(files)

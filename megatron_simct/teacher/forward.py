@@ -7,21 +7,23 @@ returns on vocabulary shards: nothing as large as a row of logits leaves it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
-from megatron_simct.losses.bytes import ByteOrder, teacher_byte_statistics
+from megatron_simct.losses.kinds.bytes import ByteOrder, SharedRows, teacher_byte_statistics
 from megatron_simct.losses.tiles import OutputLayer, likeliest
 from megatron_simct.losses.vocab_parallel import label_statistics, num_real_columns
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, chunks_of
+from megatron_simct.models.layout import Layout, context_pieces
+from megatron_simct.packing import Context, pack_byte_sides, part_of_bytes, sequence_batch
 from megatron_simct.parallel.cpu import megatron_imports
 from megatron_simct.parallel.initialize import Groups
-from megatron_simct.parallel.packing import label_rows, pack_byte_sides, pad_right
-from megatron_simct.records import AlignedPair, ByteSide, ScoredPair
+from megatron_simct.records import AlignedPair, ByteSide, Prompt, Rollout, ScoredPair, SequenceBatch
 
 with megatron_imports():
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -44,6 +46,8 @@ class TeacherRequest:
     """Whether the hidden states of `rows` are wanted."""
     topk: int
     """Log-probabilities of the likeliest tokens wanted of each of `rows`, in place of hidden states; 0: none."""
+    token_ids: bool
+    """Whether their ids are wanted too."""
     byte_side: ByteSide | None
     """What to sum for `bytes`; None where that is not wanted."""
 
@@ -57,12 +61,20 @@ class TeacherRequest:
             rows=pair.teacher_rows,
             hidden=pair.needs.hidden_rows != "none" and not pair.needs.topk,
             topk=pair.needs.topk,
+            token_ids=pair.needs.token_ids,
             byte_side=None if events is None else events.teacher,
         )
 
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.label_ids)
+
+    @property
+    def num_bytes(self) -> int:
+        arrays = [self.prompt_ids, self.label_ids, self.rows]
+        if self.byte_side is not None:
+            arrays += [getattr(self.byte_side, field.name) for field in fields(self.byte_side)]
+        return sum(array.nbytes for array in arrays)
 
 
 class TeacherForward:
@@ -76,16 +88,28 @@ class TeacherForward:
         vocab_size: int,
         byte_order: ByteOrder | None = None,
         hidden_dtype: HiddenDtype | None = None,
+        frozen: bool = True,
+        packed: bool = False,
+        multiple_of: int = 1,
+        context: dist.ProcessGroup | None = None,
     ) -> None:
         """vocab_size is the teacher's real one; ids past it are never scored. byte_order: for requests of `bytes`.
 
+        frozen: the model is no one else's; else it stays as it is, for the student scores its own responses too.
         hidden_dtype: hidden states are rounded to it before anything is made of them; None: they stay as they are.
+        packed, multiple_of: how the sequences of a micro-batch lie, see packing.py. context: ranks that share
+        each of them, if several do; all of these get all answers.
         """
-        self._model = model.eval().requires_grad_(False)
+        self._model = model.eval().requires_grad_(False) if frozen else model
         self._groups = groups
         self._vocab_size = vocab_size
         self._byte_order = byte_order
         self._hidden_dtype = hidden_dtype
+        self._packed, self._multiple_of = packed, multiple_of
+        self._context, self._share = context, None
+        if context is not None and context.size() > 1:
+            pieces = partial(context_pieces, size=context.size())
+            self._share = Context(rank=context.rank(), size=context.size(), pieces=pieces)
 
     def run(self, micro_batches: Sequence[Sequence[TeacherRequest]]) -> list[ScoredPair]:
         """An answer a request, in their order, on the last pipeline stage; on the others none."""
@@ -93,93 +117,245 @@ class TeacherForward:
             return []
         schedule = get_forward_backward_func()
         chunks = chunks_of(self._model)
+        longest = max(request.num_tokens for batch in micro_batches for request in batch)
+        if (limit := chunks[0].architecture.index_length) is not None and longest > limit:
+            raise ValueError(
+                f"--teacher-hf-checkpoint: a sequence has {longest} tokens, and this model is implemented up to its "
+                f"index_topk = {limit}; lower --rollout-max-response-len or --rollout-max-prompt-len"
+            )
         answers = schedule(
             forward_step_func=self._forward_step,
             data_iterator=[iter(micro_batches) for _ in chunks],
             model=chunks,
             num_microbatches=len(micro_batches),
-            seq_length=max(request.num_tokens for batch in micro_batches for request in batch),
+            seq_length=longest,
             micro_batch_size=max(len(batch) for batch in micro_batches),
             forward_only=True,
             collect_non_loss_data=True,
         )
         return [scored for answer in answers for scored in answer]
 
+    def exchanged(
+        self, requests: Sequence[TeacherRequest], answers: Sequence[ScoredPair], group: dist.ProcessGroup
+    ) -> list[ScoredPair]:
+        """The answers to all requests, on all ranks of the group, of which rank r has answered every size-th from r on.
+
+        Each is broadcast by the rank that has it: nothing but the answers is sent.
+        """
+        own = {answer.sample_id: answer for answer in answers}
+        device, dtype = self._groups.device, self._model.output_weight.dtype
+        width, k_most = self._model.config.hidden_size, self._vocab_size
+        dtypes = {"hidden": dtype, "topk_ids": torch.int32}
+        found = []
+        for i, request in enumerate(requests):
+            labels, rows = len(request.label_ids), len(request.rows)
+            shapes: dict[str, tuple[int, ...]] = {"own_logit": (labels,), "lse": (labels,)}
+            shapes |= {"hidden": (rows, width)} if request.hidden else {}
+            shapes |= {"topk": (rows, min(request.topk, k_most))} if request.topk else {}
+            shapes |= {"topk_ids": shapes["topk"]} if request.token_ids else {}
+            shapes |= {"byte_logprobs": (request.byte_side.last_row.size,)} if request.byte_side is not None else {}
+            values: dict[str, Any] = {"hidden": None}
+            for name, shape in shapes.items():
+                value = getattr(own.get(request.sample_id), name, None)
+                if value is None:
+                    value = torch.empty(shape, dtype=dtypes.get(name, torch.float32), device=device)
+                assert value.shape == shape, f"{name} of sample {request.sample_id}: {tuple(value.shape)}, not {shape}"
+                values[name] = value = value.contiguous()
+                dist.broadcast(value, dist.get_global_rank(group, i % group.size()), group=group)
+            found.append(ScoredPair(sample_id=request.sample_id, **values))
+        return found
+
     @torch.no_grad()
     def _forward_step(
         self, micro_batches: Iterator[Sequence[TeacherRequest]], model: HiddenStateModel
     ) -> tuple[Any, Any]:
         requests = next(micro_batches)
-        sequences = [np.concatenate([request.prompt_ids, request.label_ids]) for request in requests]
-        multiple = self._groups.tp_size if model.config.sequence_parallel else 1
-        tokens, positions = (tensor.to(self._groups.device) for tensor in pad_right(sequences, multiple_of=multiple))
-        return model(tokens, positions, None), partial(self._statistics, requests)
+        sequences = sequence_batch(
+            [request.prompt_ids for request in requests],
+            [request.label_ids for request in requests],
+            packed=self._packed,
+            multiple_of=self._multiple_of,
+            context=self._share,
+        )
+        here = sequences.to(self._groups.device)
+        layout = Layout(here.position_ids[0], here.lengths, self._context)
+        output = model(here.tokens, here.position_ids, None, packed_seq_params=layout)
+        return output, partial(self._statistics, requests, sequences)
 
     @torch.no_grad()
     def _statistics(
-        self, requests: Sequence[TeacherRequest], hidden: torch.Tensor, non_loss_data: bool = True
+        self,
+        requests: Sequence[TeacherRequest],
+        sequences: SequenceBatch,
+        hidden: torch.Tensor,
+        non_loss_data: bool = True,
     ) -> list[ScoredPair]:
         """What is wanted of the micro-batch's hidden states [S, B, H_T]."""
+        scorer = LabelScorer(
+            weight=self._model.output_weight,
+            shard_start=self._model.vocab_shard[0],
+            group=self._groups.tp,
+            vocab_size=self._vocab_size,
+            logit_softcap=self._model.logit_softcap,
+            byte_order=self._byte_order,
+            hidden_dtype=self._hidden_dtype,
+        )
+        here = None
+        if self._context is not None and sequences.label_index is not None and sequences.label_owner is not None:
+            index = sequences.label_index.to(hidden.device)
+            here = LabelsHere(index=index, owner=sequences.label_owner, group=self._context)
+        return scorer.score(requests, hidden.flatten(0, 1)[sequences.label_rows.to(hidden.device)], here)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelsHere:
+    """Which labels' rows a context-parallel rank has."""
+
+    index: torch.Tensor
+    """int64 [n], ascending: the labels."""
+    owner: torch.Tensor
+    """int64 [N], on the CPU: the rank that has each label's row."""
+    group: dist.ProcessGroup
+
+    def on_all(self, values: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        """Rows [n, ...] of all ranks in one order, [k, ...], on all of them. place [k]: which row of `values` each is,
+        -1 where it is another rank's. One all-reduce."""
+        whole = values.new_zeros(len(place), *values.shape[1:])
+        whole[place >= 0] = values[place[place >= 0]]
+        dist.all_reduce(whole, group=self.group)
+        return whole
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelScorer:
+    """What is made of hidden states, wherever they were computed: sums on this rank's slice of the vocabulary."""
+
+    weight: torch.Tensor
+    """[W, H], this rank's rows of the output layer, from id shard_start on."""
+    shard_start: int
+    group: dist.ProcessGroup | None
+    """Ranks that share the vocabulary."""
+    vocab_size: int
+    """The teacher's real one; ids past it are never scored."""
+    logit_softcap: float | None
+    byte_order: ByteOrder | None
+    """For requests of `bytes`."""
+    hidden_dtype: HiddenDtype | None
+    """Hidden states are rounded to it before anything is made of them; None: they stay as they are."""
+    hidden_scale: float = 1.0
+    """Multiplies hidden states, for a model that scales its logits; those of our own models have it in them."""
+
+    @torch.no_grad()
+    def score(
+        self, requests: Sequence[TeacherRequest], hidden: torch.Tensor, here: LabelsHere | None = None
+    ) -> list[ScoredPair]:
+        """An answer a request. hidden [N, H]: the state that predicts each label, request by request.
+
+        here: hidden is of these labels only; all ranks of its group get all answers.
+        """
         lens = [len(request.label_ids) for request in requests]
-        rows = torch.from_numpy(label_rows([len(request.prompt_ids) for request in requests], lens)).to(hidden.device)
-        hidden = hidden.flatten(0, 1)[rows]
-        if self._hidden_dtype is not None:
-            hidden = rounded(hidden, self._hidden_dtype)
         labels = torch.from_numpy(np.concatenate([request.label_ids for request in requests]).astype(np.int64))
-        labels = labels.to(hidden.device)
-        weight, shard_start, group = self._model.output_weight, self._model.vocab_shard[0], self._groups.tp
+        labels, place = labels.to(hidden.device), torch.arange(len(labels), device=hidden.device)
+        if here is not None:
+            labels = labels[here.index]
+            place = torch.full_like(place, -1).index_copy(0, here.index, place[: len(labels)])
+        hidden = hidden * self.hidden_scale
+        if self.hidden_dtype is not None:
+            hidden = rounded(hidden, self.hidden_dtype)
         byte_logprobs: Sequence[torch.Tensor | None] = [None] * len(requests)
         byte_sides = [request.byte_side for request in requests if request.byte_side is not None]
         if byte_sides:
-            assert self._byte_order is not None, "byte events need the order of the vocabulary"
-            side = pack_byte_sides(byte_sides, lens).to(hidden.device)
+            assert self.byte_order is not None, "byte events need the order of the vocabulary"
+            side, shared = pack_byte_sides(byte_sides, lens), None
+            if here is not None:
+                part = part_of_bytes(side, here.owner, here.group.rank()).to(hidden.device)
+                shared = SharedRows(part=part, index=here.index, num_labels=sum(lens), group=here.group)
             slots, own_logit, lse = teacher_byte_statistics(
                 hidden,
-                weight,
+                self.weight,
                 labels,
-                side,
-                order=self._byte_order,
-                shard_start=shard_start,
-                group=group,
-                logit_softcap=self._model.logit_softcap,
+                side.to(hidden.device),
+                order=self.byte_order,
+                shard_start=self.shard_start,
+                group=self.group,
+                logit_softcap=self.logit_softcap,
+                shared=shared,
             )
             byte_logprobs = slots.split([side.last_row.size for side in byte_sides])
         else:
             own_logit, lse = label_statistics(
                 hidden,
-                weight,
+                self.weight,
                 labels,
-                shard_start=shard_start,
-                vocab_size=self._vocab_size,
-                group=group,
-                logit_softcap=self._model.logit_softcap,
+                shard_start=self.shard_start,
+                vocab_size=self.vocab_size,
+                group=self.group,
+                logit_softcap=self.logit_softcap,
             )
         scored = []
-        split = zip(requests, hidden.split(lens), own_logit.split(lens), lse.split(lens), byte_logprobs, strict=True)
-        for request, h, own, z, log_masses in split:
-            rows = torch.from_numpy(request.rows.astype(np.int64)).to(h.device)
+        lse_here = lse
+        if here is not None:
+            own_logit, lse = here.on_all(own_logit, place), here.on_all(lse, place)
+        split = zip(requests, place.split(lens), own_logit.split(lens), lse.split(lens), byte_logprobs, strict=True)
+        for request, places, own, z, log_masses in split:
+            rows = places[torch.from_numpy(request.rows.astype(np.int64)).to(hidden.device)]
+            found = rows[rows >= 0]
+            states = hidden[found] if request.hidden else None
+            topk, ids = self._likeliest(hidden[found], lse_here[found], request)
+            if here is not None:
+                order = torch.where(rows >= 0, (rows >= 0).cumsum(0) - 1, -1)
+                states, topk, ids = (None if of is None else here.on_all(of, order) for of in (states, topk, ids))
             scored.append(
                 ScoredPair(
                     sample_id=request.sample_id,
                     own_logit=own,
                     lse=z,
-                    hidden=h[rows] if request.hidden else None,
-                    topk=self._likeliest(h[rows], z[rows], request.topk) if request.topk else None,
+                    hidden=states,
+                    topk=topk,
+                    topk_ids=ids,
                     byte_logprobs=log_masses,
                 )
             )
         return scored
 
-    def _likeliest(self, hidden: torch.Tensor, lse: torch.Tensor, k: int) -> torch.Tensor:
-        """float32 [R, k], descending: log-probabilities of each row's likeliest tokens."""
-        weight, start = self._model.output_weight, self._model.vocab_shard[0]
-        width = num_real_columns(shard_start=start, shard_width=weight.shape[0], vocab_size=self._vocab_size)
-        source = OutputLayer(hidden, weight, num_columns=width, soft_cap=self._model.logit_softcap)
-        return likeliest(source, lse, k, vocab_size=self._vocab_size, group=self._groups.tp)
+    def _likeliest(
+        self, hidden: torch.Tensor, lse: torch.Tensor, request: TeacherRequest
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """float32 [R, k], descending: log-probabilities of each row's likeliest tokens, and int32 [R, k] their ids."""
+        if not request.topk:
+            return None, None
+        width = num_real_columns(
+            shard_start=self.shard_start, shard_width=self.weight.shape[0], vocab_size=self.vocab_size
+        )
+        source = OutputLayer(hidden, self.weight, num_columns=width, soft_cap=self.logit_softcap)
+        log_probs, ids = likeliest(
+            source,
+            lse,
+            request.topk,
+            vocab_size=self.vocab_size,
+            shard_start=self.shard_start,
+            group=self.group,
+            ids=request.token_ids,
+        )
+        return log_probs, None if ids is None else ids.int()
+
+
+def own_tokens(prompt: Prompt, rollout: Rollout) -> TeacherRequest:
+    """A request for the student's log-probabilities of its own response."""
+    return TeacherRequest(
+        sample_id=rollout.sample_id,
+        prompt_ids=prompt.student_ids,
+        label_ids=rollout.student_ids,
+        rows=np.zeros(0, np.int32),
+        hidden=False,
+        topk=0,
+        token_ids=False,
+        byte_side=None,
+    )
 
 
 def by_length(requests: Sequence[TeacherRequest], *, max_tokens: int) -> list[list[TeacherRequest]]:
-    """Micro-batches of requests of similar length and of one kind, none of more than max_tokens padded tokens.
+    """Micro-batches of requests of one kind, to be packed, none of more than max_tokens; the shortest come first.
 
     A request that is longer alone is a micro-batch of its own.
     """
@@ -187,7 +363,7 @@ def by_length(requests: Sequence[TeacherRequest], *, max_tokens: int) -> list[li
     for request in sorted(requests, key=lambda r: (r.byte_side is not None, r.num_tokens)):
         last = batches[-1] if batches else []
         same = bool(last) and (last[0].byte_side is None) == (request.byte_side is None)
-        if same and (len(last) + 1) * request.num_tokens <= max_tokens:
+        if same and sum(r.num_tokens for r in last) + request.num_tokens <= max_tokens:
             last.append(request)
         else:
             batches.append([request])

@@ -1,36 +1,33 @@
 """Several teachers, each in a job of its own, that are one to the loss: `bytes` compares distributions over the next
-byte, and those can be mixed with fixed weights whatever the tokenizers (losses/bytes.py)."""
+byte, and those can be mixed with fixed weights whatever the tokenizers (losses/kinds/bytes.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from megatron_simct.losses.bytes import mixed_log_masses
+from megatron_simct.losses.kinds.bytes import mixed_log_masses
 from megatron_simct.parallel.initialize import Groups
 from megatron_simct.records import AlignedPair, ScoredPair
-from megatron_simct.teacher.client import RemoteScorer
+from megatron_simct.teacher.scorer import TeacherScorer
 
 
 class MixtureScorer:
     """Scores pairs of `plan_mixture`. See TeacherScorer."""
 
-    def __init__(self, scorers: Sequence[RemoteScorer], weights: Sequence[float], groups: Groups) -> None:
+    def __init__(self, scorers: Sequence[TeacherScorer], weights: Sequence[float], groups: Groups) -> None:
         """One scorer and one weight a teacher; the weights are positive and add up to 1."""
         self._scorers, self._weights, self._groups = scorers, weights, groups
 
-    def score(self, pairs: Iterable[AlignedPair]) -> Iterator[ScoredPair]:
-        """See RemoteScorer.score. Own logits and log-sum-exps are those of the first teacher."""
-        sent = []
+    def submit(self, pairs: Sequence[AlignedPair]) -> None:
+        """Ask every teacher, each in its own tokens."""
         for pair in pairs:
-            sent.append(pair)
             for scorer, part in zip(self._scorers, (pair, *pair.others), strict=True):
-                scorer.send(part)
-        return self._mixed(sent)
+                scorer.submit([part])
 
-    def _mixed(self, pairs: Sequence[AlignedPair]) -> Iterator[ScoredPair]:
-        sample_ids = [pair.sample_id for pair in pairs]
-        first, *others = ({s.sample_id: s for s in scorer.answers(sample_ids)} for scorer in self._scorers)
+    def collect(self, pairs: Sequence[AlignedPair]) -> Iterator[ScoredPair]:
+        """See RemoteScorer.collect. Own logits and log-sum-exps are those of the first teacher."""
+        first, *others = ({s.sample_id: s for s in scorer.collect(pairs)} for scorer in self._scorers)
         for pair in pairs:
             scored = first[pair.sample_id]
             if self._groups.is_last_stage:

@@ -6,6 +6,8 @@ of them, so both ends mean the same numbers. With fp32 the log-probabilities of 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
@@ -30,6 +32,7 @@ def score_message(number: int, request: TeacherRequest) -> Message:
             "sample_id": request.sample_id,
             "hidden": request.hidden,
             "topk": request.topk,
+            "token_ids": request.token_ids,
         },
         frames=frames,
     )
@@ -45,6 +48,7 @@ def read_score(message: Message) -> TeacherRequest:
         rows=arrays["rows"],
         hidden=message.fields["hidden"],
         topk=message.fields["topk"],
+        token_ids=message.fields["token_ids"],
         byte_side=ByteSide(**{name: arrays[name] for name in BYTE_SIDE}) if "last_row" in arrays else None,
     )
 
@@ -55,15 +59,15 @@ def check_request(request: TeacherRequest, *, vocab_size: int, max_tokens: int) 
     if not len(request.prompt_ids):
         raise ValueError("no token of prompt, so nothing predicts the first label")
     if request.num_tokens > max_tokens:
-        raise ValueError(
-            f"{request.num_tokens} tokens; the teacher was started with --max-tokens-per-batch {max_tokens}"
-        )
+        raise ValueError(too_many_tokens(request.num_tokens, max_tokens))
     _check_range("token ids", np.concatenate([request.prompt_ids, request.label_ids]), 0, vocab_size)
     _check_range("rows", request.rows, 0, num_labels)
     if (np.diff(request.rows) <= 0).any():
         raise ValueError("rows must ascend, each once")
     if request.topk < 0:
         raise ValueError(f"topk {request.topk}; it must not be negative")
+    if request.token_ids and not request.topk:
+        raise ValueError("token_ids without topk; they are those of the likeliest tokens")
     side = request.byte_side
     if side is None:
         return
@@ -75,6 +79,12 @@ def check_request(request: TeacherRequest, *, vocab_size: int, max_tokens: int) 
     steps, same_row = np.diff(side.segment_start), np.diff(side.segment_row) == 0
     if (np.diff(side.segment_row) < 0).any() or (steps[same_row] < 0).any():
         raise ValueError("segments of byte events must ascend")
+
+
+def too_many_tokens(num_tokens: int, max_tokens: int) -> str:
+    return (
+        f"{num_tokens} tokens; the teacher takes {max_tokens} (--max-tokens-per-batch, or what its model is made for)"
+    )
 
 
 def _check_range(name: str, values: np.ndarray, low: int, end: int) -> None:
@@ -101,6 +111,8 @@ def scored_message(number: int, scored: ScoredPair, dtype: HiddenDtype) -> Messa
                 frames["scale"] = "float32", scale.cpu().numpy()
     if scored.topk is not None:
         frames["topk"] = "float32", scored.topk.float().cpu().numpy()
+    if scored.topk_ids is not None:
+        frames["topk_ids"] = "int32", scored.topk_ids.cpu().numpy()
     if scored.byte_logprobs is not None:
         precision = "float32" if dtype == "fp32" else "float16"
         frames["byte_logprobs"] = precision, scored.byte_logprobs.float().cpu().numpy()
@@ -122,12 +134,19 @@ def read_scored(message: Message) -> ScoredPair:
         lse=tensors["lse"],
         hidden=hidden,
         topk=tensors.get("topk"),
+        topk_ids=tensors.get("topk_ids"),
         byte_logprobs=None if byte_logprobs is None else byte_logprobs.float(),
     )
 
 
-def answers(message: Message, request: TeacherRequest, *, hidden_size: int) -> bool:
-    """Whether an answer has just what the request asked for."""
+def misfit(message: Message, request: TeacherRequest, *, hidden_size: int, vocab_size: int) -> str | None:
+    """Why a message is not an answer to the request; None if it is one.
+
+    It has just what was asked for, in finite numbers and ids of the teacher's. Only the log-probability of a byte may
+    be -inf.
+    """
+    if message.fields["sample_id"] != request.sample_id:
+        return f"it is about sample {message.fields['sample_id']}"
     frames = {name: array.shape for name, (_, array) in message.frames.items()}
     wanted: dict[str, tuple[int, ...]] = dict.fromkeys(("own_logit", "lse"), request.label_ids.shape)
     if request.hidden:
@@ -136,6 +155,34 @@ def answers(message: Message, request: TeacherRequest, *, hidden_size: int) -> b
             wanted["scale"] = (len(request.rows),)
     if request.topk and len(frames.get("topk", ())) == 2:
         wanted["topk"] = (len(request.rows), min(request.topk, frames["topk"][1]))  # no more than its vocabulary has
+        if request.token_ids:
+            wanted["topk_ids"] = wanted["topk"]
     if request.byte_side is not None:
         wanted["byte_logprobs"] = request.byte_side.last_row.shape
-    return message.fields["sample_id"] == request.sample_id and frames == wanted
+    if frames != wanted:
+        return f"it has {_shapes(frames)}, not {_shapes(wanted)}"
+    for name, (dtype, array) in message.frames.items():
+        if not _is_finite(dtype, array, or_minus_infinity=name == "byte_logprobs"):
+            return f"{name} has numbers that are not finite"
+    if request.token_ids:
+        try:
+            _check_range("topk_ids", message.frames["topk_ids"][1], 0, vocab_size)
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+def _shapes(frames: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in frames.items())
+
+
+def _is_finite(dtype: str, array: np.ndarray, *, or_minus_infinity: bool) -> bool:
+    if dtype == "bfloat16":
+        exponent = np.uint16(0x7F80)  # all ones: infinite, or not a number
+        return not bool(((array & exponent) == exponent).any())
+    if dtype in ("int8", "int32"):
+        return True
+    fine = np.isfinite(array)
+    if or_minus_infinity:
+        fine |= np.isneginf(array)
+    return bool(fine.all())

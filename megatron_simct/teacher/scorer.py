@@ -1,11 +1,11 @@
-"""The seam behind which the teacher lies: pairs stream in, scored pairs stream out, unordered, matched by sample id.
+"""The seam behind which the teacher lies: pairs are submitted, their scores are collected, matched by sample id.
 
 Nothing outside `teacher/` knows whether the model shares these ranks or answers from other nodes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -20,12 +20,14 @@ class TeacherError(RuntimeError):
 class TeacherScorer(Protocol):
     """Anything that scores the teacher's tokens of a response."""
 
-    def score(self, pairs: Iterable[AlignedPair]) -> Iterator[ScoredPair]:
-        """Each pair once, in any order, with exactly what its `needs` ask for.
+    def submit(self, pairs: Sequence[AlignedPair]) -> None:
+        """Ask for the scores of these pairs. Does not wait, and may be called beside the thread that trains."""
+        ...
 
-        It takes all pairs before it returns, and may be called beside the thread that trains. That one iterates the
-        answers, which is collective over one model replica. Only the last pipeline stage is told: on the others the
-        tensors are empty.
+    def collect(self, pairs: Sequence[AlignedPair]) -> Iterator[ScoredPair]:
+        """The scores of pairs that were submitted, each once, in any order, with exactly what its `needs` ask for.
+
+        Collective over one model replica. Only the last pipeline stage is told: on the others the tensors are empty.
         """
         ...
 
@@ -43,11 +45,12 @@ def without_content(sample_id: int) -> ScoredPair:
 class NoTeacher:
     """Answers with nothing, for an interface that needs no teacher."""
 
-    def score(self, pairs: Iterable[AlignedPair]) -> Iterator[ScoredPair]:
-        pairs = list(pairs)
+    def submit(self, pairs: Sequence[AlignedPair]) -> None:
         for pair in pairs:
             assert not pair.needs.teacher, f"sample {pair.sample_id} needs a teacher"
-        return iter([without_content(pair.sample_id) for pair in pairs])
+
+    def collect(self, pairs: Sequence[AlignedPair]) -> Iterator[ScoredPair]:
+        return (without_content(pair.sample_id) for pair in pairs)
 
     def note(self) -> str:
         return ""

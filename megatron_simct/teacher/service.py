@@ -1,9 +1,10 @@
-"""One teacher replica's door to the students, and the loop that answers what comes in.
+"""ZeroMQ server of one teacher replica, and its serving loop.
 
 The door is a thread on one rank of the replica, the first of the last pipeline stage, where answers are made: it owns
 the socket, greets students, checks requests and keeps them until the model takes them. So it answers while the model
-computes, and a student can tell a busy replica from a dead one. `serve` takes requests, tells all ranks of the replica,
-and hands answers back.
+computes, and a student can tell a busy replica from a dead one. Its replies to greetings say which requests it holds.
+Answers and replies leave in the order in which they became true, encrypted by threads of ZeroMQ's own. `serve` takes
+requests, tells all ranks of the replica, and hands answers back.
 """
 
 from __future__ import annotations
@@ -25,26 +26,29 @@ import torch.distributed as dist
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from megatron_simct.files import write_private
 from megatron_simct.parallel.initialize import Groups
 from megatron_simct.teacher.endpoints import (
     Endpoint,
     Keys,
     Waker,
     bind,
+    is_encrypted,
     only,
     publish,
     this_host,
     withdraw,
-    write_private,
 )
 from megatron_simct.teacher.exchange import Parts, share
 from megatron_simct.teacher.fingerprints import mismatch
 from megatron_simct.teacher.forward import HiddenDtype, TeacherForward, TeacherRequest, by_length
-from megatron_simct.teacher.payload import check_request, read_score, scored_message
-from megatron_simct.teacher.wire import Message, WireError, decode, encode, num_bytes
+from megatron_simct.teacher.payload import check_request, read_score, scored_message, too_many_tokens
+from megatron_simct.teacher.wire import Message, TooManyTokens, WireError, decode, encode, num_bytes
 
 MAX_QUEUED_BYTES = 1 << 30
-"""Of requests that wait; beyond it they are handed back."""
+"""Bytes of waiting requests, as they came and inflated; beyond it requests are handed back."""
+IO_THREADS = 4
+"""Threads that encrypt and send. A connection belongs to one of them; one encrypts some 150 MB a second."""
 
 _REFUSED_CONNECTION = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
@@ -65,6 +69,47 @@ class Work:
     def key(self) -> tuple[bytes, int]:
         return self.client, self.number
 
+    @property
+    def num_bytes(self) -> int:
+        """What it holds in memory."""
+        return num_bytes(self.parts) + self.request.num_bytes
+
+
+class _Pace:
+    """How fast the model works, from when it takes requests and answers them."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        """When it took what it has, or got what it has not taken; None: it has nothing to do."""
+        self._busy_s, self._tokens, self._longest_s = 0.0, 0, 0.0
+        self._last = deque([(0.0, 0)], maxlen=16)
+
+    def begin(self, now: float) -> None:
+        """There is something to do, or it goes on with something else."""
+        self._since = now
+
+    def end(self, now: float, tokens: int) -> None:
+        """It has answered all that it took."""
+        seconds = now - (self._since if self._since is not None else now)
+        self._busy_s, self._tokens = self._busy_s + seconds, self._tokens + tokens
+        self._longest_s = max(self._longest_s, seconds)
+        self._last.append((self._busy_s, self._tokens))
+        self._since = None
+
+    def speed(self, now: float, in_work: int) -> float:
+        """Tokens a second of the last batches, less if the present one is late; 0 before the first answer."""
+        then_s, then = self._last[0]
+        busy_s, tokens = self._busy_s - then_s, self._tokens - then
+        if not tokens or busy_s <= 0:
+            return 0.0
+        if self._since is not None and in_work:
+            busy_s += max(0.0, now - self._since - in_work * busy_s / tokens)
+        return tokens / busy_s
+
+    def is_stalled(self, now: float, stall_s: float) -> bool:
+        """Whether it has done nothing for much longer than ever before, if it has something to do."""
+        return self._since is not None and now - self._since > max(stall_s, 10 * self._longest_s)
+
 
 class Door(Thread):
     """Owns the socket of one replica. Other methods than `run` are called by the thread that runs the model."""
@@ -82,16 +127,19 @@ class Door(Thread):
         max_tokens: int,
         life: str,
         forget_s: float = 60.0,
+        stall_s: float = 120.0,
     ) -> None:
         """address: see `bind`. fingerprints: a student that has another value for one of them is refused; None: any.
 
-        forget_s: a student that has said nothing for so long is gone, and its requests with it.
+        forget_s: a student that has said nothing for so long is gone, and its requests with it. stall_s: students are
+        told that the model hangs if it has done nothing for so long, and ten times as long as it ever took.
         """
         super().__init__(name="teacher-door", daemon=True)
         self._folder = folder
         self._fingerprints = dict(fingerprints)
-        self._vocab_size, self._max_tokens, self._forget_s = vocab_size, max_tokens, forget_s
-        self._context = zmq.Context()
+        self._vocab_size, self._max_tokens = vocab_size, max_tokens
+        self._forget_s, self._stall_s = forget_s, stall_s
+        self._context = zmq.Context(IO_THREADS)
         self._authenticator = only(self._context, keys) if keys is not None else None
         self._router, bound = bind(self._context, address, keys, number=number)
         self._monitor = self._router.get_monitor_socket(_REFUSED_CONNECTION)
@@ -99,9 +147,14 @@ class Door(Thread):
         self.endpoint = Endpoint(replica=name, address=bound, life=life, host=this_host(), pid=psutil.Process().pid)
         self._condition = Condition()
         self._queue: OrderedDict[tuple[bytes, int], Work] = OrderedDict()
-        self._queued_bytes = 0
-        self._taken: set[tuple[bytes, int]] = set()
-        self._outbox: deque[tuple[bytes, Sequence[bytes | memoryview]]] = deque()
+        self._queued_bytes = self._held_tokens = 0
+        self._taken: dict[tuple[bytes, int], Work] = {}
+        self._held: dict[bytes, set[int]] = {}
+        """Numbers of what is queued or taken, by student."""
+        self._outbox: deque[tuple[bytes, Message]] = deque()
+        self._pace = _Pace()
+        self._done = 0
+        """Tokens that the model has answered of what it took last."""
         self._heard: dict[bytes, float] = {}
         self._welcome: set[bytes] = set()
         self._draining = self._closing = False
@@ -113,6 +166,7 @@ class Door(Thread):
                 "answer_bytes",
                 "again",
                 "handed_back",
+                "recalled",
                 "malformed",
                 "refused",
                 "strangers",
@@ -120,16 +174,17 @@ class Door(Thread):
             ),
             0,
         )
-        self._begin = time.monotonic()
+        self._begin, self._memory_mib = time.monotonic(), _memory_mib()
         self._rate = deque([(self._begin, 0)], maxlen=16)
 
     # What the model's thread calls
 
     def start(self) -> None:
-        """Make the replica known, and open. OSError where the folder refuses; then nothing is left behind."""
+        """Make the replica known, and open. OSError where the folder refuses, ValueError where another replica has the
+        name; then nothing is left behind."""
         try:
             publish(self._folder, self.endpoint)
-        except OSError:
+        except (OSError, ValueError):
             self._let_go()
             with contextlib.suppress(OSError):
                 withdraw(self._folder, self.endpoint)
@@ -153,41 +208,72 @@ class Door(Thread):
                 tokens += work.request.num_tokens
                 if taken and tokens > max_tokens:
                     break
-                del self._queue[work.key]
-                self._queued_bytes -= num_bytes(work.parts)
-                self._taken.add(work.key)
+                self._unqueue(work)
+                self._taken[work.key] = work
                 taken.append(work)
+            if taken:
+                self._pace.begin(time.monotonic())
         return taken
 
     def answer(self, work: Work, message: Message) -> None:
         """Send what the model made of a request that was taken."""
-        parts = encode(message)
         with self._condition:
-            self._taken.discard(work.key)
             self._counts["requests"] += 1
             self._counts["tokens"] += work.request.num_tokens
             self._counts["labels"] += len(work.request.label_ids)
-            self._counts["answer_bytes"] += num_bytes(parts)
-            self._outbox.append((work.client, parts))
+            self._send_later(work.client, message)
+            self._untake(work, tokens=work.request.num_tokens)
         self._waker.wake()
 
     def hand_back(self, work: Work) -> None:
         """A request that was taken, unanswered."""
         with self._condition:
-            self._taken.discard(work.key)
             self._counts["handed_back"] += 1
             self._send_later(work.client, _returned(work.number, "the teacher stops"))
+            self._untake(work, tokens=0)
+
+    def refuse(self, work: Work, reason: str) -> None:
+        """A request that was taken and will not be answered."""
+        with self._condition:
+            self._counts["refused"] += 1
+            self._refuse(work.client, work.number, reason)
+            self._untake(work, tokens=0)
+        self._waker.wake()
 
     def drain(self) -> None:
         """Take no more requests and hand back those that wait."""
         with self._condition:
             self._draining = True
-            for client, number in self._queue:
-                self._send_later(client, _returned(number, "the teacher stops"))
+            for work in list(self._queue.values()):
+                self._unqueue(work)
+                self._forget(work)
+                self._send_later(work.client, _returned(work.number, "the teacher stops"))
                 self._counts["handed_back"] += 1
-            self._queue.clear()
-            self._queued_bytes = 0
         self._waker.wake()
+
+    def _unqueue(self, work: Work) -> None:
+        del self._queue[work.key]
+        self._queued_bytes -= work.num_bytes
+
+    def _untake(self, work: Work, *, tokens: int) -> None:
+        if self._taken.pop(work.key, None) is None:
+            return
+        self._forget(work)
+        self._done += tokens
+        if not self._taken:
+            now = time.monotonic()
+            self._pace.end(now, self._done)
+            self._done = 0
+            if self._queue:
+                self._pace.begin(now)
+
+    def _forget(self, work: Work) -> None:
+        """It is no longer held."""
+        self._held_tokens -= work.request.num_tokens
+        held = self._held[work.client]
+        held.discard(work.number)
+        if not held:
+            del self._held[work.client]
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Send what is left and end the thread; then the replica's files are removed."""
@@ -205,15 +291,19 @@ class Door(Thread):
         with self._condition:
             now, tokens = time.monotonic(), self._counts["tokens"]
             then, before = self._rate[0]
+            in_work = sum(work.request.num_tokens for work in self._taken.values())
             return {
                 **self._counts,
                 "tokens_per_s": round((tokens - before) / max(now - then, 1e-3), 1),
+                "speed": round(self._pace.speed(now, in_work), 1),
                 "queue": len(self._queue),
                 "in_work": len(self._taken),
+                "held_tokens": self._held_tokens,
                 "clients": len(self._welcome),
-                "memory_mib": psutil.Process().memory_info().rss >> 20,
+                "memory_mib": self._memory_mib,
                 "up_s": round(now - self._begin),
                 "draining": self._draining,
+                "stalled": bool(self._queue or in_work) and self._pace.is_stalled(now, self._stall_s),
             }
 
     # The thread
@@ -256,16 +346,18 @@ class Door(Thread):
         self._context.term()
 
     def _every_second(self) -> None:
+        self._memory_mib = _memory_mib()
         with self._condition:
             self._rate.append((time.monotonic(), self._counts["tokens"]))
             for client in [c for c, heard in self._heard.items() if time.monotonic() - heard > self._forget_s]:
                 del self._heard[client]
                 self._welcome.discard(client)
-                for key in [key for key in self._queue if key[0] == client]:
-                    self._queued_bytes -= num_bytes(self._queue.pop(key).parts)
+                for work in [work for work in self._queue.values() if work.client == client]:
+                    self._unqueue(work)
+                    self._forget(work)
         text = json.dumps({"replica": self.endpoint.replica, "address": self.endpoint.address, **self.status()})
         with contextlib.suppress(OSError):  # a full disk is no reason to stop answering
-            write_private(self._folder / f"{self.endpoint.replica}.status", text + "\n", mode=0o644)
+            write_private(self._folder / f"{self.endpoint.replica}.status", text + "\n", mode=0o644, on_disk=False)
 
     def _receive(self) -> None:
         for _ in range(256):  # and then look after the rest
@@ -274,7 +366,12 @@ class Door(Thread):
             except zmq.Again:
                 return
             try:
-                message = decode(parts)
+                message = decode(parts, checked=not is_encrypted(self.endpoint), max_tokens=self._max_tokens)
+            except TooManyTokens as error:
+                if client in self._welcome:
+                    self._counts["refused"] += 1
+                    self._refuse(client, error.request, too_many_tokens(error.num_tokens, self._max_tokens))
+                continue
             except WireError as error:
                 self._counts["malformed"] += 1
                 if "protocol version" in str(error):
@@ -287,6 +384,8 @@ class Door(Thread):
                         self._greet(client, message)
                     case "score" if client in self._welcome:
                         self._accept(client, message, parts)
+                    case "recall":
+                        self._give_back(client, message.frames["requests"][1].tolist())
                     case "score":
                         pass  # it has greeted an earlier life; what it says next is a hello
                     case _:
@@ -302,7 +401,9 @@ class Door(Thread):
                 return
         self._welcome.add(client)
         fields = {"fingerprints": self._fingerprints, "life": self.endpoint.life, "status": self.status()}
-        self._send_later(client, encode(Message(kind="welcome", fields=fields)))
+        fields["beat"] = message.fields["beat"]
+        holds = np.array(sorted(self._held.get(client, ())), np.int32)
+        self._send_later(client, Message(kind="welcome", fields=fields, frames={"holds": ("int32", holds)}))
 
     def _accept(self, client: bytes, message: Message, parts: Sequence[bytes]) -> None:
         work = Work(client=client, number=message.fields["request"], request=read_score(message), parts=parts)
@@ -320,24 +421,41 @@ class Door(Thread):
             reason = "the teacher stops" if self._draining else "the queue is full"
             self._send_later(client, _returned(work.number, reason))
             return
+        if not self._queue and not self._taken:
+            self._pace.begin(time.monotonic())
         self._queue[work.key] = work
-        self._queued_bytes += num_bytes(parts)
+        self._queued_bytes += work.num_bytes
+        self._held_tokens += work.request.num_tokens
+        self._held.setdefault(client, set()).add(work.number)
         self._condition.notify()
 
-    def _refuse(self, client: bytes, number: int, reason: str) -> None:
-        self._send_later(client, encode(Message(kind="refused", fields={"request": number, "reason": reason})))
+    def _give_back(self, client: bytes, numbers: Sequence[int]) -> None:
+        """Hand back the requests that wait; what the model has begun with stays."""
+        for number in numbers:
+            work = self._queue.get((client, number))
+            if work is not None:
+                self._unqueue(work)
+                self._forget(work)
+                self._counts["recalled"] += 1
+                self._send_later(client, _returned(number, "recalled"))
 
-    def _send_later(self, client: bytes, parts: Sequence[bytes | memoryview]) -> None:
-        self._outbox.append((client, parts))
+    def _refuse(self, client: bytes, number: int, reason: str) -> None:
+        self._send_later(client, Message(kind="refused", fields={"request": number, "reason": reason}))
+
+    def _send_later(self, client: bytes, message: Message) -> None:
+        self._outbox.append((client, message))
 
     def _send(self) -> None:
         while True:
             with self._condition:
                 if not self._outbox:
                     return
-                client, parts = self._outbox.popleft()
+                client, message = self._outbox.popleft()
+            parts = encode(message, checked=not is_encrypted(self.endpoint))
+            if message.kind == "scored":
+                self._counts["answer_bytes"] += num_bytes(parts)
             try:
-                self._router.send_multipart([client, *parts], zmq.NOBLOCK)
+                self._router.send_multipart([client, *parts], zmq.NOBLOCK, copy=False)
             except zmq.ZMQError:  # it is gone, or does not read: it will ask again
                 self._counts["undeliverable"] += 1
 
@@ -347,8 +465,12 @@ class Door(Thread):
             self._counts["strangers"] += 1
 
 
-def _returned(number: int, reason: str) -> list[bytes | memoryview]:
-    return encode(Message(kind="returned", fields={"request": number, "reason": reason}))
+def _memory_mib() -> int:
+    return psutil.Process().memory_info().rss >> 20
+
+
+def _returned(number: int, reason: str) -> Message:
+    return Message(kind="returned", fields={"request": number, "reason": reason})
 
 
 _NOTHING = TeacherRequest(
@@ -358,15 +480,16 @@ _NOTHING = TeacherRequest(
     rows=np.zeros(0, np.int32),
     hidden=False,
     topk=0,
+    token_ids=False,
     byte_side=None,
 )
-"""What a replica runs for the sake of those that share its experts."""
+"""Dummy request: keeps expert-parallel replicas in step if this one has no work."""
 
 
 def _most(value: int, groups: Groups) -> int:
     """The largest value among the replicas that share experts."""
     values = torch.tensor(value, dtype=torch.int64, device=groups.device)
-    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=groups.ep)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=groups.exchange)
     return int(values)
 
 
@@ -394,9 +517,9 @@ def serve(
                 works = [] if stopping else door.take(in_flight * max_tokens, wait_s=0.2)
             messages: list[Parts] | None = None if stopping else [work.parts for work in works]
             if groups.is_last_stage:
-                messages = share(messages, groups.tp, source=0, device=groups.device)
+                messages = share(messages, groups.tp_cp, source=0, device=groups.device)
             messages = share(messages, groups.pp, source=groups.pp.size() - 1, device=groups.device)
-            if groups.ep.size() > 1:
+            if groups.passes_together:
                 stopping_everywhere = _most(int(messages is None), groups)
                 messages = None if stopping_everywhere else messages
             if messages is None:
@@ -405,10 +528,12 @@ def serve(
                         door.hand_back(work)
                 break
             requests = (
-                [work.request for work in works] if door is not None else [read_score(decode(m)) for m in messages]
+                [work.request for work in works]
+                if door is not None
+                else [read_score(decode(parts, checked=False)) for parts in messages]
             )
             micro_batches = by_length(requests, max_tokens=max_tokens)
-            if groups.ep.size() > 1:
+            if groups.passes_together:
                 idle = _most(len(micro_batches), groups) - len(micro_batches)
                 micro_batches += [[_NOTHING]] * idle
             answers = forward.run(micro_batches)

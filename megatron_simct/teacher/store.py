@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ from typing import Any
 import msgpack
 import torch
 
+from megatron_simct.files import owner_tag, write_private
 from megatron_simct.records import AlignedPair, ScoredPair
 from megatron_simct.teacher.client import TeacherClient
-from megatron_simct.teacher.endpoints import write_private
 from megatron_simct.teacher.fingerprints import mismatch
 from megatron_simct.teacher.forward import TeacherRequest
-from megatron_simct.teacher.payload import answers, scored_message
+from megatron_simct.teacher.payload import misfit, scored_message
 from megatron_simct.teacher.scorer import TeacherError, TeacherScorer
 from megatron_simct.teacher.wire import Message, WireError, decode, encode
 
@@ -39,7 +39,8 @@ class AnswerStore:
 
     def __init__(self, directory: str, fingerprints: Mapping[str, Any], *, flag: str) -> None:
         """fingerprints: see `fingerprints`. ValueError, naming the flag, for answers of another teacher."""
-        self._folder, self._hidden_size = Path(directory), fingerprints["hidden_size"]
+        self._folder = Path(directory)
+        self._sizes = {"hidden_size": fingerprints["hidden_size"], "vocab_size": fingerprints["teacher_vocabulary"]}
         self.where = f"{flag} {directory}"
         about = self._folder / "teacher.json"
         ours = {name: fingerprints[name] for name in _OF_A_TEACHER}
@@ -64,7 +65,7 @@ class AnswerStore:
             print(f" {self.where}: a damaged answer is asked for again ({error})", file=sys.stderr, flush=True)
             return None
         message = replace(message, fields={**message.fields, "sample_id": request.sample_id})
-        if not answers(message, request, hidden_size=self._hidden_size):
+        if misfit(message, request, **self._sizes) is not None:
             return None
         return encode(message), message
 
@@ -76,7 +77,7 @@ class AnswerStore:
         rounded = scored.hidden is not None and scored.hidden.dtype == torch.bfloat16
         parts = encode(scored_message(0, scored, "bf16" if rounded else "fp32"))
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.{owner_tag()}.", dir=path.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(msgpack.packb([bytes(part) for part in parts]))
@@ -86,7 +87,8 @@ class AnswerStore:
             raise
 
     def _path(self, request: TeacherRequest) -> Path:
-        digest = hashlib.sha256(f"hidden {request.hidden} topk {request.topk}".encode())
+        wanted = f"hidden {request.hidden} topk {request.topk} token_ids {request.token_ids}"
+        digest = hashlib.sha256(wanted.encode())
         arrays = {"prompt_ids": request.prompt_ids, "label_ids": request.label_ids, "rows": request.rows}
         if request.byte_side is not None:
             arrays |= asdict(request.byte_side)
@@ -124,6 +126,10 @@ class StoredClient:
         else:
             self._missing.append(request.sample_id)
 
+    def arrived(self) -> bool:
+        """See TeacherClient.arrived."""
+        return bool(self._found or self._missing) or (self._behind is not None and self._behind.arrived())
+
     def next(self) -> tuple[Sequence[Any], Message]:
         """See TeacherClient.next."""
         if self._found:
@@ -148,23 +154,16 @@ class SavingScorer:
         """writes: on one rank of a model replica's last stage."""
         self._scorer, self._store, self._writes = scorer, store, writes
 
-    def score(self, pairs: Iterable[AlignedPair]) -> Iterator[ScoredPair]:
-        """See TeacherScorer.score."""
-        requests: dict[int, TeacherRequest] = {}
+    def submit(self, pairs: Sequence[AlignedPair]) -> None:
+        self._scorer.submit(pairs)
 
-        def remembered() -> Iterator[AlignedPair]:
-            for pair in pairs:
-                requests[pair.sample_id] = TeacherRequest.of(pair)
-                yield pair
-
-        return self._kept(self._scorer.score(remembered()), requests)
-
-    def _kept(self, answers: Iterator[ScoredPair], requests: Mapping[int, TeacherRequest]) -> Iterator[ScoredPair]:
-        """A disk that refuses is reported once, and costs no more than the copy."""
-        for scored in answers:
+    def collect(self, pairs: Sequence[AlignedPair]) -> Iterator[ScoredPair]:
+        """See TeacherScorer. Write errors are reported once; training goes on without the cache."""
+        by_sample = {pair.sample_id: pair for pair in pairs}
+        for scored in self._scorer.collect(pairs):
             if self._writes:
                 try:
-                    self._store.put(requests[scored.sample_id], scored)
+                    self._store.put(TeacherRequest.of(by_sample[scored.sample_id]), scored)
                 except OSError as error:
                     self._writes = False
                     reason = f"{self._store.where}: {error.strerror}; nothing more is kept"

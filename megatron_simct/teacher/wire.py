@@ -5,12 +5,16 @@
 
 Nothing is ever unpickled. Both ends decode with the same `decode`: sizes first, then checksum, version, and the schema
 of the kind: which fields, which frames, their types, and lengths that must agree. What does not fit is a WireError.
+An encrypted connection authenticates every message, so the checksum is left empty there.
 
-    hello     student -> teacher   fingerprints of what both must share; sent again as a sign of life
-    welcome   teacher -> student   the same of the teacher, which life of the replica this is, and its status
+    hello     student -> teacher   fingerprints of what both must share; sent again, numbered, as a heartbeat
+    welcome   teacher -> student   the same of the teacher, which life of the replica this is, its status, the number of
+                                   the hello, and which requests of this student it holds
     score     student -> teacher   one sample's tokens, and what is wanted of them
+    recall    student -> teacher   requests to hand back if the model has not begun with them
     scored    teacher -> student   what was wanted
-    returned  teacher -> student   the request is handed back unanswered: the teacher stops, or its queue is full
+    returned  teacher -> student   a request is handed back unanswered: it was recalled, the teacher stops, or its queue
+                                   is full
     refused   teacher -> student   a hello or a request that will never be answered, and why
 """
 
@@ -25,14 +29,15 @@ from typing import Any
 import msgpack
 import numpy as np
 
-VERSION = 1
-"""Of the protocol. Ends of different versions refuse each other."""
+VERSION = 3
+"""Protocol version. Ends with different versions refuse each other."""
 
 MAX_HEADER_BYTES = 1 << 16
 MAX_FRAME_BYTES = 1 << 30
-"""Of one frame; sockets are told too (ZMQ_MAXMSGSIZE), so that a longer one ends the connection unread."""
-MAX_INFLATED_BYTES = 1 << 28
-"""Of a frame of steps when it is unpacked."""
+"""Size limit of one frame; sockets are told too (ZMQ_MAXMSGSIZE), so that a longer one ends the connection unread."""
+MAX_STEPS, MAX_STEPS_PER_LABEL = 1 << 16, 1 << 11
+"""A frame of steps has at most so many numbers, and so many more a label. A byte position has at most 260 events; real
+text has some 300 a label."""
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "int32": np.dtype("<i4"),
@@ -45,7 +50,15 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 
 
 class WireError(ValueError):
-    """Bytes that are no message of this protocol."""
+    """Not a valid protocol message."""
+
+
+class TooManyTokens(WireError):
+    """A request for more tokens than the teacher takes. Its frames of steps have not been inflated."""
+
+    def __init__(self, request: int, num_tokens: int) -> None:
+        super().__init__(f"request {request} has {num_tokens} tokens")
+        self.request, self.num_tokens = request, num_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,10 +83,12 @@ class _Schema:
 BYTE_SIDE = ("segment_row", "segment_start", "entry_slot", "entry_segment", "last_row")
 """The arrays of a ByteSide: all of them, or none."""
 _SCHEMAS = {
-    "hello": _Schema(fields={"fingerprints": dict}),
-    "welcome": _Schema(fields={"fingerprints": dict, "life": str, "status": dict}),
+    "hello": _Schema(fields={"fingerprints": dict, "beat": int}),
+    "welcome": _Schema(
+        fields={"fingerprints": dict, "life": str, "status": dict, "beat": int}, frames={"holds": (("int32",), "q")}
+    ),
     "score": _Schema(
-        fields={"request": int, "sample_id": int, "hidden": bool, "topk": int},
+        fields={"request": int, "sample_id": int, "hidden": bool, "topk": int, "token_ids": bool},
         frames={
             "prompt_ids": (("int32",), "p"),
             "label_ids": (("int32",), "m"),
@@ -90,17 +105,22 @@ _SCHEMAS = {
             "hidden": (("float32", "bfloat16", "int8"), "rh"),
             "scale": (("float32",), "r"),
             "topk": (("float32",), "rk"),
+            "topk_ids": (("int32",), "rk"),
             "byte_logprobs": (("float32", "float16"), "e"),
         },
-        together=(("hidden",), ("scale",), ("topk",), ("byte_logprobs",)),
+        together=(("hidden",), ("scale",), ("topk",), ("topk_ids",), ("byte_logprobs",)),
     ),
+    "recall": _Schema(fields={}, frames={"requests": (("int32",), "q")}),
     "returned": _Schema(fields={"request": int, "reason": str}),
     "refused": _Schema(fields={"request": int, "reason": str}),
 }
 
 
-def encode(message: Message) -> list[bytes | memoryview]:
-    """The message as parts that a socket sends. The frames' memory is not copied where it is contiguous."""
+def encode(message: Message, *, checked: bool = True) -> list[bytes | memoryview]:
+    """The message as parts that a socket sends. The frames' memory is not copied where it is contiguous.
+
+    checked: with a checksum; without, it is for an encrypted connection.
+    """
     arrays = [
         (name, dtype, np.ascontiguousarray(array, dtype=_DTYPES[dtype]))
         for name, (dtype, array) in message.frames.items()
@@ -112,11 +132,20 @@ def encode(message: Message) -> list[bytes | memoryview]:
         "frames": [[name, dtype, list(array.shape)] for name, dtype, array in arrays],
     }
     parts = [msgpack.packb(header), *(_frame(dtype, array) for _, dtype, array in arrays)]
-    return [*parts, _checksum(parts)]
+    return [*parts, _checksum(parts) if checked else b""]
 
 
-def decode(parts: Sequence[bytes | memoryview]) -> Message:
-    """The message of these parts; its arrays share their memory. WireError, in one line, for anything else."""
+def with_checksum(parts: Sequence[bytes | memoryview]) -> list[bytes | memoryview]:
+    """The parts of a message that was encoded without one."""
+    return [*parts[:-1], _checksum(parts[:-1])]
+
+
+def decode(parts: Sequence[bytes | memoryview], *, checked: bool = True, max_tokens: int | None = None) -> Message:
+    """The message of these parts; its arrays share their memory. WireError, in one line, for anything else.
+
+    checked: compare the checksum; without, the message came over an encrypted connection, or was decoded before.
+    max_tokens: TooManyTokens for a request with more, before anything is inflated.
+    """
     if len(parts) < 2:
         raise WireError(f"{len(parts)} parts are no message")
     header, frames, checksum = parts[0], parts[1:-1], parts[-1]
@@ -130,18 +159,28 @@ def decode(parts: Sequence[bytes | memoryview]) -> Message:
         raise WireError("the header names no version")
     if values["version"] != VERSION:
         raise WireError(f"protocol version {values['version']}; this end speaks {VERSION}")
-    if bytes(checksum) != _checksum(parts[:-1]):
+    if checked and bytes(checksum) != _checksum(parts[:-1]):
         raise WireError("the checksum does not fit")
     kind = values.get("kind")
     if values.keys() != {"version", "kind", "fields", "frames"} or not isinstance(kind, str) or kind not in _SCHEMAS:
         raise WireError("the header is of no known kind")
     schema = _SCHEMAS[kind]
     _check_fields(kind, values["fields"], schema)
-    return Message(kind=kind, fields=values["fields"], frames=_arrays(kind, values["frames"], frames, schema))
+    lengths = _check_shapes(kind, values["frames"], frames, schema)
+    num_tokens = lengths.get("p", 0) + lengths.get("m", 0)
+    if kind == "score" and max_tokens is not None and num_tokens > max_tokens:
+        raise TooManyTokens(values["fields"]["request"], num_tokens)
+    return Message(kind=kind, fields=values["fields"], frames=_arrays(kind, values["frames"], frames, lengths))
+
+
+def quoted(text: str, limit: int = 300) -> str:
+    """What the other end wrote, for a terminal or a log: control characters escaped, and cut."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: limit + 1])
+    return shown if len(shown) <= limit else shown[: limit - 3] + "..."
 
 
 def num_bytes(parts: Sequence[bytes | memoryview]) -> int:
-    """Of a message on the wire, without what ZeroMQ adds."""
+    """Bytes of a message on the wire, without what ZeroMQ adds."""
     return sum(len(part) for part in parts)
 
 
@@ -160,8 +199,6 @@ def _frame(dtype: str, array: np.ndarray) -> bytes | memoryview:
 
 def _inflated(frame: bytes | memoryview, size: int) -> bytes | None:
     """The int32 numbers of a frame of steps, of so many bytes; None where it has others."""
-    if size > MAX_INFLATED_BYTES:
-        return None
     inflater = zlib.decompressobj()
     try:
         data = inflater.decompress(frame, size + 1)
@@ -172,41 +209,56 @@ def _inflated(frame: bytes | memoryview, size: int) -> bytes | None:
 
 def _check_fields(kind: str, fields: Any, schema: _Schema) -> None:
     if not isinstance(fields, dict) or fields.keys() != schema.fields.keys():
-        raise WireError(f"{kind} has not the fields {', '.join(schema.fields)}")
+        raise WireError(f"{kind}: expected the fields {', '.join(schema.fields)}")
     for name, wanted in schema.fields.items():
         if type(fields[name]) is not wanted:
-            raise WireError(f"{kind}: {name} is no {wanted.__name__}")
+            raise WireError(f"{kind}: {name} must be of type {wanted.__name__}")
 
 
-def _arrays(
-    kind: str, specs: Any, frames: Sequence[bytes | memoryview], schema: _Schema
-) -> dict[str, tuple[str, np.ndarray]]:
+def _check_shapes(kind: str, specs: Any, frames: Sequence[bytes | memoryview], schema: _Schema) -> dict[str, int]:
+    """The length of each dimension's letter. WireError where the frames are not those of the schema."""
     if not isinstance(specs, list) or len(specs) != len(frames):
         raise WireError(f"{kind}: the header does not describe its {len(frames)} frames")
-    arrays: dict[str, tuple[str, np.ndarray]] = {}
+    names: set[str] = set()
     lengths: dict[str, int] = {}
-    for spec, frame in zip(specs, frames, strict=True):
+    for spec in specs:
         if not (isinstance(spec, list) and len(spec) == 3 and isinstance(spec[0], str) and isinstance(spec[2], list)):
             raise WireError(f"{kind}: a frame is not described by name, type and shape")
         name, dtype, shape = spec
-        if name not in schema.frames or name in arrays:
+        if name not in schema.frames or name in names:
             raise WireError(f"{kind} has no frame {name[:40]!r}, or has it twice")
+        names.add(name)
         allowed, letters = schema.frames[name]
         if dtype not in allowed or len(shape) != len(letters):
             raise WireError(f"{kind}: {name} is not {' or '.join(allowed)} of {len(letters)} dimensions")
         for letter, length in zip(letters, shape, strict=True):
             if type(length) is not int or length < 0 or lengths.setdefault(letter, length) != length:
                 raise WireError(f"{kind}: the shape of {name} does not fit")
-        size = math.prod(shape) * _DTYPES[dtype].itemsize
-        data = _inflated(frame, size) if dtype == "steps" else frame
-        if data is None or len(data) != size or len(frame) > MAX_FRAME_BYTES:
-            raise WireError(f"{kind}: {name} has {len(frame)} bytes, its shape {shape} others")
-        arrays[name] = dtype, np.frombuffer(data, dtype=_DTYPES[dtype]).reshape(shape)
     optional = {name for group in schema.together for name in group}
-    missing = [name for name in schema.frames if name not in arrays and name not in optional]
+    missing = [name for name in schema.frames if name not in names and name not in optional]
     if missing:
         raise WireError(f"{kind} lacks {', '.join(missing)}")
     for group in schema.together:
-        if 0 < sum(name in arrays for name in group) < len(group):
+        if 0 < len(names.intersection(group)) < len(group):
             raise WireError(f"{kind} has only some of {', '.join(group)}")
+    return lengths
+
+
+def _arrays(
+    kind: str, specs: list[Any], frames: Sequence[bytes | memoryview], lengths: Mapping[str, int]
+) -> dict[str, tuple[str, np.ndarray]]:
+    """The numbers of frames whose shapes have been checked."""
+    arrays: dict[str, tuple[str, np.ndarray]] = {}
+    for (name, dtype, shape), frame in zip(specs, frames, strict=True):
+        count = math.prod(shape)
+        size = count * _DTYPES[dtype].itemsize
+        if dtype != "steps":
+            data: bytes | memoryview | None = frame
+        elif count > MAX_STEPS + MAX_STEPS_PER_LABEL * lengths["m"]:
+            raise WireError(f"{kind}: {name} has {count} numbers for {lengths['m']} labels")
+        else:
+            data = _inflated(frame, size)
+        if data is None or len(data) != size or len(frame) > MAX_FRAME_BYTES:
+            raise WireError(f"{kind}: {name} has {len(frame)} bytes, its shape {shape} others")
+        arrays[name] = dtype, np.frombuffer(data, dtype=_DTYPES[dtype]).reshape(shape)
     return arrays

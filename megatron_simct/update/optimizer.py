@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_simct.config import ParallelConfig, TrainingConfig
+from megatron_simct.config.options import ParallelConfig, TrainingConfig, UpdateConfig
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, chunks_of
 from megatron_simct.parallel.cpu import megatron_imports
 
@@ -22,7 +22,7 @@ with megatron_imports():
 
 
 def wrap_data_parallel(
-    model: HiddenStateModel | InterleavedModel, parallel: ParallelConfig
+    model: HiddenStateModel | InterleavedModel, parallel: ParallelConfig, update: UpdateConfig
 ) -> list[DistributedDataParallel]:
     """Each chunk with fp32 gradient buffers that are summed, not averaged, over data-parallel ranks.
 
@@ -34,10 +34,12 @@ def wrap_data_parallel(
         raise ValueError(
             f"--tensor-model-parallel-size {tp_size}: training a mixture of experts needs --sequence-parallel with it"
         )
-    if model.config.num_moe_experts and overlap:
-        raise ValueError("--overlap-grad-reduce: not for a mixture of experts in this version; leave it out")
     options = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, overlap_grad_reduce=overlap, bucket_size=parallel.ddp_bucket_size
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap,
+        bucket_size=parallel.ddp_bucket_size,
+        use_distributed_optimizer=update.use_distributed_optimizer,
+        overlap_param_gather=update.overlap_param_gather,
     )
     chunks = []
     for index, chunk in enumerate(chunks_of(model)):
@@ -48,8 +50,26 @@ def wrap_data_parallel(
     return chunks
 
 
+def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Bring the weights up to date on every rank, where --overlap-param-gather leaves that to the next forward pass.
+
+    For whoever reads them without one. Collective over the data-parallel groups; it does nothing the second time.
+    """
+    for ddp in chunks:
+        if ddp.ddp_config.overlap_param_gather:
+            for bucket_group in ddp.bucket_groups + ddp.expert_parallel_bucket_groups:
+                if bucket_group.param_gather_handle is not None or not bucket_group.param_gather_dispatched:
+                    bucket_group.start_param_sync(force_sync=True)
+
+
+def gather_weight(ddp: DistributedDataParallel, weight: torch.nn.Parameter) -> None:
+    """The same for a weight that is read in a training step, but not by the forward pass of a module."""
+    if ddp.ddp_config.overlap_param_gather:
+        ddp.param_to_bucket_group[weight].finish_param_sync()
+
+
 def build_optimizer(
-    chunks: Sequence[DistributedDataParallel], training: TrainingConfig
+    chunks: Sequence[DistributedDataParallel], training: TrainingConfig, update: UpdateConfig
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """The optimizer and its schedule, wired into the model's config as Megatron's schedules expect."""
     min_lr = min(training.min_lr, training.lr)
@@ -65,8 +85,11 @@ def build_optimizer(
             clip_grad=training.clip_grad,
             bf16=training.bf16,
             params_dtype=torch.bfloat16 if training.bf16 else torch.float32,
+            use_distributed_optimizer=update.use_distributed_optimizer,
+            overlap_param_gather=update.overlap_param_gather,
         ),
         list(chunks),
+        use_gloo_process_groups=False,
     )
     scheduler = OptimizerParamScheduler(
         optimizer,

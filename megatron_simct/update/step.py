@@ -7,7 +7,7 @@ divides every gradient once by that number (finalize_model_grads): the result do
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,14 +16,17 @@ import torch
 import torch.distributed as dist
 
 from megatron_simct.alignment.placement import VocabPlacement
-from megatron_simct.config import InterfaceConfig
-from megatron_simct.losses import ByteOrder, SharedHead, interface_loss
+from megatron_simct.config.options import InterfaceConfig
+from megatron_simct.losses import ByteOrder, LabelRows, SharedHead, interface_loss
 from megatron_simct.models.build import HiddenStateModel
+from megatron_simct.models.layout import Layout
 from megatron_simct.parallel.cpu import megatron_imports
 from megatron_simct.parallel.initialize import Groups
 from megatron_simct.parallel.pipeline import from_last_stage
 from megatron_simct.parallel.reductions import sum_over_ranks
 from megatron_simct.records import MicroBatch
+from megatron_simct.update.gradient_parts import compare, gradients, without_units
+from megatron_simct.update.optimizer import gather_weight
 
 with megatron_imports():
     from megatron.core.distributed import DistributedDataParallel
@@ -45,6 +48,8 @@ class StepReport:
     grad_norm: float
     """Global norm of the divided gradient, before clipping."""
     learning_rate: float
+    gradient_parts: dict[str, float] = field(default_factory=dict)
+    """What gradient_parts.py found, in steps where it was looked at."""
     label_losses: dict[int, torch.Tensor] = field(default_factory=dict)
     """By sample id, for this rank's samples on the last pipeline stage: LossOutput.label_losses of the response [n]."""
 
@@ -64,7 +69,17 @@ class Updater:
         interface: InterfaceConfig,
         byte_order: ByteOrder | None = None,
         teacher_logit_softcap: float | None = None,
+        gradient_parts_interval: int = 0,
+        importance_cap: float | None = None,
+        check_sampling: Callable[[float, float], None] | None = None,
     ) -> None:
+        """gradient_parts_interval: every so many steps the gradient's parts are compared; 0: never.
+
+        importance_cap: see interface_loss. check_sampling: told of each step, before its weights change, the mean and
+        the largest difference of the labels' log-probabilities in sampling and in training; may refuse the step.
+        """
+        self._gradient_parts_interval = gradient_parts_interval
+        self._check_sampling = check_sampling
         self._chunks = list(chunks)
         self._ddp = self._chunks[-1]  # on the last stage the one with the head
         self._optimizer = optimizer
@@ -78,6 +93,7 @@ class Updater:
             group=groups.tp,
             byte_order=byte_order,
             teacher_logit_softcap=teacher_logit_softcap,
+            importance_cap=importance_cap,
         )
 
     def step(self, batches: Sequence[MicroBatch]) -> StepReport:
@@ -85,25 +101,26 @@ class Updater:
 
         Raises NonFiniteError, on every rank and before any weight changes, for a loss or gradient that is not finite.
         """
-        for ddp in self._chunks:
-            ddp.zero_grad_buffer()
-        self._optimizer.zero_grad()
-        schedule = get_forward_backward_func()
-        outputs = schedule(
-            forward_step_func=self._forward_step,
-            data_iterator=[iter(batches) for _ in self._chunks],
-            model=self._chunks,
-            num_microbatches=len(batches),
-            seq_length=max(batch.tokens.shape[1] for batch in batches),
-            micro_batch_size=batches[0].tokens.shape[0],
-            forward_only=False,
-        )
+        interval, of_one_to_one = self._gradient_parts_interval, None
+        if interval and (self._scheduler.num_steps + 1) % interval == 0:
+            self._backward([without_units(batch) for batch in batches])
+            self._optimizer.prepare_grads()
+            of_one_to_one = gradients(self._optimizer)
+        outputs = self._backward(batches)
         # Outputs come in the order of the batches, on ranks that have the loss.
         label_losses: dict[int, torch.Tensor] = {}
         for batch, output in zip(batches, outputs, strict=False):
-            label_losses |= _by_sample(batch, output.pop("label_losses"))
+            if self._groups.cp_size > 1:
+                dist.all_reduce(output["label_losses"], group=self._groups.cp)
+            of_samples = output.pop("label_losses").split(batch.num_labels)
+            label_losses |= dict(zip(batch.sample_ids, of_samples, strict=True))
+        gaps = [output.pop("rollout_gap_largest") for output in outputs]
         # The loss is that of the last stage; all stages report it, and stop together if it is not finite.
-        sums = sum_over_ranks(_add(outputs), self._groups.dp) if self._groups.is_last_stage else {}
+        sums = {}
+        if self._groups.is_last_stage:
+            widest = torch.stack(gaps).max()
+            dist.all_reduce(widest, op=dist.ReduceOp.MAX, group=self._groups.dp_cp)
+            sums = sum_over_ranks(_add(outputs), self._groups.dp_cp) | {"rollout_gap_largest": float(widest)}
         sums = from_last_stage(sums, self._groups.pp)
         learning_rate = self._optimizer.param_groups[0]["lr"]
         bad_ids = [
@@ -112,23 +129,64 @@ class Updater:
             if not math.isfinite(output["loss"])
             for sample_id in batch.sample_ids
         ]
-        grad_norm = self._take_optimizer_step(sums, bad_ids)
-        return StepReport(sums=sums, grad_norm=grad_norm, learning_rate=learning_rate, label_losses=label_losses)
+        grad_norm = self._check_gradient(sums, bad_ids)
+        parts = {} if of_one_to_one is None else compare(self._optimizer, of_one_to_one)
+        self._change_weights()
+        return StepReport(
+            sums=sums,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            gradient_parts=parts,
+            label_losses=label_losses,
+        )
+
+    def _backward(self, batches: Sequence[MicroBatch]) -> list[dict[str, torch.Tensor]]:
+        """Gradients of the micro-batches in the place of those that were there; what the loss says of each."""
+        for ddp in self._chunks:
+            ddp.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        schedule = get_forward_backward_func()
+        return schedule(
+            forward_step_func=self._forward_step,
+            data_iterator=[iter(batches) for _ in self._chunks],
+            model=self._chunks,
+            num_microbatches=len(batches),
+            seq_length=max(batch.sequences.tokens.shape[1] for batch in batches),
+            micro_batch_size=len(batches[0].sequences.tokens),
+            forward_only=False,
+        )
 
     def _forward_step(self, batches: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Any, Any]:
         batch = next(batches).to(self._groups.device)
-        return model(batch.tokens, batch.position_ids, None), partial(self._loss_func, batch)
+        sequences = batch.sequences
+        layout = Layout(sequences.position_ids[0], sequences.lengths, self._groups.cp)
+        output = model(sequences.tokens, sequences.position_ids, None, packed_seq_params=layout)
+        return output, partial(self._loss_func, batch)
 
     def _loss_func(self, batch: MicroBatch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
         model: HiddenStateModel = self._ddp.module
-        rows = hidden.flatten(0, 1)[batch.label_rows]
-        output = self._loss(rows, model.output_weight, batch.labels, student_logit_softcap=model.logit_softcap)
+        rows = hidden.flatten(0, 1)[batch.sequences.label_rows]
+        index = batch.sequences.label_index
+        gather_weight(self._ddp, model.output_weight)
+        output = self._loss(
+            rows,
+            model.output_weight,
+            batch.labels,
+            student_logit_softcap=model.logit_softcap,
+            label_rows=None if index is None else LabelRows(index=index, group=self._groups.cp),
+        )
         sums = {"loss": output.sum.detach().clone(), "num_labels": output.num_labels, **output.metrics}
         sums["label_losses"] = output.label_losses
+        gap = torch.zeros_like(output.log_probs)
+        sampled = batch.labels.sampling_log_probs
+        if sampled is not None:
+            gap = (output.log_probs - (sampled if index is None else sampled[index])).abs()
+        sums["rollout_gap_sum"] = gap.sum(dtype=torch.float64)
+        sums["rollout_gap_largest"] = torch.cat([gap, gap.new_zeros(1)]).max()
         return output.sum, output.num_labels.int(), sums
 
-    def _take_optimizer_step(self, sums: dict[str, float], bad_ids: Sequence[int]) -> float:
-        """Megatron's optimizer.step(), with a check of the global numbers between gradient and weights.
+    def _check_gradient(self, sums: dict[str, float], bad_ids: Sequence[int]) -> float:
+        """The gradient's norm; between gradient and weights the global numbers are checked.
 
         bad_ids: this rank's samples in micro-batches whose own loss is not finite.
         """
@@ -145,15 +203,14 @@ class Updater:
                 f"{sums['num_labels']:.0f} labels, gradient norm {grad_norm}: stopped before the optimizer step; "
                 "lower --lr or --clip-grad"
             )
-        self._optimizer.step()
-        self._scheduler.step(increment=1)
+        if self._check_sampling is not None:
+            self._check_sampling(sums["rollout_gap_sum"] / sums["num_labels"], sums["rollout_gap_largest"])
         return grad_norm
 
-
-def _by_sample(batch: MicroBatch, label_losses: torch.Tensor) -> dict[int, torch.Tensor]:
-    """Labels are packed sample by sample; which sequence each is of, its row of the model's output says."""
-    sizes = torch.bincount(batch.label_rows % len(batch.sample_ids), minlength=len(batch.sample_ids))
-    return dict(zip(batch.sample_ids, label_losses.split(sizes.tolist()), strict=True))
+    def _change_weights(self) -> None:
+        """By the gradient that has been prepared and checked; then the schedule goes on."""
+        self._optimizer.step()
+        self._scheduler.step(increment=1)
 
 
 def _culprits(bad_ids: Sequence[int], grad_norm: float) -> str:

@@ -3,7 +3,7 @@
 The seed chooses each moment: a hop (in turn, so that all are hit), one of its calls in the three steps that follow a
 restart, a rank, and how long after the call began, up to the time that such a call takes. Each attempt forks fresh
 processes from this one, which has trained nothing. Where one rank is killed the others are killed after it, as
-torchrun does. Then metrics (timing apart), weights and optimizer state must be equal bit by bit.
+torchrun does. Then metrics (timing apart), weights, optimizer and random state must be equal bit by bit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import torch
 
 from megatron_simct.rollout.megatron_engine import MegatronEngine
 from megatron_simct.teacher.colocated import ColocatedScorer
-from megatron_simct.update.checkpoint import Checkpoints
+from megatron_simct.update.checkpoint import Checkpoints, Write
 from megatron_simct.update.step import Updater
 from tests.distributed import run_ranks
 from tests.runs import assert_same_run, run
@@ -37,8 +37,9 @@ HOPS: dict[str, tuple[Any, str]] = {
     "save": (Checkpoints, "save"),
     "backward": (torch.autograd, "backward"),
     "rollout": (MegatronEngine, "generate"),
-    "optimizer": (Updater, "_take_optimizer_step"),
-    "scoring": (ColocatedScorer, "score"),
+    "optimizer": (Updater, "_change_weights"),
+    "scoring": (ColocatedScorer, "collect"),
+    "publish": (Write, "finish"),
 }
 """What is wrapped to know where a process is."""
 
@@ -101,8 +102,12 @@ def attempt(rank: int, world_size: int, argv: list[str], moment: Moment | None, 
     return watch.seconds
 
 
-def verify(folder: Path, *, kills: int, seed: int, processes: int) -> str:
-    """Run, kill, restart, compare; one line that says what was verified. AssertionError where it does not hold."""
+def verify(folder: Path, *, kills: int, seed: int, processes: int, flags: Sequence[str] | None = None) -> str:
+    """Run, kill, restart, compare; one line that says what was verified. AssertionError where it does not hold.
+
+    flags: of the run; without them, tensor parallelism over all processes.
+    """
+    flags = ("--tensor-model-parallel-size", str(processes)) if flags is None else flags
     files = folder / "files"
     files.mkdir()
     build_files(files)
@@ -112,7 +117,7 @@ def verify(folder: Path, *, kills: int, seed: int, processes: int) -> str:
         name: command_line(
             files,
             *("--train-iters", str(steps), "--save-interval", str(SAVE_INTERVAL), "--save-retain", "2"),
-            *("--run-dir", str(folder / name / "run"), "--tensor-model-parallel-size", str(processes)),
+            *("--run-dir", str(folder / name / "run"), *flags),
             *("--save", str(folder / name / "save"), "--load", str(folder / name / "save")),
         )
         for name in ("undisturbed", "killed")
@@ -134,8 +139,8 @@ def verify(folder: Path, *, kills: int, seed: int, processes: int) -> str:
     hit = Counter(log.read_text().splitlines())
     return (
         f"kill -9 at {kills} moments ({', '.join(f'{hop} {n}' for hop, n in sorted(hit.items()))}) of {steps} steps on "
-        f"{processes} process(es), restarted each time: metrics and {num_tensors} tensors of weights and optimizer "
-        f"state are bit-identical to an undisturbed run ({torch.get_num_threads()} thread a process)"
+        f"{processes} process(es), restarted each time: metrics and {num_tensors} tensors of weights, optimizer "
+        f"and random state are bit-identical to an undisturbed run ({torch.get_num_threads()} thread a process)"
     )
 
 
@@ -145,7 +150,7 @@ def _moments(
     moments = []
     for number in range(kills):
         hop = list(HOPS)[number % len(HOPS)]
-        calls = 1 if hop == "save" else (SAVE_INTERVAL + 1) * len(seconds[hop]) // steps
+        calls = 1 if hop in ("save", "publish") else (SAVE_INTERVAL + 1) * len(seconds[hop]) // steps
         # The run may have only SAVE_INTERVAL steps left at the last kill.
         calls = min(calls, SAVE_INTERVAL * len(seconds[hop]) // steps) if number == kills - 1 else calls
         typical = sorted(seconds[hop])[len(seconds[hop]) // 2]
@@ -165,9 +170,12 @@ def main() -> None:
     parser.add_argument("kills", type=int, metavar="N")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--processes", type=int, default=2, choices=(1, 2), help="tensor-parallel ranks")
-    options = parser.parse_args()
+    options, flags = parser.parse_known_args()  # the others are of the run, in the place of its layout
     with tempfile.TemporaryDirectory() as folder:
-        print(verify(Path(folder), kills=options.kills, seed=options.seed, processes=options.processes))
+        text = verify(
+            Path(folder), kills=options.kills, seed=options.seed, processes=options.processes, flags=flags or None
+        )
+    print(text)
 
 
 if __name__ == "__main__":

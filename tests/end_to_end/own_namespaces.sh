@@ -6,8 +6,12 @@ skip() { echo "$(basename "$0" .sh): skipped: $*"; exit 0; }
 
 need_packages() {  # PACKAGE... of Debian; what they put into place is not removed
     dpkg-query --show "$@" > /dev/null 2>&1 && return
+    local lock
+    exec {lock}< /var/cache/apt  # two scripts may run at a time
+    flock "$lock"
     { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "$@"; } \
         > "$folder/apt.log" 2>&1 || skip "the packages $* cannot be installed: $(tail -n 1 "$folder/apt.log")"
+    exec {lock}<&-
 }
 
 if [ -z "${SIMCT_OWN_FOLDER:-}" ]; then

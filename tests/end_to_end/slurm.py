@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ import psutil
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-ITERATIONS = 40
+ITERATIONS = 100
 TOKEN = "hf_" + "9fQ2" * 8
 """A secret where jobs are launched, which they inherit."""
 WAIT_S = 600.0
@@ -83,9 +84,8 @@ def one_job(folder: Path, pair: dict[str, Any]) -> int:
     launch(write_run(folder, "undisturbed", pair, kind="local", with_teacher=False))
     path = write_run(folder, "preempted", pair, kind="slurm", with_teacher=False)
     launch(path)
-    wait("the first steps", lambda: steps(folder / "preempted") >= 3)
     urgent = ["--partition=high", "--nodelist=node1", "--time=1", "--output=/dev/null", "--wrap=sleep 1"]
-    call("sbatch", *urgent)
+    tell_to_stop(folder / "preempted", "sbatch", *urgent)
     wait("the job to be queued again", lambda: "queued again" in log(folder / "preempted"))
     stopped = int((folder / "preempted" / "checkpoint" / "latest_checkpointed_iteration.txt").read_text())
     assert 3 <= stopped < ITERATIONS, stopped
@@ -101,7 +101,7 @@ def heterogeneous(folder: Path, pair: dict[str, Any]) -> int:
     """Both components, told to stop and resumed; the step after which it stopped."""
     path = write_run(folder, "both", pair, kind="slurm", with_teacher=True)
     launch(path)
-    wait("the first steps", lambda: steps(folder / "both") >= 3)
+    wait("the first step", lambda: steps(folder / "both") >= 1)
     rows = launch("status", path).splitlines()
     assert [row.split()[-1] for row in rows[:2]] == ["node1", "node2"], rows
     assert rows[-1].startswith("iteration ") and "loss" in rows[-1], rows
@@ -111,7 +111,7 @@ def heterogeneous(folder: Path, pair: dict[str, Any]) -> int:
     commands = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
     assert not [command for command in commands if any(secret in command for secret in {TOKEN, *secrets})]
     # What Slurm sends to the job's script when grace_s seconds of its time are left.
-    call("scancel", "--batch", "--signal=USR1", number)
+    tell_to_stop(folder / "both", "scancel", "--batch", "--signal=USR1", number)
     wait("the job to be queued again", lambda: "queued again" in log(folder / "both"))
     stopped = int((folder / "both" / "checkpoint" / "latest_checkpointed_iteration.txt").read_text())
     assert 3 <= stopped < ITERATIONS, stopped
@@ -141,13 +141,50 @@ def cancelled(folder: Path, pair: dict[str, Any]) -> None:
     assert "no longer queued" in launch("status", path)
 
 
+def tell_to_stop(run: Path, *command: str) -> None:
+    """After the third step: the student stands still until what the command causes has reached it, so that it is not
+    done before."""
+    wait("the first steps", lambda: steps(run) >= 3)
+    students = [process for process in processes(run) if is_student(process)]
+    for process in students:
+        process.suspend()
+    try:
+        call(*command)
+        wait("its signal", lambda: any(has_reached(process, signal.SIGTERM) for process in students))
+    finally:
+        for process in students:
+            if process.is_running():
+                process.resume()
+
+
+def is_student(process: psutil.Process) -> bool:
+    """One that trains; torchrun, which has the same arguments behind its own, goes on."""
+    arguments = process.cmdline()
+    return "megatron_simct.train" in arguments and "torch.distributed.run" not in arguments
+
+
+def has_reached(process: psutil.Process, number: signal.Signals) -> bool:
+    """Whether a process that stands still was sent the signal; Slurm wakes some of those that it tells to end."""
+    if not process.is_running() or process.status() != psutil.STATUS_STOPPED:
+        return True
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
+    return any(int(fields[name], 16) >> (number - 1) & 1 for name in ("SigPnd", "ShdPnd"))
+
+
 def launch(*arguments: str | Path) -> str:
     """python -m megatron_simct.launch; what it prints."""
     return call(sys.executable, "-m", "megatron_simct.launch", *map(str, arguments))
 
 
 def call(*command: str) -> str:
-    result = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, cwd=ROOT)
+    """What it prints. Slurm's own commands fail now and then where a machine is busy: squeue and sinfo, which change
+    nothing, are asked again."""
+    deadline = time.monotonic() + (WAIT_S if command[0] in ("squeue", "sinfo") else 0.0)
+    while True:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, cwd=ROOT)
+        if result.returncode == 0 or time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
     assert result.returncode == 0, f"{command}: exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result.stdout
 
@@ -168,21 +205,23 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 def steps(run: Path) -> int:
     """Lines of metrics so far; of a run that fails, its logs."""
     path = run / "student" / "metrics.jsonl"
+    if path.exists():
+        return len(path.read_text().splitlines())
     assert call("squeue", "--noheader") or path.exists(), "\n".join(p.read_text() for p in run.glob("logs/*.log"))
-    return len(path.read_text().splitlines()) if path.exists() else 0
+    return 0
 
 
 def log(run: Path) -> str:
     return (run / "logs" / "job.log").read_text()
 
 
-def processes(run: Path) -> list[int]:
+def processes(run: Path) -> list[psutil.Process]:
     """Those whose command line names the run."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         arguments = process.info["cmdline"] or []
         if any(argument.startswith("--") and str(run) in argument for argument in arguments):
-            found.append(process.pid)
+            found.append(process)
     return found
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_simct.commands import evaluate
+from megatron_simct.data import rendering
 from megatron_simct.train import main
 from tests.distributed import run_ranks
 from tests.huggingface import (
@@ -19,6 +23,7 @@ from tests.huggingface import (
     save_real_byte_fallback,
     save_real_byte_level,
 )
+from tests.runs import assert_same_run, metrics
 
 pytest.importorskip("transformers")
 
@@ -79,6 +84,98 @@ def test_two_steps_from_folders_alone(files, tmp_path, prompts):
             assert metrics[name][0][metric] == pytest.approx(metrics["one"][0][metric], rel=1e-5)
 
 
+# The date and the arguments of chat templates
+
+
+def _on_day(rank: int, world_size: int, argv: list[str], days: list[str], command: Any = main) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command, when the clock of each rank shows its day."""
+
+    class Clock(datetime.date):
+        @classmethod
+        def today(cls) -> datetime.date:
+            return cls.fromisoformat(days[rank])
+
+    rendering.Date = Clock
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = command(argv)
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def dated(files, tmp_path_factory) -> Path:
+    """The student's folder, whose template writes the day and, unless it is told not to, a word."""
+    folder = tmp_path_factory.mktemp("dated") / "student"
+    shutil.copytree(files / "student", folder)
+    (folder / "chat_template.jinja").write_text(
+        "{{ strftime_now('%A, %d %B %Y') }}{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if enable_thinking is not defined or enable_thinking %}the cat{% endif %}"
+    )
+    return folder
+
+
+def test_a_run_that_goes_on_another_day_has_the_prompts_of_the_first(files, dated, tmp_path):
+    def trained(folder: Path, days: list[str], iterations: int, *flags: str, world_size: int = 1) -> str:
+        argv = command_line(files, "--apply-chat-template", "--hf-checkpoint", str(dated), "--micro-batch-size", "1")
+        argv += ["--prompt-data", str(files / "chat.jsonl"), "--train-iters", str(iterations), "--lr-decay-style"]
+        argv += ["constant", "--run-dir", str(folder / "run"), "--save", str(folder / "save")]
+        results = run_ranks(world_size, _on_day, [*argv, "--load", str(folder / "save"), *flags], days)
+        assert all(code == 0 for code, _, _ in results), results
+        return results[0][1]
+
+    first, later = "2025-12-31", "2026-05-01"
+    trained(tmp_path / "undisturbed", [first], 3)
+    trained(tmp_path / "resumed", [first], 1)
+    text = trained(tmp_path / "resumed", [later], 3)
+    assert "after iteration 1" in text and "chat_template_date" not in text
+    assert_same_run(tmp_path / "resumed", tmp_path / "undisturbed")
+    assert f"chat_template_date: '{first}'" in (tmp_path / "resumed" / "run" / "config.yaml").read_text()
+    (run_file,) = (tmp_path / "resumed" / "save").glob("iter_0000003/run.json")
+    assert json.loads(run_file.read_text())["config"]["chat_template_date"] == first
+    # Another date, and another argument, are other prompts; both are said.
+    flags = ("--chat-template-date", later, "--chat-template-kwargs", '{"enable_thinking": false}')
+    text = trained(tmp_path / "resumed", [later], 4, *flags)
+    assert f"chat_template_date {first} -> {later}" in text
+    assert 'chat_template_kwargs None -> {"enable_thinking": false}' in text
+    # A rank whose clock is past midnight takes the date of the first.
+    trained(tmp_path / "two", [first, later], 1, world_size=2)
+    trained(tmp_path / "one", [first, first], 1, world_size=2)
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    trained(tmp_path / "other", [later, later], 1, world_size=2)
+    assert metrics(tmp_path / "other") != metrics(tmp_path / "one")
+
+
+def test_an_evaluation_that_goes_on_another_day_asks_as_on_the_first(dated, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row | {"label": "1"}) + "\n" for row in ROWS[:4]))
+
+    def evaluated(folder: Path, days: list[str], *flags: str) -> tuple[int, str]:
+        argv = ["--benchmark", "exact_match", "--data", str(tmp_path / "rows.jsonl"), "--output-dir", str(folder)]
+        argv += ["--hf-checkpoint", str(dated), "--make-vocab-size-divisible-by", "8", "--max-response-len", "8"]
+        argv += ["--part-size", "2", "--temperature", "1", "--apply-chat-template", *flags]
+        code, _, err = run_ranks(len(days), _on_day, argv, days, evaluate.main)[0]
+        return code, err
+
+    def responses(folder: Path) -> list[str]:
+        return [path.read_text() for path in sorted((folder / "responses").iterdir())]
+
+    first, later = "2025-12-31", "2026-05-01"
+    assert evaluated(tmp_path / "a", [first, later]) == (0, "")
+    assert json.loads((tmp_path / "a" / "results.json").read_text())["chat_template_date"] == first
+    expected = responses(tmp_path / "a")
+    for path in [*(tmp_path / "a").glob("*/000001.jsonl"), tmp_path / "a" / "results.json"]:
+        path.unlink()
+    assert evaluated(tmp_path / "a", [later]) == (0, "")
+    assert responses(tmp_path / "a") == expected
+    for flags, name in (
+        (("--chat-template-date", later), "chat_template_date"),
+        (("--chat-template-kwargs", '{"enable_thinking": false}'), "chat_template_kwargs"),
+    ):
+        code, err = evaluated(tmp_path / "a", [first], *flags)
+        assert code == 1 and f"holds a run that differs in {name}; name another directory" in err
+        assert evaluated(tmp_path / name, [first], *flags) == (0, "")
+        assert responses(tmp_path / name) != expected
+
+
 def test_two_steps_with_real_vocabularies(tmp_path):
     save_model(tmp_path / "student", "llama", vocab_size=20001, scale=0.1)
     save_real_byte_level(tmp_path / "student")
@@ -125,6 +222,10 @@ def no_template(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text("{}")
 
 
+def long_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{% for i in range(999) %}{{ 'a' * 99999 }}{% endfor %}")
+
+
 def remove_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
 
@@ -148,6 +249,7 @@ def shrink_vocabulary(folder: Path) -> None:
         (shrink_vocabulary, ["hf-checkpoint", "the tokenizer has 320 ids", "vocab_size 300"]),
         (remove_tokenizer, ["missing --", "tokenizer-model"]),
         (no_template, ["hf-checkpoint", "has no chat template"]),
+        (long_template, ["hf-checkpoint", "chat_template.jinja writes more than 16,777,216 characters"]),
     ],
 )
 def test_a_wrong_folder_is_one_line_that_names_the_flag(files, tmp_path, side, damage, words):

@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 
+from megatron_simct.commands import inspect_alignment as tool
 from tests.unit.test_map_files import tiktoken_file
-from tools import inspect_alignment as tool
 
 TEXT = 'hello <b>"hel"</b> &amp;\nhello <script>document.title = "broken"</script>\n'
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import plot_run as tool
+from megatron_simct.commands import plot_run as tool
 
 PIECES = ["<script>", 'document.title = "broken"', "</script>", " 8", "\n"]
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from examples.hints import run as hints
 from examples.quickstart import run as quickstart
-from megatron_simct.arguments import parse_config
-from tools import evaluate, select_responses
+from megatron_simct.commands import evaluate, select_responses
+from megatron_simct.config.flags import parse_config
+from megatron_simct.data.prompts import read_prompts
+from tests.printed import commands_of, same_but_for_numbers
 
 ROOT = Path(__file__).resolve().parents[2]
+QUICK_START = ROOT / "docs" / "quickstart.md"
+FIRST_HOUR = ROOT / "docs" / "first_hour.md"
 needs_tokenizers = pytest.mark.skipif(
     importlib.util.find_spec("mistral_common") is None,
     reason="mistral-common is not installed: pip install --no-deps -r examples/quickstart/requirements.txt",
@@ -63,7 +67,7 @@ def test_quickstart_smoke(checkout):
     assert summary["interface"] == "paper" and summary["seconds"] > 0
     assert "<svg" in (folder / "report.html").read_text() and (folder / "curves.png").stat().st_size > 10_000
     printed = (checkout / "printed").read_text()
-    _compare(section("The quick start").split("```")[1], printed[printed.index("   Held-out accuracy") :])
+    _compare(QUICK_START.read_text().split("```")[1], printed[printed.index("   Held-out accuracy") :])
 
     rows = [json.loads(line) for line in (folder / "distil-paper" / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["kind"] == "step"]
@@ -102,30 +106,37 @@ def test_a_warm_up_on_the_teachers_answers_is_a_chain_of_commands_that_the_tools
 
 
 @needs_tokenizers
+def test_the_example_of_hints_is_a_chain_whose_teacher_reads_the_solution(tmp_path):
+    warm_up, evaluation, distil = hints.stages(hints.parse(["--run-dir", str(tmp_path)]), tmp_path)
+    trained, taught = (
+        parse_config(list(stage.command[stage.command.index("megatron_simct.train") + 1 :]))
+        for stage in (warm_up, distil)
+    )
+    start = trained.output.save
+    assert taught.model.pretrained_checkpoint == taught.teacher.pretrained_checkpoint == start
+    assert taught.model.folder == taught.teacher.folder and taught.interface.interface == "kd"
+    asked = evaluate._parser().parse_args(list(evaluation.command[2:]))
+    assert asked.pretrained_checkpoint == start and asked.data == str(tmp_path / "hinted.jsonl")
+    assert warm_up in evaluation.needs and warm_up in distil.needs
+    keys = {"flag": "", "input_key": "prompt", "response_key": "response", "label_key": "label"}
+    rows = read_prompts(taught.data.prompt_data, need_response=False, need_label=False, **keys)
+    for row in rows[:50]:
+        a, b = (int(word) for word in row.prompt.split() if word.isdigit())
+        assert row.teacher_prompt == f"{row.prompt} Solution: {a} + {b} = {a + b}." and "Solution" not in row.prompt
+    held_out = read_prompts(taught.data.eval_prompt_data, need_response=False, need_label=True, **keys)
+    assert not {row.prompt for row in held_out} & {row.prompt for row in rows}
+    warm = read_prompts(trained.data.prompt_data, need_response=True, need_label=False, **keys)
+    assert sum("Solution" in row.prompt for row in warm) == len(warm) / 2
+
+
+@needs_tokenizers
 @pytest.mark.parametrize("number", range(8))
-def test_the_first_hour_is_as_the_readme_prints_it(checkout, number):
-    parts = re.findall(r"```bash\n(.*?)```\n```text\n(.*?)```", section("A first hour"), re.DOTALL)
-    assert len(parts) == 8
-    command, expected = parts[number]
+def test_the_first_hour_is_as_its_page_prints_it(checkout, number):
+    commands = commands_of(FIRST_HOUR)
+    assert len(commands) == 8
+    command, expected = commands[number]
     _compare(expected, _run(["bash", "-c", command], checkout))
 
 
-def section(title: str) -> str:
-    """The text of one section of the README."""
-    return (ROOT / "README.md").read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
-
-
 def _compare(expected: str, printed: str) -> None:
-    """Line by line, but for numbers and the widths of tables: a run of two steps finds others than a whole one. A line
-    "..." of the README stands for any lines, "..." within one for any text."""
-
-    def plain(text: str) -> str:
-        text = re.sub(r"\d[\d,]*(\.\d+)?", "#", text.replace("...", "\0"))
-        return re.sub(r"[ ━]+", " ", text).strip()
-
-    pattern = ""
-    for line in expected.strip("\n").split("\n"):
-        pattern += "(.*\n)*?" if line == "..." else re.escape(plain(line)).replace("\0", ".*") + "\n"
-    found = "".join(plain(line) + "\n" for line in printed.strip("\n").split("\n"))
-    same = re.match(pattern, found) is not None
-    assert same, f"the README prints\n{expected}\nfound was\n{printed}"
+    assert same_but_for_numbers(expected, printed), f"the page prints\n{expected}\nfound was\n{printed}"

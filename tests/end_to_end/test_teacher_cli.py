@@ -17,8 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_simct import serve_teacher
-from megatron_simct.models.families import read_architecture
-from megatron_simct.models.hf_load import load_output_rows
+from megatron_simct.models.head import load_head_rows, read_head
 from megatron_simct.serve_teacher import main
 from megatron_simct.teacher.endpoints import read_endpoints
 from tests.distributed import run_ranks
@@ -104,10 +103,10 @@ def test_torchrun_serves_a_folder_and_sigterm_ends_it(files, tmp_path):
 def test_rows_of_the_head_are_those_of_the_folder(files, side, name):
     tensors = {k: v for file in (files / side).glob("*.safetensors") for k, v in load_file(file).items()}
     whole = tensors[name or "model.embed_tokens.weight"]
-    architecture = read_architecture(str(files / side), flag="--teacher-hf-checkpoint")
+    folder = str(files / side)
     ids = np.random.default_rng(0).permutation(len(whole))[:50]
     for wanted in (ids, np.arange(7, 19), ids[:0], np.array([len(whole) - 1, 0, 1, 1])):
-        rows = load_output_rows(architecture, str(files / side), wanted, dtype=torch.float32, flag="--x")
+        rows = load_head_rows(read_head(folder, flag="--x"), folder, wanted, dtype=torch.float32, flag="--x")
         assert torch.equal(rows, whole[torch.from_numpy(wanted)])
 
 

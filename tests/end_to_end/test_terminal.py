@@ -24,9 +24,9 @@ SHOWN = {
     "evaluate": "95 % interval",
     "train": "evaluation at iteration 1",
 }
-"""Of each command, something that it writes."""
+"""Something that each command writes."""
 BARS = {"evaluate": "grading"}
-"""Of those that take long, what stands beside the bar. That of training: tests/unit/test_monitoring.py."""
+"""What stands beside the bar of a command that takes long. Training's bar: tests/unit/test_monitoring.py."""
 NOISE = re.compile(r"warning|deprecat|traceback|no cuda|found, using", re.IGNORECASE)
 
 
@@ -36,7 +36,10 @@ def _argv(name: str, folder: Path, out: Path) -> list[str]:
         right = command_line(folder / "tiny", "--train-iters", "1", "--eval-prompt-data", held_out)
     else:
         right = shlex.split(RIGHT[name].replace("--format html --output out/page.html", "").replace(" out", f" {out}"))
-    return [sys.executable, "-m", COMMANDS[name], *right]
+    module = COMMANDS[name]
+    if ".commands." in module:
+        return [sys.executable, str(ROOT / "tools" / f"{module.rpartition('.')[2]}.py"), *right]
+    return [sys.executable, "-m", module, *right]
 
 
 def _environment(**more: str) -> dict[str, str]:

@@ -7,23 +7,27 @@ import io
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_simct.alignment import build_alignment_map, load_tokenizer
 from megatron_simct.alignment.map_files import save_map
-from megatron_simct.arguments import parse_config
-from megatron_simct.config import Config
-from megatron_simct.monitoring import METRICS
+from megatron_simct.config.flags import parse_config
+from megatron_simct.config.options import Config
+from megatron_simct.reporting.monitor import METRICS
 from megatron_simct.train import main
 from tests.distributed import run_ranks
 from tests.tiny import command_line, config
 
 ROOT = Path(__file__).parents[2]
+LAUNCH = "megatron_simct.launch"
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
@@ -39,7 +43,7 @@ def assert_two_steps(result: subprocess.CompletedProcess, run_dir: Path) -> list
     """Exit code 0, two log lines between two evaluations, and the same in metrics.jsonl; its lines."""
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr and "rror" not in result.stderr
-    lines = [line for line in result.stdout.splitlines() if not line.startswith((" random weights", " interface "))]
+    lines = _said(result.stdout)
     assert [
         re.match(r" (evaluation at iteration [02]|iteration +[12]/ +2) \| ", line) is not None for line in lines
     ] == [True] * 4, result.stdout
@@ -125,8 +129,12 @@ def write_rows(path: Path, *rows: dict) -> str:
 
 
 def _said(out: str) -> list[str]:
-    """The lines of a run, but for the one that says which weights it starts from."""
-    return [line for line in out.splitlines() if not line.startswith((" random weights", " interface "))]
+    """The lines of a run, but for those that say which weights it starts from."""
+    return [
+        line
+        for line in out.splitlines()
+        if not line.startswith((" random weights", " interface ", " --pretrained-checkpoint "))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -140,10 +148,10 @@ def _said(out: str) -> list[str]:
         (["--pretrained-checkpoint", "/nowhere"], 1, ["--pretrained-checkpoint /nowhere", TRACKER]),
         (["--teacher-pretrained-checkpoint", "/nowhere"], 1, ["--teacher-pretrained-checkpoint /nowhere"]),
         (["--eval-prompt-data", "/nowhere/x"], 1, ["--eval-prompt-data /nowhere/x", "No such file"]),
-        (["--eval-benchmark", "gsm8k"], 1, ["--eval-prompt-data ", "row 1 is not one of gsm8k"]),
+        (["--eval-benchmark", "gsm8k"], 1, ["--eval-prompt-data ", "line 1 is not one of gsm8k"]),
         (["--tensor-model-parallel-size", "2"], 1, ["world size (1)", "--tensor-model-parallel-size (2)", "start 2"]),
         (["--pipeline-model-parallel-size", "2"], 1, ["world size (1)", "--pipeline-model-parallel-size (2)"]),
-        (["--context-parallel-size", "2"], 1, ["--context-parallel-size 2"]),
+        (["--context-parallel-size", "2"], 1, ["world size (1)", "--context-parallel-size (2)"]),
         (["--expert-model-parallel-size", "2"], 1, ["--expert-model-parallel-size 2", "data-parallel size (1: "]),
         (["--sequence-parallel"], 1, ["--sequence-parallel", "--tensor-model-parallel-size is 1"]),
         (["--micro-batch-size", "3"], 1, ["global batch size (8)", "--micro-batch-size (3)", "6 or 9"]),
@@ -181,8 +189,8 @@ def test_wrong_content_of_the_files_is_one_line_too(tiny, tmp_path):
     )
     for world_size, more, words in (
         (1, ["--load-debug-rollout-data", str(small)], ["--load-debug-rollout-data", "rollout_0.*.json"]),
-        (1, ["--eval-prompt-data", unlabelled], ["--eval-prompt-data", "line 2", "'label'"]),
-        (1, ["--simct-interface", "sft", "--prompt-data", unlabelled], ["--prompt-data", "line 1", "'response'"]),
+        (1, ["--eval-prompt-data", unlabelled], ["--eval-prompt-data", "line 2", "no label"]),
+        (1, ["--simct-interface", "sft", "--prompt-data", unlabelled], ["--prompt-data", "line 1", "no response"]),
         (1, ["--hf-checkpoint", str(small)], ["--hf-checkpoint", "360 ids", "vocab_size 300"]),
         (2, ["--hf-checkpoint", str(odd)], ["--tensor-model-parallel-size 2", "num_query_groups (3)"]),
     ):
@@ -255,3 +263,39 @@ def test_the_printed_configuration_is_that_of_the_command_line(tiny):
     assert (
         parse_config(["--config-file", str(tiny / "printed.yaml")]) == parse_config(command_line(tiny)) == config(tiny)
     )
+
+
+def test_two_launchers_on_one_host_where_the_usual_port_is_taken(tiny, tmp_path):
+    """29500 is torchrun's own choice, and what PyTorch's examples use: another job may hold it."""
+    values = {
+        "hf_checkpoint": str(tiny / "student"),
+        "tokenizer_model": str(tiny / "student.model"),
+        "prompt_data": str(tiny / "train.jsonl"),
+        "teacher_hf_checkpoint": str(tiny / "teacher"),
+        "teacher_tokenizer_model": str(tiny / "teacher.tiktoken"),
+        "rollout_max_response_len": 8,
+        "rollout_max_prompt_len": 64,
+        "rollout_batch_size": 4,
+        "micro_batch_size": 2,
+        "train_iters": 1,
+        "lr": 1e-3,
+    }
+    with contextlib.ExitStack() as stack:
+        for family, address in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
+            held = stack.enter_context(socket.socket(family))
+            if family == socket.AF_INET6:
+                held.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            with contextlib.suppress(OSError):  # somebody else holds it, or the machine has no IPv6
+                held.bind((address, 29500))
+                held.listen()
+        launchers = []
+        for number in range(2):
+            run = {"run_dir": str(tmp_path / str(number)), "student": values}
+            run["cluster"] = {"kind": "local", "student": {"processes_per_node": 2}}
+            path = tmp_path / f"{number}.yaml"
+            path.write_text(yaml.safe_dump(run))
+            launchers.append(stack.enter_context(ThreadPoolExecutor(1)).submit(start, "-m", LAUNCH, str(path)))
+        for number, launcher in enumerate(launchers):
+            done = launcher.result()
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert len((tmp_path / str(number) / "student" / "metrics.jsonl").read_text().splitlines()) == 1

@@ -37,14 +37,14 @@ COMMANDS = {
     "train": "megatron_simct.train",
     "serve_teacher": "megatron_simct.serve_teacher",
     "launch": "megatron_simct.launch.__main__",
-    "align": "tools.build_alignment_map",
-    "inspect": "tools.inspect_alignment",
-    "check_pair": "tools.check_pair",
-    "convert": "tools.convert_checkpoint",
-    "prepare": "tools.prepare_prompts",
-    "select": "tools.select_responses",
-    "evaluate": "tools.evaluate",
-    "plot": "tools.plot_run",
+    "align": "megatron_simct.commands.build_alignment_map",
+    "inspect": "megatron_simct.commands.inspect_alignment",
+    "check_pair": "megatron_simct.commands.check_pair",
+    "convert": "megatron_simct.commands.convert_checkpoint",
+    "prepare": "megatron_simct.commands.prepare_prompts",
+    "select": "megatron_simct.commands.select_responses",
+    "evaluate": "megatron_simct.commands.evaluate",
+    "plot": "megatron_simct.commands.plot_run",
     "quickstart": "examples.quickstart.run",
     "study": "examples.experiments.run",
 }
@@ -107,6 +107,11 @@ MISTAKES = [
         "train",
         ("a folder that is not there", "--hf-checkpoint no/folder", "--hf-checkpoint no/folder: .*No such file"),
         ("a text for a size", "--hf-checkpoint sizes", "--hf-checkpoint sizes: .*: hidden_size = '64'; expected a"),
+        (
+            "an adapter for a model",
+            "--hf-checkpoint adapter",
+            "--hf-checkpoint adapter: holds adapter_config.json, so it",
+        ),
         ("a file in place of a folder", "--hf-checkpoint text.txt", "--hf-checkpoint text.txt: .*Not a directory"),
         ("prompts that are not there", "--prompt-data no.jsonl", "--prompt-data no.jsonl: No such file"),
         ("a folder in place of prompts", "--prompt-data tiny", "--prompt-data tiny: Is a directory"),
@@ -122,6 +127,7 @@ MISTAKES = [
         ("no such configuration", "--config-file no.yaml", "--config-file no.yaml: No such file"),
         ("a key that does not exist", "--config-file typo.yaml", "--config-file typo.yaml: unknown key 'train_iter'"),
         ("two processes too few", "--tensor-model-parallel-size 2", r"world size \(1\).*start 2 processes"),
+        ("half precision without a GPU", "--bf16", "--bf16 needs a GPU"),
         ("a checkpoint of another kind", "--load tiny", "--load tiny: no checkpoint there"),
         ("weights that are no safetensors", "--hf-checkpoint bad_weights", "--hf-checkpoint bad_weights"),
         ("a disk that may not be written", "--run-dir out/run", "--run-dir out/run: Read-only.*name", "read-only"),
@@ -130,6 +136,7 @@ MISTAKES = [
     ),
     *mistakes(
         "serve_teacher",
+        ("half precision without a GPU", "--bf16", "--bf16 needs a GPU"),
         ("a folder without weights", "", "--teacher-hf-checkpoint tiny/teacher: has no weights"),
         ("a misspelt flag", "--run-dri x", "unknown flag --run-dri; did you mean --run-dir?"),
         ("a folder that is not there", "--teacher-hf-checkpoint no", "--teacher-hf-checkpoint no: .*No such file"),
@@ -230,7 +237,7 @@ MISTAKES = [
         "evaluate",
         ("an unknown benchmark", "--benchmark gsm9k", "argument --benchmark: invalid choice: 'gsm9k'"),
         ("no problems", "--data no.jsonl", "--data no.jsonl: .*No such file"),
-        ("another column", "--data question.jsonl", "--data question.jsonl.*neither a prompt nor messages"),
+        ("another column", "--data question.jsonl", "--data question.jsonl, line 1 .*no prompt"),
         ("no responses", "--responses no.jsonl", "--responses no.jsonl: No such file"),
         ("more samples than responses", "--samples 3", "--responses responses.jsonl: 1 responses to p0, and --samples"),
         ("chat responses of a model", f"= {ASKED} --chat-responses", "--chat-responses: says what --responses are"),
@@ -240,7 +247,7 @@ MISTAKES = [
             "--make-vocab-size-divisible-by 0: must be at",
         ),
         ("an archive that is none", "--data damaged.jsonl.gz", "--data damaged.jsonl.gz: Not a gzipped file"),
-        ("a number for an answer", "--data number.jsonl", "--data number.jsonl: row 1 is not one of exact_match"),
+        ("a number for an answer", "--data number.jsonl", "--data number.jsonl, line 1 is not one of exact_match"),
         ("samples that are all the same", f"= {ASKED} --samples 2", "--samples 2 of one greedy response"),
     ),
     *mistakes(
@@ -309,6 +316,8 @@ def desk(tiny, tmp_path_factory) -> Path:
     (folder / "bad_weights").mkdir()
     (folder / "bad_weights" / "config.json").write_bytes((tiny / "student" / "config.json").read_bytes())
     (folder / "bad_weights" / "model.safetensors").write_bytes(b"PK\3\4 no tensors")
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (folder / "sizes").mkdir()
     fields = json.loads((tiny / "student" / "config.json").read_text()) | {"hidden_size": "64"}
     (folder / "sizes" / "config.json").write_text(json.dumps(fields))
@@ -395,9 +404,12 @@ def test_ctrl_c_is_one_line(begun, tiny, tmp_path):
         if begun:
             assert any(re.search(begun, line) for line in process.stdout)
         else:
-            time.sleep(1)  # whatever it is doing then
+            maps = Path(f"/proc/{process.pid}/maps")
+            while "libtorch" not in maps.read_text():
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode in (130, -signal.SIGINT)  # a shell says 130 of both

@@ -10,22 +10,28 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from megatron_simct.config import ParallelConfig
-from megatron_simct.losses import fused_cross_tokenizer_loss, place_shared_head
+from megatron_simct.config.options import ParallelConfig
+from megatron_simct.losses import Head, Response, SharedVocabulary, cross_tokenizer_loss, place_shared_head
+from megatron_simct.models import build
 from megatron_simct.models.build import HiddenStateModel, build_model
-from megatron_simct.models.families import Architecture, Rope
+from megatron_simct.models.dense import Dense
+from megatron_simct.models.families import Architecture
+from megatron_simct.models.grouped_query import GroupedQuery
+from megatron_simct.models.layers import Layer
+from megatron_simct.models.rotary import Rope
 from megatron_simct.parallel.initialize import process_groups
-from tests import weights
+from tests import public_loss, weights
 from tests.oracles.dense import dense_sum
 from tests.oracles.loss_cases import LossCase, padded_shard
 from tests.parallel import test_layouts
@@ -41,9 +47,11 @@ class Line:
     """One measured number; without a limit it is only reported."""
 
     check: str
-    value: float
+    value: float = 0.0
     unit: str = ""
     limit: float | None = None
+    note: str = ""
+    """Instead of a number."""
 
     @property
     def passed(self) -> bool:
@@ -75,12 +83,15 @@ def on_ranks(world_size: int, function: Callable[..., dict[str, torch.Tensor]], 
 
 def _rank(rank: int, world_size: int, folder: str, function: Callable[..., dict], args: tuple[Any, ...]) -> None:
     on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    # NCCL wants a device a rank; gloo takes tensors of one device on all ranks.
+    alone = on_gpu and torch.cuda.device_count() < world_size
+    local_rank = 0 if alone else rank
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
     dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
+        "nccl" if on_gpu and not alone else "gloo",
         store=dist.FileStore(f"{folder}/store", world_size),
         rank=rank,
         world_size=world_size,
@@ -122,12 +133,7 @@ def _loss_on_shards(device: torch.device) -> dict[str, torch.Tensor]:
     hidden = case.student_hidden.requires_grad_()
     weight.requires_grad_()
     options = _arguments(case, device) | {"group": group}
-    names = ("shared_student_ids", "shared_teacher_ids", "stop_student_id", "stop_teacher_ids", "student_vocab_size")
-    placing = {name: options[name] for name in (*names, "teacher_vocab_size", "group")}
-    head = place_shared_head(teacher_weight, student_width=len(weight), **placing)
-    output = fused_cross_tokenizer_loss(
-        hidden, weight, case.teacher_hidden, teacher_weight, shared_head=head, **options
-    )
+    output = public_loss.fused(hidden, weight, case.teacher_hidden, teacher_weight, placed=True, **options)
     output.loss.backward()
     return {"loss": output.loss.detach(), "hidden": hidden.grad, "weight": weight.grad}
 
@@ -190,7 +196,7 @@ def _dense(case: LossCase, interface: str) -> list[torch.Tensor]:
 
 def _fused(hidden: torch.Tensor, weight: torch.Tensor, case: LossCase, interface: str) -> torch.Tensor:
     options = _arguments(case, hidden.device) | {"interface": interface, "normalizer": 1}
-    return fused_cross_tokenizer_loss(hidden, weight, case.teacher_hidden, case.teacher_weight, **options).loss
+    return public_loss.fused(hidden, weight, case.teacher_hidden, case.teacher_weight, **options).loss
 
 
 def _gradients(case: LossCase, loss: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
@@ -211,43 +217,45 @@ def architecture(*, hidden_size: int, num_layers: int, vocab_size: int) -> Archi
     """A llama."""
     head_dim = 64
     heads = hidden_size // head_dim
+    layer = Layer(
+        attention=GroupedQuery(heads=heads, groups=heads, head_dim=head_dim, scale=head_dim**-0.5),
+        mlp=Dense(width=2 * hidden_size),
+        rope=Rope(theta=10000.0, dim=head_dim),
+    )
     return Architecture(
-        num_layers=num_layers,
+        layers=(layer,) * num_layers,
         hidden_size=hidden_size,
-        ffn_hidden_size=2 * hidden_size,
-        num_attention_heads=heads,
-        num_query_groups=heads,
-        head_dim=head_dim,
         vocab_size=vocab_size,
         norm_epsilon=1e-6,
-        ropes=(Rope(theta=10000.0, dim=head_dim),),
-        rope_of_layer=(0,) * num_layers,
         tied_embeddings=False,
-        windows=(None,) * num_layers,
-        softmax_scale=head_dim**-0.5,
         max_position_embeddings=4096,
         init_std=0.05,
     )
 
 
 def stock_layers(device: torch.device) -> list[Line]:
-    """Hidden states and embedding gradient of megatron-core's layers (of TransformerEngine on a GPU) and of ours."""
+    """Hidden states and embedding gradient of megatron-core's layers, of TransformerEngine where it imports, and of our
+    own local ones."""
     on_gpu = device.type == "cuda"
+    has_engine = on_gpu and build.gpt_layer_specs.HAVE_TE
     with process_groups(ParallelConfig(), seed=1) as groups:
         small = architecture(hidden_size=256, num_layers=2, vocab_size=512)
-        ours = build_model(small, ParallelConfig(), groups, vocab_size=512, divisible_by=1, bf16=on_gpu, flag="smoke")
-        theirs = _stock_model(ours, transformer_engine=on_gpu).to(device)
-        missing = theirs.load_state_dict(_stock_names(ours.state_dict(), fused_norms=on_gpu), strict=False)
+        with mock.patch.object(build.gpt_layer_specs, "HAVE_TE", False):
+            ours = build_model(
+                small, ParallelConfig(), groups, vocab_size=512, divisible_by=1, bf16=on_gpu, flag="smoke"
+            )
+        theirs = _stock_model(ours, transformer_engine=has_engine).to(device)
+        missing = theirs.load_state_dict(_stock_names(ours.state_dict(), fused_norms=has_engine), strict=False)
         assert not [name for name in missing.missing_keys if "_extra_state" not in name], missing
         tokens, positions = _tokens(2, 64, 512, device)
         mask = torch.ones(1, 1, 64, 64, dtype=torch.bool, device=device).triu(1)
         states, gradients = [], []
-        for model in (ours, theirs):
-            hidden = model(tokens, positions, mask)
+        for model, own_mask in ((ours, None), (theirs, mask)):  # our attention is causal by itself
+            hidden = model(tokens, positions, own_mask)
             (hidden * torch.linspace(-1, 1, hidden.shape[-1], device=device)).sum().backward()
             states.append(hidden.detach())
             gradients.append(model.embedding.word_embeddings.weight.grad)
-    kind, limit = ("TransformerEngine", 2e-2) if on_gpu else ("megatron-core's local layers", 1e-5)
+    kind, limit = "TransformerEngine" if has_engine else "megatron-core's local layers", 2e-2 if on_gpu else 1e-5
     (of_states,), (of_gradients,) = (relative_errors(pair[1:], [pair[0].double()]) for pair in (states, gradients))
     return [
         Line(check=f"{kind} against ours: hidden states", value=of_states, limit=limit),
@@ -315,21 +323,15 @@ def step_speed(device: torch.device) -> list[Line]:
         shared = torch.arange(vocab_size, device=device)
         teacher_hidden = torch.randn(len(labels), large.hidden_size, device=device, dtype=torch.bfloat16)
         teacher_weight = torch.randn(vocab_size, large.hidden_size, device=device, dtype=torch.bfloat16) / 32
-        head = place_shared_head(teacher_weight, shared, shared, student_width=vocab_size)
-        sample = {
-            "segments": torch.stack([index, index + 1, index, index + 1], 1),
-            "student_labels": labels,
-            "teacher_labels": labels,
-            "shared_student_ids": shared,
-            "shared_teacher_ids": shared,
-        }
+        pair = SharedVocabulary(student_ids=shared, teacher_ids=shared)
+        head = place_shared_head(Head(teacher_hidden, teacher_weight), pair, student_width=vocab_size)
+        segments = torch.stack([index, index + 1, index, index + 1], 1)
+        response = Response(segments=segments, student_labels=labels, teacher_labels=labels)
 
         def step() -> float:
             model.zero_grad(set_to_none=True)
             hidden = model(tokens, positions, None).flatten(0, 1)
-            output = fused_cross_tokenizer_loss(
-                hidden, model.output_weight, teacher_hidden, teacher_weight, shared_head=head, **sample
-            )
+            output = cross_tokenizer_loss(Head(hidden, model.output_weight), head, pair, response)
             output.loss.backward()
             return float(output.loss.detach())
 
@@ -352,16 +354,3 @@ def step_speed(device: torch.device) -> list[Line]:
                 Line(check=f"{name}: peak memory (bf16 logits of it: {logits:.0f} MiB)", value=peak, unit="MiB")
             )
         return lines
-
-
-CHECKS: Sequence[Callable[[torch.device], list[Line]]] = (
-    bfloat16_loss,
-    stock_layers,
-    step_speed,
-    loss_on_two_ranks,
-    training_on_two_ranks,
-)
-
-
-def needed_gpus(check: Callable[[torch.device], list[Line]]) -> int:
-    return 2 if check in (loss_on_two_ranks, training_on_two_ranks) else 1

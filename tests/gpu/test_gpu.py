@@ -1,19 +1,22 @@
-"""The checks of a first run on GPUs as tests; skipped, with the reason, where there is no GPU."""
+"""The steps of a first run on a GPU as tests; skipped, with the reason, where there is no GPU."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests.gpu.checks import CHECKS, needed_gpus, smoke_device
+from tests.gpu.checks import smoke_device
+from tests.gpu.smoke import STEPS, in_time
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_on_gpu(check):
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
+def test_on_gpu(step, tmp_path):
     device = smoke_device()
     if device is None:
         pytest.skip("no CUDA device; SIMCT_GPU_SMOKE_DEVICE=cpu runs the same code small on CPU")
-    if device.type == "cuda" and torch.cuda.device_count() < needed_gpus(check):
-        pytest.skip(f"needs {needed_gpus(check)} GPUs, found {torch.cuda.device_count()}")
-    for line in check(device):
-        assert line.passed, f"{line.check}: {line.value}, at most {line.limit}"
+    if device.type == "cuda" and torch.cuda.device_count() < step.gpus:
+        pytest.skip(f"needs {step.gpus} GPUs, found {torch.cuda.device_count()}")
+    result = in_time(step, device, tmp_path)
+    assert "problem" not in result, f"{result['problem']}: {(tmp_path / step.name).with_suffix('.log').read_text()}"
+    for line in result["lines"]:
+        assert line["passed"], f"{line['check']}: {line['value']}, at most {line['limit']}"

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_simct.alignment.byte_bounds import Side as PlannedSide
+from megatron_simct.alignment.byte_bounds import plan_byte_bounds
 from megatron_simct.alignment.byte_events import plan_byte_events, plan_mixture_events
+from megatron_simct.alignment.continuations import Continuations
 from megatron_simct.alignment.segments import align
 from megatron_simct.alignment.token_table import TokenTable
-from megatron_simct.losses.bytes import ByteOrder, byte_loss, mixed_log_masses, slot_log_masses
+from megatron_simct.losses.kinds.bytes import ByteOrder, Weigh, byte_loss, mixed_log_masses, slot_log_masses
 from megatron_simct.losses.tiles import GivenLogits
-from megatron_simct.parallel.packing import pack_byte_events, pack_byte_sides
+from megatron_simct.packing import pack_byte_events, pack_byte_sides
 from megatron_simct.records import ByteEvents
 from tests import golden
 from tests.oracles.bytes import Side, loss, mixture_loss
@@ -28,7 +31,27 @@ def table_of(side: Side) -> TokenTable:
     return TokenTable.from_bytes(side.pieces, special_ids=special, stop_ids=side.stop_ids)
 
 
+def continuations_of(side: Side) -> Continuations | None:
+    """The table of `follows`."""
+    if side.follows is None:
+        return None
+    symbols = [*range(256), None]
+    ids = range(len(side.pieces))
+    return Continuations.of(np.array([[side.follows(i, symbol) for symbol in symbols] for i in ids]))
+
+
+def bounds_of(student: Side, teachers: Sequence[Side]) -> list[ByteEvents]:
+    """The events of `plan_byte_bounds`, an answer a teacher."""
+    texts, stops = zip(*(_text(student, teacher) for teacher in teachers), strict=True)
+    sides = [
+        PlannedSide(table=table_of(side), ids=_ids(side), continuations=continuations_of(side))
+        for side in (student, *teachers)
+    ]
+    return plan_byte_bounds(min(texts, key=len), stop=all(stops), student=sides[0], teachers=sides[1:])
+
+
 def events_of(student: Side, teacher: Side) -> ByteEvents:
+    """Those of the longest match."""
     text, stop = _text(student, teacher)
     tables = table_of(student), table_of(teacher)
     ids = [_ids(side) for side in (student, teacher)]
@@ -87,10 +110,18 @@ def evaluate(
     js_beta: float = 0.5,
     group: dist.ProcessGroup | None = None,
     dtype: torch.dtype = torch.float64,
+    bounds: str = "longest-match",
+    label_terms: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    weigh: Weigh | None = None,
 ) -> Evaluation:
     """The package's loss of a micro-batch of (student, teacher) with common vocabularies."""
-    events = [[events_of(student, teacher)] for student, teacher in cases]
-    return _evaluate(cases, events, (1.0,), divergence=divergence, js_beta=js_beta, group=group, dtype=dtype)
+    if bounds == "any":
+        events = [bounds_of(student, [teacher]) for student, teacher in cases]
+    else:
+        events = [[events_of(student, teacher)] for student, teacher in cases]
+    more = {"divergence": divergence, "js_beta": js_beta, "group": group, "dtype": dtype}
+    more |= {"weigh": weigh, "label_terms": label_terms}
+    return _evaluate(cases, events, (1.0,), **more)
 
 
 def evaluate_mixture(
@@ -101,9 +132,11 @@ def evaluate_mixture(
     js_beta: float = 0.5,
     group: dist.ProcessGroup | None = None,
     dtype: torch.dtype = torch.float64,
+    bounds: str = "longest-match",
 ) -> Evaluation:
     """The same of (student, teacher, teacher, ...), the teachers mixed."""
-    events = [mixture_events_of(student, teachers) for student, *teachers in cases]
+    plan = bounds_of if bounds == "any" else mixture_events_of
+    events = [plan(student, teachers) for student, *teachers in cases]
     return _evaluate(cases, events, weights, divergence=divergence, js_beta=js_beta, group=group, dtype=dtype)
 
 
@@ -116,6 +149,8 @@ def _evaluate(
     js_beta: float,
     group: dist.ProcessGroup | None,
     dtype: torch.dtype,
+    label_terms: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    weigh: Weigh | None = None,
 ) -> Evaluation:
     sides = list(zip(*cases, strict=True))
     sources, labels, orders, starts = [], [], [], []
@@ -148,6 +183,8 @@ def _evaluate(
         divergence=divergence,
         js_beta=js_beta,
         group=group,
+        label_terms=label_terms,
+        weigh=weigh,
     )
     result.sum.backward()
     return Evaluation(result.sum.detach(), student_logits.grad, result.metrics, result.label_losses)

@@ -12,6 +12,7 @@ with b may then have left the token that M is in. Gradients come from autograd; 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,8 @@ class Side:
     logits: torch.Tensor
     """[n, V], the real vocabulary."""
     labels: list[int]
+    follows: Callable[[int, int | None], bool] | None = None
+    """Whether a byte, or the end (None), may come behind a token in the tokenizer's own cut; None: not known."""
 
 
 @dataclass
@@ -141,7 +144,7 @@ def events(student: Point, teacher: Point) -> list[dict[str | int, torch.Tensor]
 
 
 def mixture_events(student: Point, teachers: list[Point], weights: list[float]) -> list[dict[str | int, torch.Tensor]]:
-    """Of a student and a mixture; nothing where a teacher is in a token that it cannot end."""
+    """Events of a student and a mixture; none if a teacher is inside a token that it cannot end."""
     if not all(teacher.can_end for teacher in teachers):
         return [{}, {}]
     common = set(student.mass).intersection(*(set(teacher.mass) for teacher in teachers))

@@ -8,6 +8,7 @@ package.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,10 +28,14 @@ def dense_sum(
     interface: str,
     divergence: str = "reverse_kl",
     beta: float = 0.5,
+    rounded: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.clone,
 ) -> torch.Tensor:
-    """Sum over rows of `paper`, `sum` or `strict` at temperature 1. case: labels, segments, ... of a LossCase."""
-    log_p = _log_softmax(student_hidden @ student_weight.T)
-    log_q = _log_softmax(teacher_hidden @ teacher_weight.T).detach()
+    """Sum over rows of `paper`, `sum` or `strict` at temperature 1. case: labels, segments, ... of a LossCase.
+
+    `rounded` is done to what goes into the logits and to the log-probabilities.
+    """
+    log_p = rounded(_log_softmax(rounded(student_hidden) @ rounded(student_weight).T))
+    log_q = rounded(_log_softmax(rounded(teacher_hidden) @ rounded(teacher_weight).T)).detach()
     device = log_p.device
     own_p = log_p[torch.arange(len(log_p)), torch.tensor(case.student_labels, device=device)]
     own_q = log_q[torch.arange(len(log_q)), torch.tensor(case.teacher_labels, device=device)]

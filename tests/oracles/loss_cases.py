@@ -12,15 +12,15 @@ import torch
 import torch.distributed as dist
 
 from megatron_simct.alignment.placement import VocabPlacement
-from megatron_simct.config import InterfaceConfig
+from megatron_simct.config.options import InterfaceConfig
 from megatron_simct.losses import SharedHead, gather_shared_head, interface_loss
-from megatron_simct.losses.interfaces import LossOutput
+from megatron_simct.losses.loss import LossOutput
 from megatron_simct.records import LabelBatch
 from tests import golden
 from tests.oracles import losses as oracle
 
 ONE_TO_ONE = ("strict", "strict_topk", "kd", "uld")
-WITHOUT_HEAD = ("sft", "alm", "uld")
+WITHOUT_HEAD = ("sft", "reward", "alm", "uld", "scalar")
 
 PADDING_SCORE = 50.0
 """Padded rows of both heads give huge logits: a loss that scores them is far off."""
@@ -45,6 +45,10 @@ class LossCase:
     """One a segment; None: all 1."""
     student_softcap: float | None = None
     teacher_softcap: float | None = None
+    old_log_probs: list[float] | None = None
+    """Log-probabilities of the student labels when they were sampled; None: today's."""
+    advantages: list[float] | None = None
+    """One a student label; None: there is no reward."""
 
     def to(self, dtype: torch.dtype) -> LossCase:
         names = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")
@@ -195,7 +199,9 @@ def label_batch(case: LossCase, interface: str = "paper", *, uld_topk: int = 0) 
         logits = case.teacher_softcap * torch.tanh(logits / case.teacher_softcap)
     wanted = [a for a, kind in enumerate(case.kinds) if interface not in ONE_TO_ONE or kind != oracle.UNIT]
     wanted = (
-        np.random.default_rng(0).permutation(wanted).astype(int).tolist() if interface not in ("sft", "alm") else []
+        np.random.default_rng(0).permutation(wanted).astype(int).tolist()
+        if interface not in ("sft", "reward", "alm", "scalar")
+        else []
     )
     topk = None
     if interface == "uld":
@@ -224,6 +230,10 @@ def label_batch(case: LossCase, interface: str = "paper", *, uld_topk: int = 0) 
         teacher_hidden=case.teacher_hidden[[case.segments[a][0] for a in wanted]] if wanted else None,
         teacher_hidden_index=torch.tensor(index, dtype=torch.int64),
         teacher_topk=topk,
+        advantages=None if case.advantages is None else torch.tensor(case.advantages, dtype=torch.float64),
+        sampling_log_probs=None
+        if case.old_log_probs is None
+        else torch.tensor(case.old_log_probs, dtype=torch.float64),
     )
 
 
@@ -295,6 +305,10 @@ def evaluate_oracle(case: LossCase, config: InterfaceConfig) -> tuple[oracle.Ora
         uld_topk=config.uld_topk,
         min_teacher_mass=config.min_teacher_mass,
         weights=case.weights,
+        unit_score=config.unit_score,
+        span_mse=config.span_mse,
+        scalar=config.scalar,
+        old_log_probs=case.old_log_probs,
         student_softcap=case.student_softcap,
         teacher_softcap=case.teacher_softcap,
     )
@@ -324,7 +338,7 @@ CONFIGS = [
 
 OTHERS = [
     InterfaceConfig(interface="sum"),
-    InterfaceConfig(interface="sum", divergence="js", js_beta=0.3, temperature=1.5),
+    InterfaceConfig(unit_score="sum", divergence="js", js_beta=0.3, temperature=1.5),
     InterfaceConfig(interface="code"),
     InterfaceConfig(interface="code", divergence="forward_kl", temperature=2.0),
     InterfaceConfig(interface="code", divergence="js"),
@@ -338,6 +352,9 @@ OTHERS = [
     InterfaceConfig(interface="uld", uld_topk=5),
     InterfaceConfig(interface="paper", min_teacher_mass=0.7),
     InterfaceConfig(interface="strict", min_teacher_mass=0.6),
+    InterfaceConfig(interface="strict", span_mse=0.25),
+    InterfaceConfig(interface="scalar"),
+    InterfaceConfig(interface="scalar", scalar="spread"),
 ]
 """Interfaces beside those of CONFIGS: other unit scores, events without shared tokens, and fewer columns or rows."""
 

@@ -12,7 +12,7 @@ import torch
 from tests.oracles.modes import SHARED, STOP, UNIT, Model, capped, captured_teacher_mass, row_losses
 
 __all__ = ["SHARED", "STOP", "UNIT", "OracleLoss", "loss"]
-NO_ROWS_OF_U = ("sft", "alm", "uld")
+NO_ROWS_OF_U = ("sft", "alm", "uld", "scalar")
 
 
 @dataclass
@@ -44,6 +44,10 @@ def loss(
     uld_topk: int = 0,
     min_teacher_mass: float = 0.0,
     weights: list[float] | None = None,
+    unit_score: str = "mean",
+    span_mse: float = 0.0,
+    scalar: str = "dpca",
+    old_log_probs: list[float] | None = None,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
 ) -> OracleLoss:
@@ -71,6 +75,10 @@ def loss(
         uld_topk=uld_topk,
         min_teacher_mass=min_teacher_mass,
         weights=weights,
+        unit_score=unit_score,
+        span_mse=span_mse,
+        scalar=scalar,
+        old_log_probs=old_log_probs,
     )
     outside_s = outside_t = 0.0
     for segment, kind in zip(segments, kinds, strict=True):

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 
 SHARED, UNIT, STOP = 0, 1, 2
+LENGTH_POWER = {"mean": 1, "raw": 1, "sum": 0}
+"""What the power of k is that a unit's score is divided by."""
 Segment = tuple[int, int, int, int]
 
 
@@ -100,8 +102,8 @@ def scored_row(
     if kind == UNIT:
         unit_s = sum(table_s[n, student.labels[n]] for n in range(ss, se))
         unit_t = sum(table_t[m, teacher.labels[m]] for m in range(ts, te))
-        scores_s.append(unit_s if unit_score == "sum" else unit_s / (se - ss))
-        scores_t.append(unit_t if unit_score == "sum" else unit_t / (te - ts))
+        scores_s.append(unit_s / (se - ss) ** LENGTH_POWER[unit_score])
+        scores_t.append(unit_t / (te - ts) ** LENGTH_POWER[unit_score])
     return Row(normalized(scores_s, temperature), normalized(scores_t, temperature))
 
 
@@ -112,6 +114,7 @@ def exact_row(
 
     A shared token w keeps p(w); the first token of the unit's path keeps what does not go on along the path; the unit
     has the path's probability, and that of the shared token of the same bytes (once, if that token is the path).
+    Small events are sums of small numbers: what large ones leave of 1 would be the rounding of those.
     """
     ts, te, ss, se = segment
 
@@ -119,12 +122,14 @@ def exact_row(
         row = model.log_p[start].exp()
         along = torch.exp(sum(path(model, start, end)))
         first = model.labels[start]
+        # p(first) - along, of which nothing is left where the first token is the whole path.
+        turns_off = -row[first] * torch.expm1(sum(path(model, start + 1, end), torch.zeros_like(along)))
         found = []
         for w in shared:
             if kind == UNIT and w == replaced:
                 continue
-            mass = sum(row[i] for i in ids_of(w))
-            found.append(mass - along if kind == UNIT and first in ids_of(w) else mass)
+            others = [i for i in ids_of(w) if kind != UNIT or i != first]
+            found.append(sum((row[i] for i in others), turns_off if len(others) < len(ids_of(w)) else 0 * along))
         if kind == UNIT:
             unit = along
             if replaced >= 0:
@@ -135,7 +140,9 @@ def exact_row(
                 goes_on = first in same and end - start > 1
                 unit = mass if is_path or goes_on else mass + along
             found.append(unit)
-        return [*found, torch.clamp(1 - sum(found), min=1e-15)]  # what rounding leaves of nothing is no event
+        in_u = {i for w in shared for i in ids_of(w)}
+        rest = [turns_off if kind == UNIT and i == first else row[i] for i in range(len(row)) if i not in in_u]
+        return [*found, sum(rest, 0 * along)]
 
     return Row(events(student, ss, se, lambda w: [w]), events(teacher, ts, te, lambda w: shared[w]))
 
@@ -182,6 +189,25 @@ def alm_row(student: Model, teacher: Model, segment: Segment, *, temperature: fl
     return temperature * (q * torch.log(q / p) + (1 - q) * torch.log((1 - q) / (1 - p)))
 
 
+def scalar_row(
+    student: Model, teacher: Model, segment: Segment, *, name: str, old: Sequence[float] | None
+) -> torch.Tensor:
+    """Advantages from the chunk's one number; the clipped surrogate of each token, one token at a time."""
+    ts, te, ss, se = segment
+    new = path(student, ss, se)
+    old_log = [float(x.detach()) for x in new] if old is None else [float(old[n]) for n in range(ss, se)]
+    total_t, total_s = sum(float(x) for x in path(teacher, ts, te)), sum(old_log)
+    loss = torch.zeros((), dtype=torch.float64)
+    for log_p, log_old in zip(new, old_log, strict=True):
+        if name == "dpca":
+            advantage = max(-10.0, min(10.0, (total_t / total_s - 1) * log_old)) if se - ss <= 6 else 0.0
+        else:
+            advantage = total_t / (se - ss) - log_old
+        ratio = torch.exp(log_p - log_old)
+        loss = loss - torch.minimum(ratio * advantage, torch.clamp(ratio, 0.8, 1.28) * advantage)
+    return loss
+
+
 def captured_teacher_mass(teacher: Model, segment: Segment, kind: int, shared: dict[int, list[int]]) -> float:
     """What `code_gh` and the smallest teacher mass go by: the shared tokens', and a unit's geometric mean."""
     ts, te, _, _ = segment
@@ -208,6 +234,10 @@ def row_losses(
     alm_temperature: float = math.inf,
     min_teacher_mass: float = 0.0,
     weights: Sequence[float] | None = None,
+    unit_score: str = "mean",
+    span_mse: float = 0.0,
+    scalar: str = "dpca",
+    old_log_probs: Sequence[float] | None = None,
 ) -> list[torch.Tensor]:
     """One value a segment that the interface uses, in order; their sum over N labels is the loss.
 
@@ -222,12 +252,18 @@ def row_losses(
     weights = [1.0] * len(segments) if weights is None else weights
     found = []
     for segment, kind, replaced_id, weight in zip(segments, kinds, replaced, weights, strict=True):
+        if span_mse and weight != 0 and kind == UNIT:
+            ts, te, ss, se = segment
+            found.append(weight * span_mse * (sum(path(teacher, ts, te)) - sum(path(student, ss, se))) ** 2)
+            continue
         if weight == 0 or (kind == UNIT and interface in ("strict", "strict_topk", "uld", "kd")):
             continue
         if min_teacher_mass and captured_teacher_mass(teacher, segment, kind, shared) < min_teacher_mass:
             continue
         if interface == "uld":
             value = uld_row(student, teacher, segment, k=uld_topk, temperature=temperature)
+        elif interface == "scalar":
+            value = scalar_row(student, teacher, segment, name=scalar, old=old_log_probs)
         elif interface == "alm":
             value = alm_row(student, teacher, segment, temperature=alm_temperature)
         else:
@@ -236,7 +272,7 @@ def row_losses(
             elif interface == "strict_topk":
                 row = top_k_row(student, teacher, segment, shared, k=topk, temperature=temperature)
             else:
-                score = {"sum": "sum", "code": "raw", "code_gh": "raw"}.get(interface, "mean")
+                score = {"sum": "sum", "code": "raw", "code_gh": "raw"}.get(interface, unit_score)
                 row = scored_row(
                     student,
                     teacher,

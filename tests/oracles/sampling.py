@@ -13,7 +13,7 @@ def log_softmax(logits: Sequence[float]) -> list[float]:
 
 
 def greedy(logits: Sequence[float]) -> int:
-    """Of equal logits the lowest id."""
+    """The likeliest id; the lowest of equals."""
     best = 0
     for i, z in enumerate(logits):
         if z > logits[best]:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
+import io
 import json
 import os
+import queue
 
 import pytest
 import torch
 
 from megatron_simct.alignment import load_tokenizer
 from megatron_simct.loading import load_model
+from megatron_simct.models.norm import RMSNorm
+from megatron_simct.parallel.cpu import megatron_imports
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.update import checkpoint
 from megatron_simct.update.checkpoint import TRACKER, load_weights, save_weights
 from tests.distributed import run_ranks
 from tests.tiny import config
+
+with megatron_imports():
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 
 def student_of(folder, groups, *flags):
@@ -185,3 +195,53 @@ def test_a_kill_before_the_tracker_leaves_the_previous_checkpoint_in_use(tiny, t
     ((loaded, saved, reloaded),) = run_ranks(1, _resume, tiny, tmp_path)
     assert loaded[0] == 1 and torch.equal(loaded[1], first)
     assert reloaded[0] == 2 and torch.equal(reloaded[1], saved) and not torch.equal(saved, second)
+
+
+# Checkpoints of Megatron-LM and Megatron-Bridge, as far as they can be imitated here
+
+
+@in_job
+def _save_as_others_do(groups, folder, target, tracker):
+    """The form of their converters: TransformerEngine's extra state, pickled arguments, `release` or iteration 0."""
+    model = student_of(folder, groups)
+    path = target / (tracker if tracker == "release" else f"iter_{int(tracker):07d}")
+    path.mkdir(parents=True)
+    objects = {
+        key: ShardedObject(key, io.BytesIO(), (2,) if "layers" in key else (1,), (0,), replica_id=0)
+        for key in ("decoder.layers.self_attention.core_attention._extra_state", "decoder.final_layernorm._extra_state")
+    }
+    objects["decoder.layers.self_attention.core_attention._extra_state/1"] = ShardedObject(
+        "decoder.layers.self_attention.core_attention._extra_state", io.BytesIO(), (2,), (1,), replica_id=0
+    )
+    objects["rerun"] = ShardedObject("rerun_state_machine_state", io.BytesIO(), (1,), (0,), replica_id=0)
+    common = {"args": argparse.Namespace(num_layers=2), "checkpoint_version": 3.0, "iteration": 0}
+    filesystem_async._results_queue = queue.Queue()
+    dist_checkpointing.save({"model": model.sharded_state_dict(), **objects, **common}, str(path))
+    (target / TRACKER).write_text(tracker)
+    return logits_of(model, groups)
+
+
+@pytest.mark.parametrize("tracker", ["release", "0"])
+def test_weights_of_megatron_s_converters_are_read(tiny, tmp_path, tracker):
+    ((logits),) = run_ranks(1, _save_as_others_do, tiny, tmp_path / "theirs", tracker)
+    ((iteration, _, loaded),) = run_ranks(1, _load, tiny, tmp_path / "theirs")
+    assert iteration == 0 and torch.equal(loaded, logits)
+
+
+@in_job
+def _between_kinds_of_norms(groups, folder, source, target):
+    """Load what norms without extra state have saved into norms that have one, and save those."""
+    RMSNorm.get_extra_state = lambda self: torch.empty(0, dtype=torch.uint8)
+    RMSNorm.set_extra_state = lambda self, state: None
+    model = student_of(folder, groups)
+    assert any(key.endswith("_extra_state") for key in model.state_dict())
+    load_weights(model, str(source), flag="--load-it")
+    save_weights(model, str(target), 2)
+    return logits_of(model, groups)
+
+
+def test_checkpoints_with_and_without_extra_state_load_into_each_other(tiny, tmp_path):
+    ((_, logits),) = run_ranks(1, _load_and_save, tiny, None, tmp_path / "without", 1)
+    ((with_state),) = run_ranks(1, _between_kinds_of_norms, tiny, tmp_path / "without", tmp_path / "with")
+    ((_, _, back),) = run_ranks(1, _load, tiny, tmp_path / "with")
+    assert torch.equal(with_state, logits) and torch.equal(back, logits)

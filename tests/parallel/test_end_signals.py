@@ -17,6 +17,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_simct import job, serve_teacher, train
+from megatron_simct.stopping import children_end_with_me
 from megatron_simct.teacher.endpoints import read_endpoints
 from megatron_simct.teacher.forward import TeacherForward
 from tests.teacher_jobs import make_request, open_client
@@ -198,3 +199,24 @@ def test_a_fork_does_not_tell_its_parent_of_its_own_signals(tmp_path, short_tmp)
 
     with ranks(tmp_path, short_tmp, main, [], lambda *_: None) as job_:
         assert job_.end() == [(0, "")]
+
+
+def _fork_and_wait(pipe: int) -> None:
+    with children_end_with_me():
+        if os.fork() == 0:
+            os.fork()  # a child's child ends too
+            signal.pause()
+        os.write(pipe, b"forked")
+        signal.pause()
+
+
+def test_what_a_rank_forks_ends_with_it():
+    reading, writing = os.pipe()
+    process = multiprocessing.get_context("fork").Process(target=_fork_and_wait, args=(writing,))
+    process.start()
+    os.close(writing)
+    assert os.read(reading, 6) == b"forked"
+    process.kill()
+    assert os.read(reading, 1) == b"", "the last of them has closed the pipe"
+    os.close(reading)
+    process.join()

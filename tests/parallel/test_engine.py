@@ -10,10 +10,13 @@ import torch
 
 from megatron_simct.alignment import load_tokenizer
 from megatron_simct.loading import load_model
+from megatron_simct.models import regions
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.records import Prompt
+from megatron_simct.rollout import megatron_engine
 from megatron_simct.rollout.decoder import Decoder
 from megatron_simct.rollout.engine import Sampling
+from megatron_simct.rollout.graphs import Stepping
 from megatron_simct.rollout.megatron_engine import MegatronEngine
 from tests.distributed import run_ranks
 from tests.huggingface import save_model
@@ -247,7 +250,7 @@ def test_rows_of_finished_sequences_are_filled_or_closed_up(tiny, weights):
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_log_probs_are_those_of_a_full_forward_pass(tiny, weights, generate, tp):
-    """Of the untempered, untruncated distribution, though sampling used neither."""
+    """Log-probs are those of the untempered, untruncated distribution, although sampling used neither."""
     hot = replace(SAMPLED, temperature=1.7, top_p=0.8)
     (rollouts,) = generate((PROMPTS, hot, NEVER, 4), tp=tp)
     sequences = [
@@ -291,6 +294,41 @@ def test_sampling_options_reach_the_choice(generate, greedy):
     for rollouts in (narrow, first, cold):
         assert [r.student_ids.tolist() for r in rollouts] == expected
     assert all(r.student_ids.tolist() != ids for r, ids in zip(hot, expected, strict=True))
+
+
+STEPPINGS = {
+    "as on a GPU": Stepping(rows=8, keys=256, late=1, compiled=True, graphs=True),
+    "other buckets, later": Stepping(rows=3, keys=7, late=2, compiled=False, graphs=False),
+}
+
+
+@in_job
+def _stepped(model, groups, prompts, calls, backend):
+    """The rollouts of each call: (sampling, stop ids, stepping)."""
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(megatron_engine, "compiled", lambda: regions.compiled(backend))
+        for sampling, stop_ids, stepping in calls:
+            engine = MegatronEngine(model, groups, vocab_size=VOCAB, stop_ids=stop_ids, batch_size=4, stepping=stepping)
+            results.append(engine.generate(prompts, sampling))
+    return results
+
+
+@pytest.mark.parametrize("tp, pp", [(1, 1), (2, 1), (1, 2)])
+def test_tokens_do_not_depend_on_how_steps_are_shaped_and_when_they_are_read(tiny, weights, tp, pp):
+    """Rows and positions rounded up, tokens read a step or two later, parts of a layer traced by the compiler."""
+    prompts = [replace(prompt, sample_id=100 * i + j) for i, prompt in enumerate(PROMPTS) for j in range(2)]
+    several = [(GREEDY, NEVER), (SAMPLED, SOME), (replace(SAMPLED, max_response_len=1), SOME)]
+    calls = [(*call, stepping) for stepping in (None, *STEPPINGS.values()) for call in several]
+    flags = (*weights, "--pipeline-model-parallel-size", str(pp))
+    first, *others = run_ranks(tp * pp, _stepped, tiny, flags, tp, prompts, calls, "aot_eager")
+    for start in range(len(several), len(calls), len(several)):
+        for usual, found in zip(first, first[start : start + len(several)], strict=False):
+            assert_equal(found, usual, atol=1e-5)
+    for other in others:
+        for mine, theirs in zip(first, other, strict=True):
+            assert_equal(mine, theirs, atol=0)
+    assert {r.finish for r in first[1]} == {"stop", "length"}
 
 
 def test_no_prompts_no_rollouts(generate):

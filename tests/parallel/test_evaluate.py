@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from megatron_simct import train
+from megatron_simct.commands import evaluate, select_responses
+from megatron_simct.evaluation import sandbox
 from tests.distributed import run_ranks
 from tests.tiny import command_line
-from tools import evaluate, select_responses
 
 ROWS = [
     {"task_id": i, "prompt": f"Tom has {i}.", "code": "", "test_imports": [], "test_list": [f"assert {i} > 1"]}
@@ -149,6 +150,39 @@ def test_given_responses_are_graded_without_a_model(tmp_path):
     assert (tmp_path / "right.jsonl").read_text().count("x = 1") == 3
     code, error = _main(0, 1, [*argv, "--output-dir", str(tmp_path / "another")])
     assert code == 1 and "2 responses to 0, and --samples is 1" in error
+
+
+def test_programs_are_confined_as_asked_and_the_results_say_how(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without Landlock `strict` neither grades nor takes grades, and the table says what programs could read."""
+    (tmp_path / "problems.jsonl").write_text(json.dumps(ROWS[2]) + "\n")
+    (tmp_path / "given.jsonl").write_text(json.dumps({"problem_id": 2, "response": "x = 1"}) + "\n")
+    data = ["--data", str(tmp_path / "problems.jsonl")]
+    grade = ["--benchmark", "mbpp", *data, "--responses", str(tmp_path / "given.jsonl"), "--workers", "1"]
+    monkeypatch.setattr(evaluate, "landlock_version", lambda: 0)
+    monkeypatch.setattr(sandbox, "landlock_version", lambda: 0)
+    code, error = _main(0, 1, [*grade, "--output-dir", str(tmp_path / "out"), "--sandbox", "strict"])
+    assert code == 1 and "--sandbox strict: this kernel has no Landlock" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    with contextlib.redirect_stdout(io.StringIO()) as table:
+        assert evaluate.main([*grade, "--output-dir", str(tmp_path / "out")]) == 0
+    assert "could read this user's files: this kernel has no Landlock" in table.getvalue()
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["landlock"] == 0
+    monkeypatch.setattr(evaluate, "landlock_version", lambda: 7)
+    with contextlib.redirect_stdout(io.StringIO()) as table:
+        assert evaluate.main([*grade, "--output-dir", str(tmp_path / "out")]) == 0
+    assert "could read this user's files" in table.getvalue(), "its part was graded before"
+    take = ["--responses", str(tmp_path / "out"), *data, "--min-characters", "1", "--output", str(tmp_path / "right")]
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        assert select_responses.main([*take, "--sandbox", "strict"]) == 1
+    assert "were graded where the kernel has no Landlock" in errors.getvalue() and errors.getvalue().count("\n") == 1
+    assert select_responses.main(take) == 0
+    with contextlib.redirect_stdout(io.StringIO()) as table:
+        assert evaluate.main([*grade, "--output-dir", str(tmp_path / "again")]) == 0
+    assert "confined by seccomp and Landlock (version 7)" in table.getvalue()
+    take[1] = str(tmp_path / "again")
+    assert select_responses.main([*take, "--sandbox", "strict"]) == 0
 
 
 def _train(rank, world_size, argv):

@@ -11,27 +11,62 @@ import torch
 
 from megatron_simct.alignment import load_tokenizer
 from megatron_simct.job import build_job
+from megatron_simct.models import families
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.records import Rollout
 from tests.distributed import run_ranks
 from tests.huggingface import save_model
+from tests.steps import scores_of
 from tests.tiny import config
 
 pytest.importorskip("transformers")
 
 SHAPE = {"num_hidden_layers": 4, "head_dim": 8, "vocab_size": 360, "scale": 0.2}
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8} | {
+    **{"linear_value_head_dim": 12, "layer_types": ["linear_attention", "full_attention"] * 2}
+}
 FAMILIES = {
     "gemma2": {"sliding_window": 6, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5},
     "qwen3": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    "qwen3_5_text": DELTA,
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True},
 }
+# Each is a student whose gradient is compared with transformers'.
+ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 20, "n_routed_experts": 4, "n_shared_experts": 1}
+OTHERS = {
+    "glm4_moe": ROUTED | {"first_k_dense_replace": 1, "attention_bias": True, "use_qk_norm": True},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 20},
+    "llama": {},
+    "mistral": {"sliding_window": 6},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    "gemma3_text": {"sliding_window": 6, "num_hidden_layers": 6},
+    "phi3": {"sliding_window": 6},
+    "smollm3": {"no_rope_layers": [1, 0, 1, 0]},
+    "qwen3_next": DELTA
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+    | {"shared_expert_intermediate_size": 24},
+    "solar_open": ROUTED | {"num_key_value_heads": 4},
+    "dots1": ROUTED | {"first_k_dense_replace": 1, "sliding_window": 6, "max_window_layers": 2},
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 20, "num_key_value_heads": 4},
+    "ernie4_5": {},
+    "ministral3": {"sliding_window": 6},
+    "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
+    "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.6, "logits_scaling": 2.0},
+    "hunyuan_v1_dense": {"rope_parameters": {"rope_type": "dynamic", "alpha": 9.0, "factor": 1.0}},
+    "olmo2": {"num_key_value_heads": 4},
+    "olmo3": {"num_key_value_heads": 4, "sliding_window": 6},
+    "exaone4": {"sliding_window": 6, "sliding_window_pattern": 2},
+}
+STUDENTS = (*FAMILIES, *OTHERS)
 PAIRS = (("gemma2", "qwen3"), ("qwen3", "gemma2"))
 TP2, PP2 = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
+PACKED = ("--max-tokens-per-gpu", "114")
 LAYOUTS = {
     "tp2": (2, TP2),
     "tp2, sequence": (2, (*TP2, "--sequence-parallel")),
     "tp4, more than groups": (4, ("--tensor-model-parallel-size", "4")),
     "pp2, interleaved": (2, (*PP2, "--num-virtual-stages-per-pipeline-rank", "2")),
+    "packed": (1, PACKED),
     "tp2 x pp2, sequence": (4, (*TP2, *PP2, "--sequence-parallel")),
 }
 
@@ -41,6 +76,7 @@ MOE_LAYOUTS = {
     "dp2": (2, ()),
     "ep2": (2, EP2),
     "ep2 x dp2": (4, EP2),
+    "ep2, packed": (2, EP2 + PACKED),
     "ep4": (4, ("--expert-model-parallel-size", "4")),
     "tp2, sequence": (2, (*TP2, *SEQUENCE)),
     "tp2 x ep2, sequence": (4, (*TP2, *EP2, *SEQUENCE)),
@@ -54,8 +90,8 @@ def files(tiny, tmp_path_factory):
     """The tiny job with a folder of weights for each family; the teacher has the student's tokenizer."""
     folder = tmp_path_factory.mktemp("families") / "job"
     shutil.copytree(tiny, folder)
-    for family, fields in FAMILIES.items():
-        save_model(folder / family, family, **SHAPE, **fields, tie_word_embeddings=family == "gemma2")
+    for family, fields in (FAMILIES | OTHERS).items():
+        save_model(folder / family, family, **(SHAPE | fields), tie_word_embeddings=family == "gemma2")
     return folder
 
 
@@ -70,7 +106,7 @@ def _batches(job):
     prompts = job.prompts.batch(0)
     rollouts = job.engine.generate(prompts, job.sampling)
     pairs = [job.align(prompt, rollout) for prompt, rollout in zip(prompts, rollouts, strict=True)]
-    return rollouts, pairs, list(job.teacher.score(pairs)), prompts
+    return rollouts, pairs, scores_of(job.teacher, pairs), prompts
 
 
 def _steps(rank, world_size, folder, student, teacher, *flags):
@@ -101,6 +137,16 @@ def test_layouts_take_the_same_steps(files, alone, layout, student, teacher):
     world_size, flags = LAYOUTS[layout]
     for reports in run_ranks(world_size, _steps, files, student, teacher, *flags):
         assert_same_steps(reports, alone[student, teacher], rel=1e-4)
+
+
+def test_a_student_with_a_gated_delta_net_takes_the_same_steps_in_every_layout(files):
+    # The first gradient agrees to 5e-6; at the others' rate the second step would magnify that.
+    job = (_steps, files, "qwen3_5_text", "qwen3", "--lr", "0.01")
+    (expected,) = run_ranks(1, *job)
+    for layout in ("tp2", "tp2 x pp2, sequence", "pp2, interleaved"):
+        world_size, flags = LAYOUTS[layout]
+        for reports in run_ranks(world_size, *job, *flags):
+            assert_same_steps(reports, expected, rel=1e-4)
 
 
 def assert_same_steps(reports, expected, *, rel):
@@ -162,7 +208,7 @@ def _own_teacher(rank, world_size, folder, family, interface):
             for prompt, text in zip(prompts, texts, strict=True)
         ]
         pairs = [job.align(prompt, rollout) for prompt, rollout in zip(prompts, rollouts, strict=True)]
-        scored = list(job.teacher.score(pairs))
+        scored = scores_of(job.teacher, pairs)
         report = job.updater.step(job.pack(prompts, rollouts, pairs, scored))
         by_id = {score.sample_id: (score.own_logit - score.lse).numpy() for score in scored}
         return report, [(pair.teacher_prompt_ids, pair.teacher_ids, by_id[pair.sample_id]) for pair in pairs]
@@ -185,31 +231,37 @@ def transformers_model(folder):
 
 
 def log_probs(model, prompt: np.ndarray, response: np.ndarray) -> torch.Tensor:
-    """Of each token of the response."""
+    """Log-prob of each token of the response."""
     ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))
     rows = model(ids[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     return rows.gather(1, ids[len(prompt) :, None])[:, 0]
 
 
-def _given_responses(rank, world_size, folder):
-    resolved = _job_config(
-        folder, "gemma2", "gemma2", "--simct-interface", "sft", "--rollout-max-response-len", "40", "--lr", "0"
-    )
-    with process_groups(resolved.parallel, seed=1) as groups:
-        job = build_job(resolved, groups)
-        rollouts, pairs, scored, prompts = _batches(job)
-        report = job.updater.step(job.pack(prompts, rollouts, pairs, scored))
-        return report, [(p.student_ids, r.student_ids) for p, r in zip(prompts, rollouts, strict=True)]
+def _given_responses(rank, world_size, folder, *flags):
+    """The report of a step on its own responses, and these, of each of STUDENTS."""
+    answers = []
+    for family in STUDENTS:
+        sft = ("--simct-interface", "sft", "--rollout-max-response-len", "40", "--lr", "0")
+        resolved = _job_config(folder, family, family, *sft, *flags)
+        with process_groups(resolved.parallel, seed=1) as groups:
+            job = build_job(resolved, groups)
+            rollouts, pairs, scored, prompts = _batches(job)
+            report = job.updater.step(job.pack(prompts, rollouts, pairs, scored))
+            answers.append((report, [(p.student_ids, r.student_ids) for p, r in zip(prompts, rollouts, strict=True)]))
+    return answers
 
 
 def test_the_loss_and_its_gradient_are_those_of_transformers(files):
-    """Cross entropy of given responses, by autograd through transformers' own model."""
-    ((report, sequences),) = run_ranks(1, _given_responses, files)
-    model = transformers_model(files / "gemma2")
-    total = -sum(log_probs(model, prompt, response).sum() for prompt, response in sequences)
-    count = sum(len(response) for _, response in sequences)
-    (total / count).backward()
-    norm = sum(float(p.grad.double().square().sum()) for p in model.parameters()) ** 0.5
-    assert report.sums["num_labels"] == count
-    assert report.sums["loss"] == pytest.approx(float(total.detach()), rel=1e-4)
-    assert report.grad_norm == pytest.approx(norm, rel=1e-3)
+    """Cross entropy of given responses, by autograd through transformers' own model. In one process every tensor's
+    gradient is compared in tests/parity/test_families.py."""
+    assert {name for name, family in families.FAMILIES.items() if not family.teacher_only} == set(STUDENTS)
+    answers, *_ = run_ranks(2, _given_responses, files, *TP2, *SEQUENCE, timeout_s=300)
+    for family, (report, sequences) in zip(STUDENTS, answers, strict=True):
+        model = transformers_model(files / family)
+        total = -sum(log_probs(model, prompt, response).sum() for prompt, response in sequences)
+        count = sum(len(response) for _, response in sequences)
+        (total / count).backward()
+        norm = sum(float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None) ** 0.5
+        assert report.sums["num_labels"] == count
+        assert report.sums["loss"] == pytest.approx(float(total.detach()), rel=1e-4), family
+        assert report.grad_norm == pytest.approx(norm, rel=1e-3), family

@@ -84,6 +84,17 @@ def test_likeliest_tokens_only(tiny, replay):
     assert all_of_them["rows_same_top"] == strict["rows_same_top"]
 
 
+def test_one_number_a_unit(tiny, replay):
+    """scalar reads the log-probabilities that the rollouts were sampled with; span_mse adds units to strict."""
+    dpca = sums(tiny, replay, "--simct-interface", "scalar")
+    spread = sums(tiny, replay, "--simct-interface", "scalar", "--simct-scalar", "spread")
+    assert dpca["rows_unit"] == spread["rows_unit"] >= 8 and dpca["loss"] != pytest.approx(spread["loss"], rel=1e-3)
+    strict = sums(tiny, replay, "--simct-interface", "strict")
+    spans = sums(tiny, replay, "--simct-interface", "strict", "--simct-span-mse", "0.25")
+    assert strict["rows_unit"] == 0 < spans["rows_unit"] == dpca["rows_unit"]
+    assert math.isclose(spans["loss"], strict["loss"] + spans["loss_unit_sum"], rel_tol=1e-5)
+
+
 def test_one_tokenizer(tiny, replay, tmp_path):
     """kd: the student as its own teacher loses nothing; other tokenizers, and a map, are refused."""
     shutil.copytree(replay[-1], tmp_path / "rollouts")

@@ -18,7 +18,7 @@ FOLDER_FIELDS = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_lay
 
 _PROGRAM = """
 import sys
-from megatron_simct.config import ParallelConfig
+from megatron_simct.config.options import ParallelConfig
 from megatron_simct.models.build import build_model
 from megatron_simct.models.families import read_architecture
 from megatron_simct.models.hf_load import load_hf_weights

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_simct.config import InterfaceConfig
+from megatron_simct.config.options import InterfaceConfig
 from megatron_simct.losses import LabelRows, gather_shared_head, interface_loss, label_statistics, logit_statistics
 from tests import golden
 from tests.distributed import run_ranks
@@ -33,7 +33,7 @@ from tests.oracles.loss_cases import (
     shared_head_of,
 )
 
-CONTEXT_PARALLEL = ("paper", "sum", "code", "exact", "strict", "strict_topk", "uld", "alm", "sft")
+CONTEXT_PARALLEL = ("paper", "sum", "code", "exact", "strict", "strict_topk", "uld", "alm", "scalar", "sft")
 
 CASES = [
     random_case(0),

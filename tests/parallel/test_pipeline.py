@@ -24,11 +24,13 @@ from megatron_simct.train import main, train
 from megatron_simct.update.checkpoint import TRACKER, load_weights, save_weights
 from megatron_simct.update.step import NonFiniteError
 from tests.distributed import run_ranks
+from tests.steps import scores_of
 from tests.tiny import command_line, config
 from tests.weights import random_weights
 
 TP2, PP2 = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
 SEQUENCE, INTERLEAVED = ("--sequence-parallel",), ("--num-virtual-stages-per-pipeline-rank", "2")
+PACKED = ("--max-tokens-per-gpu", "150")
 LAYOUTS = {
     "pp2": (2, PP2),
     "pp3, uneven": (3, ("--pipeline-model-parallel-size", "3")),
@@ -38,6 +40,7 @@ LAYOUTS = {
     "tp2, sequence": (2, TP2 + SEQUENCE),
     "tp2 x pp2, sequence": (4, TP2 + PP2 + SEQUENCE),
     "pp2, interleaved": (2, PP2 + INTERLEAVED),
+    "pp2, interleaved, packed": (2, PP2 + INTERLEAVED + PACKED),
     "tp2 x pp2, interleaved, sequence": (4, TP2 + PP2 + INTERLEAVED + SEQUENCE),
 }
 INTERFACES = ("paper", "strict", "sft")
@@ -98,7 +101,7 @@ def _run(rank, world_size, folder, *flags):
         widths = set()
 
         def recording_step(batches):
-            widths.update(batch.tokens.shape[1] for batch in batches)
+            widths.update(batch.sequences.tokens.shape[1] for batch in batches)
             reports.append(step(batches))
             return reports[-1]
 
@@ -149,7 +152,9 @@ def test_layouts_agree_with_one_process(files, recorded, layout, interface):
             assert sums.keys() == wanted.keys()
             assert wanted["loss"] > 0.1 and wanted_norm > 0.01
             for name, value in wanted.items():
-                assert math.isclose(sums[name], value, rel_tol=1e-5, abs_tol=1e-4), name
+                # What sampling and training differ by is rounding: some 1e-5 at each of a hundred labels.
+                least = 1e-3 if name.startswith("rollout_gap") else 1e-4
+                assert math.isclose(sums[name], value, rel_tol=1e-5, abs_tol=least), name
             assert math.isclose(sums["loss"], wanted["loss"], rel_tol=1e-5)
             assert math.isclose(grad_norm, wanted_norm, rel_tol=1e-5)
             assert lr == wanted_lr
@@ -246,8 +251,8 @@ def test_a_whole_run_logs_what_one_process_logs(files, tmp_path):
         assert found.keys() == wanted.keys()
         assert found["kind"] == wanted["kind"]
         for name, value in wanted.items():
-            if name == "rollout_logprob_gap":
-                assert found[name] < 1e-5
+            if name.startswith("rollout_logprob"):  # rounding
+                assert found[name] < 1e-4
             elif name != "kind" and "second" not in name and "memory" not in name:
                 assert found[name] == pytest.approx(value, rel=1e-4), name
 
@@ -260,7 +265,7 @@ def _step_with_a_nan(rank, world_size, folder, stage, *flags):
         prompts = job.prompts.batch(0)
         rollouts = job.engine.generate(prompts, job.sampling)
         pairs = [job.align(prompt, rollout) for prompt, rollout in zip(prompts, rollouts, strict=True)]
-        batches = job.pack(prompts, rollouts, pairs, list(job.teacher.score(pairs)))
+        batches = job.pack(prompts, rollouts, pairs, scores_of(job.teacher, pairs))
         parameters = [p for ddp in job.updater._chunks for p in ddp.module.parameters()]
         if groups.pp.rank() == stage:
             with torch.no_grad():
@@ -347,7 +352,7 @@ def test_weights_go_through_pipeline_stages_and_back(files, tmp_path, flags):
 
 
 def _first_weights(rank, world_size, folder):
-    """Of the first layer of this stage, drawn at random."""
+    """Weights of this stage's first layer, drawn at random."""
     resolved = config(folder, *PP2)
     with process_groups(resolved.parallel, seed=1) as groups:
         student = load_tokenizer(resolved.model.tokenizer_model)
@@ -386,6 +391,7 @@ def _refusal(rank, world_size, folder, *flags):
         (1, ("--pipeline-model-parallel-size", "0"), ["--pipeline-model-parallel-size 0", "at least 1"]),
         (2, ("--expert-model-parallel-size", "2"), ["2: no experts in --hf-checkpoint", "--teacher-hf-checkpoint"]),
         (3, ("--expert-model-parallel-size", "2"), ["--expert-model-parallel-size 2", "data-parallel size (3"]),
+        (1, ("--expert-tensor-parallel-size", "1"), ["--expert-tensor-parallel-size 1: no experts in --hf-checkpoint"]),
         (1, ("--expert-model-parallel-size", "0"), ["--expert-model-parallel-size 0", "at least 1"]),
         (1, ("--tensor-model-parallel-size", "0"), ["--tensor-model-parallel-size 0", "at least 1"]),
         (2, PP2 + SEQUENCE, ["--sequence-parallel", "--tensor-model-parallel-size is 1"]),

@@ -3,51 +3,75 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from megatron_simct.config import ParallelConfig
+from megatron_simct.config.options import ParallelConfig, UpdateConfig
+from megatron_simct.job import build_job
 from megatron_simct.models.build import build_model, padded_vocab_size
-from megatron_simct.models.families import Architecture, Rope
+from megatron_simct.models.delta_net import DeltaNet
+from megatron_simct.models.dense import Dense
+from megatron_simct.models.experts import Experts
+from megatron_simct.models.families import Architecture
+from megatron_simct.models.grouped_query import GroupedQuery
+from megatron_simct.models.layers import Layer
+from megatron_simct.models.layout import Layout, context_pieces
+from megatron_simct.models.rotary import Rope
 from megatron_simct.parallel.cpu import megatron_imports
-from megatron_simct.parallel.initialize import build_groups
+from megatron_simct.parallel.initialize import build_groups, process_groups
 from megatron_simct.preflight.memory import (
+    NO_OPTIONS,
     Sizes,
     forward_bytes,
+    kept_activations,
     layer_activation_bytes,
     optimizer_bytes,
     stage_parameters,
     total_parameters,
 )
+from megatron_simct.train import train
+from megatron_simct.update.distributed_state import parts_of
+from megatron_simct.update.support import model_fields
 from tests.distributed import run_ranks
+from tests.tiny import config
 
 with megatron_imports():
     from megatron.core import parallel_state
 
+ATTENTION = GroupedQuery(heads=4, groups=2, head_dim=16, scale=0.25)
+LAYER = Layer(attention=ATTENTION, mlp=Dense(width=48), rope=Rope(theta=1e4, dim=16))
+GATED = replace(ATTENTION, output_gate=True, qk_norm=True, groups=4)
+DELTA = DeltaNet(key_heads=4, value_heads=8, key_dim=8, value_dim=12, window=4, packed=False)
+DELTA_LAYER = Layer(attention=DELTA, mlp=Dense(width=48), rope=None)
 BASE = Architecture(
-    num_layers=6,
+    layers=(LAYER,) * 6,
     hidden_size=32,
-    ffn_hidden_size=48,
-    num_attention_heads=4,
-    num_query_groups=2,
-    head_dim=16,
     vocab_size=100,
     max_position_embeddings=64,
     norm_epsilon=1e-6,
-    ropes=(Rope(theta=1e4, dim=16),),
-    rope_of_layer=(0,) * 6,
-    windows=(None,) * 6,
-    softmax_scale=0.25,
     tied_embeddings=False,
     init_std=0.02,
 )
+
+
+def model_of(layer: Layer = LAYER, **attention: Any) -> Architecture:
+    """Six such layers, with changes of their attention."""
+    return replace(BASE, layers=(replace(layer, attention=replace(layer.attention, **attention)),) * 6)
+
+
 ARCHITECTURES = {
     "llama": BASE,
     "tied": replace(BASE, tied_embeddings=True),
-    "qwen2": replace(BASE, qkv_bias=True),
-    "gemma3": replace(BASE, qk_norm=True, post_norms=True, tied_embeddings=True, activation="gelu_pytorch_tanh"),
-    "experts": replace(BASE, num_experts=4, experts_per_token=2, qk_norm=True),
+    "qwen2": model_of(qkv_bias=True),
+    "gemma3": replace(
+        model_of(replace(LAYER, norms="around", mlp=Dense(width=48, activation="gelu_pytorch_tanh")), qk_norm=True),
+        tied_embeddings=True,
+    ),
+    "delta net": replace(BASE, layers=(DELTA_LAYER, replace(LAYER, attention=GATED)) * 3),
+    "experts": model_of(replace(LAYER, mlp=Experts(count=4, width=48, chosen=2)), qk_norm=True),
 }
 LAYOUTS = {
     "1": (1, {}),
@@ -62,10 +86,17 @@ def sizes_of(architecture: Architecture, parallel: ParallelConfig) -> Sizes:
     return Sizes(architecture=architecture, parallel=parallel, vocab_size=rows, bf16=False)
 
 
-def build(architecture: Architecture, parallel: ParallelConfig):
+def build(architecture: Architecture, parallel: ParallelConfig, update: UpdateConfig = NO_OPTIONS):
     groups = build_groups(parallel, seed=1, device=torch.device("cpu"))
     model = build_model(
-        architecture, parallel, groups, vocab_size=100, divisible_by=8, bf16=False, flag="--hf-checkpoint"
+        architecture,
+        parallel,
+        groups,
+        vocab_size=100,
+        divisible_by=8,
+        bf16=False,
+        flag="--hf-checkpoint",
+        more=model_fields(update),
     )
     return model, groups
 
@@ -97,13 +128,18 @@ def _experts_over_ranks(rank, world_size, parallel):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_experts_are_shared_out():
-    parallel = ParallelConfig(tensor_model_parallel_size=2, expert_model_parallel_size=2)
+@pytest.mark.parametrize("tp, etp", [(2, None), (1, 2), (2, 1)])
+def test_experts_are_shared_out(tp, etp):
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tp, expert_model_parallel_size=2, expert_tensor_parallel_size=etp
+    )
     sizes = sizes_of(ARCHITECTURES["experts"], parallel)
     assert run_ranks(4, _experts_over_ranks, parallel) == [stage_parameters(sizes, stage=0)] * 4
 
 
-def kept_by_autograd(model: torch.nn.Module, *, batch: int, length: int) -> int:
+def kept_by_autograd(
+    model: torch.nn.Module, *, batch: int, length: int, context: dist.ProcessGroup | None = None
+) -> int:
     """Bytes of different storages that a forward pass saves, parameters apart."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -114,35 +150,69 @@ def kept_by_autograd(model: torch.nn.Module, *, batch: int, length: int) -> int:
             kept[pointer] = tensor
         return tensor
 
-    tokens = torch.zeros(batch, length, dtype=torch.int64)
     positions = torch.arange(length).expand(batch, length)
+    layout = None
+    if context is not None and context.size() > 1:
+        pieces = context_pieces(length, context.rank(), context.size())
+        positions = torch.cat([positions[:, piece] for piece in pieces], dim=1)
+        layout = Layout(positions[0], None, context)
+    tokens = torch.zeros(positions.shape, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(tokens, positions, None)
+        model(tokens, positions, None, packed_seq_params=layout)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def _layer_bytes(rank, world_size, architecture, parallel, batch, length):
+def _layer_bytes(rank, world_size, architecture, parallel, batch, length, update=NO_OPTIONS):
     """What one more layer keeps."""
     kept = []
     for num_layers in (2, 3):
-        cut = replace(
-            architecture, num_layers=num_layers, rope_of_layer=(0,) * num_layers, windows=(None,) * num_layers
-        )
-        model, _ = build(cut, parallel)
-        kept.append(kept_by_autograd(model, batch=batch, length=length))
+        cut = replace(architecture, layers=architecture.layers[:num_layers])
+        model, groups = build(cut, parallel, update)
+        kept.append(kept_by_autograd(model, batch=batch, length=length, context=groups.cp))
         parallel_state.destroy_model_parallel()
     return kept[1] - kept[0]
 
 
-WIDE = replace(BASE, hidden_size=64, ffn_hidden_size=160, head_dim=16)
+WIDE_LAYER = replace(LAYER, mlp=Dense(width=160))
+
+
+def wide(layer: Layer = WIDE_LAYER, **attention: Any) -> Architecture:
+    return replace(model_of(layer, **attention), hidden_size=64)
+
+
+WIDE = wide()
+ROUTED = wide(replace(WIDE_LAYER, mlp=Experts(count=4, width=160, chosen=2)))
+SHARED = Experts(count=4, width=160, chosen=2, score="sigmoid", corrected=True, shared_width=96, shared_gate=True)
+GATED_LAYER = replace(WIDE_LAYER, attention=GATED)
+AFTER_GATED = replace(
+    BASE, hidden_size=64, layers=(GATED_LAYER,) * 2 + (replace(DELTA_LAYER, mlp=Dense(width=160)),) * 4
+)
+SEQUENCE = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 ACTIVATIONS = {
     "llama": (WIDE, {}),
-    "deep mlp": (replace(WIDE, ffn_hidden_size=640), {}),
-    "many heads": (replace(WIDE, num_attention_heads=16, num_query_groups=8), {}),
-    "gemma2": (replace(WIDE, post_norms=True, attention_softcap=50.0), {}),
-    "qwen3": (replace(WIDE, qk_norm=True), {}),
+    "deep mlp": (wide(replace(LAYER, mlp=Dense(width=640))), {}),
+    "many heads": (wide(heads=16, groups=8), {}),
+    "gemma2": (wide(replace(WIDE_LAYER, norms="around"), softcap=50.0), {}),
+    "qwen3": (wide(qk_norm=True), {}),
+    "hunyuan": (wide(qk_norm=True, turned_norm=True), {}),
+    "olmo3": (wide(replace(WIDE_LAYER, norms="after"), qk_norm=True, whole_norm=True), SEQUENCE),
+    "granite": (wide(replace(WIDE_LAYER, residual_scale=0.5)), {}),
+    "output gate": (wide(GATED_LAYER), SEQUENCE),
+    "delta net": (AFTER_GATED, {}),
+    "delta net, sequence parallel": (AFTER_GATED, SEQUENCE),
+    "shared experts": (wide(replace(WIDE_LAYER, mlp=SHARED)), SEQUENCE),
     "tp2": (WIDE, {"tensor_model_parallel_size": 2}),
     "tp2, sequence parallel": (WIDE, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "experts": (ROUTED, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "cp2": (WIDE, {"context_parallel_size": 2}),
+    "cp2, many heads": (wide(heads=16, groups=8), {"context_parallel_size": 2}),
+    "whole experts": (
+        ROUTED,
+        {
+            **{"tensor_model_parallel_size": 2, "sequence_parallel": True},
+            **{"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
+        },
+    ),
 }
 
 
@@ -151,17 +221,75 @@ def test_activations_are_what_autograd_keeps(name):
     """Within 12 %: row statistics and the like are left out."""
     architecture, options = ACTIVATIONS[name]
     parallel = ParallelConfig(**options)
-    batch, length = 2, 64
-    planned = layer_activation_bytes(sizes_of(architecture, parallel), batch=batch, length=length)
-    world_size = parallel.tensor_model_parallel_size
+    batch, length = 2, 130 if name.startswith("delta") else 64  # its chunks are of 64
+    planned = layer_activation_bytes(
+        sizes_of(architecture, parallel),
+        architecture.layers[2],
+        batch=batch / parallel.context_parallel_size,
+        length=length,
+    )
+    world_size = parallel.model_parallel_size
     for measured in run_ranks(world_size, _layer_bytes, architecture, parallel, batch, length):
         assert measured == pytest.approx(planned, rel=0.12)
+
+
+GEMMA = ACTIVATIONS["gemma2"][0]
+RECOMPUTED = {
+    "full": (WIDE, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}, {}),
+    "full, sequence parallel": (
+        WIDE,
+        {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 3},
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    ),
+    "core_attn": (GEMMA, {"recompute_granularity": "selective"}, {}),
+    "mlp": (GEMMA, {"recompute_granularity": "selective", "recompute_modules": ("mlp",)}, {}),
+    "both": (GEMMA, {"recompute_granularity": "selective", "recompute_modules": ("core_attn", "mlp")}, {}),
+    "moe": (
+        ROUTED,
+        {"recompute_granularity": "selective", "recompute_modules": ("moe",)},
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_what_is_computed_again_is_not_kept(name):
+    """Within 12 %, as above: what one more layer adds to the plan."""
+    architecture, options, layout = RECOMPUTED[name]
+    update, parallel = UpdateConfig(**options), ParallelConfig(**layout)
+    batch, length = 2, 64
+    sizes = sizes_of(architecture, parallel)
+    three, two = (
+        kept_activations(sizes, update, architecture.layers[:layers], batch=batch, length=length) for layers in (3, 2)
+    )
+    world_size = parallel.tensor_model_parallel_size
+    for measured in run_ranks(world_size, _layer_bytes, architecture, parallel, batch, length, update):
+        assert measured == pytest.approx(three - two, rel=0.12)
+
+
+def _state_bytes(rank, world_size, folder, flags):
+    """Parameters of this rank, and the bytes of its optimizer's state after a step."""
+    resolved = config(folder, "--train-iters", "1", "--simct-interface", "sft", *flags)
+    with process_groups(resolved.parallel, seed=1) as groups:
+        job = build_job(resolved, groups)
+        train(job)
+        states = [state for part in parts_of(job.updater._optimizer) for state in part.optimizer.state.values()]
+        held = sum(tensor.nbytes for state in states for name, tensor in state.items() if name != "step")
+        return sum(p.numel() for p in job.updater._ddp.module.parameters()), held
+
+
+def test_ranks_share_the_optimizers_state(tiny):
+    plain, shared = (run_ranks(2, _state_bytes, tiny, flags) for flags in ((), ("--use-distributed-optimizer",)))
+    for parameters, held in plain:
+        assert held == optimizer_bytes("adam", bf16=False) * parameters
+    assert all(held == pytest.approx(plain[0][1] / 2, rel=0.12) for _, held in shared)
+    assert sum(held for _, held in shared) == plain[0][1]
 
 
 def test_a_forward_pass_without_gradients_is_far_smaller():
     sizes = sizes_of(WIDE, ParallelConfig())
     one, two = (forward_bytes(sizes, batch=batch, length=64) for batch in (1, 2))
-    assert two == 2 * one < 2 * layer_activation_bytes(sizes, batch=2, length=64)
+    assert two == 2 * one < 2 * layer_activation_bytes(sizes, WIDE_LAYER, batch=2, length=64)
 
 
 def test_optimizer_state():

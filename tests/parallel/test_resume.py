@@ -105,9 +105,10 @@ def test_rollouts_are_recorded_under_the_step_that_the_run_goes_on_from(tiny, un
 
 
 def test_two_data_parallel_ranks_resume_bit_by_bit(tiny, tmp_path):
+    """In micro-batches that are cut by tokens."""
     for folder, stops in ((tmp_path / "undisturbed", [3]), (tmp_path / "resumed", [2, 3])):
         for iterations in stops:
-            trained(tiny, folder, iterations, world_size=2)
+            trained(tiny, folder, iterations, "--max-tokens-per-gpu", "130", world_size=2)
     assert_same_run(tmp_path / "resumed", tmp_path / "undisturbed")
 
 
@@ -279,12 +280,13 @@ def _killed_in_save(rank, world_size, argv, moment):
     def kill():
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def killed_save(state, path, *more):
-        save(state, path, *more)
+    def killed_save(state, path, *more, **options):
+        request = save(state, path, *more, **options)
         if moment == SAVE_MOMENTS[0] and "0000002" in path:
             for file in list(Path(path).iterdir())[1:]:
                 file.unlink()
             kill()
+        return request
 
     def killed_rename(source, target):
         if moment == SAVE_MOMENTS[1] and str(target).endswith("iter_0000002"):
@@ -372,12 +374,12 @@ def _poisoned(rank, world_size, argv):
         job = build_job(resolved, groups)
         pack, poisoned_ids = job.pack, []
 
-        def poisoned(prompts, rollouts, pairs, scored):
+        def poisoned(prompts, rollouts, pairs, scored, **more):
             score = next(s for s in scored if s.hidden is not None and len(s.hidden))
             if rank == 1 and prompts[0].sample_id >= 8:
                 score.hidden[:] = math.nan
                 poisoned_ids.append(score.sample_id)
-            return pack(prompts, rollouts, pairs, scored)
+            return pack(prompts, rollouts, pairs, scored, **more)
 
         object.__setattr__(job, "pack", poisoned)
         with pytest.raises(RuntimeError) as error:

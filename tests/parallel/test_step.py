@@ -15,6 +15,7 @@ from megatron_simct.train import train
 from megatron_simct.update.optimizer import wrap_data_parallel
 from megatron_simct.update.step import NonFiniteError
 from tests.distributed import run_ranks
+from tests.steps import scores_of
 from tests.tiny import config
 
 SGD = ("--optimizer", "sgd", "--lr", ".5", "--min-lr", ".5", "--lr-decay-style", "constant", "--clip-grad", "0")
@@ -26,7 +27,7 @@ def micro_batches(job, step: int = 0):
     prompts = job.prompts.batch(step)
     rollouts = job.engine.generate(prompts, job.sampling)
     pairs = [job.align(prompt, rollout) for prompt, rollout in zip(prompts, rollouts, strict=True)]
-    return job.pack(prompts, rollouts, pairs, list(job.teacher.score(pairs)))
+    return job.pack(prompts, rollouts, pairs, scores_of(job.teacher, pairs))
 
 
 def parameters_of(job) -> dict[str, torch.Tensor]:
@@ -41,10 +42,11 @@ def _unpacked(model, batches, vocab_size):
     total, num_labels = 0.0, 0
     model.zero_grad()
     for batch in batches:
-        for b, ids in enumerate(batch.tokens):
-            mine = [i for i, row in enumerate(batch.label_rows.tolist()) if row % len(batch.tokens) == b]
+        tokens, rows = batch.sequences.tokens, batch.sequences.label_rows
+        for b, ids in enumerate(tokens):
+            mine = [i for i, row in enumerate(rows.tolist()) if row % len(tokens) == b]
             labels = batch.labels.student_labels[mine]
-            prompt_len = int(batch.label_rows[mine[0]]) // len(batch.tokens) + 1
+            prompt_len = int(rows[mine[0]]) // len(tokens) + 1
             sequence = ids[: prompt_len + len(labels)][None]
             assert sequence[0, prompt_len:].tolist() == labels.tolist()
             hidden = model(sequence, torch.arange(sequence.shape[1])[None], None)[:, 0]
@@ -114,7 +116,7 @@ def _wrapped(rank, world_size, folder, weights):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(rank)
-        (chunk,) = wrap_data_parallel(model, resolved.parallel)
+        (chunk,) = wrap_data_parallel(model, resolved.parallel, resolved.update)
         return {name: parameter.detach() for name, parameter in chunk.named_parameters()}
 
 

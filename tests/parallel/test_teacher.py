@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,12 +13,14 @@ import torch
 from megatron_simct.alignment import load_tokenizer
 from megatron_simct.job import build_job
 from megatron_simct.loading import load_model
+from megatron_simct.packing import by_number, by_tokens
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.records import AlignedPair, SegmentKind, TeacherNeeds
 from megatron_simct.rollout.engine import GivenResponses, Sampling
 from megatron_simct.teacher.colocated import ColocatedScorer
 from megatron_simct.teacher.scorer import NoTeacher
 from tests.distributed import run_ranks
+from tests.steps import scores_of
 from tests.tiny import config
 
 
@@ -46,14 +49,14 @@ def make_pairs(needs: TeacherNeeds = TeacherNeeds()) -> list[AlignedPair]:  # no
     return pairs
 
 
-def _score(rank, world_size, folder, weights, tp, pairs, micro_batch_size):
+def _score(rank, world_size, folder, weights, tp, pairs, cut, packed):
     """Scored pairs in the order in which they came, and the same numbers from one full pass a text, in float64."""
     resolved = config(folder, *weights, "--tensor-model-parallel-size", str(tp))
     with process_groups(resolved.parallel, seed=1) as groups:
         tokenizer = load_tokenizer(resolved.teacher.tokenizer_model)
         vocab_size = tokenizer.table.num_ids
         model = load_model(resolved, resolved.teacher, groups, tokenizer, prefix="teacher-")
-        scorer = ColocatedScorer(model, groups, vocab_size=vocab_size, micro_batch_size=micro_batch_size)
+        scorer = ColocatedScorer(model, groups, vocab_size=vocab_size, cut=cut, packed=packed)
         assert not model.training and not any(p.requires_grad for p in model.parameters())
         expected = {}
         if tp == 1:
@@ -63,7 +66,7 @@ def _score(rank, world_size, folder, weights, tp, pairs, micro_batch_size):
             # Padded columns must not count: from here on they would win every row.
             assert model.output_weight.shape[0] > vocab_size
             model.output_weight[vocab_size:] = 1e3
-        scored = list(scorer.score(iter(pairs)))  # pairs stream in
+        scored = scores_of(scorer, pairs)
         assert not any(s.own_logit.requires_grad for s in scored)
         return scored, expected
 
@@ -79,16 +82,21 @@ def _full_pass(model, pair, vocab_size):
 
 @pytest.fixture(scope="module")
 def score(tiny, weights):
-    def score(pairs, *, tp=1, micro_batch_size=2):
-        return run_ranks(tp, _score, tiny, weights, tp, pairs, micro_batch_size)
+    def score(pairs, *, tp=1, cut=None, packed=False):
+        cut = cut or partial(by_number, size=2)
+        return run_ranks(tp, _score, tiny, weights, tp, pairs, cut, packed)
 
     return score
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 5])
-def test_scores_are_those_of_a_full_pass(score, micro_batch_size):
+PADDED = [(partial(by_number, size=size), False) for size in (1, 2, 5)]
+PACKED = [(partial(by_tokens, max_tokens=tokens), True) for tokens in (1, 20, 1000)]
+
+
+@pytest.mark.parametrize("cut, packed", PADDED + PACKED)
+def test_scores_are_those_of_a_full_pass(score, cut, packed):
     pairs = make_pairs()
-    ((scored, expected),) = score(pairs, micro_batch_size=micro_batch_size)
+    ((scored, expected),) = score(pairs, cut=cut, packed=packed)
     by_id = {s.sample_id: s for s in scored}
     for pair in pairs:
         found = by_id[pair.sample_id]
@@ -103,9 +111,9 @@ def test_scores_are_those_of_a_full_pass(score, micro_batch_size):
     assert expected[0][1].std() > 0.5, "the model says nothing"
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 5])
-def test_every_pair_once_in_any_order(score, micro_batch_size):
-    ((scored, _),) = score(make_pairs(), micro_batch_size=micro_batch_size)
+@pytest.mark.parametrize("cut, packed", PADDED[1:] + PACKED[1:])
+def test_every_pair_once_in_any_order(score, cut, packed):
+    ((scored, _),) = score(make_pairs(), cut=cut, packed=packed)
     assert sorted(s.sample_id for s in scored) == [0, 1, 2, 3, 4]
     assert [s.sample_id for s in scored] != [0, 1, 2, 3, 4], "texts of similar length share a micro-batch"
 
@@ -127,9 +135,9 @@ def test_only_the_rows_that_were_asked_for_come(score, hidden_rows):
 
 @pytest.mark.parametrize("k", [7, 1 << 30], ids=["some", "all"])
 def test_the_likeliest_tokens_come_in_place_of_hidden_states(score, k):
-    pairs = make_pairs(TeacherNeeds(hidden_rows="one_to_one", topk=k))
+    pairs = make_pairs(TeacherNeeds(hidden_rows="one_to_one", topk=k, token_ids=True))
     ((alone, expected),) = score(pairs)
-    for scored in (alone, *(of_rank for of_rank, _ in score(pairs, tp=2))):
+    for scored in (alone, *(of_rank for tp in (2, 4) for of_rank, _ in score(pairs, tp=tp))):
         for found in scored:
             pair = pairs[found.sample_id]
             _, logits = expected[pair.sample_id]
@@ -137,6 +145,8 @@ def test_the_likeliest_tokens_come_in_place_of_hidden_states(score, k):
             wanted = log_q.sort(dim=1, descending=True).values[:, :k]
             assert found.hidden is None
             torch.testing.assert_close(found.topk.double(), wanted, rtol=0, atol=1e-4)
+            assert all(len(set(ids)) == len(ids) for ids in found.topk_ids.tolist())
+            torch.testing.assert_close(log_q.gather(1, found.topk_ids.long()), found.topk.double(), rtol=0, atol=1e-4)
 
 
 def test_layouts_agree(score):
@@ -156,11 +166,11 @@ def test_no_pairs_no_scores(score):
 def test_without_a_teacher_the_scores_are_empty():
     needs = TeacherNeeds(teacher=False, hidden_rows="none")
     pairs = [replace(pair, needs=needs) for pair in make_pairs()]
-    scored = list(NoTeacher().score(iter(pairs)))
+    scored = scores_of(NoTeacher(), pairs)
     assert [s.sample_id for s in scored] == [0, 1, 2, 3, 4]
     assert all(s.own_logit.numel() == s.lse.numel() == 0 and s.hidden is None for s in scored)
     with pytest.raises(AssertionError, match="sample 0 needs a teacher"):
-        list(NoTeacher().score(make_pairs()))
+        scores_of(NoTeacher(), make_pairs())
 
 
 # The student as its own teacher
@@ -201,7 +211,7 @@ def _step_as_own_teacher(rank, world_size, folder, weights, tp, rollouts, interf
         torch.distributed.barrier()
         answers = job.engine.generate(prompts, job.sampling)
         pairs = [job.align(prompt, rollout) for prompt, rollout in zip(prompts, answers, strict=True)]
-        scored = list(job.teacher.score(pairs))
+        scored = scores_of(job.teacher, pairs)
         report = job.updater.step(job.pack(prompts, answers, pairs, scored))
         return report, [pair.kinds.tolist() for pair in pairs]
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import megatron_simct.teacher.build
-from megatron_simct.config import ParallelConfig
+from megatron_simct.config.options import ParallelConfig
 from megatron_simct.job import build_job
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.teacher.client import Patience, TeacherClient
@@ -25,7 +25,6 @@ from tests.huggingface import save_model
 from tests.runs import metrics, run
 from tests.steps import train_and_record
 from tests.teacher_jobs import (
-    FAST,
     ModelFreeTeacher,
     TeacherJob,
     answer_of,
@@ -37,19 +36,22 @@ from tests.teacher_jobs import (
 from tests.tiny import command_line, config
 
 INTERFACES = ("paper", "code", "strict", "uld", "alm", "bytes")
-TEACHERS = {"one": (1, 1), "tp2": (2, 1), "pp2": (1, 2), "tp2 x pp2": (2, 2)}
+TEACHERS = {"one": (1, 1, 1), "tp2 x cp2": (2, 1, 2), "pp2": (1, 2, 1), "tp2 x pp2": (2, 2, 1)}
 ADAM = ("--adam-eps", "1e-4")
 """Adam's first step is the sign of the gradient, also of one that is rounding noise, unless eps is above that."""
-STUDENTS = {"one": (1, 1), "tp2": (2, 1), "pp2": (1, 2)}
+STUDENTS = {"one": (1, 1, 1), "tp2": (2, 1, 1), "pp2": (1, 2, 1), "cp2": (1, 1, 2)}
 
 
-def layout(tp: int, pp: int) -> tuple[str, ...]:
-    return ("--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp))
+def layout(tp: int, pp: int, cp: int = 1) -> tuple[str, ...]:
+    return (
+        *("--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp)),
+        *("--context-parallel-size", str(cp)),
+    )
 
 
 def _run(rank, world_size, folder, *flags):
     """Loss sums and gradient norm of each step, as this rank saw them, and what its client has counted."""
-    megatron_simct.teacher.build.Patience = partial(Patience, hello_s=0.2, silence_s=2.0, again_s=5.0, look_s=0.1)
+    megatron_simct.teacher.build.Patience = partial(Patience, hello_s=0.2, silence_s=2.0, look_s=0.1, look_again_s=0.1)
     resolved = config(folder, *ADAM, *flags)
     with process_groups(resolved.parallel, seed=resolved.training.seed) as groups:
         job = build_job(resolved, groups)
@@ -72,7 +74,7 @@ def colocated(tiny, weights, tmp_path_factory):
             tiny,
             *(*weights, "--simct-interface", interface, "--save-debug-rollout-data", str(rollouts / interface)),
         )[0]
-        for interface in INTERFACES
+        for interface in (*INTERFACES, "topk_kl")
     }
 
 
@@ -99,19 +101,22 @@ def served(tiny, weights, tmp_path_factory):
 @pytest.mark.parametrize("teacher", TEACHERS)
 def test_every_layout_of_both_jobs_and_every_interface(tiny, weights, colocated, served, tmp_path, teacher):
     """Each two of the teacher's layout, the student's and the interface meet once at least."""
-    tp, pp = TEACHERS[teacher]
-    flags = (*layout(tp, pp), "--teacher-hidden-dtype", "fp32", "--max-tokens-per-batch", "128")
+    sizes = TEACHERS[teacher]
+    flags = (*layout(*sizes), "--teacher-hidden-dtype", "fp32", "--max-tokens-per-batch", "128")
     with contextlib.ExitStack() as stack:
         run_dir = served
         if teacher != "one":
             run_dir = tmp_path
-            stack.enter_context(TeacherJob(tiny, weights, tmp_path, *flags, world_size=tp * pp))
+            stack.enter_context(TeacherJob(tiny, weights, tmp_path, *flags, world_size=math.prod(sizes)))
         first = list(TEACHERS).index(teacher)
         for number, interface in enumerate(INTERFACES):
-            student_tp, student_pp = list(STUDENTS.values())[(first + number) % len(STUDENTS)]
-            remote = _remote(weights, colocated[0], interface, run_dir, *layout(student_tp, student_pp))
-            results = run_ranks(student_tp * student_pp, _run, tiny, *remote)
+            student = list(STUDENTS.values())[(first + number) % len(STUDENTS)]
+            remote = _remote(weights, colocated[0], interface, run_dir, *layout(*student))
+            results = run_ranks(math.prod(student), _run, tiny, *remote)
             assert_same(results, colocated[1][interface], tolerance=1e-5)
+        if teacher == "tp2 x cp2":  # ids of tokens from ranks that share a response
+            remote = _remote(weights, colocated[0], "topk_kl", run_dir, *layout(2, 1))
+            assert_same(run_ranks(2, _run, tiny, *remote), colocated[1]["topk_kl"], tolerance=1e-5)
 
 
 EXPERTS = {
@@ -183,7 +188,7 @@ def test_between_hosts_with_keys_in_waves_and_by_two_students(tiny, weights, col
         assert_same(run_ranks(1, _run, tiny, *by_hand), expected["paper"], tolerance=1e-5)
 
 
-@pytest.mark.parametrize("interface", ["paper", "bytes"])
+@pytest.mark.parametrize("interface", ["paper", "bytes", "topk_kl"])
 def test_answers_on_disk_take_the_place_of_a_teacher(tiny, weights, colocated, served, tmp_path, interface):
     """Saved by the colocated teacher under one layout, read under another; a cache asks only for what it lacks."""
     rollouts, expected = colocated
@@ -212,8 +217,10 @@ def test_answers_on_disk_take_the_place_of_a_teacher(tiny, weights, colocated, s
 
 
 def test_one_step_off_trains_on_rollouts_that_are_one_step_old(tiny, weights, served, tmp_path):
-    """Every step's loss and gradient are those of the same rollouts in the serial order, from the same weights."""
-    flags = (*weights, *layout(2, 1), "--train-iters", "4", "--rollout-wave-size", "4")
+    """Every step's loss and gradient are those of the same rollouts in the serial order, from the same weights; the
+    importance weights, which that makes necessary, are 1 in the first step and change what follows."""
+    ratios = ("--rollout-importance-weights", "2")
+    flags = (*weights, *layout(2, 1), "--train-iters", "4", "--rollout-wave-size", "4", *ratios)
     saved, serial = tmp_path / "saved", tmp_path / "serial"
     remote = ("--schedule", "one_step_off", "--teacher-endpoint", str(served))
     overlapped = run_ranks(2, _run, tiny, *flags, *remote, "--save-debug-rollout-data", str(saved))
@@ -222,9 +229,16 @@ def test_one_step_off_trains_on_rollouts_that_are_one_step_old(tiny, weights, se
     serial.mkdir()
     for step in range(4):
         (serial / f"rollout_{step}.0.json").write_text(json.dumps(list(rows.values())))
-    (expected,) = run_ranks(1, _run, tiny, *weights, "--train-iters", "4", "--load-debug-rollout-data", str(serial))
+    replay = (*weights, "--train-iters", "4", "--load-debug-rollout-data", str(serial))
+    (expected,) = run_ranks(1, _run, tiny, *replay, *ratios)
     assert len(expected[0]) == 4
     assert_same(overlapped, expected, tolerance=1e-4)  # after several steps of Adam
+    ((plain, _),) = run_ranks(1, _run, tiny, *replay)
+    means = [sums["importance_weight_sum"] / sums["num_labels"] for sums, _ in expected[0]]
+    assert means[0] == pytest.approx(1, abs=1e-5) and all(abs(mean - 1) > 1e-3 for mean in means[1:]), means
+    losses = [(sums["loss"], wanted["loss"]) for (sums, _), (wanted, _) in zip(expected[0], plain, strict=True)]
+    assert losses[0][0] == pytest.approx(losses[0][1], rel=1e-5)
+    assert abs(losses[1][0] - losses[1][1]) > 1e-4 * losses[1][1], "the second step is of the first step's weights"
 
 
 class _SharedExperts:
@@ -245,14 +259,14 @@ class _SharedExperts:
 def _replicas_that_share_experts(rank, world_size, folder):
     """How many micro-batches each replica ran; only the first one has a client."""
     with process_groups(ParallelConfig(), seed=0) as groups:
-        groups = replace(groups, ep=groups.dp)
+        groups = replace(groups, ep=groups.dp, exchange=groups.dp)
         forward = _SharedExperts(groups.ep)
         teacher = ModelFreeTeacher(folder / str(rank), works=False)
         done = threading.Event()
         if rank == 0:
             rng = np.random.default_rng(0)
             requests = [make_request(rng, sample_id) for sample_id in range(30)]
-            client = open_client(folder / "0", patience=replace(FAST, again_s=60))
+            client = open_client(folder / "0")
 
             def ask():
                 assert all(same_answer(s, requests[s.sample_id]) for s in collect(client, requests))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -9,14 +10,17 @@ import pytest
 import torch
 
 import megatron_simct.teacher.build
+from megatron_simct.alignment.continuations import END
+from megatron_simct.alignment.cut_rules import with_continuations
 from megatron_simct.job import build_job, build_prompts
-from megatron_simct.loading import open_model, open_tokenizer
+from megatron_simct.loading import open_model, open_pair, open_tokenizer
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.records import Rollout
 from megatron_simct.rollout.engine import ReplayEngine, write_rollouts
 from megatron_simct.teacher.client import Patience
 from tests.distributed import run_ranks
 from tests.huggingface import save_byte_level, save_model
+from tests.oracles import byte_bounds
 from tests.oracles.bytes import Side, mixture_loss
 from tests.runs import run
 from tests.steps import train_and_record
@@ -90,7 +94,7 @@ def _endpoints(run_dir):
 
 
 def _run(rank, world_size, folder, *flags):
-    megatron_simct.teacher.build.Patience = partial(Patience, hello_s=0.2, silence_s=2.0, again_s=5.0, look_s=0.1)
+    megatron_simct.teacher.build.Patience = partial(Patience, hello_s=0.2, silence_s=2.0, look_s=0.1, look_again_s=0.1)
     resolved = config(folder, *flags)
     with process_groups(resolved.parallel, seed=resolved.training.seed) as groups:
         (report,) = train_and_record(build_job(resolved, groups))
@@ -99,7 +103,7 @@ def _run(rank, world_size, folder, *flags):
 
 def _expected(rank, world_size, folder, *flags):
     """Loss and norm of the gradient by the oracle and autograd, from whole logits of all three models."""
-    resolved = config(folder, *flags)
+    resolved = config(folder, *flags, "--second-teacher-endpoint", "asks nobody")
     prefixes = ("", "teacher-", "second-teacher-")
     options = (resolved.model, resolved.teacher, resolved.second_teacher)
     with process_groups(resolved.parallel, seed=resolved.training.seed) as groups:
@@ -108,11 +112,12 @@ def _expected(rank, world_size, folder, *flags):
             open_model(o, resolved.parallel, groups, t, prefix=p, bf16=False, longest=256)
             for o, p, t in zip(options, prefixes, tokenizers, strict=True)
         ]
-        prompts = build_prompts(resolved, groups, *tokenizers).batch(0)
+        prompts = build_prompts(resolved, groups, open_pair(resolved)).batch(0)
         responses = ReplayEngine(
             None, save_dir=None, load_dir=resolved.rollout.load_debug_rollout_data, dp_rank=0, writes=False
         ).generate(prompts, None)
-        total, count = torch.zeros((), dtype=torch.float64), 0
+        total, count, of_any = torch.zeros((), dtype=torch.float64), 0, 0.0
+        follows = [_follows(with_continuations(tokenizer)) for tokenizer in tokenizers]
         for prompt, rollout in zip(prompts, responses, strict=True):
             stopped = rollout.finish == "stop"
             text = tokenizers[0].decode(rollout.student_ids[:-1] if stopped else rollout.student_ids)
@@ -126,9 +131,16 @@ def _expected(rank, world_size, folder, *flags):
             )
             total = total + mixture_loss(student, teachers, [1 - WEIGHT, WEIGHT])
             count += len(rollout.student_ids)
+            sides = [replace(s, follows=f) for s, f in zip((student, *teachers), follows, strict=True)]
+            of_any += byte_bounds.loss(sides[0], sides[1:], [1 - WEIGHT, WEIGHT])
         (total / count).backward()
         squares = (p.grad.double().square().sum() for p in models[0].parameters() if p.grad is not None)
-        return float(total.detach()), float(sum(squares)) ** 0.5
+        return float(total.detach()), float(sum(squares)) ** 0.5, of_any
+
+
+def _follows(tokenizer):
+    """Whether a token may be followed by a byte, or by the end (None)."""
+    return lambda token, symbol: bool(tokenizer.continuations.may_follow(token, END if symbol is None else symbol))
 
 
 def _side(model, table, prompt_ids, labels) -> Side:
@@ -160,6 +172,9 @@ def test_two_jobs_are_the_mixture_of_the_oracle(
         for sums, grad_norm in run_ranks(student[0], _run, tiny, *flags):
             assert sums["loss"] == pytest.approx(expected[0], rel=1e-5) and expected[0] > 10
             assert grad_norm == pytest.approx(expected[1], rel=1e-5) and expected[1] > 0.1
+        for sums, grad_norm in run_ranks(student[0], _run, tiny, *flags, "--simct-byte-bounds", "any"):
+            assert sums["loss"] == pytest.approx(expected[2], rel=1e-5) and expected[2] > 1
+            assert grad_norm > 0.01 and sums["bytes_teacher_unresolved_sum"] > 0
 
 
 @pytest.mark.parametrize(

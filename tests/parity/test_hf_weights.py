@@ -13,12 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_simct.config import ParallelConfig
-from megatron_simct.models import hf_load
+from megatron_simct.config.options import ParallelConfig
+from megatron_simct.models import tensor_files
 from megatron_simct.models.build import build_model
 from megatron_simct.models.families import read_architecture
-from megatron_simct.models.hf_load import find_weights, load_hf_weights
-from megatron_simct.models.hf_mapping import Piece
+from megatron_simct.models.hf_load import load_hf_weights
+from megatron_simct.models.tensor_files import Piece, find_weights
 from megatron_simct.parallel.initialize import process_groups
 from tests.distributed import run_ranks
 from tests.huggingface import save_model
@@ -176,13 +176,13 @@ def test_the_scaling_of_rotary_frequencies_shows_in_the_logits(folders, tmp_path
 
 def _numbers(rank: int, world_size: int, folder: str, tp_size: int, ep_size: int) -> tuple[int, int]:
     """How many numbers this rank read, and how many of its parameters are not padding."""
-    read, original = [], hf_load._Folder.read
+    read, original = [], tensor_files.TensorFolder.read
 
     def counted(folder: object, piece: Piece) -> None:
         original(folder, piece)
         read.append(piece.view.numel())
 
-    hf_load._Folder.read = counted
+    tensor_files.TensorFolder.read = counted
     with load(folder, tp_size, ep_size) as (model, _):
         published = read_architecture(folder, flag="").vocab_size
         padding = sum(max(0, end - max(start, published)) for start, end in [model.vocab_shard])
@@ -207,7 +207,7 @@ def _second_stage(rank: int, world_size: int, folder: str) -> dict[str, torch.Te
     architecture = read_architecture(folder, flag="")
     with process_groups(ParallelConfig(), seed=3) as groups:
         model = build_model(
-            replace(architecture, num_layers=1),
+            replace(architecture, layers=architecture.layers[1:2]),
             ParallelConfig(),
             groups,
             vocab_size=90,
@@ -320,12 +320,13 @@ def test_a_damaged_file_is_named(single, sharded, damage):
     assert f"{path.name} is damaged or unreadable" in fail(sharded)
 
 
-def test_quantised_weights_are_refused_by_name(single):
+def test_quantised_weights_that_nothing_describes_are_refused_by_name(single):
     rewrite(single, lambda t: t.update({O_PROJ: t[O_PROJ].to(torch.float8_e4m3fn)}))
-    assert f"tensor {O_PROJ} of model.safetensors has the type F8_E4M3; quantised weights are not read" in fail(single)
+    said = f"tensor {O_PROJ} of model.safetensors has the type F8_E4M3, and config.json has no quantization_config"
+    assert said in fail(single)
     path = single / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "fp8"}}))
-    assert "config.json says it is quantised (fp8)" in fail(single)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "awq"}}))
+    assert "config.json says it is quantised (awq); of quantised weights fp8, mxfp4, compressed-t" in fail(single)
 
 
 def test_a_truncated_shard_is_named_with_the_tensor(sharded):

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from megatron_simct.alignment import align, align_batch, build_alignment_map
+from megatron_simct.alignment.alignment_map import released_map
 from tools.benchmark import real_inputs
+from tools.benchmark.alignment import overlap
 from tools.benchmark.real_inputs import Unavailable
 
 PAIRS = [
@@ -88,13 +90,19 @@ def test_every_shared_byte_is_in_a_minimal_unit(teacher_name, student_name):
 
 
 @pytest.mark.parametrize(
-    ("student_name", "teacher_name", "expected"), [("qwen2.5", "gemma2", 97_675), ("qwen2.5", "gemma3", 95_968)]
+    ("student_name", "teacher_name", "expected", "released"),
+    [("qwen2.5", "gemma2", 97_675, 64_272), ("qwen2.5", "gemma3", 95_968, 63_638)],
 )
-def test_shared_vocabulary_of_large_pairs(student_name, teacher_name, expected):
+def test_shared_vocabulary_of_large_pairs(student_name, teacher_name, expected, released):
     student, teacher = tokenizer(student_name), tokenizer(teacher_name)
     alignment_map = build_alignment_map(student, teacher)
     content = [set(t.table.pieces()) - {b""} for t in (student, teacher)]
     assert alignment_map.num_shared == expected == len(content[0] & content[1])
+    assert released_map(student, teacher).num_shared == released
+    shared, share = overlap(student, teacher)
+    assert shared == expected and share == pytest.approx(
+        expected / min(len(t.table.lengths) for t in (student, teacher))
+    )
 
 
 def test_the_released_walk_loses_what_the_minimal_units_keep():

@@ -13,7 +13,7 @@ from megatron.core.extensions import transformer_engine_spec_provider
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
-from megatron_simct.config import ParallelConfig
+from megatron_simct.config.options import ParallelConfig
 from megatron_simct.models import build
 from megatron_simct.models.families import read_architecture
 from megatron_simct.models.hf_export import save_hf_weights
@@ -29,6 +29,10 @@ MODELS = {
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 8},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True},
+    "glm4_moe": {
+        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "n_shared_experts": 2},
+        **{"first_k_dense_replace": 1, "head_dim": 8, "use_qk_norm": True, "attention_bias": True},
+    },
     "phi3": {"sliding_window": 6},
     "smollm3": {"no_rope_layers": [1, 0]},
 }
@@ -66,6 +70,7 @@ def stand_ins():
     """In the places where megatron-core's functions look for TransformerEngine's modules."""
     modules = {
         "TELayerNormColumnParallelLinear": LayerNormLinear,
+        "TEColumnParallelLinear": ColumnParallelLinear,
         "TERowParallelLinear": RowParallelLinear,
         "TEColumnParallelGroupedLinear": GroupedLinear,
         "TERowParallelGroupedLinear": GroupedLinear,
@@ -76,9 +81,9 @@ def stand_ins():
     with (
         mock.patch.multiple(transformer_engine_spec_provider, **modules),
         mock.patch.object(gpt_layer_specs, "TESpecProvider", provider, create=True),
-        mock.patch.object(build, "_uses_transformer_engine", lambda architecture, device: True),
+        mock.patch.object(build, "uses_transformer_engine", lambda architecture, device: True),
     ):
-        yield mock.patch.object(build, "_uses_transformer_engine", lambda architecture, device: False)
+        yield mock.patch.object(build, "uses_transformer_engine", lambda architecture, device: False)
 
 
 def stored(model: torch.nn.Module) -> set[tuple[str, tuple[int, ...]]]:
@@ -120,7 +125,7 @@ def test_a_folder_is_read_computed_and_written(tmp_path, family):
     assert float((logits - expected).abs().max() / expected.abs().max()) < 1e-4
     assert len(checkpoint) > 8 and checkpoint == of_local_layers, "one kind of layers reads checkpoints of the other"
     assert "self_attention.linear_qkv.layer_norm_weight" in names and "input_layernorm.weight" not in names
-    if family == "qwen3_moe":
+    if family.endswith("_moe"):
         assert {"pre_mlp_layernorm.weight", *(f"mlp.experts.linear_fc1.weight{i}" for i in range(4))} <= names
     else:
         assert "mlp.linear_fc1.layer_norm_weight" in names and "pre_mlp_layernorm.weight" not in names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_simct.alignment import AlignmentMap, Tokenizer, TokenTable, build_alignment_map, load_tokenizer
+from megatron_simct.alignment.alignment_map import identity_map, released_map
 from tests.oracles.alignment import greedy_encoder
 
 STUDENT = [b"ha", b"ppy", b" cat", b" the", b"x", b"<eos>", b"h", b"p"]
@@ -43,6 +45,32 @@ def test_small_pair():
     assert shared.tolist() == [True, False, False, True]
 
 
+def test_every_id_with_itself():
+    alignment_map = identity_map(tokenizer(STUDENT), tokenizer(STUDENT))
+    assert pairs(alignment_map) == [(i, i) for i in range(8) if i != 5]
+    assert (alignment_map.stop_student_id, alignment_map.stop_teacher_ids) == (5, (5,))
+
+
+@pytest.mark.parametrize(
+    "teacher, words",
+    [
+        (tokenizer(TEACHER), "are not the same, so their ids cannot be compared"),
+        (tokenizer([*STUDENT, b"y"]), "are not the same, so their ids cannot be compared"),
+        (
+            tokenizer(STUDENT, stop_ids=(4, 5), special_ids=(0, 4)),
+            r"stops at ids \[5\] and the teacher at \[4, 5\]; .*--teacher-stop-token-ids",
+        ),
+        (
+            tokenizer(STUDENT, stop_ids=(5, 0), special_ids=(0, 4)),
+            r"stops at ids \[5\] and the teacher at \[5, 0\]; .*--stop-token-ids",
+        ),
+    ],
+)
+def test_ids_of_different_tokenizers_are_not_paired(teacher, words):
+    with pytest.raises(ValueError, match=words):
+        identity_map(tokenizer(STUDENT, special_ids=(0, 4) if "stops" in words else ()), teacher)
+
+
 def test_special_spellings_and_empty_pieces_are_not_shared():
     student = tokenizer([b"<s>", b"<s>", b"", b"a", b"<p>", b"<e>"], special_ids=[0, 4])
     teacher = tokenizer([b"<s>", b"", b"<p>", b"<e>", b"a", b"<e>"], special_ids=[2])
@@ -65,7 +93,9 @@ def test_same_tokenizer_gives_the_identity():
 
 
 def test_the_first_stop_token_of_the_student_meets_all_of_the_teachers():
-    alignment_map = build_alignment_map(tokenizer(STUDENT, stop_ids=(4, 5)), tokenizer(TEACHER, stop_ids=(5, 4)))
+    alignment_map = build_alignment_map(
+        tokenizer(STUDENT, stop_ids=(4, 5), special_ids=(0, 4)), tokenizer(TEACHER, stop_ids=(5, 4))
+    )
     assert (alignment_map.stop_student_id, alignment_map.stop_teacher_ids) == (4, (5, 4))
     assert pairs(alignment_map) == [(2, 2), (3, 3), (6, 6), (7, 8)]
 
@@ -161,3 +191,20 @@ def test_real_identity():
     alignment_map = build_alignment_map(tekken, tekken)
     assert alignment_map.num_shared == 131072 - 1000
     np.testing.assert_array_equal(alignment_map.student_ids, alignment_map.teacher_ids)
+
+
+def test_released_pairs_are_of_equal_strings():
+    """A blank is '▁' on both sides; what the files spell differently is missed, and other bytes may be paired."""
+
+    def with_strings(pieces: list[bytes], strings: list[str], stop: int) -> Tokenizer:
+        table = TokenTable.from_bytes(pieces, stop_ids=[stop])
+        ids = {text: i for i, text in enumerate(strings)}
+        return Tokenizer(name="test", table=table, encode_text=lambda text: [], strings=lambda: ids)
+
+    student = with_strings([b" the", b"\n", b"\xe9", b"<s>", b"<end>"], ["Ġthe", "Ċ", "é", "<s>", "<end>"], 4)
+    teacher = with_strings([b"<end>", "é".encode(), b" the", b"\n", b"<s>"], ["<end>", "é", "▁the", "\n", "<s>"], 0)
+    assert pairs(released_map(student, teacher)) == [(0, 2), (2, 1), (3, 4)]
+    assert pairs(build_alignment_map(student, teacher)) == [(0, 2), (1, 3), (3, 4)]
+    assert released_map(student, teacher).stop_teacher_ids == (0,)
+    with pytest.raises(ValueError, match="--simct-shared released: .*is no tokenizer.json"):
+        released_map(student, dataclasses.replace(teacher, strings=None))

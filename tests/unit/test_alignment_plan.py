@@ -11,7 +11,7 @@ import pytest
 
 from megatron_simct.alignment import Tokenizer, TokenTable, build_alignment_map, load_tokenizer, plan_pair
 from megatron_simct.alignment.alignment_map import identity_map
-from megatron_simct.config import InterfaceConfig
+from megatron_simct.config.options import InterfaceConfig
 from megatron_simct.records import AlignedPair, Prompt, Rollout, SegmentKind, TeacherNeeds
 from tests.oracles.alignment import greedy_encoder
 
@@ -259,6 +259,10 @@ def test_the_released_walk_has_its_own_units():
     teacher = Tokenizer(name="test", table=table, encode_text=lambda text: [0, 1])
     walked = plan(student, teacher, [0, 1, 2, 4], needs=needs)
     assert (walked.segments.tolist(), walked.replaced_columns.tolist()) == ([[0, 2, 0, 3], [2, 3, 3, 4]], [-1, -1])
+    # Its match of an id with duplicate bytes, which is no pair of the map, has no unit column; by bytes it is a unit.
+    twice = tokenizer([b"a", b"b", b"a", b"</s>"], [3])
+    assert plan(twice, tokenizer([b"a", b"b", b"</s>"], [2]), [2, 1, 3], needs=needs).kinds.tolist() == [0, 0, STOP]
+    assert plan(twice, tokenizer([b"a", b"b", b"</s>"], [2]), [2, 1, 3]).kinds.tolist() == [UNIT, 0, STOP]
 
 
 # Weights and ablations
@@ -297,6 +301,24 @@ def test_weights_follow_the_options():
     assert planned(TEXT, unit_weight="student_length").weights.tolist() == [1, 1, 2, 2, 1, 1, 1]
     assert planned(TEXT, mask_whitespace=True).weights.tolist() == [1, 0, 1, 1, 0, 1, 1]
     assert planned(TEXT, stop_bridge=False).weights.tolist() == [1, 1, 1, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("scalar, weights", [("dpca", [1, 0, 0, 1]), ("spread", [1, 1, 1, 1])])
+def test_dpca_leaves_out_what_ends_inside_a_character(scalar, weights):
+    pieces = [b"", b"x", "é".encode()[:1], "é".encode()[1:]]
+    both = tokenizer(pieces, [0])
+    config = InterfaceConfig(interface="scalar", scalar=scalar)
+    rollout = Rollout(
+        sample_id=0,
+        weight_version=0,
+        student_ids=np.array([1, 2, 3, 0], np.int32),
+        logprobs=np.zeros(4, np.float32),
+        finish="stop",
+    )
+    prompt = Prompt(sample_id=0, student_ids=np.zeros(1, np.int32), teacher_ids=np.zeros(1, np.int32))
+    needs = TeacherNeeds(hidden_rows="none")
+    pair = plan_pair(prompt, rollout, student=both, teacher=both, alignment_map=None, needs=needs, interface=config)
+    assert pair.weights.tolist() == weights
 
 
 def test_no_unit_loss_leaves_a_share_of_the_units_out():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 import typing
@@ -11,9 +12,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_simct.arguments import build_parser, options, parse_config, to_yaml
-from megatron_simct.config import Config
-from megatron_simct.megatron_flags import MEGATRON_FLAGS
+from megatron_simct.config.flags import build_parser, options, parse_config, to_yaml
+from megatron_simct.config.interfaces import METHODS, VARIANTS, interface_help
+from megatron_simct.config.megatron_flags import ALWAYS, MEGATRON_FLAGS
+from megatron_simct.config.options import Config
+from megatron_simct.losses.kinds.table import INTERFACES
 
 OPTIONS = {option.key: option for option in options()}
 
@@ -67,7 +70,28 @@ def test_help_shows_every_flag_and_its_default():
 
 def test_own_flags_are_not_among_those_that_are_not_implemented():
     flags = {option.flag for option in OPTIONS.values()} | {"--config-file", "--print-config"}
-    assert not flags & MEGATRON_FLAGS
+    assert not flags & (MEGATRON_FLAGS.keys() | ALWAYS.keys())
+
+
+def test_every_flag_that_is_refused_says_what_to_do(capsys):
+    known = {option.flag for option in OPTIONS.values()} | {"--config-file"}
+    for flag, reason in MEGATRON_FLAGS.items():
+        assert 10 < len(reason) < 140 and not reason.endswith("."), flag
+        for word in re.findall(r"--[a-z][a-z0-9_-]+", reason):
+            assert word in known, f"{flag}: {word} is no flag"
+    assert refused(capsys, "--finetune").endswith("starts a new run from a checkpoint's weights\n")
+
+
+def test_flags_that_ask_for_what_is_done_anyway_change_nothing(capsys, yaml_file):
+    argv = ["--ckpt-format", "torch_dist", "--swiglu", "--use-flash-attn", "--transformer-impl", "local"]
+    argv += ["--hidden-dropout", "0.0", "--moe-token-dispatcher-type=alltoall", "--lr", "1e-3"]
+    assert parse_config(argv) == parse_config(["--lr", "1e-3"])
+    path = yaml_file("swiglu: true\nhidden_dropout: 0\nlr: 1.0e-3\n")
+    assert parse_config(["--config-file", path]) == parse_config(argv)
+    assert "--ckpt-format zarr: only torch_dist: checkpoints are torch_dist" in refused(capsys, "--ckpt-format", "zarr")
+    assert "--hidden-dropout 0.1: only 0: there is no dropout" in refused(capsys, "--hidden-dropout", "0.1")
+    message = refused(capsys, "--config-file", yaml_file("swiglu: false\n"))
+    assert "run.yaml: --swiglu False: it cannot be switched off" in message
 
 
 def test_no_flags_give_the_defaults():
@@ -145,8 +169,11 @@ def test_any_value_survives_the_yaml_form(tmp_path_factory, text, number):
         (["--micro-batchsize", "4"], ["unknown flag --micro-batchsize", "did you mean --micro-batch-size?"]),
         (["--teacher-hf-chekpoint=x"], ["unknown flag --teacher-hf-chekpoint;", "--teacher-hf-checkpoint?"]),
         (["--qqqqqqqq"], ["unknown flag --qqqqqqqq"]),
-        (["--num-layers", "4"], ["--num-layers is a flag of Megatron-LM that this package does not implement"]),
-        (["--use-distributed-optimizer"], ["--use-distributed-optimizer is a flag of Megatron-LM"]),
+        (
+            ["--num-layers", "4"],
+            ["--num-layers is a flag of Megatron-LM", "does not implement: config.json"],
+        ),
+        (["--fp8-format", "hybrid"], ["--fp8-format is a flag of Megatron-LM"]),
         (["stray"], ["unexpected argument 'stray'"]),
         (["--train-iters", "many"], ["--train-iters", "int", "'many'"]),
         (["--train-iters", "1.5"], ["--train-iters", "int", "'1.5'"]),
@@ -187,6 +214,11 @@ def test_an_unlike_flag_gets_no_guess(capsys):
         ("bf16: 1\n", ["--bf16 (bf16)", "1", "bool"]),
         ("bf16: maybe\n", ["--bf16 (bf16)", "'maybe'", "bool"]),
         ("save: 3\n", ["--save (save)", "3", "str"]),
+        ("save: {a: 1}\n", ["--save (save)", "{'a': 1}", "str"]),
+        ("save: 2025-12-31\n", ["--save (save)", "str"]),
+        ("chat_template_kwargs: [a]\n", ["--chat-template-kwargs (chat_template_kwargs)", "['a']", "str"]),
+        ("chat_template_kwargs: {a: 2025-12-31}\n", ["cannot be written as JSON", "put it in quotes"]),
+        ("chat_template_date: 2025\n", ["--chat-template-date (chat_template_date)", "2025", "str"]),
         ("optimizer: adams\n", ["--optimizer adams", "adam, sgd"]),
         ("stop_token_ids: 5\n", ["--stop-token-ids (stop_token_ids)", "not a list", "[5]"]),
         ("stop_token_ids: '12'\n", ["--stop-token-ids (stop_token_ids)", "not a list"]),
@@ -199,6 +231,16 @@ def test_wrong_files(capsys, yaml_file, text, words):
     message = refused(capsys, "--config-file", yaml_file(text))
     for word in words:
         assert word in message
+
+
+def test_arguments_of_a_template_are_a_mapping_of_yaml_or_json(yaml_file):
+    text = '{"enable_thinking": false, "a": ["ß", null]}'
+    mapping = yaml_file(f"teacher_chat_template_kwargs: {text}\nchat_template_date: 2025-12-31\n")
+    of_file = parse_config(["--config-file", mapping])
+    of_flags = parse_config(["--teacher-chat-template-kwargs", text, "--chat-template-date", "2025-12-31"])
+    assert of_file == of_flags
+    assert of_file.teacher.chat_template_kwargs == text and of_file.data.chat_template_date == "2025-12-31"
+    assert parse_config(["--config-file", yaml_file(to_yaml(of_file))]) == of_file
 
 
 def test_a_file_that_is_not_utf8(capsys, tmp_path):
@@ -279,7 +321,6 @@ def test_missing_files_are_all_named():
 def test_options_that_contradict_each_other():
     assert "--eval-prompt-data" in check("--exit-eval-accuracy", ".5")
     assert "--eval-prompt-data" in check("--eval-benchmark", "gsm8k")
-    assert "--bf16 needs a GPU" in check("--bf16")
     for flag, *value in (
         ["--exit-signal-handler"],
         ["--exit-duration-in-mins", "5"],
@@ -288,6 +329,13 @@ def test_options_that_contradict_each_other():
     ):
         assert check(flag, *value).startswith(f"{flag} needs --save")
         assert check(flag, *value, "--save", "there") == ""
+    for flag, value in (
+        ("--chat-template-kwargs", "{}"),
+        ("--teacher-chat-template-kwargs", "{}"),
+        ("--chat-template-date", "2025-12-31"),
+    ):
+        assert check(flag, value) == f"{flag} needs --apply-chat-template"
+        assert check(flag, value, "--apply-chat-template") == ""
     assert "--wandb-project" in check("--wandb-save-dir", "there")
 
 
@@ -345,7 +393,7 @@ HEAVY = ["megatron", "transformers", "sentencepiece", "tiktoken", "apex", "trans
 @pytest.mark.parametrize(
     "modules, more",
     [
-        (["megatron_simct.config", "megatron_simct.arguments"], ["torch", "numpy"]),
+        (["megatron_simct.config.options", "megatron_simct.config.flags"], ["torch", "numpy"]),
         (["megatron_simct.records", "megatron_simct.alignment"], ["megatron_simct.parallel", "megatron_simct.losses"]),
     ],
 )
@@ -353,3 +401,29 @@ def test_light_modules_load_no_heavy_library(modules, more):
     code = f"import sys, {', '.join(modules)}; print([m for m in {HEAVY + more!r} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--make-vocab-size-divisible-by",
+        "--distributed-timeout-minutes",
+        "--rollout-batch-size",
+        "--n-samples-per-prompt",
+        "--rollout-max-prompt-len",
+        "--rollout-max-response-len",
+    ],
+)
+def test_a_number_that_no_machine_can_hold_is_refused(flag: str) -> None:
+    config = parse_config([flag, str(2**40)])
+    with pytest.raises(ValueError, match=rf"{flag} {2**40}: must be at least 1 and at most \d+"):
+        config.check(data_parallel_size=1)
+
+
+def test_the_help_has_a_line_for_each_interface_with_its_source_and_its_failure():
+    lines = dict(line.split(": ", 1) for line in interface_help().splitlines() if ": " in line)
+    for name, method in METHODS.items():
+        assert method.text in lines[name] and method.source and f"({method.source})" in lines[name]
+        assert method.failure in lines[name] and (method.failure or name in ("kd", "sft", "reward"))
+    assert set(METHODS) == set(INTERFACES), "a method has a name, a line of help, and a file in losses/kinds"
+    assert set(VARIANTS) <= set(lines)

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from megatron_simct.losses import bytes as losses_bytes
+from megatron_simct.losses.kinds import bytes as losses_bytes
 from tests.oracles.byte_cases import evaluate, evaluate_mixture, mixture_oracle_of, random_cases
 from tests.oracles.byte_pairs import longest_match, mixture, random_language, write_out
 from tests.unit.test_bytes import DIVERGENCES, KINDS, SINGLES, VOCABULARIES

@@ -8,11 +8,11 @@ import random
 import pytest
 import torch
 
-from megatron_simct.losses import bytes as losses_bytes
+from megatron_simct.losses.kinds import bytes as losses_bytes
 from tests import golden
 from tests.oracles import bytes as oracle
 from tests.oracles.byte_cases import evaluate, golden_case, oracle_of, random_cases
-from tests.oracles.byte_pairs import longest_match, merges, random_language, write_out
+from tests.oracles.byte_pairs import byte_pairs, longest_match, random_language, write_out
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js")
 
@@ -152,11 +152,11 @@ def test_one_distribution_in_two_tokenizations_has_loss_and_gradient_zero(kind, 
 def test_merges_that_take_the_longest_match_have_loss_zero_too():
     pieces = [*SINGLES, b"aa", b"aac", b"bb", b""]
     language = random_language(SINGLES, 4, seed=1)
-    assert all(merges(pieces)(text) == longest_match(pieces)(text) for text in language)
+    assert all(byte_pairs(pieces)(text) == longest_match(pieces)(text) for text in language)
     singles = [*SINGLES, b""]
     texts = sorted(language)[::9]
-    student = [write_out(language, text, singles, 3, merges(singles)) for text in texts]
-    teacher = [write_out(language, text, pieces, 6, merges(pieces)) for text in texts]
+    student = [write_out(language, text, singles, 3, byte_pairs(singles)) for text in texts]
+    teacher = [write_out(language, text, pieces, 6, byte_pairs(pieces)) for text in texts]
     for cases in (zip(student, teacher, strict=True), zip(teacher, student, strict=True)):
         found = evaluate(list(cases))
         assert abs(float(found.sum)) < 1e-12

@@ -9,6 +9,7 @@ import os
 import pickle
 import signal
 import zlib
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -111,18 +112,26 @@ def test_lists_and_compressed_lines_are_read(tmp_path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("gsm8k", json.dumps(GSM8K | {"answer": "3"}), "row 1 is not one of gsm8k"),
-        ("mbpp", json.dumps(GSM8K), "row 1 is not one of mbpp .KeyError: 'test_list'"),
+        ("gsm8k", json.dumps(GSM8K | {"answer": "3"}), "line 1 is not one of gsm8k"),
+        ("mbpp", json.dumps(GSM8K), "line 1 is not one of mbpp .KeyError: 'test_list'"),
         ("mbpp", "\n".join([json.dumps(MBPP)] * 2), "two rows have the same id"),
         ("math500", "{", "not JSON"),
-        ("mbpp", json.dumps(MBPP) + "\n\n{", "not JSON .*, line 3"),
-        ("exact_match", json.dumps({"prompt": "Add.", "label": 3}), "row 1 is not one of exact_match .TypeError"),
-        ("exact_match", "[3]", "row 1 is not one of exact_match"),
-        ("gsm8k", json.dumps(GSM8K | {"answer": 3}), "row 1 is not one of gsm8k .TypeError: its answer is no text"),
-        ("gsm8k", json.dumps(GSM8K | {"question": None}), "its question is no text"),
-        ("humaneval", json.dumps(HUMANEVAL | {"prompt": None}), "its prompt is no text"),
-        ("livecodebench", json.dumps(livecodebench(STDIN, []) | {"private_test_cases": "abcd"}), "row 1 is not one of"),
-        ("math_label", json.dumps({"messages": [], "label": "3"}), "not one message of the user"),
+        ("mbpp", json.dumps(MBPP) + "\n\n{", ", line 3: not JSON"),
+        ("exact_match", json.dumps({"prompt": "Add.", "label": [3]}), "line 1 is not one of exact_match .RowError"),
+        ("exact_match", "[3]", "row 1: expected a JSON object, found int"),
+        (
+            "gsm8k",
+            json.dumps(GSM8K | {"answer": 3}),
+            "line 1 is not one of gsm8k .TypeError: its answer must be a string",
+        ),
+        ("gsm8k", json.dumps(GSM8K | {"question": None}), "its question must be a string"),
+        ("humaneval", json.dumps(HUMANEVAL | {"prompt": None}), "its prompt must be a string"),
+        (
+            "livecodebench",
+            json.dumps(livecodebench(STDIN, []) | {"private_test_cases": "abcd"}),
+            "line 1 is not one of",
+        ),
+        ("math_label", json.dumps({"messages": [], "label": "3"}), "neither a text nor messages under 'messages'"),
         ("math500", "", "holds no problems"),
     ],
 )
@@ -256,6 +265,131 @@ def test_a_whole_function_in_a_block_stands_for_the_prompt(right):
     helper = "def twice(x):\n    return 2 * x\n\n\n"
     row = {"prompt": helper + HUMANEVAL["prompt"], "test": HUMANEVAL["test"] + "    assert twice(1) == 2\n"}
     assert right("humaneval", HUMANEVAL | row, f"```python\n{whole}\n```", chat=True) == {"pass": True}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """A row of mbpp, a right program and a wrong one."""
+
+    name: str
+    tests: tuple[str, ...]
+    right: str
+    wrong: str
+    solution: str = ""
+    """The row's own, whose names are asked for."""
+    setup: str = ""
+
+
+CHECKED = [
+    Checked(
+        name="type of a sequence",
+        tests=("assert f(1) == (1, [2])",),
+        right="def f(x):\n    return (x, [2])",
+        wrong="def f(x):\n    return [x, (2,)]",
+    ),
+    Checked(
+        name="tolerance",
+        tests=("assert math.isclose(f(1), 0.1 + 0.2, rel_tol=1e-9)",),
+        setup="import math",
+        right="def f(x):\n    return 0.3",
+        wrong="def f(x):\n    return 0.31",
+    ),
+    Checked(
+        name="set of what is returned",
+        tests=("assert set(f([3, 1])) == set((1, 3))",),
+        right="def f(x):\n    return (y for y in x)",
+        wrong="def f(x):\n    return iter(x[1:])",
+    ),
+    Checked(
+        name="exception",
+        tests=("try:\n    f(-1)\n    assert False\nexcept ValueError:\n    pass",),
+        right="class Below(ValueError):\n    pass\ndef f(x):\n    raise Below",
+        wrong="def f(x):\n    raise KeyError",
+    ),
+    Checked(
+        name="function as an argument",
+        tests=("assert f(lambda x: x + 1, 2) == 4",),
+        right="def f(g, x):\n    return g(g(x))",
+        wrong="def f(g, x):\n    return g(x)",
+    ),
+    Checked(
+        name="function that is returned",
+        tests=("assert f(2)(3) == 5",),
+        right="def f(x):\n    return lambda y: x + y",
+        wrong="def f(x):\n    return lambda y: x",
+    ),
+    Checked(
+        name="class of the program",
+        tests=("assert longest([Pair(1, 4), Pair(2, 3)]) == 3",),
+        solution="class Pair:\n    pass\ndef longest(x):\n    pass",
+        right="class Pair:\n    def __init__(s, a, b):\n        s.a, s.b = a, b\n"
+        "def longest(x):\n    return max(p.b - p.a for p in x)",
+        wrong="class Pair:\n    def __init__(s, a, b):\n        s.a, s.b = a, b\ndef longest(x):\n    return len(x)",
+    ),
+    Checked(
+        name="objects that the tests link",
+        tests=("assert total(root) == 3", "assert root.next.value == 2"),
+        setup="root = Node(1)\nroot.next = Node(2)",
+        right="class Node:\n    def __init__(s, v):\n        s.value, s.next = v, None\n"
+        "def total(n):\n    return n.value + total(n.next) if n else 0",
+        wrong="class Node:\n    def __init__(s, v):\n        s.value, s.next = v, None\n"
+        "def total(n):\n    return n.value",
+    ),
+    Checked(
+        name="name of Python that is asked for",
+        tests=("assert sum(10, 15) == 6",),
+        solution="def sum(a, b):\n    return 6",
+        right="def sum(a, b):\n    return 6",
+        wrong="def sum(a, b):\n    return a + b",
+    ),
+    Checked(
+        name="name of Python that is not",
+        tests=("assert sum(f(2)) == 6",),
+        solution="def f(x):\n    pass",
+        right="def sum(x):\n    return 0\ndef f(x):\n    return [x, 4]",
+        wrong="def sum(x):\n    return 6\ndef f(x):\n    return [x]",
+    ),
+    Checked(
+        name="module that the solution imports",
+        tests=("assert f(2) == sys.getsizeof(2)",),
+        solution="import sys\ndef f(x):\n    return sys.getsizeof(x)",
+        right="import sys\ndef f(x):\n    return sys.getsizeof(x)",
+        wrong="class sys:\n    getsizeof = lambda x: 1\ndef f(x):\n    return 1",
+    ),
+    Checked(
+        name="argument that is changed is a copy",
+        tests=("x = [1]", "f(x)", "assert x == [1]", "assert f(x) == 2"),
+        right="def f(x):\n    x.append(2)\n    return len(x)",
+        wrong="def f(x):\n    return len(x)",
+    ),
+    Checked(
+        name="number of numpy",
+        tests=("assert f(2) == 4",),
+        right="import numpy\ndef f(x):\n    return numpy.int64(2 * x)",
+        wrong="import numpy\ndef f(x):\n    return numpy.int64(x)",
+    ),
+    Checked(
+        name="array of numpy is no plain data",
+        tests=("assert f(2) == 4",),
+        right="def f(x):\n    return 2 * x",
+        wrong="import numpy\ndef f(x):\n    return numpy.array([2 * x])",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CHECKED, ids=lambda case: case.name)
+def test_what_tests_may_ask_of_a_program(right, case: Checked) -> None:
+    row = MBPP | {"code": case.solution, "test_imports": [case.setup], "test_list": list(case.tests)}
+    assert right("mbpp", row, case.right) == {"pass": True}
+    assert right("mbpp", row, case.wrong) == {"pass": False}
+
+
+def test_helpers_of_a_prompt_are_those_of_the_prompt(right) -> None:
+    """A program that has another one in their place does not decide by it."""
+    prompt = "def twice(x):\n    return 2 * x\n\n\ndef total(x):\n"
+    row = HUMANEVAL | {"prompt": prompt, "test": "def check(candidate):\n    assert candidate(2) == twice(2)\n"}
+    assert right("humaneval", row, "    return twice(x)") == {"pass": True}
+    assert right("humaneval", row, "    return 0\n\n\ntwice = total") == {"pass": False}
 
 
 def test_functions_of_livecodebench(right):

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ import pytest
 
 from examples.experiments import distances, plan, processes, real, report, run, scoring, toy
 from examples.experiments.plan import SETTINGS, Run
+from examples.quickstart.task import write_task
 from examples.real_weights import measure
-from megatron_simct.arguments import parse_config
-from megatron_simct.losses.needs import check_config
+from megatron_simct.config.flags import parse_config
+from megatron_simct.losses.checks import check_config
 from tests.huggingface import save_byte_fallback, save_byte_level, save_model
 
 TOY, REAL = SETTINGS[0], SETTINGS[-1]
@@ -28,6 +30,7 @@ def results(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "RESULTS", folder)
     monkeypatch.setattr(run, "RESULTS", folder)
     monkeypatch.setattr(report, "HERE", tmp_path)
+    monkeypatch.setattr(report, "FIGURES", tmp_path / "figures")
     return folder
 
 
@@ -200,6 +203,49 @@ def test_no_interface_is_ahead_of_one_that_shares_no_seed_with_it():
 
     said = report._ahead({"bytes": {1: result("1111")}, "paper": {2: result("0000")}}, scoring.ACCURACIES[0])
     assert said == "Best greedy accuracy: `bytes`, 1.0000; not told apart from it: `paper`."
+
+
+def test_the_reports_numbers_are_those_of_its_files():
+    """Recomputed without the report's code: means of outcomes, and intervals over the 54 pairs of numbers."""
+    folder = Path(report.__file__).parent
+    lines = (folder / "report.md").read_text(encoding="utf-8").splitlines()
+    random, compared = np.random.default_rng(1), 0
+    for setting in [setting for setting in SETTINGS if setting is not REAL]:
+        start = next(i for i, line in enumerate(lines) if line.startswith(f"## {setting.name}:"))
+        for name in setting.interfaces:
+            gains = []
+            for path in sorted((folder / "results").glob(f"{setting.name}-{name}-[0-9].json")):
+                outcomes = json.loads(path.read_text())["outcomes"]
+                after, before = ([int(digit) for digit in outcomes[key]] for key in ("greedy", "greedy_before"))
+                gains.append([a - b for a, b in zip(after, before, strict=True)])
+            gain = np.mean(gains, axis=0)
+            of_pairs = [(gain[k::54].sum(), len(gain[k::54])) for k in range(54)]
+            drawn = np.array(of_pairs)[random.integers(0, 54, (4000, 54))].sum(axis=1)
+            low, high = np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])
+            row = next(line for line in lines[start:] if line.startswith(f"| `{name}` | 1 2 3"))
+            said = re.search(r"(\S+) \((\S+) to (\S+)\)", row)
+            assert said is not None and float(said[1]) == pytest.approx(gain.mean(), abs=6e-4), row
+            assert (float(said[2]), float(said[3])) == pytest.approx((low, high), abs=0.012), row
+            compared += 1
+    assert compared == 27
+
+
+def test_a_pair_of_numbers_is_drawn_with_all_of_its_problems():
+    """Who knows half of the pairs, in all words: 54 of them say less than 200 problems would."""
+    values = (np.arange(200) % 54 < 27).astype(float)
+    estimate = scoring.by_clusters(values, scoring.NUM_PAIRS)
+    assert scoring.NUM_PAIRS == 54 and estimate.mean == values.mean()
+    alone = scoring.bootstrap(values)
+    assert estimate.high - estimate.low > 1.7 * (alone.high - alone.low)
+    rows = [json.loads(line) for line in _held_out().splitlines()]
+    pairs = [tuple(re.findall(r"[0-9]+", row["prompt"])) for row in rows]
+    assert all(pairs[i] == pairs[i % 54] for i in range(200)) and len(set(pairs)) == 54
+
+
+def _held_out() -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        write_task(Path(folder))
+        return (Path(folder) / "held_out.jsonl").read_text()
 
 
 def test_results_in_the_repository_are_of_planned_runs(monkeypatch):

@@ -174,8 +174,10 @@ def test_stop_tokens_in_the_order_of_the_files(byte_level):
     with pytest.raises(ValueError, match="it names no stop token"):
         stop_ids()
     (byte_level / "generation_config.json").write_text(json.dumps({"eos_token_id": [9999]}))
-    with pytest.raises(ValueError, match=r"\[9999\] lie outside the vocabulary of 320 ids"):
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id 9999 is the id of no token"):
         stop_ids()
+    with pytest.raises(ValueError, match=r"\[9999\] lie outside the vocabulary of 320 ids"):
+        stop_ids(9999)
 
 
 @pytest.mark.parametrize("stop", [b"<tool>", b" cat"])
@@ -188,19 +190,26 @@ def test_a_stop_token_of_any_kind_is_never_content(byte_level, stop):
     assert stop_id not in tokenizer.encode(data) and tokenizer.decode(tokenizer.encode(data)) == data
 
 
-def test_bos_is_what_the_settings_say_or_what_the_file_does(tmp_path):
+def test_bos_is_what_the_file_puts_whatever_the_settings_say(tmp_path):
+    """As transformers 5 does for a tokenizer.json."""
     save_byte_fallback(tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
 
-    def bos_id(**changes):
+    def loaded(**changes) -> Tokenizer:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | changes))
-        return load_tokenizer(str(tmp_path)).bos_id
+        return load_tokenizer(str(tmp_path))
 
-    assert (bos_id(), bos_id(add_bos_token=True), bos_id(add_bos_token=False)) == (1, 1, None)
-    assert bos_id(add_bos_token=True, bos_token=None) is None
-    assert bos_id(bos_token=None) == 1
+    for changes in ({}, {"add_bos_token": True}, {"bos_token": None}):
+        assert (loaded(**changes).bos_id, loaded(**changes).notes) == (1, ())
+    without = loaded(add_bos_token=False)
+    assert without.bos_id == 1 and without.notes == (
+        "tokenizer_config.json: add_bos_token = false is not read; a prompt begins with BOS 1, as the post_processor "
+        "of tokenizer.json has it",
+    )
     save_byte_fallback(tmp_path, post_processor=None)
-    assert load_tokenizer(str(tmp_path)).bos_id is None
+    assert loaded().bos_id is None
+    (note,) = loaded(add_bos_token=True).notes
+    assert "add_bos_token = true is not read; a prompt begins with no BOS" in note
 
 
 def test_a_folder_with_a_sentencepiece_model_only(tiny, tmp_path):

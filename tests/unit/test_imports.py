@@ -15,34 +15,37 @@ ALLOWED = {
     # What every other part may read.
     "records": "",
     "files": "",
+    "prompt_files": "",
+    "ownership": "files",
     "json_fields": "",
+    "engine_client": "",
     "stopping": "",
-    "megatron_flags": "",
-    "command_line": "parallel",
-    "config": "alignment evaluation",  # whether a folder holds a tokenizer; names of benchmarks
-    "arguments": "command_line config megatron_flags",
-    "writers": "config files",
-    "parallel": "config records",
+    "config": "",
+    "parallel": "config ownership stopping",
     # The hops.
     "alignment": "config files json_fields records",
-    "data": "alignment records",
-    "evaluation": "",
-    "losses": "alignment config parallel records",
-    "models": "config json_fields parallel",
-    "rollout": "alignment data files losses models parallel records",
-    "teacher": "alignment config loading losses models parallel records update",
+    "data": "alignment prompt_files records",
+    "evaluation": "config prompt_files",
+    "packing": "records",
+    "losses": "alignment config packing records",
+    "models": "config files json_fields parallel",
+    "rollout": "alignment data engine_client files losses models packing parallel records",
+    "teacher": "alignment config engine_client files loading losses models ownership packing parallel records update",
     "update": "alignment config files losses models parallel records",
     # What knows several of them.
-    "loading": "alignment config data evaluation losses models parallel update",
-    "monitoring": "alignment parallel records update writers",
-    "samples": "alignment records update writers",
-    "preflight": "alignment arguments config data launch loading losses models parallel records update writers",
-    "launch": "arguments command_line config preflight teacher",
-    # The jobs.
-    "job": "alignment arguments config data evaluation loading losses models monitoring parallel records rollout "
-    "samples stopping teacher update writers",
-    "serve_teacher": "alignment arguments command_line config loading models parallel stopping teacher",
-    "train": "arguments command_line config files job losses models monitoring parallel records teacher update",
+    "loading": "alignment config data evaluation losses models parallel records update",
+    "reporting": "alignment config files parallel records update",
+    "preflight": "alignment config data engine_client loading losses models packing parallel records reporting "
+    "teacher update",
+    "launch": "config files preflight",
+    "rewarding": "alignment evaluation records rollout update",
+    # The jobs, and the commands beside them.
+    "commands": "alignment config data evaluation files loading losses models parallel preflight prompt_files records "
+    "rollout update",
+    "job": "alignment config data engine_client evaluation files loading losses models packing parallel records "
+    "reporting rewarding rollout stopping teacher update",
+    "serve_teacher": "alignment config engine_client loading models parallel stopping teacher",
+    "train": "config files job losses models parallel records reporting rollout teacher update",
 }
 """Which folders and files of megatron_simct/ each import, in functions too. No hop knows job.py or train.py."""
 
@@ -70,8 +73,8 @@ def imported(path: Path) -> set[str]:
 @pytest.mark.parametrize(
     "module, forbidden",
     [
-        ("megatron_simct.config", "torch numpy yaml"),
-        ("megatron_simct.arguments", "torch numpy"),
+        ("megatron_simct.config.options", "torch numpy yaml"),
+        ("megatron_simct.config.flags", "torch numpy"),
         ("megatron_simct.records", "torch"),
         ("megatron_simct.alignment", "torch megatron tokenizers sentencepiece tiktoken"),
         ("megatron_simct.losses", "megatron transformers"),
@@ -83,6 +86,13 @@ def imported(path: Path) -> set[str]:
 def test_an_import_loads_nothing_heavy_that_it_does_not_need(module, forbidden):
     roots = {name.split(".")[0] for name in loaded_by(module)}
     assert roots & set(forbidden.split()) == set()
+
+
+@pytest.mark.parametrize("module", ["megatron_simct.config.command_line", "megatron_simct.train"])
+def test_an_import_leaves_the_interpreter_as_it_was(module):
+    code = f"import sys; before = sys.excepthook; import {module}; print(sys.excepthook is before)"
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout == "True\n"
 
 
 def test_the_package_itself_imports_nothing():
@@ -99,7 +109,7 @@ def test_parts_of_the_package_know_those_of_the_table_and_no_others():
         own = path.relative_to(package).parts[0].removesuffix(".py")
         for name in imported(path):
             root, *rest = name.split(".")
-            assert root not in ("tools", "examples", "tests", "megatron_simct_tools"), f"{path} imports {name}"
+            assert root not in ("tools", "examples", "tests"), f"{path} imports {name}"
             if root == "megatron_simct" and rest and rest[0] not in (own, "__version__"):
                 found[own].add(rest[0])
     assert found == {own: set(names.split()) for own, names in ALLOWED.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import shutil
@@ -11,20 +12,24 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import yaml
 
-from megatron_simct.arguments import SERVE_TEACHER, parse_config
+from megatron_simct.config.flags import SERVE_TEACHER, parse_config
+from megatron_simct.config.run_file import Job, RunFile, read_run_file, seconds
 from megatron_simct.launch import __main__ as command
 from megatron_simct.launch import local, slurm
 from megatron_simct.launch.address import address_towards
-from megatron_simct.launch.commands import student_command, teacher_command
-from megatron_simct.launch.run_file import RunFile, read_run_file, seconds
+from megatron_simct.launch.commands import command_of
 from tests.preflight import build_pair, write_run
 
+ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).with_name("golden_launch")
 VALUES = {
     "run_dir": "/runs/first",
@@ -67,6 +72,48 @@ CONTAINERS = {
 }
 
 
+JOBS: list[dict[str, Any]] = [
+    {
+        "name": "vllm",
+        "kind": "engine",
+        "nodes": 2,
+        "gpus_per_node": 8,
+        "max_restarts": 3,
+        "python": "/opt/vllm/bin/python",
+        "command": ["-m", "vllm.entrypoints.openai.api_server", "--model", "/models/teacher", "--port", "8100"],
+        "env": {"VLLM_LOGGING_LEVEL": "WARNING"},
+    },
+    {"name": "student", "kind": "student", "gpus_per_node": 8, "max_restarts": 2, "options": VALUES["student"]},
+    {"name": "front", "kind": "teacher", "engine": "vllm", "options": {"teacher_hf_checkpoint": "/models/teacher"}},
+    {
+        "name": "small",
+        "kind": "teacher",
+        "nodes": 2,
+        "gpus_per_node": 8,
+        "options": VALUES["teacher"] | {"teacher_hf_checkpoint": "/models/small"},
+    },
+]
+"""An engine with a front, and a second teacher."""
+
+
+def listed(folder: Path, **changes) -> RunFile:
+    """A run file with a list of jobs."""
+    cluster = {key: value for key, value in VALUES["cluster"].items() if key not in ("student", "teacher")}
+    sampler = {
+        "name": "sampler",
+        "kind": "engine",
+        "python": "/opt/vllm/bin/python",
+        "command": ["-m", "x", "--port=81"],
+    }
+    jobs = [dict(job) for job in JOBS]
+    jobs[1] |= {"engine": "sampler", "options": jobs[1]["options"] | {"simct_interface": "bytes"}}
+    jobs.append(sampler)
+    values = {"run_dir": "/runs/first", "jobs": jobs, "cluster": cluster | changes, "env": VALUES["env"]}
+    path = folder / "listed.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return read_run_file(str(path))
+
+
 def run_of(folder: Path, **changes) -> RunFile:
     """VALUES, with other values for some sections."""
     path = folder / "run.yaml"
@@ -85,13 +132,17 @@ def planned(folder: Path, name: str) -> str:
         return local.dry_run(
             with_cluster(folder, kind="local", student=size, teacher=size | {"processes_per_node": 8}, time=None)
         )
+    if name == "jobs":
+        return slurm.job_script(listed(folder), directory="/code")
+    if name == "jobs, local":
+        return local.dry_run(listed(folder, kind="local", time=None))
     if name == "slurm, one job":
         student = VALUES["student"] | {"teacher_hf_checkpoint": "/models/teacher", "exit_eval_accuracy": 0.9}
         return slurm.job_script(run_of(folder, student=student, teacher=None), directory="/code")
     return slurm.job_script(with_cluster(folder, container=CONTAINERS.get(name)), directory="/code")
 
 
-NAMES = ("local", "slurm", "slurm, one job", "pyxis", "apptainer")
+NAMES = ("local", "slurm", "slurm, one job", "pyxis", "apptainer", "jobs", "jobs, local")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -119,13 +170,30 @@ def test_dry_run_is_clean_bash(name, tmp_path):
 
 def test_both_commands_parse_as_what_the_file_says(tmp_path):
     run = run_of(tmp_path)
-    assert parse_config(student_command(run)[2:]) == run.config
-    assert parse_config(teacher_command(run)[2:], SERVE_TEACHER) == run.teacher_config
-    assert run.config.teacher_job.endpoint == (run.teacher_config.serving.run_dir,) == ("/runs/first/teacher",)
-    assert run.config.teacher.hf_checkpoint == run.teacher_config.teacher.hf_checkpoint == "/models/teacher"
+    assert parse_config(command_of(run.student)[2:]) == run.config
+    assert parse_config(command_of(run.jobs[1])[2:], SERVE_TEACHER) == run.teacher_configs["teacher"]
+    assert (
+        run.config.teacher_job.endpoint == (run.teacher_configs["teacher"].serving.run_dir,) == ("/runs/first/teacher",)
+    )
+    assert run.config.teacher.hf_checkpoint == run.teacher_configs["teacher"].teacher.hf_checkpoint == "/models/teacher"
     assert run.config.output.save == run.config.output.load == "/runs/first/checkpoint"
     assert run.config.output.exit_signal_handler and run.config.output.exit_duration_in_mins == 230
-    assert run.teacher_config.serving.rollout_max_prompt_len == run.config.rollout.rollout_max_prompt_len == 512
+    assert (
+        run.teacher_configs["teacher"].serving.rollout_max_prompt_len
+        == run.config.rollout.rollout_max_prompt_len
+        == 512
+    )
+
+
+def test_arguments_of_templates_reach_both_commands(tmp_path):
+    student = VALUES["student"] | {"apply_chat_template": True, "chat_template_date": datetime.date(2025, 12, 31)}
+    student["chat_template_kwargs"] = {"enable_thinking": False, "name": "a 'b' ß"}
+    run = run_of(tmp_path, student=student, teacher=VALUES["teacher"] | {"teacher_chat_template_kwargs": '{"a": 1}'})
+    assert parse_config(command_of(run.student)[2:]) == run.config
+    assert parse_config(command_of(run.jobs[1])[2:], SERVE_TEACHER) == run.teacher_configs["teacher"]
+    assert json.loads(run.config.model.chat_template_kwargs) == student["chat_template_kwargs"]
+    assert run.config.teacher.chat_template_kwargs == '{"a": 1}'
+    assert run.config.data.chat_template_date == "2025-12-31"
 
 
 EVIL = """'"; touch /tmp/simct-pwned; $(touch "$PWNED") `touch "$PWNED"` \\ & | > "$PWNED" * ~ \n touch "$PWNED" #"""
@@ -147,25 +215,42 @@ def evil_run(folder: Path, container: str | None) -> RunFile:
     return read_run_file(str(folder / "evil.yaml"))
 
 
-@pytest.mark.parametrize("container", [None, "pyxis", "apptainer"])
+def evil_jobs(folder: Path) -> RunFile:
+    """An engine with a front; every value of the engine's that is text is EVIL."""
+    values = json.loads(json.dumps(VALUES))
+    student = values["student"] | {key: EVIL for key in ("hf_checkpoint", "input_key", "wandb_project", "save")}
+    student["prompt_data"] = "-" + EVIL
+    engine = {"name": "vllm", "kind": "engine", "python": EVIL, "command": [EVIL, "--port", "81"], "env": {"A": EVIL}}
+    front = {"name": "teacher", "kind": "teacher", "engine": "vllm", "container": CONTAINERS["pyxis"] | {"image": EVIL}}
+    front["options"] = {"teacher_hf_checkpoint": "/models/teacher", "teacher_tokenizer_model": EVIL}
+    values["jobs"] = [{"name": "student", "kind": "student", "options": student}, engine, front]
+    values["cluster"] = {"kind": "slurm"}
+    del values["student"], values["teacher"]
+    (folder / "evil.yaml").write_text(yaml.safe_dump(values))
+    return read_run_file(str(folder / "evil.yaml"))
+
+
+@pytest.mark.parametrize("container", [None, "pyxis", "apptainer", "jobs"])
 def test_no_value_reaches_a_shell(container, tmp_path):
     """The scripts run with every command of theirs replaced by one that writes down its arguments."""
-    run = evil_run(tmp_path, container)
+    run = evil_jobs(tmp_path) if container == "jobs" else evil_run(tmp_path, container)
     pwned, calls, commands = tmp_path / "pwned", tmp_path / "calls", tmp_path / "bin"
     commands.mkdir()
     for name in ("srun", "scancel", "squeue", "sinfo", "scontrol"):
         (commands / name).write_text('#!/bin/bash\nprintf "%s\\0" "$@" >> "$CALLS"\necho x\n')
         (commands / name).chmod(0o755)
     script = slurm.job_script(run, directory=str(tmp_path)).replace("/runs/first", str(tmp_path / "run"))
-    nodes = {f"SLURM_JOB_NODELIST_HET_GROUP_{i}": "n" for i in (0, 1)}
+    nodes = {f"SLURM_JOB_NODELIST_HET_GROUP_{i}": "n" for i in (0, 1, 2)}
     env = {"PATH": f"{commands}:/usr/bin:/bin", "CALLS": str(calls), "PWNED": str(pwned), "SLURM_JOB_ID": "1"}
-    env |= nodes | {"SLURM_JOB_ID_HET_GROUP_1": "2"}
+    env |= nodes | {f"SLURM_JOB_ID_HET_GROUP_{i}": "2" for i in (1, 2)}
     result = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     arguments = calls.read_text().split("\0")
     for flag in ("--hf-checkpoint", "--input-key", "--teacher-tokenizer-model"):
         assert f"{flag}={EVIL}" in arguments
     assert f"--prompt-data=-{EVIL}" in arguments and EVIL in arguments
+    if container == "jobs":
+        assert f"A={EVIL}" in arguments and "http://x:81" in arguments
     assert not pwned.exists() and not Path("/tmp/simct-pwned").exists()
 
 
@@ -219,6 +304,7 @@ def test_no_value_of_a_local_run_reaches_a_shell(tmp_path):
         ({"cluster": {"container": {"runtime": "pyxis", "image": "x", "mounts": ["/a:/b,/c:/d"]}}}, ["mounts"]),
         ({"env": {"WANDB_API_KEY": "the-secret"}}, ["env", "WANDB_API_KEY", "secret"]),
         ({"env": {"HF_TOKEN": "the-secret"}}, ["env", "HF_TOKEN", "secret"]),
+        ({"env": {"ENDPOINT": "postgres://me:the-secret@host/x"}}, ["env", "the value of ENDPOINT", "secret"]),
         ({"env": {"A B": "c"}}, ["env", "'A B'"]),
         ({"env": {"A": ["c"]}}, ["env", "A"]),
     ],
@@ -237,6 +323,116 @@ def test_a_wrong_run_file_is_one_line(change, words, tmp_path, capsys):
     for word in words:
         assert word in captured.err, captured.err
     assert "the-secret" not in captured.err
+
+
+SECRET_NAMES = (
+    *("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "GITHUB_PAT", "HUGGINGFACEHUB_APITOKEN", "OPENAI_APIKEY"),
+    *(
+        "MYSQL_PWD",
+        "PGPASS",
+        "PGPASSFILE",
+        "NETRC",
+        "DATABASE_URL",
+        "AWS_SESSION_TOKEN",
+        "SSH_PRIVATE_KEY",
+        "PASSPHRASE",
+    ),
+    *("BEARER", "AUTH", "REDIS_URL", "MY_PASSWORD_FILE", "mypassword", "SENTRY_DSN", "API_KEYS"),
+)
+SECRET_VALUES = (
+    *("ghp_" + "a1B2" * 9, "hf_" + "abCD" * 8, "sk-" + "proj-a1B2" * 4, "AKIA" + "ABCD1234" * 2, "glpat-" + "a1B2" * 5),
+    *("http://user:word@proxy:3128", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2ln", "0123456789abcdef" * 2 + "01234567"),
+    "-----BEGIN OPENSSH PRIVATE KEY-----",
+)
+NO_SECRETS = {
+    **{"NCCL_DEBUG": "WARN", "PATH": "/usr/bin:/bin", "PWD": "/home/x", "TOKENIZERS_PARALLELISM": "false"},
+    **{"HTTP_PROXY": "http://proxy:3128", "MONKEY": "1", "KEYBOARD": "de", "MASTER_ADDR": "10.0.0.1", "COMPASS": "n"},
+    **{"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "HF_HOME": "/data/hf_cache", "WANDB_ENTITY": "team", "OMP_NUM_THREADS": 4},
+    **{"TASK_NAME": "sk-learn", "NUM_PASSES": 2, "PATTERN": "x", "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"},
+}
+
+
+@pytest.mark.parametrize("name, value", [(n, "x") for n in SECRET_NAMES] + [("PLAIN", v) for v in SECRET_VALUES])
+def test_what_looks_like_a_secret_is_refused(name: str, value: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="looks like a secret") as raised:
+        run_of(tmp_path, env={name: value})
+    assert name in str(raised.value) and (value == "x" or value not in str(raised.value))
+
+
+def test_what_does_not_look_like_a_secret_is_taken(tmp_path: Path) -> None:
+    assert NO_SECRETS.keys() <= run_of(tmp_path, env=NO_SECRETS).env.keys()
+
+
+@pytest.mark.parametrize("number", ["--user=root", "1 2", "-u", "", "٣", 41, None, ["1"]])
+def test_a_number_of_a_job_that_is_not_one_reaches_no_command(
+    number: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(tmp_path, run_dir=str(tmp_path / "run"))
+    Path(run.run_dir).mkdir(parents=True, exist_ok=True)
+    (Path(run.run_dir) / "job.json").write_text(json.dumps({"job_id": number}))
+    monkeypatch.setattr(slurm, "_call", lambda *_: pytest.fail("a command was called"))
+    for action in (slurm.cancel, slurm.status, lambda run: slurm.submit(run, directory="/")):
+        with pytest.raises(ValueError, match=r"job\.json is damaged"):
+            action(run)
+
+
+LISTED = [
+    ([{"name": "a b"}], "each job needs a name of its own"),
+    ([{"name": "student", "kind": "student"}, {"name": "student", "kind": "teacher"}], "each job needs a name of its"),
+    ([{"name": "student", "kind": "teacher"}], "the name student is of the student's job"),
+    ([{"name": "t", "kind": "teacher"}], "exactly one must be of kind student"),
+    ([{"name": "s", "kind": "student"}, *({"name": n, "kind": "teacher"} for n in "abc")], "a student has at most two"),
+    ([{"name": "s", "kind": "trainer"}], "jobs.s.kind: 'trainer' must be one of student, teacher, engine"),
+    ([{"name": "s", "kind": "student", "node": 2}], "jobs.s: unknown key 'node'; did you mean nodes?"),
+    ([{"name": "s", "kind": "student", "nodes": 0}], "jobs.s.nodes 0: must be at least 1"),
+    ([{"name": "s", "kind": "student", "options": {"lrr": 1}}], "s: unknown key 'lrr'"),
+    ([{"name": "s", "kind": "student", "env": {"HF_TOKEN": "x"}}], "jobs.s: env: HF_TOKEN looks like a secret"),
+    ([{"name": "s", "kind": "student"}, {"name": "e", "kind": "engine"}], "jobs.e: command is missing"),
+    ([{"name": "s", "kind": "student", "command": ["x"]}], "jobs.s: command: is of engines"),
+    ([{"name": "s", "kind": "student"}, {"name": "t", "kind": "teacher", "engine": "x"}], "jobs.t: engine 'x'"),
+    ([{"name": "s", "kind": "student"}, {"name": "e", "kind": "engine", "command": ["--port=x"]}], "--port 'x'"),
+    ("student", "jobs: expected a list"),
+]
+
+
+@pytest.mark.parametrize("jobs, words", LISTED, ids=[words[:30] for _, words in LISTED])
+def test_a_wrong_list_of_jobs(jobs, words, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"run_dir": str(tmp_path / "r"), "jobs": jobs}))
+    with pytest.raises(ValueError) as error:
+        read_run_file(str(path))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_list_of_jobs_is_what_its_sections_are(tmp_path):
+    """The same run in both forms has the same commands; overrides name a job; a second teacher is wired."""
+    short = run_of(tmp_path)
+    jobs = [
+        {"name": kind, "kind": kind, "options": VALUES[kind]} | VALUES["cluster"][kind]
+        for kind in ("teacher", "student")
+    ]
+    cluster = {key: value for key, value in VALUES["cluster"].items() if key not in ("student", "teacher")}
+    path = tmp_path / "listed.yaml"
+    path.write_text(yaml.safe_dump(VALUES | {"jobs": jobs, "student": None, "teacher": None, "cluster": cluster}))
+    long = read_run_file(str(path))
+    assert [command_of(job) for job in long.jobs] == [command_of(job) for job in short.jobs]
+    assert slurm.job_script(long, directory="/c") == slurm.job_script(short, directory="/c")
+    changed = read_run_file(str(path), ["jobs.teacher.nodes=5", "jobs.student.options.lr=3e-6"])
+    assert changed.jobs[1].nodes == 5 and changed.config.training.lr == 3e-6
+    with pytest.raises(ValueError, match="no job has the name teachr"):
+        read_run_file(str(path), ["jobs.teachr.nodes=5"])
+    with pytest.raises(ValueError, match="teacher is a section of the short form"):
+        read_run_file(str(path), ["teacher.bf16=true"])
+
+    run = listed(tmp_path)
+    assert run.config.second_teacher.hf_checkpoint == "/models/small"
+    assert run.config.mixture.endpoint == ("/runs/first/small",)
+    assert run.teacher_configs["front"].engine.endpoint == ("http://vllm:8100",)
+    assert run.config.rollout.rollout_engine == "vllm"
+    assert run.config.rollout.rollout_engine_endpoint == ("http://sampler:81",)
+    assert listed(tmp_path, kind="local", time=None).teacher_configs["front"].engine.endpoint == (
+        "http://127.0.0.1:8100",
+    )
 
 
 def test_files_that_are_none_and_overrides(tmp_path):
@@ -258,7 +454,7 @@ def test_files_that_are_none_and_overrides(tmp_path):
     assert run.config.teacher_job.endpoint == ("/x",)
     for override, words in (
         ("lr", "section.key=value"),
-        ("run_dir.x=1", "no section"),
+        ("run_dir.x=1", "not a section"),
         ("student.lr=[", "YAML"),
         ("env.A=2026-13-45", "quote it"),
     ):
@@ -273,7 +469,7 @@ def test_the_smallest_file_of_the_help_is_one(tmp_path, capsys):
     begin = lines.index("    run_dir: runs/first")
     (tmp_path / "run.yaml").write_text("\n".join(line.strip() for line in lines[begin : begin + 3]))
     run = read_run_file(str(tmp_path / "run.yaml"))
-    assert end.value.code == 0 and run.teacher_config.teacher.hf_checkpoint == "TEACHER_DIR"
+    assert end.value.code == 0 and run.teacher_configs["teacher"].teacher.hf_checkpoint == "TEACHER_DIR"
     with pytest.raises(SystemExit):
         command.main([])
     assert capsys.readouterr().err.endswith(": error: the following arguments are required: RUN.yaml\n")
@@ -338,8 +534,8 @@ def test_submit_status_logs_cancel(tmp_path, capsys, monkeypatch):
     )
     assert command.main(["status", path]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "job 41+0: RUNNING for 0:10, node1",
-        "job 41+1: RUNNING for 0:10, node2",
+        "job 41+0 (student): RUNNING for 0:10, node1",
+        "job 41+1 (teacher): RUNNING for 0:10, node2",
         "iteration 3 of 100, loss 0.500000",
     ]
     (run / "logs" / "student-0.log").write_text("one\ntwo")
@@ -383,60 +579,71 @@ TORCHRUN = """
 import subprocess, sys
 sys.exit(subprocess.run([sys.executable, "-u", "-c", sys.argv[1]]).returncode)
 """
-# Each tells by a file that it heeds signals.
+# Each tells by a file that it heeds signals, the student by another one that it was asked to stop.
 TEACHER = """
 import signal, sys, time
+from pathlib import Path
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 print("ready")
-open("READY", "w").close()
-time.sleep(60)
+Path("TEACHER").touch()
+time.sleep(600)
 """
 STUDENT = """
 import signal, sys, time
+from pathlib import Path
 signal.signal(signal.SIGTERM, lambda *_: (print("saved"), sys.exit(0)))
 print("step 1")
-open("READY", "w").close()
-time.sleep({seconds})
-sys.exit({code})
+Path("STUDENT").touch()
+time.sleep(600)
 """
-
-
-DEAF = "import time\ndef wait():\n    end = time.monotonic() + 60\n    while time.monotonic() < end: time.sleep(1)\n"
-"""What a signal does not wake."""
+DEAF = """
+import signal, time
+from pathlib import Path
+signal.signal(signal.SIGTERM, lambda *_: Path("ASKED").touch())
+Path("STUDENT").touch()
+end = time.monotonic() + 600
+while time.monotonic() < end: time.sleep(1)  # what a signal does not wake
+Path("ENDED").touch()
+"""
+DYING = """
+import time
+from pathlib import Path
+while not Path("STUDENT").exists() or not Path("TEACHER").exists(): time.sleep(0.05)
+exit(3)
+"""
+FILES = ("STUDENT", "TEACHER", "ASKED", "ENDED")
+BOTH_HEED = ("STUDENT", "TEACHER")
 
 
 def start_local(
-    tmp_path,
-    monkeypatch,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     *,
     student: str,
     teacher: str = TEACHER,
-    interrupt: int = 0,
-    when: Path | None = None,
-    grace_s: int = 20,
+    engine: str | None = None,
+    interrupts: Sequence[Sequence[str]] = (),
+    number: signal.Signals = signal.SIGINT,
 ) -> int:
-    """Exit code of a run of two programs, interrupted so many times once both heed signals, or `when` is there."""
-    ready = [tmp_path / name for name in ("student", "teacher")]
-    student, teacher = (code.replace("READY", str(path)) for code, path in zip((student, teacher), ready, strict=True))
-    run = run_of(
-        tmp_path,
-        run_dir=str(tmp_path / "run"),
-        cluster={"kind": "local", "grace_s": grace_s},
-    )
+    """Exit code of a run of two programs. interrupts: for each Ctrl-C, or other signal, which of FILES it waits for."""
+    programs = {"teacher": teacher, "student": student} | ({"vllm": engine} if engine else {})
+    for name in FILES:
+        programs = {job: code.replace(f'"{name}"', repr(str(tmp_path / name))) for job, code in programs.items()}
+    run = run_of(tmp_path, run_dir=str(tmp_path / "run"), cluster={"kind": "local", "grace_s": 600})
+    if engine:
+        run = replace(run, jobs=(*run.jobs, Job(name="vllm", kind="engine", command=("x",), max_restarts=1)))
     # As torchrun does it: a worker that the parent waits for, stopped by SIGTERM to itself.
-    jobs = {name: [sys.executable, "-c", TORCHRUN, code] for name, code in (("teacher", teacher), ("student", student))}
+    jobs = {name: [sys.executable, "-c", TORCHRUN, code] for name, code in programs.items()}
+    jobs |= {"vllm": [sys.executable, "-u", "-c", programs["vllm"]]} if engine else {}
     monkeypatch.setattr(local, "commands", lambda _: jobs)
     monkeypatch.setattr(local, "_POLL_S", 0.02)
 
     def send() -> None:
-        if not interrupt:
-            return
-        while not all(path.exists() for path in ([when] if when is not None else ready)):
-            if over.wait(0.05):
-                return
-        for number in range(interrupt):
-            time.sleep(1.5 * number)
-            os.kill(os.getpid(), signal.SIGINT)
+        for names in interrupts:
+            while not all((tmp_path / name).exists() for name in names):
+                if over.wait(0.05):
+                    return
+            os.kill(os.getpid(), number)
 
     over = threading.Event()
     sender = threading.Thread(target=send)
@@ -450,7 +657,8 @@ def start_local(
 
 def test_the_exit_code_is_the_students_and_the_teacher_is_stopped(tmp_path, monkeypatch, capsys):
     before = signal.getsignal(signal.SIGINT)
-    assert start_local(tmp_path, monkeypatch, student=STUDENT.format(seconds=1, code=7)) == 7
+    ends = DYING.replace('not Path("STUDENT").exists() or ', "").replace("exit(3)", 'print("step 1")\nexit(7)')
+    assert start_local(tmp_path, monkeypatch, student=ends) == 7
     out = capsys.readouterr().out
     assert "[teacher] ready\n" in out and "[student] step 1\n" in out
     assert stat.S_IMODE((tmp_path / "run").stat().st_mode) == 0o700
@@ -458,40 +666,78 @@ def test_the_exit_code_is_the_students_and_the_teacher_is_stopped(tmp_path, monk
 
 
 def test_one_interrupt_lets_the_student_save(tmp_path, monkeypatch, capsys):
-    assert start_local(tmp_path, monkeypatch, student=STUDENT.format(seconds=60, code=1), interrupt=1) == 0
+    assert start_local(tmp_path, monkeypatch, student=STUDENT, interrupts=[BOTH_HEED]) == 0
     captured = capsys.readouterr()
     assert "[student] saved\n" in captured.out and "stopping" in captured.err
 
 
 def test_a_second_interrupt_ends_both(tmp_path, monkeypatch):
-    deaf = STUDENT.format(seconds=60, code=1).replace("sys.exit(0)", "None").replace("time.sleep(60)", "wait()")
-    assert start_local(tmp_path, monkeypatch, student=DEAF + deaf, interrupt=2) == 128 + signal.SIGKILL
+    assert start_local(tmp_path, monkeypatch, student=DEAF, interrupts=[BOTH_HEED, ["ASKED"]]) == 128 + signal.SIGKILL
+    assert not (tmp_path / "ENDED").exists(), "it was killed, not waited for"
 
 
 @pytest.mark.parametrize("dies", ["teacher", "student"])
 def test_an_interrupt_ends_the_wait_for_the_other_job(tmp_path, monkeypatch, dies):
     """One job has ended by itself, and the other does not heed that it was asked to stop."""
-    monkeypatch.setattr(local, "_TEACHER_STOP_S", 600.0)
-    listens, asked, ended = (tmp_path / name for name in ("listens", "asked", "ended"))
-    deaf = (
-        f"{DEAF}import signal\nfrom pathlib import Path\n"
-        f"signal.signal(signal.SIGTERM, lambda *_: Path({str(asked)!r}).touch())\n"
-        f"Path({str(listens)!r}).touch()\nwait()\nPath({str(ended)!r}).touch()"
+    monkeypatch.setattr(local, "_OTHERS_STOP_S", 600.0)
+    dying = DYING.replace(f'not Path("{dies.upper()}").exists()', "False")
+    deaf = DEAF.replace("STUDENT", "TEACHER" if dies == "student" else "STUDENT")
+    code = start_local(
+        tmp_path, monkeypatch, **{"teacher": deaf, "student": deaf} | {dies: dying}, interrupts=[["ASKED"]]
     )
-    dying = f"import os, time\nwhile not os.path.exists({str(listens)!r}): time.sleep(0.05)\nexit(3)"
-    codes = {"teacher": deaf, "student": deaf} | {dies: dying}
-    code = start_local(tmp_path, monkeypatch, **codes, interrupt=1, when=asked, grace_s=600)
     assert code == (1 if dies == "teacher" else 3)
-    assert not ended.exists(), "it was killed, not waited for"
+    assert not (tmp_path / "ENDED").exists(), "it was killed, not waited for"
 
 
 def test_a_teacher_that_dies_ends_the_run(tmp_path, monkeypatch, capsys):
-    code = start_local(
-        tmp_path,
-        monkeypatch,
-        student=STUDENT.format(seconds=60, code=0),
-        teacher="import time; time.sleep(1.5); exit(3)",
-    )
-    assert code == 1
+    dying = DYING.replace('not Path("TEACHER").exists()', "False")
+    assert start_local(tmp_path, monkeypatch, student=STUDENT, teacher=dying) == 1
     captured = capsys.readouterr()
-    assert "the teacher ended with exit code 3" in captured.err and "[student] saved" in captured.out
+    assert "the job teacher ended with exit code 3" in captured.err and "[student] saved" in captured.out
+
+
+KILLED = """
+import os, sys
+from tests.unit import test_launch
+test_launch.start_and_kill(sys.argv[1])
+"""
+
+
+def start_and_kill(folder: str) -> None:
+    """Jobs of processes that start processes, and a launcher that is killed when all are there."""
+    begin = f"import os\nfor pid in os.getpid(), os.getppid(): open({folder + '/pid-'!r} + str(pid), 'w').close()\n"
+    with pytest.MonkeyPatch.context() as patch:
+        jobs = {"student": begin + STUDENT, "teacher": begin + TEACHER}
+        start_local(Path(folder), patch, **jobs, interrupts=[BOTH_HEED], number=signal.SIGKILL)
+
+
+def test_a_launcher_that_is_killed_leaves_no_job(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    pids = [int(path.name.removeprefix("pid-")) for path in tmp_path.glob("pid-*")]
+    assert len(pids) == 4
+    deadline = time.monotonic() + 60
+    while any(psutil.pid_exists(pid) for pid in pids):
+        assert time.monotonic() < deadline, "a job has outlived its launcher"
+        time.sleep(0.05)
+
+
+ENGINE = """
+import signal, sys, time
+from pathlib import Path
+signal.signal(signal.SIGTERM, lambda *_: (print("stopped"), sys.exit(0)))
+if not Path("STUDENT").exists():
+    while not Path("STUDENT").exists(): time.sleep(0.05)
+    exit(9)
+print("again")
+Path("ENDED").touch()
+time.sleep(600)
+"""
+
+
+def test_an_engine_that_dies_starts_again_and_is_stopped_at_the_end(tmp_path, monkeypatch, capsys):
+    student = STUDENT.replace("time.sleep(600)", 'while not Path("ENDED").exists(): time.sleep(0.05)\nexit(7)')
+    assert start_local(tmp_path, monkeypatch, student=student, engine=ENGINE) == 7
+    captured = capsys.readouterr()
+    assert "the job vllm ended with exit code 9, and is started again" in captured.err
+    assert "[vllm] again\n[vllm] stopped\n" in captured.out

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_simct.config import InterfaceConfig
+from megatron_simct.config.interfaces import METHODS
+from megatron_simct.config.options import InterfaceConfig
 from megatron_simct.losses import (
     LossOutput,
     SharedColumns,
     check_config,
+    check_has_units,
     check_labels,
     interface_loss,
     interface_loss_from_logits,
@@ -37,9 +39,10 @@ from tests.oracles.loss_cases import (
     random_case,
     shared_head_of,
 )
+from tests.oracles.modes import Model, capped, exact_row
 
 PAPER = InterfaceConfig()
-WEIGHTED = ("paper", "sum", "code", "exact", "strict", "strict_topk", "uld", "alm")
+WEIGHTED = ("paper", "sum", "code", "exact", "strict", "strict_topk", "uld", "alm", "scalar")
 FLOAT32_OTHERS = [config for config in OTHERS if config.interface != "code_gh" and config.min_teacher_mass == 0]
 """Where rows are dropped for their low mass, few or none may be left: there is no norm to relate to."""
 
@@ -125,18 +128,56 @@ def test_loss_and_gradient_equal_the_oracle(config, softcap):
         assert not result.weight_gradient[len(weight_gradient) :].any(), "padded rows were scored"
 
 
+def check_exact(case: LossCase, config: InterfaceConfig) -> None:
+    result = evaluate(case, config)
+    expected, hidden_gradient, weight_gradient = evaluate_oracle(case, config)
+    least = 1e-10 + rounding_of_the_rest(case, config)
+    size = max(float(case.student_weight.abs().max()), float(case.student_hidden.abs().sum(0).max()))
+    assert float(result.output.sum) == pytest.approx(float(expected.sum.detach()), rel=1e-10, abs=least)
+    real = result.weight_gradient[: len(weight_gradient)]
+    torch.testing.assert_close(result.hidden_gradient, hidden_gradient, rtol=1e-10, atol=least * size)
+    torch.testing.assert_close(real, weight_gradient, rtol=1e-10, atol=least * size)
+
+
+def rounding_of_the_rest(case: LossCase, config: InterfaceConfig) -> float:
+    """Nats a row. The teacher's rest is what its log-sum-exp leaves of 1, with the rounding of numbers as large as its
+    logits. reverse_kl takes its logarithm, which is the worse the smaller the rest, times the student's rest."""
+    if config.divergence != "reverse_kl":
+        return 0.0
+    student, teacher = (
+        Model(capped(hidden @ weight.T, cap), labels)
+        for hidden, weight, cap, labels in (
+            (case.student_hidden, case.student_weight, case.student_softcap, case.student_labels),
+            (case.teacher_hidden, case.teacher_weight, case.teacher_softcap, case.teacher_labels),
+        )
+    )
+    rows = [
+        exact_row(student, teacher, segment, kind, replaced, case.shared)
+        for segment, kind, replaced in zip(case.segments, case.kinds, case.replaced, strict=True)
+    ]
+    amplified = max(float(row.student[-1] / row.teacher[-1]) for row in rows)
+    return 2 * torch.finfo(torch.float64).eps * float(teacher.logits.abs().max()) * amplified
+
+
 @pytest.mark.parametrize("config", EXACT, ids=name_of)
 @pytest.mark.parametrize("softcap", [False, True], ids=["plain", "softcap"])
 def test_exact_equals_the_oracle(config, softcap):
     for seed in range(12):
-        case = random_case(seed, softcap=softcap, spelled=True, num_segments=12)
-        result = evaluate(case, config)
-        expected, hidden_gradient, weight_gradient = evaluate_oracle(case, config)
-        assert float(result.output.sum) == pytest.approx(float(expected.sum.detach()), rel=1e-9, abs=1e-10)
-        torch.testing.assert_close(result.hidden_gradient, hidden_gradient, rtol=1e-8, atol=1e-9)
-        torch.testing.assert_close(
-            result.weight_gradient[: len(weight_gradient)], weight_gradient, rtol=1e-8, atol=1e-9
-        )
+        check_exact(random_case(seed, softcap=softcap, spelled=True, num_segments=12), config)
+
+
+@pytest.mark.parametrize("drop", [12.0, 24.0, 36.0])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js"])
+def test_exact_where_the_student_has_next_to_nothing_outside(divergence, drop):
+    """Its rest is e^-drop of what it was, far below the rounding of 1, and the teacher's is not."""
+    for seed in range(3):
+        case = random_case(seed, spelled=True, num_segments=12)
+        logits = case.student_hidden @ case.student_weight.T
+        outside = [i for i in range(logits.shape[1]) if i not in case.shared]
+        logits[:, outside] -= drop
+        identity = torch.eye(logits.shape[1], dtype=torch.float64)
+        config = InterfaceConfig(interface="exact", divergence=divergence)
+        check_exact(replace(case, student_hidden=logits, student_weight=identity), config)
 
 
 @pytest.mark.parametrize("config", [InterfaceConfig(interface=name) for name in WEIGHTED], ids=name_of)
@@ -145,8 +186,10 @@ def test_weights_of_segments(config):
         case = random_case(seed, weighted=True, spelled=True)
         result = evaluate(case, config)
         expected, hidden_gradient, weight_gradient = evaluate_oracle(case, config)
-        assert float(result.output.sum) == pytest.approx(float(expected.sum.detach()), rel=1e-9)
-        torch.testing.assert_close(result.hidden_gradient, hidden_gradient, rtol=1e-8, atol=1e-9)
+        least = 1e-10 + (rounding_of_the_rest(case, config) if config.interface == "exact" else 0.0)
+        size = float(case.student_weight.abs().max())
+        assert float(result.output.sum) == pytest.approx(float(expected.sum.detach()), rel=1e-10, abs=least)
+        torch.testing.assert_close(result.hidden_gradient, hidden_gradient, rtol=1e-10, atol=least * size)
         assert result.metric("rows_dropped") == sum(
             weight == 0 or (kind == 1 and config.interface in ONE_TO_ONE)
             for weight, kind in zip(case.weights, case.kinds, strict=True)
@@ -170,6 +213,25 @@ def test_float32_is_close_to_the_oracle(config, scale):
         for found, wanted in ((result.hidden_gradient, hidden_gradient), (result.weight_gradient, weight_gradient)):
             error = (found[: len(wanted)].double() - wanted).norm() / wanted.norm()
             assert error < limit
+
+
+@pytest.mark.parametrize("scalar", ["dpca", "spread"])
+def test_scalar_clips_ratios_of_an_older_policy(scalar):
+    """Log-probabilities of the sampling policy that are a nat apart: some ratios are clipped, some advantages too."""
+    config = InterfaceConfig(interface="scalar", scalar=scalar)
+    clipped = 0
+    for seed in range(4):
+        case = random_case(seed, weighted=True, num_segments=12)
+        noise = np.random.default_rng(seed).normal(size=len(case.student_labels))
+        log_probs = (case.student_hidden @ case.student_weight.T).log_softmax(1)
+        own = log_probs[torch.arange(len(log_probs)), torch.tensor(case.student_labels)]
+        case = replace(case, old_log_probs=(own - torch.tensor(noise).abs()).clamp(max=-0.01).tolist())
+        result = evaluate(case, config)
+        expected, hidden_gradient, _ = evaluate_oracle(case, config)
+        assert float(result.output.sum) == pytest.approx(float(expected.sum.detach()), rel=1e-10)
+        torch.testing.assert_close(result.hidden_gradient, hidden_gradient, rtol=1e-10, atol=1e-10)
+        clipped += int((hidden_gradient == 0).all(1).sum())
+    assert clipped > 5
 
 
 @pytest.mark.parametrize("temperature", [30.0, 1e4, 1e7])
@@ -234,6 +296,9 @@ def test_metrics_equal_the_oracle():
 @pytest.mark.parametrize("config", [*CONFIGS, *OTHERS, *EXACT], ids=name_of)
 def test_finite_differences(config):
     case = random_case(3, num_segments=5, softcap=True)
+    student = capped(case.student_hidden @ case.student_weight.T, case.student_softcap)
+    own = Model(student, case.student_labels).log_p[torch.arange(len(student)), torch.tensor(case.student_labels)]
+    case = replace(case, old_log_probs=own.tolist())  # what was sampled stays as it is
     gradient = evaluate(case, config).hidden_gradient
     rng = np.random.default_rng(0)
     for _ in range(4):
@@ -600,9 +665,20 @@ def test_uld_needs_a_list_for_every_row():
         ("strict_topk", {"uld_topk": 4}, "--simct-uld-topk"),
         ("paper", {"alm_temperature": 2.0}, "--simct-alm-temperature"),
         ("paper", {"rho": 0.3}, "--simct-rho"),
+        ("strict", {"unit_score": "sum"}, "--simct-unit-score"),
+        ("sum", {"unit_score": "sum"}, "--simct-unit-score"),
+        ("code", {"drop_units": 0.3}, "--simct-drop-units"),
+        ("strict", {"random_units": 0.3}, "--simct-random-units"),
+        ("no_unit_loss", {"drop_units": 0.3}, "--simct-drop-units"),
         ("strict", {"interface_seed": 3}, "--simct-interface-seed"),
         ("exact", {"temperature": 2.0}, "--simct-temperature"),
         ("alm", {"divergence": "js"}, "--simct-divergence"),
+        ("partition", {"topk": 4}, "--simct-topk"),
+        ("partition", {"child_weight": 1.0}, "--simct-child-weight"),
+        ("exact", {"scalar": "spread"}, "--simct-scalar"),
+        ("paper", {"span_mse": 0.1}, "--simct-span-mse"),
+        ("paper", {"byte_bounds": "any"}, "--simct-byte-bounds"),
+        ("strict_topk", {"teacher_topk": 4}, "--simct-teacher-topk"),
         ("sft", {"temperature": 2.0}, "--simct-temperature"),
         ("paper", {"js_beta": 0.3}, "--simct-js-beta has no meaning with .* --simct-divergence reverse_kl"),
         ("no_unit_loss", {"rho": 1.5}, "--simct-rho"),
@@ -614,14 +690,51 @@ def test_options_that_would_not_be_read_are_refused(interface, option, flag):
         check_config(InterfaceConfig(interface=interface, **option))
 
 
+@pytest.mark.parametrize("interface", METHODS)
+def test_interfaces_without_units_have_no_parts_of_the_gradient(interface):
+    """Those that the page of interfaces gives 1:1 positions only, and those without segments."""
+    config = InterfaceConfig(interface=interface)
+    if interface in (*ONE_TO_ONE, "topk_kl", "bytes", "sft", "reward"):
+        with pytest.raises(ValueError, match=f"--gradient-parts-interval: .* {interface} has no loss of"):
+            check_has_units(config, flag="--gradient-parts-interval")
+    else:
+        check_has_units(config, flag="--gradient-parts-interval")
+    check_has_units(InterfaceConfig(interface="strict", span_mse=0.5), flag="--gradient-parts-interval")
+
+
+@pytest.mark.parametrize(
+    "older, spelled",
+    [
+        (InterfaceConfig(interface="sum"), InterfaceConfig(unit_score="sum")),
+        (InterfaceConfig(interface="code_gh"), InterfaceConfig(interface="code", min_teacher_mass=0.5)),
+        (InterfaceConfig(interface="no_unit_loss", rho=0.3), InterfaceConfig(drop_units=0.3)),
+        (InterfaceConfig(interface="random_unit", rho=0.3, interface_seed=2), InterfaceConfig(random_units=0.3)),
+    ],
+    ids=name_of,
+)
+def test_older_names_are_values_of_fields(older, spelled):
+    assert replace(older.method(), rho=0.5, interface_seed=0) == spelled == spelled.method()
+    check_config(older)
+    check_config(replace(spelled, interface_seed=older.interface_seed))
+    assert teacher_needs(older) == teacher_needs(spelled)
+    case = random_case(1)
+    assert float(evaluate(case, older).output.sum) == float(evaluate(case, spelled).output.sum)
+
+
 def test_invalid_options_are_refused():
     case = random_case(0)
     for config, message in (
-        (InterfaceConfig(temperature=0.0), "--simct-temperature must be positive, got 0.0"),
-        (InterfaceConfig(divergence="js", js_beta=1.0), "--simct-js-beta"),
+        (InterfaceConfig(temperature=0.0), "--simct-temperature 0.0: must be above 0"),
+        (
+            InterfaceConfig(divergence="js", js_beta=1.0),
+            "--simct-js-beta 1.0: must lie strictly between 0 and 1: at the",
+        ),
+        (InterfaceConfig(interface="strict_topk", topk=0), "--simct-topk 0: must be at least 1"),
+        (InterfaceConfig(temperature=float("inf")), "--simct-temperature inf: must be finite"),
         (InterfaceConfig(interface="papr"), "papr"),
-        (InterfaceConfig(interface="alm", alm_temperature=0.0), "--simct-alm-temperature must be positive"),
+        (InterfaceConfig(interface="alm", alm_temperature=0.0), "--simct-alm-temperature 0.0: must be above 0"),
         (InterfaceConfig(divergence="kl"), "kl"),
+        (InterfaceConfig(interface="bpm"), "--simct-divergence reverse_kl: the targets of interface bpm"),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate(case, config)

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import doctest
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_simct.losses import cross_tokenizer_loss, fused_cross_tokenizer_loss, place_shared_head, public
+from megatron_simct.config.options import InterfaceConfig
+from megatron_simct.losses import Head, Logits, Response, SharedVocabulary, cross_tokenizer_loss, public
 from tests import golden
 from tests.distributed import run_ranks
-from tests.oracles.byte_cases import oracle_of, random_cases, table_of
+from tests.oracles.byte_bounds import loss as oracle_of_bounds
+from tests.oracles.byte_cases import continuations_of, oracle_of, random_cases, table_of
 from tests.oracles.bytes import Side
 from tests.oracles.loss_cases import LossCase, padded_shard, random_case
 from tests.oracles.modes import Model, capped, row_losses
+from tests.public_loss import from_logits, fused
+from tests.unit.test_byte_bounds import limited
 
-INTERFACES = ("paper", "sum", "code", "code_gh", "exact", "strict", "strict_topk", "uld", "alm", "sft")
-DIVERGENCES = dict.fromkeys(("uld", "alm", "sft"), ("reverse_kl",) * 3)
-"""Of interfaces that have none; the others go through all three."""
+INTERFACES = ("paper", "sum", "code", "code_gh", "exact", "strict", "strict_topk", "uld", "alm", "scalar", "sft")
+DIVERGENCES = dict.fromkeys(("uld", "alm", "scalar", "sft"), ("reverse_kl",) * 3)
+"""Interfaces without a divergence; the others go through all three."""
 TOPK = {"strict_topk": {"topk": 3}, "uld": {"uld_topk": 5}}
 
 
@@ -77,14 +83,14 @@ def test_both_entries_equal_the_oracle(interface, softcap):
         options = arguments(case) | {"interface": interface, "divergence": divergence} | topk
         if case.weights is not None and interface != "sft":
             options["segment_weights"] = torch.tensor(case.weights)
-        output = cross_tokenizer_loss(logits, teacher, **options)
+        output = from_logits(logits, teacher, **options)
         output.loss.backward()
         assert float(output.loss.detach()) == pytest.approx(value, rel=1e-10)
         assert int(output.count) == len(case.student_labels)
         torch.testing.assert_close(logits.grad, of_logits, rtol=1e-10, atol=1e-10)
 
         hidden, weight = case.student_hidden.clone().requires_grad_(), case.student_weight.clone().requires_grad_()
-        output = fused_cross_tokenizer_loss(hidden, weight, case.teacher_hidden, case.teacher_weight, **options)
+        output = fused(hidden, weight, case.teacher_hidden, case.teacher_weight, **options)
         output.loss.backward()
         assert float(output.loss.detach()) == pytest.approx(value, rel=1e-10)
         torch.testing.assert_close(hidden.grad, of_hidden, rtol=1e-10, atol=1e-10)
@@ -103,7 +109,7 @@ def test_logits_are_read_some_rows_at_a_time(monkeypatch, interface, rows):
         value, of_logits, _, _ = expected(case, interface, divergence_name=divergence, **topk)
         logits = (case.student_hidden @ case.student_weight.T).requires_grad_()
         options = arguments(case) | {"interface": interface, "divergence": divergence} | topk
-        output = cross_tokenizer_loss(logits, case.teacher_hidden @ case.teacher_weight.T, **options)
+        output = from_logits(logits, case.teacher_hidden @ case.teacher_weight.T, **options)
         output.loss.backward()
         assert float(output.loss.detach()) == pytest.approx(value, rel=1e-10)
         torch.testing.assert_close(logits.grad, of_logits, rtol=1e-10, atol=1e-10)
@@ -116,8 +122,8 @@ def without_gathering(rank: int, world_size: int, case: LossCase, interface: str
     weight, teacher_weight = (padded_shard(w, rank, world_size)[0] for w in (case.student_weight, case.teacher_weight))
     options = arguments(case) | {"group": group, "interface": interface}
     logits = (case.student_hidden @ weight.T, case.teacher_hidden @ teacher_weight.T)
-    fused = fused_cross_tokenizer_loss(case.student_hidden, weight, case.teacher_hidden, teacher_weight, **options)
-    return [float(cross_tokenizer_loss(*logits, **options).loss), float(fused.loss)]
+    of_states = fused(case.student_hidden, weight, case.teacher_hidden, teacher_weight, **options)
+    return [float(from_logits(*logits, **options).loss), float(of_states.loss)]
 
 
 @pytest.mark.parametrize("interface", ["alm", "uld"])
@@ -138,8 +144,7 @@ def bytes_arguments(case: tuple[Side, Side]) -> dict:
         "teacher_labels": torch.tensor(teacher.labels),
         "shared_student_ids": nothing,
         "shared_teacher_ids": nothing,
-        "student_table": table_of(student),
-        "teacher_table": table_of(teacher),
+        "tables": (table_of(student), table_of(teacher)),
         "interface": "bytes",
     }
 
@@ -153,26 +158,44 @@ def test_bytes_from_logits_and_fused_equals_the_oracle(divergence):
         n = len(student.labels)
         logits = student.logits.clone().requires_grad_()
         options = bytes_arguments(case) | {"divergence": divergence}
-        output = cross_tokenizer_loss(logits, teacher.logits, **options)
+        output = from_logits(logits, teacher.logits, **options)
         output.loss.backward()
         assert float(output.loss.detach()) == pytest.approx(wanted / n, rel=1e-10, abs=1e-12)
         torch.testing.assert_close(logits.grad, gradient / n, rtol=1e-10, atol=1e-10)
         hidden = torch.eye(n, dtype=torch.float64).requires_grad_()  # the output weight is the logits
         weight = student.logits.T.clone().requires_grad_()
         teacher_hidden = torch.eye(len(teacher.labels), dtype=torch.float64)
-        output = fused_cross_tokenizer_loss(hidden, weight, teacher_hidden, teacher.logits.T.contiguous(), **options)
+        output = fused(hidden, weight, teacher_hidden, teacher.logits.T.contiguous(), **options)
         output.loss.backward()
         assert float(output.loss.detach()) == pytest.approx(wanted / n, rel=1e-10, abs=1e-12)
         torch.testing.assert_close(weight.grad.T, gradient / n, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_bytes_with_bounds_for_any_tokenizer_equals_its_oracle(known):
+    differences = 0
+    for seed in range(1, 6):
+        (case,) = limited(random_cases(seed, num_cases=1), seed)
+        if not known:
+            case = tuple(replace(side, follows=None) for side in case)
+        student, teacher = case
+        wanted = oracle_of_bounds(student, [teacher])
+        options = bytes_arguments(case) | {"byte_bounds": "any", "normalizer": 1}
+        options |= {"continuations": tuple(map(continuations_of, case))}
+        logits = student.logits.clone().requires_grad_()
+        assert float(from_logits(logits, teacher.logits, **options).sum) == pytest.approx(wanted, rel=1e-9, abs=1e-10)
+        other = float(from_logits(logits, teacher.logits, **options | {"byte_bounds": "longest-match"}).sum)
+        differences += abs(other - wanted) > 1e-3
+    assert differences > 2, "the option is read"
+
+
 def test_bytes_needs_the_tables():
     (case,) = random_cases(0, num_cases=1)
     options = bytes_arguments(case)
-    with pytest.raises(ValueError, match="needs student_table"):
-        cross_tokenizer_loss(case[0].logits, case[1].logits, **options | {"student_table": None})
-    with pytest.raises(ValueError, match="teacher_table has"):
-        cross_tokenizer_loss(case[0].logits, case[1].logits[:, :-1], **options)
+    with pytest.raises(ValueError, match="needs the pair's tables"):
+        from_logits(case[0].logits, case[1].logits, **options | {"tables": None})
+    with pytest.raises(ValueError, match="the teacher's table has"):
+        from_logits(case[0].logits, case[1].logits[:, :-1], **options)
 
 
 def on_two_ranks(rank: int, world_size: int, case: LossCase) -> list:
@@ -182,18 +205,13 @@ def on_two_ranks(rank: int, world_size: int, case: LossCase) -> list:
     teacher_weight, _ = padded_shard(case.teacher_weight, rank, world_size)
     options = arguments(case) | {"group": group}
     logits = (case.student_hidden @ weight.T).requires_grad_()
-    output = cross_tokenizer_loss(logits, case.teacher_hidden @ teacher_weight.T, **options)
+    output = from_logits(logits, case.teacher_hidden @ teacher_weight.T, **options)
     output.loss.backward()
     hidden = case.student_hidden.clone().requires_grad_()
     weight.requires_grad_()
-    placing = ("shared_student_ids", "shared_teacher_ids", "stop_student_id", "stop_teacher_ids")
-    sizes = ("student_vocab_size", "teacher_vocab_size")
-    head = place_shared_head(
-        teacher_weight, student_width=len(weight), group=group, **{name: options[name] for name in placing + sizes}
-    )
-    fused = fused_cross_tokenizer_loss(hidden, weight, case.teacher_hidden, teacher_weight, shared_head=head, **options)
-    fused.loss.backward()
-    return [float(output.loss.detach()), logits.grad, float(fused.loss.detach()), hidden.grad, weight.grad]
+    of_states = fused(hidden, weight, case.teacher_hidden, teacher_weight, placed=True, **options)
+    of_states.loss.backward()
+    return [float(output.loss.detach()), logits.grad, float(of_states.loss.detach()), hidden.grad, weight.grad]
 
 
 @pytest.mark.parametrize("softcap", [True, False])  # without one, teacher's logits are read where they are
@@ -226,21 +244,21 @@ STUDENT, TEACHER = torch.tensor(golden.STUDENT_LOGITS), torch.tensor(golden.TEAC
 
 
 def test_golden_numbers_and_normalizer():
-    output = cross_tokenizer_loss(STUDENT, TEACHER, **golden_arguments())
+    output = from_logits(STUDENT, TEACHER, **golden_arguments())
     assert float(output.loss) == pytest.approx(golden.LOSS["paper", "reverse_kl", 1.0], abs=5e-7)
     assert [float(output.metrics[f"rows_{kind}"]) for kind in ("unit", "shared", "stop")] == [1, 1, 1]
-    half = cross_tokenizer_loss(STUDENT, TEACHER, **golden_arguments(), normalizer=8)
+    half = from_logits(STUDENT, TEACHER, **golden_arguments(), normalizer=8)
     assert float(half.loss) == pytest.approx(float(output.loss) / 2) and float(half.sum) == float(output.sum)
 
 
 def test_nothing_to_compare_is_a_counted_zero():
     logits = STUDENT.clone().requires_grad_()
     none = golden_arguments() | {"segments": torch.zeros(0, 4, dtype=torch.int64)}
-    output = cross_tokenizer_loss(logits, TEACHER, **none)
+    output = from_logits(logits, TEACHER, **none)
     output.loss.backward()
     assert (float(output.loss.detach()), int(output.count)) == (0, 4) and not logits.grad.any()
     empty = none | {name: torch.zeros(0, dtype=torch.int64) for name in ("student_labels", "teacher_labels")}
-    output = cross_tokenizer_loss(STUDENT[:0], TEACHER[:0], **empty)
+    output = from_logits(STUDENT[:0], TEACHER[:0], **empty)
     assert (float(output.loss), int(output.count)) == (0, 0)
 
 
@@ -261,16 +279,34 @@ def test_nothing_to_compare_is_a_counted_zero():
         ({"replaced_columns": torch.tensor([7, 0, -1])}, "replaced_columns"),
         ({"normalizer": 0}, "normalizer"),
         ({"interface": "papr"}, "papr"),
-        ({"interface": "bytes"}, "needs student_table"),
+        ({"interface": "bytes"}, "needs the pair's tables"),
         ({"interface": "alm", "alm_temperature": 0.0}, "alm-temperature"),
         ({"temperature": 0.0}, "temperature"),
-        ({"student_vocab_size": 9}, "student_vocab_size 9"),
+        ({"student_vocab_size": 9}, "student vocab_size 9"),
+        ({"drop_units": 0.5}, "drop_units: read where a run"),
+        ({"interface": "random_unit"}, "random_units: read where a run"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value[:20],
 )
 def test_wrong_input_is_refused_with_its_numbers(change, message):
     with pytest.raises(ValueError, match=message):
-        cross_tokenizer_loss(STUDENT, TEACHER, **(golden_arguments() | change))
+        from_logits(STUDENT, TEACHER, **(golden_arguments() | change))
+
+
+def test_a_match_of_the_walk_that_is_no_pair_has_no_unit_under_code():
+    """By hand: the student said id 2, a second "a", the teacher 0; the row has the shared tokens and the stop."""
+    pair = SharedVocabulary(
+        student_ids=torch.tensor([0, 1]), teacher_ids=torch.tensor([0, 1]), stop_student_id=3, stop_teacher_ids=(2,)
+    )
+    response = Response(
+        segments=torch.tensor([[0, 1, 0, 1]]), student_labels=torch.tensor([2]), teacher_labels=torch.tensor([0])
+    )
+    student, teacher = torch.tensor([[0.3, -1.0, 2.0, 0.5]]).double(), torch.tensor([[1.0, 0.2, -0.7]]).double()
+    p, q = student[0, [0, 1, 3]].softmax(0), teacher[0].softmax(0)
+    found = cross_tokenizer_loss(
+        Logits(student), Logits(teacher), pair, response, InterfaceConfig(interface="code"), normalizer=1
+    )
+    assert float(found.sum) == pytest.approx(float((p * (p / q).log()).sum()))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -279,7 +315,34 @@ def test_a_loss_that_is_not_finite_is_refused(bad):
         logits = [STUDENT.clone(), TEACHER.clone()]
         logits[side][1, 0] = bad
         with pytest.raises(ValueError, match="nan or inf"):
-            cross_tokenizer_loss(*logits, **golden_arguments())
+            from_logits(*logits, **golden_arguments())
+
+
+def test_a_teacher_is_needed_and_of_the_students_kind():
+    pair = SharedVocabulary(student_ids=torch.tensor([2]), teacher_ids=torch.tensor([2]))
+    labels = torch.tensor([2])
+    response = Response(segments=torch.tensor([[0, 1, 0, 1]]), student_labels=labels, teacher_labels=labels)
+    with pytest.raises(ValueError, match="it needs one"):
+        cross_tokenizer_loss(Logits(STUDENT[:1]), None, pair, response)
+    with pytest.raises(ValueError, match="both be Logits or both be Head"):
+        cross_tokenizer_loss(Logits(STUDENT[:1]), Head(TEACHER[:1], TEACHER.T), pair, response)
+
+
+def test_the_training_loop_of_the_page_learns():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "only_the_loss.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    assert sum(bool(line.strip()) for line in code.splitlines()) <= 40
+    torch.manual_seed(0)
+    seen = []
+
+    def loss(*args, **options):
+        found = cross_tokenizer_loss(*args, **options)
+        seen.append(float(found.loss.detach()))
+        return found
+
+    names = {"seen": seen, "recorded": loss}
+    exec(code.replace("cross_tokenizer_loss(*sides", "recorded(*sides"), names)
+    assert len(seen) == 80 and sum(seen[-4:]) < 0.5 * sum(seen[:4])
 
 
 def test_the_example_of_the_docstring_runs():

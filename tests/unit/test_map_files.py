@@ -11,8 +11,9 @@ from safetensors.numpy import load_file, save_file
 from megatron_simct.alignment import Tokenizer, TokenTable, build_alignment_map
 from megatron_simct.alignment.coverage import measure_coverage
 from megatron_simct.alignment.map_files import load_map, placement_balance, save_map
+from megatron_simct.commands import build_alignment_map as tool
+from megatron_simct.preflight.bias import COMPARED
 from tests.oracles.alignment import greedy_encoder
-from tools import build_alignment_map as tool
 
 STUDENT = [b"ha", b"ppy", b" cat", b" the", b"x", b"<eos>", b"h", b"p", b"a", b"y", b" ", b"c", b"t"]
 TEACHER = [b"hap", b"py", b" cat", b" the", b"x", b"<end>", b"h", b"y", b"p", b"<eot>", b"a", b" ", b"c", b"t"]
@@ -206,11 +207,16 @@ def test_the_tool(tmp_path, capsys):
     assert (first["share_1_1"], first["share_n_m"], first["share_n_1"]) == (1 / 7, 6 / 7, 0)
     assert (second["student_tokens"], second["units"], second["share_1_1"]) == (3, 3, 1)
     assert load_map(tmp_path / "map").num_shared == 257
-    assert json.loads((tmp_path / "map/map.json").read_text())["corpora"] == report["corpora"]
+    described = json.loads((tmp_path / "map/map.json").read_text())
+    assert all(described[name] == report[name] for name in ("corpora", "bias_nats_a_word"))
+    # The words are "hello", the same behind a line end, "he" and "é".
+    biases = report["bias_nats_a_word"]
+    assert set(biases) == set(COMPARED) and {bias["words"] for bias in biases.values()} == {4}
+    assert biases["bytes, any"]["perfect"] < 1e-12 < 0.1 < biases["paper"]["perfect"]
 
     assert tool.main([*arguments, "--corpus", str(text)]) == 0
     shown = capsys.readouterr().out
-    assert "257 shared tokens" in shown and "85.7%" in shown
+    assert "257 shared tokens" in shown and "85.7%" in shown and "student already right" in shown
 
 
 @pytest.mark.parametrize(

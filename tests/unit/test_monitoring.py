@@ -10,6 +10,7 @@ import math
 import re
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,8 +18,8 @@ import pytest
 import torch.distributed as dist
 
 from megatron_simct import train
-from megatron_simct.monitoring import METRICS, Monitor, Stopwatch, log_line, ratios, sample_sums
 from megatron_simct.records import AlignedPair, Rollout, TeacherNeeds
+from megatron_simct.reporting.monitor import METRICS, Monitor, Stopwatch, log_line, ratios, sample_sums
 from megatron_simct.update.step import StepReport
 from tests.distributed import run_ranks
 
@@ -104,10 +105,21 @@ def test_the_glossary_has_every_metric_and_no_other():
     )
     names = ratios(report(), SAMPLES, sampled=True).keys()
     names |= ratios(report(**of_bytes, bytes_merged=0.0), SAMPLES, sampled=True).keys()
+    unresolved = {f"bytes_{name}_sum": 0.0 for name in ("student_unresolved", "teacher_unresolved", "may_agree")}
+    names |= ratios(report(**of_bytes, **unresolved), SAMPLES, sampled=True).keys()
+    parts = dict.fromkeys(("gradient_cosine_units", "gradient_ratio_units"), 1.0)
+    names |= ratios(replace(report(), gradient_parts=parts), SAMPLES, sampled=True).keys()
+    of_sampling = dict.fromkeys(("rollout_gap_sum", "rollout_gap_largest", "importance_weight_sum"), 1.0)
+    names |= ratios(report(**of_sampling), SAMPLES, sampled=True).keys() | {"seconds_rollout_tail"}
+    of_rewards = {"loss_reward_sum": 0.0, "reward_clipped_sum": 0.0}
+    names |= ratios(report(**of_rewards), SAMPLES, sampled=True).keys()
+    names |= {"reward", "reward_spread", "reward_silent", "reward_failed"}
     hops = set(re.findall(r'clock\("(\w+)"\)', inspect.getsource(train)))
     names |= {f"seconds_{hop}" for hop in hops} | {"seconds", "peak_memory_gib", "rollout_tokens_per_second"}
     names |= {"rollout_lag"} | {f"{kind}_{what}" for kind in ("greedy", "sampled") for what in ("accuracy", "right")}
-    assert names == METRICS.keys()
+    over_ranks = {f"seconds_{hop}_slowest" for hop in hops} | {"seconds_slowest_rank"}
+    over_ranks |= {"peak_memory_gib_most", "peak_memory_most_rank", "update_tflops", "update_mfu", "rollout_tflops"}
+    assert names | over_ranks == METRICS.keys()
 
 
 def test_given_responses_have_no_gap_and_no_teacher_no_coverage():

@@ -1,4 +1,4 @@
-"""What a CPU install pulls, and what the README names."""
+"""What a CPU install pulls, and what is installed."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import re
 from pathlib import Path
 
 import tomllib
+from setuptools import find_packages
 
 import megatron_simct
-from megatron_simct.arguments import options
-from megatron_simct.config import Config, TeacherConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text()
 
 
 def _names(lines: list[str]) -> list[str]:
@@ -37,42 +35,6 @@ def test_version_is_one():
     assert f"## {megatron_simct.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_paths_in_the_readme_exist():
-    paths = set(re.findall(r"(?:\./)?((?:megatron_simct|examples|tests|tools)/[\w./-]*\w)", README))
-    assert len(paths) > 8
-    missing = [path for path in paths if not (ROOT / path).exists()]
-    assert not missing
-
-
-def test_links_in_the_readme_lead_somewhere():
-    titles = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", README, flags=re.DOTALL), re.MULTILINE)
-    anchors = {"#" + re.sub(r"[^a-z0-9 _-]", "", title.lower()).replace(" ", "-") for title in titles}
-    links = set(re.findall(r"\]\((?!https://)([^)]+)\)", README))
-    assert len(links) > 10
-    assert sorted(link for link in links if link.startswith("#") and link not in anchors) == []
-    assert sorted(link for link in links if not link.startswith("#")) == [".github/flow.svg"]
-
-
-def test_flags_in_the_readme_exist():
-    known = {option.flag for config in (Config, TeacherConfig) for option in options(config)} | {
-        "--help",
-        "--print-config",
-        "--config-file",
-        "--debug",
-        "--nproc-per-node",
-        "--rdzv-backend",
-    }
-    known |= {"--model", "--tasks"}  # of lm-eval
-    known |= {flag.replace("--", "--no-", 1) for flag in known}
-    launcher = ROOT / "megatron_simct/launch/__main__.py"
-    for script in (*ROOT.glob("examples/*/run.py"), launcher, *(ROOT / "tools").glob("*.py")):
-        known |= set(re.findall(r'"(--[a-z0-9-]+)"', script.read_text()))
-    known |= {f"--{side}-{name}" for side in ("teacher", "student") for name in ("tokenizer", "stop-token-ids")}
-    flags = set(re.findall(r"(--[a-z][a-z0-9-]*[a-z0-9])(?![\w-])", README))
-    assert len(flags) > 20
-    assert sorted(flags - known) == []
-
-
 def test_the_image_has_the_versions_that_the_tests_ran_with():
     pinned = set((ROOT / "requirements.txt").read_text().split() + (ROOT / "requirements-test.txt").read_text().split())
     dockerfile = (ROOT / "Dockerfile").read_text()
@@ -84,20 +46,40 @@ def test_the_image_has_the_versions_that_the_tests_ran_with():
 
 def test_all_packages_their_files_and_their_commands_are_installed():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    setuptools = project["tool"]["setuptools"]
+    found = project["tool"]["setuptools"]["packages"]["find"]
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "megatron_simct").rglob("*.py")}
-    assert {str(folder).replace("/", ".") for folder in folders} | {"megatron_simct_tools"} == set(
-        setuptools["packages"]
-    )
+    assert {str(folder).replace("/", ".") for folder in folders} == set(find_packages(str(ROOT), **found))
     kept = {
         path
-        for package, patterns in setuptools["package-data"].items()
-        for pattern in patterns
-        for path in (ROOT / setuptools["package-dir"][package]).glob(pattern)
+        for pattern in project["tool"]["setuptools"]["package-data"]["megatron_simct"]
+        for path in (ROOT / "megatron_simct").glob(pattern)
     }
-    others = {path for folder in ("megatron_simct", "tools") for path in (ROOT / folder).rglob("*") if path.is_file()}
-    assert {path for path in others if path.suffix not in (".py", ".sh", ".pyc")} == kept
+    others = {path for path in (ROOT / "megatron_simct").rglob("*") if path.is_file()}
+    assert {path for path in others if path.suffix not in (".py", ".pyc")} == kept
     for name, target in project["project"]["scripts"].items():
         module, function = target.split(":")
-        path = ROOT / (module.replace("megatron_simct_tools", "tools").replace(".", "/") + ".py")
+        path = ROOT / (module.replace(".", "/") + ".py")
         assert name.startswith("simct-") and f"def {function}(argv" in path.read_text()
+
+
+def test_a_tool_of_the_checkout_is_the_installed_command():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    installed = {target.split(":")[0]: name for name, target in scripts.items() if ".commands." in target}
+    tools = {path.stem: path.read_text() for path in (ROOT / "tools").glob("*.py")}
+    del tools["reference"]  # writes a document of the checkout
+    assert {f"megatron_simct.commands.{name}" for name in tools} == set(installed)
+    for name, text in tools.items():
+        module = f"megatron_simct.commands.{name}"
+        assert f"from {module} import main\n" in text and f'"""{installed[module]} from a checkout' in text
+        assert len(text.splitlines()) < 10
+
+
+def test_the_lock_file_has_every_pinned_package_with_its_hashes() -> None:
+    """torch excepted: its builds differ by index."""
+    entries = re.split(r"\n(?=\S)", (ROOT / "requirements.lock").read_text())
+    locked = {entry.split(" ")[0]: entry for entry in entries if not entry.startswith("#")}
+    pinned = {line for line in (ROOT / "requirements.txt").read_text().splitlines() if line[:1] not in ("#", "")}
+    assert {line for line in pinned if line.split("==")[0] != "torch"} <= locked.keys()
+    assert not [name for name in locked if name.split("==")[0].startswith(("torch", "nvidia"))]
+    for name, entry in locked.items():
+        assert re.fullmatch(r"[a-z0-9.-]+==[\w.]+", name) and re.search(r"--hash=sha256:[0-9a-f]{64}", entry), name

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
-from megatron_simct.parallel.packing import label_rows, pack_micro_batches, pad_right
+from megatron_simct.packing import by_number, by_tokens, pack_micro_batches, pad_right, sequence_batch
 from megatron_simct.records import AlignedPair, Prompt, Rollout, ScoredPair, TeacherNeeds
 
 TEACHER_WIDTH = 3
@@ -81,35 +83,80 @@ SAMPLES = (
 def pack(samples, scored=None, *, micro_batch_size=2, check=lambda labels: None, **options):
     prompts, rollouts, pairs, scores = zip(*samples, strict=True)
     scored = scores if scored is None else scored
-    return pack_micro_batches(
-        prompts, rollouts, pairs, scored, micro_batch_size=micro_batch_size, check=check, **options
-    )
+    cut = partial(by_number, size=micro_batch_size)
+    return pack_micro_batches(prompts, rollouts, pairs, scored, cut=cut, check=check, **options)
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
-def test_label_rows_pick_the_row_that_predicts_each_label(micro_batch_size):
+def test_label_rows_pick_the_row_that_predicts_each_label(micro_batch_size, packed):
     """A causal 'model' whose output at (s, b) is the token that stands there: its row of a label is one before it."""
-    for batch in pack(SAMPLES, micro_batch_size=micro_batch_size):
-        output = batch.tokens.T[:, :, None]  # [S, B, 1], as Megatron's models return it
-        read = output.flatten(0, 1)[batch.label_rows, 0]
+    for batch in pack(SAMPLES, micro_batch_size=micro_batch_size, packed=packed, multiple_of=3):
+        output = batch.sequences.tokens.T[:, :, None]  # [S, B, 1], as Megatron's models return it
+        read = output.flatten(0, 1)[batch.sequences.label_rows, 0]
         # Ids count up inside a sample, so the one before a label is one less.
         assert read.tolist() == (batch.labels.student_labels - 1).tolist()
+        assert sum(batch.num_labels) == len(read)
 
 
-def test_label_rows_against_a_loop():
+@pytest.mark.parametrize("packed", [False, True])
+def test_label_rows_against_a_loop(packed):
     prompt_lens, label_lens = [3, 1, 4], [2, 5, 0]
-    expected = []
+    expected, start = [], 0
     for b in range(3):
         for label in range(label_lens[b]):
             position = prompt_lens[b] + label - 1
-            expected.append(position * 3 + b)
-    assert label_rows(prompt_lens, label_lens).tolist() == expected
+            expected.append(start + position if packed else position * 3 + b)
+        start += prompt_lens[b] + label_lens[b]
+    batch = sequence_batch([np.zeros(n) for n in prompt_lens], [np.zeros(n) for n in label_lens], packed=packed)
+    assert batch.label_rows.tolist() == expected
+
+
+def test_packed_sequences_follow_one_another_and_fill_up_a_multiple():
+    prompts, responses = [np.array([1, 2]), np.array([6])], [np.array([3]), np.array([7, 8])]
+    batch = sequence_batch(prompts, responses, packed=True, multiple_of=4)
+    assert batch.tokens.tolist() == [[1, 2, 3, 6, 7, 8, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 0, 1]]
+    assert batch.lengths == (3, 3, 2)
+    assert sequence_batch(prompts, responses, packed=True, multiple_of=3).lengths == (3, 3)
+
+
+# Cut by tokens
+
+
+def test_micro_batches_hold_no_more_than_their_tokens():
+    lengths = np.random.default_rng(0).integers(1, 30, 200).tolist()
+    batches = by_tokens(lengths, max_tokens=64)
+    assert sorted(i for chosen in batches for i in chosen) == list(range(200))
+    totals = [sum(lengths[i] for i in chosen) for chosen in batches]
+    assert totals == sorted(totals, reverse=True) and totals[0] <= 64
+    assert len(batches) <= 11 / 9 * sum(lengths) / 64 + 1  # the bound of first-fit decreasing
+
+
+def test_a_long_sequence_is_alone():
+    assert by_tokens([3, 90, 5, 9], max_tokens=10) == [[1], [3], [2, 0]]
+
+
+@pytest.mark.parametrize("number", [2, 3, 4, 6])
+def test_ranks_agree_on_the_number_of_micro_batches(number):
+    lengths = [5, 4, 3, 3, 2, 1]
+    asked = []
+
+    def agree(count):
+        asked.append(count)
+        return number
+
+    batches = by_tokens(lengths, max_tokens=9, agree=agree)
+    assert asked == [2] and len(batches) == number
+    assert sorted(i for chosen in batches for i in chosen) == list(range(6))
+    totals = [sum(lengths[i] for i in chosen) for chosen in batches]
+    assert totals == sorted(totals, reverse=True) and totals[-1] > 0
 
 
 def test_the_longest_come_first():
     batches = pack(SAMPLES)
     assert [batch.sample_ids for batch in batches] == [(3, 2), (1, 4)]
-    assert [batch.tokens.shape for batch in batches] == [(2, 7), (2, 5)]
+    assert [batch.sequences.tokens.shape for batch in batches] == [(2, 7), (2, 5)]
 
 
 def test_equal_lengths_keep_their_order():
@@ -122,9 +169,10 @@ def test_equal_lengths_keep_their_order():
 
 def test_tokens_are_padded_on_the_right():
     _, batch = pack(SAMPLES)
-    assert batch.tokens.tolist() == [[100, 101, 102, 103, 104], [400, 401, 0, 0, 0]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
-    assert batch.tokens.dtype == batch.position_ids.dtype == batch.label_rows.dtype == torch.int64
+    sequences = batch.sequences
+    assert sequences.tokens.tolist() == [[100, 101, 102, 103, 104], [400, 401, 0, 0, 0]]
+    assert sequences.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 2 and sequences.lengths is None
+    assert sequences.tokens.dtype == sequences.position_ids.dtype == sequences.label_rows.dtype == torch.int64
 
 
 def test_pad_right_of_one():
@@ -141,6 +189,7 @@ def test_pad_right_to_a_multiple():
 
 def test_a_multiple_changes_the_width_alone():
     for wide, narrow in zip(pack(SAMPLES, multiple_of=3), pack(SAMPLES), strict=True):
+        wide, narrow = wide.sequences, narrow.sequences
         width = narrow.tokens.shape[1]
         assert wide.tokens.shape[1] == wide.position_ids.shape[1] == -(-width // 3) * 3 > width
         assert torch.equal(wide.tokens[:, :width], narrow.tokens)
@@ -254,12 +303,8 @@ def test_a_sample_id_that_occurs_twice_is_refused():
 def test_records_in_different_orders_are_refused():
     prompts, rollouts, pairs, scores = zip(*SAMPLES, strict=True)
     with pytest.raises(AssertionError, match="in one order"):
-        pack_micro_batches(prompts, rollouts[::-1], pairs, scores, micro_batch_size=2, check=lambda labels: None)
-
-
-def test_a_rest_is_refused():
-    with pytest.raises(AssertionError, match="4 samples in micro-batches of 3"):
-        pack(SAMPLES, micro_batch_size=3)
+        cut = partial(by_number, size=2)
+        pack_micro_batches(prompts, rollouts[::-1], pairs, scores, cut=cut, check=lambda labels: None)
 
 
 def test_every_micro_batch_is_checked():

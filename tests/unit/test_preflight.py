@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from megatron_simct.config import ParallelConfig
-from megatron_simct.launch.run_file import read_run_file
+from megatron_simct.commands import check_pair
+from megatron_simct.config.options import ParallelConfig
+from megatron_simct.config.run_file import read_run_file
+from megatron_simct.loading import open_pair
 from megatron_simct.models.families import read_architecture
 from megatron_simct.preflight.check import check_run
-from megatron_simct.preflight.memory import GIB, Sizes, student_plan, teacher_plan, total_parameters
+from megatron_simct.preflight.memory import GIB, Sizes, size_text, student_plan, teacher_plan, total_parameters
 from tests.examples import CONFIGS, PARAMETERS, stand_in
 from tests.preflight import build_pair, edit_json, run_values, write_json, write_run
-from tools import check_pair
 
 ROOT = Path(__file__).parents[2]
 Change = Callable[[dict[str, Any], Path], None]
@@ -47,6 +48,38 @@ def test_nothing_is_wrong_with_the_pair_itself(folder):
     problems = [f for f in found if f.level != "pass" and f.flag != "run_dir"]  # the tests' folder is one of this node
     assert problems == []
     assert {f.side for f in found} == {"student", "teacher", "pair", "cluster"}
+
+
+def test_quantised_weights_are_said_with_their_bytes_in_files_and_in_memory(folder):
+    settings = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    for side, level, dtype in (("teacher", "pass", "bfloat16"), ("student", "warn", "bfloat16")):
+        edit_json(folder / side / "config.json", quantization_config=settings)
+        architecture = read_architecture(str(folder / side), flag="")
+        memory = 2 * total_parameters(architecture, vocab_size=architecture.vocab_size)
+        (found,) = [f for f in findings(folder) if f.side == side and "fp8 in blocks of 128 x 128" in f.message]
+        assert found.level == level
+        in_files = (folder / side / "model.safetensors").stat().st_size
+        assert f"{size_text(in_files)} in files; {size_text(memory)} of {dtype} in memory" in found.message
+
+
+def test_the_plan_of_a_student_with_adapters_has_gradients_and_optimizer_for_these_alone(folder):
+    whole = check_run(read_run_file(str(write_run(folder)))).plans["student"]
+    adapted = check_run(read_run_file(str(write_run(folder, student(lora_rank=2))))).plans["student"]
+    more = adapted.held["weights"] - whole.held["weights"]
+    assert 0 < more < whole.held["weights"] / 4
+    assert adapted.held["gradients"] == 2 * more  # float32 beside bfloat16
+    assert adapted.held["optimizer"] == 6 * more
+    wrong = findings(folder, student(lora_rank=2, lora_target_modules=["q_prj"]))
+    assert any("--lora-target-modules q_prj" in f.message and f.level == "fail" for f in wrong)
+
+
+def test_layers_are_proposed_for_stages_where_the_head_weighs_much(folder):
+    two = student(pipeline_model_parallel_size=2)
+    said = [f.message for f in findings(folder, both(two, config("student", vocab_size=3000))) if f.check == "proposal"]
+    assert any("--pipeline-model-parallel-layout 'Et*3|tL' would even out the stages" in text for text in said)
+    given = both(two, student(pipeline_model_parallel_layout="Et*3|tL"))
+    for change in (both(given, config("student", vocab_size=3000)), both(two, config("student", vocab_size=400))):
+        assert not any("even out" in finding.message for finding in findings(folder, change))
 
 
 def student(**values: Any) -> Change:
@@ -172,7 +205,12 @@ WRONG: dict[str, tuple[Change, str, str, tuple[str, ...]]] = {
         "--sequence-parallel",
         ("--tensor-model-parallel-size is 1",),
     ),
-    "context parallelism": (student(context_parallel_size=2), "student", "--context-parallel-size", ("2",)),
+    "context parallelism": (
+        student(context_parallel_size=3),
+        "student",
+        "--tensor-model-parallel-size",
+        ("--context-parallel-size (3)",),
+    ),
     "ranks for experts": (
         teacher(expert_model_parallel_size=4),
         "teacher",
@@ -215,12 +253,17 @@ WRONG: dict[str, tuple[Change, str, str, tuple[str, ...]]] = {
         ("/nowhere",),
     ),
     "family": (config("teacher", model_type="mamba"), "teacher", "--teacher-hf-checkpoint", ("mamba", "llama")),
-    "field": (config("student", rope_scaling={"type": "yarn", "factor": 4}), "student", "--hf-checkpoint", ("yarn",)),
+    "field": (
+        config("student", rope_scaling={"type": "dynamic", "factor": 4}),
+        "student",
+        "--hf-checkpoint",
+        ("dynamic",),
+    ),
     "quantised": (
-        config("teacher", quantization_config={"quant_method": "fp8"}),
+        config("teacher", quantization_config={"quant_method": "gptq"}),
         "teacher",
         "--teacher-hf-checkpoint",
-        ("fp8",),
+        ("gptq", "fp8", "16-bit"),
     ),
     "teacher without weights": (
         remove("teacher/model.safetensors"),
@@ -263,6 +306,25 @@ WRONG: dict[str, tuple[Change, str, str, tuple[str, ...]]] = {
     ),
     "no chat template": (template("teacher", None), "teacher", "--teacher-hf-checkpoint", ("chat template",)),
     "broken chat template": (template("student", "{% if %}"), "student", "--hf-checkpoint", ("line 1",)),
+    "a template without an end": (
+        template("student", "{% for i in range(999) %}{{ 'a' * 99999 }}{% endfor %}"),
+        "student",
+        "--hf-checkpoint",
+        ("tokenizer_config.json writes more than 16,777,216 characters",),
+    ),
+    "a switch that the template lacks": (
+        student(chat_template_kwargs={"enable_thinking": False}),
+        "student",
+        "--chat-template-kwargs",
+        ("does not read enable_thinking",),
+    ),
+    "a date in another form": (student(chat_template_date="31.12.2025"), "student", "--chat-template-date", ("31.12",)),
+    "arguments without a template": (
+        student(apply_chat_template=False, chat_template_kwargs="{}"),
+        "student",
+        "--chat-template-kwargs",
+        ("needs --apply-chat-template",),
+    ),
     "messages without a template": (
         both(prompts({"messages": [USER]}), student(apply_chat_template=False)),
         "pair",
@@ -294,7 +356,7 @@ WRONG: dict[str, tuple[Change, str, str, tuple[str, ...]]] = {
         ("no role system", "--teacher-hf-checkpoint"),
     ),
     "no prompts": (student(prompt_data="/nowhere.jsonl"), "pair", "--prompt-data", ("/nowhere.jsonl",)),
-    "another key": (student(input_key="question"), "pair", "--prompt-data", ("'question'", "prompt, label")),
+    "another key": (student(input_key="question"), "pair", "--prompt-data", ("no question", "prompt, label")),
     "no labels": (
         both(
             lambda run, folder: (folder / "held_out.jsonl").write_text('{"prompt": "a"}\n'),
@@ -302,7 +364,35 @@ WRONG: dict[str, tuple[Change, str, str, tuple[str, ...]]] = {
         ),
         "pair",
         "--eval-prompt-data",
-        ("'label'",),
+        ("no label",),
+    ),
+    "an average of two architectures": (
+        lambda run, folder: (
+            colocated(run, folder),
+            edit_json(folder / "teacher" / "config.json", intermediate_size=256),
+            student(teacher_ema=0.9)(run, folder),
+        ),
+        "teacher",
+        "--teacher-ema",
+        ("one architecture",),
+    ),
+    "a teacher's prompt without meaning": (
+        prompts({"prompt": "Hi", "teacher_suffix": 5}),
+        "pair",
+        "--prompt-data",
+        ("line 1", "'teacher_suffix' is not a text"),
+    ),
+    "a teacher's prompt that is too long": (
+        prompts({"prompt": "Hi", "teacher_suffix": " ha" * 300}),
+        "pair",
+        "--rollout-max-prompt-len",
+        ("exceed",),
+    ),
+    "markers in the teacher's prompt": (
+        prompts({"prompt": "Hi", "teacher_prompt": "[INST]Hi[/INST]"}),
+        "teacher",
+        "--prompt-data",
+        ("template's own markers",),
     ),
     "prompts too long": (student(rollout_max_prompt_len=3), "pair", "--rollout-max-prompt-len", ("exceed",)),
     "student's positions": (
@@ -323,6 +413,12 @@ WRONG: dict[str, tuple[Change, str, str, tuple[str, ...]]] = {
         "pair",
         "--simct-alignment-map",
         ("/nowhere",),
+    ),
+    "map of other pairs": (
+        student(simct_interface="code", simct_shared="released", simct_alignment_map="maps/one"),
+        "pair",
+        "--simct-alignment-map",
+        ("maps/one", "--simct-shared released"),
     ),
     "interface without a teacher": (
         both(prompts({"prompt": "a", "response": "b"}), student(simct_interface="sft")),
@@ -437,10 +533,19 @@ WARNINGS: dict[str, tuple[Change, str, str]] = {
         "--teacher-hf-checkpoint",
         "thinking",
     ),
+    "a thinking switch": (
+        template("teacher", "{{ bos_token }}{{ messages[0]['content'] }}{% if enable_thinking is false %}.{% endif %}"),
+        "--teacher-chat-template-kwargs",
+        'set {"enable_thinking": false}',
+    ),
     "no time limit": (lambda run, folder: run["cluster"].pop("time"), "cluster.time", "limit"),
     "no checkpoints": (lambda run, folder: run["student"].pop("save_interval"), "--save-interval", "checkpoint"),
     "float32": (lambda run, folder: run["student"].pop("bf16"), "--bf16", "float32"),
-    "unknown device": (lambda run, folder: run["cluster"].pop("device_memory_gib"), "--device-memory", "not compared"),
+    "unknown device": (
+        lambda run, folder: run["cluster"].pop("device_memory_gib"),
+        "--device-memory",
+        "not configured",
+    ),
     "tensor ranks over nodes": (
         both(cluster("student", nodes=2, gpus_per_node=1), student(tensor_model_parallel_size=2)),
         "--tensor-model-parallel-size",
@@ -467,6 +572,23 @@ def test_texts_that_cannot_be_compared_fail(folder, monkeypatch):
     assert found.flag == "--teacher-tokenizer-model" and "1:1" in found.message
 
 
+def test_what_the_teacher_alone_reads_is_shown(folder, capsys):
+    prompts({"prompt": "Hi", "teacher_suffix": " Ha"}, {"prompt": "Ho"})({}, folder)
+    check_pair.main([str(write_run(folder)), "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert "Hi Ha" in report["prompts"]["teacher"] and "Ha" not in report["prompts"]["student"]
+    (said,) = [f["message"] for f in report["findings"] if f["check"] == "prompts"]
+    assert "in 1 rows the teacher reads a prompt of its own" in said
+
+
+def test_the_plan_counts_the_average_of_a_teachers_weights(folder):
+    def teacher_weights(*changes: Change) -> int:
+        report = check_run(read_run_file(str(write_run(folder, both(colocated, *changes)))))
+        return report.plans["student"].held["teacher weights"]
+
+    assert teacher_weights(student(teacher_ema=0.99)) == 3 * teacher_weights()  # 4 bytes beside 2
+
+
 def test_the_tool_prints_a_table_or_json_and_fails(folder, capsys):
     path = str(write_run(folder))
     assert check_pair.main([path]) == 0
@@ -476,6 +598,13 @@ def test_the_tool_prints_a_table_or_json_and_fails(folder, capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["failed"] and report["traffic_bytes"]["answers"] > 0 and report["coverage"]["units"] > 0
     assert [f["flag"] for f in report["findings"] if f["level"] == "fail"] == ["--micro-batch-size"]
+    assert report["bias_nats_a_word"]["words"] > 20
+    for options in (["paper"], ["bytes", "student.simct_byte_bounds=any"]):
+        assert check_pair.main([path, "--json", f"student.simct_interface={options[0]}", *options[1:]]) == 0
+        report = json.loads(capsys.readouterr().out)
+        (found,) = [f for f in report["findings"] if f["check"] == "bias"]
+        assert found["level"] == ("pass" if "any" in options[-1] else "warn")
+        assert (report["bias_nats_a_word"]["perfect"] < 1e-12) == (found["level"] == "pass")
     assert check_pair.main([path, "--device-memory", "0.5"]) == 1
     assert "--tensor-model-parallel-size" in capsys.readouterr().out
     for none in ("0", "nan"):
@@ -483,6 +612,16 @@ def test_the_tool_prints_a_table_or_json_and_fails(folder, capsys):
         assert f"--device-memory {float(none)}: must be above 0" in capsys.readouterr().err
     assert check_pair.main([str(folder / "nowhere.yaml")]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_takes_long_at_the_start_is_said(folder):
+    """With bounds for any tokenizer, a line for each tokenizer whose table is made."""
+    lines: list[str] = []
+    pair = open_pair(read_run_file(str(write_run(folder, student(simct_byte_bounds="any")))).config, say=lines.append)
+    assert pair.student.continuations is not None and pair.teachers[0].tokenizer.continuations is not None
+    assert len(lines) == 2 and all("finding what may follow each of" in line for line in lines)
+    open_pair(read_run_file(str(write_run(folder))).config, say=lines.append)
+    assert len(lines) == 2
 
 
 # A teacher of 235 billion parameters
@@ -581,7 +720,14 @@ def test_parameters_are_the_published_ones(name, tmp_path):
     assert total_parameters(architecture, vocab_size=architecture.vocab_size) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*/run.yaml")), ids=lambda path: path.parent.name)
+CLUSTER_EXAMPLES = [
+    path
+    for path in sorted((ROOT / "examples").glob("*/run.yaml"))
+    if not (path.parent / "prepare.sh").exists()  # which makes the folders that such an example names
+]
+
+
+@pytest.mark.parametrize("path", CLUSTER_EXAMPLES, ids=lambda path: path.parent.name)
 def test_shipped_examples_fit_on_paper(path, tmp_path):
     """With folders that have the published architectures in the place of downloaded ones, nothing fails."""
     run = stand_in(path, tmp_path)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
+import re
 
 import pytest
 import yaml
 
+from megatron_simct.alignment import load_tokenizer, templates
+from megatron_simct.commands import prepare_prompts
 from megatron_simct.data.prompts import read_prompts
 from tests.huggingface import save_byte_fallback, save_byte_level
-from tools import prepare_prompts
 
 
 @pytest.fixture
@@ -106,7 +109,7 @@ def test_every_reason_is_counted(prepare):
     assert report["sources"]["a"]["dropped"] == {
         "duplicate": 1,
         "empty": 1,
-        "no messages": 1,
+        "no prompt": 1,
         "too few characters": 1,
         "too many characters": 1,
         "excluded": 1,
@@ -139,10 +142,91 @@ def test_both_templates_count_tokens_and_refuse(prepare, tmp_path):
     flags = ("--hf-checkpoint", str(tmp_path / "student"), "--teacher-hf-checkpoint", str(tmp_path / "teacher"))
     _, rows, report, _ = prepare(files, one(), *flags, "--apply-chat-template", "--max-prompt-len", "40")
     assert report["sources"]["a"]["dropped"] == {"too long for the student": 1, "refused by the teacher's template": 1}
+    said = "teacher's template does not render it: no role system"
+    assert report["sources"]["a"]["refused"] == {said: {"count": 1, "first": 2}}
     (row,) = rows
     assert 5 < row["student_tokens"] < 40 and 5 < row["teacher_tokens"] < 40
     code, _, _, error = prepare(files, one(), *flags, output="other")
     assert code == 1 and "messages need --apply-chat-template" in error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Written:
+    """A template with what it is given, and the text that it writes for the message Hi?"""
+
+    name: str
+    template: str
+    text: str
+    flags: tuple[str, ...] = ()
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        Written(
+            name="training tag",
+            template="{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+            text="Hi?",
+        ),
+        Written(
+            name="any date", template="{{ strftime_now('%Y-%m-%d') }} {{ messages[0].content }}", text="2222-22-22 Hi?"
+        ),
+        Written(
+            name="a date of another length",
+            template="{{ strftime_now('%A') }}",
+            text="Wednesday",
+            flags=("--chat-template-date", "2025-12-31"),
+        ),
+        Written(
+            name="a switch",
+            template="{{ messages[0].content }}{% if enable_thinking is false %}<think></think>{% endif %}",
+            text="Hi?<think></think>",
+            flags=("--chat-template-kwargs", '{"enable_thinking": false}'),
+        ),
+        Written(
+            name="JSON",
+            template="{{ messages[0] | tojson(indent=1) }}",
+            text='{\n "role": "user",\n "content": "Hi?"\n}',
+        ),
+    ],
+    ids=lambda written: written.name,
+)
+def test_tokens_are_those_of_what_the_template_writes(prepare, tmp_path, written):
+    save_byte_level(tmp_path / "student")
+    (tmp_path / "student" / "chat_template.jinja").write_text(written.template)
+    flags = ("--hf-checkpoint", str(tmp_path / "student"), "--apply-chat-template", *written.flags)
+    _, rows, report, error = prepare({"a.jsonl": [{"prompt": "Hi?"}]}, one(), *flags)
+    expected = load_tokenizer(str(tmp_path / "student")).encode_chat(written.text)
+    assert [row["student_tokens"] for row in rows] == [len(expected)]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", report["chat_template"]["chat_template_date"])
+
+
+def test_reasons_of_templates_are_counted_and_the_first_one_ends_an_empty_mixture(prepare, tmp_path, capsys):
+    save_byte_level(tmp_path / "student")
+    template = "{{ raise_exception('too many words in ' ~ messages[0].content) }}"
+    (tmp_path / "student" / "chat_template.jinja").write_text(template)
+    flags = ("--hf-checkpoint", str(tmp_path / "student"), "--apply-chat-template")
+    code, _, _, error = prepare({"a.jsonl": [{"prompt": "Hi?"}]}, one(), *flags)
+    assert code == 1
+    assert "1 refused by the student's template (student's template does not render it: too many words in Hi?)" in error
+    template = "{% if '9' in messages[0].content %}{{ raise_exception(messages[0].content) }}{% endif %}a"
+    (tmp_path / "student" / "chat_template.jinja").write_text(template)
+    rows = [{"prompt": f"{'9' if i else '1'} {i}" + "x" * 500 * (i == 1)} for i in range(40)]
+    _, kept, report, _ = prepare({"a.jsonl": rows}, one(), *flags)
+    assert len(kept) == 1
+    refused = report["sources"]["a"]["refused"]
+    assert len(refused) == prepare_prompts.MAX_REASONS
+    assert max(map(len, refused)) <= prepare_prompts.MAX_REASON
+    assert report["sources"]["a"]["dropped"] == {"refused by the student's template": 39}
+
+
+def test_a_template_beyond_a_limit_ends_it(prepare, tmp_path, monkeypatch):
+    save_byte_level(tmp_path / "student")
+    (tmp_path / "student" / "chat_template.jinja").write_text("{{ 'a' * 2000 }}")
+    monkeypatch.setattr(templates, "MAX_CHARACTERS", 1999)
+    flags = ("--hf-checkpoint", str(tmp_path / "student"), "--apply-chat-template")
+    code, _, _, error = prepare({"a.jsonl": numbered(3)}, one(), *flags)
+    assert code == 1 and error.endswith("student: chat_template.jinja writes more than 1,999 characters\n")
 
 
 def test_files_of_every_format(prepare, tmp_path):
@@ -179,9 +263,9 @@ def test_files_of_every_format(prepare, tmp_path):
         (one(prompt_key="a", messages_key="b"), "a prompt is one of them"),
         (one(label_pattern="("), "no regular expression"),
         (one(path="absent.jsonl"), "absent.jsonl: No such file"),
-        (one(path="mixture.yaml"), "the format is told by the name"),
+        (one(path="mixture.yaml"), "mixture.yaml, line 1: not JSON"),
         (one(path="broken.jsonl"), "source a: "),
-        (one(path="broken.jsonl"), "broken.jsonl: line 3: not JSON (Expecting"),
+        (one(path="broken.jsonl"), "broken.jsonl, line 3: not JSON (Expecting"),
         (one(path="broken.jsonl.gz"), "broken.jsonl.gz: Error -3 while decompressing"),
         (one(path=[]), "source a: path names no file"),
         (one(path=3), "source 1: path 3: expected str | list[str]"),
@@ -217,6 +301,13 @@ def test_what_is_wrong_is_said_in_one_line(prepare, tmp_path, mixture, message):
     [
         (("--apply-chat-template",), "--apply-chat-template: needs --hf-checkpoint or --teacher-hf-checkpoint"),
         (("--max-prompt-len", "0"), "--max-prompt-len 0: must be at least 1"),
+        (("--chat-template-kwargs", "{}"), "--chat-template-kwargs: needs --apply-chat-template"),
+        (("--teacher-chat-template-kwargs", "{}"), "--teacher-chat-template-kwargs: needs --apply-chat-template"),
+        (("--chat-template-date", "2025-12-31"), "--chat-template-date: needs --apply-chat-template"),
+        (
+            ("--apply-chat-template", "--chat-template-date", "31.12.2025"),
+            "--chat-template-date 31.12.2025: not a date",
+        ),
     ],
 )
 def test_a_flag_that_would_do_nothing_is_refused(prepare, flags, message):
@@ -246,6 +337,6 @@ def test_nothing_is_overwritten(prepare, tmp_path):
 
 
 def test_the_mixture_of_the_paper_has_its_sizes():
-    path = str(prepare_prompts.Path(prepare_prompts.__file__).parents[1] / "examples" / "prompts" / "paper_10k.yaml")
+    path = str(prepare_prompts.Path(prepare_prompts.__file__).parents[2] / "examples" / "prompts" / "paper_10k.yaml")
     counts = prepare_prompts.wanted_counts(prepare_prompts.read_mixture(path))
     assert counts == {"gsm8k": 1800, "orca_math": 2200, "openmathinstruct": 1000, "math": 800, "code": 4200}

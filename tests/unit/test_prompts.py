@@ -81,13 +81,17 @@ def test_a_missing_file(tmp_path):
     [
         ('{"prompt": "a"}\n\n{"prompt": \n', {}, ["line 3", "not JSON"]),
         ('{"prompt": "a"}\n["prompt"]\n', {}, ["line 2", "expected a JSON object"]),
-        ('{"question": "a", "n": 1}\n', {}, ["line 1", "'prompt'", "question, n"]),
-        ('{"prompt": 5}\n', {}, ["line 1", "a string under the key 'prompt'"]),
+        ('{"question": "a", "n": 1}\n', {}, ["line 1", "no prompt", "question, n"]),
+        ('{"prompt": 5}\n', {}, ["line 1", "neither a text nor messages under 'prompt'"]),
         ("{}\n", {}, ["line 1", "no keys"]),
-        ('{"prompt": ""}\n', {}, ["line 1", "'prompt' is empty"]),
+        ('{"prompt": ""}\n', {}, ["line 1", "the prompt is empty"]),
         ('{"prompt": "\\ud800"}\n', {}, ["line 1", "'prompt'", "surrogate"]),
-        ('{"prompt": "a"}\n', {"need_response": True}, ["line 1", "'response'", "it has prompt"]),
-        ('{"prompt": "a", "label": 7}\n', {"need_label": True}, ["line 1", "'label'"]),
+        ('{"prompt": "a"}\n', {"need_response": True}, ["line 1", "no response", "the row has prompt"]),
+        (
+            '{"prompt": "a", "label": {}}\n',
+            {"need_label": True},
+            ["line 1", "a label that is not a string or a number"],
+        ),
         ("", {}, ["no prompts in the file"]),
         ("\n \n", {}, ["no prompts in the file"]),
         (b'{"prompt": "\xff"}\n', {}, ["not UTF-8", "byte 12"]),
@@ -119,7 +123,7 @@ ROWS = [Row(prompt="p" * (i + 1), response=f"r{i}", label=f"l{i}") for i in rang
 def source(**overrides) -> PromptSource:
     options = {
         "student": STUDENT,
-        "teacher": TEACHER,
+        "teachers": [(TEACHER, None)],
         "batch_size": 4,
         "samples_per_prompt": 1,
         "max_prompt_len": 100,
@@ -143,7 +147,22 @@ def test_a_sample_carries_its_row():
     assert first.student_ids.tolist() == [257, ord("p")]
     assert first.teacher_ids.tolist() == [ord("p")] * 2
     assert (first.response, first.label) == ("r0", "l0")
-    assert source(teacher=None).batch(0)[0].teacher_ids.tolist() == []
+    assert source(teachers=[]).batch(0)[0].teacher_ids.tolist() == []
+
+
+def test_the_teacher_reads_its_own_prompt_where_a_row_has_one():
+    rows = [Row(prompt="p", response=None, label=None, teacher_prompt="pq"), Row(prompt="p", response=None, label=None)]
+    prompts = source(rows=rows, shuffle=False, teachers=[(TEACHER, None), (STUDENT, None)])
+    first, second = prompts.batch(0)[:2]
+    assert first.student_ids.tolist() == second.student_ids.tolist() == [257, ord("p")]
+    assert first.teacher_ids.tolist() == [ord("p"), ord("q")] * 2
+    assert first.other_teacher_ids[0].tolist() == [257, ord("p"), ord("q")]
+    assert second.teacher_ids.tolist() == [ord("p")] * 2
+    assert prompts.num_teacher_prompts == 1
+    assert source(rows=rows, teachers=[]).num_teacher_prompts == 0
+    # The teacher's own prompt counts where prompts are too long.
+    short = source(rows=rows, max_prompt_len=3)
+    assert (len(short), short.num_skipped, short.num_teacher_prompts) == (1, 1, 0)
 
 
 def test_every_row_once_an_epoch_then_in_another_order():
@@ -200,7 +219,7 @@ def test_long_prompts_of_either_side_are_left_out_and_counted():
     by_teacher = source(max_prompt_len=8)  # twice the text: rows 0..3
     assert (len(by_teacher), by_teacher.num_skipped) == (4, 6)
     assert sorted(row_of(p) for p in by_teacher.batch(0)) == [0, 1, 2, 3]
-    by_student = source(max_prompt_len=8, teacher=None)  # the text and a first token: rows 0..6
+    by_student = source(max_prompt_len=8, teachers=[])  # the text and a first token: rows 0..6
     assert (len(by_student), by_student.num_skipped) == (7, 3)
     assert source().num_skipped == 0
 

@@ -12,9 +12,11 @@ import pytest
 
 from examples import stages
 from examples.real_weights import hf_folders, measure, models, run, texts
-from megatron_simct.arguments import parse_config
+from megatron_simct.commands import build_alignment_map, convert_checkpoint
+from megatron_simct.config.flags import parse_config
+from megatron_simct.models.families import read_architecture
+from megatron_simct.models.rotary import Rope
 from tests.huggingface import save_byte_fallback, save_model
-from tools import build_alignment_map, convert_checkpoint
 from tools.benchmark.real_inputs import Archive, Source
 
 
@@ -25,6 +27,51 @@ def test_numbers_are_cut_into_digits_again():
     assert digits == {"type": "Digits", "individual_digits": True} and kept == byte_level
     with pytest.raises(ValueError, match="cuts text by Sequence, expected ByteLevel"):
         hf_folders.restore_digits(restored)
+
+
+SMOLLM2 = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "initializer_range": 0.041666666666666664,
+    "intermediate_size": 1536,
+    "is_llama_config": True,
+    "max_position_embeddings": 8192,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "pad_token_id": 2,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_interleaved": False,
+    "rope_scaling": None,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16", "q4f16": "float16"}},
+    "transformers_version": "4.42.3",
+    "use_cache": True,
+    "vocab_size": 49152,
+}
+"""config.json of SmolLM2-135M-Instruct, as published."""
+FROM_GGUF = {"unk_token_id": 0, "_model_name_or_path": "SmolLM2-135M-Instruct"}
+"""What transformers adds when it reads the model from a GGUF file."""
+
+
+@pytest.mark.parametrize("change", [{}, FROM_GGUF], ids=["published", "from GGUF"])
+def test_the_student_is_read_with_every_field_of_its_configuration(tmp_path, change):
+    (tmp_path / "config.json").write_text(json.dumps(SMOLLM2 | change))
+    found = read_architecture(str(tmp_path), flag="--hf-checkpoint")
+    assert (found.num_layers, found.hidden_size, found.vocab_size) == (30, 576, 49152)
+    attention = found.layers[0].attention
+    assert (attention.heads, attention.groups, found.tied_embeddings) == (9, 3, True)
+    assert found.ropes == (Rope(theta=100000, dim=64),)
 
 
 @pytest.fixture

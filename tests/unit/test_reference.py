@@ -1,15 +1,14 @@
-"""The reference in the README is what the code says."""
+"""The page of options and metrics is what the code says."""
 
 from __future__ import annotations
 
 import re
 
-from tests.reference import README, reference, with_reference
+from tools.reference import PAGE, reference
 
 
-def test_the_readme_has_the_reference_of_this_code():
-    text = README.read_text(encoding="utf-8")
-    assert with_reference(text) == text, "run: python -m tests.reference"
+def test_the_page_is_that_of_this_code() -> None:
+    assert PAGE.read_text(encoding="utf-8") == reference(), "run: python tools/reference.py"
 
 
 def test_a_row_of_a_table_is_one_row():

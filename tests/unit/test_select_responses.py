@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_simct.commands import evaluate, select_responses
 from megatron_simct.data.prompts import read_prompts
 from megatron_simct.evaluation.benchmarks import digest_of, read_problems
 from megatron_simct.files import write_rows
-from tools import evaluate, select_responses
 
 GOOD = "The answer is surely four."
 LONG = "The answer, after some thought about it, is four."

@@ -34,6 +34,19 @@ def test_an_answer_is_found_by_what_was_asked_and_by_nothing_else(tmp_path):
         assert same_answer(read_scored(message), other)
         assert again.get(replace(request, prompt_ids=request.prompt_ids + 1)) is None
         assert again.get(replace(request, hidden=not request.hidden)) is None
+
+
+def test_answers_with_ids_are_others_than_those_without(tmp_path):
+    store, request = open_store(tmp_path), replace(make_request(np.random.default_rng(3), 0), hidden=False, topk=2)
+    request = replace(request, byte_side=None)
+    topk = -torch.arange(2.0 * len(request.rows)).reshape(-1, 2)
+    answer = replace(answer_of(request), hidden=None, byte_logprobs=None, topk=topk)
+    store.put(request, answer)
+    with_ids = replace(request, token_ids=True)
+    assert store.get(with_ids) is None and store.get(request) is not None
+    store.put(with_ids, replace(answer, topk_ids=torch.ones(topk.shape, dtype=torch.int32)))
+    assert read_scored(store.get(with_ids)[1]).topk_ids is not None
+    assert read_scored(store.get(request)[1]).topk_ids is None
     assert not list(tmp_path.rglob(".*")), "nothing half-written is left"
 
 
@@ -66,7 +79,7 @@ def test_a_damaged_answer_is_none(tmp_path, capsys):
 
 
 class _Echo:
-    def score(self, pairs):
+    def collect(self, pairs):
         yield from (answer_of(_request(pair)) for pair in pairs)
 
 
@@ -105,7 +118,7 @@ def test_a_full_disk_costs_no_sample(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("os.replace", full_after_two)
     pairs = [_pair(i) for i in range(6)]
-    scored = list(SavingScorer(_Echo(), store, writes=True).score(iter(pairs)))
+    scored = list(SavingScorer(_Echo(), store, writes=True).collect(pairs))
     assert [same_answer(s, _request(p)) for s, p in zip(scored, pairs, strict=True)] == [True] * 6
     err = capsys.readouterr().err
     assert err.count("WARNING") == 1 and "No space left on device; nothing more is kept" in err

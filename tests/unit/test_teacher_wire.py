@@ -20,22 +20,24 @@ from megatron_simct.records import ScoredPair
 from megatron_simct.teacher import endpoints, wire
 from megatron_simct.teacher.endpoints import CLIENT_KEY, SERVER_KEY, connect, make_keys, read_keys
 from megatron_simct.teacher.forward import by_length, quantized, rounded
-from megatron_simct.teacher.payload import answers, read_score, read_scored, score_message, scored_message
+from megatron_simct.teacher.payload import check_request, misfit, read_score, read_scored, score_message, scored_message
 from megatron_simct.teacher.scorer import TeacherError
-from megatron_simct.teacher.wire import Message, WireError, decode, encode
+from megatron_simct.teacher.wire import Message, WireError, decode, encode, with_checksum
 from tests.teacher_jobs import (
-    FAST,
     FINGERPRINTS,
     HIDDEN,
+    VOCAB,
     ModelFreeTeacher,
     answer_of,
     collect,
+    hello,
     make_request,
     open_client,
     same_answer,
 )
 
-SCORE_FIELDS = {"request": 1, "sample_id": 1, "hidden": True, "topk": 0}
+SCORE_FIELDS = {"request": 1, "sample_id": 1, "hidden": True, "topk": 0, "token_ids": False}
+SIZES = {"hidden_size": HIDDEN, "vocab_size": VOCAB}
 
 
 def some_requests(count: int = 40):
@@ -55,7 +57,7 @@ def test_requests_arrive_as_they_were():
     for number, request in enumerate(some_requests()):
         message = journey(score_message(number, request))
         found = read_score(message)
-        scalars = {name: getattr(request, name) for name in ("sample_id", "hidden", "topk")}
+        scalars = {name: getattr(request, name) for name in ("sample_id", "hidden", "topk", "token_ids")}
         assert message.fields == {"request": number, **scalars}
         for name in ("prompt_ids", "label_ids", "rows"):
             np.testing.assert_array_equal(getattr(found, name), getattr(request, name))
@@ -71,20 +73,33 @@ def test_the_likeliest_tokens_arrive_in_place_of_hidden_states():
     scored = replace(answer_of(request), hidden=None, byte_logprobs=None, topk=topk)
     message = journey(scored_message(3, scored, "fp32"))
     assert torch.equal(read_scored(message).topk, topk)
-    assert answers(message, request, hidden_size=HIDDEN)
-    assert not answers(message, replace(request, topk=2), hidden_size=HIDDEN), "more than was asked for"
-    assert not answers(message, replace(request, topk=0), hidden_size=HIDDEN)
+    assert misfit(message, request, **SIZES) is None
+    assert misfit(message, replace(request, topk=2), **SIZES) is not None, "more than was asked for"
+    assert misfit(message, replace(request, topk=0), **SIZES) is not None
+    with_ids = replace(request, token_ids=True)
+    assert read_score(journey(score_message(0, with_ids))).token_ids
+    assert misfit(message, with_ids, **SIZES) is not None, "less than was asked for"
+    ids = torch.arange(3 * len(request.rows), dtype=torch.int32).reshape(-1, 3)
+    message = journey(scored_message(3, replace(scored, topk_ids=ids), "fp32"))
+    assert torch.equal(read_scored(message).topk_ids, ids) and read_scored(message).topk_ids.dtype == torch.int32
+    assert misfit(message, with_ids, **SIZES) is None and misfit(message, request, **SIZES) is not None
+    for wrong in (-1, VOCAB):
+        ids[-1, -1] = wrong
+        message = journey(scored_message(3, replace(scored, topk_ids=ids), "fp32"))
+        assert "topk_ids" in str(misfit(message, with_ids, **SIZES)), "an id that is none of the teacher's"
+    with pytest.raises(ValueError, match="token_ids without topk"):
+        check_request(replace(with_ids, topk=0), vocab_size=VOCAB, max_tokens=100)
 
 
 def test_answers_arrive_as_they_were():
     for request in some_requests():
         message = journey(scored_message(3, answer_of(request), "fp32"))
         assert same_answer(read_scored(message), request)
-        assert answers(message, request, hidden_size=HIDDEN)
-        assert not answers(message, replace(request, sample_id=99), hidden_size=HIDDEN)
-        assert not answers(message, replace(request, label_ids=np.zeros(77, np.int32)), hidden_size=HIDDEN)
+        assert misfit(message, request, **SIZES) is None
+        assert misfit(message, replace(request, sample_id=99), **SIZES) is not None
+        assert misfit(message, replace(request, label_ids=np.zeros(77, np.int32)), **SIZES) is not None
         if request.hidden:
-            assert not answers(message, request, hidden_size=HIDDEN + 1)
+            assert misfit(message, request, **SIZES | {"hidden_size": HIDDEN + 1}) is not None
 
 
 @pytest.mark.parametrize("dtype, size", [("fp32", 4), ("bf16", 2), ("int8", 1)])
@@ -119,7 +134,7 @@ def test_micro_batches_keep_their_budget_and_one_kind():
     batches = by_length(requests, max_tokens=40)
     assert sorted(r.sample_id for batch in batches for r in batch) == list(range(200))
     for batch in batches:
-        assert len(batch) * max(r.num_tokens for r in batch) <= 40
+        assert sum(r.num_tokens for r in batch) <= 40
         assert len({r.byte_side is None for r in batch}) == 1
     assert len(batches) < 100
     assert [len(batch) for batch in by_length(requests[:5], max_tokens=1)] == [1] * 5
@@ -140,16 +155,16 @@ def _header(parts, **changes):
         (lambda p: [b"\x91" * 60000, *p[1:]], "not msgpack"),
         (lambda p: [b"a" * (1 << 17), *p[1:]], "header of 131072 bytes"),
         (lambda p: [msgpack.packb([1]), *p[1:]], "names no version"),
-        (lambda p: _header(p, version=2), "protocol version 2; this end speaks 1"),
+        (lambda p: _header(p, version=2), "protocol version 2; this end speaks 3"),
         (lambda p: [*p[:-1], b"0000"], "checksum"),
         (lambda p: [p[0], b"", *p[2:]], "checksum"),
         (lambda p: p[:-2] + p[-1:], "checksum"),
         (lambda p: _header(p, kind="other"), "no known kind"),
         (lambda p: _header(p, kind=[]), "no known kind"),
         (lambda p: _header(p, more=1), "no known kind"),
-        (lambda p: _header(p, fields={}), "has not the fields"),
-        (lambda p: _header(p, fields=SCORE_FIELDS | {"request": "a"}), "request is no int"),
-        (lambda p: _header(p, fields=SCORE_FIELDS | {"request": True}), "request is no int"),
+        (lambda p: _header(p, fields={}), "expected the fields"),
+        (lambda p: _header(p, fields=SCORE_FIELDS | {"request": "a"}), "request must be of type int"),
+        (lambda p: _header(p, fields=SCORE_FIELDS | {"request": True}), "request must be of type int"),
         (lambda p: _header(p, frames=[]), "does not describe its 3 frames"),
         (lambda p: _header(p, frames=[1, 2, 3]), "name, type and shape"),
         (lambda p: _header(p, frames=_frames(p, 0, name="label_ids")), "twice"),
@@ -226,7 +241,7 @@ def test_a_door_outlives_garbled_frames(tmp_path):
     with ModelFreeTeacher(tmp_path) as teacher:
         context = zmq.Context()
         bad = connect(context, teacher.door.endpoint.address, None, b"bad")
-        bad.send_multipart(encode(Message(kind="hello", fields={"fingerprints": FINGERPRINTS})))
+        bad.send_multipart(encode(hello()))
         assert bad.poll(10_000) and decode(bad.recv_multipart()).kind == "welcome"
         before = 0
         for i in range(10_000):
@@ -280,11 +295,11 @@ def test_another_version_is_refused_by_name(tmp_path, monkeypatch):
     with ModelFreeTeacher(tmp_path) as teacher:
         context = zmq.Context()
         old = connect(context, teacher.door.endpoint.address, None, b"old")
-        hello = [bytes(p) for p in encode(Message(kind="hello", fields={"fingerprints": FINGERPRINTS}))]
-        old.send_multipart(_header(hello, version=7))
+        parts = [bytes(p) for p in encode(hello())]
+        old.send_multipart(_header(parts, version=7))
         assert old.poll(10_000)
         answer = decode(old.recv_multipart())
-        assert answer.fields["reason"] == "protocol version 7; this end speaks 1"
+        assert answer.fields["reason"] == "protocol version 7; this end speaks 3"
         assert teacher.door.status()["malformed"] == 1
         context.destroy(0)
         _served(tmp_path)
@@ -299,7 +314,7 @@ def test_requests_that_would_fault_are_refused_with_a_reason(tmp_path):
         "rows from": replace(good, rows=np.array([len(good.label_ids)], np.int32)),
         "rows must ascend": replace(good, rows=np.array([1, 1], np.int32)),
         "no token of prompt": replace(good, prompt_ids=np.zeros(0, np.int32)),
-        "--max-tokens-per-batch 1000": replace(good, prompt_ids=np.zeros(1001, np.int32)),
+        "the teacher takes 1000 .--max-tokens-per-batch, or": replace(good, prompt_ids=np.zeros(1001, np.int32)),
         "segment_row from": replace(good, byte_side=replace(side, segment_row=side.segment_row + 100)),
         "segment_start from": replace(good, byte_side=replace(side, segment_start=side.segment_start + 200)),
         "entry_slot from": replace(good, byte_side=replace(side, entry_slot=side.entry_slot + 100)),
@@ -309,7 +324,7 @@ def test_requests_that_would_fault_are_refused_with_a_reason(tmp_path):
     }
     with ModelFreeTeacher(tmp_path) as teacher:
         for words, request in wrong.items():
-            client = open_client(tmp_path, patience=replace(FAST, again_s=60))  # each is asked once
+            client = open_client(tmp_path)
             client.submit(request)
             with pytest.raises(TeacherError, match=f"refuses sample {good.sample_id}: .*{words}"):
                 client.next()
@@ -330,6 +345,41 @@ def test_a_frame_beyond_the_limit_ends_the_connection_and_nothing_else(tmp_path,
         big.disable_monitor()
         monitor.close(0)
         context.destroy(0)
+
+
+def test_what_is_larger_than_it_may_be_is_refused_before_it_is_inflated(tmp_path, monkeypatch):
+    def inflated(frame, size):
+        raise AssertionError(f"{size} bytes were inflated")
+
+    small = next(r for r in some_requests() if r.byte_side is not None)
+    many = np.zeros(wire.MAX_STEPS + wire.MAX_STEPS_PER_LABEL * len(small.label_ids) + 1, np.int32)
+    side = replace(small.byte_side, segment_row=many, segment_start=many)
+    with ModelFreeTeacher(tmp_path) as teacher:
+        context = zmq.Context()
+        sock = connect(context, teacher.door.endpoint.address, None, b"me")
+        sock.send_multipart(encode(hello()))
+        assert sock.poll(10_000) and decode(sock.recv_multipart()).kind == "welcome"
+        monkeypatch.setattr(wire, "_inflated", inflated)
+        long = replace(small, prompt_ids=np.zeros(1001, np.int32))
+        sock.send_multipart(encode(score_message(1, replace(small, byte_side=side))))
+        sock.send_multipart(encode(score_message(2, long)))
+        assert sock.poll(10_000)
+        refused = decode(sock.recv_multipart())
+        assert (
+            refused.fields["request"] == 2
+            and "the teacher takes 1000 (--max-tokens-per-batch" in refused.fields["reason"]
+        )
+        status = teacher.door.status()
+        assert (status["malformed"], status["refused"], status["queue"]) == (1, 1, 0)
+        context.destroy(0)
+
+
+def test_only_an_encrypted_connection_needs_no_checksum():
+    parts = encode(hello(), checked=False)
+    assert decode(parts, checked=False) == hello()
+    with pytest.raises(WireError, match="checksum"):
+        decode(parts)
+    assert with_checksum(parts) == encode(hello())
 
 
 def test_before_a_hello_nothing_is_accepted(tmp_path):
@@ -371,7 +421,7 @@ def test_between_hosts_only_the_key_of_the_run_opens(tmp_path):
             sock = connect(context, teacher.door.endpoint.address, theirs, uuid.uuid4().bytes)
             _until(lambda: teacher.door.status()["strangers"] >= count)  # noqa: B023  (used at once)
             with pytest.raises(zmq.Again):
-                sock.send_multipart(encode(Message(kind="hello", fields={"fingerprints": FINGERPRINTS})), zmq.NOBLOCK)
+                sock.send_multipart(encode(hello()), zmq.NOBLOCK)
             assert not sock.poll(50), name
             context.destroy(0)
         assert teacher.door.status()["clients"] == 0
@@ -380,7 +430,7 @@ def test_between_hosts_only_the_key_of_the_run_opens(tmp_path):
 
 def _served(folder, **more):
     """Another client gets what it asks for."""
-    client = open_client(folder, patience=replace(FAST, again_s=5), **more)
+    client = open_client(folder, **more)
     requests = some_requests(8)
     assert all(same_answer(s, requests[s.sample_id]) for s in collect(client, requests))
     client.close()

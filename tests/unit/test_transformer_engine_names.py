@@ -11,28 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from megatron_simct.models.families import Architecture, Rope
-from megatron_simct.models.hf_mapping import weights
+from megatron_simct.models.dense import Dense
+from megatron_simct.models.experts import Experts
+from megatron_simct.models.grouped_query import GroupedQuery
+from megatron_simct.models.hf_mapping import layer_rules
+from megatron_simct.models.layers import Layer
+from megatron_simct.models.rotary import Rope
 
-DENSE = Architecture(
-    num_layers=2,
-    hidden_size=32,
-    ffn_hidden_size=48,
-    num_attention_heads=4,
-    num_query_groups=2,
-    head_dim=8,
-    vocab_size=99,
-    max_position_embeddings=256,
-    norm_epsilon=1e-6,
-    ropes=(Rope(theta=1e4, dim=8),),
-    rope_of_layer=(0, 0),
-    windows=(None, None),
-    softmax_scale=8**-0.5,
-    qk_norm=True,
-    tied_embeddings=False,
-    init_std=0.02,
-)
-EXPERTS = replace(DENSE, num_experts=4, experts_per_token=2)
+ATTENTION = GroupedQuery(heads=4, groups=2, head_dim=8, scale=8**-0.5, qk_norm=True)
+DENSE = Layer(attention=ATTENTION, mlp=Dense(width=48), rope=Rope(theta=1e4, dim=8))
+EXPERTS = replace(DENSE, mlp=Experts(count=4, width=48, chosen=2))
 
 
 def source(path: str) -> str:
@@ -62,26 +50,26 @@ def of_experts(kind: str) -> list[str]:
 
 
 def test_the_fused_norms_of_dense_layers_have_the_rules_of_the_separate_ones():
-    rules = weights(DENSE)
+    rules = layer_rules(DENSE)
     pairs = [pair for pair in renamed() if pair[0].startswith(("self_attention.linear_qkv", "mlp.linear_fc1"))]
     pairs = [(theirs, local) for theirs, local in pairs if theirs.endswith("weight")]
     assert len(pairs) == 2
     for theirs, local in pairs:
-        assert rules["decoder.layers.*." + theirs] == rules["decoder.layers.*." + local]
+        assert rules[theirs] == rules[local]
     # A norm that is fused with the linear layer after it leaves its own place empty.
     assert "linear_qkv=backend.column_parallel_layer_norm_linear()" in source("models/gpt/gpt_layer_specs.py")
 
 
 def test_grouped_experts_have_the_rules_of_sequential_ones():
-    rules = weights(EXPERTS)
+    rules = layer_rules(EXPERTS)
     grouped, sequential = of_experts("TEGroupedMLP"), of_experts("SequentialMLP")
     assert len(grouped) == len(sequential) == 2
     for theirs, local in zip(grouped, sequential, strict=True):
-        assert rules["decoder.layers.*." + theirs] == rules["decoder.layers.*." + local]
-    assert "decoder.layers.*.mlp.router.weight" in rules
+        assert rules[theirs] == rules[local]
+    assert "mlp.router.weight" in rules
 
 
-@pytest.mark.parametrize("architecture", [DENSE, EXPERTS])
-def test_no_rule_is_left_of_the_other_kind_of_mlp(architecture):
-    mlp = {name.partition(".mlp.")[2] for name in weights(architecture) if ".mlp." in name}
-    assert all(name.startswith(("experts.", "router.")) == bool(architecture.num_experts) for name in mlp)
+@pytest.mark.parametrize("layer", [DENSE, EXPERTS])
+def test_no_rule_is_left_of_the_other_kind_of_mlp(layer):
+    mlp = {name.partition("mlp.")[2] for name in layer_rules(layer) if name.startswith("mlp.")}
+    assert mlp and all(name.startswith(("experts.", "router.")) == bool(layer.mlp.num_experts) for name in mlp)

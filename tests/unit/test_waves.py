@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_simct.monitoring import Stopwatch
 from megatron_simct.records import Prompt
-from megatron_simct.train import begin
+from megatron_simct.reporting.monitor import Stopwatch
+from megatron_simct.train import begin, check_lag, tail_s
 
 PATIENCE_S = 30
 
@@ -28,12 +28,13 @@ class Parts:
         ids = np.zeros(0, np.int32)
         prompts = [Prompt(sample_id=i, student_ids=ids, teacher_ids=ids) for i in range(6)]
         self.job = SimpleNamespace(
-            config=SimpleNamespace(rollout=SimpleNamespace(rollout_wave_size=2)),
+            rewarding=None,
+            config=SimpleNamespace(rollout=SimpleNamespace(rollout_wave_size=2, rollout_engine="megatron")),
             prompts=SimpleNamespace(batch=lambda iteration: prompts),
             engine=SimpleNamespace(generate=self.generate),
             sampling=None,
             align=self.align,
-            teacher=SimpleNamespace(score=self.score),
+            teacher=SimpleNamespace(submit=self.submit),
             background=ThreadPoolExecutor(max_workers=1),
         )
 
@@ -44,7 +45,7 @@ class Parts:
             raise ValueError("no memory")
         if number and not self.fails:
             assert self.sent[2 * number - 1].wait(PATIENCE_S), "the last wave was not sent while this one is sampled"
-        return [prompt.sample_id for prompt in wave]
+        return [SimpleNamespace(sample_id=prompt.sample_id) for prompt in wave]
 
     def align(self, prompt, rollout):
         self.threads.add(threading.current_thread())
@@ -53,21 +54,23 @@ class Parts:
             raise ValueError("no map")
         if not self.fails:
             assert self.sampling[number + 1].wait(PATIENCE_S), "the next wave waits for this one to be aligned"
-        assert rollout == prompt.sample_id
+        assert rollout.sample_id == prompt.sample_id
         return rollout
 
-    def score(self, pairs):
-        taken = []
+    def submit(self, pairs):
         for pair in pairs:
-            taken.append(pair)
-            self.sent[pair].set()
-        return iter(taken)
+            self.sent[pair.sample_id].set()
+
+
+def ids_of(records):
+    return [record.sample_id for record in records]
 
 
 def test_waves_are_aligned_and_sent_while_the_next_are_sampled():
     parts, clock = Parts(), Stopwatch()
     batch = begin(parts.job, 0, clock)
-    assert batch.rollouts == batch.pairs == list(batch.scores) == list(range(6))
+    assert ids_of(batch.rollouts) == ids_of(batch.pairs) == list(range(6))
+    assert all(event.is_set() for event in parts.sent) and not batch.more
     assert len(parts.threads) == 1 and threading.main_thread() not in parts.threads
     assert clock.seconds.keys() == {"rollout", "alignment"}
 
@@ -80,9 +83,17 @@ def test_what_goes_wrong_in_either_thread_ends_the_step(part, words):
     parts.job.background.shutdown()  # nothing of it waits for ever
 
 
+def test_a_pair_is_sent_as_soon_as_it_is_aligned():
+    parts, order = Parts(fails="nothing"), []
+    parts.job.align = lambda prompt, rollout: order.append(("aligned", rollout.sample_id)) or rollout
+    parts.job.teacher.submit = lambda pairs: order.extend(("sent", pair.sample_id) for pair in pairs)
+    begin(parts.job, 0, Stopwatch())
+    assert order == [(what, number) for number in range(6) for what in ("aligned", "sent")]
+
+
 def test_an_interrupt_while_work_is_handed_over_leaves_no_thread_that_waits():
     """A Ctrl-C may come when the other thread has its work and this one has not yet gone on."""
-    parts = Parts()
+    parts = Parts(fails="nothing")
     handed_over = []
 
     def submit(*work):
@@ -93,6 +104,43 @@ def test_an_interrupt_while_work_is_handed_over_leaves_no_thread_that_waits():
     with pytest.raises(KeyboardInterrupt):
         begin(parts.job, 0, Stopwatch())
     try:
-        assert list(handed_over[0].result(timeout=PATIENCE_S)) == []
+        assert ids_of(handed_over[0].result(timeout=PATIENCE_S)) == [0, 1]
     finally:
         pool.shutdown(wait=False)
+
+
+class Streaming(Parts):
+    """Responses of one wave come one by one, the last prompt's first; each is sent before the next is there."""
+
+    def __init__(self) -> None:
+        super().__init__(fails="nothing")
+        self.job.config = SimpleNamespace(rollout=SimpleNamespace(rollout_wave_size=None, rollout_engine="vllm"))
+        self.job.engine = SimpleNamespace(generate=self.generate, publish=None, stream=self.stream)
+
+    def stream(self, prompts, sampling):
+        for prompt in reversed(prompts):
+            yield [SimpleNamespace(sample_id=prompt.sample_id)]
+            assert self.sent[prompt.sample_id].wait(PATIENCE_S), "the teacher was not asked for what has finished"
+
+
+def test_responses_are_aligned_and_sent_as_they_finish():
+    parts = Streaming()
+    batch = begin(parts.job, 0, Stopwatch())
+    assert ids_of(batch.prompts) == ids_of(batch.rollouts) == ids_of(batch.pairs) == list(range(6))
+    assert batch.more["seconds_rollout_tail"] >= 0
+
+
+def test_the_tail_is_the_time_without_a_tenth_of_the_responses():
+    assert tail_s([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 30.0]) == 21.0
+    assert tail_s([1.0, 4.0]) == tail_s([3.0]) == 0.0
+
+
+def test_responses_of_weights_that_are_too_old_are_refused():
+    rollouts = [SimpleNamespace(sample_id=i, weight_version=version) for i, version in enumerate((4, 3, 4))]
+    check_lag(rollouts, 4, 1)
+    check_lag(rollouts, 40, None)
+    with pytest.raises(
+        ValueError, match="--rollout-max-lag 0: sample 1 was sampled by the weights after 3 steps, and 4"
+    ):
+        check_lag(rollouts, 4, 0)
+    check_lag([SimpleNamespace(sample_id=0, weight_version=-1)], 4, 0)  # a given response

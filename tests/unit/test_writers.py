@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_simct import writers
-from megatron_simct.config import OutputConfig
-from megatron_simct.writers import JsonLines, check_writers, open_writers
+from megatron_simct.config.options import OutputConfig
+from megatron_simct.reporting import writers
+from megatron_simct.reporting.writers import JsonLines, check_writers, open_writers
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,7 +102,7 @@ def test_a_missing_library_is_named_with_its_flag(monkeypatch, output, module):
 def test_neither_library_is_imported_without_its_flag():
     """By us: megatron-core itself imports those that it finds."""
     code = (
-        "import sys, megatron_simct.writers as w; from megatron_simct.config import OutputConfig; "
+        "import sys, megatron_simct.reporting.writers as w; from megatron_simct.config.options import OutputConfig; "
         "w.check_writers(OutputConfig()); assert w.open_writers(OutputConfig(), {}, start=0) == []; "
         "print([m for m in ('tensorboard', 'wandb', 'torch.utils.tensorboard') if m in sys.modules])"
     )

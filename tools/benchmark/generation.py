@@ -7,31 +7,46 @@ Without --hf-checkpoint the model has the shapes of SmolLM2-135M and random weig
 --new-tokens. Both take turns; `seconds` is the least of --repeats calls, prompts included. transformers is given each
 prompt --samples-per-prompt times. Under --temperature 0 `same_tokens` says what share of the tokens are equal: rounding
 may part the two at a near tie, and they stay apart from there on.
+
+    python tools/benchmark/generation.py --count
+
+counts instead what one decoded token launches, on tiny random models: calls of torch's operations that are no views,
+and kernels of compiled regions, for a layer and for what is outside of layers (the difference of two models); and how
+often the host reads the device or sends it something, prompts aside. The step is shaped as on a GPU. All-reduces of
+tensor parallelism are not in it. Needs a C++ compiler.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checkout needs no installation
-
 import numpy as np
 import torch
+from torch._inductor.utils import run_and_get_code
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from megatron_simct.config import ParallelConfig
+from megatron_simct.config.options import ParallelConfig
 from megatron_simct.models.build import build_model
 from megatron_simct.models.families import read_architecture
 from megatron_simct.models.hf_load import load_hf_weights
+from megatron_simct.models.regions import EAGER, Regions, compiled
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.records import Prompt
+from megatron_simct.rollout import megatron_engine
 from megatron_simct.rollout.engine import Sampling
+from megatron_simct.rollout.graphs import Stepping
 from megatron_simct.rollout.megatron_engine import MegatronEngine
 
 SMOLLM2_135M: dict[str, Any] = {
@@ -62,16 +77,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=-1, help="default: -1, all")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls of each (default: 3)")
+    parser.add_argument("--count", action="store_true", help="operations of a token instead of seconds")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
+    if options.count:
+        os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # what is taken from a cache is not counted
+        counts = [count(name, with_compiler=value) for name in SHAPES for value in (False, True)]
+        print(json.dumps(counts) if options.json else "\n".join(map(counted_line, counts)))
+        return 0
     try:
         import transformers
     except ImportError:
-        print("generation: error: needs the package transformers: pip install transformers==5.23.0", file=sys.stderr)
+        print("generation: error: needs the package transformers: pip install transformers==5.24.0", file=sys.stderr)
         return 1
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -151,6 +172,149 @@ def measure(options: argparse.Namespace, folder: str, theirs: Any) -> dict:
         if options.temperature == 0
         else None,
     }
+
+
+# Counting
+
+TINY: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 512,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen2": {"model_type": "qwen2", "rope_theta": 1e4, "tie_word_embeddings": False},
+    "qwen3": {"model_type": "qwen3", "rope_theta": 1e4, "head_dim": 16, "tie_word_embeddings": False},
+    "gemma2": {
+        "model_type": "gemma2",
+        "rope_theta": 1e4,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 64,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+}
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that are no views and do not only allocate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and not any(word in func.__name__ for word in ("empty", "alias", "detach", "unsafe_view")):
+            self.names[func.__name__] += 1
+        return result
+
+
+class Waits(TorchFunctionMode):
+    """Counts where the host reads a tensor, or makes one of numbers of its own."""
+
+    READS = ("tolist", "item", "__bool__", "__int__", "__float__", "numpy", "cpu", "tensor", "from_numpy")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += getattr(func, "__name__", "") in self.READS
+        return func(*args, **(kwargs or {}))
+
+
+def count(name: str, *, with_compiler: bool) -> dict[str, Any]:
+    """What one more token costs under greedy and under free sampling, for a layer and for the rest."""
+    kernels = Kernels()
+    regions = kernels.regions() if with_compiler else EAGER
+    megatron_engine.compiled = lambda: regions  # type: ignore[assignment]
+    few, many = (count_model(name, layers, kernels) for layers in (4, 8))
+    a_layer = (many["launches"] - few["launches"]) / 4
+    return {
+        "model": name,
+        "compiled": with_compiler,
+        "a_layer": a_layer,
+        "outside_of_layers": many["launches"] - 8 * a_layer,
+        "waits_a_token": many["waits"],
+    }
+
+
+def count_model(name: str, layers: int, kernels: Kernels) -> dict[str, float]:
+    """A token's launches and waits in a model with so many layers, from calls with different numbers of tokens."""
+    config = {**TINY, **SHAPES[name], "num_hidden_layers": layers}
+    parallel, stepping = ParallelConfig(), Stepping(rows=8, keys=256, late=1, compiled=True, graphs=True)
+    with tempfile.TemporaryDirectory() as folder, process_groups(parallel, seed=1) as groups:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        architecture = read_architecture(folder, flag="--hf-checkpoint")
+        vocab_size = architecture.vocab_size
+        model = build_model(
+            architecture, parallel, groups, vocab_size=vocab_size, divisible_by=1, bf16=False, flag="--hf-checkpoint"
+        )
+        engine = MegatronEngine(model, groups, vocab_size=vocab_size, stop_ids=(), batch_size=8, stepping=stepping)
+        empty = np.zeros(0, np.int32)
+        prompts = [
+            Prompt(sample_id=i, student_ids=np.arange(5 + 3 * i, dtype=np.int32), teacher_ids=empty) for i in range(3)
+        ]
+        totals = []
+        for tokens in (8, 8, 24):  # the first call compiles
+            sampling = Sampling(temperature=1.0, max_response_len=tokens, seed=1)
+            with Launches() as launches, Waits() as waits:
+                engine.generate(prompts, sampling)
+            totals.append((sum(launches.names.values()) + kernels.take(), waits.count))
+    (_, _), (few, few_waits), (many, many_waits) = totals
+    return {"launches": (many - few) / 16, "waits": (many_waits - few_waits) / 16}
+
+
+KERNELS = ("async_compile.cpp_pybinding(", "async_compile.triton(", "extern_kernels.")
+"""What the compiler's code calls."""
+
+
+class Kernels:
+    """Counts kernels of compiled regions: for each call of a region, as many as the compiler made of it."""
+
+    def __init__(self) -> None:
+        self.count, self._made = 0, Counter[str]()
+
+    def regions(self) -> Regions:
+        torch.compiler.reset()
+        compiled.cache_clear()
+        made = compiled()
+        return Regions(**{field.name: self._counted(field.name, getattr(made, field.name)) for field in fields(made)})
+
+    def _counted(self, name: str, region: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            with disable_modes():  # the compiler takes its own way under a mode
+                result, codes = run_and_get_code(region, *args)
+                if codes:  # it has just been compiled
+                    self._made[name] = max(sum(map(code.count, KERNELS)) for code in codes)
+            self.count += self._made[name]
+            return result
+
+        return call
+
+    def take(self) -> int:
+        count, self.count = self.count, 0
+        return count
+
+
+@contextlib.contextmanager
+def disable_modes() -> Iterator[None]:
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        yield
+
+
+def counted_line(counts: dict[str, Any]) -> str:
+    how = "compiled regions" if counts["compiled"] else "torch's operations"
+    return (
+        f"{counts['model']:7} {how:18} {counts['a_layer']:5.1f} a layer + {counts['outside_of_layers']:.1f}, "
+        f"{counts['waits_a_token']:.1f} host waits a token"
+    )
 
 
 def race(

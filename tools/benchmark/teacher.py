@@ -37,8 +37,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 if TYPE_CHECKING:
     from megatron_simct.teacher.forward import HiddenDtype
 
@@ -96,7 +94,7 @@ def measure(args: argparse.Namespace, curve_mb_per_s: float) -> dict[str, Any]:
     import torch
 
     from megatron_simct.alignment import build_alignment_map, load_tokenizer
-    from megatron_simct.config import ModelConfig, ParallelConfig
+    from megatron_simct.config.options import ModelConfig, ParallelConfig
     from megatron_simct.loading import build_byte_order, open_model
     from megatron_simct.parallel.initialize import process_groups
     from megatron_simct.records import TeacherNeeds
@@ -115,7 +113,7 @@ def measure(args: argparse.Namespace, curve_mb_per_s: float) -> dict[str, Any]:
         options = ModelConfig(hf_checkpoint=args.teacher_hf_checkpoint)
         model = open_model(options, ParallelConfig(), groups, teacher, prefix="teacher-", bf16=False, longest=4096)
         order = build_byte_order(model, groups, teacher)
-        forward = TeacherForward(model, groups, vocab_size=teacher.table.num_ids, byte_order=order)
+        forward = TeacherForward(model, groups, vocab_size=teacher.table.num_ids, byte_order=order, packed=True)
         jobs = {dtype: start_job(args, Path(folder) / dtype, dtype) for dtype in DTYPES}
         try:
             clients = {dtype: open_client(args, Path(folder) / dtype, model) for dtype in DTYPES}
@@ -235,13 +233,14 @@ def start_job(args: argparse.Namespace, run_dir: Path, dtype: str) -> subprocess
 def open_client(args: argparse.Namespace, run_dir: Path, model: Any) -> Any:
     from megatron_simct.teacher.client import Patience, TeacherClient
     from megatron_simct.teacher.endpoints import CLIENT_KEY, endpoint_folder
+    from megatron_simct.teacher.lookout import Lookout
 
     folder = endpoint_folder(str(run_dir))
     client = TeacherClient(
-        folder=folder,
+        lookout=Lookout(folder),
         key_file=folder / CLIENT_KEY,
         fingerprints={"hidden_size": model.config.hidden_size},
-        patience=Patience(timeout_s=120, again_s=120),
+        patience=Patience(timeout_s=120),
         window_tokens=1 << 20,
         where=str(run_dir),
     )
@@ -386,7 +385,7 @@ def train_beside(args: argparse.Namespace, folder: Path, schedule: str) -> dict[
     """A run of the student beside a teacher that sleeps, each in a process of its own."""
     import torch
 
-    from megatron_simct.arguments import parse_config
+    from megatron_simct.config.flags import parse_config
     from megatron_simct.job import build_job
     from megatron_simct.parallel.initialize import process_groups
     from megatron_simct.teacher.endpoints import endpoint_folder, read_endpoints

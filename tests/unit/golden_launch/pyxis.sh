@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Written by megatron_simct.launch. By hand: sbatch /runs/first/job.sh
-# Component 0 is the student; its first node runs this script. Component 1 is the teacher.
+# Component 0 is the student; its first node runs this script.
+# Component 1: teacher, of kind teacher.
 # shellcheck disable=SC2016,SC2054,SC2317  # values are quoted one by one, expanded on the node; a trap is reachable
 #SBATCH --job-name=simct
 #SBATCH --output=/runs/first/logs/job.log
@@ -30,13 +31,13 @@ set -euo pipefail
 umask 077
 cd /code
 run_dir=/runs/first
-python=/opt/env/bin/python
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 export NCCL_DEBUG=WARN
 
-# torchrun's options and those of the student.
-student=(
+# student: torchrun's options and its own; how each task is started; what stands before them.
+job_student=(
+    /opt/env/bin/python
     --nnodes=1
     --nproc-per-node=8
     --max-restarts=2
@@ -64,8 +65,20 @@ student=(
     --exit-duration-in-mins=230.0
     --run-dir=/runs/first/student
 )
-# The same for the teacher.
-teacher=(
+task_student=(
+    --ntasks-per-node=1
+    --cpu-bind=none
+    --kill-on-bad-exit=1
+    --open-mode=append
+    --container-image=/images/simct.sqsh
+    --container-mounts=/models:/models:ro,/runs:/runs
+    --container-env=TORCH_DISABLE_SHARE_RDZV_TCP_STORE,CUDA_DEVICE_MAX_CONNECTIONS,NCCL_DEBUG
+)
+prefix_student=(
+)
+# teacher: torchrun's options and its own; how each task is started; what stands before them.
+job_teacher=(
+    /opt/env/bin/python
     --nnodes=2
     --nproc-per-node=8
     --max-restarts=0
@@ -80,8 +93,7 @@ teacher=(
     --rollout-max-prompt-len=512
     --bf16
 )
-# How each task is started.
-task=(
+task_teacher=(
     --ntasks-per-node=1
     --cpu-bind=none
     --kill-on-bad-exit=1
@@ -90,17 +102,17 @@ task=(
     --container-mounts=/models:/models:ro,/runs:/runs
     --container-env=TORCH_DISABLE_SHARE_RDZV_TCP_STORE,CUDA_DEVICE_MAX_CONNECTIONS,NCCL_DEBUG
 )
-container=(
+prefix_teacher=(
 )
 
 # A task: torchrun, whose rendezvous lies on the first node. SIGTERM is for the processes that it starts, which save and
 # exit; it waits for them.
 run='trap "" TERM
 exec "$1" -m torch.distributed.run --rdzv-conf=is_host="$((SLURM_NODEID == 0))" "${@:2}"'
-# The same for the teacher, which each node offers at its address towards the student.
+# The same for a teacher, which each node offers at its address towards the student.
 serve='trap "" TERM
-address=$("$1" -m megatron_simct.launch.address "$2")
-exec "$1" -m torch.distributed.run --rdzv-conf=is_host="$((SLURM_NODEID == 0))" "${@:3}" --bind="tcp://$address"'
+address=$("$2" -m megatron_simct.launch.address "$1")
+exec "$2" -m torch.distributed.run --rdzv-conf=is_host="$((SLURM_NODEID == 0))" "${@:3}" --bind="tcp://$address"'
 
 # The address at which Slurm itself reaches the first of these nodes.
 first_address() {
@@ -110,16 +122,16 @@ first_address() {
     printf '%s' "$address"
 }
 
-teacher_host=$(first_address "$SLURM_JOB_NODELIST_HET_GROUP_1")
 student_host=$(first_address "$SLURM_JOB_NODELIST_HET_GROUP_0")
-srun --het-group=1 --job-name=teacher --nodes=2 "${task[@]}" --output="$run_dir/logs/teacher-%n.log" \
-    "${container[@]}" bash -c "$serve" bash "$python" "$student_host" \
-    --rdzv-endpoint="$teacher_host:$((20000 + SLURM_JOB_ID % 10000))" "${teacher[@]}" &
+teacher_host=$(first_address "$SLURM_JOB_NODELIST_HET_GROUP_1")
+srun --het-group=1 --job-name=teacher --nodes=2 "${task_teacher[@]}" --output="$run_dir/logs/teacher-%n.log" \
+    "${prefix_teacher[@]}" bash -c "$serve" bash "$student_host" \
+    "${job_teacher[@]:0:1}" --rdzv-endpoint="$teacher_host:$((20000 + SLURM_JOB_ID % 10000))" "${job_teacher[@]:1}" &
 teacher_pid=$!
 
-srun --het-group=0 --job-name=student --nodes=1 "${task[@]}" --output="$run_dir/logs/student-%n.log" \
-    "${container[@]}" bash -c "$run" bash "$python" \
-    --rdzv-endpoint="$student_host:$((10000 + SLURM_JOB_ID % 10000))" "${student[@]}" &
+srun --het-group=0 --job-name=student --nodes=1 "${task_student[@]}" --output="$run_dir/logs/student-%n.log" \
+    "${prefix_student[@]}" bash -c "$run" bash \
+    "${job_student[@]:0:1}" --rdzv-endpoint="$student_host:$((10000 + SLURM_JOB_ID % 10000))" "${job_student[@]:1}" &
 student_pid=$!
 
 # SIGTERM to the processes of this job's step of that name, whose number is another one each time that a job is queued.

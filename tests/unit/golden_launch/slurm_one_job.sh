@@ -20,13 +20,13 @@ set -euo pipefail
 umask 077
 cd /code
 run_dir=/runs/first
-python=/opt/env/bin/python
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 export NCCL_DEBUG=WARN
 
-# torchrun's options and those of the student.
-student=(
+# student: torchrun's options and its own; how each task is started; what stands before them.
+job_student=(
+    /opt/env/bin/python
     --nnodes=1
     --nproc-per-node=8
     --max-restarts=2
@@ -53,14 +53,13 @@ student=(
     --exit-duration-in-mins=230.0
     --run-dir=/runs/first/student
 )
-# How each task is started.
-task=(
+task_student=(
     --ntasks-per-node=1
     --cpu-bind=none
     --kill-on-bad-exit=1
     --open-mode=append
 )
-container=(
+prefix_student=(
 )
 
 # A task: torchrun, whose rendezvous lies on the first node. SIGTERM is for the processes that it starts, which save and
@@ -77,9 +76,9 @@ first_address() {
 }
 
 student_host=$(first_address "$SLURM_JOB_NODELIST")
-srun --job-name=student --nodes=1 "${task[@]}" --output="$run_dir/logs/student-%n.log" \
-    "${container[@]}" bash -c "$run" bash "$python" \
-    --rdzv-endpoint="$student_host:$((10000 + SLURM_JOB_ID % 10000))" "${student[@]}" &
+srun --job-name=student --nodes=1 "${task_student[@]}" --output="$run_dir/logs/student-%n.log" \
+    "${prefix_student[@]}" bash -c "$run" bash \
+    "${job_student[@]:0:1}" --rdzv-endpoint="$student_host:$((10000 + SLURM_JOB_ID % 10000))" "${job_student[@]:1}" &
 student_pid=$!
 
 # SIGTERM to the processes of this job's step of that name, whose number is another one each time that a job is queued.

@@ -1,0 +1,56 @@
+"""The process that calls the function of --reward: questions on its input, answers on its output, one JSON a line.
+
+    python -m megatron_simct.evaluation.reward_worker MODULE:FUNCTION
+
+What the function prints goes to the log.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def main(place: str) -> None:
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)  # nothing that the function prints stands between the answers
+    try:
+        function = find(place)
+    except Exception as error:
+        _answer(answers, problem=_said(error))
+        return
+    _answer(answers, reward=0.0)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        try:
+            reward = float(function(asked["prompt"], asked["response"], asked["row"]))
+        except Exception as error:
+            _answer(answers, problem=_said(error))
+        else:
+            _answer(answers, reward=reward)
+
+
+def find(place: str) -> Callable[[Any, str, dict[str, Any]], float]:
+    """The function at MODULE:FUNCTION. `python -m` finds modules of the working directory too."""
+    module, _, name = place.partition(":")
+    function = getattr(importlib.import_module(module), name)
+    if not callable(function):
+        raise TypeError(f"{name} is not a function")
+    return function
+
+
+def _answer(answers: Any, **fields: Any) -> None:
+    answers.write(json.dumps(fields) + "\n")
+    answers.flush()
+
+
+def _said(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,71 @@
+"""Single columns of single rows: the passes of interfaces that compare a list of (label, token) pairs.
+
+Pass 1 reads the student's logit of every entry beside the log-sum-exp of every row; the ranks exchange one number an
+entry. Pass 2 is the softmax of the dense rows (two_pass.py), and the entries' own gradient.
+
+Shapes: as in two_pass.py, and `E` entries.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_simct.losses.rows import Statistics
+from megatron_simct.losses.two_pass import GradientWeights, Tiles, common
+from megatron_simct.losses.vocab_parallel import LabelSums, add_at_, finite_reference, reduce_packed
+from megatron_simct.records import EntryBatch
+
+
+class Entries(Tiles):
+    """The logits of an EntryBatch; every row that has an entry is a dense one."""
+
+    def __init__(self, *given: Any, entries: EntryBatch, **named: Any) -> None:
+        super().__init__(*given, **named)
+        order = self._plan.order
+        place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+        self._rows, self._columns_of = place[entries.label], entries.column - self._shard_start
+
+    def _within(self, rows: slice, start: int, end: int) -> tuple[torch.Tensor, ...]:
+        """Entries in these rows and columns: which, and their place in the block."""
+        row, column = self._rows, self._columns_of
+        here = (row >= rows.start) & (row < rows.stop) & (column >= start) & (column < end)
+        found = here.nonzero().squeeze(1)
+        return found, row[found] - rows.start, column[found] - start
+
+    def statistics(self) -> Statistics:
+        """Pass 1: one MAX and one SUM reduction."""
+        seen = LabelSums(self._labels, like=self._empty)
+        values = self._empty.new_zeros(len(self._rows))
+        for chunk, start, end in self._tiles():
+            logits = self._source.read(start, end, chunk)
+            found, row, column = self._within(chunk, start, end)
+            values[found] = logits[row, column]
+            for rows in self._blocks(chunk.start, chunk.stop, end - start):
+                seen.add(logits[rows.start - chunk.start : rows.stop - chunk.start], rows, start)
+        (label_max,) = reduce_packed([seen.exponentials.maxima], dist.ReduceOp.MAX, self._group)
+        label_max = finite_reference(label_max)
+        seen.exponentials.shrink_to(label_max)
+        label_sum, own, values = reduce_packed(
+            [seen.exponentials.sums, seen.own, values], dist.ReduceOp.SUM, self._group
+        )
+        return self._statistics(label_max, label_sum, own, entries=values)
+
+    def add_gradient(self, statistics: Statistics, weights: GradientWeights) -> None:
+        """Pass 2: hand the gradient to the source."""
+        source, plan = self._source, self._plan
+        assert weights.entry_weight is not None, "entries have a gradient"
+        own, label_max = weights.own_weight[plan.order], statistics.label_max[plan.order]
+        softmax = (weights.softmax_weight * (-statistics.label_log_sum).exp())[plan.order]
+        for chunk, start, end in self._tiles():
+            dense = common(chunk, plan.dense)
+            if dense is None:
+                continue
+            logits = source.logits(start, end, dense)
+            logits.sub_(label_max[dense].unsqueeze(1)).exp_().mul_(softmax[dense].unsqueeze(1))
+            add_at_(logits, self._labels[dense].unsqueeze(1) - start, own[dense].unsqueeze(1))
+            found, row, column = self._within(dense, start, end)
+            logits.index_put_((row, column), weights.entry_weight[found], accumulate=True)
+            source.add_gradient(start, end, logits, dense)

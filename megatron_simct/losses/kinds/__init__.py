@@ -1,0 +1,1 @@
+"""The interfaces, one method a file."""

@@ -1,0 +1,19 @@
+"""`sft`: cross entropy on given responses; no teacher, no segments."""
+
+from __future__ import annotations
+
+from megatron_simct.losses.rows import Interface, RowNeeds, Rows, RowValues
+from megatron_simct.records import TeacherNeeds
+
+
+def value(rows: Rows) -> RowValues:
+    """[N]: -log p of every label."""
+    return RowValues(value=-rows.log_probs)
+
+
+SFT = Interface(
+    needs=lambda config: TeacherNeeds(teacher=False, hidden_rows="none"),
+    reads=frozenset(),
+    rows=lambda config: RowNeeds(segments=False, units=False, first_rows=False, shared=False, dense="labels"),
+    value=value,
+)

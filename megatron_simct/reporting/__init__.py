@@ -1,0 +1,1 @@
+"""Reporting: metrics and samples of a run, and where they are written."""

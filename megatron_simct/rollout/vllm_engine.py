@@ -1,0 +1,391 @@
+"""Responses by a vLLM server: token ids in, ids and log-probabilities out; weights through a folder that both see.
+
+    vllm serve STUDENT_DIR --enable-scale-out --generation-config vllm      with VLLM_SERVER_DEV_MODE=1
+
+After each optimizer step the weights are written as a Hugging Face folder, the server reads it (`reload_weights`), its
+cache of prefixes is dropped, and it is told which version it has. Every answer says which version has sampled each of
+its tokens. Another one, such as that of a server that has been started again, is an answer that does not count.
+
+Responses are handed on as they finish. The first ones of every call are scored by the training weights before anything
+is made of any: where the two models' log-probabilities differ by more than a bound, the weights are handed over again,
+and where that does not help the run stops, and says which tensors the server holds otherwise than they were sent.
+
+A draw depends on the server, not on seed and sample id alone, as it does with MegatronEngine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+import uuid
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+
+from megatron_simct.engine_client import EngineClient, EngineFault, EngineRefusal
+from megatron_simct.parallel.disk import raise_together
+from megatron_simct.parallel.initialize import Groups
+from megatron_simct.records import Prompt, Rollout
+from megatron_simct.rollout.engine import Sampling
+
+IN_FLIGHT = 64
+"""Requests that one model replica of the student has at a time; the server batches what it has."""
+CHECKED = 4
+"""Responses of each call that the training weights score too, before any of the call is handed on."""
+_DRAWS = 20
+"""How often a response with an id that the tokenizer does not have is drawn again: a head may have more rows."""
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 5.0
+_NAMED = 5
+"""Tensors that an error names."""
+
+_NO_PROMPT = Prompt(sample_id=0, student_ids=np.zeros(1, np.int32), teacher_ids=np.zeros(0, np.int32))
+_NO_RESPONSE = Rollout(
+    sample_id=0, weight_version=0, student_ids=np.zeros(1, np.int32), logprobs=np.zeros(1, np.float32), finish="length"
+)
+"""What a replica scores that has no prompt, while others that share experts with it score theirs."""
+
+LogProbs = Callable[[Sequence[Prompt], Sequence[Rollout]], list[np.ndarray]]
+"""The training weights' log-probabilities of responses. Collective over one model replica; on the last stage only."""
+
+
+class VllmEngine:
+    """See RolloutEngine. Each data-parallel replica asks one of the servers."""
+
+    def __init__(
+        self,
+        clients: Sequence[EngineClient],
+        groups: Groups,
+        *,
+        vocab_size: int,
+        stop_ids: Sequence[int],
+        write_weights: Callable[[int], str],
+        log_probs: LogProbs,
+        bound_nats: float,
+        timeout_s: float,
+    ) -> None:
+        """write_weights: writes the weights of a version as a folder and returns it; collective over the whole job.
+
+        bound_nats: how far a response's log-probabilities may be from the training weights' in the mean.
+        timeout_s: for a server that has gone to come back.
+        """
+        self._clients, self._groups = clients, groups
+        self._client = clients[groups.dp_rank % len(clients)]
+        self._vocab_size, self._stop_ids = vocab_size, tuple(stop_ids)
+        self._write_weights, self._log_probs = write_weights, log_probs
+        self._bound_nats, self._timeout_s = bound_nats, timeout_s
+        self._version, self._folder = 0, ""
+        told = [uuid.uuid4().hex[:12]]  # servers may have served another run
+        dist.broadcast_object_list(told, src=0)
+        self._run = told[0]
+        self._comparable: set[str] | None = None
+        """Names of the tensors that the server holds as they are sent, from the first time on."""
+        self._lock = threading.Lock()
+        self._life = 0
+
+    @property
+    def _label(self) -> str:
+        """What the server calls the weights that it should have."""
+        return f"{self._run}-{self._version}"
+
+    def publish(self, weight_version: int) -> None:
+        """Hand the weights over. Collective over the whole job. ValueError where a server does not take them."""
+        self._folder = self._write_weights(weight_version)
+        self._version = weight_version
+        problem = None
+        if self._groups.is_first_rank:
+            try:
+                for client in self._clients:
+                    self._until_it_answers(client)
+            except (EngineFault, EngineRefusal) as error:
+                problem = f"--rollout-engine-endpoint: {error}"
+        raise_together(problem)
+        if self._comparable is None:
+            # What it holds otherwise now is in an order of its own: a CPU's kernels pack matrices.
+            self._comparable = self._on_the_rank_that_asks(self._as_sent) or set()
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        """One Rollout a prompt, in their order. Collective over one model replica."""
+        found = {rollout.sample_id: rollout for some in self.stream(prompts, sampling) for rollout in some}
+        return [found[prompt.sample_id] for prompt in prompts]
+
+    def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[list[Rollout]]:
+        """See StreamingEngine."""
+        of = {prompt.sample_id: prompt for prompt in prompts}
+        enough = min(CHECKED, len(prompts))
+        for attempt in range(2):
+            held: list[Rollout] = []
+            checked = False
+            with self._asked(prompts, sampling) as coming:
+                for some in coming if prompts else [[]]:
+                    held += some
+                    if not checked and len(held) >= enough:
+                        first = held[:enough]
+                        gap = self._gap([of[rollout.sample_id] for rollout in first], first)
+                        if not gap <= self._bound_nats:
+                            break
+                        checked = True
+                    if checked:
+                        yield held
+                        held = []
+                else:
+                    return
+            if attempt == 0:  # perhaps it has not the weights that it says it has
+                self._on_the_rank_that_asks(lambda: self._load(self._client))
+        self._refuse(f"log-probabilities of its responses differ from the training weights' by {gap:.3f} nats")
+
+    def check_step(self, mean: float, largest: float) -> None:
+        """ValueError where a step's responses were not sampled by the weights that are trained. On all ranks.
+
+        mean, largest: of the differences between the log-probabilities in sampling and in training.
+        """
+        if not mean <= self._bound_nats:
+            self._refuse(
+                f"the log-probabilities of a step's responses differ from those in training by {mean:.3f} nats "
+                f"(at most {largest:.3f})"
+            )
+
+    def _refuse(self, what: str) -> None:
+        told = self._on_the_rank_that_asks(self._what_differs) or ""
+        raise ValueError(
+            f"--rollout-engine-endpoint {self._client.address}: {what} in the mean, --rollout-logprob-bound is "
+            f"{self._bound_nats:g}; {told}"
+        )
+
+    def _what_differs(self) -> str:
+        """Which tensors the server holds otherwise than they were sent, as far as it says."""
+        precision = "it computes in another precision, or not as the training's model does"
+        found = self._as_sent()
+        if found is None or not self._comparable:
+            return f"it does not say what it holds: other weights than those of {self._folder}, or {precision}"
+        same, count = found & self._comparable, len(self._comparable)
+        differ = sorted(self._comparable - same)
+        if not differ:
+            return f"the {count} tensors that can be compared are as they were sent, so others are not, or {precision}"
+        names = ", ".join(differ[:_NAMED]) + (", ..." if len(differ) > _NAMED else "")
+        return f"it holds {len(differ)} of {count} tensors that can be compared otherwise than {self._folder}: {names}"
+
+    def _as_sent(self) -> set[str] | None:
+        """Names of the tensors that the server holds just as they were sent; None where it does not say."""
+        try:
+            checksums = self._client.post("/weight_checker", {"action": "checksum"})["checksums"]
+            return equal_digests(checksums, digests_of(self._folder))
+        except (EngineFault, EngineRefusal, LookupError, TypeError, AttributeError, OSError):
+            return None
+
+    @contextmanager
+    def _asked(self, prompts: Sequence[Prompt], sampling: Sampling) -> Generator[Iterator[list[Rollout]]]:
+        """The server's answers as they come, on every rank of the replica; what is not read is given up."""
+        pool = ThreadPoolExecutor(max_workers=IN_FLIGHT, thread_name_prefix="vllm")
+        waiting: set[Future[Rollout]] = set()
+        if self._groups.writes_samples:
+            waiting = {pool.submit(self._ask, prompt, sampling) for prompt in prompts}
+
+        def some() -> list[Rollout]:
+            done, rest = wait(waiting, return_when=FIRST_COMPLETED)
+            waiting.intersection_update(rest)
+            return [future.result() for future in done]
+
+        def all_of_them() -> Iterator[list[Rollout]]:
+            left = len(prompts)
+            while left:
+                found = self._on_the_rank_that_asks(some)
+                assert found is not None, "every rank is told"
+                left -= len(found)
+                yield found
+
+        try:
+            yield all_of_them()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _on_the_rank_that_asks(self, action: Callable[[], Any]) -> Any:
+        """action() on one rank of the replica, and what it returned or refused on all of them."""
+        told: list[Any] = [None, None]
+        if self._groups.writes_samples:
+            try:
+                told = [None, action()]
+            except (EngineFault, EngineRefusal, ValueError) as error:
+                told = [f"--rollout-engine-endpoint: {error}", None]
+        for group in (self._groups.tp, self._groups.pp):
+            if group.size() > 1:
+                dist.broadcast_object_list(told, src=dist.get_global_rank(group, 0), group=group)
+        if told[0] is not None:
+            raise ValueError(told[0])
+        return told[1]
+
+    def _gap(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> float:
+        """The largest mean difference of a response's log-probabilities, on every rank of the replica, and of all that
+        share experts with it: these compute together, and so do all of it once more or none."""
+        if not rollouts:
+            prompts, rollouts = [_NO_PROMPT], [_NO_RESPONSE]
+        ours = self._log_probs(prompts, rollouts)  # nothing but on the last stage
+        gaps = [float(np.abs(a - rollout.logprobs).mean()) for a, rollout in zip(ours, rollouts, strict=False)]
+        gap = torch.tensor(0.0 if rollouts[0] is _NO_RESPONSE else max(gaps, default=0.0), device=self._groups.device)
+        if self._groups.passes_together:
+            dist.all_reduce(gap, op=dist.ReduceOp.MAX, group=self._groups.exchange)
+        told = [float(gap)]
+        for group in (self._groups.tp, self._groups.pp):
+            if group.size() > 1:
+                dist.broadcast_object_list(told, src=dist.get_global_rank(group, group.size() - 1), group=group)
+        return told[0]
+
+    def _ask(self, prompt: Prompt, sampling: Sampling) -> Rollout:
+        """One response. A server that dies or answers nonsense costs time only, up to timeout_s."""
+        deadline = time.monotonic() + self._timeout_s
+        draw = 0
+        while True:
+            life = self._life
+            try:
+                rollout = self._answer(prompt, sampling, draw)
+                if rollout.student_ids.max() < self._vocab_size:
+                    return rollout
+                draw += 1
+                if draw == _DRAWS:
+                    raise EngineRefusal(
+                        f"{self._client.address} sampled ids past the tokenizer's {self._vocab_size} in {draw} draws "
+                        f"of sample {prompt.sample_id}: rows of the head that belong to no token are likely"
+                    )
+            except EngineFault as fault:
+                if time.monotonic() > deadline:
+                    raise EngineFault(f"sample {prompt.sample_id} has no answer: {fault}") from None
+                with self._lock:
+                    if self._life == life:  # the first thread that has met this outage
+                        self._until_it_answers(self._client)
+                        self._life += 1
+
+    def _until_it_answers(self, client: EngineClient) -> None:
+        """Hand the weights to a server that may have to be waited for. EngineFault after timeout_s."""
+        deadline, wait_s = time.monotonic() + self._timeout_s, _FIRST_WAIT_S
+        while True:
+            try:
+                self._load(client)
+                return
+            except EngineFault:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(wait_s)
+                wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+
+    def _load(self, client: EngineClient) -> None:
+        client.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": self._folder}})
+        if client.post("/reset_prefix_cache", {}) != {"success": True}:
+            raise EngineFault(f"{client.address} still holds its cache of prefixes")
+        client.post("/update_weight_version", {"new_version": self._label})
+
+    def _answer(self, prompt: Prompt, sampling: Sampling, draw: int) -> Rollout:
+        limit = sampling.max_response_len
+        parameters = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": max(0, sampling.top_k),
+            "max_tokens": limit,
+            "stop_token_ids": list(self._stop_ids),
+            "ignore_eos": True,  # of generation_config.json; ours are those above
+            "logprobs": 0,
+            "detokenize": False,
+            "seed": (sampling.seed * 1_000_003 + prompt.sample_id + 7_919 * draw) % (1 << 31),
+        }
+        body = {"token_ids": prompt.student_ids.tolist(), "sampling_params": parameters}
+        answer = self._client.post("/inference/v1/generate", body)
+        try:
+            (choice,) = answer["choices"]
+            ids = np.array(choice["token_ids"], np.int64)
+            content = choice["logprobs"]["content"]
+            logprobs = np.array([entry["logprob"] for entry in content], np.float32)
+            same = [entry["token_id"] for entry in content] == ids.tolist()
+            finish = choice["finish_reason"]
+            versions = {span["version"] for span in choice["weight_versions"] or [{"version": None}]}
+        except (LookupError, TypeError, ValueError):
+            raise EngineFault(f"{self._client.address} answered no token ids with log-probabilities") from None
+        if versions != {self._label}:
+            raise EngineFault(f"{self._client.address} sampled with other weights than those that it was handed")
+        stops = np.isin(ids, self._stop_ids)
+        whole = (
+            same
+            and 0 < len(ids) <= limit
+            and ids.min() >= 0
+            and np.isfinite(logprobs).all()
+            and not stops[:-1].any()
+            and {"stop": bool(stops[-1]), "length": not stops[-1] and len(ids) == limit}.get(finish, False)
+        )
+        if not whole:
+            raise EngineFault(f"{self._client.address} answered a response that is cut, or ends as it may not")
+        return Rollout(
+            sample_id=prompt.sample_id,
+            weight_version=self._version,
+            student_ids=ids.astype(np.int32),
+            logprobs=logprobs,
+            finish=finish,
+        )
+
+
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Matrices that vLLM holds one below the other."""
+
+
+def held_whole(checksums: Mapping[str, str]) -> dict[str, set[str]]:
+    """Name -> SHA-256 of the bytes of each tensor that no rank has a part of: one, or several if replicas differ.
+
+    checksums: "dpD:ppP:pcpC:tpT:NAME" -> SHA-256. A tensor that ranks of one replica hold otherwise is one that they
+    share.
+    """
+    found: dict[str, dict[str, set[str]]] = {}
+    for key, digest in checksums.items():
+        place, _, name = key.rpartition(":")
+        found.setdefault(name, {}).setdefault(place.partition(":")[0], set()).add(digest)
+    return {
+        name: set.union(*replicas.values())
+        for name, replicas in found.items()
+        if all(len(digests) == 1 for digests in replicas.values())
+    }
+
+
+def equal_digests(checksums: Mapping[str, str], sent: Mapping[str, str]) -> set[str]:
+    """Names of the tensors that a server holds just as they were sent; it may hold others in an order of its own."""
+    held = held_whole(checksums)
+    return {name for name, digest in sent.items() if held.get(name) == {digest}}
+
+
+def digests_of(folder: str) -> dict[str, str]:
+    """SHA-256 of the tensors of a folder, by the names that the server has for them."""
+    return dict(_digests(_tensors(folder)))
+
+
+def _tensors(folder: str) -> Iterator[tuple[str, torch.Tensor]]:
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - no dictionary
+                yield name, file.get_tensor(name)
+
+
+def _digests(sent: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, str]]:
+    """SHA-256 of each tensor, and of those that are held as one, by the names that the server has for them."""
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in sent:
+        module, _, kind = name.rpartition(".")
+        parent, _, last = module.rpartition(".")
+        fused = next((whole for whole, of in _FUSED.items() if last in of), None)
+        if fused is None:
+            yield name, _sha256([tensor])
+            continue
+        target = f"{parent}.{fused}.{kind}"
+        there = parts.setdefault(target, {})
+        there[last] = tensor
+        if len(there) == len(_FUSED[fused]):
+            yield target, _sha256([there[one] for one in _FUSED[fused]])
+            del parts[target]
+
+
+def _sha256(tensors: Sequence[torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,208 @@
+"""Several replicas of an inference engine that work off one queue, and what happens when one of them fails.
+
+A replica has a few threads, each with one request. They take from one queue, so a fast replica does more and a dead one
+nothing. A request that a replica failed goes back to the front of the queue, and the replica is probed until it is well
+again and still serves the same model. So a replica that dies, hangs, restarts or answers short costs time only.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_simct.engine_client import EngineClient, EngineFault, EngineRefusal
+
+IN_FLIGHT = 8
+"""Requests that one replica has at a time. An engine batches what it has by itself."""
+ATTEMPTS = 12
+"""After so many faults with one request, each by a replica that was well before and after, it is refused."""
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 5.0
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Asked:
+    """One request on its way through the pool."""
+
+    ids: np.ndarray
+    """int32 [n]"""
+    begin: int
+    """Rows before this one are dropped when the answer comes."""
+    work: Any
+    """The caller's own."""
+    rows: torch.Tensor | None = None
+    """float32 [n - begin, ...]: what the engine says of the tokens from `begin` on, once it is answered."""
+    refused: str | None = None
+    """Why it will not be answered."""
+    attempts: int = 0
+
+
+Ask = Callable[[EngineClient, Asked], torch.Tensor]
+"""What an engine says of the ids [n] of a request, a row for each. May raise EngineFault or EngineRefusal."""
+
+
+def hidden_states(client: EngineClient, asked: Asked) -> torch.Tensor:
+    """float32 [n, H]"""
+    return client.hidden_states(asked.ids)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Replica:
+    client: EngineClient
+    well: bool
+    life: int = 0
+    """Counts its recoveries, so that threads with faults of one outage probe once."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class EnginePool:
+    """Threads that ask engines. `submit`, `finished` and `stop` are called by one thread."""
+
+    def __init__(
+        self,
+        clients: Sequence[EngineClient],
+        *,
+        probe: Callable[[EngineClient], object],
+        ask: Ask,
+    ) -> None:
+        """probe: raises EngineFault or ValueError where a replica must not be asked. All replicas begin unprobed.
+
+        ask: what an engine says of the ids [n], a row for each.
+        """
+        self._probe, self._ask = probe, ask
+        self._condition = threading.Condition()
+        self._queue: deque[Asked] = deque()
+        self._finished: deque[Asked] = deque()
+        self._in_flight = 0
+        self._stopping = threading.Event()
+        self.counts = dict.fromkeys(("answers", "faults", "outages"), 0)
+        self._replicas = [_Replica(client=client, well=False) for client in clients]
+        self._threads = [
+            threading.Thread(target=self._attend, args=(replica,), name="engine", daemon=True)
+            for replica in self._replicas
+            for _ in range(IN_FLIGHT)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that no replica has yet."""
+        with self._condition:
+            return len(self._queue)
+
+    @property
+    def pending(self) -> int:
+        """Requests that `finished` has not returned."""
+        with self._condition:
+            return len(self._queue) + self._in_flight + len(self._finished)
+
+    def submit(self, asked: Asked) -> None:
+        """Queue a request."""
+        with self._condition:
+            self._queue.append(asked)
+            self._condition.notify_all()
+
+    def finished(self, wait_s: float) -> list[Asked]:
+        """What has been answered or refused since the last call; after wait_s seconds maybe nothing."""
+        with self._condition:
+            if not self._finished:
+                self._condition.wait_for(lambda: bool(self._finished), wait_s)
+            done = list(self._finished)
+            self._finished.clear()
+        return done
+
+    def stop(self) -> list[Asked]:
+        """Take no more work: what no replica has yet. What replicas have still comes by `finished`."""
+        self._stopping.set()
+        with self._condition:
+            left = list(self._queue)
+            self._queue.clear()
+            self._condition.notify_all()
+        return left
+
+    def _attend(self, replica: _Replica) -> None:
+        while not self._stopping.is_set():
+            life = replica.life
+            if not replica.well and not self._recover(replica, life):
+                continue
+            asked = self._take()
+            if asked is None:
+                continue
+            try:
+                rows = self._ask(replica.client, asked)[asked.begin :].clone()
+            except EngineRefusal as refusal:
+                self._done(asked, refused=str(refusal))
+            except EngineFault as fault:
+                self._fault(replica, life, asked, str(fault))
+            except Exception as error:  # a thread that ended would keep its request for good
+                self._fault(replica, life, asked, f"{type(error).__name__}: {error}")
+            else:
+                self._done(asked, rows=rows)
+
+    def _take(self) -> Asked | None:
+        with self._condition:
+            if not self._queue:
+                self._condition.wait(0.5)
+            if not self._queue:
+                return None
+            self._in_flight += 1
+            return self._queue.popleft()
+
+    def _done(self, asked: Asked, *, rows: torch.Tensor | None = None, refused: str | None = None) -> None:
+        asked.rows, asked.refused = rows, refused
+        with self._condition:
+            self.counts["answers"] += rows is not None
+            self._in_flight -= 1
+            self._finished.append(asked)
+            self._condition.notify_all()
+
+    def _fault(self, replica: _Replica, life: int, asked: Asked, reason: str) -> None:
+        asked.attempts += 1
+        with self._condition:
+            self.counts["faults"] += 1
+        if self._stopping.is_set():
+            self._done(asked, refused=None)
+        elif asked.attempts >= ATTEMPTS:
+            self._done(asked, refused=f"the engine failed {asked.attempts} times on this sample, at last: {reason}")
+        else:
+            with self._condition:
+                self._in_flight -= 1
+                self._queue.appendleft(asked)
+                self._condition.notify_all()
+        with replica.lock:
+            if replica.life == life and replica.well:
+                replica.well = False
+                replica.life += 1
+
+    def _recover(self, replica: _Replica, life: int) -> bool:
+        """Probe until the replica is well; whether it is."""
+        with replica.lock:
+            wait_s, said, began = _FIRST_WAIT_S, False, time.monotonic()
+            while not replica.well and replica.life == life and not self._stopping.is_set():
+                try:
+                    self._probe(replica.client)
+                except (EngineFault, ValueError) as error:
+                    if not said and time.monotonic() - began > 2 * _FIRST_WAIT_S:
+                        said = True
+                        with self._condition:
+                            self.counts["outages"] += 1
+                        _say(f"engine {replica.client.address} is left alone until it is well: {error}")
+                    self._stopping.wait(wait_s)
+                    wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+                else:
+                    replica.well = True
+                    if said:
+                        _say(f"engine {replica.client.address} is well")
+            return replica.well
+
+
+def _say(line: str) -> None:
+    print(f" {line}", file=sys.stderr, flush=True)

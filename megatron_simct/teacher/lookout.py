@@ -1,0 +1,72 @@
+"""Where a job finds its teacher's replicas: one rank reads the endpoint folder, and the others ask that rank.
+
+A shared file system serves every open from one place, so what reads it must not grow with the ranks of a job. The rank
+that reads puts what it has found into the store that torch.distributed was started with; the others read it there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_simct.teacher.endpoints import Endpoint, check_folder, ignored_files, read_endpoints
+
+
+class Lookout:
+    """What replicas there are. Called by one thread."""
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        addresses: Sequence[str] = (),
+        *,
+        store: dist.Store | None = None,
+        reads: bool = True,
+    ) -> None:
+        """Replicas are those of the folder, or those of the addresses.
+
+        store: what the ranks of a job share; None: each reads the folder itself. reads: this rank reads it for all.
+        """
+        self._folder = folder
+        self._fixed = {a: Endpoint(replica=a, address=a, life="") for a in addresses}
+        self._store, self._reads = store, reads
+        self._key = f"megatron_simct/endpoints/{folder}"
+        self._told = ""
+
+    def look(self) -> Mapping[str, Endpoint]:
+        """Every replica that is known now, by name. ValueError, on every rank, for a folder that cannot be trusted."""
+        if self._folder is None:
+            return self._fixed
+        if self._store is not None and not self._reads:
+            return self._ask(self._store)
+        try:
+            check_folder(self._folder)
+            found = read_endpoints(self._folder)
+        except ValueError as error:
+            self._tell({"error": str(error)})
+            raise
+        self._tell({"replicas": [asdict(endpoint) for endpoint in found.values()]})
+        return found
+
+    def ignored(self) -> list[str]:
+        """One line for each file that stands where endpoint records do and is not one; for an error."""
+        return ignored_files(self._folder) if self._folder is not None and self._reads else []
+
+    def _tell(self, what: Mapping[str, object]) -> None:
+        text = json.dumps(what)
+        if self._store is not None and text != self._told:
+            self._store.set(self._key, text)
+            self._told = text
+
+    def _ask(self, store: dist.Store) -> Mapping[str, Endpoint]:
+        if not store.check([self._key]):
+            return {}
+        found = json.loads(store.get(self._key))
+        if "error" in found:
+            raise ValueError(found["error"])
+        endpoints = [Endpoint(**values) for values in found["replicas"]]
+        return {endpoint.replica: endpoint for endpoint in endpoints}

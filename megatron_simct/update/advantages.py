@@ -1,0 +1,78 @@
+"""Advantages: what the responses to one prompt are worth beside each other.
+
+    A_i = (r_i - mean(r)) / (std(r) + EPSILON)        GRPO, arXiv:2402.03300, section 4.1.2
+
+over the group of responses to one prompt; std with divisor n. A response without a reward has no advantage and is not
+part of the mean. Samples of a group may lie on several data-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+EPSILON = 1e-4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advantages:
+    """What the samples of one step are worth."""
+
+    of_samples: dict[int, float]
+    """By sample id, for the samples of this rank."""
+    metrics: dict[str, float]
+    """reward (mean), reward_spread (mean over groups of the standard deviation), reward_silent (share of groups whose
+    rewards are all the same, which teach nothing), reward_failed (share of responses without one)."""
+
+
+def group_advantages(rewards: np.ndarray, group_size: int) -> np.ndarray:
+    """float64 [n] -> float64 [n]: consecutive groups; nan is no reward, and its advantage is 0."""
+    groups = rewards.reshape(-1, group_size)
+    known = ~np.isnan(groups)
+    number = np.maximum(known.sum(axis=1, keepdims=True), 1)
+    values = np.where(known, groups, 0)
+    centred = np.where(known, groups - values.sum(axis=1, keepdims=True) / number, 0)
+    spread = np.sqrt((centred**2).sum(axis=1, keepdims=True) / number)
+    return (centred / (spread + EPSILON)).reshape(-1)
+
+
+def exchange(
+    sample_ids: Sequence[int], rewards: Sequence[float] | None, *, step: int, batch_size: int, group_size: int
+) -> Advantages:
+    """The advantages of a rank's samples. Collective over the whole job: one sum of two numbers a sample.
+
+    rewards: nan for none; None on ranks that do not speak for their replica. Sample ids of a step are consecutive,
+    those of a group too (data/prompts.py); batch_size counts the samples of the step.
+    """
+    places = [sample_id - step * batch_size for sample_id in sample_ids]
+    mine = torch.zeros(2, batch_size, dtype=torch.float64)
+    if rewards is not None and places:
+        given = torch.tensor(rewards, dtype=torch.float64)
+        mine[0, places], mine[1, places] = given.nan_to_num(nan=0.0), (~given.isnan()).double()
+    mine = mine.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(mine)
+    total, known = mine.cpu().numpy()
+    everyone = np.where(known > 0, total, np.nan)
+    found = group_advantages(everyone, group_size)
+    return Advantages(
+        of_samples={sample_id: float(found[place]) for sample_id, place in zip(sample_ids, places, strict=True)},
+        metrics=_metrics(everyone, group_size),
+    )
+
+
+def _metrics(rewards: np.ndarray, group_size: int) -> dict[str, float]:
+    groups = rewards.reshape(-1, group_size)
+    known = ~np.isnan(groups)
+    spreads = [
+        float(np.std(group[is_known])) if is_known.any() else 0.0 for group, is_known in zip(groups, known, strict=True)
+    ]
+    return {
+        "reward": float(rewards[known.reshape(-1)].mean()) if known.any() else 0.0,
+        "reward_spread": float(np.mean(spreads)),
+        "reward_silent": float(np.mean(np.array(spreads) == 0)),
+        "reward_failed": float(1 - known.mean()),
+    }

@@ -1,0 +1,205 @@
+"""The state of Megatron's distributed optimizer in the form that a plain optimizer's state has in a checkpoint.
+
+The distributed optimizer cuts a flat buffer of all parameters into one piece for each data-parallel rank, wherever the
+cuts fall. In a checkpoint each parameter's state is a tensor of the parameter's shape, under the plain optimizer's
+keys: either optimizer reads what the other wrote, in any layout. To save, the pieces of a parameter are brought
+together on the rank that has most of it, which writes them; to load, that rank reads them and deals them out. So each
+rank writes and reads its share, and holds that share a second time while it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_simct.parallel.cpu import megatron_imports
+
+with megatron_imports():
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor
+    from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+_MASTER = "fp32_param"
+"""Key of the float32 copy of a parameter in bfloat16; a parameter in float32 has none."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the parameters of one bucket lie on the data-parallel ranks."""
+
+    parameters: Sequence[torch.nn.Parameter]
+    spans: Sequence[Sequence[tuple[int, int]]]
+    """By parameter, by rank: begin and end within the flat parameter; equal where the rank has none of it."""
+
+    @cached_property
+    def sizes(self) -> list[list[int]]:
+        """By parameter, by rank: how many numbers of it the rank has."""
+        return [[end - begin for begin, end in spans] for spans in self.spans]
+
+    @cached_property
+    def owned(self) -> list[list[int]]:
+        """By rank: the parameters, by their index, of which it has most, and which it writes and reads."""
+        owned: list[list[int]] = [[] for _ in (self.sizes[0] if self.sizes else ())]
+        for index, sizes in enumerate(self.sizes):
+            owned[sizes.index(max(sizes))].append(index)
+        return owned
+
+
+def parts_of(optimizer: MegatronOptimizer) -> list[Any]:
+    """The optimizers that a chain consists of: one for the experts, one for the other parameters."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def is_distributed(optimizer: MegatronOptimizer) -> bool:
+    """Whether the state is spread over the data-parallel ranks."""
+    return isinstance(parts_of(optimizer)[0], DistributedOptimizer)
+
+
+def sharded_state(optimizer: MegatronOptimizer, model: Mapping[str, Any], *, is_loading: bool) -> dict[Any, Any]:
+    """What is saved, or requested, of the optimizer; `model` is what is saved of the model. Collective over the job."""
+    tensors, _ = extract_sharded_tensors_and_factories(dict(model))
+    by_parameter = {id(tensor.data): tensor for tensor in nested_values(tensors)}
+    parts = parts_of(optimizer)
+    prefixes = [f"chained_{index}." * (len(parts) > 1) for index in range(len(parts))]
+    states = [
+        _sharded_part(part, by_parameter, prefix, is_loading=is_loading)
+        for part, prefix in zip(parts, prefixes, strict=True)
+    ]
+    return states[0] if len(states) == 1 else dict(enumerate(states))
+
+
+def load_state(optimizer: MegatronOptimizer, loaded: Mapping[Any, Any]) -> None:
+    """Deal out what `sharded_state` requested and a checkpoint had. Collective over the job."""
+    parts = parts_of(optimizer)
+    for index, part in enumerate(parts):
+        _load_part(part, loaded if len(parts) == 1 else loaded[index])
+
+
+def _sharded_part(
+    optimizer: DistributedOptimizer, by_parameter: Mapping[int, Any], prefix: str, *, is_loading: bool
+) -> dict[str, Any]:
+    if is_loading:
+        optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+    rank = optimizer.data_parallel_group.rank()
+    tensors: dict[Any, Any] = {}
+    for bucket, spread in enumerate(_spreads(optimizer)):
+        for key in _keys(optimizer):
+            wholes = None if is_loading else _gather(optimizer, spread, key)
+            for index in spread.owned[rank]:
+                parameter = spread.parameters[index]
+                whole = torch.empty(parameter.numel()) if wholes is None else wholes[index].cpu()
+                sharded = by_parameter[id(parameter)]
+                changes: dict[str, Any] = {
+                    "key": f"{prefix}optimizer.state.{key}.{sharded.key}",
+                    "data": whole.view(parameter.shape),
+                    "replica_id": (*sharded.replica_id[:2], 0),
+                }
+                if isinstance(sharded, ShardedTensor):
+                    changes["dtype"] = whole.dtype
+                tensors.setdefault(f"{bucket}.{index}", {})[key] = replace(sharded, **changes)
+    steps = [state["step"] for state in optimizer.optimizer.state.values() if "step" in state]
+    groups = [group | {"params": LocalNonpersistentObject([])} for group in optimizer.optimizer.param_groups]
+    inner = {"state": tensors | ({"common_step": steps[0]} if steps else {}), "param_groups": groups}
+    return {"optimizer": inner} if optimizer.config.bf16 else inner
+
+
+def _load_part(optimizer: DistributedOptimizer, loaded: Mapping[str, Any]) -> None:
+    inner = loaded["optimizer"] if optimizer.config.bf16 else loaded
+    rank = optimizer.data_parallel_group.rank()
+    for bucket, spread in enumerate(_spreads(optimizer)):
+        for key in _keys(optimizer):
+            _deal(
+                optimizer,
+                spread,
+                key,
+                {index: inner["state"][f"{bucket}.{index}"][key].flatten() for index in spread.owned[rank]},
+            )
+    step = inner["state"].get("common_step")
+    if step is not None:  # torch's Adam counts by parameter; each needs a counter of its own
+        for state in optimizer.optimizer.state.values():
+            state["step"] = torch.as_tensor(step, dtype=torch.float32).clone()
+    else:  # Apex's and TransformerEngine's count by group
+        for group, theirs in zip(optimizer.optimizer.param_groups, inner["param_groups"], strict=True):
+            if "step" in theirs:
+                group["step"] = theirs["step"]
+
+
+def _keys(optimizer: DistributedOptimizer) -> tuple[str, ...]:
+    return ("exp_avg", "exp_avg_sq", _MASTER) if optimizer.config.bf16 else ("exp_avg", "exp_avg_sq")
+
+
+def _spreads(optimizer: DistributedOptimizer) -> Iterator[Spread]:
+    """That of every bucket, in one order on all ranks."""
+    size = optimizer.data_parallel_group.size()
+    for buffer in optimizer.buffers:
+        for number, bucket in enumerate(buffer.buckets):
+            piece = bucket.grad_data.numel() // size
+            begins = [bucket.offset + rank * piece for rank in range(size)]
+            places = {p: (begin, end) for p, (begin, end, at) in buffer.param_index_map.items() if at == number}
+            if places:
+                yield Spread(
+                    parameters=list(places),
+                    spans=[
+                        [
+                            (min(max(start, begin), end) - begin, max(min(start + piece, end), begin) - begin)
+                            for start in begins
+                        ]
+                        for begin, end in places.values()
+                    ],
+                )
+
+
+def _own(optimizer: DistributedOptimizer, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
+    """This rank's piece of a state, flat."""
+    group, place = optimizer.model_param_group_index_map[parameter]
+    main = optimizer.optimizer.param_groups[group]["params"][place]
+    return main if key == _MASTER else optimizer.optimizer.state[main][key]
+
+
+def _gather(optimizer: DistributedOptimizer, spread: Spread, key: str) -> dict[int, torch.Tensor]:
+    """The whole state, flat, of the parameters that this rank owns. Collective over the data-parallel group."""
+    group = optimizer.data_parallel_group
+    rank, sizes = group.rank(), spread.sizes
+    outgoing = [
+        [_own(optimizer, spread.parameters[index], key).flatten() for index in owned if sizes[index][rank]]
+        for owned in spread.owned
+    ]
+    mine = spread.owned[rank]
+    received = _exchange(
+        outgoing, [sum(sizes[i][source] for i in mine) for source in range(group.size())], spread, group
+    )
+    pieces = [part.split([sizes[i][source] for i in mine]) if mine else () for source, part in enumerate(received)]
+    return {index: torch.cat([part[place] for part in pieces]) for place, index in enumerate(mine)}
+
+
+def _deal(optimizer: DistributedOptimizer, spread: Spread, key: str, wholes: Mapping[int, torch.Tensor]) -> None:
+    """The way back: each rank gets its pieces of the parameters that other ranks own."""
+    group = optimizer.data_parallel_group
+    rank, sizes = group.rank(), spread.sizes
+    outgoing = [
+        [wholes[index][slice(*spread.spans[index][target])] for index in spread.owned[rank]]
+        for target in range(group.size())
+    ]
+    counts = [sum(sizes[index][rank] for index in owned) for owned in spread.owned]
+    for owned, part in zip(spread.owned, _exchange(outgoing, counts, spread, group), strict=True):
+        theirs = [index for index in owned if sizes[index][rank]]
+        for index, piece in zip(theirs, part.split([sizes[i][rank] for i in theirs]) if theirs else (), strict=True):
+            _own(optimizer, spread.parameters[index], key).detach().copy_(piece)
+
+
+def _exchange(
+    outgoing: Sequence[Sequence[torch.Tensor]], counts: Sequence[int], spread: Spread, group: dist.ProcessGroup
+) -> list[torch.Tensor]:
+    """One float32 tensor from each rank, `counts` numbers long. outgoing: by rank, what it gets."""
+    device = spread.parameters[0].device
+    parts = [torch.cat([torch.empty(0, device=device), *(piece.to(device) for piece in pieces)]) for pieces in outgoing]
+    received = torch.empty(sum(counts), device=device)
+    dist.all_to_all_single(received, torch.cat(parts), list(counts), [len(part) for part in parts], group=group)
+    return list(received.split(list(counts)))

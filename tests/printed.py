@@ -1,0 +1,36 @@
+"""What a page of docs/ says that a command prints, beside what it printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_NUMBER = r"\d[\d,]*(\.\d+)?"
+
+
+def commands_of(page: Path) -> list[tuple[str, str]]:
+    """The page's commands in order, each with what stands under it as its output."""
+    return re.findall(r"```bash\n(.*?)```\n```text\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def same_but_for_numbers(expected: str, printed: str) -> bool:
+    """Line by line, without numbers and the widths of tables: a run of two steps finds others than a whole one. A line
+    "..." of the page stands for any lines, "..." within one for any text."""
+    return _same(expected, printed, numbers=False)
+
+
+def same(expected: str, printed: str) -> bool:
+    """As same_but_for_numbers, numbers included."""
+    return _same(expected, printed, numbers=True)
+
+
+def _same(expected: str, printed: str, *, numbers: bool) -> bool:
+    def plain(text: str) -> str:
+        text = text.replace("...", "\0")
+        return re.sub(r"[ ━]+", " ", text if numbers else re.sub(_NUMBER, "#", text)).strip()
+
+    pattern = ""
+    for line in expected.strip("\n").split("\n"):
+        pattern += "(.*\n)*?" if line == "..." else re.escape(plain(line)).replace("\0", ".*") + "\n"
+    found = "".join(plain(line) + "\n" for line in printed.strip("\n").split("\n"))
+    return re.match(pattern, found) is not None
