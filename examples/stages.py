@@ -48,8 +48,8 @@ class Stage:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def run(self, root: Path) -> float:
-        """Seconds that the command takes or took, from the folder `root`. SystemExit where it fails, ValueError where
-        its output is there and no stage has made it."""
+        """Seconds that the command takes or took, from the folder `root`. SystemExit where it fails,
+        ValueError where its output is there and no stage has made it."""
         digest = self.digest
         record = json.loads(self.record.read_text()) if self.record.exists() else {}
         same = record.get("digest") == digest

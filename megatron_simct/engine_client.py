@@ -1,10 +1,12 @@
 """HTTP client of one inference engine: a vLLM server in pooling mode, or one that generates.
 
-    vllm serve MODEL --runner pooling --convert embed --pooler-config '{"task": "token_embed", "use_activation": false}'
+    vllm serve MODEL --runner pooling --convert embed --pooler-config '{"task": "token_embed",
+    "use_activation": false}'
 
-`POST /pooling` takes token ids and answers the hidden state after the final norm of every one of them. An answer counts
-only if it names the request, has a row for each token and holds finite numbers; anything else is an EngineFault, and
-the request is asked again. `POST /v1/completions` of a server that generates says how likely the ids of a prompt are.
+`POST /pooling` takes token ids and answers the hidden state after the final norm of every one of them. An
+answer counts only if it names the request, has a row for each token and holds finite numbers; anything else
+is an EngineFault, and the request is asked again. `POST /v1/completions` of a server that generates says how
+likely the ids of a prompt are.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ class EngineFault(RuntimeError):
 
 
 class EngineRefusal(ValueError):
-    """The engine says what is wrong with the request, or its answer cannot be used; asking again would not help."""
+    """The engine says what is wrong with the request, or its answer cannot be used; asking again would not
+    help.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +60,10 @@ class EngineClient:
     def __init__(
         self, address: str, *, hidden_size: int = 0, dtype: EngineDtype = "float32", timeout_s: float = 120.0
     ) -> None:
-        """timeout_s: for one answer, from the request to its last byte. ValueError for what is no HTTP address."""
+        """timeout_s: for one answer, from the request to its last byte.
+
+        ValueError for what is no HTTP address.
+        """
         self.address = address.rstrip("/")
         url = urllib3.util.parse_url(self.address)
         if url.scheme not in ("http", "https") or not url.host:
@@ -105,21 +112,32 @@ class EngineClient:
         self._check_metadata(headers.get("metadata"), name, len(ids))
         if len(data) != expected:
             raise EngineFault(f"{self.address} answered {len(data)} of {expected} bytes")
-        hidden = torch.from_numpy(np.frombuffer(data, numbers).reshape(len(ids), self._hidden_size).astype(np.float32))
+        hidden = torch.from_numpy(
+            np.frombuffer(data, numbers).reshape(len(ids), self._hidden_size).astype(np.float32)
+        )
         if not torch.isfinite(hidden).all():
             if self._dtype == "float16" and torch.isinf(hidden).any():
                 raise EngineRefusal(
-                    "--engine-hidden-dtype float16: a hidden state is beyond 65504, the largest number of that type; "
-                    "use float32"
+                    "--engine-hidden-dtype float16: a hidden state is beyond 65504, the largest number of "
+                    "that type; use float32"
                 )
             raise EngineFault(f"{self.address} answered numbers that are not finite")
         return hidden
 
-    def token_log_probs(self, ids: np.ndarray, *, field: LogprobField = "prompt_logprobs", k: int = 0) -> np.ndarray:
-        """float64 [n - 1, 1 + 2k]: the log-probability of each id but the first, by a server that generates; then those
-        of the k likeliest in its place, descending, and which these are. k needs the field prompt_logprobs."""
+    def token_log_probs(
+        self, ids: np.ndarray, *, field: LogprobField = "prompt_logprobs", k: int = 0
+    ) -> np.ndarray:
+        """float64 [n - 1, 1 + 2k]: the log-probability of each id but the first, by a server that generates;
+        then those of the k likeliest in its place, descending, and which these are. k needs the field
+        prompt_logprobs.
+        """
         assert not k or field == "prompt_logprobs", "an echo names no ids"
-        body = {"model": self._model or self.served().model, "prompt": ids.tolist(), "max_tokens": 1, "temperature": 0}
+        body = {
+            "model": self._model or self.served().model,
+            "prompt": ids.tolist(),
+            "max_tokens": 1,
+            "temperature": 0,
+        }
         if field == "prompt_logprobs":
             body |= {"prompt_logprobs": k}
         else:
@@ -127,10 +145,16 @@ class EngineClient:
         answer = self.post("/v1/completions", body)
         try:
             choice = answer["choices"][0]
-            rows = _of_prompt(choice, ids.tolist(), k) if field == "prompt_logprobs" else _of_echo(choice, ids.tolist())
+            rows = (
+                _of_prompt(choice, ids.tolist(), k)
+                if field == "prompt_logprobs"
+                else _of_echo(choice, ids.tolist())
+            )
             found = np.array(rows, dtype=np.float64).reshape(len(ids) - 1, 1 + 2 * k)
         except (LookupError, TypeError, ValueError, AttributeError):
-            raise EngineFault(f"{self.address}/v1/completions answers no {field} of the prompt's ids") from None
+            raise EngineFault(
+                f"{self.address}/v1/completions answers no {field} of the prompt's ids"
+            ) from None
         if not (np.isfinite(found).all() and (found[:, : 1 + k] <= 1e-3).all()):
             raise EngineFault(f"{self.address}/v1/completions answers numbers that are no log-probabilities")
         return found
@@ -164,7 +188,8 @@ class EngineClient:
             raise EngineFault(f"{self.address} answered {dtype} {shape}, not {self._dtype} of {count} tokens")
         if shape[1:] != [self._hidden_size]:
             raise EngineRefusal(
-                f"{self.address} answers hidden states of {shape[1:]} numbers, and config.json says {self._hidden_size}"
+                f"{self.address} answers hidden states of {shape[1:]} numbers, and config.json says "
+                f"{self._hidden_size}"
             )
 
     def _call(
@@ -207,12 +232,16 @@ def _of_prompt(choice: Any, ids: list[int], k: int) -> list[list[float]]:
     rows = []
     for row, token in zip(choice["prompt_logprobs"][1:], ids[1:], strict=True):
         likeliest = sorted(((entry["logprob"], -int(name)) for name, entry in row.items()), reverse=True)[:k]
-        rows.append([row[str(token)]["logprob"], *(x for x, _ in likeliest), *(-name for _, name in likeliest)])
+        rows.append(
+            [row[str(token)]["logprob"], *(x for x, _ in likeliest), *(-name for _, name in likeliest)]
+        )
     return rows
 
 
 def _of_echo(choice: Any, ids: list[int]) -> list[float]:
-    """A number a token, of the prompt's part of an echo; where tokens are named by id, they must be the prompt's."""
+    """A number a token, of the prompt's part of an echo; where tokens are named by id, they must be the
+    prompt's.
+    """
     found, tokens = choice["logprobs"]["token_logprobs"], choice["logprobs"]["tokens"]
     for token, expected in zip(tokens, ids, strict=False):
         named = token.removeprefix("token_id:")

@@ -1,4 +1,6 @@
-"""Files that are whole or not there: a reader, and a run that goes on after a kill, never meet half of one."""
+"""Files that are whole or not there: a reader, and a run that goes on after a kill, never meet half of
+one.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,11 @@ def owner_tag() -> str:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Bytes, or a text in UTF-8. The file gets its name when it is whole and on disk. OSError where that fails.
+    """Bytes, or a text in UTF-8. The file gets its name when it is whole and on disk. OSError where that
+    fails.
 
-    Folders above it are made. A link stays, and what it points to is written; so does a device or a pipe (/dev/null),
-    which is never half there.
+    Folders above it are made. A link stays, and what it points to is written; so does a device or a pipe
+    (/dev/null), which is never half there.
     """
     data = content.encode() if isinstance(content, str) else content
     path = path.resolve() if path.is_symlink() else path
@@ -44,9 +47,11 @@ def write_whole(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_private(path: Path, text: str, *, mode: int = 0o600, replace: bool = True, on_disk: bool = True) -> None:
-    """Write a file whole, or not at all. Without `replace`, a file that is there already stays. on_disk: it survives a
-    power failure; without, whatever reads it sees a whole file, and the disk is not waited for."""
+def write_private(
+    path: Path, text: str, *, mode: int = 0o600, replace: bool = True, on_disk: bool = True
+) -> None:
+    """Write a file whole, or not at all. Without `replace`, a file that is there already stays. on_disk: it
+    survives a power failure; without, whatever reads it sees a whole file, and the disk is not waited for."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.{owner_tag()}.", dir=path.parent)
     try:
@@ -104,7 +109,9 @@ def hash_file(path: Path, *, whole: threading.Event | None = None) -> FileHash:
     digest, size, buffer = hashlib.sha256(), 0, memoryview(bytearray(_BLOCK))
     with named_errors(path), open(path, "rb", buffering=0) as file:
         while True:
-            is_whole = whole is None or whole.is_set()  # before the read: what comes after it is read next time
+            is_whole = (
+                whole is None or whole.is_set()
+            )  # before the read: what comes after it is read next time
             count = file.readinto(buffer)
             if count:
                 digest.update(buffer[:count])
@@ -122,8 +129,8 @@ _SAMPLE = 1 << 16
 def sampled_fingerprint(files: Iterable[Path]) -> str:
     """SHA-256 over names and sizes of the files, and over three samples of each.
 
-    Enough to tell checkpoints and revisions apart without reading hundreds of gigabytes; it is no proof that two files
-    are equal in every byte.
+    Enough to tell checkpoints and revisions apart without reading hundreds of gigabytes; it is no proof that
+    two files are equal in every byte.
     """
     digest = hashlib.sha256()
     for path in files:

@@ -46,7 +46,12 @@ from megatron_simct.loading import (
 from megatron_simct.losses import check_config, check_has_units, check_labels, teacher_needs
 from megatron_simct.losses.kinds.table import interface_of
 from megatron_simct.losses.kinds.teacher_topk import response_entries
-from megatron_simct.models.build import HiddenStateModel, InterleavedModel, uses_transformer_engine, whole_sequences
+from megatron_simct.models.build import (
+    HiddenStateModel,
+    InterleavedModel,
+    uses_transformer_engine,
+    whole_sequences,
+)
 from megatron_simct.models.families import read_architecture
 from megatron_simct.models.hf_export import save_hf_weights
 from megatron_simct.models.layout import context_pieces, token_multiple
@@ -208,8 +213,8 @@ def build_job(config: Config, groups: Groups) -> Job:
     if config.rollout.rollout_engine == "vllm":
         if groups.cp_size > 1:
             raise ValueError(
-                f"--context-parallel-size {groups.cp_size}: not with --rollout-engine vllm in this version; leave one "
-                "of them out"
+                f"--context-parallel-size {groups.cp_size}: not with --rollout-engine vllm in this version; "
+                "leave one of them out"
             )
         source: RolloutEngine = build_vllm_engine(
             config, groups, model, student, before_reading_weights=partial(gather_weights, chunks)
@@ -246,7 +251,11 @@ def build_job(config: Config, groups: Groups) -> Job:
             packed=config.training.max_tokens_per_gpu is not None,
             multiple_of=token_multiple(config.parallel, groups.device, context_parallel_size=groups.cp_size),
             context=(
-                Context(rank=groups.cp_rank, size=groups.cp_size, pieces=partial(context_pieces, size=groups.cp_size))
+                Context(
+                    rank=groups.cp_rank,
+                    size=groups.cp_size,
+                    pieces=partial(context_pieces, size=groups.cp_size),
+                )
                 if groups.cp_size > 1
                 else None
             ),
@@ -266,11 +275,15 @@ def build_job(config: Config, groups: Groups) -> Job:
             importance_cap=config.rollout.rollout_importance_weights,
             check_sampling=(
                 source.check_step
-                if isinstance(source, VllmEngine) and not config.rollout.load_debug_rollout_data and not config.max_lag
+                if isinstance(source, VllmEngine)
+                and not config.rollout.load_debug_rollout_data
+                and not config.max_lag
                 else None
             ),
         ),
-        teacher_follows=build_following(teaching.average, before_reading_weights=partial(gather_weights, chunks)),
+        teacher_follows=build_following(
+            teaching.average, before_reading_weights=partial(gather_weights, chunks)
+        ),
         monitor=monitor,
         log_samples=build_sample_log(config, groups, pair, start=start),
         evaluator=build_evaluator(config, groups, source, student),
@@ -285,7 +298,9 @@ def build_job(config: Config, groups: Groups) -> Job:
     )
 
 
-def build_following(average: Average | None, *, before_reading_weights: Callable[[], None]) -> Callable[[], None]:
+def build_following(
+    average: Average | None, *, before_reading_weights: Callable[[], None]
+) -> Callable[[], None]:
     """How the teacher's weights follow the student's; not at all without --teacher-ema."""
 
     def follow() -> None:
@@ -324,7 +339,9 @@ def build_measure(
     throughput = Throughput(Operations(model).forward, device=groups.device, peak=peak)
     sampled = config.interface.interface != "sft"
 
-    def measure(prompts: Sequence[Prompt], rollouts: Sequence[Rollout], seconds: dict[str, float]) -> dict[str, float]:
+    def measure(
+        prompts: Sequence[Prompt], rollouts: Sequence[Rollout], seconds: dict[str, float]
+    ) -> dict[str, float]:
         found = slowest_ranks(seconds, groups.device)
         if config.output.log_throughput:
             found |= throughput.step(prompts, rollouts, seconds, sampled=sampled)
@@ -334,11 +351,15 @@ def build_measure(
 
 
 def build_entries(config: Config, pair: Pair) -> Entries | None:
-    """The single tokens that the interface compares, of what a teacher says of a response; None if it compares none."""
+    """The single tokens that the interface compares, of what a teacher says of a response; None if it
+    compares none.
+    """
     entries_of, tables = interface_of(config.interface).entries, pair.alignment_map
     if entries_of is None:
         return None
-    assert pair.teacher is not None and tables is not None, "such an interface compares tokens with a teacher's"
+    assert pair.teacher is not None and tables is not None, (
+        "such an interface compares tokens with a teacher's"
+    )
     compares_stops = config.interface.stop_bridge
     translation = Translation(
         student=pair.student.table.pieces(),
@@ -387,7 +408,9 @@ def check_experts(config: Config) -> None:
         "--expert-tensor-parallel-size": parallel.expert_tensor_parallel_size,
     }
     for flag, value in given.items():
-        if value is not None and not any(read_architecture(folder, flag=side).num_experts for folder, side in sides):
+        if value is not None and not any(
+            read_architecture(folder, flag=side).num_experts for folder, side in sides
+        ):
             folders = " and ".join(f"{side} {folder}" for folder, side in sides)
             raise ValueError(f"{flag} {value}: no experts in {folders}; leave it out")
 
@@ -399,10 +422,14 @@ def load_student(config: Config, groups: Groups, tokenizer: Tokenizer) -> Hidden
     folder = f"--hf-checkpoint {config.model.folder}"
     architecture = read_architecture(config.model.folder, flag="--hf-checkpoint")
     if find_weights(config.model.folder, flag="--hf-checkpoint") is None:
-        raise ValueError(f"--lora-rank {config.lora.rank}: {folder} has no weights for adapters to lie beside")
+        raise ValueError(
+            f"--lora-rank {config.lora.rank}: {folder} has no weights for adapters to lie beside"
+        )
     counts = adapter_parameters(architecture, config.lora, tp_size=groups.tp_size, flag=folder)
     model = load_model(config, config.model, groups, tokenizer, prefix="")
-    add_adapters(model, architecture, config.lora, tp_size=groups.tp_size, seed=config.training.seed, flag=folder)
+    add_adapters(
+        model, architecture, config.lora, tp_size=groups.tp_size, seed=config.training.seed, flag=folder
+    )
     if groups.is_first_rank:
         count = sum(counts[layer] for layer in architecture.layers)
         said = f"{count:,} numbers of adapters are trained on each tensor-parallel rank, and no weights"
@@ -425,13 +452,16 @@ def check_update(config: Config, groups: Groups) -> None:
 def identity(config: Config, pair: Pair) -> dict[str, object]:
     """What a checkpoint must share with this run to be resumed by it."""
     return {
-        "model": json.loads(json.dumps(asdict(read_architecture(config.model.folder, flag="--hf-checkpoint")))),
+        "model": json.loads(
+            json.dumps(asdict(read_architecture(config.model.folder, flag="--hf-checkpoint")))
+        ),
         "tokenizer": pair.student.table.fingerprint,
         "teacher_tokenizer": None,
         "alignment_map": pair.alignment_map.fingerprint if pair.alignment_map is not None else None,
         "adapters": adapter_identity(config),
     } | {
-        f"{teacher.prefix.replace('-', '_')}tokenizer": teacher.tokenizer.table.fingerprint for teacher in pair.teachers
+        f"{teacher.prefix.replace('-', '_')}tokenizer": teacher.tokenizer.table.fingerprint
+        for teacher in pair.teachers
     }
 
 
@@ -452,7 +482,9 @@ def resume(config: Config, groups: Groups, checkpoints: Checkpoints) -> int:
     if same and output.ckpt_step is None and not has_checkpoint(output.load):
         start, line = 0, f" --load {output.load}: no checkpoint there yet, starting afresh"
     else:
-        start, changed = checkpoints.resume(output.load, step=output.ckpt_step, verified=output.verify_checkpoint)
+        start, changed = checkpoints.resume(
+            output.load, step=output.ckpt_step, verified=output.verify_checkpoint
+        )
         line = f" resuming {output.load} after iteration {start}"
         newer = [iteration for iteration in numbered(output.load) if iteration > start]
         if newer and output.ckpt_step is None:
@@ -519,13 +551,15 @@ def build_prompts(config: Config, groups: Groups, pair: Pair) -> PromptSource:
         flag="--prompt-data",
         student_chat=open_chat_template(config, config.model, pair.student, prefix=""),
         teachers=[
-            (t.tokenizer, open_chat_template(config, t.options, t.tokenizer, prefix=t.prefix)) for t in pair.teachers
+            (t.tokenizer, open_chat_template(config, t.options, t.tokenizer, prefix=t.prefix))
+            for t in pair.teachers
         ],
     )
     report_skipped(config, groups, source, "prompts", of=len(rows))
     if source.num_teacher_prompts and groups.is_first_rank:
         print(
-            f" the teacher reads a prompt of its own in {source.num_teacher_prompts} of {len(source)} rows", flush=True
+            f" the teacher reads a prompt of its own in {source.num_teacher_prompts} of {len(source)} rows",
+            flush=True,
         )
     return source
 
@@ -566,7 +600,9 @@ def build_rewarding(config: Config, groups: Groups, student: Tokenizer) -> Rewar
     )
 
 
-def build_evaluator(config: Config, groups: Groups, engine: RolloutEngine, student: Tokenizer) -> Evaluator | None:
+def build_evaluator(
+    config: Config, groups: Groups, engine: RolloutEngine, student: Tokenizer
+) -> Evaluator | None:
     """Held-out prompts, how to sample their answers, and what is right."""
     if config.data.eval_prompt_data is None:
         return None
@@ -601,8 +637,8 @@ def build_evaluator(config: Config, groups: Groups, engine: RolloutEngine, stude
 def judge(
     config: Config, problems: Sequence[Problem], student: Tokenizer, chat: ChatTemplate | None
 ) -> Callable[[Sequence[Prompt], Sequence[Rollout]], Sequence[bool]]:
-    """Which responses to held-out prompts are right, by --eval-benchmark. ValueError for programs where they cannot be
-    confined."""
+    """Which responses to held-out prompts are right, by --eval-benchmark. ValueError for programs where they
+    cannot be confined."""
     benchmark = config.evaluation.eval_benchmark
     if benchmark == "exact_match":
         return partial(equals_label, tokenizer=student)
@@ -656,7 +692,9 @@ def build_vllm_engine(
 
         on_first_rank(make_room, str(root), flag=flag)
         dtype = torch.bfloat16 if config.training.bf16 else torch.float32
-        save_hf_weights(model, architecture, groups, template=config.model.folder, save=str(folder), dtype=dtype)
+        save_hf_weights(
+            model, architecture, groups, template=config.model.folder, save=str(folder), dtype=dtype
+        )
         return str(folder)
 
     def log_probs(prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[np.ndarray]:
@@ -665,7 +703,9 @@ def build_vllm_engine(
         model.eval()
         try:
             with whole_sequences(model):
-                requests = [own_tokens(prompt, rollout) for prompt, rollout in zip(prompts, rollouts, strict=True)]
+                requests = [
+                    own_tokens(prompt, rollout) for prompt, rollout in zip(prompts, rollouts, strict=True)
+                ]
                 return [(s.own_logit - s.lse).float().cpu().numpy() for s in forward.run([requests])]
         finally:
             model.train(was_training)
@@ -713,7 +753,9 @@ def build_placement(config: Config, model: HiddenStateModel | InterleavedModel, 
     if pair.alignment_map is None:
         vocab_size = pair.student.table.num_ids
         return VocabPlacement.student_only(student_vocab_size=vocab_size, shard_start=start, shard_end=end)
-    return pair.alignment_map.placement(shard_start=start, shard_end=end, stop_bridge=config.interface.stop_bridge)
+    return pair.alignment_map.placement(
+        shard_start=start, shard_end=end, stop_bridge=config.interface.stop_bridge
+    )
 
 
 def _leave_to_last_stage(labels: LabelBatch) -> None:

@@ -1,4 +1,6 @@
-"""What the fields of a JSON file that others wrote may hold: any other value is a ValueError that names it."""
+"""What the fields of a JSON file that others wrote may hold: any other value is a ValueError that names
+it.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """What every job opens from its options: tokenizers, chat templates, the alignment map, models.
 
-Errors name the flag. Used by the student's job (job.py), the teacher's (serve_teacher.py), the pre-flight and tools.
+Errors name the flag. Used by the student's job (job.py), the teacher's (serve_teacher.py), the pre-flight and
+tools.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ class Pair:
 
 
 def open_pair(config: Config, *, say: Callable[[str], object] = lambda line: None) -> Pair:
-    """The tokenizers and the alignment map of the run. ValueError, naming the flag, for what cannot be opened.
+    """The tokenizers and the alignment map of the run. ValueError, naming the flag, for what cannot be
+    opened.
 
     say: told, in a line, of what takes long.
     """
@@ -111,12 +113,15 @@ def open_alignment_map(config: Config, student: Tokenizer, teacher: Tokenizer) -
     folder = config.data.simct_alignment_map
     if config.interface.interface == "kd":
         if folder is not None:
-            raise ValueError(f"--simct-alignment-map {folder}: interface kd pairs every id with itself; leave it out")
+            raise ValueError(
+                f"--simct-alignment-map {folder}: interface kd pairs every id with itself; leave it out"
+            )
         return identity_map(student, teacher)
     if config.interface.shared == "released":
         if folder is not None:
             raise ValueError(
-                f"--simct-alignment-map {folder}: its pairs are of equal bytes; leave out --simct-shared released"
+                f"--simct-alignment-map {folder}: its pairs are of equal bytes; leave out --simct-shared "
+                "released"
             )
         return released_map(student, teacher)
     if folder is None:
@@ -135,8 +140,8 @@ def open_chat_template(
         return None
     if tokenizer.encode_chat is None:
         raise ValueError(
-            f"--apply-chat-template: --{prefix}tokenizer-model {tokenizer.name} cannot read the special tokens of a "
-            "chat; it needs a tokenizer.json"
+            f"--apply-chat-template: --{prefix}tokenizer-model {tokenizer.name} cannot read the special "
+            "tokens of a chat; it needs a tokenizer.json"
         )
     return ChatTemplate.load(
         options.folder,
@@ -147,8 +152,8 @@ def open_chat_template(
 
 
 def prompt_date(config: Config) -> str | None:
-    """What --chat-template-date is if it is not given: that of the run that --load resumes, else today's date. None if
-    no template is applied."""
+    """What --chat-template-date is if it is not given: that of the run that --load resumes, else today's
+    date. None if no template is applied."""
     if not config.data.apply_chat_template:
         return None
     given, load = config.data.chat_template_date, config.output.load
@@ -156,8 +161,10 @@ def prompt_date(config: Config) -> str | None:
 
 
 def open_held_out(config: Config) -> tuple[list[Row], list[Problem]]:
-    """The prompts of --eval-prompt-data, and the problems of --eval-benchmark whose numbers are the prompts' labels; no
-    problems where labels are what is compared. ValueError, naming the flag, for a file that is not as expected."""
+    """The prompts of --eval-prompt-data, and the problems of --eval-benchmark whose numbers are the prompts'
+    labels; no problems where labels are what is compared. ValueError, naming the flag, for a file that is not
+    as expected.
+    """
     data, benchmark = config.data, config.evaluation.eval_benchmark
     path, flag = data.eval_prompt_data, "--eval-prompt-data"
     assert path is not None, "there are held-out prompts"
@@ -193,7 +200,9 @@ def _completion(problem: Problem, flag: str) -> str:
 
 
 def open_thinking(chat: ChatTemplate | None, marks: Sequence[str] | None = None) -> Thinking:
-    """How the model marks its thinking: by these marks, or by those of the chat template that it is asked with."""
+    """How the model marks its thinking: by these marks, or by those of the chat template that it is asked
+    with.
+    """
     if chat is None:
         return find_thinking("", "", marks)
     try:
@@ -206,7 +215,9 @@ def open_thinking(chat: ChatTemplate | None, marks: Sequence[str] | None = None)
 def load_model(
     config: Config, options: ModelConfig, groups: Groups, tokenizer: Tokenizer, *, prefix: str
 ) -> HiddenStateModel | InterleavedModel:
-    """The model of one side: weights of --[teacher-]pretrained-checkpoint, else of the folder, else random."""
+    """The model of one side: weights of --[teacher-]pretrained-checkpoint, else of the folder, else
+    random.
+    """
     return open_model(
         options,
         config.parallel.for_teacher if prefix else config.parallel,
@@ -234,11 +245,13 @@ def open_model(
     more: Mapping[str, Any] = MappingProxyType({}),
     local_layers: bool = False,
 ) -> HiddenStateModel | InterleavedModel:
-    """See load_model; `longest` as in Rotary, `more` and `local_layers` as in build_model. verified: compare files with
-    their hashes first."""
+    """See load_model; `longest` as in Rotary, `more` and `local_layers` as in build_model. verified: compare
+    files with their hashes first."""
     flag = f"--{prefix}hf-checkpoint"
     architecture = read_architecture(options.folder, flag=flag)
-    has_weights = options.pretrained_checkpoint is not None or find_weights(options.folder, flag=flag) is not None
+    has_weights = (
+        options.pretrained_checkpoint is not None or find_weights(options.folder, flag=flag) is not None
+    )
     model = build_model(
         architecture,
         parallel,
@@ -263,18 +276,24 @@ def open_model(
         if quantised is not None and groups.is_first_rank:
             kind = "bfloat16" if bf16 else "float32"
             print(f" {flag} {options.folder}: {quantised.label}, which becomes {kind} in memory", flush=True)
-        load_hf_weights(model, architecture, options.folder, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag=flag)
+        load_hf_weights(
+            model, architecture, options.folder, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag=flag
+        )
     return model
 
 
-def build_byte_order(model: HiddenStateModel | InterleavedModel, groups: Groups, tokenizer: Tokenizer) -> ByteOrder:
+def build_byte_order(
+    model: HiddenStateModel | InterleavedModel, groups: Groups, tokenizer: Tokenizer
+) -> ByteOrder:
     """This rank's slice of a vocabulary in the order of its bytes."""
     start, end = model.vocab_shard
     return ByteOrder.of(tokenizer.table, shard_start=start, shard_end=end, device=groups.device)
 
 
 def describe_teacher(folder: str, *, flag: str) -> Architecture | Head:
-    """What this job must know of a teacher that runs elsewhere: all of it if its family is known, else its head."""
+    """What this job must know of a teacher that runs elsewhere: all of it if its family is known, else its
+    head.
+    """
     try:
         return read_architecture(folder, flag=flag)
     except ValueError as error:

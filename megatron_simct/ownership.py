@@ -2,11 +2,12 @@
 
     DIR/.owner.1.lock    host, process, Slurm job and time of the run that writes into DIR; removed at its end
 
-A run that was killed leaves its lock. The next one takes over where the owner is provably gone: the same host has no
-such process, Slurm has queued the same job again, or Slurm no longer knows the job. Everything else is refused with the
-line that removes the lock. A lock gets its name by a hard link, which one of several runs gets, on NFS too. Who takes
-over makes the next number and looks again before it counts as the owner, so that of two runs that both find a lock of
-the dead at most one goes on. The kernel's own locks would need a lock service on every file system.
+A run that was killed leaves its lock. The next one takes over where the owner is provably gone: the same host
+has no such process, Slurm has queued the same job again, or Slurm no longer knows the job. Everything else is
+refused with the line that removes the lock. A lock gets its name by a hard link, which one of several runs
+gets, on NFS too. Who takes over makes the next number and looks again before it counts as the owner, so that
+of two runs that both find a lock of the dead at most one goes on. The kernel's own locks would need a lock
+service on every file system.
 """
 
 from __future__ import annotations
@@ -78,7 +79,12 @@ class Owner:
 
     def is_process_of(self, other: Owner) -> bool:
         """Whether both are lives of one process."""
-        return (self.host, self.pids, self.pid, self.start) == (other.host, other.pids, other.pid, other.start)
+        return (self.host, self.pids, self.pid, self.start) == (
+            other.host,
+            other.pids,
+            other.pid,
+            other.start,
+        )
 
     def __str__(self) -> str:
         job = f", Slurm job {self.job}" if self.job else ""
@@ -102,8 +108,8 @@ class Lock:
 def take(folder: Path, *, name: str = "owner", what: str) -> Lock:
     """Make the folder this process's own. It is made where it is missing.
 
-    what: begins the message, a flag and its value. Raises ValueError where another run owns it, or may own it; OSError
-    where the disk refuses.
+    what: begins the message, a flag and its value. Raises ValueError where another run owns it, or may own
+    it; OSError where the disk refuses.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ours = Owner.this_process()
@@ -123,7 +129,9 @@ def take(folder: Path, *, name: str = "owner", what: str) -> Lock:
             return lock
         lock.release()  # somebody came in the same moment: both look again
         time.sleep(random.random() * 0.05)
-    raise ValueError(f"{what}: another run starts there at the same moment; start this one again when that has ended")
+    raise ValueError(
+        f"{what}: another run starts there at the same moment; start this one again when that has ended"
+    )
 
 
 def owner_of(folder: Path, *, name: str = "owner") -> Owner | None:
@@ -159,7 +167,10 @@ def _refusal(what: str, path: Path, owner: Owner | None, ours: Owner) -> str:
         return f"{what}: its lock {path} cannot be read; where no run writes there: {remedy}"
     if owner.host == ours.host and owner.pids == ours.pids:
         return f"{what}: another run writes there ({owner}); end it first, or name another directory"
-    return f"{what}: another run writes there ({owner}), as far as can be seen from here; if it has ended: {remedy}"
+    return (
+        f"{what}: another run writes there ({owner}), as far as can be seen from here; if it has ended: "
+        f"{remedy}"
+    )
 
 
 def _link_new(lock: Lock) -> bool:
@@ -185,7 +196,9 @@ def _link_new(lock: Lock) -> bool:
 
 
 def _make_new(lock: Lock) -> bool:
-    """The same on a file system without hard links, where a lock that is being written is one that nobody can read."""
+    """The same on a file system without hard links, where a lock that is being written is one that nobody can
+    read.
+    """
     try:
         descriptor = os.open(lock.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     except FileExistsError:
@@ -236,7 +249,10 @@ def _runs(pid: int, start: str) -> bool:
 
 
 def _start(pid: int) -> str:
-    """When a process started; empty where that cannot be read. Linux counts from the boot: no clock moves it."""
+    """When a process started; empty where that cannot be read.
+
+    Linux counts from the boot: no clock moves it.
+    """
     with contextlib.suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     with contextlib.suppress(psutil.Error):
@@ -250,7 +266,9 @@ def _unknown_to_slurm(job: str) -> bool:
         return False
     command = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=_SQUEUE_S, stdin=subprocess.DEVNULL)
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=_SQUEUE_S, stdin=subprocess.DEVNULL
+        )
     except (OSError, subprocess.TimeoutExpired):
         return False
     if result.returncode:

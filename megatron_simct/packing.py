@@ -1,8 +1,8 @@
 """Samples of one rank -> micro-batches, with the labels of each packed side by side.
 
-Either a fixed number of sequences each, padded on the right to the longest of their micro-batch, or as many as
---max-tokens-per-gpu allows, packed one after another in one row. A label's row is its predecessor's position, so
-padding never carries a label and needs no mask in a causal model.
+Either a fixed number of sequences each, padded on the right to the longest of their micro-batch, or as many
+as --max-tokens-per-gpu allows, packed one after another in one row. A label's row is its predecessor's
+position, so padding never carries a label and needs no mask in a causal model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ from megatron_simct.records import (
 Entries = Callable[[Rollout, AlignedPair, ScoredPair], EntryBatch]
 """LabelBatch.entries of one response, for interfaces that compare single tokens."""
 Cut = Callable[[Sequence[int]], list[list[int]]]
-"""Lengths of a rank's sequences -> which of them each micro-batch has. Collective where ranks must cut alike."""
+"""Lengths of a rank's sequences -> which of them each micro-batch has.
+
+Collective where ranks must cut alike.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,10 +64,10 @@ def pack_micro_batches(
 ) -> list[MicroBatch]:
     """The micro-batches of a step, as `cut` says, their sequences packed or padded to `multiple_of` tokens.
 
-    prompts, rollouts and pairs are in one order; scored pairs come in any order and are matched by sample id. Tensors
-    are on the CPU, but for what the teacher left on a device. `check` raises ValueError for labels that the loss could
-    not read; it runs here, before anything is moved. context: see sequence_batch. advantages: of the samples,
-    by id, times the weight of their term.
+    prompts, rollouts and pairs are in one order; scored pairs come in any order and are matched by sample id.
+    Tensors are on the CPU, but for what the teacher left on a device. `check` raises ValueError for labels
+    that the loss could not read; it runs here, before anything is moved. context: see sequence_batch.
+    advantages: of the samples, by id, times the weight of their term.
     """
     scored = list(scored)
     scores = {score.sample_id: score for score in scored}
@@ -72,10 +75,18 @@ def pack_micro_batches(
     assert ids == scored_ids, f"every pair is scored once: samples {ids}, scores of {scored_ids}"
     assert len(scores) == len(ids), f"sample ids are unique: {ids}"
     samples = [(p, r, a, scores[a.sample_id]) for p, r, a in zip(prompts, rollouts, pairs, strict=True)]
-    assert all(p.sample_id == r.sample_id == a.sample_id for p, r, a, _ in samples), "records are in one order"
+    assert all(p.sample_id == r.sample_id == a.sample_id for p, r, a, _ in samples), (
+        "records are in one order"
+    )
     lengths = [len(prompt.student_ids) + len(rollout.student_ids) for prompt, rollout, _, _ in samples]
     batches = [
-        _pack([samples[i] for i in chosen], packed=packed, multiple_of=multiple_of, context=context, entries=entries)
+        _pack(
+            [samples[i] for i in chosen],
+            packed=packed,
+            multiple_of=multiple_of,
+            context=context,
+            entries=entries,
+        )
         for chosen in cut(lengths)
     ]
     if advantages is not None:
@@ -102,9 +113,9 @@ def by_tokens(
 ) -> list[list[int]]:
     """As few micro-batches of at most max_tokens as first-fit decreasing finds, that with most tokens first.
 
-    A sequence that is longer than max_tokens is a micro-batch of its own. agree: from the number that this rank needs
-    to the one that all ranks have, which is at most the number of sequences; the largest micro-batches are halved
-    until there are so many.
+    A sequence that is longer than max_tokens is a micro-batch of its own. agree: from the number that this
+    rank needs to the one that all ranks have, which is at most the number of sequences; the largest
+    micro-batches are halved until there are so many.
     """
     bins: list[list[int]] = []
     totals: list[int] = []
@@ -140,7 +151,8 @@ def sequence_batch(
     multiple_of: int = 1,
     context: Context | None = None,
 ) -> SequenceBatch:
-    """Prompts with their responses, whose tokens are the labels, packed in one row or padded beside each other.
+    """Prompts with their responses, whose tokens are the labels, packed in one row or padded beside each
+    other.
 
     context: which tokens of the rows are this rank's; None: all.
     """
@@ -163,14 +175,18 @@ def sequence_batch(
         lengths = None
         row_of_sample = np.arange(len(sequences))
     starts = zip(first_labels, label_lens, strict=True)
-    places = torch.from_numpy(np.concatenate([first - 1 + np.arange(n) for first, n in starts]).astype(np.int64))
+    places = torch.from_numpy(
+        np.concatenate([first - 1 + np.arange(n) for first, n in starts]).astype(np.int64)
+    )
     row_of_label = torch.from_numpy(row_of_sample.repeat(label_lens))
     index = owner = None
     if context is not None:
         num_tokens = tokens.shape[1]
         owners, local = torch.empty(num_tokens, dtype=torch.int64), torch.empty(num_tokens, dtype=torch.int64)
         for rank in range(context.size):
-            kept = torch.cat([torch.arange(piece.start, piece.stop) for piece in context.pieces(num_tokens, rank)])
+            kept = torch.cat(
+                [torch.arange(piece.start, piece.stop) for piece in context.pieces(num_tokens, rank)]
+            )
             owners[kept], local[kept] = rank, torch.arange(len(kept))
         here = (owners == context.rank).nonzero()[:, 0]
         here = here[local[here].argsort()]
@@ -219,7 +235,9 @@ def _pack(
         labels = replace(labels, entries=pack_entries(of_samples))
     if context is not None and labels.byte_batch is not None:
         assert sequences.label_owner is not None, "ranks that share sequences know who has which label"
-        labels = replace(labels, byte_batch=part_of_events(labels.byte_batch, sequences.label_owner, context.rank))
+        labels = replace(
+            labels, byte_batch=part_of_events(labels.byte_batch, sequences.label_owner, context.rank)
+        )
     return MicroBatch(
         sample_ids=tuple(prompt.sample_id for prompt, _, _, _ in samples),
         num_labels=tuple(len(response) for response in responses),
@@ -229,7 +247,9 @@ def _pack(
 
 
 def _pack_labels(samples: Sequence[tuple[Rollout, AlignedPair, ScoredPair]]) -> LabelBatch:
-    """Shift each sample's segments by the labels before it, and find the hidden row of each segment's first label."""
+    """Shift each sample's segments by the labels before it, and find the hidden row of each segment's first
+    label.
+    """
     segments, hidden_index = [], []
     teacher_offset = student_offset = hidden_offset = 0
     for rollout, pair, _ in samples:
@@ -240,7 +260,9 @@ def _pack_labels(samples: Sequence[tuple[Rollout, AlignedPair, ScoredPair]]) -> 
         teacher_offset += len(pair.teacher_ids)
         student_offset += len(rollout.student_ids)
         hidden_offset += len(pair.teacher_rows)
-    events = [pair.byte_events for _, pair, score in samples if score.byte_logprobs is not None and pair.byte_events]
+    events = [
+        pair.byte_events for _, pair, score in samples if score.byte_logprobs is not None and pair.byte_events
+    ]
     hidden = [score.hidden for _, _, score in samples if score.hidden is not None]
     topk = [score.topk for _, _, score in samples if score.topk is not None]
 
@@ -260,7 +282,9 @@ def _pack_labels(samples: Sequence[tuple[Rollout, AlignedPair, ScoredPair]]) -> 
         teacher_hidden_index=ints(hidden_index),
         teacher_topk=torch.cat(topk) if topk else None,
         sampling_log_probs=torch.from_numpy(np.concatenate([rollout.logprobs for rollout, _, _ in samples])),
-        response_starts=torch.from_numpy(np.cumsum([0, *(len(rollout.student_ids) for rollout, _, _ in samples[:-1])])),
+        response_starts=torch.from_numpy(
+            np.cumsum([0, *(len(rollout.student_ids) for rollout, _, _ in samples[:-1])])
+        ),
         byte_batch=(
             pack_byte_events(
                 events,
@@ -337,13 +361,16 @@ def pack_byte_sides(sides: Sequence[ByteSide], num_labels: Sequence[int]) -> Byt
         segment_row=_joined([side.segment_row for side in sides], num_labels),
         segment_start=_joined([side.segment_start for side in sides]),
         entry_slot=_joined([side.entry_slot for side in sides], [side.last_row.size for side in sides]),
-        entry_segment=_joined([side.entry_segment for side in sides], [side.segment_row.size for side in sides]),
+        entry_segment=_joined(
+            [side.entry_segment for side in sides], [side.segment_row.size for side in sides]
+        ),
         last_row=_joined([side.last_row for side in sides], num_labels),
     )
 
 
 def part_of_bytes(side: ByteSideBatch, owner: torch.Tensor, rank: int) -> ByteSidePart:
-    """What this context-parallel rank sums of one model's slots. owner int64 [N]: the rank that has each label's row.
+    """What this context-parallel rank sums of one model's slots. owner int64 [N]: the rank that has each
+    label's row.
 
     The same numbers of exchanged segments on every rank: all know the whole batch.
     """
@@ -402,7 +429,9 @@ def part_of_events(batch: ByteBatch, owner: torch.Tensor, rank: int) -> ByteBatc
 
 
 def _chosen_caps(slot_cap: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """slot_cap of these slots, in their numbers; a slot and its cap are of one position, so both are among them."""
+    """slot_cap of these slots, in their numbers; a slot and its cap are of one position, so both are among
+    them.
+    """
     caps = slot_cap[slots]
     return torch.where(caps >= 0, _numbers(slots, len(slot_cap))[caps.clamp(min=0)], -1)
 
@@ -415,11 +444,15 @@ def _numbers(chosen: torch.Tensor, size: int) -> torch.Tensor:
 def _joined(arrays: Sequence[np.ndarray], sizes: Sequence[int] | None = None) -> torch.Tensor:
     """int64: the arrays one after another, each shifted by the sizes of those before it."""
     offsets = np.cumsum([0, *(sizes or [0] * len(arrays))])[:-1]
-    return torch.from_numpy(np.concatenate([a.astype(np.int64) + by for a, by in zip(arrays, offsets, strict=True)]))
+    return torch.from_numpy(
+        np.concatenate([a.astype(np.int64) + by for a, by in zip(arrays, offsets, strict=True)])
+    )
 
 
 def _row_of_first_label(pair: AlignedPair) -> np.ndarray:
-    """int64 [A]: index into teacher_rows of each segment's first teacher label, -1 where it was not asked for."""
+    """int64 [A]: index into teacher_rows of each segment's first teacher label, -1 where it was not asked
+    for.
+    """
     first = pair.segments[:, 0]
     where = np.searchsorted(pair.teacher_rows, first)
     found = where < len(pair.teacher_rows)

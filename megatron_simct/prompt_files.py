@@ -1,8 +1,8 @@
 """Files of prompts as people have them, and what the prompt, the answer and the label of a row are.
 
-Rows are JSON lines, one JSON list, Parquet or Arrow; text may be packed by gzip and may have byte order marks. A prompt
-is a text or a conversation. Training, preparation, evaluation and the check before a run read files through this
-module only, so a row means the same to each of them, or each of them refuses it.
+Rows are JSON lines, one JSON list, Parquet or Arrow; text may be packed by gzip and may have byte order
+marks. A prompt is a text or a conversation. Training, preparation, evaluation and the check before a run read
+files through this module only, so a row means the same to each of them, or each of them refuses it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,10 @@ Message = dict[str, Any]
 
 
 class RowError(ValueError):
-    """A row that cannot be used. `reason` is the same for all rows of a kind, so rows can be counted by it."""
+    """A row that cannot be used.
+
+    `reason` is the same for all rows of a kind, so rows can be counted by it.
+    """
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason} ({detail})" if detail else reason)
@@ -72,12 +75,18 @@ class RowError(ValueError):
 
 
 def read_rows(path: str | Path, *, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row with its place, for messages: `name`, which is the flag and the file, and a line or a row number.
+    """Each row with its place, for messages: `name`, which is the flag and the file, and a line or a row
+    number.
 
-    Raises ValueError of one line, beginning with `name` or the place, if the file or one of its rows cannot be read.
+    Raises ValueError of one line, beginning with `name` or the place, if the file or one of its rows cannot
+    be read.
     """
     kind = Path(path).suffix
-    rows = _table_rows(Path(path), kind, name) if kind in (".parquet", ".arrow") else _text_rows(Path(path), name)
+    rows = (
+        _table_rows(Path(path), kind, name)
+        if kind in (".parquet", ".arrow")
+        else _text_rows(Path(path), name)
+    )
     for place, row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"{place}: expected a JSON object, found {type(row).__name__}")
@@ -164,7 +173,9 @@ def _arrow_rows(path: Path, kind: str) -> Iterator[dict[str, Any]]:
             is_file = file.read(6) == b"ARROW1"
             file.seek(0)
             reader = pyarrow.ipc.open_file(file) if is_file else pyarrow.ipc.open_stream(file)
-            batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else iter(reader)
+            batches = (
+                (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else iter(reader)
+            )
         for batch in batches:
             yield from batch.to_pylist()
 
@@ -173,7 +184,8 @@ def _arrow_rows(path: Path, kind: str) -> Iterator[dict[str, Any]]:
 
 
 def prompt_of(row: dict[str, Any], keys: Sequence[str]) -> tuple[str | list[Message], Message | None]:
-    """The prompt under the first of these keys that the row has, and the assistant's message that closes it, if any.
+    """The prompt under the first of these keys that the row has, and the assistant's message that closes it,
+    if any.
 
     A prompt is a text, or messages up to the one that the assistant answers. Raises RowError.
     """
@@ -183,7 +195,9 @@ def prompt_of(row: dict[str, Any], keys: Sequence[str]) -> tuple[str | list[Mess
     prompt = row[key]
     if isinstance(prompt, str):
         if _QUOTED_CONVERSATION.match(prompt):
-            raise RowError(f"a conversation in quotes under {key!r}", "write it as a JSON list, not as a string")
+            raise RowError(
+                f"a conversation in quotes under {key!r}", "write it as a JSON list, not as a string"
+            )
         _check_encodable(prompt, repr(key))
         return prompt, None
     if not isinstance(prompt, list) or not prompt:
@@ -203,9 +217,9 @@ def prompt_of(row: dict[str, Any], keys: Sequence[str]) -> tuple[str | list[Mess
 def teacher_prompt_of(row: dict[str, Any], prompt: str | Sequence[Message]) -> str | list[Message] | None:
     """What the teacher reads in place of the prompt, if the row says so; else None.
 
-    `teacher_messages` and `teacher_prompt` replace the prompt. `teacher_system` replaces or adds the first message, of
-    the role "system"; `teacher_suffix` stands behind the last message or the text. `prompt` is the student's, as it is
-    read: a text, or messages. Raises RowError.
+    `teacher_messages` and `teacher_prompt` replace the prompt. `teacher_system` replaces or adds the first
+    message, of the role "system"; `teacher_suffix` stands behind the last message or the text. `prompt` is
+    the student's, as it is read: a text, or messages. Raises RowError.
     """
     given = [key for key in TEACHER_KEYS if row.get(key) is not None]
     whole = [key for key in given if key in ("teacher_messages", "teacher_prompt")]
@@ -216,7 +230,9 @@ def teacher_prompt_of(row: dict[str, Any], prompt: str | Sequence[Message]) -> s
     if whole:
         own, answer = prompt_of(row, whole)
         if answer is not None:
-            raise RowError(f"{whole[0]!r} ends with an answer", "the teacher reads the student's; leave it out")
+            raise RowError(
+                f"{whole[0]!r} ends with an answer", "the teacher reads the student's; leave it out"
+            )
         return own
     for key in given:
         if not isinstance(row[key], str):
@@ -232,7 +248,9 @@ def teacher_prompt_of(row: dict[str, Any], prompt: str | Sequence[Message]) -> s
     if system is None:
         return messages
     if not system:
-        raise RowError("an empty 'teacher_system'", "leave it out, or write 'teacher_messages' without the role system")
+        raise RowError(
+            "an empty 'teacher_system'", "leave it out, or write 'teacher_messages' without the role system"
+        )
     return [{"role": "system", "content": system}, *messages[messages[0]["role"] == "system" :]]
 
 
@@ -248,7 +266,9 @@ def _message(value: Any, where: str) -> Message:
             raise RowError(f"messages from {speaker!r}", f"{where}; known are {known}")
         message = {"role": _SPEAKERS[speaker], "content": message.pop("value")} | message
     if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str | list):
-        raise RowError("messages without role and content", f"{where} needs 'role' and 'content', both strings")
+        raise RowError(
+            "messages without role and content", f"{where} needs 'role' and 'content', both strings"
+        )
     if message.get("prefix") is True:
         raise RowError("an answer that is to be continued", f"{where} has 'prefix': true")
     message["content"] = _content(message["content"], where)
@@ -266,14 +286,17 @@ def _content(content: str | list[Any], where: str) -> str:
     for part in content:
         if not isinstance(part, dict) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, dict) else part
-            raise RowError(f"a part that is not text: {str(kind)[:40]}", f"{where}; parts of the type 'text' are read")
+            raise RowError(
+                f"a part that is not text: {str(kind)[:40]}", f"{where}; parts of the type 'text' are read"
+            )
         if not isinstance(part.get("text"), str):
             raise RowError("a part of the type 'text' without a text", where)
     return "".join(part["text"] for part in content)
 
 
 def response_of(row: dict[str, Any], key: str, answer: Message | None, *, needed: bool) -> str | None:
-    """The given response: the text or the assistant's message under `key`, or else what closes the conversation.
+    """The given response: the text or the assistant's message under `key`, or else what closes the
+    conversation.
 
     Raises RowError if there are two that differ, and, if one is needed, if there is none.
     """
@@ -296,7 +319,9 @@ def _answer_text(answer: Message, *, needed: bool) -> str | None:
     for key in _MORE_OF_AN_ANSWER:
         if answer.get(key):
             if needed:
-                raise RowError(f"an answer with {key}", "a response is a text; write it as the template would")
+                raise RowError(
+                    f"an answer with {key}", "a response is a text; write it as the template would"
+                )
             return None
     return answer["content"] or None  # an empty one holds the place of an answer
 
@@ -306,7 +331,10 @@ def _has(row: dict[str, Any]) -> str:
 
 
 def label_of(row: dict[str, Any], key: str) -> str:
-    """The label as a text: a string as it is, a number or a truth value as JSON spells it. Raises RowError."""
+    """The label as a text: a string as it is, a number or a truth value as JSON spells it.
+
+    Raises RowError.
+    """
     value = row.get(key)
     if value is None:
         raise RowError(f"no {key}", _has(row))

@@ -3,16 +3,18 @@
     prompts -> rollout -> alignment -> teacher -> losses -> update
        Prompt -> Rollout -> AlignedPair -> ScoredPair -> MicroBatch
 
-Every record is frozen and says the shape of each field. Records of one sample hold numpy arrays (they are built on
-CPU workers and travel between processes); records that a model reads or wrote hold torch tensors.
+Every record is frozen and says the shape of each field. Records of one sample hold numpy arrays (they are
+built on CPU workers and travel between processes); records that a model reads or wrote hold torch tensors.
 
 Shape letters, used in the whole package:
-    B sequences   S padded sequence   N student labels   M teacher labels   A segments   R requested teacher rows
+    B sequences   S padded sequence   N student labels   M teacher labels   A segments   R requested teacher
+    rows
     V full vocabulary   W this rank's slice of it (W = padded V / tp)   C shared tokens   H hidden size
 Student and teacher are told apart by a prefix or by the suffixes _S and _T.
 
 A *label* is a response token; label p of a response is predicted by row (prompt length + p - 1) of the model.
-A *segment* (ts, te, ss, se) says that teacher labels [ts, te) and student labels [ss, se) spell the same bytes.
+A *segment* (ts, te, ss, se) says that teacher labels [ts, te) and student labels [ss, se) spell the same
+bytes.
 
 Example. The student samples "ha" "ppy" "</s>", the teacher's tokenizer says "hap" "py" "<|im_end|>":
     segments = [[0, 2, 0, 2],    "happy", a unit of two tokens on both sides
@@ -33,11 +35,13 @@ if TYPE_CHECKING:
 
 
 class SegmentKind(IntEnum):
-    """What a segment is to the loss (method: a row of U is the shared tokens, plus the unit where there is one)."""
+    """What a segment is to the loss (method: a row of U is the shared tokens, plus the unit where there is
+    one).
+    """
 
     SHARED = 0
-    """One token on each side, and the two are a pair of the shared vocabulary, or a match of the authors' walk: the row
-    has no unit column."""
+    """One token on each side, and the two are a pair of the shared vocabulary, or a match of the authors'
+    walk: the row has no unit column."""
     UNIT = 1
     """Anything else: the row has a unit column scored over the segment's tokens."""
     STOP = 2
@@ -47,15 +51,17 @@ class SegmentKind(IntEnum):
 STOP, REST, SPREAD, OUTSIDE = 256, 257, 258, 259
 """What a slot of ByteEvents stands for, beside the bytes 0 .. 255; the last two are no events."""
 OTHERS, FREE, ENDED, CAP = 260, 261, 262, 263
-"""The same in the events of `plan_byte_bounds`: several bytes, or ids without content; the last three are no events."""
+"""The same in the events of `plan_byte_bounds`: several bytes, or ids without content; the last three are no
+events.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ByteSide:
     """What one model sums for the interface `bytes` (alignment/byte_events.py).
 
-    Every row's vocabulary, in the order of its bytes, is cut into consecutive segments, and a slot adds up segments of
-    one or several rows. G segments, X entries, E slots.
+    Every row's vocabulary, in the order of its bytes, is cut into consecutive segments, and a slot adds up
+    segments of one or several rows. G segments, X entries, E slots.
     """
 
     segment_row: np.ndarray
@@ -72,21 +78,27 @@ class ByteSide:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ByteEvents:
-    """Where and on what two models' next-byte distributions are compared. Slots are in the order of the positions."""
+    """Where and on what two models' next-byte distributions are compared.
+
+    Slots are in the order of the positions.
+    """
 
     num_positions: int
     """P: byte positions that have at least two events."""
     slot_position: np.ndarray
     """int32 [E], ascending."""
     slot_event: np.ndarray
-    """int16 [E]: a byte, STOP or OTHERS; FREE: mass that any event may have; ENDED: mass that all events may have whose
-    slot_cap it is, CAP: the part of ENDED that these events may have. With bounds of the longest match a byte, STOP or
-    REST; SPREAD: how much more a loose byte may have; OUTSIDE, in mixtures only: what is in no event of a position
-    without REST."""
+    """int16 [E]: a byte, STOP or OTHERS; FREE: mass that any event may have; ENDED: mass that all events may
+    have whose slot_cap it is, CAP: the part of ENDED that these events may have. With bounds of the longest
+    match a byte, STOP or REST; SPREAD: how much more a loose byte may have; OUTSIDE, in mixtures only: what
+    is in no event of a position without REST."""
     student: ByteSide
     teacher: ByteSide
     slot_cap: np.ndarray | None = None
-    """int32 [E]: the slot that bounds an event, beside FREE; -1 for none. None with bounds of the longest match."""
+    """int32 [E]: the slot that bounds an event, beside FREE; -1 for none.
+
+    None with bounds of the longest match.
+    """
     student_loose: np.ndarray | None = None
     """bool [E], with bounds of the longest match: bytes that the student's rows bound from below only."""
     teacher_loose: np.ndarray | None = None
@@ -97,15 +109,18 @@ class ByteEvents:
 class TeacherNeeds:
     """What an interface asks of the teacher, so that nothing else is computed or sent.
 
-    Own logits and log-sum-exp (8 bytes a label) always come; `hidden_rows` says which rows of hidden state come too:
-    "none", "one_to_one" (segments of kind SHARED and STOP), "first" (the first teacher row of every segment), "all".
+    Own logits and log-sum-exp (8 bytes a label) always come; `hidden_rows` says which rows of hidden state
+    come too: "none", "one_to_one" (segments of kind SHARED and STOP), "first" (the first teacher row of every
+    segment), "all".
     """
 
     teacher: bool = True
     hidden_rows: Literal["none", "one_to_one", "first", "all"] = "first"
     segmentation: Literal["minimal", "authors"] = "minimal"
     topk: int = 0
-    """Log-probabilities of the likeliest tokens that come for each row of hidden_rows, in place of hidden states."""
+    """Log-probabilities of the likeliest tokens that come for each row of hidden_rows, in place of hidden
+    states.
+    """
     token_ids: bool = False
     """Whether the ids of these tokens come too (ScoredPair.topk_ids)."""
     byte_events: bool = False
@@ -127,7 +142,8 @@ class Prompt:
     """One conversation, rendered for both models. `data` -> `rollout`."""
 
     sample_id: int
-    """Unique in a run: it seeds the sampling, names the sample in logs, and pairs the records of later hops."""
+    """Unique in a run: it seeds the sampling, names the sample in logs, and pairs the records of later hops.
+    """
     student_ids: np.ndarray
     """int32 [ps]"""
     teacher_ids: np.ndarray
@@ -167,13 +183,17 @@ class AlignedPair:
     teacher_prompt_ids: np.ndarray
     """int32 [pt]"""
     teacher_ids: np.ndarray
-    """int32 [m], the teacher's labels: the retokenized response, with its stop token when the student stopped."""
+    """int32 [m], the teacher's labels: the retokenized response, with its stop token when the student
+    stopped.
+    """
     segments: np.ndarray
     """int32 [A, 4] of (ts, te, ss, se)."""
     kinds: np.ndarray
     """int8 [A] of SegmentKind."""
     replaced_columns: np.ndarray
-    """int32 [A]: student id of the shared token whose bytes a UNIT spells (its score replaces that column), or -1."""
+    """int32 [A]: student id of the shared token whose bytes a UNIT spells (its score replaces that column),
+    or -1.
+    """
     teacher_first_columns: np.ndarray
     """int32 [A]: student id of the shared token that the first teacher label of a UNIT is, or -1."""
     weights: np.ndarray
@@ -186,7 +206,8 @@ class AlignedPair:
     others: tuple[AlignedPair, ...] = ()
     """The same response for the other teachers of a mixture, with the same slots of byte_events."""
     counts: dict[str, int] = field(default_factory=dict)
-    """bytes, bytes_one_to_one, bytes_unit, bytes_dropped_<reason>, and other additive counts for the metrics."""
+    """bytes, bytes_one_to_one, bytes_unit, bytes_dropped_<reason>, and other additive counts for the metrics.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,11 +222,15 @@ class ScoredPair:
     hidden: torch.Tensor | None
     """[R, H_T]: what enters the LM head at AlignedPair.teacher_rows; None when no row was asked for."""
     topk: torch.Tensor | None = None
-    """float32 [R, k]: log-probabilities of the teacher's likeliest tokens at AlignedPair.teacher_rows, descending."""
+    """float32 [R, k]: log-probabilities of the teacher's likeliest tokens at AlignedPair.teacher_rows,
+    descending.
+    """
     topk_ids: torch.Tensor | None = None
     """int32 [R, k]: which tokens these are."""
     byte_logprobs: torch.Tensor | None = None
-    """float32 [E]: the teacher's log-probability of each slot of AlignedPair.byte_events, relative to its path."""
+    """float32 [E]: the teacher's log-probability of each slot of AlignedPair.byte_events, relative to its
+    path.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,8 +278,9 @@ class ByteSideBatch:
 class ByteSidePart:
     """What a context-parallel rank sums of a ByteSideBatch: the slots whose last row it has. All int64.
 
-    A slot may need segments of rows before that, which another rank has: their sums are exchanged. Only slots near a
-    cut have any. Segments are numbered anew: those of the rows here, then those of other ranks that slots here need.
+    A slot may need segments of rows before that, which another rank has: their sums are exchanged. Only slots
+    near a cut have any. Segments are numbered anew: those of the rows here, then those of other ranks that
+    slots here need.
     """
 
     rows: ByteSideBatch
@@ -279,7 +305,10 @@ class ByteSidePart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EntryBatch:
-    """Events of an interface that compares single tokens: one student token behind some student labels. E events."""
+    """Events of an interface that compares single tokens: one student token behind some student labels.
+
+    E events.
+    """
 
     segment: torch.Tensor
     """int64 [E]: the segment that an event belongs to."""
@@ -292,7 +321,8 @@ class EntryBatch:
     teacher_log_probs: torch.Tensor
     """[E]: the teacher's log-probability of the event."""
     group: torch.Tensor | None = None
-    """int64 [E]: entries that are one event together, side by side, have one number; -1: an event of its own."""
+    """int64 [E]: entries that are one event together, side by side, have one number; -1: an event of its own.
+    """
 
     def to(self, device: torch.device) -> EntryBatch:
         """The same with every tensor on the device."""
@@ -325,7 +355,9 @@ class LabelBatch:
     teacher_hidden: torch.Tensor | None
     """[R, H_T], rows of the whole micro-batch."""
     teacher_hidden_index: torch.Tensor
-    """int64 [A]: the row of `teacher_hidden` for the segment's first teacher label; -1 where none was asked for."""
+    """int64 [A]: the row of `teacher_hidden` for the segment's first teacher label; -1 where none was asked
+    for.
+    """
     teacher_topk: torch.Tensor | None = None
     """float32 [R, k], log-probabilities, descending; rows as in `teacher_hidden`."""
     byte_batch: ByteBatch | None = None
@@ -349,12 +381,16 @@ class SequenceBatch:
     position_ids: torch.Tensor
     """int64 [B, S], each token's place in its sequence; the same in every row."""
     lengths: tuple[int, ...] | None
-    """Tokens of each packed sequence, the last of them being what fills the row up; None: each row is a sequence."""
+    """Tokens of each packed sequence, the last of them being what fills the row up; None: each row is a
+    sequence.
+    """
     label_rows: torch.Tensor
-    """int64 [N]: the row of the model's output, flattened as [S * B, H], that predicts each label (s * B + b)."""
+    """int64 [N]: the row of the model's output, flattened as [S * B, H], that predicts each label (s * B +
+    b).
+    """
     label_index: torch.Tensor | None = None
-    """int64 [n], ascending: with context parallelism, the labels whose rows are here. S is then this rank's share of
-    the tokens, and label_rows [n] are of these labels."""
+    """int64 [n], ascending: with context parallelism, the labels whose rows are here. S is then this rank's
+    share of the tokens, and label_rows [n] are of these labels."""
     label_owner: torch.Tensor | None = None
     """int64 [N]: the context-parallel rank that has the row of each label."""
 
@@ -365,7 +401,10 @@ class SequenceBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """Sequences of the student and their labels. `losses` reads it, `update` feeds it to Megatron's schedule."""
+    """Sequences of the student and their labels.
+
+    `losses` reads it, `update` feeds it to Megatron's schedule.
+    """
 
     sample_ids: tuple[int, ...]
     """In the order of the sequences."""
@@ -387,6 +426,8 @@ def _moved(record: Any, device: torch.device) -> Any:
         value = getattr(record, name)
         if isinstance(value, torch.Tensor):
             changes[name] = value.to(device, non_blocking=True)
-        elif isinstance(value, LabelBatch | ByteBatch | ByteSideBatch | ByteSidePart | EntryBatch | SequenceBatch):
+        elif isinstance(
+            value, LabelBatch | ByteBatch | ByteSideBatch | ByteSidePart | EntryBatch | SequenceBatch
+        ):
             changes[name] = _moved(value, device)
     return replace(record, **changes)

@@ -1,7 +1,7 @@
 """The reward of each response: asked for when it is sampled, collected when the teacher's scores are.
 
-One rank of each model replica asks, so that all ranks of a replica train on the same numbers; responses to one prompt
-are compared over all replicas (update/advantages.py).
+One rank of each model replica asks, so that all ranks of a replica train on the same numbers; responses to
+one prompt are compared over all replicas (update/advantages.py).
 """
 
 from __future__ import annotations
@@ -49,7 +49,11 @@ class Rewarding:
         rewards = None if self.rewards is None else [self._reward(r, asked[r.sample_id]) for r in rollouts]
         ids = [rollout.sample_id for rollout in rollouts]
         found = exchange(
-            ids, rewards, step=ids[0] // self.batch_size, batch_size=self.batch_size, group_size=self.group_size
+            ids,
+            rewards,
+            step=ids[0] // self.batch_size,
+            batch_size=self.batch_size,
+            group_size=self.group_size,
         )
         weighted = {sample_id: self.weight * value for sample_id, value in found.of_samples.items()}
         return Advantages(of_samples=weighted, metrics=found.metrics)

@@ -1,17 +1,20 @@
-"""The teacher's job: answers students' requests until SIGTERM. Start it with torchrun, or directly as one process.
+"""The teacher's job: answers students' requests until SIGTERM. Start it with torchrun, or directly as one
+process.
 
     torchrun --nproc-per-node 8 -m megatron_simct.serve_teacher --tensor-model-parallel-size 8 \
         --teacher-hf-checkpoint TEACHER_DIR --run-dir runs/first
     torchrun ... -m megatron_simct.train ... --teacher-endpoint runs/first
 
-With --engine-endpoint the model runs in a vLLM server, and this job holds its LM head only (teacher/engine_front.py):
+With --engine-endpoint the model runs in a vLLM server, and this job holds its LM head only
+(teacher/engine_front.py):
 
     python -m megatron_simct.serve_teacher --engine-endpoint http://HOST:8000 \
         --teacher-hf-checkpoint TEACHER_DIR --run-dir runs/first
 
-It has a torchrun world and a layout of its own. Each data-parallel replica opens a door of its own; more replicas may
-be started later, in the same --run-dir, and any of them may be restarted. On SIGTERM a replica finishes what its model
-holds, hands back the rest, and ends with exit code 0; on one more it ends at once, as on the first while it loads.
+It has a torchrun world and a layout of its own. Each data-parallel replica opens a door of its own; more
+replicas may be started later, in the same --run-dir, and any of them may be restarted. On SIGTERM a replica
+finishes what its model holds, hands back the rest, and ends with exit code 0; on one more it ends at once, as
+on the first while it loads.
 """
 
 from __future__ import annotations
@@ -86,7 +89,11 @@ def serve_teacher(config: TeacherConfig, groups: Groups, signals: EndSignals) ->
 
 
 def _serve_model(
-    config: TeacherConfig, groups: Groups, signals: EndSignals, tokenizer: Tokenizer, map_fingerprint: str | None
+    config: TeacherConfig,
+    groups: Groups,
+    signals: EndSignals,
+    tokenizer: Tokenizer,
+    map_fingerprint: str | None,
 ) -> None:
     """Answer with a model on this job's ranks."""
     options, serving, flag = config.teacher, config.serving, "--teacher-hf-checkpoint"
@@ -133,9 +140,15 @@ def _serve_model(
 
 
 def _serve_engine(
-    config: TeacherConfig, groups: Groups, signals: EndSignals, tokenizer: Tokenizer, map_fingerprint: str | None
+    config: TeacherConfig,
+    groups: Groups,
+    signals: EndSignals,
+    tokenizer: Tokenizer,
+    map_fingerprint: str | None,
 ) -> None:
-    """Answer with hidden states of engines and the LM head here, or with log-probabilities of other servers."""
+    """Answer with hidden states of engines and the LM head here, or with log-probabilities of other
+    servers.
+    """
     options, serving, engine, flag = config.teacher, config.serving, config.engine, "--teacher-hf-checkpoint"
     signals.remember(groups.device)
     where, text = f"{flag} {options.folder}", read_probe_text(engine.probe_text)
@@ -171,7 +184,9 @@ def _serve_engine(
     print(said, flush=True)
     longest = min(serving.max_tokens_per_batch, served.max_model_len or serving.max_tokens_per_batch)
     described = describe_teacher(options.folder, flag=flag)
-    door = _open_door(config, groups, signals, described, tokenizer, map_fingerprint, served=served, longest=longest)
+    door = _open_door(
+        config, groups, signals, described, tokenizer, map_fingerprint, served=served, longest=longest
+    )
     serve_engine(
         door,
         EnginePool(clients, probe=probe, ask=ask),
@@ -200,7 +215,9 @@ def _open_door(
     options, serving = config.teacher, config.serving
     assert serving.run_dir is not None, "check() refuses a job without --run-dir"
     folder = endpoint_folder(serving.run_dir)
-    marks = fingerprints(options, described, tokenizer, longest=_longest(config), alignment_map=map_fingerprint)
+    marks = fingerprints(
+        options, described, tokenizer, longest=_longest(config), alignment_map=map_fingerprint
+    )
     if served is not None:
         marks["engine"] = f"{served.root}, vLLM {served.version}"
     door = Door(
@@ -227,7 +244,10 @@ def _longest(config: TeacherConfig) -> int:
 def _say_what_was_done(door: Door, groups: Groups) -> None:
     numbers = door.status()
     kept = ("requests", "tokens", "handed_back", "malformed", "refused", "strangers")
-    print(f" teacher replica {groups.dp_rank} stops: " + ", ".join(f"{numbers[k]} {k}" for k in kept), flush=True)
+    print(
+        f" teacher replica {groups.dp_rank} stops: " + ", ".join(f"{numbers[k]} {k}" for k in kept),
+        flush=True,
+    )
 
 
 @command(PROGRAM)

@@ -1,7 +1,7 @@
 """When to stop before the end: a signal from a scheduler or a terminal, or the time that was allowed.
 
-Ranks see a signal or a clock at different moments, so after each step they agree: one that has seen it stops all. While
-a job is loading there is nothing to finish, and each rank ends by itself.
+Ranks see a signal or a clock at different moments, so after each step they agree: one that has seen it stops
+all. While a job is loading there is nothing to finish, and each rank ends by itself.
 """
 
 from __future__ import annotations
@@ -20,18 +20,23 @@ import torch
 import torch.distributed as dist
 
 _TOGETHER_S = 1.0
-"""Signals within this time are one: a scheduler may send it to all processes, and torchrun to its own once more."""
+"""Signals within this time are one: a scheduler may send it to all processes, and torchrun to its own once
+more.
+"""
 
 
 class EndSignals:
     """Signals that end the process at once until `remember`, and from then on are remembered.
 
-    A thread hears of them: Python would wait until the main thread comes back from a library that waits in C for a file
-    or for other ranks, which may be minutes.
+    A thread hears of them: Python would wait until the main thread comes back from a library that waits in C
+    for a file or for other ranks, which may be minutes.
     """
 
-    def __init__(self, endings: Mapping[signal.Signals, tuple[int, str]], *, again_ends: bool = False) -> None:
-        """endings: exit code, and what is written to stderr before it. again_ends: one more signal ends at once too.
+    def __init__(
+        self, endings: Mapping[signal.Signals, tuple[int, str]], *, again_ends: bool = False
+    ) -> None:
+        """endings: exit code, and what is written to stderr before it. again_ends: one more signal ends at
+        once too.
 
         Made by the main thread. The last one made is the one that hears.
         """
@@ -50,7 +55,10 @@ class EndSignals:
             signal.signal(number, _nothing)
 
     def remember(self, device: torch.device) -> None:
-        """From now on there is something to finish. Collective over the job: ranks that wait here still end at once."""
+        """From now on there is something to finish.
+
+        Collective over the job: ranks that wait here still end at once.
+        """
         loaded = torch.ones((), dtype=torch.int32, device=device)
         dist.all_reduce(loaded)
         assert int(loaded) == dist.get_world_size(), "every rank takes part"
@@ -87,7 +95,9 @@ _at_sudden_end: list[Callable[[], object]] = []
 
 @contextlib.contextmanager
 def at_sudden_end(action: Callable[[], object]) -> Iterator[None]:
-    """Call action() where a signal ends the process at once while the context lasts: no `finally` runs then."""
+    """Call action() where a signal ends the process at once while the context lasts: no `finally` runs
+    then.
+    """
     _at_sudden_end.append(action)
     try:
         yield
@@ -105,10 +115,12 @@ _children_end_with: int | None = None
 
 @contextlib.contextmanager
 def children_end_with_me() -> Iterator[None]:
-    """While the context lasts, a process that is forked from this one is killed when this one ends, by kill -9 too.
+    """While the context lasts, a process that is forked from this one is killed when this one ends, by kill
+    -9 too.
 
-    megatron-core forks processes that write a checkpoint. One that waits for a parent that was killed would wait for
-    ever. The kernel counts a child as its thread's: fork from a thread that lives as long as the child.
+    megatron-core forks processes that write a checkpoint. One that waits for a parent that was killed would
+    wait for ever. The kernel counts a child as its thread's: fork from a thread that lives as long as the
+    child.
     """
     global _children_end_with
     before, _children_end_with = _children_end_with, os.getpid()
@@ -139,7 +151,10 @@ class ExitWatch:
     """Answers after each step whether the run is to save and exit."""
 
     def __init__(self, *, on_signal: bool, after_minutes: float | None, device: torch.device) -> None:
-        """on_signal: SIGTERM is remembered, or ends a job that loads with exit code 0. Time counts from here."""
+        """on_signal: SIGTERM is remembered, or ends a job that loads with exit code 0.
+
+        Time counts from here.
+        """
         self._after_minutes = after_minutes
         self._begin_s = time.monotonic()
         self._active = on_signal or after_minutes is not None

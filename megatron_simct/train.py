@@ -46,7 +46,9 @@ def train(job: Job) -> None:
         clock = Stopwatch()
         job.before_step(iteration + 1)
         with clock("teacher"), saved_without_teacher(job, iteration):
-            for coming in range(iteration + len(ahead), min(iteration + training.lag + 1, training.train_iters)):
+            for coming in range(
+                iteration + len(ahead), min(iteration + training.lag + 1, training.train_iters)
+            ):
                 ahead.append(begin(job, coming, clock))
             batch = ahead.popleft()
             check_lag(batch.rollouts, iteration, job.config.max_lag)
@@ -94,8 +96,8 @@ class Batch:
 
 
 def begin(job: Job, iteration: int, clock: Stopwatch) -> Batch:
-    """Samples a step's prompts in waves. What has been sampled is aligned, and goes to the teacher, while the rest is
-    sampled: one response after another, or a wave, as the engine tells of them."""
+    """Samples a step's prompts in waves. What has been sampled is aligned, and goes to the teacher, while the
+    rest is sampled: one response after another, or a wave, as the engine tells of them."""
     prompts = job.prompts.batch(iteration)
     rollout = job.config.rollout
     size = rollout.rollout_wave_size or len(prompts)
@@ -129,12 +131,16 @@ def begin(job: Job, iteration: int, clock: Stopwatch) -> Batch:
 
 
 def tail_s(arrived: Sequence[float]) -> float:
-    """Seconds from when nine tenths of the responses were there until all were. arrived: when each came, ascending."""
+    """Seconds from when nine tenths of the responses were there until all were. arrived: when each came,
+    ascending.
+    """
     return arrived[-1] - arrived[math.ceil(0.9 * len(arrived)) - 1]
 
 
 def align_and_submit(job: Job, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[AlignedPair]:
-    """The pairs of some responses, in the background; the teacher is asked for each as soon as it is aligned."""
+    """The pairs of some responses, in the background; the teacher is asked for each as soon as it is
+    aligned.
+    """
     pairs = []
     for prompt, rollout in zip(prompts, rollouts, strict=True):
         pair = job.align(prompt, rollout)
@@ -169,7 +175,9 @@ def evaluate(job: Job, *, iteration: int) -> bool:
 
 
 def exit_is_due(job: Job, *, iteration: int) -> bool:
-    """Whether to save and exit before --train-iters, on a signal or because time is over; agreed by all ranks."""
+    """Whether to save and exit before --train-iters, on a signal or because time is over; agreed by all
+    ranks.
+    """
     reason = job.exit_watch.reason()
     if reason is not None:
         job.monitor.say(f" {reason}: saving and exiting after iteration {iteration}")
@@ -198,7 +206,11 @@ def kept_for_replay(job: Job, rollouts: Sequence[Rollout], iteration: int) -> It
     except NonFiniteError as error:
         job.finish_save()
         folder = job.keep_batch(rollouts, iteration)
-        kept = f"; the step's rollouts are kept: --load-debug-rollout-data {folder}" if folder is not None else ""
+        kept = (
+            f"; the step's rollouts are kept: --load-debug-rollout-data {folder}"
+            if folder is not None
+            else ""
+        )
         raise NonFiniteError(f"{error}{kept}") from None
 
 

@@ -1,4 +1,6 @@
-"""One thread a process, set before any parallel region runs: the multi-process tests fork from this process."""
+"""One thread a process, set before any parallel region runs: the multi-process tests fork from this
+process.
+"""
 
 import os
 import tempfile

@@ -1,7 +1,7 @@
 """Run a function on N gloo ranks that are forked from this process.
 
-torch and megatron-core are imported once, by the parent; a fork costs about 0.1 s a rank where a fresh interpreter
-costs 6-15 s. The workers use one thread each: a thread pool does not survive a fork.
+torch and megatron-core are imported once, by the parent; a fork costs about 0.1 s a rank where a fresh
+interpreter costs 6-15 s. The workers use one thread each: a thread pool does not survive a fork.
 """
 
 from __future__ import annotations
@@ -29,11 +29,14 @@ patch_megatron()
 torch.set_num_threads(1)
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0
+) -> list[Any]:
     """function(rank, world_size, *args) on every rank of a fresh gloo world; the return values by rank.
 
-    Return values are pickled. The first exception of a worker is raised here, with its rank and traceback; the other
-    workers are killed. AssertionError after timeout_s seconds, naming the ranks that had not finished.
+    Return values are pickled. The first exception of a worker is raised here, with its rank and traceback;
+    the other workers are killed. AssertionError after timeout_s seconds, naming the ranks that had not
+    finished.
     """
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
@@ -58,7 +61,12 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
 
 
 def _work(
-    rank: int, world_size: int, store: str, sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    store: str,
+    sender: Connection,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     os.setpgid(0, 0)
     torch.set_num_threads(1)

@@ -1,4 +1,6 @@
-"""Stand-ins for an inference engine's server, in threads: one with transformers' hidden states, one without a model."""
+"""Stand-ins for an inference engine's server, in threads: one with transformers' hidden states, one without a
+model.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,14 @@ import numpy as np
 import torch
 
 FAULTS = ("drop", "refuse", "error", "short", "long", "other", "nan", "garble", "hang")
-"""What may happen to an answer: the connection ends before or within it, a status, fewer rows or more, another
-request's answer, numbers that are none, metadata that is none, and silence."""
+"""What may happen to an answer: the connection ends before or within it, a status, fewer rows or more,
+another request's answer, numbers that are none, metadata that is none, and silence."""
 
 
 class EngineServer:
-    """What our client uses of a vLLM server: /v1/models, /version, /pooling, and prompt_logprobs of /v1/completions."""
+    """What our client uses of a vLLM server: /v1/models, /version, /pooling, and prompt_logprobs of
+    /v1/completions.
+    """
 
     def __init__(
         self,
@@ -37,7 +41,9 @@ class EngineServer:
         share: float = 0.0,
         hang_s: float = 0.6,
     ) -> None:
-        """hidden_states: ids [n] -> float32 [n, H]. share: of answers to /pooling with one of FAULTS, by the seed."""
+        """hidden_states: ids [n] -> float32 [n, H]. share: of answers to /pooling with one of FAULTS, by the
+        seed.
+        """
         self.hidden_states, self.logits = hidden_states, logits
         self.root, self.max_model_len = root, max_model_len
         self.share, self.hang_s = share, hang_s
@@ -57,7 +63,10 @@ class EngineServer:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def go_down(self) -> None:
-        """As if killed: open connections end, and new ones at once. Forked processes share the socket that listens."""
+        """As if killed: open connections end, and new ones at once.
+
+        Forked processes share the socket that listens.
+        """
         self.is_down = True
         self._server.end_connections()
 
@@ -80,7 +89,9 @@ class EngineServer:
             self.answered += 1
             if self.random.random() >= self.share:
                 return None
-            fault = self.random.choice([kind for kind in FAULTS if not self.faults[kind]] or FAULTS)  # each once first
+            fault = self.random.choice(
+                [kind for kind in FAULTS if not self.faults[kind]] or FAULTS
+            )  # each once first
             self.faults[fault] += 1
             return fault
 
@@ -206,7 +217,9 @@ class _Handler(BaseHTTPRequestHandler):
             rows = [
                 {str(int(i)): {"logprob": float(y)} for i, y in zip(names, values, strict=True)}
                 | {str(token + (fault == "other")): {"logprob": x}}
-                for token, x, values, names in zip(ids[1:], found, *(part[:-1] for part in likeliest), strict=True)
+                for token, x, values, names in zip(
+                    ids[1:], found, *(part[:-1] for part in likeliest), strict=True
+                )
             ]
             rows = rows[fault == "short" :] + rows[:1] * (fault == "long")
             choice = {"prompt_logprobs": "{" if fault == "garble" else [None, *rows]}
@@ -226,7 +239,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def serve_folder(folder: Path, **more: Any) -> EngineServer:
-    """A server of a folder's model, by transformers on one thread, with the head of the folder kept out of it."""
+    """A server of a folder's model, by transformers on one thread, with the head of the folder kept out of
+    it.
+    """
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
@@ -249,7 +264,9 @@ def serve_folder(folder: Path, **more: Any) -> EngineServer:
 
 
 class GeneratingServer:
-    """A server that samples from a folder's model by transformers, and reads other weights when it is told to."""
+    """A server that samples from a folder's model by transformers, and reads other weights when it is told
+    to.
+    """
 
     def __init__(self, folder: Path, *, takes_weights: bool = True) -> None:
         import transformers

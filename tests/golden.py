@@ -1,8 +1,8 @@
 """Sample G0: two toy vocabularies, one response, and the numbers that every interface must give on it.
 
-The student says "ha" "ppy" " cat" <eos>, the teacher "hap" "py" " cat" <|im_end|>: one unit of two tokens on both
-sides, one shared token, the stop tokens. Logits are small fractions given by a formula, so that anyone can recompute
-them.
+The student says "ha" "ppy" " cat" <eos>, the teacher "hap" "py" " cat" <|im_end|>: one unit of two tokens on
+both sides, one shared token, the stop tokens. Logits are small fractions given by a formula, so that anyone
+can recompute them.
 """
 
 from __future__ import annotations

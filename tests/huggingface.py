@@ -1,4 +1,6 @@
-"""Tiny Hugging Face folders: models written by transformers itself, tokenizers trained by the tokenizers library."""
+"""Tiny Hugging Face folders: models written by transformers itself, tokenizers trained by the tokenizers
+library.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def build_model(model_type: str, *, scale: float = 0.3, **fields: Any) -> torch.
     with torch.no_grad():
         for parameter in model.parameters():
             # Norms and biases too: at their initial ones and zeros they could be swapped unnoticed.
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + (parameter.dim() == 1) * 0.5)
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator) * scale + (parameter.dim() == 1) * 0.5
+            )
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(torch.randn(buffer.shape, generator=generator) * scale)
@@ -60,13 +64,13 @@ CORPUS = [
 ] * 10
 PATTERN = r"'s|'t| ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # in the manner of GPT-2
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% "
+    "endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 LLAMA_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}[INST] {{ message['content'] }} "
-    "[/INST]{% elif message['role'] == 'assistant' %} {{ message['content'] }}{{ eos_token }}"
-    "{% else %}{{ raise_exception('no role ' + message['role']) }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}[INST] {{ "
+    "message['content'] }} [/INST]{% elif message['role'] == 'assistant' %} {{ message['content'] }}{{ "
+    "eos_token }}{% else %}{{ raise_exception('no role ' + message['role']) }}{% endif %}{% endfor %}"
 )
 
 
@@ -75,7 +79,16 @@ def save_byte_level(folder: Path, *, vocab_size: int = 320, **changes: Any) -> d
 
     `changes` replace parts of tokenizer.json; returns what was written.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        trainers,
+    )
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -110,7 +123,9 @@ def save_byte_level(folder: Path, *, vocab_size: int = 320, **changes: Any) -> d
 
 
 def save_byte_fallback(folder: Path, *, metaspace: bool = False, **changes: Any) -> dict[str, Any]:
-    """A tokenizer in the manner of Llama-2: '▁', byte fallback, a leading blank, BOS, and a chat template in a file."""
+    """A tokenizer in the manner of Llama-2: '▁', byte fallback, a leading blank, BOS, and a chat template in
+    a file.
+    """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
     byte_pieces = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -165,13 +180,16 @@ def save_real_byte_fallback(folder: Path) -> Path:
 
 
 def save_real_byte_level(folder: Path, *, num_ranks: int = 20000) -> Path:
-    """The first ranks of Mistral's tekken as a tokenizer.json, in the folder; returns them as a tiktoken file."""
+    """The first ranks of Mistral's tekken as a tokenizer.json, in the folder; returns them as a tiktoken
+    file.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     content = json.loads((_mistral_data() / "tekken_240718.json").read_text())
     pattern, entries = content["config"]["pattern"], content["vocab"][:num_ranks]
     encoded = [base64.b64decode(entry["token_bytes"]) for entry in entries]
-    # The library's own alphabet, in the order of the bytes that it writes: printable ones first, then the others.
+    # The library's own alphabet, in the order of the bytes that it writes: printable ones first, then the
+    # others.
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     written = sorted(alphabet, key=lambda c: (ord(c) > 255, c))
     printable = [ord(c) for c in written if ord(c) < 256]
@@ -188,7 +206,9 @@ def save_real_byte_level(folder: Path, *, num_ranks: int = 20000) -> Path:
     tokenizer.add_special_tokens(["</s>"])
     _save(folder, json.loads(tokenizer.to_str()), {"tokenizer_config.json": {"eos_token": "</s>"}})
     path = folder / "same.tiktoken"
-    path.write_bytes(b"".join(base64.b64encode(piece) + b" %d\n" % rank for rank, piece in enumerate(encoded)))
+    path.write_bytes(
+        b"".join(base64.b64encode(piece) + b" %d\n" % rank for rank, piece in enumerate(encoded))
+    )
     sidecar = {"pattern": pattern, "special_tokens": {"</s>": num_ranks}, "stop_tokens": ["</s>"]}
     path.with_name(path.name + ".json").write_text(json.dumps(sidecar))
     return path

@@ -1,4 +1,6 @@
-"""A pair of models with everything that a run file names, small: real tokenizer files, chat templates, weights."""
+"""A pair of models with everything that a run file names, small: real tokenizer files, chat templates,
+weights.
+"""
 
 from __future__ import annotations
 
@@ -45,12 +47,16 @@ def build_pair(folder: Path) -> None:
     for side in ("student", "teacher"):
         write_json(folder / side / "config.json", ARCHITECTURE)
         (folder / side / "model.safetensors").touch()
-    rows = [{"prompt": f"Tom has {i} apples and gets 7 more. How many?", "label": f"{i + 7}"} for i in range(20)]
+    rows = [
+        {"prompt": f"Tom has {i} apples and gets 7 more. How many?", "label": f"{i + 7}"} for i in range(20)
+    ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def run_values(folder: Path) -> dict[str, Any]:
-    """A run file of that pair on a cluster of GPUs, in which nothing is to be pointed out but random digits."""
+    """A run file of that pair on a cluster of GPUs, in which nothing is to be pointed out but random
+    digits.
+    """
     return {
         "run_dir": str(folder / "run"),
         "student": {

@@ -14,8 +14,8 @@ def commands_of(page: Path) -> list[tuple[str, str]]:
 
 
 def same_but_for_numbers(expected: str, printed: str) -> bool:
-    """Line by line, without numbers and the widths of tables: a run of two steps finds others than a whole one. A line
-    "..." of the page stands for any lines, "..." within one for any text."""
+    """Line by line, without numbers and the widths of tables: a run of two steps finds others than a whole
+    one. A line "..." of the page stands for any lines, "..." within one for any text."""
     return _same(expected, printed, numbers=False)
 
 

@@ -38,7 +38,9 @@ OPTIONS = {field.name for field in fields(InterfaceConfig)}
 
 def picked(options: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     found = {new: options[old] for old, new in names.items() if old in options}
-    return found | ({"stop_teacher_ids": tuple(found["stop_teacher_ids"])} if "stop_teacher_ids" in found else {})
+    return found | (
+        {"stop_teacher_ids": tuple(found["stop_teacher_ids"])} if "stop_teacher_ids" in found else {}
+    )
 
 
 def of_side(options: dict[str, Any], side: str) -> dict[str, Any]:
@@ -49,12 +51,16 @@ def _compare(student: Logits | Head, teacher: Logits | Head, options: dict[str, 
     others = {name: options[name] for name in ("group", "normalizer") if name in options}
     config = InterfaceConfig(**{name: value for name, value in options.items() if name in OPTIONS})
     pair = SharedVocabulary(**picked(options, OF_PAIR))
-    return cross_tokenizer_loss(student, teacher, pair, Response(**picked(options, OF_RESPONSE)), config, **others)
+    return cross_tokenizer_loss(
+        student, teacher, pair, Response(**picked(options, OF_RESPONSE)), config, **others
+    )
 
 
 def from_logits(student: torch.Tensor, teacher: torch.Tensor, **options: Any) -> CrossTokenizerLoss:
     return _compare(
-        Logits(student, **of_side(options, "student")), Logits(teacher, **of_side(options, "teacher")), options
+        Logits(student, **of_side(options, "student")),
+        Logits(teacher, **of_side(options, "teacher")),
+        options,
     )
 
 

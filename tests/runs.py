@@ -33,7 +33,9 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def tensors(folder: Path) -> tuple[int, dict[str, torch.Tensor]]:
-    """The newest checkpoint of FOLDER/save: its iteration, and all weights, optimizer and random state by name."""
+    """The newest checkpoint of FOLDER/save: its iteration, and all weights, optimizer and random state by
+    name.
+    """
     return run_ranks(1, _tensors, folder)[0]
 
 
@@ -44,7 +46,9 @@ def _tensors(rank: int, world_size: int, folder: Path) -> tuple[int, dict[str, t
 
 
 def assert_same_run(folder: Path, reference: Path) -> int:
-    """Metrics, last iteration, weights, optimizer and random state are equal bit by bit; the number of tensors."""
+    """Metrics, last iteration, weights, optimizer and random state are equal bit by bit; the number of
+    tensors.
+    """
     assert metrics(folder) == metrics(reference)
     (iteration, ours), (expected_iteration, expected) = tensors(folder), tensors(reference)
     assert iteration == expected_iteration and ours.keys() == expected.keys() and len(expected) > 15

@@ -1,4 +1,6 @@
-"""Teachers for tests: one in processes of its own, one without a model in a thread, and a line that misbehaves."""
+"""Teachers for tests: one in processes of its own, one without a model in a thread, and a line that
+misbehaves.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,14 @@ import zmq
 from megatron_simct.records import ByteSide, ScoredPair
 from megatron_simct.serve_teacher import main as serve_main
 from megatron_simct.teacher.client import Patience, TeacherClient
-from megatron_simct.teacher.endpoints import Endpoint, Keys, endpoint_folder, publish, read_endpoints, withdraw
+from megatron_simct.teacher.endpoints import (
+    Endpoint,
+    Keys,
+    endpoint_folder,
+    publish,
+    read_endpoints,
+    withdraw,
+)
 from megatron_simct.teacher.forward import TeacherForward, TeacherRequest
 from megatron_simct.teacher.lookout import Lookout
 from megatron_simct.teacher.payload import read_scored, scored_message
@@ -36,7 +45,9 @@ FINGERPRINTS = {"hidden_size": HIDDEN, "teacher_vocabulary": VOCAB, "teacher_tok
 
 
 class TeacherJob:
-    """A teacher's job in forked processes: entered when its door is open, left by SIGTERM with exit code 0."""
+    """A teacher's job in forked processes: entered when its door is open, left by SIGTERM with exit code
+    0.
+    """
 
     def __init__(
         self,
@@ -49,7 +60,9 @@ class TeacherJob:
         die_at: int | None = None,
         again: bool = False,
     ) -> None:
-        """die_at: its first rank is killed (-9) with its so manyth request unanswered; then it is started `again`."""
+        """die_at: its first rank is killed (-9) with its so manyth request unanswered; then it is started
+        `again`.
+        """
         self._replicas, self._die_at, self._again = replicas, die_at, again
         self._argv = [
             *("--teacher-hf-checkpoint", str(tiny / "teacher"), *weights[2:]),
@@ -164,17 +177,28 @@ def answer_of(request: TeacherRequest) -> ScoredPair:
 
 def same_answer(found: ScoredPair, request: TeacherRequest) -> bool:
     wanted = answer_of(request)
-    pairs = [(getattr(found, name), getattr(wanted, name)) for name in ("own_logit", "lse", "hidden", "byte_logprobs")]
+    pairs = [
+        (getattr(found, name), getattr(wanted, name))
+        for name in ("own_logit", "lse", "hidden", "byte_logprobs")
+    ]
     return found.sample_id == wanted.sample_id and all(
         a is b is None or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs
     )
 
 
 class ModelFreeTeacher:
-    """A door, and a thread in the place of the model, which takes delay_s for an answer unless it is to stop."""
+    """A door, and a thread in the place of the model, which takes delay_s for an answer unless it is to
+    stop.
+    """
 
     def __init__(
-        self, folder: Path, *, delay_s: float = 0.0, address: str = "ipc", keys: Keys | None = None, **more: Any
+        self,
+        folder: Path,
+        *,
+        delay_s: float = 0.0,
+        address: str = "ipc",
+        keys: Keys | None = None,
+        **more: Any,
     ):
         works = more.pop("works", True)  # else another thread takes from the door
         self.door = Door(
@@ -192,6 +216,8 @@ class ModelFreeTeacher:
         self.delay_s = delay_s
         self._awake, self._asleep = threading.Event(), threading.Event()
         self._awake.set()
+        self._at_work = threading.Event()
+        self._at_work.set()
         self.answered: list[int] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._answer, daemon=True)
@@ -207,6 +233,8 @@ class ModelFreeTeacher:
                 continue
             for work in self.door.take(40, 0.02):
                 self._stop.wait(self.delay_s)
+                while not (self._at_work.wait(0.05) or self._stop.is_set()):
+                    pass
                 self.answered.append(work.request.sample_id)
                 self.door.answer(work, scored_message(work.number, answer_of(work.request), "fp32"))
 
@@ -218,6 +246,13 @@ class ModelFreeTeacher:
 
     def wake(self) -> None:
         self._awake.set()
+
+    def pause(self) -> None:
+        """Take requests and be long about them, until `resume`."""
+        self._at_work.clear()
+
+    def resume(self) -> None:
+        self._at_work.set()
 
     def stop(self) -> None:
         """As on SIGTERM."""
@@ -277,7 +312,9 @@ def collect(client: TeacherClient, requests: list[TeacherRequest]) -> list[Score
 
 
 class BadLine(threading.Thread):
-    """Stands between one replica and its clients, and loses, delays, doubles, swaps and spoils messages by a seed."""
+    """Stands between one replica and its clients, and loses, delays, doubles, swaps and spoils messages by a
+    seed.
+    """
 
     def __init__(self, folder: Path, behind: Endpoint, *, seed: int, shares: dict[str, float]) -> None:
         """folder: where clients find this line in the place of the replica. shares: of messages, by fault."""

@@ -1,7 +1,8 @@
-"""A complete tiny job: two real tokenizer files, two config.json folders, prompts. Built once per test session.
+"""A complete tiny job: two real tokenizer files, two config.json folders, prompts. Built once per test
+session.
 
-The student has a SentencePiece model trained here; the teacher has a tiktoken rank file. They agree on digits and on
-short words, and cut longer words differently.
+The student has a SentencePiece model trained here; the teacher has a tiktoken rank file. They agree on digits
+and on short words, and cut longer words differently.
 """
 
 from __future__ import annotations
@@ -15,8 +16,35 @@ import sentencepiece
 from megatron_simct.config.flags import parse_config
 from megatron_simct.config.options import Config
 
-WORDS = ["apples", "shells", "pencils", "marbles", "Tom", "Nora", "Anna", "has", "gets", "more", "How", "many"]
-PIECES = [" apples", " shell", "s", " pen", "cils", " marbles", "Tom", "Nora", "Ann", "a", " has", " gets", " more"]
+WORDS = [
+    "apples",
+    "shells",
+    "pencils",
+    "marbles",
+    "Tom",
+    "Nora",
+    "Anna",
+    "has",
+    "gets",
+    "more",
+    "How",
+    "many",
+]
+PIECES = [
+    " apples",
+    " shell",
+    "s",
+    " pen",
+    "cils",
+    " marbles",
+    "Tom",
+    "Nora",
+    "Ann",
+    "a",
+    " has",
+    " gets",
+    " more",
+]
 PATTERN = r" ?[A-Za-z]+|[0-9]| |[^A-Za-z0-9 ]+"
 
 

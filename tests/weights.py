@@ -12,7 +12,9 @@ from tests.tiny import config
 
 
 def random_weights(files: Path, folder: Path) -> tuple[str, ...]:
-    """Save weights for the models of `files` under `folder`; flags that start both models from them in every layout."""
+    """Save weights for the models of `files` under `folder`; flags that start both models from them in every
+    layout.
+    """
     run_ranks(1, _save, files, folder)
     return (
         *("--pretrained-checkpoint", str(folder / "student")),
@@ -23,6 +25,11 @@ def random_weights(files: Path, folder: Path) -> tuple[str, ...]:
 def _save(rank: int, world_size: int, files: Path, folder: Path) -> None:
     resolved = config(files)
     with process_groups(resolved.parallel, seed=5) as groups:
-        for side, options, prefix in (("student", resolved.model, ""), ("teacher", resolved.teacher, "teacher-")):
+        for side, options, prefix in (
+            ("student", resolved.model, ""),
+            ("teacher", resolved.teacher, "teacher-"),
+        ):
             tokenizer = open_tokenizer(options, prefix=prefix)
-            save_weights(load_model(resolved, options, groups, tokenizer, prefix=prefix), str(folder / side), 1)
+            save_weights(
+                load_model(resolved, options, groups, tokenizer, prefix=prefix), str(folder / side), 1
+            )

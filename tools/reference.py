@@ -39,7 +39,13 @@ def _options(command: Command) -> list[str]:
         if option.group != group:
             group = option.group
             doc = " ".join((groups[group].__doc__ or "").split())
-            lines += ["", f"**{group}**: {_escaped(doc)}", "", "| flag | value | default | |", "|---|---|---|---|"]
+            lines += [
+                "",
+                f"**{group}**: {_escaped(doc)}",
+                "",
+                "| flag | value | default | |",
+                "|---|---|---|---|",
+            ]
         default = "" if option.default in (None, ()) else f"`{option.default}`"
         lines.append(f"| `{option.flag}` | {_value(option)} | {default} | {_escaped(option.help)} |")
     return lines[1:]

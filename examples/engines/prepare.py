@@ -1,7 +1,8 @@
-"""A teacher and a student after its warm-up, by the quick start's recipe, as Hugging Face folders for engines.
+"""A teacher and a student after its warm-up, by the quick start's recipe, as Hugging Face folders for
+engines.
 
-Heads are 32 wide here, the narrowest that vLLM's attention on a CPU computes. The folders have the tokenizers' files
-under the names that vLLM knows, too.
+Heads are 32 wide here, the narrowest that vLLM's attention on a CPU computes. The folders have the
+tokenizers' files under the names that vLLM knows, too.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from megatron_simct.config.command_line import command
 from megatron_simct.files import write_whole
 from megatron_simct.models.tensor_files import EMBEDDING, HEAD, INDEX
 
-TOKENIZERS = {"teacher": {"mistral_v3.model": "tokenizer.model.v3"}, "student": {"tekken_32768.json": "tekken.json"}}
+TOKENIZERS = {
+    "teacher": {"mistral_v3.model": "tokenizer.model.v3"},
+    "student": {"tekken_32768.json": "tekken.json"},
+}
 
 
 def stages(recipe: Recipe, folder: Path) -> list[Stage]:
@@ -34,13 +38,20 @@ def stages(recipe: Recipe, folder: Path) -> list[Stage]:
         words = ["megatron-to-hf", "--load", str(trained.output / "checkpoint"), "--save", str(output)]
         words += ["--hf-checkpoint", str(folder / f"{name}-architecture")]
         exports.append(
-            Stage(name=f"export the {name}", command=(sys.executable, convert, *words), output=output, needs=(trained,))
+            Stage(
+                name=f"export the {name}",
+                command=(sys.executable, convert, *words),
+                output=output,
+                needs=(trained,),
+            )
         )
     return [*recipe.warm_start, *exports]
 
 
 def untie(folder: Path) -> None:
-    """Give the model a head of its own: vLLM on a CPU does not notice that one which is the embedding has changed."""
+    """Give the model a head of its own: vLLM on a CPU does not notice that one which is the embedding has
+    changed.
+    """
     config, index = folder / "config.json", folder / INDEX
     fields = json.loads(config.read_text())
     if not fields["tie_word_embeddings"]:
@@ -58,8 +69,12 @@ def untie(folder: Path) -> None:
 @command("examples/engines/prepare.sh")
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="examples/engines/prepare.sh", description=__doc__)
-    parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "engines" / "models", help="where they lie")
-    parser.add_argument("--smoke", action="store_true", help="two steps each: that it runs, not that it learns")
+    parser.add_argument(
+        "--run-dir", type=Path, default=ROOT / "runs" / "engines" / "models", help="where they lie"
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="two steps each: that it runs, not that it learns"
+    )
     options = parser.parse_args(argv)
     folder = options.run_dir.resolve()
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,15 +14,27 @@ INK = "#7d8590"
 COLOURS = ("#1f9e89", "#d97706")
 
 
-def draw(name: str, results: dict[str, dict[int, dict[str, Any]]], metrics: Sequence[Metric], path: Path) -> None:
-    """The first two metrics, one panel each, on a transparent ground. The same results give the same bytes."""
+def draw(
+    name: str, results: dict[str, dict[int, dict[str, Any]]], metrics: Sequence[Metric], path: Path
+) -> None:
+    """The first two metrics, one panel each, on a transparent ground.
+
+    The same results give the same bytes.
+    """
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 9}
+    matplotlib.rcParams |= {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "font.family": "sans-serif",
+        "font.size": 9,
+    }
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(8, 0.6 + 0.28 * len(results)), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, 2, figsize=(8, 0.6 + 0.28 * len(results)), sharey=True, layout="constrained"
+    )
     places = range(len(results), 0, -1)
     every = [result for by_seed in results.values() for result in by_seed.values()]
     for axis, metric, colour in zip(axes, metrics[:2], COLOURS, strict=True):
@@ -30,7 +42,9 @@ def draw(name: str, results: dict[str, dict[int, dict[str, Any]]], metrics: Sequ
         axis.axvline(sum(before) / len(before), color=INK, linestyle="--", linewidth=1)
         for place, by_seed in zip(places, results.values(), strict=True):
             values = [scores(result, metric.name).mean() for result in by_seed.values()]
-            axis.plot(values, [place] * len(values), "o", color=colour, alpha=0.75, markersize=6, markeredgewidth=0)
+            axis.plot(
+                values, [place] * len(values), "o", color=colour, alpha=0.75, markersize=6, markeredgewidth=0
+            )
         axis.set_title(f"{metric.title} (dashed: before)", color=INK, fontsize=9)
         axis.tick_params(colors=INK)
         axis.grid(axis="x", color=INK, alpha=0.25)

@@ -1,17 +1,20 @@
-"""Which interfaces leave a perfect student alone: exact small languages, the package's own loss, both directions.
+"""Which interfaces leave a perfect student alone: exact small languages, the package's own loss, both
+directions.
 
-    python examples/experiments/perfect_student.py                          # the table of docs/perfect_student.md
-    python examples/experiments/perfect_student.py --interface bytes --pair 1,3
+    python examples/experiments/perfect_student.py                          # the table of
+    docs/perfect_student.md python examples/experiments/perfect_student.py --interface bytes --pair 1,3
 
-A random distribution over the texts of up to three binary digits, and two tokenizers that group up to K digits from the
-left. The perfect student IS the teacher's distribution over texts, in its own tokens. Each cell is
+A random distribution over the texts of up to three binary digits, and two tokenizers that group up to K
+digits from the left. The perfect student IS the teacher's distribution over texts, in its own tokens. Each
+cell is
 
     G, D0 -> D1
 
-G is the norm of the expected gradient over all of the perfect student's logits, texts weighted as it samples them. D
-is the total variation between the two models' distributions over texts: D0 of a student disturbed by noise of --noise
-nats on every logit, D1 after --steps of Adam on its own samples (in expectation: every text with its probability). An
-interface whose G is not 0 moves a student that is already right; one whose D1 does not fall does not learn.
+G is the norm of the expected gradient over all of the perfect student's logits, texts weighted as it samples
+them. D is the total variation between the two models' distributions over texts: D0 of a student disturbed by
+noise of --noise nats on every logit, D1 after --steps of Adam on its own samples (in expectation: every text
+with its probability). An interface whose G is not 0 moves a student that is already right; one whose D1 does
+not fall does not learn.
 """
 
 from __future__ import annotations
@@ -96,7 +99,9 @@ class Side:
     def log_masses(self, logits: torch.Tensor) -> torch.Tensor:
         """[texts]: the log-probability of each text in the tokenizer's own cut."""
         log_p = logits.log_softmax(1)
-        return torch.stack([log_p[rows, labels].sum() for rows, labels in zip(self.rows, self.texts, strict=True)])
+        return torch.stack(
+            [log_p[rows, labels].sum() for rows, labels in zip(self.rows, self.texts, strict=True)]
+        )
 
 
 class Comparison:
@@ -117,7 +122,9 @@ class Comparison:
                 found = align(tables[1], next(ids), tables[0], next(ids), segmentation="authors")
                 segments = torch.from_numpy(found.segments.astype(np.int64))
                 response = Response(
-                    segments=segments, student_labels=response.student_labels, teacher_labels=response.teacher_labels
+                    segments=segments,
+                    student_labels=response.student_labels,
+                    teacher_labels=response.teacher_labels,
                 )
             self.responses.append(response)
         if not needs.byte_events:
@@ -145,7 +152,9 @@ class Comparison:
         """The weighted sum of the texts' losses, a call for each: `bytes` reads one response at a time."""
         student, teacher = self.student, self.teacher
         total = logits.new_zeros(())
-        for weight, response, rows_s, rows_t in zip(weights, self.responses, student.rows, teacher.rows, strict=True):
+        for weight, response, rows_s, rows_t in zip(
+            weights, self.responses, student.rows, teacher.rows, strict=True
+        ):
             sides = Logits(logits[rows_s]), Logits(teacher.logits[rows_t])
             found = cross_tokenizer_loss(*sides, self.pair, response, self.config, normalizer=1)
             total = total + weight * found.loss
@@ -158,7 +167,9 @@ class Comparison:
         return float(logits.grad.norm()) if logits.grad is not None else 0.0
 
     def distance(self, logits: torch.Tensor) -> float:
-        """Total variation between the student's texts and the language; what it spells otherwise is away from all."""
+        """Total variation between the student's texts and the language; what it spells otherwise is away from
+        all.
+        """
         masses = self.student.log_masses(logits).exp().detach()
         return float(((masses - self.masses).abs().sum() + (1 - masses.sum()).abs()) / 2)
 
@@ -196,7 +207,9 @@ def _joined(responses: Iterable[Response]) -> Response:
     )
 
 
-def rows(names: Iterable[str], pairs: Iterable[tuple[int, int]], *, steps: int, noise: float) -> Iterator[str]:
+def rows(
+    names: Iterable[str], pairs: Iterable[tuple[int, int]], *, steps: int, noise: float
+) -> Iterator[str]:
     """The table's."""
     language = random_language(DIGITS, LENGTH, seed=0)
     for name in names:
@@ -211,7 +224,9 @@ def rows(names: Iterable[str], pairs: Iterable[tuple[int, int]], *, steps: int, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--interface", choices=KINDS, nargs="+", default=list(KINDS), help="default: all")
     parser.add_argument(
         "--pair", nargs="+", default=[f"{t},{s}" for t, s in PAIRS], help="TEACHER,STUDENT: digits grouped"

@@ -86,7 +86,12 @@ class Run:
     @property
     def configuration(self) -> dict[str, Any]:
         """Everything that the result depends on, but for the code."""
-        return {"setting": self.setting.name, "interface": self.interface, "seed": self.seed, **self.setting.options}
+        return {
+            "setting": self.setting.name,
+            "interface": self.interface,
+            "seed": self.seed,
+            **self.setting.options,
+        }
 
     @property
     def fingerprint(self) -> str:
@@ -101,8 +106,8 @@ class Run:
 
 
 def planned_runs() -> list[Run]:
-    """Every run. Seed 1 of everything comes first, the interfaces that all settings have before the others, so that a
-    study that was stopped early is balanced."""
+    """Every run. Seed 1 of everything comes first, the interfaces that all settings have before the others,
+    so that a study that was stopped early is balanced."""
     runs = [
         Run(setting=setting, interface=interface, seed=seed)
         for setting in SETTINGS

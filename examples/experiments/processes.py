@@ -24,12 +24,14 @@ class Workplace:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"--run-dir {folder}: a study, or a command that a killed one has left, is at work there; wait for it, "
-                "or name another directory"
+                f"--run-dir {folder}: a study, or a command that a killed one has left, is at work there; "
+                "wait for it, or name another directory"
             ) from None
 
     def command(self, command: Sequence[str], *, log: Path) -> dict[str, float]:
-        """Run it on one thread with its output in a file. {seconds, cpu_seconds}; RuntimeError where it fails."""
+        """Run it on one thread with its output in a file. {seconds, cpu_seconds}; RuntimeError where it
+        fails.
+        """
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         begin = time.monotonic()

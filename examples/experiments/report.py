@@ -46,8 +46,10 @@ def _introduction(runs: Sequence[Run], missing: Sequence[Run]) -> str:
     lines = [
         "# Which interface is better",
         "",
-        "Written by `./examples/experiments/run.sh` from the files of `results/`; do not edit. Each run distils on",
-        "policy from the warm start that all runs of its setting share, with one learning rate for all interfaces.",
+        "Written by `./examples/experiments/run.sh` from the files of `results/`; do not edit. Each run "
+        "distils on",
+        "policy from the warm start that all runs of its setting share, with one learning rate for all "
+        "interfaces.",
         "",
         f"**{len(runs) - len(missing)} of {len(runs)} planned runs are done.**",
     ]
@@ -70,7 +72,9 @@ def _summary(by_setting: dict[str, Results]) -> str:
     if not there:
         return "No run is done."
     metrics = {
-        name: next(m for m in metrics_of(next(iter(next(iter(results.values())).values()))) if m.name in HEADLINES)
+        name: next(
+            m for m in metrics_of(next(iter(next(iter(results.values())).values()))) if m.name in HEADLINES
+        )
         for name, results in there.items()
     }
     words = {"better": "better", "worse": "**worse**", "undecided": "either way"}
@@ -81,7 +85,9 @@ def _summary(by_setting: dict[str, Results]) -> str:
             by_seed = results.get(interface, {})
             if by_seed:
                 estimate = change(list(by_seed.values()), metrics[name].name)
-                row.append(f"{estimate.mean:+.3f} {words[verdict(estimate, metrics[name])]}, {_seeds(len(by_seed))}")
+                row.append(
+                    f"{estimate.mean:+.3f} {words[verdict(estimate, metrics[name])]}, {_seeds(len(by_seed))}"
+                )
             else:
                 row.append("")
         rows.append(row)
@@ -139,7 +145,9 @@ def _verdicts(results: Results, metrics: Sequence[Metric]) -> str:
         ):
             names = [name for name, estimate in of_change.items() if verdict(estimate, metric) == word]
             if names:
-                lines.append(f"* {metric.title[0].upper()}{metric.title[1:]} {text} {_list(names, of_change)}.")
+                lines.append(
+                    f"* {metric.title[0].upper()}{metric.title[1:]} {text} {_list(names, of_change)}."
+                )
         if len(results) > 1:
             lines.append(f"* {_ahead(results, metric)}")
     return "\n".join(lines)
@@ -194,7 +202,10 @@ def _values(results: Results, metrics: Sequence[Metric]) -> str:
         row = [f"`{name}`", " ".join(map(str, seeds))]
         for metric in metrics:
             values = [f"{scores(by_seed[seed], metric.name).mean():.{digits}f}" for seed in seeds]
-            row += [" ".join(values), _interval(change([by_seed[seed] for seed in seeds], metric.name), digits)]
+            row += [
+                " ".join(values),
+                _interval(change([by_seed[seed] for seed in seeds], metric.name), digits),
+            ]
         rows.append(row)
     return _table(header, rows)
 
@@ -212,7 +223,9 @@ def _comparisons(results: Results, metrics: Sequence[Metric]) -> str:
             for metric in metrics[:2]:
                 common = by_seed.keys() & results[baseline].keys()
                 none = name == baseline or not common
-                cells.append("" if none else _interval(difference(by_seed, results[baseline], metric.name), digits))
+                cells.append(
+                    "" if none else _interval(difference(by_seed, results[baseline], metric.name), digits)
+                )
         rows.append([f"`{name}`", *cells])
     return _table(header, rows)
 
@@ -220,7 +233,9 @@ def _comparisons(results: Results, metrics: Sequence[Metric]) -> str:
 def _conditions(results: Results) -> str:
     """What else was seen of the runs, means over seeds."""
 
-    def mean(by_seed: dict[int, dict[str, Any]], of: Callable[[dict[str, Any]], float | None], digits: int) -> str:
+    def mean(
+        by_seed: dict[int, dict[str, Any]], of: Callable[[dict[str, Any]], float | None], digits: int
+    ) -> str:
         values = [value for value in map(of, by_seed.values()) if value is not None]
         return f"{fmean(values):.{digits}f}" if values else ""
 
@@ -234,7 +249,10 @@ def _conditions(results: Results) -> str:
     }
     columns = {"mean over seeds": [f"`{name}`" for name in results]}
     for title, key in figures.items():
-        cells = [mean(by_seed, lambda result, key=key: result["figures"].get(key), 3) for by_seed in results.values()]
+        cells = [
+            mean(by_seed, lambda result, key=key: result["figures"].get(key), 3)
+            for by_seed in results.values()
+        ]
         if any(cells):  # runs with real weights keep fewer figures
             columns[title] = cells
     columns["seconds"] = [mean(by_seed, lambda result: result["seconds"], 0) for by_seed in results.values()]
@@ -252,7 +270,9 @@ def _rising(results: Results) -> str:
 
     ends = {name: (mean(name, "loss_first"), mean(name, "loss_last")) for name in results}
     rose = [f"`{name}` ({first:.3f} to {last:.3f})" for name, (first, last) in ends.items() if last > first]
-    return f"Own loss, of the first and of the last ten steps, rose under {', '.join(rose) or 'none of them'}."
+    return (
+        f"Own loss, of the first and of the last ten steps, rose under {', '.join(rose) or 'none of them'}."
+    )
 
 
 def _limits() -> str:

@@ -4,8 +4,8 @@
     ./examples/experiments/run.sh --parts a,b      the quick start's pairs only
     ./examples/experiments/run.sh --report-only
 
-Every finished run is a file of results/; a run whose file has the same configuration is not run again. What is on the
-way when the command is stopped or killed is run again, nothing else.
+Every finished run is a file of results/; a run whose file has the same configuration is not run again. What
+is on the way when the command is stopped or killed is run again, nothing else.
 """
 
 from __future__ import annotations
@@ -46,10 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def chosen(options: argparse.Namespace) -> list[Run]:
-    """The missing runs of the parts and names that were asked for, in order. ValueError where none is meant."""
+    """The missing runs of the parts and names that were asked for, in order.
+
+    ValueError where none is meant.
+    """
     runs = [run for run in planned_runs() if run.setting.part in options.parts and options.only in run.name]
     if not runs:
-        raise ValueError(f"--only {options.only}: no run of parts {','.join(options.parts)} has this in its name")
+        raise ValueError(
+            f"--only {options.only}: no run of parts {','.join(options.parts)} has this in its name"
+        )
     missing = [run for run in runs if run.result is None]
     console.print(f"{len(runs) - len(missing)} of {len(runs)} runs are there")
     return missing
@@ -91,7 +96,8 @@ def run_missing(runs: list[Run], options: argparse.Namespace) -> int:
                 else:
                     keep(run, found)
                     console.print(
-                        f"{progress}: {shown(found['figures'])}, {found['seconds']:.0f} s, {left / 60:.0f} min left"
+                        f"{progress}: {shown(found['figures'])}, {found['seconds']:.0f} s, {left / 60:.0f} "
+                        "min left"
                     )
                 start()
     return failed
@@ -125,7 +131,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--parts", default=",".join(parts), help="which of the parts to run, by commas")
     parser.add_argument("--only", default="", metavar="TEXT", help="runs with this in their name, as bytes-1")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, each on one core")
-    parser.add_argument("--report-only", action="store_true", help="write the report from the results that are there")
+    parser.add_argument(
+        "--report-only", action="store_true", help="write the report from the results that are there"
+    )
     parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "experiments", help="where runs work")
     options = parser.parse_args(argv)
     options.parts = options.parts.split(",")

@@ -1,7 +1,8 @@
 """Outcomes of finished runs as scores of held-out problems, and differences of them with intervals.
 
-The toy's 200 held-out problems are 54 pairs of numbers in other words (`examples/quickstart/task.py`), and who can add
-a pair can add it in any words. So pairs are drawn again, each with all of its problems, not problems.
+The toy's 200 held-out problems are 54 pairs of numbers in other words (`examples/quickstart/task.py`), and
+who can add a pair can add it in any words. So pairs are drawn again, each with all of its problems, not
+problems.
 """
 
 from __future__ import annotations
@@ -61,8 +62,13 @@ def change(results: Sequence[Mapping[str, Any]], metric: str) -> Estimate:
     return _estimate(np.mean(values, axis=0), results[0])
 
 
-def difference(ours: Mapping[int, Mapping[str, Any]], theirs: Mapping[int, Mapping[str, Any]], metric: str) -> Estimate:
-    """Difference of two interfaces (ours - theirs), averaged over common seeds. ValueError if there are none."""
+def difference(
+    ours: Mapping[int, Mapping[str, Any]], theirs: Mapping[int, Mapping[str, Any]], metric: str
+) -> Estimate:
+    """Difference of two interfaces (ours - theirs), averaged over common seeds.
+
+    ValueError if there are none.
+    """
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         raise ValueError("no seed in common")
@@ -75,7 +81,9 @@ def _estimate(values: np.ndarray, result: Mapping[str, Any]) -> Estimate:
 
 
 def by_clusters(values: np.ndarray, num_clusters: int) -> Estimate:
-    """values [P]: the mean, and its interval over clusters drawn again; value i is of cluster i modulo their number."""
+    """values [P]: the mean, and its interval over clusters drawn again; value i is of cluster i modulo their
+    number.
+    """
     cluster = np.arange(len(values)) % num_clusters
     sums, sizes = np.bincount(cluster, weights=values), np.bincount(cluster)
     drawn = np.random.default_rng(SEED).integers(0, len(sizes), (RESAMPLES, len(sizes)))

@@ -1,4 +1,7 @@
-"""Parts a and b: the quick start's pairs. Teacher and warmed-up student are made once; a run is one distillation."""
+"""Parts a and b: the quick start's pairs.
+
+Teacher and warmed-up student are made once; a run is one distillation.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +30,19 @@ class Toy:
         options = setting.options
         flags = ("--pair", options["pair"], "--direction", options["direction"], "--processes", "1")
         self._recipe = quickstart.Recipe(
-            quickstart.parse([*flags, "--seed", str(options["warm_start_seed"]), "--run-dir", str(self._folder)]),
+            quickstart.parse(
+                [*flags, "--seed", str(options["warm_start_seed"]), "--run-dir", str(self._folder)]
+            ),
             self._folder,
         )
         for stage in self._recipe.warm_start:
             stage.run(ROOT)
 
     def run(self, run: Run) -> dict[str, Any]:
-        """Figures, outcomes and seconds. RuntimeError, with the end of its log, where the distillation fails."""
+        """Figures, outcomes and seconds.
+
+        RuntimeError, with the end of its log, where the distillation fails.
+        """
         options = run.setting.options
         flags = {
             "--train-iters": options["train_iters"],
@@ -43,10 +51,15 @@ class Toy:
             "--lr": options["lr"],
             "--eval-samples": options["eval_samples"],
             "--seed": run.seed,
-            **({"--simct-interface-seed": run.seed} if run.interface in ("no_unit_loss", "random_unit") else {}),
+            **(
+                {"--simct-interface-seed": run.seed}
+                if run.interface in ("no_unit_loss", "random_unit")
+                else {}
+            ),
         }
         stage = self._recipe.distil(
-            *(run.interface, f"{run.interface}-{run.seed}"), *(str(part) for item in flags.items() for part in item)
+            *(run.interface, f"{run.interface}-{run.seed}"),
+            *(str(part) for item in flags.items() for part in item),
         )
         shutil.rmtree(stage.output, ignore_errors=True)
         seconds = self._workplace.command(stage.command, log=stage.output / "log.txt")
@@ -65,7 +78,10 @@ class Toy:
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Summarise the rows of metrics.jsonl. An outcome has a digit per held-out problem: its right responses."""
+    """Summarise the rows of metrics.jsonl.
+
+    An outcome has a digit per held-out problem: its right responses.
+    """
     steps = [row for row in rows if row["kind"] == "step"]
     before, after = (row for row in rows if row["kind"] == "evaluation")
 

@@ -2,10 +2,12 @@
 
 Three commands on the quick start's task:
 
-    1. warm-up    sft, stopped while most answers are still wrong; half of the prompts end with the worked solution
-    2. evaluate   the warmed-up model on held-out problems whose prompts have the solution: this is the teacher
-    3. distil     the student samples without the solution; the teacher, which is the warmed-up model itself, scores the
-                  same responses behind `teacher_prompt`, which has it
+    1. warm-up    sft, stopped while most answers are still wrong; half of the prompts end with the worked
+                  solution
+    2. evaluate   the warmed-up model on held-out problems whose prompts have the solution: this is the
+                  teacher
+    3. distil     the student samples without the solution; the teacher, which is the warmed-up model itself,
+                  scores the same responses behind `teacher_prompt`, which has it
 
 A stage whose command and inputs have not changed since it finished is not run again.
 """
@@ -82,12 +84,23 @@ def stages(options: argparse.Namespace, folder: Path) -> tuple[Stage, Stage, Sta
             *("--seed", str(options.seed), "--min-lr", "0", "--lr-decay-style", "constant", *flags),
             *(("--train-iters", "2") if options.smoke else ()),
         ]
-        return Stage(name=name, command=tuple(command), output=output, needs=needs, inputs=inputs, resumes=True)
+        return Stage(
+            name=name, command=tuple(command), output=output, needs=needs, inputs=inputs, resumes=True
+        )
 
     warm_up = stage(
         *("warm-up", "warm_up.jsonl"),
         [
-            *("--simct-interface", "sft", "--lr", "2e-3", "--lr-warmup-fraction", "0.03", "--train-iters", "800"),
+            *(
+                "--simct-interface",
+                "sft",
+                "--lr",
+                "2e-3",
+                "--lr-warmup-fraction",
+                "0.03",
+                "--train-iters",
+                "800",
+            ),
             *("--rollout-batch-size", "32", "--micro-batch-size", "16"),
             *("--eval-interval", "20", "--eval-samples", "0", "--exit-eval-accuracy", str(WARM_ACCURACY)),
         ],
@@ -97,8 +110,23 @@ def stages(options: argparse.Namespace, folder: Path) -> tuple[Stage, Stage, Sta
     evaluate = Stage(
         name="evaluate",
         command=(
-            *(sys.executable, str(ROOT / "tools" / "evaluate.py"), "--benchmark", "exact_match", "--data", str(data)),
-            *(*model(), "--pretrained-checkpoint", start, "--output-dir", str(evaluation), "--max-response-len", "16"),
+            *(
+                sys.executable,
+                str(ROOT / "tools" / "evaluate.py"),
+                "--benchmark",
+                "exact_match",
+                "--data",
+                str(data),
+            ),
+            *(
+                *model(),
+                "--pretrained-checkpoint",
+                start,
+                "--output-dir",
+                str(evaluation),
+                "--max-response-len",
+                "16",
+            ),
         ),
         output=evaluation,
         needs=(warm_up,),
@@ -127,15 +155,22 @@ def stages(options: argparse.Namespace, folder: Path) -> tuple[Stage, Stage, Sta
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         prog="examples/hints/run.sh",
-        description="A model that reads the worked solution teaches itself to answer without it, on two CPU cores.",
+        description="A model that reads the worked solution teaches itself to answer without it, on two CPU "
+        "cores.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--interface", choices=("kd", "bytes", "paper"), default="kd", help="how distributions compare")
+    parser.add_argument(
+        "--interface", choices=("kd", "bytes", "paper"), default="kd", help="how distributions compare"
+    )
     parser.add_argument("--seed", type=int, default=1, help="weights, order of the problems, sampling")
     parser.add_argument("--train-iters", type=int, default=100, help="on-policy steps")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the on-policy steps")
-    parser.add_argument("--smoke", action="store_true", help="two steps of each run: that it runs, not that it learns")
-    parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "hints", help="where everything is written")
+    parser.add_argument(
+        "--smoke", action="store_true", help="two steps of each run: that it runs, not that it learns"
+    )
+    parser.add_argument(
+        "--run-dir", type=Path, default=ROOT / "runs" / "hints", help="where everything is written"
+    )
     return parser.parse_args(argv)
 
 

@@ -1,8 +1,8 @@
 """Random weights whose number tokens start as sums of one vector for each (position, digit).
 
-A model that reads "82" as one token must learn every number apart, and a small one memorises sums instead of adding.
-Sums of digit vectors tell it which numbers are neighbours, as a long pre-training would have. Used for the
-tokenizer that groups digits, and only for it.
+A model that reads "82" as one token must learn every number apart, and a small one memorises sums instead of
+adding. Sums of digit vectors tell it which numbers are neighbours, as a long pre-training would have. Used
+for the tokenizer that groups digits, and only for it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def main() -> None:
         vectors = options.std * torch.randn(3, 10, weight.shape[1])
         for token_id, piece in enumerate(tokenizer.table.pieces()):
             if piece.isdigit():
-                weight[token_id] = sum(vectors[k, digit - ord("0")] for k, digit in enumerate(reversed(piece)))
+                weight[token_id] = sum(
+                    vectors[k, digit - ord("0")] for k, digit in enumerate(reversed(piece))
+                )
         save_weights(model, options.save, 0)
 
 

@@ -6,15 +6,15 @@ Three ordinary runs of megatron_simct.train, one after another, each of which a 
     2. warm-up    sft of the student, stopped early, while most of its answers are still wrong
     3. distil     the student samples, the teacher scores, the chosen interface compares
 
-With --warm-up teacher the student is warmed up on what the teacher says, and two stages come before it, and one at the
-end (tools/evaluate.py, tools/select_responses.py):
+With --warm-up teacher the student is warmed up on what the teacher says, and two stages come before it, and
+one at the end (tools/evaluate.py, tools/select_responses.py):
 
     2a. sample    the teacher answers the training problems, and its answers are checked
     2b. select    of the right answers to each problem the shortest
     4. evaluate   the distilled student on held-out problems, with intervals
 
-A stage whose command and inputs have not changed since it finished is not run again, so a second interface starts from
-the very same teacher and student; one that was interrupted goes on where it was.
+A stage whose command and inputs have not changed since it finished is not run again, so a second interface
+starts from the very same teacher and student; one that was interrupted goes on where it was.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ ARCHITECTURE = {
     "tie_word_embeddings": True,
     "hidden_act": "silu",
 }
-# Larger random weights learn sooner, smaller ones generalise better in the end. Where numbers are tokens of their own,
-# sums of unseen numbers are not found from larger ones at all, not even by supervised training.
+# Larger random weights learn sooner, smaller ones generalise better in the end. Where numbers are tokens of
+# their own, sums of unseen numbers are not found from larger ones at all, not even by supervised training.
 INITIALIZER_RANGE = {"teacher": 0.02, "student": 0.05}
 INITIALIZER_RANGE_OF_GROUPED_DIGITS = 0.02
 TEACHER_ACCURACY = 0.95
@@ -104,11 +104,24 @@ class Recipe:
         """On-policy distillation from the warm start, into the folder `name`."""
         models = [
             *(*self._model("student"), "--pretrained-checkpoint", self._checkpoint("student")),
-            *(*self._model("teacher", "teacher-"), "--teacher-pretrained-checkpoint", self._checkpoint("teacher")),
+            *(
+                *self._model("teacher", "teacher-"),
+                "--teacher-pretrained-checkpoint",
+                self._checkpoint("teacher"),
+            ),
         ]
-        flags = ("--simct-interface", interface, "--lr-decay-style", "constant", "--rollout-temperature", "1.0", *flags)
+        flags = (
+            "--simct-interface",
+            interface,
+            "--lr-decay-style",
+            "constant",
+            "--rollout-temperature",
+            "1.0",
+            *flags,
+        )
         return self._stage(
-            *(f"distil with {interface}", name, self._data, 64, [*models, *flags]), needs=(self.teacher, self.student)
+            *(f"distil with {interface}", name, self._data, 64, [*models, *flags]),
+            needs=(self.teacher, self.student),
         )
 
     def evaluate(self, distil: Stage) -> Stage:
@@ -135,10 +148,14 @@ class Recipe:
             needs=(self.sample,),
         )
 
-    def _answers(self, name: str, output: Path, data: Path, flags: list[str], *, needs: tuple[Stage, ...]) -> Stage:
+    def _answers(
+        self, name: str, output: Path, data: Path, flags: list[str], *, needs: tuple[Stage, ...]
+    ) -> Stage:
         program = [str(ROOT / "tools" / "evaluate.py"), "--benchmark", "exact_match", "--data", str(data)]
         command = [*self._python, *program, "--output-dir", str(output), "--max-response-len", "16", *flags]
-        return Stage(name=name, command=tuple(command), output=output, needs=needs, inputs=(data,), resumes=True)
+        return Stage(
+            name=name, command=tuple(command), output=output, needs=needs, inputs=(data,), resumes=True
+        )
 
     def _start(self, name: str) -> tuple[Stage, ...]:
         """Weights to start from, for the side that groups digits; the other side starts from random ones."""
@@ -156,11 +173,19 @@ class Recipe:
         for stage in start:
             flags += ("--pretrained-checkpoint", str(stage.output))
         return self._stage(
-            *(title, name, data, 32, [*self._model(name), "--eval-samples", "0", *flags]), needs=(*start, *needs)
+            *(title, name, data, 32, [*self._model(name), "--eval-samples", "0", *flags]),
+            needs=(*start, *needs),
         )
 
     def _stage(
-        self, title: str, name: str, data: Path, batch_size: int, flags: list[str], *, needs: tuple[Stage, ...]
+        self,
+        title: str,
+        name: str,
+        data: Path,
+        batch_size: int,
+        flags: list[str],
+        *,
+        needs: tuple[Stage, ...],
     ) -> Stage:
         """A run of megatron_simct.train in the folder `name`."""
         folder = self._folder / name
@@ -175,13 +200,23 @@ class Recipe:
             *flags,
             *(("--train-iters", "2") if self._options.smoke else ()),
         ]
-        inputs = tuple(path for path in (data, self._held_out) if path not in [stage.output for stage in needs])
-        return Stage(name=title, command=tuple(command), output=folder, needs=needs, inputs=inputs, resumes=True)
+        inputs = tuple(
+            path for path in (data, self._held_out) if path not in [stage.output for stage in needs]
+        )
+        return Stage(
+            name=title, command=tuple(command), output=folder, needs=needs, inputs=inputs, resumes=True
+        )
 
     @property
     def _python(self) -> tuple[str, ...]:
         """What runs a program, or -m and a module, on all ranks."""
-        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self._options.processes))
+        torchrun = (
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(self._options.processes),
+        )
         return (sys.executable, *(torchrun if self._options.processes > 1 else ()))
 
     def _checkpoint(self, name: str) -> str:
@@ -189,7 +224,12 @@ class Recipe:
 
     def _model(self, name: str, prefix: str = "") -> list[str]:
         architecture = str(self._folder / f"{name}-architecture")
-        return [f"--{prefix}hf-checkpoint", architecture, f"--{prefix}tokenizer-model", self._sides[name].tokenizer]
+        return [
+            f"--{prefix}hf-checkpoint",
+            architecture,
+            f"--{prefix}tokenizer-model",
+            self._sides[name].tokenizer,
+        ]
 
 
 def accuracy(stage: Stage, which: str, *, first: bool = False) -> float:
@@ -280,24 +320,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     write_whole(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     pictures = ["--output", str(folder / "report.html"), "--png", str(folder / "curves.png")]
-    subprocess.run([sys.executable, str(ROOT / "tools" / "plot_run.py"), str(distil.output), *pictures], check=True)
+    subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "plot_run.py"), str(distil.output), *pictures], check=True
+    )
     report(summary, folder)
 
 
 def report(summary: dict, folder: Path) -> None:
-    table = Table(title=f"Held-out accuracy, exact match ({summary['pair']}, interface {summary['interface']})")
+    table = Table(
+        title=f"Held-out accuracy, exact match ({summary['pair']}, interface {summary['interface']})"
+    )
     for column in ("", "greedy", "sampled"):
         table.add_column(column)
     table.add_row("teacher", f"{summary['teacher_accuracy']:.3f}", "")
     table.add_row(
-        "student before", f"{summary['student_accuracy_before']:.3f}", f"{summary['student_sampled_before']:.3f}"
+        "student before",
+        f"{summary['student_accuracy_before']:.3f}",
+        f"{summary['student_sampled_before']:.3f}",
     )
     table.add_row(
         "student after", f"{summary['student_accuracy_after']:.3f}", f"{summary['student_sampled_after']:.3f}"
     )
     console.print(table)
     console.print(
-        f"{summary['seconds']:.0f} seconds; written to {folder / 'summary.json'}", soft_wrap=True, markup=False
+        f"{summary['seconds']:.0f} seconds; written to {folder / 'summary.json'}",
+        soft_wrap=True,
+        markup=False,
     )
 
 

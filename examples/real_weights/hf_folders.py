@@ -2,8 +2,8 @@
 
     python examples/real_weights/hf_folders.py smollm2 --cache FOLDER --save DIR
 
-transformers reads GGUF, but what it has read refuses `save_pretrained`; so the weights are loaded into a model built
-from the same configuration, which does not. Numbers are those of the quantised file, written out.
+transformers reads GGUF, but what it has read refuses `save_pretrained`; so the weights are loaded into a
+model built from the same configuration, which does not. Numbers are those of the quantised file, written out.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from examples.real_weights.models import MODELS, Model, gguf_file
 def restore_digits(spec: dict[str, Any]) -> dict[str, Any]:
     """The content of a tokenizer.json, with numbers cut into single digits before anything else.
 
-    transformers' converter keeps only the second of SmolLM2's two pre-tokenizers; without the first, numbers come out
-    in tokens that the model was never trained on.
+    transformers' converter keeps only the second of SmolLM2's two pre-tokenizers; without the first, numbers
+    come out in tokens that the model was never trained on.
     """
     before = spec["pre_tokenizer"]
     if before["type"] != "ByteLevel":
         raise ValueError(
-            f"the converted tokenizer cuts text by {before['type']}, expected ByteLevel; use transformers==5.24.0"
+            f"the converted tokenizer cuts text by {before['type']}, expected ByteLevel; use "
+            "transformers==5.24.0"
         )
     digits = {"type": "Digits", "individual_digits": True}
     return spec | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, before]}}

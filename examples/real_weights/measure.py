@@ -1,4 +1,5 @@
-"""What transformers says of a Hugging Face folder: loss on held-out solutions behind their prompts, and continuations.
+"""What transformers says of a Hugging Face folder: loss on held-out solutions behind their prompts, and
+continuations.
 
 python examples/real_weights/measure.py DIR --held-out held_out.jsonl --output measured.json [--continue 2]
 """
@@ -17,7 +18,9 @@ from megatron_simct.files import write_whole
 
 
 def measure(folder: str, rows: list[dict[str, str]], num_continued: int) -> dict[str, Any]:
-    """nats_per_byte of the solutions; loss, nats a label, stop tokens included, as the trainer has it; texts."""
+    """nats_per_byte of the solutions; loss, nats a label, stop tokens included, as the trainer has it;
+    texts.
+    """
     import torch
     import transformers
 
@@ -41,14 +44,18 @@ def measure(folder: str, rows: list[dict[str, str]], num_continued: int) -> dict
     for row in rows[:: max(1, len(rows) // max(1, num_continued))][:num_continued]:
         ids = tokenizer(row["prompt"], return_tensors="pt")
         answer = model.generate(**ids, max_new_tokens=48, do_sample=False)[0, ids.input_ids.shape[1] :]
-        texts.append({"prompt": row["prompt"], "continuation": tokenizer.decode(answer, skip_special_tokens=True)})
+        texts.append(
+            {"prompt": row["prompt"], "continuation": tokenizer.decode(answer, skip_special_tokens=True)}
+        )
     return {"nats_per_byte": nats / num_bytes, "loss": (nats + stop_nats) / num_labels, "texts": texts}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", metavar="DIR", help="Hugging Face folder")
-    parser.add_argument("--held-out", type=Path, required=True, metavar="FILE", help="JSONL of prompt and response")
+    parser.add_argument(
+        "--held-out", type=Path, required=True, metavar="FILE", help="JSONL of prompt and response"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON to write")
     parser.add_argument(
         "--continue", type=int, default=0, metavar="N", dest="num_continued", help="prompts to continue"
@@ -57,7 +64,9 @@ def main() -> None:
     rows = [json.loads(line) for line in options.held_out.read_text(encoding="utf-8").split("\n") if line]
     result = measure(options.folder, rows, options.num_continued)
     write_whole(options.output, json.dumps(result, indent=1) + "\n")
-    print(f" {options.folder}: {result['nats_per_byte']:.4f} nats a byte, loss {result['loss']:.4f}", flush=True)
+    print(
+        f" {options.folder}: {result['nats_per_byte']:.4f} nats a byte, loss {result['loss']:.4f}", flush=True
+    )
 
 
 if __name__ == "__main__":

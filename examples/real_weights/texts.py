@@ -1,6 +1,8 @@
-"""Real problems: what the student is asked in training, and solutions that neither model sees until it is measured.
+"""Real problems: what the student is asked in training, and solutions that neither model sees until it is
+measured.
 
-HumanEval (Python) and CHAMP (mathematics) come from the packages that carry them; GSM8K from a file that is given.
+HumanEval (Python) and CHAMP (mathematics) come from the packages that carry them; GSM8K from a file that is
+given.
 """
 
 from __future__ import annotations
@@ -26,18 +28,24 @@ def as_task(problems: Sequence[Problem]) -> list[Problem]:
 def gsm8k_problems(path: Path) -> list[Problem]:
     """Problems in a JSONL file with question and answer. Raises ValueError, naming the file and the line."""
     problems = []
-    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")  # JSON may hold other ends of lines, as U+2028
+    lines = (
+        path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    )  # JSON may hold other ends of lines, as U+2028
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             problems.append((row["question"] + "", row["answer"] + ""))
         except (ValueError, LookupError, TypeError):
-            raise ValueError(f"--gsm8k {path}, line {number}: no JSON object with a question and an answer") from None
+            raise ValueError(
+                f"--gsm8k {path}, line {number}: no JSON object with a question and an answer"
+            ) from None
     return problems
 
 
 def split(problems: Sequence[Problem], num_held_out: int) -> tuple[list[Problem], list[Problem]]:
-    """For training, and held out: of every five problems the last, the first `num_held_out` of those short enough."""
+    """For training, and held out: of every five problems the last, the first `num_held_out` of those short
+    enough.
+    """
     train = [p for i, p in enumerate(problems, start=1) if i % HELD_OUT_EVERY and len(p[0]) <= MAX_PROMPT]
     others = problems[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
     held_out = [p for p in others if len(p[0]) <= MAX_PROMPT and 0 < len(p[1]) <= MAX_SOLUTION]
@@ -45,7 +53,9 @@ def split(problems: Sequence[Problem], num_held_out: int) -> tuple[list[Problem]
 
 
 def write_texts(folder: Path, gsm8k: Path | None, *, num_held_out: int) -> None:
-    """prompts.jsonl with the key prompt; held_out.jsonl with prompt and response, `num_held_out` of each source."""
+    """prompts.jsonl with the key prompt; held_out.jsonl with prompt and response, `num_held_out` of each
+    source.
+    """
     sources = [humaneval_problems(), as_task(champ_problems())]
     if gsm8k is not None:
         sources.append(as_task(gsm8k_problems(gsm8k)))

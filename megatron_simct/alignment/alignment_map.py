@@ -1,9 +1,9 @@
 """The shared vocabulary: pairs of ids, one of each tokenizer, that mean the same bytes.
 
 On these tokens the two models' next-token distributions can be compared directly (the set O of SimCT,
-arXiv:2605.07711). Equality is of bytes, never of spellings such as 'Ġthe' and '▁the'. Beside the pairs of content the
-map holds one bridge between stop tokens: the id that ends the student's turn against the whole stop set of the
-teacher, whose probabilities are summed by whoever scores it.
+arXiv:2605.07711). Equality is of bytes, never of spellings such as 'Ġthe' and '▁the'. Beside the pairs of
+content the map holds one bridge between stop tokens: the id that ends the student's turn against the whole
+stop set of the teacher, whose probabilities are summed by whoever scores it.
 
 Shape letters: V_S and V_T ids of the two tokenizers, C shared pairs, W ids of one vocabulary shard.
 """
@@ -22,7 +22,9 @@ from megatron_simct.alignment.tokenizer import Tokenizer
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AlignmentMap:
-    """Pairs (student_ids[i], teacher_ids[i]) with equal bytes, no id twice on either side, specials excluded."""
+    """Pairs (student_ids[i], teacher_ids[i]) with equal bytes, no id twice on either side, specials
+    excluded.
+    """
 
     student_ids: np.ndarray
     """int32 [C], ascending."""
@@ -83,7 +85,8 @@ class AlignmentMap:
         return self.teacher_ids[order], self.student_ids[order]
 
     def placement(self, *, shard_start: int, shard_end: int, stop_bridge: bool = True) -> VocabPlacement:
-        """The pairs whose student ids lie in [shard_start, shard_end) of the padded vocabulary, and the stop bridge.
+        """The pairs whose student ids lie in [shard_start, shard_end) of the padded vocabulary, and the stop
+        bridge.
 
         Raises ValueError if that range is empty or starts below 0.
         """
@@ -112,8 +115,8 @@ class AlignmentMap:
 def build_alignment_map(student: Tokenizer, teacher: Tokenizer) -> AlignmentMap:
     """Pairs all content ids with equal bytes. Raises ValueError for a tokenizer without stop tokens.
 
-    Where several ids of one tokenizer have the same bytes, the one that encoding those bytes gives is paired (the one
-    that the model was trained to use), else the lowest.
+    Where several ids of one tokenizer have the same bytes, the one that encoding those bytes gives is paired
+    (the one that the model was trained to use), else the lowest.
     """
     for tokenizer in (student, teacher):
         if not tokenizer.table.stop_ids:
@@ -142,12 +145,14 @@ def identity_map(student: Tokenizer, teacher: Tokenizer) -> AlignmentMap:
     if table.fingerprint != teacher.table.fingerprint:
         if replace(table, stop_ids=()).fingerprint == replace(teacher.table, stop_ids=()).fingerprint:
             raise ValueError(
-                f'tokenizers "{student.name}" and "{teacher.name}" are the same, but the student stops at ids '
-                f"{list(table.stop_ids)} and the teacher at {list(teacher.table.stop_ids)}; give both the same by "
-                "--stop-token-ids and --teacher-stop-token-ids"
+                f'tokenizers "{student.name}" and "{teacher.name}" are the same, but the student stops at '
+                "ids "
+                f"{list(table.stop_ids)} and the teacher at {list(teacher.table.stop_ids)}; give both the "
+                "same by --stop-token-ids and --teacher-stop-token-ids"
             )
         raise ValueError(
-            f'tokenizers "{student.name}" and "{teacher.name}" are not the same, so their ids cannot be compared one '
+            f'tokenizers "{student.name}" and "{teacher.name}" are not the same, so their ids cannot be '
+            "compared one "
             "by one; choose another --simct-interface than kd"
         )
     if not table.stop_ids:
@@ -167,17 +172,19 @@ def identity_map(student: Tokenizer, teacher: Tokenizer) -> AlignmentMap:
 
 
 def released_map(student: Tokenizer, teacher: Tokenizer) -> AlignmentMap:
-    """The shared vocabulary of SimCT's released code: ids whose strings in tokenizer.json are equal, 'Ġ' read as '▁'.
+    """The shared vocabulary of SimCT's released code: ids whose strings in tokenizer.json are equal, 'Ġ' read
+    as '▁'.
 
-    So it misses pairs whose files spell bytes in different ways (a line end, accents), and pairs a character of one
-    file with a single byte of the other. The stop tokens are bridged as in every map, and in no pair. Raises ValueError
-    for a tokenizer of another file.
+    So it misses pairs whose files spell bytes in different ways (a line end, accents), and pairs a character
+    of one file with a single byte of the other. The stop tokens are bridged as in every map, and in no pair.
+    Raises ValueError for a tokenizer of another file.
     """
     by_string: list[dict[str, int]] = []
     for tokenizer in (student, teacher):
         if tokenizer.strings is None:
             raise ValueError(
-                f'--simct-shared released: tokenizer "{tokenizer.name}" is no tokenizer.json, whose strings it compares'
+                f'--simct-shared released: tokenizer "{tokenizer.name}" is no tokenizer.json, whose strings '
+                "it compares"
             )
         ids: dict[str, int] = {}
         for text, token_id in sorted(tokenizer.strings().items(), key=lambda item: item[1]):

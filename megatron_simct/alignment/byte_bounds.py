@@ -1,38 +1,42 @@
 """What two models are known to say of the next byte of a response, and how much of each is not known.
 
-The interface `bytes` compares distributions over the next byte at every byte position i = 0 .. |y| of a response y.
-All of it but the probabilities is known before a model runs, so it is found here, by integers only.
+The interface `bytes` compares distributions over the next byte at every byte position i = 0 .. |y| of a
+response y. All of it but the probabilities is known before a model runs, so it is found here, by integers
+only.
 
-One model. Its tokens v_1 .. v_n of the response end at offsets beta_1 .. beta_n. Row k, the distribution after k of
-them, says, relative to the probability A_K of the path up to K, the last boundary at or before i:
+One model. Its tokens v_1 .. v_n of the response end at offsets beta_1 .. beta_n. Row k, the distribution
+after k of them, says, relative to the probability A_K of the path up to K, the last boundary at or before i:
 
-    known        tokens that spell y[beta_k : i] and go on with byte b, or end the text where i is a boundary: the
-                 mass m(b), m(end). They stand for texts that go on with b.
-    unresolved   tokens other than v_(k+1) that spell y[beta_k : j), with j <= i: the mass u. These texts have left
-                 the realized path at j, and no row says how they go on. An *atom* is such a mass, of one row and one j.
+    known        tokens that spell y[beta_k : i] and go on with byte b, or end the text where i is a boundary:
+                 the mass m(b), m(end). They stand for texts that go on with b.
+    unresolved   tokens other than v_(k+1) that spell y[beta_k : j), with j <= i: the mass u. These texts have
+                 left the realized path at j, and no row says how they go on. An *atom* is such a mass, of one
+                 row and one j.
 
-Of all texts that begin with y[:i], a share between m(b) and m(b) + (its part of u) goes on with b: the loss is the
-smallest divergence that these bounds permit (losses/kinds/bytes.py). How large the part can be:
+Of all texts that begin with y[:i], a share between m(b) and m(b) + (its part of u) goes on with b: the loss
+is the smallest divergence that these bounds permit (losses/kinds/bytes.py). How large the part can be:
 
     an atom that ended at i      only the bytes that may follow its token (continuations.py)
-    an atom that ended before    out, if y[j] cannot follow its token; else every byte: where such a text has its next
-                                 border is not known
+    an atom that ended before    out, if y[j] cannot follow its token; else every byte: where such a text has
+                                 its next border is not known
 
-How far a model looks back. No token crosses a border at B, if none that begins before B, with the bytes that the text
-has there, is longer than that, whatever comes behind y[:i]. Then every text that begins with y[:i] has been cut like
-the realized one up to B, and what left the path before B is no part of u at i.
+How far a model looks back. No token crosses a border at B, if none that begins before B, with the bytes that
+the text has there, is longer than that, whatever comes behind y[:i]. Then every text that begins with y[:i]
+has been cut like the realized one up to B, and what left the path before B is no part of u at i.
 
-Events. Bytes that both models reach, the end, and ids without content are compared one by one. Bytes that only one
-of them reaches, or none, are one event for each set of atoms that may go on with them: their ratios are equal.
+Events. Bytes that both models reach, the end, and ids without content are compared one by one. Bytes that
+only one of them reaches, or none, are one event for each set of atoms that may go on with them: their ratios
+are equal.
 
-Slots of a position: its events, then FREE (atoms that ended before, u less ENDED), ENDED (atoms that ended here) and,
-where some of these can go on with some events only, CAP: the atoms that can, for each such group of events.
+Slots of a position: its events, then FREE (atoms that ended before, u less ENDED), ENDED (atoms that ended
+here) and, where some of these can go on with some events only, CAP: the atoms that can, for each such group
+of events.
 
-Mixtures. Several teachers, each in its own tokens, are one: known mass, u and caps are weighted sums of the teachers'
-shares of their own total.
+Mixtures. Several teachers, each in its own tokens, are one: known mass, u and caps are weighted sums of the
+teachers' shares of their own total.
 
-The bounds hold for a model whose probability lies on its tokenizer's own cut of each text. Where a sampled response is
-not cut so, the sampled path is taken for the tokenizer's.
+The bounds hold for a model whose probability lies on its tokenizer's own cut of each text. Where a sampled
+response is not cut so, the sampled path is taken for the tokenizer's.
 
 Shape letters: P byte positions, E slots, G segments, V ids.
 """
@@ -66,18 +70,21 @@ class Side:
     """Its tokenizer's; None where nothing is known of it."""
 
 
-def plan_byte_bounds(text: np.ndarray, *, stop: bool, student: Side, teachers: Sequence[Side]) -> list[ByteEvents]:
+def plan_byte_bounds(
+    text: np.ndarray, *, stop: bool, student: Side, teachers: Sequence[Side]
+) -> list[ByteEvents]:
     """The events of one response: an answer a teacher, which differ in the teacher's sums only.
 
-    text uint8 [L]: the bytes that all sequences of ids begin with, up to the first special token of any; stop: all
-    spell just `text` and then stop, so that the position behind it is compared too.
+    text uint8 [L]: the bytes that all sequences of ids begin with, up to the first special token of any;
+    stop: all spell just `text` and then stop, so that the position behind it is compared too.
     """
     num_positions = text.size + stop
     walks = [_walk(side, text, num_positions) for side in (student, *teachers)]
     reached = [walks[0].reached, np.logical_or.reduce([walk.reached for walk in walks[1:]])]
     num_classes, class_of, possible = _classes(walks, num_positions)
 
-    # Columns of the table of slots: events of their own, groups of the others by class, FREE, ENDED, CAPs by class.
+    # Columns of the table of slots: events of their own, groups of the others by class, FREE, ENDED, CAPs by
+    # class.
     both = reached[0] & reached[1]
     kind = reached[0] + 2 * reached[1]
     code = np.where(both, np.arange(_NUM_EVENTS), _NUM_EVENTS + 3 * class_of + kind % 3)
@@ -158,8 +165,8 @@ class _Slots:
 
 @dataclass(frozen=True, eq=False)
 class _Walk:
-    """What one side's rows say along the text. Visits are pairs of a row and a position up to which a token of the row
-    agrees with the text; atoms are the tokens that ended there and are not the realized ones."""
+    """What one side's rows say along the text. Visits are pairs of a row and a position up to which a token
+    of the row agrees with the text; atoms are the tokens that ended there and are not the realized ones."""
 
     trie: ByteTrie
     num_rows: int
@@ -266,7 +273,9 @@ def _walk(side: Side, text: np.ndarray, num_positions: int) -> _Walk:
 
 
 def _last_border(trie: ByteTrie, text: np.ndarray) -> np.ndarray:
-    """int64 [L + 1]: for every i the last offset B <= i that no token can cross in a text that begins with y[:i]."""
+    """int64 [L + 1]: for every i the last offset B <= i that no token can cross in a text that begins with
+    y[:i].
+    """
     size = text.size
     crossed = np.zeros(size + 2, dtype=np.int64)
     # The first of all beginnings of a token that may still be going on at i.
@@ -292,12 +301,14 @@ def _last_border(trie: ByteTrie, text: np.ndarray) -> np.ndarray:
 @lru_cache(maxsize=8)
 def _marks(count: int) -> np.ndarray:
     """uint64 [count]: odd numbers whose sums tell sets of them apart."""
-    return np.random.default_rng(0).integers(0, 1 << 63, size=count, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    return np.random.default_rng(0).integers(0, 1 << 63, size=count, dtype=np.uint64) * np.uint64(
+        2
+    ) + np.uint64(1)
 
 
 def _classes(walks: Sequence[_Walk], num_positions: int) -> tuple[int, np.ndarray, np.ndarray]:
-    """Events by the set of atoms that may go on with them: (number of classes, class [P, 258], whether there is such an
-    atom [P, 258]). Class 0 is that of all atoms that ended at the position."""
+    """Events by the set of atoms that may go on with them: (number of classes, class [P, 258], whether there
+    is such an atom [P, 258]). Class 0 is that of all atoms that ended at the position."""
     num_atoms = sum(walk.atoms.size for walk in walks)
     all_marks = _marks(1 << max(4, int(num_atoms).bit_length()))
     sets = np.zeros((num_positions, _NUM_EVENTS), dtype=np.uint64)
@@ -311,7 +322,9 @@ def _classes(walks: Sequence[_Walk], num_positions: int) -> tuple[int, np.ndarra
         position = walk.position[walk.atoms]
         first = np.flatnonzero(np.diff(position, prepend=-1))
         where = position[first]
-        sets[where] += np.add.reduceat(np.where(walk.may_follow[walk.atom_rows], marks[:, None], 0), first, axis=0)
+        sets[where] += np.add.reduceat(
+            np.where(walk.may_follow[walk.atom_rows], marks[:, None], 0), first, axis=0
+        )
         whole[where] += np.add.reduceat(marks, first)
     class_of = np.zeros(sets.shape, dtype=np.int64)
     limited = np.flatnonzero((sets != whole[:, None]).any(1))
@@ -330,12 +343,14 @@ def _classes(walks: Sequence[_Walk], num_positions: int) -> tuple[int, np.ndarra
 def _side(walk: _Walk, slots: _Slots) -> ByteSide:
     """Segments of the side's rows, and which segments each slot adds up."""
     trie, num_ids = walk.trie, walk.trie.order.size
-    # A row's vocabulary is cut at every child of a visited node. A first child without tokens that spell the node
-    # itself begins where the node does, which its parent's cut is.
+    # A row's vocabulary is cut at every child of a visited node. A first child without tokens that spell the
+    # node itself begins where the node does, which its parent's cut is.
     visit, node = walk.next_visit, walk.next_node
     parent = walk.node[visit]
     new = (parent == 0) | (trie.first[node] > trie.first[parent])
-    behind = np.array([trie.num_content] * (trie.num_other > 0) + [trie.num_content + trie.num_other], dtype=np.int64)
+    behind = np.array(
+        [trie.num_content] * (trie.num_other > 0) + [trie.num_content + trie.num_other], dtype=np.int64
+    )
     key = num_ids + 1
     cuts = np.concatenate(
         [
@@ -356,7 +371,12 @@ def _side(walk: _Walk, slots: _Slots) -> ByteSide:
         starts.append(cuts.searchsorted((row * key + first)[used]))
         ends.append(cuts.searchsorted((row * key + end)[used]))
 
-    add(slots.of_event[walk.position[visit], trie.byte[node]], walk.row[visit], trie.first[node], trie.end[node])
+    add(
+        slots.of_event[walk.position[visit], trie.byte[node]],
+        walk.row[visit],
+        trie.first[node],
+        trie.end[node],
+    )
     row, position = walk.row[walk.at_boundary], walk.position[walk.at_boundary]
     if trie.num_other:
         add(slots.of_event[position, _WITHOUT_CONTENT], row, behind[0], behind[1])

@@ -1,43 +1,50 @@
-"""Which bytes of a response two models can be compared on, and which tokens' probabilities each of them adds up there.
+"""Which bytes of a response two models can be compared on, and which tokens' probabilities each of them adds
+up there.
 
-The interface `bytes` compares distributions over the next byte at every byte position i = 0 .. |y| of a response y. All
-of it but the probabilities is known before a model runs, so it is found here, by integers only.
+The interface `bytes` compares distributions over the next byte at every byte position i = 0 .. |y| of a
+response y. All of it but the probabilities is known before a model runs, so it is found here, by integers
+only.
 
-One model. Its row k (the distribution after k of its own tokens) stands at byte offset beta_k. With c = y[beta_k : i],
-tokens that begin with c and go on with b give byte b its probability at i. In the order of their bytes these tokens are
-a range of the vocabulary, and the ranges of one row are nested: those of a longer c lie inside one of a shorter c. So
-the row's vocabulary is cut into consecutive *segments*, fine enough that every range is a run of them; the model only
-has to sum each segment once. Behind all content stand two segments more: ids without content, and the stop ids.
+One model. Its row k (the distribution after k of its own tokens) stands at byte offset beta_k. With c =
+y[beta_k : i], tokens that begin with c and go on with b give byte b its probability at i. In the order of
+their bytes these tokens are a range of the vocabulary, and the ranges of one row are nested: those of a
+longer c lie inside one of a shorter c. So the row's vocabulary is cut into consecutive *segments*, fine
+enough that every range is a run of them; the model only has to sum each segment once. Behind all content
+stand two segments more: ids without content, and the stop ids.
 
     boundary of the model (beta_k = i)   every first byte, "stop", and other ids without content
-    inside a token (beta_k < i)          the bytes that some token has behind c; a token that spells c has "ended" here
+    inside a token (beta_k < i)          the bytes that some token has behind c; a token that spells c has
+                                         "ended" here
 
-Rows before the last boundary count too, where a token of theirs reaches past i: the realized path is one of several
-ways to have spelled y[:i].
+Rows before the last boundary count too, where a token of theirs reaches past i: the realized path is one of
+several ways to have spelled y[:i].
 
-What is compared at i. Events are the bytes that both models can have next, "stop" where both are at a boundary, and
-"rest", all that is left on each side: bytes that only one can have, ids without content, tokens that have ended. Where
-a model is inside a token and c is no token, it cannot end, so what could be in its rest is unknown. Then there is no
-rest, and the models are compared given that the next byte is one of the common ones.
+What is compared at i. Events are the bytes that both models can have next, "stop" where both are at a
+boundary, and "rest", all that is left on each side: bytes that only one can have, ids without content, tokens
+that have ended. Where a model is inside a token and c is no token, it cannot end, so what could be in its
+rest is unknown. Then there is no rest, and the models are compared given that the next byte is one of the
+common ones.
 
-Loose bytes. A model inside a token may be wrong about byte b: of the texts that go on with b, some have left its token
-earlier, at a shorter token, and their probability is in rows that nobody has computed. If a tokenizer takes the longest
-match, that can only be the longest token that is a prefix of c, and only if c b is no token. Such a b is *loose*, and
-the model's probability of it is only known to lie between the sum and the sum plus that token's (the *spread*). The
-loss compares a loose byte only where the difference between the models is larger than the spread explains.
+Loose bytes. A model inside a token may be wrong about byte b: of the texts that go on with b, some have left
+its token earlier, at a shorter token, and their probability is in rows that nobody has computed. If a
+tokenizer takes the longest match, that can only be the longest token that is a prefix of c, and only if c b
+is no token. Such a b is *loose*, and the model's probability of it is only known to lie between the sum and
+the sum plus that token's (the *spread*). The loss compares a loose byte only where the difference between the
+models is larger than the spread explains.
 
-Mixtures. Several teachers, each in its own tokens, are one: the probability of a byte is the weighted sum of what each
-of them gives it behind the same bytes. A position counts where every teacher can end (at a boundary, or c is a token);
-elsewhere a teacher's whole probability, and so its share of the sum, is not known. Events are then the bytes that the
-student and all teachers can have next, "stop" where all are at a boundary, and "rest", all that is left of each of
-them, where the student can end too. Where it cannot, what a teacher has *outside* of the events comes along, since its
-events are shares of its whole. A byte that is loose for one teacher is loose for the mixture; the spread is the
-weighted sum of those of the teachers that have a loose byte. The text ends for all where it ends for one of them, and
-the position behind it counts where the student and all teachers stop there.
+Mixtures. Several teachers, each in its own tokens, are one: the probability of a byte is the weighted sum of
+what each of them gives it behind the same bytes. A position counts where every teacher can end (at a
+boundary, or c is a token); elsewhere a teacher's whole probability, and so its share of the sum, is not
+known. Events are then the bytes that the student and all teachers can have next, "stop" where all are at a
+boundary, and "rest", all that is left of each of them, where the student can end too. Where it cannot, what a
+teacher has *outside* of the events comes along, since its events are shares of its whole. A byte that is
+loose for one teacher is loose for the mixture; the spread is the weighted sum of those of the teachers that
+have a loose byte. The text ends for all where it ends for one of them, and the position behind it counts
+where the student and all teachers stop there.
 
-What stays approximate: byte-pair merging does not take the longest match at every token end; where it does not, a byte
-taken for tight may be loose. And where a sampled response is not in the tokenizer's own segmentation, other ways to
-spell the text up to a boundary are taken to go on like the sampled one.
+What stays approximate: byte-pair merging does not take the longest match at every token end; where it does
+not, a byte taken for tight may be loose. And where a sampled response is not in the tokenizer's own
+segmentation, other ways to spell the text up to a boundary are taken to go on like the sampled one.
 
 Shape letters: P byte positions that are compared, E slots, G segments, X entries, V ids.
 """
@@ -58,9 +65,11 @@ NUM_BYTES = 256
 
 @dataclass(frozen=True, eq=False)
 class ByteTrie:
-    """A vocabulary in the order of its bytes, as a trie. Node 0 is the root; a node is a prefix of some token.
+    """A vocabulary in the order of its bytes, as a trie. Node 0 is the root; a node is a prefix of some
+    token.
 
-    Nodes are numbered by depth, and within one depth in byte order, so the children of a node are consecutive.
+    Nodes are numbered by depth, and within one depth in byte order, so the children of a node are
+    consecutive.
     """
 
     order: np.ndarray
@@ -68,7 +77,9 @@ class ByteTrie:
     num_content: int
     num_other: int
     first: np.ndarray
-    """int64 [nodes]: tokens that begin with the node's bytes are order[first:end]; those that spell just them lead."""
+    """int64 [nodes]: tokens that begin with the node's bytes are order[first:end]; those that spell just them
+    lead.
+    """
     end: np.ndarray
     """int64 [nodes]"""
     tokens: np.ndarray
@@ -145,12 +156,14 @@ def plan_byte_events(
 ) -> ByteEvents:
     """The events of one response, and both models' sums.
 
-    text uint8 [L]: the bytes that both sequences of ids (int32 [N], [M]) begin with, up to the first special token of
-    either; stop: both spell just `text` and then stop, so that the position behind it is compared too.
+    text uint8 [L]: the bytes that both sequences of ids (int32 [N], [M]) begin with, up to the first special
+    token of either; stop: both spell just `text` and then stop, so that the position behind it is compared
+    too.
     """
     num_positions = text.size + stop
     walks = [
-        _walk(byte_trie(t), t, ids, text, num_positions) for t, ids in ((student, student_ids), (teacher, teacher_ids))
+        _walk(byte_trie(t), t, ids, text, num_positions)
+        for t, ids in ((student, student_ids), (teacher, teacher_ids))
     ]
     (events,) = _events(walks[0], walks[1:], whole=np.ones(num_positions, dtype=bool), outside=False)
     return events
@@ -170,14 +183,19 @@ def plan_mixture_events(
     """
     num_positions = text.size + stop
     of_student, *of_teachers = (
-        _walk(byte_trie(table), table, ids, text, num_positions) for table, ids in ((student, student_ids), *teachers)
+        _walk(byte_trie(table), table, ids, text, num_positions)
+        for table, ids in ((student, student_ids), *teachers)
     )
     whole = np.logical_and.reduce([walk.can_end for walk in of_teachers])
     return _events(of_student, of_teachers, whole=whole, outside=True)
 
 
-def _events(student: _Walk, teachers: Sequence[_Walk], *, whole: np.ndarray, outside: bool) -> list[ByteEvents]:
-    """whole: bool [positions], which may be compared; outside: whether there are slots for what is in no event."""
+def _events(
+    student: _Walk, teachers: Sequence[_Walk], *, whole: np.ndarray, outside: bool
+) -> list[ByteEvents]:
+    """whole: bool [positions], which may be compared; outside: whether there are slots for what is in no
+    event.
+    """
     walks = [student, *teachers]
     num_positions = student.boundary.size
     common = np.logical_and.reduce([walk.reachable for walk in walks])
@@ -224,7 +242,9 @@ def _events(student: _Walk, teachers: Sequence[_Walk], *, whole: np.ndarray, out
 
 @dataclass(frozen=True, eq=False)
 class _Walk:
-    """How far the tokens of a side's rows agree with the text: one visit for each row and position of which it does."""
+    """How far the tokens of a side's rows agree with the text: one visit for each row and position of which
+    it does.
+    """
 
     trie: ByteTrie
     num_rows: int
@@ -317,12 +337,14 @@ def _side(walk: _Walk, slot_of: np.ndarray, slot_position: np.ndarray, *, spread
     spread: bool [positions], where a byte is loose for this side.
     """
     trie, num_ids = walk.trie, walk.trie.order.size
-    # Where a row's vocabulary is cut: at every child of a visited node. A first child without tokens that spell the
-    # node itself begins where the node does, which its parent's cut is.
+    # Where a row's vocabulary is cut: at every child of a visited node. A first child without tokens that
+    # spell the node itself begins where the node does, which its parent's cut is.
     visit, node = walk.next_visit, walk.next_node
     parent = walk.node[visit]
     new = (parent == 0) | (trie.first[node] > trie.first[parent])
-    behind = np.array([trie.num_content] * (trie.num_other > 0) + [trie.num_content + trie.num_other], dtype=np.int64)
+    behind = np.array(
+        [trie.num_content] * (trie.num_other > 0) + [trie.num_content + trie.num_other], dtype=np.int64
+    )
     key = num_ids + 1
     place = walk.row[visit] * key + trie.first[node]
     cuts = np.concatenate(
@@ -372,7 +394,10 @@ def _side(walk: _Walk, slot_of: np.ndarray, slot_position: np.ndarray, *, spread
     add(np.where(ends_here, rest[position], -1), row, trie.first[node], trie.first[node] + trie.tokens[node])
     longest_end = trie.first[longest] + trie.tokens[longest]
     add(
-        np.where((longest > 0) & spread[position], slot_of[position, SPREAD], -1), row, trie.first[longest], longest_end
+        np.where((longest > 0) & spread[position], slot_of[position, SPREAD], -1),
+        row,
+        trie.first[longest],
+        longest_end,
     )
 
     target, start = np.concatenate(targets), np.concatenate(starts)

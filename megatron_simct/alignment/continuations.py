@@ -1,17 +1,19 @@
 """Which byte may come behind a token in a tokenizer's own cut of a text.
 
-Of a text that a model has written up to here as "... c", with the token c ending here, not every next byte is possible:
-behind "8" no digit, where "81" would have been cut as one token. The interface `bytes` bounds by it what a model may
-say where its probability is not known (byte_bounds.py), so every *no* of this table must hold for every text; a *yes*
-need not be true. What the answers rest on:
+Of a text that a model has written up to here as "... c", with the token c ending here, not every next byte is
+possible: behind "8" no digit, where "81" would have been cut as one token. The interface `bytes` bounds by it
+what a model may say where its probability is not known (byte_bounds.py), so every *no* of this table must
+hold for every text; a *yes* need not be true. What the answers rest on:
 
-    byte-pair merges      Two tokens can be neighbours inside one pretoken if and only if no merge across their border
-                          comes before the merges that make them. Let r_0 = c, r_1 = its right half, ... and x_0 = w,
-                          x_1 = its left half, ...: a merge of r_s and x_t across the border comes first if it comes
-                          before r_s is taken into r_(s-1), and not after x_t is taken into x_(t-1). Byte e may follow
-                          c if some token w that begins with e can be its neighbour.
+    byte-pair merges      Two tokens can be neighbours inside one pretoken if and only if no merge across
+                          their border comes before the merges that make them. Let r_0 = c, r_1 = its right
+                          half, ... and x_0 = w, x_1 = its left half, ...: a merge of r_s and x_t across the
+                          border comes first if it comes before r_s is taken into r_(s-1), and not after x_t
+                          is taken into x_(t-1). Byte e may follow c if some token w that begins with e can be
+                          its neighbour.
     pretokens             Where a border of pretokens may fall between c and e in any context, e may follow.
-    groups of digits      Where runs of digits are cut into groups from the left, each for itself, all groups are tried.
+    groups of digits      Where runs of digits are cut into groups from the left, each for itself, all groups
+                          are tried.
     UTF-8                 Inside a character only a continuation byte can follow, behind one none.
     longest match         c e is no token.
 
@@ -49,7 +51,9 @@ class Merges:
 
     @classmethod
     def of(cls, pieces: Sequence[bytes], pairs: Sequence[tuple[bytes, bytes]] | None = None) -> Merges:
-        """pairs: in the order of merging; default, all pairs of pieces whose join is a piece, by the id of the join."""
+        """pairs: in the order of merging; default, all pairs of pieces whose join is a piece, by the id of
+        the join.
+        """
         ids = {piece: i for i, piece in reversed(list(enumerate(pieces))) if piece}
         if pairs is None:
             rows = [
@@ -91,7 +95,9 @@ class Continuations:
         seen: dict[bytes, int] = {}
         row_of = [seen.setdefault(data[at : at + width], len(seen)) for at in range(0, len(data), width)]
         rows = np.frombuffer(b"".join(seen), dtype=np.uint8).reshape(-1, width)
-        return cls(np.unpackbits(rows, axis=1, count=NUM_SYMBOLS).astype(bool), np.array(row_of, dtype=np.int32))
+        return cls(
+            np.unpackbits(rows, axis=1, count=NUM_SYMBOLS).astype(bool), np.array(row_of, dtype=np.int32)
+        )
 
     @classmethod
     def everything(cls, num_ids: int) -> Continuations:
@@ -116,7 +122,9 @@ class Continuations:
         return digest.hexdigest()
 
     def contradictions(self, ids: np.ndarray, table: TokenTable) -> np.ndarray:
-        """int64 [n]: places of a tokenizer's own cut whose token the table says cannot be followed as it is."""
+        """int64 [n]: places of a tokenizer's own cut whose token the table says cannot be followed as it
+        is.
+        """
         ids = np.asarray(ids, dtype=np.int64)
         ids = ids[table.lengths[ids] > 0]
         first = table.flat[table.offsets[ids[1:]]]
@@ -153,12 +161,17 @@ def longest_match(table: TokenTable) -> Continuations:
 
 
 def inside_pretokens(
-    merges: Merges, table: TokenTable, *, symbols: Sequence[int], inside: np.ndarray, exempt: Iterable[int] = ()
+    merges: Merges,
+    table: TokenTable,
+    *,
+    symbols: Sequence[int],
+    inside: np.ndarray,
+    exempt: Iterable[int] = (),
 ) -> Continuations:
     """What the merges permit.
 
-    symbols: the bytes that are looked at. inside: bool [256, 256], between which last byte of a token and which next
-    one no border of pretokens ever falls. exempt: ids that may be followed by anything.
+    symbols: the bytes that are looked at. inside: bool [256, 256], between which last byte of a token and
+    which next one no border of pretokens ever falls. exempt: ids that may be followed by anything.
     """
     tree = _Derivations.of(merges, table.num_ids)
     lengths = table.lengths
@@ -203,7 +216,9 @@ class _Derivations:
     times_taken: np.ndarray
     """int64 [V]: merges whose right half it is."""
     by_depth: list[np.ndarray]
-    """Tokens with a right half: first those whose right half is a symbol, then those whose right half is of these."""
+    """Tokens with a right half: first those whose right half is a symbol, then those whose right half is of
+    these.
+    """
 
     @classmethod
     def of(cls, merges: Merges, num_ids: int) -> _Derivations:
@@ -237,7 +252,9 @@ class _Derivations:
         )
 
     def first_merge(self, tokens: np.ndarray, begins: int) -> np.ndarray:
-        """int64 [n]: when a merge first joins what ends a token with the token `begins` behind it, _NEVER if none."""
+        """int64 [n]: when a merge first joins what ends a token with the token `begins` behind it, _NEVER if
+        none.
+        """
         num_ids = self.left_of.size
         found = np.full(tokens.size, _NEVER)
         if not self.times_taken[begins]:
@@ -265,10 +282,13 @@ class _Derivations:
             found[tokens] = np.minimum(found[tokens], np.where(of_half < self.rank[tokens], of_half, _NEVER))
         return found
 
-    def find_neighbour(self, tokens: np.ndarray, node: int, first: np.ndarray, budget: list[int]) -> np.ndarray:
+    def find_neighbour(
+        self, tokens: np.ndarray, node: int, first: np.ndarray, budget: list[int]
+    ) -> np.ndarray:
         """bool [n]: whether a longer token that begins with `node` can stand behind each token.
 
-        first: when a merge would join the token with `node`, if that has not become part of a longer one by then.
+        first: when a merge would join the token with `node`, if that has not become part of a longer one by
+        then.
         """
         found = np.zeros(tokens.size, dtype=bool)
         open_ = np.arange(tokens.size)
@@ -285,7 +305,9 @@ class _Derivations:
             blocked = joins < _NEVER
             found[these] = ~blocked
             if blocked.any():
-                found[these[blocked]] = self.find_neighbour(tokens[these[blocked]], child, joins[blocked], budget)
+                found[these[blocked]] = self.find_neighbour(
+                    tokens[these[blocked]], child, joins[blocked], budget
+                )
             open_ = open_[~found[open_]]
             if not open_.size:
                 break

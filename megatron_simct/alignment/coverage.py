@@ -1,7 +1,7 @@
 """How much of a text two tokenizers let an interface compare, and in which kinds of units.
 
-A unit is of kind 1:1, 1:n (one teacher token, several student tokens), n:1 (one student token) or n:m: teacher first,
-as in a segment.
+A unit is of kind 1:1, 1:n (one teacher token, several student tokens), n:1 (one student token) or n:m:
+teacher first, as in a segment.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Coverage:
     units: int
     bytes: int
     bytes_dropped: dict[str, int]
-    """Bytes of the text in no unit, by reason: those of `Alignment.dropped`, and `student_rewrites` for what the
-    student's own normalizer changes."""
+    """Bytes of the text in no unit, by reason: those of `Alignment.dropped`, and `student_rewrites` for what
+    the student's own normalizer changes."""
     student_token_shares: dict[str, float]
     """Kind of unit -> share of the student's tokens."""
     byte_shares: dict[str, float]
@@ -44,7 +44,9 @@ class Coverage:
     """The units of most bytes: text, and the number of tokens on each side."""
 
     def as_json(self) -> dict[str, Any]:
-        """One flat object; `share_*` are shares of the student's tokens; kinds name the teacher's side first."""
+        """One flat object; `share_*` are shares of the student's tokens; kinds name the teacher's side
+        first.
+        """
         return {
             "student_tokens": self.student_tokens,
             "teacher_tokens": self.teacher_tokens,

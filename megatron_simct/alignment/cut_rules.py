@@ -1,10 +1,13 @@
-"""How a tokenizer comes to its own cut of a text, as far as its files say it, and what may follow a token there.
+"""How a tokenizer comes to its own cut of a text, as far as its files say it, and what may follow a token
+there.
 
-`with_continuations` gives a tokenizer the table of continuations.py. It takes seconds, so only who compares bytes asks.
+`with_continuations` gives a tokenizer the table of continuations.py. It takes seconds, so only who compares
+bytes asks.
 
-Where borders of pretokens fall is found by trying: every pair of kinds of ASCII characters in several contexts. An
-apostrophe and one or two letters ("'s", "'re") end a pretoken inside a word; tokens that can end such a pretoken may be
-followed by anything. `check` holds the whole table against the neighbours in real texts.
+Where borders of pretokens fall is found by trying: every pair of kinds of ASCII characters in several
+contexts. An apostrophe and one or two letters ("'s", "'re") end a pretoken inside a word; tokens that can end
+such a pretoken may be followed by anything. `check` holds the whole table against the neighbours in real
+texts.
 """
 
 from __future__ import annotations
@@ -36,10 +39,40 @@ _KINDS = {
     "apostrophe": "'",
     "sign": '!"#$%&()*+,-./:;<=>?@[\\]^_`{|}~',
 }
-_TRIED = {"lower": "asl", "upper": "AS", "digit": "1", "blank": " ", "tab": "\t", "line": "\n", "sign": _KINDS["sign"]}
-_BEFORE = ("", "a", "A", "1", "12", " ", "  ", "\n", ".", "'", "a'", "ab", "a ", "1 ", ". ", "\t", "aB", "é", "日")
+_TRIED = {
+    "lower": "asl",
+    "upper": "AS",
+    "digit": "1",
+    "blank": " ",
+    "tab": "\t",
+    "line": "\n",
+    "sign": _KINDS["sign"],
+}
+_BEFORE = (
+    "",
+    "a",
+    "A",
+    "1",
+    "12",
+    " ",
+    "  ",
+    "\n",
+    ".",
+    "'",
+    "a'",
+    "ab",
+    "a ",
+    "1 ",
+    ". ",
+    "\t",
+    "aB",
+    "é",
+    "日",
+)
 _BEHIND = ("", "a", "A", "1", " ", ".", "\n")
-_ENDINGS = [f"'{a}{b}" for a in _KINDS["lower"] + _KINDS["upper"] for b in ("", *_KINDS["lower"], *_KINDS["upper"])]
+_ENDINGS = [
+    f"'{a}{b}" for a in _KINDS["lower"] + _KINDS["upper"] for b in ("", *_KINDS["lower"], *_KINDS["upper"])
+]
 _MOST_ENDINGS = 200
 _MOST_DIGITS = 3
 
@@ -67,9 +100,12 @@ def check(tokenizer: Tokenizer, texts: Iterable[str]) -> int:
         content = ids[tokenizer.table.lengths[ids] > 0]
         wrong = tokenizer.continuations.contradictions(content, tokenizer.table)
         if wrong.size:
-            one, other = (readable(tokenizer.table.bytes_of(int(i))) for i in content[wrong[0] : wrong[0] + 2])
+            one, other = (
+                readable(tokenizer.table.bytes_of(int(i))) for i in content[wrong[0] : wrong[0] + 2]
+            )
             raise ValueError(
-                f'tokenizer "{tokenizer.name}" writes {one!r} before {other!r}, which its merges do not explain; use '
+                f'tokenizer "{tokenizer.name}" writes {one!r} before {other!r}, which its merges do not '
+                "explain; use "
                 "--simct-byte-bounds longest-match, or another interface, and report the tokenizer"
             )
         count += max(0, content.size - 1)
@@ -89,7 +125,9 @@ def _of_merges(rules: CutRules, table: TokenTable) -> Continuations:
 
 
 def _inside(pretokens: Callable[[str], Sequence[str]]) -> tuple[np.ndarray, list[str]]:
-    """bool [256, 256], between which characters no border falls, and the endings that make a border in a word."""
+    """bool [256, 256], between which characters no border falls, and the endings that make a border in a
+    word.
+    """
     endings = [e for e in _ENDINGS if len(pretokens(f"x{e}a")) > len(pretokens(f"x{e}"))]
     inside = np.zeros((256, 256), dtype=bool)
     for (one, ones), (other, others) in itertools.product(_TRIED.items(), repeat=2):
@@ -110,14 +148,20 @@ def _has_border(pretokens: Callable[[str], Sequence[str]], ones: str, others: st
 
 
 def _of_digits(tokenizer: Tokenizer) -> Continuations | None:
-    """Where runs of digits are cut into groups from the left, each for itself, every group is tried; else None."""
+    """Where runs of digits are cut into groups from the left, each for itself, every group is tried; else
+    None.
+    """
     table = tokenizer.table
     pieces = table.pieces()
     numbers = {i for i, piece in enumerate(pieces) if re.fullmatch(rb"[0-9]+", piece)}
     if any(re.fullmatch(rb" [0-9]+", piece) for piece in pieces):
         return None  # a blank may belong to the first group
     random = np.random.default_rng(0)
-    runs = ["".join(map(str, random.integers(0, 10, size=size))) for size in (*range(1, 13), 17, 24) for _ in range(6)]
+    runs = [
+        "".join(map(str, random.integers(0, 10, size=size)))
+        for size in (*range(1, 13), 17, 24)
+        for _ in range(6)
+    ]
 
     def cut(text: str) -> list[int]:
         return [int(i) for i in tokenizer.encode(text.encode())]

@@ -1,8 +1,9 @@
-"""A Hugging Face folder compared with the vocabulary beside it: one id for each token, and the ids that end a response.
+"""A Hugging Face folder compared with the vocabulary beside it: one id for each token, and the ids that end a
+response.
 
-A token that a run uses and the vocabulary lacks is an error: BOS, EOS, a stop id, a token that the chat template
-writes. transformers invents an id for such a token, behind those that the model has. Any other one (padding, a mask)
-is a note.
+A token that a run uses and the vocabulary lacks is an error: BOS, EOS, a stop id, a token that the chat
+template writes. transformers invents an id for such a token, behind those that the model has. Any other one
+(padding, a mask) is a note.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def check_ids(folder: HfFolder, ids: Mapping[str, int], *, vocabulary: str) -> N
         found = ids.get(token.content)
         if found is not None and found != token.token_id:
             raise ValueError(
-                f"{folder.path / token.source}: added token {token.content!r} has the id {token.token_id}, but "
-                f"{vocabulary} gives it {found}; correct the file that does not fit the model"
+                f"{folder.path / token.source}: added token {token.content!r} has the id {token.token_id}, "
+                f"but {vocabulary} gives it {found}; correct the file that does not fit the model"
             )
 
 
@@ -60,10 +61,12 @@ def check_named(folder: HfFolder, ids: Mapping[str, int]) -> tuple[str, ...]:
         if used or any(token.content in text for text in written):
             raise ValueError(
                 f"{folder.path / token.source}: {token.content!r} ({role}) is no token of the vocabulary"
-                f"{'' if used else ', though the chat template writes it'}; list it among the added tokens with the "
-                "id that the model has for it, or take it out"
+                f"{'' if used else ', though the chat template writes it'}; list it among the added tokens "
+                "with the id that the model has for it, or take it out"
             )
-        notes.append(f"{token.source}: {token.content!r} ({role}) is no token of the vocabulary, and is not used")
+        notes.append(
+            f"{token.source}: {token.content!r} ({role}) is no token of the vocabulary, and is not used"
+        )
     mentioned = {token.content for token in (*folder.named, *folder.added, *folder.unread)}
     marks = {mark.group() for text in written for mark in _MARK.finditer(text)}
     notes += [
@@ -85,7 +88,9 @@ def _unread_role(folder: HfFolder, token: AddedToken | NamedToken) -> list[str]:
 
 
 def _template_texts(folder: HfFolder) -> tuple[list[str], frozenset[str]]:
-    """The texts that the folder's chat template holds, and the variables that it reads; none if it cannot be read."""
+    """The texts that the folder's chat template holds, and the variables that it reads; none if it cannot be
+    read.
+    """
     try:
         _, source = template_source(folder.path, folder.settings)
         return templates.texts_of(source), templates.variables_of(source, date=ANY_DAY)
@@ -96,19 +101,20 @@ def _template_texts(folder: HfFolder) -> tuple[list[str], frozenset[str]]:
 def stop_ids(folder: HfFolder, ids: Mapping[str, int], special_tokens: Collection[str]) -> dict[int, str]:
     """Ids that end a response, and who says so.
 
-    generation_config.json decides alone. Without it a response ends with what ends a turn of the chat template, with
-    EOS, and with eos_token_id of config.json. The first id is the one that ends a turn, which is what an instructed
-    model emits, else EOS.
+    generation_config.json decides alone. Without it a response ends with what ends a turn of the chat
+    template, with EOS, and with eos_token_id of config.json. The first id is the one that ends a turn, which
+    is what an instructed model emits, else EOS.
 
-    ids: text and id of every token. special_tokens: those that a template may end a turn with. Raises ValueError,
-    naming the file, for an id that no token has, and for a mark behind a turn that is no token.
+    ids: text and id of every token. special_tokens: those that a template may end a turn with. Raises
+    ValueError, naming the file, for an id that no token has, and for a mark behind a turn that is no token.
     """
     known = set(ids.values())
     for token_id, name in folder.stops.items():
         if token_id not in known:
             raise ValueError(
-                f"{folder.path / name}: eos_token_id {token_id} is the id of no token, so no response would end with "
-                f"it; the vocabulary has {len(known)} tokens, the last with the id {max(known, default=-1)}"
+                f"{folder.path / name}: eos_token_id {token_id} is the id of no token, so no response would "
+                f"end with it; the vocabulary has {len(known)} tokens, the last with the id "
+                f"{max(known, default=-1)}"
             )
     likely: dict[int, str] = {}
     end = turn_end(folder, special_tokens)
@@ -118,8 +124,8 @@ def stop_ids(folder: HfFolder, ids: Mapping[str, int], special_tokens: Collectio
     elif mark is not None and mark.group() not in ids:
         raise ValueError(
             f"{folder.path}: the chat template ends a turn with {mark.group()!r}, which is no token of the "
-            "vocabulary, so no response would end with it; list it among the added tokens with the id that the model "
-            "has for it, correct the template, or give the stop token ids"
+            "vocabulary, so no response would end with it; list it among the added tokens with the id that "
+            "the model has for it, correct the template, or give the stop token ids"
         )
     eos = folder.token("eos_token")
     if eos is not None and eos.content in ids:
@@ -149,9 +155,9 @@ def beside_vocabulary(
 ) -> BesideVocabulary:
     """Reads the folder against a vocabulary of `size` ids in the file `path`.
 
-    ids: text and id of the tokens that have a text. special_ids: those that the vocabulary itself makes special.
-    Raises ValueError, naming the file, for a token with another id or text than the vocabulary has, for ids that leave
-    a gap, and for a token that would take blanks out of a text.
+    ids: text and id of the tokens that have a text. special_ids: those that the vocabulary itself makes
+    special. Raises ValueError, naming the file, for a token with another id or text than the vocabulary has,
+    for ids that leave a gap, and for a token that would take blanks out of a text.
     """
     texts = {token_id: text for text, token_id in ids.items()}
     added = tuple(token for token in folder.added if token.token_id >= size)
@@ -169,8 +175,9 @@ def beside_vocabulary(
     check_ids(folder, known, vocabulary=str(path))
     if [token.token_id for token in added] != list(range(size, size + len(added))):
         raise ValueError(
-            f"{folder.path / added[0].source}: the added tokens have the ids {[t.token_id for t in added][:9]}, but "
-            f"behind the {size} ids of {path.name} transformers counts on from {size}; list every id in between"
+            f"{folder.path / added[0].source}: the added tokens have the ids "
+            f"{[t.token_id for t in added][:9]}, but behind the {size} ids of {path.name} transformers "
+            f"counts on from {size}; list every id in between"
         )
     notes = check_named(folder, known)
     special = {token.token_id for token in folder.added if token.special}

@@ -1,9 +1,11 @@
-"""The files beside a tokenizer in a Hugging Face folder: added tokens, BOS, stop ids, variables of the chat template.
+"""The files beside a tokenizer in a Hugging Face folder: added tokens, BOS, stop ids, variables of the chat
+template.
 
 `read_folder` reads them once, in the order of precedence of transformers:
-    tokenizer_config.json     named tokens, and added_tokens_decoder: tokens with their ids. If it has that field, the
-                              next two files are not read.
-    special_tokens_map.json   named tokens, which go before those of tokenizer_config.json; null takes one away
+    tokenizer_config.json     named tokens, and added_tokens_decoder: tokens with their ids. If it has that
+                              field, the next two files are not read.
+    special_tokens_map.json   named tokens, which go before those of tokenizer_config.json; null takes one
+                              away
     added_tokens.json         ids of added tokens, below those that tokenizer.json lists itself
     generation_config.json    eos_token_id
     config.json               eos_token_id, if generation_config.json has none
@@ -134,15 +136,18 @@ class HfFolder:
 
 
 def read_folder(path: Path) -> HfFolder:
-    """Reads the files of a folder; all of them may be absent. ValueError, naming the file, for what cannot be read."""
+    """Reads the files of a folder; all of them may be absent.
+
+    ValueError, naming the file, for what cannot be read.
+    """
     settings = read_settings(path, "tokenizer_config.json")
     token_map = read_settings(path, "special_tokens_map.json")
     ids = read_settings(path, "added_tokens.json")
     check_fields(ids, dict.fromkeys(ids, whole(0)), where=str(path / "added_tokens.json"))
     if settings.get("split_special_tokens"):
         raise ValueError(
-            f"{path / 'tokenizer_config.json'}: split_special_tokens = true, with which the special tokens of a chat "
-            "are ordinary text, is not supported; delete it"
+            f"{path / 'tokenizer_config.json'}: split_special_tokens = true, with which the special tokens "
+            "of a chat are ordinary text, is not supported; delete it"
         )
     of_map = _named(token_map, "special_tokens_map.json")
     of_settings = _named(settings, "tokenizer_config.json")
@@ -178,7 +183,9 @@ def _named(settings: Mapping[str, Any], source: str) -> list[NamedToken]:
         roles |= {role: special_token(value) for role, value in extra.items()}
         extra = []
     found = [
-        NamedToken(content=text, role=role, source=source) for role, text in roles.items() if isinstance(text, str)
+        NamedToken(content=text, role=role, source=source)
+        for role, text in roles.items()
+        if isinstance(text, str)
     ]
     for value in extra:
         text = special_token(value)
@@ -193,7 +200,9 @@ def _decoder_tokens(decoder: Mapping[str, Mapping[str, Any]]) -> list[AddedToken
     for key, fields in decoder.items():
         flags = {"special": False} | {flag: fields[flag] for flag in _FLAGS if flag in fields}
         flags.setdefault("normalized", not flags["special"])
-        tokens.append(AddedToken(content=fields["content"], token_id=int(key), source="tokenizer_config.json", **flags))
+        tokens.append(
+            AddedToken(content=fields["content"], token_id=int(key), source="tokenizer_config.json", **flags)
+        )
     return [token for token in tokens if token.content]
 
 
@@ -221,18 +230,25 @@ def _eos_token_ids(folder: Path) -> tuple[dict[int, str], bool]:
             check_fields(settings["text_config"], _KINDS[name], where=f"{folder / name}: text_config")
             ids = settings["text_config"].get("eos_token_id")
         if ids is not None and ids != []:
-            return dict.fromkeys(ids if isinstance(ids, list) else [ids], name), name == "generation_config.json"
+            return dict.fromkeys(
+                ids if isinstance(ids, list) else [ids], name
+            ), name == "generation_config.json"
     return {}, False
 
 
 def tokenizer_file(folder: Path) -> Path | None:
-    """The tokenizer of a Hugging Face folder: tokenizer.json, else Mistral's tekken.json, else tokenizer.model."""
+    """The tokenizer of a Hugging Face folder: tokenizer.json, else Mistral's tekken.json, else
+    tokenizer.model.
+    """
     names = ("tokenizer.json", "tekken.json", "tokenizer.model")
     return next((folder / name for name in names if (folder / name).exists()), None)
 
 
 def locate_tokenizer(options: ModelConfig, *, prefix: str) -> str:
-    """--[teacher-]tokenizer-model, else the folder of --[teacher-]hf-checkpoint. ValueError where that has none."""
+    """--[teacher-]tokenizer-model, else the folder of --[teacher-]hf-checkpoint.
+
+    ValueError where that has none.
+    """
     if options.tokenizer_model is not None:
         return options.tokenizer_model
     if tokenizer_file(Path(options.folder)) is None:
@@ -242,7 +258,10 @@ def locate_tokenizer(options: ModelConfig, *, prefix: str) -> str:
 
 
 def read_settings(folder: Path, name: str) -> dict[str, Any]:
-    """One JSON file of the folder; empty if there is none. ValueError, naming the file, for what it cannot be."""
+    """One JSON file of the folder; empty if there is none.
+
+    ValueError, naming the file, for what it cannot be.
+    """
     path = folder / name
     if not path.exists():
         return {}
@@ -277,8 +296,8 @@ def template_source(folder: Path, settings: Mapping[str, Any]) -> tuple[str, str
             raise ValueError(f"{name} is not UTF-8 at byte {error.start}") from None
     if files:
         raise ValueError(
-            "has no chat template named default: beside files in additional_chat_templates transformers reads none of "
-            f"tokenizer_config.json; additional_chat_templates has {', '.join(files)}"
+            "has no chat template named default: beside files in additional_chat_templates transformers "
+            f"reads none of tokenizer_config.json; additional_chat_templates has {', '.join(files)}"
         )
     kinds = {"chat_template": STRING | list_of(_object_of_strings("name", "template")) | _STRINGS | NULL}
     check_fields(settings, kinds, where="tokenizer_config.json")
@@ -288,7 +307,8 @@ def template_source(folder: Path, settings: Mapping[str, Any]) -> tuple[str, str
     if isinstance(template, dict):
         if "default" not in template:
             raise ValueError(
-                f"has no chat template named default; tokenizer_config.json has {', '.join(template) or 'none'}"
+                "has no chat template named default; tokenizer_config.json has "
+                f"{', '.join(template) or 'none'}"
             )
         template = template["default"]
     if not template:
@@ -300,7 +320,8 @@ def template_source(folder: Path, settings: Mapping[str, Any]) -> tuple[str, str
 
 
 def turn_end(folder: HfFolder, special_tokens: Iterable[str]) -> str | None:
-    """The special token that the folder's chat template writes behind an answer: what an instructed model stops with.
+    """The special token that the folder's chat template writes behind an answer: what an instructed model
+    stops with.
 
     None if there is no template, if it does not render a plain conversation, or writes no such token.
     """
@@ -311,10 +332,15 @@ def turn_end(folder: HfFolder, special_tokens: Iterable[str]) -> str | None:
 
 def behind_answer(folder: HfFolder) -> str:
     """What the chat template writes behind an answer; empty if it does not render a plain conversation."""
-    messages = [{"role": "user", "content": "What is six times seven?"}, {"role": "assistant", "content": _ANSWER}]
+    messages = [
+        {"role": "user", "content": "What is six times seven?"},
+        {"role": "assistant", "content": _ANSWER},
+    ]
     try:
         _, source = template_source(folder.path, folder.settings)
-        text = templates.render(source, messages, variables=folder.variables, date=ANY_DAY, add_generation_prompt=False)
+        text = templates.render(
+            source, messages, variables=folder.variables, date=ANY_DAY, add_generation_prompt=False
+        )
     except (OSError, ValueError):
         return ""
     return text.partition(_ANSWER)[2].lstrip()

@@ -3,11 +3,11 @@
 Two kinds of vocabulary spell every text, and are loaded:
     byte-level      every byte is written as one of 256 printable characters (GPT-2, Llama-3, Qwen)
     byte fallback   '▁' is a blank, '<0xNN>' the byte of a character that has no token (Llama-2, Gemma)
-Some (SmolLM2) lack tokens for control characters and for bytes that begin no assigned character. The library leaves
-such bytes out, so who aligns sees other bytes from there on.
-The file's pipeline is kept, but for what would add or drop bytes of the content: a leading blank, truncation, padding,
-dropout. A pipeline that rewrites text is refused, for its tokens would not spell the response. The one exception is the
-normal form NFC: nearly all text is in it, and who aligns compares the bytes.
+Some (SmolLM2) lack tokens for control characters and for bytes that begin no assigned character. The library
+leaves such bytes out, so who aligns sees other bytes from there on.
+The file's pipeline is kept, but for what would add or drop bytes of the content: a leading blank, truncation,
+padding, dropout. A pipeline that rewrites text is refused, for its tokens would not spell the response. The
+one exception is the normal form NFC: nearly all text is in it, and who aligns compares the bytes.
 """
 
 from __future__ import annotations
@@ -29,9 +29,13 @@ from megatron_simct.alignment.hf_folder import UNNAMED, AddedToken, HfFolder
 from megatron_simct.alignment.tokenizer import Tokenizer, build_table, encode_cut
 
 # Its bytes must come back from every tokenizer that is loaded, but for characters that have no token.
-_PROBE = "  two  blanks,\ta tab\r\n\nI'm café, Ünïcödé. Привет 你好, ｆｕｌｌ ﬁ नमस्ते 😀 1234567 [x]{y} \x00\x7f \n"
+_PROBE = (
+    "  two  blanks,\ta tab\r\n\nI'm café, Ünïcödé. Привет 你好, ｆｕｌｌ ﬁ नमस्ते 😀 1234567 [x]{y} \x00\x7f \n"
+)
 
-_DISPENSABLE = frozenset({*range(0x20), 0x7F, 0xC0, 0xC1, *range(0xF1, 0x100)}) - frozenset(b"\t\n\r") - {0xF3}
+_DISPENSABLE = (
+    frozenset({*range(0x20), 0x7F, 0xC0, 0xC1, *range(0xF1, 0x100)}) - frozenset(b"\t\n\r") - {0xF3}
+)
 """Control characters, and bytes that UTF-8 has not or that begin only unassigned and private characters."""
 
 _SPLITS = frozenset("ByteLevel Metaspace Split Digits Punctuation UnicodeScripts".split())
@@ -75,7 +79,8 @@ def load_hf_tokenizer(
     table = build_table(pieces, special_ids, tuple(stop_sources), normalizer=normalizer)
     for token in spec["added_tokens"]:
         token["special"] = bool(table.special[token["id"]])
-    # What the model's own vocabulary makes an added token's id of; of a byte-level one, "Ġcat" is found in " cat".
+    # What the model's own vocabulary makes an added token's id of; of a byte-level one, "Ġcat" is found in "
+    # cat".
     spell = _speller(model, byte_level=byte_level, blank_mark=blank_mark)
     own = {token_id: spell(text) or b"" for text, token_id in added_ids.items() if text in _vocabulary(model)}
     own_texts = {token_id: data.decode(errors="ignore") for token_id, data in own.items()}
@@ -105,11 +110,12 @@ def load_hf_tokenizer(
 
 
 def _merge_added_tokens(spec: dict[str, Any], folder: HfFolder) -> dict[str, str]:
-    """Put the tokens of the folder's other files into the file's added tokens; the file that each one is from.
+    """Put the tokens of the folder's other files into the file's added tokens; the file that each one is
+    from.
 
-    added_tokens_decoder replaces the flags of a token that tokenizer.json lists, added_tokens.json does not. A token
-    with a role is special, but for one that added_tokens_decoder leaves out. A named token that only the model's
-    vocabulary has becomes an added one.
+    added_tokens_decoder replaces the flags of a token that tokenizer.json lists, added_tokens.json does not.
+    A token with a role is special, but for one that added_tokens_decoder leaves out. A named token that only
+    the model's vocabulary has becomes an added one.
     """
     tokens: dict[str, dict[str, Any]] = {token["content"]: token for token in spec["added_tokens"]}
     for token in spec["added_tokens"]:
@@ -132,7 +138,11 @@ def _merge_added_tokens(spec: dict[str, Any], folder: HfFolder) -> dict[str, str
             token_id = vocabulary[named.content]
             tokens[named.content] = _spec_of(
                 AddedToken(
-                    content=named.content, token_id=token_id, source=named.source, special=True, normalized=False
+                    content=named.content,
+                    token_id=token_id,
+                    source=named.source,
+                    special=True,
+                    normalized=False,
                 )
             )
             sources[named.content] = named.source
@@ -147,25 +157,34 @@ def _spec_of(token: AddedToken) -> dict[str, Any]:
 
 
 def _check_added_tokens(tokens: Sequence[dict[str, Any]], library: Any, sources: dict[str, str]) -> None:
-    """ValueError for an added token that the library gives another id, or reads in another way, than the file says."""
+    """ValueError for an added token that the library gives another id, or reads in another way, than the file
+    says.
+    """
     read = library.get_added_tokens_decoder()
     for token in tokens:
         content, found = token["content"], library.token_to_id(token["content"])
         where = f"{sources[content]}: added token {content!r}"
         if found != token["id"]:
             raise ValueError(
-                f"{where} has the id {token['id']}, but the tokenizers library gives it {found}, for it counts added "
-                "tokens on from the vocabulary; list every id in between as an added token, in order"
+                f"{where} has the id {token['id']}, but the tokenizers library gives it {found}, for it "
+                "counts added tokens on from the vocabulary; list every id in between as an added token, in "
+                "order"
             )
         for flag in ("lstrip", "rstrip", "normalized", "single_word", "special"):
             if getattr(read[found], flag) != token[flag]:
                 raise ValueError(
-                    f"{where} has {flag} = {token[flag]}, but the tokenizers library reads {getattr(read[found], flag)}"
+                    f"{where} has {flag} = {token[flag]}, but the tokenizers library reads "
+                    f"{getattr(read[found], flag)}"
                 )
 
 
 def _check_spelling(
-    tokenizer: Tokenizer, token: dict[str, Any], own_text: str, lossy: Callable[[str], None], *, blank_mark: bool
+    tokenizer: Tokenizer,
+    token: dict[str, Any],
+    own_text: str,
+    lossy: Callable[[str], None],
+    *,
+    blank_mark: bool,
 ) -> None:
     """`lossy` is called for an added token of content whose id stands for other bytes than the text had.
 
@@ -181,8 +200,8 @@ def _check_spelling(
         if found != text.encode():
             flags = ", ".join(flag for flag in ("lstrip", "rstrip", "normalized") if token[flag])
             lossy(
-                f"its added token {token['content']!r} ({flags or 'a piece of the vocabulary'}) rewrites text: "
-                f"{text!r} comes back as {found.decode(errors='replace')!r}"
+                f"its added token {token['content']!r} ({flags or 'a piece of the vocabulary'}) rewrites "
+                f"text: {text!r} comes back as {found.decode(errors='replace')!r}"
             )
             return
 
@@ -213,7 +232,9 @@ def _strings(encoder: Encoder) -> dict[str, int]:
 
 
 class Encoder:
-    """text -> ids, without BOS. Can be pickled: the library's own pickles forget how special tokens are read."""
+    """text -> ids, without BOS. Can be pickled: the library's own pickles forget how special tokens are
+    read.
+    """
 
     def __init__(self, spec: str, *, special_tokens: bool) -> None:
         """special_tokens: whether the spelling of a special token is that token, or ordinary text."""
@@ -235,7 +256,8 @@ class Encoder:
 
 
 def _keep_text(spec: dict[str, Any], lossy: Callable[[str], None]) -> tuple[bool, bool]:
-    """Take the leading blank out of the pipeline; whether it is byte-level, and whether '▁' stands for a blank.
+    """Take the leading blank out of the pipeline; whether it is byte-level, and whether '▁' stands for a
+    blank.
 
     `lossy` is called for a step that would rewrite or drop text.
     """
@@ -303,14 +325,18 @@ def _pieces(
     if unknown_id is not None:
         pieces[unknown_id] = None
     for token in spec["added_tokens"]:
-        # A run of '▁' that is also a piece of the vocabulary (Gemma) is what blanks become; others are literal text.
+        # A run of '▁' that is also a piece of the vocabulary (Gemma) is what blanks become; others are
+        # literal text.
         is_piece = not byte_level and vocabulary.get(token["content"]) == token["id"]
         content = spell(token["content"]) if is_piece else token["content"].encode()
         pieces[token["id"]] = None if token["special"] else content
     missing = set(range(256)) - {piece[0] for piece in pieces if piece is not None and len(piece) == 1}
     needed = missing - _DISPENSABLE if byte_level else missing
     if needed:
-        lossy(f"{len(needed)} single bytes have no token, {min(needed):#04x} first, so not every text has tokens")
+        lossy(
+            f"{len(needed)} single bytes have no token, {min(needed):#04x} first, so not every text has "
+            "tokens"
+        )
     return [piece or b"" for piece in pieces], {i for i, piece in enumerate(pieces) if piece is None}, missing
 
 
@@ -325,7 +351,9 @@ def _speller(model: dict[str, Any], *, byte_level: bool, blank_mark: bool) -> Ca
 
 
 def _byte_of_character() -> dict[str, int]:
-    """Byte-level vocabularies write printable Latin-1 as it is, and the other 68 bytes as U+0100 and on, in order."""
+    """Byte-level vocabularies write printable Latin-1 as it is, and the other 68 bytes as U+0100 and on, in
+    order.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
@@ -343,7 +371,9 @@ def _fallback_bytes(blank_mark: bool, piece: str) -> bytes:
 
 
 def _word_piece_bytes(blank_mark: bool, prefix: str, suffix: str, piece: str) -> bytes:
-    return (piece.replace("▁", " ") if blank_mark else piece).removeprefix(prefix).removesuffix(suffix).encode()
+    return (
+        (piece.replace("▁", " ") if blank_mark else piece).removeprefix(prefix).removesuffix(suffix).encode()
+    )
 
 
 def _ordinary(
@@ -383,6 +413,6 @@ def _bos_id(folder: HfFolder, raw: Encoder) -> tuple[int | None, tuple[str, ...]
         return bos_id, ()
     instead = "no BOS" if bos_id is None else f"BOS {bos_id}"
     return bos_id, (
-        f"tokenizer_config.json: add_bos_token = {str(folder.adds_bos).lower()} is not read; a prompt begins with "
-        f"{instead}, as the post_processor of tokenizer.json has it",
+        f"tokenizer_config.json: add_bos_token = {str(folder.adds_bos).lower()} is not read; a prompt begins "
+        f"with {instead}, as the post_processor of tokenizer.json has it",
     )

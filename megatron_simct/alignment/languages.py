@@ -1,15 +1,17 @@
-"""Small languages whose models are known exactly: a probability for every text, written in the tokens of any tokenizer.
+"""Small languages whose models are known exactly: a probability for every text, written in the tokens of any
+tokenizer.
 
 What a model of such a language says in a given tokenization follows by counting:
 
     p(v | v_1 .. v_k) = mass of the texts whose tokens begin with v_1 .. v_k v, over that of v_1 .. v_k
 
-So two models of ONE language in two tokenizations are the same distribution over texts, whatever their tokens. A loss
-between tokenizers that is not 0 on them moves a student that is already right. The tests, the figure that
-`check_pair` and `build_alignment_map` show for a pair, and the table of interfaces all compare such models.
+So two models of ONE language in two tokenizations are the same distribution over texts, whatever their
+tokens. A loss between tokenizers that is not 0 on them moves a student that is already right. The tests, the
+figure that `check_pair` and `build_alignment_map` show for a pair, and the table of interfaces all compare
+such models.
 
-A `Cut` is a tokenizer's own way to write a text in ids (canonical). Four kinds can be made here from a list of pieces;
-`Tokenizer.encode` is one too.
+A `Cut` is a tokenizer's own way to write a text in ids (canonical). Four kinds can be made here from a list
+of pieces; `Tokenizer.encode` is one too.
 """
 
 from __future__ import annotations
@@ -46,9 +48,11 @@ def longest_match(pieces: Sequence[bytes]) -> Cut:
 
 
 def byte_pairs(pieces: Sequence[bytes], merges: Sequence[tuple[bytes, bytes]] | None = None) -> Cut:
-    """Byte-pair merging: of all neighbours that a merge joins, the earliest merge first, and of these the leftmost.
+    """Byte-pair merging: of all neighbours that a merge joins, the earliest merge first, and of these the
+    leftmost.
 
-    merges: default, every pair of pieces whose join is a piece, in the order of the joins' ids (as tiktoken has it).
+    merges: default, every pair of pieces whose join is a piece, in the order of the joins' ids (as tiktoken
+    has it).
     """
     ids = {piece: i for i, piece in enumerate(pieces) if piece}
     rank = None if merges is None else {pair: i for i, pair in enumerate(merges)}
@@ -79,7 +83,9 @@ def unigram(pieces: Sequence[bytes], scores: Sequence[float]) -> Cut:
         for end in range(1, len(text) + 1):
             starts = range(max(0, end - longest), end)
             options = [(best[s][0] + scores[ids[text[s:end]]], s) for s in starts if text[s:end] in ids]
-            best.append(max(options, key=lambda option: (option[0], -option[1]), default=(-math.inf, end - 1)))
+            best.append(
+                max(options, key=lambda option: (option[0], -option[1]), default=(-math.inf, end - 1))
+            )
         found, at = [], len(text)
         while at:
             found.append(ids[text[best[at][1] : at]])
@@ -171,7 +177,9 @@ def mixture(languages: Sequence[Language], weights: Sequence[float]) -> dict[byt
         mass = 1.0
         for end in range(len(text) + 1):
             mass *= sum(
-                w * (beginning(of, text[: end + 1]) if end < len(text) else of[text]) / beginning(of, text[:end])
+                w
+                * (beginning(of, text[: end + 1]) if end < len(text) else of[text])
+                / beginning(of, text[:end])
                 for of, w in zip(languages, weights, strict=True)
             )
         mixed[text] = mass
@@ -191,7 +199,9 @@ class PairOfCuts:
     @property
     def cuts(self) -> tuple[Cut, Cut]:
         """Both tokenizers' own."""
-        first, second = (byte_pairs(pieces, merges) for pieces, merges in zip(self.pieces, self.merges, strict=True))
+        first, second = (
+            byte_pairs(pieces, merges) for pieces, merges in zip(self.pieces, self.merges, strict=True)
+        )
         return first, second
 
 
@@ -203,7 +213,9 @@ def random_byte_pairs(seed: int, *, least_disagreement: float = 0.3, length: int
     random = np.random.default_rng(seed)
     while True:
         units = [bytes([b]) for b in b"abc"[: random.integers(2, 4)]]
-        language = random_language(units, length if len(units) == 2 else length - 1, int(random.integers(1 << 30)))
+        language = random_language(
+            units, length if len(units) == 2 else length - 1, int(random.integers(1 << 30))
+        )
         sides = [_random_merges(random, units) for _ in range(2)]
         cuts = [byte_pairs(*side) for side in sides]
         ends = [

@@ -1,8 +1,8 @@
 """An AlignmentMap on disk: a folder that training can use and people can read.
 
     map.json            sizes, stop tokens, fingerprints, balance, coverage; the sha256 of the other file
-    map.safetensors     the pairs, and the bytes of every id of both tokenizers (so the folder says what a pair spells
-                        without either tokenizer)
+    map.safetensors     the pairs, and the bytes of every id of both tokenizers (so the folder says what a
+                        pair spells without either tokenizer)
 
 Nothing in it is executed. It is written into a temporary folder that takes its name when it is complete.
 """
@@ -29,10 +29,14 @@ _SETTINGS, _TENSORS = "map.json", "map.safetensors"
 _SIDES = ("student", "teacher")
 
 
-def placement_balance(alignment_map: AlignmentMap, tp_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)) -> dict[int, float]:
-    """Tensor-parallel size P -> teacher rows on the fullest rank over V_T / P: 1 is the share of an even split.
+def placement_balance(
+    alignment_map: AlignmentMap, tp_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
+) -> dict[int, float]:
+    """Tensor-parallel size P -> teacher rows on the fullest rank over V_T / P: 1 is the share of an even
+    split.
 
-    The student's vocabulary is split as Megatron does it by default: padded to a multiple of 128 P, in P equal ranges.
+    The student's vocabulary is split as Megatron does it by default: padded to a multiple of 128 P, in P
+    equal ranges.
     """
     balance = {}
     columns = np.append(alignment_map.student_ids, alignment_map.stop_student_id)
@@ -57,7 +61,8 @@ def save_map(
     teacher: TokenTable,
     description: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the map as `folder`; a map that is there already is replaced. `description` goes into map.json as it is.
+    """Write the map as `folder`; a map that is there already is replaced. `description` goes into map.json as
+    it is.
 
     Raises ValueError where the folder holds anything else, and for tables that the map was not built from.
     """
@@ -118,9 +123,9 @@ def load_map(
 ) -> AlignmentMap:
     """Read the map of a folder, for these two tokenizers where they are given.
 
-    Raises ValueError, naming the folder and the cause, for a folder that holds no map or one of another version, files
-    that are damaged, fingerprints that do not fit (roles swapped, a tokenizer of another revision), and pairs that are
-    not pairs: ids twice or beyond the vocabulary, bytes that differ.
+    Raises ValueError, naming the folder and the cause, for a folder that holds no map or one of another
+    version, files that are damaged, fingerprints that do not fit (roles swapped, a tokenizer of another
+    revision), and pairs that are not pairs: ids twice or beyond the vocabulary, bytes that differ.
     """
     folder = Path(folder)
     settings, tensors = _read(folder)
@@ -143,7 +148,8 @@ def load_map(
         student_fingerprint=tables["student"].fingerprint,
         teacher_fingerprint=tables["teacher"].fingerprint,
         student_id_of_bytes={
-            data[start:end]: i for i, start, end in zip(student_ids.tolist(), bounds[:-1], bounds[1:], strict=True)
+            data[start:end]: i
+            for i, start, end in zip(student_ids.tolist(), bounds[:-1], bounds[1:], strict=True)
         },
     )
     if alignment_map.fingerprint != settings["fingerprint"]:
@@ -157,21 +163,30 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     from safetensors.numpy import load
 
     if not is_map(folder):
-        raise ValueError(f"alignment map {folder}: there is no {_SETTINGS}; tools/build_alignment_map.py makes one")
+        raise ValueError(
+            f"alignment map {folder}: there is no {_SETTINGS}; tools/build_alignment_map.py makes one"
+        )
     try:
         settings = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
         version = settings["format_version"]
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"alignment map {folder}: {_SETTINGS} is damaged ({error!r}); build it again") from None
+        raise ValueError(
+            f"alignment map {folder}: {_SETTINGS} is damaged ({error!r}); build it again"
+        ) from None
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"alignment map {folder}: format version {version}, this package reads {FORMAT_VERSION}; build it again"
+            f"alignment map {folder}: format version {version}, this package reads {FORMAT_VERSION}; build "
+            "it again"
         )
     try:
         data = (folder / _TENSORS).read_bytes()
     except OSError as error:
-        raise ValueError(f"alignment map {folder}: {_TENSORS} cannot be read ({error}); build it again") from None
-    names = {"student_ids", "teacher_ids"} | {f"{s}_{n}" for s in _SIDES for n in ("bytes", "lengths", "special")}
+        raise ValueError(
+            f"alignment map {folder}: {_TENSORS} cannot be read ({error}); build it again"
+        ) from None
+    names = {"student_ids", "teacher_ids"} | {
+        f"{s}_{n}" for s in _SIDES for n in ("bytes", "lengths", "special")
+    }
     keys = {"tensors_sha256", "fingerprint", "stop_pair", "student_stop_ids"}
     keys |= {f"{side}_{name}" for side in _SIDES for name in ("fingerprint", "normalizer")}
     missing = sorted(keys - set(settings))
@@ -179,8 +194,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise ValueError(f"alignment map {folder}: {_SETTINGS} lacks {', '.join(missing)}; build it again")
     if hashlib.sha256(data).hexdigest() != settings["tensors_sha256"]:
         raise ValueError(
-            f"alignment map {folder}: {_TENSORS} ({len(data)} bytes) is damaged or truncated, its sha256 is not the "
-            f"one in {_SETTINGS}; build it again"
+            f"alignment map {folder}: {_TENSORS} ({len(data)} bytes) is damaged or truncated, its sha256 is "
+            f"not the one in {_SETTINGS}; build it again"
         )
     try:
         tensors = load(data)
@@ -203,7 +218,9 @@ def _table(folder: Path, settings: dict[str, Any], tensors: dict[str, np.ndarray
             normalizer=str(settings[f"{side}_normalizer"]),
         )
     except (AssertionError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(f"alignment map {folder}: the {side}'s bytes are damaged ({error}); build it again") from None
+        raise ValueError(
+            f"alignment map {folder}: the {side}'s bytes are damaged ({error}); build it again"
+        ) from None
 
 
 def _fingerprints(alignment_map: AlignmentMap) -> dict[str, str]:
@@ -223,15 +240,17 @@ def _check_fingerprints(
             f"alignment map {folder}: the {wrong[0]}'s fingerprint is not that of its bytes; build it again"
         )
     other = {"student": "teacher", "teacher": "student"}
-    if expected["student"] != expected["teacher"] and all(found[side] == expected[other[side]] for side in found):
+    if expected["student"] != expected["teacher"] and all(
+        found[side] == expected[other[side]] for side in found
+    ):
         raise ValueError(
             f"alignment map {folder}: the roles are swapped: its student is the teacher here; build another"
         )
     side = wrong[0]
     raise ValueError(
-        f"alignment map {folder}: the {side}'s tokenizer is not the one that the map was built from, or a tokenizer of "
-        f"another revision or with other stop tokens (fingerprint {expected[side][:12]} in the map, {found[side][:12]} "
-        "here); build it again"
+        f"alignment map {folder}: the {side}'s tokenizer is not the one that the map was built from, or a "
+        f"tokenizer of another revision or with other stop tokens (fingerprint {expected[side][:12]} in the "
+        f"map, {found[side][:12]} here); build it again"
     )
 
 
@@ -239,12 +258,15 @@ def _check_pairs(
     folder: Path, student_ids: np.ndarray, teacher_ids: np.ndarray, tables: Mapping[str, TokenTable]
 ) -> None:
     if student_ids.shape != teacher_ids.shape or student_ids.ndim != 1:
-        raise ValueError(f"alignment map {folder}: {student_ids.shape} student ids, {teacher_ids.shape} teacher ids")
+        raise ValueError(
+            f"alignment map {folder}: {student_ids.shape} student ids, {teacher_ids.shape} teacher ids"
+        )
     for side, ids in (("student", student_ids), ("teacher", teacher_ids)):
         size = tables[side].num_ids
         if ids.size and not 0 <= ids.min() <= ids.max() < size:
             raise ValueError(
-                f"alignment map {folder}: {side} ids from {ids.min()} to {ids.max()} in a vocabulary of {size}"
+                f"alignment map {folder}: {side} ids from {ids.min()} to {ids.max()} in a vocabulary of "
+                f"{size}"
             )
         if np.unique(ids).size != ids.size:
             raise ValueError(f"alignment map {folder}: a {side} id is in several pairs")

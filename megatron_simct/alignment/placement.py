@@ -1,4 +1,6 @@
-"""Where the shared vocabulary lies on one vocabulary shard: all that the loss must know beside tensors and options."""
+"""Where the shared vocabulary lies on one vocabulary shard: all that the loss must know beside tensors and
+options.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,13 @@ import numpy as np
 class VocabPlacement:
     """The shared vocabulary as one tensor-parallel rank of the student sees it.
 
-    The student's output weight is split by vocabulary: this rank owns columns [shard_start, shard_end). Teacher rows
-    are placed with the student's columns, so both scores of a shared token are on one rank. The relation is a CSR: the
-    stop column has as many teacher rows as the teacher has stop tokens, every other shared column has one.
+    The student's output weight is split by vocabulary: this rank owns columns [shard_start, shard_end).
+    Teacher rows are placed with the student's columns, so both scores of a shared token are on one rank. The
+    relation is a CSR: the stop column has as many teacher rows as the teacher has stop tokens, every other
+    shared column has one.
 
-    Invariants: columns ascending, no duplicates; row_offsets[0] == 0 and row_offsets[-1] == len(teacher_rows).
+    Invariants: columns ascending, no duplicates; row_offsets[0] == 0 and row_offsets[-1] ==
+    len(teacher_rows).
     """
 
     student_vocab_size: int
@@ -24,7 +28,8 @@ class VocabPlacement:
     """V_T, likewise."""
     shard_start: int
     shard_end: int
-    """Student ids [shard_start, shard_end) of the padded vocabulary live here; W = shard_end - shard_start."""
+    """Student ids [shard_start, shard_end) of the padded vocabulary live here; W = shard_end - shard_start.
+    """
     columns: np.ndarray
     """int64 [c]: local student column (id - shard_start) of each shared token of this rank."""
     row_offsets: np.ndarray

@@ -1,8 +1,9 @@
-"""One rollout in, one AlignedPair out: what the teacher is asked, and which labels of both sides are comparable.
+"""One rollout in, one AlignedPair out: what the teacher is asked, and which labels of both sides are
+comparable.
 
-The student's sampled ids are kept as they are, canonical or not: retokenizing them would make those rows off-policy.
-Only their bytes go through the teacher's tokenizer. Everything here is known before any model runs, so the plan also
-says which of the teacher's rows the interface will need.
+The student's sampled ids are kept as they are, canonical or not: retokenizing them would make those rows
+off-policy. Only their bytes go through the teacher's tokenizer. Everything here is known before any model
+runs, so the plan also says which of the teacher's rows the interface will need.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from megatron_simct.config.options import InterfaceConfig
 from megatron_simct.records import AlignedPair, ByteEvents, Prompt, Rollout, SegmentKind, TeacherNeeds
 
 DROP_REASONS = ("mismatch", "special", "one_stop", "no_bytes", "walk", "invalid_utf8")
-"""Why bytes of a response are in no segment: those of `Alignment.dropped`, and what `plan_pair` tells apart."""
+"""Why bytes of a response are in no segment: those of `Alignment.dropped`, and what `plan_pair` tells apart.
+"""
 
 
 def plan_pair(
@@ -37,15 +39,16 @@ def plan_pair(
 ) -> AlignedPair:
     """Retokenizes the response for the teacher, cuts both into minimal units, classifies and weights these.
 
-    `interface` says which segments are joined or weighted otherwise than by 1; what is drawn at random depends on its
-    seed and on the sample's id alone.
+    `interface` says which segments are joined or weighted otherwise than by 1; what is drawn at random
+    depends on its seed and on the sample's id alone.
 
-    The teacher's side ends in its stop token if and only if the student stopped. Counts of the result, all additive:
+    The teacher's side ends in its stop token if and only if the student stopped. Counts of the result, all
+    additive:
         bytes                     content bytes of the response; the next three sum to it
         bytes_one_to_one          in segments of kind SHARED
         bytes_unit                in segments of kind UNIT
-        bytes_dropped_<reason>    in no segment: the reasons of `Alignment.dropped`, and invalid_utf8 where the
-                                  teacher's text ends because the response's bytes are no longer UTF-8
+        bytes_dropped_<reason>    in no segment: the reasons of `Alignment.dropped`, and invalid_utf8 where
+                                  the teacher's text ends because the response's bytes are no longer UTF-8
         student_labels            labels of the response, the normaliser of the loss: dropped ones count too
         student_labels_dropped, teacher_labels, teacher_labels_dropped
         segments_shared, segments_unit, segments_stop, and of them all segments_blank, of white space only
@@ -53,8 +56,8 @@ def plan_pair(
 
     alignment_map: which tokens are shared; None where nothing compares tokens (`bytes`).
 
-    Raises ValueError for records of different samples, a rollout that stopped without a stop token, or a map that
-    belongs to other tokenizers.
+    Raises ValueError for records of different samples, a rollout that stopped without a stop token, or a map
+    that belongs to other tokenizers.
     """
     read = _read(prompt, rollout, student=student, teacher=teacher, alignment_map=alignment_map, needs=needs)
     interface = (interface or InterfaceConfig()).method()
@@ -87,7 +90,8 @@ def plan_mixture(
     needs: TeacherNeeds,
     interface: InterfaceConfig | None = None,
 ) -> AlignedPair:
-    """As `plan_pair`, for several teachers that are mixed (`plan_mixture_events`): that of the first, with `others`.
+    """As `plan_pair`, for several teachers that are mixed (`plan_mixture_events`): that of the first, with
+    `others`.
 
     The counts are those of the first teacher.
     """
@@ -158,7 +162,9 @@ def _read(
     teacher_ids = teacher.encode(data)
     if stopped:
         teacher_ids = np.append(teacher_ids, np.int32(teacher.table.stop_ids[0]))
-    alignment = align(teacher.table, teacher_ids, student.table, rollout.student_ids, segmentation=needs.segmentation)
+    alignment = align(
+        teacher.table, teacher_ids, student.table, rollout.student_ids, segmentation=needs.segmentation
+    )
     common = spelled[: alignment.common_prefix_bytes]
     return _Read(data=data, teacher_ids=teacher_ids, alignment=alignment, common=common)
 
@@ -211,14 +217,20 @@ def _pair(
 
 
 def _check(
-    prompt: Prompt, rollout: Rollout, *, student: Tokenizer, teacher: Tokenizer, alignment_map: AlignmentMap | None
+    prompt: Prompt,
+    rollout: Rollout,
+    *,
+    student: Tokenizer,
+    teacher: Tokenizer,
+    alignment_map: AlignmentMap | None,
 ) -> None:
     if prompt.sample_id != rollout.sample_id:
         raise ValueError(f"prompt of sample {prompt.sample_id} but rollout of sample {rollout.sample_id}")
     last_id = int(rollout.student_ids[-1]) if rollout.student_ids.size else None
     if rollout.finish == "stop" and last_id not in student.table.stop_ids:
         raise ValueError(
-            f'sample {rollout.sample_id} finished by "stop" but its last id is {last_id}, not one of the stop ids '
+            f'sample {rollout.sample_id} finished by "stop" but its last id is {last_id}, not one of the '
+            "stop ids "
             f"{list(student.table.stop_ids)}"
         )
     if alignment_map is None:
@@ -231,7 +243,8 @@ def _check(
 def _kinds(
     alignment: Alignment, teacher_ids: np.ndarray, student_ids: np.ndarray, alignment_map: AlignmentMap | None
 ) -> np.ndarray:
-    """int8 [A] of SegmentKind. One token on each side is SHARED only if the map, if any, holds that pair of ids.
+    """int8 [A] of SegmentKind. One token on each side is SHARED only if the map, if any, holds that pair of
+    ids.
 
     The released code gives a match of its walk no unit column, whatever the ids: there the map is not asked.
     """
@@ -261,8 +274,8 @@ def _joined_at_random(
 ) -> tuple[Alignment, np.ndarray, np.ndarray]:
     """The ablation `random_units`: what coarser units cost (alignment, kinds and weights of the segments).
 
-    Of the n 1:1 positions round(n share) are marked; a longest run of marked neighbours and the position behind it
-    become one unit. The real units have weight 0: at share 0 this is `strict`.
+    Of the n 1:1 positions round(n share) are marked; a longest run of marked neighbours and the position
+    behind it become one unit. The real units have weight 0: at share 0 this is `strict`.
     """
     single = (kinds == SegmentKind.SHARED).nonzero()[0]
     marked = np.zeros(kinds.size, dtype=bool)
@@ -272,14 +285,20 @@ def _joined_at_random(
     joined = np.append(False, marked[:-1] & is_single[1:])[: kinds.size]
     first = (~joined).nonzero()[0]
     last = np.append(first[1:], kinds.size)[: first.size] - 1
-    segments = np.stack([alignment.segments[of, i] for i, of in enumerate((first, last, first, last))], axis=1)
+    segments = np.stack(
+        [alignment.segments[of, i] for i, of in enumerate((first, last, first, last))], axis=1
+    )
     new_kinds = np.where(last > first, SegmentKind.UNIT, kinds[first]).astype(np.int8)
     weights = np.where((last == first) & (new_kinds == SegmentKind.UNIT), 0, 1).astype(np.float32)
     return replace(alignment, segments=segments, byte_ends=alignment.byte_ends[last]), new_kinds, weights
 
 
 def _weights(
-    alignment: Alignment, kinds: np.ndarray, data: bytes, interface: InterfaceConfig, random: np.random.Generator
+    alignment: Alignment,
+    kinds: np.ndarray,
+    data: bytes,
+    interface: InterfaceConfig,
+    random: np.random.Generator,
 ) -> np.ndarray:
     """float32 [A]"""
     weights, units = np.ones(kinds.size, np.float32), kinds == SegmentKind.UNIT
@@ -309,7 +328,9 @@ def _is_blank(alignment: Alignment, data: bytes) -> np.ndarray:
     return np.array([data[start:end].isspace() for start, end in bounds], dtype=bool)
 
 
-def _replaced_columns(alignment: Alignment, kinds: np.ndarray, data: bytes, alignment_map: AlignmentMap) -> np.ndarray:
+def _replaced_columns(
+    alignment: Alignment, kinds: np.ndarray, data: bytes, alignment_map: AlignmentMap
+) -> np.ndarray:
     """int32 [A]: the shared token that spells the same bytes as a UNIT, -1 where none does.
 
     U is a set of byte strings, so such a row has one column for both.
@@ -323,7 +344,9 @@ def _replaced_columns(alignment: Alignment, kinds: np.ndarray, data: bytes, alig
     return replaced
 
 
-def _teacher_rows(segments: np.ndarray, kinds: np.ndarray, num_labels: int, needs: TeacherNeeds) -> np.ndarray:
+def _teacher_rows(
+    segments: np.ndarray, kinds: np.ndarray, num_labels: int, needs: TeacherNeeds
+) -> np.ndarray:
     """int32 [R], ascending: the teacher labels whose predicting hidden state is asked for."""
     first = segments[:, 0]
     match needs.hidden_rows:
@@ -335,7 +358,9 @@ def _teacher_rows(segments: np.ndarray, kinds: np.ndarray, num_labels: int, need
             return first.copy()
         case "all":
             return np.arange(num_labels, dtype=np.int32)
-    raise ValueError(f'hidden_rows "{needs.hidden_rows}" is unknown; use "none", "one_to_one", "first" or "all"')
+    raise ValueError(
+        f'hidden_rows "{needs.hidden_rows}" is unknown; use "none", "one_to_one", "first" or "all"'
+    )
 
 
 def _counts(alignment: Alignment, kinds: np.ndarray, data: bytes) -> dict[str, int]:
@@ -359,8 +384,12 @@ def _counts(alignment: Alignment, kinds: np.ndarray, data: bytes) -> dict[str, i
     return dict(counts)
 
 
-def plan_without_teacher(prompt: Prompt, rollout: Rollout, *, student: Tokenizer, needs: TeacherNeeds) -> AlignedPair:
-    """The plan of an interface that needs no teacher: nothing to compare, only the response's bytes to count."""
+def plan_without_teacher(
+    prompt: Prompt, rollout: Rollout, *, student: Tokenizer, needs: TeacherNeeds
+) -> AlignedPair:
+    """The plan of an interface that needs no teacher: nothing to compare, only the response's bytes to
+    count.
+    """
     content_ids = rollout.student_ids[:-1] if rollout.finish == "stop" else rollout.student_ids
     nothing = np.zeros(0, np.int32)
     return AlignedPair(

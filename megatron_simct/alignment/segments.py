@@ -1,18 +1,19 @@
 """Two tokenizations of one response, cut into the smallest pieces that both can express.
 
-Let B_T and B_S be the byte offsets where tokens of the teacher and of the student end. A common unit can only end where
-both have a token end, so the units of the finest common partition are the gaps between consecutive members of
-B_T ∩ B_S (SimCT, arXiv:2605.07711, Theorem 1: minimal units are unique and every other valid partition is coarser).
-A unit of one token on each side is an ordinary 1:1 position.
+Let B_T and B_S be the byte offsets where tokens of the teacher and of the student end. A common unit can only
+end where both have a token end, so the units of the finest common partition are the gaps between consecutive
+members of B_T ∩ B_S (SimCT, arXiv:2605.07711, Theorem 1: minimal units are unique and every other valid
+partition is coarser). A unit of one token on each side is an ordinary 1:1 position.
 
 What real text adds to that:
-- The two byte strings may differ (a tokenizer that normalizes, a response that is not UTF-8). Only their longest
-  common prefix is aligned; the rest is masked and counted, never guessed.
+- The two byte strings may differ (a tokenizer that normalizes, a response that is not UTF-8). Only their
+  longest common prefix is aligned; the rest is masked and counted, never guessed.
 - A special token inside a response has no bytes and no counterpart: it ends the common prefix.
 - Pieces of zero bytes attach to the segment on their left, at offset 0 to the first segment.
 - The stop tokens are their own segment at the end, if both sides stopped and nothing was masked before them.
 
-The segmentation "authors" is the walk of SimCT's released code instead (`_walk`), for comparison with their results.
+The segmentation "authors" is the walk of SimCT's released code instead (`_walk`), for comparison with their
+results.
 
 Shape letters: M teacher labels, N student labels, A segments.
 """
@@ -32,24 +33,33 @@ Segmentation = Literal["minimal", "authors"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alignment:
-    """What `align` found out. Byte counts are of the student's content, specials and stop token have no bytes."""
+    """What `align` found out.
+
+    Byte counts are of the student's content, specials and stop token have no bytes.
+    """
 
     segments: np.ndarray
-    """int32 [A, 4] of (ts, te, ss, se): teacher labels [ts, te) and student labels [ss, se) spell the same bytes."""
+    """int32 [A, 4] of (ts, te, ss, se): teacher labels [ts, te) and student labels [ss, se) spell the same
+    bytes.
+    """
     byte_ends: np.ndarray
     """int64 [A]: byte offset where each segment ends; the stop segment ends where the one before it does."""
     stop: bool
     """Whether the last segment is the pair of stop tokens."""
     dropped: dict[str, int]
-    """Why labels are in no segment -> bytes masked for that reason (0: only labels without bytes are). At most one of
+    """Why labels are in no segment -> bytes masked for that reason (0: only labels without bytes are). At
+    most one of
     mismatch     the byte strings differ, or one is a prefix of the other
     special      a special token inside one side's response
     one_stop     bytes agree, but only one side ends in a stop token
-    no_bytes     zero-length pieces in a response that has no bytes, so that there is no segment to attach them to
+    no_bytes     zero-length pieces in a response that has no bytes, so that there is no segment to attach
+                 them to
     walk         behind the last match of segmentation "authors"
     """
     common_prefix_bytes: int
-    """Length of the longest common byte prefix; up to one unit of it may be masked, where a token crosses its end."""
+    """Length of the longest common byte prefix; up to one unit of it may be masked, where a token crosses its
+    end.
+    """
     student_bytes: int
     """Bytes of the student's whole content, masked or not."""
     student_labels_dropped: int
@@ -73,7 +83,9 @@ def align(
     if segmentation != "minimal":
         raise ValueError(f'segmentation "{segmentation}" is unknown; use "minimal" or "authors"')
     teacher_data, teacher_ends, _, teacher_stops, teacher_cut = _content(teacher_table, teacher_ids)
-    student_data, student_ends, student_bytes, student_stops, student_cut = _content(student_table, student_ids)
+    student_data, student_ends, student_bytes, student_stops, student_cut = _content(
+        student_table, student_ids
+    )
 
     prefix, equal = _common_prefix(teacher_data, student_data)
     if not equal:
@@ -128,7 +140,9 @@ def align_batch(
     *,
     segmentation: Segmentation = "minimal",
 ) -> list[Alignment]:
-    """`align` of each sample: the same results, in one pass over all of them where nothing has to be masked."""
+    """`align` of each sample: the same results, in one pass over all of them where nothing has to be
+    masked.
+    """
     samples = list(zip(teacher_ids, student_ids, strict=True))
     results: list[Alignment | None] = [None] * len(samples)
     if segmentation == "minimal" and samples:
@@ -143,7 +157,10 @@ def align_batch(
         chosen = plain.nonzero()[0]
         if chosen.size:
             found = align_batch(
-                teacher_table, [teacher_ids[i] for i in chosen], student_table, [student_ids[i] for i in chosen]
+                teacher_table,
+                [teacher_ids[i] for i in chosen],
+                student_table,
+                [student_ids[i] for i in chosen],
             )
             for i, alignment in zip(chosen, found, strict=True):
                 results[i] = alignment
@@ -220,7 +237,9 @@ def _align_plain(teacher: _Side, student: _Side) -> list[Alignment]:
             student_labels_dropped=0,
             teacher_labels_dropped=0,
         )
-        for first, last, stop, size in zip(bounds[:-1], bounds[1:], student.stops.tolist(), sizes, strict=True)
+        for first, last, stop, size in zip(
+            bounds[:-1], bounds[1:], student.stops.tolist(), sizes, strict=True
+        )
     ]
 
 
@@ -229,10 +248,10 @@ def _walk(
 ) -> Alignment:
     """The segmentation of SimCT's released code, one token at a time over texts.
 
-    Each token is decoded alone, so that bytes which are no character become U+FFFD. Two positions match if the texts
-    before them are equal and the next pieces are equal or both stop tokens. Elsewhere the side whose text
-    is shorter advances, both if they are equally long. A segment runs up to and including a match; what follows the
-    last match is dropped.
+    Each token is decoded alone, so that bytes which are no character become U+FFFD. Two positions match if
+    the texts before them are equal and the next pieces are equal or both stop tokens. Elsewhere the side
+    whose text is shorter advances, both if they are equally long. A segment runs up to and including a match;
+    what follows the last match is dropped.
     """
     left, right = _texts(teacher_table, teacher_ids), _texts(student_table, student_ids)
     segments: list[tuple[int, int, int, int]] = []
@@ -281,7 +300,9 @@ def _texts(table: TokenTable, ids: np.ndarray) -> list[str | None]:
 
 
 def _content(table: TokenTable, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, int, bool, bool]:
-    """Bytes [L] and token ends [n] up to the first special token; all content bytes; ends in a stop token; was cut."""
+    """Bytes [L] and token ends [n] up to the first special token; all content bytes; ends in a stop token;
+    was cut.
+    """
     stops = bool(len(ids)) and int(ids[-1]) in table.stop_ids
     content = ids[:-1] if stops else ids
     data, ends = table.spell(content)
@@ -306,10 +327,11 @@ def _common_boundaries(
 ) -> tuple[np.ndarray, np.ndarray]:
     """B_T ∩ B_S without 0, as numbers of tokens up to each common boundary: te, se, both [A].
 
-    Ends are ascending and at most `prefix`. Tokens of zero bytes repeat the end of the token before them; counting the
-    last of equal ends puts them left of the boundary.
+    Ends are ascending and at most `prefix`. Tokens of zero bytes repeat the end of the token before them;
+    counting the last of equal ends puts them left of the boundary.
     """
-    # tokens_to[b]: number of teacher tokens up to offset b if one ends there, else 0. Of equal indices the last wins.
+    # tokens_to[b]: number of teacher tokens up to offset b if one ends there, else 0. Of equal indices the
+    # last wins.
     tokens_to = np.zeros(prefix + 1, dtype=np.int64)
     tokens_to[teacher_ends] = np.arange(1, teacher_ends.size + 1)
     tokens_to[0] = 0

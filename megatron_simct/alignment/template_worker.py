@@ -1,4 +1,5 @@
-"""Renders chat templates in a process of its own, which `templates.py` starts; imports jinja2, nothing of ours.
+"""Renders chat templates in a process of its own, which `templates.py` starts; imports jinja2, nothing of
+ours.
 
 Reads one request a line from stdin and answers each with one line, both JSON. A template is a program of
 somebody else: here the system limits its CPU time and its memory, and ends the process where jinja2's sandbox
@@ -71,20 +72,30 @@ class _Dict:
 
 def _check_name(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.sandbox.SecurityError(f"a namespace cannot hold {name!r}: the name begins with an underscore")
+        raise jinja2.sandbox.SecurityError(
+            f"a namespace cannot hold {name!r}: the name begins with an underscore"
+        )
 
 
 def environment(date: str) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """What transformers gives to a template, except that the clock stands at the start of `date`, YYYY-MM-DD."""
+    """What transformers gives to a template, except that the clock stands at the start of `date`,
+    YYYY-MM-DD.
+    """
     day = datetime.fromisoformat(date)
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
     def to_json(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: Any = None,
+        separators: Any = None,
+        sort_keys: bool = False,
     ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        return json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
 
     sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
@@ -115,7 +126,9 @@ def _render(source: str, date: str, variables: dict[str, Any], max_characters: i
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """The text of a template, or what it reads if `variables` is null; `refused` with the reason if it fails."""
+    """The text of a template, or what it reads if `variables` is null; `refused` with the reason if it
+    fails.
+    """
     source, date, variables = request["source"], request["date"], request["variables"]
     try:
         if variables is not None:
@@ -137,7 +150,9 @@ def _limit_memory(mib: int) -> None:
     """Limit the address space of this process."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     size = mib << 20
-    resource.setrlimit(resource.RLIMIT_AS, (size if hard == resource.RLIM_INFINITY else min(size, hard), hard))
+    resource.setrlimit(
+        resource.RLIMIT_AS, (size if hard == resource.RLIM_INFINITY else min(size, hard), hard)
+    )
 
 
 def main(max_idle_s: float) -> None:

@@ -1,6 +1,8 @@
-"""Chat templates as transformers' apply_chat_template renders them, within limits, in a process beside this one.
+"""Chat templates as transformers' apply_chat_template renders them, within limits, in a process beside this
+one.
 
-The process starts when a template is read or rendered, and ends with this one or when it has been idle for long.
+The process starts when a template is read or rendered, and ends with this one or when it has been idle for
+long.
 """
 
 from __future__ import annotations
@@ -50,7 +52,10 @@ def variables_of(source: str, *, date: str) -> frozenset[str]:
 
 
 def texts_of(source: str) -> list[str]:
-    """The texts that a template holds: between its tags, and as strings in them. ValueError if it is not one."""
+    """The texts that a template holds: between its tags, and as strings in them.
+
+    ValueError if it is not one.
+    """
     return list(_ask(source, "2025-01-01", None)["texts"])
 
 
@@ -65,7 +70,8 @@ def render(
     """The text that a template writes for messages.
 
     date: YYYY-MM-DD, for strftime_now. variables: special tokens and the template's own switches.
-    Raises ValueError with the reason if the template refuses the messages, TemplateLimit if it exceeds a limit.
+    Raises ValueError with the reason if the template refuses the messages, TemplateLimit if it exceeds a
+    limit.
     """
     given = {
         "messages": [_as_templates_read(message) for message in messages],

@@ -1,10 +1,11 @@
 """What each id of a tokenizer means in bytes.
 
-Two tokenizers are comparable only as bytes: one writes a blank as 'Ġ', another as '▁', a third splits one character
-over three tokens that are no text at all. So each tokenizer is reduced once to a table id -> bytes, and everything
-after that (segments, shared vocabulary) compares bytes and never text.
+Two tokenizers are comparable only as bytes: one writes a blank as 'Ġ', another as '▁', a third splits one
+character over three tokens that are no text at all. So each tokenizer is reduced once to a table id -> bytes,
+and everything after that (segments, shared vocabulary) compares bytes and never text.
 
-Shape letters: V ids of the tokenizer, Z bytes of all pieces together, N ids of a sequence, L bytes they spell.
+Shape letters: V ids of the tokenizer, Z bytes of all pieces together, N ids of a sequence, L bytes they
+spell.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import numpy as np
 class TokenTable:
     """The bytes of every id, back to back in one array, so that a whole response is spelled by one gather.
 
-    A special token is flagged and has no bytes: its spelling ("</s>") is a name, not content, and a response that
-    contains those characters as text must not be taken for it.
+    A special token is flagged and has no bytes: its spelling ("</s>") is a name, not content, and a response
+    that contains those characters as text must not be taken for it.
     """
 
     flat: np.ndarray
@@ -30,7 +31,8 @@ class TokenTable:
     offsets: np.ndarray
     """int64 [V + 1], ascending from 0 to Z."""
     special: np.ndarray
-    """bool [V]: ids that are not content (control tokens, stop tokens, ids that the tokenizer leaves unused)."""
+    """bool [V]: ids that are not content (control tokens, stop tokens, ids that the tokenizer leaves unused).
+    """
     stop_ids: tuple[int, ...]
     """The ids that end a response; the first is the one that a retokenized response ends with."""
     normalizer: str = ""
@@ -41,7 +43,9 @@ class TokenTable:
     def __post_init__(self) -> None:
         lengths = np.diff(self.offsets)
         assert self.offsets[0] == 0 and self.offsets[-1] == len(self.flat), "offsets must span the flat bytes"
-        assert lengths.size == self.special.size, f"{lengths.size} pieces but {self.special.size} special flags"
+        assert lengths.size == self.special.size, (
+            f"{lengths.size} pieces but {self.special.size} special flags"
+        )
         assert not lengths[self.special].any(), "special ids have no bytes"
         assert self.special[list(self.stop_ids)].all(), "stop ids are special"
         object.__setattr__(self, "lengths", lengths)
@@ -57,7 +61,8 @@ class TokenTable:
         *,
         normalizer: str = "",
     ) -> TokenTable:
-        """The table of `pieces` [V]. Stop ids are special too; what `pieces` holds for a special id is ignored.
+        """The table of `pieces` [V]. Stop ids are special too; what `pieces` holds for a special id is
+        ignored.
 
         Raises ValueError for a special or stop id outside [0, V) and for a stop id given twice.
         """
@@ -78,12 +83,16 @@ class TokenTable:
 
     @property
     def num_ids(self) -> int:
-        """V, the real size of the vocabulary: a model's padded ids from here on are never sampled or scored."""
+        """V, the real size of the vocabulary: a model's padded ids from here on are never sampled or
+        scored.
+        """
         return self.special.size
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) of bytes, special flags, stop ids and normalizer: equal means that ids mean the same."""
+        """sha256 (hex) of bytes, special flags, stop ids and normalizer: equal means that ids mean the
+        same.
+        """
         digest = hashlib.sha256(self.normalizer.encode())
         for array in (self.offsets, self.flat, self.special, np.asarray(self.stop_ids, dtype=np.int64)):
             digest.update(np.int64(array.nbytes).tobytes())
@@ -104,7 +113,8 @@ class TokenTable:
     def spell(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The bytes of a sequence of ids [N] and where each id ends in them.
 
-        Returns uint8 [L] and int64 [N]. Raises ValueError for an id outside the vocabulary, such as a padded one.
+        Returns uint8 [L] and int64 [N]. Raises ValueError for an id outside the vocabulary, such as a padded
+        one.
         """
         try:
             # As unsigned numbers negative ids are out of range too, instead of counting from the end.

@@ -1,9 +1,9 @@
 """A tokenizer as this package needs one: what its ids mean in bytes, and how it would spell given bytes.
 
-Encoding serves to retokenize a response for the other model. A response stands behind a prompt, so its encoding is
-content only: no BOS, no special tokens (their spelling inside a response is ordinary text), and not the leading blank
-that SentencePiece models of the Llama-2 kind put before a text. It need not be lossless: a tokenizer may rewrite text,
-and who aligns compares the bytes.
+Encoding serves to retokenize a response for the other model. A response stands behind a prompt, so its
+encoding is content only: no BOS, no special tokens (their spelling inside a response is ordinary text), and
+not the leading blank that SentencePiece models of the Llama-2 kind put before a text. It need not be
+lossless: a tokenizer may rewrite text, and who aligns compares the bytes.
 """
 
 from __future__ import annotations
@@ -31,17 +31,24 @@ class Tokenizer:
     bos_id: int | None = None
     """The id that a prompt starts with, if the tokenizer has one."""
     encode_chat: Callable[[str], Sequence[int]] | None = None
-    """Ids of a rendered chat template, in which the spelling of a special token is that token; None: cannot."""
+    """Ids of a rendered chat template, in which the spelling of a special token is that token; None: cannot.
+    """
     stop_sources: dict[int, str] = field(default_factory=dict)
     """For people: where each stop id comes from."""
     notes: tuple[str, ...] = ()
-    """For people: what the files beside the tokenizer say that is not used, or used in another way than it seems."""
+    """For people: what the files beside the tokenizer say that is not used, or used in another way than it
+    seems.
+    """
     cut_rules: Callable[[], CutRules] | None = None
     """How it comes to its cut of a text, read when it is asked for; None where its files do not say it."""
     strings: Callable[[], dict[str, int]] | None = None
-    """The vocabulary as a tokenizer.json spells it, string -> id, read when it is asked for; None for other files."""
+    """The vocabulary as a tokenizer.json spells it, string -> id, read when it is asked for; None for other
+    files.
+    """
     continuations: Continuations | None = None
-    """Which byte may follow which token in its own cut of a text (cut_rules.py); None where that is not known."""
+    """Which byte may follow which token in its own cut of a text (cut_rules.py); None where that is not
+    known.
+    """
     lossy: str | None = None
     """Why its tokens may not spell the text that they encode; None where they do."""
 
@@ -85,6 +92,8 @@ def build_table(
 
 
 def readable(data: bytes, *, keep: str = "") -> str:
-    """Bytes as text; what is not UTF-8, or not printable and not one of the characters of `keep`, as an escape."""
+    """Bytes as text; what is not UTF-8, or not printable and not one of the characters of `keep`, as an
+    escape.
+    """
     text = data.decode(errors="backslashreplace")
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)

@@ -8,8 +8,8 @@ Loaded, each by the library made for it (imported inside the loading function):
     tiktoken:NAME                 an encoding that tiktoken itself knows, such as o200k_base
     tekken*.json                  Mistral's ranks in JSON
     a folder                      its tokenizer.json, else tekken.json, else tokenizer.model
-The files beside tokenizer.json, tekken.json and tokenizer.model are read too (hf_folder.py). If tokenizer.model
-holds tiktoken ranks, tokenizer.model.json is as NAME.tiktoken.json.
+The files beside tokenizer.json, tekken.json and tokenizer.model are read too (hf_folder.py). If
+tokenizer.model holds tiktoken ranks, tokenizer.model.json is as NAME.tiktoken.json.
 """
 
 from __future__ import annotations
@@ -28,18 +28,20 @@ from megatron_simct.alignment.hf_tokenizer import load_hf_tokenizer
 from megatron_simct.alignment.tokenizer import Tokenizer, build_table, encode_cut
 
 _ACCEPTED = (
-    "accepted are a Hugging Face tokenizer.json or its folder, a SentencePiece model (NAME.model), tiktoken ranks "
-    "(NAME.tiktoken with NAME.tiktoken.json beside it), tiktoken:NAME, and Mistral's tekken*.json"
+    "accepted are a Hugging Face tokenizer.json or its folder, a SentencePiece model (NAME.model), tiktoken "
+    "ranks (NAME.tiktoken with NAME.tiktoken.json beside it), tiktoken:NAME, and Mistral's tekken*.json"
 )
 
 
 def load_tokenizer(spec: str, stop_token_ids: Iterable[int] = (), *, allow_lossy: bool = False) -> Tokenizer:
-    """Loads the tokenizer `spec`, a file or a Hugging Face folder; `stop_token_ids` replaces the stop tokens it names.
+    """Loads the tokenizer `spec`, a file or a Hugging Face folder; `stop_token_ids` replaces the stop tokens
+    it names.
 
-    The first stop id is the one that a retokenized response ends with, so give what the model emits to end its turn.
-    Raises ValueError, naming the file, if it cannot be read, is of no accepted kind, has no stop token, or would not
-    spell text as it is (a normalizer that rewrites text, WordPiece). With allow_lossy the last is not an error; what
-    such a tokenizer changes is left out of every comparison, and `Tokenizer.lossy` has the reason.
+    The first stop id is the one that a retokenized response ends with, so give what the model emits to end
+    its turn. Raises ValueError, naming the file, if it cannot be read, is of no accepted kind, has no stop
+    token, or would not spell text as it is (a normalizer that rewrites text, WordPiece). With allow_lossy the
+    last is not an error; what such a tokenizer changes is left out of every comparison, and `Tokenizer.lossy`
+    has the reason.
     """
     if spec.startswith("tiktoken:"):
         return _load_tiktoken_encoding(spec, tuple(stop_token_ids))
@@ -63,7 +65,9 @@ def load_tokenizer(spec: str, stop_token_ids: Iterable[int] = (), *, allow_lossy
         if re.fullmatch(r"tekken.*\.json", path.name):
             return _load_tekken(path, folder, stop_ids)
     except (OSError, RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f'tokenizer "{spec}" cannot be used: {type(error).__name__}: {error}; {_ACCEPTED}') from error
+        raise ValueError(
+            f'tokenizer "{spec}" cannot be used: {type(error).__name__}: {error}; {_ACCEPTED}'
+        ) from error
     raise ValueError(f'tokenizer "{spec}" is of an unknown kind; {_ACCEPTED}')
 
 
@@ -78,21 +82,26 @@ def _file_of(folder: Path) -> Path:
         if re.search(r"^(vocab|merges|spiece|tekken|tokenizer|tiktoken)|\.(model|tiktoken)", path.name)
         and path.name not in ("tokenizer_config.json", "tokenizer_class.txt")
     )
-    instead = f"; of {', '.join(others)} give the file itself, or a tokenizer.json made from it" if others else ""
+    instead = (
+        f"; of {', '.join(others)} give the file itself, or a tokenizer.json made from it" if others else ""
+    )
     raise FileNotFoundError(f"the folder holds no tokenizer.json, tekken.json or tokenizer.model{instead}")
 
 
 def _holds_ranks(path: Path) -> bool:
-    """Whether a file called NAME.model holds tiktoken ranks (Llama 3, Kimi): lines of a base64 text and a number."""
+    """Whether a file called NAME.model holds tiktoken ranks (Llama 3, Kimi): lines of a base64 text and a
+    number.
+    """
     if ".model" not in path.name:
         return False
     with path.open("rb") as file:
         return re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\r?\n?", file.readline(1000)) is not None
 
 
-# A serialized protobuf message followed by another one is their merge, the later value of a field winning. So the
-# normalizer of a SentencePiece model is changed by appending a ModelProto that holds only normalizer_spec (field 3):
-# add_dummy_prefix (3) = false, remove_extra_whitespaces (4) = false; or precompiled_charsmap (2) = "".
+# A serialized protobuf message followed by another one is their merge, the later value of a field winning. So
+# the normalizer of a SentencePiece model is changed by appending a ModelProto that holds only normalizer_spec
+# (field 3): add_dummy_prefix (3) = false, remove_extra_whitespaces (4) = false; or precompiled_charsmap (2) =
+# "".
 _KEEP_BLANKS = bytes([0x1A, 4, 0x18, 0, 0x20, 0])
 _NO_CHARSMAP = bytes([0x1A, 2, 0x12, 0])
 
@@ -108,21 +117,28 @@ def _load_sentencepiece(
     model = path.read_bytes() + _KEEP_BLANKS
     sp = processor(model)
     # A character map takes hundreds of kilobytes, an empty field two bytes.
-    charsmap_bytes = len(sp.serialized_model_proto()) - len(processor(model + _NO_CHARSMAP).serialized_model_proto())
+    charsmap_bytes = len(sp.serialized_model_proto()) - len(
+        processor(model + _NO_CHARSMAP).serialized_model_proto()
+    )
     ids = range(sp.get_piece_size())
     pieces = [_piece_bytes(sp.id_to_piece(i), is_byte=sp.is_byte(i)) for i in ids]
     special_ids = {i for i in ids if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)}
-    missing = set(range(256)) - {piece[0] for i, piece in enumerate(pieces) if len(piece) == 1 and i not in special_ids}
+    missing = set(range(256)) - {
+        piece[0] for i, piece in enumerate(pieces) if len(piece) == 1 and i not in special_ids
+    }
     lossy = None
     if charsmap_bytes > 2:
         lossy = (
-            f"its normalizer rewrites text (a character map of {charsmap_bytes} bytes, as nmt_nfkc has), so its tokens "
-            "would not spell the response; only identity normalizers are supported"
+            f"its normalizer rewrites text (a character map of {charsmap_bytes} bytes, as nmt_nfkc has), so "
+            "its tokens would not spell the response; only identity normalizers are supported"
         )
     elif sp.normalize("  a  b ") != "▁▁a▁▁b▁":
         lossy = f'its normalizer turns "  a  b " into "{sp.normalize("  a  b ")}" instead of keeping blanks'
     elif missing:
-        lossy = f"{len(missing)} single bytes have no token, {min(missing):#04x} first, so not every text has tokens"
+        lossy = (
+            f"{len(missing)} single bytes have no token, {min(missing):#04x} first, so not every text has "
+            "tokens"
+        )
     if lossy is not None and not allow_lossy:
         raise ValueError(lossy)
 
@@ -133,8 +149,8 @@ def _load_sentencepiece(
     own_eos = {sp.eos_id(): path.name} if sp.eos_id() >= 0 else {}
     sources = dict.fromkeys(stop_token_ids, "given") or dict(beside.stop_sources) or own_eos
     pieces += [token.content.encode() for token in beside.added]
-    # Pieces of the kind USER_DEFINED are found in any text, and some models' special tokens are of that kind. Cutting
-    # the text behind the first character of such a piece keeps its spelling ordinary text.
+    # Pieces of the kind USER_DEFINED are found in any text, and some models' special tokens are of that kind.
+    # Cutting the text behind the first character of such a piece keeps its spelling ordinary text.
     found = [sp.id_to_piece(i) for i in {**sources, **dict.fromkeys(beside.special_ids)} if i in ids]
     found = [piece for piece in found if sp.piece_to_id(piece) not in special_ids]
     cuts = re.compile("|".join(f"(?<={re.escape(piece[0])})(?={re.escape(piece[1:])})" for piece in found))
@@ -157,7 +173,9 @@ def _load_sentencepiece(
 def _sentencepiece_bos(
     own: int, folder: HfFolder | None, beside: BesideVocabulary
 ) -> tuple[int | None, tuple[str, ...]]:
-    """The id that a prompt starts with: add_bos_token of the folder decides; without it, the model's own BOS."""
+    """The id that a prompt starts with: add_bos_token of the folder decides; without it, the model's own
+    BOS.
+    """
     bos_id = own if own >= 0 else None
     if folder is None or bos_id is None and beside.bos_id is None:
         return bos_id, beside.notes
@@ -165,14 +183,16 @@ def _sentencepiece_bos(
         first = beside.bos_id if beside.bos_id is not None else bos_id
         return first if folder.adds_bos else None, beside.notes
     note = (
-        f"tokenizer_config.json has no add_bos_token: a prompt begins with BOS {bos_id}, as tokenizer.model has it "
-        "(transformers 5 puts none)"
+        f"tokenizer_config.json has no add_bos_token: a prompt begins with BOS {bos_id}, as tokenizer.model "
+        "has it (transformers 5 puts none)"
     )
     return bos_id, (*beside.notes, *([note] if folder.settings and bos_id is not None else []))
 
 
 def _finder(tokens: Sequence[AddedToken]) -> re.Pattern[str]:
-    """Finds the tokens in a text, the longest of those that begin at one place; a group, so that a split keeps them."""
+    """Finds the tokens in a text, the longest of those that begin at one place; a group, so that a split
+    keeps them.
+    """
 
     def pattern(token: AddedToken) -> str:
         text = re.escape(token.content)
@@ -200,8 +220,10 @@ def _load_tiktoken(path: Path, folder: HfFolder | None, stop_token_ids: tuple[in
     beside_it = path.with_name(path.name + ".json")
     if path.suffix != ".tiktoken" and not beside_it.exists():
         raise ValueError(
-            f"it holds tiktoken ranks, which do not say how text is cut before they merge it, nor the special tokens; "
-            f'write {beside_it.name} with {{"pattern": regex, "special_tokens": {{text: id}}, "stop_tokens": [text]}} '
+            "it holds tiktoken ranks, which do not say how text is cut before they merge it, nor the special "
+            "tokens; "
+            f'write {beside_it.name} with {{"pattern": regex, "special_tokens": {{text: id}}, "stop_tokens": '
+            f"[text]}} "
             "beside it, or give the model's tokenizer.json"
         )
     ranks = {}
@@ -228,8 +250,8 @@ def _refuse_added(folder: HfFolder, beside: BesideVocabulary, where: str) -> Non
     if beside.added:
         token = beside.added[0]
         raise ValueError(
-            f"{folder.path / token.source}: added token {token.content!r} (id {token.token_id}) is not among the "
-            f"special tokens of {where}; add it there"
+            f"{folder.path / token.source}: added token {token.content!r} (id {token.token_id}) is not among "
+            f"the special tokens of {where}; add it there"
         )
 
 
@@ -267,16 +289,22 @@ def _load_tekken(path: Path, folder: HfFolder | None, stop_token_ids: tuple[int,
     names = {"<unk>": 0, "<s>": 1, "</s>": 2} | {entry["token_str"]: entry["rank"] for entry in listed}
     outside = [text for text, token_id in names.items() if not 0 <= token_id < num_special]
     if outside:
-        raise ValueError(f"special token {outside[0]!r} has the id {names[outside[0]]} of {num_special} special ids")
+        raise ValueError(
+            f"special token {outside[0]!r} has the id {names[outside[0]]} of {num_special} special ids"
+        )
     beside = BesideVocabulary()
     if folder is not None:
         every_id = {f"<SPECIAL_{i}>": i for i in set(range(num_special)) - set(names.values())} | names
         size = config["default_vocab_size"]
         beside = beside_vocabulary(path, folder, every_id, set(range(num_special)), size=size)
         _refuse_added(folder, beside, path.name)
-    sources = dict.fromkeys(stop_token_ids, "given") or dict(beside.stop_sources) or {names["</s>"]: path.name}
+    sources = (
+        dict.fromkeys(stop_token_ids, "given") or dict(beside.stop_sources) or {names["</s>"]: path.name}
+    )
     special_ids, bos_id = range(num_special), names["<s>"]
-    return _from_ranks(path, ranks, config["pattern"], special_ids, sources, bos_id=bos_id, notes=beside.notes)
+    return _from_ranks(
+        path, ranks, config["pattern"], special_ids, sources, bos_id=bos_id, notes=beside.notes
+    )
 
 
 def _rank_rules(pieces: Sequence[bytes], pattern: str) -> CutRules:
@@ -296,7 +324,10 @@ def _from_ranks(
     bos_id: int | None,
     notes: tuple[str, ...] = (),
 ) -> Tokenizer:
-    """A byte-level BPE from its ranks, which are both ids and merge priorities. Ids that nothing uses are special."""
+    """A byte-level BPE from its ranks, which are both ids and merge priorities.
+
+    Ids that nothing uses are special.
+    """
     import tiktoken
 
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]

@@ -10,7 +10,10 @@ from functools import cached_property
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Translation:
-    """For losses that get a teacher's tokens by id. Lists in place of arrays: they are read one number at a time."""
+    """For losses that get a teacher's tokens by id.
+
+    Lists in place of arrays: they are read one number at a time.
+    """
 
     student: list[bytes]
     """The bytes of every id; b"" for special ones."""
@@ -29,7 +32,9 @@ class Translation:
 
     @cached_property
     def begins(self) -> list[int]:
-        """For each of the teacher's tokens the longest of the student's that it begins with, -1 where there is none."""
+        """For each of the teacher's tokens the longest of the student's that it begins with, -1 where there
+        is none.
+        """
         return [self.longest_prefix(piece) for piece in self.teacher]
 
     def longest_prefix(self, text: bytes) -> int:
@@ -42,8 +47,8 @@ class Translation:
 
     @cached_property
     def roots(self) -> list[bytes]:
-        """For each of the teacher's tokens that the student has none for: the shortest of these that it begins with,
-        itself perhaps; b"" for the others."""
+        """For each of the teacher's tokens that the student has none for: the shortest of these that it
+        begins with, itself perhaps; b"" for the others."""
         missing = {piece for piece, other in zip(self.teacher, self.same, strict=True) if piece and other < 0}
         prefixes = ((piece[:size] for size in range(1, len(piece) + 1)) for piece in self.teacher)
         return [

@@ -1,15 +1,17 @@
-"""Builds the alignment map of two tokenizers: the tokens that both have, by bytes, and how far they carry on a text.
+"""Builds the alignment map of two tokenizers: the tokens that both have, by bytes, and how far they carry on
+a text.
 
     python tools/build_alignment_map.py --teacher-tokenizer TEACHER_DIR --student-tokenizer STUDENT_DIR \\
         --output maps/teacher_to_student --corpus README.md
 
-A training run uses the folder with --simct-alignment-map, and builds the same map itself where none is given. Look at
-the coverage first: what lies in units (1:n, n:1, n:m) is what an interface of shared tokens alone would lose.
+A training run uses the folder with --simct-alignment-map, and builds the same map itself where none is given.
+Look at the coverage first: what lies in units (1:n, n:1, n:m) is what an interface of shared tokens alone
+would lose.
 
-Then the bias: the loss, under each interface, of a student that is already right. Teacher and student are exact models
-of the corpus's most frequent words, each in its own tokenizer's cut, so there is nothing to learn, and an interface
-that leaves such a student alone says 0. Beside it the loss of a student that is less sure, whose true distance is
-known. With large vocabularies it takes about a minute.
+Then the bias: the loss, under each interface, of a student that is already right. Teacher and student are
+exact models of the corpus's most frequent words, each in its own tokenizer's cut, so there is nothing to
+learn, and an interface that leaves such a student alone says 0. Beside it the loss of a student that is less
+sure, whose true distance is known. With large vocabularies it takes about a minute.
 """
 
 from __future__ import annotations
@@ -20,7 +22,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_simct.alignment import AlignmentMap, Tokenizer, build_alignment_map, load_tokenizer, report_notes
+from megatron_simct.alignment import (
+    AlignmentMap,
+    Tokenizer,
+    build_alignment_map,
+    load_tokenizer,
+    report_notes,
+)
 from megatron_simct.alignment.coverage import KINDS, Coverage, measure_coverage
 from megatron_simct.alignment.cut_rules import check, with_continuations
 from megatron_simct.alignment.map_files import is_map, placement_balance, save_map, stop_pair
@@ -33,8 +41,8 @@ if TYPE_CHECKING:
     from megatron_simct.preflight.bias import Bias
 
 _PIECE = 1 << 12
-"""Characters of a corpus that are tokenized at a time, about those of a response: what two tokenizers spell differently
-masks the rest of its piece."""
+"""Characters of a corpus that are tokenized at a time, about those of a response: what two tokenizers spell
+differently masks the rest of its piece."""
 
 
 @command("build_alignment_map")
@@ -50,8 +58,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="build_alignment_map", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     spec = (
-        "Hugging Face folder or tokenizer.json, SentencePiece NAME.model, tiktoken ranks NAME.tiktoken beside "
-        "NAME.tiktoken.json, tiktoken:NAME, or Mistral's tekken.json"
+        "Hugging Face folder or tokenizer.json, SentencePiece NAME.model, tiktoken ranks NAME.tiktoken "
+        "beside NAME.tiktoken.json, tiktoken:NAME, or Mistral's tekken.json"
     )
     parser.add_argument("--teacher-tokenizer", required=True, metavar="SPEC", help=spec)
     parser.add_argument("--student-tokenizer", required=True, metavar="SPEC", help="likewise")
@@ -66,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="texts to measure the coverage on: UTF-8 text, or .jsonl with the text under --corpus-key",
     )
-    parser.add_argument("--corpus-key", default="text", metavar="KEY", help="key of the text in .jsonl rows (text)")
+    parser.add_argument(
+        "--corpus-key", default="text", metavar="KEY", help="key of the text in .jsonl rows (text)"
+    )
     for side in ("teacher", "student"):
         parser.add_argument(
             f"--{side}-stop-token-ids",
@@ -79,8 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--allow-lossy",
         action="store_true",
-        help="accept tokenizers that rewrite or drop text (NFKC, WordPiece), to see what share of the --corpus they "
-        "lose; training refuses them",
+        help="accept tokenizers that rewrite or drop text (NFKC, WordPiece), to see what share of the "
+        "--corpus they lose; training refuses them",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
     return parser
@@ -105,8 +115,12 @@ def build(options: argparse.Namespace) -> dict[str, object]:
     texts: list[str] = []
     for name in options.corpus:
         pieces = list(read_corpus(name, options.corpus_key))
-        shown = track(pieces, description=name, console=console, transient=True, disable=not console.is_terminal)
-        coverages[name] = measure_coverage(shown, student=student, teacher=teacher, alignment_map=alignment_map)
+        shown = track(
+            pieces, description=name, console=console, transient=True, disable=not console.is_terminal
+        )
+        coverages[name] = measure_coverage(
+            shown, student=student, teacher=teacher, alignment_map=alignment_map
+        )
         texts += pieces
     biases = _biases(texts, student, teacher, console) if texts else {}
     report = {
@@ -129,9 +143,11 @@ def build(options: argparse.Namespace) -> dict[str, object]:
     return report
 
 
-def _biases(texts: Sequence[str], student: Tokenizer, teacher: Tokenizer, console: Console) -> dict[str, Bias]:
-    """By interface; empty where the texts have too few words. ValueError where a text contradicts a tokenizer's table
-    of what may follow a token."""
+def _biases(
+    texts: Sequence[str], student: Tokenizer, teacher: Tokenizer, console: Console
+) -> dict[str, Bias]:
+    """By interface; empty where the texts have too few words. ValueError where a text contradicts a
+    tokenizer's table of what may follow a token."""
     from rich.progress import Progress
 
     from megatron_simct.preflight.bias import COMPARED, measure_bias, num_steps, spelled_by, words_of
@@ -168,7 +184,10 @@ def _load(spec: str, stop_token_ids: list[int], side: str, allow_lossy: bool) ->
 
 
 def read_corpus(name: str, key: str) -> Iterator[str]:
-    """The texts of a file, in pieces that end with a line. ValueError naming file and line for what is not a text."""
+    """The texts of a file, in pieces that end with a line.
+
+    ValueError naming file and line for what is not a text.
+    """
     if not name.endswith(".jsonl"):
         try:
             yield from _pieces(Path(name).read_text(encoding="utf-8-sig"))
@@ -216,7 +235,9 @@ def show(
     for side, tokenizer in (("teacher", teacher), ("student", student)):
         size = tokenizer.table.num_ids
         sources = tokenizer.stop_sources
-        stop_ids = ", ".join(f"{i} ({sources[i]})" if i in sources else f"{i}" for i in tokenizer.table.stop_ids)
+        stop_ids = ", ".join(
+            f"{i} ({sources[i]})" if i in sources else f"{i}" for i in tokenizer.table.stop_ids
+        )
         table.add_row(side, escape(tokenizer.name), f"{size:,}", f"{shared / size:.1%}", stop_ids)
     console.print(f"[bold]{shared:,}[/bold] shared tokens by bytes, in {escape(str(output))}")
     console.print(table)
@@ -228,7 +249,9 @@ def show(
     if not coverages:
         console.print("no --corpus given: coverage on a text, and the bias of the pair, were not measured")
         return
-    table = Table(box=None, pad_edge=False, title="student tokens by unit, teacher:student", title_justify="left")
+    table = Table(
+        box=None, pad_edge=False, title="student tokens by unit, teacher:student", title_justify="left"
+    )
     table.add_column("corpus", overflow="fold")
     for title in ("student", "teacher", "units", *(kind.replace("_", ":") for kind in KINDS), "bytes lost"):
         table.add_column(title, justify="right")
@@ -244,7 +267,8 @@ def show(
     console.print(table)
     for name, coverage in coverages.items():
         units = ", ".join(
-            f"{unit['text']!r} {unit['teacher_tokens']}:{unit['student_tokens']}" for unit in coverage.longest_units
+            f"{unit['text']!r} {unit['teacher_tokens']}:{unit['student_tokens']}"
+            for unit in coverage.longest_units
         )
         console.print(f"longest units of {escape(name)}: {escape(units)}")
     if not biases:

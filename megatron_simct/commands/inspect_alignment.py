@@ -1,10 +1,12 @@
 """Shows how two tokenizers cut one text, and which units they have in common.
 
-    python tools/inspect_alignment.py --teacher-tokenizer SPEC --student-tokenizer SPEC (--text T | --text-file F)
+    python tools/inspect_alignment.py --teacher-tokenizer SPEC --student-tokenizer SPEC (--text T |
+    --text-file F)
         [--format terminal|html|json] [--output F]
 
-The student's tokenizer encodes the bytes; the teacher retokenizes what those ids spell, as in training. Without
---output the result goes to standard output. The page of --format html needs no other file and no network.
+The student's tokenizer encodes the bytes; the teacher retokenizes what those ids spell, as in training.
+Without --output the result goes to standard output. The page of --format html needs no other file and no
+network.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ KINDS = ("1:1", "1:n", "n:1", "n:m")
 
 
 def inspect(teacher: Tokenizer, student: Tokenizer, data: bytes) -> dict[str, Any]:
-    """The alignment of `data`: segments, ids, dropped bytes by reason, and for display units with kinds and bytes."""
+    """The alignment of `data`: segments, ids, dropped bytes by reason, and for display units with kinds and
+    bytes.
+    """
     student_ids = student.encode(data)
     spelled = student.decode(student_ids)
     teacher_ids = teacher.encode(spelled)
@@ -64,7 +68,9 @@ def inspect(teacher: Tokenizer, student: Tokenizer, data: bytes) -> dict[str, An
 
 
 def as_terminal(result: dict[str, Any], *, colours: bool) -> str:
-    """Units between bars, in the colour of their kind; without colours those that are not 1:1 stand in brackets."""
+    """Units between bars, in the colour of their kind; without colours those that are not 1:1 stand in
+    brackets.
+    """
     from rich.console import Console
     from rich.text import Text
 
@@ -91,7 +97,9 @@ def as_html(result: dict[str, Any], teacher: str, student: str) -> str:
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(Path(__file__).with_name("inspect_alignment.html").read_text(encoding="utf-8"))
+    template = environment.from_string(
+        Path(__file__).with_name("inspect_alignment.html").read_text(encoding="utf-8")
+    )
     return template.render(result=result, kinds=KINDS, teacher=teacher, student=student)
 
 
@@ -121,18 +129,26 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="inspect_alignment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    spec = "Hugging Face folder or tokenizer.json, SentencePiece NAME.model, tiktoken ranks, tiktoken:NAME, tekken.json"
+    parser = Parser(
+        prog="inspect_alignment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    spec = (
+        "Hugging Face folder or tokenizer.json, SentencePiece NAME.model, tiktoken ranks, tiktoken:NAME, "
+        "tekken.json"
+    )
     parser.add_argument("--teacher-tokenizer", required=True, metavar="SPEC", help=spec)
     parser.add_argument("--student-tokenizer", required=True, metavar="SPEC", help="likewise")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", metavar="T", help="the text itself")
-    source.add_argument("--text-file", metavar="F", help="a file of any bytes: what is not UTF-8 ends the comparison")
+    source.add_argument(
+        "--text-file", metavar="F", help="a file of any bytes: what is not UTF-8 ends the comparison"
+    )
     parser.add_argument(
         "--format",
         choices=("terminal", "html", "json"),
         default="terminal",
-        help="terminal: colours by kind of unit; html: a page with details and filters; json: segments and ids",
+        help="terminal: colours by kind of unit; html: a page with details and filters; json: segments and "
+        "ids",
     )
     parser.add_argument("--output", metavar="F", help="file to write; standard output if not given")
     return parser

@@ -3,9 +3,9 @@
     python tools/plot_run.py RUN_DIR                      writes RUN_DIR/report.html
     python tools/plot_run.py RUN_DIR --png curves.png     and a picture of the curves
 
-RUN_DIR is the --run-dir of a run, finished or not: metrics.jsonl, and samples.jsonl and config.yaml where they are
-there. The page needs no other file and no network; it follows the reader's light or dark mode. Needs matplotlib (the
-extra `report`).
+RUN_DIR is the --run-dir of a run, finished or not: metrics.jsonl, and samples.jsonl and config.yaml where
+they are there. The page needs no other file and no network; it follows the reader's light or dark mode. Needs
+matplotlib (the extra `report`).
 """
 
 from __future__ import annotations
@@ -90,7 +90,11 @@ PANELS = (
         title="Responses",
         unit="share",
         whole=True,
-        series={"stop_rate": "stopped", "top1_agreement": "same likeliest token", "canonical_rollouts": "canonical"},
+        series={
+            "stop_rate": "stopped",
+            "top1_agreement": "same likeliest token",
+            "canonical_rollouts": "canonical",
+        },
     ),
     Panel(
         title="Time of a step",
@@ -112,7 +116,9 @@ PANELS = (
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file up to its end, or to a line that a kill cut off; ValueError for another kind of file."""
+    """The objects of a file up to its end, or to a line that a kill cut off; ValueError for another kind of
+    file.
+    """
     rows: list[dict[str, Any]] = []
     try:
         text = path.read_text(encoding="utf-8")
@@ -257,7 +263,9 @@ def unit_of(unit: dict[str, Any], scale: float) -> dict[str, Any]:
     }
 
 
-def page(run_dir: Path, rows: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]], config: str) -> str:
+def page(
+    run_dir: Path, rows: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]], config: str
+) -> str:
     import jinja2
     import yaml
 
@@ -278,7 +286,9 @@ def page(run_dir: Path, rows: Sequence[dict[str, Any]], samples: Sequence[dict[s
         train_iters=options.get("train_iters", ""),
         headline=headline(rows),
         drawings=[svg for panel in PANELS if (svg := as_svg(panel, rows)) is not None],
-        samples=[sample | {"units": [unit_of(unit, scale) for unit in sample["units"]]} for sample in samples],
+        samples=[
+            sample | {"units": [unit_of(unit, scale) for unit in sample["units"]]} for sample in samples
+        ],
         scale=f"{scale:.2g}",
         config=config,
     )
@@ -303,7 +313,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for flag, path in (("--output", output), ("--png", options.png)):
         if path is not None and path.resolve() in [of_run.resolve() for of_run in (metrics, samples, config)]:
             raise ValueError(f"{flag} {path}: the run wrote it; name another file")
-    if options.png is not None and picture_format(options.png) not in FigureCanvasBase.get_supported_filetypes():
+    if (
+        options.png is not None
+        and picture_format(options.png) not in FigureCanvasBase.get_supported_filetypes()
+    ):
         raise ValueError(f"--png {options.png}: no kind of picture; end its name in .png, .svg or .pdf")
     rows = read_lines(metrics)
     if not any(row["kind"] == "step" for row in rows):
@@ -322,7 +335,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="plot_run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="plot_run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the --run-dir of a run")
     parser.add_argument("--output", metavar="F", type=Path, help="the page; default: RUN_DIR/report.html")
     parser.add_argument("--png", metavar="F", type=Path, help="write the curves as a picture too")

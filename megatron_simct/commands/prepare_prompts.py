@@ -1,28 +1,31 @@
-"""A mixture of prompts for --prompt-data, from files of several formats: what is kept, and what is dropped and why.
+"""A mixture of prompts for --prompt-data, from files of several formats: what is kept, and what is dropped
+and why.
 
-    python tools/prepare_prompts.py --mixture examples/prompts/paper_10k.yaml --data-root DATA --output-dir prompts \\
+    python tools/prepare_prompts.py --mixture examples/prompts/paper_10k.yaml --data-root DATA --output-dir
+    prompts \\
         --hf-checkpoint STUDENT_DIR --teacher-hf-checkpoint TEACHER_DIR --apply-chat-template
 
-Files are JSON lines or a JSON list, also packed by gzip, Parquet (.parquet) or Arrow (.arrow). The mixture is a YAML
-file: `seed`, `size`, `exclude` and a list of `sources`, each with
+Files are JSON lines or a JSON list, also packed by gzip, Parquet (.parquet) or Arrow (.arrow). The mixture is
+a YAML file: `seed`, `size`, `exclude` and a list of `sources`, each with
 
     name, path              the path under --data-root; a list of paths is read as one
     count or weight         rows to take, or the share of `size`; neither: all rows
     prompt_key              a column of texts (default: prompt)
-    messages_key            a column of conversations, for a source without prompt_key; a closing answer of the
-                            assistant becomes the row's response
-    label_key               a column with the expected answer, for evaluation; label_pattern: its part, a group of a
-                            regular expression
+    messages_key            a column of conversations, for a source without prompt_key; a closing answer of
+                            the assistant becomes the row's response
+    label_key               a column with the expected answer, for evaluation; label_pattern: its part, a
+                            group of a regular expression
     response_key            a column with a given response, for sft
     suffix                  a text behind each prompt
-    teacher_messages_key    a column with the conversation or text that the teacher reads in place of the prompt
+    teacher_messages_key    a column with the conversation or text that the teacher reads in place of the
+                            prompt
     teacher_system          a system message for the teacher alone
-    teacher_suffix          a text behind the prompt for the teacher alone, such as a hint; in both texts {NAME} stands
-                            for the row's column NAME
+    teacher_suffix          a text behind the prompt for the teacher alone, such as a hint; in both texts
+                            {NAME} stands for the row's column NAME
     min_chars, max_chars    of the prompt
 
-`exclude` names files, such as test sets, whose prompts must not be taken: a list of {path, prompt_key}. The same
-mixture, seed and files give the same rows.
+`exclude` names files, such as test sets, whose prompts must not be taken: a list of {path, prompt_key}. The
+same mixture, seed and files give the same rows.
 """
 
 from __future__ import annotations
@@ -66,7 +69,9 @@ from megatron_simct.prompt_files import (
 OUTPUT, REPORT = "prompts.jsonl", "report.json"
 _COLUMN = re.compile(r"\{(\w+)\}")
 MAX_REASONS, MAX_SHOWN, MAX_REASON = 20, 3, 300
-"""How many reasons of templates the report keeps of a source, how many of them are printed, characters of each."""
+"""How many reasons of templates the report keeps of a source, how many of them are printed, characters of
+each.
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,7 +158,9 @@ def read_mixture(path: str) -> Mixture:
     if isinstance(content, dict):
         for key, kind, name in (("sources", Source, "source"), ("exclude", Excluded, "exclude")):
             if isinstance(content.get(key), list):
-                content[key] = [_filled(kind, x, f"{where}: {name} {i}") for i, x in enumerate(content[key], start=1)]
+                content[key] = [
+                    _filled(kind, x, f"{where}: {name} {i}") for i, x in enumerate(content[key], start=1)
+                ]
     mixture = _filled(Mixture, content, where)
     if not mixture.sources:
         raise ValueError(f"{where}: sources is no list of sources")
@@ -169,7 +176,10 @@ def read_mixture(path: str) -> Mixture:
             raise ValueError(f"{name} has no count and no weight, and the mixture has a size")
         if source.prompt_key is not None and source.messages_key is not None:
             raise ValueError(f"{name} has prompt_key and messages_key; a prompt is one of them")
-        if source.teacher_messages_key is not None and (source.teacher_system or source.teacher_suffix) is not None:
+        if (
+            source.teacher_messages_key is not None
+            and (source.teacher_system or source.teacher_suffix) is not None
+        ):
             raise ValueError(
                 f"{name} has teacher_messages_key beside a teacher_system or teacher_suffix; leave one out"
             )
@@ -182,7 +192,9 @@ def read_mixture(path: str) -> Mixture:
         except re.error as error:
             raise ValueError(f"{name}: label_pattern is no regular expression ({error})") from None
         if not groups:
-            raise ValueError(f"{name}: label_pattern {source.label_pattern!r} has no group; put the label in ( )")
+            raise ValueError(
+                f"{name}: label_pattern {source.label_pattern!r} has no group; put the label in ( )"
+            )
         if source.label_pattern is not None and source.label_key is None:
             raise ValueError(f"{name} has a label_pattern, and no label_key that it is a part of")
     if len({source.name for source in mixture.sources}) < len(mixture.sources):
@@ -210,11 +222,15 @@ def _filled(kind: type, content: Any, where: str) -> Any:
     try:
         return kind(**content)
     except TypeError as error:
-        raise ValueError(f"{where}: {str(error).split(') ', 1)[-1].replace('keyword-only argument', 'key')}") from None
+        raise ValueError(
+            f"{where}: {str(error).split(') ', 1)[-1].replace('keyword-only argument', 'key')}"
+        ) from None
 
 
 def _is_a(value: Any, kind: Any) -> bool:
-    """Whether a value of YAML is of a field's type: a whole number is a float too, true and false are no numbers."""
+    """Whether a value of YAML is of a field's type: a whole number is a float too, true and false are no
+    numbers.
+    """
     if get_origin(kind) is list:
         return isinstance(value, list) and all(_is_a(item, get_args(kind)[0]) for item in value)
     if get_args(kind):
@@ -241,7 +257,10 @@ def wanted_counts(mixture: Mixture) -> dict[str, int | None]:
 def mix(
     mixture: Mixture, root: Path, render: dict[str, Callable[[Any], int]], max_prompt_len: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The rows in their final order, and the report. A source is looked at in a random order until it has enough."""
+    """The rows in their final order, and the report.
+
+    A source is looked at in a random order until it has enough.
+    """
     excluded: set[bytes] = set()
     for entry in mixture.exclude:
         source = Source(name="exclude", path=entry.path, prompt_key=entry.prompt_key)
@@ -251,8 +270,8 @@ def mix(
                 found.add(fingerprint(_prompt_of(row, source)[0]))
         if not found:
             raise ValueError(
-                f"--mixture: exclude {entry.path}: no row has a {entry.prompt_key or 'prompt'}, so it excludes nothing"
-                "; prompt_key names the column"
+                f"--mixture: exclude {entry.path}: no row has a {entry.prompt_key or 'prompt'}, so it "
+                "excludes nothing; prompt_key names the column"
             )
         excluded |= found
     seen: set[bytes] = set()
@@ -261,7 +280,9 @@ def mix(
     wanted = wanted_counts(mixture)
     for source in mixture.sources:
         source_rows = list(read_files(source, root))
-        order = np.random.default_rng([mixture.seed, zlib.crc32(source.name.encode())]).permutation(len(source_rows))
+        order = np.random.default_rng([mixture.seed, zlib.crc32(source.name.encode())]).permutation(
+            len(source_rows)
+        )
         kept: list[dict[str, Any]] = []
         dropped = Counter[str]()
         refused: dict[str, list[int]] = {}
@@ -293,7 +314,9 @@ def mix(
             "wanted": wanted[source.name],
             "kept": len(kept),
             "dropped": dict(dropped.most_common()),
-            "refused": {said: {"count": len(numbers), "first": numbers[0]} for said, numbers in refused.items()},
+            "refused": {
+                said: {"count": len(numbers), "first": numbers[0]} for said, numbers in refused.items()
+            },
         }
         rows += kept
     if not rows:
@@ -302,9 +325,13 @@ def mix(
         for counts in report["sources"].values():
             reasons.update(counts["dropped"])
             said += counts["refused"]
-        why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "its files are empty"
+        why = (
+            ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "its files are empty"
+        )
         number = sum(counts["rows"] for counts in report["sources"].values())
-        raise ValueError(f"--mixture: nothing is left of {number} rows: {why}{f' ({said[0]})' if said else ''}")
+        raise ValueError(
+            f"--mixture: nothing is left of {number} rows: {why}{f' ({said[0]})' if said else ''}"
+        )
     order = np.random.default_rng(mixture.seed).permutation(len(rows))
     report["rows"] = len(rows)
     return [rows[i] for i in order], report
@@ -315,7 +342,9 @@ def _counted(items: Sequence[int], name: str) -> Iterable[int]:
     from rich.console import Console
     from rich.progress import track
 
-    return track(items, description=name, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    return track(
+        items, description=name, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
+    )
 
 
 # Rows
@@ -413,9 +442,14 @@ def _dropped_rows() -> Iterator[None]:
 
 
 def fingerprint(prompt: str | list[Message]) -> bytes:
-    """Digest of a prompt. Case, blanks, and whether it is a text or the user's one message make no difference."""
+    """Digest of a prompt.
+
+    Case, blanks, and whether it is a text or the user's one message make no difference.
+    """
     text = prompt if isinstance(prompt, str) else "\0".join(message["content"] for message in prompt)
-    return hashlib.blake2b(" ".join(text.casefold().split()).encode(errors="replace"), digest_size=16).digest()
+    return hashlib.blake2b(
+        " ".join(text.casefold().split()).encode(errors="replace"), digest_size=16
+    ).digest()
 
 
 # Files
@@ -441,7 +475,10 @@ def _check_templates(options: argparse.Namespace) -> None:
 
 
 def renderers(options: argparse.Namespace) -> dict[str, Callable[[Any], int]]:
-    """For each model that is named, how many tokens a prompt has as it reads it. Dropped where its template refuses."""
+    """For each model that is named, how many tokens a prompt has as it reads it.
+
+    Dropped where its template refuses.
+    """
     sides = {
         "student": (
             ModelConfig(
@@ -468,7 +505,9 @@ def renderers(options: argparse.Namespace) -> dict[str, Callable[[Any], int]]:
     for side, (model, prefix) in sides.items():
         if model.hf_checkpoint is None and model.tokenizer_model is None:
             if model.chat_template_kwargs is not None:
-                raise ValueError(f"--{prefix}chat-template-kwargs: needs --{prefix}hf-checkpoint, whose template it is")
+                raise ValueError(
+                    f"--{prefix}chat-template-kwargs: needs --{prefix}hf-checkpoint, whose template it is"
+                )
             continue
         place = locate_tokenizer(model, prefix=prefix)
         try:
@@ -479,7 +518,9 @@ def renderers(options: argparse.Namespace) -> dict[str, Callable[[Any], int]]:
         template = None
         if options.apply_chat_template:
             if model.hf_checkpoint is None or tokenizer.encode_chat is None:
-                raise ValueError(f"--apply-chat-template: needs --{prefix}hf-checkpoint with a tokenizer.json")
+                raise ValueError(
+                    f"--apply-chat-template: needs --{prefix}hf-checkpoint with a tokenizer.json"
+                )
             template = ChatTemplate.load(
                 model.hf_checkpoint,
                 flag=f"--{prefix}hf-checkpoint",
@@ -518,13 +559,17 @@ def show(report: dict[str, Any], folder: Path) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("source", "rows", "looked at", "wanted", "kept", "dropped", title=f"{report['rows']} prompts")
+    table = Table(
+        "source", "rows", "looked at", "wanted", "kept", "dropped", title=f"{report['rows']} prompts"
+    )
     for name, source in report["sources"].items():
         reasons = ", ".join(f"{count} {reason}" for reason, count in source["dropped"].items())
         short = source["wanted"] is not None and source["kept"] < source["wanted"]
         kept = f"[red]{source['kept']}[/red]" if short else str(source["kept"])
         wanted = "all" if source["wanted"] is None else str(source["wanted"])
-        table.add_row(escape(name), str(source["rows"]), str(source["looked_at"]), wanted, kept, escape(reasons))
+        table.add_row(
+            escape(name), str(source["rows"]), str(source["looked_at"]), wanted, kept, escape(reasons)
+        )
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print(table)
     for name, source in report["sources"].items():
@@ -543,17 +588,29 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mixture", required=True, metavar="FILE", help="YAML file of sources")
     parser.add_argument("--data-root", default=".", metavar="DIR", help="where paths begin (default: here)")
     parser.add_argument("--output-dir", required=True, metavar="DIR", help=f"gets {OUTPUT} and {REPORT}")
-    parser.add_argument("--hf-checkpoint", metavar="DIR", help="the student's folder: tokenizer and chat template")
+    parser.add_argument(
+        "--hf-checkpoint", metavar="DIR", help="the student's folder: tokenizer and chat template"
+    )
     parser.add_argument("--teacher-hf-checkpoint", metavar="DIR", help="the teacher's")
     parser.add_argument("--tokenizer-model", metavar="FILE", help="the student's tokenizer, if it is another")
     parser.add_argument("--teacher-tokenizer-model", metavar="FILE", help="the teacher's")
-    parser.add_argument("--apply-chat-template", action="store_true", help="count tokens as both templates write them")
-    parser.add_argument("--chat-template-kwargs", metavar="JSON", help="as in training, of the student's template")
-    parser.add_argument("--teacher-chat-template-kwargs", metavar="JSON", help="of the teacher's")
     parser.add_argument(
-        "--chat-template-date", metavar="YYYY-MM-DD", help="what strftime_now gives in templates (default: today)"
+        "--apply-chat-template", action="store_true", help="count tokens as both templates write them"
     )
     parser.add_argument(
-        "--max-prompt-len", type=int, default=2048, metavar="N", help="tokens of either model (default: %(default)s)"
+        "--chat-template-kwargs", metavar="JSON", help="as in training, of the student's template"
+    )
+    parser.add_argument("--teacher-chat-template-kwargs", metavar="JSON", help="of the teacher's")
+    parser.add_argument(
+        "--chat-template-date",
+        metavar="YYYY-MM-DD",
+        help="what strftime_now gives in templates (default: today)",
+    )
+    parser.add_argument(
+        "--max-prompt-len",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="tokens of either model (default: %(default)s)",
     )
     return parser

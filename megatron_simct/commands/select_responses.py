@@ -1,14 +1,17 @@
-"""The warm-up's data: of a teacher's right responses to each problem the shortest, as prompts and responses for sft.
+"""The warm-up's data: of a teacher's right responses to each problem the shortest, as prompts and responses
+for sft.
 
-    torchrun --nproc-per-node 2 tools/evaluate.py --benchmark math_label --data prompts.jsonl --output-dir responses \\
+    torchrun --nproc-per-node 2 tools/evaluate.py --benchmark math_label --data prompts.jsonl --output-dir
+    responses \\
         --hf-checkpoint TEACHER_DIR --apply-chat-template --samples 8 --temperature 0.6 --top-p 0.95
     python tools/select_responses.py --responses responses --data prompts.jsonl --output warm_up.jsonl
-    torchrun ... -m megatron_simct.train --simct-interface sft --prompt-data warm_up.jsonl --apply-chat-template ...
+    torchrun ... -m megatron_simct.train --simct-interface sft --prompt-data warm_up.jsonl
+    --apply-chat-template ...
 
-The first command samples the teacher and checks its responses; this one reads what it has left. A response is dropped
-that is wrong, that did not end by itself, that is too short, too long or repeats itself, or that is not UTF-8. The
-defaults are SimCT's (arXiv:2605.07711): 20 to 4000 characters, repetition of at most .30, here the share of a
-response's sequences of four words that stand before in it already.
+The first command samples the teacher and checks its responses; this one reads what it has left. A response is
+dropped that is wrong, that did not end by itself, that is too short, too long or repeats itself, or that is
+not UTF-8. The defaults are SimCT's (arXiv:2605.07711): 20 to 4000 characters, repetition of at most .30, here
+the share of a response's sequences of four words that stand before in it already.
 """
 
 from __future__ import annotations
@@ -36,8 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = finished_run(options.responses)
     if options.sandbox == "strict" and run["benchmark"] in CODE and not run.get("landlock"):
         raise ValueError(
-            f"--sandbox strict: programs in {options.responses} were graded where the kernel has no Landlock; grade "
-            "them again by tools/evaluate.py --sandbox strict, or accept them by --sandbox auto"
+            f"--sandbox strict: programs in {options.responses} were graded where the kernel has no "
+            "Landlock; grade them again by tools/evaluate.py --sandbox strict, or accept them by --sandbox "
+            "auto"
         )
     problems = read_problems(run["benchmark"], options.data)[: run["problems"]]
     if digest_of(problems) != run["problems_sha256"]:
@@ -46,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not rows:
         raise ValueError(f"--responses {options.responses}: none is kept ({shown(counts)})")
     write_rows(options.output, rows)
-    print(f"{len(rows)} of {len(problems)} problems have a response; {shown(counts)}; written to {options.output}")
+    print(
+        f"{len(rows)} of {len(problems)} problems have a response; {shown(counts)}; written to "
+        f"{options.output}"
+    )
 
 
 def finished_run(folder: Path) -> dict[str, Any]:
@@ -58,8 +65,8 @@ def finished_run(folder: Path) -> dict[str, Any]:
         missing = {str(error)}
     if missing:
         raise ValueError(
-            f"--responses {folder}: no finished run of tools/evaluate.py (results.json: {', '.join(sorted(missing))}); "
-            "run that to its end"
+            f"--responses {folder}: no finished run of tools/evaluate.py (results.json: "
+            f"{', '.join(sorted(missing))}); run that to its end"
         )
     return run
 
@@ -78,7 +85,9 @@ def select(
     responses: Iterable[tuple[dict[str, Any], dict[str, bool]]],
     options: argparse.Namespace,
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """The rows to train on, in the order of the problems, and how many responses were kept or dropped for what."""
+    """The rows to train on, in the order of the problems, and how many responses were kept or dropped for
+    what.
+    """
     counts: Counter[str] = Counter()
     shortest: dict[str, str] = {}
     for row, right in responses:
@@ -132,18 +141,31 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--responses", type=Path, required=True, metavar="DIR", help="--output-dir of tools/evaluate.py"
     )
-    parser.add_argument("--data", metavar="FILE", help="the problems, as they were given to tools/evaluate.py")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSONL to write; replaced")
-    parser.add_argument("--metric", metavar="NAME", help="what a right response is; default: the first of its grades")
-    parser.add_argument("--min-characters", type=int, default=20, metavar="N", help="of a response (%(default)s)")
-    parser.add_argument("--max-characters", type=int, default=4000, metavar="N", help="of a response (%(default)s)")
     parser.add_argument(
-        "--max-repetition", type=float, default=0.3, metavar="SHARE", help="of sequences of words (%(default)s)"
+        "--data", metavar="FILE", help="the problems, as they were given to tools/evaluate.py"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSONL to write; replaced")
+    parser.add_argument(
+        "--metric", metavar="NAME", help="what a right response is; default: the first of its grades"
+    )
+    parser.add_argument(
+        "--min-characters", type=int, default=20, metavar="N", help="of a response (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-characters", type=int, default=4000, metavar="N", help="of a response (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-repetition",
+        type=float,
+        default=0.3,
+        metavar="SHARE",
+        help="of sequences of words (%(default)s)",
     )
     parser.add_argument(
         "--sandbox",
         choices=SANDBOXES,
         default="auto",
-        help="strict: take grades of programs only if the kernel kept those from the user's files (%(default)s)",
+        help="strict: take grades of programs only if the kernel kept those from the user's files "
+        "(%(default)s)",
     )
     return parser

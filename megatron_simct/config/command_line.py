@@ -1,4 +1,5 @@
-"""How a command reads its flags, and how it ends: a user's mistake is one line on stderr, without a traceback.
+"""How a command reads its flags, and how it ends: a user's mistake is one line on stderr, without a
+traceback.
 
 Commands import libraries that take seconds inside of `loading`, so that a Ctrl-C meanwhile is one line too.
 """
@@ -31,16 +32,23 @@ _WAYS_OUT = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes no shortened flags, names the nearest to an unknown one, and complains in one line. Has --debug."""
+    """Takes no shortened flags, names the nearest to an unknown one, and complains in one line.
+
+    Has --debug.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False} | options)
-        self.add_argument(DEBUG, action="store_true", help="show the traceback of an error, instead of one line")
+        self.add_argument(
+            DEBUG, action="store_true", help="show the traceback of an error, instead of one line"
+        )
 
     def parse_known_args(  # type: ignore[override]  # argparse has overloads
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
-        """An unknown flag is reported first: where it was a misspelt one, argparse would miss the right one."""
+        """An unknown flag is reported first: where it was a misspelt one, argparse would miss the right
+        one.
+        """
         known = self._option_string_actions
         for argument in list(sys.argv[1:] if args is None else args) if self._subparsers is None else ():
             if argument == "--":
@@ -71,9 +79,9 @@ Main = Callable[[Sequence[str] | None], int | None]
 def command(program: str, *, also: tuple[type[Exception], ...] = ()) -> Callable[[Main], Callable[..., int]]:
     """Decorator of a command's main(argv), whose exit code it returns.
 
-    ValueError, OSError and the exceptions of `also` are mistakes that the user can mend: `PROGRAM: error: LINE` and
-    exit code 1. Ctrl-C is a line and 130. Any other exception is an error of this package and keeps its traceback;
-    with --debug all of them do.
+    ValueError, OSError and the exceptions of `also` are mistakes that the user can mend: `PROGRAM: error:
+    LINE` and exit code 1. Ctrl-C is a line and 130. Any other exception is an error of this package and keeps
+    its traceback; with --debug all of them do.
     """
 
     mistakes: tuple[type[BaseException], ...] = (KeyboardInterrupt, ValueError, OSError, *also)

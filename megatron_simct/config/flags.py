@@ -1,7 +1,7 @@
 """Spells the dataclasses of `options.py` as command-line flags and as keys of a --config-file.
 
-defaults < --config-file < command line. An unknown flag or key is an error that names the nearest one; a flag of
-Megatron-LM that this package does not implement has its own message.
+defaults < --config-file < command line. An unknown flag or key is an error that names the nearest one; a flag
+of Megatron-LM that this package does not implement has its own message.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ SERVE_TEACHER = Command(
     config=TeacherConfig,
     module="megatron_simct.serve_teacher",
     usage="%(prog)s --teacher-hf-checkpoint DIR --run-dir DIR [flags below]",
-    description="Score students' responses with a teacher, until SIGTERM. Start one process a rank with torchrun, or a "
-    "single process directly; the student's job finds it by --teacher-endpoint RUN_DIR.",
+    description="Score students' responses with a teacher, until SIGTERM. Start one process a rank with "
+    "torchrun, or a single process directly; the student's job finds it by --teacher-endpoint RUN_DIR.",
 )
 
 
@@ -115,7 +115,9 @@ class _Formatter(argparse.HelpFormatter):
     """Lines of a help text stay lines."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
-        return [line for part in text.splitlines() for line in super(_Formatter, self)._split_lines(part, width)]
+        return [
+            line for part in text.splitlines() for line in super(_Formatter, self)._split_lines(part, width)
+        ]
 
 
 class _Parser(Parser):
@@ -127,7 +129,10 @@ class _Parser(Parser):
 
 
 def build_parser(command: Command = TRAIN) -> argparse.ArgumentParser:
-    """Flags in the groups of the job's configuration. Values that were not given are absent: a file can supply them."""
+    """Flags in the groups of the job's configuration.
+
+    Values that were not given are absent: a file can supply them.
+    """
     parser = _Parser(
         prog=f"python -m {command.module}",
         usage=command.usage,
@@ -138,7 +143,9 @@ def build_parser(command: Command = TRAIN) -> argparse.ArgumentParser:
     parser.add_argument(
         "--config-file", metavar="FILE", help="YAML file with the same keys in snake_case; flags win over it"
     )
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration as YAML and stop")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved configuration as YAML and stop"
+    )
     sections: dict[str, Any] = {}
     group_types = typing.get_type_hints(command.config)
     for option in options(command.config):
@@ -164,7 +171,8 @@ def build_parser(command: Command = TRAIN) -> argparse.ArgumentParser:
 
 
 def parse_config(argv: Sequence[str] | None = None, command: Command = TRAIN) -> Any:
-    """The resolved `command.config` of a command line. Exits with code 2 and one line on a wrong flag, key or value.
+    """The resolved `command.config` of a command line. Exits with code 2 and one line on a wrong flag, key or
+    value.
 
     With --print-config it prints the configuration, in the form that --config-file reads, and exits with 0.
     """
@@ -192,7 +200,9 @@ def parse_config(argv: Sequence[str] | None = None, command: Command = TRAIN) ->
 
 def to_dict(config: Config | TeacherConfig) -> dict[str, Any]:
     """The value of every option by its key."""
-    return {option.key: getattr(getattr(config, option.group), option.field) for option in options(type(config))}
+    return {
+        option.key: getattr(getattr(config, option.group), option.field) for option in options(type(config))
+    }
 
 
 def to_yaml(config: Config | TeacherConfig) -> str:
@@ -213,7 +223,10 @@ def to_yaml(config: Config | TeacherConfig) -> str:
 
 
 def assemble(values: dict[str, Any], config: type) -> Any:
-    """A job's configuration of values by key, as YAML or argparse give them. ValueError for one of another type."""
+    """A job's configuration of values by key, as YAML or argparse give them.
+
+    ValueError for one of another type.
+    """
     groups: dict[str, dict[str, Any]] = {}
     for option in options(config):
         if option.key in values:
@@ -234,7 +247,9 @@ def _convert(option: Option, value: Any) -> Any:
         return tuple(_convert(dataclasses.replace(option, many=False, optional=False), v) for v in value)
     if option.metavar in ("JSON", "YYYY-MM-DD"):
         value = flag_text(value)
-    wrong = ValueError(f"{option.flag} ({option.key}): {value!r} is not a value of type {option.kind.__name__}")
+    wrong = ValueError(
+        f"{option.flag} ({option.key}): {value!r} is not a value of type {option.kind.__name__}"
+    )
     if option.kind is bool or isinstance(value, bool):
         if not (option.kind is bool and isinstance(value, bool)):
             raise wrong
@@ -271,7 +286,10 @@ def _read_file(path: str, config: type) -> dict[str, Any]:
 
 
 def read_yaml(path: str, *, where: str, expected: str) -> dict[str, Any]:
-    """The mapping that a YAML file holds. Raises ValueError, beginning with `where`; expected: what it should hold."""
+    """The mapping that a YAML file holds.
+
+    Raises ValueError, beginning with `where`; expected: what it should hold.
+    """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

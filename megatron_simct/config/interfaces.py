@@ -1,6 +1,7 @@
 """The interfaces by name: what each compares, who published it, and when it is known to harm.
 
-`--help`, the log's first lines and `tools/check_pair.py` say this; the algebra is in megatron_simct/losses/kinds/.
+`--help`, the log's first lines and `tools/check_pair.py` say this; the algebra is in
+megatron_simct/losses/kinds/.
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Interface = Literal[
-    "paper", "code", "exact", "strict", "strict_topk", "uld", "alm", "scalar", "partition", "topk_kl", "bpm", "bytes",
-    "kd", "sft", "reward", "sum", "code_gh", "no_unit_loss", "random_unit",
+    "paper", "code", "exact", "strict", "strict_topk", "uld", "alm", "scalar", "partition", "topk_kl", "bpm",
+    "bytes", "kd", "sft", "reward", "sum", "code_gh", "no_unit_loss", "random_unit",
 ]  # fmt: skip
 """Methods, then older names of variants (`VARIANTS`)."""
 
 _LEAVES_U = "mass that leaves the compared tokens costs nothing (watch student_mass_outside_u)"
 _SPLIT = (
-    "a right first token is pushed down where the student spells in several tokens what the teacher says in one; "
-    f"{_LEAVES_U}"
+    "a right first token is pushed down where the student spells in several tokens what the teacher says in "
+    f"one; {_LEAVES_U}"
 )
 
 
@@ -48,7 +49,8 @@ METHODS = {
     "exact": Method(
         text="a partition of events: each shared token, the unit, and the rest, with their probabilities",
         source="this project",
-        failure="where the student spells in several tokens what the teacher says in one, only its whole path counts",
+        failure="where the student spells in several tokens what the teacher says in one, only its whole "
+        "path counts",
     ),
     "strict": Method(
         text="shared tokens at 1:1 positions only",
@@ -76,7 +78,8 @@ METHODS = {
         failure="only what was sampled is judged, and how a unit's number is shared out is a guess",
     ),
     "partition": Method(
-        text="1:1, 1:n, m:1 segments as partitions: the teacher's --simct-teacher-topk likeliest tokens, and the rest",
+        text="1:1, 1:n, m:1 segments as partitions: the teacher's --simct-teacher-topk likeliest tokens, and "
+        "the rest",
         source="NeMo-RL, pull request 4177; CSD, arXiv:2610.28895",
         failure="in units of several tokens a path of one model is compared with a whole token of the other",
     ),
@@ -86,23 +89,26 @@ METHODS = {
         failure="units of several tokens teach nothing, and what is not among the k is left alone",
     ),
     "bpm": Method(
-        text="byte-prefix marginals: the teacher's distribution rewritten over the student's tokens at every label",
+        text="byte-prefix marginals: the teacher's distribution rewritten over the student's tokens at every "
+        "label",
         source="arXiv:2607.22334",
         failure=(
-            "whether the text goes on or stops gets the student's own answer as its target; where the student has the "
-            "longer tokens, a short token gets the mass"
+            "whether the text goes on or stops gets the student's own answer as its target; where the "
+            "student has the longer tokens, a short token gets the mass"
         ),
     ),
     "bytes": Method(
         text="distributions over the next byte",
         source="this project",
         failure=(
-            "with --simct-byte-bounds longest-match it is biased for byte-pair merges that are not longest-match; with "
-            "any it is a lower bound, 0 for some students that are not right too"
+            "with --simct-byte-bounds longest-match it is biased for byte-pair merges that are not "
+            "longest-match; with any it is a lower bound, 0 for some students that are not right too"
         ),
     ),
     "kd": Method(text="the whole vocabulary of one common tokenizer", source="arXiv:1503.02531"),
-    "sft": Method(text="cross entropy on given responses, no teacher", source="maximum likelihood", teacher=False),
+    "sft": Method(
+        text="cross entropy on given responses, no teacher", source="maximum likelihood", teacher=False
+    ),
     "reward": Method(
         text="no comparison and no teacher: the policy gradient of --reward alone",
         source="GRPO, arXiv:2402.03300",
@@ -132,8 +138,8 @@ def interface_help() -> str:
         )
         lines.append(f"{name}: older name of {method_name} {flags}")
     lines.append(
-        "Where the tokenizers group digits differently, each of them but bytes moves even a perfect student; bpm with "
-        "forward_kl only where the student has the longer tokens (docs/perfect_student.md). tools/check_pair.py "
-        "measures it on your pair and text"
+        "Where the tokenizers group digits differently, each of them but bytes moves even a perfect student; "
+        "bpm with forward_kl only where the student has the longer tokens (docs/perfect_student.md). "
+        "tools/check_pair.py measures it on your pair and text"
     )
     return "\n".join(lines)

@@ -1,7 +1,8 @@
-"""Flags of Megatron-LM that are no options here: those that ask for what is done anyway, and what to use for others.
+"""Flags of Megatron-LM that are no options here: those that ask for what is done anyway, and what to use for
+others.
 
-A flag of the first kind is accepted with the values that are listed, and changes nothing. Any other is an error, which
-ends with the words of the second table.
+A flag of the first kind is accepted with the values that are listed, and changes nothing. Any other is an
+error, which ends with the words of the second table.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ ALWAYS: dict[str, tuple[str, ...]] = {
     "--use-flash-attn": (),
     "--use-rotary-position-embeddings": (),
 }
-"""Flag -> the values that it may have; none for a switch. As far as the model has a choice, its config.json decides."""
+"""Flag -> the values that it may have; none for a switch.
+
+As far as the model has a choice, its config.json decides.
+"""
 
 _MODEL = "config.json of --hf-checkpoint has it"
 _PROMPTS = "training data are prompts: --prompt-data"
@@ -47,7 +51,9 @@ _FP16 = "there is --bf16, which needs no loss scale"
 _FP8 = "parameters are bf16 or float32"
 _FSDP = "use --use-distributed-optimizer, --tensor-model-parallel-size and --pipeline-model-parallel-size"
 _STAGES = "use --num-virtual-stages-per-pipeline-rank"
-_OVERLAP_P2P = "it is chosen by the schedule: megatron-core's interleaved one computes wrong gradients otherwise"
+_OVERLAP_P2P = (
+    "it is chosen by the schedule: megatron-core's interleaved one computes wrong gradients otherwise"
+)
 _FUSIONS = "fusions are chosen by the device"
 _GRAPHS = "sequences differ in length, which a CUDA graph does not allow"
 _TIMERS = "metrics.jsonl of --run-dir has seconds and memory of every step, and --tensorboard-dir the same"
@@ -56,7 +62,8 @@ _RERUN = "a step that is not finite stops all ranks before any weight changes, a
 _ROLLOUT = "rollouts: --rollout-batch-size, --rollout-engine-batch-size"
 _CONTEXT = "keys and values are gathered over all ranks of --context-parallel-size at once"
 _OFFLOAD = (
-    "megatron-core splits the optimizer for it, which checkpoints here do not read; use --use-distributed-optimizer"
+    "megatron-core splits the optimizer for it, which checkpoints here do not read; use "
+    "--use-distributed-optimizer"
 )
 _LOSS_STAGE = "--pipeline-model-parallel-layout says which layers lie beside embedding and loss"
 _ROUTES = "it is one of TransformerEngine's kernels, which have not run here"
@@ -77,10 +84,12 @@ _REASONS: dict[str, str] = {
     "attention-dropout": "there is no dropout",
     "hidden-dropout": "there is no dropout",
     # Data and tokenizers
-    **dict.fromkeys(("tokenizer-type", "vocab-file", "merge-file"), "use --tokenizer-model, whose file says its type"),
     **dict.fromkeys(
-        "data-path train-data-path valid-data-path test-data-path data-cache-path split mock-data num-workers "
-        "dataloader-type reset-position-ids reset-attention-mask eod-mask-loss".split(),
+        ("tokenizer-type", "vocab-file", "merge-file"), "use --tokenizer-model, whose file says its type"
+    ),
+    **dict.fromkeys(
+        "data-path train-data-path valid-data-path test-data-path data-cache-path split mock-data "
+        "num-workers dataloader-type reset-position-ids reset-attention-mask eod-mask-loss".split(),
         _PROMPTS,
     ),
     **dict.fromkeys(("seq-length", "encoder-seq-length", "decoder-seq-length"), _SAMPLES),
@@ -90,7 +99,9 @@ _REASONS: dict[str, str] = {
     "lr-warmup-iters": _WARMUP,
     "lr-warmup-init": "the rate rises from 0; " + _WARMUP,
     "lr-decay-iters": _DECAY,
-    **dict.fromkeys(("lr-wsd-decay-style", "lr-wsd-decay-iters"), "--lr-decay-style is constant, linear or cosine"),
+    **dict.fromkeys(
+        ("lr-wsd-decay-style", "lr-wsd-decay-iters"), "--lr-decay-style is constant, linear or cosine"
+    ),
     **dict.fromkeys(("start-weight-decay", "end-weight-decay", "weight-decay-incr-style"), _WEIGHT_DECAY),
     "sgd-momentum": "SGD's momentum is 0.9",
     **dict.fromkeys(("decoupled-lr", "decoupled-min-lr"), "all parameters have one rate: --lr"),
@@ -101,9 +112,11 @@ _REASONS: dict[str, str] = {
     # Checkpoints
     "ckpt-format": "checkpoints are torch_dist",
     "dist-ckpt-format": "checkpoints are torch_dist",
-    "use-checkpoint-args": "options come from the command line and --config-file; --load says which have changed",
+    "use-checkpoint-args": "options come from the command line and --config-file; --load says which have "
+    "changed",
     "use-checkpoint-opt_param-scheduler": "the command line says how a run goes on",
-    "exit-on-missing-checkpoint": "--load without a checkpoint is an error, unless it is the directory of --save",
+    "exit-on-missing-checkpoint": "--load without a checkpoint is an error, unless it is the directory of "
+    "--save",
     "save-retain-interval": "use --save-retain, the number of checkpoints to keep",
     "finetune": "use --pretrained-checkpoint, which starts a new run from a checkpoint's weights",
     **dict.fromkeys(("no-load-optim", "no-load-rng"), _LOAD),
@@ -125,7 +138,8 @@ _REASONS: dict[str, str] = {
     "grad-reduce-in-bf16": "gradients are summed in float32",
     # Memory and layout
     "num-distributed-optimizer-instances": "--use-distributed-optimizer shares over all data-parallel ranks",
-    "use-precision-aware-optimizer": "the optimizer's state is float32; --use-distributed-optimizer shares it",
+    "use-precision-aware-optimizer": "the optimizer's state is float32; "
+    "--use-distributed-optimizer shares it",
     **dict.fromkeys(
         "optimizer-cpu-offload optimizer-offload-fraction use-torch-optimizer-for-cpu-offload "
         "overlap-cpu-optimizer-d2h-h2d".split(),
@@ -140,8 +154,8 @@ _REASONS: dict[str, str] = {
     "distribute-saved-activations": "use --sequence-parallel with --recompute-granularity full",
     "num-layers-per-virtual-pipeline-stage": _STAGES,
     "moe-grouped-gemm": "TransformerEngine's layers have it on, and megatron-core has none for others",
-    "moe-token-dispatcher-type": "tokens go to experts by alltoall: allgather wants micro-batches of one length on all "
-    "ranks, and flex wants DeepEP's kernels",
+    "moe-token-dispatcher-type": "tokens go to experts by alltoall: allgather wants micro-batches of one "
+    "length on all ranks, and flex wants DeepEP's kernels",
     **dict.fromkeys(("moe-permute-fusion", "moe-router-fusion"), _ROUTES),
     "moe-shared-expert-overlap": "shared experts run before the others, not beside them",
     "moe-router-dtype": "the router is in float32",
@@ -149,17 +163,19 @@ _REASONS: dict[str, str] = {
     "moe-aux-loss-coeff": "the router is trained by the loss alone",
     **dict.fromkeys(("cp-comm-type", "hierarchical-context-parallel-sizes"), _CONTEXT),
     **dict.fromkeys(("overlap-p2p-communication-warmup-flush", "no-overlap-p2p-communication"), _OVERLAP_P2P),
-    "tp-comm-overlap": "tensor-parallel communication is not overlapped; --sequence-parallel lowers what it costs",
+    "tp-comm-overlap": "tensor-parallel communication is not overlapped; --sequence-parallel lowers what it "
+    "costs",
     # Kernels
     **dict.fromkeys(
-        "no-masked-softmax-fusion no-bias-gelu-fusion no-bias-swiglu-fusion no-bias-dropout-fusion no-rope-fusion "
-        "no-persist-layer-norm no-gradient-accumulation-fusion".split(),
+        "no-masked-softmax-fusion no-bias-gelu-fusion no-bias-swiglu-fusion no-bias-dropout-fusion "
+        "no-rope-fusion no-persist-layer-norm no-gradient-accumulation-fusion".split(),
         _FUSIONS,
     ),
     "attention-backend": "torch or TransformerEngine chooses the kernel",
     "transformer-impl": "TransformerEngine's layers are used where they can be",
     **dict.fromkeys(
-        ("cross-entropy-loss-fusion", "cross-entropy-fusion-impl"), "the loss is --simct-interface, which is fused"
+        ("cross-entropy-loss-fusion", "cross-entropy-fusion-impl"),
+        "the loss is --simct-interface, which is fused",
     ),
     **dict.fromkeys(("enable-cuda-graph", "cuda-graph-impl"), _GRAPHS),
     "te-rng-tracker": "there is no dropout",
@@ -172,7 +188,8 @@ _REASONS: dict[str, str] = {
     **dict.fromkeys(("rerun-mode", "error-injection-rate"), _RERUN),
     # Rollouts
     **dict.fromkeys(
-        "inference-batch-times-seqlen-threshold inference-max-requests perform-rl-step rl-prompts-per-eval".split(),
+        "inference-batch-times-seqlen-threshold inference-max-requests perform-rl-step "
+        "rl-prompts-per-eval".split(),
         _ROLLOUT,
     ),
 }

@@ -1,4 +1,5 @@
-"""One YAML file that describes all jobs of a run. Values given as `section.key=value` go before those of the file.
+"""One YAML file that describes all jobs of a run. Values given as `section.key=value` go before those of the
+file.
 
     run_dir: runs/first
     jobs:                       # exactly one student; `options` are flags of its command in snake_case
@@ -11,24 +12,24 @@
       time: "04:00:00"
     env: {NCCL_DEBUG: WARN}     # for all jobs
 
-A job has the fields of Job below. An inference engine is a job too, with an environment of its own, and a teacher that
-names it (`engine: vllm`) holds its LM head only:
+A job has the fields of Job below. An inference engine is a job too, with an environment of its own, and a
+teacher that names it (`engine: vllm`) holds its LM head only:
 
       - {name: vllm, kind: engine, gpus_per_node: 8, python: /opt/vllm/bin/python,
          command: [-m, vllm.entrypoints.openai.api_server, --model, /models/teacher, --port, "8000"]}
       - {name: teacher, kind: teacher, engine: vllm, options: {teacher_hf_checkpoint: /models/teacher}}
 
-The short form for a student and at most one teacher has sections in the place of the list; without `teacher` both
-models share the student's ranks:
+The short form for a student and at most one teacher has sections in the place of the list; without `teacher`
+both models share the student's ranks:
 
     student: {hf_checkpoint: /models/student, prompt_data: /data/prompts.jsonl}
     teacher: {teacher_hf_checkpoint: /models/teacher}
     cluster: {student: {gpus_per_node: 8}, teacher: {nodes: 2, gpus_per_node: 8}}
 
 What the launcher fills in where the file does not: the student's --run-dir, --save and --load under run_dir,
---exit-signal-handler and --exit-duration-in-mins, a teacher's --run-dir and the student's --teacher-endpoint (of the
-second teacher in the list --second-teacher-endpoint), --engine-endpoint of a teacher with an engine, and of a student
-with one --rollout-engine and --rollout-engine-endpoint.
+--exit-signal-handler and --exit-duration-in-mins, a teacher's --run-dir and the student's --teacher-endpoint
+(of the second teacher in the list --second-teacher-endpoint), --engine-endpoint of a teacher with an engine,
+and of a student with one --rollout-engine and --rollout-engine-endpoint.
 """
 
 from __future__ import annotations
@@ -96,8 +97,8 @@ class Job(JobSize):
     options: dict[str, Any] = field(default_factory=dict)
     """Flags of a student or a teacher, by key; in a RunFile those that the launcher adds are among them."""
     engine: str | None = None
-    """The engine job that computes this teacher's hidden states, or samples this student's responses; None: the job's
-    own ranks do."""
+    """The engine job that computes this teacher's hidden states, or samples this student's responses; None:
+    the job's own ranks do."""
     command: tuple[str, ...] = ()
     """What the interpreter of an engine runs, word by word, on each of its nodes."""
     python: str | None = None
@@ -139,7 +140,9 @@ class Cluster:
     time: str | None = None
     """As Slurm writes it: MINUTES, HH:MM:SS or D-HH:MM:SS."""
     grace_s: int = 300
-    """Seconds before the end of `time` at which a run saves, exits and is queued again; also what stopping may take."""
+    """Seconds before the end of `time` at which a run saves, exits and is queued again; also what stopping
+    may take.
+    """
     requeue: bool = True
     """Queue the job again when it was pre-empted or its time is over."""
     sbatch: tuple[str, ...] = ()
@@ -201,8 +204,8 @@ class RunFile:
 
 
 FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-"""What lets torchrun start processes again: else they read in its store where those before them were, and wait for the
-dead (pytorch/pytorch#135712)."""
+"""What lets torchrun start processes again: else they read in its store where those before them were, and
+wait for the dead (pytorch/pytorch#135712)."""
 
 _SECRET_NAME = re.compile(
     r"(^|_)(API_?KEYS?|KEYS?|API_?TOKENS?|TOKENS?|SECRETS?|PASS(WORDS?|WD|PHRASE)?|PWD|PAT|CREDENTIALS?|AUTH)(_|$)"
@@ -217,7 +220,9 @@ _SECRET_VALUE = re.compile(
     r"|\bxox[a-z]-[\w-]{10}|\bAIza[\w-]{30}|\beyJ[\w-]{10,}\.[\w-]{10,}\."
     r"|-----BEGIN [A-Z ]*PRIVATE KEY|://[^/\s:@]*:[^/\s@]+@|^[0-9a-f]{40}$"
 )
-"""How publishers' tokens begin, URLs with a password, private keys, and 40 hexadecimal digits (Weights & Biases)."""
+"""How publishers' tokens begin, URLs with a password, private keys, and 40 hexadecimal digits (Weights &
+Biases).
+"""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PLAIN = re.compile(r"[A-Za-z0-9_./@+=:,-]+")
 """What may stand in an #SBATCH line, which no shell reads and sbatch reads by rules of its own."""
@@ -225,13 +230,17 @@ _PLAIN = re.compile(r"[A-Za-z0-9_./@+=:,-]+")
 
 def read_run_file(path: str, overrides: Sequence[str] = ()) -> RunFile:
     """The run that a file describes. ValueError, naming the file and the key, for whatever it cannot mean."""
-    values = read_yaml(path, where=path, expected="the sections run_dir, jobs (or student, teacher), cluster, env")
+    values = read_yaml(
+        path, where=path, expected="the sections run_dir, jobs (or student, teacher), cluster, env"
+    )
     for override in overrides:
         _apply(values, override)
     sections = ("run_dir", "jobs", "student", "teacher", "cluster", "env")
     for key in values:
         if key not in sections:
-            raise ValueError(f"{path}: unknown section {key!r}{nearest(str(key), sections)}; it has {_list(sections)}")
+            raise ValueError(
+                f"{path}: unknown section {key!r}{nearest(str(key), sections)}; it has {_list(sections)}"
+            )
     if not isinstance(values.get("run_dir"), str) or not values["run_dir"]:
         raise ValueError(f"{path}: run_dir: needs a directory, under which everything of the run is written")
     cluster = _record(Cluster, values.get("cluster") or {}, where=f"{path}: cluster")
@@ -280,13 +289,16 @@ def _listed_jobs(values: dict[str, Any], path: str) -> list[Job]:
         raise ValueError(f"{path}: jobs: expected a list, each entry with name, kind and options")
     for section in ("student", "teacher"):
         if values.get(section) is not None or (values.get("cluster") or {}).get(section) is not None:
-            raise ValueError(f"{path}: {section} is a section of the short form; beside jobs it belongs into the list")
+            raise ValueError(
+                f"{path}: {section} is a section of the short form; beside jobs it belongs into the list"
+            )
     jobs: list[Job] = []
     for number, entry in enumerate(entries):
         name = entry.get("name")
         if not isinstance(name, str) or not _NAME.fullmatch(name) or name in (job.name for job in jobs):
             raise ValueError(
-                f"{path}: jobs[{number}].name {name!r}: each job needs a name of its own, of letters, digits and _"
+                f"{path}: jobs[{number}].name {name!r}: each job needs a name of its own, of letters, digits "
+                "and _"
             )
         where = f"{path}: jobs.{name}"
         inner = {key: _section(entry, key, where) for key in ("options", "env")}
@@ -344,7 +356,8 @@ def _joined(jobs: Sequence[Job], cluster: Cluster, run_dir: str, *, where: str) 
         teacher = job.options
         if job.kind == "teacher":
             prefix = next(prefixes)
-            # The student reads the teacher's tokenizer and its config.json; the teacher is told the longest sequence.
+            # The student reads the teacher's tokenizer and its config.json; the teacher is told the longest
+            # sequence.
             to_student = {prefix + key: value for key, value in teacher.items() if key.startswith("teacher_")}
             to_student = {key: value for key, value in to_student.items() if key in of_student}
             given = {"rollout_max_prompt_len", "rollout_max_response_len", "simct_alignment_map"} & of_teacher
@@ -352,7 +365,9 @@ def _joined(jobs: Sequence[Job], cluster: Cluster, run_dir: str, *, where: str) 
             for theirs, ours in ((to_student, student), (to_teacher, teacher)):
                 for key in theirs.keys() & ours.keys():
                     if theirs[key] != ours[key]:
-                        raise ValueError(f"{where}: student.{key} and {job.name}.{key} differ; leave one of them out")
+                        raise ValueError(
+                            f"{where}: student.{key} and {job.name}.{key} differ; leave one of them out"
+                        )
             teacher = {"run_dir": f"{run_dir}/{job.name}"} | to_teacher | teacher
             student = to_student | {f"{prefix}teacher_endpoint": [teacher["run_dir"]]} | student
             teacher = _engine_options(job, jobs, cluster, "engine_endpoint") | teacher
@@ -374,9 +389,15 @@ def _engine_options(job: Job, jobs: Sequence[Job], cluster: Cluster, key: str) -
 def _filled(student: dict[str, Any], cluster: Cluster, run_dir: str) -> dict[str, Any]:
     """The options that make a run stoppable and resumable, where the file does not say otherwise."""
     save = student.get("save", f"{run_dir}/checkpoint")
-    filled: dict[str, Any] = {"run_dir": f"{run_dir}/student", "save": save, "load": save, "exit_signal_handler": True}
+    filled: dict[str, Any] = {
+        "run_dir": f"{run_dir}/student",
+        "save": save,
+        "load": save,
+        "exit_signal_handler": True,
+    }
     if cluster.kind == "slurm" and cluster.time is not None:
-        # The clock of the run starts later than the job's, so a signal follows for what this comes too late for.
+        # The clock of the run starts later than the job's, so a signal follows for what this comes too late
+        # for.
         filled["exit_duration_in_mins"] = round(max(0, seconds(cluster.time) - 2 * cluster.grace_s) / 60, 2)
     return student | {key: value for key, value in filled.items() if key not in student}
 
@@ -389,7 +410,9 @@ def _apply(values: Any, override: str) -> None:
     *sections, key = name.split(".")
     for section in sections:
         if isinstance(values, list):  # of jobs
-            inner = next((entry for entry in values if isinstance(entry, dict) and entry.get("name") == section), None)
+            inner = next(
+                (entry for entry in values if isinstance(entry, dict) and entry.get("name") == section), None
+            )
             if inner is None:
                 raise ValueError(f"override {override!r}: no job has the name {section}")
         else:
@@ -428,7 +451,9 @@ def _record(kind: type, values: Any, *, where: str) -> Any:
     missing = [
         f.name
         for f in dataclasses.fields(kind)
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in values
+        if f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+        and f.name not in values
     ]
     if missing:
         raise ValueError(f"{where}: {missing[0]} is missing")
@@ -470,15 +495,18 @@ def _environment(values: Any, *, where: str) -> dict[str, str]:
         secret_name = name not in _NOT_SECRET and _SECRET_NAME.search(name)
         if secret_name or (isinstance(value, str) and _SECRET_VALUE.search(value)):
             raise ValueError(
-                f"{where}: {'' if secret_name else 'the value of '}{name} looks like a secret, and this file and the "
-                "job script are no place for one; export it in the shell that launches, from where both jobs inherit it"
+                f"{where}: {'' if secret_name else 'the value of '}{name} looks like a secret, and this file "
+                "and the job script are no place for one; export it in the shell that launches, from where "
+                "both jobs inherit it"
             )
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise ValueError(f"{where}: {name}: {value!r} must be a string; put it in quotes")
     return {name: str(value) for name, value in values.items()}
 
 
-def _check_cluster(cluster: Cluster, run_dir: str, jobs: Sequence[Job], *, is_short: bool, where: str) -> None:
+def _check_cluster(
+    cluster: Cluster, run_dir: str, jobs: Sequence[Job], *, is_short: bool, where: str
+) -> None:
     """ValueError for a number without meaning, or a text that an #SBATCH line cannot hold."""
     sizes: dict[str, JobSize] = {f"jobs.{job.name}": job for job in jobs}
     if is_short:
@@ -517,8 +545,8 @@ def _check_cluster(cluster: Cluster, run_dir: str, jobs: Sequence[Job], *, is_sh
     for name, text in texts.items():
         if text is not None and not _PLAIN.fullmatch(text):
             raise ValueError(
-                f"{where}: {name} {text!r}: may have letters, digits and the characters _ . / @ + = : , - only, "
-                "for Slurm reads it by rules of its own"
+                f"{where}: {name} {text!r}: may have letters, digits and the characters _ . / @ + = : , - "
+                "only, for Slurm reads it by rules of its own"
             )
     for text in cluster.sbatch:
         if not text.startswith("-"):
@@ -526,7 +554,9 @@ def _check_cluster(cluster: Cluster, run_dir: str, jobs: Sequence[Job], *, is_sh
     containers = [cluster.container, *(job.container for job in jobs)]
     for mount in [mount for container in containers if container for mount in container.mounts]:
         if "," in mount or not 1 <= mount.count(":") <= 2 or not all(mount.split(":")):
-            raise ValueError(f"{where}: container.mounts: {mount!r}: write HOST:CONTAINER or HOST:CONTAINER:ro")
+            raise ValueError(
+                f"{where}: container.mounts: {mount!r}: write HOST:CONTAINER or HOST:CONTAINER:ro"
+            )
 
 
 def _list(names: Sequence[Any]) -> str:

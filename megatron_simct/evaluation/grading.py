@@ -1,7 +1,7 @@
 """What is right: numbers by Math-Verify, programs by their tests.
 
-The answer is what a response says outside of its thinking (answers.py). If a block of thinking is not closed there is
-no answer, and the response is wrong. Only `exact_match` compares the whole response.
+The answer is what a response says outside of its thinking (answers.py). If a block of thinking is not closed
+there is no answer, and the response is wrong. Only `exact_match` compares the whole response.
 
 GSM8K is graded in two more ways, by the regular expressions with which lm-evaluation-harness defines them:
 `strict_match` (the number after "####") and `flexible_extract` (the last number).
@@ -21,7 +21,13 @@ from typing import Any
 
 from megatron_simct.config.options import Benchmark
 from megatron_simct.evaluation.answers import Thinking, answer_of, called_functions, plain_math, program_of
-from megatron_simct.evaluation.benchmarks import METRICS, Problem, cut, livecodebench_function, livecodebench_tests
+from megatron_simct.evaluation.benchmarks import (
+    METRICS,
+    Problem,
+    cut,
+    livecodebench_function,
+    livecodebench_tests,
+)
 from megatron_simct.evaluation.math_verifier import MathVerifier
 from megatron_simct.evaluation.sandbox import Limits, passes, run_program
 from megatron_simct.prompt_files import label_of
@@ -39,7 +45,9 @@ from math import *
 from typing import *
 from builtins import *
 """
-"""What solutions of LiveCodeBench need not import; builtins last, or math's pow would stand in the place of theirs."""
+"""What solutions of LiveCodeBench need not import; builtins last, or math's pow would stand in the place of
+theirs.
+"""
 _FUNCTION = """
 def simct_asked(*arguments):
     return (Solution().{name} if "Solution" in globals() else {name})(*arguments)
@@ -93,7 +101,11 @@ class Grader:
                 start = re.split(whole, prompt)[0] if self.chat and re.search(whole, code) else prompt
                 return {"pass": _passes_humaneval(problem.fields, start + code, self.limits)}
             case "livecodebench":
-                code = self._code(problem, text) if self.chat else (problem.fields.get("starter_code") or "") + text
+                code = (
+                    self._code(problem, text)
+                    if self.chat
+                    else (problem.fields.get("starter_code") or "") + text
+                )
                 return {"pass": _passes_livecodebench(problem.fields, code, self.limits)}
             case "math_label":
                 label = plain_math(label_of(problem.fields, "label"))
@@ -105,7 +117,9 @@ class Grader:
 
 
 def asked_functions(benchmark: Benchmark, row: dict[str, Any]) -> set[str]:
-    """The names of which a program defines one: the function that is asked for, or those that the tests call."""
+    """The names of which a program defines one: the function that is asked for, or those that the tests
+    call.
+    """
     match benchmark:
         case "humaneval":
             return {row["entry_point"]}
@@ -119,7 +133,9 @@ def asked_functions(benchmark: Benchmark, row: dict[str, Any]) -> set[str]:
 class Graders:
     """Grades responses, `workers` at a time, each with a Math-Verify of its own. To be closed."""
 
-    def __init__(self, benchmark: Benchmark, *, chat: bool, workers: int, limits: Limits, thinking: Thinking) -> None:
+    def __init__(
+        self, benchmark: Benchmark, *, chat: bool, workers: int, limits: Limits, thinking: Thinking
+    ) -> None:
         self._pool = ThreadPoolExecutor(workers)
         self._verifiers = [MathVerifier() for _ in range(workers)]
         self._idle: queue.SimpleQueue[Grader] = queue.SimpleQueue()
@@ -158,7 +174,9 @@ def _passes_mbpp(row: dict[str, Any], code: str, limits: Limits) -> bool:
     except SyntaxError:
         solution = []
     asked = [step.name for step in solution if isinstance(step, ast.FunctionDef | ast.ClassDef)]
-    imports = "\n".join(ast.unparse(step) for step in solution if isinstance(step, ast.Import | ast.ImportFrom))
+    imports = "\n".join(
+        ast.unparse(step) for step in solution if isinstance(step, ast.Import | ast.ImportFrom)
+    )
     return passes(code, "\n".join([*before, *row["test_list"]]), limits, helpers=imports, asked=asked)
 
 
@@ -177,7 +195,9 @@ def _passes_livecodebench(row: dict[str, Any], code: str, limits: Limits) -> boo
 def same_output(found: str, expected: str) -> bool:
     """Line by line, without blanks around them; numbers by value."""
     lines, wanted = ([line.strip() for line in text.strip().split("\n")] for text in (found, expected))
-    return len(lines) == len(wanted) and all(a == b or _same_words(a, b) for a, b in zip(lines, wanted, strict=True))
+    return len(lines) == len(wanted) and all(
+        a == b or _same_words(a, b) for a, b in zip(lines, wanted, strict=True)
+    )
 
 
 def _same_words(a: str, b: str) -> bool:

@@ -48,7 +48,9 @@ class MathVerifier:
 
     def _ask(self, gold: str, response: str, *, timeout_s: float = TIMEOUT_S) -> bool | None:
         process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None, "it was started"
+        assert process is not None and process.stdin is not None and process.stdout is not None, (
+            "it was started"
+        )
         try:
             process.stdin.write(json.dumps([gold, response]).encode() + b"\n")
             process.stdin.flush()

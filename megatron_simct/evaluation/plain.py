@@ -1,13 +1,15 @@
 """Calls between a program that nobody has read and the checks of its results, in plain data only.
 
-Each side has a Peer. A message is one list as JSON: a call, or the value or error that answers it. Values keep their
-exact type: None, bool, int, float and str are what they are in JSON, and everything else is [name of its type, parts]:
+Each side has a Peer. A message is one list as JSON: a call, or the value or error that answers it. Values
+keep their exact type: None, bool, int, float and str are what they are in JSON, and everything else is [name
+of its type, parts]:
 
     (1, {"a"})   is   ["tuple", [1, ["set", ["a"]]]]
 
-The reader makes values of these types and no others, so nothing that it gets can run code of the sender: there is no
-class whose `==` is always true. What is not plain stays with its owner, and the other side gets a Remote, which equals
-only itself. A value whose class takes its `==` from a plain type (a namedtuple, an IntEnum) is sent as that type.
+The reader makes values of these types and no others, so nothing that it gets can run code of the sender:
+there is no class whose `==` is always true. What is not plain stays with its owner, and the other side gets a
+Remote, which equals only itself. A value whose class takes its `==` from a plain type (a namedtuple, an
+IntEnum) is sent as that type.
 
 Standard library only.
 """
@@ -30,7 +32,9 @@ from typing import Any, NoReturn
 
 _SCALARS = frozenset({type(None), bool, int, float, str})
 _LONG_INT_BITS = 10_000
-"""An int above this is written in hexadecimal: Python refuses to read or write decimals of more than 4300 digits."""
+"""An int above this is written in hexadecimal: Python refuses to read or write decimals of more than 4300
+digits.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +71,26 @@ _FORMS: dict[type, _Form] = {
     bytearray: _Form("bytearray", lambda value: [value.hex()], lambda parts: bytearray.fromhex(parts[0])),
     range: _Form("range", lambda value: [value.start, value.stop, value.step], lambda parts: range(*parts)),
     collections.Counter: _Form("Counter", _flat, lambda parts: collections.Counter(dict(_pairs(parts)))),
-    collections.OrderedDict: _Form("OrderedDict", _flat, lambda parts: collections.OrderedDict(_pairs(parts))),
+    collections.OrderedDict: _Form(
+        "OrderedDict", _flat, lambda parts: collections.OrderedDict(_pairs(parts))
+    ),
     # Without its factory, which may be a function: it equals the same mappings.
-    collections.defaultdict: _Form("defaultdict", _flat, lambda parts: collections.defaultdict(None, _pairs(parts))),
+    collections.defaultdict: _Form(
+        "defaultdict", _flat, lambda parts: collections.defaultdict(None, _pairs(parts))
+    ),
     collections.deque: _Form(
         "deque", lambda value: [value.maxlen, *value], lambda parts: collections.deque(parts[1:], parts[0])
     ),
     type({}.keys()): _Form("dict_keys", list, lambda parts: dict.fromkeys(parts).keys()),
     type({}.values()): _Form("dict_values", list, lambda parts: dict(enumerate(parts)).values()),
-    type({}.items()): _Form("dict_items", lambda value: _flat(dict(value)), lambda parts: dict(_pairs(parts)).items()),
+    type({}.items()): _Form(
+        "dict_items", lambda value: _flat(dict(value)), lambda parts: dict(_pairs(parts)).items()
+    ),
     decimal.Decimal: _Form("Decimal", lambda value: [str(value)], lambda parts: decimal.Decimal(parts[0])),
     fractions.Fraction: _Form(
-        "Fraction", lambda value: [value.numerator, value.denominator], lambda parts: fractions.Fraction(*parts)
+        "Fraction",
+        lambda value: [value.numerator, value.denominator],
+        lambda parts: fractions.Fraction(*parts),
     ),
     datetime.datetime: _Form("datetime", lambda value: [value.isoformat()], _datetime),
     datetime.date: _Form(
@@ -103,7 +115,10 @@ _BASES: dict[type, Callable[[Any], Any]] = {
     int: int.__int__,
     float: float.__float__,
     str: str.__str__,
-    **{base: base for base in (complex, bytes, bytearray, tuple, list, dict, set, frozenset, collections.deque)},
+    **{
+        base: base
+        for base in (complex, bytes, bytearray, tuple, list, dict, set, frozenset, collections.deque)
+    },
 }
 """Types whose subclasses are sent as them, and how a value becomes one of them."""
 
@@ -138,9 +153,10 @@ class Remote:
 class Peer:
     """One side of the connection.
 
-    receive() and send() carry whole messages. broken(reason) ends this process: a message that no well-behaved other
-    side sends must not become an exception, which the checks may catch. shares: whether the other side may read and
-    set attributes of what it has been given. If not, it is given nothing but functions and classes, and may call them.
+    receive() and send() carry whole messages. broken(reason) ends this process: a message that no
+    well-behaved other side sends must not become an exception, which the checks may catch. shares: whether
+    the other side may read and set attributes of what it has been given. If not, it is given nothing but
+    functions and classes, and may call them.
     """
 
     def __init__(
@@ -178,7 +194,11 @@ class Peer:
             if isinstance(value, base) and kind.__eq__ is base.__eq__:
                 return self.write(plain(value))
         numpy = sys.modules.get("numpy")
-        if numpy is not None and isinstance(value, numpy.generic) and type(value.item()) in (*_SCALARS, *_FORMS):
+        if (
+            numpy is not None
+            and isinstance(value, numpy.generic)
+            and type(value.item()) in (*_SCALARS, *_FORMS)
+        ):
             return self.write(value.item())
         return [_MINE, [self._number_of(value)]]
 
@@ -194,7 +214,12 @@ class Peer:
         """A value from JSON. An Exception for one that does not have the form."""
         if type(value) in _SCALARS:
             return value
-        if type(value) is not list or len(value) != 2 or type(value[0]) is not str or type(value[1]) is not list:
+        if (
+            type(value) is not list
+            or len(value) != 2
+            or type(value[0]) is not str
+            or type(value[1]) is not list
+        ):
             raise ValueError("a value that is not [type, parts]")
         name, parts = value
         if not set(map(type, parts)) <= _SCALARS:
@@ -287,11 +312,16 @@ def _is_long(value: Any) -> bool:
 
 def _builtin_name(error: Exception) -> str:
     """Name of the nearest built-in exception class."""
-    return next(kind.__name__ for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind)
+    return next(
+        kind.__name__ for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind
+    )
 
 
 def _exception(name: str, text: str) -> Exception:
-    """The exception of that name of Python's own. What ends loops would end those of the checks: all(map(f, x))."""
+    """The exception of that name of Python's own.
+
+    What ends loops would end those of the checks: all(map(f, x)).
+    """
     found = getattr(builtins, name, None)
     if isinstance(found, type) and issubclass(found, Exception) and not issubclass(found, _ENDS_LOOPS):
         for kind in found.__mro__:

@@ -1,13 +1,14 @@
-"""A warm interpreter from which every program is forked: two processes of its own each. Started by sandbox.py.
+"""A warm interpreter from which every program is forked: two processes of its own each. Started by
+sandbox.py.
 
-It waits on a socket for connections, one a program. For each it forks a supervisor, and that forks the program's
-process before it reads what is asked: nothing but its own source is ever in the program's process.
+It waits on a socket for connections, one a program. For each it forks a supervisor, and that forks the
+program's process before it reads what is asked: nothing but its own source is ever in the program's process.
 
     grader  --- job, outcome --->  supervisor  --- source, calls, values: plain data (plain.py) --->  program
 
 The supervisor of a job with checks confines itself as it does the program, and runs the checks. They see the
-program's functions as Remote. A message that is no plain data ends the job as an error. The program can write to its
-pipes, and is killed when its supervisor ends. This process ends when the grader closes the socket.
+program's functions as Remote. A message that is no plain data ends the job as an error. The program can write
+to its pipes, and is killed when its supervisor ends. This process ends when the grader closes the socket.
 
 Jobs and outcomes are JSON; before each message stands its length.
 """
@@ -39,8 +40,8 @@ from megatron_simct.evaluation import confined
 from megatron_simct.evaluation.plain import Peer
 
 _OFTEN_IMPORTED = (
-    "bisect copy datetime decimal enum fractions functools hashlib heapq inspect io itertools math numbers operator "
-    "queue random re statistics string textwrap threading traceback typing zoneinfo"
+    "bisect copy datetime decimal enum fractions functools hashlib heapq inspect io itertools math numbers "
+    "operator queue random re statistics string textwrap threading traceback typing zoneinfo"
 ).split()
 """What most programs import: they need not wait for it."""
 STARTED = b"+"
@@ -183,7 +184,9 @@ def _close_all_but(kept: set[int]) -> None:
 
 
 def _end_quickly() -> NoReturn:
-    """As an interpreter ends, but for taking apart what goes with the process: that takes longer than most programs."""
+    """As an interpreter ends, but for taking apart what goes with the process: that takes longer than most
+    programs.
+    """
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -229,7 +232,12 @@ class _Supervisor:
             self._watch()
         try:
             confined.confine(cpu_s=job["cpu_s"], memory_mib=job["memory_mib"], ruleset=self._ruleset)
-            _run_checks(Peer(self._answer, self._ask, self._broken, shares=False), checks, job["helpers"], job["asked"])
+            _run_checks(
+                Peer(self._answer, self._ask, self._broken, shares=False),
+                checks,
+                job["helpers"],
+                job["asked"],
+            )
         except BaseException as error:
             self._end("error", f"{type(error).__name__}: {error}")
         self._end("ok")
@@ -241,7 +249,9 @@ class _Supervisor:
             self._wait()
         while True:
             left = self._deadline - time.monotonic()
-            if left <= 0 or signal.sigtimedwait({signal.SIGCHLD}, left) is None:  # it goes on without its output
+            if (
+                left <= 0 or signal.sigtimedwait({signal.SIGCHLD}, left) is None
+            ):  # it goes on without its output
                 self._end("time")
             pid, status = os.waitpid(self._pid, os.WNOHANG)
             if pid:
@@ -301,7 +311,8 @@ class _Supervisor:
 
 
 def _run_checks(peer: Peer, checks: str, helpers: str, asked: Sequence[str]) -> None:
-    """Returns if the checks get to their end. They see what the helpers define and, of the program, what is asked.
+    """Returns if the checks get to their end. They see what the helpers define and, of the program, what is
+    asked.
 
     A name that is neither asked, nor defined by the helpers, nor Python's own is the program's too.
     """

@@ -1,4 +1,5 @@
-"""The process that calls the function of --reward: questions on its input, answers on its output, one JSON a line.
+"""The process that calls the function of --reward: questions on its input, answers on its output, one JSON a
+line.
 
     python -m megatron_simct.evaluation.reward_worker MODULE:FUNCTION
 

@@ -2,9 +2,9 @@
 
     def reward(prompt, response, row) -> float
 
-prompt: the row's prompt, a text or messages; response: a text; row: the row of --prompt-data as it was read. A function
-runs in processes of its own, which it may block, crash or print in; one that raises, takes too long or returns no
-finite number gives no reward.
+prompt: the row's prompt, a text or messages; response: a text; row: the row of --prompt-data as it was read.
+A function runs in processes of its own, which it may block, crash or print in; one that raises, takes too
+long or returns no finite number gives no reward.
 """
 
 from __future__ import annotations
@@ -64,7 +64,10 @@ class Rewards:
     """Rewards of many responses, --reward-workers at a time. To be closed."""
 
     def __init__(self, options: RewardConfig, *, chat: bool, thinking: Thinking) -> None:
-        """chat, thinking: of the responses, as graders read them. ValueError for a function that cannot be imported."""
+        """chat, thinking: of the responses, as graders read them.
+
+        ValueError for a function that cannot be imported.
+        """
         assert options.reward is not None, "there is a reward"
         self._rewarders: list[Rewarder] = []
         for _ in range(options.reward_workers):
@@ -105,8 +108,12 @@ class Graded:
     def __init__(self, reward: str, *, chat: bool, thinking: Thinking) -> None:
         self._verifier = MathVerifier()
         if reward == "math":
-            self._verifier("1", "1")  # a missing package is an error now, not a missing reward of every response
-        self._grader = Grader(GRADED_REWARDS[reward], self._verifier, chat=chat, limits=Limits(), thinking=thinking)
+            self._verifier(
+                "1", "1"
+            )  # a missing package is an error now, not a missing reward of every response
+        self._grader = Grader(
+            GRADED_REWARDS[reward], self._verifier, chat=chat, limits=Limits(), thinking=thinking
+        )
 
     def __call__(self, response: Response) -> float:
         problem = Problem(problem_id="", chat="", completion=None, fields=dict(response.row))
@@ -151,7 +158,9 @@ class Called:
                 raise NoReward(str(error)) from None
         process = self._process
         assert process is not None and process.stdin is not None, "it was started"
-        asked = json.dumps({"prompt": response.prompt, "response": response.text, "row": response.row}, default=str)
+        asked = json.dumps(
+            {"prompt": response.prompt, "response": response.text, "row": response.row}, default=str
+        )
         with contextlib.suppress(BrokenPipeError):  # it has ended since: there is no answer either
             process.stdin.write(asked.encode() + b"\n")
             process.stdin.flush()

@@ -1,14 +1,16 @@
-"""Run a program that nobody has read, in a process of its own, within limits, and check what its functions return.
+"""Run a program that nobody has read, in a process of its own, within limits, and check what its functions
+return.
 
     no network, no other process, no file written     refused by the kernel's filter of system calls
     no file read but Python's own and its libraries'  refused by Landlock, where the kernel has it
     nothing of another process                        by Landlock, and none can be looked into (confined.py)
     CPU seconds, memory, open files, core dumps       resource limits of the process
-    seconds, bytes of output                          watched by its supervisor; past them the process is killed
+    seconds, bytes of output                          watched by its supervisor; past them the process is
+    killed
 
-The checks of a program run in a second process, which has from the program nothing but plain data (program_server.py).
-Where the kernel has no Landlock, a program can read what the user who runs it can read; nothing carries that away but
-its output, which is compared and dropped, and what its functions return.
+The checks of a program run in a second process, which has from the program nothing but plain data
+(program_server.py). Where the kernel has no Landlock, a program can read what the user who runs it can read;
+nothing carries that away but its output, which is compared and dropped, and what its functions return.
 
 Linux on x86-64 or aarch64, any user, no privileges; elsewhere code is not run at all.
 """
@@ -48,7 +50,9 @@ SANDBOXES: tuple[Sandbox, ...] = get_args(Sandbox)
 """What a kernel must have for programs to run: the filter of system calls, or Landlock too."""
 
 
-_NO_LANDLOCK = "this kernel has no Landlock, which takes Linux 5.13 and `landlock` in its list of security modules"
+_NO_LANDLOCK = (
+    "this kernel has no Landlock, which takes Linux 5.13 and `landlock` in its list of security modules"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +71,9 @@ class Outcome:
     """How a program ended."""
 
     status: Literal["ok", "error", "time", "output"]
-    """ok: by itself with exit code 0; error: with another one or by a signal; time and output: past that limit."""
+    """ok: by itself with exit code 0; error: with another one or by a signal; time and output: past that
+    limit.
+    """
     output: str
 
 
@@ -83,11 +89,12 @@ def run_program(source: str, limits: Limits, *, stdin: str = "", as_script: bool
 def passes(source: str, checks: str, limits: Limits, *, helpers: str = "", asked: Sequence[str] = ()) -> bool:
     """Whether checks of what the source defines run to their end, in another process than the source.
 
-    checks: Python. It sees the source's functions and classes under their names, and calls them with plain data, its
-    own functions, and what it has got from the source; it gets plain data, and objects of the source that equal only
-    themselves. The names of Python and its modules are Python's, unless they are asked. Arguments are copies: a
-    function that changes its argument does not change that of the checks. helpers: what the checks may use instead of
-    the source's definition; asked: names that are the source's in any case.
+    checks: Python. It sees the source's functions and classes under their names, and calls them with plain
+    data, its own functions, and what it has got from the source; it gets plain data, and objects of the
+    source that equal only themselves. The names of Python and its modules are Python's, unless they are
+    asked. Arguments are copies: a function that changes its argument does not change that of the checks.
+    helpers: what the checks may use instead of the source's definition; asked: names that are the source's in
+    any case.
     """
     answer = _run(source, limits, checks=checks, helpers=helpers, asked=list(asked))
     return answer["status"] == "ok"
@@ -110,16 +117,20 @@ def check_sandbox(*, flag: str = "--benchmark", sandbox: Sandbox = "auto") -> No
     try:
         # A module that is not loaded yet shows that the library can still be read.
         outcome = run_program("import colorsys", Limits(wall_s=60.0))
-        reason = None if outcome.status == "ok" else f"a program that imports a module ends with {outcome.status}"
+        reason = (
+            None if outcome.status == "ok" else f"a program that imports a module ends with {outcome.status}"
+        )
     except OSError as error:
         reason = str(error)
     if reason is not None:
         raise ValueError(
-            f"{flag}: this system cannot confine programs ({reason}), so benchmarks of code are not run here; it "
-            "takes Linux on x86-64 or aarch64 with seccomp"
+            f"{flag}: this system cannot confine programs ({reason}), so benchmarks of code are not run "
+            "here; it takes Linux on x86-64 or aarch64 with seccomp"
         )
     if sandbox == "strict" and landlock_version() == 0:
-        raise ValueError(f"--sandbox strict: {_NO_LANDLOCK}; run on a kernel that has it, or with --sandbox auto")
+        raise ValueError(
+            f"--sandbox strict: {_NO_LANDLOCK}; run on a kernel that has it, or with --sandbox auto"
+        )
 
 
 # The server
@@ -250,7 +261,9 @@ def _answer(connection: socket.socket, message: bytes, limits: Limits) -> dict[s
     except (BrokenPipeError, ConnectionResetError):  # as where it ends without an answer
         pass
     if not data.startswith(STARTED):
-        raise OSError("no process could be started for a program; there may be too many, or too little memory")
+        raise OSError(
+            "no process could be started for a program; there may be too many, or too little memory"
+        )
     start = len(STARTED) + LENGTH.size
     if len(data) <= start:  # it was killed
         return {"status": "error", "output": ""}

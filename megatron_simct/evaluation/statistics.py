@@ -1,8 +1,9 @@
 """How good a model is on a benchmark, and how sure that is.
 
-With k samples a problem, avg@k is the mean over problems of the share of right samples: an unbiased estimate of pass@1.
-pass@k is the share of problems with a right sample. Intervals are percentiles of the mean over problems that are drawn
-again with replacement: they tell what another set of problems would give, not what other samples would.
+With k samples a problem, avg@k is the mean over problems of the share of right samples: an unbiased estimate
+of pass@1. pass@k is the share of problems with a right sample. Intervals are percentiles of the mean over
+problems that are drawn again with replacement: they tell what another set of problems would give, not what
+other samples would.
 """
 
 from __future__ import annotations

@@ -6,18 +6,20 @@
     python -m megatron_simct.launch status run.yaml                     of a Slurm job; or cancel
     python -m megatron_simct.launch logs run.yaml --follow              what all jobs of a Slurm run write
 
-The smallest run file; without `teacher` both models share the student's processes (student: teacher_hf_checkpoint):
+The smallest run file; without `teacher` both models share the student's processes (student:
+teacher_hf_checkpoint):
 
     run_dir: runs/first
     student: {hf_checkpoint: STUDENT_DIR, prompt_data: prompts.jsonl}   # flags of megatron_simct.train
-    teacher: {teacher_hf_checkpoint: TEACHER_DIR}                       # flags of megatron_simct.serve_teacher
+    teacher: {teacher_hf_checkpoint: TEACHER_DIR}                       # flags of
+    megatron_simct.serve_teacher
 
-A second teacher, or an inference engine with an environment of its own, is one more entry of the list `jobs`, which
-takes the place of the sections student and teacher; megatron_simct/config/run_file.py has its form. There
-jobs.teacher.nodes=2 and jobs.student.options.lr=2e-6 override values.
+A second teacher, or an inference engine with an environment of its own, is one more entry of the list `jobs`,
+which takes the place of the sections student and teacher; megatron_simct/config/run_file.py has its form.
+There jobs.teacher.nodes=2 and jobs.student.options.lr=2e-6 override values.
 
-A run whose pre-flight fails is not started (tools/check_pair.py shows all of it). Secrets such as WANDB_API_KEY belong
-into the environment that launches, which all jobs inherit.
+A run whose pre-flight fails is not started (tools/check_pair.py shows all of it). Secrets such as
+WANDB_API_KEY belong into the environment that launches, which all jobs inherit.
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ def _parser(action: str) -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run_file", metavar="RUN.yaml", help="all jobs; megatron_simct/config/run_file.py explains it")
+    parser.add_argument(
+        "run_file", metavar="RUN.yaml", help="all jobs; megatron_simct/config/run_file.py explains it"
+    )
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help="override values of the file"
     )
@@ -75,11 +79,16 @@ def _start(run: RunFile, *, dry_run: bool) -> int:
     show(report, console(stderr=True), only_problems=True)
     if dry_run:
         print(
-            local.dry_run(run) if run.cluster.kind == "local" else slurm.job_script(run, directory=os.getcwd()), end=""
+            local.dry_run(run)
+            if run.cluster.kind == "local"
+            else slurm.job_script(run, directory=os.getcwd()),
+            end="",
         )
         return int(report.failed)
     if report.failed:
-        raise ValueError(f"{run.path}: the pre-flight failed, so nothing was started; tools/check_pair.py shows it all")
+        raise ValueError(
+            f"{run.path}: the pre-flight failed, so nothing was started; tools/check_pair.py shows it all"
+        )
     if run.cluster.kind == "local":
         return local.start(run)
     number = slurm.submit(run, directory=os.getcwd())

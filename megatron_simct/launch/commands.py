@@ -1,6 +1,7 @@
 """The command lines of a run. Nothing else spells them.
 
-A command is a list of arguments and never a line of text: whoever writes it into a script quotes each of them.
+A command is a list of arguments and never a line of text: whoever writes it into a script quotes each of
+them.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from megatron_simct.config.flags import SERVE_TEACHER, TRAIN, Option, flag_text,
 from megatron_simct.config.run_file import Job, JobSize
 
 SIGNALS = "SIGINT,SIGHUP,SIGQUIT"
-"""What torchrun answers by stopping its processes within 30 s. Not SIGTERM: on it a run saves first, which may take
-longer, so it is sent to the run's processes and torchrun waits for their end."""
+"""What torchrun answers by stopping its processes within 30 s. Not SIGTERM: on it a run saves first, which
+may take longer, so it is sent to the run's processes and torchrun waits for their end."""
 
 
 def command_of(job: Job, *, without: Sequence[str] = ()) -> list[str]:

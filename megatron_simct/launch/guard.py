@@ -1,7 +1,7 @@
 """A process beside the local launcher that ends its jobs where it cannot: where it has been killed.
 
-An engine does not notice that nobody reads its output, and would keep its port from the next start. The launcher writes
-the process ids of its jobs, one a line; the end of the stream is its own end.
+An engine does not notice that nobody reads its output, and would keep its port from the next start. The
+launcher writes the process ids of its jobs, one a line; the end of the stream is its own end.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """All jobs on this machine: their output side by side, one Ctrl-C for all, the exit code of the student.
 
-Engines start first, then teachers, then the student. The first Ctrl-C (or SIGTERM) lets the student save and exit, as
---exit-signal-handler says; teachers and engines, which it may still need, are stopped when it has. A second one ends
-all at once. A job that ends before the student is an error, but for an engine that may start again (max_restarts).
-Where the launcher itself is killed, its jobs end too (guard.py), and the same command goes on from the last checkpoint.
+Engines start first, then teachers, then the student. The first Ctrl-C (or SIGTERM) lets the student save and
+exit, as --exit-signal-handler says; teachers and engines, which it may still need, are stopped when it has. A
+second one ends all at once. A job that ends before the student is an error, but for an engine that may start
+again (max_restarts). Where the launcher itself is killed, its jobs end too (guard.py), and the same command
+goes on from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -52,11 +53,11 @@ def _command(run: RunFile, job: Job) -> list[str]:
 
 
 def devices(run: RunFile) -> dict[str, dict[str, str]]:
-    """Job -> the variable that gives it GPUs of its own: the first ones are the student's, the next those of the other
-    jobs in the order of the file.
+    """Job -> the variable that gives it GPUs of its own: the first ones are the student's, the next those of
+    the other jobs in the order of the file.
 
-    A job without GPUs sees none. ValueError where CUDA_VISIBLE_DEVICES has fewer than the jobs ask for: the last job
-    would run on CPUs, or on one GPU several times.
+    A job without GPUs sees none. ValueError where CUDA_VISIBLE_DEVICES has fewer than the jobs ask for: the
+    last job would run on CPUs, or on one GPU several times.
     """
     visible = run.env.get("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES"))
     wanted = sum(job.gpus_per_node for job in run.jobs)
@@ -78,12 +79,17 @@ def dry_run(run: RunFile) -> str:
     gpus = devices(run)
     for job in in_order(run):
         variables = [f"{name}={shlex.quote(value)}" for name, value in (gpus[job.name] | job.env).items()]
-        lines.append(" ".join([*variables, shlex.join(_command(run, job)), *(["&"] if job.kind != "student" else [])]))
+        lines.append(
+            " ".join([*variables, shlex.join(_command(run, job)), *(["&"] if job.kind != "student" else [])])
+        )
     return "\n".join(lines) + "\n"
 
 
 def start(run: RunFile) -> int:
-    """Run all jobs to their end; the student's exit code. Output goes to stdout, with the job's name before it."""
+    """Run all jobs to their end; the student's exit code.
+
+    Output goes to stdout, with the job's name before it.
+    """
     gpus = devices(run)
     os.umask(0o077)
     Path(run.run_dir).mkdir(parents=True, exist_ok=True)
@@ -122,7 +128,9 @@ def _watch(student: _Process, others: Sequence[_Process], stop: _Stop, *, grace_
             _say("stopping: the student saves after its step; once more ends all at once")
             student.ask_to_stop()
             deadline = time.monotonic() + grace_s
-        if stop.count > 1 or (deadline is not None and (time.monotonic() > deadline or student.was_restarted)):
+        if stop.count > 1 or (
+            deadline is not None and (time.monotonic() > deadline or student.was_restarted)
+        ):
             student.kill()
         for other in others:
             if other.running or stop.count:
@@ -202,8 +210,8 @@ class _Process:
         return bool(self._asked) and bool(workers) and not self._asked & workers
 
     def ask_to_stop(self) -> None:
-        """SIGTERM to the processes that torchrun has started, or to torchrun where there are none yet; to an engine
-        itself."""
+        """SIGTERM to the processes that torchrun has started, or to torchrun where there are none yet; to an
+        engine itself."""
         self._asked = set() if self._is_engine else self._workers()
         for pid in self._asked or {self._process.pid}:
             _signal(pid, signal.SIGTERM)

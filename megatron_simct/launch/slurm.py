@@ -1,8 +1,9 @@
-"""One heterogeneous Slurm job: component 0 is the student, the others are teachers and engines in the file's order.
+"""One heterogeneous Slurm job: component 0 is the student, the others are teachers and engines in the file's
+order.
 
-The script is written into run_dir/job.sh, readable and runnable by hand. Every value that comes from the run file goes
-through shlex.quote on its way into it (`_environment` does so to whatever the template writes), and what an #SBATCH
-line holds has been checked to need none.
+The script is written into run_dir/job.sh, readable and runnable by hand. Every value that comes from the run
+file goes through shlex.quote on its way into it (`_environment` does so to whatever the template writes), and
+what an #SBATCH line holds has been checked to need none.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def _step(run: RunFile, job: Job) -> dict[str, Any]:
         "command": words if job.kind == "engine" else [*torchrun(job)[2:], *words],
         "binds": job.kind == "teacher" and "bind" not in job.options,
         "engine": (
-            None if engine is None else {"component": run.jobs.index(engine), "port": engine.port, "flag": flag_of(key)}
+            None
+            if engine is None
+            else {"component": run.jobs.index(engine), "port": engine.port, "flag": flag_of(key)}
         ),
         "task": task,
         "prefix": prefix,
@@ -88,7 +91,9 @@ def submit(run: RunFile, *, directory: str) -> str:
     write_private(folder / "job.sh", job_script(run, directory=directory), mode=0o700)
     number = _call("sbatch", "--parsable", script_path(run)).strip().split(";")[0]
     if not _is_number(number):
-        raise ValueError(f"sbatch printed {number[:80]!r}, not the number of a job; look for the job with squeue")
+        raise ValueError(
+            f"sbatch printed {number[:80]!r}, not the number of a job; look for the job with squeue"
+        )
     write_private(folder / "job.json", json.dumps({"job_id": number}) + "\n")
     return number
 
@@ -111,7 +116,9 @@ def _is_number(text: str) -> bool:
 
 
 def status(run: RunFile) -> dict[str, Any]:
-    """The job's components in the queue with the names of their jobs, and the last line of the student's metrics."""
+    """The job's components in the queue with the names of their jobs, and the last line of the student's
+    metrics.
+    """
     number = _submitted(run)
     metrics = Path(run.config.output.run_dir or run.run_dir) / "metrics.jsonl"
     last = None
@@ -166,7 +173,9 @@ def _squeue(number: str) -> list[dict[str, str]]:
 def _call(*command: str) -> str:
     """What a command of Slurm prints. ValueError with its complaint."""
     if shutil.which(command[0]) is None:
-        raise ValueError(f"cluster.kind slurm: {command[0]} is not on this machine; --dry-run shows the job script")
+        raise ValueError(
+            f"cluster.kind slurm: {command[0]} is not on this machine; --dry-run shows the job script"
+        )
     try:
         result = subprocess.run(
             command,

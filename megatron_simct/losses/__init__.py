@@ -1,6 +1,12 @@
 """The fourth hop: compares the student's hidden states with the teacher's scores on vocabulary shards."""
 
-from megatron_simct.losses.checks import check_config, check_has_units, check_labels, known_failure, teacher_needs
+from megatron_simct.losses.checks import (
+    check_config,
+    check_has_units,
+    check_labels,
+    known_failure,
+    teacher_needs,
+)
 from megatron_simct.losses.kinds.bytes import ByteOrder
 from megatron_simct.losses.loss import LabelRows, LossOutput, interface_loss, interface_loss_from_logits
 from megatron_simct.losses.public import (

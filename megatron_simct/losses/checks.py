@@ -31,11 +31,12 @@ def known_failure(config: InterfaceConfig) -> str | None:
 
 
 def check_labels(labels: LabelBatch, *, placement: VocabPlacement, config: InterfaceConfig) -> None:
-    """Refuse labels that the loss would misread or fault on. For tensors still on the CPU: the loss itself never looks.
+    """Refuse labels that the loss would misread or fault on. For tensors still on the CPU: the loss itself
+    never looks.
 
-    Raises ValueError with the numbers for: ids outside the real vocabulary; segments that are empty, leave their
-    labels, or do not ascend without overlap; kinds that do not fit; teacher statistics or hidden states that are
-    missing.
+    Raises ValueError with the numbers for: ids outside the real vocabulary; segments that are empty, leave
+    their labels, or do not ascend without overlap; kinds that do not fit; teacher statistics or hidden states
+    that are missing.
     """
     check_config(config)
     student_end = placement.student_vocab_size
@@ -70,7 +71,9 @@ def check_labels(labels: LabelBatch, *, placement: VocabPlacement, config: Inter
         kind, (teacher, student) = SegmentKind(int(labels.kinds[a])).name, lengths[a].tolist()
         raise ValueError(f"segment {a} is {kind} but has {teacher} teacher and {student} student labels")
     if needs.entries and labels.entries is None:
-        raise ValueError(f"interface {config.interface} needs the teacher's likeliest tokens by id, as entries")
+        raise ValueError(
+            f"interface {config.interface} needs the teacher's likeliest tokens by id, as entries"
+        )
     if not needs.first_rows:
         return
     needed = labels.teacher_hidden_index[is_row(labels.kinds, needs)]
@@ -79,8 +82,8 @@ def check_labels(labels: LabelBatch, *, placement: VocabPlacement, config: Inter
     num_rows = 0 if of_teacher is None else len(of_teacher)
     if len(needed) and not 0 <= int(needed.min()) <= int(needed.max()) < num_rows:
         raise ValueError(
-            f"interface {config.interface} needs a teacher {what} for {len(needed)} of {num_segments} segments, "
-            f"with indices in [0, {num_rows}); got {int(needed.min())} to {int(needed.max())}"
+            f"interface {config.interface} needs a teacher {what} for {len(needed)} of {num_segments} "
+            f"segments, with indices in [0, {num_rows}); got {int(needed.min())} to {int(needed.max())}"
         )
 
 
@@ -90,8 +93,8 @@ def check_config(config: InterfaceConfig, *, context_parallel_size: int = 1) -> 
     needs = interface.rows(config.method())
     if context_parallel_size > 1 and needs is not None and needs.entries:
         raise ValueError(
-            f"--context-parallel-size {context_parallel_size}: --simct-interface {config.interface} compares tokens "
-            "behind several rows of a response, which must lie on one rank; leave it out"
+            f"--context-parallel-size {context_parallel_size}: --simct-interface {config.interface} compares "
+            "tokens behind several rows of a response, which must lie on one rank; leave it out"
         )
     if config.divergence not in ("reverse_kl", "forward_kl", "js"):
         raise ValueError(
@@ -100,13 +103,13 @@ def check_config(config: InterfaceConfig, *, context_parallel_size: int = 1) -> 
     check_ranges(config, prefix="simct")
     if config.interface in ("bytes", "exact", "uld") and config.temperature != 1:
         raise ValueError(
-            f"--simct-temperature {config.temperature}: interface {config.interface} compares probabilities of events, "
-            "which are those of the models at 1 only"
+            f"--simct-temperature {config.temperature}: interface {config.interface} compares probabilities "
+            "of events, which are those of the models at 1 only"
         )
     if config.interface == "bpm" and config.divergence == "reverse_kl":
         raise ValueError(
-            "--simct-divergence reverse_kl: the targets of interface bpm are 0 for most tokens, where it is infinite; "
-            "take forward_kl, as published, or js"
+            "--simct-divergence reverse_kl: the targets of interface bpm are 0 for most tokens, where it is "
+            "infinite; take forward_kl, as published, or js"
         )
     _, set_by_name = VARIANTS.get(config.interface, ("", {}))
     read = (interface.reads | {"interface", "loss_memory_mib"}) - set_by_name.keys()
@@ -129,19 +132,23 @@ def check_config(config: InterfaceConfig, *, context_parallel_size: int = 1) -> 
 
 
 def check_has_units(config: InterfaceConfig, *, flag: str) -> None:
-    """ValueError, naming the flag, for an interface in whose loss no multi-token unit has a part of its own."""
+    """ValueError, naming the flag, for an interface in whose loss no multi-token unit has a part of its
+    own.
+    """
     method = config.method()
     needs = interface_of(config).rows(method)
     if needs is None or not needs.segments or not (needs.units or method.span_mse):
         raise ValueError(
-            f"{flag}: --simct-interface {config.interface} has no loss of multi-token units to compare with that of "
-            "1:1 positions; leave it out"
+            f"{flag}: --simct-interface {config.interface} has no loss of multi-token units to compare with "
+            "that of 1:1 positions; leave it out"
         )
 
 
 def _check_range(name: str, values: torch.Tensor, start: int, end: int) -> None:
     if len(values) and not start <= int(values.min()) <= int(values.max()) < end:
-        raise ValueError(f"{name}s must lie in [{start}, {end}); got {int(values.min())} to {int(values.max())}")
+        raise ValueError(
+            f"{name}s must lie in [{start}, {end}); got {int(values.min())} to {int(values.max())}"
+        )
 
 
 def _check_side(side: str, starts: torch.Tensor, ends: torch.Tensor, num_labels: int) -> None:
@@ -151,7 +158,7 @@ def _check_side(side: str, starts: torch.Tensor, ends: torch.Tensor, num_labels:
     if len(wrong):
         a = int(wrong[0])
         raise ValueError(
-            f"{side} side of segment {a} is [{int(starts[a])}, {int(ends[a])}): segments must be non-empty, start at "
-            f"or after the end of the one before ({int(previous_ends[a])}), and end within the {num_labels} {side} "
-            "labels"
+            f"{side} side of segment {a} is [{int(starts[a])}, {int(ends[a])}): segments must be non-empty, "
+            f"start at or after the end of the one before ({int(previous_ends[a])}), and end within the "
+            f"{num_labels} {side} labels"
         )

@@ -1,27 +1,29 @@
 """Divergences between the two models' distributions over a row's columns, from vocabulary-parallel scores.
 
-A row has many columns that are spread over ranks and tiles (shared tokens) and a few that every rank knows (a unit, a
-rest). With log p and log q the two models' log-probabilities of a column, each divergence is a sum over columns:
+A row has many columns that are spread over ranks and tiles (shared tokens) and a few that every rank knows (a
+unit, a rest). With log p and log q the two models' log-probabilities of a column, each divergence is a sum
+over columns:
 
     reverse_kl   KL(p || q)     the paper's (SimCT, arXiv:2605.07711, Eq. 9)
     forward_kl   KL(q || p)
     js           b KL(q || m) + (1 - b) KL(p || m),   m = b q + (1 - b) p
 
-For the gradient a row needs D = d(value)/dp of each column, up to a constant of the row, which a distribution (sum of p
-is 1) does not see:
+For the gradient a row needs D = d(value)/dp of each column, up to a constant of the row, which a distribution
+(sum of p is 1) does not see:
 
     reverse_kl   D = log p - log q          forward_kl   D = -q / p          js   D = log(p / m), times 1 - b
 
-Where p is a softmax of scores, d(value)/d(score) = p (D - offset) with offset = sum p D over the row: KL, -1 and so on.
+Where p is a softmax of scores, d(value)/d(score) = p (D - offset) with offset = sum p D over the row: KL, -1
+and so on.
 
-Sums over the many columns are of scores relative to the row's largest, s - m_s and t - m_t, so that the large common
-part is gone before anything is added:
+Sums over the many columns are of scores relative to the row's largest, s - m_s and t - m_t, so that the large
+common part is gone before anything is added:
 
     Z_s = sum e^(s - m_s),   Z_t = sum e^(t - m_t)
     X = sum e^(s - m_s) ((s - m_s) - (t - m_t)),      or, for forward_kl, with s and t exchanged
 
-Maxima grow from tile to tile; what was summed before is rescaled. Ranks are joined the same way: one MAX, one SUM. js
-needs log p and log q first, so its sums take another look at the tiles and one reduction more.
+Maxima grow from tile to tile; what was summed before is rescaled. Ranks are joined the same way: one MAX, one
+SUM. js needs log p and log q first, so its sums take another look at the tiles and one reduction more.
 
 A column of probability zero adds nothing to a value it weights (0 log 0 = 0); nan goes through everywhere.
 
@@ -95,7 +97,9 @@ class RunningSums:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Norms:
-    """What turns the scores of a row into log-probabilities: log p = (s - student_max) - student_log_z; each [A]."""
+    """What turns the scores of a row into log-probabilities: log p = (s - student_max) - student_log_z; each
+    [A].
+    """
 
     student_max: torch.Tensor
     teacher_max: torch.Tensor
@@ -158,8 +162,8 @@ def known_sums(log_p: torch.Tensor, log_q: torch.Tensor, divergence: str, beta: 
 def value_of(total: ColumnSums, divergence: str, beta: float) -> torch.Tensor:
     """[A]: the divergence of two distributions, from the sums over all their columns.
 
-    js divides its means by the probabilities that were summed with them: what rounding leaves of 1 would be multiplied
-    by deficits far larger than the value.
+    js divides its means by the probabilities that were summed with them: what rounding leaves of 1 would be
+    multiplied by deficits far larger than the value.
     """
     if divergence != "js":
         return total.first
@@ -191,7 +195,9 @@ def known_gradient(
 
 
 def factor_of(divergence: str, beta: float) -> float:
-    """What D is still to be multiplied by: the deficits of js are subtracted first, their difference may be small."""
+    """What D is still to be multiplied by: the deficits of js are subtracted first, their difference may be
+    small.
+    """
     return 1 - beta if divergence == "js" else 1.0
 
 
@@ -227,8 +233,8 @@ def score_gradient_(
 def mean_deficits(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> tuple[torch.Tensor, ...]:
     """The fields of ColumnSums for js over columns [A, c]; each [A].
 
-    KL(p || m) = -log(1 - b) - the mean deficit of log p/m from that bound. Where the models hardly overlap, the
-    gradient is made of small differences of deficits, which log p - log m would round away.
+    KL(p || m) = -log(1 - b) - the mean deficit of log p/m from that bound. Where the models hardly overlap,
+    the gradient is made of small differences of deficits, which log p - log m would round away.
     """
     p, q = log_p.exp(), log_q.exp()
     sums = p.sum(1), q.sum(1)
@@ -237,7 +243,8 @@ def mean_deficits(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> tupl
 
 
 def weighted_(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """weights * values, and 0 where the weight is 0: the value may be infinite or inf - inf there. nan weights stay.
+    """weights * values, and 0 where the weight is 0: the value may be infinite or inf - inf there. nan
+    weights stay.
 
     `weights` is overwritten and returned.
     """
@@ -248,7 +255,9 @@ def weighted_(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 def _deficit(log_a: torch.Tensor, log_b: torch.Tensor, share: float) -> torch.Tensor:
-    """log(1 + (1 - share) b / (share a)): by how much log(a / m), m = share a + (1 - share) b, is below -log(share)."""
+    """log(1 + (1 - share) b / (share a)): by how much log(a / m), m = share a + (1 - share) b, is below
+    -log(share).
+    """
     relative = log_b - log_a + math.log((1 - share) / share)
     return torch.logaddexp(relative, torch.zeros_like(relative))
 

@@ -1,7 +1,7 @@
 """Single columns of single rows: the passes of interfaces that compare a list of (label, token) pairs.
 
-Pass 1 reads the student's logit of every entry beside the log-sum-exp of every row; the ranks exchange one number an
-entry. Pass 2 is the softmax of the dense rows (two_pass.py), and the entries' own gradient.
+Pass 1 reads the student's logit of every entry beside the log-sum-exp of every row; the ranks exchange one
+number an entry. Pass 2 is the softmax of the dense rows (two_pass.py), and the entries' own gradient.
 
 Shapes: as in two_pass.py, and `E` entries.
 """

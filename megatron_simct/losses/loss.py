@@ -1,4 +1,5 @@
-"""The loss of one micro-batch: which rows there are, pass 1, the interface's value function, its gradient, pass 2.
+"""The loss of one micro-batch: which rows there are, pass 1, the interface's value function, its gradient,
+pass 2.
 
     kinds/          one method a file: what it compares, its equation, what it needs
     rows.py         what an interface is, and the numbers that its value function sees
@@ -6,8 +7,9 @@
     divergences.py  sums over the shared columns, and what differs between the divergences
     tiles.py        where the student's logits come from, and the way back of their gradient
 
-The loss is a sum over segments and never divided here: one division by the global label count happens in `update`. The
-gradient by the logits is formed by hand: differentiating through an all-reduce would give each rank another one.
+The loss is a sum over segments and never divided here: one division by the global label count happens in
+`update`. The gradient by the logits is formed by hand: differentiating through an all-reduce would give each
+rank another one.
 
 Shapes: records.py's legend, and `c` shared tokens of this rank, `r` teacher rows of this rank.
 """
@@ -30,7 +32,13 @@ from megatron_simct.losses.kinds.exact import FirstTokens
 from megatron_simct.losses.kinds.table import interface_of
 from megatron_simct.losses.policy_gradient import importance_weights, of_rewards, reward_metrics
 from megatron_simct.losses.rows import RowNeeds, Rows, RowValues, Statistics, is_row, spread
-from megatron_simct.losses.shared_head import GivenScores, HeadScores, SharedColumns, SharedHead, TeacherScores
+from megatron_simct.losses.shared_head import (
+    GivenScores,
+    HeadScores,
+    SharedColumns,
+    SharedHead,
+    TeacherScores,
+)
 from megatron_simct.losses.tiles import GivenLogits, OutputLayer, StudentLogits
 from megatron_simct.losses.top_columns import TopColumns
 from megatron_simct.losses.two_pass import GradientWeights, RowPlan, TwoPass
@@ -45,12 +53,17 @@ class LossOutput:
     sum: torch.Tensor
     """0-dim, nats: the sum over rows, not divided by anything. Differentiable."""
     num_labels: torch.Tensor
-    """0-dim int64: N, all student labels, dropped ones included: what the sum is later divided by, over all ranks."""
+    """0-dim int64: N, all student labels, dropped ones included: what the sum is later divided by, over all
+    ranks.
+    """
     metrics: dict[str, torch.Tensor]
-    """0-dim float64, without gradient. Sums and counts to be added over micro-batches and ranks; ratios come later."""
+    """0-dim float64, without gradient.
+
+    Sums and counts to be added over micro-batches and ranks; ratios come later.
+    """
     label_losses: torch.Tensor
-    """[N], nats, without gradient: the sum's parts, a segment's at its first label, a byte position's at the label that
-    its byte is in."""
+    """[N], nats, without gradient: the sum's parts, a segment's at its first label, a byte position's at the
+    label that its byte is in."""
     log_probs: torch.Tensor
     """[n], nats, without gradient: of the labels whose rows are here."""
 
@@ -59,10 +72,10 @@ class LossOutput:
 class LabelRows:
     """Which rows a context-parallel rank holds of the labels, where each rank holds some of each sequence.
 
-    The labels themselves are few numbers and known to all ranks. A segment belongs to the rank that has the row of its
-    first label; a unit that straddles a cut needs the log-probabilities of its other labels, and hands back their
-    share of the gradient: 12 bytes a label between the ranks of `group` (4 for the raw logits of `code` on top). What
-    `bytes` exchanges, kinds/bytes.py says.
+    The labels themselves are few numbers and known to all ranks. A segment belongs to the rank that has the
+    row of its first label; a unit that straddles a cut needs the log-probabilities of its other labels, and
+    hands back their share of the gradient: 12 bytes a label between the ranks of `group` (4 for the raw
+    logits of `code` on top). What `bytes` exchanges, kinds/bytes.py says.
     """
 
     index: torch.Tensor
@@ -87,40 +100,46 @@ def interface_loss(
 ) -> LossOutput:
     """The loss of one micro-batch, from what enters the student's output layer and that layer's shard.
 
-    student_hidden [N, H_S], the row that predicts each student label, equal on every rank of `group`; output_weight
-    [W, H_S], this rank's rows of the output layer; `labels` passed `check_labels` before it moved to the device. `sum`
-    is differentiable: the gradient of student_hidden is the full one on every rank (one all-reduce in backward), that
-    of output_weight this rank's; where Megatron's DDP owns output_weight it goes to main_grad in this call (tiles.py
-    says what that asks of the caller). Collective over `group`; all ranks pass the same labels. Empty labels give a
-    zero sum with zero gradients.
+    student_hidden [N, H_S], the row that predicts each student label, equal on every rank of `group`;
+    output_weight [W, H_S], this rank's rows of the output layer; `labels` passed `check_labels` before it
+    moved to the device. `sum` is differentiable: the gradient of student_hidden is the full one on every rank
+    (one all-reduce in backward), that of output_weight this rank's; where Megatron's DDP owns output_weight
+    it goes to main_grad in this call (tiles.py says what that asks of the caller). Collective over `group`;
+    all ranks pass the same labels. Empty labels give a zero sum with zero gradients.
 
-    label_rows: with context parallelism, the rows of student_hidden are those of these labels only; sum, num_labels and
-    metrics are then this rank's share, to be added over label_rows.group; label_losses too.
+    label_rows: with context parallelism, the rows of student_hidden are those of these labels only; sum,
+    num_labels and metrics are then this rank's share, to be added over label_rows.group; label_losses too.
 
-    importance_cap: weight each segment, or byte position, by how likely the response before it is, compared with when
-    it was sampled, at most so much (policy_gradient.py); None: all by 1.
+    importance_cap: weight each segment, or byte position, by how likely the response before it is, compared
+    with when it was sampled, at most so much (policy_gradient.py); None: all by 1.
 
-    A non-finite logit, of either model, makes the sum non-finite: the step is refused, no row is dropped silently.
-    Raises ValueError for options without a meaning and for a missing shared head or teacher hidden states.
+    A non-finite logit, of either model, makes the sum non-finite: the step is refused, no row is dropped
+    silently. Raises ValueError for options without a meaning and for a missing shared head or teacher hidden
+    states.
     """
     check_config(config)
 
     def source(num_columns: int, order: torch.Tensor | None) -> OutputLayer:
         hidden = copy_to_group(student_hidden, group)
-        return OutputLayer(hidden, output_weight, num_columns=num_columns, soft_cap=student_logit_softcap, order=order)
+        return OutputLayer(
+            hidden, output_weight, num_columns=num_columns, soft_cap=student_logit_softcap, order=order
+        )
 
     def teacher(index: torch.Tensor, dtype: torch.dtype) -> HeadScores:
         if shared_head is None:
             raise ValueError(f"interface {config.interface} compares with a teacher: it needs shared_head")
         if labels.teacher_hidden is None:
-            raise ValueError(f"interface {config.interface} scores {len(index)} segments: it needs teacher_hidden")
+            raise ValueError(
+                f"interface {config.interface} scores {len(index)} segments: it needs teacher_hidden"
+            )
         hidden = labels.teacher_hidden.index_select(0, index)
         return HeadScores(hidden, shared_head, soft_cap=teacher_logit_softcap, dtype=dtype)
 
     columns = None if shared_head is None else shared_head.columns
     return _loss(
-        source, teacher, labels, width=output_weight.shape[0], columns=columns, placement=placement, config=config,
-        group=group, byte_order=byte_order, label_rows=label_rows, importance_cap=importance_cap,
+        source, teacher, labels, width=output_weight.shape[0], columns=columns, placement=placement,
+        config=config, group=group, byte_order=byte_order, label_rows=label_rows,
+        importance_cap=importance_cap,
     )  # fmt: skip
 
 
@@ -201,27 +220,38 @@ def interface_loss_from_logits(
     student_logit_softcap: float | None = None,
     byte_order: ByteOrder | None = None,
 ) -> LossOutput:
-    """`interface_loss` from logits that exist: student_logits [N, W], teacher_logits [R, X], before any soft-cap.
+    """`interface_loss` from logits that exist: student_logits [N, W], teacher_logits [R, X], before any
+    soft-cap.
 
-    teacher_rows int64 [r]: the column of teacher_logits of each of the placement's teacher rows (in one process, with
-    logits over the whole teacher vocabulary: placement.teacher_rows); None: the columns are the placement's rows,
-    X = r. The teacher's logits are read a tile at a time. The gradient of student_logits is the only large tensor made.
+    teacher_rows int64 [r]: the column of teacher_logits of each of the placement's teacher rows (in one
+    process, with logits over the whole teacher vocabulary: placement.teacher_rows); None: the columns are the
+    placement's rows, X = r. The teacher's logits are read a tile at a time. The gradient of student_logits is
+    the only large tensor made.
     """
     check_config(config)
 
     def source(num_columns: int, order: torch.Tensor | None) -> GivenLogits:
-        return GivenLogits(student_logits, num_columns=num_columns, soft_cap=student_logit_softcap, order=order)
+        return GivenLogits(
+            student_logits, num_columns=num_columns, soft_cap=student_logit_softcap, order=order
+        )
 
     def teacher(index: torch.Tensor, dtype: torch.dtype) -> GivenScores:
         if teacher_logits is None or columns is None:
-            raise ValueError(f"interface {config.interface} scores {len(index)} segments: it needs teacher_logits")
+            raise ValueError(
+                f"interface {config.interface} scores {len(index)} segments: it needs teacher_logits"
+            )
         return GivenScores(
-            teacher_logits, index, columns, teacher_rows=teacher_rows, soft_cap=teacher_logit_softcap, dtype=dtype
+            teacher_logits,
+            index,
+            columns,
+            teacher_rows=teacher_rows,
+            soft_cap=teacher_logit_softcap,
+            dtype=dtype,
         )
 
     return _loss(
-        source, teacher, labels, width=student_logits.shape[1], columns=columns, placement=placement, config=config,
-        group=group, byte_order=byte_order, label_rows=None,
+        source, teacher, labels, width=student_logits.shape[1], columns=columns, placement=placement,
+        config=config, group=group, byte_order=byte_order, label_rows=None,
     )  # fmt: skip
 
 
@@ -233,7 +263,9 @@ def _num_columns(width: int, placement: VocabPlacement) -> int:
 
 @torch.no_grad()
 def _plan(labels: LabelBatch, needs: RowNeeds, label_rows: LabelRows | None) -> RowPlan:
-    """Which rows the interface compares, and which of them need the whole softmax in their gradient; those here."""
+    """Which rows the interface compares, and which of them need the whole softmax in their gradient; those
+    here.
+    """
     used = is_row(labels.kinds, needs)
     starts, ends = labels.segments[:, 2], labels.segments[:, 3]
     num_labels = len(labels.student_labels)
@@ -245,7 +277,9 @@ def _plan(labels: LabelBatch, needs: RowNeeds, label_rows: LabelRows | None) -> 
         case "segments":
             dense = spread(used, starts, ends, num_labels).bool()
         case "firsts":
-            dense = torch.zeros_like(labels.student_labels, dtype=torch.bool).index_fill_(0, starts[used], True)
+            dense = torch.zeros_like(labels.student_labels, dtype=torch.bool).index_fill_(
+                0, starts[used], True
+            )
         case "labels":
             dense = torch.ones_like(labels.student_labels, dtype=torch.bool)
     match needs.special:
@@ -283,7 +317,9 @@ def _loss(
     label_rows: LabelRows | None,
     importance_cap: float | None = None,
 ) -> LossOutput:
-    """make_source: from the real columns and the order of the rows; make_teacher: from the teacher's rows, in order."""
+    """make_source: from the real columns and the order of the rows; make_teacher: from the teacher's rows, in
+    order.
+    """
     interface, config = interface_of(config), config.method()
     needs = interface.rows(config)
     weigh = _weigh(labels, importance_cap) if importance_cap is not None else None
@@ -316,7 +352,9 @@ def _loss(
             assert label_rows is None and needs.segments, "Config.check refuses what has no weights"
             factors = weigh(stats.log_probs)
             labels = replace(labels, weights=labels.weights * factors[labels.segments[:, 2]])
-        chosen = plan.segments if needs.first_rows else (mine & is_row(labels.kinds, needs)).nonzero().squeeze(1)
+        chosen = (
+            plan.segments if needs.first_rows else (mine & is_row(labels.kinds, needs)).nonzero().squeeze(1)
+        )
         rows = Rows(
             config=config,
             labels=labels,
@@ -331,7 +369,9 @@ def _loss(
         values = interface.value(rows)
         weight = rows.kept(values.teacher_mass)
         # where, not a product with 0: what a dropped row computed may be anything.
-        row_losses = torch.where(weight == 0, 0, values.value * weight) if needs.segments else values.value[here]
+        row_losses = (
+            torch.where(weight == 0, 0, values.value * weight) if needs.segments else values.value[here]
+        )
         of_units = _unit_losses(values.units, labels, mine, like=row_losses)
         total = row_losses.sum() + of_units.sum()
         rewarded = None
@@ -340,15 +380,22 @@ def _loss(
             total = total + rewarded.sum()
         gradient = _gradient(total, rows, needs) if source.needs_gradient else None
     with torch.no_grad():
-        # Finite statistics add nothing, non-finite ones make it nan: a model that yields nan at a row that the
-        # interface does not use is broken all the same.
+        # Finite statistics add nothing, non-finite ones make it nan: a model that yields nan at a row that
+        # the interface does not use is broken all the same.
         nan_if_not_finite = 0 * stats.log_probs.sum() + 0 * (rows.teacher_lse - rows.teacher_own).sum()
         label_losses = torch.zeros_like(rows.log_probs)
         label_losses.index_add_(0, rows.start if needs.segments else here, row_losses)
         label_losses.index_add_(0, labels.segments[:, 2], of_units)
         counts_teacher = label_rows is None or dist.get_rank(label_rows.group) == 0
         metrics = _metrics(
-            values, row_losses, weight == 0, stats, rows, needs, num_segments=mine.sum(), counts_teacher=counts_teacher
+            values,
+            row_losses,
+            weight == 0,
+            stats,
+            rows,
+            needs,
+            num_segments=mine.sum(),
+            counts_teacher=counts_teacher,
         )
         if weigh is not None:
             metrics["importance_weight_sum"] = factors.sum(dtype=torch.float64)
@@ -459,8 +506,12 @@ def _gradient(total: torch.Tensor, rows: Rows, needs: RowNeeds) -> GradientWeigh
     )
 
 
-def _of_all_labels(stats: Statistics, labels: LabelBatch, label_rows: LabelRows, needs: RowNeeds) -> Statistics:
-    """The statistics with those of labels [N] that all ranks need; the others are only known, and read, here."""
+def _of_all_labels(
+    stats: Statistics, labels: LabelBatch, label_rows: LabelRows, needs: RowNeeds
+) -> Statistics:
+    """The statistics with those of labels [N] that all ranks need; the others are only known, and read,
+    here.
+    """
 
     def spread_out(values: torch.Tensor) -> torch.Tensor:
         return values.new_zeros(len(labels.student_labels)).index_copy(0, label_rows.index, values)
@@ -479,13 +530,18 @@ def _of_all_labels(stats: Statistics, labels: LabelBatch, label_rows: LabelRows,
 
 
 def _weights_here(weights: GradientWeights, label_rows: LabelRows, needs: RowNeeds) -> GradientWeights:
-    """The gradient's weights of the labels whose rows are here: what the segments of all ranks give them, added up."""
+    """The gradient's weights of the labels whose rows are here: what the segments of all ranks give them,
+    added up.
+    """
     own, softmax = weights.own_weight, weights.softmax_weight
     if needs.segments:  # else every rank has all of them itself
         own, softmax = reduce_packed([own, softmax], dist.ReduceOp.SUM, label_rows.group)
     whole = None if weights.whole_weight is None else weights.whole_weight[label_rows.index]
     return replace(
-        weights, own_weight=own[label_rows.index], softmax_weight=softmax[label_rows.index], whole_weight=whole
+        weights,
+        own_weight=own[label_rows.index],
+        softmax_weight=softmax[label_rows.index],
+        whole_weight=whole,
     )
 
 
@@ -509,7 +565,9 @@ def _metrics(
     kinds, used = labels.kinds[rows.chosen], ~dropped
     for kind in SegmentKind:
         chosen = used & (kinds == kind)
-        metrics[f"loss_{kind.name.lower()}_sum"] = total(row_losses[chosen] if needs.segments else row_losses[:0])
+        metrics[f"loss_{kind.name.lower()}_sum"] = total(
+            row_losses[chosen] if needs.segments else row_losses[:0]
+        )
         metrics[f"rows_{kind.name.lower()}"] = total(chosen)
     # Mass of the shared tokens alone: a unit's own first step is not added, a replaced column counts.
     for name, mass in (("student", values.student_mass), ("teacher", values.teacher_mass)):

@@ -2,11 +2,13 @@
 
     r_i  = pi(y_i) / pi_old(y_i)
     loss = -min(r_i A_i, clip(r_i, 1 - clip_low, 1 + clip_high) A_i)            PPO, arXiv:1707.06347, Eq. 7
-    w_i  = min(r_1 ... r_{i-1}, cap)                                            truncated as in arXiv:1802.01561
+    w_i  = min(r_1 ... r_{i-1}, cap)                                            truncated as in
+    arXiv:1802.01561
 
-The policy-gradient term is for whatever gives a token an advantage: each token by itself, not divided by anything. The
-weight w_i is for a loss that compares whole distributions behind the tokens before y_i: the tokens are the only thing
-there that was sampled. Without the cap the weighted mean over pi_old's responses is the mean over pi's.
+The policy-gradient term is for whatever gives a token an advantage: each token by itself, not divided by
+anything. The weight w_i is for a loss that compares whole distributions behind the tokens before y_i: the
+tokens are the only thing there that was sampled. Without the cap the weighted mean over pi_old's responses is
+the mean over pi's.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ def log_ratios(log_probs: torch.Tensor, old_log_probs: torch.Tensor) -> torch.Te
 def importance_weights(
     log_probs: torch.Tensor, old_log_probs: torch.Tensor, response_starts: torch.Tensor, *, cap: float
 ) -> torch.Tensor:
-    """[N]: w_i of each label, in float64 until it is done. response_starts int64 [B], ascending: the first labels."""
+    """[N]: w_i of each label, in float64 until it is done. response_starts int64 [B], ascending: the first
+    labels.
+    """
     ratios = log_ratios(log_probs.double(), old_log_probs.double())
     before = ratios.cumsum(0) - ratios
     position = torch.arange(len(ratios), device=ratios.device)
@@ -54,7 +58,8 @@ def policy_gradient(
 
 
 def of_rewards(log_probs: torch.Tensor, labels: LabelBatch, here: torch.Tensor) -> torch.Tensor:
-    """[n]: the terms of the labels `here` [n], whose advantages are those of their responses (update/advantages.py).
+    """[n]: the terms of the labels `here` [n], whose advantages are those of their responses
+    (update/advantages.py).
 
     log_probs [n], of these labels; differentiable by it.
     """
@@ -74,4 +79,7 @@ def reward_metrics(
     ratio = (log_probs - labels.sampling_log_probs[here].to(log_probs.dtype)).exp()
     advantages = labels.advantages[here]
     clipped = ((ratio > 1 + CLIP_HIGH) & (advantages > 0)) | ((ratio < 1 - CLIP_LOW) & (advantages < 0))
-    return {"loss_reward_sum": terms.sum(dtype=torch.float64), "reward_clipped_sum": clipped.sum(dtype=torch.float64)}
+    return {
+        "loss_reward_sum": terms.sum(dtype=torch.float64),
+        "reward_clipped_sum": clipped.sum(dtype=torch.float64),
+    }

@@ -1,8 +1,8 @@
 """The loss for people with their own training loop: tensors in, a loss out. No Megatron model, no records.
 
-`cross_tokenizer_loss` compares two sources, each either the logits of a model or what enters its output layer. It runs
-in one process, or on the ranks of a tensor-parallel group that hold equal consecutive slices of both vocabularies. Row
-p of a source is the one that PREDICTS label p, not the one at label p.
+`cross_tokenizer_loss` compares two sources, each either the logits of a model or what enters its output
+layer. It runs in one process, or on the ranks of a tensor-parallel group that hold equal consecutive slices
+of both vocabularies. Row p of a source is the one that PREDICTS label p, not the one at label p.
 
 Example, a student that says "ha" "ppy" where the teacher says "hap" "py", then the stop token of each:
 
@@ -23,8 +23,8 @@ Example, a student that says "ha" "ppy" where the teacher says "hap" "py", then 
     >>> int(output.count), bool(student.grad.abs().sum() > 0), bool(student.grad.sum(1).abs().max() < 1e-6)
     (3, True, True)
 
-Several responses, micro-batches or data-parallel ranks: give every call the same `normalizer`, the number of student
-labels of the whole global batch. Then their losses and gradients add up to those of one large batch.
+Several responses, micro-batches or data-parallel ranks: give every call the same `normalizer`, the number of
+student labels of the whole global batch. Then their losses and gradients add up to those of one large batch.
 
 Shapes: records.py's legend; `n` student labels, `m` teacher labels.
 """
@@ -92,7 +92,10 @@ class Head:
     vocab_size: int | None = None
     soft_cap: float | None = None
     placed: SharedHead | None = None
-    """The teacher's, from `place_shared_head`: its rows beside the student's columns. None: copied at every call."""
+    """The teacher's, from `place_shared_head`: its rows beside the student's columns.
+
+    None: copied at every call.
+    """
 
     @property
     def width(self) -> int:
@@ -119,14 +122,17 @@ class SharedVocabulary:
     """With stop_teacher_ids one shared token more, with the added-up probability of the latter."""
     stop_teacher_ids: tuple[int, ...] = ()
     tables: tuple[TokenTable, TokenTable] | None = None
-    """The bytes of every token, student's and teacher's: for `Response.of`, and for interfaces that compare bytes or
-    tokens by id."""
+    """The bytes of every token, student's and teacher's: for `Response.of`, and for interfaces that compare
+    bytes or tokens by id."""
     continuations: tuple[Continuations | None, Continuations | None] = (None, None)
     """What may follow each token in the tokenizer's own cut of a text (alignment/continuations.py), for
     byte_bounds="any"; None: nothing is known, and the loss is the lower for it."""
 
     def translation(self, interface: str) -> Translation:
-        """The teacher's tokens in the student's; made once. `interface` is the one that needs it, for errors."""
+        """The teacher's tokens in the student's; made once.
+
+        `interface` is the one that needs it, for errors.
+        """
         if self.tables is None:
             raise ValueError(f"interface {interface} needs the pair's tables, the bytes of every token")
         return self._translation
@@ -174,19 +180,23 @@ class Response:
     """
 
     segments: torch.Tensor
-    """int64 [A, 4] of (ts, te, ss, se), ascending: labels [ts, te) and student labels [ss, se) spell the same bytes."""
+    """int64 [A, 4] of (ts, te, ss, se), ascending: labels [ts, te) and student labels [ss, se) spell the same
+    bytes.
+    """
     student_labels: torch.Tensor
     """int64 [n]"""
     teacher_labels: torch.Tensor
     """int64 [m]"""
     replaced_columns: torch.Tensor | None = None
-    """int64 [A]: the shared student id whose bytes a unit of several tokens spells ("8" "2" where "82" is shared), or
-    -1. None: none."""
+    """int64 [A]: the shared student id whose bytes a unit of several tokens spells ("8" "2" where "82" is
+    shared), or -1. None: none."""
     weights: torch.Tensor | None = None
     """[A]: what the loss of each segment is multiplied by. None: 1."""
 
     @staticmethod
-    def of(pair: SharedVocabulary, *, student_labels: Sequence[int], teacher_labels: Sequence[int]) -> Response:
+    def of(
+        pair: SharedVocabulary, *, student_labels: Sequence[int], teacher_labels: Sequence[int]
+    ) -> Response:
         """Cut into minimal common units; both sides may end in a stop token. On the CPU."""
         if pair.tables is None:
             raise ValueError("Response.of needs the pair's tables, the bytes of every token")
@@ -232,19 +242,20 @@ def cross_tokenizer_loss(
     normalizer: float | torch.Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> CrossTokenizerLoss:
-    """The loss of `options` (default: `paper`); differentiable in the tensors of `student`. Collective over `group`.
+    """The loss of `options` (default: `paper`); differentiable in the tensors of `student`. Collective over
+    `group`.
 
     teacher: None for interface "sft". Student and teacher are both Logits or both Head.
     normalizer: what the sum is divided by; default: n, or 1 where that is 0.
 
-    Between Logits on several ranks, the columns of the teacher's that another rank needs are sent to it, 4 bytes a row
-    each; with Head none. Where Megatron's DistributedDataParallel owns the student's output weight, its gradient goes
-    to main_grad in this call, so no factor may come after: use `interface_loss`, whose sum is divided once in
-    Megatron's finalize_model_grads.
+    Between Logits on several ranks, the columns of the teacher's that another rank needs are sent to it, 4
+    bytes a row each; with Head none. Where Megatron's DistributedDataParallel owns the student's output
+    weight, its gradient goes to main_grad in this call, so no factor may come after: use `interface_loss`,
+    whose sum is divided once in Megatron's finalize_model_grads.
 
-    Raises ValueError for shapes and ids that do not fit, ids given twice, options without a meaning or that act on how
-    segments are made (drop_units, ...: do that to `response`), and for a loss that is not finite (nan or inf in either
-    model's logits): no such gradient reaches the weights.
+    Raises ValueError for shapes and ids that do not fit, ids given twice, options without a meaning or that
+    act on how segments are made (drop_units, ...: do that to `response`), and for a loss that is not finite
+    (nan or inf in either model's logits): no such gradient reaches the weights.
     """
     options = InterfaceConfig() if options is None else options
     check_config(options)
@@ -256,7 +267,9 @@ def cross_tokenizer_loss(
         raise ValueError(f"interface {options.interface} compares with a teacher: it needs one")
     if given is not None and isinstance(given, Head) != isinstance(student, Head):
         raise ValueError("student and teacher must both be Logits or both be Head")
-    placement = _placement(student.width, student.vocab_size, None if teacher is None else teacher, pair, group)
+    placement = _placement(
+        student.width, student.vocab_size, None if teacher is None else teacher, pair, group
+    )
     device = response.student_labels.device
     shared_head, columns, teacher_rows, values = None, None, None, None
     own = lse = torch.zeros(0, dtype=torch.float32, device=student.rows.device)
@@ -279,7 +292,14 @@ def cross_tokenizer_loss(
     needs_segments = needs.teacher and not needs.byte_events
     as_authors = needs.segmentation == "authors"
     labels = _labels(
-        response, pair, placement, own, lse, values, needs_segments=needs_segments, matches_are_shared=as_authors
+        response,
+        pair,
+        placement,
+        own,
+        lse,
+        values,
+        needs_segments=needs_segments,
+        matches_are_shared=as_authors,
     )
     byte_order = None
     if needs.byte_events:
@@ -293,15 +313,25 @@ def cross_tokenizer_loss(
             )
         ]
         events = _byte_events(sides[0], sides[1], bounds=options.byte_bounds)
-        labels = _with_bytes(labels, events, response, _frozen(given, len(order.columns)), order, start, group)
+        labels = _with_bytes(
+            labels, events, response, _frozen(given, len(order.columns)), order, start, group
+        )
         byte_order, _ = _byte_order(tables[0], student.width, group, device)
     elif needs.topk:
         assert given is not None, "checked above"
         size = placement.teacher_vocab_size
-        width = num_real_columns(shard_start=_rank(group) * given.width, shard_width=given.width, vocab_size=size)
+        width = num_real_columns(
+            shard_start=_rank(group) * given.width, shard_width=given.width, vocab_size=size
+        )
         start, teacher_tiles = _rank(group) * given.width, _frozen(given, width)
         log_q, ids = likeliest(
-            teacher_tiles, lse, needs.topk, vocab_size=size, shard_start=start, group=group, ids=needs.token_ids
+            teacher_tiles,
+            lse,
+            needs.topk,
+            vocab_size=size,
+            shard_start=start,
+            group=group,
+            ids=needs.token_ids,
         )
         labels, entries_of = replace(labels, teacher_topk=log_q), interface_of(options).entries
         if entries_of is not None:
@@ -309,7 +339,9 @@ def cross_tokenizer_loss(
             words = response.teacher_labels.tolist()
             likely = Likely.of(range(len(words)), ids, log_q, words, own - lse)
             both = (response.student_labels.tolist(), words)
-            entries = entries_of(options)(response.segments.tolist(), both, likely, pair.translation(options.interface))
+            entries = entries_of(options)(
+                response.segments.tolist(), both, likely, pair.translation(options.interface)
+            )
             labels = replace(labels, entries=entries.to(device))
     check_labels(labels, placement=placement, config=options)
     common: dict[str, Any] = {
@@ -339,8 +371,8 @@ def place_shared_head(
 ) -> Head:
     """The teacher with its output rows beside the student's columns, once for a whole training. Collective.
 
-    student_width: rows of this rank's slice of the student's output layer. The hidden states may be replaced later:
-    `dataclasses.replace(head, hidden=...)`.
+    student_width: rows of this rank's slice of the student's output layer. The hidden states may be replaced
+    later: `dataclasses.replace(head, hidden=...)`.
     """
     placement = _placement(student_width, student_vocab_size, teacher, pair, group)
     start = _rank(group) * teacher.width
@@ -382,7 +414,10 @@ def _placement(
     pair: SharedVocabulary,
     group: dist.ProcessGroup | None,
 ) -> VocabPlacement:
-    """This rank's part of the shared vocabulary. Raises ValueError for ids given twice or outside the vocabularies."""
+    """This rank's part of the shared vocabulary.
+
+    Raises ValueError for ids given twice or outside the vocabularies.
+    """
     world_size = 1 if group is None else dist.get_world_size(group)
     teacher_width = 0 if teacher is None else teacher.width
     sizes = []
@@ -392,14 +427,22 @@ def _placement(
     ):
         size = width * world_size if given is None else given
         if not 0 <= size <= width * world_size:
-            raise ValueError(f"{side} vocab_size {size}: {world_size} slices of {width} hold {width * world_size} ids")
+            raise ValueError(
+                f"{side} vocab_size {size}: {world_size} slices of {width} hold {width * world_size} ids"
+            )
         sizes.append(size)
     stop, stops = pair.stop_student_id, np.asarray(pair.stop_teacher_ids, dtype=np.int64)
     if (stop is None) != (len(stops) == 0):
-        raise ValueError(f"stop_student_id {stop} and stop_teacher_ids {stops.tolist()} go together: give both")
-    pairs_s, pairs_t = (ids.detach().cpu().numpy().astype(np.int64) for ids in (pair.student_ids, pair.teacher_ids))
+        raise ValueError(
+            f"stop_student_id {stop} and stop_teacher_ids {stops.tolist()} go together: give both"
+        )
+    pairs_s, pairs_t = (
+        ids.detach().cpu().numpy().astype(np.int64) for ids in (pair.student_ids, pair.teacher_ids)
+    )
     if pairs_s.ndim != 1 or pairs_s.shape != pairs_t.shape:
-        raise ValueError(f"student_ids and teacher_ids are pairs, [C] each; got {pairs_s.shape} and {pairs_t.shape}")
+        raise ValueError(
+            f"student_ids and teacher_ids are pairs, [C] each; got {pairs_s.shape} and {pairs_t.shape}"
+        )
     students = pairs_s if stop is None else np.append(pairs_s, stop)
     teachers = np.concatenate([pairs_t, stops])
     for name, ids, size in (("student", students, sizes[0]), ("teacher", teachers, sizes[1])):
@@ -408,8 +451,8 @@ def _placement(
         values, counts = np.unique(ids, return_counts=True)
         if (counts > 1).any():
             raise ValueError(
-                f"{int((counts > 1).sum())} shared {name} ids are given more than once, stop ids included; the first "
-                f"is {values[counts > 1][0]}"
+                f"{int((counts > 1).sum())} shared {name} ids are given more than once, stop ids included; "
+                f"the first is {values[counts > 1][0]}"
             )
     start = _rank(group) * student_width
     counts = np.ones(len(students), dtype=np.int64)
@@ -457,7 +500,8 @@ def _labels(
     if bool(outside.any()):
         a = int(outside.any(1).nonzero()[0])
         raise ValueError(
-            f"segment {a} is {segments[a].tolist()}: it leaves the {m} teacher labels or the {n} student labels"
+            f"segment {a} is {segments[a].tolist()}: it leaves the {m} teacher labels or the {n} student "
+            "labels"
         )
     kinds = torch.full((len(segments),), int(SegmentKind.UNIT), device=device)
     teacher_first = torch.full_like(kinds, -1)
@@ -480,7 +524,9 @@ def _labels(
     if weights is None:
         weights = torch.ones(len(segments), device=device)
     if weights.shape != kinds.shape:
-        raise ValueError(f"weights needs one number a segment: {list(weights.shape)} for {len(kinds)} segments")
+        raise ValueError(
+            f"weights needs one number a segment: {list(weights.shape)} for {len(kinds)} segments"
+        )
     if replaced is None:
         replaced = torch.full_like(kinds, -1)
     elif not bool(torch.isin(replaced.to(device), torch.cat([shared_s, shared_s.new_tensor([-1])])).all()):
@@ -503,10 +549,15 @@ def _checked_tables(pair: SharedVocabulary, placement: VocabPlacement) -> tuple[
     if pair.tables is None:
         raise ValueError("interface bytes needs the pair's tables, the bytes of every token")
     for side, table, size in zip(
-        ("student", "teacher"), pair.tables, (placement.student_vocab_size, placement.teacher_vocab_size), strict=True
+        ("student", "teacher"),
+        pair.tables,
+        (placement.student_vocab_size, placement.teacher_vocab_size),
+        strict=True,
     ):
         if table.num_ids != size:
-            raise ValueError(f"the {side}'s table has {table.num_ids} ids, its vocabulary {size}: they must be equal")
+            raise ValueError(
+                f"the {side}'s table has {table.num_ids} ids, its vocabulary {size}: they must be equal"
+            )
     return pair.tables
 
 
@@ -560,14 +611,18 @@ def _finish(output: LossOutput, normalizer: float | torch.Tensor | None) -> Cros
     """Divide once; refuse what is not finite."""
     if not bool(torch.isfinite(output.sum)):
         raise ValueError(
-            f"the loss is {float(output.sum.detach())}: nan or inf in the logits of either model, or a candidate that "
-            "only one of them finds impossible"
+            f"the loss is {float(output.sum.detach())}: nan or inf in the logits of either model, or a "
+            "candidate that only one of them finds impossible"
         )
     count = output.num_labels
     divisor = count.clamp(min=1) if normalizer is None else normalizer
     if not bool(torch.as_tensor(divisor) > 0):
-        raise ValueError(f"normalizer {float(divisor)}: must be positive, the student labels of the global batch")
-    return CrossTokenizerLoss(loss=output.sum / divisor, sum=output.sum.detach(), count=count, metrics=output.metrics)
+        raise ValueError(
+            f"normalizer {float(divisor)}: must be positive, the student labels of the global batch"
+        )
+    return CrossTokenizerLoss(
+        loss=output.sum / divisor, sum=output.sum.detach(), count=count, metrics=output.metrics
+    )
 
 
 def _check_applies(options: InterfaceConfig) -> None:
@@ -577,13 +632,16 @@ def _check_applies(options: InterfaceConfig) -> None:
     changed = [name for name in of_a_run if getattr(method, name) != getattr(default, name)]
     if changed:
         raise ValueError(
-            f"{', '.join(changed)}: read where a run makes its segments; here, give other segments, weights or pairs"
+            f"{', '.join(changed)}: read where a run makes its segments; here, give other segments, weights "
+            "or pairs"
         )
 
 
 def _check_rows(side: str, source: Source, labels: torch.Tensor) -> None:
     if source.rows.ndim != 2 or labels.ndim != 1 or len(source.rows) != len(labels):
-        raise ValueError(f"{side} needs one row a label: got {list(source.rows.shape)} for labels {list(labels.shape)}")
+        raise ValueError(
+            f"{side} needs one row a label: got {list(source.rows.shape)} for labels {list(labels.shape)}"
+        )
 
 
 def _check_ids(name: str, ids: torch.Tensor, size: int) -> None:

@@ -1,8 +1,8 @@
 """What an interface is, and the numbers that its rows are made of.
 
-An interface (losses/kinds/) is a value function over a few numbers a row, equal on every rank: `value(rows)` returns
-the loss of each row, and autograd differentiates it. What spans the vocabulary is in the passes (two_pass.py,
-top_columns.py), which turn the gradient of these numbers into that of the logits:
+An interface (losses/kinds/) is a value function over a few numbers a row, equal on every rank: `value(rows)`
+returns the loss of each row, and autograd differentiates it. What spans the vocabulary is in the passes
+(two_pass.py, top_columns.py), which turn the gradient of these numbers into that of the logits:
 
     log_probs [N]     log-probability of each student label        onehot(label) - softmax of its row
     own [N]           its logit                                    onehot(label)
@@ -13,9 +13,9 @@ top_columns.py), which turn the gradient of these numbers into that of the logit
     entries [E]       logits of single tokens of single rows       these columns
     divergence(...)   over the shared columns                      these columns (divergences.py)
 
-Two rules for an author. Mask first: an infinite number in a row that is not used makes nan of the whole gradient, so
-replace it before the algebra (`Rows.used`), not after it. And subtract maxima before anything is added: a log-sum-exp
-of a hundred nats in float32 is rounded to 1e-5.
+Two rules for an author. Mask first: an infinite number in a row that is not used makes nan of the whole
+gradient, so replace it before the algebra (`Rows.used`), not after it. And subtract maxima before anything is
+added: a log-sum-exp of a hundred nats in float32 is rounded to 1e-5.
 
 Shapes: `A` rows (shared ones in the plan's order), `S` segments, `N` student and `M` teacher labels.
 """
@@ -62,10 +62,12 @@ class RowNeeds:
     shared: bool = True
     """What it looks at there are the shared tokens of both models."""
     dense: Literal["none", "units", "firsts", "segments", "labels"] = "none"
-    """The labels whose rows need the whole softmax in the gradient: of units, the first ones or all of every used
-    segment, or simply all."""
+    """The labels whose rows need the whole softmax in the gradient: of units, the first ones or all of every
+    used segment, or simply all."""
     special: Literal["none", "replaced", "first"] = "none"
-    """Columns that are told apart in a unit's row: the shared token of the same bytes, or FirstTokens.special."""
+    """Columns that are told apart in a unit's row: the shared token of the same bytes, or
+    FirstTokens.special.
+    """
     raw: bool = False
     """Reads the labels' logits, in rows that need no softmax too."""
     outside: bool = False
@@ -78,7 +80,9 @@ class RowNeeds:
 
 @dataclass(frozen=True, kw_only=True)
 class Interface:
-    """One method, beside its algebra in losses/kinds/. Its name, source and known failure: config/interfaces.py."""
+    """One method, beside its algebra in losses/kinds/. Its name, source and known failure:
+    config/interfaces.py.
+    """
 
     needs: Callable[[InterfaceConfig], TeacherNeeds]
     """What it asks of the teacher."""
@@ -117,7 +121,8 @@ class Statistics:
     log_probs: torch.Tensor
     """[N], of each student label."""
     same_top: torch.Tensor = NOTHING
-    """bool [A]: whether both models find the same of the compared tokens likeliest, special columns left out."""
+    """bool [A]: whether both models find the same of the compared tokens likeliest, special columns left out.
+    """
     student_max: torch.Tensor = NOTHING
     """[A], of the scores of the shared tokens, special columns left out (0 where there is none)."""
     teacher_max: torch.Tensor = NOTHING
@@ -125,11 +130,15 @@ class Statistics:
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     """The sums of RunningSums."""
     special_student: torch.Tensor = NOTHING
-    """[F, K], logits (before the temperature) of the special columns; -inf where the token is not a shared one."""
+    """[F, K], logits (before the temperature) of the special columns; -inf where the token is not a shared
+    one.
+    """
     special_teacher: torch.Tensor = NOTHING
     """[F, K]"""
     outside: torch.Tensor = NOTHING
-    """[A], with `outside`: the sum of e^(z - label_max) over columns that are not shared, special ids left out."""
+    """[A], with `outside`: the sum of e^(z - label_max) over columns that are not shared, special ids left
+    out.
+    """
     top_student: torch.Tensor = NOTHING
     """[A, k], descending: logits of the likeliest columns; -inf where a row has fewer."""
     top_teacher: torch.Tensor = NOTHING
@@ -157,7 +166,9 @@ class Rows:
     deficits: Callable[[Norms], list[torch.Tensor]] | None = None
     """The pass that js needs."""
     shared: tuple[Norms, torch.Tensor, torch.Tensor] | None = field(init=False, default=None)
-    """After `divergence`: norms, offset, and a leaf whose gradient is the scale of the shared columns' gradient."""
+    """After `divergence`: norms, offset, and a leaf whose gradient is the scale of the shared columns'
+    gradient.
+    """
 
     def __post_init__(self) -> None:
         stats, self.segments = self.statistics, self.labels.segments
@@ -193,7 +204,9 @@ class Rows:
 
     @property
     def old_log_probs(self) -> torch.Tensor:
-        """[N], no gradient: the labels' log-probabilities when they were sampled; today's where that is not known."""
+        """[N], no gradient: the labels' log-probabilities when they were sampled; today's where that is not
+        known.
+        """
         sampled = self.labels.sampling_log_probs
         return self.statistics.log_probs if sampled is None else sampled.to(self.statistics.log_probs.dtype)
 
@@ -221,12 +234,18 @@ class Rows:
         return shared_sums(self.statistics.sums, norms, found, self.config.divergence)
 
     def divergence(
-        self, log_p: torch.Tensor, log_q: torch.Tensor, *, norms: Norms | None, shared: ColumnSums | None = None
+        self,
+        log_p: torch.Tensor,
+        log_q: torch.Tensor,
+        *,
+        norms: Norms | None,
+        shared: ColumnSums | None = None,
     ) -> torch.Tensor:
-        """[A]: the divergence of two distributions over the columns log_p, log_q [A, E] and, with `norms`, the shared.
+        """[A]: the divergence of two distributions over the columns log_p, log_q [A, E] and, with `norms`,
+        the shared.
 
-        Differentiable by log_p; its gradient is that of a distribution (the probabilities of all columns add up to 1),
-        so that a normalizer which all columns have in common is a constant: detach it.
+        Differentiable by log_p; its gradient is that of a distribution (the probabilities of all columns add
+        up to 1), so that a normalizer which all columns have in common is a constant: detach it.
         """
         divergence, beta = self.config.divergence, self.config.js_beta
         if norms is not None and shared is None:
@@ -238,7 +257,9 @@ class Rows:
         return value
 
     def masses(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """[A] each: the models' probability of the shared tokens, special columns included, at the first rows."""
+        """[A] each: the models' probability of the shared tokens, special columns included, at the first
+        rows.
+        """
         stats, temperature = self.statistics, self.config.temperature
         names = ("z_s", "z_t") if temperature == 1 else ("mass_s", "mass_t")
         log_sum, label_max = stats.label_log_sum[self.start], stats.label_max[self.start]
@@ -253,7 +274,9 @@ class Rows:
         return student, teacher
 
     def kept(self, teacher_mass: torch.Tensor | None) -> torch.Tensor:
-        """[A]: the weights, 0 where the teacher gives the compared tokens and the unit less than min_teacher_mass."""
+        """[A]: the weights, 0 where the teacher gives the compared tokens and the unit less than
+        min_teacher_mass.
+        """
         least = self.config.min_teacher_mass
         if least <= 0 or teacher_mass is None:
             return self.weight
@@ -262,8 +285,8 @@ class Rows:
 
 
 class _Divergence(torch.autograd.Function):
-    """Value [A] and offset [A] of a divergence; by hand, as the three differ from a constant by what is left of large
-    sums: js is made of deficits (`mean_deficits`), and autograd would round their difference away.
+    """Value [A] and offset [A] of a divergence; by hand, as the three differ from a constant by what is left
+    of large sums: js is made of deficits (`mean_deficits`), and autograd would round their difference away.
 
     The gradient by `scale`, which is no input of the value, is the factor of the shared columns' gradient."""
 
@@ -298,7 +321,9 @@ class _Divergence(torch.autograd.Function):
 def log_add(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """log(e^a + e^b), also where both are -inf: with gradient 0 there."""
     nothing = (a == NEGATIVE_INFINITY) & (b == NEGATIVE_INFINITY)
-    return torch.logaddexp(a.masked_fill(nothing, 0), b.masked_fill(nothing, 0)).masked_fill(nothing, NEGATIVE_INFINITY)
+    return torch.logaddexp(a.masked_fill(nothing, 0), b.masked_fill(nothing, 0)).masked_fill(
+        nothing, NEGATIVE_INFINITY
+    )
 
 
 def is_row(kinds: torch.Tensor, needs: RowNeeds) -> torch.Tensor:
@@ -309,10 +334,14 @@ def is_row(kinds: torch.Tensor, needs: RowNeeds) -> torch.Tensor:
 
 
 def segment_mean(values: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """[n] -> [S]: the mean over [starts, ends), which ascend without overlap. Every rank adds in the same order."""
+    """[n] -> [S]: the mean over [starts, ends), which ascend without overlap.
+
+    Every rank adds in the same order.
+    """
     borders = torch.stack([starts, ends], dim=1).flatten()
     offsets = torch.cat([borders.new_zeros(1), borders, borders.new_full((1,), len(values))])
-    # Pieces 1, 3, 5, ... are the segments, those between them the gaps. `unsafe` leaves out a check on the host.
+    # Pieces 1, 3, 5, ... are the segments, those between them the gaps. `unsafe` leaves out a check on the
+    # host.
     sums = torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True, initial=0)[1::2]
     return sums / (ends - starts)
 

@@ -1,14 +1,15 @@
 """The frozen teacher's output rows of the shared tokens, on the rank that owns their student column.
 
-The student's output layer is split by vocabulary, and shared token i has its student id on one rank and its teacher id
-anywhere. The teacher's head is frozen, so where its rows lie is ours to choose: next to the student's columns. Both
-scores of a shared token are then local, and the loss exchanges a few numbers a row instead of logits.
+The student's output layer is split by vocabulary, and shared token i has its student id on one rank and its
+teacher id anywhere. The teacher's head is frozen, so where its rows lie is ours to choose: next to the
+student's columns. Both scores of a shared token are then local, and the loss exchanges a few numbers a row
+instead of logits.
 
-`gather_shared_head` brings the rows there: every rank asks the owners of the rows it wants, and only those rows move.
-No rank ever holds the whole head.
+`gather_shared_head` brings the rows there: every rank asks the owners of the rows it wants, and only those
+rows move. No rank ever holds the whole head.
 
-Shapes: `c` shared tokens of this rank, `r` teacher rows of this rank (r > c if the stop token is here and the teacher
-has several), `W_T` this rank's slice of the teacher's vocabulary, `H_T` its hidden size.
+Shapes: `c` shared tokens of this rank, `r` teacher rows of this rank (r > c if the stop token is here and the
+teacher has several), `W_T` this rank's slice of the teacher's vocabulary, `H_T` its hidden size.
 """
 
 from __future__ import annotations
@@ -47,15 +48,20 @@ class SharedColumns:
 
     @staticmethod
     def from_placement(placement: VocabPlacement, device: torch.device | str = "cpu") -> SharedColumns:
-        """Raises ValueError if the CSR is not one (a column without a teacher row, or offsets that do not fit), and for
-        columns that do not ascend (a token shared twice) or are not real tokens."""
+        """Raises ValueError if the CSR is not one (a column without a teacher row, or offsets that do not
+        fit), and for columns that do not ascend (a token shared twice) or are not real tokens."""
         offsets, width = placement.row_offsets, placement.shard_end - placement.shard_start
         counts = np.diff(offsets)
         num_columns, num_rows = len(placement.columns), len(placement.teacher_rows)
-        if len(offsets) != num_columns + 1 or offsets[0] != 0 or offsets[-1] != num_rows or (counts < 1).any():
+        if (
+            len(offsets) != num_columns + 1
+            or offsets[0] != 0
+            or offsets[-1] != num_rows
+            or (counts < 1).any()
+        ):
             raise ValueError(
-                f"the placement's row_offsets must rise from 0 to {num_rows} teacher rows in {num_columns} steps of at "
-                f"least one row; got {len(offsets)} offsets from {offsets[0]} to {offsets[-1]}, "
+                f"the placement's row_offsets must rise from 0 to {num_rows} teacher rows in {num_columns} "
+                f"steps of at least one row; got {len(offsets)} offsets from {offsets[0]} to {offsets[-1]}, "
                 f"smallest step {counts.min(initial=1)}"
             )
         real_end = min(placement.student_vocab_size, placement.shard_end) - placement.shard_start
@@ -68,7 +74,8 @@ class SharedColumns:
         if len(wrong):
             one, two = placement.columns[wrong[0]], placement.columns[wrong[0] + 1]
             raise ValueError(
-                f"shared columns must ascend, each student token once: {two} follows {one} at place {wrong[0] + 1}"
+                f"shared columns must ascend, each student token once: {two} follows {one} at place "
+                f"{wrong[0] + 1}"
             )
         position = np.full(width, -1, dtype=np.int64)
         position[placement.columns] = np.arange(num_columns)
@@ -99,8 +106,8 @@ class SharedColumns:
     def join(self, teacher_logits: torch.Tensor, first: int, last: int) -> torch.Tensor:
         """[A, rows of the shared tokens [first, last)] -> [A, last - first]: the teacher's score of each.
 
-        The mass of a stop set is the sum of its members' probabilities, so their scores join by log-sum-exp; the row's
-        own normalizer is the same for all of them and may be subtracted before or after.
+        The mass of a stop set is the sum of its members' probabilities, so their scores join by log-sum-exp;
+        the row's own normalizer is the same for all of them and may be subtracted before or after.
         """
         low, high = np.searchsorted(self.several, [first, last])
         if low == high:
@@ -126,7 +133,9 @@ class SharedHead:
 class HeadScores:
     """The teacher's logits of the shared tokens, made for a tile at a time from hidden states."""
 
-    def __init__(self, hidden: torch.Tensor, head: SharedHead, *, soft_cap: float | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, hidden: torch.Tensor, head: SharedHead, *, soft_cap: float | None, dtype: torch.dtype
+    ) -> None:
         """hidden [A, H_T]; scores are of `dtype`."""
         self._hidden = hidden.detach().to(head.weight.dtype)
         self._head, self._soft_cap, self._dtype = head, soft_cap, dtype
@@ -154,7 +163,8 @@ class GivenScores:
     ) -> None:
         """logits [R, X] before the soft-cap; row a of the scores is row index[a].
 
-        teacher_rows int64 [r]: the column of `logits` of each teacher row of the placement; None: they are the columns.
+        teacher_rows int64 [r]: the column of `logits` of each teacher row of the placement; None: they are
+        the columns.
         """
         self._logits, self._index, self._columns = logits.detach(), index, columns
         self._places = index.tolist()
@@ -183,20 +193,21 @@ def gather_shared_head(
 ) -> SharedHead:
     """Move each wanted teacher row from the rank that owns it to the rank that owns the student's column.
 
-    teacher_weight_shard [W_T, H_T] holds the teacher's ids from `teacher_shard_start` on; shards are contiguous and of
-    equal size (W_T = padded V_T / tp, rank i starts at i * W_T) over the same group that splits the student's
-    vocabulary. Collective: every rank of the group calls it once, at start-up. What moves is how many rows each rank
-    asks of each other, their ids, and the rows themselves.
+    teacher_weight_shard [W_T, H_T] holds the teacher's ids from `teacher_shard_start` on; shards are
+    contiguous and of equal size (W_T = padded V_T / tp, rank i starts at i * W_T) over the same group that
+    splits the student's vocabulary. Collective: every rank of the group calls it once, at start-up. What
+    moves is how many rows each rank asks of each other, their ids, and the rows themselves.
 
-    Raises ValueError for a shard that does not start at rank * W_T, and for teacher ids outside the real vocabulary.
+    Raises ValueError for a shard that does not start at rank * W_T, and for teacher ids outside the real
+    vocabulary.
     """
     shard_size = teacher_weight_shard.shape[0]
     world_size = 1 if group is None else dist.get_world_size(group)
     rank = 0 if group is None else dist.get_rank(group)
     if teacher_shard_start != rank * shard_size:
         raise ValueError(
-            f"teacher vocabulary shards must be contiguous and of equal size: rank {rank} of {world_size} holds "
-            f"{shard_size} rows and must start at id {rank * shard_size}, not {teacher_shard_start}"
+            f"teacher vocabulary shards must be contiguous and of equal size: rank {rank} of {world_size} "
+            f"holds {shard_size} rows and must start at id {rank * shard_size}, not {teacher_shard_start}"
         )
     wanted = placement.teacher_rows
     limit = min(placement.teacher_vocab_size, world_size * shard_size)

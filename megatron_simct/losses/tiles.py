@@ -1,7 +1,7 @@
 """The student's logits, a tile of columns at a time, and the way back of their gradient.
 
-A loss over a vocabulary of 10^5 columns needs no more than a few thousand of them at once. It reads them from a source
-and hands the gradient of a tile back to it:
+A loss over a vocabulary of 10^5 columns needs no more than a few thousand of them at once. It reads them from
+a source and hands the gradient of a tile back to it:
 
     GivenLogits     the logits exist as a tensor; so does their gradient
     OutputLayer     the logits are hidden @ weight^T, made for a tile and dropped; the gradient of a tile adds
@@ -16,19 +16,21 @@ A loss written against this seam is one code for both. How it is used:
             ... source.add_gradient(start, end, gradient) ...   of the loss's sum, in the forward pass
     return source.attach(value)                                 differentiable
 
-The gradient is formed in the forward pass because its scale is known there (the loss is a sum) and because the tiles
-are at hand. Backward multiplies it by the incoming scalar, in place: a second backward pass is an error of autograd.
+The gradient is formed in the forward pass because its scale is known there (the loss is a sum) and because
+the tiles are at hand. Backward multiplies it by the incoming scalar, in place: a second backward pass is an
+error of autograd.
 
-Where Megatron's DistributedDataParallel owns the weight, its gradient goes straight to `weight.main_grad`, as in
-Megatron's fused linear layer (tensor_parallel/layers.py): no second tensor of that size exists. Sums commute, so it
-does not matter that the schedule runs a micro-batch's forward pass ahead of another's backward; overlapped reduction
-starts in the last micro-batch's backward pass, after all forward passes. What is added cannot be scaled later, so
-backward insists on a scale of 1, and every forward pass with gradients must be followed by its backward pass. Backward
-marks `weight.grad_added_to_main_grad` and returns a gradient of the right shape, so that DDP's hook counts the weight
-as ready: zeros, which a tied embedding's own gradient may be added to.
+Where Megatron's DistributedDataParallel owns the weight, its gradient goes straight to `weight.main_grad`, as
+in Megatron's fused linear layer (tensor_parallel/layers.py): no second tensor of that size exists. Sums
+commute, so it does not matter that the schedule runs a micro-batch's forward pass ahead of another's
+backward; overlapped reduction starts in the last micro-batch's backward pass, after all forward passes. What
+is added cannot be scaled later, so backward insists on a scale of 1, and every forward pass with gradients
+must be followed by its backward pass. Backward marks `weight.grad_added_to_main_grad` and returns a gradient
+of the right shape, so that DDP's hook counts the weight as ready: zeros, which a tied embedding's own
+gradient may be added to.
 
-Logits are float32, or float64 for float64 inputs, and capped where the model caps them. Only real columns are read: a
-source knows where padding starts.
+Logits are float32, or float64 for float64 inputs, and capped where the model caps them. Only real columns are
+read: a source knows where padding starts.
 
 Shapes: `n` rows, `H` hidden size, `W` this rank's columns (padding included), `w` columns of a tile.
 """
@@ -65,8 +67,8 @@ class GivenLogits:
     ) -> None:
         """logits [n, W] before the soft-cap; the first `num_columns` columns are real.
 
-        order [n], a permutation: row i of this source is row order[i] of `logits`; None is the identity. Rows that are
-        asked for by a slice must follow one another in `logits` too: `runs` says where they do.
+        order [n], a permutation: row i of this source is row order[i] of `logits`; None is the identity. Rows
+        that are asked for by a slice must follow one another in `logits` too: `runs` says where they do.
         """
         self.num_rows, self.num_columns = logits.shape[0], num_columns
         self.dtype = statistics_dtype(logits)
@@ -78,7 +80,9 @@ class GivenLogits:
         self._order = order
         self._places = list(range(self.num_rows)) if order is None else order.tolist()
         self._gradient = (
-            torch.zeros_like(self._logits, memory_format=torch.contiguous_format) if self.needs_gradient else None
+            torch.zeros_like(self._logits, memory_format=torch.contiguous_format)
+            if self.needs_gradient
+            else None
         )
 
     def runs(self) -> list[slice]:
@@ -89,7 +93,9 @@ class GivenLogits:
         return [slice(*ends) for ends in zip([0, *borders], [*borders, self.num_rows], strict=True)]
 
     def logits(self, start: int, end: int, rows: slice = ALL_ROWS) -> torch.Tensor:
-        """[n, end - start], a new tensor: the capped logits of local columns [start, end) at a slice of the rows."""
+        """[n, end - start], a new tensor: the capped logits of local columns [start, end) at a slice of the
+        rows.
+        """
         tile = self._logits[self._place(rows), start:end].to(self.dtype, copy=True)
         return soft_cap(tile, self.soft_cap, in_place=True)
 
@@ -116,15 +122,20 @@ class GivenLogits:
         self._gradient[self._place(rows), start:end] += gradient.to(self._gradient.dtype)
 
     def add_gradient_at(self, columns: torch.Tensor, gradient: torch.Tensor, rows: slice = ALL_ROWS) -> None:
-        """Take [n, w], the gradient with respect to `logits_at(columns, rows)`: the first that these entries get."""
+        """Take [n, w], the gradient with respect to `logits_at(columns, rows)`: the first that these entries
+        get.
+        """
         if self.soft_cap is not None:
             gradient = _through_cap_(gradient, self.logits_at(columns, rows), self.soft_cap)
         assert self._gradient is not None, "the logits need no gradient"
         target = self._gradient[self._place(rows)]
         target.scatter_(1, columns.expand(len(gradient), -1), gradient.to(target.dtype))
 
-    def add_gradient_of_entries(self, columns: torch.Tensor, gradient: torch.Tensor, rows: slice = ALL_ROWS) -> None:
-        """Add [n, k], the gradient with respect to the capped logits at local columns int64 [n, k], each row its own.
+    def add_gradient_of_entries(
+        self, columns: torch.Tensor, gradient: torch.Tensor, rows: slice = ALL_ROWS
+    ) -> None:
+        """Add [n, k], the gradient with respect to the capped logits at local columns int64 [n, k], each row
+        its own.
 
         Entries with gradient 0 are left out whatever their column says, as long as it is a real one.
         """
@@ -166,8 +177,9 @@ class OutputLayer:
     ) -> None:
         """hidden [n, H], weight [W, H]; the first `num_columns` rows of the weight are real.
 
-        order [n], a permutation: row i of this source is row order[i] of `hidden`; None is the identity. The gradient
-        of `hidden` is that of this rank's columns: the caller sums it over tensor-parallel ranks (`copy_to_group`).
+        order [n], a permutation: row i of this source is row order[i] of `hidden`; None is the identity. The
+        gradient of `hidden` is that of this rank's columns: the caller sums it over tensor-parallel ranks
+        (`copy_to_group`).
         """
         self.num_rows, self.num_columns = hidden.shape[0], num_columns
         self.dtype = statistics_dtype(hidden)
@@ -226,7 +238,9 @@ class OutputLayer:
             of_rows = gradient.t() @ self._hidden[rows]
             self._weight_gradient.index_add_(0, columns, of_rows.to(self._weight_gradient.dtype))
 
-    def add_gradient_of_entries(self, columns: torch.Tensor, gradient: torch.Tensor, rows: slice = ALL_ROWS) -> None:
+    def add_gradient_of_entries(
+        self, columns: torch.Tensor, gradient: torch.Tensor, rows: slice = ALL_ROWS
+    ) -> None:
         """See GivenLogits.add_gradient_of_entries."""
         hidden = self._hidden[rows]
         for k in range(columns.shape[1]):  # one [n, H] at a time
@@ -237,7 +251,9 @@ class OutputLayer:
             if self._hidden_gradient is not None:
                 self._hidden_gradient[rows] += value * weight
             if self._weight_gradient is not None:
-                self._weight_gradient.index_add_(0, columns[:, k], (value * hidden).to(self._weight_gradient.dtype))
+                self._weight_gradient.index_add_(
+                    0, columns[:, k], (value * hidden).to(self._weight_gradient.dtype)
+                )
 
     def attach(self, value: torch.Tensor) -> torch.Tensor:
         """See GivenLogits.attach."""
@@ -257,13 +273,17 @@ class OutputLayer:
         return soft_cap(linear(self._hidden[rows], weight).to(self.dtype), self.soft_cap, in_place=True)
 
     def _rows_at(self, columns: torch.Tensor) -> torch.Tensor:
-        """The weight rows of a gathered tile; kept until another tile is asked for, as each is read several times."""
+        """The weight rows of a gathered tile; kept until another tile is asked for, as each is read several
+        times.
+        """
         if self._gathered is None or self._gathered[0] is not columns:
             self._gathered = (columns, self._weight.index_select(0, columns))
         return self._gathered[1]
 
     def _add_to_hidden(self, weight: torch.Tensor, gradient: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Add a tile's part to the hidden states' gradient; returns the gradient of the logits before the cap."""
+        """Add a tile's part to the hidden states' gradient; returns the gradient of the logits before the
+        cap.
+        """
         if self.soft_cap is not None:
             gradient = _through_cap_(gradient, self._tile(weight, rows), self.soft_cap)
         gradient = gradient.to(self._hidden.dtype)
@@ -290,11 +310,11 @@ def likeliest(
     group: dist.ProcessGroup | None,
     ids: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """[n, min(k, vocab_size)], descending: log-probabilities of each row's likeliest tokens, and with `ids` which they
-    are, int64. No gradient.
+    """[n, min(k, vocab_size)], descending: log-probabilities of each row's likeliest tokens, and with `ids`
+    which they are, int64. No gradient.
 
-    lse [n] is over the whole vocabulary of `vocab_size` real tokens; `source` is this rank's, from shard_start on.
-    Between ranks go k numbers a row from each, with `ids` k more.
+    lse [n] is over the whole vocabulary of `vocab_size` real tokens; `source` is this rank's, from
+    shard_start on. Between ranks go k numbers a row from each, with `ids` k more.
     """
     k = min(k, vocab_size)
     best = torch.full((source.num_rows, k), NEGATIVE_INFINITY, dtype=source.dtype, device=source.device)
@@ -339,7 +359,9 @@ class _KnownGradient(torch.autograd.Function):
 
 
 class _KnownGradients(torch.autograd.Function):
-    """`value` as a function of hidden states and an output weight with known gradients; None where not needed."""
+    """`value` as a function of hidden states and an output weight with known gradients; None where not
+    needed.
+    """
 
     @staticmethod
     def forward(
@@ -365,7 +387,11 @@ class _KnownGradientInMainGrad(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, value: torch.Tensor, of_hidden: torch.Tensor | None, hidden: torch.Tensor, weight: torch.Tensor
+        ctx: Any,
+        value: torch.Tensor,
+        of_hidden: torch.Tensor | None,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
     ) -> torch.Tensor:
         ctx.save_for_backward(of_hidden)
         ctx.weight = weight
@@ -376,8 +402,9 @@ class _KnownGradientInMainGrad(torch.autograd.Function):
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         torch._assert_async(
             (scale == 1).all(),
-            "the loss's sum must reach backward with gradient 1: the weight's gradient is in main_grad already, so no "
-            "loss scale can be applied to it; the one division happens in finalize_model_grads",
+            "the loss's sum must reach backward with gradient 1: the weight's gradient is in main_grad "
+            "already, so no loss scale can be applied to it; the one division happens in "
+            "finalize_model_grads",
         )
         (of_hidden,) = ctx.saved_tensors
         ctx.weight.grad_added_to_main_grad = True

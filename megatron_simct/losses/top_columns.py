@@ -1,7 +1,9 @@
-"""The student's k likeliest columns of every row, over all ranks: the passes of interfaces that compare only these.
+"""The student's k likeliest columns of every row, over all ranks: the passes of interfaces that compare only
+these.
 
-Pass 1 keeps the k largest scores of each shared row among this rank's columns while tiles go by, and the log-sum-exp of
-every row; the ranks exchange 2 k numbers a row. Pass 2 makes tiles again only for dense rows (two_pass.py).
+Pass 1 keeps the k largest scores of each shared row among this rank's columns while tiles go by, and the
+log-sum-exp of every row; the ranks exchange 2 k numbers a row. Pass 2 makes tiles again only for dense rows
+(two_pass.py).
 
 Shapes: as in two_pass.py, and `k` top columns.
 """
@@ -69,14 +71,18 @@ class TopColumns(Tiles):
             top_teacher=teacher,
         )
 
-    def _keep(self, student: torch.Tensor, teacher: torch.Tensor | None, columns: torch.Tensor, rows: slice) -> None:
+    def _keep(
+        self, student: torch.Tensor, teacher: torch.Tensor | None, columns: torch.Tensor, rows: slice
+    ) -> None:
         """The largest of those so far and the scores [rows, c] of local columns int64 [c]."""
         k = self._scores.shape[1]
         values, chosen = torch.cat([self._scores[rows], student], dim=1).topk(k, dim=1)
         columns = torch.cat([self._local[rows], columns.expand(len(student), -1)], dim=1)
         self._scores[rows], self._local[rows] = values, columns.gather(1, chosen)
         if teacher is not None:
-            self._teacher_scores[rows] = torch.cat([self._teacher_scores[rows], teacher], dim=1).gather(1, chosen)
+            self._teacher_scores[rows] = torch.cat([self._teacher_scores[rows], teacher], dim=1).gather(
+                1, chosen
+            )
 
     def _over_ranks(self) -> tuple[torch.Tensor, torch.Tensor]:
         """[A, k] each, student and teacher: the k largest of all ranks'."""
@@ -90,7 +96,9 @@ class TopColumns(Tiles):
             student, teacher = torch.cat(everybody, dim=2).unbind(0)
         values, chosen = student.topk(k, dim=1)
         self._here = (chosen // k == rank) & (values > NEGATIVE_INFINITY)
-        self._local = torch.where(self._here, self._local.gather(1, torch.where(self._here, chosen % k, 0)), 0)
+        self._local = torch.where(
+            self._here, self._local.gather(1, torch.where(self._here, chosen % k, 0)), 0
+        )
         return values, teacher.gather(1, chosen)
 
     def add_gradient(self, statistics: Statistics, weights: GradientWeights) -> None:

@@ -1,9 +1,9 @@
 """Two passes over the vocabulary: statistics of every row, then the gradient. The one place that cuts tiles.
 
-Pass 1 reads the student's logits of a tile of columns for all rows, and the teacher's scores of the tile's shared
-tokens, and carries maxima and sums from tile to tile. `reduce` joins the ranks. An interface then decides, from a few
-numbers a row, what the loss is and how its gradient is weighted; pass 2 makes the tiles again and forms the gradient in
-place. Neither model's logits exist for more than a tile.
+Pass 1 reads the student's logits of a tile of columns for all rows, and the teacher's scores of the tile's
+shared tokens, and carries maxima and sums from tile to tile. `reduce` joins the ranks. An interface then
+decides, from a few numbers a row, what the loss is and how its gradient is weighted; pass 2 makes the tiles
+again and forms the gradient in place. Neither model's logits exist for more than a tile.
 
 The rows of the student are put in an order in which every kind of work is a slice:
 
@@ -11,24 +11,26 @@ The rows of the student are put in an order in which every kind of work is a sli
       `-------- shared rows: one a segment -'
                           `-- dense rows: gradient everywhere
 
-A *shared row* is the row of a segment's first label: there the shared tokens of both models are compared. A *dense row*
-needs the whole softmax in its gradient; a sparse one only its shared columns, and the rest none.
+A *shared row* is the row of a segment's first label: there the shared tokens of both models are compared. A
+*dense row* needs the whole softmax in its gradient; a sparse one only its shared columns, and the rest none.
 
 The gradient of a row of logits z, with x_c the score z_c / tau of a shared token:
 
-    own_weight  onehot(label)  +  softmax_weight  softmax(z)  +  scale  p_c (D_c - offset)  at the shared columns
+    own_weight  onehot(label)  +  softmax_weight  softmax(z)  +  scale  p_c (D_c - offset)  at the shared
+    columns
 
-A row may have *special columns*: shared tokens taken out of the sums (and of the last term) whose scores every rank
-gets to know, so that the interface can put them back as it likes; `special_weight` is their gradient.
+A row may have *special columns*: shared tokens taken out of the sums (and of the last term) whose scores
+every rank gets to know, so that the interface can put them back as it likes; `special_weight` is their
+gradient.
 
-An interface may ask for the probability that a first row gives to the columns that are not shared (`outside`). It
-is summed, not taken as what the shared ones leave of 1: where they leave little, that would be rounding. The second
-term of such a row is then that of the columns outside alone.
+An interface may ask for the probability that a first row gives to the columns that are not shared
+(`outside`). It is summed, not taken as what the shared ones leave of 1: where they leave little, that would
+be rounding. The second term of such a row is then that of the columns outside alone.
 
 Where an interface compares only a few columns of a row, the likeliest ones, see top_columns.py.
 
-Shapes: `N` student rows, `A` shared rows in the order above, `F` of them dense, `K` special columns, `c` shared tokens
-and `w` columns of a tile.
+Shapes: `N` student rows, `A` shared rows in the order above, `F` of them dense, `K` special columns, `c`
+shared tokens and `w` columns of a tile.
 """
 
 from __future__ import annotations
@@ -56,9 +58,13 @@ MAX_TILE_COLUMNS = 4096
 """Wider tiles gain nothing: the products are as fast."""
 MIN_TILE_COLUMNS = 64
 ROWS_FIRST_ELEMENTS = 1 << 20
-"""Elements of a tile of whole rows, if logits exist: the scores are read again in another order, from the cache."""
+"""Elements of a tile of whole rows, if logits exist: the scores are read again in another order, from the
+cache.
+"""
 CACHED_ELEMENTS = 1 << 19
-"""On a CPU, elementwise work goes over blocks of rows that stay in the cache; the products take the whole tile."""
+"""On a CPU, elementwise work goes over blocks of rows that stay in the cache; the products take the whole
+tile.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,10 +95,12 @@ class RowPlan:
     def build(
         starts: torch.Tensor, *, shared: torch.Tensor, dense: torch.Tensor, special: torch.Tensor | None
     ) -> RowPlan:
-        """starts int64 [segments]: each segment's first student row; shared bool [segments]: which are shared rows.
+        """starts int64 [segments]: each segment's first student row; shared bool [segments]: which are shared
+        rows.
 
-        dense bool [N]: rows whose gradient needs the softmax. special int64 [segments, K]: ids, read at dense first
-        rows only. How many rows are of which kind decides shapes, so on a GPU this waits for the labels' transfer.
+        dense bool [N]: rows whose gradient needs the softmax. special int64 [segments, K]: ids, read at dense
+        first rows only. How many rows are of which kind decides shapes, so on a GPU this waits for the
+        labels' transfer.
         """
         num_rows = len(dense)
         segments = shared.nonzero().squeeze(1)
@@ -123,7 +131,10 @@ class GradientWeights:
     own_weight: torch.Tensor
     """[N], in the student's order."""
     softmax_weight: torch.Tensor
-    """[N], in the student's order; read at dense rows. With `outside`, at first rows, only of the columns outside."""
+    """[N], in the student's order; read at dense rows.
+
+    With `outside`, at first rows, only of the columns outside.
+    """
     whole_weight: torch.Tensor | None = None
     """[N], with `outside`: the same at first rows, of all columns; None: 0."""
     shared: tuple[Norms, torch.Tensor, torch.Tensor] | None = None
@@ -186,14 +197,22 @@ class Tiles:
 
     def _blocks(self, start: int, stop: int, width: int) -> Iterator[slice]:
         """Rows [start, stop) in blocks; a block is either before, in or behind the dense first rows."""
-        size = max(1, CACHED_ELEMENTS // max(1, width)) if self._source.device.type == "cpu" else max(1, stop - start)
+        size = (
+            max(1, CACHED_ELEMENTS // max(1, width))
+            if self._source.device.type == "cpu"
+            else max(1, stop - start)
+        )
         borders = [b for b in (self._plan.num_sparse, self._plan.num_shared) if start < b < stop]
         for low, high in zip([start, *borders], [*borders, stop], strict=True):
             for top in range(low, high, size):
                 yield slice(top, min(top + size, high))
 
-    def _teacher_tile(self, chunk: slice, start: int, end: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Teacher scores of the tile's shared rows and tokens, and these tokens' columns in the tile; None for none."""
+    def _teacher_tile(
+        self, chunk: slice, start: int, end: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Teacher scores of the tile's shared rows and tokens, and these tokens' columns in the tile; None
+        for none.
+        """
         rows = common(chunk, slice(0, self._plan.num_shared))
         if self._teacher is None or rows is None:
             return None, None
@@ -230,14 +249,22 @@ class TwoPass(Tiles):
     """Sums over the shared columns of every shared row."""
 
     def __init__(
-        self, *given: Any, divergence: str, beta: float, temperature: float, outside: bool = False, **named: Any
+        self,
+        *given: Any,
+        divergence: str,
+        beta: float,
+        temperature: float,
+        outside: bool = False,
+        **named: Any,
     ) -> None:
-        """`given` and `named` as in Tiles. outside: all shared rows are dense, and their columns that are not shared
-        have one gradient."""
+        """`given` and `named` as in Tiles. outside: all shared rows are dense, and their columns that are not
+        shared have one gradient."""
         super().__init__(*given, **named)
         self._divergence, self._beta, self._temperature = divergence, beta, temperature
         self._outside = outside
-        assert not (outside and self._plan.num_sparse), "a sparse row has no gradient outside of its shared columns"
+        assert not (outside and self._plan.num_sparse), (
+            "a sparse row has no gradient outside of its shared columns"
+        )
         self._special_position = self._positions(self._plan.special)
 
     def statistics(self) -> Statistics:
@@ -326,7 +353,9 @@ class TwoPass(Tiles):
         special = self._plan.special[rows] - self._shard_start - start
         here = (special >= 0) & (special < values.shape[1])
         places = special.clamp(0, values.shape[1] - 1)
-        for k in range(places.shape[1]):  # one at a time: two may name the same place, one of them to leave it alone
+        for k in range(
+            places.shape[1]
+        ):  # one at a time: two may name the same place, one of them to leave it alone
             column = places[:, k : k + 1]
             values.scatter_(1, column, values.gather(1, column).masked_fill(here[:, k : k + 1], 0))
 
@@ -353,8 +382,16 @@ class TwoPass(Tiles):
                     t = teacher[rows.start - chunk.start : rows.stop - chunk.start]
                     self._cut(s, t, rows, start, end)
                     here = norms.at(rows)
-                    log_p = self._scaled(s).sub_(here.student_max.unsqueeze(1)).sub_(here.student_log_z.unsqueeze(1))
-                    log_q = self._scaled(t).sub_(here.teacher_max.unsqueeze(1)).sub_(here.teacher_log_z.unsqueeze(1))
+                    log_p = (
+                        self._scaled(s)
+                        .sub_(here.student_max.unsqueeze(1))
+                        .sub_(here.student_log_z.unsqueeze(1))
+                    )
+                    log_q = (
+                        self._scaled(t)
+                        .sub_(here.teacher_max.unsqueeze(1))
+                        .sub_(here.teacher_log_z.unsqueeze(1))
+                    )
                     for whole, part in zip(total, mean_deficits(log_p, log_q, self._beta), strict=True):
                         whole[rows] += part
         return reduce_packed(total, dist.ReduceOp.SUM, self._group)
@@ -473,7 +510,10 @@ class TwoPass(Tiles):
         *,
         read: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
-        """Take the special columns out of a block [rows, c]: -inf for both models. `read` receives their logits."""
+        """Take the special columns out of a block [rows, c]: -inf for both models.
+
+        `read` receives their logits.
+        """
         plan = self._plan
         if plan.special.numel() == 0 or rows.start < plan.num_sparse:
             return
@@ -487,14 +527,19 @@ class TwoPass(Tiles):
         if read is not None:
             read[0][chosen] = torch.where(here, values_s, read[0][chosen])
             read[1][chosen] = torch.where(here, values_t, read[1][chosen])
-        for k in range(index.shape[1]):  # one at a time: two may name the same place, one of them to leave it alone
+        for k in range(
+            index.shape[1]
+        ):  # one at a time: two may name the same place, one of them to leave it alone
             for block in (student, teacher):
                 current = block.gather(1, index[:, k : k + 1])
-                block.scatter_(1, index[:, k : k + 1], current.masked_fill(here[:, k : k + 1], NEGATIVE_INFINITY))
+                block.scatter_(
+                    1, index[:, k : k + 1], current.masked_fill(here[:, k : k + 1], NEGATIVE_INFINITY)
+                )
 
 
 def _keep_freed_memory() -> None:
-    """Let malloc keep what is freed, up to 62 MiB: it would hand every tile's memory back, and fault it in again.
+    """Let malloc keep what is freed, up to 62 MiB: it would hand every tile's memory back, and fault it in
+    again.
 
     glibc keeps twice the largest block that was ever freed, if that is below 32 MiB. Allocating and freeing
     one untouched block is enough.

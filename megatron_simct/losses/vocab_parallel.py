@@ -1,14 +1,15 @@
 """Statistics over a vocabulary that is split between the ranks of a tensor-parallel group.
 
-Every rank holds the logits of its own W columns. What a softmax over the whole vocabulary needs from the others is one
-maximum and one sum a row, so that is all that crosses ranks: a row costs a few numbers, whatever the vocabulary.
-Everything here is a function of tensors with an explicit process group; `group=None` is a single process.
+Every rank holds the logits of its own W columns. What a softmax over the whole vocabulary needs from the
+others is one maximum and one sum a row, so that is all that crosses ranks: a row costs a few numbers,
+whatever the vocabulary. Everything here is a function of tensors with an explicit process group; `group=None`
+is a single process.
 
-Columns from the real vocabulary size on are padding (Megatron pads the table, so do published checkpoints): they are
-cut off before any statistic is formed and can neither win a maximum nor add to a sum.
+Columns from the real vocabulary size on are padding (Megatron pads the table, so do published checkpoints):
+they are cut off before any statistic is formed and can neither win a maximum nor add to a sum.
 
-Statistics are float32 whatever the type of the logits, and float64 if the logits are: the same code then serves as its
-own high-precision check.
+Statistics are float32 whatever the type of the logits, and float64 if the logits are: the same code then
+serves as its own high-precision check.
 
 Shapes: `n` rows, `H` hidden size, `W` this rank's columns (padding included), `V` the real vocabulary.
 """
@@ -34,7 +35,9 @@ def statistics_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 def num_real_columns(*, shard_start: int, shard_width: int, vocab_size: int) -> int:
-    """How many of the columns [shard_start, shard_start + shard_width) are real tokens; the rest is padding."""
+    """How many of the columns [shard_start, shard_start + shard_width) are real tokens; the rest is
+    padding.
+    """
     return max(0, min(shard_width, vocab_size - shard_start))
 
 
@@ -63,7 +66,9 @@ def finite_reference(maxima: torch.Tensor) -> torch.Tensor:
 
 
 def in_place(rows: list[int]) -> slice | None:
-    """The rows of a tensor as a slice, of which a view can be had, where each follows the one before; else None."""
+    """The rows of a tensor as a slice, of which a view can be had, where each follows the one before; else
+    None.
+    """
     first = rows[0] if rows else 0
     return slice(first, first + len(rows)) if rows == list(range(first, first + len(rows))) else None
 
@@ -71,7 +76,10 @@ def in_place(rows: list[int]) -> slice | None:
 def reduce_packed(
     values: list[torch.Tensor], op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None
 ) -> list[torch.Tensor]:
-    """All-reduce several vectors as one message. Every rank passes the same shapes; `group=None` sends nothing."""
+    """All-reduce several vectors as one message.
+
+    Every rank passes the same shapes; `group=None` sends nothing.
+    """
     if group is None or dist.get_world_size(group) == 1:
         return values
     packed = torch.cat(values)
@@ -80,15 +88,17 @@ def reduce_packed(
 
 
 class OnlineLogSumExp:
-    """log sum e^x of each row over columns that come a tile at a time: the maximum, and the sum relative to it."""
+    """log sum e^x of each row over columns that come a tile at a time: the maximum, and the sum relative to
+    it.
+    """
 
     def __init__(self, num_rows: int, *, like: torch.Tensor) -> None:
         self.maxima = like.new_full((num_rows,), NEGATIVE_INFINITY)
         self.sums = like.new_zeros(num_rows)
 
     def add(self, tile: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """tile [rows, w], of a slice of the rows. Returns e^(tile - maxima), a new tensor, and what older sums shrank
-        by."""
+        """tile [rows, w], of a slice of the rows. Returns e^(tile - maxima), a new tensor, and what older
+        sums shrank by."""
         maxima = torch.maximum(self.maxima[rows], row_maxima(tile))
         reference = finite_reference(maxima)
         shrink = (self.maxima[rows] - reference).exp()
@@ -99,14 +109,18 @@ class OnlineLogSumExp:
         return exponentials, shrink
 
     def shrink_to(self, maxima: torch.Tensor) -> torch.Tensor:
-        """Make the sums relative to maxima that are no smaller, such as those of all ranks; returns the factor."""
+        """Make the sums relative to maxima that are no smaller, such as those of all ranks; returns the
+        factor.
+        """
         shrink = (self.maxima - maxima).exp()
         self.sums *= shrink
         return shrink
 
 
 def own_logits(logits: torch.Tensor, labels: torch.Tensor, shard_start: int) -> torch.Tensor:
-    """[n, w], [n] -> [n]: each row's logit of its label, 0 where the label's column is on another rank (for a SUM)."""
+    """[n, w], [n] -> [n]: each row's logit of its label, 0 where the label's column is on another rank (for a
+    SUM).
+    """
     if logits.shape[1] == 0:
         return logits.new_zeros(logits.shape[0])
     local = labels - shard_start
@@ -134,14 +148,16 @@ def label_statistics(
     row_chunk: int = LABEL_STATISTICS_ROWS,
     column_chunk: int = LABEL_STATISTICS_COLUMNS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each label's logit and its row's log-sum-exp over the real vocabulary, without keeping the logits. No gradient.
+    """Each label's logit and its row's log-sum-exp over the real vocabulary, without keeping the logits. No
+    gradient.
 
-    hidden [n, H], equal on every rank; weight [W, H], this rank's rows of the output layer from id `shard_start` on;
-    labels [n], ids below `vocab_size`. Returns (own_logit [n], lse [n]), float32 (float64 for float64 inputs), after
-    the soft-cap, equal on every rank; own_logit - lse is the label's log-probability in nats.
+    hidden [n, H], equal on every rank; weight [W, H], this rank's rows of the output layer from id
+    `shard_start` on; labels [n], ids below `vocab_size`. Returns (own_logit [n], lse [n]), float32 (float64
+    for float64 inputs), after the soft-cap, equal on every rank; own_logit - lse is the label's
+    log-probability in nats.
 
-    At most row_chunk x column_chunk logits exist at a time: the maximum and the sum of a row are carried from one tile
-    of columns to the next. Between ranks go 12 bytes a row.
+    At most row_chunk x column_chunk logits exist at a time: the maximum and the sum of a row are carried from
+    one tile of columns to the next. Between ranks go 12 bytes a row.
     """
     like = torch.empty(0, dtype=statistics_dtype(hidden), device=hidden.device)
     sums = LabelSums(labels - shard_start, like=like)
@@ -184,7 +200,10 @@ class LabelSums:
         self.exponentials = OnlineLogSumExp(len(labels), like=like)
 
     def add(self, tile: torch.Tensor, rows: slice, left: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """tile [rows, w]: logits of this rank's columns from `left` on. Returns what OnlineLogSumExp.add does."""
+        """tile [rows, w]: logits of this rank's columns from `left` on.
+
+        Returns what OnlineLogSumExp.add does.
+        """
         self.own[rows] += own_logits(tile, self._labels[rows], left)
         return self.exponentials.add(tile, rows)
 
@@ -198,7 +217,9 @@ class LabelSums:
 
 
 class _CopyToGroup(torch.autograd.Function):
-    """The identity forward, the sum over the group backward: how a replicated tensor enters column-parallel work."""
+    """The identity forward, the sum over the group backward: how a replicated tensor enters column-parallel
+    work.
+    """
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -215,5 +236,7 @@ class _CopyToGroup(torch.autograd.Function):
 
 
 def copy_to_group(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """`tensor`, equal on every rank of the group, for use with each rank's own columns; its gradient is summed."""
+    """`tensor`, equal on every rank of the group, for use with each rank's own columns; its gradient is
+    summed.
+    """
     return _CopyToGroup.apply(tensor, group)

@@ -1,13 +1,15 @@
 """Attention in torch's own operations, on any device: in the place of Megatron's DotProductAttention.
 
     score(q, k) = scale * <q, k>, then cap * tanh(score / cap) where the architecture has a soft-cap
-    weight(q, k) = exp score(q, k) / sum of these over the visible keys, and over exp(sink) where a head has one
+    weight(q, k) = exp score(q, k) / sum of these over the visible keys, and over exp(sink) where a head has
+    one
     query i sees key j of its own sequence  iff  0 <= i - j < window
 
-Padding stands behind the tokens that it follows, so none of them sees it; what it computes itself, nothing reads.
+Padding stands behind the tokens that it follows, so none of them sees it; what it computes itself, nothing
+reads.
 
-Shape letters: S queries, K keys, B sequences (1 where they are packed one after another), n query heads and g key heads
-of this tensor-parallel rank, d entries of a head.
+Shape letters: S queries, K keys, B sequences (1 where they are packed one after another), n query heads and g
+key heads of this tensor-parallel rank, d entries of a head.
 """
 
 from __future__ import annotations
@@ -45,8 +47,8 @@ class SelfAttention(MegatronSelfAttention):
         whole_norms: tuple[Callable[..., torch.nn.Module], ...] | None = None,
         **kwargs: Any,
     ) -> None:
-        """rope_index: its place among those of Rotary. None: the layer has no rotary embedding. whole_norms: of all
-        heads of queries, and of keys, together; Megatron has norms of single heads only."""
+        """rope_index: its place among those of Rotary. None: the layer has no rotary embedding. whole_norms:
+        of all heads of queries, and of keys, together; Megatron has norms of single heads only."""
         super().__init__(*args, **kwargs)
         if whole_norms is not None:
             self.q_layernorm, self.k_layernorm = (
@@ -115,7 +117,8 @@ class CoreAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """[S, B, n, d], [K, B, g, d], [K, B, g, d] -> [S, B, n * d].
 
-        packed_seq_params: where the tokens stand. None: each row is a sequence, the queries the last S of the K.
+        packed_seq_params: where the tokens stand. None: each row is a sequence, the queries the last S of the
+        K.
         """
         assert attention_mask is None, "a Layout says what is seen"
         query = self._weighted(query)
@@ -133,7 +136,9 @@ class CoreAttention(torch.nn.Module):
         own = {} if self.sinks is None else {"sinks": self.sinks}
         return make_sharded_tensors_for_checkpoint(own, prefix, {"sinks": 0}, sharded_offsets)
 
-    def decode(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: Step) -> torch.Tensor:
+    def decode(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: Step
+    ) -> torch.Tensor:
         """One query a head over cached keys: [B, g, n / g, d], [B, g, K, d], [B, g, K, d] -> [B, n * d].
 
         The heads that share keys are treated as queries of one head.
@@ -152,7 +157,9 @@ class CoreAttention(torch.nn.Module):
         return out.flatten(1)
 
     def _weighted(self, query: torch.Tensor) -> torch.Tensor:
-        """Queries times the weights of UnweightedNorm: a product of query and key sees the product of both."""
+        """Queries times the weights of UnweightedNorm: a product of query and key sees the product of
+        both.
+        """
         if not self.turned_norms:
             return query
         ours, theirs = (norm.weight for norm in self.turned_norms)
@@ -161,7 +168,9 @@ class CoreAttention(torch.nn.Module):
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout | None
     ) -> torch.Tensor:
-        """Consecutive queries of one sequence, or of B padded ones; the masks are those of the layout, if any."""
+        """Consecutive queries of one sequence, or of B padded ones; the masks are those of the layout, if
+        any.
+        """
         num_queries, num_keys = query.shape[0], key.shape[0]
         if self._growing is not None:
             where = torch.arange(num_keys - num_queries, num_keys, device=query.device)
@@ -176,10 +185,18 @@ class CoreAttention(torch.nn.Module):
             visible = visible_keys(num_queries, num_keys, window, device=query.device)
         if self._cap is None and self.sinks is None:
             out = scaled_dot_product_attention(
-                query, key, value, attn_mask=visible, is_causal=is_triangle, scale=self._scale, enable_gqa=True
+                query,
+                key,
+                value,
+                attn_mask=visible,
+                is_causal=is_triangle,
+                scale=self._scale,
+                enable_gqa=True,
             )
         else:
-            out = capped_attention(query, key, value, visible, scale=self._scale, cap=self._cap, sinks=self.sinks)
+            out = capped_attention(
+                query, key, value, visible, scale=self._scale, cap=self._cap, sinks=self.sinks
+            )
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -200,8 +217,8 @@ def capped_attention(
 ) -> torch.Tensor:
     """[B, n, S, d], [B, g, K, d], [B, g, K, d] -> [B, n, S, d]. Holds all scores; the softmax is in float32.
 
-    sinks [n]: one more score of each head, whose weight goes to no value. visible: which keys each query sees, a bool
-    that broadcasts to [B, n, S, K]; None: all of them.
+    sinks [n]: one more score of each head, whose weight goes to no value. visible: which keys each query
+    sees, a bool that broadcasts to [B, n, S, K]; None: all of them.
     """
     group = query.shape[1] // key.shape[1]
     if group > 1:

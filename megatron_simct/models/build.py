@@ -1,8 +1,8 @@
 """Builds the Megatron model of an architecture. The one place that constructs a GPTModel.
 
-The model returns hidden states after the final norm, [S, B, H]; whoever needs logits multiplies by `output_weight`.
-Of a pipeline each rank builds its stage: the first has the embedding, the last the final norm and the LM head, and the
-others return what the stage after them reads.
+The model returns hidden states after the final norm, [S, B, H]; whoever needs logits multiplies by
+`output_weight`. Of a pipeline each rank builds its stage: the first has the embedding, the last the final
+norm and the LM head, and the others return what the stage after them reads.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ with megatron_imports():
     from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+    from megatron.core.transformer.transformer_block import (
+        TransformerBlockSubmodules,
+        get_num_layers_to_build,
+    )
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 
@@ -47,13 +50,18 @@ class HiddenStateModel(GPTModel):
         self.architecture = architecture
         self.rotary_pos_emb = Rotary(architecture.ropes, longest=longest)
         self.logit_softcap = architecture.final_logit_softcap
-        """Whoever multiplies by `output_weight` bounds the logits: cap * tanh(logit / cap). None: not bounded."""
+        """Whoever multiplies by `output_weight` bounds the logits: cap * tanh(logit / cap).
+
+        None: not bounded.
+        """
         # As transformers does, the scale is rounded to the embedding's precision.
         scale = torch.tensor(architecture.embedding_scale, dtype=self.config.params_dtype, device="cpu")
         self.embedding_scale = float(scale)
         """Multiplies the embedding of a token on its way into the first layer."""
 
-    def _preprocess(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **kwargs: Any) -> tuple[Any, ...]:
+    def _preprocess(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, **kwargs: Any
+    ) -> tuple[Any, ...]:
         if self.pre_process and self.embedding_scale != 1.0:
             embedded = self.embedding(input_ids=input_ids, position_ids=position_ids)
             kwargs["decoder_input"] = embedded * self.embedding_scale
@@ -63,8 +71,8 @@ class HiddenStateModel(GPTModel):
         if self.post_process and self.architecture.logit_scale != 1.0:
             hidden_states = hidden_states * self.architecture.logit_scale
         if self.post_process and self.config.sequence_parallel:
-            # Whoever reads the whole sequence brings a gradient that is complete on every rank (the loss sums it over
-            # the group), so the way back is this rank's slice, not another sum.
+            # Whoever reads the whole sequence brings a gradient that is complete on every rank (the loss sums
+            # it over the group), so the way back is this rank's slice, not another sum.
             return gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )
@@ -72,7 +80,10 @@ class HiddenStateModel(GPTModel):
 
     @property
     def output_weight(self) -> torch.nn.Parameter:
-        """[W, H]: this rank's rows of the LM head; the embedding itself where the two are tied. Last stage only."""
+        """[W, H]: this rank's rows of the LM head; the embedding itself where the two are tied.
+
+        Last stage only.
+        """
         assert self.post_process, "only the last pipeline stage has the LM head"
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
@@ -80,14 +91,18 @@ class HiddenStateModel(GPTModel):
 
     @property
     def vocab_shard(self) -> tuple[int, int]:
-        """Ids [start, end) of the padded vocabulary whose rows this tensor-parallel rank holds, on any stage."""
+        """Ids [start, end) of the padded vocabulary whose rows this tensor-parallel rank holds, on any
+        stage.
+        """
         width = self.vocab_size // self.pg_collection.tp.size()
         start = self.pg_collection.tp.rank() * width
         return start, start + width
 
 
 class InterleavedModel(torch.nn.ModuleList):
-    """The pieces of the model that one rank of an interleaved pipeline holds, in their order: several stages of it."""
+    """The pieces of the model that one rank of an interleaved pipeline holds, in their order: several stages
+    of it.
+    """
 
     @property
     def stages(self) -> list[HiddenStateModel]:
@@ -114,7 +129,9 @@ class InterleavedModel(torch.nn.ModuleList):
         return self.stages[-1].logit_softcap
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Under this module's names; the keys in a checkpoint are those of the whole model, as for every layout."""
+        """Under this module's names; the keys in a checkpoint are those of the whole model, as for every
+        layout.
+        """
         return {
             f"{i}.{name}": value
             for i, chunk in enumerate(self.stages)
@@ -131,7 +148,9 @@ def chunks_of(model: HiddenStateModel | InterleavedModel) -> list[HiddenStateMod
 def whole_sequences(model: HiddenStateModel | InterleavedModel) -> Iterator[None]:
     """Without sequence parallelism, for inference: one token at a time leaves nothing to split."""
     owners = [(model.config, "sequence_parallel")]
-    owners += [(m, name) for m in model.modules() for name in ("sequence_parallel", "reduce_scatter_embeddings")]
+    owners += [
+        (m, name) for m in model.modules() for name in ("sequence_parallel", "reduce_scatter_embeddings")
+    ]
     owners = [(owner, name) for owner, name in owners if getattr(owner, name, False)]
     for owner, name in owners:
         setattr(owner, name, False)
@@ -164,23 +183,29 @@ def build_model(
 ) -> HiddenStateModel | InterleavedModel:
     """This rank's part of the model, with random weights drawn from the seeded generators.
 
-    Without `initialize` the weights are whatever lies in memory, for a caller that fills all of them: drawing takes
-    time, and on a CPU megatron-core draws whole matrices before it splits them.
+    Without `initialize` the weights are whatever lies in memory, for a caller that fills all of them: drawing
+    takes time, and on a CPU megatron-core draws whole matrices before it splits them.
 
-    vocab_size: the tokenizer's ids; the embedding holds at least these, padded. Random weights depend on the layout
-    (the halves of a gated MLP are drawn in another order, each stage draws its own, and on a CPU ranks that share
-    experts draw the same ones); loaded ones do not. `flag` names the checkpoint in errors. longest: see Rotary.
-    more: fields of TransformerConfig that have nothing to do with what the model computes. local_layers:
-    megatron-core's own layers also where TransformerEngine's would do.
+    vocab_size: the tokenizer's ids; the embedding holds at least these, padded. Random weights depend on the
+    layout (the halves of a gated MLP are drawn in another order, each stage draws its own, and on a CPU ranks
+    that share experts draw the same ones); loaded ones do not. `flag` names the checkpoint in errors.
+    longest: see Rotary. more: fields of TransformerConfig that have nothing to do with what the model
+    computes. local_layers: megatron-core's own layers also where TransformerEngine's would do.
     """
     check_divides(architecture, parallel, flag=flag)
     if vocab_size > architecture.vocab_size:
         raise ValueError(
-            f"{flag}: the tokenizer has {vocab_size} ids, but config.json says vocab_size {architecture.vocab_size}"
+            f"{flag}: the tokenizer has {vocab_size} ids, but config.json says vocab_size "
+            f"{architecture.vocab_size}"
         )
     virtual = parallel.num_virtual_stages_per_pipeline_rank
     config = _transformer_config(
-        architecture, parallel, bf16=bf16, on_cpu=groups.device.type == "cpu", initialize=initialize, more=more
+        architecture,
+        parallel,
+        bf16=bf16,
+        on_cpu=groups.device.type == "cpu",
+        initialize=initialize,
+        more=more,
     )
 
     def stage(chunk: int) -> HiddenStateModel:
@@ -199,21 +224,25 @@ def build_model(
             post_process=groups.is_last_stage and chunk == virtual - 1,
             vp_stage=vp_stage,
             vocab_size=padded_vocab_size(
-                architecture.vocab_size, divisible_by=divisible_by, tp_size=parallel.tensor_model_parallel_size
+                architecture.vocab_size,
+                divisible_by=divisible_by,
+                tp_size=parallel.tensor_model_parallel_size,
             ),
             max_sequence_length=architecture.max_position_embeddings,
             share_embeddings_and_output_weights=architecture.tied_embeddings,
         )
 
-    with warnings.catch_warnings():  # whole experts do without sequence parallelism: megatron-core says so of each
+    with (
+        warnings.catch_warnings()
+    ):  # whole experts do without sequence parallelism: megatron-core says so of each
         warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`")
         model = stage(0) if virtual == 1 else InterleavedModel(stage(chunk) for chunk in range(virtual))
     if not initialize:
         _mark_split(model)
     for name, parameter in model.named_parameters():
         if ".experts." in name:
-            # Reduced and updated apart from the others, as megatron-core does where ranks share experts. In every
-            # layout, so that a checkpoint of the optimizer has the same parts in all of them.
+            # Reduced and updated apart from the others, as megatron-core does where ranks share experts. In
+            # every layout, so that a checkpoint of the optimizer has the same parts in all of them.
             parameter.allreduce = False  # type: ignore[union-attr]
     return model.to(groups.device)
 
@@ -257,13 +286,14 @@ def _transformer_config(
             pipeline_dtype=dtype,
             sequence_parallel=parallel.sequence_parallel,
             context_parallel_size=parallel.context_parallel_size,
-            # Stages tell each other the shape of each micro-batch. Megatron wants this dispatcher, dense or not; under
-            # it ranks that share experts may have micro-batches of different shapes.
+            # Stages tell each other the shape of each micro-batch. Megatron wants this dispatcher, dense or
+            # not; under it ranks that share experts may have micro-batches of different shapes.
             variable_seq_lengths=True,
             moe_token_dispatcher_type="alltoall",
             **options,
             **_uneven_stages(architecture, parallel),
-            # The loss is a sum over labels; the one division by their global number happens in finalize_model_grads.
+            # The loss is a sum over labels; the one division by their global number happens in
+            # finalize_model_grads.
             calculate_per_token_loss=True,
             use_cpu_initialization=on_cpu,
             perform_initialization=initialize,
@@ -301,11 +331,12 @@ def _of_layers(architecture: Architecture, parallel: ParallelConfig) -> dict[str
 
 
 def layers_of_stages(architecture: Architecture, parallel: ParallelConfig) -> list[int]:
-    """How many layers each piece of the model has, from the first to the last: stages, or those of an interleaved
-    pipeline, of which rank r of P has the pieces r, r + P, ...
+    """How many layers each piece of the model has, from the first to the last: stages, or those of an
+    interleaved pipeline, of which rank r of P has the pieces r, r + P, ...
 
-    Where stages do not divide the layers and nothing else is said, those in the middle have equally many, and the
-    ends, which have more to do, what is left if the others have one more than they. ValueError, naming the flag.
+    Where stages do not divide the layers and nothing else is said, those in the middle have equally many, and
+    the ends, which have more to do, what is left if the others have one more than they. ValueError, naming
+    the flag.
     """
     layers, stages = architecture.num_layers, parallel.pipeline_model_parallel_size
     if parallel.pipeline_model_parallel_layout is not None:
@@ -341,7 +372,8 @@ def _read_layout(parallel: ParallelConfig, num_layers: int) -> list[int]:
         raise ValueError(f"{where}: is written with E, t, L, |, commas, and x*3 or (x|)*3")
     try:
         stages = [
-            "".join(layer.name[0] for layer in stage) for stage in PipelineParallelLayerLayout.parse_str_to_list(text)
+            "".join(layer.name[0] for layer in stage)
+            for stage in PipelineParallelLayerLayout.parse_str_to_list(text)
         ]
     except AssertionError:
         raise ValueError(f"{where}: its parentheses do not match") from None
@@ -376,7 +408,8 @@ def _uneven_stages(architecture: Architecture, parallel: ParallelConfig) -> dict
 
 
 def _mark_split(model: torch.nn.Module) -> None:
-    """Say which parameters the tensor-parallel ranks share among them: the gradient norm counts the others once.
+    """Say which parameters the tensor-parallel ranks share among them: the gradient norm counts the others
+    once.
 
     megatron-core says so of a weight when it draws it, and not otherwise.
     """
@@ -388,8 +421,8 @@ def _mark_split(model: torch.nn.Module) -> None:
 
 
 def uses_transformer_engine(architecture: Architecture, device: torch.device) -> bool:
-    """Whether the layers are TransformerEngine's: on a GPU, where megatron-core could import it, for the families that
-    its layers can express."""
+    """Whether the layers are TransformerEngine's: on a GPU, where megatron-core could import it, for the
+    families that its layers can express."""
     return (
         gpt_layer_specs.HAVE_TE
         and device.type == "cuda"
@@ -414,8 +447,9 @@ def check_divides(architecture: Architecture, parallel: ParallelConfig, *, flag:
     layers = architecture.num_layers
     if virtual > 1 and layers % (pp * virtual) and parallel.pipeline_model_parallel_layout is None:
         raise ValueError(
-            f"--pipeline-model-parallel-size {pp} x --num-virtual-stages-per-pipeline-rank {virtual} does not divide "
-            f"num_layers ({layers}) of {flag}; --pipeline-model-parallel-layout can say how many each piece has"
+            f"--pipeline-model-parallel-size {pp} x --num-virtual-stages-per-pipeline-rank {virtual} does "
+            f"not divide num_layers ({layers}) of {flag}; --pipeline-model-parallel-layout can say how many "
+            "each piece has"
         )
     if layers < pp:
         raise ValueError(f"--pipeline-model-parallel-size {pp} is more than num_layers ({layers}) of {flag}")
@@ -423,13 +457,14 @@ def check_divides(architecture: Architecture, parallel: ParallelConfig, *, flag:
     ep = parallel.expert_model_parallel_size
     if architecture.num_experts % ep:
         raise ValueError(
-            f"--expert-model-parallel-size {ep} does not divide num_experts ({architecture.num_experts}) of {flag}"
+            f"--expert-model-parallel-size {ep} does not divide num_experts ({architecture.num_experts}) of "
+            f"{flag}"
         )
     cp = parallel.context_parallel_size
     if cp > 1 and not all(layer.attention.has_context_parallel for layer in architecture.kinds):
         raise ValueError(
-            f"--context-parallel-size {cp}: {flag} has linear attention, whose state goes through a sequence from its "
-            "start to its end; leave it out"
+            f"--context-parallel-size {cp}: {flag} has linear attention, whose state goes through a sequence "
+            "from its start to its end; leave it out"
         )
     tp = parallel.tensor_model_parallel_size
     for layer in architecture.kinds:

@@ -5,15 +5,17 @@ For each value head a state S [dk, dv], over the tokens of a sequence, from S = 
     S <- e^g S;   S <- S + k (beta (v - S^T k))^T;   o = S^T q / sqrt(dk)
     g = -e^A softplus(a + bias) <= 0,   beta = sigmoid(b)
 
-q, k and v come from one projection, then a causal convolution of each channel over the last tokens, then silu; q and k
-are divided by their length. A key head serves V / K value heads that follow one another. Each head's o is normalized,
-multiplied by silu(z), and goes through the output projection.
+q, k and v come from one projection, then a causal convolution of each channel over the last tokens, then
+silu; q and k are divided by their length. A key head serves V / K value heads that follow one another. Each
+head's o is normalized, multiplied by silu(z), and goes through the output projection.
 
-`delta_rule` computes it in chunks of tokens, in products of matrices (section 3.3 of the paper). Within a chunk, with
-G the sum of g up to a token, (I + A) U = beta v and (I + A) W = beta e^G k, where A_ij = beta_i e^(G_i - G_j) <k_i,
-k_j> for j < i. The state at the beginning of a chunk corrects U by W S. All of it is in float32.
+`delta_rule` computes it in chunks of tokens, in products of matrices (section 3.3 of the paper). Within a
+chunk, with G the sum of g up to a token, (I + A) U = beta v and (I + A) W = beta e^G k, where A_ij = beta_i
+e^(G_i - G_j) <k_i, k_j> for j < i. The state at the beginning of a chunk corrects U by W S. All of it is in
+float32.
 
-Shape letters: B sequences, S tokens, C tokens of a chunk, K key heads and V value heads, dk and dv their entries.
+Shape letters: B sequences, S tokens, C tokens of a chunk, K key heads and V value heads, dk and dv their
+entries.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ class DeltaNet:
     window: int
     """Tokens that the convolution sees."""
     packed: bool
-    """The folder has one tensor of queries, keys, values and gates, ordered by key heads, and one of b and a."""
+    """The folder has one tensor of queries, keys, values and gates, ordered by key heads, and one of b and a.
+    """
 
     @property
     def heads(self) -> int:
@@ -94,7 +97,9 @@ class DeltaNet:
         return {}
 
     def spec(self, layer: Layer, backend: BackendSpecProvider, ropes: Sequence[Rope]) -> ModuleSpec:
-        assert layer.rope is None and layer.window is None and layer.norms == "before", "no family has another"
+        assert layer.rope is None and layer.window is None and layer.norms == "before", (
+            "no family has another"
+        )
         return ModuleSpec(module=GatedDeltaNet, params={"delta": self})
 
     def rules(self) -> dict[str, Rule]:
@@ -140,9 +145,9 @@ class DeltaNet:
         return self.channels / share.tp, self.value_heads * self.value_dim / share.tp
 
     def kept_bytes(self, share: Share, *, batch: float, length: int) -> float:
-        """A token keeps its channels before and after the convolution and silu, the gates, and in float32 queries and
-        keys of each value head, values, corrections and outputs several times; a chunk keeps its products C x C and the
-        state at its beginning, for each value head. Chunks are whole."""
+        """A token keeps its channels before and after the convolution and silu, the gates, and in float32
+        queries and keys of each value head, values, corrections and outputs several times; a chunk keeps its
+        products C x C and the state at its beginning, for each value head. Chunks are whole."""
         channels, values = self._widths(share)
         heads = self.value_heads / share.tp
         a_token = (3 * channels + 3 * values) * share.value_bytes
@@ -170,8 +175,8 @@ class GatedDeltaNet(MegatronModule):
 
     @property
     def state_operations(self) -> float:
-        """Operations of a token beside those of matrices: its key reads and writes the state [dk, dv] of each value
-        head, and its query reads it."""
+        """Operations of a token beside those of matrices: its key reads and writes the state [dk, dv] of each
+        value head, and its query reads it."""
         heads = self.delta.value_heads // self.tp_group.size()
         return 6.0 * heads * self.delta.key_dim * self.delta.value_dim
 
@@ -227,12 +232,16 @@ class GatedDeltaNet(MegatronModule):
         packed_seq_params: Layout | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        """[S, B, H] -> [S, B, H]. packed_seq_params: the sequences of a row; None: one, padded at its end at most."""
+        """[S, B, H] -> [S, B, H]. packed_seq_params: the sequences of a row; None: one, padded at its end at
+        most.
+        """
         projected, ba = self.linear_in(hidden_states)[0], self.linear_ba(hidden_states)[0]
         parts = [(projected.transpose(0, 1), ba.transpose(0, 1))]
         if packed_seq_params is not None and len(packed_seq_params.pieces) > 1:
             whole, whole_ba = parts[0]
-            parts = [(whole[:, piece.queries], whole_ba[:, piece.queries]) for piece in packed_seq_params.pieces]
+            parts = [
+                (whole[:, piece.queries], whole_ba[:, piece.queries]) for piece in packed_seq_params.pieces
+            ]
         mixed = torch.cat([self.mix(one, its_ba)[0] for one, its_ba in parts], dim=1)
         return self.linear_proj(mixed.transpose(0, 1).contiguous())
 
@@ -257,7 +266,9 @@ class GatedDeltaNet(MegatronModule):
         delta = self.delta
         by_head = silu(channels).unflatten(-1, (-1, 2 * delta.key_dim + delta._values)).float()
         query, key, value = by_head.split([delta.key_dim, delta.key_dim, delta._values], dim=-1)
-        query, key = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _LENGTH_EPSILON) for x in (query, key))
+        query, key = (
+            x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _LENGTH_EPSILON) for x in (query, key)
+        )
         each = delta.value_heads // delta.key_heads
         query, key = (x.repeat_interleave(each, dim=-2) for x in (query * delta.key_dim**-0.5, key))
         return query, key, value.reshape(*value.shape[:-2], -1, delta.value_dim)
@@ -288,7 +299,9 @@ class GatedDeltaNet(MegatronModule):
             inside = (steps < lengths[:, None]).unsqueeze(-1)
             decay, beta = decay * inside, beta * inside  # what stands behind changes no state
             tail = padded[torch.arange(len(lengths))[:, None], lengths[:, None] + steps[:before]]
-        channels = conv1d(padded.transpose(1, 2), self.convolution, groups=self.convolution.shape[0]).transpose(1, 2)
+        channels = conv1d(
+            padded.transpose(1, 2), self.convolution, groups=self.convolution.shape[0]
+        ).transpose(1, 2)
         mixed, state = delta_rule(*self.heads(channels), decay, beta)
         return self.gated(mixed, gates), tail.transpose(1, 2), state
 
@@ -298,7 +311,9 @@ class GatedDeltaNet(MegatronModule):
         """For a checkpoint: what is split over the heads beside the linear layers."""
         assert metadata is not None, "the model gives it to its layers"
         own = {name: getattr(self, name) for name in ("convolution", "A_log", "dt_bias")}
-        return super().sharded_state_dict(prefix, sharded_offsets, metadata) | make_sharded_tensors_for_checkpoint(
+        return super().sharded_state_dict(
+            prefix, sharded_offsets, metadata
+        ) | make_sharded_tensors_for_checkpoint(
             own,
             prefix,
             dict.fromkeys(own, 0),
@@ -311,7 +326,9 @@ class GatedDeltaNet(MegatronModule):
 def delta_rule(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor, beta: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q, k [B, S, V, dk], v [B, S, V, dv], g and beta [B, S, V] -> o [B, S, V, dv] and the state [B, V, dk, dv]."""
+    """q, k [B, S, V, dk], v [B, S, V, dv], g and beta [B, S, V] -> o [B, S, V, dv] and the state [B, V, dk,
+    dv].
+    """
     length = query.shape[1]
     missing = -length % CHUNK
     # [B, V, chunks, C, .]; what fills the last chunk has beta = 0 and g = 0, so it changes no state.

@@ -55,7 +55,9 @@ class Dense:
             module=MLP,
             submodules=MLPSubmodules(
                 linear_fc1=backend.column_parallel_layer_norm_linear() if fused else ColumnParallelLinear,
-                linear_fc2=NormedRowParallelLinear if layer.norms != "before" else backend.row_parallel_linear(),
+                linear_fc2=NormedRowParallelLinear
+                if layer.norms != "before"
+                else backend.row_parallel_linear(),
             ),
         )
 

@@ -1,8 +1,9 @@
-"""A mixture of experts: a router picks for each token the MLPs that it goes through, and weighs their outputs.
+"""A mixture of experts: a router picks for each token the MLPs that it goes through, and weighs their
+outputs.
 
-    s = softmax(W x) or sigmoid(W x), in float32; the choice falls by s + b, with b a correction that training of the
-    model moved to even out its experts, and can be limited to the groups of experts whose two best add up to most;
-    w = s of the chosen, over their sum where weights are normalized, times a factor.
+    s = softmax(W x) or sigmoid(W x), in float32; the choice falls by s + b, with b a correction that training
+    of the model moved to even out its experts, and can be limited to the groups of experts whose two best add
+    up to most; w = s of the chosen, over their sum where weights are normalized, times a factor.
 
 Shared experts are one more MLP that every token goes through, with or without a gate sigmoid(v x) of its own.
 """
@@ -63,8 +64,8 @@ class Experts:
     """Width of the shared experts together; 0: there are none."""
     shared_gate: bool = False
     clamp: float | None = None
-    """Bounds gate and up projection, with biases in router and experts: up + 1 is multiplied by g sigmoid(1.702 g), and
-    the folder has the experts of a layer in one tensor (gpt-oss). Teachers only."""
+    """Bounds gate and up projection, with biases in router and experts: up + 1 is multiplied by g
+    sigmoid(1.702 g), and the folder has the experts of a layer in one tensor (gpt-oss). Teachers only."""
     names: ExpertNames | None = None
     """None: those of most families."""
 
@@ -122,7 +123,9 @@ class Experts:
             "mlp.experts.local_experts.*.linear_fc2.weight": Columns(down),
         }
         if self.corrected:
-            rules["mlp.router.correction"] = Exact(f"model.layers.*.{names.correction}", row=names.correction_row)
+            rules["mlp.router.correction"] = Exact(
+                f"model.layers.*.{names.correction}", row=names.correction_row
+            )
         if self.shared_width:
             shared = f"model.layers.*.{names.shared}."
             rules |= {
@@ -160,8 +163,8 @@ class Experts:
         return (self.chosen * self.width + self.shared_width) / share.tp
 
     def kept_bytes(self, share: Share, *, hidden_size: float, batch: float, length: int) -> float:
-        """Each chosen expert as a dense MLP; of the hidden state a copy that enters, from all ranks that share the
-        expert, and one that leaves."""
+        """Each chosen expert as a dense MLP; of the hidden state a copy that enters, from all ranks that
+        share the expert, and one that leaves."""
         values = 5 * self._widths(share) + (1 + share.expert_tp) * self.chosen * hidden_size
         return values * share.value_bytes * batch * length
 
@@ -170,8 +173,12 @@ class Experts:
         values = 4 * self._widths(share) + 2 * self.chosen * share.hidden_size
         return values * share.value_bytes * batch * length
 
-    def route(self, logits: torch.Tensor, correction: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights [T, experts], zero of those that are not chosen, and which are, of logits float32 [T, experts]."""
+    def route(
+        self, logits: torch.Tensor, correction: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights [T, experts], zero of those that are not chosen, and which are, of logits float32 [T,
+        experts].
+        """
         scores = logits.softmax(dim=-1) if self.score == "softmax" else logits.sigmoid()
         preferred = scores.detach() if correction is None else scores.detach() + correction
         if self.groups > 1:
@@ -188,7 +195,9 @@ class Experts:
 
 
 def _submodules(spec: ModuleSpec | partial[Any]) -> Any:
-    """What a module is built of. megatron-core 0.16 has specifications where later ones have partial calls."""
+    """What a module is built of. megatron-core 0.16 has specifications where later ones have partial
+    calls.
+    """
     return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules
 
 
@@ -221,13 +230,18 @@ class Router(TopKRouter):
         bias = None if self.bias is None else self.bias.float()
         return torch.nn.functional.linear(input.float(), self.weight.float(), bias)
 
-    def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    def routing(
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
         """See Experts.route."""
         return self._experts.route(logits.flatten(0, 1), self.correction)
 
 
 class BiasOnce(RowParallelLinear):
-    """The second matrix of an expert. Where its ranks' outputs are added up later, only the first adds the bias."""
+    """The second matrix of an expert.
+
+    Where its ranks' outputs are added up later, only the first adds the bias.
+    """
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         output, bias = super().forward(input_)

@@ -61,8 +61,8 @@ class Architecture:
     teacher_only: bool = False
     """Generation and training were not written for it."""
     index_length: int | None = None
-    """How many positions a query sees, which an indexer chooses that nothing here computes: longer sequences are
-    refused, and in others a query sees all before it."""
+    """How many positions a query sees, which an indexer chooses that nothing here computes: longer sequences
+    are refused, and in others a query sees all before it."""
 
     @property
     def num_layers(self) -> int:
@@ -102,8 +102,9 @@ NESTED: dict[str, dict[str, Any]] = {
 
 _OUTER = frozenset(
     """text_config vision_config tie_word_embeddings initializer_range mm_tokens_per_image boi_token_index
-    eoi_token_index image_token_index image_token_id boi_token_id eoi_token_id projector_hidden_act vision_feature_layer
-    multimodal_projector_bias spatial_merge_size video_token_id vision_start_token_id vision_end_token_id""".split()
+    eoi_token_index image_token_index image_token_id boi_token_id eoi_token_id projector_hidden_act
+    vision_feature_layer multimodal_projector_bias spatial_merge_size video_token_id vision_start_token_id
+    vision_end_token_id""".split()
 )
 """Fields beside text_config that are read, or that images alone need."""
 
@@ -117,17 +118,18 @@ INERT = frozenset(
     # How the same numbers are computed, and what else the forward pass of transformers returns.
     """ pretraining_tp use_cache cache_implementation attn_implementation _attn_implementation
     _attn_implementation_autoset _attn_implementation_internal _flash_attn_2_enabled use_flash_attn
-    gradient_checkpointing chunk_size_feed_forward torchscript use_bfloat16 output_attentions output_hidden_states
-    return_dict"""
+    gradient_checkpointing chunk_size_feed_forward torchscript use_bfloat16 output_attentions
+    output_hidden_states return_dict"""
     # Limits that the model does not know, and windows of layers that have none.
     """ max_sequence_length model_max_length max_window_layers"""
     # Classifiers.
     """ num_labels id2label label2id problem_type finetuning_task task_specific_params"""
     # Options of generation, which belong to generation_config.json.
-    """ bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
-    exponential_decay_length_penalty length_penalty max_length max_new_tokens min_length no_repeat_ngram_size
-    num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values repetition_penalty
-    return_dict_in_generate suppress_tokens temperature top_k top_p typical_p""".split()
+    """ bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty length_penalty max_length max_new_tokens
+    min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores
+    remove_invalid_values repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p
+    typical_p""".split()
 )
 """Fields that change nothing in any family, whatever they hold."""
 
@@ -137,19 +139,19 @@ _ON_BY_DEFAULT = frozenset(
 """Fields where false is not the same as no field; is_causal: null too, which transformers takes for false."""
 
 _READ = frozenset(
-    """num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim vocab_size
-    max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters tie_word_embeddings initializer_range
-    layer_types""".split()
+    """num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim
+    vocab_size max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters
+    tie_word_embeddings initializer_range layer_types""".split()
 )
 
 _KINDS: dict[str, Kind] = {
     **dict.fromkeys(
-        """num_hidden_layers hidden_size intermediate_size num_attention_heads vocab_size max_position_embeddings
-        no_rope_layer_interval sliding_window_pattern num_experts num_local_experts num_experts_per_tok
-        moe_intermediate_size n_routed_experts moe_num_experts moe_k moe_layer_interval rotary_dim kv_lora_rank
-        qk_nope_head_dim qk_rope_head_dim v_head_dim full_attention_interval linear_conv_kernel_dim linear_key_head_dim
-        linear_value_head_dim linear_num_key_heads linear_num_value_heads shared_expert_intermediate_size
-        index_topk""".split(),
+        """num_hidden_layers hidden_size intermediate_size num_attention_heads vocab_size
+        max_position_embeddings no_rope_layer_interval sliding_window_pattern num_experts num_local_experts
+        num_experts_per_tok moe_intermediate_size n_routed_experts moe_num_experts moe_k moe_layer_interval
+        rotary_dim kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim full_attention_interval
+        linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads
+        linear_num_value_heads shared_expert_intermediate_size index_topk""".split(),
         whole(1),
     ),
     **dict.fromkeys(
@@ -166,7 +168,9 @@ _KINDS: dict[str, Kind] = {
         number(above=0),
     ),
     **dict.fromkeys("attn_logit_softcapping final_logit_softcapping".split(), number(above=0) | NULL),
-    **dict.fromkeys("tie_word_embeddings use_sliding_window norm_topk_prob use_qk_norm rope_interleave".split(), BOOL),
+    **dict.fromkeys(
+        "tie_word_embeddings use_sliding_window norm_topk_prob use_qk_norm rope_interleave".split(), BOOL
+    ),
     "attention_bias": BOOL | NULL,
     **dict.fromkeys("rope_scaling rope_parameters".split(), OBJECT | NULL),
     **dict.fromkeys("layer_types mlp_layer_types".split(), list_of(STRING) | NULL),
@@ -177,7 +181,9 @@ _KINDS: dict[str, Kind] = {
 
 _ROPE_KINDS: dict[str, Kind] = {
     **dict.fromkeys("rope_type type".split(), STRING),
-    **dict.fromkeys("rope_theta partial_rotary_factor low_freq_factor high_freq_factor".split(), number(above=0)),
+    **dict.fromkeys(
+        "rope_theta partial_rotary_factor low_freq_factor high_freq_factor".split(), number(above=0)
+    ),
     "alpha": number(above=0),
     **dict.fromkeys("factor attention_factor beta_fast beta_slow".split(), number(above=0) | NULL),
     **dict.fromkeys("mscale mscale_all_dim".split(), number(least=0) | NULL),
@@ -194,19 +200,31 @@ _ROPE_FIELDS = {
     "default": frozenset(),
     "linear": frozenset({"factor"}),
     "dynamic": frozenset({"alpha"}),
-    "longrope": frozenset({"short_factor", "long_factor", "attention_factor", "original_max_position_embeddings"}),
-    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+    "longrope": frozenset(
+        {"short_factor", "long_factor", "attention_factor", "original_max_position_embeddings"}
+    ),
+    "llama3": frozenset(
+        {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    ),
     "yarn": frozenset(
-        {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate", "attention_factor"}
+        {
+            "factor",
+            "original_max_position_embeddings",
+            "beta_fast",
+            "beta_slow",
+            "truncate",
+            "attention_factor",
+        }
     ),
 }
 
 
 def read_architecture(hf_checkpoint: str, *, flag: str) -> Architecture:
-    """The architecture of the folder's config.json; of its weights too, if they have a head that tied ones would not.
+    """The architecture of the folder's config.json; of its weights too, if they have a head that tied ones
+    would not.
 
-    Raises ValueError, naming `flag` and the file, for a missing or unreadable file, a family that is not supported, a
-    field that is not implemented, or an adapter in the place of a model.
+    Raises ValueError, naming `flag` and the file, for a missing or unreadable file, a family that is not
+    supported, a field that is not implemented, or an adapter in the place of a model.
     """
     _check_not_adapter(Path(hf_checkpoint), flag=flag)
     path = Path(hf_checkpoint) / "config.json"
@@ -215,14 +233,18 @@ def read_architecture(hf_checkpoint: str, *, flag: str) -> Architecture:
     except OSError as error:
         raise ValueError(f"{flag} {hf_checkpoint}: cannot read {path}: {error.strerror}") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{flag} {hf_checkpoint}: {path} is not JSON (line {error.lineno}: {error.msg})") from None
+        raise ValueError(
+            f"{flag} {hf_checkpoint}: {path} is not JSON (line {error.lineno}: {error.msg})"
+        ) from None
     except UnicodeDecodeError:
         raise ValueError(f"{flag} {hf_checkpoint}: {path} is not UTF-8") from None
     except (ValueError, RecursionError) as error:  # a number of too many digits, brackets within brackets
         raise ValueError(f"{flag} {hf_checkpoint}: {path} is not JSON ({error})") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{flag} {hf_checkpoint}: {path} holds no JSON object")
-    find_format(fields, where=f"{flag} {hf_checkpoint}: {path}")  # raises where weights are quantised in another one
+    find_format(
+        fields, where=f"{flag} {hf_checkpoint}: {path}"
+    )  # raises where weights are quantised in another one
     fields.pop("quantization_config", None)
     name = fields.get("model_type")
     is_nested = isinstance(name, str) and name in NESTED
@@ -231,14 +253,19 @@ def read_architecture(hf_checkpoint: str, *, flag: str) -> Architecture:
         name = fields.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         known = ", ".join((*FAMILIES, *NESTED))
-        raise ValueError(f"{flag} {hf_checkpoint}: model_type {name!r} is not supported; this version knows: {known}")
+        raise ValueError(
+            f"{flag} {hf_checkpoint}: model_type {name!r} is not supported; this version knows: {known}"
+        )
     architecture = _architecture(fields, FAMILIES[name], where=f"{flag} {hf_checkpoint}: {path}")
     if is_nested:
         body, head = text_names(hf_checkpoint, flag=flag)
         architecture = replace(architecture, body=body, head=head, is_nested=True)
     if architecture.tied_embeddings:
         own = has_own_head(
-            hf_checkpoint, embedding=f"{architecture.body}embed_tokens.weight", head=architecture.head, flag=flag
+            hf_checkpoint,
+            embedding=f"{architecture.body}embed_tokens.weight",
+            head=architecture.head,
+            flag=flag,
         )
         architecture = replace(architecture, tied_embeddings=not own)
     return architecture
@@ -253,8 +280,8 @@ def _text_fields(fields: dict[str, Any], *, where: str) -> dict[str, Any]:
     for key, value in fields.items():
         if key not in _OUTER and not _is_inert(key, value, name):
             raise ValueError(
-                f"{where}: field {key!r} is not known for {name}, so {value!r} cannot be honoured; if you know that "
-                f"the model computes the same without it, delete the line of {json.dumps(key)}"
+                f"{where}: field {key!r} is not known for {name}, so {value!r} cannot be honoured; if you "
+                f"know that the model computes the same without it, delete the line of {json.dumps(key)}"
             )
     tied = fields.get("tie_word_embeddings", nested.get("tie_word_embeddings", True))
     return nested | fields["text_config"] | {"tie_word_embeddings": tied}
@@ -264,8 +291,8 @@ def check_student(architecture: Architecture, *, flag: str) -> None:
     """ValueError, naming the flag, if the model cannot be a student."""
     if architecture.teacher_only:
         raise ValueError(
-            f"{flag}: model_type {architecture.model_type!r} is supported as a teacher only, neither trained nor "
-            "generated with; choose another student"
+            f"{flag}: model_type {architecture.model_type!r} is supported as a teacher only, neither trained "
+            "nor generated with; choose another student"
         )
 
 
@@ -282,9 +309,10 @@ def _check_not_adapter(folder: Path, *, flag: str) -> None:
     kind, base = settings.get("peft_type", "LORA"), settings.get("base_model_name_or_path")
     kind = "LoRA" if kind == "LORA" else kind
     raise ValueError(
-        f"{flag} {folder}: holds {found[0]}, so it is an adapter ({kind}) of {base or 'another model'} and not a "
-        "model; merge the two with peft (AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload()"
-        f".save_pretrained(NEW)) and give NEW, or delete {' and '.join(found)} if the weights there are merged already"
+        f"{flag} {folder}: holds {found[0]}, so it is an adapter ({kind}) of {base or 'another model'} and "
+        "not a model; merge the two with peft "
+        "(AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW)) and give "
+        f"NEW, or delete {' and '.join(found)} if the weights there are merged already"
     )
 
 
@@ -297,17 +325,21 @@ def _architecture(fields: dict[str, Any], family: Family, *, where: str) -> Arch
             raise ValueError(f"{where}: {key} = {value!r} is not implemented for {name}")
         if key not in _READ | fixed.keys() | family.read | family.neutral and not _is_inert(key, value, name):
             raise ValueError(
-                f"{where}: field {key!r} is not known for {name}, so {value!r} cannot be honoured; if you know that "
-                f"the model computes the same without it, delete the line of {json.dumps(key)}"
+                f"{where}: field {key!r} is not known for {name}, so {value!r} cannot be honoured; if you "
+                f"know that the model computes the same without it, delete the line of {json.dumps(key)}"
             )
     fields = family.defaults | fields
-    check_fields(fields, {key: kind for key, kind in _KINDS.items() if key not in family.neutral}, where=where)
+    check_fields(
+        fields, {key: kind for key, kind in _KINDS.items() if key not in family.neutral}, where=where
+    )
     try:
         num_layers = fields["num_hidden_layers"]
         linear = _linear(fields, family, where=where)
         indexed = fields.get("index_topk")
         if indexed and not set(fields.get("layer_types") or ()) <= {"indexed_attention"}:
-            raise ValueError(f"{where}: layer_types = {fields['layer_types']!r} is not implemented for {name}")
+            raise ValueError(
+                f"{where}: layer_types = {fields['layer_types']!r} is not implemented for {name}"
+            )
         if indexed or family.delta_net != "none":
             fields = {name: value for name, value in fields.items() if name != "layer_types"}
         windows = _windows(fields, family, num_layers, where=where)
@@ -316,7 +348,9 @@ def _architecture(fields: dict[str, Any], family: Family, *, where: str) -> Arch
         head_dim = fields["qk_rope_head_dim"] if family.latent else head_dim
         ropes = _ropes(fields, family, head_dim, where=where)
         attention = (
-            _latent(fields, where=where) if family.latent else _grouped_query(fields, family, head_dim, where=where)
+            _latent(fields, where=where)
+            if family.latent
+            else _grouped_query(fields, family, head_dim, where=where)
         )
         return Architecture(
             layers=tuple(
@@ -340,7 +374,9 @@ def _architecture(fields: dict[str, Any], family: Family, *, where: str) -> Arch
             norm_epsilon=fields["rms_norm_eps"],
             final_logit_softcap=fields.get("final_logit_softcapping"),
             embedding_scale=(
-                fields["hidden_size"] ** 0.5 if family.scaled_embedding else fields.get("embedding_multiplier", 1.0)
+                fields["hidden_size"] ** 0.5
+                if family.scaled_embedding
+                else fields.get("embedding_multiplier", 1.0)
             ),
             logit_scale=1 / fields.get("logits_scaling", 1.0),
             zero_centered_norm=family.zero_centered_norm,
@@ -365,7 +401,9 @@ def _is_inert(key: str, value: Any, model_type: str) -> bool:
 
 
 def _is_off(key: str, value: Any) -> bool:
-    """Whether the field switches something off: null, false, nothing, a multiplier of 1, a dropout or a number of 0."""
+    """Whether the field switches something off: null, false, nothing, a multiplier of 1, a dropout or a
+    number of 0.
+    """
     if key == "is_causal":
         return value is True
     if value is None or value == [] or value == {}:
@@ -380,10 +418,12 @@ def _is_off(key: str, value: Any) -> bool:
 
 
 def _names_own_code(auto_map: Any, model_type: str) -> bool:
-    """Whether auto_map names classes that transformers has itself, as folders do whose family it took in. The code
-    beside the weights is not read then, by transformers neither."""
+    """Whether auto_map names classes that transformers has itself, as folders do whose family it took in. The
+    code beside the weights is not read then, by transformers neither."""
     models = (
-        [auto_map[key] for key in auto_map if key.startswith("AutoModel")] if isinstance(auto_map, dict) else [None]
+        [auto_map[key] for key in auto_map if key.startswith("AutoModel")]
+        if isinstance(auto_map, dict)
+        else [None]
     )
     stem = {"kimi_k2": "deepseekv3"}.get(model_type, model_type.removesuffix("_text").replace("_", ""))
     return all(
@@ -429,14 +469,18 @@ def _linear(fields: dict[str, Any], family: Family, *, where: str) -> list[bool]
     if len(listed) != len(layers) or not set(listed) <= {"linear_attention", "full_attention"}:
         raise ValueError(f"{where}: layer_types = {listed!r} is not implemented for {fields['model_type']}")
     if "full_attention" not in listed:
-        raise ValueError(f"{where}: layer_types = {listed!r}: a model without full_attention is not implemented")
+        raise ValueError(
+            f"{where}: layer_types = {listed!r}: a model without full_attention is not implemented"
+        )
     return [kind == "linear_attention" for kind in listed]
 
 
 def _delta_net(fields: dict[str, Any], family: Family, *, where: str) -> DeltaNet:
     keys, values = fields["linear_num_key_heads"], fields["linear_num_value_heads"]
     if values % keys:
-        raise ValueError(f"{where}: linear_num_value_heads = {values}; expected a multiple of {keys} key heads")
+        raise ValueError(
+            f"{where}: linear_num_value_heads = {values}; expected a multiple of {keys} key heads"
+        )
     return DeltaNet(
         key_heads=keys,
         value_heads=values,
@@ -451,7 +495,9 @@ def _latent(fields: dict[str, Any], *, where: str) -> Latent:
     """Multi-head latent attention. Where YaRN stretches the positions, mscale_all_dim scales the scores."""
     heads, groups = fields["num_attention_heads"], fields.get("num_key_value_heads")
     if groups not in (None, heads):
-        raise ValueError(f"{where}: num_key_value_heads = {groups} is not implemented; expected {heads}, as heads")
+        raise ValueError(
+            f"{where}: num_key_value_heads = {groups} is not implemented; expected {heads}, as heads"
+        )
     scale = (fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"]) ** -0.5
     rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default" and rope.get("mscale_all_dim"):
@@ -482,12 +528,14 @@ def _mlps(fields: dict[str, Any], family: Family, *, where: str) -> list[Mlp]:
     return [mlp(is_dense) for is_dense in dense]
 
 
-def _turned(fields: dict[str, Any], family: Family, windows: Sequence[int | None], *, where: str) -> list[bool]:
+def _turned(
+    fields: dict[str, Any], family: Family, windows: Sequence[int | None], *, where: str
+) -> list[bool]:
     """Whether each layer has a rotary embedding.
 
-    Where these are the layers with a sliding window and the model has none, all have a rotary embedding. Despite its
-    name, a 1 in no_rope_layers means that the layer has one. Without the list, all layers but every
-    no_rope_layer_interval-th have one."""
+    Where these are the layers with a sliding window and the model has none, all have a rotary embedding.
+    Despite its name, a 1 in no_rope_layers means that the layer has one. Without the list, all layers but
+    every no_rope_layer_interval-th have one."""
     num_layers = len(windows)
     if family.turned == "windows" and fields.get("sliding_window"):
         return [window is not None for window in windows]
@@ -497,11 +545,15 @@ def _turned(fields: dict[str, Any], family: Family, windows: Sequence[int | None
     if listed is None:
         return [(i + 1) % interval != 0 for i in range(num_layers)]
     if len(listed) < num_layers or any(turns not in (0, 1) for turns in listed):
-        raise ValueError(f"{where}: no_rope_layers = {listed!r} is not a 0 or 1 for each of {num_layers} layers")
+        raise ValueError(
+            f"{where}: no_rope_layers = {listed!r} is not a 0 or 1 for each of {num_layers} layers"
+        )
     return [turns == 1 for turns in listed[:num_layers]]
 
 
-def _windows(fields: dict[str, Any], family: Family, num_layers: int, *, where: str) -> tuple[int | None, ...]:
+def _windows(
+    fields: dict[str, Any], family: Family, num_layers: int, *, where: str
+) -> tuple[int | None, ...]:
     """The sliding window of each layer, None where it has none."""
     name, listed = fields["model_type"], fields.get("layer_types")
     window = fields.get("sliding_window") if fields.get("use_sliding_window", True) else None
@@ -516,7 +568,9 @@ def _windows(fields: dict[str, Any], family: Family, num_layers: int, *, where: 
         case "pattern":
             every = fields["sliding_window_pattern"]
             if listed is None and window is not None and not (isinstance(every, int) and every > 0):
-                raise ValueError(f"{where}: sliding_window_pattern = {every!r} is not implemented without layer_types")
+                raise ValueError(
+                    f"{where}: sliding_window_pattern = {every!r} is not implemented without layer_types"
+                )
             slides = [listed is None and window is not None and (i + 1) % every != 0 for i in layers]
         case "unturned":
             turned = _turned(fields, family, [None] * num_layers, where=where)
@@ -537,9 +591,9 @@ def _ropes(fields: dict[str, Any], family: Family, head_dim: int, *, where: str)
     """The rotary embedding, and after it that of layers with a sliding window where they have their own.
 
     Two spellings: rope_theta beside rope_scaling (None, or a dictionary with a type), and one dictionary
-    rope_parameters with the base in it; where there are two kinds of layers, with a dictionary for each. Where a file
-    has both, what counts is what counts in transformers: rope_scaling before rope_parameters, and a base in either of
-    them before rope_theta.
+    rope_parameters with the base in it; where there are two kinds of layers, with a dictionary for each.
+    Where a file has both, what counts is what counts in transformers: rope_scaling before rope_parameters,
+    and a base in either of them before rope_theta.
     """
     theta = {"rope_theta": fields.get("rope_theta", 10000.0)}
     scaling, parameters = fields.get("rope_scaling") or {}, fields.get("rope_parameters") or {}
@@ -549,7 +603,8 @@ def _ropes(fields: dict[str, Any], family: Family, head_dim: int, *, where: str)
     layers = ("full_attention", "sliding_attention")
     if not parameters.keys() <= set(layers):
         raise ValueError(
-            f"{where}: rope_parameters = {parameters!r} is not known: it has full_attention and sliding_attention"
+            f"{where}: rope_parameters = {parameters!r} is not known: it has full_attention and "
+            "sliding_attention"
         )
     check_fields(parameters, dict.fromkeys(layers, OBJECT | NULL), where=f"{where}: rope_parameters")
     full, sliding = (parameters.get(layer) or {} for layer in layers)
@@ -564,7 +619,9 @@ def _ropes(fields: dict[str, Any], family: Family, head_dim: int, *, where: str)
     )
 
 
-def _rope(rope: dict[str, Any], key: str, fields: dict[str, Any], family: Family, head_dim: int, *, where: str) -> Rope:
+def _rope(
+    rope: dict[str, Any], key: str, fields: dict[str, Any], family: Family, head_dim: int, *, where: str
+) -> Rope:
     """One rotary embedding from its dictionary, which config.json has under `key`."""
     check_fields(rope, _ROPE_KINDS, where=f"{where}: {key}")
     values = {name: value for name, value in rope.items() if value is not None}
@@ -587,7 +644,9 @@ def _rope(rope: dict[str, Any], key: str, fields: dict[str, Any], family: Family
             given = fields.get("partial_rotary_factor", fields["rotary_dim"] / head_dim)
         dim = int(head_dim * values.pop("partial_rotary_factor", given))
     if not 2 <= dim <= head_dim or dim % 2:
-        raise ValueError(f"{where}: of a head's {head_dim} entries {dim} would be turned; expected an even number")
+        raise ValueError(
+            f"{where}: of a head's {head_dim} entries {dim} would be turned; expected an even number"
+        )
     if kind == "longrope":
         # A model that was made longer says its first length outside, and that is what transformers reads.
         original = fields["original_max_position_embeddings"]
@@ -606,12 +665,18 @@ def _rope(rope: dict[str, Any], key: str, fields: dict[str, Any], family: Family
     if kind == "dynamic" and values.get("alpha"):
         # Published so, and meant is another base, whatever the length.
         kind, theta, values = "default", theta * values["alpha"] ** (dim / (dim - 2)), {}
-    values = {name: value for name, value in values.items() if name in _ROPE_FIELDS[kind] or not _is_off(name, value)}
+    values = {
+        name: value
+        for name, value in values.items()
+        if name in _ROPE_FIELDS[kind] or not _is_off(name, value)
+    }
     lengths = {len(values.get(name, ())) for name in ("short_factor", "long_factor")}
     if values.keys() != _ROPE_FIELDS[kind] or (kind == "longrope" and lengths != {dim // 2}):
         wanted = ", ".join(sorted(_ROPE_FIELDS[kind])) or "nothing else"
         counted = f", with {dim // 2} factors each" if kind == "longrope" else ""
-        raise ValueError(f"{where}: {key} = {rope!r} is not implemented; rope_type {kind} has {wanted}{counted}")
+        raise ValueError(
+            f"{where}: {key} = {rope!r} is not implemented; rope_type {kind} has {wanted}{counted}"
+        )
     if kind == "llama3" and values["high_freq_factor"] <= values["low_freq_factor"]:
         raise ValueError(f"{where}: {key} = {rope!r}; expected a high_freq_factor above low_freq_factor")
     names = {
@@ -621,12 +686,21 @@ def _rope(rope: dict[str, Any], key: str, fields: dict[str, Any], family: Family
     }
     values = {names.get(name, name): tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     interleaved = fields["rope_interleave"] if family.latent else family.interleaved_rope
-    return Rope(theta=theta, dim=dim, kind=cast(RopeKind, kind), interleaved=interleaved, query_growth=growth, **values)
+    return Rope(
+        theta=theta,
+        dim=dim,
+        kind=cast(RopeKind, kind),
+        interleaved=interleaved,
+        query_growth=growth,
+        **values,
+    )
 
 
 def _yarn(values: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     """With what the file leaves out, and in the place of mscale what it comes to."""
-    factor = values.setdefault("factor", fields["max_position_embeddings"] / values["original_max_position_embeddings"])
+    factor = values.setdefault(
+        "factor", fields["max_position_embeddings"] / values["original_max_position_embeddings"]
+    )
     over, under = values.pop("mscale", 0), values.pop("mscale_all_dim", 0)
     unscaled = _mscale(factor, over) / _mscale(factor, under) if over and under else _mscale(factor, 1.0)
     return {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "attention_factor": unscaled} | values

@@ -22,7 +22,11 @@ _GEMMA_DEFAULTS: dict[str, Any] = {
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
 }
-_QWEN_DEFAULTS: dict[str, Any] = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+_QWEN_DEFAULTS: dict[str, Any] = {
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
 _GRANITE_MULTIPLIERS: dict[str, Any] = {
     "embedding_multiplier": 1.0,
     "residual_multiplier": 1.0,
@@ -32,7 +36,9 @@ _GRANITE_MULTIPLIERS: dict[str, Any] = {
 
 DENSE: dict[str, Family] = {
     "llama": Family(fixed={"attention_bias": (False,), "mlp_bias": (False,)}, ropes=SCALED),
-    "mistral": Family(fixed={}, read=frozenset({"sliding_window"}), defaults={"sliding_window": 4096}, windows="all"),
+    "mistral": Family(
+        fixed={}, read=frozenset({"sliding_window"}), defaults={"sliding_window": 4096}, windows="all"
+    ),
     "ministral3": Family(
         fixed={},
         read=frozenset({"sliding_window"}),
@@ -79,7 +85,8 @@ DENSE: dict[str, Family] = {
         fixed=_GEMMA_FIXED,
         read=_GEMMA_READ | {"rope_local_base_freq", "sliding_window_pattern"},
         neutral=frozenset({"_sliding_window_pattern"}),
-        defaults=_GEMMA_DEFAULTS | {"sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
+        defaults=_GEMMA_DEFAULTS
+        | {"sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
         ropes=("default", "linear"),
         windows="pattern",
         qk_norm=True,
@@ -149,14 +156,17 @@ DENSE: dict[str, Family] = {
             "num_experts": (1,),
         },
         neutral=frozenset(
-            """attention_head_dim cla_share_factor class_num dense_list pool_type org_vocab_size enable_lm_head_fp32
-            eod_token_id pad_id im_start_id im_end_id im_newline_id text_start_id text_end_id mask_init_id""".split()
+            """attention_head_dim cla_share_factor class_num dense_list pool_type org_vocab_size
+            enable_lm_head_fp32 eod_token_id pad_id im_start_id im_end_id im_newline_id text_start_id
+            text_end_id mask_init_id""".split()
         ),
         ropes=("default", "dynamic"),
         qk_norm=True,
         turned_norm=True,
     ),
-    "olmo2": Family(fixed={"attention_bias": (False,)}, ropes=SCALED, qk_norm=True, whole_norm=True, norms="after"),
+    "olmo2": Family(
+        fixed={"attention_bias": (False,)}, ropes=SCALED, qk_norm=True, whole_norm=True, norms="after"
+    ),
     "olmo3": Family(
         fixed={"attention_bias": (False,)},
         read=frozenset({"sliding_window"}),

@@ -24,8 +24,8 @@ def qwen_experts(fields: dict[str, Any], where: str) -> Experts:
     chosen, normalized = fields["num_experts_per_tok"], fields["norm_topk_prob"]
     if not (2 if normalized else 1) <= chosen <= count:
         raise ValueError(
-            f"{where}: num_experts_per_tok = {chosen} of {count} experts, norm_topk_prob = {normalized} is not "
-            "implemented"
+            f"{where}: num_experts_per_tok = {chosen} of {count} experts, norm_topk_prob = {normalized} is "
+            "not implemented"
         )
     return Experts(count=count, width=fields["moe_intermediate_size"], chosen=chosen, normalized=normalized)
 
@@ -33,11 +33,21 @@ def qwen_experts(fields: dict[str, Any], where: str) -> Experts:
 def _deepseek_experts(fields: dict[str, Any], where: str) -> Experts:
     """Sigmoid scores with a correction, groups, shared experts."""
     count = _number_of_experts(fields, ("n_routed_experts", "num_local_experts"), where)
-    chosen, groups, chosen_groups = fields["num_experts_per_tok"], fields["n_group"] or 1, fields["topk_group"] or 1
-    if count % groups or chosen_groups > groups or chosen > count // groups * chosen_groups or count < 2 * groups:
+    chosen, groups, chosen_groups = (
+        fields["num_experts_per_tok"],
+        fields["n_group"] or 1,
+        fields["topk_group"] or 1,
+    )
+    if (
+        count % groups
+        or chosen_groups > groups
+        or chosen > count // groups * chosen_groups
+        or count < 2 * groups
+    ):
         raise ValueError(
-            f"{where}: n_group = {groups}, topk_group = {chosen_groups}, num_experts_per_tok = {chosen} of {count} "
-            "experts is not implemented: groups are equal and hold two at least, and the chosen hold enough"
+            f"{where}: n_group = {groups}, topk_group = {chosen_groups}, num_experts_per_tok = {chosen} of "
+            f"{count} experts is not implemented: groups are equal and hold two at least, and the chosen "
+            "hold enough"
         )
     width = fields["moe_intermediate_size"]
     return Experts(
@@ -74,7 +84,9 @@ def _ernie_experts(fields: dict[str, Any], where: str) -> Experts:
 def _minimax_experts(fields: dict[str, Any], where: str) -> Experts:
     """Sigmoid scores with a correction."""
     if set(fields.get("attn_type_list") or [1]) != {1}:
-        raise ValueError(f"{where}: attn_type_list = {fields['attn_type_list']!r} is not implemented for minimax_m2")
+        raise ValueError(
+            f"{where}: attn_type_list = {fields['attn_type_list']!r} is not implemented for minimax_m2"
+        )
     count = _number_of_experts(fields, ("num_local_experts", "num_experts"), where)
     if fields["num_experts_per_tok"] > count:
         raise ValueError(f"{where}: num_experts_per_tok = {fields['num_experts_per_tok']} of {count} experts")
@@ -135,10 +147,12 @@ _DEEPSEEK_FIXED: dict[str, tuple[Any, ...]] = {
     "moe_layer_freq": (1,),
 }
 _DEEPSEEK_READ = frozenset(
-    """moe_intermediate_size num_experts_per_tok n_routed_experts num_local_experts n_shared_experts n_group topk_group
-    routed_scaling_factor norm_topk_prob""".split()
+    """moe_intermediate_size num_experts_per_tok n_routed_experts num_local_experts n_shared_experts n_group
+    topk_group routed_scaling_factor norm_topk_prob""".split()
 )
-_DEEPSEEK_NEUTRAL = frozenset("num_nextn_predict_layers num_mtp_layers ep_size aux_loss_alpha seq_aux".split())
+_DEEPSEEK_NEUTRAL = frozenset(
+    "num_nextn_predict_layers num_mtp_layers ep_size aux_loss_alpha seq_aux".split()
+)
 _DEEPSEEK_DEFAULTS: dict[str, Any] = {
     "n_group": 1,
     "topk_group": 1,
@@ -158,7 +172,13 @@ _DEEPSEEK = Family(
     neutral=_DEEPSEEK_NEUTRAL | {"head_dim", "qk_head_dim"},
     defaults=_DEEPSEEK_DEFAULTS
     | {"n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "first_k_dense_replace": 3}
-    | {"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+    | {
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+    }
     | {"rope_interleave": True},
     latent=True,
     experts=_deepseek_experts,
@@ -184,8 +204,8 @@ EXPERTS: dict[str, Family] = {
             "output_router_logits": (False,),
         },
         read=frozenset(
-            """use_sliding_window sliding_window num_experts num_local_experts num_experts_per_tok norm_topk_prob
-            moe_intermediate_size""".split()
+            """use_sliding_window sliding_window num_experts num_local_experts num_experts_per_tok
+            norm_topk_prob moe_intermediate_size""".split()
         ),
         neutral=frozenset({"router_aux_loss_coef"}),
         defaults={"use_sliding_window": False, "sliding_window": 4096, "norm_topk_prob": False},
@@ -195,17 +215,24 @@ EXPERTS: dict[str, Family] = {
     ),
     "glm4_moe": Family(
         fixed=_DEEPSEEK_FIXED,
-        read=_DEEPSEEK_READ | {"attention_bias", "use_qk_norm", "partial_rotary_factor", "first_k_dense_replace"},
+        read=_DEEPSEEK_READ
+        | {"attention_bias", "use_qk_norm", "partial_rotary_factor", "first_k_dense_replace"},
         neutral=_DEEPSEEK_NEUTRAL,
         defaults=_DEEPSEEK_DEFAULTS
-        | {"attention_bias": False, "use_qk_norm": False, "partial_rotary_factor": 0.5, "first_k_dense_replace": 1},
+        | {
+            "attention_bias": False,
+            "use_qk_norm": False,
+            "partial_rotary_factor": 0.5,
+            "first_k_dense_replace": 1,
+        },
         qkv_bias="attention_bias",
         qk_norm="use_qk_norm",
         experts=_deepseek_experts,
         is_dense=_first_are_dense,
     ),
     "solar_open": Family(
-        fixed=_DEEPSEEK_FIXED | {"attention_bias": (False,), "use_qk_norm": (False,), "first_k_dense_replace": (0,)},
+        fixed=_DEEPSEEK_FIXED
+        | {"attention_bias": (False,), "use_qk_norm": (False,), "first_k_dense_replace": (0,)},
         read=_DEEPSEEK_READ | {"partial_rotary_factor"},
         neutral=_DEEPSEEK_NEUTRAL | {"intermediate_size"},
         defaults=_DEEPSEEK_DEFAULTS | {"head_dim": 128, "rope_theta": 1e6, "partial_rotary_factor": 1.0},
@@ -291,7 +318,9 @@ EXPERTS: dict[str, Family] = {
     ),
     "gpt_oss": Family(
         fixed={"attention_bias": (True,), "output_router_logits": (False,), "swiglu_alpha": (1.702,)},
-        read=frozenset("num_local_experts num_experts num_experts_per_tok swiglu_limit sliding_window".split()),
+        read=frozenset(
+            "num_local_experts num_experts num_experts_per_tok swiglu_limit sliding_window".split()
+        ),
         neutral=frozenset("router_aux_loss_coef experts_per_token initial_context_length".split()),
         defaults={
             "head_dim": 64,
@@ -301,7 +330,13 @@ EXPERTS: dict[str, Family] = {
             "sliding_window_pattern": 2,
             "rope_theta": 1.5e5,
             "rope_parameters": {
-                **{"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+                **{
+                    "rope_type": "yarn",
+                    "factor": 32.0,
+                    "beta_fast": 32.0,
+                    "beta_slow": 1.0,
+                    "truncate": False,
+                },
                 "original_max_position_embeddings": 4096,
             },
         },

@@ -25,8 +25,8 @@ _DELTA_FIXED: dict[str, tuple[Any, ...]] = {
     "mlp_only_layers": ([], None),
 }
 _DELTA_READ = frozenset(
-    """partial_rotary_factor full_attention_interval linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim
-    linear_num_key_heads linear_num_value_heads""".split()
+    """partial_rotary_factor full_attention_interval linear_conv_kernel_dim linear_key_head_dim
+    linear_value_head_dim linear_num_key_heads linear_num_value_heads""".split()
 )
 _DELTA_DEFAULTS: dict[str, Any] = {
     "head_dim": 256,

@@ -1,4 +1,6 @@
-"""What a family of models has beside what all families share: fields of config.json, and parts of the model."""
+"""What a family of models has beside what all families share: fields of config.json, and parts of the
+model.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ class Family:
     """Kinds of scaling that are implemented."""
     interleaved_rope: bool = False
     windows: Literal["none", "all", "upper", "pattern", "unturned"] = "none"
-    """Layers with the sliding window where layer_types does not say: none, all, from max_window_layers on, all but
-    every sliding_window_pattern-th, or those without a rotary embedding."""
+    """Layers with the sliding window where layer_types does not say: none, all, from max_window_layers on,
+    all but every sliding_window_pattern-th, or those without a rotary embedding."""
     turned: Literal["all", "listed", "windows"] = "all"
     """Layers with a rotary embedding: all, those of no_rope_layers, or those with the sliding window."""
     qkv_bias: bool | str = False
@@ -49,8 +51,8 @@ class Family:
     output_gate: bool = False
     """Each head's output is multiplied by a gate."""
     delta_net: Literal["none", "split", "packed"] = "none"
-    """Layers that layer_types calls linear_attention have a gated delta net: its projections are tensors of their own,
-    or two."""
+    """Layers that layer_types calls linear_attention have a gated delta net: its projections are tensors of
+    their own, or two."""
     growing_queries: bool = False
     """Queries grow with the logarithm of their position."""
     latent: bool = False

@@ -5,17 +5,21 @@
     fp8                                    W            F8_E4M3 [r, c]
                                            W_scale_inv  [ceil(r / b), ceil(c / b')], or one number
     compressed-tensors, float-quantized    the same; the scale is W_scale, of a block, of a row or of all
-    compressed-tensors, pack-quantized     W_packed     I32 [r, ceil(c / 8)]: eight numbers of 4 bits a word, the lowest
+    compressed-tensors, pack-quantized     W_packed     I32 [r, ceil(c / 8)]: eight numbers of 4 bits a word,
+    the lowest
                                                         bits first, each greater by 8 than it means
                                            W_scale      [r, ceil(c / g)]
                                            W_shape      r and c
-    mxfp4                                  X_blocks     U8 [E, r, c / 32, 16]: two numbers of 4 bits a byte, the lower
-                                                        bits first; a sign, two bits of exponent, one of fraction
-                                           X_scales     U8 [E, r, c / 32]: a power of two, greater by 127 than it means
+    mxfp4                                  X_blocks     U8 [E, r, c / 32, 16]: two numbers of 4 bits a byte,
+    the lower
+                                                        bits first; a sign, two bits of exponent, one of
+                                                        fraction
+                                           X_scales     U8 [E, r, c / 32]: a power of two, greater by 127 than
+                                                        it means
 
-A number is what is stored times its scale. The product is formed in float32, and rounded where it is put. Scales of
-fp8 may be float8_e8m0fnu (ue8m0). A matrix of such a folder that has no scale is stored as its type says. Scales of
-activations are not read: activations are not quantised here.
+A number is what is stored times its scale. The product is formed in float32, and rounded where it is put.
+Scales of fp8 may be float8_e8m0fnu (ue8m0). A matrix of such a folder that has no scale is stored as its type
+says. Scales of activations are not read: activations are not quantised here.
 """
 
 from __future__ import annotations
@@ -63,9 +67,14 @@ class Format(Protocol):
         """The name of the matrix that a tensor is a part of; its own if it is no part."""
 
     def shape(self, source: Parts, name: str) -> tuple[int, ...]:
-        """As the matrix would have it, were it not quantised. ValueError where its parts do not fit together."""
+        """As the matrix would have it, were it not quantised.
 
-    def numbers(self, source: Parts, name: str, rows: range, columns: range, expert: int | None) -> torch.Tensor:
+        ValueError where its parts do not fit together.
+        """
+
+    def numbers(
+        self, source: Parts, name: str, rows: range, columns: range, expert: int | None
+    ) -> torch.Tensor:
         """float32 [len(rows), len(columns)] of the matrix, or of the matrix of one expert."""
 
 
@@ -102,7 +111,9 @@ class Float8:
         self._block(shape, found, name)
         return shape
 
-    def numbers(self, source: Parts, name: str, rows: range, columns: range, expert: int | None) -> torch.Tensor:
+    def numbers(
+        self, source: Parts, name: str, rows: range, columns: range, expert: int | None
+    ) -> torch.Tensor:
         assert expert is None, "experts have matrices of their own"
         (_, shape), (_, found) = source.stored(name), source.stored(name + self.scale)
         height, width = self._block(shape, found, name)
@@ -115,21 +126,26 @@ class Float8:
         return values.mul_(blocks[_indices(rows) // height - first])
 
     def _block(self, shape: tuple[int, ...], found: tuple[int, ...], name: str) -> tuple[int, int]:
-        """Rows and columns that share a scale. ValueError where there are not as many scales as that takes."""
+        """Rows and columns that share a scale.
+
+        ValueError where there are not as many scales as that takes.
+        """
         rows, columns = shape
         if self.block is not None:
             grid = tuple(-(-size // step) for size, step in zip(shape, self.block, strict=True))
             if found != grid:
                 raise ValueError(
-                    f"{name + self.scale} has the shape {list(found)}; blocks of {self.block[0]} x {self.block[1]} of "
-                    f"{list(shape)} have {list(grid)}"
+                    f"{name + self.scale} has the shape {list(found)}; blocks of {self.block[0]} x "
+                    f"{self.block[1]} of {list(shape)} have {list(grid)}"
                 )
             return self.block
         if found in ((), (1,), (1, 1)):
             return rows, columns
         if found in ((rows,), (rows, 1)):
             return 1, columns
-        raise ValueError(f"{name + self.scale} has the shape {list(found)}; one scale is expected, or one a row")
+        raise ValueError(
+            f"{name + self.scale} has the shape {list(found)}; one scale is expected, or one a row"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,12 +177,14 @@ class Int4:
             dtype, found = source.stored(part)
             if found != wanted or (dtype == "I32") != (part == packed):
                 raise ValueError(
-                    f"{part} is {dtype} {list(found)}; a matrix {rows} x {columns} in groups of {self.group} has "
-                    f"{list(wanted)}"
+                    f"{part} is {dtype} {list(found)}; a matrix {rows} x {columns} in groups of {self.group} "
+                    f"has {list(wanted)}"
                 )
         return rows, columns
 
-    def numbers(self, source: Parts, name: str, rows: range, columns: range, expert: int | None) -> torch.Tensor:
+    def numbers(
+        self, source: Parts, name: str, rows: range, columns: range, expert: int | None
+    ) -> torch.Tensor:
         assert expert is None, "experts have matrices of their own"
         packed, scale, _ = self.parts(name)
         (_, (_, words)), (_, (_, groups)) = source.stored(packed), source.stored(scale)
@@ -195,13 +213,15 @@ class Mxfp4:
         (dtype, shape), (scale_dtype, found) = source.stored(blocks), source.stored(scales)
         if (dtype, scale_dtype) != ("U8", "U8") or shape != (*found, 16) or len(found) != 3:
             raise ValueError(
-                f"{blocks} is {dtype} {list(shape)} and {scales} {scale_dtype} {list(found)}; U8 [E, r, c / 32, 16] "
-                "and U8 [E, r, c / 32] are read"
+                f"{blocks} is {dtype} {list(shape)} and {scales} {scale_dtype} {list(found)}; U8 [E, r, c / "
+                "32, 16] and U8 [E, r, c / 32] are read"
             )
         experts, rows, groups = found
         return experts, 32 * groups, rows
 
-    def numbers(self, source: Parts, name: str, rows: range, columns: range, expert: int | None) -> torch.Tensor:
+    def numbers(
+        self, source: Parts, name: str, rows: range, columns: range, expert: int | None
+    ) -> torch.Tensor:
         assert expert is not None, "one expert at a time"
         blocks, scales = self.parts(name)
         _, (_, height, groups) = source.stored(scales)
@@ -228,8 +248,8 @@ def find_format(fields: dict[str, Any], *, where: str) -> Format | None:
     if not isinstance(method, str) or method not in readers:
         kind = method if isinstance(method, str) else "of an unnamed kind"
         raise ValueError(
-            f"{where} says it is quantised ({kind}); of quantised weights {', '.join(readers)} are read; give the "
-            "folder of the model's 16-bit weights"
+            f"{where} says it is quantised ({kind}); of quantised weights {', '.join(readers)} are read; "
+            "give the folder of the model's 16-bit weights"
         )
     return readers[method](settings, f"{where}: quantization_config ({method})")
 
@@ -252,7 +272,9 @@ def _fp8(settings: dict[str, Any], where: str) -> Format:
     # Without the field the blocks are those that DeepSeek-V3 has; null says that there are none.
     block = _block_size(settings.get("weight_block_size", [128, 128]), "weight_block_size", where)
     label = "fp8, one scale a matrix" if block is None else f"fp8 in blocks of {block[0]} x {block[1]}"
-    return Float8(label=label, scale="_scale_inv", block=block, exponents=settings.get("scale_fmt") == "ue8m0")
+    return Float8(
+        label=label, scale="_scale_inv", block=block, exponents=settings.get("scale_fmt") == "ue8m0"
+    )
 
 
 def _mxfp4(settings: dict[str, Any], where: str) -> Format:
@@ -276,8 +298,8 @@ def _compressed_tensors(settings: dict[str, Any], where: str) -> Format:
     ):
         found = ", ".join(sorted(str(name) for name in formats))
         raise ValueError(
-            f"{where}: format {found} with {len(groups)} config_groups is not implemented; pack-quantized and "
-            "float-quantized are, with the same weights in all groups"
+            f"{where}: format {found} with {len(groups)} config_groups is not implemented; pack-quantized "
+            "and float-quantized are, with the same weights in all groups"
         )
     where, scheme = f"{where}: weights of config_groups", common[0]
     _check(scheme, "symmetric", (True, None), where)
@@ -295,7 +317,9 @@ def _compressed_tensors(settings: dict[str, Any], where: str) -> Format:
     _check(scheme, "type", ("float",), where)
     _check(scheme, "num_bits", (8,), where)
     _check(scheme, "strategy", ("tensor", "channel", "block"), where)
-    block = _block_size(scheme.get("block_structure"), "block_structure", where) if strategy == "block" else None
+    block = (
+        _block_size(scheme.get("block_structure"), "block_structure", where) if strategy == "block" else None
+    )
     if strategy == "block" and block is None:
         raise ValueError(f"{where}: strategy block needs a block_structure")
     label = f"fp8 in blocks of {block[0]} x {block[1]}" if block else f"fp8, one scale a {strategy}"
@@ -305,7 +329,11 @@ def _compressed_tensors(settings: dict[str, Any], where: str) -> Format:
 def _block_size(value: Any, name: str, where: str) -> tuple[int, int] | None:
     if value is None:
         return None
-    if not isinstance(value, list) or len(value) != 2 or any(type(size) is not int or size < 1 for size in value):
+    if (
+        not isinstance(value, list)
+        or len(value) != 2
+        or any(type(size) is not int or size < 1 for size in value)
+    ):
         raise ValueError(f"{where}: {name} = {value!r}; two whole numbers above 0 are expected")
     return value[0], value[1]
 
@@ -322,7 +350,9 @@ _INTEGERS = torch.arange(16.0) - 8
 
 
 def _of_nibbles(codes: torch.Tensor, meanings: torch.Tensor, columns: range) -> torch.Tensor:
-    """float32 [rows, len(columns)] of bytes [rows, .] that hold two numbers each, the lower four bits first."""
+    """float32 [rows, len(columns)] of bytes [rows, .] that hold two numbers each, the lower four bits
+    first.
+    """
     begin, end = columns.start // 2, -(-columns.stop // 2)
     pairs = torch.stack([meanings.repeat(16), meanings.repeat_interleave(16)], dim=1)  # [256, 2]
     codes = codes[:, begin:end]

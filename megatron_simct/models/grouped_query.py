@@ -1,7 +1,7 @@
 """Grouped-query attention: n query heads in g groups, each of which shares a head of keys and one of values.
 
-Shape letters: B sequences, S padded prompt, K cached positions, H hidden size, n query heads and g key heads of this
-tensor-parallel rank, d entries of a head.
+Shape letters: B sequences, S padded prompt, K cached positions, H hidden size, n query heads and g key heads
+of this tensor-parallel rank, d entries of a head.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from torch.nn.functional import linear
 
 from megatron_simct.models.attention import CoreAttention, SelfAttention
 from megatron_simct.models.layers import Angles, Layer, Share, Step, check_divisor
-from megatron_simct.models.norm import NormedRowParallelLinear, RMSNorm, UnweightedNorm, WholeNorm, row_parallel
+from megatron_simct.models.norm import (
+    NormedRowParallelLinear,
+    RMSNorm,
+    UnweightedNorm,
+    WholeNorm,
+    row_parallel,
+)
 from megatron_simct.models.rotary import Rope
 from megatron_simct.models.rules import Columns, FusedQKV, Heads, PackedQKV, PerGroup, Rows, Rule, Run, Whole
 from megatron_simct.parallel.cpu import megatron_imports
@@ -56,13 +62,15 @@ class GroupedQuery:
     packed: bool = False
     """The folder has one tensor of queries, keys and values."""
     output_gate: bool = False
-    """Each head's output is multiplied by the sigmoid of a gate, which the folder has behind the head's query."""
+    """Each head's output is multiplied by the sigmoid of a gate, which the folder has behind the head's
+    query.
+    """
 
     def check_divides(self, tp: int, *, flag: str) -> None:
         if self.groups % tp and tp % self.groups:
             raise ValueError(
-                f"--tensor-model-parallel-size {tp} neither divides num_query_groups ({self.groups}) of {flag} nor is "
-                "a multiple of it"
+                f"--tensor-model-parallel-size {tp} neither divides num_query_groups ({self.groups}) of "
+                f"{flag} nor is a multiple of it"
             )
         check_divisor(tp, "num_attention_heads", self.heads, flag=flag)
         if self.whole_norm or self.output_gate:
@@ -118,7 +126,9 @@ class GroupedQuery:
                     sinks=self.heads if self.sinks else 0,
                     rope=layer.rope,
                 ),
-                linear_proj=NormedRowParallelLinear if layer.norms != "before" else backend.row_parallel_linear(),
+                linear_proj=NormedRowParallelLinear
+                if layer.norms != "before"
+                else backend.row_parallel_linear(),
                 q_layernorm=query_norm,
                 k_layernorm=key_norm,
             ),
@@ -163,7 +173,11 @@ class GroupedQuery:
         count = share.hidden_size * qkv + self.heads * self.head_dim // share.tp * share.hidden_size
         norms = (self.heads + self.groups) // share.tp if self.whole_norm else 2 if self.qk_norm else 0
         count += (qkv if self.qkv_bias else 0) + norms * self.head_dim
-        return count + (share.hidden_size if self.output_bias else 0) + (self.heads // share.tp if self.sinks else 0)
+        return (
+            count
+            + (share.hidden_size if self.output_bias else 0)
+            + (self.heads // share.tp if self.sinks else 0)
+        )
 
     @property
     def _holds_scores(self) -> bool:
@@ -173,8 +187,8 @@ class GroupedQuery:
         return math.ceil(self.heads / share.tp), math.ceil(self.groups / share.tp)
 
     def kept_bytes(self, share: Share, *, batch: float, length: int) -> float:
-        """3 (n + g) d values a token: queries, keys and values before and after the rotation; norms keep two thirds
-        more. A soft-cap keeps tanh and
+        """3 (n + g) d values a token: queries, keys and values before and after the rotation; norms keep two
+        thirds more. A soft-cap keeps tanh and
         softmax of all scores, and sinks as much: 8 B n S^2 bytes."""
         n, g = self._heads(share)
         kept = (5 if self.qk_norm else 3) * (n + g) * self.head_dim * share.value_bytes * batch * length
@@ -202,7 +216,8 @@ class KeyValueCache:
         self._module = module
         self._angles = angles
         weight = next(module.parameters())
-        # Not left to what lies in memory: attention weighs what a row has not reached with 0, and 0 times nan is nan.
+        # Not left to what lies in memory: attention weighs what a row has not reached with 0, and 0 times nan
+        # is nan.
         self._kept = torch.zeros(
             *(rows, module.num_query_groups_per_partition, 2, length, module.hidden_size_per_attention_head),
             dtype=weight.dtype,
@@ -229,9 +244,13 @@ class KeyValueCache:
     def move(self, source: int, target: int, length: int) -> None:
         self._kept[target, :, :, :length] = self._kept[source, :, :, :length]
 
-    def _qkv(self, hidden: torch.Tensor, positions: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[..., H] -> [..., g, n / g + 2, d]: of each key head its query heads, itself and its values; the first two
-        turned by their positions' angles, in layers that have a rotary embedding. And the gates [..., n d], if any."""
+    def _qkv(
+        self, hidden: torch.Tensor, positions: slice | torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[..., H] -> [..., g, n / g + 2, d]: of each key head its query heads, itself and its values; the
+        first two turned by their positions' angles, in layers that have a rotary embedding. And the gates
+        [..., n d], if any.
+        """
         qkv, gate = self._projected(hidden)
         if self._angles is not None:
             self._angles.turn(qkv[..., :-1, :], positions)
@@ -246,12 +265,19 @@ class KeyValueCache:
             or module.config.num_query_groups < module.pg_collection.tp.size()
         ):
             gated = {"output_gate": True} if module.config.attention_output_gate else {}
-            query, *others = module.get_query_key_value_tensors(hidden.reshape(-1, 1, hidden.shape[-1]), None, **gated)
+            query, *others = module.get_query_key_value_tensors(
+                hidden.reshape(-1, 1, hidden.shape[-1]), None, **gated
+            )
             gate = others.pop().reshape(*hidden.shape[:-1], -1) if gated else None
-            heads = [query.unflatten(2, (others[0].shape[2], -1)), *(tensor.unsqueeze(3) for tensor in others)]
+            heads = [
+                query.unflatten(2, (others[0].shape[2], -1)),
+                *(tensor.unsqueeze(3) for tensor in others),
+            ]
             return torch.cat(heads, dim=3).unflatten(0, hidden.shape[:-1]).squeeze(hidden.dim() - 1), gate
         qkv = linear(hidden, projection.weight, projection.bias)
-        qkv = qkv.unflatten(-1, (module.num_query_groups_per_partition, -1, module.hidden_size_per_attention_head))
+        qkv = qkv.unflatten(
+            -1, (module.num_query_groups_per_partition, -1, module.hidden_size_per_attention_head)
+        )
         gate = None
         if module.config.attention_output_gate:
             each = (qkv.shape[-2] - 2) // 2

@@ -1,8 +1,9 @@
-"""The LM head of a Hugging Face folder of any family: what is read of it where the layers are another process's.
+"""The LM head of a Hugging Face folder of any family: what is read of it where the layers are another
+process's.
 
-A family need not be known here. What turns a final hidden state into logits is read from config.json (nested under
-`text_config` too) and from the names of the folder's tensors. A field that would change the logits and that is not
-known is refused by name.
+A family need not be known here. What turns a final hidden state into logits is read from config.json (nested
+under `text_config` too) and from the names of the folder's tensors. A field that would change the logits and
+that is not known is refused by name.
 """
 
 from __future__ import annotations
@@ -36,16 +37,22 @@ _DEFAULTS: dict[str, dict[str, float]] = {
 }
 """transformers' defaults of such fields, which config.json may leave out, by model_type."""
 _ABOUT_LOGITS = re.compile(r"logit|lm_head|head_multiplier|output_multiplier|dim_model_base|scale_width")
-_NOT_ABOUT_THEM = re.compile(r"attn|attention|router|output_router_logits|num_logits_to_keep|dtype|num_lm_heads")
+_NOT_ABOUT_THEM = re.compile(
+    r"attn|attention|router|output_router_logits|num_logits_to_keep|dtype|num_lm_heads"
+)
 _HEADS = re.compile(r"(?:.+\.)?(?:lm_head|embed_out|output)\.weight")
-_EMBEDDINGS = re.compile(r"(?:.+\.)?(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|embeddings)\.weight")
+_EMBEDDINGS = re.compile(
+    r"(?:.+\.)?(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|embeddings)\.weight"
+)
 _NORMS = re.compile(r"(?:.+\.)?(?:norm|final_layernorm|ln_f|norm_f|final_layer_norm)\.weight")
 _LAYER = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.|vis(ion|ual)|audio")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """What makes logits of a final hidden state: scale * weight @ hidden, under a soft-cap if there is one."""
+    """What makes logits of a final hidden state: scale * weight @ hidden, under a soft-cap if there is
+    one.
+    """
 
     hidden_size: int
     vocab_size: int
@@ -66,7 +73,9 @@ def read_head(folder: str, *, flag: str) -> Head:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: cannot read {path} ({type(error).__name__}: {str(error)[:100]})") from None
+        raise ValueError(
+            f"{where}: cannot read {path} ({type(error).__name__}: {str(error)[:100]})"
+        ) from None
     if not isinstance(fields, dict):
         raise ValueError(f"{where}: {path} holds no JSON object")
     nested = fields.get("text_config")
@@ -99,9 +108,11 @@ def read_head(folder: str, *, flag: str) -> Head:
     )
 
 
-def load_head_rows(head: Head, folder: str, ids: np.ndarray, *, dtype: torch.dtype, flag: str) -> torch.Tensor:
-    """Rows `ids` of the head, [len(ids), H], and nothing else of the folder. Hidden states that meet them have the
-    scale of the logits in them."""
+def load_head_rows(
+    head: Head, folder: str, ids: np.ndarray, *, dtype: torch.dtype, flag: str
+) -> torch.Tensor:
+    """Rows `ids` of the head, [len(ids), H], and nothing else of the folder. Hidden states that meet them
+    have the scale of the logits in them."""
     order = np.argsort(ids, kind="stable")
     ascending = torch.empty(len(ids), head.hidden_size, dtype=dtype)
     # Ids that follow each other are read at once.
@@ -134,7 +145,9 @@ def load_norm(head: Head, folder: str, *, flag: str) -> torch.Tensor | None:
     return weight
 
 
-def _whole(fields: Mapping[str, Any], keys: Sequence[str], *, where: str, optional: bool = False) -> int | None:
+def _whole(
+    fields: Mapping[str, Any], keys: Sequence[str], *, where: str, optional: bool = False
+) -> int | None:
     for key in keys:
         value = fields.get(key)
         if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31:
@@ -179,5 +192,7 @@ def _scale_and_softcap(fields: Mapping[str, Any], *, where: str) -> tuple[float,
         elif key in _SCALES:
             scale *= float(value) ** _SCALES[key]
         elif value is not False:
-            raise ValueError(f"{where}: {key} {value!r} may change the logits, and is not implemented for this head")
+            raise ValueError(
+                f"{where}: {key} {value!r} may change the logits, and is not implemented for this head"
+            )
     return scale, softcap

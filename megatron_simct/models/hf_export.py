@@ -1,8 +1,9 @@
 """This job's Megatron model -> a Hugging Face folder of sharded safetensors.
 
-Each pipeline stage writes the files of its own layers, each expert-parallel rank those of its experts. Their sizes are
-known before the numbers are, so each parameter is gathered over the tensor-parallel group, turned into tensors of the
-folder, written and let go: a rank never holds more than one whole parameter beside its own shard.
+Each pipeline stage writes the files of its own layers, each expert-parallel rank those of its experts. Their
+sizes are known before the numbers are, so each parameter is gathered over the tensor-parallel group, turned
+into tensors of the folder, written and let go: a rank never holds more than one whole parameter beside its
+own shard.
 """
 
 from __future__ import annotations
@@ -49,14 +50,14 @@ def save_hf_weights(
 ) -> None:
     """Write the folder `save` with the weights, an index, and the other files of the folder `template`.
 
-    It gets its name when it is complete. Collective over the whole job, whose ranks share the file system. `progress`
-    is told the bytes of each parameter of this rank. ValueError, on every rank, where the folder exists or cannot be
-    written by one of them.
+    It gets its name when it is complete. Collective over the whole job, whose ranks share the file system.
+    `progress` is told the bytes of each parameter of this rank. ValueError, on every rank, where the folder
+    exists or cannot be written by one of them.
     """
     if architecture.index_length is not None:
         raise ValueError(
-            f"--hf-checkpoint {template}: {architecture.model_type} is not exported: its indexer is not read, and the "
-            "folder would lack it"
+            f"--hf-checkpoint {template}: {architecture.model_type} is not exported: its indexer is not "
+            "read, and the folder would lack it"
         )
     final = Path(save)
     temporary = final.with_name(final.name + ".tmp")
@@ -118,10 +119,12 @@ def _removed_on_failure(folder: Path) -> Iterator[None]:
 def _exported(
     model: HiddenStateModel | InterleavedModel, architecture: Architecture, groups: Groups
 ) -> Iterator[tuple[Rule, Place, list[torch.Tensor]]]:
-    """This rank's parameters, without the last stage's copy of a tied embedding. Experts whose parameters are one
-    tensor of the folder come together, with the place of the first."""
+    """This rank's parameters, without the last stage's copy of a tied embedding. Experts whose parameters are
+    one tensor of the folder come together, with the place of the first."""
     stacks: dict[tuple[Rule, int | None], tuple[Place, list[torch.Tensor]]] = {}
-    for rule, place, parameter in parameters_of(model, architecture, tp_rank=groups.tp_rank, tp_size=groups.tp_size):
+    for rule, place, parameter in parameters_of(
+        model, architecture, tp_rank=groups.tp_rank, tp_size=groups.tp_size
+    ):
         if isinstance(rule, Vocabulary) and architecture.tied_embeddings and not groups.is_first_stage:
             continue
         if isinstance(rule, Stacked):
@@ -172,8 +175,8 @@ def _plan(
 def _gather(
     rule: Rule, place: Place, parameters: list[torch.Tensor], groups: Groups
 ) -> list[tuple[Place, torch.Tensor]]:
-    """The shards of a parameter with their places, on the first of the ranks that share it; its own alone where that
-    has everything. Where experts come together, those of all ranks."""
+    """The shards of a parameter with their places, on the first of the ranks that share it; its own alone
+    where that has everything. Where experts come together, those of all ranks."""
     if isinstance(rule, Stacked):
         stack = torch.stack(parameters)
         own = torch.tensor([place.expert, place.tp_rank], device=stack.device)
@@ -214,7 +217,8 @@ def _assemble(rule: Rule, shards: list[tuple[Place, torch.Tensor]]) -> dict[str,
 class _Writer:
     """Writes tensors, one after the other, into files whose contents are known in advance.
 
-    Where the disk refuses, `refused` says so and no more is written: other ranks count on this one in each gather.
+    Where the disk refuses, `refused` says so and no more is written: other ranks count on this one in each
+    gather.
     """
 
     def __init__(self, files: list[tuple[Path, dict[str, Entry]]]) -> None:
@@ -275,7 +279,10 @@ _IMAGES = "model-images.safetensors"
 
 
 def _copy_images(template: str, folder: Path) -> dict[str, int]:
-    """Write the template's tensors that read images, as they are, into one file. Returns their bytes by name."""
+    """Write the template's tensors that read images, as they are, into one file.
+
+    Returns their bytes by name.
+    """
     with contextlib.ExitStack() as files:
         source = TensorFolder(template, files, flag="--hf-checkpoint")
         entries = {}
@@ -306,8 +313,8 @@ def _sync(path: Path) -> None:
 
 
 def _copy_other_files(template: Path, folder: Path, dtype: torch.dtype, *, tied: bool) -> None:
-    """Configuration and tokenizer; config.json with the type of the weights, not quantised, and whether they have a
-    head."""
+    """Configuration and tokenizer; config.json with the type of the weights, not quantised, and whether they
+    have a head."""
     for path in sorted(template.iterdir()):
         if path.is_file() and path.suffix not in _WEIGHTS and not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)

@@ -1,8 +1,8 @@
 """Whether the files of a Hugging Face folder are the ones that were published, where their hashes are known.
 
-They come from --hf-sha256, which sha256sum writes and a model's page may show; else from SHA256SUMS in the folder; else
-from what the hub said of each large file when it was downloaded: `hf download` keeps it under .cache/huggingface in the
-folder, and the cache of the hub library names its files after it.
+They come from --hf-sha256, which sha256sum writes and a model's page may show; else from SHA256SUMS in the
+folder; else from what the hub said of each large file when it was downloaded: `hf download` keeps it under
+.cache/huggingface in the folder, and the cache of the hub library names its files after it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _checked: set[tuple[str, str | None]] = set()
 def check_hashes(folder: str, *, listed: str | None, prefix: str) -> None:
     """Read every file whose hash is known once a job, and say so. Collective over the whole job.
 
-    listed: --[prefix]hf-sha256. ValueError on every rank, naming the file, where one is another, or where the list has
-    no line for a file of weights.
+    listed: --[prefix]hf-sha256. ValueError on every rank, naming the file, where one is another, or where the
+    list has no line for a file of weights.
     """
     if (folder, listed) in _checked:
         return
@@ -42,11 +42,16 @@ def check_hashes(folder: str, *, listed: str | None, prefix: str) -> None:
         if listed is not None:
             for path in weight_files(folder, flag=flag) if find_weights(folder, flag=flag) else ():
                 if path.name not in hashes:
-                    raise ValueError(f"--{prefix}hf-sha256 {listed}: has no line for {path.name} of {flag} {folder}")
+                    raise ValueError(
+                        f"--{prefix}hf-sha256 {listed}: has no line for {path.name} of {flag} {folder}"
+                    )
         present = sorted(name for name in hashes if (Path(folder) / name).is_file())
         for name in present[dist.get_rank() :: dist.get_world_size()]:
             if problem is None and hash_file(Path(folder) / name).sha256 != hashes[name]:
-                problem = f"{flag} {folder}: {name} is not the file that {source} names (SHA-256); download it again"
+                problem = (
+                    f"{flag} {folder}: {name} is not the file that {source} names (SHA-256); download it "
+                    "again"
+                )
     except ValueError as error:
         problem = str(error)
     except OSError as error:
@@ -93,7 +98,8 @@ def _read_list(path: Path, where: str) -> dict[str, str]:
         match = _LINE.fullmatch(line)
         if match is None:
             raise ValueError(
-                f"{where}: line {number} is not a line of sha256sum (64 hexadecimal digits, two blanks, a name)"
+                f"{where}: line {number} is not a line of sha256sum (64 hexadecimal digits, two blanks, a "
+                "name)"
             )
         name, sha256 = Path(match[2]).name, match[1].lower()
         if hashes.setdefault(name, sha256) != sha256:

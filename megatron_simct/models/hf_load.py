@@ -1,6 +1,7 @@
 """Weights of a Hugging Face folder of safetensors -> this rank's shard of the Megatron model.
 
-Only the pieces that `hf_mapping` names for this rank are read, so it never holds more of a matrix than its own shard.
+Only the pieces that `hf_mapping` names for this rank are read, so it never holds more of a matrix than its
+own shard.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ def load_hf_weights(
     flag: str,
     progress: Callable[[int], object] = lambda count: None,
 ) -> None:
-    """Fill every parameter of this rank's part of the model from the folder, in the parameter's own precision.
+    """Fill every parameter of this rank's part of the model from the folder, in the parameter's own
+    precision.
 
     `progress` is told the bytes of each parameter when it is filled.
 
-    Raises ValueError, naming the flag, the file and the tensor, for one that is missing, has another shape or has no
-    place in the model, and for a file that is missing or damaged.
+    Raises ValueError, naming the flag, the file and the tensor, for one that is missing, has another shape or
+    has no place in the model, and for a file that is missing or damaged.
     """
     with contextlib.ExitStack() as files:
         source = TensorFolder(folder, files, flag=flag)

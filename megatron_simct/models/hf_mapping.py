@@ -1,8 +1,8 @@
 """Tensors of a Hugging Face folder <-> parameters of the Megatron model, for reading and for writing.
 
-The parameters outside of the layers have their rules here, those of a layer in the records of its parts. A layer is
-asked for its own number and that of its experts, so a pipeline stage reads and writes its layers only, and an
-expert-parallel rank its experts.
+The parameters outside of the layers have their rules here, those of a layer in the records of its parts. A
+layer is asked for its own number and that of its experts, so a pipeline stage reads and writes its layers
+only, and an expert-parallel rank its experts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ _TRANSFORMER_ENGINE = {
     "mlp.experts.linear_fc1.weight*": "mlp.experts.local_experts.*.linear_fc1.weight",
     "mlp.experts.linear_fc2.weight*": "mlp.experts.local_experts.*.linear_fc2.weight",
 }
-"""Names of parameters in megatron-core's TransformerEngine layers, where they are not those of its local layers."""
+"""Names of parameters in megatron-core's TransformerEngine layers, where they are not those of its local
+layers.
+"""
 
 
 def outer_rules(architecture: Architecture) -> dict[str, Rule]:
@@ -52,8 +54,8 @@ def layer_rules(layer: Layer) -> dict[str, Rule]:
 
 
 def unread_names(architecture: Architecture) -> re.Pattern[str]:
-    """Matches tensors that nothing here computes with: layers of multi-token prediction after the last one, what reads
-    images, and what chooses the positions that a query sees."""
+    """Matches tensors that nothing here computes with: layers of multi-token prediction after the last one,
+    what reads images, and what chooses the positions that a query sees."""
     patterns = ["(?!)"]
     if architecture.has_mtp:
         own = "|".join(map(str, range(architecture.num_layers)))
@@ -70,7 +72,9 @@ IMAGES = r"(?:model\.)?(?:vision_tower|vision_model|multi_modal_projector|visual
 
 
 def tensor_names(architecture: Architecture) -> re.Pattern[str]:
-    """Matches every tensor that has a place in the model, or that older exports hold although nothing reads it."""
+    """Matches every tensor that has a place in the model, or that older exports hold although nothing reads
+    it.
+    """
     names = {re.escape(name) for rule in outer_rules(architecture).values() for name in names_of(rule)}
     names.add(re.escape(architecture.head))
     numbers: dict[Layer, list[str]] = {}
@@ -83,7 +87,9 @@ def tensor_names(architecture: Architecture) -> re.Pattern[str]:
         names |= {re.escape(n).replace(r"\*", _any_of(own), 1).replace(r"\*", experts) for n in found}
     model = re.escape("model.")
     return re.compile(
-        "|".join(re.sub(f"^{re.escape(model)}", lambda _: re.escape(architecture.body), n) for n in sorted(names))
+        "|".join(
+            re.sub(f"^{re.escape(model)}", lambda _: re.escape(architecture.body), n) for n in sorted(names)
+        )
     )
 
 
@@ -99,7 +105,9 @@ def _any_of(words: Iterable[str]) -> str:
     return "(?:" + "|".join(words) + ")"
 
 
-_EXPERT_NUMBER = re.compile(r"(?<=^mlp\.experts\.local_experts\.)\d+|(?<=^mlp\.experts\.linear_fc[12]\.weight)\d+$")
+_EXPERT_NUMBER = re.compile(
+    r"(?<=^mlp\.experts\.local_experts\.)\d+|(?<=^mlp\.experts\.linear_fc[12]\.weight)\d+$"
+)
 
 
 def parameters_of(

@@ -1,4 +1,5 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values of a token come from a short vector.
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values of a token come from a short
+vector.
 
     c = norm(A_kv x)[: rank],   k_r = (A_kv x)[rank :], turned by the position, one for all heads
     q = B_q norm(A_q x)         or B_q x; the last turned_dim entries of each head are turned
@@ -74,7 +75,11 @@ class Latent:
         return False
 
     def options(self) -> dict[str, Any]:
-        return {"num_attention_heads": self.heads, "num_query_groups": self.heads, "kv_channels": self.value_dim}
+        return {
+            "num_attention_heads": self.heads,
+            "num_query_groups": self.heads,
+            "kv_channels": self.value_dim,
+        }
 
     def spec(self, layer: Layer, backend: BackendSpecProvider, ropes: Sequence[Rope]) -> ModuleSpec:
         assert layer.rope is not None and layer.norms == "before", "no family has another"
@@ -110,7 +115,9 @@ class Latent:
         return query + down + up + heads * self.value_dim * h
 
     def kept_bytes(self, share: Share, *, batch: float, length: int) -> float:
-        """Queries and keys before and after the rotation, values and what they are mixed to, the short vectors."""
+        """Queries and keys before and after the rotation, values and what they are mixed to, the short
+        vectors.
+        """
         values = self.heads / share.tp * (4 * self.key_dim + 3 * self.value_dim)
         values += 3 * (self.rank + self.turned_dim + (self.query_rank or 0))
         return values * share.value_bytes * batch * length
@@ -141,7 +148,10 @@ class LatentAttention(MegatronModule):
         pg_collection: Any,
         **_: Any,
     ) -> None:
-        """rope_index: its place among those of Rotary. Megatron's other arguments are of parts that are not here."""
+        """rope_index: its place among those of Rotary.
+
+        Megatron's other arguments are of parts that are not here.
+        """
         super().__init__(config=config)
         self._latent, self._rope, self._rope_index = latent, rope, rope_index
         self._tp = pg_collection.tp
@@ -195,7 +205,9 @@ class LatentAttention(MegatronModule):
         if latent.query_rank is not None:
             query_input = self.query_norm(self._per_position(self._down(self.linear_q_down, hidden_states)))
         query = self.linear_q(query_input)[0].unflatten(-1, (-1, latent.key_dim))
-        short, turned_key = self._down(self.linear_kv_down, hidden_states).split([latent.rank, latent.turned_dim], -1)
+        short, turned_key = self._down(self.linear_kv_down, hidden_states).split(
+            [latent.rank, latent.turned_dim], -1
+        )
         # Each rank's heads give a part of its gradient.
         turned_key = copy_to_tensor_model_parallel_region(turned_key.contiguous(), group=self._tp)
         key_value = self.linear_kv(self.norm(self._per_position(short)))[0]
@@ -215,7 +227,9 @@ class LatentAttention(MegatronModule):
         return gather_from_tensor_model_parallel_region(projection(hidden)[0], group=self._tp)
 
     def _per_position(self, short: torch.Tensor) -> torch.Tensor:
-        """Under sequence parallelism those of this rank's positions, which is what a column-parallel layer reads."""
+        """Under sequence parallelism those of this rank's positions, which is what a column-parallel layer
+        reads.
+        """
         if self.config.sequence_parallel:
             return scatter_to_sequence_parallel_region(short.contiguous(), group=self._tp)
         return short

@@ -1,11 +1,12 @@
-"""A layer of a decoder as a record of its parts. Each part says what it is made of, and nothing else needs to know.
+"""A layer of a decoder as a record of its parts. Each part says what it is made of, and nothing else needs to
+know.
 
     Layer(attention, mlp, rope, window)
 
-A kind of attention or MLP is one record beside its modules, in one file: `grouped_query`, `dense`, `experts`. The
-record gives the module's specification and options of Megatron's configuration (`build`), the rules of its parameters
-(`hf_mapping`), their number and the bytes of activations and caches (`preflight.memory`), and what generation keeps
-(`rollout.decoder`).
+A kind of attention or MLP is one record beside its modules, in one file: `grouped_query`, `dense`, `experts`.
+The record gives the module's specification and options of Megatron's configuration (`build`), the rules of
+its parameters (`hf_mapping`), their number and the bytes of activations and caches (`preflight.memory`), and
+what generation keeps (`rollout.decoder`).
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class Cache(Protocol):
     """What one layer's attention keeps of the sequences that are being generated, a row each."""
 
     def prefill(self, hidden: torch.Tensor, lengths: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """[B, S, H] of whole prompts, padded on the right; lengths int64 [B] -> the attention's output, [B, S, H],
-        before a norm that may come after it.
+        """[B, S, H] of whole prompts, padded on the right; lengths int64 [B] -> the attention's output, [B,
+        S, H], before a norm that may come after it.
 
         rows int64 [2, R]: the rows to fill, and which of the B prompts each of them holds.
         """
@@ -112,7 +113,9 @@ class Mlp(Protocol):
     """A kind of MLP."""
 
     def check_divides(self, tp: int, expert_tp: int, *, flag: str) -> None:
-        """ValueError, naming the flag, where these numbers of ranks do not divide it. expert_tp: those of an expert."""
+        """ValueError, naming the flag, where these numbers of ranks do not divide it. expert_tp: those of an
+        expert.
+        """
 
     @property
     def num_experts(self) -> int:
@@ -135,7 +138,9 @@ class Mlp(Protocol):
         """Parameters of one rank."""
 
     def kept_bytes(self, share: Share, *, hidden_size: float, batch: float, length: int) -> float:
-        """What autograd keeps on one rank. hidden_size: of a token on this rank, less under sequence parallelism."""
+        """What autograd keeps on one rank. hidden_size: of a token on this rank, less under sequence
+        parallelism.
+        """
 
     def forward_bytes(self, share: Share, *, batch: float, length: int) -> float:
         """The most that a forward pass without gradients holds at one time."""
@@ -143,7 +148,9 @@ class Mlp(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Angles:
-    """Angles of every position, [length, turned entries of a head]: cosines, and sines with the rotation's sign."""
+    """Angles of every position, [length, turned entries of a head]: cosines, and sines with the rotation's
+    sign.
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -157,7 +164,9 @@ class Angles:
         return Angles(angles.cos().to(dtype), (angles.sin() * sign).to(dtype), rope.interleaved)
 
     def turn(self, x: torch.Tensor, positions: slice | torch.Tensor) -> None:
-        """Turn the first entries of x [..., g, heads, d] in place; `positions` has one for each row of g heads."""
+        """Turn the first entries of x [..., g, heads, d] in place; `positions` has one for each row of g
+        heads.
+        """
         cos, sin = self.cos[positions, None, None], self.sin[positions, None, None]
         turn_(x, cos, sin, interleaved=self.interleaved)
 
@@ -166,7 +175,9 @@ class Step:
     """One more token of each sequence: what all layers read, made once."""
 
     def __init__(self, where: torch.Tensor, num_keys: int, *, dtype: torch.dtype, regions: Regions) -> None:
-        """where int64 [B]: the tokens' positions. num_keys: cached positions to look at, at least up to the last."""
+        """where int64 [B]: the tokens' positions. num_keys: cached positions to look at, at least up to the
+        last.
+        """
         self.where, self.num_keys, self.regions = where, num_keys, regions
         self.rows = torch.arange(len(where), device=where.device)
         self._dtype = dtype
@@ -214,7 +225,9 @@ class Layer:
         return self.attention.has_transformer_engine and self.mlp.has_transformer_engine
 
     def spec(self, backend: BackendSpecProvider, ropes: Sequence[Rope]) -> ModuleSpec:
-        """Megatron's layer with these parts; our own norm, or TransformerEngine's where it is fused with a linear."""
+        """Megatron's layer with these parts; our own norm, or TransformerEngine's where it is fused with a
+        linear.
+        """
         fused = backend.fuse_layernorm_and_linear()
         norm = IdentityOp if fused or self.norms == "after" else RMSNorm
         mlp_norm = backend.layer_norm() if fused and self.mlp.num_experts else norm
@@ -248,7 +261,9 @@ class Layer:
         }
         around = before | {"pre_mlp_layernorm": "pre_feedforward_layernorm"} | after
         names = {"before": before, "after": after, "around": around}[self.norms]
-        norms: dict[str, Rule] = {f"{ours}.weight": Whole(f"{layer}{name}.weight") for ours, name in names.items()}
+        norms: dict[str, Rule] = {
+            f"{ours}.weight": Whole(f"{layer}{name}.weight") for ours, name in names.items()
+        }
         return norms | self.attention.rules() | self.mlp.rules()
 
     def parameters(self, share: Share) -> int:
@@ -257,7 +272,9 @@ class Layer:
         return norms + self.attention.parameters(share) + self.mlp.parameters(share)
 
 
-def check_divisor(tp: int, name: str, value: int, *, flag: str, option: str = "--tensor-model-parallel-size") -> None:
+def check_divisor(
+    tp: int, name: str, value: int, *, flag: str, option: str = "--tensor-model-parallel-size"
+) -> None:
     """ValueError, naming the flag, where the tensor-parallel size does not divide a number of the model."""
     if value % tp:
         raise ValueError(f"{option} {tp} does not divide {name} ({value}) of {flag}")

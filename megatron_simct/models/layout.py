@@ -1,12 +1,12 @@
 """Where the tokens of a forward pass stand: in which sequence, and at which of its positions.
 
-A batch is B padded sequences beside each other, [S, B], or sequences packed one after another in one row, [S, 1].
-Megatron hands a Layout to every layer as `packed_seq_params` and reads nothing of it but the format: to Megatron the
-tokens are [S, B] in any case. Rotary embeddings and attention read the rest.
+A batch is B padded sequences beside each other, [S, B], or sequences packed one after another in one row, [S,
+1]. Megatron hands a Layout to every layer as `packed_seq_params` and reads nothing of it but the format: to
+Megatron the tokens are [S, B] in any case. Rotary embeddings and attention read the rest.
 
-With context parallelism the S tokens of a row are cut into two pieces a rank, rank r of C holding pieces r and
-2 C - 1 - r (`context_pieces`): what is early and sees few keys, and what is late and sees many. Each rank computes the
-queries that it has; the keys and values are gathered from all ranks, [S, B] in their order.
+With context parallelism the S tokens of a row are cut into two pieces a rank, rank r of C holding pieces r
+and 2 C - 1 - r (`context_pieces`): what is early and sees few keys, and what is late and sees many. Each rank
+computes the queries that it has; the keys and values are gathered from all ranks, [S, B] in their order.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def token_multiple(parallel: ParallelConfig, device: torch.device, *, context_pa
 
 
 def context_pieces(num_tokens: int, rank: int, size: int) -> list[slice]:
-    """The tokens of a row that a context-parallel rank holds, in their order; without context parallelism all of them.
+    """The tokens of a row that a context-parallel rank holds, in their order; without context parallelism all
+    of them.
 
     num_tokens: a multiple of twice the ranks.
     """
@@ -62,10 +63,13 @@ class Layout(PackedSeqParams):
     """The sequences of one forward pass, and the masks that its layers have in common."""
 
     def __init__(
-        self, positions: torch.Tensor, lengths: Sequence[int] | None = None, context: dist.ProcessGroup | None = None
+        self,
+        positions: torch.Tensor,
+        lengths: Sequence[int] | None = None,
+        context: dist.ProcessGroup | None = None,
     ) -> None:
-        """positions: int64, of this rank's tokens of any row. lengths: of packed sequences; None: each row is one.
-        context: the ranks that share the rows, if several do."""
+        """positions: int64, of this rank's tokens of any row. lengths: of packed sequences; None: each row is
+        one. context: the ranks that share the rows, if several do."""
         super().__init__(qkv_format="sbhd")
         self.positions = positions
         self._context = None if context is None or context.size() == 1 else context
@@ -92,13 +96,15 @@ class Layout(PackedSeqParams):
         self._visible: dict[tuple[int, int, int | None], torch.Tensor] = {}
 
     def all_keys(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[S / C, B, g, d] of all ranks: [S, B, g, d] in the order of the row. Their gradient is that of all ranks'
-        queries. One all-gather, and one reduce-scatter on the way back."""
+        """[S / C, B, g, d] of all ranks: [S, B, g, d] in the order of the row. Their gradient is that of all
+        ranks' queries. One all-gather, and one reduce-scatter on the way back."""
         if self._context is None:
             return key, value
         size, width = self._context.size(), key.shape[-1]
         both = torch.cat([key, value], dim=-1)
-        gathered = gather_from_sequence_parallel_region(both, tensor_parallel_output_grad=True, group=self._context)
+        gathered = gather_from_sequence_parallel_region(
+            both, tensor_parallel_output_grad=True, group=self._context
+        )
         pieces = gathered.chunk(2 * size)  # of rank 0 its first and its second, of rank 1 ...
         ordered = torch.cat([*pieces[::2], *reversed(pieces[1::2])])
         key, value = ordered.split([width, ordered.shape[-1] - width], dim=-1)
@@ -112,7 +118,9 @@ class Layout(PackedSeqParams):
         return self._visible[shape]
 
 
-def visible_keys(num_queries: int, num_keys: int, window: int | None, *, device: torch.device) -> torch.Tensor:
+def visible_keys(
+    num_queries: int, num_keys: int, window: int | None, *, device: torch.device
+) -> torch.Tensor:
     """Which keys each query sees, bool [S, K]; the queries are the last S of the K positions."""
     keys = torch.arange(num_keys, device=device)
     back = keys[num_keys - num_queries :, None] - keys

@@ -1,13 +1,15 @@
-"""LoRA: a model's weights stay as they are, and beside each projection W a product of two small matrices is trained.
+"""LoRA: a model's weights stay as they are, and beside each projection W a product of two small matrices is
+trained.
 
     y = x W^T + (alpha / r) x A^T B^T,    A [r, in], B [out, r]    (Hu et al., arXiv:2106.09685; no dropout)
 
-Each projection of the Hugging Face folder has its own A and B, also where Megatron has several of them as one matrix.
-So they are what the package peft calls the adapter of that module. A is drawn from the seed and the module's name, the
-same in every layout; B is zero at the start.
+Each projection of the Hugging Face folder has its own A and B, also where Megatron has several of them as one
+matrix. So they are what the package peft calls the adapter of that module. A is drawn from the seed and the
+module's name, the same in every layout; B is zero at the start.
 
-Tensor parallelism splits what it splits of W: the rows of B beside a column-parallel layer, the columns of A beside a
-row-parallel one. The other matrix is whole on every rank, and what crosses ranks is r numbers a token.
+Tensor parallelism splits what it splits of W: the rows of B beside a column-parallel layer, the columns of A
+beside a row-parallel one. The other matrix is whole on every rank, and what crosses ranks is r numbers a
+token.
 """
 
 from __future__ import annotations
@@ -79,7 +81,9 @@ class Projection:
     def parameters(self, targets: frozenset[str], rank: int, tp_size: int) -> int:
         """Numbers of its adapter on one rank."""
         names = self.parts.names * (len(self.parts.rows) if len(self.parts.names) == 1 else 1)
-        rows = sum(count for name, count in zip(names, self.parts.rows, strict=True) if module_name(name) in targets)
+        rows = sum(
+            count for name, count in zip(names, self.parts.rows, strict=True) if module_name(name) in targets
+        )
         downs = sum(module_name(name) in targets for name in self.parts.names)
         if self.splits_columns:
             return rank * (self.width // tp_size + rows) if downs else 0
@@ -87,8 +91,8 @@ class Projection:
 
 
 def projections(layer: Layer, hidden_size: int) -> Iterator[Projection]:
-    """Those of grouped-query attention and of a dense MLP; other kinds of parts, and projections whose queries have a
-    gate with them, get no adapters."""
+    """Those of grouped-query attention and of a dense MLP; other kinds of parts, and projections whose
+    queries have a gate with them, get no adapters."""
     rules = layer.rules()
     inputs = {}
     if isinstance(layer.attention, GroupedQuery):
@@ -157,15 +161,17 @@ class Adapter(torch.nn.Module):
                     drawn = drawn.chunk(size, dim=1)[rank].contiguous()
                 self.down[module_name(name)] = torch.nn.Parameter(drawn.to(**common))
         self.up = torch.nn.ParameterDict()
-        """B [out, r] by the name of the module and the number of the run of rows; beside a column-parallel layer this
-        rank's rows."""
+        """B [out, r] by the name of the module and the number of the run of rows; beside a column-parallel
+        layer this rank's rows."""
         for i, rows in enumerate(parts.rows):
             if self._name(i) in self.down:
                 own = rows if self.splits_columns else rows // size
                 self.up[f"{self._name(i)}_{i}"] = torch.nn.Parameter(torch.zeros(own, lora.rank, **common))
         whole, split = (self.up, self.down) if self.splits_columns else (self.down, self.up)
         for parameter in whole.values():
-            parameter.sequence_parallel = projection.config.sequence_parallel  # each rank's gradient is a part
+            parameter.sequence_parallel = (
+                projection.config.sequence_parallel
+            )  # each rank's gradient is a part
         for parameter in split.values():
             set_tensor_model_parallel_attributes(parameter, True, 1 if self.splits_columns else 0, 1)
 
@@ -221,7 +227,9 @@ class Adapter(torch.nn.Module):
         if not groups:
             return torch.cat(runs, dim=dim)
         dim %= runs[0].dim()
-        return torch.cat([run.unflatten(dim, (groups, -1)) for run in runs], dim=dim + 1).flatten(dim, dim + 1)
+        return torch.cat([run.unflatten(dim, (groups, -1)) for run in runs], dim=dim + 1).flatten(
+            dim, dim + 1
+        )
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -241,12 +249,16 @@ class LoraColumnLinear(ColumnParallelLinear):
 
     adapter: Adapter
 
-    def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, input_: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         output, bias = super().forward(input_, *args, **kwargs)
         return output + self.adapter(input_, sequence_parallel=self.sequence_parallel), bias
 
     def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return _with_adapter(self.adapter, super().sharded_state_dict(prefix, *args, **kwargs), prefix, args, kwargs)
+        return _with_adapter(
+            self.adapter, super().sharded_state_dict(prefix, *args, **kwargs), prefix, args, kwargs
+        )
 
 
 class LoraRowLinear(RowParallelLinear):
@@ -259,7 +271,9 @@ class LoraRowLinear(RowParallelLinear):
         return output + self.adapter(input_, sequence_parallel=self.sequence_parallel), bias
 
     def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return _with_adapter(self.adapter, super().sharded_state_dict(prefix, *args, **kwargs), prefix, args, kwargs)
+        return _with_adapter(
+            self.adapter, super().sharded_state_dict(prefix, *args, **kwargs), prefix, args, kwargs
+        )
 
 
 class LoraNormedRowLinear(NormedRowParallelLinear, LoraRowLinear):
@@ -297,7 +311,8 @@ def add_adapters(
     model.requires_grad_(False)
     for chunk in chunks_of(model):
         if chunk.pre_process:
-            # Else nothing before the first adapter has a gradient, and recomputed layers would have none at all.
+            # Else nothing before the first adapter has a gradient, and recomputed layers would have none at
+            # all.
             chunk.embedding.register_forward_hook(_needs_gradient)
         for layer in chunk.decoder.layers:
             number = layer.layer_number - 1
@@ -305,12 +320,18 @@ def add_adapters(
                 if not targets & {module_name(name) for name in found.parts.names}:
                     continue
                 projection = layer.get_submodule(found.path)
-                assert type(projection) in _WITH_ADAPTER, "megatron-core's local layers are built for adapters"
-                projection.adapter = Adapter(projection, found.parts, lora, layer=number, targets=targets, seed=seed)
+                assert type(projection) in _WITH_ADAPTER, (
+                    "megatron-core's local layers are built for adapters"
+                )
+                projection.adapter = Adapter(
+                    projection, found.parts, lora, layer=number, targets=targets, seed=seed
+                )
                 projection.__class__ = _WITH_ADAPTER[type(projection)]
 
 
-def target_modules(architecture: Architecture, lora: LoraConfig, *, tp_size: int, flag: str) -> frozenset[str]:
+def target_modules(
+    architecture: Architecture, lora: LoraConfig, *, tp_size: int, flag: str
+) -> frozenset[str]:
     """Names of the modules that get an adapter: those of --lora-target-modules, or all that can.
 
     ValueError, naming the flag, for one that cannot.
@@ -318,17 +339,19 @@ def target_modules(architecture: Architecture, lora: LoraConfig, *, tp_size: int
     found = [one for layer in architecture.kinds for one in projections(layer, architecture.hidden_size)]
     known = {module_name(name) for one in found for name in one.parts.names}
     mlps = [layer.mlp for layer in architecture.kinds if layer.mlp.num_experts]
-    of_experts = {module_name(name) for mlp in mlps for rule in mlp.rules().values() for name in names_of(rule)}
+    of_experts = {
+        module_name(name) for mlp in mlps for rule in mlp.rules().values() for name in names_of(rule)
+    }
     for name in lora.target_modules:
         if name not in known:
             raise ValueError(
-                f"--lora-target-modules {name}: no projection of grouped-query attention or of a dense MLP in {flag} "
-                f"is called so; there are {', '.join(sorted(known)) or 'none'}"
+                f"--lora-target-modules {name}: no projection of grouped-query attention or of a dense MLP "
+                f"in {flag} is called so; there are {', '.join(sorted(known)) or 'none'}"
             )
         if name in of_experts:
             raise ValueError(
-                f"--lora-target-modules {name}: experts of {flag} have projections of that name too, and these get no "
-                f"adapters; name others: {', '.join(sorted(known - of_experts))}"
+                f"--lora-target-modules {name}: experts of {flag} have projections of that name too, and "
+                f"these get no adapters; name others: {', '.join(sorted(known - of_experts))}"
             )
     targets = frozenset(lora.target_modules or known)
     if not targets:
@@ -344,11 +367,16 @@ def target_modules(architecture: Architecture, lora: LoraConfig, *, tp_size: int
     return targets
 
 
-def adapter_parameters(architecture: Architecture, lora: LoraConfig, *, tp_size: int, flag: str) -> dict[Layer, int]:
+def adapter_parameters(
+    architecture: Architecture, lora: LoraConfig, *, tp_size: int, flag: str
+) -> dict[Layer, int]:
     """Numbers of the adapters of a layer of each kind on one rank. ValueError as target_modules."""
     targets = target_modules(architecture, lora, tp_size=tp_size, flag=flag)
     return {
-        layer: sum(one.parameters(targets, lora.rank, tp_size) for one in projections(layer, architecture.hidden_size))
+        layer: sum(
+            one.parameters(targets, lora.rank, tp_size)
+            for one in projections(layer, architecture.hidden_size)
+        )
         for layer in architecture.kinds
     }
 
@@ -387,8 +415,8 @@ def save_peft(
 ) -> None:
     """Write the adapters as a folder that peft loads: adapter_config.json, adapter_model.safetensors.
 
-    base: the folder of the model. Collective over the whole job; the first rank writes, and holds all adapters.
-    ValueError where the folder exists.
+    base: the folder of the model. Collective over the whole job; the first rank writes, and holds all
+    adapters. ValueError where the folder exists.
     """
     own: dict[str, torch.Tensor] = {}
     for _, adapter in adapters_of(model):
@@ -420,7 +448,9 @@ def save_peft(
             "fan_in_fan_out": False,
             "inference_mode": True,
         }
-        (temporary / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (temporary / "adapter_config.json").write_text(
+            json.dumps(settings, indent=2) + "\n", encoding="utf-8"
+        )
         temporary.rename(folder)
 
     on_first_rank(write, save)

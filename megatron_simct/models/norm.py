@@ -1,4 +1,6 @@
-"""torch's RMSNorm as Megatron's layer specs want it. megatron-core's own wrapper refuses sequence parallelism."""
+"""torch's RMSNorm as Megatron's layer specs want it. megatron-core's own wrapper refuses sequence
+parallelism.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,9 @@ with megatron_imports():
 class RMSNorm(torch.nn.RMSNorm):
     """x / rms(x) * weight, or x / rms(x) * (1 + weight) where the configuration centres weights at zero.
 
-    Under sequence parallelism each tensor-parallel rank normalizes its own positions, so its gradient of the weight is
-    a part of the whole. The mark on the weight tells Megatron to sum the parts when it finalizes the gradients.
+    Under sequence parallelism each tensor-parallel rank normalizes its own positions, so its gradient of the
+    weight is a part of the whole. The mark on the weight tells Megatron to sum the parts when it finalizes
+    the gradients.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
@@ -49,8 +52,8 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class UnweightedNorm(RMSNorm):
-    """x / rms(x) of queries or keys whose norm comes after the rotary embedding, which turns x and leaves rms(x) as it
-    is. Attention multiplies by the weight."""
+    """x / rms(x) of queries or keys whose norm comes after the rotary embedding, which turns x and leaves
+    rms(x) as it is. Attention multiplies by the weight."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.rms_norm(x, self.normalized_shape, None, self.eps)
@@ -72,14 +75,19 @@ class NormedRowParallelLinear(RowParallelLinear):
 
 
 class WholeNorm(torch.nn.Module):
-    """The norm of all heads of queries, or of keys, together. Each tensor-parallel rank has those of its heads."""
+    """The norm of all heads of queries, or of keys, together.
+
+    Each tensor-parallel rank has those of its heads.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, *, heads: int) -> None:
         """hidden_size: of one head."""
         super().__init__()
         self._group = parallel_state.get_tensor_model_parallel_group()
         self._eps, self._size = eps, heads * hidden_size
-        self.weight = torch.nn.Parameter(torch.ones(self._size // self._group.size(), dtype=config.params_dtype))
+        self.weight = torch.nn.Parameter(
+            torch.ones(self._size // self._group.size(), dtype=config.params_dtype)
+        )
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -95,11 +103,15 @@ class WholeNorm(torch.nn.Module):
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """For a checkpoint: the weight is split as the heads are."""
-        return make_sharded_tensors_for_checkpoint({"weight": self.weight}, prefix, {"weight": 0}, sharded_offsets)
+        return make_sharded_tensors_for_checkpoint(
+            {"weight": self.weight}, prefix, {"weight": 0}, sharded_offsets
+        )
 
 
 def row_parallel(projection: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """A row-parallel layer's output without autograd, and without the norm that comes after it in some families."""
+    """A row-parallel layer's output without autograd, and without the norm that comes after it in some
+    families.
+    """
     if type(projection) not in (RowParallelLinear, NormedRowParallelLinear):
         return projection(hidden)[0]  # TransformerEngine's, or one with an adapter
     assert isinstance(projection, RowParallelLinear)

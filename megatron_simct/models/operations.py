@@ -11,7 +11,9 @@ _PEAKS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "GH200": 989e12, "A100
 
 
 class Operations:
-    """Two for each weight of a matrix and token, four for each pair of positions and entry of a query head."""
+    """Two for each weight of a matrix and token, four for each pair of positions and entry of a query
+    head.
+    """
 
     def __init__(self, model: HiddenStateModel | InterleavedModel) -> None:
         config = model.config
@@ -24,7 +26,12 @@ class Operations:
                 share = 1.0
                 if ".experts." in name:  # tokens come from all ranks that share the experts
                     ranks = config.expert_model_parallel_size * config.expert_tensor_parallel_size
-                    share = config.moe_router_topk * ranks / config.tensor_model_parallel_size / config.num_moe_experts
+                    share = (
+                        config.moe_router_topk
+                        * ranks
+                        / config.tensor_model_parallel_size
+                        / config.num_moe_experts
+                    )
                 self._per_token += 2 * share * parameter.numel()
             for layer in chunk.decoder.layers:
                 attention = layer.self_attention
@@ -37,7 +44,9 @@ class Operations:
         self._per_label = 2.0 * last.output_weight.numel() if last.post_process else 0.0
 
     def forward(self, lengths: Sequence[int], num_labels: int) -> float:
-        """Operations of a forward pass over sequences of these lengths, with the LM head at num_labels positions."""
+        """Operations of a forward pass over sequences of these lengths, with the LM head at num_labels
+        positions.
+        """
         count = self._per_token * sum(lengths) + self._per_label * num_labels
         for width, window in self._attention:
             count += 4 * width * sum(_pairs(length, window) for length in lengths)

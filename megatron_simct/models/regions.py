@@ -1,9 +1,10 @@
-"""The parts of a decoding step between its matrix products: small functions that a compiler makes one kernel each.
+"""The parts of a decoding step between its matrix products: small functions that a compiler makes one kernel
+each.
 
 `EAGER` runs them in torch's own operations, `compiled` by torch.compile: Triton on a GPU, C++ on a CPU.
 
-Shape letters: B sequences, H hidden size, g key heads of this tensor-parallel rank, m query heads that share one of
-them, K cached positions, L positions that the cache has room for, d entries of a head.
+Shape letters: B sequences, H hidden size, g key heads of this tensor-parallel rank, m query heads that share
+one of them, K cached positions, L positions that the cache has room for, d entries of a head.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def normed(hidden: torch.Tensor, scale: Scale) -> torch.Tensor:
 
 
 def added(hidden: torch.Tensor, output: torch.Tensor, after: Scale | None, factor: float) -> torch.Tensor:
-    """The residual with what a part of a layer adds to it, [B, H]. after: of the norm of that, None without one."""
+    """The residual with what a part of a layer adds to it, [B, H]. after: of the norm of that, None without
+    one.
+    """
     output = output if after is None else normed(output, after)
     return hidden + (output if factor == 1.0 else factor * output)
 
@@ -69,8 +72,9 @@ def turn_and_keep(
 ) -> torch.Tensor:
     """Turns queries and keys by their positions' angles, and puts keys and values into the cache.
 
-    qkv [B, g, m + 2, d], which is written to; cos, sin [B, 1, 1, turned entries], None: nothing is turned; kept
-    [R, g, 2, L, d]; rows int64 [B]: 0 .. B - 1; where int64 [B]: the positions. Returns the queries, [B, g, m, d].
+    qkv [B, g, m + 2, d], which is written to; cos, sin [B, 1, 1, turned entries], None: nothing is turned;
+    kept [R, g, 2, L, d]; rows int64 [B]: 0 .. B - 1; where int64 [B]: the positions. Returns the queries, [B,
+    g, m, d].
     """
     if cos is not None and sin is not None:
         turn_(qkv[..., :-1, :], cos, sin, interleaved=interleaved)
@@ -84,7 +88,9 @@ def gated(halves: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tenso
     return activation(gate).mul_(up)
 
 
-def capped_weights(products: torch.Tensor, visible: torch.Tensor | None, scale: float, cap: float) -> torch.Tensor:
+def capped_weights(
+    products: torch.Tensor, visible: torch.Tensor | None, scale: float, cap: float
+) -> torch.Tensor:
     """Weights of the values from products of queries and keys, in float32. visible: added to the scores."""
     scores = torch.tanh(products * (scale / cap)) * cap
     return (scores if visible is None else scores + visible).softmax(dim=-1, dtype=torch.float32)

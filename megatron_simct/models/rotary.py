@@ -37,7 +37,9 @@ class Rope:
     """The same for longer sequences."""
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    """yarn: waves that turn more often in the original length are kept, those that turn less often are stretched."""
+    """yarn: waves that turn more often in the original length are kept, those that turn less often are
+    stretched.
+    """
     truncate: bool = True
     """yarn: the bounds of the entries between the two are whole numbers."""
     interleaved: bool = False
@@ -49,13 +51,15 @@ class Rope:
 
 
 class Rotary(torch.nn.Module):
-    """In the place of Megatron's RotaryEmbedding, which knows one base and one scaling with fixed constants."""
+    """In the place of Megatron's RotaryEmbedding, which knows one base and one scaling with fixed
+    constants.
+    """
 
     def __init__(self, ropes: Sequence[Rope], *, longest: int | None) -> None:
-        """longest: positions of the longest sequence of all that the model will see. longrope has two sets of factors,
-        for short and for long sequences. Knowing the longest, it takes one set for all, so that a token has the same
-        log-probability when it is sampled, when it is trained on, and in whatever batch. Without, each forward pass
-        decides by its own length, as transformers does."""
+        """longest: positions of the longest sequence of all that the model will see. longrope has two sets of
+        factors, for short and for long sequences. Knowing the longest, it takes one set for all, so that a
+        token has the same log-probability when it is sampled, when it is trained on, and in whatever batch.
+        Without, each forward pass decides by its own length, as transformers does."""
         super().__init__()
         self._ropes = tuple(ropes)
         self._longest = longest
@@ -67,7 +71,10 @@ class Rotary(torch.nn.Module):
             positions, longest = where.positions.float(), where.longest
         else:
             positions, longest = torch.arange(where, dtype=torch.float32, device=device), where
-        kinds = [torch.outer(positions, frequencies(rope, self._longest or longest).to(device)) for rope in self._ropes]
+        kinds = [
+            torch.outer(positions, frequencies(rope, self._longest or longest).to(device))
+            for rope in self._ropes
+        ]
         angles = torch.stack(kinds)
         if self._ropes[0].interleaved:
             return angles.repeat_interleave(2, dim=-1)[:, :, None, None, :]
@@ -81,8 +88,8 @@ class Rotary(torch.nn.Module):
         transformer_config: Any,
         packed_seq_params: Layout | None = None,
     ) -> int | Layout:
-        """Positions of this forward pass, those in the KV cache included. GPTModel asks for them, and hands the answer
-        to `forward`."""
+        """Positions of this forward pass, those in the KV cache included. GPTModel asks for them, and hands
+        the answer to `forward`."""
         if packed_seq_params is not None:
             return packed_seq_params
         received = transformer.input_tensor if transformer.input_tensor is not None else transformer_input
@@ -122,8 +129,8 @@ def frequencies(rope: Rope, length: int) -> torch.Tensor:
 
 
 def _llama3(plain: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """Waves that turn less than low_freq_factor times in the original length are stretched by `factor`, those that
-    turn more than high_freq_factor times are not, and those between by a mixture of the two."""
+    """Waves that turn less than low_freq_factor times in the original length are stretched by `factor`, those
+    that turn more than high_freq_factor times are not, and those between by a mixture of the two."""
     turns = rope.original_length * plain / (2 * math.pi)
     kept = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0.0, 1.0)
     return kept * plain + (1 - kept) * plain / rope.factor

@@ -1,13 +1,15 @@
 """Rules: how a parameter of the Megatron model is made of tensors of a Hugging Face folder.
 
-A rule names the pieces of those tensors that a rank's shard of the parameter consists of. `hf_load` copies the pieces
-into the parameter, `hf_export` copies them back.
+A rule names the pieces of those tensors that a rank's shard of the parameter consists of. `hf_load` copies
+the pieces into the parameter, `hf_export` copies them back.
 
     Exact                   a buffer as it is
-    Whole, Rows, Columns    one tensor, not split over the tensor-parallel ranks or split by its rows or columns
+    Whole, Rows, Columns    one tensor, not split over the tensor-parallel ranks or split by its rows or
+                            columns
     Vocabulary              one tensor whose rows are ids, then rows of zeros that pad the vocabulary
     FusedQKV                per query group: the group's query heads, its key head, its value head
-    PackedQKV               the same from one tensor: all query heads, then all key heads, then all value heads
+    PackedQKV               the same from one tensor: all query heads, then all key heads, then all value
+                            heads
     GatedMLP                this rank's rows of the gate, then its rows of the up projection
     PackedMLP               the same from one tensor: all of the gate, then all of the up projection
     PerGroup                per group of heads: runs of rows of one tensor or several
@@ -96,7 +98,9 @@ class Columns:
     def pieces(self, parameter: torch.Tensor, place: Place) -> Iterator[Piece]:
         rows, width = parameter.shape
         begin = place.tp_rank * width
-        yield Piece(place.named(self.name), (rows, width * place.tp_size), parameter, begin, begin + width, axis=1)
+        yield Piece(
+            place.named(self.name), (rows, width * place.tp_size), parameter, begin, begin + width, axis=1
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +114,9 @@ class Vocabulary:
         begin = min(place.tp_rank * width, self.vocab_size)
         end = min(place.tp_rank * width + width, self.vocab_size)
         if end > begin:
-            yield Piece(place.named(self.name), (self.vocab_size, hidden), parameter[: end - begin], begin, end)
+            yield Piece(
+                place.named(self.name), (self.vocab_size, hidden), parameter[: end - begin], begin, end
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +134,11 @@ class Heads:
         return self.query * self.dim, self.groups * self.dim, self.groups * self.dim
 
     def runs(self, parameter: torch.Tensor, place: Place) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """The runs of rows of a fused parameter: 0, 1 or 2 for query, key or value, first row among those, the rows.
+        """The runs of rows of a fused parameter: 0, 1 or 2 for query, key or value, first row among those,
+        the rows.
 
-        With more tensor-parallel ranks than groups, a rank has a part of a group: megatron-core cuts the fused rows
-        evenly.
+        With more tensor-parallel ranks than groups, a rank has a part of a group: megatron-core cuts the
+        fused rows evenly.
         """
         first = place.tp_rank * len(parameter)
         row = 0
@@ -228,14 +235,18 @@ class PerGroup:
             for run in self.runs:
                 begin = run.begin + group * (run.rows if run.step is None else run.step)
                 view = parameter[row : row + run.rows]
-                yield Piece(place.named(run.name), (run.total, *parameter.shape[1:]), view, begin, begin + run.rows)
+                yield Piece(
+                    place.named(run.name), (run.total, *parameter.shape[1:]), view, begin, begin + run.rows
+                )
                 row += run.rows
         assert row == len(parameter), "the groups fill the parameter"
 
 
 @dataclass(frozen=True, slots=True)
 class StackedGatedMLP:
-    """Weights [E, H, 2 f] or biases [E, 2 f] of all experts in one tensor, gate and up projection in turns."""
+    """Weights [E, H, 2 f] or biases [E, 2 f] of all experts in one tensor, gate and up projection in
+    turns.
+    """
 
     name: str
     experts: int
@@ -259,7 +270,9 @@ class StackedColumns:
         rows, width = parameter.shape
         begin = place.tp_rank * width
         shape = (self.experts, width * place.tp_size, rows)
-        yield Piece(place.named(self.name), shape, parameter, begin, begin + width, axis=1, expert=place.expert)
+        yield Piece(
+            place.named(self.name), shape, parameter, begin, begin + width, axis=1, expert=place.expert
+        )
 
 
 @dataclass(frozen=True, slots=True)

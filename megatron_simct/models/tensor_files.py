@@ -33,7 +33,8 @@ def find_weights(folder: str, *, flag: str) -> Path | None:
     for pattern in ("*.safetensors", "pytorch_model*.bin"):
         for path in sorted(Path(folder).glob(pattern)):
             raise ValueError(
-                f"{flag} {folder}: has {path.name}, but neither {INDEX} nor {_SINGLE}; weights are read from these"
+                f"{flag} {folder}: has {path.name}, but neither {INDEX} nor {_SINGLE}; weights are read from "
+                "these"
             )
     return None
 
@@ -45,8 +46,8 @@ def weight_files(folder: str, *, flag: str) -> list[Path]:
 
 
 def text_names(folder: str, *, flag: str) -> tuple[str, str]:
-    """What names of the language model's tensors begin with in a folder that also has tensors for images, and the name
-    of its LM head. Raises ValueError as TensorFolder does."""
+    """What names of the language model's tensors begin with in a folder that also has tensors for images, and
+    the name of its LM head. Raises ValueError as TensorFolder does."""
     found = set()
     if any((Path(folder) / name).exists() for name in (INDEX, _SINGLE)):
         with contextlib.ExitStack() as files:
@@ -69,7 +70,8 @@ def has_own_head(folder: str, *, embedding: str = EMBEDDING, head: str = HEAD, f
 
 
 def is_for_bf16(folder: str, *, flag: str) -> bool:
-    """Whether bfloat16 holds the folder's tensors: all are bfloat16, or the matrices are quantised to fewer bits.
+    """Whether bfloat16 holds the folder's tensors: all are bfloat16, or the matrices are quantised to fewer
+    bits.
 
     Raises ValueError as TensorFolder does.
     """
@@ -86,15 +88,15 @@ class Piece:
     shape: tuple[int, ...]
     """Shape of the whole tensor."""
     view: torch.Tensor
-    """A view of the parameter that has these entries in the same order. Its first dimension runs over blocks of rows
-    of the tensor."""
+    """A view of the parameter that has these entries in the same order. Its first dimension runs over blocks
+    of rows of the tensor."""
     begin: int
     end: int
     axis: int = 0
     expert: int | None = None
-    """Whose entries they are, of a tensor that holds something of each expert. A matrix lies on its side there,
-    [E, c, r]: `view`, `begin`, `end` and `axis` are those of the matrix [r, c]. Of vectors [E, r] the view has one
-    dimension."""
+    """Whose entries they are, of a tensor that holds something of each expert. A matrix lies on its side
+    there, [E, c, r]: `view`, `begin`, `end` and `axis` are those of the matrix [r, c]. Of vectors [E, r] the
+    view has one dimension."""
     step: int = 1
     """Every step-th of an expert's entries is meant, from `begin` on."""
 
@@ -109,7 +111,9 @@ class TensorFolder:
     """The tensors of a folder by name. Files are opened when a tensor of theirs is first read."""
 
     def __init__(self, folder: str, files: contextlib.ExitStack, *, flag: str, plain: bool = False) -> None:
-        """plain: only tensors that are not quantised are asked for, so the folder may have any quantisation."""
+        """plain: only tensors that are not quantised are asked for, so the folder may have any
+        quantisation.
+        """
         self._where = f"{flag} {folder}"
         self.format = None if plain else folder_format(folder, flag=flag)
         """How matrices are stored that have scales beside them; None where config.json says nothing of it."""
@@ -125,10 +129,14 @@ class TensorFolder:
             self._list, self._file_of = path, self._read_index(path)
 
     def check_names(self, known: re.Pattern[str]) -> None:
-        """ValueError for a tensor whose name does not match: the model would compute something else without it."""
+        """ValueError for a tensor whose name does not match: the model would compute something else without
+        it.
+        """
         for name, path in self._file_of.items():
             if not known.fullmatch(name if self.format is None else self.format.whole(name)):
-                raise ValueError(f"{self._where}: {path.name} holds {name}, which this model has no place for")
+                raise ValueError(
+                    f"{self._where}: {path.name} holds {name}, which this model has no place for"
+                )
 
     def stand_in(self, *, tied: bool, embedding: str = EMBEDDING, head: str = HEAD) -> None:
         """Read the LM head as the embedding if the two are one and the folder has it under that name only."""
@@ -213,7 +221,9 @@ class TensorFolder:
             shape = self.format.shape(self, name)
         except ValueError as error:
             message = str(error)
-            raise ValueError(message if message.startswith(self._where) else f"{self._where}: {message}") from None
+            raise ValueError(
+                message if message.startswith(self._where) else f"{self._where}: {message}"
+            ) from None
         self._check_shape(piece, shape, self._file_of[self.format.parts(name)[0]].name)
         height, width = shape if piece.expert is None else reversed(shape[1:])
         entries = range(piece.begin, piece.end, piece.step)
@@ -250,24 +260,29 @@ class TensorFolder:
         file = self._open(self._file_of[name])
         if name not in file.tensors:
             raise ValueError(
-                f"{self._where}: cannot read tensor {name} of {file.path.name}, where {self._list.name} places it"
+                f"{self._where}: cannot read tensor {name} of {file.path.name}, where {self._list.name} "
+                "places it"
             )
         dtype, shape, begin, end = file.tensors[name]
         if dtype not in known:
             how = (
-                "config.json has no quantization_config that says" if self.format is None else "has no scales that say"
+                "config.json has no quantization_config that says"
+                if self.format is None
+                else "has no scales that say"
             )
             raise ValueError(
-                f"{self._where}: tensor {name} of {file.path.name} has the type {dtype}, and {how} how it is read; "
-                f"without it only {', '.join(DTYPES)} are"
+                f"{self._where}: tensor {name} of {file.path.name} has the type {dtype}, and {how} how it is "
+                f"read; without it only {', '.join(DTYPES)} are"
             )
         if end > file.size:
             raise ValueError(
-                f"{self._where}: {file.path.name} is damaged or unreadable (truncated: tensor {name} ends at byte "
-                f"{end}, the file at {file.size})"
+                f"{self._where}: {file.path.name} is damaged or unreadable (truncated: tensor {name} ends at "
+                f"byte {end}, the file at {file.size})"
             )
         if end - begin != math.prod(shape) * known[dtype].itemsize:
-            raise ValueError(f"{self._where}: {file.path.name} is damaged or unreadable (the length of {name})")
+            raise ValueError(
+                f"{self._where}: {file.path.name} is damaged or unreadable (the length of {name})"
+            )
         return file, (known[dtype], shape, begin)
 
     def _read_index(self, path: Path) -> dict[str, Path]:
@@ -275,7 +290,9 @@ class TensorFolder:
             weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
             file_of = {str(name): path.with_name(file) for name, file in weight_map.items()}
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{self._where}: cannot read {path.name} ({type(error).__name__}: {error})") from None
+            raise ValueError(
+                f"{self._where}: cannot read {path.name} ({type(error).__name__}: {error})"
+            ) from None
         for name, file in file_of.items():
             if not file.is_file():
                 raise ValueError(f"{self._where}: {path.name} places {name} in {file.name}, which is missing")
@@ -305,7 +322,9 @@ def _read_on_its_side(piece: Piece, file: _File, dtype: torch.dtype, offset: int
     for begin in range(0, len(rows), step):
         some = rows[begin : begin + step]
         count = some[-1] + 1 - some.start
-        block = file.read(offset + some.start * width * dtype.itemsize, count * width, dtype).view(count, width)
+        block = file.read(offset + some.start * width * dtype.itemsize, count * width, dtype).view(
+            count, width
+        )
         lying[begin : begin + step].copy_(block[:: some.step, columns])
 
 

@@ -1,12 +1,14 @@
 """megatron-core on CPU with gloo: the patches that make it run where there is no CUDA device.
 
-megatron-core names CUDA in four ways: it asks for the current device, it synchronises and forks the RNG, it writes
-device="cuda" into tensor factories, and it checks for CUDA tensor types. Each entry of PATCHES replaces one attribute
-of one module or class; nothing is patched where torch.cuda.is_available(). A test asserts that every patched attribute
-exists upstream, so that a new megatron-core cannot make a patch silently void.
+megatron-core names CUDA in four ways: it asks for the current device, it synchronises and forks the RNG, it
+writes device="cuda" into tensor factories, and it checks for CUDA tensor types. Each entry of PATCHES
+replaces one attribute of one module or class; nothing is patched where torch.cuda.is_available(). A test
+asserts that every patched attribute exists upstream, so that a new megatron-core cannot make a patch silently
+void.
 
-The literal device="cuda" lives in a few modules. They get a stand-in for the name `torch` whose tensor factories read
-"cuda" as "cpu"; a torch function mode would do the same at some 20 % of a small step, and not inside backward().
+The literal device="cuda" lives in a few modules. They get a stand-in for the name `torch` whose tensor
+factories read "cuda" as "cpu"; a torch function mode would do the same at some 20 % of a small step, and not
+inside backward().
 """
 
 from __future__ import annotations
@@ -95,7 +97,9 @@ def _init_data(sharded: Any, device: Any, init_fn: Callable[..., torch.Tensor] =
 
 
 def _splits_as_numbers(dispatcher: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> Any:
-    """Upstream brings the sizes of what ranks send each other from the device to the host, on a stream of its own."""
+    """Upstream brings the sizes of what ranks send each other from the device to the host, on a stream of its
+    own.
+    """
     if point == dispatcher.cuda_dtoh_point:
         for name in ("input_splits", "output_splits", "output_splits_tp"):
             splits = getattr(dispatcher, name)
@@ -130,7 +134,9 @@ def _sum_and_scatter_rows(
     input_split_sizes: Sequence[int] | None = None,
     use_global_buffer: bool = False,
 ) -> torch.Tensor:
-    """This rank's rows of the sum over ranks; for blocks that differ in size gloo sums all of them everywhere."""
+    """This rank's rows of the sum over ranks; for blocks that differ in size gloo sums all of them
+    everywhere.
+    """
     size = group.size()
     if size == 1:
         return input_
@@ -231,9 +237,11 @@ def patch_megatron() -> bool:
 
 @contextlib.contextmanager
 def _without_compilation() -> Iterator[None]:
-    """megatron-core hands its small fused functions to torch.compile at import time: 2-8 s each at their first call.
+    """megatron-core hands its small fused functions to torch.compile at import time: 2-8 s each at their
+    first call.
 
-    Its modules take the decorator from megatron.core.jit, which reads it from torch when it is first imported.
+    Its modules take the decorator from megatron.core.jit, which reads it from torch when it is first
+    imported.
     """
     compile_ = torch.compile
     torch.compile = lambda function=None, **options: function or (lambda f: f)  # type: ignore[assignment]
@@ -245,7 +253,9 @@ def _without_compilation() -> Iterator[None]:
 
 @contextlib.contextmanager
 def megatron_imports() -> Iterator[None]:
-    """Where this package imports megatron-core: patched first on CPU, and without its warnings at import time."""
+    """Where this package imports megatron-core: patched first on CPU, and without its warnings at import
+    time.
+    """
     patch_megatron()
     with _quietly(), _without_loggers():
         yield
@@ -253,8 +263,8 @@ def megatron_imports() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_loggers() -> Iterator[None]:
-    """megatron-core imports these where they are installed, for parts of it that nothing here calls: a fifth of the
-    time in which a process starts. Who wants them later imports them as ever."""
+    """megatron-core imports these where they are installed, for parts of it that nothing here calls: a fifth
+    of the time in which a process starts. Who wants them later imports them as ever."""
     hidden = [name for name in ("tensorboard", "wandb") if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: to import it is an ImportError
     try:
@@ -266,8 +276,8 @@ def _without_loggers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Mute what megatron-core warns of where TransformerEngine and Apex are absent by design, and what torch logs where
-    there is nvcc and no GPU."""
+    """Mute what megatron-core warns of where TransformerEngine and Apex are absent by design, and what torch
+    logs where there is nvcc and no GPU."""
     disabled = logging.root.manager.disable
     logging.disable(max(disabled, logging.WARNING))
     try:

@@ -14,8 +14,8 @@ from megatron_simct.stopping import at_sudden_end
 
 
 def on_first_rank(action: Callable[[], None], directory: str, *, flag: str = "--save") -> None:
-    """action() on the first rank while the others wait. ValueError on every rank where the disk refuses, or where
-    action() raises one."""
+    """action() on the first rank while the others wait. ValueError on every rank where the disk refuses, or
+    where action() raises one."""
     problem: str | None = None
     if dist.get_rank() == 0:
         try:
@@ -28,9 +28,11 @@ def on_first_rank(action: Callable[[], None], directory: str, *, flag: str = "--
 
 
 def check_all_wrote(refused: OSError | None, directory: str) -> None:
-    """ValueError on every rank, in the same words, where the disk refused one of them. Collective over the whole job.
+    """ValueError on every rank, in the same words, where the disk refused one of them. Collective over the
+    whole job.
 
-    refused: what this rank met; it must have gone on to here, for others would wait in whatever comes between.
+    refused: what this rank met; it must have gone on to here, for others would wait in whatever comes
+    between.
     """
     raise_together(None if refused is None else f"--save {directory}: {_refused(refused)}")
 
@@ -43,7 +45,10 @@ def raise_together(problem: str | None) -> None:
 
 
 def first_of(problem: str | None) -> str | None:
-    """The first problem that a rank has, on every rank; None where none has one. Collective over the whole job."""
+    """The first problem that a rank has, on every rank; None where none has one.
+
+    Collective over the whole job.
+    """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     first = torch.tensor(world_size if problem is None else rank, device=device)
@@ -60,8 +65,8 @@ def first_of(problem: str | None) -> str | None:
 def sole_owner(folders: Mapping[str, str | None], *, beside: bool = False) -> Iterator[None]:
     """Own the folders, by the flags that name them, while the context lasts. None: no such folder.
 
-    beside: they are to be made, so their locks lie beside them. The first rank has the locks. ValueError on every rank
-    where another run writes into one of the folders.
+    beside: they are to be made, so their locks lie beside them. The first rank has the locks. ValueError on
+    every rank where another run writes into one of the folders.
     """
     held: dict[Path, Lock] = {}
     made: list[Path] = []
@@ -73,7 +78,9 @@ def sole_owner(folders: Mapping[str, str | None], *, beside: bool = False) -> It
         if not beside and not folder.exists():
             made.append(folder)
         try:
-            held[place] = take(place.parent, name=place.name, what=what) if beside else take(folder, what=what)
+            held[place] = (
+                take(place.parent, name=place.name, what=what) if beside else take(folder, what=what)
+            )
         except OSError as error:
             raise ValueError(f"{what}: {_refused(error)}; name a place that can be written to") from None
 

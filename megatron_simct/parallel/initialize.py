@@ -85,7 +85,9 @@ class Groups:
 
     @property
     def passes_together(self) -> bool:
-        """Whether ranks with other samples share experts with this one, so that all pass through a layer together."""
+        """Whether ranks with other samples share experts with this one, so that all pass through a layer
+        together.
+        """
         return self.exchange.size() > self.tp.size()
 
     @property
@@ -95,7 +97,9 @@ class Groups:
 
     @property
     def meets_teacher(self) -> bool:
-        """One rank of each model replica, where the loss is: it speaks for the replica with what scores its samples."""
+        """One rank of each model replica, where the loss is: it speaks for the replica with what scores its
+        samples.
+        """
         return self.tp_rank == 0 and self.cp_rank == 0 and self.is_last_stage
 
     @property
@@ -115,16 +119,17 @@ def check_layout(parallel: ParallelConfig, world_size: int) -> None:
         context = f" x --context-parallel-size ({cp})" if cp > 1 else ""
         raise ValueError(
             f"world size ({world_size}) must be a multiple of --tensor-model-parallel-size ({tp}) x "
-            f"--pipeline-model-parallel-size ({pp}){context} = {ranks}; start {ranks * max(1, world_size // ranks)} "
-            "processes or change the flags"
+            f"--pipeline-model-parallel-size ({pp}){context} = {ranks}; start "
+            f"{ranks * max(1, world_size // ranks)} processes or change the flags"
         )
     if parallel.expert_tensor_parallel_size not in (None, tp):
         _check_expert_ranks(parallel, world_size)
     elif world_size // (tp * pp) % ep:
         raise ValueError(
-            f"--expert-model-parallel-size {ep} must divide the data-parallel size ({world_size // (tp * pp)}: world "
-            f"size ({world_size}) / (--tensor-model-parallel-size x --pipeline-model-parallel-size) ({tp * pp})); "
-            "data-parallel ranks, and those of --context-parallel-size, share the experts"
+            f"--expert-model-parallel-size {ep} must divide the data-parallel size "
+            f"({world_size // (tp * pp)}: world size ({world_size}) / (--tensor-model-parallel-size x "
+            f"--pipeline-model-parallel-size) ({tp * pp})); data-parallel ranks, and those of "
+            "--context-parallel-size, share the experts"
         )
     if virtual > 1 and pp == 1:
         raise ValueError(
@@ -134,8 +139,8 @@ def check_layout(parallel: ParallelConfig, world_size: int) -> None:
     _check_stages(parallel)
     if parallel.sequence_parallel and tp == 1:
         raise ValueError(
-            "--sequence-parallel splits sequences over the tensor-parallel ranks, and --tensor-model-parallel-size is "
-            "1; leave it out or raise the size"
+            "--sequence-parallel splits sequences over the tensor-parallel ranks, and "
+            "--tensor-model-parallel-size is 1; leave it out or raise the size"
         )
 
 
@@ -150,15 +155,24 @@ def _check_stages(parallel: ParallelConfig) -> None:
     if flags and parallel.pipeline_model_parallel_size == 1:
         raise ValueError(f"{flags[0]}: --pipeline-model-parallel-size is 1; leave it out or raise the size")
     if parallel.pipeline_model_parallel_layout is not None and len(flags) > 1:
-        raise ValueError(f"{flags[0]}: --pipeline-model-parallel-layout says it already; leave one of them out")
-    if flags and parallel.pipeline_model_parallel_layout is None and parallel.num_virtual_stages_per_pipeline_rank > 1:
         raise ValueError(
-            f"{flags[0]}: with --num-virtual-stages-per-pipeline-rank say it as --pipeline-model-parallel-layout"
+            f"{flags[0]}: --pipeline-model-parallel-layout says it already; leave one of them out"
+        )
+    if (
+        flags
+        and parallel.pipeline_model_parallel_layout is None
+        and parallel.num_virtual_stages_per_pipeline_rank > 1
+    ):
+        raise ValueError(
+            f"{flags[0]}: with --num-virtual-stages-per-pipeline-rank say it as "
+            "--pipeline-model-parallel-layout"
         )
 
 
 def _check_expert_ranks(parallel: ParallelConfig, world_size: int) -> None:
-    """ValueError where the ranks of a stage cannot be dealt out to experts that are split otherwise than the rest."""
+    """ValueError where the ranks of a stage cannot be dealt out to experts that are split otherwise than the
+    rest.
+    """
     ranks, tp = parallel.expert_tp * parallel.expert_model_parallel_size, parallel.tensor_model_parallel_size
     flags = (
         f"--expert-tensor-parallel-size ({parallel.expert_tp}) x --expert-model-parallel-size "
@@ -172,12 +186,15 @@ def _check_expert_ranks(parallel: ParallelConfig, world_size: int) -> None:
 
 
 def check_restarts(world_size: int) -> None:
-    """ValueError where processes that torchrun starts again would look for each other where those before them were."""
+    """ValueError where processes that torchrun starts again would look for each other where those before them
+    were.
+    """
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     if world_size > 1 and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise ValueError(
-            f"torchrun --max-restarts {restarts}: processes that are started again would wait for those that have "
-            "ended; use --rdzv-backend c10d and export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
+            f"torchrun --max-restarts {restarts}: processes that are started again would wait for those that "
+            "have ended; use --rdzv-backend c10d and export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before "
+            "torchrun"
         )
 
 
@@ -187,9 +204,9 @@ def process_groups(
 ) -> Iterator[Groups]:
     """Join the job, build Megatron's groups, seed every generator; leave all of it on exit.
 
-    deterministic: every run of one layout computes the same numbers, or fails where torch has no such operation.
-    NCCL where CUDA is available, else gloo with the CPU patches of `parallel.cpu`. ValueError where the layout is
-    impossible, or the device has no `bf16`.
+    deterministic: every run of one layout computes the same numbers, or fails where torch has no such
+    operation. NCCL where CUDA is available, else gloo with the CPU patches of `parallel.cpu`. ValueError
+    where the layout is impossible, or the device has no `bf16`.
     """
     environment = Environment.read()
     check_layout(parallel, environment.world_size)
@@ -225,7 +242,9 @@ def process_groups(
 
 
 def make_deterministic() -> None:
-    """The same numbers at every run, on a GPU too, as far as torch, NCCL and TransformerEngine can be told."""
+    """The same numbers at every run, on a GPU too, as far as torch, NCCL and TransformerEngine can be
+    told.
+    """
     os.environ.setdefault("NCCL_ALGO", "Ring")
     os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -1,7 +1,8 @@
 """What pipeline stages tell each other outside of Megatron's training schedule.
 
-The schedule leaves its results on the last stage, the one with the LM head. Here they reach the other stages, so that
-every rank of a replica goes on with the same numbers; and hidden states go from stage to stage while text is generated.
+The schedule leaves its results on the last stage, the one with the LM head. Here they reach the other stages,
+so that every rank of a replica goes on with the same numbers; and hidden states go from stage to stage while
+text is generated.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ def from_last_stage(values: dict[str, float], pp: dist.ProcessGroup) -> dict[str
 
 
 def tensor_from_last_stage(tensor: torch.Tensor, pp: dist.ProcessGroup) -> torch.Tensor:
-    """`tensor` of the last stage, in place of what the other stages hold: the same shape and type everywhere."""
+    """`tensor` of the last stage, in place of what the other stages hold: the same shape and type
+    everywhere.
+    """
     if pp.size() > 1:
         dist.broadcast(tensor, src=dist.get_global_rank(pp, pp.size() - 1), group=pp)
     return tensor
@@ -36,10 +39,11 @@ def through_stage(
     first: bool,
     last: bool,
 ) -> torch.Tensor:
-    """forward(hidden states of the stage before, or None on the first), its result sent on to the stage after.
+    """forward(hidden states of the stage before, or None on the first), its result sent on to the stage
+    after.
 
-    `received` gives shape and type of what comes from the stage before; it is written to. An interleaved pipeline goes
-    around the ranks more than once, so `first` and `last` are about the stage, not the rank.
+    `received` gives shape and type of what comes from the stage before; it is written to. An interleaved
+    pipeline goes around the ranks more than once, so `first` and `last` are about the stage, not the rank.
     """
     rank, size = pp.rank(), pp.size()
     if not first:

@@ -1,4 +1,5 @@
-"""What can be known of a run before it is queued: whether the pair fits, the layout divides and the memory suffices.
+"""What can be known of a run before it is queued: whether the pair fits, the layout divides and the memory
+suffices.
 
 Reading order:
     memory.py     bytes of one rank, from the architecture, the layout and the batch sizes

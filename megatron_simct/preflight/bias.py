@@ -1,11 +1,12 @@
 """What an interface says to a student that is already right, on a pair of tokenizers and texts of the user.
 
-The words of the texts, with their frequencies, are a small language (alignment/languages.py). Teacher and student are
-its exact models, each in its own tokenizer's cut: one distribution over texts, with nothing left to learn. The loss
-between them is the *bias* of the pair: 0 for an interface that leaves such a student alone.
+The words of the texts, with their frequencies, are a small language (alignment/languages.py). Teacher and
+student are its exact models, each in its own tokenizer's cut: one distribution over texts, with nothing left
+to learn. The loss between them is the *bias* of the pair: 0 for an interface that leaves such a student
+alone.
 
-A second student is less sure, its probabilities in proportion to p^0.8. Its true divergence from the teacher is known,
-so its loss says how much of what there is to learn the interface finds.
+A second student is less sure, its probabilities in proportion to p^0.8. Its true divergence from the teacher
+is known, so its loss says how much of what there is to learn the interface finds.
 
 Words stand for the text: what depends on more than one word is not in these figures. Nothing runs a model.
 """
@@ -88,7 +89,10 @@ def has_bias(interface: InterfaceConfig) -> bool:
 
 
 def words_of(texts: Iterable[str], *, most: int = MAX_WORDS) -> dict[bytes, float]:
-    """The language of the texts' most frequent words, each with the blank before it. Empty where there are none."""
+    """The language of the texts' most frequent words, each with the blank before it.
+
+    Empty where there are none.
+    """
     counts = Counter(word for text in texts for word in _WORD.findall(text))
     kept = counts.most_common(most)
     whole = sum(count for _, count in kept)
@@ -115,10 +119,11 @@ def measure_bias(
     sampled: int = MAX_SAMPLED,
     advance: Callable[[], object] = lambda: None,
 ) -> list[Bias]:
-    """One answer an interface. The losses are means over all words, or over `sampled` of them: half the likeliest, the
-    others drawn. `advance` is called num_steps(sampled) times at most.
+    """One answer an interface. The losses are means over all words, or over `sampled` of them: half the
+    likeliest, the others drawn. `advance` is called num_steps(sampled) times at most.
 
-    Interface bytes with byte_bounds "any" wants tokenizers of `with_continuations`. ValueError for texts of one word.
+    Interface bytes with byte_bounds "any" wants tokenizers of `with_continuations`. ValueError for texts of
+    one word.
     """
     language = spelled_by(language, student, teacher)
     if len(language) < 2:
@@ -157,7 +162,9 @@ def _sample(language: Language, count: int) -> tuple[list[bytes], np.ndarray]:
         return list(words), share
     sure = count // 2
     rest = share[sure:].sum()
-    drawn = np.random.default_rng(0).choice(len(words) - sure, size=count - sure, p=share[sure:] / rest) + sure
+    drawn = (
+        np.random.default_rng(0).choice(len(words) - sure, size=count - sure, p=share[sure:] / rest) + sure
+    )
     weights = np.concatenate([share[:sure], np.full(count - sure, rest / (count - sure))])
     return [*words[:sure], *(words[i] for i in drawn)], weights
 
@@ -175,7 +182,11 @@ class _ByTokens:
         # What only one model says is shared all the same, if the other's vocabulary has its bytes.
         for table, ids, others, own in zip(tables, said, pieces[::-1], pieces, strict=True):
             wanted = others - own
-            ids |= set({piece: i for i, piece in reversed(list(enumerate(table.pieces()))) if piece in wanted}.values())
+            ids |= set(
+                {
+                    piece: i for i, piece in reversed(list(enumerate(table.pieces()))) if piece in wanted
+                }.values()
+            )
         self._columns = [{i: column for column, i in enumerate(sorted(ids))} for ids in said]
         self._tables = [
             TokenTable.from_bytes([table.bytes_of(i) for i in column], stop_ids=[column[table.stop_ids[0]]])
@@ -203,7 +214,9 @@ class _ByTokens:
             found = align(self._tables[1], of_word[1], self._tables[0], of_word[0], segmentation=segmentation)
             own, others = (ids.tolist() for ids in of_word)
             for ts, te, ss, se in found.segments.tolist():
-                segments.append([len(labels[1]) + ts, len(labels[1]) + te, len(labels[0]) + ss, len(labels[0]) + se])
+                segments.append(
+                    [len(labels[1]) + ts, len(labels[1]) + te, len(labels[0]) + ss, len(labels[0]) + se]
+                )
                 is_pair = (te - ts, se - ss) == (1, 1) and self._partner.get(own[ss]) == others[ts]
                 text = b"".join(self._tables[0].bytes_of(i) for i in own[ss:se])
                 replaced.append(-1 if is_pair or segmentation == "authors" else self._shared.get(text, -1))
@@ -238,7 +251,9 @@ class _ByTokens:
 class _ByBytes:
     """Interface `bytes`, whose bounds depend on the whole vocabularies; the rows stay sparse."""
 
-    def __init__(self, of_student: ExactModel, of_teacher: ExactModel, student: Tokenizer, teacher: Tokenizer) -> None:
+    def __init__(
+        self, of_student: ExactModel, of_teacher: ExactModel, student: Tokenizer, teacher: Tokenizer
+    ) -> None:
         self._models = (of_student, of_teacher)
         self._tokenizers = (student, teacher)
         self._rows: dict[tuple[int, tuple[int, ...]], tuple[np.ndarray, np.ndarray]] = {}
@@ -257,7 +272,9 @@ class _ByBytes:
         own = torch.cat(masses[0])
         values = position_values(own, batch, divergence=interface.divergence, js_beta=interface.js_beta)
         of_words = values.split([e.num_positions for e in events])
-        return sum(weight * float(part.sum()) for weight, part in zip(weights.tolist(), of_words, strict=True))
+        return sum(
+            weight * float(part.sum()) for weight, part in zip(weights.tolist(), of_words, strict=True)
+        )
 
     def _plan(self, word: bytes, labels: list[np.ndarray], interface: InterfaceConfig) -> ByteEvents:
         text = np.frombuffer(word, dtype=np.uint8)

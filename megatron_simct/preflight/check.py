@@ -1,4 +1,7 @@
-"""All checks of one run file, in the order in which a user would meet their failures. All but the bias take seconds."""
+"""All checks of one run file, in the order in which a user would meet their failures.
+
+All but the bias take seconds.
+"""
 
 from __future__ import annotations
 
@@ -109,8 +112,8 @@ class Report:
 def check_run(run: RunFile, *, device_memory_gib: float | None = None, bias: bool = False) -> Report:
     """Every check that the file allows. User errors are returned as findings, not raised.
 
-    device_memory_gib goes before cluster.device_memory_gib. bias: measure the loss of a student that is already right,
-    which takes some seconds, for large vocabularies up to a minute.
+    device_memory_gib goes before cluster.device_memory_gib. bias: measure the loss of a student that is
+    already right, which takes some seconds, for large vocabularies up to a minute.
     """
     return _Check(run, device_memory_gib or run.cluster.device_memory_gib, bias=bias).report()
 
@@ -163,7 +166,8 @@ class _Check:
                 self._side(name, self._config.second_teacher)
         elif self._jobs:
             message = (
-                f"--simct-interface {self._config.interface.interface} asks no teacher; leave out the teachers' jobs"
+                f"--simct-interface {self._config.interface.interface} asks no teacher; leave out the "
+                "teachers' jobs"
             )
             findings.append(failed(next(iter(self._jobs)), "interface", message))
         findings += check_engines(self._run, self._device_memory_gib)
@@ -194,12 +198,16 @@ class _Check:
         findings += self._lengths(student, teacher, coverage)
         average = self._config.teacher_job.ema
         if average is not None and teacher is not None and teacher.architecture != student.architecture:
-            said = f"{average}: averages two models of one architecture, and --teacher-hf-checkpoint has another"
+            said = (
+                f"{average}: averages two models of one architecture, and --teacher-hf-checkpoint has another"
+            )
             findings.append(failed("teacher", "weights", said, flag="--teacher-ema"))
         plans = self._memory(student, teacher, alignment_map)
         traffic = self._traffic(teacher, coverage) if teacher is not None else None
         prompts = pair.side_by_side(student, teacher, rows[0]) if rows else {}
-        return Report(findings=findings, plans=plans, traffic=traffic, coverage=coverage, bias=bias, prompts=prompts)
+        return Report(
+            findings=findings, plans=plans, traffic=traffic, coverage=coverage, bias=bias, prompts=prompts
+        )
 
     def _options(self) -> None:
         """What the options say by themselves."""
@@ -234,7 +242,9 @@ class _Check:
             if self._try(name, "options", partial(_check_teacher_job, teacher, job.world_size)):
                 self._sound.add(name)
 
-    def _divides(self, name: str, architecture: Architecture, parallel: ParallelConfig, where: str, flag: str) -> None:
+    def _divides(
+        self, name: str, architecture: Architecture, parallel: ParallelConfig, where: str, flag: str
+    ) -> None:
         """One layout of one model."""
 
         def divides() -> bool:
@@ -251,14 +261,18 @@ class _Check:
         if folder is None:
             return None  # said by the options
         read = describe_teacher if self._has_engine(name) else read_architecture
-        architecture = self._try(name, "family", lambda: read(folder, flag=f"--{flag}hf-checkpoint"), _describe)
+        architecture = self._try(
+            name, "family", lambda: read(folder, flag=f"--{flag}hf-checkpoint"), _describe
+        )
         if isinstance(architecture, Architecture):
             for parallel, where in self._layouts(name):
                 self._divides(name, architecture, parallel, where, flag)
                 if name == "student":
                     self._supports(architecture, parallel, f"--hf-checkpoint {folder}")
         self._weights(name, folder, model, flag, architecture)
-        tokenizer = self._try(name, "tokenizer", lambda: open_tokenizer(model, prefix=flag), lambda found: found.name)
+        tokenizer = self._try(
+            name, "tokenizer", lambda: open_tokenizer(model, prefix=flag), lambda found: found.name
+        )
         for note in tokenizer.notes if tokenizer is not None else ():
             self._findings.append(warned(name, "tokenizer", note, flag=f"--{flag}tokenizer-model"))
         if tokenizer is None or architecture is None:
@@ -271,7 +285,9 @@ class _Check:
                 return None
         else:
             chat = None
-        side = pair.Side(name=name, flag=flag, folder=folder, architecture=architecture, tokenizer=tokenizer, chat=chat)
+        side = pair.Side(
+            name=name, flag=flag, folder=folder, architecture=architecture, tokenizer=tokenizer, chat=chat
+        )
         self._findings += pair.check_vocabulary(side)
         try:
             self._findings += pair.check_stop_tokens(side)
@@ -322,14 +338,18 @@ class _Check:
         if found is not None and isinstance(architecture, Architecture) and not self._has_engine(name):
             self._quantised(name, found, flag, architecture)
         if found is None and name in self._jobs:
-            message = f"--{flag}hf-checkpoint {folder} has no safetensors, and a teacher needs weights; or give"
+            message = (
+                f"--{flag}hf-checkpoint {folder} has no safetensors, and a teacher needs weights; or give"
+            )
             self._findings.append(failed(name, "weights", f"{message} --{flag}pretrained-checkpoint"))
         elif found is None:
             message = f"{folder} has no safetensors: the weights would be random"
             self._findings.append(warned(name, "weights", message, flag=f"--{flag}hf-checkpoint"))
 
     def _quantised(self, name: str, weights: Path, flag: str, architecture: Architecture) -> None:
-        """What quantised weights take in files and in memory, where the plan counts them as what they become."""
+        """What quantised weights take in files and in memory, where the plan counts them as what they
+        become.
+        """
         label = folder_format(str(weights.parent), flag=f"--{flag}hf-checkpoint")
         if label is None:
             return
@@ -374,7 +394,9 @@ class _Check:
             return []
         looked_at = rows[:: max(1, len(rows) // pair.MAX_TEXTS)]
         try:
-            templates = pair.check_templates(student, teacher, looked_at, chat=config.data.apply_chat_template)
+            templates = pair.check_templates(
+                student, teacher, looked_at, chat=config.data.apply_chat_template
+            )
             source = PromptSource(
                 looked_at,
                 student=student.tokenizer,
@@ -391,7 +413,9 @@ class _Check:
             )
         except ValueError as error:
             message = str(error)
-            flag = "--rollout-max-prompt-len" if "all " in message and "exceed" in message else "--prompt-data"
+            flag = (
+                "--rollout-max-prompt-len" if "all " in message and "exceed" in message else "--prompt-data"
+            )
             self._findings.append(failed("pair", "prompts", message, flag=flag))
             return []
         self._findings += templates
@@ -406,9 +430,14 @@ class _Check:
             self._findings.append(passed("pair", "prompts", said))
         return rows
 
-    def _lengths(self, student: pair.Side, teacher: pair.Side | None, coverage: Coverage | None) -> list[Finding]:
+    def _lengths(
+        self, student: pair.Side, teacher: pair.Side | None, coverage: Coverage | None
+    ) -> list[Finding]:
         rollout = self._config.rollout
-        lengths = {"prompt_len": rollout.rollout_max_prompt_len, "response_len": rollout.rollout_max_response_len}
+        lengths = {
+            "prompt_len": rollout.rollout_max_prompt_len,
+            "response_len": rollout.rollout_max_response_len,
+        }
         findings = pair.check_length(student, **lengths)
         if teacher is not None:
             lengths["response_len"] = self._teacher_labels(coverage)
@@ -450,7 +479,10 @@ class _Check:
         parallel = config.parallel
 
         def fits(**changes: Any) -> bool:
-            return self._student_plan(student, teacher, alignment_map, **changes).peak <= MEMORY_WARN * device * GIB
+            return (
+                self._student_plan(student, teacher, alignment_map, **changes).peak
+                <= MEMORY_WARN * device * GIB
+            )
 
         ranks = parallel.model_parallel_size
         share = -(-config.global_batch_size * ranks // world_size)
@@ -458,15 +490,22 @@ class _Check:
         while best < share and fits(engine_batch_size=min(2 * best, share)):
             best = min(2 * best, share)
         if best > asked and self._needs_teacher:
-            said = f"--rollout-engine-batch-size {best} would fit, in place of {asked}: fewer turns of decoding"
+            said = (
+                f"--rollout-engine-batch-size {best} would fit, in place of {asked}: fewer turns of decoding"
+            )
             self._findings.append(passed("student", "proposal", said))
         tp = 1
         while tp < parallel.tensor_model_parallel_size:
             less = replace(
-                parallel, tensor_model_parallel_size=tp, sequence_parallel=parallel.sequence_parallel and tp > 1
+                parallel,
+                tensor_model_parallel_size=tp,
+                sequence_parallel=parallel.sequence_parallel and tp > 1,
             )
             if self._can_run(student, less) and fits(parallel=less):
-                said = f"--tensor-model-parallel-size {tp} would fit, in place of {parallel.tensor_model_parallel_size}"
+                said = (
+                    f"--tensor-model-parallel-size {tp} would fit, in place of "
+                    f"{parallel.tensor_model_parallel_size}"
+                )
                 self._findings.append(passed("student", "proposal", said))
                 return
             tp *= 2
@@ -477,7 +516,11 @@ class _Check:
         """Other layers for the pipeline stages, where one of them has much more to do than the others."""
         config, parallel = self._config, self._config.parallel
         pp, architecture = parallel.pipeline_model_parallel_size, _known(student.architecture)
-        if pp == 1 or parallel.num_virtual_stages_per_pipeline_rank > 1 or not self._can_run(student, parallel):
+        if (
+            pp == 1
+            or parallel.num_virtual_stages_per_pipeline_rank > 1
+            or not self._can_run(student, parallel)
+        ):
             return
         rollout, needs = config.rollout, teacher_needs(config.interface)
         costs = [
@@ -505,10 +548,13 @@ class _Check:
             fitting = replace(parallel.for_teacher, pipeline_model_parallel_layout=text)
             plan = self._student_plan(student, teacher, alignment_map, parallel=fitting)
             device = self._device_memory_gib
-            if self._can_run(student, fitting) and (device is None or plan.peak <= MEMORY_WARN * device * GIB):
+            if self._can_run(student, fitting) and (
+                device is None or plan.peak <= MEMORY_WARN * device * GIB
+            ):
                 said = (
-                    f"--pipeline-model-parallel-layout '{text}' would even out the stages: the one that does most has "
-                    f"{then:.2f} times the mean of the matrix products, in place of {now:.2f} (the last has the loss)"
+                    f"--pipeline-model-parallel-layout '{text}' would even out the stages: the one that does "
+                    f"most has {then:.2f} times the mean of the matrix products, in place of {now:.2f} (the "
+                    "last has the loss)"
                 )
                 self._findings.append(passed("student", "proposal", said))
 
@@ -612,7 +658,8 @@ class _Check:
         parts = plan.held | plan.phases[plan.peak_phase]
         largest = max(parts, key=lambda name: parts[name])
         said = (
-            f"{size_text(plan.peak)} a rank, in {plan.peak_phase}; the most for {largest} ({size_text(parts[largest])})"
+            f"{size_text(plan.peak)} a rank, in {plan.peak_phase}; the most for {largest} "
+            f"({size_text(parts[largest])})"
         )
         if device is None:
             if size.gpus_per_node:
@@ -623,7 +670,9 @@ class _Check:
             return
         if peak > device:
             flag, change = _remedy(job, plan, largest)
-            self._findings.append(failed(job, "memory", f"{said}; a device has {device:g} GiB: {change}", flag=flag))
+            self._findings.append(
+                failed(job, "memory", f"{said}; a device has {device:g} GiB: {change}", flag=flag)
+            )
         elif peak > MEMORY_WARN * device:
             flag, change = _remedy(job, plan, largest)
             self._findings.append(warned(job, "memory", f"{said}, of {device:g} GiB: little room", flag=flag))
@@ -654,8 +703,8 @@ class _Check:
             vocab_size=teacher.tokenizer.table.num_ids,
         )
         said = (
-            f"at most {size_text(traffic.requests)} to the teacher and {size_text(traffic.answers)} back a step; whole "
-            f"logits would be {size_text(traffic.logits)}"
+            f"at most {size_text(traffic.requests)} to the teacher and {size_text(traffic.answers)} back a "
+            f"step; whole logits would be {size_text(traffic.logits)}"
         )
         self._findings.append(passed("pair", "traffic", said))
         return traffic
@@ -670,8 +719,8 @@ def _check_shards(index: Path, *, flag: str) -> None:
     missing = sorted(name for name in names if not (index.parent / name).exists())
     if missing:
         raise ValueError(
-            f"{flag} {index.parent}: {len(missing)} of {len(names)} weight files are missing, {missing[0]} first; "
-            "fetch the folder again"
+            f"{flag} {index.parent}: {len(missing)} of {len(names)} weight files are missing, {missing[0]} "
+            "first; fetch the folder again"
         )
 
 
@@ -684,7 +733,10 @@ def _remedy(job: str, plan: MemoryPlan, largest: str) -> tuple[str, str]:
     if largest in ("activations", "loss", "forward pass", "hidden states", "logits"):
         return "--micro-batch-size" if job == "student" else "--max-tokens-per-batch", "lower it"
     if largest == "teacher weights":
-        return "--tensor-model-parallel-size", "raise it, or give the teacher a job of its own (section teacher)"
+        return (
+            "--tensor-model-parallel-size",
+            "raise it, or give the teacher a job of its own (section teacher)",
+        )
     more = ", or add --use-distributed-optimizer" if largest == "optimizer" else ""
     return "--tensor-model-parallel-size", f"raise it or --pipeline-model-parallel-size{more}"
 

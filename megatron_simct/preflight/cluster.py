@@ -26,7 +26,8 @@ def check_cluster(run: RunFile) -> list[Finding]:
 
 def _summary(run: RunFile) -> str:
     return f"{run.cluster.kind}: " + ", ".join(
-        f"{job.name} {job.nodes} x {1 if job.kind == 'engine' else job.processes} processes" for job in run.jobs
+        f"{job.name} {job.nodes} x {1 if job.kind == 'engine' else job.processes} processes"
+        for job in run.jobs
     )
 
 
@@ -35,15 +36,17 @@ def _sizes(run: RunFile) -> Iterator[Finding]:
     for job in run.jobs:
         name, where = job.name, run.where(job)
         if cluster.kind == "local" and job.nodes != 1:
-            yield failed(name, "nodes", f"{where}.nodes {job.nodes}: a local run has one node; use cluster.kind slurm")
+            yield failed(
+                name, "nodes", f"{where}.nodes {job.nodes}: a local run has one node; use cluster.kind slurm"
+            )
         if job.kind == "engine":
             continue
         if job.gpus_per_node and job.processes > job.gpus_per_node:
             yield failed(
                 name,
                 "processes",
-                f"{where}.processes_per_node {job.processes} exceeds gpus_per_node {job.gpus_per_node}: NCCL refuses "
-                "two processes on one GPU",
+                f"{where}.processes_per_node {job.processes} exceeds gpus_per_node {job.gpus_per_node}: NCCL "
+                "refuses two processes on one GPU",
             )
         parallel = (run.config if job.kind == "student" else run.teacher_configs[name]).parallel
         tp = parallel.tensor_model_parallel_size
@@ -51,8 +54,8 @@ def _sizes(run: RunFile) -> Iterator[Finding]:
             yield warned(
                 name,
                 "nodes",
-                f"tensor parallelism over {tp} ranks leaves the node of {job.gpus_per_node} GPUs: every layer waits "
-                "for the network; use pipeline stages",
+                f"tensor parallelism over {tp} ranks leaves the node of {job.gpus_per_node} GPUs: every "
+                "layer waits for the network; use pipeline stages",
                 flag="--tensor-model-parallel-size",
             )
         bf16 = run.config.training.bf16 if job.kind == "student" else run.teacher_configs[name].serving.bf16
@@ -62,7 +65,9 @@ def _sizes(run: RunFile) -> Iterator[Finding]:
             message = "--bind ipc is for one machine, and the jobs get nodes of their own; leave it out"
             yield failed(name, "address", message)
         if job.gpus_per_node and not bf16:
-            yield warned(name, "precision", "float32 on GPUs: twice the memory, a fraction of the speed", flag="--bf16")
+            yield warned(
+                name, "precision", "float32 on GPUs: twice the memory, a fraction of the speed", flag="--bf16"
+            )
 
 
 def _times(run: RunFile) -> Iterator[Finding]:
@@ -75,18 +80,23 @@ def _times(run: RunFile) -> Iterator[Finding]:
         )
     output = run.config.output
     if run.cluster.kind == "slurm" and run.cluster.requeue:
-        if output.save is None or output.load is None or Path(output.save).resolve() != Path(output.load).resolve():
+        if (
+            output.save is None
+            or output.load is None
+            or Path(output.save).resolve() != Path(output.load).resolve()
+        ):
             yield failed(
                 "student",
                 "resuming",
-                f"--load {output.load} is not the directory of --save {output.save}: a job that is queued again would "
-                "start over; leave both out, or set cluster.requeue to false",
+                f"--load {output.load} is not the directory of --save {output.save}: a job that is queued "
+                "again would start over; leave both out, or set cluster.requeue to false",
             )
         elif output.save_interval is None:
             yield warned(
                 "student",
                 "resuming",
-                "no checkpoint is written before the end or a signal; a node that fails takes all steps with it",
+                "no checkpoint is written before the end or a signal; a node that fails takes all steps with "
+                "it",
                 flag="--save-interval",
             )
 
@@ -98,7 +108,9 @@ def _container(run: RunFile) -> Iterator[Finding]:
             continue
         where = f"{run.where(job)}.container" if job.container else "cluster.container"
         if run.cluster.kind == "local":
-            yield failed("cluster", "container", f"{where}: a local run starts in this environment; leave it out")
+            yield failed(
+                "cluster", "container", f"{where}: a local run starts in this environment; leave it out"
+            )
             return
         if job.container or job.kind == "student":  # that of the cluster once
             image = container.image
@@ -119,7 +131,8 @@ def _inside(key: str, path: str, container: Container, where: str) -> Iterator[F
         message = f"{key} {path}: a relative path has no meaning inside the image; write the absolute one"
         yield failed("cluster", "container", message)
     elif not _is_mounted(path, container):
-        # apptainer mounts home, /tmp and the current directory by itself, unless its administrator says otherwise.
+        # apptainer mounts home, /tmp and the current directory by itself, unless its administrator says
+        # otherwise.
         own = [Path.home(), Path("/tmp"), Path.cwd()]
         if container.runtime == "apptainer" and any(Path(path).is_relative_to(folder) for folder in own):
             return
@@ -154,7 +167,9 @@ def _folders(run: RunFile) -> Iterator[Finding]:
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         yield failed("cluster", "folders", f"run_dir {run.run_dir}: {existing} cannot be written to")
     elif run.cluster.kind == "slurm" and any(path.is_relative_to(folder) for folder in _OF_A_NODE):
-        yield warned("cluster", "folders", f"{run.run_dir}: is it the same folder on every node?", flag="run_dir")
+        yield warned(
+            "cluster", "folders", f"{run.run_dir}: is it the same folder on every node?", flag="run_dir"
+        )
 
 
 def _environment(run: RunFile) -> Iterator[Finding]:
@@ -163,7 +178,8 @@ def _environment(run: RunFile) -> Iterator[Finding]:
         yield warned(
             "student",
             "environment",
-            f"Megatron overlaps the communication of sequence parallelism where {name} is 1 (GPUs before Blackwell)",
+            f"Megatron overlaps the communication of sequence parallelism where {name} is 1 (GPUs before "
+            "Blackwell)",
             flag=f"env.{name}",
         )
 

@@ -21,17 +21,27 @@ from megatron_simct.teacher.engine_logprobs import serves
 _MAX_LOGPROBS = 20
 """Tokens a place that vLLM gives unless it is told otherwise."""
 _WEIGHTS_SHARE = 0.9
-"""How much of a device's memory weights may take; the rest is for activations and the cache of keys and values."""
+"""How much of a device's memory weights may take; the rest is for activations and the cache of keys and
+values.
+"""
 
 
 def check_engines(run: RunFile, device_memory_gib: float | None) -> list[Finding]:
     """Everything about the jobs of kind engine that can be known here."""
     findings: list[Finding] = []
     for job in run.of_kind("engine"):
-        found = [*_interpreter(run, job), *_port(run, job), *_model(run, job), *_memory(run, job, device_memory_gib)]
+        found = [
+            *_interpreter(run, job),
+            *_port(run, job),
+            *_model(run, job),
+            *_memory(run, job, device_memory_gib),
+        ]
         findings += found or [passed(job.name, "engine", f"{' '.join(job.command)}"[:100])]
         if not any(other.engine == job.name for other in run.jobs):
-            message = f"no job names it, so it would serve nobody; a teacher or the student does by engine: {job.name}"
+            message = (
+                "no job names it, so it would serve nobody; a teacher or the student does by engine: "
+                f"{job.name}"
+            )
             findings.append(warned(job.name, "engine", message, flag=f"jobs.{job.name}"))
     for job in run.of_kind("teacher"):
         findings += _answers(run, job)
@@ -58,15 +68,25 @@ def _answers(run: RunFile, job: Job) -> Iterator[Finding]:
     interface, flag = run.config.interface, "--engine-answers"
     names = ", ".join(served_by(field))
     if not _is_served(interface, field):
-        message = f"{flag} {field} serves {names}, and not --simct-interface {interface.interface}; choose one of them"
+        message = (
+            f"{flag} {field} serves {names}, and not --simct-interface {interface.interface}; choose one of "
+            "them"
+        )
         yield failed(job.name, "interface", f"{message}, or servers that give hidden_states", flag=flag)
         return
     engine, k = run.engine_of(job), teacher_needs(interface).topk
     most = (engine.flag_of_command("--max-logprobs") if engine is not None else None) or str(_MAX_LOGPROBS)
     if engine is not None and most != "-1" and most.isascii() and most.isdigit() and k > int(most):
-        asked = f"--simct-interface {interface.interface} asks for {k} tokens a place" if k < ALL_TOKENS else (
-            f"--simct-interface {interface.interface} asks for the whole vocabulary at each place")  # fmt: skip
-        message = f"{asked}, and jobs.{engine.name} gives {most}: add --max-logprobs to its command, or ask for fewer"
+        asked = (
+            f"--simct-interface {interface.interface} asks for {k} tokens a place"
+            if k < ALL_TOKENS
+            # fmt: skip
+            else (f"--simct-interface {interface.interface} asks for the whole vocabulary at each place")
+        )
+        message = (
+            f"{asked}, and jobs.{engine.name} gives {most}: add --max-logprobs to its command, or ask for "
+            "fewer"
+        )
         yield failed(job.name, "interface", message, flag=f"jobs.{engine.name}.command")
         return
     yield passed(job.name, "interface", f"{flag} {field} serves {names}")
@@ -77,10 +97,14 @@ def _interpreter(run: RunFile, job: Job) -> Iterator[Finding]:
         return
     python = run.python_of(job)
     if job.python is None:
-        message = f"jobs.{job.name}.python is missing: an engine needs an environment of its own, or a container"
+        message = (
+            f"jobs.{job.name}.python is missing: an engine needs an environment of its own, or a container"
+        )
         yield failed(job.name, "environment", message)
     elif shutil.which(python) is None:
-        yield failed(job.name, "environment", f"jobs.{job.name}.python {python}: no such program; make the environment")
+        yield failed(
+            job.name, "environment", f"jobs.{job.name}.python {python}: no such program; make the environment"
+        )
 
 
 def _port(run: RunFile, job: Job) -> Iterator[Finding]:
@@ -109,14 +133,22 @@ def _model(run: RunFile, job: Job) -> Iterator[Finding]:
         return
     for other in run.jobs:
         folder = other.options.get("hf_checkpoint" if other.kind == "student" else "teacher_hf_checkpoint")
-        if other.engine == job.name and folder is not None and Path(folder).resolve() != Path(model).resolve():
-            message = f"{flag}: --model {model} is another model than {folder}, which {other.name} expects there"
+        if (
+            other.engine == job.name
+            and folder is not None
+            and Path(folder).resolve() != Path(model).resolve()
+        ):
+            message = (
+                f"{flag}: --model {model} is another model than {folder}, which {other.name} expects there"
+            )
             yield failed(job.name, "folder", message, flag=flag)
 
 
 def _memory(run: RunFile, job: Job, device_memory_gib: float | None) -> Iterator[Finding]:
     model = job.flag_of_command("--model")
-    size = sum(path.stat().st_size for path in Path(model).glob("*.safetensors")) / (1 << 30) if model else 0.0
+    size = (
+        sum(path.stat().st_size for path in Path(model).glob("*.safetensors")) / (1 << 30) if model else 0.0
+    )
     if not size or device_memory_gib is None:
         return
     ranks = 1
@@ -124,7 +156,9 @@ def _memory(run: RunFile, job: Job, device_memory_gib: float | None) -> Iterator
         text = job.flag_of_command(*names)
         ranks *= int(text) if text is not None and text.isascii() and text.isdigit() else 1
     if job.gpus_per_node and ranks > job.gpus_per_node:
-        message = f"jobs.{job.name}: its command asks for {ranks} GPUs, and gpus_per_node is {job.gpus_per_node}"
+        message = (
+            f"jobs.{job.name}: its command asks for {ranks} GPUs, and gpus_per_node is {job.gpus_per_node}"
+        )
         yield failed(job.name, "processes", message, flag=f"jobs.{job.name}.gpus_per_node")
         return
     share = size / ranks

@@ -1,10 +1,10 @@
 """Bytes of one rank of a job: what it always holds, and what each phase of a step adds.
 
-Parameters are counted exactly. Activations are what autograd keeps of a layer of this package's models, measured
-through saved-tensor hooks; what an allocator loses to fragmentation is a share on top (`RESERVE`).
+Parameters are counted exactly. Activations are what autograd keeps of a layer of this package's models,
+measured through saved-tensor hooks; what an allocator loses to fragmentation is a share on top (`RESERVE`).
 
-Each layer counts what is its own (`models.layers`). Letters: h hidden size, t tensor-parallel size, B sequences of a
-micro-batch, S positions.
+Each layer counts what is its own (`models.layers`). Letters: h hidden size, t tensor-parallel size, B
+sequences of a micro-batch, S positions.
 """
 
 from __future__ import annotations
@@ -93,12 +93,17 @@ def total_parameters(architecture: Architecture, *, vocab_size: int) -> int:
     """Parameters of the whole model with vocab_size rows of the embedding."""
     embedding = vocab_size * architecture.hidden_size
     heads = 1 if architecture.tied_embeddings else 2
-    layers = sum(layer.parameters(Share(hidden_size=architecture.hidden_size)) for layer in architecture.layers)
+    layers = sum(
+        layer.parameters(Share(hidden_size=architecture.hidden_size)) for layer in architecture.layers
+    )
     return heads * embedding + layers + architecture.hidden_size
 
 
 def stage_parameters(sizes: Sizes, *, stage: int) -> int:
-    """Parameters of one rank of the pipeline stage. Tied embeddings lie on the first and on the last stage."""
+    """Parameters of one rank of the pipeline stage.
+
+    Tied embeddings lie on the first and on the last stage.
+    """
     architecture = sizes.architecture
     count = sum(layer.parameters(sizes.share) for layer in stage_layers(sizes, stage))
     embedding = math.ceil(sizes.vocab_size / sizes.tp) * architecture.hidden_size
@@ -123,10 +128,10 @@ def stage_layers(sizes: Sizes, stage: int) -> tuple[Layer, ...]:
 def layer_activation_bytes(sizes: Sizes, layer: Layer, *, batch: float, length: int) -> int:
     """What autograd keeps of one layer on one rank, for `batch` sequences of `length` positions.
 
-    Beside attention and MLP 6 B S h / t' values, t' = t under sequence parallelism and else 1: inputs of both norms,
-    of the projections and of the residuals. In bfloat16 each norm keeps its input in float32 too, which counts as 4 h
-    more, and norms of what is added to the residual keep another 4 h. Context-parallel ranks keep the keys and values
-    of all of them too, which are as many as generation would cache.
+    Beside attention and MLP 6 B S h / t' values, t' = t under sequence parallelism and else 1: inputs of both
+    norms, of the projections and of the residuals. In bfloat16 each norm keeps its input in float32 too,
+    which counts as 4 h more, and norms of what is added to the residual keep another 4 h. Context-parallel
+    ranks keep the keys and values of all of them too, which are as many as generation would cache.
     """
     hidden = sizes.architecture.hidden_size / (sizes.tp if sizes.parallel.sequence_parallel else 1)
     wide = 6 + (4 if sizes.bf16 else 0) + {"before": 0, "around": 4, "after": 0}[layer.norms]
@@ -140,10 +145,16 @@ def layer_activation_bytes(sizes: Sizes, layer: Layer, *, batch: float, length: 
 
 
 def kept_activations(
-    sizes: Sizes, update: UpdateConfig, layers: Sequence[Layer], *, batch: float, length: int, in_flight: int = 1
+    sizes: Sizes,
+    update: UpdateConfig,
+    layers: Sequence[Layer],
+    *,
+    batch: float,
+    length: int,
+    in_flight: int = 1,
 ) -> int:
-    """What autograd keeps of the layers of a stage, for `in_flight` micro-batches, and what the backward pass of one
-    computes again and then holds at one time."""
+    """What autograd keeps of the layers of a stage, for `in_flight` micro-batches, and what the backward pass
+    of one computes again and then holds at one time."""
     whole = [layer_activation_bytes(sizes, layer, batch=batch, length=length) for layer in layers]
     unit = update.recompute_num_layers or 1
     hidden = sizes.architecture.hidden_size / (sizes.tp if sizes.parallel.sequence_parallel else 1)
@@ -174,11 +185,13 @@ def _parts_of_layer(sizes: Sizes, layer: Layer, modules: Sequence[str], *, batch
 
 
 def forward_bytes(sizes: Sizes, *, batch: float, length: int) -> int:
-    """The most that a forward pass without gradients holds at one time: three hidden states and one layer's MLP or
-    attention."""
+    """The most that a forward pass without gradients holds at one time: three hidden states and one layer's
+    MLP or attention."""
     hidden = 3 * sizes.architecture.hidden_size * sizes.value_bytes * batch * length
     parts = (part for layer in sizes.architecture.kinds for part in (layer.attention, layer.mlp))
-    return math.ceil(hidden + max(part.forward_bytes(sizes.share, batch=batch, length=length) for part in parts))
+    return math.ceil(
+        hidden + max(part.forward_bytes(sizes.share, batch=batch, length=length) for part in parts)
+    )
 
 
 def cache_bytes(sizes: Sizes, *, stage: int, batch: int, length: int) -> int:
@@ -188,7 +201,9 @@ def cache_bytes(sizes: Sizes, *, stage: int, batch: int, length: int) -> int:
 
 
 def optimizer_bytes(optimizer: str, *, bf16: bool) -> int:
-    """Bytes of optimizer state a parameter: float32 moments, and with bfloat16 parameters their float32 masters."""
+    """Bytes of optimizer state a parameter: float32 moments, and with bfloat16 parameters their float32
+    masters.
+    """
     return {"adam": 8, "sgd": 4}[optimizer] + (4 if bf16 else 0)
 
 
@@ -218,8 +233,9 @@ def student_plan(
     decoded together. loss_memory: bytes of --simct-loss-memory-mib. trains_on_given: no rollouts.
     data_parallel_size: ranks that --use-distributed-optimizer shares over. teacher: the model that shares the
     ranks, if any. shared_rows: rows of the teacher's head on the fullest rank of the last stage, each
-    teacher_hidden_size wide. adapters: numbers of a layer's adapters on one rank, if these are trained and the
-    weights are not. averages_teacher: --teacher-ema, whose float32 average lies beside weights of another type.
+    teacher_hidden_size wide. adapters: numbers of a layer's adapters on one rank, if these are trained and
+    the weights are not. averages_teacher: --teacher-ema, whose float32 average lies beside weights of another
+    type.
     """
     plans = []
     length = prompt_len + response_len
@@ -245,8 +261,12 @@ def student_plan(
             }
         if teacher is not None:
             average_bytes = 4 if averages_teacher and teacher.value_bytes != 4 else 0
-            held["teacher weights"] = (teacher.value_bytes + average_bytes) * stage_parameters(teacher, stage=stage)
-            phases["teacher"] = {"forward pass": forward_bytes(teacher, batch=micro_batch_size, length=length)}
+            held["teacher weights"] = (teacher.value_bytes + average_bytes) * stage_parameters(
+                teacher, stage=stage
+            )
+            phases["teacher"] = {
+                "forward pass": forward_bytes(teacher, batch=micro_batch_size, length=length)
+            }
         in_flight = min(num_micro_batches, sizes.pp - stage)
         phases["update"] = {
             "activations": kept_activations(
@@ -263,7 +283,9 @@ def student_plan(
                 held["teacher head"] = shared_rows * teacher_hidden_size * sizes.value_bytes
             labels = math.ceil(micro_batch_size * response_len)
             # The hidden states and their gradient, in float32 too; the teacher's rows.
-            rows = labels * (2 * sizes.architecture.hidden_size + teacher_hidden_size) * (sizes.value_bytes + 4)
+            rows = (
+                labels * (2 * sizes.architecture.hidden_size + teacher_hidden_size) * (sizes.value_bytes + 4)
+            )
             phases["update"]["loss"] = loss_memory + rows
         held = held | ({"GPU context": GPU_CONTEXT} if on_gpu else {})
         total = total_parameters(sizes.architecture, vocab_size=sizes.vocab_size)
@@ -272,7 +294,8 @@ def student_plan(
 
 
 def teacher_plan(sizes: Sizes, *, tokens: int, length: int, on_gpu: bool) -> MemoryPlan:
-    """The rank of a teacher job that needs most: weights, and the forward pass of `tokens` in all, `length` a sequence.
+    """The rank of a teacher job that needs most: weights, and the forward pass of `tokens` in all, `length` a
+    sequence.
 
     Shorter sequences fill a micro-batch to its last token where those of `length` leave some of it empty.
     """
@@ -283,7 +306,8 @@ def teacher_plan(sizes: Sizes, *, tokens: int, length: int, on_gpu: bool) -> Mem
         if stage == sizes.pp - 1:
             columns = math.ceil(sizes.vocab_size / sizes.tp)
             parts["hidden states"] = tokens * sizes.architecture.hidden_size * (sizes.value_bytes + 4)
-            # losses.label_statistics: a tile in the type of the weights, in float32, and less the rows' maxima.
+            # losses.label_statistics: a tile in the type of the weights, in float32, and less the rows'
+            # maxima.
             tile = min(LABEL_STATISTICS_ROWS, tokens) * min(LABEL_STATISTICS_COLUMNS, columns)
             parts["logits"] = (sizes.value_bytes + 8) * tile
         held = held | ({"GPU context": GPU_CONTEXT} if on_gpu else {})

@@ -1,7 +1,8 @@
-"""What two models share: prompts in both chat templates, stop tokens, coverage of the text, the interface that suits.
+"""What two models share: prompts in both chat templates, stop tokens, coverage of the text, the interface
+that suits.
 
-Every function answers with findings, of which each says what to change. What training itself would refuse is left to
-the code that trains: `check.py` calls it.
+Every function answers with findings, of which each says what to change. What training itself would refuse is
+left to the code that trains: `check.py` calls it.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def check_stop_tokens(side: Side) -> list[Finding]:
                 failed(
                     side.name,
                     "stop tokens",
-                    f"the chat template ends a turn with {end} ({ids[0]}), which is not among the stop ids ({stops}): "
-                    "responses would run on to the length limit; add it",
+                    f"the chat template ends a turn with {end} ({ids[0]}), which is not among the stop ids "
+                    f"({stops}): responses would run on to the length limit; add it",
                     flag=f"--{side.flag}stop-token-ids",
                 )
             ]
@@ -84,7 +85,8 @@ def check_vocabulary(side: Side) -> list[Finding]:
             failed(
                 side.name,
                 "vocabulary",
-                f"the tokenizer has {ids:,} ids, but config.json says vocab_size {rows:,}: they are not of one model",
+                f"the tokenizer has {ids:,} ids, but config.json says vocab_size {rows:,}: they are not of "
+                "one model",
                 flag=f"--{side.flag}tokenizer-model",
             )
         ]
@@ -104,8 +106,8 @@ def check_length(side: Side, *, prompt_len: int, response_len: int) -> list[Find
             failed(
                 side.name,
                 "context",
-                f"prompts of {prompt_len:,} and responses of {response_len:,} tokens make {wanted:,}; the model has "
-                f"max_position_embeddings {limit:,}; lower it or --rollout-max-prompt-len",
+                f"prompts of {prompt_len:,} and responses of {response_len:,} tokens make {wanted:,}; the "
+                f"model has max_position_embeddings {limit:,}; lower it or --rollout-max-prompt-len",
                 flag="--rollout-max-response-len",
             )
         ]
@@ -125,8 +127,8 @@ def check_templates(student: Side, teacher: Side | None, rows: Sequence[Row], *,
                     failed(
                         "pair",
                         "chat template",
-                        f"{row.where}: the prompt holds {found[0]!r}, which without chat templates is ordinary text to "
-                        "both models; give the bare message or messages, and",
+                        f"{row.where}: the prompt holds {found[0]!r}, which without chat templates is "
+                        "ordinary text to both models; give the bare message or messages, and",
                         flag="--apply-chat-template",
                     )
                 ]
@@ -135,7 +137,8 @@ def check_templates(student: Side, teacher: Side | None, rows: Sequence[Row], *,
                 warned(
                     "pair",
                     "chat template",
-                    "prompts are read as plain text although a model has a chat template; instructed models want it",
+                    "prompts are read as plain text although a model has a chat template; instructed models "
+                    "want it",
                     flag="--apply-chat-template",
                 )
             ]
@@ -152,18 +155,22 @@ def check_templates(student: Side, teacher: Side | None, rows: Sequence[Row], *,
         side = next(side for side in sides if thinking[side.name])
         assert side.chat is not None
         switch = "enable_thinking" in side.chat.variables
-        way_out = 'set {"enable_thinking": false} in' if switch else "replace chat_template.jinja by one without it"
+        way_out = (
+            'set {"enable_thinking": false} in' if switch else "replace chat_template.jinja by one without it"
+        )
         findings.append(
             warned(
                 "pair",
                 "thinking",
-                f"only the {side.name}'s template has a thinking mode: what it says after <think> is unlikely to the "
-                f"other; {way_out}",
+                f"only the {side.name}'s template has a thinking mode: what it says after <think> is "
+                f"unlikely to the other; {way_out}",
                 flag=f"--{side.flag}{'chat-template-kwargs' if switch else 'hf-checkpoint'}",
             )
         )
     else:
-        findings.append(passed("pair", "thinking", f"{'both' if any(thinking.values()) else 'neither'} side thinks"))
+        findings.append(
+            passed("pair", "thinking", f"{'both' if any(thinking.values()) else 'neither'} side thinks")
+        )
     return findings
 
 
@@ -188,8 +195,8 @@ def _check_bos(side: Side, rows: Sequence[Row]) -> list[Finding]:
                 failed(
                     side.name,
                     "BOS",
-                    f"{row.where}: the rendered prompt begins with the beginning-of-sequence token twice; take it out "
-                    "of the text or of the template",
+                    f"{row.where}: the rendered prompt begins with the beginning-of-sequence token twice; "
+                    "take it out of the text or of the template",
                     flag="--prompt-data" if found else f"--{side.flag}hf-checkpoint",
                 )
             ]
@@ -198,8 +205,8 @@ def _check_bos(side: Side, rows: Sequence[Row]) -> list[Finding]:
                 failed(
                     side.name,
                     "chat template",
-                    f"{row.where}: a message holds a template's own markers, so it would be rendered twice; give the "
-                    "bare message in",
+                    f"{row.where}: a message holds a template's own markers, so it would be rendered twice; "
+                    "give the bare message in",
                     flag="--prompt-data",
                 )
             ]
@@ -217,8 +224,8 @@ def _text(chat: ChatTemplate, messages: Messages) -> str | None:
 
 
 def _thinks(chat: ChatTemplate) -> bool:
-    """Whether the template opens a thinking block, or a model with it does so by itself unless enable_thinking is
-    false."""
+    """Whether the template opens a thinking block, or a model with it does so by itself unless
+    enable_thinking is false."""
     if chat.arguments.get("enable_thinking") is False:
         return False
     rendered = _text(chat, _SAMPLE) or ""
@@ -244,12 +251,17 @@ def side_by_side(student: Side, teacher: Side | None, row: Row) -> dict[str, str
 
 
 def texts_of(rows: Sequence[Row]) -> list[str]:
-    """The texts of the prompts, the teacher's own too, and of the responses or labels that are given with them."""
+    """The texts of the prompts, the teacher's own too, and of the responses or labels that are given with
+    them.
+    """
     texts, size = [], 0
     step = max(1, len(rows) // MAX_TEXTS)
     for row in rows[::step]:
         prompts = [row.prompt] if row.teacher_prompt is None else [row.prompt, row.teacher_prompt]
-        read = [prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt) for prompt in prompts]
+        read = [
+            prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
+            for prompt in prompts
+        ]
         texts.append("\n".join([*read, row.response or row.label or ""]).strip("\n"))
         size += len(texts[-1])
         if size > MAX_CHARACTERS:
@@ -257,7 +269,9 @@ def texts_of(rows: Sequence[Row]) -> list[str]:
     return texts
 
 
-def coverage_of(rows: Sequence[Row], *, student: Side, teacher: Side, alignment_map: AlignmentMap) -> Coverage:
+def coverage_of(
+    rows: Sequence[Row], *, student: Side, teacher: Side, alignment_map: AlignmentMap
+) -> Coverage:
     """On the user's own prompts."""
     return measure_coverage(
         texts_of(rows), student=student.tokenizer, teacher=teacher.tokenizer, alignment_map=alignment_map
@@ -269,8 +283,8 @@ def check_coverage(coverage: Coverage) -> list[Finding]:
     lost = sum(coverage.bytes_dropped.values()) / max(coverage.bytes, 1)
     shares = coverage.student_token_shares
     said = (
-        f"student tokens of the prompts: 1:1 {shares['1_1']:.1%}, 1:n {shares['1_n']:.1%}, n:1 {shares['n_1']:.1%}, "
-        f"n:m {shares['n_m']:.1%}; bytes lost {lost:.2%}"
+        f"student tokens of the prompts: 1:1 {shares['1_1']:.1%}, 1:n {shares['1_n']:.1%}, n:1 "
+        f"{shares['n_1']:.1%}, n:m {shares['n_m']:.1%}; bytes lost {lost:.2%}"
     )
     reasons = ", ".join(f"{reason} {count}" for reason, count in coverage.bytes_dropped.items())
     if lost > LOST_FAIL:
@@ -282,10 +296,11 @@ def check_coverage(coverage: Coverage) -> list[Finding]:
 
 
 def check_interface(interface: str, coverage: Coverage, *, student: Side, teacher: Side) -> list[Finding]:
-    """Whether the interface suits the pair: where digits are grouped differently, only `bytes` was seen to learn.
+    """Whether the interface suits the pair: where digits are grouped differently, only `bytes` was seen to
+    learn.
 
-    Interfaces of units push the student's right first token down where it says in several tokens what the teacher says
-    in one; the share of such tokens (1:n) is what is at stake.
+    Interfaces of units push the student's right first token down where it says in several tokens what the
+    teacher says in one; the share of such tokens (1:n) is what is at stake.
     """
     differ = any(not _cut_alike(number.encode(), student=student, teacher=teacher) for number in _NUMBERS)
     at_stake = coverage.student_token_shares["1_n"] + coverage.student_token_shares["n_m"]
@@ -297,7 +312,8 @@ def check_interface(interface: str, coverage: Coverage, *, student: Side, teache
                 "pair",
                 "interface",
                 f"the two tokenizers cut digits differently, where {interface} moves even a perfect student "
-                "(docs/perfect_student.md) and lost accuracy on numbers in our study (docs/interfaces.md); use bytes",
+                "(docs/perfect_student.md) and lost accuracy on numbers in our study (docs/interfaces.md); "
+                "use bytes",
                 flag="--simct-interface",
             )
         ]
@@ -306,8 +322,8 @@ def check_interface(interface: str, coverage: Coverage, *, student: Side, teache
             warned(
                 "pair",
                 "interface",
-                f"{at_stake:.0%} of the student's tokens lie in units of several student tokens, which {interface} "
-                "judges by their first token or not at all; consider bytes",
+                f"{at_stake:.0%} of the student's tokens lie in units of several student tokens, which "
+                f"{interface} judges by their first token or not at all; consider bytes",
                 flag="--simct-interface",
             )
         ]
@@ -315,7 +331,9 @@ def check_interface(interface: str, coverage: Coverage, *, student: Side, teache
 
 
 def bias_of(rows: Sequence[Row], interface: InterfaceConfig, *, student: Side, teacher: Side) -> Bias | None:
-    """On the words of the user's own prompts; None where the interface has no such figure, or the prompts no words."""
+    """On the words of the user's own prompts; None where the interface has no such figure, or the prompts no
+    words.
+    """
     language = words_of(texts_of(rows))
     if not has_bias(interface) or len(language) < 2:
         return None
@@ -328,13 +346,16 @@ def bias_of(rows: Sequence[Row], interface: InterfaceConfig, *, student: Side, t
 def check_bias(bias: Bias, interface: InterfaceConfig) -> list[Finding]:
     """Whether the interface has something to say to a student that is already right."""
     said = (
-        f"on {bias.words:,} words of the prompts a student that is already right has a loss of {bias.perfect:.4f} nats "
-        f"a word under {interface.interface}; one that is less sure, truly {bias.true:.3f} away, {bias.flattened:.3f}"
+        f"on {bias.words:,} words of the prompts a student that is already right has a loss of "
+        f"{bias.perfect:.4f} nats a word under {interface.interface}; one that is less sure, truly "
+        f"{bias.true:.3f} away, {bias.flattened:.3f}"
     )
     if not bias.is_large:
         return [passed("pair", "bias", said)]
     if interface.interface == "bytes":
-        return [warned("pair", "bias", f"{said}; any bounds suit every tokenizer", flag="--simct-byte-bounds")]
+        return [
+            warned("pair", "bias", f"{said}; any bounds suit every tokenizer", flag="--simct-byte-bounds")
+        ]
     way_out = "for such a student bytes with --simct-byte-bounds any has none"
     return [warned("pair", "bias", f"{said}; {way_out}", flag="--simct-interface")]
 

@@ -1,8 +1,8 @@
 """Which layers each pipeline stage should have: the last one has the LM head and the loss too.
 
-Counted are matrix products of a sequence of full length, forward and backward. A layer multiplies each token three
-times with its weights, four times if it is computed again. Of the head every label costs four products with the
-student's rows (logits in two passes, and two gradients) and two with the teacher's.
+Counted are matrix products of a sequence of full length, forward and backward. A layer multiplies each token
+three times with its weights, four times if it is computed again. Of the head every label costs four products
+with the student's rows (logits in two passes, and two gradients) and two with the teacher's.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ def layer_operations(layer: Layer, *, hidden_size: int, tokens: int, computed_ag
 def loss_operations(
     *, hidden_size: int, vocab_size: int, teacher_rows: int, teacher_hidden_size: int, labels: int
 ) -> float:
-    """Operations of the LM head and the loss. teacher_rows: of its head, 0 where it sends no hidden states."""
+    """Operations of the LM head and the loss. teacher_rows: of its head, 0 where it sends no hidden
+    states.
+    """
     return 2.0 * labels * (4 * vocab_size * hidden_size + 2 * teacher_rows * teacher_hidden_size)
 
 
 def even_stages(costs: Sequence[float], *, last: float, stages: int) -> list[int]:
     """How many consecutive layers each stage has if the stage that does most does as little as it can.
 
-    costs: of each layer. last: what the last stage does beside its layers. Stages between the ends have one at least.
+    costs: of each layer. last: what the last stage does beside its layers. Stages between the ends have one
+    at least.
     """
     ends = [0.0]
     for cost in costs:

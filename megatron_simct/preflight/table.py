@@ -19,7 +19,9 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def show(report: Report, console: Console, *, only_problems: bool = False) -> None:
-    """Findings, memory of both jobs, the first prompt side by side. only_problems: warnings and failures alone."""
+    """Findings, memory of both jobs, the first prompt side by side. only_problems: warnings and failures
+    alone.
+    """
     findings = [finding for finding in report.findings if not only_problems or finding.level != "pass"]
     if findings:
         table = Table(box=None, pad_edge=False)
@@ -45,10 +47,14 @@ def show(report: Report, console: Console, *, only_problems: bool = False) -> No
         table.add_row("most", f"in {plan.peak_phase}, reserve included", size_text(plan.peak))
         console.print(table)
     if len(report.prompts) > 1 and len(set(report.prompts.values())) > 1:
-        table = Table(box=None, pad_edge=False, title="the first prompt, as each side reads it", title_justify="left")
+        table = Table(
+            box=None, pad_edge=False, title="the first prompt, as each side reads it", title_justify="left"
+        )
         for name in report.prompts:
             table.add_column(name, overflow="fold")
         table.add_row(*(escape(text) for text in report.prompts.values()))
         console.print(table)
     levels = [finding.level for finding in report.findings]
-    console.print(f"{levels.count('pass')} passed, {levels.count('warn')} warned, {levels.count('fail')} failed")
+    console.print(
+        f"{levels.count('pass')} passed, {levels.count('warn')} warned, {levels.count('fail')} failed"
+    )

@@ -39,8 +39,8 @@ def step_traffic(
     value_bytes: int,
     vocab_size: int,
 ) -> Traffic:
-    """teacher_labels, rows: labels of a response in the teacher's tokens, and those whose hidden state is wanted, or
-    their likeliest tokens. value_bytes: of an entry of a hidden state."""
+    """teacher_labels, rows: labels of a response in the teacher's tokens, and those whose hidden state is
+    wanted, or their likeliest tokens. value_bytes: of an entry of a hidden state."""
     if not needs.teacher:
         return Traffic(requests=0, answers=0, logits=0)
     answer = LABEL_BYTES * teacher_labels

@@ -60,8 +60,8 @@ METRICS = {
     "grad_norm": ("", "norm of the gradient before --clip-grad"),
     "gradient_cosine_units": (
         "",
-        "--gradient-parts-interval: cosine between the gradient of 1:1 positions (stop tokens too) and that of "
-        "multi-token units; below 0 they pull the student apart",
+        "--gradient-parts-interval: cosine between the gradient of 1:1 positions (stop tokens too) and that "
+        "of multi-token units; below 0 they pull the student apart",
     ),
     "gradient_ratio_units": ("", "the same: norm of the units' gradient over that of the 1:1 positions"),
     "learning_rate": ("", "of this step"),
@@ -71,12 +71,13 @@ METRICS = {
     "teacher_nats_per_byte": ("nats a byte", "surprise of the teacher at the same bytes"),
     "student_entropy": (
         "nats a label",
-        "surprise at the tokens as they were sampled: at rollout temperature 1, top-p 1 an estimate of the entropy",
+        "surprise at the tokens as they were sampled: at rollout temperature 1, top-p 1 an estimate of the "
+        "entropy",
     ),
     "rollout_logprob_gap": (
         "nats a label",
-        "how far the mean log-prob of the samples in training is from that in sampling; 0 but for rounding unless the "
-        "weights have changed",
+        "how far the mean log-prob of the samples in training is from that in sampling; 0 but for rounding "
+        "unless the weights have changed",
     ),
     "rollout_logprob_difference": (
         "nats a label",
@@ -89,21 +90,37 @@ METRICS = {
     ),
     "seconds_rollout_tail": (
         "s",
-        "--rollout-engine vllm: of the sampling, with at most a tenth of the first rank's responses still to come",
+        "--rollout-engine vllm: of the sampling, with at most a tenth of the first rank's responses still to "
+        "come",
     ),
     "rollout_lag": ("steps", "optimizer steps between sampling and training weights; only logged if above 0"),
-    "canonical_rollouts": ("share of samples", "responses that the student's tokenizer cuts as they were sampled"),
+    "canonical_rollouts": (
+        "share of samples",
+        "responses that the student's tokenizer cuts as they were sampled",
+    ),
     "reward": ("reward", "--reward: mean over the responses that have one"),
-    "reward_spread": ("reward", "--reward: standard deviation among the responses to one prompt, mean over prompts"),
-    "reward_silent": ("share of prompts", "--reward: prompts whose responses all have one reward, which teach nothing"),
+    "reward_spread": (
+        "reward",
+        "--reward: standard deviation among the responses to one prompt, mean over prompts",
+    ),
+    "reward_silent": (
+        "share of prompts",
+        "--reward: prompts whose responses all have one reward, which teach nothing",
+    ),
     "reward_failed": ("share of samples", "--reward: responses without a reward"),
     "loss_reward": ("nats a label", "--reward: the policy-gradient term, part of the loss"),
-    "reward_clipped": ("share of labels", "--reward: labels whose probability has moved too far to be moved further"),
+    "reward_clipped": (
+        "share of labels",
+        "--reward: labels whose probability has moved too far to be moved further",
+    ),
     "seconds_reward": ("s", "of it in waiting for rewards"),
     "coverage_one_to_one": ("share of bytes", "bytes in segments of one shared token on each side"),
     "coverage_unit": ("share of bytes", "bytes in multi-token units"),
     "blank_segments": ("share of segments", "segments of white space only"),
-    "top1_agreement": ("share of rows", "rows where both models' likeliest token, of those compared, is the same"),
+    "top1_agreement": (
+        "share of rows",
+        "rows where both models' likeliest token, of those compared, is the same",
+    ),
     "student_mass_outside_u": (
         "probability",
         "what the student gives tokens that are not shared; a loss over shared tokens does not see it",
@@ -111,7 +128,8 @@ METRICS = {
     "teacher_mass_outside_u": ("probability", "what the teacher gives tokens that are not shared"),
     "bytes_student_rest": (
         "probability",
-        "bytes with --simct-byte-bounds longest-match: the student's probability of all bytes outside the event set",
+        "bytes with --simct-byte-bounds longest-match: the student's probability of all bytes outside the "
+        "event set",
     ),
     "bytes_teacher_rest": ("probability", "the teacher's probability of the same"),
     "bytes_merged": (
@@ -120,12 +138,14 @@ METRICS = {
     ),
     "bytes_student_unresolved": (
         "probability",
-        "interface bytes: the student's mass that has left the realised tokens, so that its next byte is not known",
+        "interface bytes: the student's mass that has left the realised tokens, so that its next byte is not "
+        "known",
     ),
     "bytes_teacher_unresolved": ("probability", "interface bytes: the same of the teacher"),
     "bytes_may_agree": (
         "share of positions",
-        "interface bytes: positions where the unresolved mass permits that both models are the same, so the loss is 0",
+        "interface bytes: positions where the unresolved mass permits that both models are the same, so the "
+        "loss is 0",
     ),
     "dropped_mismatch": ("share of bytes", "left out: the two tokenizers' bytes differ"),
     "dropped_special": ("share of bytes", "left out: from a special token within the response on"),
@@ -138,26 +158,38 @@ METRICS = {
     "seconds_alignment": ("s", "of it in alignment"),
     "seconds_teacher": ("s", "of it in scoring, or in waiting for the teacher's job"),
     "seconds_update": ("s", "of it in the forward and backward passes, and the optimizer"),
-    "peak_memory_gib": ("GiB", "the most that the first rank's process has held so far, on its GPU or resident"),
+    "peak_memory_gib": (
+        "GiB",
+        "the most that the first rank's process has held so far, on its GPU or resident",
+    ),
     "seconds_rollout_slowest": ("s", "the most that any rank took in sampling; the others wait for it"),
     "seconds_alignment_slowest": ("s", "the same in alignment"),
     "seconds_teacher_slowest": ("s", "the same in scoring, or in waiting for the teacher's job"),
     "seconds_reward_slowest": ("s", "the same in waiting for rewards"),
     "seconds_update_slowest": ("s", "the same in the update"),
-    "seconds_slowest_rank": ("rank", "the one that took most in sampling, or in the update where nothing is sampled"),
+    "seconds_slowest_rank": (
+        "rank",
+        "the one that took most in sampling, or in the update where nothing is sampled",
+    ),
     "peak_memory_gib_most": ("GiB", "the most that any rank's process has held so far"),
     "peak_memory_most_rank": ("rank", "that rank"),
     "update_tflops": (
         "TFLOP/s a rank",
-        "--log-throughput: operations of forward and backward passes, those that are computed again apart, in a second "
-        "of the update",
+        "--log-throughput: operations of forward and backward passes, those that are computed again apart, "
+        "in a second of the update",
     ),
-    "update_mfu": ("share of the peak", "--log-throughput: the same over the GPU's peak in bf16, where that is known"),
+    "update_mfu": (
+        "share of the peak",
+        "--log-throughput: the same over the GPU's peak in bf16, where that is known",
+    ),
     "rollout_tflops": ("TFLOP/s a rank", "--log-throughput: the same of sampling"),
     "rollout_tokens_per_second": ("tokens a second", "sampled, over all ranks"),
     "greedy_accuracy": ("share of prompts", "evaluation: greedy responses that are right (--eval-benchmark)"),
     "sampled_accuracy": ("share of responses", "evaluation: sampled responses that are right"),
-    "greedy_right": ("count a prompt", "evaluation: right greedy responses to each held-out prompt, in file order"),
+    "greedy_right": (
+        "count a prompt",
+        "evaluation: right greedy responses to each held-out prompt, in file order",
+    ),
     "sampled_right": ("count a prompt", "evaluation: the same of the sampled ones"),
 }
 """Unit and meaning of every name in metrics.jsonl, beside `kind` and `iteration`."""
@@ -197,7 +229,10 @@ _HOPS = ("rollout", "alignment", "teacher", "reward", "update")
 
 
 def slowest_ranks(seconds: dict[str, float], device: torch.device) -> dict[str, float]:
-    """The most that any rank took in each hop, and held, and which rank that is. Collective over the whole job."""
+    """The most that any rank took in each hop, and held, and which rank that is.
+
+    Collective over the whole job.
+    """
     hops = [hop for hop in _HOPS if hop in seconds or hop != "reward"]
     held = [*(seconds.get(hop, 0.0) for hop in hops), peak_memory_gib()]
     mine = torch.tensor(held, dtype=torch.float64, device=device)
@@ -219,8 +254,8 @@ class Throughput:
     def __init__(
         self, count: Callable[[Sequence[int], int], float], *, device: torch.device, peak: float | None
     ) -> None:
-        """count: operations of this rank in a forward pass over sequences of these lengths, with the LM head at so many
-        positions. peak: operations a second of the device, if it is known."""
+        """count: operations of this rank in a forward pass over sequences of these lengths, with the LM head
+        at so many positions. peak: operations a second of the device, if it is known."""
         self._count = count
         self._device = device
         self._peak = peak
@@ -257,7 +292,10 @@ class Throughput:
 def sample_sums(
     rollouts: Sequence[Rollout], pairs: Sequence[AlignedPair], group: dist.ProcessGroup
 ) -> dict[str, float]:
-    """Sums over the global batch of what samples say of themselves. Collective over the data-parallel group."""
+    """Sums over the global batch of what samples say of themselves.
+
+    Collective over the data-parallel group.
+    """
     sums: dict[str, float] = {name: sum(pair.counts.get(name, 0) for pair in pairs) for name in COUNTS}
     sums |= {
         "samples": len(rollouts),
@@ -308,7 +346,8 @@ def ratios(report: StepReport, samples: dict[str, float], *, sampled: bool) -> d
             "teacher_mass_outside_u": _ratio(sums["teacher_mass_outside_u_sum"], rows),
             "top1_agreement": _ratio(sums["rows_same_top"], rows),
             "blank_segments": _ratio(
-                sums["segments_blank"], sums["segments_shared"] + sums["segments_unit"] + sums["segments_stop"]
+                sums["segments_blank"],
+                sums["segments_shared"] + sums["segments_unit"] + sums["segments_stop"],
             ),
         }
     if sums.get("num_teacher_labels"):
@@ -318,7 +357,8 @@ def ratios(report: StepReport, samples: dict[str, float], *, sampled: bool) -> d
         values["loss_reward"] = _ratio(sums["loss_reward_sum"], sums["num_labels"])
         values["reward_clipped"] = _ratio(sums["reward_clipped_sum"], sums["num_labels"])
     if sampled:
-        # The mean surprise of own samples is an unbiased estimate of the entropy, at rollout temperature 1 and top-p 1.
+        # The mean surprise of own samples is an unbiased estimate of the entropy, at rollout temperature 1
+        # and top-p 1.
         values["student_entropy"] = _ratio(sums["rollout_nll_sum"], sums["num_labels"])
         gap = abs(sums["student_nll_sum"] - sums["rollout_nll_sum"])
         values["rollout_logprob_gap"] = _ratio(gap, sums["num_labels"])
@@ -370,7 +410,12 @@ class Monitor:
             self._remember_masses([row.get("student_mass_outside_u") for row in file.kept])
         self._progress = None
         if self._active and sys.stdout.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
             self._progress = Progress(*columns, console=Console())
             self._steps = self._progress.add_task("steps", total=train_iters, completed=start)
             self._responses = self._progress.add_task("responses", visible=False)
@@ -390,17 +435,25 @@ class Monitor:
     ) -> None:
         """Record one finished step; `iteration` counts from 1. Collective over the data-parallel group.
 
-        note: ends the log line, and is not recorded. rewarded: metrics of rewards. more: what is measured over all
-        ranks; it is recorded, and not in the log line. timers: lines of Megatron's timers.
+        note: ends the log line, and is not recorded. rewarded: metrics of rewards. more: what is measured
+        over all ranks; it is recorded, and not in the log line. timers: lines of Megatron's timers.
         """
-        values = ratios(report, sample_sums(rollouts, pairs, self._group), sampled=self._sampled) | dict(rewarded)
+        values = ratios(report, sample_sums(rollouts, pairs, self._group), sampled=self._sampled) | dict(
+            rewarded
+        )
         if self._sampled and any(rollout.weight_version != iteration - 1 for rollout in rollouts):
-            values["rollout_lag"] = iteration - 1 - float(np.mean([rollout.weight_version for rollout in rollouts]))
+            values["rollout_lag"] = (
+                iteration - 1 - float(np.mean([rollout.weight_version for rollout in rollouts]))
+            )
         if not self._active:
             return
-        timing = {f"seconds_{hop}": value for hop, value in seconds.items()} | {"peak_memory_gib": peak_memory_gib()}
+        timing = {f"seconds_{hop}": value for hop, value in seconds.items()} | {
+            "peak_memory_gib": peak_memory_gib()
+        }
         if self._sampled:
-            timing["rollout_tokens_per_second"] = _ratio(report.sums["num_labels"], seconds.get("rollout", 0.0))
+            timing["rollout_tokens_per_second"] = _ratio(
+                report.sums["num_labels"], seconds.get("rollout", 0.0)
+            )
         self._record("step", iteration, {**values, "seconds": sum(seconds.values()), **timing, **more})
         if self._progress is not None:
             self._progress.start()
@@ -459,8 +512,8 @@ class Monitor:
         if not self._warned and mass > self._first_mass + self.WARN_MASS_RISE:
             self._warned = True
             self.say(
-                f" WARNING: the student's probability outside the compared tokens rose from {self._first_mass:.3f} to "
-                f"{mass:.3f}; the loss does not see it"
+                " WARNING: the student's probability outside the compared tokens rose from "
+                f"{self._first_mass:.3f} to {mass:.3f}; the loss does not see it"
             )
 
 

@@ -5,8 +5,8 @@ One object a line:
     {"kind": "sample", "iteration": 20, "sample_id": 1216, "finish": "stop", "prompt": "...",
      "units": [{"student": ["ha", "ppy"], "teacher": ["hap", "py"], "loss": 0.41}, ...]}
 
-A unit is a segment, or a student label that is in none (then `teacher` is empty). Its loss, in nats, is what its labels
-add to the sum that the step divides once by the global number of labels (LossOutput.label_losses).
+A unit is a segment, or a student label that is in none (then `teacher` is empty). Its loss, in nats, is what
+its labels add to the sum that the step divides once by the global number of labels (LossOutput.label_losses).
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ SAMPLES = 2
 
 
 class SampleLog:
-    """Sample log. It exists on the one rank that has both the loss and the first samples: last stage, first replica."""
+    """Sample log.
+
+    It exists on the one rank that has both the loss and the first samples: last stage, first replica.
+    """
 
     def __init__(
         self,
@@ -51,7 +54,11 @@ class SampleLog:
             return
         for rollout, pair in list(zip(rollouts, pairs, strict=True))[:SAMPLES]:
             losses = report.label_losses[rollout.sample_id].float().cpu().numpy()
-            prompt = "" if self._teacher is None else readable(self._teacher.decode(pair.teacher_prompt_ids), keep="\n")
+            prompt = (
+                ""
+                if self._teacher is None
+                else readable(self._teacher.decode(pair.teacher_prompt_ids), keep="\n")
+            )
             self._file.write(
                 "sample",
                 iteration,
@@ -70,12 +77,16 @@ class SampleLog:
             *pair.segments[np.argsort(pair.segments[:, 2])].tolist(),
             (0, 0, num_labels, num_labels),
         ]:
-            spans = [(label, label + 1, 0, 0) for label in range(position, ss)] + [(ss, se, ts, te)] * (se > ss)
+            spans = [(label, label + 1, 0, 0) for label in range(position, ss)] + [(ss, se, ts, te)] * (
+                se > ss
+            )
             for first, last, first_t, last_t in spans:
                 units.append(
                     {
                         "student": _pieces(self._student, rollout.student_ids[first:last]),
-                        "teacher": _pieces(self._teacher, pair.teacher_ids[first_t:last_t]) if last_t > first_t else [],
+                        "teacher": _pieces(self._teacher, pair.teacher_ids[first_t:last_t])
+                        if last_t > first_t
+                        else [],
                         "loss": float(losses[first:last].sum()),
                     }
                 )
@@ -84,7 +95,10 @@ class SampleLog:
 
 
 def _pieces(tokenizer: Tokenizer | None, ids: np.ndarray) -> list[str]:
-    """What each token says; a special one, which says nothing, by its id. Without a tokenizer there are no tokens."""
+    """What each token says; a special one, which says nothing, by its id.
+
+    Without a tokenizer there are no tokens.
+    """
     if tokenizer is None:
         return []
     return [readable(tokenizer.table.bytes_of(int(i)), keep="\n") or f"<{int(i)}>" for i in ids]

@@ -1,7 +1,7 @@
 """Where metrics go: metrics.jsonl, TensorBoard, Weights & Biases. Only the first rank has writers.
 
-A library is imported when its flag is given. A resumed run leaves what an undisturbed one would have left: rows after
-the loaded iteration are dropped, and written again.
+A library is imported when its flag is given. A resumed run leaves what an undisturbed one would have left:
+rows after the loaded iteration are dropped, and written again.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Writer(Protocol):
     """One destination of metrics."""
 
     def write(self, kind: str, iteration: int, values: dict[str, float | list[int]]) -> None:
-        """Metrics of a step or an evaluation; a value that is not finite has no place in the output. Lists are counts
-        of each held-out prompt: JSON lines have them, curves do not."""
+        """Metrics of a step or an evaluation; a value that is not finite has no place in the output. Lists
+        are counts of each held-out prompt: JSON lines have them, curves do not."""
         ...
 
     def close(self) -> None: ...
@@ -32,7 +32,10 @@ class JsonLines:
     """RUN_DIR/metrics.jsonl, or another `name`, one object a line."""
 
     def __init__(self, run_dir: str, *, start: int, name: str = "metrics.jsonl") -> None:
-        """start: the iteration that the run goes on from. An evaluation at `start` is measured anew on resuming."""
+        """start: the iteration that the run goes on from.
+
+        An evaluation at `start` is measured anew on resuming.
+        """
         path = Path(run_dir) / name
         self.kept = [
             row
@@ -44,7 +47,11 @@ class JsonLines:
         self._file = open(path, "a", buffering=1)
 
     def write(self, kind: str, iteration: int, values: dict[str, Any]) -> None:
-        kept = {name: value for name, value in values.items() if not isinstance(value, float) or math.isfinite(value)}
+        kept = {
+            name: value
+            for name, value in values.items()
+            if not isinstance(value, float) or math.isfinite(value)
+        }
         self._file.write(json.dumps({"kind": kind, "iteration": iteration, **kept}) + "\n")
 
     def close(self) -> None:
@@ -114,7 +121,9 @@ def check_writers(output: OutputConfig) -> None:
         ("--wandb-project", output.wandb_project, "wandb"),
     ):
         if value is not None and importlib.util.find_spec(module) is None:
-            raise ValueError(f"{flag} needs the package {module}: pip install {module}, or leave the flag out")
+            raise ValueError(
+                f"{flag} needs the package {module}: pip install {module}, or leave the flag out"
+            )
 
 
 def open_writers(output: OutputConfig, config: dict[str, Any], *, start: int) -> list[Writer]:

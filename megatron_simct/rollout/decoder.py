@@ -1,11 +1,11 @@
 """A lean forward pass without autograd over the parameters of a HiddenStateModel, with a cache.
 
-Megatron's modules hold the parameters and say how they are split; the arithmetic of their layers is done here and in
-the caches of `models`, in few operations. A part that is not one of Megatron's plain modules (experts,
+Megatron's modules hold the parameters and say how they are split; the arithmetic of their layers is done here
+and in the caches of `models`, in few operations. A part that is not one of Megatron's plain modules (experts,
 TransformerEngine's layers, fewer key heads than ranks) runs as it is.
 
-Sequences stand from position 0 on, so nothing is padded on the left, and what a token computes depends on its own
-sequence alone.
+Sequences stand from position 0 on, so nothing is padded on the left, and what a token computes depends on its
+own sequence alone.
 
 Shape letters: B sequences, S padded prompt, H hidden size.
 """
@@ -34,7 +34,10 @@ class Decoder:
     """One pipeline stage and the caches of its layers, for a fixed number of sequences (rows)."""
 
     def __init__(self, stage: HiddenStateModel, *, rows: int, length: int, regions: Regions = EAGER) -> None:
-        """length: positions of the longest sequence. Reads the parameters at every call: nothing is copied."""
+        """length: positions of the longest sequence.
+
+        Reads the parameters at every call: nothing is copied.
+        """
         self._stage, self._regions = stage, regions
         self._layers: list[TransformerLayer] = list(stage.decoder.layers)
         self.is_first = stage.pre_process
@@ -45,7 +48,9 @@ class Decoder:
         self._caches: list[Cache] = []
         for layer, record in zip(self._layers, self.kinds, strict=True):
             turned = None if record.rope is None else angles[record.rope]
-            self._caches.append(record.attention.cache(layer.self_attention, turned, rows=rows, length=length))
+            self._caches.append(
+                record.attention.cache(layer.self_attention, turned, rows=rows, length=length)
+            )
 
     def _angles(self, length: int) -> dict[Rope, Angles]:
         """Cosines and sines of each kind of layer."""
@@ -58,12 +63,14 @@ class Decoder:
     ) -> torch.Tensor:
         """Whole prompts, tokens int64 [B, S], padded on the right to S; lengths int64 [B].
 
-        rows int64 [2, R]: the cache rows to fill, and which of the B prompts each of them holds. received: hidden
-        states [B, S, H] of the stage before. Returns what the next stage reads, or of the last one what enters the LM
-        head at the prompts' last tokens, [B, H].
+        rows int64 [2, R]: the cache rows to fill, and which of the B prompts each of them holds. received:
+        hidden states [B, S, H] of the stage before. Returns what the next stage reads, or of the last one
+        what enters the LM head at the prompts' last tokens, [B, H].
         """
         hidden = self._embed(tokens) if received is None else received
-        hidden, states = self._through(hidden, EAGER, lambda cache, states: cache.prefill(states, lengths, rows))
+        hidden, states = self._through(
+            hidden, EAGER, lambda cache, states: cache.prefill(states, lengths, rows)
+        )
         return self._output(states[torch.arange(len(lengths)), lengths - 1]) if self.is_last else hidden
 
     def decode(
@@ -71,18 +78,23 @@ class Decoder:
     ) -> torch.Tensor:
         """One more token of the first B rows: tokens int64 [B], and where int64 [B] each of them stands.
 
-        num_keys: positions of the caches to look at, at least up to the last of them. received: hidden states [B, H] of
-        the stage before. Returns hidden states [B, H], of the last stage those that enter the LM head.
+        num_keys: positions of the caches to look at, at least up to the last of them. received: hidden states
+        [B, H] of the stage before. Returns hidden states [B, H], of the last stage those that enter the LM
+        head.
         """
         hidden = self._embed(tokens) if received is None else received
         step = Step(where, num_keys, dtype=hidden.dtype, regions=self._regions)
-        hidden, states = self._through(hidden, self._regions, lambda cache, states: cache.decode(states, step))
+        hidden, states = self._through(
+            hidden, self._regions, lambda cache, states: cache.decode(states, step)
+        )
         return self._output(states) if self.is_last else hidden
 
     def _through(
         self, hidden: torch.Tensor, regions: Regions, attend: Callable[[Cache, torch.Tensor], torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The residual behind all layers of the stage, and after the norm that follows, if the stage has it."""
+        """The residual behind all layers of the stage, and after the norm that follows, if the stage has
+        it.
+        """
         norms = [norm for layer in self._layers for norm in (layer.input_layernorm, layer.pre_mlp_layernorm)]
         norms.append(self._stage.decoder.final_layernorm if self.is_last else None)
         states = hidden if norms[0] is None else norms[0](hidden)

@@ -1,7 +1,7 @@
 """The seam behind which responses come from: one Protocol, and its sources.
 
-MegatronEngine samples from the training weights, VllmEngine asks servers that are handed them, GivenResponses reads
-the data's own responses (sft), and ReplayEngine writes what another engine answers, or reads it back.
+MegatronEngine samples from the training weights, VllmEngine asks servers that are handed them, GivenResponses
+reads the data's own responses (sft), and ReplayEngine writes what another engine answers, or reads it back.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ class RolloutEngine(Protocol):
     """Anything that answers prompts."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        """One Rollout a prompt, in the order of the prompts. Collective over the ranks of one model replica."""
+        """One Rollout a prompt, in the order of the prompts.
+
+        Collective over the ranks of one model replica.
+        """
         ...
 
     def publish(self, weight_version: int) -> None:
@@ -52,11 +55,15 @@ class StreamingEngine(Protocol):
     """A RolloutEngine whose responses can be had as they finish."""
 
     def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[list[Rollout]]:
-        """Each response once, in any order, the same on every rank of the model replica; collective over it."""
+        """Each response once, in any order, the same on every rank of the model replica; collective over
+        it.
+        """
         ...
 
 
-def responses(engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[list[Rollout]]:
+def responses(
+    engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Sampling
+) -> Iterator[list[Rollout]]:
     """As they finish, where the engine tells of them so; else all at once."""
     if isinstance(engine, StreamingEngine):
         yield from engine.stream(prompts, sampling)
@@ -79,7 +86,9 @@ class GivenResponses:
     def _rollout(self, prompt: Prompt, max_response_len: int) -> Rollout:
         assert prompt.response is not None, f"sample {prompt.sample_id} has no given response"
         content = self._tokenizer.encode(prompt.response.encode())
-        ids = np.append(content, np.int32(self._tokenizer.table.stop_ids[0]))[:max_response_len].astype(np.int32)
+        ids = np.append(content, np.int32(self._tokenizer.table.stop_ids[0]))[:max_response_len].astype(
+            np.int32
+        )
         return Rollout(
             sample_id=prompt.sample_id,
             weight_version=-1,
@@ -99,7 +108,9 @@ class SharedEngine:
         """See RolloutEngine.generate. Collective over the group too; all of its ranks get all answers."""
         rank, size = self._group.rank(), self._group.size()
         shares: list[list[Rollout]] = [[] for _ in range(size)]
-        dist.all_gather_object(shares, self._engine.generate(prompts[rank::size], sampling), group=self._group)
+        dist.all_gather_object(
+            shares, self._engine.generate(prompts[rank::size], sampling), group=self._group
+        )
         return [shares[i % size][i // size] for i in range(len(prompts))]
 
     def publish(self, weight_version: int) -> None:
@@ -109,9 +120,9 @@ class SharedEngine:
 class ReplayEngine:
     """Writes each batch of rollouts as one file per model replica, or answers from such files.
 
-    The files do not depend on the layout that wrote them: a reader takes its own samples from all files of a step.
-    One file is a JSON document with the records of one call, named by the step, the data-parallel rank, and which of
-    the step's calls it was.
+    The files do not depend on the layout that wrote them: a reader takes its own samples from all files of a
+    step. One file is a JSON document with the records of one call, named by the step, the data-parallel rank,
+    and which of the step's calls it was.
     """
 
     def __init__(
@@ -151,7 +162,9 @@ class ReplayEngine:
         assert self._load_dir is not None
         files = sorted(self._load_dir.glob(f"rollout_{self._step}.*.json"))
         if not files:
-            raise ValueError(f"--load-debug-rollout-data {self._load_dir}: no file rollout_{self._step}.*.json")
+            raise ValueError(
+                f"--load-debug-rollout-data {self._load_dir}: no file rollout_{self._step}.*.json"
+            )
         rollouts = {rollout.sample_id: rollout for file in files for rollout in _read(file)}
         missing = [p.sample_id for p in prompts if p.sample_id not in rollouts]
         if missing:
@@ -162,7 +175,9 @@ class ReplayEngine:
         return [rollouts[prompt.sample_id] for prompt in prompts]
 
 
-def write_rollouts(folder: Path, rollouts: Sequence[Rollout], *, step: int, dp_rank: int, call: int = 0) -> None:
+def write_rollouts(
+    folder: Path, rollouts: Sequence[Rollout], *, step: int, dp_rank: int, call: int = 0
+) -> None:
     """A file of one step and one model replica that ReplayEngine reads."""
     path = folder / (f"rollout_{step}.{dp_rank}.{call}.json" if call else f"rollout_{step}.{dp_rank}.json")
     rows = [

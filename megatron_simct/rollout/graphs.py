@@ -1,7 +1,8 @@
 """A decoding step as one CUDA graph for each of a few shapes, so that launching its kernels costs nothing.
 
-A graph replays the same kernels on the same memory. So a step reads and writes tensors that stay where they are, its
-shapes are rounded up to buckets, and nothing in it waits for the host. On a CPU the same step runs as it is.
+A graph replays the same kernels on the same memory. So a step reads and writes tensors that stay where they
+are, its shapes are rounded up to buckets, and nothing in it waits for the host. On a CPU the same step runs
+as it is.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ class Stepping:
     keys: int
     """... and the number of cached positions to one of this."""
     late: int
-    """How many steps run on before the host reads the tokens of one. What a sequence computes behind its stop token is
-    dropped."""
+    """How many steps run on before the host reads the tokens of one. What a sequence computes behind its stop
+    token is dropped."""
 
     compiled: bool
     """Whether what stands between matrix products is compiled; see `models.regions`."""
@@ -59,7 +60,9 @@ class StepGraphs:
     def _captured(self, rows: int, keys: int) -> tuple[Any, torch.Tensor]:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles, and lets libraries set themselves up; it writes what the step writes
+        with torch.cuda.stream(
+            side
+        ):  # compiles, and lets libraries set themselves up; it writes what the step writes
             self._function(rows, keys)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()

@@ -18,8 +18,9 @@ from megatron_simct.rollout.engine import RolloutEngine, Sampling
 class Evaluator:
     """Greedy and sampled accuracy of an engine on a fixed set of prompts.
 
-    The sampled draws depend on the seed alone, so two evaluations of one set of weights agree. One rank of each model
-    replica judges the replica's responses, in `right`, so that no rank can think otherwise than another.
+    The sampled draws depend on the seed alone, so two evaluations of one set of weights agree. One rank of
+    each model replica judges the replica's responses, in `right`, so that no rank can think otherwise than
+    another.
     """
 
     def __init__(
@@ -42,11 +43,14 @@ class Evaluator:
         self._samples = samples
         self._sampled_prompts = prompts.batch(0) if samples else []
         self._greedy = Sampling(temperature=0.0, top_p=1.0, max_response_len=max_response_len, seed=seed)
-        self._sampled = Sampling(temperature=temperature, top_p=1.0, max_response_len=max_response_len, seed=seed)
+        self._sampled = Sampling(
+            temperature=temperature, top_p=1.0, max_response_len=max_response_len, seed=seed
+        )
 
     def measure(self) -> dict[str, float | list[int]]:
-        """greedy_accuracy and, where samples were asked for, sampled_accuracy; greedy_right and sampled_right: how many
-        responses to each held-out prompt were right, in the order of the file. Collective over all ranks."""
+        """greedy_accuracy and, where samples were asked for, sampled_accuracy; greedy_right and
+        sampled_right: how many responses to each held-out prompt were right, in the order of the file.
+        Collective over all ranks."""
         found = self._measure("greedy", self._greedy_prompts, self._greedy, 1)
         if self._samples:
             found |= self._measure("sampled", self._sampled_prompts, self._sampled, self._samples)
@@ -85,10 +89,14 @@ def special_marks(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[int, str]:
     if tokenizer.encode_chat is None:
         return {}
     spelled = {text: list(tokenizer.encode_chat(text)) for text in texts if text}
-    return {ids[0]: text for text, ids in spelled.items() if len(ids) == 1 and tokenizer.table.special[ids[0]]}
+    return {
+        ids[0]: text for text, ids in spelled.items() if len(ids) == 1 and tokenizer.table.special[ids[0]]
+    }
 
 
-def equals_label(prompts: Sequence[Prompt], rollouts: Sequence[Rollout], *, tokenizer: Tokenizer) -> list[bool]:
+def equals_label(
+    prompts: Sequence[Prompt], rollouts: Sequence[Rollout], *, tokenizer: Tokenizer
+) -> list[bool]:
     """Whether each response ends by itself, and its bytes are the label's."""
     return [
         rollout.finish == "stop" and tokenizer.decode(rollout.student_ids[:-1]) == str(prompt.label).encode()

@@ -1,8 +1,8 @@
 """Generation by the training weights themselves, with a KV cache, on the same ranks.
 
-Nothing is copied or gathered to publish new weights: an optimizer step changes what the next call samples from.
-Samples of one prompt share its forward pass. As sequences finish, the rows of the KV cache that they leave are filled
-with waiting prompts, or closed up.
+Nothing is copied or gathered to publish new weights: an optimizer step changes what the next call samples
+from. Samples of one prompt share its forward pass. As sequences finish, the rows of the KV cache that they
+leave are filled with waiting prompts, or closed up.
 """
 
 from __future__ import annotations
@@ -86,10 +86,21 @@ class MegatronEngine:
         return [sequence.rollout(self._weight_version) for sequence in sequences]
 
     def _decode_all(self, sequences: Sequence[_Sequence], sampling: Sampling) -> None:
-        """Row r of the cache holds active[r]. All ranks of a replica take the same way: they see the same tokens."""
+        """Row r of the cache holds active[r].
+
+        All ranks of a replica take the same way: they see the same tokens.
+        """
         rows = max(1, min(self._batch_size, len(sequences)))
         length = max((len(s.prompt.student_ids) for s in sequences), default=1) + sampling.max_response_len
-        run = _Run(self._model, self._groups, self._stepping, sampling, through=self._through, rows=rows, length=length)
+        run = _Run(
+            self._model,
+            self._groups,
+            self._stepping,
+            sampling,
+            through=self._through,
+            rows=rows,
+            length=length,
+        )
         waiting = deque(_by_prompt(sequences))
         active: list[_Sequence] = []
         unread: deque[_Unread] = deque()
@@ -122,8 +133,8 @@ class MegatronEngine:
             unread.popleft().read(self._stop_ids)
 
     def _most(self, *counts: int) -> Sequence[int]:
-        """The largest of each count of the ranks that share experts: all must pass through a layer together, and an
-        idle rank runs a forward pass on one dummy token."""
+        """The largest of each count of the ranks that share experts: all must pass through a layer together,
+        and an idle rank runs a forward pass on one dummy token."""
         if not self._groups.passes_together:
             return counts
         largest = torch.tensor(counts, device=self._groups.device)
@@ -131,8 +142,8 @@ class MegatronEngine:
         return largest.tolist()
 
     def _prefill(self, run: _Run, batch: Sequence[Sequence[_Sequence]], first_row: int) -> torch.Tensor:
-        """One forward pass of the prompts of a batch, whose samples get the rows from first_row on; what enters the LM
-        head for each of them. An element of the batch is the samples of one prompt."""
+        """One forward pass of the prompts of a batch, whose samples get the rows from first_row on; what
+        enters the LM head for each of them. An element of the batch is the samples of one prompt."""
         device = self._groups.device
         token_ids = [samples[0].prompt.student_ids for samples in batch] or [_NO_PROMPT]
         tokens = pad_right(token_ids)[0].to(device)
@@ -160,16 +171,20 @@ class MegatronEngine:
     ) -> torch.Tensor:
         """What the last of this rank's stages returns; hidden states between stages are [*shape, H]."""
         config = self._model.config
-        received = torch.empty(*shape, config.hidden_size, dtype=config.pipeline_dtype, device=self._groups.device)
+        received = torch.empty(
+            *shape, config.hidden_size, dtype=config.pipeline_dtype, device=self._groups.device
+        )
         for stage in stages:
             hidden = through_stage(
                 partial(forward, stage), received, self._groups.pp, first=stage.is_first, last=stage.is_last
             )
         return hidden
 
-    def _choose(self, run: _Run, sequences: Sequence[_Sequence], hidden: torch.Tensor, *, first: int) -> list[_Unread]:
-        """Choose the next token of each sequence, whose rows begin at `first`; hidden [B, H] is read on the last stage
-        only, and may have more rows. The tokens are not read here."""
+    def _choose(
+        self, run: _Run, sequences: Sequence[_Sequence], hidden: torch.Tensor, *, first: int
+    ) -> list[_Unread]:
+        """Choose the next token of each sequence, whose rows begin at `first`; hidden [B, H] is read on the
+        last stage only, and may have more rows. The tokens are not read here."""
         if not sequences:
             return []
         rows = slice(first, first + max(len(sequences), len(hidden) if self._groups.is_last_stage else 0))
@@ -185,7 +200,9 @@ class MegatronEngine:
                 top_k=run.sampling.top_k,
                 group=self._groups.tp,
             )
-            chosen = torch.stack([ids.double(), scores.double()])[:, : len(sequences)]  # float64 holds both exactly
+            chosen = torch.stack([ids.double(), scores.double()])[
+                :, : len(sequences)
+            ]  # float64 holds both exactly
         chosen = tensor_from_last_stage(chosen.contiguous(), self._groups.pp)
         run.go_on(slice(first, first + len(sequences)), chosen[0])
         for sequence in sequences:
@@ -194,7 +211,9 @@ class MegatronEngine:
 
 
 class _Run:
-    """What one call of `generate` keeps on the device: caches, and of each row its last token and what comes next."""
+    """What one call of `generate` keeps on the device: caches, and of each row its last token and what comes
+    next.
+    """
 
     def __init__(
         self,
@@ -211,13 +230,17 @@ class _Run:
         device = groups.device
         regions = compiled() if stepping.compiled else EAGER
         self.sampling, self._through = sampling, through
-        self.stages = [Decoder(chunk, rows=rows, length=length, regions=regions) for chunk in chunks_of(model)]
+        self.stages = [
+            Decoder(chunk, rows=rows, length=length, regions=regions) for chunk in chunks_of(model)
+        ]
         self._stepping, self._num_rows, self._length = stepping, rows, length
-        self._tokens, self._where, self._drawn = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(3))
+        self._tokens, self._where, self._drawn = (
+            torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(3)
+        )
         """The last token of each row, its position, and how many tokens have been chosen."""
         self._uniforms = torch.zeros(rows, sampling.max_response_len, dtype=torch.float64, device=device)
-        # Ranks of other stages, and of experts, are waited for by the host; and a step runs twice when it is captured,
-        # which a cache of keys and values does not notice, and a running state does.
+        # Ranks of other stages, and of experts, are waited for by the host; and a step runs twice when it is
+        # captured, which a cache of keys and values does not notice, and a running state does.
         kinds = self.stages[0].kinds
         alone = groups.pp.size() == 1 and not any(layer.mlp.num_experts for layer in kinds)
         alone = alone and all(isinstance(layer.attention, GroupedQuery) for layer in kinds)
@@ -235,7 +258,8 @@ class _Run:
     def bucket(self, rows: int, keys: int) -> tuple[int, int]:
         """The numbers of rows and positions that a step with so many computes."""
         rows_up, keys_up = (
-            -(-n // step) * step for n, step in ((max(rows, 1), self._stepping.rows), (keys, self._stepping.keys))
+            -(-n // step) * step
+            for n, step in ((max(rows, 1), self._stepping.rows), (keys, self._stepping.keys))
         )
         return min(rows_up, self._num_rows), min(keys_up, self._length)
 
@@ -280,7 +304,9 @@ class _Unread:
         self._there: torch.cuda.Event | None = None
         self._chosen = chosen
         if chosen.is_cuda:
-            self._chosen = torch.empty_like(chosen, device="cpu", pin_memory=True).copy_(chosen, non_blocking=True)
+            self._chosen = torch.empty_like(chosen, device="cpu", pin_memory=True).copy_(
+                chosen, non_blocking=True
+            )
             self._there = torch.cuda.Event()
             self._there.record()
 
@@ -340,7 +366,9 @@ class _Sequence:
 
 
 def _by_prompt(sequences: Sequence[_Sequence]) -> list[list[_Sequence]]:
-    """The samples of each distinct prompt, longest prompts first, so that neighbours in a batch are of like length."""
+    """The samples of each distinct prompt, longest prompts first, so that neighbours in a batch are of like
+    length.
+    """
     groups: dict[bytes, list[_Sequence]] = {}
     for sequence in sequences:
         groups.setdefault(sequence.prompt.student_ids.tobytes(), []).append(sequence)
@@ -350,7 +378,8 @@ def _by_prompt(sequences: Sequence[_Sequence]) -> list[list[_Sequence]]:
 def _admitted(waiting: deque[list[_Sequence]], rows: int, num_active: int) -> list[list[_Sequence]]:
     """Take from `waiting` the prompts that fit into the free rows, all samples of a prompt at once.
 
-    None before an eighth of the rows is free: a forward pass for one prompt costs nearly as much as for several.
+    None before an eighth of the rows is free: a forward pass for one prompt costs nearly as much as for
+    several.
     """
     if waiting and len(waiting[0]) > rows:  # more samples than rows: they come in parts
         samples = waiting.popleft()
@@ -366,7 +395,9 @@ def _admitted(waiting: deque[list[_Sequence]], rows: int, num_active: int) -> li
 
 
 def _passes(groups: Sequence[list[_Sequence]]) -> list[list[list[_Sequence]]]:
-    """Cut into parts of at most PREFILL_TOKENS padded prompt tokens each; groups are sorted, the longest first."""
+    """Cut into parts of at most PREFILL_TOKENS padded prompt tokens each; groups are sorted, the longest
+    first.
+    """
     passes: list[list[list[_Sequence]]] = []
     for samples in groups:
         if not passes or (len(passes[-1]) + 1) * passes[-1][0][0].length > PREFILL_TOKENS:

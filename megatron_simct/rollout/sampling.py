@@ -1,8 +1,8 @@
 """Exact sampling from logits that are split by vocabulary, without gathering them.
 
-Only numbers per row cross ranks: a maximum, a sum, each shard's probability mass, and the chosen id. A token is chosen
-by inverting the cumulative distribution in the order of ids at a given uniform number, so a sample does not depend on
-how the vocabulary is split (up to rounding).
+Only numbers per row cross ranks: a maximum, a sum, each shard's probability mass, and the chosen id. A token
+is chosen by inverting the cumulative distribution in the order of ids at a given uniform number, so a sample
+does not depend on how the vocabulary is split (up to rounding).
 
 Shape letters: B rows, W this rank's columns, P ranks of the group.
 """
@@ -27,15 +27,17 @@ def sample_tokens(
     """Choose one token a row.
 
     logits [B, W]: this rank's columns, ids [shard_start, shard_start + W); ids >= vocab_size are padding.
-    uniforms [B] float64 in [0, 1): the same on every rank; not read when temperature is 0 (greedy; of equal logits
-    the lowest id). top_k (-1: all) cuts before top_p, which is a share of what top_k leaves. Returns ids int64 [B] and
-    their log-probs float32 [B] under the untempered, untruncated softmax, the same on every rank. A row with nan gives
-    some real id and the log-prob nan: whoever reads it can tell.
+    uniforms [B] float64 in [0, 1): the same on every rank; not read when temperature is 0 (greedy; of equal
+    logits the lowest id). top_k (-1: all) cuts before top_p, which is a share of what top_k leaves. Returns
+    ids int64 [B] and their log-probs float32 [B] under the untempered, untruncated softmax, the same on every
+    rank. A row with nan gives some real id and the log-prob nan: whoever reads it can tell.
     """
     logits = logits.float()
     num_real = min(max(vocab_size - shard_start, 0), logits.shape[1])
     if num_real < logits.shape[1]:
-        logits = logits.masked_fill(torch.arange(logits.shape[1], device=logits.device) >= num_real, float("-inf"))
+        logits = logits.masked_fill(
+            torch.arange(logits.shape[1], device=logits.device) >= num_real, float("-inf")
+        )
     top = _reduce(logits.amax(dim=1), dist.ReduceOp.MAX, group)
     normalizer = _reduce((logits - top[:, None]).exp().sum(dim=1).double(), dist.ReduceOp.SUM, group)
 
@@ -72,10 +74,12 @@ def kth_weight(weights: torch.Tensor, top_k: int, *, group: dist.ProcessGroup | 
 def nucleus_cutoff(
     weights: torch.Tensor, top_p: float, *, group: dist.ProcessGroup | None, candidates: int = 64
 ) -> torch.Tensor:
-    """The smallest weight of the nucleus: the fewest tokens, from the heaviest, that hold top_p of the mass. [B]
+    """The smallest weight of the nucleus: the fewest tokens, from the heaviest, that hold top_p of the mass.
+    [B]
 
-    weights [B, W] >= 0, not normalised. Each rank offers its heaviest tokens; the answer is exact once no rank can
-    hold an unseen token above the cutoff, else all ranks offer twice as many. Ties with the cutoff are in the nucleus.
+    weights [B, W] >= 0, not normalised. Each rank offers its heaviest tokens; the answer is exact once no
+    rank can hold an unseen token above the cutoff, else all ranks offer twice as many. Ties with the cutoff
+    are in the nucleus.
     """
     wanted = top_p * _reduce(weights.sum(dim=1, dtype=torch.float64), dist.ReduceOp.SUM, group)
     width = weights.shape[1]
@@ -90,7 +94,8 @@ def nucleus_cutoff(
         cutoff = ordered.gather(1, position[:, None])[:, 0]
         cutoff = torch.where(reached.any(dim=1), cutoff, torch.zeros_like(cutoff))
         unseen = shards[:, :, -1].amax(dim=0) > cutoff
-        # Agreed: the sums behind it may differ in their last bits from rank to rank, and each waits for the others.
+        # Agreed: the sums behind it may differ in their last bits from rank to rank, and each waits for the
+        # others.
         undecided = _reduce(unseen.any().int(), dist.ReduceOp.MAX, group)
         if count == width or not bool(undecided):
             return cutoff
@@ -100,7 +105,9 @@ def nucleus_cutoff(
 def _invert_cdf(
     weights: torch.Tensor, uniforms: torch.Tensor, group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The local column that holds the uniform's quantile [B], and whether this rank is the one that holds it [B]."""
+    """The local column that holds the uniform's quantile [B], and whether this rank is the one that holds it
+    [B].
+    """
     cumulative = weights.cumsum(dim=1, dtype=torch.float64)
     mass = cumulative[:, -1].contiguous()
     masses = _gather(mass, group)  # [P, B]
@@ -121,7 +128,9 @@ def _lowest_argmax(logits: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
     return torch.where(is_top.any(dim=1), is_top.int().argmax(dim=1), logits.shape[1])
 
 
-def _reduce(value: torch.Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> torch.Tensor:
+def _reduce(
+    value: torch.Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None
+) -> torch.Tensor:
     if group is not None and group.size() > 1:
         dist.all_reduce(value, op=op, group=group)
     return value

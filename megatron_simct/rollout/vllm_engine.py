@@ -1,14 +1,17 @@
-"""Responses by a vLLM server: token ids in, ids and log-probabilities out; weights through a folder that both see.
+"""Responses by a vLLM server: token ids in, ids and log-probabilities out; weights through a folder that both
+see.
 
     vllm serve STUDENT_DIR --enable-scale-out --generation-config vllm      with VLLM_SERVER_DEV_MODE=1
 
-After each optimizer step the weights are written as a Hugging Face folder, the server reads it (`reload_weights`), its
-cache of prefixes is dropped, and it is told which version it has. Every answer says which version has sampled each of
-its tokens. Another one, such as that of a server that has been started again, is an answer that does not count.
+After each optimizer step the weights are written as a Hugging Face folder, the server reads it
+(`reload_weights`), its cache of prefixes is dropped, and it is told which version it has. Every answer says
+which version has sampled each of its tokens. Another one, such as that of a server that has been started
+again, is an answer that does not count.
 
-Responses are handed on as they finish. The first ones of every call are scored by the training weights before anything
-is made of any: where the two models' log-probabilities differ by more than a bound, the weights are handed over again,
-and where that does not help the run stops, and says which tensors the server holds otherwise than they were sent.
+Responses are handed on as they finish. The first ones of every call are scored by the training weights before
+anything is made of any: where the two models' log-probabilities differ by more than a bound, the weights are
+handed over again, and where that does not help the run stops, and says which tensors the server holds
+otherwise than they were sent.
 
 A draw depends on the server, not on seed and sample id alone, as it does with MegatronEngine.
 """
@@ -41,19 +44,27 @@ IN_FLIGHT = 64
 CHECKED = 4
 """Responses of each call that the training weights score too, before any of the call is handed on."""
 _DRAWS = 20
-"""How often a response with an id that the tokenizer does not have is drawn again: a head may have more rows."""
+"""How often a response with an id that the tokenizer does not have is drawn again: a head may have more rows.
+"""
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 5.0
 _NAMED = 5
 """Tensors that an error names."""
 
 _NO_PROMPT = Prompt(sample_id=0, student_ids=np.zeros(1, np.int32), teacher_ids=np.zeros(0, np.int32))
 _NO_RESPONSE = Rollout(
-    sample_id=0, weight_version=0, student_ids=np.zeros(1, np.int32), logprobs=np.zeros(1, np.float32), finish="length"
+    sample_id=0,
+    weight_version=0,
+    student_ids=np.zeros(1, np.int32),
+    logprobs=np.zeros(1, np.float32),
+    finish="length",
 )
 """What a replica scores that has no prompt, while others that share experts with it score theirs."""
 
 LogProbs = Callable[[Sequence[Prompt], Sequence[Rollout]], list[np.ndarray]]
-"""The training weights' log-probabilities of responses. Collective over one model replica; on the last stage only."""
+"""The training weights' log-probabilities of responses.
+
+Collective over one model replica; on the last stage only.
+"""
 
 
 class VllmEngine:
@@ -71,7 +82,8 @@ class VllmEngine:
         bound_nats: float,
         timeout_s: float,
     ) -> None:
-        """write_weights: writes the weights of a version as a folder and returns it; collective over the whole job.
+        """write_weights: writes the weights of a version as a folder and returns it; collective over the
+        whole job.
 
         bound_nats: how far a response's log-probabilities may be from the training weights' in the mean.
         timeout_s: for a server that has gone to come back.
@@ -96,7 +108,10 @@ class VllmEngine:
         return f"{self._run}-{self._version}"
 
     def publish(self, weight_version: int) -> None:
-        """Hand the weights over. Collective over the whole job. ValueError where a server does not take them."""
+        """Hand the weights over.
+
+        Collective over the whole job. ValueError where a server does not take them.
+        """
         self._folder = self._write_weights(weight_version)
         self._version = weight_version
         problem = None
@@ -139,7 +154,9 @@ class VllmEngine:
                     return
             if attempt == 0:  # perhaps it has not the weights that it says it has
                 self._on_the_rank_that_asks(lambda: self._load(self._client))
-        self._refuse(f"log-probabilities of its responses differ from the training weights' by {gap:.3f} nats")
+        self._refuse(
+            f"log-probabilities of its responses differ from the training weights' by {gap:.3f} nats"
+        )
 
     def check_step(self, mean: float, largest: float) -> None:
         """ValueError where a step's responses were not sampled by the weights that are trained. On all ranks.
@@ -148,15 +165,15 @@ class VllmEngine:
         """
         if not mean <= self._bound_nats:
             self._refuse(
-                f"the log-probabilities of a step's responses differ from those in training by {mean:.3f} nats "
-                f"(at most {largest:.3f})"
+                f"the log-probabilities of a step's responses differ from those in training by {mean:.3f} "
+                f"nats (at most {largest:.3f})"
             )
 
     def _refuse(self, what: str) -> None:
         told = self._on_the_rank_that_asks(self._what_differs) or ""
         raise ValueError(
-            f"--rollout-engine-endpoint {self._client.address}: {what} in the mean, --rollout-logprob-bound is "
-            f"{self._bound_nats:g}; {told}"
+            f"--rollout-engine-endpoint {self._client.address}: {what} in the mean, --rollout-logprob-bound "
+            f"is {self._bound_nats:g}; {told}"
         )
 
     def _what_differs(self) -> str:
@@ -164,13 +181,21 @@ class VllmEngine:
         precision = "it computes in another precision, or not as the training's model does"
         found = self._as_sent()
         if found is None or not self._comparable:
-            return f"it does not say what it holds: other weights than those of {self._folder}, or {precision}"
+            return (
+                f"it does not say what it holds: other weights than those of {self._folder}, or {precision}"
+            )
         same, count = found & self._comparable, len(self._comparable)
         differ = sorted(self._comparable - same)
         if not differ:
-            return f"the {count} tensors that can be compared are as they were sent, so others are not, or {precision}"
+            return (
+                f"the {count} tensors that can be compared are as they were sent, so others are not, or "
+                f"{precision}"
+            )
         names = ", ".join(differ[:_NAMED]) + (", ..." if len(differ) > _NAMED else "")
-        return f"it holds {len(differ)} of {count} tensors that can be compared otherwise than {self._folder}: {names}"
+        return (
+            f"it holds {len(differ)} of {count} tensors that can be compared otherwise than {self._folder}: "
+            f"{names}"
+        )
 
     def _as_sent(self) -> set[str] | None:
         """Names of the tensors that the server holds just as they were sent; None where it does not say."""
@@ -222,19 +247,25 @@ class VllmEngine:
         return told[1]
 
     def _gap(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> float:
-        """The largest mean difference of a response's log-probabilities, on every rank of the replica, and of all that
-        share experts with it: these compute together, and so do all of it once more or none."""
+        """The largest mean difference of a response's log-probabilities, on every rank of the replica, and of
+        all that share experts with it: these compute together, and so do all of it once more or none."""
         if not rollouts:
             prompts, rollouts = [_NO_PROMPT], [_NO_RESPONSE]
         ours = self._log_probs(prompts, rollouts)  # nothing but on the last stage
-        gaps = [float(np.abs(a - rollout.logprobs).mean()) for a, rollout in zip(ours, rollouts, strict=False)]
-        gap = torch.tensor(0.0 if rollouts[0] is _NO_RESPONSE else max(gaps, default=0.0), device=self._groups.device)
+        gaps = [
+            float(np.abs(a - rollout.logprobs).mean()) for a, rollout in zip(ours, rollouts, strict=False)
+        ]
+        gap = torch.tensor(
+            0.0 if rollouts[0] is _NO_RESPONSE else max(gaps, default=0.0), device=self._groups.device
+        )
         if self._groups.passes_together:
             dist.all_reduce(gap, op=dist.ReduceOp.MAX, group=self._groups.exchange)
         told = [float(gap)]
         for group in (self._groups.tp, self._groups.pp):
             if group.size() > 1:
-                dist.broadcast_object_list(told, src=dist.get_global_rank(group, group.size() - 1), group=group)
+                dist.broadcast_object_list(
+                    told, src=dist.get_global_rank(group, group.size() - 1), group=group
+                )
         return told[0]
 
     def _ask(self, prompt: Prompt, sampling: Sampling) -> Rollout:
@@ -250,8 +281,9 @@ class VllmEngine:
                 draw += 1
                 if draw == _DRAWS:
                     raise EngineRefusal(
-                        f"{self._client.address} sampled ids past the tokenizer's {self._vocab_size} in {draw} draws "
-                        f"of sample {prompt.sample_id}: rows of the head that belong to no token are likely"
+                        f"{self._client.address} sampled ids past the tokenizer's {self._vocab_size} in "
+                        f"{draw} draws of sample {prompt.sample_id}: rows of the head that belong to no "
+                        "token are likely"
                     )
             except EngineFault as fault:
                 if time.monotonic() > deadline:
@@ -304,9 +336,13 @@ class VllmEngine:
             finish = choice["finish_reason"]
             versions = {span["version"] for span in choice["weight_versions"] or [{"version": None}]}
         except (LookupError, TypeError, ValueError):
-            raise EngineFault(f"{self._client.address} answered no token ids with log-probabilities") from None
+            raise EngineFault(
+                f"{self._client.address} answered no token ids with log-probabilities"
+            ) from None
         if versions != {self._label}:
-            raise EngineFault(f"{self._client.address} sampled with other weights than those that it was handed")
+            raise EngineFault(
+                f"{self._client.address} sampled with other weights than those that it was handed"
+            )
         stops = np.isin(ids, self._stop_ids)
         whole = (
             same
@@ -317,7 +353,9 @@ class VllmEngine:
             and {"stop": bool(stops[-1]), "length": not stops[-1] and len(ids) == limit}.get(finish, False)
         )
         if not whole:
-            raise EngineFault(f"{self._client.address} answered a response that is cut, or ends as it may not")
+            raise EngineFault(
+                f"{self._client.address} answered a response that is cut, or ends as it may not"
+            )
         return Rollout(
             sample_id=prompt.sample_id,
             weight_version=self._version,
@@ -332,10 +370,11 @@ _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 
 
 def held_whole(checksums: Mapping[str, str]) -> dict[str, set[str]]:
-    """Name -> SHA-256 of the bytes of each tensor that no rank has a part of: one, or several if replicas differ.
+    """Name -> SHA-256 of the bytes of each tensor that no rank has a part of: one, or several if replicas
+    differ.
 
-    checksums: "dpD:ppP:pcpC:tpT:NAME" -> SHA-256. A tensor that ranks of one replica hold otherwise is one that they
-    share.
+    checksums: "dpD:ppP:pcpC:tpT:NAME" -> SHA-256. A tensor that ranks of one replica hold otherwise is one
+    that they share.
     """
     found: dict[str, dict[str, set[str]]] = {}
     for key, digest in checksums.items():
@@ -349,7 +388,9 @@ def held_whole(checksums: Mapping[str, str]) -> dict[str, set[str]]:
 
 
 def equal_digests(checksums: Mapping[str, str], sent: Mapping[str, str]) -> set[str]:
-    """Names of the tensors that a server holds just as they were sent; it may hold others in an order of its own."""
+    """Names of the tensors that a server holds just as they were sent; it may hold others in an order of its
+    own.
+    """
     held = held_whole(checksums)
     return {name for name, digest in sent.items() if held.get(name) == {digest}}
 
@@ -367,7 +408,9 @@ def _tensors(folder: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _digests(sent: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, str]]:
-    """SHA-256 of each tensor, and of those that are held as one, by the names that the server has for them."""
+    """SHA-256 of each tensor, and of those that are held as one, by the names that the server has for
+    them.
+    """
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in sent:
         module, _, kind = name.rpartition(".")

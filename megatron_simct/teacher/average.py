@@ -3,8 +3,8 @@
     a_0 = the teacher's own weights at the start
     a_t = d a_(t-1) + (1 - d) s_t        after update t that leaves the student's weights s_t
 
-The average is float32, whatever the models compute in. Teacher and student lie on the same ranks under one layout, so
-each rank averages its own shard.
+The average is float32, whatever the models compute in. Teacher and student lie on the same ranks under one
+layout, so each rank averages its own shard.
 """
 
 from __future__ import annotations
@@ -30,9 +30,14 @@ class Average:
     """The average, which is also the teacher's weights in the type that it computes in."""
 
     def __init__(self, teacher: Model, student: Model, *, decay: float, changed: Callable[[], None]) -> None:
-        """changed: is called when the teacher's weights are others. ValueError if the models differ in a shape."""
+        """changed: is called when the teacher's weights are others.
+
+        ValueError if the models differ in a shape.
+        """
         of_teacher, of_student = dict(teacher.named_parameters()), dict(student.named_parameters())
-        if {name: p.shape for name, p in of_teacher.items()} != {name: p.shape for name, p in of_student.items()}:
+        if {name: p.shape for name, p in of_teacher.items()} != {
+            name: p.shape for name, p in of_student.items()
+        }:
             raise ValueError("not of one shape")
         self._pairs = [(parameter, of_student[name]) for name, parameter in of_teacher.items()]
         self._teacher = teacher

@@ -46,7 +46,9 @@ class Teaching:
 def build_teacher(
     config: Config, groups: Groups, pair: Pair, placement: VocabPlacement, cut: Cut, student: Model
 ) -> Teaching:
-    """cut: into micro-batches, for a teacher on these ranks. student: the model, which a teacher may follow."""
+    """cut: into micro-batches, for a teacher on these ranks. student: the model, which a teacher may
+    follow.
+    """
     if not pair.teachers:
         return Teaching(scorer=NoTeacher())
     first, *others = pair.teachers
@@ -100,13 +102,18 @@ def _build_first(
         try:
             average = Average(model, student, decay=config.teacher_job.ema, changed=changed)
         except ValueError:
-            folders = f"--teacher-hf-checkpoint {teacher.options.folder} and --hf-checkpoint {config.model.folder}"
+            folders = (
+                f"--teacher-hf-checkpoint {teacher.options.folder} and --hf-checkpoint {config.model.folder}"
+            )
             raise ValueError(f"--teacher-ema: {folders} must be of one architecture and vocabulary") from None
     return Teaching(scorer=scorer, shared_head=head, average=average)
 
 
 def head_rows(model: Model, placement: VocabPlacement, groups: Groups) -> SharedHead:
-    """The rows of a teacher's head that this rank's columns need. Collective over the tensor-parallel group."""
+    """The rows of a teacher's head that this rank's columns need.
+
+    Collective over the tensor-parallel group.
+    """
     start, _ = model.vocab_shard
     return gather_shared_head(model.output_weight.detach(), start, placement, groups.tp)
 
@@ -117,7 +124,9 @@ def _build_remote(config: Config, groups: Groups, pair: Pair, teacher: Teacher) 
     store = None
     if teacher is pair.teachers[0]:
         stored = config.rollout.load_debug_scored_data
-        folder, flag = (stored, "--load-debug-scored-data") if stored else (config.teacher_job.cache, "--teacher-cache")
+        folder, flag = (
+            (stored, "--load-debug-scored-data") if stored else (config.teacher_job.cache, "--teacher-cache")
+        )
         # On every rank, or the others would wait for the one that finds answers of another teacher.
         store = None if folder is None else AnswerStore(folder, marks, flag=flag)
     client: TeacherClient | StoredClient | None = None
@@ -159,7 +168,10 @@ def build_client(config: Config, groups: Groups, teacher: Teacher, marks: dict[s
 def load_shared_head(
     config: Config, groups: Groups, placement: VocabPlacement, needs: TeacherNeeds
 ) -> SharedHead | None:
-    """The head rows that this rank's columns need, straight from the teacher's checkpoint. Collective over the job."""
+    """The head rows that this rank's columns need, straight from the teacher's checkpoint.
+
+    Collective over the job.
+    """
     options, flag = config.teacher, "--teacher-hf-checkpoint"
     if needs.hidden_rows == "none" or needs.topk:
         return None
@@ -179,8 +191,9 @@ def load_shared_head(
         return gather_shared_head(shard, groups.tp_rank * len(shard), placement, groups.tp)
     if find_weights(options.folder, flag=flag) is None:
         raise ValueError(
-            f"{flag} {options.hf_checkpoint}: has no weights; --simct-interface {config.interface.interface} needs the "
-            "rows of the teacher's head that the student shares, although the teacher is another job"
+            f"{flag} {options.hf_checkpoint}: has no weights; --simct-interface {config.interface.interface} "
+            "needs the rows of the teacher's head that the student shares, although the teacher is another "
+            "job"
         )
     if config.output.verify_checkpoint:
         check_hashes(options.folder, listed=options.hf_sha256, prefix="teacher-")
@@ -188,7 +201,9 @@ def load_shared_head(
         return None
     head = read_head(options.folder, flag=flag)
     rows = load_head_rows(head, options.folder, placement.teacher_rows, dtype=dtype, flag=flag)
-    return SharedHead(weight=rows.to(groups.device), columns=SharedColumns.from_placement(placement, groups.device))
+    return SharedHead(
+        weight=rows.to(groups.device), columns=SharedColumns.from_placement(placement, groups.device)
+    )
 
 
 def teacher_logit_softcap(config: Config) -> float | None:

@@ -1,18 +1,20 @@
 """The student's end: samples go out to the replicas of a teacher in another job, and come back in any order.
 
-`TeacherClient` is a thread that owns the sockets: it greets replicas, and gives each as much work as its window holds.
-`RemoteScorer` (remote.py) is the TeacherScorer on top of it.
+`TeacherClient` is a thread that owns the sockets: it greets replicas, and gives each as much work as its
+window holds. `RemoteScorer` (remote.py) is the TeacherScorer on top of it.
 
-Which replica. Every replica reports how many tokens it holds for all students, and how many it computes a second. A
-request goes to one that would end before the mean (`_choose`). Many clients choose at the same moment and from reports
-that are a second old, so they draw lots; what came out uneven, or becomes so because a replica is slower than it was,
-is recalled before the model has begun with it and goes elsewhere (`_even_out`).
+Which replica. Every replica reports how many tokens it holds for all students, and how many it computes a
+second. A request goes to one that would end before the mean (`_choose`). Many clients choose at the same
+moment and from reports that are a second old, so they draw lots; what came out uneven, or becomes so because
+a replica is slower than it was, is recalled before the model has begun with it and goes elsewhere
+(`_even_out`).
 
-What is asked again. A request has a number. A socket keeps the order of its messages, so the reply to a greeting
-settles what became of every request sent before the greeting: the replica has answered it, names it as held, or has
-lost it. Only what is lost is sent again. So a slow replica is not asked twice. A replica that says nothing is taken for
-dead after `silence_s`, and so is one that reports that its model hangs; both may still come back. The first answer
-counts, later ones are dropped and counted. A dead teacher is given up after `timeout_s` without an answer.
+What is asked again. A request has a number. A socket keeps the order of its messages, so the reply to a
+greeting settles what became of every request sent before the greeting: the replica has answered it, names it
+as held, or has lost it. Only what is lost is sent again. So a slow replica is not asked twice. A replica that
+says nothing is taken for dead after `silence_s`, and so is one that reports that its model hangs; both may
+still come back. The first answer counts, later ones are dropped and counted. A dead teacher is given up after
+`timeout_s` without an answer.
 """
 
 from __future__ import annotations
@@ -48,7 +50,10 @@ class Patience:
     timeout_s: float
     """Give up if pending requests get no answer for this long."""
     hello_s: float = 1.0
-    """Interval of greetings, which serve as heartbeats. A replica with many students is greeted more rarely."""
+    """Interval of greetings, which serve as heartbeats.
+
+    A replica with many students is greeted more rarely.
+    """
     silence_s: float = 10.0
     """After this silence a replica is considered dead and its requests are reassigned."""
     look_s: float = 0.5
@@ -159,7 +164,17 @@ class TeacherClient(Thread):
         self._failed = False
         self._met = SimpleQueue[bool]()
         self.counts = dict.fromkeys(
-            ("answers", "again", "late", "malformed", "handed_back", "recalled", "request_bytes", "answer_bytes"), 0
+            (
+                "answers",
+                "again",
+                "late",
+                "malformed",
+                "handed_back",
+                "recalled",
+                "request_bytes",
+                "answer_bytes",
+            ),
+            0,
         )
 
     # What the training thread calls
@@ -356,7 +371,9 @@ class TeacherClient(Thread):
         return [name for name, replica in self._replicas.items() if replica.ready and name != other_than]
 
     def _choose(self, tokens: int, other_than: str | None = None) -> str | None:
-        """A replica whose window has room, drawn by how much it can take before it ends as late as the mean."""
+        """A replica whose window has room, drawn by how much it can take before it ends as late as the
+        mean.
+        """
         ready = self._ready(other_than)
         free = [name for name in ready if self._has_room(name, tokens)]
         if not free:
@@ -418,7 +435,9 @@ class TeacherClient(Thread):
             except WireError as error:
                 self.counts["malformed"] += 1
                 if "protocol version" in str(error):
-                    self._fail(f"{self._where}: replica {name} ({replica.endpoint.address}): {quoted(str(error))}")
+                    self._fail(
+                        f"{self._where}: replica {name} ({replica.endpoint.address}): {quoted(str(error))}"
+                    )
                 continue
             replica.heard = time.monotonic()
             match message.kind:
@@ -452,7 +471,9 @@ class TeacherClient(Thread):
             k: v for k, v in self._fingerprints.items() if v is not None
         }
         if replica.life and replica.life != message.fields["life"]:
-            self._lose(name)  # another process at the same address, which knows nothing of what the last one held
+            self._lose(
+                name
+            )  # another process at the same address, which knows nothing of what the last one held
         if not replica.ready:
             self._met.put(True)
         replica.life, replica.status = message.fields["life"], message.fields["status"]
@@ -488,8 +509,8 @@ class TeacherClient(Thread):
             entry.misfits += 1
             if entry.misfits >= MAX_MISFITS:
                 self._fail(
-                    f"{self._where}: replica {name} ({replica.endpoint.address}): {entry.misfits} answers to sample "
-                    f"{entry.request.sample_id} do not fit, the last one because {quoted(reason)}"
+                    f"{self._where}: replica {name} ({replica.endpoint.address}): {entry.misfits} answers to "
+                    f"sample {entry.request.sample_id} do not fit, the last one because {quoted(reason)}"
                 )
             elif entry.sent_to == name:
                 self.counts["again"] += 1
@@ -523,14 +544,15 @@ class TeacherClient(Thread):
     def _nobody(self, what: str) -> str:
         now = time.monotonic()
         known = ", ".join(
-            f"{name} ({r.endpoint.address}, last heard {f'{now - r.heard:.0f} s ago' if r.heard else 'never'})"
+            f"{name} ({r.endpoint.address}, last heard "
+            f"{f'{now - r.heard:.0f} s ago' if r.heard else 'never'})"
             for name, r in self._replicas.items()
         )
         ignored = "; ".join(self._lookout.ignored()[:3])
         return (
-            f"{self._where}: {what} for {self._patience.timeout_s / 60:g} minutes (--teacher-timeout-minutes); "
-            f"replicas: {known or 'none was found'}; start the teacher and resume"
-            + (f"; files that are not a replica's: {ignored}" if ignored else "")
+            f"{self._where}: {what} for {self._patience.timeout_s / 60:g} minutes "
+            f"(--teacher-timeout-minutes); replicas: {known or 'none was found'}; start the teacher and "
+            "resume" + (f"; files that are not a replica's: {ignored}" if ignored else "")
         )
 
     def _fail(self, reason: str) -> None:

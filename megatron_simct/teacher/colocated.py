@@ -1,7 +1,7 @@
 """The teacher on the student's own ranks and in its groups.
 
-Under pipeline parallelism only the last stage, where the loss is, gets what the teacher says; the others yield pairs
-without content.
+Under pipeline parallelism only the last stage, where the loss is, gets what the teacher says; the others
+yield pairs without content.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class ColocatedScorer:
         multiple_of: int = 1,
         context_parallel_size: int = 1,
     ) -> None:
-        """cut: which sequences share a micro-batch. context_parallel_size: ranks that share each of them: 1, or the
-        student's. The others as of TeacherForward."""
+        """cut: which sequences share a micro-batch. context_parallel_size: ranks that share each of them: 1,
+        or the student's. The others as of TeacherForward."""
         self._forward = TeacherForward(
             model,
             groups,
@@ -54,7 +54,10 @@ class ColocatedScorer:
         """See TeacherScorer. The model runs now; sequences of similar length share a micro-batch."""
         everything = [TeacherRequest.of(pair) for pair in pairs]
         requests = everything[self._groups.cp_rank :: self._groups.cp_size] if self._deals_out else everything
-        batches = [[requests[i] for i in chosen] for chosen in self._cut([request.num_tokens for request in requests])]
+        batches = [
+            [requests[i] for i in chosen]
+            for chosen in self._cut([request.num_tokens for request in requests])
+        ]
         answers = self._forward.run(batches)
         if not self._groups.is_last_stage:
             answers = [without_content(request.sample_id) for request in everything]

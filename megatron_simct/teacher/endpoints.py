@@ -1,14 +1,16 @@
 """Where teachers are found, and who may talk to them: small files that both jobs can see.
 
-    RUN/teacher/NAME.json          a replica's address; written whole, replaced at a restart, removed at a clean end
+    RUN/teacher/NAME.json          a replica's address; written whole, replaced at a restart, removed at a
+                                   clean end
     RUN/teacher/NAME.status        what it is doing, in numbers, every second or so
     RUN/teacher/.NAME.1.lock       whose these two are (`ownership`)
-    RUN/teacher/server_key.json    CURVE keys of tcp:// sockets, made once a run, for its owner only (mode 0600):
+    RUN/teacher/server_key.json    CURVE keys of tcp:// sockets, made once a run, for its owner only (mode
+                                   0600):
     RUN/teacher/client_key.json    all a student needs of them
 
-On one host a socket is a file in a folder that only its owner can enter, and needs no keys. A replica removes both at
-its end, and at its start those of replicas that were killed. Between hosts everything is encrypted, and a client
-without the key of the run is refused by ZeroMQ before a byte of it is read.
+On one host a socket is a file in a folder that only its owner can enter, and needs no keys. A replica removes
+both at its end, and at its start those of replicas that were killed. Between hosts everything is encrypted,
+and a client without the key of the run is refused by ZeroMQ before a byte of it is read.
 """
 
 from __future__ import annotations
@@ -92,7 +94,9 @@ def publish(folder: Path, endpoint: Endpoint) -> None:
 
 
 def withdraw(folder: Path, endpoint: Endpoint) -> None:
-    """Remove the files of a replica of this host: its socket, and the others unless a later life has replaced them."""
+    """Remove the files of a replica of this host: its socket, and the others unless a later life has replaced
+    them.
+    """
     socket_file = Path(endpoint.address.removeprefix("ipc://"))
     is_ours = socket_file.name == SOCKET and socket_file.parent.name.startswith(SOCKET_FOLDER)
     if endpoint.address.startswith("ipc://") and is_ours:
@@ -117,15 +121,17 @@ def _is_gone(folder: Path, replica: Endpoint, this_host: str) -> bool:
 def check_folder(folder: Path) -> None:
     """Raises ValueError, naming the folder and the mend, if others could put files into it.
 
-    Whoever can write there can send students to a teacher of their own. Root may use anybody's folder: a container's
-    root often sees a shared file system's owners under other numbers.
+    Whoever can write there can send students to a teacher of their own. Root may use anybody's folder: a
+    container's root often sees a shared file system's owners under other numbers.
     """
     with contextlib.suppress(FileNotFoundError):
         status = folder.stat()
         if status.st_mode & 0o022:
             raise ValueError(f"{folder}: others can write to it; chmod go-w {folder}")
         if os.geteuid() not in (0, status.st_uid):
-            raise ValueError(f"{folder}: belongs to user {status.st_uid}, not to you; use a --run-dir of your own")
+            raise ValueError(
+                f"{folder}: belongs to user {status.st_uid}, not to you; use a --run-dir of your own"
+            )
 
 
 def read_endpoints(folder: Path) -> dict[str, Endpoint]:
@@ -222,7 +228,9 @@ def read_keys(path: Path) -> Keys:
         raise ValueError(f"{path}: {error.strerror}; the teacher writes it when it binds to tcp://") from None
     except ValueError as error:
         reason = str(error)
-        raise ValueError(reason if reason.startswith(f"{path}") else f"{path}: holds no keys: {reason}") from None
+        raise ValueError(
+            reason if reason.startswith(f"{path}") else f"{path}: holds no keys: {reason}"
+        ) from None
     for name, value in values.items():
         if not _Z85_KEY.fullmatch(value):
             raise ValueError(f"{path}: holds no keys: {name} is not 40 characters of Z85")
@@ -243,7 +251,8 @@ def _alive(pid: int) -> bool:
 
 
 def bind(context: zmq.Context, wanted: str, keys: Keys | None, *, number: int) -> tuple[zmq.Socket, str]:
-    """A ROUTER socket and its address. wanted: "ipc", or tcp://HOST[:PORT]; replica `number` takes PORT + number.
+    """A ROUTER socket and its address. wanted: "ipc", or tcp://HOST[:PORT]; replica `number` takes PORT +
+    number.
 
     Raises ValueError, naming --bind, if the address cannot be bound.
     """
@@ -256,7 +265,9 @@ def bind(context: zmq.Context, wanted: str, keys: Keys | None, *, number: int) -
             return router, _bind_in_new_folder(router)
         host, _, port = wanted.removeprefix("tcp://").partition(":")
         if not wanted.startswith("tcp://") or host in ("", "*", "0.0.0.0") or (port and not port.isdigit()):
-            raise ValueError(f"--bind {wanted}: write ipc, or tcp://HOST or tcp://HOST:PORT as students reach it")
+            raise ValueError(
+                f"--bind {wanted}: write ipc, or tcp://HOST or tcp://HOST:PORT as students reach it"
+            )
         if port and int(port) + number > 65535:  # ZeroMQ would take what is left of it in 16 bits
             raise ValueError(
                 f"--bind {wanted}: replica {number} would have port {int(port) + number}, of at most 65535"
@@ -281,7 +292,9 @@ def bind(context: zmq.Context, wanted: str, keys: Keys | None, *, number: int) -
 def check_bind(wanted: str, *, number: int) -> None:
     """Raises ValueError, as `bind` does, if the address cannot be bound now. Creates no files."""
     if wanted == "ipc":
-        _check_length(f"{tempfile.gettempdir()}/{SOCKET_FOLDER}{'x' * 8}/{SOCKET}")  # as mkdtemp names folders
+        _check_length(
+            f"{tempfile.gettempdir()}/{SOCKET_FOLDER}{'x' * 8}/{SOCKET}"
+        )  # as mkdtemp names folders
         return
     context = zmq.Context()
     try:
@@ -299,14 +312,19 @@ def _check_length(path: str) -> None:
 
 
 def _bind_in_new_folder(router: zmq.Socket) -> str:
-    """The ipc:// address, in a folder that only its owner can enter. ValueError where its name is too long."""
+    """The ipc:// address, in a folder that only its owner can enter.
+
+    ValueError where its name is too long.
+    """
     folder = tempfile.mkdtemp(prefix=SOCKET_FOLDER)  # mode 0700
     address = f"ipc://{folder}/{SOCKET}"
     try:
         router.bind(address)
     except zmq.ZMQError as error:
         os.rmdir(folder)
-        raise ValueError(f"--bind ipc: {address}: {error.strerror}; let TMPDIR name a shorter folder") from None
+        raise ValueError(
+            f"--bind ipc: {address}: {error.strerror}; let TMPDIR name a shorter folder"
+        ) from None
     return address
 
 

@@ -1,11 +1,12 @@
 """The engine teacher: our wire on one side, an inference engine on the other, and the LM head between them.
 
-An engine such as vLLM computes hidden states, with every architecture and quantisation that it serves. This process
-holds nothing of the model but its LM head, keeps the rows that predict labels, and makes the same statistics of them as
-a teacher that runs on Megatron (`LabelScorer`). Students cannot tell the two apart.
+An engine such as vLLM computes hidden states, with every architecture and quantisation that it serves. This
+process holds nothing of the model but its LM head, keeps the rows that predict labels, and makes the same
+statistics of them as a teacher that runs on Megatron (`LabelScorer`). Students cannot tell the two apart.
 
-Before any student is answered, `Probe` asks for the hidden states of a fixed text: they must come out of the final norm
-of this very folder, and under its head they must make the text far likelier than under a shuffled one.
+Before any student is answered, `Probe` asks for the hidden states of a fixed text: they must come out of the
+final norm of this very folder, and under its head they must make the text far likelier than under a shuffled
+one.
 """
 
 from __future__ import annotations
@@ -31,24 +32,28 @@ from megatron_simct.teacher.payload import scored_message
 from megatron_simct.teacher.service import Door
 
 PROBE_TEXT = (
-    "The sun rises in the east and sets in the west. Water boils at one hundred degrees Celsius at sea level. "
-    "There are seven days in a week and twelve months in a year. One, two, three, four, five, six, seven, eight, nine, "
-    "ten. Paris is the capital of France, and London is the capital of England."
+    "The sun rises in the east and sets in the west. Water boils at one hundred degrees Celsius at sea "
+    "level. There are seven days in a week and twelve months in a year. One, two, three, four, five, six, "
+    "seven, eight, nine, ten. Paris is the capital of France, and London is the capital of England."
 )
 _MAX_PROBE_IDS = 256
 _NORM_TOLERANCE = 0.05
-"""The root mean square of a normed row is 1; rounding to 8 bits and an epsilon in the norm move it by less."""
+"""The root mean square of a normed row is 1; rounding to 8 bits and an epsilon in the norm move it by less.
+"""
 MARGIN_NATS = 1.0
-"""How much likelier a token of the text must be under the head than by chance: under a shuffled head, or if all tokens
-were equally likely."""
+"""How much likelier a token of the text must be under the head than by chance: under a shuffled head, or if
+all tokens were equally likely."""
 SAME_NATS = 0.05
-"""What two runs of one model in reduced precision differ by at most, in the mean of the text's log-probabilities."""
+"""What two runs of one model in reduced precision differ by at most, in the mean of the text's
+log-probabilities.
+"""
 
 
 def open_head(
     config: TeacherConfig, tokenizer: Tokenizer, device: torch.device
 ) -> tuple[Head, LabelScorer, torch.Tensor | None]:
-    """The head of --teacher-hf-checkpoint, what is made of hidden states with it, and the norm's weight if it is known.
+    """The head of --teacher-hf-checkpoint, what is made of hidden states with it, and the norm's weight if it
+    is known.
 
     ValueError, naming the flag, for a folder that is not understood.
     """
@@ -111,20 +116,21 @@ class Probe:
         by_chance = max(other, -math.log(self._scorer.vocab_size))
         if not found > by_chance + MARGIN_NATS:
             raise ValueError(
-                f"{client.address} serves {served.root}: a text of {len(nats)} tokens has {found:.2f} nats a token "
-                f"under the head of {self._where}, and {other:.2f} under a shuffled one; the head is not this model's, "
-                "or the text is nothing that it knows (--engine-probe-text gives another)"
+                f"{client.address} serves {served.root}: a text of {len(nats)} tokens has {found:.2f} nats a "
+                f"token under the head of {self._where}, and {other:.2f} under a shuffled one; the head is "
+                "not this model's, or the text is nothing that it knows (--engine-probe-text gives another)"
             )
         if self.served is None:
             self.served, self.mean_nats = served, found
         elif abs(found - self.mean_nats) > SAME_NATS:
             raise ValueError(
-                f"{client.address} serves {served.root}: the probe's text has {found:.3f} nats a token, and had "
-                f"{self.mean_nats:.3f} with {self.served.root}; every engine must serve the same model"
+                f"{client.address} serves {served.root}: the probe's text has {found:.3f} nats a token, and "
+                f"had {self.mean_nats:.3f} with {self.served.root}; every engine must serve the same model"
             )
 
     def compare(self, client: EngineClient, checker: EngineClient) -> float:
-        """The largest difference to the log-probabilities that a generating server of the model gives for the text.
+        """The largest difference to the log-probabilities that a generating server of the model gives for the
+        text.
 
         ValueError where it is more than reduced precision explains.
         """
@@ -133,9 +139,10 @@ class Probe:
         difference = np.abs(ours - theirs)
         if not difference.mean() <= SAME_NATS:
             raise ValueError(
-                f"--engine-check-endpoint {checker.address}: the probe's text has {theirs.mean():.3f} nats a token "
-                f"there, and {ours.mean():.3f} by the hidden states of {client.address} under the head of "
-                f"{self._where} (mean difference {difference.mean():.3f}); head, norm or model are not the same"
+                f"--engine-check-endpoint {checker.address}: the probe's text has {theirs.mean():.3f} nats a "
+                f"token there, and {ours.mean():.3f} by the hidden states of {client.address} under the head "
+                f"of {self._where} (mean difference {difference.mean():.3f}); head, norm or model are not "
+                "the same"
             )
         return float(difference.max())
 
@@ -158,7 +165,9 @@ class Probe:
         return own - lse
 
     def _check_norm(self, client: EngineClient, hidden: torch.Tensor) -> None:
-        """ValueError unless the rows come out of the final norm: divided by its weight they have a mean square of 1."""
+        """ValueError unless the rows come out of the final norm: divided by its weight they have a mean
+        square of 1.
+        """
         if self._norm is None:
             return
         for weight in (self._norm, 1 + self._norm):  # norms that multiply by 1 + weight exist
@@ -170,16 +179,20 @@ class Probe:
                 if float((sizes.median() - 1).abs()) < _NORM_TOLERANCE:
                     return
         raise ValueError(
-            f"{client.address}: its hidden states do not come out of the norm {self._head.norm} of {self._where}; "
-            "another model, another revision, or pooling that normalises (use_activation)"
+            f"{client.address}: its hidden states do not come out of the norm {self._head.norm} of "
+            f"{self._where}; another model, another revision, or pooling that normalises (use_activation)"
         )
 
 
 def wait_for_engine(
-    clients: Sequence[EngineClient], probe: Callable[[EngineClient], None], *, minutes: float, stop: Callable[[], bool]
+    clients: Sequence[EngineClient],
+    probe: Callable[[EngineClient], None],
+    *,
+    minutes: float,
+    stop: Callable[[], bool],
 ) -> EngineClient | None:
-    """The first engine that passes the probe; None if `stop()` says so first. ValueError where one serves something
-    else, or none answers in time."""
+    """The first engine that passes the probe; None if `stop()` says so first. ValueError where one serves
+    something else, or none answers in time."""
     deadline, said = time.monotonic() + 60 * minutes, False
     while not stop():
         for client in clients:
@@ -235,10 +248,11 @@ def serve_engine(
     hidden_dtype: HiddenDtype,
     stop: Callable[[], bool],
 ) -> None:
-    """Answer requests until `stop()` says so. What an engine has by then is finished, the rest is handed back.
+    """Answer requests until `stop()` says so. What an engine has by then is finished, the rest is handed
+    back.
 
-    An engine gets up to IN_FLIGHT requests, and as many wait here; all together have at most max_tokens tokens for each
-    place, and at least one request is on its way.
+    An engine gets up to IN_FLIGHT requests, and as many wait here; all together have at most max_tokens
+    tokens for each place, and at least one request is on its way.
     """
     places = 2 * IN_FLIGHT * replicas
     try:
@@ -264,7 +278,9 @@ def serve_engine(
         door.close()
 
 
-def _answer(door: Door, finished: Sequence[Asked], score: Score, max_tokens: int, hidden_dtype: HiddenDtype) -> None:
+def _answer(
+    door: Door, finished: Sequence[Asked], score: Score, max_tokens: int, hidden_dtype: HiddenDtype
+) -> None:
     """Answer what an engine has answered, in batches of one kind; refuse or hand back the rest."""
     batches: dict[bool, list[Asked]] = {False: [], True: []}
     for asked in finished:
@@ -282,7 +298,9 @@ def _answer(door: Door, finished: Sequence[Asked], score: Score, max_tokens: int
                 size += 1
             taken, batch = batch[:size], batch[size:]
             requests = [asked.work.request for asked in taken]
-            rows = [asked.rows[: len(asked.work.request.label_ids)] for asked in taken if asked.rows is not None]
+            rows = [
+                asked.rows[: len(asked.work.request.label_ids)] for asked in taken if asked.rows is not None
+            ]
             answers = score(requests, rows)
             for asked, scored in zip(taken, answers, strict=True):
                 door.answer(asked.work, scored_message(asked.work.number, scored, hidden_dtype))

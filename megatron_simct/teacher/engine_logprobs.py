@@ -1,9 +1,10 @@
 """A teacher behind a server that says how likely a prompt's tokens are, and nothing else of the model.
 
 Such a server is one that generates, of vLLM, SGLang or anybody: OpenAI's /v1/completions with the prompt's
-log-probabilities. That is enough where the loss reads the labels' own log-probabilities alone (`alm`, `scalar`), and
-where the server also names the likeliest tokens of each place, for what compares these (`topk_kl`, `partition`, `bpm`,
-`uld`). No head is read, and the folder of the teacher needs a configuration and a tokenizer only.
+log-probabilities. That is enough where the loss reads the labels' own log-probabilities alone (`alm`,
+`scalar`), and where the server also names the likeliest tokens of each place, for what compares these
+(`topk_kl`, `partition`, `bpm`, `uld`). No head is read, and the folder of the teacher needs a configuration
+and a tokenizer only.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from megatron_simct.teacher.forward import TeacherRequest
 
 
 def rows_of(client: EngineClient, asked: Asked, *, field: LogprobField) -> torch.Tensor:
-    """float64 [n, 1 + 2k]: in the row of each id the log-probability of the next one, those of the k likeliest that
-    might come there, and which these are. The last row is 0."""
+    """float64 [n, 1 + 2k]: in the row of each id the log-probability of the next one, those of the k
+    likeliest that might come there, and which these are. The last row is 0."""
     found = client.token_log_probs(asked.ids, field=field, k=asked.work.request.topk)
     return torch.from_numpy(np.append(found, np.zeros((1, found.shape[1])), axis=0))
 
@@ -58,16 +59,21 @@ def serves(field: LogprobField, *, hidden: bool, topk: bool, byte_events: bool) 
 
 def refusal(request: TeacherRequest, *, field: LogprobField) -> str | None:
     """Why a request cannot be answered, if it cannot."""
-    if serves(field, hidden=request.hidden, topk=bool(request.topk), byte_events=request.byte_side is not None):
+    if serves(
+        field, hidden=request.hidden, topk=bool(request.topk), byte_events=request.byte_side is not None
+    ):
         return None
     return (
-        f"--engine-answers {field}: the server gives log-probabilities of tokens, and this --simct-interface needs "
-        "more; check_pair says which it serves, and --engine-answers hidden_states serves all"
+        f"--engine-answers {field}: the server gives log-probabilities of tokens, and this --simct-interface "
+        "needs more; check_pair says which it serves, and --engine-answers hidden_states serves all"
     )
 
 
 class LogprobProbe:
-    """Whether a server knows the teacher's tokens, and goes on serving the same model. Called by several threads."""
+    """Whether a server knows the teacher's tokens, and goes on serving the same model.
+
+    Called by several threads.
+    """
 
     def __init__(self, tokenizer: Tokenizer, *, field: LogprobField, text: str, where: str) -> None:
         """where: flag and folder, for messages."""
@@ -84,14 +90,14 @@ class LogprobProbe:
         found = float(client.token_log_probs(self.ids, field=self._field)[:, 0].mean())
         if not found > MARGIN_NATS - math.log(self._vocab_size):
             raise ValueError(
-                f"{client.address} serves {served.root}: a text of {len(self.ids)} tokens of {self._where} has "
-                f"{found:.2f} nats a token there, which is chance; it has another tokenizer, or the text is nothing "
-                "that it knows (--engine-probe-text gives another)"
+                f"{client.address} serves {served.root}: a text of {len(self.ids)} tokens of {self._where} "
+                f"has {found:.2f} nats a token there, which is chance; it has another tokenizer, or the text "
+                "is nothing that it knows (--engine-probe-text gives another)"
             )
         if self.served is None:
             self.served, self.mean_nats = served, found
         elif abs(found - self.mean_nats) > SAME_NATS:
             raise ValueError(
-                f"{client.address} serves {served.root}: the probe's text has {found:.3f} nats a token, and had "
-                f"{self.mean_nats:.3f} with {self.served.root}; every server must serve the same model"
+                f"{client.address} serves {served.root}: the probe's text has {found:.3f} nats a token, and "
+                f"had {self.mean_nats:.3f} with {self.served.root}; every server must serve the same model"
             )

@@ -1,8 +1,9 @@
 """Several replicas of an inference engine that work off one queue, and what happens when one of them fails.
 
-A replica has a few threads, each with one request. They take from one queue, so a fast replica does more and a dead one
-nothing. A request that a replica failed goes back to the front of the queue, and the replica is probed until it is well
-again and still serves the same model. So a replica that dies, hangs, restarts or answers short costs time only.
+A replica has a few threads, each with one request. They take from one queue, so a fast replica does more and
+a dead one nothing. A request that a replica failed goes back to the front of the queue, and the replica is
+probed until it is well again and still serves the same model. So a replica that dies, hangs, restarts or
+answers short costs time only.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ class EnginePool:
         probe: Callable[[EngineClient], object],
         ask: Ask,
     ) -> None:
-        """probe: raises EngineFault or ValueError where a replica must not be asked. All replicas begin unprobed.
+        """probe: raises EngineFault or ValueError where a replica must not be asked. All replicas begin
+        unprobed.
 
         ask: what an engine says of the ids [n], a row for each.
         """
@@ -171,7 +173,9 @@ class EnginePool:
         if self._stopping.is_set():
             self._done(asked, refused=None)
         elif asked.attempts >= ATTEMPTS:
-            self._done(asked, refused=f"the engine failed {asked.attempts} times on this sample, at last: {reason}")
+            self._done(
+                asked, refused=f"the engine failed {asked.attempts} times on this sample, at last: {reason}"
+            )
         else:
             with self._condition:
                 self._in_flight -= 1

@@ -17,7 +17,8 @@ MAX_SHARED_BYTES = 1 << 28
 def share(
     messages: Sequence[Parts] | None, group: dist.ProcessGroup, *, source: int, device: torch.device
 ) -> list[Parts] | None:
-    """The messages of the group's rank `source` on every rank, or None if it has None. Collective over the group.
+    """The messages of the group's rank `source` on every rank, or None if it has None. Collective over the
+    group.
 
     Two small broadcasts of sizes, and one of the bytes themselves.
     """
@@ -27,7 +28,9 @@ def share(
     is_source = group.rank() == source
     counts = [len(parts) for parts in messages or ()] if is_source else []
     sizes = [len(part) for parts in messages or () for part in parts] if is_source else []
-    head = torch.tensor([-1 if messages is None else len(counts), len(sizes)], dtype=torch.int64, device=device)
+    head = torch.tensor(
+        [-1 if messages is None else len(counts), len(sizes)], dtype=torch.int64, device=device
+    )
     dist.broadcast(head, root, group=group)
     num_messages, num_parts = head.tolist()
     if num_messages < 0:
@@ -42,7 +45,9 @@ def share(
     payload = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     if messages is not None and is_source:
         payload.copy_(
-            torch.frombuffer(bytearray(b"".join(part for parts in messages for part in parts)), dtype=torch.uint8)
+            torch.frombuffer(
+                bytearray(b"".join(part for parts in messages for part in parts)), dtype=torch.uint8
+            )
         )
     dist.broadcast(payload, root, group=group)
     if messages is not None and is_source:

@@ -49,15 +49,16 @@ def mismatch(name: str, *, teacher: Any, student: Any) -> str:
     """One line about a fingerprint that the two ends do not share."""
     short = [value[:12] if isinstance(value, str) else value for value in (teacher, student)]
     return (
-        f"{name.replace('_', ' ')}: {short[0]} at the teacher, {short[1]} at the student; both jobs must use the same"
+        f"{name.replace('_', ' ')}: {short[0]} at the teacher, {short[1]} at the student; both jobs must use "
+        "the same"
     )
 
 
 def weights_fingerprint(options: ModelConfig, *, prefix: str) -> str | None:
     """Names and sizes of the files with the weights, and three samples of each; None without weights.
 
-    Enough to tell checkpoints and revisions apart without reading hundreds of gigabytes; it is no proof that two files
-    are equal in every byte.
+    Enough to tell checkpoints and revisions apart without reading hundreds of gigabytes; it is no proof that
+    two files are equal in every byte.
     """
     flag = f"--{prefix}hf-checkpoint"
     if options.pretrained_checkpoint is not None:

@@ -1,7 +1,8 @@
-"""The teacher's forward pass: sequences in, what was wanted of their labels out. Both kinds of teacher use it.
+"""The teacher's forward pass: sequences in, what was wanted of their labels out. Both kinds of teacher use
+it.
 
-It runs through Megatron's own forward-only schedule, under the layout of the job that it is in, and sums what it
-returns on vocabulary shards: nothing as large as a row of logits leaves it.
+It runs through Megatron's own forward-only schedule, under the layout of the job that it is in, and sums what
+it returns on vocabulary shards: nothing as large as a row of logits leaves it.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class TeacherRequest:
     hidden: bool
     """Whether the hidden states of `rows` are wanted."""
     topk: int
-    """Log-probabilities of the likeliest tokens wanted of each of `rows`, in place of hidden states; 0: none."""
+    """Log-probabilities of the likeliest tokens wanted of each of `rows`, in place of hidden states; 0: none.
+    """
     token_ids: bool
     """Whether their ids are wanted too."""
     byte_side: ByteSide | None
@@ -93,12 +95,13 @@ class TeacherForward:
         multiple_of: int = 1,
         context: dist.ProcessGroup | None = None,
     ) -> None:
-        """vocab_size is the teacher's real one; ids past it are never scored. byte_order: for requests of `bytes`.
+        """vocab_size is the teacher's real one; ids past it are never scored. byte_order: for requests of
+        `bytes`.
 
-        frozen: the model is no one else's; else it stays as it is, for the student scores its own responses too.
-        hidden_dtype: hidden states are rounded to it before anything is made of them; None: they stay as they are.
-        packed, multiple_of: how the sequences of a micro-batch lie, see packing.py. context: ranks that share
-        each of them, if several do; all of these get all answers.
+        frozen: the model is no one else's; else it stays as it is, for the student scores its own responses
+        too. hidden_dtype: hidden states are rounded to it before anything is made of them; None: they stay as
+        they are. packed, multiple_of: how the sequences of a micro-batch lie, see packing.py. context: ranks
+        that share each of them, if several do; all of these get all answers.
         """
         self._model = model.eval().requires_grad_(False) if frozen else model
         self._groups = groups
@@ -120,8 +123,8 @@ class TeacherForward:
         longest = max(request.num_tokens for batch in micro_batches for request in batch)
         if (limit := chunks[0].architecture.index_length) is not None and longest > limit:
             raise ValueError(
-                f"--teacher-hf-checkpoint: a sequence has {longest} tokens, and this model is implemented up to its "
-                f"index_topk = {limit}; lower --rollout-max-response-len or --rollout-max-prompt-len"
+                f"--teacher-hf-checkpoint: a sequence has {longest} tokens, and this model is implemented up "
+                f"to its index_topk = {limit}; lower --rollout-max-response-len or --rollout-max-prompt-len"
             )
         answers = schedule(
             forward_step_func=self._forward_step,
@@ -138,7 +141,8 @@ class TeacherForward:
     def exchanged(
         self, requests: Sequence[TeacherRequest], answers: Sequence[ScoredPair], group: dist.ProcessGroup
     ) -> list[ScoredPair]:
-        """The answers to all requests, on all ranks of the group, of which rank r has answered every size-th from r on.
+        """The answers to all requests, on all ranks of the group, of which rank r has answered every size-th
+        from r on.
 
         Each is broadcast by the rank that has it: nothing but the answers is sent.
         """
@@ -153,13 +157,17 @@ class TeacherForward:
             shapes |= {"hidden": (rows, width)} if request.hidden else {}
             shapes |= {"topk": (rows, min(request.topk, k_most))} if request.topk else {}
             shapes |= {"topk_ids": shapes["topk"]} if request.token_ids else {}
-            shapes |= {"byte_logprobs": (request.byte_side.last_row.size,)} if request.byte_side is not None else {}
+            shapes |= (
+                {"byte_logprobs": (request.byte_side.last_row.size,)} if request.byte_side is not None else {}
+            )
             values: dict[str, Any] = {"hidden": None}
             for name, shape in shapes.items():
                 value = getattr(own.get(request.sample_id), name, None)
                 if value is None:
                     value = torch.empty(shape, dtype=dtypes.get(name, torch.float32), device=device)
-                assert value.shape == shape, f"{name} of sample {request.sample_id}: {tuple(value.shape)}, not {shape}"
+                assert value.shape == shape, (
+                    f"{name} of sample {request.sample_id}: {tuple(value.shape)}, not {shape}"
+                )
                 values[name] = value = value.contiguous()
                 dist.broadcast(value, dist.get_global_rank(group, i % group.size()), group=group)
             found.append(ScoredPair(sample_id=request.sample_id, **values))
@@ -201,7 +209,11 @@ class TeacherForward:
             hidden_dtype=self._hidden_dtype,
         )
         here = None
-        if self._context is not None and sequences.label_index is not None and sequences.label_owner is not None:
+        if (
+            self._context is not None
+            and sequences.label_index is not None
+            and sequences.label_owner is not None
+        ):
             index = sequences.label_index.to(hidden.device)
             here = LabelsHere(index=index, owner=sequences.label_owner, group=self._context)
         return scorer.score(requests, hidden.flatten(0, 1)[sequences.label_rows.to(hidden.device)], here)
@@ -218,8 +230,8 @@ class LabelsHere:
     group: dist.ProcessGroup
 
     def on_all(self, values: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-        """Rows [n, ...] of all ranks in one order, [k, ...], on all of them. place [k]: which row of `values` each is,
-        -1 where it is another rank's. One all-reduce."""
+        """Rows [n, ...] of all ranks in one order, [k, ...], on all of them. place [k]: which row of `values`
+        each is, -1 where it is another rank's. One all-reduce."""
         whole = values.new_zeros(len(place), *values.shape[1:])
         whole[place >= 0] = values[place[place >= 0]]
         dist.all_reduce(whole, group=self.group)
@@ -228,7 +240,9 @@ class LabelsHere:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelScorer:
-    """What is made of hidden states, wherever they were computed: sums on this rank's slice of the vocabulary."""
+    """What is made of hidden states, wherever they were computed: sums on this rank's slice of the
+    vocabulary.
+    """
 
     weight: torch.Tensor
     """[W, H], this rank's rows of the output layer, from id shard_start on."""
@@ -243,7 +257,8 @@ class LabelScorer:
     hidden_dtype: HiddenDtype | None
     """Hidden states are rounded to it before anything is made of them; None: they stay as they are."""
     hidden_scale: float = 1.0
-    """Multiplies hidden states, for a model that scales its logits; those of our own models have it in them."""
+    """Multiplies hidden states, for a model that scales its logits; those of our own models have it in them.
+    """
 
     @torch.no_grad()
     def score(
@@ -254,7 +269,9 @@ class LabelScorer:
         here: hidden is of these labels only; all ranks of its group get all answers.
         """
         lens = [len(request.label_ids) for request in requests]
-        labels = torch.from_numpy(np.concatenate([request.label_ids for request in requests]).astype(np.int64))
+        labels = torch.from_numpy(
+            np.concatenate([request.label_ids for request in requests]).astype(np.int64)
+        )
         labels, place = labels.to(hidden.device), torch.arange(len(labels), device=hidden.device)
         if here is not None:
             labels = labels[here.index]
@@ -296,7 +313,9 @@ class LabelScorer:
         lse_here = lse
         if here is not None:
             own_logit, lse = here.on_all(own_logit, place), here.on_all(lse, place)
-        split = zip(requests, place.split(lens), own_logit.split(lens), lse.split(lens), byte_logprobs, strict=True)
+        split = zip(
+            requests, place.split(lens), own_logit.split(lens), lse.split(lens), byte_logprobs, strict=True
+        )
         for request, places, own, z, log_masses in split:
             rows = places[torch.from_numpy(request.rows.astype(np.int64)).to(hidden.device)]
             found = rows[rows >= 0]
@@ -304,7 +323,9 @@ class LabelScorer:
             topk, ids = self._likeliest(hidden[found], lse_here[found], request)
             if here is not None:
                 order = torch.where(rows >= 0, (rows >= 0).cumsum(0) - 1, -1)
-                states, topk, ids = (None if of is None else here.on_all(of, order) for of in (states, topk, ids))
+                states, topk, ids = (
+                    None if of is None else here.on_all(of, order) for of in (states, topk, ids)
+                )
             scored.append(
                 ScoredPair(
                     sample_id=request.sample_id,
@@ -321,7 +342,9 @@ class LabelScorer:
     def _likeliest(
         self, hidden: torch.Tensor, lse: torch.Tensor, request: TeacherRequest
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """float32 [R, k], descending: log-probabilities of each row's likeliest tokens, and int32 [R, k] their ids."""
+        """float32 [R, k], descending: log-probabilities of each row's likeliest tokens, and int32 [R, k]
+        their ids.
+        """
         if not request.topk:
             return None, None
         width = num_real_columns(
@@ -355,7 +378,8 @@ def own_tokens(prompt: Prompt, rollout: Rollout) -> TeacherRequest:
 
 
 def by_length(requests: Sequence[TeacherRequest], *, max_tokens: int) -> list[list[TeacherRequest]]:
-    """Micro-batches of requests of one kind, to be packed, none of more than max_tokens; the shortest come first.
+    """Micro-batches of requests of one kind, to be packed, none of more than max_tokens; the shortest come
+    first.
 
     A request that is longer alone is a micro-batch of its own.
     """
@@ -386,8 +410,8 @@ def rounded(hidden: torch.Tensor, dtype: HiddenDtype) -> torch.Tensor:
 def quantized(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[R, H] -> codes int8 [R, H] and scale float32 [R]: a rotated row's largest entry is 127 steps from 0.
 
-    A few channels of a hidden state are many times larger than the rest. The rotation spreads them, so that one scale
-    fits the whole row; it is its own inverse.
+    A few channels of a hidden state are many times larger than the rest. The rotation spreads them, so that
+    one scale fits the whole row; it is its own inverse.
     """
     hidden = _rotated(hidden.float())
     scale = hidden.abs().amax(dim=1) / 127 if hidden.shape[1] else hidden.new_zeros(len(hidden))
@@ -401,10 +425,14 @@ def dequantized(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def _rotated(rows: torch.Tensor) -> torch.Tensor:
-    """The orthonormal Walsh-Hadamard transform of a row's blocks, as long as the largest power of 2 in its width."""
+    """The orthonormal Walsh-Hadamard transform of a row's blocks, as long as the largest power of 2 in its
+    width.
+    """
     width = rows.shape[1]
     block = width & -width
     for half in (1 << i for i in range(block.bit_length() - 1)):
         pairs = rows.view(len(rows), width // (2 * half), 2, half)
-        rows = torch.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], dim=2).flatten(1)
+        rows = torch.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], dim=2).flatten(
+            1
+        )
     return rows / max(block, 1) ** 0.5

@@ -1,7 +1,8 @@
 """Where a job finds its teacher's replicas: one rank reads the endpoint folder, and the others ask that rank.
 
-A shared file system serves every open from one place, so what reads it must not grow with the ranks of a job. The rank
-that reads puts what it has found into the store that torch.distributed was started with; the others read it there.
+A shared file system serves every open from one place, so what reads it must not grow with the ranks of a job.
+The rank that reads puts what it has found into the store that torch.distributed was started with; the others
+read it there.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Lookout:
     ) -> None:
         """Replicas are those of the folder, or those of the addresses.
 
-        store: what the ranks of a job share; None: each reads the folder itself. reads: this rank reads it for all.
+        store: what the ranks of a job share; None: each reads the folder itself. reads: this rank reads it
+        for all.
         """
         self._folder = folder
         self._fixed = {a: Endpoint(replica=a, address=a, life="") for a in addresses}
@@ -38,7 +40,10 @@ class Lookout:
         self._told = ""
 
     def look(self) -> Mapping[str, Endpoint]:
-        """Every replica that is known now, by name. ValueError, on every rank, for a folder that cannot be trusted."""
+        """Every replica that is known now, by name.
+
+        ValueError, on every rank, for a folder that cannot be trusted.
+        """
         if self._folder is None:
             return self._fixed
         if self._store is not None and not self._reads:

@@ -1,5 +1,5 @@
-"""Several teachers, each in a job of its own, that are one to the loss: `bytes` compares distributions over the next
-byte, and those can be mixed with fixed weights whatever the tokenizers (losses/kinds/bytes.py)."""
+"""Several teachers, each in a job of its own, that are one to the loss: `bytes` compares distributions over
+the next byte, and those can be mixed with fixed weights whatever the tokenizers (losses/kinds/bytes.py)."""
 
 from __future__ import annotations
 
@@ -33,8 +33,12 @@ class MixtureScorer:
             if self._groups.is_last_stage:
                 answers = [of[pair.sample_id].byte_logprobs for of in (first, *others)]
                 masses = [answer for answer in answers if answer is not None]
-                assert len(masses) == len(answers) and pair.byte_events is not None, "a mixture is of byte events"
-                scored = replace(scored, byte_logprobs=mixed_log_masses(masses, self._weights, pair.byte_events))
+                assert len(masses) == len(answers) and pair.byte_events is not None, (
+                    "a mixture is of byte events"
+                )
+                scored = replace(
+                    scored, byte_logprobs=mixed_log_masses(masses, self._weights, pair.byte_events)
+                )
             yield scored
 
     def note(self) -> str:

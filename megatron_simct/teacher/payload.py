@@ -1,7 +1,8 @@
 """Requests and answers as messages of the wire, and back.
 
-Hidden states travel as `--teacher-hidden-dtype` says; the teacher has rounded them to it before it made anything else
-of them, so both ends mean the same numbers. With fp32 the log-probabilities of `bytes` are float32 too, else float16.
+Hidden states travel as `--teacher-hidden-dtype` says; the teacher has rounded them to it before it made
+anything else of them, so both ends mean the same numbers. With fp32 the log-probabilities of `bytes` are
+float32 too, else float16.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def read_score(message: Message) -> TeacherRequest:
 
 
 def check_request(request: TeacherRequest, *, vocab_size: int, max_tokens: int) -> None:
-    """ValueError for indices that would fault in the model, and for more tokens than the teacher takes at once."""
+    """ValueError for indices that would fault in the model, and for more tokens than the teacher takes at
+    once.
+    """
     num_labels = len(request.label_ids)
     if not len(request.prompt_ids):
         raise ValueError("no token of prompt, so nothing predicts the first label")
@@ -83,7 +86,8 @@ def check_request(request: TeacherRequest, *, vocab_size: int, max_tokens: int) 
 
 def too_many_tokens(num_tokens: int, max_tokens: int) -> str:
     return (
-        f"{num_tokens} tokens; the teacher takes {max_tokens} (--max-tokens-per-batch, or what its model is made for)"
+        f"{num_tokens} tokens; the teacher takes {max_tokens} (--max-tokens-per-batch, or what its model is "
+        "made for)"
     )
 
 
@@ -142,8 +146,8 @@ def read_scored(message: Message) -> ScoredPair:
 def misfit(message: Message, request: TeacherRequest, *, hidden_size: int, vocab_size: int) -> str | None:
     """Why a message is not an answer to the request; None if it is one.
 
-    It has just what was asked for, in finite numbers and ids of the teacher's. Only the log-probability of a byte may
-    be -inf.
+    It has just what was asked for, in finite numbers and ids of the teacher's. Only the log-probability of a
+    byte may be -inf.
     """
     if message.fields["sample_id"] != request.sample_id:
         return f"it is about sample {message.fields['sample_id']}"
@@ -154,7 +158,10 @@ def misfit(message: Message, request: TeacherRequest, *, hidden_size: int, vocab
         if message.frames.get("hidden", ("",))[0] == "int8":
             wanted["scale"] = (len(request.rows),)
     if request.topk and len(frames.get("topk", ())) == 2:
-        wanted["topk"] = (len(request.rows), min(request.topk, frames["topk"][1]))  # no more than its vocabulary has
+        wanted["topk"] = (
+            len(request.rows),
+            min(request.topk, frames["topk"][1]),
+        )  # no more than its vocabulary has
         if request.token_ids:
             wanted["topk_ids"] = wanted["topk"]
     if request.byte_side is not None:

@@ -1,7 +1,7 @@
 """The TeacherScorer on top of a TeacherClient.
 
-Only one rank a model replica talks, the first of the last pipeline stage; it shares answers with its tensor-parallel
-group.
+Only one rank a model replica talks, the first of the last pipeline stage; it shares answers with its
+tensor-parallel group.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class RemoteScorer:
                 self._client.submit(TeacherRequest.of(pair))
 
     def collect(self, pairs: Sequence[AlignedPair]) -> Iterator[ScoredPair]:
-        """See TeacherScorer. Collective over the job. Pairs of other calls may be on their way; their answers are kept.
+        """See TeacherScorer. Collective over the job. Pairs of other calls may be on their way; their answers
+        are kept.
 
         TeacherError, on every rank, where answers do not come.
         """
@@ -74,7 +75,10 @@ class RemoteScorer:
         _agree(problem)
 
     def _arrived(self, due: set[int]) -> list[Sequence[Any]]:
-        """Answers to these samples, which leave the set: at least one, and what else has come. The rest is kept."""
+        """Answers to these samples, which leave the set: at least one, and what else has come.
+
+        The rest is kept.
+        """
         messages = [self._next_of(due)]
         size = num_bytes(messages[0])
         while self._client.arrived() and size < MAX_SHARED_BYTES:
@@ -87,7 +91,10 @@ class RemoteScorer:
         return messages
 
     def _next_of(self, due: set[int]) -> Sequence[Any]:
-        """The next answer to one of these samples, which leaves the set. What comes for others is kept for them."""
+        """The next answer to one of these samples, which leaves the set.
+
+        What comes for others is kept for them.
+        """
         early = due & self._early.keys()
         while not early:
             parts, message = self._client.next()
@@ -98,7 +105,9 @@ class RemoteScorer:
         return self._early.pop(sample_id)
 
     def note(self) -> str:
-        """Replicas that are alive, and what they last said of themselves; nothing on ranks that do not talk to them."""
+        """Replicas that are alive, and what they last said of themselves; nothing on ranks that do not talk
+        to them.
+        """
         if self._client is None:
             return ""
         states = list(self._client.status().values())

@@ -1,4 +1,5 @@
-"""The seam behind which the teacher lies: pairs are submitted, their scores are collected, matched by sample id.
+"""The seam behind which the teacher lies: pairs are submitted, their scores are collected, matched by sample
+id.
 
 Nothing outside `teacher/` knows whether the model shares these ranks or answers from other nodes.
 """
@@ -21,13 +22,18 @@ class TeacherScorer(Protocol):
     """Anything that scores the teacher's tokens of a response."""
 
     def submit(self, pairs: Sequence[AlignedPair]) -> None:
-        """Ask for the scores of these pairs. Does not wait, and may be called beside the thread that trains."""
+        """Ask for the scores of these pairs.
+
+        Does not wait, and may be called beside the thread that trains.
+        """
         ...
 
     def collect(self, pairs: Sequence[AlignedPair]) -> Iterator[ScoredPair]:
-        """The scores of pairs that were submitted, each once, in any order, with exactly what its `needs` ask for.
+        """The scores of pairs that were submitted, each once, in any order, with exactly what its `needs` ask
+        for.
 
-        Collective over one model replica. Only the last pipeline stage is told: on the others the tensors are empty.
+        Collective over one model replica. Only the last pipeline stage is told: on the others the tensors are
+        empty.
         """
         ...
 

@@ -1,10 +1,10 @@
 """ZeroMQ server of one teacher replica, and its serving loop.
 
-The door is a thread on one rank of the replica, the first of the last pipeline stage, where answers are made: it owns
-the socket, greets students, checks requests and keeps them until the model takes them. So it answers while the model
-computes, and a student can tell a busy replica from a dead one. Its replies to greetings say which requests it holds.
-Answers and replies leave in the order in which they became true, encrypted by threads of ZeroMQ's own. `serve` takes
-requests, tells all ranks of the replica, and hands answers back.
+The door is a thread on one rank of the replica, the first of the last pipeline stage, where answers are made:
+it owns the socket, greets students, checks requests and keeps them until the model takes them. So it answers
+while the model computes, and a student can tell a busy replica from a dead one. Its replies to greetings say
+which requests it holds. Answers and replies leave in the order in which they became true, encrypted by
+threads of ZeroMQ's own. `serve` takes requests, tells all ranks of the replica, and hands answers back.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ IO_THREADS = 4
 """Threads that encrypt and send. A connection belongs to one of them; one encrypts some 150 MB a second."""
 
 _REFUSED_CONNECTION = (
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 )
 
 
@@ -112,7 +114,10 @@ class _Pace:
 
 
 class Door(Thread):
-    """Owns the socket of one replica. Other methods than `run` are called by the thread that runs the model."""
+    """Owns the socket of one replica.
+
+    Other methods than `run` are called by the thread that runs the model.
+    """
 
     def __init__(
         self,
@@ -129,10 +134,12 @@ class Door(Thread):
         forget_s: float = 60.0,
         stall_s: float = 120.0,
     ) -> None:
-        """address: see `bind`. fingerprints: a student that has another value for one of them is refused; None: any.
+        """address: see `bind`. fingerprints: a student that has another value for one of them is refused;
+        None: any.
 
-        forget_s: a student that has said nothing for so long is gone, and its requests with it. stall_s: students are
-        told that the model hangs if it has done nothing for so long, and ten times as long as it ever took.
+        forget_s: a student that has said nothing for so long is gone, and its requests with it. stall_s:
+        students are told that the model hangs if it has done nothing for so long, and ten times as long as it
+        ever took.
         """
         super().__init__(name="teacher-door", daemon=True)
         self._folder = folder
@@ -144,7 +151,9 @@ class Door(Thread):
         self._router, bound = bind(self._context, address, keys, number=number)
         self._monitor = self._router.get_monitor_socket(_REFUSED_CONNECTION)
         self._waker = Waker(self._context)
-        self.endpoint = Endpoint(replica=name, address=bound, life=life, host=this_host(), pid=psutil.Process().pid)
+        self.endpoint = Endpoint(
+            replica=name, address=bound, life=life, host=this_host(), pid=psutil.Process().pid
+        )
         self._condition = Condition()
         self._queue: OrderedDict[tuple[bytes, int], Work] = OrderedDict()
         self._queued_bytes = self._held_tokens = 0
@@ -180,8 +189,8 @@ class Door(Thread):
     # What the model's thread calls
 
     def start(self) -> None:
-        """Make the replica known, and open. OSError where the folder refuses, ValueError where another replica has the
-        name; then nothing is left behind."""
+        """Make the replica known, and open. OSError where the folder refuses, ValueError where another
+        replica has the name; then nothing is left behind."""
         try:
             publish(self._folder, self.endpoint)
         except (OSError, ValueError):
@@ -192,7 +201,8 @@ class Door(Thread):
         super().start()
 
     def take(self, max_tokens: int, wait_s: float) -> list[Work]:
-        """The requests that came first, up to so many tokens but at least one; after wait_s seconds maybe none.
+        """The requests that came first, up to so many tokens but at least one; after wait_s seconds maybe
+        none.
 
         RuntimeError where the thread has died: no request would ever come.
         """
@@ -200,7 +210,9 @@ class Door(Thread):
             if not self._queue:
                 self._condition.wait(wait_s)
             if not self.is_alive():
-                raise RuntimeError(f"teacher replica {self.endpoint.replica}: its door has ended; the reason is above")
+                raise RuntimeError(
+                    f"teacher replica {self.endpoint.replica}: its door has ended; the reason is above"
+                )
             taken: list[Work] = []
             tokens = 0
             while self._queue:
@@ -349,15 +361,21 @@ class Door(Thread):
         self._memory_mib = _memory_mib()
         with self._condition:
             self._rate.append((time.monotonic(), self._counts["tokens"]))
-            for client in [c for c, heard in self._heard.items() if time.monotonic() - heard > self._forget_s]:
+            for client in [
+                c for c, heard in self._heard.items() if time.monotonic() - heard > self._forget_s
+            ]:
                 del self._heard[client]
                 self._welcome.discard(client)
                 for work in [work for work in self._queue.values() if work.client == client]:
                     self._unqueue(work)
                     self._forget(work)
-        text = json.dumps({"replica": self.endpoint.replica, "address": self.endpoint.address, **self.status()})
+        text = json.dumps(
+            {"replica": self.endpoint.replica, "address": self.endpoint.address, **self.status()}
+        )
         with contextlib.suppress(OSError):  # a full disk is no reason to stop answering
-            write_private(self._folder / f"{self.endpoint.replica}.status", text + "\n", mode=0o644, on_disk=False)
+            write_private(
+                self._folder / f"{self.endpoint.replica}.status", text + "\n", mode=0o644, on_disk=False
+            )
 
     def _receive(self) -> None:
         for _ in range(256):  # and then look after the rest
@@ -502,10 +520,12 @@ def serve(
     hidden_dtype: HiddenDtype,
     stop: Callable[[], bool],
 ) -> None:
-    """Answer requests until `stop()` says so on the rank of the door; what was taken is finished, the rest handed back.
+    """Answer requests until `stop()` says so on the rank of the door; what was taken is finished, the rest
+    handed back.
 
-    Collective over one model replica, and over the replicas that share experts: these run as many micro-batches as the
-    one with most work, and end together. The pipeline is given several micro-batches of max_tokens at a time.
+    Collective over one model replica, and over the replicas that share experts: these run as many
+    micro-batches as the one with most work, and end together. The pipeline is given several micro-batches of
+    max_tokens at a time.
     """
     in_flight = max(2, 2 * groups.pp.size())
     stopping = False

@@ -40,7 +40,10 @@ class AnswerStore:
     def __init__(self, directory: str, fingerprints: Mapping[str, Any], *, flag: str) -> None:
         """fingerprints: see `fingerprints`. ValueError, naming the flag, for answers of another teacher."""
         self._folder = Path(directory)
-        self._sizes = {"hidden_size": fingerprints["hidden_size"], "vocab_size": fingerprints["teacher_vocabulary"]}
+        self._sizes = {
+            "hidden_size": fingerprints["hidden_size"],
+            "vocab_size": fingerprints["teacher_vocabulary"],
+        }
         self.where = f"{flag} {directory}"
         about = self._folder / "teacher.json"
         ours = {name: fingerprints[name] for name in _OF_A_TEACHER}
@@ -62,7 +65,9 @@ class AnswerStore:
         except FileNotFoundError:
             return None
         except (OSError, WireError, ValueError, msgpack.UnpackException) as error:
-            print(f" {self.where}: a damaged answer is asked for again ({error})", file=sys.stderr, flush=True)
+            print(
+                f" {self.where}: a damaged answer is asked for again ({error})", file=sys.stderr, flush=True
+            )
             return None
         message = replace(message, fields={**message.fields, "sample_id": request.sample_id})
         if misfit(message, request, **self._sizes) is not None:
@@ -99,7 +104,9 @@ class AnswerStore:
 
 
 class StoredClient:
-    """In the place of a TeacherClient: what is in the store comes from there, the rest from a teacher, if any."""
+    """In the place of a TeacherClient: what is in the store comes from there, the rest from a teacher, if
+    any.
+    """
 
     def __init__(self, store: AnswerStore, behind: TeacherClient | None) -> None:
         self._store, self._behind = store, behind
@@ -136,8 +143,8 @@ class StoredClient:
             return self._found.popleft()
         if self._missing:
             raise TeacherError(
-                f"{self._store.where}: no answer for sample {self._missing[0]} ({len(self._missing)} missing); it was "
-                "saved from other rollouts, or for another --simct-interface"
+                f"{self._store.where}: no answer for sample {self._missing[0]} ({len(self._missing)} "
+                "missing); it was saved from other rollouts, or for another --simct-interface"
             )
         assert self._behind is not None
         return self._behind.next()

@@ -1,20 +1,21 @@
-"""What the two jobs say to each other: one message is a msgpack header, raw frames of numbers, and a checksum.
+"""What the two jobs say to each other: one message is a msgpack header, raw frames of numbers, and a
+checksum.
 
     [header, frame, ..., frame, crc32 of all that]
     header = {version, kind, fields, frames: [[name, type, shape], ...]}
 
-Nothing is ever unpickled. Both ends decode with the same `decode`: sizes first, then checksum, version, and the schema
-of the kind: which fields, which frames, their types, and lengths that must agree. What does not fit is a WireError.
-An encrypted connection authenticates every message, so the checksum is left empty there.
+Nothing is ever unpickled. Both ends decode with the same `decode`: sizes first, then checksum, version, and
+the schema of the kind: which fields, which frames, their types, and lengths that must agree. What does not
+fit is a WireError. An encrypted connection authenticates every message, so the checksum is left empty there.
 
     hello     student -> teacher   fingerprints of what both must share; sent again, numbered, as a heartbeat
-    welcome   teacher -> student   the same of the teacher, which life of the replica this is, its status, the number of
-                                   the hello, and which requests of this student it holds
+    welcome   teacher -> student   the same of the teacher, which life of the replica this is, its status, the
+                                   number of the hello, and which requests of this student it holds
     score     student -> teacher   one sample's tokens, and what is wanted of them
     recall    student -> teacher   requests to hand back if the model has not begun with them
     scored    teacher -> student   what was wanted
-    returned  teacher -> student   a request is handed back unanswered: it was recalled, the teacher stops, or its queue
-                                   is full
+    returned  teacher -> student   a request is handed back unanswered: it was recalled, the teacher stops, or
+                                   its queue is full
     refused   teacher -> student   a hello or a request that will never be answered, and why
 """
 
@@ -34,10 +35,12 @@ VERSION = 3
 
 MAX_HEADER_BYTES = 1 << 16
 MAX_FRAME_BYTES = 1 << 30
-"""Size limit of one frame; sockets are told too (ZMQ_MAXMSGSIZE), so that a longer one ends the connection unread."""
+"""Size limit of one frame; sockets are told too (ZMQ_MAXMSGSIZE), so that a longer one ends the connection
+unread.
+"""
 MAX_STEPS, MAX_STEPS_PER_LABEL = 1 << 16, 1 << 11
-"""A frame of steps has at most so many numbers, and so many more a label. A byte position has at most 260 events; real
-text has some 300 a label."""
+"""A frame of steps has at most so many numbers, and so many more a label. A byte position has at most 260
+events; real text has some 300 a label."""
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "int32": np.dtype("<i4"),
@@ -85,7 +88,8 @@ BYTE_SIDE = ("segment_row", "segment_start", "entry_slot", "entry_segment", "las
 _SCHEMAS = {
     "hello": _Schema(fields={"fingerprints": dict, "beat": int}),
     "welcome": _Schema(
-        fields={"fingerprints": dict, "life": str, "status": dict, "beat": int}, frames={"holds": (("int32",), "q")}
+        fields={"fingerprints": dict, "life": str, "status": dict, "beat": int},
+        frames={"holds": (("int32",), "q")},
     ),
     "score": _Schema(
         fields={"request": int, "sample_id": int, "hidden": bool, "topk": int, "token_ids": bool},
@@ -140,11 +144,13 @@ def with_checksum(parts: Sequence[bytes | memoryview]) -> list[bytes | memoryvie
     return [*parts[:-1], _checksum(parts[:-1])]
 
 
-def decode(parts: Sequence[bytes | memoryview], *, checked: bool = True, max_tokens: int | None = None) -> Message:
+def decode(
+    parts: Sequence[bytes | memoryview], *, checked: bool = True, max_tokens: int | None = None
+) -> Message:
     """The message of these parts; its arrays share their memory. WireError, in one line, for anything else.
 
-    checked: compare the checksum; without, the message came over an encrypted connection, or was decoded before.
-    max_tokens: TooManyTokens for a request with more, before anything is inflated.
+    checked: compare the checksum; without, the message came over an encrypted connection, or was decoded
+    before. max_tokens: TooManyTokens for a request with more, before anything is inflated.
     """
     if len(parts) < 2:
         raise WireError(f"{len(parts)} parts are no message")
@@ -162,7 +168,11 @@ def decode(parts: Sequence[bytes | memoryview], *, checked: bool = True, max_tok
     if checked and bytes(checksum) != _checksum(parts[:-1]):
         raise WireError("the checksum does not fit")
     kind = values.get("kind")
-    if values.keys() != {"version", "kind", "fields", "frames"} or not isinstance(kind, str) or kind not in _SCHEMAS:
+    if (
+        values.keys() != {"version", "kind", "fields", "frames"}
+        or not isinstance(kind, str)
+        or kind not in _SCHEMAS
+    ):
         raise WireError("the header is of no known kind")
     schema = _SCHEMAS[kind]
     _check_fields(kind, values["fields"], schema)
@@ -170,7 +180,9 @@ def decode(parts: Sequence[bytes | memoryview], *, checked: bool = True, max_tok
     num_tokens = lengths.get("p", 0) + lengths.get("m", 0)
     if kind == "score" and max_tokens is not None and num_tokens > max_tokens:
         raise TooManyTokens(values["fields"]["request"], num_tokens)
-    return Message(kind=kind, fields=values["fields"], frames=_arrays(kind, values["frames"], frames, lengths))
+    return Message(
+        kind=kind, fields=values["fields"], frames=_arrays(kind, values["frames"], frames, lengths)
+    )
 
 
 def quoted(text: str, limit: int = 300) -> str:
@@ -215,14 +227,21 @@ def _check_fields(kind: str, fields: Any, schema: _Schema) -> None:
             raise WireError(f"{kind}: {name} must be of type {wanted.__name__}")
 
 
-def _check_shapes(kind: str, specs: Any, frames: Sequence[bytes | memoryview], schema: _Schema) -> dict[str, int]:
+def _check_shapes(
+    kind: str, specs: Any, frames: Sequence[bytes | memoryview], schema: _Schema
+) -> dict[str, int]:
     """The length of each dimension's letter. WireError where the frames are not those of the schema."""
     if not isinstance(specs, list) or len(specs) != len(frames):
         raise WireError(f"{kind}: the header does not describe its {len(frames)} frames")
     names: set[str] = set()
     lengths: dict[str, int] = {}
     for spec in specs:
-        if not (isinstance(spec, list) and len(spec) == 3 and isinstance(spec[0], str) and isinstance(spec[2], list)):
+        if not (
+            isinstance(spec, list)
+            and len(spec) == 3
+            and isinstance(spec[0], str)
+            and isinstance(spec[2], list)
+        ):
             raise WireError(f"{kind}: a frame is not described by name, type and shape")
         name, dtype, shape = spec
         if name not in schema.frames or name in names:

@@ -2,8 +2,8 @@
 
     A_i = (r_i - mean(r)) / (std(r) + EPSILON)        GRPO, arXiv:2402.03300, section 4.1.2
 
-over the group of responses to one prompt; std with divisor n. A response without a reward has no advantage and is not
-part of the mean. Samples of a group may lie on several data-parallel ranks.
+over the group of responses to one prompt; std with divisor n. A response without a reward has no advantage
+and is not part of the mean. Samples of a group may lie on several data-parallel ranks.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ class Advantages:
     of_samples: dict[int, float]
     """By sample id, for the samples of this rank."""
     metrics: dict[str, float]
-    """reward (mean), reward_spread (mean over groups of the standard deviation), reward_silent (share of groups whose
-    rewards are all the same, which teach nothing), reward_failed (share of responses without one)."""
+    """reward (mean), reward_spread (mean over groups of the standard deviation), reward_silent (share of
+    groups whose rewards are all the same, which teach nothing), reward_failed (share of responses without
+    one)."""
 
 
 def group_advantages(rewards: np.ndarray, group_size: int) -> np.ndarray:
@@ -45,8 +46,8 @@ def exchange(
 ) -> Advantages:
     """The advantages of a rank's samples. Collective over the whole job: one sum of two numbers a sample.
 
-    rewards: nan for none; None on ranks that do not speak for their replica. Sample ids of a step are consecutive,
-    those of a group too (data/prompts.py); batch_size counts the samples of the step.
+    rewards: nan for none; None on ranks that do not speak for their replica. Sample ids of a step are
+    consecutive, those of a group too (data/prompts.py); batch_size counts the samples of the step.
     """
     places = [sample_id - step * batch_size for sample_id in sample_ids]
     mine = torch.zeros(2, batch_size, dtype=torch.float64)
@@ -59,7 +60,9 @@ def exchange(
     everyone = np.where(known > 0, total, np.nan)
     found = group_advantages(everyone, group_size)
     return Advantages(
-        of_samples={sample_id: float(found[place]) for sample_id, place in zip(sample_ids, places, strict=True)},
+        of_samples={
+            sample_id: float(found[place]) for sample_id, place in zip(sample_ids, places, strict=True)
+        },
         metrics=_metrics(everyone, group_size),
     )
 
@@ -68,7 +71,8 @@ def _metrics(rewards: np.ndarray, group_size: int) -> dict[str, float]:
     groups = rewards.reshape(-1, group_size)
     known = ~np.isnan(groups)
     spreads = [
-        float(np.std(group[is_known])) if is_known.any() else 0.0 for group, is_known in zip(groups, known, strict=True)
+        float(np.std(group[is_known])) if is_known.any() else 0.0
+        for group, is_known in zip(groups, known, strict=True)
     ]
     return {
         "reward": float(rewards[known.reshape(-1)].mean()) if known.any() else 0.0,

@@ -1,18 +1,18 @@
 """Checkpoints in Megatron's torch_dist format: written and read by shards, loadable under another layout.
 
 DIR/latest_checkpointed_iteration.txt      the number of the newest complete checkpoint
-DIR/iter_0000100/                          one checkpoint, with run.json: what it belongs to, in readable form, and the
-                                           hashes of all files (`integrity`)
+DIR/iter_0000100/                          one checkpoint, with run.json: what it belongs to, in readable
+                                           form, and the hashes of all files (`integrity`)
 DIR/iter_0000120.HOST.PID.tmp/             one that was being written when its run was killed
 DIR/iter_0000080.old.tmp/                  one that was being removed, or replaced
 DIR/.owner.1.lock                          the run that writes here (`ownership`)
 
-A checkpoint gets its name when it is complete, and the tracker is replaced after that: a kill at any moment leaves the
-previous one in use. Weights lie under the names of the model's parameters, whether or not a run's other state lies
-beside them, so that --pretrained-checkpoint reads both kinds.
+A checkpoint gets its name when it is complete, and the tracker is replaced after that: a kill at any moment
+leaves the previous one in use. Weights lie under the names of the model's parameters, whether or not a run's
+other state lies beside them, so that --pretrained-checkpoint reads both kinds.
 
-What a run needs to go on is weights, optimizer, schedule, iteration and the random state of every rank. Prompts and
-sampling need nothing: they are arithmetic on the iteration (`data.prompts`, `rollout.sampling`).
+What a run needs to go on is weights, optimizer, schedule, iteration and the random state of every rank.
+Prompts and sampling need nothing: they are arithmetic on the iteration (`data.prompts`, `rollout.sampling`).
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ _OTHER_STATE = (_RNG, _AVERAGE, "rerun_state_machine_state")
 _EXTRA_STATE = "_extra_state"
 """How the keys of TransformerEngine's FP8 state end, which layers of torch's operations do not have."""
 _RELEASE = "release"
-"""What Megatron's converters write in the place of an iteration: the folder of weights that no run has trained."""
+"""What Megatron's converters write in the place of an iteration: the folder of weights that no run has
+trained.
+"""
 
 
 class Average(Protocol):
@@ -117,12 +119,14 @@ class Checkpoints:
         config: dict[str, Any],
         average: Average | None = None,
     ) -> None:
-        """dp: ranks with the same weights, which write, or read, a share of them each where that is asked for.
+        """dp: ranks with the same weights, which write, or read, a share of them each where that is asked
+        for.
 
-        in_background: `save` returns when there is a copy of all that is written; `finish` waits for the rest.
-        before_reading_weights: brings them up to date. retain: checkpoints to keep, None for all. identity: a JSON
-        value for each of _IDENTITY_FLAGS; a checkpoint with another one is refused. config: every option by its key.
-        average: of the teacher's weights, if they follow the student's. ValueError where save_dir cannot be written.
+        in_background: `save` returns when there is a copy of all that is written; `finish` waits for the
+        rest. before_reading_weights: brings them up to date. retain: checkpoints to keep, None for all.
+        identity: a JSON value for each of _IDENTITY_FLAGS; a checkpoint with another one is refused. config:
+        every option by its key. average: of the teacher's weights, if they follow the student's. ValueError
+        where save_dir cannot be written.
         """
         self._model = model
         self._average = average
@@ -162,7 +166,9 @@ class Checkpoints:
             self.finish()
 
     def finish(self, *, wait: bool = True) -> None:
-        """Give the checkpoint that is being written its name; without `wait`, if all ranks have written their files."""
+        """Give the checkpoint that is being written its name; without `wait`, if all ranks have written their
+        files.
+        """
         if self._pending is None or not (wait or self._pending.has_ended()):
             return
         pending, self._pending = self._pending, None
@@ -174,13 +180,16 @@ class Checkpoints:
     def resume(
         self, directory: str, *, step: int | None = None, verified: bool = True
     ) -> tuple[int, dict[str, tuple[Any, Any]]]:
-        """Restore the newest checkpoint of the directory; its iteration, and the options that differ (its, ours).
+        """Restore the newest checkpoint of the directory; its iteration, and the options that differ (its,
+        ours).
 
-        step: that iteration instead. verified: see `check`. Raises ValueError, naming the flag and the directory,
-        where there is none, where it holds weights only or is damaged, or where it belongs to another model,
-        tokenizer or alignment map.
+        step: that iteration instead. verified: see `check`. Raises ValueError, naming the flag and the
+        directory, where there is none, where it holds weights only or is damaged, or where it belongs to
+        another model, tokenizer or alignment map.
         """
-        iteration, path = newest_checkpoint(directory, flag="--load") if step is None else _of_step(directory, step)
+        iteration, path = (
+            newest_checkpoint(directory, flag="--load") if step is None else _of_step(directory, step)
+        )
         found = Found(directory=directory, path=path, flag="--load")
         if verified:
             check(found)
@@ -192,12 +201,14 @@ class Checkpoints:
             raise ValueError(f"--load {path}: damaged: {damage}") from None
         if not run.keys() >= {"identity", "config", "world_size"}:
             raise ValueError(
-                f"--load {path}: {RUN_FILE} is missing or of weights alone, so it is no checkpoint to resume from; "
-                f"--pretrained-checkpoint {directory} starts a new run from its weights"
+                f"--load {path}: {RUN_FILE} is missing or of weights alone, so it is no checkpoint to resume "
+                f"from; --pretrained-checkpoint {directory} starts a new run from its weights"
             )
         self._check_identity(run["identity"], path, directory)
         same_layout = run["world_size"] == dist.get_world_size() and all(
-            run["config"].get(key) == value for key, value in self._config.items() if key.endswith("_parallel_size")
+            run["config"].get(key) == value
+            for key, value in self._config.items()
+            if key.endswith("_parallel_size")
         )
         rng = None if not same_layout else "tensors" if _has_rng_tensors(path) else "object"
         state = _read(self._state(iteration, is_loading=True, rng=rng), found, among=self._readers)
@@ -207,13 +218,16 @@ class Checkpoints:
             self._saved = iteration
         ours = json.loads(json.dumps(self._config))
         return iteration, {
-            key: (run["config"].get(key), value) for key, value in ours.items() if run["config"].get(key) != value
+            key: (run["config"].get(key), value)
+            for key, value in ours.items()
+            if run["config"].get(key) != value
         }
 
     def _state(self, iteration: int, *, is_loading: bool, rng: str | None = "tensors") -> dict[str, Any]:
         """What is saved, or requested. Before its first step an optimizer has no state.
 
-        rng: as what the random state is there: "tensors", "object" (of earlier versions), or None to leave it.
+        rng: as what the random state is there: "tensors", "object" (of earlier versions), or None to leave
+        it.
         """
         model = self._model.sharded_state_dict()
         state: dict[str, Any] = {"model": _trained(model)}
@@ -243,7 +257,9 @@ class Checkpoints:
             self._average.load(state[_AVERAGE])
         if iteration > 0:
             # The command line says how to go on; the checkpoint says from where.
-            wanted = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
+            wanted = [
+                {k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups
+            ]
             if is_distributed(self._optimizer):
                 load_state(self._optimizer, state["optimizer"])
             else:
@@ -260,7 +276,9 @@ class Checkpoints:
             if its == ours:
                 continue
             if isinstance(its, dict) and isinstance(ours, dict):
-                details = ", ".join(f"{k} {its.get(k)} there, {v} here" for k, v in ours.items() if its.get(k) != v)
+                details = ", ".join(
+                    f"{k} {its.get(k)} there, {v} here" for k, v in ours.items() if its.get(k) != v
+                )
             else:
                 details = f"{str(its)[:12]} there, {str(ours)[:12]} here"
             raise ValueError(
@@ -275,7 +293,9 @@ def has_checkpoint(directory: str) -> bool:
 
 
 def saved_options(directory: str) -> dict[str, Any]:
-    """Every option of the run that wrote DIR's newest checkpoint, by its key; empty if there is none to resume."""
+    """Every option of the run that wrote DIR's newest checkpoint, by its key; empty if there is none to
+    resume.
+    """
     try:
         _, path = newest_checkpoint(directory, flag="--load")
         options: dict[str, Any] = json.loads((path / RUN_FILE).read_text())["config"]
@@ -300,8 +320,8 @@ def load_weights(
 ) -> int:
     """Load the weights of DIR's newest checkpoint; returns its iteration. Collective over the whole job.
 
-    verified: see `check`. among: ranks with the same weights, which read a share each. Raises ValueError, naming the
-    flag and the directory, where there is none, or it is damaged
+    verified: see `check`. among: ranks with the same weights, which read a share each. Raises ValueError,
+    naming the flag and the directory, where there is none, or it is damaged
     or belongs to another model.
     """
     iteration, path = newest_checkpoint(directory, flag=flag)
@@ -311,8 +331,8 @@ def load_weights(
     wanted = _trained(model.sharded_state_dict())
     if saved_lora(path) is not None and not any(MARK in name for name in wanted):
         raise ValueError(
-            f"{flag} {directory}: holds the adapters of a run with --lora-rank and no weights; merge them first "
-            "(convert_checkpoint.py megatron-to-hf)"
+            f"{flag} {directory}: holds the adapters of a run with --lora-rank and no weights; merge them "
+            "first (convert_checkpoint.py megatron-to-hf)"
         )
     _load(model, _read({"model": wanted}, found, among=among, weights_only=True)["model"])
     return iteration
@@ -392,7 +412,10 @@ def load_output_shard(
 
 
 def stored_dtype(directory: str, *, flag: str) -> torch.dtype:
-    """Type of the weights in DIR's newest checkpoint; float32 if they are mixed. Raises ValueError as load_weights."""
+    """Type of the weights in DIR's newest checkpoint; float32 if they are mixed.
+
+    Raises ValueError as load_weights.
+    """
     _, path = newest_checkpoint(directory, flag=flag)
     try:
         metadata = read_metadata(path).state_dict_metadata
@@ -424,18 +447,23 @@ class Found:
 def check(found: Found) -> None:
     """Read each file of a checkpoint once a job, and say what that took. Collective over the whole job.
 
-    ValueError on every rank where one is not as it was written; it names the file, and the newest older checkpoint
-    that is whole. Those of earlier versions have no hashes: a line says so.
+    ValueError on every rank where one is not as it was written; it names the file, and the newest older
+    checkpoint that is whole. Those of earlier versions have no hashes: a line says so.
     """
     if not _agreed(found.path.is_dir()) or found.path in _CHECKED:
         return  # a missing one is an error of whoever reads it
     verdict = verify(found.path)
     if verdict is None:
-        _say(f" {found.flag} {found.path}: has no hashes, which earlier versions did not write: it is not verified")
+        _say(
+            f" {found.flag} {found.path}: has no hashes, which earlier versions did not write: it is not "
+            "verified"
+        )
     elif verdict.damage is None:
         _say(f" {found.flag} {found.path}: {verdict}")
     else:
-        raise ValueError(f"{found.flag} {found.path}: damaged: {verdict.damage}; {_way_out(found, verdict.damage)}")
+        raise ValueError(
+            f"{found.flag} {found.path}: damaged: {verdict.damage}; {_way_out(found, verdict.damage)}"
+        )
     _CHECKED.add(found.path)
 
 
@@ -460,7 +488,10 @@ def _way_out(found: Found, damage: str) -> str:
                 remedy = f"echo {iteration} > {Path(found.directory) / TRACKER}"
             return f"the newest whole one is that of iteration {iteration}: {remedy}"
     if damage.startswith(RUN_FILE) and found.flag == "--load":
-        remedy = f"--pretrained-checkpoint {found.directory} --no-verify-checkpoint starts a new run from its weights"
+        remedy = (
+            f"--pretrained-checkpoint {found.directory} --no-verify-checkpoint starts a new run from its "
+            "weights"
+        )
     else:
         remedy = "--no-verify-checkpoint loads it nevertheless"
     return f"no older one is known to be whole; {remedy}"
@@ -494,12 +525,16 @@ def newest_checkpoint(directory: str, *, flag: str) -> tuple[int, Path]:
             return 0, Path(directory) / _RELEASE
         iteration = int(named)
     except (OSError, ValueError):
-        raise ValueError(f"{flag} {directory}: no checkpoint there ({TRACKER} is missing or not a number)") from None
+        raise ValueError(
+            f"{flag} {directory}: no checkpoint there ({TRACKER} is missing or not a number)"
+        ) from None
     return iteration, Path(directory) / f"iter_{iteration:07d}"
 
 
 class Write:
-    """A checkpoint that is being written: under a temporary name, until `finish` gives it its own, then the tracker."""
+    """A checkpoint that is being written: under a temporary name, until `finish` gives it its own, then the
+    tracker.
+    """
 
     def __init__(
         self,
@@ -524,9 +559,9 @@ class Write:
         shares = among is not None and among.size() > 1
         strategy = FullyParallelSaveStrategyWrapper(self._strategy, among) if shares else self._strategy
         on_first_rank(self._make_room, directory)
-        # Shards are written by threads or forked children that report to this process; the queue that megatron-core
-        # would make for results lives in a process of its own, which takes seconds to start and outlives a kill -9 of
-        # this one.
+        # Shards are written by threads or forked children that report to this process; the queue that
+        # megatron-core would make for results lives in a process of its own, which takes seconds to start and
+        # outlives a kill -9 of this one.
         filesystem_async._results_queue = queue.Queue()
         with self._refused(), warnings.catch_warnings(), without_crc32():
             warnings.simplefilter("ignore")
@@ -538,7 +573,9 @@ class Write:
 
     def has_ended(self) -> bool:
         """Whether every rank has written its files."""
-        ended = torch.tensor(int(self._background is None or self._background.has_ended), device=self._device())
+        ended = torch.tensor(
+            int(self._background is None or self._background.has_ended), device=self._device()
+        )
         dist.all_reduce(ended, op=dist.ReduceOp.MIN)
         return bool(ended)
 
@@ -561,7 +598,9 @@ class Write:
         others = {file.name: hash_file(file) for file in self._temporary.iterdir() if file.name not in hashes}
         content = {"iteration": self.iteration, "versions": _versions(), **self._run}
         (self._temporary / RUN_FILE).write_bytes(sealed(content, hashes | others))
-        replaced = _set_aside(self._path)  # of a run that was killed before the tracker, or of one that is done again
+        replaced = _set_aside(
+            self._path
+        )  # of a run that was killed before the tracker, or of one that is done again
         os.rename(self._temporary, self._path)
         _CHECKED.discard(self._path)
         write_whole(Path(self.directory) / TRACKER, str(self.iteration))
@@ -579,7 +618,11 @@ class Write:
 
     @staticmethod
     def _device() -> torch.device:
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        return (
+            torch.device("cuda", torch.cuda.current_device())
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
 
 
 def _versions() -> dict[str, str]:
@@ -593,7 +636,8 @@ def _versions() -> dict[str, str]:
 def _read(
     state: dict[str, Any], found: Found, *, among: dist.ProcessGroup | None = None, weights_only: bool = False
 ) -> dict[str, Any]:
-    """The requested state. ValueError where the checkpoint lacks some of it, or holds other weights beside it.
+    """The requested state. ValueError where the checkpoint lacks some of it, or holds other weights beside
+    it.
 
     among: ranks that read a share each. weights_only: what is no tensor is not looked at.
     """
@@ -601,12 +645,15 @@ def _read(
     handling = dist_checkpointing.validation.StrictHandling.RETURN_ALL
     begin = time.perf_counter()
     try:
-        state, beside, lacking = load(state, found.path, among=among, weights_only=weights_only, strict=handling)
+        state, beside, lacking = load(
+            state, found.path, among=among, weights_only=weights_only, strict=handling
+        )
     except Unreadable as error:
         raise ValueError(f"{where}: {error}") from None
     except (Exception, CheckpointException) as error:
         raise ValueError(f"{where}: does not fit this model ({_reason(error)})") from error
-    # A checkpoint with an LM head of its own is not that of a tied model. A run's other state may stay where it is.
+    # A checkpoint with an LM head of its own is not that of a tied model. A run's other state may stay where
+    # it is.
     beside = {key for key in beside if not key.startswith(_OTHER_STATE) and "optimizer." not in key}
     beside, lacking = ({key for key in keys if not key.endswith(_EXTRA_STATE)} for keys in (beside, lacking))
     for what, keys in (("it lacks", lacking), ("it also holds", beside)):
@@ -619,7 +666,8 @@ def _read(
 def _prepare(directory: Path) -> None:
     """The directory, writable and without the remains of a run that was killed.
 
-    Where it was killed while its checkpoint took the place of one that the tracker names, that one comes back.
+    Where it was killed while its checkpoint took the place of one that the tracker names, that one comes
+    back.
     """
     directory.mkdir(parents=True, exist_ok=True)
     probe = directory / f".writable.{owner_tag()}"
@@ -636,7 +684,9 @@ def _prepare(directory: Path) -> None:
 
 
 def _set_aside(path: Path) -> Path:
-    """Rename a checkpoint that is to go, if it exists: a kill halfway leaves no half of one under its name."""
+    """Rename a checkpoint that is to go, if it exists: a kill halfway leaves no half of one under its
+    name.
+    """
     aside = _aside(path)
     if path.exists():
         shutil.rmtree(aside, ignore_errors=True)
@@ -656,7 +706,9 @@ def _remove_older(directory: Path, iteration: int, retain: int) -> None:
 
 
 def _init_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
-    """What SGD has after its first step, for a checkpoint to be read into; megatron-core does this for Adam only."""
+    """What SGD has after its first step, for a checkpoint to be read into; megatron-core does this for Adam
+    only.
+    """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
@@ -673,7 +725,9 @@ def _rng_state() -> dict[str, torch.Tensor]:
 
 def _set_rng_state(state: dict[str, Any]) -> None:
     """As `_rng_state` gives it, or an earlier version did, with the tracker's states in a dictionary."""
-    tracker = {name.removeprefix("tracker."): value for name, value in state.items() if name.startswith("tracker.")}
+    tracker = {
+        name.removeprefix("tracker."): value for name, value in state.items() if name.startswith("tracker.")
+    }
     torch.set_rng_state(state["torch"])
     get_cuda_rng_tracker().set_states(tracker or state["tracker"])
     if "cuda" in state and torch.cuda.is_available():

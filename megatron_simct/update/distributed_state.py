@@ -1,10 +1,12 @@
-"""The state of Megatron's distributed optimizer in the form that a plain optimizer's state has in a checkpoint.
+"""The state of Megatron's distributed optimizer in the form that a plain optimizer's state has in a
+checkpoint.
 
-The distributed optimizer cuts a flat buffer of all parameters into one piece for each data-parallel rank, wherever the
-cuts fall. In a checkpoint each parameter's state is a tensor of the parameter's shape, under the plain optimizer's
-keys: either optimizer reads what the other wrote, in any layout. To save, the pieces of a parameter are brought
-together on the rank that has most of it, which writes them; to load, that rank reads them and deals them out. So each
-rank writes and reads its share, and holds that share a second time while it does.
+The distributed optimizer cuts a flat buffer of all parameters into one piece for each data-parallel rank,
+wherever the cuts fall. In a checkpoint each parameter's state is a tensor of the parameter's shape, under the
+plain optimizer's keys: either optimizer reads what the other wrote, in any layout. To save, the pieces of a
+parameter are brought together on the rank that has most of it, which writes them; to load, that rank reads
+them and deals them out. So each rank writes and reads its share, and holds that share a second time while it
+does.
 """
 
 from __future__ import annotations
@@ -62,8 +64,13 @@ def is_distributed(optimizer: MegatronOptimizer) -> bool:
     return isinstance(parts_of(optimizer)[0], DistributedOptimizer)
 
 
-def sharded_state(optimizer: MegatronOptimizer, model: Mapping[str, Any], *, is_loading: bool) -> dict[Any, Any]:
-    """What is saved, or requested, of the optimizer; `model` is what is saved of the model. Collective over the job."""
+def sharded_state(
+    optimizer: MegatronOptimizer, model: Mapping[str, Any], *, is_loading: bool
+) -> dict[Any, Any]:
+    """What is saved, or requested, of the optimizer; `model` is what is saved of the model.
+
+    Collective over the job.
+    """
     tensors, _ = extract_sharded_tensors_and_factories(dict(model))
     by_parameter = {id(tensor.data): tensor for tensor in nested_values(tensors)}
     parts = parts_of(optimizer)
@@ -142,7 +149,9 @@ def _spreads(optimizer: DistributedOptimizer) -> Iterator[Spread]:
         for number, bucket in enumerate(buffer.buckets):
             piece = bucket.grad_data.numel() // size
             begins = [bucket.offset + rank * piece for rank in range(size)]
-            places = {p: (begin, end) for p, (begin, end, at) in buffer.param_index_map.items() if at == number}
+            places = {
+                p: (begin, end) for p, (begin, end, at) in buffer.param_index_map.items() if at == number
+            }
             if places:
                 yield Spread(
                     parameters=list(places),
@@ -164,7 +173,10 @@ def _own(optimizer: DistributedOptimizer, parameter: torch.nn.Parameter, key: st
 
 
 def _gather(optimizer: DistributedOptimizer, spread: Spread, key: str) -> dict[int, torch.Tensor]:
-    """The whole state, flat, of the parameters that this rank owns. Collective over the data-parallel group."""
+    """The whole state, flat, of the parameters that this rank owns.
+
+    Collective over the data-parallel group.
+    """
     group = optimizer.data_parallel_group
     rank, sizes = group.rank(), spread.sizes
     outgoing = [
@@ -175,11 +187,15 @@ def _gather(optimizer: DistributedOptimizer, spread: Spread, key: str) -> dict[i
     received = _exchange(
         outgoing, [sum(sizes[i][source] for i in mine) for source in range(group.size())], spread, group
     )
-    pieces = [part.split([sizes[i][source] for i in mine]) if mine else () for source, part in enumerate(received)]
+    pieces = [
+        part.split([sizes[i][source] for i in mine]) if mine else () for source, part in enumerate(received)
+    ]
     return {index: torch.cat([part[place] for part in pieces]) for place, index in enumerate(mine)}
 
 
-def _deal(optimizer: DistributedOptimizer, spread: Spread, key: str, wholes: Mapping[int, torch.Tensor]) -> None:
+def _deal(
+    optimizer: DistributedOptimizer, spread: Spread, key: str, wholes: Mapping[int, torch.Tensor]
+) -> None:
     """The way back: each rank gets its pieces of the parameters that other ranks own."""
     group = optimizer.data_parallel_group
     rank, sizes = group.rank(), spread.sizes
@@ -190,16 +206,26 @@ def _deal(optimizer: DistributedOptimizer, spread: Spread, key: str, wholes: Map
     counts = [sum(sizes[index][rank] for index in owned) for owned in spread.owned]
     for owned, part in zip(spread.owned, _exchange(outgoing, counts, spread, group), strict=True):
         theirs = [index for index in owned if sizes[index][rank]]
-        for index, piece in zip(theirs, part.split([sizes[i][rank] for i in theirs]) if theirs else (), strict=True):
+        for index, piece in zip(
+            theirs, part.split([sizes[i][rank] for i in theirs]) if theirs else (), strict=True
+        ):
             _own(optimizer, spread.parameters[index], key).detach().copy_(piece)
 
 
 def _exchange(
-    outgoing: Sequence[Sequence[torch.Tensor]], counts: Sequence[int], spread: Spread, group: dist.ProcessGroup
+    outgoing: Sequence[Sequence[torch.Tensor]],
+    counts: Sequence[int],
+    spread: Spread,
+    group: dist.ProcessGroup,
 ) -> list[torch.Tensor]:
     """One float32 tensor from each rank, `counts` numbers long. outgoing: by rank, what it gets."""
     device = spread.parameters[0].device
-    parts = [torch.cat([torch.empty(0, device=device), *(piece.to(device) for piece in pieces)]) for pieces in outgoing]
+    parts = [
+        torch.cat([torch.empty(0, device=device), *(piece.to(device) for piece in pieces)])
+        for pieces in outgoing
+    ]
     received = torch.empty(sum(counts), device=device)
-    dist.all_to_all_single(received, torch.cat(parts), list(counts), [len(part) for part in parts], group=group)
+    dist.all_to_all_single(
+        received, torch.cat(parts), list(counts), [len(part) for part in parts], group=group
+    )
     return list(received.split(list(counts)))

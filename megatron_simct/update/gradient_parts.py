@@ -1,12 +1,14 @@
-"""How two parts of a step's gradient lie to each other: that of the 1:1 positions, and that of all other segments.
+"""How two parts of a step's gradient lie to each other: that of the 1:1 positions, and that of all other
+segments.
 
-With g_1 the gradient of the segments of one shared token on each side and of the stop tokens, and g_u that of the rest:
+With g_1 the gradient of the segments of one shared token on each side and of the stop tokens, and g_u that of
+the rest:
 
     cosine = <g_1, g_u> / (|g_1| |g_u|)        ratio = |g_u| / |g_1|
 
-A cosine below 0 says that the units pull the student away from where its 1:1 positions send it (arXiv:2610.08448).
-The loss is a sum over segments, so g_u is what g_1 leaves of the step's own gradient: one pass more, over the same
-micro-batches with the weights of the units set to 0.
+A cosine below 0 says that the units pull the student away from where its 1:1 positions send it
+(arXiv:2610.08448). The loss is a sum over segments, so g_u is what g_1 leaves of the step's own gradient: one
+pass more, over the same micro-batches with the weights of the units set to 0.
 """
 
 from __future__ import annotations
@@ -27,14 +29,19 @@ with megatron_imports():
 
 
 def without_units(batch: MicroBatch) -> MicroBatch:
-    """The micro-batch with units of weight 0. Its labels count as before: the gradient is divided by their number."""
+    """The micro-batch with units of weight 0.
+
+    Its labels count as before: the gradient is divided by their number.
+    """
     labels = batch.labels
     weights = labels.weights.masked_fill(labels.kinds == SegmentKind.UNIT, 0)
     return replace(batch, labels=replace(labels, weights=weights))
 
 
 def gradients(optimizer: MegatronOptimizer) -> list[list[torch.Tensor]]:
-    """Copies of what this rank adds to the gradient norm, of each optimizer of a chain, after `prepare_grads`."""
+    """Copies of what this rank adds to the gradient norm, of each optimizer of a chain, after
+    `prepare_grads`.
+    """
     return [[one.clone() for one in _of_norm(part)] for part in parts_of(optimizer)]
 
 
@@ -44,8 +51,13 @@ def _of_norm(part: MegatronOptimizer) -> list[torch.Tensor]:
     return found()
 
 
-def compare(optimizer: MegatronOptimizer, of_one_to_one: Sequence[Sequence[torch.Tensor]]) -> dict[str, float]:
-    """The metrics, from `gradients` of the pass without units and the whole gradient in the optimizer. Collective."""
+def compare(
+    optimizer: MegatronOptimizer, of_one_to_one: Sequence[Sequence[torch.Tensor]]
+) -> dict[str, float]:
+    """The metrics, from `gradients` of the pass without units and the whole gradient in the optimizer.
+
+    Collective.
+    """
     sums = torch.zeros(3, dtype=torch.float64)
     for part, ones in zip(parts_of(optimizer), of_one_to_one, strict=True):
         wholes = _of_norm(part)

@@ -1,10 +1,11 @@
 """Whether the files of a checkpoint are the ones that were written.
 
-    iter_0000100/run.json    "files": size and SHA-256 of every other file; "sha256", its last field: of run.json itself
+    iter_0000100/run.json    "files": size and SHA-256 of every other file; "sha256", its last field: of
+                             run.json itself
 
-Each rank hashes the files that it writes, while they are written. Before a checkpoint is used each file is read once a
-job: the files are dealt over the ranks, and all ranks learn of the first that is not as it was. This shows damage by
-disks, networks and people; it is no signature.
+Each rank hashes the files that it writes, while they are written. Before a checkpoint is used each file is
+read once a job: the files are dealt over the ranks, and all ranks learn of the first that is not as it was.
+This shows damage by disks, networks and people; it is no signature.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Verdict:
 
 
 class Following:
-    """Hashes files while other processes write them, from the first byte to the last: what is written is never changed.
+    """Hashes files while other processes write them, from the first byte to the last: what is written is
+    never changed.
 
     The bytes come from the page cache, and the processors have time while the disk has none.
     """
@@ -123,7 +125,10 @@ def read_run_file(folder: Path) -> tuple[dict[str, Any], dict[str, FileHash] | N
 
 
 def verify(folder: Path) -> Verdict | None:
-    """Compare every file with run.json; None where that has no hashes, or is missing. Collective over the whole job."""
+    """Compare every file with run.json; None where that has no hashes, or is missing.
+
+    Collective over the whole job.
+    """
     begin = time.perf_counter()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     files: Mapping[str, FileHash] | None = {}

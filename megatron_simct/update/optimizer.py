@@ -32,7 +32,8 @@ def wrap_data_parallel(
     overlap, tp_size = parallel.overlap_grad_reduce, model.config.tensor_model_parallel_size
     if model.config.num_moe_experts and tp_size > 1 and not model.config.sequence_parallel:
         raise ValueError(
-            f"--tensor-model-parallel-size {tp_size}: training a mixture of experts needs --sequence-parallel with it"
+            f"--tensor-model-parallel-size {tp_size}: training a mixture of experts needs "
+            "--sequence-parallel with it"
         )
     options = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -43,17 +44,22 @@ def wrap_data_parallel(
     )
     chunks = []
     for index, chunk in enumerate(chunks_of(model)):
-        # As in Megatron-LM: later chunks of an interleaved stage are reduced whole, behind other chunks' work.
-        ddp = DistributedDataParallel(model.config, options, chunk, disable_bucketing=not overlap or index > 0)
+        # As in Megatron-LM: later chunks of an interleaved stage are reduced whole, behind other chunks'
+        # work.
+        ddp = DistributedDataParallel(
+            model.config, options, chunk, disable_bucketing=not overlap or index > 0
+        )
         ddp.broadcast_params()
         chunks.append(ddp)
     return chunks
 
 
 def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
-    """Bring the weights up to date on every rank, where --overlap-param-gather leaves that to the next forward pass.
+    """Bring the weights up to date on every rank, where --overlap-param-gather leaves that to the next
+    forward pass.
 
-    For whoever reads them without one. Collective over the data-parallel groups; it does nothing the second time.
+    For whoever reads them without one. Collective over the data-parallel groups; it does nothing the second
+    time.
     """
     for ddp in chunks:
         if ddp.ddp_config.overlap_param_gather:

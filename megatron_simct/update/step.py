@@ -1,7 +1,9 @@
-"""The update: forward and backward through Megatron's schedule, one division, one finite check, one optimizer step.
+"""The update: forward and backward through Megatron's schedule, one division, one finite check, one optimizer
+step.
 
-The loss function returns sums. Megatron adds up the label counts of all micro-batches and data-parallel ranks and
-divides every gradient once by that number (finalize_model_grads): the result does not depend on how a batch is split.
+The loss function returns sums. Megatron adds up the label counts of all micro-batches and data-parallel ranks
+and divides every gradient once by that number (finalize_model_grads): the result does not depend on how a
+batch is split.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ class StepReport:
     gradient_parts: dict[str, float] = field(default_factory=dict)
     """What gradient_parts.py found, in steps where it was looked at."""
     label_losses: dict[int, torch.Tensor] = field(default_factory=dict)
-    """By sample id, for this rank's samples on the last pipeline stage: LossOutput.label_losses of the response [n]."""
+    """By sample id, for this rank's samples on the last pipeline stage: LossOutput.label_losses of the
+    response [n].
+    """
 
 
 class Updater:
@@ -75,8 +79,9 @@ class Updater:
     ) -> None:
         """gradient_parts_interval: every so many steps the gradient's parts are compared; 0: never.
 
-        importance_cap: see interface_loss. check_sampling: told of each step, before its weights change, the mean and
-        the largest difference of the labels' log-probabilities in sampling and in training; may refuse the step.
+        importance_cap: see interface_loss. check_sampling: told of each step, before its weights change, the
+        mean and the largest difference of the labels' log-probabilities in sampling and in training; may
+        refuse the step.
         """
         self._gradient_parts_interval = gradient_parts_interval
         self._check_sampling = check_sampling
@@ -99,7 +104,8 @@ class Updater:
     def step(self, batches: Sequence[MicroBatch]) -> StepReport:
         """One optimizer step on all micro-batches of all ranks. Collective over the whole job.
 
-        Raises NonFiniteError, on every rank and before any weight changes, for a loss or gradient that is not finite.
+        Raises NonFiniteError, on every rank and before any weight changes, for a loss or gradient that is not
+        finite.
         """
         interval, of_one_to_one = self._gradient_parts_interval, None
         if interval and (self._scheduler.num_steps + 1) % interval == 0:
@@ -141,7 +147,9 @@ class Updater:
         )
 
     def _backward(self, batches: Sequence[MicroBatch]) -> list[dict[str, torch.Tensor]]:
-        """Gradients of the micro-batches in the place of those that were there; what the loss says of each."""
+        """Gradients of the micro-batches in the place of those that were there; what the loss says of
+        each.
+        """
         for ddp in self._chunks:
             ddp.zero_grad_buffer()
         self._optimizer.zero_grad()
@@ -192,16 +200,19 @@ class Updater:
         """
         self._optimizer.prepare_grads()
         grad_norm = float(self._optimizer.get_grad_norm())
-        # Tensor-parallel ranks hold copies of the same numbers; should they differ, all ranks stop, or some would wait.
+        # Tensor-parallel ranks hold copies of the same numbers; should they differ, all ranks stop, or some
+        # would wait.
         finite = torch.tensor(
-            int(math.isfinite(sums["loss"]) and math.isfinite(grad_norm)), dtype=torch.int32, device=self._groups.device
+            int(math.isfinite(sums["loss"]) and math.isfinite(grad_norm)),
+            dtype=torch.int32,
+            device=self._groups.device,
         )
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         if not int(finite):
             raise NonFiniteError(
                 f"not finite: {_culprits(bad_ids, grad_norm)}; here: loss sum {sums['loss']} over "
-                f"{sums['num_labels']:.0f} labels, gradient norm {grad_norm}: stopped before the optimizer step; "
-                "lower --lr or --clip-grad"
+                f"{sums['num_labels']:.0f} labels, gradient norm {grad_norm}: stopped before the optimizer "
+                "step; lower --lr or --clip-grad"
             )
         if self._check_sampling is not None:
             self._check_sampling(sums["rollout_gap_sum"] / sums["num_labels"], sums["rollout_gap_largest"])
@@ -217,11 +228,13 @@ def _culprits(bad_ids: Sequence[int], grad_norm: float) -> str:
     """Where the bad numbers are, in the same words on every rank. Collective over the whole job."""
     by_rank: list[tuple[list[int], bool]] = [([], True)] * dist.get_world_size()
     dist.all_gather_object(by_rank, (sorted(bad_ids), math.isfinite(grad_norm)))
-    losses = [f"rank {rank} (samples {', '.join(map(str, ids))})" for rank, (ids, _) in enumerate(by_rank) if ids]
+    losses = [
+        f"rank {rank} (samples {', '.join(map(str, ids))})" for rank, (ids, _) in enumerate(by_rank) if ids
+    ]
     norms = [str(rank) for rank, (_, finite) in enumerate(by_rank) if not finite]
-    parts = ["loss on " + ", ".join(losses)] * bool(losses) + ["gradient norm on rank " + ", ".join(norms)] * bool(
-        norms
-    )
+    parts = ["loss on " + ", ".join(losses)] * bool(losses) + [
+        "gradient norm on rank " + ", ".join(norms)
+    ] * bool(norms)
     return " and ".join(parts)
 
 

@@ -25,9 +25,15 @@ def model_fields(update: UpdateConfig) -> dict[str, Any]:
 
 
 def check_support(
-    update: UpdateConfig, parallel: ParallelConfig, architecture: Architecture, *, transformer_engine: bool, flag: str
+    update: UpdateConfig,
+    parallel: ParallelConfig,
+    architecture: Architecture,
+    *,
+    transformer_engine: bool,
+    flag: str,
 ) -> None:
-    """ValueError, with the flag, for a model that is no student, and for an option that it or its layout does not have.
+    """ValueError, with the flag, for a model that is no student, and for an option that it or its layout does
+    not have.
 
     transformer_engine: the layers are TransformerEngine's. flag: names the model.
     """
@@ -37,7 +43,11 @@ def check_support(
 
 
 def _refusals(
-    update: UpdateConfig, parallel: ParallelConfig, architecture: Architecture, transformer_engine: bool, flag: str
+    update: UpdateConfig,
+    parallel: ParallelConfig,
+    architecture: Architecture,
+    transformer_engine: bool,
+    flag: str,
 ) -> Iterator[tuple[str, str]]:
     """What does not work, and why."""
     has_experts = bool(architecture.num_experts)
@@ -45,8 +55,8 @@ def _refusals(
     if "layernorm" in modules and not transformer_engine:
         yield (
             f"{flag_of_modules} layernorm",
-            "megatron-core implements it with TransformerEngine's layers only, which this model does not have here; "
-            "use --recompute-granularity full",
+            "megatron-core implements it with TransformerEngine's layers only, which this model does not "
+            "have here; use --recompute-granularity full",
         )
     if "moe" in modules and not has_experts:
         yield f"{flag_of_modules} moe", f"no experts in {flag}; use mlp"
@@ -58,6 +68,6 @@ def _refusals(
         if uneven is not None:
             yield (
                 f"--recompute-num-layers {unit}",
-                f"with --recompute-method uniform it must divide the layers of each pipeline stage of {flag}; one has "
-                f"{uneven}",
+                "with --recompute-method uniform it must divide the layers of each pipeline stage of "
+                f"{flag}; one has {uneven}",
             )

@@ -1,9 +1,11 @@
-"""How checkpoints of the format torch_dist are written and read: hashed while they are written, without unpickling.
+"""How checkpoints of the format torch_dist are written and read: hashed while they are written, without
+unpickling.
 
-Three parts of the format are pickles. `.metadata` is unpickled by megatron-core through torch, which would call
-whatever the file names: here it is read by `MetadataReader`, which knows the dozen classes that such a file consists
-of, and megatron-core gets its readers from here. common.pt and objects within shards are read under torch's
-weights_only, which the environment variable TORCH_FORCE_WEIGHTS_ONLY_LOAD imposes on every torch.load beneath.
+Three parts of the format are pickles. `.metadata` is unpickled by megatron-core through torch, which would
+call whatever the file names: here it is read by `MetadataReader`, which knows the dozen classes that such a
+file consists of, and megatron-core gets its readers from here. common.pt and objects within shards are read
+under torch's weights_only, which the environment variable TORCH_FORCE_WEIGHTS_ONLY_LOAD imposes on every
+torch.load beneath.
 """
 
 from __future__ import annotations
@@ -68,9 +70,13 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 
 
 OWN_WRITER: dict[str, Any] = (
-    {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
+    {"async_strategy": "mcore"}
+    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    else {}
 )
-"""For dist_checkpointing.save: megatron-core's own writer, where later versions would take that of another package."""
+"""For dist_checkpointing.save: megatron-core's own writer, where later versions would take that of another
+package.
+"""
 
 
 class Unreadable(ValueError):
@@ -131,7 +137,9 @@ torch_strategies._get_filesystem_reader = _reader
 
 @contextlib.contextmanager
 def _nothing_else() -> Iterator[None]:
-    """What is no tensor stays where it is: Megatron-LM's common.pt holds its arguments, which are pickled objects."""
+    """What is no tensor stays where it is: Megatron-LM's common.pt holds its arguments, which are pickled
+    objects.
+    """
     if hasattr(serialization, "verify_checkpoint_and_load_strategy"):
         owner: Any = importlib.import_module(
             "megatron.core.dist_checkpointing.strategies.common"
@@ -157,10 +165,14 @@ def load(
 ) -> Any:
     """dist_checkpointing.load without unpickling: see the module. Collective over the whole job.
 
-    among: the ranks that read a share each of what all of them request; None: each reads all. weights_only: common.pt
-    is not read.
+    among: the ranks that read a share each of what all of them request; None: each reads all. weights_only:
+    common.pt is not read.
     """
-    with _nothing_else() if weights_only else contextlib.nullcontext(), _weights_only(), warnings.catch_warnings():
+    with (
+        _nothing_else() if weights_only else contextlib.nullcontext(),
+        _weights_only(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         if among is not None and among.size() > 1:
             strategy = torch_strategies.TorchDistLoadShardedStrategy()
@@ -187,12 +199,17 @@ def _weights_only() -> Iterator[None]:
 
 
 def _refuse_pickled_state(state: dict[str, Any]) -> None:
-    """ValueError for what TransformerEngine would unpickle: the FP8 state of a layer. Without FP8 it is empty."""
+    """ValueError for what TransformerEngine would unpickle: the FP8 state of a layer.
+
+    Without FP8 it is empty.
+    """
     for part in state.values():
         for name, value in part.items() if isinstance(part, dict) else ():
             size = value.numel() if isinstance(value, torch.Tensor) else 0 if value is None else 1
             if str(name).endswith("_extra_state") and size:
-                raise ValueError(f"{name} holds a pickle, the FP8 state of TransformerEngine, which is not read")
+                raise ValueError(
+                    f"{name} holds a pickle, the FP8 state of TransformerEngine, which is not read"
+                )
 
 
 @contextlib.contextmanager
@@ -218,7 +235,9 @@ class HashingStrategy(torch_strategies.TorchDistSaveShardedStrategy):
         self.refused: OSError | None = None
         """Where one of them could not be read again."""
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any, *strategy: Any) -> AsyncRequest:
+    def _get_save_and_finalize_callbacks(
+        self, writer: Any, save_state_dict_ret: Any, *strategy: Any
+    ) -> AsyncRequest:
         request = super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret, *strategy)
         if request.async_fn is None:  # nothing to write on this rank
             return request
@@ -239,7 +258,9 @@ class HashingStrategy(torch_strategies.TorchDistSaveShardedStrategy):
 
 
 def _write_here(writer: Any, rank: int, write_buckets: Any, results: Any) -> None:
-    """megatron-core's own writing of files, one by one in this thread, where it would fork a process for each."""
+    """megatron-core's own writing of files, one by one in this thread, where it would fork a process for
+    each.
+    """
     transforms = [writer.transforms] if hasattr(writer, "transforms") else []
     written: Any = {}
     ended: queue.Queue[Any] = queue.Queue()
@@ -278,7 +299,8 @@ class BackgroundWrite:
         return not self._thread.is_alive()
 
     def finish(self) -> None:
-        """Wait for the files of this rank, then write what describes all of them. Collective over the whole job.
+        """Wait for the files of this rank, then write what describes all of them. Collective over the whole
+        job.
 
         Raises what the disk of any rank refused, on every rank.
         """

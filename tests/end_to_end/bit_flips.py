@@ -33,7 +33,9 @@ def chosen(folder: Path, count: int, dice: random.Random) -> list[tuple[Path, in
     return [(path, dice.randrange(8 * path.stat().st_size)) for path in picked]
 
 
-def unnoticed(rank: int, world_size: int, folder: Path, flips: list[tuple[Path, int]]) -> list[tuple[str, int]]:
+def unnoticed(
+    rank: int, world_size: int, folder: Path, flips: list[tuple[Path, int]]
+) -> list[tuple[str, int]]:
     """The flips that `verify` does not find, or finds in another file."""
     sound = verify(folder)
     assert sound is not None and sound.damage is None
@@ -58,7 +60,11 @@ def flips_in_one_process(folder: Path, count: int, *, seed: int) -> str:
 def flips_through_train(save: Path, argv: list[str], count: int, *, seed: int) -> str:
     """The same, where the command is to resume. The tracker is among the files."""
     folder = save / f"iter_{int((save / TRACKER).read_text()):07d}"
-    flips = [*chosen(folder, max(0, count - 2), random.Random(seed)), (save / TRACKER, 1), (save / TRACKER, 5)][:count]
+    flips = [
+        *chosen(folder, max(0, count - 2), random.Random(seed)),
+        (save / TRACKER, 1),
+        (save / TRACKER, 5),
+    ][:count]
     for path, bit in flips:
         flip(path, bit)
         ((code, out, err),) = run_ranks(1, run, argv)
@@ -69,7 +75,9 @@ def flips_through_train(save: Path, argv: list[str], count: int, *, seed: int) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("flips", type=int, metavar="N")
     parser.add_argument("--through-train", type=int, default=20, metavar="N")
     parser.add_argument("--seed", type=int, default=1)

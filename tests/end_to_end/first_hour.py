@@ -27,7 +27,8 @@ def run(command: str) -> str:
 def main() -> None:
     steps = [("./examples/quickstart/run.sh", QUICK_START.read_text().split("```")[1])]
     steps += [
-        ("source .venv/bin/activate\n" + command, text) for command, text in commands_of(Path("docs/first_hour.md"))
+        ("source .venv/bin/activate\n" + command, text)
+        for command, text in commands_of(Path("docs/first_hour.md"))
     ]
     exact = 0
     for command, expected in steps:
@@ -38,9 +39,16 @@ def main() -> None:
         if not same_but_for_numbers(expected, printed):
             sys.exit(f"first_hour: {command}\nthe page prints\n{expected}\nfound was\n{printed}")
         exact += same(expected, printed)
-        found = "as the page prints it" if same(expected, printed) else "as the page prints it but for numbers"
-        print(f"first_hour: {time.monotonic() - begin:5.0f} s  {found}: {command.splitlines()[-1].strip()}", flush=True)
-    print(f"first_hour: verified: {len(steps)} commands in an empty environment, {exact} of them to the digit")
+        found = (
+            "as the page prints it" if same(expected, printed) else "as the page prints it but for numbers"
+        )
+        print(
+            f"first_hour: {time.monotonic() - begin:5.0f} s  {found}: {command.splitlines()[-1].strip()}",
+            flush=True,
+        )
+    print(
+        f"first_hour: verified: {len(steps)} commands in an empty environment, {exact} of them to the digit"
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """kill -9 at N random moments of a tiny run, restarted until it is done, against an undisturbed run.
 
-The seed chooses each moment: a hop (in turn, so that all are hit), one of its calls in the three steps that follow a
-restart, a rank, and how long after the call began, up to the time that such a call takes. Each attempt forks fresh
-processes from this one, which has trained nothing. Where one rank is killed the others are killed after it, as
-torchrun does. Then metrics (timing apart), weights, optimizer and random state must be equal bit by bit.
+The seed chooses each moment: a hop (in turn, so that all are hit), one of its calls in the three steps that
+follow a restart, a rank, and how long after the call began, up to the time that such a call takes. Each
+attempt forks fresh processes from this one, which has trained nothing. Where one rank is killed the others
+are killed after it, as torchrun does. Then metrics (timing apart), weights, optimizer and random state must
+be equal bit by bit.
 """
 
 from __future__ import annotations
@@ -71,7 +72,11 @@ class Watch:
         @functools.wraps(function)
         def watched(*args: Any, **kwargs: Any) -> Any:
             moment = self._moment
-            if moment is not None and (moment.hop, moment.call, moment.rank) == (hop, self._calls[hop], self._rank):
+            if moment is not None and (moment.hop, moment.call, moment.rank) == (
+                hop,
+                self._calls[hop],
+                self._rank,
+            ):
                 threading.Timer(moment.delay_s, self._kill).start()
             self._calls[hop] += 1
             self._inside.append(hop)
@@ -91,7 +96,9 @@ class Watch:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def attempt(rank: int, world_size: int, argv: list[str], moment: Moment | None, log: Path) -> dict[str, list[float]]:
+def attempt(
+    rank: int, world_size: int, argv: list[str], moment: Moment | None, log: Path
+) -> dict[str, list[float]]:
     """The command under a watch; the seconds of every call by hop."""
     watch = Watch(rank, moment, log)
     sys.setswitchinterval(1e-4)
@@ -103,7 +110,8 @@ def attempt(rank: int, world_size: int, argv: list[str], moment: Moment | None, 
 
 
 def verify(folder: Path, *, kills: int, seed: int, processes: int, flags: Sequence[str] | None = None) -> str:
-    """Run, kill, restart, compare; one line that says what was verified. AssertionError where it does not hold.
+    """Run, kill, restart, compare; one line that says what was verified. AssertionError where it does not
+    hold.
 
     flags: of the run; without them, tensor parallelism over all processes.
     """
@@ -138,9 +146,10 @@ def verify(folder: Path, *, kills: int, seed: int, processes: int, flags: Sequen
     num_tensors = assert_same_run(folder / "killed", folder / "undisturbed")
     hit = Counter(log.read_text().splitlines())
     return (
-        f"kill -9 at {kills} moments ({', '.join(f'{hop} {n}' for hop, n in sorted(hit.items()))}) of {steps} steps on "
-        f"{processes} process(es), restarted each time: metrics and {num_tensors} tensors of weights, optimizer "
-        f"and random state are bit-identical to an undisturbed run ({torch.get_num_threads()} thread a process)"
+        f"kill -9 at {kills} moments ({', '.join(f'{hop} {n}' for hop, n in sorted(hit.items()))}) of "
+        f"{steps} steps on {processes} process(es), restarted each time: metrics and {num_tensors} tensors "
+        "of weights, optimizer and random state are bit-identical to an undisturbed run "
+        f"({torch.get_num_threads()} thread a process)"
     )
 
 
@@ -166,14 +175,20 @@ def _moments(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("kills", type=int, metavar="N")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--processes", type=int, default=2, choices=(1, 2), help="tensor-parallel ranks")
     options, flags = parser.parse_known_args()  # the others are of the run, in the place of its layout
     with tempfile.TemporaryDirectory() as folder:
         text = verify(
-            Path(folder), kills=options.kills, seed=options.seed, processes=options.processes, flags=flags or None
+            Path(folder),
+            kills=options.kills,
+            seed=options.seed,
+            processes=options.processes,
+            flags=flags or None,
         )
     print(text)
 

@@ -1,11 +1,14 @@
-"""tools/evaluate.py beside lm-eval: the same responses get the same grades, the same model the same responses.
+"""tools/evaluate.py beside lm-eval: the same responses get the same grades, the same model the same
+responses.
 
     python -m tests.end_to_end.lm_eval_harness --gsm8k test.jsonl --mbpp sanitized-mbpp.json --model DIR
 
-1. Responses that are right, wrong or badly ended, made from the data sets' own solutions, go through lm-eval's tasks
-   gsm8k, humaneval and mbpp (zero-shot, its prompts, filters and metrics) and through tools/evaluate.py --responses.
-2. A model goes from a Hugging Face folder to a checkpoint and back. On the export lm-eval's `hf` backend (transformers)
-   and tools/evaluate.py (the engine, TP3) answer the first problems of GSM8K greedily, and both are graded.
+1. Responses that are right, wrong or badly ended, made from the data sets' own solutions, go through
+   lm-eval's tasks gsm8k, humaneval and mbpp (zero-shot, its prompts, filters and metrics) and through
+   tools/evaluate.py --responses.
+2. A model goes from a Hugging Face folder to a checkpoint and back. On the export lm-eval's `hf` backend
+   (transformers) and tools/evaluate.py (the engine, TP3) answer the first problems of GSM8K greedily, and
+   both are graded.
 
 Every grade of every problem has to be equal. Exit code 1 and the first differences where one is not.
 lm-eval runs programs with a metric that is downloaded from a hub; a stand-in runs them here, in a child each.
@@ -40,10 +43,18 @@ Rows = list[dict[str, Any]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gsm8k", type=Path, metavar="FILE", help="test.jsonl of GSM8K; without it GSM8K is left out")
-    parser.add_argument("--mbpp", type=Path, metavar="FILE", help="sanitized-mbpp.json; without it MBPP is left out")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="Hugging Face folder; without it part 2 is left out")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--gsm8k", type=Path, metavar="FILE", help="test.jsonl of GSM8K; without it GSM8K is left out"
+    )
+    parser.add_argument(
+        "--mbpp", type=Path, metavar="FILE", help="sanitized-mbpp.json; without it MBPP is left out"
+    )
+    parser.add_argument(
+        "--model", type=Path, metavar="DIR", help="Hugging Face folder; without it part 2 is left out"
+    )
     parser.add_argument("--rows", type=int, default=300, help="of GSM8K and of MBPP, for part 1")
     parser.add_argument("--questions", type=int, default=12, help="of GSM8K, for part 2")
     parser.add_argument("--max-response-len", type=int, default=48, help="tokens, for part 2")
@@ -80,7 +91,8 @@ def compare_grades(name: str, rows: Rows, work: Path) -> None:
     given = work / f"{name}_responses.jsonl"
     ids = [row["task_id"] if "task_id" in row else number for number, row in enumerate(rows)]
     _write_lines(
-        given, [{"problem_id": str(i), "response": response} for i, response in zip(ids, responses, strict=True)]
+        given,
+        [{"problem_id": str(i), "response": response} for i, response in zip(ids, responses, strict=True)],
     )
     ours = our_grades(name, rows, work / f"{name}_graded", "--responses", str(given))
     _report(f"{name}, made-up responses", theirs, ours)
@@ -124,11 +136,15 @@ def compare_model(model: Path, rows: Rows, length: int, work: Path) -> None:
     theirs, texts = lm_eval_grades("gsm8k", rows, work, export=export, length=length)
     out = work / "generated"
     ours = our_grades("gsm8k", rows, out, "--hf-checkpoint", export, "--max-response-len", length, ranks=TP)
-    found = [row["response"] for path in sorted((out / "responses").glob("*.jsonl")) for row in _json_lines(path)]
+    found = [
+        row["response"] for path in sorted((out / "responses").glob("*.jsonl")) for row in _json_lines(path)
+    ]
     from megatron_simct.evaluation.benchmarks import cut
 
     same = [cut("gsm8k", text) for text in found] == texts
-    print(f"gsm8k, {len(rows)} greedy responses of {model.name}: {'equal' if same else 'NOT EQUAL'}", flush=True)
+    print(
+        f"gsm8k, {len(rows)} greedy responses of {model.name}: {'equal' if same else 'NOT EQUAL'}", flush=True
+    )
     if not same:
         for ours_text, text in zip(found, texts, strict=True):
             if cut("gsm8k", ours_text) != text:
@@ -154,7 +170,9 @@ def lm_eval_grades(
     from lm_eval.evaluator import simple_evaluate
 
     class Given(LM):
-        """Answers with the responses in the order of the rows, cut at the task's stop strings as every backend does."""
+        """Answers with the responses in the order of the rows, cut at the task's stop strings as every
+        backend does.
+        """
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
             return [_cut(responses[request.doc_id], request.args[1]["until"]) for request in requests]
@@ -173,7 +191,11 @@ def lm_eval_grades(
     spec.write_text(json.dumps(task))
     model: dict[str, Any] = {"model": Given()}
     if export is not None:
-        model = {"model": "hf", "model_args": {"pretrained": str(export), "dtype": "float32"}, "device": "cpu"}
+        model = {
+            "model": "hf",
+            "model_args": {"pretrained": str(export), "dtype": "float32"},
+            "device": "cpu",
+        }
         model |= {"batch_size": 1, "gen_kwargs": {"max_gen_toks": length}}
     found = simple_evaluate(**model, tasks=[str(spec)], bootstrap_iters=0, confirm_run_unsafe_code=True)
     assert found is not None
@@ -193,13 +215,17 @@ def our_grades(name: str, rows: Rows, folder: Path, *flags: Any, ranks: int = 1)
     """Those of tools/evaluate.py."""
     data = folder.with_suffix(".jsonl")
     _write_lines(data, rows)
-    start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    start = (
+        [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    )
     if ranks > 1:
         start += ["--nproc-per-node", str(ranks)]
         flags += ("--tensor-model-parallel-size", ranks)
     command = [*start, "tools/evaluate.py", "--benchmark", name, "--data", data, "--output-dir", folder]
     _run(*command, "--cpu-seconds", PROGRAM_S, *flags)
-    rights = [row["right"] for path in sorted((folder / "grades").glob("*.jsonl")) for row in _json_lines(path)]
+    rights = [
+        row["right"] for path in sorted((folder / "grades").glob("*.jsonl")) for row in _json_lines(path)
+    ]
     results = json.loads((folder / "results.json").read_text())
     grades = {ours: [right[ours] for right in rights] for ours in METRICS[name].values()}
     for metric, right in grades.items():
@@ -215,13 +241,17 @@ def _report(what: str, theirs: dict[str, list[bool]], ours: dict[str, list[bool]
             raise SystemExit(f"{len(differ)} of {len(right)} grades differ; rows {differ[:10]}")
 
 
-def _run_programs(references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,)) -> Any:
+def _run_programs(
+    references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,)
+) -> Any:
     """What the metric `code_eval` computes for one prediction each: the share of programs that end well."""
     passed = []
     for reference, (prediction,) in zip(references, predictions, strict=True):
         program = [sys.executable, "-I", "-c", f"{prediction}\n{reference}"]
         try:
-            passed.append(subprocess.run(program, capture_output=True, timeout=PROGRAM_S, cwd="/").returncode == 0)
+            passed.append(
+                subprocess.run(program, capture_output=True, timeout=PROGRAM_S, cwd="/").returncode == 0
+            )
         except subprocess.TimeoutExpired:
             passed.append(False)
     return {"pass@1": _mean(passed)}, {}
@@ -250,9 +280,13 @@ def _mean(values: Sequence[bool]) -> float:
 
 
 def _run(*command: Any) -> None:
-    done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(
+        [str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=1800
+    )
     if done.returncode:
-        raise SystemExit(f"{' '.join(str(word) for word in command)}\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
+        raise SystemExit(
+            f"{' '.join(str(word) for word in command)}\n{done.stdout[-1000:]}{done.stderr[-3000:]}"
+        )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 The quick-start pair, from checkpoints of a few steps, through `python -m megatron_simct.launch`:
 
-    one job           pre-empted by a job of higher priority, queued again, resumed: metrics as if nothing had happened
-    heterogeneous     the teacher on one node, the student on the other; told to stop, queued again, resumed to the end
+    one job           pre-empted by a job of higher priority, queued again, resumed: metrics as if nothing had
+                      happened
+    heterogeneous     the teacher on one node, the student on the other; told to stop, queued again, resumed
+                      to the end
     cancelled         no process of either component is left
 """
 
@@ -40,17 +42,25 @@ def main() -> None:
     together = heterogeneous(folder, pair)
     cancelled(folder, pair)
     print(
-        f"verified: a Slurm job pre-empted after {alone} of {ITERATIONS} steps, queued again, resumed bit-identically; "
-        f"a heterogeneous job, teacher and student on a node each, stopped by its signal after {together} steps, "
-        "queued again, finished; a cancelled one leaves no process; no secret in a log, a command line or a file that "
-        "others can read",
+        f"verified: a Slurm job pre-empted after {alone} of {ITERATIONS} steps, queued again, resumed "
+        "bit-identically; a heterogeneous job, teacher and student on a node each, stopped by its signal "
+        f"after {together} steps, queued again, finished; a cancelled one leaves no process; no secret in a "
+        "log, a command line or a file that others can read",
         flush=True,
     )
 
 
 def quick_start(folder: Path) -> dict[str, Any]:
     """Sections student and teacher of the quick start's pair, from a few steps of each."""
-    command = [sys.executable, "examples/quickstart/run.py", "--smoke", "--processes", "1", "--run-dir", str(folder)]
+    command = [
+        sys.executable,
+        "examples/quickstart/run.py",
+        "--smoke",
+        "--processes",
+        "1",
+        "--run-dir",
+        str(folder),
+    ]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run(command, cwd=ROOT, env=env, check=True, timeout=600, stdout=subprocess.DEVNULL)
     run = yaml.safe_load((folder / "distil-paper" / "config.yaml").read_text())
@@ -142,8 +152,8 @@ def cancelled(folder: Path, pair: dict[str, Any]) -> None:
 
 
 def tell_to_stop(run: Path, *command: str) -> None:
-    """After the third step: the student stands still until what the command causes has reached it, so that it is not
-    done before."""
+    """After the third step: the student stands still until what the command causes has reached it, so that it
+    is not done before."""
     wait("the first steps", lambda: steps(run) >= 3)
     students = [process for process in processes(run) if is_student(process)]
     for process in students:
@@ -164,7 +174,9 @@ def is_student(process: psutil.Process) -> bool:
 
 
 def has_reached(process: psutil.Process, number: signal.Signals) -> bool:
-    """Whether a process that stands still was sent the signal; Slurm wakes some of those that it tells to end."""
+    """Whether a process that stands still was sent the signal; Slurm wakes some of those that it tells to
+    end.
+    """
     if not process.is_running() or process.status() != psutil.STATUS_STOPPED:
         return True
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
@@ -177,15 +189,17 @@ def launch(*arguments: str | Path) -> str:
 
 
 def call(*command: str) -> str:
-    """What it prints. Slurm's own commands fail now and then where a machine is busy: squeue and sinfo, which change
-    nothing, are asked again."""
+    """What it prints. Slurm's own commands fail now and then where a machine is busy: squeue and sinfo, which
+    change nothing, are asked again."""
     deadline = time.monotonic() + (WAIT_S if command[0] in ("squeue", "sinfo") else 0.0)
     while True:
         result = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, cwd=ROOT)
         if result.returncode == 0 or time.monotonic() > deadline:
             break
         time.sleep(0.5)
-    assert result.returncode == 0, f"{command}: exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
+    assert result.returncode == 0, (
+        f"{command}: exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
+    )
     return result.stdout
 
 
@@ -199,7 +213,10 @@ def wait(what: str, arrived: Callable[[], bool]) -> None:
 def metrics(run: Path) -> list[dict[str, Any]]:
     """The rows of a run without time and memory."""
     rows = [json.loads(line) for line in (run / "student" / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if "second" not in key and "memory" not in key} for row in rows]
+    return [
+        {key: value for key, value in row.items() if "second" not in key and "memory" not in key}
+        for row in rows
+    ]
 
 
 def steps(run: Path) -> int:
@@ -207,7 +224,9 @@ def steps(run: Path) -> int:
     path = run / "student" / "metrics.jsonl"
     if path.exists():
         return len(path.read_text().splitlines())
-    assert call("squeue", "--noheader") or path.exists(), "\n".join(p.read_text() for p in run.glob("logs/*.log"))
+    assert call("squeue", "--noheader") or path.exists(), "\n".join(
+        p.read_text() for p in run.glob("logs/*.log")
+    )
     return 0
 
 
@@ -226,7 +245,9 @@ def processes(run: Path) -> list[psutil.Process]:
 
 
 def assert_private(run: Path) -> None:
-    """Nobody else can enter the run's folder, nor read what lies in it; secrets are in the files of keys alone."""
+    """Nobody else can enter the run's folder, nor read what lies in it; secrets are in the files of keys
+    alone.
+    """
     assert run.stat().st_mode & 0o777 == 0o700
     files = [path for path in run.rglob("*") if path.is_file()]
     secrets = {secret for path in files if path.name.endswith("_key.json") for secret in keys_of(path)}

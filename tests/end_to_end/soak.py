@@ -1,16 +1,18 @@
-"""What soak.sh runs: a launcher with a student (two ranks) and two teacher replicas, disturbed until the time is over.
+"""What soak.sh runs: a launcher with a student (two ranks) and two teacher replicas, disturbed until the time
+is over.
 
     kill          kill -9 of one process of the student or the teacher; torchrun starts the job again
     crash         kill -9 of the launcher and of everything below it, as when a machine loses its power
     interrupt     SIGINT to the launcher: the student saves, and the launcher is started again
     stop          SIGSTOP of one process, and SIGCONT later
-    link          the proxy between student and teacher passes nothing on for a while; half of the time it also
-                  closes its connections
+    link          the proxy between student and teacher passes nothing on for a while; half of the time it
+                  also closes its connections
     disk          the disk of the run is full for a while
     clock         the clock that all processes see jumps, forwards or backwards
 
-A round is one run of STEPS steps. At its end metrics, weights, optimizer and random state are those of an undisturbed
-run, bit by bit. For that the teacher computes each sample alone: its batches depend on when requests arrive.
+A round is one run of STEPS steps. At its end metrics, weights, optimizer and random state are those of an
+undisturbed run, bit by bit. For that the teacher computes each sample alone: its batches depend on when
+requests arrive.
 """
 
 from __future__ import annotations
@@ -101,7 +103,9 @@ class Proxy(threading.Thread):
 class Round:
     """One run under disturbances, in a folder of its own."""
 
-    def __init__(self, folder: Path, files: Path, weights: tuple[str, ...], logs: Path, dice: random.Random) -> None:
+    def __init__(
+        self, folder: Path, files: Path, weights: tuple[str, ...], logs: Path, dice: random.Random
+    ) -> None:
         self.folder, self._dice = folder, dice
         self.log = logs / f"{folder.name}.log"
         self.done: Counter[str] = Counter()
@@ -204,11 +208,18 @@ class Round:
                 disturbances[name](self)
 
     def _pause(self) -> None:
-        """A few seconds; half of the time until the next step, or a run that starts again would never come to one."""
+        """A few seconds; half of the time until the next step, or a run that starts again would never come to
+        one.
+        """
         time.sleep(self._dice.uniform(1.0, 6.0))
         wants_step, before, deadline = self._dice.random() < 0.5, self.steps(), time.monotonic() + 60
         assert self._launcher is not None
-        while wants_step and self.steps() == before and time.monotonic() < deadline and self._launcher.poll() is None:
+        while (
+            wants_step
+            and self.steps() == before
+            and time.monotonic() < deadline
+            and self._launcher.poll() is None
+        ):
             time.sleep(0.2)
 
     def processes(self) -> list[psutil.Process]:
@@ -325,10 +336,14 @@ def _write_prompts(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("hours", type=float)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--folder", type=Path, required=True, help="on a small disk of its own, which is filled")
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="on a small disk of its own, which is filled"
+    )
     parser.add_argument("--logs", type=Path, required=True)
     options = parser.parse_args()
     end = time.monotonic() + 3600 * options.hours
@@ -339,7 +354,10 @@ def main() -> None:
     weights = random_weights(files, options.logs / "weights")
     undisturbed = Round(options.folder / "undisturbed", files, weights, options.logs, random.Random(0))
     undisturbed.run({})
-    print(f"soak: {STEPS} undisturbed steps in {time.monotonic() - end + 3600 * options.hours:.0f} s", flush=True)
+    print(
+        f"soak: {STEPS} undisturbed steps in {time.monotonic() - end + 3600 * options.hours:.0f} s",
+        flush=True,
+    )
     total: Counter[str] = Counter()
     rounds = 0
     while rounds == 0 or time.monotonic() < end:
@@ -359,8 +377,8 @@ def main() -> None:
         print(f"soak: round {rounds} as undisturbed: {dict(disturbed.done)}", flush=True)
     what = ", ".join(f"{count} x {name}" for name, count in sorted(total.items()))
     print(
-        f"soak: verified: {rounds} runs of {STEPS} steps (seed {options.seed}) under {what}: metrics and {number} "
-        "tensors of weights, optimizer and random state are those of an undisturbed run, bit by bit"
+        f"soak: verified: {rounds} runs of {STEPS} steps (seed {options.seed}) under {what}: metrics and "
+        f"{number} tensors of weights, optimizer and random state are those of an undisturbed run, bit by bit"
     )
 
 

@@ -1,4 +1,6 @@
-"""The command on Hugging Face folders of both sides: weights, tokenizer, stop ids and chat template of each."""
+"""The command on Hugging Face folders of both sides: weights, tokenizer, stop ids and chat template of
+each.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ CHATS = [{"messages": [{"role": "user", "content": row["prompt"]}]} for row in R
 def files(tmp_path_factory) -> Path:
     """A student folder of qwen2 in many files, a teacher folder of llama in one, and prompts."""
     root = tmp_path_factory.mktemp("folders")
-    save_model(root / "student", "qwen2", tie_word_embeddings=True, vocab_size=333, shard_size="30KB", scale=0.1)
+    save_model(
+        root / "student", "qwen2", tie_word_embeddings=True, vocab_size=333, shard_size="30KB", scale=0.1
+    )
     save_byte_level(root / "student")
     save_model(root / "teacher", "llama", vocab_size=340, hidden_size=48, scale=0.1)
     save_byte_fallback(root / "teacher")
@@ -48,7 +52,14 @@ def command_line(files: Path, *flags: str) -> list[str]:
     return [
         *("--hf-checkpoint", str(files / "student"), "--teacher-hf-checkpoint", str(files / "teacher")),
         *("--prompt-data", str(files / "plain.jsonl"), "--train-iters", "2", "--rollout-batch-size", "8"),
-        *("--micro-batch-size", "2", "--rollout-max-response-len", "12", "--make-vocab-size-divisible-by", "8"),
+        *(
+            "--micro-batch-size",
+            "2",
+            "--rollout-max-response-len",
+            "12",
+            "--make-vocab-size-divisible-by",
+            "8",
+        ),
         *("--teacher-make-vocab-size-divisible-by", "8", "--lr", "1e-3", "--lr-warmup-fraction", "0"),
         *flags,
     ]
@@ -64,7 +75,9 @@ def _main(rank: int, world_size: int, argv: list[str]) -> tuple[int, str, str]:
 
 @pytest.mark.parametrize("prompts", ["plain", "chat"])
 def test_two_steps_from_folders_alone(files, tmp_path, prompts):
-    flags = ["--prompt-data", str(files / f"{prompts}.jsonl")] + ["--apply-chat-template"] * (prompts == "chat")
+    flags = ["--prompt-data", str(files / f"{prompts}.jsonl")] + ["--apply-chat-template"] * (
+        prompts == "chat"
+    )
     layouts = {"one": (1, []), "tp2": (2, ["--tensor-model-parallel-size", "2"])}
     layouts["pp2"] = (2, ["--pipeline-model-parallel-size", "2"])
     metrics = {}
@@ -73,7 +86,9 @@ def test_two_steps_from_folders_alone(files, tmp_path, prompts):
         for code, out, err in run_ranks(world_size, _main, argv):
             assert code == 0, err
             assert "random weights" not in out
-        metrics[name] = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        metrics[name] = [
+            json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
         assert [line["iteration"] for line in metrics[name]] == [1, 2]
         for step in metrics[name]:
             assert step["loss"] > 0 and step["rollout_logprob_gap"] < 1e-4
@@ -87,7 +102,9 @@ def test_two_steps_from_folders_alone(files, tmp_path, prompts):
 # The date and the arguments of chat templates
 
 
-def _on_day(rank: int, world_size: int, argv: list[str], days: list[str], command: Any = main) -> tuple[int, str, str]:
+def _on_day(
+    rank: int, world_size: int, argv: list[str], days: list[str], command: Any = main
+) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of the command, when the clock of each rank shows its day."""
 
     class Clock(datetime.date):
@@ -108,16 +125,24 @@ def dated(files, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dated") / "student"
     shutil.copytree(files / "student", folder)
     (folder / "chat_template.jinja").write_text(
-        "{{ strftime_now('%A, %d %B %Y') }}{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
-        "{% if enable_thinking is not defined or enable_thinking %}the cat{% endif %}"
+        "{{ strftime_now('%A, %d %B %Y') }}{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% "
+        "endfor %}{% if enable_thinking is not defined or enable_thinking %}the cat{% endif %}"
     )
     return folder
 
 
 def test_a_run_that_goes_on_another_day_has_the_prompts_of_the_first(files, dated, tmp_path):
     def trained(folder: Path, days: list[str], iterations: int, *flags: str, world_size: int = 1) -> str:
-        argv = command_line(files, "--apply-chat-template", "--hf-checkpoint", str(dated), "--micro-batch-size", "1")
-        argv += ["--prompt-data", str(files / "chat.jsonl"), "--train-iters", str(iterations), "--lr-decay-style"]
+        argv = command_line(
+            files, "--apply-chat-template", "--hf-checkpoint", str(dated), "--micro-batch-size", "1"
+        )
+        argv += [
+            "--prompt-data",
+            str(files / "chat.jsonl"),
+            "--train-iters",
+            str(iterations),
+            "--lr-decay-style",
+        ]
         argv += ["constant", "--run-dir", str(folder / "run"), "--save", str(folder / "save")]
         results = run_ranks(world_size, _on_day, [*argv, "--load", str(folder / "save"), *flags], days)
         assert all(code == 0 for code, _, _ in results), results
@@ -149,8 +174,22 @@ def test_an_evaluation_that_goes_on_another_day_asks_as_on_the_first(dated, tmp_
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row | {"label": "1"}) + "\n" for row in ROWS[:4]))
 
     def evaluated(folder: Path, days: list[str], *flags: str) -> tuple[int, str]:
-        argv = ["--benchmark", "exact_match", "--data", str(tmp_path / "rows.jsonl"), "--output-dir", str(folder)]
-        argv += ["--hf-checkpoint", str(dated), "--make-vocab-size-divisible-by", "8", "--max-response-len", "8"]
+        argv = [
+            "--benchmark",
+            "exact_match",
+            "--data",
+            str(tmp_path / "rows.jsonl"),
+            "--output-dir",
+            str(folder),
+        ]
+        argv += [
+            "--hf-checkpoint",
+            str(dated),
+            "--make-vocab-size-divisible-by",
+            "8",
+            "--max-response-len",
+            "8",
+        ]
         argv += ["--part-size", "2", "--temperature", "1", "--apply-chat-template", *flags]
         code, _, err = run_ranks(len(days), _on_day, argv, days, evaluate.main)[0]
         return code, err
@@ -243,7 +282,10 @@ def shrink_vocabulary(folder: Path) -> None:
 @pytest.mark.parametrize(
     "damage, words",
     [
-        (drop_tensor, ["hf-checkpoint", "tensor model.norm.weight is missing in model.safetensors.index.json"]),
+        (
+            drop_tensor,
+            ["hf-checkpoint", "tensor model.norm.weight is missing in model.safetensors.index.json"],
+        ),
         (remove_shard, ["hf-checkpoint", "model-00002-of-", "which is missing"]),
         (lowercase, ["tokenizer-model: ", "tokenizer.json", "Lowercase rewrites text"]),
         (shrink_vocabulary, ["hf-checkpoint", "the tokenizer has 320 ids", "vocab_size 300"]),

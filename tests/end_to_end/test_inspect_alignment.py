@@ -36,7 +36,11 @@ def test_bytes_that_are_no_text_are_shown_and_counted(arguments, tmp_path, capsy
     (tmp_path / "bytes").write_bytes(b"he\xff\xfelo")
     assert tool.main([*arguments, "--text-file", str(tmp_path / "bytes"), "--format", "json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert (result["segments"], result["bytes_not_encoded"], result["rest"]) == ([[0, 1, 0, 1]], 4, "\\xff\\xfelo")
+    assert (result["segments"], result["bytes_not_encoded"], result["rest"]) == (
+        [[0, 1, 0, 1]],
+        4,
+        "\\xff\\xfelo",
+    )
 
 
 def test_a_text_on_the_command_line_may_be_any_bytes(arguments, capsys):
@@ -59,7 +63,9 @@ def test_errors_name_the_flag(arguments, capsys):
 
 
 def test_the_page_in_a_browser(arguments, tmp_path):
-    """Offline, in light and dark: pointing shows ids and bytes, a click dims a kind, no byte of the text is markup."""
+    """Offline, in light and dark: pointing shows ids and bytes, a click dims a kind, no byte of the text is
+    markup.
+    """
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     browser_path = shutil.which("chromium") or shutil.which("chromium-browser")
     if browser_path is None:

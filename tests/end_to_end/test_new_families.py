@@ -1,5 +1,5 @@
-"""The normal command with families of several kinds of layers: a teacher with latent attention and experts, a student
-with a gated delta net, resumed and exported."""
+"""The normal command with families of several kinds of layers: a teacher with latent attention and experts, a
+student with a gated delta net, resumed and exported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ pytest.importorskip("transformers")
 
 TEACHER = {
     **{"num_hidden_layers": 3, "first_k_dense_replace": 1, "num_key_value_heads": 4, "n_routed_experts": 4},
-    **{"n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 20},
+    **{
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "moe_intermediate_size": 20,
+    },
     **{"q_lora_rank": 12, "kv_lora_rank": 16, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8},
 }
 STUDENT = {

@@ -1,4 +1,6 @@
-"""The report of a run: its numbers, files that are not a run's, and the page in a real browser where there is one."""
+"""The report of a run: its numbers, files that are not a run's, and the page in a real browser where there is
+one.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,17 @@ def write_run(folder: Path, *, iterations: int = 70) -> None:
     rows = [{"kind": "evaluation", "iteration": 0, "greedy_accuracy": 0.25, "sampled_accuracy": 0.125}]
     for i in range(1, iterations + 1):
         rows.append(
-            {"kind": "step", "iteration": i, "loss": 2 - i / iterations, "seconds_update": 0.5, "stop_rate": 0.5}
+            {
+                "kind": "step",
+                "iteration": i,
+                "loss": 2 - i / iterations,
+                "seconds_update": 0.5,
+                "stop_rate": 0.5,
+            }
         )
-    rows.append({"kind": "evaluation", "iteration": iterations, "greedy_accuracy": 0.75, "sampled_accuracy": 0.5})
+    rows.append(
+        {"kind": "evaluation", "iteration": iterations, "greedy_accuracy": 0.75, "sampled_accuracy": 0.5}
+    )
     samples = [
         {
             "kind": "sample",
@@ -29,7 +39,8 @@ def write_run(folder: Path, *, iterations: int = 70) -> None:
             "finish": finish,
             "prompt": "What is <b>2</b>?",
             "units": [
-                {"student": [piece], "teacher": [piece] * (k % 2), "loss": 0.5 * k} for k, piece in enumerate(PIECES)
+                {"student": [piece], "teacher": [piece] * (k % 2), "loss": 0.5 * k}
+                for k, piece in enumerate(PIECES)
             ],
         }
         for iteration, finish in ((1, "stop"), (iterations, "length"))
@@ -37,7 +48,9 @@ def write_run(folder: Path, *, iterations: int = 70) -> None:
     folder.mkdir()
     for name, lines in (("metrics", rows), ("samples", samples)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "config.yaml").write_text("simct_interface: paper\ntrain_iters: 70\nprompt_data: <i>here</i>.jsonl\n")
+    (folder / "config.yaml").write_text(
+        "simct_interface: paper\ntrain_iters: 70\nprompt_data: <i>here</i>.jsonl\n"
+    )
 
 
 def test_a_page_and_a_picture(tmp_path, capsys):
@@ -47,10 +60,16 @@ def test_a_page_and_a_picture(tmp_path, capsys):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     source = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert (
-        "src=" not in source and "<script>document" not in source and "<b>2" not in source and "<i>here" not in source
+        "src=" not in source
+        and "<script>document" not in source
+        and "<b>2" not in source
+        and "<i>here" not in source
     )
     assert source.count("<svg") == 4, "loss, accuracy, responses, time"
-    assert "<b>1.000</b><span>at first 1.986</span>" in source and "<b>0.750</b><span>at first 0.250</span>" in source
+    assert (
+        "<b>1.000</b><span>at first 1.986</span>" in source
+        and "<b>0.750</b><span>at first 0.250</span>" in source
+    )
     first = (tmp_path / "run" / "report.html").read_bytes()
     assert tool.main([str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / "report.html").read_bytes() == first, "the same run, the same page"
@@ -104,12 +123,20 @@ def test_the_page_in_a_browser(tmp_path):
             shown = page.evaluate("[...document.querySelectorAll('.text')].map(t => t.textContent)")
             assert shown == ["".join(PIECES)] * 2
             title = (
-                "getComputedStyle([...document.querySelectorAll('svg text')].find(t => t.textContent == 'Loss')).fill"
+                "getComputedStyle([...document.querySelectorAll('svg text')].find(t => t.textContent == "
+                "'Loss')).fill"
             )
-            colours[scheme] = page.evaluate("getComputedStyle(document.body).backgroundColor"), page.evaluate(title)
+            colours[scheme] = (
+                page.evaluate("getComputedStyle(document.body).backgroundColor"),
+                page.evaluate(title),
+            )
             assert not page.locator("#card").is_visible()
             page.locator(".u").nth(3).hover()
-            assert page.locator("#card").inner_text().split("\n") == ["1.5000 nats", "student   8", "teacher   8"]
+            assert page.locator("#card").inner_text().split("\n") == [
+                "1.5000 nats",
+                "student   8",
+                "teacher   8",
+            ]
             dark, light = (
                 page.locator(".u").nth(k).evaluate("u => u.style.getPropertyValue('--share')") for k in (3, 0)
             )

@@ -1,4 +1,6 @@
-"""The quick start runs from one end to the other, two steps a stage: real torchrun, two ranks, real tokenizers."""
+"""The quick start runs from one end to the other, two steps a stage: real torchrun, two ranks, real
+tokenizers.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,13 @@ def _run(command: list[str], folder: Path) -> str:
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout[-2000:]
     return done.stdout
@@ -91,13 +99,19 @@ def test_a_warm_up_on_the_teachers_answers_is_a_chain_of_commands_that_the_tools
     teacher, sample, select, student, distil, evaluation = chain
     for stage in (teacher, student, distil):
         assert parse_config(list(stage.command[3:])).output.load == str(stage.output / "checkpoint")
-    asked, measured = (evaluate._parser().parse_args(list(stage.command[2:])) for stage in (sample, evaluation))
+    asked, measured = (
+        evaluate._parser().parse_args(list(stage.command[2:])) for stage in (sample, evaluation)
+    )
     selected = select_responses._parser().parse_args(list(select.command[2:]))
     # What a stage leaves is what the next one reads.
     assert asked.pretrained_checkpoint == str(teacher.output / "checkpoint")
     assert (str(selected.responses), selected.data) == (asked.output_dir, asked.data)
-    assert parse_config(list(student.command[3:])).data.prompt_data == str(selected.output) == str(select.output)
-    assert parse_config(list(distil.command[3:])).model.pretrained_checkpoint == str(student.output / "checkpoint")
+    assert (
+        parse_config(list(student.command[3:])).data.prompt_data == str(selected.output) == str(select.output)
+    )
+    assert parse_config(list(distil.command[3:])).model.pretrained_checkpoint == str(
+        student.output / "checkpoint"
+    )
     assert measured.pretrained_checkpoint == str(distil.output / "checkpoint")
     assert measured.data == str(tmp_path / "held_out.jsonl") != asked.data
     for before, after in zip(chain, chain[1:], strict=False):
@@ -122,7 +136,10 @@ def test_the_example_of_hints_is_a_chain_whose_teacher_reads_the_solution(tmp_pa
     rows = read_prompts(taught.data.prompt_data, need_response=False, need_label=False, **keys)
     for row in rows[:50]:
         a, b = (int(word) for word in row.prompt.split() if word.isdigit())
-        assert row.teacher_prompt == f"{row.prompt} Solution: {a} + {b} = {a + b}." and "Solution" not in row.prompt
+        assert (
+            row.teacher_prompt == f"{row.prompt} Solution: {a} + {b} = {a + b}."
+            and "Solution" not in row.prompt
+        )
     held_out = read_prompts(taught.data.eval_prompt_data, need_response=False, need_label=True, **keys)
     assert not {row.prompt for row in held_out} & {row.prompt for row in rows}
     warm = read_prompts(trained.data.prompt_data, need_response=True, need_label=False, **keys)

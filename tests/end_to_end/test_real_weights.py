@@ -1,4 +1,6 @@
-"""The example with real weights from one end to the other, shortened: only where it is asked for, as it downloads."""
+"""The example with real weights from one end to the other, shortened: only where it is asked for, as it
+downloads.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ WANTED = "MEGATRON_SIMCT_REAL_WEIGHTS"
 """1: run it in a temporary folder; else a folder to run it in, where finished stages are kept."""
 
 
-@pytest.mark.skipif(not os.environ.get(WANTED), reason=f"downloads 330 MB: {WANTED} is not set to 1 or to a folder")
+@pytest.mark.skipif(
+    not os.environ.get(WANTED), reason=f"downloads 330 MB: {WANTED} is not set to 1 or to a folder"
+)
 @pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("gguf", "accelerate")),
     reason="gguf or accelerate is not installed: pip install -r examples/real_weights/requirements.txt",
@@ -41,7 +45,9 @@ def test_two_steps_with_real_weights(tmp_path, monkeypatch):
     summary = json.loads((folder / "gemma3-to-smollm2" / "summary.json").read_text())
     assert summary["num_shared"] == 46145 and summary["train_iters"] == 2
     # Real models, read as they are: far from the 5.5 nats of a uniform byte.
-    assert 0.3 < summary["teacher_nats_per_byte"] < 1.2 and 0.3 < summary["student_nats_per_byte_before"] < 1.2
+    assert (
+        0.3 < summary["teacher_nats_per_byte"] < 1.2 and 0.3 < summary["student_nats_per_byte_before"] < 1.2
+    )
     assert summary["exported_loss"] != 0 and len(summary["continuations"]) == 2
     rows = [
         json.loads(line)

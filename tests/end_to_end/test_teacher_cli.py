@@ -1,4 +1,6 @@
-"""The teacher's command as a user starts it, on a Hugging Face folder, and a student that trains against it."""
+"""The teacher's command as a user starts it, on a Hugging Face folder, and a student that trains against
+it.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +32,16 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """A student folder of qwen2, and a teacher folder of gemma2 (soft-caps, tied embeddings) in many files."""
+    """A student folder of qwen2, and a teacher folder of gemma2 (soft-caps, tied embeddings) in many
+    files.
+    """
     root = tmp_path_factory.mktemp("folders")
     save_model(root / "student", "qwen2", tie_word_embeddings=True, vocab_size=333, scale=0.1)
     save_byte_level(root / "student")
     gemma = {"head_dim": 8, "query_pre_attn_scalar": 8, "tie_word_embeddings": True}
-    save_model(root / "teacher", "gemma2", vocab_size=340, hidden_size=48, scale=0.1, shard_size="30KB", **gemma)
+    save_model(
+        root / "teacher", "gemma2", vocab_size=340, hidden_size=48, scale=0.1, shard_size="30KB", **gemma
+    )
     save_byte_fallback(root / "teacher")
     rows = [{"prompt": f"Tom has {i} apples and gets {i % 7} more. How many?"} for i in range(16)]
     (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -46,15 +52,26 @@ def student(files: Path, folder: Path, *flags: str) -> list[str]:
     return [
         *("--hf-checkpoint", str(files / "student"), "--teacher-hf-checkpoint", str(files / "teacher")),
         *("--prompt-data", str(files / "prompts.jsonl"), "--train-iters", "2", "--rollout-batch-size", "8"),
-        *("--micro-batch-size", "2", "--rollout-max-response-len", "12", "--make-vocab-size-divisible-by", "8"),
+        *(
+            "--micro-batch-size",
+            "2",
+            "--rollout-max-response-len",
+            "12",
+            "--make-vocab-size-divisible-by",
+            "8",
+        ),
         *("--teacher-make-vocab-size-divisible-by", "8", "--lr", "1e-3", "--lr-warmup-fraction", "0"),
         *("--run-dir", str(folder / "run"), *flags),
     ]
 
 
 def test_torchrun_serves_a_folder_and_sigterm_ends_it(files, tmp_path):
-    """A student in two ranks reads from the folder only the rows that it shares, and trains as with its own teacher."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
+    """A student in two ranks reads from the folder only the rows that it shares, and trains as with its own
+    teacher.
+    """
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
+    }
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
         *("-m", "megatron_simct.serve_teacher", "--teacher-hf-checkpoint", str(files / "teacher")),
@@ -87,7 +104,11 @@ def test_torchrun_serves_a_folder_and_sigterm_ends_it(files, tmp_path):
             assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
         (endpoint,) = read_endpoints(tmp_path / "teacher").values()
         status = json.loads((tmp_path / "teacher" / f"{endpoint.replica}.status").read_text())
-        assert status["requests"] == 16 and status["queue"] == status["malformed"] == 0 and status["memory_mib"] > 50
+        assert (
+            status["requests"] == 16
+            and status["queue"] == status["malformed"] == 0
+            and status["memory_mib"] > 50
+        )
         os.kill(endpoint.pid, signal.SIGTERM)  # of its replica, one rank is enough: it tells the other
         out, _ = teacher.communicate(timeout=60)
         assert teacher.returncode == 0, out
@@ -119,20 +140,30 @@ def test_rows_of_the_head_are_those_of_the_folder(files, side, name):
         (["--bind", "tcp://256.1.1.1"], 1, ["--bind tcp://256.1.1.1"]),
         (["--bind", "tcp://127.0.0.1:99999"], 1, ["--bind tcp://127.0.0.1:99999"]),
         (["--bind", "tcp://127.0.0.1:TAKEN"], 1, ["--bind tcp://127.0.0.1:", "in use"]),
-        (["--simct-alignment-map", "/nowhere"], 1, ["--simct-alignment-map: ", "/nowhere", "there is no map.json"]),
+        (
+            ["--simct-alignment-map", "/nowhere"],
+            1,
+            ["--simct-alignment-map: ", "/nowhere", "there is no map.json"],
+        ),
         (["--max-tokens-per-batch", "0"], 1, ["--max-tokens-per-batch 0"]),
         (["--lr", "1"], 2, ["unknown flag --lr"]),
         (["--num-layers", "1"], 2, ["--num-layers", "Megatron-LM"]),
         (["--tensor-model-parallel-size", "2"], 1, ["world size (1)", "--tensor-model-parallel-size (2)"]),
     ],
 )
-def test_wrong_input_is_one_line_that_names_the_flag_before_the_model_is_loaded(files, tmp_path, more, code, words):
+def test_wrong_input_is_one_line_that_names_the_flag_before_the_model_is_loaded(
+    files, tmp_path, more, code, words
+):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         more = [value.replace("TAKEN", str(taken.getsockname()[1])) for value in more]
         argv = ["--teacher-hf-checkpoint", str(files / "teacher"), "--run-dir", str(tmp_path), *more]
         ((found, err),) = run_ranks(1, _main, argv)
     assert found == code and err.count("\n") == 1, err
-    prefix = "megatron_simct.serve_teacher: error: " if code == 1 else "python -m megatron_simct.serve_teacher: error: "
+    prefix = (
+        "megatron_simct.serve_teacher: error: "
+        if code == 1
+        else "python -m megatron_simct.serve_teacher: error: "
+    )
     assert err.startswith(prefix)
     for word in words:
         assert word in err

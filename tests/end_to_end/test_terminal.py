@@ -35,7 +35,9 @@ def _argv(name: str, folder: Path, out: Path) -> list[str]:
         held_out = str(folder / "tiny" / "held_out.jsonl")
         right = command_line(folder / "tiny", "--train-iters", "1", "--eval-prompt-data", held_out)
     else:
-        right = shlex.split(RIGHT[name].replace("--format html --output out/page.html", "").replace(" out", f" {out}"))
+        right = shlex.split(
+            RIGHT[name].replace("--format html --output out/page.html", "").replace(" out", f" {out}")
+        )
     module = COMMANDS[name]
     if ".commands." in module:
         return [sys.executable, str(ROOT / "tools" / f"{module.rpartition('.')[2]}.py"), *right]
@@ -43,7 +45,11 @@ def _argv(name: str, folder: Path, out: Path) -> list[str]:
 
 
 def _environment(**more: str) -> dict[str, str]:
-    clean = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")
+    }
     return clean | {"PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "OMP_NUM_THREADS": "1", **more}
 
 
@@ -51,7 +57,9 @@ def _on_a_terminal(command: list[str], folder: Path, **more: str) -> str:
     """What a terminal of 100 columns is sent."""
     ours, theirs = pty.openpty()
     environment = _environment(COLUMNS="100", **more)
-    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=theirs, stderr=theirs, stdin=theirs)
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=theirs, stderr=theirs, stdin=theirs
+    )
     os.close(theirs)
     sent = b""
     try:

@@ -1,4 +1,6 @@
-"""The command as a user starts it: real processes, their exit codes, what they print and what they leave behind."""
+"""The command as a user starts it: real processes, their exit codes, what they print and what they leave
+behind.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def start(*command: str) -> subprocess.CompletedProcess:
     torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     env = {name: value for name, value in os.environ.items() if name not in torchrun and "SLURM" not in name}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=180, env=env, cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=180, env=env, cwd=ROOT
+    )
 
 
 def assert_two_steps(result: subprocess.CompletedProcess, run_dir: Path) -> list[dict]:
@@ -45,7 +49,8 @@ def assert_two_steps(result: subprocess.CompletedProcess, run_dir: Path) -> list
     assert "Traceback" not in result.stderr and "rror" not in result.stderr
     lines = _said(result.stdout)
     assert [
-        re.match(r" (evaluation at iteration [02]|iteration +[12]/ +2) \| ", line) is not None for line in lines
+        re.match(r" (evaluation at iteration [02]|iteration +[12]/ +2) \| ", line) is not None
+        for line in lines
     ] == [True] * 4, result.stdout
     metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [(line["kind"], line["iteration"]) for line in metrics] == [
@@ -86,7 +91,15 @@ def test_one_process_trains_and_leaves_metrics_config_and_checkpoint(first_run):
 def test_torchrun_goes_on_from_its_checkpoint_and_its_config_on_two_ranks(first_run, tmp_path):
     folder, _, _ = first_run
     result = start(
-        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megatron_simct.train"),
+        *(
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "megatron_simct.train",
+        ),
         *("--config-file", str(folder / "run" / "config.yaml"), "--tensor-model-parallel-size", "2"),
         *("--pretrained-checkpoint", str(folder / "save"), "--run-dir", str(tmp_path / "run")),
         *("--save", str(tmp_path / "save"), "--save-interval", "1"),
@@ -97,7 +110,9 @@ def test_torchrun_goes_on_from_its_checkpoint_and_its_config_on_two_ranks(first_
     written: Config = parse_config(["--config-file", str(tmp_path / "run" / "config.yaml")])
     assert written.parallel.tensor_model_parallel_size == 2
     original: Config = parse_config(["--config-file", str(folder / "run" / "config.yaml")])
-    assert replace(written, parallel=original.parallel, model=original.model, output=original.output) == original
+    assert (
+        replace(written, parallel=original.parallel, model=original.model, output=original.output) == original
+    )
 
 
 def test_a_missing_file_is_one_line_and_exit_code_1(tiny):
@@ -143,22 +158,42 @@ def _said(out: str) -> list[str]:
         (["--hf-checkpoint", "/nowhere"], 1, ["--hf-checkpoint /nowhere", "config.json", "No such file"]),
         (["--teacher-hf-checkpoint", "/nowhere"], 1, ["--teacher-hf-checkpoint /nowhere", "config.json"]),
         (["--tokenizer-model", "/nowhere/a.model"], 1, ["--tokenizer-model: ", "/nowhere/a.model"]),
-        (["--teacher-tokenizer-model", "x.bin"], 1, ["--teacher-tokenizer-model: ", "x.bin", "does not exist"]),
+        (
+            ["--teacher-tokenizer-model", "x.bin"],
+            1,
+            ["--teacher-tokenizer-model: ", "x.bin", "does not exist"],
+        ),
         (["--stop-token-ids", "999"], 1, ["--tokenizer-model: ", "[999]", "360"]),
         (["--pretrained-checkpoint", "/nowhere"], 1, ["--pretrained-checkpoint /nowhere", TRACKER]),
         (["--teacher-pretrained-checkpoint", "/nowhere"], 1, ["--teacher-pretrained-checkpoint /nowhere"]),
         (["--eval-prompt-data", "/nowhere/x"], 1, ["--eval-prompt-data /nowhere/x", "No such file"]),
         (["--eval-benchmark", "gsm8k"], 1, ["--eval-prompt-data ", "line 1 is not one of gsm8k"]),
-        (["--tensor-model-parallel-size", "2"], 1, ["world size (1)", "--tensor-model-parallel-size (2)", "start 2"]),
-        (["--pipeline-model-parallel-size", "2"], 1, ["world size (1)", "--pipeline-model-parallel-size (2)"]),
+        (
+            ["--tensor-model-parallel-size", "2"],
+            1,
+            ["world size (1)", "--tensor-model-parallel-size (2)", "start 2"],
+        ),
+        (
+            ["--pipeline-model-parallel-size", "2"],
+            1,
+            ["world size (1)", "--pipeline-model-parallel-size (2)"],
+        ),
         (["--context-parallel-size", "2"], 1, ["world size (1)", "--context-parallel-size (2)"]),
-        (["--expert-model-parallel-size", "2"], 1, ["--expert-model-parallel-size 2", "data-parallel size (1: "]),
+        (
+            ["--expert-model-parallel-size", "2"],
+            1,
+            ["--expert-model-parallel-size 2", "data-parallel size (1: "],
+        ),
         (["--sequence-parallel"], 1, ["--sequence-parallel", "--tensor-model-parallel-size is 1"]),
         (["--micro-batch-size", "3"], 1, ["global batch size (8)", "--micro-batch-size (3)", "6 or 9"]),
         (["--global-batch-size", "4"], 1, ["--global-batch-size 4", "--rollout-batch-size (8)"]),
         (["--simct-temperature", "0"], 1, ["--simct-temperature", "0"]),
         (["--simct-divergence", "js", "--simct-js-beta", "0"], 1, ["--simct-js-beta", "0"]),
-        (["--rollout-max-prompt-len", "1"], 1, ["--prompt-data", "all 48 prompts", "--rollout-max-prompt-len 1"]),
+        (
+            ["--rollout-max-prompt-len", "1"],
+            1,
+            ["--prompt-data", "all 48 prompts", "--rollout-max-prompt-len 1"],
+        ),
         (["--micro-batch-sise", "2"], 2, ["--micro-batch-sise", "did you mean --micro-batch-size?"]),
         (["--num-layers", "2"], 2, ["--num-layers", "Megatron-LM"]),
         (["--config-file", "/nowhere.yaml"], 2, ["--config-file /nowhere.yaml"]),
@@ -190,7 +225,11 @@ def test_wrong_content_of_the_files_is_one_line_too(tiny, tmp_path):
     for world_size, more, words in (
         (1, ["--load-debug-rollout-data", str(small)], ["--load-debug-rollout-data", "rollout_0.*.json"]),
         (1, ["--eval-prompt-data", unlabelled], ["--eval-prompt-data", "line 2", "no label"]),
-        (1, ["--simct-interface", "sft", "--prompt-data", unlabelled], ["--prompt-data", "line 1", "no response"]),
+        (
+            1,
+            ["--simct-interface", "sft", "--prompt-data", unlabelled],
+            ["--prompt-data", "line 1", "no response"],
+        ),
         (1, ["--hf-checkpoint", str(small)], ["--hf-checkpoint", "360 ids", "vocab_size 300"]),
         (2, ["--hf-checkpoint", str(odd)], ["--tensor-model-parallel-size 2", "num_query_groups (3)"]),
     ):
@@ -242,7 +281,9 @@ def test_a_given_alignment_map_is_the_one_that_is_used(tiny, tmp_path):
     assert step["half"]["coverage_one_to_one"] < step["whole"]["coverage_one_to_one"]
     ((code, out, err),) = run_ranks(1, _main, command_line(tiny, *flags["swapped"]))
     assert code == 1 and _said(out) == [] and err.count("\n") == 1
-    assert err.startswith("megatron_simct.train: error: --simct-alignment-map: ") and "roles are swapped" in err
+    assert (
+        err.startswith("megatron_simct.train: error: --simct-alignment-map: ") and "roles are swapped" in err
+    )
 
 
 def test_a_run_stops_at_the_wanted_accuracy(tiny, tmp_path):
@@ -250,7 +291,10 @@ def test_a_run_stops_at_the_wanted_accuracy(tiny, tmp_path):
     ((code, out, _),) = run_ranks(1, _main, [*argv, "--save", str(tmp_path / "save")])
     assert code == 0
     random, interface, evaluation = out.splitlines()
-    assert random == f" random weights: --hf-checkpoint {tiny / 'student'}, --teacher-hf-checkpoint {tiny / 'teacher'}"
+    assert (
+        random
+        == f" random weights: --hf-checkpoint {tiny / 'student'}, --teacher-hf-checkpoint {tiny / 'teacher'}"
+    )
     assert interface.startswith(" interface paper; known failure: ")
     assert evaluation.startswith(" evaluation at iteration 0 | ")
     assert (tmp_path / "save" / TRACKER).read_text() == "0"
@@ -261,7 +305,9 @@ def test_the_printed_configuration_is_that_of_the_command_line(tiny):
     assert code == 0 and err == ""
     (tiny / "printed.yaml").write_text(out)
     assert (
-        parse_config(["--config-file", str(tiny / "printed.yaml")]) == parse_config(command_line(tiny)) == config(tiny)
+        parse_config(["--config-file", str(tiny / "printed.yaml")])
+        == parse_config(command_line(tiny))
+        == config(tiny)
     )
 
 
@@ -294,7 +340,9 @@ def test_two_launchers_on_one_host_where_the_usual_port_is_taken(tiny, tmp_path)
             run["cluster"] = {"kind": "local", "student": {"processes_per_node": 2}}
             path = tmp_path / f"{number}.yaml"
             path.write_text(yaml.safe_dump(run))
-            launchers.append(stack.enter_context(ThreadPoolExecutor(1)).submit(start, "-m", LAUNCH, str(path)))
+            launchers.append(
+                stack.enter_context(ThreadPoolExecutor(1)).submit(start, "-m", LAUNCH, str(path))
+            )
         for number, launcher in enumerate(launchers):
             done = launcher.result()
             assert done.returncode == 0, done.stdout + done.stderr

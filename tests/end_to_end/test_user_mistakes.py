@@ -1,7 +1,8 @@
-"""What users do wrong, over all commands: one helpful line, no traceback, an exit code, and nothing half-written.
+"""What users do wrong, over all commands: one helpful line, no traceback, an exit code, and nothing
+half-written.
 
-`MISTAKES` is the list. Each is the command's main() in a forked process, started in a folder that has what is needed,
-with a right command line but for the flags that are given. Afterwards the folder is as it was before.
+`MISTAKES` is the list. Each is the command's main() in a forked process, started in a folder that has what is
+needed, with a right command line but for the flags that are given. Afterwards the folder is as it was before.
 """
 
 from __future__ import annotations
@@ -57,16 +58,19 @@ RIGHT = {
     "align": f"{TOKENIZERS} --output out/map",
     "inspect": f"{TOKENIZERS} --text hello --format html --output out/page.html",
     "check_pair": "run.yaml",
-    "convert": "megatron-to-hf --load weights/student --hf-checkpoint tiny/student --make-vocab-size-divisible-by 8 "
-    "--save out/folder",
+    "convert": "megatron-to-hf --load weights/student --hf-checkpoint tiny/student "
+    "--make-vocab-size-divisible-by 8 --save out/folder",
     "prepare": "--mixture mixture.yaml --output-dir out/prompts",
     "select": "--responses evaluated/run --data evaluated/problems.jsonl --output out/warm_up.jsonl",
-    "evaluate": "--benchmark exact_match --data evaluated/problems.jsonl --responses responses.jsonl --output-dir out",
+    "evaluate": "--benchmark exact_match --data evaluated/problems.jsonl --responses responses.jsonl "
+    "--output-dir out",
     "plot": "run --output out/report.html",
     "quickstart": "--smoke --run-dir out/quickstart",
     "study": "--run-dir out/study",
 }
-ASKED = "--benchmark exact_match --data evaluated/problems.jsonl --output-dir out --hf-checkpoint tiny/student"
+ASKED = (
+    "--benchmark exact_match --data evaluated/problems.jsonl --output-dir out --hf-checkpoint tiny/student"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +91,9 @@ class Mistake:
 def mistakes(command: str, *rows: tuple[str, str, str] | tuple[str, str, str, str]) -> list[Mistake]:
     """Rows of what, flags, line, and disk."""
     usage = (
-        r"unknown flag|unexpected|--parts z|--train-iters 0|--lr 0|the following|argument |expected|unrecog|--config-f"
+        r"unknown flag|unexpected|--parts z|--train-iters 0|--lr 0|the following|argument |expected|unrecog"
     )
+    usage += "|--config-f"
     return [
         Mistake(
             command=command,
@@ -105,18 +110,34 @@ def mistakes(command: str, *rows: tuple[str, str, str] | tuple[str, str, str, st
 MISTAKES = [
     *mistakes(
         "train",
-        ("a folder that is not there", "--hf-checkpoint no/folder", "--hf-checkpoint no/folder: .*No such file"),
-        ("a text for a size", "--hf-checkpoint sizes", "--hf-checkpoint sizes: .*: hidden_size = '64'; expected a"),
+        (
+            "a folder that is not there",
+            "--hf-checkpoint no/folder",
+            "--hf-checkpoint no/folder: .*No such file",
+        ),
+        (
+            "a text for a size",
+            "--hf-checkpoint sizes",
+            "--hf-checkpoint sizes: .*: hidden_size = '64'; expected a",
+        ),
         (
             "an adapter for a model",
             "--hf-checkpoint adapter",
             "--hf-checkpoint adapter: holds adapter_config.json, so it",
         ),
-        ("a file in place of a folder", "--hf-checkpoint text.txt", "--hf-checkpoint text.txt: .*Not a directory"),
+        (
+            "a file in place of a folder",
+            "--hf-checkpoint text.txt",
+            "--hf-checkpoint text.txt: .*Not a directory",
+        ),
         ("prompts that are not there", "--prompt-data no.jsonl", "--prompt-data no.jsonl: No such file"),
         ("a folder in place of prompts", "--prompt-data tiny", "--prompt-data tiny: Is a directory"),
         ("a binary file in place of prompts", "--prompt-data binary", "--prompt-data binary: not UTF-8"),
-        ("prompts that may not be read", "--prompt-data locked.jsonl", "--prompt-data locked.jsonl: Permission denied"),
+        (
+            "prompts that may not be read",
+            "--prompt-data locked.jsonl",
+            "--prompt-data locked.jsonl: Permission denied",
+        ),
         ("another column", "--input-key question", "--prompt-data .*line 1.*question"),
         ("a text for a number", "--train-iters many", "argument --train-iters: invalid int value: 'many'"),
         ("a misspelt flag", "--hf-chekpoint x", "unknown flag --hf-chekpoint; did you mean --hf-checkpoint?"),
@@ -125,12 +146,21 @@ MISTAKES = [
         ("a word too many", "--bf16 true", "unexpected argument 'true'"),
         ("an unknown choice", "--simct-interface papr", "argument --simct-interface: invalid choice: 'papr'"),
         ("no such configuration", "--config-file no.yaml", "--config-file no.yaml: No such file"),
-        ("a key that does not exist", "--config-file typo.yaml", "--config-file typo.yaml: unknown key 'train_iter'"),
+        (
+            "a key that does not exist",
+            "--config-file typo.yaml",
+            "--config-file typo.yaml: unknown key 'train_iter'",
+        ),
         ("two processes too few", "--tensor-model-parallel-size 2", r"world size \(1\).*start 2 processes"),
         ("half precision without a GPU", "--bf16", "--bf16 needs a GPU"),
         ("a checkpoint of another kind", "--load tiny", "--load tiny: no checkpoint there"),
         ("weights that are no safetensors", "--hf-checkpoint bad_weights", "--hf-checkpoint bad_weights"),
-        ("a disk that may not be written", "--run-dir out/run", "--run-dir out/run: Read-only.*name", "read-only"),
+        (
+            "a disk that may not be written",
+            "--run-dir out/run",
+            "--run-dir out/run: Read-only.*name",
+            "read-only",
+        ),
         ("no such tokenizer", "--tokenizer-model no.model", ".*no.model.* does not exist"),
         ("a file where the run is to be", "--run-dir text.txt", "--run-dir text.txt.*File exists"),
     ),
@@ -139,18 +169,34 @@ MISTAKES = [
         ("half precision without a GPU", "--bf16", "--bf16 needs a GPU"),
         ("a folder without weights", "", "--teacher-hf-checkpoint tiny/teacher: has no weights"),
         ("a misspelt flag", "--run-dri x", "unknown flag --run-dri; did you mean --run-dir?"),
-        ("a folder that is not there", "--teacher-hf-checkpoint no", "--teacher-hf-checkpoint no: .*No such file"),
+        (
+            "a folder that is not there",
+            "--teacher-hf-checkpoint no",
+            "--teacher-hf-checkpoint no: .*No such file",
+        ),
     ),
     *mistakes(
         "launch",
         ("no run file", "= no.yaml", "no.yaml: No such file"),
         ("a folder for a run file", "= tiny", "tiny: Is a directory"),
-        ("a misspelt section", "= misspelt.yaml", "misspelt.yaml: unknown section 'studnet'; did you mean student"),
-        ("a key that does not exist", "student.train_iter=3", ".*unknown key 'train_iter'; did you mean train_iters"),
+        (
+            "a misspelt section",
+            "= misspelt.yaml",
+            "misspelt.yaml: unknown section 'studnet'; did you mean student",
+        ),
+        (
+            "a key that does not exist",
+            "student.train_iter=3",
+            ".*unknown key 'train_iter'; did you mean train_iters",
+        ),
         ("an override without a value", "student.train_iters", ".*student.train_iters"),
         ("Slurm's command for a local run", "= status local.yaml", "local.yaml: cluster.kind is local"),
         ("a misspelt flag", "--dry-rum", "unknown flag --dry-rum; did you mean --dry-run?"),
-        ("a pre-flight that fails", "= run.yaml student.prompt_data=no.jsonl", "run.yaml: the pre-flight failed"),
+        (
+            "a pre-flight that fails",
+            "= run.yaml student.prompt_data=no.jsonl",
+            "run.yaml: the pre-flight failed",
+        ),
     ),
     *mistakes(
         "align",
@@ -160,43 +206,98 @@ MISTAKES = [
         ("no such tokenizer", "--teacher-tokenizer no/tok", ".*no/tok.* does not exist"),
         ("a full disk", "", "--output out/map: .*No space left", "full"),
         ("a text that is not there", "--corpus no.txt", "--corpus no.txt: No such file"),
-        ("another column", "--corpus prompts.jsonl", "--corpus prompts.jsonl, line 1: no JSON object with 'text'"),
+        (
+            "another column",
+            "--corpus prompts.jsonl",
+            "--corpus prompts.jsonl, line 1: no JSON object with 'text'",
+        ),
         ("a file that is no text", "--corpus binary", "--corpus binary: not UTF-8 at byte 0"),
-        ("a text that may not be read", "--corpus locked.jsonl", "--corpus locked.jsonl: Permission denied; change"),
-        ("a disk that may not be written", "", "--output out/map: .*Read-only file system; name", "read-only"),
+        (
+            "a text that may not be read",
+            "--corpus locked.jsonl",
+            "--corpus locked.jsonl: Permission denied; change",
+        ),
+        (
+            "a disk that may not be written",
+            "",
+            "--output out/map: .*Read-only file system; name",
+            "read-only",
+        ),
     ),
     *mistakes(
         "inspect",
-        ("both sources of the text", "--text-file text.txt", "argument --text-file: not allowed with argument --text"),
+        (
+            "both sources of the text",
+            "--text-file text.txt",
+            "argument --text-file: not allowed with argument --text",
+        ),
         ("a format that does not exist", "--format pdf", "argument --format: invalid choice: 'pdf'"),
-        ("a text that is not there", f"= {TOKENIZERS} --text-file no.txt", "--text-file no.txt: No such file"),
+        (
+            "a text that is not there",
+            f"= {TOKENIZERS} --text-file no.txt",
+            "--text-file no.txt: No such file",
+        ),
         ("a folder in place of the page", "--output foreign", "--output foreign: Is a directory"),
-        ("no network", "--teacher-tokenizer tiktoken:o200k_base", ".*without a network give them as a file", "cut off"),
+        (
+            "no network",
+            "--teacher-tokenizer tiktoken:o200k_base",
+            ".*without a network give them as a file",
+            "cut off",
+        ),
         (
             "the text's own file",
             f"= {TOKENIZERS} --text-file text.txt --output text.txt",
             "--output text.txt: is the --text",
         ),
         ("a full disk", "", "--output out/page.html: No space left", "full"),
-        ("a folder that is not there", "--output text.txt/x/page.html", "--output text.txt/x/page.html: .*Not a dir"),
-        ("a disk that may not be written", "", "--output out/page.html: .*Read-only file system", "read-only"),
+        (
+            "a folder that is not there",
+            "--output text.txt/x/page.html",
+            "--output text.txt/x/page.html: .*Not a dir",
+        ),
+        (
+            "a disk that may not be written",
+            "",
+            "--output out/page.html: .*Read-only file system",
+            "read-only",
+        ),
     ),
     *mistakes(
         "check_pair",
         ("no run file", "= no.yaml", "no.yaml: No such file"),
-        ("a text for a number", "--device-memory lots", "argument --device-memory: invalid float value: 'lots'"),
+        (
+            "a text for a number",
+            "--device-memory lots",
+            "argument --device-memory: invalid float value: 'lots'",
+        ),
         ("a misspelt flag", "--jsno", "unknown flag --jsno; did you mean --json?"),
     ),
     *mistakes(
         "convert",
-        ("a text for a size", "--hf-checkpoint sizes", "--hf-checkpoint sizes: .*: hidden_size = '64'; expected a"),
+        (
+            "a text for a size",
+            "--hf-checkpoint sizes",
+            "--hf-checkpoint sizes: .*: hidden_size = '64'; expected a",
+        ),
         ("no direction", "=", "the following arguments are required: command"),
         ("no such direction", "= hf-to-megatrn", "argument command: invalid choice: 'hf-to-megatrn'"),
         ("no checkpoint", "--load tiny", "--load tiny: no checkpoint there"),
         ("a folder that exists", "--save tiny", "--save tiny: .*exists already; nothing is overwritten"),
-        ("another model's folder", "--hf-checkpoint tiny/teacher", "--load weights/student.*does not fit this model"),
-        ("no weights to convert", "= hf-to-megatron --hf-checkpoint tiny/student --save out/c", ".*has no weights"),
-        ("no vocabulary", "--make-vocab-size-divisible-by 0", "--make-vocab-size-divisible-by 0: must be at least 1"),
+        (
+            "another model's folder",
+            "--hf-checkpoint tiny/teacher",
+            "--load weights/student.*does not fit this model",
+        ),
+        (
+            "no weights to convert",
+            "= hf-to-megatron --hf-checkpoint tiny/student --save out/c",
+            ".*has no weights",
+        ),
+        (
+            "no vocabulary",
+            "--make-vocab-size-divisible-by 0",
+            "--make-vocab-size-divisible-by 0: must be at least 1",
+        ),
         ("a misspelt flag", "--verfy", "unknown flag --verfy; did you mean --verify?"),
         ("a disk that may not be written", "", "--save out/folder: .*Read-only file system", "read-only"),
         ("a full disk", "", "--save out/folder: .*No space left", "full"),
@@ -204,17 +305,42 @@ MISTAKES = [
     *mistakes(
         "prepare",
         ("no mixture", "--mixture no.yaml", "--mixture no.yaml: No such file"),
-        ("data in another place", "--data-root tiny", "--data-root: source words: tiny/prompts.jsonl: No such file"),
-        ("all of it in a test set", "--mixture excluded.yaml", "--mixture: nothing is left of 1 rows: 1 excluded"),
+        (
+            "data in another place",
+            "--data-root tiny",
+            "--data-root: source words: tiny/prompts.jsonl: No such file",
+        ),
+        (
+            "all of it in a test set",
+            "--mixture excluded.yaml",
+            "--mixture: nothing is left of 1 rows: 1 excluded",
+        ),
         (
             "a test set without prompts",
             "--mixture unexcluded.yaml",
             "--mixture: exclude prompts.jsonl: no row has a quest",
         ),
-        ("a text for a count", "--mixture count.yaml", "--mixture count.yaml: source 1: count '3': expected int"),
-        ("a template of no model", "--apply-chat-template", "--apply-chat-template: needs --hf-checkpoint or"),
-        ("a pattern that is none", "--mixture pattern.yaml", "--mixture pattern.yaml: source words: label_pattern"),
-        ("a disk that may not be written", "", "--output-dir out/prompts: .*Read-only file system", "read-only"),
+        (
+            "a text for a count",
+            "--mixture count.yaml",
+            "--mixture count.yaml: source 1: count '3': expected int",
+        ),
+        (
+            "a template of no model",
+            "--apply-chat-template",
+            "--apply-chat-template: needs --hf-checkpoint or",
+        ),
+        (
+            "a pattern that is none",
+            "--mixture pattern.yaml",
+            "--mixture pattern.yaml: source words: label_pattern",
+        ),
+        (
+            "a disk that may not be written",
+            "",
+            "--output-dir out/prompts: .*Read-only file system",
+            "read-only",
+        ),
     ),
     *mistakes(
         "select",
@@ -239,15 +365,27 @@ MISTAKES = [
         ("no problems", "--data no.jsonl", "--data no.jsonl: .*No such file"),
         ("another column", "--data question.jsonl", "--data question.jsonl, line 1 .*no prompt"),
         ("no responses", "--responses no.jsonl", "--responses no.jsonl: No such file"),
-        ("more samples than responses", "--samples 3", "--responses responses.jsonl: 1 responses to p0, and --samples"),
-        ("chat responses of a model", f"= {ASKED} --chat-responses", "--chat-responses: says what --responses are"),
+        (
+            "more samples than responses",
+            "--samples 3",
+            "--responses responses.jsonl: 1 responses to p0, and --samples",
+        ),
+        (
+            "chat responses of a model",
+            f"= {ASKED} --chat-responses",
+            "--chat-responses: says what --responses are",
+        ),
         (
             "no vocabulary",
             f"= {ASKED} --make-vocab-size-divisible-by 0",
             "--make-vocab-size-divisible-by 0: must be at",
         ),
         ("an archive that is none", "--data damaged.jsonl.gz", "--data damaged.jsonl.gz: Not a gzipped file"),
-        ("a number for an answer", "--data number.jsonl", "--data number.jsonl, line 1 is not one of exact_match"),
+        (
+            "a number for an answer",
+            "--data number.jsonl",
+            "--data number.jsonl, line 1 is not one of exact_match",
+        ),
         ("samples that are all the same", f"= {ASKED} --samples 2", "--samples 2 of one greedy response"),
     ),
     *mistakes(
@@ -261,19 +399,45 @@ MISTAKES = [
             "--output run/metrics.jsonl: the run wrote it",
         ),
         ("a picture of no kind", "--png out/a.txt", "--png out/a.txt: no kind of picture"),
-        ("a picture in place of the page", "--png out/report.html", "--png out/report.html: no kind of picture"),
-        ("a configuration that is no YAML", "= bad_config", "bad_config/config.yaml: it is not what a run writes"),
-        ("samples of something else", "= bad_samples", "bad_samples/samples.jsonl: has rows that are no responses"),
+        (
+            "a picture in place of the page",
+            "--png out/report.html",
+            "--png out/report.html: no kind of picture",
+        ),
+        (
+            "a configuration that is no YAML",
+            "= bad_config",
+            "bad_config/config.yaml: it is not what a run writes",
+        ),
+        (
+            "samples of something else",
+            "= bad_samples",
+            "bad_samples/samples.jsonl: has rows that are no responses",
+        ),
         ("a binary file for the metrics", "= bad_metrics", "bad_metrics/metrics.jsonl: not UTF-8 at byte 0"),
-        ("a full disk for the picture", "--output /dev/null --png out/a.png", "--png out/a.png: No space left", "full"),
+        (
+            "a full disk for the picture",
+            "--output /dev/null --png out/a.png",
+            "--png out/a.png: No space left",
+            "full",
+        ),
     ),
     *mistakes(
         "quickstart",
         ("a misspelt flag", "--interfce bytes", "unknown flag --interfce; did you mean --interface?"),
         ("no steps", "--train-iters 0", "--train-iters 0: must be at least 1"),
         ("a rate of 0", "--lr 0", "--lr 0.0: must be above 0"),
-        ("an interface that does not exist", "--interface papper", "argument --interface: invalid choice: 'papper'"),
-        ("a disk that may not be written", "", "--run-dir .*out/quickstart: Read-only file system", "read-only"),
+        (
+            "an interface that does not exist",
+            "--interface papper",
+            "argument --interface: invalid choice: 'papper'",
+        ),
+        (
+            "a disk that may not be written",
+            "",
+            "--run-dir .*out/quickstart: Read-only file system",
+            "read-only",
+        ),
     ),
     *mistakes(
         "study",
@@ -297,7 +461,10 @@ def desk(tiny, tmp_path_factory) -> Path:
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
     source = {"name": "words", "path": "prompts.jsonl"}
     mixtures = {"mixture": {}, "pattern": {"label_pattern": "("}, "count": {"count": "3"}}
-    excluded = {"sources": [{"name": "words", "path": "prompts.jsonl"}], "exclude": [{"path": "prompts.jsonl"}]}
+    excluded = {
+        "sources": [{"name": "words", "path": "prompts.jsonl"}],
+        "exclude": [{"path": "prompts.jsonl"}],
+    }
     (folder / "excluded.yaml").write_text(yaml.safe_dump(excluded))
     excluded["exclude"][0]["prompt_key"] = "question"
     (folder / "unexcluded.yaml").write_text(yaml.safe_dump(excluded))
@@ -334,7 +501,9 @@ def desk(tiny, tmp_path_factory) -> Path:
         ("bad_metrics", "metrics.jsonl"),
     ):
         write_run(folder / name, iterations=2)
-        (folder / name / file).write_text('{"kind": "sample", "iteration": 1}\n' if "samples" in file else "- [\n")
+        (folder / name / file).write_text(
+            '{"kind": "sample", "iteration": 1}\n' if "samples" in file else "- [\n"
+        )
     (folder / "bad_metrics" / "metrics.jsonl").write_bytes(bytes(range(128, 256)))
     (folder / "damaged.jsonl.gz").write_bytes(b"no archive")
     (folder / "number.jsonl").write_text('{"prompt": 3, "label": "2"}\n')
@@ -370,7 +539,9 @@ def test_a_mistake_is_one_line_and_leaves_nothing(mistake, desk):
 
 def test_a_full_disk_at_a_save_is_one_line_and_no_checkpoint(desk):
     """What is there has a temporary name, which the next start clears away."""
-    save = Mistake(command="train", what="a full disk", flags="--save out/saved", line="--save out/saved", disk="full")
+    save = Mistake(
+        command="train", what="a full disk", flags="--save out/saved", line="--save out/saved", disk="full"
+    )
     ((code, err, before, after),) = run_ranks(1, _make, save, desk)
     if code == "skip":
         pytest.skip(err)
@@ -380,7 +551,9 @@ def test_a_full_disk_at_a_save_is_one_line_and_no_checkpoint(desk):
 
 
 def test_there_are_enough():
-    assert len({(mistake.command, mistake.flags, mistake.disk) for mistake in MISTAKES}) == len(MISTAKES) >= 40
+    assert (
+        len({(mistake.command, mistake.flags, mistake.disk) for mistake in MISTAKES}) == len(MISTAKES) >= 40
+    )
     assert {mistake.command for mistake in MISTAKES} == set(COMMANDS) == set(RIGHT)
 
 
@@ -392,7 +565,9 @@ def test_debug_shows_the_traceback(tmp_path):
         assert "no metrics.jsonl there" in ended.stderr
 
 
-@pytest.mark.parametrize("begun", ["", "written to|iteration +2"], ids=["while libraries load", "in training"])
+@pytest.mark.parametrize(
+    "begun", ["", "written to|iteration +2"], ids=["while libraries load", "in training"]
+)
 def test_ctrl_c_is_one_line(begun, tiny, tmp_path):
     flags = ("--train-iters", "1000", "--run-dir", str(tmp_path / "run"))
     command = [sys.executable, "-m", "megatron_simct.train", *command_line(tiny, *flags)]
@@ -417,7 +592,9 @@ def test_ctrl_c_is_one_line(begun, tiny, tmp_path):
     assert "Traceback" not in err
 
 
-def _make(rank: int, world_size: int, mistake: Mistake, desk: Path) -> tuple[int | str, str, list[str], list[str]]:
+def _make(
+    rank: int, world_size: int, mistake: Mistake, desk: Path
+) -> tuple[int | str, str, list[str], list[str]]:
     """Exit code, stderr, and the files before and after."""
     main = importlib.import_module(COMMANDS[mistake.command]).main
     os.chdir(desk)
@@ -447,12 +624,18 @@ def _obey_permissions() -> None:
 
 
 def _mount(folder: Path, disk: str) -> str | None:
-    """A disk of this process alone, without room or read-only, or no network; why not, where that is not allowed."""
+    """A disk of this process alone, without room or read-only, or no network; why not, where that is not
+    allowed.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     new_network, new_mounts, read_only, private = 0x40000000, 0x20000, 1, 0x44000
     if disk == "cut off":
         os.environ["TIKTOKEN_CACHE_DIR"] = str(folder / "no_cache")
-        return f"no network of one's own: {os.strerror(ctypes.get_errno())}" if libc.unshare(new_network) else None
+        return (
+            f"no network of one's own: {os.strerror(ctypes.get_errno())}"
+            if libc.unshare(new_network)
+            else None
+        )
     if libc.unshare(new_mounts) or libc.mount(None, b"/", None, private, None):
         return f"no disk of one's own: {os.strerror(ctypes.get_errno())}; needs root"
     if libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", read_only * (disk == "read-only"), b"size=16k"):

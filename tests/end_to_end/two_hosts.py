@@ -1,9 +1,11 @@
 """What two_hosts.sh verifies, between the two network namespaces that it makes.
 
-    teacher and student     on a host each: the link is cut for a while and a rank of the teacher killed, whose torchrun
-                            starts it again; the student, which only waits, ends as with a teacher of its own
-    a student on both       DP2 and PP2, one torchrun a host and the rendezvous on the first, as the launcher starts
-                            them; a rank on the second is killed, both start again and resume: every step as on one host
+    teacher and student     on a host each: the link is cut for a while and a rank of the teacher killed,
+                            whose torchrun starts it again; the student, which only waits, ends as with a
+                            teacher of its own
+    a student on both       DP2 and PP2, one torchrun a host and the rendezvous on the first, as the launcher
+                            starts them; a rank on the second is killed, both start again and resume: every
+                            step as on one host
 
 Whatever it has started ends with the script's namespaces.
 """
@@ -52,16 +54,16 @@ def main() -> None:
     weights = random_weights(files, folder / "weights")
     gap = teacher_elsewhere(folder / "teacher-elsewhere", files, weights)
     print(
-        f"two_hosts: {LONG} steps of a student (TP2) with a teacher (TP2) on another host, over tcp with CURVE; the "
-        f"link was cut for {CUT_S:g} s, and the teacher killed and started again: every metric of the first "
-        f"{STEPS} steps is that of a colocated teacher to {gap:.0e}",
+        f"two_hosts: {LONG} steps of a student (TP2) with a teacher (TP2) on another host, over tcp with "
+        f"CURVE; the link was cut for {CUT_S:g} s, and the teacher killed and started again: every metric of "
+        f"the first {STEPS} steps is that of a colocated teacher to {gap:.0e}",
         flush=True,
     )
     gaps = {name: student_on_both(folder / name, files, weights, flags) for name, flags in LAYOUTS.items()}
     print(
-        "two_hosts: verified: a teacher on another host, its link cut, killed, started again; a student on both hosts, "
-        f"killed on one of them after 3 of {STEPS} steps, started again by torchrun, resumed: every metric of every "
-        "step is that of an undisturbed run on one host "
+        "two_hosts: verified: a teacher on another host, its link cut, killed, started again; a student on "
+        f"both hosts, killed on one of them after 3 of {STEPS} steps, started again by torchrun, resumed: "
+        "every metric of every step is that of an undisturbed run on one host "
         f"({', '.join(f'{name} to {gap:.0e}' for name, gap in gaps.items())})"
     )
 
@@ -141,7 +143,9 @@ def student_on_both(folder: Path, files: Path, weights: tuple[str, ...], layout:
     return compare(both, one_host(folder / "alone", flags), tolerance=1e-5)
 
 
-def start(log: Path, host: str, size: JobSize, *command: str, rendezvous: str | None = None) -> subprocess.Popen[bytes]:
+def start(
+    log: Path, host: str, size: JobSize, *command: str, rendezvous: str | None = None
+) -> subprocess.Popen[bytes]:
     """torchrun on a host, as the launcher's script for Slurm starts it."""
     log.parent.mkdir(exist_ok=True)
     meeting = [f"--rdzv-endpoint={ADDRESSES[rendezvous or host]}:29500"]

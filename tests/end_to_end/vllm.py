@@ -1,17 +1,19 @@
 """Runs of the launcher with a real vLLM server under the teacher; started by vllm.sh.
 
-statistics     what the front makes of vLLM's hidden states is what our own teacher says, for qwen3; for cohere, which
-               models/ does not know, it is what the same code makes of transformers' hidden states
-training       20 steps of `paper` and of `bytes` from one run file, on stored rollouts: the metrics are those with
-               our own teacher, and the engine is killed (-9) in the middle of the first
-together       vLLM under the teacher and vLLM that samples, from one run file: 20 steps in which the responses are of
-               the training weights
-generating     log-probabilities of a prompt's tokens, own and likeliest, as our own teacher has them; what it holds of
-               the weights that it was handed is told from what it does not
+statistics     what the front makes of vLLM's hidden states is what our own teacher says, for qwen3; for
+               cohere, which models/ does not know, it is what the same code makes of transformers' hidden
+               states
+training       20 steps of `paper` and of `bytes` from one run file, on stored rollouts: the metrics are those
+               with our own teacher, and the engine is killed (-9) in the middle of the first
+together       vLLM under the teacher and vLLM that samples, from one run file: 20 steps in which the
+               responses are of the training weights
+generating     log-probabilities of a prompt's tokens, own and likeliest, as our own teacher has them; what it
+               holds of the weights that it was handed is told from what it does not
 wrong weights  a head of other weights is found before any student is answered
-example        examples/engines/run.yaml on models of two steps: the launcher is killed (-9), nothing of it stays, and
-               the same command goes on from the checkpoint
-faults         100 seeds of faults between front and engine (the stand-in's): tests/parallel/test_engine_teacher.py
+example        examples/engines/run.yaml on models of two steps: the launcher is killed (-9), nothing of it
+               stays, and the same command goes on from the checkpoint
+faults         100 seeds of faults between front and engine (the stand-in's):
+               tests/parallel/test_engine_teacher.py
 """
 
 from __future__ import annotations
@@ -97,9 +99,10 @@ def main() -> None:
     faults()
     found = ", ".join(f"{name} {value:.1e}" for name, value in largest.items())
     print(
-        f"vllm: verified: the front's statistics and {STEPS} steps of two interfaces are those without an engine to "
-        f"{TOLERANCE} ({found}), one of the runs with an engine that was killed; a head of other weights was refused, "
-        "a tensor that did not arrive was named, and the example went on after kill -9 of its launcher"
+        f"vllm: verified: the front's statistics and {STEPS} steps of two interfaces are those without an "
+        f"engine to {TOLERANCE} ({found}), one of the runs with an engine that was killed; a head of other "
+        "weights was refused, a tensor that did not arrive was named, and the example went on after kill -9 "
+        "of its launcher"
     )
 
 
@@ -223,7 +226,9 @@ def training(folder: Path, python: str, interface: str, *, kill: bool) -> float:
     assert wanted[0]["loss"] > 0.1 and wanted[0]["loss"] != wanted[-1]["loss"]
     gaps = []
     for ours, theirs in zip(found, wanted, strict=True):
-        numbers = {n for n, v in theirs.items() if isinstance(v, float) and "second" not in n and "memory" not in n}
+        numbers = {
+            n for n, v in theirs.items() if isinstance(v, float) and "second" not in n and "memory" not in n
+        }
         gaps += [abs(ours[name] - theirs[name]) / max(1.0, abs(theirs[name])) for name in numbers]
     print(f"{interface}: largest difference of a metric {max(gaps):.1e}", flush=True)
     assert max(gaps) < TOLERANCE
@@ -231,7 +236,9 @@ def training(folder: Path, python: str, interface: str, *, kill: bool) -> float:
 
 
 def together(folder: Path, python: str) -> float:
-    """The largest difference between the server's log-probabilities and the training weights', over the steps."""
+    """The largest difference between the server's log-probabilities and the training weights', over the
+    steps.
+    """
     environment = ENVIRONMENT | {"PYTHONPATH": "", "VLLM_SERVER_DEV_MODE": "1"}
     pooling = {"name": "vllm", "kind": "engine", "python": python, "env": environment}
     pooling["command"] = command_of(folder / "llama", 8172)
@@ -281,7 +288,9 @@ def write(folder: Path, name: str, jobs: list[dict[str, Any]]) -> Path:
 
 def launch(path: Path) -> str:
     command = [sys.executable, "-m", "megatron_simct.launch", str(path)]
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1500)
+    result = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1500
+    )
     assert result.returncode == 0, result.stdout[-5000:]
     return result.stdout
 
@@ -306,7 +315,9 @@ def kill_engine(run: Path) -> None:
 def generating(folder: Path, python: str) -> float:
     """The largest difference between what a server says of prompts and what our own teacher does."""
     requests = [replace(r, byte_side=None, hidden=False) for r in make_requests()]
-    requests = [replace(r, topk=5, token_ids=True) if r.sample_id % 2 else replace(r, topk=0) for r in requests]
+    requests = [
+        replace(r, topk=5, token_ids=True) if r.sample_id % 2 else replace(r, topk=0) for r in requests
+    ]
     (expected,) = run_ranks(1, by_megatron, folder / "llama", requests)
     gaps = [0.0]
     with engine(folder / "llama", python, 8174, *GENERATING) as address:
@@ -316,7 +327,9 @@ def generating(folder: Path, python: str) -> float:
                 if request.topk and field == "echo":
                     continue
                 ids = np.concatenate([request.prompt_ids, request.label_ids])
-                asked = Asked(ids=ids, begin=len(request.prompt_ids) - 1, work=SimpleNamespace(request=request))
+                asked = Asked(
+                    ids=ids, begin=len(request.prompt_ids) - 1, work=SimpleNamespace(request=request)
+                )
                 (scored,) = score([request], [rows_of(client, asked, field=field)[asked.begin : -1]])
                 found, wanted = tensors_of(scored), expected[request.sample_id]
                 pairs = [(found["own_logit"], wanted["own_logit"] - wanted["lse"])]
@@ -324,7 +337,9 @@ def generating(folder: Path, python: str) -> float:
                 gaps += [float((a - b).abs().max()) for a, b in pairs if a.numel()]
 
         def as_sent(held: Path) -> set[str]:
-            client.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(held)}})
+            client.post(
+                "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(held)}}
+            )
             checksums = client.post("/weight_checker", {"action": "checksum"})["checksums"]
             return equal_digests(checksums, digests_of(str(folder / "llama")))
 
@@ -381,7 +396,15 @@ def example(checkout: Path, python: str) -> None:
 
 def faults() -> None:
     """Every sample is answered once, with its own answer."""
-    test = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/parallel/test_engine_teacher.py"]
+    test = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/parallel/test_engine_teacher.py",
+    ]
     environment = os.environ | {"ENGINE_FAULT_SEEDS": "100", "PYTHONPATH": str(ROOT)}
     subprocess.run([*test, "-k", "faults_between"], check=True, timeout=600, cwd=ROOT, env=environment)
 
@@ -395,7 +418,13 @@ def wrong_weights(folder: Path) -> None:
     tensors["lm_head.weight"] = tensors["lm_head.weight"].roll(1, 0)
     save_file(tensors, wrong / "model.safetensors", metadata={"format": "pt"})
     with serve_folder(folder / "llama") as server:
-        command = [sys.executable, "-m", "megatron_simct.serve_teacher", "--teacher-hf-checkpoint", str(wrong)]
+        command = [
+            sys.executable,
+            "-m",
+            "megatron_simct.serve_teacher",
+            "--teacher-hf-checkpoint",
+            str(wrong),
+        ]
         command += ["--run-dir", str(folder / "w"), "--engine-endpoint", server.address]
         result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 1 and "the head is not this model's" in result.stderr, result.stderr

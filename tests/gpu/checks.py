@@ -1,7 +1,9 @@
-"""What a first run on GPUs has to show: each check is a function of the device and returns lines of one table.
+"""What a first run on GPUs has to show: each check is a function of the device and returns lines of one
+table.
 
-SIMCT_GPU_SMOKE_DEVICE=cpu runs the same functions small, on CPU with gloo, so that on a GPU only what is special to it
-can go wrong: NCCL, TransformerEngine, the memory allocator. Ranks are spawned: CUDA does not survive a fork.
+SIMCT_GPU_SMOKE_DEVICE=cpu runs the same functions small, on CPU with gloo, so that on a GPU only what is
+special to it can go wrong: NCCL, TransformerEngine, the memory allocator. Ranks are spawned: CUDA does not
+survive a fork.
 """
 
 from __future__ import annotations
@@ -67,21 +69,29 @@ def smoke_device() -> torch.device | None:
 
 
 def on_ranks(world_size: int, function: Callable[..., dict[str, torch.Tensor]], *args: Any) -> list[dict]:
-    """function(device, *args) on every rank of a new world, NCCL where CUDA is available; what each returns."""
+    """function(device, *args) on every rank of a new world, NCCL where CUDA is available; what each
+    returns.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        ranks = torch.multiprocessing.spawn(_rank, (world_size, folder, function, args), nprocs=world_size, join=False)
+        ranks = torch.multiprocessing.spawn(
+            _rank, (world_size, folder, function, args), nprocs=world_size, join=False
+        )
         deadline = time.monotonic() + RANKS_TIMEOUT_S
         try:
             while not ranks.join(timeout=1):
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"{function.__name__}: no answer of {world_size} ranks in {RANKS_TIMEOUT_S} s")
+                    raise TimeoutError(
+                        f"{function.__name__}: no answer of {world_size} ranks in {RANKS_TIMEOUT_S} s"
+                    )
         finally:
             for process in ranks.processes:
                 process.kill()
         return [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
-def _rank(rank: int, world_size: int, folder: str, function: Callable[..., dict], args: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, world_size: int, folder: str, function: Callable[..., dict], args: tuple[Any, ...]
+) -> None:
     on_gpu = torch.cuda.is_available()
     # NCCL wants a device a rank; gloo takes tensors of one device on all ranks.
     alone = on_gpu and torch.cuda.device_count() < world_size
@@ -139,7 +149,9 @@ def _loss_on_shards(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def training_on_two_ranks(device: torch.device) -> list[Line]:
-    """Two steps of `train.py` from one process's rollouts; the largest difference of loss and gradient norm."""
+    """Two steps of `train.py` from one process's rollouts; the largest difference of loss and gradient
+    norm.
+    """
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder)
         build_files(files)
@@ -182,7 +194,9 @@ def bfloat16_loss(device: torch.device) -> list[Line]:
         exact, dense = (_dense(moved, interface) for moved in (case.to(torch.float64), case))
         fused = _gradients(case, lambda h, w, c=case, i=interface: _fused(h, w, c, i))
         of_dense, of_fused = relative_errors(dense, exact), relative_errors(fused, exact)
-        for name, ours, theirs in zip(("value", "hidden gradient", "weight gradient"), of_fused, of_dense, strict=True):
+        for name, ours, theirs in zip(
+            ("value", "hidden gradient", "weight gradient"), of_fused, of_dense, strict=True
+        ):
             # One sample: a lucky value of dense torch is no yardstick.
             limit = NO_WORSE * theirs if name != "value" else max(2 * theirs, 1e-3)
             lines.append(Line(check=f"bf16 against float64, {interface}: {name}", value=ours, limit=limit))
@@ -191,7 +205,9 @@ def bfloat16_loss(device: torch.device) -> list[Line]:
 
 def _dense(case: LossCase, interface: str) -> list[torch.Tensor]:
     teacher = case.teacher_hidden, case.teacher_weight
-    return _gradients(case, lambda hidden, weight: dense_sum(hidden, weight, *teacher, case, interface=interface))
+    return _gradients(
+        case, lambda hidden, weight: dense_sum(hidden, weight, *teacher, case, interface=interface)
+    )
 
 
 def _fused(hidden: torch.Tensor, weight: torch.Tensor, case: LossCase, interface: str) -> torch.Tensor:
@@ -200,7 +216,10 @@ def _fused(hidden: torch.Tensor, weight: torch.Tensor, case: LossCase, interface
 
 
 def _gradients(case: LossCase, loss: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
-    hidden, weight = case.student_hidden.clone().requires_grad_(), case.student_weight.clone().requires_grad_()
+    hidden, weight = (
+        case.student_hidden.clone().requires_grad_(),
+        case.student_weight.clone().requires_grad_(),
+    )
     value = loss(hidden, weight)
     value.backward()
     return [value.detach(), hidden.grad, weight.grad]
@@ -234,8 +253,8 @@ def architecture(*, hidden_size: int, num_layers: int, vocab_size: int) -> Archi
 
 
 def stock_layers(device: torch.device) -> list[Line]:
-    """Hidden states and embedding gradient of megatron-core's layers, of TransformerEngine where it imports, and of our
-    own local ones."""
+    """Hidden states and embedding gradient of megatron-core's layers, of TransformerEngine where it imports,
+    and of our own local ones."""
     on_gpu = device.type == "cuda"
     has_engine = on_gpu and build.gpt_layer_specs.HAVE_TE
     with process_groups(ParallelConfig(), seed=1) as groups:
@@ -245,7 +264,9 @@ def stock_layers(device: torch.device) -> list[Line]:
                 small, ParallelConfig(), groups, vocab_size=512, divisible_by=1, bf16=on_gpu, flag="smoke"
             )
         theirs = _stock_model(ours, transformer_engine=has_engine).to(device)
-        missing = theirs.load_state_dict(_stock_names(ours.state_dict(), fused_norms=has_engine), strict=False)
+        missing = theirs.load_state_dict(
+            _stock_names(ours.state_dict(), fused_norms=has_engine), strict=False
+        )
         assert not [name for name in missing.missing_keys if "_extra_state" not in name], missing
         tokens, positions = _tokens(2, 64, 512, device)
         mask = torch.ones(1, 1, 64, 64, dtype=torch.bool, device=device).triu(1)
@@ -255,8 +276,13 @@ def stock_layers(device: torch.device) -> list[Line]:
             (hidden * torch.linspace(-1, 1, hidden.shape[-1], device=device)).sum().backward()
             states.append(hidden.detach())
             gradients.append(model.embedding.word_embeddings.weight.grad)
-    kind, limit = "TransformerEngine" if has_engine else "megatron-core's local layers", 2e-2 if on_gpu else 1e-5
-    (of_states,), (of_gradients,) = (relative_errors(pair[1:], [pair[0].double()]) for pair in (states, gradients))
+    kind, limit = (
+        "TransformerEngine" if has_engine else "megatron-core's local layers",
+        2e-2 if on_gpu else 1e-5,
+    )
+    (of_states,), (of_gradients,) = (
+        relative_errors(pair[1:], [pair[0].double()]) for pair in (states, gradients)
+    )
     return [
         Line(check=f"{kind} against ours: hidden states", value=of_states, limit=limit),
         Line(check=f"{kind} against ours: embedding gradient", value=of_gradients, limit=2 * limit),
@@ -301,14 +327,18 @@ def _stock_names(state: dict[str, Any], *, fused_norms: bool) -> dict[str, Any]:
     return {name: tensor for name, tensor in renamed.items() if "_extra_state" not in name}
 
 
-def _tokens(batch: int, length: int, vocab_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _tokens(
+    batch: int, length: int, vocab_size: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocab_size, (batch, length), generator=generator).to(device)
     return tokens, torch.arange(length, device=device).expand(batch, -1)
 
 
 def step_speed(device: torch.device) -> list[Line]:
-    """Forward pass of a small student, fused loss (`paper`, teacher's states given) and backward pass, in bf16."""
+    """Forward pass of a small student, fused loss (`paper`, teacher's states given) and backward pass, in
+    bf16.
+    """
     on_gpu = device.type == "cuda"
     vocab_size, batch, length = (131072, 8, 512) if on_gpu else (512, 1, 32)
     shape = {"hidden_size": 1024, "num_layers": 8} if on_gpu else {"hidden_size": 64, "num_layers": 1}
@@ -345,12 +375,17 @@ def step_speed(device: torch.device) -> list[Line]:
             if on_gpu:
                 torch.cuda.synchronize(device)
             seconds = min(seconds, time.perf_counter() - start)
-        name = f"step of {large.num_layers} layers, hidden {large.hidden_size}, V {vocab_size}, {len(labels)} labels"
+        name = (
+            f"step of {large.num_layers} layers, hidden {large.hidden_size}, V {vocab_size}, {len(labels)} "
+            "labels"
+        )
         lines = [Line(check=name, value=len(labels) / seconds, unit="tokens/s")]
         if on_gpu:
             peak = torch.cuda.max_memory_allocated(device) / 2**20
             logits = len(labels) * vocab_size * 2 / 2**20
             lines.append(
-                Line(check=f"{name}: peak memory (bf16 logits of it: {logits:.0f} MiB)", value=peak, unit="MiB")
+                Line(
+                    check=f"{name}: peak memory (bf16 logits of it: {logits:.0f} MiB)", value=peak, unit="MiB"
+                )
             )
         return lines

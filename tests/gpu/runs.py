@@ -1,4 +1,6 @@
-"""Whole runs as a user starts them, in processes of their own, on one device: training, a resume, a teacher's job."""
+"""Whole runs as a user starts them, in processes of their own, on one device: training, a resume, a teacher's
+job.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +36,23 @@ def _metrics(run_dir: Path) -> list[dict]:
 
 
 def training(device: torch.device) -> list[Line]:
-    """Tiny models: three steps, saved; then resumed to five. Losses, and how far sampled log-probs are from trained."""
+    """Tiny models: three steps, saved; then resumed to five.
+
+    Losses, and how far sampled log-probs are from trained.
+    """
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder)
         build_files(files)
         run_dir, save = files / "run", str(files / "save")
         for iterations in (3, 5):
-            flags = ["--train-iters", str(iterations), "--lr-decay-style", "constant", "--run-dir", str(run_dir)]
+            flags = [
+                "--train-iters",
+                str(iterations),
+                "--lr-decay-style",
+                "constant",
+                "--run-dir",
+                str(run_dir),
+            ]
             _train(command_line(files, *flags, "--save", save, "--load", save, *_precision(device)))
         rows = _metrics(run_dir)
     lines = [Line(check="steps before and after a resume", value=abs(len(rows) - 5), limit=0)]
@@ -51,7 +63,9 @@ def training(device: torch.device) -> list[Line]:
 
 
 def full_size(device: torch.device) -> list[Line]:
-    """Random weights of Qwen2.5-7B's shapes teach Gemma-2-2B's, tokenizers of the tiny pair: seconds and memory."""
+    """Random weights of Qwen2.5-7B's shapes teach Gemma-2-2B's, tokenizers of the tiny pair: seconds and
+    memory.
+    """
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder)
         build_files(files)
@@ -60,12 +74,22 @@ def full_size(device: torch.device) -> list[Line]:
         sizes = ("32", "512") if device.type == "cuda" else ("4", "8")
         flags = ["--train-iters", "3", "--run-dir", str(files / "run"), "--recompute-granularity", "full"]
         flags += ["--recompute-method", "uniform", "--recompute-num-layers", "1"]
-        flags += ["--rollout-batch-size", sizes[0], "--rollout-max-response-len", sizes[1], "--micro-batch-size", "1"]
+        flags += [
+            "--rollout-batch-size",
+            sizes[0],
+            "--rollout-max-response-len",
+            sizes[1],
+            "--micro-batch-size",
+            "1",
+        ]
         flags += ["--rollout-engine-batch-size", sizes[0], "--lr", "1e-6", *_precision(device)]
         _train(command_line(files, *flags))
         last = _metrics(files / "run")[-1]
     names = [name for name in last if name.startswith("seconds") or "memory" in name]
-    return [Line(check=name, value=last[name], unit="s" if name.startswith("seconds") else "GiB") for name in names]
+    return [
+        Line(check=name, value=last[name], unit="s" if name.startswith("seconds") else "GiB")
+        for name in names
+    ]
 
 
 def teacher_job(device: torch.device) -> list[Line]:
@@ -77,7 +101,18 @@ def teacher_job(device: torch.device) -> list[Line]:
         shared = ["--seed", "5"]
         run_dir = files / "run"
         colocated = files / "weights"
-        _train([*base, *shared, "--train-iters", "1", "--run-dir", str(files / "first"), "--save", str(colocated)])
+        _train(
+            [
+                *base,
+                *shared,
+                "--train-iters",
+                "1",
+                "--run-dir",
+                str(files / "first"),
+                "--save",
+                str(colocated),
+            ]
+        )
         serve = [sys.executable, "-m", "megatron_simct.serve_teacher", "--run-dir", str(run_dir)]
         serve += ["--bind", "tcp://127.0.0.1", "--teacher-hf-checkpoint", str(files / "student")]
         serve += ["--teacher-pretrained-checkpoint", str(colocated)]
@@ -97,7 +132,17 @@ def teacher_job(device: torch.device) -> list[Line]:
                 "--teacher-make-vocab-size-divisible-by",
                 "8",
             ]
-            _train([*student, "--train-iters", "3", "--teacher-endpoint", str(run_dir), "--run-dir", str(run_dir)])
+            _train(
+                [
+                    *student,
+                    "--train-iters",
+                    "3",
+                    "--teacher-endpoint",
+                    str(run_dir),
+                    "--run-dir",
+                    str(run_dir),
+                ]
+            )
             teacher.send_signal(signal.SIGTERM)
             code = teacher.wait(30)
         finally:

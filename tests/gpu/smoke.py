@@ -1,7 +1,9 @@
-"""The steps of a first run on a GPU, each in a process of its own under its own time limit: tools/gpu_smoke.sh.
+"""The steps of a first run on a GPU, each in a process of its own under its own time limit:
+tools/gpu_smoke.sh.
 
 `STEPS` is the list, in the order of their value; the limits add up to less than ten minutes. Each step writes
-DIR/NAME.json when it ends, so what was measured before an abort is kept. Ends with 1 if a step failed or raised.
+DIR/NAME.json when it ends, so what was measured before an abort is kept. Ends with 1 if a step failed or
+raised.
 """
 
 from __future__ import annotations
@@ -39,16 +41,31 @@ class Step:
 
 STEPS: Sequence[Step] = (
     Step(name="versions", limit_s=20, about="what is installed, and on what", function=tables.versions),
-    Step(name="loss", limit_s=100, about="the loss beside its bare products: ms, memory", function=tables.loss),
+    Step(
+        name="loss", limit_s=100, about="the loss beside its bare products: ms, memory", function=tables.loss
+    ),
     Step(name="training", limit_s=80, about="three steps, saved, resumed to five", function=runs.training),
     Step(
-        name="generation", limit_s=90, about="ms a token, launched one by one and as graphs", function=tables.generation
+        name="generation",
+        limit_s=90,
+        about="ms a token, launched one by one and as graphs",
+        function=tables.generation,
     ),
-    Step(name="full_size", limit_s=70, about="three steps with a teacher of 7B shapes", function=runs.full_size),
     Step(
-        name="teacher_job", limit_s=60, about="a teacher's job and a student's on one device", function=runs.teacher_job
+        name="full_size", limit_s=70, about="three steps with a teacher of 7B shapes", function=runs.full_size
     ),
-    Step(name="bfloat16", limit_s=25, about="error of the loss in bf16 against float64", function=checks.bfloat16_loss),
+    Step(
+        name="teacher_job",
+        limit_s=60,
+        about="a teacher's job and a student's on one device",
+        function=runs.teacher_job,
+    ),
+    Step(
+        name="bfloat16",
+        limit_s=25,
+        about="error of the loss in bf16 against float64",
+        function=checks.bfloat16_loss,
+    ),
     Step(name="attention", limit_s=20, about="ms of each kind of mask", function=tables.attention),
     Step(
         name="layers",
@@ -56,7 +73,12 @@ STEPS: Sequence[Step] = (
         about="TransformerEngine's or Megatron's layers against ours",
         function=checks.stock_layers,
     ),
-    Step(name="two_ranks", limit_s=40, about="the loss on two ranks against one", function=checks.loss_on_two_ranks),
+    Step(
+        name="two_ranks",
+        limit_s=40,
+        about="the loss on two ranks against one",
+        function=checks.loss_on_two_ranks,
+    ),
     Step(
         name="two_gpus",
         limit_s=40,
@@ -70,8 +92,12 @@ assert sum(step.limit_s for step in STEPS) <= TOTAL_S
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tools/gpu_smoke.sh", description=__doc__)
-    parser.add_argument("steps", nargs="*", metavar="STEP", help=f"default: all of {' '.join(s.name for s in STEPS)}")
-    parser.add_argument("--out", type=Path, default=Path("gpu_smoke"), metavar="DIR", help="default: gpu_smoke")
+    parser.add_argument(
+        "steps", nargs="*", metavar="STEP", help=f"default: all of {' '.join(s.name for s in STEPS)}"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("gpu_smoke"), metavar="DIR", help="default: gpu_smoke"
+    )
     parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     unknown = set(options.steps) - {step.name for step in STEPS}
@@ -97,7 +123,10 @@ def run(step: Step, device: torch.device) -> dict:
     """The step's result: its lines, or why there are none."""
     begin = time.monotonic()
     try:
-        return {"lines": [asdict(line) | {"passed": line.passed} for line in step.function(device)], **took(begin)}
+        return {
+            "lines": [asdict(line) | {"passed": line.passed} for line in step.function(device)],
+            **took(begin),
+        }
     except Exception as error:
         traceback.print_exc()
         return {"problem": f"raised {type(error).__name__}: {error}"[:300], **took(begin)}

@@ -74,7 +74,9 @@ def loss(device: torch.device) -> list[Line]:
     """`paper` and `strict` in bf16, beside the bare matrix products of the same shapes."""
     on_gpu = device.type == "cuda"
     shapes = (
-        [(2048, 152064, 3584, 256000, 2304), (8192, 152064, 3584, 256000, 2304)] if on_gpu else [(32, 320, 16, 256, 24)]
+        [(2048, 152064, 3584, 256000, 2304), (8192, 152064, 3584, 256000, 2304)]
+        if on_gpu
+        else [(32, 320, 16, 256, 24)]
     )
     lines = []
     for labels, student_vocab, hidden, teacher_vocab, teacher_hidden in shapes:
@@ -131,7 +133,9 @@ def _fused(case: dict[str, Any], interface: Any) -> None:
 
 
 def _products(case: dict[str, Any]) -> None:
-    """The teacher's shared logits, the student's twice, and the student's two gradients; in chunks of rows."""
+    """The teacher's shared logits, the student's twice, and the student's two gradients; in chunks of
+    rows.
+    """
     hidden, weight = case["hidden"].detach(), case["weight"].detach()
     for rows, teacher in zip(hidden.split(1024), case["teacher_hidden"].split(1024), strict=True):
         teacher @ case["teacher_rows"].t()
@@ -217,7 +221,11 @@ SMALL = {
 
 def shapes_of(config: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """On a CPU, small ones of the same family."""
-    return config if device.type == "cuda" else config | SMALL | ({"head_dim": 16} if "head_dim" in config else {})
+    return (
+        config
+        if device.type == "cuda"
+        else config | SMALL | ({"head_dim": 16} if "head_dim" in config else {})
+    )
 
 
 def generation(device: torch.device) -> list[Line]:
@@ -254,7 +262,9 @@ def generation(device: torch.device) -> list[Line]:
                         batch_size=rows,
                         stepping=stepping,
                     )
-                    few, many = (_seconds(engine, device, rows, prompt_tokens, count) for count in (new // 4, new))
+                    few, many = (
+                        _seconds(engine, device, rows, prompt_tokens, count) for count in (new // 4, new)
+                    )
                     value = 1e3 * (many - few) / (new - new // 4)
                     lines.append(Line(check=f"{name}, {rows} rows, {way}", value=value, unit="ms a token"))
             del model
@@ -265,7 +275,8 @@ def generation(device: torch.device) -> list[Line]:
 def _seconds(engine: MegatronEngine, device: torch.device, rows: int, prompt_tokens: int, new: int) -> float:
     empty = np.zeros(0, np.int32)
     prompts = [
-        Prompt(sample_id=i, student_ids=np.full(prompt_tokens, 7 + i, np.int32), teacher_ids=empty) for i in range(rows)
+        Prompt(sample_id=i, student_ids=np.full(prompt_tokens, 7 + i, np.int32), teacher_ids=empty)
+        for i in range(rows)
     ]
     sampling = Sampling(temperature=1.0, max_response_len=new, seed=1)
     return timed(lambda: engine.generate(prompts, sampling), device, repeats=1)[0] / 1e3

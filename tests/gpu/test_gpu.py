@@ -17,6 +17,8 @@ def test_on_gpu(step, tmp_path):
     if device.type == "cuda" and torch.cuda.device_count() < step.gpus:
         pytest.skip(f"needs {step.gpus} GPUs, found {torch.cuda.device_count()}")
     result = in_time(step, device, tmp_path)
-    assert "problem" not in result, f"{result['problem']}: {(tmp_path / step.name).with_suffix('.log').read_text()}"
+    assert "problem" not in result, (
+        f"{result['problem']}: {(tmp_path / step.name).with_suffix('.log').read_text()}"
+    )
     for line in result["lines"]:
         assert line["passed"], f"{line['check']}: {line['value']}, at most {line['limit']}"

@@ -1,4 +1,6 @@
-"""Minimal common units by sets of byte offsets, in plain Python; and a greedy encoder for small vocabularies."""
+"""Minimal common units by sets of byte offsets, in plain Python; and a greedy encoder for small
+vocabularies.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,17 @@ Piece = bytes | str
 def minimal_units(
     teacher: Sequence[Piece], student: Sequence[Piece]
 ) -> tuple[list[tuple[int, int, int, int]], dict[str, int], int]:
-    """Segments (ts, te, ss, se), {reason: student bytes in no segment} (at most one reason), common prefix in bytes."""
+    """Segments (ts, te, ss, se), {reason: student bytes in no segment} (at most one reason), common prefix in
+    bytes.
+    """
     teacher_content, teacher_stops = _without_stop(teacher)
     student_content, student_stops = _without_stop(student)
     teacher_head = list(takewhile(lambda piece: isinstance(piece, bytes), teacher_content))
     student_head = list(takewhile(lambda piece: isinstance(piece, bytes), student_content))
     teacher_bytes, student_bytes = b"".join(teacher_head), b"".join(student_head)
-    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(teacher_bytes, student_bytes, strict=False)))
+    common = sum(
+        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(teacher_bytes, student_bytes, strict=False))
+    )
 
     teacher_spans, student_spans = _spans(teacher_head), _spans(student_head)
     boundaries = {0, *(end for _, end in teacher_spans)} & {0, *(end for _, end in student_spans)}
@@ -32,7 +38,10 @@ def minimal_units(
         segments.append((owned_t[0], owned_t[-1] + 1, owned_s[0], owned_s[-1] + 1))
 
     same_bytes = teacher_bytes == student_bytes
-    teacher_is_cut, student_is_cut = len(teacher_head) < len(teacher_content), len(student_head) < len(student_content)
+    teacher_is_cut, student_is_cut = (
+        len(teacher_head) < len(teacher_content),
+        len(student_head) < len(student_content),
+    )
     if teacher_stops and student_stops and same_bytes and not teacher_is_cut and not student_is_cut:
         segments.append((len(teacher) - 1, len(teacher), len(student) - 1, len(student)))
     covered_t = sum(te - ts for ts, te, _, _ in segments)

@@ -1,19 +1,22 @@
 """The interface `bytes` with bounds for any tokenizer, on dense float64 logits, by enumeration.
 
-For model M with realized tokens ending at beta_1 .. beta_n and byte position i, K the last boundary <= i, and with
-every mass relative to A_K, the probability of the tokens up to there:
+For model M with realized tokens ending at beta_1 .. beta_n and byte position i, K the last boundary <= i, and
+with every mass relative to A_K, the probability of the tokens up to there:
 
-    border      the last B <= i that no token crosses: none that begins at a < B, goes on as y[a : i] does as far as
-                either lasts, and is longer than B - a
+    border      the last B <= i that no token crosses: none that begins at a < B, goes on as y[a : i] does as
+                far as either lasts, and is longer than B - a
     known(b)    sum over rows k <= K with beta_k >= border of p_k(w) A_k / A_K, w spells y[beta_k : i] b ..
-    known(end), known(other)    at a boundary (i = beta_K): the stop set, and other ids without bytes, of row K
-    atom (k, w)                 w spells y[beta_k : j) with beta_k < j <= i, and j is not where the realized token ends
+    known(end), known(other)    at a boundary (i = beta_K): the stop set, and other ids without bytes, of row
+                                K
+    atom (k, w)                 w spells y[beta_k : j) with beta_k < j <= i, and j is not where the realized
+                                token ends
         ended (j = i)           may go to event e if `follows(w, e)`; several ids with w's bytes: to any
         free (j < i)            if `follows(w, y[j])`, else it is left out; may go to any event
 
-Events: symbols that both sides know are one each; the others are joined if the same sides know them and the same ended
-atoms may go to them. The loss of a position is the least divergence of (s + a, t + b) over 0 <= a <= cap_S, sum of
-a = u_S, and b likewise, where all of a model's masses are divided by their sum and FLOOR is added to each known event.
+Events: symbols that both sides know are one each; the others are joined if the same sides know them and the
+same ended atoms may go to them. The loss of a position is the least divergence of (s + a, t + b) over 0 <= a
+<= cap_S, sum of a = u_S, and b likewise, where all of a model's masses are divided by their sum and FLOOR is
+added to each known event.
 
 The minimum is found by bisection of the cases' equations; `projected_minimum` finds it without them, slowly.
 """
@@ -126,8 +129,12 @@ def joined(student: View, teachers: Sequence[View], weights: Sequence[float]) ->
             for of in events.values()
         ]
         rows.append((known, caps, (sum(v.ended.values()) + v.free) / whole))
-    mixed_known = [sum(w * r[0][e] for w, r in zip(weights, rows[1:], strict=True)) for e in range(len(events))]
-    mixed_caps = [sum(w * r[1][e] for w, r in zip(weights, rows[1:], strict=True)) for e in range(len(events))]
+    mixed_known = [
+        sum(w * r[0][e] for w, r in zip(weights, rows[1:], strict=True)) for e in range(len(events))
+    ]
+    mixed_caps = [
+        sum(w * r[1][e] for w, r in zip(weights, rows[1:], strict=True)) for e in range(len(events))
+    ]
     mixed = sum(w * r[2] for w, r in zip(weights, rows[1:], strict=True))
     return Position((rows[0][0], mixed_known), (rows[0][1], mixed_caps), (rows[0][2], mixed))
 
@@ -178,7 +185,9 @@ def least(at: Position, name: str, beta: float) -> float:
 
 
 def projected_minimum(at: Position, name: str, beta: float, steps: int = 4000) -> float:
-    """The same by taking turns: the best a for the b that there is, then the best b; each is one bisection."""
+    """The same by taking turns: the best a for the b that there is, then the best b; each is one
+    bisection.
+    """
     s, t = ([x + FLOOR for x in side] for side in at.known)
     c, d = at.caps
     u, v = at.unresolved
@@ -225,7 +234,9 @@ def _sum(p: list[float], q: list[float], name: str, beta: float) -> float:
     return total
 
 
-def position_views(student: Side, teachers: Sequence[Side], weights: Sequence[float] = (1.0,)) -> list[Position]:
+def position_views(
+    student: Side, teachers: Sequence[Side], weights: Sequence[float] = (1.0,)
+) -> list[Position]:
     """What is compared at every byte position."""
     sides = [student, *teachers]
     rows = [torch.log_softmax(side.logits.detach().double(), dim=-1).tolist() for side in sides]

@@ -1,4 +1,6 @@
-"""Samples for the interface `bytes`: two random vocabularies, one text, random logits, and the package's answer."""
+"""Samples for the interface `bytes`: two random vocabularies, one text, random logits, and the package's
+answer.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,9 @@ class Evaluation:
 
 
 def _shard(logits: torch.Tensor, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, int, int]:
-    """This rank's columns (at least one of them padding in the whole), where they start, and how many are real."""
+    """This rank's columns (at least one of them padding in the whole), where they start, and how many are
+    real.
+    """
     rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     width = -(-(logits.shape[1] + 1) // size)
     padded = logits.new_full((len(logits), width * size), PADDING_SCORE)
@@ -155,18 +159,24 @@ def _evaluate(
     sides = list(zip(*cases, strict=True))
     sources, labels, orders, starts = [], [], [], []
     for of_side in sides:
-        logits, start, num_columns = _shard(torch.cat([side.logits.detach() for side in of_side]).to(dtype), group)
+        logits, start, num_columns = _shard(
+            torch.cat([side.logits.detach() for side in of_side]).to(dtype), group
+        )
         if of_side is sides[0]:
             student_logits = logits.requires_grad_()
         sources.append(GivenLogits(logits, num_columns=num_columns))
         labels.append(torch.tensor([label for side in of_side for label in side.labels]))
-        order = ByteOrder.of(table_of(of_side[0]), shard_start=start, shard_end=start + logits.shape[1], device="cpu")
+        order = ByteOrder.of(
+            table_of(of_side[0]), shard_start=start, shard_end=start + logits.shape[1], device="cpu"
+        )
         orders.append(order)
         starts.append(start)
     answers = []
     for k, of_side in enumerate(sides[1:], start=1):
         side = pack_byte_sides([e[k - 1].teacher for e in events], [len(side.labels) for side in of_side])
-        masses = slot_log_masses(sources[k], labels[k], side, order=orders[k], shard_start=starts[k], group=group)
+        masses = slot_log_masses(
+            sources[k], labels[k], side, order=orders[k], shard_start=starts[k], group=group
+        )
         answers.append(masses.split([e[0].slot_event.size for e in events]))
     of_samples = zip(*answers, strict=True)
     if len(weights) > 1:
@@ -206,7 +216,9 @@ ALPHABET = (b"a", b"b", b"c", "é".encode(), "日".encode())
 
 
 def random_vocabulary(rng: random.Random, *, closed: bool, size: int = 14) -> list[bytes]:
-    """Single bytes of the alphabet, longer tokens, some duplicate, specials without bytes, and a stop token, id 0."""
+    """Single bytes of the alphabet, longer tokens, some duplicate, specials without bytes, and a stop token,
+    id 0.
+    """
     pieces = {bytes([b]) for unit in ALPHABET for b in unit}
     for _ in range(size):
         piece = b"".join(rng.choices(ALPHABET, k=rng.randint(1, 4)))
@@ -227,7 +239,9 @@ def spelled(rng: random.Random, pieces: list[bytes], text: bytes) -> list[int]:
     return ids
 
 
-def random_cases(seed: int, *, num_cases: int = 3, scale: float = 2.0, num_sides: int = 2) -> list[tuple[Side, ...]]:
+def random_cases(
+    seed: int, *, num_cases: int = 3, scale: float = 2.0, num_sides: int = 2
+) -> list[tuple[Side, ...]]:
     """Responses that stopped, were cut, differ in their last bytes, hold a special token, or are empty."""
     rng = random.Random(seed)
     vocabularies = [random_vocabulary(rng, closed=rng.random() < 0.5) for _ in range(num_sides)]
@@ -244,7 +258,9 @@ def random_cases(seed: int, *, num_cases: int = 3, scale: float = 2.0, num_sides
                 labels.insert(rng.randint(0, len(labels)), pieces.index(b"", 1))
             if kind > 0.2 or not labels:
                 labels.append(0)
-            logits = torch.tensor(np.random.default_rng(rng.randint(0, 10**6)).normal(size=(len(labels), len(pieces))))
+            logits = torch.tensor(
+                np.random.default_rng(rng.randint(0, 10**6)).normal(size=(len(labels), len(pieces)))
+            )
             sides.append(Side(pieces, [0], logits * scale, labels))
         cases.append(tuple(sides))
     return cases

@@ -33,4 +33,6 @@ __all__ = [
 def write_out(language: Language, text: bytes, pieces: Sequence[bytes], stop_id: int, cut: Cut) -> Side:
     """What the model of `language` in this tokenization says along `text`."""
     model = ExactModel.of(language, cut, stop_id)
-    return Side(list(pieces), [stop_id], torch.from_numpy(model.logits(text, len(pieces))), model.labels(text))
+    return Side(
+        list(pieces), [stop_id], torch.from_numpy(model.logits(text, len(pieces))), model.labels(text)
+    )

@@ -1,13 +1,17 @@
 """The interface `bytes` on dense float64 logits: one byte, one token and one candidate at a time.
 
-For model M with realized tokens v_1 .. v_n ending at byte offsets beta_1 .. beta_n (beta_0 = 0) and byte position i, K
-is its last boundary, beta_K <= i, and c_k = y[beta_k : i]. Relative to the realized path up to K:
-    mass(b)  = sum over k <= K of  prod_{k < j <= K} 1 / p(v_j | v_<j)  *  sum of p(w | v_<=k), w begins with c_k b
-    at a boundary (beta_K = i):  stop = p(stop set | v_<=K), other = p(other specials, tokens without bytes | v_<=K)
+For model M with realized tokens v_1 .. v_n ending at byte offsets beta_1 .. beta_n (beta_0 = 0) and byte
+position i, K is its last boundary, beta_K <= i, and c_k = y[beta_k : i]. Relative to the realized path up to
+K:
+    mass(b)  = sum over k <= K of  prod_{k < j <= K} 1 / p(v_j | v_<j)  *  sum of p(w | v_<=k), w begins with
+    c_k b
+    at a boundary (beta_K = i):  stop = p(stop set | v_<=K), other = p(other specials, tokens without bytes |
+                                 v_<=K)
     inside a token:              ended = p(tokens that spell c_K | v_<=K)
                                  loose = the same of the longest token that is a prefix of c_K
-Byte b is loose for M if M is inside a token, some token is a prefix of c_K, and c_K b is no token: text that goes on
-with b may then have left the token that M is in. Gradients come from autograd; nothing is shared with the package.
+Byte b is loose for M if M is inside a token, some token is a prefix of c_K, and c_K b is no token: text that
+goes on with b may then have left the token that M is in. Gradients come from autograd; nothing is shared with
+the package.
 """
 
 from __future__ import annotations
@@ -33,7 +37,8 @@ class Side:
     """[n, V], the real vocabulary."""
     labels: list[int]
     follows: Callable[[int, int | None], bool] | None = None
-    """Whether a byte, or the end (None), may come behind a token in the tokenizer's own cut; None: not known."""
+    """Whether a byte, or the end (None), may come behind a token in the tokenizer's own cut; None: not known.
+    """
 
 
 @dataclass
@@ -65,7 +70,9 @@ def point(side: Side, log_p: torch.Tensor, text: bytes, i: int) -> Point:
             weight = weight / log_p[j, side.labels[j]].exp()
         for w, piece in enumerate(side.pieces):
             if piece.startswith(c) and len(piece) > len(c):
-                mass[piece[len(c)]] = mass.get(piece[len(c)], zero) + weight * log_p[last if k == last else k, w].exp()
+                mass[piece[len(c)]] = (
+                    mass.get(piece[len(c)], zero) + weight * log_p[last if k == last else k, w].exp()
+                )
     c = text[begins[last] : i]
     boundary = c == b""
     stop = sum((log_p[last, w].exp() for w in side.stop_ids), zero) if boundary else zero
@@ -106,7 +113,9 @@ def mixture(own: list[Shares], wholes: list[torch.Tensor], weights: list[float])
     """A teacher that says b with the weighted sum of the probabilities with which the teachers say b."""
     parts = list(zip(weights, own, wholes, strict=True))
     mass = {event: sum(w * s.mass[event] / whole for w, s, whole in parts) for event in own[0].mass}
-    return Shares(mass, sum(w * s.slack / whole for w, s, whole in parts), set().union(*(s.loose for s in own)))
+    return Shares(
+        mass, sum(w * s.slack / whole for w, s, whole in parts), set().union(*(s.loose for s in own))
+    )
 
 
 def compared(student: Shares, teacher: Shares) -> list[dict[str | int, torch.Tensor]]:
@@ -120,7 +129,9 @@ def compared(student: Shares, teacher: Shares) -> list[dict[str | int, torch.Ten
             total = sum(own.mass.values())
             whole = total if has_rest else total + own.slack
             lower.append((own.mass[b] / whole).item())
-            upper.append(((own.mass[b] + own.slack) / whole if b in own.loose else own.mass[b] / total).item())
+            upper.append(
+                ((own.mass[b] + own.slack) / whole if b in own.loose else own.mass[b] / total).item()
+            )
         if lower[0] <= upper[1] * (1 + SLACK) and lower[1] <= upper[0] * (1 + SLACK):
             merged.add(b)
     results = []
@@ -143,7 +154,9 @@ def events(student: Point, teacher: Point) -> list[dict[str | int, torch.Tensor]
     return compared(*(shares(own, common, **options) for own in (student, teacher)))
 
 
-def mixture_events(student: Point, teachers: list[Point], weights: list[float]) -> list[dict[str | int, torch.Tensor]]:
+def mixture_events(
+    student: Point, teachers: list[Point], weights: list[float]
+) -> list[dict[str | int, torch.Tensor]]:
     """Events of a student and a mixture; none if a teacher is inside a token that it cannot end."""
     if not all(teacher.can_end for teacher in teachers):
         return [{}, {}]
@@ -172,7 +185,9 @@ def divergence(p: dict, q: dict, name: str, beta: float) -> torch.Tensor:
 
 
 def positions(*sides: Side) -> tuple[bytes, int]:
-    """The common text, and how many byte positions are compared: its length, one more where all stopped on it."""
+    """The common text, and how many byte positions are compared: its length, one more where all stopped on
+    it.
+    """
     texts, stopped = [], []
     for side in sides:
         text, whole = b"", True
@@ -205,7 +220,12 @@ def loss(
 
 
 def mixture_loss(
-    student: Side, teachers: list[Side], weights: list[float], *, divergence_name: str = "reverse_kl", beta: float = 0.5
+    student: Side,
+    teachers: list[Side],
+    weights: list[float],
+    *,
+    divergence_name: str = "reverse_kl",
+    beta: float = 0.5,
 ) -> torch.Tensor:
     """The sum over byte positions. Differentiable in student.logits."""
     log_p = torch.log_softmax(student.logits.double(), dim=-1)

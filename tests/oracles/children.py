@@ -1,10 +1,12 @@
 """The child term of ESCD (arXiv:2609.34738) in float64, by looking at every pair of tokens.
 
-Of the teacher's content tokens that no student token spells, two are connected if the bytes of one begin those of the
-other. M(g) is the teacher's probability of a connected component g at the first row of a segment, y(g) its shortest
-bytes. Where the student's token a there is a proper prefix of y(g), with r what is left of it:
+Of the teacher's content tokens that no student token spells, two are connected if the bytes of one begin
+those of the other. M(g) is the teacher's probability of a connected component g at the first row of a
+segment, y(g) its shortest bytes. Where the student's token a there is a proper prefix of y(g), with r what is
+left of it:
 
-    loss = - sum over g of M(g) log sum of p(u) over u with r <= b(u),   p at the row behind a; no such u: no term
+    loss = - sum over g of M(g) log sum of p(u) over u with r <= b(u),   p at the row behind a; no such u: no
+    term
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ def components(sample: Sample) -> list[set[int]]:
             edge = {
                 w
                 for w in left - reached
-                if any(p.startswith(sample.teacher_pieces[w]) or sample.teacher_pieces[w].startswith(p) for p in pieces)
+                if any(
+                    p.startswith(sample.teacher_pieces[w]) or sample.teacher_pieces[w].startswith(p)
+                    for p in pieces
+                )
             }
         left -= reached
         found.append(reached)
@@ -35,7 +40,9 @@ def components(sample: Sample) -> list[set[int]]:
 
 
 def child_loss(sample: Sample, student_logits: torch.Tensor, *, k: int) -> torch.Tensor:
-    """Summed over segments with their weights; of the teacher its k likeliest tokens of each row, and what was said."""
+    """Summed over segments with their weights; of the teacher its k likeliest tokens of each row, and what
+    was said.
+    """
     log_p, log_q = student_logits.log_softmax(1), sample.teacher_logits.log_softmax(1)
     total, groups = 0 * student_logits.sum(), components(sample)
     for (ts, _, ss, _), weight in zip(sample.segments, sample.weights, strict=True):

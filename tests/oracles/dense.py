@@ -1,8 +1,8 @@
 """The loss as plain torch writes it: all logits of both models at once, log_softmax, kl_div, autograd.
 
-In the type of its inputs, softmax in float32 for bfloat16: what the package's rounding is measured against. In float64
-it stands for the oracle where a vocabulary is too large for one candidate at a time. Nothing is shared with the
-package.
+In the type of its inputs, softmax in float32 for bfloat16: what the package's rounding is measured against.
+In float64 it stands for the oracle where a vocabulary is too large for one candidate at a time. Nothing is
+shared with the package.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def dense_sum(
     beta: float = 0.5,
     rounded: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.clone,
 ) -> torch.Tensor:
-    """Sum over rows of `paper`, `sum` or `strict` at temperature 1. case: labels, segments, ... of a LossCase.
+    """Sum over rows of `paper`, `sum` or `strict` at temperature 1. case: labels, segments, ... of a
+    LossCase.
 
     `rounded` is done to what goes into the logits and to the log-probabilities.
     """

@@ -1,6 +1,7 @@
 """Samples for the loss: packed labels with segments, both models' hidden states and heads, and their shards.
 
-A case is dense and whole; `shard` cuts out what one tensor-parallel rank sees and `evaluate` calls the package on it.
+A case is dense and whole; `shard` cuts out what one tensor-parallel rank sees and `evaluate` calls the
+package on it.
 """
 
 from __future__ import annotations
@@ -82,10 +83,11 @@ def random_case(
     spelled: bool = False,
     weighted: bool = False,
 ) -> LossCase:
-    """Shared tokens, units of 1-4 tokens a side, some of them spelling a shared token, stops, labels in no segment.
+    """Shared tokens, units of 1-4 tokens a side, some of them spelling a shared token, stops, labels in no
+    segment.
 
-    spelled: units as texts make them, where a side of one shared token is the unit's whole text and stop tokens are in
-    no unit. weighted: segments of weights 0, .5 and 2.
+    spelled: units as texts make them, where a side of one shared token is the unit's whole text and stop
+    tokens are in no unit. weighted: segments of weights 0, .5 and 2.
     """
     rng = np.random.default_rng(seed)
     v_s, v_t = vocab_size, vocab_size + 4
@@ -115,7 +117,9 @@ def random_case(
                 new_s, new_t, replaced_id = _spelled_unit(rng, students[1:], shared, stop, v_s, v_t)
             elif rng.random() < 0.5:
                 replaced_id = students[int(rng.integers(1, len(students)))]
-        segments.append((len(labels_t), len(labels_t) + len(new_t), len(labels_s), len(labels_s) + len(new_s)))
+        segments.append(
+            (len(labels_t), len(labels_t) + len(new_t), len(labels_s), len(labels_s) + len(new_s))
+        )
         kinds.append(kind)
         replaced.append(replaced_id)
         labels_s += new_s
@@ -145,8 +149,8 @@ def random_case(
 def _spelled_unit(
     rng: np.random.Generator, students: list[int], shared: dict[int, list[int]], stop: int, v_s: int, v_t: int
 ) -> tuple[list[int], list[int], int]:
-    """Labels of both sides, and the shared token of the same bytes, if any. At most one side is that token alone; any
-    other path may begin with it, or with what the other side begins with."""
+    """Labels of both sides, and the shared token of the same bytes, if any. At most one side is that token
+    alone; any other path may begin with it, or with what the other side begins with."""
     stops_t = shared[stop]
     new_s = [i for i in rng.integers(0, v_s, 8).tolist() if i != stop][: int(rng.integers(2, 4))]
     new_t = [i for i in rng.integers(0, v_t, 9).tolist() if i not in stops_t][: int(rng.integers(2, 4))]
@@ -168,7 +172,9 @@ def _spelled_unit(
     return new_s, new_t, -1
 
 
-def padded_shard(weight: torch.Tensor, rank: int, world_size: int, *, extra: int = 1) -> tuple[torch.Tensor, int]:
+def padded_shard(
+    weight: torch.Tensor, rank: int, world_size: int, *, extra: int = 1
+) -> tuple[torch.Tensor, int]:
     """This rank's rows of a head padded to world_size equal shards, `extra` rows of padding at the least."""
     width = -(-(len(weight) + extra) // world_size)
     padded = weight.new_full((width * world_size, weight.shape[1]), PADDING_SCORE)
@@ -192,7 +198,9 @@ def placement_of(case: LossCase, start: int, end: int) -> VocabPlacement:
 
 
 def label_batch(case: LossCase, interface: str = "paper", *, uld_topk: int = 0) -> LabelBatch:
-    """What the teacher would have sent: statistics of every label, hidden states of the rows asked for, shuffled."""
+    """What the teacher would have sent: statistics of every label, hidden states of the rows asked for,
+    shuffled.
+    """
     dtype = case.student_hidden.dtype
     logits = case.teacher_hidden.double() @ case.teacher_weight.double().T
     if case.teacher_softcap is not None:
@@ -283,7 +291,9 @@ def evaluate(
     return Evaluation(replace(output, sum=output.sum.detach()), hidden.grad, weight.grad)
 
 
-def evaluate_oracle(case: LossCase, config: InterfaceConfig) -> tuple[oracle.OracleLoss, torch.Tensor, torch.Tensor]:
+def evaluate_oracle(
+    case: LossCase, config: InterfaceConfig
+) -> tuple[oracle.OracleLoss, torch.Tensor, torch.Tensor]:
     """(loss, gradient of student_hidden, gradient of the whole student_weight), in float64."""
     hidden = case.student_hidden.double().clone().requires_grad_()
     weight = case.student_weight.double().clone().requires_grad_()
@@ -356,7 +366,9 @@ OTHERS = [
     InterfaceConfig(interface="scalar"),
     InterfaceConfig(interface="scalar", scalar="spread"),
 ]
-"""Interfaces beside those of CONFIGS: other unit scores, events without shared tokens, and fewer columns or rows."""
+"""Interfaces beside those of CONFIGS: other unit scores, events without shared tokens, and fewer columns or
+rows.
+"""
 
 EXACT = [
     InterfaceConfig(interface="exact"),

@@ -1,9 +1,10 @@
-"""Every token-level interface in dense float64: one function a definition, one row and one candidate at a time.
+"""Every token-level interface in dense float64: one function a definition, one row and one candidate at a
+time.
 
-Notation: M is the student or the teacher; z_M(p, v) its logit of id v in the row that predicts label p, after any
-soft-cap; p_M its softmax. A segment (ts, te, ss, se) says that teacher labels [ts, te) and student labels [ss, se)
-spell the same bytes. O maps each shared student id to its teacher ids (several for a stop set: their mass is one).
-Nothing is shared with the package; gradients come from autograd.
+Notation: M is the student or the teacher; z_M(p, v) its logit of id v in the row that predicts label p, after
+any soft-cap; p_M its softmax. A segment (ts, te, ss, se) says that teacher labels [ts, te) and student labels
+[ss, se) spell the same bytes. O maps each shared student id to its teacher ids (several for a stop set: their
+mass is one). Nothing is shared with the package; gradients come from autograd.
 """
 
 from __future__ import annotations
@@ -112,9 +113,10 @@ def exact_row(
 ) -> Row:
     """`exact`: a partition of events at the first position, the rest being one of them.
 
-    A shared token w keeps p(w); the first token of the unit's path keeps what does not go on along the path; the unit
-    has the path's probability, and that of the shared token of the same bytes (once, if that token is the path).
-    Small events are sums of small numbers: what large ones leave of 1 would be the rounding of those.
+    A shared token w keeps p(w); the first token of the unit's path keeps what does not go on along the path;
+    the unit has the path's probability, and that of the shared token of the same bytes (once, if that token
+    is the path). Small events are sums of small numbers: what large ones leave of 1 would be the rounding of
+    those.
     """
     ts, te, ss, se = segment
 
@@ -129,26 +131,37 @@ def exact_row(
             if kind == UNIT and w == replaced:
                 continue
             others = [i for i in ids_of(w) if kind != UNIT or i != first]
-            found.append(sum((row[i] for i in others), turns_off if len(others) < len(ids_of(w)) else 0 * along))
+            found.append(
+                sum((row[i] for i in others), turns_off if len(others) < len(ids_of(w)) else 0 * along)
+            )
         if kind == UNIT:
             unit = along
             if replaced >= 0:
                 same = ids_of(replaced)
                 mass = sum(row[i] for i in same)
                 is_path = end - start == 1 and first in same
-                # The path may begin with the replaced token itself: what does not go on is then the token's own.
+                # The path may begin with the replaced token itself: what does not go on is then the token's
+                # own.
                 goes_on = first in same and end - start > 1
                 unit = mass if is_path or goes_on else mass + along
             found.append(unit)
         in_u = {i for w in shared for i in ids_of(w)}
-        rest = [turns_off if kind == UNIT and i == first else row[i] for i in range(len(row)) if i not in in_u]
+        rest = [
+            turns_off if kind == UNIT and i == first else row[i] for i in range(len(row)) if i not in in_u
+        ]
         return [*found, sum(rest, 0 * along)]
 
     return Row(events(student, ss, se, lambda w: [w]), events(teacher, ts, te, lambda w: shared[w]))
 
 
 def top_k_row(
-    student: Model, teacher: Model, segment: Segment, shared: dict[int, list[int]], *, k: int, temperature: float
+    student: Model,
+    teacher: Model,
+    segment: Segment,
+    shared: dict[int, list[int]],
+    *,
+    k: int,
+    temperature: float,
 ) -> Row:
     """`strict_topk`: the student's k likeliest shared tokens at the row, renormalized on both sides."""
     ts, _, ss, _ = segment
@@ -166,7 +179,9 @@ def top_k_row(
 
 
 def uld_row(student: Model, teacher: Model, segment: Segment, *, k: int, temperature: float) -> torch.Tensor:
-    """1.5 times the distance of both sorted distributions; k > 0: the k largest and one bin for the others."""
+    """1.5 times the distance of both sorted distributions; k > 0: the k largest and one bin for the
+    others.
+    """
     ts, _, ss, _ = segment
     p = sorted(torch.softmax(student.logits[ss] / temperature, 0), key=lambda x: -float(x.detach()))
     q = sorted(torch.softmax(teacher.logits[ts] / temperature, 0), key=lambda x: -float(x.detach()))

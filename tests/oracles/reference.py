@@ -1,8 +1,8 @@
 """The token-level losses once more, as whole matrices in float64, on texts over random vocabularies.
 
-Written from the equations and shared with neither the package nor `modes.py`: segments come from the byte offsets of
-the two tokenizations, the shared tokens from the pieces, rows from one [segments, shared tokens + 1] matrix a model.
-Gradients come from autograd.
+Written from the equations and shared with neither the package nor `modes.py`: segments come from the byte
+offsets of the two tokenizations, the shared tokens from the pieces, rows from one [segments, shared tokens +
+1] matrix a model. Gradients come from autograd.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def random_sample(seed: int, *, length: int = 24) -> Sample:
     if rng.random() < 0.7:
         student_labels = [*student_labels, 0]
         teacher_labels = [*teacher_labels, int(rng.integers(2))]
-        segments.append((len(teacher_labels) - 1, len(teacher_labels), len(student_labels) - 1, len(student_labels)))
+        segments.append(
+            (len(teacher_labels) - 1, len(teacher_labels), len(student_labels) - 1, len(student_labels))
+        )
     return Sample(
         student_pieces=student_pieces,
         teacher_pieces=teacher_pieces,
@@ -129,7 +131,10 @@ def loss(
     alm_temperature: float = math.inf,
     min_teacher_mass: float = 0.0,
 ) -> torch.Tensor:
-    """The sum over rows. `code` is on the minimal segments here: which segments there are is the alignment's."""
+    """The sum over rows.
+
+    `code` is on the minimal segments here: which segments there are is the alignment's.
+    """
     z_s, z_t = student_logits, sample.teacher_logits
     log_p, log_q = z_s.log_softmax(1), z_t.log_softmax(1)
     own_s = (torch.arange(len(z_s)), torch.tensor(sample.student_labels))
@@ -207,16 +212,21 @@ def loss(
     return (weights * divergence(p, q, divergence_name, beta)).sum()
 
 
-def event_masses(sample: Sample, a: int, log_p: torch.Tensor, log_q: torch.Tensor, k: int) -> list[torch.Tensor]:
+def event_masses(
+    sample: Sample, a: int, log_p: torch.Tensor, log_q: torch.Tensor, k: int
+) -> list[torch.Tensor]:
     """[P_S, P_T] of a segment's events, what was said first: every pair of tokens is tried.
 
-    Of tokens with equal bytes the student's lowest id and the teacher's likeliest token count; the stop tokens are one.
+    Of tokens with equal bytes the student's lowest id and the teacher's likeliest token count; the stop
+    tokens are one.
     """
     ts, te, ss, se = sample.segments[a]
     own, theirs = sample.student_labels[ss:se], sample.teacher_labels[ts:te]
     row = log_q[te - 1]
     chosen = set(row.topk(min(k, len(row))).indices.tolist()) | {theirs[-1]}
-    before_s = sum((log_p[ss + i, token] for i, token in enumerate(own[:-1])), torch.zeros((), dtype=torch.float64))
+    before_s = sum(
+        (log_p[ss + i, token] for i, token in enumerate(own[:-1])), torch.zeros((), dtype=torch.float64)
+    )
     before_t = sum(float(log_q[ts + j, token]) for j, token in enumerate(theirs[:-1]))
     text_s = b"".join(sample.student_pieces[i] for i in own[:-1])
     text_t = b"".join(sample.teacher_pieces[i] for i in theirs[:-1])
@@ -227,7 +237,11 @@ def event_masses(sample: Sample, a: int, log_p: torch.Tensor, log_q: torch.Tenso
     for u, piece in enumerate(sample.student_pieces):
         if u == 0 or sample.student_pieces.index(piece) != u or not (len(own) == 1 or len(theirs) == 1):
             continue
-        same = [t for t in chosen if t > 1 and t != theirs[-1] and text_s + piece == text_t + sample.teacher_pieces[t]]
+        same = [
+            t
+            for t in chosen
+            if t > 1 and t != theirs[-1] and text_s + piece == text_t + sample.teacher_pieces[t]
+        ]
         if same and u not in masses:
             masses[u] = max(float(row[t].exp()) for t in same)
     p = torch.stack([(before_s + log_p[se - 1, u]).exp() for u in masses])
@@ -235,7 +249,9 @@ def event_masses(sample: Sample, a: int, log_p: torch.Tensor, log_q: torch.Tenso
 
 
 def prefix_target(sample: Sample, a: int, label: int, log_q: torch.Tensor, k: int) -> dict[int, float]:
-    """The `bpm` target of one student label of segment a, by the bytes before it: every teacher token is looked at."""
+    """The `bpm` target of one student label of segment a, by the bytes before it: every teacher token is
+    looked at.
+    """
     ts, te, ss, _ = sample.segments[a]
     words = [sample.teacher_pieces[i] for i in sample.teacher_labels[ts:te]]
     text = b"".join(words)
@@ -281,7 +297,13 @@ def prefix_target(sample: Sample, a: int, label: int, log_q: torch.Tensor, k: in
 
 
 def event_loss(
-    sample: Sample, student_logits: torch.Tensor, interface: str, *, k: int, divergence_name: str, beta: float = 0.5
+    sample: Sample,
+    student_logits: torch.Tensor,
+    interface: str,
+    *,
+    k: int,
+    divergence_name: str,
+    beta: float = 0.5,
 ) -> torch.Tensor:
     """`partition`, `topk_kl` and `bpm`."""
     log_p, log_q = student_logits.log_softmax(1), sample.teacher_logits.log_softmax(1)
@@ -294,7 +316,10 @@ def event_loss(
                 target = torch.zeros_like(log_p[label]).detach()
                 for u, mass in prefix_target(sample, a, label, log_q, k).items():
                     target[u] = mass
-                total = total + weight * divergence(log_p[label].exp()[None], target[None], divergence_name, beta)[0]
+                total = (
+                    total
+                    + weight * divergence(log_p[label].exp()[None], target[None], divergence_name, beta)[0]
+                )
             continue
         p, q = event_masses(sample, a, log_p, log_q, k)
         if interface == "topk_kl":

@@ -19,13 +19,17 @@ def route(
 ) -> torch.Tensor:
     """[T, experts] -> weights of the same shape, 0 of those that are not chosen.
 
-    s = exp(z) / sum exp(z), or 1 / (1 + exp(-z)). A group's rank is the sum of its two largest s + correction; the
-    `chosen` largest s + correction of the `chosen_groups` best groups are chosen. Their weight is factor * s, over
-    their sum if normalized.
+    s = exp(z) / sum exp(z), or 1 / (1 + exp(-z)). A group's rank is the sum of its two largest s +
+    correction; the `chosen` largest s + correction of the `chosen_groups` best groups are chosen. Their
+    weight is factor * s, over their sum if normalized.
     """
     rows = []
     for z in logits:
-        s = [e / sum(v.exp() for v in z) for e in z.exp()] if score == "softmax" else [1 / (1 + (-v).exp()) for v in z]
+        s = (
+            [e / sum(v.exp() for v in z) for e in z.exp()]
+            if score == "softmax"
+            else [1 / (1 + (-v).exp()) for v in z]
+        )
         rank = [float(v.detach()) + (0.0 if correction is None else correction[i]) for i, v in enumerate(s)]
         size = len(rank) // groups
         members = [range(g * size, (g + 1) * size) for g in range(groups)]

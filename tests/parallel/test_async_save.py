@@ -1,4 +1,6 @@
-"""--async-save: a checkpoint is what its step was, gets its name when it is whole, and a refused one stops the run."""
+"""--async-save: a checkpoint is what its step was, gets its name when it is whole, and a refused one stops
+the run.
+"""
 
 from __future__ import annotations
 
@@ -100,6 +102,8 @@ def _refused(rank, world_size, argv):
 def test_a_disk_that_refuses_stops_all_ranks(tiny, tmp_path):
     results = run_ranks(2, _refused, arguments(tiny, tmp_path, 4, "--async-save"))
     for code, _, error in results:
-        assert code == 1 and "--save" in error and "cannot be written" in error and error.count("\n") == 1, error
+        assert code == 1 and "--save" in error and "cannot be written" in error and error.count("\n") == 1, (
+            error
+        )
     assert "No space left on device" in results[0][2] and "another rank says why" in results[1][2]
     assert not (tmp_path / "save" / TRACKER).exists()

@@ -48,7 +48,14 @@ ANY = [cases_of(seed) for seed in (1, 2, 3)]
 
 def evaluate_any(rank: int, world_size: int) -> list[Evaluation]:
     return [
-        evaluate(cases, divergence=divergence, js_beta=0.3, group=dist.group.WORLD, dtype=torch.float64, bounds="any")
+        evaluate(
+            cases,
+            divergence=divergence,
+            js_beta=0.3,
+            group=dist.group.WORLD,
+            dtype=torch.float64,
+            bounds="any",
+        )
         for cases in ANY
         for divergence in DIVERGENCES
     ]
@@ -73,7 +80,9 @@ def test_bounds_for_any_tokenizer_equal_the_oracle_on_shards(world_size):
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_layouts_agree_in_float32(world_size):
     (alone,) = run_ranks(1, evaluate_all, torch.float32)
-    for reference, *evaluations in zip(alone, *run_ranks(world_size, evaluate_all, torch.float32), strict=True):
+    for reference, *evaluations in zip(
+        alone, *run_ranks(world_size, evaluate_all, torch.float32), strict=True
+    ):
         torch.testing.assert_close(evaluations[0].sum, reference.sum, rtol=1e-5, atol=1e-5)
         whole = torch.cat([evaluation.gradient for evaluation in evaluations], dim=1)
         width = min(whole.shape[1], reference.gradient.shape[1])
@@ -101,8 +110,10 @@ def test_what_crosses_ranks_is_two_reductions_a_model():
 
 
 def evaluate_split(rank: int, world_size: int) -> list[tuple]:
-    """For each of CASES, with labels dealt out in pieces as context parallelism does: this rank's share of the sum, the
-    gradient of all rows' logits, its share of the labels' losses, what is exchanged, and the bytes that were sent."""
+    """For each of CASES, with labels dealt out in pieces as context parallelism does: this rank's share of
+    the sum, the gradient of all rows' logits, its share of the labels' losses, what is exchanged, and the
+    bytes that were sent.
+    """
     found = []
     for cases in CASES:
         events = [events_of(student, teacher) for student, teacher in cases]
@@ -118,7 +129,9 @@ def evaluate_split(rank: int, world_size: int) -> list[tuple]:
             packed = pack_byte_sides(plans, [len(side.labels) for side in sides])
             part = part_of_bytes(packed, owner, rank)
             shared.append(SharedRows(part=part, index=index, num_labels=len(owner), group=dist.group.WORLD))
-            orders.append(ByteOrder.of(table_of(sides[0]), shard_start=0, shard_end=logits.shape[1], device="cpu"))
+            orders.append(
+                ByteOrder.of(table_of(sides[0]), shard_start=0, shard_end=logits.shape[1], device="cpu")
+            )
             rows.append((logits, index, owner, packed))
             labels.append(of_all)
         logits, index, _, packed = rows[1]
@@ -135,8 +148,8 @@ def evaluate_split(rank: int, world_size: int) -> list[tuple]:
         mine = logits[index].requires_grad_()
         with counted_bytes() as sent:
             result = byte_loss(
-                GivenLogits(mine, num_columns=logits.shape[1]), labels[0][index], batch, order=orders[0], shard_start=0,
-                divergence="js", js_beta=0.3, group=None, shared=shared[0],
+                GivenLogits(mine, num_columns=logits.shape[1]), labels[0][index], batch, order=orders[0],
+                shard_start=0, divergence="js", js_beta=0.3, group=None, shared=shared[0],
             )  # fmt: skip
         result.sum.backward()
         gradient = torch.zeros_like(logits).index_copy(0, index, mine.grad)
@@ -158,7 +171,8 @@ def test_rows_split_over_context_parallel_ranks(world_size):
         num_labels = len(alone.label_losses)
         for _, of_rows, _, number, sent in found:
             torch.testing.assert_close(of_rows, gradient, rtol=1e-10, atol=1e-10)
-            # Forward and back, in float64: a number for each label, and one for each segment that another rank needs.
+            # Forward and back, in float64: a number for each label, and one for each segment that another
+            # rank needs.
             assert sent == {"all_reduce": 2 * 8 * (num_labels + number)}
             exchanged += number
     assert exchanged > 20, "no token straddled a cut"

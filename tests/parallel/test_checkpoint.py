@@ -133,7 +133,13 @@ def test_what_is_no_checkpoint_of_this_model_is_refused_in_one_line(tiny, weight
     for name, content in (("garbage", "newest"), ("dangling", "12")):
         (tmp_path / name).mkdir()
         (tmp_path / name / TRACKER).write_text(content)
-    sources = [tmp_path / "nowhere", tmp_path / "empty", tmp_path / "garbage", tmp_path / "dangling", teacher_dir]
+    sources = [
+        tmp_path / "nowhere",
+        tmp_path / "empty",
+        tmp_path / "garbage",
+        tmp_path / "dangling",
+        teacher_dir,
+    ]
     if tp == 1:
         run_ranks(1, _save_relatives, tiny, tmp_path)
         sources += [tmp_path / name for name in RELATIVES]
@@ -191,7 +197,10 @@ def _resume(groups, folder, target):
 def test_a_kill_before_the_tracker_leaves_the_previous_checkpoint_in_use(tiny, tmp_path):
     ((first, second),) = run_ranks(1, _killed_before_the_tracker, tiny, tmp_path)
     assert not torch.equal(first, second)
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["iter_0000001", "iter_0000002"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [
+        "iter_0000001",
+        "iter_0000002",
+    ]
     ((loaded, saved, reloaded),) = run_ranks(1, _resume, tiny, tmp_path)
     assert loaded[0] == 1 and torch.equal(loaded[1], first)
     assert reloaded[0] == 2 and torch.equal(reloaded[1], saved) and not torch.equal(saved, second)
@@ -202,13 +211,18 @@ def test_a_kill_before_the_tracker_leaves_the_previous_checkpoint_in_use(tiny, t
 
 @in_job
 def _save_as_others_do(groups, folder, target, tracker):
-    """The form of their converters: TransformerEngine's extra state, pickled arguments, `release` or iteration 0."""
+    """The form of their converters: TransformerEngine's extra state, pickled arguments, `release` or
+    iteration 0.
+    """
     model = student_of(folder, groups)
     path = target / (tracker if tracker == "release" else f"iter_{int(tracker):07d}")
     path.mkdir(parents=True)
     objects = {
         key: ShardedObject(key, io.BytesIO(), (2,) if "layers" in key else (1,), (0,), replica_id=0)
-        for key in ("decoder.layers.self_attention.core_attention._extra_state", "decoder.final_layernorm._extra_state")
+        for key in (
+            "decoder.layers.self_attention.core_attention._extra_state",
+            "decoder.final_layernorm._extra_state",
+        )
     }
     objects["decoder.layers.self_attention.core_attention._extra_state/1"] = ShardedObject(
         "decoder.layers.self_attention.core_attention._extra_state", io.BytesIO(), (2,), (1,), replica_id=0

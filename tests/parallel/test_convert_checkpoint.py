@@ -1,4 +1,6 @@
-"""tools/convert_checkpoint.py: Hugging Face -> Megatron -> Hugging Face gives every tensor back, bit by bit."""
+"""tools/convert_checkpoint.py: Hugging Face -> Megatron -> Hugging Face gives every tensor back, bit by
+bit.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,12 @@ def _main(rank: int, world_size: int, arguments: list[str]) -> int:
 def convert(command: str, layout: str = "one", **options: object) -> list[int]:
     tp, pp, virtual, ep = LAYOUTS[layout]
     arguments = [command, "--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp)]
-    arguments += ["--num-virtual-stages-per-pipeline-rank", str(virtual), "--make-vocab-size-divisible-by", "16"]
+    arguments += [
+        "--num-virtual-stages-per-pipeline-rank",
+        str(virtual),
+        "--make-vocab-size-divisible-by",
+        "16",
+    ]
     arguments += ["--expert-model-parallel-size", str(ep)]
     for name, value in options.items():
         flag = "--" + name.replace("_", "-")
@@ -60,7 +67,9 @@ def convert(command: str, layout: str = "one", **options: object) -> list[int]:
 
 
 def tensors_of(folder) -> dict[str, torch.Tensor]:
-    return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(str(path)).items()}
+    return {
+        name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(str(path)).items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +82,9 @@ def folder(tmp_path_factory):
         if key not in made:
             made[key] = tmp_path_factory.mktemp("hf")
             experts = {"num_experts": 4, "moe_intermediate_size": 20, "num_experts_per_tok": 2, "head_dim": 8}
-            shape = {"tie_word_embeddings": tied, "num_hidden_layers": 4} | (experts if family == "qwen3_moe" else {})
+            shape = {"tie_word_embeddings": tied, "num_hidden_layers": 4} | (
+                experts if family == "qwen3_moe" else {}
+            )
             model = save_model(made[key], family, shard_size="9KB", **shape)
             model.to(dtype).save_pretrained(str(made[key]), max_shard_size="9KB")
         return made[key]
@@ -105,7 +116,9 @@ def test_every_tensor_comes_back(folder, tmp_path, there, back, family, tied, dt
     (source / "tokenizer.json").write_text("{}")
     assert set(convert("hf-to-megatron", there, hf_checkpoint=source, save=tmp_path / "megatron")) == {0}
     assert set(
-        convert("megatron-to-hf", back, load=tmp_path / "megatron", hf_checkpoint=source, save=tmp_path / "hf")
+        convert(
+            "megatron-to-hf", back, load=tmp_path / "megatron", hf_checkpoint=source, save=tmp_path / "hf"
+        )
     ) == {0}
     expected, found = tensors_of(source), tensors_of(tmp_path / "hf")
     assert found.keys() == expected.keys()
@@ -114,7 +127,9 @@ def test_every_tensor_comes_back(folder, tmp_path, there, back, family, tied, dt
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == expected.keys()
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
-    assert {path.name for path in (tmp_path / "hf").glob("*.safetensors")} == set(index["weight_map"].values())
+    assert {path.name for path in (tmp_path / "hf").glob("*.safetensors")} == set(
+        index["weight_map"].values()
+    )
     assert (tmp_path / "hf" / "tokenizer.json").exists() and not (tmp_path / "hf.tmp").exists()
 
 
@@ -123,7 +138,9 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """What a folder holds whose config.json says tie_word_embeddings: true, and whether the two are one then."""
+    """What a folder holds whose config.json says tie_word_embeddings: true, and whether the two are one
+    then.
+    """
 
     change: Callable[[dict[str, torch.Tensor]], None]
     tied: bool
@@ -176,7 +193,9 @@ HEADS = {
         ("one number", "TP2xPP2", "one", "llama"),
     ],
 )
-def test_a_head_beside_a_tied_embedding_counts_as_in_transformers(folder, tmp_path, head, there, back, family):
+def test_a_head_beside_a_tied_embedding_counts_as_in_transformers(
+    folder, tmp_path, head, there, back, family
+):
     """Read, converted in any layout, exported: the logits stay, and the export says which head it has."""
     from transformers import AutoModelForCausalLM
 
@@ -226,7 +245,9 @@ def _write(folder: Path, tensors: dict[str, torch.Tensor], *, many_files: bool) 
 )
 def test_verify_compares_with_transformers(folder, tmp_path, layout, family, capfd):
     source = folder(family, True, torch.float32)
-    assert set(convert("hf-to-megatron", layout, hf_checkpoint=source, save=tmp_path / "m", verify=True)) == {0}
+    assert set(convert("hf-to-megatron", layout, hf_checkpoint=source, save=tmp_path / "m", verify=True)) == {
+        0
+    }
     assert "verified: logits at 48 positions agree" in capfd.readouterr().out
 
 
@@ -249,7 +270,9 @@ def test_verify_compares_on_a_text_there_and_back(with_tokenizer, tmp_path, layo
     with patch.object(convert_checkpoint, "_transformers_logits", partial(_noting, str(seen))):
         assert set(convert("hf-to-megatron", layout, save=tmp_path / "m", **options)) == {0}
         assert json.loads(seen.read_text()) == [expected]
-        assert set(convert("megatron-to-hf", layout, load=tmp_path / "m", save=tmp_path / "hf", **options)) == {0}
+        assert set(
+            convert("megatron-to-hf", layout, load=tmp_path / "m", save=tmp_path / "hf", **options)
+        ) == {0}
     assert capfd.readouterr().out.count(f"verified: logits at {len(expected)} positions agree") == 2
 
 
@@ -267,14 +290,18 @@ def _noting(seen: str, folder: str, tokens: torch.Tensor) -> torch.Tensor:
         ({"tokenizer": None}, "--verify-text 'some text': tokenizer "),
     ],
 )
-def test_a_wrong_verify_text_is_found_before_anything_is_written(with_tokenizer, tmp_path, change, words, capfd):
+def test_a_wrong_verify_text_is_found_before_anything_is_written(
+    with_tokenizer, tmp_path, change, words, capfd
+):
     source = shutil.copytree(with_tokenizer, tmp_path / "copy")
     if "vocab_size" in change:
         fields = json.loads((source / "config.json").read_text())
         (source / "config.json").write_text(json.dumps(fields | {"vocab_size": change["vocab_size"]}))
     if "tokenizer" in change:
         (source / "tokenizer.json").unlink()
-    options = {"verify": True, "verify_text": "some text"} | {k: v for k, v in change.items() if k.startswith("verify")}
+    options = {"verify": True, "verify_text": "some text"} | {
+        k: v for k, v in change.items() if k.startswith("verify")
+    }
     options = {name: value for name, value in options.items() if value is not None}
     assert convert("hf-to-megatron", hf_checkpoint=source, save=tmp_path / "m", **options) == [1]
     error = capfd.readouterr().err
@@ -286,7 +313,9 @@ def test_an_export_is_on_the_disk_before_it_has_its_name(folder, tmp_path):
     source = folder("llama", True, torch.float32)
     assert convert("hf-to-megatron", hf_checkpoint=source, save=tmp_path / "m") == [0]
     with patch.object(hf_export, "_sync", partial(_sync_noting, str(tmp_path / "log"))):
-        assert convert("megatron-to-hf", load=tmp_path / "m", hf_checkpoint=source, save=tmp_path / "hf") == [0]
+        assert convert("megatron-to-hf", load=tmp_path / "m", hf_checkpoint=source, save=tmp_path / "hf") == [
+            0
+        ]
     synced = (tmp_path / "log").read_text().splitlines()
     assert synced[-2:] == [f"{tmp_path / 'hf.tmp'} False", f"{tmp_path} True"]
     files = {str(tmp_path / "hf.tmp" / path.name) + " False" for path in (tmp_path / "hf").iterdir()}
@@ -305,7 +334,9 @@ def test_nothing_is_overwritten(folder, tmp_path, capfd):
     assert convert("hf-to-megatron", hf_checkpoint=source, save=tmp_path / "there") == [1]
     assert f"--save {tmp_path / 'there'}: exists already; nothing is overwritten" in capfd.readouterr().err
     assert convert("hf-to-megatron", hf_checkpoint=source, save=tmp_path / "m") == [0]
-    assert convert("megatron-to-hf", load=tmp_path / "m", hf_checkpoint=source, save=tmp_path / "there") == [1]
+    assert convert("megatron-to-hf", load=tmp_path / "m", hf_checkpoint=source, save=tmp_path / "there") == [
+        1
+    ]
     assert f"--save {tmp_path / 'there'}: exists already; nothing is overwritten" in capfd.readouterr().err
 
 

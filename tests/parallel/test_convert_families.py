@@ -1,6 +1,6 @@
-"""Every family from a Hugging Face folder into a checkpoint of one layout, and from there into another layout: bit by
-bit what that layout reads from the folder, and exports as the folder has it (tests/parity/test_families.py). One world
-has every layout in turn."""
+"""Every family from a Hugging Face folder into a checkpoint of one layout, and from there into another
+layout: bit by bit what that layout reads from the folder, and exports as the folder has it
+(tests/parity/test_families.py). One world has every layout in turn."""
 
 from __future__ import annotations
 
@@ -35,13 +35,15 @@ LAYOUTS = {  # TP, PP, EP; the other ranks hold copies
 
 PAIRS = [("DP", "TP2"), ("TP2", "PP2"), ("PP2", "DP")]
 OF_EVERY_KIND = ("deepseek_v3", "qwen3_next", "olmo3")
-"""Latent attention, gated delta nets and grouped queries; dense MLPs, and experts with shared ones and a gate of these;
-norms before and after a layer."""
+"""Latent attention, gated delta nets and grouped queries; dense MLPs, and experts with shared ones and a gate
+of these; norms before and after a layer."""
 
 
 def _layout(name: str) -> ParallelConfig:
     tp, pp, ep = LAYOUTS[name]
-    return ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, expert_model_parallel_size=ep)
+    return ParallelConfig(
+        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, expert_model_parallel_size=ep
+    )
 
 
 class _Models(torch.nn.ModuleList):
@@ -52,7 +54,9 @@ class _Models(torch.nn.ModuleList):
         return {name: value for part in parts for name, value in part.items()}
 
 
-def _convert(rank: int, world_size: int, pairs: list[tuple[str, str]], folders: list[str], save: str) -> list[str]:
+def _convert(
+    rank: int, world_size: int, pairs: list[tuple[str, str]], folders: list[str], save: str
+) -> list[str]:
     """Which tensors a checkpoint of the first layout of a pair does not give back in the second."""
     architectures = [read_architecture(folder, flag="") for folder in folders]
     options = {"vocab_size": VOCAB, "divisible_by": 8, "bf16": False, "flag": "", "initialize": False}
@@ -74,7 +78,8 @@ def _convert(rank: int, world_size: int, pairs: list[tuple[str, str]], folders: 
                 found = dict(_tensors(models))
                 names = [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
                 wrong += [
-                    f"{there} {back} {architectures[int(name.split('.')[0])].model_type} {name}" for name in names
+                    f"{there} {back} {architectures[int(name.split('.')[0])].model_type} {name}"
+                    for name in names
                 ]
     return wrong
 

@@ -38,12 +38,15 @@ class Ranks:
     def __init__(
         self, folder: Path, tmp: Path, main: Callable, argv: list[str], patch: Callable, world_size: int = 1
     ) -> None:
-        """patch(rank, ready): before the command, on every rank, which has come where it is to be with ready.set()."""
+        """patch(rank, ready): before the command, on every rank, which has come where it is to be with
+        ready.set().
+        """
         context = multiprocessing.get_context("fork")
         self._folder, self.tmp = folder, tmp
         self._ready = [context.Event() for _ in range(world_size)]
         self._processes = [
-            context.Process(target=self._run, args=(main, argv, patch, rank, world_size)) for rank in range(world_size)
+            context.Process(target=self._run, args=(main, argv, patch, rank, world_size))
+            for rank in range(world_size)
         ]
         for process in self._processes:
             process.start()
@@ -72,7 +75,9 @@ class Ranks:
         """Exit codes and stderr."""
         for process in self._processes:
             process.join(60)
-        return [(p.exitcode, (self._folder / f"{rank}.err").read_text()) for rank, p in enumerate(self._processes)]
+        return [
+            (p.exitcode, (self._folder / f"{rank}.err").read_text()) for rank, p in enumerate(self._processes)
+        ]
 
     def kill(self) -> None:
         for process in self._processes:
@@ -150,7 +155,9 @@ def never_answers(rank, ready):
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_second_signal_ends_a_teacher_that_finishes_what_it_holds(teacher_argv, tmp_path, short_tmp, number, code):
+def test_a_second_signal_ends_a_teacher_that_finishes_what_it_holds(
+    teacher_argv, tmp_path, short_tmp, number, code
+):
     folder = tmp_path / "run" / "teacher"
     with ranks(tmp_path, short_tmp, serve_teacher.main, teacher_argv, never_answers) as job_:
         client = open_client(folder, fingerprints={"hidden_size": 48})
@@ -171,7 +178,9 @@ def test_a_second_signal_ends_a_teacher_that_finishes_what_it_holds(teacher_argv
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_training_that_loads_ends_at_once_on_the_signal_that_it_handles(tiny, tmp_path, short_tmp, world_size):
+def test_training_that_loads_ends_at_once_on_the_signal_that_it_handles(
+    tiny, tmp_path, short_tmp, world_size
+):
     save = ("--save", str(tmp_path / "save"), "--run-dir", str(tmp_path / "run"))
     argv = command_line(tiny, "--exit-signal-handler", *save)
     patch = last_loads(job, "load_model", "build_placement", world_size)
@@ -179,7 +188,9 @@ def test_training_that_loads_ends_at_once_on_the_signal_that_it_handles(tiny, tm
         job_.come()
         job_.tell(signal.SIGTERM)
         (first, *others) = job_.end()
-        assert first == (0, " SIGTERM: exiting before the first step\n") and others == [(0, "")] * (world_size - 1)
+        assert first == (0, " SIGTERM: exiting before the first step\n") and others == [(0, "")] * (
+            world_size - 1
+        )
         assert not (tmp_path / "save").exists()
 
 

@@ -105,7 +105,9 @@ def _log_probs(model, groups, sequences):
         for tokens in sequences:
             ids = torch.tensor([tokens])
             hidden = model(ids, torch.arange(ids.shape[1])[None], None)
-            results.append(torch.log_softmax((hidden[:, 0] @ model.output_weight.T)[:, :VOCAB].double(), dim=1))
+            results.append(
+                torch.log_softmax((hidden[:, 0] @ model.output_weight.T)[:, :VOCAB].double(), dim=1)
+            )
     return results
 
 
@@ -190,8 +192,8 @@ def test_a_response_of_one_token(generate, greedy):
 
 @in_job
 def _counted(model, groups, prompts, sampling, batch_size):
-    """Rollouts; what each forward pass worked on, (prompts, rows to fill) or the sequences of a decoding step; and how
-    many responses were said to be finished after each token."""
+    """Rollouts; what each forward pass worked on, (prompts, rows to fill) or the sequences of a decoding
+    step; and how many responses were said to be finished after each token."""
     passes, told = [], []
     with pytest.MonkeyPatch.context() as patch:
         prefill, decode = Decoder.prefill, Decoder.decode
@@ -222,7 +224,11 @@ def test_samples_of_a_prompt_share_its_forward_pass(tiny, weights, generate):
     of_prompt = [0, 1, 0, 1, 1, 2, 1, 0, 1]
     prompts = [replace(PROMPTS[p], sample_id=50 + i) for i, p in enumerate(of_prompt)]
     alone = generate(*(([prompt], SAMPLED, SOME, 1) for prompt in prompts))
-    for batch_size, expected in ((100, [(3, 9)]), (5, [(1, 5), (1, 3), (1, 1)]), (2, [(1, 2)] * 3 + [(1, 1)] * 3)):
+    for batch_size, expected in (
+        (100, [(3, 9)]),
+        (5, [(1, 5), (1, 3), (1, 1)]),
+        (2, [(1, 2)] * 3 + [(1, 1)] * 3),
+    ):
         ((rollouts, passes, told),) = run_ranks(1, _counted, tiny, weights, 1, prompts, SAMPLED, batch_size)
         assert_equal(rollouts, [rollout for (rollout,) in alone], atol=1e-4)
         prefills = [entry for entry in passes if isinstance(entry, tuple)]
@@ -242,10 +248,14 @@ def test_rows_of_finished_sequences_are_filled_or_closed_up(tiny, weights):
     assert len(set(lengths)) > 5 and {r.finish for r in rollouts} == {"stop", "length"}
     decoded = [entry for entry in passes if not isinstance(entry, tuple)]
     assert max(decoded) <= 8
-    assert sum(decoded) == sum(lengths) - len(prompts), "each token but a prompt's first is one row of one step"
+    assert sum(decoded) == sum(lengths) - len(prompts), (
+        "each token but a prompt's first is one row of one step"
+    )
     between = passes[1 : -1 - passes[::-1].index(next(p for p in reversed(passes) if isinstance(p, tuple)))]
     assert any(not isinstance(entry, tuple) for entry in between)
-    assert len(decoded) < sum(max(lengths[i : i + 8]) - 1 for i in range(0, 24, 8)), "fewer steps than in fixed batches"
+    assert len(decoded) < sum(max(lengths[i : i + 8]) - 1 for i in range(0, 24, 8)), (
+        "fewer steps than in fixed batches"
+    )
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -309,14 +319,18 @@ def _stepped(model, groups, prompts, calls, backend):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(megatron_engine, "compiled", lambda: regions.compiled(backend))
         for sampling, stop_ids, stepping in calls:
-            engine = MegatronEngine(model, groups, vocab_size=VOCAB, stop_ids=stop_ids, batch_size=4, stepping=stepping)
+            engine = MegatronEngine(
+                model, groups, vocab_size=VOCAB, stop_ids=stop_ids, batch_size=4, stepping=stepping
+            )
             results.append(engine.generate(prompts, sampling))
     return results
 
 
 @pytest.mark.parametrize("tp, pp", [(1, 1), (2, 1), (1, 2)])
 def test_tokens_do_not_depend_on_how_steps_are_shaped_and_when_they_are_read(tiny, weights, tp, pp):
-    """Rows and positions rounded up, tokens read a step or two later, parts of a layer traced by the compiler."""
+    """Rows and positions rounded up, tokens read a step or two later, parts of a layer traced by the
+    compiler.
+    """
     prompts = [replace(prompt, sample_id=100 * i + j) for i, prompt in enumerate(PROMPTS) for j in range(2)]
     several = [(GREEDY, NEVER), (SAMPLED, SOME), (replace(SAMPLED, max_response_len=1), SOME)]
     calls = [(*call, stepping) for stepping in (None, *STEPPINGS.values()) for call in several]
@@ -451,7 +465,11 @@ def test_ranks_that_share_experts_answer_prompts_of_their_own(tiny, experts, tp)
     stop = expected[0][1]
     ends = [next((i + 1 for i, token in enumerate(answer) if token == stop), None) for answer in expected]
     assert None in ends and ends[0] == 2
-    calls = [([PROMPTS[:1], PROMPTS[1:]], NEVER), ([PROMPTS, []], NEVER), ([PROMPTS[:1], PROMPTS[1:]], (stop,))]
+    calls = [
+        ([PROMPTS[:1], PROMPTS[1:]], NEVER),
+        ([PROMPTS, []], NEVER),
+        ([PROMPTS[:1], PROMPTS[1:]], (stop,)),
+    ]
     flags = (*experts, "--expert-model-parallel-size", "2")
     ranks = run_ranks(2 * tp, _generate_shares, tiny, flags, tp, calls)
     for call, ((shares, stop_ids), found) in enumerate(zip(calls, zip(*ranks, strict=True), strict=True)):

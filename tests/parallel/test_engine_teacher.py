@@ -1,7 +1,8 @@
-"""A teacher whose layers run in an inference engine answers as our own does, and knows a wrong engine from a right one.
+"""A teacher whose layers run in an inference engine answers as our own does, and knows a wrong engine from a
+right one.
 
-The engine is a server with transformers' hidden states, or one without a model that misbehaves by a seed. The real vLLM
-is asked by tests/end_to_end/vllm.sh.
+The engine is a server with transformers' hidden states, or one without a model that misbehaves by a seed. The
+real vLLM is asked by tests/end_to_end/vllm.sh.
 """
 
 from __future__ import annotations
@@ -51,7 +52,12 @@ from tests.teacher_jobs import FINGERPRINTS, HIDDEN, VOCAB, collect, make_reques
 
 FOLDERS = {
     "llama": {"model_type": "llama"},
-    "gemma2": {"model_type": "gemma2", "head_dim": 8, "final_logit_softcapping": 5.0, "tie_word_embeddings": True},
+    "gemma2": {
+        "model_type": "gemma2",
+        "head_dim": 8,
+        "final_logit_softcapping": 5.0,
+        "tie_word_embeddings": True,
+    },
     "cohere": {"model_type": "cohere", "logit_scale": 0.5, "tie_word_embeddings": True, "scale": 0.5},
 }
 """The last is of no family that models/ knows: its logits are scaled, and its norm is a LayerNorm."""
@@ -70,7 +76,15 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 def parse(folder: Path, *flags: str) -> TeacherConfig:
-    argv = ["--teacher-hf-checkpoint", str(folder), "--run-dir", "x", "--teacher-hidden-dtype", "fp32", *flags]
+    argv = [
+        "--teacher-hf-checkpoint",
+        str(folder),
+        "--run-dir",
+        "x",
+        "--teacher-hidden-dtype",
+        "fp32",
+        *flags,
+    ]
     return parse_config(argv, SERVE_TEACHER)
 
 
@@ -86,7 +100,9 @@ def make_requests(count: int = 16) -> list[TeacherRequest]:
     rng = np.random.default_rng(3)
     requests = [make_request(rng, sample_id) for sample_id in range(count)]
     return [
-        TeacherRequest(**{f: getattr(r, f) for f in r.__slots__} | {"topk": 5, "token_ids": True, "hidden": False})
+        TeacherRequest(
+            **{f: getattr(r, f) for f in r.__slots__} | {"topk": 5, "token_ids": True, "hidden": False}
+        )
         if r.sample_id % 4 == 0 and r.byte_side is None
         else r
         for r in requests
@@ -122,7 +138,8 @@ def by_megatron(rank: int, world_size: int, folder: Path, requests: list[Teacher
 
 def tensors_of(scored) -> dict[str, torch.Tensor]:
     named = {
-        name: getattr(scored, name) for name in ("own_logit", "lse", "hidden", "topk", "topk_ids", "byte_logprobs")
+        name: getattr(scored, name)
+        for name in ("own_logit", "lse", "hidden", "topk", "topk_ids", "byte_logprobs")
     }
     return {name: value.clone() for name, value in named.items() if value is not None}
 
@@ -147,7 +164,9 @@ def test_a_family_that_models_does_not_know(folders):
 
     requests = make_requests()
     found = by_engine(folders["cohere"], requests)
-    model = transformers.AutoModelForCausalLM.from_pretrained(str(folders["cohere"]), dtype=torch.float64).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        str(folders["cohere"]), dtype=torch.float64
+    ).eval()
     for request in requests:
         ids = torch.from_numpy(np.concatenate([request.prompt_ids, request.label_ids]).astype(np.int64))
         with torch.no_grad():
@@ -162,9 +181,13 @@ def test_a_family_that_models_does_not_know(folders):
 
 @pytest.mark.parametrize("field", ["prompt_logprobs", "echo"])
 def test_log_probabilities_of_a_server_that_generates(folders, field):
-    """Own log-probabilities are those of our own teacher, and so are the likeliest tokens where ids are named."""
+    """Own log-probabilities are those of our own teacher, and so are the likeliest tokens where ids are
+    named.
+    """
     requests = [replace(r, byte_side=None, hidden=False) for r in make_requests()]
-    requests = [replace(r, topk=5, token_ids=True) if r.sample_id % 2 else replace(r, topk=0) for r in requests]
+    requests = [
+        replace(r, topk=5, token_ids=True) if r.sample_id % 2 else replace(r, topk=0) for r in requests
+    ]
     (expected,) = run_ranks(1, by_megatron, folders["llama"], requests)
     with serve_folder(folders["llama"]) as server:
         client = EngineClient(server.address)
@@ -217,7 +240,9 @@ def test_what_a_head_may_not_have(folders, tmp_path, name, changes, words):
 def test_a_default_that_config_json_leaves_out_and_a_nested_folder(folders, tmp_path):
     folder = shutil.copytree(folders["gemma2"], tmp_path / "changed")
     _fields(folder, final_logit_softcapping=None)
-    _fields(folder, quantization_config={"quant_method": "awq"})  # which we do not read, but the head is not quantised
+    _fields(
+        folder, quantization_config={"quant_method": "awq"}
+    )  # which we do not read, but the head is not quantised
     assert read_head(str(folder), flag="").final_logit_softcap == 30.0
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": fields}))
@@ -229,7 +254,9 @@ def test_the_probe_knows_a_wrong_head_and_a_wrong_engine(folders, tmp_path):
     with serve_folder(folders["llama"]) as server:
         client = EngineClient(server.address, hidden_size=32)
         probe(client)
-        assert probe.served is not None and probe.served.root == str(folders["llama"]) and probe.mean_nats > -1
+        assert (
+            probe.served is not None and probe.served.root == str(folders["llama"]) and probe.mean_nats > -1
+        )
         assert probe.compare(client, client) < 1e-4
 
         def probed(where: Path, **more) -> str:
@@ -252,7 +279,8 @@ def test_the_probe_knows_a_wrong_head_and_a_wrong_engine(folders, tmp_path):
                 tensors["model.norm.weight"] *= 1.2
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
             assert words in probed(folder)
-        # The head of a later checkpoint is near enough to pass, but not what the generating server computes with.
+        # The head of a later checkpoint is near enough to pass, but not what the generating server computes
+        # with.
         folder = shutil.copytree(folders["llama"], tmp_path / "later")
         tensors = load_file(folder / "model.safetensors")
         tensors["lm_head.weight"] *= 0.7
@@ -268,7 +296,9 @@ def test_the_probe_knows_a_wrong_head_and_a_wrong_engine(folders, tmp_path):
         with pytest.raises(ValueError, match="must serve the same model|under a shuffled one"):
             probe(client)
         server.hidden_states = lambda ids: 1e6 * good(ids)
-        with pytest.raises(EngineRefusal, match="--engine-hidden-dtype float16: a hidden state is beyond 65504"):
+        with pytest.raises(
+            EngineRefusal, match="--engine-hidden-dtype float16: a hidden state is beyond 65504"
+        ):
             EngineClient(server.address, hidden_size=32, dtype="float16").hidden_states(probe.ids)
         with pytest.raises(EngineRefusal, match=r"hidden states of \[32\] numbers, and config.json says 48"):
             EngineClient(server.address, hidden_size=48).hidden_states(probe.ids)
@@ -278,9 +308,18 @@ def test_the_probe_knows_a_wrong_head_and_a_wrong_engine(folders, tmp_path):
     "flags, words",
     [
         (["--engine-timeout-s", "5"], "--engine-endpoint is missing"),
-        (["--engine-endpoint", "http://h:1", "--tensor-model-parallel-size", "2"], "an LM head only, which one rank"),
-        (["--engine-endpoint", "http://h:1", "--teacher-pretrained-checkpoint", "x"], "serves Hugging Face folders"),
-        (["--engine-endpoint", "http://h:1", "--engine-timeout-s", "0"], "--engine-timeout-s 0.0: must be above 0"),
+        (
+            ["--engine-endpoint", "http://h:1", "--tensor-model-parallel-size", "2"],
+            "an LM head only, which one rank",
+        ),
+        (
+            ["--engine-endpoint", "http://h:1", "--teacher-pretrained-checkpoint", "x"],
+            "serves Hugging Face folders",
+        ),
+        (
+            ["--engine-endpoint", "http://h:1", "--engine-timeout-s", "0"],
+            "--engine-timeout-s 0.0: must be above 0",
+        ),
     ],
 )
 def test_options_without_a_meaning(folders, flags, words):
@@ -320,7 +359,13 @@ def serving(
     door.start()
     stop = threading.Event()
     pool = EnginePool(clients, probe=probe, ask=ask)
-    more = {"replicas": len(clients), "max_tokens": 64, "hidden_dtype": "fp32", "stop": stop.is_set, "refused": refused}
+    more = {
+        "replicas": len(clients),
+        "max_tokens": 64,
+        "hidden_dtype": "fp32",
+        "stop": stop.is_set,
+        "refused": refused,
+    }
     thread = threading.Thread(target=serve_engine, args=(door, pool, score), kwargs=more, daemon=True)
     thread.start()
     try:
@@ -381,10 +426,14 @@ def test_faults_between_front_and_engine_cost_time_only(short_tmp, monkeypatch, 
                     (wanted,) = scorer.score([request], torch.from_numpy(rows))
                     found, expected = tensors_of(found_of[request.sample_id]), tensors_of(wanted)
                     if answers != "hidden_states":
-                        expected = {"own_logit": expected["own_logit"] - expected["lse"], "lse": 0 * expected["lse"]}
+                        expected = {
+                            "own_logit": expected["own_logit"] - expected["lse"],
+                            "lse": 0 * expected["lse"],
+                        }
                     assert found.keys() == expected.keys()
                     assert all(
-                        torch.allclose(found[kind], value, rtol=1e-4, atol=1e-3) for kind, value in expected.items()
+                        torch.allclose(found[kind], value, rtol=1e-4, atol=1e-3)
+                        for kind, value in expected.items()
                     )
     for server in servers:
         faults = {kind: faults.get(kind, 0) + count for kind, count in server.faults.items()}
@@ -398,13 +447,22 @@ class Front:
 
     def __init__(self, folder: Path, run_dir: Path, address: str, *flags: str) -> None:
         """flags: in the place of a comparison with the same server's log-probabilities."""
-        self._argv = ["--teacher-hf-checkpoint", str(folder), "--run-dir", str(run_dir), "--engine-endpoint", address]
+        self._argv = [
+            "--teacher-hf-checkpoint",
+            str(folder),
+            "--run-dir",
+            str(run_dir),
+            "--engine-endpoint",
+            address,
+        ]
         self._argv += ["--teacher-hidden-dtype", "fp32", *(flags or ("--engine-check-endpoint", address))]
         self.folder = endpoint_folder(str(run_dir))
 
     def __enter__(self) -> Front:
         context = multiprocessing.get_context("fork")
-        self._process = context.Process(target=run_ranks, args=(1, _serve, self._argv), kwargs={"timeout_s": 300})
+        self._process = context.Process(
+            target=run_ranks, args=(1, _serve, self._argv), kwargs={"timeout_s": 300}
+        )
         self._process.start()
         deadline = time.monotonic() + 90
         while not read_endpoints(self.folder):
@@ -427,11 +485,21 @@ def _serve(rank: int, world_size: int, argv: list[str]) -> None:
     assert serve_main(argv) == 0
 
 
-def _train(folders: dict[str, Path], files: Path, out: Path, teacher: str, interface: str, *flags: str) -> list[dict]:
+def _train(
+    folders: dict[str, Path], files: Path, out: Path, teacher: str, interface: str, *flags: str
+) -> list[dict]:
     argv = [
         *("--hf-checkpoint", str(folders["student"]), "--prompt-data", str(files / "train.jsonl")),
         *("--teacher-hf-checkpoint", str(folders[teacher]), "--simct-interface", interface),
-        *("--rollout-batch-size", "4", "--micro-batch-size", "2", "--train-iters", "2", "--rollout-max-response-len"),
+        *(
+            "--rollout-batch-size",
+            "4",
+            "--micro-batch-size",
+            "2",
+            "--train-iters",
+            "2",
+            "--rollout-max-response-len",
+        ),
         *("8", "--lr", "1e-3", "--adam-eps", "1e-4", "--run-dir", str(out / "run"), *flags),
     ]
     ((code, _, err),) = run_ranks(1, run, argv)
@@ -440,11 +508,16 @@ def _train(folders: dict[str, Path], files: Path, out: Path, teacher: str, inter
 
 
 def test_a_run_with_an_engine_is_the_run_with_our_own_teacher(tiny, folders, tmp_path, short_tmp):
-    """Also where the engine dies with requests in hand and comes back, and with a teacher that models/ cannot build."""
+    """Also where the engine dies with requests in hand and comes back, and with a teacher that models/ cannot
+    build.
+    """
     save_model(tmp_path / "student", "llama", vocab_size=400, scale=0.2)
     save_byte_level(tmp_path / "student", vocab_size=400)
     folders = folders | {"student": tmp_path / "student"}
-    with serve_folder(folders["llama"]) as server, Front(folders["llama"], short_tmp / "t", server.address) as front:
+    with (
+        serve_folder(folders["llama"]) as server,
+        Front(folders["llama"], short_tmp / "t", server.address) as front,
+    ):
 
         def come_back_when_asked() -> None:
             deadline = time.monotonic() + 60
@@ -471,12 +544,18 @@ def test_a_run_with_an_engine_is_the_run_with_our_own_teacher(tiny, folders, tmp
             if interface == "bytes":
                 fault.join()
     with serve_folder(folders["cohere"]) as server, Front(folders["cohere"], short_tmp / "u", server.address):
-        for row in _train(folders, tiny, tmp_path / "u", "cohere", "paper", "--teacher-endpoint", str(short_tmp / "u")):
+        for row in _train(
+            folders, tiny, tmp_path / "u", "cohere", "paper", "--teacher-endpoint", str(short_tmp / "u")
+        ):
             assert np.isfinite(row["loss"]) and row["loss"] > 0.05
 
 
-def test_a_server_that_generates_teaches_alm_and_what_compares_likeliest_tokens(tiny, folders, tmp_path, short_tmp):
-    """Metrics are those with our own teacher; what needs more is refused with the reason, and so is another model."""
+def test_a_server_that_generates_teaches_alm_and_what_compares_likeliest_tokens(
+    tiny, folders, tmp_path, short_tmp
+):
+    """Metrics are those with our own teacher; what needs more is refused with the reason, and so is another
+    model.
+    """
     save_model(tmp_path / "student", "llama", vocab_size=400, scale=0.2)
     save_byte_level(tmp_path / "student", vocab_size=400)
     folders = folders | {"student": tmp_path / "student"}
@@ -502,6 +581,19 @@ def test_a_server_that_generates_teaches_alm_and_what_compares_likeliest_tokens(
                 assert len(found) == len(wanted) == 2 and wanted[0]["loss"] > 0.01
                 for ours, theirs in zip(found, wanted, strict=True):
                     for name in ("loss", "grad_norm", "teacher_nats_per_byte"):
-                        assert ours[name] == pytest.approx(theirs[name], abs=1e-4, rel=1e-4), (interface, name)
-            with pytest.raises(AssertionError, match="--engine-answers prompt_logprobs: the server gives log-prob"):
-                _train(folders, tiny, tmp_path / "bytes", "llama", "bytes", "--teacher-endpoint", str(short_tmp / "t"))
+                        assert ours[name] == pytest.approx(theirs[name], abs=1e-4, rel=1e-4), (
+                            interface,
+                            name,
+                        )
+            with pytest.raises(
+                AssertionError, match="--engine-answers prompt_logprobs: the server gives log-prob"
+            ):
+                _train(
+                    folders,
+                    tiny,
+                    tmp_path / "bytes",
+                    "llama",
+                    "bytes",
+                    "--teacher-endpoint",
+                    str(short_tmp / "t"),
+                )

@@ -17,7 +17,13 @@ from tests.distributed import run_ranks
 from tests.tiny import command_line
 
 ROWS = [
-    {"task_id": i, "prompt": f"Tom has {i}.", "code": "", "test_imports": [], "test_list": [f"assert {i} > 1"]}
+    {
+        "task_id": i,
+        "prompt": f"Tom has {i}.",
+        "code": "",
+        "test_imports": [],
+        "test_list": [f"assert {i} > 1"],
+    }
     for i in range(5)
 ]
 
@@ -32,7 +38,15 @@ def run(tiny, weights, tmp_path_factory):
         argv = [
             *("--benchmark", "mbpp", "--data", str(data), "--output-dir", str(folder)),
             *("--hf-checkpoint", str(tiny / "student"), "--tokenizer-model", str(tiny / "student.model")),
-            *("--make-vocab-size-divisible-by", "8", *weights[:2], "--max-response-len", "6", "--workers", "2"),
+            *(
+                "--make-vocab-size-divisible-by",
+                "8",
+                *weights[:2],
+                "--max-response-len",
+                "6",
+                "--workers",
+                "2",
+            ),
             *("--samples", "2", "--temperature", "1", "--part-size", "3", *flags),
         ]
         return run_ranks(ranks, _main, argv)[0]
@@ -65,18 +79,26 @@ def alone(finished, tmp_path):
 def test_a_run_leaves_responses_grades_and_results(alone):
     files = parts(alone)
     assert list(files) == [f"{kind}/{i:06d}.jsonl" for kind in ("grades", "responses") for i in range(4)]
-    rows = [json.loads(line) for name, text in files.items() if "responses" in name for line in text.splitlines()]
-    assert [(row["problem_id"], row["sample"]) for row in rows] == [(str(i), s) for i in range(5) for s in (0, 1)]
+    rows = [
+        json.loads(line) for name, text in files.items() if "responses" in name for line in text.splitlines()
+    ]
+    assert [(row["problem_id"], row["sample"]) for row in rows] == [
+        (str(i), s) for i in range(5) for s in (0, 1)
+    ]
     assert len({row["response"] for row in rows}) > 5
     results = json.loads((alone / "results.json").read_text())
-    grades = [json.loads(line) for name, text in files.items() if "grades" in name for line in text.splitlines()]
+    grades = [
+        json.loads(line) for name, text in files.items() if "grades" in name for line in text.splitlines()
+    ]
     share = sum(row["right"]["pass"] for row in grades) / len(grades)
     assert results["metrics"]["pass"]["avg@2"]["mean"] == pytest.approx(share)
     assert (results["benchmark"], results["problems"], results["samples"]) == ("mbpp", 5, 2)
     assert results["stop_rate"] == sum(row["finish"] == "stop" for row in rows) / len(rows)
 
 
-@pytest.mark.parametrize("flags, ranks", [((), 2), (("--tensor-model-parallel-size", "2"), 2)], ids=["DP2", "TP2"])
+@pytest.mark.parametrize(
+    "flags, ranks", [((), 2), (("--tensor-model-parallel-size", "2"), 2)], ids=["DP2", "TP2"]
+)
 def test_every_layout_gives_the_same_files(run, alone, tmp_path, flags, ranks):
     assert run(tmp_path / "other", *flags, ranks=ranks) == (0, "")
     assert parts(tmp_path / "other") == parts(alone)
@@ -137,15 +159,31 @@ def test_a_folder_of_something_else_is_not_taken(run, tmp_path):
 
 def test_given_responses_are_graded_without_a_model(tmp_path):
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    given = [{"problem_id": i, "response": "x = 1" if sample else "("} for i in range(5) for sample in range(2)]
+    given = [
+        {"problem_id": i, "response": "x = 1" if sample else "("} for i in range(5) for sample in range(2)
+    ]
     (tmp_path / "given.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
-    argv = ["--benchmark", "mbpp", "--data", str(tmp_path / "problems.jsonl"), "--output-dir", str(tmp_path / "out")]
+    argv = [
+        "--benchmark",
+        "mbpp",
+        "--data",
+        str(tmp_path / "problems.jsonl"),
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
     argv += ["--responses", str(tmp_path / "given.jsonl"), "--workers", "2"]
     assert _main(0, 1, [*argv, "--samples", "2"]) == (0, "")
     metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]["pass"]
     assert (metrics["avg@2"]["mean"], metrics["pass@2"]["mean"]) == (0.3, 0.6)
     assert [name.split("/")[0] for name in parts(tmp_path / "out")] == ["grades", "responses"]
-    select = ["--responses", str(tmp_path / "out"), "--data", str(tmp_path / "problems.jsonl"), "--min-characters", "1"]
+    select = [
+        "--responses",
+        str(tmp_path / "out"),
+        "--data",
+        str(tmp_path / "problems.jsonl"),
+        "--min-characters",
+        "1",
+    ]
     assert select_responses.main([*select, "--output", str(tmp_path / "right.jsonl")]) == 0
     assert (tmp_path / "right.jsonl").read_text().count("x = 1") == 3
     code, error = _main(0, 1, [*argv, "--output-dir", str(tmp_path / "another")])
@@ -155,7 +193,9 @@ def test_given_responses_are_graded_without_a_model(tmp_path):
 def test_programs_are_confined_as_asked_and_the_results_say_how(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without Landlock `strict` neither grades nor takes grades, and the table says what programs could read."""
+    """Without Landlock `strict` neither grades nor takes grades, and the table says what programs could
+    read.
+    """
     (tmp_path / "problems.jsonl").write_text(json.dumps(ROWS[2]) + "\n")
     (tmp_path / "given.jsonl").write_text(json.dumps({"problem_id": 2, "response": "x = 1"}) + "\n")
     data = ["--data", str(tmp_path / "problems.jsonl")]
@@ -173,10 +213,21 @@ def test_programs_are_confined_as_asked_and_the_results_say_how(
     with contextlib.redirect_stdout(io.StringIO()) as table:
         assert evaluate.main([*grade, "--output-dir", str(tmp_path / "out")]) == 0
     assert "could read this user's files" in table.getvalue(), "its part was graded before"
-    take = ["--responses", str(tmp_path / "out"), *data, "--min-characters", "1", "--output", str(tmp_path / "right")]
+    take = [
+        "--responses",
+        str(tmp_path / "out"),
+        *data,
+        "--min-characters",
+        "1",
+        "--output",
+        str(tmp_path / "right"),
+    ]
     with contextlib.redirect_stderr(io.StringIO()) as errors:
         assert select_responses.main([*take, "--sandbox", "strict"]) == 1
-    assert "were graded where the kernel has no Landlock" in errors.getvalue() and errors.getvalue().count("\n") == 1
+    assert (
+        "were graded where the kernel has no Landlock" in errors.getvalue()
+        and errors.getvalue().count("\n") == 1
+    )
     assert select_responses.main(take) == 0
     with contextlib.redirect_stdout(io.StringIO()) as table:
         assert evaluate.main([*grade, "--output-dir", str(tmp_path / "again")]) == 0
@@ -196,16 +247,33 @@ def test_a_teachers_right_answers_are_what_a_student_is_warmed_up_on(tiny, weigh
         rows = [{"prompt": f"Tom has {i}.", "label": label} for i, label in enumerate(labels)]
         (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         argv = [
-            *("--benchmark", "exact_match", "--data", str(tmp_path / "problems.jsonl"), "--output-dir", str(folder)),
+            *(
+                "--benchmark",
+                "exact_match",
+                "--data",
+                str(tmp_path / "problems.jsonl"),
+                "--output-dir",
+                str(folder),
+            ),
             *("--hf-checkpoint", str(tiny / "student"), "--tokenizer-model", str(tiny / "student.model")),
-            *("--make-vocab-size-divisible-by", "8", *weights[:2], "--max-response-len", "6", "--workers", "1"),
+            *(
+                "--make-vocab-size-divisible-by",
+                "8",
+                *weights[:2],
+                "--max-response-len",
+                "6",
+                "--workers",
+                "1",
+            ),
             *("--samples", "4", "--temperature", "1", "--stop-token-ids", *map(str, range(260, 310))),
         ]
         assert run_ranks(1, _main, argv) == [(0, "")]
         return [json.loads(line) for line in (folder / "responses" / "000000.jsonl").read_text().splitlines()]
 
     said = sample(tmp_path / "first", ["?"] * 12)
-    whole = [row for row in said if row["finish"] == "stop" and row["response"] and "\ufffd" not in row["response"]]
+    whole = [
+        row for row in said if row["finish"] == "stop" and row["response"] and "\ufffd" not in row["response"]
+    ]
     ended = {row["problem_id"]: row["response"] for row in whole}
     assert len(ended) >= 2, "the model ends some of its answers"
     sample(tmp_path / "second", [ended.get(str(i), "?") for i in range(12)])
@@ -223,7 +291,9 @@ def test_a_teachers_right_answers_are_what_a_student_is_warmed_up_on(tiny, weigh
 
 @pytest.mark.parametrize("flags, ranks", [((), 1), ((), 2), (("--tensor-model-parallel-size", "2"), 2)])
 def test_a_benchmark_while_training_is_graded_as_afterwards(tiny, weights, tmp_path, flags, ranks):
-    """What the model says stands behind a comment sign, so that a program is right where its first line is."""
+    """What the model says stands behind a comment sign, so that a program is right where its first line
+    is.
+    """
     data = tmp_path / "problems.jsonl"
     rows = [
         {
@@ -242,13 +312,20 @@ def test_a_benchmark_while_training_is_graded_as_afterwards(tiny, weights, tmp_p
     ]
     assert run_ranks(1, _main, argv) == [(0, "")]
     grades = [
-        json.loads(line) for line in (tmp_path / "afterwards" / "grades" / "000000.jsonl").read_text().splitlines()
+        json.loads(line)
+        for line in (tmp_path / "afterwards" / "grades" / "000000.jsonl").read_text().splitlines()
     ]
     expected = [int(row["right"]["pass"]) for row in grades]
     assert 0 < sum(expected) < 5
-    argv = command_line(tiny, *weights[:2], "--eval-benchmark", "humaneval", "--eval-prompt-data", str(data), *flags)
+    argv = command_line(
+        tiny, *weights[:2], "--eval-benchmark", "humaneval", "--eval-prompt-data", str(data), *flags
+    )
     argv += ["--eval-samples", "0", "--train-iters", "1", "--run-dir", str(tmp_path / "run")]
     assert run_ranks(ranks, _train, argv) == [0] * ranks
     evaluation = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
-    assert (evaluation["kind"], evaluation["iteration"], evaluation["greedy_right"]) == ("evaluation", 0, expected)
+    assert (evaluation["kind"], evaluation["iteration"], evaluation["greedy_right"]) == (
+        "evaluation",
+        0,
+        expected,
+    )
     assert evaluation["greedy_accuracy"] == sum(expected) / 5

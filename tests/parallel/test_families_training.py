@@ -1,5 +1,5 @@
-"""Steps on families with norms in unusual places and soft-caps: the same in every layout, and soft-caps reach the loss,
-the scorer and the sampler."""
+"""Steps on families with norms in unusual places and soft-caps: the same in every layout, and soft-caps reach
+the loss, the scorer and the sampler."""
 
 from __future__ import annotations
 
@@ -29,7 +29,12 @@ FAMILIES = {
     "gemma2": {"sliding_window": 6, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5},
     "qwen3": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
     "qwen3_5_text": DELTA,
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 20,
+        "norm_topk_prob": True,
+    },
 }
 # Each is a student whose gradient is compared with transformers'.
 ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 20, "n_routed_experts": 4, "n_shared_experts": 1}
@@ -47,7 +52,12 @@ OTHERS = {
     | {"shared_expert_intermediate_size": 24},
     "solar_open": ROUTED | {"num_key_value_heads": 4},
     "dots1": ROUTED | {"first_k_dense_replace": 1, "sliding_window": 6, "max_window_layers": 2},
-    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 20, "num_key_value_heads": 4},
+    "minimax_m2": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 20,
+        "num_key_value_heads": 4,
+    },
     "ernie4_5": {},
     "ministral3": {"sliding_window": 6},
     "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
@@ -150,7 +160,9 @@ def test_a_student_with_a_gated_delta_net_takes_the_same_steps_in_every_layout(f
 
 
 def assert_same_steps(reports, expected, *, rel):
-    for (loss, norm, ids), (expected_loss, expected_norm, expected_ids) in zip(reports, expected, strict=True):
+    for (loss, norm, ids), (expected_loss, expected_norm, expected_ids) in zip(
+        reports, expected, strict=True
+    ):
         assert ids and all(expected_ids[sample_id] == found for sample_id, found in ids.items())
         assert loss == pytest.approx(expected_loss, rel=rel) and loss > 1
         assert norm == pytest.approx(expected_norm, rel=rel)
@@ -221,7 +233,9 @@ def test_a_model_with_soft_caps_is_its_own_teacher(files, interface):
     assert abs(report.sums["loss"]) < 1e-5 * report.sums["num_labels"]
     model = transformers_model(files / "gemma2")
     for prompt, ids, logprobs in answers:
-        np.testing.assert_allclose(logprobs, log_probs(model, prompt, ids).detach().numpy(), rtol=0, atol=1e-4)
+        np.testing.assert_allclose(
+            logprobs, log_probs(model, prompt, ids).detach().numpy(), rtol=0, atol=1e-4
+        )
 
 
 def transformers_model(folder):
@@ -247,13 +261,15 @@ def _given_responses(rank, world_size, folder, *flags):
             job = build_job(resolved, groups)
             rollouts, pairs, scored, prompts = _batches(job)
             report = job.updater.step(job.pack(prompts, rollouts, pairs, scored))
-            answers.append((report, [(p.student_ids, r.student_ids) for p, r in zip(prompts, rollouts, strict=True)]))
+            answers.append(
+                (report, [(p.student_ids, r.student_ids) for p, r in zip(prompts, rollouts, strict=True)])
+            )
     return answers
 
 
 def test_the_loss_and_its_gradient_are_those_of_transformers(files):
-    """Cross entropy of given responses, by autograd through transformers' own model. In one process every tensor's
-    gradient is compared in tests/parity/test_families.py."""
+    """Cross entropy of given responses, by autograd through transformers' own model. In one process every
+    tensor's gradient is compared in tests/parity/test_families.py."""
     assert {name for name, family in families.FAMILIES.items() if not family.teacher_only} == set(STUDENTS)
     answers, *_ = run_ranks(2, _given_responses, files, *TP2, *SEQUENCE, timeout_s=300)
     for family, (report, sequences) in zip(STUDENTS, answers, strict=True):
@@ -261,7 +277,10 @@ def test_the_loss_and_its_gradient_are_those_of_transformers(files):
         total = -sum(log_probs(model, prompt, response).sum() for prompt, response in sequences)
         count = sum(len(response) for _, response in sequences)
         (total / count).backward()
-        norm = sum(float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None) ** 0.5
+        norm = (
+            sum(float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None)
+            ** 0.5
+        )
         assert report.sums["num_labels"] == count
         assert report.sums["loss"] == pytest.approx(float(total.detach()), rel=1e-4), family
         assert report.grad_norm == pytest.approx(norm, rel=1e-3), family

@@ -34,7 +34,15 @@ def argv(files: Path, folder: Path, iterations: int, *flags: str) -> list[str]:
     return command_line(
         files,
         *("--lr-decay-style", "constant", "--train-iters", str(iterations), "--save-interval", "1"),
-        *("--run-dir", str(folder / "run"), "--save", str(folder / "save"), "--load", str(folder / "save"), *flags),
+        *(
+            "--run-dir",
+            str(folder / "run"),
+            "--save",
+            str(folder / "save"),
+            "--load",
+            str(folder / "save"),
+            *flags,
+        ),
     )
 
 
@@ -104,7 +112,10 @@ def test_the_newest_whole_one_is_named_and_taken_when_told_so(tiny, folder, orig
     for iteration in (2, 3):
         flip(folder / "save" / f"iter_000000{iteration}" / ".metadata", 999)
     line = refused(argv(tiny, folder, 3, "--tensor-model-parallel-size", "2"), world_size=2)
-    assert "iter_0000003: damaged: .metadata (its SHA-256 is another one); the newest whole one is that of" in line
+    assert (
+        "iter_0000003: damaged: .metadata (its SHA-256 is another one); the newest whole one is that of"
+        in line
+    )
     assert "iteration 1: add --ckpt-step 1" in line
     assert "after iteration 1" in printed(argv(tiny, folder, 3, "--ckpt-step", "1"))
     assert_same_run(folder, original)

@@ -1,4 +1,6 @@
-"""Options of the comparison from the command line to the loss: each one changes a training step as it says."""
+"""Options of the comparison from the command line to the loss: each one changes a training step as it
+says.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def replay(tiny, weights, tmp_path_factory):
     """Flags that replay one step's rollouts, some of which stopped and hold blanks."""
     folder = tmp_path_factory.mktemp("rollouts")
     run_ranks(1, sums_of_a_step, tiny, *weights, "--save-debug-rollout-data", str(folder))
-    for file in folder.glob("*.json"):  # the samples of a random model say little: these are the task's own answers
+    for file in folder.glob(
+        "*.json"
+    ):  # the samples of a random model say little: these are the task's own answers
         _write_answers(file, tiny, by_letters=True)
     return (*weights, "--load-debug-rollout-data", str(folder))
 
@@ -60,18 +64,25 @@ def test_every_option_reaches_the_loss(tiny, replay):
     assert units >= 8 and shared >= 8 and stops == 8
     without_units = sums(tiny, replay, "--simct-interface", "no_unit_loss", "--simct-rho", "1")
     assert without_units["rows_unit"] == 0 and without_units["rows_dropped"] == units
-    assert math.isclose(without_units["loss"], paper["loss_shared_sum"] + paper["loss_stop_sum"], rel_tol=1e-6)
+    assert math.isclose(
+        without_units["loss"], paper["loss_shared_sum"] + paper["loss_stop_sum"], rel_tol=1e-6
+    )
     joined = sums(tiny, replay, "--simct-interface", "random_unit", "--simct-rho", "1")
     assert joined["rows_unit"] > 0 and joined["rows_shared"] + joined["rows_unit"] < shared
     other = sums(tiny, replay, "--simct-interface", "random_unit", "--simct-interface-seed", "7")
     assert other["loss"] != sums(tiny, replay, "--simct-interface", "random_unit")["loss"]
     unbridged = sums(tiny, replay, "--no-simct-stop-bridge")
     assert unbridged["rows_stop"] == 0
-    assert unbridged["loss_shared_sum"] != pytest.approx(paper["loss_shared_sum"], rel=1e-4), "U has a token less"
+    assert unbridged["loss_shared_sum"] != pytest.approx(paper["loss_shared_sum"], rel=1e-4), (
+        "U has a token less"
+    )
     masked = sums(tiny, replay, "--simct-mask-whitespace")
     assert paper["rows_dropped"] == 0 < masked["rows_dropped"]
     heavy = sums(tiny, replay, "--simct-unit-weight", "student_length")
-    assert heavy["loss_unit_sum"] > paper["loss_unit_sum"] and heavy["loss_shared_sum"] == paper["loss_shared_sum"]
+    assert (
+        heavy["loss_unit_sum"] > paper["loss_unit_sum"]
+        and heavy["loss_shared_sum"] == paper["loss_shared_sum"]
+    )
     assert sums(tiny, replay, "--simct-min-teacher-mass", "1")["rows_dropped"] > 0
 
 
@@ -79,16 +90,22 @@ def test_likeliest_tokens_only(tiny, replay):
     strict = sums(tiny, replay, "--simct-interface", "strict")
     few = sums(tiny, replay, "--simct-interface", "strict_topk", "--simct-topk", "2")
     all_of_them = sums(tiny, replay, "--simct-interface", "strict_topk", "--simct-topk", "300")
-    assert few["rows_shared"] == strict["rows_shared"] and few["loss"] != pytest.approx(strict["loss"], rel=1e-3)
+    assert few["rows_shared"] == strict["rows_shared"] and few["loss"] != pytest.approx(
+        strict["loss"], rel=1e-3
+    )
     assert all_of_them["loss"] == pytest.approx(strict["loss"], rel=1e-5)
     assert all_of_them["rows_same_top"] == strict["rows_same_top"]
 
 
 def test_one_number_a_unit(tiny, replay):
-    """scalar reads the log-probabilities that the rollouts were sampled with; span_mse adds units to strict."""
+    """scalar reads the log-probabilities that the rollouts were sampled with; span_mse adds units to
+    strict.
+    """
     dpca = sums(tiny, replay, "--simct-interface", "scalar")
     spread = sums(tiny, replay, "--simct-interface", "scalar", "--simct-scalar", "spread")
-    assert dpca["rows_unit"] == spread["rows_unit"] >= 8 and dpca["loss"] != pytest.approx(spread["loss"], rel=1e-3)
+    assert dpca["rows_unit"] == spread["rows_unit"] >= 8 and dpca["loss"] != pytest.approx(
+        spread["loss"], rel=1e-3
+    )
     strict = sums(tiny, replay, "--simct-interface", "strict")
     spans = sums(tiny, replay, "--simct-interface", "strict", "--simct-span-mse", "0.25")
     assert strict["rows_unit"] == 0 < spans["rows_unit"] == dpca["rows_unit"]
@@ -101,7 +118,12 @@ def test_one_tokenizer(tiny, replay, tmp_path):
     for file in (tmp_path / "rollouts").glob("*.json"):
         _write_answers(file, tiny, by_letters=False)  # else the teacher reads other tokens than the student
     replay = (*replay[:-1], str(tmp_path / "rollouts"))
-    own = ("--teacher-hf-checkpoint", str(tiny / "student"), "--teacher-tokenizer-model", str(tiny / "student.model"))
+    own = (
+        "--teacher-hf-checkpoint",
+        str(tiny / "student"),
+        "--teacher-tokenizer-model",
+        str(tiny / "student.model"),
+    )
     own += ("--teacher-pretrained-checkpoint", replay[replay.index("--pretrained-checkpoint") + 1])
     own += ("--teacher-make-vocab-size-divisible-by", "8")
     found = sums(tiny, replay, *own, "--simct-interface", "kd")

@@ -1,4 +1,6 @@
-"""Layouts of large models, rank by rank on the meta device in a world of fake ranks: shapes without memory."""
+"""Layouts of large models, rank by rank on the meta device in a world of fake ranks: shapes without
+memory.
+"""
 
 from __future__ import annotations
 
@@ -143,7 +145,9 @@ def _cover_llama(rank: int, world_size: int) -> Covered:
 def _environment(rank: int, world_size: int) -> contextlib.ExitStack:
     """torchrun's variables, and no gloo groups beside the fake ones."""
     stack = contextlib.ExitStack()
-    stack.enter_context(mock.patch.dict("os.environ", RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0"))
+    stack.enter_context(
+        mock.patch.dict("os.environ", RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
+    )
     without_gloo = partial(parallel_state.initialize_model_parallel, create_gloo_process_groups=False)
     stack.enter_context(mock.patch.object(parallel_state, "initialize_model_parallel", without_gloo))
     return stack
@@ -153,17 +157,20 @@ def test_the_ranks_of_a_70b_model_share_every_tensor_of_its_folder():
     (covered,) = run_ranks(1, _cover_llama)
     assert len(covered.sizes) == TP * PP and max(covered.sizes) < 70.6e9 / (TP * PP) * 1.1
     shapes = covered.shapes_of_whole_tensors()
-    assert sum(math.prod(shape) for shape in shapes.values()) == 70_553_706_496  # of Llama-3-70B, as published
+    assert (
+        sum(math.prod(shape) for shape in shapes.values()) == 70_553_706_496
+    )  # of Llama-3-70B, as published
     assert len(shapes) == 3 + 80 * 9
 
 
 def _cover_experts(
     rank: int, world_size: int, architecture: Architecture, pp: int
 ) -> tuple[Covered, list[tuple[int, list[int]]]]:
-    """What all ranks of a large mixture of experts cover; first layer and experts of the ranks that were built.
+    """What all ranks of a large mixture of experts cover; first layer and experts of the ranks that were
+    built.
 
-    All ranks of a stage have parameters of the same shapes, so one of them is built for each stage, and has as many as
-    the plan says; the others' pieces are those of the same parameters in another place.
+    All ranks of a stage have parameters of the same shapes, so one of them is built for each stage, and has
+    as many as the plan says; the others' pieces are those of the same parameters in another place.
     """
     dist.destroy_process_group()
     covered, built = Covered(), []
@@ -177,7 +184,9 @@ def _cover_experts(
         fake_rank = (stage * EP + ep_rank) * TP + tp_rank
         with _model(architecture, rank=fake_rank, ep=EP, pp=pp) as (model, groups):
             assert (groups.tp_rank, groups.ep.rank(), groups.pp.rank()) == (tp_rank, ep_rank, stage)
-            assert sum(parameter.numel() for parameter in model.parameters()) == stage_parameters(sizes, stage=stage)
+            assert sum(parameter.numel() for parameter in model.parameters()) == stage_parameters(
+                sizes, stage=stage
+            )
             layers = model.decoder.layers
             built.append((layers[0].layer_number - 1, getattr(layers[-1].mlp, "local_expert_indices", [])))
         for other in range(EP):
@@ -192,19 +201,36 @@ def _cover_experts(
 
 
 def test_the_ranks_of_a_235b_mixture_of_experts_share_every_tensor_of_its_folder():
-    """Its 94 layers are 23, 24, 24 and 23 on four stages, and its 4 query groups lie on 8 tensor-parallel ranks."""
+    """Its 94 layers are 23, 24, 24 and 23 on four stages, and its 4 query groups lie on 8 tensor-parallel
+    ranks.
+    """
     ((covered, built),) = run_ranks(1, _cover_experts, QWEN3_235B_A22B, PP, timeout_s=240)
-    assert built == [(first, [16 * ep + i for i in range(16)]) for first, ep in ((0, 1), (23, 3), (47, 5), (71, 7))]
+    assert built == [
+        (first, [16 * ep + i for i in range(16)]) for first, ep in ((0, 1), (23, 3), (47, 5), (71, 7))
+    ]
     assert len(covered.sizes) == TP * PP * EP and max(covered.sizes) < 235.1e9 / (TP * PP * EP) * 1.3
     shapes = covered.shapes_of_whole_tensors()
-    assert sum(math.prod(shape) for shape in shapes.values()) == 235_093_634_560  # of Qwen3-235B-A22B, as published
+    assert (
+        sum(math.prod(shape) for shape in shapes.values()) == 235_093_634_560
+    )  # of Qwen3-235B-A22B, as published
     assert len(shapes) == 3 + 94 * (9 + 128 * 3)
 
 
-ROUTED = {"num_experts_per_tok": 8, "n_shared_experts": 1, "routed_scaling_factor": 2.5, "first_k_dense_replace": 3}
+ROUTED = {
+    "num_experts_per_tok": 8,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 3,
+}
 DEEPSEEK_V3 = ROUTED | {
     **{"model_type": "deepseek_v3", "num_hidden_layers": 61, "hidden_size": 7168, "intermediate_size": 18432},
-    **{"moe_intermediate_size": 2048, "n_routed_experts": 256, "n_group": 8, "topk_group": 4, "vocab_size": 129280},
+    **{
+        "moe_intermediate_size": 2048,
+        "n_routed_experts": 256,
+        "n_group": 8,
+        "topk_group": 4,
+        "vocab_size": 129280,
+    },
     **{"num_attention_heads": 128, "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128},
     **{"qk_rope_head_dim": 64, "v_head_dim": 128, "max_position_embeddings": 163840, "rms_norm_eps": 1e-6},
 }
@@ -233,15 +259,17 @@ LARGE = {
 
 @pytest.mark.parametrize("name", LARGE)
 def test_large_teachers_on_512_ranks(tmp_path, name):
-    """TP8 x PP8 x EP8: every number of the published sizes belongs to its ranks once, the corrections of the routers
-    too, and the plan counts what is built."""
+    """TP8 x PP8 x EP8: every number of the published sizes belongs to its ranks once, the corrections of the
+    routers too, and the plan counts what is built."""
     fields, attention, dense, experts = LARGE[name]
     (tmp_path / "config.json").write_text(json.dumps(fields))
     architecture = read_architecture(str(tmp_path), flag="")
     ((covered, built),) = run_ranks(1, _cover_experts, architecture, 8, timeout_s=600)
     assert len(covered.sizes) == 512 and len(built) == 8
     layers, hidden, rows = fields["num_hidden_layers"], fields["hidden_size"], fields["vocab_size"]
-    expected = layers * (attention + 2 * hidden) + 3 * dense + (layers - 3) * experts + 2 * rows * hidden + hidden
+    expected = (
+        layers * (attention + 2 * hidden) + 3 * dense + (layers - 3) * experts + 2 * rows * hidden + hidden
+    )
     shapes = covered.shapes_of_whole_tensors()
     assert sum(math.prod(shape) for shape in shapes.values()) == expected
     corrections = (layers - 3) * fields["n_routed_experts"]  # buffers

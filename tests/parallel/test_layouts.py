@@ -25,7 +25,9 @@ OPTIONS = {
 }
 TP2, PP2 = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
 ADAM = ("--adam-eps", "1e-4")
-"""Adam's first step is the sign of the gradient, also of one that is rounding noise, unless eps is above that."""
+"""Adam's first step is the sign of the gradient, also of one that is rounding noise, unless eps is above
+that.
+"""
 CP2 = ("--context-parallel-size", "2")
 PACKED = ("--max-tokens-per-gpu", "114")  # data-parallel ranks need one micro-batch, or two
 LAYOUTS = {
@@ -81,12 +83,16 @@ def test_layouts_agree(tiny, weights, recorded, layout):
     folder, expected = recorded
     world_size, flags = LAYOUTS[layout]
     names = INTERFACES + OF_WHOLE_RESPONSES * (layout in OF_THEM)
-    runs = [(*flags_of(weights, name), *flags, "--load-debug-rollout-data", str(folder / name)) for name in names]
+    runs = [
+        (*flags_of(weights, name), *flags, "--load-debug-rollout-data", str(folder / name)) for name in names
+    ]
     for results in run_ranks(world_size, _run_each, tiny, runs):
         for interface, (steps, weight) in zip(names, results, strict=True):
             reference_steps, reference_weight = expected[interface]
             assert len(reference_steps) == 2
-            for (sums, grad_norm, lr), (wanted, wanted_norm, wanted_lr) in zip(steps, reference_steps, strict=True):
+            for (sums, grad_norm, lr), (wanted, wanted_norm, wanted_lr) in zip(
+                steps, reference_steps, strict=True
+            ):
                 assert sums.keys() == wanted.keys()
                 assert wanted["loss"] > 0.1 and wanted_norm > 0.01
                 for name, value in wanted.items():
@@ -126,7 +132,9 @@ def test_sampling_does_not_depend_on_the_layout(tiny, weights, recorded, tmp_pat
     world_size, flags = LAYOUTS[layout]
     save = ("--train-iters", "1", "--save-debug-rollout-data", str(tmp_path))
     run_ranks(world_size, _run, tiny, *weights, *flags, *save)
-    ours, theirs = ({r.sample_id: r for r in _read(ReplayEngine, p)} for p in (tmp_path, recorded[0] / "paper"))
+    ours, theirs = (
+        {r.sample_id: r for r in _read(ReplayEngine, p)} for p in (tmp_path, recorded[0] / "paper")
+    )
     assert ours.keys() == theirs.keys() and len(ours) == 8
     for sample_id, rollout in theirs.items():
         assert ours[sample_id].student_ids.tolist() == rollout.student_ids.tolist()
@@ -140,7 +148,9 @@ def _read(engine_class, folder):
 
     engine = engine_class(None, save_dir=None, load_dir=str(folder), dp_rank=0, writes=False)
     empty = torch.zeros(0).numpy()
-    return engine.generate([Prompt(sample_id=i, student_ids=empty, teacher_ids=empty) for i in range(8)], None)
+    return engine.generate(
+        [Prompt(sample_id=i, student_ids=empty, teacher_ids=empty) for i in range(8)], None
+    )
 
 
 def test_sampled_log_probs_are_the_trainer_s(recorded):
@@ -150,7 +160,9 @@ def test_sampled_log_probs_are_the_trainer_s(recorded):
     folder, expected = recorded
     for step, (sums, _, _) in enumerate(expected["paper"][0]):
         rows = [
-            row for file in (folder / "paper").glob(f"rollout_{step}.*.json") for row in json.loads(file.read_text())
+            row
+            for file in (folder / "paper").glob(f"rollout_{step}.*.json")
+            for row in json.loads(file.read_text())
         ]
         sampled = -sum(sum(row["logprobs"]) for row in rows)
         assert sums["num_labels"] == sum(len(row["student_ids"]) for row in rows) > 40
@@ -161,11 +173,16 @@ def _parts(rank, world_size, folder, *flags):
     """What each step says of its gradient's parts, and its norm."""
     resolved = config(folder, *ADAM, *flags)
     with process_groups(resolved.parallel, seed=resolved.training.seed) as groups:
-        return [(report.gradient_parts, report.grad_norm) for report in train_and_record(build_job(resolved, groups))]
+        return [
+            (report.gradient_parts, report.grad_norm)
+            for report in train_and_record(build_job(resolved, groups))
+        ]
 
 
 def _norms_of_parts(rank, world_size, folder, *flags):
-    """The gradient norm of the first step with all weights, with those of 1:1 positions, and with those of units."""
+    """The gradient norm of the first step with all weights, with those of 1:1 positions, and with those of
+    units.
+    """
     found = []
     for kept in ([0, 1, 2], [0, 2], [1]):
         resolved = config(folder, *ADAM, *flags)

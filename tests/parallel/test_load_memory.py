@@ -32,7 +32,8 @@ with process_groups(ParallelConfig(), seed=1) as groups:
     before = memory("VmRSS")
     open("/proc/self/clear_refs", "w").write("5")  # the peak starts again
     model = build_model(
-        architecture, ParallelConfig(), groups, vocab_size=90, divisible_by=128, bf16=True, flag="", initialize=False
+        architecture, ParallelConfig(), groups, vocab_size=90, divisible_by=128, bf16=True, flag="",
+        initialize=False,
     )
     load_hf_weights(model, architecture, sys.argv[1], tp_rank=0, tp_size=1, flag="")
     print((memory("VmHWM") - before) / sum(parameter.nbytes for parameter in model.parameters()))

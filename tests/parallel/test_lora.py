@@ -1,4 +1,5 @@
-"""Adapters against the model whose weights are W + (alpha / r) B A: what it computes, its gradients, what it samples.
+"""Adapters against the model whose weights are W + (alpha / r) B A: what it computes, its gradients, what it
+samples.
 
     dL / dB = (alpha / r) dL/dW A^T        dL / dA = (alpha / r) B^T dL/dW
 
@@ -49,8 +50,14 @@ LAYOUTS = {
             *("--recompute-method", "uniform", "--recompute-num-layers", "1"),
         ),
     ),
-    "pp2 interleaved": (2, ("--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2")),
-    "tp2 pp2": (4, ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--sequence-parallel")),
+    "pp2 interleaved": (
+        2,
+        ("--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"),
+    ),
+    "tp2 pp2": (
+        4,
+        ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--sequence-parallel"),
+    ),
 }
 FAMILIES: dict[str, dict] = {
     "llama": {"num_hidden_layers": 4},  # fused projections of several heads each
@@ -87,8 +94,8 @@ def merged(folder: Path, save: Path, targets: set[str]) -> dict[str, torch.Tenso
 
 
 def fill(model, tp_rank: int, tp_size: int) -> dict[str, tuple[str, str, int]]:
-    """Put A and B of `pair_of` into the adapters. By parameter: the folder's tensor, which of the two, its first row or
-    column."""
+    """Put A and B of `pair_of` into the adapters. By parameter: the folder's tensor, which of the two, its
+    first row or column."""
     places = {}
     for _, adapter in adapters_of(model):
         for index, rows in enumerate(adapter.parts.rows):
@@ -132,7 +139,9 @@ def _lora_step(rank, world_size, files, runs) -> list[Found]:
                 places |= fill(chunk, groups.tp_rank, groups.tp_size)
             trained = {p for chunk in chunks for p in chunk.parameters() if p.requires_grad}
             assert trained == places.keys(), "adapters are trained, and nothing else"
-            assert all(MARK in name for chunk in chunks for name, p in chunk.named_parameters() if p in trained)
+            assert all(
+                MARK in name for chunk in chunks for name, p in chunk.named_parameters() if p in trained
+            )
             job.updater._optimizer.reload_model_params()
             sampled = job.evaluator._engine.generate(job.prompts.batch(0), job.sampling)
             (report,) = train_and_record(job)
@@ -186,7 +195,9 @@ def cases(tiny, weights, tmp_path_factory) -> dict[str, Case]:
         folder = tmp_path_factory.mktemp(family)
         save_model(folder / "base", family, vocab_size=360, scale=0.2, **fields)
         names = load_file(str(folder / "base/model.safetensors"))
-        whole = merged(folder / "base", folder / "merged", {module_name(name) for name in names if "_proj" in name})
+        whole = merged(
+            folder / "base", folder / "merged", {module_name(name) for name in names if "_proj" in name}
+        )
         common = (
             *(*weights[2:], "--train-iters", "1", "--clip-grad", "0", "--simct-interface", "strict"),
             *("--eval-prompt-data", str(tiny / "held_out.jsonl"), "--eval-interval", "9"),
@@ -204,7 +215,9 @@ def cases(tiny, weights, tmp_path_factory) -> dict[str, Case]:
             *("--load-debug-scored-data", str(folder / "scored")),
             *("--hf-checkpoint", str(folder / "base"), "--lora-rank", str(RANK), "--lora-alpha", str(ALPHA)),
         )
-        found[family] = Case(folder / "base", whole, (*common, *replay), loss, gradients, _tokens(rows), weights[3])
+        found[family] = Case(
+            folder / "base", whole, (*common, *replay), loss, gradients, _tokens(rows), weights[3]
+        )
     return found
 
 
@@ -265,7 +278,9 @@ def undisturbed(tiny, cases, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_checkpoint_holds_adapters_and_resumes_bit_by_bit_and_in_another_layout(tiny, cases, undisturbed, tmp_path):
+def test_a_checkpoint_holds_adapters_and_resumes_bit_by_bit_and_in_another_layout(
+    tiny, cases, undisturbed, tmp_path
+):
     trained(tiny, tmp_path / "a", 1, cases["llama"])
     assert "resuming" in trained(tiny, tmp_path / "a", 2, cases["llama"])
     (_, expected), (_, found) = tensors(undisturbed), tensors(tmp_path / "a")
@@ -305,7 +320,9 @@ def test_exports_merged_and_as_a_folder_of_peft(tiny, cases, undisturbed, tmp_pa
     export(tmp_path / "peft", undisturbed, case, "--peft")
     tp2_pp2 = ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--peft")
     export(tmp_path / "again", undisturbed, case, *tp2_pp2, world_size=4)
-    pairs, again = (load_file(str(tmp_path / name / "adapter_model.safetensors")) for name in ("peft", "again"))
+    pairs, again = (
+        load_file(str(tmp_path / name / "adapter_model.safetensors")) for name in ("peft", "again")
+    )
     assert pairs.keys() == again.keys() and all(torch.equal(pairs[name], again[name]) for name in pairs)
     base = load_file(str(case.base / "model.safetensors"))
     whole = {}
@@ -364,16 +381,22 @@ def test_experts_get_no_adapters_and_it_is_said():
     attends = {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert targets(both) == attends | {"gate_proj", "up_proj", "down_proj"} and targets(alone) == attends
     assert targets(both, "q_proj") == {"q_proj"}
-    with pytest.raises(ValueError, match="up_proj: experts of --x have projections of that name .* k_proj, o_proj, q"):
+    with pytest.raises(
+        ValueError, match="up_proj: experts of --x have projections of that name .* k_proj, o_proj, q"
+    ):
         targets(both, "q_proj", "up_proj")
-    with pytest.raises(ValueError, match="up_proj: no projection of grouped-query attention or of a dense MLP in --x"):
+    with pytest.raises(
+        ValueError, match="up_proj: no projection of grouped-query attention or of a dense MLP in --x"
+    ):
         targets(alone, "up_proj")
 
 
 def test_what_cannot_be_adapted_or_resumed_is_refused_by_name(tiny, cases, undisturbed, tmp_path):
     case = cases["llama"]
     command = arguments(tiny, tmp_path, 2, case)
-    assert "--lora-target-modules q_prj: no projection" in refused(tiny, *command, "--lora-target-modules", "q_prj")
+    assert "--lora-target-modules q_prj: no projection" in refused(
+        tiny, *command, "--lora-target-modules", "q_prj"
+    )
     assert "has no weights for adapters" in refused(tiny, *command, "--hf-checkpoint", str(tiny / "student"))
     save_model(tmp_path / "one head", "llama", vocab_size=360, num_key_value_heads=1)
     plain = command_line(tiny, "--hf-checkpoint", str(tmp_path / "one head"), "--lora-rank", "2")
@@ -382,11 +405,15 @@ def test_what_cannot_be_adapted_or_resumed_is_refused_by_name(tiny, cases, undis
     other = tmp_path / "other"
     save_model(other, "llama", vocab_size=360, num_hidden_layers=4, scale=0.21)
     at = ("--load", str(undisturbed / "save"), "--save", str(tmp_path / "s"))
-    assert "its adapters is not that of --lora-rank" in refused(tiny, *command, *at, "--hf-checkpoint", str(other))
+    assert "its adapters is not that of --lora-rank" in refused(
+        tiny, *command, *at, "--hf-checkpoint", str(other)
+    )
     assert "its adapters is not that of --lora-rank" in refused(tiny, *command, *at, "--lora-alpha", "3")
     from_adapters = command_line(
         tiny, "--hf-checkpoint", str(case.base), "--pretrained-checkpoint", str(undisturbed / "save")
     )
     assert "holds the adapters of a run with --lora-rank" in refused(tiny, *from_adapters)
     assert "--lora-alpha needs --lora-rank" in refused(tiny, *command_line(tiny, "--lora-alpha", "3"))
-    assert "--lora-rank needs the weights of --hf-checkpoint" in refused(tiny, *from_adapters, "--lora-rank", "2")
+    assert "--lora-rank needs the weights of --hf-checkpoint" in refused(
+        tiny, *from_adapters, "--lora-rank", "2"
+    )

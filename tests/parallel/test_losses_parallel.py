@@ -12,7 +12,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_simct.config.options import InterfaceConfig
-from megatron_simct.losses import LabelRows, gather_shared_head, interface_loss, label_statistics, logit_statistics
+from megatron_simct.losses import (
+    LabelRows,
+    gather_shared_head,
+    interface_loss,
+    label_statistics,
+    logit_statistics,
+)
 from tests import golden
 from tests.distributed import run_ranks
 from tests.oracles.loss_cases import (
@@ -78,7 +84,9 @@ def _compare(world_size: int, pairs: Pairs) -> None:
     for (case, config), *evaluations in zip(pairs, *by_rank, strict=True):
         expected, hidden_gradient, weight_gradient = evaluate_oracle(case, config)
         for evaluation in evaluations:
-            assert float(evaluation.output.sum) == pytest.approx(float(expected.sum.detach()), rel=1e-10, abs=1e-10)
+            assert float(evaluation.output.sum) == pytest.approx(
+                float(expected.sum.detach()), rel=1e-10, abs=1e-10
+            )
             torch.testing.assert_close(evaluation.hidden_gradient, hidden_gradient, rtol=1e-10, atol=1e-10)
             assert torch.equal(evaluation.output.sum, evaluations[0].output.sum)
             assert evaluation.output.metrics == evaluations[0].output.metrics
@@ -90,7 +98,10 @@ def _compare(world_size: int, pairs: Pairs) -> None:
 def test_two_likeliest_tokens_on_two_ranks_agree_with_the_teacher():
     """Logits of bf16 are often equal; the ranks' answers must not add up to something else."""
     case = random_case(0, num_stops=1)
-    student, teacher = case.student_hidden @ case.student_weight.T, case.teacher_hidden @ case.teacher_weight.T
+    student, teacher = (
+        case.student_hidden @ case.student_weight.T,
+        case.teacher_hidden @ case.teacher_weight.T,
+    )
     low, high = min(case.shared), max(case.shared)
     width = -(-(len(case.student_weight) + 1) // 2)
     assert low < width <= high
@@ -116,7 +127,9 @@ def test_layouts_agree_in_float32(world_size):
     by_rank = run_ranks(world_size, evaluate_all, pairs)
     for (case, config), *evaluations in zip(pairs, *by_rank, strict=True):
         alone = evaluate(case, config)
-        whole = torch.cat([evaluation.weight_gradient for evaluation in evaluations])[: len(case.student_weight)]
+        whole = torch.cat([evaluation.weight_gradient for evaluation in evaluations])[
+            : len(case.student_weight)
+        ]
         for evaluation in evaluations:
             torch.testing.assert_close(evaluation.output.sum, alone.output.sum, rtol=1e-5, atol=1e-5)
             assert relative_error(evaluation.hidden_gradient, alone.hidden_gradient) < 1e-5
@@ -141,7 +154,9 @@ def counted_bytes():
     names = [
         name
         for name in dir(dist)
-        if name.startswith(("all_", "reduce", "broadcast", "gather", "scatter", "send", "recv", "isend", "irecv"))
+        if name.startswith(
+            ("all_", "reduce", "broadcast", "gather", "scatter", "send", "recv", "isend", "irecv")
+        )
         and callable(getattr(dist, name))
         and not isinstance(getattr(dist, name), type)
     ]
@@ -167,7 +182,9 @@ def counted_bytes():
             setattr(dist, name, originals[name])
 
 
-def bytes_of_losses(rank: int, world_size: int, cases: list[LossCase], config: InterfaceConfig) -> list[dict[str, int]]:
+def bytes_of_losses(
+    rank: int, world_size: int, cases: list[LossCase], config: InterfaceConfig
+) -> list[dict[str, int]]:
     return [bytes_of_one_loss(rank, world_size, case, config) for case in cases]
 
 
@@ -239,7 +256,9 @@ def test_empty_micro_batches_on_two_ranks():
                 assert not evaluation.hidden_gradient.any() and not evaluation.weight_gradient.any()
 
 
-def sum_with_one_bad_weight(rank: int, world_size: int, case: LossCase, bad: float, config: InterfaceConfig) -> float:
+def sum_with_one_bad_weight(
+    rank: int, world_size: int, case: LossCase, bad: float, config: InterfaceConfig
+) -> float:
     group = dist.group.WORLD
     weight, start = padded_shard(case.student_weight, rank, world_size)
     placement = placement_of(case, start, start + len(weight))
@@ -247,7 +266,9 @@ def sum_with_one_bad_weight(rank: int, world_size: int, case: LossCase, bad: flo
     if rank == 1:
         weight[0] = bad
     options = {"shared_head": head, "placement": placement, "config": config, "group": group}
-    return float(interface_loss(case.student_hidden, weight, label_batch(case, config.interface), **options).sum)
+    return float(
+        interface_loss(case.student_hidden, weight, label_batch(case, config.interface), **options).sum
+    )
 
 
 @pytest.mark.parametrize("interface", ["paper", "strict"])
@@ -333,8 +354,12 @@ def test_label_statistics_on_shards(world_size, cap):
 # Label rows split over context-parallel ranks
 
 
-def context_parallel(rank: int, world_size: int, tp: int, cases: list[LossCase], configs: list[InterfaceConfig]):
-    """As `evaluate`, with labels dealt out in pieces: the first and the last to rank 0, as context parallelism does."""
+def context_parallel(
+    rank: int, world_size: int, tp: int, cases: list[LossCase], configs: list[InterfaceConfig]
+):
+    """As `evaluate`, with labels dealt out in pieces: the first and the last to rank 0, as context
+    parallelism does.
+    """
     groups = {"tp": None, "cp": None}
     for start in range(0, world_size, tp):
         members = list(range(start, start + tp))
@@ -360,7 +385,9 @@ def context_parallel(rank: int, world_size: int, tp: int, cases: list[LossCase],
                 weight,
                 label_batch(case, config.interface, uld_topk=config.uld_topk),
                 shared_head=(
-                    None if config.interface in WITHOUT_HEAD else shared_head_of(case, placement, groups["tp"])
+                    None
+                    if config.interface in WITHOUT_HEAD
+                    else shared_head_of(case, placement, groups["tp"])
                 ),
                 placement=placement,
                 config=config,
@@ -375,7 +402,8 @@ def context_parallel(rank: int, world_size: int, tp: int, cases: list[LossCase],
             for total in totals:
                 dist.all_reduce(total, group=groups["cp"])
             whole, of_weight, value, num_labels, *metrics = totals
-            found.append((float(value), int(num_labels), whole, of_weight, dict(zip(output.metrics, metrics))))  # noqa: B905
+            named = dict(zip(output.metrics, metrics, strict=True))
+            found.append((float(value), int(num_labels), whole, of_weight, named))
     return found
 
 
@@ -383,7 +411,10 @@ def context_parallel(rank: int, world_size: int, tp: int, cases: list[LossCase],
 def test_label_rows_split_over_context_parallel_ranks(tp, cp):
     """Units straddle the cuts."""
     cases = [random_case(seed, spelled=True, softcap=seed == 1, weighted=seed == 2) for seed in range(3)]
-    configs = [InterfaceConfig(divergence="js"), *(InterfaceConfig(interface=name) for name in CONTEXT_PARALLEL)]
+    configs = [
+        InterfaceConfig(divergence="js"),
+        *(InterfaceConfig(interface=name) for name in CONTEXT_PARALLEL),
+    ]
     by_rank = run_ranks(tp * cp, context_parallel, tp, cases, configs)
     pairs = [(case, config) for case in cases for config in configs]
     for (case, config), *found in zip(pairs, *by_rank, strict=True):

@@ -1,7 +1,7 @@
 """No file that a command opens makes it run code: a pickle that would is put in the place of each of them.
 
-Which files a command opens is not written down here: a hook in the interpreter hears of every open of a run that
-succeeds. Files that libraries open by themselves are those that the command line names.
+Which files a command opens is not written down here: a hook in the interpreter hears of every open of a run
+that succeeds. Files that libraries open by themselves are those that the command line names.
 """
 
 from __future__ import annotations
@@ -106,7 +106,13 @@ def _serve(argv: Sequence[str]) -> int | None:
 def _resume(inputs: Path) -> list[str]:
     return command_line(
         inputs / "files",
-        *("--config-file", str(inputs / "options.yaml"), "--load", str(inputs / "save"), "--no-verify-checkpoint"),
+        *(
+            "--config-file",
+            str(inputs / "options.yaml"),
+            "--load",
+            str(inputs / "save"),
+            "--no-verify-checkpoint",
+        ),
         *("--simct-alignment-map", str(inputs / "map"), "--run-dir", str(inputs / "run")),
         *("--teacher-pretrained-checkpoint", str(inputs / "weights" / "teacher")),
         *("--eval-prompt-data", str(inputs / "files" / "held_out.jsonl"), *SMALL),
@@ -117,7 +123,12 @@ def _start(inputs: Path) -> list[str]:
     return command_line(
         inputs / "files",
         *("--hf-checkpoint", str(inputs / "hf"), "--hf-sha256", str(inputs / "list"), *SMALL),
-        *("--load-debug-rollout-data", str(inputs / "rollouts"), "--load-debug-scored-data", str(inputs / "scored")),
+        *(
+            "--load-debug-rollout-data",
+            str(inputs / "rollouts"),
+            "--load-debug-scored-data",
+            str(inputs / "scored"),
+        ),
         *("--teacher-pretrained-checkpoint", str(inputs / "weights" / "teacher"), "--train-iters", "1"),
     )
 
@@ -136,7 +147,12 @@ def _evaluate(inputs: Path) -> list[str]:
     return [
         *("--benchmark", "exact_match", "--data", str(inputs / "files" / "held_out.jsonl"), "--limit", "2"),
         *("--hf-checkpoint", str(inputs / "files" / "student"), "--output-dir", str(inputs / "evaluated")),
-        *("--tokenizer-model", str(inputs / "files" / "student.model"), "--make-vocab-size-divisible-by", "8"),
+        *(
+            "--tokenizer-model",
+            str(inputs / "files" / "student.model"),
+            "--make-vocab-size-divisible-by",
+            "8",
+        ),
         *("--pretrained-checkpoint", str(inputs / "save"), "--no-verify-checkpoint"),
         *("--max-response-len", "3", "--part-size", "1", "--workers", "1"),
     ]
@@ -144,7 +160,13 @@ def _evaluate(inputs: Path) -> list[str]:
 
 def _back(inputs: Path) -> list[str]:
     return [
-        *("megatron-to-hf", "--load", str(inputs / "save"), "--hf-checkpoint", str(inputs / "files" / "student")),
+        *(
+            "megatron-to-hf",
+            "--load",
+            str(inputs / "save"),
+            "--hf-checkpoint",
+            str(inputs / "files" / "student"),
+        ),
         *("--save", str(inputs / "out"), "--make-vocab-size-divisible-by", "8", "--no-verify-checkpoint"),
     ]
 
@@ -160,7 +182,15 @@ CASES = {
     "train, which resumes": Case(
         main=train.main,
         argv=_resume,
-        opens=(*SHARDS, "options.yaml", "config.json", "train.jsonl", "held_out.jsonl", "metrics.jsonl", "run.json"),
+        opens=(
+            *SHARDS,
+            "options.yaml",
+            "config.json",
+            "train.jsonl",
+            "held_out.jsonl",
+            "metrics.jsonl",
+            "run.json",
+        ),
     ),
     "train, from downloaded weights": Case(
         main=train.main,
@@ -172,21 +202,31 @@ CASES = {
     "convert": Case(main=convert_checkpoint.main, argv=_there, opens=("model-00001-of-00001.safetensors",)),
     "convert back": Case(main=convert_checkpoint.main, argv=_back, opens=WEIGHTS),
     "convert's verify": Case(
-        main=convert_checkpoint.main, argv=lambda inputs: ["verify", str(inputs / "save")], opens=(*SHARDS, "run.json")
+        main=convert_checkpoint.main,
+        argv=lambda inputs: ["verify", str(inputs / "save")],
+        opens=(*SHARDS, "run.json"),
     ),
-    "launch": Case(main=launch.main, argv=lambda inputs: [str(inputs / "run.yaml"), "--dry-run"], opens=("run.yaml",)),
+    "launch": Case(
+        main=launch.main, argv=lambda inputs: [str(inputs / "run.yaml"), "--dry-run"], opens=("run.yaml",)
+    ),
     "launch status": Case(
         main=launch.main, argv=lambda inputs: ["status", str(inputs / "slurm.yaml")], opens=("job.json",)
     ),
 }
 
 
-def _run(rank: int, world_size: int, main: Main, argv: list[str], folder: Path | None) -> tuple[object, str, set[Path]]:
+def _run(
+    rank: int, world_size: int, main: Main, argv: list[str], folder: Path | None
+) -> tuple[object, str, set[Path]]:
     """Exit code, standard error, and what was opened for reading in the folder."""
     opened: set[Path] = set()
 
     def hear(event: str, args: tuple[Any, ...]) -> None:
-        if event == "open" and isinstance(args[0], str | os.PathLike) and args[2] & os.O_ACCMODE != os.O_WRONLY:
+        if (
+            event == "open"
+            and isinstance(args[0], str | os.PathLike)
+            and args[2] & os.O_ACCMODE != os.O_WRONLY
+        ):
             opened.add(Path(os.path.abspath(args[0])))
 
     if folder is not None:
@@ -212,16 +252,25 @@ def inputs(tmp_path_factory) -> Path:
     files.mkdir(parents=True)
     build_files(files)
     random_weights(files, folder / "weights")
-    kept = ("--save-debug-rollout-data", str(folder / "rollouts"), "--save-debug-scored-data", str(folder / "scored"))
+    kept = (
+        "--save-debug-rollout-data",
+        str(folder / "rollouts"),
+        "--save-debug-scored-data",
+        str(folder / "scored"),
+    )
     run = ("--save", str(folder / "save"), "--run-dir", str(folder / "run"), "--train-iters", "1")
     teacher = ("--teacher-pretrained-checkpoint", str(folder / "weights" / "teacher"))
     succeed(train.main, *command_line(files, *SMALL, *run, *kept, *teacher))
     succeed(convert_checkpoint.main, *_back(folder))
     (folder / "out").rename(folder / "hf")
     names = sorted((folder / "hf").iterdir())
-    (folder / "list").write_text("".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in names))
+    (folder / "list").write_text(
+        "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in names)
+    )
     tokenizers = ("--teacher-tokenizer", str(files / "teacher.tiktoken"), "--student-tokenizer")
-    succeed(build_alignment_map.main, *tokenizers, str(files / "student.model"), "--output", str(folder / "map"))
+    succeed(
+        build_alignment_map.main, *tokenizers, str(files / "student.model"), "--output", str(folder / "map")
+    )
     (folder / "options.yaml").write_text("train_iters: 2\n")
     succeed(_serve, *_teach(folder))
     gone = '{"replica": "gone", "address": "tcp://127.0.0.1:1", "life": "x", "host": "nowhere", "pid": 1}'
@@ -230,10 +279,16 @@ def inputs(tmp_path_factory) -> Path:
     for kind in ("responses", "grades"):
         (folder / "evaluated" / kind / "000001.jsonl").unlink()
     student = {"hf_checkpoint": str(folder / "hf"), "tokenizer_model": str(files / "student.model")}
-    student |= {"prompt_data": str(files / "train.jsonl"), "simct_interface": "sft", "rollout_max_response_len": 3}
+    student |= {
+        "prompt_data": str(files / "train.jsonl"),
+        "simct_interface": "sft",
+        "rollout_max_response_len": 3,
+    }
     values = {"run_dir": str(folder / "launched"), "student": student}
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
-    (folder / "slurm.yaml").write_text(yaml.safe_dump(values | {"cluster": {"kind": "slurm", "student": {"nodes": 1}}}))
+    (folder / "slurm.yaml").write_text(
+        yaml.safe_dump(values | {"cluster": {"kind": "slurm", "student": {"nodes": 1}}})
+    )
     (folder / "launched").mkdir()
     (folder / "launched" / "job.json").write_text('{"job_id": "1"}')
     return folder
@@ -266,7 +321,9 @@ def test_no_file_that_a_command_opens_runs_code(copied, tmp_path, case):
     for path in files:
         for data in payloads(path, mark):
             path.write_bytes(data)
-            ((code, err, _),) = run_ranks(1, _run, case.main, argv, None)  # where it fails, it says so in a line
+            ((code, err, _),) = run_ranks(
+                1, _run, case.main, argv, None
+            )  # where it fails, it says so in a line
             assert not mark.exists(), path
             ends.append(code)
             restore()
@@ -312,7 +369,12 @@ def test_the_metadata_is_checked_in_every_part(copied, tmp_path, place):
 
 def test_a_name_behind_an_allowed_one_is_none(tmp_path):
     """Protocol 4 lets a name have dots: `torch` `Size.__class__`, and on to anything."""
-    for module, name in (("torch", "Size.__reduce__"), ("torch", "os.system"), ("torch", "load"), ("os", "system")):
+    for module, name in (
+        ("torch", "Size.__reduce__"),
+        ("torch", "os.system"),
+        ("torch", "load"),
+        ("os", "system"),
+    ):
         text = b"".join(b"\x8c" + bytes([len(part)]) + part.encode() for part in (module, name))
         (tmp_path / ".metadata").write_bytes(b"\x80\x04" + text + b"\x93.")
         with pytest.raises(ValueError, match=r"\.metadata .*has no place there"):

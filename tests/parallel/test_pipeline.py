@@ -1,4 +1,5 @@
-"""Pipeline stages and sequence parallelism: the same steps and the same text as one process, from the same weights.
+"""Pipeline stages and sequence parallelism: the same steps and the same text as one process, from the same
+weights.
 
 Both ways of tying: the student's embedding is tied while the teacher's is not, and the other way round.
 """
@@ -69,7 +70,8 @@ def weight_flags(folder):
     return (
         *("--pretrained-checkpoint", str(folder / "weights" / "student")),
         *("--teacher-pretrained-checkpoint", str(folder / "weights" / "teacher")),
-        # Adam's first step is the sign of the gradient, also of one that is rounding noise, unless eps is above that.
+        # Adam's first step is the sign of the gradient, also of one that is rounding noise, unless eps is
+        # above that.
         *("--adam-eps", "1e-4"),
     )
 
@@ -123,7 +125,13 @@ def recorded(files, tmp_path_factory):
     rollouts = tmp_path_factory.mktemp("rollouts")
     return rollouts, {
         interface: run_ranks(
-            1, _run, files, "--simct-interface", interface, "--save-debug-rollout-data", str(rollouts / interface)
+            1,
+            _run,
+            files,
+            "--simct-interface",
+            interface,
+            "--save-debug-rollout-data",
+            str(rollouts / interface),
         )[0]
         for interface in INTERFACES
     }
@@ -131,7 +139,8 @@ def recorded(files, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "files, layout, interface",
-    # Each layout under each interface; the ways of tying by turns, so that each layout and interface meets both.
+    # Each layout under each interface; the ways of tying by turns, so that each layout and interface meets
+    # both.
     [
         (TIED[(i + j) % 2], layout, interface)
         for i, layout in enumerate(LAYOUTS)
@@ -148,7 +157,9 @@ def test_layouts_agree_with_one_process(files, recorded, layout, interface):
     assert len(reference_steps) == 2 and len(reference_norms) == 9
     seen, copies = set(), {}
     for steps, norms, shared in results:
-        for (sums, grad_norm, lr), (wanted, wanted_norm, wanted_lr) in zip(steps, reference_steps, strict=True):
+        for (sums, grad_norm, lr), (wanted, wanted_norm, wanted_lr) in zip(
+            steps, reference_steps, strict=True
+        ):
             assert sums.keys() == wanted.keys()
             assert wanted["loss"] > 0.1 and wanted_norm > 0.01
             for name, value in wanted.items():
@@ -165,7 +176,9 @@ def test_layouts_agree_with_one_process(files, recorded, layout, interface):
             copies.setdefault(shared[0], []).append(shared[1])
     assert seen == reference_norms.keys()
     for tied in copies.values():
-        assert all(torch.equal(copy, tied[0]) for copy in tied), "the two ends of a tied embedding drifted apart"
+        assert all(torch.equal(copy, tied[0]) for copy in tied), (
+            "the two ends of a tied embedding drifted apart"
+        )
 
 
 # Gradients that are summed while the backward pass still runs
@@ -209,7 +222,9 @@ def recorded_at_length(files, tmp_path_factory):
 
 @pytest.mark.parametrize("layout", OVERLAPPED)
 def test_overlapped_reduction_changes_nothing(files, recorded_at_length, layout):
-    """Three micro-batches a rank, small buckets, and a head whose gradient is in main_grad before backward begins."""
+    """Three micro-batches a rank, small buckets, and a head whose gradient is in main_grad before backward
+    begins.
+    """
     world_size, flags = OVERLAPPED[layout]
     rollouts, (expected, expected_norms, _) = recorded_at_length
     overlap = ("--overlap-grad-reduce", "--ddp-bucket-size", "4000")
@@ -218,7 +233,8 @@ def test_overlapped_reduction_changes_nothing(files, recorded_at_length, layout)
         *("--load-debug-rollout-data", rollouts),
     )  # fmt: skip
     for steps, norms, _, counts in results:
-        # Megatron learns in the first step which gradients a bucket waits for, and overlaps from the second one on.
+        # Megatron learns in the first step which gradients a bucket waits for, and overlaps from the second
+        # one on.
         assert counts["early"] == counts["late"] > 0
         for (sums, grad_norm, _), (wanted, wanted_norm, _) in zip(steps, expected, strict=True):
             assert math.isclose(sums["loss"], wanted["loss"], rel_tol=1e-5)
@@ -235,18 +251,31 @@ def _command(rank, world_size, argv):
 
 
 def test_a_whole_run_logs_what_one_process_logs(files, tmp_path):
-    """Sampling, evaluation, training and saving by the command; the first rank, on the first stage, writes."""
+    """Sampling, evaluation, training and saving by the command; the first rank, on the first stage,
+    writes.
+    """
     logs = {}
-    for name, (world_size, flags) in {"one": (1, ()), "stages": (4, TP2 + PP2 + INTERLEAVED + SEQUENCE)}.items():
+    for name, (world_size, flags) in {
+        "one": (1, ()),
+        "stages": (4, TP2 + PP2 + INTERLEAVED + SEQUENCE),
+    }.items():
         argv = [
             *command_line(files, *weight_flags(files), *flags),
             *("--eval-prompt-data", str(files / "held_out.jsonl"), "--eval-interval", "1"),
             *("--run-dir", str(tmp_path / name), "--save", str(tmp_path / name / "save")),
         ]
         assert run_ranks(world_size, _command, argv) == [0] * world_size
-        logs[name] = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        logs[name] = [
+            json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
         assert (tmp_path / name / "save" / TRACKER).read_text() == "2"
-    assert [line["kind"] for line in logs["one"]] == ["evaluation", "step", "evaluation", "step", "evaluation"]
+    assert [line["kind"] for line in logs["one"]] == [
+        "evaluation",
+        "step",
+        "evaluation",
+        "step",
+        "evaluation",
+    ]
     for found, wanted in zip(logs["stages"], logs["one"], strict=True):
         assert found.keys() == wanted.keys()
         assert found["kind"] == wanted["kind"]
@@ -273,7 +302,9 @@ def _step_with_a_nan(rank, world_size, folder, stage, *flags):
         before = [p.detach().clone() for p in parameters]
         with pytest.raises(NonFiniteError) as error:
             job.updater.step(batches)
-        same = all(torch.equal(a.nan_to_num(), p.nan_to_num()) for a, p in zip(before, parameters, strict=True))
+        same = all(
+            torch.equal(a.nan_to_num(), p.nan_to_num()) for a, p in zip(before, parameters, strict=True)
+        )
         return str(error.value), same
 
 
@@ -310,7 +341,9 @@ def _generate(rank, world_size, folder, flags):
 
 
 @pytest.mark.parametrize(
-    "files, layouts", [("student tied", list(LAYOUTS)[::2]), ("teacher tied", list(LAYOUTS)[1::2])], indirect=["files"]
+    "files, layouts",
+    [("student tied", list(LAYOUTS)[::2]), ("teacher tied", list(LAYOUTS)[1::2])],
+    indirect=["files"],
 )
 def test_every_layout_generates_the_same_tokens(files, layouts):
     (expected,) = run_ranks(1, _generate, files, ())
@@ -389,16 +422,40 @@ def _refusal(rank, world_size, folder, *flags):
             ["--pipeline-model-parallel-size 3 is more than num_layers (2)"],
         ),
         (1, ("--pipeline-model-parallel-size", "0"), ["--pipeline-model-parallel-size 0", "at least 1"]),
-        (2, ("--expert-model-parallel-size", "2"), ["2: no experts in --hf-checkpoint", "--teacher-hf-checkpoint"]),
-        (3, ("--expert-model-parallel-size", "2"), ["--expert-model-parallel-size 2", "data-parallel size (3"]),
-        (1, ("--expert-tensor-parallel-size", "1"), ["--expert-tensor-parallel-size 1: no experts in --hf-checkpoint"]),
+        (
+            2,
+            ("--expert-model-parallel-size", "2"),
+            ["2: no experts in --hf-checkpoint", "--teacher-hf-checkpoint"],
+        ),
+        (
+            3,
+            ("--expert-model-parallel-size", "2"),
+            ["--expert-model-parallel-size 2", "data-parallel size (3"],
+        ),
+        (
+            1,
+            ("--expert-tensor-parallel-size", "1"),
+            ["--expert-tensor-parallel-size 1: no experts in --hf-checkpoint"],
+        ),
         (1, ("--expert-model-parallel-size", "0"), ["--expert-model-parallel-size 0", "at least 1"]),
         (1, ("--tensor-model-parallel-size", "0"), ["--tensor-model-parallel-size 0", "at least 1"]),
         (2, PP2 + SEQUENCE, ["--sequence-parallel", "--tensor-model-parallel-size is 1"]),
         (1, INTERLEAVED, ["--num-virtual-stages-per-pipeline-rank 2", "--pipeline-model-parallel-size is 1"]),
-        (2, PP2 + INTERLEAVED, ["2 x --num-virtual-stages-per-pipeline-rank 2 does not divide num_layers (2)"]),
-        (1, ("--num-virtual-stages-per-pipeline-rank", "0"), ["--num-virtual-stages-per-pipeline-rank 0", "at least"]),
-        (2, (*PP2, *INTERLEAVED, "--micro-batch-size", "8"), ["1 a step", "--pipeline-model-parallel-size (2)"]),
+        (
+            2,
+            PP2 + INTERLEAVED,
+            ["2 x --num-virtual-stages-per-pipeline-rank 2 does not divide num_layers (2)"],
+        ),
+        (
+            1,
+            ("--num-virtual-stages-per-pipeline-rank", "0"),
+            ["--num-virtual-stages-per-pipeline-rank 0", "at least"],
+        ),
+        (
+            2,
+            (*PP2, *INTERLEAVED, "--micro-batch-size", "8"),
+            ["1 a step", "--pipeline-model-parallel-size (2)"],
+        ),
     ],
 )
 def test_impossible_layouts_name_the_flag(tiny, world_size, flags, words):

@@ -1,4 +1,6 @@
-"""The memory plan against models as they are built: parameters of every rank, and what autograd keeps of a layer."""
+"""The memory plan against models as they are built: parameters of every rank, and what autograd keeps of a
+layer.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ ARCHITECTURES = {
     "tied": replace(BASE, tied_embeddings=True),
     "qwen2": model_of(qkv_bias=True),
     "gemma3": replace(
-        model_of(replace(LAYER, norms="around", mlp=Dense(width=48, activation="gelu_pytorch_tanh")), qk_norm=True),
+        model_of(
+            replace(LAYER, norms="around", mlp=Dense(width=48, activation="gelu_pytorch_tanh")), qk_norm=True
+        ),
         tied_embeddings=True,
     ),
     "delta net": replace(BASE, layers=(DELTA_LAYER, replace(LAYER, attention=GATED)) * 3),
@@ -82,7 +86,9 @@ LAYOUTS = {
 
 
 def sizes_of(architecture: Architecture, parallel: ParallelConfig) -> Sizes:
-    rows = padded_vocab_size(architecture.vocab_size, divisible_by=8, tp_size=parallel.tensor_model_parallel_size)
+    rows = padded_vocab_size(
+        architecture.vocab_size, divisible_by=8, tp_size=parallel.tensor_model_parallel_size
+    )
     return Sizes(architecture=architecture, parallel=parallel, vocab_size=rows, bf16=False)
 
 
@@ -117,7 +123,10 @@ def test_parameters_are_those_of_the_models(layout):
     parallel = ParallelConfig(**options)
     for stage, counts in run_ranks(world_size, _counts, parallel):
         for name, architecture in ARCHITECTURES.items():
-            assert counts[name] == stage_parameters(sizes_of(architecture, parallel), stage=stage), (name, stage)
+            assert counts[name] == stage_parameters(sizes_of(architecture, parallel), stage=stage), (
+                name,
+                stage,
+            )
             if world_size == 1:
                 rows = sizes_of(architecture, parallel).vocab_size
                 assert counts[name] == total_parameters(architecture, vocab_size=rows)
@@ -182,7 +191,9 @@ def wide(layer: Layer = WIDE_LAYER, **attention: Any) -> Architecture:
 
 WIDE = wide()
 ROUTED = wide(replace(WIDE_LAYER, mlp=Experts(count=4, width=160, chosen=2)))
-SHARED = Experts(count=4, width=160, chosen=2, score="sigmoid", corrected=True, shared_width=96, shared_gate=True)
+SHARED = Experts(
+    count=4, width=160, chosen=2, score="sigmoid", corrected=True, shared_width=96, shared_gate=True
+)
 GATED_LAYER = replace(WIDE_LAYER, attention=GATED)
 AFTER_GATED = replace(
     BASE, hidden_size=64, layers=(GATED_LAYER,) * 2 + (replace(DELTA_LAYER, mlp=Dense(width=160)),) * 4
@@ -235,7 +246,11 @@ def test_activations_are_what_autograd_keeps(name):
 
 GEMMA = ACTIVATIONS["gemma2"][0]
 RECOMPUTED = {
-    "full": (WIDE, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}, {}),
+    "full": (
+        WIDE,
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        {},
+    ),
     "full, sequence parallel": (
         WIDE,
         {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 3},
@@ -260,7 +275,8 @@ def test_what_is_computed_again_is_not_kept(name):
     batch, length = 2, 64
     sizes = sizes_of(architecture, parallel)
     three, two = (
-        kept_activations(sizes, update, architecture.layers[:layers], batch=batch, length=length) for layers in (3, 2)
+        kept_activations(sizes, update, architecture.layers[:layers], batch=batch, length=length)
+        for layers in (3, 2)
     )
     world_size = parallel.tensor_model_parallel_size
     for measured in run_ranks(world_size, _layer_bytes, architecture, parallel, batch, length, update):
@@ -273,13 +289,17 @@ def _state_bytes(rank, world_size, folder, flags):
     with process_groups(resolved.parallel, seed=1) as groups:
         job = build_job(resolved, groups)
         train(job)
-        states = [state for part in parts_of(job.updater._optimizer) for state in part.optimizer.state.values()]
+        states = [
+            state for part in parts_of(job.updater._optimizer) for state in part.optimizer.state.values()
+        ]
         held = sum(tensor.nbytes for state in states for name, tensor in state.items() if name != "step")
         return sum(p.numel() for p in job.updater._ddp.module.parameters()), held
 
 
 def test_ranks_share_the_optimizers_state(tiny):
-    plain, shared = (run_ranks(2, _state_bytes, tiny, flags) for flags in ((), ("--use-distributed-optimizer",)))
+    plain, shared = (
+        run_ranks(2, _state_bytes, tiny, flags) for flags in ((), ("--use-distributed-optimizer",))
+    )
     for parameters, held in plain:
         assert held == optimizer_bytes("adam", bf16=False) * parameters
     assert all(held == pytest.approx(plain[0][1] / 2, rel=0.12) for _, held in shared)

@@ -23,8 +23,8 @@ from tests.tiny import command_line, config
 
 
 def test_a_run_tells_what_it_took(tiny, tmp_path):
-    """Two pipeline stages with everything on: the log has Megatron's timers, metrics.jsonl the rest, and the trace the
-    hops."""
+    """Two pipeline stages with everything on: the log has Megatron's timers, metrics.jsonl the rest, and the
+    trace the hops."""
     flags = ("--log-throughput", "--timing-log-level", "2", "--profile", "--profile-step-start", "2")
     flags += ("--profile-step-end", "3", "--profile-ranks", "1", "--manual-gc", "--manual-gc-interval", "2")
     flags += ("--pipeline-model-parallel-size", "2", "--train-iters", "3", "--deterministic-mode")
@@ -38,7 +38,9 @@ def test_a_run_tells_what_it_took(tiny, tmp_path):
         assert row["seconds_update_slowest"] >= row["seconds_update"] > 0
         assert row["seconds_slowest_rank"] in (0, 1) and row["peak_memory_gib_most"] >= row["peak_memory_gib"]
     assert [path.name for path in (tmp_path / "profile").iterdir()] == ["rank_1.json.gz"]
-    events = json.loads(gzip.decompress((tmp_path / "profile" / "rank_1.json.gz").read_bytes()))["traceEvents"]
+    events = json.loads(gzip.decompress((tmp_path / "profile" / "rank_1.json.gz").read_bytes()))[
+        "traceEvents"
+    ]
     names = [event.get("name", "") for event in events]
     assert names.count("hop: update") >= 1 and sum("aten::mm" in name for name in names) > 10
 
@@ -71,7 +73,9 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_operations_are_those_of_the_equation(tiny, layout):
-    """The tiny student: 2 layers, hidden 32, MLP 64 (gated), 4 heads and 2 key heads of 8, 360 ids and no padding."""
+    """The tiny student: 2 layers, hidden 32, MLP 64 (gated), 4 heads and 2 key heads of 8, 360 ids and no
+    padding.
+    """
     world_size, flags = LAYOUTS[layout]
     weights = 2 * (32 * (4 + 2 + 2) * 8 + 32 * 32 + 3 * 32 * 64)
     pairs = 5 * 6 // 2 + 7 * 8 // 2
@@ -95,7 +99,9 @@ def test_peaks_are_known_by_name():
     assert peak_operations("NVIDIA H100 80GB HBM3") == 989e12 and peak_operations("cpu") is None
 
 
-@pytest.mark.parametrize("device, flags, said", [("cuda", (), True), ("cuda", ("--bf16",), False), ("cpu", (), False)])
+@pytest.mark.parametrize(
+    "device, flags, said", [("cuda", (), True), ("cuda", ("--bf16",), False), ("cpu", (), False)]
+)
 def test_float32_on_a_gpu_is_said(tiny, capsys, device, flags, said):
     report_precision(config(tiny, *flags), SimpleNamespace(is_first_rank=True, device=torch.device(device)))
     assert ("float32 on GPUs" in capsys.readouterr().out) is said

@@ -225,11 +225,24 @@ def test_a_checkpoint_of_another_model_or_map_is_refused(tiny, undisturbed, tmp_
     fields = json.loads((tiny / "student" / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(fields | {"rms_norm_eps": 1e-5}))
     load = ("--load", str(undisturbed / "save"), "--save", str(tmp_path / "save"))
-    refused(arguments(tiny, tmp_path, 4, *load, "--hf-checkpoint", str(other)), "--hf-checkpoint", "norm_epsilon 1e-06")
+    refused(
+        arguments(tiny, tmp_path, 4, *load, "--hf-checkpoint", str(other)),
+        "--hf-checkpoint",
+        "norm_epsilon 1e-06",
+    )
     refused(arguments(tiny, tmp_path, 4, *load, "--stop-token-ids", "5"), "--load", "--tokenizer-model")
     refused(arguments(tiny, tmp_path, 4, *load, "--teacher-stop-token-ids", "5"), "--teacher-tokenizer-model")
-    refused(arguments(tiny, tmp_path, 4, *load, "--simct-interface", "sft"), "--teacher-tokenizer-model", "None here")
-    refused(arguments(tiny, tmp_path, 4, "--load", str(tmp_path / "nowhere")), "--load", "no checkpoint there", TRACKER)
+    refused(
+        arguments(tiny, tmp_path, 4, *load, "--simct-interface", "sft"),
+        "--teacher-tokenizer-model",
+        "None here",
+    )
+    refused(
+        arguments(tiny, tmp_path, 4, "--load", str(tmp_path / "nowhere")),
+        "--load",
+        "no checkpoint there",
+        TRACKER,
+    )
 
 
 def test_weights_alone_are_no_run(tiny, weights, tmp_path):
@@ -238,14 +251,18 @@ def test_weights_alone_are_no_run(tiny, weights, tmp_path):
 
 def test_a_directory_that_cannot_be_written_is_named_on_every_rank(tiny, tmp_path):
     (tmp_path / "file").write_text("")
-    argv = arguments(tiny, tmp_path, 4, "--save", str(tmp_path / "file" / "save"), "--load", str(tmp_path / "x"))
+    argv = arguments(
+        tiny, tmp_path, 4, "--save", str(tmp_path / "file" / "save"), "--load", str(tmp_path / "x")
+    )
     refused(argv, "--save", "Not a directory", world_size=2)
 
 
 def _student_weights(rank, world_size, files, source):
     resolved = config(files)
     with process_groups(resolved.parallel, seed=9) as groups:
-        model = load_model(resolved, resolved.model, groups, open_tokenizer(resolved.model, prefix=""), prefix="")
+        model = load_model(
+            resolved, resolved.model, groups, open_tokenizer(resolved.model, prefix=""), prefix=""
+        )
         iteration = load_weights(model, str(source), flag="--pretrained-checkpoint")
         return iteration, model.decoder.final_layernorm.weight.tolist()
 
@@ -263,7 +280,9 @@ def test_only_the_newest_checkpoints_are_kept_and_remains_are_removed(tiny, tmp_
     remains = tmp_path / "save" / "iter_0000009.tmp"
     remains.mkdir(parents=True)
     (remains / "half").write_text("")
-    (tmp_path / "save" / "iter_0000007").mkdir()  # of an earlier run that went further: not one of the newest of this
+    (
+        tmp_path / "save" / "iter_0000007"
+    ).mkdir()  # of an earlier run that went further: not one of the newest of this
     trained(tiny, tmp_path, 4, "--save-interval", "1", "--save-retain", "2")
     kept = ["iter_0000003", "iter_0000004", "iter_0000007", TRACKER]
     assert sorted(p.name for p in (tmp_path / "save").iterdir()) == kept
@@ -306,7 +325,9 @@ def _killed_in_save(rank, world_size, argv, moment):
 
 
 @pytest.mark.parametrize("moment", SAVE_MOMENTS)
-def test_a_kill_at_any_moment_of_a_save_leaves_a_checkpoint_to_resume_from(tiny, undisturbed, tmp_path, moment):
+def test_a_kill_at_any_moment_of_a_save_leaves_a_checkpoint_to_resume_from(
+    tiny, undisturbed, tmp_path, moment
+):
     flags = ("--save-interval", "1", "--save-retain", "1")
     with pytest.raises(AssertionError, match="died without an answer"):
         run_ranks(1, _killed_in_save, arguments(tiny, tmp_path, 4, *flags), moment)

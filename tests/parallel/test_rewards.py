@@ -97,8 +97,22 @@ def _run_and_look(rank: int, world_size: int, argv: list[str]) -> tuple[tuple[in
 
 def test_a_resumed_run_equals_an_undisturbed_one(tiny, tmp_path):
     def trained(folder: Path, iterations: int) -> str:
-        saved = ("--save", str(folder / "save"), "--load", str(folder / "save"), "--run-dir", str(folder / "run"))
-        steps = ("--train-iters", str(iterations), "--lr-decay-style", "constant", "--simct-interface", "reward")
+        saved = (
+            "--save",
+            str(folder / "save"),
+            "--load",
+            str(folder / "save"),
+            "--run-dir",
+            str(folder / "run"),
+        )
+        steps = (
+            "--train-iters",
+            str(iterations),
+            "--lr-decay-style",
+            "constant",
+            "--simct-interface",
+            "reward",
+        )
         argv = command_line(tiny, *saved, *steps, *REWARD, *GROUPS)
         (((code, out, error), workers),) = run_ranks(1, _run_and_look, argv)
         assert workers == [0], "the processes that call the function end with the run"
@@ -111,7 +125,9 @@ def test_a_resumed_run_equals_an_undisturbed_one(tiny, tmp_path):
     trained(tmp_path / "twice", 4)
     assert_same_run(tmp_path / "twice", tmp_path / "once")
     steps = [row for row in metrics(tmp_path / "once") if row["kind"] == "step"]
-    assert any(0 < row["reward_failed"] < 1 for row in steps) and all(row["reward_spread"] > 0 for row in steps)
+    assert any(0 < row["reward_failed"] < 1 for row in steps) and all(
+        row["reward_spread"] > 0 for row in steps
+    )
     assert all({"reward", "reward_silent", "loss_reward", "reward_clipped"} <= row.keys() for row in steps)
 
 

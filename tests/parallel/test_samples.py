@@ -32,7 +32,14 @@ def test_units_spell_the_responses_and_their_losses_add_up(tiny, weights, tmp_pa
             assert code == 0, err
         rows[name] = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     one = rows["one"]
-    assert [(row["iteration"], row["sample_id"]) for row in one] == [(1, 0), (1, 1), (2, 2), (2, 3), (3, 4), (3, 5)]
+    assert [(row["iteration"], row["sample_id"]) for row in one] == [
+        (1, 0),
+        (1, 1),
+        (2, 2),
+        (2, 3),
+        (3, 4),
+        (3, 5),
+    ]
     steps = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
     student = load_tokenizer(str(tiny / "student.model"))
     kept = [json.loads(path.read_text()) for path in sorted((tmp_path / "one" / "rollouts").iterdir())]

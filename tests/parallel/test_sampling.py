@@ -1,4 +1,6 @@
-"""Sampling from vocabulary shards: the same tokens for any split, those of a float64 oracle, with its frequencies."""
+"""Sampling from vocabulary shards: the same tokens for any split, those of a float64 oracle, with its
+frequencies.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def sample(world_size, logits, uniforms, all_settings=SETTINGS, *, vocab_size=VO
     first, *others = run_ranks(world_size, _sample, logits, uniforms, vocab_size, all_settings)
     for other in others:
         for (ids, scores), (other_ids, other_scores) in zip(first, other, strict=True):
-            assert torch.equal(ids, other_ids) and torch.equal(scores.nan_to_num(9.0), other_scores.nan_to_num(9.0))
+            assert torch.equal(ids, other_ids) and torch.equal(
+                scores.nan_to_num(9.0), other_scores.nan_to_num(9.0)
+            )
     return first
 
 
@@ -117,7 +121,9 @@ def test_greedy_takes_the_lowest_of_equal_ids(world_size):
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_uniform_numbers_at_the_borders(world_size):
-    """0 takes the first token that has mass, the largest number below 1 the last one; never one without mass."""
+    """0 takes the first token that has mass, the largest number below 1 the last one; never one without
+    mass.
+    """
     logits = random_logits(5, scale=1.0)
     logits[1, :14] = -INF  # nothing on the first ranks
     logits[2, 5:VOCAB] = -INF  # nothing on the last ranks
@@ -207,7 +213,9 @@ def test_frequencies_are_the_distribution_s(world_size):
     row = logits[0, :VOCAB].double().tolist()
     all_settings = [(1.0, 1.0), (0.6, 1.0), (2.0, 1.0), (1.0, 0.8), (0.7, 0.6), (1.0, 1.0, 6), (1.5, 0.7, 12)]
     seen = []
-    for setting, (ids, _) in zip(all_settings, sample(world_size, logits, uniforms, all_settings), strict=True):
+    for setting, (ids, _) in zip(
+        all_settings, sample(world_size, logits, uniforms, all_settings), strict=True
+    ):
         probs = oracle.distribution(row, **choice(setting))
         counts = torch.bincount(ids, minlength=VOCAB).tolist()
         support = [i for i, p in enumerate(probs) if p > 0]
@@ -221,7 +229,8 @@ def test_frequencies_are_the_distribution_s(world_size):
 
 # The nucleus
 
-# Small integers have exact sums, so the oracle and single precision must agree to the last token, ties included.
+# Small integers have exact sums, so the oracle and single precision must agree to the last token, ties
+# included.
 WEIGHTS = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any)
 
 
@@ -230,7 +239,11 @@ def oracle_cutoff(weights: list[float], top_p: float) -> float:
 
 
 @settings(max_examples=300, deadline=None)
-@given(rows=st.lists(WEIGHTS, min_size=1, max_size=4), sixteenths=st.integers(1, 16), candidates=st.integers(1, 5))
+@given(
+    rows=st.lists(WEIGHTS, min_size=1, max_size=4),
+    sixteenths=st.integers(1, 16),
+    candidates=st.integers(1, 5),
+)
 def test_the_cutoff_is_the_oracle_s_however_few_are_offered(rows, sixteenths, candidates):
     top_p = sixteenths / 16
     width = max(len(row) for row in rows)

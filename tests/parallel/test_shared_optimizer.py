@@ -1,4 +1,6 @@
-"""Checkpoints of the distributed optimizer: resumed bit by bit, in other layouts, by and from the plain optimizer."""
+"""Checkpoints of the distributed optimizer: resumed bit by bit, in other layouts, by and from the plain
+optimizer.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,12 @@ from tests.tiny import command_line
 SHARED = ("--use-distributed-optimizer",)
 
 
-def trained(files: Path, folder: Path, iterations: int, *flags: str, world_size: int = 1, load: Path | None = None):
-    """Run to this iteration in the folder, going on from `load` or what is there; what the first rank printed."""
+def trained(
+    files: Path, folder: Path, iterations: int, *flags: str, world_size: int = 1, load: Path | None = None
+):
+    """Run to this iteration in the folder, going on from `load` or what is there; what the first rank
+    printed.
+    """
     argv = command_line(
         files,
         *("--lr-decay-style", "constant", "--train-iters", str(iterations), "--run-dir", str(folder / "run")),
@@ -67,10 +73,19 @@ def test_a_run_goes_on_in_another_layout_and_without_it(tiny, weights, through, 
     world_size, flags = OTHERS[layout]
     load = cut(through, tmp_path / "load", 1)
     trained(
-        tiny, tmp_path / "out", 3, *weights[2:], *flags, "--micro-batch-size", "1", world_size=world_size, load=load
+        tiny,
+        tmp_path / "out",
+        3,
+        *weights[2:],
+        *flags,
+        "--micro-batch-size",
+        "1",
+        world_size=world_size,
+        load=load,
     )
     ours, theirs = (
-        [r for r in metrics(f) if r["kind"] == "step" and r["iteration"] > 1] for f in (tmp_path / "out", through)
+        [r for r in metrics(f) if r["kind"] == "step" and r["iteration"] > 1]
+        for f in (tmp_path / "out", through)
     )
     assert [row["iteration"] for row in ours] == [row["iteration"] for row in theirs] == [2, 3]
     for row, wanted in zip(ours, theirs, strict=True):
@@ -79,8 +94,8 @@ def test_a_run_goes_on_in_another_layout_and_without_it(tiny, weights, through, 
 
 
 def test_what_is_saved_does_not_show_which_optimizer_it_was(tiny, weights, tmp_path):
-    """Two steps on two ranks with either: the same tensors under the same names; each goes on from the first of the
-    other."""
+    """Two steps on two ranks with either: the same tensors under the same names; each goes on from the first
+    of the other."""
     plain, shared = tmp_path / "plain", tmp_path / "shared"
     for folder, flags in ((plain, ()), (shared, SHARED)):
         trained(tiny, folder, 2, *weights, *flags, "--save-interval", "1", world_size=2)
@@ -90,13 +105,23 @@ def test_what_is_saved_does_not_show_which_optimizer_it_was(tiny, weights, tmp_p
         torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-7, msg=name)
     for source, flags in ((plain, SHARED), (shared, ())):
         target = tmp_path / f"from {source.name}"
-        trained(tiny, target, 2, *weights[2:], *flags, world_size=2, load=cut(source, tmp_path / f"1 {source.name}", 1))
+        trained(
+            tiny,
+            target,
+            2,
+            *weights[2:],
+            *flags,
+            world_size=2,
+            load=cut(source, tmp_path / f"1 {source.name}", 1),
+        )
         (_, found), (_, wanted) = tensors(target), tensors(source)
         for name, value in wanted.items():
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7, msg=name)
 
 
-def test_weights_that_are_gathered_late_are_fresh_where_they_are_sampled_from_and_saved(tiny, weights, tmp_path):
+def test_weights_that_are_gathered_late_are_fresh_where_they_are_sampled_from_and_saved(
+    tiny, weights, tmp_path
+):
     late = (*SHARED, "--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "3000")
     for folder, flags in ((tmp_path / "plain", ()), (tmp_path / "late", late)):
         trained(tiny, folder, 3, *weights, *flags, world_size=2)

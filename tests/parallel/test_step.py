@@ -18,7 +18,18 @@ from tests.distributed import run_ranks
 from tests.steps import scores_of
 from tests.tiny import config
 
-SGD = ("--optimizer", "sgd", "--lr", ".5", "--min-lr", ".5", "--lr-decay-style", "constant", "--clip-grad", "0")
+SGD = (
+    "--optimizer",
+    "sgd",
+    "--lr",
+    ".5",
+    "--min-lr",
+    ".5",
+    "--lr-decay-style",
+    "constant",
+    "--clip-grad",
+    "0",
+)
 SFT = ("--simct-interface", "sft", "--rollout-max-response-len", "64")
 
 
@@ -38,7 +49,9 @@ def parameters_of(job) -> dict[str, torch.Tensor]:
 
 
 def _unpacked(model, batches, vocab_size):
-    """Cross entropy and its gradient by plain autograd: one sequence at a time, no padding, then one division."""
+    """Cross entropy and its gradient by plain autograd: one sequence at a time, no padding, then one
+    division.
+    """
     total, num_labels = 0.0, 0
     model.zero_grad()
     for batch in batches:
@@ -70,7 +83,9 @@ def _one_sgd_step(rank, world_size, folder, weights, *flags):
             # A copy: plain autograd, without the hooks that move gradients into Megatron's buffer.
             student = load_tokenizer(resolved.model.tokenizer_model)
             replica = load_model(resolved, resolved.model, groups, student, prefix="")
-            assert all(torch.equal(a, b) for a, b in zip(replica.parameters(), model.parameters(), strict=True))
+            assert all(
+                torch.equal(a, b) for a, b in zip(replica.parameters(), model.parameters(), strict=True)
+            )
             by_hand = _unpacked(replica, batches, student.table.num_ids)
         before = parameters_of(job)
         report = job.updater.step(batches)
@@ -130,7 +145,9 @@ def test_clipping_scales_the_step_to_its_norm(tiny, weights, by_hand):
     before, free, free_report, _ = by_hand
     limit = free_report.grad_norm / 4
     ((_, clipped, report, _),) = run_ranks(1, _one_sgd_step, tiny, weights, "--clip-grad", str(limit))
-    assert report.grad_norm == pytest.approx(free_report.grad_norm, rel=1e-6), "the reported norm is the one before"
+    assert report.grad_norm == pytest.approx(free_report.grad_norm, rel=1e-6), (
+        "the reported norm is the one before"
+    )
     for name, start in before.items():
         torch.testing.assert_close(clipped[name] - start, (free[name] - start) / 4, rtol=1e-3, atol=2e-6)
     length = math.sqrt(sum(float((clipped[n] - before[n]).double().square().sum()) for n in before))
@@ -145,8 +162,21 @@ def test_a_high_limit_clips_nothing(tiny, weights, by_hand):
 
 
 def test_weight_decay_is_decoupled_and_spares_norms(tiny, weights):
-    """With a huge --adam-eps the gradient moves nothing, so the decay alone is left: lr x decay of each weight."""
-    adam = ("--optimizer", "adam", "--lr", "1e-2", "--min-lr", "1e-2", "--weight-decay", ".5", "--adam-eps", "1e6")
+    """With a huge --adam-eps the gradient moves nothing, so the decay alone is left: lr x decay of each
+    weight.
+    """
+    adam = (
+        "--optimizer",
+        "adam",
+        "--lr",
+        "1e-2",
+        "--min-lr",
+        "1e-2",
+        "--weight-decay",
+        ".5",
+        "--adam-eps",
+        "1e6",
+    )
     ((before, after, _, _),) = run_ranks(1, _one_sgd_step, tiny, weights, *adam)
     name = "decoder.layers.0.mlp.linear_fc1.weight"
     torch.testing.assert_close(after[name], before[name] * (1 - 1e-2 * 0.5), rtol=0, atol=1e-6)
@@ -190,8 +220,16 @@ def test_a_rate_below_the_minimum_is_not_raised_to_it(tiny, weights):
 
 POISONS = {
     "layer": (lambda model, loss, labels: model.decoder.layers[1].mlp.linear_fc2.weight, (0, 0), math.nan),
-    "infinite layer": (lambda model, loss, labels: model.decoder.layers[1].mlp.linear_fc2.weight, (0, 0), math.inf),
-    "head, at a token that nothing says": (lambda model, loss, labels: model.output_weight, (-16, 0), math.nan),
+    "infinite layer": (
+        lambda model, loss, labels: model.decoder.layers[1].mlp.linear_fc2.weight,
+        (0, 0),
+        math.inf,
+    ),
+    "head, at a token that nothing says": (
+        lambda model, loss, labels: model.output_weight,
+        (-16, 0),
+        math.nan,
+    ),
     # Not the last row: under tensor parallelism that is padding, which the loss never reads.
     "teacher's head": (lambda model, loss, labels: loss.keywords["shared_head"].weight, (0, 0), math.nan),
     "teacher's logit": (lambda model, loss, labels: labels.teacher_own_logit, (0,), math.nan),
@@ -201,7 +239,9 @@ POISONS = {
 
 
 def _poisoned_steps(rank, world_size, folder, weights, tp):
-    """For each of POISONS the error of the step and whether all was left as it was; then a step without poison."""
+    """For each of POISONS the error of the step and whether all was left as it was; then a step without
+    poison.
+    """
     resolved = config(folder, *weights, "--tensor-model-parallel-size", str(tp))
     with process_groups(resolved.parallel, seed=1) as groups:
         job = build_job(resolved, groups)

@@ -25,12 +25,19 @@ from tests.tiny import config
 
 
 def make_pairs(needs: TeacherNeeds = TeacherNeeds()) -> list[AlignedPair]:  # noqa: B008  (frozen)
-    """Texts of different lengths; the requested rows are what `alignment` would ask of them, or a part of it."""
+    """Texts of different lengths; the requested rows are what `alignment` would ask of them, or a part of
+    it.
+    """
     rng = np.random.default_rng(1)
     pairs = []
     for sample_id, (prompt, labels) in enumerate([(3, 6), (9, 2), (1, 11), (4, 4), (2, 1)]):
         first = np.sort(rng.choice(labels, size=(labels + 1) // 2, replace=False)).astype(np.int32)
-        rows = {"none": first[:0], "one_to_one": first[1:], "first": first, "all": np.arange(labels, dtype=np.int32)}
+        rows = {
+            "none": first[:0],
+            "one_to_one": first[1:],
+            "first": first,
+            "all": np.arange(labels, dtype=np.int32),
+        }
         segments = np.stack([first, first + 1, first, first + 1], axis=1)
         pairs.append(
             AlignedPair(
@@ -50,7 +57,9 @@ def make_pairs(needs: TeacherNeeds = TeacherNeeds()) -> list[AlignedPair]:  # no
 
 
 def _score(rank, world_size, folder, weights, tp, pairs, cut, packed):
-    """Scored pairs in the order in which they came, and the same numbers from one full pass a text, in float64."""
+    """Scored pairs in the order in which they came, and the same numbers from one full pass a text, in
+    float64.
+    """
     resolved = config(folder, *weights, "--tensor-model-parallel-size", str(tp))
     with process_groups(resolved.parallel, seed=1) as groups:
         tokenizer = load_tokenizer(resolved.teacher.tokenizer_model)
@@ -107,7 +116,9 @@ def test_scores_are_those_of_a_full_pass(score, cut, packed):
         torch.testing.assert_close(found.lse.double(), torch.logsumexp(logits, dim=1), rtol=0, atol=1e-4)
         assert found.own_logit.dtype == found.lse.dtype == torch.float32
         assert found.hidden.shape == (len(pair.teacher_rows), 48)
-        torch.testing.assert_close(found.hidden, hidden[torch.from_numpy(pair.teacher_rows).long()], rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            found.hidden, hidden[torch.from_numpy(pair.teacher_rows).long()], rtol=0, atol=1e-4
+        )
     assert expected[0][1].std() > 0.5, "the model says nothing"
 
 
@@ -146,7 +157,9 @@ def test_the_likeliest_tokens_come_in_place_of_hidden_states(score, k):
             assert found.hidden is None
             torch.testing.assert_close(found.topk.double(), wanted, rtol=0, atol=1e-4)
             assert all(len(set(ids)) == len(ids) for ids in found.topk_ids.tolist())
-            torch.testing.assert_close(log_q.gather(1, found.topk_ids.long()), found.topk.double(), rtol=0, atol=1e-4)
+            torch.testing.assert_close(
+                log_q.gather(1, found.topk_ids.long()), found.topk.double(), rtol=0, atol=1e-4
+            )
 
 
 def test_layouts_agree(score):
@@ -177,7 +190,9 @@ def test_without_a_teacher_the_scores_are_empty():
 
 
 def _write_canonical_rollouts(folder, student, prompts, max_response_len):
-    """The data's own texts as rollouts: spelled as the tokenizer spells them, so that both sides have equal tokens."""
+    """The data's own texts as rollouts: spelled as the tokenizer spells them, so that both sides have equal
+    tokens.
+    """
     sampling = Sampling(temperature=1.0, top_p=1.0, max_response_len=max_response_len, seed=0)
     rollouts = GivenResponses(student).generate(prompts, sampling)
     rows = [
@@ -198,7 +213,12 @@ def _step_as_own_teacher(rank, world_size, folder, weights, tp, rollouts, interf
         folder,
         *weights[:2],
         *("--teacher-hf-checkpoint", str(folder / "student"), "--teacher-pretrained-checkpoint", weights[1]),
-        *("--teacher-tokenizer-model", str(folder / "student.model"), "--teacher-make-vocab-size-divisible-by", "8"),
+        *(
+            "--teacher-tokenizer-model",
+            str(folder / "student.model"),
+            "--teacher-make-vocab-size-divisible-by",
+            "8",
+        ),
         *("--tensor-model-parallel-size", str(tp), "--rollout-max-response-len", "64"),
         *("--load-debug-rollout-data", str(rollouts), "--simct-interface", interface),
     )
@@ -225,7 +245,9 @@ def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(tiny, weights, t
         if interface == "bytes":
             assert sums["byte_positions"] > sums["num_labels"] > 50
         else:
-            assert sums["num_labels"] == sums["rows_shared"] + sums["rows_stop"] > 50 and sums["rows_stop"] == 8
+            assert (
+                sums["num_labels"] == sums["rows_shared"] + sums["rows_stop"] > 50 and sums["rows_stop"] == 8
+            )
         assert abs(sums["loss"] / sums["num_labels"]) < 1e-6
         assert report.grad_norm < 1e-5
         assert sums["student_nll_sum"] == pytest.approx(sums["teacher_nll_sum"], rel=1e-6)

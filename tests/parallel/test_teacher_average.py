@@ -1,4 +1,6 @@
-"""A teacher whose weights are an average of the student's: by hand, in every layout, after a resume, and refusals."""
+"""A teacher whose weights are an average of the student's: by hand, in every layout, after a resume, and
+refusals.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +34,18 @@ def of_itself(files: Path, weights: tuple[str, ...], *flags: str) -> tuple[str, 
     hinted = files / "hinted.jsonl"  # without hints the student would have nothing to learn
     if not hinted.exists():
         rows = [json.loads(line) for line in (files / "train.jsonl").read_text().splitlines()]
-        hinted.write_text("".join(json.dumps(row | {"teacher_suffix": f" {row['label']}"}) + "\n" for row in rows))
+        hinted.write_text(
+            "".join(json.dumps(row | {"teacher_suffix": f" {row['label']}"}) + "\n" for row in rows)
+        )
     return (
         *("--prompt-data", str(hinted)),
         *("--pretrained-checkpoint", start, "--teacher-pretrained-checkpoint", start),
-        *("--teacher-hf-checkpoint", str(files / "student"), "--teacher-tokenizer-model", str(files / "student.model")),
+        *(
+            "--teacher-hf-checkpoint",
+            str(files / "student"),
+            "--teacher-tokenizer-model",
+            str(files / "student.model"),
+        ),
         *("--teacher-make-vocab-size-divisible-by", "8", "--teacher-ema", str(DECAY), "--train-iters", "3"),
         *("--simct-interface", "kd", "--simct-divergence", "forward_kl", "--lr", "1e-2", *flags),
     )
@@ -47,7 +56,9 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _follow(rank: int, world_size: int, files: Path, flags: tuple[str, ...]) -> tuple[Any, ...]:
-    """Both models' weights after each update, the student's losses, and the teacher's head rows at the end."""
+    """Both models' weights after each update, the student's losses, and the teacher's head rows at the
+    end.
+    """
     resolved = config(files, *flags)
     with process_groups(resolved.parallel, seed=1) as groups:
         job: Job = build_job(resolved, groups)
@@ -106,7 +117,14 @@ def test_every_layout_takes_the_same_steps(tiny, weights, one_process, ranks, fl
 
 def test_a_resumed_run_goes_on_with_the_average(tiny, weights, tmp_path):
     def trained(folder: Path, iterations: int) -> None:
-        saved = ("--save", str(folder / "save"), "--load", str(folder / "save"), "--run-dir", str(folder / "run"))
+        saved = (
+            "--save",
+            str(folder / "save"),
+            "--load",
+            str(folder / "save"),
+            "--run-dir",
+            str(folder / "run"),
+        )
         steps = ("--train-iters", str(iterations), "--lr-decay-style", "constant")
         argv = command_line(tiny, *of_itself(tiny, weights, *saved, *steps))
         ((code, out, error),) = run_ranks(1, run, argv)
@@ -126,7 +144,9 @@ def test_a_resumed_run_goes_on_with_the_average(tiny, weights, tmp_path):
 
 
 def _in_bfloat16(rank: int, world_size: int, files: Path) -> tuple[float, float, set[torch.dtype], bool]:
-    """How far the average and the teacher's weights are from float64 after many small steps, in units of a weight."""
+    """How far the average and the teacher's weights are from float64 after many small steps, in units of a
+    weight.
+    """
     resolved = config(files)
     with process_groups(resolved.parallel, seed=1) as groups:
         tokenizer = open_tokenizer(resolved.model, prefix="")

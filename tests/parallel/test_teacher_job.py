@@ -38,7 +38,9 @@ from tests.tiny import command_line, config
 INTERFACES = ("paper", "code", "strict", "uld", "alm", "bytes")
 TEACHERS = {"one": (1, 1, 1), "tp2 x cp2": (2, 1, 2), "pp2": (1, 2, 1), "tp2 x pp2": (2, 2, 1)}
 ADAM = ("--adam-eps", "1e-4")
-"""Adam's first step is the sign of the gradient, also of one that is rounding noise, unless eps is above that."""
+"""Adam's first step is the sign of the gradient, also of one that is rounding noise, unless eps is above
+that.
+"""
 STUDENTS = {"one": (1, 1, 1), "tp2": (2, 1, 1), "pp2": (1, 2, 1), "cp2": (1, 1, 2)}
 
 
@@ -51,7 +53,9 @@ def layout(tp: int, pp: int, cp: int = 1) -> tuple[str, ...]:
 
 def _run(rank, world_size, folder, *flags):
     """Loss sums and gradient norm of each step, as this rank saw them, and what its client has counted."""
-    megatron_simct.teacher.build.Patience = partial(Patience, hello_s=0.2, silence_s=2.0, look_s=0.1, look_again_s=0.1)
+    megatron_simct.teacher.build.Patience = partial(
+        Patience, hello_s=0.2, silence_s=2.0, look_s=0.1, look_again_s=0.1
+    )
     resolved = config(folder, *ADAM, *flags)
     with process_groups(resolved.parallel, seed=resolved.training.seed) as groups:
         job = build_job(resolved, groups)
@@ -72,7 +76,13 @@ def colocated(tiny, weights, tmp_path_factory):
             1,
             _run,
             tiny,
-            *(*weights, "--simct-interface", interface, "--save-debug-rollout-data", str(rollouts / interface)),
+            *(
+                *weights,
+                "--simct-interface",
+                interface,
+                "--save-debug-rollout-data",
+                str(rollouts / interface),
+            ),
         )[0]
         for interface in (*INTERFACES, "topk_kl")
     }
@@ -94,7 +104,9 @@ def assert_same(results, colocated, *, tolerance: float):
 def served(tiny, weights, tmp_path_factory):
     """The run directory of a teacher's job of one process that answers in fp32."""
     run_dir = tmp_path_factory.mktemp("served")
-    with TeacherJob(tiny, weights, run_dir, "--teacher-hidden-dtype", "fp32", "--max-tokens-per-batch", "128"):
+    with TeacherJob(
+        tiny, weights, run_dir, "--teacher-hidden-dtype", "fp32", "--max-tokens-per-batch", "128"
+    ):
         yield run_dir
 
 
@@ -130,7 +142,12 @@ def experts(tiny, weights, tmp_path_factory):
     """Flags of a teacher with experts, its rollouts, and what the colocated one trained."""
     pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("experts")
-    of_experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True}
+    of_experts = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 20,
+        "norm_topk_prob": True,
+    }
     save_model(folder / "teacher", "qwen3_moe", vocab_size=320, head_dim=8, **of_experts)
     flags = ("--teacher-hf-checkpoint", str(folder / "teacher"))
     expected = {}
@@ -148,7 +165,9 @@ def test_a_teacher_whose_replicas_share_experts(tiny, weights, experts, tmp_path
     with TeacherJob(tiny, (), tmp_path, *flags, world_size=world_size, replicas=2) as teacher:
         for interface, (tp, pp) in {"paper": (1, 1), "bytes": (2, 1)}.items():
             remote = _remote(weights[:2], rollouts, interface, tmp_path, *of_teacher, *layout(tp, pp))
-            results = run_ranks(tp * pp, _run_when_two_are_known, tiny, *remote, "--teacher-window-tokens", "64")
+            results = run_ranks(
+                tp * pp, _run_when_two_are_known, tiny, *remote, "--teacher-window-tokens", "64"
+            )
             assert_same(results, expected[interface], tolerance=1e-5)
         deadline = time.monotonic() + 30
         while sum(answered := [status["requests"] for status in teacher.statuses()]) < 2 * 16:
@@ -190,20 +209,37 @@ def test_between_hosts_with_keys_in_waves_and_by_two_students(tiny, weights, col
 
 @pytest.mark.parametrize("interface", ["paper", "bytes", "topk_kl"])
 def test_answers_on_disk_take_the_place_of_a_teacher(tiny, weights, colocated, served, tmp_path, interface):
-    """Saved by the colocated teacher under one layout, read under another; a cache asks only for what it lacks."""
+    """Saved by the colocated teacher under one layout, read under another; a cache asks only for what it
+    lacks.
+    """
     rollouts, expected = colocated
-    replay = (*weights, "--simct-interface", interface, "--load-debug-rollout-data", str(rollouts / interface))
+    replay = (
+        *weights,
+        "--simct-interface",
+        interface,
+        "--load-debug-rollout-data",
+        str(rollouts / interface),
+    )
     disk = str(tmp_path / "disk")
     run_ranks(2, _run, tiny, *replay, *layout(1, 2), "--save-debug-scored-data", disk)
     results = run_ranks(2, _run, tiny, *replay, *layout(2, 1), "--load-debug-scored-data", disk)
     assert_same(results, expected[interface], tolerance=1e-5)
     next(path for path in (tmp_path / "disk").rglob("*.bin")).unlink()
-    with pytest.raises(AssertionError, match="TeacherError: --load-debug-scored-data .*: no answer for sample"):
+    with pytest.raises(
+        AssertionError, match="TeacherError: --load-debug-scored-data .*: no answer for sample"
+    ):
         run_ranks(1, _run, tiny, *replay, "--load-debug-scored-data", disk)
     copies = tmp_path / "copies"
     asked = []
     for _ in range(2):
-        remote = ("--teacher-endpoint", str(served), "--teacher-cache", disk, "--save-debug-scored-data", str(copies))
+        remote = (
+            "--teacher-endpoint",
+            str(served),
+            "--teacher-cache",
+            disk,
+            "--save-debug-scored-data",
+            str(copies),
+        )
         ((steps, counts),) = run_ranks(1, _run, tiny, *replay, *remote)
         assert_same([(steps, counts)], expected[interface], tolerance=1e-5)
         asked.append(counts["answers"])
@@ -217,8 +253,9 @@ def test_answers_on_disk_take_the_place_of_a_teacher(tiny, weights, colocated, s
 
 
 def test_one_step_off_trains_on_rollouts_that_are_one_step_old(tiny, weights, served, tmp_path):
-    """Every step's loss and gradient are those of the same rollouts in the serial order, from the same weights; the
-    importance weights, which that makes necessary, are 1 in the first step and change what follows."""
+    """Every step's loss and gradient are those of the same rollouts in the serial order, from the same
+    weights; the importance weights, which that makes necessary, are 1 in the first step and change what
+    follows."""
     ratios = ("--rollout-importance-weights", "2")
     flags = (*weights, *layout(2, 1), "--train-iters", "4", "--rollout-wave-size", "4", *ratios)
     saved, serial = tmp_path / "saved", tmp_path / "serial"
@@ -236,9 +273,13 @@ def test_one_step_off_trains_on_rollouts_that_are_one_step_old(tiny, weights, se
     ((plain, _),) = run_ranks(1, _run, tiny, *replay)
     means = [sums["importance_weight_sum"] / sums["num_labels"] for sums, _ in expected[0]]
     assert means[0] == pytest.approx(1, abs=1e-5) and all(abs(mean - 1) > 1e-3 for mean in means[1:]), means
-    losses = [(sums["loss"], wanted["loss"]) for (sums, _), (wanted, _) in zip(expected[0], plain, strict=True)]
+    losses = [
+        (sums["loss"], wanted["loss"]) for (sums, _), (wanted, _) in zip(expected[0], plain, strict=True)
+    ]
     assert losses[0][0] == pytest.approx(losses[0][1], rel=1e-5)
-    assert abs(losses[1][0] - losses[1][1]) > 1e-4 * losses[1][1], "the second step is of the first step's weights"
+    assert abs(losses[1][0] - losses[1][1]) > 1e-4 * losses[1][1], (
+        "the second step is of the first step's weights"
+    )
 
 
 class _SharedExperts:
@@ -296,7 +337,9 @@ def test_a_teacher_that_is_killed_in_a_request_and_started_again(tiny, weights, 
 
 
 def _run_when_two_are_known(rank, world_size, folder, *flags):
-    """As `_run`; a client goes on with the first replica that it meets, and that one may do all there is to do."""
+    """As `_run`; a client goes on with the first replica that it meets, and that one may do all there is to
+    do.
+    """
     meet = TeacherClient.meet
 
     def meet_two(client):
@@ -321,7 +364,9 @@ def test_one_of_two_replicas_is_killed(tiny, weights, colocated, tmp_path):
 
 
 def test_a_teacher_that_never_returns_leaves_a_checkpoint_to_go_on_from(tiny, weights, served, tmp_path):
-    """One clear line and exit code 1, on every rank; with a teacher again, the run ends as an undisturbed one."""
+    """One clear line and exit code 1, on every rank; with a teacher again, the run ends as an undisturbed
+    one.
+    """
     argv = [*command_line(tiny, *weights), "--simct-interface", "bytes", "--tensor-model-parallel-size", "2"]
     folders = {}
     for name in ("whole", "broken"):
@@ -334,7 +379,9 @@ def test_a_teacher_that_never_returns_leaves_a_checkpoint_to_go_on_from(tiny, we
                 results = run_ranks(2, run, [*argv_of, *there])
             for rank, (code, _, err) in enumerate(results):
                 assert code == 1 and err.count("\n") == 1, err
-                assert err.startswith(f"megatron_simct.train: error on rank {rank}: --teacher-endpoint {tmp_path}: 8 ")
+                assert err.startswith(
+                    f"megatron_simct.train: error on rank {rank}: --teacher-endpoint {tmp_path}: 8 "
+                )
                 assert "no answer has come for 0.1 minutes (--teacher-timeout-minutes)" in err
                 assert f"saved after iteration 1: --load {save}" in err
         for code, _, err in run_ranks(2, run, [*argv_of, "--teacher-endpoint", str(served)]):
@@ -347,7 +394,10 @@ def test_a_teacher_that_never_returns_leaves_a_checkpoint_to_go_on_from(tiny, we
 
 def test_what_cannot_work_is_one_line_that_names_the_flag(tiny, weights, served, tmp_path):
     for more, words in (
-        (["--teacher-timeout-minutes", "10"], ["--teacher-timeout-minutes (10)", "--distributed-timeout-minutes (10)"]),
+        (
+            ["--teacher-timeout-minutes", "10"],
+            ["--teacher-timeout-minutes (10)", "--distributed-timeout-minutes (10)"],
+        ),
         (["--teacher-endpoint", "a", "b"], ["--teacher-endpoint a b", "one directory, or addresses only"]),
         (["--teacher-timeout-minutes", "0.02"], ["no teacher for 0.02 minutes", "none was found"]),
     ):

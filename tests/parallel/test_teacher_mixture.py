@@ -1,4 +1,6 @@
-"""Two teachers in jobs of their own, each with its tokenizer, are one: loss and gradient are those of the oracle."""
+"""Two teachers in jobs of their own, each with its tokenizer, are one: loss and gradient are those of the
+oracle.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def rollouts(tiny, tmp_path_factory):
 
 def _write_rollouts(rank, world_size, tiny, folder):
     tokenizer = open_tokenizer(config(tiny).model, prefix="")
-    texts = [f"{name} has {number} apples." for number, name in enumerate(["Tom", "Nora", "Anna", "Äh"], start=8)]
+    texts = [
+        f"{name} has {number} apples." for number, name in enumerate(["Tom", "Nora", "Anna", "Äh"], start=8)
+    ]
     samples = []
     for sample_id, text in enumerate(texts):
         ids = tokenizer.encode(text.encode()).astype(np.int32)
@@ -84,7 +88,14 @@ def _flags(weights, second, rollouts, *more):
             "--rollout-batch-size",
             "4",
         ),
-        *("--second-teacher-hf-checkpoint", str(second), "--second-teacher-weight", str(WEIGHT), "--clip-grad", "0"),
+        *(
+            "--second-teacher-hf-checkpoint",
+            str(second),
+            "--second-teacher-weight",
+            str(WEIGHT),
+            "--clip-grad",
+            "0",
+        ),
         *more,
     )
 
@@ -94,7 +105,9 @@ def _endpoints(run_dir):
 
 
 def _run(rank, world_size, folder, *flags):
-    megatron_simct.teacher.build.Patience = partial(Patience, hello_s=0.2, silence_s=2.0, look_s=0.1, look_again_s=0.1)
+    megatron_simct.teacher.build.Patience = partial(
+        Patience, hello_s=0.2, silence_s=2.0, look_s=0.1, look_again_s=0.1
+    )
     resolved = config(folder, *flags)
     with process_groups(resolved.parallel, seed=resolved.training.seed) as groups:
         (report,) = train_and_record(build_job(resolved, groups))
@@ -123,7 +136,9 @@ def _expected(rank, world_size, folder, *flags):
             text = tokenizers[0].decode(rollout.student_ids[:-1] if stopped else rollout.student_ids)
             labels = [rollout.student_ids]
             for tokenizer in tokenizers[1:]:
-                labels.append(np.append(tokenizer.encode(text), tokenizer.table.stop_ids[:1] if stopped else []))
+                labels.append(
+                    np.append(tokenizer.encode(text), tokenizer.table.stop_ids[:1] if stopped else [])
+                )
             prompt_ids = (prompt.student_ids, prompt.teacher_ids, *prompt.other_teacher_ids)
             student, *teachers = (
                 _side(model, tokenizer.table, *ids)
@@ -140,7 +155,9 @@ def _expected(rank, world_size, folder, *flags):
 
 def _follows(tokenizer):
     """Whether a token may be followed by a byte, or by the end (None)."""
-    return lambda token, symbol: bool(tokenizer.continuations.may_follow(token, END if symbol is None else symbol))
+    return lambda token, symbol: bool(
+        tokenizer.continuations.may_follow(token, END if symbol is None else symbol)
+    )
 
 
 def _side(model, table, prompt_ids, labels) -> Side:
@@ -166,9 +183,13 @@ def test_two_jobs_are_the_mixture_of_the_oracle(
     of_second = ("--teacher-hf-checkpoint", str(second), "--teacher-tokenizer-model", str(second))
     with (
         TeacherJob(tiny, weights, tmp_path / "1", *fp32, *first_teacher[1], world_size=first_teacher[0]),
-        TeacherJob(tiny, (), tmp_path / "2", *fp32, *of_second, *second_teacher[1], world_size=second_teacher[0]),
+        TeacherJob(
+            tiny, (), tmp_path / "2", *fp32, *of_second, *second_teacher[1], world_size=second_teacher[0]
+        ),
     ):
-        flags = _flags(weights, second, rollouts, *_endpoints(tmp_path), "--rollout-wave-size", "2", *student[1])
+        flags = _flags(
+            weights, second, rollouts, *_endpoints(tmp_path), "--rollout-wave-size", "2", *student[1]
+        )
         for sums, grad_norm in run_ranks(student[0], _run, tiny, *flags):
             assert sums["loss"] == pytest.approx(expected[0], rel=1e-5) and expected[0] > 10
             assert grad_norm == pytest.approx(expected[1], rel=1e-5) and expected[1] > 0.1
@@ -186,7 +207,9 @@ def test_two_jobs_are_the_mixture_of_the_oracle(
         (("--second-teacher-endpoint", "a", "b"), ["--second-teacher-endpoint a b", "one directory"]),
     ],
 )
-def test_what_cannot_work_is_one_line_that_names_the_flag(tiny, weights, second, rollouts, tmp_path, change, words):
+def test_what_cannot_work_is_one_line_that_names_the_flag(
+    tiny, weights, second, rollouts, tmp_path, change, words
+):
     argv = command_line(tiny, *_flags(weights, second, rollouts, *_endpoints(tmp_path), *change))
     ((code, _, err),) = run_ranks(1, run, argv)
     assert code == 1 and err.count("\n") == 1 and all(word in err for word in words), err

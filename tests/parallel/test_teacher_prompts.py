@@ -22,14 +22,22 @@ from tests.steps import scores_of
 from tests.tiny import config
 
 ROWS = [
-    {"prompt": "Tom has 12 apples and gets 3 more.", "response": "Tom has 15 apples.", "teacher_suffix": " It is 15."},
+    {
+        "prompt": "Tom has 12 apples and gets 3 more.",
+        "response": "Tom has 15 apples.",
+        "teacher_suffix": " It is 15.",
+    },
     {"prompt": "Nora has 40 shells and gets 2 more.", "response": "Nora has 42 shells."},
     {
         "prompt": "How many has Anna?",
         "response": "Anna has 13 pencils.",
         "teacher_prompt": "Say that Anna has 13 pencils.",
     },
-    {"prompt": "Tom has 30 marbles and gets 9 more.", "response": "Tom has 39.", "teacher_suffix": " It is 39."},
+    {
+        "prompt": "Tom has 30 marbles and gets 9 more.",
+        "response": "Tom has 39.",
+        "teacher_suffix": " It is 39.",
+    },
 ]
 """With given responses: the tokens of a sampled one need not be those that the text has."""
 
@@ -48,7 +56,12 @@ def _taught_by_itself(
     start = dict(zip(weights[::2], weights[1::2], strict=True))["--pretrained-checkpoint"]
     resolved = config(
         *(folder, *weights, "--teacher-hf-checkpoint", str(folder / "student"), "--simct-interface", "kd"),
-        *("--teacher-tokenizer-model", str(folder / "student.model"), "--teacher-pretrained-checkpoint", start),
+        *(
+            "--teacher-tokenizer-model",
+            str(folder / "student.model"),
+            "--teacher-pretrained-checkpoint",
+            start,
+        ),
         *("--teacher-make-vocab-size-divisible-by", "8", "--simct-divergence", "forward_kl"),
         *("--prompt-data", str(prompts), "--rollout-batch-size", "4", "--micro-batch-size", "1", *flags),
     )
@@ -74,7 +87,9 @@ def _by_hand(
     def log_probs(prompt_ids: np.ndarray, response_ids: np.ndarray) -> torch.Tensor:
         ids = torch.tensor([*prompt_ids, *response_ids])[None]
         hidden = model(ids, torch.arange(ids.shape[1])[None], None)[:, 0]
-        return torch.log_softmax((hidden[len(prompt_ids) - 1 : -1] @ model.output_weight.T)[:, :vocab_size], dim=1)
+        return torch.log_softmax(
+            (hidden[len(prompt_ids) - 1 : -1] @ model.output_weight.T)[:, :vocab_size], dim=1
+        )
 
     total, num_labels = torch.zeros((), dtype=torch.float64), 0
     for prompt, rollout in zip(asked, rollouts, strict=True):

@@ -56,7 +56,9 @@ def two_together(files: Path, folder: Path, world_size: int) -> list[tuple[int, 
 
     def job() -> None:
         start.wait()
-        results = run_ranks(world_size, _until_the_other_has_ended, argv(files, folder, 2, *TP[world_size]), ended)
+        results = run_ranks(
+            world_size, _until_the_other_has_ended, argv(files, folder, 2, *TP[world_size]), ended
+        )
         ended.set()
         sender.send((results[0][0], results[0][2]))
 
@@ -79,7 +81,11 @@ def check_two(files: Path, folder: Path, reference: Path, world_size: int) -> No
     assert (code, err, refused) == (0, "", 1), (err, line)
     assert line.count("\n") == 1 and f"--save {folder / 'save'}: another run writes there (process " in line
     assert_same_run(folder, reference)
-    assert sorted(path.name for path in (folder / "save").iterdir()) == ["iter_0000001", "iter_0000002", TRACKER]
+    assert sorted(path.name for path in (folder / "save").iterdir()) == [
+        "iter_0000001",
+        "iter_0000002",
+        TRACKER,
+    ]
     assert not list((folder / "run").glob(".*"))
 
 
@@ -132,7 +138,9 @@ def test_every_rank_is_refused_in_the_same_words(tiny, tmp_path, name):
     (tmp_path / name / ".owner.1.lock").write_text(dumps(asdict(elsewhere)))
     results = run_ranks(2, run, argv(tiny, tmp_path, 1, *TP[2]))
     for rank, (code, _, err) in enumerate(results):
-        start = f"megatron_simct.train: error on rank {rank}: {flag} {tmp_path / name}: another run writes there"
+        start = (
+            f"megatron_simct.train: error on rank {rank}: {flag} {tmp_path / name}: another run writes there"
+        )
         assert code == 1 and err.startswith(start) and err.count("\n") == 1, err
         assert err.endswith(f"if it has ended: rm {tmp_path / name / '.owner.1.lock'}\n")
     assert [path.name for path in tmp_path.iterdir()] == [name], "what was made for the run is gone again"

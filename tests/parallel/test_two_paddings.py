@@ -1,5 +1,5 @@
-"""One tokenizer, two models whose embeddings are padded to different sizes, as those of Qwen2.5 are (151,936 rows and
-152,064): rows that the tokenizer has no id for count on neither side."""
+"""One tokenizer, two models whose embeddings are padded to different sizes, as those of Qwen2.5 are (151,936
+rows and 152,064): rows that the tokenizer has no id for count on neither side."""
 
 from __future__ import annotations
 
@@ -86,7 +86,11 @@ def _change(folder: Path, change) -> None:
     """Rewrite the embedding and the head."""
     path = str(folder / "model.safetensors")
     tensors = load_file(path)
-    changed = {name: change(t) for name, t in tensors.items() if name.endswith(("embed_tokens.weight", "head.weight"))}
+    changed = {
+        name: change(t)
+        for name, t in tensors.items()
+        if name.endswith(("embed_tokens.weight", "head.weight"))
+    }
     save_file(tensors | changed, path, {"format": "pt"})
 
 
@@ -138,19 +142,24 @@ def test_a_step_is_that_of_the_models_without_padding(tiny, models, trimmed, giv
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("interface", ["kd", "paper"])
 def test_the_loss_is_that_of_transformers_logits_in_float64(tiny, models, given, interface, tp):
-    """A softmax over the ids of the tokenizer on both sides; under `paper` over the tokens that both spell."""
+    """A softmax over the ids of the tokenizer on both sides; under `paper` over the tokens that both
+    spell.
+    """
     tokenizer = load_tokenizer(str(tiny / "student.model"))
     stop = tokenizer.table.stop_ids[0]
     if interface == "kd":
         compared = np.arange(IDS)
     else:
         compared = np.append(build_alignment_map(tokenizer, tokenizer).student_ids, stop)
-    step = _step_of(tiny, models, "--simct-interface", interface, "--load-debug-rollout-data", str(given), tp=tp)
+    step = _step_of(
+        tiny, models, "--simct-interface", interface, "--load-debug-rollout-data", str(given), tp=tp
+    )
     expected, num_labels = 0.0, 0
     for row in _rows(given):
         prompt, answer = step.prompts[row["sample_id"]], row["student_ids"]
         student, teacher = (
-            _logits(models / side, [*prompt, *answer])[len(prompt) - 1 : -1, compared].log_softmax(-1) for side in ROWS
+            _logits(models / side, [*prompt, *answer])[len(prompt) - 1 : -1, compared].log_softmax(-1)
+            for side in ROWS
         )
         expected += float((student.exp() * (student - teacher)).sum())
         num_labels += len(answer)

@@ -1,5 +1,5 @@
-"""Experts that are split over other ranks than the rest of the model, and stages whose layers are given: a model is
-read, sampled from, written, saved and loaded in them."""
+"""Experts that are split over other ranks than the rest of the model, and stages whose layers are given: a
+model is read, sampled from, written, saved and loaded in them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ LAYOUTS = {
     ),
     "tp2, etp1": (2, {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}),
     "pp2, three and one": (2, {"pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 1}),
-    "pp3, ends without layers": (3, {"pipeline_model_parallel_size": 3, "pipeline_model_parallel_layout": "E|tttt|L"}),
+    "pp3, ends without layers": (
+        3,
+        {"pipeline_model_parallel_size": 3, "pipeline_model_parallel_layout": "E|tttt|L"},
+    ),
     "pp2, interleaved": (
         2,
         {
@@ -48,7 +51,9 @@ LAYOUTS = {
 LAYERS = {"num_hidden_layers": 4, "head_dim": 8}
 RNG = np.random.default_rng(0)
 PROMPTS = [
-    Prompt(sample_id=i, student_ids=RNG.integers(3, 90, n).astype(np.int32), teacher_ids=np.zeros(0, np.int32))
+    Prompt(
+        sample_id=i, student_ids=RNG.integers(3, 90, n).astype(np.int32), teacher_ids=np.zeros(0, np.int32)
+    )
     for i, n in enumerate([5, 12, 1, 8, 17])
 ]
 
@@ -58,17 +63,28 @@ def folder(tmp_path_factory) -> Path:
     """Four experts, shared ones beside them, and a first layer without any."""
     pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("experts")
-    experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+    experts = {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 20,
+    }
     save_model(folder, "glm4_moe", **experts, n_group=1, topk_group=1, first_k_dense_replace=1, **LAYERS)
     return folder
 
 
-def _through(rank: int, world_size: int, folder: Path, out: Path, options: dict[str, Any], source: Path | None):
-    """Sampled tokens by sample id; the weights written to OUT/hf and OUT/megatron, of the folder or of `source`."""
+def _through(
+    rank: int, world_size: int, folder: Path, out: Path, options: dict[str, Any], source: Path | None
+):
+    """Sampled tokens by sample id; the weights written to OUT/hf and OUT/megatron, of the folder or of
+    `source`.
+    """
     parallel = ParallelConfig(**options)
     with process_groups(parallel, seed=3) as groups:
         architecture = read_architecture(str(folder), flag="")
-        model = build_model(architecture, parallel, groups, vocab_size=VOCAB, divisible_by=8, bf16=False, flag="")
+        model = build_model(
+            architecture, parallel, groups, vocab_size=VOCAB, divisible_by=8, bf16=False, flag=""
+        )
         if source is None:
             load_hf_weights(
                 model, architecture, str(folder), tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag="--it"
@@ -78,7 +94,9 @@ def _through(rank: int, world_size: int, folder: Path, out: Path, options: dict[
         engine = MegatronEngine(model, groups, vocab_size=VOCAB, stop_ids=[VOCAB], batch_size=2)
         sampling = Sampling(temperature=1.0, top_p=1.0, max_response_len=6, seed=1)
         rollouts = engine.generate(PROMPTS[groups.dp_rank :: groups.dp_size], sampling)
-        save_hf_weights(model, architecture, groups, template=str(folder), save=str(out / "hf"), dtype=torch.float32)
+        save_hf_weights(
+            model, architecture, groups, template=str(folder), save=str(out / "hf"), dtype=torch.float32
+        )
         save_weights(model, str(out / "megatron"), 1)
         return {rollout.sample_id: (rollout.student_ids, rollout.logprobs) for rollout in rollouts}
 
@@ -86,7 +104,11 @@ def _through(rank: int, world_size: int, folder: Path, out: Path, options: dict[
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+    return {
+        name: value
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, value in load_file(file).items()
+    }
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,6 @@
-"""Options of the update: each alone and together, from the same rollouts as one process without any of them."""
+"""Options of the update: each alone and together, from the same rollouts as one process without any of
+them.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,10 @@ LAYOUTS = {
     "dp2": (2, ()),
     "tp2 sp": (2, ("--tensor-model-parallel-size", "2", "--sequence-parallel")),
     "pp2": (2, ("--pipeline-model-parallel-size", "2")),
-    "pp2 interleaved": (2, ("--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2")),
+    "pp2 interleaved": (
+        2,
+        ("--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"),
+    ),
     "pp2, three and one": (
         2,
         ("--pipeline-model-parallel-size", "2", "--decoder-last-pipeline-num-layers", "1"),
@@ -118,7 +123,9 @@ def record(files, folder, student: tuple[str, ...], interfaces=INTERFACES) -> Re
         }
         for verb in ("save", "load")
     }
-    (outcomes,) = run_ranks(1, _run_each, files, [(*flags, *kept["save"][name]) for name, flags in base.items()])
+    (outcomes,) = run_ranks(
+        1, _run_each, files, [(*flags, *kept["save"][name]) for name, flags in base.items()]
+    )
     replay = {name: (*flags, *kept["load"][name]) for name, flags in base.items()}
     return Recorded(flags=replay, outcomes=dict(zip(interfaces, outcomes, strict=True)))
 
@@ -168,14 +175,22 @@ def outcomes_of(files, recorded: Recorded, layout: str, options: tuple[tuple[str
 def assert_agrees(outcome: Outcome, reference: Outcome, note: object) -> None:
     """Loss, labels and gradient norm of every step to 1e-5."""
     assert len(outcome.steps) == len(reference.steps) == 2
-    for (loss, labels, norm), (wanted, wanted_labels, wanted_norm) in zip(outcome.steps, reference.steps, strict=True):
+    for (loss, labels, norm), (wanted, wanted_labels, wanted_norm) in zip(
+        outcome.steps, reference.steps, strict=True
+    ):
         assert wanted > 0.1 and wanted_norm > 0.01 and labels == wanted_labels
         assert math.isclose(loss, wanted, rel_tol=1e-5), (note, loss, wanted)
         assert math.isclose(norm, wanted_norm, rel_tol=1e-5), (note, norm, wanted_norm)
 
 
 RECOMPUTE = {
-    "dp2": (full("uniform", 1), full("uniform", 2), full("block", 1), selective(), selective("core_attn", "mlp")),
+    "dp2": (
+        full("uniform", 1),
+        full("uniform", 2),
+        full("block", 1),
+        selective(),
+        selective("core_attn", "mlp"),
+    ),
     "tp2 sp": (full("uniform", 1), selective("mlp")),
     "pp2 interleaved": (full("uniform", 1), full("block", 1), selective()),
 }
@@ -188,7 +203,9 @@ def test_what_is_computed_again_is_the_same_to_the_last_bit(tiny, dense, layout)
             assert_agrees(plain, dense.outcomes[name], (layout, name))
             for option, outcome in zip(RECOMPUTE[layout], again, strict=True):
                 assert outcome.steps == plain.steps, option
-                assert all(torch.equal(outcome.weights[key], value) for key, value in plain.weights.items()), option
+                assert all(
+                    torch.equal(outcome.weights[key], value) for key, value in plain.weights.items()
+                ), option
 
 
 def test_experts_that_are_computed_again_are_the_same(tiny, experts):
@@ -265,7 +282,9 @@ def test_other_kinds_of_attention_take_the_same_steps(tiny, weights, tmp_path, f
 
 @pytest.mark.parametrize("layout", ["dp2", "cp2"])
 def test_adapters_of_a_shared_optimizer_resume_and_take_the_same_steps(tiny, adapted, tmp_path, layout):
-    """--lora-rank with --use-distributed-optimizer: a run of one step, and one that goes on from its checkpoint."""
+    """--lora-rank with --use-distributed-optimizer: a run of one step, and one that goes on from its
+    checkpoint.
+    """
     runs = []
     for name, flags in adapted.flags.items():
         folder = str(tmp_path / name)

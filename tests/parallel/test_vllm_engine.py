@@ -37,12 +37,33 @@ def build(folder: Path, *, more_rows: int) -> Path:
 
 def command(tiny: Path, student: Path, out: Path, server: GeneratingServer, *flags: str) -> list[str]:
     return [
-        *("--hf-checkpoint", str(student), "--prompt-data", str(tiny / "train.jsonl"), "--simct-interface", "bytes"),
+        *(
+            "--hf-checkpoint",
+            str(student),
+            "--prompt-data",
+            str(tiny / "train.jsonl"),
+            "--simct-interface",
+            "bytes",
+        ),
         *("--teacher-hf-checkpoint", str(tiny / "teacher"), "--teacher-tokenizer-model"),
-        *(str(tiny / "teacher.tiktoken"), "--rollout-batch-size", "4", "--micro-batch-size", "2", "--train-iters", "3"),
+        *(
+            str(tiny / "teacher.tiktoken"),
+            "--rollout-batch-size",
+            "4",
+            "--micro-batch-size",
+            "2",
+            "--train-iters",
+            "3",
+        ),
         *("--rollout-max-response-len", "6", "--lr", "1e-2", "--lr-warmup-fraction", "0", "--lr-decay-style"),
         *("constant", "--run-dir", str(out / "run"), "--rollout-engine", "vllm"),
-        *("--rollout-engine-endpoint", server.server.address, "--rollout-engine-timeout-minutes", "1", *flags),
+        *(
+            "--rollout-engine-endpoint",
+            server.server.address,
+            "--rollout-engine-timeout-minutes",
+            "1",
+            *flags,
+        ),
     ]
 
 
@@ -61,11 +82,15 @@ def test_responses_are_of_the_training_weights(tiny, student, tmp_path, tp, pp, 
 
 
 def test_replicas_that_share_experts_score_and_ask_again_together(tiny, tmp_path):
-    """The server of both loses a tensor after an update, is handed it again, and one has nothing to evaluate."""
+    """The server of both loses a tensor after an update, is handed it again, and one has nothing to
+    evaluate.
+    """
     student = tmp_path / "student"
     save_byte_level(student, vocab_size=400)
     shape = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "head_dim": 8}
-    save_model(student, "qwen3_moe", vocab_size=load_tokenizer(str(student)).table.num_ids, scale=0.2, **shape)
+    save_model(
+        student, "qwen3_moe", vocab_size=load_tokenizer(str(student)).table.num_ids, scale=0.2, **shape
+    )
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text((tiny / "held_out.jsonl").read_text().splitlines()[0] + "\n")
     flags = ("--expert-model-parallel-size", "2", "--eval-prompt-data", str(held_out), "--eval-samples", "0")
@@ -89,13 +114,18 @@ def test_replicas_that_share_experts_score_and_ask_again_together(tiny, tmp_path
 
 
 def test_a_server_that_is_started_again_gets_the_weights_again(tiny, student, tmp_path):
-    """After each of the last two updates it has the weights of its folder again: first seen by log-probabilities."""
+    """After each of the last two updates it has the weights of its folder again: first seen by
+    log-probabilities.
+    """
     with GeneratingServer(student) as server:
         load = server._load
 
         def forget(body):
             answer = load(body)
-            if server.loaded[-1] in ("version-1", "version-2") and server.loaded.count(server.loaded[-1]) == 1:
+            if (
+                server.loaded[-1] in ("version-1", "version-2")
+                and server.loaded.count(server.loaded[-1]) == 1
+            ):
                 server.start_again()
             return answer
 
@@ -108,7 +138,9 @@ def test_a_server_that_is_started_again_gets_the_weights_again(tiny, student, tm
 
 
 def test_an_answer_of_other_weights_does_not_count(tiny, student, tmp_path):
-    """The server is another process from the seventh answer on, which is past the ones that are scored here."""
+    """The server is another process from the seventh answer on, which is past the ones that are scored
+    here.
+    """
     with GeneratingServer(student) as server:
         generate, lock, answers = server._generate, threading.Lock(), []
 
@@ -154,13 +186,20 @@ def test_a_tensor_that_did_not_arrive_is_named(tiny, student, tmp_path, after):
                     spoil()
                 return generate(body)
 
-        server.server.routes |= {"/collective_rpc": lose, "/inference/v1/generate": lose_late if after else generate}
+        server.server.routes |= {
+            "/collective_rpc": lose,
+            "/inference/v1/generate": lose_late if after else generate,
+        }
         flags = ("--rollout-batch-size", "8", "--rollout-logprob-bound", "1e-3")
         ((code, _, err),) = run_ranks(1, run, command(tiny, student, tmp_path, server, *flags))
     words = "responses differ from those in training by" if after else "differ from the training weights' by"
     assert code == 1 and words in err, err
-    assert "it holds 1 of 15 tensors that can be compared otherwise than" in err and f"version-1: {name}" in err, err
-    assert len([row for row in metrics(tmp_path) if row["kind"] == "step"]) == 1, "no update was made of its responses"
+    assert (
+        "it holds 1 of 15 tensors that can be compared otherwise than" in err and f"version-1: {name}" in err
+    ), err
+    assert len([row for row in metrics(tmp_path) if row["kind"] == "step"]) == 1, (
+        "no update was made of its responses"
+    )
 
 
 def test_what_a_server_holds_as_it_was_sent(tmp_path):
@@ -182,7 +221,9 @@ def test_what_a_server_holds_as_it_was_sent(tmp_path):
 
 
 def test_ids_without_a_token_are_drawn_again(tiny, tmp_path):
-    """A twentieth of what this model says are such ids; they are part of the server's distribution, not of ours."""
+    """A twentieth of what this model says are such ids; they are part of the server's distribution, not of
+    ours.
+    """
     student = build(tmp_path / "student", more_rows=16)
     with GeneratingServer(student) as server:
         ((code, _, err),) = run_ranks(1, run, command(tiny, student, tmp_path, server))
@@ -196,10 +237,19 @@ def test_ids_without_a_token_are_drawn_again(tiny, tmp_path):
     [
         (["--rollout-engine", "vllm"], "needs --rollout-engine-endpoint"),
         (["--rollout-engine-endpoint", "http://h:1"], "need --rollout-engine vllm"),
-        (["--rollout-engine", "vllm", "--rollout-engine-endpoint", "http://h:1"], "or --run-dir to put them under"),
+        (
+            ["--rollout-engine", "vllm", "--rollout-engine-endpoint", "http://h:1"],
+            "or --run-dir to put them under",
+        ),
         (["--rollout-importance-weights", "0.5"], "--rollout-importance-weights 0.5: must be at least 1"),
-        (["--rollout-importance-weights", "2", "--simct-interface", "scalar"], "has an importance ratio of its own"),
-        (["--rollout-importance-weights", "2", "--context-parallel-size", "2"], "needs whole responses on a rank"),
+        (
+            ["--rollout-importance-weights", "2", "--simct-interface", "scalar"],
+            "has an importance ratio of its own",
+        ),
+        (
+            ["--rollout-importance-weights", "2", "--context-parallel-size", "2"],
+            "needs whole responses on a rank",
+        ),
     ],
 )
 def test_options_without_a_meaning(tiny, flags, words):

@@ -1,5 +1,5 @@
-"""config.json as transformers reads it: fields that change nothing, spellings of the rotary embedding, and which head
-counts where a folder has two."""
+"""config.json as transformers reads it: fields that change nothing, spellings of the rotary embedding, and
+which head counts where a folder has two."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ INERT_VALUES: dict[str, Any] = {
     "_model_name_or_path": "a/b",
     "_commit_hash": "0123",
     "is_llama_config": True,
-    **dict.fromkeys("bos_token_id eos_token_id unk_token_id sep_token_id cls_token_id mask_token_id".split(), 5),
+    **dict.fromkeys(
+        "bos_token_id eos_token_id unk_token_id sep_token_id cls_token_id mask_token_id".split(), 5
+    ),
     **dict.fromkeys("decoder_start_token_id forced_bos_token_id forced_eos_token_id".split(), 5),
     "pad_token_id": 5,
     "pretraining_tp": 2,
@@ -73,7 +75,9 @@ INERT_VALUES: dict[str, Any] = {
         "encoder_no_repeat_ngram_size max_length max_new_tokens min_length no_repeat_ngram_size".split(), 3
     ),
     **dict.fromkeys("num_beam_groups num_beams num_return_sequences top_k".split(), 3),
-    **dict.fromkeys("diversity_penalty length_penalty repetition_penalty temperature top_p typical_p".split(), 0.5),
+    **dict.fromkeys(
+        "diversity_penalty length_penalty repetition_penalty temperature top_p typical_p".split(), 0.5
+    ),
 }
 # Fields of other models, each at a value that switches it off.
 OFF: dict[str, Any] = {
@@ -113,8 +117,20 @@ DELTA = {"layer_types": ["full_attention", "linear_attention"], "head_dim": 8, "
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
-ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "n_group": 1, "topk_group": 1}
-LATENT = ROUTED | {"q_lora_rank": 12, "kv_lora_rank": 16, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
+ROUTED = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 20,
+    "n_group": 1,
+    "topk_group": 1,
+}
+LATENT = ROUTED | {
+    "q_lora_rank": 12,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+}
 FIELDS: dict[str, dict[str, Any]] = {
     "qwen3_moe": EXPERTS,
     "qwen3_5_text": DELTA,
@@ -124,7 +140,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 20},
     "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 20, "head_dim": 8},
     **dict.fromkeys(
-        ("deepseek_v3", "deepseek_v32", "glm4_moe_lite"), LATENT | {"num_key_value_heads": 4, "n_shared_experts": 1}
+        ("deepseek_v3", "deepseek_v32", "glm4_moe_lite"),
+        LATENT | {"num_key_value_heads": 4, "n_shared_experts": 1},
     ),
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
     "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0, "head_dim": 8},
@@ -149,7 +166,9 @@ def test_every_inert_field_has_a_value_here():
 
 
 @pytest.mark.parametrize("values", [INERT_VALUES, OFF], ids=["inert", "off"])
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "kimi_k2"])  # transformers has no such class
+@pytest.mark.parametrize(
+    "family", [name for name in FAMILIES if name != "kimi_k2"]
+)  # transformers has no such class
 def test_a_field_that_is_accepted_changes_nothing(tmp_path, family, values):
     """Neither in transformers nor here."""
     save_model(tmp_path, family, **_fields(family))
@@ -157,8 +176,12 @@ def test_a_field_that_is_accepted_changes_nothing(tmp_path, family, values):
     fields = json.loads(path.read_text())
     expected, architecture = _logits(tmp_path), read_architecture(str(tmp_path), flag="")
     own = FAMILIES[family].read  # read here: another value is another model
-    fixed = {name for name, value in values.items() if value not in FAMILIES[family].fixed.get(name, (value,))}
-    path.write_text(json.dumps(fields | {name: value for name, value in values.items() if name not in own | fixed}))
+    fixed = {
+        name for name, value in values.items() if value not in FAMILIES[family].fixed.get(name, (value,))
+    }
+    path.write_text(
+        json.dumps(fields | {name: value for name, value in values.items() if name not in own | fixed})
+    )
     assert torch.equal(_logits(tmp_path), expected)
     assert read_architecture(str(tmp_path), flag="") == architecture
 
@@ -183,7 +206,9 @@ class Spellings:
     def __iter__(self) -> Any:
         for values in itertools.product(*self.choices.values()):
             chosen = dict(zip(self.choices, values, strict=True))
-            yield json.loads(json.dumps({name: value for name, value in chosen.items() if value is not ABSENT}))
+            yield json.loads(
+                json.dumps({name: value for name, value in chosen.items() if value is not ABSENT})
+            )
 
 
 FLAT = {
@@ -191,12 +216,20 @@ FLAT = {
     "rope_scaling": [
         *(ABSENT, None, {}, {"type": "linear", "factor": 2.0}, LINEAR | {"rope_theta": 90.0}),
         *({"type": "default"}, {"rope_type": "default", "type": "yarn"}, {"type": "yarn", "factor": 2.0}),
-        *(LLAMA3 | CAPPED, LLAMA3, {"type": "default", "factor": 2.0}, {"rope_type": "linear", "factor": 1.0}),
+        *(
+            LLAMA3 | CAPPED,
+            LLAMA3,
+            {"type": "default", "factor": 2.0},
+            {"rope_type": "linear", "factor": 1.0},
+        ),
     ],
     "rope_parameters": [
         *(ABSENT, None, {}, {"rope_theta": 50.0}, {"rope_type": "default", "rope_theta": 50.0}, LINEAR),
         *(LINEAR | {"rope_theta": 50.0}, LLAMA3 | CAPPED | {"rope_theta": 50.0}, {"rope_type": "default"}),
-        *({"rope_type": "default", "partial_rotary_factor": 1.0, "rope_theta": 50.0}, {"type": "linear", "factor": 2}),
+        *(
+            {"rope_type": "default", "partial_rotary_factor": 1.0, "rope_theta": 50.0},
+            {"type": "linear", "factor": 2},
+        ),
         {"full_attention": {"rope_theta": 50.0}},
     ],
 }
@@ -217,7 +250,13 @@ SPELLINGS = {
             "original_max_position_embeddings": [ABSENT, 16],
             "rope_scaling": [ABSENT, {}, LONG, LONG | CAPPED, LONG | {"type": "su", "rope_type": "su"}],
             "rope_parameters": [
-                *(ABSENT, None, {"rope_theta": 50.0}, LONG | {"rope_theta": 50.0}, LONG | CAPPED | {"factor": 2.0}),
+                *(
+                    ABSENT,
+                    None,
+                    {"rope_theta": 50.0},
+                    LONG | {"rope_theta": 50.0},
+                    LONG | CAPPED | {"factor": 2.0},
+                ),
                 LONG | {"attention_factor": 1.25, "partial_rotary_factor": 1.0},
             ],
         },
@@ -239,7 +278,10 @@ SPELLINGS = {
                 *(ABSENT, None, {"full_attention": {"rope_theta": 50.0}}, {"full_attention": LINEAR}),
                 {"full_attention": LINEAR | {"rope_theta": 50.0}, "sliding_attention": {"rope_theta": 20.0}},
                 {"full_attention": {"rope_type": "default"}, "sliding_attention": None},
-                {"sliding_attention": {"rope_type": "default", "rope_theta": 20.0}, "full_attention": {"factor": 1.0}},
+                {
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+                    "full_attention": {"factor": 1.0},
+                },
                 LINEAR | {"rope_theta": 50.0},
             ],
         },

@@ -1,5 +1,5 @@
-"""The gated delta net: chunks against the recurrence, whole models against transformers' gradients, caches and packed
-sequences past a chunk, checkpoints in another layout."""
+"""The gated delta net: chunks against the recurrence, whole models against transformers' gradients, caches
+and packed sequences past a chunk, checkpoints in another layout."""
 
 from __future__ import annotations
 
@@ -130,7 +130,11 @@ def test_sampling_past_a_chunk_is_the_whole_forward_pass(trained):
     folder, model = trained
     sizes = (1, CHUNK - 4, CHUNK, CHUNK + 3, 2 * CHUNK - 2)
     prompts = [
-        Prompt(sample_id=i, student_ids=TOKENS[i % 2, :n].numpy().astype(np.int32), teacher_ids=np.zeros(0, np.int32))
+        Prompt(
+            sample_id=i,
+            student_ids=TOKENS[i % 2, :n].numpy().astype(np.int32),
+            teacher_ids=np.zeros(0, np.int32),
+        )
         for i, n in enumerate(sizes)
     ]
     for rollouts in run_ranks(2, _sampled, str(folder), prompts):
@@ -167,7 +171,9 @@ def _save(rank, world_size, folder, save) -> None:
 def _load(rank, world_size, folder, save) -> None:
     with process_groups(ParallelConfig(), seed=3) as groups:
         expected, architecture = build(folder, ParallelConfig(), groups)
-        model = build_model(architecture, ParallelConfig(), groups, vocab_size=90, divisible_by=8, bf16=False, flag="")
+        model = build_model(
+            architecture, ParallelConfig(), groups, vocab_size=90, divisible_by=8, bf16=False, flag=""
+        )
         load_weights(model, save, flag="--load")
         others = dict(expected.named_parameters())
         for name, parameter in model.named_parameters():

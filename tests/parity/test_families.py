@@ -1,5 +1,5 @@
-"""Tiny random models of every family: what transformers computes, Megatron computes in every layout; weights go there
-and back bit by bit; and whatever the comparison should notice, it notices."""
+"""Tiny random models of every family: what transformers computes, Megatron computes in every layout; weights
+go there and back bit by bit; and whatever the comparison should notice, it notices."""
 
 from __future__ import annotations
 
@@ -42,7 +42,13 @@ pytest.importorskip("transformers")
 LENGTH = 40
 VOCAB = 90  # of the tokenizer: fewer ids than the models' rows
 WINDOW = 6
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e3, "factor": 3.0, "low_freq_factor": 0.5, "high_freq_factor": 2.5}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e3,
+    "factor": 3.0,
+    "low_freq_factor": 0.5,
+    "high_freq_factor": 2.5,
+}
 GEMMA2 = {"head_dim": 8, "sliding_window": WINDOW, "scale": 0.5}
 MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "head_dim": 8}
 LONGROPE = {
@@ -86,7 +92,14 @@ LATENT = {
 INDEXER = {"index_topk": LENGTH, "index_n_heads": 2, "index_head_dim": 8}
 MSCALE = YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}
 GROWING = MSCALE | {"original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.3}
-HUNYUAN = {"rope_type": "dynamic", "alpha": 9.0, "factor": 1.0, "rope_theta": 1e2, "mscale": 1.0, "beta_fast": 32}
+HUNYUAN = {
+    "rope_type": "dynamic",
+    "alpha": 9.0,
+    "factor": 1.0,
+    "rope_theta": 1e2,
+    "mscale": 1.0,
+    "beta_fast": 32,
+}
 OLMO3 = {
     "full_attention": YARN,
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
@@ -109,7 +122,12 @@ DELTA = {
 }
 DELTA_MOE = {
     **DELTA,
-    **{"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 24},
+    **{
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 20,
+        "shared_expert_intermediate_size": 24,
+    },
     **{"linear_num_key_heads": 4, "linear_num_value_heads": 8, "num_key_value_heads": 4},
     "layer_types": ["linear_attention", "full_attention"] * 2,
 }
@@ -156,10 +174,18 @@ MODELS: dict[str, list[dict[str, Any]]] = {
     "qwen3_5_text": [
         DELTA,
         DELTA
-        | {"linear_conv_kernel_dim": 3, "linear_num_value_heads": 2, "tie_word_embeddings": True, "vocab_size": 101}
+        | {
+            "linear_conv_kernel_dim": 3,
+            "linear_num_value_heads": 2,
+            "tie_word_embeddings": True,
+            "vocab_size": 101,
+        }
         | {"layer_types": ["linear_attention"] * 3 + ["full_attention"]},
     ],
-    "qwen3_next": [DELTA_MOE, DELTA_MOE | {"norm_topk_prob": False, "linear_num_value_heads": 4, "vocab_size": 101}],
+    "qwen3_next": [
+        DELTA_MOE,
+        DELTA_MOE | {"norm_topk_prob": False, "linear_num_value_heads": 4, "vocab_size": 101},
+    ],
     "gemma2": [
         GEMMA2 | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16},
         GEMMA2 | {"tie_word_embeddings": True, "vocab_size": 101, "head_dim": 16, "num_key_value_heads": 4},
@@ -183,7 +209,12 @@ MODELS: dict[str, list[dict[str, Any]]] = {
     ],
     "smollm3": [
         {"no_rope_layers": [1, 0, 1, 0], "use_sliding_window": True, "sliding_window": WINDOW},
-        {"no_rope_layers": [0, 1, 1, 0], "tie_word_embeddings": True, "vocab_size": 101, "num_attention_heads": 8},
+        {
+            "no_rope_layers": [0, 1, 1, 0],
+            "tie_word_embeddings": True,
+            "vocab_size": 101,
+            "num_attention_heads": 8,
+        },
     ],
     "glm4_moe": [
         ROUTED
@@ -200,7 +231,8 @@ MODELS: dict[str, list[dict[str, Any]]] = {
     "minimax_m2": [MINIMAX | {"num_key_value_heads": 4, "rotary_dim": 4}],
     "deepseek_v3": [
         LATENT | {"rope_parameters": MSCALE, "rms_norm_eps": 1e-2},
-        LATENT | {"q_lora_rank": None, "rope_interleave": False, "first_k_dense_replace": 2, "vocab_size": 101},
+        LATENT
+        | {"q_lora_rank": None, "rope_interleave": False, "first_k_dense_replace": 2, "vocab_size": 101},
     ],
     "deepseek_v32": [LATENT | {"rope_parameters": MSCALE, **INDEXER}],
     "glm4_moe_lite": [
@@ -237,10 +269,17 @@ CONTROLS: dict[str, list[dict[str, Any]]] = {
             {"original_max_position_embeddings": 64},
         )
     ],
-    "mistral": [{"sliding_window": None}, {"sliding_window": WINDOW + 1}, {"rope_parameters": {"rope_theta": 2e4}}],
+    "mistral": [
+        {"sliding_window": None},
+        {"sliding_window": WINDOW + 1},
+        {"rope_parameters": {"rope_theta": 2e4}},
+    ],
     "ministral3": [
         {"sliding_window": WINDOW + 1},
-        *({"rope_parameters": GROWING | change} for change in ({"llama_4_scaling_beta": 0.0}, {"factor": 3.0})),
+        *(
+            {"rope_parameters": GROWING | change}
+            for change in ({"llama_4_scaling_beta": 0.0}, {"factor": 3.0})
+        ),
     ],
     "qwen2": [
         {"use_sliding_window": False, "layer_types": None},
@@ -305,7 +344,11 @@ CONTROLS: dict[str, list[dict[str, Any]]] = {
             {"rope_parameters": YARN | {"partial_rotary_factor": 0.5} | change}
             for change in (
                 *({"factor": 2.0}, {"beta_slow": 2.0}, {"attention_factor": 1.0}),
-                *({"original_max_position_embeddings": 16}, {"truncate": False}, {"partial_rotary_factor": 1.0}),
+                *(
+                    {"original_max_position_embeddings": 16},
+                    {"truncate": False},
+                    {"partial_rotary_factor": 1.0},
+                ),
                 {"mscale": 0.7, "mscale_all_dim": 1.3},
             )
         ),
@@ -313,7 +356,10 @@ CONTROLS: dict[str, list[dict[str, Any]]] = {
     "solar_open": [{"norm_topk_prob": False}, {"topk_group": 3}],
     "dots1": [{"sliding_window": None, "layer_types": None}, {"max_window_layers": 1, "layer_types": None}],
     "ernie4_5_moe": [{"moe_norm_min": 1e-12}, {"moe_k": 2}],
-    "minimax_m2": [{"num_experts_per_tok": 2}, {"rope_parameters": {"rope_theta": 1e3, "partial_rotary_factor": 0.5}}],
+    "minimax_m2": [
+        {"num_experts_per_tok": 2},
+        {"rope_parameters": {"rope_theta": 1e3, "partial_rotary_factor": 0.5}},
+    ],
     "deepseek_v3": [
         {"rope_interleave": False},
         {"topk_group": 3},
@@ -391,7 +437,13 @@ SPELLED: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": None, "no_rope_layer_interval": 2, "layer_types": None},
 }
 LAYOUTS = {"one": (1, 1, 1), "TP2": (2, 1, 1), "PP2": (1, 2, 1), "TP2xPP2": (2, 2, 1)}  # TP, PP, EP
-MOE_LAYOUTS = {"EP2": (1, 1, 2), "EP3": (1, 1, 3), "TP2xEP2": (2, 1, 2), "PP2xEP2": (1, 2, 2), "TP4": (4, 1, 1)}
+MOE_LAYOUTS = {
+    "EP2": (1, 1, 2),
+    "EP3": (1, 1, 3),
+    "TP2xEP2": (2, 1, 2),
+    "PP2xEP2": (1, 2, 2),
+    "TP4": (4, 1, 1),
+}
 WITH_EXPERTS = [family for family in MODELS if FAMILIES[family].experts is not None]
 LAYOUTS |= MOE_LAYOUTS
 TOKENS = torch.randint(0, VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -415,7 +467,9 @@ def folders(tmp_path_factory):
             made[family] = []
             for fields in MODELS[family]:
                 folder = tmp_path_factory.mktemp(family)
-                made[family].append((folder, save_model(folder, family, **deepcopy({"num_hidden_layers": 4} | fields))))
+                made[family].append(
+                    (folder, save_model(folder, family, **deepcopy({"num_hidden_layers": 4} | fields)))
+                )
         return made[family]
 
     return make
@@ -426,13 +480,18 @@ def test_every_family_is_here():
 
 
 def _run(rank: int, world_size: int, folders: list[str], layout: str, save: str | None) -> list[tuple]:
-    """Logits [B, S, published vocabulary], rollouts, and largest padding of each folder; writes it again to `save`."""
+    """Logits [B, S, published vocabulary], rollouts, and largest padding of each folder; writes it again to
+    `save`.
+    """
     tp, pp, ep = LAYOUTS[layout]
     parallel = ParallelConfig(
         tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, expert_model_parallel_size=ep
     )
     with process_groups(parallel, seed=3) as groups:
-        return [_one(folder, parallel, groups, f"{save}/{i}" if save else None) for i, folder in enumerate(folders)]
+        return [
+            _one(folder, parallel, groups, f"{save}/{i}" if save else None)
+            for i, folder in enumerate(folders)
+        ]
 
 
 def _one(folder: str, parallel: ParallelConfig, groups: Any, save: str | None) -> tuple:
@@ -443,7 +502,9 @@ def _one(folder: str, parallel: ParallelConfig, groups: Any, save: str | None) -
     rows = padded_vocab_size(architecture.vocab_size, divisible_by=8, tp_size=groups.tp_size)
     sizes = Sizes(architecture=architecture, parallel=parallel, vocab_size=rows, bf16=False)
     planned = stage_parameters(sizes, stage=groups.pp.rank())
-    assert sum(parameter.numel() for parameter in model.parameters()) == planned, "the memory plan counts them"
+    assert sum(parameter.numel() for parameter in model.parameters()) == planned, (
+        "the memory plan counts them"
+    )
     load_hf_weights(model, architecture, folder, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag="")
     logits = _logits(model, groups)[..., : architecture.vocab_size]
     rollouts = None
@@ -486,8 +547,8 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @torch.no_grad()
 def check_rollouts(rollouts: list, model: torch.nn.Module) -> None:
-    """The log-probs of tokens sampled with a KV cache are transformers' of the whole sequence, and tokens that were
-    chosen greedily are the likeliest."""
+    """The log-probs of tokens sampled with a KV cache are transformers' of the whole sequence, and tokens
+    that were chosen greedily are the likeliest."""
     assert len(rollouts) in (len(PROMPTS), 2 * len(PROMPTS))
     for i, rollout in enumerate(rollouts):
         prompt = PROMPTS[i % len(PROMPTS)]
@@ -505,7 +566,9 @@ def test_a_layout_computes_what_transformers_computes_and_gives_every_tensor_bac
     from safetensors.torch import load_file
 
     models = [
-        (family, *model) for family in (WITH_EXPERTS if layout in MOE_LAYOUTS else MODELS) for model in folders(family)
+        (family, *model)
+        for family in (WITH_EXPERTS if layout in MOE_LAYOUTS else MODELS)
+        for model in folders(family)
     ]
     paths = [str(folder) for _, folder, _ in models]
     with torch.no_grad():
@@ -523,7 +586,11 @@ def test_a_layout_computes_what_transformers_computes_and_gives_every_tensor_bac
         if models[i][0] in NOT_EXPORTED:
             continue
         tensors = load_file(f"{folder}/model.safetensors")
-        again = {name: t for path in (tmp_path / str(i)).glob("*.safetensors") for name, t in load_file(path).items()}
+        again = {
+            name: t
+            for path in (tmp_path / str(i)).glob("*.safetensors")
+            for name, t in load_file(path).items()
+        }
         assert again.keys() == tensors.keys()
         assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items()), folder
 
@@ -563,18 +630,26 @@ def test_what_config_json_leaves_out_is_read_as_transformers_reads_it(tmp_path, 
     assert ours.tied_embeddings == theirs.tie_word_embeddings
     assert ours.init_std == theirs.initializer_range
     ropes = theirs.rope_parameters
-    thetas = {ropes["rope_theta"]} if "rope_theta" in ropes else {kind["rope_theta"] for kind in ropes.values()}
+    thetas = (
+        {ropes["rope_theta"]} if "rope_theta" in ropes else {kind["rope_theta"] for kind in ropes.values()}
+    )
     assert {rope.theta for rope in ours.ropes} == thetas
 
 
 def changed(architecture: Architecture, part: str, change: dict[str, Any]) -> Architecture:
-    """Another model: with a change of the architecture itself, or of a part of each layer that has the field."""
+    """Another model: with a change of the architecture itself, or of a part of each layer that has the
+    field.
+    """
     if part == "model":
         return replace(architecture, **change)
 
     def of(layer: Layer) -> Layer:
         record = getattr(layer, part)
-        return replace(layer, **{part: replace(record, **change)}) if hasattr(record, next(iter(change))) else layer
+        return (
+            replace(layer, **{part: replace(record, **change)})
+            if hasattr(record, next(iter(change)))
+            else layer
+        )
 
     return replace(architecture, layers=tuple(of(layer) for layer in architecture.layers))
 
@@ -610,7 +685,9 @@ def test_every_tensor_and_every_setting_shows_in_the_logits(folders, tmp_path, f
         shutil.copytree(folder, copy)
         # What is changed of one expert is changed of all, since a few tokens may not choose it.
         changed = {
-            other: tensors[other].clone() for other in tensors if re.sub(r"experts\.\d+", "experts.0", other) == name
+            other: tensors[other].clone()
+            for other in tensors
+            if re.sub(r"experts\.\d+", "experts.0", other) == name
         }
         for one in changed.values():
             if "correction" in name:
@@ -633,11 +710,21 @@ def test_every_tensor_and_every_setting_shows_in_the_logits(folders, tmp_path, f
         assert relative(logits, expected) > 1e-3, name
 
 
-# Names of tensors of multi-token prediction, as they are published, and the field that says how many layers there are.
+# Names of tensors of multi-token prediction, as they are published, and the field that says how many layers
+# there are.
 MTP = {
-    "glm4_moe": (("model.layers.4.eh_proj.weight", "model.layers.4.mlp.experts.0.up_proj.weight"), "num_nextn"),
-    "deepseek_v3": (("model.layers.4.embed_tokens.weight", "model.layers.4.shared_head.norm.weight"), "num_nextn"),
-    "ernie4_5_moe": (("model.mtp_block.0.input_layernorm.weight", "model.mtp_linear_proj.0.weight"), "num_nextn"),
+    "glm4_moe": (
+        ("model.layers.4.eh_proj.weight", "model.layers.4.mlp.experts.0.up_proj.weight"),
+        "num_nextn",
+    ),
+    "deepseek_v3": (
+        ("model.layers.4.embed_tokens.weight", "model.layers.4.shared_head.norm.weight"),
+        "num_nextn",
+    ),
+    "ernie4_5_moe": (
+        ("model.mtp_block.0.input_layernorm.weight", "model.mtp_linear_proj.0.weight"),
+        "num_nextn",
+    ),
     "qwen3_5_text": (("mtp.fc.weight", "mtp.layers.0.input_layernorm.weight"), "mtp_num"),
     "qwen3_next": (("mtp.norm.weight", "mtp.layers.0.mlp.experts.3.down_proj.weight"), "mtp_num"),
 }
@@ -678,13 +765,17 @@ def _too_long(rank: int, world_size: int, folder: str) -> None:
         options |= {"token_ids": False, "byte_side": None}
         (answer,) = forward.run([[TeacherRequest(**options, label_ids=ids[: LENGTH - 9])]])
         assert len(answer.own_logit) == LENGTH - 9
-        with pytest.raises(ValueError, match=f"has {LENGTH + 1} tokens, .* up to its index_topk = {LENGTH}; lower --"):
+        with pytest.raises(
+            ValueError, match=f"has {LENGTH + 1} tokens, .* up to its index_topk = {LENGTH}; lower --"
+        ):
             forward.run([[TeacherRequest(**options, label_ids=ids[: LENGTH - 8])]])
 
 
 @torch.no_grad()
 def test_what_an_indexer_leaves_out_shows_past_its_length(folders):
-    """Up to index_topk positions deepseek_v32 is dense attention; past it transformers computes something else."""
+    """Up to index_topk positions deepseek_v32 is dense attention; past it transformers computes something
+    else.
+    """
     folder, model = folders("deepseek_v32")[0]
     assert read_architecture(str(folder), flag="").index_length == LENGTH
     run_ranks(1, _too_long, str(folder))
@@ -710,7 +801,9 @@ def _gradients(rank: int, world_size: int, folders: list[str]) -> list[dict[str,
 
 def _gradients_of(folder: str, groups: Any) -> dict[str, torch.Tensor]:
     architecture = read_architecture(folder, flag="")
-    model = build_model(architecture, ParallelConfig(), groups, vocab_size=VOCAB, divisible_by=8, bf16=False, flag="")
+    model = build_model(
+        architecture, ParallelConfig(), groups, vocab_size=VOCAB, divisible_by=8, bf16=False, flag=""
+    )
     load_hf_weights(model, architecture, folder, tp_rank=0, tp_size=1, flag="")
     hidden = model(TOKENS, torch.arange(LENGTH).expand_as(TOKENS), None)
     logits = soft_cap(hidden @ model.output_weight.T, model.logit_softcap).transpose(0, 1)[..., :VOCAB]
@@ -737,7 +830,9 @@ def test_gradients_of_every_tensor_of_every_student_are_those_of_transformers(fo
         (copy(TOKENS).logits[..., :VOCAB] * WEIGHTS).sum().backward()
         for parameter in copy.parameters():
             parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        copy.save_pretrained(str(tmp_path / str(i)))  # under the names of the folder, a tensor for each expert
+        copy.save_pretrained(
+            str(tmp_path / str(i))
+        )  # under the names of the folder, a tensor for each expert
         theirs = load_file(tmp_path / str(i) / "model.safetensors")
         assert found.keys() == theirs.keys()
         least = 1e-4 * max(float(gradient.abs().max()) for gradient in theirs.values())

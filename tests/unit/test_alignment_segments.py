@@ -11,7 +11,8 @@ from megatron_simct.alignment import Alignment, TokenTable, align, align_batch
 from tests.oracles.alignment import SPECIAL, STOP, Piece, minimal_units
 
 EXAMPLES = {
-    # name: (teacher, student, segments). "<>" is a stop token, "_" a blank, "''" a piece of zero bytes, x9F one byte.
+    # name: (teacher, student, segments). "<>" is a stop token, "_" a blank, "''" a piece of zero bytes, x9F
+    # one byte.
     "same tokens": ("a b c <>", "a b c <>", [(0, 1, 0, 1), (1, 2, 1, 2), (2, 3, 2, 3), (3, 4, 3, 4)]),
     "crossing": ("ab c <>", "a bc <>", [(0, 2, 0, 2), (2, 3, 2, 3)]),
     "two units": ("ab cd _x <>", "a b c d _x <>", [(0, 1, 0, 2), (1, 2, 2, 4), (2, 3, 4, 5), (3, 4, 5, 6)]),
@@ -40,15 +41,22 @@ def pieces_of(text: str) -> list[Piece]:
     def piece(word: str) -> Piece:
         if word in special:
             return special[word]
-        return bytes.fromhex(word[1:]) if word[0] == "x" and len(word) > 1 else word.replace("_", " ").encode()
+        return (
+            bytes.fromhex(word[1:]) if word[0] == "x" and len(word) > 1 else word.replace("_", " ").encode()
+        )
 
     return [piece(word) for word in text.split()]
 
 
 def as_ids(pieces: list[Piece]) -> tuple[TokenTable, np.ndarray]:
-    """A table in which every position has an id of its own, and the ids of `pieces`. Two stop tokens, one special."""
+    """A table in which every position has an id of its own, and the ids of `pieces`.
+
+    Two stop tokens, one special.
+    """
     content = [piece for piece in pieces if isinstance(piece, bytes)]
-    table = TokenTable.from_bytes([b"<eos>", b"<end>", b"<special>", *content], special_ids=[2], stop_ids=[0, 1])
+    table = TokenTable.from_bytes(
+        [b"<eos>", b"<end>", b"<special>", *content], special_ids=[2], stop_ids=[0, 1]
+    )
     fresh = iter(range(3, 3 + len(content)))
     ids = [1 if piece == STOP else 2 if piece == SPECIAL else next(fresh) for piece in pieces]
     return table, np.array(ids, dtype=np.int32)
@@ -70,7 +78,10 @@ def test_worked_examples(name):
     assert alignment.segments.dtype == np.int32
     assert minimal_units(pieces_of(teacher), pieces_of(student))[0] == expected
     if name != "student goes on":
-        assert alignment.dropped == {} and alignment.student_labels_dropped == alignment.teacher_labels_dropped == 0
+        assert (
+            alignment.dropped == {}
+            and alignment.student_labels_dropped == alignment.teacher_labels_dropped == 0
+        )
 
 
 def test_what_is_masked_is_counted():
@@ -143,7 +154,9 @@ def pairs(draw, allow_empty: bool = False) -> tuple[list[Piece], list[Piece]]:
 
 @st.composite
 def damaged_pairs(draw) -> tuple[list[Piece], list[Piece]]:
-    """As `pairs`, with pieces exchanged, removed or inserted on either side, specials and stop tokens included."""
+    """As `pairs`, with pieces exchanged, removed or inserted on either side, specials and stop tokens
+    included.
+    """
     sides = draw(pairs(allow_empty=True))
     for side in sides:
         for _ in range(draw(st.integers(0, 2))):
@@ -184,7 +197,9 @@ def test_segments_spell_equal_bytes_and_tile_what_is_not_dropped(sides):
     assert covered_t + alignment.teacher_labels_dropped == len(teacher)
     assert covered_s + alignment.student_labels_dropped == len(student)
     assert alignment.student_bytes == num_bytes + sum(alignment.dropped.values())
-    assert bool(alignment.dropped) == bool(alignment.teacher_labels_dropped or alignment.student_labels_dropped)
+    assert bool(alignment.dropped) == bool(
+        alignment.teacher_labels_dropped or alignment.student_labels_dropped
+    )
 
 
 @given(pairs())
@@ -261,13 +276,17 @@ def test_golden_segments(teacher, student, authors, minimal):
             bool(ones) and expected.split()[-1] == f"{len(teacher_ids) - 1}{len(teacher_ids)}"
             f"{len(student_ids) - 1}{len(student_ids)}"
         )  # fmt: skip
-        assert found.byte_ends.tolist() == student_table.spell(student_ids)[1][found.segments[:, 3] - 1].tolist()
+        assert (
+            found.byte_ends.tolist() == student_table.spell(student_ids)[1][found.segments[:, 3] - 1].tolist()
+        )
 
 
 @given(st.data())
 @settings(max_examples=200, deadline=None)
 def test_a_batch_is_its_samples(data):
-    """Also samples that differ, are empty, stop on one side, or hold pieces without bytes and special tokens."""
+    """Also samples that differ, are empty, stop on one side, or hold pieces without bytes and special
+    tokens.
+    """
     pieces = [b"a", b"b", b"ab", b"ba", b"aba", b"", b"<special>", b"<stop>", b"<stop2>"]
     table = TokenTable.from_bytes(pieces, special_ids=[6], stop_ids=[7, 8])
     content = st.lists(
@@ -297,18 +316,24 @@ def test_a_batch_is_its_samples(data):
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_random_vocabularies(data):
-    """The six properties where ids repeat, as in a real vocabulary: any bytes, two vocabularies with some in common."""
+    """The six properties where ids repeat, as in a real vocabulary: any bytes, two vocabularies with some in
+    common.
+    """
     some_bytes = st.binary(min_size=1, max_size=4)
     common = data.draw(st.lists(some_bytes, max_size=6))
     vocabularies = [data.draw(st.lists(some_bytes, max_size=8)) + common for _ in range(2)]
-    text = b"".join(data.draw(st.lists(st.sampled_from([*vocabularies[0], *vocabularies[1], b"a"]), max_size=12)))
+    text = b"".join(
+        data.draw(st.lists(st.sampled_from([*vocabularies[0], *vocabularies[1], b"a"]), max_size=12))
+    )
     tables, sides = [], []
     for vocabulary in vocabularies:
         pieces = [bytes([byte]) for byte in range(256)] + vocabulary
         tables.append(TokenTable.from_bytes([*pieces, b"</s>"], stop_ids=[len(pieces)]))
         ids, rest = [], text
         while rest:  # any segmentation that the vocabulary allows, not the longest match only
-            ids.append(data.draw(st.sampled_from([i for i, piece in enumerate(pieces) if rest.startswith(piece)])))
+            ids.append(
+                data.draw(st.sampled_from([i for i, piece in enumerate(pieces) if rest.startswith(piece)]))
+            )
             rest = rest[len(pieces[ids[-1]]) :]
         sides.append(np.array([*ids, len(pieces)], dtype=np.int32))
     (teacher_table, student_table), (teacher, student) = tables, sides

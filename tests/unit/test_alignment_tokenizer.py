@@ -287,5 +287,7 @@ def test_an_encoding_that_tiktoken_knows(monkeypatch):
     assert load_tokenizer("tiktoken:small", [257]).table.stop_ids == (257,)
     with pytest.raises(ValueError, match="tiktoken:other.*tiktoken knows small, remote"):
         load_tokenizer("tiktoken:other")
-    with pytest.raises(ValueError, match=r"cannot get its ranks; .*NAME\.tiktoken.*\(ConnectionError: no network\)"):
+    with pytest.raises(
+        ValueError, match=r"cannot get its ranks; .*NAME\.tiktoken.*\(ConnectionError: no network\)"
+    ):
         load_tokenizer("tiktoken:remote")

@@ -54,18 +54,31 @@ THOUGHTS = [
     Thought(name="an opening mark alone", response="<think>", answer=None),
     Thought(name="nothing behind the block", response="<think>It is 4.</think>", answer=""),
     Thought(name="an empty block", response="<think>\n\n</think>\n\nIt is 4.", answer="\n\nIt is 4."),
-    Thought(name="words before the block", response="Well. <think>7?</think>It is 4.", answer="Well. It is 4."),
+    Thought(
+        name="words before the block", response="Well. <think>7?</think>It is 4.", answer="Well. It is 4."
+    ),
     Thought(name="two blocks", response="<think>7?</think>It is <think>5?</think>4.", answer="It is 4."),
     Thought(
-        name="an answer between two blocks", response="<think>7?</think>It is 4.<think>5?</think>", answer="It is 4."
+        name="an answer between two blocks",
+        response="<think>7?</think>It is 4.<think>5?</think>",
+        answer="It is 4.",
     ),
     Thought(name="the second block is open", response="<think>7?</think>It is 4.<think>Or 5", answer=None),
-    Thought(name="a block within a block", response="<think>a<think>b</think>7</think>It is 4.", answer="It is 4."),
+    Thought(
+        name="a block within a block", response="<think>a<think>b</think>7</think>It is 4.", answer="It is 4."
+    ),
     Thought(name="the prompt opened it", response="Perhaps 7.</think>It is 4.", answer="It is 4."),
     Thought(
-        name="the prompt opened it, and one follows", response="7?</think>It is <think>5</think>4.", answer="It is 4."
+        name="the prompt opened it, and one follows",
+        response="7?</think>It is <think>5</think>4.",
+        answer="It is 4.",
     ),
-    Thought(name="the prompt opened it, and it stays open", response="Perhaps 4. But", answer=None, thinking=IN_PROMPT),
+    Thought(
+        name="the prompt opened it, and it stays open",
+        response="Perhaps 4. But",
+        answer=None,
+        thinking=IN_PROMPT,
+    ),
     Thought(name="opened twice", response="<think>7?</think>It is 4.", answer="It is 4.", thinking=IN_PROMPT),
     Thought(name="closed at once", response="</think>It is 4.", answer="It is 4.", thinking=IN_PROMPT),
     Thought(
@@ -75,7 +88,10 @@ THOUGHTS = [
         thinking=Thinking(start="[THINK]", end="[/THINK]"),
     ),
     Thought(
-        name="other marks, open", response="[THINK]4", answer=None, thinking=Thinking(start="[THINK]", end="[/THINK]")
+        name="other marks, open",
+        response="[THINK]4",
+        answer=None,
+        thinking=Thinking(start="[THINK]", end="[/THINK]"),
     ),
     Thought(
         name="no opening mark, as responses of other programs have them",
@@ -99,7 +115,9 @@ def test_marks_are_those_of_the_template() -> None:
         assert find_thinking(template, f"a{start}\n").in_prompt
         assert not find_thinking(template, f"a{start}\n\n{end}\n\n").in_prompt
     assert find_thinking("", "", ("<a>", "</a>")) == Thinking(start="<a>", end="</a>")
-    assert find_thinking("x [/THINK]", "a <a>", ("<a>", "</a>")) == Thinking(start="<a>", end="</a>", in_prompt=True)
+    assert find_thinking("x [/THINK]", "a <a>", ("<a>", "</a>")) == Thinking(
+        start="<a>", end="</a>", in_prompt=True
+    )
     assert find_thinking("", "", ("", "</a>")).in_prompt
 
 
@@ -130,7 +148,9 @@ def test_a_template_says_how_its_model_thinks(tmp_path: Path, generation: str, t
 
 def rollout(ids: list[int], finish: Literal["stop", "length"]) -> Rollout:
     logprobs = np.zeros(len(ids), np.float32)
-    return Rollout(sample_id=0, weight_version=0, student_ids=np.array(ids, np.int32), logprobs=logprobs, finish=finish)
+    return Rollout(
+        sample_id=0, weight_version=0, student_ids=np.array(ids, np.int32), logprobs=logprobs, finish=finish
+    )
 
 
 def test_marks_that_are_special_tokens_are_written(tmp_path: Path) -> None:
@@ -213,7 +233,9 @@ class Blocks:
 
 NONE = frozenset[str]()
 BLOCKS = [
-    Blocks(name="the last that defines it", text=f"{fence(GOOD)}\n{fence(DRAFT)}\n{fence('f(3)')}", program=DRAFT),
+    Blocks(
+        name="the last that defines it", text=f"{fence(GOOD)}\n{fence(DRAFT)}\n{fence('f(3)')}", program=DRAFT
+    ),
     Blocks(name="a class", text=f"{fence('class f: pass')}\n{fence('f()')}", program="class f: pass"),
     Blocks(
         name="a method",
@@ -221,13 +243,27 @@ BLOCKS = [
         program="class S:\n  def f(self): 1",
     ),
     Blocks(name="an assignment", text=f"{fence('f = len')}\n{fence('f(x)')}", program="f = len"),
-    Blocks(name="not a name that begins like it", text=f"{fence('def fg(): 1')}\n{fence('g = 2')}", program="g = 2"),
-    Blocks(name="not a comparison", text=f"{fence('def g(): 1')}\n{fence('f == 2')}\n{fence('3')}", program="3"),
+    Blocks(
+        name="not a name that begins like it",
+        text=f"{fence('def fg(): 1')}\n{fence('g = 2')}",
+        program="g = 2",
+    ),
+    Blocks(
+        name="not a comparison", text=f"{fence('def g(): 1')}\n{fence('f == 2')}\n{fence('3')}", program="3"
+    ),
     Blocks(name="no function is asked for", text=f"{fence('1')}\n{fence('2')}", program="2", names=NONE),
-    Blocks(name="Python before no language", text=f"{fence('1')}\n{fence('2', info='')}", program="1", names=NONE),
-    Blocks(name="no language before another", text=f"{fence('1', info='')}\n{fence('2', info='text')}", program="1"),
+    Blocks(
+        name="Python before no language", text=f"{fence('1')}\n{fence('2', info='')}", program="1", names=NONE
+    ),
+    Blocks(
+        name="no language before another",
+        text=f"{fence('1', info='')}\n{fence('2', info='text')}",
+        program="1",
+    ),
     Blocks(name="another language alone", text=fence("1", info="java"), program="1"),
-    Blocks(name="another language that defines it", text=f"{fence('f = 1', info='r')}\n{fence('2')}", program="2"),
+    Blocks(
+        name="another language that defines it", text=f"{fence('f = 1', info='r')}\n{fence('2')}", program="2"
+    ),
     Blocks(name="an empty block", text=f"{fence('1')}\n{fence('')}", program="1", names=NONE),
 ]
 
@@ -238,9 +274,16 @@ def test_of_several_blocks_the_program_is(case: Blocks) -> None:
 
 
 def test_the_functions_that_tests_call() -> None:
-    tests = ["assert set(similar(1, (2,))) == set((4,))", "assert abs(area(2) - 1) < .1", "assert (", "x = math.pi()"]
+    tests = [
+        "assert set(similar(1, (2,))) == set((4,))",
+        "assert abs(area(2) - 1) < .1",
+        "assert (",
+        "x = math.pi()",
+    ]
     assert called_functions(tests) == {"similar", "area"}
-    assert called_functions(["assert sum(10, 15) == 6"]) == {"sum"}, "a task may ask for a function of this name"
+    assert called_functions(["assert sum(10, 15) == 6"]) == {"sum"}, (
+        "a task may ask for a function of this name"
+    )
 
 
 def test_the_function_that_a_benchmark_asks_for() -> None:
@@ -309,7 +352,9 @@ NUMBERS = [
     Number(label="\u22123", response="It is -3."),
     Number(label="-1/2", response="**\u22121/2**"),
     Number(label="4", response="<think>\nProbably 7.\n</think>\n\nThe answer is $4$."),
-    Number(label="4", response="<think>\nThe final answer is 4. But let me count again, because", right=False),
+    Number(
+        label="4", response="<think>\nThe final answer is 4. But let me count again, because", right=False
+    ),
     Number(label="7", response="<think>\nProbably 7.\n</think>\n\nThe answer is $4$.", right=False),
     Number(label="4", response="Probably 7.\n</think>\n\n4"),
 ]
@@ -381,7 +426,15 @@ def graded(folder: Path, responses: list[str], *flags: str) -> list[bool]:
     given = [{"problem_id": i, "response": response} for i, response in enumerate(responses)]
     for name, content in (("data.json", rows), ("given.json", given)):
         (folder / name).write_text(json.dumps(content))
-    argv = ["--benchmark", "math_label", "--data", str(folder / "data.json"), "--chat-responses", "--workers", "1"]
+    argv = [
+        "--benchmark",
+        "math_label",
+        "--data",
+        str(folder / "data.json"),
+        "--chat-responses",
+        "--workers",
+        "1",
+    ]
     argv += ["--responses", str(folder / "given.json"), "--output-dir", str(folder / "out"), *flags]
     assert evaluate.main(argv) == 0
     lines = (folder / "out" / "grades" / "000000.jsonl").read_text().splitlines()
@@ -407,7 +460,14 @@ def test_marks_of_given_responses(tmp_path: Path, flags: tuple[str, ...], right:
 def test_a_response_whose_thinking_is_not_closed_is_not_selected(tmp_path: Path) -> None:
     assert graded(tmp_path, RESPONSES) == [True, False, True, True, True]
     output = tmp_path / "warm_up.jsonl"
-    argv = ["--responses", str(tmp_path / "out"), "--data", str(tmp_path / "data.json"), "--output", str(output)]
+    argv = [
+        "--responses",
+        str(tmp_path / "out"),
+        "--data",
+        str(tmp_path / "data.json"),
+        "--output",
+        str(output),
+    ]
     assert select_responses.main([*argv, "--min-characters", "1"]) == 0
     selected = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["response"] for row in selected] == [RESPONSES[0], *RESPONSES[2:]]
@@ -418,7 +478,10 @@ def test_a_response_whose_thinking_is_not_closed_is_not_selected(tmp_path: Path)
     [
         (("--think-marks", "<a>", "<a>"), "needs a closing mark that is not the opening one"),
         (("--think-marks", "<a>", ""), "needs a closing mark"),
-        (("--think-marks", "<a>", "</a>", "--benchmark", "exact_match"), "exact_match compares whole responses"),
+        (
+            ("--think-marks", "<a>", "</a>", "--benchmark", "exact_match"),
+            "exact_match compares whole responses",
+        ),
         (("--think-marks", "", "</a>", "--hf-checkpoint", "x"), "--think-marks '': only of --responses"),
     ],
 )

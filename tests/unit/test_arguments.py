@@ -1,4 +1,6 @@
-"""Flags, keys of a --config-file, their precedence and their errors; what importing the light modules may load."""
+"""Flags, keys of a --config-file, their precedence and their errors; what importing the light modules may
+load.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,9 @@ def test_flags_that_ask_for_what_is_done_anyway_change_nothing(capsys, yaml_file
     assert parse_config(argv) == parse_config(["--lr", "1e-3"])
     path = yaml_file("swiglu: true\nhidden_dropout: 0\nlr: 1.0e-3\n")
     assert parse_config(["--config-file", path]) == parse_config(argv)
-    assert "--ckpt-format zarr: only torch_dist: checkpoints are torch_dist" in refused(capsys, "--ckpt-format", "zarr")
+    assert "--ckpt-format zarr: only torch_dist: checkpoints are torch_dist" in refused(
+        capsys, "--ckpt-format", "zarr"
+    )
     assert "--hidden-dropout 0.1: only 0: there is no dropout" in refused(capsys, "--hidden-dropout", "0.1")
     message = refused(capsys, "--config-file", yaml_file("swiglu: false\n"))
     assert "run.yaml: --swiglu False: it cannot be switched off" in message
@@ -137,7 +141,16 @@ def test_an_empty_file_and_null_for_an_optional_value(yaml_file):
 
 def test_printed_config_reads_back_as_itself(capsys, yaml_file):
     argv = ["--lr", "1e-20", "--prompt-data", "a: b #c", "--stop-token-ids", "5", "6", "--no-rollout-shuffle"]
-    argv += ["--eval-interval", "3", "--input-key", "1e5", "--label-key", "null", "--simct-interface", "strict"]
+    argv += [
+        "--eval-interval",
+        "3",
+        "--input-key",
+        "1e5",
+        "--label-key",
+        "null",
+        "--simct-interface",
+        "strict",
+    ]
     with pytest.raises(SystemExit) as exit_:
         parse_config([*argv, "--print-config"])
     assert exit_.value.code == 0
@@ -201,7 +214,10 @@ def test_an_unlike_flag_gets_no_guess(capsys):
         ("micro_batchsize: 4\n", ["unknown key 'micro_batchsize'", "did you mean micro_batch_size?"]),
         ("train-iters: 4\n", ["unknown key 'train-iters'", "did you mean train_iters?"]),
         ("5: 4\n", ["unknown key 5"]),
-        ("num_layers: 4\n", ["'num_layers' is an option of Megatron-LM that this package does not implement"]),
+        (
+            "num_layers: 4\n",
+            ["'num_layers' is an option of Megatron-LM that this package does not implement"],
+        ),
         ("- lr\n", ["`key: value`"]),
         ("lr: [1\nmin_lr: 2\n", ["line 2", "not YAML"]),
         ("seed: 2024-13-45\n", ["--config-file", "run.yaml: not YAML: month must be in 1..12"]),
@@ -265,8 +281,13 @@ def check(*argv: str, dp: int = 1, base: list[str] = COMPLETE) -> str:
 
 def test_a_complete_configuration_passes():
     assert check() == ""
-    assert check("--rollout-batch-size", "6", "--n-samples-per-prompt", "4", "--micro-batch-size", "3", dp=4) == ""
-    assert check("--rollout-batch-size", "6", "--n-samples-per-prompt", "4", "--global-batch-size", "24") == ""
+    assert (
+        check("--rollout-batch-size", "6", "--n-samples-per-prompt", "4", "--micro-batch-size", "3", dp=4)
+        == ""
+    )
+    assert (
+        check("--rollout-batch-size", "6", "--n-samples-per-prompt", "4", "--global-batch-size", "24") == ""
+    )
 
 
 def test_global_batch_size_is_the_rollout_batch():
@@ -306,12 +327,20 @@ def test_interleaved_stages_need_as_many_micro_batches():
     assert message.startswith("--num-virtual-stages-per-pipeline-rank 2: ")
     assert "(6 a step: global batch size (24)" in message and "--pipeline-model-parallel-size (4)" in message
     assert check(*flags, "32", dp=2) == ""
-    assert check("--pipeline-model-parallel-size", "4", "--micro-batch-size", "2", "--rollout-batch-size", "24") == ""
+    assert (
+        check("--pipeline-model-parallel-size", "4", "--micro-batch-size", "2", "--rollout-batch-size", "24")
+        == ""
+    )
 
 
 def test_missing_files_are_all_named():
     message = check(base=["--prompt-data", "p"])
-    for flag in ("--hf-checkpoint", "--tokenizer-model", "--teacher-hf-checkpoint", "--teacher-tokenizer-model"):
+    for flag in (
+        "--hf-checkpoint",
+        "--tokenizer-model",
+        "--teacher-hf-checkpoint",
+        "--teacher-tokenizer-model",
+    ):
         assert f"{flag}," in message or f"{flag}:" in message
     assert "--prompt-data" not in message and "--simct-interface paper" in message
     assert check("--simct-interface", "sft", base=COMPLETE[:6]) == ""
@@ -394,12 +423,17 @@ HEAVY = ["megatron", "transformers", "sentencepiece", "tiktoken", "apex", "trans
     "modules, more",
     [
         (["megatron_simct.config.options", "megatron_simct.config.flags"], ["torch", "numpy"]),
-        (["megatron_simct.records", "megatron_simct.alignment"], ["megatron_simct.parallel", "megatron_simct.losses"]),
+        (
+            ["megatron_simct.records", "megatron_simct.alignment"],
+            ["megatron_simct.parallel", "megatron_simct.losses"],
+        ),
     ],
 )
 def test_light_modules_load_no_heavy_library(modules, more):
     code = f"import sys, {', '.join(modules)}; print([m for m in {HEAVY + more!r} if m in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
     assert result.stdout.strip() == "[]"
 
 

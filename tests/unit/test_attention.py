@@ -21,7 +21,9 @@ def draw(num_queries: int, num_keys: int, heads: int, groups: int, sequences: in
     generator = torch.Generator().manual_seed(num_queries + 10 * num_keys + 100 * heads)
     shapes = ((num_queries, heads), (num_keys, groups), (num_keys, groups))
     return [
-        (1.5 * torch.randn(length, sequences, n, D, generator=generator, dtype=torch.float64)).requires_grad_()
+        (
+            1.5 * torch.randn(length, sequences, n, D, generator=generator, dtype=torch.float64)
+        ).requires_grad_()
         for length, n in shapes
     ]
 
@@ -72,7 +74,9 @@ def test_sinks_and_their_gradient(window, num_queries, num_keys):
     found = attention(*single, None)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     assert float((found - build(window, None)(*single, None)).detach().abs().max()) > 0.1
-    pairs = zip(gradients(found, [*single, attention.sinks]), gradients(expected, [*inputs, sinks]), strict=True)
+    pairs = zip(
+        gradients(found, [*single, attention.sinks]), gradients(expected, [*inputs, sinks]), strict=True
+    )
     for a, b in pairs:
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 

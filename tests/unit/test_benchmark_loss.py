@@ -39,7 +39,16 @@ def test_sizes_by_commas_are_all_combinations():
 
 def sent(rank: int, world_size: int, variant: str) -> dict[str, int]:
     tool = runpy.run_path(str(TOOL))
-    flags = ["--labels", "20", "--vocab", "512", "--hidden", "8", "--tensor-model-parallel-size", str(world_size)]
+    flags = [
+        "--labels",
+        "20",
+        "--vocab",
+        "512",
+        "--hidden",
+        "8",
+        "--tensor-model-parallel-size",
+        str(world_size),
+    ]
     (args,) = tool["sizes"](tool["parse"](flags))
     call, _ = tool["build"](args, variant, rank, dist.group.WORLD)
     with tool["count_bytes"]() as counted:

@@ -37,7 +37,10 @@ def grouped(size: int) -> tuple[list[bytes], object]:
 def tokenizer_of(pieces: list[bytes], cut, continuations=None) -> Tokenizer:
     table = TokenTable.from_bytes(pieces, stop_ids=[0])
     return Tokenizer(
-        name="small", table=table, encode_text=lambda text: list(cut(text.encode())), continuations=continuations
+        name="small",
+        table=table,
+        encode_text=lambda text: list(cut(text.encode())),
+        continuations=continuations,
     )
 
 
@@ -49,7 +52,9 @@ def of_byte_pairs(pieces, merges, cut) -> Tokenizer:
     return tokenizer_of(pieces, cut, known)
 
 
-def oracle(language, interface: InterfaceConfig, student: Tokenizer, teacher: Tokenizer) -> tuple[float, float]:
+def oracle(
+    language, interface: InterfaceConfig, student: Tokenizer, teacher: Tokenizer
+) -> tuple[float, float]:
     """The mean losses of both students, word by word, over whole vocabularies."""
     found = []
     for of_words in (language, flattened(language)):
@@ -83,9 +88,12 @@ def of_bytes(interface: InterfaceConfig, *sides) -> float:
 def of_tokens(interface: InterfaceConfig, *sides) -> float:
     (student, rows_s, own), (teacher, rows_t, others) = sides
     pieces = student.table.pieces(), teacher.table.pieces()
-    shared = {i: [pieces[1].index(piece)] for i, piece in enumerate(pieces[0]) if piece in pieces[1] and piece}
+    shared = {
+        i: [pieces[1].index(piece)] for i, piece in enumerate(pieces[0]) if piece in pieces[1] and piece
+    }
     ends = [
-        [0, *np.cumsum([len(p[i]) for i in ids[:-1]]).tolist()] for p, ids in zip(pieces, (own, others), strict=True)
+        [0, *np.cumsum([len(p[i]) for i in ids[:-1]]).tolist()]
+        for p, ids in zip(pieces, (own, others), strict=True)
     ]
     common = sorted(set(ends[0]) & set(ends[1]))
     segments, kinds, replaced = [], [], []
@@ -95,7 +103,9 @@ def of_tokens(interface: InterfaceConfig, *sides) -> float:
         text = b"".join(pieces[0][i] for i in own[ss:se])
         is_pair = (te - ts, se - ss) == (1, 1)
         kinds.append(SHARED if is_pair else UNIT)
-        replaced.append(-1 if is_pair or text not in pieces[1] or text not in pieces[0] else pieces[0].index(text))
+        replaced.append(
+            -1 if is_pair or text not in pieces[1] or text not in pieces[0] else pieces[0].index(text)
+        )
     segments.append((len(others) - 1, len(others), len(own) - 1, len(own)))
     kinds.append(STOP)
     replaced.append(-1)
@@ -128,7 +138,12 @@ def test_the_losses_are_those_of_the_oracles(teacher, student):
     for interface, bias in zip(INTERFACES, found, strict=True):
         perfect, less_sure = oracle(language, interface, *pair.values())
         if np.isinf(perfect):  # `exact`: the teacher has nothing outside of the shared tokens
-            assert interface.interface == "exact" and teacher < student and bias.perfect > 10 and bias.flattened > 10
+            assert (
+                interface.interface == "exact"
+                and teacher < student
+                and bias.perfect > 10
+                and bias.flattened > 10
+            )
             continue
         assert bias.perfect == pytest.approx(perfect, rel=1e-6, abs=1e-8), interface
         assert bias.flattened == pytest.approx(less_sure, rel=1e-6, abs=1e-8), interface
@@ -145,7 +160,9 @@ def test_merges_that_disagree_show_and_any_bounds_suit_them(seed):
     language = spelled_by({word: mass for word, mass in pair.language.items() if word}, *sides)
     names = ("paper", "strict", "exact", "alm", "bytes, longest-match", "bytes, any")
     interfaces = [COMPARED[name] for name in names]
-    found = dict(zip(names, measure_bias(language, interfaces, student=sides[0], teacher=sides[1]), strict=True))
+    found = dict(
+        zip(names, measure_bias(language, interfaces, student=sides[0], teacher=sides[1]), strict=True)
+    )
     assert abs(found["bytes, any"].perfect) < 1e-9 < found["bytes, any"].flattened <= found["bytes, any"].true
     assert all(found[name].is_large for name in names[:-1]), found
     less_sure = oracle(language, COMPARED["bytes, any"], *sides)[1]

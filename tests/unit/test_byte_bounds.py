@@ -1,4 +1,6 @@
-"""The least divergence that the unresolved mass permits: equal to its oracle, and zero for any two tokenizers."""
+"""The least divergence that the unresolved mass permits: equal to its oracle, and zero for any two
+tokenizers.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +108,9 @@ def test_the_random_cases_have_caps_that_bind_agreements_and_every_case_of_the_m
         for student, teacher in cases_of(seed):
             evaluate([(student, teacher)], bounds="any")
             for at in oracle.position_views(student, [teacher]):
-                seen["agree"] += bool(at.known[0]) and max(at.unresolved) > 0 and oracle.least(at, "js", 0.5) == 0
+                seen["agree"] += (
+                    bool(at.known[0]) and max(at.unresolved) > 0 and oracle.least(at, "js", 0.5) == 0
+                )
                 seen["binds"] += any(0 < cap < at.unresolved[0] for cap in at.caps[0])
     assert min(seen.values()) > 10, seen
     assert min(solvers.values()) > 0, solvers
@@ -122,7 +126,9 @@ def test_the_oracles_minimum_is_the_least():
                     for name in DIVERGENCES:
                         least = oracle.least(at, name, 0.4)
                         assert least <= oracle.projected_minimum(at, name, 0.4, steps=60) + 1e-9
-                    assert least == pytest.approx(oracle.projected_minimum(at, "js", 0.4, steps=600), abs=1e-4)
+                    assert least == pytest.approx(
+                        oracle.projected_minimum(at, "js", 0.4, steps=600), abs=1e-4
+                    )
                     compared += 1
     assert compared > 5
 
@@ -180,7 +186,9 @@ def of_pair(pair, language_of_student, texts):
     for pieces, merges in zip(pair.pieces, pair.merges, strict=True):
         table = table_of(Side(pieces, [0], torch.zeros(0), []))
         symbols = sorted({b for piece in pieces for b in piece})
-        known = inside_pretokens(Merges.of(pieces, merges), table, symbols=symbols, inside=np.ones((256, 256), bool))
+        known = inside_pretokens(
+            Merges.of(pieces, merges), table, symbols=symbols, inside=np.ones((256, 256), bool)
+        )
         follows.append(_reader(known.rows[known.row_of]))
     languages = (language_of_student, pair.language)
     models = [ExactModel.of(of, cut, 0) for of, cut in zip(languages, pair.cuts, strict=True)]
@@ -211,16 +219,19 @@ def test_byte_pair_languages_whose_merges_disagree_have_loss_zero_and_a_flatter_
             flat = flattened(pair.language, 0.5)
             cases = of_pair(pair, flat, texts)
             found = math.fsum(
-                flat[text] * float(evaluate([case], bounds="any").sum) for text, case in zip(texts, cases, strict=True)
+                flat[text] * float(evaluate([case], bounds="any").sum)
+                for text, case in zip(texts, cases, strict=True)
             )
             kept.append(found / divergence(flat, pair.language))
     assert first_fails > NUM_LANGUAGES / 3, "bounds of the longest match are wrong on many of them"
-    assert 0.4 < min(kept) <= max(kept) <= 1 + 1e-9, "a lower bound of the true divergence, and not an idle one"
+    assert 0.4 < min(kept) <= max(kept) <= 1 + 1e-9, (
+        "a lower bound of the true divergence, and not an idle one"
+    )
 
 
 def test_the_teachers_numbers_in_float16_leave_a_perfect_student_almost_alone(monkeypatch):
-    """One rounding moves a log mass x by |x| / 2048 at most, so a probability by that share, and a divergence, which is
-    quadratic in it, by half of its square."""
+    """One rounding moves a log mass x by |x| / 2048 at most, so a probability by that share, and a
+    divergence, which is quadratic in it, by half of its square."""
     largest = 0.0
 
     def rounded(*args, **options):

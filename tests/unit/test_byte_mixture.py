@@ -21,7 +21,9 @@ def test_loss_and_gradient_equal_the_oracle(seed, monkeypatch):
     num_teachers = 3 if seed % 4 == 3 else 2
     cases = random_cases(seed, num_sides=1 + num_teachers, scale=1.0 + seed % 2)
     for divergence in DIVERGENCES:
-        expected, gradient = mixture_oracle_of(cases, WEIGHTS[num_teachers], divergence=divergence, js_beta=0.3)
+        expected, gradient = mixture_oracle_of(
+            cases, WEIGHTS[num_teachers], divergence=divergence, js_beta=0.3
+        )
         found = evaluate_mixture(cases, WEIGHTS[num_teachers], divergence=divergence, js_beta=0.3)
         assert float(found.sum) == pytest.approx(expected, rel=1e-10, abs=1e-12)
         real = gradient.shape[1]
@@ -61,7 +63,9 @@ TRIPLES = [
 
 @pytest.mark.parametrize(("kind", "student_name", "one", "other"), TRIPLES)
 def test_a_student_that_is_the_mixture_has_loss_and_gradient_zero(kind, student_name, one, other):
-    """Two teachers of different languages in different tokenizations; the student says each next byte as their mix."""
+    """Two teachers of different languages in different tokenizations; the student says each next byte as
+    their mix.
+    """
     vocabularies, units, length = KINDS[kind]
     vocabularies = LETTERS if kind == "letters" else vocabularies
     length -= kind == "digits"
@@ -78,7 +82,9 @@ def test_a_student_that_is_the_mixture_has_loss_and_gradient_zero(kind, student_
         found = evaluate_mixture(cases, WEIGHTS[2], divergence=divergence)
         assert abs(float(found.sum)) < 1e-11
         assert float(found.gradient.abs().max()) < 1e-11
-        assert float(evaluate_mixture(cases, WEIGHTS[2][::-1]).sum) > 1e-2, "other weights are another mixture"
+        assert float(evaluate_mixture(cases, WEIGHTS[2][::-1]).sum) > 1e-2, (
+            "other weights are another mixture"
+        )
 
 
 def test_a_teacher_mixed_with_itself_is_that_teacher():

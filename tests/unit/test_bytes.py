@@ -1,4 +1,6 @@
-"""The interface `bytes`: equal to its oracle, and zero whenever two models are the same distribution over texts."""
+"""The interface `bytes`: equal to its oracle, and zero whenever two models are the same distribution over
+texts.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +103,9 @@ def test_gradient_is_that_of_finite_differences(divergence):
             logits[n, v] += step
             moved = oracle.Side(student.pieces, student.stop_ids, logits, student.labels)
             values.append(float(evaluate([(moved, teacher)], divergence=divergence).sum))
-        assert float(found.gradient[n, v]) == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5, abs=1e-7)
+        assert float(found.gradient[n, v]) == pytest.approx(
+            (values[0] - values[1]) / 2e-6, rel=1e-5, abs=1e-7
+        )
 
 
 SINGLES = [b"a", b"b", b"c"]
@@ -171,7 +175,8 @@ def test_with_one_tokenizer_it_is_a_lower_bound_of_token_level_kl(name):
     chain = tokens = 0.0
     for text, mass in of_student.items():
         case = tuple(
-            write_out(language, text, pieces, len(pieces) - 1, tokenize) for language in (of_student, of_teacher)
+            write_out(language, text, pieces, len(pieces) - 1, tokenize)
+            for language in (of_student, of_teacher)
         )
         chain += mass * float(evaluate([case]).sum)
         log_p, log_q = (torch.log_softmax(side.logits, -1) for side in case)

@@ -1,4 +1,6 @@
-"""What a chat template writes: as transformers' apply_chat_template, construct by construct, and within limits."""
+"""What a chat template writes: as transformers' apply_chat_template, construct by construct, and within
+limits.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +34,19 @@ CALL = [
     {
         "role": "assistant",
         "content": "",
-        "tool_calls": [{"function": {"name": "wetter", "arguments": {"ort": "Köln", "tage": [1, 2.5, True, None]}}}],
+        "tool_calls": [
+            {"function": {"name": "wetter", "arguments": {"ort": "Köln", "tage": [1, 2.5, True, None]}}}
+        ],
     },
     {"role": "tool", "content": "31"},
 ]
 THOUGHT = [TALK[1], {"role": "assistant", "content": "31", "reasoning_content": "warm"}, TALK[3]]
-PARTS = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "é"}]}]
+PARTS = [
+    {
+        "role": "user",
+        "content": [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "é"}],
+    }
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +69,17 @@ RENDERED = [
     # The training tag
     Case(name="generation", template=each("{% generation %}{{ m.content }}{% endgeneration %}|")),
     Case(
-        name="generation with dashes", template=each("  {%- generation -%}  {{ m.content }}  {%- endgeneration -%}  ")
+        name="generation with dashes",
+        template=each("  {%- generation -%}  {{ m.content }}  {%- endgeneration -%}  "),
     ),
     Case(
         name="what generation sets stays inside",
         template="{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
     ),
-    Case(name="the loop inside generation", template=each("{% generation %}{{ loop.index }}{% endgeneration %}")),
+    Case(
+        name="the loop inside generation",
+        template=each("{% generation %}{{ loop.index }}{% endgeneration %}"),
+    ),
     Case(
         name="a namespace inside generation",
         template="{% set n = namespace(x=1) %}{% generation %}{% set n.x = 2 %}{% endgeneration %}{{ n.x }}",
@@ -106,7 +119,9 @@ RENDERED = [
     Case(name="tojson sorted", template="{{ {'b': 1, 'a': {'d': 2, 'c': 3}} | tojson(sort_keys=True) }}"),
     Case(name="tojson unsorted", template="{{ {'b': 1, 'a': 2} | tojson }}"),
     Case(
-        name="tojson of a call", template=each("{{ (m.tool_calls or []) | tojson(ensure_ascii=False) }}"), messages=CALL
+        name="tojson of a call",
+        template=each("{{ (m.tool_calls or []) | tojson(ensure_ascii=False) }}"),
+        messages=CALL,
     ),
     Case(name="tojson escapes no HTML", template="{{ '<b>&\\'\"' | tojson }}"),
     Case(name="tojson of numbers", template="{{ [1, 1.0, 1e30, -0.0, true, none] | tojson }}"),
@@ -117,15 +132,19 @@ RENDERED = [
     Case(name="tools are false", template="{% if tools %}tools{% else %}none{% endif %}"),
     Case(name="documents are none", template="{{ documents is defined }}{{ documents is none }}"),
     Case(name="tools is not none", template="{% if tools is not none %}tools{% endif %}."),
-    Case(name="prompt is asked for", template="{{ add_generation_prompt }}{{ add_generation_prompt is true }}"),
+    Case(
+        name="prompt is asked for", template="{{ add_generation_prompt }}{{ add_generation_prompt is true }}"
+    ),
     Case(name="special tokens", template="{{ eos_token }}|{{ bos_token }}|{{ unk_token is defined }}"),
     Case(name="special tokens in sums", template="{{ eos_token + 'x' }}{{ eos_token ~ bos_token }}"),
     Case(
-        name="undefined", template="{{ enable_thinking is defined }}|{{ enable_thinking }}|{{ nothing | default('d') }}"
+        name="undefined",
+        template="{{ enable_thinking is defined }}|{{ enable_thinking }}|{{ nothing | default('d') }}",
     ),
     Case(
         name="thinking switched off",
-        template="{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>{% endif %}",
+        template="{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>{% "
+        "endif %}",
         arguments={"enable_thinking": False},
     ),
     Case(
@@ -134,17 +153,29 @@ RENDERED = [
         arguments={"enable_thinking": None},
     ),
     Case(
-        name="arguments of every type", template="{{ a }}{{ b | tojson }}", arguments={"a": "x", "b": [1, {"c": None}]}
+        name="arguments of every type",
+        template="{{ a }}{{ b | tojson }}",
+        arguments={"a": "x", "b": [1, {"c": None}]},
     ),
     Case(name="an argument replaces a token", template="{{ eos_token }}", arguments={"eos_token": "<e>"}),
-    Case(name="an argument named date", template="{{ date }}{{ source }}", arguments={"date": 1, "source": 2}),
-    # Messages
-    Case(name="a key that is null", template=each("{{ m.name is defined }}"), messages=[TALK[1] | {"name": None}]),
     Case(
-        name="content that is null", template=each("{{ 'content' in m }}"), messages=[{"role": "user", "content": None}]
+        name="an argument named date", template="{{ date }}{{ source }}", arguments={"date": 1, "source": 2}
+    ),
+    # Messages
+    Case(
+        name="a key that is null",
+        template=each("{{ m.name is defined }}"),
+        messages=[TALK[1] | {"name": None}],
     ),
     Case(
-        name="reasoning", template=each("{{ m.reasoning_content }}{{ m.thinking }}{{ m.reasoning }}|"), messages=THOUGHT
+        name="content that is null",
+        template=each("{{ 'content' in m }}"),
+        messages=[{"role": "user", "content": None}],
+    ),
+    Case(
+        name="reasoning",
+        template=each("{{ m.reasoning_content }}{{ m.thinking }}{{ m.reasoning }}|"),
+        messages=THOUGHT,
     ),
     Case(
         name="reasoning under another name",
@@ -171,7 +202,9 @@ RENDERED = [
     Case(name="keys and methods", template=each("{{ m['role'] }}{{ m.get('x', 'y') }}")),
     # Loops
     Case(name="break", template=each("{% if m.role == 'assistant' %}{% break %}{% endif %}{{ m.content }}")),
-    Case(name="continue", template=each("{% if m.role == 'system' %}{% continue %}{% endif %}{{ m.content }}")),
+    Case(
+        name="continue", template=each("{% if m.role == 'system' %}{% continue %}{% endif %}{{ m.content }}")
+    ),
     Case(
         name="break in the inner loop",
         template=each("{% for i in range(9) %}{% if i > 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"),
@@ -183,12 +216,14 @@ RENDERED = [
     Case(
         name="neighbours",
         template=each(
-            "{{ loop.previtem.role if loop.previtem is defined }}>{{ loop.nextitem.role if loop.nextitem is defined }};"
+            "{{ loop.previtem.role if loop.previtem is defined }}>{{ loop.nextitem.role if loop.nextitem is "
+            "defined }};"
         ),
     ),
     Case(
         name="loop with a condition",
-        template="{% for m in messages if m.role == 'user' %}{{ loop.index }}{{ m.content }}{% else %}none{% endfor %}",
+        template="{% for m in messages if m.role == 'user' %}{{ loop.index }}{{ m.content }}{% else %}none{% "
+        "endfor %}",
     ),
     Case(name="loop over nothing", template="{% for m in [] %}a{% else %}none{% endfor %}"),
     Case(
@@ -197,18 +232,31 @@ RENDERED = [
     ),
     Case(
         name="backwards",
-        template="{% for m in messages[::-1] %}{{ m.role }}{% endfor %}{{ (messages | reverse | list)[0].role }}",
+        template="{% for m in messages[::-1] %}{{ m.role }}{% endfor %}{{ (messages | reverse | "
+        "list)[0].role }}",
     ),
-    Case(name="slices", template="{{ messages[1:][0].role }}{{ messages[-1].content }}{{ messages[1:3] | length }}"),
+    Case(
+        name="slices",
+        template="{{ messages[1:][0].role }}{{ messages[-1].content }}{{ messages[1:3] | length }}",
+    ),
     Case(name="cycle", template=each("{{ loop.cycle('a', 'b') }}{{ loop.changed(m.role) }}")),
     # Names
-    Case(name="set in a loop stays inside", template="{% set x = 0 %}" + each("{% set x = x + 1 %}") + "{{ x }}"),
-    Case(name="namespace", template="{% set n = namespace(x=0) %}" + each("{% set n.x = n.x + 1 %}") + "{{ n.x }}"),
+    Case(
+        name="set in a loop stays inside",
+        template="{% set x = 0 %}" + each("{% set x = x + 1 %}") + "{{ x }}",
+    ),
+    Case(
+        name="namespace",
+        template="{% set n = namespace(x=0) %}" + each("{% set n.x = n.x + 1 %}") + "{{ n.x }}",
+    ),
     Case(name="namespace of a mapping", template="{% set n = namespace({'a': 1}, b=2) %}{{ n.a }}{{ n.b }}"),
     Case(name="namespace with self", template="{% set n = namespace(self=1) %}{{ n.self }}"),
     Case(name="set of a block", template="{% set x %}a{{ 1 + 1 }}{% endset %}{{ x }}{{ x | length }}"),
     Case(name="with", template="{% with a = 1, b = 2 %}{{ a + b }}{% endwith %}{{ a is defined }}"),
-    Case(name="macro", template="{% macro f(x, y='d') %}{{ x }}{{ y }}{% endmacro %}{{ f('a') }}{{ f('a', y=1) }}"),
+    Case(
+        name="macro",
+        template="{% macro f(x, y='d') %}{{ x }}{{ y }}{% endmacro %}{{ f('a') }}{{ f('a', y=1) }}",
+    ),
     Case(name="call", template="{% macro f() %}<{{ caller() }}>{% endmacro %}{% call f() %}a{% endcall %}"),
     Case(name="dict", template="{{ dict(a=1, b=[2]) | tojson }}{{ dict.fromkeys(['a', 'b'], 0) | tojson }}"),
     Case(name="dict has no attributes", template="{{ dict.mro is defined }}{{ dict.__base__ is defined }}"),
@@ -226,12 +274,22 @@ RENDERED = [
     Case(name="carriage returns", template="a\r\n{{ 'b' }}\r\nc"),
     # Expressions
     Case(
-        name="strip", template=each("[{{ m.content | trim }}][{{ m.content.strip() }}][{{ m.content.lstrip('\n ') }}]")
+        name="strip",
+        template=each("[{{ m.content | trim }}][{{ m.content.strip() }}][{{ m.content.lstrip('\n ') }}]"),
     ),
-    Case(name="split", template="{{ '<think>a</think>b'.split('</think>')[-1] }}{{ 'a b'.split() | tojson }}"),
-    Case(name="starts and ends", template=each("{{ m.content.startswith('Be') }}{{ m.content.endswith('?') }}")),
-    Case(name="replace", template=each("{{ m.content | replace('e', 'E') }}{{ m.content.replace('i', '1') }}")),
-    Case(name="upper and title", template=each("{{ m.role | upper }}{{ m.role.title() }}{{ m.role | capitalize }}")),
+    Case(
+        name="split", template="{{ '<think>a</think>b'.split('</think>')[-1] }}{{ 'a b'.split() | tojson }}"
+    ),
+    Case(
+        name="starts and ends", template=each("{{ m.content.startswith('Be') }}{{ m.content.endswith('?') }}")
+    ),
+    Case(
+        name="replace", template=each("{{ m.content | replace('e', 'E') }}{{ m.content.replace('i', '1') }}")
+    ),
+    Case(
+        name="upper and title",
+        template=each("{{ m.role | upper }}{{ m.role.title() }}{{ m.role | capitalize }}"),
+    ),
     Case(name="no HTML escapes", template=each("{{ m.content }}")),
     Case(name="escape filter", template=each("{{ m.content | e }}{{ m.content | safe }}")),
     Case(name="map and join", template="{{ messages | map(attribute='role') | join(', ') }}"),
@@ -246,29 +304,42 @@ RENDERED = [
     ),
     Case(name="sort and unique", template="{{ messages | map(attribute='role') | unique | sort | list }}"),
     Case(name="dictsort", template="{% for k, v in {'b': 1, 'a': 2} | dictsort %}{{ k }}{{ v }}{% endfor %}"),
-    Case(name="groupby", template="{% for r, g in messages | groupby('role') %}{{ r }}{{ g | length }}{% endfor %}"),
+    Case(
+        name="groupby",
+        template="{% for r, g in messages | groupby('role') %}{{ r }}{{ g | length }}{% endfor %}",
+    ),
     Case(name="indent", template=each("{{ m.content | indent(2, true) }}")),
     Case(name="format", template="{{ '%s-%03d' | format('a', 7) }}{{ '{}:{b}'.format(1, b=2) }}"),
     Case(
-        name="numbers", template="{{ 7 // 2 }}{{ 7 % 3 }}{{ 2 ** 5 }}{{ 1 / 4 }}{{ 3.0 | int }}{{ 2.567 | round(1) }}"
+        name="numbers",
+        template="{{ 7 // 2 }}{{ 7 % 3 }}{{ 2 ** 5 }}{{ 1 / 4 }}{{ 3.0 | int }}{{ 2.567 | round(1) }}",
     ),
-    Case(name="comparisons", template="{{ 1 < 2 <= 2 }}{{ 'a' in 'abc' }}{{ 'x' not in ['y'] }}{{ none is none }}"),
+    Case(
+        name="comparisons",
+        template="{{ 1 < 2 <= 2 }}{{ 'a' in 'abc' }}{{ 'x' not in ['y'] }}{{ none is none }}",
+    ),
     Case(name="inline if", template="{{ 'a' if messages else 'b' }}{{ 'a' if false }}"),
     Case(name="and and or", template="{{ none or 'a' }}{{ 0 and 1 }}{{ not [] }}"),
     Case(
         name="tests",
-        template="{{ 3 is odd }}{{ 'a' is string }}{{ {} is mapping }}{{ [] is sequence }}{{ true is boolean }}",
+        template="{{ 3 is odd }}{{ 'a' is string }}{{ {} is mapping }}{{ [] is sequence }}{{ true is boolean "
+        "}}",
     ),
     Case(name="concatenation", template="{{ 'a' ~ 1 ~ none ~ true }}"),
     Case(name="unicode", template="「{{ messages[1].content }}」😀\u00a0\u200b"),
     Case(name="escapes in texts", template="{{ 'a\\n\\t\\\\b' }}{{ \"'\" }}"),
-    Case(name="private attributes are undefined", template="{{ ''.__class__ }}{{ messages.__class__ is defined }}"),
+    Case(
+        name="private attributes are undefined",
+        template="{{ ''.__class__ }}{{ messages.__class__ is defined }}",
+    ),
     Case(name="a block", template="{% block a %}x{{ eos_token }}{% endblock %}"),
     Case(name="the filter block", template="{% filter upper %}a{{ 'b' }}{% endfilter %}"),
 ]
 
 REFUSED = [
-    Case(name="by the template", template="{{ raise_exception('roles must alternate: ' ~ messages[0].role) }}"),
+    Case(
+        name="by the template", template="{{ raise_exception('roles must alternate: ' ~ messages[0].role) }}"
+    ),
     Case(
         name="by a condition",
         template=each("{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"),
@@ -319,7 +390,9 @@ def write(folder: Path, template: object) -> None:
 
 @pytest.fixture
 def reference(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """reference(messages, **arguments) -> the text of transformers, for the template of the folder and DATE"""
+    """reference(messages, **arguments) -> the text of transformers, for the template of the folder and
+    DATE
+    """
     transformers = pytest.importorskip("transformers")
     from transformers.utils import chat_template_utils
 
@@ -332,14 +405,18 @@ def reference(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def text(messages: list[dict[str, Any]], **arguments: Any) -> str:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **arguments)
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **arguments
+        )
 
     return text
 
 
 def ours(folder: Path, case: Case) -> str:
     arguments = json.dumps(case.arguments) if case.arguments else None
-    return ChatTemplate.load(str(folder), flag="--hf-checkpoint", kwargs=arguments, date=DATE).text(case.messages)
+    return ChatTemplate.load(str(folder), flag="--hf-checkpoint", kwargs=arguments, date=DATE).text(
+        case.messages
+    )
 
 
 def test_names_of_the_cases_are_unique() -> None:
@@ -395,7 +472,9 @@ LAYOUTS = [
         settings="text",
         files={"chat_template.jinja": "file", "additional_chat_templates/default.jinja": "further"},
     ),
-    Layout(name="a file that is not a template", settings="text", files={"additional_chat_templates/a.txt": "a"}),
+    Layout(
+        name="a file that is not a template", settings="text", files={"additional_chat_templates/a.txt": "a"}
+    ),
 ]
 WITHOUT_DEFAULT = [
     Layout(name="a list", settings=LIST[:1]),
@@ -426,7 +505,9 @@ def test_templates_without_a_default_are_refused_by_both(tmp_path: Path, layout:
     save(tmp_path, layout)
     with pytest.raises(ValueError, match="no default"):
         transformers.AutoTokenizer.from_pretrained(str(tmp_path)).get_chat_template()
-    with pytest.raises(ValueError, match=r"^--hf-checkpoint \S+: has no chat template named default.*tool_use$"):
+    with pytest.raises(
+        ValueError, match=r"^--hf-checkpoint \S+: has no chat template named default.*tool_use$"
+    ):
         ChatTemplate.load(str(tmp_path), flag="--hf-checkpoint")
 
 
@@ -458,7 +539,10 @@ class Wrong:
         Wrong(value='{"tools": []}', says="tools is set for every prompt"),
         Wrong(value='{"documents": []}', says="documents is set for every prompt"),
         Wrong(value='{"raise_exception": 1}', says="raise_exception is set for every prompt"),
-        Wrong(value='{"strftime_now": "2024"}', says="strftime_now is a function; --chat-template-date sets its date"),
+        Wrong(
+            value='{"strftime_now": "2024"}',
+            says="strftime_now is a function; --chat-template-date sets its date",
+        ),
         Wrong(value='{"enable_thinkng": false}', says="does not read enable_thinkng"),
     ],
     ids=lambda wrong: wrong.value,
@@ -468,7 +552,9 @@ def test_an_argument_without_an_effect_is_refused_by_name(tmp_path: Path, wrong:
     write(tmp_path, "{{ messages }}{{ tools }}{{ enable_thinking }}{{ eos_token }}{{ strftime_now('%d') }}")
     with pytest.raises(ValueError) as refusal:
         ChatTemplate.load(str(tmp_path), flag="--teacher-hf-checkpoint", kwargs=wrong.value)
-    assert str(refusal.value).startswith("--teacher-chat-template-kwargs") and wrong.says in str(refusal.value)
+    assert str(refusal.value).startswith("--teacher-chat-template-kwargs") and wrong.says in str(
+        refusal.value
+    )
     assert "\n" not in str(refusal.value)
     if "thinkng" in wrong.value:
         assert str(refusal.value).endswith("beside messages and special tokens it reads enable_thinking")
@@ -524,17 +610,22 @@ class Excess:
         Excess(template=ENDLESS, says="takes more than 0.5 s of CPU time"),
         Excess(template="{{ 7 ** (10 ** 9) }}", says="takes more than 0.5 s of CPU time"),
         Excess(
-            template="{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(80) }}",
+            template="{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ "
+            "f(80) }}",
             says="takes more than 0.5 s of CPU time",
         ),
         Excess(template="{{ 'a' * 10 ** 10 }}", says="takes more than 256 MiB of memory"),
-        Excess(template="{{ messages[0].content.ljust(10 ** 10) }}", says="takes more than 256 MiB of memory"),
+        Excess(
+            template="{{ messages[0].content.ljust(10 ** 10) }}", says="takes more than 256 MiB of memory"
+        ),
         Excess(template=GROWING, says="takes more than 256 MiB of memory"),
         Excess(
-            template="{% for i in range(1000) %}{{ 'a' * 101 }}{% endfor %}", says="writes more than 100,000 charact"
+            template="{% for i in range(1000) %}{{ 'a' * 101 }}{% endfor %}",
+            says="writes more than 100,000 charact",
         ),
         Excess(
-            template=" " * (templates.MAX_SOURCE + 1), says="has 1,048,577 characters; a template may have 1,048,576"
+            template=" " * (templates.MAX_SOURCE + 1),
+            says="has 1,048,577 characters; a template may have 1,048,576",
         ),
     ],
     ids=lambda excess: f"{excess.says[:22]} {excess.template[:20]}",
@@ -577,7 +668,9 @@ def test_one_process_renders_and_can_be_replaced() -> None:
     assert templates._process is None and render("d") == "d"
 
 
-def test_an_idle_process_ends_and_the_next_template_starts_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_idle_process_ends_and_the_next_template_starts_another_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     templates.close()
     monkeypatch.setattr(templates, "MAX_IDLE_S", 0.2)
     assert render("a") == "a"

@@ -55,13 +55,20 @@ def test_where_a_border_may_fall_and_behind_exempt_tokens_everything_may_follow(
     merges = Merges.of(pieces)
     assert not inside_pretokens(merges, table, symbols=b"ab", inside=EVERYWHERE).may_follow(1, ord("b"))
     assert inside_pretokens(merges, table, symbols=b"ab", inside=~EVERYWHERE).may_follow(1, ord("b"))
-    assert inside_pretokens(merges, table, symbols=b"ab", inside=EVERYWHERE, exempt=[1]).may_follow(1, ord("b"))
+    assert inside_pretokens(merges, table, symbols=b"ab", inside=EVERYWHERE, exempt=[1]).may_follow(
+        1, ord("b")
+    )
 
 
 def test_the_longest_match():
     pieces = [b"", b"a", b"b", b"ab", b"aba"]
     known, cut = longest_match(TokenTable.from_bytes(pieces, [0], [0])), cut_longest(pieces)
-    assert known.may_follow(np.array([1, 1, 3, 3]), np.array([97, 98, 97, 98])).tolist() == [True, False, False, True]
+    assert known.may_follow(np.array([1, 1, 3, 3]), np.array([97, 98, 97, 98])).tolist() == [
+        True,
+        False,
+        False,
+        True,
+    ]
     for seed in range(20):
         text = bytes(random.Random(seed).choices(b"ab", k=12))
         table = TokenTable.from_bytes(pieces, [0], [0])
@@ -81,6 +88,10 @@ def test_tables_are_joined_and_have_a_fingerprint():
     a, b = (Continuations.of(np.random.default_rng(seed).random((5, 257)) < 0.5) for seed in (0, 1))
     both = a & b
     ids, symbols = np.arange(5)[:, None], np.arange(257)[None]
-    assert np.array_equal(both.may_follow(ids, symbols), a.may_follow(ids, symbols) & b.may_follow(ids, symbols))
+    assert np.array_equal(
+        both.may_follow(ids, symbols), a.may_follow(ids, symbols) & b.may_follow(ids, symbols)
+    )
     assert len({a.fingerprint, b.fingerprint, both.fingerprint}) == 3
-    assert (a & Continuations.everything(5)).may_follow(ids, symbols).tolist() == a.may_follow(ids, symbols).tolist()
+    assert (a & Continuations.everything(5)).may_follow(ids, symbols).tolist() == a.may_follow(
+        ids, symbols
+    ).tolist()

@@ -17,7 +17,9 @@ from megatron_simct.parallel.cpu import PATCHES
 
 @pytest.fixture(scope="module")
 def upstream():
-    """Which attributes a process has that imports the same modules without any patch, and torch's own compile."""
+    """Which attributes a process has that imports the same modules without any patch, and torch's own
+    compile.
+    """
     code = """
 import json, logging, pkgutil, sys, warnings
 warnings.simplefilter("ignore")
@@ -28,7 +30,11 @@ assert "megatron_simct" not in sys.modules
 """
     names = [(module, name) for module, name, _ in PATCHES]
     result = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(names)], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", code, json.dumps(names)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     return dict(zip(names, json.loads(result.stdout.splitlines()[-1]), strict=True))
 

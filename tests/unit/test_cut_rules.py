@@ -1,4 +1,6 @@
-"""What a tokenizer's own rules say of neighbours: groups of digits, endings, merges inside a word; texts hold it."""
+"""What a tokenizer's own rules say of neighbours: groups of digits, endings, merges inside a word; texts hold
+it.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def may(tokenizer: Tokenizer, token: str, symbol: str | None) -> bool:
     pieces = tokenizer.table.pieces()
     assert tokenizer.continuations is not None
     return bool(
-        tokenizer.continuations.may_follow(pieces.index(token.encode()), END if symbol is None else ord(symbol))
+        tokenizer.continuations.may_follow(
+            pieces.index(token.encode()), END if symbol is None else ord(symbol)
+        )
     )
 
 
@@ -75,6 +79,9 @@ def test_texts_hold_the_table_and_a_wrong_one_is_found(tokenizer):
     assert check(tokenizer, TEXTS) == 76
     with pytest.raises(ValueError, match="writes .* before .*, which its merges do not explain"):
         check(
-            replace(tokenizer, continuations=Continuations.of(np.zeros((len(tokenizer.table.lengths), END + 1), bool))),
+            replace(
+                tokenizer,
+                continuations=Continuations.of(np.zeros((len(tokenizer.table.lengths), END + 1), bool)),
+            ),
             TEXTS,
         )

@@ -1,4 +1,6 @@
-"""README and docs/: what they name exists, links lead somewhere, and the site loads nothing of other hosts."""
+"""README and docs/: what they name exists, links lead somewhere, and the site loads nothing of other
+hosts.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def test_readme_is_short() -> None:
 
 @page
 def test_paths_exist(path: Path) -> None:
-    named = set(re.findall(r"(?:\./)?((?:megatron_simct|examples|tests|tools|docs)/[\w./-]*\w)", path.read_text()))
+    named = set(
+        re.findall(r"(?:\./)?((?:megatron_simct|examples|tests|tools|docs)/[\w./-]*\w)", path.read_text())
+    )
     assert sorted(name for name in named if not (ROOT / name).exists()) == []
 
 
@@ -77,7 +81,9 @@ def test_flags_exist(path: Path) -> None:
     scripts = ("examples/*/run.py", "megatron_simct/commands/*.py", "tools/benchmark/*.py")
     for script in (launcher, *(path for pattern in scripts for path in ROOT.glob(pattern))):
         known |= set(re.findall(r'"(--[a-z0-9-]+)"', script.read_text()))
-    known |= {f"--{side}-{name}" for side in ("teacher", "student") for name in ("tokenizer", "stop-token-ids")}
+    known |= {
+        f"--{side}-{name}" for side in ("teacher", "student") for name in ("tokenizer", "stop-token-ids")
+    }
     flags = set(re.findall(r"(?<![\w<!-])(--[a-z][a-z0-9-]*[a-z0-9])(?![\w-])", path.read_text()))
     assert sorted(flags - known - OF_OTHER_PROGRAMS) == []
 
@@ -102,7 +108,9 @@ def test_no_docstring_needs_the_name_above_it() -> None:
     """A text that begins with Of continues the name of what it describes, so it says nothing alone."""
     start = '"""' + "Of "
     sources = [
-        path for room in ("megatron_simct", "tools", "examples", "tests") for path in (ROOT / room).rglob("*.py")
+        path
+        for room in ("megatron_simct", "tools", "examples", "tests")
+        for path in (ROOT / room).rglob("*.py")
     ]
     assert [str(path) for path in sources if start in path.read_text()] == []
 
@@ -112,7 +120,18 @@ def test_no_docstring_needs_the_name_above_it() -> None:
     reason="mkdocs-material is not installed: pip install -r requirements-test.txt",
 )
 def test_the_site_builds_strictly_and_loads_nothing_of_other_hosts(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-f", ".mkdocs.yml", "-d", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "-f",
+        ".mkdocs.yml",
+        "-d",
+        str(tmp_path),
+    ]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert built.returncode == 0, built.stderr
     html = [path.read_text() for path in tmp_path.rglob("*.html")]

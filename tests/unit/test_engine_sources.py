@@ -114,7 +114,9 @@ def test_what_was_written_is_read_back_bit_by_bit(tmp_path):
 
 
 def test_writing_passes_on_what_the_engine_answers(tmp_path):
-    assert_equal(writer(tmp_path).generate([prompt(1)], sampling()), Scripted().generate([prompt(1)], sampling()))
+    assert_equal(
+        writer(tmp_path).generate([prompt(1)], sampling()), Scripted().generate([prompt(1)], sampling())
+    )
 
 
 def test_a_reader_takes_its_samples_from_all_ranks_files_in_its_own_order(tmp_path):
@@ -153,7 +155,9 @@ def test_a_missing_step_names_flag_and_file(tmp_path):
 
 def test_missing_samples_are_counted(tmp_path):
     writer(tmp_path).generate([prompt(0)], sampling())
-    with pytest.raises(ValueError, match=r"^--load-debug-rollout-data .*: step 0 lacks sample 8 \(2 missing\)"):
+    with pytest.raises(
+        ValueError, match=r"^--load-debug-rollout-data .*: step 0 lacks sample 8 \(2 missing\)"
+    ):
         reader(tmp_path).generate([prompt(0), prompt(8), prompt(9)], sampling())
 
 

@@ -22,7 +22,12 @@ from megatron_simct.evaluation.statistics import bootstrap, estimates
 
 LIMITS = Limits(cpu_s=2)
 GSM8K = {"question": "How many?", "answer": "3 * 400 = <<3*400=1200>>1200.\n#### 1,200"}
-MATH = {"problem": "Half?", "solution": "So $\\boxed{\\frac{1}{2}}$.", "answer": "\\frac{1}{2}", "unique_id": "a/1"}
+MATH = {
+    "problem": "Half?",
+    "solution": "So $\\boxed{\\frac{1}{2}}$.",
+    "answer": "\\frac{1}{2}",
+    "unique_id": "a/1",
+}
 MBPP = {
     "task_id": 7,
     "prompt": "Write a root.",
@@ -97,9 +102,13 @@ def right(tmp_path, verifier):
 @pytest.mark.parametrize("name", ROWS)
 def test_a_problem_asks_for_what_its_row_says(tmp_path, name):
     found = problem(tmp_path, name, ROWS[name])
-    asked = {"gsm8k": "How many?", "math500": "Half?", "mbpp": "assert root(9)", "humaneval": "Sum."}.get(name, "Add.")
+    asked = {"gsm8k": "How many?", "math500": "Half?", "mbpp": "assert root(9)", "humaneval": "Sum."}.get(
+        name, "Add."
+    )
     assert asked in found.chat and asked in found.completion
-    assert found.problem_id == {"gsm8k": "0", "math500": "a/1", "mbpp": "7", "humaneval": "HumanEval/0"}.get(name, "q1")
+    assert found.problem_id == {"gsm8k": "0", "math500": "a/1", "mbpp": "7", "humaneval": "HumanEval/0"}.get(
+        name, "q1"
+    )
 
 
 def test_lists_and_compressed_lines_are_read(tmp_path):
@@ -117,7 +126,11 @@ def test_lists_and_compressed_lines_are_read(tmp_path):
         ("mbpp", "\n".join([json.dumps(MBPP)] * 2), "two rows have the same id"),
         ("math500", "{", "not JSON"),
         ("mbpp", json.dumps(MBPP) + "\n\n{", ", line 3: not JSON"),
-        ("exact_match", json.dumps({"prompt": "Add.", "label": [3]}), "line 1 is not one of exact_match .RowError"),
+        (
+            "exact_match",
+            json.dumps({"prompt": "Add.", "label": [3]}),
+            "line 1 is not one of exact_match .RowError",
+        ),
         ("exact_match", "[3]", "row 1: expected a JSON object, found int"),
         (
             "gsm8k",
@@ -131,7 +144,11 @@ def test_lists_and_compressed_lines_are_read(tmp_path):
             json.dumps(livecodebench(STDIN, []) | {"private_test_cases": "abcd"}),
             "line 1 is not one of",
         ),
-        ("math_label", json.dumps({"messages": [], "label": "3"}), "neither a text nor messages under 'messages'"),
+        (
+            "math_label",
+            json.dumps({"messages": [], "label": "3"}),
+            "neither a text nor messages under 'messages'",
+        ),
         ("math500", "", "holds no problems"),
     ],
 )
@@ -210,7 +227,9 @@ def test_labels_are_the_response_or_its_final_answer(right):
     assert right("exact_match", row, "\\frac{1}{2}") == {"exact_match": True}
     assert right("exact_match", row, " \\frac{1}{2}") == {"exact_match": False}
     assert right("math_label", row, "It is $0.5$.") == {"math_verify": True}
-    assert right("math_label", row | {"label": "so $\\frac{1}{2}$"}, "It is $\\boxed{1/2}$.") == {"math_verify": True}
+    assert right("math_label", row | {"label": "so $\\frac{1}{2}$"}, "It is $\\boxed{1/2}$.") == {
+        "math_verify": True
+    }
     assert right("math_label", row, "It is $0.6$.") == {"math_verify": False}
 
 
@@ -261,7 +280,9 @@ def test_a_whole_function_in_a_block_stands_for_the_prompt(right):
     """It keeps the prompt's imports, and the functions before the one that is asked for."""
     whole = "def total(x: List[int]) -> int:\n    return x[0] + x[1]"
     assert right("humaneval", HUMANEVAL, f"```python\n{whole}\n```", chat=True) == {"pass": True}
-    assert right("humaneval", HUMANEVAL, f"```python\n{whole}", chat=True) == {"pass": True}, "cut at the length limit"
+    assert right("humaneval", HUMANEVAL, f"```python\n{whole}", chat=True) == {"pass": True}, (
+        "cut at the length limit"
+    )
     helper = "def twice(x):\n    return 2 * x\n\n\n"
     row = {"prompt": helper + HUMANEVAL["prompt"], "test": HUMANEVAL["test"] + "    assert twice(1) == 2\n"}
     assert right("humaneval", HUMANEVAL | row, f"```python\n{whole}\n```", chat=True) == {"pass": True}
@@ -324,7 +345,8 @@ CHECKED = [
         solution="class Pair:\n    pass\ndef longest(x):\n    pass",
         right="class Pair:\n    def __init__(s, a, b):\n        s.a, s.b = a, b\n"
         "def longest(x):\n    return max(p.b - p.a for p in x)",
-        wrong="class Pair:\n    def __init__(s, a, b):\n        s.a, s.b = a, b\ndef longest(x):\n    return len(x)",
+        wrong="class Pair:\n    def __init__(s, a, b):\n        s.a, s.b = a, b\ndef longest(x):\n    return "
+        "len(x)",
     ),
     Checked(
         name="objects that the tests link",
@@ -387,23 +409,33 @@ def test_what_tests_may_ask_of_a_program(right, case: Checked) -> None:
 def test_helpers_of_a_prompt_are_those_of_the_prompt(right) -> None:
     """A program that has another one in their place does not decide by it."""
     prompt = "def twice(x):\n    return 2 * x\n\n\ndef total(x):\n"
-    row = HUMANEVAL | {"prompt": prompt, "test": "def check(candidate):\n    assert candidate(2) == twice(2)\n"}
+    row = HUMANEVAL | {
+        "prompt": prompt,
+        "test": "def check(candidate):\n    assert candidate(2) == twice(2)\n",
+    }
     assert right("humaneval", row, "    return twice(x)") == {"pass": True}
     assert right("humaneval", row, "    return 0\n\n\ntwice = total") == {"pass": False}
 
 
 def test_functions_of_livecodebench(right):
-    row = livecodebench([], CALLS, starter="class Solution:\n    def join(self, a, b):\n        ", function="join")
+    row = livecodebench(
+        [], CALLS, starter="class Solution:\n    def join(self, a, b):\n        ", function="join"
+    )
     good = "class Solution:\n    def join(self, a: List[int], b):\n        return (*a, b)"
     for code, expected in ((good, True), (good.replace("*a, b", "b, *a"), False)):
         assert right("livecodebench", row, f"```python\n{code}\n```", chat=True) == {"pass": expected}
-    assert right("livecodebench", row, "return [*a, b]") == {"pass": True}, "the text goes on with the starter code"
+    assert right("livecodebench", row, "return [*a, b]") == {"pass": True}, (
+        "the text goes on with the starter code"
+    )
 
 
 def test_programs_of_livecodebench_need_not_import_what_its_grader_imports(right):
     code = "print(reduce(lambda a, b: a + pow(b, 1, 100), map(int, sys.stdin.read().split())))"
     assert right(
-        "livecodebench", livecodebench(STDIN, []), f"```python\nfrom functools import reduce\n{code}\n```", chat=True
+        "livecodebench",
+        livecodebench(STDIN, []),
+        f"```python\nfrom functools import reduce\n{code}\n```",
+        chat=True,
     ) == {"pass": True}
 
 

@@ -1,4 +1,6 @@
-"""examples/experiments without training: what is planned, kept and run again, and what the report makes of results."""
+"""examples/experiments without training: what is planned, kept and run again, and what the report makes of
+results.
+"""
 
 from __future__ import annotations
 
@@ -40,14 +42,22 @@ def finished(interface: str, seed: int, *, greedy: str, before: str = "0011") ->
     outcomes = {"greedy_before": before, "greedy": greedy, "sampled_before": "0022", "sampled": "0123"}
     outcomes = {name: digits * 10 for name, digits in outcomes.items()}
     figures = {"greedy_before": 0.5, "greedy": greedy.count("1") / 4}
-    run.keep(done, {"figures": figures, "outcomes": outcomes, "warm_start": "w", "seconds": 9.0, "cpu_seconds": 8.0})
+    run.keep(
+        done,
+        {"figures": figures, "outcomes": outcomes, "warm_start": "w", "seconds": 9.0, "cpu_seconds": 8.0},
+    )
     return done
 
 
 def test_the_first_seed_of_everything_comes_first():
     runs = plan.planned_runs()
     assert [r.seed for r in runs] == sorted(r.seed for r in runs)
-    assert len(runs) == 2 * 11 * 5 + 5 * 3 + 5 * 2 == len({r.name for r in runs}) == len({r.fingerprint for r in runs})
+    assert (
+        len(runs)
+        == 2 * 11 * 5 + 5 * 3 + 5 * 2
+        == len({r.name for r in runs})
+        == len({r.fingerprint for r in runs})
+    )
     first = [(r.setting.name, r.interface) for r in runs if r.seed == 1]
     assert len(first) == 32 and {r.setting.part for r in runs} == {"a", "b", "c"}
     for setting in SETTINGS:
@@ -78,7 +88,16 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path, monkeypatch, capsys, jo
             return {"figures": {"greedy_before": 0.25, "greedy": 0.5}, "seconds": 1.0}
 
     monkeypatch.setattr(run, "Toy", Bench)
-    flags = ["--parts", "a", "--only", "teacher-groups", "--run-dir", str(tmp_path / "runs"), "--jobs", str(jobs)]
+    flags = [
+        "--parts",
+        "a",
+        "--only",
+        "teacher-groups",
+        "--run-dir",
+        str(tmp_path / "runs"),
+        "--jobs",
+        str(jobs),
+    ]
     options = run.parse(flags)
     missing = [one for one in run.chosen(options) if one.seed == 1]
     assert run.run_missing(missing, options) == 1
@@ -93,12 +112,17 @@ def test_a_command_is_measured_and_its_failure_is_told(tmp_path):
     used = workplace.command([sys.executable, "-c", spin], log=tmp_path / "logs" / "log.txt")
     assert used["cpu_seconds"] >= 0.3 and used["seconds"] > 0
     with pytest.raises(RuntimeError, match=r"exit code 3; the end of .*log.txt:\nwhat was wrong"):
-        workplace.command([sys.executable, "-c", "print('what was wrong'); exit(3)"], log=tmp_path / "log.txt")
+        workplace.command(
+            [sys.executable, "-c", "print('what was wrong'); exit(3)"], log=tmp_path / "log.txt"
+        )
 
 
 def test_two_studies_do_not_share_a_folder(tmp_path):
     first = processes.Workplace(tmp_path)
-    other = "from pathlib import Path; from examples.experiments.processes import Workplace; Workplace(Path(r'{}'))"
+    other = (
+        "from pathlib import Path; from examples.experiments.processes import Workplace; "
+        "Workplace(Path(r'{}'))"
+    )
     with pytest.raises(
         RuntimeError, match="ValueError: --run-dir .*: a study, or a command that a killed one has left"
     ):
@@ -130,7 +154,10 @@ def test_every_planned_run_is_a_command_that_the_trainer_accepts(tmp_path, monke
         config.check(data_parallel_size=1)
         check_config(config.interface)
         assert config.interface.interface == interface and config.training.seed == 3
-        assert (config.training.lr, config.training.train_iters) == (setting.options["lr"], TOY.options["train_iters"])
+        assert (config.training.lr, config.training.train_iters) == (
+            setting.options["lr"],
+            TOY.options["train_iters"],
+        )
         assert config.rollout.rollout_batch_size == config.training.micro_batch_size == 32
         assert config.evaluation.eval_interval is None, "before and after, nothing between"
     assert len({config.model.pretrained_checkpoint for config in commands}) == 1
@@ -139,11 +166,22 @@ def test_every_planned_run_is_a_command_that_the_trainer_accepts(tmp_path, monke
 def test_outcomes_are_what_the_evaluations_have_counted():
     steps = [{"kind": "step", "loss": float(i), "coverage_unit": 0.25} for i in range(20)]
     evaluations = [
-        {"kind": "evaluation", "greedy_accuracy": a, "greedy_right": g, "sampled_accuracy": a, "sampled_right": s}
+        {
+            "kind": "evaluation",
+            "greedy_accuracy": a,
+            "greedy_right": g,
+            "sampled_accuracy": a,
+            "sampled_right": s,
+        }
         for a, g, s in ((0.5, [0, 1], [0, 4]), (1.0, [1, 1], [3, 4]))
     ]
     found = toy.summarize([evaluations[0], *steps, evaluations[1]])
-    assert found["outcomes"] == {"greedy_before": "01", "sampled_before": "04", "greedy": "11", "sampled": "34"}
+    assert found["outcomes"] == {
+        "greedy_before": "01",
+        "sampled_before": "04",
+        "greedy": "11",
+        "sampled": "34",
+    }
     figures = found["figures"]
     assert (figures["loss_first"], figures["loss_last"], figures["coverage_unit"]) == (4.5, 14.5, 0.25)
     assert figures["coverage_one_to_one"] is None, "bytes has none"
@@ -153,7 +191,10 @@ def test_differences_are_paired_by_seed_and_problem():
     def result(greedy: str) -> dict:
         return {"outcomes": {"greedy": greedy, "greedy_before": "0000"}, "configuration": {"eval_samples": 4}}
 
-    ours, theirs = {1: result("1110"), 2: result("1111"), 3: result("0000")}, {1: result("1100"), 2: result("0111")}
+    ours, theirs = (
+        {1: result("1110"), 2: result("1111"), 3: result("0000")},
+        {1: result("1100"), 2: result("0111")},
+    )
     estimate = scoring.difference(ours, theirs, "greedy")
     assert estimate.mean == pytest.approx((0 + 0 + 1 + 0 + 1 + 0 + 0 + 0) / 8)
     assert 0 <= estimate.low < estimate.mean < estimate.high <= 0.5
@@ -171,7 +212,10 @@ def test_sums_of_texts_are_weighed_by_their_lengths():
 
 def test_an_interval_with_0_in_it_decides_nothing():
     higher, lower = scoring.ACCURACIES[0], scoring.DISTANCES[0]
-    for bounds, of_higher, of_lower in (((0.1, 0.2), "better", "worse"), ((-0.1, 0.2), "undecided", "undecided")):
+    for bounds, of_higher, of_lower in (
+        ((0.1, 0.2), "better", "worse"),
+        ((-0.1, 0.2), "undecided", "undecided"),
+    ):
         estimate = scoring.Estimate(mean=sum(bounds) / 2, low=bounds[0], high=bounds[1])
         assert (scoring.verdict(estimate, higher), scoring.verdict(estimate, lower)) == (of_higher, of_lower)
 
@@ -190,7 +234,9 @@ def test_the_report_says_what_is_done_and_what_the_results_bear(tmp_path):
     assert "* Best greedy accuracy: `bytes`, 1.0000; ahead of every other one." in text
     assert re.search(r"^\| `bytes` \| 1 2 \| 1.000 1.000 \| \+0.500 ", text, re.MULTILINE)
     assert "| mean over seeds | seconds | of the processor |" in text, "no column for what no run has"
-    assert "All runs start from one student (w)" in text and text.count("No run of this setting is done.") == 3
+    assert (
+        "All runs start from one student (w)" in text and text.count("No run of this setting is done.") == 3
+    )
     figure = tmp_path / "figures" / "teacher-groups.svg"
     first = figure.read_bytes()
     report.write_report(plan.planned_runs())
@@ -216,7 +262,9 @@ def test_the_reports_numbers_are_those_of_its_files():
             gains = []
             for path in sorted((folder / "results").glob(f"{setting.name}-{name}-[0-9].json")):
                 outcomes = json.loads(path.read_text())["outcomes"]
-                after, before = ([int(digit) for digit in outcomes[key]] for key in ("greedy", "greedy_before"))
+                after, before = (
+                    [int(digit) for digit in outcomes[key]] for key in ("greedy", "greedy_before")
+                )
                 gains.append([a - b for a, b in zip(after, before, strict=True)])
             gain = np.mean(gains, axis=0)
             of_pairs = [(gain[k::54].sum(), len(gain[k::54])) for k in range(54)]
@@ -262,7 +310,10 @@ def test_results_in_the_repository_are_of_planned_runs(monkeypatch):
 
 def test_distances_of_texts_from_a_teacher(tmp_path):
     pytest.importorskip("transformers", reason="pip install -r requirements-test.txt")
-    for name, vocab_size, save_tokenizer in (("student", 320, save_byte_level), ("teacher", 340, save_byte_fallback)):
+    for name, vocab_size, save_tokenizer in (
+        ("student", 320, save_byte_level),
+        ("teacher", 340, save_byte_fallback),
+    ):
         (tmp_path / name).mkdir()
         save_model(tmp_path / name, "llama", vocab_size=vocab_size)
         save_tokenizer(tmp_path / name)
@@ -319,7 +370,11 @@ def test_a_run_with_real_weights_is_the_examples_own_commands(tmp_path, monkeypa
     config = parse_config(flags)
     config.check(data_parallel_size=1)
     check_config(config.interface)
-    assert (config.interface.interface, config.training.seed, config.training.lr) == ("bytes", 2, REAL.options["lr"])
+    assert (config.interface.interface, config.training.seed, config.training.lr) == (
+        "bytes",
+        2,
+        REAL.options["lr"],
+    )
     assert config.interface.divergence == REAL.options["divergence"]
     assert [len(started), "export" in " ".join(started[1])] == [3, True]
     assert not (folder / "bytes-2").exists(), "2 GB of checkpoints"

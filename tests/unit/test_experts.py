@@ -31,20 +31,30 @@ def weights_of(options: dict, correction: torch.Tensor | None, logits: torch.Ten
 def test_weights_and_their_gradient(name):
     options, generator = CASES[name], torch.Generator().manual_seed(3)
     logits = (2 * torch.randn(40, 12, generator=generator, dtype=torch.float64)).requires_grad_()
-    correction = 0.5 * torch.randn(12, generator=generator, dtype=torch.float64) if "correction" in options else None
+    correction = (
+        0.5 * torch.randn(12, generator=generator, dtype=torch.float64) if "correction" in options else None
+    )
     listed = None if correction is None else correction.tolist()
     expected = route(logits, chosen=3, **(options | {"correction": listed}))
     found = weights_of(options, correction, logits)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
     upstream = torch.randn(40, 12, generator=generator, dtype=torch.float64)
-    theirs, ours = (torch.autograd.grad((weights * upstream).sum(), logits)[0] for weights in (expected, found))
+    theirs, ours = (
+        torch.autograd.grad((weights * upstream).sum(), logits)[0] for weights in (expected, found)
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("name, without", [("correction", "correction"), ("groups", "groups"), ("groups", "factor")])
+@pytest.mark.parametrize(
+    "name, without", [("correction", "correction"), ("groups", "groups"), ("groups", "factor")]
+)
 def test_each_part_changes_the_weights(name, without):
     logits = 2 * torch.randn(40, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     correction = torch.linspace(-0.2, 0.2, 12, dtype=torch.float64)
-    less = {k: v for k, v in CASES[name].items() if k != without and not (without == "groups" and k == "chosen_groups")}
+    less = {
+        k: v
+        for k, v in CASES[name].items()
+        if k != without and not (without == "groups" and k == "chosen_groups")
+    }
     with_it = weights_of(CASES[name], correction, logits)
     assert not torch.equal(with_it, weights_of(less, None if without == "correction" else correction, logits))

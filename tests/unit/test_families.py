@@ -88,10 +88,14 @@ def test_qwen2_has_biases_and_its_window_is_neutral_while_unused(read):
     [
         (MISTRAL, (5, 5, 5)),
         (MISTRAL | {"sliding_window": None}, (None, None, None)),
-        (QWEN2 | {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None}, (None, 32768, 32768)),
+        (
+            QWEN2 | {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None},
+            (None, 32768, 32768),
+        ),
         (QWEN2 | {"use_sliding_window": True}, (None, None, None)),
         (
-            QWEN2 | {"use_sliding_window": True, "layer_types": ["sliding_attention", *["full_attention"] * 2]},
+            QWEN2
+            | {"use_sliding_window": True, "layer_types": ["sliding_attention", *["full_attention"] * 2]},
             (32768, None, None),
         ),
     ],
@@ -176,7 +180,9 @@ def test_what_gemma2_leaves_out(read):
     assert (layer.attention.head_dim, found.tied_embeddings, layer.attention.scale) == (256, True, 144**-0.5)
     assert (layer.attention.softcap, found.final_logit_softcap) == (50.0, 30.0)
     assert (windows_of(found), found.embedding_scale) == ((4096, None, 4096), 8.0)
-    assert found.zero_centered_norm and layer.norms == "around" and layer.mlp.activation == "gelu_pytorch_tanh"
+    assert (
+        found.zero_centered_norm and layer.norms == "around" and layer.mlp.activation == "gelu_pytorch_tanh"
+    )
     assert read(GEMMA2 | {"attn_logit_softcapping": None}).layers[0].attention.softcap is None
 
 
@@ -184,7 +190,10 @@ def test_gemma3_has_two_rotary_embeddings(read):
     fields = GEMMA2 | {"model_type": "gemma3_text", "num_hidden_layers": 7, "sliding_window": 512}
     found = read(fields)
     full, local = Rope(theta=1e6, dim=256), Rope(theta=1e4, dim=256)
-    assert [layer.rope for layer in found.layers] == [*[local] * 5, full, local] and found.ropes == (local, full)
+    assert [layer.rope for layer in found.layers] == [*[local] * 5, full, local] and found.ropes == (
+        local,
+        full,
+    )
     assert windows_of(found) == (*[512] * 5, None, 512)
     attention = found.layers[0].attention
     assert (attention.softcap, found.final_logit_softcap, attention.qk_norm) == (None, None, True)
@@ -196,10 +205,17 @@ def test_phi4_mini_turns_a_part_of_each_head_by_longrope(read):
     assert (rope.kind, rope.dim, rope.original_length) == ("longrope", 4, 4096)
     assert (rope.short_factors, rope.long_factors) == ((1.0, 2.0), (3, 4))
     assert rope.attention_factor == pytest.approx((1 + 5 / 12) ** 0.5)  # log2(32) / log2(4096)
-    assert found.layers[0].attention.packed and found.layers[0].mlp.packed and windows_of(found) == (262144,) * 3
+    assert (
+        found.layers[0].attention.packed and found.layers[0].mlp.packed and windows_of(found) == (262144,) * 3
+    )
 
 
-SMOLLM3 = LLAMA | {"model_type": "smollm3", "num_hidden_layers": 5, "sliding_window": 7, "max_window_layers": 28}
+SMOLLM3 = LLAMA | {
+    "model_type": "smollm3",
+    "num_hidden_layers": 5,
+    "sliding_window": 7,
+    "max_window_layers": 28,
+}
 
 
 @pytest.mark.parametrize(
@@ -301,7 +317,11 @@ GLM4_MOE = LLAMA | {
     "use_qk_norm": True,
     "partial_rotary_factor": 0.5,
     "head_dim": 8,
-    **{name: value for name, value in DEEPSEEK.items() if "expert" in name or name.startswith(("moe_int", "norm_to"))},
+    **{
+        name: value
+        for name, value in DEEPSEEK.items()
+        if "expert" in name or name.startswith(("moe_int", "norm_to"))
+    },
     "n_group": 1,
     "topk_group": 1,
     "routed_scaling_factor": 2.5,
@@ -318,7 +338,9 @@ SOLAR = GLM4_MOE | {
     "partial_rotary_factor": 1.0,
     "num_nextn_predict_layers": 0,
 }
-DOTS = {name: value for name, value in GLM4_MOE.items() if name not in ("partial_rotary_factor", "use_qk_norm")} | {
+DOTS = {
+    name: value for name, value in GLM4_MOE.items() if name not in ("partial_rotary_factor", "use_qk_norm")
+} | {
     "model_type": "dots1",
     "attention_bias": False,
     "sliding_window": None,
@@ -387,7 +409,12 @@ MINISTRAL3 = LLAMA | {
     "model_type": "ministral3",
     "rope_parameters": {
         **{"beta_fast": 32.0, "beta_slow": 1.0, "factor": 16.0, "llama_4_scaling_beta": 0.1, "mscale": 1.0},
-        **{"mscale_all_dim": 1.0, "original_max_position_embeddings": 16384, "rope_theta": 1e6, "type": "yarn"},
+        **{
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 16384,
+            "rope_theta": 1e6,
+            "type": "yarn",
+        },
         **{"rope_type": "yarn", "max_position_embeddings": 262144},
     },
 }
@@ -423,12 +450,38 @@ HUNYUAN = LLAMA | {
     "model_type": "hunyuan_v1_dense",
     **dict.fromkeys(("add_classification_head", "attention_bias", "mlp_bias", "use_cla"), False),
     **dict.fromkeys(("attention_head_dim", "head_dim"), 8),
-    **{"attention_dropout": 0.0, "cla_share_factor": 2, "class_num": 0, "dense_list": [64, 0], "norm_type": "rms"},
-    **{"org_vocab_size": 90, "pool_type": "last", "num_experts": 1, "use_qk_norm": True, "use_rotary_pos_emb": True},
-    **{"eod_token_id": 3, "pad_id": 2, "mask_init_id": 12, "im_start_id": 4, "im_end_id": 5, "im_newline_id": 11},
+    **{
+        "attention_dropout": 0.0,
+        "cla_share_factor": 2,
+        "class_num": 0,
+        "dense_list": [64, 0],
+        "norm_type": "rms",
+    },
+    **{
+        "org_vocab_size": 90,
+        "pool_type": "last",
+        "num_experts": 1,
+        "use_qk_norm": True,
+        "use_rotary_pos_emb": True,
+    },
+    **{
+        "eod_token_id": 3,
+        "pad_id": 2,
+        "mask_init_id": 12,
+        "im_start_id": 4,
+        "im_end_id": 5,
+        "im_newline_id": 11,
+    },
     **{"text_start_id": 6, "text_end_id": 7, "tie_word_embeddings": True, "rope_theta": 10000.0},
     "rope_scaling": {
-        **{"alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0},
+        **{
+            "alpha": 1000.0,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.0,
+        },
         "type": "dynamic",
     },
 }
@@ -479,7 +532,9 @@ def test_the_layers_of_deepseek_v3(read):
     attention = Latent(
         heads=8, query_rank=12, rank=16, plain_dim=6, turned_dim=4, value_dim=8, scale=10**-0.5 * mscale**2
     )
-    rope = Rope(theta=10000, dim=4, kind="yarn", factor=40, original_length=4096, beta_fast=32, interleaved=True)
+    rope = Rope(
+        theta=10000, dim=4, kind="yarn", factor=40, original_length=4096, beta_fast=32, interleaved=True
+    )
     assert found.layers[0].attention == attention and found.ropes == (rope,)
     with pytest.raises(ValueError, match="--x: model_type 'deepseek_v3' is supported as a teacher only"):
         families.check_student(found, flag="--x")
@@ -565,19 +620,34 @@ NESTED = {"full_attention": {"rope_type": "default"}}
 REFUSED = [
     # What no family here is.
     Refused(
-        base=LLAMA, change={"model_type": "gpt2"}, words=("'gpt2' is not supported", "this version knows: llama, ")
+        base=LLAMA,
+        change={"model_type": "gpt2"},
+        words=("'gpt2' is not supported", "this version knows: llama, "),
     ),
     Refused(base=GEMMA2, change={"model_type": "gemma3"}, words=("'text_config' is missing",)),
     Refused(base=LLAMA, change={"model_type": ["llama"]}, words=("model_type ['llama'] is not supported",)),
-    Refused(base=QWEN2, change={"quantization_config": {"quant_method": "awq"}}, words=("it is quantised (awq)",)),
-    Refused(base=LLAMA, change={"quantization_config": ["fp8"]}, words=("it is quantised (of an unnamed kind)",)),
+    Refused(
+        base=QWEN2, change={"quantization_config": {"quant_method": "awq"}}, words=("it is quantised (awq)",)
+    ),
+    Refused(
+        base=LLAMA, change={"quantization_config": ["fp8"]}, words=("it is quantised (of an unnamed kind)",)
+    ),
     Refused(base=LLAMA, change={"quantization_config": {}}, words=("it is quantised (of an unnamed kind)",)),
     Refused(base=LLAMA, without="vocab_size", words=("'vocab_size' is missing",)),
     Refused(base=QWEN3_MOE, without="moe_intermediate_size", words=("'moe_intermediate_size' is missing",)),
     # Every switch that is implemented, at a value that is not.
-    *(switch(base, "hidden_act", "gelu") for base in (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, PHI4_MINI, SMOLLM3)),
-    *(switch(base, "attention_dropout", 0.1) for base in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, PHI4_MINI, SMOLLM3)),
-    *(switch(base, "attention_bias", True) for base in (LLAMA, QWEN3, QWEN3_MOE, GEMMA2, GEMMA3, PHI4_MINI, SMOLLM3)),
+    *(
+        switch(base, "hidden_act", "gelu")
+        for base in (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, PHI4_MINI, SMOLLM3)
+    ),
+    *(
+        switch(base, "attention_dropout", 0.1)
+        for base in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, PHI4_MINI, SMOLLM3)
+    ),
+    *(
+        switch(base, "attention_bias", True)
+        for base in (LLAMA, QWEN3, QWEN3_MOE, GEMMA2, GEMMA3, PHI4_MINI, SMOLLM3)
+    ),
     *(switch(base, "mlp_bias", True) for base in (LLAMA, PHI4_MINI, SMOLLM3)),
     *(switch(base, "hidden_activation", "gelu") for base in (GEMMA2, GEMMA3)),
     *(switch(base, "hidden_act", "silu") for base in (GEMMA2, GEMMA3)),
@@ -585,9 +655,13 @@ REFUSED = [
     *(switch(base, name, value) for base in (QWEN3_5, QWEN3_NEXT) for name, value in DELTA_SWITCHES.items()),
     switch(QWEN3_NEXT, "decoder_sparse_step", 2),
     switch(QWEN3_NEXT, "output_router_logits", True),
-    Refused(base=QWEN3_5, change={"linear_num_value_heads": 3}, words=("expected a multiple of 2 key heads",)),
+    Refused(
+        base=QWEN3_5, change={"linear_num_value_heads": 3}, words=("expected a multiple of 2 key heads",)
+    ),
     Refused(base=QWEN3_5, change={"layer_types": ["sliding_attention"] * 4}, words=("layer_types = ",)),
-    Refused(base=QWEN3_5, change={"layer_types": ["linear_attention"] * 4}, words=("without full_attention",)),
+    Refused(
+        base=QWEN3_5, change={"layer_types": ["linear_attention"] * 4}, words=("without full_attention",)
+    ),
     switch(QWEN3_MOE, "decoder_sparse_step", 2),
     switch(QWEN3_MOE, "decoder_sparse_step", None),
     switch(QWEN3_MOE, "mlp_only_layers", [0]),
@@ -629,7 +703,10 @@ REFUSED = [
     unknown(LLAMA, "auto_map", {"AutoModel": "modeling_mine.BidirectionalLlamaModel"}),
     unknown(LLAMA, "auto_map", {"AutoModelForCausalLM": None}),
     # Families with experts, and the small ones after them.
-    *(switch(base, "output_router_logits", True) for base in (GLM4_MOE, SOLAR, DOTS, ERNIE_MOE, MINIMAX, *LATENT)),
+    *(
+        switch(base, "output_router_logits", True)
+        for base in (GLM4_MOE, SOLAR, DOTS, ERNIE_MOE, MINIMAX, *LATENT)
+    ),
     *(switch(base, "scoring_func", "softmax") for base in (GLM4_MOE, SOLAR, DOTS, MINIMAX, *LATENT)),
     *(switch(base, "topk_method", "greedy") for base in (GLM4_MOE, SOLAR, DOTS, *LATENT)),
     *(switch(base, "moe_layer_freq", 2) for base in (GLM4_MOE, SOLAR, DOTS, *LATENT)),
@@ -669,29 +746,47 @@ REFUSED = [
     Refused(base=DEEPSEEK, change={"n_group": 3}, words=("n_group = 3, topk_group = 4", "not implemented")),
     Refused(base=DEEPSEEK, change={"topk_group": 3}, words=("num_experts_per_tok = 8 of 16 experts",)),
     Refused(base=DEEPSEEK, change={"n_group": 16}, words=("hold two at least",)),
-    Refused(base=DEEPSEEK, change={"num_key_value_heads": 4}, words=("num_key_value_heads = 4", "expected 8")),
+    Refused(
+        base=DEEPSEEK, change={"num_key_value_heads": 4}, words=("num_key_value_heads = 4", "expected 8")
+    ),
     Refused(base=ERNIE_MOE, change={"moe_k": 9}, words=("moe_k = 9 of 8 experts",)),
-    Refused(base=EXAONE4, without="layer_types", words=("sliding_window_pattern = 'LLLG'", "without layer_types")),
+    Refused(
+        base=EXAONE4, without="layer_types", words=("sliding_window_pattern = 'LLLG'", "without layer_types")
+    ),
     # Layers and windows.
-    Refused(base=QWEN2, change={"layer_types": ["full_attention", "sliding_attention"]}, words=("layer_types",)),
+    Refused(
+        base=QWEN2, change={"layer_types": ["full_attention", "sliding_attention"]}, words=("layer_types",)
+    ),
     Refused(base=QWEN2, change={"layer_types": ["sliding_attention"] * 3}, words=("sliding_window is None",)),
     Refused(base=LLAMA, change={"layer_types": ["sliding_attention"] * 3}, words=("layer_types", "llama")),
     Refused(base=MISTRAL, change={"layer_types": ["full_attention"] * 3}, words=("layer_types", "mistral")),
-    Refused(base=QWEN2, change={"layer_types": ["chunked_attention"] * 3}, words=("layer_types", "chunked_attention")),
-    Refused(base=SMOLLM3, change={"layer_types": ["sliding_attention"] * 5}, words=("sliding_window is None",)),
+    Refused(
+        base=QWEN2,
+        change={"layer_types": ["chunked_attention"] * 3},
+        words=("layer_types", "chunked_attention"),
+    ),
+    Refused(
+        base=SMOLLM3, change={"layer_types": ["sliding_attention"] * 5}, words=("sliding_window is None",)
+    ),
     Refused(
         base=SMOLLM3,
         change={"no_rope_layers": [1, 1, 1, 0]},
         words=("no_rope_layers = [1, 1, 1, 0]", "each of 5 layers"),
     ),
-    Refused(base=SMOLLM3, change={"no_rope_layers": [1, 1, 1, 0, 2]}, words=("no_rope_layers = [1, 1, 1, 0, 2]",)),
+    Refused(
+        base=SMOLLM3, change={"no_rope_layers": [1, 1, 1, 0, 2]}, words=("no_rope_layers = [1, 1, 1, 0, 2]",)
+    ),
     Refused(base=SMOLLM3, change={"no_rope_layers": 4}, words=("no_rope_layers = 4",)),
     Refused(base=SMOLLM3, change={"no_rope_layer_interval": 0}, words=("no_rope_layer_interval = 0",)),
     # Experts.
     Refused(base=QWEN3_MOE, change={"num_experts": 1}, words=("num_experts_per_tok = 2 of 1 experts",)),
-    Refused(base=QWEN3_MOE, change={"num_local_experts": 4}, words=("num_experts = 8, num_local_experts = 4",)),
+    Refused(
+        base=QWEN3_MOE, change={"num_local_experts": 4}, words=("num_experts = 8, num_local_experts = 4",)
+    ),
     Refused(base=QWEN3_MOE, without="num_experts", words=("num_experts", "neither is there")),
-    Refused(base=QWEN3_MOE, change={"num_experts_per_tok": 9}, words=("num_experts_per_tok = 9 of 8 experts",)),
+    Refused(
+        base=QWEN3_MOE, change={"num_experts_per_tok": 9}, words=("num_experts_per_tok = 9 of 8 experts",)
+    ),
     Refused(
         base=QWEN3_MOE,
         change={"num_experts_per_tok": 1},
@@ -699,7 +794,9 @@ REFUSED = [
     ),
     # Heads.
     Refused(
-        base=LLAMA, change={"num_key_value_heads": 3}, words=("num_key_value_heads = 3; expected a divisor of 8 heads",)
+        base=LLAMA,
+        change={"num_key_value_heads": 3},
+        words=("num_key_value_heads = 3; expected a divisor of 8 heads",),
     ),
     Refused(
         base=LLAMA,
@@ -707,33 +804,56 @@ REFUSED = [
         words=("of a head's 0 entries 0 would be turned; expected an even",),
     ),
     Refused(
-        base=LLAMA, change={"head_dim": 7}, words=("of a head's 7 entries 7 would be turned; expected an even number",)
+        base=LLAMA,
+        change={"head_dim": 7},
+        words=("of a head's 7 entries 7 would be turned; expected an even number",),
     ),
     # The rotary embedding.
     scaled(LLAMA, LLAMA3 | {"beta": 2.0}, "beta", "rope_type llama3 has factor"),
     scaled(LLAMA, {"type": "llama3", "factor": 2.0}, "high_freq_factor"),
-    scaled(LLAMA, LLAMA3 | {"high_freq_factor": 1.0}, "{", "expected a high_freq_factor above low_freq_factor"),
+    scaled(
+        LLAMA, LLAMA3 | {"high_freq_factor": 1.0}, "{", "expected a high_freq_factor above low_freq_factor"
+    ),
     scaled(LLAMA, {"type": "default", "factor": 2.0}, "rope_type default has nothing else"),
     scaled(
-        LLAMA, {"type": "dynamic", "factor": 2.0}, "'dynamic'", "llama", "rope_type default, linear, llama3, yarn are"
+        LLAMA,
+        {"type": "dynamic", "factor": 2.0},
+        "'dynamic'",
+        "llama",
+        "rope_type default, linear, llama3, yarn are",
     ),
     scaled(LLAMA, {"rope_type": "linear", "factor": 2.0, "finetuned": True}, "rope_type linear has factor"),
-    scaled(LLAMA, {"rope_type": "yarn", "factor": 2.0, "ramp": 2.0}, "rope_type yarn has", key="rope_parameters"),
+    scaled(
+        LLAMA, {"rope_type": "yarn", "factor": 2.0, "ramp": 2.0}, "rope_type yarn has", key="rope_parameters"
+    ),
     scaled(LLAMA, {"rope_theta": 1.0, "partial_rotary_factor": 0.5}, "nothing else", key="rope_parameters"),
     scaled(LLAMA, NESTED, "nothing else", key="rope_parameters"),
     scaled(QWEN2, {"type": "linear", "factor": 2.0}, "'linear'", "qwen2", "rope_type default"),
     scaled(QWEN2, {"type": "mrope", "mrope_section": [2, 1, 1]}, "'mrope'"),
     scaled(QWEN2, {"type": "mrope", "rope_type": "default", "mrope_section": [2, 1, 1]}, "nothing else"),
     scaled(GEMMA3, {"type": "linear", "factor": 2.0}, "'rope_type': 'default'", "nothing else"),
-    scaled(GEMMA3, {"rope_type": "linear", "factor": 2.0}, "it has full_attention and sliding", key="rope_parameters"),
+    scaled(
+        GEMMA3,
+        {"rope_type": "linear", "factor": 2.0},
+        "it has full_attention and sliding",
+        key="rope_parameters",
+    ),
     scaled(GEMMA3, NESTED | {"chunked_attention": {}}, "is not known", key="rope_parameters"),
     Refused(
         base=PHI4_MINI,
         change={"partial_rotary_factor": 1.0},
         words=("rope_type longrope has", "with 4 factors each"),
     ),
-    Refused(base=PHI4_MINI, change={"partial_rotary_factor": 0.4}, words=("of a head's 8 entries 3 would be turned",)),
-    Refused(base=PHI4_MINI, change={"partial_rotary_factor": 2}, words=("of a head's 8 entries 16 would be turned",)),
+    Refused(
+        base=PHI4_MINI,
+        change={"partial_rotary_factor": 0.4},
+        words=("of a head's 8 entries 3 would be turned",),
+    ),
+    Refused(
+        base=PHI4_MINI,
+        change={"partial_rotary_factor": 2},
+        words=("of a head's 8 entries 16 would be turned",),
+    ),
 ]
 
 
@@ -777,29 +897,46 @@ def test_a_file_that_is_not_an_object_is_refused(read, tmp_path, content, words)
 PUBLISHED = {
     "SmolLM2": LLAMA
     | {"is_llama_config": True, "rope_interleaved": False, "pretraining_tp": 1, "rope_scaling": None}
-    | {"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "attention_bias": False, "mlp_bias": False},
+    | {
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
     "R1-Distill-Qwen": QWEN2 | {"use_mrope": False, "attention_dropout": 0.0, "torch_dtype": "bfloat16"},
-    "unsloth": QWEN2 | {"unsloth_fixed": True, "unsloth_version": "2025.1.1", "pad_token_id": 3, "rope_scaling": None},
+    "unsloth": QWEN2
+    | {"unsloth_fixed": True, "unsloth_version": "2025.1.1", "pad_token_id": 3, "rope_scaling": None},
     "merged after QLoRA": LLAMA | {"quantization_config": None, "_attn_implementation_autoset": True},
     "huggyllama": LLAMA | {"max_sequence_length": 2048, "pad_token_id": -1},
     "a dump of every field": LLAMA
     | {"pruned_heads": {}, "chunk_size_feed_forward": 0, "temperature": 0.6, "top_p": 0.9, "do_sample": True}
-    | {"is_encoder_decoder": False, "tie_encoder_decoder": False, "cross_attention_hidden_size": None, "num_beams": 1}
+    | {
+        "is_encoder_decoder": False,
+        "tie_encoder_decoder": False,
+        "cross_attention_hidden_size": None,
+        "num_beams": 1,
+    }
     | {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "torchscript": False, "return_dict": True},
     "a sliding window that llama has not": LLAMA | {"use_sliding_window": False, "sliding_window": None},
     "with biases by name": QWEN2 | {"attention_bias": True},
     "Granite's fields at llama's values": LLAMA | {"logits_scaling": 1.0, "residual_multiplier": 1.0},
     "Phi-4-mini": PHI4_MINI | {"auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}},
     "moved into transformers": QWEN3
-    | {"auto_map": {"AutoConfig": "configuration_qwen3.Qwen3Config", "AutoModel": "modeling_qwen3.Qwen3Model"}},
+    | {
+        "auto_map": {
+            "AutoConfig": "configuration_qwen3.Qwen3Config",
+            "AutoModel": "modeling_qwen3.Qwen3Model",
+        }
+    },
     "DeepSeek-V3": DEEPSEEK | {"aux_loss_alpha": 0.001, "seq_aux": True, "pretraining_tp": 1},
-    "Kimi-K2": DEEPSEEK | {"model_type": "kimi_k2", "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "Kimi-K2": DEEPSEEK
+    | {"model_type": "kimi_k2", "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     "GLM-4.6": GLM4_MOE,
     "GLM-4.7-Flash": GLM_FLASH | {"first_k_dense_replace": 1},
     "Solar-Open": SOLAR,
     "dots.llm1": DOTS,
     "ERNIE-4.5-A3B": ERNIE_MOE,
-    "MiniMax-M2": MINIMAX | {"auto_map": {"AutoModelForCausalLM": "modeling_minimax_m2.MiniMaxM2ForCausalLM"}},
+    "MiniMax-M2": MINIMAX
+    | {"auto_map": {"AutoModelForCausalLM": "modeling_minimax_m2.MiniMaxM2ForCausalLM"}},
     "gpt-oss": GPT_OSS,
     "Ministral-3": MINISTRAL3,
     "Seed-OSS": SEED,
@@ -834,7 +971,12 @@ def test_what_changes_nothing_is_accepted(read, fields):
         (LLAMA, "rope_scaling", [[], "linear", 2.0], "an object, or null"),
         (LLAMA, "rope_parameters", [["default"], 1], "an object, or null"),
         (LLAMA, "tie_word_embeddings", ["yes", 1, None], "true or false"),
-        (LLAMA, "layer_types", ["full_attention", [["full_attention"]], 3], "a list, each entry a string, or null"),
+        (
+            LLAMA,
+            "layer_types",
+            ["full_attention", [["full_attention"]], 3],
+            "a list, each entry a string, or null",
+        ),
         (MISTRAL, "sliding_window", [0, "4096", 4096.0], "a whole number, at least 1, or null"),
         (QWEN2, "use_sliding_window", ["no"], "true or false"),
         (QWEN2, "max_window_layers", [-1, None, "28"], "a whole number, at least 0"),
@@ -864,11 +1006,26 @@ def test_a_value_without_a_meaning_is_named(read, tmp_path, fields, field, value
     "fields, scaling, change, said",
     [
         (LLAMA, LLAMA3, {"factor": "32"}, "rope_scaling: factor = '32'; expected a number above 0, or null"),
-        (LLAMA, LLAMA3, {"low_freq_factor": 0}, "rope_scaling: low_freq_factor = 0; expected a number above 0"),
+        (
+            LLAMA,
+            LLAMA3,
+            {"low_freq_factor": 0},
+            "rope_scaling: low_freq_factor = 0; expected a number above 0",
+        ),
         (LLAMA, LLAMA3, {"rope_type": ["llama3"]}, "rope_scaling: rope_type = ['llama3']; expected a string"),
         (LLAMA, LLAMA3, {"rope_theta": None}, "rope_scaling: rope_theta = None; expected a number above 0"),
-        (PHI4_MINI, PHI4_MINI["rope_scaling"], {"short_factor": 2}, "rope_scaling: short_factor = 2; expected a list"),
-        (PHI4_MINI, PHI4_MINI["rope_scaling"], {"long_factor": [1, "2"]}, "rope_scaling: long_factor = [1, '2']"),
+        (
+            PHI4_MINI,
+            PHI4_MINI["rope_scaling"],
+            {"short_factor": 2},
+            "rope_scaling: short_factor = 2; expected a list",
+        ),
+        (
+            PHI4_MINI,
+            PHI4_MINI["rope_scaling"],
+            {"long_factor": [1, "2"]},
+            "rope_scaling: long_factor = [1, '2']",
+        ),
     ],
 )
 def test_a_value_without_a_meaning_in_the_scaling_is_named(read, tmp_path, fields, scaling, change, said):
@@ -879,12 +1036,17 @@ def test_a_value_without_a_meaning_in_the_scaling_is_named(read, tmp_path, field
 
 def test_both_rotary_embeddings_of_gemma3_are_objects(read):
     both = {"full_attention": {"rope_type": "default"}, "sliding_attention": 1e4}
-    with pytest.raises(ValueError, match=r"rope_parameters: sliding_attention = 10000\.0; expected an object"):
+    with pytest.raises(
+        ValueError, match=r"rope_parameters: sliding_attention = 10000\.0; expected an object"
+    ):
         read(GEMMA3 | {"rope_parameters": both})
 
 
 def test_every_field_that_is_read_says_what_it_may_hold():
-    assert families._READ.union(*(family.read for family in families.FAMILIES.values())) <= families._KINDS.keys()
+    assert (
+        families._READ.union(*(family.read for family in families.FAMILIES.values()))
+        <= families._KINDS.keys()
+    )
     assert set().union(*families._ROPE_FIELDS.values()) <= families._ROPE_KINDS.keys()
 
 
@@ -904,7 +1066,10 @@ def test_every_field_that_is_read_says_what_it_may_hold():
                 "adapter_model.safetensors": "",
                 "config.json": json.dumps(LLAMA),  # as some trainers leave it beside the adapter
             },
-            ["an adapter (LoRA) of another model", "delete adapter_config.json and adapter_model.safetensors if"],
+            [
+                "an adapter (LoRA) of another model",
+                "delete adapter_config.json and adapter_model.safetensors if",
+            ],
         ),
         ({"adapter_model.bin": ""}, ["holds adapter_model.bin, so it is an adapter (LoRA) of another model"]),
         ({"adapter_config.json": '{"peft_type": "IA3"}'}, ["an adapter (IA3) of"]),

@@ -26,7 +26,9 @@ def test_a_disk_that_refuses_leaves_what_was_there(tmp_path, monkeypatch):
 def test_rows_come_back(tmp_path):
     rows = [{"text": "a\u2028b\r", "n": 1}, {}]
     write_rows(tmp_path / "rows.jsonl", rows)
-    assert read_rows(tmp_path / "rows.jsonl") == rows and [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert read_rows(tmp_path / "rows.jsonl") == rows and [p.name for p in tmp_path.iterdir()] == [
+        "rows.jsonl"
+    ]
 
 
 def test_a_link_stays_and_a_pipe_is_written_to(tmp_path):

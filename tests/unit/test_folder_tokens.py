@@ -1,4 +1,6 @@
-"""The files beside a tokenizer in a Hugging Face folder: what transformers reads in them, and what is not read."""
+"""The files beside a tokenizer in a Hugging Face folder: what transformers reads in them, and what is not
+read.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ LISTED = {"316": added("<|endoftext|>"), "317": added("<|im_start|>"), "318": ad
 DECODERS: dict[str, Mapping[str, Any]] = {
     "no decoder": {},
     "empty decoder": {"added_tokens_decoder": {}},
-    "a token more": {"added_tokens_decoder": LISTED | {"320": added("<|turn|>"), "321": added("<new>", special=False)}},
+    "a token more": {
+        "added_tokens_decoder": LISTED | {"320": added("<|turn|>"), "321": added("<new>", special=False)}
+    },
     "other flags": {
         "added_tokens_decoder": {
             "317": added("<|im_start|>", rstrip=True),
@@ -66,7 +70,9 @@ DECODERS: dict[str, Mapping[str, Any]] = {
             "319": added("<tool>", special=False, single_word=True, normalized=True),
         }
     },
-    "other kind": {"added_tokens_decoder": {"319": added("<tool>"), "318": added("<|im_end|>", special=False)}},
+    "other kind": {
+        "added_tokens_decoder": {"319": added("<tool>"), "318": added("<|im_end|>", special=False)}
+    },
 }
 MAPS: dict[str, Any] = {
     "no map": None,
@@ -172,7 +178,9 @@ def test_a_published_tokenizer_is_read_as_transformers_reads_it(name):
 
 @pytest.fixture(scope="module")
 def sentencepiece_file(tmp_path_factory) -> Path:
-    """A model of 300 ids that puts no blank before a text, so that transformers and this package write the same."""
+    """A model of 300 ids that puts no blank before a text, so that transformers and this package write the
+    same.
+    """
     import sentencepiece
 
     path = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model"
@@ -193,7 +201,10 @@ def sentencepiece_file(tmp_path_factory) -> Path:
 
 
 SENTENCEPIECE_FILES: dict[str, dict[str, Any]] = {
-    "an EOS with an id": {"added_tokens": {"<|end|>": 300, "<x>": 301}, "tokenizer_config": {"eos_token": "<|end|>"}},
+    "an EOS with an id": {
+        "added_tokens": {"<|end|>": 300, "<x>": 301},
+        "tokenizer_config": {"eos_token": "<|end|>"},
+    },
     "no names": {"added_tokens": {"<x>": 301, "<|end|>": 300}},
     "a decoder": {
         "tokenizer_config": {
@@ -312,7 +323,9 @@ def test_stop_ids_by_the_order_of_the_files(folder):
     assert sources == {318: "chat template", 316: "eos_token", 317: "config.json"}
     nested = {"text_config": {"eos_token_id": 317}}
     plain = {"chat_template": None, "eos_token": None}
-    assert stop_ids(folder, config=nested, special_tokens_map=None, tokenizer_config=plain) == {317: "config.json"}
+    assert stop_ids(folder, config=nested, special_tokens_map=None, tokenizer_config=plain) == {
+        317: "config.json"
+    }
 
 
 def test_a_token_of_the_vocabulary_that_a_file_names_is_one_token(folder):
@@ -340,7 +353,9 @@ def test_an_id_that_only_the_decoder_has_is_one_token_of_a_chat(folder):
     found = load_tokenizer(str(folder))
     messages = [{"role": "user", "content": "the cat"}]
     ids = ChatTemplate.load(str(folder), flag="").render(messages, found).tolist()
-    assert ids == reference(folder).apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids == reference(folder).apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
     assert ids.count(NEXT) == 1
     # rstrip takes the line's end away in a prompt; a response is spelled as it is.
     response = b"a <|turn|>\n\nb"
@@ -353,22 +368,26 @@ def test_what_is_not_used_is_noted(folder):
     found = load_tokenizer(str(write(folder, tokenizer_config=settings, special_tokens_map=token_map)))
     assert found.notes == (
         "tokenizer_config.json: '[PAD]' (pad_token) is no token of the vocabulary, and is not used",
-        "tokenizer_config.json: '<extra>' (extra_special_tokens) is no token of the vocabulary, and is not used",
-        "special_tokens_map.json: eos_token '<|endoftext|>' is not read; it is '<|im_end|>', as tokenizer_config.json "
-        "has it",
+        "tokenizer_config.json: '<extra>' (extra_special_tokens) is no token of the vocabulary, and is not "
+        "used",
+        "special_tokens_map.json: eos_token '<|endoftext|>' is not read; it is '<|im_end|>', as "
+        "tokenizer_config.json has it",
     )
     assert found.table.num_ids == TOOL + 1
     template = CHAT_TEMPLATE.replace("<|im_start|>", "<|user|>")
     plain = dict.fromkeys(settings) | {"added_tokens_decoder": {}, "chat_template": template}
     (note,) = load_tokenizer(str(write(folder, tokenizer_config=plain, special_tokens_map=None))).notes
-    assert note == "the chat template writes '<|user|>', which is no token of the vocabulary: it is spelled in several"
+    assert (
+        note == "the chat template writes '<|user|>', which is no token of the vocabulary: it is spelled in "
+        "several"
+    )
 
 
 def test_notes_are_lines(folder, capsys):
     report_notes(load_tokenizer(str(write(folder, tokenizer_config={"mask_token": "[MASK]"}))), None)
     assert capsys.readouterr().err == (
-        f" {folder / 'tokenizer.json'}: tokenizer_config.json: '[MASK]' (mask_token) is no token of the vocabulary, "
-        "and is not used\n"
+        f" {folder / 'tokenizer.json'}: tokenizer_config.json: '[MASK]' (mask_token) is no token of the "
+        "vocabulary, and is not used\n"
     )
 
 

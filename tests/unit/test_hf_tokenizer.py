@@ -120,7 +120,9 @@ def test_the_spelling_of_special_tokens_is_that_token_in_a_chat_only(loaded, kin
     text = {"byte-level": "<|im_end|>"}.get(kind, "</s>")
     assert stop not in tokenizer.encode(f"a{text}b".encode())
     assert list(tokenizer.encode_chat(f"a{text}b")).count(stop) == 1
-    assert isinstance(tokenizer.encode_text, Encoder), "no cut is needed where the library leaves special tokens alone"
+    assert isinstance(tokenizer.encode_text, Encoder), (
+        "no cut is needed where the library leaves special tokens alone"
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -168,7 +170,9 @@ def test_stop_tokens_in_the_order_of_the_files(byte_level):
     (byte_level / "generation_config.json").write_text(json.dumps({"do_sample": True}))
     assert stop_ids() == (318,)
     (byte_level / "tokenizer_config.json").write_text("{}")
-    (byte_level / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|endoftext|>"}}))
+    (byte_level / "special_tokens_map.json").write_text(
+        json.dumps({"eos_token": {"content": "<|endoftext|>"}})
+    )
     assert stop_ids() == (316,)
     (byte_level / "special_tokens_map.json").unlink()
     with pytest.raises(ValueError, match="it names no stop token"):
@@ -203,8 +207,8 @@ def test_bos_is_what_the_file_puts_whatever_the_settings_say(tmp_path):
         assert (loaded(**changes).bos_id, loaded(**changes).notes) == (1, ())
     without = loaded(add_bos_token=False)
     assert without.bos_id == 1 and without.notes == (
-        "tokenizer_config.json: add_bos_token = false is not read; a prompt begins with BOS 1, as the post_processor "
-        "of tokenizer.json has it",
+        "tokenizer_config.json: add_bos_token = false is not read; a prompt begins with BOS 1, as the "
+        "post_processor of tokenizer.json has it",
     )
     save_byte_fallback(tmp_path, post_processor=None)
     assert loaded().bos_id is None
@@ -260,7 +264,10 @@ WORDPIECE = {
         ({"normalizer": sequence(NFC, sequence(REPLACE))}, ["normalizer Replace rewrites text"]),
         ({"normalizer": {"type": "Prepend", "prepend": "▁"}}, ["normalizer Prepend"]),
         ({"pre_tokenizer": {"type": "Whitespace"}}, ["pre-tokenizer Whitespace drops"]),
-        ({"pre_tokenizer": {"type": "Metaspace", "replacement": "_", "prepend_scheme": "never"}}, ["Metaspace"]),
+        (
+            {"pre_tokenizer": {"type": "Metaspace", "replacement": "_", "prepend_scheme": "never"}},
+            ["Metaspace"],
+        ),
         (
             {
                 "pre_tokenizer": {
@@ -274,8 +281,14 @@ WORDPIECE = {
         ),
         ({"pre_tokenizer": None}, ["neither byte-level nor has it byte_fallback"]),
         ({"model": WORDPIECE}, ["model WordPiece"]),
-        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}, ["single bytes have no token, 0x09 first"]),
-        ({"model": {"type": "BPE", "vocab": {"a</w>": 0}, "merges": [], "end_of_word_suffix": "</w>"}}, ["suffix"]),
+        (
+            {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}},
+            ["single bytes have no token, 0x09 first"],
+        ),
+        (
+            {"model": {"type": "BPE", "vocab": {"a</w>": 0}, "merges": [], "end_of_word_suffix": "</w>"}},
+            ["suffix"],
+        ),
         ({"model": {"type": "BPE", "vocab": 5, "merges": []}}, ["the tokenizers library cannot read it"]),
         ({"model": None}, ["no object with a model"]),
     ],
@@ -314,8 +327,18 @@ def test_unreadable_files_are_named(tmp_path):
             ["316", -1, 2.5, True, {}, ["316"], [None], [[316]]],
             "a whole number, at least 0, or a list, each entry a whole number, at least 0, or null",
         ),
-        ("tokenizer_config.json", "eos_token", [5, ["</s>"], {}, {"content": 5}], "a string, or an object with the"),
-        ("tokenizer_config.json", "bos_token", [5, ["<s>"]], "a string, or an object with the string content, or null"),
+        (
+            "tokenizer_config.json",
+            "eos_token",
+            [5, ["</s>"], {}, {"content": 5}],
+            "a string, or an object with the",
+        ),
+        (
+            "tokenizer_config.json",
+            "bos_token",
+            [5, ["<s>"]],
+            "a string, or an object with the string content, or null",
+        ),
         ("tokenizer_config.json", "add_bos_token", ["yes", 1], "true or false, or null"),
     ],
 )
@@ -328,7 +351,9 @@ def test_a_setting_without_a_meaning_is_named(byte_level, name, field, values, e
         assert f"{byte_level / name}: {field} = {value!r}; expected {expected}" in str(error.value)
 
 
-@pytest.mark.parametrize("template", [5, ["d"], [[1]], "{{ 1 / 0 }}", "{% break %}", "{{ range(1000000) | list }}"])
+@pytest.mark.parametrize(
+    "template", [5, ["d"], [[1]], "{{ 1 / 0 }}", "{% break %}", "{{ range(1000000) | list }}"]
+)
 def test_a_template_that_cannot_be_rendered_says_nothing_about_stop_tokens(byte_level, template):
     settings = json.loads((byte_level / "tokenizer_config.json").read_text())
     (byte_level / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
@@ -361,18 +386,23 @@ def test_without_generation_config_the_end_of_a_turn_comes_before_eos(byte_level
 
 def test_a_run_of_blank_marks_that_is_also_a_piece_is_blanks(tmp_path):
     """Gemma lists its runs of blanks among the added tokens, too."""
-    pieces = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁": 256, "▁▁": 257, "<unk>": 258, "<eos>": 259}
+    pieces = {f"<0x{byte:02X}>": byte for byte in range(256)} | {
+        "▁": 256,
+        "▁▁": 257,
+        "<unk>": 258,
+        "<eos>": 259,
+    }
     added = [("▁▁", 257, False), ("<eos>", 259, True), ("▁x", 260, False)]
     spec = {
         "version": "1.0",
         "added_tokens": [
-            {"id": i, "content": text, "special": special, "single_word": False, "lstrip": False, "rstrip": False,
-             "normalized": False}
+            {"id": i, "content": text, "special": special, "single_word": False, "lstrip": False,
+             "rstrip": False, "normalized": False}
             for text, i, special in added
         ],
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-        "model": {"type": "BPE", "vocab": pieces, "merges": [["▁", "▁"]], "byte_fallback": True, "unk_token": "<unk>",
-                  "fuse_unk": True},
+        "model": {"type": "BPE", "vocab": pieces, "merges": [["▁", "▁"]], "byte_fallback": True,
+                  "unk_token": "<unk>", "fuse_unk": True},
     }  # fmt: skip
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     found = load_tokenizer(str(tmp_path), [259])
@@ -383,7 +413,12 @@ def test_a_run_of_blank_marks_that_is_also_a_piece_is_blanks(tmp_path):
 def test_an_inverted_split_keeps_what_matches(byte_level):
     tokenizer = json.loads((byte_level / "tokenizer.json").read_text())
     split = {"type": "Split", "pattern": {"Regex": r"\s*\S+|\s+"}, "behavior": "Removed", "invert": True}
-    byte_level_step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    byte_level_step = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
     tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level_step]}
     (byte_level / "tokenizer.json").write_text(json.dumps(tokenizer))
     text = b" two  words\n"
@@ -400,7 +435,9 @@ def without_bytes(folder: Path, missing: bytes) -> None:
     spec = json.loads((folder / "tokenizer.json").read_text())
     absent = {character for character, byte in hf_tokenizer._byte_of_character().items() if byte in missing}
     model = spec["model"]
-    model["vocab"] = {piece if absent.isdisjoint(piece) else f"unused{i}": i for piece, i in model["vocab"].items()}
+    model["vocab"] = {
+        piece if absent.isdisjoint(piece) else f"unused{i}": i for piece, i in model["vocab"].items()
+    }
     model["merges"] = [pair for pair in model["merges"] if absent.isdisjoint("".join(pair))]
     (folder / "tokenizer.json").write_text(json.dumps(spec))
 

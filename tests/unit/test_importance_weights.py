@@ -1,4 +1,6 @@
-"""Importance weights: their value, what they correct, and losses under them against the losses of weighted segments."""
+"""Importance weights: their value, what they correct, and losses under them against the losses of weighted
+segments.
+"""
 
 from __future__ import annotations
 
@@ -46,9 +48,13 @@ def test_they_are_products_of_the_ratios_before_a_token(cap):
 
 
 def test_without_a_cap_the_weighted_mean_over_old_responses_is_the_mean_over_new_ones():
-    """All responses of three tokens out of three, under two policies; f is any number of the tokens before."""
+    """All responses of three tokens out of three, under two policies; f is any number of the tokens
+    before.
+    """
     generator = torch.Generator().manual_seed(2)
-    tables = [torch.randn(3, 40, 3, generator=generator, dtype=torch.float64).log_softmax(-1) for _ in range(2)]
+    tables = [
+        torch.randn(3, 40, 3, generator=generator, dtype=torch.float64).log_softmax(-1) for _ in range(2)
+    ]
     f = torch.randn(3, 40, generator=generator, dtype=torch.float64)
     new_mean = weighted = plain = 0.0
     for tokens in itertools.product(range(3), repeat=3):
@@ -73,14 +79,18 @@ def test_a_loss_under_weights_is_the_loss_of_weighted_segments(interface):
     old = new + 0.5 * torch.randn(len(new), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     starts = [0, 7]
     factors = by_hand(new.tolist(), old.tolist(), starts, 1.5)
-    expected = evaluate_oracle(replace(case, weights=[factors[segment[2]] for segment in case.segments]), config)
+    expected = evaluate_oracle(
+        replace(case, weights=[factors[segment[2]] for segment in case.segments]), config
+    )
     plain, _, _ = evaluate_oracle(case, config)
     assert abs(float(plain.sum.detach() - expected[0].sum.detach())) > 1e-3
 
     weight, start = padded_shard(case.student_weight, 0, 1)
     placement = placement_of(case, start, len(weight))
     hidden = case.student_hidden.clone().requires_grad_()
-    batch = replace(label_batch(case, interface), sampling_log_probs=old, response_starts=torch.tensor(starts))
+    batch = replace(
+        label_batch(case, interface), sampling_log_probs=old, response_starts=torch.tensor(starts)
+    )
     output = interface_loss(
         hidden,
         weight.requires_grad_(),
@@ -114,7 +124,8 @@ def test_byte_positions_are_weighted_by_the_label_that_they_are_in(bounds):
     for i in range(count):  # one label's part at a time
         one = torch.zeros(count, dtype=torch.float64).index_fill(0, torch.tensor([i]), 1)
         gradient += (
-            factors[i] * evaluate_bytes(cases, bounds=bounds, weigh=partial(lambda log_probs, o: o, o=one)).gradient
+            factors[i]
+            * evaluate_bytes(cases, bounds=bounds, weigh=partial(lambda log_probs, o: o, o=one)).gradient
         )
     assert torch.allclose(weighted.gradient, gradient, rtol=1e-9, atol=1e-12)
     assert float((weighted.gradient - plain.gradient).abs().max()) > 1e-3

@@ -30,24 +30,28 @@ ALLOWED = {
     "losses": "alignment config packing records",
     "models": "config files json_fields parallel",
     "rollout": "alignment data engine_client files losses models packing parallel records",
-    "teacher": "alignment config engine_client files loading losses models ownership packing parallel records update",
+    "teacher": "alignment config engine_client files loading losses models ownership packing parallel "
+    "records update",
     "update": "alignment config files losses models parallel records",
     # What knows several of them.
     "loading": "alignment config data evaluation losses models parallel records update",
     "reporting": "alignment config files parallel records update",
-    "preflight": "alignment config data engine_client loading losses models packing parallel records reporting "
-    "teacher update",
+    "preflight": "alignment config data engine_client loading losses models packing parallel records "
+    "reporting teacher update",
     "launch": "config files preflight",
     "rewarding": "alignment evaluation records rollout update",
     # The jobs, and the commands beside them.
-    "commands": "alignment config data evaluation files loading losses models parallel preflight prompt_files records "
-    "rollout update",
-    "job": "alignment config data engine_client evaluation files loading losses models packing parallel records "
-    "reporting rewarding rollout stopping teacher update",
+    "commands": "alignment config data evaluation files loading losses models parallel preflight "
+    "prompt_files records rollout update",
+    "job": "alignment config data engine_client evaluation files loading losses models packing parallel "
+    "records reporting rewarding rollout stopping teacher update",
     "serve_teacher": "alignment config engine_client loading models parallel stopping teacher",
     "train": "config files job losses models parallel records reporting rollout teacher update",
 }
-"""Which folders and files of megatron_simct/ each import, in functions too. No hop knows job.py or train.py."""
+"""Which folders and files of megatron_simct/ each import, in functions too.
+
+No hop knows job.py or train.py.
+"""
 
 
 def loaded_by(module: str) -> set[str]:
@@ -91,7 +95,9 @@ def test_an_import_loads_nothing_heavy_that_it_does_not_need(module, forbidden):
 @pytest.mark.parametrize("module", ["megatron_simct.config.command_line", "megatron_simct.train"])
 def test_an_import_leaves_the_interpreter_as_it_was(module):
     code = f"import sys; before = sys.excepthook; import {module}; print(sys.excepthook is before)"
-    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT
+    )
     assert result.stdout == "True\n"
 
 
@@ -102,7 +108,9 @@ def test_the_package_itself_imports_nothing():
 def test_parts_of_the_package_know_those_of_the_table_and_no_others():
     package = ROOT / "megatron_simct"
     found: dict[str, set[str]] = {
-        path.stem: set() for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+        path.stem: set()
+        for path in package.iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
     }
     del found["__init__"]
     for path in package.rglob("*.py"):

@@ -57,7 +57,9 @@ def test_a_flattened_student_is_away_from_the_language_and_the_language_is_not()
     assert divergence(language, language) == 0
     flat = flattened(language, 0.5)
     assert sum(flat.values()) == pytest.approx(1)
-    assert divergence(flat, language) == pytest.approx(sum(p * math.log(p / language[t]) for t, p in flat.items()))
+    assert divergence(flat, language) == pytest.approx(
+        sum(p * math.log(p / language[t]) for t, p in flat.items())
+    )
     assert divergence(flat, language) > 0.05
 
 

@@ -1,4 +1,6 @@
-"""Run files, the two command lines, what a dry run prints, what a shell makes of it, and both jobs on this machine."""
+"""Run files, the two command lines, what a dry run prints, what a shell makes of it, and both jobs on this
+machine.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,11 @@ VALUES = {
     "env": {"CUDA_DEVICE_MAX_CONNECTIONS": 1, "NCCL_DEBUG": "WARN"},
 }
 CONTAINERS = {
-    "pyxis": {"runtime": "pyxis", "image": "/images/simct.sqsh", "mounts": ["/models:/models:ro", "/runs:/runs"]},
+    "pyxis": {
+        "runtime": "pyxis",
+        "image": "/images/simct.sqsh",
+        "mounts": ["/models:/models:ro", "/runs:/runs"],
+    },
     "apptainer": {
         "runtime": "apptainer",
         "image": "/images/simct.sif",
@@ -80,11 +86,29 @@ JOBS: list[dict[str, Any]] = [
         "gpus_per_node": 8,
         "max_restarts": 3,
         "python": "/opt/vllm/bin/python",
-        "command": ["-m", "vllm.entrypoints.openai.api_server", "--model", "/models/teacher", "--port", "8100"],
+        "command": [
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            "/models/teacher",
+            "--port",
+            "8100",
+        ],
         "env": {"VLLM_LOGGING_LEVEL": "WARNING"},
     },
-    {"name": "student", "kind": "student", "gpus_per_node": 8, "max_restarts": 2, "options": VALUES["student"]},
-    {"name": "front", "kind": "teacher", "engine": "vllm", "options": {"teacher_hf_checkpoint": "/models/teacher"}},
+    {
+        "name": "student",
+        "kind": "student",
+        "gpus_per_node": 8,
+        "max_restarts": 2,
+        "options": VALUES["student"],
+    },
+    {
+        "name": "front",
+        "kind": "teacher",
+        "engine": "vllm",
+        "options": {"teacher_hf_checkpoint": "/models/teacher"},
+    },
     {
         "name": "small",
         "kind": "teacher",
@@ -130,7 +154,9 @@ def planned(folder: Path, name: str) -> str:
     if name == "local":
         size = {"gpus_per_node": 8}
         return local.dry_run(
-            with_cluster(folder, kind="local", student=size, teacher=size | {"processes_per_node": 8}, time=None)
+            with_cluster(
+                folder, kind="local", student=size, teacher=size | {"processes_per_node": 8}, time=None
+            )
         )
     if name == "jobs":
         return slurm.job_script(listed(folder), directory="/code")
@@ -173,9 +199,15 @@ def test_both_commands_parse_as_what_the_file_says(tmp_path):
     assert parse_config(command_of(run.student)[2:]) == run.config
     assert parse_config(command_of(run.jobs[1])[2:], SERVE_TEACHER) == run.teacher_configs["teacher"]
     assert (
-        run.config.teacher_job.endpoint == (run.teacher_configs["teacher"].serving.run_dir,) == ("/runs/first/teacher",)
+        run.config.teacher_job.endpoint
+        == (run.teacher_configs["teacher"].serving.run_dir,)
+        == ("/runs/first/teacher",)
     )
-    assert run.config.teacher.hf_checkpoint == run.teacher_configs["teacher"].teacher.hf_checkpoint == "/models/teacher"
+    assert (
+        run.config.teacher.hf_checkpoint
+        == run.teacher_configs["teacher"].teacher.hf_checkpoint
+        == "/models/teacher"
+    )
     assert run.config.output.save == run.config.output.load == "/runs/first/checkpoint"
     assert run.config.output.exit_signal_handler and run.config.output.exit_duration_in_mins == 230
     assert (
@@ -186,9 +218,14 @@ def test_both_commands_parse_as_what_the_file_says(tmp_path):
 
 
 def test_arguments_of_templates_reach_both_commands(tmp_path):
-    student = VALUES["student"] | {"apply_chat_template": True, "chat_template_date": datetime.date(2025, 12, 31)}
+    student = VALUES["student"] | {
+        "apply_chat_template": True,
+        "chat_template_date": datetime.date(2025, 12, 31),
+    }
     student["chat_template_kwargs"] = {"enable_thinking": False, "name": "a 'b' ß"}
-    run = run_of(tmp_path, student=student, teacher=VALUES["teacher"] | {"teacher_chat_template_kwargs": '{"a": 1}'})
+    run = run_of(
+        tmp_path, student=student, teacher=VALUES["teacher"] | {"teacher_chat_template_kwargs": '{"a": 1}'}
+    )
     assert parse_config(command_of(run.student)[2:]) == run.config
     assert parse_config(command_of(run.jobs[1])[2:], SERVE_TEACHER) == run.teacher_configs["teacher"]
     assert json.loads(run.config.model.chat_template_kwargs) == student["chat_template_kwargs"]
@@ -196,7 +233,8 @@ def test_arguments_of_templates_reach_both_commands(tmp_path):
     assert run.config.data.chat_template_date == "2025-12-31"
 
 
-EVIL = """'"; touch /tmp/simct-pwned; $(touch "$PWNED") `touch "$PWNED"` \\ & | > "$PWNED" * ~ \n touch "$PWNED" #"""
+EVIL = """'"; touch /tmp/simct-pwned; $(touch "$PWNED") `touch "$PWNED"` \\ & | > "$PWNED" * ~ """
+EVIL += """\n touch "$PWNED" #"""
 
 
 def evil_run(folder: Path, container: str | None) -> RunFile:
@@ -218,10 +256,23 @@ def evil_run(folder: Path, container: str | None) -> RunFile:
 def evil_jobs(folder: Path) -> RunFile:
     """An engine with a front; every value of the engine's that is text is EVIL."""
     values = json.loads(json.dumps(VALUES))
-    student = values["student"] | {key: EVIL for key in ("hf_checkpoint", "input_key", "wandb_project", "save")}
+    student = values["student"] | {
+        key: EVIL for key in ("hf_checkpoint", "input_key", "wandb_project", "save")
+    }
     student["prompt_data"] = "-" + EVIL
-    engine = {"name": "vllm", "kind": "engine", "python": EVIL, "command": [EVIL, "--port", "81"], "env": {"A": EVIL}}
-    front = {"name": "teacher", "kind": "teacher", "engine": "vllm", "container": CONTAINERS["pyxis"] | {"image": EVIL}}
+    engine = {
+        "name": "vllm",
+        "kind": "engine",
+        "python": EVIL,
+        "command": [EVIL, "--port", "81"],
+        "env": {"A": EVIL},
+    }
+    front = {
+        "name": "teacher",
+        "kind": "teacher",
+        "engine": "vllm",
+        "container": CONTAINERS["pyxis"] | {"image": EVIL},
+    }
     front["options"] = {"teacher_hf_checkpoint": "/models/teacher", "teacher_tokenizer_model": EVIL}
     values["jobs"] = [{"name": "student", "kind": "student", "options": student}, engine, front]
     values["cluster"] = {"kind": "slurm"}
@@ -243,7 +294,9 @@ def test_no_value_reaches_a_shell(container, tmp_path):
     nodes = {f"SLURM_JOB_NODELIST_HET_GROUP_{i}": "n" for i in (0, 1, 2)}
     env = {"PATH": f"{commands}:/usr/bin:/bin", "CALLS": str(calls), "PWNED": str(pwned), "SLURM_JOB_ID": "1"}
     env |= nodes | {f"SLURM_JOB_ID_HET_GROUP_{i}": "2" for i in (1, 2)}
-    result = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    result = subprocess.run(
+        ["bash", "-c", script], env=env, capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
     arguments = calls.read_text().split("\0")
     for flag in ("--hf-checkpoint", "--input-key", "--teacher-tokenizer-model"):
@@ -286,7 +339,10 @@ def test_no_value_of_a_local_run_reaches_a_shell(tmp_path):
         ({"cluster": {"kind": "k8s"}}, ["cluster.kind", "'k8s'", "slurm"]),
         ({"cluster": {"student": {"nodes": 0}}}, ["cluster.student.nodes 0"]),
         ({"cluster": {"student": {"nodes": "two"}}}, ["cluster.student.nodes", "int"]),
-        ({"cluster": {"student": {"gpu_per_node": 8}}}, ["cluster.student", "'gpu_per_node'", "gpus_per_node"]),
+        (
+            {"cluster": {"student": {"gpu_per_node": 8}}},
+            ["cluster.student", "'gpu_per_node'", "gpus_per_node"],
+        ),
         ({"cluster": {"teacher": {"processes_per_node": 0}}}, ["cluster.teacher.processes_per_node 0"]),
         ({"cluster": {"time": 240}}, ["cluster.time", "quotes"]),
         ({"cluster": {"time": "4 hours"}}, ["cluster.time", "HH:MM:SS"]),
@@ -300,11 +356,20 @@ def test_no_value_of_a_local_run_reaches_a_shell(tmp_path):
         ({"cluster": {"sbatch": ["gpu"]}}, ["cluster.sbatch", "no option"]),
         ({"cluster": {"container": {"runtime": "docker", "image": "x"}}}, ["container.runtime", "pyxis"]),
         ({"cluster": {"container": {"runtime": "pyxis"}}}, ["cluster.container", "image is missing"]),
-        ({"cluster": {"container": {"runtime": "pyxis", "image": "x", "mounts": ["/a"]}}}, ["mounts", "'/a'"]),
-        ({"cluster": {"container": {"runtime": "pyxis", "image": "x", "mounts": ["/a:/b,/c:/d"]}}}, ["mounts"]),
+        (
+            {"cluster": {"container": {"runtime": "pyxis", "image": "x", "mounts": ["/a"]}}},
+            ["mounts", "'/a'"],
+        ),
+        (
+            {"cluster": {"container": {"runtime": "pyxis", "image": "x", "mounts": ["/a:/b,/c:/d"]}}},
+            ["mounts"],
+        ),
         ({"env": {"WANDB_API_KEY": "the-secret"}}, ["env", "WANDB_API_KEY", "secret"]),
         ({"env": {"HF_TOKEN": "the-secret"}}, ["env", "HF_TOKEN", "secret"]),
-        ({"env": {"ENDPOINT": "postgres://me:the-secret@host/x"}}, ["env", "the value of ENDPOINT", "secret"]),
+        (
+            {"env": {"ENDPOINT": "postgres://me:the-secret@host/x"}},
+            ["env", "the value of ENDPOINT", "secret"],
+        ),
         ({"env": {"A B": "c"}}, ["env", "'A B'"]),
         ({"env": {"A": ["c"]}}, ["env", "A"]),
     ],
@@ -326,7 +391,14 @@ def test_a_wrong_run_file_is_one_line(change, words, tmp_path, capsys):
 
 
 SECRET_NAMES = (
-    *("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "GITHUB_PAT", "HUGGINGFACEHUB_APITOKEN", "OPENAI_APIKEY"),
+    *(
+        "HF_TOKEN",
+        "WANDB_API_KEY",
+        "AWS_SECRET_ACCESS_KEY",
+        "GITHUB_PAT",
+        "HUGGINGFACEHUB_APITOKEN",
+        "OPENAI_APIKEY",
+    ),
     *(
         "MYSQL_PWD",
         "PGPASS",
@@ -340,19 +412,48 @@ SECRET_NAMES = (
     *("BEARER", "AUTH", "REDIS_URL", "MY_PASSWORD_FILE", "mypassword", "SENTRY_DSN", "API_KEYS"),
 )
 SECRET_VALUES = (
-    *("ghp_" + "a1B2" * 9, "hf_" + "abCD" * 8, "sk-" + "proj-a1B2" * 4, "AKIA" + "ABCD1234" * 2, "glpat-" + "a1B2" * 5),
-    *("http://user:word@proxy:3128", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2ln", "0123456789abcdef" * 2 + "01234567"),
+    *(
+        "ghp_" + "a1B2" * 9,
+        "hf_" + "abCD" * 8,
+        "sk-" + "proj-a1B2" * 4,
+        "AKIA" + "ABCD1234" * 2,
+        "glpat-" + "a1B2" * 5,
+    ),
+    *(
+        "http://user:word@proxy:3128",
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2ln",
+        "0123456789abcdef" * 2 + "01234567",
+    ),
     "-----BEGIN OPENSSH PRIVATE KEY-----",
 )
 NO_SECRETS = {
     **{"NCCL_DEBUG": "WARN", "PATH": "/usr/bin:/bin", "PWD": "/home/x", "TOKENIZERS_PARALLELISM": "false"},
-    **{"HTTP_PROXY": "http://proxy:3128", "MONKEY": "1", "KEYBOARD": "de", "MASTER_ADDR": "10.0.0.1", "COMPASS": "n"},
-    **{"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "HF_HOME": "/data/hf_cache", "WANDB_ENTITY": "team", "OMP_NUM_THREADS": 4},
-    **{"TASK_NAME": "sk-learn", "NUM_PASSES": 2, "PATTERN": "x", "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"},
+    **{
+        "HTTP_PROXY": "http://proxy:3128",
+        "MONKEY": "1",
+        "KEYBOARD": "de",
+        "MASTER_ADDR": "10.0.0.1",
+        "COMPASS": "n",
+    },
+    **{
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "HF_HOME": "/data/hf_cache",
+        "WANDB_ENTITY": "team",
+        "OMP_NUM_THREADS": 4,
+    },
+    **{
+        "TASK_NAME": "sk-learn",
+        "NUM_PASSES": 2,
+        "PATTERN": "x",
+        "WANDB_MODE": "offline",
+        "HF_HUB_OFFLINE": "1",
+    },
 }
 
 
-@pytest.mark.parametrize("name, value", [(n, "x") for n in SECRET_NAMES] + [("PLAIN", v) for v in SECRET_VALUES])
+@pytest.mark.parametrize(
+    "name, value", [(n, "x") for n in SECRET_NAMES] + [("PLAIN", v) for v in SECRET_VALUES]
+)
 def test_what_looks_like_a_secret_is_refused(name: str, value: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="looks like a secret") as raised:
         run_of(tmp_path, env={name: value})
@@ -378,19 +479,34 @@ def test_a_number_of_a_job_that_is_not_one_reaches_no_command(
 
 LISTED = [
     ([{"name": "a b"}], "each job needs a name of its own"),
-    ([{"name": "student", "kind": "student"}, {"name": "student", "kind": "teacher"}], "each job needs a name of its"),
+    (
+        [{"name": "student", "kind": "student"}, {"name": "student", "kind": "teacher"}],
+        "each job needs a name of its",
+    ),
     ([{"name": "student", "kind": "teacher"}], "the name student is of the student's job"),
     ([{"name": "t", "kind": "teacher"}], "exactly one must be of kind student"),
-    ([{"name": "s", "kind": "student"}, *({"name": n, "kind": "teacher"} for n in "abc")], "a student has at most two"),
+    (
+        [{"name": "s", "kind": "student"}, *({"name": n, "kind": "teacher"} for n in "abc")],
+        "a student has at most two",
+    ),
     ([{"name": "s", "kind": "trainer"}], "jobs.s.kind: 'trainer' must be one of student, teacher, engine"),
     ([{"name": "s", "kind": "student", "node": 2}], "jobs.s: unknown key 'node'; did you mean nodes?"),
     ([{"name": "s", "kind": "student", "nodes": 0}], "jobs.s.nodes 0: must be at least 1"),
     ([{"name": "s", "kind": "student", "options": {"lrr": 1}}], "s: unknown key 'lrr'"),
-    ([{"name": "s", "kind": "student", "env": {"HF_TOKEN": "x"}}], "jobs.s: env: HF_TOKEN looks like a secret"),
+    (
+        [{"name": "s", "kind": "student", "env": {"HF_TOKEN": "x"}}],
+        "jobs.s: env: HF_TOKEN looks like a secret",
+    ),
     ([{"name": "s", "kind": "student"}, {"name": "e", "kind": "engine"}], "jobs.e: command is missing"),
     ([{"name": "s", "kind": "student", "command": ["x"]}], "jobs.s: command: is of engines"),
-    ([{"name": "s", "kind": "student"}, {"name": "t", "kind": "teacher", "engine": "x"}], "jobs.t: engine 'x'"),
-    ([{"name": "s", "kind": "student"}, {"name": "e", "kind": "engine", "command": ["--port=x"]}], "--port 'x'"),
+    (
+        [{"name": "s", "kind": "student"}, {"name": "t", "kind": "teacher", "engine": "x"}],
+        "jobs.t: engine 'x'",
+    ),
+    (
+        [{"name": "s", "kind": "student"}, {"name": "e", "kind": "engine", "command": ["--port=x"]}],
+        "--port 'x'",
+    ),
     ("student", "jobs: expected a list"),
 ]
 
@@ -413,7 +529,9 @@ def test_a_list_of_jobs_is_what_its_sections_are(tmp_path):
     ]
     cluster = {key: value for key, value in VALUES["cluster"].items() if key not in ("student", "teacher")}
     path = tmp_path / "listed.yaml"
-    path.write_text(yaml.safe_dump(VALUES | {"jobs": jobs, "student": None, "teacher": None, "cluster": cluster}))
+    path.write_text(
+        yaml.safe_dump(VALUES | {"jobs": jobs, "student": None, "teacher": None, "cluster": cluster})
+    )
     long = read_run_file(str(path))
     assert [command_of(job) for job in long.jobs] == [command_of(job) for job in short.jobs]
     assert slurm.job_script(long, directory="/c") == slurm.job_script(short, directory="/c")
@@ -449,7 +567,9 @@ def test_files_that_are_none_and_overrides(tmp_path):
         read_run_file(str(tmp_path / "nowhere.yaml"))
     path = str(tmp_path / "run.yaml")
     run_of(tmp_path)
-    run = read_run_file(path, ["student.lr=2e-5", "cluster.teacher.nodes=4", "env.A=b c", "teacher.run_dir=/x"])
+    run = read_run_file(
+        path, ["student.lr=2e-5", "cluster.teacher.nodes=4", "env.A=b c", "teacher.run_dir=/x"]
+    )
     assert run.config.training.lr == 2e-5 and run.cluster.teacher.nodes == 4 and run.env["A"] == "b c"
     assert run.config.teacher_job.endpoint == ("/x",)
     for override, words in (
@@ -523,7 +643,12 @@ def test_submit_status_logs_cancel(tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     assert f"job 41 of {run}/job.sh" in capsys.readouterr().out
     assert (run / "job.sh").read_text() == slurm.job_script(read_run_file(path), directory=os.getcwd())
-    for file, mode in ((run, 0o700), (run / "logs", 0o700), (run / "job.sh", 0o700), (run / "job.json", 0o600)):
+    for file, mode in (
+        (run, 0o700),
+        (run / "logs", 0o700),
+        (run / "job.sh", 0o700),
+        (run / "job.json", 0o600),
+    ):
         assert stat.S_IMODE(file.stat().st_mode) == mode
     assert command.main([path]) == 1, "it is still running"
     assert "still RUNNING" in capsys.readouterr().err
@@ -569,7 +694,9 @@ def test_each_local_job_has_gpus_of_its_own(tmp_path, monkeypatch):
     assert on_cpus == dict.fromkeys(("student", "teacher"), {"CUDA_VISIBLE_DEVICES": ""})
     for visible, count in (("7,5,3", 3), ("", 0)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        with pytest.raises(ValueError, match=f"={visible} has {count} of 5 GPUs .*cluster.teacher.gpus_per_node 3"):
+        with pytest.raises(
+            ValueError, match=f"={visible} has {count} of 5 GPUs .*cluster.teacher.gpus_per_node 3"
+        ):
             local.devices(run)
 
 
@@ -625,10 +752,14 @@ def start_local(
     interrupts: Sequence[Sequence[str]] = (),
     number: signal.Signals = signal.SIGINT,
 ) -> int:
-    """Exit code of a run of two programs. interrupts: for each Ctrl-C, or other signal, which of FILES it waits for."""
+    """Exit code of a run of two programs. interrupts: for each Ctrl-C, or other signal, which of FILES it
+    waits for.
+    """
     programs = {"teacher": teacher, "student": student} | ({"vllm": engine} if engine else {})
     for name in FILES:
-        programs = {job: code.replace(f'"{name}"', repr(str(tmp_path / name))) for job, code in programs.items()}
+        programs = {
+            job: code.replace(f'"{name}"', repr(str(tmp_path / name))) for job, code in programs.items()
+        }
     run = run_of(tmp_path, run_dir=str(tmp_path / "run"), cluster={"kind": "local", "grace_s": 600})
     if engine:
         run = replace(run, jobs=(*run.jobs, Job(name="vllm", kind="engine", command=("x",), max_restarts=1)))
@@ -657,7 +788,9 @@ def start_local(
 
 def test_the_exit_code_is_the_students_and_the_teacher_is_stopped(tmp_path, monkeypatch, capsys):
     before = signal.getsignal(signal.SIGINT)
-    ends = DYING.replace('not Path("STUDENT").exists() or ', "").replace("exit(3)", 'print("step 1")\nexit(7)')
+    ends = DYING.replace('not Path("STUDENT").exists() or ', "").replace(
+        "exit(3)", 'print("step 1")\nexit(7)'
+    )
     assert start_local(tmp_path, monkeypatch, student=ends) == 7
     out = capsys.readouterr().out
     assert "[teacher] ready\n" in out and "[student] step 1\n" in out
@@ -672,7 +805,10 @@ def test_one_interrupt_lets_the_student_save(tmp_path, monkeypatch, capsys):
 
 
 def test_a_second_interrupt_ends_both(tmp_path, monkeypatch):
-    assert start_local(tmp_path, monkeypatch, student=DEAF, interrupts=[BOTH_HEED, ["ASKED"]]) == 128 + signal.SIGKILL
+    assert (
+        start_local(tmp_path, monkeypatch, student=DEAF, interrupts=[BOTH_HEED, ["ASKED"]])
+        == 128 + signal.SIGKILL
+    )
     assert not (tmp_path / "ENDED").exists(), "it was killed, not waited for"
 
 
@@ -705,14 +841,19 @@ test_launch.start_and_kill(sys.argv[1])
 
 def start_and_kill(folder: str) -> None:
     """Jobs of processes that start processes, and a launcher that is killed when all are there."""
-    begin = f"import os\nfor pid in os.getpid(), os.getppid(): open({folder + '/pid-'!r} + str(pid), 'w').close()\n"
+    begin = (
+        f"import os\nfor pid in os.getpid(), os.getppid(): open({folder + '/pid-'!r} + str(pid), "
+        "'w').close()\n"
+    )
     with pytest.MonkeyPatch.context() as patch:
         jobs = {"student": begin + STUDENT, "teacher": begin + TEACHER}
         start_local(Path(folder), patch, **jobs, interrupts=[BOTH_HEED], number=signal.SIGKILL)
 
 
 def test_a_launcher_that_is_killed_leaves_no_job(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, capture_output=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, capture_output=True, timeout=120
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     pids = [int(path.name.removeprefix("pid-")) for path in tmp_path.glob("pid-*")]
     assert len(pids) == 4
@@ -736,7 +877,9 @@ time.sleep(600)
 
 
 def test_an_engine_that_dies_starts_again_and_is_stopped_at_the_end(tmp_path, monkeypatch, capsys):
-    student = STUDENT.replace("time.sleep(600)", 'while not Path("ENDED").exists(): time.sleep(0.05)\nexit(7)')
+    student = STUDENT.replace(
+        "time.sleep(600)", 'while not Path("ENDED").exists(): time.sleep(0.05)\nexit(7)'
+    )
     assert start_local(tmp_path, monkeypatch, student=student, engine=ENGINE) == 7
     captured = capsys.readouterr()
     assert "the job vllm ended with exit code 9, and is started again" in captured.err

@@ -43,7 +43,9 @@ from tests.oracles.modes import Model, capped, exact_row
 
 PAPER = InterfaceConfig()
 WEIGHTED = ("paper", "sum", "code", "exact", "strict", "strict_topk", "uld", "alm", "scalar")
-FLOAT32_OTHERS = [config for config in OTHERS if config.interface != "code_gh" and config.min_teacher_mass == 0]
+FLOAT32_OTHERS = [
+    config for config in OTHERS if config.interface != "code_gh" and config.min_teacher_mass == 0
+]
 """Where rows are dropped for their low mass, few or none may be left: there is no norm to relate to."""
 
 
@@ -69,7 +71,9 @@ def test_golden_loss(key):
 
 @pytest.mark.parametrize("key", list(golden.OTHER_LOSSES), ids=str)
 def test_golden_loss_of_other_interfaces(key):
-    """On the minimal segments and on those of the released walk, which swallows the shared token behind the unit."""
+    """On the minimal segments and on those of the released walk, which swallows the shared token behind the
+    unit.
+    """
     interface, divergence, temperature, segmentation = key
     case = golden_case()
     if segmentation == "authors":
@@ -140,8 +144,10 @@ def check_exact(case: LossCase, config: InterfaceConfig) -> None:
 
 
 def rounding_of_the_rest(case: LossCase, config: InterfaceConfig) -> float:
-    """Nats a row. The teacher's rest is what its log-sum-exp leaves of 1, with the rounding of numbers as large as its
-    logits. reverse_kl takes its logarithm, which is the worse the smaller the rest, times the student's rest."""
+    """Nats a row. The teacher's rest is what its log-sum-exp leaves of 1, with the rounding of numbers as
+    large as its logits. reverse_kl takes its logarithm, which is the worse the smaller the rest, times the
+    student's rest.
+    """
     if config.divergence != "reverse_kl":
         return 0.0
     student, teacher = (
@@ -199,8 +205,8 @@ def test_weights_of_segments(config):
 @pytest.mark.parametrize("scale", [0.7, 1.5, 3.0])
 @pytest.mark.parametrize("config", [*CONFIGS, *FLOAT32_OTHERS, *EXACT[:-1]], ids=name_of)
 def test_float32_is_close_to_the_oracle(config, scale):
-    """At scale 3 logits reach +-100, so float32 rounds the logits themselves by up to 1e-5, and the models hardly
-    overlap: careless differences lose the whole gradient of js there."""
+    """At scale 3 logits reach +-100, so float32 rounds the logits themselves by up to 1e-5, and the models
+    hardly overlap: careless differences lose the whole gradient of js there."""
     if config.interface == "exact" and scale > 1:
         scale = 1.0  # what is left of 1 is lost to rounding where little is left
     limit = 1e-5 if scale < 3 else 4e-5
@@ -210,14 +216,19 @@ def test_float32_is_close_to_the_oracle(config, scale):
         expected, hidden_gradient, weight_gradient = evaluate_oracle(case, config)
         assert result.output.sum.dtype == torch.float32
         assert float(result.output.sum) == pytest.approx(float(expected.sum.detach()), rel=1e-5)
-        for found, wanted in ((result.hidden_gradient, hidden_gradient), (result.weight_gradient, weight_gradient)):
+        for found, wanted in (
+            (result.hidden_gradient, hidden_gradient),
+            (result.weight_gradient, weight_gradient),
+        ):
             error = (found[: len(wanted)].double() - wanted).norm() / wanted.norm()
             assert error < limit
 
 
 @pytest.mark.parametrize("scalar", ["dpca", "spread"])
 def test_scalar_clips_ratios_of_an_older_policy(scalar):
-    """Log-probabilities of the sampling policy that are a nat apart: some ratios are clipped, some advantages too."""
+    """Log-probabilities of the sampling policy that are a nat apart: some ratios are clipped, some advantages
+    too.
+    """
     config = InterfaceConfig(interface="scalar", scalar=scalar)
     clipped = 0
     for seed in range(4):
@@ -256,8 +267,13 @@ def test_bfloat16_runs_with_float32_statistics():
 
 
 def same_top(case: LossCase, used: set[int], *, cut: bool) -> int:
-    """Rows where both models find the same shared token likeliest; cut: the one that the unit replaces left out."""
-    student, teacher = case.student_hidden @ case.student_weight.T, case.teacher_hidden @ case.teacher_weight.T
+    """Rows where both models find the same shared token likeliest; cut: the one that the unit replaces left
+    out.
+    """
+    student, teacher = (
+        case.student_hidden @ case.student_weight.T,
+        case.teacher_hidden @ case.teacher_weight.T,
+    )
     count = 0
     for (ts, _, ss, _), kind, replaced in zip(case.segments, case.kinds, case.replaced, strict=True):
         ids = [i for i in case.shared if not cut or i != replaced]
@@ -273,13 +289,17 @@ def test_metrics_equal_the_oracle():
         case = random_case(seed)
         for interface in ("paper", "strict", "strict_topk", "sum", "exact", "code", "code_gh", "alm", "sft"):
             # topk: all shared tokens, so that strict_topk compares what strict does
-            config = InterfaceConfig(interface=interface, **({"topk": 40} if interface == "strict_topk" else {}))
+            config = InterfaceConfig(
+                interface=interface, **({"topk": 40} if interface == "strict_topk" else {})
+            )
             result, (expected, _, _) = evaluate(case, config), evaluate_oracle(case, config)
             used = {"strict": {0, 2}, "strict_topk": {0, 2}, "sft": set()}.get(interface, {0, 1, 2})
             counts = [sum(kind == k and kind in used for kind in case.kinds) for k in (1, 0, 2)]
             found = [result.metric(f"rows_{kind}") for kind in kinds]
             assert found == counts if interface != "code_gh" else sum(found) == len(expected.rows)
-            assert result.metric("rows_dropped") == (0 if interface == "sft" else len(case.kinds) - sum(found))
+            assert result.metric("rows_dropped") == (
+                0 if interface == "sft" else len(case.kinds) - sum(found)
+            )
             rows = sum(result.metric(f"loss_{kind}_sum") for kind in kinds)
             assert rows == pytest.approx(sum(float(row.detach()) for row in expected.rows))
             assert result.metric("student_mass_outside_u_sum") == pytest.approx(expected.mass_outside[0])
@@ -288,26 +308,40 @@ def test_metrics_equal_the_oracle():
                 assert result.metric("rows_same_top") == same_top(case, used, cut=interface == "paper")
             assert result.metric("student_nll_sum") == pytest.approx(expected.nll[0])
             assert result.metric("teacher_nll_sum") == pytest.approx(expected.nll[1])
-            assert result.metric("num_student_labels") == len(case.student_labels) == int(result.output.num_labels)
+            assert (
+                result.metric("num_student_labels")
+                == len(case.student_labels)
+                == int(result.output.num_labels)
+            )
             assert result.metric("num_teacher_labels") == len(case.teacher_labels)
-            assert all(v.dtype == torch.float64 and not v.requires_grad for v in result.output.metrics.values())
+            assert all(
+                v.dtype == torch.float64 and not v.requires_grad for v in result.output.metrics.values()
+            )
 
 
 @pytest.mark.parametrize("config", [*CONFIGS, *OTHERS, *EXACT], ids=name_of)
 def test_finite_differences(config):
     case = random_case(3, num_segments=5, softcap=True)
     student = capped(case.student_hidden @ case.student_weight.T, case.student_softcap)
-    own = Model(student, case.student_labels).log_p[torch.arange(len(student)), torch.tensor(case.student_labels)]
+    own = Model(student, case.student_labels).log_p[
+        torch.arange(len(student)), torch.tensor(case.student_labels)
+    ]
     case = replace(case, old_log_probs=own.tolist())  # what was sampled stays as it is
     gradient = evaluate(case, config).hidden_gradient
     rng = np.random.default_rng(0)
     for _ in range(4):
         direction = torch.tensor(rng.normal(size=case.student_hidden.shape))
         ahead, behind = (
-            float(evaluate(replace(case, student_hidden=case.student_hidden + step * direction), config).output.sum)
+            float(
+                evaluate(
+                    replace(case, student_hidden=case.student_hidden + step * direction), config
+                ).output.sum
+            )
             for step in (1e-5, -1e-5)
         )
-        assert (ahead - behind) / 2e-5 == pytest.approx(float((gradient * direction).sum()), rel=1e-6, abs=1e-8)
+        assert (ahead - behind) / 2e-5 == pytest.approx(
+            float((gradient * direction).sum()), rel=1e-6, abs=1e-8
+        )
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=name_of)
@@ -315,10 +349,14 @@ def test_gradient_rows_of_the_logits_sum_to_zero(config):
     """With an identity head the gradient of the hidden states is that of the logits."""
     dense = random_case(5)
     logits = dense.student_hidden @ dense.student_weight.T
-    case = replace(dense, student_hidden=logits, student_weight=torch.eye(logits.shape[1], dtype=torch.float64))
+    case = replace(
+        dense, student_hidden=logits, student_weight=torch.eye(logits.shape[1], dtype=torch.float64)
+    )
     gradient = evaluate(case, config).hidden_gradient
     assert gradient.abs().max() > 1e-2
-    torch.testing.assert_close(gradient.sum(1), torch.zeros(len(gradient), dtype=torch.float64), atol=1e-13, rtol=0)
+    torch.testing.assert_close(
+        gradient.sum(1), torch.zeros(len(gradient), dtype=torch.float64), atol=1e-13, rtol=0
+    )
 
 
 def same_tokenizer_case(seed: int, *, same_model: bool) -> LossCase:
@@ -413,13 +451,17 @@ def test_a_row_with_the_unit_alone_is_zero(config):
     result = evaluate(replace(case, shared={stop: case.shared[stop]}, replaced=[stop]), config)
     assert result.metric("rows_unit") == 1
     assert abs(float(result.output.sum)) < 1e-12
-    torch.testing.assert_close(result.hidden_gradient, torch.zeros_like(result.hidden_gradient), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        result.hidden_gradient, torch.zeros_like(result.hidden_gradient), rtol=0, atol=1e-12
+    )
 
 
 def test_sums_add_over_micro_batches():
     """Two samples in one micro-batch and in two: same sum, gradients and metrics."""
     a = random_case(1)
-    b = replace(random_case(2), student_weight=a.student_weight, teacher_weight=a.teacher_weight, shared=a.shared)
+    b = replace(
+        random_case(2), student_weight=a.student_weight, teacher_weight=a.teacher_weight, shared=a.shared
+    )
     n, m = len(a.student_labels), len(a.teacher_labels)
     both = replace(
         a,
@@ -434,7 +476,9 @@ def test_sums_add_over_micro_batches():
     for config in [*CONFIGS, *OTHERS]:
         one, first, second = (evaluate(case, config) for case in (both, a, b))
         assert float(one.output.sum) == pytest.approx(float(first.output.sum + second.output.sum), rel=1e-12)
-        torch.testing.assert_close(one.hidden_gradient, torch.cat([first.hidden_gradient, second.hidden_gradient]))
+        torch.testing.assert_close(
+            one.hidden_gradient, torch.cat([first.hidden_gradient, second.hidden_gradient])
+        )
         torch.testing.assert_close(one.weight_gradient, first.weight_gradient + second.weight_gradient)
         for name in one.output.metrics:
             assert one.metric(name) == pytest.approx(first.metric(name) + second.metric(name)), name
@@ -446,11 +490,15 @@ def test_scale_of_the_caller_reaches_the_gradient():
     placement = placement_of(case, 0, len(weight))
     hidden = case.student_hidden.clone().requires_grad_()
     head = shared_head_of(case, placement, None)
-    output = interface_loss(hidden, weight, label_batch(case), shared_head=head, placement=placement, config=PAPER)
+    output = interface_loss(
+        hidden, weight, label_batch(case), shared_head=head, placement=placement, config=PAPER
+    )
     (3 * output.sum).backward()
     torch.testing.assert_close(hidden.grad, 3 * evaluate(case, PAPER).hidden_gradient)
     with torch.no_grad():
-        silent = interface_loss(hidden, weight, label_batch(case), shared_head=head, placement=placement, config=PAPER)
+        silent = interface_loss(
+            hidden, weight, label_batch(case), shared_head=head, placement=placement, config=PAPER
+        )
     assert not silent.sum.requires_grad and float(silent.sum) == float(output.sum.detach())
 
 
@@ -525,10 +573,14 @@ FLOOR = -1e4
 """A logit of probability 0 that the oracle can multiply."""
 
 
-def loss_of_logits(case: LossCase, student: torch.Tensor, teacher: torch.Tensor, config: InterfaceConfig) -> LossOutput:
+def loss_of_logits(
+    case: LossCase, student: torch.Tensor, teacher: torch.Tensor, config: InterfaceConfig
+) -> LossOutput:
     """The level below the heads: an identity head would turn an infinite logit into nan."""
     finite = replace(
-        case, teacher_hidden=teacher.clamp(min=FLOOR), teacher_weight=torch.eye(teacher.shape[1], dtype=torch.float64)
+        case,
+        teacher_hidden=teacher.clamp(min=FLOOR),
+        teacher_weight=torch.eye(teacher.shape[1], dtype=torch.float64),
     )
     labels = label_batch(finite, config.interface)
     placement = placement_of(case, 0, student.shape[1])
@@ -545,7 +597,9 @@ def loss_of_logits(case: LossCase, student: torch.Tensor, teacher: torch.Tensor,
 
 @pytest.mark.parametrize("config", CONFIGS[:-1], ids=name_of)
 def test_impossible_columns(config):
-    """A shared token that is impossible for both models adds nothing; for one model, only what the divergence says."""
+    """A shared token that is impossible for both models adds nothing; for one model, only what the divergence
+    says.
+    """
     case = random_case(9, vocab_size=40)
     token, teacher_token = next(
         (i, ids[0])
@@ -583,7 +637,9 @@ def test_impossible_columns(config):
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js"])
 @pytest.mark.parametrize("interface", ["paper", "sum", "code", "exact", "strict", "strict_topk"])
 def test_a_segment_of_weight_zero_is_left_out_however_far_the_models_are_apart(interface, divergence):
-    """A token that is impossible for one of them: the row's divergence and derivatives are infinite, its part is 0."""
+    """A token that is impossible for one of them: the row's divergence and derivatives are infinite, its part
+    is 0.
+    """
     config = InterfaceConfig(interface=interface, divergence=divergence)
     case = random_case(9, vocab_size=40, num_stops=1)
     token = next(i for i in case.shared if i not in case.student_labels)
@@ -648,7 +704,10 @@ def test_uld_needs_a_list_for_every_row():
     placement, config = placement_of(case, 0, 24), InterfaceConfig(interface="uld")
     labels = label_batch(case, "uld")
     check_labels(labels, placement=placement, config=config)
-    for invalid in (replace(labels, teacher_topk=None), replace(labels, teacher_topk=labels.teacher_topk[1:])):
+    for invalid in (
+        replace(labels, teacher_topk=None),
+        replace(labels, teacher_topk=labels.teacher_topk[1:]),
+    ):
         with pytest.raises(ValueError, match="needs a teacher list of its likeliest tokens"):
             check_labels(invalid, placement=placement, config=config)
 
@@ -708,7 +767,10 @@ def test_interfaces_without_units_have_no_parts_of_the_gradient(interface):
         (InterfaceConfig(interface="sum"), InterfaceConfig(unit_score="sum")),
         (InterfaceConfig(interface="code_gh"), InterfaceConfig(interface="code", min_teacher_mass=0.5)),
         (InterfaceConfig(interface="no_unit_loss", rho=0.3), InterfaceConfig(drop_units=0.3)),
-        (InterfaceConfig(interface="random_unit", rho=0.3, interface_seed=2), InterfaceConfig(random_units=0.3)),
+        (
+            InterfaceConfig(interface="random_unit", rho=0.3, interface_seed=2),
+            InterfaceConfig(random_units=0.3),
+        ),
     ],
     ids=name_of,
 )
@@ -732,7 +794,10 @@ def test_invalid_options_are_refused():
         (InterfaceConfig(interface="strict_topk", topk=0), "--simct-topk 0: must be at least 1"),
         (InterfaceConfig(temperature=float("inf")), "--simct-temperature inf: must be finite"),
         (InterfaceConfig(interface="papr"), "papr"),
-        (InterfaceConfig(interface="alm", alm_temperature=0.0), "--simct-alm-temperature 0.0: must be above 0"),
+        (
+            InterfaceConfig(interface="alm", alm_temperature=0.0),
+            "--simct-alm-temperature 0.0: must be above 0",
+        ),
         (InterfaceConfig(divergence="kl"), "kl"),
         (InterfaceConfig(interface="bpm"), "--simct-divergence reverse_kl: the targets of interface bpm"),
     ):

@@ -1,7 +1,9 @@
-"""Rounding: fp32 beside one rounding of its operands, bf16 beside plain torch in bf16, all measured against float64.
+"""Rounding: fp32 beside one rounding of its operands, bf16 beside plain torch in bf16, all measured against
+float64.
 
-The error of one number may be small by luck, so errors are root mean squares over several samples. `FAR` models hardly
-overlap; `NEAR` ones differ by a few hundredths of a nat a row, where the gradient is made of small differences.
+The error of one number may be small by luck, so errors are root mean squares over several samples. `FAR`
+models hardly overlap; `NEAR` ones differ by a few hundredths of a nat a row, where the gradient is made of
+small differences.
 """
 
 from __future__ import annotations
@@ -33,19 +35,22 @@ MODES = [(interface, divergence) for interface in ("paper", "strict", "sum") for
 FLOAT32_STEP = 2.0**-23
 """Relative distance of neighboring float32 numbers: what any float32 result may be off by."""
 ROUNDINGS = 8
-"""How many times the error of rounded operands a result may be off: a dozen operations round one after another, and
-their errors add up as a random walk does."""
+"""How many times the error of rounded operands a result may be off: a dozen operations round one after
+another, and their errors add up as a random walk does."""
 ROW_ERROR = FLOAT32_STEP / 2
-"""Nats: a row's value is what is left of sums that are about a nat, or log 2 for js, and are rounded as such."""
+"""Nats: a row's value is what is left of sums that are about a nat, or log 2 for js, and are rounded as such.
+"""
 NO_WORSE = 1.05
-"""Error of bf16 beside dense bf16. Nearly all of it is that of the logits, which both round alike; a weight gradient
-without main_grad is rounded twice, once for the shared columns and once for the rows of units."""
+"""Error of bf16 beside dense bf16. Nearly all of it is that of the logits, which both round alike; a weight
+gradient without main_grad is rounded twice, once for the shared columns and once for the rows of units."""
 
 Found = Sequence[torch.Tensor]
 """Loss (a sum), gradient of the hidden states, gradient of the weight."""
 
 
-def case_of(seed: int, models: tuple[float, float | None], dtype: torch.dtype, vocab_size: int = 300) -> LossCase:
+def case_of(
+    seed: int, models: tuple[float, float | None], dtype: torch.dtype, vocab_size: int = 300
+) -> LossCase:
     scale, distance = models
     case = random_case(seed, num_segments=15, vocab_size=vocab_size)
     generator = torch.Generator().manual_seed(seed)
@@ -64,7 +69,11 @@ def case_of(seed: int, models: tuple[float, float | None], dtype: torch.dtype, v
             weight_t[teachers] = weight_s[student]
         weight_t += distance * normal(*weight_t.shape) * width**-0.5
     moved = replace(
-        case, student_hidden=hidden_s, student_weight=weight_s, teacher_hidden=hidden_t, teacher_weight=weight_t
+        case,
+        student_hidden=hidden_s,
+        student_weight=weight_s,
+        teacher_hidden=hidden_t,
+        teacher_weight=weight_t,
     )
     return moved.to(dtype)
 
@@ -84,7 +93,10 @@ def float32_rounding(seed: int) -> Rounding:
 
 
 def differentiated(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], case: LossCase) -> Found:
-    hidden, weight = case.student_hidden.clone().requires_grad_(), case.student_weight.clone().requires_grad_()
+    hidden, weight = (
+        case.student_hidden.clone().requires_grad_(),
+        case.student_weight.clone().requires_grad_(),
+    )
     value = loss(hidden, weight)
     value.backward()
     return value.detach(), hidden.grad, weight.grad
@@ -132,8 +144,10 @@ def test_dense_torch_in_float64_is_the_oracle(interface, divergence):
 
 
 def check_float32(cases: list[LossCase], interface: str, divergence: str) -> None:
-    """What one rounding of the weights, hidden states and log-probabilities makes of the result in float64 says how far
-    a good float32 result may be off; how close dense torch comes is luck, and differs between kinds of CPU."""
+    """What one rounding of the weights, hidden states and log-probabilities makes of the result in float64
+    says how far a good float32 result may be off; how close dense torch comes is luck, and differs between
+    kinds of CPU.
+    """
     errors: dict[str, list[list[float]]] = {"operands": [], "fused": [], "labels": []}
     exact = []
     for case in cases:
@@ -150,7 +164,9 @@ def check_float32(cases: list[LossCase], interface: str, divergence: str) -> Non
     of_loss, *of_gradients = mean_errors(errors["operands"])
     for name in ("fused", "labels"):
         loss, *gradients = mean_errors(errors[name])
-        assert loss <= min(limit, ROUNDINGS * max(of_loss, least)), f"{name}: {loss}, of the operands {of_loss}"
+        assert loss <= min(limit, ROUNDINGS * max(of_loss, least)), (
+            f"{name}: {loss}, of the operands {of_loss}"
+        )
         for found, of_operands in zip(gradients, of_gradients, strict=True):
             bound = min(limit, ROUNDINGS * of_operands)
             assert found <= bound, f"{name}: gradient {found}, of the operands {of_operands}"
@@ -172,7 +188,9 @@ def main_grad_of(case: LossCase, interface: str, divergence: str) -> torch.Tenso
     weight = case.student_weight.clone().requires_grad_()
     weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(weight, dtype=torch.float32), False
     options = arguments(case) | {"interface": interface, "divergence": divergence, "normalizer": 1}
-    output = public_loss.fused(case.student_hidden, weight, case.teacher_hidden, case.teacher_weight, **options)
+    output = public_loss.fused(
+        case.student_hidden, weight, case.teacher_hidden, case.teacher_weight, **options
+    )
     output.loss.backward()
     return weight.main_grad
 
@@ -230,8 +248,8 @@ def byte_gradients(given: ByteInput, loss: Callable[[torch.Tensor, torch.Tensor]
 
 
 def dense_bytes(given: ByteInput, divergence: str, rounded: Rounding = torch.Tensor.clone) -> Found:
-    """The oracle's steps in the type of the input, softmax in float32 for bf16. `rounded` is done to what goes into the
-    logits and to the log-probabilities."""
+    """The oracle's steps in the type of the input, softmax in float32 for bf16. `rounded` is done to what
+    goes into the logits and to the log-probabilities."""
 
     def log_softmax(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         logits = rounded(hidden) @ rounded(weight).T
@@ -243,7 +261,9 @@ def dense_bytes(given: ByteInput, divergence: str, rounded: Rounding = torch.Ten
         for sample in given.samples:
             text, count = byte_oracle.positions(*sample)
             for i in range(count):
-                points = [byte_oracle.point(side, log_p, text, i) for side, log_p in zip(sample, rows, strict=True)]
+                points = [
+                    byte_oracle.point(side, log_p, text, i) for side, log_p in zip(sample, rows, strict=True)
+                ]
                 values.append(byte_oracle.divergence(*byte_oracle.events(*points), divergence, 0.5))
             rows = [log_p[len(side.labels) :] for side, log_p in zip(sample, rows, strict=True)]
         return sum(values)

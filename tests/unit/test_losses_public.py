@@ -1,4 +1,6 @@
-"""The loss for one's own training loop: against the oracle, from logits and fused, on one and two ranks; its errors."""
+"""The loss for one's own training loop: against the oracle, from logits and fused, on one and two ranks; its
+errors.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,19 @@ from tests.oracles.modes import Model, capped, row_losses
 from tests.public_loss import from_logits, fused
 from tests.unit.test_byte_bounds import limited
 
-INTERFACES = ("paper", "sum", "code", "code_gh", "exact", "strict", "strict_topk", "uld", "alm", "scalar", "sft")
+INTERFACES = (
+    "paper",
+    "sum",
+    "code",
+    "code_gh",
+    "exact",
+    "strict",
+    "strict_topk",
+    "uld",
+    "alm",
+    "scalar",
+    "sft",
+)
 DIVERGENCES = dict.fromkeys(("uld", "alm", "scalar", "sft"), ("reverse_kl",) * 3)
 """Interfaces without a divergence; the others go through all three."""
 TOPK = {"strict_topk": {"topk": 3}, "uld": {"uld_topk": 5}}
@@ -47,9 +61,14 @@ def arguments(case: LossCase) -> dict:
     }
 
 
-def expected(case: LossCase, interface: str, **options) -> tuple[float, torch.Tensor, torch.Tensor, torch.Tensor]:
+def expected(
+    case: LossCase, interface: str, **options
+) -> tuple[float, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss over n, and its gradients with respect to logits, hidden states and weight."""
-    hidden, weight = case.student_hidden.clone().requires_grad_(), case.student_weight.clone().requires_grad_()
+    hidden, weight = (
+        case.student_hidden.clone().requires_grad_(),
+        case.student_weight.clone().requires_grad_(),
+    )
     logits = hidden @ weight.T
     logits.retain_grad()
     teacher = case.teacher_hidden @ case.teacher_weight.T
@@ -89,7 +108,10 @@ def test_both_entries_equal_the_oracle(interface, softcap):
         assert int(output.count) == len(case.student_labels)
         torch.testing.assert_close(logits.grad, of_logits, rtol=1e-10, atol=1e-10)
 
-        hidden, weight = case.student_hidden.clone().requires_grad_(), case.student_weight.clone().requires_grad_()
+        hidden, weight = (
+            case.student_hidden.clone().requires_grad_(),
+            case.student_weight.clone().requires_grad_(),
+        )
         output = fused(hidden, weight, case.teacher_hidden, case.teacher_weight, **options)
         output.loss.backward()
         assert float(output.loss.detach()) == pytest.approx(value, rel=1e-10)
@@ -104,7 +126,9 @@ def test_logits_are_read_some_rows_at_a_time(monkeypatch, interface, rows):
     monkeypatch.setattr("megatron_simct.losses.two_pass.CACHED_ELEMENTS", 30)
     for seed, divergence in enumerate(DIVERGENCES.get(interface, ("reverse_kl", "forward_kl", "js"))):
         case = random_case(seed, softcap=seed == 1, spelled=interface == "exact")
-        monkeypatch.setattr("megatron_simct.losses.two_pass.ROWS_FIRST_ELEMENTS", rows * len(case.student_weight))
+        monkeypatch.setattr(
+            "megatron_simct.losses.two_pass.ROWS_FIRST_ELEMENTS", rows * len(case.student_weight)
+        )
         topk = TOPK.get(interface, {})
         value, of_logits, _, _ = expected(case, interface, divergence_name=divergence, **topk)
         logits = (case.student_hidden @ case.student_weight.T).requires_grad_()
@@ -119,7 +143,9 @@ def without_gathering(rank: int, world_size: int, case: LossCase, interface: str
     """Both entries, where no row of the teacher's head may be moved or copied."""
     public.gather_shared_head = None
     group = dist.group.WORLD if world_size > 1 else None
-    weight, teacher_weight = (padded_shard(w, rank, world_size)[0] for w in (case.student_weight, case.teacher_weight))
+    weight, teacher_weight = (
+        padded_shard(w, rank, world_size)[0] for w in (case.student_weight, case.teacher_weight)
+    )
     options = arguments(case) | {"group": group, "interface": interface}
     logits = (case.student_hidden @ weight.T, case.teacher_hidden @ teacher_weight.T)
     of_states = fused(case.student_hidden, weight, case.teacher_hidden, teacher_weight, **options)
@@ -183,7 +209,9 @@ def test_bytes_with_bounds_for_any_tokenizer_equals_its_oracle(known):
         options = bytes_arguments(case) | {"byte_bounds": "any", "normalizer": 1}
         options |= {"continuations": tuple(map(continuations_of, case))}
         logits = student.logits.clone().requires_grad_()
-        assert float(from_logits(logits, teacher.logits, **options).sum) == pytest.approx(wanted, rel=1e-9, abs=1e-10)
+        assert float(from_logits(logits, teacher.logits, **options).sum) == pytest.approx(
+            wanted, rel=1e-9, abs=1e-10
+        )
         other = float(from_logits(logits, teacher.logits, **options | {"byte_bounds": "longest-match"}).sum)
         differences += abs(other - wanted) > 1e-3
     assert differences > 2, "the option is read"
@@ -211,7 +239,13 @@ def on_two_ranks(rank: int, world_size: int, case: LossCase) -> list:
     weight.requires_grad_()
     of_states = fused(hidden, weight, case.teacher_hidden, teacher_weight, placed=True, **options)
     of_states.loss.backward()
-    return [float(output.loss.detach()), logits.grad, float(of_states.loss.detach()), hidden.grad, weight.grad]
+    return [
+        float(output.loss.detach()),
+        logits.grad,
+        float(of_states.loss.detach()),
+        hidden.grad,
+        weight.grad,
+    ]
 
 
 @pytest.mark.parametrize("softcap", [True, False])  # without one, teacher's logits are read where they are
@@ -223,7 +257,9 @@ def test_two_ranks_equal_the_oracle(softcap):
     for loss, _, fused_loss, hidden_gradient, _ in found:
         assert loss == pytest.approx(value, rel=1e-10) and fused_loss == pytest.approx(value, rel=1e-10)
         torch.testing.assert_close(hidden_gradient, of_hidden, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(torch.cat([f[1] for f in found], 1)[:, :real], of_logits, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        torch.cat([f[1] for f in found], 1)[:, :real], of_logits, rtol=1e-10, atol=1e-10
+    )
     torch.testing.assert_close(torch.cat([f[4] for f in found])[:real], of_weight, rtol=1e-10, atol=1e-10)
 
 
@@ -294,14 +330,24 @@ def test_wrong_input_is_refused_with_its_numbers(change, message):
 
 
 def test_a_match_of_the_walk_that_is_no_pair_has_no_unit_under_code():
-    """By hand: the student said id 2, a second "a", the teacher 0; the row has the shared tokens and the stop."""
+    """By hand: the student said id 2, a second "a", the teacher 0; the row has the shared tokens and the
+    stop.
+    """
     pair = SharedVocabulary(
-        student_ids=torch.tensor([0, 1]), teacher_ids=torch.tensor([0, 1]), stop_student_id=3, stop_teacher_ids=(2,)
+        student_ids=torch.tensor([0, 1]),
+        teacher_ids=torch.tensor([0, 1]),
+        stop_student_id=3,
+        stop_teacher_ids=(2,),
     )
     response = Response(
-        segments=torch.tensor([[0, 1, 0, 1]]), student_labels=torch.tensor([2]), teacher_labels=torch.tensor([0])
+        segments=torch.tensor([[0, 1, 0, 1]]),
+        student_labels=torch.tensor([2]),
+        teacher_labels=torch.tensor([0]),
     )
-    student, teacher = torch.tensor([[0.3, -1.0, 2.0, 0.5]]).double(), torch.tensor([[1.0, 0.2, -0.7]]).double()
+    student, teacher = (
+        torch.tensor([[0.3, -1.0, 2.0, 0.5]]).double(),
+        torch.tensor([[1.0, 0.2, -0.7]]).double(),
+    )
     p, q = student[0, [0, 1, 3]].softmax(0), teacher[0].softmax(0)
     found = cross_tokenizer_loss(
         Logits(student), Logits(teacher), pair, response, InterfaceConfig(interface="code"), normalizer=1

@@ -79,7 +79,12 @@ def test_the_samples_have_what_is_to_be_tested():
     assert {kind for sample in samples for kind in sample.kinds} == {0, 1, 2}
     assert any(i >= 0 for sample in samples for i in sample.replaced)
     lengths = {(te - ts, se - ss) for sample in samples for ts, te, ss, se in sample.segments}
-    assert {(t > 1, s > 1) for t, s in lengths} == {(False, False), (False, True), (True, False), (True, True)}
+    assert {(t > 1, s > 1) for t, s in lengths} == {
+        (False, False),
+        (False, True),
+        (True, False),
+        (True, True),
+    }
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(map(str, options.values())))
@@ -110,11 +115,18 @@ EVENTS = [
 
 
 def config_of(interface: str, divergence: str, k: int, child_weight: float = 0.0) -> InterfaceConfig:
-    return InterfaceConfig(interface=interface, divergence=divergence, teacher_topk=k, child_weight=child_weight)
+    return InterfaceConfig(
+        interface=interface, divergence=divergence, teacher_topk=k, child_weight=child_weight
+    )
 
 
 def expected_loss(
-    sample: reference.Sample, logits: torch.Tensor, interface: str, divergence: str, k: int, child_weight: float = 0.0
+    sample: reference.Sample,
+    logits: torch.Tensor,
+    interface: str,
+    divergence: str,
+    k: int,
+    child_weight: float = 0.0,
 ) -> torch.Tensor:
     loss = reference.event_loss(sample, logits, interface, k=k, divergence_name=divergence)
     return loss + child_weight * child_loss(sample, logits, k=k) if child_weight else loss
@@ -142,7 +154,9 @@ def test_records_made_of_pieces_are_those_of_the_reference():
 
 
 def padded_slice(logits: torch.Tensor, rank: int, world_size: int) -> torch.Tensor:
-    """This rank's rows of an output layer that gives these logits for rows of the identity; padding would win."""
+    """This rank's rows of an output layer that gives these logits for rows of the identity; padding would
+    win.
+    """
     width = -(-(logits.shape[1] + 1) // world_size)
     padded = torch.full((width * world_size, len(logits)), 50.0, dtype=torch.float64)
     padded[: logits.shape[1]] = logits.T
@@ -150,7 +164,9 @@ def padded_slice(logits: torch.Tensor, rank: int, world_size: int) -> torch.Tens
 
 
 def event_losses(rank: int, world_size: int, seeds: range) -> list[tuple[float, torch.Tensor]]:
-    """From logits, or from this rank's slice of output layers whose hidden states are rows of the identity."""
+    """From logits, or from this rank's slice of output layers whose hidden states are rows of the
+    identity.
+    """
     found = []
     for seed in seeds:
         sample = reference.random_sample(seed)
@@ -171,7 +187,9 @@ def event_losses(rank: int, world_size: int, seeds: range) -> list[tuple[float, 
                 slices = [padded_slice(logits, rank, world_size) for logits in both]
                 sides = tuple(
                     Head(torch.eye(len(logits), dtype=torch.float64), weight, vocab_size=logits.shape[1])
-                    for logits, weight in zip((sample.student_logits, sample.teacher_logits), slices, strict=True)
+                    for logits, weight in zip(
+                        (sample.student_logits, sample.teacher_logits), slices, strict=True
+                    )
                 )
                 student = slices[0]
             loss = cross_tokenizer_loss(*sides, pair, weighted, config, normalizer=1, group=group).loss
@@ -190,7 +208,9 @@ def test_events_of_the_teachers_likeliest_tokens_equal_the_reference(world_size)
         expected = expected_loss(sample, logits, *event)
         expected.backward()
         for value, _ in found:
-            assert value == pytest.approx(float(expected.detach()), abs=1e-12 * max(1.0, float(expected.detach())))
+            assert value == pytest.approx(
+                float(expected.detach()), abs=1e-12 * max(1.0, float(expected.detach()))
+            )
         whole = torch.cat([gradient for _, gradient in found], dim=1)
         torch.testing.assert_close(whole[:, : logits.shape[1]], logits.grad, rtol=1e-11, atol=1e-12)
         assert not whole[:, logits.shape[1] :].any(), "padded columns were scored"
@@ -211,10 +231,16 @@ def records_of_a_run(sample: reference.Sample, sample_id: int, needs) -> tuple[P
     """As `rollout` and `alignment` make them."""
     ids = [np.array(labels, np.int32) for labels in (sample.student_labels, sample.teacher_labels)]
     segments, kinds = np.array(sample.segments, np.int32), np.array(sample.kinds, np.int8)
-    rows = segments[kinds != 1, 0] if needs.hidden_rows == "one_to_one" else np.arange(len(ids[1]), dtype=np.int32)
+    rows = (
+        segments[kinds != 1, 0]
+        if needs.hidden_rows == "one_to_one"
+        else np.arange(len(ids[1]), dtype=np.int32)
+    )
     prompt = Prompt(sample_id=sample_id, student_ids=ids[0][:1], teacher_ids=ids[1][:1])
     logprobs = np.zeros(len(ids[0]), np.float32)
-    rollout = Rollout(sample_id=sample_id, weight_version=0, student_ids=ids[0], logprobs=logprobs, finish="stop")
+    rollout = Rollout(
+        sample_id=sample_id, weight_version=0, student_ids=ids[0], logprobs=logprobs, finish="stop"
+    )
     none = np.full(len(kinds), -1, np.int32)
     aligned = AlignedPair(
         sample_id=sample_id,
@@ -251,17 +277,23 @@ def over_the_wire(sample: reference.Sample, pair: AlignedPair, rank: int, group)
 
 
 def losses_of_a_run(rank: int, world_size: int, seed: int) -> list[tuple[float, torch.Tensor]]:
-    """For each of EVENTS, with one sequence a micro-batch and with three: the sum, and the output layer's gradient."""
+    """For each of EVENTS, with one sequence a micro-batch and with three: the sum, and the output layer's
+    gradient.
+    """
     group = None if world_size == 1 else dist.group.WORLD
     samples, found = samples_of_one_vocabulary(seed), []
     num_labels = len(samples[0].student_labels)
     for event in EVENTS:
         config = config_of(*event)
         records = [records_of_a_run(sample, i, teacher_needs(config)) for i, sample in enumerate(samples)]
-        scored = [over_the_wire(s, pair, rank, group) for s, (_, _, pair) in zip(samples, records, strict=True)]
+        scored = [
+            over_the_wire(s, pair, rank, group) for s, (_, _, pair) in zip(samples, records, strict=True)
+        ]
         vocabulary, _ = records_of(samples[0])
         build = interface_of(config).entries(config)
-        slices = torch.cat([padded_slice(s.student_logits, rank, world_size).detach() for s in samples], dim=1)
+        slices = torch.cat(
+            [padded_slice(s.student_logits, rank, world_size).detach() for s in samples], dim=1
+        )
         placement = VocabPlacement(
             student_vocab_size=samples[0].student_logits.shape[1],
             teacher_vocab_size=samples[0].teacher_logits.shape[1],
@@ -282,12 +314,20 @@ def losses_of_a_run(rank: int, world_size: int, seed: int) -> list[tuple[float, 
             )
             assert len(batches) == 3 // size
             for batch in batches:
-                rows = torch.cat([torch.arange(i * num_labels, (i + 1) * num_labels) for i in batch.sample_ids])
+                rows = torch.cat(
+                    [torch.arange(i * num_labels, (i + 1) * num_labels) for i in batch.sample_ids]
+                )
                 hidden = torch.eye(3 * num_labels, dtype=torch.float64)[rows]
                 total = (
                     total
                     + interface_loss(
-                        hidden, weight, batch.labels, shared_head=None, placement=placement, config=config, group=group
+                        hidden,
+                        weight,
+                        batch.labels,
+                        shared_head=None,
+                        placement=placement,
+                        config=config,
+                        group=group,
                     ).sum
                 )
             total.backward()
@@ -302,7 +342,9 @@ def test_events_that_came_over_the_wire_equal_the_reference(world_size):
     samples, found = samples_of_one_vocabulary(0), zip(*by_rank, strict=True)
     for event in EVENTS:
         logits = [sample.student_logits.clone().requires_grad_() for sample in samples]
-        expected = sum(expected_loss(sample, given, *event) for sample, given in zip(samples, logits, strict=True))
+        expected = sum(
+            expected_loss(sample, given, *event) for sample, given in zip(samples, logits, strict=True)
+        )
         expected.backward()
         gradient = torch.cat([given.grad.T for given in logits], dim=1)
         for _ in ("one sequence a micro-batch", "all in one"):

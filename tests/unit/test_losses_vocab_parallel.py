@@ -42,7 +42,9 @@ def test_label_statistics_equal_the_dense_ones_for_any_tiling(chunks, cap):
 
 def test_label_statistics_of_bfloat16_are_float32_and_carry_no_gradient():
     hidden, weight, labels = sample(torch.bfloat16)
-    own, lse = label_statistics(hidden.requires_grad_(), weight, labels, shard_start=0, vocab_size=25, group=None)
+    own, lse = label_statistics(
+        hidden.requires_grad_(), weight, labels, shard_start=0, vocab_size=25, group=None
+    )
     assert own.dtype == lse.dtype == torch.float32 and not own.requires_grad
     logits = (hidden @ weight[:25].T).float()
     torch.testing.assert_close(own, logits[torch.arange(13), labels])
@@ -131,7 +133,10 @@ def test_invalid_placements_are_refused_with_their_numbers():
         ({"row_offsets": offsets[:-1]}, f"got {len(offsets) - 1} offsets"),
         ({"row_offsets": offsets + 1}, "from 1 to"),
         ({"columns": placement.columns[::-1]}, "must ascend, each student token once"),
-        ({"columns": placement.columns.repeat(2)[: len(placement.columns)]}, "must ascend, each student token once"),
+        (
+            {"columns": placement.columns.repeat(2)[: len(placement.columns)]},
+            "must ascend, each student token once",
+        ),
         ({"columns": placement.columns + len(case.student_weight)}, "real tokens of this shard"),
         ({"student_vocab_size": int(placement.columns[-1])}, "real tokens of this shard"),
         ({"teacher_rows": rows + len(case.teacher_weight)}, r"ids in \[0, 27\)"),

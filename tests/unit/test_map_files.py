@@ -1,4 +1,6 @@
-"""Alignment maps as folders: what is written comes back, whatever is wrong has its own error, the tool's report."""
+"""Alignment maps as folders: what is written comes back, whatever is wrong has its own error, the tool's
+report.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,22 @@ from megatron_simct.preflight.bias import COMPARED
 from tests.oracles.alignment import greedy_encoder
 
 STUDENT = [b"ha", b"ppy", b" cat", b" the", b"x", b"<eos>", b"h", b"p", b"a", b"y", b" ", b"c", b"t"]
-TEACHER = [b"hap", b"py", b" cat", b" the", b"x", b"<end>", b"h", b"y", b"p", b"<eot>", b"a", b" ", b"c", b"t"]
+TEACHER = [
+    b"hap",
+    b"py",
+    b" cat",
+    b" the",
+    b"x",
+    b"<end>",
+    b"h",
+    b"y",
+    b"p",
+    b"<eot>",
+    b"a",
+    b" ",
+    b"c",
+    b"t",
+]
 
 
 def tokenizer(pieces: list[bytes], stop_ids: tuple[int, ...]) -> Tokenizer:
@@ -39,13 +56,16 @@ def saved(pair, tmp_path):
 
 def test_a_map_comes_back(pair, saved):
     student, teacher = pair
-    built, loaded = build_alignment_map(student, teacher), load_map(saved, student=student.table, teacher=teacher.table)
+    built, loaded = (
+        build_alignment_map(student, teacher),
+        load_map(saved, student=student.table, teacher=teacher.table),
+    )
     for name in ("student_ids", "teacher_ids"):
         assert getattr(loaded, name).dtype == np.int32
         assert np.array_equal(getattr(loaded, name), getattr(built, name))
     for name in (
-        "stop_student_id", "stop_teacher_ids", "student_vocab_size", "teacher_vocab_size", "student_fingerprint",
-        "teacher_fingerprint", "student_id_of_bytes", "fingerprint", "num_shared",
+        "stop_student_id", "stop_teacher_ids", "student_vocab_size", "teacher_vocab_size",
+        "student_fingerprint", "teacher_fingerprint", "student_id_of_bytes", "fingerprint", "num_shared",
     ):  # fmt: skip
         assert getattr(loaded, name) == getattr(built, name)
     assert {path.name for path in saved.iterdir()} == {"map.json", "map.safetensors"}
@@ -69,7 +89,12 @@ def test_saving_again_replaces_a_map_and_nothing_else(pair, saved, tmp_path):
 def test_a_map_is_only_saved_with_its_own_tables(pair, tmp_path):
     student, teacher = pair
     with pytest.raises(ValueError, match="roles are swapped"):
-        save_map(tmp_path / "m", build_alignment_map(student, teacher), student=teacher.table, teacher=student.table)
+        save_map(
+            tmp_path / "m",
+            build_alignment_map(student, teacher),
+            student=teacher.table,
+            teacher=student.table,
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -96,14 +121,26 @@ def damage(folder, name, change):
     ("name", "change", "message"),
     [
         ("map.safetensors", lambda data: data[:-1], "damaged or truncated"),
-        ("map.safetensors", lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:], "damaged or truncated"),
+        (
+            "map.safetensors",
+            lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
+            "damaged or truncated",
+        ),
         ("map.safetensors", lambda data: b"", "damaged or truncated"),
         ("map.json", lambda data: data[:40], "map.json is damaged"),
         ("map.json", lambda data: b"[]", "map.json is damaged"),
-        ("map.json", lambda data: data.replace(b'"format_version": 1', b'"format_version": 2'), "format version 2"),
+        (
+            "map.json",
+            lambda data: data.replace(b'"format_version": 1', b'"format_version": 2'),
+            "format version 2",
+        ),
         ("map.json", lambda data: data.replace(b'"stop_pair"', b'"stop_pears"'), "lacks stop_pair"),
         ("map.json", lambda data: data.replace(b'"student": 5', b'"student": 6'), "does not belong"),
-        ("map.json", lambda data: data.replace(b'"student_fingerprint": "', b'"student_fingerprint": "0'), "bytes"),
+        (
+            "map.json",
+            lambda data: data.replace(b'"student_fingerprint": "', b'"student_fingerprint": "0'),
+            "bytes",
+        ),
     ],
 )
 def test_damaged_files_are_named(saved, name, change, message):
@@ -138,7 +175,10 @@ def test_pairs_that_are_none(saved, change, message):
     import hashlib
 
     tensors = load_file(saved / "map.safetensors")
-    tensors |= {"student_ids": np.array([2, 3, 4, 6], np.int32), "teacher_ids": np.array([2, 3, 4, 6], np.int32)}
+    tensors |= {
+        "student_ids": np.array([2, 3, 4, 6], np.int32),
+        "teacher_ids": np.array([2, 3, 4, 6], np.int32),
+    }
     tensors |= {name: np.array(ids, np.int32) for name, ids in change.items()}
     save_file(tensors, saved / "map.safetensors")
     settings = json.loads((saved / "map.json").read_text())
@@ -149,7 +189,9 @@ def test_pairs_that_are_none(saved, change, message):
 
 
 def test_balance_counts_the_rows_of_the_fullest_rank():
-    """300 ids of the student over two ranks of 256 ids: 200 shared ones in the first, 10 and the stop in the second."""
+    """300 ids of the student over two ranks of 256 ids: 200 shared ones in the first, 10 and the stop in the
+    second.
+    """
     student = tokenizer([b"s%d" % i for i in range(299)] + [b"<s>"], (299,))
     shared = [b"s%d" % i for i in (*range(200), *range(256, 266))]
     teacher = tokenizer([*shared, *(b"t%d" % i for i in range(100)), b"<e>", b"<f>", b"<g>"], (310, 311, 312))
@@ -195,10 +237,21 @@ def test_the_tool(tmp_path, capsys):
     text, rows = tmp_path / "a.txt", tmp_path / "b.jsonl"
     text.write_text("hello\nhello")
     rows.write_text('{"text": "he"}\n\n{"text": "é"}\n')
-    arguments = ["--teacher-tokenizer", teacher, "--student-tokenizer", student, "--output", str(tmp_path / "map")]
+    arguments = [
+        "--teacher-tokenizer",
+        teacher,
+        "--student-tokenizer",
+        student,
+        "--output",
+        str(tmp_path / "map"),
+    ]
     assert tool.main([*arguments, "--corpus", str(text), str(rows), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert (report["num_shared"], report["teacher_vocab_size"], report["student_vocab_size"]) == (257, 260, 259)
+    assert (report["num_shared"], report["teacher_vocab_size"], report["student_vocab_size"]) == (
+        257,
+        260,
+        259,
+    )
     assert report["stop_pair"] == {"student": 258, "teacher": [259]}
     assert set(report["placement_balance"]) == {"1", "2", "4", "8", "16"}
     first, second = report["corpora"]
@@ -254,12 +307,19 @@ def test_a_lossy_tokenizer_is_refused_or_its_loss_reported(tmp_path, capsys):
         "added_tokens": [{"id": i, "content": text, **special} for text, i in (("[UNK]", 0), ("[SEP]", 1))],
         "normalizer": {"type": "Lowercase"},
         "pre_tokenizer": {"type": "Whitespace"},
-        "model": {"type": "WordPiece", "vocab": vocabulary, "unk_token": "[UNK]", "continuing_subword_prefix": "##",
-                  "max_input_chars_per_word": 100},
+        "model": {"type": "WordPiece", "vocab": vocabulary, "unk_token": "[UNK]",
+                  "continuing_subword_prefix": "##", "max_input_chars_per_word": 100},
     }  # fmt: skip
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     (tmp_path / "a.txt").write_text("hello aa")
-    base = ["--teacher-tokenizer", teacher, "--student-tokenizer", str(folder), "--student-stop-token-ids", "1"]
+    base = [
+        "--teacher-tokenizer",
+        teacher,
+        "--student-tokenizer",
+        str(folder),
+        "--student-stop-token-ids",
+        "1",
+    ]
     base += ["--output", str(tmp_path / "map"), "--corpus", str(tmp_path / "a.txt"), "--json"]
     assert tool.main(base) == 1
     assert "WordPiece has no tokens for every text" in capsys.readouterr().err

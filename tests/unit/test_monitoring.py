@@ -1,4 +1,6 @@
-"""Ratios from sums, Megatron's log line, metrics.jsonl, and the warning of mass that the loss does not see."""
+"""Ratios from sums, Megatron's log line, metrics.jsonl, and the warning of mass that the loss does not
+see.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +107,9 @@ def test_the_glossary_has_every_metric_and_no_other():
     )
     names = ratios(report(), SAMPLES, sampled=True).keys()
     names |= ratios(report(**of_bytes, bytes_merged=0.0), SAMPLES, sampled=True).keys()
-    unresolved = {f"bytes_{name}_sum": 0.0 for name in ("student_unresolved", "teacher_unresolved", "may_agree")}
+    unresolved = {
+        f"bytes_{name}_sum": 0.0 for name in ("student_unresolved", "teacher_unresolved", "may_agree")
+    }
     names |= ratios(report(**of_bytes, **unresolved), SAMPLES, sampled=True).keys()
     parts = dict.fromkeys(("gradient_cosine_units", "gradient_ratio_units"), 1.0)
     names |= ratios(replace(report(), gradient_parts=parts), SAMPLES, sampled=True).keys()
@@ -116,9 +120,17 @@ def test_the_glossary_has_every_metric_and_no_other():
     names |= {"reward", "reward_spread", "reward_silent", "reward_failed"}
     hops = set(re.findall(r'clock\("(\w+)"\)', inspect.getsource(train)))
     names |= {f"seconds_{hop}" for hop in hops} | {"seconds", "peak_memory_gib", "rollout_tokens_per_second"}
-    names |= {"rollout_lag"} | {f"{kind}_{what}" for kind in ("greedy", "sampled") for what in ("accuracy", "right")}
+    names |= {"rollout_lag"} | {
+        f"{kind}_{what}" for kind in ("greedy", "sampled") for what in ("accuracy", "right")
+    }
     over_ranks = {f"seconds_{hop}_slowest" for hop in hops} | {"seconds_slowest_rank"}
-    over_ranks |= {"peak_memory_gib_most", "peak_memory_most_rank", "update_tflops", "update_mfu", "rollout_tflops"}
+    over_ranks |= {
+        "peak_memory_gib_most",
+        "peak_memory_most_rank",
+        "update_tflops",
+        "update_mfu",
+        "rollout_tflops",
+    }
     assert names | over_ranks == METRICS.keys()
 
 
@@ -180,8 +192,9 @@ VALUES = {"loss": 0.25, "grad_norm": 0.5, "learning_rate": 1e-4, "loss_unit": fl
 def test_the_line_starts_as_megatron_s():
     line = log_line(1, 100, VALUES, {"rollout": 0.25, "update": 1.0}, batch_size=64)
     assert line.startswith(
-        " iteration        1/     100 | consumed samples:           64 | elapsed time per iteration (ms): 1250.0 | "
-        "learning rate: 1.000000E-04 | global batch size:    64 | loss: 2.500000E-01 | grad norm: 0.500 | "
+        " iteration        1/     100 | consumed samples:           64 | elapsed time per iteration (ms): "
+        "1250.0 | learning rate: 1.000000E-04 | global batch size:    64 | loss: 2.500000E-01 | grad norm: "
+        "0.500 | "
     )
     assert line.endswith(" | stop rate: 0.7500 | seconds: rollout 0.25 update 1.00 |")
 
@@ -253,10 +266,17 @@ def test_metrics_are_strict_json_of_the_first_rank(tmp_path):
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
-    lines = [json.loads(line, parse_constant=refuse) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line, parse_constant=refuse)
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
     evaluation = {"kind": "evaluation", "iteration": 0, "greedy_accuracy": 0.25, "greedy_right": [0, 1, 0, 0]}
     assert lines[0] == evaluation
-    assert [(line["kind"], line["iteration"]) for line in lines[1:]] == [("step", 1), ("step", 2), ("step", 3)]
+    assert [(line["kind"], line["iteration"]) for line in lines[1:]] == [
+        ("step", 1),
+        ("step", 2),
+        ("step", 3),
+    ]
     for line in lines[1:]:
         assert line["loss"] == 0.25 and line["student_mass_outside_u"] == 0.25
         assert (line["seconds"], line["seconds_rollout"], line["seconds_update"]) == (0.75, 0.5, 0.25)
@@ -274,7 +294,9 @@ def test_a_terminal_shows_whole_lines_above_a_progress_bar(monkeypatch):
     assert re.search(r"responses.*2/4", text), "while they are sampled"
     assert "responses" not in text[text.index("iteration        1/       1") :], "no longer"
     (line,) = [line for line in text.splitlines() if "iteration        1/       1" in line]
-    assert re.search(r"\| loss: 2\.500000E-01 \|.*\|$", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line)), "cut or wrapped"
+    assert re.search(r"\| loss: 2\.500000E-01 \|.*\|$", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line)), (
+        "cut or wrapped"
+    )
 
 
 def _run_on_a_terminal(rank, world_size):

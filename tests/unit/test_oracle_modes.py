@@ -1,4 +1,6 @@
-"""The oracle of every token-level interface against the golden numbers and identities, before anything relies on it."""
+"""The oracle of every token-level interface against the golden numbers and identities, before anything relies
+on it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import golden
-from tests.oracles.modes import SHARED, STOP, UNIT, Model, captured_teacher_mass, divergence, exact_row, row_losses
+from tests.oracles.modes import (
+    SHARED,
+    STOP,
+    UNIT,
+    Model,
+    captured_teacher_mass,
+    divergence,
+    exact_row,
+    row_losses,
+)
 
 STUDENT = Model(torch.tensor(golden.STUDENT_LOGITS), golden.STUDENT_LABELS)
 TEACHER = Model(torch.tensor(golden.TEACHER_LOGITS), golden.TEACHER_LABELS)
@@ -50,7 +61,8 @@ def test_golden_numbers(options, segmentation, rows, loss):
 
 def test_golden_captured_mass():
     masses = [
-        captured_teacher_mass(TEACHER, segment, kind, PAIRS) for segment, kind in zip(WALK, (UNIT, STOP), strict=True)
+        captured_teacher_mass(TEACHER, segment, kind, PAIRS)
+        for segment, kind in zip(WALK, (UNIT, STOP), strict=True)
     ]
     assert masses == pytest.approx((0.926461, 0.820340), abs=5e-7)
 
@@ -92,7 +104,9 @@ def test_equal_models_give_zero_loss_and_gradient(interface):
     logits = student.logits.clone().requires_grad_()
     segmentation = one_to_one(4, 6) | {"shared": {i: [i] for i in range(4)}}
     options = {"topk": 2, "alm_temperature": 3.0}
-    loss = sum(row_losses(Model(logits, student.labels), student, **segmentation, **options, interface=interface))
+    loss = sum(
+        row_losses(Model(logits, student.labels), student, **segmentation, **options, interface=interface)
+    )
     loss.backward()
     assert float(loss.detach()) == pytest.approx(0, abs=1e-12)
     assert float(logits.grad.abs().max()) < 1e-12
@@ -100,7 +114,8 @@ def test_equal_models_give_zero_loss_and_gradient(interface):
 
 def test_alm_tends_to_its_limit():
     limit, near = (
-        sum(row_losses(STUDENT, TEACHER, **MINIMAL, interface="alm", alm_temperature=t)) for t in (math.inf, 1e5)
+        sum(row_losses(STUDENT, TEACHER, **MINIMAL, interface="alm", alm_temperature=t))
+        for t in (math.inf, 1e5)
     )
     assert float(near) == pytest.approx(float(limit), rel=1e-4)
     one = sum(row_losses(STUDENT, TEACHER, **MINIMAL, interface="alm", alm_temperature=1.0))
@@ -129,7 +144,9 @@ def test_code_sees_a_constant_that_the_others_do_not():
 
 
 def test_exact_is_a_partition():
-    """Every event of a unit row is a probability and they add up to one, with the unit's bytes shared or not."""
+    """Every event of a unit row is a probability and they add up to one, with the unit's bytes shared or
+    not.
+    """
     student, teacher = random_models(2, vocab_size=8)
     shared = {i: [7 - i] for i in range(5)}
     for replaced in (-1, *shared):
@@ -142,7 +159,9 @@ def test_exact_is_a_partition():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    weights=st.lists(st.tuples(st.floats(0.01, 1), st.floats(0.01, 1), st.integers(0, 3)), min_size=2, max_size=10),
+    weights=st.lists(
+        st.tuples(st.floats(0.01, 1), st.floats(0.01, 1), st.integers(0, 3)), min_size=2, max_size=10
+    ),
     name=st.sampled_from(["reverse_kl", "forward_kl", "js"]),
 )
 def test_merging_candidates_never_raises_the_divergence(weights, name):

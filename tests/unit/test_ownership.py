@@ -84,11 +84,15 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, reaped):
     assert receiver.recv() == "taken"
     assert "another run writes there" in elsewhere(take_here, tmp_path)
     os.kill(process.pid, signal.SIGKILL)
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it is dead, and still in the table of processes
+    os.waitid(
+        os.P_PID, process.pid, os.WEXITED | os.WNOWAIT
+    )  # it is dead, and still in the table of processes
     if reaped:
         process.join()
     lock = take(tmp_path, what="--save x")
-    assert lock.path.name == ".owner.2.lock" and [path.name for path in tmp_path.iterdir()] == [".owner.2.lock"]
+    assert lock.path.name == ".owner.2.lock" and [path.name for path in tmp_path.iterdir()] == [
+        ".owner.2.lock"
+    ]
     process.join()
 
 
@@ -173,7 +177,9 @@ def test_where_nothing_is_proved_the_line_that_removes_the_lock_works(tmp_path):
 @pytest.mark.parametrize("text", ["", "[1]", "{", '{"pid": 1}', "[" * 5000])
 def test_a_lock_that_cannot_be_read_is_nobodys_to_take(tmp_path, text):
     (tmp_path / ".owner.3.lock").write_text(text)
-    with pytest.raises(ValueError, match=r"cannot be read; where no run writes there: rm \S+/\.owner\.3\.lock"):
+    with pytest.raises(
+        ValueError, match=r"cannot be read; where no run writes there: rm \S+/\.owner\.3\.lock"
+    ):
         take(tmp_path, what="--save x")
 
 
@@ -225,7 +231,9 @@ def test_of_many_that_start_together_at_most_one_goes_on(tmp_path, left):
 
 
 def test_one_who_comes_at_the_same_moment_is_seen(tmp_path, monkeypatch):
-    """This process finds a lock of the dead; before it has made the next one, others have come and gone and come."""
+    """This process finds a lock of the dead; before it has made the next one, others have come and gone and
+    come.
+    """
     dead = replace(Owner.this_process(), pid=2**22 + 1)
     write_lock(tmp_path, dead)
     newcomer = replace(Owner.this_process(), host="node7")

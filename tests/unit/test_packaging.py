@@ -21,13 +21,19 @@ def test_cpu_requirements_pull_nothing_of_a_gpu():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pinned = _names((ROOT / "requirements.txt").read_text().splitlines())
     assert {"torch", "megatron-core"} <= set(pinned)
-    for name in (*pinned, *_names(project["dependencies"]), *_names(project["optional-dependencies"]["test"])):
+    for name in (
+        *pinned,
+        *_names(project["dependencies"]),
+        *_names(project["optional-dependencies"]["test"]),
+    ):
         assert name not in ("transformer-engine", "apex")
     assert _names(project["optional-dependencies"]["gpu"]) == ["transformer-engine"]
     # Every dependency of the package is pinned, torch exactly, and what draws the quick start's pictures.
     report = _names(project["optional-dependencies"]["report"])
     assert set(_names(project["dependencies"])) | set(report) == set(pinned)
-    assert all("==" in line for line in (ROOT / "requirements.txt").read_text().splitlines() if line[:1] not in "#")
+    assert all(
+        "==" in line for line in (ROOT / "requirements.txt").read_text().splitlines() if line[:1] not in "#"
+    )
 
 
 def test_version_is_one():
@@ -36,10 +42,14 @@ def test_version_is_one():
 
 
 def test_the_image_has_the_versions_that_the_tests_ran_with():
-    pinned = set((ROOT / "requirements.txt").read_text().split() + (ROOT / "requirements-test.txt").read_text().split())
+    pinned = set(
+        (ROOT / "requirements.txt").read_text().split() + (ROOT / "requirements-test.txt").read_text().split()
+    )
     dockerfile = (ROOT / "Dockerfile").read_text()
     named = re.findall(r" ([a-z]+==\d[\d.]+)", dockerfile)
-    assert {name.split("==")[0] for name in named} == {"hypothesis", "pytest", "transformers"} and set(named) <= pinned
+    assert {name.split("==")[0] for name in named} == {"hypothesis", "pytest", "transformers"} and set(
+        named
+    ) <= pinned
     (core,) = re.findall(r"ARG MEGATRON_CORE_VERSION=(\S+)", dockerfile)
     assert f"megatron-core=={core}" in pinned
 
@@ -78,8 +88,12 @@ def test_the_lock_file_has_every_pinned_package_with_its_hashes() -> None:
     """torch excepted: its builds differ by index."""
     entries = re.split(r"\n(?=\S)", (ROOT / "requirements.lock").read_text())
     locked = {entry.split(" ")[0]: entry for entry in entries if not entry.startswith("#")}
-    pinned = {line for line in (ROOT / "requirements.txt").read_text().splitlines() if line[:1] not in ("#", "")}
+    pinned = {
+        line for line in (ROOT / "requirements.txt").read_text().splitlines() if line[:1] not in ("#", "")
+    }
     assert {line for line in pinned if line.split("==")[0] != "torch"} <= locked.keys()
     assert not [name for name in locked if name.split("==")[0].startswith(("torch", "nvidia"))]
     for name, entry in locked.items():
-        assert re.fullmatch(r"[a-z0-9.-]+==[\w.]+", name) and re.search(r"--hash=sha256:[0-9a-f]{64}", entry), name
+        assert re.fullmatch(r"[a-z0-9.-]+==[\w.]+", name) and re.search(
+            r"--hash=sha256:[0-9a-f]{64}", entry
+        ), name

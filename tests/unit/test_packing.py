@@ -1,4 +1,6 @@
-"""Samples side by side in a micro-batch: every label finds the row that predicts it, every segment its labels."""
+"""Samples side by side in a micro-batch: every label finds the row that predicts it, every segment its
+labels.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,9 @@ SAMPLES = (
         teacher_rows=[0, 3],  # the segment that starts at label 2 asked for no row
     ),
     sample(2, prompt=5, response=1, teacher_labels=1, segments=[], teacher_rows=[]),
-    sample(3, prompt=1, response=6, teacher_labels=3, segments=[[0, 1, 0, 2], [2, 3, 4, 6]], teacher_rows=[2]),
+    sample(
+        3, prompt=1, response=6, teacher_labels=3, segments=[[0, 1, 0, 2], [2, 3, 4, 6]], teacher_rows=[2]
+    ),
     sample(4, prompt=1, response=1, teacher_labels=2, segments=[[1, 2, 0, 1]], teacher_rows=[0, 1]),
 )
 # Lengths 5, 6, 7, 2: in packed order samples 3, 2 and 1, 4.
@@ -90,7 +94,9 @@ def pack(samples, scored=None, *, micro_batch_size=2, check=lambda labels: None,
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
 def test_label_rows_pick_the_row_that_predicts_each_label(micro_batch_size, packed):
-    """A causal 'model' whose output at (s, b) is the token that stands there: its row of a label is one before it."""
+    """A causal 'model' whose output at (s, b) is the token that stands there: its row of a label is one
+    before it.
+    """
     for batch in pack(SAMPLES, micro_batch_size=micro_batch_size, packed=packed, multiple_of=3):
         output = batch.sequences.tokens.T[:, :, None]  # [S, B, 1], as Megatron's models return it
         read = output.flatten(0, 1)[batch.sequences.label_rows, 0]
@@ -108,7 +114,9 @@ def test_label_rows_against_a_loop(packed):
             position = prompt_lens[b] + label - 1
             expected.append(start + position if packed else position * 3 + b)
         start += prompt_lens[b] + label_lens[b]
-    batch = sequence_batch([np.zeros(n) for n in prompt_lens], [np.zeros(n) for n in label_lens], packed=packed)
+    batch = sequence_batch(
+        [np.zeros(n) for n in prompt_lens], [np.zeros(n) for n in label_lens], packed=packed
+    )
     assert batch.label_rows.tolist() == expected
 
 
@@ -247,7 +255,9 @@ def test_a_segment_that_asked_for_no_row_has_index_minus_one():
 def test_no_hidden_states_where_none_were_asked_for():
     needs = TeacherNeeds(hidden_rows="none")
     samples = [
-        sample(i, prompt=2, response=1, teacher_labels=1, segments=[[0, 1, 0, 1]], teacher_rows=[], needs=needs)
+        sample(
+            i, prompt=2, response=1, teacher_labels=1, segments=[[0, 1, 0, 1]], teacher_rows=[], needs=needs
+        )
         for i in range(2)
     ]
     (batch,) = pack(samples)
@@ -283,7 +293,9 @@ def test_scores_may_come_in_any_order():
         assert torch.equal(a.labels.teacher_hidden, b.labels.teacher_hidden)
 
 
-@pytest.mark.parametrize("chosen", [[0, 1, 2], [0, 1, 2, 2], [0, 1, 2, 3, 3]], ids=["missing", "other", "twice"])
+@pytest.mark.parametrize(
+    "chosen", [[0, 1, 2], [0, 1, 2, 2], [0, 1, 2, 3, 3]], ids=["missing", "other", "twice"]
+)
 def test_a_score_that_is_missing_or_comes_twice_is_refused(chosen):
     with pytest.raises(AssertionError, match=r"every pair is scored once: samples \[1, 2, 3, 4\]"):
         pack(SAMPLES, [SAMPLES[i][3] for i in chosen])

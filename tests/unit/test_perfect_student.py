@@ -1,4 +1,6 @@
-"""What each interface does to a student that is already right, on exact small languages: docs/perfect_student.md."""
+"""What each interface does to a student that is already right, on exact small languages:
+docs/perfect_student.md.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def test_texts_in_one_call_are_the_sum_of_each_in_a_call_of_its_own(name):
 
 def test_bytes_learns_where_paper_unlearns():
     """Teacher groups three digits, the student none."""
-    found = {name: comparison(name, (3, 1)).learnt(steps=15, noise=0.5, lr=0.1) for name in ("bytes", "paper")}
+    found = {
+        name: comparison(name, (3, 1)).learnt(steps=15, noise=0.5, lr=0.1) for name in ("bytes", "paper")
+    }
     (before, bytes_after), (_, paper_after) = found["bytes"], found["paper"]
     assert bytes_after < 0.5 * before and paper_after > 1.5 * before
 

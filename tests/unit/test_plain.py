@@ -39,11 +39,44 @@ class Sly(int):
 
 
 VALUES = [
-    *(None, True, False, 0, 1, -(10**30), 1.0, -0.0, 1e308, math.inf, "", "a", "\ud800", "\0", b"", b"\xff", 2 - 3j),
-    *([], [1, 1.0, True, None, "a"], [[1], (1,)], (), (1,), ((1, [2]),), set(), {1, "a"}, frozenset({(1, 2)})),
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        -(10**30),
+        1.0,
+        -0.0,
+        1e308,
+        math.inf,
+        "",
+        "a",
+        "\ud800",
+        "\0",
+        b"",
+        b"\xff",
+        2 - 3j,
+    ),
+    *(
+        [],
+        [1, 1.0, True, None, "a"],
+        [[1], (1,)],
+        (),
+        (1,),
+        ((1, [2]),),
+        set(),
+        {1, "a"},
+        frozenset({(1, 2)}),
+    ),
     *({}, {1: "a", "1": 2, (1, 2): [3], None: {}}, {True: 1.0}, range(3), range(9, 1, -2), bytearray(b"a")),
     *(collections.Counter("aab"), collections.OrderedDict([(2, 1), (1, 2)]), collections.deque([1, 2], 3)),
-    *(decimal.Decimal("1.10"), fractions.Fraction(1, 3), datetime.date(2024, 2, 29), datetime.time(1, 2, 3, 4)),
+    *(
+        decimal.Decimal("1.10"),
+        fractions.Fraction(1, 3),
+        datetime.date(2024, 2, 29),
+        datetime.time(1, 2, 3, 4),
+    ),
     *(
         datetime.datetime(2024, 2, 29, 1, 2),
         datetime.datetime(2024, 2, 29, tzinfo=Berlin),
@@ -131,7 +164,9 @@ def test_a_value_that_equals_a_plain_one_is_sent_as_it(two: Two, value: Any, exp
 
 
 def test_views_and_iterators_can_be_read(two: Two) -> None:
-    found = given(two, lambda: ({1: 2}.keys(), {1: 2}.values(), {1: 2}.items(), (x for x in "ab"), map(str, [1])))()
+    found = given(
+        two, lambda: ({1: 2}.keys(), {1: 2}.values(), {1: 2}.items(), (x for x in "ab"), map(str, [1]))
+    )()
     assert [list(part) for part in found] == [[1], [2], [(1, 2)], ["a", "b"], ["1"]]
 
 
@@ -201,8 +236,20 @@ def test_what_cannot_be_written_is_an_error_of_the_call(two: Two) -> None:
 
 BAD = [
     *("1", "{}", "[]", '["list"]', '["list", 1]', "[1, []]", '["object", []]', '["list", [["tuple", 1]]]'),
-    *('["complex", ["a", "b"]]', '["dict", [1]]', '["set", [["list", []]]]', '["bytes", ["zz"]]', '["range", []]'),
-    *('["type", ["object"]]', '["type", ["eval"]]', '["int", ["zz"]]', '["Fraction", [1, 0]]', '["date", [1]]'),
+    *(
+        '["complex", ["a", "b"]]',
+        '["dict", [1]]',
+        '["set", [["list", []]]]',
+        '["bytes", ["zz"]]',
+        '["range", []]',
+    ),
+    *(
+        '["type", ["object"]]',
+        '["type", ["eval"]]',
+        '["int", ["zz"]]',
+        '["Fraction", [1, 0]]',
+        '["date", [1]]',
+    ),
     *('["yours", [0]]', '["mine", ["a"]]', '["mine", [1, 2]]', "[" * 100_000, "NaN", '["value", 1]', "\xff"),
 ]
 
@@ -240,7 +287,9 @@ def test_the_program_may_only_call_what_it_was_given(asks: list[Any]) -> None:
     def broken(reason: str) -> NoReturn:
         raise Broken(reason)
 
-    answers = itertools.chain([json.dumps(["list", asks]).encode()], itertools.repeat(b'["list", ["value", 1]]'))
+    answers = itertools.chain(
+        [json.dumps(["list", asks]).encode()], itertools.repeat(b'["list", ["value", 1]]')
+    )
     peer = Peer(lambda: next(answers), lambda _: None, broken, shares=False)
     with pytest.raises(Broken):
         peer.first(lambda: 1)

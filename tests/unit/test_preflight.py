@@ -1,4 +1,6 @@
-"""What the pre-flight finds, one misconfiguration after another, and that it is silent where nothing is wrong."""
+"""What the pre-flight finds, one misconfiguration after another, and that it is silent where nothing is
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,14 @@ from megatron_simct.config.run_file import read_run_file
 from megatron_simct.loading import open_pair
 from megatron_simct.models.families import read_architecture
 from megatron_simct.preflight.check import check_run
-from megatron_simct.preflight.memory import GIB, Sizes, size_text, student_plan, teacher_plan, total_parameters
+from megatron_simct.preflight.memory import (
+    GIB,
+    Sizes,
+    size_text,
+    student_plan,
+    teacher_plan,
+    total_parameters,
+)
 from tests.examples import CONFIGS, PARAMETERS, stand_in
 from tests.preflight import build_pair, edit_json, run_values, write_json, write_run
 
@@ -45,7 +54,9 @@ def findings(folder: Path, change: Change | None = None) -> list:
 
 def test_nothing_is_wrong_with_the_pair_itself(folder):
     found = findings(folder)
-    problems = [f for f in found if f.level != "pass" and f.flag != "run_dir"]  # the tests' folder is one of this node
+    problems = [
+        f for f in found if f.level != "pass" and f.flag != "run_dir"
+    ]  # the tests' folder is one of this node
     assert problems == []
     assert {f.side for f in found} == {"student", "teacher", "pair", "cluster"}
 
@@ -56,7 +67,9 @@ def test_quantised_weights_are_said_with_their_bytes_in_files_and_in_memory(fold
         edit_json(folder / side / "config.json", quantization_config=settings)
         architecture = read_architecture(str(folder / side), flag="")
         memory = 2 * total_parameters(architecture, vocab_size=architecture.vocab_size)
-        (found,) = [f for f in findings(folder) if f.side == side and "fp8 in blocks of 128 x 128" in f.message]
+        (found,) = [
+            f for f in findings(folder) if f.side == side and "fp8 in blocks of 128 x 128" in f.message
+        ]
         assert found.level == level
         in_files = (folder / side / "model.safetensors").stat().st_size
         assert f"{size_text(in_files)} in files; {size_text(memory)} of {dtype} in memory" in found.message
@@ -75,10 +88,19 @@ def test_the_plan_of_a_student_with_adapters_has_gradients_and_optimizer_for_the
 
 def test_layers_are_proposed_for_stages_where_the_head_weighs_much(folder):
     two = student(pipeline_model_parallel_size=2)
-    said = [f.message for f in findings(folder, both(two, config("student", vocab_size=3000))) if f.check == "proposal"]
-    assert any("--pipeline-model-parallel-layout 'Et*3|tL' would even out the stages" in text for text in said)
+    said = [
+        f.message
+        for f in findings(folder, both(two, config("student", vocab_size=3000)))
+        if f.check == "proposal"
+    ]
+    assert any(
+        "--pipeline-model-parallel-layout 'Et*3|tL' would even out the stages" in text for text in said
+    )
     given = both(two, student(pipeline_model_parallel_layout="Et*3|tL"))
-    for change in (both(given, config("student", vocab_size=3000)), both(two, config("student", vocab_size=400))):
+    for change in (
+        both(given, config("student", vocab_size=3000)),
+        both(two, config("student", vocab_size=400)),
+    ):
         assert not any("even out" in finding.message for finding in findings(folder, change))
 
 
@@ -103,7 +125,9 @@ def config(side: str, **values: Any) -> Change:
 
 
 def prompts(*rows: dict[str, Any]) -> Change:
-    return lambda run, folder: (folder / "prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return lambda run, folder: (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in rows)
+    )
 
 
 def both(*changes: Change) -> Change:
@@ -164,7 +188,10 @@ WRONG: dict[str, tuple[Change, str, str, tuple[str, ...]]] = {
         ("world size (4)", "3"),
     ),
     "student heads": (
-        both(config("student", num_attention_heads=6, num_key_value_heads=2), student(tensor_model_parallel_size=4)),
+        both(
+            config("student", num_attention_heads=6, num_key_value_heads=2),
+            student(tensor_model_parallel_size=4),
+        ),
         "student",
         "--tensor-model-parallel-size",
         ("num_attention_heads (6)",),
@@ -217,9 +244,19 @@ WRONG: dict[str, tuple[Change, str, str, tuple[str, ...]]] = {
         "--expert-model-parallel-size",
         ("data-parallel size",),
     ),
-    "batch": (student(rollout_batch_size=18), "student", "--micro-batch-size", ("18", "use a --rollout-batch-size")),
+    "batch": (
+        student(rollout_batch_size=18),
+        "student",
+        "--micro-batch-size",
+        ("18", "use a --rollout-batch-size"),
+    ),
     "global batch": (student(global_batch_size=8), "student", "--global-batch-size", ("must equal",)),
-    "micro-batches of nothing": (student(micro_batch_size=0), "student", "--micro-batch-size", ("at least 1",)),
+    "micro-batches of nothing": (
+        student(micro_batch_size=0),
+        "student",
+        "--micro-batch-size",
+        ("at least 1",),
+    ),
     "ranks of nothing": (
         student(tensor_model_parallel_size=0),
         "student",
@@ -232,7 +269,12 @@ WRONG: dict[str, tuple[Change, str, str, tuple[str, ...]]] = {
         "--make-vocab-size-divisible-by",
         ("at least 1",),
     ),
-    "batches of nothing": (teacher(max_tokens_per_batch=0), "teacher", "--max-tokens-per-batch", ("at least 1",)),
+    "batches of nothing": (
+        teacher(max_tokens_per_batch=0),
+        "teacher",
+        "--max-tokens-per-batch",
+        ("at least 1",),
+    ),
     "teacher world": (
         teacher(tensor_model_parallel_size=3),
         "teacher",
@@ -245,14 +287,24 @@ WRONG: dict[str, tuple[Change, str, str, tuple[str, ...]]] = {
         "--tensor-model-parallel-size",
         ("ffn_hidden_size (127)", "--teacher-hf-checkpoint"),
     ),
-    "no student folder": (student(hf_checkpoint="/nowhere"), "student", "--hf-checkpoint", ("/nowhere", "config.json")),
+    "no student folder": (
+        student(hf_checkpoint="/nowhere"),
+        "student",
+        "--hf-checkpoint",
+        ("/nowhere", "config.json"),
+    ),
     "no teacher folder": (
         teacher(teacher_hf_checkpoint="/nowhere"),
         "teacher",
         "--teacher-hf-checkpoint",
         ("/nowhere",),
     ),
-    "family": (config("teacher", model_type="mamba"), "teacher", "--teacher-hf-checkpoint", ("mamba", "llama")),
+    "family": (
+        config("teacher", model_type="mamba"),
+        "teacher",
+        "--teacher-hf-checkpoint",
+        ("mamba", "llama"),
+    ),
     "field": (
         config("student", rope_scaling={"type": "dynamic", "factor": 4}),
         "student",
@@ -278,7 +330,9 @@ WRONG: dict[str, tuple[Change, str, str, tuple[str, ...]]] = {
         ("1 of 2", "model-2.safetensors"),
     ),
     "weights of another format": (
-        lambda run, folder: (folder / "student/model.safetensors").rename(folder / "student/pytorch_model.bin"),
+        lambda run, folder: (folder / "student/model.safetensors").rename(
+            folder / "student/pytorch_model.bin"
+        ),
         "student",
         "--hf-checkpoint",
         ("pytorch_model.bin",),
@@ -296,7 +350,12 @@ WRONG: dict[str, tuple[Change, str, str, tuple[str, ...]]] = {
         "--teacher-tokenizer-model",
         ("tokenizer.json",),
     ),
-    "tokenizer of another model": (config("student", vocab_size=300), "student", "--tokenizer-model", ("320", "300")),
+    "tokenizer of another model": (
+        config("student", vocab_size=300),
+        "student",
+        "--tokenizer-model",
+        ("320", "300"),
+    ),
     "stop token outside": (student(stop_token_ids=[4000]), "student", "--tokenizer-model", ("4000",)),
     "stop token that no turn ends with": (
         student(stop_token_ids=[316]),
@@ -318,7 +377,12 @@ WRONG: dict[str, tuple[Change, str, str, tuple[str, ...]]] = {
         "--chat-template-kwargs",
         ("does not read enable_thinking",),
     ),
-    "a date in another form": (student(chat_template_date="31.12.2025"), "student", "--chat-template-date", ("31.12",)),
+    "a date in another form": (
+        student(chat_template_date="31.12.2025"),
+        "student",
+        "--chat-template-date",
+        ("31.12",),
+    ),
     "arguments without a template": (
         student(apply_chat_template=False, chat_template_kwargs="{}"),
         "student",
@@ -407,7 +471,12 @@ WRONG: dict[str, tuple[Change, str, str, tuple[str, ...]]] = {
         "--rollout-max-response-len",
         ("256",),
     ),
-    "teacher's batches": (teacher(max_tokens_per_batch=64), "teacher", "--max-tokens-per-batch", ("64", "refused")),
+    "teacher's batches": (
+        teacher(max_tokens_per_batch=64),
+        "teacher",
+        "--max-tokens-per-batch",
+        ("64", "refused"),
+    ),
     "map of others": (
         student(simct_alignment_map="/nowhere"),
         "pair",
@@ -427,8 +496,18 @@ WRONG: dict[str, tuple[Change, str, str, tuple[str, ...]]] = {
         ("sft",),
     ),
     "temperature of bytes": (student(simct_temperature=2.0), "student", "--simct-temperature", ("bytes",)),
-    "time-outs": (student(teacher_timeout_minutes=30), "student", "--teacher-timeout-minutes", ("must be below",)),
-    "student's memory": (cluster(device_memory_gib=2.0), "student", "--tensor-model-parallel-size", ("GiB", "2 GiB")),
+    "time-outs": (
+        student(teacher_timeout_minutes=30),
+        "student",
+        "--teacher-timeout-minutes",
+        ("must be below",),
+    ),
+    "student's memory": (
+        cluster(device_memory_gib=2.0),
+        "student",
+        "--tensor-model-parallel-size",
+        ("GiB", "2 GiB"),
+    ),
     "student's activations": (
         both(
             config("student", max_position_embeddings=100000, num_hidden_layers=80, intermediate_size=4096),
@@ -465,14 +544,24 @@ WRONG: dict[str, tuple[Change, str, str, tuple[str, ...]]] = {
         "--tensor-model-parallel-size",
         ("weights", "--pipeline-model-parallel-size"),
     ),
-    "bf16 on CPU": (cluster("student", gpus_per_node=0, processes_per_node=4), "student", "--bf16", ("GPUs",)),
+    "bf16 on CPU": (
+        cluster("student", gpus_per_node=0, processes_per_node=4),
+        "student",
+        "--bf16",
+        ("GPUs",),
+    ),
     "processes on one GPU": (
         cluster("student", processes_per_node=8),
         "student",
         "cluster.student.processes_per_node",
         ("8", "4"),
     ),
-    "nodes of one machine": (cluster(kind="local"), "teacher", "cluster.teacher.nodes", ("2", "cluster.kind slurm")),
+    "nodes of one machine": (
+        cluster(kind="local"),
+        "teacher",
+        "cluster.teacher.nodes",
+        ("2", "cluster.kind slurm"),
+    ),
     "ipc between nodes": (teacher(bind="ipc"), "teacher", "--bind", ("one machine",)),
     "nothing to resume": (student(load="/nowhere"), "student", "--load", ("/nowhere", "start over")),
     "loads nothing": (
@@ -493,7 +582,12 @@ WRONG: dict[str, tuple[Change, str, str, tuple[str, ...]]] = {
         "--prompt-data",
         ("relative", "prompts.jsonl"),
     ),
-    "no image": (image("apptainer", image="/nowhere.sif"), "cluster", "cluster.container.image", ("/nowhere.sif",)),
+    "no image": (
+        image("apptainer", image="/nowhere.sif"),
+        "cluster",
+        "cluster.container.image",
+        ("/nowhere.sif",),
+    ),
     "nothing to mount": (
         image("pyxis", mounts=["/nowhere:/data", "/:/"]),
         "cluster",
@@ -519,14 +613,24 @@ WRONG: dict[str, tuple[Change, str, str, tuple[str, ...]]] = {
 def test_each_misconfiguration_names_its_flag(folder, name):
     change, side, flag, words = WRONG[name]
     found = [finding for finding in findings(folder, change) if finding.level == "fail"]
-    matching = [f for f in found if f.side == side and f.flag == flag and all(word in f.message for word in words)]
+    matching = [
+        f for f in found if f.side == side and f.flag == flag and all(word in f.message for word in words)
+    ]
     assert matching, [(f.side, f.flag, f.message) for f in found]
     assert "\n" not in matching[0].message
 
 
 WARNINGS: dict[str, tuple[Change, str, str]] = {
-    "plain prompts for a chat model": (student(apply_chat_template=False), "--apply-chat-template", "plain text"),
-    "digits": (both(single_digits("student"), student(simct_interface="paper")), "--simct-interface", "digits"),
+    "plain prompts for a chat model": (
+        student(apply_chat_template=False),
+        "--apply-chat-template",
+        "plain text",
+    ),
+    "digits": (
+        both(single_digits("student"), student(simct_interface="paper")),
+        "--simct-interface",
+        "digits",
+    ),
     "random student": (remove("student/model.safetensors"), "--hf-checkpoint", "random"),
     "thinking": (
         template("teacher", "{{ bos_token }}{{ messages[0]['content'] }}<think>\n"),
@@ -534,12 +638,19 @@ WARNINGS: dict[str, tuple[Change, str, str]] = {
         "thinking",
     ),
     "a thinking switch": (
-        template("teacher", "{{ bos_token }}{{ messages[0]['content'] }}{% if enable_thinking is false %}.{% endif %}"),
+        template(
+            "teacher",
+            "{{ bos_token }}{{ messages[0]['content'] }}{% if enable_thinking is false %}.{% endif %}",
+        ),
         "--teacher-chat-template-kwargs",
         'set {"enable_thinking": false}',
     ),
     "no time limit": (lambda run, folder: run["cluster"].pop("time"), "cluster.time", "limit"),
-    "no checkpoints": (lambda run, folder: run["student"].pop("save_interval"), "--save-interval", "checkpoint"),
+    "no checkpoints": (
+        lambda run, folder: run["student"].pop("save_interval"),
+        "--save-interval",
+        "checkpoint",
+    ),
     "float32": (lambda run, folder: run["student"].pop("bf16"), "--bf16", "float32"),
     "unknown device": (
         lambda run, folder: run["cluster"].pop("device_memory_gib"),
@@ -564,7 +675,9 @@ def test_what_may_be_meant_is_a_warning(folder, name):
 
 
 def test_texts_that_cannot_be_compared_fail(folder, monkeypatch):
-    """No pair of loadable tokenizers loses a fifth of its bytes, so one that spells something else stands in."""
+    """No pair of loadable tokenizers loses a fifth of its bytes, so one that spells something else stands
+    in.
+    """
     from megatron_simct.preflight import pair as module
 
     monkeypatch.setattr(module, "LOST_FAIL", -1.0)
@@ -617,7 +730,9 @@ def test_the_tool_prints_a_table_or_json_and_fails(folder, capsys):
 def test_what_takes_long_at_the_start_is_said(folder):
     """With bounds for any tokenizer, a line for each tokenizer whose table is made."""
     lines: list[str] = []
-    pair = open_pair(read_run_file(str(write_run(folder, student(simct_byte_bounds="any")))).config, say=lines.append)
+    pair = open_pair(
+        read_run_file(str(write_run(folder, student(simct_byte_bounds="any")))).config, say=lines.append
+    )
     assert pair.student.continuations is not None and pair.teachers[0].tokenizer.continuations is not None
     assert len(lines) == 2 and all("finding what may follow each of" in line for line in lines)
     open_pair(read_run_file(str(write_run(folder))).config, say=lines.append)
@@ -635,14 +750,14 @@ def test_golden_plan_of_a_235b_teacher(tmp_path):
     parallel = ParallelConfig(tensor_model_parallel_size=8, pipeline_model_parallel_size=2)
     sizes = Sizes(architecture=architecture, parallel=parallel, vocab_size=152064, bf16=True)
     plan = teacher_plan(sizes, tokens=16384, length=6144, on_gpu=True)
-    # By hand: one layer over 8 ranks has (64 + 8) x 128 / 8 x 4096 of queries, keys and values, 64 x 128 / 8 x 4096 of
-    # the projection, 2 x 128 of their norms, 128 experts of 3 x 4096 x 1536 / 8, 128 x 4096 of the router, 2 x 4096 of
-    # norms. 47 of them, an eighth of the head and the last norm.
+    # By hand: one layer over 8 ranks has (64 + 8) x 128 / 8 x 4096 of queries, keys and values, 64 x 128 / 8
+    # x 4096 of the projection, 2 x 128 of their norms, 128 experts of 3 x 4096 x 1536 / 8, 128 x 4096 of the
+    # router, 2 x 4096 of norms. 47 of them, an eighth of the head and the last norm.
     layer = 4_718_592 + 4_194_304 + 256 + 301_989_888 + 524_288 + 8_192
     last = 47 * layer + 152064 // 8 * 4096 + 4096
     assert plan.held == {"weights": 2 * last, "GPU context": 2 * GIB}
-    # Whole micro-batches, which sequences of 6,144 tokens would not fill. The last stage keeps their hidden states for
-    # the answers.
+    # Whole micro-batches, which sequences of 6,144 tokens would not fill. The last stage keeps their hidden
+    # states for the answers.
     rows = 16384
     assert plan.phases == {
         "scoring": {
@@ -653,7 +768,9 @@ def test_golden_plan_of_a_235b_teacher(tmp_path):
     }
     assert plan.peak / GIB == pytest.approx(34.98, abs=0.02)
     # Experts over 8 data-parallel ranks too, on 128 GPUs.
-    spread = ParallelConfig(tensor_model_parallel_size=8, pipeline_model_parallel_size=2, expert_model_parallel_size=8)
+    spread = ParallelConfig(
+        tensor_model_parallel_size=8, pipeline_model_parallel_size=2, expert_model_parallel_size=8
+    )
     sizes = Sizes(architecture=architecture, parallel=spread, vocab_size=152064, bf16=True)
     few = teacher_plan(sizes, tokens=16384, length=6144, on_gpu=True)
     assert few.held["weights"] == 2 * (last - 47 * 301_989_888 * 7 // 8)
@@ -706,7 +823,9 @@ def test_plan_of_a_student(tmp_path):
     }
     assert plan.phases["rollout"]["KV cache"] == 2 * 16 * 6144 * 36 * 4 * 128 * 2
     tokens = 6144
-    assert plan.phases["update"]["activations"] == 36 * tokens * 2 * (10 * 4096 // 2 + 5 * 6144 + 5 * 20 * 128)
+    assert plan.phases["update"]["activations"] == 36 * tokens * 2 * (
+        10 * 4096 // 2 + 5 * 6144 + 5 * 20 * 128
+    )
     assert plan.peak_phase == "update"
 
 
@@ -760,9 +879,13 @@ def test_answers_from_disk_need_no_teacher_in_memory(folder):
 
 
 def test_likeliest_tokens_come_in_place_of_hidden_states(folder):
-    """uld: no head of the teacher on the student's ranks, and --simct-uld-topk numbers a row over the wire."""
+    """uld: no head of the teacher on the student's ranks, and --simct-uld-topk numbers a row over the
+    wire.
+    """
     reports = {
-        topk: check_run(read_run_file(str(write_run(folder, student(simct_interface="uld", simct_uld_topk=topk)))))
+        topk: check_run(
+            read_run_file(str(write_run(folder, student(simct_interface="uld", simct_uld_topk=topk))))
+        )
         for topk in (1, 9, 0)
     }
     assert all("teacher head" not in report.plans["student"].held for report in reports.values())

@@ -24,7 +24,9 @@ def prepare(tmp_path, capsys):
         for name, rows in files.items():
             data = "".join(json.dumps(row) + "\n" for row in rows).encode()
             (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
-        (tmp_path / "mixture.yaml").write_text(mixture if isinstance(mixture, str) else yaml.safe_dump(mixture))
+        (tmp_path / "mixture.yaml").write_text(
+            mixture if isinstance(mixture, str) else yaml.safe_dump(mixture)
+        )
         argv = ["--mixture", str(tmp_path / "mixture.yaml"), "--data-root", str(tmp_path)]
         code = prepare_prompts.main([*argv, "--output-dir", str(tmp_path / output), *flags])
         error = capsys.readouterr().err
@@ -50,7 +52,10 @@ def test_rows_say_where_they_come_from_and_training_reads_them(prepare, tmp_path
     code, rows, report, _ = prepare({"a.jsonl": numbered(20)}, one(label_key="label", suffix="\nThink."))
     assert code == 0 and report["rows"] == len(rows) == 20
     assert sorted(row["id"] for row in rows) == sorted(f"a/{i}" for i in range(20))
-    assert all(row["prompt"] == f"{row['label']} apples?\nThink." and row["id"] == f"a/{row['label']}" for row in rows)
+    assert all(
+        row["prompt"] == f"{row['label']} apples?\nThink." and row["id"] == f"a/{row['label']}"
+        for row in rows
+    )
     assert [row["label"] for row in rows] != sorted((row["label"] for row in rows), key=int), "not shuffled"
     read = read_prompts(
         str(tmp_path / "out" / "prompts.jsonl"),
@@ -124,7 +129,9 @@ def test_every_reason_is_counted(prepare):
 def test_duplicates_are_found_across_sources_and_forms(prepare):
     files = {
         "a.jsonl": [{"prompt": "Same?"}],
-        "b.jsonl": [{"messages": [{"role": "user", "content": "same?"}, {"role": "assistant", "content": "Yes."}]}],
+        "b.jsonl": [
+            {"messages": [{"role": "user", "content": "same?"}, {"role": "assistant", "content": "Yes."}]}
+        ],
     }
     sources = [{"name": name, "path": f"{name}.jsonl"} for name in "ab"]
     _, rows, report, _ = prepare(files, {"sources": sources})
@@ -137,11 +144,22 @@ def test_duplicates_are_found_across_sources_and_forms(prepare):
 def test_both_templates_count_tokens_and_refuse(prepare, tmp_path):
     save_byte_level(tmp_path / "student")
     save_byte_fallback(tmp_path / "teacher")
-    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]  # not for the teacher
+    system = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Who?"},
+    ]  # not for the teacher
     files = {"a.jsonl": [{"prompt": "the cat sat?"}, {"prompt": "9" * 60}, {"messages": system}]}
-    flags = ("--hf-checkpoint", str(tmp_path / "student"), "--teacher-hf-checkpoint", str(tmp_path / "teacher"))
+    flags = (
+        "--hf-checkpoint",
+        str(tmp_path / "student"),
+        "--teacher-hf-checkpoint",
+        str(tmp_path / "teacher"),
+    )
     _, rows, report, _ = prepare(files, one(), *flags, "--apply-chat-template", "--max-prompt-len", "40")
-    assert report["sources"]["a"]["dropped"] == {"too long for the student": 1, "refused by the teacher's template": 1}
+    assert report["sources"]["a"]["dropped"] == {
+        "too long for the student": 1,
+        "refused by the teacher's template": 1,
+    }
     said = "teacher's template does not render it: no role system"
     assert report["sources"]["a"]["refused"] == {said: {"count": 1, "first": 2}}
     (row,) = rows
@@ -169,7 +187,9 @@ class Written:
             text="Hi?",
         ),
         Written(
-            name="any date", template="{{ strftime_now('%Y-%m-%d') }} {{ messages[0].content }}", text="2222-22-22 Hi?"
+            name="any date",
+            template="{{ strftime_now('%Y-%m-%d') }} {{ messages[0].content }}",
+            text="2222-22-22 Hi?",
         ),
         Written(
             name="a date of another length",
@@ -208,7 +228,10 @@ def test_reasons_of_templates_are_counted_and_the_first_one_ends_an_empty_mixtur
     flags = ("--hf-checkpoint", str(tmp_path / "student"), "--apply-chat-template")
     code, _, _, error = prepare({"a.jsonl": [{"prompt": "Hi?"}]}, one(), *flags)
     assert code == 1
-    assert "1 refused by the student's template (student's template does not render it: too many words in Hi?)" in error
+    assert (
+        "1 refused by the student's template (student's template does not render it: too many words in Hi?)"
+        in error
+    )
     template = "{% if '9' in messages[0].content %}{{ raise_exception(messages[0].content) }}{% endif %}a"
     (tmp_path / "student" / "chat_template.jinja").write_text(template)
     rows = [{"prompt": f"{'9' if i else '1'} {i}" + "x" * 500 * (i == 1)} for i in range(40)]
@@ -234,7 +257,9 @@ def test_files_of_every_format(prepare, tmp_path):
     from pyarrow import parquet
 
     names = ["list.json", "lines.jsonl.gz", "table.parquet", "stream.arrow", "file.arrow"]
-    tables = {name: pyarrow.Table.from_pylist([{"prompt": f"{name} {i}?"} for i in range(3)]) for name in names}
+    tables = {
+        name: pyarrow.Table.from_pylist([{"prompt": f"{name} {i}?"} for i in range(3)]) for name in names
+    }
     parquet.write_table(tables["table.parquet"], tmp_path / "table.parquet")
     for name, new in (("stream.arrow", pyarrow.ipc.new_stream), ("file.arrow", pyarrow.ipc.new_file)):
         with new(str(tmp_path / name), tables[name].schema) as writer:
@@ -284,7 +309,10 @@ def test_files_of_every_format(prepare, tmp_path):
             one() | {"exclude": [{"path": "a.jsonl", "promt_key": "label"}]},
             "exclude 1: unknown key 'promt_key'; did you",
         ),
-        (one() | {"exclude": [{"path": "a.jsonl", "prompt_key": "text"}]}, "no row has a text, so it excludes nothing"),
+        (
+            one() | {"exclude": [{"path": "a.jsonl", "prompt_key": "text"}]},
+            "no row has a text, so it excludes nothing",
+        ),
         (one(max_chars=1), "nothing is left of 3 rows"),
         ({"sources": one()["sources"] * 2}, "two sources have one name"),
     ],
@@ -299,10 +327,16 @@ def test_what_is_wrong_is_said_in_one_line(prepare, tmp_path, mixture, message):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (("--apply-chat-template",), "--apply-chat-template: needs --hf-checkpoint or --teacher-hf-checkpoint"),
+        (
+            ("--apply-chat-template",),
+            "--apply-chat-template: needs --hf-checkpoint or --teacher-hf-checkpoint",
+        ),
         (("--max-prompt-len", "0"), "--max-prompt-len 0: must be at least 1"),
         (("--chat-template-kwargs", "{}"), "--chat-template-kwargs: needs --apply-chat-template"),
-        (("--teacher-chat-template-kwargs", "{}"), "--teacher-chat-template-kwargs: needs --apply-chat-template"),
+        (
+            ("--teacher-chat-template-kwargs", "{}"),
+            "--teacher-chat-template-kwargs: needs --apply-chat-template",
+        ),
         (("--chat-template-date", "2025-12-31"), "--chat-template-date: needs --apply-chat-template"),
         (
             ("--apply-chat-template", "--chat-template-date", "31.12.2025"),
@@ -337,6 +371,8 @@ def test_nothing_is_overwritten(prepare, tmp_path):
 
 
 def test_the_mixture_of_the_paper_has_its_sizes():
-    path = str(prepare_prompts.Path(prepare_prompts.__file__).parents[2] / "examples" / "prompts" / "paper_10k.yaml")
+    path = str(
+        prepare_prompts.Path(prepare_prompts.__file__).parents[2] / "examples" / "prompts" / "paper_10k.yaml"
+    )
     counts = prepare_prompts.wanted_counts(prepare_prompts.read_mixture(path))
     assert counts == {"gsm8k": 1800, "orca_math": 2200, "openmathinstruct": 1000, "math": 800, "code": 4200}

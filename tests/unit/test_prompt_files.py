@@ -75,7 +75,10 @@ FORMS = [
     Form(name="lines", content=LINE + b"\n" + OTHER),
     Form(name="a mark before the first row", content=BOM + LINE + b"\n" + OTHER),
     Form(name="two files with marks, joined by cat", content=BOM + LINE + b"\n" + BOM + OTHER + b"\n" + BOM),
-    Form(name="lines as Windows ends them, and blank ones", content=b"\r\n" + LINE + b"\r\n \t\r\n" + OTHER + b"\r\n"),
+    Form(
+        name="lines as Windows ends them, and blank ones",
+        content=b"\r\n" + LINE + b"\r\n \t\r\n" + OTHER + b"\r\n",
+    ),
     Form(name="UTF-16, as PowerShell writes it", content=(LINE + b"\r\n" + OTHER).decode().encode("utf-16")),
     Form(name="a list", file="rows.json", content=LIST),
     Form(name="a list with a mark", file="rows.json", content=BOM + LIST),
@@ -119,7 +122,10 @@ def test_tables_are_read_by_every_reader(tmp_path: Path) -> None:
         assert [row.label for row in read] == ["51.5", "8.0"]
         kept, _ = prepare(path, label_key="label")
         assert [row.get("messages", row.get("prompt")) for row in kept] == [[ASKED], "Zwei?"]
-        assert [problem.chat for problem in read_problems("math_label", str(path))] == [ASKED["content"], "Zwei?"]
+        assert [problem.chat for problem in read_problems("math_label", str(path))] == [
+            ASKED["content"],
+            "Zwei?",
+        ]
         assert [where for where, _ in read_rows(path, name="F")] == ["F, row 1", "F, row 2"]
 
 
@@ -155,15 +161,20 @@ UNREADABLE = [
         name="one row over several lines",
         file="rows.json",
         content=b'{\n "prompt": "a"\n}\n',
-        message=", line 1: not JSON (Expecting property name enclosed in double quotes at column 2)" + EXPECTED,
+        message=", line 1: not JSON (Expecting property name enclosed in double quotes at column 2)"
+        + EXPECTED,
     ),
     Unreadable(
         name="Python's quotes",
         content=b"{'prompt': 'a'}",
-        message=", line 1: not JSON (Expecting property name enclosed in double quotes at column 2)" + EXPECTED,
+        message=", line 1: not JSON (Expecting property name enclosed in double quotes at column 2)"
+        + EXPECTED,
     ),
     Unreadable(
-        name="CSV", file="rows.csv", content=b"prompt,label\na,7\n", message="; of a CSV file, pandas.read_csv(FILE)"
+        name="CSV",
+        file="rows.csv",
+        content=b"prompt,label\na,7\n",
+        message="; of a CSV file, pandas.read_csv(FILE)",
     ),
     Unreadable(
         name="cut off",
@@ -171,9 +182,13 @@ UNREADABLE = [
         message=", line 2: not JSON (",
     ),
     Unreadable(
-        name="a row that is a list", content=LINE + b"\n[1]\n", message=", line 2: expected a JSON object, found"
+        name="a row that is a list",
+        content=LINE + b"\n[1]\n",
+        message=", line 2: expected a JSON object, found",
     ),
-    Unreadable(name="a list of texts", content=b'["a"]', message=", row 1: expected a JSON object, found str"),
+    Unreadable(
+        name="a list of texts", content=b'["a"]', message=", row 1: expected a JSON object, found str"
+    ),
     Unreadable(
         name="a key that stands twice",
         content=LINE + b'\n{"prompt": "a", "label": "7", "prompt": "b"}',
@@ -200,14 +215,22 @@ UNREADABLE = [
         message=": not UTF-8 (byte 14: ",
     ),
     Unreadable(
-        name="half of a UTF-16 file", content=b"\xff\xfe{\x00\x00", message=": not UTF-16 (byte 4: truncated data)"
+        name="half of a UTF-16 file",
+        content=b"\xff\xfe{\x00\x00",
+        message=": not UTF-16 (byte 4: truncated data)",
     ),
     Unreadable(name="a zip archive", content=b"PK\x03\x04rest", message=": a zip archive; unpack it"),
-    Unreadable(name="zstd", file="rows.zst", content=b"\x28\xb5\x2f\xfdrest", message=": packed by zstd; unpack it"),
+    Unreadable(
+        name="zstd", file="rows.zst", content=b"\x28\xb5\x2f\xfdrest", message=": packed by zstd; unpack it"
+    ),
     Unreadable(name="xz", content=b"\xfd7zXZ\x00rest", message=": packed by xz; unpack it"),
     Unreadable(name="bzip2", content=b"BZh9rest", message=": packed by bzip2; unpack it"),
-    Unreadable(name="Parquet by another name", content=b"PAR1rest", message=": a Parquet file; its name must end"),
-    Unreadable(name="Arrow by another name", content=b"ARROW1rest", message=": an Arrow file; its name must end"),
+    Unreadable(
+        name="Parquet by another name", content=b"PAR1rest", message=": a Parquet file; its name must end"
+    ),
+    Unreadable(
+        name="Arrow by another name", content=b"ARROW1rest", message=": an Arrow file; its name must end"
+    ),
     Unreadable(name="no archive", file="rows.jsonl.gz", content=LINE, message=": Not a gzipped file"),
     Unreadable(
         name="half an archive",
@@ -246,7 +269,9 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
 
 
 def test_responses_and_a_corpus_are_read_like_prompts(tmp_path: Path) -> None:
-    problems = write(tmp_path, [{"id": 0, "prompt": "a", "label": 7}, {"id": 1, "prompt": "b", "label": True}])
+    problems = write(
+        tmp_path, [{"id": 0, "prompt": "a", "label": 7}, {"id": 1, "prompt": "b", "label": True}]
+    )
     given = [{"problem_id": 0, "response": 7}, {"problem_id": 1, "response": "true"}]
     responses = write(tmp_path, BOM + json.dumps(given).encode(), "given.json")
     argv = ["--benchmark", "exact_match", "--data", str(problems), "--responses", str(responses)]
@@ -285,7 +310,9 @@ ROUND = [ASKED, {"role": "assistant", "content": "51?"}, {"role": "user", "conte
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
 CONVERSATIONS = [
     Conversation(name="a question", row={"messages": [ASKED]}, messages=[ASKED]),
-    Conversation(name="an answer closes it", row={"messages": [ASKED, ANSWER]}, messages=[ASKED], response="It is 51."),
+    Conversation(
+        name="an answer closes it", row={"messages": [ASKED, ANSWER]}, messages=[ASKED], response="It is 51."
+    ),
     Conversation(
         name="answered under the key of the prompt",
         row={"prompt": [SYSTEM, ASKED, ANSWER]},
@@ -293,7 +320,10 @@ CONVERSATIONS = [
         response="It is 51.",
     ),
     Conversation(
-        name="an answer within stays", row={"messages": [*ROUND, ANSWER]}, messages=ROUND, response="It is 51."
+        name="an answer within stays",
+        row={"messages": [*ROUND, ANSWER]},
+        messages=ROUND,
+        response="It is 51.",
     ),
     Conversation(
         name="content in parts",
@@ -301,7 +331,10 @@ CONVERSATIONS = [
             "messages": [
                 {
                     "role": "user",
-                    "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "17 times 3?"}],
+                    "content": [
+                        {"type": "text", "text": "What is "},
+                        {"type": "text", "text": "17 times 3?"},
+                    ],
                 },
                 {"role": "assistant", "content": [{"type": "text", "text": "It is 51."}]},
             ]
@@ -336,7 +369,9 @@ CONVERSATIONS = [
         messages=[ASKED],
     ),
     Conversation(
-        name="an answer that calls a tool is more than a text", row={"messages": [ASKED, CALL]}, messages=[ASKED]
+        name="an answer that calls a tool is more than a text",
+        row={"messages": [ASKED, CALL]},
+        messages=[ASKED],
     ),
     Conversation(
         name="a tool's result is answered",
@@ -362,7 +397,9 @@ CONVERSATIONS = [
         messages=[ASKED],
         response="It is 51.",
     ),
-    Conversation(name="empty columns beside", row={"messages": [ASKED], "tools": [], "system": ""}, messages=[ASKED]),
+    Conversation(
+        name="empty columns beside", row={"messages": [ASKED], "tools": [], "system": ""}, messages=[ASKED]
+    ),
 ]
 
 
@@ -554,7 +591,9 @@ def test_a_row_is_refused_by_every_reader_for_the_same_reason(tmp_path: Path, ca
 
 def test_two_answers_that_differ_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path, {"messages": [ASKED, ANSWER], "response": "It is 52."})
-    with pytest.raises(ValueError, match="line 1: two answers .that under 'response' is not the one that ends"):
+    with pytest.raises(
+        ValueError, match="line 1: two answers .that under 'response' is not the one that ends"
+    ):
         train(path)
     assert prepare(path, response_key="response") == ([], {"two answers": 1})
     # A mixture that does not name the column does not take it.
@@ -690,7 +729,11 @@ def test_a_prompt_for_the_teacher_that_has_no_meaning_is_refused(keys, reason, t
 
 
 def test_training_and_preparation_read_the_teachers_prompt_alike(tmp_path):
-    rows = [{"prompt": "q", "teacher_suffix": HINT}, {"prompt": "q2", "teacher_prompt": "other"}, {"prompt": "q3"}]
+    rows = [
+        {"prompt": "q", "teacher_suffix": HINT},
+        {"prompt": "q2", "teacher_prompt": "other"},
+        {"prompt": "q3"},
+    ]
     path = write(tmp_path, rows)
     expected = [f"q{HINT}", "other", None]
     assert [row.teacher_prompt for row in train(path, chat=False)] == expected
@@ -718,5 +761,7 @@ def test_a_mixture_writes_hints_from_columns(tmp_path):
     kept, _ = prepare(own, teacher_messages_key="hinted")
     assert kept[0]["teacher_messages"] == [AS_EXPERT, ASKED]
     assert prepare(write(tmp_path, rows), teacher_messages_key="hinted") == ([], {"no hinted": 2})
-    with pytest.raises(ValueError, match="source a has teacher_messages_key beside a teacher_system or teacher_suffix"):
+    with pytest.raises(
+        ValueError, match="source a has teacher_messages_key beside a teacher_system or teacher_suffix"
+    ):
         prepare(path, teacher_messages_key="hinted", teacher_suffix=HINT)

@@ -15,8 +15,12 @@ from megatron_simct.data.rendering import render_prompt
 
 def byte_tokenizer(*, bos_id: int | None = None, step: int = 1) -> Tokenizer:
     """One token a byte (or a repetition of it), ids 256 stop and 257 start."""
-    table = TokenTable.from_bytes([bytes([i]) for i in range(256)] + [b"", b""], special_ids=[257], stop_ids=[256])
-    return Tokenizer(name="bytes", table=table, encode_text=lambda text: list(text.encode()) * step, bos_id=bos_id)
+    table = TokenTable.from_bytes(
+        [bytes([i]) for i in range(256)] + [b"", b""], special_ids=[257], stop_ids=[256]
+    )
+    return Tokenizer(
+        name="bytes", table=table, encode_text=lambda text: list(text.encode()) * step, bos_id=bos_id
+    )
 
 
 STUDENT = byte_tokenizer(bos_id=257)
@@ -59,12 +63,16 @@ def test_keys_can_be_renamed(read):
 
 def test_a_line_end_of_unicode_inside_a_string_does_not_end_the_row(read):
     text = "a\u2028b\u0085c\x1cd é"
-    rows = read(json.dumps({"prompt": text}, ensure_ascii=False) + "\r\n" + json.dumps({"prompt": "b"}) + "\r\n")
+    rows = read(
+        json.dumps({"prompt": text}, ensure_ascii=False) + "\r\n" + json.dumps({"prompt": "b"}) + "\r\n"
+    )
     assert [row.prompt for row in rows] == [text, "b"]
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(ValueError, match=r"^--eval-prompt-data /nowhere/x\.jsonl: No such file or directory$"):
+    with pytest.raises(
+        ValueError, match=r"^--eval-prompt-data /nowhere/x\.jsonl: No such file or directory$"
+    ):
         read_prompts(
             "/nowhere/x.jsonl",
             flag="--eval-prompt-data",
@@ -151,7 +159,10 @@ def test_a_sample_carries_its_row():
 
 
 def test_the_teacher_reads_its_own_prompt_where_a_row_has_one():
-    rows = [Row(prompt="p", response=None, label=None, teacher_prompt="pq"), Row(prompt="p", response=None, label=None)]
+    rows = [
+        Row(prompt="p", response=None, label=None, teacher_prompt="pq"),
+        Row(prompt="p", response=None, label=None),
+    ]
     prompts = source(rows=rows, shuffle=False, teachers=[(TEACHER, None), (STUDENT, None)])
     first, second = prompts.batch(0)[:2]
     assert first.student_ids.tolist() == second.student_ids.tolist() == [257, ord("p")]
@@ -197,7 +208,10 @@ def test_the_order_depends_on_the_seed():
 @pytest.mark.parametrize("samples_per_prompt", [1, 3])
 def test_ranks_share_a_batch(dp_size, samples_per_prompt):
     whole = source(samples_per_prompt=samples_per_prompt)
-    shares = [source(samples_per_prompt=samples_per_prompt, dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
+    shares = [
+        source(samples_per_prompt=samples_per_prompt, dp_rank=rank, dp_size=dp_size)
+        for rank in range(dp_size)
+    ]
     for step in range(6):
         expected = {p.sample_id: row_of(p) for p in whole.batch(step)}
         batches = [share.batch(step) for share in shares]
@@ -225,7 +239,9 @@ def test_long_prompts_of_either_side_are_left_out_and_counted():
 
 
 def test_no_prompt_remains():
-    with pytest.raises(ValueError, match=r"^--prompt-data: all 10 prompts exceed --rollout-max-prompt-len 1$"):
+    with pytest.raises(
+        ValueError, match=r"^--prompt-data: all 10 prompts exceed --rollout-max-prompt-len 1$"
+    ):
         source(max_prompt_len=1)
 
 

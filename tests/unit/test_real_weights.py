@@ -1,4 +1,6 @@
-"""examples/real_weights without its downloads: its texts, stages and commands, and what it makes of their results."""
+"""examples/real_weights without its downloads: its texts, stages and commands, and what it makes of their
+results.
+"""
 
 from __future__ import annotations
 
@@ -203,7 +205,9 @@ def plan(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("argv", [(), ("--reverse", "--processes", "1"), ("--batch-size", "6", "--held-out", "2")])
+@pytest.mark.parametrize(
+    "argv", [(), ("--reverse", "--processes", "1"), ("--batch-size", "6", "--held-out", "2")]
+)
 def test_the_commands_are_ones_that_the_tools_accept(plan, tmp_path, argv):
     recipe = plan(*argv)
     names = ["smollm2", "gemma3"] if "--reverse" in argv else ["gemma3", "smollm2"]
@@ -282,7 +286,10 @@ def test_what_is_measured_is_the_solution_behind_its_prompt(tmp_path):
             log_probs = model(torch.tensor([[*prompt, *response]])).logits[0].log_softmax(-1)
         for place, token in enumerate([*response, tokenizer.eos_token_id]):
             value = -float(log_probs[len(prompt) - 1 + place, token])
-            content, stops = content + value * (place < len(response)), stops + value * (place == len(response))
+            content, stops = (
+                content + value * (place < len(response)),
+                stops + value * (place == len(response)),
+            )
         labels += len(response) + 1
     assert found["nats_per_byte"] == pytest.approx(content / 12, rel=1e-5)
     assert found["loss"] == pytest.approx((content + stops) / labels, rel=1e-5)

@@ -1,6 +1,7 @@
 """What is refused, with the words that say why: a table, so that nothing is accepted silently later.
 
-Each case makes an input and gives it to the function that reads it; the message is one line, which names the file.
+Each case makes an input and gives it to the function that reads it; the message is one line, which names the
+file.
 """
 
 from __future__ import annotations
@@ -37,8 +38,12 @@ def token(content: str, **fields: Any) -> dict[str, Any]:
     return {"content": content} | flags | fields
 
 
-def folder_of(path: Path, *, more: Sequence[dict[str, Any]] = (), stop: Sequence[int] = (), **files: Any) -> object:
-    """A byte-level tokenizer, `more` added tokens in tokenizer.json, and files beside it, each by its name."""
+def folder_of(
+    path: Path, *, more: Sequence[dict[str, Any]] = (), stop: Sequence[int] = (), **files: Any
+) -> object:
+    """A byte-level tokenizer, `more` added tokens in tokenizer.json, and files beside it, each by its
+    name.
+    """
     spec = save_byte_level(path)
     spec["added_tokens"] += more
     (path / "tokenizer.json").write_text(json.dumps(spec))
@@ -96,7 +101,9 @@ def write_tekken(path: Path, *, special: Sequence[str] = ("<unk>", "<s>", "</s>"
             {"rank": rank, "token_bytes": base64.b64encode(piece).decode(), "token_str": None}
             for rank, piece in enumerate(pieces)
         ],
-        "special_tokens": [{"rank": rank, "token_str": text, "is_control": True} for rank, text in enumerate(special)],
+        "special_tokens": [
+            {"rank": rank, "token_str": text, "is_control": True} for rank, text in enumerate(special)
+        ],
     }
     (path / "tekken.json").write_text(json.dumps(content))
 
@@ -176,7 +183,10 @@ FOLDERS = [
         "a special token that the template writes and that has no id",
         partial(
             folder_of,
-            tokenizer_config={"chat_template": ending_with("<turn>"), "additional_special_tokens": ["<turn>"]},
+            tokenizer_config={
+                "chat_template": ending_with("<turn>"),
+                "additional_special_tokens": ["<turn>"],
+            },
         ),
         ["tokenizer_config.json: '<turn>' (extra_special_tokens) is no token", "the chat template writes it"],
     ),
@@ -188,7 +198,10 @@ FOLDERS = [
     Case(
         "a turn that ends with a mark of no file",
         partial(folder_of, tokenizer_config={"chat_template": ending_with("<|turn_end|>")}),
-        ["the chat template ends a turn with '<|turn_end|>', which is no token", "or give the stop token ids"],
+        [
+            "the chat template ends a turn with '<|turn_end|>', which is no token",
+            "or give the stop token ids",
+        ],
     ),
     Case(
         "a token of added_tokens.json that is not read and that the template writes",
@@ -197,12 +210,18 @@ FOLDERS = [
             tokenizer_config={"chat_template": ending_with("<turn>"), "added_tokens_decoder": {}},
             added_tokens={"<turn>": 320},
         ),
-        ["added_tokens.json: '<turn>' (id 320) is no token of the vocabulary, though the chat template writes it"],
+        [
+            "added_tokens.json: '<turn>' (id 320) is no token of the vocabulary, though the chat template "
+            "writes it"
+        ],
     ),
     Case(
         "a stop id of generation_config.json that no token has",
         partial(folder_of, generation_config={"eos_token_id": [318, 320]}),
-        ["generation_config.json: eos_token_id 320 is the id of no token", "320 tokens, the last with the id 319"],
+        [
+            "generation_config.json: eos_token_id 320 is the id of no token",
+            "320 tokens, the last with the id 319",
+        ],
     ),
     Case(
         "a stop id of config.json that no token has",
@@ -266,13 +285,26 @@ FOLDERS = [
         partial(folder_of, special_tokens_map={"additional_special_tokens": [5]}),
         ["special_tokens_map.json: additional_special_tokens = [5]; expected a list"],
     ),
-    Case("a file that is not JSON", partial(file_of, name="special_tokens_map.json", text="{"), ["is not JSON"]),
-    Case("a file without an object", partial(file_of, name="added_tokens.json", text="[]"), ["holds no JSON object"]),
-    Case("a folder without a tokenizer", empty_folder, ["holds no tokenizer.json, tekken.json or tokenizer.model"]),
+    Case(
+        "a file that is not JSON", partial(file_of, name="special_tokens_map.json", text="{"), ["is not JSON"]
+    ),
+    Case(
+        "a file without an object",
+        partial(file_of, name="added_tokens.json", text="[]"),
+        ["holds no JSON object"],
+    ),
+    Case(
+        "a folder without a tokenizer",
+        empty_folder,
+        ["holds no tokenizer.json, tekken.json or tokenizer.model"],
+    ),
     Case(
         "a folder with the parts of an older tokenizer",
         lambda path: empty_folder(path, "vocab.json", "merges.txt"),
-        ["holds no tokenizer.json", "of merges.txt, vocab.json give the file itself, or a tokenizer.json made from it"],
+        [
+            "holds no tokenizer.json",
+            "of merges.txt, vocab.json give the file itself, or a tokenizer.json made from it",
+        ],
     ),
     Case(
         "tiktoken ranks called tokenizer.model",
@@ -287,11 +319,16 @@ FOLDERS = [
     Case(
         "an added token that tekken.json lacks",
         partial(tekken_folder, added_tokens={"<|im_end|>": 269}),
-        ["added_tokens.json: added token '<|im_end|>' (id 269) is not among the special tokens of tekken.json"],
+        [
+            "added_tokens.json: added token '<|im_end|>' (id 269) is not among the special tokens of "
+            "tekken.json"
+        ],
     ),
     Case(
         "another text for an id of tekken.json",
-        partial(tekken_folder, tokenizer_config={"added_tokens_decoder": {"1": token("<bos>", special=True)}}),
+        partial(
+            tekken_folder, tokenizer_config={"added_tokens_decoder": {"1": token("<bos>", special=True)}}
+        ),
         ["tokenizer_config.json: added token '<bos>' has the id 1, which is that of '<s>' in"],
     ),
     Case(
@@ -320,7 +357,10 @@ SENTENCEPIECE = [
     ),
     Case(
         "a token that takes away blanks",
-        partial(sentencepiece_folder, tokenizer_config={"added_tokens_decoder": {"360": token("<a>", lstrip=True)}}),
+        partial(
+            sentencepiece_folder,
+            tokenizer_config={"added_tokens_decoder": {"360": token("<a>", lstrip=True)}},
+        ),
         ["tokenizer_config.json: added token '<a>' takes the blanks beside it away"],
     ),
     Case(
@@ -332,15 +372,31 @@ SENTENCEPIECE = [
 """A folder with tokenizer.model; `make` takes the folder of the tiny models first."""
 
 TOKENIZERS = [
-    Case("lower case", partial(spec_of, normalizer={"type": "Lowercase"}), ["normalizer Lowercase rewrites text"]),
-    Case("compatibility characters", partial(spec_of, normalizer={"type": "NFKC"}), ["normalizer NFKC rewrites text"]),
+    Case(
+        "lower case",
+        partial(spec_of, normalizer={"type": "Lowercase"}),
+        ["normalizer Lowercase rewrites text"],
+    ),
+    Case(
+        "compatibility characters",
+        partial(spec_of, normalizer={"type": "NFKC"}),
+        ["normalizer NFKC rewrites text"],
+    ),
     Case(
         "a normalizer that replaces a letter",
         partial(spec_of, normalizer={"type": "Replace", "pattern": {"String": "a"}, "content": "b"}),
         ["normalizer Replace rewrites text"],
     ),
-    Case("blanks that are dropped", partial(spec_of, pre_tokenizer={"type": "Whitespace"}), ["Whitespace drops"]),
-    Case("no kind of bytes", partial(spec_of, pre_tokenizer=None), ["neither byte-level nor has it byte_fallback"]),
+    Case(
+        "blanks that are dropped",
+        partial(spec_of, pre_tokenizer={"type": "Whitespace"}),
+        ["Whitespace drops"],
+    ),
+    Case(
+        "no kind of bytes",
+        partial(spec_of, pre_tokenizer=None),
+        ["neither byte-level nor has it byte_fallback"],
+    ),
     Case(
         "single bytes without a token",
         partial(spec_of, model={"type": "BPE", "vocab": {"a": 0}, "merges": []}),
@@ -355,7 +411,9 @@ TOKENIZERS = [
                 "type": "TemplateProcessing",
                 "single": [*[{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}] * 2, SEQUENCE],
                 "pair": [SEQUENCE, {"Sequence": {"id": "B", "type_id": 0}}],
-                "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [317], "tokens": ["<|im_start|>"]}},
+                "special_tokens": {
+                    "<|im_start|>": {"id": "<|im_start|>", "ids": [317], "tokens": ["<|im_start|>"]}
+                },
             },
         ),
         ["it puts 2 tokens [317, 317] before a text; only one is supported"],

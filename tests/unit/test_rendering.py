@@ -1,4 +1,6 @@
-"""Conversations in each model's own chat template: rows with messages, the rendered ids, and what is refused."""
+"""Conversations in each model's own chat template: rows with messages, the rendered ids, and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,9 @@ def load(folder: Path, template: object = None, **settings: object) -> ChatTempl
 
 
 def text_of(template: ChatTemplate) -> str:
-    recorder = Tokenizer(name="", table=None, encode_text=list, encode_chat=lambda text: [ord(c) for c in text])
+    recorder = Tokenizer(
+        name="", table=None, encode_text=list, encode_chat=lambda text: [ord(c) for c in text]
+    )
     return "".join(map(chr, template.render(CONVERSATIONS[0], recorder)))
 
 
@@ -89,7 +93,9 @@ def test_what_a_template_finds(tmp_path):
     assert text_of(load(tmp_path, "{{ bos_token }}{{ eos_token }}{{ pad_token }}.", **tokens)) == "<b><e>."
     assert text_of(load(tmp_path, "{{ messages | tojson }}")) == json.dumps(CONVERSATIONS[0])
     assert (
-        text_of(load(tmp_path, "{% for i in [1, 2, 3] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"))
+        text_of(
+            load(tmp_path, "{% for i in [1, 2, 3] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}")
+        )
         == "1"
     )
     assert text_of(load(tmp_path, "  {% if add_generation_prompt %}\n  a\n  {% endif %}\n")) == "  a\n"
@@ -104,17 +110,28 @@ def test_what_a_template_finds(tmp_path):
         ("a\n{% for %}", ["tokenizer_config.json holds a template that cannot be read: line 2 of it: "]),
         ("{% break %}", ["tokenizer_config.json holds a template that cannot be read: 'break' outside loop"]),
         ("{{ " + "(" * 5000 + "1 }}", ["cannot be read", "recursion"]),
-        (5, ["tokenizer_config.json: chat_template = 5; expected a string, or a list, each entry an object with"]),
+        (
+            5,
+            [
+                "tokenizer_config.json: chat_template = 5; expected a string, or a list, each entry an "
+                "object with"
+            ],
+        ),
         ({"default": 5}, ["tokenizer_config.json: chat_template = {'default': 5}; expected a string"]),
         ({"tool_use": "t"}, ["has no chat template named default; tokenizer_config.json has tool_use"]),
         (["d"], ["tokenizer_config.json: chat_template = ['d']; expected a string"]),
-        ([{"name": "default"}], ["tokenizer_config.json: chat_template = [{'name': 'default'}]; expected a string"]),
+        (
+            [{"name": "default"}],
+            ["tokenizer_config.json: chat_template = [{'name': 'default'}]; expected a string"],
+        ),
     ],
 )
 def test_folders_without_a_readable_template(tmp_path, template, words):
     with pytest.raises(ValueError) as error:
         load(tmp_path, template)
-    assert str(error.value).startswith(f"--teacher-hf-checkpoint {tmp_path}: ") and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"--teacher-hf-checkpoint {tmp_path}: ") and "\n" not in str(
+        error.value
+    )
     for word in words:
         assert word in str(error.value)
 
@@ -170,7 +187,9 @@ def test_rows_hold_messages_or_the_text_of_one(read):
     assert [row.prompt for row in rows] == [messages, [{"role": "user", "content": "a"}], messages]
     assert [row.label for row in rows] == ["l", None, None]
     # --input-key goes before `messages`.
-    assert read({"messages": messages, "q": "a"}, input_key="q")[0].prompt == [{"role": "user", "content": "a"}]
+    assert read({"messages": messages, "q": "a"}, input_key="q")[0].prompt == [
+        {"role": "user", "content": "a"}
+    ]
     assert read({"prompt": "a"}, chat=False)[0].prompt == "a"
 
 
@@ -226,7 +245,9 @@ def test_each_model_reads_its_own_template(read, sides):
 
 
 def test_a_row_that_a_template_refuses_is_named(read, sides):
-    rows = read({"prompt": "a"}, {"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]})
+    rows = read(
+        {"prompt": "a"}, {"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}
+    )
     with pytest.raises(
         ValueError, match=r"^--prompt-data \S+, line 2: --hf-checkpoint \S+: chat_template\.jinja does not "
     ):

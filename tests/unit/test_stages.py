@@ -41,7 +41,9 @@ def test_it_is_written_as_the_option_reads_it():
 def test_operations_are_those_of_the_matrices():
     """By hand: attention 32 x (4 + 2 x 2) x 16 and 64 x 32, MLP 3 x 32 x 48, two norms."""
     weights = 32 * 128 + 64 * 32 + 3 * 32 * 48 + 64
-    plain, again = (layer_operations(LAYER, hidden_size=32, tokens=10, computed_again=flag) for flag in (False, True))
+    plain, again = (
+        layer_operations(LAYER, hidden_size=32, tokens=10, computed_again=flag) for flag in (False, True)
+    )
     assert (plain, again) == (6 * weights * 10, 8 * weights * 10)
     experts = replace(LAYER, mlp=Experts(count=8, width=48, chosen=2))
     routed = layer_operations(experts, hidden_size=32, tokens=10, computed_again=False)

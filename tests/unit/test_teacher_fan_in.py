@@ -44,16 +44,24 @@ def test_one_rank_reads_the_folder_for_all(tmp_path, monkeypatch):
             rank.look()
 
 
-def client_of(replicas: dict[str, dict[str, Any]], *, seed: int = 0) -> tuple[TeacherClient, list[tuple[str, Any]]]:
+def client_of(
+    replicas: dict[str, dict[str, Any]], *, seed: int = 0
+) -> tuple[TeacherClient, list[tuple[str, Any]]]:
     """A client that is not started, its replicas with these fields, and what it sends."""
     client = TeacherClient(
-        lookout=Lookout(addresses=()), fingerprints=FINGERPRINTS, patience=FAST, window_tokens=1 << 30, where="here"
+        lookout=Lookout(addresses=()),
+        fingerprints=FINGERPRINTS,
+        patience=FAST,
+        window_tokens=1 << 30,
+        where="here",
     )
     client._random.seed(seed)
     sent: list[tuple[str, Any]] = []
     client._send = lambda replica, parts: sent.append((replica.endpoint.replica, parts))
     for name, fields in replicas.items():
-        client._replicas[name] = client_module._Replica(endpoint=endpoint(name), sock=None, ready=True, **fields)
+        client._replicas[name] = client_module._Replica(
+            endpoint=endpoint(name), sock=None, ready=True, **fields
+        )
     return client, sent
 
 
@@ -80,7 +88,12 @@ def test_work_is_spread_by_what_replicas_hold_and_how_fast_they_are(seed):
         seed=seed,
     )
     asked = ask(client, 100)
-    ends = [asked["r1"] * 100 / 100, asked["r2"] * 100 / 300, (asked["r3"] * 100 + 1000) / 100, asked["r4"] * 0.6]
+    ends = [
+        asked["r1"] * 100 / 100,
+        asked["r2"] * 100 / 300,
+        (asked["r3"] * 100 + 1000) / 100,
+        asked["r4"] * 0.6,
+    ]
     assert max(ends) - min(ends) < 4, "they end together, to within a few requests"
 
 
@@ -126,7 +139,9 @@ def test_pace():
     pace.end(12.0, 200)
     assert pace.speed(50.0, 0) == 100.0, "what it idles does not count"
     pace.begin(60.0)
-    assert pace.speed(60.5, 100) == 100.0 and pace.speed(62.0, 100) == pytest.approx(200 / 3), "it is late by 1 s"
+    assert pace.speed(60.5, 100) == 100.0 and pace.speed(62.0, 100) == pytest.approx(200 / 3), (
+        "it is late by 1 s"
+    )
     assert not pace.is_stalled(79.0, 5.0) and pace.is_stalled(81.0, 5.0), "ten times as long as ever"
 
 
@@ -152,7 +167,9 @@ def test_answers_that_have_arrived_are_shared_together(monkeypatch):
     requests = [make_request(np.random.default_rng(seed), seed) for seed in range(12)]
     answers = [scored_message(n, answer_of(request), "fp32") for n, request in enumerate(requests)]
     shared: list[int] = []
-    monkeypatch.setattr(remote, "share", lambda messages, *_, **__: (shared.append(len(messages)), messages)[1])
+    monkeypatch.setattr(
+        remote, "share", lambda messages, *_, **__: (shared.append(len(messages)), messages)[1]
+    )
     monkeypatch.setattr(remote, "_agree", lambda problem: None)
     scorer = remote.RemoteScorer.__new__(remote.RemoteScorer)
     scorer._client, scorer._early = Answers(answers, at_once=4), {}

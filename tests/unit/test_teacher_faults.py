@@ -1,4 +1,5 @@
-"""What goes wrong between the two jobs costs time and nothing else: every sample is answered once, with its own answer.
+"""What goes wrong between the two jobs costs time and nothing else: every sample is answered once, with its
+own answer.
 
 The teacher here has no model. tests/parallel/test_teacher_job.py kills real ones.
 """
@@ -86,7 +87,10 @@ def test_a_bad_line(tmp_path, fault):
             assert nothing_left(client)
             client.close()
             line.close()
-            at_the_teacher = {"malformed": teacher.door.status()["malformed"], "done": sum(line.done.values())}
+            at_the_teacher = {
+                "malformed": teacher.door.status()["malformed"],
+                "done": sum(line.done.values()),
+            }
             return Counter(client.counts) + Counter(at_the_teacher)
 
     counts = sum(with_every_seed(check, tmp_path), Counter())
@@ -100,7 +104,9 @@ def test_a_bad_line(tmp_path, fault):
 
 
 def test_a_replica_whose_model_hangs_and_goes_on(tmp_path):
-    """It says that it has been hanging for long; the other does its work too, and what it still holds is recalled."""
+    """It says that it has been hanging for long; the other does its work too, and what it still holds is
+    recalled.
+    """
 
     def check(seed: int, folder: Path) -> None:
         with ModelFreeTeacher(folder, stall_s=0.3) as one, ModelFreeTeacher(folder, delay_s=0.005) as other:
@@ -125,16 +131,27 @@ def test_a_slow_replica_is_asked_once_and_hands_back_what_another_can_do_sooner(
     """It lives and works: of what it has, only what it has not begun with goes to the other."""
 
     def check(seed: int, folder: Path) -> None:
-        with ModelFreeTeacher(folder, delay_s=0.1) as slow, ModelFreeTeacher(folder, delay_s=0.001) as fast:
-            client = open_client(folder, window_tokens=100_000)
+        with ModelFreeTeacher(folder) as slow, ModelFreeTeacher(folder) as other:
+            client = open_client(folder, patience=replace(FAST, silence_s=60.0), window_tokens=100_000)
             _until(lambda: len(client.status()) == 2)
-            requests = requests_of(seed, count=60)
-            assert_each_once(collect(client, requests), requests)
+            first = requests_of(seed)
+            assert_each_once(collect(client, first), first)  # from here on, both know how fast they are
+            slow.pause()
+            before = len(slow.answered)
+            requests = requests_of(seed + 100, count=60)
+            for request in requests:
+                client.submit(request)
+            _until(lambda: slow.door.status()["in_work"] > 0 and slow.door.status()["queue"] == 0)
+            begun = slow.door.status()["in_work"]
+            _until(lambda: len(slow.answered) + len(other.answered) + begun == len(first) + len(requests))
+            assert len(slow.answered) == before and client.counts["recalled"] > 0
+            slow.resume()
+            assert_each_once([read_scored(client.next()[1]) for _ in requests], requests)
             assert nothing_left(client)
-            assert Counter(slow.answered + fast.answered) == Counter(request.sample_id for request in requests)
+            assert len(slow.answered) == before + begun, "what it had begun with is its own"
             assert client.counts["again"] == client.counts["late"] == 0
-            assert client.counts["recalled"] == slow.door.status()["recalled"] > 0
-            assert len(fast.answered) > 40
+            recalled = slow.door.status()["recalled"] + other.door.status()["recalled"]
+            assert client.counts["recalled"] == recalled > 0
             client.close()
 
     with_every_seed(check, tmp_path)
@@ -152,7 +169,8 @@ def test_a_replica_that_stops_hands_back_what_it_has_not_begun(tmp_path):
             one.stop()
             scored = [read_scored(client.next()[1]) for _ in requests]
             assert_each_once(scored, requests)
-            # What it hands back in its last moment may be overtaken by the news that it is gone: it is asked again.
+            # What it hands back in its last moment may be overtaken by the news that it is gone: it is asked
+            # again.
             handed_back = one.door.status()["handed_back"]
             assert 0 < handed_back <= client.counts["handed_back"] + client.counts["again"]
             assert not (folder / f"{one.door.endpoint.replica}.json").exists()
@@ -243,7 +261,9 @@ def test_a_replica_gets_no_more_than_the_window(tmp_path):
 
 
 def test_an_answer_to_what_waits_to_be_asked_again_counts(tmp_path):
-    """A replica that is taken for dead answers after all, before it has greeted again; then it works as before."""
+    """A replica that is taken for dead answers after all, before it has greeted again; then it works as
+    before.
+    """
     context = zmq.Context()
     router, address = bind(context, "ipc", None, number=0)
     publish(tmp_path, Endpoint(replica="slow", address=address, life="one"))
@@ -430,7 +450,9 @@ def test_an_address_that_was_checked_is_free_and_nothing_is_left(tmp_path, short
         with pytest.raises(ValueError, match=f"--bind tcp://127.0.0.1:{port - 3}: .*in use"):
             check_bind(f"tcp://127.0.0.1:{port - 3}", number=3)
     check_bind(f"tcp://127.0.0.1:{port}", number=0)
-    with ModelFreeTeacher(tmp_path / "run", address=f"tcp://127.0.0.1:{port}", keys=make_keys(tmp_path / "run")) as one:
+    with ModelFreeTeacher(
+        tmp_path / "run", address=f"tcp://127.0.0.1:{port}", keys=make_keys(tmp_path / "run")
+    ) as one:
         assert one.door.endpoint.address == f"tcp://127.0.0.1:{port}"
 
 
@@ -440,7 +462,9 @@ def test_a_replica_does_not_outlive_its_door(tmp_path, monkeypatch):
     teacher = ModelFreeTeacher(tmp_path, works=False)
     monkeypatch.setattr(teacher.door, "_send", lambda: 1 / 0)
     _until(lambda: not teacher.door.is_alive())
-    with pytest.raises(RuntimeError, match=f"teacher replica {teacher.door.endpoint.replica}: its door has ended"):
+    with pytest.raises(
+        RuntimeError, match=f"teacher replica {teacher.door.endpoint.replica}: its door has ended"
+    ):
         teacher.door.take(100, 0.01)
     folder = socket_folder(teacher)
     teacher.stop()
@@ -457,7 +481,7 @@ def test_a_replica_takes_its_socket_along(tmp_path):
     assert not folder.exists() and not list(tmp_path.glob("*.json"))
 
 
-def _until(condition, timeout_s: float = 20.0) -> None:
+def _until(condition, timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that"

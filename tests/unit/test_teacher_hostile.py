@@ -1,4 +1,6 @@
-"""A teacher, or whoever can write where teachers are found, that means harm: refused in one line, and nothing else."""
+"""A teacher, or whoever can write where teachers are found, that means harm: refused in one line, and nothing
+else.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,15 @@ from megatron_simct.teacher.endpoints import (
 from megatron_simct.teacher.payload import misfit, read_score, scored_message
 from megatron_simct.teacher.scorer import TeacherError
 from megatron_simct.teacher.wire import Message, decode, encode, quoted
-from tests.teacher_jobs import FAST, FINGERPRINTS, ModelFreeTeacher, answer_of, make_request, open_client, welcome
+from tests.teacher_jobs import (
+    FAST,
+    FINGERPRINTS,
+    ModelFreeTeacher,
+    answer_of,
+    make_request,
+    open_client,
+    welcome,
+)
 
 SIZES = {"hidden_size": FINGERPRINTS["hidden_size"], "vocab_size": FINGERPRINTS["teacher_vocabulary"]}
 STATUS = {"tokens_per_s": 1.0, "queue": 0}
@@ -64,13 +74,17 @@ FILES = (
     File(what="another field", text=_with(rank=1), words="unknown field 'rank'"),
     File(what="a path as a name", text=_with(replica="../../victim"), words="not the name of this file"),
     File(what="another replica's name", text=_with(replica="good"), words="not the name of this file"),
-    File(what="an address of another kind", text=_with(address="http://x"), words="neither ipc:// nor tcp://"),
+    File(
+        what="an address of another kind", text=_with(address="http://x"), words="neither ipc:// nor tcp://"
+    ),
     File(what="an address that moves the cursor", text=_with(address="ipc:///x\x1b[2J"), words="neither"),
 )
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.what)
-def test_a_file_that_is_not_an_endpoint_record_is_one_line_and_stops_nobody(file: File, tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_endpoint_record_is_one_line_and_stops_nobody(
+    file: File, tmp_path: Path
+) -> None:
     folder = tmp_path / "run" / "teacher"
     folder.mkdir(parents=True)
     victim = tmp_path / "victim.json"
@@ -122,7 +136,9 @@ def test_a_folder_that_others_can_write_to_is_refused_on_both_sides(mode: int, t
     check_folder(folder)
 
 
-def test_a_folder_of_somebody_else_is_refused_but_not_to_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_somebody_else_is_refused_but_not_to_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     owner = tmp_path.stat().st_uid
     monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
     with pytest.raises(ValueError, match=f"belongs to user {owner}"):
@@ -227,7 +243,9 @@ def test_numbers_that_are_not_finite_end_the_run_and_name_the_replica(array: str
         client = open_client(tmp_path)
         client.meet()
         client.submit(_request(array))
-        with pytest.raises(TeacherError, match=rf"replica evil .*sample 1 .*{array} has numbers that are not finite"):
+        with pytest.raises(
+            TeacherError, match=rf"replica evil .*sample 1 .*{array} has numbers that are not finite"
+        ):
             client.next()
         client.close()
     assert hostile.asked == MAX_MISFITS and client.counts["malformed"] == MAX_MISFITS
@@ -271,7 +289,9 @@ def test_no_infinity_passes_in_any_type(dtype: str, value: float) -> None:
     bits = np.array([value], np.float32).view(np.uint32) >> 16
     spoilt.flat[-1] = bits.astype(np.uint16)[0] if dtype == "bfloat16" else value
     spoilt = spoilt.astype(np.float16) if dtype == "float16" else spoilt
-    changed = replace(answer, frames={**answer.frames, "hidden": (kind if dtype != "float16" else dtype, spoilt)})
+    changed = replace(
+        answer, frames={**answer.frames, "hidden": (kind if dtype != "float16" else dtype, spoilt)}
+    )
     assert "not finite" in str(misfit(changed, request, **SIZES))
 
 
@@ -318,7 +338,9 @@ def test_what_the_other_end_writes_is_cut_and_escaped(tmp_path: Path) -> None:
             client.next()
         client.close()
     message = str(raised.value)
-    assert r"refuses sample 1: \x1b[2J\x07 buy\nnow" in message and message.isprintable() and len(message) < 500
+    assert (
+        r"refuses sample 1: \x1b[2J\x07 buy\nnow" in message and message.isprintable() and len(message) < 500
+    )
 
 
 def test_quoted() -> None:

@@ -37,7 +37,10 @@ def test_an_answer_is_found_by_what_was_asked_and_by_nothing_else(tmp_path):
 
 
 def test_answers_with_ids_are_others_than_those_without(tmp_path):
-    store, request = open_store(tmp_path), replace(make_request(np.random.default_rng(3), 0), hidden=False, topk=2)
+    store, request = (
+        open_store(tmp_path),
+        replace(make_request(np.random.default_rng(3), 0), hidden=False, topk=2),
+    )
     request = replace(request, byte_side=None)
     topk = -torch.arange(2.0 * len(request.rows)).reshape(-1, 2)
     answer = replace(answer_of(request), hidden=None, byte_logprobs=None, topk=topk)
@@ -62,7 +65,9 @@ def test_bfloat16_stays_bfloat16(tmp_path):
 def test_answers_of_another_teacher_are_refused(tmp_path):
     open_store(tmp_path)
     open_store(tmp_path, teacher_weights=None)
-    with pytest.raises(ValueError, match="--teacher-cache .*: teacher weights: w at the teacher, other at the student"):
+    with pytest.raises(
+        ValueError, match="--teacher-cache .*: teacher weights: w at the teacher, other at the student"
+    ):
         open_store(tmp_path, teacher_weights="other")
 
 
@@ -101,7 +106,11 @@ def _pair(sample_id: int) -> AlignedPair:
 
 def _request(pair: AlignedPair):
     request = make_request(np.random.default_rng(0), pair.sample_id)
-    changes = {"prompt_ids": pair.teacher_prompt_ids, "label_ids": pair.teacher_ids, "rows": pair.teacher_rows}
+    changes = {
+        "prompt_ids": pair.teacher_prompt_ids,
+        "label_ids": pair.teacher_ids,
+        "rows": pair.teacher_rows,
+    }
     return replace(request, hidden=True, byte_side=None, **changes)
 
 

@@ -1,4 +1,6 @@
-"""Messages, and what is refused: bytes that are none, requests that would fault, clients that do not belong."""
+"""Messages, and what is refused: bytes that are none, requests that would fault, clients that do not
+belong.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,14 @@ from megatron_simct.records import ScoredPair
 from megatron_simct.teacher import endpoints, wire
 from megatron_simct.teacher.endpoints import CLIENT_KEY, SERVER_KEY, connect, make_keys, read_keys
 from megatron_simct.teacher.forward import by_length, quantized, rounded
-from megatron_simct.teacher.payload import check_request, misfit, read_score, read_scored, score_message, scored_message
+from megatron_simct.teacher.payload import (
+    check_request,
+    misfit,
+    read_score,
+    read_scored,
+    score_message,
+    scored_message,
+)
 from megatron_simct.teacher.scorer import TeacherError
 from megatron_simct.teacher.wire import Message, WireError, decode, encode, with_checksum
 from tests.teacher_jobs import (
@@ -64,7 +73,9 @@ def test_requests_arrive_as_they_were():
         assert (found.byte_side is None) == (request.byte_side is None)
         if request.byte_side is not None:
             for name in request.byte_side.__slots__:
-                np.testing.assert_array_equal(getattr(found.byte_side, name), getattr(request.byte_side, name))
+                np.testing.assert_array_equal(
+                    getattr(found.byte_side, name), getattr(request.byte_side, name)
+                )
 
 
 def test_the_likeliest_tokens_arrive_in_place_of_hidden_states():
@@ -81,7 +92,9 @@ def test_the_likeliest_tokens_arrive_in_place_of_hidden_states():
     assert misfit(message, with_ids, **SIZES) is not None, "less than was asked for"
     ids = torch.arange(3 * len(request.rows), dtype=torch.int32).reshape(-1, 3)
     message = journey(scored_message(3, replace(scored, topk_ids=ids), "fp32"))
-    assert torch.equal(read_scored(message).topk_ids, ids) and read_scored(message).topk_ids.dtype == torch.int32
+    assert (
+        torch.equal(read_scored(message).topk_ids, ids) and read_scored(message).topk_ids.dtype == torch.int32
+    )
     assert misfit(message, with_ids, **SIZES) is None and misfit(message, request, **SIZES) is not None
     for wrong in (-1, VOCAB):
         ids[-1, -1] = wrong
@@ -107,7 +120,9 @@ def test_rounded_hidden_states_lose_nothing_more_on_the_way(dtype, size):
     torch.manual_seed(0)
     hidden = rounded(torch.randn(7, 64) * torch.logspace(-3, 3, 7)[:, None], dtype)
     nothing = torch.zeros(0)
-    scored = ScoredPair(sample_id=0, own_logit=nothing, lse=nothing, hidden=hidden, byte_logprobs=torch.randn(5))
+    scored = ScoredPair(
+        sample_id=0, own_logit=nothing, lse=nothing, hidden=hidden, byte_logprobs=torch.randn(5)
+    )
     message = scored_message(0, scored, dtype)
     found = read_scored(journey(message)).hidden.float()
     assert ((found - hidden).abs().amax(1) <= (1e-6 if dtype == "int8" else 0) * hidden.abs().amax(1)).all()
@@ -190,7 +205,9 @@ def _frames(parts, at, **changes):
 
 
 def _mutated(rng: random.Random, parts: list[bytes]) -> list[bytes]:
-    """Bits flipped, bytes cut or added, parts lost, doubled or swapped; half the time with a checksum that fits."""
+    """Bits flipped, bytes cut or added, parts lost, doubled or swapped; half the time with a checksum that
+    fits.
+    """
     parts = list(parts)
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(len(parts))
@@ -222,7 +239,8 @@ def test_garbled_messages_are_wire_errors_and_nothing_else():
     rng = random.Random(0)
     originals = [[bytes(p) for p in encode(score_message(i, r))] for i, r in enumerate(some_requests())]
     originals += [
-        [bytes(p) for p in encode(scored_message(i, answer_of(r), "int8"))] for i, r in enumerate(some_requests())
+        [bytes(p) for p in encode(scored_message(i, answer_of(r), "int8"))]
+        for i, r in enumerate(some_requests())
     ]
     refused = 0
     for _ in range(10_000):
@@ -235,7 +253,9 @@ def test_garbled_messages_are_wire_errors_and_nothing_else():
 
 
 def test_a_door_outlives_garbled_frames(tmp_path):
-    """10,000 of them, from a client that was welcome: refused and counted, memory stays, and others are served."""
+    """10,000 of them, from a client that was welcome: refused and counted, memory stays, and others are
+    served.
+    """
     rng = random.Random(1)
     originals = [[bytes(p) for p in encode(score_message(i, r))] for i, r in enumerate(some_requests())]
     with ModelFreeTeacher(tmp_path) as teacher:
@@ -314,7 +334,9 @@ def test_requests_that_would_fault_are_refused_with_a_reason(tmp_path):
         "rows from": replace(good, rows=np.array([len(good.label_ids)], np.int32)),
         "rows must ascend": replace(good, rows=np.array([1, 1], np.int32)),
         "no token of prompt": replace(good, prompt_ids=np.zeros(0, np.int32)),
-        "the teacher takes 1000 .--max-tokens-per-batch, or": replace(good, prompt_ids=np.zeros(1001, np.int32)),
+        "the teacher takes 1000 .--max-tokens-per-batch, or": replace(
+            good, prompt_ids=np.zeros(1001, np.int32)
+        ),
         "segment_row from": replace(good, byte_side=replace(side, segment_row=side.segment_row + 100)),
         "segment_start from": replace(good, byte_side=replace(side, segment_start=side.segment_start + 200)),
         "entry_slot from": replace(good, byte_side=replace(side, entry_slot=side.entry_slot + 100)),

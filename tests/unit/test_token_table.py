@@ -78,5 +78,7 @@ def test_the_table_cannot_be_written(table):
 
 
 def test_the_fingerprint_covers_the_normalizer():
-    tables = [TokenTable.from_bytes([b"a", b"<e>"], stop_ids=[1], normalizer=name) for name in ("", "NFC", "NFC")]
+    tables = [
+        TokenTable.from_bytes([b"a", b"<e>"], stop_ids=[1], normalizer=name) for name in ("", "NFC", "NFC")
+    ]
     assert tables[0].fingerprint != tables[1].fingerprint == tables[2].fingerprint

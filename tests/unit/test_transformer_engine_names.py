@@ -1,5 +1,5 @@
-"""Names of parameters in megatron-core's TransformerEngine layers, read from its sources. TransformerEngine itself does
-not import without CUDA."""
+"""Names of parameters in megatron-core's TransformerEngine layers, read from its sources. TransformerEngine
+itself does not import without CUDA."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def source(path: str) -> str:
 
 
 def renamed() -> list[tuple[str, str]]:
-    """(TransformerEngine's name, local name), of megatron-core's conversion of one kind of layers to the other."""
+    """(TransformerEngine's name, local name), of megatron-core's conversion of one kind of layers to the
+    other.
+    """
     tree = ast.parse(source("post_training/modelopt/gpt/state_dict_hooks.py"))
     (found,) = {
         ast.unparse(node.value)
@@ -42,7 +44,9 @@ def renamed() -> list[tuple[str, str]]:
 
 
 def of_experts(kind: str) -> list[str]:
-    """Names of the experts' weights of one kind of module, of megatron-core's conversion of dense models to experts."""
+    """Names of the experts' weights of one kind of module, of megatron-core's conversion of dense models to
+    experts.
+    """
     text = source("transformer/moe/upcycling_utils.py")
     (branch,) = re.findall(rf"if experts_type == ExpertsType\.{kind}:\n(.*?)\n    el", text, flags=re.DOTALL)
     names = re.findall(r"key_replace_new='([^']+)'", branch)
@@ -51,7 +55,9 @@ def of_experts(kind: str) -> list[str]:
 
 def test_the_fused_norms_of_dense_layers_have_the_rules_of_the_separate_ones():
     rules = layer_rules(DENSE)
-    pairs = [pair for pair in renamed() if pair[0].startswith(("self_attention.linear_qkv", "mlp.linear_fc1"))]
+    pairs = [
+        pair for pair in renamed() if pair[0].startswith(("self_attention.linear_qkv", "mlp.linear_fc1"))
+    ]
     pairs = [(theirs, local) for theirs, local in pairs if theirs.endswith("weight")]
     assert len(pairs) == 2
     for theirs, local in pairs:
@@ -72,4 +78,6 @@ def test_grouped_experts_have_the_rules_of_sequential_ones():
 @pytest.mark.parametrize("layer", [DENSE, EXPERTS])
 def test_no_rule_is_left_of_the_other_kind_of_mlp(layer):
     mlp = {name.partition("mlp.")[2] for name in layer_rules(layer) if name.startswith("mlp.")}
-    assert mlp and all(name.startswith(("experts.", "router.")) == bool(layer.mlp.num_experts) for name in mlp)
+    assert mlp and all(
+        name.startswith(("experts.", "router.")) == bool(layer.mlp.num_experts) for name in mlp
+    )

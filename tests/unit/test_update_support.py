@@ -42,7 +42,10 @@ FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--r
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--recompute-granularity", "full"], "needs --recompute-method and --recompute-num-layers; uniform and 1"),
+        (
+            ["--recompute-granularity", "full"],
+            "needs --recompute-method and --recompute-num-layers; uniform and 1",
+        ),
         (["--recompute-num-layers", "1"], "--recompute-num-layers need --recompute-granularity full"),
         ([*SELECTIVE[:2], "--recompute-method", "block"], "need --recompute-granularity full"),
         (["--recompute-modules", "mlp"], "--recompute-modules needs --recompute-granularity selective"),
@@ -56,9 +59,19 @@ def test_options_that_contradict_each_other(argv, words):
 @pytest.mark.parametrize(
     "argv, architecture, parallel, message",
     [
-        ([*SELECTIVE, "layernorm"], DENSE, {}, "layernorm: megatron-core implements it with TransformerEngine"),
+        (
+            [*SELECTIVE, "layernorm"],
+            DENSE,
+            {},
+            "layernorm: megatron-core implements it with TransformerEngine",
+        ),
         ([*SELECTIVE, "moe"], DENSE, {}, "--recompute-modules moe: no experts in --hf-checkpoint X; use mlp"),
-        ([*SELECTIVE, "mlp"], EXPERTS, {}, "--recompute-modules mlp: the layers of --hf-checkpoint X have experts"),
+        (
+            [*SELECTIVE, "mlp"],
+            EXPERTS,
+            {},
+            "--recompute-modules mlp: the layers of --hf-checkpoint X have experts",
+        ),
         ([*FULL, "4"], DENSE, {}, "--recompute-num-layers 4: .* must divide the layers of each .* one has 6"),
         ([*FULL, "2"], DENSE, {"pipeline_model_parallel_size": 4}, "--recompute-num-layers 2: .* one has 1"),
     ],
@@ -68,7 +81,11 @@ def test_what_a_model_or_layout_does_not_have(argv, architecture, parallel, mess
     update.check()
     with pytest.raises(ValueError, match=message):
         check_support(
-            update, ParallelConfig(**parallel), architecture, transformer_engine=False, flag="--hf-checkpoint X"
+            update,
+            ParallelConfig(**parallel),
+            architecture,
+            transformer_engine=False,
+            flag="--hf-checkpoint X",
         )
 
 
@@ -91,7 +108,8 @@ def test_what_megatron_is_told():
         (
             {"tensor_model_parallel_size": 4, "expert_tensor_parallel_size": 3},
             12,
-            r"--expert-tensor-parallel-size \(3\) x .* = 3 must divide --tensor-model-parallel-size \(4\), or",
+            r"--expert-tensor-parallel-size \(3\) x .* = 3 must divide --tensor-model-parallel-size \(4\), "
+            r"or",
         ),
     ],
 )
@@ -108,7 +126,9 @@ def test_a_gated_delta_net_in_context_parallel_ranks():
 
 
 def test_an_expert_that_its_ranks_do_not_divide():
-    with pytest.raises(ValueError, match=r"--expert-tensor-parallel-size 5 does not divide moe_ffn_hidden_size \(48\)"):
+    with pytest.raises(
+        ValueError, match=r"--expert-tensor-parallel-size 5 does not divide moe_ffn_hidden_size \(48\)"
+    ):
         check_divides(EXPERTS, ParallelConfig(expert_tensor_parallel_size=5), flag="--hf-checkpoint X")
 
 
@@ -144,7 +164,10 @@ NUMBERED = replace(DENSE, layers=tuple(replace(LAYER, window=number) for number 
             {"decoder_first_pipeline_num_layers": 3},
             "--decoder-first-pipeline-num-layers 3: of 6 layers 3 are left for 2",
         ),
-        ({"decoder_last_pipeline_num_layers": 7}, "--decoder-last-pipeline-num-layers 7: of 6 layers -1 are left"),
+        (
+            {"decoder_last_pipeline_num_layers": 7},
+            "--decoder-last-pipeline-num-layers 7: of 6 layers -1 are left",
+        ),
         (
             {"pipeline_model_parallel_layout": "Ettt|tttL"},
             r"has 2 stages, and --pipeline-model-parallel-size \(3\) asks",

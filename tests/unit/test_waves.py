@@ -44,7 +44,9 @@ class Parts:
         if self.fails == "generate" and number == 1:
             raise ValueError("no memory")
         if number and not self.fails:
-            assert self.sent[2 * number - 1].wait(PATIENCE_S), "the last wave was not sent while this one is sampled"
+            assert self.sent[2 * number - 1].wait(PATIENCE_S), (
+                "the last wave was not sent while this one is sampled"
+            )
         return [SimpleNamespace(sample_id=prompt.sample_id) for prompt in wave]
 
     def align(self, prompt, rollout):
@@ -53,7 +55,9 @@ class Parts:
         if self.fails == "align" and number == 1:
             raise ValueError("no map")
         if not self.fails:
-            assert self.sampling[number + 1].wait(PATIENCE_S), "the next wave waits for this one to be aligned"
+            assert self.sampling[number + 1].wait(PATIENCE_S), (
+                "the next wave waits for this one to be aligned"
+            )
         assert rollout.sample_id == prompt.sample_id
         return rollout
 
@@ -110,17 +114,23 @@ def test_an_interrupt_while_work_is_handed_over_leaves_no_thread_that_waits():
 
 
 class Streaming(Parts):
-    """Responses of one wave come one by one, the last prompt's first; each is sent before the next is there."""
+    """Responses of one wave come one by one, the last prompt's first; each is sent before the next is
+    there.
+    """
 
     def __init__(self) -> None:
         super().__init__(fails="nothing")
-        self.job.config = SimpleNamespace(rollout=SimpleNamespace(rollout_wave_size=None, rollout_engine="vllm"))
+        self.job.config = SimpleNamespace(
+            rollout=SimpleNamespace(rollout_wave_size=None, rollout_engine="vllm")
+        )
         self.job.engine = SimpleNamespace(generate=self.generate, publish=None, stream=self.stream)
 
     def stream(self, prompts, sampling):
         for prompt in reversed(prompts):
             yield [SimpleNamespace(sample_id=prompt.sample_id)]
-            assert self.sent[prompt.sample_id].wait(PATIENCE_S), "the teacher was not asked for what has finished"
+            assert self.sent[prompt.sample_id].wait(PATIENCE_S), (
+                "the teacher was not asked for what has finished"
+            )
 
 
 def test_responses_are_aligned_and_sent_as_they_finish():

@@ -102,9 +102,9 @@ def test_a_missing_library_is_named_with_its_flag(monkeypatch, output, module):
 def test_neither_library_is_imported_without_its_flag():
     """By us: megatron-core itself imports those that it finds."""
     code = (
-        "import sys, megatron_simct.reporting.writers as w; from megatron_simct.config.options import OutputConfig; "
-        "w.check_writers(OutputConfig()); assert w.open_writers(OutputConfig(), {}, start=0) == []; "
-        "print([m for m in ('tensorboard', 'wandb', 'torch.utils.tensorboard') if m in sys.modules])"
+        "import sys, megatron_simct.reporting.writers as w; from megatron_simct.config.options import "
+        "OutputConfig; w.check_writers(OutputConfig()); assert w.open_writers(OutputConfig(), {}, start=0) "
+        "== []; print([m for m in ('tensorboard', 'wandb', 'torch.utils.tensorboard') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.stdout.strip() == "[]", result.stderr

@@ -1,12 +1,15 @@
 """How fast two tokenizations are aligned, and whether it is right: ours, SimCT's released walk, TRL's GOLD.
 
-    python tools/benchmark/alignment.py                                   real pairs and texts, fetched (some 160 MB)
+    python tools/benchmark/alignment.py                                   real pairs and texts, fetched (some
+    160 MB)
     python tools/benchmark/alignment.py --pair TEACHER STUDENT --corpus FILE ...   your own
-    python tools/benchmark/alignment.py --overlap                         shared vocabularies beside published figures
+    python tools/benchmark/alignment.py --overlap                         shared vocabularies beside published
+    figures
 
-Speed is student plus teacher tokens a second on one core, from ids to segments; retokenization is apart. Every figure
-is the best of several repeats, the methods taking turns, so ratios of one run can be compared. Right means: the units
-of a text are the gaps between all common token ends, up to the first byte in which the two spellings differ.
+Speed is student plus teacher tokens a second on one core, from ids to segments; retokenization is apart.
+Every figure is the best of several repeats, the methods taking turns, so ratios of one run can be compared.
+Right means: the units of a text are the gaps between all common token ends, up to the first byte in which the
+two spellings differ.
 
 TRL's GOLD is measured where the package `trl` is installed (extra `benchmark`).
 """
@@ -37,9 +40,14 @@ OVERLAPS = {
     ("llama3-hf", "gpt4o"): 0.7977,
     ("gpt4o", "gemma3"): 0.6545,
 }
-"""Shared tokens over the smaller vocabulary, as NVIDIA published it for Llama-3, Qwen, Gemma-3 and Phi-4-mini, whose
-vocabulary is taken for gpt4o's (o200k) here; theirs may be of other revisions."""
-DEFAULT_PAIRS = [("llama3", "qwen2.5"), ("qwen2.5", "gemma2"), ("gemma3", "qwen2.5"), ("mistral-v3", "tekken")]
+"""Shared tokens over the smaller vocabulary, as NVIDIA published it for Llama-3, Qwen, Gemma-3 and
+Phi-4-mini, whose vocabulary is taken for gpt4o's (o200k) here; theirs may be of other revisions."""
+DEFAULT_PAIRS = [
+    ("llama3", "qwen2.5"),
+    ("qwen2.5", "gemma2"),
+    ("gemma3", "qwen2.5"),
+    ("mistral-v3", "tekken"),
+]
 Method = Callable[[np.ndarray, np.ndarray], object]
 
 
@@ -115,12 +123,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--corpus", nargs="+", default=[], metavar="FILE", help="UTF-8 texts instead of the fetched ones"
     )
-    parser.add_argument("--repeats", type=int, default=7, help="repeats of each measurement, of which the best counts")
+    parser.add_argument(
+        "--repeats", type=int, default=7, help="repeats of each measurement, of which the best counts"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--overlap",
         action="store_true",
-        help="only the shared vocabularies of six pairs, by bytes and by strings, beside NVIDIA's published figures",
+        help="only the shared vocabularies of six pairs, by bytes and by strings, beside NVIDIA's published "
+        "figures",
     )
     return parser
 
@@ -156,7 +167,9 @@ def _load(spec: str) -> Tokenizer:
 
 def _short(tokenizer: Tokenizer) -> str:
     path = Path(tokenizer.name)
-    known = [n for n in real_inputs.TOKENIZERS if real_inputs.tokenizer_path(n) == path] if path.is_file() else []
+    known = (
+        [n for n in real_inputs.TOKENIZERS if real_inputs.tokenizer_path(n) == path] if path.is_file() else []
+    )
     return known[0] if known else f"{path.parent.name}/{path.name}"
 
 
@@ -189,7 +202,11 @@ def methods(teacher: Tokenizer, student: Tokenizer) -> dict[str, Method]:
         def trl(t: np.ndarray, s: np.ndarray) -> np.ndarray:
             groups_s, groups_t = gold(_offsets(s.tolist(), lengths[1]), _offsets(t.tolist(), lengths[0]))
             return np.array(
-                [(t[0], t[-1] + 1, s[0], s[-1] + 1) for s, t in zip(groups_s, groups_t, strict=True) if s and t]
+                [
+                    (t[0], t[-1] + 1, s[0], s[-1] + 1)
+                    for s, t in zip(groups_s, groups_t, strict=True)
+                    if s and t
+                ]
             )
 
         found["TRL GOLD"] = trl
@@ -202,7 +219,10 @@ def _offsets(ids: list[int], lengths: list[int]) -> list[tuple[int, int]]:
 
 
 def _gold() -> Callable[..., tuple[list[list[int]], list[list[int]]]] | None:
-    """TRL's grouping of two lists of byte offsets. It is given the bytes of each token, which it derives itself."""
+    """TRL's grouping of two lists of byte offsets.
+
+    It is given the bytes of each token, which it derives itself.
+    """
     try:
         from trl.experimental.gold.gold_trainer import ULDLoss
     except ImportError:
@@ -216,7 +236,9 @@ def _gold_status() -> str:
     except ImportError:
         return "not measured: the package trl is not installed"
     return (
-        f"trl {trl.__version__}" if _gold() is not None else f"not measured: trl {trl.__version__} has no such helper"
+        f"trl {trl.__version__}"
+        if _gold() is not None
+        else f"not measured: trl {trl.__version__} has no such helper"
     )
 
 
@@ -245,7 +267,9 @@ def measure_speed(
         best = dict.fromkeys(runs, float("inf"))
         for _ in range(repeats):
             for method, run in runs.items():
-                inner = max(1, 200_000 // tokens) if method == "ours" else 1  # some milliseconds, as the others take
+                inner = (
+                    max(1, 200_000 // tokens) if method == "ours" else 1
+                )  # some milliseconds, as the others take
                 start = time.perf_counter()
                 for _ in range(inner):
                     run()
@@ -280,7 +304,9 @@ def measure_retokenization(teacher: Tokenizer, texts: dict[str, list[bytes]]) ->
     return tokens / (time.perf_counter() - start)
 
 
-def check(name: str, teacher: Tokenizer, student: Tokenizer, texts: dict[str, list[bytes]]) -> list[Correctness]:
+def check(
+    name: str, teacher: Tokenizer, student: Tokenizer, texts: dict[str, list[bytes]]
+) -> list[Correctness]:
     """Compare each method's units with what plain Python finds."""
     rows = []
     pieces = [side.table.pieces() for side in (teacher, student)]
@@ -341,7 +367,9 @@ def show(report: dict) -> None:
         table.add_column(title, justify="right" if title in shapes else "left")
     for pair, method in dict.fromkeys((row["pair"], row["method"]) for row in report["speed"]):
         values = {
-            r["shape"]: r["tokens_per_second"] for r in report["speed"] if (r["pair"], r["method"]) == (pair, method)
+            r["shape"]: r["tokens_per_second"]
+            for r in report["speed"]
+            if (r["pair"], r["method"]) == (pair, method)
         }
         table.add_row(pair, method, *(f"{values[s] / 1e6:.2f}" if s in values else "" for s in shapes))
     console.print(table)

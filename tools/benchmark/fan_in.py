@@ -1,19 +1,22 @@
-"""Many students' ranks at many teacher replicas: is work done twice, how long is a step, what do sockets and files see?
+"""Many students' ranks at many teacher replicas: is work done twice, how long is a step, what do sockets and
+files see?
 
-    python tools/benchmark/fan_in.py                                       256 ranks, 32 replicas: some minutes
-    python tools/benchmark/fan_in.py --clients 16 --replicas 4 --scale 0.5 --json
+    python tools/benchmark/fan_in.py                                       256 ranks, 32 replicas: some
+    minutes python tools/benchmark/fan_in.py --clients 16 --replicas 4 --scale 0.5 --json
     python tools/benchmark/fan_in.py --rule timer --steps even             the control
 
-Clients and doors are those of a run (`TeacherClient`, `Door`) with all their sockets, on loopback, encrypted (CURVE)
-unless --bind ipc; the clients of a process take turns in one thread. A model is a rate: --tokens-per-second, in batches
-as `serve` takes them. A simulated second lasts --scale seconds, every time-out too, so that this machine can serve all
-of it. In a step every client asks for its samples at once and waits for all answers.
+Clients and doors are those of a run (`TeacherClient`, `Door`) with all their sockets, on loopback, encrypted
+(CURVE) unless --bind ipc; the clients of a process take turns in one thread. A model is a rate:
+--tokens-per-second, in batches as `serve` takes them. A simulated second lasts --scale seconds, every
+time-out too, so that this machine can serve all of it. In a step every client asks for its samples at once
+and waits for all answers.
 
-steps     even: all replicas are as fast as they say. straggler: one in sixteen computes at 0.4 of its rate. death: one
-          in sixteen is killed (-9) after a quarter of the step, and started again after half of it.
-rule      holds: what the package does. timer: the control, as earlier versions did: a request goes to the replica that
-          has the least of this client's own tokens, again to another after 30 s without an answer, and every client
-          reads the endpoint folder twice a second.
+steps     even: all replicas are as fast as they say. straggler: one in sixteen computes at 0.4 of its rate.
+          death: one in sixteen is killed (-9) after a quarter of the step, and started again after half of
+          it.
+rule      holds: what the package does. timer: the control, as earlier versions did: a request goes to the
+          replica that has the least of this client's own tokens, again to another after 30 s without an
+          answer, and every client reads the endpoint folder twice a second.
 computed  answers that models made, over the distinct requests; 1 is none twice
 seconds   simulated; `over_ideal` is over all tokens divided by what the replicas compute meanwhile
 """
@@ -63,19 +66,35 @@ fork = multiprocessing.get_context("fork")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--clients", type=int, default=256, help="data-parallel ranks (default: 256)")
     parser.add_argument("--replicas", type=int, default=32, help="of the teacher (default: 32)")
-    parser.add_argument("--samples", type=int, default=48, help="requests of a client in a step (default: 48)")
+    parser.add_argument(
+        "--samples", type=int, default=48, help="requests of a client in a step (default: 48)"
+    )
     parser.add_argument("--tokens", type=int, default=2000, help="of a request, on average (default: 2000)")
-    parser.add_argument("--tokens-per-second", type=float, default=20000, help="of a replica (default: 20000)")
-    parser.add_argument("--max-tokens-per-batch", type=int, default=8192, help="of the teacher (default: 8192)")
-    parser.add_argument("--window-tokens", type=int, default=65536, help="of a client at a replica (default: 65536)")
+    parser.add_argument(
+        "--tokens-per-second", type=float, default=20000, help="of a replica (default: 20000)"
+    )
+    parser.add_argument(
+        "--max-tokens-per-batch", type=int, default=8192, help="of the teacher (default: 8192)"
+    )
+    parser.add_argument(
+        "--window-tokens", type=int, default=65536, help="of a client at a replica (default: 65536)"
+    )
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="default: all three")
     parser.add_argument("--rule", choices=("holds", "timer"), default="holds", help="default: holds")
-    parser.add_argument("--scale", type=float, default=4.0, help="seconds that a simulated one lasts (default: 4)")
-    parser.add_argument("--bind", default="tcp://127.0.0.1", help="ipc or tcp://HOST (default: tcp://127.0.0.1)")
-    parser.add_argument("--processes", type=int, default=2, help="of clients, and as many of doors (default: 2)")
+    parser.add_argument(
+        "--scale", type=float, default=4.0, help="seconds that a simulated one lasts (default: 4)"
+    )
+    parser.add_argument(
+        "--bind", default="tcp://127.0.0.1", help="ipc or tcp://HOST (default: tcp://127.0.0.1)"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=2, help="of clients, and as many of doors (default: 2)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     return parser.parse_args(argv)
 
@@ -119,7 +138,11 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
         others = np.array_split(np.arange(len(mortal), options.replicas), options.processes)
         doors = [Worker.start(serve_doors, options, folder, [n]) for n in mortal]
         doors += [Worker.start(serve_doors, options, folder, part.tolist()) for part in others if part.size]
-        shares = [part.tolist() for part in np.array_split(np.arange(options.clients), options.processes) if part.size]
+        shares = [
+            part.tolist()
+            for part in np.array_split(np.arange(options.clients), options.processes)
+            if part.size
+        ]
         clients = [Worker.start(run_clients, options, folder, share) for share in shares]
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         try:
@@ -127,8 +150,12 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
                 worker.pipe.send(store.port)
             met = min(worker.pipe.recv() for worker in clients)
             if met < options.replicas:
-                raise SystemExit(f"fan_in: a client has met {met} of {options.replicas} replicas in 5 minutes")
-            steps = [measure(options, folder, doors, clients, kind, n) for n, kind in enumerate(options.steps)]
+                raise SystemExit(
+                    f"fan_in: a client has met {met} of {options.replicas} replicas in 5 minutes"
+                )
+            steps = [
+                measure(options, folder, doors, clients, kind, n) for n, kind in enumerate(options.steps)
+            ]
         finally:
             for worker in (*clients, *doors):
                 worker.process.kill()
@@ -153,7 +180,9 @@ def measure(
 ) -> dict[str, Any]:
     """One step."""
     mortal = max(1, options.replicas // 16)
-    slow = {n: SLOW for n in range(options.replicas - mortal, options.replicas)} if kind == "straggler" else {}
+    slow = (
+        {n: SLOW for n in range(options.replicas - mortal, options.replicas)} if kind == "straggler" else {}
+    )
     for worker in doors:
         worker.ask("begin", slow)
     sizes = sample_sizes(options, number)
@@ -287,7 +316,9 @@ class Replica(threading.Thread):
         while True:
             works = self._door.take(self._most, wait_s=0.2)
             tokens = sum(work.request.num_tokens for work in works)
-            ready = max(ready, time.monotonic() - 0.05) + tokens / (self._rate * self._share)  # a busy machine is late
+            ready = max(ready, time.monotonic() - 0.05) + tokens / (
+                self._rate * self._share
+            )  # a busy machine is late
             wait_until(ready)
             for work in works:
                 zeros = torch.zeros(len(work.request.label_ids))
@@ -361,7 +392,11 @@ def run_clients(pipe: Connection, options: argparse.Namespace, folder: Path, ran
             wait_until(end)
 
     deadline = time.monotonic() + 300
-    turns(lambda: time.monotonic() < deadline and any(len(c.status()) < options.replicas for c in clients.values()))
+    turns(
+        lambda: (
+            time.monotonic() < deadline and any(len(c.status()) < options.replicas for c in clients.values())
+        )
+    )
     pipe.send(min(len(client.status()) for client in clients.values()))
     while True:
         _, step = pipe.recv()

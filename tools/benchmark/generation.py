@@ -1,19 +1,20 @@
-"""Tokens a second of the rollout engine beside transformers' generate, on the same weights in one process, in float32.
+"""Tokens a second of the rollout engine beside transformers' generate, on the same weights in one process, in
+float32.
 
     python tools/benchmark/generation.py
     python tools/benchmark/generation.py --prompts 4 --samples-per-prompt 8 --temperature 1 --json
 
 Without --hf-checkpoint the model has the shapes of SmolLM2-135M and random weights. No sequence stops before
---new-tokens. Both take turns; `seconds` is the least of --repeats calls, prompts included. transformers is given each
-prompt --samples-per-prompt times. Under --temperature 0 `same_tokens` says what share of the tokens are equal: rounding
-may part the two at a near tie, and they stay apart from there on.
+--new-tokens. Both take turns; `seconds` is the least of --repeats calls, prompts included. transformers is
+given each prompt --samples-per-prompt times. Under --temperature 0 `same_tokens` says what share of the
+tokens are equal: rounding may part the two at a near tie, and they stay apart from there on.
 
     python tools/benchmark/generation.py --count
 
-counts instead what one decoded token launches, on tiny random models: calls of torch's operations that are no views,
-and kernels of compiled regions, for a layer and for what is outside of layers (the difference of two models); and how
-often the host reads the device or sends it something, prompts aside. The step is shaped as on a GPU. All-reduces of
-tensor parallelism are not in it. Needs a C++ compiler.
+counts instead what one decoded token launches, on tiny random models: calls of torch's operations that are no
+views, and kernels of compiled regions, for a layer and for what is outside of layers (the difference of two
+models); and how often the host reads the device or sends it something, prompts aside. The step is shaped as
+on a GPU. All-reduces of tensor parallelism are not in it. Needs a C++ compiler.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ SMOLLM2_135M: dict[str, Any] = {
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--hf-checkpoint", metavar="DIR", help="Hugging Face folder with weights")
     parser.add_argument("--prompts", type=int, default=8, help="different prompts (default: 8)")
     parser.add_argument("--prompt-tokens", type=int, default=64, help="tokens of each (default: 64)")
@@ -92,7 +95,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         import transformers
     except ImportError:
-        print("generation: error: needs the package transformers: pip install transformers==5.24.0", file=sys.stderr)
+        print(
+            "generation: error: needs the package transformers: pip install transformers==5.24.0",
+            file=sys.stderr,
+        )
         return 1
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -100,7 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.hf_checkpoint or scratch
         if options.hf_checkpoint is None:
-            config = transformers.LlamaConfig(**SMOLLM2_135M, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+            config = transformers.LlamaConfig(
+                **SMOLLM2_135M, bos_token_id=None, eos_token_id=None, pad_token_id=None
+            )
             torch.manual_seed(0)
             transformers.LlamaForCausalLM(config).save_pretrained(scratch)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -163,7 +171,10 @@ def measure(options: argparse.Namespace, folder: str, theirs: Any) -> dict:
     tokens = total * options.new_tokens
     return {
         "model": options.hf_checkpoint or "shapes of SmolLM2-135M, random weights",
-        **{name: getattr(options, name) for name in ("prompts", "samples_per_prompt", "prompt_tokens", "new_tokens")},
+        **{
+            name: getattr(options, name)
+            for name in ("prompts", "samples_per_prompt", "prompt_tokens", "new_tokens")
+        },
         **{name: getattr(options, name) for name in ("temperature", "top_p", "top_k", "threads")},
         "seconds": seconds,
         "tokens_per_second": {name: tokens / value for name, value in seconds.items()},
@@ -210,7 +221,9 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not func.is_view and not any(word in func.__name__ for word in ("empty", "alias", "detach", "unsafe_view")):
+        if not func.is_view and not any(
+            word in func.__name__ for word in ("empty", "alias", "detach", "unsafe_view")
+        ):
             self.names[func.__name__] += 1
         return result
 
@@ -246,7 +259,9 @@ def count(name: str, *, with_compiler: bool) -> dict[str, Any]:
 
 
 def count_model(name: str, layers: int, kernels: Kernels) -> dict[str, float]:
-    """A token's launches and waits in a model with so many layers, from calls with different numbers of tokens."""
+    """A token's launches and waits in a model with so many layers, from calls with different numbers of
+    tokens.
+    """
     config = {**TINY, **SHAPES[name], "num_hidden_layers": layers}
     parallel, stepping = ParallelConfig(), Stepping(rows=8, keys=256, late=1, compiled=True, graphs=True)
     with tempfile.TemporaryDirectory() as folder, process_groups(parallel, seed=1) as groups:
@@ -254,12 +269,21 @@ def count_model(name: str, layers: int, kernels: Kernels) -> dict[str, float]:
         architecture = read_architecture(folder, flag="--hf-checkpoint")
         vocab_size = architecture.vocab_size
         model = build_model(
-            architecture, parallel, groups, vocab_size=vocab_size, divisible_by=1, bf16=False, flag="--hf-checkpoint"
+            architecture,
+            parallel,
+            groups,
+            vocab_size=vocab_size,
+            divisible_by=1,
+            bf16=False,
+            flag="--hf-checkpoint",
         )
-        engine = MegatronEngine(model, groups, vocab_size=vocab_size, stop_ids=(), batch_size=8, stepping=stepping)
+        engine = MegatronEngine(
+            model, groups, vocab_size=vocab_size, stop_ids=(), batch_size=8, stepping=stepping
+        )
         empty = np.zeros(0, np.int32)
         prompts = [
-            Prompt(sample_id=i, student_ids=np.arange(5 + 3 * i, dtype=np.int32), teacher_ids=empty) for i in range(3)
+            Prompt(sample_id=i, student_ids=np.arange(5 + 3 * i, dtype=np.int32), teacher_ids=empty)
+            for i in range(3)
         ]
         totals = []
         for tokens in (8, 8, 24):  # the first call compiles
@@ -285,7 +309,9 @@ class Kernels:
         torch.compiler.reset()
         compiled.cache_clear()
         made = compiled()
-        return Regions(**{field.name: self._counted(field.name, getattr(made, field.name)) for field in fields(made)})
+        return Regions(
+            **{field.name: self._counted(field.name, getattr(made, field.name)) for field in fields(made)}
+        )
 
     def _counted(self, name: str, region: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
@@ -332,7 +358,9 @@ def race(
 
 
 def table(report: dict) -> str:
-    lines = [", ".join(f"{name} {value}" for name, value in report.items() if not isinstance(value, dict | float))]
+    lines = [
+        ", ".join(f"{name} {value}" for name, value in report.items() if not isinstance(value, dict | float))
+    ]
     for name, value in report["seconds"].items():
         lines.append(f"{name:13} {value:8.2f} s {report['tokens_per_second'][name]:9.1f} tokens a second")
     lines.append(f"engine / transformers: {report['ratio']:.2f}")

@@ -1,4 +1,5 @@
-"""Time and memory of the loss (interface paper, forward and backward) beside plain torch and its own matrix products.
+"""Time and memory of the loss (interface paper, forward and backward) beside plain torch and its own matrix
+products.
 
     python tools/benchmark/loss.py --labels 512 --vocab 151936 --teacher-vocab 128256 --shared 109566
     python tools/benchmark/loss.py --labels 4096 --hidden 896 --variants fused,products --dtype bf16
@@ -7,27 +8,33 @@
     python tools/benchmark/loss.py --labels 512 --vocab 152064 --variants fused,bytes
 
 variants
-    dense      plain torch from logits that exist: log_softmax, gather, softmax over U, autograd (one process only)
+    dense      plain torch from logits that exist: log_softmax, gather, softmax over U, autograd (one process
+               only)
     logits     cross_tokenizer_loss from the same logits
     fused      cross_tokenizer_loss from what enters the output layers
-    products   the bare matrix products that `fused` cannot do without, each done at once: student logits, teacher
-               logits of the shared tokens, the logits' gradient times the weight and times the hidden states
-    bytes      the interface bytes from what enters the output layers, the teacher's sums included, as `fused` includes
-               the teacher's statistics; what both plan on the host beforehand (alignment, byte events) is left out
+    products   the bare matrix products that `fused` cannot do without, each done at once: student logits,
+               teacher logits of the shared tokens, the logits' gradient times the weight and times the hidden
+               states
+    bytes      the interface bytes from what enters the output layers, the teacher's sums included, as `fused`
+               includes the teacher's statistics; what both plan on the host beforehand (alignment, byte
+               events) is left out
     bytes-longest-match   the same with --simct-byte-bounds longest-match
-    gold       the loss of TRL's GOLD trainer (1.16, hybrid) from the same logits as `dense`, where trl is installed;
-               one process only, and another definition of the same job
+    gold       the loss of TRL's GOLD trainer (1.16, hybrid) from the same logits as `dense`, where trl is
+               installed; one process only, and another definition of the same job
 
-seconds     the least of --repeats calls; variants take turns in one process, so their ratios hold on a busy machine
-extra MiB   highest resident memory during the first call, less what was resident before it (inputs), a process a
-            variant; `less gradients` leaves out the gradients that the call returns
-sent        bytes of the tensors that one call hands to collectives of torch.distributed, a label, counted by wrapping
-            them: `statistics` are reductions of vectors (the loss), `states` those of the hidden states' gradient
-            [n, H], which any column-parallel layer makes, `rows` is what goes from rank to rank
+seconds     the least of --repeats calls; variants take turns in one process, so their ratios hold on a busy
+            machine
+extra MiB   highest resident memory during the first call, less what was resident before it (inputs), a
+            process a variant; `less gradients` leaves out the gradients that the call returns
+sent        bytes of the tensors that one call hands to collectives of torch.distributed, a label, counted by
+            wrapping them: `statistics` are reductions of vectors (the loss), `states` those of the hidden
+            states' gradient [n, H], which any column-parallel layer makes, `rows` is what goes from rank to
+            rank
 
-Labels: 9 of 10 segments are one shared token on both sides, the tenth is a unit of two tokens on both. For `bytes` the
-tokens are made up: all single bytes, words of 2 to 8 letters drawn as English draws letters, and their prefixes.
-Several sizes, by commas, are measured one after another; --json then prints one object a line.
+Labels: 9 of 10 segments are one shared token on both sides, the tenth is a unit of two tokens on both. For
+`bytes` the tokens are made up: all single bytes, words of 2 to 8 letters drawn as English draws letters, and
+their prefixes. Several sizes, by commas, are measured one after another; --json then prints one object a
+line.
 """
 
 from __future__ import annotations
@@ -49,21 +56,34 @@ from typing import Any
 
 VARIANTS = ("dense", "logits", "fused", "products", "bytes", "bytes-longest-match", "gold")
 ONE_PROCESS = ("dense", "gold")
-LETTERS, FREQUENCIES = b" etaoinshrdlcumwfgypbvkjxqz", (18, 10, 7, 7, 6, 6, 6, 5, 5, 5, 3, 3, 2, 2) + (1,) * 13
+LETTERS, FREQUENCIES = (
+    b" etaoinshrdlcumwfgypbvkjxqz",
+    (18, 10, 7, 7, 6, 6, 6, 5, 5, 5, 3, 3, 2, 2) + (1,) * 13,
+)
 MIB = 1 << 20
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--labels", default="512", help="student labels, some by commas (default: 512)")
-    parser.add_argument("--vocab", default="32000", help="student's vocabulary, some by commas (default: 32000)")
+    parser.add_argument(
+        "--vocab", default="32000", help="student's vocabulary, some by commas (default: 32000)"
+    )
     parser.add_argument("--teacher-vocab", type=int, help="default: --vocab")
     parser.add_argument("--shared", type=int, help="shared tokens; default: 0.7 of the smaller vocabulary")
     parser.add_argument("--hidden", type=int, default=896, help="hidden size of the student (default: 896)")
     parser.add_argument("--teacher-hidden", type=int, help="default: --hidden")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of hidden states, weights, logits")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch, over all ranks (default: 2)")
-    parser.add_argument("--tensor-model-parallel-size", default="1", help="gloo ranks, 1, 2 or 1,2 (default: 1)")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="of hidden states, weights, logits"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=2, help="threads of torch, over all ranks (default: 2)"
+    )
+    parser.add_argument(
+        "--tensor-model-parallel-size", default="1", help="gloo ranks, 1, 2 or 1,2 (default: 1)"
+    )
     parser.add_argument("--variants", default="dense,logits,fused,products", help="some of them, by commas")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls a variant (default: 3)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
@@ -82,7 +102,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--variants {args.variants}: choose from {', '.join(VARIANTS)}")
     if "gold" in chosen and _gold() is None:
         chosen.remove("gold")
-        print("gold: left out, the package trl does not import with the loss of its GOLD trainer", file=sys.stderr)
+        print(
+            "gold: left out, the package trl does not import with the loss of its GOLD trainer",
+            file=sys.stderr,
+        )
     args.variants = ",".join(chosen)
     for one in sizes(args):
         if min(one.vocab, one.teacher_vocab) % one.tensor_model_parallel_size:
@@ -123,14 +146,25 @@ def run_workers(args: argparse.Namespace, mode: str, variants: str) -> dict[str,
             if mode == "memory":
                 environment["MALLOC_MMAP_THRESHOLD_"] = str(1 << 16)
             command = [sys.executable, __file__, "--worker", mode, "--variants", variants]
-            for name in ("labels", "vocab", "teacher_vocab", "shared", "hidden", "teacher_hidden", "dtype", "repeats"):
+            for name in (
+                "labels",
+                "vocab",
+                "teacher_vocab",
+                "shared",
+                "hidden",
+                "teacher_hidden",
+                "dtype",
+                "repeats",
+            ):
                 command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
             command += ["--tensor-model-parallel-size", str(size)]
             workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
         outputs = [worker.communicate()[0] for worker in workers]
     failed = [rank for rank, worker in enumerate(workers) if worker.returncode]
     if failed:
-        raise SystemExit(f"{mode} of {variants}: rank {failed[0]} ended with code {workers[failed[0]].returncode}")
+        raise SystemExit(
+            f"{mode} of {variants}: rank {failed[0]} ended with code {workers[failed[0]].returncode}"
+        )
     return json.loads(outputs[0])
 
 
@@ -172,17 +206,21 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def table(report: dict[str, Any]) -> str:
     scalars = {name: value for name, value in report.items() if name != "variants"}
     lines = [
-        ", ".join(f"{name} {value:.3g}" if "_over_" in name else f"{name} {value}" for name, value in scalars.items())
+        ", ".join(
+            f"{name} {value:.3g}" if "_over_" in name else f"{name} {value}"
+            for name, value in scalars.items()
+        )
     ]
     lines.append(
-        f"{'variant':10} {'seconds':>9} {'extra MiB':>10} {'less gradients':>15} {'sent, B/label: statistics':>26} "
-        f"{'states':>8} {'rows':>10}"
+        f"{'variant':10} {'seconds':>9} {'extra MiB':>10} {'less gradients':>15} "
+        f"{'sent, B/label: statistics':>26} {'states':>8} {'rows':>10}"
     )
     for name, row in report["variants"].items():
         sent = row["sent_bytes_per_label"]
         lines.append(
-            f"{name:10} {row['seconds']:9.3f} {row['extra_mib']:10.1f} {row['extra_less_gradients_mib']:15.1f} "
-            f"{sent['statistics']:26.1f} {sent['states']:8.1f} {sent['rows']:10.1f}"
+            f"{name:10} {row['seconds']:9.3f} {row['extra_mib']:10.1f} "
+            f"{row['extra_less_gradients_mib']:15.1f} {sent['statistics']:26.1f} {sent['states']:8.1f} "
+            f"{sent['rows']:10.1f}"
         )
     return "\n".join(lines)
 
@@ -249,7 +287,9 @@ class count_bytes:
 
         # Which argument is sent.
         names = {"all_reduce": 0, "broadcast": 0, "all_to_all_single": 1, "all_gather_into_tensor": 1}
-        for name, given in (names | {"all_gather": 1, "reduce_scatter_tensor": 1, "send": 0, "isend": 0}).items():
+        for name, given in (
+            names | {"all_gather": 1, "reduce_scatter_tensor": 1, "send": 0, "isend": 0}
+        ).items():
             self._originals[name] = getattr(dist, name)
             setattr(dist, name, counting(name, given, self._originals[name]))
         self._dist = dist
@@ -279,7 +319,14 @@ def build(args: argparse.Namespace, variant: str, rank: int, group: Any) -> tupl
     """A call of forward and backward, and the bytes of the gradients it leaves on this rank."""
     import torch
 
-    from megatron_simct.losses import Head, Logits, Response, SharedVocabulary, cross_tokenizer_loss, place_shared_head
+    from megatron_simct.losses import (
+        Head,
+        Logits,
+        Response,
+        SharedVocabulary,
+        cross_tokenizer_loss,
+        place_shared_head,
+    )
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     n, size = args.labels, args.tensor_model_parallel_size
@@ -321,7 +368,9 @@ def build(args: argparse.Namespace, variant: str, rank: int, group: Any) -> tupl
             elif variant == "dense":
                 loss = dense_paper(student, teacher, sample)
             else:
-                loss = cross_tokenizer_loss(Logits(student), Logits(teacher), pair, response, group=group).loss
+                loss = cross_tokenizer_loss(
+                    Logits(student), Logits(teacher), pair, response, group=group
+                ).loss
             loss.backward()
 
         return from_logits, student.numel() * student.element_size()
@@ -414,7 +463,9 @@ def byte_loss(
     student_ids, teacher_ids = (side.numpy().astype(np.int32) for side in labels)
     text = np.frombuffer(spelled, dtype=np.uint8)
     if any_tokenizer:
-        sides = [Side(table=table, ids=ids) for table, ids in zip(tables, (student_ids, teacher_ids), strict=True)]
+        sides = [
+            Side(table=table, ids=ids) for table, ids in zip(tables, (student_ids, teacher_ids), strict=True)
+        ]
         (events,) = plan_byte_bounds(text, stop=False, student=sides[0], teachers=sides[1:])
     else:
         events = plan_byte_events(
@@ -444,7 +495,13 @@ def byte_loss(
 
     def loss() -> Any:
         masses, own, lse = teacher_byte_statistics(
-            teacher_hidden, teacher_weight, labels[1], teacher_side, order=orders[1], shard_start=starts[1], group=group
+            teacher_hidden,
+            teacher_weight,
+            labels[1],
+            teacher_side,
+            order=orders[1],
+            shard_start=starts[1],
+            group=group,
         )
         batch = LabelBatch(
             student_labels=labels[0],

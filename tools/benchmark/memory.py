@@ -1,12 +1,13 @@
-"""What a training step holds, beside the plan: the difference between two sizes of a student, with each option.
+"""What a training step holds, beside the plan: the difference between two sizes of a student, with each
+option.
 
     python tools/benchmark/memory.py [--layers 26 52] [--tokens 512] [--options NAME ...] [--json]
 
-Two runs of two steps on given responses for each set of options, one after the other, each in a process a rank. The
-students differ in the number of their layers alone (26 and 52 of them are 307 and 614 million parameters), so what a
-process holds beside its model and its step falls out of the difference. `measured` is that of peak_memory_gib_most of
-metrics.jsonl, the resident memory of the fullest rank or what torch has allocated on a GPU; `plan` that of the memory
-plan's peak without its reserve.
+Two runs of two steps on given responses for each set of options, one after the other, each in a process a
+rank. The students differ in the number of their layers alone (26 and 52 of them are 307 and 614 million
+parameters), so what a process holds beside its model and its step falls out of the difference. `measured` is
+that of peak_memory_gib_most of metrics.jsonl, the resident memory of the fullest rank or what torch has
+allocated on a GPU; `plan` that of the memory plan's peak without its reserve.
 
 On a CPU in float32 each rank of 614 million parameters holds some 11 GiB, and a step takes minutes.
 """
@@ -35,7 +36,13 @@ OPTIONS: dict[str, tuple[int, tuple[str, ...]]] = {
     "distributed optimizer, recompute all": (
         2,
         (
-            *("--use-distributed-optimizer", "--recompute-granularity", "full", "--recompute-method", "uniform"),
+            *(
+                "--use-distributed-optimizer",
+                "--recompute-granularity",
+                "full",
+                "--recompute-method",
+                "uniform",
+            ),
             *("--recompute-num-layers", "1"),
         ),
     ),
@@ -46,10 +53,16 @@ OPTIONS: dict[str, tuple[int, tuple[str, ...]]] = {
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, nargs=2, default=(26, 52), help="of both sizes (default: 26 52)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--layers", type=int, nargs=2, default=(26, 52), help="of both sizes (default: 26 52)"
+    )
     parser.add_argument("--hidden", type=int, default=1024, help="hidden size (default: 1024)")
-    parser.add_argument("--tokens", type=int, default=512, help="of a sequence, one a micro-batch (default: 512)")
+    parser.add_argument(
+        "--tokens", type=int, default=512, help="of a sequence, one a micro-batch (default: 512)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads of torch a rank (default: 1)")
     parser.add_argument("--options", nargs="+", default=list(OPTIONS), choices=list(OPTIONS), metavar="NAME")
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
@@ -65,7 +78,10 @@ def main() -> None:
             measured, planned = (second - first for first, second in zip(*sizes, strict=True))
             rows[name] = {"measured_gib": measured, "plan_gib": planned, "ratio": measured / planned}
             if not arguments.json:
-                print(f"{name:40} measured {measured:6.3f}  plan {planned:6.3f}  {measured / planned:.3f}", flush=True)
+                print(
+                    f"{name:40} measured {measured:6.3f}  plan {planned:6.3f}  {measured / planned:.3f}",
+                    flush=True,
+                )
     if arguments.json:
         print(json.dumps(rows))
 
@@ -76,7 +92,14 @@ def both(folder: Path, layers: int, name: str, arguments: argparse.Namespace) ->
         write_student(folder, layers, arguments)
     ranks, flags = OPTIONS[name]
     argv = [
-        *("--hf-checkpoint", str(folder), "--prompt-data", str(folder / "rows.jsonl"), "--simct-interface", "sft"),
+        *(
+            "--hf-checkpoint",
+            str(folder),
+            "--prompt-data",
+            str(folder / "rows.jsonl"),
+            "--simct-interface",
+            "sft",
+        ),
         *("--rollout-max-prompt-len", "8", "--rollout-max-response-len", str(arguments.tokens - 8)),
         *("--micro-batch-size", "1", "--rollout-batch-size", "2", "--train-iters", "2", "--lr", "1e-5"),
         *("--run-dir", str(folder / f"run {name}"), *flags),
@@ -94,7 +117,9 @@ def both(folder: Path, layers: int, name: str, arguments: argparse.Namespace) ->
 
 
 def write_student(folder: Path, layers: int, arguments: argparse.Namespace) -> None:
-    """A student of llama's kind without weights, whose tokens are bytes, and given responses of full length."""
+    """A student of llama's kind without weights, whose tokens are bytes, and given responses of full
+    length.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     folder.mkdir()
@@ -110,7 +135,11 @@ def write_student(folder: Path, layers: int, arguments: argparse.Namespace) -> N
         **{"model_type": "llama", "num_hidden_layers": layers, "hidden_size": arguments.hidden},
         **{"intermediate_size": 11 * arguments.hidden // 4, "num_attention_heads": arguments.hidden // 64},
         **{"num_key_value_heads": arguments.hidden // 128, "vocab_size": 257, "rms_norm_eps": 1e-6},
-        **{"rope_theta": 10000.0, "max_position_embeddings": 2 * arguments.tokens, "tie_word_embeddings": False},
+        **{
+            "rope_theta": 10000.0,
+            "max_position_embeddings": 2 * arguments.tokens,
+            "tie_word_embeddings": False,
+        },
         **{"hidden_act": "silu", "initializer_range": 0.02, "eos_token_id": 256},
     }
     (folder / "config.json").write_text(json.dumps(fields))

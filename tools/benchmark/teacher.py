@@ -1,23 +1,28 @@
-"""A teacher in another job beside the same forward passes in this process: what its answers and its rounding cost.
+"""A teacher in another job beside the same forward passes in this process: what its answers and its rounding
+cost.
 
-    python tools/benchmark/teacher.py --teacher-hf-checkpoint DIR --student-hf-checkpoint DIR --text-file FILE [--json]
+    python tools/benchmark/teacher.py --teacher-hf-checkpoint DIR --student-hf-checkpoint DIR --text-file FILE
+    [--json]
 
-Paragraphs of the text stand for responses. The teacher's job is one process of its own on this machine, reached by
---bind; both sides use --threads threads. For each --teacher-hidden-dtype, with hidden states of every segment's first
-row (interface paper), and with sums of bytes (interface bytes):
+Paragraphs of the text stand for responses. The teacher's job is one process of its own on this machine,
+reached by --bind; both sides use --threads threads. For each --teacher-hidden-dtype, with hidden states of
+every segment's first row (interface paper), and with sums of bytes (interface bytes):
 
-wire           CPU seconds of encoding and decoding requests and answers, and of encrypting them at the speed that is
-               measured below, over CPU seconds of the forward passes: holds on a busy machine
-seconds        the least of --repeats rounds, jobs and this process taking turns; `ratio` is over the passes here
+wire           CPU seconds of encoding and decoding requests and answers, and of encrypting them at the speed
+               that is measured below, over CPU seconds of the forward passes: holds on a busy machine
+seconds        the least of --repeats rounds, jobs and this process taking turns; `ratio` is over the passes
+               here
 B/label        what one student label costs on the wire, to the teacher and back; full logits would be 4 V
-KL nats        of the teacher's distribution over its vocabulary after rounding from the one before, a row: mean and
-               largest; for bytes, of the events of a byte position, rounded to float16
-socket MB/s    one ZeroMQ socket alone, in messages of 1 MiB: plain, encrypted (CURVE), and two encrypted ones at once
-overlap        seconds of a step over those of the slower part, which is either rollout and update, or the teacher. The
-               student is a small model with random weights and the student's tokenizer, and the teacher a replica that
-               sleeps for a step as long as the student's last rollout and update took (a model would compete for the
-               same cores): the case that gains most, and in which 1 is the hardest to reach. serial: nothing
-               overlaps; on_policy: in waves of two prompts; one_step_off: in such waves, and one step ahead
+KL nats        of the teacher's distribution over its vocabulary after rounding from the one before, a row:
+               mean and largest; for bytes, of the events of a byte position, rounded to float16
+socket MB/s    one ZeroMQ socket alone, in messages of 1 MiB: plain, encrypted (CURVE), and two encrypted ones
+               at once
+overlap        seconds of a step over those of the slower part, which is either rollout and update, or the
+               teacher. The student is a small model with random weights and the student's tokenizer, and the
+               teacher a replica that sleeps for a step as long as the student's last rollout and update took
+               (a model would compete for the same cores): the case that gains most, and in which 1 is the
+               hardest to reach. serial: nothing overlaps; on_policy: in waves of two prompts; one_step_off:
+               in such waves, and one step ahead
 """
 
 from __future__ import annotations
@@ -44,15 +49,21 @@ DTYPES: tuple[HiddenDtype, ...] = ("fp32", "bf16", "int8")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--teacher-hf-checkpoint", required=True, metavar="DIR")
     parser.add_argument(
         "--student-hf-checkpoint", required=True, metavar="DIR", help="its tokenizer is all that is read"
     )
     parser.add_argument("--text-file", required=True, metavar="FILE")
     parser.add_argument("--samples", type=int, default=16, help="responses (default: 16)")
-    parser.add_argument("--words", type=int, default=180, help="of a prompt and response together (default: 180)")
-    parser.add_argument("--bind", default="tcp://127.0.0.1", help="ipc or tcp://HOST (default: tcp://127.0.0.1)")
+    parser.add_argument(
+        "--words", type=int, default=180, help="of a prompt and response together (default: 180)"
+    )
+    parser.add_argument(
+        "--bind", default="tcp://127.0.0.1", help="ipc or tcp://HOST (default: tcp://127.0.0.1)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads of torch, each side (default: 1)")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds (default: 3)")
     parser.add_argument(
@@ -68,7 +79,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    report = {"samples": args.samples, "threads": args.threads, "bind": args.bind, "socket_mb_per_s": sockets()}
+    report = {
+        "samples": args.samples,
+        "threads": args.threads,
+        "bind": args.bind,
+        "socket_mb_per_s": sockets(),
+    }
     report["overlap"] = overlaps(args) if args.steps else []
     report |= measure(args, report["socket_mb_per_s"]["curve"])
     if args.json:
@@ -77,17 +93,21 @@ def main() -> None:
     for name in ("labels", "teacher_tokens", "teacher_vocabulary", "hidden_size", "socket_mb_per_s"):
         print(f"{name}: {report[name]}")
     print(
-        f"{'interface':10} {'dtype':6} {'seconds':>8} {'ratio':>6} {'wire':>7} {'B/label to':>11} {'back':>8} "
-        f"{'of logits':>10} KL nats"
+        f"{'interface':10} {'dtype':6} {'seconds':>8} {'ratio':>6} {'wire':>7} {'B/label to':>11} "
+        f"{'back':>8} {'of logits':>10} KL nats"
     )
     for row in report["rows"]:
         kl = f"{row['kl_mean']:.2e} (largest {row['kl_max']:.2e})" if "kl_mean" in row else "-"
         print(
-            f"{row['interface']:10} {row['dtype']:6} {row['seconds']:8.3f} {row['ratio']:6.3f} {row['wire']:7.4f} "
-            f"{row['request_bytes_per_label']:11.0f} {row['answer_bytes_per_label']:8.0f} {row['of_logits']:10.5f} {kl}"
+            f"{row['interface']:10} {row['dtype']:6} {row['seconds']:8.3f} {row['ratio']:6.3f} "
+            f"{row['wire']:7.4f} {row['request_bytes_per_label']:11.0f} {row['answer_bytes_per_label']:8.0f} "
+            f"{row['of_logits']:10.5f} {kl}"
         )
     for row in report["overlap"]:
-        print("overlap " + " ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{v:12}" for k, v in row.items()))
+        print(
+            "overlap "
+            + " ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{v:12}" for k, v in row.items())
+        )
 
 
 def measure(args: argparse.Namespace, curve_mb_per_s: float) -> dict[str, Any]:
@@ -105,15 +125,22 @@ def measure(args: argparse.Namespace, curve_mb_per_s: float) -> dict[str, Any]:
     teacher = load_tokenizer(args.teacher_hf_checkpoint)
     alignment_map = build_alignment_map(student, teacher)
     texts = paragraphs(Path(args.text_file).read_text(encoding="utf-8"), args.samples, args.words)
-    needs = {"paper": TeacherNeeds(hidden_rows="first"), "bytes": TeacherNeeds(hidden_rows="none", byte_events=True)}
+    needs = {
+        "paper": TeacherNeeds(hidden_rows="first"),
+        "bytes": TeacherNeeds(hidden_rows="none", byte_events=True),
+    }
     pairs = {name: align(texts, student, teacher, alignment_map, need) for name, need in needs.items()}
     labels = sum(pair.counts["student_labels"] for pair in pairs["paper"])
     rows: list[dict[str, Any]] = []
     with process_groups(ParallelConfig(), seed=0) as groups, tempfile.TemporaryDirectory() as folder:
         options = ModelConfig(hf_checkpoint=args.teacher_hf_checkpoint)
-        model = open_model(options, ParallelConfig(), groups, teacher, prefix="teacher-", bf16=False, longest=4096)
+        model = open_model(
+            options, ParallelConfig(), groups, teacher, prefix="teacher-", bf16=False, longest=4096
+        )
         order = build_byte_order(model, groups, teacher)
-        forward = TeacherForward(model, groups, vocab_size=teacher.table.num_ids, byte_order=order, packed=True)
+        forward = TeacherForward(
+            model, groups, vocab_size=teacher.table.num_ids, byte_order=order, packed=True
+        )
         jobs = {dtype: start_job(args, Path(folder) / dtype, dtype) for dtype in DTYPES}
         try:
             clients = {dtype: open_client(args, Path(folder) / dtype, model) for dtype in DTYPES}
@@ -178,7 +205,9 @@ def paragraphs(text: str, count: int, size: int) -> list[tuple[str, str]]:
     return [(chunk[:120], chunk[120:]) for chunk in chunks]
 
 
-def align(texts: Sequence[tuple[str, str]], student: Any, teacher: Any, alignment_map: Any, needs: Any) -> list[Any]:
+def align(
+    texts: Sequence[tuple[str, str]], student: Any, teacher: Any, alignment_map: Any, needs: Any
+) -> list[Any]:
     import numpy as np
 
     from megatron_simct.alignment.plan import plan_pair
@@ -219,7 +248,15 @@ def requests_of(pairs: Sequence[Any]) -> list[Any]:
 def start_job(args: argparse.Namespace, run_dir: Path, dtype: str) -> subprocess.Popen:
     from megatron_simct.teacher.endpoints import endpoint_folder, read_endpoints
 
-    command = [sys.executable, "-m", "megatron_simct.serve_teacher", "--run-dir", str(run_dir), "--bind", args.bind]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_simct.serve_teacher",
+        "--run-dir",
+        str(run_dir),
+        "--bind",
+        args.bind,
+    ]
     command += ["--teacher-hf-checkpoint", args.teacher_hf_checkpoint, "--teacher-hidden-dtype", dtype]
     root = Path(__file__).resolve().parents[2]
     job = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(root)}, stdout=subprocess.DEVNULL)
@@ -257,7 +294,9 @@ def scored_by(client: Any, requests: Sequence[Any]) -> list[Any]:
     return [read_scored(client.next()[1]) for _ in requests]
 
 
-def wire_seconds(requests: Sequence[Any], answers: dict[int, Any], dtype: HiddenDtype, curve_mb_per_s: float) -> float:
+def wire_seconds(
+    requests: Sequence[Any], answers: dict[int, Any], dtype: HiddenDtype, curve_mb_per_s: float
+) -> float:
     """CPU seconds of both ends, outside of the model."""
     from megatron_simct.teacher.payload import read_score, read_scored, score_message, scored_message
     from megatron_simct.teacher.wire import decode, encode, num_bytes
@@ -287,9 +326,16 @@ def best(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, floa
 
 
 def errors(
-    interface: str, dtype: HiddenDtype, model: Any, pairs: Sequence[Any], answers: dict[int, Any], vocab_size: int
+    interface: str,
+    dtype: HiddenDtype,
+    model: Any,
+    pairs: Sequence[Any],
+    answers: dict[int, Any],
+    vocab_size: int,
 ) -> dict[str, float]:
-    """KL of what the student makes of the answer from what it would make of an exact one: mean and largest."""
+    """KL of what the student makes of the answer from what it would make of an exact one: mean and
+    largest.
+    """
     import torch
 
     from megatron_simct.losses.vocab_parallel import soft_cap
@@ -315,7 +361,9 @@ def errors(
                 for x in (answer.byte_logprobs, answer.byte_logprobs.half())
             )
             terms = torch.where(exact.isinf(), 0.0, exact.exp() * (exact - coarse))
-            values.append(torch.zeros(pair.byte_events.num_positions).double().index_add(0, position[events], terms))
+            values.append(
+                torch.zeros(pair.byte_events.num_positions).double().index_add(0, position[events], terms)
+            )
     kl = torch.cat(values)
     return {"kl_mean": float(kl.mean()), "kl_max": float(kl.max())}
 
@@ -339,7 +387,9 @@ PROMPTS = 8
 
 
 def overlaps(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Seconds of a step, of its rollout and update, and of the teacher, means over the steps but the first and last."""
+    """Seconds of a step, of its rollout and update, and of the teacher, means over the steps but the first
+    and last.
+    """
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -404,8 +454,22 @@ def train_beside(args: argparse.Namespace, folder: Path, schedule: str) -> dict[
         [
             *("--hf-checkpoint", str(folder / "student"), "--tokenizer-model", args.student_hf_checkpoint),
             *("--teacher-hf-checkpoint", args.teacher_hf_checkpoint, "--teacher-endpoint", str(run_dir)),
-            *("--simct-interface", "bytes", "--prompt-data", str(folder / "prompts.jsonl"), "--run-dir", str(run_dir)),
-            *("--rollout-batch-size", str(PROMPTS), "--micro-batch-size", "4", "--rollout-max-response-len", "32"),
+            *(
+                "--simct-interface",
+                "bytes",
+                "--prompt-data",
+                str(folder / "prompts.jsonl"),
+                "--run-dir",
+                str(run_dir),
+            ),
+            *(
+                "--rollout-batch-size",
+                str(PROMPTS),
+                "--micro-batch-size",
+                "4",
+                "--rollout-max-response-len",
+                "32",
+            ),
             *("--train-iters", str(args.steps), "--log-interval", str(args.steps), *SCHEDULES[schedule]),
         ]
     )
@@ -439,7 +503,9 @@ def train_beside(args: argparse.Namespace, folder: Path, schedule: str) -> dict[
 
 
 def sleeping_teacher(run_dir: Path, pace: Any, busy: Any, stop: Any) -> None:
-    """A replica without a model: it sleeps `pace` seconds for each sample, in all `busy` seconds, until `stop`."""
+    """A replica without a model: it sleeps `pace` seconds for each sample, in all `busy` seconds, until
+    `stop`.
+    """
     import torch
 
     from megatron_simct.records import ScoredPair
@@ -482,7 +548,9 @@ def sleeping_teacher(run_dir: Path, pace: Any, busy: Any, stop: Any) -> None:
 
 
 def sockets(count: int = 200) -> dict[str, float]:
-    """Messages of 1 MiB from another process; two_curve: from two others, to two sockets that two threads serve."""
+    """Messages of 1 MiB from another process; two_curve: from two others, to two sockets that two threads
+    serve.
+    """
     return {
         name: round(socket_speed(curve, number, count), 1)
         for name, curve, number in (("plain", False, 1), ("curve", True, 1), ("two_curve", True, 2))

@@ -1,8 +1,8 @@
 """`alm`: one event a segment, "the model says these bytes" (arXiv:2503.20083).
 
-With a and b the teacher's and the student's surprise at a segment, -sum log p over its own tokens (nats, at least
-FLOOR): tau times the KL of the events "says it", of probability e^(-a / tau) and e^(-b / tau). At tau = inf that is
-(b - a) - a log(b / a).
+With a and b the teacher's and the student's surprise at a segment, -sum log p over its own tokens (nats, at
+least FLOOR): tau times the KL of the events "says it", of probability e^(-a / tau) and e^(-b / tau). At tau =
+inf that is (b - a) - a log(b / a).
 
 It reads the labels' log-probabilities alone, so it says nothing of what else could have been said.
 """
@@ -28,7 +28,8 @@ def value(rows: Rows) -> RowValues:
     tau = rows.config.alm_temperature
     if math.isinf(tau):
         return RowValues(value=(b - a) - a * (b / a).log())
-    # At a large tau the events are nearly certain: 1 - e^(-x / tau) and differences of such would be rounded away.
+    # At a large tau the events are nearly certain: 1 - e^(-x / tau) and differences of such would be rounded
+    # away.
     not_t, not_s = -torch.expm1(-a / tau), -torch.expm1(-b / tau)
     return RowValues(value=(-a / tau).exp() * (b - a) + tau * not_t * (not_t / not_s).log())
 

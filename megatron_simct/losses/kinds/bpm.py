@@ -1,27 +1,30 @@
-"""`bpm`: the teacher's next-token distribution rewritten as one over the student's tokens, at every student label.
+"""`bpm`: the teacher's next-token distribution rewritten as one over the student's tokens, at every student
+label.
 
-Byte-prefix marginals (arXiv:2607.22334). With b(.) the bytes of a token, c the bytes that the student has said since
-the last end of a teacher token, q the teacher's distribution there, and phi_c(w) the student's longest token that b(w)
-without c begins with:
+Byte-prefix marginals (arXiv:2607.22334). With b(.) the bytes of a token, c the bytes that the student has
+said since the last end of a teacher token, q the teacher's distribution there, and phi_c(w) the student's
+longest token that b(w) without c begins with:
 
     t(u) = sum of q(w) over the teacher's tokens w with c <= b(w), phi_c(w) = u        renormalized over the u
     loss = D(t || p) over the student's tokens, one row a label
 
-"<=" is "is a prefix of". Where the student's token s goes on beyond the realized teacher token, t(s) is the probability
-of the realized path to its end, taken from the token that the path began as:
+"<=" is "is a prefix of". Where the student's token s goes on beyond the realized teacher token, t(s) is the
+probability of the realized path to its end, taken from the token that the path began as:
 
-    t(s) = q_j(w_j) * prod q_k(w_k) * sum of q(w) over r <= b(w)        r: what is left of s; before renormalizing
+    t(s) = q_j(w_j) * prod q_k(w_k) * sum of q(w) over r <= b(w)        r: what is left of s; before
+    renormalizing
 
---simct-child-weight L adds the child term of ESCD (arXiv:2609.34738). Of the teacher's tokens that the student has none
-for, those of which one begins as the other are a group g, with y its shortest. Where the student said s at the start of
-a segment, at the row behind s, for every group whose y begins with s and goes on with r:
+--simct-child-weight L adds the child term of ESCD (arXiv:2609.34738). Of the teacher's tokens that the
+student has none for, those of which one begins as the other are a group g, with y its shortest. Where the
+student said s at the start of a segment, at the row behind s, for every group whose y begins with s and goes
+on with r:
 
     loss = loss - L sum over g of M(g) log sum of p(u) over r <= b(u)        M(g) = sum of q(w) over w in g
 
-Of the teacher's tokens the k likeliest of each row are read (teacher_topk.py), and what was said. Forward KL or js: a
-target is 0 for most tokens, where reverse KL is infinite. The target knows where the student's text ends a teacher
-token, so "goes on or stops here" gets what the student itself does as its target; and where the student has the longer
-tokens, the mass of all texts but the sampled one goes to a short token.
+Of the teacher's tokens the k likeliest of each row are read (teacher_topk.py), and what was said. Forward KL
+or js: a target is 0 for most tokens, where reverse KL is infinite. The target knows where the student's text
+ends a teacher token, so "goes on or stops here" gets what the student itself does as its target; and where
+the student has the longer tokens, the mass of all texts but the sampled one goes to a short token.
 """
 
 from __future__ import annotations
@@ -35,7 +38,14 @@ from dataclasses import fields
 import torch
 
 from megatron_simct.alignment.translation import Translation
-from megatron_simct.losses.kinds.teacher_topk import Event, Likely, all_rows, as_entries, log_events, per_segment
+from megatron_simct.losses.kinds.teacher_topk import (
+    Event,
+    Likely,
+    all_rows,
+    as_entries,
+    log_events,
+    per_segment,
+)
 from megatron_simct.losses.rows import Interface, RowNeeds, Rows, RowValues
 from megatron_simct.losses.vocab_parallel import NEGATIVE_INFINITY
 from megatron_simct.records import EntryBatch
@@ -78,7 +88,9 @@ def targets_of_labels(
             start, end = ends[j] - len(teacher[theirs[j]]), at + len(student[token])
             mass = masses(likely.rows[ts + j], text[start:at])
             if end > ends[j]:
-                inside = bisect.bisect_right(ends, end)  # the teacher's tokens before it end within the student's
+                inside = bisect.bisect_right(
+                    ends, end
+                )  # the teacher's tokens before it end within the student's
                 path = math.exp(math.fsum(likely.said[ts + j : ts + inside]))
                 if left := text[ends[inside - 1] : end]:
                     row = likely.rows[ts + inside].items()
@@ -99,7 +111,9 @@ def with_children(
     likely: Likely,
     translation: Translation,
 ) -> EntryBatch:
-    """`targets_of_labels`, and behind them the tokens of the child term, of which teacher_log_probs is log M."""
+    """`targets_of_labels`, and behind them the tokens of the child term, of which teacher_log_probs is
+    log M.
+    """
     targets = targets_of_labels(segments, labels, likely, translation)
     found: list[Event] = []
     groups: list[int] = []
@@ -126,7 +140,9 @@ def with_children(
 def value(rows: Rows) -> RowValues:
     """[A]: the divergences of each segment's labels, added up."""
     log_p, log_t, entries = log_events(rows)
-    is_target = torch.ones_like(entries.label, dtype=torch.bool) if entries.group is None else entries.group < 0
+    is_target = (
+        torch.ones_like(entries.label, dtype=torch.bool) if entries.group is None else entries.group < 0
+    )
     p, t, beta = log_p.exp(), log_t.exp(), rows.config.js_beta
     others: torch.Tensor | float = 0.0
     if rows.config.divergence == "forward_kl":
@@ -134,12 +150,17 @@ def value(rows: Rows) -> RowValues:
     else:
         log_m = torch.logaddexp(log_t + math.log(beta), log_p + math.log1p(-beta))
         terms = beta * t * (log_t - log_m) + (1 - beta) * p * (log_p - log_m)
-        # Tokens without a target: (1 - beta) p log(p / m) with m = (1 - beta) p; their p is what the others leave of 1.
+        # Tokens without a target: (1 - beta) p log(p / m) with m = (1 - beta) p; their p is what the others
+        # leave of 1.
         has_target = torch.zeros_like(rows.log_probs).index_add(0, entries.label, is_target.to(p.dtype)) > 0
-        left = rows.total(has_target.to(p.dtype), "student") - per_segment(torch.where(is_target, p, 0), entries, rows)
+        left = rows.total(has_target.to(p.dtype), "student") - per_segment(
+            torch.where(is_target, p, 0), entries, rows
+        )
         others = -(1 - beta) * math.log1p(-beta) * left
     if entries.group is not None:
-        terms = torch.where(is_target, terms, rows.config.child_weight * _children(log_p, log_t, entries.group))
+        terms = torch.where(
+            is_target, terms, rows.config.child_weight * _children(log_p, log_t, entries.group)
+        )
     return RowValues(value=per_segment(terms, entries, rows) + others)
 
 
@@ -147,7 +168,9 @@ def _children(log_p: torch.Tensor, log_mass: torch.Tensor, group: torch.Tensor) 
     """[E]: the child term of each group, at its first entry; 0 elsewhere."""
     of_group = group + 1  # 0 is what has no group
     size = (len(group) + 1,)
-    largest = log_p.new_full(size, NEGATIVE_INFINITY).scatter_reduce(0, of_group, log_p.detach(), "amax")[of_group]
+    largest = log_p.new_full(size, NEGATIVE_INFINITY).scatter_reduce(0, of_group, log_p.detach(), "amax")[
+        of_group
+    ]
     sums = log_p.new_zeros(size).index_add(0, of_group, (log_p - largest).exp())[of_group]
     is_first = (group >= 0) & (group != torch.cat([group.new_full((1,), -1), group[:-1]]))
     return torch.where(is_first, -log_mass.exp() * (sums.log() + largest), 0)
@@ -156,7 +179,15 @@ def _children(log_p: torch.Tensor, log_mass: torch.Tensor, group: torch.Tensor) 
 BPM = Interface(
     needs=all_rows,
     reads=frozenset(
-        {"divergence", "js_beta", "teacher_topk", "child_weight", "unit_weight", "mask_whitespace", "stop_bridge"}
+        {
+            "divergence",
+            "js_beta",
+            "teacher_topk",
+            "child_weight",
+            "unit_weight",
+            "mask_whitespace",
+            "stop_bridge",
+        }
     ),
     # The row behind a segment may be in no segment.
     rows=lambda config: RowNeeds(

@@ -1,23 +1,27 @@
-"""The least divergence that the unresolved mass permits: the algebra of the interface `bytes` at one byte position.
+"""The least divergence that the unresolved mass permits: the algebra of the interface `bytes` at one byte
+position.
 
-Known masses s_e, t_e of the events, divided by each model's whole, known plus unresolved u_S, u_T, are lower bounds.
-The truth is s_e + a_e and t_e + b_e with 0 <= a_e <= cS_e, sum of a = u_S, and b likewise. The loss is
+Known masses s_e, t_e of the events, divided by each model's whole, known plus unresolved u_S, u_T, are lower
+bounds. The truth is s_e + a_e and t_e + b_e with 0 <= a_e <= cS_e, sum of a = u_S, and b likewise. The loss
+is
 
     min over a, b of  sum over e of  d(s_e + a_e, t_e + b_e),      d(p, q) = q f(p / q)
 
-It is 0, with gradient 0, where max(s, t) <= min(s + cS, t + cT) for every event and the sums of both sides have the
-whole between them. Else the minimizer is the same for every convex f (f' ascends, so what can still be moved has one
-ratio). With clip(x) = clip(x, 0, cap):
+It is 0, with gradient 0, where max(s, t) <= min(s + cS, t + cT) for every event and the sums of both sides
+have the whole between them. Else the minimizer is the same for every convex f (f' ascends, so what can still
+be moved has one ratio). With clip(x) = clip(x, 0, cap):
 
-    A  a = clip(lo t - s), b = clip(s / hi - t), lo and hi such that the sums are u_S and u_T; right if lo < hi
+    A  a = clip(lo t - s), b = clip(s / hi - t), lo and hi such that the sums are u_S and u_T; right if lo <
+       hi
     B  a = clip(lo (t + cT) - s), b = clip((s + cS) / hi - t); right if lo > hi
-    C  else one ratio r: events with (s + cS) / t < r have a = cS, b = 0, those with s / (t + cT) > r have a = 0,
-       b = cT, and the rest together have the ratio r = (1 - fixed s) / (1 - fixed t)
+    C  else one ratio r: events with (s + cS) / t < r have a = cS, b = 0, those with s / (t + cT) > r have a =
+       0, b = cT, and the rest together have the ratio r = (1 - fixed s) / (1 - fixed t)
 
-Each sum is piecewise linear in its unknown, so a sort of the events' break points finds where it has its value.
+Each sum is piecewise linear in its unknown, so a sort of the events' break points finds where it has its
+value.
 
-Gradient, by the envelope theorem: f'(r_e) for s_e, f'(lo) for u_S (f'(r) in C) and, where the student's cap binds,
-f'(r_e) - f'(lo) for cS_e, which is a sum of the student's own masses.
+Gradient, by the envelope theorem: f'(r_e) for s_e, f'(lo) for u_S (f'(r) in C) and, where the student's cap
+binds, f'(r_e) - f'(lo) for cS_e, which is a sum of the student's own masses.
 
 FLOOR is added to every known mass of both models: an event that one model cannot have at all costs at most
 log(1 / FLOOR) nats, and two models that agree still do.
@@ -108,14 +112,18 @@ def least_divergence(bounds: Bounds, *, divergence: str, js_beta: float) -> Leas
         chosen = right[part.position]
         where = events.clone()
         where[events] = chosen
-        _write(found, solved, right, chosen, done, where, part.position, divergence=divergence, js_beta=js_beta)
+        _write(
+            found, solved, right, chosen, done, where, part.position, divergence=divergence, js_beta=js_beta
+        )
         left = left & ~done
     return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Solved:
-    """Per event p, q and whether the student's cap binds; of every position the ratio below which it is raised."""
+    """Per event p, q and whether the student's cap binds; of every position the ratio below which it is
+    raised.
+    """
 
     is_right: torch.Tensor
     """bool [P]"""
@@ -235,8 +243,8 @@ def _joint(bounds: Bounds) -> _Solved:
     s, t = s + FLOOR, t + FLOOR
     top_s, top_t = s + cap_s, t + cap_t
     whole = _sums(torch.full_like(s, FLOOR), position, num_positions) + 1
-    # whole - r whole - the sum of (p - r q) of the events that are not joint, which is constant + slope r between
-    # break points: an event stops to be high at s / (t + cT) and begins to be low at (s + cS) / t.
+    # whole - r whole - the sum of (p - r q) of the events that are not joint, which is constant + slope r
+    # between break points: an event stops to be high at s / (t + cT) and begins to be low at (s + cS) / t.
     above, below = s / top_t, top_s / t
     steps = torch.cat([above, below]), torch.cat([s, -top_s]), torch.cat([-top_t, t])
     start = whole - _sums(s, position, num_positions), -whole + _sums(top_t, position, num_positions)

@@ -4,33 +4,35 @@ With A_k the probability of a model's first k tokens of the response, the mass o
 
     sum over its entries (row k, segment)  of  A_k / A_K * (probability of the segment's tokens in row k)
 
-K being the row of the last boundary at or before i: relative to the realized path, in log space. Two definitions:
+K being the row of the last boundary at or before i: relative to the realized path, in log space. Two
+definitions:
 
-    --simct-byte-bounds any             (alignment/byte_bounds.py) the position's loss is the least divergence that both
-                                        models' known and unresolved masses permit (byte_bounds.py): 0, its gradient
-                                        too, whenever both are the same distribution over texts, each written out in
-                                        its own tokenizer's cut, whatever that is
-    --simct-byte-bounds longest-match   (alignment/byte_events.py) divided by their sum over the events of the position
-                                        the masses are P_S and P_T, floored at FLOOR. A loose byte, which the models
-                                        only bound, is an event of its own where the bounds of the two models lie
-                                        apart; else it is part of the rest, or left out where there is no rest. 0 for
-                                        tokenizers that take the longest match
+    --simct-byte-bounds any             (alignment/byte_bounds.py) the position's loss is the least divergence
+                                        that both models' known and unresolved masses permit (byte_bounds.py):
+                                        0, its gradient too, whenever both are the same distribution over
+                                        texts, each written out in its own tokenizer's cut, whatever that is
+    --simct-byte-bounds longest-match   (alignment/byte_events.py) divided by their sum over the events of the
+                                        position the masses are P_S and P_T, floored at FLOOR. A loose byte,
+                                        which the models only bound, is an event of its own where the bounds
+                                        of the two models lie apart; else it is part of the rest, or left out
+                                        where there is no rest. 0 for tokenizers that take the longest match
 
 Several teachers are mixed slot by slot before (`mixed_log_masses`), and then are one.
 
-What is computed. Segments are consecutive in the order of the tokens' bytes, so a tile of columns in that order is
-summed in one pass (`segment_reduce`). One MAX and one SUM over the tensor-parallel group, of one and of 258 + (the
-segments behind the realized token's first byte) numbers a row; all that follows is a few hundred numbers a byte, the
-same on every rank. Its gradient with respect to the segments' log-probabilities g_s
-and the realized tokens' h comes back to the logits of row k as
+What is computed. Segments are consecutive in the order of the tokens' bytes, so a tile of columns in that
+order is summed in one pass (`segment_reduce`). One MAX and one SUM over the tensor-parallel group, of one and
+of 258 + (the segments behind the realized token's first byte) numbers a row; all that follows is a few
+hundred numbers a byte, the same on every rank. Its gradient with respect to the segments' log-probabilities
+g_s and the realized tokens' h comes back to the logits of row k as
 
     softmax * (g_s / probability of the segment - sum over the row's segments of g_s - h)  +  h * one-hot
 
 in a second pass over the tiles, in the forward pass like every other interface.
 
-Context parallelism. Each rank has the rows of some labels, and computes the positions whose last row it has. It needs
-the log-probability of every label, 4 bytes each, for the A_k; and of segments of rows before the last one that are
-another rank's, which only positions near a cut have: 4 bytes for each of these. Their gradients go back the same way.
+Context parallelism. Each rank has the rows of some labels, and computes the positions whose last row it has.
+It needs the log-probability of every label, 4 bytes each, for the A_k; and of segments of rows before the
+last one that are another rank's, which only positions near a cut have: 4 bytes for each of these. Their
+gradients go back the same way.
 
 Shapes: `n` rows, `G` segments, `E` slots, `P` positions, `w` this rank's real columns.
 """
@@ -81,7 +83,8 @@ TILE_LOGITS = 1 << 22
 """... and logits at a time, at most (unless one column alone has more rows)."""
 
 Weigh = Callable[[torch.Tensor], torch.Tensor]
-"""From the labels' log-probabilities [n] to what the positions of each label's bytes are multiplied by [n]."""
+"""From the labels' log-probabilities [n] to what the positions of each label's bytes are multiplied by [n].
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +94,8 @@ class ByteOrder:
     columns: torch.Tensor
     """int64 [w]: local columns."""
     local: torch.Tensor
-    """int64 [V + 1]: how many of this rank's columns come before each place in the whole vocabulary's order."""
+    """int64 [V + 1]: how many of this rank's columns come before each place in the whole vocabulary's order.
+    """
 
     @classmethod
     def of(cls, table: TokenTable, *, shard_start: int, shard_end: int, device: torch.device) -> ByteOrder:
@@ -129,7 +133,9 @@ class SharedRows:
     """N, of all ranks."""
     group: dist.ProcessGroup
 
-    def complete(self, log_segments: torch.Tensor, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def complete(
+        self, log_segments: torch.Tensor, log_probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """([G], [N]) for `part.sums`, from those of the rows here. One all-reduce."""
         exchanged = log_segments.new_zeros(self.part.num_exchanged)
         exchanged[self.part.sent] = log_segments[self.part.sent_segment]
@@ -137,7 +143,9 @@ class SharedRows:
         exchanged, of_all = reduce_packed([exchanged, of_all], dist.ReduceOp.SUM, self.group)
         return torch.cat([log_segments, exchanged[self.part.received]]), of_all
 
-    def gradients(self, of_segments: torch.Tensor, of_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def gradients(
+        self, of_segments: torch.Tensor, of_labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients of what `complete` was given, from those of what it returned. One all-reduce."""
         num_here = len(self.part.rows.segment_row)
         exchanged = of_segments.new_zeros(self.part.num_exchanged)
@@ -160,10 +168,11 @@ def teacher_byte_statistics(
     logit_softcap: float | None = None,
     shared: SharedRows | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(log-probability of every slot [E], own logit [n], log-sum-exp [n]) from what enters a frozen output layer.
+    """(log-probability of every slot [E], own logit [n], log-sum-exp [n]) from what enters a frozen output
+    layer.
 
-    hidden [n, H] and weight [W, H] as in `label_statistics`, whose two answers are the last two. shared: the rows are a
-    context-parallel rank's; all ranks get all slots.
+    hidden [n, H] and weight [W, H] as in `label_statistics`, whose two answers are the last two. shared: the
+    rows are a context-parallel rank's; all ranks get all slots.
     """
     source = OutputLayer(hidden, weight, num_columns=len(order.columns), soft_cap=logit_softcap)
     rows = side if shared is None else shared.part.rows
@@ -187,7 +196,8 @@ def slot_log_masses(
     shard_start: int,
     group: dist.ProcessGroup | None,
 ) -> torch.Tensor:
-    """[E]: one model's log-probability of every slot relative to its realized path, equal on every rank. No gradient.
+    """[E]: one model's log-probability of every slot relative to its realized path, equal on every rank. No
+    gradient.
 
     labels int64 [n], whose rows are those of `source`, in one order.
     """
@@ -197,7 +207,9 @@ def slot_log_masses(
 
 
 @torch.no_grad()
-def mixed_log_masses(log_masses: Sequence[torch.Tensor], weights: Sequence[float], events: ByteEvents) -> torch.Tensor:
+def mixed_log_masses(
+    log_masses: Sequence[torch.Tensor], weights: Sequence[float], events: ByteEvents
+) -> torch.Tensor:
     """[E]: the log-probability of every slot in a mixture of teachers, from those in each of them.
 
     log_masses [E] each, relative to that teacher's path; weights: positive, adding up to 1; events: of
@@ -245,8 +257,8 @@ def byte_loss(
 ) -> ByteLoss:
     """Sum over byte positions, differentiable through `source`. Collective over `group`.
 
-    shared: `source` and `labels` are of a context-parallel rank's rows, the positions and the answer too, but for
-    label_losses [N]. label_terms: what each label adds, [n], a function of its log-probability.
+    shared: `source` and `labels` are of a context-parallel rank's rows, the positions and the answer too, but
+    for label_losses [N]. label_terms: what each label adds, [n], a function of its log-probability.
     """
     side = batch.student
     rows = side if shared is None else shared.part.rows
@@ -273,7 +285,9 @@ def byte_loss(
             differentiated, weights = student, of_student
         else:
             teacher = batch.teacher_logprobs.to(student.dtype)
-            values, shares = position_divergences(student, teacher, batch, divergence=divergence, js_beta=js_beta)
+            values, shares = position_divergences(
+                student, teacher, batch, divergence=divergence, js_beta=js_beta
+            )
             values = values if factors is None else values * factors
             differentiated, weights = values.sum(), None
         total = values.sum()
@@ -287,7 +301,9 @@ def byte_loss(
                 of_segments, of_labels = shared.gradients(of_segments, of_labels)
             if terms is not None:
                 of_labels = of_labels + torch.autograd.grad(terms.sum(), own)[0]
-            _add_gradient(source, labels, rows, sums, of_segments, of_labels, order=order, shard_start=shard_start)
+            _add_gradient(
+                source, labels, rows, sums, of_segments, of_labels, order=order, shard_start=shard_start
+            )
     with torch.no_grad():
         num_positions = values.new_full((), len(values))
         metrics = {"loss_bytes_sum": values.sum(), "byte_positions": num_positions} | shares
@@ -305,7 +321,9 @@ def byte_loss(
 
 
 @torch.no_grad()
-def position_values(student: torch.Tensor, batch: ByteBatch, *, divergence: str, js_beta: float) -> torch.Tensor:
+def position_values(
+    student: torch.Tensor, batch: ByteBatch, *, divergence: str, js_beta: float
+) -> torch.Tensor:
     """[P]: the loss of each position. student [E]: log masses; the teacher's are the batch's."""
     divergences = position_divergences if batch.slot_cap is None else bounded_divergences
     teacher = batch.teacher_logprobs.to(student.dtype)
@@ -316,7 +334,9 @@ def position_values(student: torch.Tensor, batch: ByteBatch, *, divergence: str,
 def bounded_divergences(
     student: torch.Tensor, teacher: torch.Tensor, batch: ByteBatch, *, divergence: str, js_beta: float
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """([P], derivatives with respect to `student` [E], sums for the metrics). student, teacher [E]: log masses."""
+    """([P], derivatives with respect to `student` [E], sums for the metrics). student, teacher [E]: log
+    masses.
+    """
     assert batch.slot_cap is not None, "events of plan_byte_bounds"
     position, event, num_positions = batch.slot_position, batch.slot_event, batch.num_positions
     is_event, is_free = (event <= STOP) | (event == OTHERS), event == FREE
@@ -397,7 +417,12 @@ def position_divergences(
 
 
 def _may_agree(
-    student: torch.Tensor, teacher: torch.Tensor, batch: ByteBatch, *, is_event: torch.Tensor, has_rest: torch.Tensor
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    batch: ByteBatch,
+    *,
+    is_event: torch.Tensor,
+    has_rest: torch.Tensor,
 ) -> torch.Tensor:
     """bool [E]: loose bytes whose probability may be the same in both models, for all that is known."""
     assert batch.student_loose is not None and batch.teacher_loose is not None, "bounds of the longest match"
@@ -411,26 +436,40 @@ def _may_agree(
 
 
 def _bounds(
-    values: torch.Tensor, loose: torch.Tensor, batch: ByteBatch, *, is_event: torch.Tensor, has_rest: torch.Tensor
+    values: torch.Tensor,
+    loose: torch.Tensor,
+    batch: ByteBatch,
+    *,
+    is_event: torch.Tensor,
+    has_rest: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Between what the probability of each byte lies, among the events of its position; both [E]."""
     position = batch.slot_position
     log_reference = _log_sums(values.masked_fill(~is_event, NEGATIVE_INFINITY), position, batch.num_positions)
     masses = (values - log_reference[position]).exp()  # events of a position add up to 1
-    # The SPREAD slot is empty for a model without loose bytes. OUTSIDE mass (mixtures) is not part of the spread.
+    # The SPREAD slot is empty for a model without loose bytes. OUTSIDE mass (mixtures) is not part of the
+    # spread.
     is_spread = batch.slot_event == SPREAD
-    spread = masses.new_zeros(batch.num_positions).index_add(0, position, torch.where(is_spread, masses, 0))[position]
+    spread = masses.new_zeros(batch.num_positions).index_add(0, position, torch.where(is_spread, masses, 0))[
+        position
+    ]
     whole = torch.where(has_rest, 1, 1 + spread)  # the rest has the spread in it
     upper = torch.where(loose, (masses + spread) / whole, masses)
     return masses / whole, upper
 
 
 def _floored(
-    log_masses: torch.Tensor, target: torch.Tensor, position: torch.Tensor, used: torch.Tensor, num_positions: int
+    log_masses: torch.Tensor,
+    target: torch.Tensor,
+    position: torch.Tensor,
+    used: torch.Tensor,
+    num_positions: int,
 ) -> torch.Tensor:
     """[E]: probabilities of the events that are left, at least FLOOR."""
     log_masses = torch.where(used, log_masses, NEGATIVE_INFINITY)
-    reference = torch.full((num_positions,), NEGATIVE_INFINITY, dtype=log_masses.dtype, device=log_masses.device)
+    reference = torch.full(
+        (num_positions,), NEGATIVE_INFINITY, dtype=log_masses.dtype, device=log_masses.device
+    )
     reference = finite_reference(reference.scatter_reduce(0, position, log_masses.detach(), "amax"))
     masses = (log_masses - reference[position]).exp()
     totals = masses.new_zeros(num_positions).index_add(0, position, masses).clamp(min=FLOOR)
@@ -448,7 +487,9 @@ def log_masses(log_segments: torch.Tensor, log_probs: torch.Tensor, side: ByteSi
 
 
 def _log_sums(terms: torch.Tensor, index: torch.Tensor, size: int) -> torch.Tensor:
-    """[X] -> [size]: the log-sum-exp of the terms of each index; -inf, with gradient 0, where there are none."""
+    """[X] -> [size]: the log-sum-exp of the terms of each index; -inf, with gradient 0, where there are
+    none.
+    """
     maxima = torch.full((size,), NEGATIVE_INFINITY, dtype=terms.dtype, device=terms.device)
     maxima = finite_reference(maxima.scatter_reduce(0, index, terms.detach(), "amax"))
     sums = terms.new_zeros(size).index_add(0, index, (terms - maxima[index]).exp())
@@ -489,7 +530,9 @@ def _row_sums(
     segments *= (maxima - reference).exp()[side.segment_row]
     segments, own = reduce_packed([segments, own], dist.ReduceOp.SUM, group)
     totals = torch.zeros_like(own).index_add(0, side.segment_row, segments)
-    return _RowSums(maxima=reference, segments=segments, totals=totals, log_probs=own - reference - totals.log())
+    return _RowSums(
+        maxima=reference, segments=segments, totals=totals, log_probs=own - reference - totals.log()
+    )
 
 
 def _add_gradient(
@@ -503,7 +546,9 @@ def _add_gradient(
     order: ByteOrder,
     shard_start: int,
 ) -> None:
-    """Add the gradient of the logits, from those of the segments' [G] and the labels' [n] log-probabilities."""
+    """Add the gradient of the logits, from those of the segments' [G] and the labels' [n]
+    log-probabilities.
+    """
     whole_row = of_labels.index_add(0, side.segment_row, of_segments) / sums.totals
     weights = torch.where(sums.segments > 0, of_segments / sums.segments, 0) - whole_row[side.segment_row]
     own_place = _own_places(labels, order, shard_start)
@@ -529,7 +574,9 @@ def _tiles(side: ByteSideBatch, order: ByteOrder, num_rows: int) -> Iterator[tup
 
 
 def _own_places(labels: torch.Tensor, order: ByteOrder, shard_start: int) -> torch.Tensor:
-    """int64 [n]: the place of each label among this rank's columns in byte order, -1 where another rank has it."""
+    """int64 [n]: the place of each label among this rank's columns in byte order, -1 where another rank has
+    it.
+    """
     num_columns = len(order.columns)
     place = labels.new_full((num_columns + 1,), -1)
     place[order.columns] = torch.arange(num_columns, device=labels.device)

@@ -1,19 +1,22 @@
-"""`exact`: a partition of events at a segment's first position, each with its probability; nothing is renormalized.
+"""`exact`: a partition of events at a segment's first position, each with its probability; nothing is
+renormalized.
 
-With P the probability of the unit's path, v_1 its first token and w the shared token of the same bytes, for each model:
+With P the probability of the unit's path, v_1 its first token and w the shared token of the same bytes, for
+each model:
 
     q(x)     = p(x)                shared tokens x other than v_1
     q(v_1)   = p(v_1) - P          if v_1 is shared: what does not go on along the path
     q(unit)  = P + p(w)            one term if the path begins with w
     q(rest)  = 1 - the others      less P if the path begins with a token that is not shared
 
-and the loss is their divergence. The student's rest is summed over its tokens, not taken as what the others leave of
-1: where they leave little, that would be rounding. The teacher's is only known as what its log-sum-exp leaves of 1, to
-some 1e-7 in float32: below that both rests are one floor, and reverse_kl, which takes its logarithm, is only as good.
+and the loss is their divergence. The student's rest is summed over its tokens, not taken as what the others
+leave of 1: where they leave little, that would be rounding. The teacher's is only known as what its
+log-sum-exp leaves of 1, to some 1e-7 in float32: below that both rests are one floor, and reverse_kl, which
+takes its logarithm, is only as good.
 
-All rows are dense: the rest depends on every logit. The events add up to 1 whatever the logits, so the log-sum-exp of
-the first row is a constant to the gradient (`Rows.divergence`), and no column has a large part that another term takes
-away again.
+All rows are dense: the rest depends on every logit. The events add up to 1 whatever the logits, so the
+log-sum-exp of the first row is a constant to the gradient (`Rows.divergence`), and no column has a large part
+that another term takes away again.
 """
 
 from __future__ import annotations
@@ -51,10 +54,12 @@ class FirstTokens:
         )
 
     def special(self) -> torch.Tensor:
-        """int64 [A, 3]: the three, each id once; -1 where it has been named by a later column or, the second, by the
-        first."""
+        """int64 [A, 3]: the three, each id once; -1 where it has been named by a later column or, the second,
+        by the first."""
         teacher = torch.where((self.teacher == self.own) | (self.teacher == self.replaced), -1, self.teacher)
-        return torch.stack([torch.where(self.own == self.replaced, -1, self.own), teacher, self.replaced], dim=1)
+        return torch.stack(
+            [torch.where(self.own == self.replaced, -1, self.own), teacher, self.replaced], dim=1
+        )
 
 
 def value(rows: Rows) -> RowValues:
@@ -70,7 +75,10 @@ def value(rows: Rows) -> RowValues:
     # The first labels' log-probabilities, whose log-sum-exp is a constant.
     log_probs = rows.log_probs.index_copy(0, rows.start, rows.own[rows.start] - rows.log_norm)
     own_s, own_t = log_probs[rows.start], rows.teacher_log_probs[rows.teacher_start]
-    special_s, special_t = rows.special - rows.log_norm.unsqueeze(1), stats.special_teacher - lse_t.unsqueeze(1)
+    special_s, special_t = (
+        rows.special - rows.log_norm.unsqueeze(1),
+        stats.special_teacher - lse_t.unsqueeze(1),
+    )
     path_s = rows.total(log_probs, "student").masked_fill(~rows.has_unit, NEGATIVE_INFINITY)
     path_t = rows.total(rows.teacher_log_probs, "teacher").masked_fill(~rows.has_unit, NEGATIVE_INFINITY)
     goes_on_s = rows.total(log_probs.index_fill(0, rows.start, 0), "student")
@@ -129,7 +137,8 @@ def _log_not(log_probs: torch.Tensor) -> torch.Tensor:
 def _floored_rests(log_student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[A] each, student and teacher: the log-probability of the rest; the teacher's is rounded as 1 is.
 
-    Two rests that are as good as nothing do not differ; a student without any other token has one that is finite.
+    Two rests that are as good as nothing do not differ; a student without any other token has one that is
+    finite.
     """
     least = torch.finfo(teacher.dtype).eps
     floored = (teacher <= least) | (log_student == NEGATIVE_INFINITY)

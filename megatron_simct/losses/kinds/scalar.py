@@ -1,15 +1,16 @@
-"""`scalar`: the teacher judges a chunk by one number, which is spread over the student's tokens as advantages.
+"""`scalar`: the teacher judges a chunk by one number, which is spread over the student's tokens as
+advantages.
 
-A chunk is a segment of k student tokens. With L_T = sum log q over the teacher's own tokens of it, l_i = log p_old of
-the student's, and L_S = sum l_i:
+A chunk is a segment of k student tokens. With L_T = sum log q over the teacher's own tokens of it, l_i = log
+p_old of the student's, and L_S = sum l_i:
 
-    dpca     A_i = (L_T / L_S - 1) l_i, at most ADVANTAGE_CLIP in size: the chunk's budget shared out in proportion
-             (arXiv:2606.09456). Chunks of more than CHUNK_TOKENS student tokens, or that end inside a character, are
-             left out.
+    dpca     A_i = (L_T / L_S - 1) l_i, at most ADVANTAGE_CLIP in size: the chunk's budget shared out in
+             proportion (arXiv:2606.09456). Chunks of more than CHUNK_TOKENS student tokens, or that end
+             inside a character, are left out.
     spread   A_i = L_T / k - l_i: the budget shared out evenly (MOPD-x of NeMo-RL)
 
-and the loss is the policy-gradient term of each token (policy_gradient.py), with p_old of the sampling policy. Nothing
-but the labels' own log-probabilities is read: no hidden states, no shared tokens.
+and the loss is the policy-gradient term of each token (policy_gradient.py), with p_old of the sampling
+policy. Nothing but the labels' own log-probabilities is read: no hidden states, no shared tokens.
 """
 
 from __future__ import annotations

@@ -1,25 +1,30 @@
 """`paper`, `code`, `strict`, `kd`: a softmax over the shared tokens and, in the row of a unit, the unit.
 
-SimCT (arXiv:2605.07711, Eq. 6-9). For a model M, a segment's first prefix h, and a candidate u that M spells v_1..v_k:
+SimCT (arXiv:2605.07711, Eq. 6-9). For a model M, a segment's first prefix h, and a candidate u that M spells
+v_1..v_k:
 
     s_M(u | h) = 1/k sum_j log p_M(v_j | h, v_<j)             Eq. 7; for a shared token k = 1
     q_M(u | h) = exp s_M(u | h) / sum_{u' in U} exp s_M(u' | h)       U = shared tokens, and this row's unit
     loss       = sum over segments of D(q_S(. | h), q_T(. | h))       Eq. 9 has D = KL(q_S || q_T)
 
-U is a set of byte strings. If a unit spells the bytes of a shared token w (the student sampled "8" "2", and "82" is
-shared), the row has one column for them: the realized unit's score replaces column w, for both models.
+U is a set of byte strings. If a unit spells the bytes of a shared token w (the student sampled "8" "2", and
+"82" is shared), the row has one column for them: the realized unit's score replaces column w, for both
+models.
 
     paper     every minimal unit. The default. unit_score "sum": without the 1/k.
-    code      SimCT's released code: the segments of its walk, raw logits in place of log-probabilities. Not invariant
-              to a constant that is added to the logits of a unit's inner position.
-    strict    no units: 1:1 positions only (arXiv:2610.08448). span_mse: units by the squared difference of their
-              log-probabilities, with this weight; the same paper finds it harmful in all of its 18 runs.
+    code      SimCT's released code: the segments of its walk, raw logits in place of log-probabilities. Not
+              invariant to a constant that is added to the logits of a unit's inner position.
+    strict    no units: 1:1 positions only (arXiv:2610.08448). span_mse: units by the squared difference of
+              their log-probabilities, with this weight; the same paper finds it harmful in all of its 18
+              runs.
     kd        strict where both models have one tokenizer: U is the whole vocabulary.
 
-D is in losses/divergences.py, the sums over the shared tokens too; this file and that one are all of the method.
+D is in losses/divergences.py, the sums over the shared tokens too; this file and that one are all of the
+method.
 
-Scores are divided by the temperature. A softmax does not see a constant, so the log-sum-exp of the first row is added
-to all log-probabilities of a row: shared tokens are then plain logits, and their maxima and sums do not wait for it.
+Scores are divided by the temperature. A softmax does not see a constant, so the log-sum-exp of the first row
+is added to all log-probabilities of a row: shared tokens are then plain logits, and their maxima and sums do
+not wait for it.
 """
 
 from __future__ import annotations
@@ -34,7 +39,9 @@ from megatron_simct.losses.rows import Interface, RowNeeds, Rows, RowValues, Sid
 from megatron_simct.losses.vocab_parallel import NEGATIVE_INFINITY
 from megatron_simct.records import SegmentKind, TeacherNeeds
 
-SHARED_READS = frozenset({"divergence", "js_beta", "temperature", "mask_whitespace", "stop_bridge", "min_teacher_mass"})
+SHARED_READS = frozenset(
+    {"divergence", "js_beta", "temperature", "mask_whitespace", "stop_bridge", "min_teacher_mass"}
+)
 
 
 LENGTH_POWER = {"mean": 1, "sum": 0}
@@ -61,7 +68,9 @@ def value(rows: Rows) -> RowValues:
 
 
 def strict(rows: Rows) -> RowValues:
-    """The 1:1 positions, and with span_mse > 0 the units by it (log q(unit) - log p(unit))^2, their whole paths."""
+    """The 1:1 positions, and with span_mse > 0 the units by it (log q(unit) - log p(unit))^2, their whole
+    paths.
+    """
     found = value(rows)
     if not rows.config.span_mse:
         return found

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from megatron_simct.config.options import InterfaceConfig
-from megatron_simct.losses.kinds import alm, bpm, exact, reward, scalar, sft, shared_tokens, teacher_topk, top_k
+from megatron_simct.losses.kinds import (
+    alm,
+    bpm,
+    exact,
+    reward,
+    scalar,
+    sft,
+    shared_tokens,
+    teacher_topk,
+    top_k,
+)
 from megatron_simct.losses.rows import Interface
 from megatron_simct.records import TeacherNeeds
 
@@ -38,5 +48,7 @@ def interface_of(config: InterfaceConfig) -> Interface:
     """Raises ValueError for a name that is none."""
     found = INTERFACES.get(config.method().interface)
     if found is None:
-        raise ValueError(f"unknown interface {config.interface!r}: --simct-interface is one of {', '.join(INTERFACES)}")
+        raise ValueError(
+            f"unknown interface {config.interface!r}: --simct-interface is one of {', '.join(INTERFACES)}"
+        )
     return found

@@ -1,19 +1,22 @@
-"""`partition` and `topk_kl`: the teacher's k likeliest tokens of a row, by id, and what they mean to the student.
+"""`partition` and `topk_kl`: the teacher's k likeliest tokens of a row, by id, and what they mean to the
+student.
 
 They need no more of a teacher than an inference service gives. An event is one student token behind some
 student labels, and one teacher token behind some teacher labels, which together spell the same bytes.
 
-`partition` (prefix-bidirectional partition KL: NeMo-RL, pull request 4177; CSD, arXiv:2610.28895), with q the teacher:
+`partition` (prefix-bidirectional partition KL: NeMo-RL, pull request 4177; CSD, arXiv:2610.28895), with q the
+teacher:
 
     1:1 segment     b(u) = b(t)                              P_S = p(u)                       P_T = q(t)
-    1:n segment     b(u) = b(t_1 .. t_n-1) b(t)              P_S = p(u)                       P_T = prod_j<n q(t_j) q(t)
+    1:n segment     b(u) = b(t_1 .. t_n-1) b(t)              P_S = p(u)                       P_T = prod_j<n
+    q(t_j) q(t)
     m:1 segment     b(s_1 .. s_m-1) b(u) = b(t)              P_S = prod_i<m p(s_i) p(u)       P_T = q(t)
     m:n segment     what was said alone
 
-The tokens t are the teacher's k likeliest of that row; what was said is forced in; REST = 1 - sum. The loss of a
-segment is the divergence of the two partitions; published with forward KL and js. A student's path of several tokens
-is a prefix ("goes on with 0"), a teacher's token is not ("0, and no more of this token"): behind a path the events are
-not the same events, so the loss moves a perfect student.
+The tokens t are the teacher's k likeliest of that row; what was said is forced in; REST = 1 - sum. The loss
+of a segment is the divergence of the two partitions; published with forward KL and js. A student's path of
+several tokens is a prefix ("goes on with 0"), a teacher's token is not ("0, and no more of this token"):
+behind a path the events are not the same events, so the loss moves a perfect student.
 
 `topk_kl` (generalised KL, arXiv:2606.30406, Eq. 5), at 1:1 segments over the events (u, t), not renormalized:
 
@@ -42,13 +45,19 @@ class Likely:
     """What a teacher says of one response, by id."""
 
     rows: Mapping[int, Mapping[int, float]]
-    """For each teacher label whose row was asked for: token -> log-probability, descending, and what was said."""
+    """For each teacher label whose row was asked for: token -> log-probability, descending, and what was
+    said.
+    """
     said: Sequence[float]
     """The log-probability of every teacher label."""
 
     @staticmethod
     def of(
-        asked: Sequence[int], ids: torch.Tensor, log_probs: torch.Tensor, labels: Sequence[int], said: torch.Tensor
+        asked: Sequence[int],
+        ids: torch.Tensor,
+        log_probs: torch.Tensor,
+        labels: Sequence[int],
+        said: torch.Tensor,
     ) -> Likely:
         """asked [R]: the labels of the rows; ids and log_probs [R, k]; labels and said [M]."""
         own = said.tolist()
@@ -95,12 +104,18 @@ def events_of_segments(
 
 
 def response_entries(
-    build: Callable[..., EntryBatch], translation: Translation, rollout: Rollout, pair: AlignedPair, scored: ScoredPair
+    build: Callable[..., EntryBatch],
+    translation: Translation,
+    rollout: Rollout,
+    pair: AlignedPair,
+    scored: ScoredPair,
 ) -> EntryBatch:
     """Those of one response of a run. build: of Interface.entries."""
     assert scored.topk is not None and scored.topk_ids is not None, "asked for by TeacherNeeds.token_ids"
     words = pair.teacher_ids.tolist()
-    likely = Likely.of(pair.teacher_rows.tolist(), scored.topk_ids, scored.topk, words, scored.own_logit - scored.lse)
+    likely = Likely.of(
+        pair.teacher_rows.tolist(), scored.topk_ids, scored.topk, words, scored.own_logit - scored.lse
+    )
     return build(pair.segments.tolist(), (rollout.student_ids.tolist(), words), likely, translation)
 
 
@@ -131,8 +146,12 @@ def partition(rows: Rows) -> RowValues:
     """[A]. Both rests are at least what sums to 1 are rounded by: below that their ratio is noise."""
     log_p, log_q, entries = log_events(rows)
     least = 64 * torch.finfo(log_p.dtype).eps
-    rest_p, rest_q = ((1 - per_segment(x.exp(), entries, rows)).clamp(min=least).log() for x in (log_p, log_q))
-    value = per_segment(_terms(log_p, log_q, rows.config), entries, rows) + _terms(rest_p, rest_q, rows.config)
+    rest_p, rest_q = (
+        (1 - per_segment(x.exp(), entries, rows)).clamp(min=least).log() for x in (log_p, log_q)
+    )
+    value = per_segment(_terms(log_p, log_q, rows.config), entries, rows) + _terms(
+        rest_p, rest_q, rows.config
+    )
     return RowValues(value=value)
 
 
@@ -151,7 +170,9 @@ def _terms(log_p: torch.Tensor, log_q: torch.Tensor, config: InterfaceConfig) ->
 def topk_kl(rows: Rows) -> RowValues:
     """[A]"""
     log_p, log_q, entries = log_events(rows)
-    return RowValues(value=per_segment(log_p.exp() * (log_p - log_q) - log_p.exp() + log_q.exp(), entries, rows))
+    return RowValues(
+        value=per_segment(log_p.exp() * (log_p - log_q) - log_p.exp() + log_q.exp(), entries, rows)
+    )
 
 
 def all_rows(config: InterfaceConfig) -> TeacherNeeds:
@@ -161,7 +182,9 @@ def all_rows(config: InterfaceConfig) -> TeacherNeeds:
 
 PARTITION = Interface(
     needs=all_rows,
-    reads=frozenset({"divergence", "js_beta", "teacher_topk", "unit_weight", "mask_whitespace", "stop_bridge"}),
+    reads=frozenset(
+        {"divergence", "js_beta", "teacher_topk", "unit_weight", "mask_whitespace", "stop_bridge"}
+    ),
     rows=lambda config: RowNeeds(first_rows=False, shared=False, dense="segments", entries=True),
     value=partition,
     entries=lambda config: events_of_segments,

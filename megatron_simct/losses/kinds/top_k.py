@@ -1,10 +1,10 @@
 """`strict_topk` and `uld`: only the likeliest tokens of a row, which the ranks exchange.
 
-`strict_topk` is strict (shared_tokens.py) over the student's k likeliest shared tokens of each row, both models
-renormalized on them (arXiv:2610.08448, k = 16).
+`strict_topk` is strict (shared_tokens.py) over the student's k likeliest shared tokens of each row, both
+models renormalized on them (arXiv:2610.08448, k = 16).
 
-`uld` is 1.5 sum over r of |p_(r) - q_(r)|: the r-th largest probability of one model against that of the other,
-whatever the tokens (arXiv:2402.12030); over the `uld_topk` largest, and the rest of each as one.
+`uld` is 1.5 sum over r of |p_(r) - q_(r)|: the r-th largest probability of one model against that of the
+other, whatever the tokens (arXiv:2402.12030); over the `uld_topk` largest, and the rest of each as one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ def compare_top(rows: Rows) -> RowValues:
 
 
 def sorted_distance(rows: Rows) -> RowValues:
-    """uld. The teacher's list [A, k'] is of log-probabilities, descending; the shorter list is filled up with zeros."""
+    """uld.
+
+    The teacher's list [A, k'] is of log-probabilities, descending; the shorter list is filled up with zeros.
+    """
     assert rows.labels.teacher_topk is not None, "check_labels refuses uld without teacher_topk"
     teacher = rows.labels.teacher_topk[rows.labels.teacher_hidden_index[rows.chosen]]
     log_sums = rows.statistics.label_max[rows.start] + rows.log_sums[rows.start]
@@ -43,7 +46,9 @@ def sorted_distance(rows: Rows) -> RowValues:
     p, q = (pad(side, (0, width - side.shape[1])) for side in (p, q))
     rest_p, rest_q = ((1 - side.sum(1)).clamp(min=0) for side in (p, q))
     one = torch.ones_like(rest_q)
-    return RowValues(value=1.5 * (_distance(p, q, torch.maximum(p, q)).sum(1) + _distance(rest_p, rest_q, one)))
+    return RowValues(
+        value=1.5 * (_distance(p, q, torch.maximum(p, q)).sum(1) + _distance(rest_p, rest_q, one))
+    )
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
@@ -61,6 +66,8 @@ STRICT_TOPK = Interface(
 ULD = Interface(
     needs=lambda config: TeacherNeeds(hidden_rows="one_to_one", topk=config.uld_topk or ALL_TOKENS),
     reads=frozenset({"uld_topk", "mask_whitespace", "stop_bridge"}),
-    rows=lambda config: RowNeeds(units=False, shared=False, dense="firsts", top=config.uld_topk or ALL_TOKENS),
+    rows=lambda config: RowNeeds(
+        units=False, shared=False, dense="firsts", top=config.uld_topk or ALL_TOKENS
+    ),
     value=sorted_distance,
 )
