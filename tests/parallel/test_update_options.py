@@ -260,8 +260,20 @@ def test_experts_that_are_split_otherwise_than_the_rest_take_the_same_steps(tiny
 
 
 OTHER_ATTENTION = {
-    "gemma2": {"sliding_window": 6, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5},
-    "qwen3_5_text": {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
+    # Larger weights than usual, or the caps and the gates would hardly matter. At 0.2 the second step of the
+    # delta nets turns a rounding of the first one, 3e-7 of the norm, into 1e-5 of it on some CPUs.
+    "gemma2": {
+        "scale": 0.2,
+        "sliding_window": 6,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 1.5,
+    },
+    "qwen3_5_text": {
+        "scale": 0.1,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+    }
     | {"linear_value_head_dim": 12, "layer_types": ["linear_attention", "full_attention"] * 2},
 }
 
@@ -269,9 +281,9 @@ OTHER_ATTENTION = {
 @pytest.mark.parametrize("family, layouts", [("gemma2", ("dp2", "cp2")), ("qwen3_5_text", ("dp2",))])
 def test_other_kinds_of_attention_take_the_same_steps(tiny, weights, tmp_path, family, layouts):
     """Soft-caps and windows, and gated delta nets, of which context parallelism is refused."""
-    shape = {"num_hidden_layers": 4, "head_dim": 8, "scale": 0.2}
+    shape = {"num_hidden_layers": 4, "head_dim": 8}
     save_model(tmp_path / "student", family, vocab_size=360, **shape, **OTHER_ATTENTION[family])
-    flags = (*weights[2:], "--hf-checkpoint", str(tmp_path / "student"), "--adam-eps", "1e-4")
+    flags = (*weights[2:], "--hf-checkpoint", str(tmp_path / "student"), "--adam-eps", "1e-2")
     recorded = record(tiny, tmp_path, flags, interfaces=("paper",))
     options = ((*DISTRIBUTED, *full("uniform", 1), *PACKED), selective("mlp"))
     for layout in layouts:
