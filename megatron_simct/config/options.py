@@ -91,6 +91,7 @@ def check_ranges(group: Any, *, prefix: str | None = None) -> None:
             bounds.check(flag_of(key_of(prefix, one.name)), value)
 
 
+AttentionBackend = Literal["auto", "flash", "fused", "unfused", "local"]
 Divergence = Literal["reverse_kl", "forward_kl", "js"]
 Benchmark = Literal["gsm8k", "math500", "mbpp", "humaneval", "livecodebench", "exact_match", "math_label"]
 
@@ -585,6 +586,14 @@ class TrainingConfig:
     train_iters: int = option(100, "optimizer steps", at_least=1)
     seed: int = option(1234, "weights, order of the prompts, sampling", at_least=0, below=2**63)
     bf16: bool = option(False, "bf16 parameters with fp32 master weights and gradients (GPU only)")
+    attention_backend: AttentionBackend = option(
+        "auto",
+        "kernel of attention on a GPU, in the update and the teacher on the same ranks. auto: flash for one "
+        "sequence without a window, flex_attention for windows, soft-caps, sinks and packed sequences, and "
+        "in float32; flash: torch's flash kernel, or an error; local: torch's scaled_dot_product_attention, "
+        "whatever it takes, and all scores where there is a soft-cap. fused and unfused are "
+        "TransformerEngine's, and refused. On a CPU auto is local, and sampling always is",
+    )
     optimizer: Literal["adam", "sgd"] = option("adam", "adam is AdamW, as in Megatron-LM")
     lr: float = option(1e-6, "peak learning rate", at_least=0)
     min_lr: float = option(1e-8, "learning rate at the end of the decay", at_least=0)
@@ -908,6 +917,7 @@ class Config:
         if self.output.ckpt_step is not None and self.output.load is None:
             raise ValueError("--ckpt-step needs --load, the directory of checkpoints")
         self.update.check()
+        _check_attention(self.training.attention_backend)
         self.lora.check()
         if self.lora.rank and self.model.pretrained_checkpoint is not None:
             raise ValueError(
@@ -1181,6 +1191,7 @@ class ServingConfig:
         1024, "must match the student's value; only LongRoPE reads it", at_least=1, at_most=2**24
     )
     bf16: bool = option(False, "bf16 parameters (GPU only)")
+    attention_backend: AttentionBackend = option("auto", "as in the student's job: auto, flash or local")
     verify_checkpoint: bool = option(True, "as in the student's job")
 
 
@@ -1226,6 +1237,15 @@ class EngineTeacherConfig:
     )
 
 
+def _check_attention(backend: AttentionBackend) -> None:
+    """ValueError for a kernel that is not here."""
+    if backend in ("fused", "unfused"):
+        raise ValueError(
+            f"--attention-backend {backend}: that is TransformerEngine's attention, which has no windows "
+            "with soft-caps and is not used here; use auto, flash or local"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     """The whole job of a teacher."""
@@ -1246,6 +1266,7 @@ class TeacherConfig:
         missing = [flag for flag, value in required.items() if not value]
         if missing:
             raise ValueError(f"missing {', '.join(missing)}: a teacher's job needs it")
+        _check_attention(self.serving.attention_backend)
         if not self.engine.endpoint:
             if self.engine != EngineTeacherConfig():
                 raise ValueError("--engine-endpoint is missing: the other --engine flags need it")

@@ -165,7 +165,8 @@ class Experts:
     def kept_bytes(self, share: Share, *, hidden_size: float, batch: float, length: int) -> float:
         """Each chosen expert as a dense MLP; of the hidden state a copy that enters, from all ranks that
         share the expert, and one that leaves."""
-        values = 5 * self._widths(share) + (1 + share.expert_tp) * self.chosen * hidden_size
+        each = 3 if share.fused and self.clamp is None else 5
+        values = each * self._widths(share) + (1 + share.expert_tp) * self.chosen * hidden_size
         return values * share.value_bytes * batch * length
 
     def forward_bytes(self, share: Share, *, batch: float, length: int) -> float:

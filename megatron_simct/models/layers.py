@@ -12,11 +12,12 @@ what generation keeps (`rollout.decoder`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
 
+from megatron_simct.models.kernels import Scores
 from megatron_simct.models.norm import RMSNorm
 from megatron_simct.models.regions import Regions, turn_
 from megatron_simct.models.rotary import Rope
@@ -42,6 +43,10 @@ class Share:
     """Ranks that share each expert; None: tp."""
     value_bytes: int = 4
     """Bytes of a parameter or an activation."""
+    holds_scores: bool = True
+    """Soft-caps and sinks are computed with all scores in memory, see `kernels`."""
+    fused: bool = False
+    """The activation of an MLP is one function, which keeps what enters it."""
 
     @property
     def expert_tp(self) -> int:
@@ -75,6 +80,10 @@ class Attention(Protocol):
 
     def check_divides(self, tp: int, *, flag: str) -> None:
         """ValueError, naming the flag, where the tensor-parallel size does not divide it."""
+
+    @property
+    def scores(self) -> Scores | None:
+        """What a kernel must know of it; None: it has no softmax."""
 
     @property
     def has_context_parallel(self) -> bool:
@@ -216,6 +225,12 @@ class Layer:
     """Norms of what enters attention and MLP, of what they add to the residual, or of both."""
     residual_scale: float = 1.0
     """Multiplies what attention and MLP add to the residual."""
+
+    @property
+    def scores(self) -> Scores | None:
+        """What a kernel must know of its attention; None: that has no softmax."""
+        found = self.attention.scores
+        return None if found is None else replace(found, window=self.window)
 
     @property
     def has_transformer_engine(self) -> bool:
