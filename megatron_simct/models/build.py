@@ -250,9 +250,8 @@ def build_model(
             share_embeddings_and_output_weights=architecture.tied_embeddings,
         )
 
-    with (
-        warnings.catch_warnings()
-    ):  # whole experts do without sequence parallelism: megatron-core says so of each
+    # whole experts do without sequence parallelism: megatron-core says so of each
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`")
         model = stage(0) if virtual == 1 else InterleavedModel(stage(chunk) for chunk in range(virtual))
     for module in model.modules():
@@ -319,8 +318,7 @@ def _transformer_config(
             calculate_per_token_loss=True,
             use_cpu_initialization=on_cpu,
             perform_initialization=initialize,
-            **fusions(architecture, on_gpu=not on_cpu, trains=trains),
-            **more,
+            **(fusions(architecture, on_gpu=not on_cpu, trains=trains) | dict(more)),
         )
     # Set later: Megatron refuses biases of experts under tensor parallelism, of which ours add theirs once.
     config.add_bias_linear = has_biases
