@@ -69,6 +69,9 @@ class Dense:
             "mlp.linear_fc2.weight": Columns(f"{mlp}down_proj.weight"),
         }
 
+    def expert_parameters(self, share: Share) -> int:
+        return 0
+
     def parameters(self, share: Share) -> int:
         return 3 * share.hidden_size * math.ceil(self.width / share.tp)
 

@@ -146,6 +146,9 @@ class Mlp(Protocol):
     def parameters(self, share: Share) -> int:
         """Parameters of one rank."""
 
+    def expert_parameters(self, share: Share) -> int:
+        """Those of the experts that ranks share out among them."""
+
     def kept_bytes(self, share: Share, *, hidden_size: float, batch: float, length: int) -> float:
         """What autograd keeps on one rank. hidden_size: of a token on this rank, less under sequence
         parallelism.

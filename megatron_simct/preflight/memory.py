@@ -247,17 +247,25 @@ def student_plan(
     sizes = replace(sizes, on_gpu=on_gpu)
     teacher = None if teacher is None else replace(teacher, on_gpu=on_gpu)
     length = prompt_len + response_len
-    shares = 1
-    if update.use_distributed_optimizer:  # ranks that share experts have fewer to share their state with
-        shares = max(1, data_parallel_size // sizes.parallel.expert_model_parallel_size)
+    shares = expert_shares = 1
+    if update.use_distributed_optimizer:
+        # Context-parallel ranks hold the same weights. An expert lies on as many ranks as are left of a
+        # stage's when those are taken out that hold other experts, or other parts of it.
+        shares = data_parallel_size * sizes.parallel.context_parallel_size
+        apart = sizes.parallel.expert_model_parallel_size * sizes.parallel.expert_tp
+        expert_shares = max(1, shares * sizes.tp // apart)
     for stage in range(sizes.pp):
         parameters = stage_parameters(sizes, stage=stage)
         last = stage == sizes.pp - 1
         trained = sum(adapters[layer] for layer in stage_layers(sizes, stage)) if adapters else parameters
+        experts = 0
+        if not adapters:
+            experts = sum(layer.mlp.expert_parameters(sizes.share) for layer in stage_layers(sizes, stage))
+        own = (trained - experts) / shares + experts / expert_shares
         held = {
             "weights": (parameters + (trained if adapters else 0)) * sizes.value_bytes,
             "gradients": 4 * trained,
-            "optimizer": math.ceil(optimizer_bytes(optimizer, bf16=sizes.bf16) * trained / shares),
+            "optimizer": math.ceil(optimizer_bytes(optimizer, bf16=sizes.bf16) * own),
         }
         phases: dict[str, dict[str, int]] = {}
         if not trains_on_given:
@@ -287,6 +295,9 @@ def student_plan(
                 in_flight=in_flight,
             )
         }
+        scattered = (trained - experts if shares > 1 else 0) + (experts if expert_shares > 1 else 0)
+        if scattered and not on_gpu:  # gloo sums a copy of it; what autograd kept is gone by then
+            phases["reduction"] = {"copy of the gradients": 4 * scattered}
         if last:
             if shared_rows:
                 held["teacher head"] = shared_rows * teacher_hidden_size * sizes.value_bytes

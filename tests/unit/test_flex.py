@@ -85,7 +85,7 @@ def test_packed_sequences_as_one_by_one(case, lengths):
 
 @pytest.mark.parametrize("heads, groups", [(4, 4), (6, 2), (3, 1)])
 def test_against_the_equation(heads, groups):
-    """Of two padded sequences, and heads that share keys."""
+    """Two padded sequences, and heads that share keys."""
     inputs = [t.requires_grad_() for t in draw(7, 7, heads=heads, groups=groups, sequences=2)]
     expected = attend(*inputs, scale=SCALE, cap=1.0, window=3)
     weights = torch.randn(

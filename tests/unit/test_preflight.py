@@ -823,7 +823,7 @@ def test_plan_of_a_student(tmp_path):
     assert plan.phases["rollout"]["KV cache"] == 2 * 16 * 6144 * 36 * 4 * 128 * 2
     tokens = 6144
     assert plan.phases["update"]["activations"] == 36 * tokens * 2 * (
-        10 * 4096 // 2 + 5 * 6144 + 5 * 20 * 128
+        10 * 4096 // 2 + 3 * 6144 + 5 * 20 * 128
     )
     assert plan.peak_phase == "update"
 
