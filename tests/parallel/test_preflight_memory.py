@@ -361,8 +361,9 @@ def test_shares_of_experts_are_planned_by_the_ranks_that_hold_them(tiny, tmp_pat
     assert plan.held["gradients"] == pytest.approx(4 * parameters, rel=0.12)
     copied = plan.phases.get("reduction", {"copy of the gradients": 0})["copy of the gradients"]
     experts = sum(layer.mlp.expert_parameters(sizes.share) for layer in architecture.layers)
-    scattered = {"tp2, ep2 etp1": 0, "tp2, etp1": 4 * experts}
-    assert copied == scattered.get(layout, plan.held["gradients"])
+    whole = plan.held["gradients"]
+    scattered = {"ep2 etp2": whole - 4 * experts, "tp2, ep2 etp1": 0, "tp2, etp1": 4 * experts, "cp2": whole}
+    assert copied == scattered[layout]
 
 
 def test_a_forward_pass_without_gradients_is_far_smaller():

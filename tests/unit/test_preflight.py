@@ -549,6 +549,18 @@ WRONG: dict[str, tuple[Change, str, str, tuple[str, ...]]] = {
         "--bf16",
         ("GPUs",),
     ),
+    "scores in float32": (
+        both(student(attention_backend="local"), lambda run, folder: run["student"].pop("bf16")),
+        "student",
+        "--attention-backend",
+        ("math kernel", "float32", "use auto"),
+    ),
+    "flash in float32": (
+        both(student(attention_backend="flash"), lambda run, folder: run["student"].pop("bf16")),
+        "student",
+        None,
+        ("--attention-backend flash", "--bf16"),
+    ),
     "processes on one GPU": (
         cluster("student", processes_per_node=8),
         "student",
