@@ -153,6 +153,16 @@ MISTAKES = [
         ),
         ("two processes too few", "--tensor-model-parallel-size 2", r"world size \(1\).*start 2 processes"),
         ("half precision without a GPU", "--bf16", "--bf16 needs a GPU"),
+        (
+            "TransformerEngine's attention",
+            "--attention-backend unfused",
+            "--attention-backend unfused: that is TransformerEngine's .*use auto, flash or local",
+        ),
+        (
+            "a kernel of GPUs without one",
+            "--attention-backend flash",
+            "--attention-backend flash: there is no GPU; use auto",
+        ),
         ("a checkpoint of another kind", "--load tiny", "--load tiny: no checkpoint there"),
         ("weights that are no safetensors", "--hf-checkpoint bad_weights", "--hf-checkpoint bad_weights"),
         (
@@ -167,6 +177,11 @@ MISTAKES = [
     *mistakes(
         "serve_teacher",
         ("half precision without a GPU", "--bf16", "--bf16 needs a GPU"),
+        (
+            "TransformerEngine's attention",
+            "--attention-backend fused",
+            "--attention-backend fused: that is TransformerEngine's",
+        ),
         ("a folder without weights", "", "--teacher-hf-checkpoint tiny/teacher: has no weights"),
         ("a misspelt flag", "--run-dri x", "unknown flag --run-dri; did you mean --run-dir?"),
         (

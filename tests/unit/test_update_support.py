@@ -48,8 +48,6 @@ FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--r
         ),
         (["--recompute-num-layers", "1"], "--recompute-num-layers need --recompute-granularity full"),
         ([*SELECTIVE[:2], "--recompute-method", "block"], "need --recompute-granularity full"),
-        (["--attention-backend", "fused"], "--attention-backend fused: that is TransformerEngine's"),
-        (["--attention-backend", "unfused"], "use auto, flash or local"),
         (["--recompute-modules", "mlp"], "--recompute-modules needs --recompute-granularity selective"),
     ],
 )
