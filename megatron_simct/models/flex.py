@@ -75,7 +75,7 @@ def attend(
     A sink takes exp sink / (exp lse + exp sink) of the weights from a query whose scores have the logarithm
     lse of their sum.
     """
-    function = _compiled() if query.is_cuda else flex_attention
+    function: Callable[..., Any] = _compiled() if query.is_cuda else flex_attention
     options: dict[str, Any] = {"block_mask": mask, "scale": 1.0, "enable_gqa": True}
     if cap is None and scale == query.shape[-1] ** -0.5:
         options["scale"] = None  # which is that
@@ -99,7 +99,7 @@ def _scaled(scale: float, cap: float | None, device: torch.device) -> Callable[.
     layers the compiler makes variables, which the kernel does not take."""
     with torch.inference_mode(False), torch.device(device):
         inner = torch.tensor(scale if cap is None else scale / cap, dtype=torch.float32)
-        outer = None if cap is None else torch.tensor(cap, dtype=torch.float32)
+        outer = torch.tensor(cap or 1.0, dtype=torch.float32)
 
     def plain(score: torch.Tensor, b: Any, h: Any, q: Any, k: Any) -> torch.Tensor:
         return score * inner

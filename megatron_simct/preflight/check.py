@@ -624,11 +624,10 @@ class _Check:
         """parallel, engine_batch_size: in the place of those of the run."""
         config, job = self._config, self._run.student
         parallel, rollout = parallel or config.parallel, config.rollout
-        precision = {
-            "bf16": config.training.bf16,
-            "attention_backend": config.training.attention_backend,
-        }
-        sizes = self._sizes(student, config.model, parallel, **precision)
+        sizes_of = partial(
+            self._sizes, bf16=config.training.bf16, attention_backend=config.training.attention_backend
+        )
+        sizes = sizes_of(student, config.model, parallel)
         data_parallel_size = max(1, job.world_size // parallel.model_parallel_size)
         share = -(-config.global_batch_size // data_parallel_size)
         # What a rank has of a micro-batch, and of a step, in sequences.
@@ -656,7 +655,7 @@ class _Check:
             trains_on_given=config.interface.interface == "sft",
             on_gpu=job.gpus_per_node > 0,
             teacher=(
-                self._sizes(teacher, config.teacher, parallel.for_teacher, **precision)
+                sizes_of(teacher, config.teacher, parallel.for_teacher)
                 if self._colocated and teacher is not None
                 else None
             ),
