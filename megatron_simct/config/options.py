@@ -551,6 +551,31 @@ class RewardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TermsConfig:
+    """Terms that are added to the loss of a step."""
+
+    given_share: float | None = option(
+        None,
+        "share of a step's prompts that come with their given response (--response-key) in place of sampled "
+        "ones; these rows train by cross entropy, the others by --simct-interface",
+        above=0,
+        below=1,
+    )
+    sft_weight: float | None = option(
+        None,
+        "weight of the mean cross entropy over the labels of --given-share beside the mean loss over sampled "
+        "labels; default: 1",
+        above=0,
+    )
+    reference_kl_weight: float = option(
+        0.0,
+        "add so much times KL(student || student at the start of the run), over the whole vocabulary, mean "
+        "over sampled labels; the start's weights are held on the student's ranks; 0: no such term",
+        at_least=0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """The update: one optimizer step on each rollout batch."""
 
@@ -834,6 +859,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    terms: TermsConfig = field(default_factory=TermsConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     lora: LoraConfig = field(default_factory=LoraConfig, metadata={"prefix": "lora"})
     update: UpdateConfig = field(default_factory=UpdateConfig)
@@ -851,6 +877,24 @@ class Config:
         """Sequences of one optimizer step."""
         return self.rollout.rollout_batch_size * self.rollout.n_samples_per_prompt
 
+    @property
+    def sampled_prompts(self) -> int:
+        """Prompts of a step whose responses are not given rows of --given-share."""
+        return self.rollout.rollout_batch_size - round(
+            (self.terms.given_share or 0) * self.rollout.rollout_batch_size
+        )
+
+    @property
+    def given_rows(self) -> int:
+        """Sequences of a step that --given-share gives."""
+        given = self.rollout.rollout_batch_size - self.sampled_prompts
+        return given * self.rollout.n_samples_per_prompt
+
+    @property
+    def sft_weight(self) -> float:
+        """--sft-weight, or its default."""
+        return 1.0 if self.terms.sft_weight is None else self.terms.sft_weight
+
     def check(self, *, data_parallel_size: int) -> None:
         """ValueError, with the numbers and the flag, where options have no meaning or contradict each
         other.
@@ -865,6 +909,7 @@ class Config:
                 f"--n-samples-per-prompt ({self.rollout.n_samples_per_prompt}) = {size}"
             )
         self._check_micro_batches(size, data_parallel_size)
+        self._check_terms(data_parallel_size)
         required = {
             "--hf-checkpoint": self.model.hf_checkpoint,
             "--tokenizer-model": self.model.tokenizer_place,
@@ -1031,10 +1076,10 @@ class Config:
                 "--teacher-endpoint give --context-parallel-size to the teacher's job"
             )
         by_tokens = self.training.max_tokens_per_gpu is not None
-        step = data_parallel_size * (1 if by_tokens else self.training.micro_batch_size)
+        step = self._divisor(data_parallel_size)
         unit = "" if by_tokens else f"--micro-batch-size ({self.training.micro_batch_size}) x "
         if of_teacher == 1 < context:  # the ranks share a teacher's sequences one by one
-            step, unit = step * context, f"{unit}--context-parallel-size ({context}) x "
+            unit = f"{unit}--context-parallel-size ({context}) x "
         if size % step:
             multiple = step // math.gcd(step, self.rollout.n_samples_per_prompt)
             below = self.rollout.rollout_batch_size // multiple * multiple
@@ -1053,6 +1098,53 @@ class Config:
                 f"size ({size}) / ({unit}data-parallel size) ({step})) in a multiple of "
                 f"--pipeline-model-parallel-size ({stages})"
             )
+
+    def _divisor(self, data_parallel_size: int) -> int:
+        """What the sequences of a step are a multiple of."""
+        by_tokens = self.training.max_tokens_per_gpu is not None
+        step = data_parallel_size * (1 if by_tokens else self.training.micro_batch_size)
+        context = self.parallel.context_parallel_size
+        return step * context if self.training.teacher_context_parallel_size == 1 < context else step
+
+    def _check_terms(self, data_parallel_size: int) -> None:
+        """ValueError for terms of the loss that have no rows, or rows that cannot be dealt out."""
+        terms, interface = self.terms, self.interface.interface
+        if terms.sft_weight is not None and terms.given_share is None:
+            raise ValueError("--sft-weight needs --given-share, the rows that it is of")
+        for flag, given in {
+            f"--given-share {terms.given_share}": terms.given_share is not None,
+            f"--reference-kl-weight {terms.reference_kl_weight}": terms.reference_kl_weight > 0,
+        }.items():
+            if given and interface == "sft":
+                raise ValueError(
+                    f"{flag}: --simct-interface sft samples nothing, all its rows are given; leave it out"
+                )
+            if given and self.output.gradient_parts_interval:
+                raise ValueError(
+                    f"{flag}: --gradient-parts-interval compares parts of the interface's gradient alone; "
+                    "leave one of them out"
+                )
+        if terms.given_share is None:
+            return
+        prompts, samples = self.rollout.rollout_batch_size, self.rollout.n_samples_per_prompt
+        step = self._divisor(data_parallel_size)
+        if self.parallel.num_virtual_stages_per_pipeline_rank > 1:
+            step *= self.parallel.pipeline_model_parallel_size
+
+        def fits(given: int) -> bool:
+            return given * samples % step == 0 and (prompts - given) * samples % step == 0
+
+        wanted = terms.given_share * prompts
+        if abs(wanted - round(wanted)) < 1e-6 and 0 < round(wanted) < prompts and fits(round(wanted)):
+            return
+        fitting = sorted(filter(fits, range(1, prompts)), key=lambda given: abs(given - wanted))[:3]
+        shares = ", ".join(f"{given / prompts:g}" for given in sorted(fitting))
+        why = (
+            f"--given-share {terms.given_share} of --rollout-batch-size {prompts} is {wanted:g} prompts of "
+            f"{samples} sequences each; these sequences, and the others, must be a multiple of {step}, as "
+            "those of a step are"
+        )
+        raise ValueError(f"{why}; use {shares}" if shares else f"{why}; raise --rollout-batch-size")
 
     @property
     def teacher_context_parallel_size(self) -> int:
