@@ -29,12 +29,12 @@ class GivenRows:
     """Where they come from, and their micro-batches."""
 
     prompts: PromptSource
-    """Of rows that have a response."""
+    """The prompts of rows that have a response."""
     student: Tokenizer
     sampling: Sampling
     """For the length of a response."""
     weight: float
-    """w"""
+    """w, the --sft-weight."""
     group: dist.ProcessGroup
     """Ranks that have other rows each."""
     pack: Callable[..., list[MicroBatch]]
