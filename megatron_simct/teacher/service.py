@@ -1,6 +1,6 @@
 """ZeroMQ server of one teacher replica, and its serving loop.
 
-The door is a thread on one rank of the replica, the first of the last pipeline stage, where answers are made:
+The server is a thread on one rank of the replica, the first of the last pipeline stage, where answers are made:
 it owns the socket, greets students, checks requests and keeps them until the model takes them. So it answers
 while the model computes, and a student can tell a busy replica from a dead one. Its replies to greetings say
 which requests it holds. Answers and replies leave in the order in which they became true, encrypted by
@@ -113,7 +113,7 @@ class _Pace:
         return self._since is not None and now - self._since > max(stall_s, 10 * self._longest_s)
 
 
-class Door(Thread):
+class ReplicaServer(Thread):
     """Owns the socket of one replica.
 
     Other methods than `run` are called by the thread that runs the model.
@@ -141,7 +141,7 @@ class Door(Thread):
         students are told that the model hangs if it has done nothing for so long, and ten times as long as it
         ever took.
         """
-        super().__init__(name="teacher-door", daemon=True)
+        super().__init__(name="teacher-server", daemon=True)
         self._folder = folder
         self._fingerprints = dict(fingerprints)
         self._vocab_size, self._max_tokens = vocab_size, max_tokens
@@ -211,7 +211,7 @@ class Door(Thread):
                 self._condition.wait(wait_s)
             if not self.is_alive():
                 raise RuntimeError(
-                    f"teacher replica {self.endpoint.replica}: its door has ended; the reason is above"
+                    f"teacher replica {self.endpoint.replica}: its server thread has ended; the reason is above"
                 )
             taken: list[Work] = []
             tokens = 0
@@ -512,7 +512,7 @@ def _most(value: int, groups: Groups) -> int:
 
 
 def serve(
-    door: Door | None,
+    server: ReplicaServer | None,
     forward: TeacherForward,
     groups: Groups,
     *,
@@ -520,7 +520,7 @@ def serve(
     hidden_dtype: HiddenDtype,
     stop: Callable[[], bool],
 ) -> None:
-    """Answer requests until `stop()` says so on the rank of the door; what was taken is finished, the rest
+    """Answer requests until `stop()` says so on the rank of the server; what was taken is finished, the rest
     handed back.
 
     Collective over one model replica, and over the replicas that share experts: these run as many
@@ -532,9 +532,9 @@ def serve(
     try:
         while True:
             works: list[Work] = []
-            if door is not None:
+            if server is not None:
                 stopping = stop()
-                works = [] if stopping else door.take(in_flight * max_tokens, wait_s=0.2)
+                works = [] if stopping else server.take(in_flight * max_tokens, wait_s=0.2)
             messages: list[Parts] | None = None if stopping else [work.parts for work in works]
             if groups.is_last_stage:
                 messages = share(messages, groups.tp_cp, source=0, device=groups.device)
@@ -543,13 +543,13 @@ def serve(
                 stopping_everywhere = _most(int(messages is None), groups)
                 messages = None if stopping_everywhere else messages
             if messages is None:
-                if door is not None:
+                if server is not None:
                     for work in works:
-                        door.hand_back(work)
+                        server.hand_back(work)
                 break
             requests = (
                 [work.request for work in works]
-                if door is not None
+                if server is not None
                 else [read_score(decode(parts, checked=False)) for parts in messages]
             )
             micro_batches = by_length(requests, max_tokens=max_tokens)
@@ -557,15 +557,15 @@ def serve(
                 idle = _most(len(micro_batches), groups) - len(micro_batches)
                 micro_batches += [[_NOTHING]] * idle
             answers = forward.run(micro_batches)
-            if door is not None:
+            if server is not None:
                 work_of = {id(work.request): work for work in works}
                 requests = [request for batch in micro_batches for request in batch]
                 for request, scored in zip(requests, answers, strict=True):
                     if request is _NOTHING:
                         continue
                     work = work_of[id(request)]
-                    door.answer(work, scored_message(work.number, scored, hidden_dtype))
+                    server.answer(work, scored_message(work.number, scored, hidden_dtype))
     finally:
-        if door is not None:
-            door.drain()
-            door.close()
+        if server is not None:
+            server.drain()
+            server.close()

@@ -139,7 +139,7 @@ def test_a_teacher_that_loads_ends_at_once_and_leaves_nothing(
     patch = last_loads(serve_teacher, "open_model", "TeacherForward", world_size)
     with ranks(tmp_path, short_tmp, serve_teacher.main, teacher_argv, patch, world_size) as job_:
         job_.come()
-        time.sleep(0.5)  # one that has loaded would open its door
+        time.sleep(0.5)  # one that has loaded would open its endpoint
         job_.tell(number)
         (first, *others) = job_.end()
         assert first == (code, line) and others == [(code, "")] * (world_size - 1)
