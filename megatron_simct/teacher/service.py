@@ -32,9 +32,9 @@ from megatron_simct.teacher.endpoints import (
     Endpoint,
     Keys,
     Waker,
+    accept_only,
     bind,
     is_encrypted,
-    only,
     publish,
     this_host,
     withdraw,
@@ -147,7 +147,7 @@ class ReplicaServer(Thread):
         self._vocab_size, self._max_tokens = vocab_size, max_tokens
         self._forget_s, self._stall_s = forget_s, stall_s
         self._context = zmq.Context(IO_THREADS)
-        self._authenticator = only(self._context, keys) if keys is not None else None
+        self._authenticator = accept_only(self._context, keys) if keys is not None else None
         self._router, bound = bind(self._context, address, keys, number=number)
         self._monitor = self._router.get_monitor_socket(_REFUSED_CONNECTION)
         self._waker = Waker(self._context)
