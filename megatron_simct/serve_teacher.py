@@ -233,7 +233,7 @@ def _start_server(
         max_tokens=longest or serving.max_tokens_per_batch,
         life=uuid.uuid4().hex,
     )
-    signals.last = server.vanish
+    signals.last = server.withdraw
     server.start()
     print(f" teacher replica {groups.dp_rank} of {groups.dp_size} at {server.endpoint.address}", flush=True)
     return server

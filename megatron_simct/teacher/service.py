@@ -1,10 +1,11 @@
 """ZeroMQ server of one teacher replica, and its serving loop.
 
-The server is a thread on one rank of the replica, the first of the last pipeline stage, where answers are made:
-it owns the socket, greets students, checks requests and keeps them until the model takes them. So it answers
-while the model computes, and a student can tell a busy replica from a dead one. Its replies to greetings say
-which requests it holds. Answers and replies leave in the order in which they became true, encrypted by
-threads of ZeroMQ's own. `serve` takes requests, tells all ranks of the replica, and hands answers back.
+The server is a thread on one rank of the replica: the first rank of the last pipeline stage, where answers are
+made. It owns the socket, greets students, checks requests and queues them until the model takes them. So it
+answers while the model computes, and a student can tell a busy replica from a dead one. Its replies to
+greetings list the requests that it holds. Answers and replies leave in the order in which they became true;
+ZeroMQ's I/O threads encrypt them. `serve` takes requests, shares them with all ranks of the replica, and
+returns the answers.
 """
 
 from __future__ import annotations
@@ -211,7 +212,7 @@ class ReplicaServer(Thread):
                 self._condition.wait(wait_s)
             if not self.is_alive():
                 raise RuntimeError(
-                    f"teacher replica {self.endpoint.replica}: its server thread has ended; the reason is above"
+                    f"teacher replica {self.endpoint.replica}: its server thread has ended; see above"
                 )
             taken: list[Work] = []
             tokens = 0
@@ -294,7 +295,7 @@ class ReplicaServer(Thread):
         self.join(timeout_s)
         withdraw(self._folder, self.endpoint)
 
-    def vanish(self) -> None:
+    def withdraw(self) -> None:
         """Remove the replica's files, from any thread: the process ends at once."""
         withdraw(self._folder, self.endpoint)
 

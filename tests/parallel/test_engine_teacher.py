@@ -443,7 +443,7 @@ def test_faults_between_front_and_engine_cost_time_only(short_tmp, monkeypatch, 
 
 
 class Front:
-    """A front's job in a forked process: entered when its endpoint is open, left by SIGTERM with exit code 0."""
+    """A front's job in a forked process: entered when its server is up, left by SIGTERM with exit code 0."""
 
     def __init__(self, folder: Path, run_dir: Path, address: str, *flags: str) -> None:
         """flags: in the place of a comparison with the same server's log-probabilities."""
