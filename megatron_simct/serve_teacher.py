@@ -123,7 +123,7 @@ def _serve_model(
         context=groups.cp,
     )
     server = None
-    signals.remember(groups.device)
+    signals.defer(groups.device)
     if groups.meets_teacher:
         longest = min(serving.max_tokens_per_batch, architecture.index_length or serving.max_tokens_per_batch)
         server = _start_server(
@@ -135,7 +135,7 @@ def _serve_model(
         groups,
         max_tokens=serving.max_tokens_per_batch,
         hidden_dtype=serving.teacher_hidden_dtype,
-        stop=lambda: signals.told,
+        stop=lambda: signals.received,
     )
     if server is not None:
         _say_what_was_done(server, groups)
@@ -152,7 +152,7 @@ def _serve_engine(
     servers.
     """
     options, serving, engine, flag = config.teacher, config.serving, config.engine, "--teacher-hf-checkpoint"
-    signals.remember(groups.device)
+    signals.defer(groups.device)
     where, text = f"{flag} {options.folder}", read_probe_text(engine.probe_text)
     hidden_size = 0
     ask: Ask
@@ -173,7 +173,7 @@ def _serve_engine(
         EngineClient(url, hidden_size=hidden_size, dtype=engine.hidden_dtype, timeout_s=engine.timeout_s)
         for url in engine.endpoint
     ]
-    first = wait_for_engine(clients, probe, minutes=engine.start_minutes, stop=lambda: signals.told)
+    first = wait_for_engine(clients, probe, minutes=engine.start_minutes, stop=lambda: signals.received)
     if first is None:
         return
     served = probe.served
@@ -197,7 +197,7 @@ def _serve_engine(
         replicas=len(clients),
         max_tokens=serving.max_tokens_per_batch,
         hidden_dtype=serving.teacher_hidden_dtype,
-        stop=lambda: signals.told,
+        stop=lambda: signals.received,
     )
     _say_what_was_done(server, groups)
 

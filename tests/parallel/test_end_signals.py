@@ -206,7 +206,7 @@ def test_a_fork_does_not_tell_its_parent_of_its_own_signals(tmp_path, short_tmp)
         time.sleep(0.5)
         os.kill(child.pid, signal.SIGTERM)
         child.join()
-        return int(signals.told) + (0 if child.exitcode == 0 else 2)
+        return int(signals.received) + (0 if child.exitcode == 0 else 2)
 
     with ranks(tmp_path, short_tmp, main, [], lambda *_: None) as job_:
         assert job_.end() == [(0, "")]
