@@ -501,7 +501,7 @@ def build_sample_log(
 ) -> Callable[[int, Sequence[Rollout], Sequence[AlignedPair], StepReport], None]:
     """That of the rank which has both the loss and the first samples; nothing on the others."""
     output = config.output
-    if output.run_dir is None or not groups.meets_teacher or groups.dp_rank > 0:
+    if output.run_dir is None or not groups.owns_teacher_socket or groups.dp_rank > 0:
         return lambda *_: None
     return SampleLog(
         output.run_dir,

@@ -80,7 +80,7 @@ def serve_teacher(config: TeacherConfig, groups: Groups, signals: EndSignals) ->
             map_fingerprint = load_map(serving.simct_alignment_map, teacher=tokenizer.table).fingerprint
         except ValueError as error:
             raise ValueError(f"--simct-alignment-map: {error}") from None
-    if groups.meets_teacher:
+    if groups.owns_teacher_socket:
         check_bind(serving.bind, number=groups.dp_rank)
     if config.engine.endpoint:
         _serve_engine(config, groups, signals, tokenizer, map_fingerprint)
@@ -124,7 +124,7 @@ def _serve_model(
     )
     server = None
     signals.defer(groups.device)
-    if groups.meets_teacher:
+    if groups.owns_teacher_socket:
         longest = min(serving.max_tokens_per_batch, architecture.index_length or serving.max_tokens_per_batch)
         server = _start_server(
             config, groups, signals, architecture, tokenizer, map_fingerprint, longest=longest

@@ -27,7 +27,7 @@ class RemoteScorer:
 
         Collective over the job: waits until a teacher has answered.
         """
-        assert (client is not None) == groups.meets_teacher
+        assert (client is not None) == groups.owns_teacher_socket
         self._client, self._groups = client, groups
         self._early: dict[int, Sequence[Any]] = {}
         problem = None
