@@ -566,7 +566,7 @@ def _are_fingerprints(values: Mapping[Any, Any]) -> bool:
 
 
 def _is_status(status: Mapping[Any, Any]) -> bool:
-    """Whether it has the numbers that `RemoteScorer.note` adds up, and says whether the replica stops."""
+    """Whether it has the numbers that `RemoteScorer.status_text` adds up, and valid flags of the replica."""
     always = ("tokens_per_s", "queue")
     numbers = {name: status.get(name, 0) for name in ("speed", "held_tokens", "clients")}
     numbers |= {name: status.get(name) for name in always}

@@ -65,5 +65,5 @@ class ColocatedScorer:
             answers = self._forward.exchanged(everything, answers, self._groups.cp)
         yield from answers
 
-    def note(self) -> str:
+    def status_text(self) -> str:
         return ""

@@ -104,10 +104,8 @@ class RemoteScorer:
         due.remove(sample_id)
         return self._early.pop(sample_id)
 
-    def note(self) -> str:
-        """Replicas that are alive, and what they last said of themselves; nothing on ranks that do not talk
-        to them.
-        """
+    def status_text(self) -> str:
+        """Number, speed and queue of the replicas that are alive; empty on ranks without a socket."""
         if self._client is None:
             return ""
         states = list(self._client.status().values())

@@ -1,8 +1,8 @@
 """ZeroMQ server of one teacher replica, and its serving loop.
 
 The server is a thread on one rank of the replica: the first rank of the last pipeline stage, where answers
-are made. It owns the socket, greets students, checks requests and queues them until the model takes them. So it
-answers while the model computes, and a student can tell a busy replica from a dead one. Its replies to
+are made. It owns the socket, greets students, checks requests and queues them until the model takes them. So
+it answers while the model computes, and a student can tell a busy replica from a dead one. Its replies to
 greetings list the requests that it holds. Answers and replies leave in the order in which they became true;
 ZeroMQ's I/O threads encrypt them. `serve` takes requests, shares them with all ranks of the replica, and
 returns the answers.
