@@ -245,7 +245,7 @@ def _longest(config: TeacherConfig) -> int:
 
 def _say_what_was_done(server: ReplicaServer, groups: Groups) -> None:
     numbers = server.status()
-    kept = ("requests", "tokens", "handed_back", "malformed", "refused", "strangers")
+    kept = ("requests", "tokens", "handed_back", "malformed", "refused", "failed_handshakes")
     print(
         f" teacher replica {groups.dp_rank} stops: " + ", ".join(f"{numbers[k]} {k}" for k in kept),
         flush=True,

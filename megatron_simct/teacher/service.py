@@ -179,7 +179,7 @@ class ReplicaServer(Thread):
                 "recalled",
                 "malformed",
                 "refused",
-                "strangers",
+                "failed_handshakes",
                 "undeliverable",
             ),
             0,
@@ -481,7 +481,7 @@ class ReplicaServer(Thread):
     def _count_refused_connections(self) -> None:
         while self._monitor.poll(0):
             recv_monitor_message(self._monitor)
-            self._counts["strangers"] += 1
+            self._counts["failed_handshakes"] += 1
 
 
 def _memory_mib() -> int:

@@ -441,7 +441,7 @@ def test_between_hosts_only_the_key_of_the_run_opens(tmp_path):
         for count, (name, theirs) in enumerate(wrong.items(), 1):
             context = zmq.Context()
             sock = connect(context, teacher.server.endpoint.address, theirs, uuid.uuid4().bytes)
-            _until(lambda: teacher.server.status()["strangers"] >= count)  # noqa: B023  (used at once)
+            _until(lambda: teacher.server.status()["failed_handshakes"] >= count)  # noqa: B023  (used at once)
             with pytest.raises(zmq.Again):
                 sock.send_multipart(encode(hello()), zmq.NOBLOCK)
             assert not sock.poll(50), name
