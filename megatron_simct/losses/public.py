@@ -54,7 +54,7 @@ from megatron_simct.losses.kinds.table import interface_of
 from megatron_simct.losses.kinds.teacher_topk import Likely
 from megatron_simct.losses.loss import LossOutput, interface_loss, interface_loss_from_logits
 from megatron_simct.losses.shared_head import SharedColumns, SharedHead, gather_shared_head
-from megatron_simct.losses.tiles import GivenLogits, OutputLayer, StudentLogits, likeliest
+from megatron_simct.losses.tiles import GivenLogits, OutputLayer, StudentLogits, top_k_log_probs
 from megatron_simct.losses.vocab_parallel import label_statistics, logit_statistics, num_real_columns
 from megatron_simct.packing import pack_byte_events, pack_byte_sides
 from megatron_simct.records import ByteEvents, LabelBatch, SegmentKind
@@ -324,7 +324,7 @@ def cross_tokenizer_loss(
             shard_start=_rank(group) * given.width, shard_width=given.width, vocab_size=size
         )
         start, teacher_tiles = _rank(group) * given.width, _frozen(given, width)
-        log_q, ids = likeliest(
+        log_q, ids = top_k_log_probs(
             teacher_tiles,
             lse,
             needs.topk,

@@ -48,7 +48,7 @@ from megatron_simct.losses.vocab_parallel import NEGATIVE_INFINITY, in_place, so
 
 ALL_ROWS = slice(None)
 TOP_COLUMNS = 4096
-"""Columns of a tile of `likeliest`."""
+"""Columns of a tile of `top_k_log_probs`."""
 
 
 class GivenLogits:
@@ -300,7 +300,7 @@ StudentLogits = GivenLogits | OutputLayer
 
 
 @torch.no_grad()
-def likeliest(
+def top_k_log_probs(
     source: StudentLogits,
     lse: torch.Tensor,
     k: int,

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_simct.losses.kinds.bytes import ByteOrder, SharedRows, teacher_byte_statistics
-from megatron_simct.losses.tiles import OutputLayer, likeliest
+from megatron_simct.losses.tiles import OutputLayer, top_k_log_probs
 from megatron_simct.losses.vocab_parallel import label_statistics, num_real_columns
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, chunks_of
 from megatron_simct.models.layout import Layout, context_pieces
@@ -320,7 +320,7 @@ class LabelScorer:
             rows = places[torch.from_numpy(request.rows.astype(np.int64)).to(hidden.device)]
             found = rows[rows >= 0]
             states = hidden[found] if request.hidden else None
-            topk, ids = self._likeliest(hidden[found], lse_here[found], request)
+            topk, ids = self._top_k(hidden[found], lse_here[found], request)
             if here is not None:
                 order = torch.where(rows >= 0, (rows >= 0).cumsum(0) - 1, -1)
                 states, topk, ids = (
@@ -339,7 +339,7 @@ class LabelScorer:
             )
         return scored
 
-    def _likeliest(
+    def _top_k(
         self, hidden: torch.Tensor, lse: torch.Tensor, request: TeacherRequest
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """float32 [R, k], descending: log-probabilities of each row's likeliest tokens, and int32 [R, k]
@@ -351,7 +351,7 @@ class LabelScorer:
             shard_start=self.shard_start, shard_width=self.weight.shape[0], vocab_size=self.vocab_size
         )
         source = OutputLayer(hidden, self.weight, num_columns=width, soft_cap=self.logit_softcap)
-        log_probs, ids = likeliest(
+        log_probs, ids = top_k_log_probs(
             source,
             lse,
             request.topk,
