@@ -343,7 +343,7 @@ def _architecture(fields: dict[str, Any], family: Family, *, where: str) -> Arch
         if indexed or family.delta_net != "none":
             fields = {name: value for name, value in fields.items() if name != "layer_types"}
         windows = _windows(fields, family, num_layers, where=where)
-        turned = _turned(fields, family, windows, where=where)
+        with_rope = _layers_with_rope(fields, family, windows, where=where)
         head_dim = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
         head_dim = fields["qk_rope_head_dim"] if family.latent else head_dim
         ropes = _ropes(fields, family, head_dim, where=where)
@@ -357,13 +357,15 @@ def _architecture(fields: dict[str, Any], family: Family, *, where: str) -> Arch
                 Layer(
                     attention=_delta_net(fields, family, where=where) if is_linear else attention,
                     mlp=mlp,
-                    rope=ropes[family.local_rope and window is not None] if turns and not is_linear else None,
+                    rope=ropes[family.local_rope and window is not None]
+                    if has_rope and not is_linear
+                    else None,
                     window=window,
                     norms=family.norms,
                     residual_scale=fields.get("residual_multiplier", 1.0),
                 )
-                for mlp, turns, window, is_linear in zip(
-                    _mlps(fields, family, where=where), turned, windows, linear, strict=True
+                for mlp, has_rope, window, is_linear in zip(
+                    _mlps(fields, family, where=where), with_rope, windows, linear, strict=True
                 )
             ),
             hidden_size=fields["hidden_size"],
@@ -528,7 +530,7 @@ def _mlps(fields: dict[str, Any], family: Family, *, where: str) -> list[Mlp]:
     return [mlp(is_dense) for is_dense in dense]
 
 
-def _turned(
+def _layers_with_rope(
     fields: dict[str, Any], family: Family, windows: Sequence[int | None], *, where: str
 ) -> list[bool]:
     """Whether each layer has a rotary embedding.
@@ -537,18 +539,18 @@ def _turned(
     Despite its name, a 1 in no_rope_layers means that the layer has one. Without the list, all layers but
     every no_rope_layer_interval-th have one."""
     num_layers = len(windows)
-    if family.turned == "windows" and fields.get("sliding_window"):
+    if family.rope_layers == "windows" and fields.get("sliding_window"):
         return [window is not None for window in windows]
-    if family.turned != "listed":
+    if family.rope_layers != "listed":
         return [True] * num_layers
     listed, interval = fields.get("no_rope_layers"), fields["no_rope_layer_interval"]
     if listed is None:
         return [(i + 1) % interval != 0 for i in range(num_layers)]
-    if len(listed) < num_layers or any(turns not in (0, 1) for turns in listed):
+    if len(listed) < num_layers or any(has_rope not in (0, 1) for has_rope in listed):
         raise ValueError(
             f"{where}: no_rope_layers = {listed!r} is not a 0 or 1 for each of {num_layers} layers"
         )
-    return [turns == 1 for turns in listed[:num_layers]]
+    return [has_rope == 1 for has_rope in listed[:num_layers]]
 
 
 def _windows(
@@ -572,9 +574,9 @@ def _windows(
                     f"{where}: sliding_window_pattern = {every!r} is not implemented without layer_types"
                 )
             slides = [listed is None and window is not None and (i + 1) % every != 0 for i in layers]
-        case "unturned":
-            turned = _turned(fields, family, [None] * num_layers, where=where)
-            slides = [window is not None and not turns for turns in turned]
+        case "no_rope":
+            with_rope = _layers_with_rope(fields, family, [None] * num_layers, where=where)
+            slides = [window is not None and not has_rope for has_rope in with_rope]
     if listed is not None:
         wanted = [kind == "sliding_attention" for kind in listed]
         known = set(listed) <= {"full_attention", "sliding_attention"} and len(listed) == num_layers
@@ -645,7 +647,7 @@ def _rope(
         dim = int(head_dim * values.pop("partial_rotary_factor", given))
     if not 2 <= dim <= head_dim or dim % 2:
         raise ValueError(
-            f"{where}: of a head's {head_dim} entries {dim} would be turned; expected an even number"
+            f"{where}: of a head's {head_dim} entries {dim} would be rotated; expected an even number"
         )
     if kind == "longrope":
         # A model that was made longer says its first length outside, and that is what transformers reads.
