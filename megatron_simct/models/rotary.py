@@ -129,8 +129,8 @@ def frequencies(rope: Rope, length: int) -> torch.Tensor:
 
 
 def _llama3(plain: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """Waves that rotate less than low_freq_factor times in the original length are stretched by `factor`, those
-    that rotate more than high_freq_factor times are not, and those between by a mixture of the two."""
+    """Waves that rotate less than low_freq_factor times in the original length are stretched by `factor`,
+    those that rotate more than high_freq_factor times are not, and those between by a mixture of the two."""
     turns = rope.original_length * plain / (2 * math.pi)
     kept = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0.0, 1.0)
     return kept * plain + (1 - kept) * plain / rope.factor
