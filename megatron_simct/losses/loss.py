@@ -31,7 +31,7 @@ from megatron_simct.losses.kinds.bytes import ByteOrder, SharedRows, Weigh, byte
 from megatron_simct.losses.kinds.exact import FirstTokens
 from megatron_simct.losses.kinds.table import interface_of
 from megatron_simct.losses.policy_gradient import importance_weights, of_rewards, reward_metrics
-from megatron_simct.losses.rows import RowNeeds, Rows, RowValues, Statistics, is_row, spread
+from megatron_simct.losses.rows import RowNeeds, Rows, RowValues, Statistics, is_row, segments_to_labels
 from megatron_simct.losses.shared_head import (
     GivenScores,
     HeadScores,
@@ -273,9 +273,9 @@ def _plan(labels: LabelBatch, needs: RowNeeds, label_rows: LabelRows | None) -> 
         case "none":
             dense = torch.zeros_like(labels.student_labels, dtype=torch.bool)
         case "units":
-            dense = spread(labels.kinds == SegmentKind.UNIT, starts, ends, num_labels).bool()
+            dense = segments_to_labels(labels.kinds == SegmentKind.UNIT, starts, ends, num_labels).bool()
         case "segments":
-            dense = spread(used, starts, ends, num_labels).bool()
+            dense = segments_to_labels(used, starts, ends, num_labels).bool()
         case "firsts":
             dense = torch.zeros_like(labels.student_labels, dtype=torch.bool).index_fill_(
                 0, starts[used], True
@@ -513,17 +513,17 @@ def _of_all_labels(
     here.
     """
 
-    def spread_out(values: torch.Tensor) -> torch.Tensor:
+    def to_all_labels(values: torch.Tensor) -> torch.Tensor:
         return values.new_zeros(len(labels.student_labels)).index_copy(0, label_rows.index, values)
 
-    (log_probs,) = reduce_packed([spread_out(stats.log_probs)], dist.ReduceOp.SUM, label_rows.group)
-    own = spread_out(stats.own)
+    (log_probs,) = reduce_packed([to_all_labels(stats.log_probs)], dist.ReduceOp.SUM, label_rows.group)
+    own = to_all_labels(stats.own)
     if needs.raw:
         (own,) = reduce_packed([own], dist.ReduceOp.SUM, label_rows.group)
     return replace(
         stats,
-        label_max=spread_out(stats.label_max),
-        label_log_sum=spread_out(stats.label_log_sum),
+        label_max=to_all_labels(stats.label_max),
+        label_log_sum=to_all_labels(stats.label_log_sum),
         own=own,
         log_probs=log_probs,
     )
