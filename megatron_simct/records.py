@@ -48,7 +48,7 @@ class SegmentKind(IntEnum):
     """The stop tokens of both sides; like SHARED for the loss, told apart for the metrics."""
 
 
-STOP, REST, SPREAD, OUTSIDE = 256, 257, 258, 259
+STOP, REST, SLACK, OUTSIDE = 256, 257, 258, 259
 """What a slot of ByteEvents stands for, beside the bytes 0 .. 255; the last two are no events."""
 OTHERS, FREE, ENDED, CAP = 260, 261, 262, 263
 """The same in the events of `plan_byte_bounds`: several bytes, or ids without content; the last three are no

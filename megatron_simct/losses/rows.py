@@ -346,7 +346,9 @@ def segment_mean(values: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor)
     return sums / (ends - starts)
 
 
-def segments_to_labels(values: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor, count: int) -> torch.Tensor:
+def segments_to_labels(
+    values: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor, count: int
+) -> torch.Tensor:
     """[S] -> [count]: each segment's value at each of its labels, 0 outside of segments."""
     if len(values) == 0:
         return values.new_zeros(count)

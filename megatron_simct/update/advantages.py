@@ -37,8 +37,8 @@ def group_advantages(rewards: np.ndarray, group_size: int) -> np.ndarray:
     number = np.maximum(known.sum(axis=1, keepdims=True), 1)
     values = np.where(known, groups, 0)
     centred = np.where(known, groups - values.sum(axis=1, keepdims=True) / number, 0)
-    spread = np.sqrt((centred**2).sum(axis=1, keepdims=True) / number)
-    return (centred / (spread + EPSILON)).reshape(-1)
+    std = np.sqrt((centred**2).sum(axis=1, keepdims=True) / number)
+    return (centred / (std + EPSILON)).reshape(-1)
 
 
 def exchange(

@@ -65,7 +65,7 @@ from megatron_simct.records import (
     FREE,
     OTHERS,
     REST,
-    SPREAD,
+    SLACK,
     STOP,
     ByteBatch,
     ByteEvents,
@@ -214,15 +214,15 @@ def mixed_log_masses(
 
     log_masses [E] each, relative to that teacher's path; weights: positive, adding up to 1; events: of
     a mixture, any of them. A teacher's share of a slot is of all it has at the position, events and what is
-    outside of them; the mixture's is the weighted sum of those, its spread too.
+    outside of them; the mixture's is the weighted sum of those, its slack too.
     """
     device = log_masses[0].device
     position = torch.from_numpy(events.slot_position).long().to(device)
     # SPREAD and CAP are parts of other slots.
-    is_spread = torch.from_numpy(np.isin(events.slot_event, (SPREAD, CAP))).to(device)
+    is_slack = torch.from_numpy(np.isin(events.slot_event, (SLACK, CAP))).to(device)
     shares = []
     for values, weight in zip(log_masses, weights, strict=True):
-        whole = _log_sums(values.masked_fill(is_spread, NEGATIVE_INFINITY), position, events.num_positions)
+        whole = _log_sums(values.masked_fill(is_slack, NEGATIVE_INFINITY), position, events.num_positions)
         shares.append(values - whole[position] + math.log(weight))
     return torch.stack(shares).logsumexp(0)
 
@@ -383,7 +383,7 @@ def position_divergences(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """[P], and sums for the metrics. student, teacher [E]: log masses; differentiable in the student's."""
     position, event = batch.slot_position, batch.slot_event
-    is_event, is_rest = event < SPREAD, event == REST
+    is_event, is_rest = event < SLACK, event == REST
     num_positions = batch.num_positions
     # The rest's slot of each position, and -1 for none.
     rest = torch.full((num_positions,), -1, dtype=torch.int64, device=position.device)
@@ -448,13 +448,13 @@ def _bounds(
     log_reference = _log_sums(values.masked_fill(~is_event, NEGATIVE_INFINITY), position, batch.num_positions)
     masses = (values - log_reference[position]).exp()  # events of a position add up to 1
     # The SPREAD slot is empty for a model without loose bytes. OUTSIDE mass (mixtures) is not part of the
-    # spread.
-    is_spread = batch.slot_event == SPREAD
-    spread = masses.new_zeros(batch.num_positions).index_add(0, position, torch.where(is_spread, masses, 0))[
+    # slack.
+    is_slack = batch.slot_event == SLACK
+    slack = masses.new_zeros(batch.num_positions).index_add(0, position, torch.where(is_slack, masses, 0))[
         position
     ]
-    whole = torch.where(has_rest, 1, 1 + spread)  # the rest has the spread in it
-    upper = torch.where(loose, (masses + spread) / whole, masses)
+    whole = torch.where(has_rest, 1, 1 + slack)  # the rest includes the slack
+    upper = torch.where(loose, (masses + slack) / whole, masses)
     return masses / whole, upper
 
 
