@@ -90,7 +90,7 @@ class ByteEvents:
     slot_event: np.ndarray
     """int16 [E]: a byte, STOP or OTHERS; FREE: mass that any event may have; ENDED: mass that all events may
     have whose slot_cap it is, CAP: the part of ENDED that these events may have. With bounds of the longest
-    match a byte, STOP or REST; SPREAD: how much more a loose byte may have; OUTSIDE, in mixtures only: what
+    match a byte, STOP or REST; SLACK: how much more a loose byte may have; OUTSIDE, in mixtures only: what
     is in no event of a position without REST."""
     student: ByteSide
     teacher: ByteSide

@@ -226,9 +226,9 @@ class Tiles:
         """The labels' own gradient at rows that no dense tile covers; weight [N] in the plan's order."""
         if self._source.num_columns == 0:
             return
-        here = (self._labels >= 0) & (self._labels < self._source.num_columns)
-        columns = torch.where(here, self._labels, 0).unsqueeze(1)
-        self._source.add_gradient_of_entries(columns, torch.where(here, weight, 0).unsqueeze(1))
+        is_local = (self._labels >= 0) & (self._labels < self._source.num_columns)
+        columns = torch.where(is_local, self._labels, 0).unsqueeze(1)
+        self._source.add_gradient_of_entries(columns, torch.where(is_local, weight, 0).unsqueeze(1))
 
     def _statistics(
         self, label_max: torch.Tensor, label_sum: torch.Tensor, own: torch.Tensor, **others: Any
@@ -287,7 +287,7 @@ class TwoPass(Tiles):
                 if teacher is not None and index is not None and num_shared > 0:
                     s = block[:num_shared].gather(1, index.expand(num_shared, -1))
                     t = teacher[shared.start - chunk.start : shared.stop - chunk.start]
-                    self._cut(s, t, shared, start, end, read=(special_s, special_t))
+                    self._mask_special(s, t, shared, start, end, read=(special_s, special_t))
                     running.add(self._scaled(s), self._scaled(t), shared)
                 exponentials, shrink = seen.add(block, rows, start)
                 if self._outside and num_shared > 0:
@@ -351,13 +351,13 @@ class TwoPass(Tiles):
     def _without_special_(self, values: torch.Tensor, rows: slice, start: int) -> None:
         """Put 0 at the special columns of a block of first rows; values [rows, w] from column `start` on."""
         special = self._plan.special[rows] - self._shard_start - start
-        here = (special >= 0) & (special < values.shape[1])
+        is_local = (special >= 0) & (special < values.shape[1])
         places = special.clamp(0, values.shape[1] - 1)
         for k in range(
             places.shape[1]
         ):  # one at a time: two may name the same place, one of them to leave it alone
             column = places[:, k : k + 1]
-            values.scatter_(1, column, values.gather(1, column).masked_fill(here[:, k : k + 1], 0))
+            values.scatter_(1, column, values.gather(1, column).masked_fill(is_local[:, k : k + 1], 0))
 
     def deficits(self, norms: Norms) -> list[torch.Tensor]:
         """The sums of js over the shared columns, [A] each: another look at the tiles, one SUM reduction."""
@@ -380,17 +380,17 @@ class TwoPass(Tiles):
                 for rows in self._blocks(piece.start, piece.stop, student.shape[1]):
                     s = student[rows.start - piece.start : rows.stop - piece.start]
                     t = teacher[rows.start - chunk.start : rows.stop - chunk.start]
-                    self._cut(s, t, rows, start, end)
-                    here = norms.at(rows)
+                    self._mask_special(s, t, rows, start, end)
+                    row_norms = norms.at(rows)
                     log_p = (
                         self._scaled(s)
-                        .sub_(here.student_max.unsqueeze(1))
-                        .sub_(here.student_log_z.unsqueeze(1))
+                        .sub_(row_norms.student_max.unsqueeze(1))
+                        .sub_(row_norms.student_log_z.unsqueeze(1))
                     )
                     log_q = (
                         self._scaled(t)
-                        .sub_(here.teacher_max.unsqueeze(1))
-                        .sub_(here.teacher_log_z.unsqueeze(1))
+                        .sub_(row_norms.teacher_max.unsqueeze(1))
+                        .sub_(row_norms.teacher_log_z.unsqueeze(1))
                     )
                     for whole, part in zip(total, mean_deficits(log_p, log_q, self._beta), strict=True):
                         whole[rows] += part
@@ -412,8 +412,8 @@ class TwoPass(Tiles):
                 columns = index + start  # one tensor for both calls: an output layer gathers its rows once
                 student = source.logits_at(columns, sparse)
                 for rows in self._blocks(sparse.start, sparse.stop, student.shape[1]):
-                    here = slice(rows.start - sparse.start, rows.stop - sparse.start)
-                    self._shared_gradient_(student[here], teacher[here], rows, weights)
+                    block_rows = slice(rows.start - sparse.start, rows.stop - sparse.start)
+                    self._shared_gradient_(student[block_rows], teacher[block_rows], rows, weights)
                 source.add_gradient_at(columns, student, sparse)
             if dense is not None:
                 # The teacher's first row is that of the chunk, whose sparse rows come before its dense ones.
@@ -447,7 +447,7 @@ class TwoPass(Tiles):
                 index_of_rows = index.expand(shared.stop - shared.start, -1)
                 s = block[: len(index_of_rows)].gather(1, index_of_rows)
                 t = teacher[shared.start - dense.start : shared.stop - dense.start]
-                self._cut(s, t, shared, start, end)
+                self._mask_special(s, t, shared, start, end)
                 gradient = self._shared_gradient_(s, t, shared, weights)
             block.sub_(label_max[rows].unsqueeze(1)).exp_()
             of_all_columns = None
@@ -497,10 +497,10 @@ class TwoPass(Tiles):
         assert self._columns is not None, "special columns are shared tokens"
         position = self._columns.position
         local = ids - self._shard_start
-        here = (ids >= 0) & (local >= 0) & (local < len(position))
-        return torch.where(here, position[local.clamp(0, len(position) - 1)], -1)
+        is_local = (ids >= 0) & (local >= 0) & (local < len(position))
+        return torch.where(is_local, position[local.clamp(0, len(position) - 1)], -1)
 
-    def _cut(
+    def _mask_special(
         self,
         student: torch.Tensor,
         teacher: torch.Tensor,
@@ -521,19 +521,19 @@ class TwoPass(Tiles):
         first, _ = self._columns.within(start, end)
         chosen = slice(rows.start - plan.num_sparse, rows.stop - plan.num_sparse)
         position = self._special_position[chosen] - first
-        here = (position >= 0) & (position < student.shape[1])
+        is_local = (position >= 0) & (position < student.shape[1])
         index = position.clamp(0, student.shape[1] - 1)
         values_s, values_t = student.gather(1, index), teacher.gather(1, index)
         if read is not None:
-            read[0][chosen] = torch.where(here, values_s, read[0][chosen])
-            read[1][chosen] = torch.where(here, values_t, read[1][chosen])
+            read[0][chosen] = torch.where(is_local, values_s, read[0][chosen])
+            read[1][chosen] = torch.where(is_local, values_t, read[1][chosen])
         for k in range(
             index.shape[1]
         ):  # one at a time: two may name the same place, one of them to leave it alone
             for block in (student, teacher):
                 current = block.gather(1, index[:, k : k + 1])
                 block.scatter_(
-                    1, index[:, k : k + 1], current.masked_fill(here[:, k : k + 1], NEGATIVE_INFINITY)
+                    1, index[:, k : k + 1], current.masked_fill(is_local[:, k : k + 1], NEGATIVE_INFINITY)
                 )
 
 

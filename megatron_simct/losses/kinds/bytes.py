@@ -75,7 +75,7 @@ from megatron_simct.records import (
 
 FLOOR = 1e-8
 """Lower bound of every event probability: a model may give an event none at all."""
-SLACK = 1e-4
+BOUND_TOLERANCE = 1e-4
 """Relative difference of bounds that counts as none: rounding."""
 TILE = 4096
 """Columns at a time, at most ..."""
@@ -218,7 +218,7 @@ def mixed_log_masses(
     """
     device = log_masses[0].device
     position = torch.from_numpy(events.slot_position).long().to(device)
-    # SPREAD and CAP are parts of other slots.
+    # SLACK and CAP are parts of other slots.
     is_slack = torch.from_numpy(np.isin(events.slot_event, (SLACK, CAP))).to(device)
     shares = []
     for values, weight in zip(log_masses, weights, strict=True):
@@ -431,7 +431,7 @@ def _may_agree(
         for values, loose in ((student, batch.student_loose), (teacher, batch.teacher_loose))
     ]
     (lower_s, upper_s), (lower_t, upper_t) = bounds
-    overlap = (lower_s <= upper_t * (1 + SLACK)) & (lower_t <= upper_s * (1 + SLACK))
+    overlap = (lower_s <= upper_t * (1 + BOUND_TOLERANCE)) & (lower_t <= upper_s * (1 + BOUND_TOLERANCE))
     return (batch.student_loose | batch.teacher_loose) & overlap
 
 
@@ -447,7 +447,7 @@ def _bounds(
     position = batch.slot_position
     log_reference = _log_sums(values.masked_fill(~is_event, NEGATIVE_INFINITY), position, batch.num_positions)
     masses = (values - log_reference[position]).exp()  # events of a position add up to 1
-    # The SPREAD slot is empty for a model without loose bytes. OUTSIDE mass (mixtures) is not part of the
+    # The SLACK slot is empty for a model without loose bytes. OUTSIDE mass (mixtures) is not part of the
     # slack.
     is_slack = batch.slot_event == SLACK
     slack = masses.new_zeros(batch.num_positions).index_add(0, position, torch.where(is_slack, masses, 0))[
