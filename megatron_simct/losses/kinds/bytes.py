@@ -128,7 +128,7 @@ class SharedRows:
 
     part: ByteSidePart
     index: torch.Tensor
-    """int64 [n], ascending: the labels whose rows are here."""
+    """int64 [n], ascending: the labels whose rows this rank holds."""
     num_labels: int
     """N, of all ranks."""
     group: dist.ProcessGroup
@@ -136,7 +136,7 @@ class SharedRows:
     def complete(
         self, log_segments: torch.Tensor, log_probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """([G], [N]) for `part.sums`, from those of the rows here. One all-reduce."""
+        """([G], [N]) for `part.sums`, from those of the rows that this rank holds. One all-reduce."""
         exchanged = log_segments.new_zeros(self.part.num_exchanged)
         exchanged[self.part.sent] = log_segments[self.part.sent_segment]
         of_all = log_probs.new_zeros(self.num_labels).index_copy(0, self.index, log_probs)
