@@ -532,8 +532,8 @@ def _of_all_labels(
 
 
 def _local_weights(weights: GradientWeights, label_rows: LabelRows, needs: RowNeeds) -> GradientWeights:
-    """The gradient's weights of the labels whose rows this rank holds: what the segments of all ranks give them,
-    added up.
+    """The gradient's weights of the labels whose rows this rank holds, summed over the segments of all
+    ranks.
     """
     own, softmax = weights.own_weight, weights.softmax_weight
     if needs.segments:  # else every rank has all of them itself
@@ -558,7 +558,7 @@ def _metrics(
     num_segments: torch.Tensor,
     counts_teacher: bool,
 ) -> dict[str, torch.Tensor]:
-    """Additive sums and counts, the same keys for every interface; statistics are those of the rows that this rank holds."""
+    """Additive sums and counts, the same keys for every interface; statistics of the rows of this rank."""
 
     def total(values: torch.Tensor) -> torch.Tensor:
         return values.detach().sum(dtype=torch.float64)
