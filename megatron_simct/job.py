@@ -322,12 +322,12 @@ def build_timers(config: Config, chunks: Sequence[Any], optimizer: Any) -> Calla
     for part in parts_of(optimizer):
         part.config.timers = timers
 
-    def told(iteration: int) -> str:
+    def timers_text(iteration: int) -> str:
         if iteration % output.log_interval and iteration != config.training.train_iters:
             return ""
         return timers.get_all_timers_string(barrier=True) or ""
 
-    return told
+    return timers_text
 
 
 def build_measure(

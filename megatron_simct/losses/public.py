@@ -459,16 +459,16 @@ def _placement(
     if stop is not None:
         counts[-1] = len(stops)
     offsets = np.concatenate([[0], counts.cumsum()])
-    here = ((students >= start) & (students < start + student_width)).nonzero()[0]
-    here = here[students[here].argsort()] if teacher_width else here[:0]
-    rows = [teachers[offsets[i] : offsets[i + 1]] for i in here]
+    local = ((students >= start) & (students < start + student_width)).nonzero()[0]
+    local = local[students[local].argsort()] if teacher_width else local[:0]
+    rows = [teachers[offsets[i] : offsets[i + 1]] for i in local]
     return VocabPlacement(
         student_vocab_size=sizes[0],
         teacher_vocab_size=sizes[1],
         shard_start=start,
         shard_end=start + student_width,
-        columns=students[here] - start,
-        row_offsets=np.concatenate([[0], counts[here].cumsum()]),
+        columns=students[local] - start,
+        row_offsets=np.concatenate([[0], counts[local].cumsum()]),
         teacher_rows=np.concatenate([np.zeros(0, np.int64), *rows]),
     )
 

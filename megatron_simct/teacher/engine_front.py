@@ -193,7 +193,7 @@ def wait_for_engine(
 ) -> EngineClient | None:
     """The first engine that passes the probe; None if `stop()` says so first. ValueError where one serves
     something else, or none answers in time."""
-    deadline, said = time.monotonic() + 60 * minutes, False
+    deadline, reported = time.monotonic() + 60 * minutes, False
     while not stop():
         for client in clients:
             try:
@@ -204,9 +204,9 @@ def wait_for_engine(
                 return client
         if time.monotonic() > deadline:
             raise ValueError(f"--engine-endpoint: no engine answered within {minutes:g} minutes; {reason}")
-        if not said:
+        if not reported:
             print(f" waiting for an engine: {reason}", flush=True)
-            said = True
+            reported = True
         time.sleep(0.5)
     return None
 
@@ -296,11 +296,13 @@ def _answer(
             while size < len(batch) and (not size or tokens + len(batch[size].ids) <= max_tokens):
                 tokens += len(batch[size].ids)
                 size += 1
-            taken, batch = batch[:size], batch[size:]
-            requests = [asked.work.request for asked in taken]
+            micro_batch, batch = batch[:size], batch[size:]
+            requests = [asked.work.request for asked in micro_batch]
             rows = [
-                asked.rows[: len(asked.work.request.label_ids)] for asked in taken if asked.rows is not None
+                asked.rows[: len(asked.work.request.label_ids)]
+                for asked in micro_batch
+                if asked.rows is not None
             ]
             answers = score(requests, rows)
-            for asked, scored in zip(taken, answers, strict=True):
+            for asked, scored in zip(micro_batch, answers, strict=True):
                 server.answer(asked.work, scored_message(asked.work.number, scored, hidden_dtype))

@@ -158,14 +158,14 @@ class ReplicaServer(Thread):
         self._condition = Condition()
         self._queue: OrderedDict[tuple[bytes, int], Work] = OrderedDict()
         self._queued_bytes = self._held_tokens = 0
-        self._taken: dict[tuple[bytes, int], Work] = {}
+        self._in_progress: dict[tuple[bytes, int], Work] = {}
         self._held: dict[bytes, set[int]] = {}
         """Numbers of what is queued or taken, by student."""
         self._outbox: deque[tuple[bytes, Message]] = deque()
         self._pace = _Pace()
         self._done = 0
         """Tokens that the model has answered of what it took last."""
-        self._heard: dict[bytes, float] = {}
+        self._last_seen: dict[bytes, float] = {}
         self._welcome: set[bytes] = set()
         self._draining = self._closing = False
         self._counts = dict.fromkeys(
@@ -195,7 +195,7 @@ class ReplicaServer(Thread):
         try:
             publish(self._folder, self.endpoint)
         except (OSError, ValueError):
-            self._let_go()
+            self._release()
             with contextlib.suppress(OSError):
                 withdraw(self._folder, self.endpoint)
             raise
@@ -214,19 +214,19 @@ class ReplicaServer(Thread):
                 raise RuntimeError(
                     f"teacher replica {self.endpoint.replica}: its server thread has ended; see above"
                 )
-            taken: list[Work] = []
+            batch: list[Work] = []
             tokens = 0
             while self._queue:
                 work = next(iter(self._queue.values()))
                 tokens += work.request.num_tokens
-                if taken and tokens > max_tokens:
+                if batch and tokens > max_tokens:
                     break
                 self._unqueue(work)
-                self._taken[work.key] = work
-                taken.append(work)
-            if taken:
+                self._in_progress[work.key] = work
+                batch.append(work)
+            if batch:
                 self._pace.begin(time.monotonic())
-        return taken
+        return batch
 
     def answer(self, work: Work, message: Message) -> None:
         """Send what the model made of a request that was taken."""
@@ -235,7 +235,7 @@ class ReplicaServer(Thread):
             self._counts["tokens"] += work.request.num_tokens
             self._counts["labels"] += len(work.request.label_ids)
             self._send_later(work.client, message)
-            self._untake(work, tokens=work.request.num_tokens)
+            self._finish(work, tokens=work.request.num_tokens)
         self._waker.wake()
 
     def hand_back(self, work: Work) -> None:
@@ -243,14 +243,14 @@ class ReplicaServer(Thread):
         with self._condition:
             self._counts["handed_back"] += 1
             self._send_later(work.client, _returned(work.number, "the teacher stops"))
-            self._untake(work, tokens=0)
+            self._finish(work, tokens=0)
 
     def refuse(self, work: Work, reason: str) -> None:
         """A request that was taken and will not be answered."""
         with self._condition:
             self._counts["refused"] += 1
             self._refuse(work.client, work.number, reason)
-            self._untake(work, tokens=0)
+            self._finish(work, tokens=0)
         self._waker.wake()
 
     def drain(self) -> None:
@@ -268,12 +268,12 @@ class ReplicaServer(Thread):
         del self._queue[work.key]
         self._queued_bytes -= work.num_bytes
 
-    def _untake(self, work: Work, *, tokens: int) -> None:
-        if self._taken.pop(work.key, None) is None:
+    def _finish(self, work: Work, *, tokens: int) -> None:
+        if self._in_progress.pop(work.key, None) is None:
             return
         self._forget(work)
         self._done += tokens
-        if not self._taken:
+        if not self._in_progress:
             now = time.monotonic()
             self._pace.end(now, self._done)
             self._done = 0
@@ -304,13 +304,13 @@ class ReplicaServer(Thread):
         with self._condition:
             now, tokens = time.monotonic(), self._counts["tokens"]
             then, before = self._rate[0]
-            in_work = sum(work.request.num_tokens for work in self._taken.values())
+            in_work = sum(work.request.num_tokens for work in self._in_progress.values())
             return {
                 **self._counts,
                 "tokens_per_s": round((tokens - before) / max(now - then, 1e-3), 1),
                 "speed": round(self._pace.speed(now, in_work), 1),
                 "queue": len(self._queue),
-                "in_work": len(self._taken),
+                "in_work": len(self._in_progress),
                 "held_tokens": self._held_tokens,
                 "clients": len(self._welcome),
                 "memory_mib": self._memory_mib,
@@ -323,11 +323,11 @@ class ReplicaServer(Thread):
 
     def run(self) -> None:
         try:
-            self._attend()
+            self._serve_students()
         finally:
-            self._let_go()
+            self._release()
 
-    def _attend(self) -> None:
+    def _serve_students(self) -> None:
         """Talk to students until `close`."""
         poller = zmq.Poller()
         for sock in (self._router, self._monitor, self._waker.receiver):
@@ -349,7 +349,7 @@ class ReplicaServer(Thread):
                 next_status = time.monotonic() + 1.0
                 self._every_second()
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         self._router.disable_monitor()
         self._router.close(2_000)  # what was sent may still be on its way
         self._monitor.close(0)
@@ -363,9 +363,9 @@ class ReplicaServer(Thread):
         with self._condition:
             self._rate.append((time.monotonic(), self._counts["tokens"]))
             for client in [
-                c for c, heard in self._heard.items() if time.monotonic() - heard > self._forget_s
+                c for c, last_seen in self._last_seen.items() if time.monotonic() - last_seen > self._forget_s
             ]:
-                del self._heard[client]
+                del self._last_seen[client]
                 self._welcome.discard(client)
                 for work in [work for work in self._queue.values() if work.client == client]:
                     self._unqueue(work)
@@ -397,7 +397,7 @@ class ReplicaServer(Thread):
                     self._refuse(client, -1, str(error))
                 continue
             with self._condition:
-                self._heard[client] = time.monotonic()
+                self._last_seen[client] = time.monotonic()
                 match message.kind:
                     case "hello":
                         self._greet(client, message)
@@ -426,7 +426,7 @@ class ReplicaServer(Thread):
 
     def _accept(self, client: bytes, message: Message, parts: Sequence[bytes]) -> None:
         work = Work(client=client, number=message.fields["request"], request=read_score(message), parts=parts)
-        if work.key in self._queue or work.key in self._taken:
+        if work.key in self._queue or work.key in self._in_progress:
             self._counts["again"] += 1
             return
         try:
@@ -440,7 +440,7 @@ class ReplicaServer(Thread):
             reason = "the teacher stops" if self._draining else "the queue is full"
             self._send_later(client, _returned(work.number, reason))
             return
-        if not self._queue and not self._taken:
+        if not self._queue and not self._in_progress:
             self._pace.begin(time.monotonic())
         self._queue[work.key] = work
         self._queued_bytes += work.num_bytes

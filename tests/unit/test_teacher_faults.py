@@ -283,15 +283,15 @@ def test_an_answer_to_what_waits_to_be_asked_again_counts(tmp_path):
 
     who, _ = heard("hello")
     status = {"tokens_per_s": 1.0, "queue": 0}
-    told = encode(welcome(status, life="one"))
-    router.send_multipart([who, *told])
+    message = encode(welcome(status, life="one"))
+    router.send_multipart([who, *message])
     first, second = requests_of(0, count=2)
     client.submit(first)
     _, score = heard("score")
     _until(lambda: client.counts["again"] == 1)
     answer(who, score)
     assert same_answer(read_scored(client.next()[1]), first)
-    router.send_multipart([who, *told])
+    router.send_multipart([who, *message])
     client.submit(second)
     answer(who, heard("score")[1])
     assert same_answer(read_scored(client.next()[1]), second)

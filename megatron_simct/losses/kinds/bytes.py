@@ -101,10 +101,10 @@ class ByteOrder:
     def of(cls, table: TokenTable, *, shard_start: int, shard_end: int, device: torch.device) -> ByteOrder:
         """Byte order of the ids [shard_start, shard_end), padding included."""
         order = byte_trie(table).order
-        here = (order >= shard_start) & (order < shard_end)
+        is_local = (order >= shard_start) & (order < shard_end)
         return cls(
-            columns=torch.from_numpy(order[here] - shard_start).to(device),
-            local=torch.from_numpy(np.append(0, here.cumsum())).to(device),
+            columns=torch.from_numpy(order[is_local] - shard_start).to(device),
+            local=torch.from_numpy(np.append(0, is_local.cumsum())).to(device),
         )
 
 
@@ -147,12 +147,14 @@ class SharedRows:
         self, of_segments: torch.Tensor, of_labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients of what `complete` was given, from those of what it returned. One all-reduce."""
-        num_here = len(self.part.rows.segment_row)
+        num_local = len(self.part.rows.segment_row)
         exchanged = of_segments.new_zeros(self.part.num_exchanged)
-        exchanged[self.part.received] = of_segments[num_here:]
+        exchanged[self.part.received] = of_segments[num_local:]
         exchanged, of_labels = reduce_packed([exchanged, of_labels], dist.ReduceOp.SUM, self.group)
-        here = of_segments[:num_here].index_add(0, self.part.sent_segment, exchanged[self.part.sent])
-        return here, of_labels[self.index]
+        local_segments = of_segments[:num_local].index_add(
+            0, self.part.sent_segment, exchanged[self.part.sent]
+        )
+        return local_segments, of_labels[self.index]
 
 
 @torch.no_grad()
