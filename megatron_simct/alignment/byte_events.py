@@ -165,7 +165,7 @@ def plan_byte_events(
         _walk(byte_trie(t), t, ids, text, num_positions)
         for t, ids in ((student, student_ids), (teacher, teacher_ids))
     ]
-    (events,) = _events(walks[0], walks[1:], whole=np.ones(num_positions, dtype=bool), outside=False)
+    (events,) = _events(walks[0], walks[1:], can_end=np.ones(num_positions, dtype=bool), outside=False)
     return events
 
 
@@ -186,15 +186,15 @@ def plan_mixture_events(
         _walk(byte_trie(table), table, ids, text, num_positions)
         for table, ids in ((student, student_ids), *teachers)
     )
-    whole = np.logical_and.reduce([walk.can_end for walk in of_teachers])
-    return _events(of_student, of_teachers, whole=whole, outside=True)
+    can_end = np.logical_and.reduce([walk.can_end for walk in of_teachers])
+    return _events(of_student, of_teachers, can_end=can_end, outside=True)
 
 
 def _events(
-    student: _Walk, teachers: Sequence[_Walk], *, whole: np.ndarray, outside: bool
+    student: _Walk, teachers: Sequence[_Walk], *, can_end: np.ndarray, outside: bool
 ) -> list[ByteEvents]:
-    """whole: bool [positions], which may be compared; outside: whether there are slots for what is in no
-    event.
+    """can_end: bool [positions], where all teachers can end. outside: whether there are slots for the mass
+    outside of the events.
     """
     walks = [student, *teachers]
     num_positions = student.boundary.size
@@ -203,7 +203,7 @@ def _events(
     all_stop = np.logical_and.reduce([walk.boundary for walk in walks])
     loose = [walk.loose & common for walk in walks]
     num_bytes = common.sum(1)
-    kept = whole & (num_bytes + all_stop + all_end >= 2)  # else there is nothing to compare
+    kept = can_end & (num_bytes + all_stop + all_end >= 2)  # else there is nothing to compare
     has_loose = [of_side.any(1) & kept for of_side in loose]
 
     # Slots, position by position: common bytes, stop, rest, slack, outside.

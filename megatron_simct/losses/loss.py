@@ -486,10 +486,10 @@ def _gradient(total: torch.Tensor, rows: Rows, needs: RowNeeds) -> GradientWeigh
     found = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
     log_probs, own, log_sums, special, outside, top, entries, *scale = found
     softmax = log_sums - log_probs
-    whole = None
+    softmax_of_all = None
     if needs.outside:
         # The interface does not move its first rows' log-sum-exp: what does is a reward.
-        whole = softmax if rows.labels.advantages is not None else None
+        softmax_of_all = softmax if rows.labels.advantages is not None else None
         in_softmax = outside * rows.statistics.label_log_sum[rows.start].exp()
         softmax = softmax.index_copy(0, rows.start, in_softmax)
     shared = None
@@ -499,7 +499,7 @@ def _gradient(total: torch.Tensor, rows: Rows, needs: RowNeeds) -> GradientWeigh
     return GradientWeights(
         own_weight=log_probs + own,
         softmax_weight=softmax,
-        whole_weight=whole,
+        all_columns_weight=softmax_of_all,
         shared=shared,
         special_weight=special if needs.special == "first" else None,
         top_weight=top if needs.top else None,
@@ -538,12 +538,14 @@ def _local_weights(weights: GradientWeights, label_rows: LabelRows, needs: RowNe
     own, softmax = weights.own_weight, weights.softmax_weight
     if needs.segments:  # else every rank has all of them itself
         own, softmax = reduce_packed([own, softmax], dist.ReduceOp.SUM, label_rows.group)
-    whole = None if weights.whole_weight is None else weights.whole_weight[label_rows.index]
+    all_columns = weights.all_columns_weight
+    if all_columns is not None:
+        all_columns = all_columns[label_rows.index]
     return replace(
         weights,
         own_weight=own[label_rows.index],
         softmax_weight=softmax[label_rows.index],
-        whole_weight=whole,
+        all_columns_weight=all_columns,
     )
 
 

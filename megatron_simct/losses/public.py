@@ -336,9 +336,9 @@ def cross_tokenizer_loss(
         labels, entries_of = replace(labels, teacher_topk=log_q), interface_of(options).entries
         if entries_of is not None:
             assert ids is not None, "they were asked for"
-            words = response.teacher_labels.tolist()
-            likely = Likely.of(range(len(words)), ids, log_q, words, own - lse)
-            both = (response.student_labels.tolist(), words)
+            teacher_labels = response.teacher_labels.tolist()
+            likely = Likely.of(range(len(teacher_labels)), ids, log_q, teacher_labels, own - lse)
+            both = (response.student_labels.tolist(), teacher_labels)
             entries = entries_of(options)(
                 response.segments.tolist(), both, likely, pair.translation(options.interface)
             )

@@ -135,7 +135,7 @@ class GradientWeights:
 
     With `outside`, at first rows, only of the columns outside.
     """
-    whole_weight: torch.Tensor | None = None
+    all_columns_weight: torch.Tensor | None = None
     """[N], with `outside`: the same at first rows, of all columns; None: 0."""
     shared: tuple[Norms, torch.Tensor, torch.Tensor] | None = None
     """Norms, offset [A] and scale [A] of the shared columns."""
@@ -392,8 +392,8 @@ class TwoPass(Tiles):
                         .sub_(row_norms.teacher_max.unsqueeze(1))
                         .sub_(row_norms.teacher_log_z.unsqueeze(1))
                     )
-                    for whole, part in zip(total, mean_deficits(log_p, log_q, self._beta), strict=True):
-                        whole[rows] += part
+                    for sums, part in zip(total, mean_deficits(log_p, log_q, self._beta), strict=True):
+                        sums[rows] += part
         return reduce_packed(total, dist.ReduceOp.SUM, self._group)
 
     def add_gradient(self, statistics: Statistics, weights: GradientWeights) -> None:
@@ -404,7 +404,9 @@ class TwoPass(Tiles):
         label_max = statistics.label_max[order]
         over_sum = (-statistics.label_log_sum).exp()
         softmax = (weights.softmax_weight * over_sum)[order]
-        whole = None if weights.whole_weight is None else (weights.whole_weight * over_sum)[order]
+        all_columns = (
+            None if weights.all_columns_weight is None else (weights.all_columns_weight * over_sum)[order]
+        )
         for chunk, start, end in self._tiles():
             teacher, index = self._teacher_tile(chunk, start, end)
             sparse, dense = common(chunk, self._sparse), common(chunk, plan.dense)
@@ -418,7 +420,9 @@ class TwoPass(Tiles):
             if dense is not None:
                 # The teacher's first row is that of the chunk, whose sparse rows come before its dense ones.
                 of_dense = None if teacher is None else teacher[dense.start - chunk.start :]
-                self._dense_tile(dense, start, end, of_dense, index, weights, own, softmax, whole, label_max)
+                self._dense_tile(
+                    dense, start, end, of_dense, index, weights, own, softmax, all_columns, label_max
+                )
         if weights.own_outside_dense:
             own[plan.dense] = 0
             self._add_own(own)
@@ -433,7 +437,7 @@ class TwoPass(Tiles):
         weights: GradientWeights,
         own: torch.Tensor,
         softmax: torch.Tensor,
-        whole: torch.Tensor | None,
+        all_columns: torch.Tensor | None,
         label_max: torch.Tensor,
     ) -> None:
         """Dense rows of a tile; `teacher` has the scores of those of them that are shared rows."""
@@ -451,8 +455,8 @@ class TwoPass(Tiles):
                 gradient = self._shared_gradient_(s, t, shared, weights)
             block.sub_(label_max[rows].unsqueeze(1)).exp_()
             of_all_columns = None
-            if whole is not None and shared.start < shared.stop:
-                of_all_columns = block[: shared.stop - shared.start] * whole[shared].unsqueeze(1)
+            if all_columns is not None and shared.start < shared.stop:
+                of_all_columns = block[: shared.stop - shared.start] * all_columns[shared].unsqueeze(1)
             block.mul_(softmax[rows].unsqueeze(1))
             if self._outside and shared.start < shared.stop:
                 self._without_special_(block[: shared.stop - shared.start], shared, start)

@@ -14,7 +14,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from megatron_simct.json_fields import BOOL, NULL, OBJECT, STRING, Kind, check_fields, list_of, number, whole
+from megatron_simct.json_fields import (
+    BOOL,
+    NULL,
+    OBJECT,
+    STRING,
+    Kind,
+    check_fields,
+    integer,
+    list_of,
+    number,
+)
 from megatron_simct.models.delta_net import DeltaNet
 from megatron_simct.models.dense import Dense
 from megatron_simct.models.families_dense import DENSE
@@ -152,15 +162,16 @@ _KINDS: dict[str, Kind] = {
         rotary_dim kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim full_attention_interval
         linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads
         linear_num_value_heads shared_expert_intermediate_size index_topk""".split(),
-        whole(1),
+        integer(1),
     ),
     **dict.fromkeys(
-        "num_key_value_heads head_dim sliding_window n_group topk_group q_lora_rank".split(), whole(1) | NULL
+        "num_key_value_heads head_dim sliding_window n_group topk_group q_lora_rank".split(),
+        integer(1) | NULL,
     ),
-    **dict.fromkeys("n_shared_experts first_k_dense_replace".split(), whole(0) | NULL),
-    **dict.fromkeys("max_window_layers moe_num_shared_experts moe_layer_start_index".split(), whole(0)),
-    "moe_layer_end_index": whole(-1),
-    "original_max_position_embeddings": whole(2),  # its logarithm divides
+    **dict.fromkeys("n_shared_experts first_k_dense_replace".split(), integer(0) | NULL),
+    **dict.fromkeys("max_window_layers moe_num_shared_experts moe_layer_start_index".split(), integer(0)),
+    "moe_layer_end_index": integer(-1),
+    "original_max_position_embeddings": integer(2),  # its logarithm divides
     **dict.fromkeys("rms_norm_eps initializer_range moe_norm_min".split(), number(least=0)),
     **dict.fromkeys(
         """rope_theta rope_local_base_freq query_pre_attn_scalar partial_rotary_factor routed_scaling_factor
@@ -174,8 +185,8 @@ _KINDS: dict[str, Kind] = {
     "attention_bias": BOOL | NULL,
     **dict.fromkeys("rope_scaling rope_parameters".split(), OBJECT | NULL),
     **dict.fromkeys("layer_types mlp_layer_types".split(), list_of(STRING) | NULL),
-    "attn_type_list": list_of(whole(0)) | NULL,
-    "no_rope_layers": list_of(whole(0)) | NULL,
+    "attn_type_list": list_of(integer(0)) | NULL,
+    "no_rope_layers": list_of(integer(0)) | NULL,
 }
 """Allowed values of every field that is read."""
 
@@ -190,7 +201,7 @@ _ROPE_KINDS: dict[str, Kind] = {
     "truncate": BOOL,
     "llama_4_scaling_beta": number(least=0),
     **dict.fromkeys("short_factor long_factor".split(), list_of(number(above=0))),
-    "original_max_position_embeddings": whole(2),
+    "original_max_position_embeddings": integer(2),
 }
 """Allowed values of every field of rope_scaling and rope_parameters."""
 

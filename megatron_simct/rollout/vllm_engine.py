@@ -343,7 +343,7 @@ class VllmEngine:
                 f"{self._client.address} sampled with other weights than those that it was handed"
             )
         stops = np.isin(ids, self._stop_ids)
-        whole = (
+        is_valid = (
             same
             and 0 < len(ids) <= limit
             and ids.min() >= 0
@@ -351,7 +351,7 @@ class VllmEngine:
             and not stops[:-1].any()
             and {"stop": bool(stops[-1]), "length": not stops[-1] and len(ids) == limit}.get(finish, False)
         )
-        if not whole:
+        if not is_valid:
             raise EngineFault(
                 f"{self._client.address} answered a response that is cut, or ends as it may not"
             )
@@ -414,7 +414,7 @@ def _digests(sent: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, st
     for name, tensor in sent:
         module, _, kind = name.rpartition(".")
         parent, _, last = module.rpartition(".")
-        fused = next((whole for whole, of in _FUSED.items() if last in of), None)
+        fused = next((one for one, parts_of in _FUSED.items() if last in parts_of), None)
         if fused is None:
             yield name, _sha256([tensor])
             continue

@@ -198,9 +198,7 @@ class EnginePool:
                         reported = True
                         with self._condition:
                             self.counts["outages"] += 1
-                        _say(
-                            f"engine {replica.client.address} gets no requests until a probe succeeds: {error}"
-                        )
+                        _say(f"engine {replica.client.address} is not asked until it passes a probe: {error}")
                     self._stopping.wait(wait_s)
                     wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
                 else:

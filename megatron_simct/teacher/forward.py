@@ -232,10 +232,10 @@ class LocalLabels:
     def on_all(self, values: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         """Rows [n, ...] of all ranks in one order, [k, ...], on all of them. place [k]: which row of `values`
         each is, -1 where it is another rank's. One all-reduce."""
-        whole = values.new_zeros(len(place), *values.shape[1:])
-        whole[place >= 0] = values[place[place >= 0]]
-        dist.all_reduce(whole, group=self.group)
-        return whole
+        gathered = values.new_zeros(len(place), *values.shape[1:])
+        gathered[place >= 0] = values[place[place >= 0]]
+        dist.all_reduce(gathered, group=self.group)
+        return gathered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -98,18 +98,21 @@ def _sharded_part(
     tensors: dict[Any, Any] = {}
     for bucket, shards in enumerate(_bucket_shards(optimizer)):
         for key in _keys(optimizer):
-            wholes = None if is_loading else _gather(optimizer, shards, key)
+            full_states = None if is_loading else _gather(optimizer, shards, key)
             for index in shards.owned[rank]:
                 parameter = shards.parameters[index]
-                whole = torch.empty(parameter.numel()) if wholes is None else wholes[index].cpu()
+                if full_states is None:
+                    full_state = torch.empty(parameter.numel())
+                else:
+                    full_state = full_states[index].cpu()
                 sharded = by_parameter[id(parameter)]
                 changes: dict[str, Any] = {
                     "key": f"{prefix}optimizer.state.{key}.{sharded.key}",
-                    "data": whole.view(parameter.shape),
+                    "data": full_state.view(parameter.shape),
                     "replica_id": (*sharded.replica_id[:2], 0),
                 }
                 if isinstance(sharded, ShardedTensor):
-                    changes["dtype"] = whole.dtype
+                    changes["dtype"] = full_state.dtype
                 tensors.setdefault(f"{bucket}.{index}", {})[key] = replace(sharded, **changes)
     steps = [state["step"] for state in optimizer.optimizer.state.values() if "step" in state]
     groups = [group | {"params": LocalNonpersistentObject([])} for group in optimizer.optimizer.param_groups]
@@ -194,13 +197,13 @@ def _gather(optimizer: DistributedOptimizer, shards: BucketShards, key: str) -> 
 
 
 def _deal(
-    optimizer: DistributedOptimizer, shards: BucketShards, key: str, wholes: Mapping[int, torch.Tensor]
+    optimizer: DistributedOptimizer, shards: BucketShards, key: str, full_states: Mapping[int, torch.Tensor]
 ) -> None:
     """The way back: each rank gets its pieces of the parameters that other ranks own."""
     group = optimizer.data_parallel_group
     rank, sizes = group.rank(), shards.sizes
     outgoing = [
-        [wholes[index][slice(*shards.spans[index][target])] for index in shards.owned[rank]]
+        [full_states[index][slice(*shards.spans[index][target])] for index in shards.owned[rank]]
         for target in range(group.size())
     ]
     counts = [sum(sizes[index][rank] for index in owned) for owned in shards.owned]

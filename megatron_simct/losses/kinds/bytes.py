@@ -224,8 +224,8 @@ def mixed_log_masses(
     is_slack = torch.from_numpy(np.isin(events.slot_event, (SLACK, CAP))).to(device)
     shares = []
     for values, weight in zip(log_masses, weights, strict=True):
-        whole = _log_sums(values.masked_fill(is_slack, NEGATIVE_INFINITY), position, events.num_positions)
-        shares.append(values - whole[position] + math.log(weight))
+        total = _log_sums(values.masked_fill(is_slack, NEGATIVE_INFINITY), position, events.num_positions)
+        shares.append(values - total[position] + math.log(weight))
     return torch.stack(shares).logsumexp(0)
 
 
@@ -346,8 +346,8 @@ def bounded_divergences(
     has_cap, cap = batch.slot_cap >= 0, batch.slot_cap.clamp(min=0)
     shares, unresolved, caps = [], [], []
     for values in (student.double(), teacher.double()):
-        whole = _log_sums(values.masked_fill(event == CAP, NEGATIVE_INFINITY), position, num_positions)
-        share = (values - whole[position]).exp()
+        total = _log_sums(values.masked_fill(event == CAP, NEGATIVE_INFINITY), position, num_positions)
+        share = (values - total[position]).exp()
         zero = share.new_zeros(num_positions)
         free = zero.index_add(0, position, torch.where(is_free, share, 0))
         unresolved.append(zero.index_add(0, position, torch.where(is_unresolved, share, 0)))
@@ -455,9 +455,9 @@ def _bounds(
     slack = masses.new_zeros(batch.num_positions).index_add(0, position, torch.where(is_slack, masses, 0))[
         position
     ]
-    whole = torch.where(has_rest, 1, 1 + slack)  # the rest includes the slack
-    upper = torch.where(loose, (masses + slack) / whole, masses)
-    return masses / whole, upper
+    total = torch.where(has_rest, 1, 1 + slack)  # the rest includes the slack
+    upper = torch.where(loose, (masses + slack) / total, masses)
+    return masses / total, upper
 
 
 def _floored(
