@@ -260,8 +260,8 @@ def test_experts_that_are_split_otherwise_than_the_rest_take_the_same_steps(tiny
 
 
 OTHER_ATTENTION = {
-    # Larger weights than usual, or the caps and the gates would hardly matter. At 0.2 the gradient norm of the
-    # delta nets differs by 1e-5 of it between CPUs, by rounding alone; at 0.05 by less than 2e-6.
+    # Larger weights than usual, or the caps and the gates would hardly matter. At 0.2 the gradient norm of
+    # the delta nets differs by 1e-5 of it between CPUs, by rounding alone; at 0.05 by less than 2e-6.
     "gemma2": {
         "scale": 0.2,
         "sliding_window": 6,

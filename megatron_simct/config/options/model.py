@@ -1,0 +1,69 @@
+"""Options of one model and its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_simct.config.options.declare import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One model and its tokenizer.
+
+    Flags of the student have no prefix, those of the teacher start with --teacher-.
+    """
+
+    hf_checkpoint: str | None = option(
+        None,
+        "Hugging Face folder: config.json is the architecture, safetensors are the weights; random ones "
+        "without",
+        metavar="DIR",
+    )
+    tokenizer_model: str | None = option(
+        None,
+        "Hugging Face tokenizer.json or its folder, SentencePiece .model, tekken .json, or tiktoken ranks "
+        "NAME.tiktoken beside NAME.tiktoken.json; default: the model's own folder",
+        metavar="FILE",
+    )
+    pretrained_checkpoint: str | None = option(
+        None,
+        "Megatron checkpoint to initialise from; takes precedence over the weights of --hf-checkpoint",
+        metavar="DIR",
+    )
+    hf_sha256: str | None = option(
+        None,
+        "file as sha256sum writes it, with a line for each file of weights in --hf-checkpoint; default: "
+        "SHA256SUMS there, or what the Hugging Face hub said at the download",
+        metavar="FILE",
+    )
+    stop_token_ids: tuple[int, ...] = option(
+        (),
+        "ids that end a response, the first being the one a response is given; default: "
+        "generation_config.json's beside the tokenizer, else the tokenizer's own",
+    )
+    make_vocab_size_divisible_by: int = option(
+        128,
+        "pad the vocabulary to a multiple of this times the tensor-parallel size; padded ids are never "
+        "scored",
+        at_least=1,
+        at_most=2**20,
+    )
+    chat_template_kwargs: str | None = option(
+        None,
+        'arguments of the chat template, a JSON object such as {"enable_thinking": false}; read where '
+        "prompts are "
+        "rendered, which a teacher's job does not do",
+        metavar="JSON",
+    )
+
+    @property
+    def folder(self) -> str:
+        """--hf-checkpoint, once `check` has found it given."""
+        assert self.hf_checkpoint is not None, "check() refuses a job without this folder"
+        return self.hf_checkpoint
+
+    @property
+    def tokenizer_place(self) -> str | None:
+        """Where the tokenizer is looked for: --tokenizer-model, else --hf-checkpoint."""
+        return self.tokenizer_model or self.hf_checkpoint
