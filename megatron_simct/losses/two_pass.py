@@ -16,8 +16,7 @@ A *shared row* is the row of a segment's first label: there the shared tokens of
 
 The gradient of a row of logits z, with x_c the score z_c / tau of a shared token:
 
-    own_weight  onehot(label)  +  softmax_weight  softmax(z)  +  scale  p_c (D_c - offset)  at the shared
-    columns
+    own_weight onehot(label)  +  softmax_weight softmax(z)  +  scale p_c (D_c - offset) at the shared columns
 
 A row may have *special columns*: shared tokens taken out of the sums (and of the last term) whose scores
 every rank gets to know, so that the interface can put them back as it likes; `special_weight` is their
@@ -353,9 +352,8 @@ class TwoPass(Tiles):
         special = self._plan.special[rows] - self._shard_start - start
         is_local = (special >= 0) & (special < values.shape[1])
         places = special.clamp(0, values.shape[1] - 1)
-        for k in range(
-            places.shape[1]
-        ):  # one at a time: two may name the same place, one of them to leave it alone
+        # one at a time: two may name the same place, one of them to leave it alone
+        for k in range(places.shape[1]):
             column = places[:, k : k + 1]
             values.scatter_(1, column, values.gather(1, column).masked_fill(is_local[:, k : k + 1], 0))
 
@@ -529,11 +527,10 @@ class TwoPass(Tiles):
         index = position.clamp(0, student.shape[1] - 1)
         values_s, values_t = student.gather(1, index), teacher.gather(1, index)
         if read is not None:
-            read[0][chosen] = torch.where(is_local, values_s, read[0][chosen])
-            read[1][chosen] = torch.where(is_local, values_t, read[1][chosen])
-        for k in range(
-            index.shape[1]
-        ):  # one at a time: two may name the same place, one of them to leave it alone
+            read[0][chosen] = torch.wis_local(is_local, values_s, read[0][chosen])
+            read[1][chosen] = torch.wis_local(is_local, values_t, read[1][chosen])
+        # one at a time: two may name the same place, one of them to leave it alone
+        for k in range(index.shape[1]):
             for block in (student, teacher):
                 current = block.gather(1, index[:, k : k + 1])
                 block.scatter_(
