@@ -527,8 +527,8 @@ class TwoPass(Tiles):
         index = position.clamp(0, student.shape[1] - 1)
         values_s, values_t = student.gather(1, index), teacher.gather(1, index)
         if read is not None:
-            read[0][chosen] = torch.wis_local(is_local, values_s, read[0][chosen])
-            read[1][chosen] = torch.wis_local(is_local, values_t, read[1][chosen])
+            read[0][chosen] = torch.where(is_local, values_s, read[0][chosen])
+            read[1][chosen] = torch.where(is_local, values_t, read[1][chosen])
         # one at a time: two may name the same place, one of them to leave it alone
         for k in range(index.shape[1]):
             for block in (student, teacher):
