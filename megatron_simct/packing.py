@@ -61,13 +61,15 @@ def pack_micro_batches(
     context: Context | None = None,
     entries: Entries | None = None,
     advantages: Mapping[int, float] | None = None,
+    reference: Mapping[int, tuple[AlignedPair, ScoredPair]] | None = None,
 ) -> list[MicroBatch]:
     """The micro-batches of a step, as `cut` says, their sequences packed or padded to `multiple_of` tokens.
 
     prompts, rollouts and pairs are in one order; scored pairs come in any order and are matched by sample id.
     Tensors are on the CPU, but for what the teacher left on a device. `check` raises ValueError for labels
     that the loss could not read; it runs here, before anything is moved. context: see sequence_batch.
-    advantages: of the samples, by id, times the weight of their term.
+    advantages: of the samples, by id, times the weight of their term. reference: by id, MicroBatch.reference
+    of each sample.
     """
     scored = list(scored)
     scores = {score.sample_id: score for score in scored}
@@ -91,6 +93,9 @@ def pack_micro_batches(
     ]
     if advantages is not None:
         batches = [_with_advantages(batch, advantages) for batch in batches]
+    if reference is not None:
+        of = {rollout.sample_id: (rollout, *reference[rollout.sample_id]) for rollout in rollouts}
+        batches = [replace(b, reference=_pack_labels([of[i] for i in b.sample_ids])) for b in batches]
     for batch in batches:
         check(batch.labels)
     return batches
@@ -188,9 +193,9 @@ def sequence_batch(
                 [torch.arange(piece.start, piece.stop) for piece in context.pieces(num_tokens, rank)]
             )
             owners[kept], local[kept] = rank, torch.arange(len(kept))
-        here = (owners == context.rank).nonzero()[:, 0]
-        here = here[local[here].argsort()]
-        tokens, positions = tokens[:, here], positions[:, here]
+        local_tokens = (owners == context.rank).nonzero()[:, 0]
+        local_tokens = local_tokens[local[local_tokens].argsort()]
+        tokens, positions = tokens[:, local_tokens], positions[:, local_tokens]
         owner = owners[places]
         index = (owner == context.rank).nonzero()[:, 0]
         places, row_of_label = local[places[index]], row_of_label[index]

@@ -48,7 +48,7 @@ class SegmentKind(IntEnum):
     """The stop tokens of both sides; like SHARED for the loss, told apart for the metrics."""
 
 
-STOP, REST, SPREAD, OUTSIDE = 256, 257, 258, 259
+STOP, REST, SLACK, OUTSIDE = 256, 257, 258, 259
 """What a slot of ByteEvents stands for, beside the bytes 0 .. 255; the last two are no events."""
 OTHERS, FREE, ENDED, CAP = 260, 261, 262, 263
 """The same in the events of `plan_byte_bounds`: several bytes, or ids without content; the last three are no
@@ -90,7 +90,7 @@ class ByteEvents:
     slot_event: np.ndarray
     """int16 [E]: a byte, STOP or OTHERS; FREE: mass that any event may have; ENDED: mass that all events may
     have whose slot_cap it is, CAP: the part of ENDED that these events may have. With bounds of the longest
-    match a byte, STOP or REST; SPREAD: how much more a loose byte may have; OUTSIDE, in mixtures only: what
+    match a byte, STOP or REST; SLACK: how much more a loose byte may have; OUTSIDE, in mixtures only: what
     is in no event of a position without REST."""
     student: ByteSide
     teacher: ByteSide
@@ -143,7 +143,7 @@ class Prompt:
 
     sample_id: int
     """Unique in a run: it seeds the sampling, names the sample in logs, and pairs the records of later hops.
-    """
+    Below 0 for a given row of --given-share."""
     student_ids: np.ndarray
     """int32 [ps]"""
     teacher_ids: np.ndarray
@@ -366,6 +366,8 @@ class LabelBatch:
     """float32 [N]: the student labels' log-probabilities when they were sampled (Rollout.logprobs)."""
     advantages: torch.Tensor | None = None
     """float32 [N]: --reward-weight times the advantage of each label's response."""
+    label_weights: torch.Tensor | None = None
+    """float32 [N], for `sft`: what the loss of each label is multiplied by; None: 1."""
     entries: EntryBatch | None = None
     """For the interfaces `partition`, `topk_kl` and `bpm`."""
     response_starts: torch.Tensor | None = None
@@ -412,6 +414,11 @@ class MicroBatch:
     """How many each sample has; N in all."""
     sequences: SequenceBatch
     labels: LabelBatch
+    reference: LabelBatch | None = None
+    """The same labels, each beside what the student at its start says of it, for --reference-kl-weight."""
+    is_given: bool = False
+    """Whether the responses are given ones of --given-share, whose loss is `sft`; their labels do not count.
+    """
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with every tensor on the device."""

@@ -56,27 +56,27 @@ def policy_gradient(
     return -torch.minimum(ratio * advantages, clipped * advantages)
 
 
-def of_rewards(log_probs: torch.Tensor, labels: LabelBatch, here: torch.Tensor) -> torch.Tensor:
-    """[n]: the terms of the labels `here` [n], whose advantages are those of their responses
+def of_rewards(log_probs: torch.Tensor, labels: LabelBatch, local: torch.Tensor) -> torch.Tensor:
+    """[n]: the terms of the labels `local` [n], whose advantages are those of their responses
     (update/advantages.py).
 
     log_probs [n], of these labels; differentiable by it.
     """
     assert labels.advantages is not None and labels.sampling_log_probs is not None, "there is a reward"
     sampled, advantages = (
-        values[here].to(log_probs.dtype) for values in (labels.sampling_log_probs, labels.advantages)
+        values[local].to(log_probs.dtype) for values in (labels.sampling_log_probs, labels.advantages)
     )
     return policy_gradient(log_probs, sampled, advantages)
 
 
 @torch.no_grad()
 def reward_metrics(
-    log_probs: torch.Tensor, terms: torch.Tensor, labels: LabelBatch, here: torch.Tensor
+    log_probs: torch.Tensor, terms: torch.Tensor, labels: LabelBatch, local: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """Sums: of the terms, and of the labels whose ratio is clipped, so that they have no gradient."""
     assert labels.advantages is not None and labels.sampling_log_probs is not None, "there is a reward"
-    ratio = (log_probs - labels.sampling_log_probs[here].to(log_probs.dtype)).exp()
-    advantages = labels.advantages[here]
+    ratio = (log_probs - labels.sampling_log_probs[local].to(log_probs.dtype)).exp()
+    advantages = labels.advantages[local]
     clipped = ((ratio > 1 + CLIP_HIGH) & (advantages > 0)) | ((ratio < 1 - CLIP_LOW) & (advantages < 0))
     return {
         "loss_reward_sum": terms.sum(dtype=torch.float64),

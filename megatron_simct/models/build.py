@@ -389,9 +389,9 @@ def layers_of_stages(architecture: Architecture, parallel: ParallelConfig) -> li
     others = stages - (first is not None) - (last is not None)
     if rest < 0 or (rest if others == 0 else rest % others):
         flags = {"--decoder-first-pipeline-num-layers": first, "--decoder-last-pipeline-num-layers": last}
-        said = " and ".join(f"{flag} {count}" for flag, count in flags.items() if count is not None)
+        given = " and ".join(f"{flag} {count}" for flag, count in flags.items() if count is not None)
         raise ValueError(
-            f"{said}: of {layers} layers {rest} are left for {others} stages, which must have equally many; "
+            f"{given}: of {layers} layers {rest} are left for {others} stages, which must have equally many; "
             "--pipeline-model-parallel-layout can say it for each"
         )
     middle = [rest // others] * others if others else []

@@ -75,7 +75,7 @@ def attend(
     A sink takes exp sink / (exp lse + exp sink) of the weights from a query whose scores have the logarithm
     lse of their sum.
     """
-    function: Callable[..., Any] = _compiled() if query.is_cuda else flex_attention
+    function: Any = _compiled() if query.is_cuda else flex_attention
     options: dict[str, Any] = {"block_mask": mask, "scale": 1.0, "enable_gqa": True}
     if cap is None and scale == query.shape[-1] ** -0.5:
         options["scale"] = None  # which is that

@@ -232,6 +232,7 @@ def student_plan(
     teacher_hidden_size: int = 0,
     adapters: Mapping[Layer, int] | None = None,
     averages_teacher: bool = False,
+    keeps_start: bool = False,
 ) -> MemoryPlan:
     """The rank of the student that needs most.
 
@@ -241,7 +242,8 @@ def student_plan(
     ranks, if any. shared_rows: rows of the teacher's head on the fullest rank of the last stage, each
     teacher_hidden_size wide. adapters: numbers of a layer's adapters on one rank, if these are trained and
     the weights are not. averages_teacher: --teacher-ema, whose float32 average lies beside weights of another
-    type.
+    type. keeps_start: --reference-kl-weight, whose model is the student once more, and whose hidden states
+    are there for all labels of a step.
     """
     plans = []
     sizes = replace(sizes, on_gpu=on_gpu)
@@ -284,6 +286,9 @@ def student_plan(
             phases["teacher"] = {
                 "forward pass": forward_bytes(teacher, batch=micro_batch_size, length=length)
             }
+        if keeps_start:
+            held["start's weights"] = sizes.value_bytes * parameters
+            phases["start"] = {"forward pass": forward_bytes(sizes, batch=micro_batch_size, length=length)}
         in_flight = min(num_micro_batches, sizes.pp - stage)
         phases["update"] = {
             "activations": kept_activations(
@@ -306,6 +311,10 @@ def student_plan(
             rows = (
                 labels * (2 * sizes.architecture.hidden_size + teacher_hidden_size) * (sizes.value_bytes + 4)
             )
+            if keeps_start:  # a loss of its own over the same rows
+                hidden = labels * sizes.architecture.hidden_size
+                rows += 3 * hidden * (sizes.value_bytes + 4)
+                phases["update"]["start's hidden states"] = num_micro_batches * hidden * sizes.value_bytes
             phases["update"]["loss"] = loss_memory + rows
             if not adapters:  # the gradient that autograd is handed in the place of the LM head's own
                 head = math.ceil(sizes.vocab_size / sizes.tp) * sizes.architecture.hidden_size

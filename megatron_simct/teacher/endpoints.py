@@ -347,7 +347,7 @@ def connect(context: zmq.Context, address: str, keys: Keys | None, identity: byt
     return dealer
 
 
-def only(context: zmq.Context, keys: Keys) -> ThreadAuthenticator:
+def accept_only(context: zmq.Context, keys: Keys) -> ThreadAuthenticator:
     """Accept only the client with this public key. The caller must stop the authenticator."""
 
     class OneKey:

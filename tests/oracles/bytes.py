@@ -23,7 +23,7 @@ import torch
 
 STOP, REST = "stop", "rest"
 FLOOR = 1e-8
-SLACK = 1e-4
+BOUND_TOLERANCE = 1e-4
 
 
 @dataclass
@@ -132,7 +132,7 @@ def compared(student: Shares, teacher: Shares) -> list[dict[str | int, torch.Ten
             upper.append(
                 ((own.mass[b] + own.slack) / whole if b in own.loose else own.mass[b] / total).item()
             )
-        if lower[0] <= upper[1] * (1 + SLACK) and lower[1] <= upper[0] * (1 + SLACK):
+        if lower[0] <= upper[1] * (1 + BOUND_TOLERANCE) and lower[1] <= upper[0] * (1 + BOUND_TOLERANCE):
             merged.add(b)
     results = []
     for own in (student, teacher):

@@ -98,7 +98,7 @@ class Case:
 
 
 def _serve(argv: Sequence[str]) -> int | None:
-    """A teacher that stops when its door is open."""
+    """A teacher that stops when its endpoint is open."""
     serve_teacher.serve = lambda *args, **kwargs: None
     return serve_teacher.main(argv)
 

@@ -88,7 +88,7 @@ def targets_of_labels(
             if end > ends[j]:
                 # the teacher's tokens before it end within the student's
                 inside = bisect.bisect_right(ends, end)
-                path = math.exp(math.fsum(likely.said[ts + j : ts + inside]))
+                path = math.exp(math.fsum(likely.own_log_probs[ts + j : ts + inside]))
                 if left := text[ends[inside - 1] : end]:
                     row = likely.rows[ts + inside].items()
                     path *= math.fsum(math.exp(log_q) for w, log_q in row if teacher[w].startswith(left))
@@ -96,8 +96,8 @@ def targets_of_labels(
                 if cell >= 0:
                     mass[cell] = max(0.0, mass[cell] - path)
                 mass[token] = mass.get(token, 0.0) + path
-            whole = math.fsum(mass.values())
-            found += [(a, label, label, u, math.log(m / whole)) for u, m in mass.items() if m > 0]
+            total = math.fsum(mass.values())
+            found += [(a, label, label, u, math.log(m / total)) for u, m in mass.items() if m > 0]
             at = end
     return as_entries(found)
 
@@ -115,16 +115,16 @@ def with_children(
     found: list[Event] = []
     groups: list[int] = []
     for a, (ts, _, ss, _) in enumerate(segments):
-        said = translation.student[labels[0][ss]]
-        if not said or ss + 1 == len(labels[0]):
+        sampled = translation.student[labels[0][ss]]
+        if not sampled or ss + 1 == len(labels[0]):
             continue
         masses: dict[bytes, float] = {}
         for token, log_q in likely.rows[ts].items():
             y = translation.roots[token]
-            if y.startswith(said) and y != said:
+            if y.startswith(sampled) and y != sampled:
                 masses[y] = masses.get(y, 0.0) + math.exp(log_q)
         for y, mass in masses.items():
-            tokens = translation.beginning_with(y[len(said) :])
+            tokens = translation.beginning_with(y[len(sampled) :])
             if tokens and mass > 0:
                 found += [(a, ss + 1, ss + 1, u, math.log(mass)) for u in tokens]
                 groups += [groups[-1] + 1 if groups else 0] * len(tokens)

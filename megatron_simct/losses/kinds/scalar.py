@@ -38,8 +38,8 @@ def value(rows: Rows) -> RowValues:
     advantages = factor * old + constant
     if dpca:
         advantages = advantages.clamp(-ADVANTAGE_CLIP, ADVANTAGE_CLIP)
-        whole = rows.at_labels((rows.length("student") <= CHUNK_TOKENS).to(advantages.dtype))
-        advantages = advantages * whole
+        fits_chunk = rows.at_labels((rows.length("student") <= CHUNK_TOKENS).to(advantages.dtype))
+        advantages = advantages * fits_chunk
     return RowValues(value=rows.total(policy_gradient(rows.log_probs, old, advantages), "student"))
 
 
