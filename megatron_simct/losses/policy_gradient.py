@@ -36,6 +36,8 @@ def importance_weights(
     labels.
     """
     ratios = log_ratios(log_probs.double(), old_log_probs.double())
+    # The sum of log r over all labels before i, less that before the response of i: what is left is the sum
+    # within the response. float64, because the sums are long and their differences short.
     before = ratios.cumsum(0) - ratios
     position = torch.arange(len(ratios), device=ratios.device)
     starts = response_starts[torch.searchsorted(response_starts, position, right=True) - 1]

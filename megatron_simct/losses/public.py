@@ -287,6 +287,8 @@ def cross_tokenizer_loss(
             columns = SharedColumns.from_placement(placement, student.rows.device)
             teacher_rows = torch.from_numpy(placement.teacher_rows).to(student.rows.device)
         elif compares:
+            # The transposed logits [W, n] have the shape of a head: the columns of shared tokens move like
+            # its rows.
             moved = gather_shared_head(values.T.contiguous(), start, placement, group)
             columns, values = moved.columns, moved.weight.T
     needs_segments = needs.teacher and not needs.byte_events
@@ -455,11 +457,14 @@ def _placement(
                 f"the first is {values[counts > 1][0]}"
             )
     start = _rank(group) * student_width
+    # Shared token i has the teacher rows teachers[offsets[i] : offsets[i + 1]]: one, but the stop token,
+    # which is the last, has all stop ids.
     counts = np.ones(len(students), dtype=np.int64)
     if stop is not None:
         counts[-1] = len(stops)
     offsets = np.concatenate([[0], counts.cumsum()])
     local = ((students >= start) & (students < start + student_width)).nonzero()[0]
+    # Ascending by student column, as SharedColumns needs; none without a teacher.
     local = local[students[local].argsort()] if teacher_width else local[:0]
     rows = [teachers[offsets[i] : offsets[i + 1]] for i in local]
     return VocabPlacement(
@@ -508,11 +513,14 @@ def _labels(
     shared_s, shared_t = (ids.to(device).long() for ids in (pair.student_ids, pair.teacher_ids))
     if len(segments):
         _check_ids("student_labels", student_labels, placement.student_vocab_size)
+        # partner[student id]: the teacher id of the same bytes, -1 if it is not shared; student_of is the
+        # inverse.
         partner = torch.full((placement.student_vocab_size,), -1, dtype=torch.int64, device=device)
         partner[shared_s] = shared_t
         # An empty or overlapping segment is refused by check_labels; here it only must not fault.
         label_s = student_labels[segments[:, 2].clamp(max=n - 1)]
         label_t = teacher_labels[segments[:, 0].clamp(max=m - 1)]
+        # Columns 0 and 2 of (ts, te, ss, se) are starts, 1 and 3 ends: one label on each side.
         single = ((segments[:, 1::2] - segments[:, 0::2]) == 1).all(1)
         kinds[single & ((partner[label_s] == label_t) | matches_are_shared)] = SegmentKind.SHARED
         if pair.stop_student_id is not None:

@@ -174,6 +174,8 @@ class Rows:
         stats, self.segments = self.statistics, self.labels.segments
         self.has_unit = (self.labels.kinds == SegmentKind.UNIT)[self.chosen]
         self.used = self.weight != 0
+        # Each number of pass 1 is a leaf of autograd: the value function is differentiated by these alone,
+        # and pass 2 turns their gradients into the logits'.
         self.log_probs = stats.log_probs.detach().requires_grad_()
         self.own = stats.own.detach().requires_grad_()
         self.log_sums = stats.label_log_sum.detach().requires_grad_()
@@ -198,6 +200,7 @@ class Rows:
 
     def mean(self, values: torch.Tensor, side: SideName) -> torch.Tensor:
         """[N] or [M] -> [A]: the mean over the labels of each row's segment."""
+        # Columns of a segment: ts, te, ss, se.
         column = 0 if side == "teacher" else 2
         starts, ends = self.segments[:, column], self.segments[:, column + 1]
         return segment_mean(values, starts, ends)[self.chosen]
@@ -261,11 +264,14 @@ class Rows:
         rows.
         """
         stats, temperature = self.statistics, self.config.temperature
+        # At temperature 1 the sums of the scores are sums of probabilities; else pass 1 summed the masses, of
+        # e^(temperature * score), beside them.
         names = ("z_s", "z_t") if temperature == 1 else ("mass_s", "mass_t")
         log_sum, label_max = stats.label_log_sum[self.start], stats.label_max[self.start]
         teacher_lse = self.teacher_lse[self.teacher_start]
         student = stats.sums[names[0]] * (temperature * stats.student_max - label_max - log_sum).exp()
         teacher = stats.sums[names[1]] * (temperature * stats.teacher_max - teacher_lse).exp()
+        # Special columns belong to the dense first rows, which are the last `num_first` of the A rows.
         num_first = len(stats.special_student)
         if stats.special_student.numel():
             first = slice(len(student) - num_first, None)
@@ -280,6 +286,7 @@ class Rows:
         least = self.config.min_teacher_mass
         if least <= 0 or teacher_mass is None:
             return self.weight
+        # The unit counts as one more token, with the geometric mean of its labels' probabilities.
         unit_mass = self.mean(self.teacher_log_probs, "teacher").exp().masked_fill(~self.has_unit, 0)
         return torch.where((teacher_mass + unit_mass).clamp(max=1) < least, 0, self.weight)
 
@@ -338,10 +345,10 @@ def segment_mean(values: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor)
 
     Every rank adds in the same order.
     """
+    # start_0, end_0, start_1, end_1, ...: borders that cut [0, n) into gaps and segments by turns.
     borders = torch.stack([starts, ends], dim=1).flatten()
     offsets = torch.cat([borders.new_zeros(1), borders, borders.new_full((1,), len(values))])
-    # Pieces 1, 3, 5, ... are the segments, those between them the gaps. `unsafe` leaves out a check on the
-    # host.
+    # Pieces 1, 3, 5, ... are the segments. `unsafe` skips a check that waits for the device.
     sums = torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True, initial=0)[1::2]
     return sums / (ends - starts)
 
@@ -352,6 +359,7 @@ def segments_to_labels(
     """[S] -> [count]: each segment's value at each of its labels, 0 outside of segments."""
     if len(values) == 0:
         return values.new_zeros(count)
+    # The last segment that starts at or before each label; `inside` says whether it reaches the label.
     position = torch.arange(count, device=values.device)
     segment = (torch.searchsorted(starts.contiguous(), position, right=True) - 1).clamp(min=0)
     inside = (position >= starts[segment]) & (position < ends[segment])
