@@ -7,8 +7,8 @@ Every record is frozen and says the shape of each field. Records of one sample h
 built on CPU workers and travel between processes); records that a model reads or wrote hold torch tensors.
 
 Shape letters, used in the whole package:
-    B sequences   S padded sequence   N student labels   M teacher labels   A segments   R requested teacher
-    rows
+    B sequences   S padded sequence   N student labels   M teacher labels   A segments
+    R requested teacher rows
     V full vocabulary   W this rank's slice of it (W = padded V / tp)   C shared tokens   H hidden size
 Student and teacher are told apart by a prefix or by the suffixes _S and _T.
 

@@ -345,7 +345,8 @@ def _classes(walks: Sequence[_Walk], num_positions: int) -> tuple[int, np.ndarra
             np.where(walk.may_follow[walk.atom_rows], marks[:, None], 0), first, axis=0
         )
         all_events[where] += np.add.reduceat(marks, first)
-    # sets[i, e]: the sum of the marks of the atoms at i that event e may follow. Equal sums are taken for equal sets.
+    # sets[i, e]: the sum of the marks of the atoms at i that event e may follow. Equal sums are taken for
+    # equal sets.
     class_of = np.zeros(sets.shape, dtype=np.int64)
     limited = np.flatnonzero((sets != all_events[:, None]).any(1))
     if limited.size:

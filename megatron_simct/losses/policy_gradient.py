@@ -1,9 +1,8 @@
 """The ratio of the trained policy to the one that sampled, and what is made of it.
 
     r_i  = pi(y_i) / pi_old(y_i)
-    loss = -min(r_i A_i, clip(r_i, 1 - clip_low, 1 + clip_high) A_i)            PPO, arXiv:1707.06347, Eq. 7
-    w_i  = min(r_1 ... r_{i-1}, cap)                                            truncated as in
-    arXiv:1802.01561
+    loss = -min(r_i A_i, clip(r_i, 1 - clip_low, 1 + clip_high) A_i)    PPO, arXiv:1707.06347, Eq. 7
+    w_i  = min(r_1 ... r_{i-1}, cap)                                    truncated as in arXiv:1802.01561
 
 The policy-gradient term is for whatever gives a token an advantage: each token by itself, not divided by
 anything. The weight w_i is for a loss that compares whole distributions behind the tokens before y_i: the

@@ -16,8 +16,7 @@ A *shared row* is the row of a segment's first label: there the shared tokens of
 
 The gradient of a row of logits z, with x_c the score z_c / tau of a shared token:
 
-    own_weight  onehot(label)  +  softmax_weight  softmax(z)  +  scale  p_c (D_c - offset)  at the shared
-    columns
+    own_weight onehot(label)  +  softmax_weight softmax(z)  +  scale p_c (D_c - offset) at the shared columns
 
 A row may have *special columns*: shared tokens taken out of the sums (and of the last term) whose scores
 every rank gets to know, so that the interface can put them back as it likes; `special_weight` is their

@@ -232,9 +232,8 @@ def build_model(
             share_embeddings_and_output_weights=architecture.tied_embeddings,
         )
 
-    with (
-        warnings.catch_warnings()
-    ):  # whole experts do without sequence parallelism: megatron-core says so of each
+    # whole experts do without sequence parallelism: megatron-core says so of each
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`")
         model = stage(0) if virtual == 1 else InterleavedModel(stage(chunk) for chunk in range(virtual))
     if not initialize:

@@ -253,9 +253,8 @@ def read_architecture(hf_checkpoint: str, *, flag: str) -> Architecture:
         raise ValueError(f"{flag} {hf_checkpoint}: {path} is not JSON ({error})") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{flag} {hf_checkpoint}: {path} holds no JSON object")
-    find_format(
-        fields, where=f"{flag} {hf_checkpoint}: {path}"
-    )  # raises where weights are quantised in another one
+    # raises where weights are quantised in another one
+    find_format(fields, where=f"{flag} {hf_checkpoint}: {path}")
     fields.pop("quantization_config", None)
     name = fields.get("model_type")
     is_nested = isinstance(name, str) and name in NESTED

@@ -2,20 +2,19 @@
 
 `quantization_config` of config.json says which of these a folder has. A matrix W [r, c] is stored as
 
-    fp8                                    W            F8_E4M3 [r, c]
-                                           W_scale_inv  [ceil(r / b), ceil(c / b')], or one number
-    compressed-tensors, float-quantized    the same; the scale is W_scale, of a block, of a row or of all
-    compressed-tensors, pack-quantized     W_packed     I32 [r, ceil(c / 8)]: eight numbers of 4 bits a word,
-    the lowest
-                                                        bits first, each greater by 8 than it means
-                                           W_scale      [r, ceil(c / g)]
-                                           W_shape      r and c
-    mxfp4                                  X_blocks     U8 [E, r, c / 32, 16]: two numbers of 4 bits a byte,
-    the lower
-                                                        bits first; a sign, two bits of exponent, one of
-                                                        fraction
-                                           X_scales     U8 [E, r, c / 32]: a power of two, greater by 127 than
-                                                        it means
+    fp8
+        W            F8_E4M3 [r, c]
+        W_scale_inv  [ceil(r / b), ceil(c / b')], or one number
+    compressed-tensors, float-quantized: the same; the scale is W_scale, of a block, of a row or of all
+    compressed-tensors, pack-quantized
+        W_packed     I32 [r, ceil(c / 8)]: eight numbers of 4 bits a word, the lowest bits first, each greater
+                     by 8 than it means
+        W_scale      [r, ceil(c / g)]
+        W_shape      r and c
+    mxfp4
+        X_blocks     U8 [E, r, c / 32, 16]: two numbers of 4 bits a byte, the lower bits first; a sign, two
+                     bits of exponent, one of fraction
+        X_scales     U8 [E, r, c / 32]: a power of two, greater by 127 than it means
 
 A number is what is stored times its scale. The product is formed in float32, and rounded where it is put.
 Scales of fp8 may be float8_e8m0fnu (ue8m0). A matrix of such a folder that has no scale is stored as its type

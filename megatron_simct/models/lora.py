@@ -169,9 +169,8 @@ class Adapter(torch.nn.Module):
                 self.up[f"{self._name(i)}_{i}"] = torch.nn.Parameter(torch.zeros(own, lora.rank, **common))
         replicated, split = (self.up, self.down) if self.splits_columns else (self.down, self.up)
         for parameter in replicated.values():
-            parameter.sequence_parallel = (
-                projection.config.sequence_parallel
-            )  # each rank's gradient is a part
+            # each rank's gradient is a part
+            parameter.sequence_parallel = projection.config.sequence_parallel
         for parameter in split.values():
             set_tensor_model_parallel_attributes(parameter, True, 1 if self.splits_columns else 0, 1)
 

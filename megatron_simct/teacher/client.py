@@ -471,9 +471,8 @@ class TeacherClient(Thread):
             k: v for k, v in self._fingerprints.items() if v is not None
         }
         if replica.life and replica.life != message.fields["life"]:
-            self._lose(
-                name
-            )  # another process at the same address, which knows nothing of what the last one held
+            # another process at the same address, which knows nothing of what the last one held
+            self._lose(name)
         if not replica.ready:
             self._met.put(True)
         replica.life, replica.status = message.fields["life"], message.fields["status"]

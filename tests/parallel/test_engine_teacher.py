@@ -240,9 +240,8 @@ def test_what_a_head_may_not_have(folders, tmp_path, name, changes, words):
 def test_a_default_that_config_json_leaves_out_and_a_nested_folder(folders, tmp_path):
     folder = shutil.copytree(folders["gemma2"], tmp_path / "changed")
     _fields(folder, final_logit_softcapping=None)
-    _fields(
-        folder, quantization_config={"quant_method": "awq"}
-    )  # which we do not read, but the head is not quantised
+    # which we do not read, but the head is not quantised
+    _fields(folder, quantization_config={"quant_method": "awq"})
     assert read_head(str(folder), flag="").final_logit_softcap == 30.0
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": fields}))
@@ -310,7 +309,7 @@ def test_the_probe_knows_a_wrong_head_and_a_wrong_engine(folders, tmp_path):
         (["--engine-timeout-s", "5"], "--engine-endpoint is missing"),
         (
             ["--engine-endpoint", "http://h:1", "--tensor-model-parallel-size", "2"],
-            "an LM head only, which one rank",
+            "loads only the LM head, on one rank",
         ),
         (
             ["--engine-endpoint", "http://h:1", "--teacher-pretrained-checkpoint", "x"],

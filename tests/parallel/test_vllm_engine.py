@@ -244,7 +244,7 @@ def test_ids_without_a_token_are_drawn_again(tiny, tmp_path):
         (["--rollout-importance-weights", "0.5"], "--rollout-importance-weights 0.5: must be at least 1"),
         (
             ["--rollout-importance-weights", "2", "--simct-interface", "scalar"],
-            "has an importance ratio of its own",
+            "already has an importance ratio",
         ),
         (
             ["--rollout-importance-weights", "2", "--context-parallel-size", "2"],

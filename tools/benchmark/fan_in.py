@@ -1,9 +1,8 @@
-"""Many students' ranks at many teacher replicas: is work done twice, how long is a step, what do sockets and
-files see?
+"""Many students' ranks at many teacher replicas: repeated work, seconds a step, load of sockets and files.
 
-    python tools/benchmark/fan_in.py                                       256 ranks, 32 replicas: some
-    minutes python tools/benchmark/fan_in.py --clients 16 --replicas 4 --scale 0.5 --json
-    python tools/benchmark/fan_in.py --rule timer --steps even             the control
+    python tools/benchmark/fan_in.py    # 256 ranks, 32 replicas: some minutes
+    python tools/benchmark/fan_in.py --clients 16 --replicas 4 --scale 0.5 --json
+    python tools/benchmark/fan_in.py --rule timer --steps even    # the control
 
 Clients and servers are those of a run (`TeacherClient`, `ReplicaServer`) with all their sockets, on
 loopback, encrypted (CURVE) unless --bind ipc; the clients of a process take turns in one thread. A model is a
@@ -316,9 +315,8 @@ class Replica(threading.Thread):
         while True:
             works = self._server.take(self._most, wait_s=0.2)
             tokens = sum(work.request.num_tokens for work in works)
-            ready = max(ready, time.monotonic() - 0.05) + tokens / (
-                self._rate * self._share
-            )  # a busy machine is late
+            # a busy machine is late
+            ready = max(ready, time.monotonic() - 0.05) + tokens / (self._rate * self._share)
             wait_until(ready)
             for work in works:
                 zeros = torch.zeros(len(work.request.label_ids))

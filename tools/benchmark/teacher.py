@@ -1,8 +1,6 @@
-"""A teacher in another job beside the same forward passes in this process: what its answers and its rounding
-cost.
+"""A teacher in another job beside the same forward passes in this process: the cost of answers and rounding.
 
     python tools/benchmark/teacher.py --teacher-hf-checkpoint DIR --student-hf-checkpoint DIR --text-file FILE
-    [--json]
 
 Paragraphs of the text stand for responses. The teacher's job is one process of its own on this machine,
 reached by --bind; both sides use --threads threads. For each --teacher-hidden-dtype, with hidden states of

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """The numbers that an option may be. nan is in no range, and inf only in one that names it."""
+    """The allowed values of a number. nan is never allowed; inf is only if `infinite` is set."""
 
     at_least: float | None = None
     above: float | None = None
@@ -18,12 +18,12 @@ class Range:
     infinite: bool = False
     """Whether inf has a meaning."""
     other: float | None = None
-    """One more value, with a meaning of its own."""
+    """One more allowed value, with a special meaning."""
     note: str = ""
     """The end of the message."""
 
     def check(self, flag: str, value: float) -> None:
-        """ValueError, with the flag and the bounds, for a value outside."""
+        """Raises ValueError, with the flag and the bounds, if the value is outside."""
         if value == self.other:
             return
         within = (
@@ -51,7 +51,7 @@ class Range:
 
 
 def _spelled(bound: float) -> str:
-    """A bound as a reader knows it: 2**63 in place of its 19 digits."""
+    """A bound as text: 2**63 instead of its 19 digits."""
     power = int(bound).bit_length() - 1
     return f"2**{power}" if power > 32 and bound == 2**power else str(bound)
 
@@ -75,9 +75,7 @@ def flag_of(key: str) -> str:
 
 
 def check_ranges(group: Any, *, prefix: str | None = None) -> None:
-    """ValueError, with the flag, where a number of the group is outside of its range; None is in every
-    range.
-    """
+    """Raises ValueError, with the flag, if a number of the group is outside its range; None is allowed."""
     for one in fields(group):
         value, bounds = getattr(group, one.name), one.metadata["range"]
         if bounds is not None and value is not None:
@@ -85,6 +83,6 @@ def check_ranges(group: Any, *, prefix: str | None = None) -> None:
 
 
 def check_all_ranges(config: Any) -> None:
-    """ValueError, with the flag, if a number of any group of the job is outside of its range."""
+    """Raises ValueError, with the flag, if a number in any group of the job is outside its range."""
     for group in fields(config):
         check_ranges(getattr(config, group.name), prefix=group.metadata.get("prefix"))

@@ -12,18 +12,19 @@ Benchmark = Literal["gsm8k", "math500", "mbpp", "humaneval", "livecodebench", "e
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """How many greedy and sampled responses to held-out prompts are right."""
+    """Accuracy of greedy and sampled responses to held-out prompts."""
 
     eval_benchmark: Benchmark = option(
         "exact_match",
-        "what --eval-prompt-data holds, and so what is right: the label itself, or by the first metric that "
-        "tools/evaluate.py has for the benchmark; mbpp, humaneval and livecodebench run programs, confined",
+        "what --eval-prompt-data contains and how a response is graded: exact_match: by the row's label; "
+        "others: by the benchmark's first metric in tools/evaluate.py; mbpp, humaneval and livecodebench "
+        "run programs in a sandbox",
     )
     eval_interval: int | None = option(
-        None, "evaluate every so many steps; default: before the first and after the last", at_least=0
+        None, "steps between evaluations; default: only before the first step and after the last", at_least=0
     )
     eval_temperature: float = option(1.0, "temperature of the sampled responses", at_least=0)
-    eval_samples: int = option(1, "sampled responses a prompt; 0: greedy only", at_least=0)
+    eval_samples: int = option(1, "number of sampled responses to each prompt; 0: greedy only", at_least=0)
     exit_eval_accuracy: float | None = option(
-        None, "stop training when greedy accuracy reaches this share", at_least=0, at_most=1
+        None, "stop training if greedy accuracy reaches this share", at_least=0, at_most=1
     )

@@ -9,15 +9,16 @@ from megatron_simct.config.options.declare import option
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """One model and its tokenizer.
+    """A model and its tokenizer.
 
-    Flags of the student have no prefix, those of the teacher start with --teacher-.
+    The student's flags have no prefix. The teacher's begin with --teacher-, the second teacher's with
+    --second-teacher-.
     """
 
     hf_checkpoint: str | None = option(
         None,
-        "Hugging Face folder: config.json is the architecture, safetensors are the weights; random ones "
-        "without",
+        "Hugging Face folder: config.json gives the architecture, safetensors files give the weights; a "
+        "student without weights starts from random ones",
         metavar="DIR",
     )
     tokenizer_model: str | None = option(
@@ -33,27 +34,25 @@ class ModelConfig:
     )
     hf_sha256: str | None = option(
         None,
-        "file as sha256sum writes it, with a line for each file of weights in --hf-checkpoint; default: "
-        "SHA256SUMS there, or what the Hugging Face hub said at the download",
+        "file in the format of sha256sum, with a line for each file of weights in --hf-checkpoint; "
+        "default: SHA256SUMS in that folder, or the hashes that the Hugging Face hub gave at the download",
         metavar="FILE",
     )
     stop_token_ids: tuple[int, ...] = option(
         (),
-        "ids that end a response, the first being the one a response is given; default: "
-        "generation_config.json's beside the tokenizer, else the tokenizer's own",
+        "ids of the tokens that end a response; a given response is ended with the first. Default: those "
+        "of generation_config.json beside the tokenizer, else those of the tokenizer",
     )
     make_vocab_size_divisible_by: int = option(
         128,
-        "pad the vocabulary to a multiple of this times the tensor-parallel size; padded ids are never "
-        "scored",
+        "pad the vocabulary to a multiple of this times the tensor-parallel size; padding is never scored",
         at_least=1,
         at_most=2**20,
     )
     chat_template_kwargs: str | None = option(
         None,
-        'arguments of the chat template, a JSON object such as {"enable_thinking": false}; read where '
-        "prompts are "
-        "rendered, which a teacher's job does not do",
+        'arguments of the chat template, a JSON object such as {"enable_thinking": false}; a teacher\'s job '
+        "does not read it, because it renders no prompts",
         metavar="JSON",
     )
 

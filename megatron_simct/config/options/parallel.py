@@ -9,67 +9,71 @@ from megatron_simct.config.options.declare import option
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the model is spread over processes. Data parallelism is what remains of the world size."""
+    """How the model is distributed over processes. The rest of the world size is data parallelism."""
 
     tensor_model_parallel_size: int = option(1, "ranks that share each layer and the vocabulary", at_least=1)
     pipeline_model_parallel_size: int = option(1, "stages of consecutive layers, one a rank", at_least=1)
     num_virtual_stages_per_pipeline_rank: int = option(
         1,
-        "pieces of the model that each pipeline rank holds; above 1 the schedule interleaves them, with less "
+        "pieces of the model on each pipeline rank; above 1 the schedule interleaves them, which reduces "
         "idle time",
         at_least=1,
     )
     decoder_first_pipeline_num_layers: int | None = option(
         None,
-        "layers of the first pipeline stage; those between the ends get equally many. Default: equally many "
-        "in all stages, or fewer in the first and the last where these do not divide the layers",
+        "number of layers in the first pipeline stage; the stages between the first and the last have "
+        "equally many. Default: equally many in all stages, or fewer in the first and the last if the "
+        "layers do not divide evenly",
         at_least=1,
     )
     decoder_last_pipeline_num_layers: int | None = option(
-        None, "layers of the last pipeline stage, which has the LM head and the loss, too", at_least=1
+        None,
+        "number of layers in the last pipeline stage, which also has the LM head and the loss",
+        at_least=1,
     )
     pipeline_model_parallel_layout: str | None = option(
         None,
-        "layers of every stage, one after the other, as Megatron-LM writes them: 'Etttt|tttt*3|ttL' has the "
-        "embedding (E), layers (t) and the loss (L) in stages between |; x*3 repeats a letter, (x|)*3 a "
-        "part. With --num-virtual-stages-per-pipeline-rank it has so many times the stages. Of a teacher on "
-        "the student's ranks neither this nor the two options above are",
+        "the layers of every stage in order, as in Megatron-LM: 'Etttt|tttt*3|ttL' has the embedding (E), "
+        "layers (t) and the loss (L) in stages separated by |; x*3 repeats a letter, (x|)*3 a group. With "
+        "--num-virtual-stages-per-pipeline-rank N it lists N times as many stages. This and the two "
+        "options above do not apply to a teacher on the student's ranks",
         metavar="STAGES",
     )
     context_parallel_size: int = option(
         1,
-        "ranks that share each sequence of a forward pass, for responses that are too long for one; sampling "
-        "does not split sequences, its ranks share the prompts",
+        "ranks that share each sequence in a forward pass, for responses that are too long for one rank; "
+        "sampling does not split sequences: there these ranks divide the prompts",
         at_least=1,
     )
     expert_model_parallel_size: int = option(
-        1, "data-parallel ranks that share the experts of each layer", at_least=1
+        1, "data-parallel ranks that divide the experts of each layer among themselves", at_least=1
     )
     expert_tensor_parallel_size: int | None = option(
         None,
-        "ranks that share each expert; default: --tensor-model-parallel-size. With 1 tensor-parallel ranks "
-        "have whole experts, which --expert-model-parallel-size deals out to them too",
+        "ranks that share each expert; default: --tensor-model-parallel-size. With 1, each expert is "
+        "whole, and --expert-model-parallel-size distributes the experts over the tensor-parallel ranks "
+        "too",
         at_least=1,
     )
     sequence_parallel: bool = option(
-        False, "split norms and residuals along the sequence too, over the tensor ranks"
+        False, "split norms and residuals along the sequence too, over the tensor-parallel ranks"
     )
     overlap_grad_reduce: bool = option(
-        False, "sum gradients over data-parallel ranks bucket by bucket, while the backward pass still runs"
+        False, "reduce gradients over the data-parallel ranks bucket by bucket during the backward pass"
     )
     ddp_bucket_size: int | None = option(
         None,
-        "parameters of a bucket of --overlap-grad-reduce; default: Megatron-Core's, which grows with the "
-        "ranks",
+        "number of parameters in a bucket of --overlap-grad-reduce; default: Megatron-Core's, which grows "
+        "with the number of ranks",
         at_least=1,
     )
     distributed_timeout_minutes: int = option(
-        10, "give up on a collective after this many minutes", at_least=1, at_most=366 * 24 * 60
+        10, "abort a collective operation after this many minutes", at_least=1, at_most=366 * 24 * 60
     )
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that work on the same samples; data parallelism is what remains of the world size."""
+        """Ranks that work on the same samples. The rest of the world size is data parallelism."""
         return (
             self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
         )

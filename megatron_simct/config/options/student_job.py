@@ -23,7 +23,7 @@ _PLACE = re.compile(r"[\w.]+:\w+")
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The whole job. Groups with a prefix in their metadata spell it before each of their flags."""
+    """The whole job. If a group has a prefix in its metadata, each of its flags begins with it."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     teacher: ModelConfig = field(default_factory=ModelConfig, metadata={"prefix": "teacher"})
@@ -43,7 +43,7 @@ class Config:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the interface compares with one."""
+        """Whether the interface compares the student with a teacher."""
         method = METHODS.get(self.interface.method().interface)
         return method is None or method.teacher
 
@@ -53,9 +53,7 @@ class Config:
         return self.rollout.rollout_batch_size * self.rollout.n_samples_per_prompt
 
     def check(self, *, data_parallel_size: int) -> None:
-        """ValueError, with the numbers and the flag, where options have no meaning or contradict each
-        other.
-        """
+        """Raises ValueError, with numbers and flag, if options are invalid or contradict each other."""
         check_all_ranges(self)
         size = self.global_batch_size
         wanted = self.training.global_batch_size
@@ -112,15 +110,15 @@ class Config:
         self.lora.check()
         if self.lora.rank and self.model.pretrained_checkpoint is not None:
             raise ValueError(
-                "--lora-rank needs the weights of --hf-checkpoint, beside which adapters are exported; "
-                "convert --pretrained-checkpoint to such a folder first (convert_checkpoint.py "
+                "--lora-rank needs the weights of --hf-checkpoint, because adapters are exported for that "
+                "folder; convert --pretrained-checkpoint to such a folder first (convert_checkpoint.py "
                 "megatron-to-hf)"
             )
         if self.update.overlap_param_gather and not self.parallel.overlap_grad_reduce:
             raise ValueError("--overlap-param-gather needs --overlap-grad-reduce")
         if self.update.use_distributed_optimizer and self.training.optimizer != "adam":
             raise ValueError(
-                f"--use-distributed-optimizer: megatron-core has it for adam, not for --optimizer "
+                f"--use-distributed-optimizer: megatron-core supports it for adam, not for --optimizer "
                 f"{self.training.optimizer}"
             )
         if self.parallel.ddp_bucket_size is not None and not self.parallel.overlap_grad_reduce:
@@ -136,15 +134,18 @@ class Config:
             )
         if self.training.lag and not self.teacher_job.endpoint:
             raise ValueError(
-                "--schedule one_step_off needs --teacher-endpoint: it keeps a teacher in another job at work"
+                "--schedule one_step_off needs --teacher-endpoint: it overlaps training with a teacher in "
+                "another job"
             )
         if self.teacher_job.cache is not None and not self.teacher_job.endpoint:
             raise ValueError(
-                "--teacher-cache needs --teacher-endpoint; --load-debug-scored-data reads one without it"
+                "--teacher-cache needs --teacher-endpoint; to train from a cache alone use "
+                "--load-debug-scored-data"
             )
         if self.rollout.load_debug_scored_data is not None and self.teacher_job.endpoint:
             raise ValueError(
-                "--load-debug-scored-data needs no --teacher-endpoint; --teacher-cache asks for the rest"
+                "--load-debug-scored-data never asks a teacher; leave out --teacher-endpoint, or use "
+                "--teacher-cache"
             )
         for prefix, places in (("", self.teacher_job.endpoint), ("second-", self.mixture.endpoint)):
             num_addresses = sum("://" in place for place in places)
@@ -166,7 +167,7 @@ class Config:
             raise ValueError("--wandb-save-dir needs --wandb-project")
 
     def _check_rollout_engine(self) -> None:
-        """Raises ValueError for options of a rollout engine without one, or one without what it needs."""
+        """Raises ValueError for engine options without an engine, or if a required option is missing."""
         rollout = self.rollout
         if rollout.rollout_engine == "megatron":
             if rollout.rollout_engine_endpoint or rollout.rollout_engine_weights is not None:
@@ -175,7 +176,9 @@ class Config:
                 )
             return
         if not rollout.rollout_engine_endpoint:
-            raise ValueError("--rollout-engine vllm needs --rollout-engine-endpoint, the servers' addresses")
+            raise ValueError(
+                "--rollout-engine vllm needs --rollout-engine-endpoint, the addresses of the servers"
+            )
         if rollout.rollout_engine_weights is None and self.output.run_dir is None:
             raise ValueError(
                 "--rollout-engine vllm needs --rollout-engine-weights, or --run-dir to put them under"
@@ -191,19 +194,22 @@ class Config:
                 "--rollout-engine vllm: not implemented with --context-parallel-size; leave it out"
             )
         if self.lora.rank:
-            raise ValueError("--rollout-engine vllm: is handed whole weights; leave out --lora-rank")
+            raise ValueError(
+                "--rollout-engine vllm: the servers receive whole weights, not adapters; leave out "
+                "--lora-rank"
+            )
         if self.interface.interface == "sft":
             raise ValueError(
                 "--rollout-engine vllm: --simct-interface sft trains on given responses; leave it out"
             )
 
     def _check_importance_weights(self) -> None:
-        """Raises ValueError for an interface, or a layout, whose loss has none."""
+        """Raises ValueError if the interface or the layout does not support importance weights."""
         if self.rollout.rollout_importance_weights is None:
             return
         flag, name = "--rollout-importance-weights", self.interface.interface
         if name in ("sft", "scalar"):
-            why = "trains on given responses" if name == "sft" else "has an importance ratio of its own"
+            why = "trains on given responses" if name == "sft" else "already has an importance ratio"
             raise ValueError(f"{flag}: --simct-interface {name} {why}; leave it out")
         if self.parallel.context_parallel_size > 1:
             raise ValueError(
@@ -212,23 +218,22 @@ class Config:
 
     @property
     def max_lag(self) -> int | None:
-        """The most optimizer steps between sampling and training weights; None: any."""
+        """The most optimizer steps between sampling and training weights; None: no limit."""
         if self.rollout.rollout_max_lag is not None:
             return self.rollout.rollout_max_lag
         return None if self.rollout.load_debug_rollout_data is not None else self.training.lag
 
     def _check_micro_batches(self, size: int, data_parallel_size: int) -> None:
-        """ValueError where `size` sequences cannot be dealt out to ranks and micro-batches."""
+        """Raises ValueError if `size` sequences cannot be divided over ranks and micro-batches."""
         context, of_teacher = self.parallel.context_parallel_size, self.training.teacher_context_parallel_size
         if of_teacher not in (None, 1, context):
             raise ValueError(
-                f"--teacher-context-parallel-size {of_teacher}: a teacher on the student's ranks shares its "
-                f"sequences over 1 rank, or over --context-parallel-size ({context}); one with "
-                "--teacher-endpoint has --context-parallel-size of its own"
+                f"--teacher-context-parallel-size {of_teacher}: must be 1 or --context-parallel-size "
+                f"({context}); a teacher with --teacher-endpoint has its own --context-parallel-size"
             )
         if of_teacher is not None and self.teacher_job.endpoint:
             raise ValueError(
-                "--teacher-context-parallel-size is of a teacher on the student's ranks; with "
+                "--teacher-context-parallel-size applies to a teacher on the student's ranks; with "
                 "--teacher-endpoint give --context-parallel-size to the teacher's job"
             )
         by_tokens = self.training.max_tokens_per_gpu is not None
@@ -266,11 +271,11 @@ class Config:
         return bool(self.mixture.endpoint)
 
     def _check_reward(self) -> None:
-        """That a reward has samples to compare, and that one is given where it is all there is."""
+        """Raises ValueError if --reward has no samples to compare, or if an option needs a --reward."""
         reward, interface = self.reward.reward, self.interface.interface
         if reward is None:
             if interface == "reward":
-                raise ValueError("--simct-interface reward needs --reward, a function")
+                raise ValueError("--simct-interface reward needs --reward")
             given = {
                 f"--{f.name.replace('_', '-')}": getattr(self.reward, f.name) != f.default
                 for f in fields(RewardConfig)
@@ -284,36 +289,39 @@ class Config:
                 "--reward: --simct-interface sft trains on given responses; leave one of them out"
             )
         if reward not in GRADED_REWARDS and not _PLACE.fullmatch(reward):
-            raise ValueError(f"--reward {reward}: is one of {', '.join(GRADED_REWARDS)}, or MODULE:FUNCTION")
+            raise ValueError(
+                f"--reward {reward}: must be one of {', '.join(GRADED_REWARDS)}, or MODULE:FUNCTION"
+            )
         if self.rollout.n_samples_per_prompt < 2:
             raise ValueError(
                 "--reward compares the responses to one prompt: --n-samples-per-prompt must be at least 2"
             )
 
     def _check_average(self) -> None:
-        """That --teacher-ema has a teacher here whose weights may follow the student's."""
+        """Raises ValueError if the teacher of --teacher-ema cannot follow the student's weights."""
         if self.teacher_job.ema is None:
             return
         against = {
             "--teacher-endpoint": (
                 self.teacher_job.endpoint,
-                "the teacher of another job does not see the student's",
+                "a teacher in another job cannot read the student's weights",
             ),
             "--load-debug-scored-data": (
                 self.rollout.load_debug_scored_data,
-                "stored answers are of other weights",
+                "stored answers come from other weights",
             ),
             "--save-debug-scored-data": (
                 self.rollout.save_debug_scored_data,
-                "its answers are of weights that change",
+                "its answers would come from weights that change",
             ),
-            "--lora-rank": (self.lora.rank, "the student has adapters, and the teacher has none"),
-            f"--simct-interface {self.interface.interface}": (not self.needs_teacher, "it asks no teacher"),
+            "--lora-rank": (self.lora.rank, "the student has adapters, the teacher has none"),
+            f"--simct-interface {self.interface.interface}": (not self.needs_teacher, "it uses no teacher"),
         }
         for flag, (given, why) in against.items():
             if given:
                 raise ValueError(
-                    f"--teacher-ema {self.teacher_job.ema}: not with {flag}: {why}; leave one of them out"
+                    f"--teacher-ema {self.teacher_job.ema} cannot be used with {flag}: {why}; leave one of "
+                    "them out"
                 )
 
     def _check_mixture(self) -> None:
@@ -344,4 +352,6 @@ class Config:
             "--simct-alignment-map": self.data.simct_alignment_map,
         }.items():
             if value is not None:
-                raise ValueError(f"{flag} is of one teacher; leave it out, or --second-teacher-endpoint")
+                raise ValueError(
+                    f"{flag} supports one teacher only; leave it out, or --second-teacher-endpoint"
+                )

@@ -12,30 +12,30 @@ from megatron_simct.config.options.parallel import ParallelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ServingConfig:
-    """How the teacher's job answers."""
+    """How a teacher's job answers requests."""
 
     run_dir: str | None = option(
         None,
-        "directory where replicas make themselves known, the --teacher-endpoint of the student",
+        "directory where the replicas register; it is the student's --teacher-endpoint",
         metavar="DIR",
     )
     bind: str = option(
         "ipc",
-        "ipc: students on this host; tcp://HOST or tcp://HOST:PORT: encrypted, HOST as students reach it, "
-        "replica i at PORT + i",
+        "ipc: for students on this host; tcp://HOST or tcp://HOST:PORT: encrypted; HOST is the name by "
+        "which students reach this host, and replica i listens on PORT + i",
         metavar="ADDRESS",
     )
     teacher_hidden_dtype: Literal["fp32", "bf16", "int8"] = option(
         "bf16",
-        "what hidden states are rounded to, and sent as; int8 has a scale a row; below fp32 `bytes` is sent "
-        "as float16",
+        "data type in which hidden states are sent; int8 has one scale for each row; for interface bytes, "
+        "all but fp32 send float16",
     )
     max_tokens_per_batch: int = option(
-        16384, "tokens of one micro-batch, packed one after another; longer samples are refused", at_least=1
+        16384, "maximum tokens in one micro-batch of packed samples; a longer sample is refused", at_least=1
     )
     simct_alignment_map: str | None = option(
         None,
-        "the alignment map that students must use; default: any of this teacher's tokenizer",
+        "alignment map that students must use; default: any map of this teacher's tokenizer",
         metavar="DIR",
     )
     rollout_max_prompt_len: int = option(
@@ -45,48 +45,50 @@ class ServingConfig:
         1024, "must match the student's value; only LongRoPE reads it", at_least=1, at_most=2**24
     )
     bf16: bool = option(False, "bf16 parameters (GPU only)")
-    verify_checkpoint: bool = option(True, "as in the student's job")
+    verify_checkpoint: bool = option(
+        True,
+        "before use, check the hash of every file of a checkpoint, and of weights whose hashes are known",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineTeacherConfig:
-    """An inference engine that computes the teacher's hidden states in the place of this job.
+    """An inference engine that computes the teacher's hidden states instead of this job.
 
     Flags: --engine-*
     """
 
     endpoint: tuple[str, ...] = option(
         (),
-        "http://HOST:PORT of vLLM servers in pooling mode that serve --teacher-hf-checkpoint; this job then "
-        "holds its LM head only; default: this job runs the model",
+        "http://HOST:PORT of vLLM servers in pooling mode that serve --teacher-hf-checkpoint; this job "
+        "then loads only the LM head; default: this job runs the model",
         metavar="URL",
     )
     hidden_dtype: Literal["float32", "float16"] = option(
-        "float32", "what the engine sends hidden states as; with float16 one beyond 65504 is an error"
+        "float32",
+        "data type in which the engine sends hidden states; with float16 a value beyond 65504 is an error",
     )
     answers: Literal["hidden_states", "prompt_logprobs", "echo"] = option(
         "hidden_states",
-        "what the servers are asked for. prompt_logprobs, echo: the log-probabilities of the response's "
-        "tokens, by a field of vLLM's or OpenAI's echo (SGLang) in /v1/completions of servers that generate; "
-        "enough for the interfaces alm and scalar",
+        "what the servers return: hidden_states; or prompt_logprobs or echo: the log-probabilities of the "
+        "response's tokens, from vLLM's prompt_logprobs or OpenAI's echo (SGLang) in /v1/completions of "
+        "servers that generate, enough for the interfaces alm and scalar",
     )
     check_endpoint: str | None = option(
         None,
-        "http://HOST:PORT of a server that generates with the same model: before the first answer its "
-        "log-probabilities of the probe's text are compared with ours",
+        "http://HOST:PORT of a server that generates with the same model; before the first answer, its "
+        "log-probabilities of the probe text are compared with those of this job",
         metavar="URL",
     )
     probe_text: str | None = option(
         None,
-        "file with a text that the teacher finds likely, for the check of head and engine before the first "
-        "answer; default: a few sentences of English",
+        "file with a text that is likely under the teacher, used to check the LM head and the engine "
+        "before the first answer; default: a few English sentences",
         metavar="FILE",
     )
-    start_minutes: float = option(
-        30.0, "how long to wait for an engine that has not answered yet", at_least=0
-    )
+    start_minutes: float = option(30.0, "how long to wait for the first answer of an engine", at_least=0)
     timeout_s: float = option(
-        120.0, "seconds after which a request to an engine counts as lost, and is asked again", above=0
+        120.0, "seconds after which a request to an engine counts as lost and is sent again", above=0
     )
 
 
@@ -100,7 +102,7 @@ class TeacherConfig:
     serving: ServingConfig = field(default_factory=ServingConfig)
 
     def check(self) -> None:
-        """ValueError, with the flag, where options have no meaning or one that is needed is missing."""
+        """Raises ValueError, with the flag, if an option is invalid, or a required one is missing."""
         check_all_ranges(self)
         required = {
             "--teacher-hf-checkpoint": self.teacher.hf_checkpoint,
@@ -116,7 +118,8 @@ class TeacherConfig:
             return
         if self.engine.answers != "hidden_states" and self.engine.check_endpoint is not None:
             raise ValueError(
-                f"--engine-check-endpoint: --engine-answers {self.engine.answers} is one; leave it out"
+                f"--engine-check-endpoint: --engine-answers {self.engine.answers} reads log-probabilities "
+                "from --engine-endpoint already; leave it out"
             )
         if self.teacher.pretrained_checkpoint is not None:
             raise ValueError(
@@ -125,6 +128,6 @@ class TeacherConfig:
         ranks = self.parallel.tensor_model_parallel_size * self.parallel.pipeline_model_parallel_size
         if ranks > 1:
             raise ValueError(
-                "--engine-endpoint: this job holds an LM head only, which one rank does; leave out "
+                "--engine-endpoint: this job loads only the LM head, on one rank; leave out "
                 "--tensor-model-parallel-size and --pipeline-model-parallel-size"
             )

@@ -1,5 +1,4 @@
-"""`bpm`: the teacher's next-token distribution rewritten as one over the student's tokens, at every student
-label.
+"""`bpm`: the teacher's next-token distribution over the student's tokens, at every student label.
 
 Byte-prefix marginals (arXiv:2607.22334). With b(.) the bytes of a token, c the bytes that the student has
 said since the last end of a teacher token, q the teacher's distribution there, and phi_c(w) the student's
@@ -11,8 +10,7 @@ longest token that b(w) without c begins with:
 "<=" is "is a prefix of". Where the student's token s goes on beyond the realized teacher token, t(s) is the
 probability of the realized path to its end, taken from the token that the path began as:
 
-    t(s) = q_j(w_j) * prod q_k(w_k) * sum of q(w) over r <= b(w)        r: what is left of s; before
-    renormalizing
+    t(s) = q_j(w_j) * prod q_k(w_k) * sum of q(w) over r <= b(w)     r: the rest of s; before renormalizing
 
 --simct-child-weight L adds the child term of ESCD (arXiv:2609.34738). Of the teacher's tokens that the
 student has none for, those of which one begins as the other are a group g, with y its shortest. Where the

@@ -1,5 +1,4 @@
-"""`partition` and `topk_kl`: the teacher's k likeliest tokens of a row, by id, and what they mean to the
-student.
+"""`partition` and `topk_kl`: the teacher's k likeliest tokens of a row, by id, as events of both models.
 
 They need no more of a teacher than an inference service gives. An event is one student token behind some
 student labels, and one teacher token behind some teacher labels, which together spell the same bytes.
@@ -7,11 +6,11 @@ student labels, and one teacher token behind some teacher labels, which together
 `partition` (prefix-bidirectional partition KL: NeMo-RL, pull request 4177; CSD, arXiv:2610.28895), with q the
 teacher:
 
-    1:1 segment     b(u) = b(t)                              P_S = p(u)                       P_T = q(t)
-    1:n segment     b(u) = b(t_1 .. t_n-1) b(t)              P_S = p(u)                       P_T = prod_j<n
-    q(t_j) q(t)
-    m:1 segment     b(s_1 .. s_m-1) b(u) = b(t)              P_S = prod_i<m p(s_i) p(u)       P_T = q(t)
-    m:n segment     what was said alone
+    segment    event                          P_S                        P_T
+    1:1        b(u) = b(t)                    p(u)                       q(t)
+    1:n        b(u) = b(t_1 .. t_n-1) b(t)    p(u)                       prod_j<n q(t_j) q(t)
+    m:1        b(s_1 .. s_m-1) b(u) = b(t)    prod_i<m p(s_i) p(u)       q(t)
+    m:n        the sampled tokens alone
 
 The tokens t are the teacher's k likeliest of that row; what was said is forced in; REST = 1 - sum. The loss
 of a segment is the divergence of the two partitions; published with forward KL and js. A student's path of
