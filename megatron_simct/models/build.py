@@ -351,8 +351,10 @@ def layers_of_stages(architecture: Architecture, parallel: ParallelConfig) -> li
             at_ends = layers - (stages - 2) * (layers // stages)
         first, last = at_ends - at_ends // 2, at_ends // 2
     rest = layers - (first or 0) - (last or 0)
-    others = stages - (first is not None) - (last is not None)
-    if rest < 0 or (rest if others == 0 else rest % others):
+    others = stages - sum(count is not None for count in (first, last))
+    # Without middle stages nothing may be left; else they must share the rest evenly.
+    fits = rest == 0 if others == 0 else rest % others == 0
+    if rest < 0 or not fits:
         flags = {"--decoder-first-pipeline-num-layers": first, "--decoder-last-pipeline-num-layers": last}
         given = " and ".join(f"{flag} {count}" for flag, count in flags.items() if count is not None)
         raise ValueError(

@@ -35,7 +35,8 @@ class Operations:
                 self._per_token += 2 * share * parameter.numel()
             for layer in chunk.decoder.layers:
                 attention = layer.self_attention
-                if (of_state := getattr(attention, "state_operations", None)) is not None:
+                of_state = getattr(attention, "state_operations", None)
+                if of_state is not None:
                     self._per_token += of_state
                     continue
                 width = attention.num_attention_heads_per_partition * attention.hidden_size_per_attention_head

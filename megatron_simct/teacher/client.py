@@ -466,10 +466,10 @@ class TeacherClient(Thread):
                 reason = quoted(mismatch(key, teacher=value, student=ours))
                 self._fail(f"{self._where}: replica {name}: {reason}")
                 return
-        # What only the teacher knew, any other life of it must share.
-        self._fingerprints = {k: v for k, v in theirs.items() if v is not None} | {
-            k: v for k, v in self._fingerprints.items() if v is not None
-        }
+        # Values that only the teacher knew: every later replica and process must share them.
+        for key, value in theirs.items():
+            if value is not None and self._fingerprints.get(key) is None:
+                self._fingerprints[key] = value
         if replica.life and replica.life != message.fields["life"]:
             # another process at the same address, which knows nothing of what the last one held
             self._lose(name)
@@ -542,17 +542,19 @@ class TeacherClient(Thread):
 
     def _nobody(self, what: str) -> str:
         now = time.monotonic()
-        known = ", ".join(
-            f"{name} ({r.endpoint.address}, last heard "
-            f"{f'{now - r.last_seen:.0f} s ago' if r.last_seen else 'never'})"
-            for name, r in self._replicas.items()
-        )
-        ignored = "; ".join(self._lookout.ignored()[:3])
-        return (
+        known = []
+        for name, replica in self._replicas.items():
+            last = f"{now - replica.last_seen:.0f} s ago" if replica.last_seen else "never"
+            known.append(f"{name} ({replica.endpoint.address}, last heard {last})")
+        text = (
             f"{self._where}: {what} for {self._patience.timeout_s / 60:g} minutes "
-            f"(--teacher-timeout-minutes); replicas: {known or 'none was found'}; start the teacher and "
-            "resume" + (f"; files that are not a replica's: {ignored}" if ignored else "")
+            f"(--teacher-timeout-minutes); replicas: {', '.join(known) or 'none was found'}; start the teacher "
+            "and resume"
         )
+        ignored = self._lookout.ignored()[:3]
+        if ignored:
+            text += f"; files that are not a replica's: {'; '.join(ignored)}"
+        return text
 
     def _fail(self, reason: str) -> None:
         self._failed = True

@@ -121,7 +121,8 @@ class TeacherForward:
         schedule = get_forward_backward_func()
         chunks = chunks_of(self._model)
         longest = max(request.num_tokens for batch in micro_batches for request in batch)
-        if (limit := chunks[0].architecture.index_length) is not None and longest > limit:
+        limit = chunks[0].architecture.index_length
+        if limit is not None and longest > limit:
             raise ValueError(
                 f"--teacher-hf-checkpoint: a sequence has {longest} tokens, and this model is implemented up "
                 f"to its index_topk = {limit}; lower --rollout-max-response-len or --rollout-max-prompt-len"

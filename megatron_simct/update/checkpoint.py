@@ -210,7 +210,9 @@ class Checkpoints:
             for key, value in self._config.items()
             if key.endswith("_parallel_size")
         )
-        rng = None if not same_layout else "tensors" if _has_rng_tensors(path) else "object"
+        rng = None
+        if same_layout:
+            rng = "tensors" if _has_rng_tensors(path) else "object"
         state = _read(self._state(iteration, is_loading=True, rng=rng), found, among=self._readers)
         self._restore(state, iteration)
         is_own = self._save_dir is not None and Path(directory).resolve() == Path(self._save_dir).resolve()
