@@ -472,7 +472,7 @@ def _joined(arrays: Sequence[np.ndarray], sizes: Sequence[int] | None = None) ->
 
 
 def _row_of_first_label(pair: AlignedPair) -> np.ndarray:
-    """int64 [A]: index into teacher_rows of each segment's first teacher label, -1 where it was not asked
+    """int64 [A]: index into teacher_rows of each segment's first teacher label, -1 if it was not asked
     for.
     """
     first = pair.segments[:, 0]

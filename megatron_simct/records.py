@@ -355,7 +355,7 @@ class LabelBatch:
     teacher_hidden: torch.Tensor | None
     """[R, H_T], rows of the whole micro-batch."""
     teacher_hidden_index: torch.Tensor
-    """int64 [A]: the row of `teacher_hidden` for the segment's first teacher label; -1 where none was asked
+    """int64 [A]: the row of `teacher_hidden` for the segment's first teacher label; -1 if none was asked
     for.
     """
     teacher_topk: torch.Tensor | None = None

@@ -67,7 +67,7 @@ class Side:
     ids: np.ndarray
     """int32 [n]"""
     continuations: Continuations | None = None
-    """Its tokenizer's; None where nothing is known of it."""
+    """Its tokenizer's; None if nothing is known of it."""
 
 
 def plan_byte_bounds(

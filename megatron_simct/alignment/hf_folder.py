@@ -248,7 +248,7 @@ def tokenizer_file(folder: Path) -> Path | None:
 def locate_tokenizer(options: ModelConfig, *, prefix: str) -> str:
     """--[teacher-]tokenizer-model, else the folder of --[teacher-]hf-checkpoint.
 
-    ValueError where that has none.
+    ValueError if that has none.
     """
     if options.tokenizer_model is not None:
         return options.tokenizer_model

@@ -64,7 +64,7 @@ def save_map(
     """Write the map as `folder`; a map that is there already is replaced. `description` goes into map.json as
     it is.
 
-    Raises ValueError where the folder holds anything else, and for tables that the map was not built from.
+    Raises ValueError if the folder holds anything else, and for tables that the map was not built from.
     """
     from safetensors.numpy import save
 

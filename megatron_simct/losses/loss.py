@@ -302,7 +302,7 @@ def _plan(labels: LabelBatch, needs: RowNeeds, label_rows: LabelRows | None) -> 
 
 
 def _local_rows_of_labels(labels: LabelBatch, label_rows: LabelRows) -> torch.Tensor:
-    """int64 [N]: the row of student_hidden that predicts each label, -1 where it is another rank's."""
+    """int64 [N]: the row of student_hidden that predicts each label, -1 if it is another rank's."""
     place = torch.full_like(labels.student_labels, -1)
     return place.index_copy(0, label_rows.index, torch.arange(len(label_rows.index), device=place.device))
 

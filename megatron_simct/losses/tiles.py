@@ -367,7 +367,7 @@ class _KnownGradient(torch.autograd.Function):
 
 
 class _KnownGradients(torch.autograd.Function):
-    """`value` as a function of hidden states and an output weight with known gradients; None where not
+    """`value` as a function of hidden states and an output weight with known gradients; None if not
     needed.
     """
 

@@ -167,7 +167,7 @@ class Tiles:
     ) -> None:
         """source reads rows in the plan's order; teacher gives the scores of the shared rows in that order.
 
-        labels int64 [N], in the student's order. teacher is None where no scores of shared tokens are read.
+        labels int64 [N], in the student's order. teacher is None if no scores of shared tokens are read.
         """
         if source.device.type == "cpu":
             _keep_freed_memory()

@@ -443,7 +443,7 @@ def _layers(
 
 
 def check_divides(architecture: Architecture, parallel: ParallelConfig, *, flag: str) -> None:
-    """ValueError, naming the flag and the number, where the layout does not divide layers, heads or MLP."""
+    """ValueError, naming the flag and the number, if the layout does not divide layers, heads or MLP."""
     pp, virtual = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
     layers = architecture.num_layers
     if virtual > 1 and layers % (pp * virtual) and parallel.pipeline_model_parallel_layout is None:

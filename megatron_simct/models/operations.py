@@ -61,5 +61,5 @@ def _pairs(length: int, window: int | None) -> int:
 
 
 def peak_operations(device_name: str) -> float | None:
-    """Operations a second of the device; None where it is not known."""
+    """Operations a second of the device; None if it is not known."""
     return next((peak for name, peak in _PEAKS.items() if name in device_name), None)

@@ -191,7 +191,7 @@ class TeacherClient(Thread):
         return not self._results.empty()
 
     def next(self) -> tuple[Sequence[Any], Message]:
-        """The next answer, as it came and decoded. TeacherError where none will come."""
+        """The next answer, as it came and decoded. TeacherError if none will come."""
         try:
             result = self._results.get(timeout=self._patience.timeout_s + 60)
         except Empty:  # the thread itself has died
@@ -201,7 +201,7 @@ class TeacherClient(Thread):
         return result
 
     def meet(self) -> None:
-        """Wait until some replica has said welcome. TeacherError where none does, or one refuses."""
+        """Wait until some replica has said welcome. TeacherError if none does, or one refuses."""
         try:
             self._met.get(timeout=self._patience.timeout_s)
         except Empty:
@@ -292,7 +292,7 @@ class TeacherClient(Thread):
                 self._replicas[name] = _Replica(endpoint=endpoint, sock=sock)
 
     def _keys_for(self, endpoint: Endpoint) -> Keys | None:
-        """Read once: they are those of the run. ValueError where the file has none."""
+        """Read once: they are those of the run. ValueError if the file has none."""
         if not is_encrypted(endpoint) or self._key_file is None:
             return None
         if self._keys is None:

@@ -313,7 +313,7 @@ def _check_length(path: str) -> None:
 def _bind_in_new_folder(router: zmq.Socket) -> str:
     """The ipc:// address, in a folder that only its owner can enter.
 
-    ValueError where its name is too long.
+    ValueError if its name is too long.
     """
     folder = tempfile.mkdtemp(prefix=SOCKET_FOLDER)  # mode 0700
     address = f"ipc://{folder}/{SOCKET}"

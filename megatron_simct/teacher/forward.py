@@ -51,7 +51,7 @@ class TeacherRequest:
     token_ids: bool
     """Whether their ids are wanted too."""
     byte_side: ByteSide | None
-    """What to sum for `bytes`; None where that is not wanted."""
+    """What to sum for `bytes`; None if that is not wanted."""
 
     @classmethod
     def of(cls, pair: AlignedPair) -> TeacherRequest:
@@ -232,7 +232,7 @@ class LocalLabels:
 
     def on_all(self, values: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         """Rows [n, ...] of all ranks in one order, [k, ...], on all of them. place [k]: which row of `values`
-        each is, -1 where it is another rank's. One all-reduce."""
+        each is, -1 if it is another rank's. One all-reduce."""
         gathered = values.new_zeros(len(place), *values.shape[1:])
         gathered[place >= 0] = values[place[place >= 0]]
         dist.all_reduce(gathered, group=self.group)

@@ -190,7 +190,7 @@ class ReplicaServer(Thread):
     # What the model's thread calls
 
     def start(self) -> None:
-        """Make the replica known, and open. OSError where the folder refuses, ValueError where another
+        """Make the replica known, and open. OSError if the folder refuses, ValueError if another
         replica has the name; then nothing is left behind."""
         try:
             publish(self._folder, self.endpoint)
@@ -205,7 +205,7 @@ class ReplicaServer(Thread):
         """The requests that came first, up to so many tokens but at least one; after wait_s seconds maybe
         none.
 
-        RuntimeError where the thread has died: no request would ever come.
+        RuntimeError if the thread has died: no request would ever come.
         """
         with self._condition:
             if not self._queue:

@@ -209,7 +209,7 @@ def _frame(dtype: str, array: np.ndarray) -> bytes | memoryview:
 
 
 def _inflated(frame: bytes | memoryview, size: int) -> bytes | None:
-    """The int32 numbers of a frame of steps, of so many bytes; None where it has others."""
+    """The int32 numbers of a frame of steps, of so many bytes; None if it has others."""
     inflater = zlib.decompressobj()
     try:
         data = inflater.decompress(frame, size + 1)
@@ -229,7 +229,7 @@ def _check_fields(kind: str, fields: Any, schema: _Schema) -> None:
 def _check_shapes(
     kind: str, specs: Any, frames: Sequence[bytes | memoryview], schema: _Schema
 ) -> dict[str, int]:
-    """The length of each dimension's letter. WireError where the frames are not those of the schema."""
+    """The length of each dimension's letter. WireError if the frames are not those of the schema."""
     if not isinstance(specs, list) or len(specs) != len(frames):
         raise WireError(f"{kind}: the header does not describe its {len(frames)} frames")
     names: set[str] = set()

@@ -184,7 +184,7 @@ class Checkpoints:
         ours).
 
         step: that iteration instead. verified: see `check`. Raises ValueError, naming the flag and the
-        directory, where there is none, where it holds weights only or is damaged, or where it belongs to
+        directory, if there is none, where it holds weights only or is damaged, or where it belongs to
         another model, tokenizer or alignment map.
         """
         iteration, path = (
@@ -449,7 +449,7 @@ class Found:
 def check(found: Found) -> None:
     """Read each file of a checkpoint once a job, and say what that took. Collective over the whole job.
 
-    ValueError on every rank where one is not as it was written; it names the file, and the newest older
+    ValueError on every rank if one is not as it was written; it names the file, and the newest older
     checkpoint that is whole. Those of earlier versions have no hashes: a line says so.
     """
     if not _agreed(found.path.is_dir()) or found.path in _CHECKED:
@@ -520,7 +520,7 @@ def _of_step(directory: str, step: int) -> tuple[int, Path]:
 
 
 def newest_checkpoint(directory: str, *, flag: str) -> tuple[int, Path]:
-    """Its iteration and its folder. ValueError, naming the flag, where there is none."""
+    """Its iteration and its folder. ValueError, naming the flag, if there is none."""
     try:
         named = (Path(directory) / TRACKER).read_text().strip()
         if named == _RELEASE:
@@ -637,7 +637,7 @@ def _versions() -> dict[str, str]:
 def _read(
     state: dict[str, Any], found: Found, *, among: dist.ProcessGroup | None = None, weights_only: bool = False
 ) -> dict[str, Any]:
-    """The requested state. ValueError where the checkpoint lacks some of it, or holds other weights beside
+    """The requested state. ValueError if the checkpoint lacks some of it, or holds other weights beside
     it.
 
     among: ranks that read a share each. weights_only: what is no tensor is not looked at.

@@ -598,7 +598,7 @@ def _tiles(side: ByteSideBatch, order: ByteOrder, num_rows: int) -> Iterator[tup
 
 
 def _own_places(labels: torch.Tensor, order: ByteOrder, shard_start: int) -> torch.Tensor:
-    """int64 [n]: the place of each label among this rank's columns in byte order, -1 where another rank has
+    """int64 [n]: the place of each label among this rank's columns in byte order, -1 if another rank has
     it.
     """
     num_columns = len(order.columns)

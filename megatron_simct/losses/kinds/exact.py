@@ -54,7 +54,7 @@ class FirstTokens:
         )
 
     def special(self) -> torch.Tensor:
-        """int64 [A, 3]: the three, each id once; -1 where it has been named by a later column or, the second,
+        """int64 [A, 3]: the three, each id once; -1 if it has been named by a later column or, the second,
         by the first."""
         teacher = torch.where((self.teacher == self.own) | (self.teacher == self.replaced), -1, self.teacher)
         return torch.stack(
