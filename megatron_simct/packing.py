@@ -62,7 +62,7 @@ def pack_micro_batches(
     entries: Entries | None = None,
     advantages: Mapping[int, float] | None = None,
 ) -> list[MicroBatch]:
-    """The micro-batches of a step, as `cut` says, their sequences packed or padded to `multiple_of` tokens.
+    """The micro-batches of a step, chosen by `cut`; sequences are packed or padded to `multiple_of` tokens.
 
     prompts, rollouts and pairs are in one order; scored pairs come in any order and are matched by sample id.
     Tensors are on the CPU, but for what the teacher left on a device. `check` raises ValueError for labels
@@ -116,7 +116,7 @@ def by_tokens(
 
     A sequence that is longer than max_tokens is a micro-batch of its own. agree: from the number that this
     rank needs to the one that all ranks have, which is at most the number of sequences; the largest
-    micro-batches are halved until there are so many.
+    micro-batches are halved until that number is reached.
     """
     bins: list[list[int]] = []
     totals: list[int] = []
@@ -158,7 +158,7 @@ def sequence_batch(
     """Prompts with their responses, whose tokens are the labels, packed in one row or padded beside each
     other.
 
-    context: which tokens of the rows are this rank's; None: all.
+    context: the tokens of the rows that this rank holds; None: all.
     """
     sequences = [np.concatenate(both) for both in zip(prompts, responses, strict=True)]
     label_lens = [len(response) for response in responses]
@@ -387,10 +387,10 @@ def pack_byte_sides(sides: Sequence[ByteSide], num_labels: Sequence[int]) -> Byt
 
 
 def part_of_bytes(side: ByteSideBatch, owner: torch.Tensor, rank: int) -> ByteSidePart:
-    """What this context-parallel rank sums of one model's slots. owner int64 [N]: the rank that has each
+    """This context-parallel rank's part of one model's slots. owner int64 [N]: the rank that holds each
     label's row.
 
-    The same numbers of exchanged segments on every rank: all know the whole batch.
+    Exchanged segments have the same numbers on every rank, because every rank knows the whole batch.
     """
     last = side.last_row.clamp(max=max(len(owner) - 1, 0))
     # A rank adds up the slots whose last row it holds, and sums the segments of the rows that it holds. A

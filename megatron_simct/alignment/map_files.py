@@ -70,7 +70,7 @@ def save_map(
 
     folder = Path(folder)
     if folder.exists() and not is_map(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is no alignment map: give another folder")
+        raise ValueError(f"{folder} exists and is not an alignment map: give another folder")
     tables = {"student": student, "teacher": teacher}
     _check_fingerprints(folder, _fingerprints(alignment_map), tables)
     tensors = {"student_ids": alignment_map.student_ids, "teacher_ids": alignment_map.teacher_ids}

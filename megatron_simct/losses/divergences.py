@@ -105,9 +105,7 @@ class RunningSums:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Norms:
-    """What turns the scores of a row into log-probabilities: log p = (s - student_max) - student_log_z; each
-    [A].
-    """
+    """Normalizers of a row: log p = (s - student_max) - student_log_z. Each is [A]."""
 
     student_max: torch.Tensor
     teacher_max: torch.Tensor
@@ -121,7 +119,7 @@ class Norms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColumnSums:
-    """Sums over columns of a row: what value and offset are made of; each [A]."""
+    """Sums over columns of a row, from which value and offset follow. Each is [A]."""
 
     p: torch.Tensor
     """The student's probability of the columns."""
@@ -204,9 +202,7 @@ def known_gradient(
 
 
 def factor_of(divergence: str, beta: float) -> float:
-    """What D is still to be multiplied by: the deficits of js are subtracted first, their difference may be
-    small.
-    """
+    """The factor of D that is applied last: for js, differences of deficits are taken before it."""
     return 1 - beta if divergence == "js" else 1.0
 
 
@@ -273,7 +269,7 @@ def _deficit(log_a: torch.Tensor, log_b: torch.Tensor, share: float) -> torch.Te
 
 
 def _rise(old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """By how much the maxima rose, and e^-rise; (0, 0) where there was none."""
+    """(rise of the maxima, e^-rise); (0, 0) where the old maximum is -inf."""
     none = old == NEGATIVE_INFINITY
     rise = torch.where(none, 0, new - old)
     return rise, torch.where(none, 0, (-rise).exp())

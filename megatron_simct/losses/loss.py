@@ -75,7 +75,7 @@ class LabelRows:
     The labels themselves are few numbers and known to all ranks. A segment belongs to the rank that has the
     row of its first label; a unit that straddles a cut needs the log-probabilities of its other labels, and
     hands back their share of the gradient: 12 bytes a label between the ranks of `group` (4 for the raw
-    logits of `code` on top). What `bytes` exchanges, kinds/bytes.py says.
+    logits of `code` on top). kinds/bytes.py describes what `bytes` exchanges.
     """
 
     index: torch.Tensor
@@ -111,7 +111,7 @@ def interface_loss(
     num_labels and metrics are then this rank's share, to be added over label_rows.group; label_losses too.
 
     importance_cap: weight each segment, or byte position, by how likely the response before it is, compared
-    with when it was sampled, at most so much (policy_gradient.py); None: all by 1.
+    with when it was sampled, capped at this value (policy_gradient.py); None: no weights.
 
     A non-finite logit, of either model, makes the sum non-finite: the step is refused, no row is dropped
     silently. Raises ValueError for options without a meaning and for a missing shared head or teacher hidden
@@ -264,8 +264,8 @@ def _num_columns(width: int, placement: VocabPlacement) -> int:
 
 @torch.no_grad()
 def _plan(labels: LabelBatch, needs: RowNeeds, label_rows: LabelRows | None) -> RowPlan:
-    """Which rows the interface compares, and which of them need the whole softmax in their gradient; those
-    here.
+    """The rows of this rank that the interface compares, and which of them need the whole softmax in their
+    gradient.
     """
     used = is_row(labels.kinds, needs)
     # The student's part of (ts, te, ss, se). `dense` is indexed by labels [N], `special` and `shared` by
@@ -321,8 +321,8 @@ def _loss(
     label_rows: LabelRows | None,
     importance_cap: float | None = None,
 ) -> LossOutput:
-    """make_source: from the real columns and the order of the rows; make_teacher: from the teacher's rows, in
-    order.
+    """make_source: called with the number of real columns and the order of the rows. make_teacher: called
+    with the teacher's rows, in that order, and a dtype.
     """
     interface, config = interface_of(config), config.method()
     needs = interface.rows(config)
@@ -443,7 +443,7 @@ def _weigh(labels: LabelBatch, cap: float) -> Weigh:
 def _unit_losses(
     units: torch.Tensor | None, labels: LabelBatch, is_local: torch.Tensor, *, like: torch.Tensor
 ) -> torch.Tensor:
-    """[S]: weighted, of the units that are no rows; zeros where the interface gives them nothing."""
+    """[S]: the weighted loss of units without a row; zeros if the interface has none."""
     weight = labels.weights.to(like.dtype)
     if units is None:
         return torch.zeros_like(weight)
@@ -489,7 +489,7 @@ def _passes(
 
 
 def _gradient(total: torch.Tensor, rows: Rows, needs: RowNeeds) -> GradientWeights:
-    """The sum's gradient by the numbers of the rows."""
+    """The gradient of the sum with respect to the statistics of the rows."""
     leaves = list(rows.leaves.values())
     if rows.shared is not None:
         leaves.append(rows.shared[2])
@@ -526,8 +526,8 @@ def _gradient(total: torch.Tensor, rows: Rows, needs: RowNeeds) -> GradientWeigh
 def _of_all_labels(
     stats: Statistics, labels: LabelBatch, label_rows: LabelRows, needs: RowNeeds
 ) -> Statistics:
-    """The statistics with those of labels [N] that all ranks need; the others are only known, and read,
-    here.
+    """The statistics as numbers of all labels [N]. log_probs (and own, if the interface reads raw logits) are
+    gathered from all ranks; the others are only valid, and only read, at this rank's labels.
     """
 
     def to_all_labels(values: torch.Tensor) -> torch.Tensor:

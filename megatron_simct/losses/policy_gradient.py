@@ -1,4 +1,4 @@
-"""The ratio of the trained policy to the one that sampled, and what is made of it.
+"""The ratio of the trained policy to the sampling policy: PPO terms and importance weights.
 
     r_i  = pi(y_i) / pi_old(y_i)
     loss = -min(r_i A_i, clip(r_i, 1 - clip_low, 1 + clip_high) A_i)    PPO, arXiv:1707.06347, Eq. 7

@@ -4,7 +4,7 @@
 layer. It runs in one process, or on the ranks of a tensor-parallel group that hold equal consecutive slices
 of both vocabularies. Row p of a source is the one that PREDICTS label p, not the one at label p.
 
-Example, a student that says "ha" "ppy" where the teacher says "hap" "py", then the stop token of each:
+Example: the student's tokens are "ha" "ppy", the teacher's "hap" "py", and then the stop token of each:
 
     >>> import torch
     >>> from megatron_simct.alignment import TokenTable
@@ -489,7 +489,7 @@ def _labels(
     needs_segments: bool,
     matches_are_shared: bool,
 ) -> LabelBatch:
-    """Every segment is told its kind: SHARED for one label on each side that are a pair, STOP, else UNIT.
+    """The kind of each segment: SHARED for one label on each side that are a pair, STOP, else UNIT.
 
     matches_are_shared: any one label on each side is SHARED, as in SimCT's released code.
     """
@@ -578,7 +578,7 @@ def _byte_order(
 
 
 def _byte_events(student: Side, teacher: Side, *, bounds: str) -> ByteEvents:
-    """Those of the one response that the labels spell."""
+    """The byte events of one response."""
     alignment = align(teacher.table, teacher.ids, student.table, student.ids)
     stopped = student.ids.size and int(student.ids[-1]) in student.table.stop_ids
     spelled, _ = student.table.spell(student.ids[:-1] if stopped else student.ids)
@@ -605,7 +605,7 @@ def _with_bytes(
     teacher_start: int,
     group: dist.ProcessGroup | None,
 ) -> LabelBatch:
-    """The labels with the events, and what the teacher says of them."""
+    """The labels with the events and the teacher's log-probabilities of them."""
     device = labels.student_labels.device
     side = pack_byte_sides([events.teacher], [len(response.teacher_labels)]).to(device)
     masses = slot_log_masses(
@@ -616,7 +616,7 @@ def _with_bytes(
 
 
 def _finish(output: LossOutput, normalizer: float | torch.Tensor | None) -> CrossTokenizerLoss:
-    """Divide once; refuse what is not finite."""
+    """Divide once. Raises ValueError if the sum is not finite."""
     if not bool(torch.isfinite(output.sum)):
         raise ValueError(
             f"the loss is {float(output.sum.detach())}: nan or inf in the logits of either model, or a "
@@ -634,7 +634,7 @@ def _finish(output: LossOutput, normalizer: float | torch.Tensor | None) -> Cros
 
 
 def _check_applies(options: InterfaceConfig) -> None:
-    """These options are read where a run makes its segments."""
+    """Raises ValueError for options that only a run reads, when it makes its segments."""
     of_a_run = ("drop_units", "random_units", "unit_weight", "mask_whitespace", "stop_bridge", "shared")
     method, default = options.method(), InterfaceConfig()
     changed = [name for name in of_a_run if getattr(method, name) != getattr(default, name)]

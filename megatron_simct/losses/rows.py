@@ -46,7 +46,7 @@ SideName = Literal["student", "teacher"]
 NOTHING = torch.zeros(0)
 """A statistic that the interface's passes do not take."""
 ALL_TOKENS = 1 << 30
-"""A number of likeliest tokens: the whole vocabulary."""
+"""As a k of the most likely tokens: the whole vocabulary."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +65,7 @@ class RowNeeds:
     """The labels whose rows need the whole softmax in the gradient: of units, the first ones or all of every
     used segment, or simply all."""
     special: Literal["none", "replaced", "first"] = "none"
-    """Columns that are told apart in a unit's row: the shared token of the same bytes, or
+    """Columns that are kept apart in a unit's row: the shared token of the same bytes, or
     FirstTokens.special.
     """
     raw: bool = False
@@ -100,12 +100,12 @@ class RowValues:
     """What a value function returns."""
 
     value: torch.Tensor
-    """[A], nats, not weighted yet; without segments, [N]. Of any value where the row's weight is 0."""
+    """[A], nats, not weighted yet; without segments, [N]. Any value where the row's weight is 0."""
     student_mass: torch.Tensor | None = None
     """[A]: the student's probability of the compared tokens at the first row; None: it compares none."""
     teacher_mass: torch.Tensor | None = None
     units: torch.Tensor | None = None
-    """[S]: the loss of units that are no rows; of any value elsewhere."""
+    """[S]: the loss of units without a row; any value elsewhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +164,7 @@ class Rows:
     teacher_lse: torch.Tensor
     """[M]"""
     deficits: Callable[[Norms], list[torch.Tensor]] | None = None
-    """The pass that js needs."""
+    """The additional pass over the tiles that js needs."""
     shared: tuple[Norms, torch.Tensor, torch.Tensor] | None = field(init=False, default=None)
     """After `divergence`: norms, offset, and a leaf whose gradient is the scale of the shared columns'
     gradient.
@@ -189,7 +189,7 @@ class Rows:
 
     @property
     def leaves(self) -> dict[str, torch.Tensor]:
-        """What autograd differentiates by."""
+        """The tensors that autograd differentiates with respect to."""
         names = ("log_probs", "own", "log_sums", "special", "outside", "top", "entries")
         return {name: getattr(self, name) for name in names}
 
@@ -295,7 +295,7 @@ class _Divergence(torch.autograd.Function):
     """Value [A] and offset [A] of a divergence; by hand, as the three differ from a constant by what is left
     of large sums: js is made of deficits (`mean_deficits`), and autograd would round their difference away.
 
-    The gradient by `scale`, which is no input of the value, is the factor of the shared columns' gradient."""
+    The value does not depend on `scale`: its "gradient" is the factor of the shared columns' gradient."""
 
     @staticmethod
     def forward(
@@ -334,7 +334,7 @@ def log_add(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def is_row(kinds: torch.Tensor, needs: RowNeeds) -> torch.Tensor:
-    """[S] -> bool [S]: which segments the interface uses."""
+    """[S] -> bool [S]: the segments that the interface uses."""
     if not needs.segments:
         return torch.zeros_like(kinds, dtype=torch.bool)
     return (kinds != SegmentKind.UNIT) | needs.units

@@ -68,7 +68,7 @@ class GivenLogits:
         """logits [n, W] before the soft-cap; the first `num_columns` columns are real.
 
         order [n], a permutation: row i of this source is row order[i] of `logits`; None is the identity. Rows
-        that are asked for by a slice must follow one another in `logits` too: `runs` says where they do.
+        that are requested by a slice must be consecutive in `logits` too: `runs` returns such slices.
         """
         self.num_rows, self.num_columns = logits.shape[0], num_columns
         self.dtype = statistics_dtype(logits)
@@ -86,7 +86,7 @@ class GivenLogits:
         )
 
     def runs(self) -> list[slice]:
-        """All rows, cut where two that follow one another here do not in memory."""
+        """All rows, as slices that are consecutive in memory."""
         if self.num_rows == 0:
             return []
         # A run ends where the next row of this source is not the next row in memory.
@@ -138,7 +138,7 @@ class GivenLogits:
         """Add [n, k], the gradient with respect to the capped logits at local columns int64 [n, k], each row
         its own.
 
-        Entries with gradient 0 are left out whatever their column says, as long as it is a real one.
+        Entries with gradient 0 may name any real column.
         """
         order = torch.arange(self.num_rows, device=self.device) if self._order is None else self._order
         # [n, 1] rows in memory beside [n, k] columns: entry (i, j) is column columns[i, j] of row i.
@@ -156,7 +156,7 @@ class GivenLogits:
         return _KnownGradient.apply(value, self._gradient, self._input)
 
     def _memory_slice(self, rows: slice) -> slice:
-        """Where these rows are in memory."""
+        """The slice of `logits` that holds these rows."""
         place = in_place(self._positions[rows])
         assert place is not None, f"rows {rows} do not follow one another in memory"
         return place

@@ -110,7 +110,7 @@ class RowPlan:
         rows = starts[segments]
         num_first = int(first_dense.sum())
         is_first = torch.zeros_like(dense).index_fill_(0, rows, True)
-        # Dense rows that are no first row: the later labels of units, for example.
+        # Dense rows other than first rows: the later labels of units, for example.
         others = (dense & ~is_first).nonzero().squeeze(1)
         rest = (~dense & ~is_first).nonzero().squeeze(1)
         num_sparse = len(rows) - num_first
@@ -151,7 +151,7 @@ class GradientWeights:
 
 
 class Tiles:
-    """How the rows and columns of one micro-batch on one rank are gone through."""
+    """Iterates over tiles and blocks of one micro-batch's logits on one rank."""
 
     def __init__(
         self,
@@ -493,7 +493,7 @@ class TwoPass(Tiles):
     def _shared_gradient_(
         self, student: torch.Tensor, teacher: torch.Tensor, rows: slice, weights: GradientWeights
     ) -> torch.Tensor:
-        """From a block of both models' logits, in place of the student's."""
+        """The gradient at the shared columns of a block; it overwrites both models' logits."""
         assert weights.shared is not None, "a teacher's scores are compared"
         norms, offset, scale = weights.shared
         return score_gradient_(
@@ -573,6 +573,6 @@ def relative(rows: slice, outer: slice) -> slice:
 
 
 def common(a: slice, b: slice) -> slice | None:
-    """The rows of both, None for none."""
+    """The rows of both slices; None if they have none in common."""
     both = slice(max(a.start, b.start), min(a.stop, b.stop))
     return both if both.start < both.stop else None

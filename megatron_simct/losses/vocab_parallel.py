@@ -66,9 +66,7 @@ def finite_reference(maxima: torch.Tensor) -> torch.Tensor:
 
 
 def in_place(rows: list[int]) -> slice | None:
-    """The rows of a tensor as a slice, of which a view can be had, where each follows the one before; else
-    None.
-    """
+    """The rows as a slice, which selects a view, if they are consecutive; else None."""
     first = rows[0] if rows else 0
     return slice(first, first + len(rows)) if rows == list(range(first, first + len(rows))) else None
 
@@ -111,7 +109,7 @@ class OnlineLogSumExp:
         return exponentials, shrink
 
     def shrink_to(self, maxima: torch.Tensor) -> torch.Tensor:
-        """Make the sums relative to maxima that are no smaller, such as those of all ranks; returns the
+        """Make the sums relative to larger or equal maxima, such as those of all ranks; returns the
         factor.
         """
         shrink = (self.maxima - maxima).exp()

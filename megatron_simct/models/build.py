@@ -333,9 +333,9 @@ def layers_of_stages(architecture: Architecture, parallel: ParallelConfig) -> li
     """How many layers each piece of the model has, from the first to the last: stages, or those of an
     interleaved pipeline, of which rank r of P has the pieces r, r + P, ...
 
-    Where stages do not divide the layers and nothing else is said, those in the middle have equally many, and
-    the ends, which have more to do, what is left if the others have one more than they. ValueError, naming
-    the flag.
+    Where stages do not divide the layers and nothing else is given, those in the middle have equally many,
+    and the ends, which have more to do, what is left if the others have one more than they. ValueError,
+    naming the flag.
     """
     layers, stages = architecture.num_layers, parallel.pipeline_model_parallel_size
     if parallel.pipeline_model_parallel_layout is not None:

@@ -548,8 +548,8 @@ class TeacherClient(Thread):
             known.append(f"{name} ({replica.endpoint.address}, last heard {last})")
         text = (
             f"{self._where}: {what} for {self._patience.timeout_s / 60:g} minutes "
-            f"(--teacher-timeout-minutes); replicas: {', '.join(known) or 'none was found'}; start the teacher "
-            "and resume"
+            f"(--teacher-timeout-minutes); replicas: {', '.join(known) or 'none was found'}; start the "
+            "teacher and resume"
         )
         ignored = self._lookout.ignored()[:3]
         if ignored:

@@ -152,7 +152,7 @@ def decode(
     before. max_tokens: TooManyTokens for a request with more, before anything is inflated.
     """
     if len(parts) < 2:
-        raise WireError(f"{len(parts)} parts are no message")
+        raise WireError(f"{len(parts)} parts are not a message")
     header, frames, checksum = parts[0], parts[1:-1], parts[-1]
     if len(header) > MAX_HEADER_BYTES:
         raise WireError(f"a header of {len(header)} bytes, at most {MAX_HEADER_BYTES}")

@@ -201,8 +201,8 @@ class Checkpoints:
             raise ValueError(f"--load {path}: damaged: {damage}") from None
         if not run.keys() >= {"identity", "config", "world_size"}:
             raise ValueError(
-                f"--load {path}: {RUN_FILE} is missing or of weights alone, so it is no checkpoint to resume "
-                f"from; --pretrained-checkpoint {directory} starts a new run from its weights"
+                f"--load {path}: {RUN_FILE} is missing or holds weights alone, so it cannot be "
+                f"resumed from; --pretrained-checkpoint {directory} starts a new run from its weights"
             )
         self._check_identity(run["identity"], path, directory)
         same_layout = run["world_size"] == dist.get_world_size() and all(
@@ -640,7 +640,7 @@ def _read(
     """The requested state. ValueError if the checkpoint lacks some of it, or holds other weights beside
     it.
 
-    among: ranks that read a share each. weights_only: what is no tensor is not looked at.
+    among: ranks that read a share each. weights_only: values that are not tensors are not read.
     """
     where = f"{found.flag} {found.path}"
     handling = dist_checkpointing.validation.StrictHandling.RETURN_ALL
@@ -745,7 +745,7 @@ def _has_rng_tensors(path: Path) -> bool:
 def _reason(error: BaseException) -> str:
     """An error in one line; torch's CheckpointException, no Exception, wraps those of the ranks."""
     if isinstance(error, CheckpointException):
-        if not error.failures:  # the first rank alone is told
+        if not error.failures:  # only the first rank has the list
             return "another rank says why"
         error, _ = next(iter(error.failures.values()))
     if "Weights only load failed" in str(error):

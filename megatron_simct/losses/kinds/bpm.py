@@ -19,10 +19,10 @@ on with r:
 
     loss = loss - L sum over g of M(g) log sum of p(u) over r <= b(u)        M(g) = sum of q(w) over w in g
 
-Of the teacher's tokens the k likeliest of each row are read (teacher_topk.py), and what was said. Forward KL
-or js: a target is 0 for most tokens, where reverse KL is infinite. The target knows where the student's text
-ends a teacher token, so "goes on or stops here" gets what the student itself does as its target; and where
-the student has the longer tokens, the mass of all texts but the sampled one goes to a short token.
+Of the teacher's tokens the k most likely of each row are read (teacher_topk.py), and the sampled one. Forward
+KL or js: a target is 0 for most tokens, where reverse KL is infinite. The target knows where the student's
+text ends a teacher token, so "goes on or stops here" gets what the student itself does as its target; and
+where the student has the longer tokens, the mass of all texts but the sampled one goes to a short token.
 """
 
 from __future__ import annotations

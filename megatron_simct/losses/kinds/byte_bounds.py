@@ -2,8 +2,8 @@
 position.
 
 Known masses s_e, t_e of the events, divided by each model's whole, known plus unresolved u_S, u_T, are lower
-bounds. The truth is s_e + a_e and t_e + b_e with 0 <= a_e <= cS_e, sum of a = u_S, and b likewise. The loss
-is
+bounds. The truth is s_e + a_e and t_e + b_e with 0 <= a_e <= cS_e, sum of a = u_S, and the same for b. The
+loss is
 
     min over a, b of  sum over e of  d(s_e + a_e, t_e + b_e),      d(p, q) = q f(p / q)
 

@@ -12,7 +12,7 @@ teacher:
     m:1        b(s_1 .. s_m-1) b(u) = b(t)    prod_i<m p(s_i) p(u)       q(t)
     m:n        the sampled tokens alone
 
-The tokens t are the teacher's k likeliest of that row; what was said is forced in; REST = 1 - sum. The loss
+The tokens t are the teacher's k most likely of that row and always the sampled one; REST = 1 - sum. The loss
 of a segment is the divergence of the two partitions; published with forward KL and js. A student's path of
 several tokens is a prefix ("goes on with 0"), a teacher's token is not ("0, and no more of this token"):
 behind a path the events are not the same events, so the loss moves a perfect student.
@@ -41,11 +41,11 @@ Event = tuple[int, int, int, int, float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Likely:
-    """What a teacher says of one response, by id."""
+    """A teacher's log-probabilities for one response, by token id."""
 
     rows: Mapping[int, Mapping[int, float]]
-    """For each teacher label whose row was asked for: token -> log-probability, descending, and what was
-    said.
+    """For each teacher label whose row was requested: token -> log-probability, descending; the label itself
+    is always among them.
     """
     own_log_probs: Sequence[float]
     """The log-probability of every teacher label."""
@@ -114,7 +114,7 @@ def response_entries(
     pair: AlignedPair,
     scored: ScoredPair,
 ) -> EntryBatch:
-    """Those of one response of a run. build: of Interface.entries."""
+    """The entries of one response of a run. build: the function of Interface.entries."""
     assert scored.topk is not None and scored.topk_ids is not None, "asked for by TeacherNeeds.token_ids"
     labels = pair.teacher_ids.tolist()
     likely = Likely.of(
