@@ -183,7 +183,8 @@ def released_map(student: Tokenizer, teacher: Tokenizer) -> AlignmentMap:
     for tokenizer in (student, teacher):
         if tokenizer.strings is None:
             raise ValueError(
-                f'--simct-shared released: tokenizer "{tokenizer.name}" is no tokenizer.json, whose strings '
+                f'--simct-shared released: tokenizer "{tokenizer.name}" is not a tokenizer.json, whose '
+                "strings "
                 "it compares"
             )
         ids: dict[str, int] = {}

@@ -142,8 +142,14 @@ def within_characters(table: TokenTable) -> Continuations:
             kind.append(0)
             continue
         first = piece[-lead]
-        size = 1 if first < 0x80 else 2 if first < 0xE0 else 3 if first < 0xF0 else 4
-        kind.append(1 if lead < size else 2 if lead == size and 0x80 <= first < 0xF8 or first < 0x80 else 0)
+        # lead: bytes from the last leading byte on. size: bytes of the character that it begins.
+        size = 1 + sum(first >= least for least in (0xC0, 0xE0, 0xF0))
+        if lead < size:
+            kind.append(1)  # the character is cut: only continuation bytes may follow
+        elif lead == size and first < 0xF8:
+            kind.append(2)  # the character is complete: no continuation byte may follow
+        else:
+            kind.append(2 if first < 0x80 else 0)  # not UTF-8
     return Continuations(kinds, np.array(kind, dtype=np.int32))
 
 

@@ -78,7 +78,8 @@ def measure_coverage(
         ts, te, ss, se = found.segments.T
         num_teacher, num_student = te - ts, se - ss
         unit_bytes = np.diff(found.byte_ends, prepend=0)
-        kind = 2 * (num_teacher > 1) + (num_student > 1)
+        # 0: 1:1, 1: one teacher token, 2: one student token, 3: several on both sides.
+        kind = np.where(num_teacher > 1, 2, 0) + np.where(num_student > 1, 1, 0)
         tokens += np.bincount(kind, weights=num_student, minlength=4).astype(np.int64)
         sizes += np.bincount(kind, weights=unit_bytes, minlength=4).astype(np.int64)
         seen[student_ids] = True

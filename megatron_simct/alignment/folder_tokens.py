@@ -60,17 +60,17 @@ def check_named(folder: HfFolder, ids: Mapping[str, int]) -> tuple[str, ...]:
         used = token in folder.named and (role in ("bos_token", "eos_token") or role in read)
         if used or any(token.content in text for text in written):
             raise ValueError(
-                f"{folder.path / token.source}: {token.content!r} ({role}) is no token of the vocabulary"
+                f"{folder.path / token.source}: {token.content!r} ({role}) is not a token of the vocabulary"
                 f"{'' if used else ', though the chat template writes it'}; list it among the added tokens "
                 "with the id that the model has for it, or take it out"
             )
         notes.append(
-            f"{token.source}: {token.content!r} ({role}) is no token of the vocabulary, and is not used"
+            f"{token.source}: {token.content!r} ({role}) is not a token of the vocabulary, and is not used"
         )
     mentioned = {token.content for token in (*folder.named, *folder.added, *folder.unread)}
     marks = {mark.group() for text in written for mark in _MARK.finditer(text)}
     notes += [
-        f"the chat template writes {mark!r}, which is no token of the vocabulary: it is spelled in several"
+        f"the chat template writes {mark!r}, which is not a token of the vocabulary: it is spelled in several"
         for mark in sorted(marks - mentioned - ids.keys())
     ]
     return tuple(dict.fromkeys(notes))
@@ -123,9 +123,9 @@ def stop_ids(folder: HfFolder, ids: Mapping[str, int], special_tokens: Collectio
         likely[ids[end]] = "chat template"
     elif mark is not None and mark.group() not in ids:
         raise ValueError(
-            f"{folder.path}: the chat template ends a turn with {mark.group()!r}, which is no token of the "
-            "vocabulary, so no response would end with it; list it among the added tokens with the id that "
-            "the model has for it, correct the template, or give the stop token ids"
+            f"{folder.path}: the chat template ends a turn with {mark.group()!r}, which is not a token of "
+            "the vocabulary, so no response would end with it; list it among the added tokens with the id "
+            "that the model has for it, correct the template, or give the stop token ids"
         )
     eos = folder.token("eos_token")
     if eos is not None and eos.content in ids:

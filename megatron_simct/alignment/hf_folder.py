@@ -26,8 +26,9 @@ from megatron_simct.json_fields import BOOL, NULL, OBJECT, STRING, Kind, check_f
 
 
 def _object_of_strings(*names: str) -> Kind:
+    noun = "string" if len(names) == 1 else "strings"
     return Kind(
-        f"an object with the string{'s' * (len(names) > 1)} {' and '.join(names)}",
+        f"an object with the {noun} {' and '.join(names)}",
         lambda value: isinstance(value, dict) and all(isinstance(value.get(name), str) for name in names),
     )
 
@@ -247,7 +248,7 @@ def tokenizer_file(folder: Path) -> Path | None:
 def locate_tokenizer(options: ModelConfig, *, prefix: str) -> str:
     """--[teacher-]tokenizer-model, else the folder of --[teacher-]hf-checkpoint.
 
-    ValueError where that has none.
+    ValueError if that has none.
     """
     if options.tokenizer_model is not None:
         return options.tokenizer_model

@@ -64,13 +64,13 @@ def save_map(
     """Write the map as `folder`; a map that is there already is replaced. `description` goes into map.json as
     it is.
 
-    Raises ValueError where the folder holds anything else, and for tables that the map was not built from.
+    Raises ValueError if the folder holds anything else, and for tables that the map was not built from.
     """
     from safetensors.numpy import save
 
     folder = Path(folder)
     if folder.exists() and not is_map(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is no alignment map: give another folder")
+        raise ValueError(f"{folder} exists and is not an alignment map: give another folder")
     tables = {"student": student, "teacher": teacher}
     _check_fingerprints(folder, _fingerprints(alignment_map), tables)
     tensors = {"student_ids": alignment_map.student_ids, "teacher_ids": alignment_map.teacher_ids}

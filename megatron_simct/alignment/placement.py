@@ -25,7 +25,7 @@ class VocabPlacement:
     student_vocab_size: int
     """V_S, the real size: ids from here to the padded size are never scored."""
     teacher_vocab_size: int
-    """V_T, likewise."""
+    """V_T: the same of the teacher."""
     shard_start: int
     shard_end: int
     """Student ids [shard_start, shard_end) of the padded vocabulary live here; W = shard_end - shard_start.

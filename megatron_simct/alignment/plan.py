@@ -54,7 +54,7 @@ def plan_pair(
         segments_shared, segments_unit, segments_stop, and of them all segments_blank, of white space only
         canonical                 1 if the student's tokenizer would spell the response in just these ids
 
-    alignment_map: which tokens are shared; None where nothing compares tokens (`bytes`).
+    alignment_map: which tokens are shared; None if nothing compares tokens (`bytes`).
 
     Raises ValueError for records of different samples, a rollout that stopped without a stop token, or a map
     that belongs to other tokenizers.
@@ -262,7 +262,7 @@ def _kinds(
 def _teacher_first_columns(
     alignment: Alignment, kinds: np.ndarray, teacher_ids: np.ndarray, alignment_map: AlignmentMap | None
 ) -> np.ndarray:
-    """int32 [A]: the shared token that a UNIT's first teacher label is, -1 where it is none."""
+    """int32 [A]: the shared token that a UNIT's first teacher label is, -1 if it is none."""
     if alignment_map is None:
         return np.full(kinds.size, -1, dtype=np.int32)
     first = alignment_map.shared_student_ids_of(teacher_ids[alignment.segments[:, 0]])
@@ -331,7 +331,7 @@ def _is_blank(alignment: Alignment, data: bytes) -> np.ndarray:
 def _replaced_columns(
     alignment: Alignment, kinds: np.ndarray, data: bytes, alignment_map: AlignmentMap
 ) -> np.ndarray:
-    """int32 [A]: the shared token that spells the same bytes as a UNIT, -1 where none does.
+    """int32 [A]: the shared token that spells the same bytes as a UNIT, -1 if none does.
 
     U is a set of byte strings, so such a row has one column for both.
     """

@@ -40,17 +40,17 @@ class Tokenizer:
     seems.
     """
     cut_rules: Callable[[], CutRules] | None = None
-    """How it comes to its cut of a text, read when it is asked for; None where its files do not say it."""
+    """How it comes to its cut of a text, read when it is asked for; None if its files do not say it."""
     strings: Callable[[], dict[str, int]] | None = None
     """The vocabulary as a tokenizer.json spells it, string -> id, read when it is asked for; None for other
     files.
     """
     continuations: Continuations | None = None
-    """Which byte may follow which token in its own cut of a text (cut_rules.py); None where that is not
+    """Which byte may follow which token in its own cut of a text (cut_rules.py); None if that is not
     known.
     """
     lossy: str | None = None
-    """Why its tokens may not spell the text that they encode; None where they do."""
+    """Why its tokens may not spell the text that they encode; None if they do."""
 
     def encode(self, data: bytes) -> np.ndarray:
         """int32 [n]: content ids of the longest prefix of `data` that is valid UTF-8."""

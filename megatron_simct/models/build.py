@@ -333,9 +333,9 @@ def layers_of_stages(architecture: Architecture, parallel: ParallelConfig) -> li
     """How many layers each piece of the model has, from the first to the last: stages, or those of an
     interleaved pipeline, of which rank r of P has the pieces r, r + P, ...
 
-    Where stages do not divide the layers and nothing else is said, those in the middle have equally many, and
-    the ends, which have more to do, what is left if the others have one more than they. ValueError, naming
-    the flag.
+    Where stages do not divide the layers and nothing else is given, those in the middle have equally many,
+    and the ends, which have more to do, what is left if the others have one more than they. ValueError,
+    naming the flag.
     """
     layers, stages = architecture.num_layers, parallel.pipeline_model_parallel_size
     if parallel.pipeline_model_parallel_layout is not None:
@@ -351,8 +351,10 @@ def layers_of_stages(architecture: Architecture, parallel: ParallelConfig) -> li
             at_ends = layers - (stages - 2) * (layers // stages)
         first, last = at_ends - at_ends // 2, at_ends // 2
     rest = layers - (first or 0) - (last or 0)
-    others = stages - (first is not None) - (last is not None)
-    if rest < 0 or (rest if others == 0 else rest % others):
+    others = stages - sum(count is not None for count in (first, last))
+    # Without middle stages nothing may be left; else they must share the rest evenly.
+    fits = rest == 0 if others == 0 else rest % others == 0
+    if rest < 0 or not fits:
         flags = {"--decoder-first-pipeline-num-layers": first, "--decoder-last-pipeline-num-layers": last}
         given = " and ".join(f"{flag} {count}" for flag, count in flags.items() if count is not None)
         raise ValueError(
@@ -441,7 +443,7 @@ def _layers(
 
 
 def check_divides(architecture: Architecture, parallel: ParallelConfig, *, flag: str) -> None:
-    """ValueError, naming the flag and the number, where the layout does not divide layers, heads or MLP."""
+    """ValueError, naming the flag and the number, if the layout does not divide layers, heads or MLP."""
     pp, virtual = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
     layers = architecture.num_layers
     if virtual > 1 and layers % (pp * virtual) and parallel.pipeline_model_parallel_layout is None:

@@ -566,7 +566,7 @@ def _layers_with_rope(
 def _windows(
     fields: dict[str, Any], family: Family, num_layers: int, *, where: str
 ) -> tuple[int | None, ...]:
-    """The sliding window of each layer, None where it has none."""
+    """The sliding window of each layer, None if it has none."""
     name, listed = fields["model_type"], fields.get("layer_types")
     window = fields.get("sliding_window") if fields.get("use_sliding_window", True) else None
     layers = range(num_layers)

@@ -68,7 +68,7 @@ class Format(Protocol):
     def shape(self, source: Parts, name: str) -> tuple[int, ...]:
         """As the matrix would have it, were it not quantised.
 
-        ValueError where its parts do not fit together.
+        ValueError if its parts do not fit together.
         """
 
     def numbers(
@@ -127,7 +127,7 @@ class Float8:
     def _block(self, shape: tuple[int, ...], found: tuple[int, ...], name: str) -> tuple[int, int]:
         """Rows and columns that share a scale.
 
-        ValueError where there are not as many scales as that takes.
+        ValueError if there are not as many scales as that takes.
         """
         rows, columns = shape
         if self.block is not None:
@@ -232,7 +232,7 @@ class Mxfp4:
 
 
 def find_format(fields: dict[str, Any], *, where: str) -> Format | None:
-    """The format that `quantization_config` of config.json names; None where there is none.
+    """The format that `quantization_config` of config.json names; None if there is none.
 
     ValueError, beginning with `where`, for one that is not implemented.
     """

@@ -171,13 +171,17 @@ class GroupedQuery:
         queries = 2 * self.heads if self.output_gate else self.heads
         qkv = (queries + 2 * self.groups) * self.head_dim // share.tp
         count = share.hidden_size * qkv + self.heads * self.head_dim // share.tp * share.hidden_size
-        norms = (self.heads + self.groups) // share.tp if self.whole_norm else 2 if self.qk_norm else 0
-        count += (qkv if self.qkv_bias else 0) + norms * self.head_dim
-        return (
-            count
-            + (share.hidden_size if self.output_bias else 0)
-            + (self.heads // share.tp if self.sinks else 0)
-        )
+        if self.whole_norm:
+            count += (self.heads + self.groups) // share.tp * self.head_dim
+        elif self.qk_norm:
+            count += 2 * self.head_dim
+        if self.qkv_bias:
+            count += qkv
+        if self.output_bias:
+            count += share.hidden_size
+        if self.sinks:
+            count += self.heads // share.tp
+        return count
 
     @property
     def _holds_scores(self) -> bool:

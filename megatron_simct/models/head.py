@@ -60,7 +60,7 @@ class Head:
     tensor: str
     """Its name in the folder; that of the embedding where the two are tied."""
     norm: str | None
-    """Name of the weight of the norm before it; None where it was not recognized, or has a bias too."""
+    """Name of the weight of the norm before it; None if it was not recognized, or has a bias too."""
     scale: float = 1.0
     final_logit_softcap: float | None = None
     max_position_embeddings: int | None = None
@@ -135,7 +135,7 @@ def load_head_rows(
 
 
 def load_norm(head: Head, folder: str, *, flag: str) -> torch.Tensor | None:
-    """float32 [H]: the weight of the norm before the head; None where it was not recognized."""
+    """float32 [H]: the weight of the norm before the head; None if it was not recognized."""
     if head.norm is None:
         return None
     weight = torch.empty(head.hidden_size)

@@ -51,7 +51,7 @@ def save_hf_weights(
     """Write the folder `save` with the weights, an index, and the other files of the folder `template`.
 
     It gets its name when it is complete. Collective over the whole job, whose ranks share the file system.
-    `progress` is told the bytes of each parameter of this rank. ValueError, on every rank, where the folder
+    `progress` is told the bytes of each parameter of this rank. ValueError, on every rank, if the folder
     exists or cannot be written by one of them.
     """
     if architecture.index_length is not None:

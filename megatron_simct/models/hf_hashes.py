@@ -29,7 +29,7 @@ _checked: set[tuple[str, str | None]] = set()
 def check_hashes(folder: str, *, listed: str | None, prefix: str) -> None:
     """Read every file whose hash is known once a job, and say so. Collective over the whole job.
 
-    listed: --[prefix]hf-sha256. ValueError on every rank, naming the file, where one is another, or where the
+    listed: --[prefix]hf-sha256. ValueError on every rank, naming the file, if one is another, or where the
     list has no line for a file of weights.
     """
     if (folder, listed) in _checked:

@@ -126,7 +126,8 @@ def parameters_of(
             buffers = ((name, buffer) for name, buffer in layer.named_buffers() if name in of_layer)
             for name, parameter in itertools.chain(layer.named_parameters(), buffers):
                 of_expert = place
-                if local := _EXPERT_NUMBER.search(name):
+                local = _EXPERT_NUMBER.search(name)
+                if local is not None:
                     group = chunk.pg_collection.expt_tp
                     number = layer.mlp.local_expert_indices[int(local[0])]
                     of_expert = replace(place, expert=number, tp_rank=group.rank(), tp_size=group.size())

@@ -74,7 +74,7 @@ class Attention(Protocol):
         """Heads of queries."""
 
     def check_divides(self, tp: int, *, flag: str) -> None:
-        """ValueError, naming the flag, where the tensor-parallel size does not divide it."""
+        """ValueError, naming the flag, if the tensor-parallel size does not divide it."""
 
     @property
     def has_context_parallel(self) -> bool:
@@ -113,7 +113,7 @@ class Mlp(Protocol):
     """A kind of MLP."""
 
     def check_divides(self, tp: int, expert_tp: int, *, flag: str) -> None:
-        """ValueError, naming the flag, where these numbers of ranks do not divide it. expert_tp: those of an
+        """ValueError, naming the flag, if these numbers of ranks do not divide it. expert_tp: those of an
         expert.
         """
 
@@ -275,7 +275,7 @@ class Layer:
 def check_divisor(
     tp: int, name: str, value: int, *, flag: str, option: str = "--tensor-model-parallel-size"
 ) -> None:
-    """ValueError, naming the flag, where the tensor-parallel size does not divide a number of the model."""
+    """ValueError, naming the flag, if the tensor-parallel size does not divide a number of the model."""
     if value % tp:
         raise ValueError(f"{option} {tp} does not divide {name} ({value}) of {flag}")
 

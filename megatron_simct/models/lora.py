@@ -415,7 +415,7 @@ def save_peft(
     """Write the adapters as a folder that peft loads: adapter_config.json, adapter_model.safetensors.
 
     base: the folder of the model. Collective over the whole job; the first rank writes, and holds all
-    adapters. ValueError where the folder exists.
+    adapters. ValueError if the folder exists.
     """
     own: dict[str, torch.Tensor] = {}
     for _, adapter in adapters_of(model):

@@ -23,9 +23,9 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def find_weights(folder: str, *, flag: str) -> Path | None:
-    """The folder's safetensors index or its one safetensors file; None where the folder has no weights.
+    """The folder's safetensors index or its one safetensors file; None if the folder has no weights.
 
-    Raises ValueError where it has weights that cannot be read: another format, or shards without an index.
+    Raises ValueError if it has weights that cannot be read: another format, or shards without an index.
     """
     for name in (INDEX, _SINGLE):
         if (Path(folder) / name).exists():
@@ -116,7 +116,7 @@ class TensorFolder:
         """
         self._where = f"{flag} {folder}"
         self.format = None if plain else folder_format(folder, flag=flag)
-        """How matrices are stored that have scales beside them; None where config.json says nothing of it."""
+        """How matrices are stored that have scales beside them; None if config.json says nothing of it."""
         self._files = files
         self._opened: dict[Path, _File] = {}
         self._stands_for: dict[str, str] = {}

@@ -14,7 +14,7 @@ from megatron_simct.stopping import at_sudden_end
 
 
 def on_first_rank(action: Callable[[], None], directory: str, *, flag: str = "--save") -> None:
-    """action() on the first rank while the others wait. ValueError on every rank where the disk refuses, or
+    """action() on the first rank while the others wait. ValueError on every rank if the disk refuses, or
     where action() raises one."""
     problem: str | None = None
     if dist.get_rank() == 0:
@@ -28,7 +28,7 @@ def on_first_rank(action: Callable[[], None], directory: str, *, flag: str = "--
 
 
 def check_all_wrote(refused: OSError | None, directory: str) -> None:
-    """ValueError on every rank, in the same words, where the disk refused one of them. Collective over the
+    """ValueError on every rank, in the same words, if the disk refused one of them. Collective over the
     whole job.
 
     refused: what this rank met; it must have gone on to here, for others would wait in whatever comes
@@ -45,7 +45,7 @@ def raise_together(problem: str | None) -> None:
 
 
 def first_of(problem: str | None) -> str | None:
-    """The first problem that a rank has, on every rank; None where none has one.
+    """The first problem that a rank has, on every rank; None if none has one.
 
     Collective over the whole job.
     """

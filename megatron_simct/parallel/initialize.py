@@ -109,7 +109,7 @@ class Groups:
 
 
 def check_layout(parallel: ParallelConfig, world_size: int) -> None:
-    """ValueError, naming the flag, where the layout is impossible or not supported by this version."""
+    """ValueError, naming the flag, if the layout is impossible or not supported by this version."""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     cp, ep = parallel.context_parallel_size, parallel.expert_model_parallel_size
     virtual = parallel.num_virtual_stages_per_pipeline_rank
@@ -145,7 +145,7 @@ def check_layout(parallel: ParallelConfig, world_size: int) -> None:
 
 
 def _check_stages(parallel: ParallelConfig) -> None:
-    """ValueError where layers of stages are given, and there are no such stages, or they are given twice."""
+    """ValueError if layers of stages are given, and there are no such stages, or they are given twice."""
     given = {
         "--decoder-first-pipeline-num-layers": parallel.decoder_first_pipeline_num_layers,
         "--decoder-last-pipeline-num-layers": parallel.decoder_last_pipeline_num_layers,
@@ -170,7 +170,7 @@ def _check_stages(parallel: ParallelConfig) -> None:
 
 
 def _check_expert_ranks(parallel: ParallelConfig, world_size: int) -> None:
-    """ValueError where the ranks of a stage cannot be dealt out to experts that are split otherwise than the
+    """ValueError if the ranks of a stage cannot be dealt out to experts that are split otherwise than the
     rest.
     """
     ranks, tp = parallel.expert_tp * parallel.expert_model_parallel_size, parallel.tensor_model_parallel_size
@@ -186,7 +186,7 @@ def _check_expert_ranks(parallel: ParallelConfig, world_size: int) -> None:
 
 
 def check_restarts(world_size: int) -> None:
-    """ValueError where processes that torchrun starts again would look for each other where those before them
+    """ValueError if processes that torchrun starts again would look for each other where those before them
     were.
     """
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))

@@ -44,6 +44,7 @@ class Decoder:
         self.is_last = stage.post_process
         """Whether it is the whole model's first or last stage."""
         angles = self._angles(length)
+        # layer_number counts from 1, over the whole model; `architecture.layers` from 0.
         self.kinds = [stage.architecture.layers[layer.layer_number - 1] for layer in self._layers]
         self._caches: list[Cache] = []
         for layer, record in zip(self._layers, self.kinds, strict=True):
@@ -55,6 +56,7 @@ class Decoder:
     def _angles(self, length: int) -> dict[Rope, Angles]:
         """Cosines and sines of each kind of layer."""
         dtype, ropes = self._stage.config.params_dtype, self._stage.architecture.ropes
+        # [length, 1, 1, d] for each kind of rotary embedding -> [length, d].
         angles = self._stage.rotary_pos_emb(length)[:, :, 0, 0] if ropes else ()
         return {rope: Angles.of(one, rope, dtype) for rope, one in zip(ropes, angles, strict=True)}
 
@@ -71,7 +73,10 @@ class Decoder:
         hidden, states = self._through(
             hidden, EAGER, lambda cache, states: cache.prefill(states, lengths, rows)
         )
-        return self._output(states[torch.arange(len(lengths)), lengths - 1]) if self.is_last else hidden
+        if not self.is_last:
+            return hidden
+        # The last token of prompt b is at column lengths[b] - 1; what stands behind it is padding.
+        return self._output(states[torch.arange(len(lengths)), lengths - 1])
 
     def decode(
         self, tokens: torch.Tensor, received: torch.Tensor | None, where: torch.Tensor, num_keys: int
@@ -95,6 +100,8 @@ class Decoder:
         """The residual behind all layers of the stage, and after the norm that follows, if the stage has
         it.
         """
+        # Norms 2 i and 2 i + 1 come before the attention and the MLP of layer i. A sum and the norm that
+        # follows it are one operation, so the last MLP is followed by the stage's final norm, or by none.
         norms = [norm for layer in self._layers for norm in (layer.input_layernorm, layer.pre_mlp_layernorm)]
         norms.append(self._stage.decoder.final_layernorm if self.is_last else None)
         states = hidden if norms[0] is None else norms[0](hidden)
@@ -142,6 +149,7 @@ class Decoder:
         """The MLP's output, and the norm that comes after it and is not in it."""
         mlp = layer.mlp
         if type(mlp) is not MLP or type(mlp.linear_fc1) is not ColumnParallelLinear:
+            # Megatron's modules read [S, B, H]: all tokens as one sequence.
             output, _ = mlp(states.reshape(-1, 1, states.shape[-1]))
             return output.view_as(states), None
         halves = linear(states, mlp.linear_fc1.weight)

@@ -110,7 +110,7 @@ class VllmEngine:
     def publish(self, weight_version: int) -> None:
         """Hand the weights over.
 
-        Collective over the whole job. ValueError where a server does not take them.
+        Collective over the whole job. ValueError if a server does not take them.
         """
         self._folder = self._write_weights(weight_version)
         self._version = weight_version
@@ -159,7 +159,7 @@ class VllmEngine:
         )
 
     def check_step(self, mean: float, largest: float) -> None:
-        """ValueError where a step's responses were not sampled by the weights that are trained. On all ranks.
+        """ValueError if a step's responses were not sampled by the weights that are trained. On all ranks.
 
         mean, largest: of the differences between the log-probabilities in sampling and in training.
         """
@@ -198,7 +198,7 @@ class VllmEngine:
         )
 
     def _as_sent(self) -> set[str] | None:
-        """Names of the tensors that the server holds just as they were sent; None where it does not say."""
+        """Names of the tensors that the server holds just as they were sent; None if it does not say."""
         try:
             checksums = self._client.post("/weight_checker", {"action": "checksum"})["checksums"]
             return equal_digests(checksums, digests_of(self._folder))

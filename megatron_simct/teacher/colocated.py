@@ -54,11 +54,8 @@ class ColocatedScorer:
         """See TeacherScorer. The model runs now; sequences of similar length share a micro-batch."""
         everything = [TeacherRequest.of(pair) for pair in pairs]
         requests = everything[self._groups.cp_rank :: self._groups.cp_size] if self._deals_out else everything
-        batches = [
-            [requests[i] for i in chosen]
-            for chosen in self._make_batches([request.num_tokens for request in requests])
-        ]
-        answers = self._forward.run(batches)
+        batches = self._make_batches([request.num_tokens for request in requests])
+        answers = self._forward.run([[requests[i] for i in chosen] for chosen in batches])
         if not self._groups.is_last_stage:
             answers = [without_content(request.sample_id) for request in everything]
         elif self._deals_out:

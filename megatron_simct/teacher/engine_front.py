@@ -106,7 +106,7 @@ class Probe:
         """The text's mean log-probability there."""
 
     def __call__(self, client: EngineClient) -> None:
-        """EngineFault where the engine does not answer, ValueError where it serves something else."""
+        """EngineFault if the engine does not answer, ValueError if it serves something else."""
         served = client.served()
         hidden = client.hidden_states(self.ids)
         self._check_norm(client, hidden)
@@ -132,7 +132,7 @@ class Probe:
         """The largest difference to the log-probabilities that a generating server of the model gives for the
         text.
 
-        ValueError where it is more than reduced precision explains.
+        ValueError if it is more than reduced precision explains.
         """
         ours = self.log_probs(client.hidden_states(self.ids)).double().cpu().numpy()
         theirs = checker.token_log_probs(self.ids)[:, 0]
@@ -191,7 +191,7 @@ def wait_for_engine(
     minutes: float,
     stop: Callable[[], bool],
 ) -> EngineClient | None:
-    """The first engine that passes the probe; None if `stop()` says so first. ValueError where one serves
+    """The first engine that passes the probe; None if `stop()` says so first. ValueError if one serves
     something else, or none answers in time."""
     deadline, reported = time.monotonic() + 60 * minutes, False
     while not stop():

@@ -85,7 +85,7 @@ class LogprobProbe:
         """The text's mean log-probability there."""
 
     def __call__(self, client: EngineClient) -> None:
-        """EngineFault where the server does not answer, ValueError where it serves something else."""
+        """EngineFault if the server does not answer, ValueError if it serves something else."""
         served = client.served()
         found = float(client.token_log_probs(self.ids, field=self._field)[:, 0].mean())
         if not found > MARGIN_NATS - math.log(self._vocab_size):

@@ -73,7 +73,7 @@ class EnginePool:
         probe: Callable[[EngineClient], object],
         ask: Ask,
     ) -> None:
-        """probe: raises EngineFault or ValueError where a replica must not be asked. All replicas begin
+        """probe: raises EngineFault or ValueError if a replica must not be asked. All replicas begin
         unprobed.
 
         ask: what an engine says of the ids [n], a row for each.

@@ -51,7 +51,7 @@ class TeacherRequest:
     token_ids: bool
     """Whether their ids are wanted too."""
     byte_side: ByteSide | None
-    """What to sum for `bytes`; None where that is not wanted."""
+    """What to sum for `bytes`; None if that is not wanted."""
 
     @classmethod
     def of(cls, pair: AlignedPair) -> TeacherRequest:
@@ -121,7 +121,8 @@ class TeacherForward:
         schedule = get_forward_backward_func()
         chunks = chunks_of(self._model)
         longest = max(request.num_tokens for batch in micro_batches for request in batch)
-        if (limit := chunks[0].architecture.index_length) is not None and longest > limit:
+        limit = chunks[0].architecture.index_length
+        if limit is not None and longest > limit:
             raise ValueError(
                 f"--teacher-hf-checkpoint: a sequence has {longest} tokens, and this model is implemented up "
                 f"to its index_topk = {limit}; lower --rollout-max-response-len or --rollout-max-prompt-len"
@@ -231,7 +232,7 @@ class LocalLabels:
 
     def on_all(self, values: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         """Rows [n, ...] of all ranks in one order, [k, ...], on all of them. place [k]: which row of `values`
-        each is, -1 where it is another rank's. One all-reduce."""
+        each is, -1 if it is another rank's. One all-reduce."""
         gathered = values.new_zeros(len(place), *values.shape[1:])
         gathered[place >= 0] = values[place[place >= 0]]
         dist.all_reduce(gathered, group=self.group)

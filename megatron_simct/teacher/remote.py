@@ -49,7 +49,7 @@ class RemoteScorer:
         """See TeacherScorer. Collective over the job. Pairs of other calls may be on their way; their answers
         are kept.
 
-        TeacherError, on every rank, where answers do not come.
+        TeacherError, on every rank, if answers do not come.
         """
         problem = None
         sample_ids = [pair.sample_id for pair in pairs]

@@ -58,7 +58,7 @@ class AnswerStore:
                 raise ValueError(f"{self.where}: {mismatch(name, teacher=theirs[name], student=value)}")
 
     def get(self, request: TeacherRequest) -> tuple[Sequence[Any], Message] | None:
-        """The answer to the same question, as a client has it; None where there is none, or a damaged one."""
+        """The answer to the same question, as a client has it; None if there is none, or a damaged one."""
         try:
             data = self._path(request).read_bytes()
             message = decode(msgpack.unpackb(data, max_bin_len=len(data)))
@@ -75,7 +75,7 @@ class AnswerStore:
         return encode(message), message
 
     def put(self, request: TeacherRequest, scored: ScoredPair) -> None:
-        """Keep an answer, unless it is there already. OSError where the disk refuses."""
+        """Keep an answer, unless it is there already. OSError if the disk refuses."""
         path = self._path(request)
         if path.exists():
             return

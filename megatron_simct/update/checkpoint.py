@@ -184,7 +184,7 @@ class Checkpoints:
         ours).
 
         step: that iteration instead. verified: see `check`. Raises ValueError, naming the flag and the
-        directory, where there is none, where it holds weights only or is damaged, or where it belongs to
+        directory, if there is none, where it holds weights only or is damaged, or where it belongs to
         another model, tokenizer or alignment map.
         """
         iteration, path = (
@@ -201,8 +201,8 @@ class Checkpoints:
             raise ValueError(f"--load {path}: damaged: {damage}") from None
         if not run.keys() >= {"identity", "config", "world_size"}:
             raise ValueError(
-                f"--load {path}: {RUN_FILE} is missing or of weights alone, so it is no checkpoint to resume "
-                f"from; --pretrained-checkpoint {directory} starts a new run from its weights"
+                f"--load {path}: {RUN_FILE} is missing or holds weights alone, so it cannot be "
+                f"resumed from; --pretrained-checkpoint {directory} starts a new run from its weights"
             )
         self._check_identity(run["identity"], path, directory)
         same_layout = run["world_size"] == dist.get_world_size() and all(
@@ -210,7 +210,9 @@ class Checkpoints:
             for key, value in self._config.items()
             if key.endswith("_parallel_size")
         )
-        rng = None if not same_layout else "tensors" if _has_rng_tensors(path) else "object"
+        rng = None
+        if same_layout:
+            rng = "tensors" if _has_rng_tensors(path) else "object"
         state = _read(self._state(iteration, is_loading=True, rng=rng), found, among=self._readers)
         self._restore(state, iteration)
         is_own = self._save_dir is not None and Path(directory).resolve() == Path(self._save_dir).resolve()
@@ -447,7 +449,7 @@ class Found:
 def check(found: Found) -> None:
     """Read each file of a checkpoint once a job, and say what that took. Collective over the whole job.
 
-    ValueError on every rank where one is not as it was written; it names the file, and the newest older
+    ValueError on every rank if one is not as it was written; it names the file, and the newest older
     checkpoint that is whole. Those of earlier versions have no hashes: a line says so.
     """
     if not _agreed(found.path.is_dir()) or found.path in _CHECKED:
@@ -518,7 +520,7 @@ def _of_step(directory: str, step: int) -> tuple[int, Path]:
 
 
 def newest_checkpoint(directory: str, *, flag: str) -> tuple[int, Path]:
-    """Its iteration and its folder. ValueError, naming the flag, where there is none."""
+    """Its iteration and its folder. ValueError, naming the flag, if there is none."""
     try:
         named = (Path(directory) / TRACKER).read_text().strip()
         if named == _RELEASE:
@@ -635,10 +637,10 @@ def _versions() -> dict[str, str]:
 def _read(
     state: dict[str, Any], found: Found, *, among: dist.ProcessGroup | None = None, weights_only: bool = False
 ) -> dict[str, Any]:
-    """The requested state. ValueError where the checkpoint lacks some of it, or holds other weights beside
+    """The requested state. ValueError if the checkpoint lacks some of it, or holds other weights beside
     it.
 
-    among: ranks that read a share each. weights_only: what is no tensor is not looked at.
+    among: ranks that read a share each. weights_only: values that are not tensors are not read.
     """
     where = f"{found.flag} {found.path}"
     handling = dist_checkpointing.validation.StrictHandling.RETURN_ALL
@@ -743,7 +745,7 @@ def _has_rng_tensors(path: Path) -> bool:
 def _reason(error: BaseException) -> str:
     """An error in one line; torch's CheckpointException, no Exception, wraps those of the ranks."""
     if isinstance(error, CheckpointException):
-        if not error.failures:  # the first rank alone is told
+        if not error.failures:  # only the first rank has the list
             return "another rank says why"
         error, _ = next(iter(error.failures.values()))
     if "Weights only load failed" in str(error):

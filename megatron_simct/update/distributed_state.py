@@ -74,7 +74,7 @@ def sharded_state(
     tensors, _ = extract_sharded_tensors_and_factories(dict(model))
     by_parameter = {id(tensor.data): tensor for tensor in nested_values(tensors)}
     parts = parts_of(optimizer)
-    prefixes = [f"chained_{index}." * (len(parts) > 1) for index in range(len(parts))]
+    prefixes = [f"chained_{index}." for index in range(len(parts))] if len(parts) > 1 else [""]
     states = [
         _sharded_part(part, by_parameter, prefix, is_loading=is_loading)
         for part, prefix in zip(parts, prefixes, strict=True)

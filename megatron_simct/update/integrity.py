@@ -36,7 +36,7 @@ class Verdict:
     """What `verify` has found."""
 
     damage: str | None
-    """The first file that is not as it was, and how; None where all are."""
+    """The first file that is not as it was, and how; None if all are."""
     num_files: int = 0
     num_bytes: int = 0
     seconds: float = 0.0
@@ -107,7 +107,7 @@ class Damaged(ValueError):
 def read_run_file(folder: Path) -> tuple[dict[str, Any], dict[str, FileHash] | None]:
     """What run.json says, and the hashes; None for those of an earlier version, which had none.
 
-    Raises FileNotFoundError where there is no such file, Damaged where it is not as it was written.
+    Raises FileNotFoundError if there is no such file, Damaged if it is not as it was written.
     """
     data = (folder / RUN_FILE).read_bytes()
     seal = _SEAL.search(data)
@@ -125,7 +125,7 @@ def read_run_file(folder: Path) -> tuple[dict[str, Any], dict[str, FileHash] | N
 
 
 def verify(folder: Path) -> Verdict | None:
-    """Compare every file with run.json; None where that has no hashes, or is missing.
+    """Compare every file with run.json; None if that has no hashes, or is missing.
 
     Collective over the whole job.
     """
@@ -156,7 +156,7 @@ def verify(folder: Path) -> Verdict | None:
 
 
 def _difference(folder: Path, name: str, wanted: FileHash) -> str | None:
-    """How a file differs from what was written; None where it does not."""
+    """How a file differs from what was written; None if it does not."""
     if Path(name).name != name:
         return f"{RUN_FILE} (names a file outside of the checkpoint)"
     path = folder / name

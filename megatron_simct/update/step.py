@@ -232,9 +232,11 @@ def _culprits(bad_ids: Sequence[int], grad_norm: float) -> str:
         f"rank {rank} (samples {', '.join(map(str, ids))})" for rank, (ids, _) in enumerate(by_rank) if ids
     ]
     norms = [str(rank) for rank, (_, finite) in enumerate(by_rank) if not finite]
-    parts = ["loss on " + ", ".join(losses)] * bool(losses) + [
-        "gradient norm on rank " + ", ".join(norms)
-    ] * bool(norms)
+    parts = []
+    if losses:
+        parts.append(f"loss on {', '.join(losses)}")
+    if norms:
+        parts.append(f"gradient norm on rank {', '.join(norms)}")
     return " and ".join(parts)
 
 

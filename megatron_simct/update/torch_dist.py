@@ -205,8 +205,8 @@ def _refuse_pickled_state(state: dict[str, Any]) -> None:
     """
     for part in state.values():
         for name, value in part.items() if isinstance(part, dict) else ():
-            size = value.numel() if isinstance(value, torch.Tensor) else 0 if value is None else 1
-            if str(name).endswith("_extra_state") and size:
+            is_empty = value is None or (isinstance(value, torch.Tensor) and value.numel() == 0)
+            if str(name).endswith("_extra_state") and not is_empty:
                 raise ValueError(
                     f"{name} holds a pickle, the FP8 state of TransformerEngine, which is not read"
                 )

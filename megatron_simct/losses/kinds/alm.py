@@ -4,7 +4,7 @@ With a and b the teacher's and the student's surprise at a segment, -sum log p o
 least FLOOR): tau times the KL of the events "says it", of probability e^(-a / tau) and e^(-b / tau). At tau =
 inf that is (b - a) - a log(b / a).
 
-It reads the labels' log-probabilities alone, so it says nothing of what else could have been said.
+It reads the labels' log-probabilities alone, so it does not compare texts that were not sampled.
 """
 
 from __future__ import annotations
