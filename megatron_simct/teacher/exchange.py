@@ -1,4 +1,4 @@
-"""How the one rank that talks to the other job shares what it received with the ranks beside it."""
+"""Broadcasts messages from the rank with the socket to the other ranks of its group."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 
 Parts = Sequence[bytes | memoryview]
-"""One message as the wire has it."""
+"""One encoded message."""
 
 MAX_SHARED_BYTES = 1 << 28
-"""Messages that have arrived are shared together up to about so many bytes."""
+"""Messages that have arrived are broadcast together, up to about this many bytes."""
 
 
 def share(
