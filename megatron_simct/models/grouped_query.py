@@ -45,20 +45,20 @@ class GroupedQuery:
     groups: int
     head_dim: int
     scale: float
-    """Multiplies the product of query and key."""
+    """Factor of the product of query and key."""
     softcap: float | None = None
     """cap * tanh(score / cap) bounds the scores; None: not bounded."""
     qkv_bias: bool = False
     output_bias: bool = False
     """Beside qkv_bias, and with biases in the MLPs."""
     sinks: bool = False
-    """Each head has one more score, of no key, in its softmax."""
+    """Each head has one additional score in its softmax, without a value."""
     qk_norm: bool = False
-    """Each head of queries and keys is normalized."""
+    """Queries and keys are normalized by heads."""
     whole_norm: bool = False
-    """It is over all heads together."""
+    """The norm is over all heads together."""
     turned_norm: bool = False
-    """It comes after the rotary embedding."""
+    """The norm comes after the rotary embedding."""
     packed: bool = False
     """The folder has one tensor of queries, keys and values."""
     output_gate: bool = False
@@ -158,7 +158,7 @@ class GroupedQuery:
         return rules
 
     def _gated_runs(self, query: str, key: str, value: str) -> tuple[Run, ...]:
-        """What a group has: its query heads, their gates, its key head, its value head."""
+        """Rows of a group: its query heads, their gates, its key head, its value head."""
         each, dim = self.heads // self.groups, self.head_dim
         queries, gates = (
             [Run(query, 2 * self.heads * dim, (2 * i + part) * dim, dim, 2 * each * dim) for i in range(each)]
@@ -220,8 +220,8 @@ class KeyValueCache:
         self._module = module
         self._angles = angles
         weight = next(module.parameters())
-        # Not left to what lies in memory: attention weighs what a row has not reached with 0, and 0 times nan
-        # is nan.
+        # Zeros, not uninitialised memory: attention weighs positions that a row has not reached with 0, and
+        # 0 times nan is nan.
         self._kept = torch.zeros(
             *(rows, module.num_query_groups_per_partition, 2, length, module.hidden_size_per_attention_head),
             dtype=weight.dtype,

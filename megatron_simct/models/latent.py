@@ -5,7 +5,7 @@ vector.
     q = B_q norm(A_q x)         or B_q x; the last turned_dim entries of each head are rotated
     k_h = [K_h c, k_r],  v_h = V_h c
 
-Teachers only: there is no cache, so nothing is generated.
+For teachers only: there is no cache, so it cannot generate.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ with megatron_imports():
     from megatron.core.transformer.spec_utils import ModuleSpec
 
 _EPSILON = 1e-6
-"""Epsilon of its own norms in transformers, whatever config.json says of the others."""
+"""Epsilon of its own norms in transformers, whatever the one in config.json is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,9 +148,9 @@ class LatentAttention(MegatronModule):
         pg_collection: Any,
         **_: Any,
     ) -> None:
-        """rope_index: its place among those of Rotary.
+        """rope_index: the index of its angles in Rotary's output.
 
-        Megatron's other arguments are of parts that are not here.
+        Other arguments of Megatron's attention are ignored.
         """
         super().__init__(config=config)
         self._latent, self._rope, self._rope_index = latent, rope, rope_index
@@ -223,11 +223,11 @@ class LatentAttention(MegatronModule):
         return self.linear_proj(mixed)
 
     def _down(self, projection: ColumnParallelLinear, hidden: torch.Tensor) -> torch.Tensor:
-        """The whole short vector of every position."""
+        """The complete short vector of every position."""
         return gather_from_tensor_model_parallel_region(projection(hidden)[0], group=self._tp)
 
     def _per_position(self, short: torch.Tensor) -> torch.Tensor:
-        """Under sequence parallelism those of this rank's positions, which is what a column-parallel layer
+        """Under sequence parallelism the vectors of this rank's positions, which a column-parallel layer
         reads.
         """
         if self.config.sequence_parallel:

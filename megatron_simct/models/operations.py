@@ -1,4 +1,4 @@
-"""How many floating-point operations a rank does in a forward pass, counted on the model as it is built."""
+"""Number of floating-point operations of a rank in a forward pass, counted on the built model."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Operations:
 
 
 def _pairs(length: int, window: int | None) -> int:
-    """How many keys the queries of a sequence see together."""
+    """Number of pairs of a query and a key that it sees in a sequence."""
     seen = length if window is None else min(window, length)
     return seen * (seen + 1) // 2 + (length - seen) * seen
 

@@ -156,7 +156,7 @@ def _check_stages(parallel: ParallelConfig) -> None:
         raise ValueError(f"{flags[0]}: --pipeline-model-parallel-size is 1; leave it out or raise the size")
     if parallel.pipeline_model_parallel_layout is not None and len(flags) > 1:
         raise ValueError(
-            f"{flags[0]}: --pipeline-model-parallel-layout says it already; leave one of them out"
+            f"{flags[0]}: --pipeline-model-parallel-layout sets it already; leave one of them out"
         )
     if (
         flags
@@ -164,7 +164,7 @@ def _check_stages(parallel: ParallelConfig) -> None:
         and parallel.num_virtual_stages_per_pipeline_rank > 1
     ):
         raise ValueError(
-            f"{flags[0]}: with --num-virtual-stages-per-pipeline-rank say it as "
+            f"{flags[0]}: with --num-virtual-stages-per-pipeline-rank give it as "
             "--pipeline-model-parallel-layout"
         )
 

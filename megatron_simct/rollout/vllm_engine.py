@@ -179,7 +179,7 @@ class VllmEngine:
         found = self._as_sent()
         if found is None or not self._comparable:
             return (
-                f"it does not say what it holds: other weights than those of {self._folder}, or {precision}"
+                f"it does not report its tensors: other weights than those of {self._folder}, or {precision}"
             )
         same, count = found & self._comparable, len(self._comparable)
         differ = sorted(self._comparable - same)
