@@ -1,17 +1,18 @@
-"""What two models are known to say of the next byte of a response, and how much of each is not known.
+"""Known and unresolved probability mass of the next byte of a response, for two models.
 
 The interface `bytes` compares distributions over the next byte at every byte position i = 0 .. |y| of a
-response y. All of it but the probabilities is known before a model runs, so it is found here, by integers
-only.
+response y. The structure is known before a model runs, so this module plans it, with integers only; the
+probabilities come later.
 
-One model. Its tokens v_1 .. v_n of the response end at offsets beta_1 .. beta_n. Row k, the distribution
-after k of them, says, relative to the probability A_K of the path up to K, the last boundary at or before i:
+One model. Its tokens v_1 .. v_n of the response end at offsets beta_1 .. beta_n. Row k is the distribution
+after k of them. Relative to the probability A_K of the path up to K, the last boundary at or before i, it
+gives:
 
     known        tokens that spell y[beta_k : i] and go on with byte b, or end the text where i is a boundary:
                  the mass m(b), m(end). They stand for texts that go on with b.
     unresolved   tokens other than v_(k+1) that spell y[beta_k : j), with j <= i: the mass u. These texts have
-                 left the realized path at j, and no row says how they go on. An *atom* is such a mass, of one
-                 row and one j.
+                 left the realized path at j, and no row has their continuations. An *atom* is such a mass, of
+                 one row and one j.
 
 Of all texts that begin with y[:i], a share between m(b) and m(b) + (its part of u) goes on with b: the loss
 is the smallest divergence that these bounds permit (losses/kinds/bytes.py). How large the part can be:
@@ -67,13 +68,13 @@ class Side:
     ids: np.ndarray
     """int32 [n]"""
     continuations: Continuations | None = None
-    """Its tokenizer's; None if nothing is known of it."""
+    """The table of its tokenizer; None if there is none."""
 
 
 def plan_byte_bounds(
     text: np.ndarray, *, stop: bool, student: Side, teachers: Sequence[Side]
 ) -> list[ByteEvents]:
-    """The events of one response: an answer a teacher, which differ in the teacher's sums only.
+    """The events of one response, one result for each teacher; results differ in the teacher's sums only.
 
     text uint8 [L]: the bytes that all sequences of ids begin with, up to the first special token of any;
     stop: all spell just `text` and then stop, so that the position behind it is compared too.
@@ -157,7 +158,7 @@ def plan_byte_bounds(
 
 @dataclass(frozen=True, eq=False)
 class _Slots:
-    """Where the slots of each position are; -1 for none."""
+    """Numbers of the slots of each position; -1: no such slot."""
 
     of_event: np.ndarray
     """int64 [P, 258]"""
@@ -174,7 +175,7 @@ class _Slots:
 
 @dataclass(frozen=True, eq=False)
 class _Walk:
-    """What one side's rows say along the text. Visits are pairs of a row and a position up to which a token
+    """The rows of one side along the text. Visits are pairs of a row and a position up to which a token
     of the row agrees with the text; atoms are the tokens that ended there and are not the realized ones."""
 
     trie: ByteTrie
@@ -211,7 +212,7 @@ class _Walk:
 def _walk(side: Side, text: np.ndarray, num_positions: int) -> _Walk:
     table, trie = side.table, byte_trie(side.table)
     # begins[k]: the byte offset at which label k begins, that is, where row k stands. first_row[i]: the first
-    # row at or behind the last border before i; earlier rows say nothing of position i.
+    # row at or behind the last border before i; earlier rows give no mass at position i.
     begins = np.append(0, table.lengths[side.ids].cumsum())[:-1]
     begins = begins[: begins.searchsorted(num_positions)]
     last_row = begins.searchsorted(np.arange(num_positions), side="right") - 1
@@ -295,7 +296,7 @@ def _last_border(trie: ByteTrie, text: np.ndarray) -> np.ndarray:
     """
     size = text.size
     crossed = np.zeros(size + 2, dtype=np.int64)
-    # The first of all beginnings of a token that may still be going on at i.
+    # going_on[i]: the first offset at which a token begins that may still continue at i.
     going_on = np.full(size + 1, size, dtype=np.int64)
     start, node = np.arange(size), np.zeros(size, dtype=np.int64)
     at = start
@@ -319,7 +320,7 @@ def _last_border(trie: ByteTrie, text: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _marks(count: int) -> np.ndarray:
-    """uint64 [count]: odd numbers whose sums tell sets of them apart."""
+    """uint64 [count]: odd numbers whose sums identify sets of them."""
     return np.random.default_rng(0).integers(0, 1 << 63, size=count, dtype=np.uint64) * np.uint64(
         2
     ) + np.uint64(1)

@@ -1,9 +1,9 @@
-"""Which bytes of a response two models can be compared on, and which tokens' probabilities each of them adds
-up there.
+"""The next-byte events on which two models are compared along a response, and the sums of token probabilities
+that each model needs for them.
 
 The interface `bytes` compares distributions over the next byte at every byte position i = 0 .. |y| of a
-response y. All of it but the probabilities is known before a model runs, so it is found here, by integers
-only.
+response y. The structure is known before a model runs, so this module plans it, with integers only; the
+probabilities come later.
 
 One model. Its row k (the distribution after k of its own tokens) stands at byte offset beta_k. With c =
 y[beta_k : i], tokens that begin with c and go on with b give byte b its probability at i. In the order of
@@ -42,7 +42,7 @@ loose for one teacher is loose for the mixture; the slack is the weighted sum of
 have a loose byte. The text ends for all where it ends for one of them, and the position behind it counts
 where the student and all teachers stop there.
 
-What stays approximate: byte-pair merging does not take the longest match at every token end; where it does
+Limits: byte-pair merging does not take the longest match at every token end; where it does
 not, a byte taken for tight may be loose. And where a sampled response is not in the tokenizer's own
 segmentation, other ways to spell the text up to a boundary are taken to go on like the sampled one.
 
@@ -92,7 +92,7 @@ class ByteTrie:
     """int64 [nodes - 1], ascending: parent * 256 + byte of node j + 1."""
 
     def child(self, node: np.ndarray, byte: np.ndarray) -> np.ndarray:
-        """int64 [n]: the child of each node by a byte, 0 where there is none."""
+        """int64 [n]: the child of each node by a byte, 0 if there is none."""
         key = node * NUM_BYTES + byte
         # keys[j] belongs to node j + 1; node 0, the root, is nobody's child, so 0 can mean "none".
         at = np.minimum(self.keys.searchsorted(key), self.keys.size - 1)
@@ -184,7 +184,8 @@ def plan_mixture_events(
     student_ids: np.ndarray,
     teachers: Sequence[tuple[TokenTable, np.ndarray]],
 ) -> list[ByteEvents]:
-    """As `plan_byte_events`, of a mixture of teachers (each a table and its ids): an answer a teacher.
+    """As `plan_byte_events`, for a mixture of teachers (each a table and its ids): one result for each
+    teacher.
 
     They differ in the teacher's sums only: the slots and the student's sums are the same.
     """
@@ -254,8 +255,8 @@ def _events(
 
 @dataclass(frozen=True, eq=False)
 class _Walk:
-    """How far the tokens of a side's rows agree with the text: one visit for each row and position of which
-    it does.
+    """The rows of one side along the text: one visit for each row and each position up to which a token of
+    the row agrees with the text.
     """
 
     trie: ByteTrie
@@ -312,7 +313,7 @@ def _walk(trie: ByteTrie, table: TokenTable, ids: np.ndarray, text: np.ndarray, 
         row, position, node, longest = row[found], position[found] + 1, node[found], longest[found]
     row, position, node = np.concatenate(rows), np.concatenate(positions), np.concatenate(nodes)
     longest = np.concatenate(longests)
-    # Only the row of the last boundary can say that the text stops or a token ends at the position.
+    # Only the row of the last boundary has the events that the text stops or that a token ends here.
     is_last = last_row[position] == row
 
     boundary, can_end = np.zeros(num_positions, dtype=bool), np.zeros(num_positions, dtype=bool)

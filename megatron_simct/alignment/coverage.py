@@ -1,4 +1,4 @@
-"""How much of a text two tokenizers let an interface compare, and in which kinds of units.
+"""The share of a text that an interface can compare under two tokenizers, by kinds of units.
 
 A unit is of kind 1:1, 1:n (one teacher token, several student tokens), n:1 (one student token) or n:m:
 teacher first, as in a segment.
@@ -23,7 +23,7 @@ _LONGEST = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Coverage:
-    """What an alignment covers of one corpus, if each model's own tokenizer spells the text."""
+    """Coverage of an alignment on one corpus, which each model's own tokenizer spells."""
 
     student_tokens: int
     teacher_tokens: int

@@ -1,7 +1,7 @@
 """An AlignmentMap on disk: a folder that training can use and people can read.
 
     map.json            sizes, stop tokens, fingerprints, balance, coverage; the sha256 of the other file
-    map.safetensors     the pairs, and the bytes of every id of both tokenizers (so the folder says what a
+    map.safetensors     the pairs, and the bytes of every id of both tokenizers (so the folder defines what a
                         pair spells without either tokenizer)
 
 Nothing in it is executed. It is written into a temporary folder that takes its name when it is complete.
@@ -49,7 +49,7 @@ def placement_balance(
 
 
 def is_map(folder: str | Path) -> bool:
-    """Whether the folder holds a map, whole or broken."""
+    """Whether the folder holds a map, intact or damaged."""
     return (Path(folder) / _SETTINGS).exists()
 
 

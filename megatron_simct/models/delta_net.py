@@ -284,9 +284,9 @@ class GatedDeltaNet(MegatronModule):
     def mix(
         self, projected: torch.Tensor, ba: torch.Tensor, lengths: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[B, S, .] -> the input of the output projection [B, S, V dv], and the state for the next token.
+        """[B, S, .] -> the input of the output projection [B, S, V dv], and the cache for the next token.
 
-        The state is the last inputs of the convolution [B, channels, window - 1], and the state [B, V, dk,
+        The cache is the last inputs of the convolution [B, channels, window - 1], and the state [B, V, dk,
         dv]. lengths: int64 [B], tokens of each sequence; None: all have S.
         """
         channels, gates = self.split(projected)
