@@ -1,4 +1,4 @@
-"""The part of the shared vocabulary on one vocabulary shard, which the loss needs beside tensors and options."""
+"""The part of the shared vocabulary that lies on one vocabulary shard, as the loss needs it."""
 
 from __future__ import annotations
 

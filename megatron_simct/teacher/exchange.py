@@ -41,14 +41,12 @@ def share(
     if is_source:
         lengths.copy_(torch.tensor(counts + sizes))
     dist.broadcast(lengths, root, group=group)
-    counts, sizes = lengths.split([num_messages, num_parts])[0].tolist(), lengths[num_messages:].tolist()
+    # First the number of parts of each message, then the bytes of each part, message by message.
+    counts, sizes = (part.tolist() for part in lengths.split([num_messages, num_parts]))
     payload = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     if messages is not None and is_source:
-        payload.copy_(
-            torch.frombuffer(
-                bytearray(b"".join(part for parts in messages for part in parts)), dtype=torch.uint8
-            )
-        )
+        joined = bytearray(b"".join(part for parts in messages for part in parts))
+        payload.copy_(torch.frombuffer(joined, dtype=torch.uint8))
     dist.broadcast(payload, root, group=group)
     if messages is not None and is_source:
         return list(messages)
