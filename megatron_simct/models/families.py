@@ -465,7 +465,7 @@ def _grouped_query(fields: dict[str, Any], family: Family, head_dim: int, *, whe
         output_bias=family.output_bias,
         sinks=family.sinks,
         whole_norm=family.whole_norm,
-        turned_norm=family.turned_norm,
+        norm_after_rope=family.norm_after_rope,
         packed=family.packed,
         output_gate=family.output_gate,
     )
@@ -518,8 +518,8 @@ def _latent(fields: dict[str, Any], *, where: str) -> Latent:
         heads=heads,
         query_rank=fields["q_lora_rank"],
         rank=fields["kv_lora_rank"],
-        plain_dim=fields["qk_nope_head_dim"],
-        turned_dim=fields["qk_rope_head_dim"],
+        nope_dim=fields["qk_nope_head_dim"],
+        rope_dim=fields["qk_rope_head_dim"],
         value_dim=fields["v_head_dim"],
         scale=scale,
     )

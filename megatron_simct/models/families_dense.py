@@ -162,7 +162,7 @@ DENSE: dict[str, Family] = {
         ),
         ropes=("default", "dynamic"),
         qk_norm=True,
-        turned_norm=True,
+        norm_after_rope=True,
     ),
     "olmo2": Family(
         fixed={"attention_bias": (False,)}, ropes=SCALED, qk_norm=True, whole_norm=True, norms="after"

@@ -36,7 +36,7 @@ class Family:
     qk_norm: bool | str = False
     whole_norm: bool = False
     """The norms of queries and keys are over all heads together."""
-    turned_norm: bool = False
+    norm_after_rope: bool = False
     """They come after the rotary embedding."""
     zero_centered_norm: bool = False
     norms: Literal["before", "around", "after"] = "before"

@@ -57,7 +57,7 @@ class GroupedQuery:
     """Queries and keys are normalized by heads."""
     whole_norm: bool = False
     """The norm is over all heads together."""
-    turned_norm: bool = False
+    norm_after_rope: bool = False
     """The norm comes after the rotary embedding."""
     packed: bool = False
     """The folder has one tensor of queries, keys and values."""
@@ -82,7 +82,7 @@ class GroupedQuery:
 
     @property
     def has_transformer_engine(self) -> bool:
-        return not (self.whole_norm or self.turned_norm or self.sinks or self.output_bias)
+        return not (self.whole_norm or self.norm_after_rope or self.sinks or self.output_bias)
 
     def options(self) -> dict[str, Any]:
         biases = {"add_bias_linear": True} if self.output_bias else {}
@@ -103,7 +103,7 @@ class GroupedQuery:
         whole_norms = None
         if self.whole_norm:
             whole_norms = partial(WholeNorm, heads=self.heads), partial(WholeNorm, heads=self.groups)
-        elif self.turned_norm:
+        elif self.norm_after_rope:
             query_norm = key_norm = UnweightedNorm
         elif self.qk_norm:
             query_norm = key_norm = backend.layer_norm(for_qk=True) if fused else RMSNorm
@@ -152,7 +152,7 @@ class GroupedQuery:
             rules[f"{ours}core_attention.sinks"] = Rows(f"{theirs}sinks")
         if self.qk_norm:
             rule = Rows if self.whole_norm else Whole
-            names = ("query_layernorm", "key_layernorm") if self.turned_norm else ("q_norm", "k_norm")
+            names = ("query_layernorm", "key_layernorm") if self.norm_after_rope else ("q_norm", "k_norm")
             for part, name in zip("qk", names, strict=True):
                 rules[f"{ours}{part}_layernorm.weight"] = rule(f"{theirs}{name}.weight")
         return rules
