@@ -175,7 +175,7 @@ class VllmEngine:
 
     def _what_differs(self) -> str:
         """The tensors that differ on the server from those that were sent, as far as it reports them."""
-        precision = "it computes in another precision, or not as the training's model does"
+        precision = "it computes in another precision, or another model than the training"
         found = self._as_sent()
         if found is None or not self._comparable:
             return (
@@ -184,14 +184,10 @@ class VllmEngine:
         same, count = found & self._comparable, len(self._comparable)
         differ = sorted(self._comparable - same)
         if not differ:
-            return (
-                f"the {count} tensors that can be compared are as they were sent, so others are not, or "
-                f"{precision}"
-            )
+            return f"the {count} comparable tensors are as they were sent, so others differ, or {precision}"
         names = ", ".join(differ[:_NAMED]) + (", ..." if len(differ) > _NAMED else "")
         return (
-            f"it holds {len(differ)} of {count} tensors that can be compared otherwise than {self._folder}: "
-            f"{names}"
+            f"{len(differ)} of {count} comparable tensors differ on the server from {self._folder}: {names}"
         )
 
     def _as_sent(self) -> set[str] | None:
