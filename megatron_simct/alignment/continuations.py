@@ -2,7 +2,7 @@
 
 Of a text that a model has written up to here as "... c", with the token c ending here, not every next byte is
 possible: behind "8" no digit, where "81" would have been cut as one token. The interface `bytes` bounds by it
-what a model may say where its probability is not known (byte_bounds.py), so every *no* of this table must
+the unresolved probability of a model (byte_bounds.py), so every *no* of this table must
 hold for every text; a *yes* need not be true. What the answers rest on:
 
     byte-pair merges      Two tokens can be neighbours inside one pretoken if and only if no merge across

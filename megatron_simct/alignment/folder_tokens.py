@@ -106,7 +106,7 @@ def stop_ids(folder: HfFolder, ids: Mapping[str, int], special_tokens: Collectio
     is what an instructed model emits, else EOS.
 
     ids: text and id of every token. special_tokens: those that a template may end a turn with. Raises
-    ValueError, naming the file, for an id that no token has, and for a mark behind a turn that is no token.
+    ValueError, naming the file, for an id without a token, and for a mark behind a turn that is not a token.
     """
     known = set(ids.values())
     for token_id, name in folder.stops.items():

@@ -104,7 +104,7 @@ def interface_loss(
     output_weight [W, H_S], this rank's rows of the output layer; `labels` passed `check_labels` before it
     moved to the device. `sum` is differentiable: the gradient of student_hidden is the full one on every rank
     (one all-reduce in backward), that of output_weight this rank's; where Megatron's DDP owns output_weight
-    it goes to main_grad in this call (tiles.py says what that asks of the caller). Collective over `group`;
+    it goes to main_grad in this call (see tiles.py for the conditions). Collective over `group`;
     all ranks pass the same labels. Empty labels give a zero sum with zero gradients.
 
     label_rows: with context parallelism, the rows of student_hidden are those of these labels only; sum,

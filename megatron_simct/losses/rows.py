@@ -113,7 +113,7 @@ class Statistics:
     """Row statistics after all-reduce; identical on every rank."""
 
     label_max: torch.Tensor
-    """[N], the largest logit of each student row (0 where there is none)."""
+    """[N], the largest logit of each student row (0 if there is none)."""
     label_log_sum: torch.Tensor
     """[N], log of the sum of e^(z - label_max) over the real vocabulary."""
     own: torch.Tensor
@@ -124,7 +124,7 @@ class Statistics:
     """bool [A]: whether both models find the same of the compared tokens likeliest, special columns left out.
     """
     student_max: torch.Tensor = NOTHING
-    """[A], of the scores of the shared tokens, special columns left out (0 where there is none)."""
+    """[A], of the scores of the shared tokens, special columns left out (0 if there is none)."""
     teacher_max: torch.Tensor = NOTHING
     """[A]"""
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -359,7 +359,7 @@ def segments_to_labels(
     """[S] -> [count]: each segment's value at each of its labels, 0 outside of segments."""
     if len(values) == 0:
         return values.new_zeros(count)
-    # The last segment that starts at or before each label; `inside` says whether it reaches the label.
+    # The last segment that starts at or before each label; `inside`: whether it reaches the label.
     position = torch.arange(count, device=values.device)
     segment = (torch.searchsorted(starts.contiguous(), position, right=True) - 1).clamp(min=0)
     inside = (position >= starts[segment]) & (position < ends[segment])

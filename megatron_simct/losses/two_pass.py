@@ -203,7 +203,7 @@ class Tiles:
         size = max(1, stop - start)
         if self._source.device.type == "cpu":
             size = max(1, CACHED_ELEMENTS // max(1, width))
-        # A block never crosses a border between kinds of rows, so that one slice says what all its rows need.
+        # A block never crosses a border between kinds of rows, so all its rows have the same needs.
         borders = [b for b in (self._plan.num_sparse, self._plan.num_shared) if start < b < stop]
         for low, high in zip([start, *borders], [*borders, stop], strict=True):
             for top in range(low, high, size):

@@ -213,7 +213,7 @@ _patched = False
 
 
 def patch_megatron() -> bool:
-    """Apply PATCHES once per process; returns False, and does nothing, where a CUDA device is available."""
+    """Apply PATCHES once per process; returns False, and does nothing, if a CUDA device is available."""
     global _patched
     if torch.cuda.is_available():
         return False

@@ -344,8 +344,8 @@ def _trained(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load(model: HiddenStateModel | InterleavedModel, state: dict[str, Any]) -> None:
-    # That no weight is missing has been seen when the state was read; what TransformerEngine's modules say of
-    # themselves may be missing: it is about FP8.
+    # Missing weights were detected when the state was read. The extra state of TransformerEngine's modules
+    # may be missing: it is for FP8.
     result = model.load_state_dict(state, strict=False)
     missing = [key for key in result.missing_keys if not key.endswith(_EXTRA_STATE)]
     assert not missing or any(MARK in name for name in state), missing

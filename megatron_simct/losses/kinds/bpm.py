@@ -1,7 +1,7 @@
 """`bpm`: the teacher's next-token distribution over the student's tokens, at every student label.
 
 Byte-prefix marginals (arXiv:2607.22334). With b(.) the bytes of a token, c the bytes that the student has
-said since the last end of a teacher token, q the teacher's distribution there, and phi_c(w) the student's
+written since the last end of a teacher token, q the teacher's distribution there, and phi_c(w) the student's
 longest token that b(w) without c begins with:
 
     t(u) = sum of q(w) over the teacher's tokens w with c <= b(w), phi_c(w) = u        renormalized over the u
@@ -12,10 +12,9 @@ probability of the realized path to its end, taken from the token that the path 
 
     t(s) = q_j(w_j) * prod q_k(w_k) * sum of q(w) over r <= b(w)     r: the rest of s; before renormalizing
 
---simct-child-weight L adds the child term of ESCD (arXiv:2609.34738). Of the teacher's tokens that the
-student has none for, those of which one begins as the other are a group g, with y its shortest. Where the
-student said s at the start of a segment, at the row behind s, for every group whose y begins with s and goes
-on with r:
+--simct-child-weight L adds the child term of ESCD (arXiv:2609.34738). The teacher's tokens without
+a student token of the same bytes form groups g by common prefixes; y is the shortest token of a group. If the
+student sampled s at the start of a segment, the row behind s gets, for every group whose y is s and then r:
 
     loss = loss - L sum over g of M(g) log sum of p(u) over r <= b(u)        M(g) = sum of q(w) over w in g
 

@@ -104,7 +104,7 @@ def least_divergence(bounds: Bounds, *, divergence: str, js_beta: float) -> Leas
     left = ~agree
     tried = (_resolved, _outer, _inner, _joint)
     # Each candidate is tried on the positions that no earlier one has solved. `part` numbers these positions
-    # and their events anew; `done` and `where` say where its answers belong.
+    # and their events anew; `done` and `where` select the places of its results.
     for solve in tried:
         if not bool(left.any()):
             break
