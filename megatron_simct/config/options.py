@@ -507,8 +507,17 @@ class RolloutConfig:
     rollout_max_lag: int | None = option(
         None,
         "stop where a response was sampled by weights that are more optimizer steps old; default: 0, with "
-        "--schedule one_step_off 1, and stored responses may be of any age",
+        "--schedule one_step_off 1, and stored responses may be of any age; with --rollout-oversample one "
+        "more, and a step waits for responses that would be older in the next one",
         at_least=0,
+    )
+    rollout_oversample: float = option(
+        0.0,
+        "with --rollout-engine vllm: prompts in the works beside those that a step needs, as a share of "
+        "--rollout-batch-size, rounded up on each data-parallel replica; a step closes as soon as it has the "
+        "responses that it needs, and the next steps go on with the text of the others",
+        at_least=0,
+        at_most=1,
     )
     rollout_wave_size: int | None = option(
         None,
@@ -903,6 +912,7 @@ class Config:
                 f"({self.output.profile_step_start})"
             )
         self._check_rollout_engine()
+        self._check_oversampling(data_parallel_size)
         self._check_reward()
         self._check_importance_weights()
         if self.output.ckpt_step is not None and self.output.load is None:
@@ -1014,7 +1024,38 @@ class Config:
         """The most optimizer steps between sampling and training weights; None: any."""
         if self.rollout.rollout_max_lag is not None:
             return self.rollout.rollout_max_lag
-        return None if self.rollout.load_debug_rollout_data is not None else self.training.lag
+        if self.rollout.load_debug_rollout_data is not None:
+            return None
+        return self.training.lag + (1 if self.rollout.rollout_oversample else 0)
+
+    def _check_oversampling(self, data_parallel_size: int) -> None:
+        """ValueError where no response can be carried over into the next step."""
+        rollout, lag = self.rollout, self.training.lag
+        if not rollout.rollout_oversample:
+            return
+        flag = f"--rollout-oversample {rollout.rollout_oversample:g}"
+        if rollout.rollout_engine != "vllm":
+            raise ValueError(
+                f"{flag}: needs --rollout-engine vllm; the training weights sample a wave of responses token "
+                "by token together and then go on training, so nothing could go on with the longest of them"
+            )
+        for other, value, why in (
+            ("--load-debug-rollout-data", rollout.load_debug_rollout_data, "stored responses are finished"),
+            ("--rollout-wave-size", rollout.rollout_wave_size, "its responses are asked for all at once"),
+        ):
+            if value is not None:
+                raise ValueError(f"{flag}: not with {other}: {why}; leave one of them out")
+        if rollout.rollout_max_lag is not None and rollout.rollout_max_lag <= lag:
+            raise ValueError(
+                f"{flag}: a response that is carried over is at least {lag + 1} steps old, and "
+                f"--rollout-max-lag is {rollout.rollout_max_lag}; leave one of them out"
+            )
+        if rollout.rollout_batch_size % data_parallel_size:
+            raise ValueError(
+                f"{flag}: each data-parallel replica has all responses to its prompts, so "
+                f"--rollout-batch-size ({rollout.rollout_batch_size}) must be a multiple of their number "
+                f"({data_parallel_size})"
+            )
 
     def _check_micro_batches(self, size: int, data_parallel_size: int) -> None:
         """ValueError where `size` sequences cannot be dealt out to ranks and micro-batches."""

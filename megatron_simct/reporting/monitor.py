@@ -93,7 +93,20 @@ METRICS = {
         "--rollout-engine vllm: of the sampling, with at most a tenth of the first rank's responses still to "
         "come",
     ),
-    "rollout_lag": ("steps", "optimizer steps between sampling and training weights; only logged if above 0"),
+    "seconds_rollout_longest": (
+        "s",
+        "--rollout-oversample: from when a response was first asked for until it was finished, the most of "
+        "those that finished in this step; with the updates in between",
+    ),
+    "rollout_carried": (
+        "responses",
+        "--rollout-oversample: those of this step whose prompts an earlier step had begun, over all ranks",
+    ),
+    "rollout_lag": (
+        "steps",
+        "optimizer steps between sampling and training weights, mean over responses, of each since its first "
+        "token; only logged if above 0",
+    ),
     "canonical_rollouts": (
         "share of samples",
         "responses that the student's tokenizer cuts as they were sampled",
