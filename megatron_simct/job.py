@@ -107,7 +107,7 @@ class Job:
     config: Config
     prompts: PromptSource
     oversampling: Oversampling | None
-    """Which prompts a step begins, and which responses it takes, where --rollout-oversample is given."""
+    """With --rollout-oversample: decides which prompts a step begins and which responses it takes."""
     engine: RolloutEngine
     sampling: Sampling
     align: Callable[[Prompt, Rollout], AlignedPair]
@@ -572,11 +572,11 @@ def build_prompts(config: Config, groups: Groups, pair: Pair) -> PromptSource:
 
 
 def build_oversampling(config: Config, groups: Groups, prompts: PromptSource) -> Oversampling | None:
-    """What has been begun and not been trained on; None without --rollout-oversample."""
+    """The responses that steps carry over; None without --rollout-oversample."""
     rollout = config.rollout
     if not rollout.rollout_oversample:
         return None
-    assert config.max_lag is not None, "its responses are not stored ones"
+    assert config.max_lag is not None, "check() refuses stored responses"
     share = rollout.rollout_batch_size // groups.dp_size
 
     def gather(mine: Any) -> list[Any]:
@@ -768,7 +768,7 @@ def build_engine(config: Config, groups: Groups, sampler: RolloutEngine, student
     """Where the training responses come from."""
     engine: RolloutEngine = GivenResponses(student) if config.interface.interface == "sft" else sampler
     save_dir, load_dir = config.rollout.save_debug_rollout_data, config.rollout.load_debug_rollout_data
-    if (save_dir or load_dir) and not config.rollout.rollout_oversample:  # which has records of its own
+    if (save_dir or load_dir) and not config.rollout.rollout_oversample:  # it records by itself
         engine = ReplayEngine(
             engine, save_dir=save_dir, load_dir=load_dir, dp_rank=groups.dp_rank, writes=groups.writes_samples
         )

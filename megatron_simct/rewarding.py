@@ -35,8 +35,8 @@ class Rewarding:
     group_size: int
     weight: float
     first_place: int | None = None
-    """Of the samples of this rank in a step, where each rank has whole groups (--rollout-oversample); None:
-    the samples of a step have consecutive numbers, and are dealt out one by one."""
+    """With --rollout-oversample each rank has whole groups: the place of its first sample in the step. None:
+    a step has consecutive sample ids, dealt out one by one."""
     say: Callable[[str], None] = print
     _said: int = field(default=0, init=False)
 

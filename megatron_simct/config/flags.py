@@ -1,4 +1,4 @@
-"""Spells the dataclasses of `options.py` as command-line flags and as keys of a --config-file.
+"""Spells the dataclasses of `options/` as command-line flags and as keys of a --config-file.
 
 defaults < --config-file < command line. An unknown flag or key is an error that names the nearest one; a flag
 of Megatron-LM that this package does not implement has its own message.

@@ -188,7 +188,7 @@ class PromptSource:
         return [self._sample(step * total + i) for i in range(self._dp_rank, total, self._dp_size)]
 
     def samples(self, sample_ids: Iterable[int]) -> list[Prompt]:
-        """These samples of the run, whatever rank or step they would belong to."""
+        """Any samples of the run, of any rank and step."""
         return [self._sample(sample_id) for sample_id in sample_ids]
 
     def share(self) -> list[Prompt]:

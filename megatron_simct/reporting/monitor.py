@@ -95,17 +95,17 @@ METRICS = {
     ),
     "seconds_rollout_longest": (
         "s",
-        "--rollout-oversample: from when a response was first asked for until it was finished, the most of "
-        "those that finished in this step; with the updates in between",
+        "--rollout-oversample: the longest time from the first request for a response until it was "
+        "finished, of the responses that finished in this step; includes the updates in between",
     ),
     "rollout_carried": (
         "responses",
-        "--rollout-oversample: those of this step whose prompts an earlier step had begun, over all ranks",
+        "--rollout-oversample: responses in this step whose group an earlier step began, over all ranks",
     ),
     "rollout_lag": (
         "steps",
-        "optimizer steps between sampling and training weights, mean over responses, of each since its first "
-        "token; only logged if above 0",
+        "optimizer steps between the weights that sampled a response's first token and the training weights, "
+        "mean over responses; only logged if above 0",
     ),
     "canonical_rollouts": (
         "share of samples",

@@ -63,7 +63,7 @@ class StreamingEngine(Protocol):
 
 @runtime_checkable
 class RacingEngine(StreamingEngine, Protocol):
-    """A StreamingEngine that can leave responses unfinished, and go on with them."""
+    """A StreamingEngine that can stop before all responses are finished, and continue them later."""
 
     def race(
         self,
@@ -74,11 +74,11 @@ class RacingEngine(StreamingEngine, Protocol):
         least: int,
         is_enough: Callable[[], bool],
     ) -> Iterator[list[Rollout]]:
-        """As `stream`, until the caller has enough: then once more, what has just finished, and what there is
-        of the rest, as far as it has a token. Collective over one model replica.
+        """As `stream` until is_enough() is true, then yields the rest once: responses that have just finished
+        and unfinished ones (finish "open") that have a token. Collective over one model replica.
 
-        begun: by sample id, what there is of a response, which is gone on with. least: responses that must
-        finish before the caller can have enough. is_enough: the same on every rank of the replica.
+        begun: unfinished responses to continue, by sample id. least: responses that must finish before
+        is_enough() can be true. is_enough: has the same value on every rank of the replica.
         """
         ...
 
@@ -206,7 +206,7 @@ def write_rollouts(
 
 
 def rollout_row(rollout: Rollout) -> dict[str, Any]:
-    """A response as JSON has it; float32 numbers come back as they were."""
+    """A response as JSON; float32 numbers are restored exactly."""
     return {
         "sample_id": rollout.sample_id,
         "weight_version": rollout.weight_version,
@@ -226,7 +226,7 @@ def _read(file: Path) -> list[Rollout]:
 
 
 def rollout_from_row(row: dict[str, Any]) -> Rollout:
-    """What `rollout_row` gave."""
+    """The response that `rollout_row` wrote."""
     return Rollout(
         sample_id=row["sample_id"],
         weight_version=row["weight_version"],

@@ -1,17 +1,19 @@
-"""Steps that close before their slowest responses have ended, which are carried over into the next ones.
+"""Steps that close before their slowest responses are finished: --rollout-oversample.
 
-With --rollout-oversample F each replica has the prompts of F steps more in the works than a step needs. A
-step closes as soon as as many groups of responses as it needs are whole; a group is the responses to one
-prompt. What the others have of their text is kept. The server goes on with it under the weights of the next
-step, since these are what it then holds: to finish it under the older ones, the update would have to wait, or
-the server to hold both. Each token keeps the log-probability under the weights that sampled it, so importance
-weights hold for a response of several weights, whose Rollout.weight_version is that of its first token.
+A group is the set of responses to one prompt. Each data-parallel replica samples more groups at a time than
+it needs for a step. A step closes as soon as enough groups are finished. The unfinished responses keep their
+text and are carried over: the next step asks the server to continue them.
 
-A response is as old as its first token. One that would be older than --rollout-max-lag in the next step is
-not carried any further: its step waits for it.
+The server continues them under the weights of the next step, because it holds one set of weights. To finish
+them under the old weights, the update would have to wait, which is what carrying over avoids. Each token
+keeps the log-probability under the weights that sampled it, so importance weights are right for a response
+that several versions sampled. Rollout.weight_version is the version of the first token.
 
-Which prompts have been begun, and what there is of those that no finished update has used, is part of a
-checkpoint. So after a kill each prompt is trained on once, in whatever layout the run goes on.
+--rollout-max-lag bounds how old a first token may be. If a group would exceed the bound in the next step,
+the step waits for it instead.
+
+A checkpoint stores which prompts were begun, and every response that no update has used. After a kill, a run
+trains on each prompt once, in any data-parallel layout.
 """
 
 from __future__ import annotations
@@ -33,20 +35,20 @@ class Group:
     """A prompt whose responses have been begun."""
 
     number: int
-    """Which prompt of the run it is; its samples are number x --n-samples-per-prompt and those after it."""
+    """The prompt's number in the run. Sample ids start at number x --n-samples-per-prompt."""
     prompts: Sequence[Prompt]
-    """The same one for each sample, with the sample's id."""
+    """One for each sample: the same prompt with the sample's id."""
     rollouts: dict[int, Rollout] = field(default_factory=dict)
-    """By sample id, what there is; those that are not finished say so."""
+    """By sample id: the finished responses, and the unfinished ones (finish "open") that have a token."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether all of its responses are finished."""
+        """Whether all responses are finished."""
         return not self.missing
 
     @property
     def missing(self) -> list[Prompt]:
-        """The samples that are not finished."""
+        """Prompts of the samples that are not finished."""
         return [
             prompt
             for prompt in self.prompts
@@ -55,12 +57,12 @@ class Group:
 
     @property
     def oldest(self) -> int | None:
-        """The version of the weights that sampled its first token; None where there is no token yet."""
+        """Version of the weights that sampled the first token; None if no token was sampled."""
         return min((rollout.weight_version for rollout in self.rollouts.values()), default=None)
 
 
 class Oversampling:
-    """The groups of one data-parallel rank that have been begun and not been trained on."""
+    """The groups of one data-parallel rank that were begun and are not trained on yet."""
 
     def __init__(
         self,
@@ -74,10 +76,10 @@ class Oversampling:
         gather: Callable[[Any], list[Any]],
         record: Callable[..., None] | None = None,
     ) -> None:
-        """share: groups that this rank needs for a step. more: how many it has in the works beside these.
+        """share: groups that this rank needs for a step. more: groups that it samples in addition.
 
-        gather: what every data-parallel rank has said, by rank; collective over them. record: is told of the
-        responses of each step, and `step`.
+        gather: returns the argument of every data-parallel rank, by rank; collective over these ranks.
+        record: called with the responses of each step, and `step`.
         """
         self._prompts, self._share, self._more = prompts, share, more
         self._samples_per_prompt, self._max_lag = samples_per_prompt, max_lag
@@ -86,23 +88,23 @@ class Oversampling:
         """The first group that no rank has begun."""
         self._open: dict[int, Group] = {}
         self._counts = [0] * len(gather(None))
-        """How many each rank has open: so each knows which new ones are the others'."""
+        """Open groups of each rank: from these, every rank knows which new groups the others begin."""
         self._taken: dict[int, list[Group]] = {}
-        """By step: what has been handed on, and no update is known to have used."""
+        """By step: groups that `step` has returned, until `trained` is called."""
         self._asked_at: dict[int, float] = {}
         self.metrics: dict[str, float] = {}
-        """Of the step that has closed last."""
+        """Of the last step."""
 
     def begin_at(self, step: int) -> None:
-        """Where the run that goes on has carried nothing over, or there was none."""
+        """Start without open groups: a new run, or a resumed run that carried nothing over."""
         self._next = step * self._share * len(self._counts)
 
     def step(
         self, engine: RacingEngine, step: int, sampling: Sampling
     ) -> Iterator[list[tuple[Prompt, Rollout]]]:
-        """A step's responses, in whole groups as these get whole. Collective over the whole job.
+        """Yields the responses of a step, in whole groups as these are finished. Collective over the job.
 
-        Until it has ended nothing has changed: what is asked for again is what was asked for before.
+        The state changes only at the end. A step that is interrupted can be started again.
         """
         following, counts, groups = self._topped_up()
         too_old = {
@@ -114,7 +116,7 @@ class Oversampling:
         taken: list[Group] = []
 
         def take() -> list[tuple[Prompt, Rollout]]:
-            """What is whole now and has a place: places of groups that must come are kept for them."""
+            """Takes the whole groups that the step has room for. It reserves room for those in too_old."""
             found: list[tuple[Prompt, Rollout]] = []
             for number in sorted(groups):
                 kept = 0 if number in too_old else len(too_old & groups.keys())
@@ -164,11 +166,11 @@ class Oversampling:
         }
 
     def trained(self, step: int) -> None:
-        """An update has used the responses of a step."""
+        """Tell that an update has used the responses of a step."""
         self._taken.pop(step, None)
 
     def state(self) -> bytes:
-        """What a run needs to go on, of all ranks. Collective over the data-parallel ranks."""
+        """State of all ranks, for a checkpoint. Collective over the data-parallel ranks."""
         mine = [
             *self._open.values(),
             *(group for groups in self._taken.values() for group in groups),
@@ -186,14 +188,15 @@ class Oversampling:
         return json.dumps(content).encode()
 
     def load(self, data: bytes) -> None:
-        """What `state` gave, under any number of ranks. ValueError, naming the flag, where the prompts are
-        others.
+        """Restore what `state` returned, with any number of ranks.
+
+        Raises ValueError, naming the flag, if the prompts are not those of the state.
         """
         content = json.loads(data)
         if content["samples_per_prompt"] != self._samples_per_prompt:
             raise ValueError(
-                f"--n-samples-per-prompt {self._samples_per_prompt}: the run that goes on has begun "
-                f"{content['samples_per_prompt']} responses to a prompt; leave it as it was"
+                f"--n-samples-per-prompt {self._samples_per_prompt}: the checkpoint carries over groups of "
+                f"{content['samples_per_prompt']} responses; do not change it"
             )
         self._next = content["next"]
         size = len(self._counts)
@@ -203,16 +206,16 @@ class Oversampling:
             group = self._new(row["number"])
             if _digest(group.prompts[0]) != row["prompt"]:
                 raise ValueError(
-                    f"--prompt-data: prompt {group.number} is not the one whose response the run that goes "
-                    "on has begun; leave the file, --rollout-shuffle and --seed as they were"
+                    f"--prompt-data: prompt {group.number} is not the one whose response the checkpoint "
+                    "carries over; do not change the file, --rollout-shuffle, or --seed"
                 )
             found = [rollout_from_row(one) for one in row["rollouts"]]
             group.rollouts.update({rollout.sample_id: rollout for rollout in found})
             self._open[group.number] = group
 
     def _topped_up(self) -> tuple[int, list[int], dict[int, Group]]:
-        """The next group that nobody has begun, how many each rank has open, and those of this rank, once new
-        ones have been dealt out."""
+        """The state after new groups are begun: the next group, open groups of each rank, and groups of this
+        rank."""
         size = self._share + self._more
         wanted = [max(0, size - count) for count in self._counts]
         following = self._next

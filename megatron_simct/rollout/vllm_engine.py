@@ -8,8 +8,8 @@ After each optimizer step the weights are written as a Hugging Face folder, the 
 which version has sampled each of its tokens. Another one, such as that of a server that has been started
 again, is an answer that does not count.
 
-Responses are handed on as they finish. Where the caller has enough, the server ends the others, and what
-there is of them is gone on with in a later call (rollout/oversampling.py).
+Responses are handed on as they finish. A caller that needs no more of them stops the server, and can continue
+the unfinished responses in a later call (rollout/oversampling.py).
 
 The first ones of every call are scored by the training weights before anything is made of any: where the two
 models' log-probabilities differ by more than a bound, the weights are handed over again, and where that does
@@ -52,7 +52,7 @@ _DRAWS = 20
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 5.0
 _CUT_AGAIN_S = 0.2
 _PREFIX = "generate-tokens-"
-"""What vLLM puts before the name of a request that it is given."""
+"""vLLM puts this before the name of a request."""
 _NAMED = 5
 """Tensors that an error names."""
 
@@ -230,7 +230,7 @@ class VllmEngine:
     def _asked(
         self, prompts: Sequence[Prompt], sampling: Sampling, begun: Mapping[int, Rollout]
     ) -> Generator[_Requests]:
-        """Requests for responses, or for what they still lack; what is not read is given up."""
+        """Requests for responses, or for the rest of responses that are begun; unread answers are dropped."""
         pool = ThreadPoolExecutor(max_workers=IN_FLIGHT, thread_name_prefix="vllm")
         requests = _Requests(self._client, self._on_the_rank_that_asks, len(prompts))
         if self._groups.writes_samples:
@@ -263,7 +263,7 @@ class VllmEngine:
         """The largest mean difference of a response's log-probabilities, on every rank of the replica, and of
         all that share experts with it: these compute together, and so do all of it once more or none.
 
-        begun: what other weights have sampled of a response, which is not compared.
+        begun: the parts of responses that other weights sampled; they are not compared.
         """
         if not rollouts:
             prompts, rollouts = [_NO_PROMPT], [_NO_RESPONSE]
@@ -288,10 +288,10 @@ class VllmEngine:
     def _ask(
         self, prompt: Prompt, sampling: Sampling, has: Rollout | None, requests: _Requests
     ) -> Rollout | None:
-        """One response, or once requests are cut what there is of it, if anything. A server that dies or
-        answers nonsense costs time only, up to timeout_s.
+        """One response; an unfinished one, or None, once the requests are cut. A server that dies or answers
+        nonsense costs time only, up to timeout_s.
 
-        has: what there is of it.
+        has: the part that was sampled before.
         """
         deadline = time.monotonic() + self._timeout_s
         draw = 0
@@ -301,7 +301,7 @@ class VllmEngine:
                 with requests.named() as name:
                     rollout = self._answer(prompt, sampling, draw, has, name)
                 if rollout.finish == "open" and not requests.are_cut:
-                    raise EngineFault(f"{self._client.address} gave up a response that is still waited for")
+                    raise EngineFault(f"{self._client.address} aborted a response that is still needed")
                 if rollout.student_ids.max(initial=0) < self._vocab_size:
                     return rollout if len(rollout.student_ids) else None
                 draw += 1
@@ -371,7 +371,7 @@ class VllmEngine:
             raise EngineFault(
                 f"{self._client.address} answered no token ids with log-probabilities"
             ) from None
-        if finish == "abort" and not len(ids):  # it had not begun with it
+        if finish == "abort" and not len(ids):  # the server had not begun it
             return replace(has or _nothing(prompt.sample_id), finish="open")
         if versions != {self._label}:
             raise EngineFault(
@@ -394,7 +394,7 @@ class VllmEngine:
             raise EngineFault(
                 f"{self._client.address} answered a response that is cut, or ends as it may not"
             )
-        if finish == "abort":  # perhaps just when it was about to say that it has finished
+        if finish == "abort":  # perhaps after its last token
             finish = "stop" if stops[-1] else "length" if len(ids) == limit else "open"
         before = has or _nothing(prompt.sample_id)
         return Rollout(
@@ -407,20 +407,20 @@ class VllmEngine:
 
 
 class _Requests:
-    """What one call asks a server for. One rank of a replica asks, and all of them are told."""
+    """The requests of one call. One rank of a replica sends them, and all ranks get the answers."""
 
     def __init__(self, client: EngineClient, tell: Callable[[Callable[[], Any]], Any], count: int) -> None:
-        """tell: see VllmEngine._on_the_rank_that_asks. count: of responses."""
+        """tell: see VllmEngine._on_the_rank_that_asks. count: responses in all."""
         self._client, self._tell, self._left = client, tell, count
         self.waiting: set[Future[Rollout | None]] = set()
-        """On the rank that asks."""
+        """On the rank that sends them."""
         self.are_cut = False
         self._names: set[str] = set()
-        """Of the requests that the server has now."""
+        """Of the requests that were sent and not answered."""
 
     @contextmanager
     def named(self) -> Generator[str]:
-        """A name for a request to the server, while it lasts."""
+        """A name for one request, as long as it lasts."""
         name = uuid.uuid4().hex
         self._names.add(name)
         try:
@@ -437,7 +437,7 @@ class _Requests:
             yield found
 
     def cut(self) -> list[Rollout]:
-        """End what the server is at: what has just finished, and what there is of the rest."""
+        """Abort the other requests. Returns responses that have just finished, and the unfinished ones."""
         found = self._tell(self._rest)
         assert found is not None, "every rank is told"
         return found
@@ -451,7 +451,7 @@ class _Requests:
         self.are_cut = True
         asked = [future for future in self.waiting if not future.cancel()]
         rest: Collection[Future[Rollout | None]] = asked
-        while rest:  # a server may get to know of a request only after it was told to end it
+        while rest:  # a request may reach the server after the first abort
             with suppress(EngineFault, EngineRefusal):
                 names = [f"{_PREFIX}{name}" for name in list(self._names)]
                 if names:

@@ -13,7 +13,7 @@ other state lies beside them, so that --pretrained-checkpoint reads both kinds.
 
 What a run needs to go on is weights, optimizer, schedule, iteration and the random state of every rank.
 Prompts and sampling need nothing: they are arithmetic on the iteration (`data.prompts`, `rollout.sampling`).
-With --rollout-oversample they do: carried_over.json has the prompts and responses that have been begun.
+With --rollout-oversample a checkpoint also has carried_over.json: the prompts and responses that were begun.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Average(Protocol):
 
 
 class CarriedOver(Protocol):
-    """Responses that the steps of a run have begun and not trained on (rollout/oversampling.py)."""
+    """Responses that were begun and are not trained on yet (rollout/oversampling.py)."""
 
     def begin_at(self, step: int) -> None: ...
 
@@ -140,7 +140,7 @@ class Checkpoints:
         rest. before_reading_weights: brings them up to date. retain: checkpoints to keep, None for all.
         identity: a JSON value for each of _IDENTITY_FLAGS; a checkpoint with another one is refused. config:
         every option by its key. average: of the teacher's weights, if they follow the student's.
-        carried_over: where steps carry responses over. ValueError where save_dir cannot be written.
+        carried_over: responses that steps carry over. ValueError where save_dir cannot be written.
         """
         self._model = model
         self._average, self._carried_over = average, carried_over
@@ -291,8 +291,8 @@ class Checkpoints:
         if self._carried_over is None:
             if file.exists():
                 raise ValueError(
-                    f"--load {path}: its run has carried responses over into the next step; "
-                    "go on with --rollout-oversample"
+                    f"--load {path}: the checkpoint carries unfinished responses over; resume it with "
+                    "--rollout-oversample"
                 )
         elif not file.exists():
             self._carried_over.begin_at(iteration)

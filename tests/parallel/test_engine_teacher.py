@@ -310,7 +310,7 @@ def test_the_probe_knows_a_wrong_head_and_a_wrong_engine(folders, tmp_path):
         (["--engine-timeout-s", "5"], "--engine-endpoint is missing"),
         (
             ["--engine-endpoint", "http://h:1", "--tensor-model-parallel-size", "2"],
-            "an LM head only, which one rank",
+            "loads only the LM head, on one rank",
         ),
         (
             ["--engine-endpoint", "http://h:1", "--teacher-pretrained-checkpoint", "x"],

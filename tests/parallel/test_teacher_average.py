@@ -182,8 +182,8 @@ def test_the_average_is_float32_where_the_models_are_bfloat16(tiny):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--teacher-endpoint", "somewhere"), "--teacher-endpoint: the teacher of another job"),
-        (("--simct-interface", "sft"), "--simct-interface sft: it asks no teacher"),
+        (("--teacher-endpoint", "somewhere"), "--teacher-endpoint: a teacher in another job"),
+        (("--simct-interface", "sft"), "--simct-interface sft: it uses no teacher"),
         (("--load-debug-scored-data", "there"), "--load-debug-scored-data: stored answers"),
         (("--teacher-ema", "1"), "strictly between 0 and 1"),
     ],

@@ -290,7 +290,7 @@ def test_after_a_kill_nothing_is_lost_or_sampled_twice(tiny, student, tmp_path):
         go(2, "rollouts", "--ckpt-step", "2", "--train-iters", "5")
         command_without = command(tiny, student, tmp_path, server, *saved, "--train-iters", "6")
         ((code, _, err),) = run_ranks(1, run, command_without)
-    assert code == 1 and "carried responses over into the next step; go on with --rollout-oversample" in err
+    assert code == 1 and "carries unfinished responses over; resume it with --rollout-oversample" in err
     steps = recorded(tmp_path / "killed")
     first = {row["sample_id"]: row["student_ids"] for row in steps.pop(2)}
     steps |= recorded(tmp_path / "rollouts")
@@ -347,7 +347,7 @@ def test_ids_without_a_token_are_drawn_again(tiny, tmp_path):
         (["--rollout-importance-weights", "0.5"], "--rollout-importance-weights 0.5: must be at least 1"),
         (
             ["--rollout-importance-weights", "2", "--simct-interface", "scalar"],
-            "has an importance ratio of its own",
+            "already has an importance ratio",
         ),
         (
             ["--rollout-importance-weights", "2", "--context-parallel-size", "2"],

@@ -789,7 +789,7 @@ def test_invalid_options_are_refused():
         (InterfaceConfig(temperature=0.0), "--simct-temperature 0.0: must be above 0"),
         (
             InterfaceConfig(divergence="js", js_beta=1.0),
-            "--simct-js-beta 1.0: must lie strictly between 0 and 1: at the",
+            "--simct-js-beta 1.0: must lie strictly between 0 and 1; at 0",
         ),
         (InterfaceConfig(interface="strict_topk", topk=0), "--simct-topk 0: must be at least 1"),
         (InterfaceConfig(temperature=float("inf")), "--simct-temperature inf: must be finite"),

@@ -1,4 +1,4 @@
-"""Steps that carry responses over: whatever finishes first, each prompt is trained on once, in time."""
+"""Steps that carry responses over train on each prompt once and in time, whatever finishes first."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Prompts:
 
 
 class Engine:
-    """Finishes some responses in a random order; a token is (sample id, its place, the weights)."""
+    """Finishes responses in a random order. A token is made of sample id and position."""
 
     def __init__(self, seed: int, version: int) -> None:
         self.random, self.version = random.Random(seed), version
@@ -82,7 +82,7 @@ class Engine:
 
 
 class Ranks:
-    """Threads that tell each other things."""
+    """Data-parallel ranks as threads."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -164,7 +164,7 @@ def run_steps(
 
 @pytest.mark.parametrize("seed", range(40))
 def test_every_prompt_is_trained_on_once_whatever_finishes_first(seed):
-    """Over kills, other numbers of ranks, and all: no response is lost, mixed up or too old."""
+    """With kills and other numbers of ranks in between: no response is lost, mixed up, or too old."""
     choose = random.Random(seed)
     n, max_lag = choose.randint(1, 3), choose.randint(1, 3)
     ahead = choose.randint(0, 1)
@@ -196,7 +196,7 @@ def test_every_prompt_is_trained_on_once_whatever_finishes_first(seed):
     assert mixed, "some response is of several weights"
 
 
-def test_where_nothing_is_carried_over_the_steps_are_those_of_the_stream():
+def test_steps_that_carry_nothing_over_are_those_of_the_stream_of_prompts():
     rollouts, states, carried = run_steps(2, range(3, 6), None, seed=1, share=4, more=0, n=2, max_lag=1)
     for step, found in zip(range(3, 6), rollouts, strict=True):
         assert sorted(r.sample_id for r in found) == list(range(8 * step, 8 * step + 8))
@@ -217,7 +217,7 @@ def test_other_prompts_than_those_of_the_checkpoint_are_refused():
             gather=lambda mine: [mine],
         )
 
-    with pytest.raises(ValueError, match="--n-samples-per-prompt 3: the run that goes on has begun 2"):
+    with pytest.raises(ValueError, match="--n-samples-per-prompt 3: the checkpoint carries over groups of 2"):
         another(3, 100).load(states[-1])
     with pytest.raises(ValueError, match="--prompt-data: prompt .* is not the one"):
         another(2, 101).load(states[-1])
@@ -230,9 +230,9 @@ VLLM = ("--rollout-engine", "vllm", "--rollout-engine-endpoint", "http://h:1", "
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ((), "--rollout-oversample 0.5: needs --rollout-engine vllm; the training weights sample a wave"),
+        ((), "--rollout-oversample 0.5: needs --rollout-engine vllm; the default engine decodes a wave"),
         ((*VLLM, "--load-debug-rollout-data", "d"), "not with --load-debug-rollout-data: stored responses"),
-        ((*VLLM, "--rollout-wave-size", "2"), "not with --rollout-wave-size: its responses are asked for"),
+        ((*VLLM, "--rollout-wave-size", "2"), "not with --rollout-wave-size: all responses are requested"),
         ((*VLLM, "--rollout-max-lag", "0"), "is at least 1 steps old, and --rollout-max-lag is 0"),
         (
             (*VLLM, "--rollout-batch-size", "63", "--n-samples-per-prompt", "16"),
@@ -241,14 +241,14 @@ VLLM = ("--rollout-engine", "vllm", "--rollout-engine-endpoint", "http://h:1", "
         (("--rollout-oversample", "1.5"), "--rollout-oversample 1.5: must be"),
     ],
 )
-def test_where_nothing_can_be_carried_over(flags, words):
+def test_refused_where_nothing_can_be_carried_over(flags, words):
     base = ["--hf-checkpoint", "x", "--tokenizer-model", "t", "--prompt-data", "y"]
     base += ["--teacher-hf-checkpoint", "z", "--teacher-tokenizer-model", "t"]
     with pytest.raises(ValueError, match=words):
         parse_config([*base, "--rollout-oversample", "0.5", *flags]).check(data_parallel_size=2)
 
 
-def test_it_allows_responses_of_one_more_step():
+def test_the_default_lag_is_one_step_more():
     base = ["--hf-checkpoint", "x", "--prompt-data", "y", *VLLM, "--rollout-oversample", "0.5"]
     assert parse_config(base).max_lag == 1
     assert parse_config([*base, "--schedule", "one_step_off"]).max_lag == 2

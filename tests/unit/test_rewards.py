@@ -122,7 +122,7 @@ def test_a_grader_that_cannot_run_is_an_error_at_the_start(monkeypatch):
         (("--reward", "exact_match"), "--n-samples-per-prompt must be at least 2"),
         (
             ("--reward", "a b", "--n-samples-per-prompt", "2"),
-            "--reward a b: is one of exact_match, math, code, or",
+            "--reward a b: must be one of exact_match, math, code, or",
         ),
         (("--reward", "exact_match", "--simct-interface", "sft"), "trains on given responses"),
     ],
