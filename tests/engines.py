@@ -329,7 +329,7 @@ class GeneratingServer:
         return {"results": [None]}
 
     def _end(self, body: dict[str, Any]) -> Any:
-        """Of requests that it does not have it knows nothing."""
+        """Ends the requests that it has now; it does not remember other names."""
         found = [self._ended[name] for name in body["request_ids"] if name in self._ended]
         for event in found:
             event.set()

@@ -93,7 +93,7 @@ class Oversampling:
         """By step: groups that `step` has returned, until `trained` is called."""
         self._asked_at: dict[int, float] = {}
         self.metrics: dict[str, float] = {}
-        """Of the last step."""
+        """Metrics of the last step."""
 
     def begin_at(self, step: int) -> None:
         """Start without open groups: a new run, or a resumed run that carried nothing over."""

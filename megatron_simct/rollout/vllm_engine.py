@@ -416,7 +416,7 @@ class _Requests:
         """On the rank that sends them."""
         self.are_cut = False
         self._names: set[str] = set()
-        """Of the requests that were sent and not answered."""
+        """Names of the requests that were sent and not answered."""
 
     @contextmanager
     def named(self) -> Generator[str]:

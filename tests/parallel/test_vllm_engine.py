@@ -205,7 +205,7 @@ def test_a_tensor_that_did_not_arrive_is_named(tiny, student, tmp_path, after):
 
 
 SEED = 1234 * 1_000_003 % (1 << 31)
-"""Of the requests of sample 0 in a run with the default --seed."""
+"""Seed in the requests of sample 0 in a run with the default --seed."""
 OVERSAMPLED = ("--rollout-oversample", "0.5", "--rollout-importance-weights", "2")
 
 

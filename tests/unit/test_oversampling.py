@@ -159,6 +159,8 @@ def run_steps(
         again = {row["number"] for row in json.loads(parts[0][1])["groups"]}
         left = {row["number"] for row in json.loads(parts[0][2])["groups"]}
         assert again - left == {r.sample_id // n for r in trained}
+    if len(steps) > 2:  # what a state of another shape had too much is trained on by then
+        assert len(left) == size * -(-more // size) + ahead * share
     return rollouts, [part[2] for part in found[0]], [part[3] for part in found[0]]
 
 
@@ -168,12 +170,13 @@ def test_every_prompt_is_trained_on_once_whatever_finishes_first(seed):
     choose = random.Random(seed)
     n, max_lag = choose.randint(1, 3), choose.randint(1, 3)
     ahead = choose.randint(0, 1)
-    shape = {"share": 6, "more": choose.randint(1, 3), "n": n, "max_lag": max_lag, "ahead": ahead}
+    shape = {"share": 6, "n": n, "max_lag": max_lag, "ahead": ahead}
     done, state, trained, carried = 0, None, [], []
     while done < 9:
         steps = range(done, done + choose.randint(2, 4))
         size = choose.choice([1, 2, 3])
-        rollouts, states, counts = run_steps(size, steps, state, seed=seed, **shape)
+        more = choose.randint(1, 3)
+        rollouts, states, counts = run_steps(size, steps, state, seed=seed, more=more, **shape)
         kept = choose.randint(1, len(steps))  # the last steps were not saved when the run was killed
         trained += rollouts[:kept]
         carried += counts[:kept]
@@ -236,7 +239,7 @@ VLLM = ("--rollout-engine", "vllm", "--rollout-engine-endpoint", "http://h:1", "
         ((*VLLM, "--rollout-max-lag", "0"), "is at least 1 steps old, and --rollout-max-lag is 0"),
         (
             (*VLLM, "--rollout-batch-size", "63", "--n-samples-per-prompt", "16"),
-            "must be a multiple of their",
+            "must be a multiple of the data-parallel size",
         ),
         (("--rollout-oversample", "1.5"), "--rollout-oversample 1.5: must be"),
     ],
