@@ -10,9 +10,8 @@ The smallest run file; without `teacher` both models share the student's process
 teacher_hf_checkpoint):
 
     run_dir: runs/first
-    student: {hf_checkpoint: STUDENT_DIR, prompt_data: prompts.jsonl}   # flags of megatron_simct.train
-    teacher: {teacher_hf_checkpoint: TEACHER_DIR}                       # flags of
-    megatron_simct.serve_teacher
+    student: {hf_checkpoint: STUDENT_DIR, prompt_data: prompts.jsonl}  # flags of megatron_simct.train
+    teacher: {teacher_hf_checkpoint: TEACHER_DIR}  # flags of megatron_simct.serve_teacher
 
 A second teacher, or an inference engine with an environment of its own, is one more entry of the list `jobs`,
 which takes the place of the sections student and teacher; megatron_simct/config/run_file.py has its form.

@@ -130,7 +130,7 @@ class Oversampling:
         if at_once:
             yield at_once
         asked = [prompt for number in sorted(groups) for prompt in groups[number].missing]
-        has = {
+        prefixes = {
             sample_id: rollout for group in groups.values() for sample_id, rollout in group.rollouts.items()
         }
         now = time.monotonic()
@@ -140,7 +140,7 @@ class Oversampling:
         for some in engine.race(
             asked,
             sampling,
-            begun={prompt.sample_id: has[prompt.sample_id] for prompt in asked if prompt.sample_id in has},
+            begun={p.sample_id: prefixes[p.sample_id] for p in asked if p.sample_id in prefixes},
             least=self._share - len(taken),
             is_enough=lambda: len(taken) == self._share,
         ):
@@ -159,10 +159,10 @@ class Oversampling:
         if self._record is not None:
             found = [group.rollouts[p.sample_id] for group in taken for p in group.prompts]
             self._record(sorted(found, key=lambda rollout: rollout.sample_id), step=step)
-        told = self._gather((sum(len(g.prompts) for g in taken if g.number in begun), waited))
+        of_ranks = self._gather((sum(len(g.prompts) for g in taken if g.number in begun), waited))
         self.metrics = {
-            "rollout_carried": float(sum(carried for carried, _ in told)),
-            "seconds_rollout_longest": max(longest for _, longest in told),
+            "rollout_carried": float(sum(carried for carried, _ in of_ranks)),
+            "seconds_rollout_longest": max(longest for _, longest in of_ranks),
         }
 
     def trained(self, step: int) -> None:
@@ -171,7 +171,7 @@ class Oversampling:
 
     def state(self) -> bytes:
         """State of all ranks, for a checkpoint. Collective over the data-parallel ranks."""
-        mine = [
+        local = [
             *self._open.values(),
             *(group for groups in self._taken.values() for group in groups),
         ]
@@ -181,10 +181,10 @@ class Oversampling:
                 "prompt": _digest(group.prompts[0]),
                 "rollouts": [rollout_row(rollout) for rollout in group.rollouts.values()],
             }
-            for group in mine
+            for group in local
         ]
-        everyone = sorted((row for part in self._gather(rows) for row in part), key=lambda row: row["number"])
-        content = {"next": self._next, "samples_per_prompt": self._samples_per_prompt, "groups": everyone}
+        all_rows = sorted((row for part in self._gather(rows) for row in part), key=lambda row: row["number"])
+        content = {"next": self._next, "samples_per_prompt": self._samples_per_prompt, "groups": all_rows}
         return json.dumps(content).encode()
 
     def load(self, data: bytes) -> None:

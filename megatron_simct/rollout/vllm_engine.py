@@ -100,13 +100,13 @@ class VllmEngine:
         self._write_weights, self._log_probs = write_weights, log_probs
         self._bound_nats, self._timeout_s = bound_nats, timeout_s
         self._version, self._folder = 0, ""
-        told = [uuid.uuid4().hex[:12]]  # servers may have served another run
-        dist.broadcast_object_list(told, src=0)
-        self._run = told[0]
+        run = [uuid.uuid4().hex[:12]]  # servers may have served another run
+        dist.broadcast_object_list(run, src=0)
+        self._run = run[0]
         self._comparable: set[str] | None = None
         """Names of the tensors that the server holds as they are sent, from the first time on."""
         self._lock = threading.Lock()
-        self._life = 0
+        self._outages = 0
 
     @property
     def _label(self) -> str:
@@ -191,10 +191,10 @@ class VllmEngine:
             )
 
     def _refuse(self, what: str) -> None:
-        told = self._on_the_rank_that_asks(self._what_differs) or ""
+        differences = self._on_the_rank_that_asks(self._what_differs) or ""
         raise ValueError(
             f"--rollout-engine-endpoint {self._client.address}: {what} in the mean, --rollout-logprob-bound "
-            f"is {self._bound_nats:g}; {told}"
+            f"is {self._bound_nats:g}; {differences}"
         )
 
     def _what_differs(self) -> str:
@@ -235,8 +235,8 @@ class VllmEngine:
         requests = _Requests(self._client, self._on_the_rank_that_asks, len(prompts))
         if self._groups.writes_samples:
             for prompt in prompts:
-                has = begun.get(prompt.sample_id)
-                requests.waiting.add(pool.submit(self._ask, prompt, sampling, has, requests))
+                prefix = begun.get(prompt.sample_id)
+                requests.waiting.add(pool.submit(self._ask, prompt, sampling, prefix, requests))
         try:
             yield requests
         finally:
@@ -244,18 +244,18 @@ class VllmEngine:
 
     def _on_the_rank_that_asks(self, action: Callable[[], Any]) -> Any:
         """action() on one rank of the replica, and what it returned or refused on all of them."""
-        told: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]
         if self._groups.writes_samples:
             try:
-                told = [None, action()]
+                outcome = [None, action()]
             except (EngineFault, EngineRefusal, ValueError) as error:
-                told = [f"--rollout-engine-endpoint: {error}", None]
+                outcome = [f"--rollout-engine-endpoint: {error}", None]
         for group in (self._groups.tp, self._groups.pp):
             if group.size() > 1:
-                dist.broadcast_object_list(told, src=dist.get_global_rank(group, 0), group=group)
-        if told[0] is not None:
-            raise ValueError(told[0])
-        return told[1]
+                dist.broadcast_object_list(outcome, src=dist.get_global_rank(group, 0), group=group)
+        if outcome[0] is not None:
+            raise ValueError(outcome[0])
+        return outcome[1]
 
     def _gap(
         self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], begun: Mapping[int, Rollout]
@@ -270,36 +270,35 @@ class VllmEngine:
         ours = self._log_probs(prompts, rollouts)  # nothing but on the last stage
         gaps = []
         for own, rollout in zip(ours, rollouts, strict=False):
-            has = begun.get(rollout.sample_id)
-            gaps.append(float(np.abs(own - rollout.logprobs)[_length(has) :].mean()))
+            prefix = begun.get(rollout.sample_id)
+            gaps.append(float(np.abs(own - rollout.logprobs)[_length(prefix) :].mean()))
         gap = torch.tensor(
             0.0 if rollouts[0] is _NO_RESPONSE else max(gaps, default=0.0), device=self._groups.device
         )
         if self._groups.passes_together:
             dist.all_reduce(gap, op=dist.ReduceOp.MAX, group=self._groups.exchange)
-        told = [float(gap)]
+        shared = [float(gap)]
         for group in (self._groups.tp, self._groups.pp):
             if group.size() > 1:
-                dist.broadcast_object_list(
-                    told, src=dist.get_global_rank(group, group.size() - 1), group=group
-                )
-        return told[0]
+                source = dist.get_global_rank(group, group.size() - 1)
+                dist.broadcast_object_list(shared, src=source, group=group)
+        return shared[0]
 
     def _ask(
-        self, prompt: Prompt, sampling: Sampling, has: Rollout | None, requests: _Requests
+        self, prompt: Prompt, sampling: Sampling, prefix: Rollout | None, requests: _Requests
     ) -> Rollout | None:
         """One response; an unfinished one, or None, once the requests are cut. A server that dies or answers
         nonsense costs time only, up to timeout_s.
 
-        has: the part that was sampled before.
+        prefix: the part of the response that was sampled before.
         """
         deadline = time.monotonic() + self._timeout_s
         draw = 0
         while not requests.are_cut:
-            life = self._life
+            outages = self._outages
             try:
                 with requests.named() as name:
-                    rollout = self._answer(prompt, sampling, draw, has, name)
+                    rollout = self._answer(prompt, sampling, draw, prefix, name)
                 if rollout.finish == "open" and not requests.are_cut:
                     raise EngineFault(f"{self._client.address} aborted a response that is still needed")
                 if rollout.student_ids.max(initial=0) < self._vocab_size:
@@ -315,10 +314,10 @@ class VllmEngine:
                 if time.monotonic() > deadline:
                     raise EngineFault(f"sample {prompt.sample_id} has no answer: {fault}") from None
                 with self._lock:
-                    if self._life == life:  # the first thread that has met this outage
+                    if self._outages == outages:  # the first thread that has met this outage
                         self._until_it_answers(self._client)
-                        self._life += 1
-        return has
+                        self._outages += 1
+        return prefix
 
     def _until_it_answers(self, client: EngineClient) -> None:
         """Hand the weights to a server that may have to be waited for. EngineFault after timeout_s."""
@@ -340,9 +339,9 @@ class VllmEngine:
         client.post("/update_weight_version", {"new_version": self._label})
 
     def _answer(
-        self, prompt: Prompt, sampling: Sampling, draw: int, has: Rollout | None, name: str
+        self, prompt: Prompt, sampling: Sampling, draw: int, prefix: Rollout | None, name: str
     ) -> Rollout:
-        length = _length(has)
+        length = _length(prefix)
         limit = sampling.max_response_len - length
         parameters = {
             "temperature": sampling.temperature,
@@ -356,7 +355,7 @@ class VllmEngine:
             "seed": (sampling.seed * 1_000_003 + prompt.sample_id + 7_919 * draw + 104_729 * length)
             % (1 << 31),
         }
-        tokens = prompt.student_ids.tolist() + ([] if has is None else has.student_ids.tolist())
+        tokens = prompt.student_ids.tolist() + ([] if prefix is None else prefix.student_ids.tolist())
         body = {"request_id": name, "token_ids": tokens, "sampling_params": parameters}
         answer = self._client.post("/inference/v1/generate", body)
         try:
@@ -372,13 +371,13 @@ class VllmEngine:
                 f"{self._client.address} answered no token ids with log-probabilities"
             ) from None
         if finish == "abort" and not len(ids):  # the server had not begun it
-            return replace(has or _nothing(prompt.sample_id), finish="open")
+            return replace(prefix or _empty_rollout(prompt.sample_id), finish="open")
         if versions != {self._label}:
             raise EngineFault(
                 f"{self._client.address} sampled with other weights than those that it was handed"
             )
         stops = np.isin(ids, self._stop_ids)
-        whole = (
+        is_valid = (
             same
             and 0 < len(ids) <= limit
             and ids.min() >= 0
@@ -390,16 +389,16 @@ class VllmEngine:
                 "abort": True,
             }.get(finish, False)
         )
-        if not whole:
+        if not is_valid:
             raise EngineFault(
                 f"{self._client.address} answered a response that is cut, or ends as it may not"
             )
         if finish == "abort":  # perhaps after its last token
             finish = "stop" if stops[-1] else "length" if len(ids) == limit else "open"
-        before = has or _nothing(prompt.sample_id)
+        before = prefix or _empty_rollout(prompt.sample_id)
         return Rollout(
             sample_id=prompt.sample_id,
-            weight_version=self._version if has is None else has.weight_version,
+            weight_version=self._version if prefix is None else prefix.weight_version,
             student_ids=np.concatenate([before.student_ids, ids.astype(np.int32)]),
             logprobs=np.concatenate([before.logprobs, logprobs]),
             finish=finish,
@@ -409,9 +408,9 @@ class VllmEngine:
 class _Requests:
     """The requests of one call. One rank of a replica sends them, and all ranks get the answers."""
 
-    def __init__(self, client: EngineClient, tell: Callable[[Callable[[], Any]], Any], count: int) -> None:
-        """tell: see VllmEngine._on_the_rank_that_asks. count: responses in all."""
-        self._client, self._tell, self._left = client, tell, count
+    def __init__(self, client: EngineClient, share: Callable[[Callable[[], Any]], Any], count: int) -> None:
+        """share: see VllmEngine._on_the_rank_that_asks. count: responses in all."""
+        self._client, self._share, self._left = client, share, count
         self.waiting: set[Future[Rollout | None]] = set()
         """On the rank that sends them."""
         self.are_cut = False
@@ -431,23 +430,23 @@ class _Requests:
     def answers(self) -> Iterator[list[Rollout]]:
         """All responses, as they come."""
         while self._left:
-            found = self._tell(self._some)
+            found = self._share(self._wait_for_some)
             assert found is not None, "every rank is told"
             self._left -= len(found)
             yield found
 
     def cut(self) -> list[Rollout]:
         """Abort the other requests. Returns responses that have just finished, and the unfinished ones."""
-        found = self._tell(self._rest)
+        found = self._share(self._abort_rest)
         assert found is not None, "every rank is told"
         return found
 
-    def _some(self) -> list[Rollout]:
+    def _wait_for_some(self) -> list[Rollout]:
         done, rest = wait(self.waiting, return_when=FIRST_COMPLETED)
         self.waiting.intersection_update(rest)
         return [rollout for future in done if (rollout := future.result()) is not None]
 
-    def _rest(self) -> list[Rollout]:
+    def _abort_rest(self) -> list[Rollout]:
         self.are_cut = True
         asked = [future for future in self.waiting if not future.cancel()]
         rest: Collection[Future[Rollout | None]] = asked
@@ -460,11 +459,11 @@ class _Requests:
         return [rollout for future in asked if (rollout := future.result()) is not None]
 
 
-def _length(has: Rollout | None) -> int:
-    return 0 if has is None else len(has.student_ids)
+def _length(prefix: Rollout | None) -> int:
+    return 0 if prefix is None else len(prefix.student_ids)
 
 
-def _nothing(sample_id: int) -> Rollout:
+def _empty_rollout(sample_id: int) -> Rollout:
     return Rollout(
         sample_id=sample_id,
         weight_version=-1,
@@ -524,7 +523,7 @@ def _digests(sent: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, st
     for name, tensor in sent:
         module, _, kind = name.rpartition(".")
         parent, _, last = module.rpartition(".")
-        fused = next((whole for whole, of in _FUSED.items() if last in of), None)
+        fused = next((one for one, parts_of in _FUSED.items() if last in parts_of), None)
         if fused is None:
             yield name, _sha256([tensor])
             continue
