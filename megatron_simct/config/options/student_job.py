@@ -270,8 +270,8 @@ class Config:
             )
         if self.sampled_prompts % data_parallel_size:
             raise ValueError(
-                f"{flag}: each data-parallel replica samples all responses to its prompts, so the prompts that "
-                f"a step samples (--rollout-batch-size without the share of --given-share: "
+                f"{flag}: each data-parallel replica samples all responses to its prompts, so the prompts "
+                "that a step samples (--rollout-batch-size without the share of --given-share: "
                 f"{self.sampled_prompts}) must be a multiple of the data-parallel size ({data_parallel_size})"
             )
 
