@@ -11,8 +11,8 @@ Responses are passed on as they finish. A caller that needs no more of them stop
 the unfinished responses in a later call (rollout/oversampling.py).
 
 The training weights score the first ones of every call before any is passed on: if the two models'
-log-probabilities differ by more than a bound, the weights are sent again; if that does not help, the run stops
-with an error that names the tensors that differ on the server.
+log-probabilities differ by more than a bound, the weights are sent again; if that does not help, the run
+stops with an error that names the tensors that differ on the server.
 
 A draw depends on the server, not on seed and sample id alone, as with MegatronEngine.
 """

@@ -11,14 +11,9 @@ A checkpoint gets its name when it is complete, and the tracker is replaced afte
 leaves the previous one in use. Weights lie under the names of the model's parameters, whether or not a run's
 other state lies beside them, so that --pretrained-checkpoint reads both kinds.
 
-<<<<<<< HEAD
 A run resumes from weights, optimizer, schedule, iteration and the random state of every rank. Prompts and
-sampling have no state: they are functions of the iteration (`data.prompts`, `rollout.sampling`).
-=======
-What a run needs to go on is weights, optimizer, schedule, iteration and the random state of every rank.
-Prompts and sampling need nothing: they are arithmetic on the iteration (`data.prompts`, `rollout.sampling`).
-With --rollout-oversample a checkpoint also has carried_over.json: the prompts and responses that were begun.
->>>>>>> d3173477f084d3c1b621b28c961a0770f65445c3
+sampling have no state: they are functions of the iteration (`data.prompts`, `rollout.sampling`). With
+--rollout-oversample a checkpoint also has carried_over.json: the prompts and responses that were begun.
 """
 
 from __future__ import annotations
@@ -588,12 +583,8 @@ class Write:
     ) -> None:
         """Write, or begin to. All methods are collective over the whole job.
 
-        <<<<<<< HEAD
-                among: ranks with equal state, each of which writes a share; None: the first of them writes all.
-        =======
-                beside: files that the first rank writes, by name. among: ranks that hold the same, and write a share
-                of it each; None: the first of them writes all.
-        >>>>>>> d3173477f084d3c1b621b28c961a0770f65445c3
+        beside: files that the first rank writes, by name. among: ranks with equal state, each of which writes a
+        share; None: the first of them writes all.
         """
         self.directory, self.iteration = directory, iteration
         self._run, self._beside = run, beside
