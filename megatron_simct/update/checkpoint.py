@@ -583,8 +583,8 @@ class Write:
     ) -> None:
         """Write, or begin to. All methods are collective over the whole job.
 
-        beside: files that the first rank writes, by name. among: ranks with equal state, each of which writes a
-        share; None: the first of them writes all.
+        beside: files that the first rank writes, by name. among: ranks with equal state, each of which writes
+        a share; None: the first of them writes all.
         """
         self.directory, self.iteration = directory, iteration
         self._run, self._beside = run, beside
