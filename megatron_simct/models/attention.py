@@ -1,5 +1,5 @@
-"""Softmax attention, in the place of Megatron's DotProductAttention: by torch's own operations on any device,
-or by the kernel that `kernels` says.
+"""Softmax attention: replaces Megatron's DotProductAttention. By torch's own operations on any device, or
+by the kernel that `kernels` says.
 
     score(q, k) = scale * <q, k>, then cap * tanh(score / cap) where the architecture has a soft-cap
     weight(q, k) = exp score(q, k) / sum of these over the visible keys, and over exp(sink) where a head has
@@ -53,8 +53,9 @@ class SelfAttention(MegatronSelfAttention):
         whole_norms: tuple[Callable[..., torch.nn.Module], ...] | None = None,
         **kwargs: Any,
     ) -> None:
-        """rope_index: its place among those of Rotary. None: the layer has no rotary embedding. whole_norms:
-        of all heads of queries, and of keys, together; Megatron has norms of single heads only."""
+        """rope_index: the index of its angles in Rotary's output. None: the layer has no rotary embedding.
+        whole_norms: of all heads of queries, and of keys, together; Megatron has norms of single heads
+        only."""
         super().__init__(*args, **kwargs)
         if whole_norms is not None:
             self.q_layernorm, self.k_layernorm = (
@@ -98,8 +99,8 @@ class CoreAttention(torch.nn.Module):
         config: TransformerConfig | None = None,
         **_: Any,
     ) -> None:
-        """sinks: query heads that have one, 0 or all. scores: what `choose` reads. Megatron's other arguments
-        say what these do."""
+        """sinks: number of query heads with a sink, 0 or all. scores: what `choose` reads. Other arguments: see
+        Megatron."""
         super().__init__()
         self.sinks = None
         if sinks and config is not None:
@@ -112,7 +113,7 @@ class CoreAttention(torch.nn.Module):
         self._scale = scale
         self._cap = cap
         self._growing = rope if rope is not None and rope.query_growth else None
-        # In a tuple, so that their weights stay parameters of SelfAttention alone.
+        # In a tuple, so that their weights are parameters of SelfAttention only.
         self.norms_after_rope: tuple[RMSNorm, ...] = ()
 
     def forward(
@@ -127,10 +128,10 @@ class CoreAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """[S, B, n, d], [K, B, g, d], [K, B, g, d] -> [S, B, n * d].
 
-        packed_seq_params: where the tokens stand. None: each row is a sequence, the queries the last S of the
+        packed_seq_params: the sequences. None: each row is a sequence, the queries the last S of the
         K.
         """
-        assert attention_mask is None, "a Layout says what is seen"
+        assert attention_mask is None, "the Layout defines the masks"
         query = self._weighted(query)
         layout = packed_seq_params
         if layout is None:
@@ -236,7 +237,7 @@ class CoreAttention(torch.nn.Module):
 
 
 def grown(positions: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """What queries at these positions are multiplied by, float32."""
+    """float32: the factor of queries at these positions."""
     return 1 + rope.query_growth * torch.log(1 + torch.floor(positions.float() / rope.original_length))
 
 
