@@ -104,7 +104,7 @@ def build(options: argparse.Namespace) -> dict[str, object]:
     console = Console(stderr=True)
     output = Path(options.output)
     if output.exists() and not is_map(output) and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output {output}: exists and is no alignment map; give another folder")
+        raise ValueError(f"--output {output}: exists and is not an alignment map; give another folder")
     if options.allow_lossy and not options.corpus:
         raise ValueError("--allow-lossy needs --corpus, the text on which the loss is measured")
     student = _load(options.student_tokenizer, options.student_stop_token_ids, "student", options.allow_lossy)

@@ -1,16 +1,16 @@
-"""The seam behind which responses come from: one Protocol, and its sources.
+"""The interface of all sources of responses, and the simple ones.
 
-MegatronEngine samples from the training weights, VllmEngine asks servers that are handed them, GivenResponses
-reads the data's own responses (sft), and ReplayEngine writes what another engine answers, or reads it back.
+MegatronEngine samples from the training weights, VllmEngine uses servers that reload them, GivenResponses
+reads the data's own responses (sft), and ReplayEngine writes another engine's responses, or reads them back.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch.distributed as dist
@@ -22,21 +22,21 @@ from megatron_simct.records import Prompt, Rollout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How to choose tokens. It never changes the log-probs that are recorded."""
+    """Sampling parameters. They never change the recorded log-probs."""
 
     temperature: float
     """0 is greedy."""
     top_p: float = 1.0
     top_k: int = -1
-    """Sample from this many most probable tokens, and of these from the nucleus of top_p; -1: from all."""
+    """Sample from this many most probable tokens, and among these from the nucleus of top_p; -1: from all."""
     max_response_len: int
-    """Tokens, the stop token included."""
+    """In tokens, including the stop token."""
     seed: int
     """With the sample id it determines every random draw of a sample, whatever the layout or the batch."""
 
 
 class RolloutEngine(Protocol):
-    """Anything that answers prompts."""
+    """A source of responses to prompts."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
         """One Rollout a prompt, in the order of the prompts.
@@ -46,13 +46,13 @@ class RolloutEngine(Protocol):
         ...
 
     def publish(self, weight_version: int) -> None:
-        """Tell the engine that the weights have seen so many optimizer steps."""
+        """Give the engine new weights. weight_version: the number of optimizer steps they have seen."""
         ...
 
 
 @runtime_checkable
 class StreamingEngine(Protocol):
-    """A RolloutEngine whose responses can be had as they finish."""
+    """A RolloutEngine that can return responses as they finish."""
 
     def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[list[Rollout]]:
         """Each response once, in any order, the same on every rank of the model replica; collective over
@@ -61,10 +61,32 @@ class StreamingEngine(Protocol):
         ...
 
 
+@runtime_checkable
+class RacingEngine(StreamingEngine, Protocol):
+    """A StreamingEngine that can stop before all responses are finished, and continue them later."""
+
+    def race(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        begun: Mapping[int, Rollout],
+        least: int,
+        is_enough: Callable[[], bool],
+    ) -> Iterator[list[Rollout]]:
+        """As `stream` until is_enough() is true, then yields the rest once: responses that have just finished
+        and unfinished ones (finish "open") that have a token. Collective over one model replica.
+
+        begun: unfinished responses to continue, by sample id. least: responses that must finish before
+        is_enough() can be true. is_enough: has the same value on every rank of the replica.
+        """
+        ...
+
+
 def responses(
     engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Sampling
 ) -> Iterator[list[Rollout]]:
-    """As they finish, where the engine tells of them so; else all at once."""
+    """Responses as they finish, if the engine supports it; else all at once."""
     if isinstance(engine, StreamingEngine):
         yield from engine.stream(prompts, sampling)
     else:
@@ -99,7 +121,8 @@ class GivenResponses:
 
 
 class SharedEngine:
-    """Ranks that train on the same samples, and whose engines each answer a share of the prompts."""
+    """For context parallelism: ranks with the same samples, each of whose engines answers a share of the
+    prompts."""
 
     def __init__(self, engine: RolloutEngine, group: dist.ProcessGroup) -> None:
         self._engine, self._group = engine, group
@@ -180,29 +203,31 @@ def write_rollouts(
 ) -> None:
     """A file of one step and one model replica that ReplayEngine reads."""
     path = folder / (f"rollout_{step}.{dp_rank}.{call}.json" if call else f"rollout_{step}.{dp_rank}.json")
-    rows = [
-        {
-            "sample_id": r.sample_id,
-            "weight_version": r.weight_version,
-            "student_ids": r.student_ids.tolist(),
-            "logprobs": [float(x) for x in r.logprobs],
-            "finish": r.finish,
-        }
-        for r in rollouts
-    ]
-    write_whole(path, json.dumps(rows))
+    write_whole(path, json.dumps([rollout_row(rollout) for rollout in rollouts]))
+
+
+def rollout_row(rollout: Rollout) -> dict[str, Any]:
+    """A response as JSON; float32 numbers are restored exactly."""
+    return {
+        "sample_id": rollout.sample_id,
+        "weight_version": rollout.weight_version,
+        "student_ids": rollout.student_ids.tolist(),
+        "logprobs": [float(x) for x in rollout.logprobs],
+        "finish": rollout.finish,
+    }
 
 
 def _read(file: Path) -> list[Rollout]:
     try:
-        return [_from_row(row) for row in json.loads(file.read_text())]
+        return [rollout_from_row(row) for row in json.loads(file.read_text())]
     except (ValueError, TypeError, LookupError) as error:
         raise ValueError(
             f"--load-debug-rollout-data {file}: not a file of rollouts ({type(error).__name__}: {error})"
         ) from None
 
 
-def _from_row(row: dict) -> Rollout:
+def rollout_from_row(row: dict[str, Any]) -> Rollout:
+    """The response that `rollout_row` wrote."""
     return Rollout(
         sample_id=row["sample_id"],
         weight_version=row["weight_version"],

@@ -202,7 +202,7 @@ MISTAKES = [
         "align",
         ("a required flag left out", f"= {TOKENIZERS}", "the following arguments are required: --output"),
         ("that flag misspelt", f"= {TOKENIZERS} --ouput x", "unknown flag --ouput; did you mean --output?"),
-        ("a folder with other things", "--output tiny", "--output tiny: exists and is no alignment map"),
+        ("a folder with other things", "--output tiny", "--output tiny: exists and is not an alignment map"),
         ("no such tokenizer", "--teacher-tokenizer no/tok", ".*no/tok.* does not exist"),
         ("a full disk", "", "--output out/map: .*No space left", "full"),
         ("a text that is not there", "--corpus no.txt", "--corpus no.txt: No such file"),
