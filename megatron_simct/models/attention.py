@@ -99,8 +99,8 @@ class CoreAttention(torch.nn.Module):
         config: TransformerConfig | None = None,
         **_: Any,
     ) -> None:
-        """sinks: number of query heads with a sink, 0 or all. scores: what `choose` reads. Other arguments: see
-        Megatron."""
+        """sinks: number of query heads with a sink, 0 or all. scores: what `choose` reads. Other arguments:
+        see Megatron."""
         super().__init__()
         self.sinks = None
         if sinks and config is not None:
