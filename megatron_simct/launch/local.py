@@ -125,7 +125,10 @@ def _watch(student: _Process, others: Sequence[_Process], stop: _Stop, *, grace_
     deadline = None
     while student.running:
         if stop.count and deadline is None:
-            _say("stopping: the student saves after its step; once more ends all at once")
+            _say(
+                "stopping: the student finishes its step and saves; press Ctrl-C again to end all jobs at "
+                "once"
+            )
             student.ask_to_stop()
             deadline = time.monotonic() + grace_s
         if stop.count > 1 or (
@@ -136,10 +139,10 @@ def _watch(student: _Process, others: Sequence[_Process], stop: _Stop, *, grace_
             if other.running or stop.count:
                 continue
             if other.may_restart:
-                _say(f"the job {other.name} ended with exit code {other.exit_code}, and is started again")
+                _say(f"the job {other.name} ended with exit code {other.exit_code}; starting it again")
                 other.restart()
                 continue
-            needed = f"the job {other.name} ended with exit code {other.exit_code}, and the student needs it"
+            needed = f"the job {other.name} ended with exit code {other.exit_code}; the student needs it"
             _say(f"{needed}; its output is above")
             student.ask_to_stop()
             student.wait(grace_s, stop)

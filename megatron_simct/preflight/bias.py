@@ -127,7 +127,9 @@ def measure_bias(
     """
     language = spelled_by(language, student, teacher)
     if len(language) < 2:
-        raise ValueError("the texts have fewer than two words that both tokenizers spell; give others")
+        raise ValueError(
+            "the texts have fewer than two words that both tokenizers can represent; give other texts"
+        )
     flat = flattened(language)
     of_teacher = ExactModel.of(language, teacher.encode, teacher.table.stop_ids[0])
     losses = np.zeros((2, len(interfaces)))

@@ -762,6 +762,6 @@ def test_a_mixture_writes_hints_from_columns(tmp_path):
     assert kept[0]["teacher_messages"] == [AS_EXPERT, ASKED]
     assert prepare(write(tmp_path, rows), teacher_messages_key="hinted") == ([], {"no hinted": 2})
     with pytest.raises(
-        ValueError, match="source a has teacher_messages_key beside a teacher_system or teacher_suffix"
+        ValueError, match="source a has teacher_messages_key together with teacher_system or teacher_suffix"
     ):
         prepare(path, teacher_messages_key="hinted", teacher_suffix=HINT)
