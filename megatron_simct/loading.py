@@ -195,7 +195,7 @@ def open_held_out(config: Config) -> tuple[list[Row], list[Problem]]:
 
 def _completion(problem: Problem, flag: str) -> str:
     if problem.completion is None:
-        raise ValueError(f"{flag}: {problem.problem_id} is a conversation, which needs --apply-chat-template")
+        raise ValueError(f"{flag}: {problem.problem_id} is a conversation; it needs --apply-chat-template")
     return problem.completion
 
 

@@ -592,7 +592,7 @@ MISTAKES = [
         command="prepare",
         what="excluded file without prompts",
         flags="--mixture unexcluded.yaml",
-        line="--mixture: exclude prompts.jsonl: no row has a quest",
+        line="--mixture: exclude prompts.jsonl: no row has the key quest",
         code=1,
     ),
     Mistake(

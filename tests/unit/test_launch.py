@@ -353,7 +353,7 @@ def test_no_value_of_a_local_run_reaches_a_shell(tmp_path):
         ({"cluster": {"partition": "a\n#SBATCH --wrap=x"}}, ["cluster.partition"]),
         ({"cluster": {"job_name": "x; id"}}, ["cluster.job_name"]),
         ({"cluster": {"sbatch": ["--comment=$(id)"]}}, ["cluster.sbatch[0]"]),
-        ({"cluster": {"sbatch": ["gpu"]}}, ["cluster.sbatch", "no option"]),
+        ({"cluster": {"sbatch": ["gpu"]}}, ["cluster.sbatch", "not an option"]),
         ({"cluster": {"container": {"runtime": "docker", "image": "x"}}}, ["container.runtime", "pyxis"]),
         ({"cluster": {"container": {"runtime": "pyxis"}}}, ["cluster.container", "image is missing"]),
         (

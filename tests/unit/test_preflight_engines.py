@@ -91,7 +91,7 @@ ENGINES = {
         "environment",
         ("/nowhere/bin/python: no such program",),
     ),
-    "another folder": (of_the_student, "folder", ("which front expects there",)),
+    "another folder": (of_the_student, "folder", ("is not the model that front expects",)),
     "no folder": (command_with("--model=/nowhere"), "folder", ("/nowhere: no config.json there",)),
     "memory": (heavy, "memory", ("300.0 GiB of weights over 1 ranks", "raise --tensor-parallel-size")),
     "ranks": (heavy_on_few, "processes", ("uses 4 GPUs, but gpus_per_node is 2",)),
@@ -127,7 +127,7 @@ def test_a_port_in_use_and_an_engine_for_nobody_are_found(folder):
     [
         ({"simct_interface": "alm"}, {}, None),
         ({"simct_interface": "topk_kl", "simct_teacher_topk": 20}, {}, None),
-        ({"simct_interface": "topk_kl", "simct_teacher_topk": 50}, {}, "gives 20: add --max-logprobs"),
+        ({"simct_interface": "topk_kl", "simct_teacher_topk": 50}, {}, "returns 20: add --max-logprobs"),
         ({"simct_interface": "topk_kl", "simct_teacher_topk": 50}, {"max_logprobs": "64"}, None),
         (
             {"simct_interface": "topk_kl", "simct_teacher_topk": 5},

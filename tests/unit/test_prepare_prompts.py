@@ -311,9 +311,9 @@ def test_files_of_every_format(prepare, tmp_path):
         ),
         (
             one() | {"exclude": [{"path": "a.jsonl", "prompt_key": "text"}]},
-            "no row has a text, so it excludes nothing",
+            "no row has the key text, so it excludes nothing",
         ),
-        (one(max_chars=1), "nothing is left of 3 rows"),
+        (one(max_chars=1), "all 3 rows were dropped"),
         ({"sources": one()["sources"] * 2}, "two sources have the same name"),
     ],
 )

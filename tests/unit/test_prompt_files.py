@@ -668,7 +668,7 @@ def test_a_conversation_of_a_problem_needs_a_template(tmp_path: Path, capsys: An
     argv = ["--benchmark", "exact_match", "--data", str(problems), "--responses", str(given)]
     argv += ["--output-dir", str(tmp_path / "out")]
     assert evaluate.main(argv) == 1
-    assert "0 is a conversation, which needs --chat-responses" in capsys.readouterr().err
+    assert "0 is a conversation; it needs --chat-responses" in capsys.readouterr().err
     assert evaluate.main([*argv, "--chat-responses"]) == 0
     # The response that is selected stands behind the whole conversation.
     selected = tmp_path / "warm_up.jsonl"
