@@ -109,9 +109,8 @@ def hash_file(path: Path, *, whole: threading.Event | None = None) -> FileHash:
     digest, size, buffer = hashlib.sha256(), 0, memoryview(bytearray(_BLOCK))
     with named_errors(path), open(path, "rb", buffering=0) as file:
         while True:
-            is_whole = (
-                whole is None or whole.is_set()
-            )  # before the read: what comes after it is read next time
+            # before the read: what comes after it is read next time
+            is_whole = whole is None or whole.is_set()
             count = file.readinto(buffer)
             if count:
                 digest.update(buffer[:count])

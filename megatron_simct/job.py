@@ -322,12 +322,12 @@ def build_timers(config: Config, chunks: Sequence[Any], optimizer: Any) -> Calla
     for part in parts_of(optimizer):
         part.config.timers = timers
 
-    def told(iteration: int) -> str:
+    def timers_text(iteration: int) -> str:
         if iteration % output.log_interval and iteration != config.training.train_iters:
             return ""
         return timers.get_all_timers_string(barrier=True) or ""
 
-    return told
+    return timers_text
 
 
 def build_measure(
@@ -501,7 +501,7 @@ def build_sample_log(
 ) -> Callable[[int, Sequence[Rollout], Sequence[AlignedPair], StepReport], None]:
     """That of the rank which has both the loss and the first samples; nothing on the others."""
     output = config.output
-    if output.run_dir is None or not groups.meets_teacher or groups.dp_rank > 0:
+    if output.run_dir is None or not groups.owns_teacher_socket or groups.dp_rank > 0:
         return lambda *_: None
     return SampleLog(
         output.run_dir,

@@ -30,7 +30,7 @@ STRING = Kind("a string", lambda value: isinstance(value, str))
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 
 
-def whole(least: int) -> Kind:
+def integer(least: int) -> Kind:
     """Whole numbers from `least` on."""
     return Kind(
         f"a whole number, at least {least}",

@@ -188,9 +188,9 @@ def sequence_batch(
                 [torch.arange(piece.start, piece.stop) for piece in context.pieces(num_tokens, rank)]
             )
             owners[kept], local[kept] = rank, torch.arange(len(kept))
-        here = (owners == context.rank).nonzero()[:, 0]
-        here = here[local[here].argsort()]
-        tokens, positions = tokens[:, here], positions[:, here]
+        local_tokens = (owners == context.rank).nonzero()[:, 0]
+        local_tokens = local_tokens[local[local_tokens].argsort()]
+        tokens, positions = tokens[:, local_tokens], positions[:, local_tokens]
         owner = owners[places]
         index = (owner == context.rank).nonzero()[:, 0]
         places, row_of_label = local[places[index]], row_of_label[index]

@@ -7,8 +7,8 @@ Every record is frozen and says the shape of each field. Records of one sample h
 built on CPU workers and travel between processes); records that a model reads or wrote hold torch tensors.
 
 Shape letters, used in the whole package:
-    B sequences   S padded sequence   N student labels   M teacher labels   A segments   R requested teacher
-    rows
+    B sequences   S padded sequence   N student labels   M teacher labels   A segments
+    R requested teacher rows
     V full vocabulary   W this rank's slice of it (W = padded V / tp)   C shared tokens   H hidden size
 Student and teacher are told apart by a prefix or by the suffixes _S and _T.
 
@@ -48,7 +48,7 @@ class SegmentKind(IntEnum):
     """The stop tokens of both sides; like SHARED for the loss, told apart for the metrics."""
 
 
-STOP, REST, SPREAD, OUTSIDE = 256, 257, 258, 259
+STOP, REST, SLACK, OUTSIDE = 256, 257, 258, 259
 """What a slot of ByteEvents stands for, beside the bytes 0 .. 255; the last two are no events."""
 OTHERS, FREE, ENDED, CAP = 260, 261, 262, 263
 """The same in the events of `plan_byte_bounds`: several bytes, or ids without content; the last three are no
@@ -90,7 +90,7 @@ class ByteEvents:
     slot_event: np.ndarray
     """int16 [E]: a byte, STOP or OTHERS; FREE: mass that any event may have; ENDED: mass that all events may
     have whose slot_cap it is, CAP: the part of ENDED that these events may have. With bounds of the longest
-    match a byte, STOP or REST; SPREAD: how much more a loose byte may have; OUTSIDE, in mixtures only: what
+    match a byte, STOP or REST; SLACK: how much more a loose byte may have; OUTSIDE, in mixtures only: what
     is in no event of a position without REST."""
     student: ByteSide
     teacher: ByteSide

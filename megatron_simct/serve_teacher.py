@@ -11,7 +11,7 @@ With --engine-endpoint the model runs in a vLLM server, and this job holds its L
     python -m megatron_simct.serve_teacher --engine-endpoint http://HOST:8000 \
         --teacher-hf-checkpoint TEACHER_DIR --run-dir runs/first
 
-It has a torchrun world and a layout of its own. Each data-parallel replica opens a door of its own; more
+It has a torchrun world and a layout of its own. Each data-parallel replica has a server of its own; more
 replicas may be started later, in the same --run-dir, and any of them may be restarted. On SIGTERM a replica
 finishes what its model holds, hands back the rest, and ends with exit code 0; on one more it ends at once, as
 on the first while it loads.
@@ -61,13 +61,13 @@ from megatron_simct.teacher.engine_logprobs import score as score_of_logprobs
 from megatron_simct.teacher.engine_pool import Ask, EnginePool, hidden_states
 from megatron_simct.teacher.fingerprints import fingerprints
 from megatron_simct.teacher.forward import TeacherForward
-from megatron_simct.teacher.service import Door, serve
+from megatron_simct.teacher.service import ReplicaServer, serve
 
 PROGRAM = "megatron_simct.serve_teacher"
 
 
 def serve_teacher(config: TeacherConfig, groups: Groups, signals: EndSignals) -> None:
-    """Load the model, open the door, answer. Raises ValueError, naming the flag, if the
+    """Load the model, start the server, answer. Raises ValueError, naming the flag, if the
     configuration is invalid."""
     config.check()
     serving = config.serving
@@ -80,7 +80,7 @@ def serve_teacher(config: TeacherConfig, groups: Groups, signals: EndSignals) ->
             map_fingerprint = load_map(serving.simct_alignment_map, teacher=tokenizer.table).fingerprint
         except ValueError as error:
             raise ValueError(f"--simct-alignment-map: {error}") from None
-    if groups.meets_teacher:
+    if groups.owns_teacher_socket:
         check_bind(serving.bind, number=groups.dp_rank)
     if config.engine.endpoint:
         _serve_engine(config, groups, signals, tokenizer, map_fingerprint)
@@ -122,21 +122,23 @@ def _serve_model(
         ),
         context=groups.cp,
     )
-    door = None
-    signals.remember(groups.device)
-    if groups.meets_teacher:
+    server = None
+    signals.defer(groups.device)
+    if groups.owns_teacher_socket:
         longest = min(serving.max_tokens_per_batch, architecture.index_length or serving.max_tokens_per_batch)
-        door = _open_door(config, groups, signals, architecture, tokenizer, map_fingerprint, longest=longest)
+        server = _start_server(
+            config, groups, signals, architecture, tokenizer, map_fingerprint, longest=longest
+        )
     serve(
-        door,
+        server,
         forward,
         groups,
         max_tokens=serving.max_tokens_per_batch,
         hidden_dtype=serving.teacher_hidden_dtype,
-        stop=lambda: signals.told,
+        stop=lambda: signals.received,
     )
-    if door is not None:
-        _say_what_was_done(door, groups)
+    if server is not None:
+        _say_what_was_done(server, groups)
 
 
 def _serve_engine(
@@ -150,7 +152,7 @@ def _serve_engine(
     servers.
     """
     options, serving, engine, flag = config.teacher, config.serving, config.engine, "--teacher-hf-checkpoint"
-    signals.remember(groups.device)
+    signals.defer(groups.device)
     where, text = f"{flag} {options.folder}", read_probe_text(engine.probe_text)
     hidden_size = 0
     ask: Ask
@@ -171,7 +173,7 @@ def _serve_engine(
         EngineClient(url, hidden_size=hidden_size, dtype=engine.hidden_dtype, timeout_s=engine.timeout_s)
         for url in engine.endpoint
     ]
-    first = wait_for_engine(clients, probe, minutes=engine.start_minutes, stop=lambda: signals.told)
+    first = wait_for_engine(clients, probe, minutes=engine.start_minutes, stop=lambda: signals.received)
     if first is None:
         return
     served = probe.served
@@ -184,23 +186,23 @@ def _serve_engine(
     print(said, flush=True)
     longest = min(serving.max_tokens_per_batch, served.max_model_len or serving.max_tokens_per_batch)
     described = describe_teacher(options.folder, flag=flag)
-    door = _open_door(
+    server = _start_server(
         config, groups, signals, described, tokenizer, map_fingerprint, served=served, longest=longest
     )
     serve_engine(
-        door,
+        server,
         EnginePool(clients, probe=probe, ask=ask),
         score,
         refused=refused,
         replicas=len(clients),
         max_tokens=serving.max_tokens_per_batch,
         hidden_dtype=serving.teacher_hidden_dtype,
-        stop=lambda: signals.told,
+        stop=lambda: signals.received,
     )
-    _say_what_was_done(door, groups)
+    _say_what_was_done(server, groups)
 
 
-def _open_door(
+def _start_server(
     config: TeacherConfig,
     groups: Groups,
     signals: EndSignals,
@@ -210,7 +212,7 @@ def _open_door(
     *,
     served: Served | None = None,
     longest: int | None = None,
-) -> Door:
+) -> ReplicaServer:
     """Make this replica known. longest: the most tokens of a request; default: --max-tokens-per-batch."""
     options, serving = config.teacher, config.serving
     assert serving.run_dir is not None, "check() refuses a job without --run-dir"
@@ -220,7 +222,7 @@ def _open_door(
     )
     if served is not None:
         marks["engine"] = f"{served.root}, vLLM {served.version}"
-    door = Door(
+    server = ReplicaServer(
         folder,
         name=f"{this_host()}-{os.getpid()}",
         address=serving.bind,
@@ -231,19 +233,19 @@ def _open_door(
         max_tokens=longest or serving.max_tokens_per_batch,
         life=uuid.uuid4().hex,
     )
-    signals.last = door.vanish
-    door.start()
-    print(f" teacher replica {groups.dp_rank} of {groups.dp_size} at {door.endpoint.address}", flush=True)
-    return door
+    signals.last = server.withdraw
+    server.start()
+    print(f" teacher replica {groups.dp_rank} of {groups.dp_size} at {server.endpoint.address}", flush=True)
+    return server
 
 
 def _longest(config: TeacherConfig) -> int:
     return config.serving.rollout_max_prompt_len + config.serving.rollout_max_response_len
 
 
-def _say_what_was_done(door: Door, groups: Groups) -> None:
-    numbers = door.status()
-    kept = ("requests", "tokens", "handed_back", "malformed", "refused", "strangers")
+def _say_what_was_done(server: ReplicaServer, groups: Groups) -> None:
+    numbers = server.status()
+    kept = ("requests", "tokens", "handed_back", "malformed", "refused", "failed_handshakes")
     print(
         f" teacher replica {groups.dp_rank} stops: " + ", ".join(f"{numbers[k]} {k}" for k in kept),
         flush=True,

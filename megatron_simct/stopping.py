@@ -26,10 +26,10 @@ more.
 
 
 class EndSignals:
-    """Signals that end the process at once until `remember`, and from then on are remembered.
+    """Signals that end the process at once until `defer`; after it they set `received`.
 
-    A thread hears of them: Python would wait until the main thread comes back from a library that waits in C
-    for a file or for other ranks, which may be minutes.
+    A thread receives them: Python would wait until the main thread returns from a library that waits in C for
+    a file or for other ranks, which may take minutes.
     """
 
     def __init__(
@@ -38,14 +38,14 @@ class EndSignals:
         """endings: exit code, and what is written to stderr before it. again_ends: one more signal ends at
         once too.
 
-        Made by the main thread. The last one made is the one that hears.
+        Made by the main thread. Only the instance made last receives signals.
         """
-        self.told = False
+        self.received = False
         self.last: Callable[[], object] = _nothing
         """Called before a signal ends the process at once."""
         self._endings, self._again_ends = dict(endings), again_ends
-        self._remembers = False
-        self._told_at = 0.0
+        self._defers = False
+        self._received_at = 0.0
         self._lock = Lock()
         self._receiver, self._sender = socket.socketpair()
         self._sender.setblocking(False)
@@ -54,8 +54,8 @@ class EndSignals:
         for number in self._endings:
             signal.signal(number, _nothing)
 
-    def remember(self, device: torch.device) -> None:
-        """From now on there is something to finish.
+    def defer(self, device: torch.device) -> None:
+        """From now on a signal sets `received`: there is something to finish.
 
         Collective over the job: ranks that wait here still end at once.
         """
@@ -63,20 +63,20 @@ class EndSignals:
         dist.all_reduce(loaded)
         assert int(loaded) == dist.get_world_size(), "every rank takes part"
         with self._lock:
-            self._remembers = True
+            self._defers = True
 
     def _listen(self) -> None:
         while numbers := self._receiver.recv(64):
             for number in numbers:
                 if number in self._endings:  # others that Python handles come here too
-                    self._hear(signal.Signals(number))
+                    self._handle(signal.Signals(number))
 
-    def _hear(self, number: signal.Signals) -> None:
+    def _handle(self, number: signal.Signals) -> None:
         now = time.monotonic()
         with self._lock:
-            if self._remembers and not self.told:
-                self.told, self._told_at = True, now
-            elif not self._remembers or (self._again_ends and now - self._told_at > _TOGETHER_S):
+            if self._defers and not self.received:
+                self.received, self._received_at = True, now
+            elif not self._defers or (self._again_ends and now - self._received_at > _TOGETHER_S):
                 self._end(number)
 
     def _end(self, number: signal.Signals) -> None:
@@ -151,7 +151,7 @@ class ExitWatch:
     """Answers after each step whether the run is to save and exit."""
 
     def __init__(self, *, on_signal: bool, after_minutes: float | None, device: torch.device) -> None:
-        """on_signal: SIGTERM is remembered, or ends a job that loads with exit code 0.
+        """on_signal: SIGTERM is deferred, or ends a job that loads with exit code 0.
 
         Time counts from here.
         """
@@ -167,7 +167,7 @@ class ExitWatch:
     def loaded(self) -> None:
         """From now on a signal waits for the end of a step. Collective over the whole job."""
         if self._signals is not None:
-            self._signals.remember(self._device)
+            self._signals.defer(self._device)
 
     def reason(self) -> str | None:
         """Why to exit now, the same on every rank; None to go on. Collective over the whole job."""
@@ -175,8 +175,8 @@ class ExitWatch:
             return None
         minutes = (time.monotonic() - self._begin_s) / 60
         late = self._after_minutes is not None and minutes > self._after_minutes
-        told = self._signals is not None and self._signals.told
-        seen = torch.tensor([int(told), int(late)], dtype=torch.int32, device=self._device)
+        received = self._signals is not None and self._signals.received
+        seen = torch.tensor([int(received), int(late)], dtype=torch.int32, device=self._device)
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         signalled, late = seen.tolist()
         if signalled:

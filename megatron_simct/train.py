@@ -67,7 +67,7 @@ def train(job: Job) -> None:
         iteration += 1
         job.engine.publish(iteration)
         job.monitor.step(
-            *(iteration, batch.rollouts, batch.pairs, report, clock.seconds, job.teacher.note()),
+            *(iteration, batch.rollouts, batch.pairs, report, clock.seconds, job.teacher.status_text()),
             rewarded={} if rewarded is None else rewarded.metrics,
             more={**batch.more, **job.measure(batch.prompts, batch.rollouts, clock.seconds)},
             timers=job.timers(iteration),

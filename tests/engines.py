@@ -89,9 +89,8 @@ class EngineServer:
             self.answered += 1
             if self.random.random() >= self.share:
                 return None
-            fault = self.random.choice(
-                [kind for kind in FAULTS if not self.faults[kind]] or FAULTS
-            )  # each once first
+            # each once first
+            fault = self.random.choice([kind for kind in FAULTS if not self.faults[kind]] or FAULTS)
             self.faults[fault] += 1
             return fault
 

@@ -36,7 +36,7 @@ from megatron_simct.teacher.endpoints import (
 from megatron_simct.teacher.forward import TeacherForward, TeacherRequest
 from megatron_simct.teacher.lookout import Lookout
 from megatron_simct.teacher.payload import read_scored, scored_message
-from megatron_simct.teacher.service import Door
+from megatron_simct.teacher.service import ReplicaServer
 from megatron_simct.teacher.wire import Message
 from tests.distributed import run_ranks
 
@@ -45,7 +45,7 @@ FINGERPRINTS = {"hidden_size": HIDDEN, "teacher_vocabulary": VOCAB, "teacher_tok
 
 
 class TeacherJob:
-    """A teacher's job in forked processes: entered when its door is open, left by SIGTERM with exit code
+    """A teacher's job in forked processes: entered when its endpoint is open, left by SIGTERM with exit code
     0.
     """
 
@@ -187,7 +187,7 @@ def same_answer(found: ScoredPair, request: TeacherRequest) -> bool:
 
 
 class ModelFreeTeacher:
-    """A door, and a thread in the place of the model, which takes delay_s for an answer unless it is to
+    """A server, and a thread in the place of the model, which takes delay_s for an answer unless it is to
     stop.
     """
 
@@ -200,8 +200,8 @@ class ModelFreeTeacher:
         keys: Keys | None = None,
         **more: Any,
     ):
-        works = more.pop("works", True)  # else another thread takes from the door
-        self.door = Door(
+        works = more.pop("works", True)  # else another thread takes from the server
+        self.server = ReplicaServer(
             folder,
             name=more.pop("name", uuid.uuid4().hex[:8]),
             address=address,
@@ -221,7 +221,7 @@ class ModelFreeTeacher:
         self.answered: list[int] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._answer, daemon=True)
-        self.door.start()
+        self.server.start()
         if works:
             self._thread.start()
 
@@ -231,15 +231,15 @@ class ModelFreeTeacher:
                 self._asleep.set()
                 self._awake.wait(0.05)
                 continue
-            for work in self.door.take(40, 0.02):
+            for work in self.server.take(40, 0.02):
                 self._stop.wait(self.delay_s)
                 while not (self._at_work.wait(0.05) or self._stop.is_set()):
                     pass
                 self.answered.append(work.request.sample_id)
-                self.door.answer(work, scored_message(work.number, answer_of(work.request), "fp32"))
+                self.server.answer(work, scored_message(work.number, answer_of(work.request), "fp32"))
 
     def stall(self) -> None:
-        """Answer nothing; the door goes on greeting."""
+        """Answer nothing; the server goes on greeting."""
         self._asleep.clear()
         self._awake.clear()
         self._asleep.wait()
@@ -259,14 +259,14 @@ class ModelFreeTeacher:
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join()
-        self.door.drain()
-        self.door.close()
+        self.server.drain()
+        self.server.close()
 
     def __enter__(self) -> ModelFreeTeacher:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.door.is_alive():
+        if self.server.is_alive():
             self.stop()
 
 

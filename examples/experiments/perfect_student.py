@@ -1,8 +1,7 @@
-"""Which interfaces leave a perfect student alone: exact small languages, the package's own loss, both
-directions.
+"""Which interfaces leave a perfect student alone: exact small languages and the package's own loss.
 
-    python examples/experiments/perfect_student.py                          # the table of
-    docs/perfect_student.md python examples/experiments/perfect_student.py --interface bytes --pair 1,3
+    python examples/experiments/perfect_student.py    # the table of docs/perfect_student.md, both directions
+    python examples/experiments/perfect_student.py --interface bytes --pair 1,3
 
 A random distribution over the texts of up to three binary digits, and two tokenizers that group up to K
 digits from the left. The perfect student IS the teacher's distribution over texts, in its own tokens. Each

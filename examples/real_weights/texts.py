@@ -28,9 +28,8 @@ def as_task(problems: Sequence[Problem]) -> list[Problem]:
 def gsm8k_problems(path: Path) -> list[Problem]:
     """Problems in a JSONL file with question and answer. Raises ValueError, naming the file and the line."""
     problems = []
-    lines = (
-        path.read_text(encoding="utf-8").rstrip("\n").split("\n")
-    )  # JSON may hold other ends of lines, as U+2028
+    # JSON may hold other ends of lines, as U+2028
+    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)

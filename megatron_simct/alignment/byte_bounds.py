@@ -286,9 +286,9 @@ def _last_border(trie: ByteTrie, text: np.ndarray) -> np.ndarray:
         node = trie.child(node, text[at].astype(np.int64))
         found = node > 0
         start, at, node = start[found], at[found] + 1, node[found]
-        whole = trie.tokens[node] > 0
-        np.add.at(crossed, start[whole] + 1, 1)
-        np.add.at(crossed, at[whole], -1)
+        has_tokens = trie.tokens[node] > 0
+        np.add.at(crossed, start[has_tokens] + 1, 1)
+        np.add.at(crossed, at[has_tokens], -1)
         longer = trie.children[node + 1] > trie.children[node]
         np.minimum.at(going_on, at[longer], start[longer])
         inside = at < size
@@ -312,7 +312,7 @@ def _classes(walks: Sequence[_Walk], num_positions: int) -> tuple[int, np.ndarra
     num_atoms = sum(walk.atoms.size for walk in walks)
     all_marks = _marks(1 << max(4, int(num_atoms).bit_length()))
     sets = np.zeros((num_positions, _NUM_EVENTS), dtype=np.uint64)
-    whole = np.zeros(num_positions, dtype=np.uint64)
+    all_events = np.zeros(num_positions, dtype=np.uint64)
     start = 0
     for walk in walks:
         marks = all_marks[start : start + walk.atoms.size]
@@ -325,15 +325,15 @@ def _classes(walks: Sequence[_Walk], num_positions: int) -> tuple[int, np.ndarra
         sets[where] += np.add.reduceat(
             np.where(walk.may_follow[walk.atom_rows], marks[:, None], 0), first, axis=0
         )
-        whole[where] += np.add.reduceat(marks, first)
+        all_events[where] += np.add.reduceat(marks, first)
     class_of = np.zeros(sets.shape, dtype=np.int64)
-    limited = np.flatnonzero((sets != whole[:, None]).any(1))
+    limited = np.flatnonzero((sets != all_events[:, None]).any(1))
     if limited.size:
         # The set of all atoms first, the others in any order.
-        order = (sets[limited] - whole[limited, None]).argsort(axis=1, kind="stable")
+        order = (sets[limited] - all_events[limited, None]).argsort(axis=1, kind="stable")
         ordered = np.take_along_axis(sets[limited], order, axis=1)
         ranks = (np.diff(ordered, axis=1, prepend=ordered[:, :1]) != 0).cumsum(1)
-        ranks += (ordered[:, :1] != whole[limited, None]).astype(np.int64)
+        ranks += (ordered[:, :1] != all_events[limited, None]).astype(np.int64)
         of_limited = np.empty_like(ranks)
         np.put_along_axis(of_limited, order, ranks, axis=1)
         class_of[limited] = of_limited

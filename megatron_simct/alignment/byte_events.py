@@ -29,8 +29,8 @@ Loose bytes. A model inside a token may be wrong about byte b: of the texts that
 its token earlier, at a shorter token, and their probability is in rows that nobody has computed. If a
 tokenizer takes the longest match, that can only be the longest token that is a prefix of c, and only if c b
 is no token. Such a b is *loose*, and the model's probability of it is only known to lie between the sum and
-the sum plus that token's (the *spread*). The loss compares a loose byte only where the difference between the
-models is larger than the spread explains.
+the sum plus that token's (the *slack*). The loss compares a loose byte only where the difference between the
+models is larger than the slack explains.
 
 Mixtures. Several teachers, each in its own tokens, are one: the probability of a byte is the weighted sum of
 what each of them gives it behind the same bytes. A position counts where every teacher can end (at a
@@ -38,7 +38,7 @@ boundary, or c is a token); elsewhere a teacher's whole probability, and so its 
 known. Events are then the bytes that the student and all teachers can have next, "stop" where all are at a
 boundary, and "rest", all that is left of each of them, where the student can end too. Where it cannot, what a
 teacher has *outside* of the events comes along, since its events are shares of its whole. A byte that is
-loose for one teacher is loose for the mixture; the spread is the weighted sum of those of the teachers that
+loose for one teacher is loose for the mixture; the slack is the weighted sum of those of the teachers that
 have a loose byte. The text ends for all where it ends for one of them, and the position behind it counts
 where the student and all teachers stop there.
 
@@ -58,7 +58,7 @@ from functools import lru_cache
 import numpy as np
 
 from megatron_simct.alignment.token_table import TokenTable
-from megatron_simct.records import OUTSIDE, REST, SPREAD, STOP, ByteEvents, ByteSide
+from megatron_simct.records import OUTSIDE, REST, SLACK, STOP, ByteEvents, ByteSide
 
 NUM_BYTES = 256
 
@@ -165,7 +165,7 @@ def plan_byte_events(
         _walk(byte_trie(t), t, ids, text, num_positions)
         for t, ids in ((student, student_ids), (teacher, teacher_ids))
     ]
-    (events,) = _events(walks[0], walks[1:], whole=np.ones(num_positions, dtype=bool), outside=False)
+    (events,) = _events(walks[0], walks[1:], can_end=np.ones(num_positions, dtype=bool), outside=False)
     return events
 
 
@@ -186,15 +186,15 @@ def plan_mixture_events(
         _walk(byte_trie(table), table, ids, text, num_positions)
         for table, ids in ((student, student_ids), *teachers)
     )
-    whole = np.logical_and.reduce([walk.can_end for walk in of_teachers])
-    return _events(of_student, of_teachers, whole=whole, outside=True)
+    can_end = np.logical_and.reduce([walk.can_end for walk in of_teachers])
+    return _events(of_student, of_teachers, can_end=can_end, outside=True)
 
 
 def _events(
-    student: _Walk, teachers: Sequence[_Walk], *, whole: np.ndarray, outside: bool
+    student: _Walk, teachers: Sequence[_Walk], *, can_end: np.ndarray, outside: bool
 ) -> list[ByteEvents]:
-    """whole: bool [positions], which may be compared; outside: whether there are slots for what is in no
-    event.
+    """can_end: bool [positions], where all teachers can end. outside: whether there are slots for the mass
+    outside of the events.
     """
     walks = [student, *teachers]
     num_positions = student.boundary.size
@@ -203,16 +203,16 @@ def _events(
     all_stop = np.logical_and.reduce([walk.boundary for walk in walks])
     loose = [walk.loose & common for walk in walks]
     num_bytes = common.sum(1)
-    kept = whole & (num_bytes + all_stop + all_end >= 2)  # else there is nothing to compare
+    kept = can_end & (num_bytes + all_stop + all_end >= 2)  # else there is nothing to compare
     has_loose = [of_side.any(1) & kept for of_side in loose]
 
-    # Slots, position by position: common bytes, stop, rest, spread, outside.
+    # Slots, position by position: common bytes, stop, rest, slack, outside.
     common &= kept[:, None]
     slots = np.zeros((num_positions, NUM_BYTES + 4), dtype=bool)
     slots[:, :NUM_BYTES] = common
     slots[:, STOP] = kept & all_stop
     slots[:, REST] = kept & all_end
-    slots[:, SPREAD] = np.logical_or.reduce(has_loose)
+    slots[:, SLACK] = np.logical_or.reduce(has_loose)
     slots[:, OUTSIDE] = kept & ~all_end & outside
     position, event = slots.nonzero()
     slot_of = np.full(slots.shape, -1, dtype=np.int64)
@@ -224,7 +224,8 @@ def _events(
 
     number = kept.cumsum() - 1
     of_student, *of_teachers = (
-        _side(walk, slot_of, position, spread=spread) for walk, spread in zip(walks, has_loose, strict=True)
+        _side(walk, slot_of, position, has_loose=of_side)
+        for walk, of_side in zip(walks, has_loose, strict=True)
     )
     return [
         ByteEvents(
@@ -331,10 +332,10 @@ def _walk(trie: ByteTrie, table: TokenTable, ids: np.ndarray, text: np.ndarray, 
     )
 
 
-def _side(walk: _Walk, slot_of: np.ndarray, slot_position: np.ndarray, *, spread: np.ndarray) -> ByteSide:
+def _side(walk: _Walk, slot_of: np.ndarray, slot_position: np.ndarray, *, has_loose: np.ndarray) -> ByteSide:
     """Segments of the side's rows, and which segments each slot adds up.
 
-    spread: bool [positions], where a byte is loose for this side.
+    has_loose: bool [positions], where a byte is loose for this side.
     """
     trie, num_ids = walk.trie, walk.trie.order.size
     # Where a row's vocabulary is cut: at every child of a visited node. A first child without tokens that
@@ -394,7 +395,7 @@ def _side(walk: _Walk, slot_of: np.ndarray, slot_position: np.ndarray, *, spread
     add(np.where(ends_here, rest[position], -1), row, trie.first[node], trie.first[node] + trie.tokens[node])
     longest_end = trie.first[longest] + trie.tokens[longest]
     add(
-        np.where((longest > 0) & spread[position], slot_of[position, SPREAD], -1),
+        np.where((longest > 0) & has_loose[position], slot_of[position, SLACK], -1),
         row,
         trie.first[longest],
         longest_end,

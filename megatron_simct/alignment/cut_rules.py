@@ -115,9 +115,9 @@ def check(tokenizer: Tokenizer, texts: Iterable[str]) -> int:
 def _of_merges(rules: CutRules, table: TokenTable) -> Continuations:
     inside, endings = _inside(rules.pretokens)
     suffixes = {ending[-size:].encode() for ending in endings for size in range(1, len(ending) + 1)}
-    whole = tuple(ending.encode() for ending in endings)
+    ending_bytes = tuple(ending.encode() for ending in endings)
     exempt = {
-        i for i, piece in enumerate(table.pieces()) if piece in suffixes or (whole and piece.endswith(whole))
+        i for i, piece in enumerate(table.pieces()) if piece in suffixes or piece.endswith(ending_bytes)
     } | rules.added
     first_of_added = {int(table.flat[table.offsets[i]]) for i in rules.added if table.lengths[i]}
     symbols = [ord(c) for c in "".join(_KINDS.values()) if ord(c) not in first_of_added]

@@ -22,7 +22,7 @@ from typing import Any
 
 from megatron_simct.alignment import templates
 from megatron_simct.config.options import ModelConfig
-from megatron_simct.json_fields import BOOL, NULL, OBJECT, STRING, Kind, check_fields, list_of, whole
+from megatron_simct.json_fields import BOOL, NULL, OBJECT, STRING, Kind, check_fields, integer, list_of
 
 
 def _object_of_strings(*names: str) -> Kind:
@@ -38,7 +38,7 @@ _STRINGS = Kind(
 )
 _TOKEN = STRING | _object_of_strings("content") | NULL
 _TOKENS = list_of(STRING | _object_of_strings("content")) | OBJECT | NULL
-_IDS = whole(0) | list_of(whole(0)) | NULL
+_IDS = integer(0) | list_of(integer(0)) | NULL
 _FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 _DECODER = Kind(
     "an object of ids, each with an object with the string content",
@@ -143,7 +143,7 @@ def read_folder(path: Path) -> HfFolder:
     settings = read_settings(path, "tokenizer_config.json")
     token_map = read_settings(path, "special_tokens_map.json")
     ids = read_settings(path, "added_tokens.json")
-    check_fields(ids, dict.fromkeys(ids, whole(0)), where=str(path / "added_tokens.json"))
+    check_fields(ids, dict.fromkeys(ids, integer(0)), where=str(path / "added_tokens.json"))
     if settings.get("split_special_tokens"):
         raise ValueError(
             f"{path / 'tokenizer_config.json'}: split_special_tokens = true, with which the special tokens "

@@ -404,11 +404,11 @@ def _bos_id(folder: HfFolder, raw: Encoder) -> tuple[int | None, tuple[str, ...]
 
     For a tokenizer.json transformers reads add_bos_token no more.
     """
-    content, whole = list(raw("a")), raw.library.encode("a").ids
-    before = next(i for i in range(len(whole) + 1) if whole[i : i + len(content)] == content)
+    content, encoded = list(raw("a")), raw.library.encode("a").ids
+    before = next(i for i in range(len(encoded) + 1) if encoded[i : i + len(content)] == content)
     if before > 1:
-        raise ValueError(f"it puts {before} tokens {whole[:before]} before a text; only one is supported")
-    bos_id = whole[0] if before else None
+        raise ValueError(f"it puts {before} tokens {encoded[:before]} before a text; only one is supported")
+    bos_id = encoded[0] if before else None
     if folder.adds_bos is None or folder.adds_bos == (bos_id is not None):
         return bos_id, ()
     instead = "no BOS" if bos_id is None else f"BOS {bos_id}"

@@ -115,8 +115,8 @@ class ExactModel:
                 row[token] = row.get(token, 0.0) + mass
         shares = {}
         for beginning, row in counts.items():
-            whole = math.fsum(row.values())
-            shares[beginning] = {token: mass / whole for token, mass in row.items()}
+            total = math.fsum(row.values())
+            shares[beginning] = {token: mass / total for token, mass in row.items()}
         return cls(shares, cut, stop_id)
 
     def labels(self, text: bytes) -> list[int]:
@@ -136,15 +136,15 @@ class ExactModel:
 def language_of(texts: Iterable[bytes]) -> dict[bytes, float]:
     """Each text as often as it comes."""
     counts = Counter(texts)
-    whole = counts.total()
-    return {text: count / whole for text, count in counts.items()}
+    total = counts.total()
+    return {text: count / total for text, count in counts.items()}
 
 
 def flattened(language: Language, power: float = 0.8) -> dict[bytes, float]:
     """The language of a student that is less sure: probabilities in proportion to p^power."""
     weights = {text: mass**power for text, mass in language.items()}
-    whole = math.fsum(weights.values())
-    return {text: weight / whole for text, weight in weights.items()}
+    total = math.fsum(weights.values())
+    return {text: weight / total for text, weight in weights.items()}
 
 
 def divergence(student: Language, teacher: Language) -> float:

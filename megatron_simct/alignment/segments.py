@@ -292,9 +292,9 @@ def _walk(
 def _texts(table: TokenTable, ids: np.ndarray) -> list[str | None]:
     """The text of each id decoded alone; None for a stop token."""
     data, ends = table.spell(ids)
-    whole, bounds = data.tobytes(), [0, *ends.tolist()]
+    text, bounds = data.tobytes(), [0, *ends.tolist()]
     return [
-        None if int(token_id) in table.stop_ids else whole[start:end].decode(errors="replace")
+        None if int(token_id) in table.stop_ids else text[start:end].decode(errors="replace")
         for token_id, start, end in zip(ids, bounds[:-1], bounds[1:], strict=True)
     ]
 

@@ -146,9 +146,8 @@ def generate(
                 batch_size=options.engine_batch_size,
             )
             if groups.is_first_rank:
-                write_json(
-                    folder / RUN, run
-                )  # not before all that can be wrong with the model has been found
+                # not before all that can be wrong with the model has been found
+                write_json(folder / RUN, run)
             dist.barrier()
             for i in _counted(missing[groups.dp_rank :: groups.dp_size], "generating", groups.is_first_rank):
                 part = prompts[i * options.part_size : (i + 1) * options.part_size]

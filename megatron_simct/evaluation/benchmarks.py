@@ -75,9 +75,8 @@ class Problem:
 
 def digest_of(problems: Sequence[Problem]) -> str:
     """sha256 (hex) of the rows."""
-    rows = json.dumps(
-        [p.fields for p in problems], sort_keys=True, default=str
-    )  # tables hold dates and decimals
+    # tables hold dates and decimals
+    rows = json.dumps([p.fields for p in problems], sort_keys=True, default=str)
     return hashlib.sha256(rows.encode()).hexdigest()
 
 

@@ -1,13 +1,11 @@
 """What a process gives up before it runs a program that nobody has read.
 
-    the kernel's filter of system calls (seccomp)     no socket, no process, no signal to others, no file
-    opened to
-                                                      write, no change of the file system or of a terminal
-    Landlock, where the kernel has it                 no file read but the interpreter's and its libraries',
-    no look
-                                                      into another process, no TCP, no abstract socket
-    undumpable, without capabilities                  no other process of the same user looks into this one
-    resource limits                                   CPU seconds, memory, open files, no core dump
+    seccomp filter of system calls      no socket, no process, no signal to others, no file opened to write,
+                                        no change of the file system or of a terminal
+    Landlock, if the kernel has it      no file read but the interpreter's and its libraries', no look into
+                                        another process, no TCP, no abstract socket
+    undumpable, without capabilities    no other process of the same user looks into this one
+    resource limits                     CPU seconds, memory, open files, no core dump
 
 Standard library only. Nothing of it can be taken back. Linux on x86-64 or aarch64.
 """

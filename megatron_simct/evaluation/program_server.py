@@ -249,9 +249,8 @@ class _Supervisor:
             self._wait()
         while True:
             left = self._deadline - time.monotonic()
-            if (
-                left <= 0 or signal.sigtimedwait({signal.SIGCHLD}, left) is None
-            ):  # it goes on without its output
+            # it goes on without its output
+            if left <= 0 or signal.sigtimedwait({signal.SIGCHLD}, left) is None:
                 self._end("time")
             pid, status = os.waitpid(self._pid, os.WNOHANG)
             if pid:

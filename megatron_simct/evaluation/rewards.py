@@ -108,9 +108,8 @@ class Graded:
     def __init__(self, reward: str, *, chat: bool, thinking: Thinking) -> None:
         self._verifier = MathVerifier()
         if reward == "math":
-            self._verifier(
-                "1", "1"
-            )  # a missing package is an error now, not a missing reward of every response
+            # a missing package is an error now, not a missing reward of every response
+            self._verifier("1", "1")
         self._grader = Grader(
             GRADED_REWARDS[reward], self._verifier, chat=chat, limits=Limits(), thinking=thinking
         )

@@ -1,12 +1,10 @@
-"""Run a program that nobody has read, in a process of its own, within limits, and check what its functions
-return.
+"""Run a program that nobody has read in its own process, within limits; check what its functions return.
 
     no network, no other process, no file written     refused by the kernel's filter of system calls
     no file read but Python's own and its libraries'  refused by Landlock, where the kernel has it
     nothing of another process                        by Landlock, and none can be looked into (confined.py)
     CPU seconds, memory, open files, core dumps       resource limits of the process
-    seconds, bytes of output                          watched by its supervisor; past them the process is
-    killed
+    seconds, bytes of output                          its supervisor kills the process past them
 
 The checks of a program run in a second process, which has from the program nothing but plain data
 (program_server.py). Where the kernel has no Landlock, a program can read what the user who runs it can read;

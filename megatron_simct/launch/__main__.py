@@ -10,8 +10,8 @@ The smallest run file; without the section `teacher` both models share the stude
 teacher_hf_checkpoint belongs under student:
 
     run_dir: runs/first
-    student: {hf_checkpoint: STUDENT_DIR, prompt_data: prompts.jsonl}   # flags of megatron_simct.train
-    teacher: {teacher_hf_checkpoint: TEACHER_DIR}               # flags of megatron_simct.serve_teacher
+    student: {hf_checkpoint: STUDENT_DIR, prompt_data: prompts.jsonl}  # flags of megatron_simct.train
+    teacher: {teacher_hf_checkpoint: TEACHER_DIR}  # flags of megatron_simct.serve_teacher
 
 For a second teacher, or an inference engine in its own environment, the file has a list `jobs` instead of the
 sections student and teacher; megatron_simct/config/run_file.py describes it. With that list,

@@ -31,8 +31,8 @@ class Entries(Tiles):
     def _within(self, rows: slice, start: int, end: int) -> tuple[torch.Tensor, ...]:
         """Entries in these rows and columns: which, and their place in the block."""
         row, column = self._rows, self._columns_of
-        here = (row >= rows.start) & (row < rows.stop) & (column >= start) & (column < end)
-        found = here.nonzero().squeeze(1)
+        is_local = (row >= rows.start) & (row < rows.stop) & (column >= start) & (column < end)
+        found = is_local.nonzero().squeeze(1)
         return found, row[found] - rows.start, column[found] - start
 
     def statistics(self) -> Statistics:

@@ -31,7 +31,7 @@ from megatron_simct.losses.kinds.bytes import ByteOrder, SharedRows, Weigh, byte
 from megatron_simct.losses.kinds.exact import FirstTokens
 from megatron_simct.losses.kinds.table import interface_of
 from megatron_simct.losses.policy_gradient import importance_weights, of_rewards, reward_metrics
-from megatron_simct.losses.rows import RowNeeds, Rows, RowValues, Statistics, is_row, spread
+from megatron_simct.losses.rows import RowNeeds, Rows, RowValues, Statistics, is_row, segments_to_labels
 from megatron_simct.losses.shared_head import (
     GivenScores,
     HeadScores,
@@ -65,7 +65,7 @@ class LossOutput:
     """[N], nats, without gradient: the sum's parts, a segment's at its first label, a byte position's at the
     label that its byte is in."""
     log_probs: torch.Tensor
-    """[n], nats, without gradient: of the labels whose rows are here."""
+    """[n], nats, without gradient: of the labels whose rows this rank holds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,7 @@ class LabelRows:
     """
 
     index: torch.Tensor
-    """int64 [n], ascending: the labels whose rows are here, one a row of student_hidden."""
+    """int64 [n], ascending: the labels whose rows this rank holds, one a row of student_hidden."""
     group: dist.ProcessGroup
 
 
@@ -156,21 +156,21 @@ def _bytes_loss(
 ) -> LossOutput:
     """`interface_loss` for the interface `bytes`; source reads rows in the order of the labels."""
     assert labels.byte_batch is not None, "checked by the callers"
-    here, shared = labels.student_labels, None
+    local, shared = labels.student_labels, None
     if label_rows is not None:
         assert labels.byte_batch.part is not None, "the events of a context-parallel rank"
-        here = here[label_rows.index]
+        local = local[label_rows.index]
         shared = SharedRows(
             part=labels.byte_batch.part,
             index=label_rows.index,
             num_labels=len(labels.student_labels),
             group=label_rows.group,
         )
-    index = torch.arange(len(here), device=source.device) if label_rows is None else label_rows.index
-    rewards = None if labels.advantages is None else partial(of_rewards, labels=labels, here=index)
+    index = torch.arange(len(local), device=source.device) if label_rows is None else label_rows.index
+    rewards = None if labels.advantages is None else partial(of_rewards, labels=labels, local=index)
     result = byte_loss(
         source,
-        here,
+        local,
         labels.byte_batch,
         order=byte_order,
         shard_start=placement.shard_start,
@@ -182,7 +182,7 @@ def _bytes_loss(
         weigh=weigh,
     )
     zero = torch.zeros((), dtype=torch.float64, device=source.device)
-    num_labels = torch.full((), len(here), dtype=torch.int64, device=source.device)
+    num_labels = torch.full((), len(local), dtype=torch.int64, device=source.device)
     teacher_nll = labels.teacher_lse - labels.teacher_own_logit
     if label_rows is not None and dist.get_rank(label_rows.group) > 0:
         teacher_nll = teacher_nll[:0]  # counted by one of the ranks
@@ -273,9 +273,9 @@ def _plan(labels: LabelBatch, needs: RowNeeds, label_rows: LabelRows | None) -> 
         case "none":
             dense = torch.zeros_like(labels.student_labels, dtype=torch.bool)
         case "units":
-            dense = spread(labels.kinds == SegmentKind.UNIT, starts, ends, num_labels).bool()
+            dense = segments_to_labels(labels.kinds == SegmentKind.UNIT, starts, ends, num_labels).bool()
         case "segments":
-            dense = spread(used, starts, ends, num_labels).bool()
+            dense = segments_to_labels(used, starts, ends, num_labels).bool()
         case "firsts":
             dense = torch.zeros_like(labels.student_labels, dtype=torch.bool).index_fill_(
                 0, starts[used], True
@@ -292,12 +292,12 @@ def _plan(labels: LabelBatch, needs: RowNeeds, label_rows: LabelRows | None) -> 
             special = torch.where(is_unit, FirstTokens.of(labels).special(), -1)
     shared = used if needs.first_rows else torch.zeros_like(used)
     if label_rows is not None:
-        starts, dense = _place_here(labels, label_rows)[starts], dense[label_rows.index]
+        starts, dense = _local_rows_of_labels(labels, label_rows)[starts], dense[label_rows.index]
         shared = shared & (starts >= 0)
     return RowPlan.build(starts, shared=shared, dense=dense, special=special)
 
 
-def _place_here(labels: LabelBatch, label_rows: LabelRows) -> torch.Tensor:
+def _local_rows_of_labels(labels: LabelBatch, label_rows: LabelRows) -> torch.Tensor:
     """int64 [N]: the row of student_hidden that predicts each label, -1 where it is another rank's."""
     place = torch.full_like(labels.student_labels, -1)
     return place.index_copy(0, label_rows.index, torch.arange(len(label_rows.index), device=place.device))
@@ -341,19 +341,21 @@ def _loss(
     if needs.shared and plan.num_shared:
         teacher = make_teacher(labels.teacher_hidden_index[plan.segments], source.dtype)
     if label_rows is None:
-        here = torch.arange(len(labels.student_labels), device=source.device)
-        mine = torch.ones_like(labels.kinds, dtype=torch.bool)
+        local = torch.arange(len(labels.student_labels), device=source.device)
+        is_local = torch.ones_like(labels.kinds, dtype=torch.bool)
     else:
-        here, mine = label_rows.index, torch.isin(labels.segments[:, 2], label_rows.index)
+        local, is_local = label_rows.index, torch.isin(labels.segments[:, 2], label_rows.index)
     with torch.no_grad():
-        passes = _passes(source, teacher, plan, labels, here, needs, columns, placement, config, group)
+        passes = _passes(source, teacher, plan, labels, local, needs, columns, placement, config, group)
         stats = passes.statistics()
         if weigh is not None:
             assert label_rows is None and needs.segments, "Config.check refuses what has no weights"
             factors = weigh(stats.log_probs)
             labels = replace(labels, weights=labels.weights * factors[labels.segments[:, 2]])
         chosen = (
-            plan.segments if needs.first_rows else (mine & is_row(labels.kinds, needs)).nonzero().squeeze(1)
+            plan.segments
+            if needs.first_rows
+            else (is_local & is_row(labels.kinds, needs)).nonzero().squeeze(1)
         )
         rows = Rows(
             config=config,
@@ -370,13 +372,13 @@ def _loss(
         weight = rows.kept(values.teacher_mass)
         # where, not a product with 0: what a dropped row computed may be anything.
         row_losses = (
-            torch.where(weight == 0, 0, values.value * weight) if needs.segments else values.value[here]
+            torch.where(weight == 0, 0, values.value * weight) if needs.segments else values.value[local]
         )
-        of_units = _unit_losses(values.units, labels, mine, like=row_losses)
+        of_units = _unit_losses(values.units, labels, is_local, like=row_losses)
         total = row_losses.sum() + of_units.sum()
         rewarded = None
         if labels.advantages is not None:
-            rewarded = of_rewards(rows.log_probs[here], labels, here)
+            rewarded = of_rewards(rows.log_probs[local], labels, local)
             total = total + rewarded.sum()
         gradient = _gradient(total, rows, needs) if source.needs_gradient else None
     with torch.no_grad():
@@ -384,7 +386,7 @@ def _loss(
         # the interface does not use is broken all the same.
         nan_if_not_finite = 0 * stats.log_probs.sum() + 0 * (rows.teacher_lse - rows.teacher_own).sum()
         label_losses = torch.zeros_like(rows.log_probs)
-        label_losses.index_add_(0, rows.start if needs.segments else here, row_losses)
+        label_losses.index_add_(0, rows.start if needs.segments else local, row_losses)
         label_losses.index_add_(0, labels.segments[:, 2], of_units)
         counts_teacher = label_rows is None or dist.get_rank(label_rows.group) == 0
         metrics = _metrics(
@@ -394,24 +396,24 @@ def _loss(
             stats,
             rows,
             needs,
-            num_segments=mine.sum(),
+            num_segments=is_local.sum(),
             counts_teacher=counts_teacher,
         )
         if weigh is not None:
             metrics["importance_weight_sum"] = factors.sum(dtype=torch.float64)
         if values.units is not None:
             metrics["loss_unit_sum"] += of_units.sum(dtype=torch.float64)
-            counted = (mine & (labels.kinds == SegmentKind.UNIT) & (labels.weights != 0)).sum()
+            counted = (is_local & (labels.kinds == SegmentKind.UNIT) & (labels.weights != 0)).sum()
             metrics["rows_unit"] += counted
             metrics["rows_dropped"] -= counted
         if rewarded is not None:
-            label_losses.index_add_(0, here, rewarded)
-            metrics |= reward_metrics(rows.log_probs[here], rewarded, labels, here)
+            label_losses.index_add_(0, local, rewarded)
+            metrics |= reward_metrics(rows.log_probs[local], rewarded, labels, local)
         if gradient is not None:
             if label_rows is not None:
-                gradient = _weights_here(gradient, label_rows, needs)
+                gradient = _local_weights(gradient, label_rows, needs)
             passes.add_gradient(stats, gradient)
-    num_labels = torch.full((), len(here), dtype=torch.int64, device=source.device)
+    num_labels = torch.full((), len(local), dtype=torch.int64, device=source.device)
     value = total.detach() + nan_if_not_finite
     return LossOutput(
         sum=source.attach(value),
@@ -431,13 +433,13 @@ def _weigh(labels: LabelBatch, cap: float) -> Weigh:
 
 
 def _unit_losses(
-    units: torch.Tensor | None, labels: LabelBatch, mine: torch.Tensor, *, like: torch.Tensor
+    units: torch.Tensor | None, labels: LabelBatch, is_local: torch.Tensor, *, like: torch.Tensor
 ) -> torch.Tensor:
     """[S]: weighted, of the units that are no rows; zeros where the interface gives them nothing."""
     weight = labels.weights.to(like.dtype)
     if units is None:
         return torch.zeros_like(weight)
-    used = mine & (labels.kinds == SegmentKind.UNIT) & (weight != 0)
+    used = is_local & (labels.kinds == SegmentKind.UNIT) & (weight != 0)
     return torch.where(used, units * weight, 0)
 
 
@@ -446,7 +448,7 @@ def _passes(
     teacher: TeacherScores | None,
     plan: RowPlan,
     labels: LabelBatch,
-    here: torch.Tensor,
+    local: torch.Tensor,
     needs: RowNeeds,
     columns: SharedColumns | None,
     placement: VocabPlacement,
@@ -455,7 +457,7 @@ def _passes(
 ) -> TwoPass | TopColumns | Entries:
     given = (source, teacher, plan)
     named = {
-        "labels": labels.student_labels[here],
+        "labels": labels.student_labels[local],
         "columns": columns,
         "shard_start": placement.shard_start,
         "memory_mib": config.loss_memory_mib,
@@ -484,10 +486,10 @@ def _gradient(total: torch.Tensor, rows: Rows, needs: RowNeeds) -> GradientWeigh
     found = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
     log_probs, own, log_sums, special, outside, top, entries, *scale = found
     softmax = log_sums - log_probs
-    whole = None
+    softmax_of_all = None
     if needs.outside:
         # The interface does not move its first rows' log-sum-exp: what does is a reward.
-        whole = softmax if rows.labels.advantages is not None else None
+        softmax_of_all = softmax if rows.labels.advantages is not None else None
         in_softmax = outside * rows.statistics.label_log_sum[rows.start].exp()
         softmax = softmax.index_copy(0, rows.start, in_softmax)
     shared = None
@@ -497,7 +499,7 @@ def _gradient(total: torch.Tensor, rows: Rows, needs: RowNeeds) -> GradientWeigh
     return GradientWeights(
         own_weight=log_probs + own,
         softmax_weight=softmax,
-        whole_weight=whole,
+        all_columns_weight=softmax_of_all,
         shared=shared,
         special_weight=special if needs.special == "first" else None,
         top_weight=top if needs.top else None,
@@ -513,35 +515,37 @@ def _of_all_labels(
     here.
     """
 
-    def spread_out(values: torch.Tensor) -> torch.Tensor:
+    def to_all_labels(values: torch.Tensor) -> torch.Tensor:
         return values.new_zeros(len(labels.student_labels)).index_copy(0, label_rows.index, values)
 
-    (log_probs,) = reduce_packed([spread_out(stats.log_probs)], dist.ReduceOp.SUM, label_rows.group)
-    own = spread_out(stats.own)
+    (log_probs,) = reduce_packed([to_all_labels(stats.log_probs)], dist.ReduceOp.SUM, label_rows.group)
+    own = to_all_labels(stats.own)
     if needs.raw:
         (own,) = reduce_packed([own], dist.ReduceOp.SUM, label_rows.group)
     return replace(
         stats,
-        label_max=spread_out(stats.label_max),
-        label_log_sum=spread_out(stats.label_log_sum),
+        label_max=to_all_labels(stats.label_max),
+        label_log_sum=to_all_labels(stats.label_log_sum),
         own=own,
         log_probs=log_probs,
     )
 
 
-def _weights_here(weights: GradientWeights, label_rows: LabelRows, needs: RowNeeds) -> GradientWeights:
-    """The gradient's weights of the labels whose rows are here: what the segments of all ranks give them,
-    added up.
+def _local_weights(weights: GradientWeights, label_rows: LabelRows, needs: RowNeeds) -> GradientWeights:
+    """The gradient's weights of the labels whose rows this rank holds, summed over the segments of all
+    ranks.
     """
     own, softmax = weights.own_weight, weights.softmax_weight
     if needs.segments:  # else every rank has all of them itself
         own, softmax = reduce_packed([own, softmax], dist.ReduceOp.SUM, label_rows.group)
-    whole = None if weights.whole_weight is None else weights.whole_weight[label_rows.index]
+    all_columns = weights.all_columns_weight
+    if all_columns is not None:
+        all_columns = all_columns[label_rows.index]
     return replace(
         weights,
         own_weight=own[label_rows.index],
         softmax_weight=softmax[label_rows.index],
-        whole_weight=whole,
+        all_columns_weight=all_columns,
     )
 
 
@@ -556,7 +560,7 @@ def _metrics(
     num_segments: torch.Tensor,
     counts_teacher: bool,
 ) -> dict[str, torch.Tensor]:
-    """Additive sums and counts, the same keys for every interface; statistics are those of the rows here."""
+    """Additive sums and counts, the same keys for every interface; statistics of the rows of this rank."""
 
     def total(values: torch.Tensor) -> torch.Tensor:
         return values.detach().sum(dtype=torch.float64)

@@ -1,9 +1,8 @@
 """The ratio of the trained policy to the one that sampled, and what is made of it.
 
     r_i  = pi(y_i) / pi_old(y_i)
-    loss = -min(r_i A_i, clip(r_i, 1 - clip_low, 1 + clip_high) A_i)            PPO, arXiv:1707.06347, Eq. 7
-    w_i  = min(r_1 ... r_{i-1}, cap)                                            truncated as in
-    arXiv:1802.01561
+    loss = -min(r_i A_i, clip(r_i, 1 - clip_low, 1 + clip_high) A_i)    PPO, arXiv:1707.06347, Eq. 7
+    w_i  = min(r_1 ... r_{i-1}, cap)                                    truncated as in arXiv:1802.01561
 
 The policy-gradient term is for whatever gives a token an advantage: each token by itself, not divided by
 anything. The weight w_i is for a loss that compares whole distributions behind the tokens before y_i: the
@@ -57,27 +56,27 @@ def policy_gradient(
     return -torch.minimum(ratio * advantages, clipped * advantages)
 
 
-def of_rewards(log_probs: torch.Tensor, labels: LabelBatch, here: torch.Tensor) -> torch.Tensor:
-    """[n]: the terms of the labels `here` [n], whose advantages are those of their responses
+def of_rewards(log_probs: torch.Tensor, labels: LabelBatch, local: torch.Tensor) -> torch.Tensor:
+    """[n]: the terms of the labels `local` [n], whose advantages are those of their responses
     (update/advantages.py).
 
     log_probs [n], of these labels; differentiable by it.
     """
     assert labels.advantages is not None and labels.sampling_log_probs is not None, "there is a reward"
     sampled, advantages = (
-        values[here].to(log_probs.dtype) for values in (labels.sampling_log_probs, labels.advantages)
+        values[local].to(log_probs.dtype) for values in (labels.sampling_log_probs, labels.advantages)
     )
     return policy_gradient(log_probs, sampled, advantages)
 
 
 @torch.no_grad()
 def reward_metrics(
-    log_probs: torch.Tensor, terms: torch.Tensor, labels: LabelBatch, here: torch.Tensor
+    log_probs: torch.Tensor, terms: torch.Tensor, labels: LabelBatch, local: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """Sums: of the terms, and of the labels whose ratio is clipped, so that they have no gradient."""
     assert labels.advantages is not None and labels.sampling_log_probs is not None, "there is a reward"
-    ratio = (log_probs - labels.sampling_log_probs[here].to(log_probs.dtype)).exp()
-    advantages = labels.advantages[here]
+    ratio = (log_probs - labels.sampling_log_probs[local].to(log_probs.dtype)).exp()
+    advantages = labels.advantages[local]
     clipped = ((ratio > 1 + CLIP_HIGH) & (advantages > 0)) | ((ratio < 1 - CLIP_LOW) & (advantages < 0))
     return {
         "loss_reward_sum": terms.sum(dtype=torch.float64),

@@ -54,7 +54,7 @@ from megatron_simct.losses.kinds.table import interface_of
 from megatron_simct.losses.kinds.teacher_topk import Likely
 from megatron_simct.losses.loss import LossOutput, interface_loss, interface_loss_from_logits
 from megatron_simct.losses.shared_head import SharedColumns, SharedHead, gather_shared_head
-from megatron_simct.losses.tiles import GivenLogits, OutputLayer, StudentLogits, likeliest
+from megatron_simct.losses.tiles import GivenLogits, OutputLayer, StudentLogits, top_k_log_probs
 from megatron_simct.losses.vocab_parallel import label_statistics, logit_statistics, num_real_columns
 from megatron_simct.packing import pack_byte_events, pack_byte_sides
 from megatron_simct.records import ByteEvents, LabelBatch, SegmentKind
@@ -324,7 +324,7 @@ def cross_tokenizer_loss(
             shard_start=_rank(group) * given.width, shard_width=given.width, vocab_size=size
         )
         start, teacher_tiles = _rank(group) * given.width, _frozen(given, width)
-        log_q, ids = likeliest(
+        log_q, ids = top_k_log_probs(
             teacher_tiles,
             lse,
             needs.topk,
@@ -336,9 +336,9 @@ def cross_tokenizer_loss(
         labels, entries_of = replace(labels, teacher_topk=log_q), interface_of(options).entries
         if entries_of is not None:
             assert ids is not None, "they were asked for"
-            words = response.teacher_labels.tolist()
-            likely = Likely.of(range(len(words)), ids, log_q, words, own - lse)
-            both = (response.student_labels.tolist(), words)
+            teacher_labels = response.teacher_labels.tolist()
+            likely = Likely.of(range(len(teacher_labels)), ids, log_q, teacher_labels, own - lse)
+            both = (response.student_labels.tolist(), teacher_labels)
             entries = entries_of(options)(
                 response.segments.tolist(), both, likely, pair.translation(options.interface)
             )
@@ -459,16 +459,16 @@ def _placement(
     if stop is not None:
         counts[-1] = len(stops)
     offsets = np.concatenate([[0], counts.cumsum()])
-    here = ((students >= start) & (students < start + student_width)).nonzero()[0]
-    here = here[students[here].argsort()] if teacher_width else here[:0]
-    rows = [teachers[offsets[i] : offsets[i + 1]] for i in here]
+    local = ((students >= start) & (students < start + student_width)).nonzero()[0]
+    local = local[students[local].argsort()] if teacher_width else local[:0]
+    rows = [teachers[offsets[i] : offsets[i + 1]] for i in local]
     return VocabPlacement(
         student_vocab_size=sizes[0],
         teacher_vocab_size=sizes[1],
         shard_start=start,
         shard_end=start + student_width,
-        columns=students[here] - start,
-        row_offsets=np.concatenate([[0], counts[here].cumsum()]),
+        columns=students[local] - start,
+        row_offsets=np.concatenate([[0], counts[local].cumsum()]),
         teacher_rows=np.concatenate([np.zeros(0, np.int64), *rows]),
     )
 

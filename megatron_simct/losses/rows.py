@@ -213,7 +213,7 @@ class Rows:
     def at_labels(self, values: torch.Tensor) -> torch.Tensor:
         """[A] -> [N]: each row's value at the student labels of its segment, 0 elsewhere."""
         everywhere = values.new_zeros(len(self.segments)).index_copy(0, self.chosen, values)
-        return spread(everywhere, self.segments[:, 2], self.segments[:, 3], len(self.log_probs))
+        return segments_to_labels(everywhere, self.segments[:, 2], self.segments[:, 3], len(self.log_probs))
 
     def totals(self, values: torch.Tensor, side: SideName) -> torch.Tensor:
         """[N] or [M] -> [S]: the sum over the labels of every segment, rows or not."""
@@ -346,7 +346,9 @@ def segment_mean(values: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor)
     return sums / (ends - starts)
 
 
-def spread(values: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor, count: int) -> torch.Tensor:
+def segments_to_labels(
+    values: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor, count: int
+) -> torch.Tensor:
     """[S] -> [count]: each segment's value at each of its labels, 0 outside of segments."""
     if len(values) == 0:
         return values.new_zeros(count)

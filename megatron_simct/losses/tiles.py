@@ -48,7 +48,7 @@ from megatron_simct.losses.vocab_parallel import NEGATIVE_INFINITY, in_place, so
 
 ALL_ROWS = slice(None)
 TOP_COLUMNS = 4096
-"""Columns of a tile of `likeliest`."""
+"""Columns of a tile of `top_k_log_probs`."""
 
 
 class GivenLogits:
@@ -78,7 +78,7 @@ class GivenLogits:
         self._input = logits
         self._logits = logits.detach()
         self._order = order
-        self._places = list(range(self.num_rows)) if order is None else order.tolist()
+        self._positions = list(range(self.num_rows)) if order is None else order.tolist()
         self._gradient = (
             torch.zeros_like(self._logits, memory_format=torch.contiguous_format)
             if self.needs_gradient
@@ -89,25 +89,25 @@ class GivenLogits:
         """All rows, cut where two that follow one another here do not in memory."""
         if self.num_rows == 0:
             return []
-        borders = [i for i in range(1, self.num_rows) if self._places[i] != self._places[i - 1] + 1]
+        borders = [i for i in range(1, self.num_rows) if self._positions[i] != self._positions[i - 1] + 1]
         return [slice(*ends) for ends in zip([0, *borders], [*borders, self.num_rows], strict=True)]
 
     def logits(self, start: int, end: int, rows: slice = ALL_ROWS) -> torch.Tensor:
         """[n, end - start], a new tensor: the capped logits of local columns [start, end) at a slice of the
         rows.
         """
-        tile = self._logits[self._place(rows), start:end].to(self.dtype, copy=True)
+        tile = self._logits[self._memory_slice(rows), start:end].to(self.dtype, copy=True)
         return soft_cap(tile, self.soft_cap, in_place=True)
 
     def read(self, start: int, end: int, rows: slice = ALL_ROWS) -> torch.Tensor:
         """`logits`, not to be overwritten: a view of what exists where it is what is asked for."""
         if self.soft_cap is None and self._logits.dtype == self.dtype:
-            return self._logits[self._place(rows), start:end]
+            return self._logits[self._memory_slice(rows), start:end]
         return self.logits(start, end, rows)
 
     def logits_at(self, columns: torch.Tensor, rows: slice = ALL_ROWS) -> torch.Tensor:
         """[n, w], a new tensor: the capped logits of local columns `columns` int64 [w]."""
-        logits = self._logits[self._place(rows)]
+        logits = self._logits[self._memory_slice(rows)]
         tile = logits.gather(1, columns.expand(len(logits), -1)).to(self.dtype)
         return soft_cap(tile, self.soft_cap, in_place=True)
 
@@ -119,7 +119,7 @@ class GivenLogits:
         if self.soft_cap is not None:
             gradient = _through_cap_(gradient, self.logits(start, end, rows), self.soft_cap)
         assert self._gradient is not None, "the logits need no gradient"
-        self._gradient[self._place(rows), start:end] += gradient.to(self._gradient.dtype)
+        self._gradient[self._memory_slice(rows), start:end] += gradient.to(self._gradient.dtype)
 
     def add_gradient_at(self, columns: torch.Tensor, gradient: torch.Tensor, rows: slice = ALL_ROWS) -> None:
         """Take [n, w], the gradient with respect to `logits_at(columns, rows)`: the first that these entries
@@ -128,7 +128,7 @@ class GivenLogits:
         if self.soft_cap is not None:
             gradient = _through_cap_(gradient, self.logits_at(columns, rows), self.soft_cap)
         assert self._gradient is not None, "the logits need no gradient"
-        target = self._gradient[self._place(rows)]
+        target = self._gradient[self._memory_slice(rows)]
         target.scatter_(1, columns.expand(len(gradient), -1), gradient.to(target.dtype))
 
     def add_gradient_of_entries(
@@ -153,9 +153,9 @@ class GivenLogits:
             return value
         return _KnownGradient.apply(value, self._gradient, self._input)
 
-    def _place(self, rows: slice) -> slice:
+    def _memory_slice(self, rows: slice) -> slice:
         """Where these rows are in memory."""
-        place = in_place(self._places[rows])
+        place = in_place(self._positions[rows])
         assert place is not None, f"rows {rows} do not follow one another in memory"
         return place
 
@@ -300,7 +300,7 @@ StudentLogits = GivenLogits | OutputLayer
 
 
 @torch.no_grad()
-def likeliest(
+def top_k_log_probs(
     source: StudentLogits,
     lse: torch.Tensor,
     k: int,

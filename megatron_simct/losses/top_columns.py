@@ -36,7 +36,7 @@ class TopColumns(Tiles):
         self._teacher_scores = torch.zeros_like(self._scores)
         self._local = torch.zeros(self._scores.shape, dtype=torch.int64, device=like.device)
         """Local columns; after `statistics` those of the result, 0 where they are another rank's."""
-        self._here = torch.zeros_like(self._local, dtype=torch.bool)
+        self._is_local = torch.zeros_like(self._local, dtype=torch.bool)
 
     def statistics(self) -> Statistics:
         """Pass 1: one MAX and one SUM reduction, and one all-gather."""
@@ -95,9 +95,9 @@ class TopColumns(Tiles):
             dist.all_gather(everybody, both, group=group)
             student, teacher = torch.cat(everybody, dim=2).unbind(0)
         values, chosen = student.topk(k, dim=1)
-        self._here = (chosen // k == rank) & (values > NEGATIVE_INFINITY)
+        self._is_local = (chosen // k == rank) & (values > NEGATIVE_INFINITY)
         self._local = torch.where(
-            self._here, self._local.gather(1, torch.where(self._here, chosen % k, 0)), 0
+            self._is_local, self._local.gather(1, torch.where(self._is_local, chosen % k, 0)), 0
         )
         return values, teacher.gather(1, chosen)
 
@@ -105,7 +105,7 @@ class TopColumns(Tiles):
         """Pass 2: hand the gradient to the source."""
         source, plan, top_weight = self._source, self._plan, weights.top_weight
         assert top_weight is not None, "top columns have a gradient"
-        top_weight = torch.where(self._here, top_weight, 0)
+        top_weight = torch.where(self._is_local, top_weight, 0)
         own, label_max = weights.own_weight[plan.order], statistics.label_max[plan.order]
         softmax = (weights.softmax_weight * (-statistics.label_log_sum).exp())[plan.order]
         for chunk, start, end in self._tiles():
@@ -119,7 +119,7 @@ class TopColumns(Tiles):
                 add_at_(block, self._labels[rows].unsqueeze(1) - start, own[rows].unsqueeze(1))
                 shared = common(rows, slice(0, plan.num_shared))
                 if shared is not None:
-                    columns = torch.where(self._here[shared], self._local[shared] - start, -1)
+                    columns = torch.where(self._is_local[shared], self._local[shared] - start, -1)
                     add_at_(block[: shared.stop - shared.start], columns, top_weight[shared])
             source.add_gradient(start, end, logits, dense)
         if plan.num_sparse:

@@ -16,8 +16,7 @@ A *shared row* is the row of a segment's first label: there the shared tokens of
 
 The gradient of a row of logits z, with x_c the score z_c / tau of a shared token:
 
-    own_weight  onehot(label)  +  softmax_weight  softmax(z)  +  scale  p_c (D_c - offset)  at the shared
-    columns
+    own_weight onehot(label)  +  softmax_weight softmax(z)  +  scale p_c (D_c - offset) at the shared columns
 
 A row may have *special columns*: shared tokens taken out of the sums (and of the last term) whose scores
 every rank gets to know, so that the interface can put them back as it likes; `special_weight` is their
@@ -135,7 +134,7 @@ class GradientWeights:
 
     With `outside`, at first rows, only of the columns outside.
     """
-    whole_weight: torch.Tensor | None = None
+    all_columns_weight: torch.Tensor | None = None
     """[N], with `outside`: the same at first rows, of all columns; None: 0."""
     shared: tuple[Norms, torch.Tensor, torch.Tensor] | None = None
     """Norms, offset [A] and scale [A] of the shared columns."""
@@ -226,9 +225,9 @@ class Tiles:
         """The labels' own gradient at rows that no dense tile covers; weight [N] in the plan's order."""
         if self._source.num_columns == 0:
             return
-        here = (self._labels >= 0) & (self._labels < self._source.num_columns)
-        columns = torch.where(here, self._labels, 0).unsqueeze(1)
-        self._source.add_gradient_of_entries(columns, torch.where(here, weight, 0).unsqueeze(1))
+        is_local = (self._labels >= 0) & (self._labels < self._source.num_columns)
+        columns = torch.where(is_local, self._labels, 0).unsqueeze(1)
+        self._source.add_gradient_of_entries(columns, torch.where(is_local, weight, 0).unsqueeze(1))
 
     def _statistics(
         self, label_max: torch.Tensor, label_sum: torch.Tensor, own: torch.Tensor, **others: Any
@@ -287,7 +286,7 @@ class TwoPass(Tiles):
                 if teacher is not None and index is not None and num_shared > 0:
                     s = block[:num_shared].gather(1, index.expand(num_shared, -1))
                     t = teacher[shared.start - chunk.start : shared.stop - chunk.start]
-                    self._cut(s, t, shared, start, end, read=(special_s, special_t))
+                    self._mask_special(s, t, shared, start, end, read=(special_s, special_t))
                     running.add(self._scaled(s), self._scaled(t), shared)
                 exponentials, shrink = seen.add(block, rows, start)
                 if self._outside and num_shared > 0:
@@ -351,13 +350,12 @@ class TwoPass(Tiles):
     def _without_special_(self, values: torch.Tensor, rows: slice, start: int) -> None:
         """Put 0 at the special columns of a block of first rows; values [rows, w] from column `start` on."""
         special = self._plan.special[rows] - self._shard_start - start
-        here = (special >= 0) & (special < values.shape[1])
+        is_local = (special >= 0) & (special < values.shape[1])
         places = special.clamp(0, values.shape[1] - 1)
-        for k in range(
-            places.shape[1]
-        ):  # one at a time: two may name the same place, one of them to leave it alone
+        # one at a time: two may name the same place, one of them to leave it alone
+        for k in range(places.shape[1]):
             column = places[:, k : k + 1]
-            values.scatter_(1, column, values.gather(1, column).masked_fill(here[:, k : k + 1], 0))
+            values.scatter_(1, column, values.gather(1, column).masked_fill(is_local[:, k : k + 1], 0))
 
     def deficits(self, norms: Norms) -> list[torch.Tensor]:
         """The sums of js over the shared columns, [A] each: another look at the tiles, one SUM reduction."""
@@ -380,20 +378,20 @@ class TwoPass(Tiles):
                 for rows in self._blocks(piece.start, piece.stop, student.shape[1]):
                     s = student[rows.start - piece.start : rows.stop - piece.start]
                     t = teacher[rows.start - chunk.start : rows.stop - chunk.start]
-                    self._cut(s, t, rows, start, end)
-                    here = norms.at(rows)
+                    self._mask_special(s, t, rows, start, end)
+                    row_norms = norms.at(rows)
                     log_p = (
                         self._scaled(s)
-                        .sub_(here.student_max.unsqueeze(1))
-                        .sub_(here.student_log_z.unsqueeze(1))
+                        .sub_(row_norms.student_max.unsqueeze(1))
+                        .sub_(row_norms.student_log_z.unsqueeze(1))
                     )
                     log_q = (
                         self._scaled(t)
-                        .sub_(here.teacher_max.unsqueeze(1))
-                        .sub_(here.teacher_log_z.unsqueeze(1))
+                        .sub_(row_norms.teacher_max.unsqueeze(1))
+                        .sub_(row_norms.teacher_log_z.unsqueeze(1))
                     )
-                    for whole, part in zip(total, mean_deficits(log_p, log_q, self._beta), strict=True):
-                        whole[rows] += part
+                    for sums, part in zip(total, mean_deficits(log_p, log_q, self._beta), strict=True):
+                        sums[rows] += part
         return reduce_packed(total, dist.ReduceOp.SUM, self._group)
 
     def add_gradient(self, statistics: Statistics, weights: GradientWeights) -> None:
@@ -404,7 +402,9 @@ class TwoPass(Tiles):
         label_max = statistics.label_max[order]
         over_sum = (-statistics.label_log_sum).exp()
         softmax = (weights.softmax_weight * over_sum)[order]
-        whole = None if weights.whole_weight is None else (weights.whole_weight * over_sum)[order]
+        all_columns = (
+            None if weights.all_columns_weight is None else (weights.all_columns_weight * over_sum)[order]
+        )
         for chunk, start, end in self._tiles():
             teacher, index = self._teacher_tile(chunk, start, end)
             sparse, dense = common(chunk, self._sparse), common(chunk, plan.dense)
@@ -412,13 +412,15 @@ class TwoPass(Tiles):
                 columns = index + start  # one tensor for both calls: an output layer gathers its rows once
                 student = source.logits_at(columns, sparse)
                 for rows in self._blocks(sparse.start, sparse.stop, student.shape[1]):
-                    here = slice(rows.start - sparse.start, rows.stop - sparse.start)
-                    self._shared_gradient_(student[here], teacher[here], rows, weights)
+                    block_rows = slice(rows.start - sparse.start, rows.stop - sparse.start)
+                    self._shared_gradient_(student[block_rows], teacher[block_rows], rows, weights)
                 source.add_gradient_at(columns, student, sparse)
             if dense is not None:
                 # The teacher's first row is that of the chunk, whose sparse rows come before its dense ones.
                 of_dense = None if teacher is None else teacher[dense.start - chunk.start :]
-                self._dense_tile(dense, start, end, of_dense, index, weights, own, softmax, whole, label_max)
+                self._dense_tile(
+                    dense, start, end, of_dense, index, weights, own, softmax, all_columns, label_max
+                )
         if weights.own_outside_dense:
             own[plan.dense] = 0
             self._add_own(own)
@@ -433,7 +435,7 @@ class TwoPass(Tiles):
         weights: GradientWeights,
         own: torch.Tensor,
         softmax: torch.Tensor,
-        whole: torch.Tensor | None,
+        all_columns: torch.Tensor | None,
         label_max: torch.Tensor,
     ) -> None:
         """Dense rows of a tile; `teacher` has the scores of those of them that are shared rows."""
@@ -447,12 +449,12 @@ class TwoPass(Tiles):
                 index_of_rows = index.expand(shared.stop - shared.start, -1)
                 s = block[: len(index_of_rows)].gather(1, index_of_rows)
                 t = teacher[shared.start - dense.start : shared.stop - dense.start]
-                self._cut(s, t, shared, start, end)
+                self._mask_special(s, t, shared, start, end)
                 gradient = self._shared_gradient_(s, t, shared, weights)
             block.sub_(label_max[rows].unsqueeze(1)).exp_()
             of_all_columns = None
-            if whole is not None and shared.start < shared.stop:
-                of_all_columns = block[: shared.stop - shared.start] * whole[shared].unsqueeze(1)
+            if all_columns is not None and shared.start < shared.stop:
+                of_all_columns = block[: shared.stop - shared.start] * all_columns[shared].unsqueeze(1)
             block.mul_(softmax[rows].unsqueeze(1))
             if self._outside and shared.start < shared.stop:
                 self._without_special_(block[: shared.stop - shared.start], shared, start)
@@ -497,10 +499,10 @@ class TwoPass(Tiles):
         assert self._columns is not None, "special columns are shared tokens"
         position = self._columns.position
         local = ids - self._shard_start
-        here = (ids >= 0) & (local >= 0) & (local < len(position))
-        return torch.where(here, position[local.clamp(0, len(position) - 1)], -1)
+        is_local = (ids >= 0) & (local >= 0) & (local < len(position))
+        return torch.where(is_local, position[local.clamp(0, len(position) - 1)], -1)
 
-    def _cut(
+    def _mask_special(
         self,
         student: torch.Tensor,
         teacher: torch.Tensor,
@@ -521,19 +523,18 @@ class TwoPass(Tiles):
         first, _ = self._columns.within(start, end)
         chosen = slice(rows.start - plan.num_sparse, rows.stop - plan.num_sparse)
         position = self._special_position[chosen] - first
-        here = (position >= 0) & (position < student.shape[1])
+        is_local = (position >= 0) & (position < student.shape[1])
         index = position.clamp(0, student.shape[1] - 1)
         values_s, values_t = student.gather(1, index), teacher.gather(1, index)
         if read is not None:
-            read[0][chosen] = torch.where(here, values_s, read[0][chosen])
-            read[1][chosen] = torch.where(here, values_t, read[1][chosen])
-        for k in range(
-            index.shape[1]
-        ):  # one at a time: two may name the same place, one of them to leave it alone
+            read[0][chosen] = torch.where(is_local, values_s, read[0][chosen])
+            read[1][chosen] = torch.where(is_local, values_t, read[1][chosen])
+        # one at a time: two may name the same place, one of them to leave it alone
+        for k in range(index.shape[1]):
             for block in (student, teacher):
                 current = block.gather(1, index[:, k : k + 1])
                 block.scatter_(
-                    1, index[:, k : k + 1], current.masked_fill(here[:, k : k + 1], NEGATIVE_INFINITY)
+                    1, index[:, k : k + 1], current.masked_fill(is_local[:, k : k + 1], NEGATIVE_INFINITY)
                 )
 
 

@@ -124,15 +124,17 @@ def own_logits(logits: torch.Tensor, labels: torch.Tensor, shard_start: int) -> 
     if logits.shape[1] == 0:
         return logits.new_zeros(logits.shape[0])
     local = labels - shard_start
-    here = (local >= 0) & (local < logits.shape[1])
+    is_local = (local >= 0) & (local < logits.shape[1])
     own = logits.gather(1, local.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
-    return torch.where(here, own, torch.zeros_like(own))
+    return torch.where(is_local, own, torch.zeros_like(own))
 
 
 def add_at_(block: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) -> None:
     """block[i, columns[i, k]] += values[i, k] where the column is one of the block."""
-    here = (columns >= 0) & (columns < block.shape[1])
-    block.scatter_add_(1, columns.clamp(0, block.shape[1] - 1), torch.where(here, values, 0).to(block.dtype))
+    is_local = (columns >= 0) & (columns < block.shape[1])
+    block.scatter_add_(
+        1, columns.clamp(0, block.shape[1] - 1), torch.where(is_local, values, 0).to(block.dtype)
+    )
 
 
 @torch.no_grad()

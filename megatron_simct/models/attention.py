@@ -61,7 +61,7 @@ class SelfAttention(MegatronSelfAttention):
             )
         self.rope, self.rope_index = rope, rope_index
         if isinstance(self.q_layernorm, UnweightedNorm):
-            self.core_attention.turned_norms = (self.q_layernorm, self.k_layernorm)
+            self.core_attention.norms_after_rope = (self.q_layernorm, self.k_layernorm)
 
     def forward(self, *args: Any, rotary_pos_emb: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         """rotary_pos_emb: of all kinds of layers, see Rotary."""
@@ -71,9 +71,9 @@ class SelfAttention(MegatronSelfAttention):
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         query, *rest = super().get_query_key_value_tensors(*args, **kwargs)
         if self.rope is not None and self.rope.attention_factor != 1.0:
-            # The factor belongs to the turned entries of query and key alike; a product sees its square.
-            turned, others = query.split([self.rope.dim, query.shape[-1] - self.rope.dim], dim=-1)
-            query = torch.cat([turned * self.rope.attention_factor**2, others], dim=-1)
+            # The factor belongs to the rotated entries of query and key alike; a product sees its square.
+            rotated, others = query.split([self.rope.dim, query.shape[-1] - self.rope.dim], dim=-1)
+            query = torch.cat([rotated * self.rope.attention_factor**2, others], dim=-1)
         return query, *rest
 
 
@@ -103,7 +103,7 @@ class CoreAttention(torch.nn.Module):
         self._cap = cap
         self._growing = rope if rope is not None and rope.query_growth else None
         # In a tuple, so that their weights stay parameters of SelfAttention alone.
-        self.turned_norms: tuple[RMSNorm, ...] = ()
+        self.norms_after_rope: tuple[RMSNorm, ...] = ()
 
     def forward(
         self,
@@ -160,9 +160,9 @@ class CoreAttention(torch.nn.Module):
         """Queries times the weights of UnweightedNorm: a product of query and key sees the product of
         both.
         """
-        if not self.turned_norms:
+        if not self.norms_after_rope:
             return query
-        ours, theirs = (norm.weight for norm in self.turned_norms)
+        ours, theirs = (norm.weight for norm in self.norms_after_rope)
         return query * (ours * theirs)
 
     def _attend(

@@ -232,9 +232,8 @@ def build_model(
             share_embeddings_and_output_weights=architecture.tied_embeddings,
         )
 
-    with (
-        warnings.catch_warnings()
-    ):  # whole experts do without sequence parallelism: megatron-core says so of each
+    # whole experts do without sequence parallelism: megatron-core says so of each
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`")
         model = stage(0) if virtual == 1 else InterleavedModel(stage(chunk) for chunk in range(virtual))
     if not initialize:
@@ -355,9 +354,9 @@ def layers_of_stages(architecture: Architecture, parallel: ParallelConfig) -> li
     others = stages - (first is not None) - (last is not None)
     if rest < 0 or (rest if others == 0 else rest % others):
         flags = {"--decoder-first-pipeline-num-layers": first, "--decoder-last-pipeline-num-layers": last}
-        said = " and ".join(f"{flag} {count}" for flag, count in flags.items() if count is not None)
+        given = " and ".join(f"{flag} {count}" for flag, count in flags.items() if count is not None)
         raise ValueError(
-            f"{said}: of {layers} layers {rest} are left for {others} stages, which must have equally many; "
+            f"{given}: of {layers} layers {rest} are left for {others} stages, which must have equally many; "
             "--pipeline-model-parallel-layout can say it for each"
         )
     middle = [rest // others] * others if others else []

@@ -238,9 +238,9 @@ class GatedDeltaNet(MegatronModule):
         projected, ba = self.linear_in(hidden_states)[0], self.linear_ba(hidden_states)[0]
         parts = [(projected.transpose(0, 1), ba.transpose(0, 1))]
         if packed_seq_params is not None and len(packed_seq_params.pieces) > 1:
-            whole, whole_ba = parts[0]
+            packed, packed_ba = parts[0]
             parts = [
-                (whole[:, piece.queries], whole_ba[:, piece.queries]) for piece in packed_seq_params.pieces
+                (packed[:, piece.queries], packed_ba[:, piece.queries]) for piece in packed_seq_params.pieces
             ]
         mixed = torch.cat([self.mix(one, its_ba)[0] for one, its_ba in parts], dim=1)
         return self.linear_proj(mixed.transpose(0, 1).contiguous())

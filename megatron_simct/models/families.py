@@ -14,7 +14,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from megatron_simct.json_fields import BOOL, NULL, OBJECT, STRING, Kind, check_fields, list_of, number, whole
+from megatron_simct.json_fields import (
+    BOOL,
+    NULL,
+    OBJECT,
+    STRING,
+    Kind,
+    check_fields,
+    integer,
+    list_of,
+    number,
+)
 from megatron_simct.models.delta_net import DeltaNet
 from megatron_simct.models.dense import Dense
 from megatron_simct.models.families_dense import DENSE
@@ -152,15 +162,16 @@ _KINDS: dict[str, Kind] = {
         rotary_dim kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim full_attention_interval
         linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads
         linear_num_value_heads shared_expert_intermediate_size index_topk""".split(),
-        whole(1),
+        integer(1),
     ),
     **dict.fromkeys(
-        "num_key_value_heads head_dim sliding_window n_group topk_group q_lora_rank".split(), whole(1) | NULL
+        "num_key_value_heads head_dim sliding_window n_group topk_group q_lora_rank".split(),
+        integer(1) | NULL,
     ),
-    **dict.fromkeys("n_shared_experts first_k_dense_replace".split(), whole(0) | NULL),
-    **dict.fromkeys("max_window_layers moe_num_shared_experts moe_layer_start_index".split(), whole(0)),
-    "moe_layer_end_index": whole(-1),
-    "original_max_position_embeddings": whole(2),  # its logarithm divides
+    **dict.fromkeys("n_shared_experts first_k_dense_replace".split(), integer(0) | NULL),
+    **dict.fromkeys("max_window_layers moe_num_shared_experts moe_layer_start_index".split(), integer(0)),
+    "moe_layer_end_index": integer(-1),
+    "original_max_position_embeddings": integer(2),  # its logarithm divides
     **dict.fromkeys("rms_norm_eps initializer_range moe_norm_min".split(), number(least=0)),
     **dict.fromkeys(
         """rope_theta rope_local_base_freq query_pre_attn_scalar partial_rotary_factor routed_scaling_factor
@@ -174,8 +185,8 @@ _KINDS: dict[str, Kind] = {
     "attention_bias": BOOL | NULL,
     **dict.fromkeys("rope_scaling rope_parameters".split(), OBJECT | NULL),
     **dict.fromkeys("layer_types mlp_layer_types".split(), list_of(STRING) | NULL),
-    "attn_type_list": list_of(whole(0)) | NULL,
-    "no_rope_layers": list_of(whole(0)) | NULL,
+    "attn_type_list": list_of(integer(0)) | NULL,
+    "no_rope_layers": list_of(integer(0)) | NULL,
 }
 """Allowed values of every field that is read."""
 
@@ -190,7 +201,7 @@ _ROPE_KINDS: dict[str, Kind] = {
     "truncate": BOOL,
     "llama_4_scaling_beta": number(least=0),
     **dict.fromkeys("short_factor long_factor".split(), list_of(number(above=0))),
-    "original_max_position_embeddings": whole(2),
+    "original_max_position_embeddings": integer(2),
 }
 """Allowed values of every field of rope_scaling and rope_parameters."""
 
@@ -242,9 +253,8 @@ def read_architecture(hf_checkpoint: str, *, flag: str) -> Architecture:
         raise ValueError(f"{flag} {hf_checkpoint}: {path} is not JSON ({error})") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{flag} {hf_checkpoint}: {path} holds no JSON object")
-    find_format(
-        fields, where=f"{flag} {hf_checkpoint}: {path}"
-    )  # raises where weights are quantised in another one
+    # raises where weights are quantised in another one
+    find_format(fields, where=f"{flag} {hf_checkpoint}: {path}")
     fields.pop("quantization_config", None)
     name = fields.get("model_type")
     is_nested = isinstance(name, str) and name in NESTED
@@ -343,7 +353,7 @@ def _architecture(fields: dict[str, Any], family: Family, *, where: str) -> Arch
         if indexed or family.delta_net != "none":
             fields = {name: value for name, value in fields.items() if name != "layer_types"}
         windows = _windows(fields, family, num_layers, where=where)
-        turned = _turned(fields, family, windows, where=where)
+        with_rope = _layers_with_rope(fields, family, windows, where=where)
         head_dim = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
         head_dim = fields["qk_rope_head_dim"] if family.latent else head_dim
         ropes = _ropes(fields, family, head_dim, where=where)
@@ -357,13 +367,15 @@ def _architecture(fields: dict[str, Any], family: Family, *, where: str) -> Arch
                 Layer(
                     attention=_delta_net(fields, family, where=where) if is_linear else attention,
                     mlp=mlp,
-                    rope=ropes[family.local_rope and window is not None] if turns and not is_linear else None,
+                    rope=ropes[family.local_rope and window is not None]
+                    if has_rope and not is_linear
+                    else None,
                     window=window,
                     norms=family.norms,
                     residual_scale=fields.get("residual_multiplier", 1.0),
                 )
-                for mlp, turns, window, is_linear in zip(
-                    _mlps(fields, family, where=where), turned, windows, linear, strict=True
+                for mlp, has_rope, window, is_linear in zip(
+                    _mlps(fields, family, where=where), with_rope, windows, linear, strict=True
                 )
             ),
             hidden_size=fields["hidden_size"],
@@ -528,7 +540,7 @@ def _mlps(fields: dict[str, Any], family: Family, *, where: str) -> list[Mlp]:
     return [mlp(is_dense) for is_dense in dense]
 
 
-def _turned(
+def _layers_with_rope(
     fields: dict[str, Any], family: Family, windows: Sequence[int | None], *, where: str
 ) -> list[bool]:
     """Whether each layer has a rotary embedding.
@@ -537,18 +549,18 @@ def _turned(
     Despite its name, a 1 in no_rope_layers means that the layer has one. Without the list, all layers but
     every no_rope_layer_interval-th have one."""
     num_layers = len(windows)
-    if family.turned == "windows" and fields.get("sliding_window"):
+    if family.rope_layers == "windows" and fields.get("sliding_window"):
         return [window is not None for window in windows]
-    if family.turned != "listed":
+    if family.rope_layers != "listed":
         return [True] * num_layers
     listed, interval = fields.get("no_rope_layers"), fields["no_rope_layer_interval"]
     if listed is None:
         return [(i + 1) % interval != 0 for i in range(num_layers)]
-    if len(listed) < num_layers or any(turns not in (0, 1) for turns in listed):
+    if len(listed) < num_layers or any(has_rope not in (0, 1) for has_rope in listed):
         raise ValueError(
             f"{where}: no_rope_layers = {listed!r} is not a 0 or 1 for each of {num_layers} layers"
         )
-    return [turns == 1 for turns in listed[:num_layers]]
+    return [has_rope == 1 for has_rope in listed[:num_layers]]
 
 
 def _windows(
@@ -572,9 +584,9 @@ def _windows(
                     f"{where}: sliding_window_pattern = {every!r} is not implemented without layer_types"
                 )
             slides = [listed is None and window is not None and (i + 1) % every != 0 for i in layers]
-        case "unturned":
-            turned = _turned(fields, family, [None] * num_layers, where=where)
-            slides = [window is not None and not turns for turns in turned]
+        case "no_rope":
+            with_rope = _layers_with_rope(fields, family, [None] * num_layers, where=where)
+            slides = [window is not None and not has_rope for has_rope in with_rope]
     if listed is not None:
         wanted = [kind == "sliding_attention" for kind in listed]
         known = set(listed) <= {"full_attention", "sliding_attention"} and len(listed) == num_layers
@@ -645,7 +657,7 @@ def _rope(
         dim = int(head_dim * values.pop("partial_rotary_factor", given))
     if not 2 <= dim <= head_dim or dim % 2:
         raise ValueError(
-            f"{where}: of a head's {head_dim} entries {dim} would be turned; expected an even number"
+            f"{where}: of a head's {head_dim} entries {dim} would be rotated; expected an even number"
         )
     if kind == "longrope":
         # A model that was made longer says its first length outside, and that is what transformers reads.

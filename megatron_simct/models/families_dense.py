@@ -120,8 +120,8 @@ DENSE: dict[str, Family] = {
             "rope_theta": 2e6,
             "tie_word_embeddings": True,
         },
-        windows="unturned",
-        turned="listed",
+        windows="no_rope",
+        rope_layers="listed",
     ),
     "seed_oss": Family(
         fixed={
@@ -189,7 +189,7 @@ DENSE: dict[str, Family] = {
         defaults={"sliding_window": 4096, "sliding_window_pattern": 4},
         ropes=SCALED,
         windows="pattern",
-        turned="windows",
+        rope_layers="windows",
         qk_norm=True,
         norms="after",
     ),

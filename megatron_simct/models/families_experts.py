@@ -14,8 +14,8 @@ def _number_of_experts(fields: dict[str, Any], names: Sequence[str], where: str)
     """transformers 5 writes one of them under another name than before."""
     found = {name: fields[name] for name in names if name in fields}
     if len(set(found.values())) != 1:
-        said = ", ".join(f"{name} = {number}" for name, number in found.items()) or "neither is there"
-        raise ValueError(f"{where}: {' and '.join(names)} are two names of one number ({said})")
+        values = ", ".join(f"{name} = {number}" for name, number in found.items()) or "neither is there"
+        raise ValueError(f"{where}: {' and '.join(names)} are two names of one number ({values})")
     return next(iter(found.values()))
 
 

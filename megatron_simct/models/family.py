@@ -26,10 +26,10 @@ class Family:
     ropes: tuple[str, ...] = ("default", "yarn")
     """Kinds of scaling that are implemented."""
     interleaved_rope: bool = False
-    windows: Literal["none", "all", "upper", "pattern", "unturned"] = "none"
+    windows: Literal["none", "all", "upper", "pattern", "no_rope"] = "none"
     """Layers with the sliding window where layer_types does not say: none, all, from max_window_layers on,
     all but every sliding_window_pattern-th, or those without a rotary embedding."""
-    turned: Literal["all", "listed", "windows"] = "all"
+    rope_layers: Literal["all", "listed", "windows"] = "all"
     """Layers with a rotary embedding: all, those of no_rope_layers, or those with the sliding window."""
     qkv_bias: bool | str = False
     """Where it depends, the field that says so."""

@@ -2,20 +2,19 @@
 
 `quantization_config` of config.json says which of these a folder has. A matrix W [r, c] is stored as
 
-    fp8                                    W            F8_E4M3 [r, c]
-                                           W_scale_inv  [ceil(r / b), ceil(c / b')], or one number
-    compressed-tensors, float-quantized    the same; the scale is W_scale, of a block, of a row or of all
-    compressed-tensors, pack-quantized     W_packed     I32 [r, ceil(c / 8)]: eight numbers of 4 bits a word,
-    the lowest
-                                                        bits first, each greater by 8 than it means
-                                           W_scale      [r, ceil(c / g)]
-                                           W_shape      r and c
-    mxfp4                                  X_blocks     U8 [E, r, c / 32, 16]: two numbers of 4 bits a byte,
-    the lower
-                                                        bits first; a sign, two bits of exponent, one of
-                                                        fraction
-                                           X_scales     U8 [E, r, c / 32]: a power of two, greater by 127 than
-                                                        it means
+    fp8
+        W            F8_E4M3 [r, c]
+        W_scale_inv  [ceil(r / b), ceil(c / b')], or one number
+    compressed-tensors, float-quantized: the same; the scale is W_scale, of a block, of a row or of all
+    compressed-tensors, pack-quantized
+        W_packed     I32 [r, ceil(c / 8)]: eight numbers of 4 bits a word, the lowest bits first, each greater
+                     by 8 than it means
+        W_scale      [r, ceil(c / g)]
+        W_shape      r and c
+    mxfp4
+        X_blocks     U8 [E, r, c / 32, 16]: two numbers of 4 bits a byte, the lower bits first; a sign, two
+                     bits of exponent, one of fraction
+        X_scales     U8 [E, r, c / 32]: a power of two, greater by 127 than it means
 
 A number is what is stored times its scale. The product is formed in float32, and rounded where it is put.
 Scales of fp8 may be float8_e8m0fnu (ue8m0). A matrix of such a folder that has no scale is stored as its type
@@ -63,7 +62,7 @@ class Format(Protocol):
     def parts(self, name: str) -> tuple[str, ...]:
         """Names of the tensors that hold the matrix `name`, its numbers first and its scales second."""
 
-    def whole(self, part: str) -> str:
+    def matrix_of(self, part: str) -> str:
         """The name of the matrix that a tensor is a part of; its own if it is no part."""
 
     def shape(self, source: Parts, name: str) -> tuple[int, ...]:
@@ -93,7 +92,7 @@ class Float8:
     def parts(self, name: str) -> tuple[str, ...]:
         return name, name + self.scale
 
-    def whole(self, part: str) -> str:
+    def matrix_of(self, part: str) -> str:
         for ending in (".weight" + self.scale, ".activation_scale", ".input_scale"):
             if part.endswith(ending):
                 return part.removesuffix(ending) + ".weight"
@@ -159,7 +158,7 @@ class Int4:
     def parts(self, name: str) -> tuple[str, ...]:
         return tuple(name + part for part in ("_packed", "_scale", "_shape"))
 
-    def whole(self, part: str) -> str:
+    def matrix_of(self, part: str) -> str:
         for ending in ("_packed", "_scale", "_shape"):
             if part.endswith(".weight" + ending):
                 return part.removesuffix(ending)
@@ -205,7 +204,7 @@ class Mxfp4:
     def parts(self, name: str) -> tuple[str, ...]:
         return name + "_blocks", name + "_scales"
 
-    def whole(self, part: str) -> str:
+    def matrix_of(self, part: str) -> str:
         return part.removesuffix("_blocks").removesuffix("_scales")
 
     def shape(self, source: Parts, name: str) -> tuple[int, ...]:
@@ -341,8 +340,8 @@ def _block_size(value: Any, name: str, where: str) -> tuple[int, int] | None:
 def _check(settings: dict[str, Any], name: str, known: tuple[Any, ...], where: str) -> None:
     value = settings.get(name)
     if not any(value == one and type(value) is type(one) for one in known):
-        said = ", ".join(str(one) for one in known if one is not None)
-        raise ValueError(f"{where}: {name} = {value!r} is not implemented; {said} is")
+        implemented = ", ".join(str(one) for one in known if one is not None)
+        raise ValueError(f"{where}: {name} = {value!r} is not implemented; {implemented} is")
 
 
 _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])

@@ -236,7 +236,7 @@ class KeyValueCache:
         cos, sin = (None, None) if self._angles is None else step.angles(self._angles)
         qkv, gate = self._projected(hidden)  # [B, g, n / g + 2, d]
         interleaved = self._angles is not None and self._angles.interleaved
-        query = step.regions.turn_and_keep(qkv, cos, sin, self._kept, step.rows, step.where, interleaved)
+        query = step.regions.rotate_and_cache(qkv, cos, sin, self._kept, step.rows, step.where, interleaved)
         seen = self._kept[: len(hidden), :, :, : step.num_keys]
         mixed = self._module.core_attention.decode(query, seen[:, :, 0], seen[:, :, 1], step)
         return row_parallel(self._module.linear_proj, _gated(mixed, gate))
@@ -248,12 +248,12 @@ class KeyValueCache:
         self, hidden: torch.Tensor, positions: slice | torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[..., H] -> [..., g, n / g + 2, d]: of each key head its query heads, itself and its values; the
-        first two turned by their positions' angles, in layers that have a rotary embedding. And the gates
+        first two rotated by their positions' angles, in layers that have a rotary embedding. And the gates
         [..., n d], if any.
         """
         qkv, gate = self._projected(hidden)
         if self._angles is not None:
-            self._angles.turn(qkv[..., :-1, :], positions)
+            self._angles.apply_(qkv[..., :-1, :], positions)
         return qkv, gate
 
     def _projected(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

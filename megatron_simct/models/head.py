@@ -83,8 +83,8 @@ def read_head(folder: str, *, flag: str) -> Head:
         fields = fields | nested
     model_type = fields.get("model_type")
     fields = _DEFAULTS.get(model_type if isinstance(model_type, str) else "", {}) | fields
-    hidden_size = _whole(fields, _HIDDEN, where=f"{where}: {path}")
-    vocab_size = _whole(fields, ("vocab_size",), where=f"{where}: {path}")
+    hidden_size = _positive_integer(fields, _HIDDEN, where=f"{where}: {path}")
+    vocab_size = _positive_integer(fields, ("vocab_size",), where=f"{where}: {path}")
     assert hidden_size is not None and vocab_size is not None, "both are needed"
     with contextlib.ExitStack() as files:
         source = TensorFolder(folder, files, flag=flag, plain=True)
@@ -104,7 +104,7 @@ def read_head(folder: str, *, flag: str) -> Head:
         norm=norms[0] if len(norms) == 1 else None,
         scale=scale,
         final_logit_softcap=softcap,
-        max_position_embeddings=_whole(fields, _LENGTHS, where=f"{where}: {path}", optional=True),
+        max_position_embeddings=_positive_integer(fields, _LENGTHS, where=f"{where}: {path}", optional=True),
     )
 
 
@@ -145,7 +145,7 @@ def load_norm(head: Head, folder: str, *, flag: str) -> torch.Tensor | None:
     return weight
 
 
-def _whole(
+def _positive_integer(
     fields: Mapping[str, Any], keys: Sequence[str], *, where: str, optional: bool = False
 ) -> int | None:
     for key in keys:

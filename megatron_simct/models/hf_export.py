@@ -206,10 +206,10 @@ def _assemble(rule: Rule, shards: list[tuple[Place, torch.Tensor]]) -> dict[str,
         for piece in rule.pieces(shard, place):
             if piece.name not in tensors:
                 tensors[piece.name] = shard.new_empty(piece.shape)
-            whole = tensors[piece.name]
+            tensor = tensors[piece.name]
             if piece.expert is not None:  # see Piece
-                whole = whole[piece.expert].T if whole.dim() == 3 else whole[piece.expert]
-            target = whole[(slice(None),) * piece.axis + (slice(piece.begin, piece.end, piece.step),)]
+                tensor = tensor[piece.expert].T if tensor.dim() == 3 else tensor[piece.expert]
+            target = tensor[(slice(None),) * piece.axis + (slice(piece.begin, piece.end, piece.step),)]
             target.copy_(piece.view.reshape(target.shape))
     return tensors
 

@@ -1,8 +1,8 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values of a token come from a short
 vector.
 
-    c = norm(A_kv x)[: rank],   k_r = (A_kv x)[rank :], turned by the position, one for all heads
-    q = B_q norm(A_q x)         or B_q x; the last turned_dim entries of each head are turned
+    c = norm(A_kv x)[: rank],   k_r = (A_kv x)[rank :], rotated by its position, one for all heads
+    q = B_q norm(A_q x)         or B_q x; the last turned_dim entries of each head are rotated
     k_h = [K_h c, k_r],  v_h = V_h c
 
 Teachers only: there is no cache, so nothing is generated.
@@ -20,7 +20,7 @@ import torch
 from megatron_simct.models.attention import CoreAttention
 from megatron_simct.models.layers import Angles, Cache, Layer, Share, check_divisor
 from megatron_simct.models.norm import RMSNorm
-from megatron_simct.models.rotary import Rope, turned
+from megatron_simct.models.rotary import Rope, apply_rotary
 from megatron_simct.models.rules import Columns, Rows, Rule, Whole
 from megatron_simct.parallel.cpu import megatron_imports
 
@@ -50,7 +50,7 @@ class Latent:
     """None: queries come from the hidden state itself."""
     rank: int
     plain_dim: int
-    """Entries of a head's query and key that are not turned."""
+    """Entries of a head's query and key that are not rotated."""
     turned_dim: int
     value_dim: int
     scale: float
@@ -205,20 +205,20 @@ class LatentAttention(MegatronModule):
         if latent.query_rank is not None:
             query_input = self.query_norm(self._per_position(self._down(self.linear_q_down, hidden_states)))
         query = self.linear_q(query_input)[0].unflatten(-1, (-1, latent.key_dim))
-        short, turned_key = self._down(self.linear_kv_down, hidden_states).split(
+        short, rope_key = self._down(self.linear_kv_down, hidden_states).split(
             [latent.rank, latent.turned_dim], -1
         )
         # Each rank's heads give a part of its gradient.
-        turned_key = copy_to_tensor_model_parallel_region(turned_key.contiguous(), group=self._tp)
+        rope_key = copy_to_tensor_model_parallel_region(rope_key.contiguous(), group=self._tp)
         key_value = self.linear_kv(self.norm(self._per_position(short)))[0]
         key_value = key_value.unflatten(-1, (-1, latent.plain_dim + latent.value_dim))
-        plain, turning = query.split([latent.plain_dim, latent.turned_dim], dim=-1)
+        plain, rotary = query.split([latent.plain_dim, latent.turned_dim], dim=-1)
         # The factor belongs to query and key alike; a product sees its square.
-        turning = turned(turning, angles, self._rope) * self._rope.attention_factor**2
-        query = torch.cat([plain, turning], dim=-1)
+        rotary = apply_rotary(rotary, angles, self._rope) * self._rope.attention_factor**2
+        query = torch.cat([plain, rotary], dim=-1)
         plain, value = key_value.split([latent.plain_dim, latent.value_dim], dim=-1)
-        turned_key = turned(turned_key[..., None, :], angles, self._rope)
-        key = torch.cat([plain, turned_key.expand(*plain.shape[:-1], -1)], dim=-1)
+        rope_key = apply_rotary(rope_key[..., None, :], angles, self._rope)
+        key = torch.cat([plain, rope_key.expand(*plain.shape[:-1], -1)], dim=-1)
         mixed = self.core_attention(query, key, value, attention_mask, packed_seq_params=packed_seq_params)
         return self.linear_proj(mixed)
 

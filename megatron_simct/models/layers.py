@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from megatron_simct.models.norm import RMSNorm
-from megatron_simct.models.regions import Regions, turn_
+from megatron_simct.models.regions import Regions, apply_rotary_
 from megatron_simct.models.rotary import Rope
 from megatron_simct.models.rules import Rule, Whole
 from megatron_simct.parallel.cpu import megatron_imports
@@ -148,7 +148,7 @@ class Mlp(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Angles:
-    """Angles of every position, [length, turned entries of a head]: cosines, and sines with the rotation's
+    """Angles of every position, [length, rotated entries of a head]: cosines, and sines with the rotation's
     sign.
     """
 
@@ -163,12 +163,12 @@ class Angles:
         sign[0 :: 2 if rope.interleaved else 1][: len(sign) // 2] = -1.0
         return Angles(angles.cos().to(dtype), (angles.sin() * sign).to(dtype), rope.interleaved)
 
-    def turn(self, x: torch.Tensor, positions: slice | torch.Tensor) -> None:
-        """Turn the first entries of x [..., g, heads, d] in place; `positions` has one for each row of g
+    def apply_(self, x: torch.Tensor, positions: slice | torch.Tensor) -> None:
+        """Rotate the first entries of x [..., g, heads, d] in place; `positions` has one for each row of g
         heads.
         """
         cos, sin = self.cos[positions, None, None], self.sin[positions, None, None]
-        turn_(x, cos, sin, interleaved=self.interleaved)
+        apply_rotary_(x, cos, sin, interleaved=self.interleaved)
 
 
 class Step:
@@ -195,10 +195,10 @@ class Step:
         return self._visible[window]
 
     def angles(self, angles: Angles) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines at the tokens' positions, [B, 1, 1, turned entries of a head]."""
+        """Cosines and sines at the tokens' positions, [B, 1, 1, rotated entries of a head]."""
         if id(angles) not in self._angles:
-            turn = angles.cos[self.where, None, None], angles.sin[self.where, None, None]
-            self._angles[id(angles)] = turn
+            pair = angles.cos[self.where, None, None], angles.sin[self.where, None, None]
+            self._angles[id(angles)] = pair
         return self._angles[id(angles)]
 
 

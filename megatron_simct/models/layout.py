@@ -85,14 +85,14 @@ class Layout(PackedSeqParams):
             self.cu_seqlens_q = torch.tensor([0, *(end for _, end in sequences)], dtype=torch.int32)
         self.pieces: list[Piece] = []
         """All queries of this rank, in their order."""
-        here = 0
+        offset = 0
         for piece in context_pieces(num_tokens, rank, size):
             for start, end in sequences:
                 first, last = max(start, piece.start), min(end, piece.stop)
                 if first < last:
-                    queries = slice(here + first - piece.start, here + last - piece.start)
+                    queries = slice(offset + first - piece.start, offset + last - piece.start)
                     self.pieces.append(Piece(queries, slice(start, last)))
-            here += piece.stop - piece.start
+            offset += piece.stop - piece.start
         self._visible: dict[tuple[int, int, int | None], torch.Tensor] = {}
 
     def all_keys(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -167,11 +167,10 @@ class Adapter(torch.nn.Module):
             if self._name(i) in self.down:
                 own = rows if self.splits_columns else rows // size
                 self.up[f"{self._name(i)}_{i}"] = torch.nn.Parameter(torch.zeros(own, lora.rank, **common))
-        whole, split = (self.up, self.down) if self.splits_columns else (self.down, self.up)
-        for parameter in whole.values():
-            parameter.sequence_parallel = (
-                projection.config.sequence_parallel
-            )  # each rank's gradient is a part
+        replicated, split = (self.up, self.down) if self.splits_columns else (self.down, self.up)
+        for parameter in replicated.values():
+            # each rank's gradient is a part
+            parameter.sequence_parallel = projection.config.sequence_parallel
         for parameter in split.values():
             set_tensor_model_parallel_attributes(parameter, True, 1 if self.splits_columns else 0, 1)
 

@@ -52,7 +52,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class UnweightedNorm(RMSNorm):
-    """x / rms(x) of queries or keys whose norm comes after the rotary embedding, which turns x and leaves
+    """x / rms(x) of queries or keys whose norm comes after the rotary embedding, which rotates x and leaves
     rms(x) as it is. Attention multiplies by the weight."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

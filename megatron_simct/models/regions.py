@@ -50,8 +50,8 @@ def add_normed(
     return hidden, normed(hidden, before)
 
 
-def turn_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool) -> None:
-    """Turn the first entries of x [..., d] in place by their angles; see Angles."""
+def apply_rotary_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool) -> None:
+    """Rotate the first entries of x [..., d] in place by their angles; see Angles."""
     x = x[..., : cos.shape[-1]]
     if interleaved:
         swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
@@ -61,7 +61,7 @@ def turn_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved:
     x.mul_(cos).addcmul_(swapped, sin)
 
 
-def turn_and_keep(
+def rotate_and_cache(
     qkv: torch.Tensor,
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,
@@ -70,14 +70,14 @@ def turn_and_keep(
     where: torch.Tensor,
     interleaved: bool = False,
 ) -> torch.Tensor:
-    """Turns queries and keys by their positions' angles, and puts keys and values into the cache.
+    """Rotates queries and keys by their positions' angles, and puts keys and values into the cache.
 
-    qkv [B, g, m + 2, d], which is written to; cos, sin [B, 1, 1, turned entries], None: nothing is turned;
+    qkv [B, g, m + 2, d], which is written to; cos, sin [B, 1, 1, rotated entries], None: nothing is rotated;
     kept [R, g, 2, L, d]; rows int64 [B]: 0 .. B - 1; where int64 [B]: the positions. Returns the queries, [B,
     g, m, d].
     """
     if cos is not None and sin is not None:
-        turn_(qkv[..., :-1, :], cos, sin, interleaved=interleaved)
+        apply_rotary_(qkv[..., :-1, :], cos, sin, interleaved=interleaved)
     kept[rows, :, :, where] = qkv[:, :, -2:]
     return qkv[:, :, :-2]
 
@@ -101,7 +101,7 @@ class Regions:
     """The functions above, as they are or compiled."""
 
     add_normed: Callable[..., tuple[torch.Tensor, torch.Tensor]] = add_normed
-    turn_and_keep: Callable[..., torch.Tensor] = turn_and_keep
+    rotate_and_cache: Callable[..., torch.Tensor] = rotate_and_cache
     gated: Callable[..., torch.Tensor] = gated
     capped_weights: Callable[..., torch.Tensor] = capped_weights
 
@@ -115,7 +115,7 @@ def compiled(backend: str = "inductor") -> Regions:
     compile_ = partial(torch.compile, fullgraph=True, backend=backend)
     return Regions(
         add_normed=compile_(add_normed),
-        turn_and_keep=compile_(turn_and_keep),
+        rotate_and_cache=compile_(rotate_and_cache),
         gated=compile_(gated),
         capped_weights=compile_(capped_weights),
     )

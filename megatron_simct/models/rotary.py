@@ -1,6 +1,6 @@
 """Rotary position embeddings of an architecture: one set of angles for each kind of layer it has.
 
-A pair (x_i, x_{i + d/2}), or (x_2i, x_{2i + 1}), of the first d entries of a query or a key is turned by
+A pair (x_i, x_{i + d/2}), or (x_2i, x_{2i + 1}), of the first d entries of a query or a key is rotated by
 position * f_i, where f_i = theta^(-2i/d), scaled as the architecture says.
 """
 
@@ -24,7 +24,7 @@ class Rope:
 
     theta: float
     dim: int
-    """Entries of a head that are turned, from the first on."""
+    """Entries of a head that are rotated, from the first on."""
     kind: RopeKind = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
@@ -37,17 +37,17 @@ class Rope:
     """The same for longer sequences."""
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    """yarn: waves that turn more often in the original length are kept, those that turn less often are
+    """yarn: waves that rotate more often in the original length are kept, those that rotate less often are
     stretched.
     """
     truncate: bool = True
     """yarn: the bounds of the entries between the two are whole numbers."""
     interleaved: bool = False
-    """A pair that is turned is (x_2i, x_{2i + 1}), and else (x_i, x_{i + d/2})."""
+    """A pair that is rotated is (x_2i, x_{2i + 1}), and else (x_i, x_{i + d/2})."""
     query_growth: float = 0.0
     """Queries are multiplied by 1 + query_growth * log(1 + floor(position / original_length))."""
     attention_factor: float = 1.0
-    """Multiplies what is turned, of queries and keys alike."""
+    """Multiplies the rotated entries, of queries and keys alike."""
 
 
 class Rotary(torch.nn.Module):
@@ -99,8 +99,8 @@ class Rotary(torch.nn.Module):
         return length + (inference_context.sequence_len_offset if inference_context is not None else 0)
 
 
-def turned(x: torch.Tensor, angles: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """x [S, B, heads, d] turned by angles [S, 1, 1, d] of Rotary."""
+def apply_rotary(x: torch.Tensor, angles: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """x [S, B, heads, d] rotated by angles [S, 1, 1, d] of Rotary."""
     angles = angles[: x.shape[0]]
     if rope.interleaved:
         swapped = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
@@ -129,8 +129,8 @@ def frequencies(rope: Rope, length: int) -> torch.Tensor:
 
 
 def _llama3(plain: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """Waves that turn less than low_freq_factor times in the original length are stretched by `factor`, those
-    that turn more than high_freq_factor times are not, and those between by a mixture of the two."""
+    """Waves that rotate less than low_freq_factor times in the original length are stretched by `factor`,
+    those that rotate more than high_freq_factor times are not, and those between by a mixture of the two."""
     turns = rope.original_length * plain / (2 * math.pi)
     kept = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0.0, 1.0)
     return kept * plain + (1 - kept) * plain / rope.factor
@@ -140,7 +140,7 @@ def _yarn(plain: torch.Tensor, rope: Rope) -> torch.Tensor:
     """As llama3, with a mixture that changes evenly in i rather than in the wave (YaRN, arXiv:2309.00071)."""
 
     def entry(turns: float) -> float:
-        """i of the wave that turns so often in the original length."""
+        """i of the wave that rotates so often in the original length."""
         return rope.dim * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = entry(rope.beta_fast), entry(rope.beta_slow)

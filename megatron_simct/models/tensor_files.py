@@ -133,7 +133,7 @@ class TensorFolder:
         it.
         """
         for name, path in self._file_of.items():
-            if not known.fullmatch(name if self.format is None else self.format.whole(name)):
+            if not known.fullmatch(name if self.format is None else self.format.matrix_of(name)):
                 raise ValueError(
                     f"{self._where}: {path.name} holds {name}, which this model has no place for"
                 )

@@ -96,9 +96,9 @@ class Groups:
         return dist.get_rank() == 0
 
     @property
-    def meets_teacher(self) -> bool:
-        """One rank of each model replica, where the loss is: it speaks for the replica with what scores its
-        samples.
+    def owns_teacher_socket(self) -> bool:
+        """Whether this rank connects its model replica to the other job: one rank of the last pipeline stage,
+        where loss and answers are computed.
         """
         return self.tp_rank == 0 and self.cp_rank == 0 and self.is_last_stage
 

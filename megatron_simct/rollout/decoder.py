@@ -47,16 +47,16 @@ class Decoder:
         self.kinds = [stage.architecture.layers[layer.layer_number - 1] for layer in self._layers]
         self._caches: list[Cache] = []
         for layer, record in zip(self._layers, self.kinds, strict=True):
-            turned = None if record.rope is None else angles[record.rope]
+            rope_angles = None if record.rope is None else angles[record.rope]
             self._caches.append(
-                record.attention.cache(layer.self_attention, turned, rows=rows, length=length)
+                record.attention.cache(layer.self_attention, rope_angles, rows=rows, length=length)
             )
 
     def _angles(self, length: int) -> dict[Rope, Angles]:
         """Cosines and sines of each kind of layer."""
         dtype, ropes = self._stage.config.params_dtype, self._stage.architecture.ropes
         angles = self._stage.rotary_pos_emb(length)[:, :, 0, 0] if ropes else ()
-        return {rope: Angles.of(turn, rope, dtype) for rope, turn in zip(ropes, angles, strict=True)}
+        return {rope: Angles.of(one, rope, dtype) for rope, one in zip(ropes, angles, strict=True)}
 
     def prefill(
         self, tokens: torch.Tensor, received: torch.Tensor | None, lengths: torch.Tensor, rows: torch.Tensor

@@ -60,9 +60,8 @@ class StepGraphs:
     def _captured(self, rows: int, keys: int) -> tuple[Any, torch.Tensor]:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(
-            side
-        ):  # compiles, and lets libraries set themselves up; it writes what the step writes
+        # compiles, and lets libraries set themselves up; it writes what the step writes
+        with torch.cuda.stream(side):
             self._function(rows, keys)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()

@@ -76,12 +76,12 @@ def response_text(rollout: Rollout, tokenizer: Tokenizer, marks: Mapping[int, st
     Special tokens have no bytes. Those in `marks` are written as the text that is given for them.
     """
     content = rollout.student_ids[:-1] if rollout.finish == "stop" else rollout.student_ids
-    said, start = [], 0
+    pieces, start = [], 0
     for end, token_id in enumerate(content.tolist()):
         if token_id in marks:
-            said += [tokenizer.decode(content[start:end]), marks[token_id].encode()]
+            pieces += [tokenizer.decode(content[start:end]), marks[token_id].encode()]
             start = end + 1
-    return b"".join([*said, tokenizer.decode(content[start:])]).decode(errors="replace")
+    return b"".join([*pieces, tokenizer.decode(content[start:])]).decode(errors="replace")
 
 
 def special_marks(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[int, str]:

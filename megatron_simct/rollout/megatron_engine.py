@@ -200,9 +200,8 @@ class MegatronEngine:
                 top_k=run.sampling.top_k,
                 group=self._groups.tp,
             )
-            chosen = torch.stack([ids.double(), scores.double()])[
-                :, : len(sequences)
-            ]  # float64 holds both exactly
+            # float64 holds both exactly
+            chosen = torch.stack([ids.double(), scores.double()])[:, : len(sequences)]
         chosen = tensor_from_last_stage(chosen.contiguous(), self._groups.pp)
         run.go_on(slice(first, first + len(sequences)), chosen[0])
         for sequence in sequences:

@@ -94,13 +94,13 @@ class VllmEngine:
         self._write_weights, self._log_probs = write_weights, log_probs
         self._bound_nats, self._timeout_s = bound_nats, timeout_s
         self._version, self._folder = 0, ""
-        told = [uuid.uuid4().hex[:12]]  # servers may have served another run
-        dist.broadcast_object_list(told, src=0)
-        self._run = told[0]
+        run = [uuid.uuid4().hex[:12]]  # servers may have served another run
+        dist.broadcast_object_list(run, src=0)
+        self._run = run[0]
         self._comparable: set[str] | None = None
         """Names of the tensors that the server holds as they are sent, from the first time on."""
         self._lock = threading.Lock()
-        self._life = 0
+        self._outages = 0
 
     @property
     def _label(self) -> str:
@@ -170,10 +170,10 @@ class VllmEngine:
             )
 
     def _refuse(self, what: str) -> None:
-        told = self._on_the_rank_that_asks(self._what_differs) or ""
+        differences = self._on_the_rank_that_asks(self._what_differs) or ""
         raise ValueError(
             f"--rollout-engine-endpoint {self._client.address}: {what} in the mean, --rollout-logprob-bound "
-            f"is {self._bound_nats:g}; {told}"
+            f"is {self._bound_nats:g}; {differences}"
         )
 
     def _what_differs(self) -> str:
@@ -233,18 +233,18 @@ class VllmEngine:
 
     def _on_the_rank_that_asks(self, action: Callable[[], Any]) -> Any:
         """action() on one rank of the replica, and what it returned or refused on all of them."""
-        told: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]
         if self._groups.writes_samples:
             try:
-                told = [None, action()]
+                outcome = [None, action()]
             except (EngineFault, EngineRefusal, ValueError) as error:
-                told = [f"--rollout-engine-endpoint: {error}", None]
+                outcome = [f"--rollout-engine-endpoint: {error}", None]
         for group in (self._groups.tp, self._groups.pp):
             if group.size() > 1:
-                dist.broadcast_object_list(told, src=dist.get_global_rank(group, 0), group=group)
-        if told[0] is not None:
-            raise ValueError(told[0])
-        return told[1]
+                dist.broadcast_object_list(outcome, src=dist.get_global_rank(group, 0), group=group)
+        if outcome[0] is not None:
+            raise ValueError(outcome[0])
+        return outcome[1]
 
     def _gap(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> float:
         """The largest mean difference of a response's log-probabilities, on every rank of the replica, and of
@@ -260,20 +260,19 @@ class VllmEngine:
         )
         if self._groups.passes_together:
             dist.all_reduce(gap, op=dist.ReduceOp.MAX, group=self._groups.exchange)
-        told = [float(gap)]
+        shared = [float(gap)]
         for group in (self._groups.tp, self._groups.pp):
             if group.size() > 1:
-                dist.broadcast_object_list(
-                    told, src=dist.get_global_rank(group, group.size() - 1), group=group
-                )
-        return told[0]
+                source = dist.get_global_rank(group, group.size() - 1)
+                dist.broadcast_object_list(shared, src=source, group=group)
+        return shared[0]
 
     def _ask(self, prompt: Prompt, sampling: Sampling) -> Rollout:
         """One response. A server that dies or answers nonsense costs time only, up to timeout_s."""
         deadline = time.monotonic() + self._timeout_s
         draw = 0
         while True:
-            life = self._life
+            outages = self._outages
             try:
                 rollout = self._answer(prompt, sampling, draw)
                 if rollout.student_ids.max() < self._vocab_size:
@@ -289,9 +288,9 @@ class VllmEngine:
                 if time.monotonic() > deadline:
                     raise EngineFault(f"sample {prompt.sample_id} has no answer: {fault}") from None
                 with self._lock:
-                    if self._life == life:  # the first thread that has met this outage
+                    if self._outages == outages:  # the first thread that has met this outage
                         self._until_it_answers(self._client)
-                        self._life += 1
+                        self._outages += 1
 
     def _until_it_answers(self, client: EngineClient) -> None:
         """Hand the weights to a server that may have to be waited for. EngineFault after timeout_s."""
@@ -344,7 +343,7 @@ class VllmEngine:
                 f"{self._client.address} sampled with other weights than those that it was handed"
             )
         stops = np.isin(ids, self._stop_ids)
-        whole = (
+        is_valid = (
             same
             and 0 < len(ids) <= limit
             and ids.min() >= 0
@@ -352,7 +351,7 @@ class VllmEngine:
             and not stops[:-1].any()
             and {"stop": bool(stops[-1]), "length": not stops[-1] and len(ids) == limit}.get(finish, False)
         )
-        if not whole:
+        if not is_valid:
             raise EngineFault(
                 f"{self._client.address} answered a response that is cut, or ends as it may not"
             )
@@ -415,7 +414,7 @@ def _digests(sent: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, st
     for name, tensor in sent:
         module, _, kind = name.rpartition(".")
         parent, _, last = module.rpartition(".")
-        fused = next((whole for whole, of in _FUSED.items() if last in of), None)
+        fused = next((one for one, parts_of in _FUSED.items() if last in parts_of), None)
         if fused is None:
             yield name, _sha256([tensor])
             continue

@@ -61,7 +61,7 @@ def build_teacher(
     for flag, folder in kept.items():
         if folder is not None:
             store = AnswerStore(folder, teacher_fingerprints(config, pair, first), flag=flag)
-            scorer = SavingScorer(scorer, store, writes=groups.meets_teacher)
+            scorer = SavingScorer(scorer, store, writes=groups.owns_teacher_socket)
     if others:
         scorers = [scorer, *(_build_remote(config, groups, pair, teacher) for teacher in others)]
         scorer = MixtureScorer(scorers, [teacher.weight for teacher in pair.teachers], groups)
@@ -130,7 +130,7 @@ def _build_remote(config: Config, groups: Groups, pair: Pair, teacher: Teacher) 
         # On every rank, or the others would wait for the one that finds answers of another teacher.
         store = None if folder is None else AnswerStore(folder, marks, flag=flag)
     client: TeacherClient | StoredClient | None = None
-    if groups.meets_teacher:
+    if groups.owns_teacher_socket:
         asked = build_client(config, groups, teacher, marks) if teacher.job.endpoint else None
         client = asked if store is None else StoredClient(store, asked)
     return RemoteScorer(client, groups)

@@ -68,7 +68,7 @@ class _Replica:
     sock: zmq.Socket
     life: str = ""
     ready: bool = False
-    heard: float = 0.0
+    last_seen: float = 0.0
     greeted: float = 0.0
     beat: int = 0
     """Number of the last greeting."""
@@ -307,7 +307,7 @@ class TeacherClient(Thread):
                 fields = {"fingerprints": self._fingerprints, "beat": replica.beat}
                 self._send(replica, encode(Message(kind="hello", fields=fields), checked=False))
             silence_s = max(self._patience.silence_s, 3 * self._patience.hello_s * replica.rarer)
-            if replica.ready and now - replica.heard > silence_s:
+            if replica.ready and now - replica.last_seen > silence_s:
                 self._lose(name)
 
     def _lose(self, name: str) -> None:
@@ -439,7 +439,7 @@ class TeacherClient(Thread):
                         f"{self._where}: replica {name} ({replica.endpoint.address}): {quoted(str(error))}"
                     )
                 continue
-            replica.heard = time.monotonic()
+            replica.last_seen = time.monotonic()
             match message.kind:
                 case "welcome":
                     self._welcomed(name, replica, message)
@@ -471,9 +471,8 @@ class TeacherClient(Thread):
             k: v for k, v in self._fingerprints.items() if v is not None
         }
         if replica.life and replica.life != message.fields["life"]:
-            self._lose(
-                name
-            )  # another process at the same address, which knows nothing of what the last one held
+            # another process at the same address, which knows nothing of what the last one held
+            self._lose(name)
         if not replica.ready:
             self._met.put(True)
         replica.life, replica.status = message.fields["life"], message.fields["status"]
@@ -487,13 +486,13 @@ class TeacherClient(Thread):
         held = set(holds)
         own = sum(self._open[number].request.num_tokens for number in held & self._open.keys())
         replica.others = max(0, int(replica.status.get("held_tokens", 0)) - own)
-        here = {number for number, entry in self._open.items() if entry.sent_to == name}
-        for entry in map(self._open.__getitem__, here & held):
+        expected = {number for number, entry in self._open.items() if entry.sent_to == name}
+        for entry in map(self._open.__getitem__, expected & held):
             if entry.recalled is not None and entry.recalled < beat:
                 entry.recalled = None  # the model had begun with it
-        self._wait_again(sorted(n for n in here - held if self._open[n].beat < beat))
-        if held - here:  # meanwhile asked elsewhere
-            self._send_recall(replica, sorted(held - here))
+        self._wait_again(sorted(n for n in expected - held if self._open[n].beat < beat))
+        if held - expected:  # meanwhile asked elsewhere
+            self._send_recall(replica, sorted(held - expected))
 
     def _answered(self, name: str, replica: _Replica, parts: Sequence[Any], message: Message) -> None:
         entry = self._open.get(message.fields["request"])
@@ -545,7 +544,7 @@ class TeacherClient(Thread):
         now = time.monotonic()
         known = ", ".join(
             f"{name} ({r.endpoint.address}, last heard "
-            f"{f'{now - r.heard:.0f} s ago' if r.heard else 'never'})"
+            f"{f'{now - r.last_seen:.0f} s ago' if r.last_seen else 'never'})"
             for name, r in self._replicas.items()
         )
         ignored = "; ".join(self._lookout.ignored()[:3])
@@ -566,7 +565,7 @@ def _are_fingerprints(values: Mapping[Any, Any]) -> bool:
 
 
 def _is_status(status: Mapping[Any, Any]) -> bool:
-    """Whether it has the numbers that `RemoteScorer.note` adds up, and says whether the replica stops."""
+    """Whether it has the numbers that `RemoteScorer.status_text` adds up, and valid flags of the replica."""
     always = ("tokens_per_s", "queue")
     numbers = {name: status.get(name, 0) for name in ("speed", "held_tokens", "clients")}
     numbers |= {name: status.get(name) for name in always}

@@ -44,7 +44,7 @@ class ColocatedScorer:
             context=groups.cp if context_parallel_size > 1 else None,
         )
         self._groups = groups
-        self._cut = cut
+        self._make_batches = cut
         self._deals_out = context_parallel_size < groups.cp_size
 
     def submit(self, pairs: Sequence[AlignedPair]) -> None:
@@ -56,7 +56,7 @@ class ColocatedScorer:
         requests = everything[self._groups.cp_rank :: self._groups.cp_size] if self._deals_out else everything
         batches = [
             [requests[i] for i in chosen]
-            for chosen in self._cut([request.num_tokens for request in requests])
+            for chosen in self._make_batches([request.num_tokens for request in requests])
         ]
         answers = self._forward.run(batches)
         if not self._groups.is_last_stage:
@@ -65,5 +65,5 @@ class ColocatedScorer:
             answers = self._forward.exchanged(everything, answers, self._groups.cp)
         yield from answers
 
-    def note(self) -> str:
+    def status_text(self) -> str:
         return ""

@@ -292,9 +292,8 @@ def bind(context: zmq.Context, wanted: str, keys: Keys | None, *, number: int) -
 def check_bind(wanted: str, *, number: int) -> None:
     """Raises ValueError, as `bind` does, if the address cannot be bound now. Creates no files."""
     if wanted == "ipc":
-        _check_length(
-            f"{tempfile.gettempdir()}/{SOCKET_FOLDER}{'x' * 8}/{SOCKET}"
-        )  # as mkdtemp names folders
+        # as mkdtemp names folders
+        _check_length(f"{tempfile.gettempdir()}/{SOCKET_FOLDER}{'x' * 8}/{SOCKET}")
         return
     context = zmq.Context()
     try:
@@ -348,7 +347,7 @@ def connect(context: zmq.Context, address: str, keys: Keys | None, identity: byt
     return dealer
 
 
-def only(context: zmq.Context, keys: Keys) -> ThreadAuthenticator:
+def accept_only(context: zmq.Context, keys: Keys) -> ThreadAuthenticator:
     """Accept only the client with this public key. The caller must stop the authenticator."""
 
     class OneKey:

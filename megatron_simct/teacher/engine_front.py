@@ -29,7 +29,7 @@ from megatron_simct.records import ScoredPair
 from megatron_simct.teacher.engine_pool import IN_FLIGHT, Asked, EnginePool
 from megatron_simct.teacher.forward import HiddenDtype, LabelScorer, TeacherRequest
 from megatron_simct.teacher.payload import scored_message
-from megatron_simct.teacher.service import Door
+from megatron_simct.teacher.service import ReplicaServer
 
 PROBE_TEXT = (
     "The sun rises in the east and sets in the west. Water boils at one hundred degrees Celsius at sea "
@@ -193,7 +193,7 @@ def wait_for_engine(
 ) -> EngineClient | None:
     """The first engine that passes the probe; None if `stop()` says so first. ValueError where one serves
     something else, or none answers in time."""
-    deadline, said = time.monotonic() + 60 * minutes, False
+    deadline, reported = time.monotonic() + 60 * minutes, False
     while not stop():
         for client in clients:
             try:
@@ -204,9 +204,9 @@ def wait_for_engine(
                 return client
         if time.monotonic() > deadline:
             raise ValueError(f"--engine-endpoint: no engine answered within {minutes:g} minutes; {reason}")
-        if not said:
+        if not reported:
             print(f" waiting for an engine: {reason}", flush=True)
-            said = True
+            reported = True
         time.sleep(0.5)
     return None
 
@@ -238,7 +238,7 @@ def by_head(scorer: LabelScorer) -> Score:
 
 
 def serve_engine(
-    door: Door,
+    server: ReplicaServer,
     pool: EnginePool,
     score: Score,
     *,
@@ -260,26 +260,26 @@ def serve_engine(
             room = places - pool.pending
             if room > 0:
                 idle = room == places
-                for work in door.take(max_tokens, wait_s=0.2 if idle else 0.0):
+                for work in server.take(max_tokens, wait_s=0.2 if idle else 0.0):
                     request = work.request
                     reason = refused(request)
                     if reason is not None:
-                        door.refuse(work, reason)
+                        server.refuse(work, reason)
                         continue
                     ids = np.concatenate([request.prompt_ids, request.label_ids])
                     pool.submit(Asked(ids=ids, begin=len(request.prompt_ids) - 1, work=work))
-            _answer(door, pool.finished(wait_s=0.02 if room > 0 else 0.2), score, max_tokens, hidden_dtype)
+            _answer(server, pool.finished(wait_s=0.02 if room > 0 else 0.2), score, max_tokens, hidden_dtype)
         for asked in pool.stop():
-            door.hand_back(asked.work)
+            server.hand_back(asked.work)
         while pool.pending:
-            _answer(door, pool.finished(wait_s=0.2), score, max_tokens, hidden_dtype)
+            _answer(server, pool.finished(wait_s=0.2), score, max_tokens, hidden_dtype)
     finally:
-        door.drain()
-        door.close()
+        server.drain()
+        server.close()
 
 
 def _answer(
-    door: Door, finished: Sequence[Asked], score: Score, max_tokens: int, hidden_dtype: HiddenDtype
+    server: ReplicaServer, finished: Sequence[Asked], score: Score, max_tokens: int, hidden_dtype: HiddenDtype
 ) -> None:
     """Answer what an engine has answered, in batches of one kind; refuse or hand back the rest."""
     batches: dict[bool, list[Asked]] = {False: [], True: []}
@@ -287,20 +287,22 @@ def _answer(
         if asked.rows is not None:
             batches[asked.work.request.byte_side is not None].append(asked)
         elif asked.refused is not None:
-            door.refuse(asked.work, asked.refused)
+            server.refuse(asked.work, asked.refused)
         else:
-            door.hand_back(asked.work)
+            server.hand_back(asked.work)
     for batch in batches.values():
         while batch:
             size, tokens = 0, 0
             while size < len(batch) and (not size or tokens + len(batch[size].ids) <= max_tokens):
                 tokens += len(batch[size].ids)
                 size += 1
-            taken, batch = batch[:size], batch[size:]
-            requests = [asked.work.request for asked in taken]
+            micro_batch, batch = batch[:size], batch[size:]
+            requests = [asked.work.request for asked in micro_batch]
             rows = [
-                asked.rows[: len(asked.work.request.label_ids)] for asked in taken if asked.rows is not None
+                asked.rows[: len(asked.work.request.label_ids)]
+                for asked in micro_batch
+                if asked.rows is not None
             ]
             answers = score(requests, rows)
-            for asked, scored in zip(taken, answers, strict=True):
-                door.answer(asked.work, scored_message(asked.work.number, scored, hidden_dtype))
+            for asked, scored in zip(micro_batch, answers, strict=True):
+                server.answer(asked.work, scored_message(asked.work.number, scored, hidden_dtype))

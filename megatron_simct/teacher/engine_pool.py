@@ -57,8 +57,8 @@ def hidden_states(client: EngineClient, asked: Asked) -> torch.Tensor:
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Replica:
     client: EngineClient
-    well: bool
-    life: int = 0
+    healthy: bool
+    generation: int = 0
     """Counts its recoveries, so that threads with faults of one outage probe once."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -85,9 +85,9 @@ class EnginePool:
         self._in_flight = 0
         self._stopping = threading.Event()
         self.counts = dict.fromkeys(("answers", "faults", "outages"), 0)
-        self._replicas = [_Replica(client=client, well=False) for client in clients]
+        self._replicas = [_Replica(client=client, healthy=False) for client in clients]
         self._threads = [
-            threading.Thread(target=self._attend, args=(replica,), name="engine", daemon=True)
+            threading.Thread(target=self._work, args=(replica,), name="engine", daemon=True)
             for replica in self._replicas
             for _ in range(IN_FLIGHT)
         ]
@@ -130,10 +130,10 @@ class EnginePool:
             self._condition.notify_all()
         return left
 
-    def _attend(self, replica: _Replica) -> None:
+    def _work(self, replica: _Replica) -> None:
         while not self._stopping.is_set():
-            life = replica.life
-            if not replica.well and not self._recover(replica, life):
+            generation = replica.generation
+            if not replica.healthy and not self._recover(replica, generation):
                 continue
             asked = self._take()
             if asked is None:
@@ -143,9 +143,9 @@ class EnginePool:
             except EngineRefusal as refusal:
                 self._done(asked, refused=str(refusal))
             except EngineFault as fault:
-                self._fault(replica, life, asked, str(fault))
+                self._fault(replica, generation, asked, str(fault))
             except Exception as error:  # a thread that ended would keep its request for good
-                self._fault(replica, life, asked, f"{type(error).__name__}: {error}")
+                self._fault(replica, generation, asked, f"{type(error).__name__}: {error}")
             else:
                 self._done(asked, rows=rows)
 
@@ -166,7 +166,7 @@ class EnginePool:
             self._finished.append(asked)
             self._condition.notify_all()
 
-    def _fault(self, replica: _Replica, life: int, asked: Asked, reason: str) -> None:
+    def _fault(self, replica: _Replica, generation: int, asked: Asked, reason: str) -> None:
         asked.attempts += 1
         with self._condition:
             self.counts["faults"] += 1
@@ -182,30 +182,30 @@ class EnginePool:
                 self._queue.appendleft(asked)
                 self._condition.notify_all()
         with replica.lock:
-            if replica.life == life and replica.well:
-                replica.well = False
-                replica.life += 1
+            if replica.generation == generation and replica.healthy:
+                replica.healthy = False
+                replica.generation += 1
 
-    def _recover(self, replica: _Replica, life: int) -> bool:
-        """Probe until the replica is well; whether it is."""
+    def _recover(self, replica: _Replica, generation: int) -> bool:
+        """Probe until the replica is healthy; returns whether it is."""
         with replica.lock:
-            wait_s, said, began = _FIRST_WAIT_S, False, time.monotonic()
-            while not replica.well and replica.life == life and not self._stopping.is_set():
+            wait_s, reported, began = _FIRST_WAIT_S, False, time.monotonic()
+            while not replica.healthy and replica.generation == generation and not self._stopping.is_set():
                 try:
                     self._probe(replica.client)
                 except (EngineFault, ValueError) as error:
-                    if not said and time.monotonic() - began > 2 * _FIRST_WAIT_S:
-                        said = True
+                    if not reported and time.monotonic() - began > 2 * _FIRST_WAIT_S:
+                        reported = True
                         with self._condition:
                             self.counts["outages"] += 1
-                        _say(f"engine {replica.client.address} is left alone until it is well: {error}")
+                        _say(f"engine {replica.client.address} is not asked until it passes a probe: {error}")
                     self._stopping.wait(wait_s)
                     wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
                 else:
-                    replica.well = True
-                    if said:
-                        _say(f"engine {replica.client.address} is well")
-            return replica.well
+                    replica.healthy = True
+                    if reported:
+                        _say(f"engine {replica.client.address} answers again")
+            return replica.healthy
 
 
 def _say(line: str) -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_simct.losses.kinds.bytes import ByteOrder, SharedRows, teacher_byte_statistics
-from megatron_simct.losses.tiles import OutputLayer, likeliest
+from megatron_simct.losses.tiles import OutputLayer, top_k_log_probs
 from megatron_simct.losses.vocab_parallel import label_statistics, num_real_columns
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, chunks_of
 from megatron_simct.models.layout import Layout, context_pieces
@@ -185,9 +185,9 @@ class TeacherForward:
             multiple_of=self._multiple_of,
             context=self._share,
         )
-        here = sequences.to(self._groups.device)
-        layout = Layout(here.position_ids[0], here.lengths, self._context)
-        output = model(here.tokens, here.position_ids, None, packed_seq_params=layout)
+        batch = sequences.to(self._groups.device)
+        layout = Layout(batch.position_ids[0], batch.lengths, self._context)
+        output = model(batch.tokens, batch.position_ids, None, packed_seq_params=layout)
         return output, partial(self._statistics, requests, sequences)
 
     @torch.no_grad()
@@ -208,20 +208,20 @@ class TeacherForward:
             byte_order=self._byte_order,
             hidden_dtype=self._hidden_dtype,
         )
-        here = None
+        local = None
         if (
             self._context is not None
             and sequences.label_index is not None
             and sequences.label_owner is not None
         ):
             index = sequences.label_index.to(hidden.device)
-            here = LabelsHere(index=index, owner=sequences.label_owner, group=self._context)
-        return scorer.score(requests, hidden.flatten(0, 1)[sequences.label_rows.to(hidden.device)], here)
+            local = LocalLabels(index=index, owner=sequences.label_owner, group=self._context)
+        return scorer.score(requests, hidden.flatten(0, 1)[sequences.label_rows.to(hidden.device)], local)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LabelsHere:
-    """Which labels' rows a context-parallel rank has."""
+class LocalLabels:
+    """The labels whose rows a context-parallel rank holds."""
 
     index: torch.Tensor
     """int64 [n], ascending: the labels."""
@@ -232,10 +232,10 @@ class LabelsHere:
     def on_all(self, values: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         """Rows [n, ...] of all ranks in one order, [k, ...], on all of them. place [k]: which row of `values`
         each is, -1 where it is another rank's. One all-reduce."""
-        whole = values.new_zeros(len(place), *values.shape[1:])
-        whole[place >= 0] = values[place[place >= 0]]
-        dist.all_reduce(whole, group=self.group)
-        return whole
+        gathered = values.new_zeros(len(place), *values.shape[1:])
+        gathered[place >= 0] = values[place[place >= 0]]
+        dist.all_reduce(gathered, group=self.group)
+        return gathered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,20 +262,20 @@ class LabelScorer:
 
     @torch.no_grad()
     def score(
-        self, requests: Sequence[TeacherRequest], hidden: torch.Tensor, here: LabelsHere | None = None
+        self, requests: Sequence[TeacherRequest], hidden: torch.Tensor, local: LocalLabels | None = None
     ) -> list[ScoredPair]:
         """An answer a request. hidden [N, H]: the state that predicts each label, request by request.
 
-        here: hidden is of these labels only; all ranks of its group get all answers.
+        local: hidden has the rows of these labels only; all ranks of its group get all answers.
         """
         lens = [len(request.label_ids) for request in requests]
         labels = torch.from_numpy(
             np.concatenate([request.label_ids for request in requests]).astype(np.int64)
         )
         labels, place = labels.to(hidden.device), torch.arange(len(labels), device=hidden.device)
-        if here is not None:
-            labels = labels[here.index]
-            place = torch.full_like(place, -1).index_copy(0, here.index, place[: len(labels)])
+        if local is not None:
+            labels = labels[local.index]
+            place = torch.full_like(place, -1).index_copy(0, local.index, place[: len(labels)])
         hidden = hidden * self.hidden_scale
         if self.hidden_dtype is not None:
             hidden = rounded(hidden, self.hidden_dtype)
@@ -284,9 +284,9 @@ class LabelScorer:
         if byte_sides:
             assert self.byte_order is not None, "byte events need the order of the vocabulary"
             side, shared = pack_byte_sides(byte_sides, lens), None
-            if here is not None:
-                part = part_of_bytes(side, here.owner, here.group.rank()).to(hidden.device)
-                shared = SharedRows(part=part, index=here.index, num_labels=sum(lens), group=here.group)
+            if local is not None:
+                part = part_of_bytes(side, local.owner, local.group.rank()).to(hidden.device)
+                shared = SharedRows(part=part, index=local.index, num_labels=sum(lens), group=local.group)
             slots, own_logit, lse = teacher_byte_statistics(
                 hidden,
                 self.weight,
@@ -310,9 +310,9 @@ class LabelScorer:
                 logit_softcap=self.logit_softcap,
             )
         scored = []
-        lse_here = lse
-        if here is not None:
-            own_logit, lse = here.on_all(own_logit, place), here.on_all(lse, place)
+        lse_local = lse
+        if local is not None:
+            own_logit, lse = local.on_all(own_logit, place), local.on_all(lse, place)
         split = zip(
             requests, place.split(lens), own_logit.split(lens), lse.split(lens), byte_logprobs, strict=True
         )
@@ -320,11 +320,11 @@ class LabelScorer:
             rows = places[torch.from_numpy(request.rows.astype(np.int64)).to(hidden.device)]
             found = rows[rows >= 0]
             states = hidden[found] if request.hidden else None
-            topk, ids = self._likeliest(hidden[found], lse_here[found], request)
-            if here is not None:
+            topk, ids = self._top_k(hidden[found], lse_local[found], request)
+            if local is not None:
                 order = torch.where(rows >= 0, (rows >= 0).cumsum(0) - 1, -1)
                 states, topk, ids = (
-                    None if of is None else here.on_all(of, order) for of in (states, topk, ids)
+                    None if of is None else local.on_all(of, order) for of in (states, topk, ids)
                 )
             scored.append(
                 ScoredPair(
@@ -339,7 +339,7 @@ class LabelScorer:
             )
         return scored
 
-    def _likeliest(
+    def _top_k(
         self, hidden: torch.Tensor, lse: torch.Tensor, request: TeacherRequest
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """float32 [R, k], descending: log-probabilities of each row's likeliest tokens, and int32 [R, k]
@@ -351,7 +351,7 @@ class LabelScorer:
             shard_start=self.shard_start, shard_width=self.weight.shape[0], vocab_size=self.vocab_size
         )
         source = OutputLayer(hidden, self.weight, num_columns=width, soft_cap=self.logit_softcap)
-        log_probs, ids = likeliest(
+        log_probs, ids = top_k_log_probs(
             source,
             lse,
             request.topk,

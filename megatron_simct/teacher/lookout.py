@@ -37,7 +37,7 @@ class Lookout:
         self._fixed = {a: Endpoint(replica=a, address=a, life="") for a in addresses}
         self._store, self._reads = store, reads
         self._key = f"megatron_simct/endpoints/{folder}"
-        self._told = ""
+        self._published = ""
 
     def look(self) -> Mapping[str, Endpoint]:
         """Every replica that is known now, by name.
@@ -47,27 +47,27 @@ class Lookout:
         if self._folder is None:
             return self._fixed
         if self._store is not None and not self._reads:
-            return self._ask(self._store)
+            return self._fetch(self._store)
         try:
             check_folder(self._folder)
             found = read_endpoints(self._folder)
         except ValueError as error:
-            self._tell({"error": str(error)})
+            self._publish({"error": str(error)})
             raise
-        self._tell({"replicas": [asdict(endpoint) for endpoint in found.values()]})
+        self._publish({"replicas": [asdict(endpoint) for endpoint in found.values()]})
         return found
 
     def ignored(self) -> list[str]:
         """One line for each file that stands where endpoint records do and is not one; for an error."""
         return ignored_files(self._folder) if self._folder is not None and self._reads else []
 
-    def _tell(self, what: Mapping[str, object]) -> None:
+    def _publish(self, what: Mapping[str, object]) -> None:
         text = json.dumps(what)
-        if self._store is not None and text != self._told:
+        if self._store is not None and text != self._published:
             self._store.set(self._key, text)
-            self._told = text
+            self._published = text
 
-    def _ask(self, store: dist.Store) -> Mapping[str, Endpoint]:
+    def _fetch(self, store: dist.Store) -> Mapping[str, Endpoint]:
         if not store.check([self._key]):
             return {}
         found = json.loads(store.get(self._key))

@@ -41,5 +41,6 @@ class MixtureScorer:
                 )
             yield scored
 
-    def note(self) -> str:
-        return ", ".join(note for note in (scorer.note() for scorer in self._scorers) if note)
+    def status_text(self) -> str:
+        texts = [scorer.status_text() for scorer in self._scorers]
+        return ", ".join(text for text in texts if text)

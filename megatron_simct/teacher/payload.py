@@ -158,10 +158,11 @@ def misfit(message: Message, request: TeacherRequest, *, hidden_size: int, vocab
         if message.frames.get("hidden", ("",))[0] == "int8":
             wanted["scale"] = (len(request.rows),)
     if request.topk and len(frames.get("topk", ())) == 2:
+        # no more than its vocabulary has
         wanted["topk"] = (
             len(request.rows),
             min(request.topk, frames["topk"][1]),
-        )  # no more than its vocabulary has
+        )
         if request.token_ids:
             wanted["topk_ids"] = wanted["topk"]
     if request.byte_side is not None:

@@ -27,7 +27,7 @@ class RemoteScorer:
 
         Collective over the job: waits until a teacher has answered.
         """
-        assert (client is not None) == groups.meets_teacher
+        assert (client is not None) == groups.owns_teacher_socket
         self._client, self._groups = client, groups
         self._early: dict[int, Sequence[Any]] = {}
         problem = None
@@ -104,10 +104,8 @@ class RemoteScorer:
         due.remove(sample_id)
         return self._early.pop(sample_id)
 
-    def note(self) -> str:
-        """Replicas that are alive, and what they last said of themselves; nothing on ranks that do not talk
-        to them.
-        """
+    def status_text(self) -> str:
+        """Number, speed and queue of the replicas that are alive; empty on ranks without a socket."""
         if self._client is None:
             return ""
         states = list(self._client.status().values())

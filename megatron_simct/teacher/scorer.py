@@ -37,8 +37,8 @@ class TeacherScorer(Protocol):
         """
         ...
 
-    def note(self) -> str:
-        """What the log line says of the teacher; may be nothing."""
+    def status_text(self) -> str:
+        """The teacher's part of the log line; may be empty."""
         ...
 
 
@@ -58,5 +58,5 @@ class NoTeacher:
     def collect(self, pairs: Sequence[AlignedPair]) -> Iterator[ScoredPair]:
         return (without_content(pair.sample_id) for pair in pairs)
 
-    def note(self) -> str:
+    def status_text(self) -> str:
         return ""

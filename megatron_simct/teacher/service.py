@@ -1,10 +1,11 @@
 """ZeroMQ server of one teacher replica, and its serving loop.
 
-The door is a thread on one rank of the replica, the first of the last pipeline stage, where answers are made:
-it owns the socket, greets students, checks requests and keeps them until the model takes them. So it answers
-while the model computes, and a student can tell a busy replica from a dead one. Its replies to greetings say
-which requests it holds. Answers and replies leave in the order in which they became true, encrypted by
-threads of ZeroMQ's own. `serve` takes requests, tells all ranks of the replica, and hands answers back.
+The server is a thread on one rank of the replica: the first rank of the last pipeline stage, where answers
+are made. It owns the socket, greets students, checks requests and queues them until the model takes them. So
+it answers while the model computes, and a student can tell a busy replica from a dead one. Its replies to
+greetings list the requests that it holds. Answers and replies leave in the order in which they became true;
+ZeroMQ's I/O threads encrypt them. `serve` takes requests, shares them with all ranks of the replica, and
+returns the answers.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from megatron_simct.teacher.endpoints import (
     Endpoint,
     Keys,
     Waker,
+    accept_only,
     bind,
     is_encrypted,
-    only,
     publish,
     this_host,
     withdraw,
@@ -113,7 +114,7 @@ class _Pace:
         return self._since is not None and now - self._since > max(stall_s, 10 * self._longest_s)
 
 
-class Door(Thread):
+class ReplicaServer(Thread):
     """Owns the socket of one replica.
 
     Other methods than `run` are called by the thread that runs the model.
@@ -141,13 +142,13 @@ class Door(Thread):
         students are told that the model hangs if it has done nothing for so long, and ten times as long as it
         ever took.
         """
-        super().__init__(name="teacher-door", daemon=True)
+        super().__init__(name="teacher-server", daemon=True)
         self._folder = folder
         self._fingerprints = dict(fingerprints)
         self._vocab_size, self._max_tokens = vocab_size, max_tokens
         self._forget_s, self._stall_s = forget_s, stall_s
         self._context = zmq.Context(IO_THREADS)
-        self._authenticator = only(self._context, keys) if keys is not None else None
+        self._authenticator = accept_only(self._context, keys) if keys is not None else None
         self._router, bound = bind(self._context, address, keys, number=number)
         self._monitor = self._router.get_monitor_socket(_REFUSED_CONNECTION)
         self._waker = Waker(self._context)
@@ -157,14 +158,14 @@ class Door(Thread):
         self._condition = Condition()
         self._queue: OrderedDict[tuple[bytes, int], Work] = OrderedDict()
         self._queued_bytes = self._held_tokens = 0
-        self._taken: dict[tuple[bytes, int], Work] = {}
+        self._in_progress: dict[tuple[bytes, int], Work] = {}
         self._held: dict[bytes, set[int]] = {}
         """Numbers of what is queued or taken, by student."""
         self._outbox: deque[tuple[bytes, Message]] = deque()
         self._pace = _Pace()
         self._done = 0
         """Tokens that the model has answered of what it took last."""
-        self._heard: dict[bytes, float] = {}
+        self._last_seen: dict[bytes, float] = {}
         self._welcome: set[bytes] = set()
         self._draining = self._closing = False
         self._counts = dict.fromkeys(
@@ -178,7 +179,7 @@ class Door(Thread):
                 "recalled",
                 "malformed",
                 "refused",
-                "strangers",
+                "failed_handshakes",
                 "undeliverable",
             ),
             0,
@@ -194,7 +195,7 @@ class Door(Thread):
         try:
             publish(self._folder, self.endpoint)
         except (OSError, ValueError):
-            self._let_go()
+            self._release()
             with contextlib.suppress(OSError):
                 withdraw(self._folder, self.endpoint)
             raise
@@ -211,21 +212,21 @@ class Door(Thread):
                 self._condition.wait(wait_s)
             if not self.is_alive():
                 raise RuntimeError(
-                    f"teacher replica {self.endpoint.replica}: its door has ended; the reason is above"
+                    f"teacher replica {self.endpoint.replica}: its server thread has ended; see above"
                 )
-            taken: list[Work] = []
+            batch: list[Work] = []
             tokens = 0
             while self._queue:
                 work = next(iter(self._queue.values()))
                 tokens += work.request.num_tokens
-                if taken and tokens > max_tokens:
+                if batch and tokens > max_tokens:
                     break
                 self._unqueue(work)
-                self._taken[work.key] = work
-                taken.append(work)
-            if taken:
+                self._in_progress[work.key] = work
+                batch.append(work)
+            if batch:
                 self._pace.begin(time.monotonic())
-        return taken
+        return batch
 
     def answer(self, work: Work, message: Message) -> None:
         """Send what the model made of a request that was taken."""
@@ -234,7 +235,7 @@ class Door(Thread):
             self._counts["tokens"] += work.request.num_tokens
             self._counts["labels"] += len(work.request.label_ids)
             self._send_later(work.client, message)
-            self._untake(work, tokens=work.request.num_tokens)
+            self._finish(work, tokens=work.request.num_tokens)
         self._waker.wake()
 
     def hand_back(self, work: Work) -> None:
@@ -242,14 +243,14 @@ class Door(Thread):
         with self._condition:
             self._counts["handed_back"] += 1
             self._send_later(work.client, _returned(work.number, "the teacher stops"))
-            self._untake(work, tokens=0)
+            self._finish(work, tokens=0)
 
     def refuse(self, work: Work, reason: str) -> None:
         """A request that was taken and will not be answered."""
         with self._condition:
             self._counts["refused"] += 1
             self._refuse(work.client, work.number, reason)
-            self._untake(work, tokens=0)
+            self._finish(work, tokens=0)
         self._waker.wake()
 
     def drain(self) -> None:
@@ -267,12 +268,12 @@ class Door(Thread):
         del self._queue[work.key]
         self._queued_bytes -= work.num_bytes
 
-    def _untake(self, work: Work, *, tokens: int) -> None:
-        if self._taken.pop(work.key, None) is None:
+    def _finish(self, work: Work, *, tokens: int) -> None:
+        if self._in_progress.pop(work.key, None) is None:
             return
         self._forget(work)
         self._done += tokens
-        if not self._taken:
+        if not self._in_progress:
             now = time.monotonic()
             self._pace.end(now, self._done)
             self._done = 0
@@ -294,7 +295,7 @@ class Door(Thread):
         self.join(timeout_s)
         withdraw(self._folder, self.endpoint)
 
-    def vanish(self) -> None:
+    def withdraw(self) -> None:
         """Remove the replica's files, from any thread: the process ends at once."""
         withdraw(self._folder, self.endpoint)
 
@@ -303,13 +304,13 @@ class Door(Thread):
         with self._condition:
             now, tokens = time.monotonic(), self._counts["tokens"]
             then, before = self._rate[0]
-            in_work = sum(work.request.num_tokens for work in self._taken.values())
+            in_work = sum(work.request.num_tokens for work in self._in_progress.values())
             return {
                 **self._counts,
                 "tokens_per_s": round((tokens - before) / max(now - then, 1e-3), 1),
                 "speed": round(self._pace.speed(now, in_work), 1),
                 "queue": len(self._queue),
-                "in_work": len(self._taken),
+                "in_work": len(self._in_progress),
                 "held_tokens": self._held_tokens,
                 "clients": len(self._welcome),
                 "memory_mib": self._memory_mib,
@@ -322,11 +323,11 @@ class Door(Thread):
 
     def run(self) -> None:
         try:
-            self._attend()
+            self._serve_students()
         finally:
-            self._let_go()
+            self._release()
 
-    def _attend(self) -> None:
+    def _serve_students(self) -> None:
         """Talk to students until `close`."""
         poller = zmq.Poller()
         for sock in (self._router, self._monitor, self._waker.receiver):
@@ -348,7 +349,7 @@ class Door(Thread):
                 next_status = time.monotonic() + 1.0
                 self._every_second()
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         self._router.disable_monitor()
         self._router.close(2_000)  # what was sent may still be on its way
         self._monitor.close(0)
@@ -362,9 +363,9 @@ class Door(Thread):
         with self._condition:
             self._rate.append((time.monotonic(), self._counts["tokens"]))
             for client in [
-                c for c, heard in self._heard.items() if time.monotonic() - heard > self._forget_s
+                c for c, last_seen in self._last_seen.items() if time.monotonic() - last_seen > self._forget_s
             ]:
-                del self._heard[client]
+                del self._last_seen[client]
                 self._welcome.discard(client)
                 for work in [work for work in self._queue.values() if work.client == client]:
                     self._unqueue(work)
@@ -396,7 +397,7 @@ class Door(Thread):
                     self._refuse(client, -1, str(error))
                 continue
             with self._condition:
-                self._heard[client] = time.monotonic()
+                self._last_seen[client] = time.monotonic()
                 match message.kind:
                     case "hello":
                         self._greet(client, message)
@@ -425,7 +426,7 @@ class Door(Thread):
 
     def _accept(self, client: bytes, message: Message, parts: Sequence[bytes]) -> None:
         work = Work(client=client, number=message.fields["request"], request=read_score(message), parts=parts)
-        if work.key in self._queue or work.key in self._taken:
+        if work.key in self._queue or work.key in self._in_progress:
             self._counts["again"] += 1
             return
         try:
@@ -439,7 +440,7 @@ class Door(Thread):
             reason = "the teacher stops" if self._draining else "the queue is full"
             self._send_later(client, _returned(work.number, reason))
             return
-        if not self._queue and not self._taken:
+        if not self._queue and not self._in_progress:
             self._pace.begin(time.monotonic())
         self._queue[work.key] = work
         self._queued_bytes += work.num_bytes
@@ -480,7 +481,7 @@ class Door(Thread):
     def _count_refused_connections(self) -> None:
         while self._monitor.poll(0):
             recv_monitor_message(self._monitor)
-            self._counts["strangers"] += 1
+            self._counts["failed_handshakes"] += 1
 
 
 def _memory_mib() -> int:
@@ -512,7 +513,7 @@ def _most(value: int, groups: Groups) -> int:
 
 
 def serve(
-    door: Door | None,
+    server: ReplicaServer | None,
     forward: TeacherForward,
     groups: Groups,
     *,
@@ -520,7 +521,7 @@ def serve(
     hidden_dtype: HiddenDtype,
     stop: Callable[[], bool],
 ) -> None:
-    """Answer requests until `stop()` says so on the rank of the door; what was taken is finished, the rest
+    """Answer requests until `stop()` says so on the rank of the server; what was taken is finished, the rest
     handed back.
 
     Collective over one model replica, and over the replicas that share experts: these run as many
@@ -532,9 +533,9 @@ def serve(
     try:
         while True:
             works: list[Work] = []
-            if door is not None:
+            if server is not None:
                 stopping = stop()
-                works = [] if stopping else door.take(in_flight * max_tokens, wait_s=0.2)
+                works = [] if stopping else server.take(in_flight * max_tokens, wait_s=0.2)
             messages: list[Parts] | None = None if stopping else [work.parts for work in works]
             if groups.is_last_stage:
                 messages = share(messages, groups.tp_cp, source=0, device=groups.device)
@@ -543,13 +544,13 @@ def serve(
                 stopping_everywhere = _most(int(messages is None), groups)
                 messages = None if stopping_everywhere else messages
             if messages is None:
-                if door is not None:
+                if server is not None:
                     for work in works:
-                        door.hand_back(work)
+                        server.hand_back(work)
                 break
             requests = (
                 [work.request for work in works]
-                if door is not None
+                if server is not None
                 else [read_score(decode(parts, checked=False)) for parts in messages]
             )
             micro_batches = by_length(requests, max_tokens=max_tokens)
@@ -557,15 +558,15 @@ def serve(
                 idle = _most(len(micro_batches), groups) - len(micro_batches)
                 micro_batches += [[_NOTHING]] * idle
             answers = forward.run(micro_batches)
-            if door is not None:
+            if server is not None:
                 work_of = {id(work.request): work for work in works}
                 requests = [request for batch in micro_batches for request in batch]
                 for request, scored in zip(requests, answers, strict=True):
                     if request is _NOTHING:
                         continue
                     work = work_of[id(request)]
-                    door.answer(work, scored_message(work.number, scored, hidden_dtype))
+                    server.answer(work, scored_message(work.number, scored, hidden_dtype))
     finally:
-        if door is not None:
-            door.drain()
-            door.close()
+        if server is not None:
+            server.drain()
+            server.close()

@@ -177,5 +177,5 @@ class SavingScorer:
                     print(f" WARNING: {reason}", file=sys.stderr, flush=True)
             yield scored
 
-    def note(self) -> str:
-        return self._scorer.note()
+    def status_text(self) -> str:
+        return self._scorer.status_text()

@@ -1,5 +1,4 @@
-"""What the two jobs say to each other: one message is a msgpack header, raw frames of numbers, and a
-checksum.
+"""The wire format of the two jobs: a message is a msgpack header, raw frames of numbers, and a checksum.
 
     [header, frame, ..., frame, crc32 of all that]
     header = {version, kind, fields, frames: [[name, type, shape], ...]}

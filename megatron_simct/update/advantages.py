@@ -37,8 +37,8 @@ def group_advantages(rewards: np.ndarray, group_size: int) -> np.ndarray:
     number = np.maximum(known.sum(axis=1, keepdims=True), 1)
     values = np.where(known, groups, 0)
     centred = np.where(known, groups - values.sum(axis=1, keepdims=True) / number, 0)
-    spread = np.sqrt((centred**2).sum(axis=1, keepdims=True) / number)
-    return (centred / (spread + EPSILON)).reshape(-1)
+    std = np.sqrt((centred**2).sum(axis=1, keepdims=True) / number)
+    return (centred / (std + EPSILON)).reshape(-1)
 
 
 def exchange(
@@ -50,13 +50,13 @@ def exchange(
     consecutive, those of a group too (data/prompts.py); batch_size counts the samples of the step.
     """
     places = [sample_id - step * batch_size for sample_id in sample_ids]
-    mine = torch.zeros(2, batch_size, dtype=torch.float64)
+    sums = torch.zeros(2, batch_size, dtype=torch.float64)
     if rewards is not None and places:
         given = torch.tensor(rewards, dtype=torch.float64)
-        mine[0, places], mine[1, places] = given.nan_to_num(nan=0.0), (~given.isnan()).double()
-    mine = mine.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(mine)
-    total, known = mine.cpu().numpy()
+        sums[0, places], sums[1, places] = given.nan_to_num(nan=0.0), (~given.isnan()).double()
+    sums = sums.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(sums)
+    total, known = sums.cpu().numpy()
     everyone = np.where(known > 0, total, np.nan)
     found = group_advantages(everyone, group_size)
     return Advantages(

@@ -598,9 +598,8 @@ class Write:
         others = {file.name: hash_file(file) for file in self._temporary.iterdir() if file.name not in hashes}
         content = {"iteration": self.iteration, "versions": _versions(), **self._run}
         (self._temporary / RUN_FILE).write_bytes(sealed(content, hashes | others))
-        replaced = _set_aside(
-            self._path
-        )  # of a run that was killed before the tracker, or of one that is done again
+        # of a run that was killed before the tracker, or of one that is done again
+        replaced = _set_aside(self._path)
         os.rename(self._temporary, self._path)
         _CHECKED.discard(self._path)
         write_whole(Path(self.directory) / TRACKER, str(self.iteration))

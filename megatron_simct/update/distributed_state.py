@@ -33,7 +33,7 @@ _MASTER = "fp32_param"
 
 
 @dataclass(frozen=True)
-class Spread:
+class BucketShards:
     """How the parameters of one bucket lie on the data-parallel ranks."""
 
     parameters: Sequence[torch.nn.Parameter]
@@ -60,7 +60,7 @@ def parts_of(optimizer: MegatronOptimizer) -> list[Any]:
 
 
 def is_distributed(optimizer: MegatronOptimizer) -> bool:
-    """Whether the state is spread over the data-parallel ranks."""
+    """Whether the state is sharded over the data-parallel ranks."""
     return isinstance(parts_of(optimizer)[0], DistributedOptimizer)
 
 
@@ -96,20 +96,23 @@ def _sharded_part(
         optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
     rank = optimizer.data_parallel_group.rank()
     tensors: dict[Any, Any] = {}
-    for bucket, spread in enumerate(_spreads(optimizer)):
+    for bucket, shards in enumerate(_bucket_shards(optimizer)):
         for key in _keys(optimizer):
-            wholes = None if is_loading else _gather(optimizer, spread, key)
-            for index in spread.owned[rank]:
-                parameter = spread.parameters[index]
-                whole = torch.empty(parameter.numel()) if wholes is None else wholes[index].cpu()
+            full_states = None if is_loading else _gather(optimizer, shards, key)
+            for index in shards.owned[rank]:
+                parameter = shards.parameters[index]
+                if full_states is None:
+                    full_state = torch.empty(parameter.numel())
+                else:
+                    full_state = full_states[index].cpu()
                 sharded = by_parameter[id(parameter)]
                 changes: dict[str, Any] = {
                     "key": f"{prefix}optimizer.state.{key}.{sharded.key}",
-                    "data": whole.view(parameter.shape),
+                    "data": full_state.view(parameter.shape),
                     "replica_id": (*sharded.replica_id[:2], 0),
                 }
                 if isinstance(sharded, ShardedTensor):
-                    changes["dtype"] = whole.dtype
+                    changes["dtype"] = full_state.dtype
                 tensors.setdefault(f"{bucket}.{index}", {})[key] = replace(sharded, **changes)
     steps = [state["step"] for state in optimizer.optimizer.state.values() if "step" in state]
     groups = [group | {"params": LocalNonpersistentObject([])} for group in optimizer.optimizer.param_groups]
@@ -120,13 +123,13 @@ def _sharded_part(
 def _load_part(optimizer: DistributedOptimizer, loaded: Mapping[str, Any]) -> None:
     inner = loaded["optimizer"] if optimizer.config.bf16 else loaded
     rank = optimizer.data_parallel_group.rank()
-    for bucket, spread in enumerate(_spreads(optimizer)):
+    for bucket, shards in enumerate(_bucket_shards(optimizer)):
         for key in _keys(optimizer):
             _deal(
                 optimizer,
-                spread,
+                shards,
                 key,
-                {index: inner["state"][f"{bucket}.{index}"][key].flatten() for index in spread.owned[rank]},
+                {index: inner["state"][f"{bucket}.{index}"][key].flatten() for index in shards.owned[rank]},
             )
     step = inner["state"].get("common_step")
     if step is not None:  # torch's Adam counts by parameter; each needs a counter of its own
@@ -142,7 +145,7 @@ def _keys(optimizer: DistributedOptimizer) -> tuple[str, ...]:
     return ("exp_avg", "exp_avg_sq", _MASTER) if optimizer.config.bf16 else ("exp_avg", "exp_avg_sq")
 
 
-def _spreads(optimizer: DistributedOptimizer) -> Iterator[Spread]:
+def _bucket_shards(optimizer: DistributedOptimizer) -> Iterator[BucketShards]:
     """That of every bucket, in one order on all ranks."""
     size = optimizer.data_parallel_group.size()
     for buffer in optimizer.buffers:
@@ -153,7 +156,7 @@ def _spreads(optimizer: DistributedOptimizer) -> Iterator[Spread]:
                 p: (begin, end) for p, (begin, end, at) in buffer.param_index_map.items() if at == number
             }
             if places:
-                yield Spread(
+                yield BucketShards(
                     parameters=list(places),
                     spans=[
                         [
@@ -172,54 +175,54 @@ def _own(optimizer: DistributedOptimizer, parameter: torch.nn.Parameter, key: st
     return main if key == _MASTER else optimizer.optimizer.state[main][key]
 
 
-def _gather(optimizer: DistributedOptimizer, spread: Spread, key: str) -> dict[int, torch.Tensor]:
+def _gather(optimizer: DistributedOptimizer, shards: BucketShards, key: str) -> dict[int, torch.Tensor]:
     """The whole state, flat, of the parameters that this rank owns.
 
     Collective over the data-parallel group.
     """
     group = optimizer.data_parallel_group
-    rank, sizes = group.rank(), spread.sizes
+    rank, sizes = group.rank(), shards.sizes
     outgoing = [
-        [_own(optimizer, spread.parameters[index], key).flatten() for index in owned if sizes[index][rank]]
-        for owned in spread.owned
+        [_own(optimizer, shards.parameters[index], key).flatten() for index in owned if sizes[index][rank]]
+        for owned in shards.owned
     ]
-    mine = spread.owned[rank]
+    owned = shards.owned[rank]
     received = _exchange(
-        outgoing, [sum(sizes[i][source] for i in mine) for source in range(group.size())], spread, group
+        outgoing, [sum(sizes[i][source] for i in owned) for source in range(group.size())], shards, group
     )
     pieces = [
-        part.split([sizes[i][source] for i in mine]) if mine else () for source, part in enumerate(received)
+        part.split([sizes[i][source] for i in owned]) if owned else () for source, part in enumerate(received)
     ]
-    return {index: torch.cat([part[place] for part in pieces]) for place, index in enumerate(mine)}
+    return {index: torch.cat([part[place] for part in pieces]) for place, index in enumerate(owned)}
 
 
 def _deal(
-    optimizer: DistributedOptimizer, spread: Spread, key: str, wholes: Mapping[int, torch.Tensor]
+    optimizer: DistributedOptimizer, shards: BucketShards, key: str, full_states: Mapping[int, torch.Tensor]
 ) -> None:
     """The way back: each rank gets its pieces of the parameters that other ranks own."""
     group = optimizer.data_parallel_group
-    rank, sizes = group.rank(), spread.sizes
+    rank, sizes = group.rank(), shards.sizes
     outgoing = [
-        [wholes[index][slice(*spread.spans[index][target])] for index in spread.owned[rank]]
+        [full_states[index][slice(*shards.spans[index][target])] for index in shards.owned[rank]]
         for target in range(group.size())
     ]
-    counts = [sum(sizes[index][rank] for index in owned) for owned in spread.owned]
-    for owned, part in zip(spread.owned, _exchange(outgoing, counts, spread, group), strict=True):
+    counts = [sum(sizes[index][rank] for index in owned) for owned in shards.owned]
+    for owned, part in zip(shards.owned, _exchange(outgoing, counts, shards, group), strict=True):
         theirs = [index for index in owned if sizes[index][rank]]
         for index, piece in zip(
             theirs, part.split([sizes[i][rank] for i in theirs]) if theirs else (), strict=True
         ):
-            _own(optimizer, spread.parameters[index], key).detach().copy_(piece)
+            _own(optimizer, shards.parameters[index], key).detach().copy_(piece)
 
 
 def _exchange(
     outgoing: Sequence[Sequence[torch.Tensor]],
     counts: Sequence[int],
-    spread: Spread,
+    shards: BucketShards,
     group: dist.ProcessGroup,
 ) -> list[torch.Tensor]:
     """One float32 tensor from each rank, `counts` numbers long. outgoing: by rank, what it gets."""
-    device = spread.parameters[0].device
+    device = shards.parameters[0].device
     parts = [
         torch.cat([torch.empty(0, device=device), *(piece.to(device) for piece in pieces)])
         for pieces in outgoing

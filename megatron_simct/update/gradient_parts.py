@@ -60,13 +60,14 @@ def compare(
     """
     sums = torch.zeros(3, dtype=torch.float64)
     for part, ones in zip(parts_of(optimizer), of_one_to_one, strict=True):
-        wholes = _of_norm(part)
-        mine = wholes[0].new_zeros(3, dtype=torch.float64) if wholes else torch.zeros(3, dtype=torch.float64)
-        for one, whole in zip(ones, wholes, strict=True):
-            one, rest = one.flatten(), (whole - one).flatten()
-            mine += torch.stack([one.dot(one), one.dot(rest), rest.dot(rest)]).double()
-        dist.all_reduce(mine, group=part.get_grad_stats_parallel_group())
-        sums += mine.cpu()
+        full_gradients = _of_norm(part)
+        device = full_gradients[0].device if full_gradients else None
+        local_sums = torch.zeros(3, dtype=torch.float64, device=device)
+        for one, full_gradient in zip(ones, full_gradients, strict=True):
+            one, rest = one.flatten(), (full_gradient - one).flatten()
+            local_sums += torch.stack([one.dot(one), one.dot(rest), rest.dot(rest)]).double()
+        dist.all_reduce(local_sums, group=part.get_grad_stats_parallel_group())
+        sums += local_sums.cpu()
     of_one, product, of_rest = sums.tolist()
     nothing = of_one == 0 or of_rest == 0
     return {

@@ -138,7 +138,7 @@ def verify(folder: Path) -> Verdict | None:
     except FileNotFoundError:
         files = None
     except (OSError, Damaged) as error:
-        problem = _words(error)
+        problem = _reason(error)
     has_hashes = first_of(None if files is None else "yes")
     if has_hashes is None:
         return None
@@ -166,10 +166,10 @@ def _difference(folder: Path, name: str, wanted: FileHash) -> str | None:
             return f"{name} ({size} bytes, {wanted.size} were written)"
         return None if hash_file(path) == wanted else f"{name} (its SHA-256 is another one)"
     except OSError as error:
-        return f"{name} ({_words(error)})"
+        return f"{name} ({_reason(error)})"
 
 
-def _words(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error)

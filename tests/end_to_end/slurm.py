@@ -134,7 +134,7 @@ def heterogeneous(folder: Path, pair: dict[str, Any]) -> int:
     assert gaps[0] < 5e-3, gaps[0]
     shown = launch("logs", path)
     assert "[teacher-0]  teacher replica 0 of 1 at tcp://" in shown and "[student-0]  iteration " in shown
-    assert "0 handed_back, 0 malformed, 0 refused, 0 strangers" in shown, shown
+    assert "0 handed_back, 0 malformed, 0 refused, 0 failed_handshakes" in shown, shown
     assert_private(folder / "both")
     print(f"slurm: both components, stopped after step {stopped}, resumed to the end", flush=True)
     return stopped

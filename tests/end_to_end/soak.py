@@ -57,15 +57,15 @@ class Proxy(threading.Thread):
     def __init__(self, target: int) -> None:
         super().__init__(daemon=True)
         self._target = target
-        self._door = socket.create_server(("127.0.0.1", 0))
-        self.port = self._door.getsockname()[1]
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.port = self._server.getsockname()[1]
         self._open = threading.Event()
         self._open.set()
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
 
     def run(self) -> None:
         while True:
-            near, _ = self._door.accept()
+            near, _ = self._server.accept()
             try:
                 far = socket.create_connection(("127.0.0.1", self._target), timeout=5)
                 far.settimeout(None)

@@ -96,7 +96,7 @@ def teacher_elsewhere(folder: Path, files: Path, weights: tuple[str, ...]) -> fl
         *("--teacher-tokenizer-model", str(files / "teacher.tiktoken"), "--teacher-hidden-dtype", "fp32"),
         *("--teacher-make-vocab-size-divisible-by", "4", "--bind", f"tcp://{ADDRESSES[TEACHER]}"),
     )
-    wait(folder, "the teacher's door", lambda: bool(read_endpoints(folder / "teacher")), teacher)
+    wait(folder, "the teacher's endpoint", lambda: bool(read_endpoints(folder / "teacher")), teacher)
     (first,) = read_endpoints(folder / "teacher").values()
     flags = [*command_line(files, *weights, *layout, "--train-iters", str(LONG))]
     remote = ("--teacher-endpoint", str(folder), "--run-dir", str(folder / "remote" / "run"))

@@ -3,10 +3,10 @@
 For model M with realized tokens v_1 .. v_n ending at byte offsets beta_1 .. beta_n (beta_0 = 0) and byte
 position i, K is its last boundary, beta_K <= i, and c_k = y[beta_k : i]. Relative to the realized path up to
 K:
-    mass(b)  = sum over k <= K of  prod_{k < j <= K} 1 / p(v_j | v_<j)  *  sum of p(w | v_<=k), w begins with
-    c_k b
-    at a boundary (beta_K = i):  stop = p(stop set | v_<=K), other = p(other specials, tokens without bytes |
-                                 v_<=K)
+    mass(b) = sum over k <= K of prod_{k < j <= K} 1 / p(v_j | v_<j) * sum of p(w | v_<=k)
+              where w begins with c_k b
+    at a boundary (beta_K = i):  stop  = p(stop set | v_<=K)
+                                 other = p(other specials, tokens without bytes | v_<=K)
     inside a token:              ended = p(tokens that spell c_K | v_<=K)
                                  loose = the same of the longest token that is a prefix of c_K
 Byte b is loose for M if M is inside a token, some token is a prefix of c_K, and c_K b is no token: text that
@@ -23,7 +23,7 @@ import torch
 
 STOP, REST = "stop", "rest"
 FLOOR = 1e-8
-SLACK = 1e-4
+BOUND_TOLERANCE = 1e-4
 
 
 @dataclass
@@ -132,7 +132,7 @@ def compared(student: Shares, teacher: Shares) -> list[dict[str | int, torch.Ten
             upper.append(
                 ((own.mass[b] + own.slack) / whole if b in own.loose else own.mass[b] / total).item()
             )
-        if lower[0] <= upper[1] * (1 + SLACK) and lower[1] <= upper[0] * (1 + SLACK):
+        if lower[0] <= upper[1] * (1 + BOUND_TOLERANCE) and lower[1] <= upper[0] * (1 + BOUND_TOLERANCE):
             merged.add(b)
     results = []
     for own in (student, teacher):

@@ -5,8 +5,9 @@ those of the other. M(g) is the teacher's probability of a connected component g
 segment, y(g) its shortest bytes. Where the student's token a there is a proper prefix of y(g), with r what is
 left of it:
 
-    loss = - sum over g of M(g) log sum of p(u) over u with r <= b(u),   p at the row behind a; no such u: no
-    term
+    loss = - sum over g of M(g) log sum of p(u) over u with r <= b(u)
+
+with p at the row behind a; without such a u there is no term.
 """
 
 from __future__ import annotations

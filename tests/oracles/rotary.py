@@ -35,7 +35,7 @@ def yarn_frequencies(
     return found
 
 
-def turned(
+def apply_rotary(
     x: Sequence[float], position: int, frequencies: Sequence[float], *, interleaved: bool
 ) -> list[float]:
     """Pairs of the first entries of x, as complex numbers, times e^(i position f)."""

@@ -139,7 +139,7 @@ def test_a_teacher_that_loads_ends_at_once_and_leaves_nothing(
     patch = last_loads(serve_teacher, "open_model", "TeacherForward", world_size)
     with ranks(tmp_path, short_tmp, serve_teacher.main, teacher_argv, patch, world_size) as job_:
         job_.come()
-        time.sleep(0.5)  # one that has loaded would open its door
+        time.sleep(0.5)  # one that has loaded would open its endpoint
         job_.tell(number)
         (first, *others) = job_.end()
         assert first == (code, line) and others == [(code, "")] * (world_size - 1)
@@ -206,7 +206,7 @@ def test_a_fork_does_not_tell_its_parent_of_its_own_signals(tmp_path, short_tmp)
         time.sleep(0.5)
         os.kill(child.pid, signal.SIGTERM)
         child.join()
-        return int(signals.told) + (0 if child.exitcode == 0 else 2)
+        return int(signals.received) + (0 if child.exitcode == 0 else 2)
 
     with ranks(tmp_path, short_tmp, main, [], lambda *_: None) as job_:
         assert job_.end() == [(0, "")]

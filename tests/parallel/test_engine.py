@@ -62,17 +62,17 @@ def _generate(model, groups, calls):
     """The rollouts of each call: (prompts, sampling, stop ids, batch size)."""
     results = []
     for prompts, sampling, stop_ids, batch_size in calls:
-        told = []
+        reported = []
         engine = MegatronEngine(
             model,
             groups,
             vocab_size=VOCAB,
             stop_ids=stop_ids,
             batch_size=batch_size,
-            progress=lambda finished, of, told=told: told.append((finished, of)),
+            progress=lambda finished, of, reported=reported: reported.append((finished, of)),
         )
         results.append(engine.generate(prompts, sampling))
-        assert told == sorted(told) and (not prompts or told[-1] == (len(prompts), len(prompts)))
+        assert reported == sorted(reported) and (not prompts or reported[-1] == (len(prompts), len(prompts)))
     return results
 
 
@@ -194,7 +194,7 @@ def test_a_response_of_one_token(generate, greedy):
 def _counted(model, groups, prompts, sampling, batch_size):
     """Rollouts; what each forward pass worked on, (prompts, rows to fill) or the sequences of a decoding
     step; and how many responses were said to be finished after each token."""
-    passes, told = [], []
+    passes, reported = [], []
     with pytest.MonkeyPatch.context() as patch:
         prefill, decode = Decoder.prefill, Decoder.decode
 
@@ -214,9 +214,9 @@ def _counted(model, groups, prompts, sampling, batch_size):
             vocab_size=VOCAB,
             stop_ids=SOME,
             batch_size=batch_size,
-            progress=lambda finished, of: told.append(finished),
+            progress=lambda finished, of: reported.append(finished),
         )
-        return engine.generate(prompts, sampling), passes, told
+        return engine.generate(prompts, sampling), passes, reported
 
 
 def test_samples_of_a_prompt_share_its_forward_pass(tiny, weights, generate):
@@ -229,14 +229,16 @@ def test_samples_of_a_prompt_share_its_forward_pass(tiny, weights, generate):
         (5, [(1, 5), (1, 3), (1, 1)]),
         (2, [(1, 2)] * 3 + [(1, 1)] * 3),
     ):
-        ((rollouts, passes, told),) = run_ranks(1, _counted, tiny, weights, 1, prompts, SAMPLED, batch_size)
+        ((rollouts, passes, reported),) = run_ranks(
+            1, _counted, tiny, weights, 1, prompts, SAMPLED, batch_size
+        )
         assert_equal(rollouts, [rollout for (rollout,) in alone], atol=1e-4)
         prefills = [entry for entry in passes if isinstance(entry, tuple)]
         assert sum(count for count, _ in prefills) == sum(count for count, _ in expected)
         assert sum(rows for _, rows in prefills) == len(prompts)
         assert max(rows for _, rows in prefills) <= batch_size
-        assert told == sorted(told) and told[-1] == len(prompts)
-        assert told[0] <= batch_size, "a sample that waits with others of its prompt is not finished"
+        assert reported == sorted(reported) and reported[-1] == len(prompts)
+        assert reported[0] <= batch_size, "a sample that waits with others of its prompt is not finished"
 
 
 def test_rows_of_finished_sequences_are_filled_or_closed_up(tiny, weights):

@@ -43,7 +43,7 @@ from megatron_simct.teacher.engine_logprobs import LogprobProbe, refusal, rows_o
 from megatron_simct.teacher.engine_logprobs import score as score_of_logprobs
 from megatron_simct.teacher.engine_pool import Asked, EnginePool, hidden_states
 from megatron_simct.teacher.forward import LabelScorer, TeacherForward, TeacherRequest
-from megatron_simct.teacher.service import Door
+from megatron_simct.teacher.service import ReplicaServer
 from tests.distributed import run_ranks
 from tests.engines import EngineServer, serve_folder, teach
 from tests.huggingface import save_byte_level, save_model
@@ -240,9 +240,8 @@ def test_what_a_head_may_not_have(folders, tmp_path, name, changes, words):
 def test_a_default_that_config_json_leaves_out_and_a_nested_folder(folders, tmp_path):
     folder = shutil.copytree(folders["gemma2"], tmp_path / "changed")
     _fields(folder, final_logit_softcapping=None)
-    _fields(
-        folder, quantization_config={"quant_method": "awq"}
-    )  # which we do not read, but the head is not quantised
+    # which we do not read, but the head is not quantised
+    _fields(folder, quantization_config={"quant_method": "awq"})
     assert read_head(str(folder), flag="").final_logit_softcap == 30.0
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": fields}))
@@ -344,8 +343,8 @@ def serving(
     ask=hidden_states,
     refused=nothing,
 ) -> Iterator[EnginePool]:
-    """A front between a door and engines, in threads."""
-    door = Door(
+    """A front between a server and engines, in threads."""
+    server = ReplicaServer(
         folder,
         name=uuid.uuid4().hex[:8],
         address="ipc",
@@ -356,7 +355,7 @@ def serving(
         max_tokens=1000,
         life=uuid.uuid4().hex,
     )
-    door.start()
+    server.start()
     stop = threading.Event()
     pool = EnginePool(clients, probe=probe, ask=ask)
     more = {
@@ -366,7 +365,7 @@ def serving(
         "stop": stop.is_set,
         "refused": refused,
     }
-    thread = threading.Thread(target=serve_engine, args=(door, pool, score), kwargs=more, daemon=True)
+    thread = threading.Thread(target=serve_engine, args=(server, pool, score), kwargs=more, daemon=True)
     thread.start()
     try:
         yield pool
@@ -409,8 +408,8 @@ def test_faults_between_front_and_engine_cost_time_only(short_tmp, monkeypatch, 
     if answers != "hidden_states":
         parts = {"score": score_of_logprobs, "ask": partial(rows_of, field=answers)}
         parts["refused"] = partial(refusal, field=answers)
-    with serving(short_tmp / "door", clients, probe=lambda client: client.served(), **parts) as pool:
-        with contextlib.closing(open_client(short_tmp / "door", window_tokens=10_000)) as client:
+    with serving(short_tmp / "run", clients, probe=lambda client: client.served(), **parts) as pool:
+        with contextlib.closing(open_client(short_tmp / "run", window_tokens=10_000)) as client:
             for seed in SEEDS:
                 for number, server in enumerate(servers):
                     server.random.seed(2 * seed + number)
@@ -443,7 +442,7 @@ def test_faults_between_front_and_engine_cost_time_only(short_tmp, monkeypatch, 
 
 
 class Front:
-    """A front's job in a forked process: entered when its door is open, left by SIGTERM with exit code 0."""
+    """A front's job in a forked process: entered when its server is up, left by SIGTERM with exit code 0."""
 
     def __init__(self, folder: Path, run_dir: Path, address: str, *flags: str) -> None:
         """flags: in the place of a comparison with the same server's log-probabilities."""

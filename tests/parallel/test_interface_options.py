@@ -30,9 +30,8 @@ def replay(tiny, weights, tmp_path_factory):
     """Flags that replay one step's rollouts, some of which stopped and hold blanks."""
     folder = tmp_path_factory.mktemp("rollouts")
     run_ranks(1, sums_of_a_step, tiny, *weights, "--save-debug-rollout-data", str(folder))
-    for file in folder.glob(
-        "*.json"
-    ):  # the samples of a random model say little: these are the task's own answers
+    # the samples of a random model say little: these are the task's own answers
+    for file in folder.glob("*.json"):
         _write_answers(file, tiny, by_letters=True)
     return (*weights, "--load-debug-rollout-data", str(folder))
 

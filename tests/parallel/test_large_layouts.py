@@ -157,9 +157,8 @@ def test_the_ranks_of_a_70b_model_share_every_tensor_of_its_folder():
     (covered,) = run_ranks(1, _cover_llama)
     assert len(covered.sizes) == TP * PP and max(covered.sizes) < 70.6e9 / (TP * PP) * 1.1
     shapes = covered.shapes_of_whole_tensors()
-    assert (
-        sum(math.prod(shape) for shape in shapes.values()) == 70_553_706_496
-    )  # of Llama-3-70B, as published
+    # of Llama-3-70B, as published
+    assert sum(math.prod(shape) for shape in shapes.values()) == 70_553_706_496
     assert len(shapes) == 3 + 80 * 9
 
 
@@ -210,9 +209,8 @@ def test_the_ranks_of_a_235b_mixture_of_experts_share_every_tensor_of_its_folder
     ]
     assert len(covered.sizes) == TP * PP * EP and max(covered.sizes) < 235.1e9 / (TP * PP * EP) * 1.3
     shapes = covered.shapes_of_whole_tensors()
-    assert (
-        sum(math.prod(shape) for shape in shapes.values()) == 235_093_634_560
-    )  # of Qwen3-235B-A22B, as published
+    # of Qwen3-235B-A22B, as published
+    assert sum(math.prod(shape) for shape in shapes.values()) == 235_093_634_560
     assert len(shapes) == 3 + 94 * (9 + 128 * 3)
 
 

@@ -98,7 +98,7 @@ class Case:
 
 
 def _serve(argv: Sequence[str]) -> int | None:
-    """A teacher that stops when its door is open."""
+    """A teacher that stops when its endpoint is open."""
     serve_teacher.serve = lambda *args, **kwargs: None
     return serve_teacher.main(argv)
 
@@ -321,9 +321,8 @@ def test_no_file_that_a_command_opens_runs_code(copied, tmp_path, case):
     for path in files:
         for data in payloads(path, mark):
             path.write_bytes(data)
-            ((code, err, _),) = run_ranks(
-                1, _run, case.main, argv, None
-            )  # where it fails, it says so in a line
+            # where it fails, it says so in a line
+            ((code, err, _),) = run_ranks(1, _run, case.main, argv, None)
             assert not mark.exists(), path
             ends.append(code)
             restore()

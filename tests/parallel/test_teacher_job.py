@@ -315,8 +315,8 @@ def _replicas_that_share_experts(rank, world_size, folder):
                 done.set()
 
             threading.Thread(target=ask, daemon=True).start()
-        serve(teacher.door, forward, groups, max_tokens=20, hidden_dtype="fp32", stop=done.is_set)
-        return forward.batches, teacher.door.status()["requests"]
+        serve(teacher.server, forward, groups, max_tokens=20, hidden_dtype="fp32", stop=done.is_set)
+        return forward.batches, teacher.server.status()["requests"]
 
 
 def test_replicas_that_share_experts_run_as_many_micro_batches(tmp_path):

@@ -166,9 +166,8 @@ def test_every_inert_field_has_a_value_here():
 
 
 @pytest.mark.parametrize("values", [INERT_VALUES, OFF], ids=["inert", "off"])
-@pytest.mark.parametrize(
-    "family", [name for name in FAMILIES if name != "kimi_k2"]
-)  # transformers has no such class
+# transformers has no such class
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "kimi_k2"])
 def test_a_field_that_is_accepted_changes_nothing(tmp_path, family, values):
     """Neither in transformers nor here."""
     save_model(tmp_path, family, **_fields(family))

@@ -830,9 +830,8 @@ def test_gradients_of_every_tensor_of_every_student_are_those_of_transformers(fo
         (copy(TOKENS).logits[..., :VOCAB] * WEIGHTS).sum().backward()
         for parameter in copy.parameters():
             parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        copy.save_pretrained(
-            str(tmp_path / str(i))
-        )  # under the names of the folder, a tensor for each expert
+        # under the names of the folder, a tensor for each expert
+        copy.save_pretrained(str(tmp_path / str(i)))
         theirs = load_file(tmp_path / str(i) / "model.safetensors")
         assert found.keys() == theirs.keys()
         least = 1e-4 * max(float(gradient.abs().max()) for gradient in theirs.values())

@@ -222,9 +222,8 @@ def test_a_rank_reads_its_own_shard_and_no_more(folders, name, tp_size, ep_size)
         assert read == held
     if ep_size == 2:
         ((whole, _),) = run_ranks(1, _numbers, str(folders(name)[0]), 1, 1)
-        assert whole - numbers[0][0] == 2 * 2 * (
-            3 * 32 * 20
-        )  # layers, experts of the other rank, their numbers
+        # layers, experts of the other rank, their numbers
+        assert whole - numbers[0][0] == 2 * 2 * (3 * 32 * 20)
 
 
 def _second_stage(rank: int, world_size: int, folder: str) -> dict[str, torch.Tensor]:

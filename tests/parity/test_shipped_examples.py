@@ -25,10 +25,11 @@ TOKENIZERS = {
     "Qwen3-235B-A22B": "qwen2.5",
 }
 SHARED_FOLDER = ("folders", "this folder is usually local to a node")
+# one by one here, up to three there, and the recipe says paper
 DIGITS = (
     "interface",
-    "cut digits differently",
-)  # one by one here, up to three there, and the recipe says paper
+    "split digits differently",
+)
 WARNINGS = {
     "qwen2.5_7b_to_gemma2_2b": [],
     "qwen2.5_7b_to_phi4_mini": [DIGITS],

@@ -339,6 +339,7 @@ def test_weights_follow_the_options():
     assert plain.segments[:, 2:].tolist() == [[0, 1], [1, 2], [2, 4], [4, 6], [6, 7], [7, 8], [8, 9]]
     assert plain.kinds.tolist() == [UNIT, SHARED, UNIT, UNIT, SHARED, SHARED, STOP]
     assert plain.weights.dtype == np.float32 and plain.weights.tolist() == [1] * 7
+    # "a", "12" and "cd" are the teacher's
     assert plain.teacher_first_columns.tolist() == [
         0,
         -1,
@@ -347,7 +348,7 @@ def test_weights_follow_the_options():
         -1,
         -1,
         -1,
-    ]  # "a", "12" and "cd" are the teacher's
+    ]
     assert plain.counts["segments_blank"] == 2
     assert planned(TEXT, unit_weight="student_length").weights.tolist() == [1, 1, 2, 2, 1, 1, 1]
     assert planned(TEXT, mask_whitespace=True).weights.tolist() == [1, 0, 1, 1, 0, 1, 1]

@@ -219,20 +219,20 @@ SMOLLM3 = LLAMA | {
 
 
 @pytest.mark.parametrize(
-    "fields, turned",
+    "fields, with_rope",
     [
         ({}, (0, 0, 0, None, 0)),
         ({"no_rope_layer_interval": 2}, (0, None, 0, None, 0)),
         ({"no_rope_layers": [0, 1, 1, 0, 1, 0], "no_rope_layer_interval": 2}, (None, 0, 0, None, 0)),
     ],
 )
-def test_layers_of_smollm3_without_rotary_embedding_have_the_window(read, fields, turned):
+def test_layers_of_smollm3_without_rotary_embedding_have_the_window(read, fields, with_rope):
     found = read(SMOLLM3 | fields)
     rope = Rope(theta=2e6, dim=8)
-    assert [layer.rope for layer in found.layers] == [None if turn is None else rope for turn in turned]
+    assert [layer.rope for layer in found.layers] == [None if one is None else rope for one in with_rope]
     assert (windows_of(found), found.tied_embeddings) == ((None,) * 5, True)
     found = read(SMOLLM3 | fields | {"use_sliding_window": True})
-    assert windows_of(found) == tuple(7 if turn is None else None for turn in turned)
+    assert windows_of(found) == tuple(7 if one is None else None for one in with_rope)
     found = read(SMOLLM3 | {"use_sliding_window": True, "layer_types": ["full_attention"] * 5})
     assert windows_of(found) == (None,) * 5
 
@@ -801,12 +801,12 @@ REFUSED = [
     Refused(
         base=LLAMA,
         change={"num_attention_heads": 128},
-        words=("of a head's 0 entries 0 would be turned; expected an even",),
+        words=("of a head's 0 entries 0 would be rotated; expected an even",),
     ),
     Refused(
         base=LLAMA,
         change={"head_dim": 7},
-        words=("of a head's 7 entries 7 would be turned; expected an even number",),
+        words=("of a head's 7 entries 7 would be rotated; expected an even number",),
     ),
     # The rotary embedding.
     scaled(LLAMA, LLAMA3 | {"beta": 2.0}, "beta", "rope_type llama3 has factor"),
@@ -847,12 +847,12 @@ REFUSED = [
     Refused(
         base=PHI4_MINI,
         change={"partial_rotary_factor": 0.4},
-        words=("of a head's 8 entries 3 would be turned",),
+        words=("of a head's 8 entries 3 would be rotated",),
     ),
     Refused(
         base=PHI4_MINI,
         change={"partial_rotary_factor": 2},
-        words=("of a head's 8 entries 16 would be turned",),
+        words=("of a head's 8 entries 16 would be rotated",),
     ),
 ]
 

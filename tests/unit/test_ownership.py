@@ -84,9 +84,8 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, reaped):
     assert receiver.recv() == "taken"
     assert "another run writes there" in elsewhere(take_here, tmp_path)
     os.kill(process.pid, signal.SIGKILL)
-    os.waitid(
-        os.P_PID, process.pid, os.WEXITED | os.WNOWAIT
-    )  # it is dead, and still in the table of processes
+    # it is dead, and still in the table of processes
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     if reaped:
         process.join()
     lock = take(tmp_path, what="--save x")

@@ -56,9 +56,8 @@ def findings(folder: Path, change: Change | None = None) -> list[Finding]:
 
 def test_nothing_is_wrong_with_the_pair_itself(folder):
     found = findings(folder)
-    problems = [
-        f for f in found if f.level != "pass" and f.flag != "run_dir"
-    ]  # the tests' folder is one of this node
+    # the tests' folder is one of this node
+    problems = [f for f in found if f.level != "pass" and f.flag != "run_dir"]
     assert problems == []
     assert {f.side for f in found} == {"student", "teacher", "pair", "cluster"}
 

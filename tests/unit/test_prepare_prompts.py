@@ -144,10 +144,11 @@ def test_duplicates_are_found_across_sources_and_forms(prepare):
 def test_both_templates_count_tokens_and_refuse(prepare, tmp_path):
     save_byte_level(tmp_path / "student")
     save_byte_fallback(tmp_path / "teacher")
+    # not for the teacher
     system = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Who?"},
-    ]  # not for the teacher
+    ]
     files = {"a.jsonl": [{"prompt": "the cat sat?"}, {"prompt": "9" * 60}, {"messages": system}]}
     flags = (
         "--hf-checkpoint",

@@ -142,8 +142,8 @@ def test_advantages_are_relative_to_the_group():
     for group in ([1.0, 0, 0, 1], [5.0, 5, None, 2], [None, None, None, 3.0]):
         known = [reward for reward in group if reward is not None]
         mean = sum(known) / len(known)
-        spread = math.sqrt(sum((reward - mean) ** 2 for reward in known) / len(known))
-        expected += [0 if reward is None else (reward - mean) / (spread + EPSILON) for reward in group]
+        std = math.sqrt(sum((reward - mean) ** 2 for reward in known) / len(known))
+        expected += [0 if reward is None else (reward - mean) / (std + EPSILON) for reward in group]
     assert found.tolist() == pytest.approx(expected, abs=1e-12)
     assert group_advantages(np.full(4, math.nan), 2).tolist() == [0, 0, 0, 0]
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_simct.models.rotary import Rope, Rotary, frequencies, turned
+from megatron_simct.models.rotary import Rope, Rotary, apply_rotary, frequencies
 from tests.oracles import rotary as oracle
 from tests.oracles.rotary import yarn_frequencies
 
@@ -83,11 +83,13 @@ def test_yarn_stretches_long_waves(rope):
 def test_pairs_are_turned_as_complex_numbers(interleaved, dim):
     rope = replace(YARN, theta=50.0, dim=dim, original_length=16, beta_fast=3.0, interleaved=interleaved)
     x = torch.randn(9, 2, 3, dim, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    found = turned(x, Rotary([rope], longest=None)(9)[0], rope)
+    found = apply_rotary(x, Rotary([rope], longest=None)(9)[0], rope)
     options = {"theta": 50.0, "factor": 8.0, "length": 16, "fast": 3.0, "slow": 1.0, "truncate": True}
     f = yarn_frequencies(dim, **options)
     for position, b, head in itertools.product(range(9), range(2), range(3)):
-        row = oracle.turned(x[position, b, head].double().tolist(), position, f, interleaved=interleaved)
+        row = oracle.apply_rotary(
+            x[position, b, head].double().tolist(), position, f, interleaved=interleaved
+        )
         torch.testing.assert_close(
             found[position, b, head].double(), torch.tensor(row).double(), rtol=1e-5, atol=1e-5
         )

@@ -79,7 +79,7 @@ def with_every_seed(check: Callable[[int, Path], Any], folder: Path) -> list[Any
 def test_a_bad_line(tmp_path, fault):
     def check(seed: int, folder: Path) -> Counter:
         with ModelFreeTeacher(folder / "behind") as teacher:
-            line = BadLine(folder / "front", teacher.door.endpoint, seed=seed, shares=FAULTS[fault])
+            line = BadLine(folder / "front", teacher.server.endpoint, seed=seed, shares=FAULTS[fault])
             line.start()
             client = open_client(folder / "front")
             requests = requests_of(seed)
@@ -88,7 +88,7 @@ def test_a_bad_line(tmp_path, fault):
             client.close()
             line.close()
             at_the_teacher = {
-                "malformed": teacher.door.status()["malformed"],
+                "malformed": teacher.server.status()["malformed"],
                 "done": sum(line.done.values()),
             }
             return Counter(client.counts) + Counter(at_the_teacher)
@@ -116,7 +116,7 @@ def test_a_replica_whose_model_hangs_and_goes_on(tmp_path):
             requests = requests_of(seed)
             assert_each_once(collect(client, requests), requests)
             assert client.counts["again"] > 0 and one.answered == []
-            _until(lambda: one.door.status()["recalled"] > 0 and one.door.status()["queue"] == 0)
+            _until(lambda: one.server.status()["recalled"] > 0 and one.server.status()["queue"] == 0)
             one.wake()
             again = requests_of(seed + 100)
             assert_each_once(collect(client, again), again)
@@ -141,8 +141,8 @@ def test_a_slow_replica_is_asked_once_and_hands_back_what_another_can_do_sooner(
             requests = requests_of(seed + 100, count=60)
             for request in requests:
                 client.submit(request)
-            _until(lambda: slow.door.status()["in_work"] > 0 and slow.door.status()["queue"] == 0)
-            begun = slow.door.status()["in_work"]
+            _until(lambda: slow.server.status()["in_work"] > 0 and slow.server.status()["queue"] == 0)
+            begun = slow.server.status()["in_work"]
             _until(lambda: len(slow.answered) + len(other.answered) + begun == len(first) + len(requests))
             assert len(slow.answered) == before and client.counts["recalled"] > 0
             slow.resume()
@@ -150,7 +150,7 @@ def test_a_slow_replica_is_asked_once_and_hands_back_what_another_can_do_sooner(
             assert nothing_left(client)
             assert len(slow.answered) == before + begun, "what it had begun with is its own"
             assert client.counts["again"] == client.counts["late"] == 0
-            recalled = slow.door.status()["recalled"] + other.door.status()["recalled"]
+            recalled = slow.server.status()["recalled"] + other.server.status()["recalled"]
             assert client.counts["recalled"] == recalled > 0
             client.close()
 
@@ -165,15 +165,15 @@ def test_a_replica_that_stops_hands_back_what_it_has_not_begun(tmp_path):
             requests = requests_of(seed)
             for request in requests:
                 client.submit(request)
-            _until(lambda: one.door.status()["in_work"] and one.door.status()["queue"])
+            _until(lambda: one.server.status()["in_work"] and one.server.status()["queue"])
             one.stop()
             scored = [read_scored(client.next()[1]) for _ in requests]
             assert_each_once(scored, requests)
             # What it hands back in its last moment may be overtaken by the news that it is gone: it is asked
             # again.
-            handed_back = one.door.status()["handed_back"]
+            handed_back = one.server.status()["handed_back"]
             assert 0 < handed_back <= client.counts["handed_back"] + client.counts["again"]
-            assert not (folder / f"{one.door.endpoint.replica}.json").exists()
+            assert not (folder / f"{one.server.endpoint.replica}.json").exists()
             assert nothing_left(client) and one.answered and other.answered
             client.close()
 
@@ -191,7 +191,7 @@ def test_a_restart_at_another_address(tmp_path):
         requests = requests_of(seed)
         for request in requests:
             client.submit(request)
-        _until(lambda: one.door.status()["queue"] > 0)
+        _until(lambda: one.server.status()["queue"] > 0)
         with ModelFreeTeacher(folder, name="replica"):
             scored = [read_scored(client.next()[1]) for _ in requests]
             assert_each_once(scored, requests)
@@ -212,11 +212,11 @@ def test_another_life_at_the_same_address(tmp_path):
         requests = requests_of(0)
         for request in requests:
             client.submit(request)
-        _until(lambda: teacher.door.status()["queue"] > 0)
-        with teacher.door._condition:  # it forgets everything, as a process that is started anew
-            teacher.door._queue.clear()
-            teacher.door._welcome.clear()
-            teacher.door.endpoint = replace(teacher.door.endpoint, life="another")
+        _until(lambda: teacher.server.status()["queue"] > 0)
+        with teacher.server._condition:  # it forgets everything, as a process that is started anew
+            teacher.server._queue.clear()
+            teacher.server._welcome.clear()
+            teacher.server.endpoint = replace(teacher.server.endpoint, life="another")
         teacher.wake()
         scored = [read_scored(client.next()[1]) for _ in requests]
         assert_each_once(scored, requests)
@@ -243,8 +243,8 @@ def test_a_replica_gets_no_more_than_the_window(tmp_path):
     with ModelFreeTeacher(tmp_path, name="only") as teacher:
 
         def held() -> int:
-            with teacher.door._condition:
-                return sum(work.request.num_tokens for work in teacher.door._queue.values())
+            with teacher.server._condition:
+                return sum(work.request.num_tokens for work in teacher.server._queue.values())
 
         teacher.stall()
         client = open_client(tmp_path, window_tokens=50, patience=replace(FAST, silence_s=60))
@@ -283,15 +283,15 @@ def test_an_answer_to_what_waits_to_be_asked_again_counts(tmp_path):
 
     who, _ = heard("hello")
     status = {"tokens_per_s": 1.0, "queue": 0}
-    told = encode(welcome(status, life="one"))
-    router.send_multipart([who, *told])
+    message = encode(welcome(status, life="one"))
+    router.send_multipart([who, *message])
     first, second = requests_of(0, count=2)
     client.submit(first)
     _, score = heard("score")
     _until(lambda: client.counts["again"] == 1)
     answer(who, score)
     assert same_answer(read_scored(client.next()[1]), first)
-    router.send_multipart([who, *told])
+    router.send_multipart([who, *message])
     client.submit(second)
     answer(who, heard("score")[1])
     assert same_answer(read_scored(client.next()[1]), second)
@@ -312,12 +312,12 @@ def test_a_full_queue_hands_back_until_the_model_has_taken_from_it(tmp_path, mon
         for request in requests:
             client.submit(request)
         _until(lambda: client.counts["handed_back"] > 0)
-        with teacher.door._condition:
-            held = sum(work.num_bytes for work in teacher.door._queue.values())
-            assert held == teacher.door._queued_bytes and 2000 < held <= 2000 + max(sizes)
+        with teacher.server._condition:
+            held = sum(work.num_bytes for work in teacher.server._queue.values())
+            assert held == teacher.server._queued_bytes and 2000 < held <= 2000 + max(sizes)
         teacher.wake()
         assert_each_once([read_scored(client.next()[1]) for _ in requests], requests)
-        assert teacher.door._queued_bytes == 0 and teacher.door.status()["handed_back"] > 0
+        assert teacher.server._queued_bytes == 0 and teacher.server.status()["handed_back"] > 0
         client.close()
 
 
@@ -327,12 +327,12 @@ def test_a_request_that_the_model_has_is_not_queued_again(tmp_path):
         (request,) = requests_of(0, count=1)
         client.submit(request)
         works: list[Any] = []
-        _until(lambda: bool(works.extend(teacher.door.take(100, 0.05)) or works))
+        _until(lambda: bool(works.extend(teacher.server.take(100, 0.05)) or works))
         for _ in range(2):  # as after an answer that was lost on the way
-            client._send(client._replicas[teacher.door.endpoint.replica], client._open[1].parts)
-        _until(lambda: teacher.door.status()["again"] == 2)
-        assert len(works) == 1 and teacher.door.status()["queue"] == 0
-        teacher.door.answer(works[0], scored_message(works[0].number, answer_of(request), "fp32"))
+            client._send(client._replicas[teacher.server.endpoint.replica], client._open[1].parts)
+        _until(lambda: teacher.server.status()["again"] == 2)
+        assert len(works) == 1 and teacher.server.status()["queue"] == 0
+        teacher.server.answer(works[0], scored_message(works[0].number, answer_of(request), "fp32"))
         assert same_answer(read_scored(client.next()[1]), request)
         client.close()
 
@@ -344,11 +344,11 @@ def test_a_client_that_is_killed_leaves_nothing_behind(tmp_path):
         gone.meet()
         for request in requests_of(0):
             gone.submit(request)
-        _until(lambda: teacher.door.status()["queue"] == 24)
+        _until(lambda: teacher.server.status()["queue"] == 24)
         gone._send = lambda *_: None  # from here on it says nothing
-        _until(lambda: teacher.door.status()["clients"] == 0)
-        status = teacher.door.status()
-        assert status["queue"] == 0 and teacher.door._queued_bytes == 0
+        _until(lambda: teacher.server.status()["clients"] == 0)
+        status = teacher.server.status()
+        assert status["queue"] == 0 and teacher.server._queued_bytes == 0
         gone.close()
         teacher.wake()
         client = open_client(tmp_path)
@@ -379,7 +379,7 @@ def test_a_teacher_that_never_answers_is_one_error_after_the_time_out(tmp_path):
 
 def test_addresses_may_be_given_by_hand(tmp_path):
     with ModelFreeTeacher(tmp_path) as teacher:
-        client = open_client(None, addresses=[teacher.door.endpoint.address])
+        client = open_client(None, addresses=[teacher.server.endpoint.address])
         requests = requests_of(5)
         assert_each_once(collect(client, requests), requests)
         client.close()
@@ -395,7 +395,7 @@ def test_an_address_that_is_none_is_one_error_and_the_thread_ends(address):
 
 
 def socket_folder(teacher: ModelFreeTeacher) -> Path:
-    folder = Path(teacher.door.endpoint.address.removeprefix("ipc://")).parent
+    folder = Path(teacher.server.endpoint.address.removeprefix("ipc://")).parent
     assert folder.name.startswith("megatron_simct.")
     return folder
 
@@ -405,12 +405,12 @@ def test_a_killed_replica_of_this_host_is_forgotten_by_the_next(tmp_path):
         context = zmq.Context()
         sock, address = bind(context, "ipc", None, number=0)
         left = Path(address.removeprefix("ipc://"))
-        dead = replace(teacher.door.endpoint, replica="dead", pid=2**22 + 1, address=address)
+        dead = replace(teacher.server.endpoint, replica="dead", pid=2**22 + 1, address=address)
         elsewhere = replace(dead, replica="elsewhere", host="another")
         for endpoint in (dead, elsewhere):
             # Without a lock, as from an earlier version: a lock of this process would say that they run.
             (tmp_path / f"{endpoint.replica}.json").write_text(json.dumps(asdict(endpoint)))
-        publish(tmp_path, teacher.door.endpoint)
+        publish(tmp_path, teacher.server.endpoint)
         assert not (tmp_path / "dead.json").exists() and not left.parent.exists()
         sock.close(0)
         context.term()
@@ -453,19 +453,19 @@ def test_an_address_that_was_checked_is_free_and_nothing_is_left(tmp_path, short
     with ModelFreeTeacher(
         tmp_path / "run", address=f"tcp://127.0.0.1:{port}", keys=make_keys(tmp_path / "run")
     ) as one:
-        assert one.door.endpoint.address == f"tcp://127.0.0.1:{port}"
+        assert one.server.endpoint.address == f"tcp://127.0.0.1:{port}"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_replica_does_not_outlive_its_door(tmp_path, monkeypatch):
+def test_a_replica_does_not_outlive_its_server(tmp_path, monkeypatch):
     """Its model would wait for ever for requests that nobody can bring."""
     teacher = ModelFreeTeacher(tmp_path, works=False)
-    monkeypatch.setattr(teacher.door, "_send", lambda: 1 / 0)
-    _until(lambda: not teacher.door.is_alive())
+    monkeypatch.setattr(teacher.server, "_send", lambda: 1 / 0)
+    _until(lambda: not teacher.server.is_alive())
     with pytest.raises(
-        RuntimeError, match=f"teacher replica {teacher.door.endpoint.replica}: its door has ended"
+        RuntimeError, match=f"teacher replica {teacher.server.endpoint.replica}: its server thread has ended"
     ):
-        teacher.door.take(100, 0.01)
+        teacher.server.take(100, 0.01)
     folder = socket_folder(teacher)
     teacher.stop()
     assert not folder.exists() and not list(tmp_path.glob("*.json"))

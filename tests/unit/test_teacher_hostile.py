@@ -207,8 +207,8 @@ class Hostile:
             message = decode(parts)
             if message.kind == "hello":
                 beat = message.fields["beat"]
-                told = welcome(self.status, beat=beat, fingerprints=self.fingerprints)
-                router.send_multipart([who, *encode(told)])
+                greeting = welcome(self.status, beat=beat, fingerprints=self.fingerprints)
+                router.send_multipart([who, *encode(greeting)])
             else:
                 self.asked += 1
                 router.send_multipart([who, *encode(self._reply(message))])

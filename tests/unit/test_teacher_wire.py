@@ -252,7 +252,7 @@ def test_garbled_messages_are_wire_errors_and_nothing_else():
     assert refused > 9_000
 
 
-def test_a_door_outlives_garbled_frames(tmp_path):
+def test_a_server_outlives_garbled_frames(tmp_path):
     """10,000 of them, from a client that was welcome: refused and counted, memory stays, and others are
     served.
     """
@@ -260,7 +260,7 @@ def test_a_door_outlives_garbled_frames(tmp_path):
     originals = [[bytes(p) for p in encode(score_message(i, r))] for i, r in enumerate(some_requests())]
     with ModelFreeTeacher(tmp_path) as teacher:
         context = zmq.Context()
-        bad = connect(context, teacher.door.endpoint.address, None, b"bad")
+        bad = connect(context, teacher.server.endpoint.address, None, b"bad")
         bad.send_multipart(encode(hello()))
         assert bad.poll(10_000) and decode(bad.recv_multipart()).kind == "welcome"
         before = 0
@@ -268,11 +268,11 @@ def test_a_door_outlives_garbled_frames(tmp_path):
             parts = _mutated(rng, rng.choice(originals))
             bad.send_multipart(parts or [b""])
             if i == 1_000:
-                _until(lambda: teacher.door.status()["malformed"] > 500)
+                _until(lambda: teacher.server.status()["malformed"] > 500)
                 before = psutil.Process().memory_info().rss
             while bad.poll(0):
                 bad.recv_multipart()
-        _until(lambda: teacher.door.status()["malformed"] > 8_500)
+        _until(lambda: teacher.server.status()["malformed"] > 8_500)
         client = open_client(tmp_path)
         requests = some_requests()
         assert all(same_answer(s, requests[s.sample_id]) for s in collect(client, requests))
@@ -295,7 +295,7 @@ def test_another_teacher_than_expected_is_one_clear_line(tmp_path, name, value):
             client.meet()
         assert "--teacher-endpoint here" in str(error.value) and "\n" not in str(error.value)
         client.close()
-        assert teacher.door.status()["refused"] > 0 and teacher.door.status()["clients"] == 0
+        assert teacher.server.status()["refused"] > 0 and teacher.server.status()["clients"] == 0
         _served(tmp_path)
 
 
@@ -314,13 +314,13 @@ def test_what_only_one_end_knows_is_not_compared_but_later_lives_must_share_it(t
 def test_another_version_is_refused_by_name(tmp_path, monkeypatch):
     with ModelFreeTeacher(tmp_path) as teacher:
         context = zmq.Context()
-        old = connect(context, teacher.door.endpoint.address, None, b"old")
+        old = connect(context, teacher.server.endpoint.address, None, b"old")
         parts = [bytes(p) for p in encode(hello())]
         old.send_multipart(_header(parts, version=7))
         assert old.poll(10_000)
         answer = decode(old.recv_multipart())
         assert answer.fields["reason"] == "protocol version 7; this end speaks 3"
-        assert teacher.door.status()["malformed"] == 1
+        assert teacher.server.status()["malformed"] == 1
         context.destroy(0)
         _served(tmp_path)
 
@@ -351,7 +351,7 @@ def test_requests_that_would_fault_are_refused_with_a_reason(tmp_path):
             with pytest.raises(TeacherError, match=f"refuses sample {good.sample_id}: .*{words}"):
                 client.next()
             client.close()
-        assert teacher.door.status()["refused"] == len(wrong) and teacher.answered == []
+        assert teacher.server.status()["refused"] == len(wrong) and teacher.answered == []
         _served(tmp_path)
 
 
@@ -359,7 +359,7 @@ def test_a_frame_beyond_the_limit_ends_the_connection_and_nothing_else(tmp_path,
     monkeypatch.setattr(endpoints, "MAX_FRAME_BYTES", 1 << 20)
     with ModelFreeTeacher(tmp_path) as teacher:
         context = zmq.Context()
-        big = connect(context, teacher.door.endpoint.address, None, b"big")
+        big = connect(context, teacher.server.endpoint.address, None, b"big")
         monitor = big.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         big.send_multipart([b"", bytes((1 << 20) + 1)])
         assert monitor.poll(10_000), "the connection stays"
@@ -378,7 +378,7 @@ def test_what_is_larger_than_it_may_be_is_refused_before_it_is_inflated(tmp_path
     side = replace(small.byte_side, segment_row=many, segment_start=many)
     with ModelFreeTeacher(tmp_path) as teacher:
         context = zmq.Context()
-        sock = connect(context, teacher.door.endpoint.address, None, b"me")
+        sock = connect(context, teacher.server.endpoint.address, None, b"me")
         sock.send_multipart(encode(hello()))
         assert sock.poll(10_000) and decode(sock.recv_multipart()).kind == "welcome"
         monkeypatch.setattr(wire, "_inflated", inflated)
@@ -391,7 +391,7 @@ def test_what_is_larger_than_it_may_be_is_refused_before_it_is_inflated(tmp_path
             refused.fields["request"] == 2
             and "the teacher takes 1000 (--max-tokens-per-batch" in refused.fields["reason"]
         )
-        status = teacher.door.status()
+        status = teacher.server.status()
         assert (status["malformed"], status["refused"], status["queue"]) == (1, 1, 0)
         context.destroy(0)
 
@@ -407,7 +407,7 @@ def test_only_an_encrypted_connection_needs_no_checksum():
 def test_before_a_hello_nothing_is_accepted(tmp_path):
     with ModelFreeTeacher(tmp_path) as teacher:
         context = zmq.Context()
-        hasty = connect(context, teacher.door.endpoint.address, None, b"hasty")
+        hasty = connect(context, teacher.server.endpoint.address, None, b"hasty")
         hasty.send_multipart(encode(score_message(1, some_requests()[0])))
         assert not hasty.poll(300) and teacher.answered == []
         context.destroy(0)
@@ -440,13 +440,13 @@ def test_between_hosts_only_the_key_of_the_run_opens(tmp_path):
     with ModelFreeTeacher(tmp_path / "run", address="tcp://127.0.0.1", keys=keys) as teacher:
         for count, (name, theirs) in enumerate(wrong.items(), 1):
             context = zmq.Context()
-            sock = connect(context, teacher.door.endpoint.address, theirs, uuid.uuid4().bytes)
-            _until(lambda: teacher.door.status()["strangers"] >= count)  # noqa: B023  (used at once)
+            sock = connect(context, teacher.server.endpoint.address, theirs, uuid.uuid4().bytes)
+            _until(lambda: teacher.server.status()["failed_handshakes"] >= count)  # noqa: B023  (used at once)
             with pytest.raises(zmq.Again):
                 sock.send_multipart(encode(hello()), zmq.NOBLOCK)
             assert not sock.poll(50), name
             context.destroy(0)
-        assert teacher.door.status()["clients"] == 0
+        assert teacher.server.status()["clients"] == 0
         _served(tmp_path / "run", key_file=tmp_path / "run" / CLIENT_KEY)
 
 

@@ -1,10 +1,8 @@
 """How fast two tokenizations are aligned, and whether it is right: ours, SimCT's released walk, TRL's GOLD.
 
-    python tools/benchmark/alignment.py                                   real pairs and texts, fetched (some
-    160 MB)
-    python tools/benchmark/alignment.py --pair TEACHER STUDENT --corpus FILE ...   your own
-    python tools/benchmark/alignment.py --overlap                         shared vocabularies beside published
-    figures
+    python tools/benchmark/alignment.py    # real pairs and texts, fetched (some 160 MB)
+    python tools/benchmark/alignment.py --pair TEACHER STUDENT --corpus FILE ...    # your own
+    python tools/benchmark/alignment.py --overlap    # shared vocabularies beside published figures
 
 Speed is student plus teacher tokens a second on one core, from ids to segments; retokenization is apart.
 Every figure is the best of several repeats, the methods taking turns, so ratios of one run can be compared.
@@ -267,9 +265,8 @@ def measure_speed(
         best = dict.fromkeys(runs, float("inf"))
         for _ in range(repeats):
             for method, run in runs.items():
-                inner = (
-                    max(1, 200_000 // tokens) if method == "ours" else 1
-                )  # some milliseconds, as the others take
+                # some milliseconds, as the others take
+                inner = max(1, 200_000 // tokens) if method == "ours" else 1
                 start = time.perf_counter()
                 for _ in range(inner):
                     run()

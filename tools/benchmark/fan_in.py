@@ -1,13 +1,12 @@
-"""Many students' ranks at many teacher replicas: is work done twice, how long is a step, what do sockets and
-files see?
+"""Many students' ranks at many teacher replicas: repeated work, seconds a step, load of sockets and files.
 
-    python tools/benchmark/fan_in.py                                       256 ranks, 32 replicas: some
-    minutes python tools/benchmark/fan_in.py --clients 16 --replicas 4 --scale 0.5 --json
-    python tools/benchmark/fan_in.py --rule timer --steps even             the control
+    python tools/benchmark/fan_in.py    # 256 ranks, 32 replicas: some minutes
+    python tools/benchmark/fan_in.py --clients 16 --replicas 4 --scale 0.5 --json
+    python tools/benchmark/fan_in.py --rule timer --steps even    # the control
 
-Clients and doors are those of a run (`TeacherClient`, `Door`) with all their sockets, on loopback, encrypted
-(CURVE) unless --bind ipc; the clients of a process take turns in one thread. A model is a rate:
---tokens-per-second, in batches as `serve` takes them. A simulated second lasts --scale seconds, every
+Clients and servers are those of a run (`TeacherClient`, `ReplicaServer`) with all their sockets, on
+loopback, encrypted (CURVE) unless --bind ipc; the clients of a process take turns in one thread. A model is a
+rate: --tokens-per-second, in batches as `serve` takes them. A simulated second lasts --scale seconds, every
 time-out too, so that this machine can serve all of it. In a step every client asks for its samples at once
 and waits for all answers.
 
@@ -54,7 +53,7 @@ from megatron_simct.teacher.endpoints import CLIENT_KEY, Endpoint, make_keys
 from megatron_simct.teacher.forward import TeacherRequest
 from megatron_simct.teacher.lookout import Lookout
 from megatron_simct.teacher.payload import scored_message
-from megatron_simct.teacher.service import Door
+from megatron_simct.teacher.service import ReplicaServer
 
 FINGERPRINTS = {"hidden_size": 1}
 STEPS = ("even", "straggler", "death")
@@ -93,7 +92,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--bind", default="tcp://127.0.0.1", help="ipc or tcp://HOST (default: tcp://127.0.0.1)"
     )
     parser.add_argument(
-        "--processes", type=int, default=2, help="of clients, and as many of doors (default: 2)"
+        "--processes", type=int, default=2, help="of clients, and as many of servers (default: 2)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     return parser.parse_args(argv)
@@ -136,8 +135,8 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
         # Those that will be killed are processes of their own.
         mortal = range(max(1, options.replicas // 16)) if "death" in options.steps else range(0)
         others = np.array_split(np.arange(len(mortal), options.replicas), options.processes)
-        doors = [Worker.start(serve_doors, options, folder, [n]) for n in mortal]
-        doors += [Worker.start(serve_doors, options, folder, part.tolist()) for part in others if part.size]
+        servers = [Worker.start(run_servers, options, folder, [n]) for n in mortal]
+        servers += [Worker.start(run_servers, options, folder, part.tolist()) for part in others if part.size]
         shares = [
             part.tolist()
             for part in np.array_split(np.arange(options.clients), options.processes)
@@ -154,10 +153,10 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
                     f"fan_in: a client has met {met} of {options.replicas} replicas in 5 minutes"
                 )
             steps = [
-                measure(options, folder, doors, clients, kind, n) for n, kind in enumerate(options.steps)
+                measure(options, folder, servers, clients, kind, n) for n, kind in enumerate(options.steps)
             ]
         finally:
-            for worker in (*clients, *doors):
+            for worker in (*clients, *servers):
                 worker.process.kill()
                 worker.process.join()
         kept = ("clients", "replicas", "samples", "tokens", "tokens_per_second", "rule", "scale")
@@ -165,7 +164,7 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
             **{name: getattr(options, name) for name in kept},
             "connections": options.clients * options.replicas,
             "encrypted": options.bind != "ipc",
-            "processes": len(doors) + len(clients),
+            "processes": len(servers) + len(clients),
             "steps": steps,
         }
 
@@ -173,7 +172,7 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
 def measure(
     options: argparse.Namespace,
     folder: Path,
-    doors: list[Worker],
+    servers: list[Worker],
     clients: Sequence[Worker],
     kind: str,
     number: int,
@@ -183,7 +182,7 @@ def measure(
     slow = (
         {n: SLOW for n in range(options.replicas - mortal, options.replicas)} if kind == "straggler" else {}
     )
-    for worker in doors:
+    for worker in servers:
         worker.ask("begin", slow)
     sizes = sample_sizes(options, number)
     speed = options.tokens_per_second * (options.replicas - sum(1 - share for share in slow.values()))
@@ -194,17 +193,17 @@ def measure(
     killed: list[dict[str, int]] = []
     if kind == "death":
         wait_until(begin + ideal / 4 * options.scale)
-        for worker in doors[:mortal]:
+        for worker in servers[:mortal]:
             killed.append(worker.ask("counts"))
             os.kill(worker.process.pid, signal.SIGKILL)
             worker.process.join()
         wait_until(begin + ideal / 2 * options.scale)
         for n in range(mortal):
-            doors[n] = Worker.start(serve_doors, options, folder, [n])
+            servers[n] = Worker.start(run_servers, options, folder, [n])
         ideal = (sizes.sum() + mortal * options.tokens_per_second * ideal / 4) / speed
     finished = [worker.pipe.recv() for worker in clients]
     wall = time.monotonic() - begin
-    served = killed + [worker.ask("counts") for worker in doors]
+    served = killed + [worker.ask("counts") for worker in servers]
     totals = sum((Counter(one) for one in (*finished, *served)), Counter())
     seconds = wall / options.scale
     return {
@@ -267,7 +266,7 @@ class Cpu:
 # The teacher's side
 
 
-def serve_doors(pipe: Connection, options: argparse.Namespace, folder: Path, numbers: Sequence[int]) -> None:
+def run_servers(pipe: Connection, options: argparse.Namespace, folder: Path, numbers: Sequence[int]) -> None:
     """Some replicas in one process, until it is killed."""
     messages, cpu = Messages(service_module), Cpu()
     replicas = [Replica(options, folder, number) for number in numbers]
@@ -285,14 +284,14 @@ def serve_doors(pipe: Connection, options: argparse.Namespace, folder: Path, num
 
 
 class Replica(threading.Thread):
-    """A door, and in the place of the model a rate."""
+    """A server, and in the place of the model a rate."""
 
     def __init__(self, options: argparse.Namespace, folder: Path, number: int) -> None:
         super().__init__(daemon=True)
         self.number, self.computed = number, 0
         self._rate, self._share = options.tokens_per_second / options.scale, 1.0
         self._most = 2 * options.max_tokens_per_batch
-        self._door = Door(
+        self._server = ReplicaServer(
             folder,
             name=f"r{number}-{os.getpid()}",
             address=options.bind,
@@ -305,7 +304,7 @@ class Replica(threading.Thread):
             forget_s=60 * options.scale,
             stall_s=120 * options.scale,
         )
-        self._door.start()
+        self._server.start()
         self.start()
 
     def begin(self, share: float) -> None:
@@ -314,16 +313,15 @@ class Replica(threading.Thread):
     def run(self) -> None:
         ready = time.monotonic()
         while True:
-            works = self._door.take(self._most, wait_s=0.2)
+            works = self._server.take(self._most, wait_s=0.2)
             tokens = sum(work.request.num_tokens for work in works)
-            ready = max(ready, time.monotonic() - 0.05) + tokens / (
-                self._rate * self._share
-            )  # a busy machine is late
+            # a busy machine is late
+            ready = max(ready, time.monotonic() - 0.05) + tokens / (self._rate * self._share)
             wait_until(ready)
             for work in works:
                 zeros = torch.zeros(len(work.request.label_ids))
                 scored = ScoredPair(sample_id=work.request.sample_id, own_logit=zeros, lse=zeros, hidden=None)
-                self._door.answer(work, scored_message(work.number, scored, "bf16"))
+                self._server.answer(work, scored_message(work.number, scored, "bf16"))
             self.computed += len(works)
 
 

@@ -1,8 +1,6 @@
-"""A teacher in another job beside the same forward passes in this process: what its answers and its rounding
-cost.
+"""A teacher in another job beside the same forward passes in this process: the cost of answers and rounding.
 
     python tools/benchmark/teacher.py --teacher-hf-checkpoint DIR --student-hf-checkpoint DIR --text-file FILE
-    [--json]
 
 Paragraphs of the text stand for responses. The teacher's job is one process of its own on this machine,
 reached by --bind; both sides use --threads threads. For each --teacher-hidden-dtype, with hidden states of
@@ -511,9 +509,9 @@ def sleeping_teacher(run_dir: Path, pace: Any, busy: Any, stop: Any) -> None:
     from megatron_simct.records import ScoredPair
     from megatron_simct.teacher.endpoints import endpoint_folder
     from megatron_simct.teacher.payload import scored_message
-    from megatron_simct.teacher.service import Door
+    from megatron_simct.teacher.service import ReplicaServer
 
-    door = Door(
+    server = ReplicaServer(
         endpoint_folder(str(run_dir)),
         name="sleeping",
         address="ipc",
@@ -524,9 +522,9 @@ def sleeping_teacher(run_dir: Path, pace: Any, busy: Any, stop: Any) -> None:
         max_tokens=1 << 20,
         life="one",
     )
-    door.start()
+    server.start()
     while not stop.is_set():
-        for work in door.take(1, 0.05):
+        for work in server.take(1, 0.05):
             begin = time.perf_counter()
             time.sleep(pace.value)
             zeros = torch.zeros(len(work.request.label_ids))
@@ -538,10 +536,10 @@ def sleeping_teacher(run_dir: Path, pace: Any, busy: Any, stop: Any) -> None:
                 hidden=None,
                 byte_logprobs=torch.zeros(len(work.request.byte_side.last_row)),
             )
-            door.answer(work, scored_message(work.number, answer, "bf16"))
+            server.answer(work, scored_message(work.number, answer, "bf16"))
             busy.value += time.perf_counter() - begin
-    door.drain()
-    door.close()
+    server.drain()
+    server.close()
 
 
 # One socket

@@ -1,5 +1,4 @@
-"""`bpm`: the teacher's next-token distribution rewritten as one over the student's tokens, at every student
-label.
+"""`bpm`: the teacher's next-token distribution over the student's tokens, at every student label.
 
 Byte-prefix marginals (arXiv:2607.22334). With b(.) the bytes of a token, c the bytes that the student has
 said since the last end of a teacher token, q the teacher's distribution there, and phi_c(w) the student's
@@ -11,8 +10,7 @@ longest token that b(w) without c begins with:
 "<=" is "is a prefix of". Where the student's token s goes on beyond the realized teacher token, t(s) is the
 probability of the realized path to its end, taken from the token that the path began as:
 
-    t(s) = q_j(w_j) * prod q_k(w_k) * sum of q(w) over r <= b(w)        r: what is left of s; before
-    renormalizing
+    t(s) = q_j(w_j) * prod q_k(w_k) * sum of q(w) over r <= b(w)     r: the rest of s; before renormalizing
 
 --simct-child-weight L adds the child term of ESCD (arXiv:2609.34738). Of the teacher's tokens that the
 student has none for, those of which one begins as the other are a group g, with y its shortest. Where the
@@ -88,10 +86,9 @@ def targets_of_labels(
             start, end = ends[j] - len(teacher[theirs[j]]), at + len(student[token])
             mass = masses(likely.rows[ts + j], text[start:at])
             if end > ends[j]:
-                inside = bisect.bisect_right(
-                    ends, end
-                )  # the teacher's tokens before it end within the student's
-                path = math.exp(math.fsum(likely.said[ts + j : ts + inside]))
+                # the teacher's tokens before it end within the student's
+                inside = bisect.bisect_right(ends, end)
+                path = math.exp(math.fsum(likely.own_log_probs[ts + j : ts + inside]))
                 if left := text[ends[inside - 1] : end]:
                     row = likely.rows[ts + inside].items()
                     path *= math.fsum(math.exp(log_q) for w, log_q in row if teacher[w].startswith(left))
@@ -99,8 +96,8 @@ def targets_of_labels(
                 if cell >= 0:
                     mass[cell] = max(0.0, mass[cell] - path)
                 mass[token] = mass.get(token, 0.0) + path
-            whole = math.fsum(mass.values())
-            found += [(a, label, label, u, math.log(m / whole)) for u, m in mass.items() if m > 0]
+            total = math.fsum(mass.values())
+            found += [(a, label, label, u, math.log(m / total)) for u, m in mass.items() if m > 0]
             at = end
     return as_entries(found)
 
@@ -118,16 +115,16 @@ def with_children(
     found: list[Event] = []
     groups: list[int] = []
     for a, (ts, _, ss, _) in enumerate(segments):
-        said = translation.student[labels[0][ss]]
-        if not said or ss + 1 == len(labels[0]):
+        sampled = translation.student[labels[0][ss]]
+        if not sampled or ss + 1 == len(labels[0]):
             continue
         masses: dict[bytes, float] = {}
         for token, log_q in likely.rows[ts].items():
             y = translation.roots[token]
-            if y.startswith(said) and y != said:
+            if y.startswith(sampled) and y != sampled:
                 masses[y] = masses.get(y, 0.0) + math.exp(log_q)
         for y, mass in masses.items():
-            tokens = translation.beginning_with(y[len(said) :])
+            tokens = translation.beginning_with(y[len(sampled) :])
             if tokens and mass > 0:
                 found += [(a, ss + 1, ss + 1, u, math.log(mass)) for u in tokens]
                 groups += [groups[-1] + 1 if groups else 0] * len(tokens)

@@ -91,13 +91,13 @@ def least_divergence(bounds: Bounds, *, divergence: str, js_beta: float) -> Leas
     )
     (s, t), (cap_s, cap_t) = bounds.known, bounds.caps
     s, t = s + FLOOR, t + FLOOR
-    whole = _sums(torch.full_like(s, FLOOR), position, num_positions) + 1
+    total = _sums(torch.full_like(s, FLOOR), position, num_positions) + 1
     highest_floor, lowest_ceiling = torch.maximum(s, t), torch.minimum(s + cap_s, t + cap_t)
     apart = _sums((highest_floor > lowest_ceiling).to(s.dtype), position, num_positions)
     agree = (
         (apart == 0)
-        & (_sums(highest_floor, position, num_positions) <= whole)
-        & (_sums(lowest_ceiling, position, num_positions) >= whole)
+        & (_sums(highest_floor, position, num_positions) <= total)
+        & (_sums(lowest_ceiling, position, num_positions) >= total)
     )
     left = ~agree
     tried = (_resolved, _outer, _inner, _joint)
@@ -242,12 +242,12 @@ def _joint(bounds: Bounds) -> _Solved:
     num_positions = len(bounds.unresolved[0])
     s, t = s + FLOOR, t + FLOOR
     top_s, top_t = s + cap_s, t + cap_t
-    whole = _sums(torch.full_like(s, FLOOR), position, num_positions) + 1
-    # whole - r whole - the sum of (p - r q) of the events that are not joint, which is constant + slope r
+    total = _sums(torch.full_like(s, FLOOR), position, num_positions) + 1
+    # total - r total - the sum of (p - r q) of the events that are not joint, which is constant + slope r
     # between break points: an event stops to be high at s / (t + cT) and begins to be low at (s + cS) / t.
     above, below = s / top_t, top_s / t
     steps = torch.cat([above, below]), torch.cat([s, -top_s]), torch.cat([-top_t, t])
-    start = whole - _sums(s, position, num_positions), -whole + _sums(top_t, position, num_positions)
+    start = total - _sums(s, position, num_positions), -total + _sums(top_t, position, num_positions)
     at, constant, slope = _running(steps, torch.cat([position, position]), start)
     positive = constant + slope * at[0] > 0
     last = _largest(torch.where(positive, at[0], 0), at[1], num_positions)[position]
@@ -256,7 +256,7 @@ def _joint(bounds: Bounds) -> _Solved:
     p = torch.where(is_high, s, top_s)
     q = torch.where(is_high, top_t, t)
     fixed_p, fixed_q = (_sums(torch.where(fixed, x, 0), position, num_positions) for x in (p, q))
-    rest_p, rest_q = (whole - fixed_p).clamp(min=FLOOR), (whole - fixed_q).clamp(min=FLOOR)
+    rest_p, rest_q = (total - fixed_p).clamp(min=FLOOR), (total - fixed_q).clamp(min=FLOOR)
     ratio = rest_p / rest_q
     # The joint events as one each with an equal part: only their sum has a meaning.
     joint = _sums((~fixed).to(s.dtype), position, num_positions).clamp(min=1)
@@ -315,9 +315,9 @@ def _running(
     begins = first.nonzero().squeeze(1)[first.cumsum(0) - 1]
     sums = []
     for values, initial in ((constant, start[0]), (slope, start[1])):
-        whole = values.cumsum(0)
-        before = whole[begins] - values[begins]
-        sums.append(whole - before + initial[position])
+        running = values.cumsum(0)
+        before = running[begins] - values[begins]
+        sums.append(running - before + initial[position])
     return (at, position), sums[0], sums[1]
 
 

@@ -65,7 +65,7 @@ from megatron_simct.records import (
     FREE,
     OTHERS,
     REST,
-    SPREAD,
+    SLACK,
     STOP,
     ByteBatch,
     ByteEvents,
@@ -75,7 +75,7 @@ from megatron_simct.records import (
 
 FLOOR = 1e-8
 """Lower bound of every event probability: a model may give an event none at all."""
-SLACK = 1e-4
+BOUND_TOLERANCE = 1e-4
 """Relative difference of bounds that counts as none: rounding."""
 TILE = 4096
 """Columns at a time, at most ..."""
@@ -101,10 +101,10 @@ class ByteOrder:
     def of(cls, table: TokenTable, *, shard_start: int, shard_end: int, device: torch.device) -> ByteOrder:
         """Byte order of the ids [shard_start, shard_end), padding included."""
         order = byte_trie(table).order
-        here = (order >= shard_start) & (order < shard_end)
+        is_local = (order >= shard_start) & (order < shard_end)
         return cls(
-            columns=torch.from_numpy(order[here] - shard_start).to(device),
-            local=torch.from_numpy(np.append(0, here.cumsum())).to(device),
+            columns=torch.from_numpy(order[is_local] - shard_start).to(device),
+            local=torch.from_numpy(np.append(0, is_local.cumsum())).to(device),
         )
 
 
@@ -128,7 +128,7 @@ class SharedRows:
 
     part: ByteSidePart
     index: torch.Tensor
-    """int64 [n], ascending: the labels whose rows are here."""
+    """int64 [n], ascending: the labels whose rows this rank holds."""
     num_labels: int
     """N, of all ranks."""
     group: dist.ProcessGroup
@@ -136,7 +136,7 @@ class SharedRows:
     def complete(
         self, log_segments: torch.Tensor, log_probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """([G], [N]) for `part.sums`, from those of the rows here. One all-reduce."""
+        """([G], [N]) for `part.sums`, from those of the rows that this rank holds. One all-reduce."""
         exchanged = log_segments.new_zeros(self.part.num_exchanged)
         exchanged[self.part.sent] = log_segments[self.part.sent_segment]
         of_all = log_probs.new_zeros(self.num_labels).index_copy(0, self.index, log_probs)
@@ -147,12 +147,14 @@ class SharedRows:
         self, of_segments: torch.Tensor, of_labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients of what `complete` was given, from those of what it returned. One all-reduce."""
-        num_here = len(self.part.rows.segment_row)
+        num_local = len(self.part.rows.segment_row)
         exchanged = of_segments.new_zeros(self.part.num_exchanged)
-        exchanged[self.part.received] = of_segments[num_here:]
+        exchanged[self.part.received] = of_segments[num_local:]
         exchanged, of_labels = reduce_packed([exchanged, of_labels], dist.ReduceOp.SUM, self.group)
-        here = of_segments[:num_here].index_add(0, self.part.sent_segment, exchanged[self.part.sent])
-        return here, of_labels[self.index]
+        local_segments = of_segments[:num_local].index_add(
+            0, self.part.sent_segment, exchanged[self.part.sent]
+        )
+        return local_segments, of_labels[self.index]
 
 
 @torch.no_grad()
@@ -214,16 +216,16 @@ def mixed_log_masses(
 
     log_masses [E] each, relative to that teacher's path; weights: positive, adding up to 1; events: of
     a mixture, any of them. A teacher's share of a slot is of all it has at the position, events and what is
-    outside of them; the mixture's is the weighted sum of those, its spread too.
+    outside of them; the mixture's is the weighted sum of those, its slack too.
     """
     device = log_masses[0].device
     position = torch.from_numpy(events.slot_position).long().to(device)
-    # SPREAD and CAP are parts of other slots.
-    is_spread = torch.from_numpy(np.isin(events.slot_event, (SPREAD, CAP))).to(device)
+    # SLACK and CAP are parts of other slots.
+    is_slack = torch.from_numpy(np.isin(events.slot_event, (SLACK, CAP))).to(device)
     shares = []
     for values, weight in zip(log_masses, weights, strict=True):
-        whole = _log_sums(values.masked_fill(is_spread, NEGATIVE_INFINITY), position, events.num_positions)
-        shares.append(values - whole[position] + math.log(weight))
+        total = _log_sums(values.masked_fill(is_slack, NEGATIVE_INFINITY), position, events.num_positions)
+        shares.append(values - total[position] + math.log(weight))
     return torch.stack(shares).logsumexp(0)
 
 
@@ -344,8 +346,8 @@ def bounded_divergences(
     has_cap, cap = batch.slot_cap >= 0, batch.slot_cap.clamp(min=0)
     shares, unresolved, caps = [], [], []
     for values in (student.double(), teacher.double()):
-        whole = _log_sums(values.masked_fill(event == CAP, NEGATIVE_INFINITY), position, num_positions)
-        share = (values - whole[position]).exp()
+        total = _log_sums(values.masked_fill(event == CAP, NEGATIVE_INFINITY), position, num_positions)
+        share = (values - total[position]).exp()
         zero = share.new_zeros(num_positions)
         free = zero.index_add(0, position, torch.where(is_free, share, 0))
         unresolved.append(zero.index_add(0, position, torch.where(is_unresolved, share, 0)))
@@ -383,7 +385,7 @@ def position_divergences(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """[P], and sums for the metrics. student, teacher [E]: log masses; differentiable in the student's."""
     position, event = batch.slot_position, batch.slot_event
-    is_event, is_rest = event < SPREAD, event == REST
+    is_event, is_rest = event < SLACK, event == REST
     num_positions = batch.num_positions
     # The rest's slot of each position, and -1 for none.
     rest = torch.full((num_positions,), -1, dtype=torch.int64, device=position.device)
@@ -431,7 +433,7 @@ def _may_agree(
         for values, loose in ((student, batch.student_loose), (teacher, batch.teacher_loose))
     ]
     (lower_s, upper_s), (lower_t, upper_t) = bounds
-    overlap = (lower_s <= upper_t * (1 + SLACK)) & (lower_t <= upper_s * (1 + SLACK))
+    overlap = (lower_s <= upper_t * (1 + BOUND_TOLERANCE)) & (lower_t <= upper_s * (1 + BOUND_TOLERANCE))
     return (batch.student_loose | batch.teacher_loose) & overlap
 
 
@@ -447,15 +449,15 @@ def _bounds(
     position = batch.slot_position
     log_reference = _log_sums(values.masked_fill(~is_event, NEGATIVE_INFINITY), position, batch.num_positions)
     masses = (values - log_reference[position]).exp()  # events of a position add up to 1
-    # The SPREAD slot is empty for a model without loose bytes. OUTSIDE mass (mixtures) is not part of the
-    # spread.
-    is_spread = batch.slot_event == SPREAD
-    spread = masses.new_zeros(batch.num_positions).index_add(0, position, torch.where(is_spread, masses, 0))[
+    # The SLACK slot is empty for a model without loose bytes. OUTSIDE mass (mixtures) is not part of the
+    # slack.
+    is_slack = batch.slot_event == SLACK
+    slack = masses.new_zeros(batch.num_positions).index_add(0, position, torch.where(is_slack, masses, 0))[
         position
     ]
-    whole = torch.where(has_rest, 1, 1 + spread)  # the rest has the spread in it
-    upper = torch.where(loose, (masses + spread) / whole, masses)
-    return masses / whole, upper
+    total = torch.where(has_rest, 1, 1 + slack)  # the rest includes the slack
+    upper = torch.where(loose, (masses + slack) / total, masses)
+    return masses / total, upper
 
 
 def _floored(

@@ -1,8 +1,7 @@
-"""`scalar`: the teacher judges a chunk by one number, which is spread over the student's tokens as
-advantages.
+"""`scalar`: the teacher judges a chunk by one number, spread over the student's tokens as advantages.
 
-A chunk is a segment of k student tokens. With L_T = sum log q over the teacher's own tokens of it, l_i = log
-p_old of the student's, and L_S = sum l_i:
+A chunk is a segment of k student tokens. With L_T = sum log q over the teacher's own tokens of it,
+l_i = log p_old of the student's, and L_S = sum l_i:
 
     dpca     A_i = (L_T / L_S - 1) l_i, at most ADVANTAGE_CLIP in size: the chunk's budget shared out in
              proportion (arXiv:2606.09456). Chunks of more than CHUNK_TOKENS student tokens, or that end
@@ -39,8 +38,8 @@ def value(rows: Rows) -> RowValues:
     advantages = factor * old + constant
     if dpca:
         advantages = advantages.clamp(-ADVANTAGE_CLIP, ADVANTAGE_CLIP)
-        whole = rows.at_labels((rows.length("student") <= CHUNK_TOKENS).to(advantages.dtype))
-        advantages = advantages * whole
+        fits_chunk = rows.at_labels((rows.length("student") <= CHUNK_TOKENS).to(advantages.dtype))
+        advantages = advantages * fits_chunk
     return RowValues(value=rows.total(policy_gradient(rows.log_probs, old, advantages), "student"))
 
 

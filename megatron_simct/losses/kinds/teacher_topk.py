@@ -1,5 +1,4 @@
-"""`partition` and `topk_kl`: the teacher's k likeliest tokens of a row, by id, and what they mean to the
-student.
+"""`partition` and `topk_kl`: the teacher's k likeliest tokens of a row, by id, as events of both models.
 
 They need no more of a teacher than an inference service gives. An event is one student token behind some
 student labels, and one teacher token behind some teacher labels, which together spell the same bytes.
@@ -7,11 +6,11 @@ student labels, and one teacher token behind some teacher labels, which together
 `partition` (prefix-bidirectional partition KL: NeMo-RL, pull request 4177; CSD, arXiv:2610.28895), with q the
 teacher:
 
-    1:1 segment     b(u) = b(t)                              P_S = p(u)                       P_T = q(t)
-    1:n segment     b(u) = b(t_1 .. t_n-1) b(t)              P_S = p(u)                       P_T = prod_j<n
-    q(t_j) q(t)
-    m:1 segment     b(s_1 .. s_m-1) b(u) = b(t)              P_S = prod_i<m p(s_i) p(u)       P_T = q(t)
-    m:n segment     what was said alone
+    segment    event                          P_S                        P_T
+    1:1        b(u) = b(t)                    p(u)                       q(t)
+    1:n        b(u) = b(t_1 .. t_n-1) b(t)    p(u)                       prod_j<n q(t_j) q(t)
+    m:1        b(s_1 .. s_m-1) b(u) = b(t)    prod_i<m p(s_i) p(u)       q(t)
+    m:n        the sampled tokens alone
 
 The tokens t are the teacher's k likeliest of that row; what was said is forced in; REST = 1 - sum. The loss
 of a segment is the divergence of the two partitions; published with forward KL and js. A student's path of
@@ -48,7 +47,7 @@ class Likely:
     """For each teacher label whose row was asked for: token -> log-probability, descending, and what was
     said.
     """
-    said: Sequence[float]
+    own_log_probs: Sequence[float]
     """The log-probability of every teacher label."""
 
     @staticmethod
@@ -57,13 +56,13 @@ class Likely:
         ids: torch.Tensor,
         log_probs: torch.Tensor,
         labels: Sequence[int],
-        said: torch.Tensor,
+        own_log_probs: torch.Tensor,
     ) -> Likely:
-        """asked [R]: the labels of the rows; ids and log_probs [R, k]; labels and said [M]."""
-        own = said.tolist()
+        """asked [R]: the labels of the rows; ids and log_probs [R, k]; labels and own_log_probs [M]."""
+        own = own_log_probs.tolist()
         of_rows = zip(asked, ids.tolist(), log_probs.tolist(), strict=True)
         rows = {m: dict(zip(tokens, row, strict=True)) | {labels[m]: own[m]} for m, tokens, row in of_rows}
-        return Likely(rows=rows, said=own)
+        return Likely(rows=rows, own_log_probs=own)
 
 
 def events_of_segments(
@@ -80,7 +79,7 @@ def events_of_segments(
         if te - 1 not in likely.rows:
             continue
         own, theirs, row = labels[0][ss:se], labels[1][ts:te], likely.rows[te - 1]
-        before = math.fsum(likely.said[ts : te - 1])
+        before = math.fsum(likely.own_log_probs[ts : te - 1])
         log_q = {own[-1]: row[theirs[-1]]}
         if len(own) == len(theirs) == 1:
             stop = [math.exp(value) for token, value in row.items() if token in stops_t]
@@ -112,11 +111,11 @@ def response_entries(
 ) -> EntryBatch:
     """Those of one response of a run. build: of Interface.entries."""
     assert scored.topk is not None and scored.topk_ids is not None, "asked for by TeacherNeeds.token_ids"
-    words = pair.teacher_ids.tolist()
+    labels = pair.teacher_ids.tolist()
     likely = Likely.of(
-        pair.teacher_rows.tolist(), scored.topk_ids, scored.topk, words, scored.own_logit - scored.lse
+        pair.teacher_rows.tolist(), scored.topk_ids, scored.topk, labels, scored.own_logit - scored.lse
     )
-    return build(pair.segments.tolist(), (rollout.student_ids.tolist(), words), likely, translation)
+    return build(pair.segments.tolist(), (rollout.student_ids.tolist(), labels), likely, translation)
 
 
 def as_entries(events: Sequence[Event]) -> EntryBatch:
