@@ -111,7 +111,7 @@ class EngineClient:
         data, headers = self._call("POST", "/pooling", body, limit=expected, headers={"X-Request-Id": name})
         self._check_metadata(headers.get("metadata"), name, len(ids))
         if len(data) != expected:
-            raise EngineFault(f"{self.address} answered {len(data)} of {expected} bytes")
+            raise EngineFault(f"{self.address} returned {len(data)} of {expected} bytes")
         hidden = torch.from_numpy(
             np.frombuffer(data, numbers).reshape(len(ids), self._hidden_size).astype(np.float32)
         )
@@ -121,7 +121,7 @@ class EngineClient:
                     "--engine-hidden-dtype float16: a hidden state is beyond 65504, the largest number of "
                     "that type; use float32"
                 )
-            raise EngineFault(f"{self.address} answered numbers that are not finite")
+            raise EngineFault(f"{self.address} returned numbers that are not finite")
         return hidden
 
     def token_log_probs(
@@ -131,7 +131,7 @@ class EngineClient:
         then those of the k likeliest in its place, descending, and which these are. k needs the field
         prompt_logprobs.
         """
-        assert not k or field == "prompt_logprobs", "an echo names no ids"
+        assert not k or field == "prompt_logprobs", "an echo does not return ids"
         body = {
             "model": self._model or self.served().model,
             "prompt": ids.tolist(),
@@ -153,10 +153,12 @@ class EngineClient:
             found = np.array(rows, dtype=np.float64).reshape(len(ids) - 1, 1 + 2 * k)
         except (LookupError, TypeError, ValueError, AttributeError):
             raise EngineFault(
-                f"{self.address}/v1/completions answers no {field} of the prompt's ids"
+                f"{self.address}/v1/completions did not return {field} for the prompt's ids"
             ) from None
         if not (np.isfinite(found).all() and (found[:, : 1 + k] <= 1e-3).all()):
-            raise EngineFault(f"{self.address}/v1/completions answers numbers that are no log-probabilities")
+            raise EngineFault(
+                f"{self.address}/v1/completions returned numbers that are not log-probabilities"
+            )
         return found
 
     def get(self, path: str) -> Any:
@@ -181,14 +183,14 @@ class EngineClient:
             about, (item,) = str(metadata["id"]), metadata["data"]
             shape, dtype = item["shape"], item["embed_dtype"]
         except (ValueError, LookupError, TypeError, RecursionError):
-            raise EngineFault(f"{self.address} answered hidden states without vLLM's metadata") from None
+            raise EngineFault(f"{self.address} returned hidden states without vLLM's metadata") from None
         if not about.endswith(name):
             raise EngineFault(f"{self.address} answered another request")
         if dtype != self._dtype or shape[:1] != [count]:
             raise EngineFault(f"{self.address} answered {dtype} {shape}, not {self._dtype} of {count} tokens")
         if shape[1:] != [self._hidden_size]:
             raise EngineRefusal(
-                f"{self.address} answers hidden states of {shape[1:]} numbers, and config.json says "
+                f"{self.address} returned hidden states of {shape[1:]} numbers, but config.json says "
                 f"{self._hidden_size}"
             )
 

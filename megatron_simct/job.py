@@ -357,9 +357,7 @@ def build_entries(config: Config, pair: Pair) -> Entries | None:
     entries_of, tables = interface_of(config.interface).entries, pair.alignment_map
     if entries_of is None:
         return None
-    assert pair.teacher is not None and tables is not None, (
-        "such an interface compares tokens with a teacher's"
-    )
+    assert pair.teacher is not None and tables is not None, "this interface compares tokens with a teacher's"
     compares_stops = config.interface.stop_bridge
     translation = Translation(
         student=pair.student.table.pieces(),
@@ -423,7 +421,7 @@ def load_student(config: Config, groups: Groups, tokenizer: Tokenizer) -> Hidden
     architecture = read_architecture(config.model.folder, flag="--hf-checkpoint")
     if find_weights(config.model.folder, flag="--hf-checkpoint") is None:
         raise ValueError(
-            f"--lora-rank {config.lora.rank}: {folder} has no weights for adapters to lie beside"
+            f"--lora-rank {config.lora.rank}: {folder} has no weights to which adapters could be added"
         )
     counts = adapter_parameters(architecture, config.lora, tp_size=groups.tp_size, flag=folder)
     model = load_model(config, config.model, groups, tokenizer, prefix="")
@@ -432,7 +430,8 @@ def load_student(config: Config, groups: Groups, tokenizer: Tokenizer) -> Hidden
     )
     if groups.is_first_rank:
         count = sum(counts[layer] for layer in architecture.layers)
-        said = f"{count:,} numbers of adapters are trained on each tensor-parallel rank, and no weights"
+        said = f"{count:,} adapter parameters are trained on each tensor-parallel rank; the weights are "
+        "frozen"
         print(f" --lora-rank {config.lora.rank}: {said}", flush=True)
     return model
 
@@ -480,7 +479,7 @@ def resume(config: Config, groups: Groups, checkpoints: Checkpoints) -> int:
         return 0
     same = output.save is not None and Path(output.load).resolve() == Path(output.save).resolve()
     if same and output.ckpt_step is None and not has_checkpoint(output.load):
-        start, line = 0, f" --load {output.load}: no checkpoint there yet, starting afresh"
+        start, line = 0, f" --load {output.load}: no checkpoint there yet, starting from the beginning"
     else:
         start, changed = checkpoints.resume(
             output.load, step=output.ckpt_step, verified=output.verify_checkpoint
@@ -488,7 +487,7 @@ def resume(config: Config, groups: Groups, checkpoints: Checkpoints) -> int:
         line = f" resuming {output.load} after iteration {start}"
         newer = [iteration for iteration in numbered(output.load) if iteration > start]
         if newer and output.ckpt_step is None:
-            line += f", as {TRACKER} says; there are newer ones: {', '.join(map(str, newer))}"
+            line += f", the one in {TRACKER}; there are newer ones: {', '.join(map(str, newer))}"
         if changed:
             line += "; changed: " + ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
     if groups.is_first_rank:
@@ -558,7 +557,7 @@ def build_prompts(config: Config, groups: Groups, pair: Pair) -> PromptSource:
     report_skipped(config, groups, source, "prompts", of=len(rows))
     if source.num_teacher_prompts and groups.is_first_rank:
         print(
-            f" the teacher reads a prompt of its own in {source.num_teacher_prompts} of {len(source)} rows",
+            f" the teacher has its own prompt in {source.num_teacher_prompts} of {len(source)} rows",
             flush=True,
         )
     return source

@@ -78,7 +78,10 @@ def open_pair(config: Config, *, say: Callable[[str], object] = lambda line: Non
     if needs.byte_events and config.interface.byte_bounds == "any":
         sides = []
         for tokenizer in (student, *(one.tokenizer for one in teachers)):
-            say(f" {tokenizer.name}: finding what may follow each of {tokenizer.table.num_ids:,} tokens")
+            say(
+                f" {tokenizer.name}: finding the tokens that may follow each of {tokenizer.table.num_ids:,} "
+                "tokens"
+            )
             sides.append(with_continuations(tokenizer))
         student, *others = sides
         teachers = tuple(replace(one, tokenizer=other) for one, other in zip(teachers, others, strict=True))
@@ -120,7 +123,7 @@ def open_alignment_map(config: Config, student: Tokenizer, teacher: Tokenizer) -
     if config.interface.shared == "released":
         if folder is not None:
             raise ValueError(
-                f"--simct-alignment-map {folder}: its pairs are of equal bytes; leave out --simct-shared "
+                f"--simct-alignment-map {folder}: it pairs tokens with equal bytes; leave out --simct-shared "
                 "released"
             )
         return released_map(student, teacher)
@@ -140,8 +143,8 @@ def open_chat_template(
         return None
     if tokenizer.encode_chat is None:
         raise ValueError(
-            f"--apply-chat-template: --{prefix}tokenizer-model {tokenizer.name} cannot read the special "
-            "tokens of a chat; it needs a tokenizer.json"
+            f"--apply-chat-template: --{prefix}tokenizer-model {tokenizer.name} cannot encode the special "
+            "tokens of a chat template; use a tokenizer.json"
         )
     return ChatTemplate.load(
         options.folder,
@@ -275,7 +278,7 @@ def open_model(
         quantised = folder_format(options.folder, flag=flag)
         if quantised is not None and groups.is_first_rank:
             kind = "bfloat16" if bf16 else "float32"
-            print(f" {flag} {options.folder}: {quantised.label}, which becomes {kind} in memory", flush=True)
+            print(f" {flag} {options.folder}: {quantised.label}, converted to {kind} in memory", flush=True)
         load_hf_weights(
             model, architecture, options.folder, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag=flag
         )

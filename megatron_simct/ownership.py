@@ -130,7 +130,8 @@ def take(folder: Path, *, name: str = "owner", what: str) -> Lock:
         lock.release()  # somebody came in the same moment: both look again
         time.sleep(random.random() * 0.05)
     raise ValueError(
-        f"{what}: another run starts there at the same moment; start this one again when that has ended"
+        f"{what}: another run is starting there at the same moment; start this one again when the other has "
+        "ended"
     )
 
 
@@ -164,12 +165,12 @@ def is_gone(owner: Owner, ours: Owner) -> bool:
 def _refusal(what: str, path: Path, owner: Owner | None, ours: Owner) -> str:
     remedy = f"rm {shlex.quote(str(path))}"
     if owner is None:
-        return f"{what}: its lock {path} cannot be read; where no run writes there: {remedy}"
+        return f"{what}: its lock {path} cannot be read; if no run writes there: {remedy}"
     if owner.host == ours.host and owner.pids == ours.pids:
         return f"{what}: another run writes there ({owner}); end it first, or name another directory"
     return (
-        f"{what}: another run writes there ({owner}), as far as can be seen from here; if it has ended: "
-        f"{remedy}"
+        f"{what}: another run writes there ({owner}), and this host cannot check whether it has ended; if it "
+        f"has: {remedy}"
     )
 
 

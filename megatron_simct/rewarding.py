@@ -74,6 +74,6 @@ class Rewarding:
         except NoReward as why:
             self._said += 1
             if self._said <= MAX_SAID:
-                last = "; further ones are only counted (reward_failed)" if self._said == MAX_SAID else ""
+                last = "; further failures are only counted (reward_failed)" if self._said == MAX_SAID else ""
                 self.say(f" --reward: sample {rollout.sample_id} has none: {why}{last}")
             return math.nan

@@ -99,7 +99,7 @@ def _serve_model(
     options, serving, flag = config.teacher, config.serving, "--teacher-hf-checkpoint"
     architecture = read_architecture(options.folder, flag=flag)
     if options.pretrained_checkpoint is None and find_weights(options.folder, flag=flag) is None:
-        raise ValueError(f"{flag} {options.hf_checkpoint}: has no weights; a teacher needs some")
+        raise ValueError(f"{flag} {options.hf_checkpoint}: has no weights, but a teacher needs them")
     model = open_model(
         options,
         config.parallel,
@@ -177,12 +177,12 @@ def _serve_engine(
     if first is None:
         return
     served = probe.served
-    assert served is not None, "an engine has passed"
+    assert served is not None, "at least one engine has passed the checks"
     said = f" engine {first.address} serves {served.root} (vLLM {served.version}): "
-    said += f"the probe's text has {probe.mean_nats:.3f} nats a token"
+    said += f"the probe text has {probe.mean_nats:.3f} nats a token"
     if engine.check_endpoint is not None and isinstance(probe, Probe):
         difference = probe.compare(first, EngineClient(engine.check_endpoint, timeout_s=engine.timeout_s))
-        said += f", and differs by at most {difference:.2g} from what {engine.check_endpoint} says"
+        said += f", at most {difference:.2g} different from {engine.check_endpoint}"
     print(said, flush=True)
     longest = min(serving.max_tokens_per_batch, served.max_model_len or serving.max_tokens_per_batch)
     described = describe_teacher(options.folder, flag=flag)
@@ -259,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # With exit code 0 torchrun does not start again what was told to end.
     first = Environment.read().rank == 0
     interrupted = f"{PROGRAM}: interrupted\n" if first else ""
-    stopped = " SIGTERM: the teacher ends at once\n" if first else ""
+    stopped = " SIGTERM: the teacher exits immediately\n" if first else ""
     endings = {signal.SIGINT: (INTERRUPTED, interrupted), signal.SIGTERM: (0, stopped)}
     signals = EndSignals(endings, again_ends=True)
     with process_groups(config.parallel, seed=0, bf16=config.serving.bf16) as groups:

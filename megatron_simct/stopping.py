@@ -181,4 +181,4 @@ class ExitWatch:
         signalled, late = seen.tolist()
         if signalled:
             return "SIGTERM"
-        return f"--exit-duration-in-mins {self._after_minutes:g} is over" if late else None
+        return f"--exit-duration-in-mins {self._after_minutes:g} has passed" if late else None

@@ -156,8 +156,9 @@ def check_lag(rollouts: Sequence[Rollout], iteration: int, most: int | None) -> 
         return
     if iteration - oldest.weight_version > most:
         raise ValueError(
-            f"--rollout-max-lag {most}: sample {oldest.sample_id} was sampled by the weights after "
-            f"{oldest.weight_version} steps, and {iteration} are done; raise it if the weights may be so old"
+            f"--rollout-max-lag {most}: sample {oldest.sample_id} was sampled by weights after "
+            f"{oldest.weight_version} steps, but the student has done {iteration}; raise it to allow older "
+            "weights"
         )
 
 
@@ -264,7 +265,7 @@ def report_interface(config: Config, groups: Groups) -> None:
 def report_precision(config: Config, groups: Groups) -> None:
     """One log line for float32 on a GPU."""
     if groups.is_first_rank and groups.device.type == "cuda" and not config.training.bf16:
-        print(" float32 on GPUs: twice the memory, a fraction of the speed; --bf16 changes it", flush=True)
+        print(" float32 on GPUs: twice the memory, a fraction of the speed; use --bf16", flush=True)
 
 
 def write_config(config: Config, groups: Groups) -> None:

@@ -130,7 +130,7 @@ def test_the_step_that_is_asked_for_must_be_there(tiny, folder):
 def test_a_newer_one_that_the_tracker_does_not_name_is_pointed_out(tiny, folder):
     (folder / "save" / TRACKER).write_text("1")
     text = printed(argv(tiny, folder, 2))
-    assert f"after iteration 1, as {TRACKER} says; there are newer ones: 2, 3" in text
+    assert f"after iteration 1, the one in {TRACKER}; there are newer ones: 2, 3" in text
 
 
 def test_a_step_that_is_older_than_the_newest_is_saved_again(tiny, folder):

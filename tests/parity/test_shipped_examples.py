@@ -25,7 +25,7 @@ TOKENIZERS = {
     "Qwen3-235B-A22B": "qwen2.5",
 }
 SHARED_FOLDER = ("folders", "this folder is usually local to a node")
-# one by one here, up to three there, and the recipe says paper
+# The student splits digits one by one, the teacher in groups of up to three; the recipe uses paper.
 DIGITS = (
     "interface",
     "split digits differently",

@@ -147,9 +147,9 @@ def test_lists_and_compressed_lines_are_read(tmp_path):
         (
             "math_label",
             json.dumps({"messages": [], "label": "3"}),
-            "neither a text nor messages under 'messages'",
+            "neither a string nor messages under 'messages'",
         ),
-        ("math500", "", "holds no problems"),
+        ("math500", "", "contains no problems"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_in_a_line(tmp_path, name, content, message):
@@ -190,7 +190,7 @@ def test_private_tests_are_read_without_unpickling():
     row = livecodebench([], [])
     for harmful in (Harmful(), [Harmful(), "[]"], ["[]"], 3):
         row["private_test_cases"] = base64.b64encode(zlib.compress(pickle.dumps(harmful))).decode()
-        with pytest.raises(ValueError, match="something else than a text"):
+        with pytest.raises(ValueError, match="does not contain a string"):
             livecodebench_tests(row)
 
 

@@ -551,7 +551,7 @@ WRONG = [
         change=prompts({"prompt": "Hi", "teacher_suffix": 5}),
         side="pair",
         flag="--prompt-data",
-        words=("line 1", "'teacher_suffix' is not a text"),
+        words=("line 1", "'teacher_suffix' is not a string"),
     ),
     Case(
         what="teacher prompt that is too long",
@@ -912,7 +912,7 @@ def test_what_takes_long_at_the_start_is_said(folder):
         read_run_file(str(write_run(folder, student(simct_byte_bounds="any")))).config, say=lines.append
     )
     assert pair.student.continuations is not None and pair.teachers[0].tokenizer.continuations is not None
-    assert len(lines) == 2 and all("finding what may follow each of" in line for line in lines)
+    assert len(lines) == 2 and all("finding the tokens that may follow each of" in line for line in lines)
     open_pair(read_run_file(str(write_run(folder))).config, say=lines.append)
     assert len(lines) == 2
 

@@ -121,7 +121,7 @@ def test_every_reason_is_counted(prepare):
         "no label": 1,
         "half a surrogate pair": 1,
         "messages without role and content": 1,
-        "messages that do not end with the user's": 1,
+        "messages that do not end with a user message": 1,
     }
     assert report["sources"]["a"]["looked_at"] == len(rows)
 

@@ -139,7 +139,7 @@ class Unreadable:
     message: str
 
 
-EXPECTED = "; expected one JSON object a line, or one JSON list of them"
+EXPECTED = "; expected one JSON object on each line, or one JSON list of objects"
 UNREADABLE = [
     Unreadable(
         name="a comma behind a row",
@@ -174,7 +174,7 @@ UNREADABLE = [
         name="CSV",
         file="rows.csv",
         content=b"prompt,label\na,7\n",
-        message="; of a CSV file, pandas.read_csv(FILE)",
+        message="; for a CSV file, pandas.read_csv(FILE)",
     ),
     Unreadable(
         name="cut off",
@@ -192,12 +192,12 @@ UNREADABLE = [
     Unreadable(
         name="a key that stands twice",
         content=LINE + b'\n{"prompt": "a", "label": "7", "prompt": "b"}',
-        message=", line 2: the key 'prompt' stands twice in one object",
+        message=", line 2: the key 'prompt' occurs twice in one object",
     ),
     Unreadable(
         name="a key of a message that stands twice",
         content=b'{"messages": [{"role": "user", "role": "system", "content": "a"}]}',
-        message=", line 1: the key 'role' stands twice in one object",
+        message=", line 1: the key 'role' occurs twice in one object",
     ),
     Unreadable(
         name="a number of too many digits",
@@ -424,7 +424,8 @@ def test_sft_reads_the_answer_that_closes_a_conversation(tmp_path: Path) -> None
     for rows, words in (
         (
             {"messages": [ASKED]},
-            "line 1: no response (a text, or messages that end with an answer; the row has messages)",
+            "line 1: no response (expected a string, or messages that end with an answer; the row has "
+            "messages)",
         ),
         ({"messages": [ASKED, CALL]}, "line 1: an answer with tool_calls ("),
         (
@@ -452,9 +453,13 @@ REFUSED = [
     Refused(name="nothing", row={}, reason="no prompt", detail="the row has no keys"),
     Refused(name="another column", row={"question": "a"}, reason="no prompt", detail="the row has question"),
     Refused(name="a null", row={"prompt": None}, reason="no prompt", detail="the row has prompt"),
-    Refused(name="a number", row={"prompt": 3}, reason="neither a text nor messages under 'prompt'"),
-    Refused(name="an object", row={"messages": ASKED}, reason="neither a text nor messages under 'messages'"),
-    Refused(name="no messages", row={"messages": []}, reason="neither a text nor messages under 'messages'"),
+    Refused(name="a number", row={"prompt": 3}, reason="neither a string nor messages under 'prompt'"),
+    Refused(
+        name="an object", row={"messages": ASKED}, reason="neither a string nor messages under 'messages'"
+    ),
+    Refused(
+        name="no messages", row={"messages": []}, reason="neither a string nor messages under 'messages'"
+    ),
     Refused(
         name="half a surrogate pair in a text",
         row={"prompt": "\ud83d"},
@@ -470,13 +475,13 @@ REFUSED = [
     Refused(
         name="messages in quotes",
         row={"messages": json.dumps([ASKED])},
-        reason="a conversation in quotes under 'messages'",
+        reason="a conversation that is a string under 'messages'",
         detail="write it as a JSON list",
     ),
     Refused(
         name="messages in Python's quotes",
         row={"prompt": str([ASKED])},
-        reason="a conversation in quotes under 'prompt'",
+        reason="a conversation that is a string under 'prompt'",
     ),
     Refused(
         name="a text among the messages",
@@ -520,7 +525,7 @@ REFUSED = [
     Refused(
         name="a text part without text",
         row={"messages": [ASKED | {"content": [{"type": "text"}]}]},
-        reason="a part of the type 'text' without a text",
+        reason="a part of type 'text' without a string 'text'",
     ),
     Refused(
         name="a speaker of ShareGPT that has no role",
@@ -531,44 +536,44 @@ REFUSED = [
     Refused(
         name="a system message alone",
         row={"messages": [SYSTEM]},
-        reason="messages that do not end with the user's",
-        detail="the role 'system' comes last",
+        reason="messages that do not end with a user message",
+        detail="the role 'system' is the last one",
     ),
     Refused(
         name="a system message and its answer",
         row={"messages": [SYSTEM, ANSWER]},
-        reason="messages that do not end with the user's",
-        detail="the role 'system' comes last",
+        reason="messages that do not end with a user message",
+        detail="the role 'system' is the last one",
     ),
     Refused(
         name="an answer alone",
         row={"messages": [ANSWER]},
-        reason="messages that do not end with the user's",
-        detail="nothing stands before the answer",
+        reason="messages that do not end with a user message",
+        detail="there is no message before the answer",
     ),
     Refused(
         name="two answers in a row",
         row={"messages": [ASKED, ANSWER, ANSWER]},
-        reason="messages that do not end with the user's",
-        detail="the role 'assistant' comes last",
+        reason="messages that do not end with a user message",
+        detail="the role 'assistant' is the last one",
     ),
     Refused(
         name="the beginning of an answer",
         row={"messages": [ASKED, ANSWER | {"prefix": True}]},
-        reason="an answer that is to be continued",
+        reason="an unfinished answer",
         detail="message 2 has 'prefix': true",
     ),
     Refused(
         name="a system prompt in a column",
         row={"messages": [ASKED], "system": "Be brief."},
-        reason="'system' beside the messages",
+        reason="'system' next to messages",
         detail="make it the first message",
     ),
     Refused(
         name="tools in a column",
         row={"messages": [ASKED], "tools": [{"name": "f"}]},
-        reason="'tools' beside the messages",
-        detail="templates are given messages only",
+        reason="'tools' next to messages",
+        detail="chat templates only get messages",
     ),
 ]
 
@@ -712,8 +717,8 @@ def test_a_row_may_have_a_prompt_for_the_teacher_alone(keys, prompt, expected):
         ({"teacher_prompt": "a", "teacher_messages": [ASKED]}, "two prompts for the teacher"),
         ({"teacher_prompt": "a", "teacher_suffix": HINT}, "two prompts for the teacher"),
         ({"teacher_messages": [ASKED, ANSWER]}, "'teacher_messages' ends with an answer"),
-        ({"teacher_messages": [SYSTEM]}, "messages that do not end with the user's"),
-        ({"teacher_suffix": 51}, "'teacher_suffix' is not a text"),
+        ({"teacher_messages": [SYSTEM]}, "messages that do not end with a user message"),
+        ({"teacher_suffix": 51}, "'teacher_suffix' is not a string"),
         ({"teacher_system": ""}, "an empty 'teacher_system'"),
         ({"teacher_suffix": "\ud800"}, "half a surrogate pair"),
     ],
