@@ -430,9 +430,8 @@ def load_student(config: Config, groups: Groups, tokenizer: Tokenizer) -> Hidden
     )
     if groups.is_first_rank:
         count = sum(counts[layer] for layer in architecture.layers)
-        said = f"{count:,} adapter parameters are trained on each tensor-parallel rank; the weights are "
-        "frozen"
-        print(f" --lora-rank {config.lora.rank}: {said}", flush=True)
+        trained = f"{count:,} adapter parameters are trained on each tensor-parallel rank"
+        print(f" --lora-rank {config.lora.rank}: {trained}; the weights are frozen", flush=True)
     return model
 
 

@@ -209,8 +209,7 @@ def prompt_of(row: dict[str, Any], keys: Sequence[str]) -> tuple[str | list[Mess
     answer = messages.pop() if messages[-1]["role"] == "assistant" else None
     last = messages[-1]["role"] if messages else None
     if last not in _ANSWERED_ROLES:
-        what = "there is no message before the answer" if last is None else f"the role {last!r} is the last "
-        "one"
+        what = "there is no message before the answer" if last is None else f"the last role is {last!r}"
         raise RowError("messages that do not end with a user message", what)
     return messages, answer
 

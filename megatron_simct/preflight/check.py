@@ -366,8 +366,7 @@ class _Check:
             f"{'bfloat16' if bf16 else 'float32'} in memory, over the ranks of one replica"
         )
         if name == "student":
-            said += "; the student starts from the dequantised weights, and is trained and saved without "
-            "quantisation"
+            said += "; the student is trained and saved without quantisation"
             self._findings.append(warned(name, "weights", said, flag="--hf-checkpoint"))
         else:
             self._findings.append(passed(name, "weights", said))
@@ -424,8 +423,7 @@ class _Check:
             return []
         self._findings += templates
         share = source.num_skipped / len(looked_at)
-        said = f"{len(rows):,} prompts; of {len(looked_at)} looked at {share:.1%} are too long and are left "
-        "out"
+        said = f"{len(rows):,} prompts; {share:.1%} of the {len(looked_at)} checked are too long and left out"
         own = sum(row.teacher_prompt is not None for row in rows)
         if own and teacher is not None:
             said += f"; in {own:,} rows the teacher has its own prompt"

@@ -727,7 +727,7 @@ MISTAKES = [
         command="evaluate",
         what="number for a prompt",
         flags="--data number.jsonl",
-        line="--data number.jsonl, line 1 is not one of exact_match",
+        line="--data number.jsonl, line 1 is not a row of exact_match",
         code=1,
     ),
     Mistake(

@@ -121,28 +121,28 @@ def test_lists_and_compressed_lines_are_read(tmp_path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("gsm8k", json.dumps(GSM8K | {"answer": "3"}), "line 1 is not one of gsm8k"),
-        ("mbpp", json.dumps(GSM8K), "line 1 is not one of mbpp .KeyError: 'test_list'"),
+        ("gsm8k", json.dumps(GSM8K | {"answer": "3"}), "line 1 is not a row of gsm8k"),
+        ("mbpp", json.dumps(GSM8K), "line 1 is not a row of mbpp .KeyError: 'test_list'"),
         ("mbpp", "\n".join([json.dumps(MBPP)] * 2), "two rows have the same id"),
         ("math500", "{", "not JSON"),
         ("mbpp", json.dumps(MBPP) + "\n\n{", ", line 3: not JSON"),
         (
             "exact_match",
             json.dumps({"prompt": "Add.", "label": [3]}),
-            "line 1 is not one of exact_match .RowError",
+            "line 1 is not a row of exact_match .RowError",
         ),
         ("exact_match", "[3]", "row 1: expected a JSON object, found int"),
         (
             "gsm8k",
             json.dumps(GSM8K | {"answer": 3}),
-            "line 1 is not one of gsm8k .TypeError: its answer must be a string",
+            "line 1 is not a row of gsm8k .TypeError: its answer must be a string",
         ),
         ("gsm8k", json.dumps(GSM8K | {"question": None}), "its question must be a string"),
         ("humaneval", json.dumps(HUMANEVAL | {"prompt": None}), "its prompt must be a string"),
         (
             "livecodebench",
             json.dumps(livecodebench(STDIN, []) | {"private_test_cases": "abcd"}),
-            "line 1 is not one of",
+            "line 1 is not a row of",
         ),
         (
             "math_label",

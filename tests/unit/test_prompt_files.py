@@ -530,20 +530,20 @@ REFUSED = [
     Refused(
         name="a speaker of ShareGPT that has no role",
         row={"conversations": [{"from": "human", "value": "a"}, {"from": "bing", "value": "b"}]},
-        reason="messages from 'bing'",
+        reason="messages from the unknown speaker 'bing'",
         detail="message 2; known are human, user, gpt",
     ),
     Refused(
         name="a system message alone",
         row={"messages": [SYSTEM]},
         reason="messages that do not end with a user message",
-        detail="the role 'system' is the last one",
+        detail="the last role is 'system'",
     ),
     Refused(
         name="a system message and its answer",
         row={"messages": [SYSTEM, ANSWER]},
         reason="messages that do not end with a user message",
-        detail="the role 'system' is the last one",
+        detail="the last role is 'system'",
     ),
     Refused(
         name="an answer alone",
@@ -555,7 +555,7 @@ REFUSED = [
         name="two answers in a row",
         row={"messages": [ASKED, ANSWER, ANSWER]},
         reason="messages that do not end with a user message",
-        detail="the role 'assistant' is the last one",
+        detail="the last role is 'assistant'",
     ),
     Refused(
         name="the beginning of an answer",
@@ -591,14 +591,12 @@ def test_a_row_is_refused_by_every_reader_for_the_same_reason(tmp_path: Path, ca
     problems = write(tmp_path, [{"prompt": "a", "label": "7"}, case.row | {"label": "8"}])
     with pytest.raises(ValueError) as error:
         read_problems("math_label", str(problems))
-    assert f"line 2 is not one of math_label (RowError: {case.reason}" in str(error.value)
+    assert f"line 2 is not a row of math_label (RowError: {case.reason}" in str(error.value)
 
 
 def test_two_answers_that_differ_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path, {"messages": [ASKED, ANSWER], "response": "It is 52."})
-    with pytest.raises(
-        ValueError, match="line 1: two answers .that under 'response' is not the one that ends"
-    ):
+    with pytest.raises(ValueError, match="line 1: two answers .'response' differs from the answer that ends"):
         train(path)
     assert prepare(path, response_key="response") == ([], {"two answers": 1})
     # A mixture that does not name the column does not take it.
@@ -647,7 +645,7 @@ def test_what_is_no_label_is_refused_if_one_is_needed(tmp_path: Path, value: Any
     with pytest.raises(ValueError, match=f"line 1: {reason}"):
         train(path, need_label=True)
     assert prepare(path, label_key="label")[1] == {reason: 1}
-    with pytest.raises(ValueError, match=f"line 1 is not one of exact_match .RowError: {reason}"):
+    with pytest.raises(ValueError, match=f"line 1 is not a row of exact_match .RowError: {reason}"):
         read_problems("exact_match", str(path))
 
 
