@@ -110,17 +110,17 @@ def test_a_replica_whose_model_hangs_and_goes_on(tmp_path):
 
     def check(seed: int, folder: Path) -> None:
         with ModelFreeTeacher(folder, stall_s=0.3) as one, ModelFreeTeacher(folder, delay_s=0.005) as other:
-            client = open_client(folder)
+            client = open_client(folder, patience=replace(FAST, silence_s=60.0))
             _until(lambda: len(client.status()) == 2)
             one.stall()
             requests = requests_of(seed)
             assert_each_once(collect(client, requests), requests)
             assert client.counts["again"] > 0 and one.answered == []
             _until(lambda: one.server.status()["recalled"] > 0 and one.server.status()["queue"] == 0)
+            assert nothing_left(client) and client.counts["late"] == 0
             one.wake()
             again = requests_of(seed + 100)
             assert_each_once(collect(client, again), again)
-            assert nothing_left(client) and client.counts["late"] == 0
             _until(lambda: len(one.answered) + len(other.answered) == 2 * len(requests))
             client.close()
 
@@ -225,15 +225,19 @@ def test_another_life_at_the_same_address(tmp_path):
 
 def test_replicas_that_join_are_found_and_share_the_work(tmp_path):
     with ModelFreeTeacher(tmp_path, delay_s=0.01) as one:
-        client = open_client(tmp_path, window_tokens=60)
+        client = open_client(tmp_path, window_tokens=60, patience=replace(FAST, silence_s=60.0))
         requests = requests_of(3, count=120)
         for request in requests:
             client.submit(request)
         _until(lambda: len(one.answered) > 5)
+        one.pause()
+        before = len(one.answered)
         with ModelFreeTeacher(tmp_path, delay_s=0.01) as other:
+            _until(lambda: len(other.answered) > 20)
+            one.resume()
             scored = [read_scored(client.next()[1]) for _ in requests]
             assert_each_once(scored, requests)
-            assert len(other.answered) > 20 and len(one.answered) > 20
+            assert len(one.answered) > before
         client.close()
 
 
@@ -267,7 +271,7 @@ def test_an_answer_to_what_waits_to_be_asked_again_counts(tmp_path):
     context = zmq.Context()
     router, address = bind(context, "ipc", None, number=0)
     publish(tmp_path, Endpoint(replica="slow", address=address, life="one"))
-    client = open_client(tmp_path, patience=replace(FAST, timeout_s=20.0))
+    client = open_client(tmp_path, patience=replace(FAST, silence_s=3.0))
 
     def heard(kind: str) -> tuple[bytes, Message]:
         while True:
@@ -323,7 +327,7 @@ def test_a_full_queue_hands_back_until_the_model_has_taken_from_it(tmp_path, mon
 
 def test_a_request_that_the_model_has_is_not_queued_again(tmp_path):
     with ModelFreeTeacher(tmp_path, works=False) as teacher:
-        client = open_client(tmp_path)
+        client = open_client(tmp_path, patience=replace(FAST, silence_s=60.0))
         (request,) = requests_of(0, count=1)
         client.submit(request)
         works: list[Any] = []

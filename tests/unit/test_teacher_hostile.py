@@ -254,7 +254,7 @@ def test_numbers_that_are_not_finite_end_the_run_and_name_the_replica(array: str
 def test_another_replica_is_asked_what_one_answers_wrongly(tmp_path: Path) -> None:
     hostile = Hostile(folder=tmp_path, spoil="own_logit", name="a")
     with hostile.open(), ModelFreeTeacher(tmp_path, name="b") as teacher:
-        client = open_client(tmp_path)
+        client = open_client(tmp_path, patience=replace(FAST, silence_s=60.0))
         client.meet()
         _meet_all(client, 2)
         requests = {number: replace(_request("own_logit"), sample_id=number) for number in range(20)}
@@ -271,7 +271,7 @@ def test_another_replica_is_asked_what_one_answers_wrongly(tmp_path: Path) -> No
 
 def _meet_all(client: TeacherClient, replicas: int) -> None:
     done = threading.Event()
-    for _ in range(1000):
+    for _ in range(3000):
         if len(client.status()) == replicas:
             return
         done.wait(0.02)
@@ -312,7 +312,7 @@ def test_a_byte_may_have_no_probability() -> None:
 )
 def test_a_status_without_its_numbers_is_malformed(status: dict[str, Any], tmp_path: Path) -> None:
     with Hostile(folder=tmp_path, status=status).open():
-        client = open_client(tmp_path, patience=replace(FAST, timeout_s=1.0))
+        client = open_client(tmp_path, patience=replace(FAST, timeout_s=3.0))
         with pytest.raises(TeacherError, match="no teacher"):
             client.meet()
         client.close()
@@ -322,7 +322,7 @@ def test_a_status_without_its_numbers_is_malformed(status: dict[str, Any], tmp_p
 @pytest.mark.parametrize("fingerprints", [{"hidden_size": [1]}, {1: "x"}])
 def test_fingerprints_of_other_types_are_malformed(fingerprints: dict[Any, Any], tmp_path: Path) -> None:
     with Hostile(folder=tmp_path, fingerprints=fingerprints).open():
-        client = open_client(tmp_path, patience=replace(FAST, timeout_s=1.0))
+        client = open_client(tmp_path, patience=replace(FAST, timeout_s=3.0))
         with pytest.raises(TeacherError, match="no teacher"):
             client.meet()
         client.close()
