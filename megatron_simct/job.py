@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -80,6 +81,7 @@ from megatron_simct.rollout.engine import (
 from megatron_simct.rollout.given_rows import GivenRows
 from megatron_simct.rollout.held_out import Evaluator, equals_label, response_text, special_marks
 from megatron_simct.rollout.megatron_engine import MegatronEngine
+from megatron_simct.rollout.oversampling import Oversampling
 from megatron_simct.rollout.vllm_engine import VllmEngine
 from megatron_simct.stopping import ExitWatch
 from megatron_simct.teacher.average import Average
@@ -107,6 +109,8 @@ class Job:
 
     config: Config
     prompts: PromptSource
+    oversampling: Oversampling | None
+    """With --rollout-oversample: decides which prompts a step begins and which responses it takes."""
     engine: RolloutEngine
     sampling: Sampling
     align: Callable[[Prompt, Rollout], AlignedPair]
@@ -174,6 +178,7 @@ def build_job(config: Config, groups: Groups) -> Job:
 
     rows = read_training_rows(config)
     prompts = build_prompts(config, groups, pair, rows)
+    oversampling = build_oversampling(config, groups, prompts)
     model = load_student(config, groups, student)
     placement = build_placement(config, model, pair)
     teacher_cut = build_cut(config, groups, context_parallel_size=config.teacher_context_parallel_size)
@@ -199,6 +204,7 @@ def build_job(config: Config, groups: Groups) -> Job:
         identity=identity(config, pair),
         config=to_dict(config),
         average=teaching.average,
+        carried_over=oversampling,
     )
     start = resume(config, groups, checkpoints)
     monitor = Monitor(
@@ -245,6 +251,7 @@ def build_job(config: Config, groups: Groups) -> Job:
     return Job(
         config=config,
         prompts=prompts,
+        oversampling=oversampling,
         engine=engine,
         sampling=sampling,
         align=build_alignment(config, pair),
@@ -676,6 +683,35 @@ def build_prompts(config: Config, groups: Groups, pair: Pair, rows: Sequence[Row
     return source
 
 
+def build_oversampling(config: Config, groups: Groups, prompts: PromptSource) -> Oversampling | None:
+    """The responses that steps carry over; None without --rollout-oversample."""
+    rollout = config.rollout
+    if not rollout.rollout_oversample:
+        return None
+    assert config.max_lag is not None, "check() refuses stored responses"
+    share = config.sampled_prompts // groups.dp_size
+
+    def gather(local: Any) -> list[Any]:
+        values = [None] * groups.dp_size
+        dist.all_gather_object(values, local, group=groups.dp)
+        return values
+
+    return Oversampling(
+        prompts,
+        share=share,
+        more=math.ceil(rollout.rollout_oversample * share - 1e-6),
+        samples_per_prompt=rollout.n_samples_per_prompt,
+        max_lag=config.max_lag,
+        dp_rank=groups.dp_rank,
+        gather=gather,
+        record=(
+            partial(write_rollouts, Path(rollout.save_debug_rollout_data), dp_rank=groups.dp_rank)
+            if rollout.save_debug_rollout_data is not None and groups.writes_samples
+            else None
+        ),
+    )
+
+
 def report_skipped(config: Config, groups: Groups, source: PromptSource, what: str, *, of: int) -> None:
     """One log line where prompts of a file are too long."""
     if source.num_skipped and groups.is_first_rank:
@@ -709,6 +745,11 @@ def build_rewarding(config: Config, groups: Groups, student: Tokenizer) -> Rewar
         batch_size=config.global_batch_size - config.given_rows,
         group_size=config.rollout.n_samples_per_prompt,
         weight=options.reward_weight,
+        first_place=(
+            groups.dp_rank * (config.sampled_prompts // groups.dp_size) * config.rollout.n_samples_per_prompt
+            if config.rollout.rollout_oversample
+            else None
+        ),
     )
 
 
@@ -839,7 +880,7 @@ def build_engine(config: Config, groups: Groups, sampler: RolloutEngine, student
     """Where the training responses come from."""
     engine: RolloutEngine = GivenResponses(student) if config.interface.interface == "sft" else sampler
     save_dir, load_dir = config.rollout.save_debug_rollout_data, config.rollout.load_debug_rollout_data
-    if save_dir or load_dir:
+    if (save_dir or load_dir) and not config.rollout.rollout_oversample:  # it records by itself
         engine = ReplayEngine(
             engine, save_dir=save_dir, load_dir=load_dir, dp_rank=groups.dp_rank, writes=groups.writes_samples
         )

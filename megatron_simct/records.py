@@ -164,12 +164,14 @@ class Rollout:
 
     sample_id: int
     weight_version: int
-    """Number of optimizer steps that the sampling weights had seen; -1 for a given response (`sft`)."""
+    """Number of optimizer steps that the sampling weights had seen; of the first token, if several versions
+    sampled the response (rollout/oversampling.py); -1 for a given response (`sft`)."""
     student_ids: np.ndarray
     """int32 [n], the stop token included when finish is "stop"."""
     logprobs: np.ndarray
     """float32 [n], log-softmax of the untempered, untruncated logits over the real vocabulary."""
-    finish: Literal["stop", "length"]
+    finish: Literal["stop", "length", "open"]
+    """open: the response is not finished; only `rollout` handles such responses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,6 +34,9 @@ class Rewarding:
     """Samples of a step."""
     group_size: int
     weight: float
+    first_place: int | None = None
+    """With --rollout-oversample each rank has whole groups: the place of its first sample in the step. None:
+    a step has consecutive sample ids, dealt out one by one."""
     say: Callable[[str], None] = print
     _said: int = field(default=0, init=False)
 
@@ -51,7 +54,10 @@ class Rewarding:
         found = exchange(
             ids,
             rewards,
-            step=ids[0] // self.batch_size,
+            places=[
+                id % self.batch_size if self.first_place is None else self.first_place + i
+                for i, id in enumerate(ids)
+            ],
             batch_size=self.batch_size,
             group_size=self.group_size,
         )

@@ -31,7 +31,7 @@ from megatron_simct.parallel.disk import sole_owner
 from megatron_simct.parallel.initialize import Groups, process_groups
 from megatron_simct.records import AlignedPair, Prompt, Rollout
 from megatron_simct.reporting.monitor import Stopwatch
-from megatron_simct.rollout.engine import responses
+from megatron_simct.rollout.engine import RacingEngine, responses
 from megatron_simct.teacher.scorer import TeacherError
 from megatron_simct.update.step import NonFiniteError
 
@@ -72,6 +72,8 @@ def train(job: Job) -> None:
                 micro_batches += job.given.micro_batches(*given, sampled=batch.rollouts)
             report = job.updater.step(micro_batches)
             job.teacher_follows()
+        if job.oversampling is not None:
+            job.oversampling.trained(iteration)
         iteration += 1
         job.engine.publish(iteration)
         job.monitor.step(
@@ -104,38 +106,53 @@ class Batch:
 
 
 def begin(job: Job, iteration: int, clock: Stopwatch) -> Batch:
-    """Samples a step's prompts in waves. What has been sampled is aligned, and goes to the teacher, while the
-    rest is sampled: one response after another, or a wave, as the engine tells of them."""
-    prompts = job.prompts.batch(iteration)
-    rollout = job.config.rollout
-    size = rollout.rollout_wave_size or len(prompts)
-    of = {prompt.sample_id: prompt for prompt in prompts}
+    """Samples a step's prompts. What has been sampled is aligned, and goes to the teacher, while the rest is
+    sampled: one response after another, or a wave, as the engine tells of them."""
+    prompts: dict[int, Prompt] = {}
     rollouts: dict[int, Rollout] = {}
     sent: list[Future[list[AlignedPair]]] = []
     rewards: dict[int, Future[float]] = {}
     arrived: list[float] = []
-    for start in range(0, len(prompts), size):
-        coming = responses(job.engine, prompts[start : start + size], job.sampling)
-        while True:
-            with clock("rollout"):
-                sampled = next(coming, None)
-            if sampled is None:
-                break
-            rollouts |= {one.sample_id: one for one in sampled}
-            arrived += [time.perf_counter()] * len(sampled)
-            asked = [of[one.sample_id] for one in sampled]
-            if job.rewarding is not None:
-                rewards |= job.rewarding.submit(asked, sampled)
-            sent.append(job.background.submit(align_and_submit, job, asked, sampled))
+    coming = responses_of(job, iteration)
+    while True:
+        with clock("rollout"):
+            both = next(coming, None)
+        if both is None:
+            break
+        asked, sampled = [prompt for prompt, _ in both], [rollout for _, rollout in both]
+        prompts |= {one.sample_id: one for one in asked}
+        rollouts |= {one.sample_id: one for one in sampled}
+        arrived += [time.perf_counter()] * len(sampled)
+        if job.rewarding is not None:
+            rewards |= job.rewarding.submit(asked, sampled)
+        sent.append(job.background.submit(align_and_submit, job, asked, sampled))
     with clock("alignment"):
         pairs = {pair.sample_id: pair for some in sent for pair in some.result()}
+    more = {"seconds_rollout_tail": tail_s(arrived)} if job.config.rollout.rollout_engine == "vllm" else {}
+    if job.oversampling is not None:
+        more |= job.oversampling.metrics
+    order = sorted(prompts)
     return Batch(
-        prompts=prompts,
-        rollouts=[rollouts[prompt.sample_id] for prompt in prompts],
-        pairs=[pairs[prompt.sample_id] for prompt in prompts],
-        more={"seconds_rollout_tail": tail_s(arrived)} if rollout.rollout_engine == "vllm" else {},
+        prompts=[prompts[sample_id] for sample_id in order],
+        rollouts=[rollouts[sample_id] for sample_id in order],
+        pairs=[pairs[sample_id] for sample_id in order],
+        more=more,
         rewards=rewards,
     )
+
+
+def responses_of(job: Job, iteration: int) -> Iterator[list[tuple[Prompt, Rollout]]]:
+    """A step's prompts with their responses, as these finish, or in waves."""
+    if job.oversampling is not None:
+        assert isinstance(job.engine, RacingEngine), "check() refuses --rollout-oversample for others"
+        yield from job.oversampling.step(job.engine, iteration, job.sampling)
+        return
+    prompts = job.prompts.batch(iteration)
+    size = job.config.rollout.rollout_wave_size or len(prompts)
+    of = {prompt.sample_id: prompt for prompt in prompts}
+    for start in range(0, len(prompts), size):
+        for some in responses(job.engine, prompts[start : start + size], job.sampling):
+            yield [(of[one.sample_id], one) for one in some]
 
 
 def tail_s(arrived: Sequence[float]) -> float:

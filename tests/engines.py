@@ -276,6 +276,11 @@ class GeneratingServer:
         self._model = self._read(str(folder)).eval()
         self.loaded: list[str] = []
         self.version = "default"
+        self.waits_at: Callable[[dict[str, Any]], int | None] = lambda body: None
+        """After how many tokens it waits, with this request, until it is told to end it; None: never."""
+        self.answers: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        """Requests and what they got."""
+        self._ended: dict[str, threading.Event] = {}
         self.server = EngineServer(lambda ids: ids, root=str(folder))
         self.server.routes = {
             "/collective_rpc": self._load,
@@ -283,6 +288,7 @@ class GeneratingServer:
             "/update_weight_version": self._label,
             "/weight_checker": self._digests,
             "/inference/v1/generate": self._generate,
+            "/abort_requests": self._end,
         }
 
     def __enter__(self) -> GeneratingServer:
@@ -321,13 +327,26 @@ class GeneratingServer:
                 self._model = self._read(path).eval()
         return {"results": [None]}
 
+    def _end(self, body: dict[str, Any]) -> Any:
+        """Ends the requests that it has now; it does not remember other names."""
+        found = [self._ended[name] for name in body["request_ids"] if name in self._ended]
+        for event in found:
+            event.set()
+        return {"status": "aborted", "aborted": len(found)}
+
     def _generate(self, body: dict[str, Any]) -> Any:
+        ended = self._ended.setdefault(f"generate-tokens-{body['request_id']}", threading.Event())
         ids, parameters = list(body["token_ids"]), body["sampling_params"]
         generator = torch.Generator().manual_seed(parameters["seed"])
         assert parameters["top_p"] == 1 and parameters["top_k"] == 0 and parameters["ignore_eos"]
         content: list[dict[str, Any]] = []
         finish = "length"
         while len(content) < parameters["max_tokens"]:
+            if len(content) == self.waits_at(body):
+                assert ended.wait(60), "it is told to end a request that it waits with"
+            if ended.is_set():
+                finish = "abort"
+                break
             with self._lock, torch.no_grad():
                 log_probs = self._model(torch.tensor([ids])).logits[0, -1].log_softmax(dim=-1)
             if parameters["temperature"]:
@@ -343,7 +362,9 @@ class GeneratingServer:
         tokens = [entry["token_id"] for entry in content]
         spans = [{"version": self.version, "start": 0, "end": len(tokens)}]
         answer = {"token_ids": tokens, "finish_reason": finish, "logprobs": {"content": content}}
-        return {"choices": [answer | {"weight_versions": spans}]}
+        answer |= {"weight_versions": spans if tokens else []}
+        self.answers.append((body, answer))
+        return {"choices": [answer]}
 
 
 def teach(folder: Path, ids: np.ndarray, *, steps: int = 60) -> None:

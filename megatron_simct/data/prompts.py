@@ -5,7 +5,7 @@ There is no cursor to save: step, seed and file determine the batch, under any d
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -186,6 +186,10 @@ class PromptSource:
         """
         total = self._batch_size * self._samples_per_prompt
         return [self._sample(step * total + i) for i in range(self._dp_rank, total, self._dp_size)]
+
+    def samples(self, sample_ids: Iterable[int]) -> list[Prompt]:
+        """Any samples of the run, of any rank and step."""
+        return [self._sample(sample_id) for sample_id in sample_ids]
 
     def share(self) -> list[Prompt]:
         """This rank's part of all rows once, in file order: for evaluation."""

@@ -98,7 +98,20 @@ METRICS = {
         "--rollout-engine vllm: part of the sampling in which at most a tenth of the first rank's responses "
         "are unfinished",
     ),
-    "rollout_lag": ("steps", "optimizer steps between sampling and training weights; logged only if above 0"),
+    "seconds_rollout_longest": (
+        "s",
+        "--rollout-oversample: the longest time from the first request for a response until it was "
+        "finished, of the responses that finished in this step; includes the updates in between",
+    ),
+    "rollout_carried": (
+        "responses",
+        "--rollout-oversample: responses in this step whose group an earlier step began, over all ranks",
+    ),
+    "rollout_lag": (
+        "steps",
+        "optimizer steps between the weights that sampled a response's first token and the training weights, "
+        "mean over responses; only logged if above 0",
+    ),
     "canonical_rollouts": (
         "share of samples",
         "responses whose tokens are those that the student's tokenizer gives for the text",

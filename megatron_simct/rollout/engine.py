@@ -7,10 +7,10 @@ reads the data's own responses (sft), and ReplayEngine writes what another engin
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch.distributed as dist
@@ -57,6 +57,28 @@ class StreamingEngine(Protocol):
     def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[list[Rollout]]:
         """Each response once, in any order, the same on every rank of the model replica; collective over
         it.
+        """
+        ...
+
+
+@runtime_checkable
+class RacingEngine(StreamingEngine, Protocol):
+    """A StreamingEngine that can stop before all responses are finished, and continue them later."""
+
+    def race(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        begun: Mapping[int, Rollout],
+        least: int,
+        is_enough: Callable[[], bool],
+    ) -> Iterator[list[Rollout]]:
+        """As `stream` until is_enough() is true, then yields the rest once: responses that have just finished
+        and unfinished ones (finish "open") that have a token. Collective over one model replica.
+
+        begun: unfinished responses to continue, by sample id. least: responses that must finish before
+        is_enough() can be true. is_enough: has the same value on every rank of the replica.
         """
         ...
 
@@ -180,29 +202,31 @@ def write_rollouts(
 ) -> None:
     """A file of one step and one model replica that ReplayEngine reads."""
     path = folder / (f"rollout_{step}.{dp_rank}.{call}.json" if call else f"rollout_{step}.{dp_rank}.json")
-    rows = [
-        {
-            "sample_id": r.sample_id,
-            "weight_version": r.weight_version,
-            "student_ids": r.student_ids.tolist(),
-            "logprobs": [float(x) for x in r.logprobs],
-            "finish": r.finish,
-        }
-        for r in rollouts
-    ]
-    write_whole(path, json.dumps(rows))
+    write_whole(path, json.dumps([rollout_row(rollout) for rollout in rollouts]))
+
+
+def rollout_row(rollout: Rollout) -> dict[str, Any]:
+    """A response as JSON; float32 numbers are restored exactly."""
+    return {
+        "sample_id": rollout.sample_id,
+        "weight_version": rollout.weight_version,
+        "student_ids": rollout.student_ids.tolist(),
+        "logprobs": [float(x) for x in rollout.logprobs],
+        "finish": rollout.finish,
+    }
 
 
 def _read(file: Path) -> list[Rollout]:
     try:
-        return [_from_row(row) for row in json.loads(file.read_text())]
+        return [rollout_from_row(row) for row in json.loads(file.read_text())]
     except (ValueError, TypeError, LookupError) as error:
         raise ValueError(
             f"--load-debug-rollout-data {file}: not a file of rollouts ({type(error).__name__}: {error})"
         ) from None
 
 
-def _from_row(row: dict) -> Rollout:
+def rollout_from_row(row: dict[str, Any]) -> Rollout:
+    """The response that `rollout_row` wrote."""
     return Rollout(
         sample_id=row["sample_id"],
         weight_version=row["weight_version"],

@@ -8,10 +8,12 @@ After each optimizer step the weights are written as a Hugging Face folder, the 
 which version has sampled each of its tokens. Another one, such as that of a server that has been started
 again, is an answer that does not count.
 
-Responses are handed on as they finish. The first ones of every call are scored by the training weights before
-anything is made of any: where the two models' log-probabilities differ by more than a bound, the weights are
-handed over again, and where that does not help the run stops, and says which tensors the server holds
-otherwise than they were sent.
+Responses are handed on as they finish. A caller that needs no more of them stops the server, and can continue
+the unfinished responses in a later call (rollout/oversampling.py).
+
+The first ones of every call are scored by the training weights before anything is made of any: where the two
+models' log-probabilities differ by more than a bound, the weights are handed over again, and where that does
+not help the run stops, and says which tensors the server holds otherwise than they were sent.
 
 A draw depends on the server, not on seed and sample id alone, as it does with MegatronEngine.
 """
@@ -22,9 +24,10 @@ import hashlib
 import threading
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,9 @@ _DRAWS = 20
 """How often a response with an id that the tokenizer does not have is drawn again: a head may have more rows.
 """
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 5.0
+_CUT_AGAIN_S = 0.2
+_PREFIX = "generate-tokens-"
+"""vLLM puts this before the name of a request."""
 _NAMED = 5
 """Tensors that an error names."""
 
@@ -133,23 +139,38 @@ class VllmEngine:
 
     def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[list[Rollout]]:
         """See StreamingEngine."""
+        return self.race(prompts, sampling, begun={}, least=len(prompts), is_enough=lambda: False)
+
+    def race(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        begun: Mapping[int, Rollout],
+        least: int,
+        is_enough: Callable[[], bool],
+    ) -> Iterator[list[Rollout]]:
+        """See RacingEngine."""
         of = {prompt.sample_id: prompt for prompt in prompts}
-        enough = min(CHECKED, len(prompts))
+        enough = min(CHECKED, len(prompts), least)
         for attempt in range(2):
             held: list[Rollout] = []
             checked = False
-            with self._asked(prompts, sampling) as coming:
-                for some in coming if prompts else [[]]:
+            with self._asked(prompts if enough else [], sampling, begun) as requests:
+                for some in requests.answers() if enough else [[]]:
                     held += some
                     if not checked and len(held) >= enough:
                         first = held[:enough]
-                        gap = self._gap([of[rollout.sample_id] for rollout in first], first)
+                        gap = self._gap([of[rollout.sample_id] for rollout in first], first, begun)
                         if not gap <= self._bound_nats:
                             break
                         checked = True
                     if checked:
                         yield held
                         held = []
+                        if is_enough():
+                            yield requests.cut()
+                            return
                 else:
                     return
             if attempt == 0:  # perhaps it has not the weights that it says it has
@@ -206,28 +227,18 @@ class VllmEngine:
             return None
 
     @contextmanager
-    def _asked(self, prompts: Sequence[Prompt], sampling: Sampling) -> Generator[Iterator[list[Rollout]]]:
-        """The server's answers as they come, on every rank of the replica; what is not read is given up."""
+    def _asked(
+        self, prompts: Sequence[Prompt], sampling: Sampling, begun: Mapping[int, Rollout]
+    ) -> Generator[_Requests]:
+        """Requests for responses, or for the rest of responses that are begun; unread answers are dropped."""
         pool = ThreadPoolExecutor(max_workers=IN_FLIGHT, thread_name_prefix="vllm")
-        waiting: set[Future[Rollout]] = set()
+        requests = _Requests(self._client, self._on_the_rank_that_asks, len(prompts))
         if self._groups.writes_samples:
-            waiting = {pool.submit(self._ask, prompt, sampling) for prompt in prompts}
-
-        def some() -> list[Rollout]:
-            done, rest = wait(waiting, return_when=FIRST_COMPLETED)
-            waiting.intersection_update(rest)
-            return [future.result() for future in done]
-
-        def all_of_them() -> Iterator[list[Rollout]]:
-            left = len(prompts)
-            while left:
-                found = self._on_the_rank_that_asks(some)
-                assert found is not None, "every rank is told"
-                left -= len(found)
-                yield found
-
+            for prompt in prompts:
+                prefix = begun.get(prompt.sample_id)
+                requests.waiting.add(pool.submit(self._ask, prompt, sampling, prefix, requests))
         try:
-            yield all_of_them()
+            yield requests
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -246,15 +257,21 @@ class VllmEngine:
             raise ValueError(outcome[0])
         return outcome[1]
 
-    def _gap(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> float:
+    def _gap(
+        self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], begun: Mapping[int, Rollout]
+    ) -> float:
         """The largest mean difference of a response's log-probabilities, on every rank of the replica, and of
-        all that share experts with it: these compute together, and so do all of it once more or none."""
+        all that share experts with it: these compute together, and so do all of it once more or none.
+
+        begun: the parts of responses that other weights sampled; they are not compared.
+        """
         if not rollouts:
             prompts, rollouts = [_NO_PROMPT], [_NO_RESPONSE]
         ours = self._log_probs(prompts, rollouts)  # nothing but on the last stage
-        gaps = [
-            float(np.abs(a - rollout.logprobs).mean()) for a, rollout in zip(ours, rollouts, strict=False)
-        ]
+        gaps = []
+        for own, rollout in zip(ours, rollouts, strict=False):
+            prefix = begun.get(rollout.sample_id)
+            gaps.append(float(np.abs(own - rollout.logprobs)[_length(prefix) :].mean()))
         gap = torch.tensor(
             0.0 if rollouts[0] is _NO_RESPONSE else max(gaps, default=0.0), device=self._groups.device
         )
@@ -267,16 +284,25 @@ class VllmEngine:
                 dist.broadcast_object_list(shared, src=source, group=group)
         return shared[0]
 
-    def _ask(self, prompt: Prompt, sampling: Sampling) -> Rollout:
-        """One response. A server that dies or answers nonsense costs time only, up to timeout_s."""
+    def _ask(
+        self, prompt: Prompt, sampling: Sampling, prefix: Rollout | None, requests: _Requests
+    ) -> Rollout | None:
+        """One response; an unfinished one, or None, once the requests are cut. A server that dies or answers
+        nonsense costs time only, up to timeout_s.
+
+        prefix: the part of the response that was sampled before.
+        """
         deadline = time.monotonic() + self._timeout_s
         draw = 0
-        while True:
+        while not requests.are_cut:
             outages = self._outages
             try:
-                rollout = self._answer(prompt, sampling, draw)
-                if rollout.student_ids.max() < self._vocab_size:
-                    return rollout
+                with requests.named() as name:
+                    rollout = self._answer(prompt, sampling, draw, prefix, name)
+                if rollout.finish == "open" and not requests.are_cut:
+                    raise EngineFault(f"{self._client.address} aborted a response that is still needed")
+                if rollout.student_ids.max(initial=0) < self._vocab_size:
+                    return rollout if len(rollout.student_ids) else None
                 draw += 1
                 if draw == _DRAWS:
                     raise EngineRefusal(
@@ -291,6 +317,7 @@ class VllmEngine:
                     if self._outages == outages:  # the first thread that has met this outage
                         self._until_it_answers(self._client)
                         self._outages += 1
+        return prefix
 
     def _until_it_answers(self, client: EngineClient) -> None:
         """Hand the weights to a server that may have to be waited for. EngineFault after timeout_s."""
@@ -311,8 +338,11 @@ class VllmEngine:
             raise EngineFault(f"{client.address} still holds its cache of prefixes")
         client.post("/update_weight_version", {"new_version": self._label})
 
-    def _answer(self, prompt: Prompt, sampling: Sampling, draw: int) -> Rollout:
-        limit = sampling.max_response_len
+    def _answer(
+        self, prompt: Prompt, sampling: Sampling, draw: int, prefix: Rollout | None, name: str
+    ) -> Rollout:
+        length = _length(prefix)
+        limit = sampling.max_response_len - length
         parameters = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -322,9 +352,11 @@ class VllmEngine:
             "ignore_eos": True,  # of generation_config.json; ours are those above
             "logprobs": 0,
             "detokenize": False,
-            "seed": (sampling.seed * 1_000_003 + prompt.sample_id + 7_919 * draw) % (1 << 31),
+            "seed": (sampling.seed * 1_000_003 + prompt.sample_id + 7_919 * draw + 104_729 * length)
+            % (1 << 31),
         }
-        body = {"token_ids": prompt.student_ids.tolist(), "sampling_params": parameters}
+        tokens = prompt.student_ids.tolist() + ([] if prefix is None else prefix.student_ids.tolist())
+        body = {"request_id": name, "token_ids": tokens, "sampling_params": parameters}
         answer = self._client.post("/inference/v1/generate", body)
         try:
             (choice,) = answer["choices"]
@@ -338,6 +370,8 @@ class VllmEngine:
             raise EngineFault(
                 f"{self._client.address} answered no token ids with log-probabilities"
             ) from None
+        if finish == "abort" and not len(ids):  # the server had not begun it
+            return replace(prefix or _empty_rollout(prompt.sample_id), finish="open")
         if versions != {self._label}:
             raise EngineFault(
                 f"{self._client.address} sampled with other weights than those that it was handed"
@@ -349,19 +383,94 @@ class VllmEngine:
             and ids.min() >= 0
             and np.isfinite(logprobs).all()
             and not stops[:-1].any()
-            and {"stop": bool(stops[-1]), "length": not stops[-1] and len(ids) == limit}.get(finish, False)
+            and {
+                "stop": bool(stops[-1]),
+                "length": not stops[-1] and len(ids) == limit,
+                "abort": True,
+            }.get(finish, False)
         )
         if not is_valid:
             raise EngineFault(
                 f"{self._client.address} answered a response that is cut, or ends as it may not"
             )
+        if finish == "abort":  # perhaps after its last token
+            finish = "stop" if stops[-1] else "length" if len(ids) == limit else "open"
+        before = prefix or _empty_rollout(prompt.sample_id)
         return Rollout(
             sample_id=prompt.sample_id,
-            weight_version=self._version,
-            student_ids=ids.astype(np.int32),
-            logprobs=logprobs,
+            weight_version=self._version if prefix is None else prefix.weight_version,
+            student_ids=np.concatenate([before.student_ids, ids.astype(np.int32)]),
+            logprobs=np.concatenate([before.logprobs, logprobs]),
             finish=finish,
         )
+
+
+class _Requests:
+    """The requests of one call. One rank of a replica sends them, and all ranks get the answers."""
+
+    def __init__(self, client: EngineClient, share: Callable[[Callable[[], Any]], Any], count: int) -> None:
+        """share: see VllmEngine._on_the_rank_that_asks. count: responses in all."""
+        self._client, self._share, self._left = client, share, count
+        self.waiting: set[Future[Rollout | None]] = set()
+        """On the rank that sends them."""
+        self.are_cut = False
+        self._names: set[str] = set()
+        """Names of the requests that were sent and not answered."""
+
+    @contextmanager
+    def named(self) -> Generator[str]:
+        """A name for one request, as long as it lasts."""
+        name = uuid.uuid4().hex
+        self._names.add(name)
+        try:
+            yield name
+        finally:
+            self._names.discard(name)
+
+    def answers(self) -> Iterator[list[Rollout]]:
+        """All responses, as they come."""
+        while self._left:
+            found = self._share(self._wait_for_some)
+            assert found is not None, "every rank is told"
+            self._left -= len(found)
+            yield found
+
+    def cut(self) -> list[Rollout]:
+        """Abort the other requests. Returns responses that have just finished, and the unfinished ones."""
+        found = self._share(self._abort_rest)
+        assert found is not None, "every rank is told"
+        return found
+
+    def _wait_for_some(self) -> list[Rollout]:
+        done, rest = wait(self.waiting, return_when=FIRST_COMPLETED)
+        self.waiting.intersection_update(rest)
+        return [rollout for future in done if (rollout := future.result()) is not None]
+
+    def _abort_rest(self) -> list[Rollout]:
+        self.are_cut = True
+        asked = [future for future in self.waiting if not future.cancel()]
+        rest: Collection[Future[Rollout | None]] = asked
+        while rest:  # a request may reach the server after the first abort
+            with suppress(EngineFault, EngineRefusal):
+                names = [f"{_PREFIX}{name}" for name in list(self._names)]
+                if names:
+                    self._client.post("/abort_requests", {"request_ids": names})
+            rest = wait(rest, timeout=_CUT_AGAIN_S).not_done
+        return [rollout for future in asked if (rollout := future.result()) is not None]
+
+
+def _length(prefix: Rollout | None) -> int:
+    return 0 if prefix is None else len(prefix.student_ids)
+
+
+def _empty_rollout(sample_id: int) -> Rollout:
+    return Rollout(
+        sample_id=sample_id,
+        weight_version=-1,
+        student_ids=np.zeros(0, np.int32),
+        logprobs=np.zeros(0, np.float32),
+        finish="open",
+    )
 
 
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

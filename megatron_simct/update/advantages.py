@@ -42,14 +42,19 @@ def group_advantages(rewards: np.ndarray, group_size: int) -> np.ndarray:
 
 
 def exchange(
-    sample_ids: Sequence[int], rewards: Sequence[float] | None, *, step: int, batch_size: int, group_size: int
+    sample_ids: Sequence[int],
+    rewards: Sequence[float] | None,
+    *,
+    places: Sequence[int],
+    batch_size: int,
+    group_size: int,
 ) -> Advantages:
     """The advantages of a rank's samples. Collective over the whole job: one sum of two numbers a sample.
 
-    rewards: nan for none; None on ranks that do not speak for their replica. Sample ids of a step are
-    consecutive, those of a group too (data/prompts.py); batch_size counts the samples of the step.
+    rewards: nan for none; None on ranks that do not speak for their replica. places: of the samples in the
+    step, each its own over all replicas; those of a group are side by side. batch_size counts the samples of
+    the step.
     """
-    places = [sample_id - step * batch_size for sample_id in sample_ids]
     sums = torch.zeros(2, batch_size, dtype=torch.float64)
     if rewards is not None and places:
         given = torch.tensor(rewards, dtype=torch.float64)

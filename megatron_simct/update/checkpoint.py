@@ -13,6 +13,7 @@ other state lies beside them, so that --pretrained-checkpoint reads both kinds.
 
 What a run needs to go on is weights, optimizer, schedule, iteration and the random state of every rank.
 Prompts and sampling need nothing: they are arithmetic on the iteration (`data.prompts`, `rollout.sampling`).
+With --rollout-oversample a checkpoint also has carried_over.json: the prompts and responses that were begun.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ import queue
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -81,6 +83,7 @@ _IDENTITY_FLAGS = {
 """The parts of a run's identity, and the flags that each comes from."""
 
 _RNG = "rng_state"
+_CARRIED_OVER = "carried_over.json"
 _AVERAGE = "teacher_average"
 _OTHER_STATE = (_RNG, _AVERAGE, "rerun_state_machine_state")
 """How the keys of a run begin that are neither weights nor optimizer, in Megatron-LM's checkpoints too."""
@@ -98,6 +101,16 @@ class Average(Protocol):
     def sharded_state_dict(self, prefix: str) -> dict[str, Any]: ...
 
     def load(self, state: dict[str, Any]) -> None: ...
+
+
+class CarriedOver(Protocol):
+    """Responses that were begun and are not trained on yet (rollout/oversampling.py)."""
+
+    def begin_at(self, step: int) -> None: ...
+
+    def state(self) -> bytes: ...
+
+    def load(self, data: bytes) -> None: ...
 
 
 class Checkpoints:
@@ -119,6 +132,7 @@ class Checkpoints:
         identity: dict[str, Any],
         config: dict[str, Any],
         average: Average | None = None,
+        carried_over: CarriedOver | None = None,
     ) -> None:
         """dp: ranks with the same weights, which write, or read, a share of them each where that is asked
         for.
@@ -126,11 +140,11 @@ class Checkpoints:
         in_background: `save` returns when there is a copy of all that is written; `finish` waits for the
         rest. before_reading_weights: brings them up to date. retain: checkpoints to keep, None for all.
         identity: a JSON value for each of _IDENTITY_FLAGS; a checkpoint with another one is refused. config:
-        every option by its key. average: of the teacher's weights, if they follow the student's. ValueError
-        where save_dir cannot be written.
+        every option by its key. average: of the teacher's weights, if they follow the student's.
+        carried_over: responses that steps carry over. ValueError where save_dir cannot be written.
         """
         self._model = model
-        self._average = average
+        self._average, self._carried_over = average, carried_over
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._writers = dp if writes_in_parallel else None
@@ -159,6 +173,7 @@ class Checkpoints:
             self._save_dir,
             iteration,
             run=run,
+            beside={} if self._carried_over is None else {_CARRIED_OVER: self._carried_over.state()},
             among=self._writers,
             in_background=self._in_background,
         )
@@ -206,6 +221,7 @@ class Checkpoints:
                 f"from; --pretrained-checkpoint {directory} starts a new run from its weights"
             )
         self._check_identity(run["identity"], path, directory)
+        self._restore_carried_over(path, iteration)
         same_layout = run["world_size"] == dist.get_world_size() and all(
             run["config"].get(key) == value
             for key, value in self._config.items()
@@ -270,6 +286,22 @@ class Checkpoints:
             self._scheduler.load_state_dict(state["scheduler"])
         if _RNG in state:
             _set_rng_state(state[_RNG])
+
+    def _restore_carried_over(self, path: Path, iteration: int) -> None:
+        file = path / _CARRIED_OVER
+        if self._carried_over is None:
+            if file.exists():
+                raise ValueError(
+                    f"--load {path}: the checkpoint carries unfinished responses over; resume it with "
+                    "--rollout-oversample"
+                )
+        elif not file.exists():
+            self._carried_over.begin_at(iteration)
+        else:
+            try:
+                self._carried_over.load(file.read_bytes())
+            except (OSError, LookupError, TypeError) as error:
+                raise ValueError(f"--load {file}: cannot be read ({_reason(error)})") from None
 
     def _check_identity(self, theirs: dict[str, Any], path: Path, directory: str) -> None:
         for part, flag in _IDENTITY_FLAGS.items():
@@ -544,15 +576,17 @@ class Write:
         iteration: int,
         *,
         run: dict[str, Any],
+        beside: Mapping[str, bytes] = MappingProxyType({}),
         among: dist.ProcessGroup | None = None,
         in_background: bool = False,
     ) -> None:
         """Write, or begin to. Collective over the whole job, as are the methods.
 
-        among: ranks that hold the same, and write a share of it each; None: the first of them writes all.
+        beside: files that the first rank writes, by name. among: ranks that hold the same, and write a share
+        of it each; None: the first of them writes all.
         """
         self.directory, self.iteration = directory, iteration
-        self._run = run
+        self._run, self._beside = run, beside
         self._path = Path(directory) / f"iter_{iteration:07d}"
         self._temporary = self._path.with_name(f"{self._path.name}.{_agreed(owner_tag())}.tmp")
         self._strategy = HashingStrategy(in_background=in_background)
@@ -595,6 +629,8 @@ class Write:
         self._temporary.mkdir(parents=True)
 
     def _publish(self, parts: Sequence[dict[str, FileHash]]) -> None:
+        for name, data in self._beside.items():
+            (self._temporary / name).write_bytes(data)
         hashes = {name: value for part in parts for name, value in part.items()}
         others = {file.name: hash_file(file) for file in self._temporary.iterdir() if file.name not in hashes}
         content = {"iteration": self.iteration, "versions": _versions(), **self._run}

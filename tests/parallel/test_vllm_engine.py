@@ -6,9 +6,11 @@ The server is a stand-in that samples by transformers; tests/end_to_end/vllm.sh 
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -200,6 +202,107 @@ def test_a_tensor_that_did_not_arrive_is_named(tiny, student, tmp_path, after):
     assert len([row for row in metrics(tmp_path) if row["kind"] == "step"]) == 1, (
         "no update was made of its responses"
     )
+
+
+SEED = 1234 * 1_000_003 % (1 << 31)
+"""Seed in the requests of sample 0 in a run with the default --seed."""
+OVERSAMPLED = ("--rollout-oversample", "0.5", "--rollout-importance-weights", "2")
+
+
+def slow(server: GeneratingServer, samples: set[int]) -> None:
+    """The server gives these samples two tokens, and no third one before it is asked to go on with them."""
+    server.waits_at = lambda body: 2 if body["sampling_params"]["seed"] - SEED in samples else None
+
+
+def recorded(folder: Path) -> dict[int, list[dict]]:
+    """The responses that each step has trained on, by --save-debug-rollout-data."""
+    steps: dict[int, list[dict]] = {}
+    for path in sorted(folder.iterdir()):
+        steps.setdefault(int(path.name.split(".")[0].removeprefix("rollout_")), []).extend(
+            json.loads(path.read_text())
+        )
+    return steps
+
+
+def test_a_step_closes_before_its_slowest_responses_which_go_on_in_the_next(tiny, student, tmp_path):
+    """Six prompts are in the works, two more than a step needs; two are slow in every step."""
+    flags = (*OVERSAMPLED, "--save-debug-rollout-data", str(tmp_path / "rollouts"))
+    with GeneratingServer(student) as server:
+        slow(server, {1, 2, 6, 9, 10, 11})
+        ((code, _, err),) = run_ranks(1, run, command(tiny, student, tmp_path, server, *flags))
+    assert code == 0, err
+    steps = recorded(tmp_path / "rollouts")
+    assert {step: [row["sample_id"] for row in rows] for step, rows in steps.items()} == {
+        0: [0, 3, 4, 5],
+        1: [1, 2, 7, 8],
+        2: [6, 9, 12, 13],
+    }
+    told = [row for row in metrics(tmp_path) if row["kind"] == "step"]
+    assert [row["rollout_carried"] for row in told] == [0, 2, 2]
+    assert [row.get("rollout_lag", 0) for row in told] == [0, 0.5, 0.5]
+    assert abs(told[0]["rollout_importance_weight"] - 1) < 1e-4
+    assert all(abs(row["rollout_importance_weight"] - 1) > 1e-4 for row in told[1:])
+    assert all(row["seconds_rollout_longest"] > 0 for row in json_rows(tmp_path) if row["kind"] == "step")
+
+    pieces: dict[tuple[int, ...], tuple[str, dict]] = {}
+    for body, answer in server.answers:
+        label = answer["weight_versions"][0]["version"] if answer["weight_versions"] else ""
+        pieces[tuple(body["token_ids"])] = (label, answer)
+    carried = 0
+    for step, rows in steps.items():
+        for row in rows:
+            (prompt,) = [key for key, (_, answer) in pieces.items() if starts(answer, row["student_ids"])]
+            label, first = pieces[prompt]
+            assert label.endswith(f"-{row['weight_version']}")
+            logprobs = [entry["logprob"] for entry in first["logprobs"]["content"]]
+            if row["weight_version"] < step:
+                carried += 1
+                later, rest = pieces[prompt + tuple(first["token_ids"])]
+                assert first["finish_reason"] == "abort" and later.endswith(f"-{step}")
+                logprobs += [entry["logprob"] for entry in rest["logprobs"]["content"]]
+                assert row["student_ids"] == first["token_ids"] + rest["token_ids"]
+            assert row["logprobs"] == [float(np.float32(x)) for x in logprobs]
+    assert carried == 4
+
+
+def starts(answer: dict, ids: list[int]) -> bool:
+    """Whether this is what the server answered first of a response."""
+    count = len(answer["token_ids"])
+    return 0 < count and answer["token_ids"] == ids[:count]
+
+
+def json_rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_after_a_kill_nothing_is_lost_or_sampled_twice(tiny, student, tmp_path):
+    """The run has done a step more than is kept of it, and goes on over two replicas."""
+    saved = ("--save", str(tmp_path / "save"), "--load", str(tmp_path / "save"), "--save-interval", "1")
+    with GeneratingServer(student) as server:
+
+        def go(ranks: int, name: str, *more: str) -> None:
+            flags = (*OVERSAMPLED, *saved, "--save-debug-rollout-data", str(tmp_path / name), *more)
+            results = run_ranks(ranks, run, command(tiny, student, tmp_path, server, *flags))
+            assert [code for code, _, _ in results] == [0] * ranks, results[0][2]
+
+        slow(server, {1, 2, 6, 9, 10, 11, 14, 17, 20, 21})
+        go(1, "killed")
+        go(2, "rollouts", "--ckpt-step", "2", "--train-iters", "5")
+        command_without = command(tiny, student, tmp_path, server, *saved, "--train-iters", "6")
+        ((code, _, err),) = run_ranks(1, run, command_without)
+    assert code == 1 and "carries unfinished responses over; resume it with --rollout-oversample" in err
+    steps = recorded(tmp_path / "killed")
+    first = {row["sample_id"]: row["student_ids"] for row in steps.pop(2)}
+    steps |= recorded(tmp_path / "rollouts")
+    ids = {step: sorted(row["sample_id"] for row in rows) for step, rows in steps.items()}
+    assert ids == {
+        **{0: [0, 3, 4, 5], 1: [1, 2, 7, 8], 2: [6, 9, 12, 13]},
+        **{3: [10, 11, 15, 16], 4: [14, 17, 18, 19]},
+    }
+    state = json.loads((tmp_path / "save" / "iter_0000005" / "carried_over.json").read_text())
+    assert state["next"] == 22 and [row["number"] for row in state["groups"]] == [20, 21]
+    again = {row["sample_id"]: row["student_ids"] for row in steps[2]}
+    assert all(again[sample][:2] == first[sample][:2] for sample in (6, 9)), "their text was kept"
 
 
 def test_what_a_server_holds_as_it_was_sent(tmp_path):

@@ -115,6 +115,7 @@ def test_the_glossary_has_every_metric_and_no_other():
     names |= ratios(replace(report(), gradient_parts=parts), SAMPLES, sampled=True).keys()
     of_sampling = dict.fromkeys(("rollout_gap_sum", "rollout_gap_largest", "importance_weight_sum"), 1.0)
     names |= ratios(report(**of_sampling), SAMPLES, sampled=True).keys() | {"seconds_rollout_tail"}
+    names |= {"rollout_carried", "seconds_rollout_longest"}
     of_rewards = {"loss_reward_sum": 0.0, "reward_clipped_sum": 0.0}
     names |= ratios(report(**of_rewards), SAMPLES, sampled=True).keys()
     of_terms = {"given_nll_sum": 1.0, "num_given_labels": 2.0, "reference_kl_sum": 1.0}

@@ -74,8 +74,18 @@ class RolloutConfig:
     rollout_max_lag: int | None = option(
         None,
         "stop if a response was sampled by weights that are more than this many optimizer steps old; "
-        "default: 0, or 1 with --schedule one_step_off, or no limit for stored responses",
+        "default: 0, or 1 with --schedule one_step_off, or no limit for stored responses. "
+        "--rollout-oversample adds 1 to the default, and a step then waits for each response that would be "
+        "too old in the next step",
         at_least=0,
+    )
+    rollout_oversample: float = option(
+        0.0,
+        "with --rollout-engine vllm: sample this share of --rollout-batch-size in addition to the prompts "
+        "that a step needs (rounded up on each data-parallel replica). A step closes when it has all "
+        "responses to --rollout-batch-size prompts; the next steps continue the unfinished responses",
+        at_least=0,
+        at_most=1,
     )
     rollout_wave_size: int | None = option(
         None,

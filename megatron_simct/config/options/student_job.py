@@ -122,6 +122,7 @@ class Config:
                 f"({self.output.profile_step_start})"
             )
         self._check_rollout_engine()
+        self._check_oversampling(data_parallel_size)
         self._check_reward()
         self._check_importance_weights()
         if self.output.ckpt_step is not None and self.output.load is None:
@@ -241,7 +242,38 @@ class Config:
         """The most optimizer steps between sampling and training weights; None: no limit."""
         if self.rollout.rollout_max_lag is not None:
             return self.rollout.rollout_max_lag
-        return None if self.rollout.load_debug_rollout_data is not None else self.training.lag
+        if self.rollout.load_debug_rollout_data is not None:
+            return None
+        return self.training.lag + (1 if self.rollout.rollout_oversample else 0)
+
+    def _check_oversampling(self, data_parallel_size: int) -> None:
+        """Raises ValueError if no response can be carried over into the next step."""
+        rollout, lag = self.rollout, self.training.lag
+        if not rollout.rollout_oversample:
+            return
+        flag = f"--rollout-oversample {rollout.rollout_oversample:g}"
+        if rollout.rollout_engine != "vllm":
+            raise ValueError(
+                f"{flag}: needs --rollout-engine vllm; the default engine decodes a wave of responses in "
+                "lock-step on the ranks that train, and cannot continue single responses later"
+            )
+        for other, value, why in (
+            ("--load-debug-rollout-data", rollout.load_debug_rollout_data, "stored responses are finished"),
+            ("--rollout-wave-size", rollout.rollout_wave_size, "all responses are requested at once"),
+        ):
+            if value is not None:
+                raise ValueError(f"{flag}: not with {other}: {why}; leave one of them out")
+        if rollout.rollout_max_lag is not None and rollout.rollout_max_lag <= lag:
+            raise ValueError(
+                f"{flag}: a response that is carried over is at least {lag + 1} steps old, and "
+                f"--rollout-max-lag is {rollout.rollout_max_lag}; leave one of them out"
+            )
+        if self.sampled_prompts % data_parallel_size:
+            raise ValueError(
+                f"{flag}: each data-parallel replica samples all responses to its prompts, so the prompts "
+                "that a step samples (--rollout-batch-size without the share of --given-share: "
+                f"{self.sampled_prompts}) must be a multiple of the data-parallel size ({data_parallel_size})"
+            )
 
     def _check_micro_batches(self, size: int, data_parallel_size: int) -> None:
         """Raises ValueError if `size` sequences cannot be divided over ranks and micro-batches."""
