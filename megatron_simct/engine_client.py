@@ -25,7 +25,7 @@ import urllib3
 
 EngineDtype = Literal["float32", "float16"]
 LogprobField = Literal["prompt_logprobs", "echo"]
-"""How a server is asked for a prompt's log-probabilities: by a field of vLLM's, or by OpenAI's echo."""
+"""How to request a prompt's log-probabilities: by a field of vLLM, or by OpenAI's echo."""
 _NUMPY: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 _CONNECT_S = 5.0
 _MAX_JSON_BYTES = 1 << 26
@@ -34,18 +34,16 @@ _KEY_VARIABLE = "VLLM_API_KEY"
 
 
 class EngineFault(RuntimeError):
-    """The engine did not answer, or something else than what was asked. It may do better when asked again."""
+    """The engine did not answer, or its answer is not valid. The request may be sent again."""
 
 
 class EngineRefusal(ValueError):
-    """The engine says what is wrong with the request, or its answer cannot be used; asking again would not
-    help.
-    """
+    """The engine refuses the request, or its answer cannot be used; sending it again would not help."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """What an engine says of itself."""
+    """What an engine reports about itself."""
 
     model: str
     root: str
@@ -71,12 +69,12 @@ class EngineClient:
         self._hidden_size, self._dtype, self._timeout_s = hidden_size, dtype, timeout_s
         self._http = urllib3.PoolManager(maxsize=16, retries=False)
         self._model = ""
-        """What the server calls its model, once it has been asked."""
+        """The server's name of its model, cached."""
         key = os.environ.get(_KEY_VARIABLE)
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def served(self) -> Served:
-        """Which model it serves, asked anew."""
+        """The model that the server serves, requested again."""
         answer = self.get("/v1/models")
         try:
             card = answer["data"][0]
@@ -162,11 +160,11 @@ class EngineClient:
         return found
 
     def get(self, path: str) -> Any:
-        """What a GET answers as JSON."""
+        """The JSON answer to a GET."""
         return self._json("GET", path, None)
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """What a POST of JSON answers as JSON."""
+        """The JSON answer to a POST of JSON."""
         return self._json("POST", path, body)
 
     def _json(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
@@ -177,7 +175,7 @@ class EngineClient:
             raise EngineFault(f"{self.address}{path} did not answer JSON") from None
 
     def _check_metadata(self, text: str | None, name: str, count: int) -> None:
-        """EngineFault unless the answer is about this request."""
+        """Raises EngineFault unless the answer belongs to this request."""
         try:
             metadata = json.loads(text or "")
             about, (item,) = str(metadata["id"]), metadata["data"]
