@@ -332,7 +332,7 @@ def _transformers_logits(folder: str, tokens: torch.Tensor) -> torch.Tensor:
 def _encode(options: argparse.Namespace) -> torch.Tensor:
     """[1, s]: the ids of --verify-text as a prompt.
 
-    ValueError where there are none, or the model lacks one.
+    Raises ValueError if there are none, or an id is outside the model's vocabulary.
     """
     from megatron_simct.alignment import load_tokenizer
     from megatron_simct.data.rendering import render_prompt

@@ -1,4 +1,4 @@
-"""Five benchmarks and two formats of one's own: how their files are read, and what a model is asked.
+"""Five benchmarks and two formats for your own data: how their files are read, and how a model is asked.
 
     gsm8k           question, answer ("... #### 18")
     math500         problem, solution, answer
@@ -7,7 +7,7 @@
                     human-eval
     livecodebench   question_content, starter_code, public_test_cases, private_test_cases, metadata
     exact_match     prompt (a text, or messages), label: the response itself; id where there is one
-    math_label      likewise, label: the final answer, as Math-Verify reads it
+    math_label      prompt and label: the final answer, compared by Math-Verify
 
 Files are those that prompt_files.py reads. A model that follows chats is asked in a message (`chat`); a base
 model is given a text to complete (`completion`), and what it writes is cut where it starts something new.

@@ -182,7 +182,7 @@ _lock = threading.Lock()
 
 
 def _the_server(*, instead_of: _Server | None = None) -> _Server:
-    """The one of this process, started where there is none."""
+    """The server of this process, started if necessary."""
     global _server
     with _lock:
         if _server is not None and _server is instead_of:

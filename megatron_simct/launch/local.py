@@ -112,7 +112,7 @@ def start(run: RunFile) -> int:
 
 
 class _Stop:
-    """Counts the signals that ask for an end."""
+    """Counts the signals that ask to stop."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -157,7 +157,7 @@ def _watch(student: _Process, others: Sequence[_Process], stop: _Stop, *, grace_
 
 
 class _Process:
-    """One job in a session of its own, so that a Ctrl-C reaches the launcher alone."""
+    """One job in its own session, so that Ctrl-C reaches only the launcher."""
 
     def __init__(self, job: Job, command: list[str], env: Mapping[str, str], guard: Guard) -> None:
         self.name, self._guard = job.name, guard

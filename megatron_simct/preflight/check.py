@@ -139,7 +139,7 @@ class _Check:
         self._sound: set[str] = set()
         """Jobs whose options have a meaning: of the others there is neither layout nor plan."""
         self._undivided: set[str] = set()
-        """Models that their layout does not divide: there is no plan."""
+        """Models whose layout does not divide them: they have no memory plan."""
 
     def _try(
         self, side: str, check: str, function: Callable[[], T], said: Callable[[T], str] | None = None

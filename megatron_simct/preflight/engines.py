@@ -19,7 +19,7 @@ from megatron_simct.preflight.findings import Finding, failed, passed, warned
 from megatron_simct.teacher.engine_logprobs import serves
 
 _MAX_LOGPROBS = 20
-"""Tokens a place that vLLM gives unless it is told otherwise."""
+"""vLLM's default of --max-logprobs."""
 _WEIGHTS_SHARE = 0.9
 """How much of a device's memory weights may take; the rest is for activations and the cache of keys and
 values.
