@@ -85,9 +85,11 @@ class Layout(PackedSeqParams):
             self.cu_seqlens_q = torch.tensor([0, *(end for _, end in sequences)], dtype=torch.int32)
         self.pieces: list[Piece] = []
         """All queries of this rank, in their order."""
+        # Queries are numbered on this rank: `offset` counts the tokens of its pieces before this one.
         offset = 0
         for piece in context_pieces(num_tokens, rank, size):
             for start, end in sequences:
+                # The part of the sequence that lies in the piece.
                 first, last = max(start, piece.start), min(end, piece.stop)
                 if first < last:
                     queries = slice(offset + first - piece.start, offset + last - piece.start)

@@ -388,7 +388,10 @@ class VllmEngine:
                 f"{self._client.address} answered a response that is cut, or ends as it may not"
             )
         if finish == "abort":  # perhaps after its last token
-            finish = "stop" if stops[-1] else "length" if len(ids) == limit else "open"
+            if stops[-1]:
+                finish = "stop"
+            else:
+                finish = "length" if len(ids) == limit else "open"
         before = prefix or _empty_rollout(prompt.sample_id)
         return Rollout(
             sample_id=prompt.sample_id,
@@ -438,7 +441,8 @@ class _Requests:
     def _wait_for_some(self) -> list[Rollout]:
         done, rest = wait(self.waiting, return_when=FIRST_COMPLETED)
         self.waiting.intersection_update(rest)
-        return [rollout for future in done if (rollout := future.result()) is not None]
+        rollouts = [future.result() for future in done]
+        return [rollout for rollout in rollouts if rollout is not None]
 
     def _abort_rest(self) -> list[Rollout]:
         self.are_cut = True
@@ -450,7 +454,8 @@ class _Requests:
                 if names:
                     self._client.post("/abort_requests", {"request_ids": names})
             rest = wait(rest, timeout=_CUT_AGAIN_S).not_done
-        return [rollout for future in asked if (rollout := future.result()) is not None]
+        rollouts = [future.result() for future in asked]
+        return [rollout for rollout in rollouts if rollout is not None]
 
 
 def _length(prefix: Rollout | None) -> int:

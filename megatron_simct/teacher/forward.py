@@ -153,6 +153,7 @@ class TeacherForward:
         width, k_most = self._model.config.hidden_size, self._vocab_size
         dtypes = {"hidden": dtype, "topk_ids": torch.int32}
         found = []
+        # Rank i modulo size has the answer to request i; the others allocate tensors of its shapes.
         for i, request in enumerate(requests):
             labels, rows = len(request.label_ids), len(request.rows)
             shapes: dict[str, tuple[int, ...]] = {"own_logit": (labels,), "lse": (labels,)}
@@ -275,6 +276,7 @@ class LabelScorer:
         labels = torch.from_numpy(
             np.concatenate([request.label_ids for request in requests]).astype(np.int64)
         )
+        # place[i]: the row of `hidden` that predicts label i; -1 if another context-parallel rank holds it.
         labels, place = labels.to(hidden.device), torch.arange(len(labels), device=hidden.device)
         if local is not None:
             labels = labels[local.index]
@@ -325,6 +327,7 @@ class LabelScorer:
             states = hidden[found] if request.hidden else None
             topk, ids = self._top_k(hidden[found], lse_local[found], request)
             if local is not None:
+                # `found` has the rows of this rank only: the place of each requested row among them, or -1.
                 order = torch.where(rows >= 0, (rows >= 0).cumsum(0) - 1, -1)
                 states, topk, ids = (
                     None if of is None else local.on_all(of, order) for of in (states, topk, ids)

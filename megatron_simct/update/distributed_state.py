@@ -189,12 +189,14 @@ def _gather(optimizer: DistributedOptimizer, shards: BucketShards, key: str) -> 
         for owned in shards.owned
     ]
     owned = shards.owned[rank]
+    # From each rank come its pieces of all parameters that this rank owns, one after another.
     received = _exchange(
         outgoing, [sum(sizes[i][source] for i in owned) for source in range(group.size())], shards, group
     )
     pieces = [
         part.split([sizes[i][source] for i in owned]) if owned else () for source, part in enumerate(received)
     ]
+    # Pieces in the order of the ranks are the parameter: shards of a buffer are consecutive.
     return {index: torch.cat([part[place] for part in pieces]) for place, index in enumerate(owned)}
 
 
