@@ -83,7 +83,7 @@ def sole_owner(folders: Mapping[str, str | None], *, beside: bool = False) -> It
                 take(place.parent, name=place.name, what=what) if beside else take(folder, what=what)
             )
         except OSError as error:
-            raise ValueError(f"{what}: {_refused(error)}; name a place that can be written to") from None
+            raise ValueError(f"{what}: {_refused(error)}; choose a path that can be written to") from None
 
     def let_go() -> None:
         for lock in held.values():

@@ -134,6 +134,12 @@ class Updater:
                 teacher_logit_softcap=reference.logit_softcap,
             )
 
+    @property
+    def model(self) -> HiddenStateModel:
+        """The last chunk of the model on this rank; on the last pipeline stage it has the head."""
+        module: HiddenStateModel = self._ddp.module
+        return module
+
     def step(self, batches: Sequence[MicroBatch]) -> StepReport:
         """One optimizer step on all micro-batches of all ranks. Collective over the whole job.
 
@@ -205,7 +211,7 @@ class Updater:
         return output, partial(self._loss_func, batch)
 
     def _loss_func(self, batch: MicroBatch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        model: HiddenStateModel = self._ddp.module
+        model = self.model
         rows = hidden.flatten(0, 1)[batch.sequences.label_rows]
         index = batch.sequences.label_index
         gather_weight(self._ddp, model.output_weight)

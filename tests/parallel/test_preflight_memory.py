@@ -295,7 +295,7 @@ def _state_bytes(rank, world_size, folder, flags):
             state for part in parts_of(job.updater._optimizer) for state in part.optimizer.state.values()
         ]
         held = sum(tensor.nbytes for state in states for name, tensor in state.items() if name != "step")
-        return sum(p.numel() for p in job.updater._ddp.module.parameters()), held
+        return sum(p.numel() for p in job.updater.model.parameters()), held
 
 
 def test_ranks_share_the_optimizers_state(tiny):
