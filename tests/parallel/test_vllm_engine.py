@@ -207,6 +207,7 @@ def test_a_tensor_that_did_not_arrive_is_named(tiny, student, tmp_path, after):
 SEED = 1234 * 1_000_003 % (1 << 31)
 """Seed in the requests of sample 0 in a run with the default --seed."""
 OVERSAMPLED = ("--rollout-oversample", "0.5", "--rollout-importance-weights", "2")
+OVERSAMPLED += ("--rollout-logprob-bound", "1e-4")  # of what the weights of the step have sampled
 
 
 def slow(server: GeneratingServer, samples: set[int]) -> None:
