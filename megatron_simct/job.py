@@ -25,8 +25,8 @@ from megatron_simct.alignment.alignment_map import id_of_bytes
 from megatron_simct.alignment.plan import plan_mixture, plan_pair, plan_without_teacher
 from megatron_simct.alignment.translation import Translation
 from megatron_simct.config.flags import to_dict
-from megatron_simct.config.options import Config
-from megatron_simct.data.prompts import PromptSource, read_prompts
+from megatron_simct.config.options import Config, InterfaceConfig
+from megatron_simct.data.prompts import PromptSource, Row, read_prompts
 from megatron_simct.data.rendering import ChatTemplate
 from megatron_simct.engine_client import EngineClient
 from megatron_simct.evaluation.benchmarks import CODE, Problem
@@ -78,6 +78,7 @@ from megatron_simct.rollout.engine import (
     SharedEngine,
     write_rollouts,
 )
+from megatron_simct.rollout.given_rows import GivenRows
 from megatron_simct.rollout.held_out import Evaluator, equals_label, response_text, special_marks
 from megatron_simct.rollout.megatron_engine import MegatronEngine
 from megatron_simct.rollout.oversampling import Oversampling
@@ -85,7 +86,9 @@ from megatron_simct.rollout.vllm_engine import VllmEngine
 from megatron_simct.stopping import ExitWatch
 from megatron_simct.teacher.average import Average
 from megatron_simct.teacher.build import build_teacher, teacher_logit_softcap
+from megatron_simct.teacher.fingerprints import weights_fingerprint
 from megatron_simct.teacher.forward import TeacherForward, own_tokens
+from megatron_simct.teacher.reference import Reference
 from megatron_simct.teacher.scorer import TeacherScorer
 from megatron_simct.update.checkpoint import TRACKER, Checkpoints, has_checkpoint, numbered
 from megatron_simct.update.distributed_state import parts_of
@@ -116,6 +119,10 @@ class Job:
     """One thread beside the one that trains: it aligns what has been sampled, and hands it to the teacher."""
     rewarding: Rewarding | None
     """Where --reward is given."""
+    given: GivenRows | None
+    """Where --given-share is given."""
+    reference: Reference | None
+    """Where --reference-kl-weight is given."""
     pack: Callable[..., list[MicroBatch]]
     updater: Updater
     teacher_follows: Callable[[], None]
@@ -134,8 +141,9 @@ class Job:
     """Keeps the rollouts of a step that failed; where."""
     exit_watch: ExitWatch
     profiler: Profiler
-    measure: Callable[[Sequence[Prompt], Sequence[Rollout], dict[str, float]], dict[str, float]]
-    """Metrics of a step that are about all ranks, from the seconds of this one; collective over the job."""
+    measure: Callable[..., dict[str, float]]
+    """Metrics of a step that are about all ranks, from its prompts, its rollouts and the seconds of this one;
+    given: prompts and responses that were not sampled. Collective over the job."""
     timers: Callable[[int], str]
     """What Megatron's timers say of an iteration, where a log line is due; collective over the job."""
 
@@ -168,12 +176,14 @@ def build_job(config: Config, groups: Groups) -> Job:
     if groups.is_first_rank:
         report_notes(student, *(teacher.tokenizer for teacher in pair.teachers))
 
-    prompts = build_prompts(config, groups, pair)
+    rows = read_training_rows(config)
+    prompts = build_prompts(config, groups, pair, rows)
     oversampling = build_oversampling(config, groups, prompts)
     model = load_student(config, groups, student)
     placement = build_placement(config, model, pair)
     teacher_cut = build_cut(config, groups, context_parallel_size=config.teacher_context_parallel_size)
     teaching = build_teacher(config, groups, pair, placement, teacher_cut, model)
+    reference = build_reference(config, groups, student)
     chunks = wrap_data_parallel(model, config.parallel, config.update)
     optimizer, scheduler = build_optimizer(chunks, config.training, config.update)
     timers = build_timers(config, chunks, optimizer)
@@ -231,42 +241,34 @@ def build_job(config: Config, groups: Groups) -> Job:
         source = sampler
     engine = build_engine(config, groups, source, student)
     engine.publish(start)
+    sampling = Sampling(
+        temperature=config.rollout.rollout_temperature,
+        top_p=config.rollout.rollout_top_p,
+        top_k=config.rollout.rollout_top_k,
+        max_response_len=config.rollout.rollout_max_response_len,
+        seed=config.training.seed,
+    )
     return Job(
         config=config,
         prompts=prompts,
         oversampling=oversampling,
         engine=engine,
-        sampling=Sampling(
-            temperature=config.rollout.rollout_temperature,
-            top_p=config.rollout.rollout_top_p,
-            top_k=config.rollout.rollout_top_k,
-            max_response_len=config.rollout.rollout_max_response_len,
-            seed=config.training.seed,
-        ),
+        sampling=sampling,
         align=build_alignment(config, pair),
         teacher=teaching.scorer,
         background=ThreadPoolExecutor(max_workers=1, thread_name_prefix="alignment"),
         rewarding=build_rewarding(config, groups, student),
-        pack=partial(
-            pack_micro_batches,
-            cut=build_cut(config, groups, context_parallel_size=groups.cp_size),
-            check=(
-                partial(check_labels, placement=placement, config=config.interface)
-                if groups.is_last_stage
-                else _leave_to_last_stage
-            ),
-            packed=config.training.max_tokens_per_gpu is not None,
-            multiple_of=token_multiple(config.parallel, groups.device, context_parallel_size=groups.cp_size),
-            context=(
-                Context(
-                    rank=groups.cp_rank,
-                    size=groups.cp_size,
-                    pieces=partial(context_pieces, size=groups.cp_size),
-                )
-                if groups.cp_size > 1
-                else None
-            ),
-            entries=build_entries(config, pair),
+        given=build_given_rows(
+            config,
+            groups,
+            student,
+            rows,
+            sampling=sampling,
+            pack=build_packing(config, groups, placement, interface=InterfaceConfig(interface="sft")),
+        ),
+        reference=reference,
+        pack=build_packing(
+            config, groups, placement, interface=config.interface, entries=build_entries(config, pair)
         ),
         updater=Updater(
             chunks,
@@ -287,6 +289,7 @@ def build_job(config: Config, groups: Groups) -> Job:
                 and not config.max_lag
                 else None
             ),
+            reference=reference,
         ),
         teacher_follows=build_following(
             teaching.average, before_reading_weights=partial(gather_weights, chunks)
@@ -302,6 +305,108 @@ def build_job(config: Config, groups: Groups) -> Job:
         profiler=Profiler(config.output),
         measure=build_measure(config, groups, model),
         timers=timers,
+    )
+
+
+def build_packing(
+    config: Config,
+    groups: Groups,
+    placement: VocabPlacement,
+    *,
+    interface: InterfaceConfig,
+    entries: Entries | None = None,
+) -> Callable[..., list[MicroBatch]]:
+    """How samples of a rank become micro-batches for the loss of this interface."""
+    context = None
+    if groups.cp_size > 1:
+        pieces = partial(context_pieces, size=groups.cp_size)
+        context = Context(rank=groups.cp_rank, size=groups.cp_size, pieces=pieces)
+    return partial(
+        pack_micro_batches,
+        cut=build_cut(config, groups, context_parallel_size=groups.cp_size),
+        check=(
+            partial(check_labels, placement=placement, config=interface)
+            if groups.is_last_stage
+            else _leave_to_last_stage
+        ),
+        packed=config.training.max_tokens_per_gpu is not None,
+        multiple_of=token_multiple(config.parallel, groups.device, context_parallel_size=groups.cp_size),
+        context=context,
+        entries=entries,
+    )
+
+
+def build_reference(config: Config, groups: Groups, student: Tokenizer) -> Reference | None:
+    """The student at its start, for --reference-kl-weight. ValueError where it has no weights."""
+    weight = config.terms.reference_kl_weight
+    if not weight:
+        return None
+    if start_fingerprint(config) is None:
+        raise ValueError(
+            f"--reference-kl-weight {weight}: --hf-checkpoint {config.model.folder} has no weights to stay "
+            "near"
+        )
+    return Reference(
+        load_model(config, config.model, groups, student, prefix=""),
+        groups,
+        student=student,
+        weight=weight,
+        cut=build_cut(config, groups, context_parallel_size=groups.cp_size),
+        packed=config.training.max_tokens_per_gpu is not None,
+        multiple_of=token_multiple(config.parallel, groups.device, context_parallel_size=groups.cp_size),
+    )
+
+
+def start_fingerprint(config: Config) -> str | None:
+    """Which weights the run starts from, where --reference-kl-weight needs them; None without weights."""
+    return weights_fingerprint(config.model, prefix="") if config.terms.reference_kl_weight else None
+
+
+def build_given_rows(
+    config: Config,
+    groups: Groups,
+    student: Tokenizer,
+    rows: Sequence[Row],
+    *,
+    sampling: Sampling,
+    pack: Callable[..., list[MicroBatch]],
+) -> GivenRows | None:
+    """The rows of --given-share; None without it. ValueError where no row has a response."""
+    if not config.given_rows:
+        return None
+    with_response = [row for row in rows if row.response is not None]
+    flag = f"--given-share {config.terms.given_share}"
+    if not with_response:
+        raise ValueError(
+            f"{flag}: no row of --prompt-data {config.data.prompt_data} has a response, under "
+            f"{config.data.response_key!r} or as the answer that closes its messages"
+        )
+    prompts = PromptSource(
+        with_response,
+        student=student,
+        batch_size=config.given_rows,
+        samples_per_prompt=1,
+        max_prompt_len=config.rollout.rollout_max_prompt_len,
+        shuffle=config.data.rollout_shuffle,
+        seed=config.training.seed + 1,  # another order than that of the sampled rows
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp_size,
+        flag="--prompt-data",
+        student_chat=open_chat_template(config, config.model, student, prefix=""),
+    )
+    if groups.is_first_rank:
+        print(
+            f" {flag}: {config.given_rows} of {config.global_batch_size} sequences of a step come with their "
+            f"response, from {len(prompts)} of {len(rows)} rows",
+            flush=True,
+        )
+    return GivenRows(
+        prompts=prompts,
+        student=student,
+        sampling=sampling,
+        weight=config.sft_weight,
+        group=groups.dp,
+        pack=pack,
     )
 
 
@@ -339,7 +444,7 @@ def build_timers(config: Config, chunks: Sequence[Any], optimizer: Any) -> Calla
 
 def build_measure(
     config: Config, groups: Groups, model: HiddenStateModel | InterleavedModel
-) -> Callable[[Sequence[Prompt], Sequence[Rollout], dict[str, float]], dict[str, float]]:
+) -> Callable[..., dict[str, float]]:
     """The slowest rank; by --log-throughput, what is computed in a second."""
     name = torch.cuda.get_device_name(groups.device) if groups.device.type == "cuda" else ""
     peak = peak_operations(name) if config.training.bf16 else None
@@ -347,11 +452,15 @@ def build_measure(
     sampled = config.interface.interface != "sft"
 
     def measure(
-        prompts: Sequence[Prompt], rollouts: Sequence[Rollout], seconds: dict[str, float]
+        prompts: Sequence[Prompt],
+        rollouts: Sequence[Rollout],
+        seconds: dict[str, float],
+        *,
+        given: tuple[Sequence[Prompt], Sequence[Rollout]] = ((), ()),
     ) -> dict[str, float]:
         found = slowest_ranks(seconds, groups.device)
         if config.output.log_throughput:
-            found |= throughput.step(prompts, rollouts, seconds, sampled=sampled)
+            found |= throughput.step(prompts, rollouts, seconds, sampled=sampled, given=given)
         return found
 
     return measure
@@ -466,6 +575,7 @@ def identity(config: Config, pair: Pair) -> dict[str, object]:
         "teacher_tokenizer": None,
         "alignment_map": pair.alignment_map.fingerprint if pair.alignment_map is not None else None,
         "adapters": adapter_identity(config),
+        "start": start_fingerprint(config),
     } | {
         f"{teacher.prefix.replace('-', '_')}tokenizer": teacher.tokenizer.table.fingerprint
         for teacher in pair.teachers
@@ -531,10 +641,10 @@ def keep_batch(config: Config, groups: Groups, rollouts: Sequence[Rollout], iter
     return str(folder)
 
 
-def build_prompts(config: Config, groups: Groups, pair: Pair) -> PromptSource:
-    """Training prompts, each rank its share."""
+def read_training_rows(config: Config) -> list[Row]:
+    """The rows of --prompt-data."""
     assert config.data.prompt_data is not None, "check() refuses a job without --prompt-data"
-    rows = read_prompts(
+    return read_prompts(
         config.data.prompt_data,
         flag="--prompt-data",
         input_key=config.data.input_key,
@@ -545,10 +655,14 @@ def build_prompts(config: Config, groups: Groups, pair: Pair) -> PromptSource:
         need_label=False,
         keep_fields=config.reward.reward is not None,
     )
+
+
+def build_prompts(config: Config, groups: Groups, pair: Pair, rows: Sequence[Row]) -> PromptSource:
+    """Training prompts whose responses are sampled, each rank its share; with `sft` those that are given."""
     source = PromptSource(
         rows,
         student=pair.student,
-        batch_size=config.rollout.rollout_batch_size,
+        batch_size=config.sampled_prompts,
         samples_per_prompt=config.rollout.n_samples_per_prompt,
         max_prompt_len=config.rollout.rollout_max_prompt_len,
         shuffle=config.data.rollout_shuffle,
@@ -577,7 +691,7 @@ def build_oversampling(config: Config, groups: Groups, prompts: PromptSource) ->
     if not rollout.rollout_oversample:
         return None
     assert config.max_lag is not None, "check() refuses stored responses"
-    share = rollout.rollout_batch_size // groups.dp_size
+    share = config.sampled_prompts // groups.dp_size
 
     def gather(local: Any) -> list[Any]:
         values = [None] * groups.dp_size
@@ -630,11 +744,11 @@ def build_rewarding(config: Config, groups: Groups, student: Tokenizer) -> Rewar
         rewards=rewards,
         student=student,
         marks=special_marks(student, (thinking.start, thinking.end)),
-        batch_size=config.global_batch_size,
+        batch_size=config.global_batch_size - config.given_rows,
         group_size=config.rollout.n_samples_per_prompt,
         weight=options.reward_weight,
         first_place=(
-            groups.dp_rank * (config.global_batch_size // groups.dp_size)
+            groups.dp_rank * (config.sampled_prompts // groups.dp_size) * config.rollout.n_samples_per_prompt
             if config.rollout.rollout_oversample
             else None
         ),

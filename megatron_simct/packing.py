@@ -61,13 +61,15 @@ def pack_micro_batches(
     context: Context | None = None,
     entries: Entries | None = None,
     advantages: Mapping[int, float] | None = None,
+    reference: Mapping[int, tuple[AlignedPair, ScoredPair]] | None = None,
 ) -> list[MicroBatch]:
     """The micro-batches of a step, as `cut` says, their sequences packed or padded to `multiple_of` tokens.
 
     prompts, rollouts and pairs are in one order; scored pairs come in any order and are matched by sample id.
     Tensors are on the CPU, but for what the teacher left on a device. `check` raises ValueError for labels
     that the loss could not read; it runs here, before anything is moved. context: see sequence_batch.
-    advantages: of the samples, by id, times the weight of their term.
+    advantages: of the samples, by id, times the weight of their term. reference: by id, MicroBatch.reference
+    of each sample.
     """
     scored = list(scored)
     scores = {score.sample_id: score for score in scored}
@@ -91,6 +93,9 @@ def pack_micro_batches(
     ]
     if advantages is not None:
         batches = [_with_advantages(batch, advantages) for batch in batches]
+    if reference is not None:
+        of = {rollout.sample_id: (rollout, *reference[rollout.sample_id]) for rollout in rollouts}
+        batches = [replace(b, reference=_pack_labels([of[i] for i in b.sample_ids])) for b in batches]
     for batch in batches:
         check(batch.labels)
     return batches

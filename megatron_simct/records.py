@@ -143,7 +143,7 @@ class Prompt:
 
     sample_id: int
     """Unique in a run: it seeds the sampling, names the sample in logs, and pairs the records of later hops.
-    """
+    Below 0 for a given row of --given-share."""
     student_ids: np.ndarray
     """int32 [ps]"""
     teacher_ids: np.ndarray
@@ -368,6 +368,8 @@ class LabelBatch:
     """float32 [N]: the student labels' log-probabilities when they were sampled (Rollout.logprobs)."""
     advantages: torch.Tensor | None = None
     """float32 [N]: --reward-weight times the advantage of each label's response."""
+    label_weights: torch.Tensor | None = None
+    """float32 [N], for `sft`: what the loss of each label is multiplied by; None: 1."""
     entries: EntryBatch | None = None
     """For the interfaces `partition`, `topk_kl` and `bpm`."""
     response_starts: torch.Tensor | None = None
@@ -414,6 +416,11 @@ class MicroBatch:
     """How many each sample has; N in all."""
     sequences: SequenceBatch
     labels: LabelBatch
+    reference: LabelBatch | None = None
+    """The same labels, each beside what the student at its start says of it, for --reference-kl-weight."""
+    is_given: bool = False
+    """Whether the responses are given ones of --given-share, whose loss is `sft`; their labels do not count.
+    """
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with every tensor on the device."""

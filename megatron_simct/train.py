@@ -53,6 +53,9 @@ def train(job: Job) -> None:
             batch = ahead.popleft()
             check_lag(batch.rollouts, iteration, job.config.max_lag)
             scored = list(job.teacher.collect(batch.pairs))
+            start_says = None
+            if job.reference is not None:
+                start_says = job.reference.score(batch.prompts, batch.rollouts)
         rewarded = None
         if job.rewarding is not None:
             with clock("reward"):
@@ -61,7 +64,12 @@ def train(job: Job) -> None:
             micro_batches = job.pack(
                 *(batch.prompts, batch.rollouts, batch.pairs, scored),
                 advantages=None if rewarded is None else rewarded.of_samples,
+                reference=start_says,
             )
+            given: tuple[list[Prompt], list[Rollout]] = ([], [])
+            if job.given is not None:
+                given = job.given.batch(iteration)
+                micro_batches += job.given.micro_batches(*given, sampled=batch.rollouts)
             report = job.updater.step(micro_batches)
             job.teacher_follows()
         if job.oversampling is not None:
@@ -71,7 +79,7 @@ def train(job: Job) -> None:
         job.monitor.step(
             *(iteration, batch.rollouts, batch.pairs, report, clock.seconds, job.teacher.status_text()),
             rewarded={} if rewarded is None else rewarded.metrics,
-            more={**batch.more, **job.measure(batch.prompts, batch.rollouts, clock.seconds)},
+            more={**batch.more, **job.measure(batch.prompts, batch.rollouts, clock.seconds, given=given)},
             timers=job.timers(iteration),
         )
         job.log_samples(iteration, batch.rollouts, batch.pairs, report)

@@ -1,9 +1,8 @@
-"""The process that calls the function of --reward: questions on its input, answers on its output, one JSON a
-line.
+"""The process that calls the function of --reward: JSON lines, requests on its input, answers on its output.
 
-    python -m megatron_simct.evaluation.reward_worker MODULE:FUNCTION
+    python -m megatron_simct.evaluation.reward_worker MODULE:FUNCTION PARENT_PID
 
-What the function prints goes to the log.
+What the function prints goes to the log. The process ends with its parent, also in the middle of a call.
 """
 
 from __future__ import annotations
@@ -15,8 +14,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from megatron_simct.evaluation.confined import die_with
 
-def main(place: str) -> None:
+
+def main(place: str, parent: int) -> None:
+    die_with(parent)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)  # nothing that the function prints stands between the answers
     try:
@@ -54,4 +56,4 @@ def _said(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))

@@ -136,9 +136,13 @@ class Called:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """ValueError, naming the flag, if the function cannot be imported."""
+        """ValueError, naming the flag, if the function cannot be imported.
+
+        The calling thread must live as long as the process, which the kernel ends with that thread.
+        """
+        worker = "megatron_simct.evaluation.reward_worker"
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_simct.evaluation.reward_worker", self._place],
+            [sys.executable, "-m", worker, self._place, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},

@@ -342,6 +342,9 @@ class _Check:
                 f"--{flag}hf-checkpoint {folder} has no safetensors, and a teacher needs weights; or give"
             )
             self._findings.append(failed(name, "weights", f"{message} --{flag}pretrained-checkpoint"))
+        elif found is None and name == "student" and self._config.terms.reference_kl_weight:
+            message = f"{folder} has no safetensors, and --reference-kl-weight keeps the student near weights"
+            self._findings.append(failed(name, "weights", message, flag="--reference-kl-weight"))
         elif found is None:
             message = f"{folder} has no safetensors: the weights would be random"
             self._findings.append(warned(name, "weights", message, flag=f"--{flag}hf-checkpoint"))
@@ -392,6 +395,12 @@ class _Check:
             self._try("pair", "prompts", lambda: open_held_out(config))
         if rows is None:
             return []
+        share = config.terms.given_share
+        if share is not None:
+            count = sum(row.response is not None for row in rows)
+            said = f"--given-share {share}: {count} of {len(rows)} rows of --prompt-data have a response"
+            finding = passed if count else failed
+            self._findings.append(finding("student", "prompts", said))
         looked_at = rows[:: max(1, len(rows) // pair.MAX_TEXTS)]
         try:
             templates = pair.check_templates(
@@ -618,6 +627,7 @@ class _Check:
             teacher_hidden_size=0 if teacher is None else teacher.architecture.hidden_size,
             adapters=self._adapters(student),
             averages_teacher=config.teacher_job.ema is not None,
+            keeps_start=config.terms.reference_kl_weight > 0,
         )
 
     def _adapters(self, student: pair.Side) -> dict[Layer, int] | None:
@@ -732,6 +742,8 @@ def _remedy(job: str, plan: MemoryPlan, largest: str) -> tuple[str, str]:
         return "--micro-batch-size", "lower it, or add --recompute-granularity full"
     if largest in ("activations", "loss", "forward pass", "hidden states", "logits"):
         return "--micro-batch-size" if job == "student" else "--max-tokens-per-batch", "lower it"
+    if largest == "start's hidden states":
+        return "--rollout-batch-size", "lower it"
     if largest == "teacher weights":
         return (
             "--tensor-model-parallel-size",

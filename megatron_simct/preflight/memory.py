@@ -226,6 +226,7 @@ def student_plan(
     teacher_hidden_size: int = 0,
     adapters: Mapping[Layer, int] | None = None,
     averages_teacher: bool = False,
+    keeps_start: bool = False,
 ) -> MemoryPlan:
     """The rank of the student that needs most.
 
@@ -235,7 +236,8 @@ def student_plan(
     ranks, if any. shared_rows: rows of the teacher's head on the fullest rank of the last stage, each
     teacher_hidden_size wide. adapters: numbers of a layer's adapters on one rank, if these are trained and
     the weights are not. averages_teacher: --teacher-ema, whose float32 average lies beside weights of another
-    type.
+    type. keeps_start: --reference-kl-weight, whose model is the student once more, and whose hidden states
+    are there for all labels of a step.
     """
     plans = []
     length = prompt_len + response_len
@@ -267,6 +269,9 @@ def student_plan(
             phases["teacher"] = {
                 "forward pass": forward_bytes(teacher, batch=micro_batch_size, length=length)
             }
+        if keeps_start:
+            held["start's weights"] = sizes.value_bytes * parameters
+            phases["start"] = {"forward pass": forward_bytes(sizes, batch=micro_batch_size, length=length)}
         in_flight = min(num_micro_batches, sizes.pp - stage)
         phases["update"] = {
             "activations": kept_activations(
@@ -286,6 +291,10 @@ def student_plan(
             rows = (
                 labels * (2 * sizes.architecture.hidden_size + teacher_hidden_size) * (sizes.value_bytes + 4)
             )
+            if keeps_start:  # a loss of its own over the same rows
+                hidden = labels * sizes.architecture.hidden_size
+                rows += 3 * hidden * (sizes.value_bytes + 4)
+                phases["update"]["start's hidden states"] = num_micro_batches * hidden * sizes.value_bytes
             phases["update"]["loss"] = loss_memory + rows
         held = held | ({"GPU context": GPU_CONTEXT} if on_gpu else {})
         total = total_parameters(sizes.architecture, vocab_size=sizes.vocab_size)

@@ -126,6 +126,14 @@ METRICS = {
         "share of labels",
         "--reward: labels whose probability has moved too far to be moved further",
     ),
+    "given_cross_entropy": (
+        "nats a label",
+        "--given-share: cross entropy of the given responses, before --sft-weight",
+    ),
+    "reference_kl": (
+        "nats a label",
+        "--reference-kl-weight: KL of the student from its start at sampled labels, before the weight",
+    ),
     "seconds_reward": ("s", "of it in waiting for rewards"),
     "coverage_one_to_one": ("share of bytes", "bytes in segments of one shared token on each side"),
     "coverage_unit": ("share of bytes", "bytes in multi-token units"),
@@ -280,26 +288,31 @@ class Throughput:
         seconds: dict[str, float],
         *,
         sampled: bool,
+        given: tuple[Sequence[Prompt], Sequence[Rollout]] = ((), ()),
     ) -> dict[str, float]:
         """Means over all ranks. Collective over the whole job.
 
-        A backward pass is two forward passes. Sampling computes each position once, with its KV cache.
+        A backward pass is two forward passes. Sampling computes each position once, with its KV cache. given:
+        what was trained on beside, and not sampled.
         """
-        lengths = [
-            len(prompt.student_ids) + len(rollout.student_ids)
-            for prompt, rollout in zip(prompts, rollouts, strict=True)
-        ]
-        mine = self._count(lengths, sum(len(rollout.student_ids) for rollout in rollouts))
+        mine = [self._operations(prompts, rollouts), self._operations(*given)]
         total = torch.tensor(mine, dtype=torch.float64, device=self._device)
         dist.all_reduce(total)
-        each = float(total) / dist.get_world_size()
-        update = _ratio(3 * each, seconds.get("update", 0.0))
+        each, beside = (total / dist.get_world_size()).tolist()
+        update = _ratio(3 * (each + beside), seconds.get("update", 0.0))
         values = {"update_tflops": update / 1e12}
         if self._peak is not None:
             values["update_mfu"] = update / self._peak
         if sampled:
             values["rollout_tflops"] = _ratio(each, seconds.get("rollout", 0.0)) / 1e12
         return values
+
+    def _operations(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> float:
+        lengths = [
+            len(prompt.student_ids) + len(rollout.student_ids)
+            for prompt, rollout in zip(prompts, rollouts, strict=True)
+        ]
+        return self._count(lengths, sum(len(rollout.student_ids) for rollout in rollouts)) if lengths else 0.0
 
 
 def sample_sums(
@@ -369,6 +382,10 @@ def ratios(report: StepReport, samples: dict[str, float], *, sampled: bool) -> d
     if "loss_reward_sum" in sums:
         values["loss_reward"] = _ratio(sums["loss_reward_sum"], sums["num_labels"])
         values["reward_clipped"] = _ratio(sums["reward_clipped_sum"], sums["num_labels"])
+    if "num_given_labels" in sums:
+        values["given_cross_entropy"] = _ratio(sums["given_nll_sum"], sums["num_given_labels"])
+    if "reference_kl_sum" in sums:
+        values["reference_kl"] = _ratio(sums["reference_kl_sum"], sums["num_labels"])
     if sampled:
         # The mean surprise of own samples is an unbiased estimate of the entropy, at rollout temperature 1
         # and top-p 1.

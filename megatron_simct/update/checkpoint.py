@@ -78,6 +78,7 @@ _IDENTITY_FLAGS = {
     "teacher_tokenizer": "--teacher-tokenizer-model and --teacher-stop-token-ids",
     "alignment_map": "--tokenizer-model and --teacher-tokenizer-model",
     "adapters": "--lora-rank, --lora-alpha, --lora-target-modules and the weights of --hf-checkpoint",
+    "start": "--reference-kl-weight and the weights of --hf-checkpoint or --pretrained-checkpoint",
 }
 """The parts of a run's identity, and the flags that each comes from."""
 
@@ -305,7 +306,7 @@ class Checkpoints:
     def _check_identity(self, theirs: dict[str, Any], path: Path, directory: str) -> None:
         for part, flag in _IDENTITY_FLAGS.items():
             its, ours = theirs.get(part), self._identity.get(part)
-            if its == ours:
+            if its == ours or (part == "start" and ours is None):  # only --reference-kl-weight reads it again
                 continue
             if isinstance(its, dict) and isinstance(ours, dict):
                 details = ", ".join(

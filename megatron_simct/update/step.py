@@ -12,14 +12,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from megatron_simct.alignment.placement import VocabPlacement
 from megatron_simct.config.options import InterfaceConfig
-from megatron_simct.losses import ByteOrder, LabelRows, SharedHead, interface_loss
+from megatron_simct.losses import ByteOrder, LabelRows, LossOutput, SharedHead, interface_loss
 from megatron_simct.models.build import HiddenStateModel
 from megatron_simct.models.layout import Layout
 from megatron_simct.parallel.cpu import megatron_imports
@@ -58,6 +58,19 @@ class StepReport:
     """
 
 
+class Start(Protocol):
+    """The student at its start, whose KL is part of the loss (teacher/reference.py)."""
+
+    @property
+    def weight(self) -> float: ...
+    @property
+    def head(self) -> SharedHead | None: ...
+    @property
+    def placement(self) -> VocabPlacement: ...
+    @property
+    def logit_softcap(self) -> float | None: ...
+
+
 class Updater:
     """Owns the trained model's optimizer; the weights are changed here and nowhere else."""
 
@@ -76,12 +89,13 @@ class Updater:
         gradient_parts_interval: int = 0,
         importance_cap: float | None = None,
         check_sampling: Callable[[float, float], None] | None = None,
+        reference: Start | None = None,
     ) -> None:
         """gradient_parts_interval: every so many steps the gradient's parts are compared; 0: never.
 
         importance_cap: see interface_loss. check_sampling: told of each step, before its weights change, the
         mean and the largest difference of the labels' log-probabilities in sampling and in training; may
-        refuse the step.
+        refuse the step. reference: for micro-batches that have one.
         """
         self._gradient_parts_interval = gradient_parts_interval
         self._check_sampling = check_sampling
@@ -100,6 +114,25 @@ class Updater:
             teacher_logit_softcap=teacher_logit_softcap,
             importance_cap=importance_cap,
         )
+        memory = interface.loss_memory_mib
+        self._given_loss = partial(
+            interface_loss,
+            shared_head=None,
+            placement=placement,
+            config=InterfaceConfig(interface="sft", loss_memory_mib=memory),
+            group=groups.tp,
+        )
+        self._reference = reference
+        self._reference_loss: Callable[..., LossOutput] | None = None
+        if reference is not None:
+            self._reference_loss = partial(
+                interface_loss,
+                shared_head=reference.head,
+                placement=reference.placement,
+                config=InterfaceConfig(interface="kd", divergence="reverse_kl", loss_memory_mib=memory),
+                group=groups.tp,
+                teacher_logit_softcap=reference.logit_softcap,
+            )
 
     def step(self, batches: Sequence[MicroBatch]) -> StepReport:
         """One optimizer step on all micro-batches of all ranks. Collective over the whole job.
@@ -176,22 +209,29 @@ class Updater:
         rows = hidden.flatten(0, 1)[batch.sequences.label_rows]
         index = batch.sequences.label_index
         gather_weight(self._ddp, model.output_weight)
-        output = self._loss(
-            rows,
-            model.output_weight,
-            batch.labels,
-            student_logit_softcap=model.logit_softcap,
-            label_rows=None if index is None else LabelRows(index=index, group=self._groups.cp),
-        )
-        sums = {"loss": output.sum.detach().clone(), "num_labels": output.num_labels, **output.metrics}
-        sums["label_losses"] = output.label_losses
+        named: dict[str, Any] = {
+            "student_logit_softcap": model.logit_softcap,
+            "label_rows": None if index is None else LabelRows(index=index, group=self._groups.cp),
+        }
+        if batch.is_given:
+            output = self._given_loss(rows, model.output_weight, batch.labels, **named)
+            return output.sum, torch.zeros_like(output.num_labels).int(), _given_sums(output)
+        output = self._loss(rows, model.output_weight, batch.labels, **named)
+        value, label_losses = output.sum, output.label_losses
+        sums = {"num_labels": output.num_labels, **output.metrics}
+        if batch.reference is not None:
+            assert self._reference_loss is not None and self._reference is not None
+            kept = self._reference_loss(rows, model.output_weight, batch.reference, **named)
+            value, label_losses = value + kept.sum, label_losses + kept.label_losses
+            sums["reference_kl_sum"] = kept.sum.detach().double() / self._reference.weight
+        sums |= {"loss": value.detach().clone(), "label_losses": label_losses}
         gap = torch.zeros_like(output.log_probs)
         sampled = batch.labels.sampling_log_probs
         if sampled is not None:
             gap = (output.log_probs - (sampled if index is None else sampled[index])).abs()
         sums["rollout_gap_sum"] = gap.sum(dtype=torch.float64)
         sums["rollout_gap_largest"] = torch.cat([gap, gap.new_zeros(1)]).max()
-        return output.sum, output.num_labels.int(), sums
+        return value, output.num_labels.int(), sums
 
     def _check_gradient(self, sums: dict[str, float], bad_ids: Sequence[int]) -> float:
         """The gradient's norm; between gradient and weights the global numbers are checked.
@@ -239,4 +279,21 @@ def _culprits(bad_ids: Sequence[int], grad_norm: float) -> str:
 
 
 def _add(outputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {name: torch.stack([output[name].double() for output in outputs]).sum() for name in outputs[0]}
+    """The sums of all micro-batches; those of given rows have other names beside the common ones."""
+    names = list(dict.fromkeys(name for output in outputs for name in output))
+    return {
+        name: torch.stack([output[name].double() for output in outputs if name in output]).sum()
+        for name in names
+    }
+
+
+def _given_sums(output: LossOutput) -> dict[str, torch.Tensor]:
+    """What a micro-batch of given rows reports: nothing of it counts among the sampled labels."""
+    return {
+        "loss": output.sum.detach().clone(),
+        "num_labels": torch.zeros_like(output.num_labels),
+        "given_nll_sum": output.metrics["student_nll_sum"],
+        "num_given_labels": output.metrics["num_student_labels"],
+        "label_losses": output.label_losses,
+        "rollout_gap_largest": output.log_probs.new_zeros(()),
+    }

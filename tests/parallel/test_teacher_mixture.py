@@ -14,7 +14,7 @@ import torch
 import megatron_simct.teacher.build
 from megatron_simct.alignment.continuations import END
 from megatron_simct.alignment.cut_rules import with_continuations
-from megatron_simct.job import build_job, build_prompts
+from megatron_simct.job import build_job, build_prompts, read_training_rows
 from megatron_simct.loading import open_model, open_pair, open_tokenizer
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.records import Rollout
@@ -125,7 +125,8 @@ def _expected(rank, world_size, folder, *flags):
             open_model(o, resolved.parallel, groups, t, prefix=p, bf16=False, longest=256)
             for o, p, t in zip(options, prefixes, tokenizers, strict=True)
         ]
-        prompts = build_prompts(resolved, groups, open_pair(resolved)).batch(0)
+        rows = read_training_rows(resolved)
+        prompts = build_prompts(resolved, groups, open_pair(resolved), rows).batch(0)
         responses = ReplayEngine(
             None, save_dir=None, load_dir=resolved.rollout.load_debug_rollout_data, dp_rank=0, writes=False
         ).generate(prompts, None)

@@ -118,6 +118,8 @@ def test_the_glossary_has_every_metric_and_no_other():
     names |= {"rollout_carried", "seconds_rollout_longest"}
     of_rewards = {"loss_reward_sum": 0.0, "reward_clipped_sum": 0.0}
     names |= ratios(report(**of_rewards), SAMPLES, sampled=True).keys()
+    of_terms = {"given_nll_sum": 1.0, "num_given_labels": 2.0, "reference_kl_sum": 1.0}
+    names |= ratios(report(**of_terms), SAMPLES, sampled=True).keys()
     names |= {"reward", "reward_spread", "reward_silent", "reward_failed"}
     hops = set(re.findall(r'clock\("(\w+)"\)', inspect.getsource(train)))
     names |= {f"seconds_{hop}" for hop in hops} | {"seconds", "peak_memory_gib", "rollout_tokens_per_second"}

@@ -239,7 +239,7 @@ VLLM = ("--rollout-engine", "vllm", "--rollout-engine-endpoint", "http://h:1", "
         ((*VLLM, "--rollout-max-lag", "0"), "is at least 1 steps old, and --rollout-max-lag is 0"),
         (
             (*VLLM, "--rollout-batch-size", "63", "--n-samples-per-prompt", "16"),
-            "must be a multiple of the data-parallel size",
+            "63\\) must be a multiple of the data-parallel",
         ),
         (("--rollout-oversample", "1.5"), "--rollout-oversample 1.5: must be"),
     ],

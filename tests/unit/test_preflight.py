@@ -429,6 +429,21 @@ WRONG: dict[str, tuple[Change, str, str, tuple[str, ...]]] = {
         "--eval-prompt-data",
         ("no label",),
     ),
+    "given rows without responses": (
+        student(given_share=0.5),
+        "student",
+        "--given-share",
+        ("0 of 20 rows of --prompt-data have a response",),
+    ),
+    "a start without weights": (
+        lambda run, folder: (
+            (folder / "student" / "model.safetensors").unlink(),
+            student(reference_kl_weight=0.1)(run, folder),
+        ),
+        "student",
+        "--reference-kl-weight",
+        ("no safetensors",),
+    ),
     "an average of two architectures": (
         lambda run, folder: (
             colocated(run, folder),
@@ -699,6 +714,18 @@ def test_the_plan_counts_the_average_of_a_teachers_weights(folder):
         return report.plans["student"].held["teacher weights"]
 
     assert teacher_weights(student(teacher_ema=0.99)) == 3 * teacher_weights()  # 4 bytes beside 2
+
+
+def test_the_plan_counts_the_student_at_its_start(folder):
+    plain, kept = (
+        check_run(read_run_file(str(write_run(folder, student(reference_kl_weight=w))))).plans["student"]
+        for w in (0.0, 0.1)
+    )
+    assert kept.held["start's weights"] == kept.held["weights"] == plain.held["weights"]
+    assert kept.phases["start"]["forward pass"] > 0 and "start" not in plain.phases
+    # 16 sequences on 2 data-parallel ranks: 8 of 100 labels each, 64 numbers of bfloat16 a label.
+    assert kept.phases["update"]["start's hidden states"] == 8 * 100 * 64 * 2
+    assert kept.phases["update"]["loss"] > plain.phases["update"]["loss"]
 
 
 def test_the_tool_prints_a_table_or_json_and_fails(folder, capsys):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +36,7 @@ def trouble(prompt, response, row):
         case "raise":
             raise LookupError("no such thing")
         case "hang":
+            open("hanging", "w").close()
             time.sleep(600)
         case "leave":
             os._exit(3)
@@ -245,3 +250,31 @@ def test_a_process_that_is_gone_is_started_again(module):
         called(response)
     assert called(response) == 1.0
     called.close()
+
+
+def test_a_function_that_hangs_ends_with_the_rank_that_is_killed(module):
+    """The rank says which process hangs, and is killed with -9 in the middle of the call."""
+    code = "import my_rewards\nfrom megatron_simct.evaluation.rewards import Called, Response\n"
+    code += "called = Called('my_rewards:trouble', timeout_s=600.0)\ncalled.start()\n"
+    code += "print(called._process.pid, flush=True)\ncalled(Response(prompt='', text='hang', row={}))\n"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as rank:
+        assert rank.stdout is not None
+        worker = int(rank.stdout.readline())
+        _until((module / "hanging").exists, "the function is not called")
+        rank.kill()
+    _until(lambda: not _lives(worker), "the function's process has outlived its rank")
+
+
+def _until(condition: Callable[[], bool], otherwise: str) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.05)
+
+
+def _lives(pid: int) -> bool:
+    """A zombie that nobody has waited for does not."""
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -8,7 +8,7 @@ kind of option; `student_job.py` and `teacher_job.py` put them together.
 from megatron_simct.config.options.data import DataConfig
 from megatron_simct.config.options.declare import Range, check_ranges, flag_of, key_of, option
 from megatron_simct.config.options.evaluation import Benchmark, EvaluationConfig
-from megatron_simct.config.options.loss import Divergence, InterfaceConfig
+from megatron_simct.config.options.loss import Divergence, InterfaceConfig, TermsConfig
 from megatron_simct.config.options.model import ModelConfig
 from megatron_simct.config.options.output import OutputConfig
 from megatron_simct.config.options.parallel import ParallelConfig
@@ -39,6 +39,7 @@ __all__ = [
     "ServingConfig",
     "TeacherConfig",
     "TeacherJobConfig",
+    "TermsConfig",
     "TrainingConfig",
     "UpdateConfig",
     "check_ranges",

@@ -132,3 +132,28 @@ class InterfaceConfig:
             field: self.rho if value == "rho" else value for field, value in changes.items()
         }
         return replace(self, **values | {"interface": name})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TermsConfig:
+    """Terms that are added to the loss of a step."""
+
+    given_share: float | None = option(
+        None,
+        "share of the prompts of a step whose response is given by its row (--response-key) and not "
+        "sampled; these rows train by cross entropy, the others by --simct-interface",
+        above=0,
+        below=1,
+    )
+    sft_weight: float | None = option(
+        None,
+        "weight of the mean cross entropy over the labels of the --given-share rows; it is added to the mean "
+        "loss over the sampled labels; default: 1",
+        above=0,
+    )
+    reference_kl_weight: float = option(
+        0.0,
+        "add this number times KL(student || student at the start of the run), over the whole vocabulary, "
+        "mean over the sampled labels; the weights of the start stay on the student's ranks; 0: no such term",
+        at_least=0,
+    )

@@ -10,7 +10,7 @@ from megatron_simct.config.interfaces import METHODS
 from megatron_simct.config.options.data import DataConfig
 from megatron_simct.config.options.declare import check_all_ranges
 from megatron_simct.config.options.evaluation import EvaluationConfig
-from megatron_simct.config.options.loss import InterfaceConfig
+from megatron_simct.config.options.loss import InterfaceConfig, TermsConfig
 from megatron_simct.config.options.model import ModelConfig
 from megatron_simct.config.options.output import OutputConfig
 from megatron_simct.config.options.parallel import ParallelConfig
@@ -35,6 +35,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    terms: TermsConfig = field(default_factory=TermsConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     lora: LoraConfig = field(default_factory=LoraConfig, metadata={"prefix": "lora"})
     update: UpdateConfig = field(default_factory=UpdateConfig)
@@ -52,6 +53,24 @@ class Config:
         """Sequences of one optimizer step."""
         return self.rollout.rollout_batch_size * self.rollout.n_samples_per_prompt
 
+    @property
+    def sampled_prompts(self) -> int:
+        """Prompts of a step whose responses are not given rows of --given-share."""
+        return self.rollout.rollout_batch_size - round(
+            (self.terms.given_share or 0) * self.rollout.rollout_batch_size
+        )
+
+    @property
+    def given_rows(self) -> int:
+        """Sequences of a step that --given-share gives."""
+        given = self.rollout.rollout_batch_size - self.sampled_prompts
+        return given * self.rollout.n_samples_per_prompt
+
+    @property
+    def sft_weight(self) -> float:
+        """--sft-weight, or its default."""
+        return 1.0 if self.terms.sft_weight is None else self.terms.sft_weight
+
     def check(self, *, data_parallel_size: int) -> None:
         """Raises ValueError, with numbers and flag, if options are invalid or contradict each other."""
         check_all_ranges(self)
@@ -64,6 +83,7 @@ class Config:
                 f"--n-samples-per-prompt ({self.rollout.n_samples_per_prompt}) = {size}"
             )
         self._check_micro_batches(size, data_parallel_size)
+        self._check_terms(data_parallel_size)
         required = {
             "--hf-checkpoint": self.model.hf_checkpoint,
             "--tokenizer-model": self.model.tokenizer_place,
@@ -248,11 +268,11 @@ class Config:
                 f"{flag}: a response that is carried over is at least {lag + 1} steps old, and "
                 f"--rollout-max-lag is {rollout.rollout_max_lag}; leave one of them out"
             )
-        if rollout.rollout_batch_size % data_parallel_size:
+        if self.sampled_prompts % data_parallel_size:
             raise ValueError(
-                f"{flag}: each data-parallel replica samples all responses to its prompts, so "
-                f"--rollout-batch-size ({rollout.rollout_batch_size}) must be a multiple of the "
-                f"data-parallel size ({data_parallel_size})"
+                f"{flag}: each data-parallel replica samples all responses to its prompts, so the prompts "
+                "that a step samples (--rollout-batch-size without the share of --given-share: "
+                f"{self.sampled_prompts}) must be a multiple of the data-parallel size ({data_parallel_size})"
             )
 
     def _check_micro_batches(self, size: int, data_parallel_size: int) -> None:
@@ -269,10 +289,10 @@ class Config:
                 "--teacher-endpoint give --context-parallel-size to the teacher's job"
             )
         by_tokens = self.training.max_tokens_per_gpu is not None
-        step = data_parallel_size * (1 if by_tokens else self.training.micro_batch_size)
+        step = self._divisor(data_parallel_size)
         unit = "" if by_tokens else f"--micro-batch-size ({self.training.micro_batch_size}) x "
         if of_teacher == 1 < context:  # the ranks share a teacher's sequences one by one
-            step, unit = step * context, f"{unit}--context-parallel-size ({context}) x "
+            unit = f"{unit}--context-parallel-size ({context}) x "
         if size % step:
             multiple = step // math.gcd(step, self.rollout.n_samples_per_prompt)
             below = self.rollout.rollout_batch_size // multiple * multiple
@@ -291,6 +311,53 @@ class Config:
                 f"size ({size}) / ({unit}data-parallel size) ({step})) in a multiple of "
                 f"--pipeline-model-parallel-size ({stages})"
             )
+
+    def _divisor(self, data_parallel_size: int) -> int:
+        """The number of which the sequences of a step are a multiple."""
+        by_tokens = self.training.max_tokens_per_gpu is not None
+        step = data_parallel_size * (1 if by_tokens else self.training.micro_batch_size)
+        context = self.parallel.context_parallel_size
+        return step * context if self.training.teacher_context_parallel_size == 1 < context else step
+
+    def _check_terms(self, data_parallel_size: int) -> None:
+        """Raises ValueError for terms without rows, or if the rows cannot be divided over ranks."""
+        terms, interface = self.terms, self.interface.interface
+        if terms.sft_weight is not None and terms.given_share is None:
+            raise ValueError("--sft-weight needs --given-share, the rows that it is of")
+        for flag, given in {
+            f"--given-share {terms.given_share}": terms.given_share is not None,
+            f"--reference-kl-weight {terms.reference_kl_weight}": terms.reference_kl_weight > 0,
+        }.items():
+            if given and interface == "sft":
+                raise ValueError(
+                    f"{flag}: --simct-interface sft samples nothing, all its rows are given; leave it out"
+                )
+            if given and self.output.gradient_parts_interval:
+                raise ValueError(
+                    f"{flag}: --gradient-parts-interval compares parts of the interface's gradient alone; "
+                    "leave one of them out"
+                )
+        if terms.given_share is None:
+            return
+        prompts, samples = self.rollout.rollout_batch_size, self.rollout.n_samples_per_prompt
+        step = self._divisor(data_parallel_size)
+        if self.parallel.num_virtual_stages_per_pipeline_rank > 1:
+            step *= self.parallel.pipeline_model_parallel_size
+
+        def fits(given: int) -> bool:
+            return given * samples % step == 0 and (prompts - given) * samples % step == 0
+
+        wanted = terms.given_share * prompts
+        if abs(wanted - round(wanted)) < 1e-6 and 0 < round(wanted) < prompts and fits(round(wanted)):
+            return
+        fitting = sorted(filter(fits, range(1, prompts)), key=lambda given: abs(given - wanted))[:3]
+        shares = ", ".join(f"{given / prompts:g}" for given in sorted(fitting))
+        why = (
+            f"--given-share {terms.given_share} of --rollout-batch-size {prompts} is {wanted:g} prompts of "
+            f"{samples} sequences each; these sequences, and the others, must be a multiple of {step}, as "
+            "those of a step are"
+        )
+        raise ValueError(f"{why}; use {shares}" if shares else f"{why}; raise --rollout-batch-size")
 
     @property
     def teacher_context_parallel_size(self) -> int:

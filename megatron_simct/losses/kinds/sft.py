@@ -7,8 +7,9 @@ from megatron_simct.records import TeacherNeeds
 
 
 def value(rows: Rows) -> RowValues:
-    """[N]: -log p of every label."""
-    return RowValues(value=-rows.log_probs)
+    """[N]: -log p of every label, times its weight."""
+    weights = rows.labels.label_weights
+    return RowValues(value=-rows.log_probs if weights is None else -rows.log_probs * weights)
 
 
 SFT = Interface(
