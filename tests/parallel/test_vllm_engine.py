@@ -254,7 +254,7 @@ def test_a_step_closes_before_its_slowest_responses_which_go_on_in_the_next(tiny
         for row in rows:
             (prompt,) = [key for key, (_, answer) in pieces.items() if starts(answer, row["student_ids"])]
             label, first = pieces[prompt]
-            assert label.endswith(f"-{row['weight_version']}")
+            assert label.endswith(f"-{row['weight_version']}") and len(row["student_ids"]) <= 6
             logprobs = [entry["logprob"] for entry in first["logprobs"]["content"]]
             if row["weight_version"] < step:
                 carried += 1
