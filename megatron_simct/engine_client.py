@@ -25,7 +25,7 @@ import urllib3
 
 EngineDtype = Literal["float32", "float16"]
 LogprobField = Literal["prompt_logprobs", "echo"]
-"""How a server is asked for a prompt's log-probabilities: by a field of vLLM's, or by OpenAI's echo."""
+"""How to request a prompt's log-probabilities: by a field of vLLM, or by OpenAI's echo."""
 _NUMPY: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 _CONNECT_S = 5.0
 _MAX_JSON_BYTES = 1 << 26
@@ -34,18 +34,16 @@ _KEY_VARIABLE = "VLLM_API_KEY"
 
 
 class EngineFault(RuntimeError):
-    """The engine did not answer, or something else than what was asked. It may do better when asked again."""
+    """The engine did not answer, or its answer is not valid. The request may be sent again."""
 
 
 class EngineRefusal(ValueError):
-    """The engine says what is wrong with the request, or its answer cannot be used; asking again would not
-    help.
-    """
+    """The engine refuses the request, or its answer cannot be used; sending it again would not help."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """What an engine says of itself."""
+    """What an engine reports about itself."""
 
     model: str
     root: str
@@ -71,12 +69,12 @@ class EngineClient:
         self._hidden_size, self._dtype, self._timeout_s = hidden_size, dtype, timeout_s
         self._http = urllib3.PoolManager(maxsize=16, retries=False)
         self._model = ""
-        """What the server calls its model, once it has been asked."""
+        """The server's name of its model, cached."""
         key = os.environ.get(_KEY_VARIABLE)
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def served(self) -> Served:
-        """Which model it serves, asked anew."""
+        """The model that the server serves, requested again."""
         answer = self.get("/v1/models")
         try:
             card = answer["data"][0]
@@ -111,7 +109,7 @@ class EngineClient:
         data, headers = self._call("POST", "/pooling", body, limit=expected, headers={"X-Request-Id": name})
         self._check_metadata(headers.get("metadata"), name, len(ids))
         if len(data) != expected:
-            raise EngineFault(f"{self.address} answered {len(data)} of {expected} bytes")
+            raise EngineFault(f"{self.address} returned {len(data)} of {expected} bytes")
         hidden = torch.from_numpy(
             np.frombuffer(data, numbers).reshape(len(ids), self._hidden_size).astype(np.float32)
         )
@@ -121,7 +119,7 @@ class EngineClient:
                     "--engine-hidden-dtype float16: a hidden state is beyond 65504, the largest number of "
                     "that type; use float32"
                 )
-            raise EngineFault(f"{self.address} answered numbers that are not finite")
+            raise EngineFault(f"{self.address} returned numbers that are not finite")
         return hidden
 
     def token_log_probs(
@@ -131,7 +129,7 @@ class EngineClient:
         then those of the k likeliest in its place, descending, and which these are. k needs the field
         prompt_logprobs.
         """
-        assert not k or field == "prompt_logprobs", "an echo names no ids"
+        assert not k or field == "prompt_logprobs", "an echo does not return ids"
         body = {
             "model": self._model or self.served().model,
             "prompt": ids.tolist(),
@@ -153,18 +151,20 @@ class EngineClient:
             found = np.array(rows, dtype=np.float64).reshape(len(ids) - 1, 1 + 2 * k)
         except (LookupError, TypeError, ValueError, AttributeError):
             raise EngineFault(
-                f"{self.address}/v1/completions answers no {field} of the prompt's ids"
+                f"{self.address}/v1/completions did not return {field} for the prompt's ids"
             ) from None
         if not (np.isfinite(found).all() and (found[:, : 1 + k] <= 1e-3).all()):
-            raise EngineFault(f"{self.address}/v1/completions answers numbers that are no log-probabilities")
+            raise EngineFault(
+                f"{self.address}/v1/completions returned numbers that are not log-probabilities"
+            )
         return found
 
     def get(self, path: str) -> Any:
-        """What a GET answers as JSON."""
+        """The JSON answer to a GET."""
         return self._json("GET", path, None)
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """What a POST of JSON answers as JSON."""
+        """The JSON answer to a POST of JSON."""
         return self._json("POST", path, body)
 
     def _json(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
@@ -175,20 +175,20 @@ class EngineClient:
             raise EngineFault(f"{self.address}{path} did not answer JSON") from None
 
     def _check_metadata(self, text: str | None, name: str, count: int) -> None:
-        """EngineFault unless the answer is about this request."""
+        """Raises EngineFault unless the answer belongs to this request."""
         try:
             metadata = json.loads(text or "")
             about, (item,) = str(metadata["id"]), metadata["data"]
             shape, dtype = item["shape"], item["embed_dtype"]
         except (ValueError, LookupError, TypeError, RecursionError):
-            raise EngineFault(f"{self.address} answered hidden states without vLLM's metadata") from None
+            raise EngineFault(f"{self.address} returned hidden states without vLLM's metadata") from None
         if not about.endswith(name):
             raise EngineFault(f"{self.address} answered another request")
         if dtype != self._dtype or shape[:1] != [count]:
             raise EngineFault(f"{self.address} answered {dtype} {shape}, not {self._dtype} of {count} tokens")
         if shape[1:] != [self._hidden_size]:
             raise EngineRefusal(
-                f"{self.address} answers hidden states of {shape[1:]} numbers, and config.json says "
+                f"{self.address} returned hidden states of {shape[1:]} numbers, but config.json says "
                 f"{self._hidden_size}"
             )
 

@@ -1,6 +1,4 @@
-"""Files that are whole or not there: a reader, and a run that goes on after a kill, never meet half of
-one.
-"""
+"""Atomic file writes: neither a reader nor a run that resumes after a kill sees a partly written file."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from typing import Any
 
 
 def owner_tag() -> str:
-    """Whose temporary file it is, in its name: two processes never write into one."""
+    """Process id and host in the name of a temporary file, so that no two processes write the same file."""
     return f"{socket.gethostname()}.{os.getpid()}".replace("/", "_")
 
 
@@ -82,17 +80,17 @@ def named_errors(path: Path) -> Iterator[None]:
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """JSON lines, likewise."""
+    """Writes JSON lines as write_whole does."""
     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of JSON lines that this package wrote."""
+    """Reads the objects of a JSON lines file that this package has written."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 _BLOCK = 4 << 20
-"""Bytes that are hashed at a time."""
+"""Bytes that are read for each hash update."""
 _POLL_S = 0.01
 
 
@@ -109,7 +107,7 @@ def hash_file(path: Path, *, whole: threading.Event | None = None) -> FileHash:
     digest, size, buffer = hashlib.sha256(), 0, memoryview(bytearray(_BLOCK))
     with named_errors(path), open(path, "rb", buffering=0) as file:
         while True:
-            # before the read: what comes after it is read next time
+            # checked before the read, so that data written later is read in the next round
             is_whole = whole is None or whole.is_set()
             count = file.readinto(buffer)
             if count:

@@ -1,6 +1,6 @@
 """The parts of a training job, and how they are built. The one place that knows every part.
 
-`build_job` first, then one function a part, each reading its own group of options.
+`build_job` comes first, then a function for each part, which reads the part's options.
 """
 
 from __future__ import annotations
@@ -100,12 +100,12 @@ with megatron_imports():
     from megatron.core.timers import Timers
 
 EVAL_WORKERS = 4
-"""Responses to a benchmark that one rank of each model replica grades at a time."""
+"""Number of benchmark responses that one rank of each model replica grades at the same time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """The parts of one rank's training: one for each hop, and what a run leaves behind."""
+    """The parts of one rank's training: one for each hop, and the writers of its files."""
 
     config: Config
     prompts: PromptSource
@@ -116,39 +116,39 @@ class Job:
     align: Callable[[Prompt, Rollout], AlignedPair]
     teacher: TeacherScorer
     background: ThreadPoolExecutor
-    """One thread beside the one that trains: it aligns what has been sampled, and hands it to the teacher."""
+    """One background thread, which aligns sampled responses and sends them to the teacher."""
     rewarding: Rewarding | None
-    """Where --reward is given."""
+    """None without --reward."""
     given: GivenRows | None
-    """Where --given-share is given."""
+    """None without --given-share."""
     reference: Reference | None
-    """Where --reference-kl-weight is given."""
+    """None without --reference-kl-weight."""
     pack: Callable[..., list[MicroBatch]]
     updater: Updater
     teacher_follows: Callable[[], None]
     """After an update: --teacher-ema averages the student's weights into the teacher's."""
     monitor: Monitor
     log_samples: Callable[[int, Sequence[Rollout], Sequence[AlignedPair], StepReport], None]
-    """Keeps a few responses of a step with their units and losses, where they are due."""
+    """Writes some responses of a step with their units and losses to samples.jsonl, if they are due."""
     evaluator: Evaluator | None
     start: int
     """The iteration that training goes on from; 0 unless it resumes."""
     save: Callable[[int], None]
-    """Write the checkpoint of an iteration, or begin to."""
+    """Writes the checkpoint of an iteration, or starts to write it."""
     finish_save: Callable[..., None]
-    """Give the checkpoint that is being written its name; with wait=False, if it is whole."""
+    """Completes the checkpoint that is being written; with wait=False, only if all its files are written."""
     keep_batch: Callable[[Sequence[Rollout], int], str | None]
-    """Keeps the rollouts of a step that failed; where."""
+    """Writes the rollouts of a failed step, and returns their folder."""
     exit_watch: ExitWatch
     profiler: Profiler
     measure: Callable[..., dict[str, float]]
     """Metrics of a step that are about all ranks, from its prompts, its rollouts and the seconds of this one;
     given: prompts and responses that were not sampled. Collective over the job."""
     timers: Callable[[int], str]
-    """What Megatron's timers say of an iteration, where a log line is due; collective over the job."""
+    """The times of Megatron's timers for an iteration, if a log line is due; collective over the job."""
 
     def before_step(self, iteration: int) -> None:
-        """What a step begins with, beside its work."""
+        """Work at the start of each step, such as garbage collection."""
         self.profiler.step(iteration)
         update = self.config.update
         if update.manual_gc and iteration % update.manual_gc_interval == 0:
@@ -316,7 +316,7 @@ def build_packing(
     interface: InterfaceConfig,
     entries: Entries | None = None,
 ) -> Callable[..., list[MicroBatch]]:
-    """How samples of a rank become micro-batches for the loss of this interface."""
+    """The function that packs a rank's samples into micro-batches for the loss of this interface."""
     context = None
     if groups.cp_size > 1:
         pieces = partial(context_pieces, size=groups.cp_size)
@@ -337,7 +337,7 @@ def build_packing(
 
 
 def build_reference(config: Config, groups: Groups, student: Tokenizer) -> Reference | None:
-    """The student at its start, for --reference-kl-weight. ValueError where it has no weights."""
+    """The student at its start, for --reference-kl-weight. Raises ValueError if it has no weights."""
     weight = config.terms.reference_kl_weight
     if not weight:
         return None
@@ -358,7 +358,7 @@ def build_reference(config: Config, groups: Groups, student: Tokenizer) -> Refer
 
 
 def start_fingerprint(config: Config) -> str | None:
-    """Which weights the run starts from, where --reference-kl-weight needs them; None without weights."""
+    """The weights from which the run starts, for --reference-kl-weight; None without weights."""
     return weights_fingerprint(config.model, prefix="") if config.terms.reference_kl_weight else None
 
 
@@ -371,7 +371,7 @@ def build_given_rows(
     sampling: Sampling,
     pack: Callable[..., list[MicroBatch]],
 ) -> GivenRows | None:
-    """The rows of --given-share; None without it. ValueError where no row has a response."""
+    """The rows of --given-share; None without it. Raises ValueError if no row has a response."""
     if not config.given_rows:
         return None
     with_response = [row for row in rows if row.response is not None]
@@ -413,7 +413,8 @@ def build_given_rows(
 def build_following(
     average: Average | None, *, before_reading_weights: Callable[[], None]
 ) -> Callable[[], None]:
-    """How the teacher's weights follow the student's; not at all without --teacher-ema."""
+    """The function that averages the student's weights into the teacher's; without --teacher-ema it does
+    nothing."""
 
     def follow() -> None:
         if average is not None:
@@ -424,7 +425,7 @@ def build_following(
 
 
 def build_timers(config: Config, chunks: Sequence[Any], optimizer: Any) -> Callable[[int], str]:
-    """Megatron's own, in its schedule and its optimizer, by --timing-log-level."""
+    """Megatron's timers, in its schedule and its optimizer, for --timing-log-level."""
     output = config.output
     if not output.timing_log_level:
         return lambda iteration: ""
@@ -445,7 +446,7 @@ def build_timers(config: Config, chunks: Sequence[Any], optimizer: Any) -> Calla
 def build_measure(
     config: Config, groups: Groups, model: HiddenStateModel | InterleavedModel
 ) -> Callable[..., dict[str, float]]:
-    """The slowest rank; by --log-throughput, what is computed in a second."""
+    """Metrics of the slowest rank and, with --log-throughput, of operations per second."""
     name = torch.cuda.get_device_name(groups.device) if groups.device.type == "cuda" else ""
     peak = peak_operations(name) if config.training.bf16 else None
     throughput = Throughput(Operations(model).forward, device=groups.device, peak=peak)
@@ -467,15 +468,13 @@ def build_measure(
 
 
 def build_entries(config: Config, pair: Pair) -> Entries | None:
-    """The single tokens that the interface compares, of what a teacher says of a response; None if it
+    """The function that lists the single tokens to compare from a teacher's scores; None if the interface
     compares none.
     """
     entries_of, tables = interface_of(config.interface).entries, pair.alignment_map
     if entries_of is None:
         return None
-    assert pair.teacher is not None and tables is not None, (
-        "such an interface compares tokens with a teacher's"
-    )
+    assert pair.teacher is not None and tables is not None, "this interface compares tokens with a teacher's"
     compares_stops = config.interface.stop_bridge
     translation = Translation(
         student=pair.student.table.pieces(),
@@ -488,14 +487,14 @@ def build_entries(config: Config, pair: Pair) -> Entries | None:
 
 
 def build_cut(config: Config, groups: Groups, *, context_parallel_size: int) -> Cut:
-    """How a rank's sequences of a step are cut into micro-batches, as many on every rank.
+    """The function that divides a rank's sequences into micro-batches, equally many on every rank.
 
     context_parallel_size: ranks that share each of them.
     """
     training, parallel = config.training, config.parallel
     if training.max_tokens_per_gpu is None:
         return partial(by_number, size=training.micro_batch_size)
-    # The interleaved schedule wants a multiple of the stages.
+    # The interleaved schedule needs a multiple of the number of stages.
     interleaved = parallel.num_virtual_stages_per_pipeline_rank > 1
     stages = parallel.pipeline_model_parallel_size if interleaved else 1
 
@@ -506,14 +505,15 @@ def build_cut(config: Config, groups: Groups, *, context_parallel_size: int) -> 
 
 
 def with_prompt_date(config: Config) -> Config:
-    """The configuration with the date of its prompts, the first rank's: others may start after midnight."""
+    """The configuration with the date of its prompts; the first rank's date, because others may start after
+    midnight."""
     date = [prompt_date(config)]
     dist.broadcast_object_list(date, src=0)
     return replace(config, data=replace(config.data, chat_template_date=date[0]))
 
 
 def check_experts(config: Config) -> None:
-    """ValueError where experts are shared, and neither model has any."""
+    """Raises ValueError for options of experts if neither model has experts."""
     sides = [(config.model.folder, "--hf-checkpoint")]
     if teacher_needs(config.interface).teacher:
         sides.append((config.teacher.folder, "--teacher-hf-checkpoint"))
@@ -532,14 +532,14 @@ def check_experts(config: Config) -> None:
 
 
 def load_student(config: Config, groups: Groups, tokenizer: Tokenizer) -> HiddenStateModel | InterleavedModel:
-    """The model that is trained: all its weights, or adapters beside them. ValueError, naming the flag."""
+    """The model to train: all its weights, or adapters. Raises ValueError, naming the flag."""
     if not config.lora.rank:
         return load_model(config, config.model, groups, tokenizer, prefix="")
     folder = f"--hf-checkpoint {config.model.folder}"
     architecture = read_architecture(config.model.folder, flag="--hf-checkpoint")
     if find_weights(config.model.folder, flag="--hf-checkpoint") is None:
         raise ValueError(
-            f"--lora-rank {config.lora.rank}: {folder} has no weights for adapters to lie beside"
+            f"--lora-rank {config.lora.rank}: {folder} has no weights to which adapters could be added"
         )
     counts = adapter_parameters(architecture, config.lora, tp_size=groups.tp_size, flag=folder)
     model = load_model(config, config.model, groups, tokenizer, prefix="")
@@ -548,13 +548,13 @@ def load_student(config: Config, groups: Groups, tokenizer: Tokenizer) -> Hidden
     )
     if groups.is_first_rank:
         count = sum(counts[layer] for layer in architecture.layers)
-        said = f"{count:,} numbers of adapters are trained on each tensor-parallel rank, and no weights"
-        print(f" --lora-rank {config.lora.rank}: {said}", flush=True)
+        trained = f"{count:,} adapter parameters are trained on each tensor-parallel rank"
+        print(f" --lora-rank {config.lora.rank}: {trained}; the weights are frozen", flush=True)
     return model
 
 
 def check_update(config: Config, groups: Groups) -> None:
-    """ValueError for an option of the update that the student, or its layout, does not have."""
+    """Raises ValueError for an option of the update that the student or its layout does not support."""
     architecture = read_architecture(config.model.folder, flag="--hf-checkpoint")
     check_support(
         config.update,
@@ -566,7 +566,7 @@ def check_update(config: Config, groups: Groups) -> None:
 
 
 def identity(config: Config, pair: Pair) -> dict[str, object]:
-    """What a checkpoint must share with this run to be resumed by it."""
+    """Properties that a checkpoint and this run must share, so that the run can resume it."""
     return {
         "model": json.loads(
             json.dumps(asdict(read_architecture(config.model.folder, flag="--hf-checkpoint")))
@@ -583,7 +583,7 @@ def identity(config: Config, pair: Pair) -> dict[str, object]:
 
 
 def adapter_identity(config: Config) -> dict[str, object] | None:
-    """What adapters of a checkpoint must share with those of this run; None without adapters."""
+    """Properties that adapters of a checkpoint must share with those of this run; None without adapters."""
     if not config.lora.rank:
         return None
     files = weight_files(config.model.folder, flag="--hf-checkpoint")
@@ -591,13 +591,13 @@ def adapter_identity(config: Config) -> dict[str, object] | None:
 
 
 def resume(config: Config, groups: Groups, checkpoints: Checkpoints) -> int:
-    """The iteration to go on from: that of --load, or 0. Says which, and which options have changed since."""
+    """The iteration of the checkpoint in --load, or 0. Logs it, and the options that have changed since."""
     output = config.output
     if output.load is None:
         return 0
     same = output.save is not None and Path(output.load).resolve() == Path(output.save).resolve()
     if same and output.ckpt_step is None and not has_checkpoint(output.load):
-        start, line = 0, f" --load {output.load}: no checkpoint there yet, starting afresh"
+        start, line = 0, f" --load {output.load}: no checkpoint there yet, starting from the beginning"
     else:
         start, changed = checkpoints.resume(
             output.load, step=output.ckpt_step, verified=output.verify_checkpoint
@@ -605,7 +605,7 @@ def resume(config: Config, groups: Groups, checkpoints: Checkpoints) -> int:
         line = f" resuming {output.load} after iteration {start}"
         newer = [iteration for iteration in numbered(output.load) if iteration > start]
         if newer and output.ckpt_step is None:
-            line += f", as {TRACKER} says; there are newer ones: {', '.join(map(str, newer))}"
+            line += f", the one in {TRACKER}; there are newer ones: {', '.join(map(str, newer))}"
         if changed:
             line += "; changed: " + ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
     if groups.is_first_rank:
@@ -616,7 +616,8 @@ def resume(config: Config, groups: Groups, checkpoints: Checkpoints) -> int:
 def build_sample_log(
     config: Config, groups: Groups, pair: Pair, *, start: int
 ) -> Callable[[int, Sequence[Rollout], Sequence[AlignedPair], StepReport], None]:
-    """That of the rank which has both the loss and the first samples; nothing on the others."""
+    """The sample log of the rank that has both the loss and the first samples; it does nothing on the
+    others."""
     output = config.output
     if output.run_dir is None or not groups.owns_teacher_socket or groups.dp_rank > 0:
         return lambda *_: None
@@ -631,7 +632,8 @@ def build_sample_log(
 
 
 def keep_batch(config: Config, groups: Groups, rollouts: Sequence[Rollout], iteration: int) -> str | None:
-    """Write a step's rollouts as ReplayEngine reads them, beside the metrics or the checkpoints; where."""
+    """Writes a step's rollouts in the format of ReplayEngine, next to the metrics or the checkpoints; returns
+    the folder."""
     parent = config.output.run_dir or config.output.save
     if parent is None:
         return None
@@ -658,7 +660,7 @@ def read_training_rows(config: Config) -> list[Row]:
 
 
 def build_prompts(config: Config, groups: Groups, pair: Pair, rows: Sequence[Row]) -> PromptSource:
-    """Training prompts whose responses are sampled, each rank its share; with `sft` those that are given."""
+    """The training prompts of each rank; with `sft` those with given responses."""
     source = PromptSource(
         rows,
         student=pair.student,
@@ -679,7 +681,7 @@ def build_prompts(config: Config, groups: Groups, pair: Pair, rows: Sequence[Row
     report_skipped(config, groups, source, "prompts", of=len(rows))
     if source.num_teacher_prompts and groups.is_first_rank:
         print(
-            f" the teacher reads a prompt of its own in {source.num_teacher_prompts} of {len(source)} rows",
+            f" the teacher has its own prompt in {source.num_teacher_prompts} of {len(source)} rows",
             flush=True,
         )
     return source
@@ -715,14 +717,14 @@ def build_oversampling(config: Config, groups: Groups, prompts: PromptSource) ->
 
 
 def report_skipped(config: Config, groups: Groups, source: PromptSource, what: str, *, of: int) -> None:
-    """One log line where prompts of a file are too long."""
+    """Logs a line if prompts of a file are too long."""
     if source.num_skipped and groups.is_first_rank:
         limit = f"--rollout-max-prompt-len {config.rollout.rollout_max_prompt_len}"
         print(f" {source.num_skipped} of {of} {what} exceed {limit} and are left out", flush=True)
 
 
 def build_rewarding(config: Config, groups: Groups, student: Tokenizer) -> Rewarding | None:
-    """Who asks for rewards, and how; None without --reward. ValueError where one rank cannot."""
+    """The part that asks for rewards; None without --reward. Raises ValueError if a rank cannot ask."""
     options = config.reward
     if options.reward is None:
         return None
@@ -758,7 +760,7 @@ def build_rewarding(config: Config, groups: Groups, student: Tokenizer) -> Rewar
 def build_evaluator(
     config: Config, groups: Groups, engine: RolloutEngine, student: Tokenizer
 ) -> Evaluator | None:
-    """Held-out prompts, how to sample their answers, and what is right."""
+    """The evaluation: held-out prompts, how to sample responses, and how to grade them."""
     if config.data.eval_prompt_data is None:
         return None
     rows, problems = open_held_out(config)
@@ -792,8 +794,8 @@ def build_evaluator(
 def judge(
     config: Config, problems: Sequence[Problem], student: Tokenizer, chat: ChatTemplate | None
 ) -> Callable[[Sequence[Prompt], Sequence[Rollout]], Sequence[bool]]:
-    """Which responses to held-out prompts are right, by --eval-benchmark. ValueError for programs where they
-    cannot be confined."""
+    """The grader of --eval-benchmark. Raises ValueError for a benchmark of programs if they cannot be
+    sandboxed."""
     benchmark = config.evaluation.eval_benchmark
     if benchmark == "exact_match":
         return partial(equals_label, tokenizer=student)
@@ -827,7 +829,7 @@ def build_vllm_engine(
     *,
     before_reading_weights: Callable[[], None],
 ) -> VllmEngine:
-    """Responses by vLLM servers, which are handed the weights in a folder.
+    """An engine that samples with vLLM servers, which receive the weights in a folder.
 
     before_reading_weights: see MegatronEngine.
     """
@@ -879,7 +881,7 @@ def build_vllm_engine(
 
 
 def build_engine(config: Config, groups: Groups, sampler: RolloutEngine, student: Tokenizer) -> RolloutEngine:
-    """Where the training responses come from."""
+    """The source of the training responses."""
     engine: RolloutEngine = GivenResponses(student) if config.interface.interface == "sft" else sampler
     save_dir, load_dir = config.rollout.save_debug_rollout_data, config.rollout.load_debug_rollout_data
     if (save_dir or load_dir) and not config.rollout.rollout_oversample:  # it records by itself
@@ -890,7 +892,7 @@ def build_engine(config: Config, groups: Groups, sampler: RolloutEngine, student
 
 
 def build_alignment(config: Config, pair: Pair) -> Callable[[Prompt, Rollout], AlignedPair]:
-    """How a response is cut for the comparison: with no teacher, with one, or with several that are mixed."""
+    """The function that aligns a response: without a teacher, with one, or with several that are mixed."""
     plan = partial(plan_without_teacher, student=pair.student, needs=pair.needs)
     match [teacher.tokenizer for teacher in pair.teachers]:
         case []:
@@ -914,4 +916,4 @@ def build_placement(config: Config, model: HiddenStateModel | InterleavedModel, 
 
 
 def _leave_to_last_stage(labels: LabelBatch) -> None:
-    """Only the last stage has what the teacher says of the labels."""
+    """Only the last stage has the teacher's scores of the labels."""

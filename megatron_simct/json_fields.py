@@ -1,6 +1,5 @@
-"""What the fields of a JSON file that others wrote may hold: any other value is a ValueError that names
-it.
-"""
+"""Allowed values of fields in JSON files from elsewhere; any other value raises a ValueError that names the
+field."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ class Kind:
     """Some values of JSON."""
 
     words: str
-    """What they are, behind `expected`."""
+    """Description of the values, used after `expected`."""
     holds: Callable[[Any], bool]
 
     def __or__(self, other: Kind) -> Kind:
@@ -31,7 +30,7 @@ OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 
 
 def integer(least: int) -> Kind:
-    """Whole numbers from `least` on."""
+    """Integers that are at least `least`."""
     return Kind(
         f"a whole number, at least {least}",
         lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value < _TOO_LARGE,
@@ -39,7 +38,7 @@ def integer(least: int) -> Kind:
 
 
 def number(*, above: float | None = None, least: float = 0.0) -> Kind:
-    """Finite numbers above a bound, or from `least` on."""
+    """Finite numbers above a bound, or at least `least`."""
     return Kind(
         f"a number, at least {least:g}" if above is None else f"a number above {above:g}",
         lambda value: (
@@ -52,7 +51,7 @@ def number(*, above: float | None = None, least: float = 0.0) -> Kind:
 
 
 def list_of(kind: Kind) -> Kind:
-    """Lists of such values only."""
+    """Lists whose entries are of this kind."""
     return Kind(
         f"a list, each entry {kind.words}",
         lambda value: isinstance(value, list) and all(kind.holds(entry) for entry in value),
@@ -60,7 +59,7 @@ def list_of(kind: Kind) -> Kind:
 
 
 def check_fields(fields: Mapping[str, Any], kinds: Mapping[str, Kind], *, where: str) -> None:
-    """ValueError, beginning with `where`, for the first field that is there and is not of its kind."""
+    """Raises ValueError, beginning with `where`, for the first field whose value is not of its kind."""
     for name, kind in kinds.items():
         if name in fields and not kind.holds(fields[name]):
             raise ValueError(f"{where}: {name} = {fields[name]!r}; expected {kind.words}")

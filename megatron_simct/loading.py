@@ -1,8 +1,5 @@
-"""What every job opens from its options: tokenizers, chat templates, the alignment map, models.
-
-Errors name the flag. Used by the student's job (job.py), the teacher's (serve_teacher.py), the pre-flight and
-tools.
-"""
+"""Opens what the options name: tokenizers, chat templates, the alignment map, models. Errors name the flag.
+Used by the student's job (job.py), the teacher's (serve_teacher.py), the pre-flight and tools."""
 
 from __future__ import annotations
 
@@ -40,24 +37,24 @@ class Teacher:
     """One teacher of a run."""
 
     prefix: str
-    """Prefix of its flags: "teacher-" or "second-teacher-"."""
+    """Prefix of the flags: "teacher-" or "second-teacher-"."""
     options: ModelConfig
     job: TeacherJobConfig | MixtureConfig
-    """Where it runs."""
+    """Options of the teacher's job."""
     weight: float
-    """Its share of the probability of the next byte; 1 for a teacher that is the only one."""
+    """Weight in the mixture of next-byte distributions; 1 for a single teacher."""
     tokenizer: Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """The two sides of a run, opened once: what is compared with what, and what that takes."""
+    """Student, teachers, alignment map and the needs of the interface, opened once for a run."""
 
     student: Tokenizer
     teachers: tuple[Teacher, ...]
-    """Empty for an interface without a teacher; several are mixed byte by byte."""
+    """Empty for an interface without a teacher. Several teachers are mixed byte by byte."""
     alignment_map: AlignmentMap | None
-    """The tokens that student and teacher share; None where no tokens are compared."""
+    """The tokens that student and teacher share; None if no tokens are compared."""
     needs: TeacherNeeds
 
     @property
@@ -67,10 +64,8 @@ class Pair:
 
 
 def open_pair(config: Config, *, say: Callable[[str], object] = lambda line: None) -> Pair:
-    """The tokenizers and the alignment map of the run. ValueError, naming the flag, for what cannot be
-    opened.
-
-    say: told, in a line, of what takes long.
+    """The tokenizers and the alignment map of the run. Raises ValueError, naming the flag, if one cannot be
+    opened. say: called with a line before work that takes long.
     """
     needs = teacher_needs(config.interface)
     student = open_tokenizer(config.model, prefix="")
@@ -78,7 +73,10 @@ def open_pair(config: Config, *, say: Callable[[str], object] = lambda line: Non
     if needs.byte_events and config.interface.byte_bounds == "any":
         sides = []
         for tokenizer in (student, *(one.tokenizer for one in teachers)):
-            say(f" {tokenizer.name}: finding what may follow each of {tokenizer.table.num_ids:,} tokens")
+            say(
+                f" {tokenizer.name}: finding the tokens that may follow each of {tokenizer.table.num_ids:,} "
+                "tokens"
+            )
             sides.append(with_continuations(tokenizer))
         student, *others = sides
         teachers = tuple(replace(one, tokenizer=other) for one, other in zip(teachers, others, strict=True))
@@ -100,7 +98,7 @@ def _open_teachers(config: Config) -> Iterator[Teacher]:
 
 
 def open_tokenizer(options: ModelConfig, *, prefix: str) -> Tokenizer:
-    """The tokenizer of one side."""
+    """The tokenizer of one model."""
     place = locate_tokenizer(options, prefix=prefix)
     try:
         return load_tokenizer(place, options.stop_token_ids)
@@ -109,7 +107,8 @@ def open_tokenizer(options: ModelConfig, *, prefix: str) -> Tokenizer:
 
 
 def open_alignment_map(config: Config, student: Tokenizer, teacher: Tokenizer) -> AlignmentMap:
-    """That of --simct-alignment-map, if it is one of these two tokenizers; else built."""
+    """The alignment map of --simct-alignment-map, if it belongs to these two tokenizers; built if none is
+    given."""
     folder = config.data.simct_alignment_map
     if config.interface.interface == "kd":
         if folder is not None:
@@ -120,7 +119,7 @@ def open_alignment_map(config: Config, student: Tokenizer, teacher: Tokenizer) -
     if config.interface.shared == "released":
         if folder is not None:
             raise ValueError(
-                f"--simct-alignment-map {folder}: its pairs are of equal bytes; leave out --simct-shared "
+                f"--simct-alignment-map {folder}: it pairs tokens with equal bytes; leave out --simct-shared "
                 "released"
             )
         return released_map(student, teacher)
@@ -135,13 +134,13 @@ def open_alignment_map(config: Config, student: Tokenizer, teacher: Tokenizer) -
 def open_chat_template(
     config: Config, options: ModelConfig, tokenizer: Tokenizer, *, prefix: str
 ) -> ChatTemplate | None:
-    """How one side's prompts are written; None where they are plain texts."""
+    """The chat template of one model; None if prompts are plain texts."""
     if not config.data.apply_chat_template:
         return None
     if tokenizer.encode_chat is None:
         raise ValueError(
-            f"--apply-chat-template: --{prefix}tokenizer-model {tokenizer.name} cannot read the special "
-            "tokens of a chat; it needs a tokenizer.json"
+            f"--apply-chat-template: --{prefix}tokenizer-model {tokenizer.name} cannot encode the special "
+            "tokens of a chat template; use a tokenizer.json"
         )
     return ChatTemplate.load(
         options.folder,
@@ -152,8 +151,8 @@ def open_chat_template(
 
 
 def prompt_date(config: Config) -> str | None:
-    """What --chat-template-date is if it is not given: that of the run that --load resumes, else today's
-    date. None if no template is applied."""
+    """The default of --chat-template-date: the date of the run that --load resumes, otherwise today. None if
+    no template is applied."""
     if not config.data.apply_chat_template:
         return None
     given, load = config.data.chat_template_date, config.output.load
@@ -161,9 +160,9 @@ def prompt_date(config: Config) -> str | None:
 
 
 def open_held_out(config: Config) -> tuple[list[Row], list[Problem]]:
-    """The prompts of --eval-prompt-data, and the problems of --eval-benchmark whose numbers are the prompts'
-    labels; no problems where labels are what is compared. ValueError, naming the flag, for a file that is not
-    as expected.
+    """The prompts of --eval-prompt-data, and the problems of --eval-benchmark, which the labels number; no
+    problems if the labels themselves are compared. Raises ValueError, naming the flag, for an unexpected
+    file.
     """
     data, benchmark = config.data, config.evaluation.eval_benchmark
     path, flag = data.eval_prompt_data, "--eval-prompt-data"
@@ -195,19 +194,17 @@ def open_held_out(config: Config) -> tuple[list[Row], list[Problem]]:
 
 def _completion(problem: Problem, flag: str) -> str:
     if problem.completion is None:
-        raise ValueError(f"{flag}: {problem.problem_id} is a conversation, which needs --apply-chat-template")
+        raise ValueError(f"{flag}: {problem.problem_id} is a conversation; it needs --apply-chat-template")
     return problem.completion
 
 
 def open_thinking(chat: ChatTemplate | None, marks: Sequence[str] | None = None) -> Thinking:
-    """How the model marks its thinking: by these marks, or by those of the chat template that it is asked
-    with.
-    """
+    """The marks around a model's thinking: those given, or those of its chat template."""
     if chat is None:
         return find_thinking("", "", marks)
     try:
         prompt = chat.text([{"role": "user", "content": "?"}])
-    except ValueError:  # what it refuses is said when it writes the prompts
+    except ValueError:  # errors of the template are reported when prompts are rendered
         prompt = ""
     return find_thinking(chat.source, prompt, marks)
 
@@ -215,7 +212,7 @@ def open_thinking(chat: ChatTemplate | None, marks: Sequence[str] | None = None)
 def load_model(
     config: Config, options: ModelConfig, groups: Groups, tokenizer: Tokenizer, *, prefix: str
 ) -> HiddenStateModel | InterleavedModel:
-    """The model of one side: weights of --[teacher-]pretrained-checkpoint, else of the folder, else
+    """One model: weights of --[teacher-]pretrained-checkpoint, else of the folder, else
     random.
     """
     return open_model(
@@ -275,7 +272,7 @@ def open_model(
         quantised = folder_format(options.folder, flag=flag)
         if quantised is not None and groups.is_first_rank:
             kind = "bfloat16" if bf16 else "float32"
-            print(f" {flag} {options.folder}: {quantised.label}, which becomes {kind} in memory", flush=True)
+            print(f" {flag} {options.folder}: {quantised.label}, converted to {kind} in memory", flush=True)
         load_hf_weights(
             model, architecture, options.folder, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag=flag
         )
@@ -291,9 +288,7 @@ def build_byte_order(
 
 
 def describe_teacher(folder: str, *, flag: str) -> Architecture | Head:
-    """What this job must know of a teacher that runs elsewhere: all of it if its family is known, else its
-    head.
-    """
+    """The architecture of a teacher in another job, or only its LM head if its family is unknown."""
     try:
         return read_architecture(folder, flag=flag)
     except ValueError as error:

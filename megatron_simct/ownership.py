@@ -1,4 +1,4 @@
-"""Who writes into a folder: one run at a time, known by a lock file with its owner.
+"""Ensures that only one run at a time writes into a folder, by a lock file that names its owner.
 
     DIR/.owner.1.lock    host, process, Slurm job and time of the run that writes into DIR; removed at its end
 
@@ -35,15 +35,15 @@ from megatron_simct.files import owner_tag
 _ATTEMPTS = 40
 _SQUEUE_S = 20.0
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
-"""What a file system without hard links answers."""
+"""Errors of a file system without hard links."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Owner:
-    """One process that writes, as others can look for it."""
+    """The process that writes, with what other processes need to check whether it still runs."""
 
     life: str
-    """Another one at every start."""
+    """A random id, different at every start."""
     host: str
     machine: str
     boot: str
@@ -52,16 +52,16 @@ class Owner:
     """The namespace in which `pid` counts."""
     pid: int
     start: str
-    """When the process started, as its kernel has it."""
+    """Start time of the process, in the kernel's units."""
     job: str
-    """Slurm's number; empty outside of Slurm."""
+    """Slurm job id; empty outside Slurm."""
     cluster: str
     requeues: int
     since: str
 
     @classmethod
     def this_process(cls, env: Mapping[str, str] = os.environ) -> Owner:
-        """A new life of this process."""
+        """The owner record of this process, with a new id."""
         count = env.get("SLURM_RESTART_COUNT", "0")
         return cls(
             life=uuid.uuid4().hex,
@@ -78,7 +78,7 @@ class Owner:
         )
 
     def is_process_of(self, other: Owner) -> bool:
-        """Whether both are lives of one process."""
+        """Whether both records are of the same process."""
         return (self.host, self.pids, self.pid, self.start) == (
             other.host,
             other.pids,
@@ -127,15 +127,16 @@ def take(folder: Path, *, name: str = "owner", what: str) -> Lock:
             for path, _ in found.values():
                 path.unlink(missing_ok=True)
             return lock
-        lock.release()  # somebody came in the same moment: both look again
+        lock.release()  # another run came at the same moment: both check again
         time.sleep(random.random() * 0.05)
     raise ValueError(
-        f"{what}: another run starts there at the same moment; start this one again when that has ended"
+        f"{what}: another run is starting there at the same moment; start this one again when the other has "
+        "ended"
     )
 
 
 def owner_of(folder: Path, *, name: str = "owner") -> Owner | None:
-    """Who has the lock; None where there is none, or none that can be read."""
+    """The owner of the lock; None if there is no readable lock."""
     found = _locks(folder, name)
     return found[max(found)][1] if found else None
 
@@ -164,12 +165,12 @@ def is_gone(owner: Owner, ours: Owner) -> bool:
 def _refusal(what: str, path: Path, owner: Owner | None, ours: Owner) -> str:
     remedy = f"rm {shlex.quote(str(path))}"
     if owner is None:
-        return f"{what}: its lock {path} cannot be read; where no run writes there: {remedy}"
+        return f"{what}: its lock {path} cannot be read; if no run writes there: {remedy}"
     if owner.host == ours.host and owner.pids == ours.pids:
         return f"{what}: another run writes there ({owner}); end it first, or name another directory"
     return (
-        f"{what}: another run writes there ({owner}), as far as can be seen from here; if it has ended: "
-        f"{remedy}"
+        f"{what}: another run writes there ({owner}), and this host cannot check whether it has ended; if it "
+        f"has: {remedy}"
     )
 
 
@@ -222,7 +223,7 @@ def _locks(folder: Path, name: str) -> dict[int, tuple[Path, Owner | None]]:
 
 
 def _read(path: Path) -> Owner | None:
-    """None for what is no lock of this package."""
+    """None if the file is not a lock of this package."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         owner = Owner(**fields)
@@ -245,11 +246,11 @@ def _runs(pid: int, start: str) -> bool:
         if psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
             return False
     now = _start(pid)
-    return not now or not start or now == start  # where it cannot be told, it may be the same
+    return not now or not start or now == start  # if it is unknown, it may be the same
 
 
 def _start(pid: int) -> str:
-    """When a process started; empty where that cannot be read.
+    """Start time of a process; empty if it cannot be read.
 
     Linux counts from the boot: no clock moves it.
     """

@@ -63,7 +63,7 @@ def pack_micro_batches(
     advantages: Mapping[int, float] | None = None,
     reference: Mapping[int, tuple[AlignedPair, ScoredPair]] | None = None,
 ) -> list[MicroBatch]:
-    """The micro-batches of a step, as `cut` says, their sequences packed or padded to `multiple_of` tokens.
+    """The micro-batches of a step, chosen by `cut`; sequences are packed or padded to `multiple_of` tokens.
 
     prompts, rollouts and pairs are in one order; scored pairs come in any order and are matched by sample id.
     Tensors are on the CPU, but for what the teacher left on a device. `check` raises ValueError for labels
@@ -72,6 +72,7 @@ def pack_micro_batches(
     of each sample.
     """
     scored = list(scored)
+    # The teacher answers in any order, so scores are matched by sample id.
     scores = {score.sample_id: score for score in scored}
     ids, scored_ids = sorted(p.sample_id for p in pairs), sorted(s.sample_id for s in scored)
     assert ids == scored_ids, f"every pair is scored once: samples {ids}, scores of {scored_ids}"
@@ -120,11 +121,12 @@ def by_tokens(
 
     A sequence that is longer than max_tokens is a micro-batch of its own. agree: from the number that this
     rank needs to the one that all ranks have, which is at most the number of sequences; the largest
-    micro-batches are halved until there are so many.
+    micro-batches are halved until that number is reached.
     """
     bins: list[list[int]] = []
     totals: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        # First fit: the first bin with room. Lengths descend, so shorter sequences fill the gaps.
         fits = next((b for b, total in enumerate(totals) if total + lengths[i] <= max_tokens), None)
         if fits is None:
             bins.append([i])
@@ -136,6 +138,8 @@ def by_tokens(
     def tokens(chosen: Sequence[int]) -> int:
         return sum(lengths[i] for i in chosen)
 
+    # Every rank needs the same number of micro-batches: the largest bins are split until this rank has as
+    # many as the rank that needs most.
     number = agree(len(bins))
     assert len(bins) <= number <= len(lengths), f"{number} micro-batches of {len(lengths)} samples"
     while len(bins) < number:
@@ -159,7 +163,7 @@ def sequence_batch(
     """Prompts with their responses, whose tokens are the labels, packed in one row or padded beside each
     other.
 
-    context: which tokens of the rows are this rank's; None: all.
+    context: the tokens of the rows that this rank holds; None: all.
     """
     sequences = [np.concatenate(both) for both in zip(prompts, responses, strict=True)]
     label_lens = [len(response) for response in responses]
@@ -167,18 +171,21 @@ def sequence_batch(
     if packed:
         sizes = [len(sequence) for sequence in sequences]
         lengths: tuple[int, ...] | None = tuple(sizes)
+        # The filling is a sequence of its own: attention never mixes it with a real one.
         filling = -sum(sizes) % multiple_of
         if filling:
             sequences.append(np.zeros(filling, np.int32))
             lengths = (*sizes, filling)
         tokens = torch.from_numpy(np.concatenate(sequences).astype(np.int64))[None]
         positions = torch.cat([torch.arange(len(sequence)) for sequence in sequences])[None]
+        # All sequences lie in row 0: a label's column is offset by the sequences before its own.
         first_labels += np.cumsum([0, *sizes[:-1]])
         row_of_sample = np.zeros(len(sizes), np.int64)
     else:
         tokens, positions = pad_right(sequences, multiple_of=multiple_of)
         lengths = None
         row_of_sample = np.arange(len(sequences))
+    # The output at a token predicts the next one, so a label's row is one column before the label.
     starts = zip(first_labels, label_lens, strict=True)
     places = torch.from_numpy(
         np.concatenate([first - 1 + np.arange(n) for first, n in starts]).astype(np.int64)
@@ -187,15 +194,20 @@ def sequence_batch(
     index = owner = None
     if context is not None:
         num_tokens = tokens.shape[1]
+        # owners[t]: the rank that holds token t of a row. local[t]: its column on that rank.
         owners, local = torch.empty(num_tokens, dtype=torch.int64), torch.empty(num_tokens, dtype=torch.int64)
         for rank in range(context.size):
             kept = torch.cat(
                 [torch.arange(piece.start, piece.stop) for piece in context.pieces(num_tokens, rank)]
             )
             owners[kept], local[kept] = rank, torch.arange(len(kept))
+        # Sorted by `local`, because a rank holds its pieces in the order of `context.pieces`, which need not
+        # be ascending.
         local_tokens = (owners == context.rank).nonzero()[:, 0]
         local_tokens = local_tokens[local[local_tokens].argsort()]
         tokens, positions = tokens[:, local_tokens], positions[:, local_tokens]
+        # `owner` covers all N labels, `index` those of them that this rank keeps; `places` become columns on
+        # this rank.
         owner = owners[places]
         index = (owner == context.rank).nonzero()[:, 0]
         places, row_of_label = local[places[index]], row_of_label[index]
@@ -203,6 +215,7 @@ def sequence_batch(
         tokens=tokens,
         position_ids=positions,
         lengths=lengths,
+        # tokens are [B, S] but hidden states [S, B, H]: flattened, column s of row b is at s * B + b.
         label_rows=places * len(tokens) + row_of_label,
         label_index=index,
         label_owner=owner,
@@ -258,9 +271,11 @@ def _pack_labels(samples: Sequence[tuple[Rollout, AlignedPair, ScoredPair]]) -> 
     segments, hidden_index = [], []
     teacher_offset = student_offset = hidden_offset = 0
     for rollout, pair, _ in samples:
+        # A segment is (ts, te, ss, se): two teacher labels, two student labels.
         shift = np.array([teacher_offset, teacher_offset, student_offset, student_offset])
         segments.append(pair.segments + shift)
         first = _row_of_first_label(pair)
+        # Indexes the concatenated rows of `teacher_hidden`; -1 marks a row that was not requested.
         hidden_index.append(np.where(first >= 0, first + hidden_offset, -1))
         teacher_offset += len(pair.teacher_ids)
         student_offset += len(rollout.student_ids)
@@ -304,6 +319,7 @@ def _pack_labels(samples: Sequence[tuple[Rollout, AlignedPair, ScoredPair]]) -> 
 
 def pack_entries(samples: Sequence[tuple[EntryBatch, Rollout, AlignedPair]]) -> EntryBatch:
     """The events of several responses as one."""
+    # Entry i is the number of segments, or student labels, of the responses before i.
     segments = np.cumsum([0, *(len(pair.segments) for _, _, pair in samples)])
     labels = np.cumsum([0, *(len(rollout.student_ids) for _, rollout, _ in samples)])
     found = [entries for entries, _, _ in samples]
@@ -325,6 +341,7 @@ def _groups_behind(groups: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """int64: the groups of all, each response's behind those before; -1 stays."""
     if not groups:
         return None
+    # Groups of a response count from 0, so the next response's begin at the largest number plus 1.
     counts = [int(group.amax().clamp(min=-1)) + 1 if len(group) else 0 for group in groups]
     offsets = np.cumsum([0, *counts]).tolist()
     return torch.cat([torch.where(g >= 0, g + by, -1) for g, by in zip(groups, offsets, strict=False)])
@@ -351,6 +368,7 @@ def _slots_behind(events: Sequence[ByteEvents]) -> torch.Tensor | None:
     caps = [e.slot_cap for e in events if e.slot_cap is not None]
     if len(caps) < len(events):
         return None
+    # A cap is the number of a slot of the same response; the slots of earlier responses precede it.
     shifted = _joined(caps, [cap.size for cap in caps])
     return torch.where(torch.from_numpy(np.concatenate(caps)) >= 0, shifted, -1)
 
@@ -374,12 +392,14 @@ def pack_byte_sides(sides: Sequence[ByteSide], num_labels: Sequence[int]) -> Byt
 
 
 def part_of_bytes(side: ByteSideBatch, owner: torch.Tensor, rank: int) -> ByteSidePart:
-    """What this context-parallel rank sums of one model's slots. owner int64 [N]: the rank that has each
+    """This context-parallel rank's part of one model's slots. owner int64 [N]: the rank that holds each
     label's row.
 
-    The same numbers of exchanged segments on every rank: all know the whole batch.
+    Exchanged segments have the same numbers on every rank, because every rank knows the whole batch.
     """
     last = side.last_row.clamp(max=max(len(owner) - 1, 0))
+    # A rank adds up the slots whose last row it holds, and sums the segments of the rows that it holds. A
+    # slot near a cut between ranks needs segments of another rank: these sums are exchanged.
     slot_owner, segment_owner = owner[last], owner[side.segment_row]
     of_slot, of_segment = slot_owner[side.entry_slot], segment_owner[side.entry_segment]
     exchanged = side.entry_segment[of_slot != of_segment].unique()
@@ -387,12 +407,14 @@ def part_of_bytes(side: ByteSideBatch, owner: torch.Tensor, rank: int) -> ByteSi
     slots = (slot_owner == rank).nonzero()[:, 0]
     segments = (segment_owner == rank).nonzero()[:, 0]
     entries = (of_slot == rank).nonzero()[:, 0]
+    # New numbers on this rank: its own segments first, then those that it receives.
     foreign = side.entry_segment[entries][of_segment[entries] != rank].unique()
     number = _numbers(torch.cat([segments, foreign]), len(side.segment_row))
     place_of_row = _numbers((owner == rank).nonzero()[:, 0], len(owner))
     none = torch.empty(0, dtype=torch.int64)
     sent = (segment_owner[exchanged] == rank).nonzero()[:, 0]
     return ByteSidePart(
+        # `rows` sums this rank's segments; `sums` adds them, and the received ones, into slots.
         rows=ByteSideBatch(
             segment_row=place_of_row[side.segment_row[segments]],
             segment_start=side.segment_start[segments],
@@ -455,10 +477,11 @@ def _joined(arrays: Sequence[np.ndarray], sizes: Sequence[int] | None = None) ->
 
 
 def _row_of_first_label(pair: AlignedPair) -> np.ndarray:
-    """int64 [A]: index into teacher_rows of each segment's first teacher label, -1 where it was not asked
+    """int64 [A]: index into teacher_rows of each segment's first teacher label, -1 if it was not asked
     for.
     """
     first = pair.segments[:, 0]
+    # teacher_rows ascend, so a binary search finds the label or the place where it is missing.
     where = np.searchsorted(pair.teacher_rows, first)
     found = where < len(pair.teacher_rows)
     found[found] = pair.teacher_rows[where[found]] == first[found]

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 CONVERSATION_KEYS = ("messages", "conversations", "conversation")
-"""Where a conversation is looked for if a row has no prompt."""
+"""Keys of a conversation, read if a row has no prompt."""
 
 TEACHER_KEYS = ("teacher_messages", "teacher_prompt", "teacher_system", "teacher_suffix")
-"""What a row may say to the teacher alone: `teacher_prompt_of`."""
+"""Keys that only the teacher's prompt uses: see `teacher_prompt_of`."""
 
-_EXPECTED = "expected one JSON object a line, or one JSON list of them"
-_CSV = "; of a CSV file, pandas.read_csv(FILE).to_json(NEW, orient='records', lines=True) makes JSON lines"
+_EXPECTED = "expected one JSON object on each line, or one JSON list of objects"
+_CSV = "; for a CSV file, pandas.read_csv(FILE).to_json(NEW, orient='records', lines=True) makes JSON lines"
 _OTHER_FORMATS = {
     b"PAR1": "a Parquet file; its name must end with .parquet",
     b"ARROW1": "an Arrow file; its name must end with .arrow",
@@ -34,7 +34,7 @@ _OTHER_FORMATS = {
     b"\xfd7zXZ": "packed by xz; unpack it, or pack it by gzip",
     b"BZh": "packed by bzip2; unpack it, or pack it by gzip",
 }
-"""The first bytes of files that are not read."""
+"""First bytes of unsupported files."""
 
 _SPEAKERS = {
     "human": "user",
@@ -44,20 +44,20 @@ _SPEAKERS = {
     "assistant": "assistant",
     "system": "system",
 }
-"""The role of each `from` of ShareGPT's form."""
+"""The role of each `from` in ShareGPT's format."""
 _ANSWERED_ROLES = ("user", "tool")
-"""Whose message an assistant answers."""
+"""Roles whose messages an assistant answers."""
 _BESIDE_MESSAGES = {
-    "system": "it would not be read; make it the first message, of the role 'system'",
-    "tools": "they would not be read: templates are given messages only",
+    "system": "it would be ignored; make it the first message, with the role 'system'",
+    "tools": "they would be ignored: chat templates only get messages",
 }
-"""Columns that change what a conversation says."""
+"""Columns that would change a conversation, and are refused."""
 _MORE_OF_AN_ANSWER = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")
-"""Keys of an assistant's message that hold what it says beside its content."""
+"""Keys of an assistant's message that hold more of its answer than the content."""
 _QUOTED_CONVERSATION = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
 
 Message = dict[str, Any]
-"""{"role": ..., "content": ...}, both strings, and whatever else a template may read."""
+"""{"role": ..., "content": ...}, both strings, and any other keys that a template may read."""
 
 
 class RowError(ValueError):
@@ -142,7 +142,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        raise ValueError(f"the key {twice!r} occurs twice in one object")
     return found
 
 
@@ -155,7 +155,7 @@ def _table_rows(path: Path, kind: str, name: str) -> Iterable[tuple[str, Any]]:
 
 
 def _reason(error: Exception) -> str:
-    """One line for what a system or a library refuses."""
+    """The error of the system or a library, in one line."""
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
     return f"{reason}; change its permissions" if isinstance(error, PermissionError) else reason
 
@@ -196,31 +196,30 @@ def prompt_of(row: dict[str, Any], keys: Sequence[str]) -> tuple[str | list[Mess
     if isinstance(prompt, str):
         if _QUOTED_CONVERSATION.match(prompt):
             raise RowError(
-                f"a conversation in quotes under {key!r}", "write it as a JSON list, not as a string"
+                f"a conversation that is a string under {key!r}", "write it as a JSON list, not as a string"
             )
         _check_encodable(prompt, repr(key))
         return prompt, None
     if not isinstance(prompt, list) or not prompt:
-        raise RowError(f"neither a text nor messages under {key!r}")
+        raise RowError(f"neither a string nor messages under {key!r}")
     for beside, way_out in _BESIDE_MESSAGES.items():
         if row.get(beside):
-            raise RowError(f"{beside!r} beside the messages", way_out)
+            raise RowError(f"{beside!r} next to messages", way_out)
     messages = [_message(message, f"message {number}") for number, message in enumerate(prompt, start=1)]
     answer = messages.pop() if messages[-1]["role"] == "assistant" else None
     last = messages[-1]["role"] if messages else None
     if last not in _ANSWERED_ROLES:
-        what = "nothing stands before the answer" if last is None else f"the role {last!r} comes last"
-        raise RowError("messages that do not end with the user's", what)
+        what = "there is no message before the answer" if last is None else f"the last role is {last!r}"
+        raise RowError("messages that do not end with a user message", what)
     return messages, answer
 
 
 def teacher_prompt_of(row: dict[str, Any], prompt: str | Sequence[Message]) -> str | list[Message] | None:
-    """What the teacher reads in place of the prompt, if the row says so; else None.
+    """The teacher's own prompt, if the row has one; otherwise None.
 
     `teacher_messages` and `teacher_prompt` replace the prompt. `teacher_system` replaces or adds the first
-    message, of the role "system"; `teacher_suffix` stands behind the last message or the text. `prompt` is
-    the student's, as it is read: a text, or messages. Raises RowError.
-    """
+    message, of the role "system"; `teacher_suffix` is appended to the last message or the text. `prompt` is
+    the student's prompt: a text, or messages. Raises RowError."""
     given = [key for key in TEACHER_KEYS if row.get(key) is not None]
     whole = [key for key in given if key in ("teacher_messages", "teacher_prompt")]
     if not given:
@@ -231,12 +230,13 @@ def teacher_prompt_of(row: dict[str, Any], prompt: str | Sequence[Message]) -> s
         own, answer = prompt_of(row, whole)
         if answer is not None:
             raise RowError(
-                f"{whole[0]!r} ends with an answer", "the teacher reads the student's; leave it out"
+                f"{whole[0]!r} ends with an answer",
+                "the teacher scores the student's response; leave the answer out",
             )
         return own
     for key in given:
         if not isinstance(row[key], str):
-            raise RowError(f"{key!r} is not a text", f"it is of the type {type(row[key]).__name__}")
+            raise RowError(f"{key!r} is not a string", f"its type is {type(row[key]).__name__}")
         _check_encodable(row[key], repr(key))
     suffix, system = row.get("teacher_suffix") or "", row.get("teacher_system")
     if isinstance(prompt, str):
@@ -263,14 +263,14 @@ def _message(value: Any, where: str) -> Message:
         speaker = message.pop("from")
         if not isinstance(speaker, str) or speaker not in _SPEAKERS:
             known = ", ".join(_SPEAKERS)
-            raise RowError(f"messages from {speaker!r}", f"{where}; known are {known}")
+            raise RowError(f"messages from the unknown speaker {speaker!r}", f"{where}; known are {known}")
         message = {"role": _SPEAKERS[speaker], "content": message.pop("value")} | message
     if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str | list):
         raise RowError(
             "messages without role and content", f"{where} needs 'role' and 'content', both strings"
         )
     if message.get("prefix") is True:
-        raise RowError("an answer that is to be continued", f"{where} has 'prefix': true")
+        raise RowError("an unfinished answer", f"{where} has 'prefix': true")
     message["content"] = _content(message["content"], where)
     try:
         _check_encodable(json.dumps(message, ensure_ascii=False), where)
@@ -287,15 +287,16 @@ def _content(content: str | list[Any], where: str) -> str:
         if not isinstance(part, dict) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, dict) else part
             raise RowError(
-                f"a part that is not text: {str(kind)[:40]}", f"{where}; parts of the type 'text' are read"
+                f"a part that is not text: {str(kind)[:40]}",
+                f"{where}; only parts of type 'text' are supported",
             )
         if not isinstance(part.get("text"), str):
-            raise RowError("a part of the type 'text' without a text", where)
+            raise RowError("a part of type 'text' without a string 'text'", where)
     return "".join(part["text"] for part in content)
 
 
 def response_of(row: dict[str, Any], key: str, answer: Message | None, *, needed: bool) -> str | None:
-    """The given response: the text or the assistant's message under `key`, or else what closes the
+    """The given response: the text or the assistant's message under `key`, otherwise the answer that ends the
     conversation.
 
     Raises RowError if there are two that differ, and, if one is needed, if there is none.
@@ -307,23 +308,25 @@ def response_of(row: dict[str, Any], key: str, answer: Message | None, *, needed
     if isinstance(given, str):
         _check_encodable(given, repr(key))
         if closing is not None and closing != given:
-            raise RowError("two answers", f"that under {key!r} is not the one that ends the messages")
+            raise RowError("two answers", f"{key!r} differs from the answer that ends the messages")
         return given
     if needed and closing is None:
-        raise RowError(f"no {key}", f"a text, or messages that end with an answer; {_has(row)}")
+        raise RowError(f"no {key}", f"expected a string, or messages that end with an answer; {_has(row)}")
     return closing
 
 
 def _answer_text(answer: Message, *, needed: bool) -> str | None:
-    """What the assistant says. None, or RowError if it is needed, if that is more than a text."""
+    """The text of the assistant's answer. If the answer has more than text: None, or RowError if it is
+    needed."""
     for key in _MORE_OF_AN_ANSWER:
         if answer.get(key):
             if needed:
                 raise RowError(
-                    f"an answer with {key}", "a response is a text; write it as the template would"
+                    f"an answer with {key}",
+                    "a response must be a string; write it as the chat template renders it",
                 )
             return None
-    return answer["content"] or None  # an empty one holds the place of an answer
+    return answer["content"] or None  # an empty string is a placeholder for an answer
 
 
 def _has(row: dict[str, Any]) -> str:
@@ -331,7 +334,7 @@ def _has(row: dict[str, Any]) -> str:
 
 
 def label_of(row: dict[str, Any], key: str) -> str:
-    """The label as a text: a string as it is, a number or a truth value as JSON spells it.
+    """The label as a string; a number or a boolean in its JSON form.
 
     Raises RowError.
     """
@@ -347,7 +350,7 @@ def label_of(row: dict[str, Any], key: str) -> str:
         return str(value)
     if isinstance(value, bool | int | float):
         return json.dumps(value)
-    raise RowError(f"a {key} that is not a string or a number", f"it is of the type {type(value).__name__}")
+    raise RowError(f"a {key} that is not a string or a number", f"its type is {type(value).__name__}")
 
 
 def _check_encodable(text: str, where: str) -> None:

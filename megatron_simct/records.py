@@ -3,20 +3,20 @@
     prompts -> rollout -> alignment -> teacher -> losses -> update
        Prompt -> Rollout -> AlignedPair -> ScoredPair -> MicroBatch
 
-Every record is frozen and says the shape of each field. Records of one sample hold numpy arrays (they are
-built on CPU workers and travel between processes); records that a model reads or wrote hold torch tensors.
+Every record is frozen and documents the shape of each field. Records of one sample hold numpy arrays (they
+are built on CPU workers and travel between processes); records that a model reads or wrote hold torch
+tensors.
 
 Shape letters, used in the whole package:
     B sequences   S padded sequence   N student labels   M teacher labels   A segments
     R requested teacher rows
     V full vocabulary   W this rank's slice of it (W = padded V / tp)   C shared tokens   H hidden size
-Student and teacher are told apart by a prefix or by the suffixes _S and _T.
+Names of student and teacher differ by a prefix or by the suffixes _S and _T.
 
 A *label* is a response token; label p of a response is predicted by row (prompt length + p - 1) of the model.
-A *segment* (ts, te, ss, se) says that teacher labels [ts, te) and student labels [ss, se) spell the same
-bytes.
+In a *segment* (ts, te, ss, se) teacher labels [ts, te) and student labels [ss, se) spell the same bytes.
 
-Example. The student samples "ha" "ppy" "</s>", the teacher's tokenizer says "hap" "py" "<|im_end|>":
+Example. The student samples "ha" "ppy" "</s>", the teacher's tokenizer encodes it as "hap" "py" "<|im_end|>":
     segments = [[0, 2, 0, 2],    "happy", a unit of two tokens on both sides
                 [2, 3, 2, 3]]    the stop tokens
 """
@@ -45,20 +45,20 @@ class SegmentKind(IntEnum):
     UNIT = 1
     """Anything else: the row has a unit column scored over the segment's tokens."""
     STOP = 2
-    """The stop tokens of both sides; like SHARED for the loss, told apart for the metrics."""
+    """The stop tokens of both sides; like SHARED for the loss, counted apart in the metrics."""
 
 
 STOP, REST, SLACK, OUTSIDE = 256, 257, 258, 259
-"""What a slot of ByteEvents stands for, beside the bytes 0 .. 255; the last two are no events."""
+"""Kinds of slots of ByteEvents, beside the bytes 0 .. 255; the last two are not events."""
 OTHERS, FREE, ENDED, CAP = 260, 261, 262, 263
-"""The same in the events of `plan_byte_bounds`: several bytes, or ids without content; the last three are no
+"""The same in the events of `plan_byte_bounds`: several bytes, or ids without content; the last three are not
 events.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ByteSide:
-    """What one model sums for the interface `bytes` (alignment/byte_events.py).
+    """The sums of one model for the interface `bytes` (alignment/byte_events.py).
 
     Every row's vocabulary, in the order of its bytes, is cut into consecutive segments, and a slot adds up
     segments of one or several rows. G segments, X entries, E slots.
@@ -109,7 +109,7 @@ class ByteEvents:
 class TeacherNeeds:
     """What an interface asks of the teacher, so that nothing else is computed or sent.
 
-    Own logits and log-sum-exp (8 bytes a label) always come; `hidden_rows` says which rows of hidden state
+    Own logits and log-sum-exp (8 bytes a label) always come; `hidden_rows` selects the hidden states that
     come too: "none", "one_to_one" (segments of kind SHARED and STOP), "first" (the first teacher row of every
     segment), "all".
     """
@@ -237,7 +237,9 @@ class ScoredPair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ByteBatch:
-    """The byte events of a micro-batch and what the teacher says of them; fields as in ByteEvents."""
+    """The byte events of a micro-batch and the teacher's log-probabilities of them; fields as in
+    ByteEvents.
+    """
 
     num_positions: int
     slot_position: torch.Tensor
@@ -278,27 +280,29 @@ class ByteSideBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ByteSidePart:
-    """What a context-parallel rank sums of a ByteSideBatch: the slots whose last row it has. All int64.
+    """What a context-parallel rank sums of a ByteSideBatch: the slots whose last row it holds. All int64.
 
     A slot may need segments of rows before that, which another rank has: their sums are exchanged. Only slots
-    near a cut have any. Segments are numbered anew: those of the rows here, then those of other ranks that
-    slots here need.
+    near a cut have any. Segments are numbered anew: those of this rank's rows, then those of other ranks that
+    this rank's slots need.
     """
 
     rows: ByteSideBatch
-    """The segments of the rows here, and of no slot; rows are numbered anew too."""
+    """The segments of this rank's rows, and no slots; rows are numbered anew too."""
     sums: ByteSideBatch
-    """The slots here and what they add up; segment_row and last_row are labels of the whole batch."""
+    """This rank's slots and the segments they add up; segment_row and last_row are labels of the whole
+    batch.
+    """
     slots: torch.Tensor
     """[e]: which slots of the whole batch they are."""
     num_exchanged: int
-    """Segments that some rank has and another one needs."""
+    """Number of segments that one rank holds and another one needs."""
     sent: torch.Tensor
-    """Those of the exchanged segments that are here, by their number among the exchanged ones."""
+    """The exchanged segments that this rank holds, by their number among the exchanged ones."""
     sent_segment: torch.Tensor
-    """Which segments here `sent` are."""
+    """The numbers of `sent` among this rank's segments."""
     received: torch.Tensor
-    """Numbers of the other exchanged segments that slots here need, ascending."""
+    """Numbers of the other exchanged segments that this rank's slots need, ascending."""
 
     def to(self, device: torch.device) -> ByteSidePart:
         """The same with every tensor on the device."""
@@ -357,7 +361,7 @@ class LabelBatch:
     teacher_hidden: torch.Tensor | None
     """[R, H_T], rows of the whole micro-batch."""
     teacher_hidden_index: torch.Tensor
-    """int64 [A]: the row of `teacher_hidden` for the segment's first teacher label; -1 where none was asked
+    """int64 [A]: the row of `teacher_hidden` for the segment's first teacher label; -1 if none was asked
     for.
     """
     teacher_topk: torch.Tensor | None = None
@@ -393,10 +397,10 @@ class SequenceBatch:
     b).
     """
     label_index: torch.Tensor | None = None
-    """int64 [n], ascending: with context parallelism, the labels whose rows are here. S is then this rank's
-    share of the tokens, and label_rows [n] are of these labels."""
+    """int64 [n], ascending: with context parallelism, the labels whose rows this rank holds. S is then this
+    rank's share of the tokens, and label_rows [n] are of these labels."""
     label_owner: torch.Tensor | None = None
-    """int64 [N]: the context-parallel rank that has the row of each label."""
+    """int64 [N]: the context-parallel rank that holds the row of each label."""
 
     def to(self, device: torch.device) -> SequenceBatch:
         """The same with every tensor on the device."""

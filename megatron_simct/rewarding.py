@@ -1,4 +1,4 @@
-"""The reward of each response: asked for when it is sampled, collected when the teacher's scores are.
+"""Rewards of responses: requested when a response is sampled, collected together with the teacher's scores.
 
 One rank of each model replica asks, so that all ranks of a replica train on the same numbers; responses to
 one prompt are compared over all replicas (update/advantages.py).
@@ -26,7 +26,7 @@ class Rewarding:
     """Collective where it says so."""
 
     rewards: Rewards | None
-    """None on ranks that do not speak for their replica."""
+    """None on ranks that do not ask for rewards."""
     student: Tokenizer
     marks: Mapping[int, str]
     """Special tokens that a response is written with: those around thinking."""
@@ -41,7 +41,7 @@ class Rewarding:
     _said: int = field(default=0, init=False)
 
     def submit(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> dict[int, Future[float]]:
-        """Begin to reward these samples; by sample id."""
+        """Requests the rewards of these samples; returns them by sample id."""
         if self.rewards is None:
             return {}
         asked = self.rewards.submit(self._response(p, r) for p, r in zip(prompts, rollouts, strict=True))
@@ -65,7 +65,7 @@ class Rewarding:
         return Advantages(of_samples=weighted, metrics=found.metrics)
 
     def close(self) -> None:
-        """End the processes that call the function."""
+        """Ends the processes that call the reward function."""
         if self.rewards is not None:
             self.rewards.close()
 
@@ -80,6 +80,6 @@ class Rewarding:
         except NoReward as why:
             self._said += 1
             if self._said <= MAX_SAID:
-                last = "; further ones are only counted (reward_failed)" if self._said == MAX_SAID else ""
+                last = "; further failures are only counted (reward_failed)" if self._said == MAX_SAID else ""
                 self.say(f" --reward: sample {rollout.sample_id} has none: {why}{last}")
             return math.nan

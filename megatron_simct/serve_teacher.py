@@ -11,10 +11,10 @@ With --engine-endpoint the model runs in a vLLM server, and this job holds its L
     python -m megatron_simct.serve_teacher --engine-endpoint http://HOST:8000 \
         --teacher-hf-checkpoint TEACHER_DIR --run-dir runs/first
 
-It has a torchrun world and a layout of its own. Each data-parallel replica has a server of its own; more
-replicas may be started later, in the same --run-dir, and any of them may be restarted. On SIGTERM a replica
-finishes what its model holds, hands back the rest, and ends with exit code 0; on one more it ends at once, as
-on the first while it loads.
+The job has its own torchrun world and layout. Each data-parallel replica runs a server; more replicas may be
+started later with the same --run-dir, and each may be restarted. On SIGTERM a replica finishes the requests
+that its model has, hands back the others, and ends with exit code 0; on a second SIGTERM, or one while it
+loads, it ends at once.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ PROGRAM = "megatron_simct.serve_teacher"
 
 
 def serve_teacher(config: TeacherConfig, groups: Groups, signals: EndSignals) -> None:
-    """Load the model, start the server, answer. Raises ValueError, naming the flag, if the
+    """Loads the model, starts the server, and answers requests. Raises ValueError, naming the flag, if the
     configuration is invalid."""
     config.check()
     serving = config.serving
@@ -95,11 +95,11 @@ def _serve_model(
     tokenizer: Tokenizer,
     map_fingerprint: str | None,
 ) -> None:
-    """Answer with a model on this job's ranks."""
+    """Answers requests with a model on this job's ranks."""
     options, serving, flag = config.teacher, config.serving, "--teacher-hf-checkpoint"
     architecture = read_architecture(options.folder, flag=flag)
     if options.pretrained_checkpoint is None and find_weights(options.folder, flag=flag) is None:
-        raise ValueError(f"{flag} {options.hf_checkpoint}: has no weights; a teacher needs some")
+        raise ValueError(f"{flag} {options.hf_checkpoint}: has no weights, but a teacher needs them")
     model = open_model(
         options,
         config.parallel,
@@ -148,7 +148,7 @@ def _serve_engine(
     tokenizer: Tokenizer,
     map_fingerprint: str | None,
 ) -> None:
-    """Answer with hidden states of engines and the LM head here, or with log-probabilities of other
+    """Answers requests with hidden states of engines and this job's LM head, or with log-probabilities of
     servers.
     """
     options, serving, engine, flag = config.teacher, config.serving, config.engine, "--teacher-hf-checkpoint"
@@ -177,12 +177,12 @@ def _serve_engine(
     if first is None:
         return
     served = probe.served
-    assert served is not None, "an engine has passed"
+    assert served is not None, "at least one engine has passed the checks"
     said = f" engine {first.address} serves {served.root} (vLLM {served.version}): "
-    said += f"the probe's text has {probe.mean_nats:.3f} nats a token"
+    said += f"the probe text has {probe.mean_nats:.3f} nats a token"
     if engine.check_endpoint is not None and isinstance(probe, Probe):
         difference = probe.compare(first, EngineClient(engine.check_endpoint, timeout_s=engine.timeout_s))
-        said += f", and differs by at most {difference:.2g} from what {engine.check_endpoint} says"
+        said += f", at most {difference:.2g} different from {engine.check_endpoint}"
     print(said, flush=True)
     longest = min(serving.max_tokens_per_batch, served.max_model_len or serving.max_tokens_per_batch)
     described = describe_teacher(options.folder, flag=flag)
@@ -213,7 +213,7 @@ def _start_server(
     served: Served | None = None,
     longest: int | None = None,
 ) -> ReplicaServer:
-    """Make this replica known. longest: the most tokens of a request; default: --max-tokens-per-batch."""
+    """Registers this replica. longest: the most tokens of a request; default: --max-tokens-per-batch."""
     options, serving = config.teacher, config.serving
     assert serving.run_dir is not None, "check() refuses a job without --run-dir"
     folder = endpoint_folder(serving.run_dir)
@@ -254,12 +254,12 @@ def _say_what_was_done(server: ReplicaServer, groups: Groups) -> None:
 
 @command(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> None:
-    """Ends by SIGTERM or Ctrl-C, which are no errors once the model is loaded."""
+    """Ends on SIGTERM or Ctrl-C, which are not errors after the model is loaded."""
     config = parse_config(argv, SERVE_TEACHER)
-    # With exit code 0 torchrun does not start again what was told to end.
+    # With exit code 0 torchrun does not restart the processes.
     first = Environment.read().rank == 0
     interrupted = f"{PROGRAM}: interrupted\n" if first else ""
-    stopped = " SIGTERM: the teacher ends at once\n" if first else ""
+    stopped = " SIGTERM: the teacher exits immediately\n" if first else ""
     endings = {signal.SIGINT: (INTERRUPTED, interrupted), signal.SIGTERM: (0, stopped)}
     signals = EndSignals(endings, again_ends=True)
     with process_groups(config.parallel, seed=0, bf16=config.serving.bf16) as groups:

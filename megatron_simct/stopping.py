@@ -20,9 +20,8 @@ import torch
 import torch.distributed as dist
 
 _TOGETHER_S = 1.0
-"""Signals within this time are one: a scheduler may send it to all processes, and torchrun to its own once
-more.
-"""
+"""Signals within this time count as one: a scheduler may send it to all processes, and torchrun again to its
+own. """
 
 
 class EndSignals:
@@ -80,7 +79,7 @@ class EndSignals:
                 self._end(number)
 
     def _end(self, number: signal.Signals) -> None:
-        """Without what Python does at an end, which would wait for other threads and other ranks."""
+        """Exits without Python's shutdown, which would wait for other threads and other ranks."""
         code, line = self._endings[number]
         for action in (self.last, *_at_sudden_end):
             with contextlib.suppress(Exception):
@@ -138,7 +137,7 @@ def _in_a_fork() -> None:
     if _children_end_with is not None:
         with contextlib.suppress(AttributeError):  # a system that is not Linux
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != _children_end_with:  # it has ended already
+        if os.getppid() != _children_end_with:  # the parent has ended already
             os._exit(1)
         _children_end_with = os.getpid()
 
@@ -170,7 +169,7 @@ class ExitWatch:
             self._signals.defer(self._device)
 
     def reason(self) -> str | None:
-        """Why to exit now, the same on every rank; None to go on. Collective over the whole job."""
+        """The reason to exit now, the same on every rank; None to continue. Collective over the whole job."""
         if not self._active:
             return None
         minutes = (time.monotonic() - self._begin_s) / 60
@@ -181,4 +180,4 @@ class ExitWatch:
         signalled, late = seen.tolist()
         if signalled:
             return "SIGTERM"
-        return f"--exit-duration-in-mins {self._after_minutes:g} is over" if late else None
+        return f"--exit-duration-in-mins {self._after_minutes:g} has passed" if late else None

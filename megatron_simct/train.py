@@ -37,7 +37,7 @@ from megatron_simct.update.step import NonFiniteError
 
 
 def train(job: Job) -> None:
-    """Once an iteration: sample, align and ask the teacher (`begin`), collect its scores, update, publish."""
+    """Each iteration: sample, align and ask the teacher (`begin`), collect its scores, update, publish."""
     job.exit_watch.loaded()
     training, output = job.config.training, job.config.output
     iteration, done = job.start, evaluate(job, iteration=job.start)
@@ -88,26 +88,26 @@ def train(job: Job) -> None:
         if output.save_interval and iteration % output.save_interval == 0:
             job.save(iteration)
     if output.save:
-        job.save(iteration)  # unless it has just been saved
+        job.save(iteration)  # unless the last iteration was saved already
     job.finish_save()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The records of one step, in one order, whose pairs the teacher has been asked for."""
+    """The records of one step, in one order, after its pairs were sent to the teacher."""
 
     prompts: Sequence[Prompt]
     rollouts: Sequence[Rollout]
     pairs: Sequence[AlignedPair]
     more: Mapping[str, float]
-    """Metrics of how they came."""
+    """Metrics of the sampling."""
     rewards: Mapping[int, Future[float]]
-    """By sample id, where --reward is given, on the rank that asks for them."""
+    """Rewards by sample id, on the rank that asks for them; empty without --reward."""
 
 
 def begin(job: Job, iteration: int, clock: Stopwatch) -> Batch:
-    """Samples a step's prompts. What has been sampled is aligned, and goes to the teacher, while the rest is
-    sampled: one response after another, or a wave, as the engine tells of them."""
+    """Samples a step's prompts. Responses that are sampled are aligned and sent to the teacher while others
+    are still being sampled: one by one or in waves, depending on the engine."""
     prompts: dict[int, Prompt] = {}
     rollouts: dict[int, Rollout] = {}
     sent: list[Future[list[AlignedPair]]] = []
@@ -142,7 +142,7 @@ def begin(job: Job, iteration: int, clock: Stopwatch) -> Batch:
 
 
 def responses_of(job: Job, iteration: int) -> Iterator[list[tuple[Prompt, Rollout]]]:
-    """A step's prompts with their responses, as these finish, or in waves."""
+    """A step's prompts with their responses, as they finish or in waves."""
     if job.oversampling is not None:
         assert isinstance(job.engine, RacingEngine), "check() refuses --rollout-oversample for others"
         yield from job.oversampling.step(job.engine, iteration, job.sampling)
@@ -156,14 +156,14 @@ def responses_of(job: Job, iteration: int) -> Iterator[list[tuple[Prompt, Rollou
 
 
 def tail_s(arrived: Sequence[float]) -> float:
-    """Seconds from when nine tenths of the responses were there until all were. arrived: when each came,
+    """Seconds between the arrival of nine tenths of the responses and of the last. arrived: arrival times,
     ascending.
     """
     return arrived[-1] - arrived[math.ceil(0.9 * len(arrived)) - 1]
 
 
 def align_and_submit(job: Job, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[AlignedPair]:
-    """The pairs of some responses, in the background; the teacher is asked for each as soon as it is
+    """The pairs of some responses, aligned in the background; each is sent to the teacher as soon as it is
     aligned.
     """
     pairs = []
@@ -175,19 +175,20 @@ def align_and_submit(job: Job, prompts: Sequence[Prompt], rollouts: Sequence[Rol
 
 
 def check_lag(rollouts: Sequence[Rollout], iteration: int, most: int | None) -> None:
-    """ValueError for a response of weights that are too old."""
+    """Raises ValueError if a response was sampled by weights that are too old."""
     oldest = min((rollout for rollout in rollouts), key=lambda rollout: rollout.weight_version, default=None)
     if most is None or oldest is None or oldest.weight_version < 0:  # -1: a given response
         return
     if iteration - oldest.weight_version > most:
         raise ValueError(
-            f"--rollout-max-lag {most}: sample {oldest.sample_id} was sampled by the weights after "
-            f"{oldest.weight_version} steps, and {iteration} are done; raise it if the weights may be so old"
+            f"--rollout-max-lag {most}: sample {oldest.sample_id} was sampled by weights after "
+            f"{oldest.weight_version} steps, but the student has done {iteration}; raise it to allow older "
+            "weights"
         )
 
 
 def evaluate(job: Job, *, iteration: int) -> bool:
-    """Measure held-out accuracy where it is due; whether it has reached --exit-eval-accuracy."""
+    """Measures held-out accuracy if it is due; returns whether it has reached --exit-eval-accuracy."""
     config = job.config.evaluation
     interval = config.eval_interval or job.config.training.train_iters
     if job.evaluator is None or (iteration % interval and iteration != job.config.training.train_iters):
@@ -200,7 +201,7 @@ def evaluate(job: Job, *, iteration: int) -> bool:
 
 
 def exit_is_due(job: Job, *, iteration: int) -> bool:
-    """Whether to save and exit before --train-iters, on a signal or because time is over; agreed by all
+    """Whether to save and exit before --train-iters, because of a signal or the time limit; the same on all
     ranks.
     """
     reason = job.exit_watch.reason()
@@ -211,7 +212,7 @@ def exit_is_due(job: Job, *, iteration: int) -> bool:
 
 @contextlib.contextmanager
 def saved_without_teacher(job: Job, iteration: int) -> Iterator[None]:
-    """Where the teacher's job is gone for good, save what has been trained."""
+    """Saves a checkpoint if the teacher's job does not come back."""
     try:
         yield
     except TeacherError as error:
@@ -225,7 +226,7 @@ def saved_without_teacher(job: Job, iteration: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept_for_replay(job: Job, rollouts: Sequence[Rollout], iteration: int) -> Iterator[None]:
-    """Where the update finds a number that is not finite, keep the rollouts that led to it."""
+    """Writes the rollouts of a step whose update finds a number that is not finite."""
     try:
         yield
     except NonFiniteError as error:
@@ -260,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def report_random_weights(config: Config, groups: Groups, *, resumed: bool) -> None:
-    """One log line where a model starts from random weights."""
+    """Logs a line if a model starts from random weights."""
     sides = {"--hf-checkpoint": config.model, "--teacher-hf-checkpoint": config.teacher}
     if resumed:
         del sides["--hf-checkpoint"]
@@ -276,7 +277,7 @@ def report_random_weights(config: Config, groups: Groups, *, resumed: bool) -> N
 
 
 def report_interface(config: Config, groups: Groups) -> None:
-    """One log line: which interface runs, and when it is known to harm."""
+    """Logs the interface and its known failure."""
     failure = known_failure(config.interface)
     if groups.is_first_rank:
         known = f"; known failure: {failure}" if failure else ""
@@ -284,13 +285,13 @@ def report_interface(config: Config, groups: Groups) -> None:
 
 
 def report_precision(config: Config, groups: Groups) -> None:
-    """One log line for float32 on a GPU."""
+    """Logs a line for float32 on a GPU."""
     if groups.is_first_rank and groups.device.type == "cuda" and not config.training.bf16:
-        print(" float32 on GPUs: twice the memory, a fraction of the speed; --bf16 changes it", flush=True)
+        print(" float32 on GPUs: twice the memory, a fraction of the speed; use --bf16", flush=True)
 
 
 def write_config(config: Config, groups: Groups) -> None:
-    """The resolved options, beside the metrics."""
+    """Writes the resolved options into the folder of the metrics."""
     if config.output.run_dir is not None and groups.is_first_rank:
         write_whole(Path(config.output.run_dir) / "config.yaml", to_yaml(config))
 

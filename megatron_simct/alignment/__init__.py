@@ -9,7 +9,7 @@ Reading order, each file one idea on top of the previous:
     segments.py       two tokenizations of one byte string, cut into minimal common units
     continuations.py    which byte may follow a token in a tokenizer's own cut
     cut_rules.py      that table of a tokenizer, from its merges, pretokens and groups of digits
-    byte_bounds.py    what two models are known to say of the next byte, and what is not known
+    byte_bounds.py    known and unresolved mass of the next byte, of two models
     byte_events.py    the same for tokenizers that take the longest match
     languages.py      small languages whose models are known exactly, in any tokenizer
     alignment_map.py  the shared vocabulary: pairs of ids that mean the same bytes

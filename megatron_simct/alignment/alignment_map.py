@@ -32,9 +32,9 @@ class AlignmentMap:
     """int32 [C]"""
     stop_student_id: int
     stop_teacher_ids: tuple[int, ...]
-    """The teacher's whole stop set; the first ends a retokenized response."""
+    """All stop tokens of the teacher; the first ends a retokenized response."""
     student_vocab_size: int
-    """V_S, the real size."""
+    """V_S, without padding."""
     teacher_vocab_size: int
     """V_T"""
     student_fingerprint: str
@@ -115,8 +115,8 @@ class AlignmentMap:
 def build_alignment_map(student: Tokenizer, teacher: Tokenizer) -> AlignmentMap:
     """Pairs all content ids with equal bytes. Raises ValueError for a tokenizer without stop tokens.
 
-    Where several ids of one tokenizer have the same bytes, the one that encoding those bytes gives is paired
-    (the one that the model was trained to use), else the lowest.
+    If several ids of one tokenizer have the same bytes, the id is paired that encoding these bytes gives (the
+    one that the model was trained to use), else the lowest.
     """
     for tokenizer in (student, teacher):
         if not tokenizer.table.stop_ids:
@@ -183,7 +183,8 @@ def released_map(student: Tokenizer, teacher: Tokenizer) -> AlignmentMap:
     for tokenizer in (student, teacher):
         if tokenizer.strings is None:
             raise ValueError(
-                f'--simct-shared released: tokenizer "{tokenizer.name}" is no tokenizer.json, whose strings '
+                f'--simct-shared released: tokenizer "{tokenizer.name}" is not a tokenizer.json, whose '
+                "strings "
                 "it compares"
             )
         ids: dict[str, int] = {}
@@ -201,7 +202,7 @@ def released_map(student: Tokenizer, teacher: Tokenizer) -> AlignmentMap:
 
 
 def id_of_bytes(tokenizer: Tokenizer) -> dict[bytes, int]:
-    """Content bytes -> the one id that stands for them."""
+    """Content bytes -> the one id that is paired for them."""
     found: dict[bytes, int] = {}
     rivals: dict[bytes, set[int]] = {}
     for token_id, data in enumerate(tokenizer.table.pieces()):

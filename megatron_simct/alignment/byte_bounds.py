@@ -1,17 +1,18 @@
-"""What two models are known to say of the next byte of a response, and how much of each is not known.
+"""Known and unresolved probability mass of the next byte of a response, for two models.
 
 The interface `bytes` compares distributions over the next byte at every byte position i = 0 .. |y| of a
-response y. All of it but the probabilities is known before a model runs, so it is found here, by integers
-only.
+response y. The structure is known before a model runs, so this module plans it, with integers only; the
+probabilities come later.
 
-One model. Its tokens v_1 .. v_n of the response end at offsets beta_1 .. beta_n. Row k, the distribution
-after k of them, says, relative to the probability A_K of the path up to K, the last boundary at or before i:
+One model. Its tokens v_1 .. v_n of the response end at offsets beta_1 .. beta_n. Row k is the distribution
+after k of them. Relative to the probability A_K of the path up to K, the last boundary at or before i, it
+gives:
 
     known        tokens that spell y[beta_k : i] and go on with byte b, or end the text where i is a boundary:
                  the mass m(b), m(end). They stand for texts that go on with b.
     unresolved   tokens other than v_(k+1) that spell y[beta_k : j), with j <= i: the mass u. These texts have
-                 left the realized path at j, and no row says how they go on. An *atom* is such a mass, of one
-                 row and one j.
+                 left the realized path at j, and no row has their continuations. An *atom* is such a mass, of
+                 one row and one j.
 
 Of all texts that begin with y[:i], a share between m(b) and m(b) + (its part of u) goes on with b: the loss
 is the smallest divergence that these bounds permit (losses/kinds/bytes.py). How large the part can be:
@@ -67,24 +68,27 @@ class Side:
     ids: np.ndarray
     """int32 [n]"""
     continuations: Continuations | None = None
-    """Its tokenizer's; None where nothing is known of it."""
+    """The table of its tokenizer; None if there is none."""
 
 
 def plan_byte_bounds(
     text: np.ndarray, *, stop: bool, student: Side, teachers: Sequence[Side]
 ) -> list[ByteEvents]:
-    """The events of one response: an answer a teacher, which differ in the teacher's sums only.
+    """The events of one response, one result for each teacher; results differ in the teacher's sums only.
 
     text uint8 [L]: the bytes that all sequences of ids begin with, up to the first special token of any;
     stop: all spell just `text` and then stop, so that the position behind it is compared too.
     """
     num_positions = text.size + stop
+    # reached[0] is the student's, reached[1] that of any teacher; bool [positions, 258].
     walks = [_walk(side, text, num_positions) for side in (student, *teachers)]
     reached = [walks[0].reached, np.logical_or.reduce([walk.reached for walk in walks[1:]])]
     num_classes, class_of, possible = _classes(walks, num_positions)
 
     # Columns of the table of slots: events of their own, groups of the others by class, FREE, ENDED, CAPs by
     # class.
+    # code: the column of an event that is compared alone, or of its group: three groups for each class, those
+    # of the student alone (kind 1), of the teachers alone (2) and of nobody (0).
     both = reached[0] & reached[1]
     kind = reached[0] + 2 * reached[1]
     code = np.where(both, np.arange(_NUM_EVENTS), _NUM_EVENTS + 3 * class_of + kind % 3)
@@ -106,14 +110,18 @@ def plan_byte_bounds(
     present[rows[shown], cap + class_of[shown]] = True
     present &= kept[:, None]
 
+    # Slots are numbered row by row; slot_of[position, column] is the number, -1 if there is none.
     position, column = present.nonzero()
     slot_of = np.full(present.shape, -1, dtype=np.int64)
     slot_of[position, column] = np.arange(position.size)
     slot_event = column.copy()
     slot_event[(column > NUM_BYTES) & (column < free)] = OTHERS
-    slot_event[column == free], slot_event[column == ended], slot_event[column >= cap] = FREE, ENDED, CAP
+    slot_event[column == free] = FREE
+    slot_event[column == ended] = ENDED
+    slot_event[column >= cap] = CAP
     slot_cap = np.full(position.size, -1, dtype=np.int64)
     used &= kept[:, None]
+    # Events that share a slot have one class, and so the same cap: the last write wins.
     of_event = slot_of[rows[used], code[used]]
     cap_column = event_cap[used]
     slot_cap[of_event] = np.where(cap_column >= 0, slot_of[rows[used], cap_column], -1)
@@ -122,11 +130,13 @@ def plan_byte_bounds(
     shown &= kept[:, None]
     cap_event[slot_of[rows[shown], cap + class_of[shown]]] = shown.nonzero()[1]
 
+    # Positions that are compared get new numbers, without gaps.
     number = kept.cumsum() - 1
     slots = _Slots(
         of_event=np.where(used, slot_of[rows, np.where(used, code, 0)], -1),
         free=slot_of[:, free],
         ended=slot_of[:, ended],
+        # The slots of earlier positions, and those of the same position in columns before `cap`.
         first_cap=present.cumsum(1)[:, cap - 1] + np.append(0, present.sum(1).cumsum())[:-1],
         num_caps=present[:, cap:].sum(1),
         cap_event=cap_event,
@@ -148,7 +158,7 @@ def plan_byte_bounds(
 
 @dataclass(frozen=True, eq=False)
 class _Slots:
-    """Where the slots of each position are; -1 for none."""
+    """Numbers of the slots of each position; -1: no such slot."""
 
     of_event: np.ndarray
     """int64 [P, 258]"""
@@ -165,7 +175,7 @@ class _Slots:
 
 @dataclass(frozen=True, eq=False)
 class _Walk:
-    """What one side's rows say along the text. Visits are pairs of a row and a position up to which a token
+    """The rows of one side along the text. Visits are pairs of a row and a position up to which a token
     of the row agrees with the text; atoms are the tokens that ended there and are not the realized ones."""
 
     trie: ByteTrie
@@ -201,11 +211,15 @@ class _Walk:
 
 def _walk(side: Side, text: np.ndarray, num_positions: int) -> _Walk:
     table, trie = side.table, byte_trie(side.table)
+    # begins[k]: the byte offset at which label k begins, that is, where row k stands. first_row[i]: the first
+    # row at or behind the last border before i; earlier rows give no mass at position i.
     begins = np.append(0, table.lengths[side.ids].cumsum())[:-1]
     begins = begins[: begins.searchsorted(num_positions)]
     last_row = begins.searchsorted(np.arange(num_positions), side="right") - 1
     first_row = begins.searchsorted(_last_border(trie, text)[:num_positions])
 
+    # Every row starts at the root at its own offset. Each step moves all rows by one byte of the text and
+    # drops those of which no token agrees with it, or that a border has cut off.
     row, position = np.arange(begins.size), begins
     node = np.zeros(begins.size, dtype=np.int64)
     found = [(row, position, node)]
@@ -234,11 +248,15 @@ def _walk(side: Side, text: np.ndarray, num_positions: int) -> _Walk:
     may_follow = np.ones((1, _NUM_EVENTS), dtype=bool)
     atom_rows = np.zeros(atoms.size, dtype=np.int64)
     if side.continuations is not None:
+        # Columns of `rows`: the bytes and the end. Ids without content may follow where the end may.
         known = side.continuations.rows[:, [*range(NUM_BYTES + 1), NUM_BYTES]]
         may_follow = np.concatenate([known, may_follow])
+        # A node that several ids spell has no row of its own: anything may follow, which is the last row.
         of_token = side.continuations.row_of[trie.order[trie.first[node[atoms]]]]
         atom_rows = np.where(trie.tokens[node[atoms]] == 1, of_token, len(known)).astype(np.int64)
 
+    # An atom that ended at j is free at the positions j + 1, j + 2, ... until a border is behind its row:
+    # first_row passes it. It is never free if the next byte of the text cannot follow its token.
     ends = position[atoms]
     inside = ends < text.size
     goes_on = np.zeros(atoms.size, dtype=bool)
@@ -278,7 +296,7 @@ def _last_border(trie: ByteTrie, text: np.ndarray) -> np.ndarray:
     """
     size = text.size
     crossed = np.zeros(size + 2, dtype=np.int64)
-    # The first of all beginnings of a token that may still be going on at i.
+    # going_on[i]: the first offset at which a token begins that may still continue at i.
     going_on = np.full(size + 1, size, dtype=np.int64)
     start, node = np.arange(size), np.zeros(size, dtype=np.int64)
     at = start
@@ -287,8 +305,10 @@ def _last_border(trie: ByteTrie, text: np.ndarray) -> np.ndarray:
         found = node > 0
         start, at, node = start[found], at[found] + 1, node[found]
         has_tokens = trie.tokens[node] > 0
+        # A token over [start, at) crosses the offsets start + 1 .. at - 1: differences, summed up below.
         np.add.at(crossed, start[has_tokens] + 1, 1)
         np.add.at(crossed, at[has_tokens], -1)
+        # A node with children is the beginning of a longer token, which may reach past `at`.
         longer = trie.children[node + 1] > trie.children[node]
         np.minimum.at(going_on, at[longer], start[longer])
         inside = at < size
@@ -300,7 +320,7 @@ def _last_border(trie: ByteTrie, text: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _marks(count: int) -> np.ndarray:
-    """uint64 [count]: odd numbers whose sums tell sets of them apart."""
+    """uint64 [count]: odd numbers whose sums identify sets of them."""
     return np.random.default_rng(0).integers(0, 1 << 63, size=count, dtype=np.uint64) * np.uint64(
         2
     ) + np.uint64(1)
@@ -326,12 +346,15 @@ def _classes(walks: Sequence[_Walk], num_positions: int) -> tuple[int, np.ndarra
             np.where(walk.may_follow[walk.atom_rows], marks[:, None], 0), first, axis=0
         )
         all_events[where] += np.add.reduceat(marks, first)
+    # sets[i, e]: the sum of the marks of the atoms at i that event e may follow. Equal sums are taken for
+    # equal sets.
     class_of = np.zeros(sets.shape, dtype=np.int64)
     limited = np.flatnonzero((sets != all_events[:, None]).any(1))
     if limited.size:
         # The set of all atoms first, the others in any order.
         order = (sets[limited] - all_events[limited, None]).argsort(axis=1, kind="stable")
         ordered = np.take_along_axis(sets[limited], order, axis=1)
+        # Numbers of the different sets of a position, in the sorted order; the set of all atoms is 0.
         ranks = (np.diff(ordered, axis=1, prepend=ordered[:, :1]) != 0).cumsum(1)
         ranks += (ordered[:, :1] != all_events[limited, None]).astype(np.int64)
         of_limited = np.empty_like(ranks)
@@ -348,14 +371,16 @@ def _side(walk: _Walk, slots: _Slots) -> ByteSide:
     visit, node = walk.next_visit, walk.next_node
     parent = walk.node[visit]
     new = (parent == 0) | (trie.first[node] > trie.first[parent])
-    behind = np.array(
-        [trie.num_content] * (trie.num_other > 0) + [trie.num_content + trie.num_other], dtype=np.int64
-    )
+    # Where ids without content (if there are any) and the stop ids begin, behind all content.
+    behind = [trie.num_content] if trie.num_other else []
+    behind.append(trie.num_content + trie.num_other)
+    # A place in the vocabulary of a row is the number row * key + index in byte order; index num_ids is the
+    # end of the row, so `key` is one more than the number of ids.
     key = num_ids + 1
     cuts = np.concatenate(
         [
             (walk.row[visit] * key + trie.first[node])[new],
-            (np.arange(walk.num_rows)[:, None] * key + behind).ravel(),
+            (np.arange(walk.num_rows)[:, None] * key + np.array(behind)).ravel(),
             np.arange(walk.num_rows, walk.num_labels) * key,  # rows that no slot needs are one segment
         ]
     )
@@ -383,10 +408,12 @@ def _side(walk: _Walk, slots: _Slots) -> ByteSide:
     add(slots.of_event[position, STOP], row, behind[-1], num_ids)
 
     atom_row, atom_node, atom_end = walk.row[walk.atoms], walk.node[walk.atoms], walk.position[walk.atoms]
+    # Tokens that spell just the node's bytes lead its range: these are the atom.
     first, end = trie.first[atom_node], trie.first[atom_node] + trie.tokens[atom_node]
     add(slots.ended[atom_end], atom_row, first, end)
     of = walk.free_atom
     add(slots.free[walk.free_position], atom_row[of], first[of], end[of])
+    # Every atom beside every CAP of the position where it ended, and added to those that may follow it.
     num_caps = slots.num_caps[atom_end]
     of = np.arange(walk.atoms.size).repeat(num_caps)
     cap = ranges(slots.first_cap[atom_end], num_caps)

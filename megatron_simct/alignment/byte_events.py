@@ -1,9 +1,9 @@
-"""Which bytes of a response two models can be compared on, and which tokens' probabilities each of them adds
-up there.
+"""The next-byte events on which two models are compared along a response, and the sums of token probabilities
+that each model needs for them.
 
 The interface `bytes` compares distributions over the next byte at every byte position i = 0 .. |y| of a
-response y. All of it but the probabilities is known before a model runs, so it is found here, by integers
-only.
+response y. The structure is known before a model runs, so this module plans it, with integers only; the
+probabilities come later.
 
 One model. Its row k (the distribution after k of its own tokens) stands at byte offset beta_k. With c =
 y[beta_k : i], tokens that begin with c and go on with b give byte b its probability at i. In the order of
@@ -42,7 +42,7 @@ loose for one teacher is loose for the mixture; the slack is the weighted sum of
 have a loose byte. The text ends for all where it ends for one of them, and the position behind it counts
 where the student and all teachers stop there.
 
-What stays approximate: byte-pair merging does not take the longest match at every token end; where it does
+Limits: byte-pair merging does not take the longest match at every token end; where it does
 not, a byte taken for tight may be loose. And where a sampled response is not in the tokenizer's own
 segmentation, other ways to spell the text up to a boundary are taken to go on like the sampled one.
 
@@ -92,8 +92,9 @@ class ByteTrie:
     """int64 [nodes - 1], ascending: parent * 256 + byte of node j + 1."""
 
     def child(self, node: np.ndarray, byte: np.ndarray) -> np.ndarray:
-        """int64 [n]: the child of each node by a byte, 0 where there is none."""
+        """int64 [n]: the child of each node by a byte, 0 if there is none."""
         key = node * NUM_BYTES + byte
+        # keys[j] belongs to node j + 1; node 0, the root, is nobody's child, so 0 can mean "none".
         at = np.minimum(self.keys.searchsorted(key), self.keys.size - 1)
         return np.where(self.keys[at] == key, at + 1, 0)
 
@@ -113,6 +114,8 @@ def byte_trie(table: TokenTable) -> ByteTrie:
     others = np.setdiff1d(np.flatnonzero(table.lengths == 0), stops)
     offsets, lengths = table.offsets[content], table.lengths[content]
 
+    # One pass for each depth. `inside`: the tokens (places in byte order) that are longer than the depth.
+    # node_of: the node of each token's first `depth` bytes.
     node_of = np.zeros(content.size, dtype=np.int64)
     first, end = [np.array([0])], [np.array([content.size])]
     tokens, byte = [np.array([0])], [np.array([0])]
@@ -122,15 +125,19 @@ def byte_trie(table: TokenTable) -> ByteTrie:
         inside = inside[lengths[inside] > depth]
         next_byte = table.flat[offsets[inside] + depth].astype(np.int64)
         key = node_of[inside] * NUM_BYTES + next_byte
+        # Tokens are in byte order, so those of one node are a run of equal keys: a run begins a node.
         begins = np.flatnonzero(np.diff(key, prepend=-1))
         node = np.diff(key, prepend=-1).astype(bool).cumsum() - 1
         node_of[inside] = node + num_nodes
         first.append(inside[begins])
+        # Tokens that end at the parent sort before all of the parent's children, so a node's tokens are
+        # consecutive in byte order, and [first, end) describes them.
         end.append(inside[np.append(begins[1:], inside.size) - 1] + 1)
         tokens.append(np.bincount(node[lengths[inside] == depth + 1], minlength=begins.size))
         byte.append(next_byte[begins])
         keys.append(key[begins])
         num_nodes += begins.size
+    # Ascending, because the nodes of a depth are numbered in the order of their parents, and then of bytes.
     child_keys = np.concatenate(keys)
     return ByteTrie(
         order=np.concatenate([content, others, stops]),
@@ -177,7 +184,8 @@ def plan_mixture_events(
     student_ids: np.ndarray,
     teachers: Sequence[tuple[TokenTable, np.ndarray]],
 ) -> list[ByteEvents]:
-    """As `plan_byte_events`, of a mixture of teachers (each a table and its ids): an answer a teacher.
+    """As `plan_byte_events`, for a mixture of teachers (each a table and its ids): one result for each
+    teacher.
 
     They differ in the teacher's sums only: the slots and the student's sums are the same.
     """
@@ -198,6 +206,7 @@ def _events(
     """
     walks = [student, *teachers]
     num_positions = student.boundary.size
+    # bool [positions, 256] and [positions]: what all models can have next.
     common = np.logical_and.reduce([walk.reachable for walk in walks])
     all_end = np.logical_and.reduce([walk.can_end for walk in walks])
     all_stop = np.logical_and.reduce([walk.boundary for walk in walks])
@@ -215,13 +224,16 @@ def _events(
     slots[:, SLACK] = np.logical_or.reduce(has_loose)
     slots[:, OUTSIDE] = kept & ~all_end & outside
     position, event = slots.nonzero()
+    # slot_of[position, event]: the number of the slot, -1 if there is none. Slots are numbered row by row.
     slot_of = np.full(slots.shape, -1, dtype=np.int64)
     slot_of[position, event] = np.arange(position.size)
     is_byte = event < NUM_BYTES
+    # Row 0 is the student's, row 1 that of all teachers: a byte is loose if it is for any of them.
     loose_slots = np.zeros((2, position.size), dtype=bool)
     either = (loose[0], np.logical_or.reduce(loose[1:]))
     loose_slots[:, is_byte] = [of_side[position[is_byte], event[is_byte]] for of_side in either]
 
+    # Positions that are compared get new numbers, without gaps.
     number = kept.cumsum() - 1
     of_student, *of_teachers = (
         _side(walk, slot_of, position, has_loose=of_side)
@@ -243,8 +255,8 @@ def _events(
 
 @dataclass(frozen=True, eq=False)
 class _Walk:
-    """How far the tokens of a side's rows agree with the text: one visit for each row and position of which
-    it does.
+    """The rows of one side along the text: one visit for each row and each position up to which a token of
+    the row agrees with the text.
     """
 
     trie: ByteTrie
@@ -276,9 +288,12 @@ class _Walk:
 
 
 def _walk(trie: ByteTrie, table: TokenTable, ids: np.ndarray, text: np.ndarray, num_positions: int) -> _Walk:
+    # begins[k]: the byte offset at which label k begins, that is, where row k stands.
     begins = np.append(0, table.lengths[ids].cumsum())[:-1]
     begins = begins[: begins.searchsorted(num_positions)]
     last_row = begins.searchsorted(np.arange(num_positions), side="right") - 1
+    # Every row starts at the root at its own offset. Each step moves all rows by one byte of the text and
+    # drops those of which no token agrees with it any more.
     row, position = np.arange(begins.size), begins
     node = longest = np.zeros(begins.size, dtype=np.int64)
     rows: list[np.ndarray] = []
@@ -298,16 +313,20 @@ def _walk(trie: ByteTrie, table: TokenTable, ids: np.ndarray, text: np.ndarray, 
         row, position, node, longest = row[found], position[found] + 1, node[found], longest[found]
     row, position, node = np.concatenate(rows), np.concatenate(positions), np.concatenate(nodes)
     longest = np.concatenate(longests)
+    # Only the row of the last boundary has the events that the text stops or that a token ends here.
     is_last = last_row[position] == row
 
     boundary, can_end = np.zeros(num_positions, dtype=bool), np.zeros(num_positions, dtype=bool)
     boundary[position[is_last & (node == 0)]] = True
     can_end[position[is_last & (trie.tokens[node] > 0)]] = True
+    # Every visit beside every child of its node: the bytes that some token has next there.
     num_children = trie.children[node + 1] - trie.children[node]
     next_visit = np.arange(node.size).repeat(num_children)
     next_node = ranges(trie.children[node], num_children)
     reachable = np.zeros((num_positions, NUM_BYTES), dtype=bool)
     reachable[position[next_visit], trie.byte[next_node]] = True
+    # Inside a token with a shorter token as its prefix every byte is loose, unless the realized bytes and
+    # that byte spell a token themselves.
     may_leave = np.zeros(num_positions, dtype=bool)
     may_leave[position[is_last & (node > 0) & (longest > 0)]] = True
     loose = np.repeat(may_leave[:, None], NUM_BYTES, axis=1)
@@ -343,15 +362,17 @@ def _side(walk: _Walk, slot_of: np.ndarray, slot_position: np.ndarray, *, has_lo
     visit, node = walk.next_visit, walk.next_node
     parent = walk.node[visit]
     new = (parent == 0) | (trie.first[node] > trie.first[parent])
-    behind = np.array(
-        [trie.num_content] * (trie.num_other > 0) + [trie.num_content + trie.num_other], dtype=np.int64
-    )
+    # Where ids without content (if there are any) and the stop ids begin, behind all content.
+    behind = [trie.num_content] if trie.num_other else []
+    behind.append(trie.num_content + trie.num_other)
+    # A place in the vocabulary of a row is the number row * key + index in byte order; index num_ids is the
+    # end of the row, so `key` is one more than the number of ids.
     key = num_ids + 1
     place = walk.row[visit] * key + trie.first[node]
     cuts = np.concatenate(
         [
             place[new],
-            (np.arange(walk.num_rows)[:, None] * key + behind).ravel(),
+            (np.arange(walk.num_rows)[:, None] * key + np.array(behind)).ravel(),
             np.arange(walk.num_rows, walk.num_labels) * key,  # rows that no slot needs are one segment
         ]
     )
@@ -359,15 +380,19 @@ def _side(walk: _Walk, slot_of: np.ndarray, slot_position: np.ndarray, *, has_lo
     cuts = cuts[order]
 
     # The segments of every pair (visit, child): from its own cut to that of the next child of the same visit.
+    # rank[i]: where the i-th of the unsorted cuts is among the sorted ones. The first of them are those of
+    # `new` children; other children share their parent's cut.
     start = np.empty(visit.size, dtype=np.int64)
     rank = np.empty(order.size, dtype=np.int64)
     rank[order] = np.arange(order.size)
     start[new] = rank[: np.count_nonzero(new)]
     start[~new] = cuts.searchsorted(place[~new])
     end = np.append(start[1:], 0)
+    # A last child has no next one: it ends where its parent's tokens do.
     is_last_child = np.append(visit[1:] != visit[:-1], True)[: visit.size]
     of_last = visit[is_last_child]
     end[is_last_child] = cuts.searchsorted(walk.row[of_last] * key + trie.end[walk.node[of_last]])
+    # A position has a REST slot or an OUTSIDE slot or neither; -1 if neither.
     rest = np.maximum(slot_of[:, REST], slot_of[:, OUTSIDE])
     position = walk.position[visit]
     slot = slot_of[position, trie.byte[node]]
@@ -382,6 +407,8 @@ def _side(walk: _Walk, slot_of: np.ndarray, slot_position: np.ndarray, *, has_lo
         starts.append(cuts.searchsorted((row * key + first)[used]))
         ends.append(cuts.searchsorted((row * key + end)[used]))
 
+    # At a boundary ids without content belong to the rest; stop ids have a slot of their own where all models
+    # stop.
     at_boundary = walk.is_last & (walk.node == 0)
     row, position = walk.row[at_boundary], walk.position[at_boundary]
     if trie.num_other:
@@ -389,10 +416,12 @@ def _side(walk: _Walk, slot_of: np.ndarray, slot_position: np.ndarray, *, has_lo
     stop = slot_of[position, STOP]
     add(np.where(stop >= 0, stop, rest[position]), row, behind[-1], num_ids)
 
+    # Inside a token: tokens that spell just c lead the node's range, and have ended here.
     inside = walk.is_last & (walk.node > 0)
     row, position, node, longest = (x[inside] for x in (walk.row, walk.position, walk.node, walk.longest))
     ends_here = trie.tokens[node] > 0
     add(np.where(ends_here, rest[position], -1), row, trie.first[node], trie.first[node] + trie.tokens[node])
+    # The slack of a loose byte is the mass of the longest token that is a prefix of c.
     longest_end = trie.first[longest] + trie.tokens[longest]
     add(
         np.where((longest > 0) & has_loose[position], slot_of[position, SLACK], -1),
@@ -401,10 +430,12 @@ def _side(walk: _Walk, slot_of: np.ndarray, slot_position: np.ndarray, *, has_lo
         longest_end,
     )
 
+    # One entry for each segment of each run [start, end).
     target, start = np.concatenate(targets), np.concatenate(starts)
     num_segments = np.concatenate(ends) - start
+    segment_row = cuts // key
     return ByteSide(
-        segment_row=(segment_row := cuts // key).astype(np.int32),
+        segment_row=segment_row.astype(np.int32),
         segment_start=(cuts - segment_row * key).astype(np.int32),
         entry_slot=target.repeat(num_segments).astype(np.int32),
         entry_segment=ranges(start, num_segments).astype(np.int32),

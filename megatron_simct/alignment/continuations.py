@@ -1,8 +1,8 @@
-"""Which byte may come behind a token in a tokenizer's own cut of a text.
+"""The bytes that may follow a token in a tokenizer's own cut of a text.
 
 Of a text that a model has written up to here as "... c", with the token c ending here, not every next byte is
 possible: behind "8" no digit, where "81" would have been cut as one token. The interface `bytes` bounds by it
-what a model may say where its probability is not known (byte_bounds.py), so every *no* of this table must
+the unresolved probability of a model (byte_bounds.py), so every *no* of this table must
 hold for every text; a *yes* need not be true. What the answers rest on:
 
     byte-pair merges      Two tokens can be neighbours inside one pretoken if and only if no merge across
@@ -69,18 +69,18 @@ class Merges:
 
 @dataclass(frozen=True, eq=False)
 class CutRules:
-    """A byte-pair tokenizer's."""
+    """The rules of a byte-pair tokenizer."""
 
     merges: Merges
     pretokens: Callable[[str], Sequence[str]]
-    """The text in the pieces that are merged each for itself."""
+    """Splits a text into pretokens, each of which is merged separately."""
     added: frozenset[int] = frozenset()
-    """Tokens that are looked for in the text before anything else."""
+    """Added tokens, which are matched in the text first."""
 
 
 @dataclass(frozen=True, eq=False)
 class Continuations:
-    """The table. Tokens with the same answers share a row."""
+    """The table. Tokens with equal rows share one."""
 
     rows: np.ndarray
     """bool [R, 257]: whether the byte, or the end, may follow."""
@@ -101,7 +101,7 @@ class Continuations:
 
     @classmethod
     def everything(cls, num_ids: int) -> Continuations:
-        """Where nothing is known of the tokenizer."""
+        """The table of an unknown tokenizer: everything may follow."""
         return cls(np.ones((1, NUM_SYMBOLS), dtype=bool), np.zeros(num_ids, dtype=np.int32))
 
     def __and__(self, other: Continuations) -> Continuations:
@@ -122,8 +122,8 @@ class Continuations:
         return digest.hexdigest()
 
     def contradictions(self, ids: np.ndarray, table: TokenTable) -> np.ndarray:
-        """int64 [n]: places of a tokenizer's own cut whose token the table says cannot be followed as it
-        is.
+        """int64 [n]: positions in a tokenizer's own cut at which the table forbids the actual
+        continuation.
         """
         ids = np.asarray(ids, dtype=np.int64)
         ids = ids[table.lengths[ids] > 0]
@@ -132,7 +132,7 @@ class Continuations:
 
 
 def within_characters(table: TokenTable) -> Continuations:
-    """What UTF-8 permits; a token of continuation bytes only may end anywhere."""
+    """The table of UTF-8; a token of continuation bytes only may end anywhere."""
     continuing = np.array([0x80 <= b < 0xC0 for b in range(256)] + [False])
     kinds = np.stack([np.ones(NUM_SYMBOLS, dtype=bool), continuing, ~continuing])
     kind = []
@@ -142,13 +142,19 @@ def within_characters(table: TokenTable) -> Continuations:
             kind.append(0)
             continue
         first = piece[-lead]
-        size = 1 if first < 0x80 else 2 if first < 0xE0 else 3 if first < 0xF0 else 4
-        kind.append(1 if lead < size else 2 if lead == size and 0x80 <= first < 0xF8 or first < 0x80 else 0)
+        # lead: bytes from the last leading byte on. size: bytes of the character that it begins.
+        size = 1 + sum(first >= least for least in (0xC0, 0xE0, 0xF0))
+        if lead < size:
+            kind.append(1)  # the character is cut: only continuation bytes may follow
+        elif lead == size and first < 0xF8:
+            kind.append(2)  # the character is complete: no continuation byte may follow
+        else:
+            kind.append(2 if first < 0x80 else 0)  # not UTF-8
     return Continuations(kinds, np.array(kind, dtype=np.int32))
 
 
 def longest_match(table: TokenTable) -> Continuations:
-    """What a vocabulary permits that is cut from left to right, always the longest token."""
+    """The table of a tokenizer that always takes the longest token, from left to right."""
     allowed = np.ones((table.num_ids, NUM_SYMBOLS), dtype=bool)
     pieces = table.pieces()
     ids: dict[bytes, list[int]] = {}
@@ -195,7 +201,7 @@ def inside_pretokens(
 
 @dataclass(frozen=True, eq=False)
 class _Derivations:
-    """How each token is made, and which merges there are."""
+    """The derivation of each token, and the merges."""
 
     left_of: np.ndarray
     """int64 [V]: the left half, -1 for a symbol or a token that no merge makes."""

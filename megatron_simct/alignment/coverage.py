@@ -1,4 +1,4 @@
-"""How much of a text two tokenizers let an interface compare, and in which kinds of units.
+"""The share of a text that an interface can compare under two tokenizers, by kinds of units.
 
 A unit is of kind 1:1, 1:n (one teacher token, several student tokens), n:1 (one student token) or n:m:
 teacher first, as in a segment.
@@ -23,7 +23,7 @@ _LONGEST = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Coverage:
-    """What an alignment covers of one corpus, if each model's own tokenizer spells the text."""
+    """Coverage of an alignment on one corpus, which each model's own tokenizer spells."""
 
     student_tokens: int
     teacher_tokens: int
@@ -78,7 +78,8 @@ def measure_coverage(
         ts, te, ss, se = found.segments.T
         num_teacher, num_student = te - ts, se - ss
         unit_bytes = np.diff(found.byte_ends, prepend=0)
-        kind = 2 * (num_teacher > 1) + (num_student > 1)
+        # 0: 1:1, 1: one teacher token, 2: one student token, 3: several on both sides.
+        kind = np.where(num_teacher > 1, 2, 0) + np.where(num_student > 1, 1, 0)
         tokens += np.bincount(kind, weights=num_student, minlength=4).astype(np.int64)
         sizes += np.bincount(kind, weights=unit_bytes, minlength=4).astype(np.int64)
         seen[student_ids] = True

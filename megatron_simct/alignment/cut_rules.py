@@ -1,10 +1,9 @@
-"""How a tokenizer comes to its own cut of a text, as far as its files say it, and what may follow a token
-there.
+"""The rules by which a tokenizer cuts a text, from its files, and the continuations that they permit.
 
-`with_continuations` gives a tokenizer the table of continuations.py. It takes seconds, so only who compares
-bytes asks.
+`with_continuations` gives a tokenizer the table of continuations.py. It takes seconds, so only interfaces
+that compare bytes do it.
 
-Where borders of pretokens fall is found by trying: every pair of kinds of ASCII characters in several
+Borders of pretokens are found by trying: every pair of kinds of ASCII characters in several
 contexts. An apostrophe and one or two letters ("'s", "'re") end a pretoken inside a word; tokens that can end
 such a pretoken may be followed by anything. `check` holds the whole table against the neighbours in real
 texts.
@@ -78,7 +77,7 @@ _MOST_DIGITS = 3
 
 
 def with_continuations(tokenizer: Tokenizer) -> Tokenizer:
-    """The same, with the table of what may follow; it is made once."""
+    """The tokenizer with its table of continuations, which is made once."""
     if tokenizer.continuations is not None:
         return tokenizer
     found = within_characters(tokenizer.table)
@@ -92,7 +91,10 @@ def with_continuations(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def check(tokenizer: Tokenizer, texts: Iterable[str]) -> int:
-    """How many neighbours the texts have; ValueError for two that the tokenizer's table says cannot be."""
+    """The number of neighbouring tokens in the texts.
+
+    Raises ValueError for neighbours that the table forbids.
+    """
     assert tokenizer.continuations is not None, "of with_continuations"
     count = 0
     for text in texts:

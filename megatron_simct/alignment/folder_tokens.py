@@ -2,8 +2,8 @@
 response.
 
 A token that a run uses and the vocabulary lacks is an error: BOS, EOS, a stop id, a token that the chat
-template writes. transformers invents an id for such a token, behind those that the model has. Any other one
-(padding, a mask) is a note.
+template writes. transformers adds an id for such a token, behind those of the model. Any other one
+(padding, a mask) is only a note.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from megatron_simct.alignment.hf_folder import (
 )
 
 _MARK = re.compile(r"<([|｜])[^<>|｜\s]+\1>")
-"""A text that is one token in most vocabularies, such as <|im_end|>."""
+"""A text that is usually one token, such as <|im_end|>."""
 
 
 def check_ids(folder: HfFolder, ids: Mapping[str, int], *, vocabulary: str) -> None:
-    """ValueError for a token of the folder's files that has another id in the vocabulary.
+    """Raises ValueError for a token of the folder's files that has another id in the vocabulary.
 
     ids: text and id of every token. vocabulary: the file that has them, for the message.
     """
@@ -48,7 +48,7 @@ def check_ids(folder: HfFolder, ids: Mapping[str, int], *, vocabulary: str) -> N
 def check_named(folder: HfFolder, ids: Mapping[str, int]) -> tuple[str, ...]:
     """Notes on tokens that the files mention and the vocabulary lacks, and on entries that are not read.
 
-    Raises ValueError for a token that is lacking and that the run uses.
+    Raises ValueError for a missing token that the run uses.
     """
     notes = []
     written, read = _template_texts(folder)
@@ -60,17 +60,17 @@ def check_named(folder: HfFolder, ids: Mapping[str, int]) -> tuple[str, ...]:
         used = token in folder.named and (role in ("bos_token", "eos_token") or role in read)
         if used or any(token.content in text for text in written):
             raise ValueError(
-                f"{folder.path / token.source}: {token.content!r} ({role}) is no token of the vocabulary"
+                f"{folder.path / token.source}: {token.content!r} ({role}) is not a token of the vocabulary"
                 f"{'' if used else ', though the chat template writes it'}; list it among the added tokens "
                 "with the id that the model has for it, or take it out"
             )
         notes.append(
-            f"{token.source}: {token.content!r} ({role}) is no token of the vocabulary, and is not used"
+            f"{token.source}: {token.content!r} ({role}) is not a token of the vocabulary, and is not used"
         )
     mentioned = {token.content for token in (*folder.named, *folder.added, *folder.unread)}
     marks = {mark.group() for text in written for mark in _MARK.finditer(text)}
     notes += [
-        f"the chat template writes {mark!r}, which is no token of the vocabulary: it is spelled in several"
+        f"the chat template writes {mark!r}, which is not a token of the vocabulary: it is spelled in several"
         for mark in sorted(marks - mentioned - ids.keys())
     ]
     return tuple(dict.fromkeys(notes))
@@ -99,14 +99,14 @@ def _template_texts(folder: HfFolder) -> tuple[list[str], frozenset[str]]:
 
 
 def stop_ids(folder: HfFolder, ids: Mapping[str, int], special_tokens: Collection[str]) -> dict[int, str]:
-    """Ids that end a response, and who says so.
+    """Ids that end a response, and the source of each.
 
     generation_config.json decides alone. Without it a response ends with what ends a turn of the chat
     template, with EOS, and with eos_token_id of config.json. The first id is the one that ends a turn, which
     is what an instructed model emits, else EOS.
 
     ids: text and id of every token. special_tokens: those that a template may end a turn with. Raises
-    ValueError, naming the file, for an id that no token has, and for a mark behind a turn that is no token.
+    ValueError, naming the file, for an id without a token, and for a mark behind a turn that is not a token.
     """
     known = set(ids.values())
     for token_id, name in folder.stops.items():
@@ -123,9 +123,9 @@ def stop_ids(folder: HfFolder, ids: Mapping[str, int], special_tokens: Collectio
         likely[ids[end]] = "chat template"
     elif mark is not None and mark.group() not in ids:
         raise ValueError(
-            f"{folder.path}: the chat template ends a turn with {mark.group()!r}, which is no token of the "
-            "vocabulary, so no response would end with it; list it among the added tokens with the id that "
-            "the model has for it, correct the template, or give the stop token ids"
+            f"{folder.path}: the chat template ends a turn with {mark.group()!r}, which is not a token of "
+            "the vocabulary, so no response would end with it; list it among the added tokens with the id "
+            "that the model has for it, correct the template, or give the stop token ids"
         )
     eos = folder.token("eos_token")
     if eos is not None and eos.content in ids:
@@ -138,10 +138,10 @@ def stop_ids(folder: HfFolder, ids: Mapping[str, int], special_tokens: Collectio
 
 @dataclass(frozen=True, kw_only=True)
 class BesideVocabulary:
-    """What the files of a folder add to a vocabulary that is no tokenizer.json."""
+    """The additions of a folder's files to a vocabulary other than a tokenizer.json."""
 
     added: tuple[AddedToken, ...] = ()
-    """Tokens whose ids stand behind the vocabulary's own."""
+    """Tokens whose ids follow those of the vocabulary."""
     special_ids: frozenset[int] = frozenset()
     """Ids that a file makes special."""
     stop_sources: dict[int, str] = field(default_factory=dict)

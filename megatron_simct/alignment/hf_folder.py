@@ -26,8 +26,9 @@ from megatron_simct.json_fields import BOOL, NULL, OBJECT, STRING, Kind, check_f
 
 
 def _object_of_strings(*names: str) -> Kind:
+    noun = "string" if len(names) == 1 else "strings"
     return Kind(
-        f"an object with the string{'s' * (len(names) > 1)} {' and '.join(names)}",
+        f"an object with the {noun} {' and '.join(names)}",
         lambda value: isinstance(value, dict) and all(isinstance(value.get(name), str) for name in names),
     )
 
@@ -74,7 +75,7 @@ UNNAMED = "extra_special_tokens"
 
 _ANSWER = "The answer is 42."
 ANY_DAY = "2025-01-01"
-"""What ends a turn does not depend on the date."""
+"""Any date: the end of a turn does not depend on it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +99,13 @@ class NamedToken:
 
     content: str
     role: str
-    """bos_token and the like, or UNNAMED for one of extra_special_tokens."""
+    """bos_token, eos_token, ..., or UNNAMED for one of extra_special_tokens."""
     source: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class HfFolder:
-    """What the files beside the tokenizer say, after the order of precedence. `read_folder` makes it."""
+    """The settings of the files beside the tokenizer, in order of precedence. `read_folder` makes it."""
 
     path: Path
     settings: Mapping[str, Any]
@@ -114,7 +115,7 @@ class HfFolder:
     named: tuple[NamedToken, ...]
     """Special tokens without an id: bos_token, eos_token and the like, then those without a role."""
     unread: tuple[AddedToken | NamedToken, ...]
-    """What files say that other files go before."""
+    """Entries that other files override."""
     stops: Mapping[int, str]
     """eos_token_id, and the file that has it."""
     stops_are_final: bool
@@ -131,14 +132,14 @@ class HfFolder:
 
     @property
     def adds_bos(self) -> bool | None:
-        """add_bos_token of tokenizer_config.json; None if it says nothing."""
+        """add_bos_token of tokenizer_config.json; None if it is missing."""
         return self.settings.get("add_bos_token")
 
 
 def read_folder(path: Path) -> HfFolder:
     """Reads the files of a folder; all of them may be absent.
 
-    ValueError, naming the file, for what cannot be read.
+    Raises ValueError, naming the file, for invalid content.
     """
     settings = read_settings(path, "tokenizer_config.json")
     token_map = read_settings(path, "special_tokens_map.json")
@@ -247,7 +248,7 @@ def tokenizer_file(folder: Path) -> Path | None:
 def locate_tokenizer(options: ModelConfig, *, prefix: str) -> str:
     """--[teacher-]tokenizer-model, else the folder of --[teacher-]hf-checkpoint.
 
-    ValueError where that has none.
+    ValueError if that has none.
     """
     if options.tokenizer_model is not None:
         return options.tokenizer_model
@@ -260,7 +261,7 @@ def locate_tokenizer(options: ModelConfig, *, prefix: str) -> str:
 def read_settings(folder: Path, name: str) -> dict[str, Any]:
     """One JSON file of the folder; empty if there is none.
 
-    ValueError, naming the file, for what it cannot be.
+    Raises ValueError, naming the file, for invalid values.
     """
     path = folder / name
     if not path.exists():
@@ -283,7 +284,7 @@ def special_token(value: Any) -> str | None:
 def template_source(folder: Path, settings: Mapping[str, Any]) -> tuple[str, str]:
     """File and text of the folder's template; of several named ones, the one named default.
 
-    Any template in a file takes the place of all in tokenizer_config.json, as in transformers.
+    Any template in a file overrides all of tokenizer_config.json, as in transformers.
     """
     files = {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
     if (folder / "chat_template.jinja").exists():

@@ -28,7 +28,7 @@ from megatron_simct.alignment.folder_tokens import check_ids, check_named, stop_
 from megatron_simct.alignment.hf_folder import UNNAMED, AddedToken, HfFolder
 from megatron_simct.alignment.tokenizer import Tokenizer, build_table, encode_cut
 
-# Its bytes must come back from every tokenizer that is loaded, but for characters that have no token.
+# Every tokenizer must reproduce its bytes, except for characters without a token.
 _PROBE = (
     "  two  blanks,\ta tab\r\n\nI'm café, Ünïcödé. Привет 你好, ｆｕｌｌ ﬁ नमस्ते 😀 1234567 [x]{y} \x00\x7f \n"
 )
@@ -125,7 +125,7 @@ def _merge_added_tokens(spec: dict[str, Any], folder: HfFolder) -> dict[str, str
     for added in folder.added:
         listed = tokens.get(added.content)
         if listed is not None and (added.source == "added_tokens.json" or listed["id"] != added.token_id):
-            continue  # another id is for check_ids to refuse
+            continue  # check_ids refuses another id
         tokens[added.content] = _spec_of(added)
         sources.setdefault(added.content, added.source)
     vocabulary = _vocabulary(spec["model"]) if isinstance(spec["model"].get("vocab"), dict | list) else {}
@@ -157,8 +157,8 @@ def _spec_of(token: AddedToken) -> dict[str, Any]:
 
 
 def _check_added_tokens(tokens: Sequence[dict[str, Any]], library: Any, sources: dict[str, str]) -> None:
-    """ValueError for an added token that the library gives another id, or reads in another way, than the file
-    says.
+    """Raises ValueError for an added token that the library gives another id, or reads in another way, than
+    the file does.
     """
     read = library.get_added_tokens_decoder()
     for token in tokens:
@@ -310,7 +310,7 @@ def _vocabulary(model: dict[str, Any]) -> dict[str, int]:
 def _pieces(
     spec: dict[str, Any], lossy: Callable[[str], None], *, byte_level: bool, blank_mark: bool
 ) -> tuple[list[bytes], set[int], set[int]]:
-    """The bytes of every id, the ids that stand for no bytes, and the bytes that have no token."""
+    """The bytes of every id, the ids without bytes, and the bytes without a token."""
     model = spec["model"]
     vocabulary = _vocabulary(model)
     if not byte_level and not model.get("byte_fallback"):
@@ -341,7 +341,7 @@ def _pieces(
 
 
 def _speller(model: dict[str, Any], *, byte_level: bool, blank_mark: bool) -> Callable[[str], bytes | None]:
-    """What a piece of the model's vocabulary stands for; None for one that no text has."""
+    """The function from a piece of the model's vocabulary to its bytes; None for a piece of no text."""
     if byte_level:
         return partial(_byte_level_bytes, _byte_of_character())
     if model.get("byte_fallback"):
@@ -400,9 +400,9 @@ def _ordinary(
 
 
 def _bos_id(folder: HfFolder, raw: Encoder) -> tuple[int | None, tuple[str, ...]]:
-    """What the file's post-processor puts before a text, and a note if tokenizer_config.json says otherwise.
+    """The id that the file's post-processor puts before a text, and a note if tokenizer_config.json differs.
 
-    For a tokenizer.json transformers reads add_bos_token no more.
+    For a tokenizer.json transformers ignores add_bos_token.
     """
     content, encoded = list(raw("a")), raw.library.encode("a").ids
     before = next(i for i in range(len(encoded) + 1) if encoded[i : i + len(content)] == content)

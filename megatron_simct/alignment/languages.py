@@ -1,7 +1,7 @@
-"""Small languages whose models are known exactly: a probability for every text, written in the tokens of any
+"""Small languages with exact models: every text has a probability, and can be written in the tokens of any
 tokenizer.
 
-What a model of such a language says in a given tokenization follows by counting:
+The distributions of a model of such a language in a given tokenization follow by counting:
 
     p(v | v_1 .. v_k) = mass of the texts whose tokens begin with v_1 .. v_k v, over that of v_1 .. v_k
 
@@ -28,7 +28,7 @@ Cut = Callable[[bytes], Iterable[int]]
 Language = Mapping[bytes, float]
 """Text -> probability; they add up to 1."""
 IMPOSSIBLE = -90.0
-"""The logit of a token that no text has there."""
+"""The logit of a token that cannot come next."""
 
 
 def longest_match(pieces: Sequence[bytes]) -> Cut:
@@ -97,7 +97,7 @@ def unigram(pieces: Sequence[bytes], scores: Sequence[float]) -> Cut:
 
 @dataclass(frozen=True)
 class ExactModel:
-    """What the model of a language says in the tokens of a tokenizer."""
+    """The exact model of a language in the tokens of a tokenizer."""
 
     next_tokens: Mapping[tuple[int, ...], Mapping[int, float]]
     """Ids of the beginning of a text -> the probability of every id that may come next."""
@@ -134,7 +134,7 @@ class ExactModel:
 
 
 def language_of(texts: Iterable[bytes]) -> dict[bytes, float]:
-    """Each text as often as it comes."""
+    """The language with the frequencies of these texts."""
     counts = Counter(texts)
     total = counts.total()
     return {text: count / total for text, count in counts.items()}
@@ -148,7 +148,7 @@ def flattened(language: Language, power: float = 0.8) -> dict[bytes, float]:
 
 
 def divergence(student: Language, teacher: Language) -> float:
-    """KL(student || teacher) over texts, in nats: what an interface between the two should find."""
+    """KL(student || teacher) over texts, in nats: the value that an interface should find."""
     return math.fsum(mass * math.log(mass / teacher[text]) for text, mass in student.items() if mass > 0)
 
 

@@ -1,7 +1,7 @@
 """An AlignmentMap on disk: a folder that training can use and people can read.
 
     map.json            sizes, stop tokens, fingerprints, balance, coverage; the sha256 of the other file
-    map.safetensors     the pairs, and the bytes of every id of both tokenizers (so the folder says what a
+    map.safetensors     the pairs, and the bytes of every id of both tokenizers (so the folder defines what a
                         pair spells without either tokenizer)
 
 Nothing in it is executed. It is written into a temporary folder that takes its name when it is complete.
@@ -49,7 +49,7 @@ def placement_balance(
 
 
 def is_map(folder: str | Path) -> bool:
-    """Whether the folder holds a map, whole or broken."""
+    """Whether the folder holds a map, intact or damaged."""
     return (Path(folder) / _SETTINGS).exists()
 
 
@@ -64,13 +64,13 @@ def save_map(
     """Write the map as `folder`; a map that is there already is replaced. `description` goes into map.json as
     it is.
 
-    Raises ValueError where the folder holds anything else, and for tables that the map was not built from.
+    Raises ValueError if the folder holds anything else, and for tables that the map was not built from.
     """
     from safetensors.numpy import save
 
     folder = Path(folder)
     if folder.exists() and not is_map(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is no alignment map: give another folder")
+        raise ValueError(f"{folder} exists and is not an alignment map: give another folder")
     tables = {"student": student, "teacher": teacher}
     _check_fingerprints(folder, _fingerprints(alignment_map), tables)
     tensors = {"student_ids": alignment_map.student_ids, "teacher_ids": alignment_map.teacher_ids}

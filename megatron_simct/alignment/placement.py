@@ -1,6 +1,4 @@
-"""Where the shared vocabulary lies on one vocabulary shard: all that the loss must know beside tensors and
-options.
-"""
+"""The part of the shared vocabulary that lies on one vocabulary shard, as the loss needs it."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VocabPlacement:
-    """The shared vocabulary as one tensor-parallel rank of the student sees it.
+    """The part of the shared vocabulary on one tensor-parallel rank of the student.
 
     The student's output weight is split by vocabulary: this rank owns columns [shard_start, shard_end).
     Teacher rows are placed with the student's columns, so both scores of a shared token are on one rank. The
@@ -23,9 +21,9 @@ class VocabPlacement:
     """
 
     student_vocab_size: int
-    """V_S, the real size: ids from here to the padded size are never scored."""
+    """V_S, without padding: ids from here to the padded size are never scored."""
     teacher_vocab_size: int
-    """V_T, likewise."""
+    """V_T: the same of the teacher."""
     shard_start: int
     shard_end: int
     """Student ids [shard_start, shard_end) of the padded vocabulary live here; W = shard_end - shard_start.

@@ -1,9 +1,8 @@
-"""One rollout in, one AlignedPair out: what the teacher is asked, and which labels of both sides are
-comparable.
+"""From one rollout to one AlignedPair: the request to the teacher, and the labels that can be compared.
 
 The student's sampled ids are kept as they are, canonical or not: retokenizing them would make those rows
-off-policy. Only their bytes go through the teacher's tokenizer. Everything here is known before any model
-runs, so the plan also says which of the teacher's rows the interface will need.
+off-policy. Only their bytes go through the teacher's tokenizer. The plan is made before any model runs,
+so it also lists the teacher's rows that the interface will need.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ from megatron_simct.config.options import InterfaceConfig
 from megatron_simct.records import AlignedPair, ByteEvents, Prompt, Rollout, SegmentKind, TeacherNeeds
 
 DROP_REASONS = ("mismatch", "special", "one_stop", "no_bytes", "walk", "invalid_utf8")
-"""Why bytes of a response are in no segment: those of `Alignment.dropped`, and what `plan_pair` tells apart.
+"""Why bytes of a response are in no segment: those of `Alignment.dropped`, and those that `plan_pair`
+distinguishes.
 """
 
 
@@ -39,8 +39,8 @@ def plan_pair(
 ) -> AlignedPair:
     """Retokenizes the response for the teacher, cuts both into minimal units, classifies and weights these.
 
-    `interface` says which segments are joined or weighted otherwise than by 1; what is drawn at random
-    depends on its seed and on the sample's id alone.
+    interface: decides which segments are joined, and their weights; random choices depend only on its seed
+    and on the sample's id.
 
     The teacher's side ends in its stop token if and only if the student stopped. Counts of the result, all
     additive:
@@ -54,7 +54,7 @@ def plan_pair(
         segments_shared, segments_unit, segments_stop, and of them all segments_blank, of white space only
         canonical                 1 if the student's tokenizer would spell the response in just these ids
 
-    alignment_map: which tokens are shared; None where nothing compares tokens (`bytes`).
+    alignment_map: which tokens are shared; None if nothing compares tokens (`bytes`).
 
     Raises ValueError for records of different samples, a rollout that stopped without a stop token, or a map
     that belongs to other tokenizers.
@@ -132,10 +132,10 @@ def _side(tokenizer: Tokenizer, ids: np.ndarray) -> Side:
 
 @dataclass(frozen=True, kw_only=True)
 class _Read:
-    """The response as one teacher reads it."""
+    """The response in one teacher's tokens."""
 
     data: bytes
-    """What the student spells, up to its first special token."""
+    """The student's bytes, up to its first special token."""
     teacher_ids: np.ndarray
     alignment: Alignment
     common: np.ndarray
@@ -262,7 +262,7 @@ def _kinds(
 def _teacher_first_columns(
     alignment: Alignment, kinds: np.ndarray, teacher_ids: np.ndarray, alignment_map: AlignmentMap | None
 ) -> np.ndarray:
-    """int32 [A]: the shared token that a UNIT's first teacher label is, -1 where it is none."""
+    """int32 [A]: the shared token that a UNIT's first teacher label is, -1 if it is not shared."""
     if alignment_map is None:
         return np.full(kinds.size, -1, dtype=np.int32)
     first = alignment_map.shared_student_ids_of(teacher_ids[alignment.segments[:, 0]])
@@ -331,7 +331,7 @@ def _is_blank(alignment: Alignment, data: bytes) -> np.ndarray:
 def _replaced_columns(
     alignment: Alignment, kinds: np.ndarray, data: bytes, alignment_map: AlignmentMap
 ) -> np.ndarray:
-    """int32 [A]: the shared token that spells the same bytes as a UNIT, -1 where none does.
+    """int32 [A]: the shared token that spells the same bytes as a UNIT, -1 if none does.
 
     U is a set of byte strings, so such a row has one column for both.
     """
@@ -347,7 +347,7 @@ def _replaced_columns(
 def _teacher_rows(
     segments: np.ndarray, kinds: np.ndarray, num_labels: int, needs: TeacherNeeds
 ) -> np.ndarray:
-    """int32 [R], ascending: the teacher labels whose predicting hidden state is asked for."""
+    """int32 [R], ascending: the teacher labels whose predicting hidden state is requested."""
     first = segments[:, 0]
     match needs.hidden_rows:
         case "none":

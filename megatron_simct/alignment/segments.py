@@ -33,7 +33,7 @@ Segmentation = Literal["minimal", "authors"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alignment:
-    """What `align` found out.
+    """The result of `align`.
 
     Byte counts are of the student's content, specials and stop token have no bytes.
     """
@@ -248,7 +248,7 @@ def _walk(
 ) -> Alignment:
     """The segmentation of SimCT's released code, one token at a time over texts.
 
-    Each token is decoded alone, so that bytes which are no character become U+FFFD. Two positions match if
+    Each token is decoded alone, so bytes that are not a character become U+FFFD. Two positions match if
     the texts before them are equal and the next pieces are equal or both stop tokens. Elsewhere the side
     whose text is shorter advances, both if they are equally long. A segment runs up to and including a match;
     what follows the last match is dropped.

@@ -1,9 +1,9 @@
 """Renders chat templates in a process of its own, which `templates.py` starts; imports jinja2, nothing of
 ours.
 
-Reads one request a line from stdin and answers each with one line, both JSON. A template is a program of
-somebody else: here the system limits its CPU time and its memory, and ends the process where jinja2's sandbox
-does not help, as in `7 ** (10 ** 9)`. Ends by itself when nothing is asked.
+Reads one request a line from stdin and answers each with one line, both JSON. A template is an
+untrusted program: the system limits its CPU time and memory, and ends the process if jinja2's sandbox does
+not help, as in `7 ** (10 ** 9)`. The process ends itself when it is idle.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _check_name(name: Any) -> None:
 
 
 def environment(date: str) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """What transformers gives to a template, except that the clock stands at the start of `date`,
+    """The environment that transformers gives to a template, with the clock fixed at the start of `date`,
     YYYY-MM-DD.
     """
     day = datetime.fromisoformat(date)
@@ -142,7 +142,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         return {"refused": f"line {error.lineno} of it: {error.message}"}
     except MemoryError:
         raise
-    except Exception as error:  # whatever a program can raise
+    except Exception as error:  # a template may raise anything
         return {"refused": " ".join(str(error).split()) or type(error).__name__}
 
 

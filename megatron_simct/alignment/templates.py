@@ -1,5 +1,4 @@
-"""Chat templates as transformers' apply_chat_template renders them, within limits, in a process beside this
-one.
+"""Renders chat templates as transformers' apply_chat_template does, within limits, in a subprocess.
 
 The process starts when a template is read or rendered, and ends with this one or when it has been idle for
 long.
@@ -30,31 +29,34 @@ MAX_SOURCE = 1 << 20
 MAX_CHARACTERS = 1 << 24
 """Characters of one rendered text."""
 MAX_CPU_S = 5.0
-"""For one text."""
+"""Limit of CPU time for one text."""
 MAX_MEMORY_MIB = 1024
 """Address space of the process that renders."""
 MAX_IDLE_S = 60.0
 """After this time without a request the process ends; the next request starts another one."""
 _WAIT_S = 600.0
-"""Until an answer, which only a process that is stopped or starved can exceed."""
+"""Longest wait for an answer; only a stopped or starved process exceeds it."""
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """Keys under which a message may hold its reasoning, the one that templates read first."""
 
 
 class TemplateLimit(ValueError):
-    """A template wants more time, memory or text than it may have, whatever the messages."""
+    """A template exceeds the limits of time, memory or text."""
 
 
 def variables_of(source: str, *, date: str) -> frozenset[str]:
-    """The names that a template reads and does not set. ValueError with the reason if it is not one."""
+    """The names that a template reads and does not set.
+
+    Raises ValueError with the reason if it is invalid.
+    """
     return frozenset(_ask(source, date, None)["reads"])
 
 
 def texts_of(source: str) -> list[str]:
     """The texts that a template holds: between its tags, and as strings in them.
 
-    ValueError if it is not one.
+    Raises ValueError if it is invalid.
     """
     return list(_ask(source, "2025-01-01", None)["texts"])
 
@@ -107,7 +109,7 @@ def _as_templates_read(message: Mapping[str, Any]) -> dict[str, Any]:
 _lock = threading.Lock()
 _process: subprocess.Popen[str] | None = None
 _owner = 0
-"""The process id that started it: one that was forked since has pipes of its own to make."""
+"""The process that started the subprocess; a forked process must start its own."""
 
 
 def _ask(source: str, date: str, variables: dict[str, Any] | None) -> dict[str, Any]:
@@ -165,7 +167,7 @@ def _why_it_ended(code: int) -> str:
 def _started() -> subprocess.Popen[str]:
     global _process, _owner
     if _process is not None and _owner == os.getpid() and _process.poll() is not None:
-        _end()  # between two requests, which is no template's fault
+        _end()  # it ended between two requests, which is not the template's fault
     if _process is None or _owner != os.getpid():
         packages = {str(Path(file).parents[1]) for file in (jinja2.__file__, markupsafe.__file__)}
         _process = subprocess.Popen(

@@ -1,7 +1,7 @@
 """What each id of a tokenizer means in bytes.
 
 Two tokenizers are comparable only as bytes: one writes a blank as 'Ġ', another as '▁', a third splits one
-character over three tokens that are no text at all. So each tokenizer is reduced once to a table id -> bytes,
+character over three tokens, none of which is text. So each tokenizer is reduced once to a table id -> bytes,
 and everything after that (segments, shared vocabulary) compares bytes and never text.
 
 Shape letters: V ids of the tokenizer, Z bytes of all pieces together, N ids of a sequence, L bytes they

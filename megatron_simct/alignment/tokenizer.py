@@ -34,23 +34,22 @@ class Tokenizer:
     """Ids of a rendered chat template, in which the spelling of a special token is that token; None: cannot.
     """
     stop_sources: dict[int, str] = field(default_factory=dict)
-    """For people: where each stop id comes from."""
+    """The source of each stop id, for messages."""
     notes: tuple[str, ...] = ()
-    """For people: what the files beside the tokenizer say that is not used, or used in another way than it
-    seems.
+    """Messages about settings in the files beside the tokenizer that are ignored, or used in an unexpected
+    way.
     """
     cut_rules: Callable[[], CutRules] | None = None
-    """How it comes to its cut of a text, read when it is asked for; None where its files do not say it."""
+    """Reads the rules of its cut of a text, on demand; None if its files do not contain them."""
     strings: Callable[[], dict[str, int]] | None = None
-    """The vocabulary as a tokenizer.json spells it, string -> id, read when it is asked for; None for other
-    files.
+    """The vocabulary as a tokenizer.json spells it, string -> id, read on demand; None for other files.
     """
     continuations: Continuations | None = None
-    """Which byte may follow which token in its own cut of a text (cut_rules.py); None where that is not
+    """Which byte may follow which token in its own cut of a text (cut_rules.py); None if that is not
     known.
     """
     lossy: str | None = None
-    """Why its tokens may not spell the text that they encode; None where they do."""
+    """Why its tokens may not spell the text that they encode; None if they do."""
 
     def encode(self, data: bytes) -> np.ndarray:
         """int32 [n]: content ids of the longest prefix of `data` that is valid UTF-8."""

@@ -21,24 +21,24 @@ class Translation:
     student_of_bytes: Mapping[bytes, int]
     """The one student token that is taken for these bytes."""
     stop_student_id: int | None
-    """The student's stop token, which stands for all of the teacher's; None where they are not compared."""
+    """The student's stop token, which stands for all of the teacher's; None if they are not compared."""
     stop_teacher_ids: Collection[int]
     _beginning: dict[bytes, list[int]] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def same(self) -> list[int]:
-        """For each of the teacher's tokens the student's of the same bytes, -1 where there is none."""
+        """For each of the teacher's tokens the student's of the same bytes, -1 if there is none."""
         return [self.student_of_bytes.get(piece, -1) if piece else -1 for piece in self.teacher]
 
     @cached_property
     def begins(self) -> list[int]:
-        """For each of the teacher's tokens the longest of the student's that it begins with, -1 where there
+        """For each of the teacher's tokens the longest of the student's that it begins with, -1 if there
         is none.
         """
         return [self.longest_prefix(piece) for piece in self.teacher]
 
     def longest_prefix(self, text: bytes) -> int:
-        """The longest of the student's tokens that the text begins with, -1 where there is none."""
+        """The longest of the student's tokens that the text begins with, -1 if there is none."""
         found = self.student_of_bytes
         for size in range(min(self._longest, len(text)), 0, -1):
             if text[:size] in found:

@@ -1,18 +1,17 @@
-"""Builds the alignment map of two tokenizers: the tokens that both have, by bytes, and how far they carry on
-a text.
+"""Builds the alignment map of two tokenizers (the tokens that both have, compared by their bytes), and
+measures how much of a text they cover.
 
     python tools/build_alignment_map.py --teacher-tokenizer TEACHER_DIR --student-tokenizer STUDENT_DIR \\
         --output maps/teacher_to_student --corpus README.md
 
-A training run uses the folder with --simct-alignment-map, and builds the same map itself where none is given.
-Look at the coverage first: what lies in units (1:n, n:1, n:m) is what an interface of shared tokens alone
-would lose.
+A training run reads the folder with --simct-alignment-map; if none is given, it builds the same map itself.
+Look at the coverage first: text in multi-token units (1:n, n:1, n:m) is lost to an interface of shared tokens
+only.
 
-Then the bias: the loss, under each interface, of a student that is already right. Teacher and student are
-exact models of the corpus's most frequent words, each in its own tokenizer's cut, so there is nothing to
-learn, and an interface that leaves such a student alone says 0. Beside it the loss of a student that is less
-sure, whose true distance is known. With large vocabularies it takes about a minute.
-"""
+Then look at the bias: the loss of a student that is already right, under each interface. Teacher and student
+are exact models of the most frequent words of the corpus, each with its own tokenizer, so there is nothing to
+learn, and the right loss is 0. The next column is the loss of a less sure student, whose true distance is
+known. With large vocabularies this takes about a minute. """
 
 from __future__ import annotations
 
@@ -62,9 +61,14 @@ def _parser() -> argparse.ArgumentParser:
         "beside NAME.tiktoken.json, tiktoken:NAME, or Mistral's tekken.json"
     )
     parser.add_argument("--teacher-tokenizer", required=True, metavar="SPEC", help=spec)
-    parser.add_argument("--student-tokenizer", required=True, metavar="SPEC", help="likewise")
     parser.add_argument(
-        "--output", required=True, metavar="DIR", help="folder of the map; an earlier map there is replaced"
+        "--student-tokenizer",
+        required=True,
+        metavar="SPEC",
+        help="the student's tokenizer, in the same forms",
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="folder to write; an earlier map in it is replaced"
     )
     parser.add_argument(
         "--corpus",
@@ -72,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="texts to measure the coverage on: UTF-8 text, or .jsonl with the text under --corpus-key",
+        help="files on which coverage is measured: UTF-8 text, or .jsonl with the text under --corpus-key",
     )
     parser.add_argument(
         "--corpus-key", default="text", metavar="KEY", help="key of the text in .jsonl rows (text)"
@@ -84,13 +88,14 @@ def _parser() -> argparse.ArgumentParser:
             nargs="+",
             default=[],
             metavar="ID",
-            help=f"ids at which the {side} ends a response, the usual one first; default: what its files say",
+            help=f"token ids that end a response of the {side}, the usual one first; default: those in its "
+            "files",
         )
     parser.add_argument(
         "--allow-lossy",
         action="store_true",
-        help="accept tokenizers that rewrite or drop text (NFKC, WordPiece), to see what share of the "
-        "--corpus they lose; training refuses them",
+        help="accept tokenizers that rewrite or drop text (NFKC, WordPiece), to measure how much of --corpus "
+        "they lose; training refuses such tokenizers",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
     return parser
@@ -104,7 +109,7 @@ def build(options: argparse.Namespace) -> dict[str, object]:
     console = Console(stderr=True)
     output = Path(options.output)
     if output.exists() and not is_map(output) and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output {output}: exists and is no alignment map; give another folder")
+        raise ValueError(f"--output {output}: exists and is not an alignment map; give another folder")
     if options.allow_lossy and not options.corpus:
         raise ValueError("--allow-lossy needs --corpus, the text on which the loss is measured")
     student = _load(options.student_tokenizer, options.student_stop_token_ids, "student", options.allow_lossy)
@@ -158,12 +163,14 @@ def _biases(
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         sides = []
         for side, tokenizer in (("student", student), ("teacher", teacher)):
-            task = progress.add_task(f"what may follow each token of the {side}", total=None)
+            task = progress.add_task(
+                f"finding the tokens that may follow each token of the {side}", total=None
+            )
             sides.append(with_continuations(tokenizer))
             if not tokenizer.lossy:
                 check(sides[-1], texts)
             progress.remove_task(task)
-        task = progress.add_task("the loss of a student that is already right", total=num_steps())
+        task = progress.add_task("measuring the loss of a student that is already right", total=num_steps())
         found = measure_bias(
             language,
             list(COMPARED.values()),
@@ -196,7 +203,9 @@ def read_corpus(name: str, key: str) -> Iterator[str]:
         return
     for where, row in read_rows(name, name=f"--corpus {name}"):
         if key not in row:
-            raise ValueError(f"{where}: no JSON object with {key!r}; --corpus-key names the text's key")
+            raise ValueError(
+                f"{where}: not a JSON object with {key!r}; give the key of the text by --corpus-key"
+            )
         if not isinstance(row[key], str):
             raise ValueError(f"{where}: {key!r} must be a string")
         yield from _pieces(row[key])
@@ -242,12 +251,14 @@ def show(
     console.print(f"[bold]{shared:,}[/bold] shared tokens by bytes, in {escape(str(output))}")
     console.print(table)
     balance = ", ".join(f"TP{size} {share:.2f}" for size, share in placement_balance(alignment_map).items())
-    console.print(f"teacher rows on the fullest rank, 1 being an even split of the vocabulary: {balance}")
+    console.print(
+        f"shared teacher rows on the fullest rank, relative to an even split of the vocabulary: {balance}"
+    )
     for side, tokenizer in (("teacher", teacher), ("student", student)):
         if tokenizer.lossy:
             console.print(f"[red]the {side}'s tokenizer is lossy[/red]: {escape(tokenizer.lossy)}")
     if not coverages:
-        console.print("no --corpus given: coverage on a text, and the bias of the pair, were not measured")
+        console.print("no --corpus: coverage of a text and bias of the pair were not measured")
         return
     table = Table(
         box=None, pad_edge=False, title="student tokens by unit, teacher:student", title_justify="left"
@@ -277,7 +288,7 @@ def show(
     title = f"loss in nats a word, on the corpus's {some.words:,} most frequent words"
     table = Table(box=None, pad_edge=False, title=title, title_justify="left")
     table.add_column("interface")
-    for heading in ("student already right", f"less sure, {some.true:.3f} away"):
+    for heading in ("student already right", f"less sure, distance {some.true:.3f} away"):
         table.add_column(heading, justify="right")
     table.add_column("")
     for name, bias in biases.items():

@@ -1,15 +1,14 @@
-"""Says before a run is started, or queued, whether it can work: the pair of models, the layouts, the memory.
+"""Checks before a run is started or queued whether it can work: the pair of models, the layouts, the memory.
 
     python tools/check_pair.py run.yaml
     python tools/check_pair.py run.yaml student.micro_batch_size=2 --device-memory 80 --json
 
-The file is that of `python -m megatron_simct.launch`. Nothing runs a model; it takes seconds, for large
-vocabularies up to a minute, on any CPU. Exit code 1 where a check fails, and each failure names the flag to
+The file is that of `python -m megatron_simct.launch`. No model runs; the checks take seconds on any CPU, with
+large vocabularies up to a minute. The exit code is 1 if a check fails, and each failure names the flag to
 change.
 
-Among the findings is the bias of the pair: the loss that a student has who is already right. It is measured
-under the run's interface on exact models of the prompts' words, in both tokenizers' own cuts.
-"""
+One check measures the bias of the pair: the loss of a student that is already right, under the run's
+interface. Both models are exact models of the words in the prompts, each with its own tokenizer."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_simct.preflight.table import console, show
 
     with console(stderr=True).status(
-        "checking; what the interface says to a student that is already right comes last"
+        "checking; the loss of a student that is already right is measured last"
     ):
         report = check_run(run, device_memory_gib=options.device_memory, bias=True)
     if options.json:
@@ -45,15 +44,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="check_pair", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run_file", metavar="RUN.yaml", help="the run, as for megatron_simct.launch")
+    parser.add_argument("run_file", metavar="RUN.yaml", help="run file, as for megatron_simct.launch")
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help="override values of the file"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="values that replace those of the file",
     )
     parser.add_argument(
         "--device-memory",
         type=float,
         metavar="GIB",
-        help="memory of one GPU, against which the plan is held (cluster.device_memory_gib)",
+        help="memory of one GPU, with which the memory plan is compared (default: cluster.device_memory_gib)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
     return parser

@@ -1,4 +1,4 @@
-"""Weights of a Hugging Face folder -> a Megatron checkpoint for --pretrained-checkpoint, and back.
+"""Converts a Hugging Face folder to a Megatron checkpoint for --pretrained-checkpoint, and back.
 
     python tools/convert_checkpoint.py hf-to-megatron --hf-checkpoint DIR --save DIR [--verify]
     torchrun --nproc-per-node 4 tools/convert_checkpoint.py megatron-to-hf --load DIR --hf-checkpoint DIR
@@ -6,10 +6,9 @@
         --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
     python tools/convert_checkpoint.py verify DIR
 
-The checkpoint does not depend on the layout of the job that wrote it. The layout given here says how the
-conversion is shared: a rank holds its part of the model only. Back to Hugging Face, --hf-checkpoint gives
-configuration and tokenizer. `verify` reads every file of every checkpoint of DIR, and says which are as they
-were written.
+A checkpoint does not depend on the layout of the job that wrote it. The layout given here divides the model
+over the ranks of the conversion. megatron-to-hf takes configuration and tokenizer from --hf-checkpoint.
+`verify` reads every file of every checkpoint in DIR, and prints which of them are intact.
 """
 
 from __future__ import annotations
@@ -80,11 +79,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if stored is not None and options.command == "hf-to-megatron":
             raise ValueError(
                 f"--verify: {options.hf_checkpoint} is quantised ({stored.label}), and transformers rounds "
-                "otherwise then; leave it out"
+                "quantised weights differently; leave it out"
             )
         if options.command == "megatron-to-hf" and options.peft:
             raise ValueError(
-                "--verify: compares whole models, and --peft writes adapters alone; leave one of them out"
+                "--verify: compares whole models, but --peft writes only adapters; leave one of them out"
             )
     text_ids = None if options.verify_text is None else _encode(options)
     with process_groups(parallel, seed=1) as groups:
@@ -138,10 +137,11 @@ def to_hugging_face(options: argparse.Namespace, parallel: ParallelConfig, group
     _, path = newest_checkpoint(options.load, flag="--load")
     adapters = saved_lora(path)
     if options.peft and adapters is None:
-        raise ValueError(f"--peft: {options.load} holds weights and no adapters; leave it out")
+        raise ValueError(f"--peft: {options.load} contains weights, not adapters; leave --peft out")
     if options.peft and architecture.is_nested:
         raise ValueError(
-            "--peft: not for a model that also reads images, whose modules have other names; merge instead"
+            "--peft: not supported for a model that also reads images, because its modules have other names; "
+            "leave it out to merge"
         )
     model = _load(architecture, adapters, parallel, groups, options, bf16=stored == torch.bfloat16)
     if options.peft and adapters is not None:
@@ -182,8 +182,8 @@ def _load(
         has_weights = find_weights(folder, flag=flag) is not None
         if not has_weights or adapters.base != sampled_fingerprint(weight_files(folder, flag=flag)):
             raise ValueError(
-                f"{flag} {folder}: is not the folder beside whose weights the adapters of --load "
-                f"{options.load} were trained"
+                f"{flag} {folder}: is not the folder on whose weights the adapters of --load {options.load} "
+                "were trained"
             )
         load_hf_weights(
             model, architecture, folder, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag=flag
@@ -196,7 +196,7 @@ def _load(
 
 
 def verify_files(directory: str) -> None:
-    """One line a checkpoint. ValueError where one is damaged, or there is none."""
+    """Prints one line for each checkpoint. Raises ValueError if one is damaged, or there is no checkpoint."""
     found = numbered(directory)
     if not found:
         raise ValueError(f"verify {directory}: no checkpoint there (iter_0000001 and so on)")
@@ -204,9 +204,9 @@ def verify_files(directory: str) -> None:
     for iteration, path in found.items():
         verdict = checked_files(path)
         if verdict is None:
-            line = "no hashes, which earlier versions did not write"
+            line = "not checked: written by an earlier version, which stored no hashes"
         elif verdict.damage is None:
-            line, newest = f"whole: {verdict}", iteration
+            line, newest = f"intact: {verdict}", iteration
         else:
             line = f"damaged: {verdict.damage}"
             damaged.append(f"{path.name}/{verdict.damage}")
@@ -214,9 +214,9 @@ def verify_files(directory: str) -> None:
             print(f" {path}: {line}", flush=True)
     if damaged:
         whole = (
-            "none is known to be whole"
+            "none is known to be intact"
             if newest is None
-            else f"the newest whole one is that of iteration {newest}"
+            else f"the newest intact one is that of iteration {newest}"
         )
         raise ValueError(
             f"verify {directory}: {len(damaged)} of {len(found)} damaged: {'; '.join(damaged)}; {whole}"
@@ -256,7 +256,7 @@ def verify(
     dist.broadcast(expected, src=0)
     if not expected.isfinite().all():
         raise ValueError(
-            f"--verify: transformers' logits of {folder} are not finite, so they compare with nothing"
+            f"--verify: transformers' logits of {folder} are not finite, so they cannot be compared"
         )
     worst = torch.tensor(
         [_difference(model, tokens.to(groups.device), expected, groups)], device=groups.device
@@ -332,7 +332,7 @@ def _transformers_logits(folder: str, tokens: torch.Tensor) -> torch.Tensor:
 def _encode(options: argparse.Namespace) -> torch.Tensor:
     """[1, s]: the ids of --verify-text as a prompt.
 
-    ValueError where there are none, or the model lacks one.
+    Raises ValueError if there are none, or an id is outside the model's vocabulary.
     """
     from megatron_simct.alignment import load_tokenizer
     from megatron_simct.data.rendering import render_prompt
@@ -401,50 +401,54 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     directions = {
-        "hf-to-megatron": "a Hugging Face folder becomes a checkpoint of iteration 0",
-        "megatron-to-hf": "a checkpoint becomes a Hugging Face folder",
+        "hf-to-megatron": "convert a Hugging Face folder to a checkpoint of iteration 0",
+        "megatron-to-hf": "convert a checkpoint to a Hugging Face folder",
     }
     integrity = commands.add_parser(
-        "verify", help="whether the files of a directory's checkpoints are as written"
+        "verify", help="check the files of every checkpoint in a directory against their hashes"
     )
-    integrity.add_argument("directory", metavar="DIR", help="checkpoints, as in --load")
+    integrity.add_argument("directory", metavar="DIR", help="directory of checkpoints, as in --load")
     for name, what in directions.items():
         one = commands.add_parser(name, help=what, description=what)
         if name == "megatron-to-hf":
             one.add_argument(
-                "--load", required=True, metavar="DIR", help="checkpoint; its newest iteration is read"
+                "--load", required=True, metavar="DIR", help="directory of checkpoints; the newest is read"
             )
             one.add_argument(
                 "--peft",
                 action="store_true",
-                help="of a run with --lora-rank: write its adapters as a folder of peft (default: merge them "
-                "into the weights of --hf-checkpoint)",
+                help="for a run with --lora-rank: write its adapters in the format of peft (default: merge "
+                "them into the weights of --hf-checkpoint)",
             )
         one.add_argument("--hf-checkpoint", required=True, metavar="DIR", help="Hugging Face folder")
-        one.add_argument("--save", required=True, metavar="DIR", help="what to write; it must not exist")
+        one.add_argument("--save", required=True, metavar="DIR", help="directory to write; it must not exist")
         if name == "hf-to-megatron":
             one.add_argument(
-                "--hf-sha256", metavar="FILE", help="hashes of its files, as sha256sum writes them"
+                "--hf-sha256",
+                metavar="FILE",
+                help="hashes of the files in the folder, in the format of sha256sum",
             )
         one.add_argument(
             "--no-verify-checkpoint",
             dest="verify_checkpoint",
             action="store_false",
-            help="do not compare what is read with its hashes",
+            help="do not check the hashes of the files that are read",
         )
         one.add_argument(
-            "--dtype", choices=_DTYPES, help="of the written weights (default: as they are read)"
+            "--dtype",
+            choices=_DTYPES,
+            help="data type of the written weights (default: that of the weights read)",
         )
         one.add_argument("--verify", action="store_true", help="compare logits with those of transformers")
         one.add_argument(
             "--verify-text",
             metavar="TEXT",
-            help="with --verify: what to compare them on (default: random ids)",
+            help="with --verify: text on which the logits are compared (default: random ids)",
         )
         numbers = {
             "--tensor-model-parallel-size": (1, "ranks that share each layer"),
             "--pipeline-model-parallel-size": (1, "stages of consecutive layers"),
-            "--num-virtual-stages-per-pipeline-rank": (1, "parts of a stage that are not consecutive"),
+            "--num-virtual-stages-per-pipeline-rank": (1, "pieces of the model on each pipeline rank"),
             "--expert-model-parallel-size": (1, "ranks that share the experts of a layer"),
             "--make-vocab-size-divisible-by": (128, "as in training"),
         }

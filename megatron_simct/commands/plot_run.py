@@ -3,10 +3,9 @@
     python tools/plot_run.py RUN_DIR                      writes RUN_DIR/report.html
     python tools/plot_run.py RUN_DIR --png curves.png     and a picture of the curves
 
-RUN_DIR is the --run-dir of a run, finished or not: metrics.jsonl, and samples.jsonl and config.yaml where
-they are there. The page needs no other file and no network; it follows the reader's light or dark mode. Needs
-matplotlib (the extra `report`).
-"""
+RUN_DIR is the --run-dir of a run, finished or not. The command reads metrics.jsonl, and samples.jsonl and
+config.yaml if they exist. The page needs no other file and no network, and follows the browser's light or
+dark mode. It needs matplotlib (the extra `report`)."""
 
 from __future__ import annotations
 
@@ -123,16 +122,22 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}: it is not what a run writes") from None
+        raise ValueError(
+            f"{path}: not UTF-8 at byte {error.start}: not a file that a run has written"
+        ) from None
     for number, line in enumerate(text.splitlines(), start=1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             if rows:
                 break
-            raise ValueError(f"{path}: line {number} is not JSON: it is not what a run writes") from None
+            raise ValueError(
+                f"{path}: line {number} is not JSON: not a file that a run has written"
+            ) from None
         if not isinstance(row, dict) or "iteration" not in row or "kind" not in row:
-            raise ValueError(f"{path}: line {number} has no iteration and kind: it is not what a run writes")
+            raise ValueError(
+                f"{path}: line {number} has no iteration and kind: not a file that a run has written"
+            )
         rows.append(row)
     return rows
 
@@ -141,7 +146,7 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
     """The same of the file of responses."""
     rows = read_lines(path)
     if not all({"sample_id", "finish", "prompt", "units"} <= row.keys() for row in rows):
-        raise ValueError(f"{path}: has rows that are no responses: it is not what a run writes")
+        raise ValueError(f"{path}: has rows that are not responses: not a file that a run has written")
     return rows
 
 
@@ -275,7 +280,8 @@ def page(
         options = dict(yaml.safe_load(config) or {})
     except (yaml.YAMLError, TypeError, ValueError):
         raise ValueError(
-            f"{run_dir / 'config.yaml'}: it is not what a run writes; without it the page has no options"
+            f"{run_dir / 'config.yaml'}: not a file that a run has written; remove it for a page without "
+            "options"
         ) from None
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(Path(__file__).with_name("plot_run.html").read_text(encoding="utf-8"))
@@ -312,15 +318,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = options.output or run_dir / "report.html"
     for flag, path in (("--output", output), ("--png", options.png)):
         if path is not None and path.resolve() in [of_run.resolve() for of_run in (metrics, samples, config)]:
-            raise ValueError(f"{flag} {path}: the run wrote it; name another file")
+            raise ValueError(f"{flag} {path}: is a file of the run; name another file")
     if (
         options.png is not None
         and picture_format(options.png) not in FigureCanvasBase.get_supported_filetypes()
     ):
-        raise ValueError(f"--png {options.png}: no kind of picture; end its name in .png, .svg or .pdf")
+        raise ValueError(f"--png {options.png}: not a kind of picture; end the name in .png, .svg or .pdf")
     rows = read_lines(metrics)
     if not any(row["kind"] == "step" for row in rows):
-        raise ValueError(f"{metrics}: no step is finished yet")
+        raise ValueError(f"{metrics}: the run has not finished a step yet")
     text = page(
         run_dir,
         rows,
@@ -339,6 +345,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="plot_run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the --run-dir of a run")
-    parser.add_argument("--output", metavar="F", type=Path, help="the page; default: RUN_DIR/report.html")
-    parser.add_argument("--png", metavar="F", type=Path, help="write the curves as a picture too")
+    parser.add_argument(
+        "--output", metavar="F", type=Path, help="page to write; default: RUN_DIR/report.html"
+    )
+    parser.add_argument("--png", metavar="F", type=Path, help="also write the curves as a picture")
     return parser

@@ -1,5 +1,4 @@
-"""A mixture of prompts for --prompt-data, from files of several formats: what is kept, and what is dropped
-and why.
+"""Mixes prompts for --prompt-data from files of several formats, and reports which rows were dropped and why.
 
     python tools/prepare_prompts.py --mixture examples/prompts/paper_10k.yaml --data-root DATA --output-dir
     prompts \\
@@ -8,7 +7,7 @@ and why.
 Files are JSON lines or a JSON list, also packed by gzip, Parquet (.parquet) or Arrow (.arrow). The mixture is
 a YAML file: `seed`, `size`, `exclude` and a list of `sources`, each with
 
-    name, path              the path under --data-root; a list of paths is read as one
+    name, path              the path under --data-root; a list of paths is read as one file
     count or weight         rows to take, or the share of `size`; neither: all rows
     prompt_key              a column of texts (default: prompt)
     messages_key            a column of conversations, for a source without prompt_key; a closing answer of
@@ -16,16 +15,16 @@ a YAML file: `seed`, `size`, `exclude` and a list of `sources`, each with
     label_key               a column with the expected answer, for evaluation; label_pattern: its part, a
                             group of a regular expression
     response_key            a column with a given response, for sft
-    suffix                  a text behind each prompt
-    teacher_messages_key    a column with the conversation or text that the teacher reads in place of the
+    suffix                  a text appended to each prompt
+    teacher_messages_key    a column with the conversation or text that the teacher reads instead of the
                             prompt
-    teacher_system          a system message for the teacher alone
-    teacher_suffix          a text behind the prompt for the teacher alone, such as a hint; in both texts
-                            {NAME} stands for the row's column NAME
-    min_chars, max_chars    of the prompt
+    teacher_system          a system message for the teacher only
+    teacher_suffix          a text appended to the prompt for the teacher only, such as a hint; in both
+                            texts {NAME} is replaced by the row's column NAME
+    min_chars, max_chars    length of the prompt
 
-`exclude` names files, such as test sets, whose prompts must not be taken: a list of {path, prompt_key}. The
-same mixture, seed and files give the same rows.
+`exclude` is a list of {path, prompt_key}: prompts of these files, such as test sets, are left out. The same
+mixture, seed and files give the same rows.
 """
 
 from __future__ import annotations
@@ -163,45 +162,49 @@ def read_mixture(path: str) -> Mixture:
                 ]
     mixture = _filled(Mixture, content, where)
     if not mixture.sources:
-        raise ValueError(f"{where}: sources is no list of sources")
+        raise ValueError(f"{where}: sources must be a list of sources")
     if mixture.seed < 0:
         raise ValueError(f"{where}: seed {mixture.seed}: must be at least 0")
     for source in mixture.sources:
         name = f"{where}: source {source.name}"
         if source.count is not None and source.weight is not None:
-            raise ValueError(f"{name} has count and weight; one of them says how much of it is taken")
+            raise ValueError(f"{name} has both count and weight; give one of them")
         if source.weight is not None and mixture.size is None:
-            raise ValueError(f"{name} has a weight, and there is no size that it is a share of")
+            raise ValueError(f"{name} has a weight, but the mixture has no size; give size, or a count")
         if source.weight is None and source.count is None and mixture.size is not None:
-            raise ValueError(f"{name} has no count and no weight, and the mixture has a size")
+            raise ValueError(
+                f"{name} has neither count nor weight, but the mixture has a size; give one of them"
+            )
         if source.prompt_key is not None and source.messages_key is not None:
-            raise ValueError(f"{name} has prompt_key and messages_key; a prompt is one of them")
+            raise ValueError(f"{name} has both prompt_key and messages_key; give one of them")
         if (
             source.teacher_messages_key is not None
             and (source.teacher_system or source.teacher_suffix) is not None
         ):
             raise ValueError(
-                f"{name} has teacher_messages_key beside a teacher_system or teacher_suffix; leave one out"
+                f"{name} has teacher_messages_key together with teacher_system or teacher_suffix; leave one "
+                "out"
             )
         if not all(value is None or value > 0 for value in (source.count, source.weight)):
             raise ValueError(f"{name}: count and weight must be above 0")
         if not source.path:
-            raise ValueError(f"{name}: path names no file")
+            raise ValueError(f"{name}: path is empty")
         try:
             groups = re.compile(source.label_pattern or "()").groups
         except re.error as error:
-            raise ValueError(f"{name}: label_pattern is no regular expression ({error})") from None
+            raise ValueError(f"{name}: label_pattern is not a regular expression ({error})") from None
         if not groups:
             raise ValueError(
-                f"{name}: label_pattern {source.label_pattern!r} has no group; put the label in ( )"
+                f"{name}: label_pattern {source.label_pattern!r} has no group; put parentheses around the "
+                "label"
             )
         if source.label_pattern is not None and source.label_key is None:
-            raise ValueError(f"{name} has a label_pattern, and no label_key that it is a part of")
+            raise ValueError(f"{name} has a label_pattern but no label_key")
     if len({source.name for source in mixture.sources}) < len(mixture.sources):
-        raise ValueError(f"{where}: two sources have one name")
+        raise ValueError(f"{where}: two sources have the same name")
     counted, weighted = sum(s.count or 0 for s in mixture.sources), any(s.weight for s in mixture.sources)
     if mixture.size is not None and (counted > mixture.size or (counted < mixture.size and not weighted)):
-        raise ValueError(f"{where}: the counts make {counted}, and the size is {mixture.size}")
+        raise ValueError(f"{where}: the counts add up to {counted}, but size is {mixture.size}")
     return mixture
 
 
@@ -270,8 +273,8 @@ def mix(
                 found.add(fingerprint(_prompt_of(row, source)[0]))
         if not found:
             raise ValueError(
-                f"--mixture: exclude {entry.path}: no row has a {entry.prompt_key or 'prompt'}, so it "
-                "excludes nothing; prompt_key names the column"
+                f"--mixture: exclude {entry.path}: no row has the key {entry.prompt_key or 'prompt'}, so it "
+                "excludes nothing; give the column by prompt_key"
             )
         excluded |= found
     seen: set[bytes] = set()
@@ -326,12 +329,10 @@ def mix(
             reasons.update(counts["dropped"])
             said += counts["refused"]
         why = (
-            ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "its files are empty"
+            ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "the files are empty"
         )
         number = sum(counts["rows"] for counts in report["sources"].values())
-        raise ValueError(
-            f"--mixture: nothing is left of {number} rows: {why}{f' ({said[0]})' if said else ''}"
-        )
+        raise ValueError(f"--mixture: all {number} rows were dropped: {why}{f' ({said[0]})' if said else ''}")
     order = np.random.default_rng(mixture.seed).permutation(len(rows))
     report["rows"] = len(rows)
     return [rows[i] for i in order], report
@@ -499,14 +500,16 @@ def renderers(options: argparse.Namespace) -> dict[str, Callable[[Any], int]]:
     }
     if options.apply_chat_template and all(model.hf_checkpoint is None for model, _ in sides.values()):
         raise ValueError(
-            "--apply-chat-template: needs --hf-checkpoint or --teacher-hf-checkpoint, whose template it is"
+            "--apply-chat-template: needs --hf-checkpoint or --teacher-hf-checkpoint, the folder with the "
+            "template"
         )
     found: dict[str, Callable[[Any], int]] = {}
     for side, (model, prefix) in sides.items():
         if model.hf_checkpoint is None and model.tokenizer_model is None:
             if model.chat_template_kwargs is not None:
                 raise ValueError(
-                    f"--{prefix}chat-template-kwargs: needs --{prefix}hf-checkpoint, whose template it is"
+                    f"--{prefix}chat-template-kwargs: needs --{prefix}hf-checkpoint, the folder with the "
+                    "template"
                 )
             continue
         place = locate_tokenizer(model, prefix=prefix)
@@ -586,31 +589,48 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--mixture", required=True, metavar="FILE", help="YAML file of sources")
-    parser.add_argument("--data-root", default=".", metavar="DIR", help="where paths begin (default: here)")
-    parser.add_argument("--output-dir", required=True, metavar="DIR", help=f"gets {OUTPUT} and {REPORT}")
     parser.add_argument(
-        "--hf-checkpoint", metavar="DIR", help="the student's folder: tokenizer and chat template"
-    )
-    parser.add_argument("--teacher-hf-checkpoint", metavar="DIR", help="the teacher's")
-    parser.add_argument("--tokenizer-model", metavar="FILE", help="the student's tokenizer, if it is another")
-    parser.add_argument("--teacher-tokenizer-model", metavar="FILE", help="the teacher's")
-    parser.add_argument(
-        "--apply-chat-template", action="store_true", help="count tokens as both templates write them"
+        "--data-root",
+        default=".",
+        metavar="DIR",
+        help="folder to which paths in the mixture are relative (default: the current folder)",
     )
     parser.add_argument(
-        "--chat-template-kwargs", metavar="JSON", help="as in training, of the student's template"
+        "--output-dir", required=True, metavar="DIR", help=f"folder for {OUTPUT} and {REPORT}"
     )
-    parser.add_argument("--teacher-chat-template-kwargs", metavar="JSON", help="of the teacher's")
+    parser.add_argument(
+        "--hf-checkpoint",
+        metavar="DIR",
+        help="the student's Hugging Face folder, for its tokenizer and chat template",
+    )
+    parser.add_argument("--teacher-hf-checkpoint", metavar="DIR", help="the teacher's Hugging Face folder")
+    parser.add_argument(
+        "--tokenizer-model", metavar="FILE", help="the student's tokenizer; default: that of --hf-checkpoint"
+    )
+    parser.add_argument("--teacher-tokenizer-model", metavar="FILE", help="the teacher's tokenizer")
+    parser.add_argument(
+        "--apply-chat-template",
+        action="store_true",
+        help="count the tokens of prompts that are rendered with both chat templates",
+    )
+    parser.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="arguments of the student's chat template, as in training",
+    )
+    parser.add_argument(
+        "--teacher-chat-template-kwargs", metavar="JSON", help="arguments of the teacher's template"
+    )
     parser.add_argument(
         "--chat-template-date",
         metavar="YYYY-MM-DD",
-        help="what strftime_now gives in templates (default: today)",
+        help="date that strftime_now returns in chat templates (default: today)",
     )
     parser.add_argument(
         "--max-prompt-len",
         type=int,
         default=2048,
         metavar="N",
-        help="tokens of either model (default: %(default)s)",
+        help="drop a prompt with more tokens of either model (default: %(default)s)",
     )
     return parser

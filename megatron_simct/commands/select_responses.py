@@ -1,5 +1,4 @@
-"""The warm-up's data: of a teacher's right responses to each problem the shortest, as prompts and responses
-for sft.
+"""Selects data for the warm-up (interface sft): the shortest correct response of the teacher to each problem.
 
     torchrun --nproc-per-node 2 tools/evaluate.py --benchmark math_label --data prompts.jsonl --output-dir
     responses \\
@@ -8,11 +7,10 @@ for sft.
     torchrun ... -m megatron_simct.train --simct-interface sft --prompt-data warm_up.jsonl
     --apply-chat-template ...
 
-The first command samples the teacher and checks its responses; this one reads what it has left. A response is
-dropped that is wrong, that did not end by itself, that is too short, too long or repeats itself, or that is
-not UTF-8. The defaults are SimCT's (arXiv:2605.07711): 20 to 4000 characters, repetition of at most .30, here
-the share of a response's sequences of four words that stand before in it already.
-"""
+The first command samples responses of the teacher and grades them; this one reads its output. A response is
+dropped if it is wrong, was cut off, is too short or too long, repeats itself, or is not UTF-8. The defaults
+are SimCT's (arXiv:2605.07711): 20 to 4000 characters and a repetition of at most .30. Repetition is the share
+of the response's sequences of four words that have occurred in it before. """
 
 from __future__ import annotations
 
@@ -35,20 +33,19 @@ WORDS = 4
 def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     if options.data is not None and options.output.resolve() == Path(options.data).resolve():
-        raise ValueError(f"--output {options.output}: is the file of --data; name another")
+        raise ValueError(f"--output {options.output}: is also the file of --data; name another file")
     run = finished_run(options.responses)
     if options.sandbox == "strict" and run["benchmark"] in CODE and not run.get("landlock"):
         raise ValueError(
-            f"--sandbox strict: programs in {options.responses} were graded where the kernel has no "
-            "Landlock; grade them again by tools/evaluate.py --sandbox strict, or accept them by --sandbox "
-            "auto"
+            f"--sandbox strict: programs in {options.responses} were graded on a kernel without Landlock; "
+            "grade them again by tools/evaluate.py --sandbox strict, or accept them by --sandbox auto"
         )
     problems = read_problems(run["benchmark"], options.data)[: run["problems"]]
     if digest_of(problems) != run["problems_sha256"]:
-        raise ValueError(f"--data {options.data}: not the problems that {options.responses} has responses to")
+        raise ValueError(f"--data {options.data}: has other problems than {options.responses}")
     rows, counts = select(problems, run, graded(options.responses), options)
     if not rows:
-        raise ValueError(f"--responses {options.responses}: none is kept ({shown(counts)})")
+        raise ValueError(f"--responses {options.responses}: no response is left ({shown(counts)})")
     write_rows(options.output, rows)
     print(
         f"{len(rows)} of {len(problems)} problems have a response; {shown(counts)}; written to "
@@ -65,8 +62,8 @@ def finished_run(folder: Path) -> dict[str, Any]:
         missing = {str(error)}
     if missing:
         raise ValueError(
-            f"--responses {folder}: no finished run of tools/evaluate.py (results.json: "
-            f"{', '.join(sorted(missing))}); run that to its end"
+            f"--responses {folder}: not a finished run of tools/evaluate.py (results.json: "
+            f"{', '.join(sorted(missing))}); run that command to its end"
         )
     return run
 
@@ -139,33 +136,45 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--responses", type=Path, required=True, metavar="DIR", help="--output-dir of tools/evaluate.py"
+        "--responses", type=Path, required=True, metavar="DIR", help="the --output-dir of tools/evaluate.py"
     )
     parser.add_argument(
-        "--data", metavar="FILE", help="the problems, as they were given to tools/evaluate.py"
-    )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSONL to write; replaced")
-    parser.add_argument(
-        "--metric", metavar="NAME", help="what a right response is; default: the first of its grades"
+        "--data", metavar="FILE", help="the file of problems that tools/evaluate.py was given"
     )
     parser.add_argument(
-        "--min-characters", type=int, default=20, metavar="N", help="of a response (%(default)s)"
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="JSON lines to write; an existing file is replaced",
     )
     parser.add_argument(
-        "--max-characters", type=int, default=4000, metavar="N", help="of a response (%(default)s)"
+        "--metric",
+        metavar="NAME",
+        help="grade by which a response is correct; default: the benchmark's first",
+    )
+    parser.add_argument(
+        "--min-characters", type=int, default=20, metavar="N", help="shortest response (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-characters",
+        type=int,
+        default=4000,
+        metavar="N",
+        help="longest response (default: %(default)s)",
     )
     parser.add_argument(
         "--max-repetition",
         type=float,
         default=0.3,
         metavar="SHARE",
-        help="of sequences of words (%(default)s)",
+        help="maximum share of repeated sequences of four words (default: %(default)s)",
     )
     parser.add_argument(
         "--sandbox",
         choices=SANDBOXES,
         default="auto",
-        help="strict: take grades of programs only if the kernel kept those from the user's files "
-        "(%(default)s)",
+        help="strict: accept grades of programs only if the kernel kept them from the user's files (default: "
+        "%(default)s)",
     )
     return parser

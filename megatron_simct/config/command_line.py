@@ -23,18 +23,18 @@ FAILED, INTERRUPTED, NO_READER = 1, 128 + 2, 128 + 13
 """Exit codes; the last two are a shell's for SIGINT and SIGPIPE. A wrong command line is 2, as everywhere."""
 
 _WAYS_OUT = {
-    errno.ENOSPC: "free some space, or name another place",
-    errno.EDQUOT: "free some space, or name another place",
-    errno.EROFS: "name a place that can be written to",
-    errno.EACCES: "change its permissions, or name another place",
-    errno.EPERM: "change its permissions, or name another place",
+    errno.ENOSPC: "free some space, or choose another path",
+    errno.EDQUOT: "free some space, or choose another path",
+    errno.EROFS: "choose a path that can be written to",
+    errno.EACCES: "change its permissions, or choose another path",
+    errno.EPERM: "change its permissions, or choose another path",
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes no shortened flags, names the nearest to an unknown one, and complains in one line.
+    """A parser without abbreviated flags; its error is one line, which names the nearest known flag.
 
-    Has --debug.
+    It adds --debug.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -46,9 +46,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]  # argparse has overloads
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
-        """An unknown flag is reported first: where it was a misspelt one, argparse would miss the right
-        one.
-        """
+        """Reports an unknown flag first: argparse would report that the correct one is missing."""
         known = self._option_string_actions
         for argument in list(sys.argv[1:] if args is None else args) if self._subparsers is None else ():
             if argument == "--":
@@ -63,12 +61,12 @@ class Parser(argparse.ArgumentParser):
         return f"unknown flag {flag}{nearest(flag, list(self._option_string_actions))}"
 
     def error(self, message: str) -> NoReturn:
-        """One line a host, as for every other error: argparse would print the usage above it."""
+        """Prints one line per host, as for other errors; argparse would print the usage too."""
         self.exit(2, None if Environment.read().local_rank else f"{self.prog}: error: {message}\n")
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
-    """The end of a message about an unknown name: which of `names` may have been meant."""
+    """The end of an error about an unknown name: the most similar of `names`."""
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -92,7 +90,7 @@ def command(program: str, *, also: tuple[type[Exception], ...] = ()) -> Callable
             given = list(sys.argv[1:] if argv is None else argv)
             try:
                 code = main(given) or 0
-                sys.stdout.flush()  # here a full disk is still an error of this command
+                sys.stdout.flush()  # a full disk is reported here as this command's error
                 return code
             except mistakes as error:
                 if DEBUG in given:
@@ -116,12 +114,14 @@ def loading(program: str) -> Iterator[None]:
 
 
 def _report(program: str, error: BaseException, argv: Sequence[str]) -> int:
-    """Say what happened; the exit code."""
+    """Prints the error, and returns the exit code."""
     environment = Environment.read()
     try:
         sys.stdout.flush()
     except OSError as refused:
-        with contextlib.suppress(OSError):  # or the interpreter tries once more at its end, and complains
+        with contextlib.suppress(
+            OSError
+        ):  # or the interpreter tries again when it exits, and prints an error
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(refused, BrokenPipeError):
             return NO_READER
@@ -139,9 +139,9 @@ def _report(program: str, error: BaseException, argv: Sequence[str]) -> int:
 
 
 def _os_error(error: OSError, argv: Sequence[str]) -> str:
-    """What the system refused, with the flag that names the place and the way out."""
+    """The system's error, with the flag that has the path, and the way out."""
     way_out = f"; {_WAYS_OUT[error.errno]}" if error.errno in _WAYS_OUT else ""
-    path = error.filename2 or error.filename  # where a file was to be, after what it was called before
+    path = error.filename2 or error.filename  # the target of a rename, otherwise the file
     if not isinstance(path, str | os.PathLike):
         return f"{error.strerror}{way_out}"
     shown, path = path, os.path.abspath(path)
@@ -158,7 +158,7 @@ def _os_error(error: OSError, argv: Sequence[str]) -> str:
 
 
 def _belongs(path: str, named: str) -> bool:
-    """Whether a path is what an argument names, in it or above it, or its temporary file."""
+    """Whether a path is that of an argument, is inside or above it, or is its temporary file."""
     folder, name = os.path.split(named)
     common = os.path.commonpath([path, named])
     beside = os.path.relpath(path, folder).startswith((f"{name}.", f".{name}."))

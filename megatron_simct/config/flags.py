@@ -29,7 +29,7 @@ _NOT_IMPLEMENTED = "that this package does not implement"
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One of the entries, and the dataclass that its flags fill."""
+    """A command of a job, and the dataclass that its flags fill."""
 
     config: type
     module: str
@@ -112,7 +112,7 @@ def _unfold(annotation: Any) -> tuple[type, bool, bool, tuple[str, ...] | None]:
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Lines of a help text stay lines."""
+    """Keeps the line breaks of a help text."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return [
@@ -122,7 +122,7 @@ class _Formatter(argparse.HelpFormatter):
 
 class _Parser(Parser):
     def unknown_flag(self, flag: str) -> str:
-        """A flag of Megatron-LM that this package lacks has its own message."""
+        """A flag of Megatron-LM that this package does not have gets its own message."""
         if flag in MEGATRON_FLAGS:
             return f"{flag} is a flag of Megatron-LM {_NOT_IMPLEMENTED}: {MEGATRON_FLAGS[flag]}"
         return super().unknown_flag(flag)
@@ -131,7 +131,7 @@ class _Parser(Parser):
 def build_parser(command: Command = TRAIN) -> argparse.ArgumentParser:
     """Flags in the groups of the job's configuration.
 
-    Values that were not given are absent: a file can supply them.
+    Values that were not given are absent, so that a file can supply them.
     """
     parser = _Parser(
         prog=f"python -m {command.module}",
@@ -223,9 +223,8 @@ def to_yaml(config: Config | TeacherConfig) -> str:
 
 
 def assemble(values: dict[str, Any], config: type) -> Any:
-    """A job's configuration of values by key, as YAML or argparse give them.
-
-    ValueError for one of another type.
+    """Builds a job's configuration from values by key, as YAML or argparse give them. Raises ValueError for a
+    value of another type.
     """
     groups: dict[str, dict[str, Any]] = {}
     for option in options(config):
@@ -268,7 +267,7 @@ def _convert(option: Option, value: Any) -> Any:
 
 
 def flag_text(value: Any) -> Any:
-    """A mapping or a date, which YAML reads, as the text that its flag takes; any other value as it is."""
+    """A mapping or a date from YAML as the text that the flag takes; any other value unchanged."""
     if type(value) is datetime.date:
         return value.isoformat()
     if not isinstance(value, dict):
@@ -306,9 +305,10 @@ def read_yaml(path: str, *, where: str, expected: str) -> dict[str, Any]:
 
 
 def check_keys(values: dict[str, Any], config: type, *, where: str) -> None:
-    """ValueError, beginning with `where`, for a key that is no option of the job; it names the nearest one.
+    """Raises ValueError, beginning with `where`, for a key that is not an option of the job; it names the
+    nearest key.
 
-    Keys that ask for what is done anyway (ALWAYS) are accepted; `assemble` does not look at them.
+    Keys that ask for the default behaviour (ALWAYS) are accepted; `assemble` ignores them.
     """
     keys = [option.key for option in options(config)]
     for key, value in values.items():

@@ -1,9 +1,8 @@
-"""Flags of Megatron-LM that are no options here: those that ask for what is done anyway, and what to use for
-others.
+"""Flags of Megatron-LM that are not options here: flags that have no effect because they ask for the default
+behaviour, and what to use instead of the others.
 
-A flag of the first kind is accepted with the values that are listed, and changes nothing. Any other is an
-error, which ends with the words of the second table.
-"""
+A flag of the first kind is accepted with the listed values, and has no effect. Any other flag is an error,
+which ends with the text of the second table."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ ALWAYS: dict[str, tuple[str, ...]] = {
 }
 """Flag -> the values that it may have; none for a switch.
 
-As far as the model has a choice, its config.json decides.
+If the model has a choice, its config.json decides.
 """
 
 _MODEL = "config.json of --hf-checkpoint has it"
@@ -46,8 +45,8 @@ _WARMUP = "use --lr-warmup-fraction, a share of --train-iters"
 _DECAY = "the decay lasts --train-iters"
 _WEIGHT_DECAY = "weight decay is constant: --weight-decay"
 _LOAD = "--load resumes all of a run; --pretrained-checkpoint starts a new one from its weights"
-_SAVE = "a checkpoint has all that a run needs to go on"
-_FP16 = "there is --bf16, which needs no loss scale"
+_SAVE = "a checkpoint has all that a run needs to resume"
+_FP16 = "use --bf16, which needs no loss scale"
 _FP8 = "parameters are bf16 or float32"
 _FSDP = "use --use-distributed-optimizer, --tensor-model-parallel-size and --pipeline-model-parallel-size"
 _STAGES = "use --num-virtual-stages-per-pipeline-rank"
@@ -65,8 +64,8 @@ _OFFLOAD = (
     "megatron-core splits the optimizer for it, which checkpoints here do not read; use "
     "--use-distributed-optimizer"
 )
-_LOSS_STAGE = "--pipeline-model-parallel-layout says which layers lie beside embedding and loss"
-_ROUTES = "it is one of TransformerEngine's kernels, which have not run here"
+_LOSS_STAGE = "--pipeline-model-parallel-layout sets which layers share a stage with embedding and loss"
+_ROUTES = "it needs kernels of TransformerEngine that have not been tested with this package"
 
 _REASONS: dict[str, str] = {
     # The model
@@ -78,14 +77,14 @@ _REASONS: dict[str, str] = {
         _MODEL,
     ),
     "mtp-num-layers": "layers that predict more than one token are not trained",
-    "attention-softmax-in-fp32": "the attention of torch decides; with a soft-cap the softmax is in float32",
+    "attention-softmax-in-fp32": "torch's attention decides; with a soft-cap the softmax is in float32",
     "position-embedding-type": f"rotary positions; {_MODEL}",
     "normalization": f"RMSNorm; {_MODEL}",
     "attention-dropout": "there is no dropout",
     "hidden-dropout": "there is no dropout",
     # Data and tokenizers
     **dict.fromkeys(
-        ("tokenizer-type", "vocab-file", "merge-file"), "use --tokenizer-model, whose file says its type"
+        ("tokenizer-type", "vocab-file", "merge-file"), "use --tokenizer-model; the file determines the type"
     ),
     **dict.fromkeys(
         "data-path train-data-path valid-data-path test-data-path data-cache-path split mock-data "
@@ -112,9 +111,9 @@ _REASONS: dict[str, str] = {
     # Checkpoints
     "ckpt-format": "checkpoints are torch_dist",
     "dist-ckpt-format": "checkpoints are torch_dist",
-    "use-checkpoint-args": "options come from the command line and --config-file; --load says which have "
+    "use-checkpoint-args": "options come from the command line and --config-file; --load prints which have "
     "changed",
-    "use-checkpoint-opt_param-scheduler": "the command line says how a run goes on",
+    "use-checkpoint-opt_param-scheduler": "a resumed run uses the options of its command line",
     "exit-on-missing-checkpoint": "--load without a checkpoint is an error, unless it is the directory of "
     "--save",
     "save-retain-interval": "use --save-retain, the number of checkpoints to keep",
@@ -130,16 +129,17 @@ _REASONS: dict[str, str] = {
     **dict.fromkeys("log-timers-to-tensorboard log-memory-to-tensorboard log-progress".split(), _TIMERS),
     "log-params-norm": "metrics.jsonl has the gradient's norm",
     "log-num-zeros-in-grad": "metrics.jsonl has the gradient's norm",
-    "use-pytorch-profiler": "--profile is torch's",
-    "nvtx-ranges": "hops are ranges wherever there is CUDA",
+    "use-pytorch-profiler": "--profile uses the PyTorch profiler",
+    "nvtx-ranges": "NVTX ranges are always on with CUDA",
     # Numbers
     **dict.fromkeys("fp16 loss-scale initial-loss-scale min-loss-scale loss-scale-window".split(), _FP16),
     **dict.fromkeys("fp8-format fp8-recipe fp8-margin fp4-format".split(), _FP8),
     "grad-reduce-in-bf16": "gradients are summed in float32",
     # Memory and layout
-    "num-distributed-optimizer-instances": "--use-distributed-optimizer shares over all data-parallel ranks",
-    "use-precision-aware-optimizer": "the optimizer's state is float32; "
-    "--use-distributed-optimizer shares it",
+    "num-distributed-optimizer-instances": "--use-distributed-optimizer divides the state over all "
+    "data-parallel ranks",
+    "use-precision-aware-optimizer": "the optimizer state is float32; --use-distributed-optimizer divides it "
+    "over ranks",
     **dict.fromkeys(
         "optimizer-cpu-offload optimizer-offload-fraction use-torch-optimizer-for-cpu-offload "
         "overlap-cpu-optimizer-d2h-h2d".split(),
@@ -153,18 +153,18 @@ _REASONS: dict[str, str] = {
     "recompute-activations": "use --recompute-granularity selective",
     "distribute-saved-activations": "use --sequence-parallel with --recompute-granularity full",
     "num-layers-per-virtual-pipeline-stage": _STAGES,
-    "moe-grouped-gemm": "TransformerEngine's layers have it on, and megatron-core has none for others",
-    "moe-token-dispatcher-type": "tokens go to experts by alltoall: allgather wants micro-batches of one "
-    "length on all ranks, and flex wants DeepEP's kernels",
+    "moe-grouped-gemm": "it is on with TransformerEngine's layers; megatron-core does not have it for others",
+    "moe-token-dispatcher-type": "tokens go to experts by alltoall: allgather needs micro-batches of equal "
+    "length on all ranks, and flex needs DeepEP's kernels",
     **dict.fromkeys(("moe-permute-fusion", "moe-router-fusion"), _ROUTES),
-    "moe-shared-expert-overlap": "shared experts run before the others, not beside them",
+    "moe-shared-expert-overlap": "shared experts run before the others, not in parallel with them",
     "moe-router-dtype": "the router is in float32",
-    "moe-router-load-balancing-type": "the router is trained by the loss alone: none",
-    "moe-aux-loss-coeff": "the router is trained by the loss alone",
+    "moe-router-load-balancing-type": "the router is trained only by the loss: none",
+    "moe-aux-loss-coeff": "the router is trained only by the loss",
     **dict.fromkeys(("cp-comm-type", "hierarchical-context-parallel-sizes"), _CONTEXT),
     **dict.fromkeys(("overlap-p2p-communication-warmup-flush", "no-overlap-p2p-communication"), _OVERLAP_P2P),
-    "tp-comm-overlap": "tensor-parallel communication is not overlapped; --sequence-parallel lowers what it "
-    "costs",
+    "tp-comm-overlap": "tensor-parallel communication is not overlapped; --sequence-parallel reduces its "
+    "cost",
     # Kernels
     **dict.fromkeys(
         "no-masked-softmax-fusion no-bias-gelu-fusion no-bias-swiglu-fusion no-bias-dropout-fusion "
@@ -172,7 +172,7 @@ _REASONS: dict[str, str] = {
         _FUSIONS,
     ),
     "attention-backend": "torch or TransformerEngine chooses the kernel",
-    "transformer-impl": "TransformerEngine's layers are used where they can be",
+    "transformer-impl": "TransformerEngine's layers are used if the model allows it",
     **dict.fromkeys(
         ("cross-entropy-loss-fusion", "cross-entropy-fusion-impl"),
         "the loss is --simct-interface, which is fused",
@@ -181,7 +181,7 @@ _REASONS: dict[str, str] = {
     "te-rng-tracker": "there is no dropout",
     # The process
     "manual-gc-eval": "--manual-gc collects between steps",
-    "distributed-backend": "NCCL where there is CUDA, else gloo",
+    "distributed-backend": "NCCL with CUDA, otherwise gloo",
     "local-rank": "torchrun and Slurm set it in the environment",
     "use-cpu-initialization": "weights come from --hf-checkpoint",
     "empty-unused-memory-level": "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
@@ -195,11 +195,11 @@ _REASONS: dict[str, str] = {
 }
 
 MEGATRON_FLAGS: dict[str, str] = {"--" + name: reason for name, reason in _REASONS.items()}
-"""Flag -> what to use instead, or why there is nothing."""
+"""Flag -> what to use instead, or why there is no such option."""
 
 
 def check_always(flag: str, value: object) -> None:
-    """ValueError where a flag of ALWAYS has a value that is not what is done."""
+    """Raises ValueError if a flag of ALWAYS has an unsupported value."""
     values = ALWAYS[flag]
     if any(_same(value, one) for one in values or ("True",)):
         return

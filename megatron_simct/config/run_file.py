@@ -1,4 +1,4 @@
-"""One YAML file that describes all jobs of a run. Values given as `section.key=value` go before those of the
+"""One YAML file that describes all jobs of a run. Values given as `section.key=value` replace those of the
 file.
 
     run_dir: runs/first
@@ -12,25 +12,24 @@ file.
       time: "04:00:00"
     env: {NCCL_DEBUG: WARN}     # for all jobs
 
-A job has the fields of Job below. An inference engine is a job too, with an environment of its own, and a
-teacher that names it (`engine: vllm`) holds its LM head only:
+A job has the fields of Job below. An inference engine is a job too, with its own Python environment; a
+teacher that names it (`engine: vllm`) loads only the LM head:
 
       - {name: vllm, kind: engine, gpus_per_node: 8, python: /opt/vllm/bin/python,
          command: [-m, vllm.entrypoints.openai.api_server, --model, /models/teacher, --port, "8000"]}
       - {name: teacher, kind: teacher, engine: vllm, options: {teacher_hf_checkpoint: /models/teacher}}
 
-The short form for a student and at most one teacher has sections in the place of the list; without `teacher`
-both models share the student's ranks:
+The short form for a student and at most one teacher has sections instead of the list; without `teacher` both
+models share the student's ranks:
 
     student: {hf_checkpoint: /models/student, prompt_data: /data/prompts.jsonl}
     teacher: {teacher_hf_checkpoint: /models/teacher}
     cluster: {student: {gpus_per_node: 8}, teacher: {nodes: 2, gpus_per_node: 8}}
 
-What the launcher fills in where the file does not: the student's --run-dir, --save and --load under run_dir,
---exit-signal-handler and --exit-duration-in-mins, a teacher's --run-dir and the student's --teacher-endpoint
-(of the second teacher in the list --second-teacher-endpoint), --engine-endpoint of a teacher with an engine,
-and of a student with one --rollout-engine and --rollout-engine-endpoint.
-"""
+The launcher sets these options if the file does not: the student's --run-dir, --save and --load under
+run_dir, --exit-signal-handler and --exit-duration-in-mins, a teacher's --run-dir and the student's
+--teacher-endpoint (--second-teacher-endpoint for the second teacher in the list), --engine-endpoint of a
+teacher with an engine, and --rollout-engine and --rollout-engine-endpoint of a student with an engine."""
 
 from __future__ import annotations
 
@@ -60,9 +59,9 @@ class JobSize:
     gpus_per_node: int = 0
     """0: the job runs on CPUs."""
     processes_per_node: int | None = None
-    """Default: one a GPU, or one."""
+    """Default: one for each GPU, or one."""
     cpus_per_node: int | None = None
-    """What Slurm is asked for. Default: the whole node."""
+    """CPUs that are requested from Slurm. Default: the whole node."""
     max_restarts: int = 0
     """How often torchrun starts all processes of the job again after one has failed."""
 
@@ -78,7 +77,7 @@ class JobSize:
 
 @dataclass(frozen=True, kw_only=True)
 class Container:
-    """An image that jobs run in."""
+    """A container image in which jobs run."""
 
     runtime: Literal["pyxis", "apptainer"]
     image: str
@@ -89,24 +88,24 @@ class Container:
 
 @dataclass(frozen=True, kw_only=True)
 class Job(JobSize):
-    """One job of a run: its nodes, and what runs there."""
+    """One job of a run: its nodes, and what runs on them."""
 
     name: str
     """Letters, digits and underscores."""
     kind: Literal["student", "teacher", "engine"]
     options: dict[str, Any] = field(default_factory=dict)
-    """Flags of a student or a teacher, by key; in a RunFile those that the launcher adds are among them."""
+    """Flags of a student or a teacher, by key; in a RunFile they include those that the launcher adds."""
     engine: str | None = None
     """The engine job that computes this teacher's hidden states, or samples this student's responses; None:
     the job's own ranks do."""
     command: tuple[str, ...] = ()
-    """What the interpreter of an engine runs, word by word, on each of its nodes."""
+    """The arguments of the engine's Python interpreter, on each of its nodes."""
     python: str | None = None
-    """The interpreter on the nodes. Default: that of `cluster`. An engine has one of its own."""
+    """The Python interpreter on the nodes. Default: that of `cluster`; an engine needs its own."""
     container: Container | None = None
-    """The image. Default: that of `cluster`; an engine has none unless it is given one."""
+    """The container image. Default: that of `cluster`; for an engine: no container."""
     env: dict[str, str] = field(default_factory=dict)
-    """Variables for this job alone."""
+    """Environment variables for this job only."""
 
     def flag_of_command(self, *names: str) -> str | None:
         """The value of an engine's flag, given as two words or with an equals sign."""
@@ -120,35 +119,35 @@ class Job(JobSize):
 
     @property
     def port(self) -> str:
-        """Where an engine answers."""
+        """The port of an engine."""
         return self.flag_of_command("--port") or "8000"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Where the jobs run, and how they are asked for."""
+    """Where the jobs run, and how they are submitted."""
 
     kind: Literal["local", "slurm"] = "local"
     student: JobSize = field(default_factory=JobSize)
-    """In the short form."""
+    """The job's size in the short form."""
     teacher: JobSize = field(default_factory=JobSize)
-    """In the short form."""
+    """The job's size in the short form."""
     job_name: str = "simct"
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     time: str | None = None
-    """As Slurm writes it: MINUTES, HH:MM:SS or D-HH:MM:SS."""
+    """Time limit in Slurm's format: MINUTES, HH:MM:SS or D-HH:MM:SS."""
     grace_s: int = 300
-    """Seconds before the end of `time` at which a run saves, exits and is queued again; also what stopping
-    may take.
-    """
+    """Seconds before the end of `time` at which a run saves, exits and is requeued; also the time limit for
+    stopping."""
     requeue: bool = True
-    """Queue the job again when it was pre-empted or its time is over."""
+    """Requeue the job if it was pre-empted or its time is over."""
     sbatch: tuple[str, ...] = ()
     """Further options of sbatch, such as --constraint=h100."""
     python: str | None = None
-    """The interpreter on the nodes. Default: `python` of the image, or the one that runs the launcher."""
+    """The Python interpreter on the nodes. Default: `python` of the image, or the interpreter of the
+    launcher."""
     container: Container | None = None
     device_memory_gib: float | None = None
     """Memory of one GPU (of one process on CPU), for the memory plan of the pre-flight."""
@@ -156,21 +155,21 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFile:
-    """A whole run, as its file says it."""
+    """A whole run, as described by its file."""
 
     path: str
     run_dir: str
-    """Absolute. Everything that the run leaves lies under it."""
+    """Absolute path. All files of the run are in it."""
     jobs: tuple[Job, ...]
     """The student first, then in the order of the file."""
     config: Config
     """The student's options, resolved."""
     teacher_configs: dict[str, TeacherConfig]
-    """The options of each teacher's job, resolved, by its name."""
+    """The options of each teacher's job, resolved, by the job's name."""
     cluster: Cluster
     env: dict[str, str]
     is_short: bool
-    """Whether it has sections in the place of a list of jobs."""
+    """Whether the file has sections instead of a list of jobs."""
 
     @property
     def student(self) -> Job:
@@ -181,19 +180,19 @@ class RunFile:
         return [job for job in self.jobs if job.kind == kind]
 
     def engine_of(self, job: Job) -> Job | None:
-        """The engine that a job names."""
+        """The engine that a job uses, or None."""
         return next((other for other in self.jobs if other.name == job.engine), None)
 
     def where(self, job: Job) -> str:
-        """How the file names the place of a job's fields."""
+        """The key in the file under which a job's fields are."""
         return f"cluster.{job.name}" if self.is_short else f"jobs.{job.name}"
 
     def container_of(self, job: Job) -> Container | None:
-        """The image that a job runs in."""
+        """The container image in which a job runs."""
         return job.container or (None if job.kind == "engine" else self.cluster.container)
 
     def python_of(self, job: Job) -> str:
-        """The interpreter of a job's nodes."""
+        """The Python interpreter on a job's nodes."""
         given = job.python or (None if job.kind == "engine" else self.cluster.python)
         return given or ("python" if self.container_of(job) else sys.executable)
 
@@ -204,8 +203,8 @@ class RunFile:
 
 
 FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-"""What lets torchrun start processes again: else they read in its store where those before them were, and
-wait for the dead (pytorch/pytorch#135712)."""
+"""Needed for restarts by torchrun: without it, restarted processes read the addresses of their dead
+predecessors in its store, and wait for them (pytorch/pytorch#135712)."""
 
 _SECRET_NAME = re.compile(
     r"(^|_)(API_?KEYS?|KEYS?|API_?TOKENS?|TOKENS?|SECRETS?|PASS(WORDS?|WD|PHRASE)?|PWD|PAT|CREDENTIALS?|AUTH)(_|$)"
@@ -225,11 +224,11 @@ Biases).
 """
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PLAIN = re.compile(r"[A-Za-z0-9_./@+=:,-]+")
-"""What may stand in an #SBATCH line, which no shell reads and sbatch reads by rules of its own."""
+"""Characters that are safe in an #SBATCH line, which sbatch parses without a shell."""
 
 
 def read_run_file(path: str, overrides: Sequence[str] = ()) -> RunFile:
-    """The run that a file describes. ValueError, naming the file and the key, for whatever it cannot mean."""
+    """Reads a run file. Raises ValueError, naming the file and the key, if it is invalid."""
     values = read_yaml(
         path, where=path, expected="the sections run_dir, jobs (or student, teacher), cluster, env"
     )
@@ -242,7 +241,7 @@ def read_run_file(path: str, overrides: Sequence[str] = ()) -> RunFile:
                 f"{path}: unknown section {key!r}{nearest(str(key), sections)}; it has {_list(sections)}"
             )
     if not isinstance(values.get("run_dir"), str) or not values["run_dir"]:
-        raise ValueError(f"{path}: run_dir: needs a directory, under which everything of the run is written")
+        raise ValueError(f"{path}: run_dir: needs a directory, in which all files of the run are written")
     cluster = _record(Cluster, values.get("cluster") or {}, where=f"{path}: cluster")
     run_dir = str(Path(values["run_dir"]).absolute())
     is_short = values.get("jobs") is None
@@ -272,7 +271,7 @@ def read_run_file(path: str, overrides: Sequence[str] = ()) -> RunFile:
 
 
 def _short_jobs(values: dict[str, Any], cluster: Cluster, path: str) -> list[Job]:
-    """The jobs of a file with sections."""
+    """The jobs of a file in the short form."""
     sizes: dict[Literal["student", "teacher"], JobSize] = {"student": cluster.student}
     if values.get("teacher") is not None:
         sizes["teacher"] = cluster.teacher
@@ -283,21 +282,21 @@ def _short_jobs(values: dict[str, Any], cluster: Cluster, path: str) -> list[Job
 
 
 def _listed_jobs(values: dict[str, Any], path: str) -> list[Job]:
-    """The jobs of a file with a list, the student first. ValueError where one cannot be what it says."""
+    """The jobs of a file with a list, the student first. Raises ValueError if one is invalid."""
     entries = values["jobs"]
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{path}: jobs: expected a list, each entry with name, kind and options")
     for section in ("student", "teacher"):
         if values.get(section) is not None or (values.get("cluster") or {}).get(section) is not None:
             raise ValueError(
-                f"{path}: {section} is a section of the short form; beside jobs it belongs into the list"
+                f"{path}: {section} is a section of the short form; with jobs it belongs into the list"
             )
     jobs: list[Job] = []
     for number, entry in enumerate(entries):
         name = entry.get("name")
         if not isinstance(name, str) or not _NAME.fullmatch(name) or name in (job.name for job in jobs):
             raise ValueError(
-                f"{path}: jobs[{number}].name {name!r}: each job needs a name of its own, of letters, digits "
+                f"{path}: jobs[{number}].name {name!r}: each job needs a different name, of letters, digits "
                 "and _"
             )
         where = f"{path}: jobs.{name}"
@@ -306,26 +305,30 @@ def _listed_jobs(values: dict[str, Any], path: str) -> list[Job]:
         job = _record(Job, {key: value for key, value in entry.items() if key not in inner}, where=where)
         jobs.append(dataclasses.replace(job, **inner))
         if (name == "student") > (job.kind == "student"):
-            raise ValueError(f"{where}: the name student is of the student's job")
+            raise ValueError(f"{where}: only the student's job may have the name student")
     if sum(job.kind == "student" for job in jobs) != 1:
         raise ValueError(f"{path}: jobs: exactly one must be of kind student")
     teachers = [job.name for job in jobs if job.kind == "teacher"]
     if len(teachers) > 2:
-        raise ValueError(f"{path}: jobs: {_list(teachers)} are teachers, and a student has at most two")
+        raise ValueError(f"{path}: jobs: {_list(teachers)} are teachers, but a student has at most two")
     engines = [job.name for job in jobs if job.kind == "engine"]
     for job in jobs:
         where = f"{path}: jobs.{job.name}"
         if job.kind == "engine" and not job.command:
-            raise ValueError(f"{where}: command is missing: what the engine's interpreter runs, word by word")
+            raise ValueError(
+                f"{where}: command is missing: the arguments of the engine's Python interpreter, as a list"
+            )
         if not job.port.isascii() or not job.port.isdigit() or not 0 < int(job.port) < 1 << 16:
             raise ValueError(f"{where}: command: --port {job.port!r}: expected a number below 65536")
         if job.kind == "engine" and job.options:
-            raise ValueError(f"{where}: options: an engine has a command; they are of students and teachers")
+            raise ValueError(
+                f"{where}: options: an engine has a command instead; only students and teachers have options"
+            )
         if job.kind != "engine" and job.command:
-            raise ValueError(f"{where}: command: is of engines; a {job.kind} has options")
+            raise ValueError(f"{where}: command: only an engine has a command; a {job.kind} has options")
         if job.engine is not None and (job.kind == "engine" or job.engine not in engines):
             raise ValueError(
-                f"{where}: engine {job.engine!r}: a student or a teacher names a job of kind engine: "
+                f"{where}: engine {job.engine!r}: engine must be the name of a job of kind engine: "
                 f"{_list(engines) or 'there is none'}"
             )
     return sorted(jobs, key=lambda job: job.kind != "student")
@@ -338,15 +341,16 @@ def seconds(time: str) -> int:
         raise ValueError(f"cluster.time {time!r}: write MINUTES, HH:MM:SS or D-HH:MM:SS, in quotes")
     days, *parts = match.groups()
     numbers = [int(part) for part in parts if part is not None]
-    if days is not None:
-        units: tuple[int, ...] = (3600, 60, 1)
+    if days is not None or len(numbers) == 3:
+        first_unit = 3600
     else:
-        units = (60,) if len(numbers) == 1 else (60, 1) if len(numbers) == 2 else (3600, 60, 1)
-    return int(days or 0) * 86400 + sum(number * unit for number, unit in zip(numbers, units, strict=False))
+        first_unit = 60  # MINUTES, or MINUTES:SECONDS
+    in_days = int(days or 0) * 86400
+    return in_days + sum(number * first_unit // 60**i for i, number in enumerate(numbers))
 
 
 def _joined(jobs: Sequence[Job], cluster: Cluster, run_dir: str, *, where: str) -> list[Job]:
-    """The jobs with those options of others that each must know too, and where they find each other."""
+    """Adds to each job's options those of other jobs that it needs, and the addresses of the other jobs."""
     of_student = {option.key for option in options(Config)}
     of_teacher = {option.key for option in options(TeacherConfig)}
     student = jobs[0].options
@@ -356,7 +360,7 @@ def _joined(jobs: Sequence[Job], cluster: Cluster, run_dir: str, *, where: str) 
         teacher = job.options
         if job.kind == "teacher":
             prefix = next(prefixes)
-            # The student reads the teacher's tokenizer and its config.json; the teacher is told the longest
+            # The student needs the teacher's tokenizer and config.json; the teacher needs the longest
             # sequence.
             to_student = {prefix + key: value for key, value in teacher.items() if key.startswith("teacher_")}
             to_student = {key: value for key, value in to_student.items() if key in of_student}
@@ -378,16 +382,18 @@ def _joined(jobs: Sequence[Job], cluster: Cluster, run_dir: str, *, where: str) 
 
 
 def _engine_options(job: Job, jobs: Sequence[Job], cluster: Cluster, key: str) -> dict[str, Any]:
-    """Where a job finds the engine that it names; nothing if it names none."""
+    """The address of the engine that a job uses; empty if it uses none."""
     engine = next((other for other in jobs if other.name == job.engine), None)
     if engine is None:
         return {}
-    host = "127.0.0.1" if cluster.kind == "local" else engine.name  # Slurm's job script knows the nodes
+    host = (
+        "127.0.0.1" if cluster.kind == "local" else engine.name
+    )  # the Slurm job script replaces the name by a node
     return {key: [f"http://{host}:{engine.port}"]}
 
 
 def _filled(student: dict[str, Any], cluster: Cluster, run_dir: str) -> dict[str, Any]:
-    """The options that make a run stoppable and resumable, where the file does not say otherwise."""
+    """Adds the options that make a run stoppable and resumable, if the file does not set them."""
     save = student.get("save", f"{run_dir}/checkpoint")
     filled: dict[str, Any] = {
         "run_dir": f"{run_dir}/student",
@@ -396,14 +402,14 @@ def _filled(student: dict[str, Any], cluster: Cluster, run_dir: str) -> dict[str
         "exit_signal_handler": True,
     }
     if cluster.kind == "slurm" and cluster.time is not None:
-        # The clock of the run starts later than the job's, so a signal follows for what this comes too late
-        # for.
+        # The run starts later than its job, so this limit may come too late; then Slurm's signal stops the
+        # run.
         filled["exit_duration_in_mins"] = round(max(0, seconds(cluster.time) - 2 * cluster.grace_s) / 60, 2)
     return student | {key: value for key, value in filled.items() if key not in student}
 
 
 def _apply(values: Any, override: str) -> None:
-    """`a.b.c=value` into nested dictionaries; the value is YAML."""
+    """Sets `a.b.c=value` in nested dictionaries; the value is YAML."""
     name, equals, text = override.partition("=")
     if not equals or not name:
         raise ValueError(f"override {override!r}: write section.key=value")
@@ -441,7 +447,7 @@ def _section(values: dict[str, Any], name: str, path: str) -> dict[str, Any]:
 
 
 def _record(kind: type, values: Any, *, where: str) -> Any:
-    """A dataclass from a dictionary of YAML. ValueError, naming the key, where they do not fit."""
+    """Builds a dataclass from a YAML dictionary. Raises ValueError, naming the key, if they do not match."""
     if not isinstance(values, dict):
         raise ValueError(f"{where}: expected `key: value` lines, not {values!r}")
     hints = typing.get_type_hints(kind)
@@ -471,7 +477,7 @@ def _value(annotation: Any, value: Any, *, where: str) -> Any:
         return _record(typing.cast(type, annotation), value, where=where)
     if origin is tuple:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise ValueError(f"{where}: expected a list of texts, not {value!r}")
+            raise ValueError(f"{where}: expected a list of strings, not {value!r}")
         return tuple(value)
     if origin is Literal:
         if value not in arguments:
@@ -486,7 +492,7 @@ def _value(annotation: Any, value: Any, *, where: str) -> Any:
 
 
 def _environment(values: Any, *, where: str) -> dict[str, str]:
-    """Names and values as text. A secret is refused: it would lie in the job script."""
+    """Environment variables as strings. A secret is refused: it would be written into the job script."""
     if not isinstance(values, dict):
         raise ValueError(f"{where}: expected `NAME: value` lines")
     for name, value in values.items():
@@ -495,9 +501,10 @@ def _environment(values: Any, *, where: str) -> dict[str, str]:
         secret_name = name not in _NOT_SECRET and _SECRET_NAME.search(name)
         if secret_name or (isinstance(value, str) and _SECRET_VALUE.search(value)):
             raise ValueError(
-                f"{where}: {'' if secret_name else 'the value of '}{name} looks like a secret, and this file "
-                "and the job script are no place for one; export it in the shell that launches, from where "
-                "both jobs inherit it"
+                f"{where}: {'' if secret_name else 'the value of '}{name} looks like a secret, which must "
+                "not "
+                "be stored in this file or the job script; export it in the shell that starts the launcher: "
+                "all jobs inherit it"
             )
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise ValueError(f"{where}: {name}: {value!r} must be a string; put it in quotes")
@@ -507,7 +514,7 @@ def _environment(values: Any, *, where: str) -> dict[str, str]:
 def _check_cluster(
     cluster: Cluster, run_dir: str, jobs: Sequence[Job], *, is_short: bool, where: str
 ) -> None:
-    """ValueError for a number without meaning, or a text that an #SBATCH line cannot hold."""
+    """Raises ValueError for an invalid number, or text that is not safe in an #SBATCH line."""
     sizes: dict[str, JobSize] = {f"jobs.{job.name}": job for job in jobs}
     if is_short:
         sizes = {"cluster.student": cluster.student, "cluster.teacher": cluster.teacher}
@@ -545,12 +552,12 @@ def _check_cluster(
     for name, text in texts.items():
         if text is not None and not _PLAIN.fullmatch(text):
             raise ValueError(
-                f"{where}: {name} {text!r}: may have letters, digits and the characters _ . / @ + = : , - "
-                "only, for Slurm reads it by rules of its own"
+                f"{where}: {name} {text!r}: may have only letters, digits and the characters _ . / @ + = : , "
+                "- because Slurm would interpret others"
             )
     for text in cluster.sbatch:
         if not text.startswith("-"):
-            raise ValueError(f"{where}: cluster.sbatch: {text!r} is no option; write --name=value")
+            raise ValueError(f"{where}: cluster.sbatch: {text!r} is not an option; write --name=value")
     containers = [cluster.container, *(job.container for job in jobs)]
     for mount in [mount for container in containers if container for mount in container.mounts]:
         if "," in mount or not 1 <= mount.count(":") <= 2 or not all(mount.split(":")):

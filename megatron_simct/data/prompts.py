@@ -95,7 +95,7 @@ def _as_read(prompt: str | list[Message], chat: bool, where: str) -> str | list[
     ValueError for what cannot be a prompt.
     """
     if not prompt:
-        raise ValueError(f"{where}: the prompt is empty; no token would precede the response")
+        raise ValueError(f"{where}: the prompt is empty, but at least one token must precede the response")
     if not isinstance(prompt, str) and not chat:
         raise ValueError(f"{where}: messages need --apply-chat-template")
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) and chat else prompt

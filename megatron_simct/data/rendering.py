@@ -113,12 +113,13 @@ class ChatTemplate:
         try:
             variables = templates.variables_of(source, date=day)
         except ValueError as error:
-            raise ValueError(f"{where} holds a template that cannot be read: {error}") from None
+            raise ValueError(f"{where} has an invalid template: {error}") from None
         for argument in arguments:
             if argument not in variables:
                 raise ValueError(
-                    f"{kwargs_flag}: {where} does not read {argument}, so it would change nothing; beside "
-                    f"messages and special tokens it reads {', '.join(_switches(variables)) or 'nothing'}"
+                    f"{kwargs_flag}: {where} does not read {argument}, so it would have no effect; in "
+                    "addition to messages and special tokens it reads "
+                    f"{', '.join(_switches(variables)) or 'nothing'}"
                 )
         return cls(
             name=where,
@@ -147,7 +148,7 @@ class ChatTemplate:
         Raises ValueError, naming the template, if it refuses the messages or writes nothing;
         templates.TemplateLimit if it exceeds a limit.
         """
-        assert tokenizer.encode_chat is not None, f"{tokenizer.name} cannot read a rendered template"
+        assert tokenizer.encode_chat is not None, f"{tokenizer.name} cannot encode a rendered chat template"
         try:
             text = self.text(messages)
         except templates.TemplateLimit as error:
@@ -156,7 +157,9 @@ class ChatTemplate:
             raise ValueError(f"{self.name} does not render it: {error}") from None
         ids = np.asarray(tokenizer.encode_chat(text), dtype=np.int32)
         if not ids.size:
-            raise ValueError(f"{self.name} renders nothing; no token would precede the response")
+            raise ValueError(
+                f"{self.name} renders an empty text, but at least one token must precede the response"
+            )
         return ids
 
 

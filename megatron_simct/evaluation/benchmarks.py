@@ -1,4 +1,4 @@
-"""Five benchmarks and two formats of one's own: how their files are read, and what a model is asked.
+"""Five benchmarks and two formats for your own data: how their files are read, and how a model is asked.
 
     gsm8k           question, answer ("... #### 18")
     math500         problem, solution, answer
@@ -7,7 +7,7 @@
                     human-eval
     livecodebench   question_content, starter_code, public_test_cases, private_test_cases, metadata
     exact_match     prompt (a text, or messages), label: the response itself; id where there is one
-    math_label      likewise, label: the final answer, as Math-Verify reads it
+    math_label      prompt and label: the final answer, compared by Math-Verify
 
 Files are those that prompt_files.py reads. A model that follows chats is asked in a message (`chat`); a base
 model is given a text to complete (`completion`), and what it writes is cut where it starts something new.
@@ -102,12 +102,12 @@ def read_problems(name: Benchmark, data: str | None, *, flag: str = "--data") ->
         try:
             problem_id, chat, completion = make(row)
         except (AttributeError, KeyError, TypeError, ValueError, IndexError, zlib.error) as error:
-            raise ValueError(f"{where} is not one of {name} ({type(error).__name__}: {error})") from None
+            raise ValueError(f"{where} is not a row of {name} ({type(error).__name__}: {error})") from None
         problems.append(
             Problem(problem_id=str(problem_id or number), chat=chat, completion=completion, fields=row)
         )
     if not problems:
-        raise ValueError(f"{flag} {path}: holds no problems")
+        raise ValueError(f"{flag} {path}: contains no problems")
     if len({p.problem_id for p in problems}) < len(problems):
         raise ValueError(f"{flag} {path}: two rows have the same id")
     return problems
@@ -143,7 +143,7 @@ def _unpickled_text(data: bytes) -> str:
     texts = {"BINUNICODE", "BINUNICODE8", "SHORT_BINUNICODE"}
     found = [(op.name, value) for op, value, _ in pickletools.genops(data) if op.name not in harmless]
     if len(found) != 1 or found[0][0] not in texts:
-        raise ValueError("private_test_cases holds something else than a text")
+        raise ValueError("private_test_cases does not contain a string")
     return str(found[0][1])
 
 

@@ -131,7 +131,7 @@ def asked_functions(benchmark: Benchmark, row: dict[str, Any]) -> set[str]:
 
 
 class Graders:
-    """Grades responses, `workers` at a time, each with a Math-Verify of its own. To be closed."""
+    """Grades responses in `workers` processes, each with its own Math-Verify. Close it at the end."""
 
     def __init__(
         self, benchmark: Benchmark, *, chat: bool, workers: int, limits: Limits, thinking: Thinking

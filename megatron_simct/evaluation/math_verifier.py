@@ -1,4 +1,4 @@
-"""Math-Verify in a process of its own: a response can ask for a computation that never ends.
+"""Math-Verify in a separate process, because a response can ask for a computation that never ends.
 
 This file is both sides. The child runs it by its path, so it imports nothing of this package.
 """
@@ -14,7 +14,7 @@ import sys
 
 
 class MathVerifier:
-    """Math-Verify in a process of its own: a response can ask for a computation that never ends."""
+    """Math-Verify in a separate process, because a response can ask for a computation that never ends."""
 
     TIMEOUT_S = 60.0
     STEP_TIMEOUT_S = 20

@@ -141,7 +141,7 @@ class Remote:
         return self._peer.request("call", self, arguments, named)
 
     def __getattr__(self, name: str) -> Any:
-        # What Python asks an object for by itself, as when it is copied, is none of the program's business.
+        # Attributes that Python itself reads, as in a copy, are not passed to the program.
         if name.startswith("__"):
             raise AttributeError(name)
         return self._peer.request("get", self, name)
@@ -227,7 +227,7 @@ class Peer:
         if name in (_MINE, _YOURS):
             (number,) = parts
             if type(number) is not int:
-                raise ValueError("the number of an object is no int")
+                raise ValueError("the number of an object is not an int")
             if name == _YOURS:
                 return self._given[number]
             return self._remotes.setdefault(number, Remote(self, number))
@@ -302,7 +302,7 @@ class Peer:
         except Exception as error:
             self._broken(f"{type(error).__name__}: {error}")
         if type(message) is not list:
-            self._broken("a message that is no list")
+            self._broken("a message that is not a list")
         return message
 
 

@@ -7,8 +7,9 @@ program's process before it reads what is asked: nothing but its own source is e
     grader  --- job, outcome --->  supervisor  --- source, calls, values: plain data (plain.py) --->  program
 
 The supervisor of a job with checks confines itself as it does the program, and runs the checks. They see the
-program's functions as Remote. A message that is no plain data ends the job as an error. The program can write
-to its pipes, and is killed when its supervisor ends. This process ends when the grader closes the socket.
+program's functions as Remote. A message that is not plain data ends the job as an error. The program can
+write to its pipes, and is killed when its supervisor ends. This process ends when the grader closes the
+socket.
 
 Jobs and outcomes are JSON; before each message stands its length.
 """
@@ -127,7 +128,7 @@ def _send(descriptor: int, message: bytes) -> None:
 
 
 def _received(descriptor: int) -> bytes:
-    """The next message. EOFError where there is none."""
+    """The next message. Raises EOFError if there is none."""
     (length,) = LENGTH.unpack(_exactly(descriptor, LENGTH.size))
     return _exactly(descriptor, length)
 

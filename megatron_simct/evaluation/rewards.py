@@ -127,7 +127,7 @@ class Graded:
 
 
 class Called:
-    """A function in a process of its own, which is killed if it does not answer in time."""
+    """A function in a separate process, which is killed if it does not answer in time."""
 
     def __init__(self, place: str, *, timeout_s: float) -> None:
         """place: MODULE:FUNCTION."""
@@ -164,7 +164,7 @@ class Called:
         asked = json.dumps(
             {"prompt": response.prompt, "response": response.text, "row": response.row}, default=str
         )
-        with contextlib.suppress(BrokenPipeError):  # it has ended since: there is no answer either
+        with contextlib.suppress(BrokenPipeError):  # the process has ended meanwhile, so there is no answer
             process.stdin.write(asked.encode() + b"\n")
             process.stdin.flush()
         answer = self._answer(self._timeout_s)
@@ -178,7 +178,7 @@ class Called:
         return float(answer["reward"])
 
     def _answer(self, timeout_s: float) -> dict[str, Any] | None:
-        """The next line of the process, or ENDED; None where there is none in time."""
+        """The next line of the process, or ENDED; None if there is none in time."""
         assert self._process is not None and self._process.stdout is not None, "it was started"
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)

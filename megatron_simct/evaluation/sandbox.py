@@ -49,7 +49,8 @@ SANDBOXES: tuple[Sandbox, ...] = get_args(Sandbox)
 
 
 _NO_LANDLOCK = (
-    "this kernel has no Landlock, which takes Linux 5.13 and `landlock` in its list of security modules"
+    "this kernel has no Landlock; it needs Linux 5.13 or later with `landlock` in its list of security "
+    "modules"
 )
 
 
@@ -122,13 +123,11 @@ def check_sandbox(*, flag: str = "--benchmark", sandbox: Sandbox = "auto") -> No
         reason = str(error)
     if reason is not None:
         raise ValueError(
-            f"{flag}: this system cannot confine programs ({reason}), so benchmarks of code are not run "
-            "here; it takes Linux on x86-64 or aarch64 with seccomp"
+            f"{flag}: this system cannot sandbox programs ({reason}), so code benchmarks cannot run here; "
+            "they need Linux on x86-64 or aarch64 with seccomp"
         )
     if sandbox == "strict" and landlock_version() == 0:
-        raise ValueError(
-            f"--sandbox strict: {_NO_LANDLOCK}; run on a kernel that has it, or with --sandbox auto"
-        )
+        raise ValueError(f"--sandbox strict: {_NO_LANDLOCK}; use a kernel that has it, or --sandbox auto")
 
 
 # The server
@@ -183,7 +182,7 @@ _lock = threading.Lock()
 
 
 def _the_server(*, instead_of: _Server | None = None) -> _Server:
-    """The one of this process, started where there is none."""
+    """The server of this process, started if necessary."""
     global _server
     with _lock:
         if _server is not None and _server is instead_of:
@@ -260,7 +259,7 @@ def _answer(connection: socket.socket, message: bytes, limits: Limits) -> dict[s
         pass
     if not data.startswith(STARTED):
         raise OSError(
-            "no process could be started for a program; there may be too many, or too little memory"
+            "could not start a process for a program; there may be too many processes, or too little memory"
         )
     start = len(STARTED) + LENGTH.size
     if len(data) <= start:  # it was killed

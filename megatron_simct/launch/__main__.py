@@ -3,23 +3,22 @@
     python -m megatron_simct.launch run.yaml                            start it, or queue it
     python -m megatron_simct.launch run.yaml --dry-run                  print exactly what would run
     python -m megatron_simct.launch run.yaml student.lr=2e-6 cluster.teacher.nodes=2
-    python -m megatron_simct.launch status run.yaml                     of a Slurm job; or cancel
-    python -m megatron_simct.launch logs run.yaml --follow              what all jobs of a Slurm run write
+    python -m megatron_simct.launch status run.yaml                     show its Slurm job; `cancel` ends it
+    python -m megatron_simct.launch logs run.yaml --follow              show the output of all its Slurm jobs
 
-The smallest run file; without `teacher` both models share the student's processes (student:
-teacher_hf_checkpoint):
+The smallest run file; without the section `teacher` both models share the student's processes, and
+teacher_hf_checkpoint belongs under student:
 
     run_dir: runs/first
     student: {hf_checkpoint: STUDENT_DIR, prompt_data: prompts.jsonl}  # flags of megatron_simct.train
     teacher: {teacher_hf_checkpoint: TEACHER_DIR}  # flags of megatron_simct.serve_teacher
 
-A second teacher, or an inference engine with an environment of its own, is one more entry of the list `jobs`,
-which takes the place of the sections student and teacher; megatron_simct/config/run_file.py has its form.
-There jobs.teacher.nodes=2 and jobs.student.options.lr=2e-6 override values.
+For a second teacher, or an inference engine in its own environment, the file has a list `jobs` instead of the
+sections student and teacher; megatron_simct/config/run_file.py describes it. With that list,
+jobs.teacher.nodes=2 and jobs.student.options.lr=2e-6 override values.
 
-A run whose pre-flight fails is not started (tools/check_pair.py shows all of it). Secrets such as
-WANDB_API_KEY belong into the environment that launches, which all jobs inherit.
-"""
+If the pre-flight fails, the run is not started (tools/check_pair.py shows all checks). Set secrets such as
+WANDB_API_KEY in the environment of this command; all jobs inherit it."""
 
 from __future__ import annotations
 
@@ -58,15 +57,23 @@ def _parser(action: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "run_file", metavar="RUN.yaml", help="all jobs; megatron_simct/config/run_file.py explains it"
+        "run_file",
+        metavar="RUN.yaml",
+        help="YAML file of the run; megatron_simct/config/run_file.py describes it",
     )
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help="override values of the file"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="values that replace those of the file",
     )
     if action == "start":
-        parser.add_argument("--dry-run", action="store_true", help="print what would run, and start nothing")
+        parser.add_argument(
+            "--dry-run", action="store_true", help="print what would run, without starting it"
+        )
     if action == "logs":
-        parser.add_argument("--follow", action="store_true", help="go on until Ctrl-C")
+        parser.add_argument("--follow", action="store_true", help="follow the log until Ctrl-C")
     return parser
 
 
@@ -86,7 +93,7 @@ def _start(run: RunFile, *, dry_run: bool) -> int:
         return int(report.failed)
     if report.failed:
         raise ValueError(
-            f"{run.path}: the pre-flight failed, so nothing was started; tools/check_pair.py shows it all"
+            f"{run.path}: the pre-flight failed, so nothing was started; tools/check_pair.py shows all checks"
         )
     if run.cluster.kind == "local":
         return local.start(run)

@@ -12,7 +12,7 @@ import sys
 def address_towards(host: str) -> str:
     """This machine's IPv4 address on the route to `host`; nothing is sent.
 
-    OSError where there is no route.
+    Raises OSError if there is no route.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 9))

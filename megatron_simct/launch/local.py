@@ -112,7 +112,7 @@ def start(run: RunFile) -> int:
 
 
 class _Stop:
-    """Counts the signals that ask for an end."""
+    """Counts the signals that ask to stop."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -125,7 +125,10 @@ def _watch(student: _Process, others: Sequence[_Process], stop: _Stop, *, grace_
     deadline = None
     while student.running:
         if stop.count and deadline is None:
-            _say("stopping: the student saves after its step; once more ends all at once")
+            _say(
+                "stopping: the student finishes its step and saves; press Ctrl-C again to end all jobs at "
+                "once"
+            )
             student.ask_to_stop()
             deadline = time.monotonic() + grace_s
         if stop.count > 1 or (
@@ -136,10 +139,10 @@ def _watch(student: _Process, others: Sequence[_Process], stop: _Stop, *, grace_
             if other.running or stop.count:
                 continue
             if other.may_restart:
-                _say(f"the job {other.name} ended with exit code {other.exit_code}, and is started again")
+                _say(f"the job {other.name} ended with exit code {other.exit_code}; starting it again")
                 other.restart()
                 continue
-            needed = f"the job {other.name} ended with exit code {other.exit_code}, and the student needs it"
+            needed = f"the job {other.name} ended with exit code {other.exit_code}; the student needs it"
             _say(f"{needed}; its output is above")
             student.ask_to_stop()
             student.wait(grace_s, stop)
@@ -154,7 +157,7 @@ def _watch(student: _Process, others: Sequence[_Process], stop: _Stop, *, grace_
 
 
 class _Process:
-    """One job in a session of its own, so that a Ctrl-C reaches the launcher alone."""
+    """One job in its own session, so that Ctrl-C reaches only the launcher."""
 
     def __init__(self, job: Job, command: list[str], env: Mapping[str, str], guard: Guard) -> None:
         self.name, self._guard = job.name, guard

@@ -91,9 +91,7 @@ def submit(run: RunFile, *, directory: str) -> str:
     write_private(folder / "job.sh", job_script(run, directory=directory), mode=0o700)
     number = _call("sbatch", "--parsable", script_path(run)).strip().split(";")[0]
     if not _is_number(number):
-        raise ValueError(
-            f"sbatch printed {number[:80]!r}, not the number of a job; look for the job with squeue"
-        )
+        raise ValueError(f"sbatch printed {number[:80]!r}, not a job number; look for the job with squeue")
     write_private(folder / "job.json", json.dumps({"job_id": number}) + "\n")
     return number
 

@@ -48,7 +48,12 @@ class RunningSums:
         self.teacher_max = self.student_max.clone()
         self.teacher_at_top = self.student_max.clone()
         """The teacher's score of the student's likeliest column."""
-        names = ["z_s", "z_t"] + ["cross"] * (divergence != "js") + ["mass_s", "mass_t"] * (temperature != 1)
+        names = ["z_s", "z_t"]
+        if divergence != "js":
+            names.append("cross")
+        if temperature != 1:
+            # Masses are sums of e^(temperature * score); at temperature 1 these are Z_s and Z_t.
+            names += ["mass_s", "mass_t"]
         self.sums = {name: like.new_zeros(num_rows) for name in names}
         self._divergence, self._temperature = divergence, temperature
 
@@ -56,6 +61,7 @@ class RunningSums:
         """student, teacher [A, c]: scores of a tile at a slice of the rows. Both are overwritten."""
         if student.shape[1] == 0:
             return
+        # Of the student's likeliest column so far the teacher's score: it moves when the maximum rises.
         largest, where = student.max(dim=1, keepdim=True)
         rises = largest.squeeze(1) > self.student_max[rows]
         at_top = teacher.gather(1, where).squeeze(1)
@@ -67,9 +73,9 @@ class RunningSums:
         t = teacher.sub_(finite_reference(new_t).unsqueeze(1))
         sums = {name: values[rows] for name, values in self.sums.items()}
         if self._temperature != 1:
-            # At temperature 1 the masses follow from Z_s and Z_t.
             sums["mass_s"] += (s * self._temperature).exp_().sum(1)
             sums["mass_t"] += (t * self._temperature).exp_().sum(1)
+        # From here on s and t are relative to the new maxima, and the older sums are too.
         weights_s, weights_t = s.exp(), t.exp()
         sums["z_s"] += weights_s.sum(1)
         sums["z_t"] += weights_t.sum(1)
@@ -80,6 +86,8 @@ class RunningSums:
 
     def rescale(self, new_s: torch.Tensor, new_t: torch.Tensor, rows: slice) -> None:
         """Make the sums relative to larger maxima."""
+        # X holds differences s - t: if the maxima rise by d_s and d_t, each difference falls by d_s - d_t and
+        # each weight is multiplied by e^-d_s.
         rise_s, factor_s = _rise(self.student_max[rows], new_s)
         rise_t, factor_t = _rise(self.teacher_max[rows], new_t)
         sums = {name: values[rows] for name, values in self.sums.items()}
@@ -97,9 +105,7 @@ class RunningSums:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Norms:
-    """What turns the scores of a row into log-probabilities: log p = (s - student_max) - student_log_z; each
-    [A].
-    """
+    """Normalizers of a row: log p = (s - student_max) - student_log_z. Each is [A]."""
 
     student_max: torch.Tensor
     teacher_max: torch.Tensor
@@ -113,15 +119,15 @@ class Norms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColumnSums:
-    """Sums over columns of a row: what value and offset are made of; each [A]."""
+    """Sums over columns of a row, from which value and offset follow. Each is [A]."""
 
     p: torch.Tensor
     """The student's probability of the columns."""
     q: torch.Tensor
     """The teacher's."""
-    first: torch.Tensor
+    term: torch.Tensor
     """reverse_kl: sum p (log p - log q); forward_kl: sum q (log q - log p); js: -sum p log((1 - b) p / m)."""
-    second: torch.Tensor
+    teacher_term: torch.Tensor
     """js: -sum q log(b q / m); else unused."""
 
     def __add__(self, other: ColumnSums) -> ColumnSums:
@@ -134,12 +140,13 @@ def shared_sums(
     """Over the columns of RunningSums; `deficits` are those of `mean_deficits`, summed over ranks, for js."""
     shrink_s, shrink_t = (-norms.student_log_z).exp(), (-norms.teacher_log_z).exp()
     p, q = sums["z_s"] * shrink_s, sums["z_t"] * shrink_t
+    # log p - log q = (s - t) - lead, so sum p (log p - log q) = e^-student_log_z (X - Z_s lead).
     lead = norms.student_log_z - norms.teacher_log_z
     match divergence:
         case "reverse_kl":
-            return ColumnSums(p=p, q=q, first=shrink_s * (sums["cross"] - sums["z_s"] * lead), second=p)
+            return ColumnSums(p=p, q=q, term=shrink_s * (sums["cross"] - sums["z_s"] * lead), teacher_term=p)
         case "forward_kl":
-            return ColumnSums(p=p, q=q, first=shrink_t * (sums["cross"] + sums["z_t"] * lead), second=p)
+            return ColumnSums(p=p, q=q, term=shrink_t * (sums["cross"] + sums["z_t"] * lead), teacher_term=p)
         case "js":
             return ColumnSums(**dict(zip(ColumnSums.__slots__, deficits, strict=True)))
     raise AssertionError(f"unknown divergence {divergence!r}")
@@ -148,15 +155,15 @@ def shared_sums(
 def known_sums(log_p: torch.Tensor, log_q: torch.Tensor, divergence: str, beta: float) -> ColumnSums:
     """Over columns [A, E] that every rank knows; a column with -inf for both models is ignored."""
     p, q = log_p.exp(), log_q.exp()
-    second = p.sum(1)
+    teacher_term = p.sum(1)
     match divergence:
         case "reverse_kl":
-            first = weighted_(log_p.exp(), log_p - log_q).sum(1)
+            term = weighted_(log_p.exp(), log_p - log_q).sum(1)
         case "forward_kl":
-            first = weighted_(log_q.exp(), log_q - log_p).sum(1)
+            term = weighted_(log_q.exp(), log_q - log_p).sum(1)
         case "js":
-            _, _, first, second = mean_deficits(log_p, log_q, beta)
-    return ColumnSums(p=p.sum(1), q=q.sum(1), first=first, second=second)
+            _, _, term, teacher_term = mean_deficits(log_p, log_q, beta)
+    return ColumnSums(p=p.sum(1), q=q.sum(1), term=term, teacher_term=teacher_term)
 
 
 def value_of(total: ColumnSums, divergence: str, beta: float) -> torch.Tensor:
@@ -166,19 +173,19 @@ def value_of(total: ColumnSums, divergence: str, beta: float) -> torch.Tensor:
     multiplied by deficits far larger than the value.
     """
     if divergence != "js":
-        return total.first
+        return total.term
     constant = -beta * math.log(beta) - (1 - beta) * math.log(1 - beta)
-    return constant - (1 - beta) * total.first / total.p - beta * total.second / total.q
+    return constant - (1 - beta) * total.term / total.p - beta * total.teacher_term / total.q
 
 
 def mean_of_derivative(total: ColumnSums, divergence: str, beta: float) -> torch.Tensor:
     """[A]: sum p D over the columns of `total`."""
     match divergence:
         case "reverse_kl":
-            return total.first
+            return total.term
         case "forward_kl":
             return -total.q
-    return -total.first / total.p
+    return -total.term / total.p
 
 
 def known_gradient(
@@ -195,9 +202,7 @@ def known_gradient(
 
 
 def factor_of(divergence: str, beta: float) -> float:
-    """What D is still to be multiplied by: the deficits of js are subtracted first, their difference may be
-    small.
-    """
+    """The factor of D that is applied last: for js, differences of deficits are taken before it."""
     return 1 - beta if divergence == "js" else 1.0
 
 
@@ -224,6 +229,7 @@ def score_gradient_(
             derivative = torch.sub(s, t, out=t).sub_(log_z_s - log_z_t + offset)
             return weighted_(s.sub_(log_z_s).exp_().mul_(scale), derivative)
         case "forward_kl":
+            # p (D - offset) with D = -q / p: there is no division, p may be 0.
             return s.sub_(log_z_s).exp_().mul_(-offset).sub_(t.sub_(log_z_t).exp_()).mul_(scale)
     log_p, log_q = s.sub_(log_z_s), t.sub_(log_z_t)
     derivative = _deficit(log_p, log_q, 1 - beta).add_(offset).neg_()
@@ -238,8 +244,8 @@ def mean_deficits(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> tupl
     """
     p, q = log_p.exp(), log_q.exp()
     sums = p.sum(1), q.sum(1)
-    first, second = _deficit(log_p, log_q, 1 - beta), _deficit(log_q, log_p, beta)
-    return *sums, weighted_(p, first).sum(1), weighted_(q, second).sum(1)
+    student, teacher = _deficit(log_p, log_q, 1 - beta), _deficit(log_q, log_p, beta)
+    return *sums, weighted_(p, student).sum(1), weighted_(q, teacher).sum(1)
 
 
 def weighted_(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -263,7 +269,7 @@ def _deficit(log_a: torch.Tensor, log_b: torch.Tensor, share: float) -> torch.Te
 
 
 def _rise(old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """By how much the maxima rose, and e^-rise; (0, 0) where there was none."""
+    """(rise of the maxima, e^-rise); (0, 0) where the old maximum is -inf."""
     none = old == NEGATIVE_INFINITY
     rise = torch.where(none, 0, new - old)
     return rise, torch.where(none, 0, (-rise).exp())

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_simct.losses.rows import Statistics
-from megatron_simct.losses.two_pass import GradientWeights, Tiles, common
+from megatron_simct.losses.two_pass import GradientWeights, Tiles, common, relative
 from megatron_simct.losses.vocab_parallel import LabelSums, add_at_, finite_reference, reduce_packed
 from megatron_simct.records import EntryBatch
 
@@ -25,6 +25,7 @@ class Entries(Tiles):
     def __init__(self, *given: Any, entries: EntryBatch, **named: Any) -> None:
         super().__init__(*given, **named)
         order = self._plan.order
+        # place: the inverse of the plan's order, from a label to its row in it.
         place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
         self._rows, self._columns_of = place[entries.label], entries.column - self._shard_start
 
@@ -42,9 +43,10 @@ class Entries(Tiles):
         for chunk, start, end in self._tiles():
             logits = self._source.read(start, end, chunk)
             found, row, column = self._within(chunk, start, end)
+            # An entry lies in one tile of one rank; the others keep 0, so a SUM joins them.
             values[found] = logits[row, column]
             for rows in self._blocks(chunk.start, chunk.stop, end - start):
-                seen.add(logits[rows.start - chunk.start : rows.stop - chunk.start], rows, start)
+                seen.add(logits[relative(rows, chunk)], rows, start)
         (label_max,) = reduce_packed([seen.exponentials.maxima], dist.ReduceOp.MAX, self._group)
         label_max = finite_reference(label_max)
         seen.exponentials.shrink_to(label_max)
@@ -64,6 +66,7 @@ class Entries(Tiles):
             if dense is None:
                 continue
             logits = source.logits(start, end, dense)
+            # softmax_weight softmax(z), then own_weight at the label, then each entry's own gradient.
             logits.sub_(label_max[dense].unsqueeze(1)).exp_().mul_(softmax[dense].unsqueeze(1))
             add_at_(logits, self._labels[dense].unsqueeze(1) - start, own[dense].unsqueeze(1))
             found, row, column = self._within(dense, start, end)

@@ -75,7 +75,7 @@ class LabelRows:
     The labels themselves are few numbers and known to all ranks. A segment belongs to the rank that has the
     row of its first label; a unit that straddles a cut needs the log-probabilities of its other labels, and
     hands back their share of the gradient: 12 bytes a label between the ranks of `group` (4 for the raw
-    logits of `code` on top). What `bytes` exchanges, kinds/bytes.py says.
+    logits of `code` on top). kinds/bytes.py describes what `bytes` exchanges.
     """
 
     index: torch.Tensor
@@ -104,14 +104,14 @@ def interface_loss(
     output_weight [W, H_S], this rank's rows of the output layer; `labels` passed `check_labels` before it
     moved to the device. `sum` is differentiable: the gradient of student_hidden is the full one on every rank
     (one all-reduce in backward), that of output_weight this rank's; where Megatron's DDP owns output_weight
-    it goes to main_grad in this call (tiles.py says what that asks of the caller). Collective over `group`;
+    it goes to main_grad in this call (see tiles.py for the conditions). Collective over `group`;
     all ranks pass the same labels. Empty labels give a zero sum with zero gradients.
 
     label_rows: with context parallelism, the rows of student_hidden are those of these labels only; sum,
     num_labels and metrics are then this rank's share, to be added over label_rows.group; label_losses too.
 
     importance_cap: weight each segment, or byte position, by how likely the response before it is, compared
-    with when it was sampled, at most so much (policy_gradient.py); None: all by 1.
+    with when it was sampled, capped at this value (policy_gradient.py); None: no weights.
 
     A non-finite logit, of either model, makes the sum non-finite: the step is refused, no row is dropped
     silently. Raises ValueError for options without a meaning and for a missing shared head or teacher hidden
@@ -196,9 +196,10 @@ def _bytes_loss(
         metrics |= reward_metrics(result.log_probs, rewards(result.log_probs), labels, index)
     if weigh is not None:
         metrics["importance_weight_sum"] = weigh(result.log_probs).sum(dtype=torch.float64)
-    poison = 0 * (metrics["student_nll_sum"] + metrics["teacher_nll_sum"])
+    # 0 if all statistics are finite, else nan: it makes the sum of a broken model non-finite.
+    nan_if_not_finite = 0 * (metrics["student_nll_sum"] + metrics["teacher_nll_sum"])
     return LossOutput(
-        sum=result.sum + poison.to(result.sum.dtype),
+        sum=result.sum + nan_if_not_finite.to(result.sum.dtype),
         num_labels=num_labels,
         metrics=metrics | result.metrics,
         label_losses=result.label_losses,
@@ -263,10 +264,12 @@ def _num_columns(width: int, placement: VocabPlacement) -> int:
 
 @torch.no_grad()
 def _plan(labels: LabelBatch, needs: RowNeeds, label_rows: LabelRows | None) -> RowPlan:
-    """Which rows the interface compares, and which of them need the whole softmax in their gradient; those
-    here.
+    """The rows of this rank that the interface compares, and which of them need the whole softmax in their
+    gradient.
     """
     used = is_row(labels.kinds, needs)
+    # The student's part of (ts, te, ss, se). `dense` is indexed by labels [N], `special` and `shared` by
+    # segments.
     starts, ends = labels.segments[:, 2], labels.segments[:, 3]
     num_labels = len(labels.student_labels)
     match needs.dense:
@@ -292,13 +295,14 @@ def _plan(labels: LabelBatch, needs: RowNeeds, label_rows: LabelRows | None) -> 
             special = torch.where(is_unit, FirstTokens.of(labels).special(), -1)
     shared = used if needs.first_rows else torch.zeros_like(used)
     if label_rows is not None:
+        # From labels to this rank's rows of student_hidden; a segment whose first label is elsewhere gets -1.
         starts, dense = _local_rows_of_labels(labels, label_rows)[starts], dense[label_rows.index]
         shared = shared & (starts >= 0)
     return RowPlan.build(starts, shared=shared, dense=dense, special=special)
 
 
 def _local_rows_of_labels(labels: LabelBatch, label_rows: LabelRows) -> torch.Tensor:
-    """int64 [N]: the row of student_hidden that predicts each label, -1 where it is another rank's."""
+    """int64 [N]: the row of student_hidden that predicts each label, -1 if it is another rank's."""
     place = torch.full_like(labels.student_labels, -1)
     return place.index_copy(0, label_rows.index, torch.arange(len(label_rows.index), device=place.device))
 
@@ -317,8 +321,8 @@ def _loss(
     label_rows: LabelRows | None,
     importance_cap: float | None = None,
 ) -> LossOutput:
-    """make_source: from the real columns and the order of the rows; make_teacher: from the teacher's rows, in
-    order.
+    """make_source: called with the number of real columns and the order of the rows. make_teacher: called
+    with the teacher's rows, in that order, and a dtype.
     """
     interface, config = interface_of(config), config.method()
     needs = interface.rows(config)
@@ -341,6 +345,8 @@ def _loss(
     if needs.shared and plan.num_shared:
         teacher = make_teacher(labels.teacher_hidden_index[plan.segments], source.dtype)
     if label_rows is None:
+        # local [n]: the labels of this rank's rows. is_local [segments]: the segments that start at one of
+        # them.
         local = torch.arange(len(labels.student_labels), device=source.device)
         is_local = torch.ones_like(labels.kinds, dtype=torch.bool)
     else:
@@ -350,13 +356,13 @@ def _loss(
         stats = passes.statistics()
         if weigh is not None:
             assert label_rows is None and needs.segments, "Config.check refuses what has no weights"
+            # The response before a segment ends with the label before its first one, and so does its weight.
             factors = weigh(stats.log_probs)
             labels = replace(labels, weights=labels.weights * factors[labels.segments[:, 2]])
-        chosen = (
-            plan.segments
-            if needs.first_rows
-            else (is_local & is_row(labels.kinds, needs)).nonzero().squeeze(1)
-        )
+        if needs.first_rows:
+            chosen = plan.segments
+        else:
+            chosen = (is_local & is_row(labels.kinds, needs)).nonzero().squeeze(1)
         rows = Rows(
             config=config,
             labels=labels,
@@ -371,9 +377,10 @@ def _loss(
         values = interface.value(rows)
         weight = rows.kept(values.teacher_mass)
         # where, not a product with 0: what a dropped row computed may be anything.
-        row_losses = (
-            torch.where(weight == 0, 0, values.value * weight) if needs.segments else values.value[local]
-        )
+        if needs.segments:
+            row_losses = torch.where(weight == 0, 0, values.value * weight)
+        else:
+            row_losses = values.value[local]
         of_units = _unit_losses(values.units, labels, is_local, like=row_losses)
         total = row_losses.sum() + of_units.sum()
         rewarded = None
@@ -386,6 +393,7 @@ def _loss(
         # the interface does not use is broken all the same.
         nan_if_not_finite = 0 * stats.log_probs.sum() + 0 * (rows.teacher_lse - rows.teacher_own).sum()
         label_losses = torch.zeros_like(rows.log_probs)
+        # A segment's loss is booked at its first student label.
         label_losses.index_add_(0, rows.start if needs.segments else local, row_losses)
         label_losses.index_add_(0, labels.segments[:, 2], of_units)
         counts_teacher = label_rows is None or dist.get_rank(label_rows.group) == 0
@@ -435,7 +443,7 @@ def _weigh(labels: LabelBatch, cap: float) -> Weigh:
 def _unit_losses(
     units: torch.Tensor | None, labels: LabelBatch, is_local: torch.Tensor, *, like: torch.Tensor
 ) -> torch.Tensor:
-    """[S]: weighted, of the units that are no rows; zeros where the interface gives them nothing."""
+    """[S]: the weighted loss of units without a row; zeros if the interface has none."""
     weight = labels.weights.to(like.dtype)
     if units is None:
         return torch.zeros_like(weight)
@@ -457,6 +465,7 @@ def _passes(
 ) -> TwoPass | TopColumns | Entries:
     given = (source, teacher, plan)
     named = {
+        # All of these are indexed like this rank's rows, not like the labels of the micro-batch.
         "labels": labels.student_labels[local],
         "columns": columns,
         "shard_start": placement.shard_start,
@@ -467,9 +476,8 @@ def _passes(
         assert labels.entries is not None, "check_labels refuses labels without entries"
         return Entries(*given, entries=labels.entries, **named)
     if needs.top:
-        return TopColumns(
-            *given, k=needs.top if needs.shared else min(needs.top, placement.student_vocab_size), **named
-        )
+        k = needs.top if needs.shared else min(needs.top, placement.student_vocab_size)
+        return TopColumns(*given, k=k, **named)
     return TwoPass(
         *given,
         divergence=config.divergence,
@@ -481,20 +489,27 @@ def _passes(
 
 
 def _gradient(total: torch.Tensor, rows: Rows, needs: RowNeeds) -> GradientWeights:
-    """The sum's gradient by the numbers of the rows."""
-    leaves = list(rows.leaves.values()) + ([] if rows.shared is None else [rows.shared[2]])
+    """The gradient of the sum with respect to the statistics of the rows."""
+    leaves = list(rows.leaves.values())
+    if rows.shared is not None:
+        leaves.append(rows.shared[2])
     found = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+    # In the order of Rows.leaves; the scale of the shared columns is there only if a divergence was taken.
     log_probs, own, log_sums, special, outside, top, entries, *scale = found
+    # log p(label) = own - log-sum-exp, so a gradient g of log p adds g to the label's logit and -g softmax to
+    # its row; log_sums adds the softmax alone.
     softmax = log_sums - log_probs
     softmax_of_all = None
     if needs.outside:
         # The interface does not move its first rows' log-sum-exp: what does is a reward.
         softmax_of_all = softmax if rows.labels.advantages is not None else None
+        # `outside` is a sum of e^(z - label_max); the softmax of pass 2 divides by e^(label_log_sum).
         in_softmax = outside * rows.statistics.label_log_sum[rows.start].exp()
         softmax = softmax.index_copy(0, rows.start, in_softmax)
     shared = None
     if rows.shared is not None:
         norms, offset, _ = rows.shared
+        # Scores are z / temperature: the chain rule's factor for the logits.
         shared = (norms, offset, scale[0] / rows.config.temperature)
     return GradientWeights(
         own_weight=log_probs + own,
@@ -511,13 +526,14 @@ def _gradient(total: torch.Tensor, rows: Rows, needs: RowNeeds) -> GradientWeigh
 def _of_all_labels(
     stats: Statistics, labels: LabelBatch, label_rows: LabelRows, needs: RowNeeds
 ) -> Statistics:
-    """The statistics with those of labels [N] that all ranks need; the others are only known, and read,
-    here.
+    """The statistics as numbers of all labels [N]. log_probs (and own, if the interface reads raw logits) are
+    gathered from all ranks; the others are only valid, and only read, at this rank's labels.
     """
 
     def to_all_labels(values: torch.Tensor) -> torch.Tensor:
         return values.new_zeros(len(labels.student_labels)).index_copy(0, label_rows.index, values)
 
+    # Each label's row is on one rank, and the others have 0 there: a SUM gathers the values.
     (log_probs,) = reduce_packed([to_all_labels(stats.log_probs)], dist.ReduceOp.SUM, label_rows.group)
     own = to_all_labels(stats.own)
     if needs.raw:
@@ -535,6 +551,7 @@ def _local_weights(weights: GradientWeights, label_rows: LabelRows, needs: RowNe
     """The gradient's weights of the labels whose rows this rank holds, summed over the segments of all
     ranks.
     """
+    # [N] on every rank: what this rank's segments ask of all labels, also of those whose rows are elsewhere.
     own, softmax = weights.own_weight, weights.softmax_weight
     if needs.segments:  # else every rank has all of them itself
         own, softmax = reduce_packed([own, softmax], dist.ReduceOp.SUM, label_rows.group)
@@ -568,6 +585,7 @@ def _metrics(
     labels, metrics = rows.labels, {}
     kinds, used = labels.kinds[rows.chosen], ~dropped
     for kind in SegmentKind:
+        # Rows without segments (`sft`) are of no kind.
         chosen = used & (kinds == kind)
         metrics[f"loss_{kind.name.lower()}_sum"] = total(
             row_losses[chosen] if needs.segments else row_losses[:0]
@@ -578,9 +596,13 @@ def _metrics(
         outside = row_losses[:0] if mass is None else torch.where(used, (1 - mass).clamp(min=0), 0)
         metrics[f"{name}_mass_outside_u_sum"] = total(outside)
     metrics["rows_same_top"] = total(used & stats.same_top if needs.shared else used[:0])
-    metrics["rows_dropped"] = num_segments.double() * needs.segments - total(used)
+    metrics["rows_dropped"] = (num_segments.double() if needs.segments else 0) - total(used)
     metrics["student_nll_sum"] = total(-stats.log_probs)
-    metrics["teacher_nll_sum"] = total(labels.teacher_lse - labels.teacher_own_logit) * counts_teacher
+    # The teacher's labels are known to all context-parallel ranks: one of them counts them.
+    teacher_nll = labels.teacher_lse - labels.teacher_own_logit
+    if not counts_teacher:
+        teacher_nll = teacher_nll[:0]
+    metrics["teacher_nll_sum"] = total(teacher_nll)
     metrics["num_student_labels"] = total(torch.ones_like(stats.log_probs))
-    metrics["num_teacher_labels"] = total(torch.ones_like(labels.teacher_lse)) * counts_teacher
+    metrics["num_teacher_labels"] = total(torch.ones_like(teacher_nll))
     return metrics

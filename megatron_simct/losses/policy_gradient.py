@@ -1,4 +1,4 @@
-"""The ratio of the trained policy to the one that sampled, and what is made of it.
+"""The ratio of the trained policy to the sampling policy: PPO terms and importance weights.
 
     r_i  = pi(y_i) / pi_old(y_i)
     loss = -min(r_i A_i, clip(r_i, 1 - clip_low, 1 + clip_high) A_i)    PPO, arXiv:1707.06347, Eq. 7
@@ -35,6 +35,8 @@ def importance_weights(
     labels.
     """
     ratios = log_ratios(log_probs.double(), old_log_probs.double())
+    # The sum of log r over all labels before i, less that before the response of i: what is left is the sum
+    # within the response. float64, because the sums are long and their differences short.
     before = ratios.cumsum(0) - ratios
     position = torch.arange(len(ratios), device=ratios.device)
     starts = response_starts[torch.searchsorted(response_starts, position, right=True) - 1]

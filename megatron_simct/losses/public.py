@@ -4,7 +4,7 @@
 layer. It runs in one process, or on the ranks of a tensor-parallel group that hold equal consecutive slices
 of both vocabularies. Row p of a source is the one that PREDICTS label p, not the one at label p.
 
-Example, a student that says "ha" "ppy" where the teacher says "hap" "py", then the stop token of each:
+Example: the student's tokens are "ha" "ppy", the teacher's "hap" "py", and then the stop token of each:
 
     >>> import torch
     >>> from megatron_simct.alignment import TokenTable
@@ -287,6 +287,8 @@ def cross_tokenizer_loss(
             columns = SharedColumns.from_placement(placement, student.rows.device)
             teacher_rows = torch.from_numpy(placement.teacher_rows).to(student.rows.device)
         elif compares:
+            # The transposed logits [W, n] have the shape of a head: the columns of shared tokens move like
+            # its rows.
             moved = gather_shared_head(values.T.contiguous(), start, placement, group)
             columns, values = moved.columns, moved.weight.T
     needs_segments = needs.teacher and not needs.byte_events
@@ -455,11 +457,14 @@ def _placement(
                 f"the first is {values[counts > 1][0]}"
             )
     start = _rank(group) * student_width
+    # Shared token i has the teacher rows teachers[offsets[i] : offsets[i + 1]]: one, but the stop token,
+    # which is the last, has all stop ids.
     counts = np.ones(len(students), dtype=np.int64)
     if stop is not None:
         counts[-1] = len(stops)
     offsets = np.concatenate([[0], counts.cumsum()])
     local = ((students >= start) & (students < start + student_width)).nonzero()[0]
+    # Ascending by student column, as SharedColumns needs; none without a teacher.
     local = local[students[local].argsort()] if teacher_width else local[:0]
     rows = [teachers[offsets[i] : offsets[i + 1]] for i in local]
     return VocabPlacement(
@@ -484,7 +489,7 @@ def _labels(
     needs_segments: bool,
     matches_are_shared: bool,
 ) -> LabelBatch:
-    """Every segment is told its kind: SHARED for one label on each side that are a pair, STOP, else UNIT.
+    """The kind of each segment: SHARED for one label on each side that are a pair, STOP, else UNIT.
 
     matches_are_shared: any one label on each side is SHARED, as in SimCT's released code.
     """
@@ -508,11 +513,14 @@ def _labels(
     shared_s, shared_t = (ids.to(device).long() for ids in (pair.student_ids, pair.teacher_ids))
     if len(segments):
         _check_ids("student_labels", student_labels, placement.student_vocab_size)
+        # partner[student id]: the teacher id of the same bytes, -1 if it is not shared; student_of is the
+        # inverse.
         partner = torch.full((placement.student_vocab_size,), -1, dtype=torch.int64, device=device)
         partner[shared_s] = shared_t
         # An empty or overlapping segment is refused by check_labels; here it only must not fault.
         label_s = student_labels[segments[:, 2].clamp(max=n - 1)]
         label_t = teacher_labels[segments[:, 0].clamp(max=m - 1)]
+        # Columns 0 and 2 of (ts, te, ss, se) are starts, 1 and 3 ends: one label on each side.
         single = ((segments[:, 1::2] - segments[:, 0::2]) == 1).all(1)
         kinds[single & ((partner[label_s] == label_t) | matches_are_shared)] = SegmentKind.SHARED
         if pair.stop_student_id is not None:
@@ -570,7 +578,7 @@ def _byte_order(
 
 
 def _byte_events(student: Side, teacher: Side, *, bounds: str) -> ByteEvents:
-    """Those of the one response that the labels spell."""
+    """The byte events of one response."""
     alignment = align(teacher.table, teacher.ids, student.table, student.ids)
     stopped = student.ids.size and int(student.ids[-1]) in student.table.stop_ids
     spelled, _ = student.table.spell(student.ids[:-1] if stopped else student.ids)
@@ -597,7 +605,7 @@ def _with_bytes(
     teacher_start: int,
     group: dist.ProcessGroup | None,
 ) -> LabelBatch:
-    """The labels with the events, and what the teacher says of them."""
+    """The labels with the events and the teacher's log-probabilities of them."""
     device = labels.student_labels.device
     side = pack_byte_sides([events.teacher], [len(response.teacher_labels)]).to(device)
     masses = slot_log_masses(
@@ -608,7 +616,7 @@ def _with_bytes(
 
 
 def _finish(output: LossOutput, normalizer: float | torch.Tensor | None) -> CrossTokenizerLoss:
-    """Divide once; refuse what is not finite."""
+    """Divide once. Raises ValueError if the sum is not finite."""
     if not bool(torch.isfinite(output.sum)):
         raise ValueError(
             f"the loss is {float(output.sum.detach())}: nan or inf in the logits of either model, or a "
@@ -626,7 +634,7 @@ def _finish(output: LossOutput, normalizer: float | torch.Tensor | None) -> Cros
 
 
 def _check_applies(options: InterfaceConfig) -> None:
-    """These options are read where a run makes its segments."""
+    """Raises ValueError for options that only a run reads, when it makes its segments."""
     of_a_run = ("drop_units", "random_units", "unit_weight", "mask_whitespace", "stop_bridge", "shared")
     method, default = options.method(), InterfaceConfig()
     changed = [name for name in of_a_run if getattr(method, name) != getattr(default, name)]

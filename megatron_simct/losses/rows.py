@@ -46,7 +46,7 @@ SideName = Literal["student", "teacher"]
 NOTHING = torch.zeros(0)
 """A statistic that the interface's passes do not take."""
 ALL_TOKENS = 1 << 30
-"""A number of likeliest tokens: the whole vocabulary."""
+"""As a k of the most likely tokens: the whole vocabulary."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +65,7 @@ class RowNeeds:
     """The labels whose rows need the whole softmax in the gradient: of units, the first ones or all of every
     used segment, or simply all."""
     special: Literal["none", "replaced", "first"] = "none"
-    """Columns that are told apart in a unit's row: the shared token of the same bytes, or
+    """Columns that are kept apart in a unit's row: the shared token of the same bytes, or
     FirstTokens.special.
     """
     raw: bool = False
@@ -100,12 +100,12 @@ class RowValues:
     """What a value function returns."""
 
     value: torch.Tensor
-    """[A], nats, not weighted yet; without segments, [N]. Of any value where the row's weight is 0."""
+    """[A], nats, not weighted yet; without segments, [N]. Any value where the row's weight is 0."""
     student_mass: torch.Tensor | None = None
     """[A]: the student's probability of the compared tokens at the first row; None: it compares none."""
     teacher_mass: torch.Tensor | None = None
     units: torch.Tensor | None = None
-    """[S]: the loss of units that are no rows; of any value elsewhere."""
+    """[S]: the loss of units without a row; any value elsewhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +113,7 @@ class Statistics:
     """Row statistics after all-reduce; identical on every rank."""
 
     label_max: torch.Tensor
-    """[N], the largest logit of each student row (0 where there is none)."""
+    """[N], the largest logit of each student row (0 if there is none)."""
     label_log_sum: torch.Tensor
     """[N], log of the sum of e^(z - label_max) over the real vocabulary."""
     own: torch.Tensor
@@ -124,7 +124,7 @@ class Statistics:
     """bool [A]: whether both models find the same of the compared tokens likeliest, special columns left out.
     """
     student_max: torch.Tensor = NOTHING
-    """[A], of the scores of the shared tokens, special columns left out (0 where there is none)."""
+    """[A], of the scores of the shared tokens, special columns left out (0 if there is none)."""
     teacher_max: torch.Tensor = NOTHING
     """[A]"""
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -164,7 +164,7 @@ class Rows:
     teacher_lse: torch.Tensor
     """[M]"""
     deficits: Callable[[Norms], list[torch.Tensor]] | None = None
-    """The pass that js needs."""
+    """The additional pass over the tiles that js needs."""
     shared: tuple[Norms, torch.Tensor, torch.Tensor] | None = field(init=False, default=None)
     """After `divergence`: norms, offset, and a leaf whose gradient is the scale of the shared columns'
     gradient.
@@ -174,6 +174,8 @@ class Rows:
         stats, self.segments = self.statistics, self.labels.segments
         self.has_unit = (self.labels.kinds == SegmentKind.UNIT)[self.chosen]
         self.used = self.weight != 0
+        # Each number of pass 1 is a leaf of autograd: the value function is differentiated by these alone,
+        # and pass 2 turns their gradients into the logits'.
         self.log_probs = stats.log_probs.detach().requires_grad_()
         self.own = stats.own.detach().requires_grad_()
         self.log_sums = stats.label_log_sum.detach().requires_grad_()
@@ -187,7 +189,7 @@ class Rows:
 
     @property
     def leaves(self) -> dict[str, torch.Tensor]:
-        """What autograd differentiates by."""
+        """The tensors that autograd differentiates with respect to."""
         names = ("log_probs", "own", "log_sums", "special", "outside", "top", "entries")
         return {name: getattr(self, name) for name in names}
 
@@ -198,6 +200,7 @@ class Rows:
 
     def mean(self, values: torch.Tensor, side: SideName) -> torch.Tensor:
         """[N] or [M] -> [A]: the mean over the labels of each row's segment."""
+        # Columns of a segment: ts, te, ss, se.
         column = 0 if side == "teacher" else 2
         starts, ends = self.segments[:, column], self.segments[:, column + 1]
         return segment_mean(values, starts, ends)[self.chosen]
@@ -261,11 +264,14 @@ class Rows:
         rows.
         """
         stats, temperature = self.statistics, self.config.temperature
+        # At temperature 1 the sums of the scores are sums of probabilities; else pass 1 summed the masses, of
+        # e^(temperature * score), beside them.
         names = ("z_s", "z_t") if temperature == 1 else ("mass_s", "mass_t")
         log_sum, label_max = stats.label_log_sum[self.start], stats.label_max[self.start]
         teacher_lse = self.teacher_lse[self.teacher_start]
         student = stats.sums[names[0]] * (temperature * stats.student_max - label_max - log_sum).exp()
         teacher = stats.sums[names[1]] * (temperature * stats.teacher_max - teacher_lse).exp()
+        # Special columns belong to the dense first rows, which are the last `num_first` of the A rows.
         num_first = len(stats.special_student)
         if stats.special_student.numel():
             first = slice(len(student) - num_first, None)
@@ -280,6 +286,7 @@ class Rows:
         least = self.config.min_teacher_mass
         if least <= 0 or teacher_mass is None:
             return self.weight
+        # The unit counts as one more token, with the geometric mean of its labels' probabilities.
         unit_mass = self.mean(self.teacher_log_probs, "teacher").exp().masked_fill(~self.has_unit, 0)
         return torch.where((teacher_mass + unit_mass).clamp(max=1) < least, 0, self.weight)
 
@@ -288,7 +295,7 @@ class _Divergence(torch.autograd.Function):
     """Value [A] and offset [A] of a divergence; by hand, as the three differ from a constant by what is left
     of large sums: js is made of deficits (`mean_deficits`), and autograd would round their difference away.
 
-    The gradient by `scale`, which is no input of the value, is the factor of the shared columns' gradient."""
+    The value does not depend on `scale`: its "gradient" is the factor of the shared columns' gradient."""
 
     @staticmethod
     def forward(
@@ -327,7 +334,7 @@ def log_add(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def is_row(kinds: torch.Tensor, needs: RowNeeds) -> torch.Tensor:
-    """[S] -> bool [S]: which segments the interface uses."""
+    """[S] -> bool [S]: the segments that the interface uses."""
     if not needs.segments:
         return torch.zeros_like(kinds, dtype=torch.bool)
     return (kinds != SegmentKind.UNIT) | needs.units
@@ -338,10 +345,10 @@ def segment_mean(values: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor)
 
     Every rank adds in the same order.
     """
+    # start_0, end_0, start_1, end_1, ...: borders that cut [0, n) into gaps and segments by turns.
     borders = torch.stack([starts, ends], dim=1).flatten()
     offsets = torch.cat([borders.new_zeros(1), borders, borders.new_full((1,), len(values))])
-    # Pieces 1, 3, 5, ... are the segments, those between them the gaps. `unsafe` leaves out a check on the
-    # host.
+    # Pieces 1, 3, 5, ... are the segments. `unsafe` skips a check that waits for the device.
     sums = torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True, initial=0)[1::2]
     return sums / (ends - starts)
 
@@ -352,6 +359,7 @@ def segments_to_labels(
     """[S] -> [count]: each segment's value at each of its labels, 0 outside of segments."""
     if len(values) == 0:
         return values.new_zeros(count)
+    # The last segment that starts at or before each label; `inside`: whether it reaches the label.
     position = torch.arange(count, device=values.device)
     segment = (torch.searchsorted(starts.contiguous(), position, right=True) - 1).clamp(min=0)
     inside = (position >= starts[segment]) & (position < ends[segment])

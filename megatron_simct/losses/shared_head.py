@@ -77,9 +77,12 @@ class SharedColumns:
                 f"shared columns must ascend, each student token once: {two} follows {one} at place "
                 f"{wrong[0] + 1}"
             )
+        # position is the inverse of `columns`: local student column -> shared token.
         position = np.full(width, -1, dtype=np.int64)
         position[placement.columns] = np.arange(num_columns)
         several = np.flatnonzero(counts > 1)
+        # Tokens with several rows (the stop token) as a rectangle [q, k]: row numbers offset + 0, 1, ..., and
+        # the first one again where a token has fewer than k.
         step = np.arange(counts[several].max(initial=1))[None, :]
         filled = step >= counts[several][:, None]
         several_rows = offsets[several][:, None] + np.where(filled, 0, step)
@@ -112,6 +115,7 @@ class SharedColumns:
         low, high = np.searchsorted(self.several, [first, last])
         if low == high:
             return teacher_logits
+        # teacher_logits begins at the first row of shared token `first`: row numbers are relative to it.
         top = int(self.row_offsets[first])
         scores = teacher_logits.index_select(1, self.first_row[first:last] - top)
         rows = teacher_logits[:, self.several_rows[low:high] - top]
@@ -173,6 +177,7 @@ class GivenScores:
     def scores(self, first: int, last: int, rows: slice) -> torch.Tensor:
         """See HeadScores.scores."""
         low, high = int(self._columns.row_offsets[first]), int(self._columns.row_offsets[last])
+        # A view if the wanted rows follow one another in memory, else a copy.
         place = in_place(self._places[rows])
         logits = self._logits.index_select(0, self._index[rows]) if place is None else self._logits[place]
         if self._teacher_rows is None:
@@ -226,6 +231,7 @@ def gather_shared_head(
     # Ask: ids sorted by owner, so that what is meant for one rank is one piece.
     owner = torch.div(ids, shard_size, rounding_mode="floor")
     order = torch.argsort(owner, stable=True)
+    # asked[j]: rows that this rank wants of rank j; to_answer[j]: rows that rank j wants of this one.
     asked = torch.bincount(owner, minlength=world_size)
     to_answer = torch.empty_like(asked)
     dist.all_to_all_single(to_answer, asked, group=group)
@@ -237,6 +243,7 @@ def gather_shared_head(
     answers = source.index_select(0, requests - teacher_shard_start)
     received = source.new_empty(len(ids), source.shape[1])
     dist.all_to_all_single(received, answers, asked_sizes, answer_sizes, group=group)
+    # received[i] is the row of the i-th sorted id: back to the order in which they are wanted.
     weight = torch.empty_like(received)
     weight[order] = received
     return SharedHead(weight=weight, columns=columns)

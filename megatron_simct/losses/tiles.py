@@ -68,7 +68,7 @@ class GivenLogits:
         """logits [n, W] before the soft-cap; the first `num_columns` columns are real.
 
         order [n], a permutation: row i of this source is row order[i] of `logits`; None is the identity. Rows
-        that are asked for by a slice must follow one another in `logits` too: `runs` says where they do.
+        that are requested by a slice must be consecutive in `logits` too: `runs` returns such slices.
         """
         self.num_rows, self.num_columns = logits.shape[0], num_columns
         self.dtype = statistics_dtype(logits)
@@ -86,9 +86,10 @@ class GivenLogits:
         )
 
     def runs(self) -> list[slice]:
-        """All rows, cut where two that follow one another here do not in memory."""
+        """All rows, as slices that are consecutive in memory."""
         if self.num_rows == 0:
             return []
+        # A run ends where the next row of this source is not the next row in memory.
         borders = [i for i in range(1, self.num_rows) if self._positions[i] != self._positions[i - 1] + 1]
         return [slice(*ends) for ends in zip([0, *borders], [*borders, self.num_rows], strict=True)]
 
@@ -137,9 +138,10 @@ class GivenLogits:
         """Add [n, k], the gradient with respect to the capped logits at local columns int64 [n, k], each row
         its own.
 
-        Entries with gradient 0 are left out whatever their column says, as long as it is a real one.
+        Entries with gradient 0 may name any real column.
         """
         order = torch.arange(self.num_rows, device=self.device) if self._order is None else self._order
+        # [n, 1] rows in memory beside [n, k] columns: entry (i, j) is column columns[i, j] of row i.
         index = (order[rows].unsqueeze(1), columns)
         if self.soft_cap is not None:
             capped = soft_cap(self._logits[index].to(self.dtype), self.soft_cap)
@@ -154,7 +156,7 @@ class GivenLogits:
         return _KnownGradient.apply(value, self._gradient, self._input)
 
     def _memory_slice(self, rows: slice) -> slice:
-        """Where these rows are in memory."""
+        """The slice of `logits` that holds these rows."""
         place = in_place(self._positions[rows])
         assert place is not None, f"rows {rows} do not follow one another in memory"
         return place
@@ -197,6 +199,7 @@ class OutputLayer:
         if enabled and hidden.requires_grad:
             self._hidden_gradient = torch.zeros_like(self._hidden, dtype=self.dtype)
         if enabled and weight.requires_grad:
+            # Megatron's DDP gives each parameter a gradient buffer, main_grad, and this mark.
             self._in_main_grad = weight.is_leaf and hasattr(weight, "grad_added_to_main_grad")
             if self._in_main_grad:
                 self._weight_gradient = weight.main_grad  # type: ignore[attr-defined]  # of Megatron's DDP
@@ -225,6 +228,7 @@ class OutputLayer:
         weight = self._weight[start:end]
         gradient = self._add_to_hidden(weight, gradient, rows)
         if self._weight_gradient is not None:
+            # dL/dW of the tile's rows is gradient^T hidden; in one operation if the types agree.
             target = self._weight_gradient[start:end]
             if target.dtype == gradient.dtype:
                 target.addmm_(gradient.t(), self._hidden[rows])
@@ -263,6 +267,8 @@ class OutputLayer:
         of_hidden = self._hidden_gradient
         if of_hidden is not None:
             if self._order is not None:
+                # Back from this source's order to the caller's: row i of the source is row order[i] of
+                # `hidden`.
                 of_hidden = torch.empty_like(of_hidden).index_copy_(0, self._order, of_hidden)
             of_hidden = of_hidden.to(hidden.dtype)
         if self._in_main_grad:
@@ -321,11 +327,13 @@ def top_k_log_probs(
     names = torch.zeros(best.shape, dtype=torch.int64, device=source.device)
     for start in range(0, source.num_columns, TOP_COLUMNS):
         end = min(start + TOP_COLUMNS, source.num_columns)
+        # The k best so far compete with the tile; `chosen` indexes both, one behind the other.
         best, chosen = torch.cat([best, source.logits(start, end)], dim=1).topk(k, dim=1)
         if ids:
             of_tile = torch.arange(start, end, device=names.device) + shard_start
             names = torch.cat([names, of_tile.expand(len(names), -1)], dim=1).gather(1, chosen)
     if group is not None and dist.get_world_size(group) > 1:
+        # The k best of all columns are among the k best of each rank.
         best, chosen = _gathered(best, group).topk(k, dim=1)
         names = _gathered(names, group).gather(1, chosen) if ids else names
     return best - lse.unsqueeze(1), names if ids else None
@@ -359,7 +367,7 @@ class _KnownGradient(torch.autograd.Function):
 
 
 class _KnownGradients(torch.autograd.Function):
-    """`value` as a function of hidden states and an output weight with known gradients; None where not
+    """`value` as a function of hidden states and an output weight with known gradients; None if not
     needed.
     """
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_simct.losses.rows import Statistics
-from megatron_simct.losses.two_pass import GradientWeights, Tiles, common
+from megatron_simct.losses.two_pass import GradientWeights, Tiles, common, relative
 from megatron_simct.losses.vocab_parallel import (
     NEGATIVE_INFINITY,
     LabelSums,
@@ -45,7 +45,7 @@ class TopColumns(Tiles):
             logits = self._source.read(start, end, chunk)
             teacher, index = self._teacher_tile(chunk, start, end)
             for rows in self._blocks(chunk.start, chunk.stop, end - start):
-                block = logits[rows.start - chunk.start : rows.stop - chunk.start]
+                block = logits[relative(rows, chunk)]
                 seen.add(block, rows, start)
                 shared = common(rows, slice(0, self._plan.num_shared))
                 if shared is None:
@@ -54,7 +54,7 @@ class TopColumns(Tiles):
                 if self._teacher is None:
                     self._keep(block, None, torch.arange(start, end, device=block.device), shared)
                 elif teacher is not None and index is not None:
-                    t = teacher[shared.start - chunk.start : shared.stop - chunk.start]
+                    t = teacher[relative(shared, chunk)]
                     self._keep(block.gather(1, index.expand(len(block), -1)), t, index + start, shared)
         (label_max,) = reduce_packed([seen.exponentials.maxima], dist.ReduceOp.MAX, self._group)
         label_max = finite_reference(label_max)
@@ -76,6 +76,7 @@ class TopColumns(Tiles):
     ) -> None:
         """The largest of those so far and the scores [rows, c] of local columns int64 [c]."""
         k = self._scores.shape[1]
+        # The k best so far compete with the tile; `chosen` indexes both, one behind the other.
         values, chosen = torch.cat([self._scores[rows], student], dim=1).topk(k, dim=1)
         columns = torch.cat([self._local[rows], columns.expand(len(student), -1)], dim=1)
         self._scores[rows], self._local[rows] = values, columns.gather(1, chosen)
@@ -91,11 +92,14 @@ class TopColumns(Tiles):
         if group is not None:
             rank = dist.get_rank(group)
             both = torch.stack([student, teacher])
+            # Both models' scores of every rank's k best columns, side by side: entry r k + i is rank r's
+            # i-th.
             everybody = [torch.empty_like(both) for _ in range(dist.get_world_size(group))]
             dist.all_gather(everybody, both, group=group)
             student, teacher = torch.cat(everybody, dim=2).unbind(0)
         values, chosen = student.topk(k, dim=1)
         self._is_local = (chosen // k == rank) & (values > NEGATIVE_INFINITY)
+        # Where the result is this rank's column, its number here; 0, which is masked, elsewhere.
         self._local = torch.where(
             self._is_local, self._local.gather(1, torch.where(self._is_local, chosen % k, 0)), 0
         )
@@ -107,6 +111,7 @@ class TopColumns(Tiles):
         assert top_weight is not None, "top columns have a gradient"
         top_weight = torch.where(self._is_local, top_weight, 0)
         own, label_max = weights.own_weight[plan.order], statistics.label_max[plan.order]
+        # softmax(z) = e^(z - label_max) / e^(label_log_sum): the division is part of the weight of a row.
         softmax = (weights.softmax_weight * (-statistics.label_log_sum).exp())[plan.order]
         for chunk, start, end in self._tiles():
             dense = common(chunk, plan.dense)
@@ -114,11 +119,12 @@ class TopColumns(Tiles):
                 continue
             logits = source.logits(start, end, dense)
             for rows in self._blocks(dense.start, dense.stop, end - start):
-                block = logits[rows.start - dense.start : rows.stop - dense.start]
+                block = logits[relative(rows, dense)]
                 block.sub_(label_max[rows].unsqueeze(1)).exp_().mul_(softmax[rows].unsqueeze(1))
                 add_at_(block, self._labels[rows].unsqueeze(1) - start, own[rows].unsqueeze(1))
                 shared = common(rows, slice(0, plan.num_shared))
                 if shared is not None:
+                    # -1 lies outside of every tile: columns of other ranks add nothing.
                     columns = torch.where(self._is_local[shared], self._local[shared] - start, -1)
                     add_at_(block[: shared.stop - shared.start], columns, top_weight[shared])
             source.add_gradient(start, end, logits, dense)

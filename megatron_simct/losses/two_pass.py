@@ -104,11 +104,13 @@ class RowPlan:
         num_rows = len(dense)
         segments = shared.nonzero().squeeze(1)
         rows = starts[segments]
+        # Sparse first rows go before dense ones, each kind in the order of the segments.
         first_dense = dense[rows] if len(rows) else rows.bool()
         segments = torch.cat([segments[~first_dense], segments[first_dense]])
         rows = starts[segments]
         num_first = int(first_dense.sum())
         is_first = torch.zeros_like(dense).index_fill_(0, rows, True)
+        # Dense rows other than first rows: the later labels of units, for example.
         others = (dense & ~is_first).nonzero().squeeze(1)
         rest = (~dense & ~is_first).nonzero().squeeze(1)
         num_sparse = len(rows) - num_first
@@ -149,7 +151,7 @@ class GradientWeights:
 
 
 class Tiles:
-    """How the rows and columns of one micro-batch on one rank are gone through."""
+    """Iterates over tiles and blocks of one micro-batch's logits on one rank."""
 
     def __init__(
         self,
@@ -165,11 +167,12 @@ class Tiles:
     ) -> None:
         """source reads rows in the plan's order; teacher gives the scores of the shared rows in that order.
 
-        labels int64 [N], in the student's order. teacher is None where no scores of shared tokens are read.
+        labels int64 [N], in the student's order. teacher is None if no scores of shared tokens are read.
         """
         if source.device.type == "cpu":
             _keep_freed_memory()
         self._source, self._teacher, self._plan, self._columns = source, teacher, plan, columns
+        # Local columns; a label of another rank lies outside of [0, W).
         self._labels = labels[plan.order] - shard_start
         self._shard_start, self._group = shard_start, group
         self._empty = torch.zeros(0, dtype=source.dtype, device=source.device)
@@ -178,6 +181,7 @@ class Tiles:
         width = (memory_mib << 20) // max(1, 2 * num_rows * self._empty.element_size())
         self._width = max(MIN_TILE_COLUMNS, min(MAX_TILE_COLUMNS, width))
         self._height = max(1, source.num_rows)
+        # Logits that exist are read along the memory: all columns of as many rows as stay in the cache.
         if source.rows_first:
             self._width = max(1, source.num_columns)
             self._height = max(1, ROWS_FIRST_ELEMENTS // self._width)
@@ -196,11 +200,10 @@ class Tiles:
 
     def _blocks(self, start: int, stop: int, width: int) -> Iterator[slice]:
         """Rows [start, stop) in blocks; a block is either before, in or behind the dense first rows."""
-        size = (
-            max(1, CACHED_ELEMENTS // max(1, width))
-            if self._source.device.type == "cpu"
-            else max(1, stop - start)
-        )
+        size = max(1, stop - start)
+        if self._source.device.type == "cpu":
+            size = max(1, CACHED_ELEMENTS // max(1, width))
+        # A block never crosses a border between kinds of rows, so all its rows have the same needs.
         borders = [b for b in (self._plan.num_sparse, self._plan.num_shared) if start < b < stop]
         for low, high in zip([start, *borders], [*borders, stop], strict=True):
             for top in range(low, high, size):
@@ -217,6 +220,7 @@ class Tiles:
             return None, None
         assert self._columns is not None, "a teacher's scores need their columns"
         first, last = self._columns.within(start, end)
+        # Columns [start, end) of the student hold the shared tokens [first, last), because both ascend.
         if first == last:
             return None, None
         return self._teacher.scores(first, last, rows), self._columns.student[first:last] - start
@@ -273,6 +277,7 @@ class TwoPass(Tiles):
         running = RunningSums(
             plan.num_shared, divergence=self._divergence, temperature=self._temperature, like=self._empty
         )
+        # [F, K]. At most one rank holds a special column; the others keep -inf, so a MAX joins them.
         special_s = self._empty.new_full(plan.special.shape, NEGATIVE_INFINITY)
         special_t = torch.full_like(special_s, NEGATIVE_INFINITY)
         outside = self._empty.new_zeros(plan.num_shared if self._outside else 0)
@@ -280,12 +285,14 @@ class TwoPass(Tiles):
             logits = source.read(start, end, chunk)
             teacher, index = self._teacher_tile(chunk, start, end)
             for rows in self._blocks(chunk.start, chunk.stop, end - start):
-                block = logits[rows.start - chunk.start : rows.stop - chunk.start]
+                block = logits[relative(rows, chunk)]
                 shared = slice(rows.start, min(rows.stop, plan.num_shared))
+                # Shared rows come first in the plan's order, so they are the first `num_shared` rows of the
+                # block.
                 num_shared = shared.stop - shared.start
                 if teacher is not None and index is not None and num_shared > 0:
                     s = block[:num_shared].gather(1, index.expand(num_shared, -1))
-                    t = teacher[shared.start - chunk.start : shared.stop - chunk.start]
+                    t = teacher[relative(shared, chunk)]
                     self._mask_special(s, t, shared, start, end, read=(special_s, special_t))
                     running.add(self._scaled(s), self._scaled(t), shared)
                 exponentials, shrink = seen.add(block, rows, start)
@@ -314,6 +321,7 @@ class TwoPass(Tiles):
             dist.ReduceOp.MAX,
             self._group,
         )
+        # Sums are relative to this rank's maxima: make them relative to those of all ranks, then add.
         label_max = finite_reference(label_max)
         shrink = seen.exponentials.shrink_to(label_max)
         outside = outside * shrink[: len(outside)]
@@ -349,10 +357,11 @@ class TwoPass(Tiles):
 
     def _without_special_(self, values: torch.Tensor, rows: slice, start: int) -> None:
         """Put 0 at the special columns of a block of first rows; values [rows, w] from column `start` on."""
+        # With `outside` no row is sparse, so first row i of the plan is row i of `special`.
         special = self._plan.special[rows] - self._shard_start - start
         is_local = (special >= 0) & (special < values.shape[1])
         places = special.clamp(0, values.shape[1] - 1)
-        # one at a time: two may name the same place, one of them to leave it alone
+        # One column at a time: clamped places may coincide, and one write must not undo another.
         for k in range(places.shape[1]):
             column = places[:, k : k + 1]
             values.scatter_(1, column, values.gather(1, column).masked_fill(is_local[:, k : k + 1], 0))
@@ -365,6 +374,7 @@ class TwoPass(Tiles):
             teacher, index = self._teacher_tile(chunk, start, end)
             if teacher is None or index is None:
                 continue
+            # Sparse rows are read at the shared columns only; dense first rows at all columns of the tile.
             # The same products as in pass 2: what js subtracts must be rounded alike.
             pieces: list[tuple[slice, torch.Tensor]] = []
             sparse, dense = common(chunk, self._sparse), common(chunk, plan.dense)
@@ -376,8 +386,8 @@ class TwoPass(Tiles):
                 pieces.append((first, logits.gather(1, index.expand(len(logits), -1))))
             for piece, student in pieces:
                 for rows in self._blocks(piece.start, piece.stop, student.shape[1]):
-                    s = student[rows.start - piece.start : rows.stop - piece.start]
-                    t = teacher[rows.start - chunk.start : rows.stop - chunk.start]
+                    s = student[relative(rows, piece)]
+                    t = teacher[relative(rows, chunk)]
                     self._mask_special(s, t, rows, start, end)
                     row_norms = norms.at(rows)
                     log_p = (
@@ -400,11 +410,12 @@ class TwoPass(Tiles):
         order = plan.order
         own = weights.own_weight[order]
         label_max = statistics.label_max[order]
+        # softmax(z) = e^(z - label_max) / e^(label_log_sum): the division is part of the weight of a row.
         over_sum = (-statistics.label_log_sum).exp()
         softmax = (weights.softmax_weight * over_sum)[order]
-        all_columns = (
-            None if weights.all_columns_weight is None else (weights.all_columns_weight * over_sum)[order]
-        )
+        all_columns = weights.all_columns_weight
+        if all_columns is not None:
+            all_columns = (all_columns * over_sum)[order]
         for chunk, start, end in self._tiles():
             teacher, index = self._teacher_tile(chunk, start, end)
             sparse, dense = common(chunk, self._sparse), common(chunk, plan.dense)
@@ -412,7 +423,7 @@ class TwoPass(Tiles):
                 columns = index + start  # one tensor for both calls: an output layer gathers its rows once
                 student = source.logits_at(columns, sparse)
                 for rows in self._blocks(sparse.start, sparse.stop, student.shape[1]):
-                    block_rows = slice(rows.start - sparse.start, rows.stop - sparse.start)
+                    block_rows = relative(rows, sparse)
                     self._shared_gradient_(student[block_rows], teacher[block_rows], rows, weights)
                 source.add_gradient_at(columns, student, sparse)
             if dense is not None:
@@ -421,6 +432,7 @@ class TwoPass(Tiles):
                 self._dense_tile(
                     dense, start, end, of_dense, index, weights, own, softmax, all_columns, label_max
                 )
+        # Dense tiles have added the labels' own gradient at dense rows.
         if weights.own_outside_dense:
             own[plan.dense] = 0
             self._add_own(own)
@@ -442,13 +454,14 @@ class TwoPass(Tiles):
         plan = self._plan
         logits = self._source.logits(start, end, dense)
         for rows in self._blocks(dense.start, dense.stop, end - start):
-            block = logits[rows.start - dense.start : rows.stop - dense.start]
+            block = logits[relative(rows, dense)]
             shared = slice(rows.start, min(rows.stop, plan.num_shared))
+            # The gradient at the shared columns is made before the logits of the block become e^(z - max).
             gradient = None
             if teacher is not None and index is not None and shared.start < shared.stop:
                 index_of_rows = index.expand(shared.stop - shared.start, -1)
                 s = block[: len(index_of_rows)].gather(1, index_of_rows)
-                t = teacher[shared.start - dense.start : shared.stop - dense.start]
+                t = teacher[relative(shared, dense)]
                 self._mask_special(s, t, shared, start, end)
                 gradient = self._shared_gradient_(s, t, shared, weights)
             block.sub_(label_max[rows].unsqueeze(1)).exp_()
@@ -456,7 +469,11 @@ class TwoPass(Tiles):
             if all_columns is not None and shared.start < shared.stop:
                 of_all_columns = block[: shared.stop - shared.start] * all_columns[shared].unsqueeze(1)
             block.mul_(softmax[rows].unsqueeze(1))
+            # With `outside` the softmax term is for unshared columns alone: special ones get 0 here, and the
+            # shared ones are overwritten, not added to.
             if self._outside and shared.start < shared.stop:
+                # The softmax term is for unshared columns alone: special columns get 0 here, and the shared
+                # ones are overwritten below, not added to.
                 self._without_special_(block[: shared.stop - shared.start], shared, start)
             if gradient is not None:
                 if self._outside:
@@ -467,7 +484,7 @@ class TwoPass(Tiles):
                 block[: len(of_all_columns)].add_(of_all_columns)
             add_at_(block, self._labels[rows].unsqueeze(1) - start, own[rows].unsqueeze(1))
             if weights.special_weight is not None and shared.start < shared.stop:
-                first = slice(shared.start - plan.num_sparse, shared.stop - plan.num_sparse)
+                first = relative(shared, plan.dense)
                 special = plan.special[first] - self._shard_start - start
                 values = torch.where(plan.special[first] >= 0, weights.special_weight[first], 0)
                 add_at_(block[: shared.stop - shared.start], special, values)
@@ -476,7 +493,7 @@ class TwoPass(Tiles):
     def _shared_gradient_(
         self, student: torch.Tensor, teacher: torch.Tensor, rows: slice, weights: GradientWeights
     ) -> torch.Tensor:
-        """From a block of both models' logits, in place of the student's."""
+        """The gradient at the shared columns of a block; it overwrites both models' logits."""
         assert weights.shared is not None, "a teacher's scores are compared"
         norms, offset, scale = weights.shared
         return score_gradient_(
@@ -497,6 +514,7 @@ class TwoPass(Tiles):
         if ids.numel() == 0:
             return ids
         assert self._columns is not None, "special columns are shared tokens"
+        # Ids outside of this rank's columns, and -1, are clamped for the look-up and masked behind it.
         position = self._columns.position
         local = ids - self._shard_start
         is_local = (ids >= 0) & (local >= 0) & (local < len(position))
@@ -521,7 +539,8 @@ class TwoPass(Tiles):
             return
         assert self._columns is not None, "special columns are shared tokens"
         first, _ = self._columns.within(start, end)
-        chosen = slice(rows.start - plan.num_sparse, rows.stop - plan.num_sparse)
+        chosen = relative(rows, plan.dense)
+        # Places in the block, whose columns are the shared tokens [first, first + c).
         position = self._special_position[chosen] - first
         is_local = (position >= 0) & (position < student.shape[1])
         index = position.clamp(0, student.shape[1] - 1)
@@ -529,7 +548,7 @@ class TwoPass(Tiles):
         if read is not None:
             read[0][chosen] = torch.where(is_local, values_s, read[0][chosen])
             read[1][chosen] = torch.where(is_local, values_t, read[1][chosen])
-        # one at a time: two may name the same place, one of them to leave it alone
+        # One column at a time: clamped places may coincide, and one write must not undo another.
         for k in range(index.shape[1]):
             for block in (student, teacher):
                 current = block.gather(1, index[:, k : k + 1])
@@ -548,7 +567,12 @@ def _keep_freed_memory() -> None:
     torch.empty(31 << 20, dtype=torch.uint8)
 
 
+def relative(rows: slice, outer: slice) -> slice:
+    """The same rows, counted from the first row of `outer`."""
+    return slice(rows.start - outer.start, rows.stop - outer.start)
+
+
 def common(a: slice, b: slice) -> slice | None:
-    """The rows of both, None for none."""
+    """The rows of both slices; None if they have none in common."""
     both = slice(max(a.start, b.start), min(a.stop, b.stop))
     return both if both.start < both.stop else None

@@ -66,9 +66,7 @@ def finite_reference(maxima: torch.Tensor) -> torch.Tensor:
 
 
 def in_place(rows: list[int]) -> slice | None:
-    """The rows of a tensor as a slice, of which a view can be had, where each follows the one before; else
-    None.
-    """
+    """The rows as a slice, which selects a view, if they are consecutive; else None."""
     first = rows[0] if rows else 0
     return slice(first, first + len(rows)) if rows == list(range(first, first + len(rows))) else None
 
@@ -101,6 +99,8 @@ class OnlineLogSumExp:
         sums shrank by."""
         maxima = torch.maximum(self.maxima[rows], row_maxima(tile))
         reference = finite_reference(maxima)
+        # Older sums are relative to the old maximum: multiplied by e^(old - new) they are relative to the
+        # new.
         shrink = (self.maxima[rows] - reference).exp()
         exponentials = (tile - reference.unsqueeze(1)).exp_()
         self.sums[rows] *= shrink
@@ -109,7 +109,7 @@ class OnlineLogSumExp:
         return exponentials, shrink
 
     def shrink_to(self, maxima: torch.Tensor) -> torch.Tensor:
-        """Make the sums relative to maxima that are no smaller, such as those of all ranks; returns the
+        """Make the sums relative to larger or equal maxima, such as those of all ranks; returns the
         factor.
         """
         shrink = (self.maxima - maxima).exp()
@@ -123,6 +123,7 @@ def own_logits(logits: torch.Tensor, labels: torch.Tensor, shard_start: int) -> 
     """
     if logits.shape[1] == 0:
         return logits.new_zeros(logits.shape[0])
+    # A label of another rank lies outside of [0, w): clamped for the look-up, and masked behind it.
     local = labels - shard_start
     is_local = (local >= 0) & (local < logits.shape[1])
     own = logits.gather(1, local.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
@@ -131,6 +132,7 @@ def own_logits(logits: torch.Tensor, labels: torch.Tensor, shard_start: int) -> 
 
 def add_at_(block: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) -> None:
     """block[i, columns[i, k]] += values[i, k] where the column is one of the block."""
+    # Columns outside of the block add 0 to the nearest column in it.
     is_local = (columns >= 0) & (columns < block.shape[1])
     block.scatter_add_(
         1, columns.clamp(0, block.shape[1] - 1), torch.where(is_local, values, 0).to(block.dtype)

@@ -1,4 +1,4 @@
-"""Attention in torch's own operations, on any device: in the place of Megatron's DotProductAttention.
+"""Attention in torch's own operations, on any device: replaces Megatron's DotProductAttention.
 
     score(q, k) = scale * <q, k>, then cap * tanh(score / cap) where the architecture has a soft-cap
     weight(q, k) = exp score(q, k) / sum of these over the visible keys, and over exp(sink) where a head has
@@ -47,8 +47,9 @@ class SelfAttention(MegatronSelfAttention):
         whole_norms: tuple[Callable[..., torch.nn.Module], ...] | None = None,
         **kwargs: Any,
     ) -> None:
-        """rope_index: its place among those of Rotary. None: the layer has no rotary embedding. whole_norms:
-        of all heads of queries, and of keys, together; Megatron has norms of single heads only."""
+        """rope_index: the index of its angles in Rotary's output. None: the layer has no rotary embedding.
+        whole_norms: of all heads of queries, and of keys, together; Megatron has norms of single heads
+        only."""
         super().__init__(*args, **kwargs)
         if whole_norms is not None:
             self.q_layernorm, self.k_layernorm = (
@@ -91,7 +92,7 @@ class CoreAttention(torch.nn.Module):
         config: TransformerConfig | None = None,
         **_: Any,
     ) -> None:
-        """sinks: query heads that have one, 0 or all. Megatron's other arguments say what these do."""
+        """sinks: number of query heads with a sink, 0 or all. Other arguments: see Megatron."""
         super().__init__()
         self.sinks = None
         if sinks and config is not None:
@@ -102,7 +103,7 @@ class CoreAttention(torch.nn.Module):
         self._scale = scale
         self._cap = cap
         self._growing = rope if rope is not None and rope.query_growth else None
-        # In a tuple, so that their weights stay parameters of SelfAttention alone.
+        # In a tuple, so that their weights are parameters of SelfAttention only.
         self.norms_after_rope: tuple[RMSNorm, ...] = ()
 
     def forward(
@@ -117,10 +118,10 @@ class CoreAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """[S, B, n, d], [K, B, g, d], [K, B, g, d] -> [S, B, n * d].
 
-        packed_seq_params: where the tokens stand. None: each row is a sequence, the queries the last S of the
+        packed_seq_params: the sequences. None: each row is a sequence, the queries the last S of the
         K.
         """
-        assert attention_mask is None, "a Layout says what is seen"
+        assert attention_mask is None, "the Layout defines the masks"
         query = self._weighted(query)
         layout = packed_seq_params
         if layout is None:
@@ -201,7 +202,7 @@ class CoreAttention(torch.nn.Module):
 
 
 def grown(positions: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """What queries at these positions are multiplied by, float32."""
+    """float32: the factor of queries at these positions."""
     return 1 + rope.query_growth * torch.log(1 + torch.floor(positions.float() / rope.original_length))
 
 

@@ -50,14 +50,11 @@ class HiddenStateModel(GPTModel):
         self.architecture = architecture
         self.rotary_pos_emb = Rotary(architecture.ropes, longest=longest)
         self.logit_softcap = architecture.final_logit_softcap
-        """Whoever multiplies by `output_weight` bounds the logits: cap * tanh(logit / cap).
-
-        None: not bounded.
-        """
+        """Soft-cap of the logits, cap * tanh(logit / cap), which the caller applies; None: no soft-cap."""
         # As transformers does, the scale is rounded to the embedding's precision.
         scale = torch.tensor(architecture.embedding_scale, dtype=self.config.params_dtype, device="cpu")
         self.embedding_scale = float(scale)
-        """Multiplies the embedding of a token on its way into the first layer."""
+        """Factor of the embedding of a token."""
 
     def _preprocess(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, **kwargs: Any
@@ -71,8 +68,8 @@ class HiddenStateModel(GPTModel):
         if self.post_process and self.architecture.logit_scale != 1.0:
             hidden_states = hidden_states * self.architecture.logit_scale
         if self.post_process and self.config.sequence_parallel:
-            # Whoever reads the whole sequence brings a gradient that is complete on every rank (the loss sums
-            # it over the group), so the way back is this rank's slice, not another sum.
+            # The gradient of the gathered sequence is complete on every rank (the loss sums it over the
+            # group), so the backward pass takes this rank's slice, not another sum.
             return gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )
@@ -106,7 +103,7 @@ class InterleavedModel(torch.nn.ModuleList):
 
     @property
     def stages(self) -> list[HiddenStateModel]:
-        """The pieces as what they are; a ModuleList knows modules only."""
+        """The pieces with their type; a ModuleList has modules."""
         return cast("list[HiddenStateModel]", list(self))
 
     @property
@@ -183,8 +180,8 @@ def build_model(
 ) -> HiddenStateModel | InterleavedModel:
     """This rank's part of the model, with random weights drawn from the seeded generators.
 
-    Without `initialize` the weights are whatever lies in memory, for a caller that fills all of them: drawing
-    takes time, and on a CPU megatron-core draws whole matrices before it splits them.
+    Without `initialize` the weights are uninitialised memory, for a caller that fills all of them: random
+    numbers take time, and on a CPU megatron-core draws full matrices before it splits them.
 
     vocab_size: the tokenizer's ids; the embedding holds at least these, padded. Random weights depend on the
     layout (the halves of a gated MLP are drawn in another order, each stage draws its own, and on a CPU ranks
@@ -232,7 +229,7 @@ def build_model(
             share_embeddings_and_output_weights=architecture.tied_embeddings,
         )
 
-    # whole experts do without sequence parallelism: megatron-core says so of each
+    # megatron-core warns that each expert runs without sequence parallelism
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`")
         model = stage(0) if virtual == 1 else InterleavedModel(stage(chunk) for chunk in range(virtual))
@@ -261,7 +258,7 @@ def _transformer_config(
     options = _of_layers(architecture, parallel)
     has_biases = options.pop("add_bias_linear")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of deprecated defaults of its own
+        warnings.simplefilter("ignore")  # warnings of deprecated defaults of its own
         config = TransformerConfig(
             num_layers=architecture.num_layers,
             hidden_size=architecture.hidden_size,
@@ -285,8 +282,8 @@ def _transformer_config(
             pipeline_dtype=dtype,
             sequence_parallel=parallel.sequence_parallel,
             context_parallel_size=parallel.context_parallel_size,
-            # Stages tell each other the shape of each micro-batch. Megatron wants this dispatcher, dense or
-            # not; under it ranks that share experts may have micro-batches of different shapes.
+            # Stages send each other the shape of each micro-batch. Megatron requires this dispatcher, dense
+            # or not; under it ranks that share experts may have micro-batches of different shapes.
             variable_seq_lengths=True,
             moe_token_dispatcher_type="alltoall",
             **options,
@@ -311,10 +308,10 @@ def _transformer_config(
 
 
 def _of_layers(architecture: Architecture, parallel: ParallelConfig) -> dict[str, Any]:
-    """Options of TransformerConfig that the layers ask for."""
+    """Options of TransformerConfig that the layers need."""
     options: dict[str, Any] = {}
     if len({(type(layer.attention), type(layer.mlp)) for layer in architecture.layers}) > 1:
-        # Else a checkpoint has what all layers call by one name as one tensor, whatever layers have it.
+        # Else a checkpoint stores the parameters of one name of all layers as one tensor.
         options["hetereogenous_dist_checkpoint"] = True  # as megatron-core spells it
     for part in (part for layer in architecture.kinds for part in (layer.attention, layer.mlp)):
         for name, value in part.options().items():
@@ -330,12 +327,12 @@ def _of_layers(architecture: Architecture, parallel: ParallelConfig) -> dict[str
 
 
 def layers_of_stages(architecture: Architecture, parallel: ParallelConfig) -> list[int]:
-    """How many layers each piece of the model has, from the first to the last: stages, or those of an
-    interleaved pipeline, of which rank r of P has the pieces r, r + P, ...
+    """The number of layers of each piece of the model, in order. Pieces are stages, or in an interleaved
+    pipeline parts of them: rank r of P has the pieces r, r + P, ...
 
-    Where stages do not divide the layers and nothing else is said, those in the middle have equally many, and
-    the ends, which have more to do, what is left if the others have one more than they. ValueError, naming
-    the flag.
+    Where stages do not divide the layers and nothing else is given, those in the middle have equally many,
+    and the ends, which have more to do, what is left if the others have one more than they. ValueError,
+    naming the flag.
     """
     layers, stages = architecture.num_layers, parallel.pipeline_model_parallel_size
     if parallel.pipeline_model_parallel_layout is not None:
@@ -351,20 +348,22 @@ def layers_of_stages(architecture: Architecture, parallel: ParallelConfig) -> li
             at_ends = layers - (stages - 2) * (layers // stages)
         first, last = at_ends - at_ends // 2, at_ends // 2
     rest = layers - (first or 0) - (last or 0)
-    others = stages - (first is not None) - (last is not None)
-    if rest < 0 or (rest if others == 0 else rest % others):
+    others = stages - sum(count is not None for count in (first, last))
+    # Without middle stages nothing may be left; else they must share the rest evenly.
+    fits = rest == 0 if others == 0 else rest % others == 0
+    if rest < 0 or not fits:
         flags = {"--decoder-first-pipeline-num-layers": first, "--decoder-last-pipeline-num-layers": last}
         given = " and ".join(f"{flag} {count}" for flag, count in flags.items() if count is not None)
         raise ValueError(
             f"{given}: of {layers} layers {rest} are left for {others} stages, which must have equally many; "
-            "--pipeline-model-parallel-layout can say it for each"
+            "--pipeline-model-parallel-layout can give the layers of each"
         )
     middle = [rest // others] * others if others else []
     return [*([] if first is None else [first]), *middle, *([] if last is None else [last])]
 
 
 def _read_layout(parallel: ParallelConfig, num_layers: int) -> list[int]:
-    """The layers of each piece that --pipeline-model-parallel-layout says."""
+    """The number of layers of each piece, from --pipeline-model-parallel-layout."""
     text = parallel.pipeline_model_parallel_layout or ""
     where = f"--pipeline-model-parallel-layout {text}"
     if not re.fullmatch(r"(?:[EtL|,()]|\*\d{1,4})*", text):
@@ -396,7 +395,7 @@ def _read_layout(parallel: ParallelConfig, num_layers: int) -> list[int]:
 
 
 def _uneven_stages(architecture: Architecture, parallel: ParallelConfig) -> dict[str, Any]:
-    """The option of TransformerConfig where pieces of the model differ in their layers."""
+    """The option of TransformerConfig for pieces with different numbers of layers."""
     counts = layers_of_stages(architecture, parallel)
     if len(set(counts)) == 1:
         return {}
@@ -407,10 +406,10 @@ def _uneven_stages(architecture: Architecture, parallel: ParallelConfig) -> dict
 
 
 def _mark_split(model: torch.nn.Module) -> None:
-    """Say which parameters the tensor-parallel ranks share among them: the gradient norm counts the others
+    """Mark parameters that are split over the tensor-parallel ranks: the gradient norm counts the others
     once.
 
-    megatron-core says so of a weight when it draws it, and not otherwise.
+    megatron-core marks a weight only when it initialises it.
     """
     for module in model.modules():
         dim = 1 if isinstance(module, RowParallelLinear) else 0
@@ -441,14 +440,14 @@ def _layers(
 
 
 def check_divides(architecture: Architecture, parallel: ParallelConfig, *, flag: str) -> None:
-    """ValueError, naming the flag and the number, where the layout does not divide layers, heads or MLP."""
+    """ValueError, naming the flag and the number, if the layout does not divide layers, heads or MLP."""
     pp, virtual = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
     layers = architecture.num_layers
     if virtual > 1 and layers % (pp * virtual) and parallel.pipeline_model_parallel_layout is None:
         raise ValueError(
             f"--pipeline-model-parallel-size {pp} x --num-virtual-stages-per-pipeline-rank {virtual} does "
-            f"not divide num_layers ({layers}) of {flag}; --pipeline-model-parallel-layout can say how many "
-            "each piece has"
+            f"not divide num_layers ({layers}) of {flag}; --pipeline-model-parallel-layout can give the "
+            "layers of each piece"
         )
     if layers < pp:
         raise ValueError(f"--pipeline-model-parallel-size {pp} is more than num_layers ({layers}) of {flag}")

@@ -1,4 +1,4 @@
-"""Gated delta net (arXiv:2412.06464): linear attention whose state is corrected by what it predicts wrongly.
+"""Gated delta net (arXiv:2412.06464): linear attention whose state is corrected by its prediction error.
 
 For each value head a state S [dk, dv], over the tokens of a sequence, from S = 0 on:
 
@@ -107,7 +107,7 @@ class DeltaNet:
         keys, values, each = self.key_heads, self.value_heads, self.value_heads // self.key_heads
 
         def mixed(name: str) -> tuple[Run, ...]:
-            """Queries, keys and values, which one tensor has one after the other."""
+            """Queries, keys and values, which are consecutive in one tensor."""
             return (
                 Run(name, self.channels, 0, self.key_dim),
                 Run(name, self.channels, keys * self.key_dim, self.key_dim),
@@ -171,7 +171,7 @@ class DeltaNet:
 
 
 class GatedDeltaNet(MegatronModule):
-    """See the module. Tensor-parallel ranks have key heads each, with what belongs to them."""
+    """See the module. Each tensor-parallel rank has some key heads, with their value heads and gates."""
 
     @property
     def state_operations(self) -> float:
@@ -183,7 +183,7 @@ class GatedDeltaNet(MegatronModule):
     def __init__(
         self, config: TransformerConfig, layer_number: int, *, delta: DeltaNet, pg_collection: Any, **_: Any
     ) -> None:
-        """Megatron's other arguments are of parts that are not here."""
+        """Other arguments of Megatron's attention are ignored."""
         super().__init__(config=config)
         self.delta = delta
         self.tp_group = pg_collection.tp
@@ -259,7 +259,7 @@ class GatedDeltaNet(MegatronModule):
         return decay, b.flatten(-2).sigmoid().float()
 
     def heads(self, channels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What the convolution gives, [..., channels] -> q, k [..., V, dk], v [..., V, dv], float32.
+        """The output of the convolution, [..., channels] -> q, k [..., V, dk], v [..., V, dv], float32.
 
         q and k have the length 1, q over the root of dk.
         """
@@ -284,10 +284,10 @@ class GatedDeltaNet(MegatronModule):
     def mix(
         self, projected: torch.Tensor, ba: torch.Tensor, lengths: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[B, S, .] -> what enters the output projection [B, S, V dv], and what the next token needs.
+        """[B, S, .] -> the input of the output projection [B, S, V dv], and the cache for the next token.
 
-        That is the last inputs of the convolution [B, channels, window - 1], and the state [B, V, dk, dv].
-        lengths: int64 [B], tokens of each sequence; None: all have S.
+        The cache is the last inputs of the convolution [B, channels, window - 1], and the state [B, V, dk,
+        dv]. lengths: int64 [B], tokens of each sequence; None: all have S.
         """
         channels, gates = self.split(projected)
         decay, beta = self.rates(ba)
@@ -297,7 +297,7 @@ class GatedDeltaNet(MegatronModule):
         if lengths is not None:
             steps = torch.arange(ba.shape[1], device=ba.device)
             inside = (steps < lengths[:, None]).unsqueeze(-1)
-            decay, beta = decay * inside, beta * inside  # what stands behind changes no state
+            decay, beta = decay * inside, beta * inside  # padding must not change the state
             tail = padded[torch.arange(len(lengths))[:, None], lengths[:, None] + steps[:before]]
         channels = conv1d(
             padded.transpose(1, 2), self.convolution, groups=self.convolution.shape[0]
@@ -308,7 +308,7 @@ class GatedDeltaNet(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """For a checkpoint: what is split over the heads beside the linear layers."""
+        """For a checkpoint: parameters that are split over the heads, beside the linear layers."""
         assert metadata is not None, "the model gives it to its layers"
         own = {name: getattr(self, name) for name in ("convolution", "A_log", "dt_bias")}
         return super().sharded_state_dict(
@@ -331,7 +331,7 @@ def delta_rule(
     """
     length = query.shape[1]
     missing = -length % CHUNK
-    # [B, V, chunks, C, .]; what fills the last chunk has beta = 0 and g = 0, so it changes no state.
+    # [B, V, chunks, C, .]; padding of the last chunk has beta = 0 and g = 0, so it does not change the state.
     query, key, value = (_in_chunks(pad(x, (0, 0, 0, 0, 0, missing))) for x in (query, key, value))
     decay, beta = (_in_chunks(pad(x, (0, 0, 0, missing)).unsqueeze(-1)) for x in (decay, beta))
     total = decay.cumsum(dim=-2)  # G

@@ -1,4 +1,4 @@
-"""The gated MLP that every token goes through: down(activation(gate(x)) * up(x))."""
+"""The gated MLP of all tokens: down(activation(gate(x)) * up(x))."""
 
 from __future__ import annotations
 

@@ -47,19 +47,19 @@ class Experts:
     width: int
     """Width of each expert."""
     chosen: int
-    """Experts of each token."""
+    """Number of experts of each token."""
     score: Literal["softmax", "sigmoid"] = "softmax"
     normalized: bool = True
     """Weights of a token's experts add up to `factor`."""
     least_sum: float = 1e-20
-    """The sum that weights are divided by is no less."""
+    """Lower bound of the sum by which weights are divided."""
     groups: int = 1
     chosen_groups: int = 1
-    """Groups that the experts of a token may come from."""
+    """Number of groups from which a token's experts may come."""
     factor: float = 1.0
-    """Multiplies the weights."""
+    """Factor of the weights."""
     corrected: bool = False
-    """The choice falls by score plus correction."""
+    """Experts are chosen by score plus correction."""
     shared_width: int = 0
     """Width of the shared experts together; 0: there are none."""
     shared_gate: bool = False
@@ -84,7 +84,7 @@ class Experts:
         return self.clamp is None
 
     def options(self) -> dict[str, Any]:
-        """No auxiliary loss, nothing dropped, the router in fp32."""
+        """No auxiliary loss, no dropped tokens, the router in fp32."""
         options = {
             "activation_func": torch.nn.functional.silu,
             "num_moe_experts": self.count,
@@ -92,7 +92,7 @@ class Experts:
             "moe_shared_expert_intermediate_size": self.shared_width or None,
             "moe_shared_expert_gate": self.shared_gate,
             "moe_router_topk": self.chosen,
-            "moe_router_pre_softmax": True,  # our router does not look at it
+            "moe_router_pre_softmax": True,  # our router does not read it
             "moe_router_dtype": "fp32",
             "moe_router_load_balancing_type": "none",
             "moe_aux_loss_coeff": 0.0,
@@ -195,9 +195,7 @@ class Experts:
 
 
 def _submodules(spec: ModuleSpec | partial[Any]) -> Any:
-    """What a module is built of. megatron-core 0.16 has specifications where later ones have partial
-    calls.
-    """
+    """The submodules of a module. megatron-core 0.16 has specifications, later versions partial calls."""
     return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules
 
 
@@ -216,13 +214,13 @@ class ExpertNames:
 
 
 class Router(TopKRouter):
-    """Megatron's, with the choice and the weights of the model's own family."""
+    """Megatron's router, with the choice and the weights of the model's family."""
 
     def __init__(self, *args: Any, experts: Experts, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._experts = experts
         self.register_buffer("correction", torch.zeros(experts.count) if experts.corrected else None)
-        """Float32 whatever the parameters are, and nothing trains it."""
+        """Always float32, and not trained."""
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Logits in float32 [S, B, experts] of hidden states [S, B, H]. Megatron's own product wants
@@ -240,7 +238,7 @@ class Router(TopKRouter):
 class BiasOnce(RowParallelLinear):
     """The second matrix of an expert.
 
-    Where its ranks' outputs are added up later, only the first adds the bias.
+    If the outputs of its ranks are summed later, only the first rank adds the bias.
     """
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

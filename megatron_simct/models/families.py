@@ -1,4 +1,4 @@
-"""config.json -> the architecture that Megatron builds. Each family is an entry of a table beside this file.
+"""Reads config.json into the architecture that Megatron builds. Each family is an entry of a table.
 
 A field of config.json that would change the mathematics and that we do not implement is an error naming it.
 """
@@ -50,11 +50,11 @@ class Architecture:
     max_position_embeddings: int
     norm_epsilon: float
     logit_scale: float = 1.0
-    """Multiplies the logits."""
+    """Factor of the logits."""
     final_logit_softcap: float | None = None
     """cap * tanh(logit / cap) bounds the logits; None: not bounded."""
     embedding_scale: float = 1.0
-    """Multiplies the embedding of a token on its way into the first layer."""
+    """Factor of the embedding of a token."""
     zero_centered_norm: bool = False
     """Norms multiply by 1 + weight."""
     tied_embeddings: bool
@@ -62,17 +62,17 @@ class Architecture:
     init_std: float
     model_type: str = ""
     body: str = "model."
-    """What names of tensors of the folder begin with, but for the head's."""
+    """Prefix of the names of the folder's tensors, except the head."""
     head: str = "lm_head.weight"
     is_nested: bool = False
     """The folder also has tensors for images."""
     has_mtp: bool = False
-    """The folder may have layers of multi-token prediction after the last one; nothing here computes them."""
+    """The folder may have layers of multi-token prediction after the last one; they are ignored."""
     teacher_only: bool = False
-    """Generation and training were not written for it."""
+    """Generation and training are not implemented for it."""
     index_length: int | None = None
-    """How many positions a query sees, which an indexer chooses that nothing here computes: longer sequences
-    are refused, and in others a query sees all before it."""
+    """Number of positions that an indexer, which is not implemented, would choose for a query. Longer
+    sequences are refused; in shorter ones a query sees all earlier positions."""
 
     @property
     def num_layers(self) -> int:
@@ -80,24 +80,24 @@ class Architecture:
 
     @property
     def ropes(self) -> tuple[Rope, ...]:
-        """Rotary embeddings of the layers, each once, in the order in which they first come."""
+        """Distinct rotary embeddings of the layers, in order of first use."""
         return tuple(dict.fromkeys(layer.rope for layer in self.layers if layer.rope is not None))
 
     @property
     def kinds(self) -> tuple[Layer, ...]:
-        """Layers that differ, each once."""
+        """Distinct layers."""
         return tuple(dict.fromkeys(self.layers))
 
     @property
     def num_experts(self) -> int:
-        """How many experts each layer that has any has; 0: none has."""
+        """Number of experts of each layer with experts; 0: no layer has experts."""
         return max(layer.mlp.num_experts for layer in self.layers)
 
 
 FAMILIES = DENSE | EXPERTS | LINEAR
 
 _MTP_FIELDS = frozenset({"num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers"})
-"""A family that may have one of them may have layers of multi-token prediction."""
+"""A family that reads one of them may have layers of multi-token prediction."""
 
 NESTED: dict[str, dict[str, Any]] = {
     "gemma3": {
@@ -125,12 +125,12 @@ INERT = frozenset(
     # Ids of special tokens: the tokenizer has them.
     """ bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id
     decoder_start_token_id forced_bos_token_id forced_eos_token_id"""
-    # How the same numbers are computed, and what else the forward pass of transformers returns.
+    # Implementation choices with equal results, and additional outputs of transformers' forward pass.
     """ pretraining_tp use_cache cache_implementation attn_implementation _attn_implementation
     _attn_implementation_autoset _attn_implementation_internal _flash_attn_2_enabled use_flash_attn
     gradient_checkpointing chunk_size_feed_forward torchscript use_bfloat16 output_attentions
     output_hidden_states return_dict"""
-    # Limits that the model does not know, and windows of layers that have none.
+    # Limits that the model does not apply, and windows of layers without one.
     """ max_sequence_length model_max_length max_window_layers"""
     # Classifiers.
     """ num_labels id2label label2id problem_type finetuning_task task_specific_params"""
@@ -141,7 +141,7 @@ INERT = frozenset(
     remove_invalid_values repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p
     typical_p""".split()
 )
-"""Fields that change nothing in any family, whatever they hold."""
+"""Fields that never change the mathematics, whatever their value."""
 
 _ON_BY_DEFAULT = frozenset(
     "is_causal use_rope use_rotary scale_attn_weights sliding_window attention_chunk_size".split()
@@ -231,11 +231,11 @@ _ROPE_FIELDS = {
 
 
 def read_architecture(hf_checkpoint: str, *, flag: str) -> Architecture:
-    """The architecture of the folder's config.json; of its weights too, if they have a head that tied ones
-    would not.
+    """The architecture of the folder's config.json; weights with a head of their own override tied
+    embeddings.
 
     Raises ValueError, naming `flag` and the file, for a missing or unreadable file, a family that is not
-    supported, a field that is not implemented, or an adapter in the place of a model.
+    supported, a field that is not implemented, or an adapter instead of a model.
     """
     _check_not_adapter(Path(hf_checkpoint), flag=flag)
     path = Path(hf_checkpoint) / "config.json"
@@ -253,7 +253,7 @@ def read_architecture(hf_checkpoint: str, *, flag: str) -> Architecture:
         raise ValueError(f"{flag} {hf_checkpoint}: {path} is not JSON ({error})") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{flag} {hf_checkpoint}: {path} holds no JSON object")
-    # raises where weights are quantised in another one
+    # raises for quantised weights of another format
     find_format(fields, where=f"{flag} {hf_checkpoint}: {path}")
     fields.pop("quantization_config", None)
     name = fields.get("model_type")
@@ -307,7 +307,7 @@ def check_student(architecture: Architecture, *, flag: str) -> None:
 
 
 def _check_not_adapter(folder: Path, *, flag: str) -> None:
-    """ValueError if the folder holds an adapter: what peft trains beside a model that lies elsewhere."""
+    """Raises ValueError if the folder holds an adapter of peft, whose base model is elsewhere."""
     names = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
     found = [name for name in names if (folder / name).exists()]
     if not found:
@@ -404,7 +404,7 @@ def _architecture(fields: dict[str, Any], family: Family, *, where: str) -> Arch
 
 
 def _is_inert(key: str, value: Any, model_type: str) -> bool:
-    """Whether a field that the family does not read leaves the mathematics as it is."""
+    """Whether a field that the family does not read has no effect on the mathematics."""
     if key in INERT or key.startswith("unsloth_"):
         return True
     if key == "auto_map":
@@ -422,7 +422,7 @@ def _is_off(key: str, value: Any) -> bool:
         return True
     if isinstance(value, bool):
         return value is False and key not in _ON_BY_DEFAULT
-    if key == "attention_multiplier":  # in the place of 1 / sqrt(head_dim)
+    if key == "attention_multiplier":  # replaces 1 / sqrt(head_dim)
         return False
     if key.endswith(("multiplier", "scale", "scaling", "factor")):
         return value == 1
@@ -430,8 +430,8 @@ def _is_off(key: str, value: Any) -> bool:
 
 
 def _names_own_code(auto_map: Any, model_type: str) -> bool:
-    """Whether auto_map names classes that transformers has itself, as folders do whose family it took in. The
-    code beside the weights is not read then, by transformers neither."""
+    """Whether auto_map names classes that transformers has itself, as in folders of a family that it has
+    adopted. Then neither this package nor transformers reads the code beside the weights."""
     models = (
         [auto_map[key] for key in auto_map if key.startswith("AutoModel")]
         if isinstance(auto_map, dict)
@@ -465,7 +465,7 @@ def _grouped_query(fields: dict[str, Any], family: Family, head_dim: int, *, whe
         output_bias=family.output_bias,
         sinks=family.sinks,
         whole_norm=family.whole_norm,
-        turned_norm=family.turned_norm,
+        norm_after_rope=family.norm_after_rope,
         packed=family.packed,
         output_gate=family.output_gate,
     )
@@ -518,8 +518,8 @@ def _latent(fields: dict[str, Any], *, where: str) -> Latent:
         heads=heads,
         query_rank=fields["q_lora_rank"],
         rank=fields["kv_lora_rank"],
-        plain_dim=fields["qk_nope_head_dim"],
-        turned_dim=fields["qk_rope_head_dim"],
+        nope_dim=fields["qk_nope_head_dim"],
+        rope_dim=fields["qk_rope_head_dim"],
         value_dim=fields["v_head_dim"],
         scale=scale,
     )
@@ -566,7 +566,7 @@ def _layers_with_rope(
 def _windows(
     fields: dict[str, Any], family: Family, num_layers: int, *, where: str
 ) -> tuple[int | None, ...]:
-    """The sliding window of each layer, None where it has none."""
+    """The sliding window of each layer, None if it has none."""
     name, listed = fields["model_type"], fields.get("layer_types")
     window = fields.get("sliding_window") if fields.get("use_sliding_window", True) else None
     layers = range(num_layers)
@@ -590,7 +590,7 @@ def _windows(
     if listed is not None:
         wanted = [kind == "sliding_attention" for kind in listed]
         known = set(listed) <= {"full_attention", "sliding_attention"} and len(listed) == num_layers
-        # transformers does not look at this field where all layers are alike.
+        # transformers ignores this field if all layers are alike.
         if not known or (family.windows in ("none", "all") and wanted != slides):
             raise ValueError(f"{where}: layer_types = {listed!r} is not implemented for {name}")
         slides = wanted
@@ -621,7 +621,7 @@ def _ropes(fields: dict[str, Any], family: Family, head_dim: int, *, where: str)
     check_fields(parameters, dict.fromkeys(layers, OBJECT | NULL), where=f"{where}: rope_parameters")
     full, sliding = (parameters.get(layer) or {} for layer in layers)
     if scaling:
-        # transformers adds it to the dictionary of these layers, which has a type if no file says otherwise.
+        # transformers adds it to the dictionary of these layers, which has a default type.
         full = (full or {"rope_type": "default"}) | scaling
     local = {"rope_theta": fields["rope_local_base_freq"]} | sliding
     full_key = "rope_scaling" if scaling else "rope_parameters.full_attention"
@@ -639,7 +639,7 @@ def _rope(
     values = {name: value for name, value in rope.items() if value is not None}
     theta = values.pop("rope_theta")
     if family.delta_net != "none":
-        # Text has the same position in each part of the head, so how the parts are cut changes nothing.
+        # A text token has the same position in each section of the head, so the sections have no effect.
         values = {name: value for name, value in values.items() if not name.startswith("mrope_")}
     older = values.pop("type", "default")
     kind = values.pop("rope_type", older)
@@ -660,7 +660,8 @@ def _rope(
             f"{where}: of a head's {head_dim} entries {dim} would be rotated; expected an even number"
         )
     if kind == "longrope":
-        # A model that was made longer says its first length outside, and that is what transformers reads.
+        # An extended model has its original length outside of the dictionary, and transformers reads it
+        # there.
         original = fields["original_max_position_embeddings"]
         factor = values.pop("factor", fields["max_position_embeddings"] / original)
         unscaled = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
@@ -675,7 +676,7 @@ def _rope(
     if kind == "yarn":
         values = _yarn(values, fields)
     if kind == "dynamic" and values.get("alpha"):
-        # Published so, and meant is another base, whatever the length.
+        # Published like this; it means another base, whatever the length is.
         kind, theta, values = "default", theta * values["alpha"] ** (dim / (dim - 2)), {}
     values = {
         name: value
@@ -709,7 +710,7 @@ def _rope(
 
 
 def _yarn(values: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """With what the file leaves out, and in the place of mscale what it comes to."""
+    """The values with defaults for missing ones, and the attention factor in place of mscale."""
     factor = values.setdefault(
         "factor", fields["max_position_embeddings"] / values["original_max_position_embeddings"]
     )
@@ -719,5 +720,5 @@ def _yarn(values: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mscale(factor: float, mscale: float) -> float:
-    """What attention is scaled by for positions that are stretched so much."""
+    """The attention factor for positions that are stretched by `factor`."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

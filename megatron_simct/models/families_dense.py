@@ -58,7 +58,7 @@ DENSE: dict[str, Family] = {
     "qwen2": Family(
         fixed={},
         read=frozenset({"use_sliding_window", "sliding_window", "max_window_layers"}),
-        neutral=frozenset({"attention_bias"}),  # the biases that a file has are those of the family
+        neutral=frozenset({"attention_bias"}),  # the family has these biases in any case
         defaults=_QWEN_DEFAULTS,
         windows="upper",
         qkv_bias=True,
@@ -127,7 +127,7 @@ DENSE: dict[str, Family] = {
         fixed={
             "attention_out_bias": (False,),
             "mlp_bias": (False,),
-            "attention_dropout": (0.0, 0.1),  # published so; nothing is dropped here
+            "attention_dropout": (0.0, 0.1),  # published with this value; dropout is not implemented
             "residual_dropout": (0.0, 0.1),
         },
         read=frozenset({"attention_bias"}),
@@ -162,7 +162,7 @@ DENSE: dict[str, Family] = {
         ),
         ropes=("default", "dynamic"),
         qk_norm=True,
-        turned_norm=True,
+        norm_after_rope=True,
     ),
     "olmo2": Family(
         fixed={"attention_bias": (False,)}, ropes=SCALED, qk_norm=True, whole_norm=True, norms="after"
@@ -185,7 +185,7 @@ DENSE: dict[str, Family] = {
     "exaone4": Family(
         fixed={"reorder_and_qk_norm": (True,)},
         read=frozenset({"sliding_window"}),
-        neutral=frozenset({"sliding_window_pattern"}),  # layer_types says it
+        neutral=frozenset({"sliding_window_pattern"}),  # layer_types decides
         defaults={"sliding_window": 4096, "sliding_window_pattern": 4},
         ropes=SCALED,
         windows="pattern",

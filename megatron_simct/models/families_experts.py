@@ -11,7 +11,7 @@ from megatron_simct.models.family import Family
 
 
 def _number_of_experts(fields: dict[str, Any], names: Sequence[str], where: str) -> int:
-    """transformers 5 writes one of them under another name than before."""
+    """The number of experts. transformers 5 has renamed the field."""
     found = {name: fields[name] for name in names if name in fields}
     if len(set(found.values())) != 1:
         values = ", ".join(f"{name} = {number}" for name, number in found.items()) or "neither is there"

@@ -1,6 +1,4 @@
-"""What a family of models has beside what all families share: fields of config.json, and parts of the
-model.
-"""
+"""The properties in which families of models differ: fields of config.json, and parts of the model."""
 
 from __future__ import annotations
 
@@ -20,25 +18,25 @@ class Family:
     read: frozenset[str] = frozenset()
     """Fields that are read below."""
     neutral: frozenset[str] = frozenset()
-    """Fields that change nothing in this family, beside INERT."""
+    """Fields without effect in this family, beside INERT."""
     defaults: dict[str, Any] = field(default_factory=dict)
     """transformers' defaults of fields that config.json may leave out."""
     ropes: tuple[str, ...] = ("default", "yarn")
     """Kinds of scaling that are implemented."""
     interleaved_rope: bool = False
     windows: Literal["none", "all", "upper", "pattern", "no_rope"] = "none"
-    """Layers with the sliding window where layer_types does not say: none, all, from max_window_layers on,
+    """Layers with the sliding window, if there is no layer_types: none, all, from max_window_layers on,
     all but every sliding_window_pattern-th, or those without a rotary embedding."""
     rope_layers: Literal["all", "listed", "windows"] = "all"
     """Layers with a rotary embedding: all, those of no_rope_layers, or those with the sliding window."""
     qkv_bias: bool | str = False
-    """Where it depends, the field that says so."""
+    """Whether there is a bias, or the name of the field that decides."""
     output_bias: bool = False
     sinks: bool = False
     qk_norm: bool | str = False
     whole_norm: bool = False
     """The norms of queries and keys are over all heads together."""
-    turned_norm: bool = False
+    norm_after_rope: bool = False
     """They come after the rotary embedding."""
     zero_centered_norm: bool = False
     norms: Literal["before", "around", "after"] = "before"
@@ -58,11 +56,11 @@ class Family:
     latent: bool = False
     """Keys and values of a token come from one vector (multi-head latent attention)."""
     experts: Callable[[dict[str, Any], str], Experts] | None = None
-    """The experts, from the fields and what errors begin with."""
+    """Makes the experts from the fields and a prefix for errors."""
     is_dense: Callable[[dict[str, Any]], Sequence[bool]] | None = None
     """Which layers have no experts; None: all have, if any."""
     teacher_only: bool = False
-    """Generation and training were not written for it."""
+    """Generation and training are not implemented for it."""
 
 
 SCALED = ("default", "linear", "llama3", "yarn")

@@ -1,6 +1,6 @@
-"""How a folder stores a quantised matrix, and its numbers in float32.
+"""Formats of quantised matrices in a folder, and their numbers in float32.
 
-`quantization_config` of config.json says which of these a folder has. A matrix W [r, c] is stored as
+`quantization_config` of config.json names the format. A matrix W [r, c] is stored as
 
     fp8
         W            F8_E4M3 [r, c]
@@ -57,18 +57,18 @@ class Format(Protocol):
 
     @property
     def label(self) -> str:
-        """What it is, for people."""
+        """Its name in messages."""
 
     def parts(self, name: str) -> tuple[str, ...]:
         """Names of the tensors that hold the matrix `name`, its numbers first and its scales second."""
 
     def matrix_of(self, part: str) -> str:
-        """The name of the matrix that a tensor is a part of; its own if it is no part."""
+        """The name of the matrix of which the tensor is a part; else its own name."""
 
     def shape(self, source: Parts, name: str) -> tuple[int, ...]:
-        """As the matrix would have it, were it not quantised.
+        """The shape of the matrix without quantisation.
 
-        ValueError where its parts do not fit together.
+        Raises ValueError if its parts do not fit together.
         """
 
     def numbers(
@@ -83,9 +83,9 @@ class Float8:
 
     label: str
     scale: str
-    """Behind the name of the matrix."""
+    """Suffix of its name, behind that of the matrix."""
     block: tuple[int, int] | None
-    """Rows and columns that share a scale. None: what the number of scales says, all or one row."""
+    """Rows and columns that share a scale. None: all, or one row, depending on the number of scales."""
     exponents: bool = False
     """Scales of type U8 are powers of two."""
 
@@ -127,7 +127,7 @@ class Float8:
     def _block(self, shape: tuple[int, ...], found: tuple[int, ...], name: str) -> tuple[int, int]:
         """Rows and columns that share a scale.
 
-        ValueError where there are not as many scales as that takes.
+        ValueError if there are not as many scales as that takes.
         """
         rows, columns = shape
         if self.block is not None:
@@ -232,7 +232,7 @@ class Mxfp4:
 
 
 def find_format(fields: dict[str, Any], *, where: str) -> Format | None:
-    """The format that `quantization_config` of config.json names; None where there is none.
+    """The format that `quantization_config` of config.json names; None if there is none.
 
     ValueError, beginning with `where`, for one that is not implemented.
     """
@@ -254,7 +254,7 @@ def find_format(fields: dict[str, Any], *, where: str) -> Format | None:
 
 
 def folder_format(folder: str, *, flag: str) -> Format | None:
-    """The same from the folder; None too where it has no config.json that can be read."""
+    """The format of a folder; None also if its config.json is missing or unreadable."""
     path = Path(folder) / "config.json"
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -268,7 +268,7 @@ def _fp8(settings: dict[str, Any], where: str) -> Format:
     _check(settings, "activation_scheme", ("dynamic", "static", None), where)
     _check(settings, "scale_fmt", ("ue8m0", "float", None), where)
     _check(settings, "expert_dtype", ("fp8", None), where)
-    # Without the field the blocks are those that DeepSeek-V3 has; null says that there are none.
+    # Without the field the blocks are those of DeepSeek-V3; null means no blocks.
     block = _block_size(settings.get("weight_block_size", [128, 128]), "weight_block_size", where)
     label = "fp8, one scale a matrix" if block is None else f"fp8 in blocks of {block[0]} x {block[1]}"
     return Float8(
@@ -349,9 +349,7 @@ _INTEGERS = torch.arange(16.0) - 8
 
 
 def _of_nibbles(codes: torch.Tensor, meanings: torch.Tensor, columns: range) -> torch.Tensor:
-    """float32 [rows, len(columns)] of bytes [rows, .] that hold two numbers each, the lower four bits
-    first.
-    """
+    """float32 [rows, len(columns)], from bytes [rows, .] with two numbers each, the lower four bits first."""
     begin, end = columns.start // 2, -(-columns.stop // 2)
     pairs = torch.stack([meanings.repeat(16), meanings.repeat_interleave(16)], dim=1)  # [256, 2]
     codes = codes[:, begin:end]

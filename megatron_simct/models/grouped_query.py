@@ -45,20 +45,20 @@ class GroupedQuery:
     groups: int
     head_dim: int
     scale: float
-    """Multiplies the product of query and key."""
+    """Factor of the product of query and key."""
     softcap: float | None = None
     """cap * tanh(score / cap) bounds the scores; None: not bounded."""
     qkv_bias: bool = False
     output_bias: bool = False
     """Beside qkv_bias, and with biases in the MLPs."""
     sinks: bool = False
-    """Each head has one more score, of no key, in its softmax."""
+    """Each head has one additional score in its softmax, without a value."""
     qk_norm: bool = False
-    """Each head of queries and keys is normalized."""
+    """Queries and keys are normalized by heads."""
     whole_norm: bool = False
-    """It is over all heads together."""
-    turned_norm: bool = False
-    """It comes after the rotary embedding."""
+    """The norm is over all heads together."""
+    norm_after_rope: bool = False
+    """The norm comes after the rotary embedding."""
     packed: bool = False
     """The folder has one tensor of queries, keys and values."""
     output_gate: bool = False
@@ -82,7 +82,7 @@ class GroupedQuery:
 
     @property
     def has_transformer_engine(self) -> bool:
-        return not (self.whole_norm or self.turned_norm or self.sinks or self.output_bias)
+        return not (self.whole_norm or self.norm_after_rope or self.sinks or self.output_bias)
 
     def options(self) -> dict[str, Any]:
         biases = {"add_bias_linear": True} if self.output_bias else {}
@@ -103,7 +103,7 @@ class GroupedQuery:
         whole_norms = None
         if self.whole_norm:
             whole_norms = partial(WholeNorm, heads=self.heads), partial(WholeNorm, heads=self.groups)
-        elif self.turned_norm:
+        elif self.norm_after_rope:
             query_norm = key_norm = UnweightedNorm
         elif self.qk_norm:
             query_norm = key_norm = backend.layer_norm(for_qk=True) if fused else RMSNorm
@@ -152,13 +152,13 @@ class GroupedQuery:
             rules[f"{ours}core_attention.sinks"] = Rows(f"{theirs}sinks")
         if self.qk_norm:
             rule = Rows if self.whole_norm else Whole
-            names = ("query_layernorm", "key_layernorm") if self.turned_norm else ("q_norm", "k_norm")
+            names = ("query_layernorm", "key_layernorm") if self.norm_after_rope else ("q_norm", "k_norm")
             for part, name in zip("qk", names, strict=True):
                 rules[f"{ours}{part}_layernorm.weight"] = rule(f"{theirs}{name}.weight")
         return rules
 
     def _gated_runs(self, query: str, key: str, value: str) -> tuple[Run, ...]:
-        """What a group has: its query heads, their gates, its key head, its value head."""
+        """Rows of a group: its query heads, their gates, its key head, its value head."""
         each, dim = self.heads // self.groups, self.head_dim
         queries, gates = (
             [Run(query, 2 * self.heads * dim, (2 * i + part) * dim, dim, 2 * each * dim) for i in range(each)]
@@ -171,13 +171,17 @@ class GroupedQuery:
         queries = 2 * self.heads if self.output_gate else self.heads
         qkv = (queries + 2 * self.groups) * self.head_dim // share.tp
         count = share.hidden_size * qkv + self.heads * self.head_dim // share.tp * share.hidden_size
-        norms = (self.heads + self.groups) // share.tp if self.whole_norm else 2 if self.qk_norm else 0
-        count += (qkv if self.qkv_bias else 0) + norms * self.head_dim
-        return (
-            count
-            + (share.hidden_size if self.output_bias else 0)
-            + (self.heads // share.tp if self.sinks else 0)
-        )
+        if self.whole_norm:
+            count += (self.heads + self.groups) // share.tp * self.head_dim
+        elif self.qk_norm:
+            count += 2 * self.head_dim
+        if self.qkv_bias:
+            count += qkv
+        if self.output_bias:
+            count += share.hidden_size
+        if self.sinks:
+            count += self.heads // share.tp
+        return count
 
     @property
     def _holds_scores(self) -> bool:
@@ -216,8 +220,8 @@ class KeyValueCache:
         self._module = module
         self._angles = angles
         weight = next(module.parameters())
-        # Not left to what lies in memory: attention weighs what a row has not reached with 0, and 0 times nan
-        # is nan.
+        # Zeros, not uninitialised memory: attention weighs positions that a row has not reached with 0, and
+        # 0 times nan is nan.
         self._kept = torch.zeros(
             *(rows, module.num_query_groups_per_partition, 2, length, module.hidden_size_per_attention_head),
             dtype=weight.dtype,

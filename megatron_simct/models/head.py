@@ -1,9 +1,8 @@
-"""The LM head of a Hugging Face folder of any family: what is read of it where the layers are another
-process's.
+"""The LM head of a Hugging Face folder of any family, for teachers whose layers run in another process.
 
-A family need not be known here. What turns a final hidden state into logits is read from config.json (nested
-under `text_config` too) and from the names of the folder's tensors. A field that would change the logits and
-that is not known is refused by name.
+The family need not be supported. The computation from a final hidden state to logits is read from config.json
+(nested under `text_config` too) and from the names of the folder's tensors. An unknown field that would
+change the logits is refused by name.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _HIDDEN = ("hidden_size", "n_embd", "d_model")
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 _SOFTCAP = "final_logit_softcapping"
 _SCALES = {"logits_scaling": -1, "logit_scale": 1, "lm_head_multiplier": 1}
-"""Fields that scale the logits, and the power with which they do."""
+"""Fields that scale the logits, and the exponent of each in the factor."""
 _GEMMA, _COHERE = {_SOFTCAP: 30.0}, {"logit_scale": 0.0625}
 _DEFAULTS: dict[str, dict[str, float]] = {
     **dict.fromkeys(("gemma2", "gemma3n", "gemma3n_text", "vaultgemma"), _GEMMA),
@@ -50,24 +49,22 @@ _LAYER = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.|vis(ion|ual)|audio")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """What makes logits of a final hidden state: scale * weight @ hidden, under a soft-cap if there is
-    one.
-    """
+    """Logits of a final hidden state: scale * weight @ hidden, with a soft-cap if there is one."""
 
     hidden_size: int
     vocab_size: int
     """Rows of the weight; the tokenizer may use fewer."""
     tensor: str
-    """Its name in the folder; that of the embedding where the two are tied."""
+    """The weight's name in the folder; that of the embedding if the two are tied."""
     norm: str | None
-    """Name of the weight of the norm before it; None where it was not recognized, or has a bias too."""
+    """Name of the weight of the norm before it; None if it was not recognized, or has a bias too."""
     scale: float = 1.0
     final_logit_softcap: float | None = None
     max_position_embeddings: int | None = None
 
 
 def read_head(folder: str, *, flag: str) -> Head:
-    """The head of a folder. ValueError, naming the flag and the file, for one that is not understood."""
+    """The head of a folder. Raises ValueError, naming the flag and the file, for one of an unknown kind."""
     where = f"{flag} {folder}"
     path = Path(folder) / "config.json"
     try:
@@ -111,11 +108,11 @@ def read_head(folder: str, *, flag: str) -> Head:
 def load_head_rows(
     head: Head, folder: str, ids: np.ndarray, *, dtype: torch.dtype, flag: str
 ) -> torch.Tensor:
-    """Rows `ids` of the head, [len(ids), H], and nothing else of the folder. Hidden states that meet them
-    have the scale of the logits in them."""
+    """Rows `ids` of the head, [len(ids), H], and nothing else of the folder. The scale of the logits
+    is applied to the hidden states."""
     order = np.argsort(ids, kind="stable")
     ascending = torch.empty(len(ids), head.hidden_size, dtype=dtype)
-    # Ids that follow each other are read at once.
+    # Consecutive ids are read at once.
     breaks = np.flatnonzero(np.diff(ids[order]) != 1) + 1
     with contextlib.ExitStack() as files:
         source = TensorFolder(folder, files, flag=flag, plain=True)
@@ -135,7 +132,7 @@ def load_head_rows(
 
 
 def load_norm(head: Head, folder: str, *, flag: str) -> torch.Tensor | None:
-    """float32 [H]: the weight of the norm before the head; None where it was not recognized."""
+    """float32 [H]: the weight of the norm before the head; None if it was not recognized."""
     if head.norm is None:
         return None
     weight = torch.empty(head.hidden_size)

@@ -1,9 +1,9 @@
 """This job's Megatron model -> a Hugging Face folder of sharded safetensors.
 
 Each pipeline stage writes the files of its own layers, each expert-parallel rank those of its experts. Their
-sizes are known before the numbers are, so each parameter is gathered over the tensor-parallel group, turned
-into tensors of the folder, written and let go: a rank never holds more than one whole parameter beside its
-own shard.
+sizes are known before the numbers are, so each parameter is gathered over the tensor-parallel group,
+converted to tensors of the folder, written and freed: a rank never holds more than one whole parameter beside
+its own shard.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def save_hf_weights(
 ) -> None:
     """Write the folder `save` with the weights, an index, and the other files of the folder `template`.
 
-    It gets its name when it is complete. Collective over the whole job, whose ranks share the file system.
-    `progress` is told the bytes of each parameter of this rank. ValueError, on every rank, where the folder
-    exists or cannot be written by one of them.
+    It is renamed to its name when it is complete. Collective over the whole job, whose ranks share the file
+    system. progress: called with the bytes of each parameter of this rank. Raises ValueError, on every rank,
+    if the folder exists or cannot be written by one of them.
     """
     if architecture.index_length is not None:
         raise ValueError(
@@ -77,7 +77,7 @@ def save_hf_weights(
         before, total = sum(counts[: dist.get_rank()]), sum(counts)
         names = [f"model-{before + i + 1:05d}-of-{total:05d}.safetensors" for i in range(len(files))]
         writer = _Writer([(temporary / name, file) for name, file in zip(names, files, strict=True)])
-        # Every replica gathers, and one of them writes: who gathers does not depend on who writes.
+        # Every replica gathers, and one of them writes.
         for rule, place, parameters in _exported(model, architecture, groups):
             shards = _gather(rule, place, parameters, groups)
             if _writes(rule, place, groups):
@@ -136,7 +136,7 @@ def _exported(
 
 
 def _writes(rule: Rule, place: Place, groups: Groups) -> bool:
-    """Whether this rank is the one that writes a parameter of its own."""
+    """Whether this rank writes this parameter."""
     if isinstance(rule, Stacked):
         return groups.exchange.rank() == 0 and groups.expert_dp.rank() == 0
     replica = groups.dp_cp.rank() if place.expert is None else groups.expert_dp.rank()
@@ -193,14 +193,14 @@ def _gather(
 
 
 def _gathered(tensor: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
-    """Those of all ranks of the group, on its first."""
+    """The tensors of all ranks of the group, on its first rank."""
     tensors = [torch.empty_like(tensor) for _ in range(group.size())] if group.rank() == 0 else None
     dist.gather(tensor.contiguous(), tensors, dst=dist.get_global_rank(group, 0), group=group)
     return tensors or []
 
 
 def _assemble(rule: Rule, shards: list[tuple[Place, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The whole tensors of the folder that a parameter's shards consist of."""
+    """The folder's tensors, from all shards of a parameter."""
     tensors: dict[str, torch.Tensor] = {}
     for place, shard in shards:
         for piece in rule.pieces(shard, place):
@@ -217,8 +217,8 @@ def _assemble(rule: Rule, shards: list[tuple[Place, torch.Tensor]]) -> dict[str,
 class _Writer:
     """Writes tensors, one after the other, into files whose contents are known in advance.
 
-    Where the disk refuses, `refused` says so and no more is written: other ranks count on this one in each
-    gather.
+    After an error of the disk, `refused` holds it and nothing more is written; the rank still takes part in
+    each gather.
     """
 
     def __init__(self, files: list[tuple[Path, dict[str, Entry]]]) -> None:
@@ -313,8 +313,8 @@ def _sync(path: Path) -> None:
 
 
 def _copy_other_files(template: Path, folder: Path, dtype: torch.dtype, *, tied: bool) -> None:
-    """Configuration and tokenizer; config.json with the type of the weights, not quantised, and whether they
-    have a head."""
+    """Copy configuration and tokenizer. config.json gets the type of the weights, loses its quantisation, and
+    states whether they have a head of their own."""
     for path in sorted(template.iterdir()):
         if path.is_file() and path.suffix not in _WEIGHTS and not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)
@@ -328,6 +328,6 @@ def _copy_other_files(template: Path, folder: Path, dtype: torch.dtype, *, tied:
         if isinstance(part, dict):
             part.pop("quantization_config", None)
     if not tied:
-        # It may say true beside a head that differs, which transformers 5 honours and others do not.
+        # It may be true beside a head that differs, which only transformers 5 handles.
         fields["tie_word_embeddings"] = False
     path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Whether the files of a Hugging Face folder are the ones that were published, where their hashes are known.
+"""Verifies the files of a Hugging Face folder against published hashes, if these are known.
 
 They come from --hf-sha256, which sha256sum writes and a model's page may show; else from SHA256SUMS in the
-folder; else from what the hub said of each large file when it was downloaded: `hf download` keeps it under
+folder; else from the hub's metadata of each large file at its download: `hf download` keeps it under
 .cache/huggingface in the folder, and the cache of the hub library names its files after it.
 """
 
@@ -27,10 +27,10 @@ _checked: set[tuple[str, str | None]] = set()
 
 
 def check_hashes(folder: str, *, listed: str | None, prefix: str) -> None:
-    """Read every file whose hash is known once a job, and say so. Collective over the whole job.
+    """Verify every file whose hash is known once a job, and print the result. Collective over the whole job.
 
-    listed: --[prefix]hf-sha256. ValueError on every rank, naming the file, where one is another, or where the
-    list has no line for a file of weights.
+    listed: --[prefix]hf-sha256. Raises ValueError on every rank, naming the file, if one differs, or if
+    the list has no line for a file of weights.
     """
     if (folder, listed) in _checked:
         return
@@ -66,7 +66,7 @@ def check_hashes(folder: str, *, listed: str | None, prefix: str) -> None:
 
 
 def _known_hashes(folder: Path, listed: str | None, *, prefix: str) -> tuple[str, dict[str, str]]:
-    """Where they come from, and SHA-256 by name; none where nothing is known."""
+    """The source of the hashes, and SHA-256 by name; empty if none are known."""
     if listed is not None:
         return listed, _read_list(Path(listed), f"--{prefix}hf-sha256 {listed}")
     if (folder / _OWN_LIST).is_file():

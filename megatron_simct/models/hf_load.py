@@ -31,7 +31,7 @@ def load_hf_weights(
     """Fill every parameter of this rank's part of the model from the folder, in the parameter's own
     precision.
 
-    `progress` is told the bytes of each parameter when it is filled.
+    progress: called with the bytes of each parameter when it is filled.
 
     Raises ValueError, naming the flag, the file and the tensor, for one that is missing, has another shape or
     has no place in the model, and for a file that is missing or damaged.

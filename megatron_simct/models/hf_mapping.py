@@ -1,8 +1,8 @@
 """Tensors of a Hugging Face folder <-> parameters of the Megatron model, for reading and for writing.
 
-The parameters outside of the layers have their rules here, those of a layer in the records of its parts. A
-layer is asked for its own number and that of its experts, so a pipeline stage reads and writes its layers
-only, and an expert-parallel rank its experts.
+The rules of the parameters outside of the layers are in this file, those of a layer in the records of its
+parts. A layer knows its own number and those of its experts, so a pipeline stage reads and writes only its
+layers, and an expert-parallel rank only its experts.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def layer_rules(layer: Layer) -> dict[str, Rule]:
 
 
 def unread_names(architecture: Architecture) -> re.Pattern[str]:
-    """Matches tensors that nothing here computes with: layers of multi-token prediction after the last one,
-    what reads images, and what chooses the positions that a query sees."""
+    """Matches tensors that this package does not use: layers of multi-token prediction after the last one,
+    image encoders, and indexers of sparse attention."""
     patterns = ["(?!)"]
     if architecture.has_mtp:
         own = "|".join(map(str, range(architecture.num_layers)))
@@ -68,13 +68,11 @@ def unread_names(architecture: Architecture) -> re.Pattern[str]:
 
 
 IMAGES = r"(?:model\.)?(?:vision_tower|vision_model|multi_modal_projector|visual)\..*"
-"""Names of what reads images."""
+"""Names of image encoders and their projections."""
 
 
 def tensor_names(architecture: Architecture) -> re.Pattern[str]:
-    """Matches every tensor that has a place in the model, or that older exports hold although nothing reads
-    it.
-    """
+    """Matches every tensor of the model, and unused tensors of older exports."""
     names = {re.escape(name) for rule in outer_rules(architecture).values() for name in names_of(rule)}
     names.add(re.escape(architecture.head))
     numbers: dict[Layer, list[str]] = {}
@@ -94,7 +92,7 @@ def tensor_names(architecture: Architecture) -> re.Pattern[str]:
 
 
 def names_of(rule: Rule) -> Iterator[str]:
-    """Tensors of a folder that a parameter is made of."""
+    """Names of the folder's tensors of a parameter."""
     if isinstance(rule, PerGroup):
         yield from rule.names
     values = (getattr(rule, field.name) for field in dataclasses.fields(rule))
@@ -126,7 +124,8 @@ def parameters_of(
             buffers = ((name, buffer) for name, buffer in layer.named_buffers() if name in of_layer)
             for name, parameter in itertools.chain(layer.named_parameters(), buffers):
                 of_expert = place
-                if local := _EXPERT_NUMBER.search(name):
+                local = _EXPERT_NUMBER.search(name)
+                if local is not None:
                     group = chunk.pg_collection.expt_tp
                     number = layer.mlp.local_expert_indices[int(local[0])]
                     of_expert = replace(place, expert=number, tp_rank=group.rank(), tp_size=group.size())

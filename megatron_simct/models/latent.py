@@ -2,10 +2,10 @@
 vector.
 
     c = norm(A_kv x)[: rank],   k_r = (A_kv x)[rank :], rotated by its position, one for all heads
-    q = B_q norm(A_q x)         or B_q x; the last turned_dim entries of each head are rotated
+    q = B_q norm(A_q x)         or B_q x; the last rope_dim entries of each head are rotated
     k_h = [K_h c, k_r],  v_h = V_h c
 
-Teachers only: there is no cache, so nothing is generated.
+For teachers only: there is no cache, so it cannot generate.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ with megatron_imports():
     from megatron.core.transformer.spec_utils import ModuleSpec
 
 _EPSILON = 1e-6
-"""Epsilon of its own norms in transformers, whatever config.json says of the others."""
+"""Epsilon of its own norms in transformers, whatever the one in config.json is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,20 +49,20 @@ class Latent:
     query_rank: int | None
     """None: queries come from the hidden state itself."""
     rank: int
-    plain_dim: int
+    nope_dim: int
     """Entries of a head's query and key that are not rotated."""
-    turned_dim: int
+    rope_dim: int
     value_dim: int
     scale: float
     """Multiplies the product of query and key."""
 
     @property
     def key_dim(self) -> int:
-        return self.plain_dim + self.turned_dim
+        return self.nope_dim + self.rope_dim
 
     def check_divides(self, tp: int, *, flag: str) -> None:
         check_divisor(tp, "num_attention_heads", self.heads, flag=flag)
-        check_divisor(tp, "kv_lora_rank + qk_rope_head_dim", self.rank + self.turned_dim, flag=flag)
+        check_divisor(tp, "kv_lora_rank + qk_rope_head_dim", self.rank + self.rope_dim, flag=flag)
         if self.query_rank is not None:
             check_divisor(tp, "q_lora_rank", self.query_rank, flag=flag)
 
@@ -107,8 +107,8 @@ class Latent:
 
     def parameters(self, share: Share) -> int:
         h, heads = share.hidden_size, self.heads // share.tp
-        down = (self.rank + self.turned_dim) // share.tp * h + self.rank
-        up = heads * (self.plain_dim + self.value_dim) * self.rank
+        down = (self.rank + self.rope_dim) // share.tp * h + self.rank
+        up = heads * (self.nope_dim + self.value_dim) * self.rank
         query = heads * self.key_dim * h
         if self.query_rank is not None:
             query = self.query_rank // share.tp * h + self.query_rank + heads * self.key_dim * self.query_rank
@@ -119,7 +119,7 @@ class Latent:
         vectors.
         """
         values = self.heads / share.tp * (4 * self.key_dim + 3 * self.value_dim)
-        values += 3 * (self.rank + self.turned_dim + (self.query_rank or 0))
+        values += 3 * (self.rank + self.rope_dim + (self.query_rank or 0))
         return values * share.value_bytes * batch * length
 
     def forward_bytes(self, share: Share, *, batch: float, length: int) -> float:
@@ -148,9 +148,9 @@ class LatentAttention(MegatronModule):
         pg_collection: Any,
         **_: Any,
     ) -> None:
-        """rope_index: its place among those of Rotary.
+        """rope_index: the index of its angles in Rotary's output.
 
-        Megatron's other arguments are of parts that are not here.
+        Other arguments of Megatron's attention are ignored.
         """
         super().__init__(config=config)
         self._latent, self._rope, self._rope_index = latent, rope, rope_index
@@ -175,9 +175,9 @@ class LatentAttention(MegatronModule):
             self.query_norm = RMSNorm(config, latent.query_rank, _EPSILON)
             query_input = latent.query_rank
         self.linear_q = column(query_input, latent.heads * latent.key_dim)
-        self.linear_kv_down = column(hidden, latent.rank + latent.turned_dim)
+        self.linear_kv_down = column(hidden, latent.rank + latent.rope_dim)
         self.norm = RMSNorm(config, latent.rank, _EPSILON)
-        self.linear_kv = column(latent.rank, latent.heads * (latent.plain_dim + latent.value_dim))
+        self.linear_kv = column(latent.rank, latent.heads * (latent.nope_dim + latent.value_dim))
         self.core_attention = core(config=config, layer_number=layer_number)
         self.linear_proj = RowParallelLinear(
             latent.heads * latent.value_dim,
@@ -206,28 +206,28 @@ class LatentAttention(MegatronModule):
             query_input = self.query_norm(self._per_position(self._down(self.linear_q_down, hidden_states)))
         query = self.linear_q(query_input)[0].unflatten(-1, (-1, latent.key_dim))
         short, rope_key = self._down(self.linear_kv_down, hidden_states).split(
-            [latent.rank, latent.turned_dim], -1
+            [latent.rank, latent.rope_dim], -1
         )
         # Each rank's heads give a part of its gradient.
         rope_key = copy_to_tensor_model_parallel_region(rope_key.contiguous(), group=self._tp)
         key_value = self.linear_kv(self.norm(self._per_position(short)))[0]
-        key_value = key_value.unflatten(-1, (-1, latent.plain_dim + latent.value_dim))
-        plain, rotary = query.split([latent.plain_dim, latent.turned_dim], dim=-1)
+        key_value = key_value.unflatten(-1, (-1, latent.nope_dim + latent.value_dim))
+        plain, rotary = query.split([latent.nope_dim, latent.rope_dim], dim=-1)
         # The factor belongs to query and key alike; a product sees its square.
         rotary = apply_rotary(rotary, angles, self._rope) * self._rope.attention_factor**2
         query = torch.cat([plain, rotary], dim=-1)
-        plain, value = key_value.split([latent.plain_dim, latent.value_dim], dim=-1)
+        plain, value = key_value.split([latent.nope_dim, latent.value_dim], dim=-1)
         rope_key = apply_rotary(rope_key[..., None, :], angles, self._rope)
         key = torch.cat([plain, rope_key.expand(*plain.shape[:-1], -1)], dim=-1)
         mixed = self.core_attention(query, key, value, attention_mask, packed_seq_params=packed_seq_params)
         return self.linear_proj(mixed)
 
     def _down(self, projection: ColumnParallelLinear, hidden: torch.Tensor) -> torch.Tensor:
-        """The whole short vector of every position."""
+        """The complete short vector of every position."""
         return gather_from_tensor_model_parallel_region(projection(hidden)[0], group=self._tp)
 
     def _per_position(self, short: torch.Tensor) -> torch.Tensor:
-        """Under sequence parallelism those of this rank's positions, which is what a column-parallel layer
+        """Under sequence parallelism the vectors of this rank's positions, which a column-parallel layer
         reads.
         """
         if self.config.sequence_parallel:

@@ -1,5 +1,4 @@
-"""A layer of a decoder as a record of its parts. Each part says what it is made of, and nothing else needs to
-know.
+"""A layer of a decoder as a record of its parts. Each part defines its modules, parameters and memory.
 
     Layer(attention, mlp, rope, window)
 
@@ -33,7 +32,7 @@ with megatron_imports():
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """What a rank has of a model, as far as counting goes."""
+    """The share of a model on one rank, for counting parameters and bytes."""
 
     hidden_size: int
     tp: int = 1
@@ -50,7 +49,7 @@ class Share:
 
 
 class Cache(Protocol):
-    """What one layer's attention keeps of the sequences that are being generated, a row each."""
+    """State of one layer's attention for sequences in generation, one row for each."""
 
     def prefill(self, hidden: torch.Tensor, lengths: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """[B, S, H] of whole prompts, padded on the right; lengths int64 [B] -> the attention's output, [B,
@@ -63,7 +62,7 @@ class Cache(Protocol):
         """[B, H] of one more token of the first B rows -> [B, H], before a norm that may come after it."""
 
     def move(self, source: int, target: int, length: int) -> None:
-        """The first `length` positions of one row, in place of another's."""
+        """Copy the first `length` positions of row `source` to row `target`."""
 
 
 class Attention(Protocol):
@@ -74,7 +73,7 @@ class Attention(Protocol):
         """Heads of queries."""
 
     def check_divides(self, tp: int, *, flag: str) -> None:
-        """ValueError, naming the flag, where the tensor-parallel size does not divide it."""
+        """ValueError, naming the flag, if the tensor-parallel size does not divide it."""
 
     @property
     def has_context_parallel(self) -> bool:
@@ -97,13 +96,13 @@ class Attention(Protocol):
         """Parameters of one rank."""
 
     def kept_bytes(self, share: Share, *, batch: float, length: int) -> float:
-        """What autograd keeps for `batch` sequences of `length` positions on one rank."""
+        """Bytes that autograd keeps for `batch` sequences of `length` positions on one rank."""
 
     def forward_bytes(self, share: Share, *, batch: float, length: int) -> float:
         """The most that a forward pass without gradients holds at one time."""
 
     def cache_bytes(self, share: Share, *, batch: int, length: int) -> int:
-        """What generation keeps of `batch` sequences of up to `length` positions on one rank."""
+        """Bytes of the cache of `batch` sequences of up to `length` positions on one rank."""
 
     def cache(self, module: Any, angles: Angles | None, *, rows: int, length: int) -> Cache:
         """An empty cache for its module. angles: of the layer's rotary embedding, None without one."""
@@ -113,13 +112,13 @@ class Mlp(Protocol):
     """A kind of MLP."""
 
     def check_divides(self, tp: int, expert_tp: int, *, flag: str) -> None:
-        """ValueError, naming the flag, where these numbers of ranks do not divide it. expert_tp: those of an
+        """ValueError, naming the flag, if these numbers of ranks do not divide it. expert_tp: those of an
         expert.
         """
 
     @property
     def num_experts(self) -> int:
-        """0: every token goes through all of it."""
+        """Number of experts; 0: a dense MLP."""
 
     @property
     def has_transformer_engine(self) -> bool:
@@ -138,7 +137,7 @@ class Mlp(Protocol):
         """Parameters of one rank."""
 
     def kept_bytes(self, share: Share, *, hidden_size: float, batch: float, length: int) -> float:
-        """What autograd keeps on one rank. hidden_size: of a token on this rank, less under sequence
+        """Bytes that autograd keeps on one rank. hidden_size: of a token on this rank, less under sequence
         parallelism.
         """
 
@@ -172,11 +171,11 @@ class Angles:
 
 
 class Step:
-    """One more token of each sequence: what all layers read, made once."""
+    """Inputs of a decoding step that all layers share: positions, masks and angles of the new tokens."""
 
     def __init__(self, where: torch.Tensor, num_keys: int, *, dtype: torch.dtype, regions: Regions) -> None:
-        """where int64 [B]: the tokens' positions. num_keys: cached positions to look at, at least up to the
-        last.
+        """where int64 [B]: the tokens' positions. num_keys: cached positions to read, at least up to the
+        last position.
         """
         self.where, self.num_keys, self.regions = where, num_keys, regions
         self.rows = torch.arange(len(where), device=where.device)
@@ -186,7 +185,7 @@ class Step:
         self._angles: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def visible(self, window: int | None) -> torch.Tensor:
-        """What is added to the scores, [B, 1, 1, num_keys]: 0 where a query sees the key, else -inf."""
+        """Mask that is added to the scores, [B, 1, 1, num_keys]: 0 if a query sees the key, else -inf."""
         window = window if window is not None and window < self.num_keys else None
         if window not in self._visible:
             hidden = self._back < 0 if window is None else (self._back < 0) | (self._back >= window)
@@ -211,11 +210,11 @@ class Layer:
     rope: Rope | None
     """None: the layer has no rotary embedding."""
     window: int | None = None
-    """How many positions the layer's queries see, their own included; None: all."""
+    """Number of positions that a query sees, including its own; None: all."""
     norms: Literal["before", "around", "after"] = "before"
-    """Norms of what enters attention and MLP, of what they add to the residual, or of both."""
+    """Norms of the inputs of attention and MLP, of their outputs, or of both."""
     residual_scale: float = 1.0
-    """Multiplies what attention and MLP add to the residual."""
+    """Factor of the outputs of attention and MLP before the residual."""
 
     @property
     def has_transformer_engine(self) -> bool:
@@ -232,7 +231,7 @@ class Layer:
         norm = IdentityOp if fused or self.norms == "after" else RMSNorm
         mlp_norm = backend.layer_norm() if fused and self.mlp.num_experts else norm
         add = get_bias_dropout_add if self.residual_scale == 1.0 else scaled_add(self.residual_scale)
-        # The names that TransformerEngine's layers give the same norms, so that a checkpoint fits both.
+        # TransformerEngine's names of the same norms, so that a checkpoint fits both.
         keys = {}
         if norm is RMSNorm:
             keys["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
@@ -275,13 +274,13 @@ class Layer:
 def check_divisor(
     tp: int, name: str, value: int, *, flag: str, option: str = "--tensor-model-parallel-size"
 ) -> None:
-    """ValueError, naming the flag, where the tensor-parallel size does not divide a number of the model."""
+    """ValueError, naming the flag, if the tensor-parallel size does not divide a number of the model."""
     if value % tp:
         raise ValueError(f"{option} {tp} does not divide {name} ({value}) of {flag}")
 
 
 def scaled_add(scale: float) -> Callable[..., Any]:
-    """In the place of Megatron's addition to the residual."""
+    """Replaces Megatron's addition to the residual."""
 
     def choose(training: bool, fused: bool) -> Callable[..., torch.Tensor]:
         def add(output: tuple[torch.Tensor, None], residual: torch.Tensor, dropout: float) -> torch.Tensor:

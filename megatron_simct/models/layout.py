@@ -1,8 +1,8 @@
-"""Where the tokens of a forward pass stand: in which sequence, and at which of its positions.
+"""The sequence and position of each token of a forward pass.
 
 A batch is B padded sequences beside each other, [S, B], or sequences packed one after another in one row, [S,
-1]. Megatron hands a Layout to every layer as `packed_seq_params` and reads nothing of it but the format: to
-Megatron the tokens are [S, B] in any case. Rotary embeddings and attention read the rest.
+1]. Megatron passes a Layout to every layer as `packed_seq_params` and reads only its format: for Megatron the
+tokens are always [S, B]. Rotary embeddings and attention read the rest.
 
 With context parallelism the S tokens of a row are cut into two pieces a rank, rank r of C holding pieces r
 and 2 C - 1 - r (`context_pieces`): what is early and sees few keys, and what is late and sees many. Each rank
@@ -27,11 +27,11 @@ with megatron_imports():
     from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 ROUNDED = 128
-"""Multiple of tokens of a row on a GPU: functions that are compiled for a shape see few different ones."""
+"""The tokens of a row are rounded up to this on a GPU, so that functions are compiled for few shapes."""
 
 
 def token_multiple(parallel: ParallelConfig, device: torch.device, *, context_parallel_size: int) -> int:
-    """What the number of tokens of a row must be a multiple of."""
+    """The number of tokens of a row must be a multiple of this."""
     shared = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     pieces = 2 * context_parallel_size if context_parallel_size > 1 else 1
     return math.lcm(pieces * shared, ROUNDED if device.type == "cuda" else 1)
@@ -81,13 +81,15 @@ class Layout(PackedSeqParams):
         """Tokens of the longest sequence."""
         sequences = [(end - length, end) for length, end in zip(lengths, accumulate(lengths), strict=True)]
         if self._context is None:
-            # Under Megatron's name, for layers that go through one sequence after another.
+            # Megatron's name, read by layers that process one sequence after another.
             self.cu_seqlens_q = torch.tensor([0, *(end for _, end in sequences)], dtype=torch.int32)
         self.pieces: list[Piece] = []
         """All queries of this rank, in their order."""
+        # Queries are numbered on this rank: `offset` counts the tokens of its pieces before this one.
         offset = 0
         for piece in context_pieces(num_tokens, rank, size):
             for start, end in sequences:
+                # The part of the sequence that lies in the piece.
                 first, last = max(start, piece.start), min(end, piece.stop)
                 if first < last:
                     queries = slice(offset + first - piece.start, offset + last - piece.start)
@@ -105,7 +107,7 @@ class Layout(PackedSeqParams):
         gathered = gather_from_sequence_parallel_region(
             both, tensor_parallel_output_grad=True, group=self._context
         )
-        pieces = gathered.chunk(2 * size)  # of rank 0 its first and its second, of rank 1 ...
+        pieces = gathered.chunk(2 * size)  # rank 0's first and second piece, rank 1's, ...
         ordered = torch.cat([*pieces[::2], *reversed(pieces[1::2])])
         key, value = ordered.split([width, ordered.shape[-1] - width], dim=-1)
         return key, value

@@ -1,5 +1,5 @@
-"""LoRA: a model's weights stay as they are, and beside each projection W a product of two small matrices is
-trained.
+"""LoRA: a model's weights are frozen, and a product of two small matrices is trained beside each projection
+W.
 
     y = x W^T + (alpha / r) x A^T B^T,    A [r, in], B [out, r]    (Hu et al., arXiv:2106.09685; no dropout)
 
@@ -52,24 +52,24 @@ with megatron_imports():
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 MARK = ".adapter."
-"""In the name of a parameter of an adapter, and of no other."""
+"""Part of the names of an adapter's parameters, and of no others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """What the rows of one of Megatron's matrices are of the folder."""
+    """The folder's tensors of the rows of one of Megatron's matrices."""
 
     names: tuple[str, ...]
-    """Tensors of the folder: one for each run of rows, or one for all of them."""
+    """Names of tensors: one for each run of rows, or one for all of them."""
     rows: tuple[int, ...]
     """Rows of each run, of the whole model."""
     groups: int = 0
-    """The runs follow each other within each of so many groups; 0: they do so as they are."""
+    """Number of groups within each of which the runs follow each other; 0: they are not interleaved."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Projection:
-    """A matrix of a layer beside which an adapter can lie."""
+    """A matrix of a layer that can have an adapter."""
 
     path: str
     """Its module within Megatron's layer."""
@@ -79,7 +79,7 @@ class Projection:
     splits_columns: bool
 
     def parameters(self, targets: frozenset[str], rank: int, tp_size: int) -> int:
-        """Numbers of its adapter on one rank."""
+        """Number of its adapter's parameters on one rank."""
         names = self.parts.names * (len(self.parts.rows) if len(self.parts.names) == 1 else 1)
         rows = sum(
             count for name, count in zip(names, self.parts.rows, strict=True) if module_name(name) in targets
@@ -124,7 +124,7 @@ def _parts(rule: Rule, layer: Layer, hidden_size: int) -> Parts:
 
 
 def module_name(tensor: str) -> str:
-    """The last word of a module's name, as --lora-target-modules has it: q_proj."""
+    """The last part of a module's name, for --lora-target-modules: q_proj."""
     return tensor.removesuffix(".weight").rpartition(".")[2]
 
 
@@ -178,7 +178,7 @@ class Adapter(torch.nn.Module):
         return module_name(self.parts.names[run if len(self.parts.names) > 1 else 0])
 
     def forward(self, x: torch.Tensor, *, sequence_parallel: bool) -> torch.Tensor:
-        """What is added to the output of the layer, of the same shape."""
+        """The term to add to the output of the layer, of the same shape."""
         if self.splits_columns:
             (down,), (up,) = self.down.values(), self.up.values()
             inner = linear(x, down)
@@ -203,7 +203,7 @@ class Adapter(torch.nn.Module):
         return self._in_order(runs, dim=-1)
 
     def product(self) -> torch.Tensor:
-        """What is added to the weight of this rank, float32."""
+        """float32: the matrix to add to the weight of this rank."""
         if self.splits_columns:
             (down,), (up,) = self.down.values(), self.up.values()
             return up.float() @ down.float() * self.scale
@@ -233,7 +233,7 @@ class Adapter(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """As megatron-core's layers give it."""
+        """See megatron-core's layers."""
         state = self.state_dict(prefix="", keep_vars=True)
         split, axis = ("down.", 1) if self.splits_columns else ("up.", 0)
         axes = {name: axis for name in state if name.startswith(split)}
@@ -261,7 +261,7 @@ class LoraColumnLinear(ColumnParallelLinear):
 
 
 class LoraRowLinear(RowParallelLinear):
-    """The same of the other kind."""
+    """Megatron's row-parallel layer with an adapter."""
 
     adapter: Adapter
 
@@ -310,8 +310,8 @@ def add_adapters(
     model.requires_grad_(False)
     for chunk in chunks_of(model):
         if chunk.pre_process:
-            # Else nothing before the first adapter has a gradient, and recomputed layers would have none at
-            # all.
+            # Else no activation before the first adapter needs a gradient, and recomputed layers would have
+            # none at all.
             chunk.embedding.register_forward_hook(_needs_gradient)
         for layer in chunk.decoder.layers:
             number = layer.layer_number - 1
@@ -400,7 +400,7 @@ def adapters_of(model: HiddenStateModel | InterleavedModel) -> Iterator[tuple[to
 
 
 def merge_adapters(model: HiddenStateModel | InterleavedModel) -> None:
-    """W + (alpha / r) B A in the place of W, and no adapters. The sum is rounded once, to the type of W."""
+    """Replace W by W + (alpha / r) B A, without adapters. The sum is rounded once, to the type of W."""
     plain = {kind: own for own, kind in _WITH_ADAPTER.items()}
     for module, adapter in list(adapters_of(model)):
         weight = module.get_parameter("weight").data
@@ -415,7 +415,7 @@ def save_peft(
     """Write the adapters as a folder that peft loads: adapter_config.json, adapter_model.safetensors.
 
     base: the folder of the model. Collective over the whole job; the first rank writes, and holds all
-    adapters. ValueError where the folder exists.
+    adapters. ValueError if the folder exists.
     """
     own: dict[str, torch.Tensor] = {}
     for _, adapter in adapters_of(model):

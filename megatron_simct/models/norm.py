@@ -28,7 +28,7 @@ class RMSNorm(torch.nn.RMSNorm):
     """x / rms(x) * weight, or x / rms(x) * (1 + weight) where the configuration centres weights at zero.
 
     Under sequence parallelism each tensor-parallel rank normalizes its own positions, so its gradient of the
-    weight is a part of the whole. The mark on the weight tells Megatron to sum the parts when it finalizes
+    weight is a part of the whole. The mark on the weight makes Megatron sum the parts when it finalizes
     the gradients.
     """
 

@@ -1,4 +1,4 @@
-"""How many floating-point operations a rank does in a forward pass, counted on the model as it is built."""
+"""Number of floating-point operations of a rank in a forward pass, counted on the built model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class Operations:
                 self._per_token += 2 * share * parameter.numel()
             for layer in chunk.decoder.layers:
                 attention = layer.self_attention
-                if (of_state := getattr(attention, "state_operations", None)) is not None:
+                of_state = getattr(attention, "state_operations", None)
+                if of_state is not None:
                     self._per_token += of_state
                     continue
                 width = attention.num_attention_heads_per_partition * attention.hidden_size_per_attention_head
@@ -54,11 +55,11 @@ class Operations:
 
 
 def _pairs(length: int, window: int | None) -> int:
-    """How many keys the queries of a sequence see together."""
+    """Number of pairs of a query and a key that it sees in a sequence."""
     seen = length if window is None else min(window, length)
     return seen * (seen + 1) // 2 + (length - seen) * seen
 
 
 def peak_operations(device_name: str) -> float | None:
-    """Operations a second of the device; None where it is not known."""
+    """Operations a second of the device; None if it is not known."""
     return next((peak for name, peak in _PEAKS.items() if name in device_name), None)

@@ -1,5 +1,5 @@
-"""The parts of a decoding step between its matrix products: small functions that a compiler makes one kernel
-each.
+"""The parts of a decoding step between its matrix products: small functions, each of which is compiled to one
+kernel.
 
 `EAGER` runs them in torch's own operations, `compiled` by torch.compile: Triton on a GPU, C++ on a CPU.
 
@@ -19,7 +19,7 @@ from torch.nn.functional import rms_norm
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """What an RMSNorm multiplies by."""
+    """The factor of an RMSNorm."""
 
     weight: torch.Tensor
     epsilon: float
@@ -35,8 +35,8 @@ def normed(hidden: torch.Tensor, scale: Scale) -> torch.Tensor:
 
 
 def added(hidden: torch.Tensor, output: torch.Tensor, after: Scale | None, factor: float) -> torch.Tensor:
-    """The residual with what a part of a layer adds to it, [B, H]. after: of the norm of that, None without
-    one.
+    """[B, H]: the residual plus the output of a part of a layer. after: scale of the norm of that output;
+    None without one.
     """
     output = output if after is None else normed(output, after)
     return hidden + (output if factor == 1.0 else factor * output)
@@ -45,7 +45,9 @@ def added(hidden: torch.Tensor, output: torch.Tensor, after: Scale | None, facto
 def add_normed(
     hidden: torch.Tensor, output: torch.Tensor, after: Scale | None, before: Scale, factor: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `added`; and what the next part of the layer reads. before: of its norm."""
+    """The result of `added`, and its norm, which the next part of the layer reads. before: scale of that
+    norm.
+    """
     hidden = added(hidden, output, after, factor)
     return hidden, normed(hidden, before)
 
@@ -70,7 +72,7 @@ def rotate_and_cache(
     where: torch.Tensor,
     interleaved: bool = False,
 ) -> torch.Tensor:
-    """Rotates queries and keys by their positions' angles, and puts keys and values into the cache.
+    """Rotates queries and keys by their positions' angles, and writes keys and values to the cache.
 
     qkv [B, g, m + 2, d], which is written to; cos, sin [B, 1, 1, rotated entries], None: nothing is rotated;
     kept [R, g, 2, L, d]; rows int64 [B]: 0 .. B - 1; where int64 [B]: the positions. Returns the queries, [B,

@@ -1,7 +1,7 @@
 """Rotary position embeddings of an architecture: one set of angles for each kind of layer it has.
 
 A pair (x_i, x_{i + d/2}), or (x_2i, x_{2i + 1}), of the first d entries of a query or a key is rotated by
-position * f_i, where f_i = theta^(-2i/d), scaled as the architecture says.
+position * f_i, where f_i = theta^(-2i/d), with the architecture's scaling.
 """
 
 from __future__ import annotations

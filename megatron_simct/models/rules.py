@@ -29,10 +29,10 @@ from megatron_simct.models.tensor_files import Piece
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Which part of the whole model a parameter is."""
+    """The layer, expert and rank of a parameter in the model."""
 
     body: str = "model."
-    """What names of the folder have in the place of "model."."""
+    """Prefix of the folder's names, in place of "model."."""
     layer: int | None
     """Number in the whole model, counted from 0; None outside the layers."""
     expert: int | None = None
@@ -47,12 +47,18 @@ class Place:
 
 
 class Rule(Protocol):
-    """How a parameter is made of tensors of the folder. Its fields that are strings are their names."""
+    """Converts between a parameter and tensors of the folder.
+
+    Fields that are strings are names of tensors.
+    """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def pieces(self, parameter: torch.Tensor, place: Place) -> Iterator[Piece]:
-        """What a shard of the parameter consists of. What no piece covers pads the vocabulary and is zero."""
+        """The pieces of a shard of the parameter.
+
+        Entries that no piece covers pad the vocabulary and are zero.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +71,11 @@ class Whole:
 
 @dataclass(frozen=True, slots=True)
 class Exact:
-    """A buffer, which keeps its own type where parameters are written in another."""
+    """A buffer, which keeps its type whatever the type of the written parameters is."""
 
     name: str
     row: bool = False
-    """The tensor has the numbers as its one row."""
+    """The tensor has one row with the numbers."""
 
     def pieces(self, parameter: torch.Tensor, place: Place) -> Iterator[Piece]:
         view = parameter[None] if self.row else parameter
@@ -211,16 +217,16 @@ class Run:
     total: int
     """Rows of the tensor."""
     begin: int
-    """Where those of the first group begin."""
+    """First row of the first group."""
     rows: int
-    """How many each group has."""
+    """Rows of each group."""
     step: int | None = None
-    """From one group to the next; None: they follow one another."""
+    """Distance from one group to the next; None: groups are consecutive."""
 
 
 @dataclass(frozen=True, slots=True)
 class PerGroup:
-    """A rank has whole groups."""
+    """Runs of rows by groups; a rank has complete groups."""
 
     runs: tuple[Run, ...]
     groups: int

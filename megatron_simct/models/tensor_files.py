@@ -1,6 +1,6 @@
-"""The tensors of a Hugging Face folder of safetensors: which there are, and pieces of them.
+"""The tensors of a Hugging Face folder of safetensors: names, shapes and pieces.
 
-Nothing here knows a model: `families` asks whether a folder has a head of its own, `hf_load` reads pieces.
+This module knows no model: `families` asks whether a folder has a head of its own, `hf_load` reads pieces.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def find_weights(folder: str, *, flag: str) -> Path | None:
-    """The folder's safetensors index or its one safetensors file; None where the folder has no weights.
+    """The folder's safetensors index or its one safetensors file; None if the folder has no weights.
 
-    Raises ValueError where it has weights that cannot be read: another format, or shards without an index.
+    Raises ValueError if it has weights that cannot be read: another format, or shards without an index.
     """
     for name in (INDEX, _SINGLE):
         if (Path(folder) / name).exists():
@@ -46,8 +46,8 @@ def weight_files(folder: str, *, flag: str) -> list[Path]:
 
 
 def text_names(folder: str, *, flag: str) -> tuple[str, str]:
-    """What names of the language model's tensors begin with in a folder that also has tensors for images, and
-    the name of its LM head. Raises ValueError as TensorFolder does."""
+    """In a folder that also has tensors for images: the prefix of the language model's tensors, and the name
+    of its LM head. Raises ValueError as TensorFolder does."""
     found = set()
     if any((Path(folder) / name).exists() for name in (INDEX, _SINGLE)):
         with contextlib.ExitStack() as files:
@@ -61,7 +61,7 @@ def text_names(folder: str, *, flag: str) -> tuple[str, str]:
 def has_own_head(folder: str, *, embedding: str = EMBEDDING, head: str = HEAD, flag: str) -> bool:
     """Whether the folder has an LM head whose numbers are not those of the embedding.
 
-    transformers does not tie the two then, whatever config.json says. Raises ValueError as TensorFolder.
+    transformers does not tie the two then, whatever config.json has. Raises ValueError as TensorFolder.
     """
     if not any((Path(folder) / name).exists() for name in (INDEX, _SINGLE)):
         return False
@@ -102,9 +102,9 @@ class Piece:
 
 
 _BLOCK = 4 << 20
-"""Bytes that are read at a time."""
+"""Bytes of one read."""
 _NUMBERS = 1 << 20
-"""Numbers of a quantised matrix that are made at a time."""
+"""Numbers of a quantised matrix that are dequantised at a time."""
 
 
 class TensorFolder:
@@ -116,7 +116,7 @@ class TensorFolder:
         """
         self._where = f"{flag} {folder}"
         self.format = None if plain else folder_format(folder, flag=flag)
-        """How matrices are stored that have scales beside them; None where config.json says nothing of it."""
+        """The format of quantised matrices; None if config.json has no quantization_config."""
         self._files = files
         self._opened: dict[Path, _File] = {}
         self._stands_for: dict[str, str] = {}
@@ -129,9 +129,7 @@ class TensorFolder:
             self._list, self._file_of = path, self._read_index(path)
 
     def check_names(self, known: re.Pattern[str]) -> None:
-        """ValueError for a tensor whose name does not match: the model would compute something else without
-        it.
-        """
+        """Raises ValueError for a tensor with an unknown name: without it the results would be wrong."""
         for name, path in self._file_of.items():
             if not known.fullmatch(name if self.format is None else self.format.matrix_of(name)):
                 raise ValueError(
@@ -214,7 +212,7 @@ class TensorFolder:
         return file.read(offset + skipped, count * width, dtype).view(count, width)[:: rows.step]
 
     def _read_quantised(self, piece: Piece) -> None:
-        """Numbers are made for these entries alone, a few rows at a time."""
+        """Dequantise these entries alone, a few rows at a time."""
         assert self.format is not None, "nothing is quantised without it"
         name = self._stands_for.get(piece.name, piece.name)
         try:
@@ -266,9 +264,9 @@ class TensorFolder:
         dtype, shape, begin, end = file.tensors[name]
         if dtype not in known:
             how = (
-                "config.json has no quantization_config that says"
+                "config.json has no quantization_config that describes"
                 if self.format is None
-                else "has no scales that say"
+                else "has no scales that describe"
             )
             raise ValueError(
                 f"{self._where}: tensor {name} of {file.path.name} has the type {dtype}, and {how} how it is "
@@ -309,14 +307,14 @@ class TensorFolder:
 
 
 def _read_on_its_side(piece: Piece, file: _File, dtype: torch.dtype, offset: int) -> None:
-    """Fill the view from what the file has of one expert at the byte `offset`, a few rows at a time."""
+    """Fill the view from the transposed matrix of one expert at the byte `offset`, a few rows at a time."""
     entries = slice(piece.begin, piece.end, piece.step)
     if len(piece.shape) == 2:  # a vector
         piece.view.copy_(file.read(offset, piece.shape[1], dtype)[entries])
         return
     _, height, width = piece.shape
     lying = piece.view.T
-    # What are columns of the matrix are rows of the file.
+    # Columns of the matrix are rows of the file.
     rows, columns = (range(height), entries) if piece.axis == 0 else (range(height)[entries], slice(None))
     step = max(1, _BLOCK // (width * dtype.itemsize))
     for begin in range(0, len(rows), step):

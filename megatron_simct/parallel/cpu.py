@@ -1,4 +1,4 @@
-"""megatron-core on CPU with gloo: the patches that make it run where there is no CUDA device.
+"""megatron-core on CPU with gloo: patches for machines without a CUDA device.
 
 megatron-core names CUDA in four ways: it asks for the current device, it synchronises and forks the RNG, it
 writes device="cuda" into tensor factories, and it checks for CUDA tensor types. Each entry of PATCHES
@@ -91,7 +91,7 @@ def _clip_grad_by_total_norm(
 
 
 def _init_data(sharded: Any, device: Any, init_fn: Callable[..., torch.Tensor] = torch.empty) -> None:
-    """Room for what another rank has read, which upstream makes on the CUDA device."""
+    """An empty tensor for data that another rank has read; upstream allocates it on the CUDA device."""
     if sharded.data is None:
         sharded.data = init_fn(sharded.local_shape, dtype=sharded.dtype, device="cpu")
 
@@ -151,11 +151,11 @@ def _sum_and_scatter_rows(
 
 
 _upstream: dict[tuple[str, str], Any] = {}
-"""What the patches have replaced."""
+"""The attributes that the patches have replaced."""
 
 
 def _build_main_parameters(optimizer: Any, *args: Any) -> Any:
-    """Upstream's, which knows a parameter's type by the name that it has on a CUDA device."""
+    """Upstream's function, which compares a parameter's type with the name of a CUDA type."""
     type_ = torch.Tensor.type
 
     def as_on_cuda(tensor: torch.Tensor, *options: Any, **more: Any) -> Any:
@@ -213,7 +213,7 @@ _patched = False
 
 
 def patch_megatron() -> bool:
-    """Apply PATCHES once per process; returns False, and does nothing, where a CUDA device is available."""
+    """Apply PATCHES once per process; returns False, and does nothing, if a CUDA device is available."""
     global _patched
     if torch.cuda.is_available():
         return False
@@ -264,7 +264,7 @@ def megatron_imports() -> Iterator[None]:
 @contextlib.contextmanager
 def _without_loggers() -> Iterator[None]:
     """megatron-core imports these where they are installed, for parts of it that nothing here calls: a fifth
-    of the time in which a process starts. Who wants them later imports them as ever."""
+    of the time in which a process starts. Later imports of them work as usual."""
     hidden = [name for name in ("tensorboard", "wandb") if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: to import it is an ImportError
     try:
@@ -276,8 +276,8 @@ def _without_loggers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Mute what megatron-core warns of where TransformerEngine and Apex are absent by design, and what torch
-    logs where there is nvcc and no GPU."""
+    """Mute warnings of megatron-core that TransformerEngine and Apex are missing, and of torch that there is
+    nvcc but no GPU."""
     disabled = logging.root.manager.disable
     logging.disable(max(disabled, logging.WARNING))
     try:

@@ -1,4 +1,4 @@
-"""What the ranks of a job do on the disk that they share: one of them acts, and all know how it ended."""
+"""Actions on a shared disk: one rank acts, and all ranks get its outcome."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from megatron_simct.stopping import at_sudden_end
 
 
 def on_first_rank(action: Callable[[], None], directory: str, *, flag: str = "--save") -> None:
-    """action() on the first rank while the others wait. ValueError on every rank where the disk refuses, or
-    where action() raises one."""
+    """Run action() on the first rank while the others wait. Raises ValueError on every rank if action()
+    raises one, or an OSError.
+    """
     problem: str | None = None
     if dist.get_rank() == 0:
         try:
@@ -28,24 +29,24 @@ def on_first_rank(action: Callable[[], None], directory: str, *, flag: str = "--
 
 
 def check_all_wrote(refused: OSError | None, directory: str) -> None:
-    """ValueError on every rank, in the same words, where the disk refused one of them. Collective over the
+    """Raises the same ValueError on every rank if one of them had an error of the disk. Collective over the
     whole job.
 
-    refused: what this rank met; it must have gone on to here, for others would wait in whatever comes
-    between.
+    refused: this rank's error. The rank must have continued up to this call, because others would wait for it
+    in collectives before.
     """
     raise_together(None if refused is None else f"--save {directory}: {_refused(refused)}")
 
 
 def raise_together(problem: str | None) -> None:
-    """ValueError on every rank with the first problem that a rank has. Collective over the whole job."""
+    """Raises ValueError on every rank with the first problem of a rank. Collective over the whole job."""
     found = first_of(problem)
     if found is not None:
         raise ValueError(found)
 
 
 def first_of(problem: str | None) -> str | None:
-    """The first problem that a rank has, on every rank; None where none has one.
+    """The first problem of a rank, on every rank; None if no rank has one.
 
     Collective over the whole job.
     """
@@ -65,8 +66,8 @@ def first_of(problem: str | None) -> str | None:
 def sole_owner(folders: Mapping[str, str | None], *, beside: bool = False) -> Iterator[None]:
     """Own the folders, by the flags that name them, while the context lasts. None: no such folder.
 
-    beside: they are to be made, so their locks lie beside them. The first rank has the locks. ValueError on
-    every rank where another run writes into one of the folders.
+    beside: the folders will be made later, so their locks lie beside them. The first rank holds the locks.
+    Raises ValueError on every rank if another run writes into one of the folders.
     """
     held: dict[Path, Lock] = {}
     made: list[Path] = []
@@ -82,13 +83,13 @@ def sole_owner(folders: Mapping[str, str | None], *, beside: bool = False) -> It
                 take(place.parent, name=place.name, what=what) if beside else take(folder, what=what)
             )
         except OSError as error:
-            raise ValueError(f"{what}: {_refused(error)}; name a place that can be written to") from None
+            raise ValueError(f"{what}: {_refused(error)}; choose a path that can be written to") from None
 
     def let_go() -> None:
         for lock in held.values():
             lock.release()
         for folder in made:
-            with contextlib.suppress(OSError):  # what was written stays
+            with contextlib.suppress(OSError):  # the folder and its files stay
                 folder.rmdir()
 
     try:

@@ -1,6 +1,6 @@
 """torchrun (or Slurm) environment -> torch.distributed -> Megatron's process groups, in one context manager.
 
-Everything else gets the groups handed in (`Groups`) and never asks a global for them.
+All other code gets the groups as an argument (`Groups`), never from a global.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ with megatron_imports():
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """The process groups of one rank, its place in them, and its device."""
+    """The process groups of one rank, its ranks in them, and its device."""
 
     tp: dist.ProcessGroup
     pp: dist.ProcessGroup
@@ -36,7 +36,7 @@ class Groups:
     cp: dist.ProcessGroup
     """Ranks that share the sequences of the student's update."""
     dp_cp: dist.ProcessGroup
-    """Both: the ranks that have the same weights."""
+    """The ranks of dp and cp together: ranks with the same weights."""
     tp_cp: dist.ProcessGroup
     """Ranks of one stage that have the same samples."""
     ep: dist.ProcessGroup
@@ -46,7 +46,7 @@ class Groups:
     expert_dp: dist.ProcessGroup
     """Ranks that have the same experts."""
     exchange: dist.ProcessGroup
-    """Both of the first two: ranks that send each other tokens."""
+    """The ranks of ep and expert_tp together: ranks that send each other tokens."""
     device: torch.device
 
     @property
@@ -85,7 +85,7 @@ class Groups:
 
     @property
     def passes_together(self) -> bool:
-        """Whether ranks with other samples share experts with this one, so that all pass through a layer
+        """Whether this rank shares experts with ranks that have other samples, so that all must run a layer
         together.
         """
         return self.exchange.size() > self.tp.size()
@@ -109,7 +109,7 @@ class Groups:
 
 
 def check_layout(parallel: ParallelConfig, world_size: int) -> None:
-    """ValueError, naming the flag, where the layout is impossible or not supported by this version."""
+    """ValueError, naming the flag, if the layout is impossible or not supported by this version."""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     cp, ep = parallel.context_parallel_size, parallel.expert_model_parallel_size
     virtual = parallel.num_virtual_stages_per_pipeline_rank
@@ -145,7 +145,7 @@ def check_layout(parallel: ParallelConfig, world_size: int) -> None:
 
 
 def _check_stages(parallel: ParallelConfig) -> None:
-    """ValueError where layers of stages are given, and there are no such stages, or they are given twice."""
+    """Raises ValueError if layers are given for stages that do not exist, or given twice."""
     given = {
         "--decoder-first-pipeline-num-layers": parallel.decoder_first_pipeline_num_layers,
         "--decoder-last-pipeline-num-layers": parallel.decoder_last_pipeline_num_layers,
@@ -156,7 +156,7 @@ def _check_stages(parallel: ParallelConfig) -> None:
         raise ValueError(f"{flags[0]}: --pipeline-model-parallel-size is 1; leave it out or raise the size")
     if parallel.pipeline_model_parallel_layout is not None and len(flags) > 1:
         raise ValueError(
-            f"{flags[0]}: --pipeline-model-parallel-layout says it already; leave one of them out"
+            f"{flags[0]}: --pipeline-model-parallel-layout sets it already; leave one of them out"
         )
     if (
         flags
@@ -164,15 +164,13 @@ def _check_stages(parallel: ParallelConfig) -> None:
         and parallel.num_virtual_stages_per_pipeline_rank > 1
     ):
         raise ValueError(
-            f"{flags[0]}: with --num-virtual-stages-per-pipeline-rank say it as "
+            f"{flags[0]}: with --num-virtual-stages-per-pipeline-rank give it as "
             "--pipeline-model-parallel-layout"
         )
 
 
 def _check_expert_ranks(parallel: ParallelConfig, world_size: int) -> None:
-    """ValueError where the ranks of a stage cannot be dealt out to experts that are split otherwise than the
-    rest.
-    """
+    """Raises ValueError if the ranks of a stage cannot be divided by the layout of the experts."""
     ranks, tp = parallel.expert_tp * parallel.expert_model_parallel_size, parallel.tensor_model_parallel_size
     flags = (
         f"--expert-tensor-parallel-size ({parallel.expert_tp}) x --expert-model-parallel-size "
@@ -186,8 +184,8 @@ def _check_expert_ranks(parallel: ParallelConfig, world_size: int) -> None:
 
 
 def check_restarts(world_size: int) -> None:
-    """ValueError where processes that torchrun starts again would look for each other where those before them
-    were.
+    """Raises ValueError if processes that torchrun restarts would meet at the address of those before
+    them.
     """
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     if world_size > 1 and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -204,9 +202,9 @@ def process_groups(
 ) -> Iterator[Groups]:
     """Join the job, build Megatron's groups, seed every generator; leave all of it on exit.
 
-    deterministic: every run of one layout computes the same numbers, or fails where torch has no such
-    operation. NCCL where CUDA is available, else gloo with the CPU patches of `parallel.cpu`. ValueError
-    where the layout is impossible, or the device has no `bf16`.
+    deterministic: every run of one layout computes the same numbers, or fails if torch has no deterministic
+    operation. NCCL where CUDA is available, else gloo with the CPU patches of `parallel.cpu`. Raises
+    ValueError if the layout is impossible, or if the device has no `bf16`.
     """
     environment = Environment.read()
     check_layout(parallel, environment.world_size)
@@ -242,9 +240,7 @@ def process_groups(
 
 
 def make_deterministic() -> None:
-    """The same numbers at every run, on a GPU too, as far as torch, NCCL and TransformerEngine can be
-    told.
-    """
+    """Make torch, NCCL and TransformerEngine deterministic, as far as they have options for it."""
     os.environ.setdefault("NCCL_ALGO", "Ring")
     os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -253,7 +249,7 @@ def make_deterministic() -> None:
 
 
 def shared_store() -> dist.Store | None:
-    """The key-value store that the ranks of the job met at; None for a job of one rank."""
+    """The key-value store of the rendezvous; None for a job of one rank."""
     return dist.distributed_c10d._get_default_store() if dist.get_world_size() > 1 else None
 
 
@@ -268,10 +264,11 @@ def build_groups(parallel: ParallelConfig, *, seed: int, device: torch.device) -
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tp,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
-        create_gloo_process_groups=False,  # twins of the data-parallel groups, which nothing here uses
+        # duplicates of the data-parallel groups, which this package does not use
+        create_gloo_process_groups=False,
     )
     pp = parallel_state.get_pipeline_model_parallel_group()
-    seed += 100 * pp.rank()  # stages draw different weights
+    seed += 100 * pp.rank()  # stages must draw different weights
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,8 +1,8 @@
-"""What pipeline stages tell each other outside of Megatron's training schedule.
+"""Communication between pipeline stages outside of Megatron's training schedule.
 
-The schedule leaves its results on the last stage, the one with the LM head. Here they reach the other stages,
-so that every rank of a replica goes on with the same numbers; and hidden states go from stage to stage while
-text is generated.
+The schedule leaves its results on the last stage, the one with the LM head. These functions broadcast them to
+the other stages, so that every rank of a replica continues with the same numbers, and send hidden states from
+stage to stage during generation.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def through_stage(
     first: bool,
     last: bool,
 ) -> torch.Tensor:
-    """forward(hidden states of the stage before, or None on the first), its result sent on to the stage
-    after.
+    """Run forward(hidden states of the stage before; None on the first), and send its result to the next
+    stage.
 
     `received` gives shape and type of what comes from the stage before; it is written to. An interleaved
     pipeline goes around the ranks more than once, so `first` and `last` are about the stage, not the rank.

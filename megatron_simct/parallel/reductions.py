@@ -1,4 +1,4 @@
-"""Sums, and the largest, of a few numbers over ranks."""
+"""Sums and maxima of a few numbers over ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.distributed as dist
 def sum_over_ranks(sums: dict[str, torch.Tensor], group: dist.ProcessGroup) -> dict[str, float]:
     """Each entry (0-dim) summed over the group, in float64: one small all-reduce.
 
-    Every rank brings the same names.
+    Every rank passes the same names.
     """
     names = sorted(sums)
     values = total(torch.stack([sums[name].detach().double().reshape(()) for name in names]), group)
@@ -17,7 +17,7 @@ def sum_over_ranks(sums: dict[str, torch.Tensor], group: dist.ProcessGroup) -> d
 
 
 def total(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The sum over the group, of any shape, where the group can reduce; `values` may be overwritten."""
+    """The sum over the group, of any shape, on the group's device; `values` may be overwritten."""
     values = values.to("cuda" if dist.get_backend(group) == "nccl" else "cpu")
     dist.all_reduce(values, group=group)
     return values

@@ -44,7 +44,8 @@ COMPARED = {
 }
 """What build_alignment_map shows."""
 _WITHOUT = ("kd", "sft", "scalar")
-"""One tokenizer, no teacher, and a policy gradient, whose value is no distance."""
+"""Interfaces without a bias: one tokenizer, no teacher, or a policy gradient, whose value is not a
+distance."""
 _OF_A_RUN = ("drop_units", "random_units", "unit_weight", "mask_whitespace", "stop_bridge", "shared")
 """Options that act where a run makes its segments and pairs. The figure is that of their defaults."""
 
@@ -91,7 +92,7 @@ def has_bias(interface: InterfaceConfig) -> bool:
 def words_of(texts: Iterable[str], *, most: int = MAX_WORDS) -> dict[bytes, float]:
     """The language of the texts' most frequent words, each with the blank before it.
 
-    Empty where there are none.
+    Empty if there are none.
     """
     counts = Counter(word for text in texts for word in _WORD.findall(text))
     kept = counts.most_common(most)
@@ -127,7 +128,9 @@ def measure_bias(
     """
     language = spelled_by(language, student, teacher)
     if len(language) < 2:
-        raise ValueError("the texts have fewer than two words that both tokenizers spell; give others")
+        raise ValueError(
+            "the texts have fewer than two words that both tokenizers can represent; give other texts"
+        )
     flat = flattened(language)
     of_teacher = ExactModel.of(language, teacher.encode, teacher.table.stop_ids[0])
     losses = np.zeros((2, len(interfaces)))

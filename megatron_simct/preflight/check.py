@@ -139,7 +139,7 @@ class _Check:
         self._sound: set[str] = set()
         """Jobs whose options have a meaning: of the others there is neither layout nor plan."""
         self._undivided: set[str] = set()
-        """Models that their layout does not divide: there is no plan."""
+        """Models whose layout does not divide them: they have no memory plan."""
 
     def _try(
         self, side: str, check: str, function: Callable[[], T], said: Callable[[T], str] | None = None
@@ -166,7 +166,7 @@ class _Check:
                 self._side(name, self._config.second_teacher)
         elif self._jobs:
             message = (
-                f"--simct-interface {self._config.interface.interface} asks no teacher; leave out the "
+                f"--simct-interface {self._config.interface.interface} uses no teacher; leave out the "
                 "teachers' jobs"
             )
             findings.append(failed(next(iter(self._jobs)), "interface", message))
@@ -199,7 +199,9 @@ class _Check:
         average = self._config.teacher_job.ema
         if average is not None and teacher is not None and teacher.architecture != student.architecture:
             said = (
-                f"{average}: averages two models of one architecture, and --teacher-hf-checkpoint has another"
+                f"{average}: teacher and student must have the same architecture, but "
+                "--teacher-hf-checkpoint "
+                "has another"
             )
             findings.append(failed("teacher", "weights", said, flag="--teacher-ema"))
         plans = self._memory(student, teacher, alignment_map)
@@ -339,14 +341,15 @@ class _Check:
             self._quantised(name, found, flag, architecture)
         if found is None and name in self._jobs:
             message = (
-                f"--{flag}hf-checkpoint {folder} has no safetensors, and a teacher needs weights; or give"
+                f"--{flag}hf-checkpoint {folder} has no safetensors files, but a teacher needs weights; give "
+                "a folder with weights, or"
             )
             self._findings.append(failed(name, "weights", f"{message} --{flag}pretrained-checkpoint"))
         elif found is None and name == "student" and self._config.terms.reference_kl_weight:
             message = f"{folder} has no safetensors, and --reference-kl-weight keeps the student near weights"
             self._findings.append(failed(name, "weights", message, flag="--reference-kl-weight"))
         elif found is None:
-            message = f"{folder} has no safetensors: the weights would be random"
+            message = f"{folder} has no safetensors files: the student would start from random weights"
             self._findings.append(warned(name, "weights", message, flag=f"--{flag}hf-checkpoint"))
 
     def _quantised(self, name: str, weights: Path, flag: str, architecture: Architecture) -> None:
@@ -366,7 +369,7 @@ class _Check:
             f"{'bfloat16' if bf16 else 'float32'} in memory, over the ranks of one replica"
         )
         if name == "student":
-            said += "; the student starts from the quantised numbers, and is trained and saved as plain ones"
+            said += "; the student is trained and saved without quantisation"
             self._findings.append(warned(name, "weights", said, flag="--hf-checkpoint"))
         else:
             self._findings.append(passed(name, "weights", said))
@@ -429,10 +432,10 @@ class _Check:
             return []
         self._findings += templates
         share = source.num_skipped / len(looked_at)
-        said = f"{len(rows):,} prompts; of {len(looked_at)} looked at {share:.1%} are too long and left out"
+        said = f"{len(rows):,} prompts; {share:.1%} of the {len(looked_at)} checked are too long and left out"
         own = sum(row.teacher_prompt is not None for row in rows)
         if own and teacher is not None:
-            said += f"; in {own:,} rows the teacher reads a prompt of its own"
+            said += f"; in {own:,} rows the teacher has its own prompt"
         if share > pair.SKIPPED_WARN:
             self._findings.append(warned("pair", "prompts", said, flag="--rollout-max-prompt-len"))
         else:
@@ -500,7 +503,8 @@ class _Check:
             best = min(2 * best, share)
         if best > asked and self._needs_teacher:
             said = (
-                f"--rollout-engine-batch-size {best} would fit, in place of {asked}: fewer turns of decoding"
+                f"--rollout-engine-batch-size {best} would also fit, instead of {asked}: fewer rounds of "
+                "decoding"
             )
             self._findings.append(passed("student", "proposal", said))
         tp = 1
@@ -512,7 +516,7 @@ class _Check:
             )
             if self._can_run(student, less) and fits(parallel=less):
                 said = (
-                    f"--tensor-model-parallel-size {tp} would fit, in place of "
+                    f"--tensor-model-parallel-size {tp} would also fit, instead of "
                     f"{parallel.tensor_model_parallel_size}"
                 )
                 self._findings.append(passed("student", "proposal", said))
@@ -561,9 +565,9 @@ class _Check:
                 device is None or plan.peak <= MEMORY_WARN * device * GIB
             ):
                 said = (
-                    f"--pipeline-model-parallel-layout '{text}' would even out the stages: the one that does "
-                    f"most has {then:.2f} times the mean of the matrix products, in place of {now:.2f} (the "
-                    "last has the loss)"
+                    f"--pipeline-model-parallel-layout '{text}' would balance the stages: the stage with the "
+                    f"most work has {then:.2f} times the mean of the matrix products, instead of {now:.2f} "
+                    "(the last has the loss)"
                 )
                 self._findings.append(passed("student", "proposal", said))
 
@@ -668,7 +672,7 @@ class _Check:
         parts = plan.held | plan.phases[plan.peak_phase]
         largest = max(parts, key=lambda name: parts[name])
         said = (
-            f"{size_text(plan.peak)} a rank, in {plan.peak_phase}; the most for {largest} "
+            f"{size_text(plan.peak)} a rank, in {plan.peak_phase}; the largest part is {largest} "
             f"({size_text(parts[largest])})"
         )
         if device is None:
@@ -681,11 +685,11 @@ class _Check:
         if peak > device:
             flag, change = _remedy(job, plan, largest)
             self._findings.append(
-                failed(job, "memory", f"{said}; a device has {device:g} GiB: {change}", flag=flag)
+                failed(job, "memory", f"{said}; a GPU has {device:g} GiB: {change}", flag=flag)
             )
         elif peak > MEMORY_WARN * device:
             flag, change = _remedy(job, plan, largest)
-            self._findings.append(warned(job, "memory", f"{said}, of {device:g} GiB: little room", flag=flag))
+            self._findings.append(warned(job, "memory", f"{said}, of {device:g} GiB: almost full", flag=flag))
         else:
             self._findings.append(passed(job, "memory", f"{said}, of {device:g} GiB"))
 
@@ -714,7 +718,7 @@ class _Check:
         )
         said = (
             f"at most {size_text(traffic.requests)} to the teacher and {size_text(traffic.answers)} back a "
-            f"step; whole logits would be {size_text(traffic.logits)}"
+            f"step; full logits would be {size_text(traffic.logits)}"
         )
         self._findings.append(passed("pair", "traffic", said))
         return traffic
@@ -725,12 +729,14 @@ def _check_shards(index: Path, *, flag: str) -> None:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{flag} {index.parent}: {index.name} is damaged; fetch the folder again") from None
+        raise ValueError(
+            f"{flag} {index.parent}: {index.name} is damaged; download the folder again"
+        ) from None
     missing = sorted(name for name in names if not (index.parent / name).exists())
     if missing:
         raise ValueError(
-            f"{flag} {index.parent}: {len(missing)} of {len(names)} weight files are missing, {missing[0]} "
-            "first; fetch the folder again"
+            f"{flag} {index.parent}: {len(missing)} of {len(names)} weight files are missing, such as "
+            f"{missing[0]}; download the folder again"
         )
 
 
@@ -747,14 +753,14 @@ def _remedy(job: str, plan: MemoryPlan, largest: str) -> tuple[str, str]:
     if largest == "teacher weights":
         return (
             "--tensor-model-parallel-size",
-            "raise it, or give the teacher a job of its own (section teacher)",
+            "raise it, or run the teacher in its own job (section teacher)",
         )
     more = ", or add --use-distributed-optimizer" if largest == "optimizer" else ""
     return "--tensor-model-parallel-size", f"raise it or --pipeline-model-parallel-size{more}"
 
 
 def _known(architecture: Architecture | Head) -> Architecture:
-    assert isinstance(architecture, Architecture), "what is built here is of a known family"
+    assert isinstance(architecture, Architecture), "only models of a known family are built here"
     return architecture
 
 
@@ -766,7 +772,7 @@ def _check_teacher_job(config: TeacherConfig, world_size: int) -> bool:
 
 def _describe(architecture: Architecture | Head) -> str:
     if isinstance(architecture, Head):
-        return f"the engine's; its head is {architecture.tensor}, hidden size {architecture.hidden_size}"
+        return f"run by the engine; LM head {architecture.tensor}, hidden size {architecture.hidden_size}"
     heads = architecture.layers[0].attention.heads
     return f"{architecture.num_layers} layers, hidden size {architecture.hidden_size}, {heads} heads"
 

@@ -54,15 +54,15 @@ def _sizes(run: RunFile) -> Iterator[Finding]:
             yield warned(
                 name,
                 "nodes",
-                f"tensor parallelism over {tp} ranks leaves the node of {job.gpus_per_node} GPUs: every "
-                "layer waits for the network; use pipeline stages",
+                f"tensor parallelism over {tp} ranks exceeds the {job.gpus_per_node} GPUs of a node: every "
+                "layer would wait for the network; use pipeline stages",
                 flag="--tensor-model-parallel-size",
             )
         bf16 = run.config.training.bf16 if job.kind == "student" else run.teacher_configs[name].serving.bf16
         if bf16 and not job.gpus_per_node:
-            yield failed(name, "precision", f"--bf16 needs GPUs, and {where}.gpus_per_node is 0")
+            yield failed(name, "precision", f"--bf16 needs GPUs, but {where}.gpus_per_node is 0")
         if job.kind == "teacher" and cluster.kind == "slurm" and job.options.get("bind") == "ipc":
-            message = "--bind ipc is for one machine, and the jobs get nodes of their own; leave it out"
+            message = "--bind ipc works on one machine only, but each job gets its own nodes; leave it out"
             yield failed(name, "address", message)
         if job.gpus_per_node and not bf16:
             yield warned(
@@ -75,7 +75,7 @@ def _times(run: RunFile) -> Iterator[Finding]:
         yield warned(
             "cluster",
             "time",
-            "no time limit is asked for, so that of the partition ends the run without a last checkpoint",
+            "no time limit is set, so the partition's limit ends the run without a last checkpoint",
             flag="cluster.time",
         )
     output = run.config.output
@@ -88,15 +88,14 @@ def _times(run: RunFile) -> Iterator[Finding]:
             yield failed(
                 "student",
                 "resuming",
-                f"--load {output.load} is not the directory of --save {output.save}: a job that is queued "
-                "again would start over; leave both out, or set cluster.requeue to false",
+                f"--load {output.load} is not the directory of --save {output.save}: a requeued job would "
+                "start from the beginning; leave both out, or set cluster.requeue to false",
             )
         elif output.save_interval is None:
             yield warned(
                 "student",
                 "resuming",
-                "no checkpoint is written before the end or a signal; a node that fails takes all steps with "
-                "it",
+                "no checkpoint is written before the end or a signal; if a node fails, all steps are lost",
                 flag="--save-interval",
             )
 
@@ -128,7 +127,7 @@ def _container(run: RunFile) -> Iterator[Finding]:
 def _inside(key: str, path: str, container: Container, where: str) -> Iterator[Finding]:
     """Whether an image sees a path."""
     if not os.path.isabs(path):
-        message = f"{key} {path}: a relative path has no meaning inside the image; write the absolute one"
+        message = f"{key} {path}: a relative path has no meaning in a container; write the absolute path"
         yield failed("cluster", "container", message)
     elif not _is_mounted(path, container):
         # apptainer mounts home, /tmp and the current directory by itself, unless its administrator says
@@ -136,7 +135,7 @@ def _inside(key: str, path: str, container: Container, where: str) -> Iterator[F
         own = [Path.home(), Path("/tmp"), Path.cwd()]
         if container.runtime == "apptainer" and any(Path(path).is_relative_to(folder) for folder in own):
             return
-        message = f"{key} {path} lies under no mount, so the image does not see it; add it"
+        message = f"{key} {path} is not under a mount, so the container cannot see it; add a mount"
         yield failed("cluster", "container", message, flag=f"{where}.mounts")
 
 
@@ -168,7 +167,10 @@ def _folders(run: RunFile) -> Iterator[Finding]:
         yield failed("cluster", "folders", f"run_dir {run.run_dir}: {existing} cannot be written to")
     elif run.cluster.kind == "slurm" and any(path.is_relative_to(folder) for folder in _OF_A_NODE):
         yield warned(
-            "cluster", "folders", f"{run.run_dir}: is it the same folder on every node?", flag="run_dir"
+            "cluster",
+            "folders",
+            f"{run.run_dir}: this folder is usually local to a node, but every node must see the same one",
+            flag="run_dir",
         )
 
 
@@ -178,7 +180,7 @@ def _environment(run: RunFile) -> Iterator[Finding]:
         yield warned(
             "student",
             "environment",
-            f"Megatron overlaps the communication of sequence parallelism where {name} is 1 (GPUs before "
+            f"Megatron overlaps the communication of sequence parallelism only if {name} is 1 (GPUs before "
             "Blackwell)",
             flag=f"env.{name}",
         )

@@ -19,7 +19,7 @@ from megatron_simct.preflight.findings import Finding, failed, passed, warned
 from megatron_simct.teacher.engine_logprobs import serves
 
 _MAX_LOGPROBS = 20
-"""Tokens a place that vLLM gives unless it is told otherwise."""
+"""vLLM's default of --max-logprobs."""
 _WEIGHTS_SHARE = 0.9
 """How much of a device's memory weights may take; the rest is for activations and the cache of keys and
 values.
@@ -38,10 +38,7 @@ def check_engines(run: RunFile, device_memory_gib: float | None) -> list[Finding
         ]
         findings += found or [passed(job.name, "engine", f"{' '.join(job.command)}"[:100])]
         if not any(other.engine == job.name for other in run.jobs):
-            message = (
-                "no job names it, so it would serve nobody; a teacher or the student does by engine: "
-                f"{job.name}"
-            )
+            message = f"no job uses this engine; set it in a teacher or the student by engine: {job.name}"
             findings.append(warned(job.name, "engine", message, flag=f"jobs.{job.name}"))
     for job in run.of_kind("teacher"):
         findings += _answers(run, job)
@@ -69,27 +66,27 @@ def _answers(run: RunFile, job: Job) -> Iterator[Finding]:
     names = ", ".join(served_by(field))
     if not _is_served(interface, field):
         message = (
-            f"{flag} {field} serves {names}, and not --simct-interface {interface.interface}; choose one of "
+            f"{flag} {field} supports {names}, but not --simct-interface {interface.interface}; choose one "
+            "of "
             "them"
         )
-        yield failed(job.name, "interface", f"{message}, or servers that give hidden_states", flag=flag)
+        yield failed(job.name, "interface", f"{message}, or servers that return hidden_states", flag=flag)
         return
     engine, k = run.engine_of(job), teacher_needs(interface).topk
     most = (engine.flag_of_command("--max-logprobs") if engine is not None else None) or str(_MAX_LOGPROBS)
     if engine is not None and most != "-1" and most.isascii() and most.isdigit() and k > int(most):
         asked = (
-            f"--simct-interface {interface.interface} asks for {k} tokens a place"
+            f"--simct-interface {interface.interface} needs {k} tokens at each position"
             if k < ALL_TOKENS
             # fmt: skip
-            else (f"--simct-interface {interface.interface} asks for the whole vocabulary at each place")
+            else (f"--simct-interface {interface.interface} needs the whole vocabulary at each position")
         )
         message = (
-            f"{asked}, and jobs.{engine.name} gives {most}: add --max-logprobs to its command, or ask for "
-            "fewer"
+            f"{asked}, but jobs.{engine.name} returns {most}: add --max-logprobs to its command, or use fewer"
         )
         yield failed(job.name, "interface", message, flag=f"jobs.{engine.name}.command")
         return
-    yield passed(job.name, "interface", f"{flag} {field} serves {names}")
+    yield passed(job.name, "interface", f"{flag} {field} supports {names}")
 
 
 def _interpreter(run: RunFile, job: Job) -> Iterator[Finding]:
@@ -98,12 +95,14 @@ def _interpreter(run: RunFile, job: Job) -> Iterator[Finding]:
     python = run.python_of(job)
     if job.python is None:
         message = (
-            f"jobs.{job.name}.python is missing: an engine needs an environment of its own, or a container"
+            f"jobs.{job.name}.python is missing: an engine needs its own Python environment, or a container"
         )
         yield failed(job.name, "environment", message)
     elif shutil.which(python) is None:
         yield failed(
-            job.name, "environment", f"jobs.{job.name}.python {python}: no such program; make the environment"
+            job.name,
+            "environment",
+            f"jobs.{job.name}.python {python}: no such program; create the environment",
         )
 
 
@@ -119,8 +118,8 @@ def _port(run: RunFile, job: Job) -> Iterator[Finding]:
         except OSError:
             in_use = True
     if in_use or others:
-        who = f"that of {others[0]} too" if others else "in use on this machine"
-        message = f"jobs.{job.name}.command: --port {job.port} is {who}; give another one"
+        who = f"also the port of {others[0]}" if others else "in use on this machine"
+        message = f"jobs.{job.name}.command: --port {job.port} is {who}; choose another port"
         yield failed(job.name, "port", message, flag=f"jobs.{job.name}.command")
 
 
@@ -138,9 +137,7 @@ def _model(run: RunFile, job: Job) -> Iterator[Finding]:
             and folder is not None
             and Path(folder).resolve() != Path(model).resolve()
         ):
-            message = (
-                f"{flag}: --model {model} is another model than {folder}, which {other.name} expects there"
-            )
+            message = f"{flag}: --model {model} is not the model that {other.name} expects ({folder})"
             yield failed(job.name, "folder", message, flag=flag)
 
 
@@ -156,15 +153,13 @@ def _memory(run: RunFile, job: Job, device_memory_gib: float | None) -> Iterator
         text = job.flag_of_command(*names)
         ranks *= int(text) if text is not None and text.isascii() and text.isdigit() else 1
     if job.gpus_per_node and ranks > job.gpus_per_node:
-        message = (
-            f"jobs.{job.name}: its command asks for {ranks} GPUs, and gpus_per_node is {job.gpus_per_node}"
-        )
+        message = f"jobs.{job.name}: its command uses {ranks} GPUs, but gpus_per_node is {job.gpus_per_node}"
         yield failed(job.name, "processes", message, flag=f"jobs.{job.name}.gpus_per_node")
         return
     share = size / ranks
     if share > _WEIGHTS_SHARE * device_memory_gib:
         message = (
-            f"{size:.1f} GiB of weights over {ranks} ranks are {share:.1f} GiB each; a device has "
-            f"{device_memory_gib:g} GiB, which activations and the cache share: raise --tensor-parallel-size"
+            f"{size:.1f} GiB of weights over {ranks} ranks are {share:.1f} GiB each; a GPU has "
+            f"{device_memory_gib:g} GiB, also for activations and the cache: raise --tensor-parallel-size"
         )
         yield failed(job.name, "memory", message, flag=f"jobs.{job.name}.command")

@@ -1,4 +1,4 @@
-"""What a check found: it passes, it warns, or it fails and says which flag to change."""
+"""The result of a check: it passes, warns, or fails; a failure names the flag to change."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class Finding:
 
 
 def passed(side: str, check: str, message: str) -> Finding:
-    """Nothing to change."""
+    """A check that passes."""
     return Finding(level="pass", side=side, check=check, message=message)
 
 
 def warned(side: str, check: str, message: str, *, flag: str) -> Finding:
-    """It can run, and may not do what is wanted."""
+    """A warning: the run can start, but may not do what is wanted."""
     return Finding(level="warn", side=side, check=check, message=message, flag=flag)
 
 
 def failed(side: str, check: str, message: str, *, flag: str | None = None) -> Finding:
-    """It cannot run. Without `flag`, the first flag that the message names."""
+    """A failure: the run cannot start. Default for `flag`: the first flag in the message."""
     if flag is None:
         found = _FLAG.search(message)
         assert found is not None, f"no flag in {message!r}"

@@ -70,7 +70,7 @@ def check_stop_tokens(side: Side) -> list[Finding]:
                     side.name,
                     "stop tokens",
                     f"the chat template ends a turn with {end} ({ids[0]}), which is not among the stop ids "
-                    f"({stops}): responses would run on to the length limit; add it",
+                    f"({stops}): responses would run to the length limit; add this id",
                     flag=f"--{side.flag}stop-token-ids",
                 )
             ]
@@ -85,8 +85,9 @@ def check_vocabulary(side: Side) -> list[Finding]:
             failed(
                 side.name,
                 "vocabulary",
-                f"the tokenizer has {ids:,} ids, but config.json says vocab_size {rows:,}: they are not of "
-                "one model",
+                f"the tokenizer has {ids:,} ids, but config.json says vocab_size {rows:,}: they do not "
+                "belong "
+                "to one model",
                 flag=f"--{side.flag}tokenizer-model",
             )
         ]
@@ -106,8 +107,9 @@ def check_length(side: Side, *, prompt_len: int, response_len: int) -> list[Find
             failed(
                 side.name,
                 "context",
-                f"prompts of {prompt_len:,} and responses of {response_len:,} tokens make {wanted:,}; the "
-                f"model has max_position_embeddings {limit:,}; lower it or --rollout-max-prompt-len",
+                f"prompts of {prompt_len:,} and responses of {response_len:,} tokens add up to {wanted:,}, "
+                f"but the model has max_position_embeddings {limit:,}; lower this or "
+                "--rollout-max-prompt-len",
                 flag="--rollout-max-response-len",
             )
         ]
@@ -127,8 +129,8 @@ def check_templates(student: Side, teacher: Side | None, rows: Sequence[Row], *,
                     failed(
                         "pair",
                         "chat template",
-                        f"{row.where}: the prompt holds {found[0]!r}, which without chat templates is "
-                        "ordinary text to both models; give the bare message or messages, and",
+                        f"{row.where}: the prompt contains {found[0]!r}, which both models read as ordinary "
+                        "text without chat templates; set this flag, and give only the message or messages",
                         flag="--apply-chat-template",
                     )
                 ]
@@ -137,8 +139,8 @@ def check_templates(student: Side, teacher: Side | None, rows: Sequence[Row], *,
                 warned(
                     "pair",
                     "chat template",
-                    "prompts are read as plain text although a model has a chat template; instructed models "
-                    "want it",
+                    "prompts are read as plain text although a model has a chat template; set it for "
+                    "instruction-tuned models",
                     flag="--apply-chat-template",
                 )
             ]
@@ -148,22 +150,25 @@ def check_templates(student: Side, teacher: Side | None, rows: Sequence[Row], *,
         assert side.chat is not None
         findings += _check_bos(side, rows)
     systems = {side.name: _text(side.chat, _SYSTEM) is not None for side in sides if side.chat}
-    shown = ", ".join(f"{name} {'has' if has else 'refuses'}" for name, has in systems.items())
-    findings.append(passed("pair", "system role", f"{shown} the role"))
+    shown = ", ".join(f"{name}: {'supported' if has else 'refused'}" for name, has in systems.items())
+    findings.append(passed("pair", "system role", f"{shown}"))
     thinking = {side.name: _thinks(side.chat) for side in sides if side.chat}
     if len(set(thinking.values())) > 1:
         side = next(side for side in sides if thinking[side.name])
         assert side.chat is not None
         switch = "enable_thinking" in side.chat.variables
         way_out = (
-            'set {"enable_thinking": false} in' if switch else "replace chat_template.jinja by one without it"
+            'set {"enable_thinking": false} in'
+            if switch
+            else "replace chat_template.jinja by a template without it"
         )
         findings.append(
             warned(
                 "pair",
                 "thinking",
-                f"only the {side.name}'s template has a thinking mode: what it says after <think> is "
-                f"unlikely to the other; {way_out}",
+                f"only the {side.name}'s template has a thinking mode, and its text after <think> is "
+                "unlikely "
+                f"under the other model; {way_out}",
                 flag=f"--{side.flag}{'chat-template-kwargs' if switch else 'hf-checkpoint'}",
             )
         )
@@ -195,8 +200,8 @@ def _check_bos(side: Side, rows: Sequence[Row]) -> list[Finding]:
                 failed(
                     side.name,
                     "BOS",
-                    f"{row.where}: the rendered prompt begins with the beginning-of-sequence token twice; "
-                    "take it out of the text or of the template",
+                    f"{row.where}: the rendered prompt begins with two beginning-of-sequence tokens; remove "
+                    "one from the text or the template",
                     flag="--prompt-data" if found else f"--{side.flag}hf-checkpoint",
                 )
             ]
@@ -205,12 +210,12 @@ def _check_bos(side: Side, rows: Sequence[Row]) -> list[Finding]:
                 failed(
                     side.name,
                     "chat template",
-                    f"{row.where}: a message holds a template's own markers, so it would be rendered twice; "
-                    "give the bare message in",
+                    f"{row.where}: a message contains markers of a chat template, so it would be rendered "
+                    "twice; give only its text in",
                     flag="--prompt-data",
                 )
             ]
-    return [passed(side.name, "chat template", "renders every prompt looked at")]
+    return [passed(side.name, "chat template", "all prompts of the sample were rendered")]
 
 
 def _text(chat: ChatTemplate, messages: Messages) -> str | None:
@@ -288,7 +293,7 @@ def check_coverage(coverage: Coverage) -> list[Finding]:
     )
     reasons = ", ".join(f"{reason} {count}" for reason, count in coverage.bytes_dropped.items())
     if lost > LOST_FAIL:
-        message = f"{said} ({reasons}): the two tokenizers do not spell the same text; choose others"
+        message = f"{said} ({reasons}): the two tokenizers do not represent the same text; choose others"
         return [failed("pair", "coverage", message, flag="--teacher-tokenizer-model")]
     if lost > LOST_WARN:
         return [warned("pair", "coverage", f"{said} ({reasons})", flag="--teacher-tokenizer-model")]
@@ -311,9 +316,9 @@ def check_interface(interface: str, coverage: Coverage, *, student: Side, teache
             warned(
                 "pair",
                 "interface",
-                f"the two tokenizers cut digits differently, where {interface} moves even a perfect student "
-                "(docs/perfect_student.md) and lost accuracy on numbers in our study (docs/interfaces.md); "
-                "use bytes",
+                f"the two tokenizers split digits differently; then {interface} changes even a perfect "
+                "student (docs/perfect_student.md), and it lost accuracy on numbers in our study "
+                "(docs/interfaces.md); use bytes",
                 flag="--simct-interface",
             )
         ]
@@ -322,12 +327,12 @@ def check_interface(interface: str, coverage: Coverage, *, student: Side, teache
             warned(
                 "pair",
                 "interface",
-                f"{at_stake:.0%} of the student's tokens lie in units of several student tokens, which "
-                f"{interface} judges by their first token or not at all; consider bytes",
+                f"{at_stake:.0%} of the student's tokens are in units of several student tokens; {interface} "
+                "compares only their first token, or none; consider bytes",
                 flag="--simct-interface",
             )
         ]
-    return [passed("pair", "interface", f"{interface}; digits are cut alike")]
+    return [passed("pair", "interface", f"{interface}; both tokenizers split digits in the same way")]
 
 
 def bias_of(rows: Sequence[Row], interface: InterfaceConfig, *, student: Side, teacher: Side) -> Bias | None:
@@ -346,17 +351,23 @@ def bias_of(rows: Sequence[Row], interface: InterfaceConfig, *, student: Side, t
 def check_bias(bias: Bias, interface: InterfaceConfig) -> list[Finding]:
     """Whether the interface has something to say to a student that is already right."""
     said = (
-        f"on {bias.words:,} words of the prompts a student that is already right has a loss of "
-        f"{bias.perfect:.4f} nats a word under {interface.interface}; one that is less sure, truly "
-        f"{bias.true:.3f} away, {bias.flattened:.3f}"
+        f"on {bias.words:,} words of the prompts, a student that is already right has a loss of "
+        f"{bias.perfect:.4f} nats a word under {interface.interface}; a less sure student, at a true "
+        "distance "
+        f"of {bias.true:.3f}, has {bias.flattened:.3f}"
     )
     if not bias.is_large:
         return [passed("pair", "bias", said)]
     if interface.interface == "bytes":
         return [
-            warned("pair", "bias", f"{said}; any bounds suit every tokenizer", flag="--simct-byte-bounds")
+            warned(
+                "pair",
+                "bias",
+                f"{said}; with the value any this loss is 0 for every tokenizer",
+                flag="--simct-byte-bounds",
+            )
         ]
-    way_out = "for such a student bytes with --simct-byte-bounds any has none"
+    way_out = "bytes with --simct-byte-bounds any has no such loss"
     return [warned("pair", "bias", f"{said}; {way_out}", flag="--simct-interface")]
 
 

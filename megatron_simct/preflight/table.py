@@ -1,4 +1,4 @@
-"""A report for people."""
+"""Prints a report as tables."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ _COLOURS = {"pass": "green", "warn": "yellow", "fail": "bold red"}
 
 
 def console(*, stderr: bool = False) -> Console:
-    """The terminal's width; of a file, one that keeps most findings on a line."""
+    """A console of the terminal's width; for a file, of 160 columns, so that most findings fit on a line."""
     probe = Console(stderr=stderr)
     return probe if probe.is_terminal else Console(stderr=stderr, width=160)
 
 
 def show(report: Report, console: Console, *, only_problems: bool = False) -> None:
-    """Findings, memory of both jobs, the first prompt side by side. only_problems: warnings and failures
-    alone.
+    """Prints findings, the memory of the jobs, and the first prompt for each model.
+
+    only_problems: prints only warnings and failures.
     """
     findings = [finding for finding in report.findings if not only_problems or finding.level != "pass"]
     if findings:
@@ -48,7 +49,7 @@ def show(report: Report, console: Console, *, only_problems: bool = False) -> No
         console.print(table)
     if len(report.prompts) > 1 and len(set(report.prompts.values())) > 1:
         table = Table(
-            box=None, pad_edge=False, title="the first prompt, as each side reads it", title_justify="left"
+            box=None, pad_edge=False, title="the first prompt, as each model reads it", title_justify="left"
         )
         for name in report.prompts:
             table.add_column(name, overflow="fold")

@@ -52,46 +52,51 @@ _OF_BYTE_POSITIONS = {
 """Metrics of the interface `bytes`, and the sums over byte positions that they are of."""
 
 METRICS = {
-    "loss": ("nats a label", "the loss, over all student labels of the step, dropped ones included"),
-    "loss_one_to_one": ("nats a row", "the loss of segments that are one shared token on each side"),
-    "loss_unit": ("nats a row", "the loss of multi-token units"),
-    "loss_stop": ("nats a row", "the loss of the stop tokens"),
-    "loss_bytes": ("nats a position", "interface bytes: the loss, over byte positions that are compared"),
+    "loss": ("nats a label", "loss over all student labels of the step, including dropped ones"),
+    "loss_one_to_one": ("nats a row", "loss of segments of one shared token on each side"),
+    "loss_unit": ("nats a row", "loss of multi-token units"),
+    "loss_stop": ("nats a row", "loss of the stop tokens"),
+    "loss_bytes": ("nats a position", "interface bytes: loss over the compared byte positions"),
     "grad_norm": ("", "norm of the gradient before --clip-grad"),
     "gradient_cosine_units": (
         "",
-        "--gradient-parts-interval: cosine between the gradient of 1:1 positions (stop tokens too) and that "
-        "of multi-token units; below 0 they pull the student apart",
+        "--gradient-parts-interval: cosine between the gradient of 1:1 positions (with stop tokens) and that "
+        "of multi-token units; below 0 they contradict each other",
     ),
-    "gradient_ratio_units": ("", "the same: norm of the units' gradient over that of the 1:1 positions"),
-    "learning_rate": ("", "of this step"),
-    "response_length": ("tokens", "mean length of a response, its stop token included"),
+    "gradient_ratio_units": (
+        "",
+        "--gradient-parts-interval: gradient norm of the multi-token units divided by that of the 1:1 "
+        "positions",
+    ),
+    "learning_rate": ("", "learning rate of the step"),
+    "response_length": ("tokens", "mean length of a response, including its stop token"),
     "stop_rate": ("share of samples", "responses that end in a stop token"),
-    "student_nats_per_byte": ("nats a byte", "surprise of the student at the responses"),
+    "student_nats_per_byte": ("nats a byte", "surprise of the student at the responses: -log p / bytes"),
     "teacher_nats_per_byte": ("nats a byte", "surprise of the teacher at the same bytes"),
     "student_entropy": (
         "nats a label",
-        "surprise at the tokens as they were sampled: at rollout temperature 1, top-p 1 an estimate of the "
-        "entropy",
+        "surprise of the student at the sampled tokens; an estimate of its entropy at rollout temperature 1 "
+        "and top-p 1",
     ),
     "rollout_logprob_gap": (
         "nats a label",
-        "how far the mean log-prob of the samples in training is from that in sampling; 0 but for rounding "
-        "unless the weights have changed",
+        "difference between the mean log-probability of the samples in training and in sampling; 0 up to "
+        "rounding unless the weights have changed",
     ),
     "rollout_logprob_difference": (
         "nats a label",
-        "mean size of the difference between a sampled token's log-prob in training and in sampling",
+        "mean absolute difference between the log-probabilities of a sampled token in training and in "
+        "sampling",
     ),
-    "rollout_logprob_difference_largest": ("nats", "the largest of these differences"),
+    "rollout_logprob_difference_largest": ("nats", "largest of these differences"),
     "rollout_importance_weight": (
         "",
-        "--rollout-importance-weights: mean factor of the labels; 1 where training's weights sampled",
+        "--rollout-importance-weights: mean weight of the labels; 1 if the training weights have sampled",
     ),
     "seconds_rollout_tail": (
         "s",
-        "--rollout-engine vllm: of the sampling, with at most a tenth of the first rank's responses still to "
-        "come",
+        "--rollout-engine vllm: part of the sampling in which at most a tenth of the first rank's responses "
+        "are unfinished",
     ),
     "seconds_rollout_longest": (
         "s",
@@ -109,23 +114,20 @@ METRICS = {
     ),
     "canonical_rollouts": (
         "share of samples",
-        "responses that the student's tokenizer cuts as they were sampled",
+        "responses whose tokens are those that the student's tokenizer gives for the text",
     ),
-    "reward": ("reward", "--reward: mean over the responses that have one"),
+    "reward": ("reward", "--reward: mean over the responses that have a reward"),
     "reward_spread": (
         "reward",
         "--reward: standard deviation among the responses to one prompt, mean over prompts",
     ),
     "reward_silent": (
         "share of prompts",
-        "--reward: prompts whose responses all have one reward, which teach nothing",
+        "--reward: prompts whose responses all have the same reward, so they have no gradient",
     ),
     "reward_failed": ("share of samples", "--reward: responses without a reward"),
     "loss_reward": ("nats a label", "--reward: the policy-gradient term, part of the loss"),
-    "reward_clipped": (
-        "share of labels",
-        "--reward: labels whose probability has moved too far to be moved further",
-    ),
+    "reward_clipped": ("share of labels", "--reward: labels whose importance ratio is clipped"),
     "given_cross_entropy": (
         "nats a label",
         "--given-share: cross entropy of the given responses, before --sft-weight",
@@ -134,84 +136,92 @@ METRICS = {
         "nats a label",
         "--reference-kl-weight: KL of the student from its start at sampled labels, before the weight",
     ),
-    "seconds_reward": ("s", "of it in waiting for rewards"),
+    "seconds_reward": ("s", "part of the step spent waiting for rewards"),
     "coverage_one_to_one": ("share of bytes", "bytes in segments of one shared token on each side"),
     "coverage_unit": ("share of bytes", "bytes in multi-token units"),
     "blank_segments": ("share of segments", "segments of white space only"),
     "top1_agreement": (
         "share of rows",
-        "rows where both models' likeliest token, of those compared, is the same",
+        "rows in which both models have the same likeliest token among those compared",
     ),
     "student_mass_outside_u": (
         "probability",
-        "what the student gives tokens that are not shared; a loss over shared tokens does not see it",
+        "student's probability of tokens that are not shared; a loss over shared tokens does not depend on "
+        "it",
     ),
-    "teacher_mass_outside_u": ("probability", "what the teacher gives tokens that are not shared"),
+    "teacher_mass_outside_u": ("probability", "teacher's probability of tokens that are not shared"),
     "bytes_student_rest": (
         "probability",
-        "bytes with --simct-byte-bounds longest-match: the student's probability of all bytes outside the "
-        "event set",
+        "bytes with --simct-byte-bounds longest-match: student's probability of all bytes outside the event "
+        "set",
     ),
-    "bytes_teacher_rest": ("probability", "the teacher's probability of the same"),
+    "bytes_teacher_rest": (
+        "probability",
+        "bytes with --simct-byte-bounds longest-match: teacher's probability of the same bytes",
+    ),
     "bytes_merged": (
         "events a position",
-        "likewise: events that were joined to the rest or left out, as the models may agree on them",
+        "bytes with --simct-byte-bounds longest-match: events that were merged into the rest or left out, "
+        "because the models may agree on them",
     ),
     "bytes_student_unresolved": (
         "probability",
-        "interface bytes: the student's mass that has left the realised tokens, so that its next byte is not "
-        "known",
+        "interface bytes: student's probability of texts that have left the realised tokens, whose next byte "
+        "is therefore unknown",
     ),
-    "bytes_teacher_unresolved": ("probability", "interface bytes: the same of the teacher"),
+    "bytes_teacher_unresolved": ("probability", "interface bytes: the same for the teacher"),
     "bytes_may_agree": (
         "share of positions",
-        "interface bytes: positions where the unresolved mass permits that both models are the same, so the "
-        "loss is 0",
+        "interface bytes: positions at which the unresolved probability allows both models to be equal, so "
+        "the loss is 0",
     ),
-    "dropped_mismatch": ("share of bytes", "left out: the two tokenizers' bytes differ"),
-    "dropped_special": ("share of bytes", "left out: from a special token within the response on"),
-    "dropped_one_stop": ("share of bytes", "left out: only one side ends in a stop token"),
-    "dropped_no_bytes": ("share of bytes", "left out: tokens without bytes in a response that has none"),
-    "dropped_walk": ("share of bytes", "left out: lost by the released code's walk (interface code)"),
-    "dropped_invalid_utf8": ("share of bytes", "left out: from bytes that are not UTF-8 on"),
+    "dropped_mismatch": ("share of bytes", "dropped: the bytes of the two tokenizers differ"),
+    "dropped_special": ("share of bytes", "dropped: a special token inside the response, and all after it"),
+    "dropped_one_stop": ("share of bytes", "dropped: only one side ends in a stop token"),
+    "dropped_no_bytes": ("share of bytes", "dropped: tokens without bytes, in a response without bytes"),
+    "dropped_walk": ("share of bytes", "dropped: lost by the walk of SimCT's released code (interface code)"),
+    "dropped_invalid_utf8": ("share of bytes", "dropped: bytes that are not UTF-8, and all after them"),
     "seconds": ("s", "wall time of the step"),
-    "seconds_rollout": ("s", "of it in sampling"),
-    "seconds_alignment": ("s", "of it in alignment"),
-    "seconds_teacher": ("s", "of it in scoring, or in waiting for the teacher's job"),
-    "seconds_update": ("s", "of it in the forward and backward passes, and the optimizer"),
-    "peak_memory_gib": (
-        "GiB",
-        "the most that the first rank's process has held so far, on its GPU or resident",
+    "seconds_rollout": ("s", "part of the step spent sampling"),
+    "seconds_alignment": ("s", "part of the step spent in alignment"),
+    "seconds_teacher": ("s", "part of the step spent scoring, or waiting for the teacher's job"),
+    "seconds_update": ("s", "part of the step spent in forward and backward passes and the optimizer"),
+    "peak_memory_gib": ("GiB", "peak memory of the first rank's process so far, on its GPU or resident"),
+    "seconds_rollout_slowest": ("s", "longest sampling time of any rank; the other ranks wait for it"),
+    "seconds_alignment_slowest": ("s", "longest alignment time of any rank"),
+    "seconds_teacher_slowest": (
+        "s",
+        "longest time of any rank for scoring, or for waiting for the teacher's job",
     ),
-    "seconds_rollout_slowest": ("s", "the most that any rank took in sampling; the others wait for it"),
-    "seconds_alignment_slowest": ("s", "the same in alignment"),
-    "seconds_teacher_slowest": ("s", "the same in scoring, or in waiting for the teacher's job"),
-    "seconds_reward_slowest": ("s", "the same in waiting for rewards"),
-    "seconds_update_slowest": ("s", "the same in the update"),
+    "seconds_reward_slowest": ("s", "longest time of any rank for waiting for rewards"),
+    "seconds_update_slowest": ("s", "longest update time of any rank"),
     "seconds_slowest_rank": (
         "rank",
-        "the one that took most in sampling, or in the update where nothing is sampled",
+        "rank with the longest sampling time, or the longest update time if nothing is sampled",
     ),
-    "peak_memory_gib_most": ("GiB", "the most that any rank's process has held so far"),
-    "peak_memory_most_rank": ("rank", "that rank"),
+    "peak_memory_gib_most": ("GiB", "largest peak memory of any rank's process so far"),
+    "peak_memory_most_rank": ("rank", "rank with the largest peak memory"),
     "update_tflops": (
         "TFLOP/s a rank",
-        "--log-throughput: operations of forward and backward passes, those that are computed again apart, "
-        "in a second of the update",
+        "--log-throughput: operations of forward and backward passes per second of the update, without "
+        "recomputation",
     ),
     "update_mfu": (
         "share of the peak",
-        "--log-throughput: the same over the GPU's peak in bf16, where that is known",
+        "--log-throughput: update_tflops divided by the GPU's peak in bf16, if that is known",
     ),
-    "rollout_tflops": ("TFLOP/s a rank", "--log-throughput: the same of sampling"),
-    "rollout_tokens_per_second": ("tokens a second", "sampled, over all ranks"),
-    "greedy_accuracy": ("share of prompts", "evaluation: greedy responses that are right (--eval-benchmark)"),
-    "sampled_accuracy": ("share of responses", "evaluation: sampled responses that are right"),
+    "rollout_tflops": ("TFLOP/s a rank", "--log-throughput: operations per second of sampling"),
+    "rollout_tokens_per_second": ("tokens a second", "sampled tokens, over all ranks"),
+    "greedy_accuracy": ("share of prompts", "evaluation: correct greedy responses (--eval-benchmark)"),
+    "sampled_accuracy": ("share of responses", "evaluation: correct sampled responses"),
     "greedy_right": (
         "count a prompt",
-        "evaluation: right greedy responses to each held-out prompt, in file order",
+        "evaluation: correct greedy responses to each held-out prompt, in file order",
     ),
-    "sampled_right": ("count a prompt", "evaluation: the same of the sampled ones"),
+    "sampled_right": (
+        "count a prompt",
+        "evaluation: correct sampled responses to each held-out prompt, in file order",
+    ),
 }
 """Unit and meaning of every name in metrics.jsonl, beside `kind` and `iteration`."""
 

@@ -1,11 +1,11 @@
-"""A lean forward pass without autograd over the parameters of a HiddenStateModel, with a cache.
+"""A forward pass with a cache and without autograd over the parameters of a HiddenStateModel.
 
-Megatron's modules hold the parameters and say how they are split; the arithmetic of their layers is done here
-and in the caches of `models`, in few operations. A part that is not one of Megatron's plain modules (experts,
+Megatron's modules hold the parameters and their split; this module and the caches of `models` do the
+arithmetic of their layers in few operations. A part that is not one of Megatron's plain modules (experts,
 TransformerEngine's layers, fewer key heads than ranks) runs as it is.
 
-Sequences stand from position 0 on, so nothing is padded on the left, and what a token computes depends on its
-own sequence alone.
+Sequences begin at position 0, so there is no padding on the left, and a token's results depend on its own
+sequence alone.
 
 Shape letters: B sequences, S padded prompt, H hidden size.
 """
@@ -44,6 +44,7 @@ class Decoder:
         self.is_last = stage.post_process
         """Whether it is the whole model's first or last stage."""
         angles = self._angles(length)
+        # layer_number counts from 1, over the whole model; `architecture.layers` from 0.
         self.kinds = [stage.architecture.layers[layer.layer_number - 1] for layer in self._layers]
         self._caches: list[Cache] = []
         for layer, record in zip(self._layers, self.kinds, strict=True):
@@ -55,6 +56,7 @@ class Decoder:
     def _angles(self, length: int) -> dict[Rope, Angles]:
         """Cosines and sines of each kind of layer."""
         dtype, ropes = self._stage.config.params_dtype, self._stage.architecture.ropes
+        # [length, 1, 1, d] for each kind of rotary embedding -> [length, d].
         angles = self._stage.rotary_pos_emb(length)[:, :, 0, 0] if ropes else ()
         return {rope: Angles.of(one, rope, dtype) for rope, one in zip(ropes, angles, strict=True)}
 
@@ -65,22 +67,25 @@ class Decoder:
 
         rows int64 [2, R]: the cache rows to fill, and which of the B prompts each of them holds. received:
         hidden states [B, S, H] of the stage before. Returns what the next stage reads, or of the last one
-        what enters the LM head at the prompts' last tokens, [B, H].
+        the input of the LM head at the prompts' last tokens, [B, H].
         """
         hidden = self._embed(tokens) if received is None else received
         hidden, states = self._through(
             hidden, EAGER, lambda cache, states: cache.prefill(states, lengths, rows)
         )
-        return self._output(states[torch.arange(len(lengths)), lengths - 1]) if self.is_last else hidden
+        if not self.is_last:
+            return hidden
+        # The last token of prompt b is at column lengths[b] - 1; what stands behind it is padding.
+        return self._output(states[torch.arange(len(lengths)), lengths - 1])
 
     def decode(
         self, tokens: torch.Tensor, received: torch.Tensor | None, where: torch.Tensor, num_keys: int
     ) -> torch.Tensor:
-        """One more token of the first B rows: tokens int64 [B], and where int64 [B] each of them stands.
+        """One more token of the first B rows: tokens int64 [B] at the positions `where` int64 [B].
 
-        num_keys: positions of the caches to look at, at least up to the last of them. received: hidden states
-        [B, H] of the stage before. Returns hidden states [B, H], of the last stage those that enter the LM
-        head.
+        num_keys: cached positions to read, at least up to the last of these positions. received: hidden
+        states [B, H] of the stage before. Returns hidden states [B, H], of the last stage those that enter
+        the LM head.
         """
         hidden = self._embed(tokens) if received is None else received
         step = Step(where, num_keys, dtype=hidden.dtype, regions=self._regions)
@@ -92,9 +97,11 @@ class Decoder:
     def _through(
         self, hidden: torch.Tensor, regions: Regions, attend: Callable[[Cache, torch.Tensor], torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The residual behind all layers of the stage, and after the norm that follows, if the stage has
+        """The residual after all layers of the stage, and the same after the final norm, if the stage has
         it.
         """
+        # Norms 2 i and 2 i + 1 come before the attention and the MLP of layer i. A sum and the norm that
+        # follows it are one operation, so the last MLP is followed by the stage's final norm, or by none.
         norms = [norm for layer in self._layers for norm in (layer.input_layernorm, layer.pre_mlp_layernorm)]
         norms.append(self._stage.decoder.final_layernorm if self.is_last else None)
         states = hidden if norms[0] is None else norms[0](hidden)
@@ -115,14 +122,14 @@ class Decoder:
         factor: float,
         regions: Regions,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `add_normed`; norms of another kind than ours run as they are."""
+        """See `add_normed`; a norm that is not our RMSNorm runs as it is."""
         if isinstance(before, RMSNorm):
             return regions.add_normed(hidden, output, after, before.scale, factor)
         hidden = added(hidden, output, after, factor)
         return hidden, hidden if before is None else before(hidden)
 
     def move(self, source: int, target: int, length: int) -> None:
-        """The first `length` positions of one row, in place of another's."""
+        """Copy the first `length` positions of row `source` to row `target`."""
         for cache in self._caches:
             cache.move(source, target, length)
 
@@ -132,16 +139,17 @@ class Decoder:
         return embedded if scale == 1.0 else embedded * scale
 
     def _output(self, states: torch.Tensor) -> torch.Tensor:
-        """What enters the LM head, of what leaves the last norm."""
+        """The input of the LM head, from the output of the last norm."""
         scale = self._stage.architecture.logit_scale
         return states if scale == 1.0 else states * scale
 
     def _mlp(
         self, layer: TransformerLayer, states: torch.Tensor, regions: Regions
     ) -> tuple[torch.Tensor, Scale | None]:
-        """The MLP's output, and the norm that comes after it and is not in it."""
+        """The MLP's output, and the norm that follows it outside of the MLP, if any."""
         mlp = layer.mlp
         if type(mlp) is not MLP or type(mlp.linear_fc1) is not ColumnParallelLinear:
+            # Megatron's modules read [S, B, H]: all tokens as one sequence.
             output, _ = mlp(states.reshape(-1, 1, states.shape[-1]))
             return output.view_as(states), None
         halves = linear(states, mlp.linear_fc1.weight)

@@ -1,7 +1,7 @@
-"""The seam behind which responses come from: one Protocol, and its sources.
+"""The interface of all sources of responses, and the simple ones.
 
-MegatronEngine samples from the training weights, VllmEngine asks servers that are handed them, GivenResponses
-reads the data's own responses (sft), and ReplayEngine writes what another engine answers, or reads it back.
+MegatronEngine samples from the training weights, VllmEngine uses servers that reload them, GivenResponses
+reads the data's own responses (sft), and ReplayEngine writes another engine's responses, or reads them back.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from megatron_simct.records import Prompt, Rollout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How to choose tokens. It never changes the log-probs that are recorded."""
+    """Sampling parameters. They never change the recorded log-probs."""
 
     temperature: float
     """0 is greedy."""
     top_p: float = 1.0
     top_k: int = -1
-    """Sample from this many most probable tokens, and of these from the nucleus of top_p; -1: from all."""
+    """Sample from this many most probable tokens, and among these from the nucleus of top_p; -1: from all."""
     max_response_len: int
-    """Tokens, the stop token included."""
+    """In tokens, including the stop token."""
     seed: int
     """With the sample id it determines every random draw of a sample, whatever the layout or the batch."""
 
 
 class RolloutEngine(Protocol):
-    """Anything that answers prompts."""
+    """A source of responses to prompts."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
         """One Rollout a prompt, in the order of the prompts.
@@ -46,13 +46,13 @@ class RolloutEngine(Protocol):
         ...
 
     def publish(self, weight_version: int) -> None:
-        """Tell the engine that the weights have seen so many optimizer steps."""
+        """Give the engine new weights. weight_version: the number of optimizer steps they have seen."""
         ...
 
 
 @runtime_checkable
 class StreamingEngine(Protocol):
-    """A RolloutEngine whose responses can be had as they finish."""
+    """A RolloutEngine that can return responses as they finish."""
 
     def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[list[Rollout]]:
         """Each response once, in any order, the same on every rank of the model replica; collective over
@@ -86,7 +86,7 @@ class RacingEngine(StreamingEngine, Protocol):
 def responses(
     engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Sampling
 ) -> Iterator[list[Rollout]]:
-    """As they finish, where the engine tells of them so; else all at once."""
+    """Responses as they finish, if the engine supports it; else all at once."""
     if isinstance(engine, StreamingEngine):
         yield from engine.stream(prompts, sampling)
     else:
@@ -121,7 +121,8 @@ class GivenResponses:
 
 
 class SharedEngine:
-    """Ranks that train on the same samples, and whose engines each answer a share of the prompts."""
+    """For context parallelism: ranks with the same samples, each of whose engines answers a share of the
+    prompts."""
 
     def __init__(self, engine: RolloutEngine, group: dist.ProcessGroup) -> None:
         self._engine, self._group = engine, group

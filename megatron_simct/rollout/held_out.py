@@ -1,4 +1,4 @@
-"""How many of the responses to held-out prompts are right."""
+"""Accuracy of responses to held-out prompts."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Evaluator:
     """Greedy and sampled accuracy of an engine on a fixed set of prompts.
 
     The sampled draws depend on the seed alone, so two evaluations of one set of weights agree. One rank of
-    each model replica judges the replica's responses, in `right`, so that no rank can think otherwise than
-    another.
+    each model replica judges the replica's responses, in `right`, so that all ranks have the same
+    result.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Evaluator:
         )
 
     def measure(self) -> dict[str, float | list[int]]:
-        """greedy_accuracy and, where samples were asked for, sampled_accuracy; greedy_right and
+        """greedy_accuracy and, if samples are configured, sampled_accuracy; greedy_right and
         sampled_right: how many responses to each held-out prompt were right, in the order of the file.
         Collective over all ranks."""
         found = self._measure("greedy", self._greedy_prompts, self._greedy, 1)
@@ -71,9 +71,9 @@ class Evaluator:
 
 
 def response_text(rollout: Rollout, tokenizer: Tokenizer, marks: Mapping[int, str]) -> str:
-    """What a rollout says, its stop token left out; bytes that are no UTF-8 replaced.
+    """The text of a rollout without its stop token; invalid UTF-8 is replaced.
 
-    Special tokens have no bytes. Those in `marks` are written as the text that is given for them.
+    Special tokens have no bytes. Those in `marks` are written as the given text.
     """
     content = rollout.student_ids[:-1] if rollout.finish == "stop" else rollout.student_ids
     pieces, start = [], 0
@@ -85,7 +85,7 @@ def response_text(rollout: Rollout, tokenizer: Tokenizer, marks: Mapping[int, st
 
 
 def special_marks(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[int, str]:
-    """Those of the texts that are a special token of the tokenizer, by its id."""
+    """The texts that are special tokens of the tokenizer, by id."""
     if tokenizer.encode_chat is None:
         return {}
     spelled = {text: list(tokenizer.encode_chat(text)) for text in texts if text}
@@ -97,7 +97,7 @@ def special_marks(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[int, str]:
 def equals_label(
     prompts: Sequence[Prompt], rollouts: Sequence[Rollout], *, tokenizer: Tokenizer
 ) -> list[bool]:
-    """Whether each response ends by itself, and its bytes are the label's."""
+    """Whether each response has a stop token and exactly the bytes of the label."""
     return [
         rollout.finish == "stop" and tokenizer.decode(rollout.student_ids[:-1]) == str(prompt.label).encode()
         for prompt, rollout in zip(prompts, rollouts, strict=True)

@@ -1,8 +1,8 @@
 """Generation by the training weights themselves, with a KV cache, on the same ranks.
 
-Nothing is copied or gathered to publish new weights: an optimizer step changes what the next call samples
-from. Samples of one prompt share its forward pass. As sequences finish, the rows of the KV cache that they
-leave are filled with waiting prompts, or closed up.
+Publishing new weights copies and gathers nothing: the next call samples from the parameters that the
+optimizer has updated. Samples of one prompt share its forward pass. As sequences finish, their rows of the KV
+cache are filled with waiting prompts, or closed up.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from megatron_simct.rollout.graphs import StepGraphs, Stepping
 from megatron_simct.rollout.sampling import sample_tokens
 
 PREFILL_TOKENS = 8192
-"""Prompt tokens, padding included, of one forward pass; a longer prompt has one of its own."""
+"""Limit of the prompt tokens, including padding, of one forward pass; a longer prompt has its own pass."""
 
 _NO_PROMPT = np.zeros(1, np.int32)
 
@@ -38,7 +38,7 @@ _NO_PROMPT = np.zeros(1, np.int32)
 class MegatronEngine:
     """Samples responses from a HiddenStateModel under tensor and pipeline parallelism.
 
-    Hidden states go from stage to stage, the last stage chooses the tokens and tells the others.
+    Hidden states go from stage to stage; the last stage chooses the tokens and broadcasts them.
     """
 
     def __init__(
@@ -53,10 +53,11 @@ class MegatronEngine:
         before_reading_weights: Callable[[], None] = lambda: None,
         stepping: Stepping | None = None,
     ) -> None:
-        """vocab_size is the real one; batch_size bounds the sequences, and so the KV cache, decoded together.
+        """vocab_size: without padding. batch_size: most sequences that are decoded together; it bounds the KV
+        cache.
 
-        progress is told after each token how many responses of a call are finished, and of how many.
-        before_reading_weights brings them up to date. stepping: None for what suits the device.
+        progress: called after each token with the numbers of finished and of all responses of a call.
+        before_reading_weights: brings the weights up to date. stepping: None: the default of the device.
         """
         self._model = model
         self._groups = groups
@@ -88,7 +89,7 @@ class MegatronEngine:
     def _decode_all(self, sequences: Sequence[_Sequence], sampling: Sampling) -> None:
         """Row r of the cache holds active[r].
 
-        All ranks of a replica take the same way: they see the same tokens.
+        All ranks of a replica take the same branches, because they see the same tokens.
         """
         rows = max(1, min(self._batch_size, len(sequences)))
         length = max((len(s.prompt.student_ids) for s in sequences), default=1) + sampling.max_response_len
@@ -128,7 +129,7 @@ class MegatronEngine:
         self._progress(len(sequences), len(sequences))
 
     def _read(self, unread: deque[_Unread], late: int) -> None:
-        """All but the last few."""
+        """Read the tokens of all steps but the last `late` ones."""
         while len(unread) > late:
             unread.popleft().read(self._stop_ids)
 
@@ -142,8 +143,8 @@ class MegatronEngine:
         return largest.tolist()
 
     def _prefill(self, run: _Run, batch: Sequence[Sequence[_Sequence]], first_row: int) -> torch.Tensor:
-        """One forward pass of the prompts of a batch, whose samples get the rows from first_row on; what
-        enters the LM head for each of them. An element of the batch is the samples of one prompt."""
+        """One forward pass over the prompts of a batch; their samples get the rows from first_row on. Returns
+        the input of the LM head for each sample. An element of the batch is the samples of one prompt."""
         device = self._groups.device
         token_ids = [samples[0].prompt.student_ids for samples in batch] or [_NO_PROMPT]
         tokens = pad_right(token_ids)[0].to(device)
@@ -159,7 +160,7 @@ class MegatronEngine:
         return hidden[places[1]] if self._groups.is_last_stage else hidden
 
     def _decode(self, run: _Run, active: Sequence[_Sequence]) -> torch.Tensor:
-        """What enters the LM head for one more token of all active sequences."""
+        """The input of the LM head for one more token of all active sequences."""
         longest = max((sequence.length for sequence in active), default=1)
         return run.step(*run.bucket(len(active), longest))
 
@@ -169,7 +170,7 @@ class MegatronEngine:
         shape: Sequence[int],
         forward: Callable[[Decoder, torch.Tensor | None], torch.Tensor],
     ) -> torch.Tensor:
-        """What the last of this rank's stages returns; hidden states between stages are [*shape, H]."""
+        """The result of the last of this rank's stages; hidden states between stages are [*shape, H]."""
         config = self._model.config
         received = torch.empty(
             *shape, config.hidden_size, dtype=config.pipeline_dtype, device=self._groups.device
@@ -200,7 +201,7 @@ class MegatronEngine:
                 top_k=run.sampling.top_k,
                 group=self._groups.tp,
             )
-            # float64 holds both exactly
+            # float64 represents ids and float32 log-probs exactly
             chosen = torch.stack([ids.double(), scores.double()])[:, : len(sequences)]
         chosen = tensor_from_last_stage(chosen.contiguous(), self._groups.pp)
         run.go_on(slice(first, first + len(sequences)), chosen[0])
@@ -210,8 +211,8 @@ class MegatronEngine:
 
 
 class _Run:
-    """What one call of `generate` keeps on the device: caches, and of each row its last token and what comes
-    next.
+    """State of one call of `generate` on the device: caches, and the last token and next position of each
+    row.
     """
 
     def __init__(
@@ -246,7 +247,9 @@ class _Run:
         self._graphs = StepGraphs(self._forward, capture=stepping.graphs and device.type == "cuda" and alone)
 
     def start(self, rows: Sequence[int], sequences: Sequence[_Sequence], lengths: torch.Tensor) -> None:
-        """Sequences whose prompts, of these lengths int64 [R], have been read into these consecutive rows."""
+        """Register sequences whose prompts, of lengths int64 [R], have been read into these consecutive
+        rows.
+        """
         part = slice(rows[0], rows[-1] + 1)
         self._uniforms[part] = torch.from_numpy(np.stack([sequence.uniforms for sequence in sequences])).to(
             self._uniforms.device
@@ -255,7 +258,7 @@ class _Run:
         self._drawn[part] = 0
 
     def bucket(self, rows: int, keys: int) -> tuple[int, int]:
-        """The numbers of rows and positions that a step with so many computes."""
+        """The bucket: numbers of rows and positions that a step for these numbers computes."""
         rows_up, keys_up = (
             -(-n // step) * step
             for n, step in ((max(rows, 1), self._stepping.rows), (keys, self._stepping.keys))
@@ -277,25 +280,25 @@ class _Run:
         return self._uniforms[rows].gather(1, self._drawn[rows, None])[:, 0]
 
     def go_on(self, rows: slice, tokens: torch.Tensor) -> None:
-        """These tokens have been chosen."""
+        """Store the tokens that have been chosen, and advance the rows."""
         self._tokens[rows] = tokens.long()
         self._where[rows] += 1
         self._drawn[rows] += 1
 
     def move(self, source: int, target: int, length: int) -> None:
-        """One row in place of another; `length` positions of its sequence have been computed."""
+        """Move row `source` to row `target`; `length` positions of its sequence have been computed."""
         for stage in self.stages:
             stage.move(source, target, length)
         for state in (self._tokens, self._where, self._drawn, self._uniforms):
             state[target] = state[source]
 
     def free(self, first: int) -> None:
-        """The rows from `first` on hold nothing. A step that computes them writes to their first position."""
+        """Free the rows from `first` on. A step that computes them writes to their first position."""
         self._where[first:], self._drawn[first:] = 0, 0
 
 
 class _Unread:
-    """Tokens and log-probs that have been chosen, on their way to the host."""
+    """Chosen tokens and log-probs that the host has not read yet."""
 
     def __init__(self, sequences: Sequence[_Sequence], chosen: torch.Tensor) -> None:
         """chosen float64 [2, B]."""
@@ -310,17 +313,17 @@ class _Unread:
             self._there.record()
 
     def read(self, stop_ids: frozenset[int]) -> None:
-        """Wait for them, and give each sequence its token."""
+        """Wait for the tokens, and append each to its sequence."""
         if self._there is not None:
             self._there.synchronize()
         ids, scores = self._chosen.tolist()
         for sequence, token, score in zip(self._sequences, ids, scores, strict=True):
-            if sequence.finish is None:  # else it has stopped before
+            if sequence.finish is None:  # else the sequence has stopped before
                 sequence.append(int(token), score, stop_ids=stop_ids)
 
 
 class _Sequence:
-    """One response while it grows."""
+    """One response in progress."""
 
     def __init__(self, prompt: Prompt, sampling: Sampling) -> None:
         self.prompt = prompt
@@ -328,9 +331,9 @@ class _Sequence:
         self.logprobs: list[float] = []
         self.finish: Literal["stop", "length"] | None = None
         self.asked = 0
-        """Tokens that have been chosen; the last of them may not be in `ids` yet."""
+        """Number of tokens that have been chosen; the last of them may not be in `ids` yet."""
         self._max_len = sampling.max_response_len
-        # From the seed and the sample alone, and counter-based, so any rank can draw them.
+        # A counter-based generator, seeded by seed and sample id alone: any rank can draw the same numbers.
         generator = np.random.Generator(np.random.Philox(key=[sampling.seed, prompt.sample_id]))
         self.uniforms = generator.random(self._max_len)
         """One for each token."""
@@ -342,7 +345,7 @@ class _Sequence:
 
     @property
     def is_open(self) -> bool:
-        """Whether it needs another token, as far as is known."""
+        """Whether it needs another token, as far as its tokens have been read."""
         return self.finish is None and self.asked < self._max_len
 
     def append(self, token: int, logprob: float, *, stop_ids: frozenset[int]) -> None:
@@ -377,10 +380,10 @@ def _by_prompt(sequences: Sequence[_Sequence]) -> list[list[_Sequence]]:
 def _admitted(waiting: deque[list[_Sequence]], rows: int, num_active: int) -> list[list[_Sequence]]:
     """Take from `waiting` the prompts that fit into the free rows, all samples of a prompt at once.
 
-    None before an eighth of the rows is free: a forward pass for one prompt costs nearly as much as for
+    Takes none before an eighth of the rows is free: a forward pass for one prompt costs nearly as much as for
     several.
     """
-    if waiting and len(waiting[0]) > rows:  # more samples than rows: they come in parts
+    if waiting and len(waiting[0]) > rows:  # a prompt with more samples than rows comes in parts
         samples = waiting.popleft()
         waiting.extendleft(samples[i : i + rows] for i in reversed(range(0, len(samples), rows)))
     admitted: list[list[_Sequence]] = []
@@ -406,7 +409,7 @@ def _passes(groups: Sequence[list[_Sequence]]) -> list[list[list[_Sequence]]]:
 
 
 def _close_up(active: list[_Sequence], run: _Run) -> None:
-    """Drop sequences that need no more tokens; the last row takes the place of one that leaves."""
+    """Drop finished sequences; the last row moves to the place of a dropped one."""
     before = len(active)
     for row in reversed(range(before)):
         if not active[row].is_open:

@@ -30,7 +30,7 @@ def sample_tokens(
     uniforms [B] float64 in [0, 1): the same on every rank; not read when temperature is 0 (greedy; of equal
     logits the lowest id). top_k (-1: all) cuts before top_p, which is a share of what top_k leaves. Returns
     ids int64 [B] and their log-probs float32 [B] under the untempered, untruncated softmax, the same on every
-    rank. A row with nan gives some real id and the log-prob nan: whoever reads it can tell.
+    rank. A row with nan gives some real id and the log-prob nan.
     """
     logits = logits.float()
     num_real = min(max(vocab_size - shard_start, 0), logits.shape[1])
@@ -61,11 +61,11 @@ def sample_tokens(
 
 
 def kth_weight(weights: torch.Tensor, top_k: int, *, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """The top_k-th heaviest weight of each row, [B]; what ties with it is kept too.
+    """The top_k-th largest weight of each row, [B]; ties with it are kept too.
 
-    weights [B, W] >= 0. Each rank offers its top_k heaviest: none of the row's top_k can be missing.
+    weights [B, W] >= 0. Each rank offers its top_k largest weights, so none of the row's top_k is missing.
     """
-    offered = weights.new_zeros(len(weights), top_k)  # a shard narrower than top_k offers all it has
+    offered = weights.new_zeros(len(weights), top_k)  # a shard narrower than top_k offers all its columns
     heaviest = weights.topk(min(top_k, weights.shape[1]), dim=1).values
     offered[:, : heaviest.shape[1]] = heaviest
     return _gather(offered, group).transpose(0, 1).flatten(1).topk(top_k, dim=1).values[:, -1]
@@ -74,10 +74,10 @@ def kth_weight(weights: torch.Tensor, top_k: int, *, group: dist.ProcessGroup | 
 def nucleus_cutoff(
     weights: torch.Tensor, top_p: float, *, group: dist.ProcessGroup | None, candidates: int = 64
 ) -> torch.Tensor:
-    """The smallest weight of the nucleus: the fewest tokens, from the heaviest, that hold top_p of the mass.
-    [B]
+    """The smallest weight of the nucleus: the fewest tokens, from the largest weight on, that hold top_p of
+    the mass. [B]
 
-    weights [B, W] >= 0, not normalised. Each rank offers its heaviest tokens; the answer is exact once no
+    weights [B, W] >= 0, not normalised. Each rank offers its largest weights; the answer is exact once no
     rank can hold an unseen token above the cutoff, else all ranks offer twice as many. Ties with the cutoff
     are in the nucleus.
     """

@@ -1,21 +1,20 @@
-"""Responses by a vLLM server: token ids in, ids and log-probabilities out; weights through a folder that both
-see.
+"""Responses by a vLLM server: token ids in, ids and log-probabilities out; weights through a shared folder.
 
     vllm serve STUDENT_DIR --enable-scale-out --generation-config vllm      with VLLM_SERVER_DEV_MODE=1
 
 After each optimizer step the weights are written as a Hugging Face folder, the server reads it
-(`reload_weights`), its cache of prefixes is dropped, and it is told which version it has. Every answer says
-which version has sampled each of its tokens. Another one, such as that of a server that has been started
-again, is an answer that does not count.
+(`reload_weights`), drops its cache of prefixes, and gets the label of the version. Every answer names the
+version that has sampled each of its tokens. An answer with another version, for example of a restarted
+server, is discarded.
 
-Responses are handed on as they finish. A caller that needs no more of them stops the server, and can continue
+Responses are passed on as they finish. A caller that needs no more of them stops the server, and can continue
 the unfinished responses in a later call (rollout/oversampling.py).
 
-The first ones of every call are scored by the training weights before anything is made of any: where the two
-models' log-probabilities differ by more than a bound, the weights are handed over again, and where that does
-not help the run stops, and says which tensors the server holds otherwise than they were sent.
+The training weights score the first ones of every call before any is passed on: if the two models'
+log-probabilities differ by more than a bound, the weights are sent again; if that does not help, the run
+stops with an error that names the tensors that differ on the server.
 
-A draw depends on the server, not on seed and sample id alone, as it does with MegatronEngine.
+A draw depends on the server, not on seed and sample id alone, as with MegatronEngine.
 """
 
 from __future__ import annotations
@@ -43,18 +42,17 @@ from megatron_simct.records import Prompt, Rollout
 from megatron_simct.rollout.engine import Sampling
 
 IN_FLIGHT = 64
-"""Requests that one model replica of the student has at a time; the server batches what it has."""
+"""Concurrent requests of one model replica of the student; the server batches them."""
 CHECKED = 4
-"""Responses of each call that the training weights score too, before any of the call is handed on."""
+"""Responses of each call that the training weights score too, before any of the call is passed on."""
 _DRAWS = 20
-"""How often a response with an id that the tokenizer does not have is drawn again: a head may have more rows.
-"""
+"""Most draws of a response with an id that the tokenizer does not have: a head may have more rows."""
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 5.0
 _CUT_AGAIN_S = 0.2
 _PREFIX = "generate-tokens-"
 """vLLM puts this before the name of a request."""
 _NAMED = 5
-"""Tensors that an error names."""
+"""Most tensors that an error names."""
 
 _NO_PROMPT = Prompt(sample_id=0, student_ids=np.zeros(1, np.int32), teacher_ids=np.zeros(0, np.int32))
 _NO_RESPONSE = Rollout(
@@ -64,7 +62,7 @@ _NO_RESPONSE = Rollout(
     logprobs=np.zeros(1, np.float32),
     finish="length",
 )
-"""What a replica scores that has no prompt, while others that share experts with it score theirs."""
+"""Dummy sample of a replica without prompts, while others that share experts with it score theirs."""
 
 LogProbs = Callable[[Sequence[Prompt], Sequence[Rollout]], list[np.ndarray]]
 """The training weights' log-probabilities of responses.
@@ -74,7 +72,7 @@ Collective over one model replica; on the last stage only.
 
 
 class VllmEngine:
-    """See RolloutEngine. Each data-parallel replica asks one of the servers."""
+    """See RolloutEngine. Each data-parallel replica uses one of the servers."""
 
     def __init__(
         self,
@@ -91,8 +89,8 @@ class VllmEngine:
         """write_weights: writes the weights of a version as a folder and returns it; collective over the
         whole job.
 
-        bound_nats: how far a response's log-probabilities may be from the training weights' in the mean.
-        timeout_s: for a server that has gone to come back.
+        bound_nats: largest mean difference between a response's log-probabilities and those of the training
+        weights. timeout_s: how long to wait for a server that has gone.
         """
         self._clients, self._groups = clients, groups
         self._client = clients[groups.dp_rank % len(clients)]
@@ -100,23 +98,23 @@ class VllmEngine:
         self._write_weights, self._log_probs = write_weights, log_probs
         self._bound_nats, self._timeout_s = bound_nats, timeout_s
         self._version, self._folder = 0, ""
-        run = [uuid.uuid4().hex[:12]]  # servers may have served another run
+        run = [uuid.uuid4().hex[:12]]  # part of the label of versions: servers may have served another run
         dist.broadcast_object_list(run, src=0)
         self._run = run[0]
         self._comparable: set[str] | None = None
-        """Names of the tensors that the server holds as they are sent, from the first time on."""
+        """Names of the tensors that the server held exactly as sent, the first time."""
         self._lock = threading.Lock()
         self._outages = 0
 
     @property
     def _label(self) -> str:
-        """What the server calls the weights that it should have."""
+        """The label of the weights that the server should have."""
         return f"{self._run}-{self._version}"
 
     def publish(self, weight_version: int) -> None:
-        """Hand the weights over.
+        """Send the weights to the server.
 
-        Collective over the whole job. ValueError where a server does not take them.
+        Collective over the whole job. ValueError if a server does not take them.
         """
         self._folder = self._write_weights(weight_version)
         self._version = weight_version
@@ -129,7 +127,7 @@ class VllmEngine:
                 problem = f"--rollout-engine-endpoint: {error}"
         raise_together(problem)
         if self._comparable is None:
-            # What it holds otherwise now is in an order of its own: a CPU's kernels pack matrices.
+            # Tensors that differ now have another memory layout: a CPU's kernels pack matrices.
             self._comparable = self._on_the_rank_that_asks(self._as_sent) or set()
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
@@ -174,14 +172,14 @@ class VllmEngine:
                             return
                 else:
                     return
-            if attempt == 0:  # perhaps it has not the weights that it says it has
+            if attempt == 0:  # the server may not have the weights whose label it reports
                 self._on_the_rank_that_asks(lambda: self._load(self._client))
         self._refuse(
             f"log-probabilities of its responses differ from the training weights' by {gap:.3f} nats"
         )
 
     def check_step(self, mean: float, largest: float) -> None:
-        """ValueError where a step's responses were not sampled by the weights that are trained. On all ranks.
+        """ValueError if a step's responses were not sampled by the weights that are trained. On all ranks.
 
         mean, largest: of the differences between the log-probabilities in sampling and in training.
         """
@@ -199,28 +197,24 @@ class VllmEngine:
         )
 
     def _what_differs(self) -> str:
-        """Which tensors the server holds otherwise than they were sent, as far as it says."""
-        precision = "it computes in another precision, or not as the training's model does"
+        """The tensors that differ on the server from those that were sent, as far as it reports them."""
+        precision = "it computes in another precision, or another model than the training"
         found = self._as_sent()
         if found is None or not self._comparable:
             return (
-                f"it does not say what it holds: other weights than those of {self._folder}, or {precision}"
+                f"it does not report its tensors: other weights than those of {self._folder}, or {precision}"
             )
         same, count = found & self._comparable, len(self._comparable)
         differ = sorted(self._comparable - same)
         if not differ:
-            return (
-                f"the {count} tensors that can be compared are as they were sent, so others are not, or "
-                f"{precision}"
-            )
+            return f"the {count} comparable tensors are as they were sent, so others differ, or {precision}"
         names = ", ".join(differ[:_NAMED]) + (", ..." if len(differ) > _NAMED else "")
         return (
-            f"it holds {len(differ)} of {count} tensors that can be compared otherwise than {self._folder}: "
-            f"{names}"
+            f"{len(differ)} of {count} comparable tensors differ on the server from {self._folder}: {names}"
         )
 
     def _as_sent(self) -> set[str] | None:
-        """Names of the tensors that the server holds just as they were sent; None where it does not say."""
+        """Names of the tensors that the server holds exactly as sent; None if it does not report them."""
         try:
             checksums = self._client.post("/weight_checker", {"action": "checksum"})["checksums"]
             return equal_digests(checksums, digests_of(self._folder))
@@ -231,7 +225,7 @@ class VllmEngine:
     def _asked(
         self, prompts: Sequence[Prompt], sampling: Sampling, begun: Mapping[int, Rollout]
     ) -> Generator[_Requests]:
-        """Requests for responses, or for the rest of responses that are begun; unread answers are dropped."""
+        """Requests for responses, or for the rest of begun responses; unread answers are dropped."""
         pool = ThreadPoolExecutor(max_workers=IN_FLIGHT, thread_name_prefix="vllm")
         requests = _Requests(self._client, self._on_the_rank_that_asks, len(prompts))
         if self._groups.writes_samples:
@@ -244,7 +238,7 @@ class VllmEngine:
             pool.shutdown(cancel_futures=True)
 
     def _on_the_rank_that_asks(self, action: Callable[[], Any]) -> Any:
-        """action() on one rank of the replica, and what it returned or refused on all of them."""
+        """Run action() on one rank of the replica; all ranks return its result or raise its error."""
         outcome: list[Any] = [None, None]
         if self._groups.writes_samples:
             try:
@@ -261,8 +255,8 @@ class VllmEngine:
     def _gap(
         self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], begun: Mapping[int, Rollout]
     ) -> float:
-        """The largest mean difference of a response's log-probabilities, on every rank of the replica, and of
-        all that share experts with it: these compute together, and so do all of it once more or none.
+        """The largest mean difference of a response's log-probabilities, on every rank of the replica and of
+        all replicas that share experts with it: these compute together, so all must repeat it, or none.
 
         begun: the parts of responses that other weights sampled; they are not compared.
         """
@@ -288,8 +282,8 @@ class VllmEngine:
     def _ask(
         self, prompt: Prompt, sampling: Sampling, prefix: Rollout | None, requests: _Requests
     ) -> Rollout | None:
-        """One response; an unfinished one, or None, once the requests are cut. A server that dies or answers
-        nonsense costs time only, up to timeout_s.
+        """One response; an unfinished one, or None, once the requests are cut. A server that dies or sends
+        invalid answers costs only time, up to timeout_s.
 
         prefix: the part of the response that was sampled before.
         """
@@ -315,13 +309,13 @@ class VllmEngine:
                 if time.monotonic() > deadline:
                     raise EngineFault(f"sample {prompt.sample_id} has no answer: {fault}") from None
                 with self._lock:
-                    if self._outages == outages:  # the first thread that has met this outage
+                    if self._outages == outages:  # only the first thread of this outage
                         self._until_it_answers(self._client)
                         self._outages += 1
         return prefix
 
     def _until_it_answers(self, client: EngineClient) -> None:
-        """Hand the weights to a server that may have to be waited for. EngineFault after timeout_s."""
+        """Wait for the server and send it the weights. Raises EngineFault after timeout_s."""
         deadline, wait_s = time.monotonic() + self._timeout_s, _FIRST_WAIT_S
         while True:
             try:
@@ -395,7 +389,10 @@ class VllmEngine:
                 f"{self._client.address} answered a response that is cut, or ends as it may not"
             )
         if finish == "abort":  # perhaps after its last token
-            finish = "stop" if stops[-1] else "length" if len(ids) == limit else "open"
+            if stops[-1]:
+                finish = "stop"
+            else:
+                finish = "length" if len(ids) == limit else "open"
         before = prefix or _empty_rollout(prompt.sample_id)
         return Rollout(
             sample_id=prompt.sample_id,
@@ -432,20 +429,21 @@ class _Requests:
         """All responses, as they come."""
         while self._left:
             found = self._share(self._wait_for_some)
-            assert found is not None, "every rank is told"
+            assert found is not None, "every rank has the answers"
             self._left -= len(found)
             yield found
 
     def cut(self) -> list[Rollout]:
         """Abort the other requests. Returns responses that have just finished, and the unfinished ones."""
         found = self._share(self._abort_rest)
-        assert found is not None, "every rank is told"
+        assert found is not None, "every rank has the answers"
         return found
 
     def _wait_for_some(self) -> list[Rollout]:
         done, rest = wait(self.waiting, return_when=FIRST_COMPLETED)
         self.waiting.intersection_update(rest)
-        return [rollout for future in done if (rollout := future.result()) is not None]
+        rollouts = [future.result() for future in done]
+        return [rollout for rollout in rollouts if rollout is not None]
 
     def _abort_rest(self) -> list[Rollout]:
         self.are_cut = True
@@ -457,7 +455,8 @@ class _Requests:
                 if names:
                     self._client.post("/abort_requests", {"request_ids": names})
             rest = wait(rest, timeout=_CUT_AGAIN_S).not_done
-        return [rollout for future in asked if (rollout := future.result()) is not None]
+        rollouts = [future.result() for future in asked]
+        return [rollout for rollout in rollouts if rollout is not None]
 
 
 def _length(prefix: Rollout | None) -> int:
@@ -475,7 +474,7 @@ def _empty_rollout(sample_id: int) -> Rollout:
 
 
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""Matrices that vLLM holds one below the other."""
+"""Matrices that vLLM concatenates by rows."""
 
 
 def held_whole(checksums: Mapping[str, str]) -> dict[str, set[str]]:
@@ -497,9 +496,7 @@ def held_whole(checksums: Mapping[str, str]) -> dict[str, set[str]]:
 
 
 def equal_digests(checksums: Mapping[str, str], sent: Mapping[str, str]) -> set[str]:
-    """Names of the tensors that a server holds just as they were sent; it may hold others in an order of its
-    own.
-    """
+    """Names of the tensors that a server holds exactly as sent; others may have another memory layout."""
     held = held_whole(checksums)
     return {name for name, digest in sent.items() if held.get(name) == {digest}}
 

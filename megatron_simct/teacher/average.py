@@ -30,9 +30,9 @@ class Average:
     """The average, which is also the teacher's weights in the type that it computes in."""
 
     def __init__(self, teacher: Model, student: Model, *, decay: float, changed: Callable[[], None]) -> None:
-        """changed: is called when the teacher's weights are others.
+        """changed: called whenever the teacher's weights have changed.
 
-        ValueError if the models differ in a shape.
+        Raises ValueError if the models differ in a shape.
         """
         of_teacher, of_student = dict(teacher.named_parameters()), dict(student.named_parameters())
         if {name: p.shape for name, p in of_teacher.items()} != {
@@ -47,13 +47,13 @@ class Average:
 
     @torch.no_grad()
     def follow(self) -> None:
-        """After an update. The student's weights are up to date. Collective as `changed` is."""
+        """Update the average after a step of the student. Collective as `changed` is."""
         for average, (_, student) in zip(self._average, self._pairs, strict=True):
             average.lerp_(student.float(), 1 - self._decay)
         self._hand_over()
 
     def sharded_state_dict(self, prefix: str) -> dict[str, Any]:
-        """For a checkpoint, whose keys begin with the prefix."""
+        """The average for a checkpoint; its keys begin with the prefix."""
         with self._as_weights():
             state = self._teacher.sharded_state_dict()
             for leaf in nested_values(state):
@@ -63,14 +63,14 @@ class Average:
         return state
 
     def load(self, state: dict[str, Any]) -> None:
-        """What a checkpoint holds under `sharded_state_dict`."""
+        """Load the average from a checkpoint's state."""
         with self._as_weights():
             self._teacher.load_state_dict(state, strict=False)
         self._hand_over()
 
     @contextlib.contextmanager
     def _as_weights(self) -> Iterator[None]:
-        """The teacher's parameters are the average itself."""
+        """In this context the teacher's parameters are the float32 average."""
         kept = [teacher.data for teacher, _ in self._pairs]
         try:
             for average, (teacher, _) in zip(self._average, self._pairs, strict=True):

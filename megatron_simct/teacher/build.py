@@ -1,4 +1,4 @@
-"""Which teachers a student's job has: other jobs, answers on disk, or a model on its own ranks."""
+"""Builds the teachers of a student's job: other jobs, answers on disk, or a model on its own ranks."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ class Teaching:
 
     scorer: TeacherScorer
     shared_head: SharedHead | None = None
-    """On the last stage the head rows that this rank's columns need, if any."""
+    """On the last stage, the rows of the teacher's head that this rank's columns need, if any."""
     average: Average | None = None
-    """The average that the first teacher has as its weights, if they follow the student's (--teacher-ema)."""
+    """The average that is the first teacher's weights, with --teacher-ema."""
 
 
 def build_teacher(
     config: Config, groups: Groups, pair: Pair, placement: VocabPlacement, cut: Cut, student: Model
 ) -> Teaching:
-    """cut: into micro-batches, for a teacher on these ranks. student: the model, which a teacher may
-    follow.
+    """cut: how a teacher on these ranks cuts pairs into micro-batches. student: the model that a teacher with
+    --teacher-ema follows.
     """
     if not pair.teachers:
         return Teaching(scorer=NoTeacher())
@@ -71,7 +71,7 @@ def build_teacher(
 def _build_first(
     config: Config, groups: Groups, pair: Pair, placement: VocabPlacement, cut: Cut, student: Model
 ) -> Teaching:
-    """The first teacher: in another job, on disk, or here."""
+    """The first teacher: in another job, on disk, or on these ranks."""
     teacher, needs = pair.teachers[0], pair.needs
     if config.teacher_job.endpoint or config.rollout.load_debug_scored_data:
         head = load_shared_head(config, groups, placement, needs)
@@ -119,7 +119,7 @@ def head_rows(model: Model, placement: VocabPlacement, groups: Groups) -> Shared
 
 
 def _build_remote(config: Config, groups: Groups, pair: Pair, teacher: Teacher) -> RemoteScorer:
-    """A teacher in another job, with its answers on disk before it or in its place."""
+    """A teacher in another job, behind answers on disk if there are any; or these answers alone."""
     marks = teacher_fingerprints(config, pair, teacher)
     store = None
     if teacher is pair.teachers[0]:
@@ -137,7 +137,7 @@ def _build_remote(config: Config, groups: Groups, pair: Pair, teacher: Teacher) 
 
 
 def teacher_fingerprints(config: Config, pair: Pair, teacher: Teacher) -> dict[str, object]:
-    """What this job knows of a teacher."""
+    """The fingerprints of a teacher that this job knows."""
     flag = f"--{teacher.prefix}hf-checkpoint"
     return fingerprints(
         teacher.options,
@@ -151,7 +151,8 @@ def teacher_fingerprints(config: Config, pair: Pair, teacher: Teacher) -> dict[s
 
 
 def build_client(config: Config, groups: Groups, teacher: Teacher, marks: dict[str, object]) -> TeacherClient:
-    """The connection to a teacher's job. marks: fingerprints. The first model replica looks for all."""
+    """The connection to a teacher's job. marks: fingerprints. The first model replica reads the endpoints for
+    all."""
     job = teacher.job
     addresses = tuple(place for place in job.endpoint if "://" in place)
     folder = None if addresses else endpoint_folder(job.endpoint[0])
@@ -207,5 +208,5 @@ def load_shared_head(
 
 
 def teacher_logit_softcap(config: Config) -> float | None:
-    """What bounds the teacher's logits, which the loss makes of its hidden states."""
+    """The soft-cap of the teacher's logits, which the loss computes from its hidden states."""
     return describe_teacher(config.teacher.folder, flag="--teacher-hf-checkpoint").final_logit_softcap

@@ -4,17 +4,17 @@
 window holds. `RemoteScorer` (remote.py) is the TeacherScorer on top of it.
 
 Which replica. Every replica reports how many tokens it holds for all students, and how many it computes a
-second. A request goes to one that would end before the mean (`_choose`). Many clients choose at the same
-moment and from reports that are a second old, so they draw lots; what came out uneven, or becomes so because
-a replica is slower than it was, is recalled before the model has begun with it and goes elsewhere
+second. A request goes to a replica that would finish before the mean (`_choose`). Many clients choose at the
+same moment and from reports that are a second old, so each draws at random. If the load is uneven, or becomes
+so because a replica slows down, requests that the model has not begun are recalled and sent elsewhere
 (`_even_out`).
 
-What is asked again. A request has a number. A socket keeps the order of its messages, so the reply to a
-greeting settles what became of every request sent before the greeting: the replica has answered it, names it
-as held, or has lost it. Only what is lost is sent again. So a slow replica is not asked twice. A replica that
-says nothing is taken for dead after `silence_s`, and so is one that reports that its model hangs; both may
-still come back. The first answer counts, later ones are dropped and counted. A dead teacher is given up after
-`timeout_s` without an answer.
+What is sent again. A request has a number. A socket keeps the order of its messages, so the reply to a
+greeting settles the state of every request sent before the greeting: the replica has answered it, lists it as
+held, or has lost it. Only lost requests are sent again, so a slow replica does not get a request twice. A
+replica is considered dead after `silence_s` without a message, or if it reports that its model hangs; both
+may come back. The first answer to a request counts; later ones are dropped and counted. After `timeout_s`
+without any answer the client gives up.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class _Replica:
     beat: int = 0
     """Number of the last greeting."""
     tokens: int = 0
-    """Outstanding."""
+    """Tokens of this student's requests that it has not answered."""
     others: int = 0
     """Tokens that it held for other students when it last reported."""
     status: Mapping[str, Any] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class _Replica:
 
     @property
     def rarer(self) -> float:
-        """How many times the interval of greetings it is greeted at."""
+        """Factor of its interval of greetings: with many students each greets more rarely."""
         return max(1.0, self.status.get("clients", 0) / MAX_HELLOS)
 
 
@@ -103,21 +103,21 @@ class _Open:
     """Encoded, without a checksum."""
     sent_to: str | None = None
     beat: int = 0
-    """Number of the greeting that its replica had last been sent before it."""
+    """Number of the last greeting that was sent to its replica before it."""
     recalled: int | None = None
-    """The same, before it was recalled."""
+    """Number of the last greeting before its recall; None: it has not been recalled."""
     misfits: int = 0
-    """Answers to it that were not what was asked for."""
+    """Answers to it that did not fit the request."""
 
 
 MAX_HELLOS = 200
 """Greetings that a replica gets in an interval; with more students, each greets more rarely."""
 UNEVEN = 1.1
-"""A replica hands work back if it would end so many times later than the mean of all."""
+"""Work is recalled from a replica that would take this many times as long as the mean of all."""
 IO_THREADS = 2
 """Threads that decrypt. A connection belongs to one of them."""
 MAX_MISFITS = 3
-"""So many wrong answers to one request end the run: its teacher computes something else, or not at all."""
+"""This many misfitting answers to one request end the run: the teacher computes something else."""
 
 
 class TeacherClient(Thread):
@@ -136,11 +136,11 @@ class TeacherClient(Thread):
     ) -> None:
         """key_file: for replicas at tcp:// addresses.
 
-        fingerprints: what this end knows of what both must share; hidden_size at least.
+        fingerprints: values that both ends must share, as far as this end knows them; hidden_size at least.
 
-        window_tokens: what one replica is given before it has answered. `where` names the flag in errors.
+        window_tokens: limit of a replica's unanswered tokens. where: names the flag in errors.
 
-        context: None for one of its own, which ends with the thread.
+        context: None: the client makes its own, which ends with the thread.
         """
         super().__init__(name="teacher-client", daemon=True)
         self._lookout, self._key_file, self._fingerprints = lookout, key_file, dict(fingerprints)
@@ -191,7 +191,7 @@ class TeacherClient(Thread):
         return not self._results.empty()
 
     def next(self) -> tuple[Sequence[Any], Message]:
-        """The next answer, as it came and decoded. TeacherError where none will come."""
+        """The next answer, encoded and decoded. Raises TeacherError if none will come."""
         try:
             result = self._results.get(timeout=self._patience.timeout_s + 60)
         except Empty:  # the thread itself has died
@@ -201,7 +201,7 @@ class TeacherClient(Thread):
         return result
 
     def meet(self) -> None:
-        """Wait until some replica has said welcome. TeacherError where none does, or one refuses."""
+        """Wait until a replica has sent a welcome. Raises TeacherError if none does, or if one refuses."""
         try:
             self._met.get(timeout=self._patience.timeout_s)
         except Empty:
@@ -210,7 +210,7 @@ class TeacherClient(Thread):
             self.next()
 
     def status(self) -> dict[str, dict[str, Any]]:
-        """What each replica last said of itself."""
+        """The last status that each replica has reported."""
         return {name: dict(replica.status) for name, replica in list(self._replicas.items()) if replica.ready}
 
     def close(self) -> None:
@@ -271,7 +271,7 @@ class TeacherClient(Thread):
             self._fail(f"{self._where}: {error}")
             return
         for name in [n for n, r in self._replicas.items() if n not in found or found[n] != r.endpoint]:
-            self._receive(name, self._replicas[name])  # what it may have handed back at the end
+            self._receive(name, self._replicas[name])  # requests that it may have handed back before it ended
             self._lose(name)
             sock = self._replicas.pop(name).sock
             self._poller.unregister(sock)
@@ -292,7 +292,7 @@ class TeacherClient(Thread):
                 self._replicas[name] = _Replica(endpoint=endpoint, sock=sock)
 
     def _keys_for(self, endpoint: Endpoint) -> Keys | None:
-        """Read once: they are those of the run. ValueError where the file has none."""
+        """Read once: they are those of the run. ValueError if the file has none."""
         if not is_encrypted(endpoint) or self._key_file is None:
             return None
         if self._keys is None:
@@ -311,12 +311,12 @@ class TeacherClient(Thread):
                 self._lose(name)
 
     def _lose(self, name: str) -> None:
-        """What this replica was to answer waits again."""
+        """Put the replica's unanswered requests back into the queue."""
         self._replicas[name].ready = False
         self._wait_again([number for number, entry in self._open.items() if entry.sent_to == name])
 
     def _wait_again(self, lost: Sequence[int]) -> None:
-        """These requests have been lost on the way, or with their replica."""
+        """Put lost requests back into the queue."""
         for number in reversed(lost):
             self._take_back(self._open[number])
             self._waiting.appendleft(number)
@@ -339,7 +339,7 @@ class TeacherClient(Thread):
                 self._recall(name, replica.tokens * (1 - mean_s / seconds))
 
     def _recall(self, name: str, tokens: float) -> None:
-        """Ask a replica to hand back about so many of this student's tokens."""
+        """Ask a replica to hand back requests of this student with about this many tokens."""
         numbers = []
         for number, entry in reversed(self._open.items()):
             if tokens <= 0:
@@ -406,12 +406,12 @@ class TeacherClient(Thread):
         self._send(replica, entry.parts)
 
     def _take_back(self, entry: _Open) -> None:
-        """It is no longer with the replica it was sent to."""
+        """Mark the request as not sent to any replica."""
         self._release(entry)
         entry.sent_to = None
 
     def _release(self, entry: _Open) -> None:
-        """It no longer counts against the window of the replica it was sent to."""
+        """Free the request's tokens in the window of its replica."""
         if entry.sent_to is not None and entry.sent_to in self._replicas:
             self._replicas[entry.sent_to].tokens -= entry.request.num_tokens
 
@@ -466,12 +466,12 @@ class TeacherClient(Thread):
                 reason = quoted(mismatch(key, teacher=value, student=ours))
                 self._fail(f"{self._where}: replica {name}: {reason}")
                 return
-        # What only the teacher knew, any other life of it must share.
-        self._fingerprints = {k: v for k, v in theirs.items() if v is not None} | {
-            k: v for k, v in self._fingerprints.items() if v is not None
-        }
+        # Values that only the teacher knew: every later replica and process must share them.
+        for key, value in theirs.items():
+            if value is not None and self._fingerprints.get(key) is None:
+                self._fingerprints[key] = value
         if replica.life and replica.life != message.fields["life"]:
-            # another process at the same address, which knows nothing of what the last one held
+            # a new process at the same address, which has lost the requests of the old one
             self._lose(name)
         if not replica.ready:
             self._met.put(True)
@@ -482,16 +482,16 @@ class TeacherClient(Thread):
             self._lose(name)
 
     def _compare(self, name: str, replica: _Replica, beat: int, holds: Sequence[int]) -> None:
-        """What a replica holds for this student, beside what it should hold."""
+        """Compare the requests that a replica holds with those that it should hold."""
         held = set(holds)
         own = sum(self._open[number].request.num_tokens for number in held & self._open.keys())
         replica.others = max(0, int(replica.status.get("held_tokens", 0)) - own)
         expected = {number for number, entry in self._open.items() if entry.sent_to == name}
         for entry in map(self._open.__getitem__, expected & held):
             if entry.recalled is not None and entry.recalled < beat:
-                entry.recalled = None  # the model had begun with it
+                entry.recalled = None  # the model had begun it
         self._wait_again(sorted(n for n in expected - held if self._open[n].beat < beat))
-        if held - expected:  # meanwhile asked elsewhere
+        if held - expected:  # meanwhile sent to another replica
             self._send_recall(replica, sorted(held - expected))
 
     def _answered(self, name: str, replica: _Replica, parts: Sequence[Any], message: Message) -> None:
@@ -529,9 +529,9 @@ class TeacherClient(Thread):
         number = message.fields["request"]
         entry = self._open.get(number)
         if entry is None or entry.sent_to != name:
-            return  # another replica has been asked
+            return  # it was sent to another replica meanwhile
         if entry.recalled is None:
-            self._replicas[name].ready = False  # until its next welcome says that it takes more
+            self._replicas[name].ready = False  # until its next welcome
         self.counts["handed_back" if entry.recalled is None else "recalled"] += 1
         self._take_back(entry)
         self._waiting.append(number)
@@ -542,17 +542,19 @@ class TeacherClient(Thread):
 
     def _nobody(self, what: str) -> str:
         now = time.monotonic()
-        known = ", ".join(
-            f"{name} ({r.endpoint.address}, last heard "
-            f"{f'{now - r.last_seen:.0f} s ago' if r.last_seen else 'never'})"
-            for name, r in self._replicas.items()
-        )
-        ignored = "; ".join(self._lookout.ignored()[:3])
-        return (
+        known = []
+        for name, replica in self._replicas.items():
+            last = f"{now - replica.last_seen:.0f} s ago" if replica.last_seen else "never"
+            known.append(f"{name} ({replica.endpoint.address}, last heard {last})")
+        text = (
             f"{self._where}: {what} for {self._patience.timeout_s / 60:g} minutes "
-            f"(--teacher-timeout-minutes); replicas: {known or 'none was found'}; start the teacher and "
-            "resume" + (f"; files that are not a replica's: {ignored}" if ignored else "")
+            f"(--teacher-timeout-minutes); replicas: {', '.join(known) or 'none was found'}; start the "
+            "teacher and resume"
         )
+        ignored = self._lookout.ignored()[:3]
+        if ignored:
+            text += f"; files that are not a replica's: {'; '.join(ignored)}"
+        return text
 
     def _fail(self, reason: str) -> None:
         self._failed = True

@@ -1,6 +1,6 @@
 """The teacher on the student's own ranks and in its groups.
 
-Under pipeline parallelism only the last stage, where the loss is, gets what the teacher says; the others
+Under pipeline parallelism only the last stage, where the loss is, gets the teacher's scores; the others
 yield pairs without content.
 """
 
@@ -32,8 +32,8 @@ class ColocatedScorer:
         multiple_of: int = 1,
         context_parallel_size: int = 1,
     ) -> None:
-        """cut: which sequences share a micro-batch. context_parallel_size: ranks that share each of them: 1,
-        or the student's. The others as of TeacherForward."""
+        """cut: which sequences share a micro-batch. context_parallel_size: number of ranks that share a
+        sequence: 1, or the student's. Other arguments: see TeacherForward."""
         self._forward = TeacherForward(
             model,
             groups,
@@ -48,17 +48,14 @@ class ColocatedScorer:
         self._deals_out = context_parallel_size < groups.cp_size
 
     def submit(self, pairs: Sequence[AlignedPair]) -> None:
-        """Nothing: these ranks are busy until they collect."""
+        """Does nothing: the model runs in `collect`."""
 
     def collect(self, pairs: Sequence[AlignedPair]) -> Iterator[ScoredPair]:
         """See TeacherScorer. The model runs now; sequences of similar length share a micro-batch."""
         everything = [TeacherRequest.of(pair) for pair in pairs]
         requests = everything[self._groups.cp_rank :: self._groups.cp_size] if self._deals_out else everything
-        batches = [
-            [requests[i] for i in chosen]
-            for chosen in self._make_batches([request.num_tokens for request in requests])
-        ]
-        answers = self._forward.run(batches)
+        batches = self._make_batches([request.num_tokens for request in requests])
+        answers = self._forward.run([[requests[i] for i in chosen] for chosen in batches])
         if not self._groups.is_last_stage:
             answers = [without_content(request.sample_id) for request in everything]
         elif self._deals_out:

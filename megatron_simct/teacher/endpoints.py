@@ -1,16 +1,16 @@
-"""Where teachers are found, and who may talk to them: small files that both jobs can see.
+"""Endpoint records and keys: small files by which students find teachers and authenticate.
 
     RUN/teacher/NAME.json          a replica's address; written whole, replaced at a restart, removed at a
                                    clean end
-    RUN/teacher/NAME.status        what it is doing, in numbers, every second or so
-    RUN/teacher/.NAME.1.lock       whose these two are (`ownership`)
+    RUN/teacher/NAME.status        its status in numbers, about once a second
+    RUN/teacher/.NAME.1.lock       owner of these two (`ownership`)
     RUN/teacher/server_key.json    CURVE keys of tcp:// sockets, made once a run, for its owner only (mode
                                    0600):
-    RUN/teacher/client_key.json    all a student needs of them
+    RUN/teacher/client_key.json    the part of them that a student needs
 
 On one host a socket is a file in a folder that only its owner can enter, and needs no keys. A replica removes
 both at its end, and at its start those of replicas that were killed. Between hosts everything is encrypted,
-and a client without the key of the run is refused by ZeroMQ before a byte of it is read.
+and ZeroMQ refuses a client without the key of the run before it reads a byte of it.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from megatron_simct.teacher.wire import MAX_FRAME_BYTES
 
 FOLDER = "teacher"
 SOCKET_FOLDER = "megatron_simct."
-"""How the folder of an ipc:// socket is named, in the system's folder for temporary files."""
+"""Prefix of the folder of an ipc:// socket, in the system's folder for temporary files."""
 SOCKET = "teacher"
-"""How the socket in that folder is named."""
+"""Name of the socket in that folder."""
 SERVER_KEY, CLIENT_KEY = "server_key.json", "client_key.json"
 MAX_FILE_BYTES = 1 << 14
 """Size limit of one of these files: a longer one is not read."""
@@ -54,13 +54,13 @@ class Endpoint:
     replica: str
     address: str
     life: str
-    """Another one after every start."""
+    """Identifies the process: new at every start."""
     host: str = ""
     pid: int = 0
 
 
 def is_encrypted(endpoint: Endpoint) -> bool:
-    """Whether what is sent there is encrypted and authenticated (CURVE)."""
+    """Whether messages to this endpoint are encrypted and authenticated (CURVE)."""
     return endpoint.address.startswith("tcp://")
 
 
@@ -80,7 +80,7 @@ def endpoint_folder(directory: str) -> Path:
 
 
 def publish(folder: Path, endpoint: Endpoint) -> None:
-    """Make a replica known, and forget those that were killed.
+    """Write a replica's endpoint record, and remove those of killed replicas.
 
     Raises ValueError for a folder that others can write to, and if the name is that of another replica.
     """
@@ -94,8 +94,8 @@ def publish(folder: Path, endpoint: Endpoint) -> None:
 
 
 def withdraw(folder: Path, endpoint: Endpoint) -> None:
-    """Remove the files of a replica of this host: its socket, and the others unless a later life has replaced
-    them.
+    """Remove the files of a replica of this host: its socket, and its records unless a later process has
+    replaced them.
     """
     socket_file = Path(endpoint.address.removeprefix("ipc://"))
     is_ours = socket_file.name == SOCKET and socket_file.parent.name.startswith(SOCKET_FOLDER)
@@ -111,7 +111,7 @@ def withdraw(folder: Path, endpoint: Endpoint) -> None:
 
 
 def _is_gone(folder: Path, replica: Endpoint, this_host: str) -> bool:
-    """Whether a replica provably does not run any more. Those of earlier versions have no lock."""
+    """Whether a replica has provably ended. Replicas of earlier versions have no lock."""
     owner = owner_of(folder, name=replica.replica)
     if owner is not None:
         return is_gone(owner, Owner.this_process())
@@ -119,7 +119,7 @@ def _is_gone(folder: Path, replica: Endpoint, this_host: str) -> bool:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ValueError, naming the folder and the mend, if others could put files into it.
+    """Raises ValueError, naming the folder and the remedy, if other users can write to it.
 
     Whoever can write there can send students to a teacher of their own. Root may use anybody's folder: a
     container's root often sees a shared file system's owners under other numbers.
@@ -141,7 +141,7 @@ def read_endpoints(folder: Path) -> dict[str, Endpoint]:
 
 
 def ignored_files(folder: Path) -> list[str]:
-    """One line for each file that stands where endpoint records do and is not one."""
+    """One line for each file in the place of an endpoint record that is not a valid one."""
     return [f"{path}: {record}" for path, record in _records(folder) if isinstance(record, str)]
 
 
@@ -153,7 +153,7 @@ def _records(folder: Path) -> Iterator[tuple[Path, Endpoint | str]]:
         try:
             yield path, _endpoint(path)
         except FileNotFoundError:
-            continue  # removed since it was listed
+            continue  # removed after it was listed
         except OSError as error:
             yield path, str(error.strerror)
         except ValueError as error:
@@ -268,7 +268,7 @@ def bind(context: zmq.Context, wanted: str, keys: Keys | None, *, number: int) -
             raise ValueError(
                 f"--bind {wanted}: write ipc, or tcp://HOST or tcp://HOST:PORT as students reach it"
             )
-        if port and int(port) + number > 65535:  # ZeroMQ would take what is left of it in 16 bits
+        if port and int(port) + number > 65535:  # ZeroMQ would use the number modulo 65536
             raise ValueError(
                 f"--bind {wanted}: replica {number} would have port {int(port) + number}, of at most 65535"
             )
@@ -297,7 +297,7 @@ def check_bind(wanted: str, *, number: int) -> None:
         return
     context = zmq.Context()
     try:
-        router, _ = bind(context, wanted, _new_keys(), number=number)  # which nobody has
+        router, _ = bind(context, wanted, _new_keys(), number=number)  # a name that nobody uses
         router.close(0)
     finally:
         context.term()
@@ -313,7 +313,7 @@ def _check_length(path: str) -> None:
 def _bind_in_new_folder(router: zmq.Socket) -> str:
     """The ipc:// address, in a folder that only its owner can enter.
 
-    ValueError where its name is too long.
+    ValueError if its name is too long.
     """
     folder = tempfile.mkdtemp(prefix=SOCKET_FOLDER)  # mode 0700
     address = f"ipc://{folder}/{SOCKET}"
@@ -328,11 +328,14 @@ def _bind_in_new_folder(router: zmq.Socket) -> str:
 
 
 def connect(context: zmq.Context, address: str, keys: Keys | None, identity: bytes) -> zmq.Socket:
-    """A DEALER socket. It connects in the background, again and again. ValueError for what is no address."""
+    """A DEALER socket.
+
+    It connects in the background, again and again. Raises ValueError for an invalid address.
+    """
     dealer = context.socket(zmq.DEALER)
     _harden(dealer)
     dealer.setsockopt(zmq.IDENTITY, identity)
-    dealer.setsockopt(zmq.IMMEDIATE, 1)  # nothing waits for a connection that may never be
+    dealer.setsockopt(zmq.IMMEDIATE, 1)  # messages are not queued for a connection that may never exist
     dealer.setsockopt(zmq.RECONNECT_IVL, 100)
     dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
     if keys is not None and address.startswith("tcp://"):
@@ -361,7 +364,7 @@ def accept_only(context: zmq.Context, keys: Keys) -> ThreadAuthenticator:
 
 
 def _harden(sock: zmq.Socket) -> None:
-    """Nothing larger than a frame may be, no waiting at the end, and a lost peer is noticed."""
+    """Limit the message size, do not linger on close, and detect lost peers."""
     options: Sequence[tuple[int, Any]] = (
         (zmq.MAXMSGSIZE, MAX_FRAME_BYTES),
         (zmq.LINGER, 0),
@@ -379,7 +382,7 @@ def this_host() -> str:
 
 
 class Waker:
-    """Lets another thread end the wait of the thread that polls `receiver`."""
+    """Lets another thread wake the thread that polls `receiver`."""
 
     def __init__(self, context: zmq.Context) -> None:
         address = f"inproc://wake-{id(self)}"
@@ -388,7 +391,7 @@ class Waker:
         self._sender.connect(address)
 
     def wake(self) -> None:
-        """From one other thread only. Nothing where that thread is awake already, or has ended."""
+        """Called by one other thread only. Has no effect if the poller is awake already, or has ended."""
         with contextlib.suppress(zmq.ZMQError):
             self._sender.send(b"", zmq.NOBLOCK)
 

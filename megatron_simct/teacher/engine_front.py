@@ -1,12 +1,11 @@
 """The engine teacher: our wire on one side, an inference engine on the other, and the LM head between them.
 
 An engine such as vLLM computes hidden states, with every architecture and quantisation that it serves. This
-process holds nothing of the model but its LM head, keeps the rows that predict labels, and makes the same
-statistics of them as a teacher that runs on Megatron (`LabelScorer`). Students cannot tell the two apart.
+process holds only the LM head of the model. It keeps the rows that predict labels, and computes the same
+statistics of them as a teacher that runs on Megatron (`LabelScorer`). For students both are the same.
 
-Before any student is answered, `Probe` asks for the hidden states of a fixed text: they must come out of the
-final norm of this very folder, and under its head they must make the text far likelier than under a shuffled
-one.
+Before any student is answered, `Probe` requests the hidden states of a fixed text: they must be outputs of
+the final norm of this folder, and the text must be far more likely under its head than under a shuffled one.
 """
 
 from __future__ import annotations
@@ -41,21 +40,21 @@ _NORM_TOLERANCE = 0.05
 """The root mean square of a normed row is 1; rounding to 8 bits and an epsilon in the norm move it by less.
 """
 MARGIN_NATS = 1.0
-"""How much likelier a token of the text must be under the head than by chance: under a shuffled head, or if
-all tokens were equally likely."""
+"""Nats a token by which the text must be more likely under the head than by chance: under a shuffled head, or
+if all tokens were equally likely."""
 SAME_NATS = 0.05
-"""What two runs of one model in reduced precision differ by at most, in the mean of the text's
-log-probabilities.
+"""Largest difference between two runs of one model in reduced precision, of the mean log-probability of the
+text.
 """
 
 
 def open_head(
     config: TeacherConfig, tokenizer: Tokenizer, device: torch.device
 ) -> tuple[Head, LabelScorer, torch.Tensor | None]:
-    """The head of --teacher-hf-checkpoint, what is made of hidden states with it, and the norm's weight if it
-    is known.
+    """The head of --teacher-hf-checkpoint, a scorer of hidden states with it, and the norm's weight if it is
+    known.
 
-    ValueError, naming the flag, for a folder that is not understood.
+    Raises ValueError, naming the flag, for a folder of an unknown kind.
     """
     options, serving, flag = config.teacher, config.serving, "--teacher-hf-checkpoint"
     head = read_head(options.folder, flag=flag)
@@ -76,7 +75,7 @@ def open_head(
 
 
 def probe_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """int32 [n]: the text's first tokens, behind the one that begins a text. ValueError for too few."""
+    """int32 [n]: BOS, if there is one, and the text's first tokens. Raises ValueError for too few."""
     ids = tokenizer.encode(text.encode())[:_MAX_PROBE_IDS]
     if len(ids) < 8:
         raise ValueError(f"--engine-probe-text: {len(ids)} tokens; at least 8 are needed")
@@ -85,7 +84,7 @@ def probe_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
 
 
 class Probe:
-    """Whether an engine serves the model of the head. Called by several threads."""
+    """Checks that an engine serves the model of the head. Called by several threads."""
 
     def __init__(
         self,
@@ -97,16 +96,16 @@ class Probe:
         text: str = PROBE_TEXT,
         where: str,
     ) -> None:
-        """norm: weight of the norm before the head, if it is known. where: flag and folder, for messages."""
+        """norm: weight of the norm before the head, if it is known. where: flag and folder, for errors."""
         self.ids = probe_ids(tokenizer, text)
         self._head, self._scorer, self._norm, self._where = head, scorer, norm, where
         self.served: Served | None = None
-        """What the first engine that passed says of itself."""
+        """The description of the first engine that passed."""
         self.mean_nats = 0.0
-        """The text's mean log-probability there."""
+        """The text's mean log-probability on that engine."""
 
     def __call__(self, client: EngineClient) -> None:
-        """EngineFault where the engine does not answer, ValueError where it serves something else."""
+        """EngineFault if the engine does not answer, ValueError if it serves something else."""
         served = client.served()
         hidden = client.hidden_states(self.ids)
         self._check_norm(client, hidden)
@@ -132,7 +131,7 @@ class Probe:
         """The largest difference to the log-probabilities that a generating server of the model gives for the
         text.
 
-        ValueError where it is more than reduced precision explains.
+        ValueError if it is more than reduced precision explains.
         """
         ours = self.log_probs(client.hidden_states(self.ids)).double().cpu().numpy()
         theirs = checker.token_log_probs(self.ids)[:, 0]
@@ -147,7 +146,7 @@ class Probe:
         return float(difference.max())
 
     def log_probs(self, hidden: torch.Tensor, *, shuffled: bool = False) -> torch.Tensor:
-        """[n - 1]: of each of the text's ids but the first."""
+        """[n - 1]: log-probabilities of the text's ids, without the first."""
         scorer = self._scorer
         labels = torch.from_numpy(self.ids[1:].astype(np.int64)).to(scorer.weight.device)
         if shuffled:
@@ -165,15 +164,15 @@ class Probe:
         return own - lse
 
     def _check_norm(self, client: EngineClient, hidden: torch.Tensor) -> None:
-        """ValueError unless the rows come out of the final norm: divided by its weight they have a mean
-        square of 1.
+        """Raises ValueError unless the rows are outputs of the final norm: divided by its weight they have a
+        mean square of 1.
         """
         if self._norm is None:
             return
-        for weight in (self._norm, 1 + self._norm):  # norms that multiply by 1 + weight exist
+        for weight in (self._norm, 1 + self._norm):  # some norms multiply by 1 + weight
             used = weight.abs() > 1e-3 * weight.abs().max()
             normed = hidden[:, used] / weight[used]
-            centred = normed - normed.mean(dim=1, keepdim=True)  # of a LayerNorm
+            centred = normed - normed.mean(dim=1, keepdim=True)  # a LayerNorm subtracts the mean
             for rows in (normed, centred):
                 sizes = rows.square().mean(dim=1).sqrt()
                 if float((sizes.median() - 1).abs()) < _NORM_TOLERANCE:
@@ -191,8 +190,8 @@ def wait_for_engine(
     minutes: float,
     stop: Callable[[], bool],
 ) -> EngineClient | None:
-    """The first engine that passes the probe; None if `stop()` says so first. ValueError where one serves
-    something else, or none answers in time."""
+    """The first engine that passes the probe; None if `stop()` is true before. Raises ValueError if one
+    serves another model, or none answers in time."""
     deadline, reported = time.monotonic() + 60 * minutes, False
     while not stop():
         for client in clients:
@@ -212,7 +211,7 @@ def wait_for_engine(
 
 
 def read_probe_text(path: str | None) -> str:
-    """The text of --engine-probe-text, or the one that is built in."""
+    """The text of --engine-probe-text, or the built-in one."""
     if path is None:
         return PROBE_TEXT
     try:
@@ -222,10 +221,10 @@ def read_probe_text(path: str | None) -> str:
 
 
 Score = Callable[[Sequence[TeacherRequest], Sequence[torch.Tensor]], list[ScoredPair]]
-"""An answer a request, from what an engine says of each label's row."""
+"""One answer for each request, from the engine's rows of its labels."""
 
 Refused = Callable[[TeacherRequest], str | None]
-"""Why a request cannot be answered, if it cannot."""
+"""The reason why a request cannot be answered; None if it can."""
 
 
 def nothing(request: TeacherRequest) -> None:
@@ -233,7 +232,7 @@ def nothing(request: TeacherRequest) -> None:
 
 
 def by_head(scorer: LabelScorer) -> Score:
-    """Scores hidden states with the LM head here."""
+    """Scores hidden states with the LM head of this process."""
     return lambda requests, rows: scorer.score(requests, torch.cat(list(rows)).to(scorer.weight))
 
 
@@ -248,11 +247,10 @@ def serve_engine(
     hidden_dtype: HiddenDtype,
     stop: Callable[[], bool],
 ) -> None:
-    """Answer requests until `stop()` says so. What an engine has by then is finished, the rest is handed
-    back.
+    """Answer requests until `stop()` is true. Then requests at engines are finished, the others handed back.
 
-    An engine gets up to IN_FLIGHT requests, and as many wait here; all together have at most max_tokens
-    tokens for each place, and at least one request is on its way.
+    An engine gets up to IN_FLIGHT requests, and as many wait in this process. Together they have at most
+    max_tokens tokens for each of these places, but there is always at least one request.
     """
     places = 2 * IN_FLIGHT * replicas
     try:
@@ -281,7 +279,7 @@ def serve_engine(
 def _answer(
     server: ReplicaServer, finished: Sequence[Asked], score: Score, max_tokens: int, hidden_dtype: HiddenDtype
 ) -> None:
-    """Answer what an engine has answered, in batches of one kind; refuse or hand back the rest."""
+    """Send the answers that engines have given, in batches of one kind; refuse or hand back the others."""
     batches: dict[bool, list[Asked]] = {False: [], True: []}
     for asked in finished:
         if asked.rows is not None:

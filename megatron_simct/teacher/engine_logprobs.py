@@ -1,4 +1,4 @@
-"""A teacher behind a server that says how likely a prompt's tokens are, and nothing else of the model.
+"""A teacher behind a server that returns log-probabilities of a prompt's tokens, and no hidden states.
 
 Such a server is one that generates, of vLLM, SGLang or anybody: OpenAI's /v1/completions with the prompt's
 log-probabilities. That is enough where the loss reads the labels' own log-probabilities alone (`alm`,
@@ -31,9 +31,9 @@ def rows_of(client: EngineClient, asked: Asked, *, field: LogprobField) -> torch
 
 
 def score(requests: Sequence[TeacherRequest], rows: Sequence[torch.Tensor]) -> list[ScoredPair]:
-    """An answer a request. rows: of its labels, as in rows_of.
+    """One answer for each request. rows: those of its labels, as in rows_of.
 
-    Log-probabilities are logits whose log-sum-exp is 0: what is read of the two is their difference.
+    Log-probabilities are returned as logits with log-sum-exp 0, because only their difference is read.
     """
     scored = []
     for request, of_one in zip(requests, rows, strict=True):
@@ -53,39 +53,39 @@ def score(requests: Sequence[TeacherRequest], rows: Sequence[torch.Tensor]) -> l
 
 
 def serves(field: LogprobField, *, hidden: bool, topk: bool, byte_events: bool) -> bool:
-    """Whether such a server has what is asked for."""
+    """Whether such a server can give the requested statistics."""
     return not (hidden or byte_events or (topk and field == "echo"))
 
 
 def refusal(request: TeacherRequest, *, field: LogprobField) -> str | None:
-    """Why a request cannot be answered, if it cannot."""
+    """The reason why a request cannot be answered; None if it can."""
     if serves(
         field, hidden=request.hidden, topk=bool(request.topk), byte_events=request.byte_side is not None
     ):
         return None
     return (
         f"--engine-answers {field}: the server gives log-probabilities of tokens, and this --simct-interface "
-        "needs more; check_pair says which it serves, and --engine-answers hidden_states serves all"
+        "needs more; check_pair prints which it serves, and --engine-answers hidden_states serves all"
     )
 
 
 class LogprobProbe:
-    """Whether a server knows the teacher's tokens, and goes on serving the same model.
+    """Checks that a server knows the teacher's tokens, and that all servers serve the same model.
 
     Called by several threads.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, field: LogprobField, text: str, where: str) -> None:
-        """where: flag and folder, for messages."""
+        """where: flag and folder, for errors."""
         self.ids = probe_ids(tokenizer, text)
         self._field, self._where, self._vocab_size = field, where, tokenizer.table.num_ids
         self.served: Served | None = None
-        """What the first server that passed says of itself."""
+        """The description of the first server that passed."""
         self.mean_nats = 0.0
-        """The text's mean log-probability there."""
+        """The text's mean log-probability on that server."""
 
     def __call__(self, client: EngineClient) -> None:
-        """EngineFault where the server does not answer, ValueError where it serves something else."""
+        """EngineFault if the server does not answer, ValueError if it serves something else."""
         served = client.served()
         found = float(client.token_log_probs(self.ids, field=self._field)[:, 0].mean())
         if not found > MARGIN_NATS - math.log(self._vocab_size):

@@ -1,9 +1,9 @@
-"""Several replicas of an inference engine that work off one queue, and what happens when one of them fails.
+"""Several replicas of an inference engine behind one queue, with fault handling.
 
-A replica has a few threads, each with one request. They take from one queue, so a fast replica does more and
-a dead one nothing. A request that a replica failed goes back to the front of the queue, and the replica is
-probed until it is well again and still serves the same model. So a replica that dies, hangs, restarts or
-answers short costs time only.
+Each replica has a few threads, each with one request. They take from one queue, so a fast replica does more.
+After a fault the request goes back to the front of the queue, and the replica is probed until it answers
+again and still serves the same model. So a replica that dies, hangs, restarts or sends short answers costs
+only time.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ import torch
 from megatron_simct.engine_client import EngineClient, EngineFault, EngineRefusal
 
 IN_FLIGHT = 8
-"""Requests that one replica has at a time. An engine batches what it has by itself."""
+"""Concurrent requests to one replica. The engine batches them itself."""
 ATTEMPTS = 12
-"""After so many faults with one request, each by a replica that was well before and after, it is refused."""
+"""A request is refused after this many faults, each of a replica that was healthy before and after."""
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 5.0
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Asked:
-    """One request on its way through the pool."""
+    """One request in the pool."""
 
     ids: np.ndarray
     """int32 [n]"""
     begin: int
     """Rows before this one are dropped when the answer comes."""
     work: Any
-    """The caller's own."""
+    """Any object of the caller."""
     rows: torch.Tensor | None = None
-    """float32 [n - begin, ...]: what the engine says of the tokens from `begin` on, once it is answered."""
+    """float32 [n - begin, ...]: the engine's rows of the tokens from `begin` on, once it is answered."""
     refused: str | None = None
-    """Why it will not be answered."""
+    """The reason if it will not be answered."""
     attempts: int = 0
 
 
 Ask = Callable[[EngineClient, Asked], torch.Tensor]
-"""What an engine says of the ids [n] of a request, a row for each. May raise EngineFault or EngineRefusal."""
+"""An engine's rows for the ids [n] of a request. May raise EngineFault or EngineRefusal."""
 
 
 def hidden_states(client: EngineClient, asked: Asked) -> torch.Tensor:
@@ -59,7 +59,7 @@ class _Replica:
     client: EngineClient
     healthy: bool
     generation: int = 0
-    """Counts its recoveries, so that threads with faults of one outage probe once."""
+    """Counts its outages, so that threads with faults of one outage mark it once."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -73,10 +73,10 @@ class EnginePool:
         probe: Callable[[EngineClient], object],
         ask: Ask,
     ) -> None:
-        """probe: raises EngineFault or ValueError where a replica must not be asked. All replicas begin
+        """probe: raises EngineFault or ValueError if a replica must not be asked. All replicas begin
         unprobed.
 
-        ask: what an engine says of the ids [n], a row for each.
+        ask: requests an engine's rows for the ids [n].
         """
         self._probe, self._ask = probe, ask
         self._condition = threading.Condition()
@@ -96,13 +96,13 @@ class EnginePool:
 
     @property
     def waiting(self) -> int:
-        """Requests that no replica has yet."""
+        """Number of requests that no replica has yet."""
         with self._condition:
             return len(self._queue)
 
     @property
     def pending(self) -> int:
-        """Requests that `finished` has not returned."""
+        """Number of requests that `finished` has not returned."""
         with self._condition:
             return len(self._queue) + self._in_flight + len(self._finished)
 
@@ -113,7 +113,7 @@ class EnginePool:
             self._condition.notify_all()
 
     def finished(self, wait_s: float) -> list[Asked]:
-        """What has been answered or refused since the last call; after wait_s seconds maybe nothing."""
+        """Requests answered or refused since the last call; empty if there were none within wait_s."""
         with self._condition:
             if not self._finished:
                 self._condition.wait_for(lambda: bool(self._finished), wait_s)
@@ -122,7 +122,10 @@ class EnginePool:
         return done
 
     def stop(self) -> list[Asked]:
-        """Take no more work: what no replica has yet. What replicas have still comes by `finished`."""
+        """Stop taking work; returns the requests that no replica has yet.
+
+        The others still come by `finished`.
+        """
         self._stopping.set()
         with self._condition:
             left = list(self._queue)
@@ -144,7 +147,7 @@ class EnginePool:
                 self._done(asked, refused=str(refusal))
             except EngineFault as fault:
                 self._fault(replica, generation, asked, str(fault))
-            except Exception as error:  # a thread that ended would keep its request for good
+            except Exception as error:  # if the thread ended, its request would be lost
                 self._fault(replica, generation, asked, f"{type(error).__name__}: {error}")
             else:
                 self._done(asked, rows=rows)

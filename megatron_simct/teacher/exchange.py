@@ -1,4 +1,4 @@
-"""How the one rank that talks to the other job shares what it received with the ranks beside it."""
+"""Broadcasts messages from the rank with the socket to the other ranks of its group."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 
 Parts = Sequence[bytes | memoryview]
-"""One message as the wire has it."""
+"""One encoded message."""
 
 MAX_SHARED_BYTES = 1 << 28
-"""Messages that have arrived are shared together up to about so many bytes."""
+"""Messages that have arrived are broadcast together, up to about this many bytes."""
 
 
 def share(
@@ -41,14 +41,12 @@ def share(
     if is_source:
         lengths.copy_(torch.tensor(counts + sizes))
     dist.broadcast(lengths, root, group=group)
-    counts, sizes = lengths.split([num_messages, num_parts])[0].tolist(), lengths[num_messages:].tolist()
+    # First the number of parts of each message, then the bytes of each part, message by message.
+    counts, sizes = (part.tolist() for part in lengths.split([num_messages, num_parts]))
     payload = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     if messages is not None and is_source:
-        payload.copy_(
-            torch.frombuffer(
-                bytearray(b"".join(part for parts in messages for part in parts)), dtype=torch.uint8
-            )
-        )
+        joined = bytearray(b"".join(part for parts in messages for part in parts))
+        payload.copy_(torch.frombuffer(joined, dtype=torch.uint8))
     dist.broadcast(payload, root, group=group)
     if messages is not None and is_source:
         return list(messages)

@@ -26,10 +26,10 @@ def fingerprints(
     alignment_map: str | None = None,
     prefix: str = "teacher-",
 ) -> dict[str, Any]:
-    """Fingerprints of a teacher, as one of the jobs sees it. `longest` counts only for LongRoPE: see Rotary.
+    """Fingerprints of a teacher, as far as this job knows them. longest: only used for LongRoPE, see Rotary.
 
-    architecture: its head alone where the family is not known here, which only an engine teacher's may be.
-    prefix: of its flags, for errors.
+    architecture: only its Head if this package does not know the family, which only an engine teacher may
+    have. prefix: of its flags, for errors.
     """
     ropes = architecture.ropes if isinstance(architecture, Architecture) else ()
     has_two_ropes = any(rope.kind == "longrope" for rope in ropes)
@@ -46,7 +46,7 @@ def fingerprints(
 
 
 def mismatch(name: str, *, teacher: Any, student: Any) -> str:
-    """One line about a fingerprint that the two ends do not share."""
+    """One line about a fingerprint that differs between the two ends."""
     short = [value[:12] if isinstance(value, str) else value for value in (teacher, student)]
     return (
         f"{name.replace('_', ' ')}: {short[0]} at the teacher, {short[1]} at the student; both jobs must use "
@@ -57,7 +57,7 @@ def mismatch(name: str, *, teacher: Any, student: Any) -> str:
 def weights_fingerprint(options: ModelConfig, *, prefix: str) -> str | None:
     """Names and sizes of the files with the weights, and three samples of each; None without weights.
 
-    Enough to tell checkpoints and revisions apart without reading hundreds of gigabytes; it is no proof that
+    This distinguishes checkpoints and revisions without reading hundreds of gigabytes; it does not prove that
     two files are equal in every byte.
     """
     flag = f"--{prefix}hf-checkpoint"

@@ -1,8 +1,8 @@
-"""The teacher's forward pass: sequences in, what was wanted of their labels out. Both kinds of teacher use
-it.
+"""The teacher's forward pass: from sequences to the requested statistics of their labels. Both kinds of
+teacher use it.
 
-It runs through Megatron's own forward-only schedule, under the layout of the job that it is in, and sums what
-it returns on vocabulary shards: nothing as large as a row of logits leaves it.
+It runs Megatron's own forward-only schedule, under the layout of its job, and computes the statistics on
+vocabulary shards: nothing as large as a row of logits leaves a rank.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ HiddenDtype = Literal["fp32", "bf16", "int8"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherRequest:
-    """What the teacher reads of one AlignedPair."""
+    """The part of one AlignedPair that the teacher reads."""
 
     sample_id: int
     prompt_ids: np.ndarray
@@ -44,14 +44,15 @@ class TeacherRequest:
     rows: np.ndarray
     """int32 [R], ascending: AlignedPair.teacher_rows."""
     hidden: bool
-    """Whether the hidden states of `rows` are wanted."""
+    """Whether the hidden states of `rows` are requested."""
     topk: int
-    """Log-probabilities of the likeliest tokens wanted of each of `rows`, in place of hidden states; 0: none.
+    """Number of most likely tokens whose log-probabilities are requested at each of `rows`, in place of
+    hidden states.
     """
     token_ids: bool
-    """Whether their ids are wanted too."""
+    """Whether the ids of these tokens are requested too."""
     byte_side: ByteSide | None
-    """What to sum for `bytes`; None where that is not wanted."""
+    """The sums for `bytes`; None if they are not requested."""
 
     @classmethod
     def of(cls, pair: AlignedPair) -> TeacherRequest:
@@ -98,10 +99,10 @@ class TeacherForward:
         """vocab_size is the teacher's real one; ids past it are never scored. byte_order: for requests of
         `bytes`.
 
-        frozen: the model is no one else's; else it stays as it is, for the student scores its own responses
-        too. hidden_dtype: hidden states are rounded to it before anything is made of them; None: they stay as
-        they are. packed, multiple_of: how the sequences of a micro-batch lie, see packing.py. context: ranks
-        that share each of them, if several do; all of these get all answers.
+        frozen: freeze the model; False for the student's own, which scores its responses too. hidden_dtype:
+        hidden states are rounded to it first; None: they are not rounded. packed, multiple_of: how the
+        sequences of a micro-batch lie, see packing.py. context: ranks that share each of them, if several do;
+        all of these get all answers.
         """
         self._model = model.eval().requires_grad_(False) if frozen else model
         self._groups = groups
@@ -115,13 +116,14 @@ class TeacherForward:
             self._share = Context(rank=context.rank(), size=context.size(), pieces=pieces)
 
     def run(self, micro_batches: Sequence[Sequence[TeacherRequest]]) -> list[ScoredPair]:
-        """An answer a request, in their order, on the last pipeline stage; on the others none."""
+        """One answer for each request, in order, on the last pipeline stage; an empty list on the others."""
         if not micro_batches:
             return []
         schedule = get_forward_backward_func()
         chunks = chunks_of(self._model)
         longest = max(request.num_tokens for batch in micro_batches for request in batch)
-        if (limit := chunks[0].architecture.index_length) is not None and longest > limit:
+        limit = chunks[0].architecture.index_length
+        if limit is not None and longest > limit:
             raise ValueError(
                 f"--teacher-hf-checkpoint: a sequence has {longest} tokens, and this model is implemented up "
                 f"to its index_topk = {limit}; lower --rollout-max-response-len or --rollout-max-prompt-len"
@@ -141,16 +143,17 @@ class TeacherForward:
     def exchanged(
         self, requests: Sequence[TeacherRequest], answers: Sequence[ScoredPair], group: dist.ProcessGroup
     ) -> list[ScoredPair]:
-        """The answers to all requests, on all ranks of the group, of which rank r has answered every size-th
-        from r on.
+        """The answers to all requests on all ranks of the group; rank r has answered requests r, r + size,
+        ...
 
-        Each is broadcast by the rank that has it: nothing but the answers is sent.
+        Each answer is broadcast by the rank that has it.
         """
         own = {answer.sample_id: answer for answer in answers}
         device, dtype = self._groups.device, self._model.output_weight.dtype
         width, k_most = self._model.config.hidden_size, self._vocab_size
         dtypes = {"hidden": dtype, "topk_ids": torch.int32}
         found = []
+        # Rank i modulo size has the answer to request i; the others allocate tensors of its shapes.
         for i, request in enumerate(requests):
             labels, rows = len(request.label_ids), len(request.rows)
             shapes: dict[str, tuple[int, ...]] = {"own_logit": (labels,), "lse": (labels,)}
@@ -198,7 +201,7 @@ class TeacherForward:
         hidden: torch.Tensor,
         non_loss_data: bool = True,
     ) -> list[ScoredPair]:
-        """What is wanted of the micro-batch's hidden states [S, B, H_T]."""
+        """The requested statistics of the micro-batch's hidden states [S, B, H_T]."""
         scorer = LabelScorer(
             weight=self._model.output_weight,
             shard_start=self._model.vocab_shard[0],
@@ -226,12 +229,12 @@ class LocalLabels:
     index: torch.Tensor
     """int64 [n], ascending: the labels."""
     owner: torch.Tensor
-    """int64 [N], on the CPU: the rank that has each label's row."""
+    """int64 [N], on the CPU: the rank that holds each label's row."""
     group: dist.ProcessGroup
 
     def on_all(self, values: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-        """Rows [n, ...] of all ranks in one order, [k, ...], on all of them. place [k]: which row of `values`
-        each is, -1 where it is another rank's. One all-reduce."""
+        """[k, ...] on every rank, from the rows [n, ...] of all ranks. place [k]: the row of `values` for
+        each result, -1 if another rank has it. One all-reduce."""
         gathered = values.new_zeros(len(place), *values.shape[1:])
         gathered[place >= 0] = values[place[place >= 0]]
         dist.all_reduce(gathered, group=self.group)
@@ -240,7 +243,7 @@ class LocalLabels:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelScorer:
-    """What is made of hidden states, wherever they were computed: sums on this rank's slice of the
+    """Statistics of hidden states, which Megatron or an engine has computed, on this rank's slice of the
     vocabulary.
     """
 
@@ -255,16 +258,17 @@ class LabelScorer:
     byte_order: ByteOrder | None
     """For requests of `bytes`."""
     hidden_dtype: HiddenDtype | None
-    """Hidden states are rounded to it before anything is made of them; None: they stay as they are."""
+    """Hidden states are rounded to it first; None: they are not rounded."""
     hidden_scale: float = 1.0
-    """Multiplies hidden states, for a model that scales its logits; those of our own models have it in them.
+    """Factor of the hidden states, for a model that scales its logits; our own models have applied it
+    already.
     """
 
     @torch.no_grad()
     def score(
         self, requests: Sequence[TeacherRequest], hidden: torch.Tensor, local: LocalLabels | None = None
     ) -> list[ScoredPair]:
-        """An answer a request. hidden [N, H]: the state that predicts each label, request by request.
+        """One answer for each request. hidden [N, H]: the state that predicts each label, request by request.
 
         local: hidden has the rows of these labels only; all ranks of its group get all answers.
         """
@@ -272,6 +276,7 @@ class LabelScorer:
         labels = torch.from_numpy(
             np.concatenate([request.label_ids for request in requests]).astype(np.int64)
         )
+        # place[i]: the row of `hidden` that predicts label i; -1 if another context-parallel rank holds it.
         labels, place = labels.to(hidden.device), torch.arange(len(labels), device=hidden.device)
         if local is not None:
             labels = labels[local.index]
@@ -322,6 +327,7 @@ class LabelScorer:
             states = hidden[found] if request.hidden else None
             topk, ids = self._top_k(hidden[found], lse_local[found], request)
             if local is not None:
+                # `found` has the rows of this rank only: the place of each requested row among them, or -1.
                 order = torch.where(rows >= 0, (rows >= 0).cumsum(0) - 1, -1)
                 states, topk, ids = (
                     None if of is None else local.on_all(of, order) for of in (states, topk, ids)
@@ -342,7 +348,7 @@ class LabelScorer:
     def _top_k(
         self, hidden: torch.Tensor, lse: torch.Tensor, request: TeacherRequest
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """float32 [R, k], descending: log-probabilities of each row's likeliest tokens, and int32 [R, k]
+        """float32 [R, k], descending: log-probabilities of each row's most likely tokens, and int32 [R, k]
         their ids.
         """
         if not request.topk:
@@ -378,10 +384,9 @@ def own_tokens(prompt: Prompt, rollout: Rollout) -> TeacherRequest:
 
 
 def by_length(requests: Sequence[TeacherRequest], *, max_tokens: int) -> list[list[TeacherRequest]]:
-    """Micro-batches of requests of one kind, to be packed, none of more than max_tokens; the shortest come
-    first.
+    """Micro-batches of requests of one kind with at most max_tokens tokens; the shortest requests come first.
 
-    A request that is longer alone is a micro-batch of its own.
+    A request that is longer than max_tokens is a micro-batch of its own.
     """
     batches: list[list[TeacherRequest]] = []
     for request in sorted(requests, key=lambda r: (r.byte_side is not None, r.num_tokens)):
@@ -395,7 +400,7 @@ def by_length(requests: Sequence[TeacherRequest], *, max_tokens: int) -> list[li
 
 
 def rounded(hidden: torch.Tensor, dtype: HiddenDtype) -> torch.Tensor:
-    """The hidden states as they are after a journey in that type, in their own type."""
+    """The hidden states rounded to the values of that type, in their own type."""
     match dtype:
         case "fp32":
             return hidden
@@ -410,8 +415,8 @@ def rounded(hidden: torch.Tensor, dtype: HiddenDtype) -> torch.Tensor:
 def quantized(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[R, H] -> codes int8 [R, H] and scale float32 [R]: a rotated row's largest entry is 127 steps from 0.
 
-    A few channels of a hidden state are many times larger than the rest. The rotation spreads them, so that
-    one scale fits the whole row; it is its own inverse.
+    A few channels of a hidden state are many times larger than the rest. The rotation distributes them over
+    the row, so that one scale fits it; it is its own inverse.
     """
     hidden = _rotated(hidden.float())
     scale = hidden.abs().amax(dim=1) / 127 if hidden.shape[1] else hidden.new_zeros(len(hidden))
@@ -420,7 +425,7 @@ def quantized(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dequantized(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """float32 [R, H] of `quantized`."""
+    """float32 [R, H]: the inverse of `quantized`."""
     return _rotated(codes.float() * scale.unsqueeze(1))
 
 

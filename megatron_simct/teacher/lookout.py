@@ -1,8 +1,7 @@
-"""Where a job finds its teacher's replicas: one rank reads the endpoint folder, and the others ask that rank.
+"""Discovery of the teacher's replicas: one rank reads the endpoint folder, the others get its result.
 
-A shared file system serves every open from one place, so what reads it must not grow with the ranks of a job.
-The rank that reads puts what it has found into the store that torch.distributed was started with; the others
-read it there.
+A shared file system serves every open from one place, so the number of readers must not grow with the ranks
+of a job. The reading rank writes its result into the store of torch.distributed; the others read it there.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from megatron_simct.teacher.endpoints import Endpoint, check_folder, ignored_fil
 
 
 class Lookout:
-    """What replicas there are. Called by one thread."""
+    """Lists the replicas of a teacher. Called by one thread."""
 
     def __init__(
         self,
@@ -28,10 +27,10 @@ class Lookout:
         store: dist.Store | None = None,
         reads: bool = True,
     ) -> None:
-        """Replicas are those of the folder, or those of the addresses.
+        """folder or addresses: where the replicas are.
 
-        store: what the ranks of a job share; None: each reads the folder itself. reads: this rank reads it
-        for all.
+        store: shared by the ranks of a job; None: each rank reads the folder itself. reads: whether this rank
+        reads it for all.
         """
         self._folder = folder
         self._fixed = {a: Endpoint(replica=a, address=a, life="") for a in addresses}
@@ -40,9 +39,9 @@ class Lookout:
         self._published = ""
 
     def look(self) -> Mapping[str, Endpoint]:
-        """Every replica that is known now, by name.
+        """The known replicas, by name.
 
-        ValueError, on every rank, for a folder that cannot be trusted.
+        Raises ValueError, on every rank, for a folder that others can write to.
         """
         if self._folder is None:
             return self._fixed
@@ -58,7 +57,7 @@ class Lookout:
         return found
 
     def ignored(self) -> list[str]:
-        """One line for each file that stands where endpoint records do and is not one; for an error."""
+        """See `ignored_files`."""
         return ignored_files(self._folder) if self._folder is not None and self._reads else []
 
     def _publish(self, what: Mapping[str, object]) -> None:

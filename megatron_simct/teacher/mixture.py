@@ -1,5 +1,5 @@
-"""Several teachers, each in a job of its own, that are one to the loss: `bytes` compares distributions over
-the next byte, and those can be mixed with fixed weights whatever the tokenizers (losses/kinds/bytes.py)."""
+"""A mixture of several teachers, each in a job of its own: `bytes` compares distributions over the next byte,
+which can be mixed with fixed weights whatever the tokenizers are (losses/kinds/bytes.py)."""
 
 from __future__ import annotations
 

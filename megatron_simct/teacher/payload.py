@@ -1,7 +1,7 @@
-"""Requests and answers as messages of the wire, and back.
+"""Encodes requests and answers as messages of the wire, and decodes them.
 
-Hidden states travel as `--teacher-hidden-dtype` says; the teacher has rounded them to it before it made
-anything else of them, so both ends mean the same numbers. With fp32 the log-probabilities of `bytes` are
+Hidden states are sent in --teacher-hidden-dtype; the teacher rounds them to it before it computes anything
+from them, so both ends use the same numbers. With fp32 the log-probabilities of `bytes` are
 float32 too, else float16.
 """
 
@@ -18,7 +18,7 @@ from megatron_simct.teacher.wire import BYTE_SIDE, Message
 
 
 def score_message(number: int, request: TeacherRequest) -> Message:
-    """`number` names the request between these two ends."""
+    """number: identifies the request between these two ends."""
     frames = {
         "prompt_ids": ("int32", request.prompt_ids),
         "label_ids": ("int32", request.label_ids),
@@ -40,7 +40,7 @@ def score_message(number: int, request: TeacherRequest) -> Message:
 
 
 def read_score(message: Message) -> TeacherRequest:
-    """The inverse of `score_message`; `check_request` says whether a teacher can answer it."""
+    """The inverse of `score_message`. `check_request` checks that a teacher can answer it."""
     arrays = {name: array for name, (_, array) in message.frames.items()}
     return TeacherRequest(
         sample_id=message.fields["sample_id"],
@@ -55,9 +55,7 @@ def read_score(message: Message) -> TeacherRequest:
 
 
 def check_request(request: TeacherRequest, *, vocab_size: int, max_tokens: int) -> None:
-    """ValueError for indices that would fault in the model, and for more tokens than the teacher takes at
-    once.
-    """
+    """Raises ValueError for indices out of range, and for more tokens than the teacher accepts at once."""
     num_labels = len(request.label_ids)
     if not len(request.prompt_ids):
         raise ValueError("no token of prompt, so nothing predicts the first label")
@@ -146,8 +144,8 @@ def read_scored(message: Message) -> ScoredPair:
 def misfit(message: Message, request: TeacherRequest, *, hidden_size: int, vocab_size: int) -> str | None:
     """Why a message is not an answer to the request; None if it is one.
 
-    It has just what was asked for, in finite numbers and ids of the teacher's. Only the log-probability of a
-    byte may be -inf.
+    An answer has exactly the requested statistics, as finite numbers and ids of the teacher's vocabulary.
+    Only the log-probability of a byte may be -inf.
     """
     if message.fields["sample_id"] != request.sample_id:
         return f"it is about sample {message.fields['sample_id']}"
@@ -158,7 +156,7 @@ def misfit(message: Message, request: TeacherRequest, *, hidden_size: int, vocab
         if message.frames.get("hidden", ("",))[0] == "int8":
             wanted["scale"] = (len(request.rows),)
     if request.topk and len(frames.get("topk", ())) == 2:
-        # no more than its vocabulary has
+        # at most the size of its vocabulary
         wanted["topk"] = (
             len(request.rows),
             min(request.topk, frames["topk"][1]),
@@ -186,7 +184,7 @@ def _shapes(frames: Mapping[str, tuple[int, ...]]) -> str:
 
 def _is_finite(dtype: str, array: np.ndarray, *, or_minus_infinity: bool) -> bool:
     if dtype == "bfloat16":
-        exponent = np.uint16(0x7F80)  # all ones: infinite, or not a number
+        exponent = np.uint16(0x7F80)  # all ones: infinite or nan
         return not bool(((array & exponent) == exponent).any())
     if dtype in ("int8", "int32"):
         return True

@@ -1,7 +1,7 @@
 """The TeacherScorer on top of a TeacherClient.
 
-Only one rank a model replica talks, the first of the last pipeline stage; it shares answers with its
-tensor-parallel group.
+One rank of each model replica has the socket, the first one of the last pipeline stage; it broadcasts answers
+to its tensor-parallel group.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class RemoteScorer:
     """Scores pairs by a teacher in another job. See TeacherScorer."""
 
     def __init__(self, client: Any, groups: Groups) -> None:
-        """client: a TeacherClient, or what acts as one, on the rank that talks; else None.
+        """client: a TeacherClient or StoredClient on the rank with the socket; else None.
 
         Collective over the job: waits until a teacher has answered.
         """
@@ -40,16 +40,16 @@ class RemoteScorer:
         _agree(problem)
 
     def submit(self, pairs: Sequence[AlignedPair]) -> None:
-        """See TeacherScorer. On ranks that do not talk to the teacher, nothing."""
+        """See TeacherScorer. Does nothing on ranks without a socket."""
         if self._client is not None:
             for pair in pairs:
                 self._client.submit(TeacherRequest.of(pair))
 
     def collect(self, pairs: Sequence[AlignedPair]) -> Iterator[ScoredPair]:
-        """See TeacherScorer. Collective over the job. Pairs of other calls may be on their way; their answers
-        are kept.
+        """See TeacherScorer. Collective over the job. Answers to pairs of other calls are kept for
+        them.
 
-        TeacherError, on every rank, where answers do not come.
+        TeacherError, on every rank, if answers do not come.
         """
         problem = None
         sample_ids = [pair.sample_id for pair in pairs]
@@ -75,9 +75,9 @@ class RemoteScorer:
         _agree(problem)
 
     def _arrived(self, due: set[int]) -> list[Sequence[Any]]:
-        """Answers to these samples, which leave the set: at least one, and what else has come.
+        """Answers to these samples, at least one and all that have come; they are removed from `due`.
 
-        The rest is kept.
+        Other answers are kept.
         """
         messages = [self._next_of(due)]
         size = num_bytes(messages[0])
@@ -91,9 +91,9 @@ class RemoteScorer:
         return messages
 
     def _next_of(self, due: set[int]) -> Sequence[Any]:
-        """The next answer to one of these samples, which leaves the set.
+        """The next answer to one of these samples, which is removed from `due`.
 
-        What comes for others is kept for them.
+        Other answers are kept.
         """
         early = due & self._early.keys()
         while not early:
@@ -117,7 +117,7 @@ class RemoteScorer:
 
 
 def _agree(problem: str | None) -> None:
-    """TeacherError on all ranks of the job if one of them has a problem. Collective over the job."""
+    """Raises TeacherError on all ranks of the job if one of them has a problem. Collective over the job."""
     found = first_of(problem or None)
     if found is not None:
         raise TeacherError(found)

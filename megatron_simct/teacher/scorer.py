@@ -1,7 +1,6 @@
-"""The seam behind which the teacher lies: pairs are submitted, their scores are collected, matched by sample
-id.
+"""The interface of all teachers: pairs are submitted, and their scores are collected, matched by sample id.
 
-Nothing outside `teacher/` knows whether the model shares these ranks or answers from other nodes.
+Code outside of `teacher/` does not know whether the model shares these ranks or runs on other nodes.
 """
 
 from __future__ import annotations
@@ -15,25 +14,25 @@ from megatron_simct.records import AlignedPair, ScoredPair
 
 
 class TeacherError(RuntimeError):
-    """The teacher refuses, or has not answered in time. Every rank raises it, and no weight has changed."""
+    """The teacher refuses, or has not answered in time. Raised on every rank before any weight changes."""
 
 
 class TeacherScorer(Protocol):
     """Anything that scores the teacher's tokens of a response."""
 
     def submit(self, pairs: Sequence[AlignedPair]) -> None:
-        """Ask for the scores of these pairs.
+        """Request the scores of these pairs.
 
-        Does not wait, and may be called beside the thread that trains.
+        Does not wait, and may be called by another thread than `collect`.
         """
         ...
 
     def collect(self, pairs: Sequence[AlignedPair]) -> Iterator[ScoredPair]:
-        """The scores of pairs that were submitted, each once, in any order, with exactly what its `needs` ask
-        for.
+        """The scores of pairs that were submitted, each once, in any order, with exactly the statistics of
+        its `needs`.
 
-        Collective over one model replica. Only the last pipeline stage is told: on the others the tensors are
-        empty.
+        Collective over one model replica. Only the last pipeline stage gets content: on the others the
+        tensors are empty.
         """
         ...
 
@@ -43,7 +42,7 @@ class TeacherScorer(Protocol):
 
 
 def without_content(sample_id: int) -> ScoredPair:
-    """The answer where nobody scores, or where nobody reads the score."""
+    """An answer with empty tensors, on ranks that do not score or do not read the score."""
     empty = torch.zeros(0)
     return ScoredPair(sample_id=sample_id, own_logit=empty, lse=empty, hidden=None)
 

@@ -47,7 +47,7 @@ from megatron_simct.teacher.payload import check_request, read_score, scored_mes
 from megatron_simct.teacher.wire import Message, TooManyTokens, WireError, decode, encode, num_bytes
 
 MAX_QUEUED_BYTES = 1 << 30
-"""Bytes of waiting requests, as they came and inflated; beyond it requests are handed back."""
+"""Limit of the bytes of waiting requests, encoded and decoded; beyond it requests are handed back."""
 IO_THREADS = 4
 """Threads that encrypt and send. A connection belongs to one of them; one encrypts some 150 MB a second."""
 
@@ -60,13 +60,13 @@ _REFUSED_CONNECTION = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """A request that waits for the model, or is with it."""
+    """A request that is queued or in progress."""
 
     client: bytes
     number: int
     request: TeacherRequest
     parts: Parts
-    """As it came, for the other ranks."""
+    """The encoded request, for the other ranks."""
 
     @property
     def key(self) -> tuple[bytes, int]:
@@ -74,25 +74,25 @@ class Work:
 
     @property
     def num_bytes(self) -> int:
-        """What it holds in memory."""
+        """Memory of the request, encoded and decoded."""
         return num_bytes(self.parts) + self.request.num_bytes
 
 
 class _Pace:
-    """How fast the model works, from when it takes requests and answers them."""
+    """Speed of the model, from the times at which it takes and answers requests."""
 
     def __init__(self) -> None:
         self._since: float | None = None
-        """When it took what it has, or got what it has not taken; None: it has nothing to do."""
+        """When it took the batch in progress, or got a request that it has not taken; None: it is idle."""
         self._busy_s, self._tokens, self._longest_s = 0.0, 0, 0.0
         self._last = deque([(0.0, 0)], maxlen=16)
 
     def begin(self, now: float) -> None:
-        """There is something to do, or it goes on with something else."""
+        """A batch begins, or a request waits."""
         self._since = now
 
     def end(self, now: float, tokens: int) -> None:
-        """It has answered all that it took."""
+        """The batch in progress is answered."""
         seconds = now - (self._since if self._since is not None else now)
         self._busy_s, self._tokens = self._busy_s + seconds, self._tokens + tokens
         self._longest_s = max(self._longest_s, seconds)
@@ -110,14 +110,14 @@ class _Pace:
         return tokens / busy_s
 
     def is_stalled(self, now: float, stall_s: float) -> bool:
-        """Whether it has done nothing for much longer than ever before, if it has something to do."""
+        """Whether work has waited for much longer than the longest batch took."""
         return self._since is not None and now - self._since > max(stall_s, 10 * self._longest_s)
 
 
 class ReplicaServer(Thread):
     """Owns the socket of one replica.
 
-    Other methods than `run` are called by the thread that runs the model.
+    All methods but `run` are called by the thread that runs the model.
     """
 
     def __init__(
@@ -135,12 +135,11 @@ class ReplicaServer(Thread):
         forget_s: float = 60.0,
         stall_s: float = 120.0,
     ) -> None:
-        """address: see `bind`. fingerprints: a student that has another value for one of them is refused;
-        None: any.
+        """address: see `bind`. fingerprints: a student with another value for one of them is refused; None
+        matches any value.
 
-        forget_s: a student that has said nothing for so long is gone, and its requests with it. stall_s:
-        students are told that the model hangs if it has done nothing for so long, and ten times as long as it
-        ever took.
+        forget_s: a student without a message for this long is dropped with its requests. stall_s: the status
+        reports `stalled` if the model has made no progress for this long and for ten times its longest batch.
         """
         super().__init__(name="teacher-server", daemon=True)
         self._folder = folder
@@ -160,11 +159,11 @@ class ReplicaServer(Thread):
         self._queued_bytes = self._held_tokens = 0
         self._in_progress: dict[tuple[bytes, int], Work] = {}
         self._held: dict[bytes, set[int]] = {}
-        """Numbers of what is queued or taken, by student."""
+        """By student: numbers of its requests that are queued or in progress."""
         self._outbox: deque[tuple[bytes, Message]] = deque()
         self._pace = _Pace()
         self._done = 0
-        """Tokens that the model has answered of what it took last."""
+        """Tokens of the batch in progress that are answered."""
         self._last_seen: dict[bytes, float] = {}
         self._welcome: set[bytes] = set()
         self._draining = self._closing = False
@@ -187,11 +186,14 @@ class ReplicaServer(Thread):
         self._begin, self._memory_mib = time.monotonic(), _memory_mib()
         self._rate = deque([(self._begin, 0)], maxlen=16)
 
-    # What the model's thread calls
+    # Called by the model's thread
 
     def start(self) -> None:
-        """Make the replica known, and open. OSError where the folder refuses, ValueError where another
-        replica has the name; then nothing is left behind."""
+        """Publish the endpoint and start the thread.
+
+        Raises OSError if the folder cannot be written, and ValueError if another replica has the name; no
+        file is left then.
+        """
         try:
             publish(self._folder, self.endpoint)
         except (OSError, ValueError):
@@ -202,10 +204,9 @@ class ReplicaServer(Thread):
         super().start()
 
     def take(self, max_tokens: int, wait_s: float) -> list[Work]:
-        """The requests that came first, up to so many tokens but at least one; after wait_s seconds maybe
-        none.
+        """The oldest requests, at least one and at most max_tokens tokens; empty if none came within wait_s.
 
-        RuntimeError where the thread has died: no request would ever come.
+        Raises RuntimeError if the thread has died: no request would ever come.
         """
         with self._condition:
             if not self._queue:
@@ -229,7 +230,7 @@ class ReplicaServer(Thread):
         return batch
 
     def answer(self, work: Work, message: Message) -> None:
-        """Send what the model made of a request that was taken."""
+        """Send the answer to a request in progress."""
         with self._condition:
             self._counts["requests"] += 1
             self._counts["tokens"] += work.request.num_tokens
@@ -239,14 +240,14 @@ class ReplicaServer(Thread):
         self._waker.wake()
 
     def hand_back(self, work: Work) -> None:
-        """A request that was taken, unanswered."""
+        """Return a request in progress unanswered."""
         with self._condition:
             self._counts["handed_back"] += 1
             self._send_later(work.client, _returned(work.number, "the teacher stops"))
             self._finish(work, tokens=0)
 
     def refuse(self, work: Work, reason: str) -> None:
-        """A request that was taken and will not be answered."""
+        """Refuse a request in progress: it will never be answered."""
         with self._condition:
             self._counts["refused"] += 1
             self._refuse(work.client, work.number, reason)
@@ -254,7 +255,7 @@ class ReplicaServer(Thread):
         self._waker.wake()
 
     def drain(self) -> None:
-        """Take no more requests and hand back those that wait."""
+        """Accept no more requests and hand back the queued ones."""
         with self._condition:
             self._draining = True
             for work in list(self._queue.values()):
@@ -281,7 +282,7 @@ class ReplicaServer(Thread):
                 self._pace.begin(now)
 
     def _forget(self, work: Work) -> None:
-        """It is no longer held."""
+        """Remove the request from what this replica reports as held."""
         self._held_tokens -= work.request.num_tokens
         held = self._held[work.client]
         held.discard(work.number)
@@ -289,18 +290,18 @@ class ReplicaServer(Thread):
             del self._held[work.client]
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Send what is left and end the thread; then the replica's files are removed."""
+        """Send what is left, end the thread, and remove the replica's files."""
         with self._condition:
             self._closing = True
         self.join(timeout_s)
         withdraw(self._folder, self.endpoint)
 
     def withdraw(self) -> None:
-        """Remove the replica's files, from any thread: the process ends at once."""
+        """Remove the replica's files. May be called by any thread when the process ends at once."""
         withdraw(self._folder, self.endpoint)
 
     def status(self) -> dict[str, Any]:
-        """What the replica has done since its start, and what it is doing."""
+        """Counters since the start, and the present state."""
         with self._condition:
             now, tokens = time.monotonic(), self._counts["tokens"]
             then, before = self._rate[0]
@@ -328,7 +329,7 @@ class ReplicaServer(Thread):
             self._release()
 
     def _serve_students(self) -> None:
-        """Talk to students until `close`."""
+        """Receive and send until `close`."""
         poller = zmq.Poller()
         for sock in (self._router, self._monitor, self._waker.receiver):
             poller.register(sock, zmq.POLLIN)
@@ -351,7 +352,7 @@ class ReplicaServer(Thread):
 
     def _release(self) -> None:
         self._router.disable_monitor()
-        self._router.close(2_000)  # what was sent may still be on its way
+        self._router.close(2_000)  # linger: the last messages may still be in transit
         self._monitor.close(0)
         self._waker.close()
         if self._authenticator is not None:
@@ -373,13 +374,13 @@ class ReplicaServer(Thread):
         text = json.dumps(
             {"replica": self.endpoint.replica, "address": self.endpoint.address, **self.status()}
         )
-        with contextlib.suppress(OSError):  # a full disk is no reason to stop answering
+        with contextlib.suppress(OSError):  # a full disk must not stop the server
             write_private(
                 self._folder / f"{self.endpoint.replica}.status", text + "\n", mode=0o644, on_disk=False
             )
 
     def _receive(self) -> None:
-        for _ in range(256):  # and then look after the rest
+        for _ in range(256):  # then the outbox and the status get their turn
             try:
                 client, *parts = self._router.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
@@ -406,7 +407,7 @@ class ReplicaServer(Thread):
                     case "recall":
                         self._give_back(client, message.frames["requests"][1].tolist())
                     case "score":
-                        pass  # it has greeted an earlier life; what it says next is a hello
+                        pass  # it greeted an earlier process at this address; its next message is a hello
                     case _:
                         self._counts["malformed"] += 1
 
@@ -449,7 +450,7 @@ class ReplicaServer(Thread):
         self._condition.notify()
 
     def _give_back(self, client: bytes, numbers: Sequence[int]) -> None:
-        """Hand back the requests that wait; what the model has begun with stays."""
+        """Hand back requests that are queued; those in progress stay."""
         for number in numbers:
             work = self._queue.get((client, number))
             if work is not None:
@@ -475,7 +476,7 @@ class ReplicaServer(Thread):
                 self._counts["answer_bytes"] += num_bytes(parts)
             try:
                 self._router.send_multipart([client, *parts], zmq.NOBLOCK, copy=False)
-            except zmq.ZMQError:  # it is gone, or does not read: it will ask again
+            except zmq.ZMQError:  # the student is gone or does not read: it will ask again
                 self._counts["undeliverable"] += 1
 
     def _count_refused_connections(self) -> None:
@@ -521,8 +522,8 @@ def serve(
     hidden_dtype: HiddenDtype,
     stop: Callable[[], bool],
 ) -> None:
-    """Answer requests until `stop()` says so on the rank of the server; what was taken is finished, the rest
-    handed back.
+    """Answer requests until `stop()` is true on the rank of the server. Requests in progress are finished,
+    queued ones are handed back.
 
     Collective over one model replica, and over the replicas that share experts: these run as many
     micro-batches as the one with most work, and end together. The pipeline is given several micro-batches of

@@ -1,9 +1,10 @@
 """A teacher's answers on disk, so that a repeated experiment needs no teacher.
 
-    DIR/teacher.json       which teacher they are of
-    DIR/ab/abcd....bin     one answer, as the wire has it; its name is the hash of what was asked
+    DIR/teacher.json       fingerprints of the teacher
+    DIR/ab/abcd....bin     one encoded answer; its name is the hash of the request
 
-`SavingScorer` writes what any scorer answers, `StoredClient` reads: alone, or before it asks a TeacherClient.
+`SavingScorer` writes the answers of any scorer. `StoredClient` reads them, and sends requests without a
+stored answer to a TeacherClient, if there is one.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ class AnswerStore:
     """One directory. Any number of processes may read and write it."""
 
     def __init__(self, directory: str, fingerprints: Mapping[str, Any], *, flag: str) -> None:
-        """fingerprints: see `fingerprints`. ValueError, naming the flag, for answers of another teacher."""
+        """fingerprints: see fingerprints.py.
+
+        Raises ValueError, naming the flag, for answers of another teacher.
+        """
         self._folder = Path(directory)
         self._sizes = {
             "hidden_size": fingerprints["hidden_size"],
@@ -58,7 +62,9 @@ class AnswerStore:
                 raise ValueError(f"{self.where}: {mismatch(name, teacher=theirs[name], student=value)}")
 
     def get(self, request: TeacherRequest) -> tuple[Sequence[Any], Message] | None:
-        """The answer to the same question, as a client has it; None where there is none, or a damaged one."""
+        """The stored answer to this request, as TeacherClient.next returns it; None if it is missing or
+        damaged.
+        """
         try:
             data = self._path(request).read_bytes()
             message = decode(msgpack.unpackb(data, max_bin_len=len(data)))
@@ -75,7 +81,7 @@ class AnswerStore:
         return encode(message), message
 
     def put(self, request: TeacherRequest, scored: ScoredPair) -> None:
-        """Keep an answer, unless it is there already. OSError where the disk refuses."""
+        """Store an answer, unless it is stored already. Raises OSError if it cannot be written."""
         path = self._path(request)
         if path.exists():
             return
@@ -104,9 +110,7 @@ class AnswerStore:
 
 
 class StoredClient:
-    """In the place of a TeacherClient: what is in the store comes from there, the rest from a teacher, if
-    any.
-    """
+    """Acts as a TeacherClient: answers come from the store if it has them, else from a teacher, if any."""
 
     def __init__(self, store: AnswerStore, behind: TeacherClient | None) -> None:
         self._store, self._behind = store, behind
@@ -155,10 +159,10 @@ class StoredClient:
 
 
 class SavingScorer:
-    """Scores by another scorer, and keeps what it says."""
+    """Scores by another scorer, and stores its answers."""
 
     def __init__(self, scorer: TeacherScorer, store: AnswerStore, *, writes: bool) -> None:
-        """writes: on one rank of a model replica's last stage."""
+        """writes: true on one rank of a model replica's last stage."""
         self._scorer, self._store, self._writes = scorer, store, writes
 
     def submit(self, pairs: Sequence[AlignedPair]) -> None:

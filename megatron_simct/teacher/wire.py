@@ -7,12 +7,13 @@ Nothing is ever unpickled. Both ends decode with the same `decode`: sizes first,
 the schema of the kind: which fields, which frames, their types, and lengths that must agree. What does not
 fit is a WireError. An encrypted connection authenticates every message, so the checksum is left empty there.
 
-    hello     student -> teacher   fingerprints of what both must share; sent again, numbered, as a heartbeat
-    welcome   teacher -> student   the same of the teacher, which life of the replica this is, its status, the
+    hello     student -> teacher   fingerprints of what both must share; sent again, with a number, as a
+                                   heartbeat
+    welcome   teacher -> student   the teacher's fingerprints, an id of the replica's process, its status, the
                                    number of the hello, and which requests of this student it holds
-    score     student -> teacher   one sample's tokens, and what is wanted of them
+    score     student -> teacher   one sample's tokens, and which statistics of them are requested
     recall    student -> teacher   requests to hand back if the model has not begun with them
-    scored    teacher -> student   what was wanted
+    scored    teacher -> student   the statistics
     returned  teacher -> student   a request is handed back unanswered: it was recalled, the teacher stops, or
                                    its queue is full
     refused   teacher -> student   a hello or a request that will never be answered, and why
@@ -34,20 +35,18 @@ VERSION = 3
 
 MAX_HEADER_BYTES = 1 << 16
 MAX_FRAME_BYTES = 1 << 30
-"""Size limit of one frame; sockets are told too (ZMQ_MAXMSGSIZE), so that a longer one ends the connection
-unread.
-"""
+"""Size limit of one frame. Sockets get it too (ZMQ_MAXMSGSIZE): a longer frame ends the connection unread."""
 MAX_STEPS, MAX_STEPS_PER_LABEL = 1 << 16, 1 << 11
-"""A frame of steps has at most so many numbers, and so many more a label. A byte position has at most 260
-events; real text has some 300 a label."""
+"""A frame of steps has at most MAX_STEPS numbers, and MAX_STEPS_PER_LABEL more a label. A byte position has
+at most 260 events; real text has some 300 numbers a label."""
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "int32": np.dtype("<i4"),
-    "steps": np.dtype("<i4"),  # int32 as deflated differences: for indices that mostly rise by the same
+    "steps": np.dtype("<i4"),  # int32 as deflated differences: for indices that mostly rise by a constant
     "int8": np.dtype("i1"),
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
-    "bfloat16": np.dtype("<u2"),  # its bits: numpy has no such type
+    "bfloat16": np.dtype("<u2"),  # as its bits: numpy has no bfloat16
 }
 
 
@@ -77,13 +76,13 @@ class Message:
 class _Schema:
     fields: Mapping[str, type]
     frames: Mapping[str, tuple[tuple[str, ...], str]] = field(default_factory=dict)
-    """Types that are allowed, and a letter a dimension: the same letter is the same length."""
+    """Allowed types, and a letter for each dimension: equal letters mean equal lengths."""
     together: tuple[tuple[str, ...], ...] = ()
-    """Frames that may be left out, but only all of a group."""
+    """Groups of frames that are optional: either all of a group or none."""
 
 
 BYTE_SIDE = ("segment_row", "segment_start", "entry_slot", "entry_segment", "last_row")
-"""The arrays of a ByteSide: all of them, or none."""
+"""The arrays of a ByteSide: all of them or none."""
 _SCHEMAS = {
     "hello": _Schema(fields={"fingerprints": dict, "beat": int}),
     "welcome": _Schema(
@@ -152,7 +151,7 @@ def decode(
     before. max_tokens: TooManyTokens for a request with more, before anything is inflated.
     """
     if len(parts) < 2:
-        raise WireError(f"{len(parts)} parts are no message")
+        raise WireError(f"{len(parts)} parts are not a message")
     header, frames, checksum = parts[0], parts[1:-1], parts[-1]
     if len(header) > MAX_HEADER_BYTES:
         raise WireError(f"a header of {len(header)} bytes, at most {MAX_HEADER_BYTES}")
@@ -185,7 +184,7 @@ def decode(
 
 
 def quoted(text: str, limit: int = 300) -> str:
-    """What the other end wrote, for a terminal or a log: control characters escaped, and cut."""
+    """A text of the other end, for a terminal or a log: shortened, with control characters escaped."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: limit + 1])
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."
 
@@ -209,7 +208,7 @@ def _frame(dtype: str, array: np.ndarray) -> bytes | memoryview:
 
 
 def _inflated(frame: bytes | memoryview, size: int) -> bytes | None:
-    """The int32 numbers of a frame of steps, of so many bytes; None where it has others."""
+    """The int32 numbers of a frame of steps, `size` bytes of them; None if it holds another number."""
     inflater = zlib.decompressobj()
     try:
         data = inflater.decompress(frame, size + 1)
@@ -229,7 +228,7 @@ def _check_fields(kind: str, fields: Any, schema: _Schema) -> None:
 def _check_shapes(
     kind: str, specs: Any, frames: Sequence[bytes | memoryview], schema: _Schema
 ) -> dict[str, int]:
-    """The length of each dimension's letter. WireError where the frames are not those of the schema."""
+    """The length of each dimension's letter. WireError if the frames are not those of the schema."""
     if not isinstance(specs, list) or len(specs) != len(frames):
         raise WireError(f"{kind}: the header does not describe its {len(frames)} frames")
     names: set[str] = set()

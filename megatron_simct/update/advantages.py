@@ -1,4 +1,4 @@
-"""Advantages: what the responses to one prompt are worth beside each other.
+"""Advantages of the responses to one prompt, relative to each other.
 
     A_i = (r_i - mean(r)) / (std(r) + EPSILON)        GRPO, arXiv:2402.03300, section 4.1.2
 
@@ -20,7 +20,7 @@ EPSILON = 1e-4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advantages:
-    """What the samples of one step are worth."""
+    """The advantages of the samples of one step."""
 
     of_samples: dict[int, float]
     """By sample id, for the samples of this rank."""
@@ -31,7 +31,7 @@ class Advantages:
 
 
 def group_advantages(rewards: np.ndarray, group_size: int) -> np.ndarray:
-    """float64 [n] -> float64 [n]: consecutive groups; nan is no reward, and its advantage is 0."""
+    """float64 [n] -> float64 [n], by consecutive groups. nan means no reward; its advantage is 0."""
     groups = rewards.reshape(-1, group_size)
     known = ~np.isnan(groups)
     number = np.maximum(known.sum(axis=1, keepdims=True), 1)
@@ -51,7 +51,7 @@ def exchange(
 ) -> Advantages:
     """The advantages of a rank's samples. Collective over the whole job: one sum of two numbers a sample.
 
-    rewards: nan for none; None on ranks that do not speak for their replica. places: of the samples in the
+    rewards: nan means no reward; None on all but one rank of a model replica. places: of the samples in the
     step, each its own over all replicas; those of a group are side by side. batch_size counts the samples of
     the step.
     """

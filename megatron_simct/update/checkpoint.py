@@ -1,7 +1,7 @@
 """Checkpoints in Megatron's torch_dist format: written and read by shards, loadable under another layout.
 
 DIR/latest_checkpointed_iteration.txt      the number of the newest complete checkpoint
-DIR/iter_0000100/                          one checkpoint, with run.json: what it belongs to, in readable
+DIR/iter_0000100/                          one checkpoint, with run.json: the run it belongs to, as readable
                                            form, and the hashes of all files (`integrity`)
 DIR/iter_0000120.HOST.PID.tmp/             one that was being written when its run was killed
 DIR/iter_0000080.old.tmp/                  one that was being removed, or replaced
@@ -11,9 +11,9 @@ A checkpoint gets its name when it is complete, and the tracker is replaced afte
 leaves the previous one in use. Weights lie under the names of the model's parameters, whether or not a run's
 other state lies beside them, so that --pretrained-checkpoint reads both kinds.
 
-What a run needs to go on is weights, optimizer, schedule, iteration and the random state of every rank.
-Prompts and sampling need nothing: they are arithmetic on the iteration (`data.prompts`, `rollout.sampling`).
-With --rollout-oversample a checkpoint also has carried_over.json: the prompts and responses that were begun.
+A run resumes from weights, optimizer, schedule, iteration and the random state of every rank. Prompts and
+sampling have no state: they are functions of the iteration (`data.prompts`, `rollout.sampling`). With
+--rollout-oversample a checkpoint also has carried_over.json: the prompts and responses that were begun.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ with megatron_imports():
 TRACKER = "latest_checkpointed_iteration.txt"
 
 _REFUSED_WRITES = ("basic_ios", "iostream", "PytorchStreamWriter")
-"""In the RuntimeError of torch.save on a full disk."""
+"""Parts of the RuntimeError of torch.save on a full disk."""
 _IDENTITY_FLAGS = {
     "model": "--hf-checkpoint",
     "tokenizer": "--tokenizer-model and --stop-token-ids",
@@ -80,19 +80,17 @@ _IDENTITY_FLAGS = {
     "adapters": "--lora-rank, --lora-alpha, --lora-target-modules and the weights of --hf-checkpoint",
     "start": "--reference-kl-weight and the weights of --hf-checkpoint or --pretrained-checkpoint",
 }
-"""The parts of a run's identity, and the flags that each comes from."""
+"""The parts of a run's identity, and the flags of each."""
 
 _RNG = "rng_state"
 _CARRIED_OVER = "carried_over.json"
 _AVERAGE = "teacher_average"
 _OTHER_STATE = (_RNG, _AVERAGE, "rerun_state_machine_state")
-"""How the keys of a run begin that are neither weights nor optimizer, in Megatron-LM's checkpoints too."""
+"""Prefixes of keys that are neither weights nor optimizer, in Megatron-LM's checkpoints too."""
 _EXTRA_STATE = "_extra_state"
-"""How the keys of TransformerEngine's FP8 state end, which layers of torch's operations do not have."""
+"""Suffix of the keys of TransformerEngine's FP8 state, which layers of torch's operations do not have."""
 _RELEASE = "release"
-"""What Megatron's converters write in the place of an iteration: the folder of weights that no run has
-trained.
-"""
+"""Megatron's converters write this instead of an iteration: the folder of weights that no run has trained."""
 
 
 class Average(Protocol):
@@ -134,10 +132,10 @@ class Checkpoints:
         average: Average | None = None,
         carried_over: CarriedOver | None = None,
     ) -> None:
-        """dp: ranks with the same weights, which write, or read, a share of them each where that is asked
-        for.
+        """dp: ranks with the same weights, each of which writes or reads a share of them, if that is
+        configured.
 
-        in_background: `save` returns when there is a copy of all that is written; `finish` waits for the
+        in_background: `save` returns once it has a copy of all that is written; `finish` waits for the
         rest. before_reading_weights: brings them up to date. retain: checkpoints to keep, None for all.
         identity: a JSON value for each of _IDENTITY_FLAGS; a checkpoint with another one is refused. config:
         every option by its key. average: of the teacher's weights, if they follow the student's.
@@ -182,8 +180,8 @@ class Checkpoints:
             self.finish()
 
     def finish(self, *, wait: bool = True) -> None:
-        """Give the checkpoint that is being written its name; without `wait`, if all ranks have written their
-        files.
+        """Rename the checkpoint that is being written to its name. Without `wait`, only if all ranks have
+        written their files.
         """
         if self._pending is None or not (wait or self._pending.has_ended()):
             return
@@ -200,8 +198,8 @@ class Checkpoints:
         ours).
 
         step: that iteration instead. verified: see `check`. Raises ValueError, naming the flag and the
-        directory, where there is none, where it holds weights only or is damaged, or where it belongs to
-        another model, tokenizer or alignment map.
+        directory, if there is none, or if it holds weights only, is damaged, or belongs to another model,
+        tokenizer or alignment map.
         """
         iteration, path = (
             newest_checkpoint(directory, flag="--load") if step is None else _of_step(directory, step)
@@ -217,8 +215,8 @@ class Checkpoints:
             raise ValueError(f"--load {path}: damaged: {damage}") from None
         if not run.keys() >= {"identity", "config", "world_size"}:
             raise ValueError(
-                f"--load {path}: {RUN_FILE} is missing or of weights alone, so it is no checkpoint to resume "
-                f"from; --pretrained-checkpoint {directory} starts a new run from its weights"
+                f"--load {path}: {RUN_FILE} is missing or holds weights alone, so it cannot be "
+                f"resumed from; --pretrained-checkpoint {directory} starts a new run from its weights"
             )
         self._check_identity(run["identity"], path, directory)
         self._restore_carried_over(path, iteration)
@@ -227,7 +225,9 @@ class Checkpoints:
             for key, value in self._config.items()
             if key.endswith("_parallel_size")
         )
-        rng = None if not same_layout else "tensors" if _has_rng_tensors(path) else "object"
+        rng = None
+        if same_layout:
+            rng = "tensors" if _has_rng_tensors(path) else "object"
         state = _read(self._state(iteration, is_loading=True, rng=rng), found, among=self._readers)
         self._restore(state, iteration)
         is_own = self._save_dir is not None and Path(directory).resolve() == Path(self._save_dir).resolve()
@@ -243,7 +243,7 @@ class Checkpoints:
     def _state(self, iteration: int, *, is_loading: bool, rng: str | None = "tensors") -> dict[str, Any]:
         """What is saved, or requested. Before its first step an optimizer has no state.
 
-        rng: as what the random state is there: "tensors", "object" (of earlier versions), or None to leave
+        rng: the form of the random state there: "tensors", "object" (of earlier versions), or None to skip
         it.
         """
         model = self._model.sharded_state_dict()
@@ -273,7 +273,7 @@ class Checkpoints:
         if self._average is not None:
             self._average.load(state[_AVERAGE])
         if iteration > 0:
-            # The command line says how to go on; the checkpoint says from where.
+            # Options come from the command line, state from the checkpoint.
             wanted = [
                 {k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups
             ]
@@ -321,7 +321,7 @@ class Checkpoints:
 
 
 def has_checkpoint(directory: str) -> bool:
-    """Whether the directory has ever got a complete checkpoint."""
+    """Whether the directory has or had a complete checkpoint."""
     return (Path(directory) / TRACKER).exists()
 
 
@@ -332,7 +332,7 @@ def saved_options(directory: str) -> dict[str, Any]:
     try:
         _, path = newest_checkpoint(directory, flag="--load")
         options: dict[str, Any] = json.loads((path / RUN_FILE).read_text())["config"]
-    except (OSError, ValueError, LookupError, TypeError):  # `resume` says what is wrong with it
+    except (OSError, ValueError, LookupError, TypeError):  # `resume` reports the error
         return {}
     return options if isinstance(options, dict) else {}
 
@@ -354,8 +354,7 @@ def load_weights(
     """Load the weights of DIR's newest checkpoint; returns its iteration. Collective over the whole job.
 
     verified: see `check`. among: ranks with the same weights, which read a share each. Raises ValueError,
-    naming the flag and the directory, where there is none, or it is damaged
-    or belongs to another model.
+    naming the flag and the directory, if there is none, or if it is damaged or belongs to another model.
     """
     iteration, path = newest_checkpoint(directory, flag=flag)
     found = Found(directory=directory, path=path, flag=flag)
@@ -372,21 +371,21 @@ def load_weights(
 
 
 def _trained(model: dict[str, Any]) -> dict[str, Any]:
-    """What of a model's state belongs into a checkpoint: its adapters alone where it has any."""
+    """The part of a model's state that a checkpoint holds: only its adapters, if it has any."""
     adapters = {name: value for name, value in model.items() if MARK in name}
     return adapters or model
 
 
 def _load(model: HiddenStateModel | InterleavedModel, state: dict[str, Any]) -> None:
-    # That no weight is missing has been seen when the state was read; what TransformerEngine's modules say of
-    # themselves may be missing: it is about FP8.
+    # Missing weights were detected when the state was read. The extra state of TransformerEngine's modules
+    # may be missing: it is for FP8.
     result = model.load_state_dict(state, strict=False)
     missing = [key for key in result.missing_keys if not key.endswith(_EXTRA_STATE)]
     assert not missing or any(MARK in name for name in state), missing
 
 
 def saved_lora(path: Path) -> SavedLora | None:
-    """What adapters a checkpoint holds; None if it holds a model's weights."""
+    """The adapters that a checkpoint holds; None if it holds a model's weights."""
     try:
         run, _ = read_run_file(path)
         options, adapters = run.get("config", {}), run["identity"]["adapters"]
@@ -406,7 +405,7 @@ class SavedLora:
 
     lora: LoraConfig
     base: str | None
-    """Fingerprint of the weights that they lie beside; None: random ones."""
+    """Fingerprint of the base weights; None: random ones."""
 
 
 def load_output_shard(
@@ -465,12 +464,12 @@ def stored_dtype(directory: str, *, flag: str) -> torch.dtype:
     return found.pop() if len(found) == 1 else torch.float32
 
 
-# Whether it is whole
+# Verification
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """A checkpoint, and how the user named it."""
+    """A checkpoint and the flag that names it."""
 
     directory: str
     path: Path
@@ -478,13 +477,13 @@ class Found:
 
 
 def check(found: Found) -> None:
-    """Read each file of a checkpoint once a job, and say what that took. Collective over the whole job.
+    """Verify each file of a checkpoint once a job, and print the time. Collective over the whole job.
 
-    ValueError on every rank where one is not as it was written; it names the file, and the newest older
-    checkpoint that is whole. Those of earlier versions have no hashes: a line says so.
+    Raises ValueError on every rank if a file has changed; the error names it, and the newest older checkpoint
+    that is intact. Checkpoints of earlier versions have no hashes: a line reports that.
     """
     if not _agreed(found.path.is_dir()) or found.path in _CHECKED:
-        return  # a missing one is an error of whoever reads it
+        return  # a missing one is an error of the reader
     verdict = verify(found.path)
     if verdict is None:
         _say(
@@ -501,7 +500,7 @@ def check(found: Found) -> None:
 
 
 _CHECKED: set[Path] = set()
-"""What this process has checked, and has not written since."""
+"""Checkpoints that this process has verified, and not written since."""
 
 
 def numbered(directory: str) -> dict[int, Path]:
@@ -511,7 +510,7 @@ def numbered(directory: str) -> dict[int, Path]:
 
 
 def _way_out(found: Found, damage: str) -> str:
-    """What to do about a damaged checkpoint. Collective over the whole job."""
+    """The remedy for a damaged checkpoint, as text. Collective over the whole job."""
     damaged = 0 if found.path.name == _RELEASE else int(found.path.name[5:])
     for iteration, path in reversed(_agreed(numbered(found.directory)).items()):
         verdict = verify(path) if iteration < damaged else None
@@ -531,7 +530,7 @@ def _way_out(found: Found, damage: str) -> str:
 
 
 def _agreed(value: Any) -> Any:
-    """The first rank's. Collective over the whole job."""
+    """The first rank's value on every rank. Collective over the whole job."""
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
@@ -551,7 +550,9 @@ def _of_step(directory: str, step: int) -> tuple[int, Path]:
 
 
 def newest_checkpoint(directory: str, *, flag: str) -> tuple[int, Path]:
-    """Its iteration and its folder. ValueError, naming the flag, where there is none."""
+    """The iteration and the folder of the newest checkpoint. Raises ValueError, naming the flag, if there is
+    none.
+    """
     try:
         named = (Path(directory) / TRACKER).read_text().strip()
         if named == _RELEASE:
@@ -565,7 +566,7 @@ def newest_checkpoint(directory: str, *, flag: str) -> tuple[int, Path]:
 
 
 class Write:
-    """A checkpoint that is being written: under a temporary name, until `finish` gives it its own, then the
+    """A checkpoint that is being written, under a temporary name. `finish` renames it and then updates the
     tracker.
     """
 
@@ -580,10 +581,10 @@ class Write:
         among: dist.ProcessGroup | None = None,
         in_background: bool = False,
     ) -> None:
-        """Write, or begin to. Collective over the whole job, as are the methods.
+        """Write, or begin to. All methods are collective over the whole job.
 
-        beside: files that the first rank writes, by name. among: ranks that hold the same, and write a share
-        of it each; None: the first of them writes all.
+        beside: files that the first rank writes, by name. among: ranks with equal state, each of which writes
+        a share; None: the first of them writes all.
         """
         self.directory, self.iteration = directory, iteration
         self._run, self._beside = run, beside
@@ -615,7 +616,7 @@ class Write:
         return bool(ended)
 
     def finish(self) -> None:
-        """Wait for the files, and let the checkpoint take its place."""
+        """Wait for the files, then rename the checkpoint and update the tracker."""
         if self._background is not None:
             with self._refused():
                 self._background.finish()
@@ -644,7 +645,7 @@ class Write:
 
     @contextlib.contextmanager
     def _refused(self) -> Iterator[None]:
-        """What a disk refuses as a ValueError of one line."""
+        """Turns errors of the disk into a ValueError of one line."""
         try:
             yield
         except (OSError, RuntimeError, CheckpointException) as error:
@@ -672,10 +673,9 @@ def _versions() -> dict[str, str]:
 def _read(
     state: dict[str, Any], found: Found, *, among: dist.ProcessGroup | None = None, weights_only: bool = False
 ) -> dict[str, Any]:
-    """The requested state. ValueError where the checkpoint lacks some of it, or holds other weights beside
-    it.
+    """The requested state. Raises ValueError if the checkpoint lacks some of it, or holds additional weights.
 
-    among: ranks that read a share each. weights_only: what is no tensor is not looked at.
+    among: ranks that read a share each. weights_only: values that are not tensors are not read.
     """
     where = f"{found.flag} {found.path}"
     handling = dist_checkpointing.validation.StrictHandling.RETURN_ALL
@@ -688,8 +688,8 @@ def _read(
         raise ValueError(f"{where}: {error}") from None
     except (Exception, CheckpointException) as error:
         raise ValueError(f"{where}: does not fit this model ({_reason(error)})") from error
-    # A checkpoint with an LM head of its own is not that of a tied model. A run's other state may stay where
-    # it is.
+    # A checkpoint with an LM head of its own is not one of a tied model. Other state of a run may be left
+    # unread.
     beside = {key for key in beside if not key.startswith(_OTHER_STATE) and "optimizer." not in key}
     beside, lacking = ({key for key in keys if not key.endswith(_EXTRA_STATE)} for keys in (beside, lacking))
     for what, keys in (("it lacks", lacking), ("it also holds", beside)):
@@ -700,16 +700,15 @@ def _read(
 
 
 def _prepare(directory: Path) -> None:
-    """The directory, writable and without the remains of a run that was killed.
+    """Make the directory, check that it is writable, and remove the remains of a killed run.
 
-    Where it was killed while its checkpoint took the place of one that the tracker names, that one comes
-    back.
+    If the run was killed while it replaced the checkpoint that the tracker names, the old one is restored.
     """
     directory.mkdir(parents=True, exist_ok=True)
     probe = directory / f".writable.{owner_tag()}"
     probe.touch()
     probe.unlink()
-    with contextlib.suppress(ValueError):  # there is none yet
+    with contextlib.suppress(ValueError):  # there is no checkpoint yet
         _, newest = newest_checkpoint(str(directory), flag="--save")
         if not newest.exists() and _aside(newest).exists():
             os.rename(_aside(newest), newest)
@@ -720,9 +719,7 @@ def _prepare(directory: Path) -> None:
 
 
 def _set_aside(path: Path) -> Path:
-    """Rename a checkpoint that is to go, if it exists: a kill halfway leaves no half of one under its
-    name.
-    """
+    """Rename a checkpoint before it is removed, so that a kill leaves no incomplete one under its name."""
     aside = _aside(path)
     if path.exists():
         shutil.rmtree(aside, ignore_errors=True)
@@ -742,8 +739,8 @@ def _remove_older(directory: Path, iteration: int, retain: int) -> None:
 
 
 def _init_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
-    """What SGD has after its first step, for a checkpoint to be read into; megatron-core does this for Adam
-    only.
+    """Create the state that SGD has after its first step, so that a checkpoint can be read into it;
+    megatron-core does this for Adam only.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -760,7 +757,9 @@ def _rng_state() -> dict[str, torch.Tensor]:
 
 
 def _set_rng_state(state: dict[str, Any]) -> None:
-    """As `_rng_state` gives it, or an earlier version did, with the tracker's states in a dictionary."""
+    """Restore the result of `_rng_state`, or that of an earlier version, with a dictionary of tracker
+    states.
+    """
     tracker = {
         name.removeprefix("tracker."): value for name, value in state.items() if name.startswith("tracker.")
     }
@@ -778,10 +777,10 @@ def _has_rng_tensors(path: Path) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """An error in one line; torch's CheckpointException, no Exception, wraps those of the ranks."""
+    """An error in one line. torch's CheckpointException, a BaseException, wraps those of the ranks."""
     if isinstance(error, CheckpointException):
-        if not error.failures:  # the first rank alone is told
-            return "another rank says why"
+        if not error.failures:  # only the first rank has the list
+            return "see the error of another rank"
         error, _ = next(iter(error.failures.values()))
     if "Weights only load failed" in str(error):
         return "it holds a pickle of more than numbers, which is not read"

@@ -1,12 +1,11 @@
-"""The state of Megatron's distributed optimizer in the form that a plain optimizer's state has in a
+"""Converts the state of Megatron's distributed optimizer to and from a plain optimizer's form in a
 checkpoint.
 
 The distributed optimizer cuts a flat buffer of all parameters into one piece for each data-parallel rank,
 wherever the cuts fall. In a checkpoint each parameter's state is a tensor of the parameter's shape, under the
 plain optimizer's keys: either optimizer reads what the other wrote, in any layout. To save, the pieces of a
-parameter are brought together on the rank that has most of it, which writes them; to load, that rank reads
-them and deals them out. So each rank writes and reads its share, and holds that share a second time while it
-does.
+parameter are gathered on the rank that has most of it, which writes them; to load, that rank reads them and
+scatters them. So each rank writes and reads its share, and meanwhile holds a second copy of it.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _MASTER = "fp32_param"
 
 @dataclass(frozen=True)
 class BucketShards:
-    """How the parameters of one bucket lie on the data-parallel ranks."""
+    """The shards of one bucket's parameters on the data-parallel ranks."""
 
     parameters: Sequence[torch.nn.Parameter]
     spans: Sequence[Sequence[tuple[int, int]]]
@@ -42,12 +41,12 @@ class BucketShards:
 
     @cached_property
     def sizes(self) -> list[list[int]]:
-        """By parameter, by rank: how many numbers of it the rank has."""
+        """By parameter, by rank: number of its elements on the rank."""
         return [[end - begin for begin, end in spans] for spans in self.spans]
 
     @cached_property
     def owned(self) -> list[list[int]]:
-        """By rank: the parameters, by their index, of which it has most, and which it writes and reads."""
+        """By rank: indices of the parameters that it writes and reads, because it has most of them."""
         owned: list[list[int]] = [[] for _ in (self.sizes[0] if self.sizes else ())]
         for index, sizes in enumerate(self.sizes):
             owned[sizes.index(max(sizes))].append(index)
@@ -67,14 +66,14 @@ def is_distributed(optimizer: MegatronOptimizer) -> bool:
 def sharded_state(
     optimizer: MegatronOptimizer, model: Mapping[str, Any], *, is_loading: bool
 ) -> dict[Any, Any]:
-    """What is saved, or requested, of the optimizer; `model` is what is saved of the model.
+    """The optimizer's sharded state to save or to request; model: that of the model.
 
     Collective over the job.
     """
     tensors, _ = extract_sharded_tensors_and_factories(dict(model))
     by_parameter = {id(tensor.data): tensor for tensor in nested_values(tensors)}
     parts = parts_of(optimizer)
-    prefixes = [f"chained_{index}." * (len(parts) > 1) for index in range(len(parts))]
+    prefixes = [f"chained_{index}." for index in range(len(parts))] if len(parts) > 1 else [""]
     states = [
         _sharded_part(part, by_parameter, prefix, is_loading=is_loading)
         for part, prefix in zip(parts, prefixes, strict=True)
@@ -83,7 +82,10 @@ def sharded_state(
 
 
 def load_state(optimizer: MegatronOptimizer, loaded: Mapping[Any, Any]) -> None:
-    """Deal out what `sharded_state` requested and a checkpoint had. Collective over the job."""
+    """Scatter the state that `sharded_state` requested and a checkpoint has returned.
+
+    Collective over the job.
+    """
     parts = parts_of(optimizer)
     for index, part in enumerate(parts):
         _load_part(part, loaded if len(parts) == 1 else loaded[index])
@@ -146,7 +148,7 @@ def _keys(optimizer: DistributedOptimizer) -> tuple[str, ...]:
 
 
 def _bucket_shards(optimizer: DistributedOptimizer) -> Iterator[BucketShards]:
-    """That of every bucket, in one order on all ranks."""
+    """The shards of every bucket, in one order on all ranks."""
     size = optimizer.data_parallel_group.size()
     for buffer in optimizer.buffers:
         for number, bucket in enumerate(buffer.buckets):
@@ -176,7 +178,7 @@ def _own(optimizer: DistributedOptimizer, parameter: torch.nn.Parameter, key: st
 
 
 def _gather(optimizer: DistributedOptimizer, shards: BucketShards, key: str) -> dict[int, torch.Tensor]:
-    """The whole state, flat, of the parameters that this rank owns.
+    """The full state, flat, of the parameters that this rank owns.
 
     Collective over the data-parallel group.
     """
@@ -187,19 +189,21 @@ def _gather(optimizer: DistributedOptimizer, shards: BucketShards, key: str) -> 
         for owned in shards.owned
     ]
     owned = shards.owned[rank]
+    # From each rank come its pieces of all parameters that this rank owns, one after another.
     received = _exchange(
         outgoing, [sum(sizes[i][source] for i in owned) for source in range(group.size())], shards, group
     )
     pieces = [
         part.split([sizes[i][source] for i in owned]) if owned else () for source, part in enumerate(received)
     ]
+    # Pieces in the order of the ranks are the parameter: shards of a buffer are consecutive.
     return {index: torch.cat([part[place] for part in pieces]) for place, index in enumerate(owned)}
 
 
 def _deal(
     optimizer: DistributedOptimizer, shards: BucketShards, key: str, full_states: Mapping[int, torch.Tensor]
 ) -> None:
-    """The way back: each rank gets its pieces of the parameters that other ranks own."""
+    """The inverse of `_gather`: each rank gets its pieces of the parameters that other ranks own."""
     group = optimizer.data_parallel_group
     rank, sizes = group.rank(), shards.sizes
     outgoing = [
@@ -221,7 +225,7 @@ def _exchange(
     shards: BucketShards,
     group: dist.ProcessGroup,
 ) -> list[torch.Tensor]:
-    """One float32 tensor from each rank, `counts` numbers long. outgoing: by rank, what it gets."""
+    """One float32 tensor from each rank, of `counts` elements. outgoing: the tensors for each rank."""
     device = shards.parameters[0].device
     parts = [
         torch.cat([torch.empty(0, device=device), *(piece.to(device) for piece in pieces)])

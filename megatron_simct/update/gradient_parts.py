@@ -1,14 +1,13 @@
-"""How two parts of a step's gradient lie to each other: that of the 1:1 positions, and that of all other
-segments.
+"""Compares two parts of a step's gradient: that of the 1:1 positions, and that of all other segments.
 
 With g_1 the gradient of the segments of one shared token on each side and of the stop tokens, and g_u that of
 the rest:
 
     cosine = <g_1, g_u> / (|g_1| |g_u|)        ratio = |g_u| / |g_1|
 
-A cosine below 0 says that the units pull the student away from where its 1:1 positions send it
-(arXiv:2610.08448). The loss is a sum over segments, so g_u is what g_1 leaves of the step's own gradient: one
-pass more, over the same micro-batches with the weights of the units set to 0.
+A cosine below 0 means that the units work against the 1:1 positions (arXiv:2610.08448). The loss is a sum
+over segments, so g_u is the step's own gradient minus g_1, which takes one more pass over the same
+micro-batches, with the weights of the units set to 0.
 """
 
 from __future__ import annotations
@@ -39,14 +38,16 @@ def without_units(batch: MicroBatch) -> MicroBatch:
 
 
 def gradients(optimizer: MegatronOptimizer) -> list[list[torch.Tensor]]:
-    """Copies of what this rank adds to the gradient norm, of each optimizer of a chain, after
+    """Copies of the gradients that count for this rank's part of the norm, by optimizer of a chain, after
     `prepare_grads`.
     """
     return [[one.clone() for one in _of_norm(part)] for part in parts_of(optimizer)]
 
 
 def _of_norm(part: MegatronOptimizer) -> list[torch.Tensor]:
-    """What this rank adds to the gradient norm, by the name that megatron-core 0.16 or 0.19 has for it."""
+    """The gradients that count for this rank's part of the norm. megatron-core 0.19 has renamed the
+    method.
+    """
     found = getattr(part, "get_main_grads_for_grad_norm", None) or part.get_grads_for_grad_norm
     return found()
 

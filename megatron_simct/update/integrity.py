@@ -1,11 +1,11 @@
-"""Whether the files of a checkpoint are the ones that were written.
+"""Verifies that the files of a checkpoint are the ones that were written.
 
     iter_0000100/run.json    "files": size and SHA-256 of every other file; "sha256", its last field: of
                              run.json itself
 
 Each rank hashes the files that it writes, while they are written. Before a checkpoint is used each file is
-read once a job: the files are dealt over the ranks, and all ranks learn of the first that is not as it was.
-This shows damage by disks, networks and people; it is no signature.
+read once a job: the files are distributed over the ranks, and all ranks get the name of the first file that
+has changed. This detects damage by disks, networks and people; it is not a signature.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from megatron_simct.parallel.disk import first_of
 RUN_FILE = "run.json"
 _POLL_S = 0.01
 _SEAL = re.compile(rb'"sha256": "([0-9a-f]{64})"\n\}\n\Z')
-"""How the text of run.json ends."""
+"""The end of run.json."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What `verify` has found."""
+    """The result of `verify`."""
 
     damage: str | None
-    """The first file that is not as it was, and how; None where all are."""
+    """The first file that has changed, and how; None if none has."""
     num_files: int = 0
     num_bytes: int = 0
     seconds: float = 0.0
@@ -49,10 +49,9 @@ class Verdict:
 
 
 class Following:
-    """Hashes files while other processes write them, from the first byte to the last: what is written is
-    never changed.
+    """Hashes files while other processes write them sequentially.
 
-    The bytes come from the page cache, and the processors have time while the disk has none.
+    The bytes come from the page cache, and the processors are idle while the disk writes.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -60,13 +59,13 @@ class Following:
         self.hashes: dict[str, FileHash] = {}
         """By name, after `finish`."""
         self.refused: OSError | None = None
-        """Where a file could not be read."""
+        """The error if a file could not be read."""
         self._threads = [threading.Thread(target=self._follow, args=(path,), daemon=True) for path in paths]
         for thread in self._threads:
             thread.start()
 
     def finish(self) -> None:
-        """Hash what is left, now that the files are whole."""
+        """Hash the rest, now that the files are complete."""
         self._done.set()
         for thread in self._threads:
             thread.join()
@@ -77,7 +76,7 @@ class Following:
                 if self._done.wait(_POLL_S):
                     if path.exists():
                         break
-                    return  # its writer has failed, and says so itself
+                    return  # its writer has failed, and reports the error itself
             self.hashes[path.name] = hash_file(path, whole=self._done)
         except OSError as error:
             error.filename = error.filename or str(path)
@@ -105,9 +104,9 @@ class Damaged(ValueError):
 
 
 def read_run_file(folder: Path) -> tuple[dict[str, Any], dict[str, FileHash] | None]:
-    """What run.json says, and the hashes; None for those of an earlier version, which had none.
+    """The fields of run.json, and the hashes; None if it is of an earlier version, without hashes.
 
-    Raises FileNotFoundError where there is no such file, Damaged where it is not as it was written.
+    Raises FileNotFoundError if the file is missing, and Damaged if it has changed.
     """
     data = (folder / RUN_FILE).read_bytes()
     seal = _SEAL.search(data)
@@ -125,7 +124,7 @@ def read_run_file(folder: Path) -> tuple[dict[str, Any], dict[str, FileHash] | N
 
 
 def verify(folder: Path) -> Verdict | None:
-    """Compare every file with run.json; None where that has no hashes, or is missing.
+    """Compare every file with run.json; None if that has no hashes, or is missing.
 
     Collective over the whole job.
     """
@@ -156,7 +155,7 @@ def verify(folder: Path) -> Verdict | None:
 
 
 def _difference(folder: Path, name: str, wanted: FileHash) -> str | None:
-    """How a file differs from what was written; None where it does not."""
+    """How a file differs from the written one; None if it does not."""
     if Path(name).name != name:
         return f"{RUN_FILE} (names a file outside of the checkpoint)"
     path = folder / name

@@ -55,11 +55,11 @@ def wrap_data_parallel(
 
 
 def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
-    """Bring the weights up to date on every rank, where --overlap-param-gather leaves that to the next
-    forward pass.
+    """Bring the weights up to date on every rank, if --overlap-param-gather leaves that to the next forward
+    pass.
 
-    For whoever reads them without one. Collective over the data-parallel groups; it does nothing the second
-    time.
+    For code that reads them without a forward pass. Collective over the data-parallel groups; a second call
+    has no effect.
     """
     for ddp in chunks:
         if ddp.ddp_config.overlap_param_gather:

@@ -38,12 +38,12 @@ with megatron_imports():
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient norm is not finite. Every rank raises it, and no weight has changed."""
+    """The loss or the gradient norm is not finite. Raised on every rank before any weight changes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """What one update did, the same on every rank."""
+    """Results of one update, the same on every rank."""
 
     sums: dict[str, float]
     """Sums over the global batch: `loss` (not divided), `num_labels`, and the interface's metrics."""
@@ -51,7 +51,7 @@ class StepReport:
     """Global norm of the divided gradient, before clipping."""
     learning_rate: float
     gradient_parts: dict[str, float] = field(default_factory=dict)
-    """What gradient_parts.py found, in steps where it was looked at."""
+    """The metrics of gradient_parts.py, in steps in which they are measured."""
     label_losses: dict[int, torch.Tensor] = field(default_factory=dict)
     """By sample id, for this rank's samples on the last pipeline stage: LossOutput.label_losses of the
     response [n].
@@ -91,11 +91,11 @@ class Updater:
         check_sampling: Callable[[float, float], None] | None = None,
         reference: Start | None = None,
     ) -> None:
-        """gradient_parts_interval: every so many steps the gradient's parts are compared; 0: never.
+        """gradient_parts_interval: number of steps between comparisons of the gradient's parts; 0: never.
 
-        importance_cap: see interface_loss. check_sampling: told of each step, before its weights change, the
-        mean and the largest difference of the labels' log-probabilities in sampling and in training; may
-        refuse the step. reference: for micro-batches that have one.
+        importance_cap: see interface_loss. check_sampling: called in each step, before the weights change,
+        with the mean and the largest difference of the labels' log-probabilities in sampling and in training;
+        it may raise. reference: for micro-batches that have one.
         """
         self._gradient_parts_interval = gradient_parts_interval
         self._check_sampling = check_sampling
@@ -133,6 +133,12 @@ class Updater:
                 group=groups.tp,
                 teacher_logit_softcap=reference.logit_softcap,
             )
+
+    @property
+    def model(self) -> HiddenStateModel:
+        """The last chunk of the model on this rank; on the last pipeline stage it has the head."""
+        module: HiddenStateModel = self._ddp.module
+        return module
 
     def step(self, batches: Sequence[MicroBatch]) -> StepReport:
         """One optimizer step on all micro-batches of all ranks. Collective over the whole job.
@@ -180,8 +186,8 @@ class Updater:
         )
 
     def _backward(self, batches: Sequence[MicroBatch]) -> list[dict[str, torch.Tensor]]:
-        """Gradients of the micro-batches in the place of those that were there; what the loss says of
-        each.
+        """Compute the gradients of the micro-batches, in place of earlier ones; returns the loss function's
+        output for each.
         """
         for ddp in self._chunks:
             ddp.zero_grad_buffer()
@@ -205,7 +211,7 @@ class Updater:
         return output, partial(self._loss_func, batch)
 
     def _loss_func(self, batch: MicroBatch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        model: HiddenStateModel = self._ddp.module
+        model = self.model
         rows = hidden.flatten(0, 1)[batch.sequences.label_rows]
         index = batch.sequences.label_index
         gather_weight(self._ddp, model.output_weight)
@@ -259,22 +265,24 @@ class Updater:
         return grad_norm
 
     def _change_weights(self) -> None:
-        """By the gradient that has been prepared and checked; then the schedule goes on."""
+        """Apply the prepared and checked gradient, and advance the schedule."""
         self._optimizer.step()
         self._scheduler.step(increment=1)
 
 
 def _culprits(bad_ids: Sequence[int], grad_norm: float) -> str:
-    """Where the bad numbers are, in the same words on every rank. Collective over the whole job."""
+    """The places of non-finite numbers, the same text on every rank. Collective over the whole job."""
     by_rank: list[tuple[list[int], bool]] = [([], True)] * dist.get_world_size()
     dist.all_gather_object(by_rank, (sorted(bad_ids), math.isfinite(grad_norm)))
     losses = [
         f"rank {rank} (samples {', '.join(map(str, ids))})" for rank, (ids, _) in enumerate(by_rank) if ids
     ]
     norms = [str(rank) for rank, (_, finite) in enumerate(by_rank) if not finite]
-    parts = ["loss on " + ", ".join(losses)] * bool(losses) + [
-        "gradient norm on rank " + ", ".join(norms)
-    ] * bool(norms)
+    parts = []
+    if losses:
+        parts.append(f"loss on {', '.join(losses)}")
+    if norms:
+        parts.append(f"gradient norm on rank {', '.join(norms)}")
     return " and ".join(parts)
 
 

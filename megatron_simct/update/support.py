@@ -1,4 +1,4 @@
-"""Options of the update (UpdateConfig): what megatron-core is told of them, and what they do not cover."""
+"""Options of the update (UpdateConfig): their fields in megatron-core, and unsupported combinations."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def check_support(
     transformer_engine: bool,
     flag: str,
 ) -> None:
-    """ValueError, with the flag, for a model that is no student, and for an option that it or its layout does
-    not have.
+    """Raises ValueError, naming the flag, for a model that cannot be a student, and for an option that it or
+    its layout does not support.
 
     transformer_engine: the layers are TransformerEngine's. flag: names the model.
     """
@@ -49,7 +49,7 @@ def _refusals(
     transformer_engine: bool,
     flag: str,
 ) -> Iterator[tuple[str, str]]:
-    """What does not work, and why."""
+    """Unsupported options, with the reasons."""
     has_experts = bool(architecture.num_experts)
     modules, flag_of_modules = set(update.recompute_modules), "--recompute-modules"
     if "layernorm" in modules and not transformer_engine:

@@ -1,4 +1,4 @@
-"""How checkpoints of the format torch_dist are written and read: hashed while they are written, without
+"""Writes and reads checkpoints of the format torch_dist: hashed while they are written, read without
 unpickling.
 
 Three parts of the format are pickles. `.metadata` is unpickled by megatron-core through torch, which would
@@ -66,7 +66,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
         collections.OrderedDict,
     )
 } | {("torch.serialization", "_get_layout"): torch.serialization._get_layout}
-"""What a `.metadata` may name, beside torch's types of numbers. None of it does more than hold values."""
+"""Names that a `.metadata` may hold, beside torch's dtypes. All of them are plain containers of values."""
 
 
 OWN_WRITER: dict[str, Any] = (
@@ -80,11 +80,11 @@ package.
 
 
 class Unreadable(ValueError):
-    """`.metadata` is damaged, or holds what has no place there."""
+    """`.metadata` is damaged, or holds objects that are not allowed."""
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """Makes nothing but _ALLOWED. UnpicklingError for any other name."""
+    """Loads objects of _ALLOWED only. Raises UnpicklingError for any other name."""
 
     def find_class(self, module: str, name: str) -> Any:
         dtype = getattr(torch, name, None) if module == "torch" and name.isidentifier() else None
@@ -119,7 +119,7 @@ def read_metadata(folder: Path) -> Metadata:
             raise ValueError("no metadata of a checkpoint")
     except OSError as error:
         raise Unreadable(f".metadata: {error.strerror}") from None
-    except Exception as error:  # a damaged pickle raises whatever its bytes happen to mean
+    except Exception as error:  # a damaged pickle may raise any exception
         raise Unreadable(f".metadata is damaged or none ({' '.join(str(error).split())[:200]})") from None
     if not isinstance(found.storage_meta, StorageMeta):
         found.storage_meta = StorageMeta()
@@ -127,7 +127,7 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def _reader(checkpoint_dir: str | Path, *_: Any, **__: Any) -> MetadataReader:
-    """What megatron-core asks for its readers."""
+    """The function from which megatron-core gets its readers."""
     return MetadataReader(str(checkpoint_dir))
 
 
@@ -137,9 +137,7 @@ torch_strategies._get_filesystem_reader = _reader
 
 @contextlib.contextmanager
 def _nothing_else() -> Iterator[None]:
-    """What is no tensor stays where it is: Megatron-LM's common.pt holds its arguments, which are pickled
-    objects.
-    """
+    """Skip everything but tensors: Megatron-LM's common.pt holds its arguments as pickled objects."""
     if hasattr(serialization, "verify_checkpoint_and_load_strategy"):
         owner: Any = importlib.import_module(
             "megatron.core.dist_checkpointing.strategies.common"
@@ -165,7 +163,7 @@ def load(
 ) -> Any:
     """dist_checkpointing.load without unpickling: see the module. Collective over the whole job.
 
-    among: the ranks that read a share each of what all of them request; None: each reads all. weights_only:
+    among: ranks with equal requests, each of which reads a share; None: each reads all. weights_only:
     common.pt is not read.
     """
     with (
@@ -184,7 +182,7 @@ def load(
 
 @contextlib.contextmanager
 def _weights_only() -> Iterator[None]:
-    """Every torch.load of this process, whatever its caller asks for, is weights_only."""
+    """Force weights_only in every torch.load of this process."""
     names = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(names)
@@ -199,14 +197,14 @@ def _weights_only() -> Iterator[None]:
 
 
 def _refuse_pickled_state(state: dict[str, Any]) -> None:
-    """ValueError for what TransformerEngine would unpickle: the FP8 state of a layer.
+    """Raises ValueError for state that TransformerEngine would unpickle: the FP8 state of a layer.
 
     Without FP8 it is empty.
     """
     for part in state.values():
         for name, value in part.items() if isinstance(part, dict) else ():
-            size = value.numel() if isinstance(value, torch.Tensor) else 0 if value is None else 1
-            if str(name).endswith("_extra_state") and size:
+            is_empty = value is None or (isinstance(value, torch.Tensor) and value.numel() == 0)
+            if str(name).endswith("_extra_state") and not is_empty:
                 raise ValueError(
                     f"{name} holds a pickle, the FP8 state of TransformerEngine, which is not read"
                 )
@@ -214,7 +212,7 @@ def _refuse_pickled_state(state: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def without_crc32() -> Iterator[None]:
-    """torch.save leaves out the checksums that torch.load never looks at: they take as long as the hashes."""
+    """torch.save without checksums, which torch.load never reads: they take as long as the hashes."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -224,7 +222,7 @@ def without_crc32() -> Iterator[None]:
 
 
 class HashingStrategy(torch_strategies.TorchDistSaveShardedStrategy):
-    """megatron-core's way to write torch_dist, which hashes this rank's files meanwhile."""
+    """megatron-core's writer of torch_dist, which also hashes this rank's files."""
 
     def __init__(self, *, in_background: bool = False) -> None:
         """in_background: writing forks no processes, so that a thread may do it."""
@@ -233,7 +231,7 @@ class HashingStrategy(torch_strategies.TorchDistSaveShardedStrategy):
         self.hashes: dict[str, FileHash] = {}
         """Hashes of this rank's files by name, once the save has ended."""
         self.refused: OSError | None = None
-        """Where one of them could not be read again."""
+        """The error if one of them could not be read again."""
 
     def _get_save_and_finalize_callbacks(
         self, writer: Any, save_state_dict_ret: Any, *strategy: Any
@@ -258,7 +256,7 @@ class HashingStrategy(torch_strategies.TorchDistSaveShardedStrategy):
 
 
 def _write_here(writer: Any, rank: int, write_buckets: Any, results: Any) -> None:
-    """megatron-core's own writing of files, one by one in this thread, where it would fork a process for
+    """megatron-core's writing of files, one by one in this thread, instead of in a forked process for
     each.
     """
     transforms = [writer.transforms] if hasattr(writer, "transforms") else []
@@ -277,13 +275,13 @@ def _write_here(writer: Any, rank: int, write_buckets: Any, results: Any) -> Non
 
 
 class BackgroundWrite:
-    """What dist_checkpointing.save(async_sharded_save=True) has left to do, in a thread of this process.
+    """Runs the request of dist_checkpointing.save(async_sharded_save=True) in a thread of this process.
 
-    It ends with the process, so that nothing writes after a kill.
+    The thread ends with the process, so that nothing is written after a kill.
     """
 
     def __init__(self, request: AsyncRequest) -> None:
-        """Copies what is written: training goes on to change it."""
+        """Copies the state first, because training continues to change it."""
         self._request = request
         self._error: BaseException | None = None
         arguments = list(request.async_fn_args)
@@ -299,10 +297,9 @@ class BackgroundWrite:
         return not self._thread.is_alive()
 
     def finish(self) -> None:
-        """Wait for the files of this rank, then write what describes all of them. Collective over the whole
-        job.
+        """Wait for the files of this rank, then write the metadata of all. Collective over the whole job.
 
-        Raises what the disk of any rank refused, on every rank.
+        Raises the error of any rank's disk on every rank.
         """
         self._thread.join()
         if self._error is not None:

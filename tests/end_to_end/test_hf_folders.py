@@ -210,7 +210,7 @@ def test_an_evaluation_that_goes_on_another_day_asks_as_on_the_first(dated, tmp_
         (("--chat-template-kwargs", '{"enable_thinking": false}'), "chat_template_kwargs"),
     ):
         code, err = evaluated(tmp_path / "a", [first], *flags)
-        assert code == 1 and f"holds a run that differs in {name}; name another directory" in err
+        assert code == 1 and f"contains a run that differs in {name}; name another directory" in err
         assert evaluated(tmp_path / name, [first], *flags) == (0, "")
         assert responses(tmp_path / name) != expected
 

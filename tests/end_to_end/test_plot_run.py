@@ -90,7 +90,7 @@ def test_a_run_that_was_killed_while_it_wrote(tmp_path):
     "text, words",
     [
         (None, "no metrics.jsonl there; give the --run-dir of a run"),
-        ("", "no step is finished yet"),
+        ("", "the run has not finished a step yet"),
         ("hello\n", "line 1 is not JSON"),
         ('{"loss": 1}\n', "line 1 has no iteration and kind"),
     ],

@@ -189,4 +189,4 @@ def _main(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
 def test_a_folder_without_weights_is_no_teacher(tiny, tmp_path):
     argv = ["--teacher-hf-checkpoint", str(tiny / "teacher"), "--run-dir", str(tmp_path)]
     ((code, err),) = run_ranks(1, _main, [*argv, "--teacher-tokenizer-model", str(tiny / "teacher.tiktoken")])
-    assert code == 1 and "has no weights; a teacher needs some" in err and err.count("\n") == 1
+    assert code == 1 and "has no weights, but a teacher needs them" in err and err.count("\n") == 1

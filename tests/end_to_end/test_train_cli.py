@@ -167,7 +167,7 @@ def _said(out: str) -> list[str]:
         (["--pretrained-checkpoint", "/nowhere"], 1, ["--pretrained-checkpoint /nowhere", TRACKER]),
         (["--teacher-pretrained-checkpoint", "/nowhere"], 1, ["--teacher-pretrained-checkpoint /nowhere"]),
         (["--eval-prompt-data", "/nowhere/x"], 1, ["--eval-prompt-data /nowhere/x", "No such file"]),
-        (["--eval-benchmark", "gsm8k"], 1, ["--eval-prompt-data ", "line 1 is not one of gsm8k"]),
+        (["--eval-benchmark", "gsm8k"], 1, ["--eval-prompt-data ", "line 1 is not a row of gsm8k"]),
         (
             ["--tensor-model-parallel-size", "2"],
             1,

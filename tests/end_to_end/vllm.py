@@ -225,7 +225,7 @@ def training(folder: Path, python: str, interface: str, *, kill: bool) -> float:
     said = launch(path)
     if killer is not None:
         killer.join()
-        assert "the job vllm ended with exit code 137, and is started again" in said, said[-3000:]
+        assert "the job vllm ended with exit code 137; starting it again" in said, said[-3000:]
     wanted, found = (steps(folder / f"{name}-{interface}") for name in ("own", "engine"))
     assert len(wanted) == len(found) == STEPS
     assert wanted[0]["loss"] > 0.1 and wanted[0]["loss"] != wanted[-1]["loss"]

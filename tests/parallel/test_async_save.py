@@ -105,5 +105,5 @@ def test_a_disk_that_refuses_stops_all_ranks(tiny, tmp_path):
         assert code == 1 and "--save" in error and "cannot be written" in error and error.count("\n") == 1, (
             error
         )
-    assert "No space left on device" in results[0][2] and "another rank says why" in results[1][2]
+    assert "No space left on device" in results[0][2] and "see the error of another rank" in results[1][2]
     assert not (tmp_path / "save" / TRACKER).exists()

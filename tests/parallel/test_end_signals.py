@@ -129,7 +129,7 @@ def last_loads(module: object, name: str, after: str, world_size: int) -> Callab
 @pytest.mark.parametrize(
     "number, code, line",
     [
-        (signal.SIGTERM, 0, " SIGTERM: the teacher ends at once\n"),
+        (signal.SIGTERM, 0, " SIGTERM: the teacher exits immediately\n"),
         (signal.SIGINT, 130, "megatron_simct.serve_teacher: interrupted\n"),
     ],
 )

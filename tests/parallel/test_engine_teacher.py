@@ -299,7 +299,7 @@ def test_the_probe_knows_a_wrong_head_and_a_wrong_engine(folders, tmp_path):
             EngineRefusal, match="--engine-hidden-dtype float16: a hidden state is beyond 65504"
         ):
             EngineClient(server.address, hidden_size=32, dtype="float16").hidden_states(probe.ids)
-        with pytest.raises(EngineRefusal, match=r"hidden states of \[32\] numbers, and config.json says 48"):
+        with pytest.raises(EngineRefusal, match=r"hidden states of \[32\] numbers, but config.json says 48"):
             EngineClient(server.address, hidden_size=48).hidden_states(probe.ids)
 
 

@@ -116,21 +116,21 @@ def test_a_stopped_run_generates_what_is_missing(run, alone):
 
 def test_another_run_is_not_mixed_into_the_folder(run, alone):
     code, error = run(alone, "--seed", "7", "--top-k", "9")
-    assert code == 1 and "holds a run that differs in seed, top_k; name another directory" in error
+    assert code == 1 and "contains a run that differs in seed, top_k; name another directory" in error
     assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (("--temperature", "0"), "--samples 2 of one greedy response"),
+        (("--temperature", "0"), "--samples 2 would all be the same"),
         (("--top-p", "0"), "--top-p 0.0: must be above 0"),
         (("--max-prompt-len", "3"), "--max-prompt-len 3: 0 has"),
         (("--apply-chat-template",), "chat"),
-        (("--responses", "x"), "--hf-checkpoint for a model that answers, or --responses"),
+        (("--responses", "x"), "--hf-checkpoint to sample responses from a model, or --responses"),
         (("--part-size", "0"), "--part-size 0: must be at least 1"),
         (("--top-k", "0"), "--top-k 0: must be at least 1, or -1 for all tokens"),
-        (("--chat-responses",), "--chat-responses: says what --responses are"),
+        (("--chat-responses",), "--chat-responses: describes --responses"),
         (("--tokenizer-model", "absent.model"), "absent.model"),
     ],
 )
@@ -148,7 +148,7 @@ def test_newer_weights_under_the_same_name_are_another_run(run, weights, alone):
         code, error = run(alone)
     finally:
         tracker.write_text(before)
-    assert code == 1 and "holds a run that differs in iteration; name another directory" in error
+    assert code == 1 and "contains a run that differs in iteration; name another directory" in error
 
 
 def test_a_folder_of_something_else_is_not_taken(run, tmp_path):
@@ -225,8 +225,7 @@ def test_programs_are_confined_as_asked_and_the_results_say_how(
     with contextlib.redirect_stderr(io.StringIO()) as errors:
         assert select_responses.main([*take, "--sandbox", "strict"]) == 1
     assert (
-        "were graded where the kernel has no Landlock" in errors.getvalue()
-        and errors.getvalue().count("\n") == 1
+        "were graded on a kernel without Landlock" in errors.getvalue() and errors.getvalue().count("\n") == 1
     )
     assert select_responses.main(take) == 0
     with contextlib.redirect_stdout(io.StringIO()) as table:

@@ -130,7 +130,7 @@ def test_the_step_that_is_asked_for_must_be_there(tiny, folder):
 def test_a_newer_one_that_the_tracker_does_not_name_is_pointed_out(tiny, folder):
     (folder / "save" / TRACKER).write_text("1")
     text = printed(argv(tiny, folder, 2))
-    assert f"after iteration 1, as {TRACKER} says; there are newer ones: 2, 3" in text
+    assert f"after iteration 1, the one in {TRACKER}; there are newer ones: 2, 3" in text
 
 
 def test_a_step_that_is_older_than_the_newest_is_saved_again(tiny, folder):
@@ -237,14 +237,14 @@ def test_the_tool_says_of_each_checkpoint_whether_it_is_whole(folder):
     as_before(folder / "save" / "iter_0000001")
     ((code, out, _),) = run_ranks(1, _verify, str(folder / "save"))
     assert code == 0 and re.sub(r"\d+\.\d+", "x", out).splitlines() == [
-        f" {folder}/save/iter_0000001: no hashes, which earlier versions did not write",
-        f" {folder}/save/iter_0000002: whole: 5 files, x MiB, verified in x s",
-        f" {folder}/save/iter_0000003: whole: 5 files, x MiB, verified in x s",
+        f" {folder}/save/iter_0000001: not checked: written by an earlier version, which stored no hashes",
+        f" {folder}/save/iter_0000002: intact: 5 files, x MiB, verified in x s",
+        f" {folder}/save/iter_0000003: intact: 5 files, x MiB, verified in x s",
     ]
     flip(newest(folder) / "metadata.json", 3)
     for code, _, err in run_ranks(2, _verify, str(folder / "save")):
         assert code == 1 and "1 of 3 damaged: iter_0000003/metadata.json (" in err
-        assert err.endswith("the newest whole one is that of iteration 2\n")
+        assert err.endswith("the newest intact one is that of iteration 2\n")
     for code, _, err in run_ranks(1, _verify, str(folder)):
         assert code == 1 and "no checkpoint there" in err
 

@@ -58,7 +58,7 @@ def _run_each(rank, world_size, folder, runs):
         for resolved in configs:
             job = build_job(resolved, groups)
             reports = train_and_record(job)
-            parameters = job.updater._ddp.module.state_dict_for_save_checkpoint()
+            parameters = job.updater.model.state_dict_for_save_checkpoint()
             norm_weight = parameters.get("decoder.final_layernorm.weight", torch.empty(0)).clone()
             results.append(([(r.sums, r.grad_norm, r.learning_rate) for r in reports], norm_weight))
     return results

@@ -397,7 +397,9 @@ def test_what_cannot_be_adapted_or_resumed_is_refused_by_name(tiny, cases, undis
     assert "--lora-target-modules q_prj: no projection" in refused(
         tiny, *command, "--lora-target-modules", "q_prj"
     )
-    assert "has no weights for adapters" in refused(tiny, *command, "--hf-checkpoint", str(tiny / "student"))
+    assert "has no weights to which adapters" in refused(
+        tiny, *command, "--hf-checkpoint", str(tiny / "student")
+    )
     save_model(tmp_path / "one head", "llama", vocab_size=360, num_key_value_heads=1)
     plain = command_line(tiny, "--hf-checkpoint", str(tmp_path / "one head"), "--lora-rank", "2")
     tp2 = run_ranks(2, run, [*plain, "--tensor-model-parallel-size", "2", "--simct-interface", "strict"])

@@ -298,7 +298,7 @@ def _step_with_a_nan(rank, world_size, folder, stage, *flags):
         parameters = [p for ddp in job.updater._chunks for p in ddp.module.parameters()]
         if groups.pp.rank() == stage:
             with torch.no_grad():
-                job.updater._ddp.module.decoder.layers[-1].mlp.linear_fc2.weight[0, 0] = math.nan
+                job.updater.model.decoder.layers[-1].mlp.linear_fc2.weight[0, 0] = math.nan
         before = [p.detach().clone() for p in parameters]
         with pytest.raises(NonFiniteError) as error:
             job.updater.step(batches)

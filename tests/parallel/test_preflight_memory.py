@@ -205,7 +205,7 @@ ACTIVATIONS = {
     "many heads": (wide(heads=16, groups=8), {}),
     "gemma2": (wide(replace(WIDE_LAYER, norms="around"), softcap=50.0), {}),
     "qwen3": (wide(qk_norm=True), {}),
-    "hunyuan": (wide(qk_norm=True, turned_norm=True), {}),
+    "hunyuan": (wide(qk_norm=True, norm_after_rope=True), {}),
     "olmo3": (wide(replace(WIDE_LAYER, norms="after"), qk_norm=True, whole_norm=True), SEQUENCE),
     "granite": (wide(replace(WIDE_LAYER, residual_scale=0.5)), {}),
     "output gate": (wide(GATED_LAYER), SEQUENCE),
@@ -293,7 +293,7 @@ def _state_bytes(rank, world_size, folder, flags):
             state for part in parts_of(job.updater._optimizer) for state in part.optimizer.state.values()
         ]
         held = sum(tensor.nbytes for state in states for name, tensor in state.items() if name != "step")
-        return sum(p.numel() for p in job.updater._ddp.module.parameters()), held
+        return sum(p.numel() for p in job.updater.model.parameters()), held
 
 
 def test_ranks_share_the_optimizers_state(tiny):

@@ -47,7 +47,7 @@ def undisturbed(tiny, tmp_path_factory) -> Path:
     """Four steps in one go on one process."""
     folder = tmp_path_factory.mktemp("undisturbed")
     text = trained(tiny, folder, 4)
-    assert "no checkpoint there yet, starting afresh" in text
+    assert "no checkpoint there yet, starting from the beginning" in text
     return folder
 
 
@@ -381,7 +381,9 @@ def test_a_signal_to_one_rank_stops_all_after_a_save(tiny, undisturbed, tmp_path
 def test_time_that_is_over_stops_after_a_save(tiny, tmp_path):
     results = run_ranks(2, run, arguments(tiny, tmp_path, 4, "--exit-duration-in-mins", "1e-6"))
     assert [code for code, _, _ in results] == [0, 0]
-    assert " --exit-duration-in-mins 1e-06 is over: saving and exiting after iteration 1\n" in results[0][1]
+    assert (
+        " --exit-duration-in-mins 1e-06 has passed: saving and exiting after iteration 1\n" in results[0][1]
+    )
     assert (tmp_path / "save" / TRACKER).read_text() == "1"
 
 

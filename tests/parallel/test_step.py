@@ -42,7 +42,7 @@ def micro_batches(job, step: int = 0):
 
 
 def parameters_of(job) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in job.updater._ddp.module.named_parameters()}
+    return {name: p.detach().clone() for name, p in job.updater.model.named_parameters()}
 
 
 # The gradient
@@ -79,7 +79,7 @@ def _one_sgd_step(rank, world_size, folder, weights, *flags):
         batches = micro_batches(job)
         by_hand = None
         if world_size == 1:
-            model = job.updater._ddp.module
+            model = job.updater.model
             # A copy: plain autograd, without the hooks that move gradients into Megatron's buffer.
             student = load_tokenizer(resolved.model.tokenizer_model)
             replica = load_model(resolved, resolved.model, groups, student, prefix="")
@@ -250,7 +250,7 @@ def _poisoned_steps(rank, world_size, folder, weights, tp):
         before, lr = parameters_of(job), optimizer.param_groups[0]["lr"]
         results = {}
         for name, (find, index, value) in POISONS.items():
-            tensor = find(job.updater._ddp.module, job.updater._loss, batches[0].labels).detach()
+            tensor = find(job.updater.model, job.updater._loss, batches[0].labels).detach()
             sound = tensor[index].clone()
             if rank == world_size - 1:
                 tensor[index] = value
@@ -292,7 +292,7 @@ def _train_broken(rank, world_size, folder, weights, temperature):
         job = build_job(resolved, groups)
         if rank == world_size - 1:
             with torch.no_grad():
-                job.updater._ddp.module.decoder.layers[0].mlp.linear_fc2.weight[0, 0] = math.nan
+                job.updater.model.decoder.layers[0].mlp.linear_fc2.weight[0, 0] = math.nan
         with pytest.raises(NonFiniteError) as error:
             train(job)
         return str(error.value)

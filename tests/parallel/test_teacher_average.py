@@ -62,7 +62,7 @@ def _follow(rank: int, world_size: int, files: Path, flags: tuple[str, ...]) -> 
     resolved = config(files, *flags)
     with process_groups(resolved.parallel, seed=1) as groups:
         job: Job = build_job(resolved, groups)
-        teacher, student = job.teacher._forward._model, job.updater._ddp.module
+        teacher, student = job.teacher._forward._model, job.updater.model
         seen, losses = [weights_of(teacher)], []
         students = []
         step = job.updater.step

@@ -73,7 +73,7 @@ def _step(
     with process_groups(resolved.parallel, seed=1) as groups:
         job = build_job(resolved, groups)
         assert job.given is not None and job.reference is not None
-        student = job.updater._ddp.module
+        student = job.updater.model
         with torch.no_grad():
             for parameter in student.parameters():
                 parameter.mul_(MOVED)

@@ -142,7 +142,7 @@ def test_every_rank_is_refused_in_the_same_words(tiny, tmp_path, name):
             f"megatron_simct.train: error on rank {rank}: {flag} {tmp_path / name}: another run writes there"
         )
         assert code == 1 and err.startswith(start) and err.count("\n") == 1, err
-        assert err.endswith(f"if it has ended: rm {tmp_path / name / '.owner.1.lock'}\n")
+        assert err.endswith(f"if it has: rm {tmp_path / name / '.owner.1.lock'}\n")
     assert [path.name for path in tmp_path.iterdir()] == [name], "what was made for the run is gone again"
 
 

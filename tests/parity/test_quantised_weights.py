@@ -360,7 +360,7 @@ def fail(folder: Path) -> str:
     [
         (
             lambda t: t.pop(O_PROJ + "_scale_inv"),
-            "has the type F8_E4M3, and has no scales that say how it is read",
+            "has the type F8_E4M3, and has no scales that describe how it is read",
         ),
         (
             lambda t: t.update({O_PROJ + "_scale_inv": torch.ones(3, 3)}),

@@ -24,11 +24,11 @@ TOKENIZERS = {
     "Llama-3.1-8B-Instruct": "llama3-hf",
     "Qwen3-235B-A22B": "qwen2.5",
 }
-SHARED_FOLDER = ("folders", "is it the same folder on every node?")
-# one by one here, up to three there, and the recipe says paper
+SHARED_FOLDER = ("folders", "this folder is usually local to a node")
+# The student splits digits one by one, the teacher in groups of up to three; the recipe uses paper.
 DIGITS = (
     "interface",
-    "cut digits differently",
+    "split digits differently",
 )
 WARNINGS = {
     "qwen2.5_7b_to_gemma2_2b": [],

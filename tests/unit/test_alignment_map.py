@@ -212,5 +212,5 @@ def test_released_pairs_are_of_equal_strings():
     assert pairs(released_map(student, teacher)) == [(0, 2), (2, 1), (3, 4)]
     assert pairs(build_alignment_map(student, teacher)) == [(0, 2), (1, 3), (3, 4)]
     assert released_map(student, teacher).stop_teacher_ids == (0,)
-    with pytest.raises(ValueError, match="--simct-shared released: .*is no tokenizer.json"):
+    with pytest.raises(ValueError, match="--simct-shared released: .*is not a tokenizer.json"):
         released_map(student, dataclasses.replace(teacher, strings=None))

@@ -476,13 +476,13 @@ def test_a_response_whose_thinking_is_not_closed_is_not_selected(tmp_path: Path)
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (("--think-marks", "<a>", "<a>"), "needs a closing mark that is not the opening one"),
-        (("--think-marks", "<a>", ""), "needs a closing mark"),
+        (("--think-marks", "<a>", "<a>"), "the closing mark must differ from the opening one"),
+        (("--think-marks", "<a>", ""), "the closing mark must differ"),
         (
             ("--think-marks", "<a>", "</a>", "--benchmark", "exact_match"),
             "exact_match compares whole responses",
         ),
-        (("--think-marks", "", "</a>", "--hf-checkpoint", "x"), "--think-marks '': only of --responses"),
+        (("--think-marks", "", "</a>", "--hf-checkpoint", "x"), "--think-marks '': is for --responses only"),
     ],
 )
 def test_marks_that_mean_nothing_are_refused(

@@ -557,7 +557,9 @@ def test_an_argument_without_an_effect_is_refused_by_name(tmp_path: Path, wrong:
     )
     assert "\n" not in str(refusal.value)
     if "thinkng" in wrong.value:
-        assert str(refusal.value).endswith("beside messages and special tokens it reads enable_thinking")
+        assert str(refusal.value).endswith(
+            "in addition to messages and special tokens it reads enable_thinking"
+        )
 
 
 @pytest.mark.parametrize("text", ["yesterday", "2024-02-30", "20240229", "2024-02-29T10:00", ""])

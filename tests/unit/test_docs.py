@@ -6,17 +6,19 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from megatron_simct.config.flags import options
-from megatron_simct.config.megatron_flags import ALWAYS
+from megatron_simct.config.flags import options, parse_config
+from megatron_simct.config.megatron_flags import ALWAYS, MEGATRON_FLAGS
 from megatron_simct.config.options import Config, TeacherConfig
 from megatron_simct.config.run_file import read_run_file
 from megatron_simct.launch import local, slurm
+from tests.printed import commands_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -40,6 +42,8 @@ OF_OTHER_PROGRAMS = {
     "--strict",  # mkdocs
     "--no-deps",  # pip
 }
+FROM_ELSEWHERE = ("from_megatron.md", "migration.md")
+"""Pages with tables whose first column has options of other programs."""
 page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 
 
@@ -52,6 +56,13 @@ def test_paths_exist(path: Path) -> None:
     named = set(
         re.findall(r"(?:\./)?((?:megatron_simct|examples|tests|tools|docs)/[\w./-]*\w)", path.read_text())
     )
+    assert sorted(name for name in named if not (ROOT / name).exists()) == []
+
+
+def test_paths_of_the_walks_for_contributors_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"`(?:\./)?((?:megatron_simct|examples|tests|tools|docs)/[\w./-]*\w)", text))
+    assert len(named) > 30
     assert sorted(name for name in named if not (ROOT / name).exists()) == []
 
 
@@ -84,8 +95,21 @@ def test_flags_exist(path: Path) -> None:
     known |= {
         f"--{side}-{name}" for side in ("teacher", "student") for name in ("tokenizer", "stop-token-ids")
     }
-    flags = set(re.findall(r"(?<![\w<!-])(--[a-z][a-z0-9-]*[a-z0-9])(?![\w-])", path.read_text()))
+    text = path.read_text()
+    if path.name in FROM_ELSEWHERE:
+        text = re.sub(r"^\|[^|]*\|", "|", text, flags=re.MULTILINE)
+        known |= MEGATRON_FLAGS.keys()
+    flags = set(re.findall(r"(?<![\w<!-])(--[a-z][a-z0-9-]*[a-z0-9])(?![\w-])", text))
     assert sorted(flags - known - OF_OTHER_PROGRAMS) == []
+
+
+def test_the_page_for_megatron_prints_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    ((command, printed),) = commands_of(ROOT / "docs" / "from_megatron.md")
+    _, _, module, *flags = shlex.split(command)
+    assert module == "megatron_simct.train"
+    with pytest.raises(SystemExit):
+        parse_config(flags)
+    assert capsys.readouterr().err == printed
 
 
 @page

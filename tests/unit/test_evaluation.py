@@ -121,35 +121,35 @@ def test_lists_and_compressed_lines_are_read(tmp_path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("gsm8k", json.dumps(GSM8K | {"answer": "3"}), "line 1 is not one of gsm8k"),
-        ("mbpp", json.dumps(GSM8K), "line 1 is not one of mbpp .KeyError: 'test_list'"),
+        ("gsm8k", json.dumps(GSM8K | {"answer": "3"}), "line 1 is not a row of gsm8k"),
+        ("mbpp", json.dumps(GSM8K), "line 1 is not a row of mbpp .KeyError: 'test_list'"),
         ("mbpp", "\n".join([json.dumps(MBPP)] * 2), "two rows have the same id"),
         ("math500", "{", "not JSON"),
         ("mbpp", json.dumps(MBPP) + "\n\n{", ", line 3: not JSON"),
         (
             "exact_match",
             json.dumps({"prompt": "Add.", "label": [3]}),
-            "line 1 is not one of exact_match .RowError",
+            "line 1 is not a row of exact_match .RowError",
         ),
         ("exact_match", "[3]", "row 1: expected a JSON object, found int"),
         (
             "gsm8k",
             json.dumps(GSM8K | {"answer": 3}),
-            "line 1 is not one of gsm8k .TypeError: its answer must be a string",
+            "line 1 is not a row of gsm8k .TypeError: its answer must be a string",
         ),
         ("gsm8k", json.dumps(GSM8K | {"question": None}), "its question must be a string"),
         ("humaneval", json.dumps(HUMANEVAL | {"prompt": None}), "its prompt must be a string"),
         (
             "livecodebench",
             json.dumps(livecodebench(STDIN, []) | {"private_test_cases": "abcd"}),
-            "line 1 is not one of",
+            "line 1 is not a row of",
         ),
         (
             "math_label",
             json.dumps({"messages": [], "label": "3"}),
-            "neither a text nor messages under 'messages'",
+            "neither a string nor messages under 'messages'",
         ),
-        ("math500", "", "holds no problems"),
+        ("math500", "", "contains no problems"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_in_a_line(tmp_path, name, content, message):
@@ -190,7 +190,7 @@ def test_private_tests_are_read_without_unpickling():
     row = livecodebench([], [])
     for harmful in (Harmful(), [Harmful(), "[]"], ["[]"], 3):
         row["private_test_cases"] = base64.b64encode(zlib.compress(pickle.dumps(harmful))).decode()
-        with pytest.raises(ValueError, match="something else than a text"):
+        with pytest.raises(ValueError, match="does not contain a string"):
             livecodebench_tests(row)
 
 

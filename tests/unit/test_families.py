@@ -530,7 +530,7 @@ def test_the_layers_of_deepseek_v3(read):
     )
     mscale = 0.1 * math.log(40) + 1
     attention = Latent(
-        heads=8, query_rank=12, rank=16, plain_dim=6, turned_dim=4, value_dim=8, scale=10**-0.5 * mscale**2
+        heads=8, query_rank=12, rank=16, nope_dim=6, rope_dim=4, value_dim=8, scale=10**-0.5 * mscale**2
     )
     rope = Rope(
         theta=10000, dim=4, kind="yarn", factor=40, original_length=4096, beta_fast=32, interleaved=True
@@ -567,7 +567,7 @@ def test_yarn_takes_what_the_file_leaves_out(read):
 def test_hunyuan_stretches_the_base(read):
     found = read(HUNYUAN)
     assert found.ropes == (Rope(theta=10000.0 * 1000 ** (8 / 6), dim=8),) and found.tied_embeddings
-    assert found.layers[0].attention.turned_norm and not found.layers[0].has_transformer_engine
+    assert found.layers[0].attention.norm_after_rope and not found.layers[0].has_transformer_engine
 
 
 GEMMA3 = GEMMA2 | {"model_type": "gemma3_text"}

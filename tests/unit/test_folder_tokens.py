@@ -367,9 +367,9 @@ def test_what_is_not_used_is_noted(folder):
     token_map = {"eos_token": "<|endoftext|>"}
     found = load_tokenizer(str(write(folder, tokenizer_config=settings, special_tokens_map=token_map)))
     assert found.notes == (
-        "tokenizer_config.json: '[PAD]' (pad_token) is no token of the vocabulary, and is not used",
-        "tokenizer_config.json: '<extra>' (extra_special_tokens) is no token of the vocabulary, and is not "
-        "used",
+        "tokenizer_config.json: '[PAD]' (pad_token) is not a token of the vocabulary, and is not used",
+        "tokenizer_config.json: '<extra>' (extra_special_tokens) is not a token of the vocabulary, and is "
+        "not used",
         "special_tokens_map.json: eos_token '<|endoftext|>' is not read; it is '<|im_end|>', as "
         "tokenizer_config.json has it",
     )
@@ -378,7 +378,8 @@ def test_what_is_not_used_is_noted(folder):
     plain = dict.fromkeys(settings) | {"added_tokens_decoder": {}, "chat_template": template}
     (note,) = load_tokenizer(str(write(folder, tokenizer_config=plain, special_tokens_map=None))).notes
     assert (
-        note == "the chat template writes '<|user|>', which is no token of the vocabulary: it is spelled in "
+        note
+        == "the chat template writes '<|user|>', which is not a token of the vocabulary: it is spelled in "
         "several"
     )
 
@@ -386,7 +387,7 @@ def test_what_is_not_used_is_noted(folder):
 def test_notes_are_lines(folder, capsys):
     report_notes(load_tokenizer(str(write(folder, tokenizer_config={"mask_token": "[MASK]"}))), None)
     assert capsys.readouterr().err == (
-        f" {folder / 'tokenizer.json'}: tokenizer_config.json: '[MASK]' (mask_token) is no token of the "
+        f" {folder / 'tokenizer.json'}: tokenizer_config.json: '[MASK]' (mask_token) is not a token of the "
         "vocabulary, and is not used\n"
     )
 

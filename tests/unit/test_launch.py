@@ -353,7 +353,7 @@ def test_no_value_of_a_local_run_reaches_a_shell(tmp_path):
         ({"cluster": {"partition": "a\n#SBATCH --wrap=x"}}, ["cluster.partition"]),
         ({"cluster": {"job_name": "x; id"}}, ["cluster.job_name"]),
         ({"cluster": {"sbatch": ["--comment=$(id)"]}}, ["cluster.sbatch[0]"]),
-        ({"cluster": {"sbatch": ["gpu"]}}, ["cluster.sbatch", "no option"]),
+        ({"cluster": {"sbatch": ["gpu"]}}, ["cluster.sbatch", "not an option"]),
         ({"cluster": {"container": {"runtime": "docker", "image": "x"}}}, ["container.runtime", "pyxis"]),
         ({"cluster": {"container": {"runtime": "pyxis"}}}, ["cluster.container", "image is missing"]),
         (
@@ -478,12 +478,12 @@ def test_a_number_of_a_job_that_is_not_one_reaches_no_command(
 
 
 LISTED = [
-    ([{"name": "a b"}], "each job needs a name of its own"),
+    ([{"name": "a b"}], "each job needs a different name"),
     (
         [{"name": "student", "kind": "student"}, {"name": "student", "kind": "teacher"}],
-        "each job needs a name of its",
+        "each job needs a different name",
     ),
-    ([{"name": "student", "kind": "teacher"}], "the name student is of the student's job"),
+    ([{"name": "student", "kind": "teacher"}], "only the student's job may have the name student"),
     ([{"name": "t", "kind": "teacher"}], "exactly one must be of kind student"),
     (
         [{"name": "s", "kind": "student"}, *({"name": n, "kind": "teacher"} for n in "abc")],
@@ -498,7 +498,7 @@ LISTED = [
         "jobs.s: env: HF_TOKEN looks like a secret",
     ),
     ([{"name": "s", "kind": "student"}, {"name": "e", "kind": "engine"}], "jobs.e: command is missing"),
-    ([{"name": "s", "kind": "student", "command": ["x"]}], "jobs.s: command: is of engines"),
+    ([{"name": "s", "kind": "student", "command": ["x"]}], "jobs.s: command: only an engine has a command"),
     (
         [{"name": "s", "kind": "student"}, {"name": "t", "kind": "teacher", "engine": "x"}],
         "jobs.t: engine 'x'",
@@ -882,5 +882,5 @@ def test_an_engine_that_dies_starts_again_and_is_stopped_at_the_end(tmp_path, mo
     )
     assert start_local(tmp_path, monkeypatch, student=student, engine=ENGINE) == 7
     captured = capsys.readouterr()
-    assert "the job vllm ended with exit code 9, and is started again" in captured.err
+    assert "the job vllm ended with exit code 9; starting it again" in captured.err
     assert "[vllm] again\n[vllm] stopped\n" in captured.out

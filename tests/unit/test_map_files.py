@@ -81,7 +81,7 @@ def test_saving_again_replaces_a_map_and_nothing_else(pair, saved, tmp_path):
     folder = tmp_path / "precious"
     folder.mkdir()
     (folder / "file").write_text("keep")
-    with pytest.raises(ValueError, match="is no alignment map"):
+    with pytest.raises(ValueError, match="is not an alignment map"):
         save_map(folder, build_alignment_map(student, teacher), student=student.table, teacher=teacher.table)
     assert (folder / "file").read_text() == "keep"
 
@@ -280,7 +280,7 @@ def test_the_tool(tmp_path, capsys):
         (["--corpus", "{dir}/rows.jsonl"], "rows.jsonl, line 2: no JSON object with 'text'; --corpus-key"),
         (["--student-tokenizer", "{dir}/none.json"], "--student-tokenizer: "),
         (["--teacher-stop-token-ids", "999"], "--teacher-tokenizer: "),
-        (["--output", "{dir}"], "--output .* exists and is no alignment map"),
+        (["--output", "{dir}"], "--output .* exists and is not an alignment map"),
     ],
 )
 def test_the_tools_errors(tmp_path, capsys, arguments, message):

@@ -91,10 +91,10 @@ ENGINES = {
         "environment",
         ("/nowhere/bin/python: no such program",),
     ),
-    "another folder": (of_the_student, "folder", ("which front expects there",)),
+    "another folder": (of_the_student, "folder", ("is not the model that front expects",)),
     "no folder": (command_with("--model=/nowhere"), "folder", ("/nowhere: no config.json there",)),
     "memory": (heavy, "memory", ("300.0 GiB of weights over 1 ranks", "raise --tensor-parallel-size")),
-    "ranks": (heavy_on_few, "processes", ("asks for 4 GPUs, and gpus_per_node is 2",)),
+    "ranks": (heavy_on_few, "processes", ("uses 4 GPUs, but gpus_per_node is 2",)),
 }
 
 
@@ -119,7 +119,7 @@ def test_a_port_in_use_and_an_engine_for_nobody_are_found(folder):
     assert found.check == "port" and "in use on this machine" in found.message
     alone = with_engine(lambda run, _: run["jobs"][1].pop("engine"))
     findings = check_run(read_run_file(str(write_run(folder, alone)))).findings
-    assert any(f.level == "warn" and "no job names it" in f.message for f in findings)
+    assert any(f.level == "warn" and "no job uses this engine" in f.message for f in findings)
 
 
 @pytest.mark.parametrize(
@@ -127,14 +127,14 @@ def test_a_port_in_use_and_an_engine_for_nobody_are_found(folder):
     [
         ({"simct_interface": "alm"}, {}, None),
         ({"simct_interface": "topk_kl", "simct_teacher_topk": 20}, {}, None),
-        ({"simct_interface": "topk_kl", "simct_teacher_topk": 50}, {}, "gives 20: add --max-logprobs"),
+        ({"simct_interface": "topk_kl", "simct_teacher_topk": 50}, {}, "returns 20: add --max-logprobs"),
         ({"simct_interface": "topk_kl", "simct_teacher_topk": 50}, {"max_logprobs": "64"}, None),
         (
             {"simct_interface": "topk_kl", "simct_teacher_topk": 5},
             {"engine_answers": "echo"},
-            "and not --simct-interface topk_kl",
+            "but not --simct-interface topk_kl",
         ),
-        ({"simct_interface": "bytes"}, {}, "and not --simct-interface bytes"),
+        ({"simct_interface": "bytes"}, {}, "but not --simct-interface bytes"),
     ],
 )
 def test_what_a_server_that_generates_can_teach(folder, interface, more, words):
@@ -179,5 +179,5 @@ def test_an_engine_serves_a_family_that_is_not_known(folder):
     edit_json(folder / "teacher" / "config.json", model_type="cohere", logit_scale=0.5)
     report = check_run(read_run_file(str(write_run(folder, with_engine()))))
     assert not report.failed
-    assert any(f.side == "front" and "its head is lm_head.weight" in f.message for f in report.findings)
+    assert any(f.side == "front" and "LM head lm_head.weight" in f.message for f in report.findings)
     assert check_run(read_run_file(str(write_run(folder)))).failed

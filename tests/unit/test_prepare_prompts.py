@@ -121,7 +121,7 @@ def test_every_reason_is_counted(prepare):
         "no label": 1,
         "half a surrogate pair": 1,
         "messages without role and content": 1,
-        "messages that do not end with the user's": 1,
+        "messages that do not end with a user message": 1,
     }
     assert report["sources"]["a"]["looked_at"] == len(rows)
 
@@ -276,24 +276,24 @@ def test_files_of_every_format(prepare, tmp_path):
     [
         ("sources: [", "not YAML"),
         ("seed: 2024-13-45", "not YAML"),
-        ("sources: []", "no list of sources"),
+        ("sources: []", "sources must be a list of sources"),
         (
             {"sources": [{"name": "a", "path": "a.jsonl", "weigth": 1}]},
             "source 1: unknown key 'weigth'; did you mean 'wei",
         ),
         ({"sources": [{"name": "a"}]}, "source 1: missing 1 required key: 'path'"),
-        (one(count=3, weight=1), "has count and weight"),
-        (one(weight=1), "there is no size"),
-        ({"size": 3} | one(), "no count and no weight"),
+        (one(count=3, weight=1), "has both count and weight"),
+        (one(weight=1), "the mixture has no size"),
+        ({"size": 3} | one(), "has neither count nor weight"),
         (one(count=0), "must be above 0"),
-        (one(prompt_key="a", messages_key="b"), "a prompt is one of them"),
-        (one(label_pattern="("), "no regular expression"),
+        (one(prompt_key="a", messages_key="b"), "has both prompt_key and messages_key"),
+        (one(label_pattern="("), "label_pattern is not a regular expression"),
         (one(path="absent.jsonl"), "absent.jsonl: No such file"),
         (one(path="mixture.yaml"), "mixture.yaml, line 1: not JSON"),
         (one(path="broken.jsonl"), "source a: "),
         (one(path="broken.jsonl"), "broken.jsonl, line 3: not JSON (Expecting"),
         (one(path="broken.jsonl.gz"), "broken.jsonl.gz: Error -3 while decompressing"),
-        (one(path=[]), "source a: path names no file"),
+        (one(path=[]), "source a: path is empty"),
         (one(path=3), "source 1: path 3: expected str | list[str]"),
         (one(count="3"), "source 1: count '3': expected int"),
         (one(count=1.5), "source 1: count 1.5: expected int"),
@@ -301,9 +301,9 @@ def test_files_of_every_format(prepare, tmp_path):
         ({"sources": "a.jsonl"}, "sources 'a.jsonl': expected list"),
         ({"seed": "x"} | one(), "seed 'x': expected int"),
         ({"seed": -1} | one(), "seed -1: must be at least 0"),
-        ({"size": 2} | one(count=3), "the counts make 3, and the size is 2"),
-        ({"size": 4} | one(count=3), "the counts make 3, and the size is 4"),
-        (one(label_pattern="(.)"), "has a label_pattern, and no label_key"),
+        ({"size": 2} | one(count=3), "the counts add up to 3, but size is 2"),
+        ({"size": 4} | one(count=3), "the counts add up to 3, but size is 4"),
+        (one(label_pattern="(.)"), "has a label_pattern but no label_key"),
         (one(label_key="label", label_pattern="[0-9]+"), "label_pattern '[0-9]+' has no group"),
         (one() | {"exclude": "a.jsonl"}, "exclude 'a.jsonl': expected list"),
         (
@@ -312,10 +312,10 @@ def test_files_of_every_format(prepare, tmp_path):
         ),
         (
             one() | {"exclude": [{"path": "a.jsonl", "prompt_key": "text"}]},
-            "no row has a text, so it excludes nothing",
+            "no row has the key text, so it excludes nothing",
         ),
-        (one(max_chars=1), "nothing is left of 3 rows"),
-        ({"sources": one()["sources"] * 2}, "two sources have one name"),
+        (one(max_chars=1), "all 3 rows were dropped"),
+        ({"sources": one()["sources"] * 2}, "two sources have the same name"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(prepare, tmp_path, mixture, message):

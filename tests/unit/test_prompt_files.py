@@ -139,7 +139,7 @@ class Unreadable:
     message: str
 
 
-EXPECTED = "; expected one JSON object a line, or one JSON list of them"
+EXPECTED = "; expected one JSON object on each line, or one JSON list of objects"
 UNREADABLE = [
     Unreadable(
         name="a comma behind a row",
@@ -174,7 +174,7 @@ UNREADABLE = [
         name="CSV",
         file="rows.csv",
         content=b"prompt,label\na,7\n",
-        message="; of a CSV file, pandas.read_csv(FILE)",
+        message="; for a CSV file, pandas.read_csv(FILE)",
     ),
     Unreadable(
         name="cut off",
@@ -192,12 +192,12 @@ UNREADABLE = [
     Unreadable(
         name="a key that stands twice",
         content=LINE + b'\n{"prompt": "a", "label": "7", "prompt": "b"}',
-        message=", line 2: the key 'prompt' stands twice in one object",
+        message=", line 2: the key 'prompt' occurs twice in one object",
     ),
     Unreadable(
         name="a key of a message that stands twice",
         content=b'{"messages": [{"role": "user", "role": "system", "content": "a"}]}',
-        message=", line 1: the key 'role' stands twice in one object",
+        message=", line 1: the key 'role' occurs twice in one object",
     ),
     Unreadable(
         name="a number of too many digits",
@@ -424,7 +424,8 @@ def test_sft_reads_the_answer_that_closes_a_conversation(tmp_path: Path) -> None
     for rows, words in (
         (
             {"messages": [ASKED]},
-            "line 1: no response (a text, or messages that end with an answer; the row has messages)",
+            "line 1: no response (expected a string, or messages that end with an answer; the row has "
+            "messages)",
         ),
         ({"messages": [ASKED, CALL]}, "line 1: an answer with tool_calls ("),
         (
@@ -452,9 +453,13 @@ REFUSED = [
     Refused(name="nothing", row={}, reason="no prompt", detail="the row has no keys"),
     Refused(name="another column", row={"question": "a"}, reason="no prompt", detail="the row has question"),
     Refused(name="a null", row={"prompt": None}, reason="no prompt", detail="the row has prompt"),
-    Refused(name="a number", row={"prompt": 3}, reason="neither a text nor messages under 'prompt'"),
-    Refused(name="an object", row={"messages": ASKED}, reason="neither a text nor messages under 'messages'"),
-    Refused(name="no messages", row={"messages": []}, reason="neither a text nor messages under 'messages'"),
+    Refused(name="a number", row={"prompt": 3}, reason="neither a string nor messages under 'prompt'"),
+    Refused(
+        name="an object", row={"messages": ASKED}, reason="neither a string nor messages under 'messages'"
+    ),
+    Refused(
+        name="no messages", row={"messages": []}, reason="neither a string nor messages under 'messages'"
+    ),
     Refused(
         name="half a surrogate pair in a text",
         row={"prompt": "\ud83d"},
@@ -470,13 +475,13 @@ REFUSED = [
     Refused(
         name="messages in quotes",
         row={"messages": json.dumps([ASKED])},
-        reason="a conversation in quotes under 'messages'",
+        reason="a conversation that is a string under 'messages'",
         detail="write it as a JSON list",
     ),
     Refused(
         name="messages in Python's quotes",
         row={"prompt": str([ASKED])},
-        reason="a conversation in quotes under 'prompt'",
+        reason="a conversation that is a string under 'prompt'",
     ),
     Refused(
         name="a text among the messages",
@@ -520,55 +525,55 @@ REFUSED = [
     Refused(
         name="a text part without text",
         row={"messages": [ASKED | {"content": [{"type": "text"}]}]},
-        reason="a part of the type 'text' without a text",
+        reason="a part of type 'text' without a string 'text'",
     ),
     Refused(
         name="a speaker of ShareGPT that has no role",
         row={"conversations": [{"from": "human", "value": "a"}, {"from": "bing", "value": "b"}]},
-        reason="messages from 'bing'",
+        reason="messages from the unknown speaker 'bing'",
         detail="message 2; known are human, user, gpt",
     ),
     Refused(
         name="a system message alone",
         row={"messages": [SYSTEM]},
-        reason="messages that do not end with the user's",
-        detail="the role 'system' comes last",
+        reason="messages that do not end with a user message",
+        detail="the last role is 'system'",
     ),
     Refused(
         name="a system message and its answer",
         row={"messages": [SYSTEM, ANSWER]},
-        reason="messages that do not end with the user's",
-        detail="the role 'system' comes last",
+        reason="messages that do not end with a user message",
+        detail="the last role is 'system'",
     ),
     Refused(
         name="an answer alone",
         row={"messages": [ANSWER]},
-        reason="messages that do not end with the user's",
-        detail="nothing stands before the answer",
+        reason="messages that do not end with a user message",
+        detail="there is no message before the answer",
     ),
     Refused(
         name="two answers in a row",
         row={"messages": [ASKED, ANSWER, ANSWER]},
-        reason="messages that do not end with the user's",
-        detail="the role 'assistant' comes last",
+        reason="messages that do not end with a user message",
+        detail="the last role is 'assistant'",
     ),
     Refused(
         name="the beginning of an answer",
         row={"messages": [ASKED, ANSWER | {"prefix": True}]},
-        reason="an answer that is to be continued",
+        reason="an unfinished answer",
         detail="message 2 has 'prefix': true",
     ),
     Refused(
         name="a system prompt in a column",
         row={"messages": [ASKED], "system": "Be brief."},
-        reason="'system' beside the messages",
+        reason="'system' next to messages",
         detail="make it the first message",
     ),
     Refused(
         name="tools in a column",
         row={"messages": [ASKED], "tools": [{"name": "f"}]},
-        reason="'tools' beside the messages",
-        detail="templates are given messages only",
+        reason="'tools' next to messages",
+        detail="chat templates only get messages",
     ),
 ]
 
@@ -586,14 +591,12 @@ def test_a_row_is_refused_by_every_reader_for_the_same_reason(tmp_path: Path, ca
     problems = write(tmp_path, [{"prompt": "a", "label": "7"}, case.row | {"label": "8"}])
     with pytest.raises(ValueError) as error:
         read_problems("math_label", str(problems))
-    assert f"line 2 is not one of math_label (RowError: {case.reason}" in str(error.value)
+    assert f"line 2 is not a row of math_label (RowError: {case.reason}" in str(error.value)
 
 
 def test_two_answers_that_differ_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path, {"messages": [ASKED, ANSWER], "response": "It is 52."})
-    with pytest.raises(
-        ValueError, match="line 1: two answers .that under 'response' is not the one that ends"
-    ):
+    with pytest.raises(ValueError, match="line 1: two answers .'response' differs from the answer that ends"):
         train(path)
     assert prepare(path, response_key="response") == ([], {"two answers": 1})
     # A mixture that does not name the column does not take it.
@@ -642,7 +645,7 @@ def test_what_is_no_label_is_refused_if_one_is_needed(tmp_path: Path, value: Any
     with pytest.raises(ValueError, match=f"line 1: {reason}"):
         train(path, need_label=True)
     assert prepare(path, label_key="label")[1] == {reason: 1}
-    with pytest.raises(ValueError, match=f"line 1 is not one of exact_match .RowError: {reason}"):
+    with pytest.raises(ValueError, match=f"line 1 is not a row of exact_match .RowError: {reason}"):
         read_problems("exact_match", str(path))
 
 
@@ -668,7 +671,7 @@ def test_a_conversation_of_a_problem_needs_a_template(tmp_path: Path, capsys: An
     argv = ["--benchmark", "exact_match", "--data", str(problems), "--responses", str(given)]
     argv += ["--output-dir", str(tmp_path / "out")]
     assert evaluate.main(argv) == 1
-    assert "0 is a conversation, which needs --chat-responses" in capsys.readouterr().err
+    assert "0 is a conversation; it needs --chat-responses" in capsys.readouterr().err
     assert evaluate.main([*argv, "--chat-responses"]) == 0
     # The response that is selected stands behind the whole conversation.
     selected = tmp_path / "warm_up.jsonl"
@@ -712,8 +715,8 @@ def test_a_row_may_have_a_prompt_for_the_teacher_alone(keys, prompt, expected):
         ({"teacher_prompt": "a", "teacher_messages": [ASKED]}, "two prompts for the teacher"),
         ({"teacher_prompt": "a", "teacher_suffix": HINT}, "two prompts for the teacher"),
         ({"teacher_messages": [ASKED, ANSWER]}, "'teacher_messages' ends with an answer"),
-        ({"teacher_messages": [SYSTEM]}, "messages that do not end with the user's"),
-        ({"teacher_suffix": 51}, "'teacher_suffix' is not a text"),
+        ({"teacher_messages": [SYSTEM]}, "messages that do not end with a user message"),
+        ({"teacher_suffix": 51}, "'teacher_suffix' is not a string"),
         ({"teacher_system": ""}, "an empty 'teacher_system'"),
         ({"teacher_suffix": "\ud800"}, "half a surrogate pair"),
     ],
@@ -762,6 +765,6 @@ def test_a_mixture_writes_hints_from_columns(tmp_path):
     assert kept[0]["teacher_messages"] == [AS_EXPERT, ASKED]
     assert prepare(write(tmp_path, rows), teacher_messages_key="hinted") == ([], {"no hinted": 2})
     with pytest.raises(
-        ValueError, match="source a has teacher_messages_key beside a teacher_system or teacher_suffix"
+        ValueError, match="source a has teacher_messages_key together with teacher_system or teacher_suffix"
     ):
         prepare(path, teacher_messages_key="hinted", teacher_suffix=HINT)

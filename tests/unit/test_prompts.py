@@ -90,7 +90,7 @@ def test_a_missing_file(tmp_path):
         ('{"prompt": "a"}\n\n{"prompt": \n', {}, ["line 3", "not JSON"]),
         ('{"prompt": "a"}\n["prompt"]\n', {}, ["line 2", "expected a JSON object"]),
         ('{"question": "a", "n": 1}\n', {}, ["line 1", "no prompt", "question, n"]),
-        ('{"prompt": 5}\n', {}, ["line 1", "neither a text nor messages under 'prompt'"]),
+        ('{"prompt": 5}\n', {}, ["line 1", "neither a string nor messages under 'prompt'"]),
         ("{}\n", {}, ["line 1", "no keys"]),
         ('{"prompt": ""}\n', {}, ["line 1", "the prompt is empty"]),
         ('{"prompt": "\\ud800"}\n', {}, ["line 1", "'prompt'", "surrogate"]),

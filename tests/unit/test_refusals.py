@@ -172,12 +172,12 @@ FOLDERS = [
     Case(
         "EOS that is no token",
         partial(folder_of, tokenizer_config={"eos_token": "<|eot|>"}),
-        ["tokenizer_config.json: '<|eot|>' (eos_token) is no token of the vocabulary"],
+        ["tokenizer_config.json: '<|eot|>' (eos_token) is not a token of the vocabulary"],
     ),
     Case(
         "BOS that is no token",
         partial(folder_of, special_tokens_map={"bos_token": {"content": "<s>"}}),
-        ["special_tokens_map.json: '<s>' (bos_token) is no token of the vocabulary"],
+        ["special_tokens_map.json: '<s>' (bos_token) is not a token of the vocabulary"],
     ),
     Case(
         "a special token that the template writes and that has no id",
@@ -188,18 +188,21 @@ FOLDERS = [
                 "additional_special_tokens": ["<turn>"],
             },
         ),
-        ["tokenizer_config.json: '<turn>' (extra_special_tokens) is no token", "the chat template writes it"],
+        [
+            "tokenizer_config.json: '<turn>' (extra_special_tokens) is not a token",
+            "the chat template writes it",
+        ],
     ),
     Case(
         "a role that the template reads and that has no id",
         partial(folder_of, tokenizer_config={"chat_template": "{{ sep_token }}", "sep_token": "<sep>"}),
-        ["tokenizer_config.json: '<sep>' (sep_token) is no token of the vocabulary"],
+        ["tokenizer_config.json: '<sep>' (sep_token) is not a token of the vocabulary"],
     ),
     Case(
         "a turn that ends with a mark of no file",
         partial(folder_of, tokenizer_config={"chat_template": ending_with("<|turn_end|>")}),
         [
-            "the chat template ends a turn with '<|turn_end|>', which is no token",
+            "the chat template ends a turn with '<|turn_end|>', which is not a token",
             "or give the stop token ids",
         ],
     ),
@@ -211,7 +214,7 @@ FOLDERS = [
             added_tokens={"<turn>": 320},
         ),
         [
-            "added_tokens.json: '<turn>' (id 320) is no token of the vocabulary, though the chat template "
+            "added_tokens.json: '<turn>' (id 320) is not a token of the vocabulary, though the chat template "
             "writes it"
         ],
     ),
@@ -314,7 +317,7 @@ FOLDERS = [
     Case(
         "an EOS that tekken.json lacks",
         partial(tekken_folder, tokenizer_config={"eos_token": "<|im_end|>"}),
-        ["tokenizer_config.json: '<|im_end|>' (eos_token) is no token of the vocabulary"],
+        ["tokenizer_config.json: '<|im_end|>' (eos_token) is not a token of the vocabulary"],
     ),
     Case(
         "an added token that tekken.json lacks",
@@ -348,7 +351,7 @@ SENTENCEPIECE = [
     Case(
         "an EOS without an id",
         partial(sentencepiece_folder, tokenizer_config={"eos_token": "<|im_end|>"}),
-        ["tokenizer_config.json: '<|im_end|>' (eos_token) is no token of the vocabulary"],
+        ["tokenizer_config.json: '<|im_end|>' (eos_token) is not a token of the vocabulary"],
     ),
     Case(
         "the id of a piece",

@@ -107,9 +107,9 @@ def test_what_a_template_finds(tmp_path):
     [
         (None, ["has no chat template", "--apply-chat-template"]),
         ([{"name": "tool_use", "template": "t"}], ["has no chat template"]),
-        ("a\n{% for %}", ["tokenizer_config.json holds a template that cannot be read: line 2 of it: "]),
-        ("{% break %}", ["tokenizer_config.json holds a template that cannot be read: 'break' outside loop"]),
-        ("{{ " + "(" * 5000 + "1 }}", ["cannot be read", "recursion"]),
+        ("a\n{% for %}", ["tokenizer_config.json has an invalid template: line 2 of it: "]),
+        ("{% break %}", ["tokenizer_config.json has an invalid template: 'break' outside loop"]),
+        ("{{ " + "(" * 5000 + "1 }}", ["has an invalid template", "recursion"]),
         (
             5,
             [
@@ -144,7 +144,7 @@ def test_folders_without_a_readable_template(tmp_path, template, words):
         ("{{ messages[0] + 1 }}", ["does not render it"]),
         ("{{ messages.append(1) }}", ["does not render it"]),
         ("{{ messages.__class__.__mro__ }}", ["does not render it"]),
-        ("{% if false %}a{% endif %}", ["renders nothing"]),
+        ("{% if false %}a{% endif %}", ["renders an empty text"]),
         ("{{ 1 / 0 }}", ["does not render it: division by zero"]),
         ("{{ range(1000000) | list }}", ["does not render it: Range too big"]),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", ["does not render it: maximum recursion depth"]),
@@ -197,13 +197,13 @@ def test_rows_hold_messages_or_the_text_of_one(read):
     "row, overrides, words",
     [
         ({"messages": CONVERSATIONS[0]}, {"chat": False}, ["messages need --apply-chat-template"]),
-        ({"messages": []}, {}, ["neither a text nor messages under 'messages'"]),
+        ({"messages": []}, {}, ["neither a string nor messages under 'messages'"]),
         ({"messages": "a"}, {"input_key": "messages"}, None),
         ({"messages": [CONVERSATIONS[0][0], "a"]}, {}, ["message 2 is not an object"]),
         ({"prompt": [{"role": "user"}]}, {}, ["message 1", "'role' and 'content'"]),
         ({"messages": [{"role": "user", "content": None}]}, {}, ["message 1"]),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, {}, ["message 1", "surrogate"]),
-        ({"messages": 5}, {}, ["neither a text nor messages under 'messages'"]),
+        ({"messages": 5}, {}, ["neither a string nor messages under 'messages'"]),
     ],
 )
 def test_wrong_messages_are_named_with_flag_and_line(read, tmp_path, row, overrides, words):

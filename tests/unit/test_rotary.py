@@ -80,7 +80,7 @@ def test_yarn_stretches_long_waves(rope):
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dim", [8, 6])
-def test_pairs_are_turned_as_complex_numbers(interleaved, dim):
+def test_pairs_are_rotated_as_complex_numbers(interleaved, dim):
     rope = replace(YARN, theta=50.0, dim=dim, original_length=16, beta_fast=3.0, interleaved=interleaved)
     x = torch.randn(9, 2, 3, dim, generator=torch.Generator().manual_seed(0)).requires_grad_()
     found = apply_rotary(x, Rotary([rope], longest=None)(9)[0], rope)

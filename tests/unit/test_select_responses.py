@@ -102,10 +102,10 @@ def test_what_cannot_be_selected_from_is_said_in_a_line(tmp_path, capsys):
         (line,) = capsys.readouterr().err.splitlines()
         return line
 
-    assert "none is kept (responses: 1 wrong)" in error()
+    assert "no response is left (responses: 1 wrong)" in error()
     assert not (tmp_path / "warm_up.jsonl").exists()
     assert "--metric pass: the responses were graded by exact_match, other" in error("--metric", "pass")
     (tmp_path / "other.jsonl").write_text(json.dumps({"prompt": "a", "label": "b"}) + "\n")
-    assert "not the problems that" in error("--data", str(tmp_path / "other.jsonl"))
+    assert "has other problems than" in error("--data", str(tmp_path / "other.jsonl"))
     (tmp_path / "run" / "results.json").unlink()
-    assert "no finished run of tools/evaluate.py" in error()
+    assert "not a finished run of tools/evaluate.py" in error()

@@ -194,11 +194,11 @@ def test_stages_that_are_not_the_models(options, message):
         ),
         (
             {"decoder_last_pipeline_num_layers": 1, "pipeline_model_parallel_layout": "E|t|L"},
-            "--decoder-last-pipeline-num-layers 1: --pipeline-model-parallel-layout says it already",
+            "--decoder-last-pipeline-num-layers 1: --pipeline-model-parallel-layout sets it already",
         ),
         (
             {"decoder_last_pipeline_num_layers": 1, "num_virtual_stages_per_pipeline_rank": 2},
-            "say it as --pipeline-model-parallel-layout",
+            "give it as --pipeline-model-parallel-layout",
         ),
     ],
 )

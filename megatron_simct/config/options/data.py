@@ -31,8 +31,8 @@ class DataConfig:
     )
     response_key: str = option(
         "response",
-        "key of the given response for --simct-interface sft; the answer that ends the messages is read if "
-        "a row does not have it",
+        "key of the given response for --simct-interface sft and --given-share; the answer that ends the "
+        "messages is read if a row does not have it",
     )
     label_key: str = option("label", "key of the expected response, which evaluation reads")
     rollout_shuffle: bool = option(True, "shuffle the prompts at every epoch, with --seed")

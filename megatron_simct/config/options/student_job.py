@@ -74,6 +74,23 @@ class Config:
     def check(self, *, data_parallel_size: int) -> None:
         """Raises ValueError, with numbers and flag, if options are invalid or contradict each other."""
         check_all_ranges(self)
+        self._check_batch(data_parallel_size)
+        self._check_terms(data_parallel_size)
+        self._check_required()
+        self._check_evaluation()
+        self._check_output()
+        self._check_rollout_engine()
+        self._check_oversampling(data_parallel_size)
+        self._check_reward()
+        self._check_importance_weights()
+        self._check_update()
+        self._check_remote_teacher()
+        self._check_mixture()
+        self._check_average()
+        self._check_templates()
+
+    def _check_batch(self, data_parallel_size: int) -> None:
+        """Raises ValueError for a batch size that is not that of the rollouts, or that cannot be divided."""
         size = self.global_batch_size
         wanted = self.training.global_batch_size
         if wanted is not None and wanted != size:
@@ -83,7 +100,9 @@ class Config:
                 f"--n-samples-per-prompt ({self.rollout.n_samples_per_prompt}) = {size}"
             )
         self._check_micro_batches(size, data_parallel_size)
-        self._check_terms(data_parallel_size)
+
+    def _check_required(self) -> None:
+        """Raises ValueError if an option is missing that every run needs."""
         required = {
             "--hf-checkpoint": self.model.hf_checkpoint,
             "--tokenizer-model": self.model.tokenizer_place,
@@ -97,6 +116,9 @@ class Config:
             raise ValueError(
                 f"missing {', '.join(missing)}: --simct-interface {self.interface.interface} needs it"
             )
+
+    def _check_evaluation(self) -> None:
+        """Raises ValueError for options of the evaluation without held-out prompts."""
         if self.evaluation.eval_benchmark != "exact_match" and self.data.eval_prompt_data is None:
             raise ValueError(
                 f"--eval-benchmark {self.evaluation.eval_benchmark} needs --eval-prompt-data, the "
@@ -104,6 +126,9 @@ class Config:
             )
         if self.evaluation.exit_eval_accuracy is not None and self.data.eval_prompt_data is None:
             raise ValueError("--exit-eval-accuracy needs --eval-prompt-data, a held-out set to measure it on")
+
+    def _check_output(self) -> None:
+        """Raises ValueError for options of checkpoints, traces and logs whose directory is missing."""
         needs_save = {
             "--exit-signal-handler": self.output.exit_signal_handler,
             "--exit-duration-in-mins": self.output.exit_duration_in_mins is not None,
@@ -114,6 +139,8 @@ class Config:
         for flag, given in needs_save.items():
             if given and self.output.save is None:
                 raise ValueError(f"{flag} needs --save, the directory of checkpoints")
+        if self.output.ckpt_step is not None and self.output.load is None:
+            raise ValueError("--ckpt-step needs --load, the directory of checkpoints")
         if self.output.profile and self.output.run_dir is None:
             raise ValueError("--profile needs --run-dir, where the trace is written")
         if self.output.profile and self.output.profile_step_end <= self.output.profile_step_start:
@@ -121,12 +148,11 @@ class Config:
                 f"--profile-step-end {self.output.profile_step_end}: must be above --profile-step-start "
                 f"({self.output.profile_step_start})"
             )
-        self._check_rollout_engine()
-        self._check_oversampling(data_parallel_size)
-        self._check_reward()
-        self._check_importance_weights()
-        if self.output.ckpt_step is not None and self.output.load is None:
-            raise ValueError("--ckpt-step needs --load, the directory of checkpoints")
+        if self.output.wandb_save_dir is not None and self.output.wandb_project is None:
+            raise ValueError("--wandb-save-dir needs --wandb-project")
+
+    def _check_update(self) -> None:
+        """Raises ValueError for options of the update, or adapters, that contradict others."""
         self.update.check()
         self.lora.check()
         if self.lora.rank and self.model.pretrained_checkpoint is not None:
@@ -144,6 +170,9 @@ class Config:
             )
         if self.parallel.ddp_bucket_size is not None and not self.parallel.overlap_grad_reduce:
             raise ValueError("--ddp-bucket-size needs --overlap-grad-reduce")
+
+    def _check_remote_teacher(self) -> None:
+        """Raises ValueError for options of a teacher in another job that contradict each other."""
         if (
             self.teacher_job.endpoint
             and self.teacher_job.timeout_minutes >= self.parallel.distributed_timeout_minutes
@@ -174,8 +203,9 @@ class Config:
                 raise ValueError(
                     f"--{prefix}teacher-endpoint {' '.join(places)}: give one directory, or addresses only"
                 )
-        self._check_mixture()
-        self._check_average()
+
+    def _check_templates(self) -> None:
+        """Raises ValueError for options of chat templates without --apply-chat-template."""
         for flag, text in {
             "--chat-template-kwargs": self.model.chat_template_kwargs,
             "--teacher-chat-template-kwargs": self.teacher.chat_template_kwargs,
@@ -184,8 +214,6 @@ class Config:
         }.items():
             if text is not None and not self.data.apply_chat_template:
                 raise ValueError(f"{flag} needs --apply-chat-template")
-        if self.output.wandb_save_dir is not None and self.output.wandb_project is None:
-            raise ValueError("--wandb-save-dir needs --wandb-project")
 
     def _check_rollout_engine(self) -> None:
         """Raises ValueError for engine options without an engine, or if a required option is missing."""

@@ -1,10 +1,10 @@
-"""`alm`: one event a segment, "the model says these bytes" (arXiv:2503.20083).
+"""`alm`: one event for each segment, "the model writes these bytes" (arXiv:2503.20083).
 
 With a and b the teacher's and the student's surprise at a segment, -sum log p over its own tokens (nats, at
-least FLOOR): tau times the KL of the events "says it", of probability e^(-a / tau) and e^(-b / tau). At tau =
-inf that is (b - a) - a log(b / a).
+least FLOOR): tau times the KL of that event in both models, of probability e^(-a / tau) and e^(-b / tau). At
+tau = inf that is (b - a) - a log(b / a).
 
-It reads the labels' log-probabilities alone, so it says nothing of what else could have been said.
+It reads the labels' log-probabilities alone, so it does not compare texts that were not sampled.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`bpm`: the teacher's next-token distribution over the student's tokens, at every student label.
 
 Byte-prefix marginals (arXiv:2607.22334). With b(.) the bytes of a token, c the bytes that the student has
-said since the last end of a teacher token, q the teacher's distribution there, and phi_c(w) the student's
+written since the last end of a teacher token, q the teacher's distribution there, and phi_c(w) the student's
 longest token that b(w) without c begins with:
 
     t(u) = sum of q(w) over the teacher's tokens w with c <= b(w), phi_c(w) = u        renormalized over the u
@@ -12,17 +12,16 @@ probability of the realized path to its end, taken from the token that the path 
 
     t(s) = q_j(w_j) * prod q_k(w_k) * sum of q(w) over r <= b(w)     r: the rest of s; before renormalizing
 
---simct-child-weight L adds the child term of ESCD (arXiv:2609.34738). Of the teacher's tokens that the
-student has none for, those of which one begins as the other are a group g, with y its shortest. Where the
-student said s at the start of a segment, at the row behind s, for every group whose y begins with s and goes
-on with r:
+--simct-child-weight L adds the child term of ESCD (arXiv:2609.34738). The teacher's tokens without
+a student token of the same bytes form groups g by common prefixes; y is the shortest token of a group. If the
+student sampled s at the start of a segment, the row behind s gets, for every group whose y is s and then r:
 
     loss = loss - L sum over g of M(g) log sum of p(u) over r <= b(u)        M(g) = sum of q(w) over w in g
 
-Of the teacher's tokens the k likeliest of each row are read (teacher_topk.py), and what was said. Forward KL
-or js: a target is 0 for most tokens, where reverse KL is infinite. The target knows where the student's text
-ends a teacher token, so "goes on or stops here" gets what the student itself does as its target; and where
-the student has the longer tokens, the mass of all texts but the sampled one goes to a short token.
+Of the teacher's tokens the k most likely of each row are read (teacher_topk.py), and the sampled one. Forward
+KL or js: a target is 0 for most tokens, where reverse KL is infinite. The target knows where the student's
+text ends a teacher token, so "goes on or stops here" gets what the student itself does as its target; and
+where the student has the longer tokens, the mass of all texts but the sampled one goes to a short token.
 """
 
 from __future__ import annotations
@@ -78,20 +77,27 @@ def targets_of_labels(
     for a, (ts, te, ss, se) in enumerate(segments):
         theirs = labels[1][ts:te]
         text = b"".join(teacher[i] for i in theirs)
+        # Offsets are in bytes from the segment's start: ends[j] is where teacher token j ends, `at` where the
+        # student's label begins.
         ends = list(itertools.accumulate(len(teacher[i]) for i in theirs))
         at = 0
         for label in range(ss, se):
             token = labels[0][label]
+            # j: the teacher token that spells byte `at`; its row is conditioned on the text up to `start`, so
+            # of its tokens those count that begin with text[start:at].
             j = min(bisect.bisect_right(ends, at), len(theirs) - 1)
             start, end = ends[j] - len(teacher[theirs[j]]), at + len(student[token])
             mass = masses(likely.rows[ts + j], text[start:at])
             if end > ends[j]:
-                # the teacher's tokens before it end within the student's
+                # Teacher tokens j .. inside - 1 end within the student's token; `left` are the bytes of it
+                # behind them, which the teacher's next token must begin with.
                 inside = bisect.bisect_right(ends, end)
+                left = text[ends[inside - 1] : end]
                 path = math.exp(math.fsum(likely.own_log_probs[ts + j : ts + inside]))
-                if left := text[ends[inside - 1] : end]:
+                if left:
                     row = likely.rows[ts + inside].items()
                     path *= math.fsum(math.exp(log_q) for w, log_q in row if teacher[w].startswith(left))
+                # The realized path leaves the student token that its first bytes alone would give it to.
                 cell = translation.longest_prefix(text[at : ends[j]])
                 if cell >= 0:
                     mass[cell] = max(0.0, mass[cell] - path)
@@ -114,7 +120,9 @@ def with_children(
     targets = targets_of_labels(segments, labels, likely, translation)
     found: list[Event] = []
     groups: list[int] = []
+    num_groups = 0
     for a, (ts, _, ss, _) in enumerate(segments):
+        # Only teacher tokens that begin with the student's first token and go on have children.
         sampled = translation.student[labels[0][ss]]
         if not sampled or ss + 1 == len(labels[0]):
             continue
@@ -127,7 +135,8 @@ def with_children(
             tokens = translation.beginning_with(y[len(sampled) :])
             if tokens and mass > 0:
                 found += [(a, ss + 1, ss + 1, u, math.log(mass)) for u in tokens]
-                groups += [groups[-1] + 1 if groups else 0] * len(tokens)
+                groups += [num_groups] * len(tokens)
+                num_groups += 1
     children, alone = as_entries(found), torch.full_like(targets.label, -1)
     both = {one.name: [getattr(side, one.name) for side in (targets, children)] for one in fields(EntryBatch)}
     both["group"] = [alone, torch.tensor(groups, dtype=torch.int64)]
@@ -165,10 +174,11 @@ def _children(log_p: torch.Tensor, log_mass: torch.Tensor, group: torch.Tensor) 
     """[E]: the child term of each group, at its first entry; 0 elsewhere."""
     of_group = group + 1  # 0 is what has no group
     size = (len(group) + 1,)
-    largest = log_p.new_full(size, NEGATIVE_INFINITY).scatter_reduce(0, of_group, log_p.detach(), "amax")[
-        of_group
-    ]
+    # Log-sum-exp over each group, relative to the largest of its entries.
+    maxima = log_p.new_full(size, NEGATIVE_INFINITY)
+    largest = maxima.scatter_reduce(0, of_group, log_p.detach(), "amax")[of_group]
     sums = log_p.new_zeros(size).index_add(0, of_group, (log_p - largest).exp())[of_group]
+    # Entries of a group are side by side: the first is one whose predecessor has another group.
     is_first = (group >= 0) & (group != torch.cat([group.new_full((1,), -1), group[:-1]]))
     return torch.where(is_first, -log_mass.exp() * (sums.log() + largest), 0)
 

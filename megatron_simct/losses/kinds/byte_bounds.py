@@ -2,8 +2,8 @@
 position.
 
 Known masses s_e, t_e of the events, divided by each model's whole, known plus unresolved u_S, u_T, are lower
-bounds. The truth is s_e + a_e and t_e + b_e with 0 <= a_e <= cS_e, sum of a = u_S, and b likewise. The loss
-is
+bounds. The truth is s_e + a_e and t_e + b_e with 0 <= a_e <= cS_e, sum of a = u_S, and the same for b. The
+loss is
 
     min over a, b of  sum over e of  d(s_e + a_e, t_e + b_e),      d(p, q) = q f(p / q)
 
@@ -93,6 +93,8 @@ def least_divergence(bounds: Bounds, *, divergence: str, js_beta: float) -> Leas
     s, t = s + FLOOR, t + FLOOR
     total = _sums(torch.full_like(s, FLOOR), position, num_positions) + 1
     highest_floor, lowest_ceiling = torch.maximum(s, t), torch.minimum(s + cap_s, t + cap_t)
+    # Value 0: every event's intervals overlap, and a common distribution fits: the highest lower bounds add
+    # up to at most the total, the lowest upper bounds to at least the total.
     apart = _sums((highest_floor > lowest_ceiling).to(s.dtype), position, num_positions)
     agree = (
         (apart == 0)
@@ -101,6 +103,8 @@ def least_divergence(bounds: Bounds, *, divergence: str, js_beta: float) -> Leas
     )
     left = ~agree
     tried = (_resolved, _outer, _inner, _joint)
+    # Each candidate is tried on the positions that no earlier one has solved. `part` numbers these positions
+    # and their events anew; `done` and `where` select the places of its results.
     for solve in tried:
         if not bool(left.any()):
             break
@@ -152,6 +156,7 @@ def _write(
     ratio, low = solved.ratio[chosen], solved.low.clamp(min=FLOOR**2)
     slope = _slope(ratio, divergence, js_beta)
     slope_low = _slope(low, divergence, js_beta)
+    # Positions that are solved now are numbered without gaps, in the order of found.values[done].
     number = right.cumsum(0) - 1
     terms = solved.q[chosen] * _value(ratio, divergence, js_beta)
     found.values[done] = _sums(terms, number[position[chosen]], int(right.sum()))
@@ -203,6 +208,7 @@ def _outer(bounds: Bounds) -> _Solved:
     """A"""
     (s, t), (cap_s, cap_t), position = bounds.known, bounds.caps, bounds.position
     s, t = s + FLOOR, t + FLOOR
+    # lo spends the student's unresolved mass, 1 / hi the teacher's; the candidate holds if lo < hi.
     low = _level(t, s, cap_s, bounds.unresolved[0], position)
     inverse_high = _level(s, t, cap_t, bounds.unresolved[1], position)
     a, b = _clip(low[position] * t - s, cap_s), _clip(inverse_high[position] * s - t, cap_t)
@@ -222,6 +228,7 @@ def _inner(bounds: Bounds) -> _Solved:
     (s, t), (cap_s, cap_t), position = bounds.known, bounds.caps, bounds.position
     s, t = s + FLOOR, t + FLOOR
     top_s, top_t = s + cap_s, t + cap_t
+    # As in A, with the other model at its upper bound; the candidate holds if lo > hi.
     low = _level(top_t, s, cap_s, bounds.unresolved[0], position)
     inverse_high = _level(top_s, t, cap_t, bounds.unresolved[1], position)
     a, b = _clip(low[position] * top_t - s, cap_s), _clip(inverse_high[position] * top_s - t, cap_t)
@@ -249,6 +256,7 @@ def _joint(bounds: Bounds) -> _Solved:
     steps = torch.cat([above, below]), torch.cat([s, -top_s]), torch.cat([-top_t, t])
     start = total - _sums(s, position, num_positions), -total + _sums(top_t, position, num_positions)
     at, constant, slope = _running(steps, torch.cat([position, position]), start)
+    # The sum falls in r: the root is behind the last break point at which it is positive.
     positive = constant + slope * at[0] > 0
     last = _largest(torch.where(positive, at[0], 0), at[1], num_positions)[position]
     is_high, is_low = above > last, below <= last
@@ -283,12 +291,15 @@ def _level(
     can = cap > 0
     slope, offset = torch.where(can, slope, 0), torch.where(can, offset, 0)
     begins, ends = (torch.where(can, x / torch.where(can, slope, 1), 0) for x in (offset, offset + cap))
+    # clip(slope x - offset, 0, cap) starts to rise at offset / slope and stops at (offset + cap) / slope: at
+    # the first point `slope x - offset` is added, at the second it is replaced by cap.
     steps = torch.cat([begins, ends]), torch.cat([-offset, offset + cap]), torch.cat([slope, -slope])
     zero = torch.zeros_like(target)
     at, constant, gradient = _running(steps, torch.cat([position, position]), (zero, zero))
     reached = constant + gradient * at[0] < target[at[1]]
     at_last = _largest(torch.where(reached, at[0], 0), at[1], num_positions)
     last = at_last[position]
+    # At the level, events before it are full, those around it move, and the others have not begun.
     full = ends <= last
     moving = (begins <= last) & ~full
     rising = _sums(torch.where(moving, slope, 0), position, num_positions)
@@ -307,12 +318,14 @@ def _running(
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor]:
     """Break points in order, with their positions, and constant and slope of the sum behind each of them."""
     at, constant, slope = steps
+    # Sort by break point, then, stably, by position: break points ascend within each position.
     order = at.argsort()
     order = order[position[order].argsort(stable=True)]
     at, constant, slope, position = at[order], constant[order], slope[order], position[order]
     first = torch.ones_like(position, dtype=torch.bool)
     first[1:] = position[1:] != position[:-1]
     begins = first.nonzero().squeeze(1)[first.cumsum(0) - 1]
+    # Running sums that begin anew at each position: less what had been summed before its first entry.
     sums = []
     for values, initial in ((constant, start[0]), (slope, start[1])):
         running = values.cumsum(0)

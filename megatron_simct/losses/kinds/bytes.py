@@ -100,6 +100,8 @@ class ByteOrder:
     @classmethod
     def of(cls, table: TokenTable, *, shard_start: int, shard_end: int, device: torch.device) -> ByteOrder:
         """Byte order of the ids [shard_start, shard_end), padding included."""
+        # order[j]: the id at place j of the whole vocabulary's byte order. `columns` keeps those of this
+        # rank; `local` turns a place in the whole order into a place among them.
         order = byte_trie(table).order
         is_local = (order >= shard_start) & (order < shard_end)
         return cls(
@@ -137,6 +139,7 @@ class SharedRows:
         self, log_segments: torch.Tensor, log_probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """([G], [N]) for `part.sums`, from those of the rows that this rank holds. One all-reduce."""
+        # Every exchanged segment is summed by one rank, the others send 0: a SUM gathers the values.
         exchanged = log_segments.new_zeros(self.part.num_exchanged)
         exchanged[self.part.sent] = log_segments[self.part.sent_segment]
         of_all = log_probs.new_zeros(self.num_labels).index_copy(0, self.index, log_probs)
@@ -147,6 +150,8 @@ class SharedRows:
         self, of_segments: torch.Tensor, of_labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients of what `complete` was given, from those of what it returned. One all-reduce."""
+        # Of what `complete` returned, the first num_local segments are this rank's own; the others came from
+        # ranks that need their gradient back.
         num_local = len(self.part.rows.segment_row)
         exchanged = of_segments.new_zeros(self.part.num_exchanged)
         exchanged[self.part.received] = of_segments[num_local:]
@@ -183,6 +188,7 @@ def teacher_byte_statistics(
     log_segments, log_probs = _log_probs(sums, rows), sums.log_probs
     if shared is None:
         return log_masses(log_segments, log_probs, side), log_probs + lse, lse
+    # A slot is added up by the rank that has its last row; the others send 0.
     slots = log_segments.new_zeros(len(side.last_row))
     slots[shared.part.slots] = log_masses(*shared.complete(log_segments, log_probs), shared.part.sums)
     dist.all_reduce(slots, group=shared.group)
@@ -269,6 +275,7 @@ def byte_loss(
         log_segments, log_probs = _log_probs(sums, rows), sums.log_probs
         if shared is not None:
             log_segments, log_probs = shared.complete(log_segments, log_probs)
+        # All slots of a position have one last row, so it does not matter which write wins.
         label_of_position = side.last_row.new_zeros(batch.num_positions)
         label_of_position.scatter_(0, batch.slot_position, side.last_row)
         factors = None
@@ -279,6 +286,7 @@ def byte_loss(
         inputs = (log_segments.detach().requires_grad_(), log_probs.detach().requires_grad_())
         student = log_masses(inputs[0], inputs[1], side)
         if batch.slot_cap is not None:
+            # The derivatives are known, so `student` itself is differentiated, weighted by them.
             values, of_student, shares = bounded_divergences(
                 student.detach(), batch.teacher_logprobs, batch, divergence=divergence, js_beta=js_beta
             )
@@ -300,6 +308,7 @@ def byte_loss(
         if source.needs_gradient:
             of_segments, of_labels = torch.autograd.grad(differentiated, inputs, weights)
             if shared is not None:
+                # From the segments and labels that slots of this rank read to those whose rows it holds.
                 of_segments, of_labels = shared.gradients(of_segments, of_labels)
             if terms is not None:
                 of_labels = of_labels + torch.autograd.grad(terms.sum(), own)[0]
@@ -311,9 +320,10 @@ def byte_loss(
         metrics = {"loss_bytes_sum": values.sum(), "byte_positions": num_positions} | shares
         label_losses = torch.zeros_like(log_probs).index_add(0, label_of_position, values.to(log_probs.dtype))
         if terms is not None:
-            label_losses.index_add_(
-                0, torch.arange(len(terms), device=terms.device) if shared is None else shared.index, terms
-            )
+            if shared is None:
+                label_losses += terms
+            else:
+                label_losses.index_add_(0, shared.index, terms)
     return ByteLoss(
         sum=source.attach(total.detach()),
         log_probs=sums.log_probs,
@@ -342,6 +352,8 @@ def bounded_divergences(
     assert batch.slot_cap is not None, "events of plan_byte_bounds"
     position, event, num_positions = batch.slot_position, batch.slot_event, batch.num_positions
     is_event, is_free = (event <= STOP) | (event == OTHERS), event == FREE
+    # Three kinds of slots: events with known mass, unresolved mass (FREE, ENDED), and CAP, which is a part of
+    # ENDED and therefore not counted in the total.
     is_unresolved = is_free | (event == ENDED)
     has_cap, cap = batch.slot_cap >= 0, batch.slot_cap.clamp(min=0)
     shares, unresolved, caps = [], [], []
@@ -362,6 +374,8 @@ def bounded_divergences(
     found = least_divergence(bounds, divergence=divergence, js_beta=js_beta)
 
     share = shares[0]
+    # Chain rule: an event's cap is FREE + the slot that slot_cap names, so the caps' derivatives are added to
+    # these two; then from shares to log masses, with the total of the position as the normalizer.
     of_share = torch.where(is_unresolved, found.of_unresolved[position], 0)
     of_share[is_event] = found.of_known
     of_caps = torch.zeros_like(share)
@@ -393,6 +407,7 @@ def position_divergences(
     rest = rest.scatter_reduce(0, position, torch.where(is_rest, index, -1), "amax")[position]
     with torch.no_grad():
         merged = _may_agree(student, teacher, batch, is_event=is_event, has_rest=rest >= 0)
+    # A merged byte is added to the rest of its position; without a rest it is left out (`used`).
     target = torch.where(merged & (rest >= 0), rest, index)
     used = is_event & ((rest >= 0) | ~merged)
     alive = is_event & ~merged
@@ -452,9 +467,8 @@ def _bounds(
     # The SLACK slot is empty for a model without loose bytes. OUTSIDE mass (mixtures) is not part of the
     # slack.
     is_slack = batch.slot_event == SLACK
-    slack = masses.new_zeros(batch.num_positions).index_add(0, position, torch.where(is_slack, masses, 0))[
-        position
-    ]
+    of_positions = masses.new_zeros(batch.num_positions)
+    slack = of_positions.index_add(0, position, torch.where(is_slack, masses, 0))[position]
     total = torch.where(has_rest, 1, 1 + slack)  # the rest includes the slack
     upper = torch.where(loose, (masses + slack) / total, masses)
     return masses / total, upper
@@ -469,6 +483,7 @@ def _floored(
 ) -> torch.Tensor:
     """[E]: probabilities of the events that are left, at least FLOOR."""
     log_masses = torch.where(used, log_masses, NEGATIVE_INFINITY)
+    # Log masses of a position are normalized relative to their maximum.
     reference = torch.full(
         (num_positions,), NEGATIVE_INFINITY, dtype=log_masses.dtype, device=log_masses.device
     )
@@ -483,6 +498,8 @@ def log_masses(log_segments: torch.Tensor, log_probs: torch.Tensor, side: ByteSi
     """[G], [n] -> [E]: the entries of each slot added up, each relative to the realized path."""
     # log A_k; in float64, as the sums over a whole micro-batch are long and their differences short.
     path = torch.cat([log_probs.new_zeros(1, dtype=torch.float64), log_probs.double().cumsum(0)])
+    # path[k] is log A_k, the log-probability of the first k labels, over all responses of the micro-batch:
+    # only differences within a response are read.
     row, last = side.segment_row[side.entry_segment], side.last_row[side.entry_slot]
     terms = log_segments[side.entry_segment] + (path[row] - path[last]).to(log_segments.dtype)
     return _log_sums(terms, side.entry_slot, len(side.last_row))
@@ -519,12 +536,14 @@ def _row_sums(
     own = torch.zeros_like(maxima)
     own_place = _own_places(labels, order, shard_start)
     for start, end, lengths in _tiles(side, order, source.num_rows):
+        # Columns come in byte order, so that every segment is a run of columns in its row of the tile.
         tile = source.logits_at(order.columns[start:end])
         own += own_logits(tile, own_place, start)
         new_maxima = torch.maximum(maxima, row_maxima(tile))
         reference = finite_reference(new_maxima)
         segments *= (maxima - reference).exp()[side.segment_row]
         tile = (tile - reference.unsqueeze(1)).exp_()
+        # The segments of the tile, row by row, cover it: one flat reduction with their lengths.
         segments += torch.segment_reduce(tile.flatten(), "sum", lengths=lengths, unsafe=True)
         maxima = new_maxima
     (global_maxima,) = reduce_packed([maxima], dist.ReduceOp.MAX, group)
@@ -551,6 +570,8 @@ def _add_gradient(
     """Add the gradient of the logits, from those of the segments' [G] and the labels' [n]
     log-probabilities.
     """
+    # log p(segment) = log(segment sum) - log(row sum): its gradient g gives every e^z of the segment g /
+    # segment sum, and takes g / row sum from every e^z of the row. So does the label's gradient from its row.
     whole_row = of_labels.index_add(0, side.segment_row, of_segments) / sums.totals
     weights = torch.where(sums.segments > 0, of_segments / sums.segments, 0) - whole_row[side.segment_row]
     own_place = _own_places(labels, order, shard_start)
@@ -566,6 +587,7 @@ def _tiles(side: ByteSideBatch, order: ByteOrder, num_rows: int) -> Iterator[tup
     """Ranges of this rank's columns in byte order, and how many columns of the range each segment [G] has."""
     num_columns = len(order.columns)
     first = order.local[side.segment_start]
+    # A segment ends where the next one of its row begins, the last one of a row behind all columns.
     last_of_row = torch.ones_like(side.segment_row, dtype=torch.bool)
     last_of_row[:-1] = side.segment_row[1:] != side.segment_row[:-1]
     ends = torch.where(last_of_row, num_columns, first.roll(-1))
@@ -576,10 +598,11 @@ def _tiles(side: ByteSideBatch, order: ByteOrder, num_rows: int) -> Iterator[tup
 
 
 def _own_places(labels: torch.Tensor, order: ByteOrder, shard_start: int) -> torch.Tensor:
-    """int64 [n]: the place of each label among this rank's columns in byte order, -1 where another rank has
+    """int64 [n]: the place of each label among this rank's columns in byte order, -1 if another rank has
     it.
     """
     num_columns = len(order.columns)
+    # place: from a local column to its place in byte order; one entry more, for padding and other ranks.
     place = labels.new_full((num_columns + 1,), -1)
     place[order.columns] = torch.arange(num_columns, device=labels.device)
     local = labels - shard_start

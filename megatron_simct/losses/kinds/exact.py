@@ -54,7 +54,7 @@ class FirstTokens:
         )
 
     def special(self) -> torch.Tensor:
-        """int64 [A, 3]: the three, each id once; -1 where it has been named by a later column or, the second,
+        """int64 [A, 3]: the three, each id once; -1 if it has been named by a later column or, the second,
         by the first."""
         teacher = torch.where((self.teacher == self.own) | (self.teacher == self.replaced), -1, self.teacher)
         return torch.stack(
@@ -79,6 +79,7 @@ def value(rows: Rows) -> RowValues:
         rows.special - rows.log_norm.unsqueeze(1),
         stats.special_teacher - lse_t.unsqueeze(1),
     )
+    # log P of the unit's path in each model; goes_on_s: log P without the first token's factor.
     path_s = rows.total(log_probs, "student").masked_fill(~rows.has_unit, NEGATIVE_INFINITY)
     path_t = rows.total(rows.teacher_log_probs, "teacher").masked_fill(~rows.has_unit, NEGATIVE_INFINITY)
     goes_on_s = rows.total(log_probs.index_fill(0, rows.start, 0), "student")
@@ -90,6 +91,7 @@ def value(rows: Rows) -> RowValues:
     teacher_at_own = own_is_shared & (first.teacher == first.own)
     teacher_at_second = special_t[:, 1] > NEGATIVE_INFINITY
     teacher_is_replaced = (first.teacher == first.replaced) & (first.teacher >= 0)
+    # Columns: own first token, teacher's first token, unit (with the token of the same bytes).
     log_p = torch.stack(
         [
             torch.where(own_is_shared, special_s[:, 0] + turns_s, NEGATIVE_INFINITY),
@@ -108,6 +110,7 @@ def value(rows: Rows) -> RowValues:
     )
     shared = rows.shared_sums(norms)
     known = known_sums(log_p.detach(), log_q, rows.config.divergence, rows.config.js_beta)
+    # The first token is not shared: what leaves the path behind it belongs to the rest.
     own_is_outside = (first.special()[:, 0] >= 0) & rows.has_unit & ~own_is_shared
     turns_off = (own_s + turns_s).masked_fill(~own_is_outside, NEGATIVE_INFINITY)
     # log of 0 has no derivative.

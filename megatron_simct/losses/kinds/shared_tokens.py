@@ -55,6 +55,7 @@ def value(rows: Rows) -> RowValues:
     norms = Norms(
         student_max=stats.student_max,
         teacher_max=stats.teacher_max,
+        # U is the shared tokens and the unit; without a unit its score is -inf and adds nothing.
         student_log_z=torch.logaddexp(stats.sums["z_s"].log(), unit_s.detach()),
         teacher_log_z=torch.logaddexp(stats.sums["z_t"].log(), unit_t),
     )
@@ -85,6 +86,7 @@ def unit_scores(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     power = LENGTH_POWER[rows.config.unit_score]
 
     def score(log_probs: torch.Tensor, side: SideName) -> torch.Tensor:
+        # The sum over k labels divided by k^power; mean * k^(1 - power) is the same.
         return rows.mean(log_probs, side) * rows.length(side).to(log_probs.dtype) ** (1 - power)
 
     # The log-sum-exp is label_max + log_sums: the two maxima cancel first.

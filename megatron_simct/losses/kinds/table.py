@@ -45,7 +45,7 @@ INTERFACES = {
 
 
 def interface_of(config: InterfaceConfig) -> Interface:
-    """Raises ValueError for a name that is none."""
+    """Raises ValueError for an unknown name."""
     found = INTERFACES.get(config.method().interface)
     if found is None:
         raise ValueError(

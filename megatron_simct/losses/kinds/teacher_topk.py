@@ -12,7 +12,7 @@ teacher:
     m:1        b(s_1 .. s_m-1) b(u) = b(t)    prod_i<m p(s_i) p(u)       q(t)
     m:n        the sampled tokens alone
 
-The tokens t are the teacher's k likeliest of that row; what was said is forced in; REST = 1 - sum. The loss
+The tokens t are the teacher's k most likely of that row and always the sampled one; REST = 1 - sum. The loss
 of a segment is the divergence of the two partitions; published with forward KL and js. A student's path of
 several tokens is a prefix ("goes on with 0"), a teacher's token is not ("0, and no more of this token"):
 behind a path the events are not the same events, so the loss moves a perfect student.
@@ -41,11 +41,11 @@ Event = tuple[int, int, int, int, float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Likely:
-    """What a teacher says of one response, by id."""
+    """A teacher's log-probabilities for one response, by token id."""
 
     rows: Mapping[int, Mapping[int, float]]
-    """For each teacher label whose row was asked for: token -> log-probability, descending, and what was
-    said.
+    """For each teacher label whose row was requested: token -> log-probability, descending; the label itself
+    is always among them.
     """
     own_log_probs: Sequence[float]
     """The log-probability of every teacher label."""
@@ -78,10 +78,13 @@ def events_of_segments(
     for a, (ts, te, ss, se) in enumerate(segments):
         if te - 1 not in likely.rows:
             continue
+        # The distributions of the last tokens, behind the realized tokens before them (`before`: log-
+        # probability of the teacher's).
         own, theirs, row = labels[0][ss:se], labels[1][ts:te], likely.rows[te - 1]
         before = math.fsum(likely.own_log_probs[ts : te - 1])
         log_q = {own[-1]: row[theirs[-1]]}
         if len(own) == len(theirs) == 1:
+            # 1:1: tokens of equal bytes; all stop tokens of the teacher are one event.
             stop = [math.exp(value) for token, value in row.items() if token in stops_t]
             if stop and stop_s is not None and (own[-1] == stop_s or theirs[-1] not in stops_t):
                 log_q[stop_s] = math.log(math.fsum(stop))
@@ -89,6 +92,8 @@ def events_of_segments(
                 if token != theirs[-1] and same[token] >= 0:
                     log_q.setdefault(same[token], value)
         elif len(own) == 1 or len(theirs) == 1:
+            # 1:n or m:1: a teacher token counts if what it spells, from the segment's start on, is the
+            # student's tokens before the last one and then a token of the student's vocabulary.
             behind_t = b"".join(teacher[i] for i in theirs[:-1])
             behind_s = b"".join(student[i] for i in own[:-1])
             for token, value in row.items():
@@ -109,7 +114,7 @@ def response_entries(
     pair: AlignedPair,
     scored: ScoredPair,
 ) -> EntryBatch:
-    """Those of one response of a run. build: of Interface.entries."""
+    """The entries of one response of a run. build: the function of Interface.entries."""
     assert scored.topk is not None and scored.topk_ids is not None, "asked for by TeacherNeeds.token_ids"
     labels = pair.teacher_ids.tolist()
     likely = Likely.of(
@@ -130,6 +135,7 @@ def log_events(rows: Rows) -> tuple[torch.Tensor, torch.Tensor, EntryBatch]:
     """[E] each: log P_S, differentiable, and log P_T."""
     entries = rows.labels.entries
     assert entries is not None, "check_labels refuses labels without entries"
+    # path[k]: the log-probability of the labels before k; an entry's path is labels [start, label).
     path = torch.cat([rows.log_probs.new_zeros(1), rows.log_probs.cumsum(0)])
     log_sums = rows.statistics.label_max[entries.label] + rows.log_sums[entries.label]
     log_p = rows.entries - log_sums + path[entries.label] - path[entries.start]
