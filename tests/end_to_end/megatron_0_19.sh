@@ -25,5 +25,6 @@ export OMP_NUM_THREADS=1
     tests/parallel/test_update_options.py tests/parallel/test_shared_optimizer.py tests/parallel/test_layouts.py \
     tests/parallel/test_checkpoint.py tests/parallel/test_async_save.py tests/parallel/test_lora.py \
     tests/parallel/test_uneven_layouts.py tests/parallel/test_preflight_memory.py tests/parallel/test_step.py \
-    tests/parity/test_transformer_engine_layers.py tests/unit/test_cpu_patches.py tests/unit/test_attention.py
+    tests/parity/test_transformer_engine_layers.py tests/parity/test_kernels_of_models.py tests/unit/test_cpu_patches.py \
+    tests/unit/test_attention.py
 echo "megatron_0_19: verified: under megatron-core $found the layouts, options, checkpoints and adapters of these tests"
