@@ -232,11 +232,8 @@ def kept_for_replay(job: Job, rollouts: Sequence[Rollout], iteration: int) -> It
     except NonFiniteError as error:
         job.finish_save()
         folder = job.keep_batch(rollouts, iteration)
-        kept = (
-            f"; the step's rollouts are kept: --load-debug-rollout-data {folder}"
-            if folder is not None
-            else ""
-        )
+        replay = "--load-debug-rollout-data " if job.oversampling is None else ""
+        kept = f"; the step's rollouts are kept: {replay}{folder}" if folder is not None else ""
         raise NonFiniteError(f"{error}{kept}") from None
 
 

@@ -193,7 +193,8 @@ class ReplayEngine:
         if missing:
             raise ValueError(
                 f"--load-debug-rollout-data {self._load_dir}: step {self._step} lacks sample {missing[0]}"
-                f" ({len(missing)} missing); it was written with other prompts, --seed or batch sizes"
+                f" ({len(missing)} missing); it was written with other prompts, --seed or batch sizes, or "
+                "with --rollout-oversample, which chooses the samples of a step"
             )
         return [rollouts[prompt.sample_id] for prompt in prompts]
 

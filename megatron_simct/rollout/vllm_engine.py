@@ -161,6 +161,7 @@ class VllmEngine:
                         first = held[:enough]
                         gap = self._gap([of[rollout.sample_id] for rollout in first], first, begun)
                         if not gap <= self._bound_nats:
+                            requests.cut()  # no need to wait for the rest, which is sampled again
                             break
                         checked = True
                     if checked:

@@ -7,11 +7,13 @@ training       20 steps of `paper` and of `bytes` from one run file, on stored r
                with our own teacher, and the engine is killed (-9) in the middle of the first
 together       vLLM under the teacher and vLLM that samples, from one run file: 20 steps in which the
                responses are of the training weights
+oversampling   vLLM's unfinished responses are carried over into the next step, through a kill (-9) of the
+               student; the training weights confirm the log-probabilities of every piece
 generating     log-probabilities of a prompt's tokens, own and likeliest, as our own teacher has them; what it
                holds of the weights that it was handed is told from what it does not
 wrong weights  a head of other weights is found before any student is answered
-example        examples/engines/run.yaml on models of two steps: the launcher is killed (-9), nothing of it
-               stays, and the same command goes on from the checkpoint
+example        examples/engines/run.yaml on models of two steps: the student, then the launcher is killed
+               (-9), nothing of it stays, and the same command goes on from the checkpoint
 faults         100 seeds of faults between front and engine (the stand-in's):
                tests/parallel/test_engine_teacher.py
 """
@@ -41,6 +43,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from megatron_simct.alignment import load_tokenizer
+from megatron_simct.config.options import flag_of
 from megatron_simct.engine_client import EngineClient
 from megatron_simct.models.tensor_files import INDEX
 from megatron_simct.rollout.vllm_engine import digests_of, equal_digests
@@ -93,6 +96,7 @@ def main() -> None:
     for interface in ("paper", "bytes"):
         largest[interface] = training(folder, python, interface, kill=interface == "paper")
     largest["log-probabilities of sampled tokens"] = together(folder, python)
+    oversampling(folder, python)
     largest["log-probabilities of a prompt"] = generating(folder, python)
     wrong_weights(folder)
     example(folder / "checkout", python)
@@ -100,9 +104,10 @@ def main() -> None:
     found = ", ".join(f"{name} {value:.1e}" for name, value in largest.items())
     print(
         f"vllm: verified: the front's statistics and {STEPS} steps of two interfaces are those without an "
-        f"engine to {TOLERANCE} ({found}), one of the runs with an engine that was killed; a head of other "
-        "weights was refused, a tensor that did not arrive was named, and the example went on after kill -9 "
-        "of its launcher"
+        f"engine to {TOLERANCE} ({found}), one of the runs with an engine that was killed; unfinished "
+        "responses were carried over, through a kill of the student; a head of other weights was refused, "
+        "a tensor that did not arrive was named, and the example went on after kill -9 of its student alone, "
+        "and of its launcher"
     )
 
 
@@ -262,6 +267,48 @@ def together(folder: Path, python: str) -> float:
     return gap
 
 
+def oversampling(folder: Path, python: str) -> None:
+    """A student whose steps carry responses over is killed after its third step and started again."""
+    run, rollouts = folder / "oversampling", folder / "rollouts-oversampling"
+    with engine(folder / "student", python, 8174, *GENERATING) as address:
+        options = options_of(folder, "bytes") | {
+            **{"teacher_hf_checkpoint": folder / "llama", "run_dir": run / "student", "train_iters": 8},
+            **{"rollout_max_response_len": 150, "rollout_oversample": 1.0, "micro_batch_size": 4},
+            **{"rollout_importance_weights": 2.0, "rollout_logprob_bound": 1e-3, "rollout_batch_size": 4},
+            **{"rollout_engine": "vllm", "rollout_engine_endpoint": address},
+            **{"rollout_engine_timeout_minutes": 20, "distributed_timeout_minutes": 25},
+            **{"save": run / "save", "load": run / "save", "save_interval": 2},
+            **{"save_debug_rollout_data": rollouts},
+        }
+        flags = [word for key, value in options.items() for word in (flag_of(key), str(value))]
+        command = [sys.executable, "-m", "megatron_simct.train", *flags]
+        log = folder / "oversampling.log"
+        with log.open("wb") as file:
+            killed = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 900
+        while len(steps(run)) < 3:
+            assert killed.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.05)
+        killed.kill()
+        killed.wait()
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900
+        )
+    assert done.returncode == 0 and "resuming" in done.stdout, done.stdout[-3000:]
+    trained = {
+        step: json.loads((rollouts / f"rollout_{step}.0.json").read_text()) for step in range(8)
+    }  # a step that was done again has replaced its file
+    ids = [row["sample_id"] for rows in trained.values() for row in rows]
+    state = json.loads((run / "save" / "iter_0000008" / "carried_over.json").read_text())
+    left = [row["number"] for row in state["groups"]]
+    assert len(ids) == 32 and sorted(ids + left) == list(range(state["next"]))
+    carried = [row for step, rows in trained.items() for row in rows if row["weight_version"] < step]
+    counts = [row["rollout_carried"] for row in steps(run)]
+    lengths = [len(row["student_ids"]) for row in carried]
+    print(f"oversampling: {counts} carried a step, their tokens {lengths}", flush=True)
+    assert carried and any(0 < len(row["student_ids"]) < 150 for row in carried)
+
+
 def options_of(folder: Path, interface: str) -> dict[str, Any]:
     """What all runs of the student share."""
     return {
@@ -358,7 +405,8 @@ def generating(folder: Path, python: str) -> float:
 
 
 def example(checkout: Path, python: str) -> None:
-    """The launcher of the shipped run file is killed after its third step, and the command is given again."""
+    """The student of the shipped run file alone is killed after its third step, then the launcher after
+    another two. The command is given again after each."""
     checkout.mkdir()
     for name in ("megatron_simct", "tools", "examples"):
         (checkout / name).symlink_to(ROOT / name)
@@ -370,28 +418,34 @@ def example(checkout: Path, python: str) -> None:
     ids = tokenizer.encode((models / "probe.txt").read_bytes())
     teach(models / "teacher-hf", np.array([tokenizer.bos_id, *ids]), steps=30)
     (models / "teacher-hf" / INDEX).unlink()  # of the file that this has replaced
-    iterations = ("jobs.student.options.train_iters=6", "jobs.student.options.save_interval=2")
+    iterations = ("jobs.student.options.train_iters=8", "jobs.student.options.save_interval=2")
     command = [sys.executable, "-m", "megatron_simct.launch", "examples/engines/run.yaml", *iterations]
     run, log = checkout / "runs" / "engines" / "run", checkout / "log"
-    with log.open("wb") as file:
-        killed = subprocess.Popen(command, cwd=checkout, stdout=file, stderr=subprocess.STDOUT)
-    deadline = time.monotonic() + 900
-    while len(steps(run)) < 3:
-        assert killed.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(0.05)
-    jobs = psutil.Process(killed.pid).children(recursive=True)
-    killed.kill()
-    killed.wait()
-    _, alive = psutil.wait_procs(jobs, timeout=60)
-    assert not alive, f"what the launcher has started lives on: {alive}"
+    for victim, after in (("student", 3), ("launcher", 5)):
+        with log.open("ab") as file:
+            launcher = subprocess.Popen(command, cwd=checkout, stdout=file, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 900
+        while len(steps(run)) < after:
+            assert launcher.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.05)
+        jobs = psutil.Process(launcher.pid).children(recursive=True)
+        if victim == "launcher":
+            launcher.kill()
+        else:
+            (student,) = (job for job in jobs if job.cmdline()[2:4] == ["-m", "megatron_simct.train"])
+            student.kill()
+        assert launcher.wait(timeout=300) != 0
+        _, alive = psutil.wait_procs(jobs, timeout=60)
+        assert not alive, f"what the launcher has started lives on: {alive}"
+    assert "resuming" in log.read_text()
     done = subprocess.run(
         command, cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900
     )
     assert done.returncode == 0 and "resuming" in done.stdout, done.stdout[-3000:]
     rows = steps(run)
-    assert [row["iteration"] for row in rows] == list(range(1, 7))
+    assert [row["iteration"] for row in rows] == list(range(1, 9))
     assert all(row["rollout_logprob_difference_largest"] < TOLERANCE for row in rows), rows
-    print("example: goes on after kill -9 of its launcher", flush=True)
+    print("example: goes on after kill -9 of its student, and of its launcher", flush=True)
 
 
 def faults() -> None:
