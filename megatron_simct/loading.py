@@ -13,7 +13,14 @@ from megatron_simct.alignment.alignment_map import identity_map, released_map
 from megatron_simct.alignment.cut_rules import with_continuations
 from megatron_simct.alignment.hf_folder import locate_tokenizer
 from megatron_simct.alignment.map_files import load_map
-from megatron_simct.config.options import Config, MixtureConfig, ModelConfig, ParallelConfig, TeacherJobConfig
+from megatron_simct.config.options import (
+    AttentionBackend,
+    Config,
+    MixtureConfig,
+    ModelConfig,
+    ParallelConfig,
+    TeacherJobConfig,
+)
 from megatron_simct.data.prompts import Row, read_prompts
 from megatron_simct.data.rendering import ChatTemplate, read_date
 from megatron_simct.evaluation.answers import Thinking, find_thinking
@@ -25,6 +32,7 @@ from megatron_simct.models.formats import folder_format
 from megatron_simct.models.head import Head, read_head
 from megatron_simct.models.hf_hashes import check_hashes
 from megatron_simct.models.hf_load import load_hf_weights
+from megatron_simct.models.kernels import describe
 from megatron_simct.models.tensor_files import find_weights
 from megatron_simct.parallel.initialize import Groups
 from megatron_simct.records import TeacherNeeds
@@ -222,6 +230,8 @@ def load_model(
         tokenizer,
         prefix=prefix,
         bf16=config.training.bf16,
+        attention_backend=config.training.attention_backend,
+        trains=not prefix and not config.lora.rank,
         longest=config.rollout.rollout_max_prompt_len + config.rollout.rollout_max_response_len,
         verified=config.output.verify_checkpoint,
         more={} if prefix else model_fields(config.update),
@@ -241,9 +251,11 @@ def open_model(
     verified: bool = True,
     more: Mapping[str, Any] = MappingProxyType({}),
     local_layers: bool = False,
+    attention_backend: AttentionBackend = "auto",
+    trains: bool = False,
 ) -> HiddenStateModel | InterleavedModel:
-    """See load_model; `longest` as in Rotary, `more` and `local_layers` as in build_model. verified: compare
-    files with their hashes first."""
+    """See load_model; `longest` as in Rotary; `more`, `local_layers`, `attention_backend` and `trains` as in
+    build_model. verified: compare files with their hashes first."""
     flag = f"--{prefix}hf-checkpoint"
     architecture = read_architecture(options.folder, flag=flag)
     has_weights = (
@@ -261,7 +273,19 @@ def open_model(
         longest=longest,
         more=more,
         local_layers=local_layers,
+        attention_backend=attention_backend,
+        trains=trains,
     )
+    if groups.is_first_rank and groups.device.type == "cuda":
+        said = describe(
+            architecture.scores,
+            attention_backend,
+            bf16=bf16,
+            longest=longest,
+            context_parallel_size=parallel.context_parallel_size,
+            device=groups.device,
+        )
+        print(f" attention of {flag}: {said}", flush=True)
     reads_folder = has_weights and options.pretrained_checkpoint is None
     if verified and (reads_folder or options.hf_sha256 is not None):
         check_hashes(options.folder, listed=options.hf_sha256, prefix=prefix)

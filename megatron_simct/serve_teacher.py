@@ -107,6 +107,7 @@ def _serve_model(
         tokenizer,
         prefix="teacher-",
         bf16=serving.bf16,
+        attention_backend=serving.attention_backend,
         longest=_longest(config),
         verified=serving.verify_checkpoint,
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 ALWAYS: dict[str, tuple[str, ...]] = {
     "--accumulate-allreduce-grads-in-fp32": (),
-    "--attention-backend": ("auto",),
     "--attention-dropout": ("0",),
     "--check-for-nan-in-loss-and-grad": (),
     "--ckpt-format": ("torch_dist",),
@@ -171,7 +170,6 @@ _REASONS: dict[str, str] = {
         "no-rope-fusion no-persist-layer-norm no-gradient-accumulation-fusion".split(),
         _FUSIONS,
     ),
-    "attention-backend": "torch or TransformerEngine chooses the kernel",
     "transformer-impl": "TransformerEngine's layers are used if the model allows it",
     **dict.fromkeys(
         ("cross-entropy-loss-fusion", "cross-entropy-fusion-impl"),

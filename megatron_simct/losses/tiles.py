@@ -390,6 +390,18 @@ class _KnownGradients(torch.autograd.Function):
         return None, None, None, *scaled
 
 
+_ZEROS: dict[tuple[torch.Size, torch.dtype, torch.device], torch.Tensor] = {}
+
+
+def _zeros(weight: torch.Tensor) -> torch.Tensor:
+    """Zeros of the weight's shape, in the same memory at each call. Nobody writes to it: autograd adds to
+    what no one else holds, and DDP's hook takes it from `weight.grad`."""
+    key = (weight.shape, weight.dtype, weight.device)
+    if key not in _ZEROS:
+        _ZEROS[key] = torch.zeros_like(weight, requires_grad=False)
+    return _ZEROS[key].detach()
+
+
 class _KnownGradientInMainGrad(torch.autograd.Function):
     """As _KnownGradients, for a weight whose gradient is in main_grad already."""
 
@@ -416,4 +428,4 @@ class _KnownGradientInMainGrad(torch.autograd.Function):
         )
         (of_hidden,) = ctx.saved_tensors
         ctx.weight.grad_added_to_main_grad = True
-        return None, None, of_hidden, torch.zeros_like(ctx.weight)
+        return None, None, of_hidden, _zeros(ctx.weight)

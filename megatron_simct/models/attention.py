@@ -1,4 +1,5 @@
-"""Attention in torch's own operations, on any device: replaces Megatron's DotProductAttention.
+"""Softmax attention: replaces Megatron's DotProductAttention. By torch's own operations on any device, or
+by the kernel that `kernels` says.
 
     score(q, k) = scale * <q, k>, then cap * tanh(score / cap) where the architecture has a soft-cap
     weight(q, k) = exp score(q, k) / sum of these over the visible keys, and over exp(sink) where a head has
@@ -15,11 +16,16 @@ key heads of this tensor-parallel rank, d entries of a head.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_simct.config.options import AttentionBackend
+from megatron_simct.models import flex
+from megatron_simct.models.kernels import Kernel, Scores, kernel_of
 from megatron_simct.models.layout import Layout, visible_keys
 from megatron_simct.models.norm import RMSNorm, UnweightedNorm
 from megatron_simct.models.rotary import Rope
@@ -89,16 +95,20 @@ class CoreAttention(torch.nn.Module):
         cap: float | None,
         sinks: int = 0,
         rope: Rope | None = None,
+        scores: Scores | None = None,
         config: TransformerConfig | None = None,
         **_: Any,
     ) -> None:
-        """sinks: number of query heads with a sink, 0 or all. Other arguments: see Megatron."""
+        """sinks: number of query heads with a sink, 0 or all. scores: what `choose` reads. Other arguments:
+        see Megatron."""
         super().__init__()
         self.sinks = None
         if sinks and config is not None:
             own = sinks // parallel_state.get_tensor_model_parallel_world_size()
             self.sinks = torch.nn.Parameter(torch.zeros(own, dtype=config.params_dtype))
             set_tensor_model_parallel_attributes(self.sinks, True, 0, 1)
+        self._scores = scores
+        self.kernel: Kernel = "torch"
         self._window = window
         self._scale = scale
         self._cap = cap
@@ -127,8 +137,15 @@ class CoreAttention(torch.nn.Module):
         if layout is None:
             return self._attend(query, key, value, None)
         key, value = layout.all_keys(key, value)
+        if self._takes_flex(layout):
+            return self._in_one(query, key, value, layout)
         parts = [self._attend(query[p.queries], key[p.keys], value[p.keys], layout) for p in layout.pieces]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def choose(self, backend: AttentionBackend, *, on_gpu: bool, bf16: bool) -> None:
+        """Set the kernel; see `kernels`."""
+        assert self._scores is not None, "the layer says what its attention is"
+        self.kernel = kernel_of(self._scores, backend, on_gpu=on_gpu, bf16=bf16)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -156,6 +173,23 @@ class CoreAttention(torch.nn.Module):
             weights = step.regions.capped_weights(products, visible, self._scale, self._cap)
             out = weights.to(values.dtype) @ values
         return out.flatten(1)
+
+    def _takes_flex(self, layout: Layout) -> bool:
+        if self.kernel != "either":
+            return self.kernel == "flex"
+        is_cut = self._window is not None and self._window < layout.longest
+        return is_cut or len(layout.pieces) > 1
+
+    def _in_one(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout
+    ) -> torch.Tensor:
+        """All queries of this rank, whatever sequences they belong to, by flex_attention."""
+        if self._growing is not None:
+            query = query * grown(layout.positions, self._growing)[:, None, None, None].to(query.dtype)
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        mask = layout.blocks(self._window)
+        out = flex.attend(query, key, value, mask, scale=self._scale, cap=self._cap, sinks=self.sinks)
+        return out.permute(2, 0, 1, 3).flatten(2)
 
     def _weighted(self, query: torch.Tensor) -> torch.Tensor:
         """Queries times the weights of UnweightedNorm: a product of query and key sees the product of
@@ -185,15 +219,16 @@ class CoreAttention(torch.nn.Module):
         elif not is_triangle:
             visible = visible_keys(num_queries, num_keys, window, device=query.device)
         if self._cap is None and self.sinks is None:
-            out = scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=visible,
-                is_causal=is_triangle,
-                scale=self._scale,
-                enable_gqa=True,
-            )
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if self.kernel == "flash" else nullcontext():
+                out = scaled_dot_product_attention(
+                    query,
+                    key,
+                    value,
+                    attn_mask=visible,
+                    is_causal=is_triangle,
+                    scale=self._scale,
+                    enable_gqa=True,
+                )
         else:
             out = capped_attention(
                 query, key, value, visible, scale=self._scale, cap=self._cap, sinks=self.sinks

@@ -16,8 +16,10 @@ from typing import Any, cast
 
 import torch
 
-from megatron_simct.config.options import ParallelConfig
+from megatron_simct.config.options import AttentionBackend, ParallelConfig
+from megatron_simct.models.attention import CoreAttention
 from megatron_simct.models.families import Architecture
+from megatron_simct.models.kernels import check_backend
 from megatron_simct.models.norm import RMSNorm
 from megatron_simct.models.rotary import Rotary
 from megatron_simct.parallel.cpu import megatron_imports
@@ -25,6 +27,7 @@ from megatron_simct.parallel.initialize import Groups
 
 with megatron_imports():
     from megatron.core.models.backends import LocalSpecProvider
+    from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.models.gpt import GPTModel, gpt_layer_specs
     from megatron.core.tensor_parallel import (
         ColumnParallelLinear,
@@ -32,6 +35,7 @@ with megatron_imports():
         VocabParallelEmbedding,
         gather_from_sequence_parallel_region,
     )
+    from megatron.core.tensor_parallel import layers as linear_layers
     from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
@@ -177,6 +181,8 @@ def build_model(
     longest: int | None = None,
     more: Mapping[str, Any] = MappingProxyType({}),
     local_layers: bool = False,
+    attention_backend: AttentionBackend = "auto",
+    trains: bool = False,
 ) -> HiddenStateModel | InterleavedModel:
     """This rank's part of the model, with random weights drawn from the seeded generators.
 
@@ -187,9 +193,20 @@ def build_model(
     layout (the halves of a gated MLP are drawn in another order, each stage draws its own, and on a CPU ranks
     that share experts draw the same ones); loaded ones do not. `flag` names the checkpoint in errors.
     longest: see Rotary. more: fields of TransformerConfig that have nothing to do with what the model
-    computes. local_layers: megatron-core's own layers also where TransformerEngine's would do.
+    computes. local_layers: megatron-core's own layers also where TransformerEngine's would do. trains:
+    Megatron's DistributedDataParallel will have all weights.
     """
     check_divides(architecture, parallel, flag=flag)
+    on_gpu = groups.device.type == "cuda"
+    check_backend(
+        attention_backend,
+        architecture.scores,
+        on_gpu=on_gpu,
+        bf16=bf16,
+        longest=longest,
+        context_parallel_size=parallel.context_parallel_size,
+        flag=flag,
+    )
     if vocab_size > architecture.vocab_size:
         raise ValueError(
             f"{flag}: the tokenizer has {vocab_size} ids, but config.json says vocab_size "
@@ -202,6 +219,7 @@ def build_model(
         bf16=bf16,
         on_cpu=groups.device.type == "cpu",
         initialize=initialize,
+        trains=trains,
         more=more,
     )
 
@@ -233,6 +251,9 @@ def build_model(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`")
         model = stage(0) if virtual == 1 else InterleavedModel(stage(chunk) for chunk in range(virtual))
+    for module in model.modules():
+        if isinstance(module, CoreAttention):
+            module.choose(attention_backend, on_gpu=on_gpu, bf16=bf16)
     if not initialize:
         _mark_split(model)
     for name, parameter in model.named_parameters():
@@ -250,6 +271,7 @@ def _transformer_config(
     bf16: bool,
     on_cpu: bool,
     initialize: bool,
+    trains: bool,
     more: Mapping[str, Any],
 ) -> TransformerConfig:
     """Megatron's configuration of the model."""
@@ -293,18 +315,31 @@ def _transformer_config(
             calculate_per_token_loss=True,
             use_cpu_initialization=on_cpu,
             perform_initialization=initialize,
-            # Fusions that need CUDA extensions.
-            apply_rope_fusion=False,
-            bias_activation_fusion=False,
-            bias_dropout_fusion=False,
-            gradient_accumulation_fusion=False,
-            masked_softmax_fusion=False,
-            persist_layer_norm=False,
-            **more,
+            **(fusions(architecture, on_gpu=not on_cpu, trains=trains) | dict(more)),
         )
     # Set later: Megatron refuses biases of experts under tensor parallelism, of which ours add theirs once.
     config.add_bias_linear = has_biases
     return config
+
+
+def fusions(architecture: Architecture, *, on_gpu: bool, trains: bool) -> dict[str, bool]:
+    """Which of Megatron's fused functions are on: on a GPU all that the model and what is installed allow.
+
+    They are compiled by torch, apart from the rotary embedding, which is TransformerEngine's, and the sum of
+    weight gradients into `main_grad` in float32, which is Apex's and is for weights that DDP has.
+    """
+    options = _of_layers(architecture, ParallelConfig())
+    silu = options.get("activation_func") is torch.nn.functional.silu and not options["add_bias_linear"]
+    interleaved = any(rope.interleaved for rope in architecture.ropes)
+    return {
+        "bias_activation_fusion": on_gpu and silu,
+        "bias_dropout_fusion": on_gpu,
+        "apply_rope_fusion": on_gpu and rope_utils.fused_apply_rotary_pos_emb is not None and not interleaved,
+        "gradient_accumulation_fusion": on_gpu and trains and linear_layers._grad_accum_fusion_available,
+        # Of modules that are ours: attention, and norms.
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+    }
 
 
 def _of_layers(architecture: Architecture, parallel: ParallelConfig) -> dict[str, Any]:

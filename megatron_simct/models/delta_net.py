@@ -86,6 +86,10 @@ class DeltaNet:
         check_divisor(tp, "linear_num_key_heads", self.key_heads, flag=flag)
 
     @property
+    def scores(self) -> None:
+        return None
+
+    @property
     def has_context_parallel(self) -> bool:
         return False
 

@@ -69,12 +69,17 @@ class Dense:
             "mlp.linear_fc2.weight": Columns(f"{mlp}down_proj.weight"),
         }
 
+    def expert_parameters(self, share: Share) -> int:
+        return 0
+
     def parameters(self, share: Share) -> int:
         return 3 * share.hidden_size * math.ceil(self.width / share.tp)
 
     def kept_bytes(self, share: Share, *, hidden_size: float, batch: float, length: int) -> float:
-        """5 f values a token: the two halves, their activation, its product and the copy of a half."""
-        return 5 * self.width / share.tp * share.value_bytes * batch * length
+        """5 f values a token: the two halves, their activation, its product and the copy of a half. Fused
+        3 f: the two halves and the product."""
+        values = 3 if share.fused and self.activation == "silu" else 5
+        return values * self.width / share.tp * share.value_bytes * batch * length
 
     def forward_bytes(self, share: Share, *, batch: float, length: int) -> float:
         return 4 * self.width / share.tp * share.value_bytes * batch * length

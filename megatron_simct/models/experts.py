@@ -150,14 +150,17 @@ class Experts:
             f"{expert}linear_fc2.bias": StackedWhole(f"{down}_bias", self.count),
         }
 
-    def parameters(self, share: Share) -> int:
+    def expert_parameters(self, share: Share) -> int:
         expert = 3 * share.hidden_size * math.ceil(self.width / share.expert_tp)
-        shared = 3 * share.hidden_size * math.ceil(self.shared_width / share.tp)
         if self.clamp is not None:
             expert += 2 * math.ceil(self.width / share.expert_tp) + share.hidden_size
+        return math.ceil(self.count / share.ep) * expert
+
+    def parameters(self, share: Share) -> int:
+        shared = 3 * share.hidden_size * math.ceil(self.shared_width / share.tp)
         rows = self.count + (1 if self.shared_gate else 0)  # of the router, and of the shared experts' gate
         biases = 0 if self.clamp is None else self.count
-        return math.ceil(self.count / share.ep) * expert + shared + rows * share.hidden_size + biases
+        return self.expert_parameters(share) + shared + rows * share.hidden_size + biases
 
     def _widths(self, share: Share) -> float:
         return (self.chosen * self.width + self.shared_width) / share.tp
@@ -165,7 +168,8 @@ class Experts:
     def kept_bytes(self, share: Share, *, hidden_size: float, batch: float, length: int) -> float:
         """Each chosen expert as a dense MLP; of the hidden state a copy that enters, from all ranks that
         share the expert, and one that leaves."""
-        values = 5 * self._widths(share) + (1 + share.expert_tp) * self.chosen * hidden_size
+        each = 3 if share.fused and self.clamp is None else 5
+        values = each * self._widths(share) + (1 + share.expert_tp) * self.chosen * hidden_size
         return values * share.value_bytes * batch * length
 
     def forward_bytes(self, share: Share, *, batch: float, length: int) -> float:

@@ -33,6 +33,7 @@ from megatron_simct.models.families_linear import LINEAR
 from megatron_simct.models.family import Family
 from megatron_simct.models.formats import find_format
 from megatron_simct.models.grouped_query import GroupedQuery
+from megatron_simct.models.kernels import Scores
 from megatron_simct.models.latent import Latent
 from megatron_simct.models.layers import Layer, Mlp
 from megatron_simct.models.rotary import Rope, RopeKind
@@ -87,6 +88,12 @@ class Architecture:
     def kinds(self) -> tuple[Layer, ...]:
         """Distinct layers."""
         return tuple(dict.fromkeys(self.layers))
+
+    @property
+    def scores(self) -> list[Scores]:
+        """What kernels must know of the layers that have a softmax."""
+        found = (layer.scores for layer in self.layers)
+        return [scores for scores in found if scores is not None]
 
     @property
     def num_experts(self) -> int:

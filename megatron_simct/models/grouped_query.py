@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import linear
 
 from megatron_simct.models.attention import CoreAttention, SelfAttention
+from megatron_simct.models.kernels import Scores
 from megatron_simct.models.layers import Angles, Layer, Share, Step, check_divisor
 from megatron_simct.models.norm import (
     NormedRowParallelLinear,
@@ -77,6 +78,15 @@ class GroupedQuery:
             check_divisor(tp, "num_query_groups", self.groups, flag=flag)
 
     @property
+    def scores(self) -> Scores:
+        return Scores(
+            key_dim=self.head_dim,
+            value_dim=self.head_dim,
+            shares_keys=self.groups < self.heads,
+            bounded=self._is_bounded,
+        )
+
+    @property
     def has_context_parallel(self) -> bool:
         return True
 
@@ -121,6 +131,7 @@ class GroupedQuery:
                 core_attention=partial(
                     CoreAttention,
                     window=layer.window,
+                    scores=layer.scores,
                     scale=self.scale,
                     cap=self.softcap,
                     sinks=self.heads if self.sinks else 0,
@@ -184,7 +195,7 @@ class GroupedQuery:
         return count
 
     @property
-    def _holds_scores(self) -> bool:
+    def _is_bounded(self) -> bool:
         return self.softcap is not None or self.sinks
 
     def _heads(self, share: Share) -> tuple[int, int]:
@@ -192,18 +203,18 @@ class GroupedQuery:
 
     def kept_bytes(self, share: Share, *, batch: float, length: int) -> float:
         """3 (n + g) d values a token: queries, keys and values before and after the rotation; norms keep two
-        thirds more. A soft-cap keeps tanh and
-        softmax of all scores, and sinks as much: 8 B n S^2 bytes."""
+        thirds more. Where scores are held, a soft-cap keeps tanh and softmax of all of them, and sinks as
+        much: 8 B n S^2 bytes."""
         n, g = self._heads(share)
         kept = (5 if self.qk_norm else 3) * (n + g) * self.head_dim * share.value_bytes * batch * length
         if self.output_gate:  # the gate, its sigmoid in float32, the product
             kept += n * self.head_dim * (2 * share.value_bytes + 8) * batch * length
-        return kept + (8 * self._holds_scores * batch * n * length**2)
+        return kept + (8 * (self._is_bounded and share.holds_scores) * batch * n * length**2)
 
     def forward_bytes(self, share: Share, *, batch: float, length: int) -> float:
         n, g = self._heads(share)
         held = 3 * (n + g) * self.head_dim * share.value_bytes * batch * length
-        return held + (12 * self._holds_scores * batch * n * length**2)
+        return held + (12 * (self._is_bounded and share.holds_scores) * batch * n * length**2)
 
     def cache_bytes(self, share: Share, *, batch: int, length: int) -> int:
         groups = self._heads(share)[1]

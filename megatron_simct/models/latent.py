@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from megatron_simct.models.attention import CoreAttention
+from megatron_simct.models.kernels import Scores
 from megatron_simct.models.layers import Angles, Cache, Layer, Share, check_divisor
 from megatron_simct.models.norm import RMSNorm
 from megatron_simct.models.rotary import Rope, apply_rotary
@@ -67,6 +68,10 @@ class Latent:
             check_divisor(tp, "q_lora_rank", self.query_rank, flag=flag)
 
     @property
+    def scores(self) -> Scores:
+        return Scores(key_dim=self.key_dim, value_dim=self.value_dim, shares_keys=False, bounded=False)
+
+    @property
     def has_context_parallel(self) -> bool:
         return True
 
@@ -83,7 +88,7 @@ class Latent:
 
     def spec(self, layer: Layer, backend: BackendSpecProvider, ropes: Sequence[Rope]) -> ModuleSpec:
         assert layer.rope is not None and layer.norms == "before", "no family has another"
-        core = partial(CoreAttention, window=layer.window, scale=self.scale, cap=None)
+        core = partial(CoreAttention, window=layer.window, scores=layer.scores, scale=self.scale, cap=None)
         return ModuleSpec(
             module=LatentAttention,
             params={"latent": self, "rope": layer.rope, "rope_index": ropes.index(layer.rope), "core": core},

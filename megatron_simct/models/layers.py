@@ -11,11 +11,12 @@ what generation keeps (`rollout.decoder`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
 
+from megatron_simct.models.kernels import Scores
 from megatron_simct.models.norm import RMSNorm
 from megatron_simct.models.regions import Regions, apply_rotary_
 from megatron_simct.models.rotary import Rope
@@ -41,6 +42,10 @@ class Share:
     """Ranks that share each expert; None: tp."""
     value_bytes: int = 4
     """Bytes of a parameter or an activation."""
+    holds_scores: bool = True
+    """Soft-caps and sinks are computed with all scores in memory, see `kernels`."""
+    fused: bool = False
+    """The activation of an MLP is one function, which keeps what enters it."""
 
     @property
     def expert_tp(self) -> int:
@@ -74,6 +79,10 @@ class Attention(Protocol):
 
     def check_divides(self, tp: int, *, flag: str) -> None:
         """ValueError, naming the flag, if the tensor-parallel size does not divide it."""
+
+    @property
+    def scores(self) -> Scores | None:
+        """What a kernel must know of it; None: it has no softmax."""
 
     @property
     def has_context_parallel(self) -> bool:
@@ -135,6 +144,9 @@ class Mlp(Protocol):
 
     def parameters(self, share: Share) -> int:
         """Parameters of one rank."""
+
+    def expert_parameters(self, share: Share) -> int:
+        """Those of the experts that ranks share out among them."""
 
     def kept_bytes(self, share: Share, *, hidden_size: float, batch: float, length: int) -> float:
         """Bytes that autograd keeps on one rank. hidden_size: of a token on this rank, less under sequence
@@ -215,6 +227,12 @@ class Layer:
     """Norms of the inputs of attention and MLP, of their outputs, or of both."""
     residual_scale: float = 1.0
     """Factor of the outputs of attention and MLP before the residual."""
+
+    @property
+    def scores(self) -> Scores | None:
+        """What a kernel must know of its attention; None: that has no softmax."""
+        found = self.attention.scores
+        return None if found is None else replace(found, window=self.window)
 
     @property
     def has_transformer_engine(self) -> bool:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_simct.config.options import ParallelConfig
+from megatron_simct.models.flex import BlockMask, block_mask
 from megatron_simct.parallel.cpu import megatron_imports
 
 with megatron_imports():
@@ -95,7 +96,10 @@ class Layout(PackedSeqParams):
                     queries = slice(offset + first - piece.start, offset + last - piece.start)
                     self.pieces.append(Piece(queries, slice(start, last)))
             offset += piece.stop - piece.start
+        self.num_keys = num_tokens
+        """Tokens of a row, on all ranks that share it."""
         self._visible: dict[tuple[int, int, int | None], torch.Tensor] = {}
+        self._blocks: dict[int | None, BlockMask] = {}
 
     def all_keys(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[S / C, B, g, d] of all ranks: [S, B, g, d] in the order of the row. Their gradient is that of all
@@ -118,6 +122,23 @@ class Layout(PackedSeqParams):
         if shape not in self._visible:
             self._visible[shape] = visible_keys(*shape, device=self.positions.device)
         return self._visible[shape]
+
+    def blocks(self, window: int | None) -> BlockMask:
+        """The mask of all queries of this rank over all keys of a row, for flex_attention; made once for all
+        layers.
+        """
+        window = window if window is not None and window < self.longest else None
+        if window not in self._blocks:
+            starts, ends = [], []
+            for piece in self.pieces:
+                count = piece.queries.stop - piece.queries.start
+                starts.append(torch.full((count,), piece.keys.start))
+                ends.append(torch.arange(piece.keys.stop - count, piece.keys.stop))
+            first, last = torch.stack([torch.cat(starts), torch.cat(ends)]).to(self.positions.device)
+            if window is not None:
+                first = torch.maximum(first, last - window + 1)
+            self._blocks[window] = block_mask(first, last, self.num_keys)
+        return self._blocks[window]
 
 
 def visible_keys(

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from megatron_simct.alignment import AlignmentMap
 from megatron_simct.alignment.coverage import Coverage
 from megatron_simct.alignment.map_files import placement_balance
-from megatron_simct.config.options import ModelConfig, ParallelConfig, TeacherConfig
+from megatron_simct.config.options import AttentionBackend, ModelConfig, ParallelConfig, TeacherConfig
 from megatron_simct.config.run_file import Job, JobSize, RunFile
 from megatron_simct.data.prompts import PromptSource, Row, read_prompts
 from megatron_simct.loading import (
@@ -32,6 +32,7 @@ from megatron_simct.models.build import check_divides, layers_of_stages, padded_
 from megatron_simct.models.families import Architecture, read_architecture
 from megatron_simct.models.formats import folder_format
 from megatron_simct.models.head import Head
+from megatron_simct.models.kernels import check_backend, describe, uses_math
 from megatron_simct.models.layers import Layer
 from megatron_simct.models.lora import adapter_parameters
 from megatron_simct.models.tensor_files import find_weights
@@ -269,6 +270,7 @@ class _Check:
         if isinstance(architecture, Architecture):
             for parallel, where in self._layouts(name):
                 self._divides(name, architecture, parallel, where, flag)
+                self._attention(name, architecture, parallel, f"--{flag}hf-checkpoint {folder}")
                 if name == "student":
                     self._supports(architecture, parallel, f"--hf-checkpoint {folder}")
         self._weights(name, folder, model, flag, architecture)
@@ -306,6 +308,46 @@ class _Check:
             check_support(self._config.update, parallel, architecture, transformer_engine=on_gpu, flag=flag)
         except ValueError as error:
             self._findings.append(failed("student", "options", str(error)))
+
+    def _attention(self, name: str, architecture: Architecture, parallel: ParallelConfig, flag: str) -> None:
+        """The kernels of a model's attention."""
+        if name in self._jobs:
+            job, teacher = self._jobs[name]
+            backend, bf16 = teacher.serving.attention_backend, teacher.serving.bf16
+        else:
+            job, training = self._run.student, self._config.training
+            backend, bf16 = training.attention_backend, training.bf16
+        on_gpu = job.gpus_per_node > 0
+        rollout = self._config.rollout
+        longest = rollout.rollout_max_prompt_len + rollout.rollout_max_response_len
+        context = parallel.context_parallel_size
+        try:
+            check_backend(
+                backend,
+                architecture.scores,
+                on_gpu=on_gpu,
+                bf16=bf16,
+                longest=longest,
+                context_parallel_size=context,
+                flag=flag,
+            )
+        except ValueError as error:
+            self._findings.append(failed(name, "attention", str(error)))
+            return
+        if not on_gpu:
+            return
+        said = describe(
+            architecture.scores,
+            backend,
+            bf16=bf16,
+            longest=longest,
+            context_parallel_size=context,
+        )
+        if uses_math(architecture.scores, backend, bf16=bf16, longest=longest, context_parallel_size=context):
+            message = f"{flag}: {said}; use auto"
+            self._findings.append(failed(name, "attention", message, flag="--attention-backend"))
+        else:
+            self._findings.append(passed(name, "attention", f"{flag}: {said}"))
 
     def _layouts(self, name: str) -> Iterator[tuple[ParallelConfig, str]]:
         """Every layout that the model is built in, where it is one."""
@@ -595,7 +637,10 @@ class _Check:
         """parallel, engine_batch_size: in the place of those of the run."""
         config, job = self._config, self._run.student
         parallel, rollout = parallel or config.parallel, config.rollout
-        sizes = self._sizes(student, config.model, parallel, bf16=config.training.bf16)
+        sizes_of = partial(
+            self._sizes, bf16=config.training.bf16, attention_backend=config.training.attention_backend
+        )
+        sizes = sizes_of(student, config.model, parallel)
         data_parallel_size = max(1, job.world_size // parallel.model_parallel_size)
         share = -(-config.global_batch_size // data_parallel_size)
         # What a rank has of a micro-batch, and of a step, in sequences.
@@ -623,7 +668,7 @@ class _Check:
             trains_on_given=config.interface.interface == "sft",
             on_gpu=job.gpus_per_node > 0,
             teacher=(
-                self._sizes(teacher, config.teacher, parallel.for_teacher, bf16=config.training.bf16)
+                sizes_of(teacher, config.teacher, parallel.for_teacher)
                 if self._colocated and teacher is not None
                 else None
             ),
@@ -652,20 +697,39 @@ class _Check:
     def _teacher_plan(self, teacher: pair.Side, job: Job, config: TeacherConfig) -> MemoryPlan:
         length = self._config.rollout.rollout_max_prompt_len + self._config.rollout.rollout_max_response_len
         return teacher_plan(
-            self._sizes(teacher, config.teacher, config.parallel, bf16=config.serving.bf16),
+            self._sizes(
+                teacher,
+                config.teacher,
+                config.parallel,
+                bf16=config.serving.bf16,
+                attention_backend=config.serving.attention_backend,
+            ),
             tokens=config.serving.max_tokens_per_batch,
             length=min(length, config.serving.max_tokens_per_batch),
             on_gpu=job.gpus_per_node > 0,
         )
 
     @staticmethod
-    def _sizes(side: pair.Side, model: ModelConfig, parallel: ParallelConfig, *, bf16: bool) -> Sizes:
+    def _sizes(
+        side: pair.Side,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        *,
+        bf16: bool,
+        attention_backend: AttentionBackend,
+    ) -> Sizes:
         rows = padded_vocab_size(
             side.architecture.vocab_size,
             divisible_by=model.make_vocab_size_divisible_by,
             tp_size=parallel.tensor_model_parallel_size,
         )
-        return Sizes(architecture=_known(side.architecture), parallel=parallel, vocab_size=rows, bf16=bf16)
+        return Sizes(
+            architecture=_known(side.architecture),
+            parallel=parallel,
+            vocab_size=rows,
+            bf16=bf16,
+            attention_backend=attention_backend,
+        )
 
     def _fits(self, job: str, plan: MemoryPlan, size: JobSize) -> None:
         device, peak = self._device_memory_gib, plan.peak / GIB

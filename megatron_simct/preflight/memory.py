@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
-from megatron_simct.config.options import ParallelConfig, UpdateConfig
+from megatron_simct.config.options import AttentionBackend, ParallelConfig, UpdateConfig
 from megatron_simct.losses.vocab_parallel import LABEL_STATISTICS_COLUMNS, LABEL_STATISTICS_ROWS
 from megatron_simct.models.build import layers_of_stages
 from megatron_simct.models.families import Architecture
@@ -63,6 +63,9 @@ class Sizes:
     vocab_size: int
     """Rows of the embedding with its padding."""
     bf16: bool
+    attention_backend: AttentionBackend = "auto"
+    on_gpu: bool = False
+    """Kernels of attention hold no scores, and activations are fused."""
 
     @property
     def value_bytes(self) -> int:
@@ -82,6 +85,8 @@ class Sizes:
             ep=self.parallel.expert_model_parallel_size,
             etp=self.parallel.expert_tp,
             value_bytes=self.value_bytes,
+            holds_scores=self.attention_backend == "local" or not self.on_gpu,
+            fused=self.on_gpu,
         )
 
     @property
@@ -179,7 +184,8 @@ def _parts_of_layer(sizes: Sizes, layer: Layer, modules: Sequence[str], *, batch
         kept += layer.mlp.kept_bytes(sizes.share, hidden_size=hidden, batch=batch, length=length)
         if layer.norms == "around":
             kept += 2 * hidden * sizes.value_bytes * batch * length
-    if "core_attn" in modules and getattr(layer.attention, "softcap", None) is not None:
+    held = sizes.share.holds_scores
+    if held and "core_attn" in modules and getattr(layer.attention, "softcap", None) is not None:
         kept += 8 * batch * math.ceil(layer.attention.heads / sizes.tp) * length**2
     return math.ceil(kept)
 
@@ -240,23 +246,34 @@ def student_plan(
     are there for all labels of a step.
     """
     plans = []
+    sizes = replace(sizes, on_gpu=on_gpu)
+    teacher = None if teacher is None else replace(teacher, on_gpu=on_gpu)
     length = prompt_len + response_len
-    shares = 1
-    if update.use_distributed_optimizer:  # ranks that share experts have fewer to share their state with
-        shares = max(1, data_parallel_size // sizes.parallel.expert_model_parallel_size)
+    shares = expert_shares = 1
+    if update.use_distributed_optimizer:
+        # Context-parallel ranks hold the same weights. An expert lies on as many ranks as are left of a
+        # stage's when those are taken out that hold other experts, or other parts of it.
+        shares = data_parallel_size * sizes.parallel.context_parallel_size
+        apart = sizes.parallel.expert_model_parallel_size * sizes.parallel.expert_tp
+        expert_shares = max(1, shares * sizes.tp // apart)
     for stage in range(sizes.pp):
         parameters = stage_parameters(sizes, stage=stage)
         last = stage == sizes.pp - 1
         trained = sum(adapters[layer] for layer in stage_layers(sizes, stage)) if adapters else parameters
+        experts = 0
+        if not adapters:
+            experts = sum(layer.mlp.expert_parameters(sizes.share) for layer in stage_layers(sizes, stage))
+        own = (trained - experts) / shares + experts / expert_shares
         held = {
             "weights": (parameters + (trained if adapters else 0)) * sizes.value_bytes,
             "gradients": 4 * trained,
-            "optimizer": math.ceil(optimizer_bytes(optimizer, bf16=sizes.bf16) * trained / shares),
+            "optimizer": math.ceil(optimizer_bytes(optimizer, bf16=sizes.bf16) * own),
         }
         phases: dict[str, dict[str, int]] = {}
         if not trains_on_given:
             logits = 4 * 4 * engine_batch_size * math.ceil(sizes.vocab_size / sizes.tp) if last else 0
-            prefill = forward_bytes(sizes, batch=engine_batch_size, length=prompt_len)
+            # Sampling has torch's operations on a GPU too.
+            prefill = forward_bytes(replace(sizes, on_gpu=False), batch=engine_batch_size, length=prompt_len)
             phases["rollout"] = {
                 "KV cache": cache_bytes(sizes, stage=stage, batch=engine_batch_size, length=length),
                 "forward pass": max(prefill, logits),
@@ -283,6 +300,9 @@ def student_plan(
                 in_flight=in_flight,
             )
         }
+        scattered = (trained - experts if shares > 1 else 0) + (experts if expert_shares > 1 else 0)
+        if scattered and not on_gpu:  # gloo sums a copy of it; what autograd kept is gone by then
+            phases["reduction"] = {"copy of the gradients": 4 * scattered}
         if last:
             if shared_rows:
                 held["teacher head"] = shared_rows * teacher_hidden_size * sizes.value_bytes
@@ -296,6 +316,9 @@ def student_plan(
                 rows += 3 * hidden * (sizes.value_bytes + 4)
                 phases["update"]["start's hidden states"] = num_micro_batches * hidden * sizes.value_bytes
             phases["update"]["loss"] = loss_memory + rows
+            if not adapters:  # the gradient that autograd is handed in the place of the LM head's own
+                head = math.ceil(sizes.vocab_size / sizes.tp) * sizes.architecture.hidden_size
+                phases["update"]["loss"] += head * sizes.value_bytes
         held = held | ({"GPU context": GPU_CONTEXT} if on_gpu else {})
         total = total_parameters(sizes.architecture, vocab_size=sizes.vocab_size)
         plans.append(MemoryPlan(held=held, phases=phases, num_parameters=total))
@@ -309,6 +332,7 @@ def teacher_plan(sizes: Sizes, *, tokens: int, length: int, on_gpu: bool) -> Mem
     Shorter sequences fill a micro-batch to its last token where those of `length` leave some of it empty.
     """
     plans = []
+    sizes = replace(sizes, on_gpu=on_gpu)
     for stage in range(sizes.pp):
         held = {"weights": stage_parameters(sizes, stage=stage) * sizes.value_bytes}
         parts = {"forward pass": forward_bytes(sizes, batch=tokens / length, length=length)}

@@ -215,6 +215,20 @@ MISTAKES = [
     Mistake(command="train", what="bf16 without a GPU", flags="--bf16", line="--bf16 needs a GPU", code=1),
     Mistake(
         command="train",
+        what="TransformerEngine's attention",
+        flags="--attention-backend unfused",
+        line="--attention-backend unfused: that is TransformerEngine's .*use auto, flash or local",
+        code=1,
+    ),
+    Mistake(
+        command="train",
+        what="flash attention without a GPU",
+        flags="--attention-backend flash",
+        line="--attention-backend flash: there is no GPU; use auto",
+        code=1,
+    ),
+    Mistake(
+        command="train",
         what="folder without a checkpoint",
         flags="--load tiny",
         line="--load tiny: no checkpoint there",
@@ -251,6 +265,13 @@ MISTAKES = [
     ),
     Mistake(
         command="serve_teacher", what="bf16 without a GPU", flags="--bf16", line="--bf16 needs a GPU", code=1
+    ),
+    Mistake(
+        command="serve_teacher",
+        what="TransformerEngine's attention",
+        flags="--attention-backend fused",
+        line="--attention-backend fused: that is TransformerEngine's",
+        code=1,
     ),
     Mistake(
         command="serve_teacher",

@@ -17,7 +17,7 @@ from megatron_simct.models.build import build_model, padded_vocab_size
 from megatron_simct.models.delta_net import DeltaNet
 from megatron_simct.models.dense import Dense
 from megatron_simct.models.experts import Experts
-from megatron_simct.models.families import Architecture
+from megatron_simct.models.families import Architecture, read_architecture
 from megatron_simct.models.grouped_query import GroupedQuery
 from megatron_simct.models.layers import Layer
 from megatron_simct.models.layout import Layout, context_pieces
@@ -32,12 +32,14 @@ from megatron_simct.preflight.memory import (
     layer_activation_bytes,
     optimizer_bytes,
     stage_parameters,
+    student_plan,
     total_parameters,
 )
 from megatron_simct.train import train
 from megatron_simct.update.distributed_state import parts_of
 from megatron_simct.update.support import model_fields
 from tests.distributed import run_ranks
+from tests.huggingface import save_model
 from tests.tiny import config
 
 with megatron_imports():
@@ -304,6 +306,64 @@ def test_ranks_share_the_optimizers_state(tiny):
         assert held == optimizer_bytes("adam", bf16=False) * parameters
     assert all(held == pytest.approx(plain[0][1] / 2, rel=0.12) for _, held in shared)
     assert sum(held for _, held in shared) == plain[0][1]
+
+
+EXPERT_LAYOUTS = {
+    "ep2 etp2": (4, {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}),
+    "tp2, ep2 etp1": (
+        2,
+        {
+            "tensor_model_parallel_size": 2,
+            "expert_model_parallel_size": 2,
+            "expert_tensor_parallel_size": 1,
+            "sequence_parallel": True,
+        },
+    ),
+    "tp2, etp1": (
+        2,
+        {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1, "sequence_parallel": True},
+    ),
+    "cp2": (2, {"context_parallel_size": 2}),
+}
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+def test_shares_of_experts_are_planned_by_the_ranks_that_hold_them(tiny, tmp_path, layout):
+    """Within 12 %: a rank's share of the state is rounded to whole buckets."""
+    pytest.importorskip("transformers")
+    world_size, options = EXPERT_LAYOUTS[layout]
+    shape = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True}
+    save_model(tmp_path / "student", "qwen3_moe", vocab_size=360, head_dim=8, **shape)
+    spelled = {"--" + name.replace("_", "-"): size for name, size in options.items()}
+    flags = [flag if size is True else f"{flag}={size}" for flag, size in spelled.items()]
+    flags += ["--use-distributed-optimizer", "--hf-checkpoint", str(tmp_path / "student")]
+    measured = run_ranks(world_size, _state_bytes, tiny, flags)
+    architecture = read_architecture(str(tmp_path / "student"), flag="")
+    parallel = ParallelConfig(**options)
+    sizes = sizes_of(architecture, parallel)
+    plan = student_plan(
+        sizes,
+        optimizer="adam",
+        micro_batch_size=1,
+        num_micro_batches=1,
+        engine_batch_size=1,
+        prompt_len=8,
+        response_len=8,
+        loss_memory=0,
+        trains_on_given=True,
+        on_gpu=False,
+        update=UpdateConfig(use_distributed_optimizer=True),
+        data_parallel_size=world_size // parallel.model_parallel_size,
+    )
+    held = [of_rank for _, of_rank in measured]
+    assert sum(held) / world_size == pytest.approx(plan.held["optimizer"], rel=0.12), layout
+    parameters = measured[0][0]
+    assert plan.held["gradients"] == pytest.approx(4 * parameters, rel=0.12)
+    copied = plan.phases.get("reduction", {"copy of the gradients": 0})["copy of the gradients"]
+    experts = sum(layer.mlp.expert_parameters(sizes.share) for layer in architecture.layers)
+    whole = plan.held["gradients"]
+    scattered = {"ep2 etp2": whole - 4 * experts, "tp2, ep2 etp1": 0, "tp2, etp1": 4 * experts, "cp2": whole}
+    assert copied == scattered[layout]
 
 
 def test_a_forward_pass_without_gradients_is_far_smaller():

@@ -702,6 +702,20 @@ WRONG = [
         words=("GPUs",),
     ),
     Case(
+        what="local attention in float32",
+        change=both(student(attention_backend="local"), lambda run, folder: run["student"].pop("bf16")),
+        side="student",
+        flag="--attention-backend",
+        words=("math kernel", "float32", "use auto"),
+    ),
+    Case(
+        what="flash attention in float32",
+        change=both(student(attention_backend="flash"), lambda run, folder: run["student"].pop("bf16")),
+        side="student",
+        flag="--attention-backend",
+        words=("the flash kernel has no float32", "--bf16"),
+    ),
+    Case(
         what="more processes than GPUs",
         change=cluster("student", processes_per_node=8),
         side="student",
@@ -1031,7 +1045,7 @@ def test_plan_of_a_student(tmp_path):
     assert plan.phases["rollout"]["KV cache"] == 2 * 16 * 6144 * 36 * 4 * 128 * 2
     tokens = 6144
     assert plan.phases["update"]["activations"] == 36 * tokens * 2 * (
-        10 * 4096 // 2 + 5 * 6144 + 5 * 20 * 128
+        10 * 4096 // 2 + 3 * 6144 + 5 * 20 * 128
     )
     assert plan.peak_phase == "update"
 

@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 OPTIONS: dict[str, tuple[int, tuple[str, ...]]] = {
     "none": (1, ()),
@@ -46,10 +48,13 @@ OPTIONS: dict[str, tuple[int, tuple[str, ...]]] = {
             *("--recompute-num-layers", "1"),
         ),
     ),
+    "packing": (1, ("--max-tokens-per-gpu", "TWICE")),
     "context parallel": (2, ("--context-parallel-size", "2")),
+    "adapters": (1, ("--lora-rank", "8")),
+    "adapters, context parallel": (2, ("--lora-rank", "8", "--context-parallel-size", "2")),
     "tensor and sequence parallel": (2, ("--tensor-model-parallel-size", "2", "--sequence-parallel")),
 }
-"""Name -> ranks, and flags."""
+"""Name -> ranks, and flags; TWICE stands for the tokens of two sequences."""
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -102,7 +107,8 @@ def both(folder: Path, layers: int, name: str, arguments: argparse.Namespace) ->
         ),
         *("--rollout-max-prompt-len", "8", "--rollout-max-response-len", str(arguments.tokens - 8)),
         *("--micro-batch-size", "1", "--rollout-batch-size", "2", "--train-iters", "2", "--lr", "1e-5"),
-        *("--run-dir", str(folder / f"run {name}"), *flags),
+        *("--run-dir", str(folder / f"run {name}")),
+        *(str(2 * arguments.tokens) if flag == "TWICE" else flag for flag in flags),
     ]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [*torchrun, "-m", "megatron_simct.train", *argv]
@@ -143,8 +149,34 @@ def write_student(folder: Path, layers: int, arguments: argparse.Namespace) -> N
         **{"hidden_act": "silu", "initializer_range": 0.02, "eos_token_id": 256},
     }
     (folder / "config.json").write_text(json.dumps(fields))
+    if any("--lora-rank" in OPTIONS[name][1] for name in arguments.options):
+        write_zeros(folder / "model.safetensors", fields)
     row = {"prompt": "a" * 8, "response": "b" * (arguments.tokens - 9)}
     (folder / "rows.jsonl").write_text((json.dumps(row) + "\n") * 4)
+
+
+def write_zeros(path: Path, fields: dict[str, Any]) -> None:
+    """Weights for adapters to lie beside: a file with holes, which takes no room on the disk."""
+    hidden, width, vocab = (fields[name] for name in ("hidden_size", "intermediate_size", "vocab_size"))
+    keys = hidden // fields["num_attention_heads"] * fields["num_key_value_heads"]
+    layer = {"input_layernorm": [hidden], "post_attention_layernorm": [hidden]}
+    layer |= {
+        f"self_attn.{name}_proj": [rows, hidden]
+        for name, rows in zip("qkv", (hidden, keys, keys), strict=True)
+    }
+    layer |= {"self_attn.o_proj": [hidden, hidden], "mlp.down_proj": [hidden, width]}
+    layer |= {f"mlp.{name}_proj": [width, hidden] for name in ("gate", "up")}
+    shapes = {"model.embed_tokens": [vocab, hidden], "model.norm": [hidden], "lm_head": [vocab, hidden]}
+    for number in range(fields["num_hidden_layers"]):
+        shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[f"{name}.weight"] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
 
 
 def planned_gib(argv: list[str], ranks: int, tokens: int) -> float:
@@ -152,6 +184,7 @@ def planned_gib(argv: list[str], ranks: int, tokens: int) -> float:
     from megatron_simct.config.flags import parse_config
     from megatron_simct.models.build import padded_vocab_size
     from megatron_simct.models.families import read_architecture
+    from megatron_simct.models.lora import adapter_parameters
     from megatron_simct.preflight.memory import GIB, RESERVE, Sizes, student_plan
 
     config = parse_config(argv)
@@ -165,7 +198,9 @@ def planned_gib(argv: list[str], ranks: int, tokens: int) -> float:
     plan = student_plan(
         Sizes(architecture=architecture, parallel=parallel, vocab_size=rows, bf16=False),
         optimizer="adam",
-        micro_batch_size=1 / parallel.context_parallel_size,
+        micro_batch_size=(config.training.max_tokens_per_gpu or tokens)
+        / tokens
+        / parallel.context_parallel_size,
         num_micro_batches=1,
         engine_batch_size=1,
         prompt_len=8,
@@ -175,6 +210,11 @@ def planned_gib(argv: list[str], ranks: int, tokens: int) -> float:
         on_gpu=False,
         update=config.update,
         data_parallel_size=ranks // parallel.model_parallel_size,
+        adapters=adapter_parameters(
+            architecture, config.lora, tp_size=parallel.tensor_model_parallel_size, flag="--hf-checkpoint"
+        )
+        if config.lora.rank
+        else None,
     )
     return plan.peak / (1 + RESERVE) / GIB
 

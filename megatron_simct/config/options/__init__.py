@@ -9,7 +9,7 @@ from megatron_simct.config.options.data import DataConfig
 from megatron_simct.config.options.declare import Range, check_ranges, flag_of, key_of, option
 from megatron_simct.config.options.evaluation import Benchmark, EvaluationConfig
 from megatron_simct.config.options.loss import Divergence, InterfaceConfig, TermsConfig
-from megatron_simct.config.options.model import ModelConfig
+from megatron_simct.config.options.model import AttentionBackend, ModelConfig
 from megatron_simct.config.options.output import OutputConfig
 from megatron_simct.config.options.parallel import ParallelConfig
 from megatron_simct.config.options.rollout import GRADED_REWARDS, RewardConfig, RolloutConfig
@@ -19,6 +19,7 @@ from megatron_simct.config.options.teacher_job import EngineTeacherConfig, Servi
 from megatron_simct.config.options.update import LoraConfig, RecomputeModule, TrainingConfig, UpdateConfig
 
 __all__ = [
+    "AttentionBackend",
     "Benchmark",
     "Config",
     "DataConfig",

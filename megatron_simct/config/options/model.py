@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_simct.config.options.declare import option
+
+AttentionBackend = Literal["auto", "flash", "fused", "unfused", "local"]
+
+
+def check_attention(backend: AttentionBackend) -> None:
+    """ValueError for a kernel that is not here."""
+    if backend in ("fused", "unfused"):
+        raise ValueError(
+            f"--attention-backend {backend}: that is TransformerEngine's attention, which is not used here; "
+            "use auto, flash or local"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

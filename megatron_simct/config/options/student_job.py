@@ -11,7 +11,7 @@ from megatron_simct.config.options.data import DataConfig
 from megatron_simct.config.options.declare import check_all_ranges
 from megatron_simct.config.options.evaluation import EvaluationConfig
 from megatron_simct.config.options.loss import InterfaceConfig, TermsConfig
-from megatron_simct.config.options.model import ModelConfig
+from megatron_simct.config.options.model import ModelConfig, check_attention
 from megatron_simct.config.options.output import OutputConfig
 from megatron_simct.config.options.parallel import ParallelConfig
 from megatron_simct.config.options.rollout import GRADED_REWARDS, RewardConfig, RolloutConfig
@@ -154,6 +154,7 @@ class Config:
     def _check_update(self) -> None:
         """Raises ValueError for options of the update, or adapters, that contradict others."""
         self.update.check()
+        check_attention(self.training.attention_backend)
         self.lora.check()
         if self.lora.rank and self.model.pretrained_checkpoint is not None:
             raise ValueError(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_simct.config.options.declare import check_all_ranges, option
-from megatron_simct.config.options.model import ModelConfig
+from megatron_simct.config.options.model import AttentionBackend, ModelConfig, check_attention
 from megatron_simct.config.options.parallel import ParallelConfig
 
 
@@ -45,6 +45,7 @@ class ServingConfig:
         1024, "must match the student's value; only LongRoPE reads it", at_least=1, at_most=2**24
     )
     bf16: bool = option(False, "bf16 parameters (GPU only)")
+    attention_backend: AttentionBackend = option("auto", "as in the student's job: auto, flash or local")
     verify_checkpoint: bool = option(
         True,
         "before use, check the hash of every file of a checkpoint, and of weights whose hashes are known",
@@ -112,6 +113,7 @@ class TeacherConfig:
         missing = [flag for flag, value in required.items() if not value]
         if missing:
             raise ValueError(f"missing {', '.join(missing)}: a teacher's job needs it")
+        check_attention(self.serving.attention_backend)
         if not self.engine.endpoint:
             if self.engine != EngineTeacherConfig():
                 raise ValueError("--engine-endpoint is missing: the other --engine flags need it")

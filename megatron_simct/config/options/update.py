@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_simct.config.options.declare import option
+from megatron_simct.config.options.model import AttentionBackend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,14 @@ class TrainingConfig:
     train_iters: int = option(100, "optimizer steps", at_least=1)
     seed: int = option(1234, "seed of weights, prompt order and sampling", at_least=0, below=2**63)
     bf16: bool = option(False, "bf16 parameters with fp32 master weights and gradients (GPU only)")
+    attention_backend: AttentionBackend = option(
+        "auto",
+        "kernel that computes attention on a GPU, in the update and in a teacher on the same ranks. auto: "
+        "torch's flash kernel for one sequence without a window in bf16, and flex_attention for windows, "
+        "soft-caps, sinks, packed sequences and float32. flash: torch's flash kernel, or an error. local: "
+        "whatever kernel torch takes, and all scores in memory where there is a soft-cap. fused and unfused "
+        "are TransformerEngine's and are refused. On a CPU auto is local; sampling always is",
+    )
     optimizer: Literal["adam", "sgd"] = option("adam", "adam is AdamW, as in Megatron-LM")
     lr: float = option(1e-6, "peak learning rate", at_least=0)
     min_lr: float = option(1e-8, "learning rate at the end of the decay", at_least=0)
