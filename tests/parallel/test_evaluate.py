@@ -154,7 +154,7 @@ def test_newer_weights_under_the_same_name_are_another_run(run, weights, alone):
 def test_a_folder_of_something_else_is_not_taken(run, tmp_path):
     (tmp_path / "run.json").write_text("[1]")
     code, error = run(tmp_path)
-    assert code == 1 and "its run.json is not of this command" in error and error.count("\n") == 1
+    assert code == 1 and "run.json there was not written by this command" in error and error.count("\n") == 1
 
 
 def test_given_responses_are_graded_without_a_model(tmp_path):

@@ -277,7 +277,7 @@ def test_the_tool(tmp_path, capsys):
     [
         (["--corpus", "{dir}/missing.txt"], "missing.txt"),
         (["--corpus", "{dir}/latin.txt"], "latin.txt: not UTF-8 at byte 1"),
-        (["--corpus", "{dir}/rows.jsonl"], "rows.jsonl, line 2: no JSON object with 'text'; --corpus-key"),
+        (["--corpus", "{dir}/rows.jsonl"], "rows.jsonl, line 2: not a JSON object with 'text'; give the key"),
         (["--student-tokenizer", "{dir}/none.json"], "--student-tokenizer: "),
         (["--teacher-stop-token-ids", "999"], "--teacher-tokenizer: "),
         (["--output", "{dir}"], "--output .* exists and is not an alignment map"),

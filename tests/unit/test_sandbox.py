@@ -118,13 +118,15 @@ def test_a_program_may_print():
 
 def test_a_program_ends_as_an_interpreter_does():
     source = """
-import atexit, threading, time
+import atexit, threading
+reached = threading.Event()
 def last():
-    time.sleep(0.01)
+    reached.wait()
     print("thread")
 atexit.register(print, "exit")
 threading.Thread(target=last).start()
 print("main")
+reached.set()
 """
     assert run_program(source, LIMITS).output == "main\nthread\nexit\n"
     assert run_program("import sys\nprint(1)\nsys.exit(0)", LIMITS) == Outcome("ok", "1\n")
