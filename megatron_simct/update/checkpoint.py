@@ -280,6 +280,7 @@ class Checkpoints:
             if is_distributed(self._optimizer):
                 load_state(self._optimizer, state["optimizer"])
             else:
+                _keep_schedule(state["optimizer"], wanted)
                 self._optimizer.load_state_dict(state["optimizer"])
             for group, ours in zip(self._optimizer.param_groups, wanted, strict=True):
                 group.update(ours)
@@ -736,6 +737,28 @@ def _remove_older(directory: Path, iteration: int, retain: int) -> None:
     complete = numbered(str(directory))
     for number in sorted(number for number in complete if number <= iteration)[:-retain]:
         shutil.rmtree(_set_aside(complete[number]), ignore_errors=True)
+
+
+_GROUP_KEYS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+"""What makes a parameter group of megatron-core another group than the next one."""
+_SCHEDULE_KEYS = ("max_lr", "min_lr", "start_wd", "end_wd")
+"""Options of a group. megatron-core 0.19 finds a loaded group by these too: another --lr would find none."""
+
+
+def _keep_schedule(state: Any, groups: Sequence[dict[str, Any]]) -> None:
+    """Write the command line's schedule into the loaded parameter groups, in place.
+
+    state: as an optimizer loads it; that of a chained optimizer holds several. groups: the optimizer's own.
+    """
+    ours = {tuple(group.get(key) for key in _GROUP_KEYS): group for group in groups}
+    parts = list(state.items()) if isinstance(state, dict) else list(enumerate(state))
+    for name, part in parts:
+        if name == "param_groups":
+            for group in part:
+                own = ours.get(tuple(group.get(key) for key in _GROUP_KEYS), {})
+                group.update({key: own[key] for key in _SCHEDULE_KEYS if key in group and key in own})
+        elif name != "state" and isinstance(part, (dict, list)):
+            _keep_schedule(part, groups)
 
 
 def _init_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None:

@@ -23,7 +23,7 @@ export OMP_NUM_THREADS=1
 [ $# = 0 ] || exec "$other/bin/python" -m pytest -p no:cacheprovider "$@"
 "$other/bin/python" -m pytest -p no:cacheprovider --quiet --numprocesses 2 --dist loadfile --durations=5 \
     tests/parallel/test_update_options.py tests/parallel/test_shared_optimizer.py tests/parallel/test_layouts.py \
-    tests/parallel/test_checkpoint.py tests/parallel/test_async_save.py tests/parallel/test_lora.py \
+    tests/parallel/test_checkpoint.py tests/parallel/test_resume.py tests/parallel/test_async_save.py tests/parallel/test_lora.py \
     tests/parallel/test_uneven_layouts.py tests/parallel/test_preflight_memory.py tests/parallel/test_step.py \
     tests/parity/test_transformer_engine_layers.py tests/parity/test_kernels_of_models.py tests/unit/test_cpu_patches.py \
     tests/unit/test_attention.py
