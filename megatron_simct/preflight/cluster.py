@@ -169,7 +169,7 @@ def _folders(run: RunFile) -> Iterator[Finding]:
         yield warned(
             "cluster",
             "folders",
-            f"{run.run_dir}: this folder is usually local to a node, but every node must see the same one",
+            f"{run.run_dir}: must be the same folder on every node",
             flag="run_dir",
         )
 

@@ -24,7 +24,7 @@ TOKENIZERS = {
     "Llama-3.1-8B-Instruct": "llama3-hf",
     "Qwen3-235B-A22B": "qwen2.5",
 }
-SHARED_FOLDER = ("folders", "this folder is usually local to a node")
+SHARED_FOLDER = ("folders", "must be the same folder on every node")
 # The student splits digits one by one, the teacher in groups of up to three; the recipe uses paper.
 DIGITS = (
     "interface",
