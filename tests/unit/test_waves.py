@@ -29,6 +29,7 @@ class Parts:
         prompts = [Prompt(sample_id=i, student_ids=ids, teacher_ids=ids) for i in range(6)]
         self.job = SimpleNamespace(
             rewarding=None,
+            oversampling=None,
             config=SimpleNamespace(rollout=SimpleNamespace(rollout_wave_size=2, rollout_engine="megatron")),
             prompts=SimpleNamespace(batch=lambda iteration: prompts),
             engine=SimpleNamespace(generate=self.generate),
@@ -150,7 +151,8 @@ def test_responses_of_weights_that_are_too_old_are_refused():
     check_lag(rollouts, 4, 1)
     check_lag(rollouts, 40, None)
     with pytest.raises(
-        ValueError, match="--rollout-max-lag 0: sample 1 was sampled by the weights after 3 steps, and 4"
+        ValueError,
+        match="--rollout-max-lag 0: sample 1 was sampled by weights after 3 steps, but the student has done",
     ):
         check_lag(rollouts, 4, 0)
     check_lag([SimpleNamespace(sample_id=0, weight_version=-1)], 4, 0)  # a given response
