@@ -154,6 +154,13 @@ class Job:
         if update.manual_gc and iteration % update.manual_gc_interval == 0:
             gc.collect()
 
+    def after_update(self, iteration: int) -> None:
+        """Work that follows the update of a step: a teacher that follows the student, and the responses that
+        no later step continues."""
+        self.teacher_follows()
+        if self.oversampling is not None:
+            self.oversampling.trained(iteration)
+
 
 def build_job(config: Config, groups: Groups) -> Job:
     """Build every part from its group of options. Raises ValueError, naming the flag, if the

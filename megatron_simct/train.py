@@ -29,10 +29,11 @@ from megatron_simct.losses import known_failure
 from megatron_simct.models.tensor_files import find_weights
 from megatron_simct.parallel.disk import sole_owner
 from megatron_simct.parallel.initialize import Groups, process_groups
-from megatron_simct.records import AlignedPair, Prompt, Rollout
+from megatron_simct.records import AlignedPair, MicroBatch, Prompt, Rollout, ScoredPair
 from megatron_simct.reporting.monitor import Stopwatch
 from megatron_simct.rollout.engine import RacingEngine, responses
 from megatron_simct.teacher.scorer import TeacherError
+from megatron_simct.update.advantages import Advantages
 from megatron_simct.update.step import NonFiniteError
 
 
@@ -52,34 +53,19 @@ def train(job: Job) -> None:
                 ahead.append(begin(job, coming, clock))
             batch = ahead.popleft()
             check_lag(batch.rollouts, iteration, job.config.max_lag)
-            scored = list(job.teacher.collect(batch.pairs))
-            start_says = None
-            if job.reference is not None:
-                start_says = job.reference.score(batch.prompts, batch.rollouts)
-        rewarded = None
-        if job.rewarding is not None:
-            with clock("reward"):
-                rewarded = job.rewarding.collect(batch.rollouts, batch.rewards)
+            scores = collect(job, batch, clock)
         with clock("update"), kept_for_replay(job, batch.rollouts, iteration):
-            micro_batches = job.pack(
-                *(batch.prompts, batch.rollouts, batch.pairs, scored),
-                advantages=None if rewarded is None else rewarded.of_samples,
-                reference=start_says,
-            )
-            given: tuple[list[Prompt], list[Rollout]] = ([], [])
-            if job.given is not None:
-                given = job.given.batch(iteration)
-                micro_batches += job.given.micro_batches(*given, sampled=batch.rollouts)
-            report = job.updater.step(micro_batches)
-            job.teacher_follows()
-        if job.oversampling is not None:
-            job.oversampling.trained(iteration)
+            report = job.updater.step(pack(job, batch, scores))
+            job.after_update(iteration)
         iteration += 1
         job.engine.publish(iteration)
         job.monitor.step(
             *(iteration, batch.rollouts, batch.pairs, report, clock.seconds, job.teacher.status_text()),
-            rewarded={} if rewarded is None else rewarded.metrics,
-            more={**batch.more, **job.measure(batch.prompts, batch.rollouts, clock.seconds, given=given)},
+            rewarded={} if scores.rewards is None else scores.rewards.metrics,
+            more={
+                **batch.more,
+                **job.measure(batch.prompts, batch.rollouts, clock.seconds, given=batch.given),
+            },
             timers=job.timers(iteration),
         )
         job.log_samples(iteration, batch.rollouts, batch.pairs, report)
@@ -103,6 +89,19 @@ class Batch:
     """Metrics of the sampling."""
     rewards: Mapping[int, Future[float]]
     """Rewards by sample id, on the rank that asks for them; empty without --reward."""
+    given: tuple[Sequence[Prompt], Sequence[Rollout]]
+    """Rows of the step that come with their response; empty without --given-share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What the update of a batch compares its responses with."""
+
+    teacher: list[ScoredPair]
+    start: Mapping[int, tuple[AlignedPair, ScoredPair]] | None
+    """Scores of the student's own start by sample id; None without --reference-kl-weight."""
+    rewards: Advantages | None
+    """None without --reward."""
 
 
 def begin(job: Job, iteration: int, clock: Stopwatch) -> Batch:
@@ -138,7 +137,31 @@ def begin(job: Job, iteration: int, clock: Stopwatch) -> Batch:
         pairs=[pairs[sample_id] for sample_id in order],
         more=more,
         rewards=rewards,
+        given=([], []) if job.given is None else job.given.batch(iteration),
     )
+
+
+def collect(job: Job, batch: Batch, clock: Stopwatch) -> Scores:
+    """Waits for the teacher's scores of a batch, and for its rewards if the run has any."""
+    teacher = list(job.teacher.collect(batch.pairs))
+    start = None if job.reference is None else job.reference.score(batch.prompts, batch.rollouts)
+    rewards = None
+    if job.rewarding is not None:
+        with clock("reward"):
+            rewards = job.rewarding.collect(batch.rollouts, batch.rewards)
+    return Scores(teacher=teacher, start=start, rewards=rewards)
+
+
+def pack(job: Job, batch: Batch, scores: Scores) -> list[MicroBatch]:
+    """The micro-batches of a step; those of given rows come last."""
+    micro_batches = job.pack(
+        *(batch.prompts, batch.rollouts, batch.pairs, scores.teacher),
+        advantages=None if scores.rewards is None else scores.rewards.of_samples,
+        reference=scores.start,
+    )
+    if job.given is None:
+        return micro_batches
+    return micro_batches + job.given.micro_batches(*batch.given, sampled=batch.rollouts)
 
 
 def responses_of(job: Job, iteration: int) -> Iterator[list[tuple[Prompt, Rollout]]]:

@@ -30,6 +30,7 @@ class Parts:
         self.job = SimpleNamespace(
             rewarding=None,
             oversampling=None,
+            given=None,
             config=SimpleNamespace(rollout=SimpleNamespace(rollout_wave_size=2, rollout_engine="megatron")),
             prompts=SimpleNamespace(batch=lambda iteration: prompts),
             engine=SimpleNamespace(generate=self.generate),
