@@ -55,7 +55,7 @@ METHODS = {
     "strict": Method(
         text="shared tokens at 1:1 positions only",
         source="arXiv:2610.08448",
-        failure=f"multi-token units have no loss; {_LEAVES_U}",
+        failure=f"multi-token units have no loss without --simct-span-mse; {_LEAVES_U}",
     ),
     "strict_topk": Method(
         text="strict over the student's --simct-topk likeliest shared tokens",
