@@ -9,7 +9,8 @@ import gc
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -59,12 +60,20 @@ from megatron_simct.models.layout import context_pieces, token_multiple
 from megatron_simct.models.lora import adapter_parameters, add_adapters
 from megatron_simct.models.operations import Operations, peak_operations
 from megatron_simct.models.tensor_files import find_weights, weight_files
-from megatron_simct.packing import Context, Cut, Entries, by_number, by_tokens, pack_micro_batches
+from megatron_simct.packing import Context, Cut, Entries, by_number, by_teacher, by_tokens, pack_micro_batches
 from megatron_simct.parallel.cpu import megatron_imports
 from megatron_simct.parallel.disk import on_first_rank
 from megatron_simct.parallel.initialize import Groups
 from megatron_simct.parallel.reductions import largest
-from megatron_simct.records import AlignedPair, LabelBatch, MicroBatch, Prompt, Rollout
+from megatron_simct.records import (
+    AlignedPair,
+    EntryBatch,
+    LabelBatch,
+    MicroBatch,
+    Prompt,
+    Rollout,
+    ScoredPair,
+)
 from megatron_simct.reporting.monitor import Monitor, Throughput, slowest_ranks
 from megatron_simct.reporting.profiling import Profiler
 from megatron_simct.reporting.samples import SampleLog
@@ -85,7 +94,7 @@ from megatron_simct.rollout.oversampling import Oversampling
 from megatron_simct.rollout.vllm_engine import VllmEngine
 from megatron_simct.stopping import ExitWatch
 from megatron_simct.teacher.average import Average
-from megatron_simct.teacher.build import build_teacher, teacher_logit_softcap
+from megatron_simct.teacher.build import build_teachers
 from megatron_simct.teacher.fingerprints import weights_fingerprint
 from megatron_simct.teacher.forward import TeacherForward, own_tokens
 from megatron_simct.teacher.reference import Reference
@@ -187,9 +196,14 @@ def build_job(config: Config, groups: Groups) -> Job:
     prompts = build_prompts(config, groups, pair, rows)
     oversampling = build_oversampling(config, groups, prompts)
     model = load_student(config, groups, student)
-    placement = build_placement(config, model, pair)
-    teacher_cut = build_cut(config, groups, context_parallel_size=config.teacher_context_parallel_size)
-    teaching = build_teacher(config, groups, pair, placement, teacher_cut, model)
+    placements = build_placements(config, model, pair)
+    teacher_cut = build_cut(
+        config,
+        groups,
+        context_parallel_size=config.teacher_context_parallel_size,
+        agrees=not config.routes_rows,
+    )
+    teaching = build_teachers(config, groups, pair, placements, teacher_cut, model)
     reference = build_reference(config, groups, student)
     chunks = wrap_data_parallel(model, config.parallel, config.update)
     optimizer, scheduler = build_optimizer(chunks, config.training, config.update)
@@ -222,6 +236,7 @@ def build_job(config: Config, groups: Groups) -> Job:
         batch_size=config.global_batch_size,
         sampled=config.interface.interface != "sft",
         start=start,
+        teachers=[name for name in pair.by_name if name],
         writers=open_writers(config.output, to_dict(config), start=start) if groups.is_first_rank else (),
     )
     sampler: RolloutEngine = MegatronEngine(
@@ -271,22 +286,20 @@ def build_job(config: Config, groups: Groups) -> Job:
             student,
             rows,
             sampling=sampling,
-            pack=build_packing(config, groups, placement, interface=InterfaceConfig(interface="sft")),
+            pack=build_packing(config, groups, placements, interface=InterfaceConfig(interface="sft")),
         ),
         reference=reference,
         pack=build_packing(
-            config, groups, placement, interface=config.interface, entries=build_entries(config, pair)
+            config, groups, placements, interface=config.interface, entries=build_entries(config, pair)
         ),
         updater=Updater(
             chunks,
             optimizer,
             scheduler,
             groups,
-            shared_head=teaching.shared_head,
-            placement=placement,
+            teachers=teaching.heads,
             interface=config.interface,
             byte_order=build_byte_order(model, groups, student) if pair.needs.byte_events else None,
-            teacher_logit_softcap=teacher_logit_softcap(config) if pair.teachers else None,
             gradient_parts_interval=config.output.gradient_parts_interval,
             importance_cap=config.rollout.rollout_importance_weights,
             check_sampling=(
@@ -318,7 +331,7 @@ def build_job(config: Config, groups: Groups) -> Job:
 def build_packing(
     config: Config,
     groups: Groups,
-    placement: VocabPlacement,
+    placements: Mapping[str, VocabPlacement],
     *,
     interface: InterfaceConfig,
     entries: Entries | None = None,
@@ -328,9 +341,9 @@ def build_packing(
     if groups.cp_size > 1:
         pieces = partial(context_pieces, size=groups.cp_size)
         context = Context(rank=groups.cp_rank, size=groups.cp_size, pieces=pieces)
-    return partial(
+    placement = next(iter(placements.values()))  # only the student's vocabulary is checked, the same in all
+    pack = partial(
         pack_micro_batches,
-        cut=build_cut(config, groups, context_parallel_size=groups.cp_size),
         check=(
             partial(check_labels, placement=placement, config=interface)
             if groups.is_last_stage
@@ -341,6 +354,23 @@ def build_packing(
         context=context,
         entries=entries,
     )
+    cut = build_cut(config, groups, context_parallel_size=groups.cp_size, agrees=not config.routes_rows)
+    if not config.routes_rows:
+        return partial(pack, cut=cut)
+    agree = build_agreement(config, groups)
+
+    def pack_by_teacher(
+        prompts: Sequence[Prompt],
+        rollouts: Sequence[Rollout],
+        pairs: Sequence[AlignedPair],
+        *more: Any,
+        **named: Any,
+    ) -> list[MicroBatch]:
+        teachers = [pair.teacher for pair in pairs]
+        apart = partial(by_teacher, teachers=teachers, cut=cut, agree=agree)
+        return pack(prompts, rollouts, pairs, *more, cut=apart, **named)
+
+    return pack_by_teacher
 
 
 def build_reference(config: Config, groups: Groups, student: Tokenizer) -> Reference | None:
@@ -478,37 +508,49 @@ def build_entries(config: Config, pair: Pair) -> Entries | None:
     """The function that lists the single tokens to compare from a teacher's scores; None if the interface
     compares none.
     """
-    entries_of, tables = interface_of(config.interface).entries, pair.alignment_map
+    entries_of = interface_of(config.interface).entries
     if entries_of is None:
         return None
-    assert pair.teacher is not None and tables is not None, "this interface compares tokens with a teacher's"
     compares_stops = config.interface.stop_bridge
-    translation = Translation(
-        student=pair.student.table.pieces(),
-        teacher=pair.teacher.table.pieces(),
-        student_of_bytes=id_of_bytes(pair.student),
-        stop_student_id=tables.stop_student_id if compares_stops else None,
-        stop_teacher_ids=frozenset(tables.stop_teacher_ids),
-    )
-    return partial(response_entries, entries_of(config.interface), translation)
+    translations = {}
+    for name, teacher in pair.by_name.items():
+        tables = teacher.alignment_map
+        assert tables is not None, "this interface compares tokens with a teacher's"
+        translations[name] = Translation(
+            student=pair.student.table.pieces(),
+            teacher=teacher.tokenizer.table.pieces(),
+            student_of_bytes=id_of_bytes(pair.student),
+            stop_student_id=tables.stop_student_id if compares_stops else None,
+            stop_teacher_ids=frozenset(tables.stop_teacher_ids),
+        )
+    of_interface = entries_of(config.interface)
+
+    def entries(rollout: Rollout, aligned: AlignedPair, scored: ScoredPair) -> EntryBatch:
+        return response_entries(of_interface, translations[aligned.teacher], rollout, aligned, scored)
+
+    return entries
 
 
-def build_cut(config: Config, groups: Groups, *, context_parallel_size: int) -> Cut:
+def build_cut(config: Config, groups: Groups, *, context_parallel_size: int, agrees: bool = True) -> Cut:
     """The function that divides a rank's sequences into micro-batches, equally many on every rank.
 
-    context_parallel_size: ranks that share each of them.
+    context_parallel_size: ranks that share each of them. agrees: False for sequences of which ranks have
+    different numbers; then micro-batches need not be equally many.
     """
-    training, parallel = config.training, config.parallel
+    training = config.training
     if training.max_tokens_per_gpu is None:
         return partial(by_number, size=training.micro_batch_size)
+    cut = partial(by_tokens, max_tokens=training.max_tokens_per_gpu * context_parallel_size)
+    return partial(cut, agree=build_agreement(config, groups)) if agrees else cut
+
+
+def build_agreement(config: Config, groups: Groups) -> Callable[[int], int]:
+    """From the number of micro-batches that a rank needs to the number that all ranks have. Collective."""
+    parallel = config.parallel
     # The interleaved schedule needs a multiple of the number of stages.
     interleaved = parallel.num_virtual_stages_per_pipeline_rank > 1
     stages = parallel.pipeline_model_parallel_size if interleaved else 1
-
-    def agree(count: int) -> int:
-        return -(-largest(count, groups.dp_cp) // stages) * stages
-
-    return partial(by_tokens, max_tokens=training.max_tokens_per_gpu * context_parallel_size, agree=agree)
+    return lambda count: -(-largest(count, groups.dp_cp) // stages) * stages
 
 
 def with_prompt_date(config: Config) -> Config:
@@ -523,7 +565,7 @@ def check_experts(config: Config) -> None:
     """Raises ValueError for options of experts if neither model has experts."""
     sides = [(config.model.folder, "--hf-checkpoint")]
     if teacher_needs(config.interface).teacher:
-        sides.append((config.teacher.folder, "--teacher-hf-checkpoint"))
+        sides += [(one.model.folder, f"--{one.prefix}hf-checkpoint") for one in config.teachers]
     parallel = config.parallel
     ep = parallel.expert_model_parallel_size
     given = {
@@ -579,14 +621,20 @@ def identity(config: Config, pair: Pair) -> dict[str, object]:
             json.dumps(asdict(read_architecture(config.model.folder, flag="--hf-checkpoint")))
         ),
         "tokenizer": pair.student.table.fingerprint,
-        "teacher_tokenizer": None,
-        "alignment_map": pair.alignment_map.fingerprint if pair.alignment_map is not None else None,
+        "teacher_tokenizer": _by_teacher(
+            {name: one.tokenizer.table.fingerprint for name, one in pair.by_name.items()}
+        ),
+        "alignment_map": _by_teacher(
+            {name: one.alignment_map and one.alignment_map.fingerprint for name, one in pair.by_name.items()}
+        ),
         "adapters": adapter_identity(config),
         "start": start_fingerprint(config),
-    } | {
-        f"{teacher.prefix.replace('-', '_')}tokenizer": teacher.tokenizer.table.fingerprint
-        for teacher in pair.teachers
     }
+
+
+def _by_teacher(values: dict[str, str | None]) -> object:
+    """A value for each name of --teachers; of a single teacher, its value alone."""
+    return values if "" not in values and values else values.get("")
 
 
 def adapter_identity(config: Config) -> dict[str, object] | None:
@@ -634,7 +682,7 @@ def build_sample_log(
         train_iters=config.training.train_iters,
         start=start,
         student=pair.student,
-        teacher=pair.teacher,
+        teachers={name: teacher.tokenizer for name, teacher in pair.by_name.items()},
     ).step
 
 
@@ -663,11 +711,16 @@ def read_training_rows(config: Config) -> list[Row]:
         need_response=config.interface.interface == "sft",
         need_label=False,
         keep_fields=config.reward.reward is not None,
+        teachers=[teacher.name for teacher in config.teachers if teacher.name],
     )
 
 
 def build_prompts(config: Config, groups: Groups, pair: Pair, rows: Sequence[Row]) -> PromptSource:
     """The training prompts of each rank; with `sft` those with given responses."""
+    reads = [
+        (one.tokenizer, open_chat_template(config, one.of.model, one.tokenizer, prefix=one.of.prefix))
+        for one in pair.teachers
+    ]
     source = PromptSource(
         rows,
         student=pair.student,
@@ -680,10 +733,8 @@ def build_prompts(config: Config, groups: Groups, pair: Pair, rows: Sequence[Row
         dp_size=groups.dp_size,
         flag="--prompt-data",
         student_chat=open_chat_template(config, config.model, pair.student, prefix=""),
-        teachers=[
-            (t.tokenizer, open_chat_template(config, t.options, t.tokenizer, prefix=t.prefix))
-            for t in pair.teachers
-        ],
+        teachers=() if config.routes_rows else reads,
+        named_teachers=dict(zip(pair.by_name, reads, strict=True)) if config.routes_rows else {},
     )
     report_skipped(config, groups, source, "prompts", of=len(rows))
     if source.num_teacher_prompts and groups.is_first_rank:
@@ -691,6 +742,10 @@ def build_prompts(config: Config, groups: Groups, pair: Pair, rows: Sequence[Row
             f" the teacher has its own prompt in {source.num_teacher_prompts} of {len(source)} rows",
             flush=True,
         )
+    if config.routes_rows and groups.is_first_rank:
+        counts = Counter(row.teacher for row in rows)
+        said = ", ".join(f"{name} {counts[name]}" for name in pair.by_name)
+        print(f" rows of --prompt-data by teacher: {said}", flush=True)
     return source
 
 
@@ -899,27 +954,46 @@ def build_engine(config: Config, groups: Groups, sampler: RolloutEngine, student
 
 
 def build_alignment(config: Config, pair: Pair) -> Callable[[Prompt, Rollout], AlignedPair]:
-    """The function that aligns a response: without a teacher, with one, or with several that are mixed."""
-    plan = partial(plan_without_teacher, student=pair.student, needs=pair.needs)
-    match [teacher.tokenizer for teacher in pair.teachers]:
-        case []:
-            return plan
-        case [teacher]:
-            plan = partial(plan_pair, student=pair.student, teacher=teacher, alignment_map=pair.alignment_map)
-        case teachers:
-            plan = partial(plan_mixture, student=pair.student, teachers=teachers)
-    return partial(plan, needs=pair.needs, interface=config.interface)
+    """The function that aligns a response: without a teacher, with that of its row, or with several that are
+    mixed."""
+    given = {"student": pair.student, "needs": pair.needs}
+    if not pair.teachers:
+        return partial(plan_without_teacher, **given, interface=config.interface)
+    if len(pair.by_name) < len(pair.teachers):
+        tokenizers = [teacher.tokenizer for teacher in pair.teachers]
+        return partial(plan_mixture, **given, teachers=tokenizers, interface=config.interface)
+
+    def align(prompt: Prompt, rollout: Rollout) -> AlignedPair:
+        teacher = pair.by_name[prompt.teacher]
+        aligned = plan_pair(
+            prompt,
+            rollout,
+            **given,
+            teacher=teacher.tokenizer,
+            alignment_map=teacher.alignment_map,
+            interface=config.interface,
+        )
+        return replace(aligned, teacher=prompt.teacher)
+
+    return align
 
 
-def build_placement(config: Config, model: HiddenStateModel | InterleavedModel, pair: Pair) -> VocabPlacement:
-    """The shared vocabulary on this rank's slice of the student's."""
+def build_placements(
+    config: Config, model: HiddenStateModel | InterleavedModel, pair: Pair
+) -> dict[str, VocabPlacement]:
+    """The tokens shared with each teacher, by its name, on this rank's slice of the student's vocabulary;
+    without a teacher, that slice alone."""
     start, end = model.vocab_shard
-    if pair.alignment_map is None:
-        vocab_size = pair.student.table.num_ids
-        return VocabPlacement.student_only(student_vocab_size=vocab_size, shard_start=start, shard_end=end)
-    return pair.alignment_map.placement(
-        shard_start=start, shard_end=end, stop_bridge=config.interface.stop_bridge
-    )
+    maps = {name: teacher.alignment_map for name, teacher in pair.by_name.items()} or {"": None}
+    vocab_size = pair.student.table.num_ids
+    return {
+        name: (
+            VocabPlacement.student_only(student_vocab_size=vocab_size, shard_start=start, shard_end=end)
+            if tables is None
+            else tables.placement(shard_start=start, shard_end=end, stop_bridge=config.interface.stop_bridge)
+        )
+        for name, tables in maps.items()
+    }
 
 
 def _leave_to_last_stage(labels: LabelBatch) -> None:

@@ -150,6 +150,8 @@ class Prompt:
     """int32 [pt]"""
     other_teacher_ids: tuple[np.ndarray, ...] = ()
     """The same of the other teachers of a mixture."""
+    teacher: str = ""
+    """The name of the row's teacher; empty without --teachers."""
     response: str | None = None
     """The given response, for interface `sft`."""
     label: str | None = None
@@ -207,6 +209,8 @@ class AlignedPair:
     """What both models sum, where needs.byte_events asks for it."""
     others: tuple[AlignedPair, ...] = ()
     """The same response for the other teachers of a mixture, with the same slots of byte_events."""
+    teacher: str = ""
+    """The name of the teacher that scores it; empty without --teachers."""
     counts: dict[str, int] = field(default_factory=dict)
     """bytes, bytes_one_to_one, bytes_unit, bytes_dropped_<reason>, and other additive counts for the metrics.
     """
@@ -420,6 +424,8 @@ class MicroBatch:
     """How many each sample has; N in all."""
     sequences: SequenceBatch
     labels: LabelBatch
+    teacher: str = ""
+    """The name of the teacher that has scored all its samples; empty without --teachers."""
     reference: LabelBatch | None = None
     """The same labels, each beside what the student at its start says of it, for --reference-kl-weight."""
     is_given: bool = False

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from megatron_simct.prompt_files import (
     label_of,
     prompt_of,
     response_of,
+    teacher_of,
     teacher_prompt_of,
 )
 from megatron_simct.records import Asked, Prompt
@@ -36,6 +38,8 @@ class Row:
     label: str | None
     teacher_prompt: str | Messages | None = None
     """What the teacher reads in place of `prompt`; None: it reads the same."""
+    teacher: str = ""
+    """The name of the teacher that scores the row; empty without --teachers."""
     where: str = field(default="", compare=False)
     """For messages: flag, file and line."""
     fields: Mapping[str, Any] | None = field(default=None, compare=False)
@@ -57,9 +61,10 @@ def read_prompts(
     need_label: bool,
     chat: bool = False,
     keep_fields: bool = False,
+    teachers: Sequence[str] = (),
 ) -> list[Row]:
     """The rows of a file. With `chat` a prompt is a list of messages, or a text that is the user's one
-    message. keep_fields: Row.fields.
+    message. keep_fields: Row.fields. teachers: the names of --teachers, of which each row has one.
 
     Raises ValueError, naming the flag, the file and the line, for whatever is wrong with the file.
     """
@@ -72,6 +77,7 @@ def read_prompts(
             prompt = _as_read(text_or_messages, chat, where)
             to_teacher = teacher_prompt_of(fields, prompt)
             teacher_prompt = None if to_teacher is None else _as_read(to_teacher, chat, where)
+            teacher = teacher_of(fields, teachers)
         except RowError as error:
             raise ValueError(f"{where}: {error}") from None
         rows.append(
@@ -80,6 +86,7 @@ def read_prompts(
                 response=response,
                 label=label,
                 teacher_prompt=teacher_prompt,
+                teacher=teacher,
                 where=where,
                 fields=fields if keep_fields else None,
             )
@@ -153,17 +160,29 @@ class PromptSource:
         flag: str,
         student_chat: ChatTemplate | None = None,
         teachers: Sequence[tuple[Tokenizer, ChatTemplate | None]] = (),
+        named_teachers: Mapping[str, tuple[Tokenizer, ChatTemplate | None]] = MappingProxyType({}),
     ) -> None:
         """batch_size counts prompts of the whole job; None: all of them. Prompts longer than max_prompt_len
         tokens on either side are left out and counted in `num_skipped`; ValueError where none remain.
         `teachers` are those that read the prompts too, each row's own one where it has one;
-        `num_teacher_prompts` counts these rows. The chat templates write prompts that are messages;
-        ValueError where one refuses a row."""
-        rendered = [(row, _rendered(row, (student, student_chat), teachers)) for row in rows]
+        `num_teacher_prompts` counts these rows. named_teachers: of whom each reads the rows that name it, in
+        place of `teachers`. The chat templates write prompts that are messages; ValueError where one refuses
+        a row."""
+        rendered = [
+            (
+                row,
+                _rendered(
+                    row,
+                    (student, student_chat),
+                    [named_teachers[row.teacher]] if named_teachers else teachers,
+                ),
+            )
+            for row in rows
+        ]
         self._rows = [(row, ids) for row, ids in rendered if max(map(len, ids)) <= max_prompt_len]
         self.num_skipped = len(rendered) - len(self._rows)
         self.num_teacher_prompts = (
-            sum(row.teacher_prompt is not None for row, _ in self._rows) if teachers else 0
+            sum(row.teacher_prompt is not None for row, _ in self._rows) if teachers or named_teachers else 0
         )
         if not self._rows:
             raise ValueError(
@@ -214,6 +233,7 @@ class PromptSource:
             student_ids=student_ids,
             teacher_ids=teachers[0] if teachers else np.zeros(0, np.int32),
             other_teacher_ids=tuple(teachers[1:]),
+            teacher=row.teacher,
             response=row.response,
             label=row.label,
             asked=None if row.fields is None else Asked(prompt=row.prompt, row=row.fields),
