@@ -158,21 +158,30 @@ def test_a_slow_replica_is_asked_once_and_hands_back_what_another_can_do_sooner(
 
 
 def test_a_replica_that_stops_hands_back_what_it_has_not_begun(tmp_path):
+    """Both are long about their first requests, until the first stops: nobody knows yet how fast they are."""
+
     def check(seed: int, folder: Path) -> None:
-        with ModelFreeTeacher(folder, delay_s=60) as one, ModelFreeTeacher(folder) as other:
-            client = open_client(folder, window_tokens=100_000)
+        with ModelFreeTeacher(folder) as one, ModelFreeTeacher(folder) as other:
+            patience = replace(FAST, silence_s=60.0)
+            client = open_client(folder, patience=patience, window_tokens=100_000)
             _until(lambda: len(client.status()) == 2)
+            one.pause()
+            other.pause()
             requests = requests_of(seed)
             for request in requests:
                 client.submit(request)
-            _until(lambda: one.server.status()["in_work"] and one.server.status()["queue"])
+            held = (one.server.status, other.server.status)
+            _until(lambda: sum(s()["queue"] + s()["in_work"] for s in held) == len(requests))
+            assert one.server.status()["queue"], "the first has nothing to hand back"
             one.stop()
+            other.resume()
             scored = [read_scored(client.next()[1]) for _ in requests]
             assert_each_once(scored, requests)
-            # What it hands back in its last moment may be overtaken by the news that it is gone: it is asked
-            # again.
+            # What it hands back in its last moment may be overtaken by the news that it is gone (it is asked
+            # again), or may have been recalled since its first answer told how fast it is.
             handed_back = one.server.status()["handed_back"]
-            assert 0 < handed_back <= client.counts["handed_back"] + client.counts["again"]
+            counts = client.counts
+            assert 0 < handed_back <= counts["handed_back"] + counts["again"] + counts["recalled"]
             assert not (folder / f"{one.server.endpoint.replica}.json").exists()
             assert nothing_left(client) and one.answered and other.answered
             client.close()
