@@ -63,8 +63,8 @@ def main() -> None:
     gaps = {name: student_on_both(folder / name, files, weights, flags) for name, flags in LAYOUTS.items()}
     print(
         "two_hosts: verified: a teacher on another host, its link cut, killed, started again; a student on "
-        f"both hosts, killed on one of them after 3 of {LONG} steps, started again by torchrun, resumed: every "
-        f"metric of the first {STEPS} steps is that of an undisturbed run on one host "
+        f"both hosts, killed on one of them after 3 of {LONG} steps, started again by torchrun, resumed: "
+        f"every metric of the first {STEPS} steps is that of an undisturbed run on one host "
         f"({', '.join(f'{name} to {gap:.0e}' for name, gap in gaps.items())})"
     )
 
