@@ -190,6 +190,22 @@ def test_sums_are_over_all_ranks():
         assert sums["bytes_dropped_mismatch"] == 0, "a count that no pair has is zero"
 
 
+def _sums_by_teacher(rank, world_size):
+    samples = [records(2 * rank + i, {"bytes": 10 * rank + i + 1}) for i in range(2)]
+    rollouts, pairs = zip(*samples, strict=True)
+    pairs = [replace(pair, teacher="a" if rank else "ab"[i]) for i, pair in enumerate(pairs)]
+    return sample_sums(rollouts, pairs, dist.group.WORLD, teachers=["a", "b", "c"])
+
+
+def test_sums_by_teacher_are_there_for_teachers_without_a_row() -> None:
+    for sums in run_ranks(2, _sums_by_teacher):
+        found = {name: sums[name] for name in sums if "/" in name}
+        assert found == {
+            **{"samples/a": 3, "bytes/a": 1 + 11 + 12, "samples/b": 1, "bytes/b": 2},
+            **{"samples/c": 0, "bytes/c": 0},
+        }
+
+
 # log_line
 
 VALUES = {"loss": 0.25, "grad_norm": 0.5, "learning_rate": 1e-4, "loss_unit": float("nan"), "stop_rate": 0.75}
