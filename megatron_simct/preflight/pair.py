@@ -2,7 +2,7 @@
 that suits.
 
 Every function answers with findings, of which each says what to change. What training itself would refuse is
-left to the code that trains: `check.py` calls it.
+left to the code that trains: `options.py` and `model.py` call it.
 """
 
 from __future__ import annotations
