@@ -40,7 +40,7 @@ WARNINGS = {
 }
 
 
-def test_every_shipped_file_is_here():
+def test_every_shipped_file_is_here() -> None:
     """That of the engines needs models which are trained for it: tests/unit/test_preflight_engines.py."""
     assert WARNINGS.keys() | {"engines"} == {
         path.parent.name for path in (ROOT / "examples").glob("*/run.yaml")
@@ -54,8 +54,8 @@ def opened() -> dict[str, Tokenizer]:
 
 
 @pytest.mark.parametrize("name", WARNINGS)
-def test_only_what_has_a_cause_is_warned_of(name, tmp_path, opened, monkeypatch):
-    def open_once(model, *, prefix):
+def test_only_what_has_a_cause_is_warned_of(name, tmp_path, opened, monkeypatch) -> None:
+    def open_once(model, *, prefix) -> Tokenizer:
         key = Path(model.hf_checkpoint).name
         if key not in opened:
             opened[key] = open_tokenizer(model, prefix=prefix)
