@@ -16,7 +16,8 @@ import torch
 import megatron_simct.teacher.build
 from megatron_simct.alignment.continuations import END
 from megatron_simct.alignment.cut_rules import with_continuations
-from megatron_simct.job import build_job, build_prompts, read_training_rows
+from megatron_simct.job import build_job
+from megatron_simct.job_parts.prompts import build_prompts, read_training_rows
 from megatron_simct.loading import open_model, open_pair, open_tokenizer
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.records import Rollout

@@ -43,8 +43,10 @@ ALLOWED = {
     # The jobs, and the commands beside them.
     "commands": "alignment config data evaluation files loading losses models parallel preflight "
     "prompt_files records rollout update",
-    "job": "alignment config data engine_client evaluation files loading losses models packing parallel "
-    "records reporting rewarding rollout stopping teacher update",
+    "job_parts": "alignment config data engine_client evaluation files loading losses models packing "
+    "parallel records reporting rewarding rollout teacher update",
+    "job": "alignment config data job_parts loading losses parallel records reporting rewarding rollout "
+    "stopping teacher update",
     "serve_teacher": "alignment config engine_client loading models parallel stopping teacher",
     "train": "config files job losses models parallel records reporting rollout teacher update",
 }
