@@ -13,13 +13,16 @@ Standard library only. Nothing of it can be taken back. Linux on x86-64 or aarch
 from __future__ import annotations
 
 import ctypes
+import glob
 import os
+import pkgutil
 import platform
 import resource
 import struct
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
+from importlib.machinery import FileFinder
 
 # System calls and their numbers on x86-64 and on aarch64, where it has them.
 _ALLOWED = {
@@ -185,6 +188,8 @@ _ANSWERS = (
 itself.
 """
 
+_PACKAGE_FOLDERS = ("site-packages", "dist-packages")
+
 _PDEATHSIG, _DUMPABLE, _SECCOMP, _CHILD_SUBREAPER, _NO_NEW_PRIVS = 1, 4, 22, 36, 38
 _MODE_FILTER = 2
 _CAPABILITIES_VERSION_3, _READ_ANY_FILE = 0x20080522, 1 << 2
@@ -238,21 +243,28 @@ def _readable() -> Iterator[tuple[str, int]]:
         for prefix in (sys.base_prefix, sys.base_exec_prefix)
         for name in ("lib", "lib64")
     ]
+    searched = [finder.path for finder in pkgutil.iter_importers() if isinstance(finder, FileFinder)]
+    # A .pth file may add packages of another environment to those of this one.
+    others = [path for path in searched if os.path.basename(path) in _PACKAGE_FOLDERS]
+    readable = {
+        os.path.realpath(path)
+        for path in (*paths.values(), *own, *others, *_SYSTEM_LIBRARIES, *_SYSTEM_FILES)
+    }
+    # Other interpreters keep packages below the same folders; an environment's base interpreter does.
+    theirs = [
+        found
+        for path in readable
+        for name in _PACKAGE_FOLDERS
+        for found in glob.glob(os.path.join(path, "python*", name))
+    ]
     left_out = [
         os.path.join(folder, name)
-        for folder in {*paths.values(), *map(os.path.realpath, sys.path)}
+        for folder in {*paths.values(), *map(os.path.realpath, (*searched, *theirs))}
         if os.path.isdir(folder)
         for name in os.listdir(folder)
         if name.lower().replace("-", "_").lstrip("_").startswith(_ANSWERS)
     ]
-    # A .pth file may add packages of another environment to those of this one.
-    others = [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
-    for path in sorted(
-        {
-            os.path.realpath(path)
-            for path in (*paths.values(), *own, *others, *_SYSTEM_LIBRARIES, *_SYSTEM_FILES)
-        }
-    ):
+    for path in sorted(readable):
         yield from _without(path, left_out)
 
 

@@ -32,13 +32,16 @@ from megatron_simct.evaluation import confined
 from megatron_simct.evaluation.program_server import LENGTH, STARTED
 
 ROOT = str(Path(__file__).resolve().parents[2])
+_PACKAGE = str(Path(ROOT, "megatron_simct", "__init__.py"))
 _START = """
-import sys
-sys.path.insert(0, sys.argv[2])
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("megatron_simct", sys.argv[2])
+sys.modules["megatron_simct"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["megatron_simct"])
 from megatron_simct.evaluation import program_server
-del sys.path[0]
 program_server.main()
 """
+"""Imports this package, and no other module of the folder that it lies in."""
 _SERVER_START_S = 120.0
 _ANSWER_SLACK_S = 30.0
 """A supervisor ends a program that takes too long; this is for a supervisor that cannot."""
@@ -140,7 +143,7 @@ class _Server:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-B", "-c", _START, str(theirs.fileno()), ROOT],
+                [sys.executable, "-I", "-B", "-c", _START, str(theirs.fileno()), _PACKAGE],
                 cwd="/",
                 env={"PATH": os.defpath, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
                 stdin=subprocess.DEVNULL,

