@@ -1,4 +1,6 @@
-"""The prompts of a run: whether they can be read, rendered in both chat templates, and are short enough."""
+"""Prompts of a run: they must be readable, both chat templates must render them, and some
+must be short enough.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,10 @@ from megatron_simct.preflight.state import State
 
 
 def check_prompts(state: State, student: pair.Side, teacher: pair.Side | None) -> list[Row]:
-    """The prompts, where they can be read and rendered; else none."""
+    """The prompts. Empty if they cannot be read or rendered."""
     config = state.config
     if config.data.prompt_data is None:
-        return []  # said by the options
+        return []  # the check of options reports it
 
     rows = state.attempt(
         "pair",
