@@ -4,6 +4,7 @@ process.
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,7 +26,7 @@ hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
+def tiny(tmp_path_factory) -> Path:
     """Folder with the files of a complete tiny job."""
     folder = tmp_path_factory.mktemp("tiny")
     build_files(folder)
@@ -33,7 +34,7 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture
-def short_tmp():
+def short_tmp() -> Iterator[Path]:
     """A folder for temporary files in which sockets may lie: their paths have 107 characters at most."""
     with tempfile.TemporaryDirectory(prefix="simct", dir="/tmp") as folder:
         yield Path(folder)

@@ -21,7 +21,7 @@ def train_and_record(job: Job) -> list[StepReport]:
     """Run the loop to its end; the report of every step."""
     step, reports = job.updater.step, []
 
-    def recording_step(batches):
+    def recording_step(batches) -> StepReport:
         reports.append(step(batches))
         return reports[-1]
 

@@ -119,7 +119,7 @@ def _job(world_size: int, argv: list[str], die_at: int | None, again: bool) -> N
 def _serve(rank: int, world_size: int, argv: list[str], die_at: int | None) -> int:
     run, requests = TeacherForward.run, 0
 
-    def run_and_die(self, micro_batches):
+    def run_and_die(self, micro_batches) -> list[ScoredPair]:
         nonlocal requests
         answers = run(self, micro_batches)
         requests += sum(map(len, micro_batches))
@@ -199,7 +199,7 @@ class ModelFreeTeacher:
         address: str = "ipc",
         keys: Keys | None = None,
         **more: Any,
-    ):
+    ) -> None:
         works = more.pop("works", True)  # else another thread takes from the server
         self.server = ReplicaServer(
             folder,

@@ -1,6 +1,6 @@
-"""The stream of prompts: which rows belong to which step and to which rank is arithmetic on the step number.
+"""The stream of prompts. The step number alone determines which rows belong to a step and to a rank.
 
-There is no cursor to save: step, seed and file determine the batch, under any data-parallel size.
+No cursor is saved: step, seed and file determine the batch, for every data-parallel size.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ class Row:
     """One line of the file."""
 
     prompt: str | Messages
-    """Messages where chat templates are applied."""
+    """Messages if chat templates are applied."""
     response: str | None
     label: str | None
     teacher_prompt: str | Messages | None = None
-    """What the teacher reads in place of `prompt`; None: it reads the same."""
+    """The prompt that the teacher reads instead of `prompt`. None: it reads the same."""
     teacher: str = ""
     """The name of the teacher that scores the row; empty without --teachers."""
     where: str = field(default="", compare=False)
-    """For messages: flag, file and line."""
+    """Flag, file and line, for error messages."""
     fields: Mapping[str, Any] | None = field(default=None, compare=False)
-    """All of the row, where a reward is a function of it."""
+    """All fields of the row, if a reward is a function of them."""
 
     @property
     def read_by_teacher(self) -> str | Messages:
@@ -63,10 +63,10 @@ def read_prompts(
     keep_fields: bool = False,
     teachers: Sequence[str] = (),
 ) -> list[Row]:
-    """The rows of a file. With `chat` a prompt is a list of messages, or a text that is the user's one
-    message. keep_fields: Row.fields. teachers: the names of --teachers, of which each row has one.
+    """The rows of a file. With `chat` a prompt is a list of messages, or a text that becomes one user
+    message. keep_fields: set Row.fields. teachers: the names of --teachers; each row has one of them.
 
-    Raises ValueError, naming the flag, the file and the line, for whatever is wrong with the file.
+    Raises ValueError, naming the flag, the file and the line, if the file is invalid.
     """
     rows = []
     for where, fields in prompt_files.read_rows(path, name=f"{flag} {path}"):
@@ -97,9 +97,9 @@ def read_prompts(
 
 
 def _as_read(prompt: str | list[Message], chat: bool, where: str) -> str | list[Message]:
-    """A text is the user's one message where chat templates are applied.
+    """A prompt as it is rendered: with chat templates, a text becomes one user message.
 
-    ValueError for what cannot be a prompt.
+    Raises ValueError if it cannot be a prompt.
     """
     if not prompt:
         raise ValueError(f"{where}: the prompt is empty, but at least one token must precede the response")
@@ -135,7 +135,7 @@ def _rendered(
     student: tuple[Tokenizer, ChatTemplate | None],
     teachers: Sequence[tuple[Tokenizer, ChatTemplate | None]],
 ) -> list[np.ndarray]:
-    """The ids of the student's prompt, then those of each teacher's."""
+    """The ids of the student's prompt, then those of each teacher's prompt."""
     return [
         _render(row.prompt, *student, where=row.where),
         *(_render(row.read_by_teacher, *teacher, where=row.where) for teacher in teachers),
@@ -162,23 +162,17 @@ class PromptSource:
         teachers: Sequence[tuple[Tokenizer, ChatTemplate | None]] = (),
         named_teachers: Mapping[str, tuple[Tokenizer, ChatTemplate | None]] = MappingProxyType({}),
     ) -> None:
-        """batch_size counts prompts of the whole job; None: all of them. Prompts longer than max_prompt_len
-        tokens on either side are left out and counted in `num_skipped`; ValueError where none remain.
-        `teachers` are those that read the prompts too, each row's own one where it has one;
-        `num_teacher_prompts` counts these rows. named_teachers: of whom each reads the rows that name it, in
-        place of `teachers`. The chat templates write prompts that are messages; ValueError where one refuses
-        a row."""
-        rendered = [
-            (
-                row,
-                _rendered(
-                    row,
-                    (student, student_chat),
-                    [named_teachers[row.teacher]] if named_teachers else teachers,
-                ),
-            )
-            for row in rows
-        ]
+        """batch_size counts prompts of the whole job; None: all of them. Prompts of more than max_prompt_len
+        tokens on either side are left out and counted in `num_skipped`. `teachers` read the prompts too; if
+        a row has a prompt for the teacher, they read that one, and `num_teacher_prompts` counts the row.
+        named_teachers: instead of `teachers`; each reads the rows that name it. Chat templates render prompts
+        that are messages. Raises ValueError if no prompt remains, or if a template refuses a row.
+        """
+
+        def readers(row: Row) -> Sequence[tuple[Tokenizer, ChatTemplate | None]]:
+            return [named_teachers[row.teacher]] if named_teachers else teachers
+
+        rendered = [(row, _rendered(row, (student, student_chat), readers(row))) for row in rows]
         self._rows = [(row, ids) for row, ids in rendered if max(map(len, ids)) <= max_prompt_len]
         self.num_skipped = len(rendered) - len(self._rows)
         self.num_teacher_prompts = (
@@ -200,9 +194,7 @@ class PromptSource:
         return len(self._rows)
 
     def batch(self, step: int) -> list[Prompt]:
-        """This rank's samples of a step: every dp_size-th of the step's batch_size x samples_per_prompt
-        samples.
-        """
+        """This rank's samples of a step: every dp_size-th of its batch_size x samples_per_prompt samples."""
         total = self._batch_size * self._samples_per_prompt
         return [self._sample(step * total + i) for i in range(self._dp_rank, total, self._dp_size)]
 
@@ -211,7 +203,7 @@ class PromptSource:
         return [self._sample(sample_id) for sample_id in sample_ids]
 
     def share(self) -> list[Prompt]:
-        """This rank's part of all rows once, in file order: for evaluation."""
+        """This rank's share of all rows once, in file order, for evaluation."""
         return [self._prompt(i, sample_id=i) for i in range(self._dp_rank, len(self._rows), self._dp_size)]
 
     def _sample(self, sample_id: int) -> Prompt:

@@ -74,7 +74,7 @@ def _main(rank: int, world_size: int, argv: list[str]) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("prompts", ["plain", "chat"])
-def test_two_steps_from_folders_alone(files, tmp_path, prompts):
+def test_two_steps_from_folders_alone(files, tmp_path, prompts) -> None:
     flags = ["--prompt-data", str(files / f"{prompts}.jsonl")] + ["--apply-chat-template"] * (
         prompts == "chat"
     )
@@ -131,7 +131,7 @@ def dated(files, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_run_that_goes_on_another_day_has_the_prompts_of_the_first(files, dated, tmp_path):
+def test_a_run_that_goes_on_another_day_has_the_prompts_of_the_first(files, dated, tmp_path) -> None:
     def trained(folder: Path, days: list[str], iterations: int, *flags: str, world_size: int = 1) -> str:
         argv = command_line(
             files, "--apply-chat-template", "--hf-checkpoint", str(dated), "--micro-batch-size", "1"
@@ -170,7 +170,7 @@ def test_a_run_that_goes_on_another_day_has_the_prompts_of_the_first(files, date
     assert metrics(tmp_path / "other") != metrics(tmp_path / "one")
 
 
-def test_an_evaluation_that_goes_on_another_day_asks_as_on_the_first(dated, tmp_path):
+def test_an_evaluation_that_goes_on_another_day_asks_as_on_the_first(dated, tmp_path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row | {"label": "1"}) + "\n" for row in ROWS[:4]))
 
     def evaluated(folder: Path, days: list[str], *flags: str) -> tuple[int, str]:
@@ -215,7 +215,7 @@ def test_an_evaluation_that_goes_on_another_day_asks_as_on_the_first(dated, tmp_
         assert responses(tmp_path / name) != expected
 
 
-def test_two_steps_with_real_vocabularies(tmp_path):
+def test_two_steps_with_real_vocabularies(tmp_path) -> None:
     save_model(tmp_path / "student", "llama", vocab_size=20001, scale=0.1)
     save_real_byte_level(tmp_path / "student")
     save_model(tmp_path / "teacher", "qwen2", vocab_size=32768, scale=0.1)
@@ -227,13 +227,13 @@ def test_two_steps_with_real_vocabularies(tmp_path):
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_checkpoint_goes_before_the_folder_s_weights(files, tmp_path):
+def test_a_checkpoint_goes_before_the_folder_s_weights(files, tmp_path) -> None:
     argv = command_line(files, "--train-iters", "1", "--pretrained-checkpoint", str(tmp_path))
     ((code, _, err),) = run_ranks(1, _main, argv)
     assert code == 1 and f"--pretrained-checkpoint {tmp_path}: no checkpoint there" in err
 
 
-def test_folders_without_weights_are_reported_once(files, tmp_path):
+def test_folders_without_weights_are_reported_once(files, tmp_path) -> None:
     shutil.copytree(files / "teacher", tmp_path / "teacher")
     (tmp_path / "teacher" / "model.safetensors").unlink()
     argv = command_line(files, "--teacher-hf-checkpoint", str(tmp_path / "teacher"), "--train-iters", "1")
@@ -294,7 +294,7 @@ def shrink_vocabulary(folder: Path) -> None:
         (long_template, ["hf-checkpoint", "chat_template.jinja writes more than 16,777,216 characters"]),
     ],
 )
-def test_a_wrong_folder_is_one_line_that_names_the_flag(files, tmp_path, side, damage, words):
+def test_a_wrong_folder_is_one_line_that_names_the_flag(files, tmp_path, side, damage, words) -> None:
     shutil.copytree(files / "student", tmp_path / "copy")
     damage(tmp_path / "copy")
     argv = command_line(files, "--apply-chat-template", f"--{side}hf-checkpoint", str(tmp_path / "copy"))
@@ -306,7 +306,7 @@ def test_a_wrong_folder_is_one_line_that_names_the_flag(files, tmp_path, side, d
         assert word in err
 
 
-def test_messages_need_the_flag_and_a_tokenizer_that_reads_chats(files, tiny):
+def test_messages_need_the_flag_and_a_tokenizer_that_reads_chats(files, tiny) -> None:
     ((code, _, err),) = run_ranks(1, _main, command_line(files, "--prompt-data", str(files / "chat.jsonl")))
     assert code == 1 and "chat.jsonl, line 1: " in err and "need --apply-chat-template" in err
     argv = command_line(files, "--apply-chat-template", "--tokenizer-model", str(tiny / "student.model"))

@@ -34,7 +34,7 @@ def _convert(rank: int, world_size: int, argv: list[str]) -> int | None:
     return convert(argv)
 
 
-def test_a_deepseek_teacher_and_a_qwen3_5_student(tiny, tmp_path):
+def test_a_deepseek_teacher_and_a_qwen3_5_student(tiny, tmp_path) -> None:
     save_model(tmp_path / "teacher", "deepseek_v3", vocab_size=300, **TEACHER)
     save_model(tmp_path / "student", "qwen3_5_text", vocab_size=360, **STUDENT)
     command = command_line(

@@ -59,7 +59,7 @@ def _run(command: list[str], folder: Path) -> str:
 
 
 @needs_tokenizers
-def test_quickstart_smoke(checkout):
+def test_quickstart_smoke(checkout) -> None:
     folder = checkout / "runs" / "quickstart"
     summary = json.loads((folder / "summary.json").read_text())
     assert {
@@ -88,7 +88,7 @@ def test_quickstart_smoke(checkout):
 
 
 @needs_tokenizers
-def test_a_warm_up_on_the_teachers_answers_is_a_chain_of_commands_that_the_tools_accept(tmp_path):
+def test_a_warm_up_on_the_teachers_answers_is_a_chain_of_commands_that_the_tools_accept(tmp_path) -> None:
     options = quickstart.parse(["--warm-up", "teacher", "--processes", "1", "--run-dir", str(tmp_path)])
     recipe = quickstart.Recipe(options, tmp_path)
     distil = recipe.distil("bytes", "distil")
@@ -120,7 +120,7 @@ def test_a_warm_up_on_the_teachers_answers_is_a_chain_of_commands_that_the_tools
 
 
 @needs_tokenizers
-def test_the_example_of_hints_is_a_chain_whose_teacher_reads_the_solution(tmp_path):
+def test_the_example_of_hints_is_a_chain_whose_teacher_reads_the_solution(tmp_path) -> None:
     warm_up, evaluation, distil = hints.stages(hints.parse(["--run-dir", str(tmp_path)]), tmp_path)
     trained, taught = (
         parse_config(list(stage.command[stage.command.index("megatron_simct.train") + 1 :]))
@@ -148,7 +148,7 @@ def test_the_example_of_hints_is_a_chain_whose_teacher_reads_the_solution(tmp_pa
 
 @needs_tokenizers
 @pytest.mark.parametrize("number", range(8))
-def test_the_first_hour_is_as_its_page_prints_it(checkout, number):
+def test_the_first_hour_is_as_its_page_prints_it(checkout, number) -> None:
     commands = commands_of(FIRST_HOUR)
     assert len(commands) == 8
     command, expected = commands[number]

@@ -28,7 +28,7 @@ WANTED = "MEGATRON_SIMCT_REAL_WEIGHTS"
     any(importlib.util.find_spec(name) is None for name in ("gguf", "accelerate")),
     reason="gguf or accelerate is not installed: pip install -r examples/real_weights/requirements.txt",
 )
-def test_two_steps_with_real_weights(tmp_path, monkeypatch):
+def test_two_steps_with_real_weights(tmp_path, monkeypatch) -> None:
     folder = tmp_path if os.environ[WANTED] == "1" else Path(os.environ[WANTED]).resolve()
     monkeypatch.syspath_prepend(ROOT / "examples" / "real_weights")
     models = importlib.import_module("models")

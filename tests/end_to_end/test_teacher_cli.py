@@ -65,7 +65,7 @@ def student(files: Path, folder: Path, *flags: str) -> list[str]:
     ]
 
 
-def test_torchrun_serves_a_folder_and_sigterm_ends_it(files, tmp_path):
+def test_torchrun_serves_a_folder_and_sigterm_ends_it(files, tmp_path) -> None:
     """A student in two ranks reads from the folder only the rows that it shares, and trains as with its own
     teacher.
     """
@@ -121,7 +121,7 @@ def test_torchrun_serves_a_folder_and_sigterm_ends_it(files, tmp_path):
 
 
 @pytest.mark.parametrize("side, name", [("teacher", "model.embed_tokens.weight"), ("student", None)])
-def test_rows_of_the_head_are_those_of_the_folder(files, side, name):
+def test_rows_of_the_head_are_those_of_the_folder(files, side, name) -> None:
     tensors = {k: v for file in (files / side).glob("*.safetensors") for k, v in load_file(file).items()}
     whole = tensors[name or "model.embed_tokens.weight"]
     folder = str(files / side)
@@ -153,7 +153,7 @@ def test_rows_of_the_head_are_those_of_the_folder(files, side, name):
 )
 def test_wrong_input_is_one_line_that_names_the_flag_before_the_model_is_loaded(
     files, tmp_path, more, code, words
-):
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         more = [value.replace("TAKEN", str(taken.getsockname()[1])) for value in more]
         argv = ["--teacher-hf-checkpoint", str(files / "teacher"), "--run-dir", str(tmp_path), *more]
@@ -173,7 +173,7 @@ def _main(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
     import contextlib
     import io
 
-    def load(*_, **__):
+    def load(*_, **__) -> None:
         raise AssertionError("the model was loaded first")
 
     serve_teacher.open_model = load
@@ -186,7 +186,7 @@ def _main(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
     return code, err.getvalue()
 
 
-def test_a_folder_without_weights_is_no_teacher(tiny, tmp_path):
+def test_a_folder_without_weights_is_no_teacher(tiny, tmp_path) -> None:
     argv = ["--teacher-hf-checkpoint", str(tiny / "teacher"), "--run-dir", str(tmp_path)]
     ((code, err),) = run_ranks(1, _main, [*argv, "--teacher-tokenizer-model", str(tiny / "teacher.tiktoken")])
     assert code == 1 and "has no weights, but a teacher needs them" in err and err.count("\n") == 1

@@ -74,7 +74,7 @@ def _on_a_terminal(command: list[str], folder: Path, **more: str) -> str:
 
 
 @pytest.mark.parametrize("name", SHOWN)
-def test_a_pipe_gets_plain_lines_and_nothing_else(name, desk, tmp_path):  # noqa: F811
+def test_a_pipe_gets_plain_lines_and_nothing_else(name, desk, tmp_path) -> None:  # noqa: F811
     command = _argv(name, desk, tmp_path)
     done = subprocess.run(command, cwd=desk, env=_environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -84,7 +84,7 @@ def test_a_pipe_gets_plain_lines_and_nothing_else(name, desk, tmp_path):  # noqa
 
 
 @pytest.mark.parametrize("name", ["inspect", "check_pair", "evaluate"])
-def test_a_terminal_gets_colours_and_bars_unless_no_color_is_set(name, desk, tmp_path):  # noqa: F811
+def test_a_terminal_gets_colours_and_bars_unless_no_color_is_set(name, desk, tmp_path) -> None:  # noqa: F811
     coloured = _on_a_terminal(_argv(name, desk, tmp_path / "first"), desk)
     plain = _on_a_terminal(_argv(name, desk, tmp_path / "second"), desk, NO_COLOR="1")
     assert COLOUR.search(coloured) and not COLOUR.search(plain)

@@ -956,7 +956,7 @@ def argv_of(mistake: Mistake) -> list[str]:
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: f"{mistake.command}: {mistake.what}")
-def test_a_mistake_is_one_line_and_leaves_nothing(mistake, desk):
+def test_a_mistake_is_one_line_and_leaves_nothing(mistake, desk) -> None:
     ((code, err, before, after),) = run_ranks(1, _make, mistake, desk)
     if code == "skip":
         pytest.skip(err)
@@ -969,7 +969,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(mistake, desk):
     assert after == before
 
 
-def test_a_full_disk_at_a_save_is_one_line_and_no_checkpoint(desk):
+def test_a_full_disk_at_a_save_is_one_line_and_no_checkpoint(desk) -> None:
     """What is there has a temporary name, which the next start clears away."""
     save = Mistake(
         command="train",
@@ -987,14 +987,14 @@ def test_a_full_disk_at_a_save_is_one_line_and_no_checkpoint(desk):
     assert all("/out/saved/iter_0000002.tmp/" in name for name in new), new
 
 
-def test_there_are_enough():
+def test_there_are_enough() -> None:
     assert (
         len({(mistake.command, mistake.flags, mistake.disk) for mistake in MISTAKES}) == len(MISTAKES) >= 40
     )
     assert {mistake.command for mistake in MISTAKES} == set(COMMANDS) == set(RIGHT)
 
 
-def test_debug_shows_the_traceback(tmp_path):
+def test_debug_shows_the_traceback(tmp_path) -> None:
     for flags, shown in ((), False), (("--debug",), True):
         command = [sys.executable, str(ROOT / "tools" / "plot_run.py"), str(tmp_path), *flags]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -1005,7 +1005,7 @@ def test_debug_shows_the_traceback(tmp_path):
 @pytest.mark.parametrize(
     "begun", ["", "written to|iteration +2"], ids=["while libraries load", "in training"]
 )
-def test_ctrl_c_is_one_line(begun, tiny, tmp_path):
+def test_ctrl_c_is_one_line(begun, tiny, tmp_path) -> None:
     flags = ("--train-iters", "1000", "--run-dir", str(tmp_path / "run"))
     command = [sys.executable, "-m", "megatron_simct.train", *command_line(tiny, *flags)]
     # A job that a shell has put into the background ignores SIGINT, and so would all that it starts.

@@ -73,11 +73,11 @@ def tensors_of(folder) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory) -> Callable[..., Path]:
     """[family, tied, type] -> a folder, made when first asked for."""
     made = {}
 
-    def make(family: str, tied: bool, dtype: torch.dtype):
+    def make(family: str, tied: bool, dtype: torch.dtype) -> Path:
         key = family, tied, dtype
         if key not in made:
             made[key] = tmp_path_factory.mktemp("hf")
@@ -111,7 +111,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("there, back, family, tied, dtype", PAIRS)
-def test_every_tensor_comes_back(folder, tmp_path, there, back, family, tied, dtype):
+def test_every_tensor_comes_back(folder, tmp_path, there, back, family, tied, dtype) -> None:
     source = folder(family, tied, dtype)
     (source / "tokenizer.json").write_text("{}")
     assert set(convert("hf-to-megatron", there, hf_checkpoint=source, save=tmp_path / "megatron")) == {0}
@@ -195,7 +195,7 @@ HEADS = {
 )
 def test_a_head_beside_a_tied_embedding_counts_as_in_transformers(
     folder, tmp_path, head, there, back, family
-):
+) -> None:
     """Read, converted in any layout, exported: the logits stay, and the export says which head it has."""
     from transformers import AutoModelForCausalLM
 
@@ -243,7 +243,7 @@ def _write(folder: Path, tensors: dict[str, torch.Tensor], *, many_files: bool) 
     "layout, family",
     [("one", "qwen2"), ("TP2xPP2", "qwen2"), ("PP2 interleaved", "qwen2"), ("TP2xEP2", "qwen3_moe")],
 )
-def test_verify_compares_with_transformers(folder, tmp_path, layout, family, capfd):
+def test_verify_compares_with_transformers(folder, tmp_path, layout, family, capfd) -> None:
     source = folder(family, True, torch.float32)
     assert set(convert("hf-to-megatron", layout, hf_checkpoint=source, save=tmp_path / "m", verify=True)) == {
         0
@@ -252,7 +252,7 @@ def test_verify_compares_with_transformers(folder, tmp_path, layout, family, cap
 
 
 @pytest.fixture(scope="module")
-def with_tokenizer(tmp_path_factory):
+def with_tokenizer(tmp_path_factory) -> Path:
     """A folder whose model has an id for each of its tokenizer's."""
     path = tmp_path_factory.mktemp("with_tokenizer")
     save_model(path, "llama", vocab_size=340, num_hidden_layers=4)
@@ -261,7 +261,7 @@ def with_tokenizer(tmp_path_factory):
 
 
 @pytest.mark.parametrize("layout", ["one", "TP2xPP2"])
-def test_verify_compares_on_a_text_there_and_back(with_tokenizer, tmp_path, layout, capfd):
+def test_verify_compares_on_a_text_there_and_back(with_tokenizer, tmp_path, layout, capfd) -> None:
     text = "Tom has 12 apples, Привет"
     tokenizer = load_tokenizer(str(with_tokenizer))
     expected = [tokenizer.bos_id, *tokenizer.encode(text.encode()).tolist()]
@@ -292,7 +292,7 @@ def _noting(seen: str, folder: str, tokens: torch.Tensor) -> torch.Tensor:
 )
 def test_a_wrong_verify_text_is_found_before_anything_is_written(
     with_tokenizer, tmp_path, change, words, capfd
-):
+) -> None:
     source = shutil.copytree(with_tokenizer, tmp_path / "copy")
     if "vocab_size" in change:
         fields = json.loads((source / "config.json").read_text())
@@ -309,7 +309,7 @@ def test_a_wrong_verify_text_is_found_before_anything_is_written(
     assert not (tmp_path / "m").exists()
 
 
-def test_an_export_is_on_the_disk_before_it_has_its_name(folder, tmp_path):
+def test_an_export_is_on_the_disk_before_it_has_its_name(folder, tmp_path) -> None:
     source = folder("llama", True, torch.float32)
     assert convert("hf-to-megatron", hf_checkpoint=source, save=tmp_path / "m") == [0]
     with patch.object(hf_export, "_sync", partial(_sync_noting, str(tmp_path / "log"))):
@@ -328,7 +328,7 @@ def _sync_noting(log: str, path: Path) -> None:
         file.write(f"{path} {Path(log).with_name('hf').exists()}\n")
 
 
-def test_nothing_is_overwritten(folder, tmp_path, capfd):
+def test_nothing_is_overwritten(folder, tmp_path, capfd) -> None:
     source = folder("llama", True, torch.float32)
     (tmp_path / "there").mkdir()
     assert convert("hf-to-megatron", hf_checkpoint=source, save=tmp_path / "there") == [1]
@@ -340,7 +340,7 @@ def test_nothing_is_overwritten(folder, tmp_path, capfd):
     assert f"--save {tmp_path / 'there'}: exists already; nothing is overwritten" in capfd.readouterr().err
 
 
-def test_a_disk_that_is_full_for_one_rank_ends_all_with_one_line(folder, tmp_path, capfd):
+def test_a_disk_that_is_full_for_one_rank_ends_all_with_one_line(folder, tmp_path, capfd) -> None:
     source = folder("llama", False, torch.float32)
     assert convert("hf-to-megatron", hf_checkpoint=source, save=tmp_path / "m") == [0]
     capfd.readouterr()
@@ -360,7 +360,7 @@ def _full_for_rank_2(path: Path, original: Callable, mode: str = "r", **options:
     return original(Path("/dev/full") if full else path, mode, **options)
 
 
-def test_verify_fails_for_another_models_weights(folder, tmp_path, capfd):
+def test_verify_fails_for_another_models_weights(folder, tmp_path, capfd) -> None:
     source = folder("llama", False, torch.float32)
     copy = shutil.copytree(source, tmp_path / "copy")
     index = json.loads((copy / "model.safetensors.index.json").read_text())["weight_map"]

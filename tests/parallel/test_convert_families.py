@@ -104,9 +104,9 @@ def _check(pairs: list[tuple[str, str]], families: Iterable[str], world_size: in
         assert wrong == []
 
 
-def test_every_family_by_three_pairs_of_layouts(tmp_path):
+def test_every_family_by_three_pairs_of_layouts(tmp_path) -> None:
     _check(PAIRS, MODELS, 2, tmp_path)
 
 
-def test_every_kind_of_layer_by_every_pair_of_layouts(tmp_path):
+def test_every_kind_of_layer_by_every_pair_of_layouts(tmp_path) -> None:
     _check(list(itertools.product(LAYOUTS, LAYOUTS)), OF_EVERY_KIND, 4, tmp_path)

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,13 +107,13 @@ def teacher_argv(tiny, weights, tmp_path) -> list[str]:
 def last_loads(module: object, name: str, after: str, world_size: int) -> Callable:
     """The last rank loads for ever; the others have come to what follows."""
 
-    def patch(rank, ready):
-        def load(*args, **kwargs):
+    def patch(rank, ready) -> None:
+        def load(*args, **kwargs) -> None:
             loaded(*args, **kwargs)  # files of a checkpoint are read together
             ready.set()
             wait_in_c()
 
-        def come(*args, **kwargs):
+        def come(*args, **kwargs) -> Any:
             ready.set()
             return then(*args, **kwargs)
 
@@ -135,7 +136,7 @@ def last_loads(module: object, name: str, after: str, world_size: int) -> Callab
 )
 def test_a_teacher_that_loads_ends_at_once_and_leaves_nothing(
     teacher_argv, tmp_path, short_tmp, number, code, line, world_size
-):
+) -> None:
     patch = last_loads(serve_teacher, "open_model", "TeacherForward", world_size)
     with ranks(tmp_path, short_tmp, serve_teacher.main, teacher_argv, patch, world_size) as job_:
         job_.come()
@@ -146,8 +147,8 @@ def test_a_teacher_that_loads_ends_at_once_and_leaves_nothing(
         assert not (tmp_path / "run").exists() and not list(job_.tmp.iterdir())
 
 
-def never_answers(rank, ready):
-    def run(*_):
+def never_answers(rank, ready) -> None:
+    def run(*_) -> None:
         ready.set()
         wait_in_c()
 
@@ -157,7 +158,7 @@ def never_answers(rank, ready):
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_second_signal_ends_a_teacher_that_finishes_what_it_holds(
     teacher_argv, tmp_path, short_tmp, number, code
-):
+) -> None:
     folder = tmp_path / "run" / "teacher"
     with ranks(tmp_path, short_tmp, serve_teacher.main, teacher_argv, never_answers) as job_:
         client = open_client(folder, fingerprints={"hidden_size": 48})
@@ -180,10 +181,10 @@ def test_a_second_signal_ends_a_teacher_that_finishes_what_it_holds(
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_training_that_loads_ends_at_once_on_the_signal_that_it_handles(
     tiny, tmp_path, short_tmp, world_size
-):
+) -> None:
     save = ("--save", str(tmp_path / "save"), "--run-dir", str(tmp_path / "run"))
     argv = command_line(tiny, "--exit-signal-handler", *save)
-    patch = last_loads(job, "load_model", "build_placement", world_size)
+    patch = last_loads(job, "load_student", "build_placement", world_size)
     with ranks(tmp_path, short_tmp, train.main, argv, patch, world_size) as job_:
         job_.come()
         job_.tell(signal.SIGTERM)
@@ -194,7 +195,7 @@ def test_training_that_loads_ends_at_once_on_the_signal_that_it_handles(
         assert not (tmp_path / "save").exists()
 
 
-def test_a_fork_does_not_tell_its_parent_of_its_own_signals(tmp_path, short_tmp):
+def test_a_fork_does_not_tell_its_parent_of_its_own_signals(tmp_path, short_tmp) -> None:
     """As the children that write a checkpoint's shards, where a scheduler signals all processes of a job."""
 
     def main(_: list[str]) -> int:
@@ -221,7 +222,7 @@ def _fork_and_wait(pipe: int) -> None:
         signal.pause()
 
 
-def test_what_a_rank_forks_ends_with_it():
+def test_what_a_rank_forks_ends_with_it() -> None:
     reading, writing = os.pipe()
     process = multiprocessing.get_context("fork").Process(target=_fork_and_wait, args=(writing,))
     process.start()

@@ -122,7 +122,7 @@ def by_engine(folder: Path, requests: list[TeacherRequest]) -> dict[int, dict[st
     return answers
 
 
-def by_megatron(rank: int, world_size: int, folder: Path, requests: list[TeacherRequest]):
+def by_megatron(rank: int, world_size: int, folder: Path, requests: list[TeacherRequest]) -> dict[int, Any]:
     config = parse(folder)
     with process_groups(config.parallel, seed=1) as groups:
         tokenizer = open_tokenizer(config.teacher, prefix="teacher-")
@@ -145,7 +145,7 @@ def tensors_of(scored) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_the_same_statistics_as_our_own_teacher(folders, name):
+def test_the_same_statistics_as_our_own_teacher(folders, name) -> None:
     requests = make_requests()
     (expected,) = run_ranks(1, by_megatron, folders[name], requests)
     found = by_engine(folders[name], requests)
@@ -158,7 +158,7 @@ def test_the_same_statistics_as_our_own_teacher(folders, name):
     assert kinds == {"own_logit", "lse", "hidden", "topk", "topk_ids", "byte_logprobs"}
 
 
-def test_a_family_that_models_does_not_know(folders):
+def test_a_family_that_models_does_not_know(folders) -> None:
     """Its log-probabilities are those of transformers' logits in float64, scale and all."""
     import transformers
 
@@ -180,7 +180,7 @@ def test_a_family_that_models_does_not_know(folders):
 
 
 @pytest.mark.parametrize("field", ["prompt_logprobs", "echo"])
-def test_log_probabilities_of_a_server_that_generates(folders, field):
+def test_log_probabilities_of_a_server_that_generates(folders, field) -> None:
     """Own log-probabilities are those of our own teacher, and so are the likeliest tokens where ids are
     named.
     """
@@ -229,7 +229,7 @@ def _fields(folder: Path, **changes) -> None:
         ("cohere", {"logit_scale": -1}, "logit_scale: expected a number above 0"),
     ],
 )
-def test_what_a_head_may_not_have(folders, tmp_path, name, changes, words):
+def test_what_a_head_may_not_have(folders, tmp_path, name, changes, words) -> None:
     folder = shutil.copytree(folders[name], tmp_path / "changed")
     _fields(folder, **changes)
     with pytest.raises(ValueError, match=r"--x .*changed") as error:
@@ -237,7 +237,7 @@ def test_what_a_head_may_not_have(folders, tmp_path, name, changes, words):
     assert words in str(error.value)
 
 
-def test_a_default_that_config_json_leaves_out_and_a_nested_folder(folders, tmp_path):
+def test_a_default_that_config_json_leaves_out_and_a_nested_folder(folders, tmp_path) -> None:
     folder = shutil.copytree(folders["gemma2"], tmp_path / "changed")
     _fields(folder, final_logit_softcapping=None)
     # which we do not read, but the head is not quantised
@@ -248,7 +248,7 @@ def test_a_default_that_config_json_leaves_out_and_a_nested_folder(folders, tmp_
     assert read_head(str(folder), flag="").hidden_size == 32
 
 
-def test_the_probe_knows_a_wrong_head_and_a_wrong_engine(folders, tmp_path):
+def test_the_probe_knows_a_wrong_head_and_a_wrong_engine(folders, tmp_path) -> None:
     scorer, probe, tokenizer = front(folders["llama"])
     with serve_folder(folders["llama"]) as server:
         client = EngineClient(server.address, hidden_size=32)
@@ -321,7 +321,7 @@ def test_the_probe_knows_a_wrong_head_and_a_wrong_engine(folders, tmp_path):
         ),
     ],
 )
-def test_options_without_a_meaning(folders, flags, words):
+def test_options_without_a_meaning(folders, flags, words) -> None:
     with pytest.raises(ValueError, match=words):
         parse(folders["llama"], *flags).check()
     with pytest.raises(ValueError, match="expected http://HOST:PORT"):
@@ -393,7 +393,7 @@ SEEDS = range(int(os.environ.get("ENGINE_FAULT_SEEDS", "20")))
 
 
 @pytest.mark.parametrize("answers", ["hidden_states", "prompt_logprobs", "echo"])
-def test_faults_between_front_and_engine_cost_time_only(short_tmp, monkeypatch, answers):
+def test_faults_between_front_and_engine_cost_time_only(short_tmp, monkeypatch, answers) -> None:
     """Every sample is answered once, with its own answer, whatever happens to the answers of two engines."""
     monkeypatch.setattr("megatron_simct.teacher.engine_pool._FIRST_WAIT_S", 0.01)
     scorer = model_free_scorer()
@@ -506,7 +506,7 @@ def _train(
     return [row for row in metrics(out) if row["kind"] == "step"]
 
 
-def test_a_run_with_an_engine_is_the_run_with_our_own_teacher(tiny, folders, tmp_path, short_tmp):
+def test_a_run_with_an_engine_is_the_run_with_our_own_teacher(tiny, folders, tmp_path, short_tmp) -> None:
     """Also where the engine dies with requests in hand and comes back, and with a teacher that models/ cannot
     build.
     """
@@ -551,7 +551,7 @@ def test_a_run_with_an_engine_is_the_run_with_our_own_teacher(tiny, folders, tmp
 
 def test_a_server_that_generates_teaches_alm_and_what_compares_likeliest_tokens(
     tiny, folders, tmp_path, short_tmp
-):
+) -> None:
     """Metrics are those with our own teacher; what needs more is refused with the reason, and so is another
     model.
     """

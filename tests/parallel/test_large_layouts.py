@@ -153,7 +153,7 @@ def _environment(rank: int, world_size: int) -> contextlib.ExitStack:
     return stack
 
 
-def test_the_ranks_of_a_70b_model_share_every_tensor_of_its_folder():
+def test_the_ranks_of_a_70b_model_share_every_tensor_of_its_folder() -> None:
     (covered,) = run_ranks(1, _cover_llama)
     assert len(covered.sizes) == TP * PP and max(covered.sizes) < 70.6e9 / (TP * PP) * 1.1
     shapes = covered.shapes_of_whole_tensors()
@@ -199,7 +199,7 @@ def _cover_experts(
     return covered, built
 
 
-def test_the_ranks_of_a_235b_mixture_of_experts_share_every_tensor_of_its_folder():
+def test_the_ranks_of_a_235b_mixture_of_experts_share_every_tensor_of_its_folder() -> None:
     """Its 94 layers are 23, 24, 24 and 23 on four stages, and its 4 query groups lie on 8 tensor-parallel
     ranks.
     """
@@ -256,7 +256,7 @@ LARGE = {
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_large_teachers_on_512_ranks(tmp_path, name):
+def test_large_teachers_on_512_ranks(tmp_path, name) -> None:
     """TP8 x PP8 x EP8: every number of the published sizes belongs to its ranks once, the corrections of the
     routers too, and the plan counts what is built."""
     fields, attention, dense, experts = LARGE[name]

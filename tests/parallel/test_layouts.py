@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_simct.job import build_job
 from megatron_simct.parallel.initialize import process_groups
+from megatron_simct.records import MicroBatch, Rollout
 from tests.distributed import run_ranks
 from tests.steps import train_and_record
 from tests.tiny import config
@@ -45,12 +48,12 @@ LAYOUTS = {
 }
 
 
-def _run(rank, world_size, folder, *flags):
+def _run(rank, world_size, folder, *flags) -> tuple[list[Any], torch.Tensor]:
     """Loss sum, label count and gradient norm of each step, and the rollout gap, as this rank saw them."""
     return _run_each(rank, world_size, folder, [flags])[0]
 
 
-def _run_each(rank, world_size, folder, runs):
+def _run_each(rank, world_size, folder, runs) -> list[tuple[list[Any], torch.Tensor]]:
     """`_run` for several sets of flags of one layout, in the same processes."""
     configs = [config(folder, *ADAM, *flags) for flags in runs]
     results = []
@@ -65,7 +68,7 @@ def _run_each(rank, world_size, folder, runs):
 
 
 @pytest.fixture(scope="module")
-def recorded(tiny, weights, tmp_path_factory):
+def recorded(tiny, weights, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     """One process samples, trains, and leaves its rollouts."""
     rollouts = tmp_path_factory.mktemp("rollouts")
     names = INTERFACES + OF_WHOLE_RESPONSES
@@ -79,7 +82,7 @@ def flags_of(weights, interface: str) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_agree(tiny, weights, recorded, layout):
+def test_layouts_agree(tiny, weights, recorded, layout) -> None:
     folder, expected = recorded
     world_size, flags = LAYOUTS[layout]
     names = INTERFACES + OF_WHOLE_RESPONSES * (layout in OF_THEM)
@@ -106,7 +109,7 @@ def test_layouts_agree(tiny, weights, recorded, layout):
 
 
 @pytest.mark.parametrize("micro_batch_size", ["1", "8"])
-def test_micro_batch_size_changes_nothing(tiny, weights, recorded, micro_batch_size):
+def test_micro_batch_size_changes_nothing(tiny, weights, recorded, micro_batch_size) -> None:
     folder, expected = recorded
     ((steps, weight),) = run_ranks(
         1,
@@ -125,7 +128,7 @@ def test_micro_batch_size_changes_nothing(tiny, weights, recorded, micro_batch_s
 
 
 @pytest.mark.parametrize("layout", ["tp2", "dp2", "cp2"])
-def test_sampling_does_not_depend_on_the_layout(tiny, weights, recorded, tmp_path, layout):
+def test_sampling_does_not_depend_on_the_layout(tiny, weights, recorded, tmp_path, layout) -> None:
     """The rollouts of step 0 are the same tokens: draws depend on seed and sample id, weights on the seed."""
     from megatron_simct.rollout.engine import ReplayEngine
 
@@ -143,7 +146,7 @@ def test_sampling_does_not_depend_on_the_layout(tiny, weights, recorded, tmp_pat
         )
 
 
-def _read(engine_class, folder):
+def _read(engine_class, folder) -> list[Rollout]:
     from megatron_simct.records import Prompt
 
     engine = engine_class(None, save_dir=None, load_dir=str(folder), dp_rank=0, writes=False)
@@ -153,7 +156,7 @@ def _read(engine_class, folder):
     )
 
 
-def test_sampled_log_probs_are_the_trainer_s(recorded):
+def test_sampled_log_probs_are_the_trainer_s(recorded) -> None:
     """Every sampled label scores the same in training: the sum of both sides agrees to 1e-4 a label."""
     import json
 
@@ -169,7 +172,7 @@ def test_sampled_log_probs_are_the_trainer_s(recorded):
         assert abs(sums["student_nll_sum"] - sampled) < 1e-4 * sums["num_labels"]
 
 
-def _parts(rank, world_size, folder, *flags):
+def _parts(rank, world_size, folder, *flags) -> list[Any]:
     """What each step says of its gradient's parts, and its norm."""
     resolved = config(folder, *ADAM, *flags)
     with process_groups(resolved.parallel, seed=resolved.training.seed) as groups:
@@ -179,7 +182,7 @@ def _parts(rank, world_size, folder, *flags):
         ]
 
 
-def _norms_of_parts(rank, world_size, folder, *flags):
+def _norms_of_parts(rank, world_size, folder, *flags) -> list[float]:
     """The gradient norm of the first step with all weights, with those of 1:1 positions, and with those of
     units.
     """
@@ -190,7 +193,7 @@ def _norms_of_parts(rank, world_size, folder, *flags):
             job = build_job(resolved, groups)
             pack = job.pack
 
-            def packed(*records, kept=kept, pack=pack, **more):
+            def packed(*records, kept=kept, pack=pack, **more) -> list[MicroBatch]:
                 batches = pack(*records, **more)
                 for batch in batches:
                     batch.labels.weights[~torch.isin(batch.labels.kinds, torch.tensor(kept))] = 0
@@ -200,7 +203,7 @@ def _norms_of_parts(rank, world_size, folder, *flags):
     return found
 
 
-def test_the_parts_of_the_gradient(tiny, weights, recorded):
+def test_the_parts_of_the_gradient(tiny, weights, recorded) -> None:
     """Cosine and ratio follow from the norms of the whole gradient and of each part, in every layout."""
     replay = (*weights, "--load-debug-rollout-data", str(recorded[0] / "paper"))
     (norms,) = run_ranks(1, _norms_of_parts, tiny, *replay)

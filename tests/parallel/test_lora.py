@@ -226,7 +226,7 @@ def _tokens(paths: list[Path]) -> dict[int, list[int]]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_loss_gradients_and_samples_are_those_of_the_merged_weights(tiny, cases, layout):
+def test_loss_gradients_and_samples_are_those_of_the_merged_weights(tiny, cases, layout) -> None:
     world_size, flags = LAYOUTS[layout]
     if layout not in ("one", "tp2 pp2"):
         cases = {"llama": cases["llama"]}
@@ -280,7 +280,7 @@ def undisturbed(tiny, cases, tmp_path_factory) -> Path:
 
 def test_a_checkpoint_holds_adapters_and_resumes_bit_by_bit_and_in_another_layout(
     tiny, cases, undisturbed, tmp_path
-):
+) -> None:
     trained(tiny, tmp_path / "a", 1, cases["llama"])
     assert "resuming" in trained(tiny, tmp_path / "a", 2, cases["llama"])
     (_, expected), (_, found) = tensors(undisturbed), tensors(tmp_path / "a")
@@ -314,7 +314,7 @@ def export(save: Path, undisturbed: Path, case: Case, *flags: str, world_size: i
     assert set(results) == {0}
 
 
-def test_exports_merged_and_as_a_folder_of_peft(tiny, cases, undisturbed, tmp_path):
+def test_exports_merged_and_as_a_folder_of_peft(tiny, cases, undisturbed, tmp_path) -> None:
     case = cases["llama"]
     export(tmp_path / "merged", undisturbed, case, "--verify")
     export(tmp_path / "peft", undisturbed, case, "--peft")
@@ -341,7 +341,7 @@ def test_exports_merged_and_as_a_folder_of_peft(tiny, cases, undisturbed, tmp_pa
     assert changed == 28 and not pairs
 
 
-def test_peft_computes_the_same_with_the_exported_folder(tiny, cases, undisturbed, tmp_path):
+def test_peft_computes_the_same_with_the_exported_folder(tiny, cases, undisturbed, tmp_path) -> None:
     peft = pytest.importorskip("peft", reason="the package peft is not installed")
     from transformers import AutoModelForCausalLM
 
@@ -365,7 +365,7 @@ def refused(files: Path, *argv: str) -> str:
     return err
 
 
-def test_experts_get_no_adapters_and_it_is_said():
+def test_experts_get_no_adapters_and_it_is_said() -> None:
     """Dense layers beside layers with experts have projections of the same names."""
     attention = GroupedQuery(heads=4, groups=2, head_dim=8, scale=0.3)
     layers = [Layer(attention=attention, mlp=mlp, rope=None) for mlp in (Dense(width=8), Experts(**EXPERTS))]
@@ -391,7 +391,7 @@ def test_experts_get_no_adapters_and_it_is_said():
         targets(alone, "up_proj")
 
 
-def test_what_cannot_be_adapted_or_resumed_is_refused_by_name(tiny, cases, undisturbed, tmp_path):
+def test_what_cannot_be_adapted_or_resumed_is_refused_by_name(tiny, cases, undisturbed, tmp_path) -> None:
     case = cases["llama"]
     command = arguments(tiny, tmp_path, 2, case)
     assert "--lora-target-modules q_prj: no projection" in refused(

@@ -13,7 +13,7 @@ import os
 import pickle
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def payloads(path: Path, mark: Path) -> list[bytes]:
     return [pickle.dumps(evil)]
 
 
-def test_the_payloads_would_run(tmp_path):
+def test_the_payloads_would_run(tmp_path) -> None:
     readers: dict[str, Callable[[bytes], object]] = {
         "a.json": pickle.loads,
         "a.pt": lambda data: torch.load(io.BytesIO(data), weights_only=False),
@@ -295,7 +295,7 @@ def inputs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def copied(inputs, tmp_path):
+def copied(inputs, tmp_path) -> Iterator[Path]:
     """The inputs, which are as before at the end."""
     shutil.copytree(inputs, tmp_path / "pristine")
     yield inputs
@@ -304,7 +304,7 @@ def copied(inputs, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_no_file_that_a_command_opens_runs_code(copied, tmp_path, case):
+def test_no_file_that_a_command_opens_runs_code(copied, tmp_path, case) -> None:
     folder, pristine, mark = copied, tmp_path / "pristine", tmp_path / "mark"
 
     def restore() -> None:
@@ -329,7 +329,7 @@ def test_no_file_that_a_command_opens_runs_code(copied, tmp_path, case):
     assert {1, 2} & set(ends), "some of them cannot be done without"
 
 
-def test_what_both_jobs_exchange_in_files_runs_no_code(tmp_path):
+def test_what_both_jobs_exchange_in_files_runs_no_code(tmp_path) -> None:
     for name in ("server_key.json", "client_key.json", "replica.json"):
         path = tmp_path / name
         path.write_bytes(pickle.dumps(Evil(tmp_path / "mark")))
@@ -358,7 +358,7 @@ def _resumed(inputs: Path) -> str:
 
 
 @pytest.mark.parametrize("place", ["planner_data", "all_local_plans", "storage_meta", "state_dict_metadata"])
-def test_the_metadata_is_checked_in_every_part(copied, tmp_path, place):
+def test_the_metadata_is_checked_in_every_part(copied, tmp_path, place) -> None:
     evil = Evil(tmp_path / "mark")
     _edit(copied, lambda metadata: setattr(metadata, place, {"x": evil}))
     err = _resumed(copied)
@@ -366,7 +366,7 @@ def test_the_metadata_is_checked_in_every_part(copied, tmp_path, place):
     assert not (tmp_path / "mark").exists()
 
 
-def test_a_name_behind_an_allowed_one_is_none(tmp_path):
+def test_a_name_behind_an_allowed_one_is_none(tmp_path) -> None:
     """Protocol 4 lets a name have dots: `torch` `Size.__class__`, and on to anything."""
     for module, name in (
         ("torch", "Size.__reduce__"),
@@ -381,7 +381,7 @@ def test_a_name_behind_an_allowed_one_is_none(tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_shards_are_read_as_numbers_only(copied, tmp_path, zipped):
+def test_shards_are_read_as_numbers_only(copied, tmp_path, zipped) -> None:
     data = saved(Evil(tmp_path / "mark"), zipped=zipped)
 
     def redirect(metadata: Any) -> None:
@@ -412,7 +412,7 @@ def _save_with_objects(argv: Sequence[str]) -> int | None:
     return train.main(argv)
 
 
-def test_the_random_state_of_earlier_versions_is_no_pickle(copied, tmp_path, monkeypatch):
+def test_the_random_state_of_earlier_versions_is_no_pickle(copied, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("MARK", str(tmp_path / "mark"))
     shutil.rmtree(copied / "save")
     succeed(_save_with_objects, *command_line(copied / "files", *SMALL, "--save", str(copied / "save")))
@@ -421,7 +421,7 @@ def test_the_random_state_of_earlier_versions_is_no_pickle(copied, tmp_path, mon
     assert not (tmp_path / "mark").exists()
 
 
-def test_state_that_transformer_engine_would_unpickle_is_refused():
+def test_state_that_transformer_engine_would_unpickle_is_refused() -> None:
     name = "decoder.layers.self_attention.linear_qkv._extra_state"
     for empty in (None, torch.empty(0, dtype=torch.uint8)):
         torch_dist._refuse_pickled_state({"model": {name: empty}})
@@ -430,7 +430,7 @@ def test_state_that_transformer_engine_would_unpickle_is_refused():
             torch_dist._refuse_pickled_state({"model": {name: filled}})
 
 
-def test_what_a_user_has_set_for_torch_is_left_as_it_was(monkeypatch):
+def test_what_a_user_has_set_for_torch_is_left_as_it_was(monkeypatch) -> None:
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
     evil = saved({"x": Evil(Path("/nowhere/at/all"))})

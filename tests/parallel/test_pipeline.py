@@ -9,21 +9,24 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from megatron_simct.alignment import load_tokenizer
+from megatron_simct.config.options import Config
 from megatron_simct.job import build_job
 from megatron_simct.loading import load_model
 from megatron_simct.parallel.initialize import process_groups
-from megatron_simct.records import Prompt
+from megatron_simct.records import Prompt, Rollout
 from megatron_simct.rollout.engine import Sampling
 from megatron_simct.rollout.megatron_engine import MegatronEngine
 from megatron_simct.train import main, train
 from megatron_simct.update.checkpoint import TRACKER, load_weights, save_weights
-from megatron_simct.update.step import NonFiniteError
+from megatron_simct.update.step import NonFiniteError, StepReport
 from tests.distributed import run_ranks
 from tests.steps import scores_of
 from tests.tiny import command_line, config
@@ -49,7 +52,7 @@ TIED = ("student tied", "teacher tied")
 
 
 @pytest.fixture(scope="module", params=TIED)
-def files(request, tiny, tmp_path_factory):
+def files(request, tiny, tmp_path_factory) -> Path:
     """A complete job, and checkpoints that every layout starts from."""
     folder = tmp_path_factory.mktemp("files") / "job"
     shutil.copytree(tiny, folder)
@@ -66,7 +69,7 @@ def files(request, tiny, tmp_path_factory):
     return folder
 
 
-def weight_flags(folder):
+def weight_flags(folder) -> tuple[str, ...]:
     return (
         *("--pretrained-checkpoint", str(folder / "weights" / "student")),
         *("--teacher-pretrained-checkpoint", str(folder / "weights" / "teacher")),
@@ -76,11 +79,11 @@ def weight_flags(folder):
     )
 
 
-def job_config(folder, *flags):
+def job_config(folder, *flags) -> Config:
     return config(folder, *weight_flags(folder), *flags)
 
 
-def replicated_parameters(model):
+def replicated_parameters(model) -> dict[str, torch.Tensor]:
     """What tensor parallelism does not split, under names that do not depend on the stage: the norms."""
     first = model.decoder.layers[0].layer_number - 1
     found = {}
@@ -93,7 +96,9 @@ def replicated_parameters(model):
     return found
 
 
-def _run(rank, world_size, folder, *flags):
+def _run(
+    rank, world_size, folder, *flags
+) -> tuple[list[Any], dict[str, torch.Tensor], tuple[int, torch.Tensor] | None]:
     """Every step's report, then the norms' weights, and both ends of a tied embedding."""
     resolved = job_config(folder, *flags)
     reports = []
@@ -102,7 +107,7 @@ def _run(rank, world_size, folder, *flags):
         step = job.updater.step
         widths = set()
 
-        def recording_step(batches):
+        def recording_step(batches) -> StepReport:
             widths.update(batch.sequences.tokens.shape[1] for batch in batches)
             reports.append(step(batches))
             return reports[-1]
@@ -120,7 +125,7 @@ def _run(rank, world_size, folder, *flags):
 
 
 @pytest.fixture(scope="module")
-def recorded(files, tmp_path_factory):
+def recorded(files, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     """One process samples, trains, and leaves its rollouts."""
     rollouts = tmp_path_factory.mktemp("rollouts")
     return rollouts, {
@@ -148,7 +153,7 @@ def recorded(files, tmp_path_factory):
     ],
     indirect=["files"],
 )
-def test_layouts_agree_with_one_process(files, recorded, layout, interface):
+def test_layouts_agree_with_one_process(files, recorded, layout, interface) -> None:
     rollouts, expected = recorded
     world_size, flags = LAYOUTS[layout]
     load = ("--load-debug-rollout-data", str(rollouts / interface))
@@ -192,7 +197,7 @@ OVERLAPPED = {
 }
 
 
-def _run_counting_buckets(rank, world_size, folder, *flags):
+def _run_counting_buckets(rank, world_size, folder, *flags) -> tuple[Any, ...]:
     """`_run`, and how many reductions began in a backward pass, before Megatron waits for them."""
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as BucketGroup
@@ -200,11 +205,11 @@ def _run_counting_buckets(rank, world_size, folder, *flags):
     counts = {"early": 0, "late": 0}
     start, finish = BucketGroup.start_grad_sync, DistributedDataParallel.finish_grad_sync
 
-    def counting_start(group, **kwargs):
+    def counting_start(group, **kwargs) -> None:
         counts["late" if counts.get("finishing") else "early"] += 1
         start(group, **kwargs)
 
-    def marked_finish(ddp, *args, **kwargs):
+    def marked_finish(ddp, *args, **kwargs) -> None:
         counts["finishing"] = True
         finish(ddp, *args, **kwargs)
         counts["finishing"] = False
@@ -214,14 +219,14 @@ def _run_counting_buckets(rank, world_size, folder, *flags):
 
 
 @pytest.fixture(scope="module")
-def recorded_at_length(files, tmp_path_factory):
+def recorded_at_length(files, tmp_path_factory) -> tuple[str, Any]:
     """One process samples three micro-batches a step, trains, and leaves its rollouts."""
     rollouts = str(tmp_path_factory.mktemp("three_micro_batches"))
     return rollouts, run_ranks(1, _run, files, *THREE_MICRO_BATCHES, "--save-debug-rollout-data", rollouts)[0]
 
 
 @pytest.mark.parametrize("layout", OVERLAPPED)
-def test_overlapped_reduction_changes_nothing(files, recorded_at_length, layout):
+def test_overlapped_reduction_changes_nothing(files, recorded_at_length, layout) -> None:
     """Three micro-batches a rank, small buckets, and a head whose gradient is in main_grad before backward
     begins.
     """
@@ -246,11 +251,11 @@ def test_overlapped_reduction_changes_nothing(files, recorded_at_length, layout)
 # A whole run
 
 
-def _command(rank, world_size, argv):
+def _command(rank, world_size, argv) -> int:
     return main(argv)
 
 
-def test_a_whole_run_logs_what_one_process_logs(files, tmp_path):
+def test_a_whole_run_logs_what_one_process_logs(files, tmp_path) -> None:
     """Sampling, evaluation, training and saving by the command; the first rank, on the first stage,
     writes.
     """
@@ -286,7 +291,7 @@ def test_a_whole_run_logs_what_one_process_logs(files, tmp_path):
                 assert found[name] == pytest.approx(value, rel=1e-4), name
 
 
-def _step_with_a_nan(rank, world_size, folder, stage, *flags):
+def _step_with_a_nan(rank, world_size, folder, stage, *flags) -> tuple[str, bool]:
     """The error of a step when a layer of one stage holds a nan, and whether any weight moved."""
     resolved = job_config(folder, *flags)
     with process_groups(resolved.parallel, seed=1) as groups:
@@ -309,7 +314,7 @@ def _step_with_a_nan(rank, world_size, folder, stage, *flags):
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_a_bad_number_on_one_stage_stops_all(files, stage):
+def test_a_bad_number_on_one_stage_stops_all(files, stage) -> None:
     for message, same in run_ranks(2, _step_with_a_nan, files, stage, *PP2):
         assert "loss sum nan over 96 labels" in message and "stopped before the optimizer step" in message
         assert same
@@ -325,7 +330,7 @@ PROMPTS = [
 ]
 
 
-def _generate(rank, world_size, folder, flags):
+def _generate(rank, world_size, folder, flags) -> list[Rollout]:
     """Greedy and sampled rollouts, in batches of two and with a stop id."""
     resolved = job_config(folder, *flags)
     with process_groups(resolved.parallel, seed=1) as groups:
@@ -345,7 +350,7 @@ def _generate(rank, world_size, folder, flags):
     [("student tied", list(LAYOUTS)[::2]), ("teacher tied", list(LAYOUTS)[1::2])],
     indirect=["files"],
 )
-def test_every_layout_generates_the_same_tokens(files, layouts):
+def test_every_layout_generates_the_same_tokens(files, layouts) -> None:
     (expected,) = run_ranks(1, _generate, files, ())
     assert len({tuple(r.student_ids.tolist()) for r in expected}) == 2 * len(PROMPTS)
     for world_size, flags in map(LAYOUTS.get, layouts):
@@ -360,7 +365,7 @@ def test_every_layout_generates_the_same_tokens(files, layouts):
 # Checkpoints
 
 
-def _load_and_save(rank, world_size, folder, flags, source, target):
+def _load_and_save(rank, world_size, folder, flags, source, target) -> dict[str, torch.Tensor]:
     """Load from one directory, save in another; this rank's weights in between."""
     resolved = config(folder, *flags)
     with process_groups(resolved.parallel, seed=3) as groups:
@@ -373,7 +378,7 @@ def _load_and_save(rank, world_size, folder, flags, source, target):
 
 
 @pytest.mark.parametrize("flags", [TP2 + PP2, TP2 + PP2 + INTERLEAVED], ids=["stages", "interleaved"])
-def test_weights_go_through_pipeline_stages_and_back(files, tmp_path, flags):
+def test_weights_go_through_pipeline_stages_and_back(files, tmp_path, flags) -> None:
     start = files / "weights" / "student"
     run_ranks(4, _load_and_save, files, flags, start, tmp_path / "stages")
     (expected,) = run_ranks(1, _load_and_save, files, (), start, None)
@@ -384,7 +389,7 @@ def test_weights_go_through_pipeline_stages_and_back(files, tmp_path, flags):
         assert torch.equal(found[name][real], weight[real]), name
 
 
-def _first_weights(rank, world_size, folder):
+def _first_weights(rank, world_size, folder) -> torch.Tensor:
     """Weights of this stage's first layer, drawn at random."""
     resolved = config(folder, *PP2)
     with process_groups(resolved.parallel, seed=1) as groups:
@@ -393,7 +398,7 @@ def _first_weights(rank, world_size, folder):
         return model.decoder.layers[0].self_attention.linear_qkv.weight.detach()
 
 
-def test_stages_draw_different_weights(tiny):
+def test_stages_draw_different_weights(tiny) -> None:
     first, second = run_ranks(2, _first_weights, tiny)
     assert first.std() > 0.1 and (first - second).std() > 0.1
 
@@ -401,7 +406,7 @@ def test_stages_draw_different_weights(tiny):
 # What is refused
 
 
-def _refusal(rank, world_size, folder, *flags):
+def _refusal(rank, world_size, folder, *flags) -> str:
     resolved = job_config(folder, *flags)
     with (
         pytest.raises(ValueError) as error,
@@ -458,13 +463,13 @@ def _refusal(rank, world_size, folder, *flags):
         ),
     ],
 )
-def test_impossible_layouts_name_the_flag(tiny, world_size, flags, words):
+def test_impossible_layouts_name_the_flag(tiny, world_size, flags, words) -> None:
     for message in run_ranks(world_size, _refusal, tiny, *flags):
         for word in words:
             assert word in message
 
 
-def test_a_restart_that_would_wait_for_the_dead_is_refused(tiny, monkeypatch):
+def test_a_restart_that_would_wait_for_the_dead_is_refused(tiny, monkeypatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     for message in run_ranks(2, _refusal, tiny):

@@ -52,7 +52,7 @@ def _steps(rank: int, world_size: int, files: Path, flags: tuple[str, ...]) -> l
 
 
 @pytest.fixture(scope="module", params=["paper", "bytes", "reward"])
-def one_process(request, tiny, weights):
+def one_process(request, tiny, weights) -> tuple[tuple[str, ...], list[tuple[float, float]]]:
     flags = (*weights, *REWARD, *GROUPS, "--simct-interface", request.param, "--lr", "1e-3")
     return flags, run_ranks(1, _steps, tiny, flags)[0]
 
@@ -67,7 +67,7 @@ def one_process(request, tiny, weights):
     ],
     ids=["TP2", "PP2", "DP2", "CP2"],
 )
-def test_every_layout_takes_the_same_steps(tiny, one_process, ranks, layout):
+def test_every_layout_takes_the_same_steps(tiny, one_process, ranks, layout) -> None:
     flags, expected = one_process
     # On policy the term's value is near 0, whatever its gradient.
     assert all(norm > 0.1 for _, norm in expected)
@@ -95,7 +95,7 @@ def _run_and_look(rank: int, world_size: int, argv: list[str]) -> tuple[tuple[in
     return answer, [sum(process.poll() is None for process in started)]
 
 
-def test_a_resumed_run_equals_an_undisturbed_one(tiny, tmp_path):
+def test_a_resumed_run_equals_an_undisturbed_one(tiny, tmp_path) -> None:
     def trained(folder: Path, iterations: int) -> str:
         saved = (
             "--save",
@@ -137,7 +137,7 @@ def _on_shards(rank: int, world_size: int, interface: str) -> tuple[float, torch
 
 
 @pytest.mark.parametrize("interface", ["paper", "exact", "strict_topk", "alm"])
-def test_vocabulary_shards_find_the_same_term(interface):
+def test_vocabulary_shards_find_the_same_term(interface) -> None:
     whole = evaluate(rewarded(1), InterfaceConfig(interface=interface))
     for total, gradient in run_ranks(2, _on_shards, interface):
         assert total == pytest.approx(float(whole.output.sum), rel=1e-9)

@@ -17,6 +17,7 @@ from megatron_simct.parallel.cpu import megatron_imports
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.teacher.average import Average
 from megatron_simct.train import train
+from megatron_simct.update.step import StepReport
 from tests.distributed import run_ranks
 from tests.runs import assert_same_run, run, tensors
 from tests.tiny import command_line, config
@@ -67,7 +68,7 @@ def _follow(rank: int, world_size: int, files: Path, flags: tuple[str, ...]) -> 
         students = []
         step = job.updater.step
 
-        def recording_step(batches):
+        def recording_step(batches) -> StepReport:
             report = step(batches)
             losses.append((report.sums["loss"], report.grad_norm))
             students.append(weights_of(student))
@@ -81,11 +82,11 @@ def _follow(rank: int, world_size: int, files: Path, flags: tuple[str, ...]) -> 
 
 
 @pytest.fixture(scope="module")
-def one_process(tiny, weights):
+def one_process(tiny, weights) -> tuple[Any, ...]:
     return run_ranks(1, _follow, tiny, of_itself(tiny, weights))[0]
 
 
-def test_the_teacher_is_the_average_of_the_students_weights(one_process):
+def test_the_teacher_is_the_average_of_the_students_weights(one_process) -> None:
     (start, end), students, losses, head = one_process
     for name, average in start.items():
         for student in students:
@@ -107,7 +108,7 @@ def test_the_teacher_is_the_average_of_the_students_weights(one_process):
     ],
     ids=["TP2", "PP2", "DP2 with overlapped gathering"],
 )
-def test_every_layout_takes_the_same_steps(tiny, weights, one_process, ranks, flags):
+def test_every_layout_takes_the_same_steps(tiny, weights, one_process, ranks, flags) -> None:
     _, _, expected, _ = one_process
     for _, _, losses, _ in run_ranks(ranks, _follow, tiny, of_itself(tiny, weights, *flags)):
         for (loss, norm), (expected_loss, expected_norm) in zip(losses[1:], expected[1:], strict=True):
@@ -115,7 +116,7 @@ def test_every_layout_takes_the_same_steps(tiny, weights, one_process, ranks, fl
             assert norm == pytest.approx(expected_norm, rel=1e-4)
 
 
-def test_a_resumed_run_goes_on_with_the_average(tiny, weights, tmp_path):
+def test_a_resumed_run_goes_on_with_the_average(tiny, weights, tmp_path) -> None:
     def trained(folder: Path, iterations: int) -> None:
         saved = (
             "--save",
@@ -173,7 +174,7 @@ def _in_bfloat16(rank: int, world_size: int, files: Path) -> tuple[float, float,
         return of_average, of_teacher, dtypes, names
 
 
-def test_the_average_is_float32_where_the_models_are_bfloat16(tiny):
+def test_the_average_is_float32_where_the_models_are_bfloat16(tiny) -> None:
     ((of_average, of_teacher, dtypes, names),) = run_ranks(1, _in_bfloat16, tiny)
     assert of_average < 1e-5 < of_teacher < 2e-2  # steps of 1e-3 of the way would vanish in bfloat16
     assert dtypes == {torch.float32} and names
@@ -188,7 +189,7 @@ def test_the_average_is_float32_where_the_models_are_bfloat16(tiny):
         (("--teacher-ema", "1"), "strictly between 0 and 1"),
     ],
 )
-def test_what_cannot_follow_is_refused(tiny, flags, words):
+def test_what_cannot_follow_is_refused(tiny, flags, words) -> None:
     with pytest.raises(ValueError, match="--teacher-ema") as refused:
         config(tiny, "--teacher-ema", ".9", *flags).check(data_parallel_size=1)
     assert words in str(refused.value)
@@ -204,7 +205,7 @@ def _build(rank: int, world_size: int, files: Path) -> str:
     return ""
 
 
-def test_a_teacher_of_another_shape_is_refused(tiny):
+def test_a_teacher_of_another_shape_is_refused(tiny) -> None:
     ((message,),) = [run_ranks(1, _build, tiny)]
     assert message.startswith("--teacher-ema: --teacher-hf-checkpoint ")
     assert message.endswith("must be of one architecture and vocabulary")

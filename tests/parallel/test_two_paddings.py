@@ -122,7 +122,7 @@ def _rows(folder: Path) -> Iterator[dict]:
         yield from json.loads(file.read_text())
 
 
-def test_no_id_of_a_padded_row_is_sampled(tiny, sampled):
+def test_no_id_of_a_padded_row_is_sampled(tiny, sampled) -> None:
     assert load_tokenizer(str(tiny / "student.model")).table.num_ids == IDS
     ids = np.concatenate([row["student_ids"] for row in _rows(sampled)])
     assert ids.size > 100 and ids.max() < IDS
@@ -130,7 +130,7 @@ def test_no_id_of_a_padded_row_is_sampled(tiny, sampled):
 
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("interface", ["kd", "paper", "bytes"])
-def test_a_step_is_that_of_the_models_without_padding(tiny, models, trimmed, given, interface, tp):
+def test_a_step_is_that_of_the_models_without_padding(tiny, models, trimmed, given, interface, tp) -> None:
     flags = ("--simct-interface", interface, "--load-debug-rollout-data", str(given))
     found, expected = _step_of(tiny, models, *flags, tp=tp).sums, _step_of(tiny, trimmed, *flags).sums
     assert expected["loss"] > 1
@@ -141,7 +141,7 @@ def test_a_step_is_that_of_the_models_without_padding(tiny, models, trimmed, giv
 
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("interface", ["kd", "paper"])
-def test_the_loss_is_that_of_transformers_logits_in_float64(tiny, models, given, interface, tp):
+def test_the_loss_is_that_of_transformers_logits_in_float64(tiny, models, given, interface, tp) -> None:
     """A softmax over the ids of the tokenizer on both sides; under `paper` over the tokens that both
     spell.
     """

@@ -75,7 +75,7 @@ def folder(tmp_path_factory) -> Path:
 
 def _through(
     rank: int, world_size: int, folder: Path, out: Path, options: dict[str, Any], source: Path | None
-):
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """Sampled tokens by sample id; the weights written to OUT/hf and OUT/megatron, of the folder or of
     `source`.
     """
@@ -112,13 +112,13 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def alone(folder, tmp_path_factory):
+def alone(folder, tmp_path_factory) -> tuple[Path, dict[int, tuple[np.ndarray, np.ndarray]]]:
     out = tmp_path_factory.mktemp("alone")
     return out, run_ranks(1, _through, folder, out, {}, None)[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_weights_go_in_and_out_and_sample_as_in_one_process(folder, alone, tmp_path, layout):
+def test_weights_go_in_and_out_and_sample_as_in_one_process(folder, alone, tmp_path, layout) -> None:
     world_size, options = LAYOUTS[layout]
     there, expected = alone
     # From the folder, and from the checkpoint that one process wrote.

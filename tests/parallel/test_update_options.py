@@ -5,6 +5,7 @@ them.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -82,7 +83,7 @@ class Outcome:
     """This rank's, after the last step."""
 
 
-def _run_each(rank, world_size, folder, runs):
+def _run_each(rank, world_size, folder, runs) -> list[Outcome]:
     """The outcome of each set of flags, in the same processes."""
     outcomes = []
     for flags in runs:
@@ -163,7 +164,9 @@ def experts(tiny, weights, tmp_path_factory) -> Recorded:
     return record(tiny, folder, flags)
 
 
-def outcomes_of(files, recorded: Recorded, layout: str, options: tuple[tuple[str, ...], ...]):
+def outcomes_of(
+    files, recorded: Recorded, layout: str, options: tuple[tuple[str, ...], ...]
+) -> Iterator[dict[str, list[Outcome]]]:
     """By rank, by interface: the outcome of the layout with each set of options."""
     world_size, flags = LAYOUTS[layout]
     runs = [(*base, *flags, *more) for base in recorded.flags.values() for more in options]
@@ -197,7 +200,7 @@ RECOMPUTE = {
 
 
 @pytest.mark.parametrize("layout", RECOMPUTE)
-def test_what_is_computed_again_is_the_same_to_the_last_bit(tiny, dense, layout):
+def test_what_is_computed_again_is_the_same_to_the_last_bit(tiny, dense, layout) -> None:
     for outcomes in outcomes_of(tiny, dense, layout, ((), *RECOMPUTE[layout])):
         for name, (plain, *again) in outcomes.items():
             assert_agrees(plain, dense.outcomes[name], (layout, name))
@@ -208,7 +211,7 @@ def test_what_is_computed_again_is_the_same_to_the_last_bit(tiny, dense, layout)
                 ), option
 
 
-def test_experts_that_are_computed_again_are_the_same(tiny, experts):
+def test_experts_that_are_computed_again_are_the_same(tiny, experts) -> None:
     for outcomes in outcomes_of(tiny, experts, "ep2", ((), full("uniform", 1), selective("moe"))):
         for name, (plain, *again) in outcomes.items():
             assert_agrees(plain, experts.outcomes[name], ("ep2", name))
@@ -234,14 +237,14 @@ SHARED = {
 
 
 @pytest.mark.parametrize("layout", SHARED)
-def test_a_shared_optimizer_takes_the_same_steps(tiny, dense, layout):
+def test_a_shared_optimizer_takes_the_same_steps(tiny, dense, layout) -> None:
     for outcomes in outcomes_of(tiny, dense, layout, SHARED[layout]):
         for name, found in outcomes.items():
             for option, outcome in zip(SHARED[layout], found, strict=True):
                 assert_agrees(outcome, dense.outcomes[name], (layout, name, option))
 
 
-def test_a_shared_optimizer_of_experts_takes_the_same_steps(tiny, experts):
+def test_a_shared_optimizer_of_experts_takes_the_same_steps(tiny, experts) -> None:
     overlap = ("--overlap-grad-reduce", "--ddp-bucket-size", "3000")
     options = (DISTRIBUTED, overlap, OVERLAP, (*OVERLAP, *full("uniform", 1)))
     for outcomes in outcomes_of(tiny, experts, "ep2 dp2", options):
@@ -251,7 +254,7 @@ def test_a_shared_optimizer_of_experts_takes_the_same_steps(tiny, experts):
 
 
 @pytest.mark.parametrize("layout", ["ep2 etp2", "tp2, ep2 etp1", "cp2, ep2"])
-def test_experts_that_are_split_otherwise_than_the_rest_take_the_same_steps(tiny, experts, layout):
+def test_experts_that_are_split_otherwise_than_the_rest_take_the_same_steps(tiny, experts, layout) -> None:
     options = ((), (*DISTRIBUTED, *full("uniform", 1), *PACKED))
     for outcomes in outcomes_of(tiny, experts, layout, options):
         for name, found in outcomes.items():
@@ -279,7 +282,7 @@ OTHER_ATTENTION = {
 
 
 @pytest.mark.parametrize("family, layouts", [("gemma2", ("dp2", "cp2")), ("qwen3_5_text", ("dp2",))])
-def test_other_kinds_of_attention_take_the_same_steps(tiny, weights, tmp_path, family, layouts):
+def test_other_kinds_of_attention_take_the_same_steps(tiny, weights, tmp_path, family, layouts) -> None:
     """Soft-caps and windows, and gated delta nets, of which context parallelism is refused."""
     shape = {"num_hidden_layers": 4, "head_dim": 8}
     save_model(tmp_path / "student", family, vocab_size=360, **shape, **OTHER_ATTENTION[family])
@@ -293,7 +296,9 @@ def test_other_kinds_of_attention_take_the_same_steps(tiny, weights, tmp_path, f
 
 
 @pytest.mark.parametrize("layout", ["dp2", "cp2"])
-def test_adapters_of_a_shared_optimizer_resume_and_take_the_same_steps(tiny, adapted, tmp_path, layout):
+def test_adapters_of_a_shared_optimizer_resume_and_take_the_same_steps(
+    tiny, adapted, tmp_path, layout
+) -> None:
     """--lora-rank with --use-distributed-optimizer: a run of one step, and one that goes on from its
     checkpoint.
     """

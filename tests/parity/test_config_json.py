@@ -161,14 +161,14 @@ def _logits(folder: Path) -> torch.Tensor:
         return model.eval()(TOKENS).logits
 
 
-def test_every_inert_field_has_a_value_here():
+def test_every_inert_field_has_a_value_here() -> None:
     assert INERT_VALUES.keys() | {"model_type"} == INERT
 
 
 @pytest.mark.parametrize("values", [INERT_VALUES, OFF], ids=["inert", "off"])
 # transformers has no such class
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "kimi_k2"])
-def test_a_field_that_is_accepted_changes_nothing(tmp_path, family, values):
+def test_a_field_that_is_accepted_changes_nothing(tmp_path, family, values) -> None:
     """Neither in transformers nor here."""
     save_model(tmp_path, family, **_fields(family))
     path = tmp_path / "config.json"
@@ -300,7 +300,7 @@ def _angles(rope: Rope, length: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", SPELLINGS)
-def test_spellings_of_the_rotary_embedding_mean_what_they_mean_in_transformers(tmp_path, family):
+def test_spellings_of_the_rotary_embedding_mean_what_they_mean_in_transformers(tmp_path, family) -> None:
     """What either library refuses the other may refuse or read; what both read is the same."""
     name = MODULES.get(family, family)
     module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -458,7 +459,7 @@ GREEDY = replace(SAMPLING, temperature=0.0)
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(tmp_path_factory) -> Callable[[str], list[tuple[Path, torch.nn.Module]]]:
     """Folders and models of a family, made when first asked for."""
     made: dict[str, list[tuple[Path, torch.nn.Module]]] = {}
 
@@ -475,7 +476,7 @@ def folders(tmp_path_factory):
     return make
 
 
-def test_every_family_is_here():
+def test_every_family_is_here() -> None:
     assert MODELS.keys() == CONTROLS.keys() == FAMILIES.keys() - {"kimi_k2"}  # see SPELLED
 
 
@@ -562,7 +563,9 @@ def check_rollouts(rollouts: list, model: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_computes_what_transformers_computes_and_gives_every_tensor_back(folders, tmp_path, layout):
+def test_a_layout_computes_what_transformers_computes_and_gives_every_tensor_back(
+    folders, tmp_path, layout
+) -> None:
     from safetensors.torch import load_file
 
     models = [
@@ -601,7 +604,7 @@ def test_a_layout_computes_what_transformers_computes_and_gives_every_tensor_bac
     ids=["nothing", "window", "used"],
 )
 @pytest.mark.parametrize("family", MODELS)
-def test_what_config_json_leaves_out_is_read_as_transformers_reads_it(tmp_path, family, change):
+def test_what_config_json_leaves_out_is_read_as_transformers_reads_it(tmp_path, family, change) -> None:
     """Files that were written by hand, or by another library, lack what transformers has a default for."""
     from transformers import AutoConfig
 
@@ -663,7 +666,7 @@ def respelled(folder: Path, copy: Path, change: dict[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_every_tensor_and_every_setting_shows_in_the_logits(folders, tmp_path, family):
+def test_every_tensor_and_every_setting_shows_in_the_logits(folders, tmp_path, family) -> None:
     from safetensors.torch import load_file, save_file
 
     folder, model = folders(family)[0]
@@ -730,7 +733,7 @@ MTP = {
 }
 
 
-def test_layers_of_multi_token_prediction_are_named_and_not_read(folders, tmp_path, capfd):
+def test_layers_of_multi_token_prediction_are_named_and_not_read(folders, tmp_path, capfd) -> None:
     from safetensors.torch import load_file, save_file
 
     copies, expected = [], []
@@ -772,7 +775,7 @@ def _too_long(rank: int, world_size: int, folder: str) -> None:
 
 
 @torch.no_grad()
-def test_what_an_indexer_leaves_out_shows_past_its_length(folders):
+def test_what_an_indexer_leaves_out_shows_past_its_length(folders) -> None:
     """Up to index_topk positions deepseek_v32 is dense attention; past it transformers computes something
     else.
     """
@@ -819,7 +822,7 @@ def _gradients_of(folder: str, groups: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_gradients_of_every_tensor_of_every_student_are_those_of_transformers(folders, tmp_path):
+def test_gradients_of_every_tensor_of_every_student_are_those_of_transformers(folders, tmp_path) -> None:
     from safetensors.torch import load_file
 
     models = [(family, *model) for family in STUDENTS for model in folders(family)]

@@ -94,13 +94,15 @@ def save(folder: Path, model_type: str) -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(tmp_path_factory) -> list[tuple[Path, torch.nn.Module]]:
     folders = {model_type: tmp_path_factory.mktemp(model_type) for model_type in MODELS}
     return [(folder, save(folder, model_type)) for model_type, folder in folders.items()]
 
 
 @pytest.mark.parametrize("layout", ["one", "TP2xPP2"])
-def test_a_layout_computes_what_transformers_computes_and_gives_every_tensor_back(models, tmp_path, layout):
+def test_a_layout_computes_what_transformers_computes_and_gives_every_tensor_back(
+    models, tmp_path, layout
+) -> None:
     from safetensors.torch import load_file
 
     with torch.no_grad():
@@ -128,7 +130,7 @@ def test_a_layout_computes_what_transformers_computes_and_gives_every_tensor_bac
             )
 
 
-def test_controls(models, tmp_path):
+def test_controls(models, tmp_path) -> None:
     """The query's growth, the window, and where the language model's names begin."""
     changes = [
         (0, {"sliding_window": WINDOW + 1}),
@@ -150,7 +152,7 @@ def test_controls(models, tmp_path):
             assert relative(logits, models[i][1](input_ids=TOKENS).logits) > 1e-3, change
 
 
-def test_published_fields(tmp_path):
+def test_published_fields(tmp_path) -> None:
     """As Gemma-3 4B is published, sizes apart: most fields of the language model are left out."""
     fields = {
         "architectures": ["Gemma3ForConditionalGeneration"],

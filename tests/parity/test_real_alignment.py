@@ -13,7 +13,7 @@ from itertools import accumulate
 import numpy as np
 import pytest
 
-from megatron_simct.alignment import align, align_batch, build_alignment_map
+from megatron_simct.alignment import Tokenizer, align, align_batch, build_alignment_map
 from megatron_simct.alignment.alignment_map import released_map
 from tools.benchmark import real_inputs
 from tools.benchmark.alignment import overlap
@@ -34,7 +34,7 @@ PIECES: dict[str, list[bytes]] = {}
 NUM_TEXTS = {"humaneval": 15, "champ": 15, "udhr": 31, "gsm8k": 50, "marks": 6}
 
 
-def tokenizer(name):
+def tokenizer(name) -> Tokenizer:
     try:
         return real_inputs.tokenizer(name)
     except Unavailable as error:
@@ -60,7 +60,7 @@ def ends_of(name: str, ids: np.ndarray) -> tuple[bytes, list[int]]:
 
 
 @pytest.mark.parametrize(("teacher_name", "student_name"), PAIRS)
-def test_every_shared_byte_is_in_a_minimal_unit(teacher_name, student_name):
+def test_every_shared_byte_is_in_a_minimal_unit(teacher_name, student_name) -> None:
     teacher, student = tokenizer(teacher_name), tokenizer(student_name)
     samples = [(teacher.encode(data), student.encode(data)) for data in texts()]
     batch = align_batch(teacher.table, [t for t, _ in samples], student.table, [s for _, s in samples])
@@ -96,7 +96,7 @@ def test_every_shared_byte_is_in_a_minimal_unit(teacher_name, student_name):
     ("student_name", "teacher_name", "expected", "released"),
     [("qwen2.5", "gemma2", 97_675, 64_272), ("qwen2.5", "gemma3", 95_968, 63_638)],
 )
-def test_shared_vocabulary_of_large_pairs(student_name, teacher_name, expected, released):
+def test_shared_vocabulary_of_large_pairs(student_name, teacher_name, expected, released) -> None:
     student, teacher = tokenizer(student_name), tokenizer(teacher_name)
     alignment_map = build_alignment_map(student, teacher)
     content = [set(t.table.pieces()) - {b""} for t in (student, teacher)]
@@ -108,7 +108,7 @@ def test_shared_vocabulary_of_large_pairs(student_name, teacher_name, expected, 
     )
 
 
-def test_the_released_walk_loses_what_the_minimal_units_keep():
+def test_the_released_walk_loses_what_the_minimal_units_keep() -> None:
     """Chinese between two byte-level tokenizers: characters are cut in different places, and the walk gets
     lost.
     """

@@ -11,7 +11,8 @@ import pytest
 
 from megatron_simct.alignment import Tokenizer
 from megatron_simct.loading import open_tokenizer
-from megatron_simct.preflight import check
+from megatron_simct.preflight import model as module
+from megatron_simct.preflight.check import check_run
 from tests.examples import stand_in
 from tests.huggingface import LLAMA_TEMPLATE
 from tools.benchmark.real_inputs import Unavailable, tokenizer_path
@@ -39,7 +40,7 @@ WARNINGS = {
 }
 
 
-def test_every_shipped_file_is_here():
+def test_every_shipped_file_is_here() -> None:
     """That of the engines needs models which are trained for it: tests/unit/test_preflight_engines.py."""
     assert WARNINGS.keys() | {"engines"} == {
         path.parent.name for path in (ROOT / "examples").glob("*/run.yaml")
@@ -53,14 +54,14 @@ def opened() -> dict[str, Tokenizer]:
 
 
 @pytest.mark.parametrize("name", WARNINGS)
-def test_only_what_has_a_cause_is_warned_of(name, tmp_path, opened, monkeypatch):
-    def open_once(model, *, prefix):
+def test_only_what_has_a_cause_is_warned_of(name, tmp_path, opened, monkeypatch) -> None:
+    def open_once(model, *, prefix) -> Tokenizer:
         key = Path(model.hf_checkpoint).name
         if key not in opened:
             opened[key] = open_tokenizer(model, prefix=prefix)
         return opened[key]
 
-    monkeypatch.setattr(check, "open_tokenizer", open_once)
+    monkeypatch.setattr(module, "open_tokenizer", open_once)
     run = stand_in(ROOT / "examples" / name / "run.yaml", tmp_path)
     for model in (tmp_path / "models").iterdir():
         (model / "generation_config.json").unlink(missing_ok=True)
@@ -73,7 +74,7 @@ def test_only_what_has_a_cause_is_warned_of(name, tmp_path, opened, monkeypatch)
             shutil.copy(files / file, model)
         if "chat_template" not in (model / "tokenizer_config.json").read_text():  # those of base models
             (model / "chat_template.jinja").write_text(LLAMA_TEMPLATE)
-    findings = [f for f in check.check_run(run).findings if f.level != "pass"]
+    findings = [f for f in check_run(run).findings if f.level != "pass"]
     assert [f for f in findings if f.level != "warn"] == []
     assert sorted(f.check for f in findings) == sorted(what for what, _ in WARNINGS[name])
     for what, words in WARNINGS[name]:

@@ -5,6 +5,7 @@ themselves need a GPU."""
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -77,7 +78,7 @@ class GroupedLinear(torch.nn.Module):
 
 
 @contextlib.contextmanager
-def stand_ins():
+def stand_ins() -> Iterator[None]:
     """In the places where megatron-core's functions look for TransformerEngine's modules."""
     modules = {
         "TELayerNormColumnParallelLinear": LayerNormLinear,
@@ -128,7 +129,7 @@ def _read(rank: int, world_size: int, folder: str, save: str) -> tuple[torch.Ten
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_a_folder_is_read_computed_and_written(tmp_path, family):
+def test_a_folder_is_read_computed_and_written(tmp_path, family) -> None:
     from safetensors.torch import load_file
 
     model = save_model(tmp_path / "hf", family, **MODELS[family])

@@ -16,7 +16,7 @@ WEIGHTS = {2: (0.3, 0.7), 3: (0.2, 0.5, 0.3)}
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_loss_and_gradient_equal_the_oracle(seed, monkeypatch):
+def test_loss_and_gradient_equal_the_oracle(seed, monkeypatch) -> None:
     monkeypatch.setattr(losses_bytes, "TILE", (1, 3, 4096)[seed % 3])
     num_teachers = 3 if seed % 4 == 3 else 2
     cases = random_cases(seed, num_sides=1 + num_teachers, scale=1.0 + seed % 2)
@@ -32,7 +32,7 @@ def test_loss_and_gradient_equal_the_oracle(seed, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", [277, 327])
-def test_what_is_outside_of_the_events_is_no_spread(seed):
+def test_what_is_outside_of_the_events_is_no_spread(seed) -> None:
     """Cases with a loose byte where the student cannot end its token, which few random ones have."""
     cases = random_cases(seed, num_sides=3)
     expected, gradient = mixture_oracle_of(cases, WEIGHTS[2], divergence="reverse_kl")
@@ -41,7 +41,7 @@ def test_what_is_outside_of_the_events_is_no_spread(seed):
     torch.testing.assert_close(found.gradient[:, : gradient.shape[1]], gradient, rtol=1e-10, atol=1e-10)
 
 
-def test_the_random_cases_compare_something_and_merge_some_bytes():
+def test_the_random_cases_compare_something_and_merge_some_bytes() -> None:
     found = [evaluate_mixture(random_cases(seed, num_sides=3, scale=1.0), WEIGHTS[2]) for seed in range(12)]
     assert sum(float(f.sum) > 0.1 for f in found) > 8
     assert any(float(f.metrics["bytes_merged"]) for f in found)
@@ -62,7 +62,7 @@ TRIPLES = [
 
 
 @pytest.mark.parametrize(("kind", "student_name", "one", "other"), TRIPLES)
-def test_a_student_that_is_the_mixture_has_loss_and_gradient_zero(kind, student_name, one, other):
+def test_a_student_that_is_the_mixture_has_loss_and_gradient_zero(kind, student_name, one, other) -> None:
     """Two teachers of different languages in different tokenizations; the student says each next byte as
     their mix.
     """
@@ -87,7 +87,7 @@ def test_a_student_that_is_the_mixture_has_loss_and_gradient_zero(kind, student_
         )
 
 
-def test_a_teacher_mixed_with_itself_is_that_teacher():
+def test_a_teacher_mixed_with_itself_is_that_teacher() -> None:
     """Where it can end at every byte: its vocabulary is closed under prefixes."""
     languages = [random_language([b"a", b"b", b"c"], 4, seed=seed) for seed in (1, 2)]
     cases = []

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import markupsafe
 import pytest
 
 from megatron_simct.alignment import load_tokenizer, template_worker, templates
@@ -736,3 +738,23 @@ def test_a_forked_process_renders_in_one_of_its_own() -> None:
 def test_what_the_process_imports_is_none_of_the_package() -> None:
     source = Path(template_worker.__file__).read_text()
     assert "megatron_simct" not in source
+
+
+def test_the_process_has_jinja2_from_its_parent_alone() -> None:
+    """-S: without the packages of its interpreter. The request is that of `templates.variables_of`."""
+    limits = {"max_characters": 10, "max_cpu_s": 10.0, "max_memory_mib": 512}
+    request = {"source": "{{ bos_token }}", "date": DATE, "variables": None, **limits}
+    files = (markupsafe.__file__, jinja2.__file__)
+    command = [sys.executable, "-I", "-S", "-B", template_worker.__file__, "60"]
+    given, none = (
+        subprocess.run(
+            [*command, *packages],
+            input=json.dumps(request) + "\n",
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        for packages in (files, ())
+    )
+    assert json.loads(given.stdout)["reads"] == ["bos_token"], given.stderr
+    assert "No module named 'jinja2'" in none.stderr and none.stdout == ""

@@ -100,7 +100,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("save", [save_byte_level, save_byte_fallback])
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_a_folder_is_read_as_transformers_reads_it(tmp_path, decoder, save):
+def test_a_folder_is_read_as_transformers_reads_it(tmp_path, decoder, save) -> None:
     if save is save_byte_fallback and decoder != "no decoder":
         pytest.skip("the ids of these are those of the byte-level tokenizer")
     differences, seen = [], set()
@@ -149,7 +149,7 @@ NAMES = ["gemma2", "llama3-hf", "qwen2.5", "gpt2", "deepseek"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_published_tokenizer_is_read_as_transformers_reads_it(name):
+def test_a_published_tokenizer_is_read_as_transformers_reads_it(name) -> None:
     try:
         folder = real_inputs.tokenizer_path(name).parent
     except real_inputs.Unavailable as reason:
@@ -227,7 +227,7 @@ SENTENCEPIECE_FILES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("files", SENTENCEPIECE_FILES)
-def test_a_sentencepiece_folder_is_read_as_transformers_reads_it(sentencepiece_file, tmp_path, files):
+def test_a_sentencepiece_folder_is_read_as_transformers_reads_it(sentencepiece_file, tmp_path, files) -> None:
     shutil.copy(sentencepiece_file, tmp_path)
     folder = write(tmp_path, **SENTENCEPIECE_FILES[files])
     own, expected = load_tokenizer(str(folder)), reference(folder)
@@ -255,7 +255,9 @@ def test_a_sentencepiece_folder_is_read_as_transformers_reads_it(sentencepiece_f
     assert own.table.stop_ids[0] not in own.encode(response)
 
 
-def test_a_user_defined_piece_that_a_file_makes_special_is_never_content(sentencepiece_file, tmp_path):
+def test_a_user_defined_piece_that_a_file_makes_special_is_never_content(
+    sentencepiece_file, tmp_path
+) -> None:
     shutil.copy(sentencepiece_file, tmp_path)
     plain, data = load_tokenizer(str(tmp_path)), b"the <turn> cat"
     turn = plain.table.pieces().index(b"<turn>")
@@ -268,7 +270,7 @@ def test_a_user_defined_piece_that_a_file_makes_special_is_never_content(sentenc
 # tekken.json, and tiktoken ranks called tokenizer.model.
 
 
-def test_a_folder_with_tekken_json(tmp_path):
+def test_a_folder_with_tekken_json(tmp_path) -> None:
     write_tekken(tmp_path, special=("<unk>", "<s>", "</s>", "[INST]"))
     plain = load_tokenizer(str(tmp_path))
     assert (plain.bos_id, plain.table.stop_ids, plain.table.num_ids) == (1, (2,), 269)
@@ -280,12 +282,12 @@ def test_a_folder_with_tekken_json(tmp_path):
     assert load_tokenizer(str(tmp_path), [5]).table.stop_ids == (5,)
 
 
-def test_special_ids_of_tekken_json_are_those_of_its_list(tmp_path):
+def test_special_ids_of_tekken_json_are_those_of_its_list(tmp_path) -> None:
     write_tekken(tmp_path, special=("</s>", "<unk>", "<s>"))
     assert (load_tokenizer(str(tmp_path)).bos_id, load_tokenizer(str(tmp_path)).table.stop_ids) == (2, (0,))
 
 
-def test_tokenizer_json_goes_before_the_other_files(tmp_path, sentencepiece_file):
+def test_tokenizer_json_goes_before_the_other_files(tmp_path, sentencepiece_file) -> None:
     write_tekken(tmp_path)
     shutil.copy(sentencepiece_file, tmp_path)
     assert load_tokenizer(str(tmp_path)).name.endswith("tekken.json")
@@ -293,7 +295,7 @@ def test_tokenizer_json_goes_before_the_other_files(tmp_path, sentencepiece_file
     assert load_tokenizer(str(tmp_path)).name.endswith("tokenizer.json")
 
 
-def test_tiktoken_ranks_called_tokenizer_model(tmp_path):
+def test_tiktoken_ranks_called_tokenizer_model(tmp_path) -> None:
     ranks = b"".join(base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256))
     (tmp_path / "tokenizer.model").write_bytes(ranks)
     sidecar = {"pattern": r"\w+|\W", "special_tokens": {"<|end|>": 256}, "stop_tokens": ["<|end|>"]}
@@ -315,7 +317,7 @@ def stop_ids(folder: Path, **files: Any) -> dict[int, str]:
     return load_tokenizer(str(write(folder, **files))).stop_sources
 
 
-def test_stop_ids_by_the_order_of_the_files(folder):
+def test_stop_ids_by_the_order_of_the_files(folder) -> None:
     config = {"eos_token_id": [317, 316]}
     assert list(stop_ids(folder, config=config)) == [318, 316], "generation_config.json decides alone"
     # Without it: what ends a turn, EOS, then config.json.
@@ -328,7 +330,7 @@ def test_stop_ids_by_the_order_of_the_files(folder):
     }
 
 
-def test_a_token_of_the_vocabulary_that_a_file_names_is_one_token(folder):
+def test_a_token_of_the_vocabulary_that_a_file_names_is_one_token(folder) -> None:
     """It is no added token of tokenizer.json, yet a template's text with it is that one id."""
     write(folder, tokenizer_config={"eos_token": "Ġcat", "chat_template": "{{ messages[0].content }}Ġcat"})
     found = load_tokenizer(str(folder), [295])
@@ -336,7 +338,7 @@ def test_a_token_of_the_vocabulary_that_a_file_names_is_one_token(folder):
     assert found.decode(found.encode("a cat Ġcat".encode())) == "a cat Ġcat".encode()
 
 
-def test_the_variables_of_a_template_are_those_of_the_same_reading(folder):
+def test_the_variables_of_a_template_are_those_of_the_same_reading(folder) -> None:
     source = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
     token_map = {"bos_token": {"content": "<|endoftext|>"}, "eos_token": None}
     write(folder, tokenizer_config={"chat_template": source}, special_tokens_map=token_map)
@@ -346,7 +348,7 @@ def test_the_variables_of_a_template_are_those_of_the_same_reading(folder):
     assert ids.tolist() == expected == [316, ord("a") - 33]
 
 
-def test_an_id_that_only_the_decoder_has_is_one_token_of_a_chat(folder):
+def test_an_id_that_only_the_decoder_has_is_one_token_of_a_chat(folder) -> None:
     decoder = {"320": added("<|turn|>", rstrip=True)}
     template = CHAT_TEMPLATE.replace("<|im_end|>", "<|turn|>")
     write(folder, tokenizer_config={"chat_template": template, "added_tokens_decoder": decoder})
@@ -362,7 +364,7 @@ def test_an_id_that_only_the_decoder_has_is_one_token_of_a_chat(folder):
     assert found.decode(found.encode(response)) == response
 
 
-def test_what_is_not_used_is_noted(folder):
+def test_what_is_not_used_is_noted(folder) -> None:
     settings = {"pad_token": "[PAD]", "additional_special_tokens": ["<extra>"], "added_tokens_decoder": {}}
     token_map = {"eos_token": "<|endoftext|>"}
     found = load_tokenizer(str(write(folder, tokenizer_config=settings, special_tokens_map=token_map)))
@@ -384,7 +386,7 @@ def test_what_is_not_used_is_noted(folder):
     )
 
 
-def test_notes_are_lines(folder, capsys):
+def test_notes_are_lines(folder, capsys) -> None:
     report_notes(load_tokenizer(str(write(folder, tokenizer_config={"mask_token": "[MASK]"}))), None)
     assert capsys.readouterr().err == (
         f" {folder / 'tokenizer.json'}: tokenizer_config.json: '[MASK]' (mask_token) is not a token of the "
@@ -392,11 +394,11 @@ def test_notes_are_lines(folder, capsys):
     )
 
 
-def test_a_clean_folder_has_no_notes(folder):
+def test_a_clean_folder_has_no_notes(folder) -> None:
     assert load_tokenizer(str(folder)).notes == ()
 
 
-def test_a_file_given_by_its_path_is_read_with_its_folder(folder, sentencepiece_file, tmp_path):
+def test_a_file_given_by_its_path_is_read_with_its_folder(folder, sentencepiece_file, tmp_path) -> None:
     settings = {"added_tokens_decoder": {"320": added("<|turn|>")}, "eos_token": "<|turn|>"}
     write(folder, tokenizer_config=settings, generation_config={})
     assert NEXT in load_tokenizer(str(folder / "tokenizer.json")).table.stop_ids

@@ -38,7 +38,7 @@ def by_hand(new: list[float], old: list[float], starts: list[int], cap: float) -
 
 
 @pytest.mark.parametrize("cap", [1.0, 2.0, 1e6])
-def test_they_are_products_of_the_ratios_before_a_token(cap):
+def test_they_are_products_of_the_ratios_before_a_token(cap) -> None:
     generator = torch.Generator().manual_seed(1)
     new, old = (-torch.rand(2, 9, generator=generator, dtype=torch.float64) * 4).unbind()
     starts = [0, 4, 5]
@@ -47,7 +47,7 @@ def test_they_are_products_of_the_ratios_before_a_token(cap):
     assert [found[i] for i in starts] == [1, 1, 1]
 
 
-def test_without_a_cap_the_weighted_mean_over_old_responses_is_the_mean_over_new_ones():
+def test_without_a_cap_the_weighted_mean_over_old_responses_is_the_mean_over_new_ones() -> None:
     """All responses of three tokens out of three, under two policies; f is any number of the tokens
     before.
     """
@@ -70,7 +70,7 @@ def test_without_a_cap_the_weighted_mean_over_old_responses_is_the_mean_over_new
 
 
 @pytest.mark.parametrize("interface", ["paper", "exact", "strict", "alm", "uld"])
-def test_a_loss_under_weights_is_the_loss_of_weighted_segments(interface):
+def test_a_loss_under_weights_is_the_loss_of_weighted_segments(interface) -> None:
     """Value and gradient are the oracle's of the case with the weights as constants of its segments."""
     case, config = random_case(3, num_segments=8), InterfaceConfig(interface=interface)
     logits = case.student_hidden @ case.student_weight.T
@@ -111,7 +111,7 @@ def test_a_loss_under_weights_is_the_loss_of_weighted_segments(interface):
 
 
 @pytest.mark.parametrize("bounds", ["longest-match", "any"])
-def test_byte_positions_are_weighted_by_the_label_that_they_are_in(bounds):
+def test_byte_positions_are_weighted_by_the_label_that_they_are_in(bounds) -> None:
     """The sum is that of the labels' losses times fixed factors, and so is its gradient."""
     cases = random_cases(5)
     plain = evaluate_bytes(cases, bounds=bounds)

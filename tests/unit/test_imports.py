@@ -43,8 +43,10 @@ ALLOWED = {
     # The jobs, and the commands beside them.
     "commands": "alignment config data evaluation files loading losses models parallel preflight "
     "prompt_files records rollout update",
-    "job": "alignment config data engine_client evaluation files loading losses models packing parallel "
-    "records reporting rewarding rollout stopping teacher update",
+    "job_parts": "alignment config data engine_client evaluation files loading losses models packing "
+    "parallel records reporting rewarding rollout teacher update",
+    "job": "alignment config data job_parts loading losses parallel records reporting rewarding rollout "
+    "stopping teacher update",
     "serve_teacher": "alignment config engine_client loading models parallel stopping teacher",
     "train": "config files job losses models parallel records reporting rollout teacher update",
 }
@@ -87,13 +89,13 @@ def imported(path: Path) -> set[str]:
         ("megatron_simct.train", "transformers tensorboard wandb matplotlib"),
     ],
 )
-def test_an_import_loads_nothing_heavy_that_it_does_not_need(module, forbidden):
+def test_an_import_loads_nothing_heavy_that_it_does_not_need(module, forbidden) -> None:
     roots = {name.split(".")[0] for name in loaded_by(module)}
     assert roots & set(forbidden.split()) == set()
 
 
 @pytest.mark.parametrize("module", ["megatron_simct.config.command_line", "megatron_simct.train"])
-def test_an_import_leaves_the_interpreter_as_it_was(module):
+def test_an_import_leaves_the_interpreter_as_it_was(module) -> None:
     code = f"import sys; before = sys.excepthook; import {module}; print(sys.excepthook is before)"
     result = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT
@@ -101,11 +103,11 @@ def test_an_import_leaves_the_interpreter_as_it_was(module):
     assert result.stdout == "True\n"
 
 
-def test_the_package_itself_imports_nothing():
+def test_the_package_itself_imports_nothing() -> None:
     assert loaded_by("megatron_simct") == {"megatron_simct"}
 
 
-def test_parts_of_the_package_know_those_of_the_table_and_no_others():
+def test_parts_of_the_package_know_those_of_the_table_and_no_others() -> None:
     package = ROOT / "megatron_simct"
     found: dict[str, set[str]] = {
         path.stem: set()

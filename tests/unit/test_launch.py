@@ -172,7 +172,7 @@ NAMES = ("local", "slurm", "slurm, one job", "pyxis", "apptainer", "jobs", "jobs
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_dry_run_is_as_written_down(name, tmp_path, monkeypatch):
+def test_dry_run_is_as_written_down(name, tmp_path, monkeypatch) -> None:
     """SIMCT_WRITE_GOLDEN=1 writes the files anew, for a person to read the difference."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     path = GOLDEN / f"{name.replace(', ', '_').replace(' ', '_')}.sh"
@@ -183,7 +183,7 @@ def test_dry_run_is_as_written_down(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_dry_run_is_clean_bash(name, tmp_path):
+def test_dry_run_is_clean_bash(name, tmp_path) -> None:
     script = tmp_path / "job.sh"
     text = planned(tmp_path, name)
     script.write_text(text if text.startswith("#!") else "#!/usr/bin/env bash\n" + text)
@@ -194,7 +194,7 @@ def test_dry_run_is_clean_bash(name, tmp_path):
     assert result.returncode == 0, result.stdout
 
 
-def test_both_commands_parse_as_what_the_file_says(tmp_path):
+def test_both_commands_parse_as_what_the_file_says(tmp_path) -> None:
     run = run_of(tmp_path)
     assert parse_config(command_of(run.student)[2:]) == run.config
     assert parse_config(command_of(run.jobs[1])[2:], SERVE_TEACHER) == run.teacher_configs["teacher"]
@@ -217,7 +217,7 @@ def test_both_commands_parse_as_what_the_file_says(tmp_path):
     )
 
 
-def test_arguments_of_templates_reach_both_commands(tmp_path):
+def test_arguments_of_templates_reach_both_commands(tmp_path) -> None:
     student = VALUES["student"] | {
         "apply_chat_template": True,
         "chat_template_date": datetime.date(2025, 12, 31),
@@ -282,7 +282,7 @@ def evil_jobs(folder: Path) -> RunFile:
 
 
 @pytest.mark.parametrize("container", [None, "pyxis", "apptainer", "jobs"])
-def test_no_value_reaches_a_shell(container, tmp_path):
+def test_no_value_reaches_a_shell(container, tmp_path) -> None:
     """The scripts run with every command of theirs replaced by one that writes down its arguments."""
     run = evil_jobs(tmp_path) if container == "jobs" else evil_run(tmp_path, container)
     pwned, calls, commands = tmp_path / "pwned", tmp_path / "calls", tmp_path / "bin"
@@ -307,7 +307,7 @@ def test_no_value_reaches_a_shell(container, tmp_path):
     assert not pwned.exists() and not Path("/tmp/simct-pwned").exists()
 
 
-def test_no_value_of_a_local_run_reaches_a_shell(tmp_path):
+def test_no_value_of_a_local_run_reaches_a_shell(tmp_path) -> None:
     run = evil_run(tmp_path, None)
     python, calls, pwned = tmp_path / "python", tmp_path / "calls", tmp_path / "pwned"
     python.write_text('#!/bin/bash\nprintf "%s\\0" "$A" "$@" > "$CALLS.$$"\n')  # two at a time, a file each
@@ -375,7 +375,7 @@ def test_no_value_of_a_local_run_reaches_a_shell(tmp_path):
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
 )
-def test_a_wrong_run_file_is_one_line(change, words, tmp_path, capsys):
+def test_a_wrong_run_file_is_one_line(change, words, tmp_path, capsys) -> None:
     values = json.loads(json.dumps(VALUES))
     for section, value in change.items():
         values[section] = values.get(section, {}) | value if isinstance(value, dict) else value
@@ -512,7 +512,7 @@ LISTED = [
 
 
 @pytest.mark.parametrize("jobs, words", LISTED, ids=[words[:30] for _, words in LISTED])
-def test_a_wrong_list_of_jobs(jobs, words, tmp_path):
+def test_a_wrong_list_of_jobs(jobs, words, tmp_path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({"run_dir": str(tmp_path / "r"), "jobs": jobs}))
     with pytest.raises(ValueError) as error:
@@ -520,7 +520,7 @@ def test_a_wrong_list_of_jobs(jobs, words, tmp_path):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_list_of_jobs_is_what_its_sections_are(tmp_path):
+def test_a_list_of_jobs_is_what_its_sections_are(tmp_path) -> None:
     """The same run in both forms has the same commands; overrides name a job; a second teacher is wired."""
     short = run_of(tmp_path)
     jobs = [
@@ -553,7 +553,7 @@ def test_a_list_of_jobs_is_what_its_sections_are(tmp_path):
     )
 
 
-def test_files_that_are_none_and_overrides(tmp_path):
+def test_files_that_are_none_and_overrides(tmp_path) -> None:
     for text, words in (
         ("a: [", "line 1"),
         ("- a", "expected the sections"),
@@ -582,7 +582,7 @@ def test_files_that_are_none_and_overrides(tmp_path):
             read_run_file(path, [override])
 
 
-def test_the_smallest_file_of_the_help_is_one(tmp_path, capsys):
+def test_the_smallest_file_of_the_help_is_one(tmp_path, capsys) -> None:
     with pytest.raises(SystemExit) as end:
         command.main(["--help"])
     lines = capsys.readouterr().out.splitlines()
@@ -595,12 +595,12 @@ def test_the_smallest_file_of_the_help_is_one(tmp_path, capsys):
     assert capsys.readouterr().err.endswith(": error: the following arguments are required: RUN.yaml\n")
 
 
-def test_times_are_those_of_slurm():
+def test_times_are_those_of_slurm() -> None:
     for text, value in (("90", 5400), ("1:30", 90), ("01:02:03", 3723), ("2-12", 216000), ("1-00:30", 88200)):
         assert seconds(text) == value
 
 
-def test_what_fails_the_pre_flight_is_not_started(tmp_path, capsys, monkeypatch):
+def test_what_fails_the_pre_flight_is_not_started(tmp_path, capsys, monkeypatch) -> None:
     build_pair(tmp_path)
     path = str(write_run(tmp_path))
     monkeypatch.setattr(slurm, "submit", lambda *_, **__: pytest.fail("submitted"))
@@ -627,7 +627,7 @@ esac
 """
 
 
-def test_submit_status_logs_cancel(tmp_path, capsys, monkeypatch):
+def test_submit_status_logs_cancel(tmp_path, capsys, monkeypatch) -> None:
     build_pair(tmp_path)
     path = str(write_run(tmp_path))
     commands = tmp_path / "bin"
@@ -671,18 +671,18 @@ def test_submit_status_logs_cancel(tmp_path, capsys, monkeypatch):
     assert command.main(["status", path, "cluster.kind=local", "cluster.teacher.nodes=1"]) == 1
 
 
-def test_without_slurm_it_says_so(tmp_path, monkeypatch):
+def test_without_slurm_it_says_so(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     values = run_of(tmp_path, run_dir=str(tmp_path / "run"))
     with pytest.raises(ValueError, match="sbatch is not on this machine"):
         slurm.submit(values, directory="/")
 
 
-def test_the_address_towards_a_host():
+def test_the_address_towards_a_host() -> None:
     assert address_towards("127.0.0.1") == "127.0.0.1"
 
 
-def test_each_local_job_has_gpus_of_its_own(tmp_path, monkeypatch):
+def test_each_local_job_has_gpus_of_its_own(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     cluster = {"kind": "local", "student": {"gpus_per_node": 2}, "teacher": {"gpus_per_node": 3}}
     run = run_of(tmp_path, cluster=cluster)
@@ -786,7 +786,7 @@ def start_local(
         sender.join()
 
 
-def test_the_exit_code_is_the_students_and_the_teacher_is_stopped(tmp_path, monkeypatch, capsys):
+def test_the_exit_code_is_the_students_and_the_teacher_is_stopped(tmp_path, monkeypatch, capsys) -> None:
     before = signal.getsignal(signal.SIGINT)
     ends = DYING.replace('not Path("STUDENT").exists() or ', "").replace(
         "exit(3)", 'print("step 1")\nexit(7)'
@@ -798,13 +798,13 @@ def test_the_exit_code_is_the_students_and_the_teacher_is_stopped(tmp_path, monk
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_one_interrupt_lets_the_student_save(tmp_path, monkeypatch, capsys):
+def test_one_interrupt_lets_the_student_save(tmp_path, monkeypatch, capsys) -> None:
     assert start_local(tmp_path, monkeypatch, student=STUDENT, interrupts=[BOTH_HEED]) == 0
     captured = capsys.readouterr()
     assert "[student] saved\n" in captured.out and "stopping" in captured.err
 
 
-def test_a_second_interrupt_ends_both(tmp_path, monkeypatch):
+def test_a_second_interrupt_ends_both(tmp_path, monkeypatch) -> None:
     assert (
         start_local(tmp_path, monkeypatch, student=DEAF, interrupts=[BOTH_HEED, ["ASKED"]])
         == 128 + signal.SIGKILL
@@ -813,7 +813,7 @@ def test_a_second_interrupt_ends_both(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dies", ["teacher", "student"])
-def test_an_interrupt_ends_the_wait_for_the_other_job(tmp_path, monkeypatch, dies):
+def test_an_interrupt_ends_the_wait_for_the_other_job(tmp_path, monkeypatch, dies) -> None:
     """One job has ended by itself, and the other does not heed that it was asked to stop."""
     monkeypatch.setattr(local, "_OTHERS_STOP_S", 600.0)
     dying = DYING.replace(f'not Path("{dies.upper()}").exists()', "False")
@@ -825,7 +825,7 @@ def test_an_interrupt_ends_the_wait_for_the_other_job(tmp_path, monkeypatch, die
     assert not (tmp_path / "ENDED").exists(), "it was killed, not waited for"
 
 
-def test_a_teacher_that_dies_ends_the_run(tmp_path, monkeypatch, capsys):
+def test_a_teacher_that_dies_ends_the_run(tmp_path, monkeypatch, capsys) -> None:
     dying = DYING.replace('not Path("TEACHER").exists()', "False")
     assert start_local(tmp_path, monkeypatch, student=STUDENT, teacher=dying) == 1
     captured = capsys.readouterr()
@@ -850,7 +850,7 @@ def start_and_kill(folder: str) -> None:
         start_local(Path(folder), patch, **jobs, interrupts=[BOTH_HEED], number=signal.SIGKILL)
 
 
-def test_a_launcher_that_is_killed_leaves_no_job(tmp_path):
+def test_a_launcher_that_is_killed_leaves_no_job(tmp_path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, capture_output=True, timeout=120
     )
@@ -876,7 +876,7 @@ time.sleep(600)
 """
 
 
-def test_an_engine_that_dies_starts_again_and_is_stopped_at_the_end(tmp_path, monkeypatch, capsys):
+def test_an_engine_that_dies_starts_again_and_is_stopped_at_the_end(tmp_path, monkeypatch, capsys) -> None:
     student = STUDENT.replace(
         "time.sleep(600)", 'while not Path("ENDED").exists(): time.sleep(0.05)\nexit(7)'
     )

@@ -135,7 +135,7 @@ def mean_errors(errors: list[list[float]]) -> list[float]:
 
 
 @pytest.mark.parametrize(("interface", "divergence"), MODES)
-def test_dense_torch_in_float64_is_the_oracle(interface, divergence):
+def test_dense_torch_in_float64_is_the_oracle(interface, divergence) -> None:
     """So it may stand for it below."""
     case = random_case(3)
     expected, *gradients = evaluate_oracle(case, InterfaceConfig(interface=interface, divergence=divergence))
@@ -174,12 +174,12 @@ def check_float32(cases: list[LossCase], interface: str, divergence: str) -> Non
 
 @pytest.mark.parametrize("models", [FAR, NEAR], ids=["far", "near"])
 @pytest.mark.parametrize(("interface", "divergence"), MODES)
-def test_float32_is_as_good_as_its_operands(interface, divergence, models):
+def test_float32_is_as_good_as_its_operands(interface, divergence, models) -> None:
     check_float32([case_of(seed, models, torch.float32) for seed in range(4)], interface, divergence)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_float32_is_as_good_as_its_operands_over_many_tiles(divergence):
+def test_float32_is_as_good_as_its_operands_over_many_tiles(divergence) -> None:
     check_float32([case_of(0, FAR, torch.float32, vocab_size=12000)], "paper", divergence)
 
 
@@ -197,7 +197,7 @@ def main_grad_of(case: LossCase, interface: str, divergence: str) -> torch.Tenso
 
 @pytest.mark.parametrize("models", [FAR, NEAR], ids=["far", "near"])
 @pytest.mark.parametrize(("interface", "divergence"), MODES)
-def test_bfloat16_is_no_worse_than_dense_torch(interface, divergence, models):
+def test_bfloat16_is_no_worse_than_dense_torch(interface, divergence, models) -> None:
     """Weights, hidden states and products of both models in bf16, statistics in float32."""
     errors: dict[str, list[list[float]]] = {"dense": [], "fused": [], "labels": [], "main_grad": []}
     for seed in range(3):
@@ -322,7 +322,7 @@ def fused_bytes(given: ByteInput, divergence: str) -> Found:
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_bytes_in_float32_are_as_good_as_their_operands(divergence):
+def test_bytes_in_float32_are_as_good_as_their_operands(divergence) -> None:
     found, operands = [], []
     for seed in range(3):
         given = byte_input(seed, 2.0, torch.float32)
@@ -340,7 +340,7 @@ def test_bytes_in_float32_are_as_good_as_their_operands(divergence):
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_bytes_in_bfloat16_are_no_worse_than_dense_torch(divergence):
+def test_bytes_in_bfloat16_are_no_worse_than_dense_torch(divergence) -> None:
     errors: dict[str, list[list[float]]] = {"dense": [], "fused": []}
     for seed in range(3):
         given = byte_input(seed, 2.0, torch.bfloat16)

@@ -52,14 +52,14 @@ ROWS = [
 
 
 @pytest.mark.parametrize("options, segmentation, rows, loss", ROWS, ids=str)
-def test_golden_numbers(options, segmentation, rows, loss):
+def test_golden_numbers(options, segmentation, rows, loss) -> None:
     found = [float(row) for row in row_losses(STUDENT, TEACHER, **segmentation, **options)]
     if rows is not None:
         assert found == pytest.approx(rows, abs=5e-7)
     assert sum(found) / len(golden.STUDENT_LABELS) == pytest.approx(loss, abs=5e-7)
 
 
-def test_golden_captured_mass():
+def test_golden_captured_mass() -> None:
     masses = [
         captured_teacher_mass(TEACHER, segment, kind, PAIRS)
         for segment, kind in zip(WALK, (UNIT, STOP), strict=True)
@@ -90,7 +90,7 @@ def one_to_one(num_labels: int, vocab_size: int) -> dict:
 
 
 @pytest.mark.parametrize("interface", TOKEN_LEVEL)
-def test_same_tokenizer_gives_full_vocabulary_kl(interface):
+def test_same_tokenizer_gives_full_vocabulary_kl(interface) -> None:
     student, teacher = random_models(0)
     expected = (student.log_p.exp() * (student.log_p - teacher.log_p)).sum()
     # All of the vocabulary is shared: the rest of `exact` has no mass on either side.
@@ -99,7 +99,7 @@ def test_same_tokenizer_gives_full_vocabulary_kl(interface):
 
 
 @pytest.mark.parametrize("interface", [*TOKEN_LEVEL, "strict_topk", "uld", "alm"])
-def test_equal_models_give_zero_loss_and_gradient(interface):
+def test_equal_models_give_zero_loss_and_gradient(interface) -> None:
     student, _ = random_models(1)
     logits = student.logits.clone().requires_grad_()
     segmentation = one_to_one(4, 6) | {"shared": {i: [i] for i in range(4)}}
@@ -112,7 +112,7 @@ def test_equal_models_give_zero_loss_and_gradient(interface):
     assert float(logits.grad.abs().max()) < 1e-12
 
 
-def test_alm_tends_to_its_limit():
+def test_alm_tends_to_its_limit() -> None:
     limit, near = (
         sum(row_losses(STUDENT, TEACHER, **MINIMAL, interface="alm", alm_temperature=t))
         for t in (math.inf, 1e5)
@@ -122,7 +122,7 @@ def test_alm_tends_to_its_limit():
     assert abs(float(one) - float(limit)) > 1e-3
 
 
-def test_uld_top_k_with_a_bin_for_the_rest():
+def test_uld_top_k_with_a_bin_for_the_rest() -> None:
     """k as large as the vocabulary is the full sort; a smaller one cannot see more distance."""
     full, all_bins, few = (
         float(sum(row_losses(STUDENT, TEACHER, **MINIMAL, interface="uld", uld_topk=k))) for k in (0, 9, 3)
@@ -131,7 +131,7 @@ def test_uld_top_k_with_a_bin_for_the_rest():
     assert 0 < few <= full + 1e-12
 
 
-def test_code_sees_a_constant_that_the_others_do_not():
+def test_code_sees_a_constant_that_the_others_do_not() -> None:
     shifted = STUDENT.logits.clone()
     shifted[1] += 2.5  # an inner position of the unit
     for interface in ("paper", "sum", "exact", "code"):
@@ -143,7 +143,7 @@ def test_code_sees_a_constant_that_the_others_do_not():
         assert (abs(before - after) > 1e-3) == (interface == "code"), interface
 
 
-def test_exact_is_a_partition():
+def test_exact_is_a_partition() -> None:
     """Every event of a unit row is a probability and they add up to one, with the unit's bytes shared or
     not.
     """
@@ -164,7 +164,7 @@ def test_exact_is_a_partition():
     ),
     name=st.sampled_from(["reverse_kl", "forward_kl", "js"]),
 )
-def test_merging_candidates_never_raises_the_divergence(weights, name):
+def test_merging_candidates_never_raises_the_divergence(weights, name) -> None:
     """Adding up the probabilities of candidates, for both models alike (the paper's Proposition 1)."""
 
     def distribution(side: int) -> list[torch.Tensor]:

@@ -165,7 +165,7 @@ def run_steps(
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_every_prompt_is_trained_on_once_whatever_finishes_first(seed):
+def test_every_prompt_is_trained_on_once_whatever_finishes_first(seed) -> None:
     """With kills and other numbers of ranks in between: no response is lost, mixed up, or too old."""
     choose = random.Random(seed)
     n, max_lag = choose.randint(1, 3), choose.randint(1, 3)
@@ -199,14 +199,14 @@ def test_every_prompt_is_trained_on_once_whatever_finishes_first(seed):
     assert mixed, "some response is of several weights"
 
 
-def test_steps_that_carry_nothing_over_are_those_of_the_stream_of_prompts():
+def test_steps_that_carry_nothing_over_are_those_of_the_stream_of_prompts() -> None:
     rollouts, states, carried = run_steps(2, range(3, 6), None, seed=1, share=4, more=0, n=2, max_lag=1)
     for step, found in zip(range(3, 6), rollouts, strict=True):
         assert sorted(r.sample_id for r in found) == list(range(8 * step, 8 * step + 8))
     assert json.loads(states[-1])["groups"] == [] and carried == [0, 0, 0]
 
 
-def test_other_prompts_than_those_of_the_checkpoint_are_refused():
+def test_other_prompts_than_those_of_the_checkpoint_are_refused() -> None:
     _, states, _ = run_steps(1, range(2), None, seed=3, share=4, more=2, n=2, max_lag=1)
 
     def another(n: int, first: int) -> Oversampling:
@@ -244,14 +244,14 @@ VLLM = ("--rollout-engine", "vllm", "--rollout-engine-endpoint", "http://h:1", "
         (("--rollout-oversample", "1.5"), "--rollout-oversample 1.5: must be"),
     ],
 )
-def test_refused_where_nothing_can_be_carried_over(flags, words):
+def test_refused_where_nothing_can_be_carried_over(flags, words) -> None:
     base = ["--hf-checkpoint", "x", "--tokenizer-model", "t", "--prompt-data", "y"]
     base += ["--teacher-hf-checkpoint", "z", "--teacher-tokenizer-model", "t"]
     with pytest.raises(ValueError, match=words):
         parse_config([*base, "--rollout-oversample", "0.5", *flags]).check(data_parallel_size=2)
 
 
-def test_the_default_lag_is_one_step_more():
+def test_the_default_lag_is_one_step_more() -> None:
     base = ["--hf-checkpoint", "x", "--prompt-data", "y", *VLLM, "--rollout-oversample", "0.5"]
     assert parse_config(base).max_lag == 1
     assert parse_config([*base, "--schedule", "one_step_off"]).max_lag == 2

@@ -17,7 +17,7 @@ def _names(lines: list[str]) -> list[str]:
     return [re.split(r"[\[<>=! ]", line)[0] for line in lines if line and not line.startswith(("#", "-r"))]
 
 
-def test_cpu_requirements_pull_nothing_of_a_gpu():
+def test_cpu_requirements_pull_nothing_of_a_gpu() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pinned = _names((ROOT / "requirements.txt").read_text().splitlines())
     assert {"torch", "megatron-core"} <= set(pinned)
@@ -36,12 +36,12 @@ def test_cpu_requirements_pull_nothing_of_a_gpu():
     )
 
 
-def test_version_is_one():
+def test_version_is_one() -> None:
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dynamic"] == ["version"]
     assert f"## {megatron_simct.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_the_image_has_the_versions_that_the_tests_ran_with():
+def test_the_image_has_the_versions_that_the_tests_ran_with() -> None:
     pinned = set(
         (ROOT / "requirements.txt").read_text().split() + (ROOT / "requirements-test.txt").read_text().split()
     )
@@ -54,7 +54,7 @@ def test_the_image_has_the_versions_that_the_tests_ran_with():
     assert f"megatron-core=={core}" in pinned
 
 
-def test_all_packages_their_files_and_their_commands_are_installed():
+def test_all_packages_their_files_and_their_commands_are_installed() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     found = project["tool"]["setuptools"]["packages"]["find"]
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "megatron_simct").rglob("*.py")}
@@ -72,7 +72,7 @@ def test_all_packages_their_files_and_their_commands_are_installed():
         assert name.startswith("simct-") and f"def {function}(argv" in path.read_text()
 
 
-def test_a_tool_of_the_checkout_is_the_installed_command():
+def test_a_tool_of_the_checkout_is_the_installed_command() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     installed = {target.split(":")[0]: name for name, target in scripts.items() if ".commands." in target}
     tools = {path.stem: path.read_text() for path in (ROOT / "tools").glob("*.py")}

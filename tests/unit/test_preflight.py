@@ -54,7 +54,7 @@ def findings(folder: Path, change: Change | None = None) -> list[Finding]:
     return check_run(read_run_file(str(write_run(folder, change)))).findings
 
 
-def test_nothing_is_wrong_with_the_pair_itself(folder):
+def test_nothing_is_wrong_with_the_pair_itself(folder) -> None:
     found = findings(folder)
     # the tests' folder is one of this node
     problems = [f for f in found if f.level != "pass" and f.flag != "run_dir"]
@@ -62,7 +62,7 @@ def test_nothing_is_wrong_with_the_pair_itself(folder):
     assert {f.side for f in found} == {"student", "teacher", "pair", "cluster"}
 
 
-def test_quantised_weights_are_said_with_their_bytes_in_files_and_in_memory(folder):
+def test_quantised_weights_are_said_with_their_bytes_in_files_and_in_memory(folder) -> None:
     settings = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     for side, level, dtype in (("teacher", "pass", "bfloat16"), ("student", "warn", "bfloat16")):
         edit_json(folder / side / "config.json", quantization_config=settings)
@@ -76,7 +76,7 @@ def test_quantised_weights_are_said_with_their_bytes_in_files_and_in_memory(fold
         assert f"{size_text(in_files)} in files; {size_text(memory)} of {dtype} in memory" in found.message
 
 
-def test_the_plan_of_a_student_with_adapters_has_gradients_and_optimizer_for_these_alone(folder):
+def test_the_plan_of_a_student_with_adapters_has_gradients_and_optimizer_for_these_alone(folder) -> None:
     whole = check_run(read_run_file(str(write_run(folder)))).plans["student"]
     adapted = check_run(read_run_file(str(write_run(folder, student(lora_rank=2))))).plans["student"]
     more = adapted.held["weights"] - whole.held["weights"]
@@ -87,7 +87,7 @@ def test_the_plan_of_a_student_with_adapters_has_gradients_and_optimizer_for_the
     assert any("--lora-target-modules q_prj" in f.message and f.level == "fail" for f in wrong)
 
 
-def test_layers_are_proposed_for_stages_where_the_head_weighs_much(folder):
+def test_layers_are_proposed_for_stages_where_the_head_weighs_much(folder) -> None:
     two = student(pipeline_model_parallel_size=2)
     said = [
         f.message
@@ -883,7 +883,7 @@ def test_what_may_be_meant_is_a_warning(folder: Path, case: Case) -> None:
     assert not any(finding.level == "fail" for finding in found)
 
 
-def test_texts_that_cannot_be_compared_fail(folder, monkeypatch):
+def test_texts_that_cannot_be_compared_fail(folder, monkeypatch) -> None:
     """No pair of loadable tokenizers loses a fifth of its bytes, so one that spells something else stands
     in.
     """
@@ -894,7 +894,7 @@ def test_texts_that_cannot_be_compared_fail(folder, monkeypatch):
     assert found.flag == "--teacher-tokenizer-model" and "1:1" in found.message
 
 
-def test_what_the_teacher_alone_reads_is_shown(folder, capsys):
+def test_what_the_teacher_alone_reads_is_shown(folder, capsys) -> None:
     prompts({"prompt": "Hi", "teacher_suffix": " Ha"}, {"prompt": "Ho"})({}, folder)
     check_pair.main([str(write_run(folder)), "--json"])
     report = json.loads(capsys.readouterr().out)
@@ -903,7 +903,7 @@ def test_what_the_teacher_alone_reads_is_shown(folder, capsys):
     assert "in 1 rows the teacher has its own prompt" in said
 
 
-def test_the_plan_counts_the_average_of_a_teachers_weights(folder):
+def test_the_plan_counts_the_average_of_a_teachers_weights(folder) -> None:
     def teacher_weights(*changes: Change) -> int:
         report = check_run(read_run_file(str(write_run(folder, both(colocated, *changes)))))
         return report.plans["student"].held["teacher weights"]
@@ -911,7 +911,7 @@ def test_the_plan_counts_the_average_of_a_teachers_weights(folder):
     assert teacher_weights(student(teacher_ema=0.99)) == 3 * teacher_weights()  # 4 bytes beside 2
 
 
-def test_the_plan_counts_the_student_at_its_start(folder):
+def test_the_plan_counts_the_student_at_its_start(folder) -> None:
     plain, kept = (
         check_run(read_run_file(str(write_run(folder, student(reference_kl_weight=w))))).plans["student"]
         for w in (0.0, 0.1)
@@ -923,7 +923,7 @@ def test_the_plan_counts_the_student_at_its_start(folder):
     assert kept.phases["update"]["loss"] > plain.phases["update"]["loss"]
 
 
-def test_the_tool_prints_a_table_or_json_and_fails(folder, capsys):
+def test_the_tool_prints_a_table_or_json_and_fails(folder, capsys) -> None:
     path = str(write_run(folder))
     assert check_pair.main([path]) == 0
     table = capsys.readouterr().out
@@ -948,7 +948,7 @@ def test_the_tool_prints_a_table_or_json_and_fails(folder, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_what_takes_long_at_the_start_is_said(folder):
+def test_what_takes_long_at_the_start_is_said(folder) -> None:
     """With bounds for any tokenizer, a line for each tokenizer whose table is made."""
     lines: list[str] = []
     pair = open_pair(
@@ -963,7 +963,7 @@ def test_what_takes_long_at_the_start_is_said(folder):
 # A teacher of 235 billion parameters
 
 
-def test_golden_plan_of_a_235b_teacher(tmp_path):
+def test_golden_plan_of_a_235b_teacher(tmp_path) -> None:
     """TP8 x PP2, bfloat16: 47 layers each; the last stage needs most, with the head and the answers."""
     write_json(tmp_path / "config.json", CONFIGS["Qwen3-235B-A22B"])
     architecture = read_architecture(str(tmp_path), flag="--teacher-hf-checkpoint")
@@ -997,7 +997,7 @@ def test_golden_plan_of_a_235b_teacher(tmp_path):
     assert few.held["weights"] == 2 * (last - 47 * 301_989_888 * 7 // 8)
 
 
-def test_plan_of_a_student(tmp_path):
+def test_plan_of_a_student(tmp_path) -> None:
     """Against arithmetic by hand: an 8B model, TP2, bfloat16 with AdamW, one micro-batch of one sequence."""
     fields = {
         "model_type": "qwen3",
@@ -1054,7 +1054,7 @@ def test_plan_of_a_student(tmp_path):
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_parameters_are_the_published_ones(name, tmp_path):
+def test_parameters_are_the_published_ones(name, tmp_path) -> None:
     write_json(tmp_path / "config.json", CONFIGS[name])
     architecture = read_architecture(str(tmp_path), flag="--hf-checkpoint")
     assert total_parameters(architecture, vocab_size=architecture.vocab_size) == PARAMETERS[name]
@@ -1068,7 +1068,7 @@ CLUSTER_EXAMPLES = [
 
 
 @pytest.mark.parametrize("path", CLUSTER_EXAMPLES, ids=lambda path: path.parent.name)
-def test_shipped_examples_fit_on_paper(path, tmp_path):
+def test_shipped_examples_fit_on_paper(path, tmp_path) -> None:
     """With folders that have the published architectures in the place of downloaded ones, nothing fails."""
     run = stand_in(path, tmp_path)
     report = check_run(run)
@@ -1076,7 +1076,7 @@ def test_shipped_examples_fit_on_paper(path, tmp_path):
     assert {"student"} <= report.plans.keys()
 
 
-def test_a_teacher_that_runs_elsewhere_takes_none_of_the_students_memory(folder):
+def test_a_teacher_that_runs_elsewhere_takes_none_of_the_students_memory(folder) -> None:
     def elsewhere(run: dict[str, Any], folder: Path) -> None:
         colocated(run, folder)
         run["student"]["teacher_endpoint"] = [str(folder / "other")]
@@ -1090,7 +1090,7 @@ def test_a_teacher_that_runs_elsewhere_takes_none_of_the_students_memory(folder)
     assert "teacher weights" not in plans["elsewhere"]["student"].held
 
 
-def test_answers_from_disk_need_no_teacher_in_memory(folder):
+def test_answers_from_disk_need_no_teacher_in_memory(folder) -> None:
     def from_disk(run: dict[str, Any], folder: Path) -> None:
         colocated(run, folder)
         run["student"]["load_debug_scored_data"] = str(folder / "answers")
@@ -1099,7 +1099,7 @@ def test_answers_from_disk_need_no_teacher_in_memory(folder):
     assert "teacher weights" not in plan.held and "teacher" not in plan.phases
 
 
-def test_likeliest_tokens_come_in_place_of_hidden_states(folder):
+def test_likeliest_tokens_come_in_place_of_hidden_states(folder) -> None:
     """uld: no head of the teacher on the student's ranks, and --simct-uld-topk numbers a row over the
     wire.
     """
@@ -1114,6 +1114,6 @@ def test_likeliest_tokens_come_in_place_of_hidden_states(folder):
     assert (all_tokens - few) / (more - few) == (340 - 1) / (9 - 1), "the teacher has 340 tokens"
 
 
-def test_values_of_the_pair_are_read(folder):
+def test_values_of_the_pair_are_read(folder) -> None:
     run = read_run_file(str(write_run(folder)))
     assert run.config.rollout.rollout_batch_size == run_values(folder)["student"]["rollout_batch_size"]

@@ -705,7 +705,7 @@ AS_EXPERT = {"role": "system", "content": "You know the answer."}
         ({"teacher_system": AS_EXPERT["content"]}, ASKED["content"], [AS_EXPERT, ASKED]),
     ],
 )
-def test_a_row_may_have_a_prompt_for_the_teacher_alone(keys, prompt, expected):
+def test_a_row_may_have_a_prompt_for_the_teacher_alone(keys, prompt, expected) -> None:
     assert teacher_prompt_of(keys, prompt) == expected
 
 
@@ -721,7 +721,7 @@ def test_a_row_may_have_a_prompt_for_the_teacher_alone(keys, prompt, expected):
         ({"teacher_suffix": "\ud800"}, "half a surrogate pair"),
     ],
 )
-def test_a_prompt_for_the_teacher_that_has_no_meaning_is_refused(keys, reason, tmp_path):
+def test_a_prompt_for_the_teacher_that_has_no_meaning_is_refused(keys, reason, tmp_path) -> None:
     with pytest.raises(RowError) as refused:
         teacher_prompt_of(keys, [ASKED])
     assert refused.value.reason == reason
@@ -731,7 +731,7 @@ def test_a_prompt_for_the_teacher_that_has_no_meaning_is_refused(keys, reason, t
     assert prepare(path) == ([], {reason: 1})
 
 
-def test_training_and_preparation_read_the_teachers_prompt_alike(tmp_path):
+def test_training_and_preparation_read_the_teachers_prompt_alike(tmp_path) -> None:
     rows = [
         {"prompt": "q", "teacher_suffix": HINT},
         {"prompt": "q2", "teacher_prompt": "other"},
@@ -759,7 +759,7 @@ def test_a_mixture_names_teachers(tmp_path) -> None:
     assert [row.teacher for row in read] == ["code", "code"]
 
 
-def test_a_mixture_writes_hints_from_columns(tmp_path):
+def test_a_mixture_writes_hints_from_columns(tmp_path) -> None:
     rows = [{"prompt": "3 + 4?", "solution": "7", "steps": 1}, {"prompt": "1 + 1?"}]
     path = write(tmp_path, rows)
     keys = {"teacher_system": "Look it up.", "teacher_suffix": "\nIt is {solution}, in {steps} step."}

@@ -27,7 +27,7 @@ def endpoint(name: str) -> Endpoint:
     return Endpoint(replica=name, address=f"tcp://10.0.0.1:{5000 + int(name[1:])}", life=name)
 
 
-def test_one_rank_reads_the_folder_for_all(tmp_path, monkeypatch):
+def test_one_rank_reads_the_folder_for_all(tmp_path, monkeypatch) -> None:
     store, opens = dist.HashStore(), []
     monkeypatch.setattr(
         lookout_module, "read_endpoints", lambda folder: (opens.append(folder), read_endpoints(folder))[1]
@@ -77,7 +77,7 @@ def ask(client: TeacherClient, count: int) -> Counter:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_work_is_spread_by_what_replicas_hold_and_how_fast_they_are(seed):
+def test_work_is_spread_by_what_replicas_hold_and_how_fast_they_are(seed) -> None:
     client, _ = client_of(
         {
             "r1": {"status": {"speed": 100.0}},
@@ -97,7 +97,7 @@ def test_work_is_spread_by_what_replicas_hold_and_how_fast_they_are(seed):
     assert max(ends) - min(ends) < 4, "they end together, to within a few requests"
 
 
-def test_many_clients_do_not_run_to_the_same_replica():
+def test_many_clients_do_not_run_to_the_same_replica() -> None:
     """Each knows what replicas have reported, and not what the others do at the same moment."""
     asked = Counter()
     for seed in range(64):
@@ -106,7 +106,7 @@ def test_many_clients_do_not_run_to_the_same_replica():
     assert min(asked.values()) > 4 and max(asked.values()) < 32, asked
 
 
-def test_a_students_share_of_what_is_uneven_is_recalled():
+def test_a_students_share_of_what_is_uneven_is_recalled() -> None:
     shares = []
     for seed in range(200):
         status = {"speed": 10.0}
@@ -124,7 +124,7 @@ def test_a_students_share_of_what_is_uneven_is_recalled():
     assert set(shares) == {3, 4} and abs(np.mean(shares) - 3.75) < 0.15
 
 
-def test_a_replica_that_is_a_little_behind_keeps_its_work():
+def test_a_replica_that_is_a_little_behind_keeps_its_work() -> None:
     client, sent = client_of({"r1": {"status": {"speed": 10.0}}, "r2": {"status": {"speed": 10.0}}})
     ask(client, 20)
     del sent[:]
@@ -132,7 +132,7 @@ def test_a_replica_that_is_a_little_behind_keeps_its_work():
     assert not sent
 
 
-def test_pace():
+def test_pace() -> None:
     pace = _Pace()
     assert pace.speed(0.0, 0) == 0.0
     pace.begin(10.0)
@@ -163,7 +163,7 @@ class Answers:
         return encode(message), message
 
 
-def test_answers_that_have_arrived_are_shared_together(monkeypatch):
+def test_answers_that_have_arrived_are_shared_together(monkeypatch) -> None:
     requests = [make_request(np.random.default_rng(seed), seed) for seed in range(12)]
     answers = [scored_message(n, answer_of(request), "fp32") for n, request in enumerate(requests)]
     shared: list[int] = []

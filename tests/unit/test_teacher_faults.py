@@ -57,7 +57,7 @@ def requests_of(seed: int, count: int = 24) -> list[TeacherRequest]:
     return [make_request(rng, sample_id) for sample_id in range(count)]
 
 
-def assert_each_once(scored, requests):
+def assert_each_once(scored, requests) -> None:
     assert sorted(s.sample_id for s in scored) == [r.sample_id for r in requests]
     by_id = {r.sample_id: r for r in requests}
     assert all(same_answer(s, by_id[s.sample_id]) for s in scored)
@@ -76,7 +76,7 @@ def with_every_seed(check: Callable[[int, Path], Any], folder: Path) -> list[Any
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_bad_line(tmp_path, fault):
+def test_a_bad_line(tmp_path, fault) -> None:
     def check(seed: int, folder: Path) -> Counter:
         with ModelFreeTeacher(folder / "behind") as teacher:
             line = BadLine(folder / "front", teacher.server.endpoint, seed=seed, shares=FAULTS[fault])
@@ -103,7 +103,7 @@ def test_a_bad_line(tmp_path, fault):
         assert counts["malformed"] > 0
 
 
-def test_a_replica_whose_model_hangs_and_goes_on(tmp_path):
+def test_a_replica_whose_model_hangs_and_goes_on(tmp_path) -> None:
     """It says that it has been hanging for long; the other does its work too, and what it still holds is
     recalled.
     """
@@ -127,7 +127,7 @@ def test_a_replica_whose_model_hangs_and_goes_on(tmp_path):
     with_every_seed(check, tmp_path)
 
 
-def test_a_slow_replica_is_asked_once_and_hands_back_what_another_can_do_sooner(tmp_path):
+def test_a_slow_replica_is_asked_once_and_hands_back_what_another_can_do_sooner(tmp_path) -> None:
     """It lives and works: of what it has, only what it has not begun with goes to the other."""
 
     def check(seed: int, folder: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_slow_replica_is_asked_once_and_hands_back_what_another_can_do_sooner(
     with_every_seed(check, tmp_path)
 
 
-def test_a_replica_that_stops_hands_back_what_it_has_not_begun(tmp_path):
+def test_a_replica_that_stops_hands_back_what_it_has_not_begun(tmp_path) -> None:
     """Both are long about their first requests, until the first stops: nobody knows yet how fast they are."""
 
     def check(seed: int, folder: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_replica_that_stops_hands_back_what_it_has_not_begun(tmp_path):
     with_every_seed(check, tmp_path)
 
 
-def test_a_restart_at_another_address(tmp_path):
+def test_a_restart_at_another_address(tmp_path) -> None:
     """The first replica vanishes with its work; another life of it opens elsewhere, under the same name."""
 
     def check(seed: int, folder: Path) -> None:
@@ -214,7 +214,7 @@ def test_a_restart_at_another_address(tmp_path):
     with_every_seed(check, tmp_path)
 
 
-def test_another_life_at_the_same_address(tmp_path):
+def test_another_life_at_the_same_address(tmp_path) -> None:
     """What the first life held is asked for at once, without waiting for its silence."""
     with ModelFreeTeacher(tmp_path) as teacher:
         patience = replace(FAST, silence_s=60.0)
@@ -235,7 +235,7 @@ def test_another_life_at_the_same_address(tmp_path):
         client.close()
 
 
-def test_replicas_that_join_are_found_and_share_the_work(tmp_path):
+def test_replicas_that_join_are_found_and_share_the_work(tmp_path) -> None:
     with ModelFreeTeacher(tmp_path, delay_s=0.01) as one:
         client = open_client(tmp_path, window_tokens=60, patience=replace(FAST, silence_s=60.0))
         requests = requests_of(3, count=120)
@@ -253,7 +253,7 @@ def test_replicas_that_join_are_found_and_share_the_work(tmp_path):
         client.close()
 
 
-def test_a_replica_gets_no_more_than_the_window(tmp_path):
+def test_a_replica_gets_no_more_than_the_window(tmp_path) -> None:
     requests = requests_of(1, count=40)
     longest = max(request.num_tokens for request in requests)
     with ModelFreeTeacher(tmp_path, name="only") as teacher:
@@ -276,7 +276,7 @@ def test_a_replica_gets_no_more_than_the_window(tmp_path):
         client.close()
 
 
-def test_an_answer_to_what_waits_to_be_asked_again_counts(tmp_path):
+def test_an_answer_to_what_waits_to_be_asked_again_counts(tmp_path) -> None:
     """A replica that is taken for dead answers after all, before it has greeted again; then it works as
     before.
     """
@@ -317,7 +317,7 @@ def test_an_answer_to_what_waits_to_be_asked_again_counts(tmp_path):
     withdraw(tmp_path, Endpoint(replica="slow", address=address, life="one"))
 
 
-def test_a_full_queue_hands_back_until_the_model_has_taken_from_it(tmp_path, monkeypatch):
+def test_a_full_queue_hands_back_until_the_model_has_taken_from_it(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(service, "MAX_QUEUED_BYTES", 2000)
     requests = requests_of(0, count=40)
     sizes = [num_bytes(encode(score_message(0, request))) + request.num_bytes for request in requests]
@@ -337,7 +337,7 @@ def test_a_full_queue_hands_back_until_the_model_has_taken_from_it(tmp_path, mon
         client.close()
 
 
-def test_a_request_that_the_model_has_is_not_queued_again(tmp_path):
+def test_a_request_that_the_model_has_is_not_queued_again(tmp_path) -> None:
     with ModelFreeTeacher(tmp_path, works=False) as teacher:
         client = open_client(tmp_path, patience=replace(FAST, silence_s=60.0))
         (request,) = requests_of(0, count=1)
@@ -353,7 +353,7 @@ def test_a_request_that_the_model_has_is_not_queued_again(tmp_path):
         client.close()
 
 
-def test_a_client_that_is_killed_leaves_nothing_behind(tmp_path):
+def test_a_client_that_is_killed_leaves_nothing_behind(tmp_path) -> None:
     with ModelFreeTeacher(tmp_path, forget_s=0.5) as teacher:
         teacher.stall()
         gone = open_client(tmp_path, window_tokens=100_000)
@@ -373,7 +373,7 @@ def test_a_client_that_is_killed_leaves_nothing_behind(tmp_path):
         client.close()
 
 
-def test_a_teacher_that_never_answers_is_one_error_after_the_time_out(tmp_path):
+def test_a_teacher_that_never_answers_is_one_error_after_the_time_out(tmp_path) -> None:
     client = open_client(tmp_path, patience=replace(FAST, timeout_s=0.6))
     with pytest.raises(
         TeacherError, match="no teacher for 0.01 minutes .*none was found; start the teacher and resume"
@@ -393,7 +393,7 @@ def test_a_teacher_that_never_answers_is_one_error_after_the_time_out(tmp_path):
         client.close()
 
 
-def test_addresses_may_be_given_by_hand(tmp_path):
+def test_addresses_may_be_given_by_hand(tmp_path) -> None:
     with ModelFreeTeacher(tmp_path) as teacher:
         client = open_client(None, addresses=[teacher.server.endpoint.address])
         requests = requests_of(5)
@@ -402,7 +402,7 @@ def test_addresses_may_be_given_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1", "http://127.0.0.1:1", "nowhere://"])
-def test_an_address_that_is_none_is_one_error_and_the_thread_ends(address):
+def test_an_address_that_is_none_is_one_error_and_the_thread_ends(address) -> None:
     client = open_client(None, addresses=[address])
     with pytest.raises(TeacherError, match=f"--teacher-endpoint here: {address}: .*; write tcp://HOST:PORT"):
         client.meet()
@@ -416,7 +416,7 @@ def socket_folder(teacher: ModelFreeTeacher) -> Path:
     return folder
 
 
-def test_a_killed_replica_of_this_host_is_forgotten_by_the_next(tmp_path):
+def test_a_killed_replica_of_this_host_is_forgotten_by_the_next(tmp_path) -> None:
     with ModelFreeTeacher(tmp_path) as teacher:
         context = zmq.Context()
         sock, address = bind(context, "ipc", None, number=0)
@@ -436,7 +436,9 @@ def test_a_killed_replica_of_this_host_is_forgotten_by_the_next(tmp_path):
         assert (tmp_path / "elsewhere.json").exists()
 
 
-def test_a_replica_that_cannot_make_itself_known_says_so_and_leaves_nothing(tmp_path, short_tmp, monkeypatch):
+def test_a_replica_that_cannot_make_itself_known_says_so_and_leaves_nothing(
+    tmp_path, short_tmp, monkeypatch
+) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr(tempfile, "tempdir", str(short_tmp))
     with pytest.raises(OSError, match="file"):
@@ -444,7 +446,7 @@ def test_a_replica_that_cannot_make_itself_known_says_so_and_leaves_nothing(tmp_
     assert not list(short_tmp.iterdir())
 
 
-def test_a_socket_whose_name_is_too_long_leaves_no_folder(tmp_path, monkeypatch):
+def test_a_socket_whose_name_is_too_long_leaves_no_folder(tmp_path, monkeypatch) -> None:
     long = tmp_path / ("x" * 100)
     long.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
@@ -457,7 +459,7 @@ def test_a_socket_whose_name_is_too_long_leaves_no_folder(tmp_path, monkeypatch)
     assert not list(long.iterdir())
 
 
-def test_an_address_that_was_checked_is_free_and_nothing_is_left(tmp_path, short_tmp, monkeypatch):
+def test_an_address_that_was_checked_is_free_and_nothing_is_left(tmp_path, short_tmp, monkeypatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(short_tmp))
     check_bind("ipc", number=0)
     assert not list(short_tmp.iterdir())
@@ -473,7 +475,7 @@ def test_an_address_that_was_checked_is_free_and_nothing_is_left(tmp_path, short
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_replica_does_not_outlive_its_server(tmp_path, monkeypatch):
+def test_a_replica_does_not_outlive_its_server(tmp_path, monkeypatch) -> None:
     """Its model would wait for ever for requests that nobody can bring."""
     teacher = ModelFreeTeacher(tmp_path, works=False)
     monkeypatch.setattr(teacher.server, "_send", lambda: 1 / 0)
@@ -487,7 +489,7 @@ def test_a_replica_does_not_outlive_its_server(tmp_path, monkeypatch):
     assert not folder.exists() and not list(tmp_path.glob("*.json"))
 
 
-def test_a_replica_takes_its_socket_along(tmp_path):
+def test_a_replica_takes_its_socket_along(tmp_path) -> None:
     with ModelFreeTeacher(tmp_path) as teacher:
         folder = socket_folder(teacher)
         assert folder.stat().st_mode & 0o777 == 0o700

@@ -53,7 +53,7 @@ def of_experts(kind: str) -> list[str]:
     return [name.replace("{}", "*") for name in names if "bias" not in name]
 
 
-def test_the_fused_norms_of_dense_layers_have_the_rules_of_the_separate_ones():
+def test_the_fused_norms_of_dense_layers_have_the_rules_of_the_separate_ones() -> None:
     rules = layer_rules(DENSE)
     pairs = [
         pair for pair in renamed() if pair[0].startswith(("self_attention.linear_qkv", "mlp.linear_fc1"))
@@ -66,7 +66,7 @@ def test_the_fused_norms_of_dense_layers_have_the_rules_of_the_separate_ones():
     assert "linear_qkv=backend.column_parallel_layer_norm_linear()" in source("models/gpt/gpt_layer_specs.py")
 
 
-def test_grouped_experts_have_the_rules_of_sequential_ones():
+def test_grouped_experts_have_the_rules_of_sequential_ones() -> None:
     rules = layer_rules(EXPERTS)
     grouped, sequential = of_experts("TEGroupedMLP"), of_experts("SequentialMLP")
     assert len(grouped) == len(sequential) == 2
@@ -76,7 +76,7 @@ def test_grouped_experts_have_the_rules_of_sequential_ones():
 
 
 @pytest.mark.parametrize("layer", [DENSE, EXPERTS])
-def test_no_rule_is_left_of_the_other_kind_of_mlp(layer):
+def test_no_rule_is_left_of_the_other_kind_of_mlp(layer) -> None:
     mlp = {name.partition("mlp.")[2] for name in layer_rules(layer) if name.startswith("mlp.")}
     assert mlp and all(
         name.startswith(("experts.", "router.")) == bool(layer.mlp.num_experts) for name in mlp
