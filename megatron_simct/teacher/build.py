@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def build_teachers(
             scorer=NoTeacher(), heads={name: TeacherHead(placement=of) for name, of in placements.items()}
         )
     if config.routes_rows:
-        check_dense(config, pair.teachers)
+        check_dense(config)
         built = {
             name: _build_teacher(config, groups, pair, teacher, placements[name], cut, student)
             for name, teacher in pair.by_name.items()
@@ -88,17 +88,17 @@ def build_teachers(
     return Teaching(scorer=scorer, heads={"": built_first.head}, average=built_first.average)
 
 
-def check_dense(config: Config, teachers: Sequence[Teacher]) -> None:
+def check_dense(config: Config) -> None:
     """Raises ValueError for experts that ranks share, of a teacher on these ranks: its rows are not equally
     many on every rank, and the exchange between experts would wait.
     """
     size = config.parallel.expert_model_parallel_size
-    for teacher in teachers:
-        flag = f"--{teacher.of.prefix}hf-checkpoint"
-        if size > 1 and not teacher.of.job.endpoint:
-            if read_architecture(teacher.of.model.folder, flag=flag).num_experts:
+    for teacher in config.teachers:
+        flag = f"--{teacher.prefix}hf-checkpoint"
+        if size > 1 and not teacher.job.endpoint:
+            if read_architecture(teacher.model.folder, flag=flag).num_experts:
                 raise ValueError(
-                    f"{flag} {teacher.of.model.folder}: has experts, which --expert-model-parallel-size "
+                    f"{flag} {teacher.model.folder}: has experts, which --expert-model-parallel-size "
                     f"{size} divides over ranks, and these have different numbers of its rows; give it an "
                     "endpoint, a job of its own"
                 )
