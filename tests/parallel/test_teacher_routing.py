@@ -381,6 +381,99 @@ def test_a_resumed_run_equals_an_undisturbed_one(tiny, weights, rows, other, tmp
     assert code == 1 and "its teacher tokenizer is not that of" in error and "--teachers" in error
 
 
+# A teacher that is gone
+
+PATIENCE = Patience(timeout_s=3, hello_s=0.2, silence_s=1.0, look_s=0.1, look_again_s=0.1)
+GONE_AT, BACK_AT = 2, 4
+
+
+def _without_second(rank: int, world_size: int, argv: list[str], folder: Path, *teacher: str) -> Any:
+    """A run in which the teacher of the rows of `second` is stopped before an iteration, and started again
+    before another one: the reports of the steps, and of the same batches the sums by hand.
+    """
+    megatron_simct.teacher.build.Patience = lambda **_: PATIENCE
+    resolved: Config = parse_config(argv)
+    with process_groups(resolved.parallel, seed=1) as groups:
+        jobs = [TeacherJob(Path(teacher[0]), (), folder, *teacher[1:]) for _ in range(2)]
+        if rank == 0:
+            jobs[0].__enter__()
+        dist.barrier()
+        job = build_job(resolved, groups)
+
+        def before_step(iteration: int) -> None:
+            dist.barrier()
+            if rank == 0 and iteration == GONE_AT:
+                jobs[0].__exit__()
+            if rank == 0 and iteration == BACK_AT:
+                jobs[1].__enter__()
+            dist.barrier()
+            client = job.teacher._scorers["second"]._client
+            deadline = time.monotonic() + 60
+            while iteration == BACK_AT and client is not None and not client.status():
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+
+        object.__setattr__(job, "before_step", before_step)
+        kept: list[list[MicroBatch]] = []
+        step = job.updater.step
+
+        def recording(batches: list[MicroBatch]) -> StepReport:
+            kept.append(batches)
+            return step(batches)
+
+        job.updater.step = recording
+        reports = train_and_record(job)
+        if rank == 0:
+            jobs[1].__exit__()
+        return [
+            (
+                report.sums["loss"],
+                report.sums["num_labels"],
+                report.grad_norm,
+                [(batch.teacher, sum(batch.num_labels)) for batch in batches],
+            )
+            for report, batches in zip(reports, kept, strict=True)
+        ]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("--pipeline-model-parallel-size", "2"), ("--tensor-model-parallel-size", "2")],
+    ids=["DP2", "PP2", "TP2"],
+)
+@pytest.mark.parametrize("interface", ["paper", "bytes"])
+def test_a_step_goes_on_without_the_rows_of_a_teacher_that_is_gone(
+    tiny, weights, rows, other, tmp_path, interface, flags
+) -> None:
+    """On two data-parallel ranks all rows of one of them are of `second` in some steps."""
+    teachers = _mixed_places(tiny, weights, other)
+    teachers["second"]["endpoint"] = [str(tmp_path / "second")]
+    content = [json.loads(line) for line in rows.read_text().splitlines()]
+    for number, row in enumerate(content):  # the second of two ranks has rows of `second` only
+        row["teacher"] = "second" if number % 2 else "first"
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    argv = routed(
+        *(tiny, path, teachers, *_flags(weights, interface), "--missing-teacher", "drop", *flags),
+        *("--train-iters", str(BACK_AT), "--run-dir", str(tmp_path / "run"), "--given-share", "0.25"),
+    )
+    its_flags = ("--teacher-hf-checkpoint", str(other), "--teacher-tokenizer-model", str(other))
+    found = run_ranks(2, _without_second, argv, tmp_path / "second", str(tiny), *its_flags)
+    for number, of_ranks in enumerate(zip(*found, strict=True), start=1):
+        gone = GONE_AT <= number < BACK_AT
+        counted: dict[str | None, int] = {}
+        for teacher, labels in [batch for *_, batches in of_ranks[: 1 if flags else 2] for batch in batches]:
+            counted[teacher] = counted.get(teacher, 0) + labels
+        assert (None in counted) == gone and ("second" in counted) != gone, (number, counted)
+        assert len({len(batches) for *_, batches in of_ranks}) == 1
+        for loss, num_labels, grad_norm, _ in of_ranks:
+            assert num_labels == sum(counted[name] for name in ("first", "second") if name in counted)
+            assert loss > 0 and grad_norm > 0
+    steps = [row for row in metrics(tmp_path) if row["kind"] == "step"]
+    assert [row["missing/second"] for row in steps] == [0, 3, 3, 0]
+    assert [row["missing/first"] for row in steps] == [0, 0, 0, 0]
+
+
 def _changed_rows(rows: Path, folder: Path, teacher: str | None) -> Path:
     """The rows, of which the third has another teacher, or none."""
     content = [json.loads(line) for line in rows.read_text().splitlines()]
