@@ -112,9 +112,8 @@ class RemoteScorer:
             self._is_missing = True
             self._lost |= self._asked
             self._asked.clear()
-        print(
-            f" WARNING: {error}; its rows are left out (--missing-teacher drop)", file=sys.stderr, flush=True
-        )
+        said = f" WARNING: {error}; its rows are left out (--missing-teacher drop)"
+        print(said, file=sys.stderr, flush=True)
         return None
 
     def _arrived(self, due: set[int]) -> list[Sequence[Any]] | None:

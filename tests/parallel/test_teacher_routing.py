@@ -7,7 +7,9 @@ L = mean over all labels of the step of the loss of each row under its own teach
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 
 import megatron_simct.teacher.build
@@ -26,14 +29,15 @@ from megatron_simct.launch.commands import command_of
 from megatron_simct.loading import load_model, open_model, open_tokenizer
 from megatron_simct.models.build import HiddenStateModel
 from megatron_simct.parallel.initialize import process_groups
-from megatron_simct.records import Prompt, Rollout
+from megatron_simct.records import MicroBatch, Prompt, Rollout
 from megatron_simct.rollout.engine import GivenResponses
 from megatron_simct.teacher.client import Patience
+from megatron_simct.update.step import StepReport
 from tests.distributed import run_ranks
 from tests.huggingface import save_byte_level, save_model
 from tests.oracles import bytes as oracle
 from tests.runs import assert_same_run, metrics, run
-from tests.steps import scores_of
+from tests.steps import scores_of, train_and_record
 from tests.teacher_jobs import TeacherJob
 from tests.tiny import command_line
 
@@ -383,13 +387,13 @@ def test_a_resumed_run_equals_an_undisturbed_one(tiny, weights, rows, other, tmp
 
 # A teacher that is gone
 
-PATIENCE = Patience(timeout_s=3, hello_s=0.2, silence_s=1.0, look_s=0.1, look_again_s=0.1)
+PATIENCE = Patience(timeout_s=100, hello_s=0.2, silence_s=2.0, look_s=0.1, look_again_s=0.1)
 GONE_AT, BACK_AT = 2, 4
 
 
 def _without_second(rank: int, world_size: int, argv: list[str], folder: Path, *teacher: str) -> Any:
     """A run in which the teacher of the rows of `second` is stopped before an iteration, and started again
-    before another one: the reports of the steps, and of the same batches the sums by hand.
+    before another one: of each step the sums, the gradient norm, and the micro-batches' teachers and labels.
     """
     megatron_simct.teacher.build.Patience = lambda **_: PATIENCE
     resolved: Config = parse_config(argv)
@@ -408,6 +412,9 @@ def _without_second(rank: int, world_size: int, argv: list[str], folder: Path, *
                 jobs[1].__enter__()
             dist.barrier()
             client = job.teacher._scorers["second"]._client
+            if client is not None:
+                gone = GONE_AT <= iteration < BACK_AT
+                client._patience = replace(PATIENCE, timeout_s=1) if gone else PATIENCE
             deadline = time.monotonic() + 60
             while iteration == BACK_AT and client is not None and not client.status():
                 assert time.monotonic() < deadline
@@ -456,6 +463,7 @@ def test_a_step_goes_on_without_the_rows_of_a_teacher_that_is_gone(
     argv = routed(
         *(tiny, path, teachers, *_flags(weights, interface), "--missing-teacher", "drop", *flags),
         *("--train-iters", str(BACK_AT), "--run-dir", str(tmp_path / "run"), "--given-share", "0.25"),
+        *("--micro-batch-size", "1"),
     )
     its_flags = ("--teacher-hf-checkpoint", str(other), "--teacher-tokenizer-model", str(other))
     found = run_ranks(2, _without_second, argv, tmp_path / "second", str(tiny), *its_flags)
