@@ -563,7 +563,7 @@ def test_the_run_file_of_the_example_runs(tiny, weights, rows, other, tmp_path) 
     overrides = [
         f"jobs.{job}.options.{key}={value}" for job, of in values.items() for key, value in of.items()
     ]
-    example = Path(__file__).parents[2] / "examples" / "two_teachers" / "run.yaml"
+    example = Path(__file__).parents[2] / "examples" / "two_teachers" / "two_jobs.yaml"
     run_file = read_run_file(str(example), [*overrides, f"run_dir={tmp_path / 'run'}"])
     report = check_run(run_file)
     assert not report.failed, [f.message for f in report.findings if f.level == "fail"]
