@@ -6,6 +6,7 @@ L = mean over all labels of the step of the loss of each row under its own teach
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from megatron_simct.launch.commands import command_of
 from megatron_simct.loading import load_model, open_model, open_tokenizer
 from megatron_simct.models.build import HiddenStateModel
 from megatron_simct.parallel.initialize import process_groups
+from megatron_simct.preflight.check import check_run
 from megatron_simct.records import MicroBatch, Prompt, Rollout
 from megatron_simct.rollout.engine import GivenResponses
 from megatron_simct.teacher.client import Patience
@@ -626,3 +628,52 @@ def test_a_run_file_names_teachers_and_their_jobs(tmp_path) -> None:
         ValueError, match="student.teachers.maths.hf_checkpoint and maths.teacher_hf_checkpoint"
     ):
         read_run_file(str(path))
+
+
+def test_the_run_file_of_the_example_runs(tiny, weights, rows, other, tmp_path) -> None:
+    """On the tiny models, two steps, with its teachers' jobs."""
+    names = ("additions", "subtractions")
+    content = [json.loads(line) for line in rows.read_text().splitlines()]
+    for number, row in enumerate(content):
+        row["teacher"] = names[number % 2]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    student = {
+        "hf_checkpoint": tiny / "student",
+        "tokenizer_model": tiny / "student.model",
+        "pretrained_checkpoint": of_start(weights),
+        "prompt_data": path,
+        "eval_prompt_data": tiny / "held_out.jsonl",
+        "make_vocab_size_divisible_by": 8,
+        "train_iters": 2,
+    }
+    teachers: dict[str, dict[str, Any]] = {
+        "additions": {
+            "teacher_hf_checkpoint": tiny / "teacher",
+            "teacher_tokenizer_model": tiny / "teacher.tiktoken",
+            "teacher_pretrained_checkpoint": of_teacher(weights),
+            "teacher_make_vocab_size_divisible_by": 4,
+        },
+        "subtractions": {
+            "teacher_hf_checkpoint": other,
+            "teacher_tokenizer_model": other,
+            "teacher_pretrained_checkpoint": "null",
+        },
+    }
+    values = {"student": student, **teachers}
+    overrides = [
+        f"jobs.{job}.options.{key}={value}" for job, of in values.items() for key, value in of.items()
+    ]
+    example = Path(__file__).parents[2] / "examples" / "two_teachers" / "two_jobs.yaml"
+    run_file = read_run_file(str(example), [*overrides, f"run_dir={tmp_path / 'run'}"])
+    report = check_run(run_file)
+    assert not report.failed, [f.message for f in report.findings if f.level == "fail"]
+    assert {"student", *names} == report.plans.keys()
+    with contextlib.ExitStack() as jobs:
+        for job in run_file.of_kind("teacher"):
+            module, *its_flags = command_of(job)[1:]
+            assert module == "megatron_simct.serve_teacher"
+            jobs.enter_context(TeacherJob(tiny, (), tmp_path / "run" / job.name, *its_flags))
+        ((code, out, error),) = run_ranks(1, run, command_of(run_file.student)[2:])
+    assert code == 0, out + error
+    assert "by teacher: additions 24, subtractions 24" in out and "loss/subtractions: " in out
