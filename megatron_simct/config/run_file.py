@@ -421,7 +421,7 @@ def _with_job(named: Any, job: Job, options: dict[str, Any], run_dir: str, *, wh
         raise ValueError(f"{where}: student.teachers: expected teachers by name, {job.name}: {{}}")
     if job.name not in named:
         raise ValueError(
-            f"{where}: student.teachers has no {job.name}, which is a job; it has {_list(named)}"
+            f"{where}: student.teachers has no {job.name}, which is a job; it has {_list(list(named))}"
         )
     given = {} if named[job.name] is None else named[job.name]
     if not isinstance(given, dict):

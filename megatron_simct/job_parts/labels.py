@@ -43,22 +43,23 @@ from megatron_simct.records import (
 def build_alignment(config: Config, pair: Pair) -> Callable[[Prompt, Rollout], AlignedPair]:
     """The function that aligns a response: without a teacher, with that of its row, or with several that are
     mixed."""
-    given = {"student": pair.student, "needs": pair.needs}
+    student, needs, interface = pair.student, pair.needs, config.interface
     if not pair.teachers:
-        return partial(plan_without_teacher, **given, interface=config.interface)
+        return partial(plan_without_teacher, student=student, needs=needs)
     if len(pair.by_name) < len(pair.teachers):
         tokenizers = [teacher.tokenizer for teacher in pair.teachers]
-        return partial(plan_mixture, **given, teachers=tokenizers, interface=config.interface)
+        return partial(plan_mixture, student=student, teachers=tokenizers, needs=needs, interface=interface)
 
     def align(prompt: Prompt, rollout: Rollout) -> AlignedPair:
         teacher = pair.by_name[prompt.teacher]
         aligned = plan_pair(
             prompt,
             rollout,
-            **given,
+            student=student,
             teacher=teacher.tokenizer,
             alignment_map=teacher.alignment_map,
-            interface=config.interface,
+            needs=needs,
+            interface=interface,
         )
         return replace(aligned, teacher=prompt.teacher)
 

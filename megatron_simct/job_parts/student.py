@@ -113,7 +113,10 @@ def identity(config: Config, pair: Pair) -> dict[str, object]:
             {name: one.tokenizer.table.fingerprint for name, one in pair.by_name.items()}
         ),
         "alignment_map": _by_teacher(
-            {name: one.alignment_map and one.alignment_map.fingerprint for name, one in pair.by_name.items()}
+            {
+                name: None if one.alignment_map is None else one.alignment_map.fingerprint
+                for name, one in pair.by_name.items()
+            }
         ),
         "adapters": adapter_identity(config),
         "start": start_fingerprint(config),

@@ -48,7 +48,8 @@ def check_prompts(state: State, student: pair.Side, teachers: Sequence[pair.Side
     looked_at = rows[:: max(1, len(rows) // pair.MAX_TEXTS)]
     try:
         templates: list[Finding] = []
-        for side in teachers or [None]:
+        sides: list[pair.Side | None] = [*teachers] or [None]
+        for side in sides:
             read = [row for row in looked_at if side is None or not named or row.teacher == side.name]
             templates += pair.check_templates(student, side, read, chat=config.data.apply_chat_template)
         source = PromptSource(

@@ -80,7 +80,7 @@ class TeacherHead:
     shared_head: SharedHead | None = None
     """On the last stage, the rows of its head that this rank's columns need, if any."""
     logit_softcap: float | None = None
-    """Of its logits, which the loss computes from its hidden states."""
+    """The soft-cap of its logits, which the loss computes from its hidden states."""
 
 
 class Updater:
