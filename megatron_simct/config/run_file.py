@@ -323,7 +323,7 @@ def _listed_jobs(values: dict[str, Any], path: str) -> list[Job]:
     teachers = [job.name for job in jobs if job.kind == "teacher"]
     named = next(job.options.get("teachers") for job in jobs if job.kind == "student")
     if named is None and len(teachers) > 2:
-        names = _list(f"{name}: {{}}" for name in teachers)
+        names = _list([f"{name}: {{}}" for name in teachers])
         raise ValueError(
             f"{path}: jobs: {_list(teachers)} are teachers, but a student has at most two that are mixed; "
             f"for one of them a row give the student teachers: {{{names}}}"
