@@ -6,10 +6,10 @@ Three commands on the quick start's task:
                   solution
     2. evaluate   the warmed-up model on held-out problems whose prompts have the solution: this is the
                   teacher
-    3. distil     the student samples without the solution; the teacher, which is the warmed-up model itself,
-                  scores the same responses behind `teacher_prompt`, which has it
+    3. distil     the student samples without the solution; the teacher is the warmed-up model itself, and
+                  scores the same responses after `teacher_prompt`, which has the solution
 
-A stage whose command and inputs have not changed since it finished is not run again.
+A stage is not run again if its command and inputs have not changed since it finished.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ HINTED_SHARE = 0.5
 
 
 def hinted(row: dict[str, str]) -> str:
-    """The prompt with the worked solution behind it."""
+    """The prompt, followed by the worked solution."""
     a, b = (int(word) for word in row["prompt"].split() if word.isdigit())
     return f"{row['prompt']} Solution: {a} + {b} = {a + b}."
 

@@ -1,7 +1,7 @@
-"""What transformers says of a Hugging Face folder: loss on held-out solutions behind their prompts, and
-continuations.
+"""Measurements of a Hugging Face folder by transformers: loss on held-out solutions after their
+prompts, and continuations.
 
-python examples/real_weights/measure.py DIR --held-out held_out.jsonl --output measured.json [--continue 2]
+  python examples/real_weights/measure.py DIR --held-out held_out.jsonl --output measured.json [--continue 2]
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from megatron_simct.files import write_whole
 
 
 def measure(folder: str, rows: list[dict[str, str]], num_continued: int) -> dict[str, Any]:
-    """nats_per_byte of the solutions; loss, nats a label, stop tokens included, as the trainer has it;
-    texts.
+    """nats_per_byte of the solutions; loss: nats a label, stop tokens included, as the
+    trainer defines it; texts.
     """
     import torch
     import transformers
