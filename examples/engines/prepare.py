@@ -70,10 +70,13 @@ def untie(folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="examples/engines/prepare.sh", description=__doc__)
     parser.add_argument(
-        "--run-dir", type=Path, default=ROOT / "runs" / "engines" / "models", help="where they lie"
+        "--run-dir",
+        type=Path,
+        default=ROOT / "runs" / "engines" / "models",
+        help="folder for the models and all other files",
     )
     parser.add_argument(
-        "--smoke", action="store_true", help="two steps each: that it runs, not that it learns"
+        "--smoke", action="store_true", help="two steps each, as a test that it runs; nothing is learned"
     )
     options = parser.parse_args(argv)
     folder = options.run_dir.resolve()

@@ -95,9 +95,9 @@ def main() -> None:
     parser.add_argument("student", metavar="STUDENT_DIR")
     parser.add_argument("teacher", metavar="TEACHER_DIR")
     parser.add_argument(
-        "--held-out", type=Path, required=True, metavar="FILE", help="JSONL of prompt and response"
+        "--held-out", type=Path, required=True, metavar="FILE", help="JSONL file with prompt and response"
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON to write")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file to write")
     options = parser.parse_args()
     rows = [json.loads(line) for line in options.held_out.read_text(encoding="utf-8").split("\n") if line]
     found = distances(options.student, options.teacher, rows)

@@ -230,12 +230,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--interface", choices=KINDS, nargs="+", default=list(KINDS), help="default: all")
     parser.add_argument(
-        "--pair", nargs="+", default=[f"{t},{s}" for t, s in PAIRS], help="TEACHER,STUDENT: digits grouped"
+        "--interface",
+        choices=KINDS,
+        nargs="+",
+        default=list(KINDS),
+        help="interfaces of the table (default: all)",
     )
-    parser.add_argument("--steps", type=int, default=150, help="of Adam, lr .03 (default: 150)")
-    parser.add_argument("--noise", type=float, default=0.5, help="nats on every logit (default: 0.5)")
+    parser.add_argument(
+        "--pair",
+        nargs="+",
+        default=[f"{t},{s}" for t, s in PAIRS],
+        help="TEACHER,STUDENT: number of digits that each tokenizer groups",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=150, help="steps of Adam, learning rate .03 (default: 150)"
+    )
+    parser.add_argument(
+        "--noise", type=float, default=0.5, help="noise on every logit, in nats (default: 0.5)"
+    )
     options = parser.parse_args()
     pairs = [(int(t), int(s)) for t, s in (pair.split(",") for pair in options.pair)]
     torch.set_num_threads(1)

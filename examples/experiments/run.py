@@ -130,13 +130,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parts = sorted({setting.part for setting in SETTINGS})
-    parser.add_argument("--parts", default=",".join(parts), help="which of the parts to run, by commas")
-    parser.add_argument("--only", default="", metavar="TEXT", help="runs with this in their name, as bytes-1")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, each on one core")
+    parser.add_argument("--parts", default=",".join(parts), help="parts to run, separated by commas")
     parser.add_argument(
-        "--report-only", action="store_true", help="write the report from the results that are there"
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="run only those whose name contains this, for example bytes-1",
     )
-    parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "experiments", help="where runs work")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="number of runs at a time, one core each"
+    )
+    parser.add_argument(
+        "--report-only", action="store_true", help="only write the report, from existing results"
+    )
+    parser.add_argument(
+        "--run-dir", type=Path, default=ROOT / "runs" / "experiments", help="working folder of the runs"
+    )
     options = parser.parse_args(argv)
     options.parts = options.parts.split(",")
     if not set(options.parts) <= set(parts):

@@ -160,17 +160,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--interface", choices=("kd", "bytes", "paper"), default="kd", help="how distributions compare"
+        "--interface",
+        choices=("kd", "bytes", "paper"),
+        default="kd",
+        help="how the distributions of the two models are compared",
     )
-    parser.add_argument("--seed", type=int, default=1, help="weights, order of the problems, sampling")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="seed of weights, order of the problems and sampling"
+    )
     parser.add_argument("--train-iters", type=int, default=100, help="on-policy steps")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the on-policy steps")
     parser.add_argument(
-        "--smoke", action="store_true", help="two steps of each run: that it runs, not that it learns"
+        "--smoke",
+        action="store_true",
+        help="two steps of each run, as a test that it runs; nothing is learned",
     )
-    parser.add_argument(
-        "--run-dir", type=Path, default=ROOT / "runs" / "hints", help="where everything is written"
-    )
+    parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "hints", help="folder for all output")
     return parser.parse_args(argv)
 
 

@@ -249,7 +249,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--interface",
         choices=("paper", "sum", "exact", "strict", "strict_topk", "uld", "alm", "bytes"),
         default="paper",
-        help="how distributions compare",
+        help="how the distributions of the two models are compared",
     )
     parser.add_argument(
         "--pair",
@@ -267,17 +267,21 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--warm-up",
         choices=("answers", "teacher"),
         default="answers",
-        help="what the student is warmed up on: the task's answers, or checked answers of the teacher",
+        help="data of the student's warm-up: the task's answers, or checked answers of the teacher",
     )
-    parser.add_argument("--seed", type=int, default=1, help="weights, order of the problems, sampling")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="seed of weights, order of the problems and sampling"
+    )
     parser.add_argument("--train-iters", type=int, default=100, help="on-policy steps")
     parser.add_argument(
-        "--smoke", action="store_true", help="two steps of each stage: that it runs, not that it learns"
+        "--smoke",
+        action="store_true",
+        help="two steps of each stage, as a test that it runs; nothing is learned",
     )
     parser.add_argument("--lr", type=float, default=3e-4, help="learning rate of the on-policy steps")
     parser.add_argument("--processes", type=int, default=2, choices=(1, 2, 4), help="data-parallel ranks")
     parser.add_argument(
-        "--run-dir", type=Path, default=ROOT / "runs" / "quickstart", help="where everything is written"
+        "--run-dir", type=Path, default=ROOT / "runs" / "quickstart", help="folder for all output"
     )
     options = parser.parse_args(argv)
     for flag, lowest in (("--train-iters", 1), ("--seed", 0)):  # the trainer would report it after minutes

@@ -68,8 +68,10 @@ def save_folder(model: Model, cache: Path, save: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", choices=MODELS)
-    parser.add_argument("--cache", type=Path, required=True, help="where the GGUF file lies")
-    parser.add_argument("--save", type=Path, required=True, help="folder to write; replaced")
+    parser.add_argument("--cache", type=Path, required=True, help="folder of the GGUF file")
+    parser.add_argument(
+        "--save", type=Path, required=True, help="folder to write; an existing one is replaced"
+    )
     options = parser.parse_args()
     save_folder(MODELS[options.model], options.cache, options.save)
 

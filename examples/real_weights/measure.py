@@ -54,11 +54,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", metavar="DIR", help="Hugging Face folder")
     parser.add_argument(
-        "--held-out", type=Path, required=True, metavar="FILE", help="JSONL of prompt and response"
+        "--held-out", type=Path, required=True, metavar="FILE", help="JSONL file with prompt and response"
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON to write")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file to write")
     parser.add_argument(
-        "--continue", type=int, default=0, metavar="N", dest="num_continued", help="prompts to continue"
+        "--continue",
+        type=int,
+        default=0,
+        metavar="N",
+        dest="num_continued",
+        help="number of prompts to continue",
     )
     options = parser.parse_args()
     rows = [json.loads(line) for line in options.held_out.read_text(encoding="utf-8").split("\n") if line]

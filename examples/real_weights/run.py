@@ -273,7 +273,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--reverse", action="store_true", help="SmolLM2-135M teaches Gemma-3-270M")
     parser.add_argument(
-        "--gsm8k", type=Path, metavar="FILE", help="JSONL with question and answer, as more problems"
+        "--gsm8k", type=Path, metavar="FILE", help="JSONL file with question and answer: more problems"
     )
     parser.add_argument("--train-iters", type=int, default=12, help="on-policy steps")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts a step; even")
@@ -283,9 +283,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--interface",
         choices=("paper", "sum", "exact", "strict", "strict_topk", "uld", "alm", "bytes"),
         default="paper",
-        help="how distributions compare",
+        help="how the distributions of the two models are compared",
     )
-    parser.add_argument("--seed", type=int, default=1, help="order of the problems, sampling")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="seed of the order of the problems and of sampling"
+    )
     parser.add_argument(
         "--divergence",
         choices=("forward_kl", "reverse_kl", "js"),
@@ -298,7 +300,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--processes", type=int, default=2, choices=(1, 2), help="data-parallel ranks; 1 needs less memory"
     )
     parser.add_argument(
-        "--run-dir", type=Path, default=ROOT / "runs" / "real_weights", help="where everything is written"
+        "--run-dir", type=Path, default=ROOT / "runs" / "real_weights", help="folder for all output"
     )
     options = parser.parse_args(argv)
     for flag, value in (("--batch-size", options.batch_size), ("--held-out", options.held_out)):

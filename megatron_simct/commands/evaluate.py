@@ -247,8 +247,8 @@ def given_responses(options: argparse.Namespace, problems: Sequence[Problem]) ->
     for problem in problems:
         if len(given[problem.problem_id]) != options.samples:
             raise ValueError(
-                f"--responses {path}: {len(given[problem.problem_id])} responses to {problem.problem_id}, "
-                f"and --samples is {options.samples}"
+                f"--responses {path}: {problem.problem_id} has {len(given[problem.problem_id])} responses, "
+                f"but --samples is {options.samples}"
             )
     rows = [
         {"problem_id": problem.problem_id, "sample": sample, "response": response}

@@ -106,7 +106,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     if options.output is not None and options.text_file is not None:
         if Path(options.output).resolve() == Path(options.text_file).resolve():
-            raise ValueError(f"--output {options.output}: is the --text-file; name another")
+            raise ValueError(
+                f"--output {options.output}: is also the file of --text-file; choose another path"
+            )
     data = os.fsencode(options.text) if options.text is not None else Path(options.text_file).read_bytes()
     teacher = _load(options.teacher_tokenizer, "teacher")
     student = _load(options.student_tokenizer, "student")
@@ -142,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the student's tokenizer, in the same forms",
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", metavar="T", help="the text")
+    source.add_argument("--text", metavar="T", help="text to align")
     source.add_argument(
         "--text-file", metavar="F", help="file with the text; the comparison ends at bytes that are not UTF-8"
     )

@@ -454,7 +454,7 @@ MISTAKES = [
         command="inspect",
         what="no network",
         flags="--teacher-tokenizer tiktoken:o200k_base",
-        line=".*without a network give them as a file",
+        line=".*without a network, give the ranks as a",
         code=1,
         disk="cut off",
     ),
@@ -462,7 +462,7 @@ MISTAKES = [
         command="inspect",
         what="output file is the input file",
         flags=f"= {TOKENIZERS} --text-file text.txt --output text.txt",
-        line="--output text.txt: is the --text",
+        line="--output text.txt: is also the file of --text",
         code=1,
     ),
     Mistake(
@@ -720,7 +720,7 @@ MISTAKES = [
         command="evaluate",
         what="more samples than responses",
         flags="--samples 3",
-        line="--responses responses.jsonl: 1 responses to p0, and --samples",
+        line="--responses responses.jsonl: p0 has 1 responses, but --samples",
         code=1,
     ),
     Mistake(
@@ -791,14 +791,14 @@ MISTAKES = [
         command="plot",
         what="unknown picture format",
         flags="--png out/a.txt",
-        line="--png out/a.txt: not a kind of picture",
+        line="--png out/a.txt: unknown picture format",
         code=1,
     ),
     Mistake(
         command="plot",
         what="picture with the name of a page",
         flags="--png out/report.html",
-        line="--png out/report.html: not a kind of picture",
+        line="--png out/report.html: unknown picture format",
         code=1,
     ),
     Mistake(

@@ -188,7 +188,7 @@ def test_given_responses_are_graded_without_a_model(tmp_path) -> None:
     assert select_responses.main([*select, "--output", str(tmp_path / "right.jsonl")]) == 0
     assert (tmp_path / "right.jsonl").read_text().count("x = 1") == 3
     code, error = _main(0, 1, [*argv, "--output-dir", str(tmp_path / "another")])
-    assert code == 1 and "2 responses to 0, and --samples is 1" in error
+    assert code == 1 and "0 has 2 responses, but --samples is 1" in error
 
 
 def test_programs_are_confined_as_asked_and_the_results_say_how(

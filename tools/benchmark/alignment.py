@@ -122,9 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--corpus", nargs="+", default=[], metavar="FILE", help="UTF-8 texts instead of the fetched ones"
     )
-    parser.add_argument(
-        "--repeats", type=int, default=7, help="repeats of each measurement, of which the best counts"
-    )
+    parser.add_argument("--repeats", type=int, default=7, help="repeats of each measurement; the best counts")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--overlap",

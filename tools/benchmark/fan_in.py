@@ -69,30 +69,45 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--clients", type=int, default=256, help="data-parallel ranks (default: 256)")
-    parser.add_argument("--replicas", type=int, default=32, help="of the teacher (default: 32)")
+    parser.add_argument("--replicas", type=int, default=32, help="replicas of the teacher (default: 32)")
     parser.add_argument(
         "--samples", type=int, default=48, help="requests of a client in a step (default: 48)"
     )
-    parser.add_argument("--tokens", type=int, default=2000, help="of a request, on average (default: 2000)")
     parser.add_argument(
-        "--tokens-per-second", type=float, default=20000, help="of a replica (default: 20000)"
+        "--tokens", type=int, default=2000, help="tokens of a request, on average (default: 2000)"
     )
     parser.add_argument(
-        "--max-tokens-per-batch", type=int, default=8192, help="of the teacher (default: 8192)"
+        "--tokens-per-second", type=float, default=20000, help="speed of a replica (default: 20000)"
     )
     parser.add_argument(
-        "--window-tokens", type=int, default=65536, help="of a client at a replica (default: 65536)"
+        "--max-tokens-per-batch",
+        type=int,
+        default=8192,
+        help="tokens in a batch of the teacher (default: 8192)",
     )
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="default: all three")
-    parser.add_argument("--rule", choices=("holds", "timer"), default="holds", help="default: holds")
     parser.add_argument(
-        "--scale", type=float, default=4.0, help="seconds that a simulated one lasts (default: 4)"
+        "--window-tokens",
+        type=int,
+        default=65536,
+        help="tokens of a client in flight at a replica (default: 65536)",
+    )
+    parser.add_argument(
+        "--steps", nargs="+", choices=STEPS, default=list(STEPS), help="kinds of steps (default: all three)"
+    )
+    parser.add_argument(
+        "--rule",
+        choices=("holds", "timer"),
+        default="holds",
+        help="rule by which requests are distributed (default: holds)",
+    )
+    parser.add_argument(
+        "--scale", type=float, default=4.0, help="seconds for each simulated second (default: 4)"
     )
     parser.add_argument(
         "--bind", default="tcp://127.0.0.1", help="ipc or tcp://HOST (default: tcp://127.0.0.1)"
     )
     parser.add_argument(
-        "--processes", type=int, default=2, help="of clients, and as many of servers (default: 2)"
+        "--processes", type=int, default=2, help="processes for clients, and as many for servers (default: 2)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     return parser.parse_args(argv)

@@ -72,16 +72,24 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--hf-checkpoint", metavar="DIR", help="Hugging Face folder with weights")
-    parser.add_argument("--prompts", type=int, default=8, help="different prompts (default: 8)")
-    parser.add_argument("--prompt-tokens", type=int, default=64, help="tokens of each (default: 64)")
+    parser.add_argument("--prompts", type=int, default=8, help="number of different prompts (default: 8)")
+    parser.add_argument("--prompt-tokens", type=int, default=64, help="tokens of each prompt (default: 64)")
     parser.add_argument("--samples-per-prompt", type=int, default=1, help="responses a prompt (default: 1)")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens of each response (default: 64)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy")
-    parser.add_argument("--top-p", type=float, default=1.0, help="default: 1")
-    parser.add_argument("--top-k", type=int, default=-1, help="default: -1, all")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="temperature of sampling (default: 0, greedy)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="probability of the tokens to sample from (default: 1)"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=-1, help="number of tokens to sample from (default: -1, all)"
+    )
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls of each (default: 3)")
-    parser.add_argument("--count", action="store_true", help="operations of a token instead of seconds")
+    parser.add_argument(
+        "--count", action="store_true", help="count the operations of a token instead of measuring seconds"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     return parser.parse_args(argv)
 

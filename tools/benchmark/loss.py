@@ -67,16 +67,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--labels", default="512", help="student labels, some by commas (default: 512)")
     parser.add_argument(
-        "--vocab", default="32000", help="student's vocabulary, some by commas (default: 32000)"
+        "--labels", default="512", help="student labels; several separated by commas (default: 512)"
+    )
+    parser.add_argument(
+        "--vocab", default="32000", help="student's vocabulary; several separated by commas (default: 32000)"
     )
     parser.add_argument("--teacher-vocab", type=int, help="default: --vocab")
     parser.add_argument("--shared", type=int, help="shared tokens; default: 0.7 of the smaller vocabulary")
     parser.add_argument("--hidden", type=int, default=896, help="hidden size of the student (default: 896)")
     parser.add_argument("--teacher-hidden", type=int, help="default: --hidden")
     parser.add_argument(
-        "--dtype", choices=("fp32", "bf16"), default="fp32", help="of hidden states, weights, logits"
+        "--dtype",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="data type of hidden states, weights and logits",
     )
     parser.add_argument(
         "--threads", type=int, default=2, help="threads of torch, over all ranks (default: 2)"
@@ -84,7 +89,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--tensor-model-parallel-size", default="1", help="gloo ranks, 1, 2 or 1,2 (default: 1)"
     )
-    parser.add_argument("--variants", default="dense,logits,fused,products", help="some of them, by commas")
+    parser.add_argument(
+        "--variants", default="dense,logits,fused,products", help="variants to measure, separated by commas"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="timed calls a variant (default: 3)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

@@ -62,15 +62,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--layers", type=int, nargs=2, default=(26, 52), help="of both sizes (default: 26 52)"
+        "--layers", type=int, nargs=2, default=(26, 52), help="layers of the two sizes (default: 26 52)"
     )
     parser.add_argument("--hidden", type=int, default=1024, help="hidden size (default: 1024)")
     parser.add_argument(
-        "--tokens", type=int, default=512, help="of a sequence, one a micro-batch (default: 512)"
+        "--tokens", type=int, default=512, help="tokens of a sequence; each is a micro-batch (default: 512)"
     )
     parser.add_argument("--threads", type=int, default=1, help="threads of torch a rank (default: 1)")
     parser.add_argument("--options", nargs="+", default=list(OPTIONS), choices=list(OPTIONS), metavar="NAME")
-    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return parser.parse_args(argv)
 
 

@@ -52,12 +52,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--teacher-hf-checkpoint", required=True, metavar="DIR")
     parser.add_argument(
-        "--student-hf-checkpoint", required=True, metavar="DIR", help="its tokenizer is all that is read"
+        "--student-hf-checkpoint", required=True, metavar="DIR", help="only its tokenizer is read"
     )
     parser.add_argument("--text-file", required=True, metavar="FILE")
     parser.add_argument("--samples", type=int, default=16, help="responses (default: 16)")
     parser.add_argument(
-        "--words", type=int, default=180, help="of a prompt and response together (default: 180)"
+        "--words", type=int, default=180, help="words of a prompt and its response together (default: 180)"
     )
     parser.add_argument(
         "--bind", default="tcp://127.0.0.1", help="ipc or tcp://HOST (default: tcp://127.0.0.1)"
@@ -65,7 +65,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="threads of torch, each side (default: 1)")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds (default: 3)")
     parser.add_argument(
-        "--steps", type=int, default=8, help="training steps of the part overlap; 0: without (default: 8)"
+        "--steps",
+        type=int,
+        default=8,
+        help="training steps of the part overlap; 0: leave it out (default: 8)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     args = parser.parse_args(argv)
