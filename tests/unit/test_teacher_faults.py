@@ -133,21 +133,24 @@ def test_a_slow_replica_is_asked_once_and_hands_back_what_another_can_do_sooner(
         with ModelFreeTeacher(folder) as slow, ModelFreeTeacher(folder) as other:
             client = open_client(folder, patience=replace(FAST, silence_s=60.0), window_tokens=100_000)
             _until(lambda: len(client.status()) == 2)
-            first = requests_of(seed)
-            assert_each_once(collect(client, first), first)  # from here on, both know their speed
-            slow.pause()
-            before = len(slow.answered)
-            requests = requests_of(seed + 100, count=60)
+            for teacher in (slow, other):
+                teacher.pause()
+                _set_speed(teacher, tokens_per_s=200)
+            _until(lambda: all(status["speed"] == 200 for status in client.status().values()))
+            requests = requests_of(seed, count=60)
             for request in requests:
                 client.submit(request)
-            _until(lambda: slow.server.status()["in_work"] > 0 and slow.server.status()["queue"] == 0)
+            held = (slow.server.status, other.server.status)
+            _until(lambda: sum(s()["queue"] + s()["in_work"] for s in held) == len(requests))
+            _until(lambda: slow.server.status()["in_work"] > 0)
+            other.resume()
             begun = slow.server.status()["in_work"]
-            _until(lambda: len(slow.answered) + len(other.answered) + begun == len(first) + len(requests))
-            assert len(slow.answered) == before and client.counts["recalled"] > 0
+            _until(lambda: len(other.answered) + begun == len(requests))
+            assert not slow.answered and client.counts["recalled"] > 0
             slow.resume()
             assert_each_once([read_scored(client.next()[1]) for _ in requests], requests)
             assert nothing_left(client)
-            assert len(slow.answered) == before + begun, "what it had begun with is its own"
+            assert len(slow.answered) == begun, "what it had begun with is its own"
             assert client.counts["again"] == client.counts["late"] == 0
             recalled = slow.server.status()["recalled"] + other.server.status()["recalled"]
             assert client.counts["recalled"] == recalled > 0
@@ -157,21 +160,30 @@ def test_a_slow_replica_is_asked_once_and_hands_back_what_another_can_do_sooner(
 
 
 def test_a_replica_that_stops_hands_back_what_it_has_not_begun(tmp_path) -> None:
+    """Both are long about their first requests, until the first stops: nobody knows yet how fast they are."""
+
     def check(seed: int, folder: Path) -> None:
-        with ModelFreeTeacher(folder, delay_s=60) as one, ModelFreeTeacher(folder) as other:
-            client = open_client(folder, window_tokens=100_000)
+        with ModelFreeTeacher(folder) as one, ModelFreeTeacher(folder) as other:
+            patience = replace(FAST, silence_s=60.0)
+            client = open_client(folder, patience=patience, window_tokens=100_000)
             _until(lambda: len(client.status()) == 2)
+            one.pause()
+            other.pause()
             requests = requests_of(seed)
             for request in requests:
                 client.submit(request)
-            _until(lambda: one.server.status()["in_work"] and one.server.status()["queue"])
+            held = (one.server.status, other.server.status)
+            _until(lambda: sum(s()["queue"] + s()["in_work"] for s in held) == len(requests))
+            assert one.server.status()["queue"], "the first has nothing to hand back"
             one.stop()
+            other.resume()
             scored = [read_scored(client.next()[1]) for _ in requests]
             assert_each_once(scored, requests)
-            # Requests that it hands back at the end may arrive after the news that it is gone; then
-            # they are sent again.
+            # Requests that it hands back at the end may arrive after the news that it is gone; these are sent
+            # again. Or they were recalled, because its first answer showed its speed.
             handed_back = one.server.status()["handed_back"]
-            assert 0 < handed_back <= client.counts["handed_back"] + client.counts["again"]
+            counts = client.counts
+            assert 0 < handed_back <= counts["handed_back"] + counts["again"] + counts["recalled"]
             assert not (folder / f"{one.server.endpoint.replica}.json").exists()
             assert nothing_left(client) and one.answered and other.answered
             client.close()
@@ -486,6 +498,15 @@ def test_a_replica_takes_its_socket_along(tmp_path) -> None:
         client.meet()
         client.close()
     assert not folder.exists() and not list(tmp_path.glob("*.json"))
+
+
+def _set_speed(teacher: ModelFreeTeacher, *, tokens_per_s: int) -> None:
+    """As if it had worked for a second: speeds that are measured here depend on the machine."""
+    pace = service._Pace()
+    pace.begin(0.0)
+    pace.end(1.0, tokens_per_s)
+    with teacher.server._condition:
+        teacher.server._pace = pace
 
 
 def _until(condition, timeout_s: float = 60.0) -> None:
