@@ -29,8 +29,8 @@ KINDS = ("1:1", "1:n", "n:1", "n:m")
 
 
 def inspect(teacher: Tokenizer, student: Tokenizer, data: bytes) -> dict[str, Any]:
-    """The alignment of `data`: segments, ids, dropped bytes by reason, and for display units with kinds and
-    bytes.
+    """The alignment of `data`: segments, ids, dropped bytes by reason, and for display units
+    with kinds and bytes.
     """
     student_ids = student.encode(data)
     spelled = student.decode(student_ids)
@@ -66,8 +66,8 @@ def inspect(teacher: Tokenizer, student: Tokenizer, data: bytes) -> dict[str, An
 
 
 def as_terminal(result: dict[str, Any], *, colours: bool) -> str:
-    """Units between bars, in the colour of their kind; without colours those that are not 1:1 stand in
-    brackets.
+    """Units between bars, in the colour of their kind; without colours those that are not
+    1:1 stand in brackets.
     """
     from rich.console import Console
     from rich.text import Text

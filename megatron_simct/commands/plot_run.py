@@ -115,8 +115,8 @@ PANELS = (
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file up to its end, or to a line that a kill cut off; ValueError for another kind of
-    file.
+    """The objects of a file up to its end, or to a line that a kill cut off; ValueError for
+    another kind of file.
     """
     rows: list[dict[str, Any]] = []
     try:

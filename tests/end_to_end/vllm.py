@@ -245,8 +245,8 @@ def training(folder: Path, python: str, interface: str, *, kill: bool) -> float:
 
 
 def together(folder: Path, python: str) -> float:
-    """The largest difference between the server's log-probabilities and the training weights', over the
-    steps.
+    """The largest difference between the server's log-probabilities and the training
+    weights', over the steps.
     """
     environment = ENVIRONMENT | {"PYTHONPATH": "", "VLLM_SERVER_DEV_MODE": "1"}
     pooling = {"name": "vllm", "kind": "engine", "python": python, "env": environment}

@@ -21,8 +21,8 @@ class OracleLoss:
     rows: list[torch.Tensor]
     """One value for each used segment."""
     mass_outside: tuple[float, float]
-    """Student's and teacher's probability of tokens that are not shared, at the first positions of the used
-    rows.
+    """Student's and teacher's probability of tokens that are not shared, at the first
+    positions of the used rows.
     """
     nll: tuple[float, float]
 

@@ -333,8 +333,8 @@ def _stepped(model, groups, prompts, calls, backend) -> list[list[Rollout]]:
 
 @pytest.mark.parametrize("tp, pp", [(1, 1), (2, 1), (1, 2)])
 def test_tokens_do_not_depend_on_how_steps_are_shaped_and_when_they_are_read(tiny, weights, tp, pp) -> None:
-    """Rows and positions rounded up, tokens read a step or two later, parts of a layer traced by the
-    compiler.
+    """Rows and positions rounded up, tokens read a step or two later, parts of a layer
+    traced by the compiler.
     """
     prompts = [replace(prompt, sample_id=100 * i + j) for i, prompt in enumerate(PROMPTS) for j in range(2)]
     several = [(GREEDY, NEVER), (SAMPLED, SOME), (replace(SAMPLED, max_response_len=1), SOME)]

@@ -1,5 +1,5 @@
-"""Folders of quantised weights: their numbers are those of the equation, and a slice is the slice of the
-whole.
+"""Folders of quantised weights: their numbers are those of the equation, and a slice is the
+slice of the whole.
 
 The tests write the published layouts themselves. The equations, in float64, element by element:
 

@@ -140,8 +140,8 @@ def test_empty_responses(ids, finish, num_labels, hidden_rows) -> None:
     ("teacher_pieces", "aligned"), [([b"a", b"b", b"<eos>"], 1), ([b"ab", b"a", b"<eos>"], 0)]
 )
 def test_a_byte_that_the_teacher_has_no_token_for_ends_the_common_text(teacher_pieces, aligned) -> None:
-    """Byte-level libraries leave such a byte out; a token that is merged across it takes its own unit
-    along.
+    """Byte-level libraries leave such a byte out; a token that is merged across it takes
+    its own unit along.
     """
     student = tokenizer([b"a", b"\x04", b"b", b"<end>"], [3])
     teacher = tokenizer(teacher_pieces, [2])
