@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import termios
+from pathlib import Path
 
 import psutil
 import pytest
@@ -186,6 +189,17 @@ def test_a_program_ends_with_its_grader() -> None:
     assert len(processes) == 2
     _, alive = psutil.wait_procs(processes, timeout=60)
     assert alive == []
+
+
+def test_the_server_imports_no_module_beside_the_package(tmp_path) -> None:
+    """A file of the checkout, or of another package, cannot replace a module of Python."""
+    (tmp_path / "megatron_simct").symlink_to(Path(sandbox.ROOT) / "megatron_simct")
+    (tmp_path / "json.py").write_text("raise SystemExit('json.py was imported')")
+    start = sandbox._START.replace("program_server.main()", "print(program_server.__file__, sys.path)")
+    command = [sys.executable, "-I", "-B", "-c", start, "0", str(tmp_path / "megatron_simct" / "__init__.py")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(str(tmp_path)) == 1, "the module's own file"
 
 
 @pytest.mark.parametrize("folder", ["python3/dist-packages", "python3.9/site-packages"])
