@@ -23,7 +23,14 @@ from pathlib import Path
 
 from rich.table import Table
 
-from examples.quickstart.run import ARCHITECTURE, INITIALIZER_RANGE, ROOT, TEACHER_ACCURACY, WARM_ACCURACY
+from examples.quickstart.run import (
+    ARCHITECTURE,
+    INITIALIZER_RANGE,
+    ROOT,
+    TEACHER_ACCURACY,
+    WARM_ACCURACY,
+    measured,
+)
 from examples.quickstart.task import LEFT, NAMES, RIGHT, THINGS
 from examples.quickstart.tokenizer_files import Side, sides
 from examples.stages import Stage, console
@@ -224,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         own = [json.loads(x) for x in (recipe.teachers[kind].output / "metrics.jsonl").open()]
         summary[f"teacher of {kind}"] = {
             kind: [x["greedy_accuracy"] for x in own if x["kind"] == "evaluation"][-1],
-            other: json.loads((stage.output / "summary.json").read_text())["exact_match"],
+            other: measured(stage),
         }
     summary["student before"] = by_kind(recipe.distil, first=True)
     summary["student after"] = by_kind(recipe.distil)

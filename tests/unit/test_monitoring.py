@@ -1,5 +1,5 @@
-"""Ratios from sums, Megatron's log line, metrics.jsonl, and the warning of mass that the loss does not
-see.
+"""Ratios from sums, Megatron's log line, metrics.jsonl, and the warning about mass that
+the loss does not see.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def test_the_line_leaves_out_what_has_no_value_or_did_not_happen() -> None:
 
 
 def _run_monitor(rank, world_size, masses, run_dir, log_interval) -> str:
-    """What a run with these shares of mass outside U prints on this rank. The first rank runs first."""
+    """The output of a run with these shares of mass outside U on this rank. The first rank runs first."""
     # One rank in the data-parallel group, so the sums are those of `report`.
     group = [dist.new_group([i]) for i in range(world_size)][rank]
     groups = SimpleNamespace(dp=group, is_first_rank=rank == 0)
@@ -331,7 +331,7 @@ def _run_on_a_terminal(rank, world_size) -> str:
         rollouts, pairs = ([record] for record in records(1, {"bytes": 60}))
         for finished in (0, 2, 4):
             monitor.responses(finished, 4)
-            monitor._progress.refresh()  # else when its thread comes to it
+            monitor._progress.refresh()  # otherwise when its thread runs
         monitor.step(1, rollouts, pairs, report(), {"rollout": 0.5})
         monitor.close()
     finally:
