@@ -74,8 +74,7 @@ def check_run(run: RunFile, *, device_memory_gib: float | None = None, bias: boo
     average = state.config.teacher_job.ema
     if average is not None and teacher is not None and teacher.architecture != student.architecture:
         said = (
-            f"{average}: teacher and student must have the same architecture, but "
-            "--teacher-hf-checkpoint "
+            f"{average}: teacher and student must have the same architecture, but --teacher-hf-checkpoint "
             "has another"
         )
         findings.append(failed("teacher", "weights", said, flag="--teacher-ema"))
