@@ -24,6 +24,7 @@ from megatron_simct.alignment import Tokenizer, VocabPlacement, report_notes
 from megatron_simct.alignment.alignment_map import id_of_bytes
 from megatron_simct.alignment.plan import plan_mixture, plan_pair, plan_without_teacher
 from megatron_simct.alignment.translation import Translation
+from megatron_simct.alignment.turns import plan_turns
 from megatron_simct.config.flags import to_dict
 from megatron_simct.config.options import Config, InterfaceConfig
 from megatron_simct.data.prompts import PromptSource, Row, read_prompts
@@ -220,7 +221,7 @@ def build_job(config: Config, groups: Groups) -> Job:
         train_iters=config.training.train_iters,
         log_interval=config.output.log_interval,
         batch_size=config.global_batch_size,
-        sampled=config.interface.interface != "sft",
+        sampled=config.samples,
         start=start,
         writers=open_writers(config.output, to_dict(config), start=start) if groups.is_first_rank else (),
     )
@@ -457,7 +458,7 @@ def build_measure(
     name = torch.cuda.get_device_name(groups.device) if groups.device.type == "cuda" else ""
     peak = peak_operations(name) if config.training.bf16 else None
     throughput = Throughput(Operations(model).forward, device=groups.device, peak=peak)
-    sampled = config.interface.interface != "sft"
+    sampled = config.samples
 
     def measure(
         prompts: Sequence[Prompt],
@@ -660,9 +661,10 @@ def read_training_rows(config: Config) -> list[Row]:
         response_key=config.data.response_key,
         label_key=config.data.label_key,
         chat=config.data.apply_chat_template,
-        need_response=config.interface.interface == "sft",
+        need_response=config.interface.interface == "sft" and config.data.simct_on == "sampled",
         need_label=False,
         keep_fields=config.reward.reward is not None,
+        transcripts=config.data.simct_on == "given",
     )
 
 
@@ -684,8 +686,15 @@ def build_prompts(config: Config, groups: Groups, pair: Pair, rows: Sequence[Row
             (t.tokenizer, open_chat_template(config, t.options, t.tokenizer, prefix=t.prefix))
             for t in pair.teachers
         ],
+        max_response_len=config.rollout.rollout_max_response_len,
     )
     report_skipped(config, groups, source, "prompts", of=len(rows))
+    if source.num_masked and groups.is_first_rank:
+        print(
+            f" {source.num_masked} of {len(rows)} rows are left out: no answer in them stands in every chat "
+            "template's text as it is and fits into --rollout-max-response-len",
+            flush=True,
+        )
     if source.num_teacher_prompts and groups.is_first_rank:
         print(
             f" the teacher has its own prompt in {source.num_teacher_prompts} of {len(source)} rows",
@@ -889,7 +898,7 @@ def build_vllm_engine(
 
 def build_engine(config: Config, groups: Groups, sampler: RolloutEngine, student: Tokenizer) -> RolloutEngine:
     """The source of the training responses."""
-    engine: RolloutEngine = GivenResponses(student) if config.interface.interface == "sft" else sampler
+    engine: RolloutEngine = sampler if config.samples else GivenResponses(student)
     save_dir, load_dir = config.rollout.save_debug_rollout_data, config.rollout.load_debug_rollout_data
     if (save_dir or load_dir) and not config.rollout.rollout_oversample:  # it records by itself
         engine = ReplayEngine(
@@ -900,15 +909,16 @@ def build_engine(config: Config, groups: Groups, sampler: RolloutEngine, student
 
 def build_alignment(config: Config, pair: Pair) -> Callable[[Prompt, Rollout], AlignedPair]:
     """The function that aligns a response: without a teacher, with one, or with several that are mixed."""
-    plan = partial(plan_without_teacher, student=pair.student, needs=pair.needs)
+    given: dict[str, Any] = {"student": pair.student, "needs": pair.needs}
     match [teacher.tokenizer for teacher in pair.teachers]:
         case []:
-            return plan
+            plan = partial(plan_without_teacher, **given)
         case [teacher]:
-            plan = partial(plan_pair, student=pair.student, teacher=teacher, alignment_map=pair.alignment_map)
+            given |= {"alignment_map": pair.alignment_map, "interface": config.interface}
+            plan = partial(plan_pair, teacher=teacher, **given)
         case teachers:
-            plan = partial(plan_mixture, student=pair.student, teachers=teachers)
-    return partial(plan, needs=pair.needs, interface=config.interface)
+            plan = partial(plan_mixture, teachers=teachers, interface=config.interface, **given)
+    return partial(plan_turns, plan, pair.student.table)
 
 
 def build_placement(config: Config, model: HiddenStateModel | InterleavedModel, pair: Pair) -> VocabPlacement:

@@ -130,15 +130,16 @@ class ChatTemplate:
             variables=variables,
         )
 
-    def text(self, messages: Messages) -> str:
-        """What the template writes. Raises ValueError with the reason if it refuses, templates.TemplateLimit
-        if it exceeds a limit."""
+    def text(self, messages: Messages, *, answered: bool = False) -> str:
+        """What the template writes. answered: the messages hold the answer, so it does not ask for one.
+
+        Raises ValueError with the reason if it refuses, templates.TemplateLimit if it exceeds a limit."""
         return templates.render(
             self.source,
             messages,
             variables={**self.special_tokens, **self.arguments},
             date=self.date,
-            add_generation_prompt=True,
+            add_generation_prompt=not answered,
         )
 
     def render(self, messages: Messages, tokenizer: Tokenizer) -> np.ndarray:

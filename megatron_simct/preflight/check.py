@@ -432,8 +432,9 @@ class _Check:
                 response_key=config.data.response_key,
                 label_key=config.data.label_key,
                 chat=config.data.apply_chat_template,
-                need_response=config.interface.interface == "sft",
+                need_response=config.interface.interface == "sft" and config.data.simct_on == "sampled",
                 need_label=False,
+                transcripts=config.data.simct_on == "given",
             ),
         )
         if config.data.eval_prompt_data is not None:
@@ -464,6 +465,7 @@ class _Check:
                 flag="--prompt-data",
                 student_chat=student.chat,
                 teachers=[] if teacher is None else [(teacher.tokenizer, teacher.chat)],
+                max_response_len=config.rollout.rollout_max_response_len,
             )
         except ValueError as error:
             message = str(error)
@@ -475,6 +477,8 @@ class _Check:
         self._findings += templates
         share = source.num_skipped / len(looked_at)
         said = f"{len(rows):,} prompts; {share:.1%} of the {len(looked_at)} checked are too long and left out"
+        if source.num_masked:
+            said += f"; {source.num_masked} have no answer that every chat template writes, and are left out"
         own = sum(row.teacher_prompt is not None for row in rows)
         if own and teacher is not None:
             said += f"; in {own:,} rows the teacher has its own prompt"
@@ -665,7 +669,7 @@ class _Check:
             prompt_len=rollout.rollout_max_prompt_len,
             response_len=rollout.rollout_max_response_len,
             loss_memory=config.interface.loss_memory_mib << 20,
-            trains_on_given=config.interface.interface == "sft",
+            trains_on_given=not config.samples,
             on_gpu=job.gpus_per_node > 0,
             teacher=(
                 sizes_of(teacher, config.teacher, parallel.for_teacher)
