@@ -217,7 +217,7 @@ def _matched(text: str, marked: str, chosen: Sequence[tuple[_Part, str]]) -> lis
     if any(marked.count(mark) > 1 for _, mark in chosen):
         return None
     order = sorted((marked.find(mark), k) for k, (_, mark) in enumerate(chosen) if mark in marked)
-    ends = [*(where for where, _ in order[1:]), len(marked)]
+    ends = [where for where, _ in [*order, (len(marked), -1)][1:]]
     places: list[_Place | None] = [None] * len(chosen)
     position = order[0][0] if order else len(marked)
     if text[:position] != marked[:position]:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,11 @@ import pytest
 from megatron_simct.alignment import Tokenizer, load_tokenizer
 from megatron_simct.alignment.plan import plan_pair
 from megatron_simct.alignment.turns import MASK_REASONS, plan_turns
+from megatron_simct.data.prompts import PromptSource, Row, read_prompts
 from megatron_simct.data.rendering import ChatTemplate
 from megatron_simct.data.transcripts import Side, read_transcript
 from megatron_simct.records import AlignedPair, Prompt, Rollout, TeacherNeeds, Transcript, Turns
+from megatron_simct.rollout.engine import GivenResponses, Sampling
 from tests.huggingface import save_byte_fallback, save_byte_level
 
 transformers = pytest.importorskip("transformers")
@@ -126,7 +129,7 @@ ANSWERS = [
     "no start</think>\nthe mat",
     "1234",
     "assistant",
-    "a <|im_end|> in the text </s>",
+    "a <|im_end|> in the text",
 ]
 THOUGHTS = [None, None, "he gets 7 more", "\nmat, cat\n"]
 
@@ -203,7 +206,7 @@ def texts_of(model: Model, messages: Messages, prompt: np.ndarray, turns: Turns)
 PAIRS = list(itertools.permutations(TEMPLATES, 2))
 
 
-@pytest.mark.parametrize(("student", "teacher"), PAIRS, ids="-".join)
+@pytest.mark.parametrize(("student", "teacher"), PAIRS, ids=map("-".join, PAIRS))
 def test_every_compared_byte_is_the_same_text_of_the_assistant(models, student, teacher) -> None:
     sides = [models[student], models[teacher]]
     counts: Counter[str] = Counter()
@@ -236,8 +239,10 @@ def test_every_compared_byte_is_the_same_text_of_the_assistant(models, student, 
         counts.update(pair.counts)
     assert counts["nothing"] < 20 and counts["turns"] > 100 and counts["bytes"] > 2000
     assert counts["same"] > 50
-    expected = {"blank", "marks", "tool_calls"} | ({"student_template"} if student != "keeps" else set())
-    assert all(counts[f"bytes_masked_{reason}"] > 0 for reason in expected)
+    assert counts["bytes_masked_marks"] > 0 and counts["bytes_masked_tool_calls"] > 0
+    assert (counts["bytes_masked_blank"] > 0) == bool({student, teacher} & {"thinks", "strips"})
+    assert counts["bytes_masked_student_template"] > 0 or student == "keeps"
+    assert counts["bytes_masked_teacher_template"] > 0 or teacher == "keeps"
     assert counts["bytes_masked_too_long"] == counts["bytes_masked_other_text"] == 0
 
 
@@ -266,3 +271,156 @@ def aligned(student: Model, teacher: Model, prompts: Sequence[np.ndarray], given
         transcript=given,
     )
     return plan_turns(plan, student.tokenizer.table, prompt, rollout)
+
+
+def asked(*answers: dict[str, Any] | str) -> Messages:
+    messages: Messages = []
+    for answer in answers:
+        message = {"content": answer} if isinstance(answer, str) else answer
+        messages += [{"role": "user", "content": "12 7?"}, {"role": "assistant"} | message]
+    return messages
+
+
+def compared(models: dict[str, Model], student: str, teacher: str, messages: Messages, **more: int) -> Any:
+    """The compared texts, and all counts that are not 0."""
+    sides = [models[student], models[teacher]]
+    _, given = read(*sides, messages, **more)
+    if given is None:
+        return [], {}
+    texts = [
+        sides[0].tokenizer.decode(given.student.ids[a:b]).decode() for a, b in given.student.spans.tolist()
+    ]
+    return texts, {name.removeprefix("bytes_"): count for name, count in given.counts.items() if count}
+
+
+def test_thinking_is_compared_where_both_write_it_and_masked_where_one_drops_it(models) -> None:
+    thinks = {"content": "19", "reasoning_content": "he gets 7"}
+    messages = asked(thinks, thinks)
+    texts, counts = compared(models, "keeps", "thinks", messages)
+    assert texts == ["19", "he gets 7", "19"]  # the teacher's template drops the first thinking
+    assert counts["masked_teacher_template"] == 9 and counts["of_turns"] == 22
+    texts, counts = compared(models, "thinks", "keeps", messages)
+    assert texts == ["19", "he gets 7", "19"] and counts["masked_student_template"] == 9
+    texts, counts = compared(models, "keeps", "thinks", asked("<think>\na\n</think>\n\n19"))
+    assert texts == ["a", "19"] and counts["masked_marks"] == 15 and counts["masked_blank"] == 4
+    assert compared(models, "keeps", "strips", messages)[0] == ["19", "19"]
+
+
+def test_blanks_that_one_template_strips_are_masked(models) -> None:
+    texts, counts = compared(models, "thinks", "strips", asked(" a\n", "b"))
+    assert texts == ["a", "b"] and counts["masked_blank"] == 2 and counts["of_turns"] == 4
+    assert compared(models, "thinks", "keeps", asked(" a\n", "b"))[0] == [" a\n", "b"]
+    assert compared(models, "thinks", "strips", asked(" \n", "b"))[0] == ["b"]
+
+
+def test_a_stop_token_belongs_to_a_response_if_both_have_one_behind_it(models) -> None:
+    for student, teacher, stops in (
+        ("thinks", "keeps", True),
+        ("inst", "keeps", False),
+        ("keeps", "inst", False),
+    ):
+        _, given = read(models[student], models[teacher], asked("yes", "no"))
+        for model, turns in ((models[student], given.student), (models[teacher], given.teachers[0])):
+            last = [int(turns.ids[end - 1]) in model.tokenizer.table.stop_ids for _, end in turns.spans]
+            assert last == [stops, stops]
+
+
+def test_answers_that_are_too_long_for_one_model_are_masked_whole(models) -> None:
+    messages = asked("yes", "no", "the cat")
+    _, given = read(models["thinks"], models["keeps"], messages)
+    assert given.counts["turns"] == 3
+    ends = [max(side.spans[k, 1] for side in (given.student, *given.teachers)) for k in range(3)]
+    for kept, limit in ((3, ends[2]), (2, ends[2] - 1), (1, ends[1] - 1)):
+        texts, counts = compared(models, "thinks", "keeps", messages, max_len=int(limit))
+        assert len(texts) == kept and counts.get("masked_too_long", 0) == len(
+            "nothe cat"[2 * (kept - 1) :]
+        ) * (kept < 3)
+    assert compared(models, "thinks", "keeps", messages, max_len=int(ends[0]) - 1) == ([], {})
+
+
+def test_the_teacher_may_read_other_messages_with_as_many_answers(models) -> None:
+    student, teacher = models["thinks"], models["keeps"]
+
+    def given(messages: Messages) -> Transcript:
+        of_student = Side(tokenizer=student.tokenizer, chat=student.chat, messages=asked("yes", "no"))
+        of_teacher = Side(tokenizer=teacher.tokenizer, chat=teacher.chat, messages=messages)
+        _, found = read_transcript(of_student, [of_teacher], max_len=1000)
+        assert found is not None
+        return found
+
+    found = given([{"role": "system", "content": "A hint."}, *asked("yes", "maybe")])
+    assert found.counts["turns"] == 1 and found.counts["bytes_masked_other_text"] == 2
+    with pytest.raises(ValueError, match="do not have as many answers"):
+        given(asked("yes"))
+
+
+def test_a_template_that_looks_into_a_text_is_asked_about_each_alone(models, tmp_path) -> None:
+    """It writes 'yes' in capitals, and says how long an answer is."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content == 'yes' %}YES{% else %}"
+        "{{ m.content }}{% endif %}{% if m.content | length == 2 %}!{% endif %}<|im_end|>\n{% endfor %}"
+    )
+    save_byte_level(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    chat = ChatTemplate.load(str(tmp_path), flag="--hf-checkpoint")
+    odd = Model("odd", load_tokenizer(str(tmp_path)), chat, None)
+    texts, counts = compared({**models, "odd": odd}, "odd", "keeps", asked("yes", "no", "the cat", "apples"))
+    assert texts == ["the cat", "apples"] and counts["masked_student_template"] == 5
+
+
+ROW = {"flag": "--prompt-data", "input_key": "prompt", "response_key": "response", "label_key": "label"}
+
+
+def source(models: dict[str, Model], rows: Sequence[Row]) -> PromptSource:
+    student, teacher = models["thinks"], models["inst"]
+    return PromptSource(
+        rows,
+        student=student.tokenizer,
+        batch_size=None,
+        samples_per_prompt=1,
+        max_prompt_len=200,
+        shuffle=False,
+        seed=0,
+        dp_rank=0,
+        dp_size=1,
+        flag="--prompt-data",
+        student_chat=student.chat,
+        teachers=[(teacher.tokenizer, teacher.chat)],
+        max_response_len=100,
+    )
+
+
+def rows_of(path: Path, *rows: dict[str, Any]) -> list[Row]:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_prompts(str(path), **ROW, need_response=False, need_label=False, chat=True, transcripts=True)
+
+
+def test_rows_become_rollouts(models, tmp_path) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    calls = asked({"content": None, "tool_calls": [call]})  # nothing to compare
+    path = tmp_path / "rows.jsonl"
+    rows = rows_of(
+        path,
+        {"messages": asked("yes", "no")},
+        {"prompt": "How many?", "response": "12"},
+        {"messages": calls},
+        {"messages": asked("yes", "no"), "teacher_system": "A hint."},
+    )
+    prompts = source(models, rows)
+    assert len(prompts) == 3 and prompts.num_masked == 1 and prompts.num_skipped == 0
+    batch = prompts.batch(0)
+    assert [one.transcript.counts["turns"] for one in batch] == [2, 1, 2]
+    assert len(batch[2].teacher_ids) > len(batch[0].teacher_ids)
+    assert batch[2].student_ids.tolist() == batch[0].student_ids.tolist()
+    tokenizer = models["thinks"].tokenizer
+    sampling = Sampling(temperature=1.0, max_response_len=100, seed=0)
+    for prompt, text in zip(batch, ("yesno", "12", "yesno"), strict=True):
+        (rollout,) = GivenResponses(tokenizer).generate([prompt], sampling)
+        assert tokenizer.decode(rollout.label_ids) == text.encode()
+        assert len(rollout.logprobs) == len(rollout.label_ids) <= len(rollout.student_ids)
+    with pytest.raises(ValueError, match="^--prompt-data: no answer in any of 1 rows stands in every"):
+        source(models, rows_of(path, {"messages": calls}))
+    with pytest.raises(ValueError, match="line 1: no response"):
+        rows_of(path, {"messages": [{"role": "user", "content": "a"}]})
+    with pytest.raises(ValueError, match="line 1: the teacher.s own messages do not have as many"):
+        source(models, rows_of(path, {"messages": asked("a", "b"), "teacher_prompt": "c"}))
