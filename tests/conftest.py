@@ -1,13 +1,14 @@
-"""One thread a process, set before any parallel region runs: the multi-process tests fork from this
-process.
+"""One thread for each process, set before any parallel region runs: multi-process tests
+fork from this process.
 """
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Every command that a test starts, in whatever folder, is of this checkout, installed or not.
+# Every command that a test starts, in any folder, uses this checkout, whether or not it is installed.
 ROOT = str(Path(__file__).resolve().parents[1])
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
 
@@ -25,7 +26,7 @@ hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
+def tiny(tmp_path_factory) -> Path:
     """Folder with the files of a complete tiny job."""
     folder = tmp_path_factory.mktemp("tiny")
     build_files(folder)
@@ -33,7 +34,7 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture
-def short_tmp():
-    """A folder for temporary files in which sockets may lie: their paths have 107 characters at most."""
+def short_tmp() -> Iterator[Path]:
+    """A folder for temporary files that may contain sockets: a socket's path has at most 107 characters."""
     with tempfile.TemporaryDirectory(prefix="simct", dir="/tmp") as folder:
         yield Path(folder)

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -169,9 +168,9 @@ def _started() -> subprocess.Popen[str]:
     if _process is not None and _owner == os.getpid() and _process.poll() is not None:
         _end()  # it ended between two requests, which is not the template's fault
     if _process is None or _owner != os.getpid():
-        packages = {str(Path(file).parents[1]) for file in (jinja2.__file__, markupsafe.__file__)}
+        packages = (markupsafe.__file__, jinja2.__file__)  # jinja2 imports markupsafe
         _process = subprocess.Popen(
-            [sys.executable, "-I", "-B", template_worker.__file__, str(MAX_IDLE_S), *sorted(packages)],
+            [sys.executable, "-I", "-B", template_worker.__file__, str(MAX_IDLE_S), *packages],
             env={"PATH": os.defpath},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

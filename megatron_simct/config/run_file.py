@@ -204,7 +204,11 @@ class RunFile:
 
 FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """Needed for restarts by torchrun: without it, restarted processes read the addresses of their dead
-predecessors in its store, and wait for them (pytorch/pytorch#135712)."""
+predecessors in its store, and wait for them (pytorch/pytorch#135712).
+
+Where nothing restarts it is left out. A fresh store listens on a port that torchrun found free some seconds
+earlier, and another process may have taken it meanwhile; torchrun's own store holds its port from the start.
+"""
 
 _SECRET_NAME = re.compile(
     r"(^|_)(API_?KEYS?|KEYS?|API_?TOKENS?|TOKENS?|SECRETS?|PASS(WORDS?|WD|PHRASE)?|PWD|PAT|CREDENTIALS?|AUTH)(_|$)"
@@ -247,12 +251,12 @@ def read_run_file(path: str, overrides: Sequence[str] = ()) -> RunFile:
     is_short = values.get("jobs") is None
     jobs = _short_jobs(values, cluster, path) if is_short else _listed_jobs(values, path)
     _check_cluster(cluster, run_dir, jobs, is_short=is_short, where=path)
-    env = FRESH_STORE | _environment(values.get("env") or {}, where=f"{path}: env")
+    env = _environment(values.get("env") or {}, where=f"{path}: env")
     for job in jobs:
         if job.kind != "engine":
             kind = Config if job.kind == "student" else TeacherConfig
             check_keys(job.options, kind, where=f"{path}: {job.name}")
-    jobs = _joined(jobs, cluster, run_dir, where=path)
+    jobs = [_with_fresh_store(job) for job in _joined(jobs, cluster, run_dir, where=path)]
     try:
         config = assemble(jobs[0].options, Config)
         teachers = {job.name: assemble(job.options, TeacherConfig) for job in jobs if job.kind == "teacher"}
@@ -347,6 +351,13 @@ def seconds(time: str) -> int:
         first_unit = 60  # MINUTES, or MINUTES:SECONDS
     in_days = int(days or 0) * 86400
     return in_days + sum(number * first_unit // 60**i for i, number in enumerate(numbers))
+
+
+def _with_fresh_store(job: Job) -> Job:
+    """The job with FRESH_STORE in its environment if torchrun may start it again."""
+    if not job.max_restarts or job.kind == "engine":
+        return job
+    return dataclasses.replace(job, env=FRESH_STORE | dict(job.env))
 
 
 def _joined(jobs: Sequence[Job], cluster: Cluster, run_dir: str, *, where: str) -> list[Job]:

@@ -1,6 +1,6 @@
-"""The stream of prompts: which rows belong to which step and to which rank is arithmetic on the step number.
+"""The stream of prompts. The step number alone determines which rows belong to a step and to a rank.
 
-There is no cursor to save: step, seed and file determine the batch, under any data-parallel size.
+No cursor is saved: step, seed and file determine the batch, for every data-parallel size.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ class Row:
     """One line of the file."""
 
     prompt: str | Messages
-    """Messages where chat templates are applied."""
+    """Messages if chat templates are applied."""
     response: str | None
     label: str | None
     answer: Message | None = None
     """Of a transcript: the assistant's message that closes it. Other answers are in the prompt."""
     teacher_prompt: str | Messages | None = None
-    """What the teacher reads in place of `prompt`; None: it reads the same."""
+    """The prompt that the teacher reads instead of `prompt`. None: it reads the same."""
     where: str = field(default="", compare=False)
-    """For messages: flag, file and line."""
+    """Flag, file and line, for error messages."""
     fields: Mapping[str, Any] | None = field(default=None, compare=False)
-    """All of the row, where a reward is a function of it."""
+    """All fields of the row, if a reward is a function of them."""
 
     @property
     def read_by_teacher(self) -> str | Messages:
@@ -62,11 +62,11 @@ def read_prompts(
     keep_fields: bool = False,
     transcripts: bool = False,
 ) -> list[Row]:
-    """The rows of a file. With `chat` a prompt is a list of messages, or a text that is the user's one
-    message. keep_fields: Row.fields. transcripts: rows of messages keep their last answer as a message, and
-    every other row needs a response.
+    """The rows of a file. With `chat` a prompt is a list of messages, or a text that becomes one user
+    message. keep_fields: set Row.fields. transcripts: rows of messages keep their last answer as a message,
+    and every other row needs a response.
 
-    Raises ValueError, naming the flag, the file and the line, for whatever is wrong with the file.
+    Raises ValueError, naming the flag, the file and the line, if the file is invalid.
     """
     rows = []
     for where, fields in prompt_files.read_rows(path, name=f"{flag} {path}"):
@@ -107,9 +107,9 @@ def _closing(response: str | None, answer: Message | None) -> Message:
 
 
 def _as_read(prompt: str | list[Message], chat: bool, where: str) -> str | list[Message]:
-    """A text is the user's one message where chat templates are applied.
+    """A prompt as it is rendered: with chat templates, a text becomes one user message.
 
-    ValueError for what cannot be a prompt.
+    Raises ValueError if it cannot be a prompt.
     """
     if not prompt:
         raise ValueError(f"{where}: the prompt is empty, but at least one token must precede the response")
@@ -140,15 +140,16 @@ def _render(
         raise ValueError(f"{where}: {error}") from None
 
 
-_Reader = tuple[Tokenizer, ChatTemplate | None]
+Reader = tuple[Tokenizer, ChatTemplate | None]
 """One model that reads the prompts."""
 
 
 def _rendered(
-    row: Row, student: _Reader, teachers: Sequence[_Reader], max_response_len: int | None
+    row: Row, student: Reader, teachers: Sequence[Reader], max_response_len: int | None
 ) -> tuple[list[np.ndarray], Transcript | None]:
-    """The ids of the student's prompt, then those of each teacher's; for a row with an answer its transcript,
-    or None if nothing of that can be compared."""
+    """The ids of the student's prompt, then those of each teacher's prompt. For a row with an answer its
+    transcript too, or None if nothing of that can be compared.
+    """
     if row.answer is not None:
         assert max_response_len is not None, "transcripts have a limit"
         of_student = _reading(row.prompt, row.answer, student)
@@ -164,7 +165,7 @@ def _rendered(
     return ids, None
 
 
-def _reading(prompt: str | Messages, answer: Message, reader: _Reader) -> Side:
+def _reading(prompt: str | Messages, answer: Message, reader: Reader) -> Side:
     tokenizer, chat = reader
     assert chat is not None and not isinstance(prompt, str), "transcripts are messages"
     return Side(tokenizer=tokenizer, chat=chat, messages=[*prompt, answer])
@@ -187,16 +188,16 @@ class PromptSource:
         dp_size: int,
         flag: str,
         student_chat: ChatTemplate | None = None,
-        teachers: Sequence[_Reader] = (),
+        teachers: Sequence[Reader] = (),
         max_response_len: int | None = None,
     ) -> None:
-        """batch_size counts prompts of the whole job; None: all of them. Prompts longer than max_prompt_len
-        tokens on either side are left out and counted in `num_skipped`; ValueError where none remain.
-        `teachers` are those that read the prompts too, each row's own one where it has one;
-        `num_teacher_prompts` counts these rows. The chat templates write prompts that are messages;
-        ValueError where one refuses a row. max_response_len: tokens behind the prompt that a transcript (a
-        row with an answer) may have; one of which nothing can be compared is left out and counted in
-        `num_masked`."""
+        """batch_size counts prompts of the whole job; None: all of them. Prompts of more than max_prompt_len
+        tokens on either side are left out and counted in `num_skipped`. `teachers` read the prompts too; if
+        a row has a prompt for the teacher, they read that one, and `num_teacher_prompts` counts the row.
+        Chat templates render prompts that are messages. max_response_len: the tokens behind the prompt that a
+        transcript (a row with an answer) may have; one of which nothing can be compared is left out and
+        counted in `num_masked`. Raises ValueError if no prompt remains, or if a template refuses a row.
+        """
         rendered = [
             (row, *_rendered(row, (student, student_chat), teachers, max_response_len)) for row in rows
         ]
@@ -228,9 +229,7 @@ class PromptSource:
         return len(self._rows)
 
     def batch(self, step: int) -> list[Prompt]:
-        """This rank's samples of a step: every dp_size-th of the step's batch_size x samples_per_prompt
-        samples.
-        """
+        """This rank's samples of a step: every dp_size-th of its batch_size x samples_per_prompt samples."""
         total = self._batch_size * self._samples_per_prompt
         return [self._sample(step * total + i) for i in range(self._dp_rank, total, self._dp_size)]
 
@@ -239,7 +238,7 @@ class PromptSource:
         return [self._sample(sample_id) for sample_id in sample_ids]
 
     def share(self) -> list[Prompt]:
-        """This rank's part of all rows once, in file order: for evaluation."""
+        """This rank's share of all rows once, in file order, for evaluation."""
         return [self._prompt(i, sample_id=i) for i in range(self._dp_rank, len(self._rows), self._dp_size)]
 
     def _sample(self, sample_id: int) -> Prompt:

@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_simct.preflight.check import Report
 from megatron_simct.preflight.memory import size_text
+from megatron_simct.preflight.report import Report
 
 _COLOURS = {"pass": "green", "warn": "yellow", "fail": "bold red"}
 

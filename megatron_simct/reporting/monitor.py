@@ -76,11 +76,14 @@ METRICS = {
     "learning_rate": ("", "learning rate of the step"),
     "response_length": ("tokens", "mean length of a response, including its stop token"),
     "stop_rate": ("share of samples", "responses that end in a stop token"),
-    "student_nats_per_byte": ("nats a byte", "surprise of the student at the responses: -log p / bytes"),
-    "teacher_nats_per_byte": ("nats a byte", "surprise of the teacher at the same bytes"),
+    "student_nats_per_byte": ("nats a byte", "the student's -log p of the responses, divided by their bytes"),
+    "teacher_nats_per_byte": (
+        "nats a byte",
+        "the teacher's -log p of the same bytes, divided by their number",
+    ),
     "student_entropy": (
         "nats a label",
-        "surprise of the student at the sampled tokens; an estimate of its entropy at rollout temperature 1 "
+        "the student's -log p of the sampled tokens; an estimate of its entropy at rollout temperature 1 "
         "and top-p 1",
     ),
     "rollout_logprob_gap": (
@@ -96,7 +99,7 @@ METRICS = {
     "rollout_logprob_difference_largest": ("nats", "largest of these differences"),
     "rollout_importance_weight": (
         "",
-        "--rollout-importance-weights: mean weight of the labels; 1 if the training weights have sampled",
+        "--rollout-importance-weights: mean weight of the labels; 1 if the training weights sampled them",
     ),
     "seconds_rollout_tail": (
         "s",

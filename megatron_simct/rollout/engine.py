@@ -55,8 +55,8 @@ class StreamingEngine(Protocol):
     """A RolloutEngine that can return responses as they finish."""
 
     def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[list[Rollout]]:
-        """Each response once, in any order, the same on every rank of the model replica; collective over
-        it.
+        """Each response once, in any order, the same on every rank of the model replica;
+        collective over it.
         """
         ...
 
@@ -131,8 +131,8 @@ class GivenResponses:
 
 
 class SharedEngine:
-    """For context parallelism: ranks with the same samples, each of whose engines answers a share of the
-    prompts."""
+    """For context parallelism: ranks with the same samples, each of whose engines answers a
+    share of the prompts."""
 
     def __init__(self, engine: RolloutEngine, group: dist.ProcessGroup) -> None:
         self._engine, self._group = engine, group

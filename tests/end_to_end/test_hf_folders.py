@@ -1,5 +1,5 @@
-"""The command on Hugging Face folders of both sides: weights, tokenizer, stop ids and chat template of
-each.
+"""The command with Hugging Face folders on both sides: weights, tokenizer, stop ids and
+chat template of each.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _main(rank: int, world_size: int, argv: list[str]) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("prompts", ["plain", "chat"])
-def test_two_steps_from_folders_alone(files, tmp_path, prompts):
+def test_two_steps_from_folders_alone(files, tmp_path, prompts) -> None:
     flags = ["--prompt-data", str(files / f"{prompts}.jsonl")] + ["--apply-chat-template"] * (
         prompts == "chat"
     )
@@ -93,7 +93,7 @@ def test_two_steps_from_folders_alone(files, tmp_path, prompts):
         for step in metrics[name]:
             assert step["loss"] > 0 and step["rollout_logprob_gap"] < 1e-4
             assert 0 < step["coverage_one_to_one"] + step["coverage_unit"] <= 1
-    # The weights of the folder do not depend on the layout, so neither does the first step.
+    # The folder's weights do not depend on the layout, so the first step does not either.
     for name in ("tp2", "pp2"):
         for metric in ("loss", "grad_norm"):
             assert metrics[name][0][metric] == pytest.approx(metrics["one"][0][metric], rel=1e-5)
@@ -105,7 +105,7 @@ def test_two_steps_from_folders_alone(files, tmp_path, prompts):
 def _on_day(
     rank: int, world_size: int, argv: list[str], days: list[str], command: Any = main
 ) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the command, when the clock of each rank shows its day."""
+    """Exit code, stdout and stderr of the command, if the clock of each rank shows its day."""
 
     class Clock(datetime.date):
         @classmethod
@@ -121,7 +121,7 @@ def _on_day(
 
 @pytest.fixture(scope="module")
 def dated(files, tmp_path_factory) -> Path:
-    """The student's folder, whose template writes the day and, unless it is told not to, a word."""
+    """The student's folder, whose template writes the day and, unless an argument prevents it, a word."""
     folder = tmp_path_factory.mktemp("dated") / "student"
     shutil.copytree(files / "student", folder)
     (folder / "chat_template.jinja").write_text(
@@ -131,7 +131,7 @@ def dated(files, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_run_that_goes_on_another_day_has_the_prompts_of_the_first(files, dated, tmp_path):
+def test_a_run_that_goes_on_another_day_has_the_prompts_of_the_first(files, dated, tmp_path) -> None:
     def trained(folder: Path, days: list[str], iterations: int, *flags: str, world_size: int = 1) -> str:
         argv = command_line(
             files, "--apply-chat-template", "--hf-checkpoint", str(dated), "--micro-batch-size", "1"
@@ -157,12 +157,12 @@ def test_a_run_that_goes_on_another_day_has_the_prompts_of_the_first(files, date
     assert f"chat_template_date: '{first}'" in (tmp_path / "resumed" / "run" / "config.yaml").read_text()
     (run_file,) = (tmp_path / "resumed" / "save").glob("iter_0000003/run.json")
     assert json.loads(run_file.read_text())["config"]["chat_template_date"] == first
-    # Another date, and another argument, are other prompts; both are said.
+    # Another date and another argument give other prompts; both are reported.
     flags = ("--chat-template-date", later, "--chat-template-kwargs", '{"enable_thinking": false}')
     text = trained(tmp_path / "resumed", [later], 4, *flags)
     assert f"chat_template_date {first} -> {later}" in text
     assert 'chat_template_kwargs None -> {"enable_thinking": false}' in text
-    # A rank whose clock is past midnight takes the date of the first.
+    # A rank whose clock is past midnight uses the first rank's date.
     trained(tmp_path / "two", [first, later], 1, world_size=2)
     trained(tmp_path / "one", [first, first], 1, world_size=2)
     assert_same_run(tmp_path / "two", tmp_path / "one")
@@ -170,7 +170,7 @@ def test_a_run_that_goes_on_another_day_has_the_prompts_of_the_first(files, date
     assert metrics(tmp_path / "other") != metrics(tmp_path / "one")
 
 
-def test_an_evaluation_that_goes_on_another_day_asks_as_on_the_first(dated, tmp_path):
+def test_an_evaluation_that_goes_on_another_day_asks_as_on_the_first(dated, tmp_path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row | {"label": "1"}) + "\n" for row in ROWS[:4]))
 
     def evaluated(folder: Path, days: list[str], *flags: str) -> tuple[int, str]:
@@ -215,7 +215,7 @@ def test_an_evaluation_that_goes_on_another_day_asks_as_on_the_first(dated, tmp_
         assert responses(tmp_path / name) != expected
 
 
-def test_two_steps_with_real_vocabularies(tmp_path):
+def test_two_steps_with_real_vocabularies(tmp_path) -> None:
     save_model(tmp_path / "student", "llama", vocab_size=20001, scale=0.1)
     save_real_byte_level(tmp_path / "student")
     save_model(tmp_path / "teacher", "qwen2", vocab_size=32768, scale=0.1)
@@ -227,13 +227,13 @@ def test_two_steps_with_real_vocabularies(tmp_path):
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_checkpoint_goes_before_the_folder_s_weights(files, tmp_path):
+def test_a_checkpoint_goes_before_the_folder_s_weights(files, tmp_path) -> None:
     argv = command_line(files, "--train-iters", "1", "--pretrained-checkpoint", str(tmp_path))
     ((code, _, err),) = run_ranks(1, _main, argv)
     assert code == 1 and f"--pretrained-checkpoint {tmp_path}: no checkpoint there" in err
 
 
-def test_folders_without_weights_are_reported_once(files, tmp_path):
+def test_folders_without_weights_are_reported_once(files, tmp_path) -> None:
     shutil.copytree(files / "teacher", tmp_path / "teacher")
     (tmp_path / "teacher" / "model.safetensors").unlink()
     argv = command_line(files, "--teacher-hf-checkpoint", str(tmp_path / "teacher"), "--train-iters", "1")
@@ -243,7 +243,7 @@ def test_folders_without_weights_are_reported_once(files, tmp_path):
     assert lines == [f" random weights: --teacher-hf-checkpoint {tmp_path / 'teacher'}"]
 
 
-# Wrong folders: one line that names the flag, and exit code 1.
+# Invalid folders: one line that names the flag, and exit code 1.
 
 
 def drop_tensor(folder: Path) -> None:
@@ -294,7 +294,7 @@ def shrink_vocabulary(folder: Path) -> None:
         (long_template, ["hf-checkpoint", "chat_template.jinja writes more than 16,777,216 characters"]),
     ],
 )
-def test_a_wrong_folder_is_one_line_that_names_the_flag(files, tmp_path, side, damage, words):
+def test_a_wrong_folder_is_one_line_that_names_the_flag(files, tmp_path, side, damage, words) -> None:
     shutil.copytree(files / "student", tmp_path / "copy")
     damage(tmp_path / "copy")
     argv = command_line(files, "--apply-chat-template", f"--{side}hf-checkpoint", str(tmp_path / "copy"))
@@ -306,7 +306,7 @@ def test_a_wrong_folder_is_one_line_that_names_the_flag(files, tmp_path, side, d
         assert word in err
 
 
-def test_messages_need_the_flag_and_a_tokenizer_that_reads_chats(files, tiny):
+def test_messages_need_the_flag_and_a_tokenizer_that_reads_chats(files, tiny) -> None:
     ((code, _, err),) = run_ranks(1, _main, command_line(files, "--prompt-data", str(files / "chat.jsonl")))
     assert code == 1 and "chat.jsonl, line 1: " in err and "need --apply-chat-template" in err
     argv = command_line(files, "--apply-chat-template", "--tokenizer-model", str(tiny / "student.model"))

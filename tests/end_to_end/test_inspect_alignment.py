@@ -1,4 +1,4 @@
-"""The tool that shows an alignment: its three formats, and its page in a real browser where there is one."""
+"""The tool that shows an alignment: its three formats, and its page in a real browser if one is installed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def arguments(tmp_path) -> list[str]:
     return ["--teacher-tokenizer", teacher, "--student-tokenizer", student]
 
 
-def test_json_has_segments_ids_and_what_was_dropped(arguments, capsys):
+def test_json_has_segments_ids_and_what_was_dropped(arguments, capsys) -> None:
     assert tool.main([*arguments, "--text", "hello", "--format", "json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["teacher_ids"], result["student_ids"]) == ([257, 258], [256, 257, 111])
@@ -32,7 +32,7 @@ def test_json_has_segments_ids_and_what_was_dropped(arguments, capsys):
     assert [token["text"] for token in unit["student"]] == ["he", "ll", "o"]
 
 
-def test_bytes_that_are_no_text_are_shown_and_counted(arguments, tmp_path, capsys):
+def test_bytes_that_are_no_text_are_shown_and_counted(arguments, tmp_path, capsys) -> None:
     (tmp_path / "bytes").write_bytes(b"he\xff\xfelo")
     assert tool.main([*arguments, "--text-file", str(tmp_path / "bytes"), "--format", "json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -43,28 +43,28 @@ def test_bytes_that_are_no_text_are_shown_and_counted(arguments, tmp_path, capsy
     )
 
 
-def test_a_text_on_the_command_line_may_be_any_bytes(arguments, capsys):
+def test_a_text_on_the_command_line_may_be_any_bytes(arguments, capsys) -> None:
     assert tool.main([*arguments, "--text", os.fsdecode(b"he\xff"), "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["rest"] == "\\xff"
 
 
-def test_the_terminal_marks_what_is_not_one_to_one(arguments, capsys):
+def test_the_terminal_marks_what_is_not_one_to_one(arguments, capsys) -> None:
     assert tool.main([*arguments, "--text", "hello <he", "--format", "terminal"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("[hello]│[ <]│he│") and "\x1b" not in shown
     assert " 1:1  1 " in shown and " n:m  1 " in shown and " 1:n  1 " in shown
 
 
-def test_errors_name_the_flag(arguments, capsys):
+def test_errors_name_the_flag(arguments, capsys) -> None:
     assert tool.main([*arguments, "--text-file", "/none/such"]) == 1
     assert "/none/such" in capsys.readouterr().err
     assert tool.main([*arguments[:2], "--student-tokenizer", "nothing.json", "--text", "a"]) == 1
     assert "error: --student-tokenizer: " in capsys.readouterr().err
 
 
-def test_the_page_in_a_browser(arguments, tmp_path):
-    """Offline, in light and dark: pointing shows ids and bytes, a click dims a kind, no byte of the text is
-    markup.
+def test_the_page_in_a_browser(arguments, tmp_path) -> None:
+    """Offline, in light and dark: pointing shows ids and bytes, a click dims a kind, and no byte of the
+    text becomes markup.
     """
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     browser_path = shutil.which("chromium") or shutil.which("chromium-browser")

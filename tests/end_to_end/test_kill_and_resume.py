@@ -16,13 +16,13 @@ from tests.tiny import command_line
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path):
+def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path) -> None:
     text = verify(tmp_path, kills=3, seed=3, processes=2)
     assert text.startswith("kill -9 at 3 moments (") and "28 tensors" in text
 
 
-def test_ranks_of_torchrun_save_on_sigterm_and_go_on(tiny, tmp_path):
-    """Real processes: what a cluster's scheduler does to a job, and the job started again."""
+def test_ranks_of_torchrun_save_on_sigterm_and_go_on(tiny, tmp_path) -> None:
+    """Real processes: the signal that a cluster's scheduler sends to a job, and the restarted job."""
 
     run = (
         "--run-dir",

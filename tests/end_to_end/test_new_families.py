@@ -1,5 +1,6 @@
-"""The normal command with families of several kinds of layers: a teacher with latent attention and experts, a
-student with a gated delta net, resumed and exported."""
+"""The normal command with families of several kinds of layers: a teacher with latent attention and experts,
+and a student with a gated delta net, resumed and exported.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ def _convert(rank: int, world_size: int, argv: list[str]) -> int | None:
     return convert(argv)
 
 
-def test_a_deepseek_teacher_and_a_qwen3_5_student(tiny, tmp_path):
+def test_a_deepseek_teacher_and_a_qwen3_5_student(tiny, tmp_path) -> None:
     save_model(tmp_path / "teacher", "deepseek_v3", vocab_size=300, **TEACHER)
     save_model(tmp_path / "student", "qwen3_5_text", vocab_size=360, **STUDENT)
     command = command_line(

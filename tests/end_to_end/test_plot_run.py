@@ -1,5 +1,5 @@
-"""The report of a run: its numbers, files that are not a run's, and the page in a real browser where there is
-one.
+"""The report of a run: its numbers, files that are not a run's, and the page in a real browser
+if one is installed.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def write_run(folder: Path, *, iterations: int = 70) -> None:
     )
 
 
-def test_a_page_and_a_picture(tmp_path, capsys):
+def test_a_page_and_a_picture(tmp_path, capsys) -> None:
     write_run(tmp_path / "run")
     assert tool.main([str(tmp_path / "run"), "--png", str(tmp_path / "curves.png")]) == 0
     assert "report.html" in capsys.readouterr().out
@@ -75,7 +75,7 @@ def test_a_page_and_a_picture(tmp_path, capsys):
     assert (tmp_path / "run" / "report.html").read_bytes() == first, "the same run, the same page"
 
 
-def test_a_run_that_was_killed_while_it_wrote(tmp_path):
+def test_a_run_that_was_killed_while_it_wrote(tmp_path) -> None:
     write_run(tmp_path / "run")
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"kind": "step", "iter')
@@ -95,7 +95,7 @@ def test_a_run_that_was_killed_while_it_wrote(tmp_path):
         ('{"loss": 1}\n', "line 1 has no iteration and kind"),
     ],
 )
-def test_what_is_no_run_is_one_line(tmp_path, capsys, text, words):
+def test_what_is_no_run_is_one_line(tmp_path, capsys, text, words) -> None:
     if text is not None:
         (tmp_path / "metrics.jsonl").write_text(text)
     assert tool.main([str(tmp_path)]) == 1
@@ -104,7 +104,7 @@ def test_what_is_no_run_is_one_line(tmp_path, capsys, text, words):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_the_page_in_a_browser(tmp_path):
+def test_the_page_in_a_browser(tmp_path) -> None:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     browser_path = shutil.which("chromium") or shutil.which("chromium-browser")
     if browser_path is None:

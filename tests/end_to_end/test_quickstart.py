@@ -1,6 +1,4 @@
-"""The quick start runs from one end to the other, two steps a stage: real torchrun, two ranks, real
-tokenizers.
-"""
+"""The whole quick start with two steps in each stage: real torchrun, two ranks, real tokenizers."""
 
 from __future__ import annotations
 
@@ -31,7 +29,9 @@ needs_tokenizers = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """A checkout in which the quick start has run, two steps a stage; what it printed is in `printed`."""
+    """A checkout in which the quick start has run, with two steps in each stage. Its
+    output is in `printed`.
+    """
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("megatron_simct", "tools", "examples"):
         (folder / name).symlink_to(ROOT / name)
@@ -42,7 +42,7 @@ def checkout(tmp_path_factory) -> Path:
 
 
 def _run(command: list[str], folder: Path) -> str:
-    """What the command prints, and the errors, as a person in `folder` sees them in a pipe."""
+    """The output of the command and its errors, as a person in `folder` sees them in a pipe."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -59,7 +59,7 @@ def _run(command: list[str], folder: Path) -> str:
 
 
 @needs_tokenizers
-def test_quickstart_smoke(checkout):
+def test_quickstart_smoke(checkout) -> None:
     folder = checkout / "runs" / "quickstart"
     summary = json.loads((folder / "summary.json").read_text())
     assert {
@@ -88,7 +88,7 @@ def test_quickstart_smoke(checkout):
 
 
 @needs_tokenizers
-def test_a_warm_up_on_the_teachers_answers_is_a_chain_of_commands_that_the_tools_accept(tmp_path):
+def test_a_warm_up_on_the_teachers_answers_is_a_chain_of_commands_that_the_tools_accept(tmp_path) -> None:
     options = quickstart.parse(["--warm-up", "teacher", "--processes", "1", "--run-dir", str(tmp_path)])
     recipe = quickstart.Recipe(options, tmp_path)
     distil = recipe.distil("bytes", "distil")
@@ -103,7 +103,7 @@ def test_a_warm_up_on_the_teachers_answers_is_a_chain_of_commands_that_the_tools
         evaluate._parser().parse_args(list(stage.command[2:])) for stage in (sample, evaluation)
     )
     selected = select_responses._parser().parse_args(list(select.command[2:]))
-    # What a stage leaves is what the next one reads.
+    # The output of each stage is the input of the next one.
     assert asked.pretrained_checkpoint == str(teacher.output / "checkpoint")
     assert (str(selected.responses), selected.data) == (asked.output_dir, asked.data)
     assert (
@@ -120,7 +120,7 @@ def test_a_warm_up_on_the_teachers_answers_is_a_chain_of_commands_that_the_tools
 
 
 @needs_tokenizers
-def test_the_example_of_hints_is_a_chain_whose_teacher_reads_the_solution(tmp_path):
+def test_the_example_of_hints_is_a_chain_whose_teacher_reads_the_solution(tmp_path) -> None:
     warm_up, evaluation, distil = hints.stages(hints.parse(["--run-dir", str(tmp_path)]), tmp_path)
     trained, taught = (
         parse_config(list(stage.command[stage.command.index("megatron_simct.train") + 1 :]))
@@ -148,7 +148,7 @@ def test_the_example_of_hints_is_a_chain_whose_teacher_reads_the_solution(tmp_pa
 
 @needs_tokenizers
 @pytest.mark.parametrize("number", range(8))
-def test_the_first_hour_is_as_its_page_prints_it(checkout, number):
+def test_the_first_hour_is_as_its_page_prints_it(checkout, number) -> None:
     commands = commands_of(FIRST_HOUR)
     assert len(commands) == 8
     command, expected = commands[number]

@@ -1,6 +1,4 @@
-"""The teacher's command as a user starts it, on a Hugging Face folder, and a student that trains against
-it.
-"""
+"""The teacher's command as a user starts it, on a Hugging Face folder, and a student that trains with it."""
 
 from __future__ import annotations
 
@@ -32,8 +30,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """A student folder of qwen2, and a teacher folder of gemma2 (soft-caps, tied embeddings) in many
-    files.
+    """A student folder of qwen2, and a teacher folder of gemma2 (soft-caps, tied
+    embeddings) in many files.
     """
     root = tmp_path_factory.mktemp("folders")
     save_model(root / "student", "qwen2", tie_word_embeddings=True, vocab_size=333, scale=0.1)
@@ -65,9 +63,9 @@ def student(files: Path, folder: Path, *flags: str) -> list[str]:
     ]
 
 
-def test_torchrun_serves_a_folder_and_sigterm_ends_it(files, tmp_path):
-    """A student in two ranks reads from the folder only the rows that it shares, and trains as with its own
-    teacher.
+def test_torchrun_serves_a_folder_and_sigterm_ends_it(files, tmp_path) -> None:
+    """A student on two ranks reads from the folder only the rows that it shares, and trains as with
+    a colocated teacher.
     """
     environment = {
         k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
@@ -109,19 +107,19 @@ def test_torchrun_serves_a_folder_and_sigterm_ends_it(files, tmp_path):
             and status["queue"] == status["malformed"] == 0
             and status["memory_mib"] > 50
         )
-        os.kill(endpoint.pid, signal.SIGTERM)  # of its replica, one rank is enough: it tells the other
+        os.kill(endpoint.pid, signal.SIGTERM)  # one rank of its replica is enough: it tells the other
         out, _ = teacher.communicate(timeout=60)
         assert teacher.returncode == 0, out
         assert " teacher replica 0 stops: 16 requests, " in out
         assert not read_endpoints(tmp_path / "teacher") and not list((tmp_path / "teacher").glob("*.status"))
     finally:
-        if teacher.poll() is None:  # torchrun's workers are in sessions of their own: it ends them itself
+        if teacher.poll() is None:  # torchrun's workers are in their own sessions: torchrun ends them itself
             teacher.terminate()
             teacher.wait(60)
 
 
 @pytest.mark.parametrize("side, name", [("teacher", "model.embed_tokens.weight"), ("student", None)])
-def test_rows_of_the_head_are_those_of_the_folder(files, side, name):
+def test_rows_of_the_head_are_those_of_the_folder(files, side, name) -> None:
     tensors = {k: v for file in (files / side).glob("*.safetensors") for k, v in load_file(file).items()}
     whole = tensors[name or "model.embed_tokens.weight"]
     folder = str(files / side)
@@ -153,7 +151,7 @@ def test_rows_of_the_head_are_those_of_the_folder(files, side, name):
 )
 def test_wrong_input_is_one_line_that_names_the_flag_before_the_model_is_loaded(
     files, tmp_path, more, code, words
-):
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         more = [value.replace("TAKEN", str(taken.getsockname()[1])) for value in more]
         argv = ["--teacher-hf-checkpoint", str(files / "teacher"), "--run-dir", str(tmp_path), *more]
@@ -173,7 +171,7 @@ def _main(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
     import contextlib
     import io
 
-    def load(*_, **__):
+    def load(*_, **__) -> None:
         raise AssertionError("the model was loaded first")
 
     serve_teacher.open_model = load
@@ -186,7 +184,7 @@ def _main(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
     return code, err.getvalue()
 
 
-def test_a_folder_without_weights_is_no_teacher(tiny, tmp_path):
+def test_a_folder_without_weights_is_no_teacher(tiny, tmp_path) -> None:
     argv = ["--teacher-hf-checkpoint", str(tiny / "teacher"), "--run-dir", str(tmp_path)]
     ((code, err),) = run_ranks(1, _main, [*argv, "--teacher-tokenizer-model", str(tiny / "teacher.tiktoken")])
     assert code == 1 and "has no weights, but a teacher needs them" in err and err.count("\n") == 1

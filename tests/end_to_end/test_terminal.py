@@ -1,4 +1,4 @@
-"""What commands write to a terminal, with colours and without, and what they write where there is none."""
+"""Output of commands on a terminal, with and without colours, and without a terminal."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ SHOWN = {
     "evaluate": "95 % interval",
     "train": "evaluation at iteration 1",
 }
-"""Something that each command writes."""
+"""A part of each command's output."""
 BARS = {"evaluate": "grading"}
-"""What stands beside the bar of a command that takes long. Training's bar: tests/unit/test_monitoring.py."""
+"""The text beside the progress bar of a slow command. Training's bar: tests/unit/test_monitoring.py."""
 NOISE = re.compile(r"warning|deprecat|traceback|no cuda|found, using", re.IGNORECASE)
 
 
@@ -54,7 +54,7 @@ def _environment(**more: str) -> dict[str, str]:
 
 
 def _on_a_terminal(command: list[str], folder: Path, **more: str) -> str:
-    """What a terminal of 100 columns is sent."""
+    """The output to a terminal of 100 columns."""
     ours, theirs = pty.openpty()
     environment = _environment(COLUMNS="100", **more)
     process = subprocess.Popen(
@@ -74,7 +74,7 @@ def _on_a_terminal(command: list[str], folder: Path, **more: str) -> str:
 
 
 @pytest.mark.parametrize("name", SHOWN)
-def test_a_pipe_gets_plain_lines_and_nothing_else(name, desk, tmp_path):  # noqa: F811
+def test_a_pipe_gets_plain_lines_and_nothing_else(name, desk, tmp_path) -> None:  # noqa: F811
     command = _argv(name, desk, tmp_path)
     done = subprocess.run(command, cwd=desk, env=_environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -84,7 +84,7 @@ def test_a_pipe_gets_plain_lines_and_nothing_else(name, desk, tmp_path):  # noqa
 
 
 @pytest.mark.parametrize("name", ["inspect", "check_pair", "evaluate"])
-def test_a_terminal_gets_colours_and_bars_unless_no_color_is_set(name, desk, tmp_path):  # noqa: F811
+def test_a_terminal_gets_colours_and_bars_unless_no_color_is_set(name, desk, tmp_path) -> None:  # noqa: F811
     coloured = _on_a_terminal(_argv(name, desk, tmp_path / "first"), desk)
     plain = _on_a_terminal(_argv(name, desk, tmp_path / "second"), desk, NO_COLOR="1")
     assert COLOUR.search(coloured) and not COLOUR.search(plain)

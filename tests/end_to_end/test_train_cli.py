@@ -1,6 +1,4 @@
-"""The command as a user starts it: real processes, their exit codes, what they print and what they leave
-behind.
-"""
+"""The command as a user starts it: real processes, their exit codes, their output and their files."""
 
 from __future__ import annotations
 
@@ -15,6 +13,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -34,7 +33,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def start(*command: str) -> subprocess.CompletedProcess:
-    """A fresh interpreter, outside of any job."""
+    """A fresh interpreter, without a job's environment."""
     torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     env = {name: value for name, value in os.environ.items() if name not in torchrun and "SLURM" not in name}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -78,7 +77,7 @@ def first_run(tiny, tmp_path_factory) -> tuple[Path, list[str], subprocess.Compl
     return folder, argv, start("-m", "megatron_simct.train", *argv)
 
 
-def test_one_process_trains_and_leaves_metrics_config_and_checkpoint(first_run):
+def test_one_process_trains_and_leaves_metrics_config_and_checkpoint(first_run) -> None:
     folder, argv, result = first_run
     rows = assert_two_steps(result, folder / "run")
     assert {name for row in rows for name in row} - {"kind", "iteration"} <= METRICS.keys()
@@ -88,7 +87,7 @@ def test_one_process_trains_and_leaves_metrics_config_and_checkpoint(first_run):
     assert sorted(path.name for path in (folder / "save").iterdir()) == ["iter_0000002", TRACKER]
 
 
-def test_torchrun_goes_on_from_its_checkpoint_and_its_config_on_two_ranks(first_run, tmp_path):
+def test_torchrun_goes_on_from_its_checkpoint_and_its_config_on_two_ranks(first_run, tmp_path) -> None:
     folder, _, _ = first_run
     result = start(
         *(
@@ -115,7 +114,7 @@ def test_torchrun_goes_on_from_its_checkpoint_and_its_config_on_two_ranks(first_
     )
 
 
-def test_a_missing_file_is_one_line_and_exit_code_1(tiny):
+def test_a_missing_file_is_one_line_and_exit_code_1(tiny) -> None:
     result = start("-m", "megatron_simct.train", *command_line(tiny, "--prompt-data", "/nowhere/train.jsonl"))
     assert result.returncode == 1
     assert result.stdout == ""
@@ -127,7 +126,7 @@ def test_a_missing_file_is_one_line_and_exit_code_1(tiny):
 # The same entry point in forked processes: an import of torch and megatron-core costs seconds.
 
 
-def _main(rank, world_size, argv):
+def _main(rank, world_size, argv) -> tuple[Any, str, str]:
     """Exit code, stdout and stderr."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -144,7 +143,7 @@ def write_rows(path: Path, *rows: dict) -> str:
 
 
 def _said(out: str) -> list[str]:
-    """The lines of a run, but for those that say which weights it starts from."""
+    """The lines of a run, without those that name the initial weights."""
     return [
         line
         for line in out.splitlines()
@@ -200,8 +199,8 @@ def _said(out: str) -> list[str]:
     ],
     ids=lambda value: value[0].lstrip("-") if isinstance(value, list) and value[0].startswith("--") else "",
 )
-def test_wrong_input_is_one_line_that_names_the_flag(tiny, more, code, words):
-    """And it is found before anything else runs, so that the first evaluation prints nothing."""
+def test_wrong_input_is_one_line_that_names_the_flag(tiny, more, code, words) -> None:
+    """It is also found before anything else runs, so the first evaluation prints nothing."""
     argv = command_line(tiny, "--eval-prompt-data", str(tiny / "held_out.jsonl"), *more)
     ((found, out, err),) = run_ranks(1, _main, argv)
     assert found == code and _said(out) == []
@@ -211,7 +210,7 @@ def test_wrong_input_is_one_line_that_names_the_flag(tiny, more, code, words):
         assert word in err
 
 
-def test_wrong_content_of_the_files_is_one_line_too(tiny, tmp_path):
+def test_wrong_content_of_the_files_is_one_line_too(tiny, tmp_path) -> None:
     unlabelled = write_rows(tmp_path / "held_out.jsonl", {"prompt": "a", "label": "b"}, {"prompt": "a"})
     small = tmp_path / "small"
     small.mkdir()
@@ -242,7 +241,7 @@ def test_wrong_content_of_the_files_is_one_line_too(tiny, tmp_path):
                 assert word in err
 
 
-def test_prompts_that_are_left_out_are_counted(tiny, tmp_path):
+def test_prompts_that_are_left_out_are_counted(tiny, tmp_path) -> None:
     rows = [{"prompt": "Tom has 1 apples."}] * 7 + [{"prompt": "Tom has 1 apples. " * 20}]
     held_out = [row | {"label": "Tom has 1 apples."} for row in rows[4:]]
     argv = command_line(
@@ -256,8 +255,10 @@ def test_prompts_that_are_left_out_are_counted(tiny, tmp_path):
     assert results[1][1] == "", "only the first rank prints"
 
 
-def test_a_given_alignment_map_is_the_one_that_is_used(tiny, tmp_path):
-    """A map of the same tokenizers with half of the pairs compares fewer tokens; another's is refused."""
+def test_a_given_alignment_map_is_the_one_that_is_used(tiny, tmp_path) -> None:
+    """A map of the same tokenizers with half of the pairs compares fewer tokens. A map of other
+    tokenizers is refused.
+    """
     student = load_tokenizer(str(tiny / "student.model"))
     teacher = load_tokenizer(str(tiny / "teacher.tiktoken"))
     whole = build_alignment_map(student, teacher)
@@ -286,7 +287,7 @@ def test_a_given_alignment_map_is_the_one_that_is_used(tiny, tmp_path):
     )
 
 
-def test_a_run_stops_at_the_wanted_accuracy(tiny, tmp_path):
+def test_a_run_stops_at_the_wanted_accuracy(tiny, tmp_path) -> None:
     argv = command_line(tiny, "--eval-prompt-data", str(tiny / "held_out.jsonl"), "--exit-eval-accuracy", "0")
     ((code, out, _),) = run_ranks(1, _main, [*argv, "--save", str(tmp_path / "save")])
     assert code == 0
@@ -300,7 +301,7 @@ def test_a_run_stops_at_the_wanted_accuracy(tiny, tmp_path):
     assert (tmp_path / "save" / TRACKER).read_text() == "0"
 
 
-def test_the_printed_configuration_is_that_of_the_command_line(tiny):
+def test_the_printed_configuration_is_that_of_the_command_line(tiny) -> None:
     ((code, out, err),) = run_ranks(1, _main, [*command_line(tiny), "--print-config"])
     assert code == 0 and err == ""
     (tiny / "printed.yaml").write_text(out)
@@ -311,8 +312,8 @@ def test_the_printed_configuration_is_that_of_the_command_line(tiny):
     )
 
 
-def test_two_launchers_on_one_host_where_the_usual_port_is_taken(tiny, tmp_path):
-    """29500 is torchrun's own choice, and what PyTorch's examples use: another job may hold it."""
+def test_two_launchers_on_one_host_where_the_usual_port_is_taken(tiny, tmp_path) -> None:
+    """29500 is the default port of torchrun and of PyTorch's examples: another job may use it."""
     values = {
         "hf_checkpoint": str(tiny / "student"),
         "tokenizer_model": str(tiny / "student.model"),
@@ -331,7 +332,7 @@ def test_two_launchers_on_one_host_where_the_usual_port_is_taken(tiny, tmp_path)
             held = stack.enter_context(socket.socket(family))
             if family == socket.AF_INET6:
                 held.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            with contextlib.suppress(OSError):  # somebody else holds it, or the machine has no IPv6
+            with contextlib.suppress(OSError):  # another process uses it, or the machine has no IPv6
                 held.bind((address, 29500))
                 held.listen()
         launchers = []

@@ -1,4 +1,4 @@
-"""The steps of a first run on a GPU as tests; skipped, with the reason, where there is no GPU."""
+"""The steps of a first run on a GPU as tests. They are skipped, with the reason, if there is no GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.gpu.smoke import STEPS, in_time
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
-def test_on_gpu(step, tmp_path):
+def test_on_gpu(step, tmp_path) -> None:
     device = smoke_device()
     if device is None:
         pytest.skip("no CUDA device; SIMCT_GPU_SMOKE_DEVICE=cpu runs the same code small on CPU")

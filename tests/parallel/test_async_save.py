@@ -1,5 +1,5 @@
-"""--async-save: a checkpoint is what its step was, gets its name when it is whole, and a refused one stops
-the run.
+"""--async-save: a checkpoint has the state of its step, gets its name when it is complete, and a
+failed one stops the run.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.train import train
 from megatron_simct.update import torch_dist
 from megatron_simct.update.checkpoint import TRACKER
+from megatron_simct.update.step import StepReport
 from tests.distributed import run_ranks
 from tests.runs import assert_same_run, run
 from tests.tiny import command_line, config
@@ -32,13 +33,13 @@ def names(folder: Path) -> list[str]:
 
 
 class _Steps:
-    """Runs the loop of a job one step at a time, and looks at the folder between them."""
+    """Runs the loop of a job one step at a time, and lists the folder between steps."""
 
     def __init__(self, job, folder: Path, released: threading.Event) -> None:
         self.seen: list[list[str]] = []
         step = job.updater.step
 
-        def watched(batches):
+        def watched(batches) -> StepReport:
             self.seen.append(names(folder))
             if len(self.seen) == 3:
                 released.set()
@@ -47,12 +48,12 @@ class _Steps:
         job.updater.step = watched
 
 
-def _train_held_up(rank, world_size, files, folder):
-    """Folders before each step, where the last rank may write only when the third step has begun."""
+def _train_held_up(rank, world_size, files, folder) -> list[list[str]]:
+    """Folders before each step. The last rank may write only when the third step has begun."""
     released = threading.Event()
     write = torch_dist._write_here
 
-    def held_up(*args):
+    def held_up(*args) -> None:
         assert rank == 0 or released.wait(60)
         write(*args)
 
@@ -66,7 +67,7 @@ def _train_held_up(rank, world_size, files, folder):
         return steps.seen
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(tiny, tmp_path):
+def test_training_goes_on_while_a_checkpoint_is_written(tiny, tmp_path) -> None:
     for seen in run_ranks(2, _train_held_up, tiny, tmp_path):
         assert seen[0] == seen[1] == []
         assert len(seen[2]) == 1 and seen[2][0].startswith("iter_0000002.") and seen[2][0].endswith(".tmp")
@@ -74,8 +75,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [(), ("--use-distributed-optimizer",)], ids=["plain", "shared"])
-def test_it_ends_and_resumes_as_without_it(tiny, tmp_path, flags):
-    """What is saved is what the step was: training changes the weights while they are written."""
+def test_it_ends_and_resumes_as_without_it(tiny, tmp_path, flags) -> None:
+    """The saved state is that of the step: training changes the weights while they are written."""
     through, resumed = tmp_path / "through", tmp_path / "resumed"
     for folder, iterations, more in (
         (through, 3, ()),
@@ -88,10 +89,10 @@ def test_it_ends_and_resumes_as_without_it(tiny, tmp_path, flags):
     assert names(resumed / "save") == ["iter_0000003"]
 
 
-def _refused(rank, world_size, argv):
+def _refused(rank, world_size, argv) -> tuple[int, str, str]:
     """A run whose disk refuses the files of the second rank."""
 
-    def full(writer, rank, buckets, results):
+    def full(writer, rank, buckets, results) -> None:
         results.put(OSError(28, "No space left on device"))
 
     if rank == 1:
@@ -99,7 +100,7 @@ def _refused(rank, world_size, argv):
     return run(rank, world_size, argv)
 
 
-def test_a_disk_that_refuses_stops_all_ranks(tiny, tmp_path):
+def test_a_disk_that_refuses_stops_all_ranks(tiny, tmp_path) -> None:
     results = run_ranks(2, _refused, arguments(tiny, tmp_path, 4, "--async-save"))
     for code, _, error in results:
         assert code == 1 and "--save" in error and "cannot be written" in error and error.count("\n") == 1, (

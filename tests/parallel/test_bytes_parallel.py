@@ -28,7 +28,7 @@ def evaluate_all(rank: int, world_size: int, dtype: torch.dtype) -> list[Evaluat
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_loss_and_gradient_equal_the_oracle_on_shards(world_size):
+def test_loss_and_gradient_equal_the_oracle_on_shards(world_size) -> None:
     by_rank = run_ranks(world_size, evaluate_all, torch.float64)
     options = [(cases, divergence) for cases in CASES for divergence in DIVERGENCES]
     for (cases, divergence), *evaluations in zip(options, *by_rank, strict=True):
@@ -62,7 +62,7 @@ def evaluate_any(rank: int, world_size: int) -> list[Evaluation]:
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_bounds_for_any_tokenizer_equal_the_oracle_on_shards(world_size):
+def test_bounds_for_any_tokenizer_equal_the_oracle_on_shards(world_size) -> None:
     by_rank = run_ranks(world_size, evaluate_any)
     options = [(cases, divergence) for cases in ANY for divergence in DIVERGENCES]
     for (cases, divergence), *evaluations in zip(options, *by_rank, strict=True):
@@ -78,7 +78,7 @@ def test_bounds_for_any_tokenizer_equal_the_oracle_on_shards(world_size):
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_layouts_agree_in_float32(world_size):
+def test_layouts_agree_in_float32(world_size) -> None:
     (alone,) = run_ranks(1, evaluate_all, torch.float32)
     for reference, *evaluations in zip(
         alone, *run_ranks(world_size, evaluate_all, torch.float32), strict=True
@@ -96,7 +96,7 @@ def count(rank: int, world_size: int) -> dict[str, int]:
     return sent
 
 
-def test_what_crosses_ranks_is_two_reductions_a_model():
+def test_what_crosses_ranks_is_two_reductions_a_model() -> None:
     (sent, _) = run_ranks(2, count)
     numbers = 0
     for student, teacher in CASES[0]:
@@ -110,9 +110,9 @@ def test_what_crosses_ranks_is_two_reductions_a_model():
 
 
 def evaluate_split(rank: int, world_size: int) -> list[tuple]:
-    """For each of CASES, with labels dealt out in pieces as context parallelism does: this rank's share of
-    the sum, the gradient of all rows' logits, its share of the labels' losses, what is exchanged, and the
-    bytes that were sent.
+    """For each of CASES, with labels distributed in pieces as context parallelism does: this rank's share
+    of the sum, the gradient of all rows' logits, its share of the labels' losses, the exchanged values,
+    and the bytes sent.
     """
     found = []
     for cases in CASES:
@@ -159,8 +159,8 @@ def evaluate_split(rank: int, world_size: int) -> list[tuple]:
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_rows_split_over_context_parallel_ranks(world_size):
-    """Both models' rows, tokens that straddle the cuts among them; and what the ranks send each other."""
+def test_rows_split_over_context_parallel_ranks(world_size) -> None:
+    """Both models' rows, with tokens that straddle the cuts; and what the ranks send each other."""
     by_rank = run_ranks(world_size, evaluate_split)
     exchanged = 0
     for cases, *found in zip(CASES, *by_rank, strict=True):
@@ -171,8 +171,8 @@ def test_rows_split_over_context_parallel_ranks(world_size):
         num_labels = len(alone.label_losses)
         for _, of_rows, _, number, sent in found:
             torch.testing.assert_close(of_rows, gradient, rtol=1e-10, atol=1e-10)
-            # Forward and back, in float64: a number for each label, and one for each segment that another
-            # rank needs.
+            # Forward and back, in float64: a number for each label, and one for each segment that
+            # another rank needs.
             assert sent == {"all_reduce": 2 * 8 * (num_labels + number)}
             exchanged += number
     assert exchanged > 20, "no token straddled a cut"

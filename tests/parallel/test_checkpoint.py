@@ -1,4 +1,4 @@
-"""Weights survive a change of layout bit by bit; what cannot be loaded says why in one line."""
+"""Weights survive a change of layout bit by bit. If a checkpoint cannot be loaded, one line says why."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import io
 import json
 import os
 import queue
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_simct.alignment import load_tokenizer
 from megatron_simct.loading import load_model
+from megatron_simct.models.build import HiddenStateModel, InterleavedModel
 from megatron_simct.models.norm import RMSNorm
 from megatron_simct.parallel.cpu import megatron_imports
 from megatron_simct.parallel.initialize import process_groups
@@ -27,17 +30,17 @@ with megatron_imports():
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 
-def student_of(folder, groups, *flags):
+def student_of(folder, groups, *flags) -> HiddenStateModel | InterleavedModel:
     """The student with random weights, or those of --pretrained-checkpoint."""
     resolved = config(folder, "--tensor-model-parallel-size", str(groups.tp_size), *flags)
     tokenizer = load_tokenizer(resolved.model.tokenizer_model)
     return load_model(resolved, resolved.model, groups, tokenizer, prefix="")
 
 
-def in_job(function):
-    """function(groups, *args) on every rank, with tensor parallelism over all of them."""
+def in_job(function) -> Callable[..., Any]:
+    """Run function(groups, *args) on every rank, with tensor parallelism over all of them."""
 
-    def worker(rank, world_size, folder, *args):
+    def worker(rank, world_size, folder, *args) -> Any:
         resolved = config(folder, "--tensor-model-parallel-size", str(world_size))
         with process_groups(resolved.parallel, seed=3) as groups:
             return function(groups, folder, *args)
@@ -45,11 +48,11 @@ def in_job(function):
     return worker
 
 
-def parameters_of(model):
+def parameters_of(model) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def logits_of(model, groups):
+def logits_of(model, groups) -> torch.Tensor:
     """[S, V] over the real vocabulary, gathered."""
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
@@ -61,7 +64,7 @@ def logits_of(model, groups):
 
 
 @in_job
-def _load_and_save(groups, folder, source, target, iteration):
+def _load_and_save(groups, folder, source, target, iteration) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Load from one directory, save in another; the weights and logits in between."""
     model = student_of(folder, groups, *(["--pretrained-checkpoint", str(source)] if source else []))
     save_weights(model, str(target), iteration)
@@ -69,13 +72,13 @@ def _load_and_save(groups, folder, source, target, iteration):
 
 
 @in_job
-def _load(groups, folder, source):
+def _load(groups, folder, source) -> tuple[int, dict[str, torch.Tensor], torch.Tensor]:
     model = student_of(folder, groups)
     iteration = load_weights(model, str(source), flag="--load-it")
     return iteration, parameters_of(model), logits_of(model, groups)
 
 
-def test_weights_go_from_one_rank_to_two_and_back(tiny, tmp_path):
+def test_weights_go_from_one_rank_to_two_and_back(tiny, tmp_path) -> None:
     ((weights, logits),) = run_ranks(1, _load_and_save, tiny, None, tmp_path / "one", 7)
     two = run_ranks(2, _load_and_save, tiny, tmp_path / "one", tmp_path / "two", 8)
     ((iteration, weights_back, logits_back),) = run_ranks(1, _load, tiny, tmp_path / "two")
@@ -86,7 +89,7 @@ def test_weights_go_from_one_rank_to_two_and_back(tiny, tmp_path):
         assert shard["decoder.layers.0.mlp.linear_fc2.weight"].shape == (32, 32), "each rank holds its half"
     assert weights_back.keys() == weights.keys()
     for name, value in weights.items():
-        if name == "embedding.word_embeddings.weight":  # the padding past the vocabulary is nobody's
+        if name == "embedding.word_embeddings.weight":  # no token uses the padding past the vocabulary
             value, weights_back[name] = value[:360], weights_back[name][:360]
         assert torch.equal(weights_back[name], value), name
     assert torch.equal(logits_back, logits)
@@ -95,7 +98,7 @@ def test_weights_go_from_one_rank_to_two_and_back(tiny, tmp_path):
 # What cannot be loaded
 
 
-def _refusals(rank, world_size, folder, sources, tp):
+def _refusals(rank, world_size, folder, sources, tp) -> list[str]:
     """The error for each directory."""
     resolved = config(folder, "--tensor-model-parallel-size", str(tp))
     with process_groups(resolved.parallel, seed=3) as groups:
@@ -109,8 +112,8 @@ def _refusals(rank, world_size, folder, sources, tp):
 
 
 @in_job
-def _save_relatives(groups, folder, target):
-    """Checkpoints of models that are almost the student."""
+def _save_relatives(groups, folder, target) -> None:
+    """Checkpoints of models that differ a little from the student."""
     for name, changes in RELATIVES.items():
         architecture = target / f"{name} model"
         architecture.mkdir()
@@ -127,7 +130,7 @@ RELATIVES = {
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_what_is_no_checkpoint_of_this_model_is_refused_in_one_line(tiny, weights, tmp_path, tp):
+def test_what_is_no_checkpoint_of_this_model_is_refused_in_one_line(tiny, weights, tmp_path, tp) -> None:
     student_dir, teacher_dir = weights[1], weights[3]
     (tmp_path / "empty").mkdir()
     for name, content in (("garbage", "newest"), ("dangling", "12")):
@@ -158,8 +161,8 @@ def test_what_is_no_checkpoint_of_this_model_is_refused_in_one_line(tiny, weight
 
 
 @in_job
-def _killed_before_the_tracker(groups, folder, target):
-    """A sound checkpoint 1; then checkpoint 2 is killed between its last file and the tracker."""
+def _killed_before_the_tracker(groups, folder, target) -> tuple[torch.Tensor, torch.Tensor]:
+    """A sound checkpoint 1; then a kill of checkpoint 2 between its last file and the tracker."""
     model = student_of(folder, groups)
     save_weights(model, str(target), 1)
     first = logits_of(model, groups)
@@ -167,7 +170,7 @@ def _killed_before_the_tracker(groups, folder, target):
         model.output_weight.mul_(2.0)
     replace = os.replace
 
-    def kill(source, target_path):
+    def kill(source, target_path) -> None:
         if str(target_path).endswith(TRACKER):
             raise KeyboardInterrupt
         replace(source, target_path)
@@ -182,8 +185,10 @@ def _killed_before_the_tracker(groups, folder, target):
 
 
 @in_job
-def _resume(groups, folder, target):
-    """What the next run loads, and what it loads after it has saved checkpoint 2 over the remains."""
+def _resume(
+    groups, folder, target
+) -> tuple[tuple[int, torch.Tensor], torch.Tensor, tuple[int, torch.Tensor]]:
+    """The state that the next run loads, and the state after it has saved checkpoint 2 over the remains."""
     model = student_of(folder, groups)
     loaded = load_weights(model, str(target), flag="--load-it"), logits_of(model, groups)
     with torch.no_grad():
@@ -194,7 +199,7 @@ def _resume(groups, folder, target):
     return loaded, saved, (load_weights(other, str(target), flag="--load-it"), logits_of(other, groups))
 
 
-def test_a_kill_before_the_tracker_leaves_the_previous_checkpoint_in_use(tiny, tmp_path):
+def test_a_kill_before_the_tracker_leaves_the_previous_checkpoint_in_use(tiny, tmp_path) -> None:
     ((first, second),) = run_ranks(1, _killed_before_the_tracker, tiny, tmp_path)
     assert not torch.equal(first, second)
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [
@@ -210,9 +215,9 @@ def test_a_kill_before_the_tracker_leaves_the_previous_checkpoint_in_use(tiny, t
 
 
 @in_job
-def _save_as_others_do(groups, folder, target, tracker):
-    """The form of their converters: TransformerEngine's extra state, pickled arguments, `release` or
-    iteration 0.
+def _save_as_others_do(groups, folder, target, tracker) -> torch.Tensor:
+    """The form of their converters: TransformerEngine's extra state, pickled arguments,
+    `release` or iteration 0.
     """
     model = student_of(folder, groups)
     path = target / (tracker if tracker == "release" else f"iter_{int(tracker):07d}")
@@ -236,15 +241,15 @@ def _save_as_others_do(groups, folder, target, tracker):
 
 
 @pytest.mark.parametrize("tracker", ["release", "0"])
-def test_weights_of_megatron_s_converters_are_read(tiny, tmp_path, tracker):
+def test_weights_of_megatron_s_converters_are_read(tiny, tmp_path, tracker) -> None:
     ((logits),) = run_ranks(1, _save_as_others_do, tiny, tmp_path / "theirs", tracker)
     ((iteration, _, loaded),) = run_ranks(1, _load, tiny, tmp_path / "theirs")
     assert iteration == 0 and torch.equal(loaded, logits)
 
 
 @in_job
-def _between_kinds_of_norms(groups, folder, source, target):
-    """Load what norms without extra state have saved into norms that have one, and save those."""
+def _between_kinds_of_norms(groups, folder, source, target) -> torch.Tensor:
+    """Load weights saved by norms without extra state into norms that have one, and save those."""
     RMSNorm.get_extra_state = lambda self: torch.empty(0, dtype=torch.uint8)
     RMSNorm.set_extra_state = lambda self, state: None
     model = student_of(folder, groups)
@@ -254,7 +259,7 @@ def _between_kinds_of_norms(groups, folder, source, target):
     return logits_of(model, groups)
 
 
-def test_checkpoints_with_and_without_extra_state_load_into_each_other(tiny, tmp_path):
+def test_checkpoints_with_and_without_extra_state_load_into_each_other(tiny, tmp_path) -> None:
     ((_, logits),) = run_ranks(1, _load_and_save, tiny, None, tmp_path / "without", 1)
     ((with_state),) = run_ranks(1, _between_kinds_of_norms, tiny, tmp_path / "without", tmp_path / "with")
     ((_, _, back),) = run_ranks(1, _load, tiny, tmp_path / "with")

@@ -1,5 +1,5 @@
-"""tools/convert_checkpoint.py: Hugging Face -> Megatron -> Hugging Face gives every tensor back, bit by
-bit.
+"""tools/convert_checkpoint.py: Hugging Face -> Megatron -> Hugging Face gives every
+tensor back, bit by bit.
 """
 
 from __future__ import annotations
@@ -73,11 +73,11 @@ def tensors_of(folder) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """[family, tied, type] -> a folder, made when first asked for."""
+def folder(tmp_path_factory) -> Callable[..., Path]:
+    """[family, tied, type] -> a folder, made at the first request."""
     made = {}
 
-    def make(family: str, tied: bool, dtype: torch.dtype):
+    def make(family: str, tied: bool, dtype: torch.dtype) -> Path:
         key = family, tied, dtype
         if key not in made:
             made[key] = tmp_path_factory.mktemp("hf")
@@ -111,7 +111,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("there, back, family, tied, dtype", PAIRS)
-def test_every_tensor_comes_back(folder, tmp_path, there, back, family, tied, dtype):
+def test_every_tensor_comes_back(folder, tmp_path, there, back, family, tied, dtype) -> None:
     source = folder(family, tied, dtype)
     (source / "tokenizer.json").write_text("{}")
     assert set(convert("hf-to-megatron", there, hf_checkpoint=source, save=tmp_path / "megatron")) == {0}
@@ -138,9 +138,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """What a folder holds whose config.json says tie_word_embeddings: true, and whether the two are one
-    then.
-    """
+    """The head in a folder whose config.json has tie_word_embeddings: true, and whether it is then tied."""
 
     change: Callable[[dict[str, torch.Tensor]], None]
     tied: bool
@@ -195,8 +193,8 @@ HEADS = {
 )
 def test_a_head_beside_a_tied_embedding_counts_as_in_transformers(
     folder, tmp_path, head, there, back, family
-):
-    """Read, converted in any layout, exported: the logits stay, and the export says which head it has."""
+) -> None:
+    """Read, converted in any layout, exported: the logits stay, and the export reports which head it has."""
     from transformers import AutoModelForCausalLM
 
     case, source = HEADS[head], shutil.copytree(folder(family, True, torch.float32), tmp_path / "source")
@@ -227,7 +225,7 @@ def test_a_head_beside_a_tied_embedding_counts_as_in_transformers(
 
 
 def _write(folder: Path, tensors: dict[str, torch.Tensor], *, many_files: bool) -> None:
-    """The weights, in one file or with the head in a file of its own."""
+    """The weights, in one file, or with the head in a separate file."""
     if not many_files:
         save_file(tensors, str(folder / "model.safetensors"), {"format": "pt"})
         return
@@ -243,7 +241,7 @@ def _write(folder: Path, tensors: dict[str, torch.Tensor], *, many_files: bool) 
     "layout, family",
     [("one", "qwen2"), ("TP2xPP2", "qwen2"), ("PP2 interleaved", "qwen2"), ("TP2xEP2", "qwen3_moe")],
 )
-def test_verify_compares_with_transformers(folder, tmp_path, layout, family, capfd):
+def test_verify_compares_with_transformers(folder, tmp_path, layout, family, capfd) -> None:
     source = folder(family, True, torch.float32)
     assert set(convert("hf-to-megatron", layout, hf_checkpoint=source, save=tmp_path / "m", verify=True)) == {
         0
@@ -252,8 +250,8 @@ def test_verify_compares_with_transformers(folder, tmp_path, layout, family, cap
 
 
 @pytest.fixture(scope="module")
-def with_tokenizer(tmp_path_factory):
-    """A folder whose model has an id for each of its tokenizer's."""
+def with_tokenizer(tmp_path_factory) -> Path:
+    """A folder whose model has an id for each id of its tokenizer."""
     path = tmp_path_factory.mktemp("with_tokenizer")
     save_model(path, "llama", vocab_size=340, num_hidden_layers=4)
     save_byte_fallback(path)
@@ -261,7 +259,7 @@ def with_tokenizer(tmp_path_factory):
 
 
 @pytest.mark.parametrize("layout", ["one", "TP2xPP2"])
-def test_verify_compares_on_a_text_there_and_back(with_tokenizer, tmp_path, layout, capfd):
+def test_verify_compares_on_a_text_there_and_back(with_tokenizer, tmp_path, layout, capfd) -> None:
     text = "Tom has 12 apples, Привет"
     tokenizer = load_tokenizer(str(with_tokenizer))
     expected = [tokenizer.bos_id, *tokenizer.encode(text.encode()).tolist()]
@@ -292,7 +290,7 @@ def _noting(seen: str, folder: str, tokens: torch.Tensor) -> torch.Tensor:
 )
 def test_a_wrong_verify_text_is_found_before_anything_is_written(
     with_tokenizer, tmp_path, change, words, capfd
-):
+) -> None:
     source = shutil.copytree(with_tokenizer, tmp_path / "copy")
     if "vocab_size" in change:
         fields = json.loads((source / "config.json").read_text())
@@ -309,7 +307,7 @@ def test_a_wrong_verify_text_is_found_before_anything_is_written(
     assert not (tmp_path / "m").exists()
 
 
-def test_an_export_is_on_the_disk_before_it_has_its_name(folder, tmp_path):
+def test_an_export_is_on_the_disk_before_it_has_its_name(folder, tmp_path) -> None:
     source = folder("llama", True, torch.float32)
     assert convert("hf-to-megatron", hf_checkpoint=source, save=tmp_path / "m") == [0]
     with patch.object(hf_export, "_sync", partial(_sync_noting, str(tmp_path / "log"))):
@@ -323,12 +321,12 @@ def test_an_export_is_on_the_disk_before_it_has_its_name(folder, tmp_path):
 
 
 def _sync_noting(log: str, path: Path) -> None:
-    """Which path, and whether the export has its name."""
+    """The synced path, and whether the export has its name."""
     with Path(log).open("a") as file:
         file.write(f"{path} {Path(log).with_name('hf').exists()}\n")
 
 
-def test_nothing_is_overwritten(folder, tmp_path, capfd):
+def test_nothing_is_overwritten(folder, tmp_path, capfd) -> None:
     source = folder("llama", True, torch.float32)
     (tmp_path / "there").mkdir()
     assert convert("hf-to-megatron", hf_checkpoint=source, save=tmp_path / "there") == [1]
@@ -340,7 +338,7 @@ def test_nothing_is_overwritten(folder, tmp_path, capfd):
     assert f"--save {tmp_path / 'there'}: exists already; nothing is overwritten" in capfd.readouterr().err
 
 
-def test_a_disk_that_is_full_for_one_rank_ends_all_with_one_line(folder, tmp_path, capfd):
+def test_a_disk_that_is_full_for_one_rank_ends_all_with_one_line(folder, tmp_path, capfd) -> None:
     source = folder("llama", False, torch.float32)
     assert convert("hf-to-megatron", hf_checkpoint=source, save=tmp_path / "m") == [0]
     capfd.readouterr()
@@ -355,12 +353,12 @@ def test_a_disk_that_is_full_for_one_rank_ends_all_with_one_line(folder, tmp_pat
 
 
 def _full_for_rank_2(path: Path, original: Callable, mode: str = "r", **options: object) -> IO:
-    """That rank is the first of the second stage. What is written to /dev/full finds no space."""
+    """This rank is the first of the second stage. A write to /dev/full finds no space."""
     full = mode == "wb" and path.suffix == ".safetensors" and os.environ["RANK"] == "2"
     return original(Path("/dev/full") if full else path, mode, **options)
 
 
-def test_verify_fails_for_another_models_weights(folder, tmp_path, capfd):
+def test_verify_fails_for_another_models_weights(folder, tmp_path, capfd) -> None:
     source = folder("llama", False, torch.float32)
     copy = shutil.copytree(source, tmp_path / "copy")
     index = json.loads((copy / "model.safetensors.index.json").read_text())["weight_map"]

@@ -1,4 +1,4 @@
-"""What a signal does to jobs that load, that work, and that were told once before."""
+"""The effect of a signal on jobs that load, that work, and that got one signal before."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,22 +25,22 @@ from tests.teacher_jobs import make_request, open_client
 from tests.tiny import command_line
 
 APART_S = 1.5
-"""Longer than signals count as one."""
+"""Two signals that are closer together count as one."""
 
 
 def wait_in_c(*_, **__) -> None:
-    """Where Python's own handlers of signals are not called, for minutes."""
+    """Wait in C code, for minutes. Python's own signal handlers are not called there."""
     dist.HashStore().get("what nobody sets")
 
 
 class Ranks:
-    """A command in forked processes with a stderr and a folder for temporary files of their own."""
+    """A command in forked processes with their own stderr and folder for temporary files."""
 
     def __init__(
         self, folder: Path, tmp: Path, main: Callable, argv: list[str], patch: Callable, world_size: int = 1
     ) -> None:
-        """patch(rank, ready): before the command, on every rank, which has come where it is to be with
-        ready.set().
+        """patch(rank, ready) is called before the command, on every rank; a rank that has reached its
+        place calls ready.set().
         """
         context = multiprocessing.get_context("fork")
         self._folder, self.tmp = folder, tmp
@@ -104,15 +105,15 @@ def teacher_argv(tiny, weights, tmp_path) -> list[str]:
 
 
 def last_loads(module: object, name: str, after: str, world_size: int) -> Callable:
-    """The last rank loads for ever; the others have come to what follows."""
+    """The last rank loads forever; the others have reached the next call."""
 
-    def patch(rank, ready):
-        def load(*args, **kwargs):
+    def patch(rank, ready) -> None:
+        def load(*args, **kwargs) -> None:
             loaded(*args, **kwargs)  # files of a checkpoint are read together
             ready.set()
             wait_in_c()
 
-        def come(*args, **kwargs):
+        def come(*args, **kwargs) -> Any:
             ready.set()
             return then(*args, **kwargs)
 
@@ -135,19 +136,19 @@ def last_loads(module: object, name: str, after: str, world_size: int) -> Callab
 )
 def test_a_teacher_that_loads_ends_at_once_and_leaves_nothing(
     teacher_argv, tmp_path, short_tmp, number, code, line, world_size
-):
+) -> None:
     patch = last_loads(serve_teacher, "open_model", "TeacherForward", world_size)
     with ranks(tmp_path, short_tmp, serve_teacher.main, teacher_argv, patch, world_size) as job_:
         job_.come()
-        time.sleep(0.5)  # one that has loaded would open its endpoint
+        time.sleep(0.5)  # a teacher that has loaded would open its endpoint
         job_.tell(number)
         (first, *others) = job_.end()
         assert first == (code, line) and others == [(code, "")] * (world_size - 1)
         assert not (tmp_path / "run").exists() and not list(job_.tmp.iterdir())
 
 
-def never_answers(rank, ready):
-    def run(*_):
+def never_answers(rank, ready) -> None:
+    def run(*_) -> None:
         ready.set()
         wait_in_c()
 
@@ -157,7 +158,7 @@ def never_answers(rank, ready):
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_second_signal_ends_a_teacher_that_finishes_what_it_holds(
     teacher_argv, tmp_path, short_tmp, number, code
-):
+) -> None:
     folder = tmp_path / "run" / "teacher"
     with ranks(tmp_path, short_tmp, serve_teacher.main, teacher_argv, never_answers) as job_:
         client = open_client(folder, fingerprints={"hidden_size": 48})
@@ -165,11 +166,11 @@ def test_a_second_signal_ends_a_teacher_that_finishes_what_it_holds(
         client.submit(make_request(np.random.default_rng(0), 0))
         job_.come()
         job_.tell(number)
-        job_.tell(number)  # a terminal's, and torchrun's for it
+        job_.tell(number)  # from a terminal, and from torchrun
         time.sleep(APART_S)
         assert job_.running() and read_endpoints(folder), "one alone is no reason to drop a request"
         deadline = time.monotonic() + 60
-        while job_.running() and time.monotonic() < deadline:  # it may have heard of the first one late
+        while job_.running() and time.monotonic() < deadline:  # it may have received the first one late
             job_.tell(number)
             time.sleep(0.5)
         ((ended, _),) = job_.end()
@@ -180,10 +181,10 @@ def test_a_second_signal_ends_a_teacher_that_finishes_what_it_holds(
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_training_that_loads_ends_at_once_on_the_signal_that_it_handles(
     tiny, tmp_path, short_tmp, world_size
-):
+) -> None:
     save = ("--save", str(tmp_path / "save"), "--run-dir", str(tmp_path / "run"))
     argv = command_line(tiny, "--exit-signal-handler", *save)
-    patch = last_loads(job, "load_model", "build_placement", world_size)
+    patch = last_loads(job, "load_student", "build_placement", world_size)
     with ranks(tmp_path, short_tmp, train.main, argv, patch, world_size) as job_:
         job_.come()
         job_.tell(signal.SIGTERM)
@@ -194,8 +195,8 @@ def test_training_that_loads_ends_at_once_on_the_signal_that_it_handles(
         assert not (tmp_path / "save").exists()
 
 
-def test_a_fork_does_not_tell_its_parent_of_its_own_signals(tmp_path, short_tmp):
-    """As the children that write a checkpoint's shards, where a scheduler signals all processes of a job."""
+def test_a_fork_does_not_tell_its_parent_of_its_own_signals(tmp_path, short_tmp) -> None:
+    """Like the children that write a checkpoint's shards, if a scheduler signals all processes of a job."""
 
     def main(_: list[str]) -> int:
         from megatron_simct.stopping import EndSignals
@@ -221,7 +222,7 @@ def _fork_and_wait(pipe: int) -> None:
         signal.pause()
 
 
-def test_what_a_rank_forks_ends_with_it():
+def test_what_a_rank_forks_ends_with_it() -> None:
     reading, writing = os.pipe()
     process = multiprocessing.get_context("fork").Process(target=_fork_and_wait, args=(writing,))
     process.start()

@@ -1,8 +1,10 @@
-"""Generation with a KV cache and padded batches says what the same weights say without either."""
+"""Generation with a KV cache and padded batches gives the same results as the same weights without either."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from megatron_simct.alignment import load_tokenizer
 from megatron_simct.loading import load_model
 from megatron_simct.models import regions
 from megatron_simct.parallel.initialize import process_groups
-from megatron_simct.records import Prompt
+from megatron_simct.records import Prompt, Rollout
 from megatron_simct.rollout import megatron_engine
 from megatron_simct.rollout.decoder import Decoder
 from megatron_simct.rollout.engine import Sampling
@@ -32,7 +34,7 @@ SAMPLED = Sampling(temperature=1.0, top_p=0.95, max_response_len=10, seed=1)
 
 
 def make_prompts() -> list[Prompt]:
-    """Lengths on both sides of each other, a single token among them."""
+    """Prompts of several lengths, also of a single token."""
     rng = np.random.default_rng(0)
     empty = np.zeros(0, np.int32)
     return [
@@ -44,10 +46,10 @@ def make_prompts() -> list[Prompt]:
 PROMPTS = make_prompts()
 
 
-def in_job(function):
-    """function(model, groups, *args) on every rank, with the student's checkpoint loaded."""
+def in_job(function) -> Callable[..., Any]:
+    """Run function(model, groups, *args) on every rank, with the student's checkpoint loaded."""
 
-    def worker(rank, world_size, folder, weights, tp, *args):
+    def worker(rank, world_size, folder, weights, tp, *args) -> Any:
         resolved = config(folder, *weights, "--tensor-model-parallel-size", str(tp))
         with process_groups(resolved.parallel, seed=1) as groups:
             student = load_tokenizer(resolved.model.tokenizer_model)
@@ -58,7 +60,7 @@ def in_job(function):
 
 
 @in_job
-def _generate(model, groups, calls):
+def _generate(model, groups, calls) -> list[list[Rollout]]:
     """The rollouts of each call: (prompts, sampling, stop ids, batch size)."""
     results = []
     for prompts, sampling, stop_ids, batch_size in calls:
@@ -77,7 +79,7 @@ def _generate(model, groups, calls):
 
 
 @in_job
-def _without_cache(model, groups, prompts, num_tokens):
+def _without_cache(model, groups, prompts, num_tokens) -> list[list[int]]:
     """Greedy continuations, by a whole forward pass for each token of each prompt."""
     answers = []
     with torch.no_grad():
@@ -90,7 +92,7 @@ def _without_cache(model, groups, prompts, num_tokens):
     return answers
 
 
-def _last_logits(model, sequences):
+def _last_logits(model, sequences) -> Iterator[torch.Tensor]:
     for tokens in sequences:
         ids = torch.tensor([tokens])
         hidden = model(ids, torch.arange(ids.shape[1])[None], None)
@@ -98,7 +100,7 @@ def _last_logits(model, sequences):
 
 
 @in_job
-def _log_probs(model, groups, sequences):
+def _log_probs(model, groups, sequences) -> list[torch.Tensor]:
     """log-softmax at every position: row p scores the token at p + 1."""
     results = []
     with torch.no_grad():
@@ -112,10 +114,10 @@ def _log_probs(model, groups, sequences):
 
 
 @pytest.fixture(scope="module")
-def generate(tiny, weights):
+def generate(tiny, weights) -> Callable[..., list[list[Rollout]]]:
     """calls -> rollouts of the first rank; all ranks must return the same."""
 
-    def generate(*calls, tp: int = 1):
+    def generate(*calls, tp: int = 1) -> list[list[Rollout]]:
         first, *others = run_ranks(tp, _generate, tiny, weights, tp, calls)
         for other in others:
             for mine, theirs in zip(first, other, strict=True):
@@ -125,7 +127,7 @@ def generate(tiny, weights):
     return generate
 
 
-def assert_equal(found, expected, *, atol):
+def assert_equal(found, expected, *, atol) -> None:
     for a, b in zip(found, expected, strict=True):
         assert a.sample_id == b.sample_id
         assert a.student_ids.tolist() == b.student_ids.tolist()
@@ -134,13 +136,13 @@ def assert_equal(found, expected, *, atol):
 
 
 @pytest.fixture(scope="module")
-def greedy(generate):
+def greedy(generate) -> list[Rollout]:
     """Ten greedy tokens of every prompt, each prompt alone, no stop."""
     (rollouts,) = generate((PROMPTS, GREEDY, NEVER, 1))
     return rollouts
 
 
-def test_greedy_tokens_are_those_of_a_loop_without_a_cache(tiny, weights, generate):
+def test_greedy_tokens_are_those_of_a_loop_without_a_cache(tiny, weights, generate) -> None:
     (expected,) = run_ranks(1, _without_cache, tiny, weights, 1, PROMPTS, GREEDY.max_response_len)
     assert len({tuple(answer) for answer in expected}) == len(PROMPTS)
     for tp in (1, 2):
@@ -150,14 +152,14 @@ def test_greedy_tokens_are_those_of_a_loop_without_a_cache(tiny, weights, genera
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_a_batch_answers_as_one_prompt_at_a_time(generate, sampling):
+def test_a_batch_answers_as_one_prompt_at_a_time(generate, sampling) -> None:
     alone, *batches = generate(*((PROMPTS, sampling, NEVER, size) for size in (1, 2, 4, 100)))
     for rollouts in batches:
         assert_equal(rollouts, alone, atol=1e-4)
     assert [r.sample_id for r in alone] == [p.sample_id for p in PROMPTS]
 
 
-def test_stopped_sequences_do_not_change_their_neighbours(generate, greedy):
+def test_stopped_sequences_do_not_change_their_neighbours(generate, greedy) -> None:
     """Stop ids that end some sequences of a batch early; the others go on as if alone."""
     stops = (int(greedy[0].student_ids[2]), int(greedy[3].student_ids[5]))
     batch, alone = generate((PROMPTS, GREEDY, stops, 100), (PROMPTS, GREEDY, stops, 1))
@@ -165,7 +167,7 @@ def test_stopped_sequences_do_not_change_their_neighbours(generate, greedy):
     assert len({len(r.student_ids) for r in batch}) > 2
 
 
-def test_any_stop_id_ends_a_response_and_is_part_of_it(generate, greedy):
+def test_any_stop_id_ends_a_response_and_is_part_of_it(generate, greedy) -> None:
     stops = (int(greedy[0].student_ids[2]), int(greedy[3].student_ids[5]), int(greedy[1].student_ids[-1]))
     (rollouts,) = generate((PROMPTS, GREEDY, stops, 4))
     finishes = set()
@@ -180,7 +182,7 @@ def test_any_stop_id_ends_a_response_and_is_part_of_it(generate, greedy):
     assert ("stop", 3) in finishes and ("stop", 10) in finishes, "early, and at the last token that fits"
 
 
-def test_a_response_of_one_token(generate, greedy):
+def test_a_response_of_one_token(generate, greedy) -> None:
     one = replace(GREEDY, max_response_len=1)
     stop = (int(greedy[1].student_ids[0]),)
     (rollouts,) = generate((PROMPTS, one, stop, 4))
@@ -191,18 +193,19 @@ def test_a_response_of_one_token(generate, greedy):
 
 
 @in_job
-def _counted(model, groups, prompts, sampling, batch_size):
-    """Rollouts; what each forward pass worked on, (prompts, rows to fill) or the sequences of a decoding
-    step; and how many responses were said to be finished after each token."""
+def _counted(model, groups, prompts, sampling, batch_size) -> tuple[list[Rollout], list[Any], list[Any]]:
+    """Rollouts; the size of each forward pass, (prompts, rows to fill) or the number of sequences of a
+    decoding step; and the reported numbers of finished responses after each token.
+    """
     passes, reported = [], []
     with pytest.MonkeyPatch.context() as patch:
         prefill, decode = Decoder.prefill, Decoder.decode
 
-        def counted_prefill(self, tokens, received, lengths, rows):
+        def counted_prefill(self, tokens, received, lengths, rows) -> Any:
             passes.append((len(tokens), rows.shape[1]))
             return prefill(self, tokens, received, lengths, rows)
 
-        def counted_decode(self, tokens, *rest):
+        def counted_decode(self, tokens, *rest) -> Any:
             passes.append(len(tokens))
             return decode(self, tokens, *rest)
 
@@ -219,7 +222,7 @@ def _counted(model, groups, prompts, sampling, batch_size):
         return engine.generate(prompts, sampling), passes, reported
 
 
-def test_samples_of_a_prompt_share_its_forward_pass(tiny, weights, generate):
+def test_samples_of_a_prompt_share_its_forward_pass(tiny, weights, generate) -> None:
     """Two prompts with three and five samples, and one sample of a third; also in fewer rows than samples."""
     of_prompt = [0, 1, 0, 1, 1, 2, 1, 0, 1]
     prompts = [replace(PROMPTS[p], sample_id=50 + i) for i, p in enumerate(of_prompt)]
@@ -241,7 +244,7 @@ def test_samples_of_a_prompt_share_its_forward_pass(tiny, weights, generate):
         assert reported[0] <= batch_size, "a sample that waits with others of its prompt is not finished"
 
 
-def test_rows_of_finished_sequences_are_filled_or_closed_up(tiny, weights):
+def test_rows_of_finished_sequences_are_filled_or_closed_up(tiny, weights) -> None:
     """24 samples in 8 rows: no row decodes a finished sequence, and new ones start beside old ones."""
     prompts = [replace(prompt, sample_id=100 * i + j) for i, prompt in enumerate(PROMPTS) for j in range(4)]
     sampling = replace(SAMPLED, max_response_len=40)
@@ -261,7 +264,7 @@ def test_rows_of_finished_sequences_are_filled_or_closed_up(tiny, weights):
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_log_probs_are_those_of_a_full_forward_pass(tiny, weights, generate, tp):
+def test_log_probs_are_those_of_a_full_forward_pass(tiny, weights, generate, tp) -> None:
     """Log-probs are those of the untempered, untruncated distribution, although sampling used neither."""
     hot = replace(SAMPLED, temperature=1.7, top_p=0.8)
     (rollouts,) = generate((PROMPTS, hot, NEVER, 4), tp=tp)
@@ -277,7 +280,7 @@ def test_log_probs_are_those_of_a_full_forward_pass(tiny, weights, generate, tp)
         assert rollout.logprobs.dtype == np.float32
 
 
-def test_draws_depend_on_seed_and_sample_alone(generate):
+def test_draws_depend_on_seed_and_sample_alone(generate) -> None:
     other_seed = replace(SAMPLED, seed=2)
     renamed = [replace(prompt, sample_id=prompt.sample_id + 100) for prompt in PROMPTS]
     first, again, seeded, others, part = generate(
@@ -294,7 +297,7 @@ def test_draws_depend_on_seed_and_sample_alone(generate):
             assert a.student_ids.tolist() != b.student_ids.tolist()
 
 
-def test_sampling_options_reach_the_choice(generate, greedy):
+def test_sampling_options_reach_the_choice(generate, greedy) -> None:
     """A nucleus of one token, the top 1 and a temperature near 0 are greedy; hot sampling is not."""
     narrow, first, cold, hot = generate(
         (PROMPTS, replace(SAMPLED, top_p=1e-6), NEVER, 8),
@@ -315,7 +318,7 @@ STEPPINGS = {
 
 
 @in_job
-def _stepped(model, groups, prompts, calls, backend):
+def _stepped(model, groups, prompts, calls, backend) -> list[list[Rollout]]:
     """The rollouts of each call: (sampling, stop ids, stepping)."""
     results = []
     with pytest.MonkeyPatch.context() as patch:
@@ -329,9 +332,9 @@ def _stepped(model, groups, prompts, calls, backend):
 
 
 @pytest.mark.parametrize("tp, pp", [(1, 1), (2, 1), (1, 2)])
-def test_tokens_do_not_depend_on_how_steps_are_shaped_and_when_they_are_read(tiny, weights, tp, pp):
-    """Rows and positions rounded up, tokens read a step or two later, parts of a layer traced by the
-    compiler.
+def test_tokens_do_not_depend_on_how_steps_are_shaped_and_when_they_are_read(tiny, weights, tp, pp) -> None:
+    """Rows and positions rounded up, tokens read a step or two later, parts of a layer
+    traced by the compiler.
     """
     prompts = [replace(prompt, sample_id=100 * i + j) for i, prompt in enumerate(PROMPTS) for j in range(2)]
     several = [(GREEDY, NEVER), (SAMPLED, SOME), (replace(SAMPLED, max_response_len=1), SOME)]
@@ -347,13 +350,15 @@ def test_tokens_do_not_depend_on_how_steps_are_shaped_and_when_they_are_read(tin
     assert {r.finish for r in first[1]} == {"stop", "length"}
 
 
-def test_no_prompts_no_rollouts(generate):
+def test_no_prompts_no_rollouts(generate) -> None:
     assert generate(([], GREEDY, NEVER, 4)) == [[]]
 
 
 @in_job
-def _states(model, groups):
-    """What generate leaves: the version of its rollouts and the mode of the model, also after an error."""
+def _states(model, groups) -> tuple[list[int], list[tuple[bool, bool]], bool]:
+    """The state after generate: the version of its rollouts and the mode of the model,
+    also after an error.
+    """
     engine = MegatronEngine(model, groups, vocab_size=VOCAB, stop_ids=NEVER, batch_size=4)
     versions, modes = [], []
     for training in (True, False):
@@ -369,7 +374,7 @@ def _states(model, groups):
     return versions, modes, all(p.grad is None for p in model.parameters())
 
 
-def test_what_generation_leaves_behind(tiny, weights):
+def test_what_generation_leaves_behind(tiny, weights) -> None:
     ((versions, modes, no_gradients),) = run_ranks(1, _states, tiny, weights, 1)
     assert versions == [0, 7]
     assert modes == [(True, True), (False, False), (True, True)]
@@ -377,19 +382,19 @@ def test_what_generation_leaves_behind(tiny, weights):
 
 
 @in_job
-def _narrow(model, groups):
+def _narrow(model, groups) -> int:
     engine = MegatronEngine(model, groups, vocab_size=50, stop_ids=(1,), batch_size=8)
     sampling = replace(SAMPLED, temperature=5.0, top_p=1.0)
     return max(int(r.student_ids.max()) for r in engine.generate(PROMPTS, sampling))
 
 
-def test_ids_past_the_real_vocabulary_are_never_chosen(tiny, weights):
+def test_ids_past_the_real_vocabulary_are_never_chosen(tiny, weights) -> None:
     for highest in run_ranks(2, _narrow, tiny, weights, 2):
         assert 30 < highest < 50
 
 
 @in_job
-def _follow_weights(model, groups):
+def _follow_weights(model, groups) -> tuple[list[Rollout], list[Rollout]]:
     """Greedy answers before and after the weights were changed in place, as an optimizer step does."""
     engine = MegatronEngine(model, groups, vocab_size=VOCAB, stop_ids=NEVER, batch_size=8)
     before = engine.generate(PROMPTS, GREEDY)
@@ -399,24 +404,24 @@ def _follow_weights(model, groups):
     return before, engine.generate(PROMPTS, GREEDY)
 
 
-def test_new_weights_are_used_at_once(tiny, weights):
+def test_new_weights_are_used_at_once(tiny, weights) -> None:
     ((before, after),) = run_ranks(1, _follow_weights, tiny, weights, 1)
     assert [r.student_ids.tolist() for r in before] != [r.student_ids.tolist() for r in after]
 
 
 class _AnotherLinear(torch.nn.Module):
-    """Hides the type of a module, as if it were not one of megatron-core's own."""
+    """Hides the type of a module, as if it were not megatron-core's own."""
 
-    def __init__(self, module):
+    def __init__(self, module) -> None:
         super().__init__()
         self.module = module
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args, **kwargs) -> Any:
         return self.module(*args, **kwargs)
 
 
 @in_job
-def _by_modules(model, groups):
+def _by_modules(model, groups) -> list[list[Rollout]]:
     """Rollouts with the decoder's own arithmetic, and with the modules of the layers as they are."""
     answers = []
     engine = MegatronEngine(model, groups, vocab_size=VOCAB, stop_ids=NEVER, batch_size=4)
@@ -434,7 +439,7 @@ def _by_modules(model, groups):
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_modules_of_another_kind_run_as_they_are(tiny, weights, tp):
+def test_modules_of_another_kind_run_as_they_are(tiny, weights, tp) -> None:
     for own, modules in run_ranks(tp, _by_modules, tiny, weights, tp):
         assert_equal(modules, own, atol=1e-5)
 
@@ -450,7 +455,7 @@ def experts(tmp_path_factory) -> tuple[str, ...]:
 
 
 @in_job
-def _generate_shares(model, groups, calls):
+def _generate_shares(model, groups, calls) -> list[list[Rollout]]:
     """The rollouts of each call: (prompts of each data-parallel rank, stop ids)."""
     results = []
     for shares, stop_ids in calls:
@@ -460,8 +465,8 @@ def _generate_shares(model, groups, calls):
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_ranks_that_share_experts_answer_prompts_of_their_own(tiny, experts, tp):
-    """Other numbers of prompts, other lengths, other ends; a rank without any prompt, too."""
+def test_ranks_that_share_experts_answer_prompts_of_their_own(tiny, experts, tp) -> None:
+    """Different numbers of prompts, lengths and ends; one rank has no prompt."""
     (expected,) = run_ranks(1, _without_cache, tiny, experts, 1, PROMPTS, GREEDY.max_response_len)
     assert len({tuple(answer) for answer in expected}) == len(PROMPTS)
     stop = expected[0][1]

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,12 +30,12 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def run(tiny, weights, tmp_path_factory):
-    """run(folder, *flags, ranks) -> exit code and what the first rank wrote to standard error"""
+def run(tiny, weights, tmp_path_factory) -> Callable[..., tuple[int, str]]:
+    """run(folder, *flags, ranks) -> exit code, and the first rank's standard error"""
     data = tmp_path_factory.mktemp("data") / "problems.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
 
-    def run(folder, *flags, ranks=1):
+    def run(folder, *flags, ranks=1) -> tuple[int, str]:
         argv = [
             *("--benchmark", "mbpp", "--data", str(data), "--output-dir", str(folder)),
             *("--hf-checkpoint", str(tiny / "student"), "--tokenizer-model", str(tiny / "student.model")),
@@ -54,7 +55,7 @@ def run(tiny, weights, tmp_path_factory):
     return run
 
 
-def _main(rank, world_size, argv):
+def _main(rank, world_size, argv) -> tuple[int, str]:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
         return evaluate.main(argv), errors.getvalue()
 
@@ -64,19 +65,19 @@ def parts(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def finished(run, tmp_path_factory):
+def finished(run, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     assert run(folder) == (0, "")
     return folder
 
 
 @pytest.fixture
-def alone(finished, tmp_path):
-    """A copy of the folder that one process has left."""
+def alone(finished, tmp_path) -> Path:
+    """A copy of the folder that one process has written."""
     return Path(shutil.copytree(finished, tmp_path / "alone"))
 
 
-def test_a_run_leaves_responses_grades_and_results(alone):
+def test_a_run_leaves_responses_grades_and_results(alone) -> None:
     files = parts(alone)
     assert list(files) == [f"{kind}/{i:06d}.jsonl" for kind in ("grades", "responses") for i in range(4)]
     rows = [
@@ -99,12 +100,12 @@ def test_a_run_leaves_responses_grades_and_results(alone):
 @pytest.mark.parametrize(
     "flags, ranks", [((), 2), (("--tensor-model-parallel-size", "2"), 2)], ids=["DP2", "TP2"]
 )
-def test_every_layout_gives_the_same_files(run, alone, tmp_path, flags, ranks):
+def test_every_layout_gives_the_same_files(run, alone, tmp_path, flags, ranks) -> None:
     assert run(tmp_path / "other", *flags, ranks=ranks) == (0, "")
     assert parts(tmp_path / "other") == parts(alone)
 
 
-def test_a_stopped_run_generates_what_is_missing(run, alone):
+def test_a_stopped_run_generates_what_is_missing(run, alone) -> None:
     before = parts(alone)
     kept = {path: path.stat().st_mtime_ns for path in alone.glob("*/00000[02].jsonl")}
     for name in ("responses/000001.jsonl", "grades/000001.jsonl", "grades/000003.jsonl", "results.json"):
@@ -114,7 +115,7 @@ def test_a_stopped_run_generates_what_is_missing(run, alone):
     assert kept == {path: path.stat().st_mtime_ns for path in alone.glob("*/00000[02].jsonl")}
 
 
-def test_another_run_is_not_mixed_into_the_folder(run, alone):
+def test_another_run_is_not_mixed_into_the_folder(run, alone) -> None:
     code, error = run(alone, "--seed", "7", "--top-k", "9")
     assert code == 1 and "contains a run that differs in seed, top_k; name another directory" in error
     assert error.count("\n") == 1
@@ -134,13 +135,13 @@ def test_another_run_is_not_mixed_into_the_folder(run, alone):
         (("--tokenizer-model", "absent.model"), "absent.model"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(run, tmp_path, flags, message):
+def test_what_is_wrong_is_said_in_one_line(run, tmp_path, flags, message) -> None:
     code, error = run(tmp_path, *flags)
     assert code == 1 and message in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir()), "the right command would find another run there"
 
 
-def test_newer_weights_under_the_same_name_are_another_run(run, weights, alone):
+def test_newer_weights_under_the_same_name_are_another_run(run, weights, alone) -> None:
     tracker = Path(weights[1]) / "latest_checkpointed_iteration.txt"
     before = tracker.read_text()
     try:
@@ -151,13 +152,13 @@ def test_newer_weights_under_the_same_name_are_another_run(run, weights, alone):
     assert code == 1 and "contains a run that differs in iteration; name another directory" in error
 
 
-def test_a_folder_of_something_else_is_not_taken(run, tmp_path):
+def test_a_folder_of_something_else_is_not_taken(run, tmp_path) -> None:
     (tmp_path / "run.json").write_text("[1]")
     code, error = run(tmp_path)
     assert code == 1 and "run.json there was not written by this command" in error and error.count("\n") == 1
 
 
-def test_given_responses_are_graded_without_a_model(tmp_path):
+def test_given_responses_are_graded_without_a_model(tmp_path) -> None:
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     given = [
         {"problem_id": i, "response": "x = 1" if sample else "("} for i in range(5) for sample in range(2)
@@ -187,14 +188,14 @@ def test_given_responses_are_graded_without_a_model(tmp_path):
     assert select_responses.main([*select, "--output", str(tmp_path / "right.jsonl")]) == 0
     assert (tmp_path / "right.jsonl").read_text().count("x = 1") == 3
     code, error = _main(0, 1, [*argv, "--output-dir", str(tmp_path / "another")])
-    assert code == 1 and "2 responses to 0, and --samples is 1" in error
+    assert code == 1 and "0 has 2 responses, but --samples is 1" in error
 
 
 def test_programs_are_confined_as_asked_and_the_results_say_how(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without Landlock `strict` neither grades nor takes grades, and the table says what programs could
-    read.
+    """Without Landlock `strict` neither grades nor accepts grades, and the table says what
+    programs could read.
     """
     (tmp_path / "problems.jsonl").write_text(json.dumps(ROWS[2]) + "\n")
     (tmp_path / "given.jsonl").write_text(json.dumps({"problem_id": 2, "response": "x = 1"}) + "\n")
@@ -235,12 +236,12 @@ def test_programs_are_confined_as_asked_and_the_results_say_how(
     assert select_responses.main([*take, "--sandbox", "strict"]) == 0
 
 
-def _train(rank, world_size, argv):
+def _train(rank, world_size, argv) -> int:
     return train.main(argv)
 
 
-def test_a_teachers_right_answers_are_what_a_student_is_warmed_up_on(tiny, weights, tmp_path):
-    """Sample and check, select, sft: each command reads what the one before has left."""
+def test_a_teachers_right_answers_are_what_a_student_is_warmed_up_on(tiny, weights, tmp_path) -> None:
+    """Sample and check, select, sft: each command reads the output of the one before."""
 
     def sample(folder: Path, labels: list[str]) -> list[dict]:
         rows = [{"prompt": f"Tom has {i}.", "label": label} for i, label in enumerate(labels)]
@@ -289,10 +290,8 @@ def test_a_teachers_right_answers_are_what_a_student_is_warmed_up_on(tiny, weigh
 
 
 @pytest.mark.parametrize("flags, ranks", [((), 1), ((), 2), (("--tensor-model-parallel-size", "2"), 2)])
-def test_a_benchmark_while_training_is_graded_as_afterwards(tiny, weights, tmp_path, flags, ranks):
-    """What the model says stands behind a comment sign, so that a program is right where its first line
-    is.
-    """
+def test_a_benchmark_while_training_is_graded_as_afterwards(tiny, weights, tmp_path, flags, ranks) -> None:
+    """The model's text follows a comment sign, so a program is right if its first line is."""
     data = tmp_path / "problems.jsonl"
     rows = [
         {

@@ -1,19 +1,24 @@
-"""Steps on families with norms in unusual places and soft-caps: the same in every layout, and soft-caps reach
-the loss, the scorer and the sampler."""
+"""Steps with families that have norms in unusual places and soft-caps: the same in every layout. Soft-caps
+reach the loss, the scorer and the sampler.
+"""
 
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from megatron_simct.alignment import load_tokenizer
+from megatron_simct.config.options import Config
 from megatron_simct.job import build_job
 from megatron_simct.models import families
 from megatron_simct.parallel.initialize import process_groups
-from megatron_simct.records import Rollout
+from megatron_simct.records import AlignedPair, Prompt, Rollout, ScoredPair
+from megatron_simct.update.step import StepReport
 from tests.distributed import run_ranks
 from tests.huggingface import save_model
 from tests.steps import scores_of
@@ -96,7 +101,7 @@ MOE_LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def files(tiny, tmp_path_factory):
+def files(tiny, tmp_path_factory) -> Path:
     """The tiny job with a folder of weights for each family; the teacher has the student's tokenizer."""
     folder = tmp_path_factory.mktemp("families") / "job"
     shutil.copytree(tiny, folder)
@@ -105,21 +110,23 @@ def files(tiny, tmp_path_factory):
     return folder
 
 
-def _job_config(folder, student: str, teacher: str, *flags: str):
+def _job_config(folder, student: str, teacher: str, *flags: str) -> Config:
     sides = ("--hf-checkpoint", str(folder / student), "--teacher-hf-checkpoint", str(folder / teacher))
     tokenizer = ("--teacher-tokenizer-model", str(folder / "student.model"))
     optimizer = ("--optimizer", "sgd", "--lr", "0.1", "--clip-grad", "0")
     return config(folder, *sides, *tokenizer, *optimizer, *flags)
 
 
-def _batches(job):
+def _batches(job) -> tuple[list[Rollout], list[AlignedPair], list[ScoredPair], list[Prompt]]:
     prompts = job.prompts.batch(0)
     rollouts = job.engine.generate(prompts, job.sampling)
     pairs = [job.align(prompt, rollout) for prompt, rollout in zip(prompts, rollouts, strict=True)]
     return rollouts, pairs, scores_of(job.teacher, pairs), prompts
 
 
-def _steps(rank, world_size, folder, student, teacher, *flags):
+def _steps(
+    rank, world_size, folder, student, teacher, *flags
+) -> list[tuple[float, float, dict[int, list[int]]]]:
     """Loss, gradient norm and this rank's texts by sample, of two steps."""
     resolved = _job_config(folder, student, teacher, *flags)
     reports = []
@@ -134,7 +141,7 @@ def _steps(rank, world_size, folder, student, teacher, *flags):
 
 
 @pytest.fixture(scope="module")
-def alone(files):
+def alone(files) -> dict[tuple[str, str], list[Any]]:
     return {
         (student, teacher): run_ranks(1, _steps, files, student, teacher)[0]
         for student, teacher in (*PAIRS, ("qwen3_moe", "gemma2"), ("gemma2", "qwen3_moe"))
@@ -143,14 +150,14 @@ def alone(files):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("student, teacher", PAIRS)
-def test_layouts_take_the_same_steps(files, alone, layout, student, teacher):
+def test_layouts_take_the_same_steps(files, alone, layout, student, teacher) -> None:
     world_size, flags = LAYOUTS[layout]
     for reports in run_ranks(world_size, _steps, files, student, teacher, *flags):
         assert_same_steps(reports, alone[student, teacher], rel=1e-4)
 
 
-def test_a_student_with_a_gated_delta_net_takes_the_same_steps_in_every_layout(files):
-    # The first gradient agrees to 5e-6; at the others' rate the second step would magnify that.
+def test_a_student_with_a_gated_delta_net_takes_the_same_steps_in_every_layout(files) -> None:
+    # The first gradient agrees to 5e-6; with the usual rate the second step would magnify that.
     job = (_steps, files, "qwen3_5_text", "qwen3", "--lr", "0.01")
     (expected,) = run_ranks(1, *job)
     for layout in ("tp2", "tp2 x pp2, sequence", "pp2, interleaved"):
@@ -159,7 +166,7 @@ def test_a_student_with_a_gated_delta_net_takes_the_same_steps_in_every_layout(f
             assert_same_steps(reports, expected, rel=1e-4)
 
 
-def assert_same_steps(reports, expected, *, rel):
+def assert_same_steps(reports, expected, *, rel) -> None:
     for (loss, norm, ids), (expected_loss, expected_norm, expected_ids) in zip(
         reports, expected, strict=True
     ):
@@ -169,19 +176,19 @@ def assert_same_steps(reports, expected, *, rel):
 
 
 @pytest.mark.parametrize("layout", MOE_LAYOUTS)
-def test_ranks_that_share_experts_take_the_same_steps(files, alone, layout):
+def test_ranks_that_share_experts_take_the_same_steps(files, alone, layout) -> None:
     world_size, flags = MOE_LAYOUTS[layout]
     for reports in run_ranks(world_size, _steps, files, "qwen3_moe", "gemma2", *flags):
         assert_same_steps(reports, alone["qwen3_moe", "gemma2"], rel=1e-5)
 
 
 @pytest.mark.parametrize("world_size, flags", [(2, EP2), (2, TP2)])
-def test_only_the_teacher_has_experts(files, alone, world_size, flags):
+def test_only_the_teacher_has_experts(files, alone, world_size, flags) -> None:
     for reports in run_ranks(world_size, _steps, files, "gemma2", "qwen3_moe", *flags):
         assert_same_steps(reports, alone["gemma2", "qwen3_moe"], rel=1e-5)
 
 
-def _refusal(rank, world_size, folder, *flags):
+def _refusal(rank, world_size, folder, *flags) -> str:
     resolved = _job_config(folder, "qwen3_moe", "gemma2", *flags)
     with process_groups(resolved.parallel, seed=1) as groups, pytest.raises(ValueError) as error:
         build_job(resolved, groups)
@@ -195,14 +202,16 @@ def _refusal(rank, world_size, folder, *flags):
         (3, ("--expert-model-parallel-size", "3"), ["--expert-model-parallel-size 3", "num_experts (4)"]),
     ],
 )
-def test_layouts_that_experts_cannot_have_name_the_flag(files, world_size, flags, words):
+def test_layouts_that_experts_cannot_have_name_the_flag(files, world_size, flags, words) -> None:
     batch = ("--rollout-batch-size", "6", "--micro-batch-size", "1")
     for message in run_ranks(world_size, _refusal, files, *batch, *flags):
         assert all(word in message for word in words), message
 
 
-def _own_teacher(rank, world_size, folder, family, interface):
-    """The loss against itself of responses that both tokenize alike, and the teacher's log-probs."""
+def _own_teacher(rank, world_size, folder, family, interface) -> tuple[StepReport, list[Any]]:
+    """The loss against itself of responses with the same tokens on both sides, and the
+    teacher's log-probs.
+    """
     resolved = _job_config(folder, family, family, "--simct-interface", interface)
     with process_groups(resolved.parallel, seed=1) as groups:
         job = build_job(resolved, groups)
@@ -227,8 +236,8 @@ def _own_teacher(rank, world_size, folder, family, interface):
 
 
 @pytest.mark.parametrize("interface", ["paper", "bytes"])
-def test_a_model_with_soft_caps_is_its_own_teacher(files, interface):
-    """Loss and scorer agree: one of them without the cap would not."""
+def test_a_model_with_soft_caps_is_its_own_teacher(files, interface) -> None:
+    """Loss and scorer agree. If one of them lacked the cap, they would not."""
     ((report, answers),) = run_ranks(1, _own_teacher, files, "gemma2", interface)
     assert abs(report.sums["loss"]) < 1e-5 * report.sums["num_labels"]
     model = transformers_model(files / "gemma2")
@@ -238,7 +247,7 @@ def test_a_model_with_soft_caps_is_its_own_teacher(files, interface):
         )
 
 
-def transformers_model(folder):
+def transformers_model(folder) -> torch.nn.Module:
     import transformers
 
     return transformers.AutoModelForCausalLM.from_pretrained(str(folder), attn_implementation="eager")
@@ -251,8 +260,8 @@ def log_probs(model, prompt: np.ndarray, response: np.ndarray) -> torch.Tensor:
     return rows.gather(1, ids[len(prompt) :, None])[:, 0]
 
 
-def _given_responses(rank, world_size, folder, *flags):
-    """The report of a step on its own responses, and these, of each of STUDENTS."""
+def _given_responses(rank, world_size, folder, *flags) -> list[tuple[StepReport, list[Any]]]:
+    """The report of a step on given responses, and these responses, for each of STUDENTS."""
     answers = []
     for family in STUDENTS:
         sft = ("--simct-interface", "sft", "--rollout-max-response-len", "40", "--lr", "0")
@@ -267,7 +276,7 @@ def _given_responses(rank, world_size, folder, *flags):
     return answers
 
 
-def test_the_loss_and_its_gradient_are_those_of_transformers(files):
+def test_the_loss_and_its_gradient_are_those_of_transformers(files) -> None:
     """Cross entropy of given responses, by autograd through transformers' own model. In one process every
     tensor's gradient is compared in tests/parity/test_families.py."""
     assert {name for name, family in families.FAMILIES.items() if not family.teacher_only} == set(STUDENTS)

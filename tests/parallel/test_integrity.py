@@ -1,4 +1,6 @@
-"""A checkpoint is used if it is as it was written; else the file, and what to do, are named in one line."""
+"""A checkpoint is used only if it is unchanged since it was written. Otherwise one line names the
+file and the remedy.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +56,7 @@ def printed(arguments: list[str], *, world_size: int = 1) -> str:
 
 
 def refused(arguments: list[str], *, world_size: int = 1) -> str:
-    """The one line of each rank, which is the same."""
+    """The one error line, which is the same on each rank."""
     results = run_ranks(world_size, run, arguments)
     lines = {re.sub(r" on rank \d", "", err) for _, _, err in results}
     assert all(code == 1 for code, _, _ in results) and len(lines) == 1, results
@@ -84,18 +87,18 @@ def newest(folder: Path) -> Path:
 # Bits
 
 
-def test_no_flipped_bit_passes(folder):
+def test_no_flipped_bit_passes(folder) -> None:
     assert flips_in_one_process(newest(folder), 60, seed=3).startswith("0 of 60 bit flips pass")
 
 
-def test_no_flipped_bit_is_trained_on(tiny, folder):
-    for iteration in (1, 2):  # a tracker that names another whole checkpoint is obeyed
+def test_no_flipped_bit_is_trained_on(tiny, folder) -> None:
+    for iteration in (1, 2):  # a tracker that names another complete checkpoint is followed
         shutil.rmtree(folder / "save" / f"iter_000000{iteration}")
     assert flips_through_train(folder / "save", argv(tiny, folder, 4), 4, seed=2).startswith("0 of 4")
 
 
 @pytest.mark.parametrize("harm", ["cut", "grown", "gone", "empty"])
-def test_a_file_of_another_length_is_named(tiny, folder, harm):
+def test_a_file_of_another_length_is_named(tiny, folder, harm) -> None:
     path = newest(folder) / "__0_1.distcp"
     data = path.read_bytes()
     path.write_bytes({"cut": data[:-1], "grown": data + b"\0", "gone": b"", "empty": b""}[harm])
@@ -108,7 +111,7 @@ def test_a_file_of_another_length_is_named(tiny, folder, harm):
 # What to do then
 
 
-def test_the_newest_whole_one_is_named_and_taken_when_told_so(tiny, folder, original):
+def test_the_newest_whole_one_is_named_and_taken_when_told_so(tiny, folder, original) -> None:
     for iteration in (2, 3):
         flip(folder / "save" / f"iter_000000{iteration}" / ".metadata", 999)
     line = refused(argv(tiny, folder, 3, "--tensor-model-parallel-size", "2"), world_size=2)
@@ -121,25 +124,25 @@ def test_the_newest_whole_one_is_named_and_taken_when_told_so(tiny, folder, orig
     assert_same_run(folder, original)
 
 
-def test_the_step_that_is_asked_for_must_be_there(tiny, folder):
+def test_the_step_that_is_asked_for_must_be_there(tiny, folder) -> None:
     assert "--ckpt-step 7: no such checkpoint" in (line := refused(argv(tiny, folder, 4, "--ckpt-step", "7")))
     assert "there are: 1, 2, 3" in line
     assert "--ckpt-step needs --load" in refused(command_line(tiny, "--ckpt-step", "1"))
 
 
-def test_a_newer_one_that_the_tracker_does_not_name_is_pointed_out(tiny, folder):
+def test_a_newer_one_that_the_tracker_does_not_name_is_pointed_out(tiny, folder) -> None:
     (folder / "save" / TRACKER).write_text("1")
     text = printed(argv(tiny, folder, 2))
     assert f"after iteration 1, the one in {TRACKER}; there are newer ones: 2, 3" in text
 
 
-def test_a_step_that_is_older_than_the_newest_is_saved_again(tiny, folder):
+def test_a_step_that_is_older_than_the_newest_is_saved_again(tiny, folder) -> None:
     flip(newest(folder) / "common.pt", 99)
     printed(argv(tiny, folder, 2, "--ckpt-step", "2"))
     assert (folder / "save" / TRACKER).read_text() == "2"
 
 
-def test_weights_to_start_from_are_verified_and_the_line_that_mends_them_works(tiny, folder):
+def test_weights_to_start_from_are_verified_and_the_line_that_mends_them_works(tiny, folder) -> None:
     flip(newest(folder) / "__0_0.distcp", 77777)
     start = command_line(tiny, "--pretrained-checkpoint", str(folder / "save"), "--train-iters", "1")
     line = refused(start)
@@ -148,7 +151,7 @@ def test_weights_to_start_from_are_verified_and_the_line_that_mends_them_works(t
     assert f"--pretrained-checkpoint {folder / 'save' / 'iter_0000002'}: 5 files" in printed(start)
 
 
-def test_where_none_is_whole_the_line_says_how_to_go_on_nevertheless(tiny, folder):
+def test_where_none_is_whole_the_line_says_how_to_go_on_nevertheless(tiny, folder) -> None:
     for iteration in (1, 2, 3):
         path = folder / "save" / f"iter_000000{iteration}"
         largest = max(read_metadata(path).storage_data.values(), key=lambda info: info.length)
@@ -159,13 +162,13 @@ def test_where_none_is_whole_the_line_says_how_to_go_on_nevertheless(tiny, folde
     assert "after iteration 3" in text and "verified" not in text
 
 
-def test_the_seconds_of_verifying_and_of_reading_are_said(tiny, folder):
+def test_the_seconds_of_verifying_and_of_reading_are_said(tiny, folder) -> None:
     text = printed(argv(tiny, folder, 3))
     assert re.search(r" --load \S+/iter_0000003: 5 files, 0\.\d MiB, verified in \d+\.\d\d s\n", text), text
     assert re.search(r" --load \S+/iter_0000003: read in \d+\.\d\d s\n", text)
 
 
-def test_a_file_of_ones_own_beside_them_does_no_harm(tiny, folder):
+def test_a_file_of_ones_own_beside_them_does_no_harm(tiny, folder) -> None:
     (newest(folder) / "notes.txt").write_text("the good one")
     assert "after iteration 3" in printed(argv(tiny, folder, 3))
 
@@ -174,13 +177,13 @@ def test_a_file_of_ones_own_beside_them_does_no_harm(tiny, folder):
 
 
 def as_before(folder: Path) -> None:
-    """What a checkpoint of the versions without hashes has in run.json."""
+    """Remove from run.json what earlier versions, without hashes, did not write."""
     content, _ = read_run_file(folder)
     del content["files"], content["sha256"]
     (folder / RUN_FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _old_state(self, iteration, *, is_loading, rng="tensors"):
+def _old_state(self, iteration, *, is_loading, rng="tensors") -> dict[str, Any]:
     state = STATE(self, iteration, is_loading=is_loading, rng=None)
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     random = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
@@ -191,12 +194,12 @@ def _old_state(self, iteration, *, is_loading, rng="tensors"):
 STATE = checkpoint.Checkpoints._state
 
 
-def _run_as_before(rank, world_size, arguments):
+def _run_as_before(rank, world_size, arguments) -> tuple[int, str, str]:
     checkpoint.Checkpoints._state = _old_state
     return run(rank, world_size, arguments)
 
 
-def test_a_checkpoint_without_hashes_is_loaded_with_one_line(tiny, original, tmp_path):
+def test_a_checkpoint_without_hashes_is_loaded_with_one_line(tiny, original, tmp_path) -> None:
     ((code, _, err),) = run_ranks(1, _run_as_before, argv(tiny, tmp_path, 2))
     assert code == 0, err
     as_before(tmp_path / "save" / "iter_0000002")
@@ -205,8 +208,8 @@ def test_a_checkpoint_without_hashes_is_loaded_with_one_line(tiny, original, tmp
     assert_same_run(tmp_path, original)
 
 
-def test_what_is_sealed_is_not_taken_for_an_earlier_version(tiny, folder):
-    """Neither half of the seal can be lost by one bit without the other being noticed."""
+def test_what_is_sealed_is_not_taken_for_an_earlier_version(tiny, folder) -> None:
+    """One bit cannot remove one half of the seal without a trace in the other."""
     path = newest(folder) / RUN_FILE
     good = path.read_bytes()
     for field in (b'"files"', b'"sha256": "' + json.loads(good)["sha256"].encode()):
@@ -214,7 +217,7 @@ def test_what_is_sealed_is_not_taken_for_an_earlier_version(tiny, folder):
         assert "damaged: run.json (" in refused(argv(tiny, folder, 4))
 
 
-def test_the_seal_is_of_the_text_and_not_of_what_it_says(tmp_path):
+def test_the_seal_is_of_the_text_and_not_of_what_it_says(tmp_path) -> None:
     (tmp_path / RUN_FILE).write_bytes(sealed({"name": "\u00e9"}, {}))
     assert read_run_file(tmp_path) == ({**json.loads((tmp_path / RUN_FILE).read_bytes())}, {})
     text = (tmp_path / RUN_FILE).read_text()
@@ -233,7 +236,7 @@ def _verify(rank: int, world_size: int, directory: str) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
-def test_the_tool_says_of_each_checkpoint_whether_it_is_whole(folder):
+def test_the_tool_says_of_each_checkpoint_whether_it_is_whole(folder) -> None:
     as_before(folder / "save" / "iter_0000001")
     ((code, out, _),) = run_ranks(1, _verify, str(folder / "save"))
     assert code == 0 and re.sub(r"\d+\.\d+", "x", out).splitlines() == [
@@ -268,7 +271,7 @@ def sums(folder: Path, pattern: str) -> str:
     return "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files)
 
 
-def test_downloaded_weights_are_compared_with_a_list(tiny, hf_folder, tmp_path):
+def test_downloaded_weights_are_compared_with_a_list(tiny, hf_folder, tmp_path) -> None:
     listed = tmp_path / "list"
     listed.write_text(sums(hf_folder, "*"))
     start = command_line(tiny, "--hf-checkpoint", str(hf_folder), "--train-iters", "1")
@@ -278,7 +281,7 @@ def test_downloaded_weights_are_compared_with_a_list(tiny, hf_folder, tmp_path):
     flip(files[1], 8 * files[1].stat().st_size - 1)
     line = refused([*start, "--hf-sha256", str(listed)], world_size=2)
     assert f"--hf-checkpoint {hf_folder}: {files[1].name} is not the file that {listed} names" in line
-    printed(start)  # nobody has said what it must be
+    printed(start)  # no file says what the hash must be
     listed.write_text("".join(row for row in listed.read_text().splitlines(True) if files[2].name not in row))
     assert f"has no line for {files[2].name}" in refused([*start, "--hf-sha256", str(listed)])
     listed.write_text("0123  model.safetensors\n")
@@ -287,7 +290,7 @@ def test_downloaded_weights_are_compared_with_a_list(tiny, hf_folder, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["SHA256SUMS", "hub folder", "hub cache"])
-def test_downloaded_weights_are_compared_with_what_the_folder_says_of_them(tiny, hf_folder, kind):
+def test_downloaded_weights_are_compared_with_what_the_folder_says_of_them(tiny, hf_folder, kind) -> None:
     files = sorted(hf_folder.glob("*.safetensors"))
     if kind == "SHA256SUMS":
         subprocess.run(["bash", "-c", "sha256sum *.safetensors > SHA256SUMS"], check=True, cwd=hf_folder)

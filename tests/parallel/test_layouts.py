@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_simct.job import build_job
 from megatron_simct.parallel.initialize import process_groups
+from megatron_simct.records import MicroBatch, Rollout
 from tests.distributed import run_ranks
 from tests.steps import train_and_record
 from tests.tiny import config
@@ -17,7 +20,7 @@ from tests.tiny import config
 INTERFACES = ("paper", "code", "exact", "strict", "uld", "alm", "scalar", "bytes", "bytes, any", "sft")
 OF_WHOLE_RESPONSES = ("partition", "topk_kl", "bpm")
 OF_THEM = ("tp2", "dp2, packed", "pp2, packed")
-"""Interfaces without context parallelism, and the layouts that they are tried in."""
+"""Interfaces without context parallelism, and the layouts in which they are tried."""
 OPTIONS = {
     "bytes, any": ("--simct-byte-bounds", "any"),
     "bpm": ("--simct-divergence", "forward_kl"),
@@ -25,8 +28,8 @@ OPTIONS = {
 }
 TP2, PP2 = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
 ADAM = ("--adam-eps", "1e-4")
-"""Adam's first step is the sign of the gradient, also of one that is rounding noise, unless eps is above
-that.
+"""Adam's first step is the sign of the gradient, also of a gradient that is rounding noise,
+unless eps is larger.
 """
 CP2 = ("--context-parallel-size", "2")
 PACKED = ("--max-tokens-per-gpu", "114")  # data-parallel ranks need one micro-batch, or two
@@ -45,12 +48,12 @@ LAYOUTS = {
 }
 
 
-def _run(rank, world_size, folder, *flags):
+def _run(rank, world_size, folder, *flags) -> tuple[list[Any], torch.Tensor]:
     """Loss sum, label count and gradient norm of each step, and the rollout gap, as this rank saw them."""
     return _run_each(rank, world_size, folder, [flags])[0]
 
 
-def _run_each(rank, world_size, folder, runs):
+def _run_each(rank, world_size, folder, runs) -> list[tuple[list[Any], torch.Tensor]]:
     """`_run` for several sets of flags of one layout, in the same processes."""
     configs = [config(folder, *ADAM, *flags) for flags in runs]
     results = []
@@ -65,7 +68,7 @@ def _run_each(rank, world_size, folder, runs):
 
 
 @pytest.fixture(scope="module")
-def recorded(tiny, weights, tmp_path_factory):
+def recorded(tiny, weights, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     """One process samples, trains, and leaves its rollouts."""
     rollouts = tmp_path_factory.mktemp("rollouts")
     names = INTERFACES + OF_WHOLE_RESPONSES
@@ -79,7 +82,7 @@ def flags_of(weights, interface: str) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_agree(tiny, weights, recorded, layout):
+def test_layouts_agree(tiny, weights, recorded, layout) -> None:
     folder, expected = recorded
     world_size, flags = LAYOUTS[layout]
     names = INTERFACES + OF_WHOLE_RESPONSES * (layout in OF_THEM)
@@ -96,7 +99,7 @@ def test_layouts_agree(tiny, weights, recorded, layout):
                 assert sums.keys() == wanted.keys()
                 assert wanted["loss"] > 0.1 and wanted_norm > 0.01
                 for name, value in wanted.items():
-                    # What sampling and training differ by is rounding: some 1e-5 at each of a hundred labels.
+                    # Sampling and training differ by rounding: some 1e-5 at each of a hundred labels.
                     least = 1e-3 if name.startswith("rollout_gap") else 1e-4
                     assert math.isclose(sums[name], value, rel_tol=1e-5, abs_tol=least), (interface, name)
                 assert math.isclose(grad_norm, wanted_norm, rel_tol=1e-5), interface
@@ -106,7 +109,7 @@ def test_layouts_agree(tiny, weights, recorded, layout):
 
 
 @pytest.mark.parametrize("micro_batch_size", ["1", "8"])
-def test_micro_batch_size_changes_nothing(tiny, weights, recorded, micro_batch_size):
+def test_micro_batch_size_changes_nothing(tiny, weights, recorded, micro_batch_size) -> None:
     folder, expected = recorded
     ((steps, weight),) = run_ranks(
         1,
@@ -125,8 +128,10 @@ def test_micro_batch_size_changes_nothing(tiny, weights, recorded, micro_batch_s
 
 
 @pytest.mark.parametrize("layout", ["tp2", "dp2", "cp2"])
-def test_sampling_does_not_depend_on_the_layout(tiny, weights, recorded, tmp_path, layout):
-    """The rollouts of step 0 are the same tokens: draws depend on seed and sample id, weights on the seed."""
+def test_sampling_does_not_depend_on_the_layout(tiny, weights, recorded, tmp_path, layout) -> None:
+    """The rollouts of step 0 have the same tokens: draws depend on seed and sample id,
+    weights on the seed.
+    """
     from megatron_simct.rollout.engine import ReplayEngine
 
     world_size, flags = LAYOUTS[layout]
@@ -143,7 +148,7 @@ def test_sampling_does_not_depend_on_the_layout(tiny, weights, recorded, tmp_pat
         )
 
 
-def _read(engine_class, folder):
+def _read(engine_class, folder) -> list[Rollout]:
     from megatron_simct.records import Prompt
 
     engine = engine_class(None, save_dir=None, load_dir=str(folder), dp_rank=0, writes=False)
@@ -153,8 +158,8 @@ def _read(engine_class, folder):
     )
 
 
-def test_sampled_log_probs_are_the_trainer_s(recorded):
-    """Every sampled label scores the same in training: the sum of both sides agrees to 1e-4 a label."""
+def test_sampled_log_probs_are_the_trainer_s(recorded) -> None:
+    """Every sampled label has the same log-prob in training: the sums of both sides agree to 1e-4 a label."""
     import json
 
     folder, expected = recorded
@@ -169,8 +174,8 @@ def test_sampled_log_probs_are_the_trainer_s(recorded):
         assert abs(sums["student_nll_sum"] - sampled) < 1e-4 * sums["num_labels"]
 
 
-def _parts(rank, world_size, folder, *flags):
-    """What each step says of its gradient's parts, and its norm."""
+def _parts(rank, world_size, folder, *flags) -> list[Any]:
+    """Each step's metrics of its gradient's parts, and its norm."""
     resolved = config(folder, *ADAM, *flags)
     with process_groups(resolved.parallel, seed=resolved.training.seed) as groups:
         return [
@@ -179,9 +184,9 @@ def _parts(rank, world_size, folder, *flags):
         ]
 
 
-def _norms_of_parts(rank, world_size, folder, *flags):
-    """The gradient norm of the first step with all weights, with those of 1:1 positions, and with those of
-    units.
+def _norms_of_parts(rank, world_size, folder, *flags) -> list[float]:
+    """The gradient norm of the first step with all weights, with those of 1:1 positions, and
+    with those of units.
     """
     found = []
     for kept in ([0, 1, 2], [0, 2], [1]):
@@ -190,7 +195,7 @@ def _norms_of_parts(rank, world_size, folder, *flags):
             job = build_job(resolved, groups)
             pack = job.pack
 
-            def packed(*records, kept=kept, pack=pack, **more):
+            def packed(*records, kept=kept, pack=pack, **more) -> list[MicroBatch]:
                 batches = pack(*records, **more)
                 for batch in batches:
                     batch.labels.weights[~torch.isin(batch.labels.kinds, torch.tensor(kept))] = 0
@@ -200,7 +205,7 @@ def _norms_of_parts(rank, world_size, folder, *flags):
     return found
 
 
-def test_the_parts_of_the_gradient(tiny, weights, recorded):
+def test_the_parts_of_the_gradient(tiny, weights, recorded) -> None:
     """Cosine and ratio follow from the norms of the whole gradient and of each part, in every layout."""
     replay = (*weights, "--load-debug-rollout-data", str(recorded[0] / "paper"))
     (norms,) = run_ranks(1, _norms_of_parts, tiny, *replay)

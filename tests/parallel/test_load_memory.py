@@ -1,4 +1,4 @@
-"""What a load costs in memory, in a process of its own."""
+"""Memory of a load, in a separate process."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ with process_groups(ParallelConfig(), seed=1) as groups:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
-def test_a_load_needs_little_more_than_the_parameters(tmp_path):
+def test_a_load_needs_little_more_than_the_parameters(tmp_path) -> None:
     save_model(tmp_path, "llama", **FOLDER_FIELDS).to(torch.bfloat16).save_pretrained(str(tmp_path))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", _PROGRAM, str(tmp_path)]

@@ -1,8 +1,10 @@
-"""The loss on vocabulary shards: same numbers for every tensor-parallel size, and how much crosses ranks."""
+"""The loss on vocabulary shards: the same numbers for every tensor-parallel size, and the
+bytes between ranks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -58,7 +60,7 @@ def product(cases: list[LossCase], configs: list[InterfaceConfig]) -> Pairs:
 
 
 def in_turn(configs: list[InterfaceConfig]) -> Pairs:
-    """Every configuration with the smallest vocabulary and with one other case, by turns."""
+    """Every configuration with the smallest vocabulary and, in turns, with one other case."""
     pairs = [(CASES[-1], config) for config in configs]
     return pairs + [(CASES[i % (len(CASES) - 1)], config) for i, config in enumerate(configs)]
 
@@ -68,13 +70,13 @@ def evaluate_all(rank: int, world_size: int, pairs: Pairs) -> list[Evaluation]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_loss_and_gradients_equal_the_oracle_on_shards(world_size):
+def test_loss_and_gradients_equal_the_oracle_on_shards(world_size) -> None:
     configs = [*CONFIGS, *OTHERS]
     _compare(world_size, product(CASES, configs) if world_size == 2 else in_turn(configs))
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_exact_and_weights_equal_the_oracle_on_shards(world_size):
+def test_exact_and_weights_equal_the_oracle_on_shards(world_size) -> None:
     cases = [random_case(seed, spelled=True, weighted=seed % 2 == 1, num_segments=12) for seed in range(4)]
     _compare(world_size, product(cases, [*EXACT, InterfaceConfig(), InterfaceConfig(interface="alm")]))
 
@@ -95,8 +97,8 @@ def _compare(world_size: int, pairs: Pairs) -> None:
         assert not whole[len(weight_gradient) :].any(), "padded rows were scored"
 
 
-def test_two_likeliest_tokens_on_two_ranks_agree_with_the_teacher():
-    """Logits of bf16 are often equal; the ranks' answers must not add up to something else."""
+def test_two_likeliest_tokens_on_two_ranks_agree_with_the_teacher() -> None:
+    """bf16 logits are often equal; the sum of the ranks' answers must still be right."""
     case = random_case(0, num_stops=1)
     student, teacher = (
         case.student_hidden @ case.student_weight.T,
@@ -122,7 +124,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_layouts_agree_in_float32(world_size):
+def test_layouts_agree_in_float32(world_size) -> None:
     pairs = [(case.to(torch.float32), config) for case, config in in_turn(CONFIGS)]
     by_rank = run_ranks(world_size, evaluate_all, pairs)
     for (case, config), *evaluations in zip(pairs, *by_rank, strict=True):
@@ -140,7 +142,7 @@ def test_layouts_agree_in_float32(world_size):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_golden_numbers_on_two_ranks(dtype):
+def test_golden_numbers_on_two_ranks(dtype) -> None:
     configs = [InterfaceConfig(interface=i, divergence=d, temperature=t) for i, d, t in golden.LOSS]
     for evaluations in run_ranks(2, evaluate_all, product([golden_case().to(dtype)], configs)):
         for evaluation, expected in zip(evaluations, golden.LOSS.values(), strict=True):
@@ -148,8 +150,8 @@ def test_golden_numbers_on_two_ranks(dtype):
 
 
 @contextmanager
-def counted_bytes():
-    """A dict of what this rank hands to each collective of torch.distributed, in bytes."""
+def counted_bytes() -> Iterator[dict[str, int]]:
+    """A dict of the bytes that this rank passes to each collective of torch.distributed."""
     sent: dict[str, int] = {}
     names = [
         name
@@ -163,7 +165,7 @@ def counted_bytes():
     originals = {name: getattr(dist, name) for name in names}
 
     def counting(name: str) -> Callable[..., Any]:
-        # The input is the second argument where the first is the output.
+        # The input is the second argument if the first is the output.
         position = 1 if name.startswith(("all_gather", "all_to_all", "reduce_scatter")) else 0
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -220,8 +222,8 @@ def bytes_of_one_loss(rank: int, world_size: int, case: LossCase, config: Interf
     ],
     ids=name_of,
 )
-def test_bytes_between_ranks_per_row(config, limit):
-    """Every label a row of its own is the dearest case; a wider vocabulary costs nothing more."""
+def test_bytes_between_ranks_per_row(config, limit) -> None:
+    """The most expensive case is a row for every label; a wider vocabulary adds nothing."""
     base = random_case(0, num_segments=60).to(torch.float32)
     n = len(base.student_labels)
     dense = replace(
@@ -239,7 +241,7 @@ def test_bytes_between_ranks_per_row(config, limit):
     assert sent_wide == sent
 
 
-def test_empty_micro_batches_on_two_ranks():
+def test_empty_micro_batches_on_two_ranks() -> None:
     full = random_case(0)
     no_segments = replace(full, segments=[], kinds=[], replaced=[])
     nothing = replace(
@@ -273,7 +275,7 @@ def sum_with_one_bad_weight(
 
 @pytest.mark.parametrize("interface", ["paper", "strict"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_non_finite_logit_on_one_rank_reaches_all(bad, interface):
+def test_a_non_finite_logit_on_one_rank_reaches_all(bad, interface) -> None:
     sums = run_ranks(2, sum_with_one_bad_weight, random_case(0), bad, InterfaceConfig(interface=interface))
     assert not torch.isfinite(torch.tensor(sums)).any()
 
@@ -296,7 +298,7 @@ def gather_head(rank: int, world_size: int, case: LossCase, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_teacher_rows_move_to_the_student_columns(world_size, dtype):
+def test_teacher_rows_move_to_the_student_columns(world_size, dtype) -> None:
     for case, *results in zip(CASES, *run_ranks(world_size, gather_heads, dtype), strict=True):
         width = -(-(len(case.student_weight) + 1) // world_size)
         for rank, (weight, _, _) in enumerate(results):
@@ -339,7 +341,7 @@ def statistics(rank: int, world_size: int, case: LossCase, cap: float | None) ->
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("cap", [None, 2.0])
-def test_label_statistics_on_shards(world_size, cap):
+def test_label_statistics_on_shards(world_size, cap) -> None:
     case = CASES[3]
     logits = case.teacher_hidden @ case.teacher_weight.T
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
@@ -356,9 +358,9 @@ def test_label_statistics_on_shards(world_size, cap):
 
 def context_parallel(
     rank: int, world_size: int, tp: int, cases: list[LossCase], configs: list[InterfaceConfig]
-):
-    """As `evaluate`, with labels dealt out in pieces: the first and the last to rank 0, as context
-    parallelism does.
+) -> list[Any]:
+    """As `evaluate`, with labels distributed in pieces: the first and the last to rank 0, as
+    context parallelism does.
     """
     groups = {"tp": None, "cp": None}
     for start in range(0, world_size, tp):
@@ -408,7 +410,7 @@ def context_parallel(
 
 
 @pytest.mark.parametrize("tp, cp", [(1, 2), (1, 3), (2, 2)])
-def test_label_rows_split_over_context_parallel_ranks(tp, cp):
+def test_label_rows_split_over_context_parallel_ranks(tp, cp) -> None:
     """Units straddle the cuts."""
     cases = [random_case(seed, spelled=True, softcap=seed == 1, weighted=seed == 2) for seed in range(3)]
     configs = [

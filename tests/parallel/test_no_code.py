@@ -1,7 +1,7 @@
-"""No file that a command opens makes it run code: a pickle that would is put in the place of each of them.
+"""No file that a command opens can make it run code: each of them is replaced by a pickle that would.
 
-Which files a command opens is not written down here: a hook in the interpreter hears of every open of a run
-that succeeds. Files that libraries open by themselves are those that the command line names.
+The test does not list the files that a command opens: a hook in the interpreter records every open of a
+successful run. Files that libraries open by themselves are those that the command line names.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import pickle
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def saved(value: object, *, zipped: bool = True) -> bytes:
 
 
 def payloads(path: Path, mark: Path) -> list[bytes]:
-    """What a reader of such a file could be made to run."""
+    """Contents that could make a reader of such a file run code."""
     evil = Evil(mark)
     if path.suffix in (".yaml", ".yml"):
         return [f"!!python/object/apply:os.mkdir ['{mark}']\n".encode()]
@@ -68,7 +68,7 @@ def payloads(path: Path, mark: Path) -> list[bytes]:
     return [pickle.dumps(evil)]
 
 
-def test_the_payloads_would_run(tmp_path):
+def test_the_payloads_would_run(tmp_path) -> None:
     readers: dict[str, Callable[[bytes], object]] = {
         "a.json": pickle.loads,
         "a.pt": lambda data: torch.load(io.BytesIO(data), weights_only=False),
@@ -77,7 +77,7 @@ def test_the_payloads_would_run(tmp_path):
     }
     for name, read in readers.items():
         for data in payloads(Path(name), tmp_path / "mark"):
-            with contextlib.suppress(Exception):  # of what comes after it
+            with contextlib.suppress(Exception):  # of the payloads that follow it
                 read(data)
             (tmp_path / "mark").rmdir()  # it is there
 
@@ -90,7 +90,7 @@ Main = Callable[[Sequence[str]], int | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A command on the files of a folder, and some of the files that it must be seen to open."""
+    """A command on the files of a folder, and some of the files that it must open."""
 
     main: Main
     argv: Callable[[Path], list[str]]
@@ -218,7 +218,7 @@ CASES = {
 def _run(
     rank: int, world_size: int, main: Main, argv: list[str], folder: Path | None
 ) -> tuple[object, str, set[Path]]:
-    """Exit code, standard error, and what was opened for reading in the folder."""
+    """Exit code, standard error, and the files of the folder that were opened for reading."""
     opened: set[Path] = set()
 
     def hear(event: str, args: tuple[Any, ...]) -> None:
@@ -246,7 +246,7 @@ def succeed(main: Main, *argv: str) -> None:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
-    """All that the commands read, made by the commands."""
+    """All input files of the commands, made by the commands."""
     folder = tmp_path_factory.mktemp("inputs") / "inputs"
     files = folder / "files"
     files.mkdir(parents=True)
@@ -295,8 +295,8 @@ def inputs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def copied(inputs, tmp_path):
-    """The inputs, which are as before at the end."""
+def copied(inputs, tmp_path) -> Iterator[Path]:
+    """The inputs. They are restored at the end."""
     shutil.copytree(inputs, tmp_path / "pristine")
     yield inputs
     shutil.rmtree(inputs)
@@ -304,7 +304,7 @@ def copied(inputs, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_no_file_that_a_command_opens_runs_code(copied, tmp_path, case):
+def test_no_file_that_a_command_opens_runs_code(copied, tmp_path, case) -> None:
     folder, pristine, mark = copied, tmp_path / "pristine", tmp_path / "mark"
 
     def restore() -> None:
@@ -321,7 +321,7 @@ def test_no_file_that_a_command_opens_runs_code(copied, tmp_path, case):
     for path in files:
         for data in payloads(path, mark):
             path.write_bytes(data)
-            # where it fails, it says so in a line
+            # if it fails, one line says so
             ((code, err, _),) = run_ranks(1, _run, case.main, argv, None)
             assert not mark.exists(), path
             ends.append(code)
@@ -329,7 +329,7 @@ def test_no_file_that_a_command_opens_runs_code(copied, tmp_path, case):
     assert {1, 2} & set(ends), "some of them cannot be done without"
 
 
-def test_what_both_jobs_exchange_in_files_runs_no_code(tmp_path):
+def test_what_both_jobs_exchange_in_files_runs_no_code(tmp_path) -> None:
     for name in ("server_key.json", "client_key.json", "replica.json"):
         path = tmp_path / name
         path.write_bytes(pickle.dumps(Evil(tmp_path / "mark")))
@@ -339,11 +339,11 @@ def test_what_both_jobs_exchange_in_files_runs_no_code(tmp_path):
     assert read_endpoints(tmp_path) == {} and not (tmp_path / "mark").exists()
 
 
-# What lies within files of a checkpoint
+# Contents of a checkpoint's files
 
 
 def _edit(inputs: Path, change: Callable[[Any], None]) -> Path:
-    """The folder of a checkpoint whose `.metadata` is another one."""
+    """A checkpoint folder with another `.metadata`."""
     folder = inputs / "save" / "iter_0000001"
     metadata = read_metadata(folder)
     change(metadata)
@@ -358,7 +358,7 @@ def _resumed(inputs: Path) -> str:
 
 
 @pytest.mark.parametrize("place", ["planner_data", "all_local_plans", "storage_meta", "state_dict_metadata"])
-def test_the_metadata_is_checked_in_every_part(copied, tmp_path, place):
+def test_the_metadata_is_checked_in_every_part(copied, tmp_path, place) -> None:
     evil = Evil(tmp_path / "mark")
     _edit(copied, lambda metadata: setattr(metadata, place, {"x": evil}))
     err = _resumed(copied)
@@ -366,8 +366,8 @@ def test_the_metadata_is_checked_in_every_part(copied, tmp_path, place):
     assert not (tmp_path / "mark").exists()
 
 
-def test_a_name_behind_an_allowed_one_is_none(tmp_path):
-    """Protocol 4 lets a name have dots: `torch` `Size.__class__`, and on to anything."""
+def test_a_name_behind_an_allowed_one_is_none(tmp_path) -> None:
+    """In protocol 4 a name may have dots: `torch` `Size.__class__`, and from there any object."""
     for module, name in (
         ("torch", "Size.__reduce__"),
         ("torch", "os.system"),
@@ -381,7 +381,7 @@ def test_a_name_behind_an_allowed_one_is_none(tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_shards_are_read_as_numbers_only(copied, tmp_path, zipped):
+def test_shards_are_read_as_numbers_only(copied, tmp_path, zipped) -> None:
     data = saved(Evil(tmp_path / "mark"), zipped=zipped)
 
     def redirect(metadata: Any) -> None:
@@ -394,7 +394,7 @@ def test_shards_are_read_as_numbers_only(copied, tmp_path, zipped):
 
 
 def _resume_with_objects(argv: Sequence[str]) -> int | None:
-    """train, where the random state is requested as the object that earlier versions wrote."""
+    """train, with the random state requested as the object that earlier versions wrote."""
     checkpoint._has_rng_tensors = lambda path: False
     return train.main(argv)
 
@@ -412,7 +412,7 @@ def _save_with_objects(argv: Sequence[str]) -> int | None:
     return train.main(argv)
 
 
-def test_the_random_state_of_earlier_versions_is_no_pickle(copied, tmp_path, monkeypatch):
+def test_the_random_state_of_earlier_versions_is_no_pickle(copied, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("MARK", str(tmp_path / "mark"))
     shutil.rmtree(copied / "save")
     succeed(_save_with_objects, *command_line(copied / "files", *SMALL, "--save", str(copied / "save")))
@@ -421,7 +421,7 @@ def test_the_random_state_of_earlier_versions_is_no_pickle(copied, tmp_path, mon
     assert not (tmp_path / "mark").exists()
 
 
-def test_state_that_transformer_engine_would_unpickle_is_refused():
+def test_state_that_transformer_engine_would_unpickle_is_refused() -> None:
     name = "decoder.layers.self_attention.linear_qkv._extra_state"
     for empty in (None, torch.empty(0, dtype=torch.uint8)):
         torch_dist._refuse_pickled_state({"model": {name: empty}})
@@ -430,7 +430,7 @@ def test_state_that_transformer_engine_would_unpickle_is_refused():
             torch_dist._refuse_pickled_state({"model": {name: filled}})
 
 
-def test_what_a_user_has_set_for_torch_is_left_as_it_was(monkeypatch):
+def test_what_a_user_has_set_for_torch_is_left_as_it_was(monkeypatch) -> None:
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
     evil = saved({"x": Evil(Path("/nowhere/at/all"))})

@@ -1,7 +1,8 @@
-"""Pipeline stages and sequence parallelism: the same steps and the same text as one process, from the same
-weights.
+"""Pipeline stages and sequence parallelism: the same steps and the same text as one process,
+from the same weights.
 
-Both ways of tying: the student's embedding is tied while the teacher's is not, and the other way round.
+Both ways of tying are tested: the student's embedding is tied and the teacher's is not, and
+the other way round.
 """
 
 from __future__ import annotations
@@ -9,21 +10,24 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from megatron_simct.alignment import load_tokenizer
+from megatron_simct.config.options import Config
 from megatron_simct.job import build_job
 from megatron_simct.loading import load_model
 from megatron_simct.parallel.initialize import process_groups
-from megatron_simct.records import Prompt
+from megatron_simct.records import Prompt, Rollout
 from megatron_simct.rollout.engine import Sampling
 from megatron_simct.rollout.megatron_engine import MegatronEngine
 from megatron_simct.train import main, train
 from megatron_simct.update.checkpoint import TRACKER, load_weights, save_weights
-from megatron_simct.update.step import NonFiniteError
+from megatron_simct.update.step import NonFiniteError, StepReport
 from tests.distributed import run_ranks
 from tests.steps import scores_of
 from tests.tiny import command_line, config
@@ -49,8 +53,8 @@ TIED = ("student tied", "teacher tied")
 
 
 @pytest.fixture(scope="module", params=TIED)
-def files(request, tiny, tmp_path_factory):
-    """A complete job, and checkpoints that every layout starts from."""
+def files(request, tiny, tmp_path_factory) -> Path:
+    """A complete job, and the checkpoints from which every layout starts."""
     folder = tmp_path_factory.mktemp("files") / "job"
     shutil.copytree(tiny, folder)
     for side in ("student", "teacher"):
@@ -66,22 +70,24 @@ def files(request, tiny, tmp_path_factory):
     return folder
 
 
-def weight_flags(folder):
+def weight_flags(folder) -> tuple[str, ...]:
     return (
         *("--pretrained-checkpoint", str(folder / "weights" / "student")),
         *("--teacher-pretrained-checkpoint", str(folder / "weights" / "teacher")),
-        # Adam's first step is the sign of the gradient, also of one that is rounding noise, unless eps is
-        # above that.
+        # Adam's first step is the sign of the gradient, also of a gradient that is rounding noise,
+        # unless eps is larger.
         *("--adam-eps", "1e-4"),
     )
 
 
-def job_config(folder, *flags):
+def job_config(folder, *flags) -> Config:
     return config(folder, *weight_flags(folder), *flags)
 
 
-def replicated_parameters(model):
-    """What tensor parallelism does not split, under names that do not depend on the stage: the norms."""
+def replicated_parameters(model) -> dict[str, torch.Tensor]:
+    """The parameters that tensor parallelism does not split (the norms), under names that do not
+    depend on the stage.
+    """
     first = model.decoder.layers[0].layer_number - 1
     found = {}
     for name, parameter in model.named_parameters():
@@ -93,7 +99,9 @@ def replicated_parameters(model):
     return found
 
 
-def _run(rank, world_size, folder, *flags):
+def _run(
+    rank, world_size, folder, *flags
+) -> tuple[list[Any], dict[str, torch.Tensor], tuple[int, torch.Tensor] | None]:
     """Every step's report, then the norms' weights, and both ends of a tied embedding."""
     resolved = job_config(folder, *flags)
     reports = []
@@ -102,7 +110,7 @@ def _run(rank, world_size, folder, *flags):
         step = job.updater.step
         widths = set()
 
-        def recording_step(batches):
+        def recording_step(batches) -> StepReport:
             widths.update(batch.sequences.tokens.shape[1] for batch in batches)
             reports.append(step(batches))
             return reports[-1]
@@ -120,7 +128,7 @@ def _run(rank, world_size, folder, *flags):
 
 
 @pytest.fixture(scope="module")
-def recorded(files, tmp_path_factory):
+def recorded(files, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     """One process samples, trains, and leaves its rollouts."""
     rollouts = tmp_path_factory.mktemp("rollouts")
     return rollouts, {
@@ -139,8 +147,8 @@ def recorded(files, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "files, layout, interface",
-    # Each layout under each interface; the ways of tying by turns, so that each layout and interface meets
-    # both.
+    # Each layout with each interface. The ways of tying alternate, so that each layout and each
+    # interface meets both.
     [
         (TIED[(i + j) % 2], layout, interface)
         for i, layout in enumerate(LAYOUTS)
@@ -148,7 +156,7 @@ def recorded(files, tmp_path_factory):
     ],
     indirect=["files"],
 )
-def test_layouts_agree_with_one_process(files, recorded, layout, interface):
+def test_layouts_agree_with_one_process(files, recorded, layout, interface) -> None:
     rollouts, expected = recorded
     world_size, flags = LAYOUTS[layout]
     load = ("--load-debug-rollout-data", str(rollouts / interface))
@@ -163,7 +171,7 @@ def test_layouts_agree_with_one_process(files, recorded, layout, interface):
             assert sums.keys() == wanted.keys()
             assert wanted["loss"] > 0.1 and wanted_norm > 0.01
             for name, value in wanted.items():
-                # What sampling and training differ by is rounding: some 1e-5 at each of a hundred labels.
+                # Sampling and training differ by rounding: some 1e-5 at each of a hundred labels.
                 least = 1e-3 if name.startswith("rollout_gap") else 1e-4
                 assert math.isclose(sums[name], value, rel_tol=1e-5, abs_tol=least), name
             assert math.isclose(sums["loss"], wanted["loss"], rel_tol=1e-5)
@@ -181,7 +189,7 @@ def test_layouts_agree_with_one_process(files, recorded, layout, interface):
         )
 
 
-# Gradients that are summed while the backward pass still runs
+# Gradients that are summed during the backward pass
 
 THREE_MICRO_BATCHES = ("--simct-interface", "paper", "--rollout-batch-size", "12")
 OVERLAPPED = {
@@ -192,19 +200,19 @@ OVERLAPPED = {
 }
 
 
-def _run_counting_buckets(rank, world_size, folder, *flags):
-    """`_run`, and how many reductions began in a backward pass, before Megatron waits for them."""
+def _run_counting_buckets(rank, world_size, folder, *flags) -> tuple[Any, ...]:
+    """`_run`, and the number of reductions that began in a backward pass, before Megatron waits for them."""
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as BucketGroup
 
     counts = {"early": 0, "late": 0}
     start, finish = BucketGroup.start_grad_sync, DistributedDataParallel.finish_grad_sync
 
-    def counting_start(group, **kwargs):
+    def counting_start(group, **kwargs) -> None:
         counts["late" if counts.get("finishing") else "early"] += 1
         start(group, **kwargs)
 
-    def marked_finish(ddp, *args, **kwargs):
+    def marked_finish(ddp, *args, **kwargs) -> None:
         counts["finishing"] = True
         finish(ddp, *args, **kwargs)
         counts["finishing"] = False
@@ -214,16 +222,16 @@ def _run_counting_buckets(rank, world_size, folder, *flags):
 
 
 @pytest.fixture(scope="module")
-def recorded_at_length(files, tmp_path_factory):
+def recorded_at_length(files, tmp_path_factory) -> tuple[str, Any]:
     """One process samples three micro-batches a step, trains, and leaves its rollouts."""
     rollouts = str(tmp_path_factory.mktemp("three_micro_batches"))
     return rollouts, run_ranks(1, _run, files, *THREE_MICRO_BATCHES, "--save-debug-rollout-data", rollouts)[0]
 
 
 @pytest.mark.parametrize("layout", OVERLAPPED)
-def test_overlapped_reduction_changes_nothing(files, recorded_at_length, layout):
-    """Three micro-batches a rank, small buckets, and a head whose gradient is in main_grad before backward
-    begins.
+def test_overlapped_reduction_changes_nothing(files, recorded_at_length, layout) -> None:
+    """Three micro-batches a rank, small buckets, and a head whose gradient is in main_grad before the
+    backward pass begins.
     """
     world_size, flags = OVERLAPPED[layout]
     rollouts, (expected, expected_norms, _) = recorded_at_length
@@ -233,8 +241,8 @@ def test_overlapped_reduction_changes_nothing(files, recorded_at_length, layout)
         *("--load-debug-rollout-data", rollouts),
     )  # fmt: skip
     for steps, norms, _, counts in results:
-        # Megatron learns in the first step which gradients a bucket waits for, and overlaps from the second
-        # one on.
+        # Megatron learns in the first step which gradients a bucket waits for, and overlaps from
+        # the second step on.
         assert counts["early"] == counts["late"] > 0
         for (sums, grad_norm, _), (wanted, wanted_norm, _) in zip(steps, expected, strict=True):
             assert math.isclose(sums["loss"], wanted["loss"], rel_tol=1e-5)
@@ -246,13 +254,13 @@ def test_overlapped_reduction_changes_nothing(files, recorded_at_length, layout)
 # A whole run
 
 
-def _command(rank, world_size, argv):
+def _command(rank, world_size, argv) -> int:
     return main(argv)
 
 
-def test_a_whole_run_logs_what_one_process_logs(files, tmp_path):
-    """Sampling, evaluation, training and saving by the command; the first rank, on the first stage,
-    writes.
+def test_a_whole_run_logs_what_one_process_logs(files, tmp_path) -> None:
+    """Sampling, evaluation, training and saving by the command. The first rank, on the
+    first stage, writes.
     """
     logs = {}
     for name, (world_size, flags) in {
@@ -286,7 +294,7 @@ def test_a_whole_run_logs_what_one_process_logs(files, tmp_path):
                 assert found[name] == pytest.approx(value, rel=1e-4), name
 
 
-def _step_with_a_nan(rank, world_size, folder, stage, *flags):
+def _step_with_a_nan(rank, world_size, folder, stage, *flags) -> tuple[str, bool]:
     """The error of a step when a layer of one stage holds a nan, and whether any weight moved."""
     resolved = job_config(folder, *flags)
     with process_groups(resolved.parallel, seed=1) as groups:
@@ -309,7 +317,7 @@ def _step_with_a_nan(rank, world_size, folder, stage, *flags):
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_a_bad_number_on_one_stage_stops_all(files, stage):
+def test_a_bad_number_on_one_stage_stops_all(files, stage) -> None:
     for message, same in run_ranks(2, _step_with_a_nan, files, stage, *PP2):
         assert "loss sum nan over 96 labels" in message and "stopped before the optimizer step" in message
         assert same
@@ -325,7 +333,7 @@ PROMPTS = [
 ]
 
 
-def _generate(rank, world_size, folder, flags):
+def _generate(rank, world_size, folder, flags) -> list[Rollout]:
     """Greedy and sampled rollouts, in batches of two and with a stop id."""
     resolved = job_config(folder, *flags)
     with process_groups(resolved.parallel, seed=1) as groups:
@@ -345,7 +353,7 @@ def _generate(rank, world_size, folder, flags):
     [("student tied", list(LAYOUTS)[::2]), ("teacher tied", list(LAYOUTS)[1::2])],
     indirect=["files"],
 )
-def test_every_layout_generates_the_same_tokens(files, layouts):
+def test_every_layout_generates_the_same_tokens(files, layouts) -> None:
     (expected,) = run_ranks(1, _generate, files, ())
     assert len({tuple(r.student_ids.tolist()) for r in expected}) == 2 * len(PROMPTS)
     for world_size, flags in map(LAYOUTS.get, layouts):
@@ -360,7 +368,7 @@ def test_every_layout_generates_the_same_tokens(files, layouts):
 # Checkpoints
 
 
-def _load_and_save(rank, world_size, folder, flags, source, target):
+def _load_and_save(rank, world_size, folder, flags, source, target) -> dict[str, torch.Tensor]:
     """Load from one directory, save in another; this rank's weights in between."""
     resolved = config(folder, *flags)
     with process_groups(resolved.parallel, seed=3) as groups:
@@ -373,7 +381,7 @@ def _load_and_save(rank, world_size, folder, flags, source, target):
 
 
 @pytest.mark.parametrize("flags", [TP2 + PP2, TP2 + PP2 + INTERLEAVED], ids=["stages", "interleaved"])
-def test_weights_go_through_pipeline_stages_and_back(files, tmp_path, flags):
+def test_weights_go_through_pipeline_stages_and_back(files, tmp_path, flags) -> None:
     start = files / "weights" / "student"
     run_ranks(4, _load_and_save, files, flags, start, tmp_path / "stages")
     (expected,) = run_ranks(1, _load_and_save, files, (), start, None)
@@ -384,7 +392,7 @@ def test_weights_go_through_pipeline_stages_and_back(files, tmp_path, flags):
         assert torch.equal(found[name][real], weight[real]), name
 
 
-def _first_weights(rank, world_size, folder):
+def _first_weights(rank, world_size, folder) -> torch.Tensor:
     """Weights of this stage's first layer, drawn at random."""
     resolved = config(folder, *PP2)
     with process_groups(resolved.parallel, seed=1) as groups:
@@ -393,15 +401,15 @@ def _first_weights(rank, world_size, folder):
         return model.decoder.layers[0].self_attention.linear_qkv.weight.detach()
 
 
-def test_stages_draw_different_weights(tiny):
+def test_stages_draw_different_weights(tiny) -> None:
     first, second = run_ranks(2, _first_weights, tiny)
     assert first.std() > 0.1 and (first - second).std() > 0.1
 
 
-# What is refused
+# Refusals
 
 
-def _refusal(rank, world_size, folder, *flags):
+def _refusal(rank, world_size, folder, *flags) -> str:
     resolved = job_config(folder, *flags)
     with (
         pytest.raises(ValueError) as error,
@@ -458,13 +466,13 @@ def _refusal(rank, world_size, folder, *flags):
         ),
     ],
 )
-def test_impossible_layouts_name_the_flag(tiny, world_size, flags, words):
+def test_impossible_layouts_name_the_flag(tiny, world_size, flags, words) -> None:
     for message in run_ranks(world_size, _refusal, tiny, *flags):
         for word in words:
             assert word in message
 
 
-def test_a_restart_that_would_wait_for_the_dead_is_refused(tiny, monkeypatch):
+def test_a_restart_that_would_wait_for_the_dead_is_refused(tiny, monkeypatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     for message in run_ranks(2, _refusal, tiny):

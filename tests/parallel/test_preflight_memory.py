@@ -1,5 +1,5 @@
-"""The memory plan against models as they are built: parameters of every rank, and what autograd keeps of a
-layer.
+"""The memory plan against the built models: parameters of every rank, and activations that
+autograd keeps of a layer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_simct.config.options import ParallelConfig, UpdateConfig
 from megatron_simct.job import build_job
-from megatron_simct.models.build import build_model, padded_vocab_size
+from megatron_simct.models.build import HiddenStateModel, InterleavedModel, build_model, padded_vocab_size
 from megatron_simct.models.delta_net import DeltaNet
 from megatron_simct.models.dense import Dense
 from megatron_simct.models.experts import Experts
@@ -23,7 +23,7 @@ from megatron_simct.models.layers import Layer
 from megatron_simct.models.layout import Layout, context_pieces
 from megatron_simct.models.rotary import Rope
 from megatron_simct.parallel.cpu import megatron_imports
-from megatron_simct.parallel.initialize import build_groups, process_groups
+from megatron_simct.parallel.initialize import Groups, build_groups, process_groups
 from megatron_simct.preflight.memory import (
     NO_OPTIONS,
     Sizes,
@@ -62,7 +62,7 @@ BASE = Architecture(
 
 
 def model_of(layer: Layer = LAYER, **attention: Any) -> Architecture:
-    """Six such layers, with changes of their attention."""
+    """Six such layers, with changes to their attention."""
     return replace(BASE, layers=(replace(layer, attention=replace(layer.attention, **attention)),) * 6)
 
 
@@ -94,7 +94,9 @@ def sizes_of(architecture: Architecture, parallel: ParallelConfig) -> Sizes:
     return Sizes(architecture=architecture, parallel=parallel, vocab_size=rows, bf16=False)
 
 
-def build(architecture: Architecture, parallel: ParallelConfig, update: UpdateConfig = NO_OPTIONS):
+def build(
+    architecture: Architecture, parallel: ParallelConfig, update: UpdateConfig = NO_OPTIONS
+) -> tuple[HiddenStateModel | InterleavedModel, Groups]:
     groups = build_groups(parallel, seed=1, device=torch.device("cpu"))
     model = build_model(
         architecture,
@@ -109,7 +111,7 @@ def build(architecture: Architecture, parallel: ParallelConfig, update: UpdateCo
     return model, groups
 
 
-def _counts(rank, world_size, parallel):
+def _counts(rank, world_size, parallel) -> tuple[int, dict[str, int]]:
     """Parameters of this rank's part of every architecture, and its stage."""
     counts = {}
     for name, architecture in ARCHITECTURES.items():
@@ -120,7 +122,7 @@ def _counts(rank, world_size, parallel):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_parameters_are_those_of_the_models(layout):
+def test_parameters_are_those_of_the_models(layout) -> None:
     world_size, options = LAYOUTS[layout]
     parallel = ParallelConfig(**options)
     for stage, counts in run_ranks(world_size, _counts, parallel):
@@ -134,13 +136,13 @@ def test_parameters_are_those_of_the_models(layout):
                 assert counts[name] == total_parameters(architecture, vocab_size=rows)
 
 
-def _experts_over_ranks(rank, world_size, parallel):
+def _experts_over_ranks(rank, world_size, parallel) -> int:
     model, _ = build(ARCHITECTURES["experts"], parallel)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("tp, etp", [(2, None), (1, 2), (2, 1)])
-def test_experts_are_shared_out(tp, etp):
+def test_experts_are_shared_out(tp, etp) -> None:
     parallel = ParallelConfig(
         tensor_model_parallel_size=tp, expert_model_parallel_size=2, expert_tensor_parallel_size=etp
     )
@@ -151,7 +153,7 @@ def test_experts_are_shared_out(tp, etp):
 def kept_by_autograd(
     model: torch.nn.Module, *, batch: int, length: int, context: dist.ProcessGroup | None = None
 ) -> int:
-    """Bytes of different storages that a forward pass saves, parameters apart."""
+    """Bytes of different storages that a forward pass saves, without parameters."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -173,8 +175,8 @@ def kept_by_autograd(
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def _layer_bytes(rank, world_size, architecture, parallel, batch, length, update=NO_OPTIONS):
-    """What one more layer keeps."""
+def _layer_bytes(rank, world_size, architecture, parallel, batch, length, update=NO_OPTIONS) -> int:
+    """Bytes that one more layer keeps."""
     kept = []
     for num_layers in (2, 3):
         cut = replace(architecture, layers=architecture.layers[:num_layers])
@@ -230,8 +232,8 @@ ACTIVATIONS = {
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations_are_what_autograd_keeps(name):
-    """Within 12 %: row statistics and the like are left out."""
+def test_activations_are_what_autograd_keeps(name) -> None:
+    """Within 12 %: row statistics and similar tensors are left out."""
     architecture, options = ACTIVATIONS[name]
     parallel = ParallelConfig(**options)
     batch, length = 2, 130 if name.startswith("delta") else 64  # its chunks are of 64
@@ -270,8 +272,8 @@ RECOMPUTED = {
 
 
 @pytest.mark.parametrize("name", RECOMPUTED)
-def test_what_is_computed_again_is_not_kept(name):
-    """Within 12 %, as above: what one more layer adds to the plan."""
+def test_what_is_computed_again_is_not_kept(name) -> None:
+    """Within 12 %, as above: the bytes that one more layer adds to the plan."""
     architecture, options, layout = RECOMPUTED[name]
     update, parallel = UpdateConfig(**options), ParallelConfig(**layout)
     batch, length = 2, 64
@@ -285,7 +287,7 @@ def test_what_is_computed_again_is_not_kept(name):
         assert measured == pytest.approx(three - two, rel=0.12)
 
 
-def _state_bytes(rank, world_size, folder, flags):
+def _state_bytes(rank, world_size, folder, flags) -> tuple[int, int]:
     """Parameters of this rank, and the bytes of its optimizer's state after a step."""
     resolved = config(folder, "--train-iters", "1", "--simct-interface", "sft", *flags)
     with process_groups(resolved.parallel, seed=1) as groups:
@@ -298,7 +300,7 @@ def _state_bytes(rank, world_size, folder, flags):
         return sum(p.numel() for p in job.updater.model.parameters()), held
 
 
-def test_ranks_share_the_optimizers_state(tiny):
+def test_ranks_share_the_optimizers_state(tiny) -> None:
     plain, shared = (
         run_ranks(2, _state_bytes, tiny, flags) for flags in ((), ("--use-distributed-optimizer",))
     )
@@ -328,7 +330,7 @@ EXPERT_LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
-def test_shares_of_experts_are_planned_by_the_ranks_that_hold_them(tiny, tmp_path, layout):
+def test_shares_of_experts_are_planned_by_the_ranks_that_hold_them(tiny, tmp_path, layout) -> None:
     """Within 12 %: a rank's share of the state is rounded to whole buckets."""
     pytest.importorskip("transformers")
     world_size, options = EXPERT_LAYOUTS[layout]
@@ -366,12 +368,12 @@ def test_shares_of_experts_are_planned_by_the_ranks_that_hold_them(tiny, tmp_pat
     assert copied == scattered[layout]
 
 
-def test_a_forward_pass_without_gradients_is_far_smaller():
+def test_a_forward_pass_without_gradients_is_far_smaller() -> None:
     sizes = sizes_of(WIDE, ParallelConfig())
     one, two = (forward_bytes(sizes, batch=batch, length=64) for batch in (1, 2))
     assert two == 2 * one < 2 * layer_activation_bytes(sizes, WIDE_LAYER, batch=2, length=64)
 
 
-def test_optimizer_state():
+def test_optimizer_state() -> None:
     assert optimizer_bytes("adam", bf16=True) == 12 and optimizer_bytes("adam", bf16=False) == 8
     assert optimizer_bytes("sgd", bf16=True) == 8

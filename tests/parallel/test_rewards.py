@@ -1,4 +1,6 @@
-"""Rewards in whole runs: every layout takes the same steps, a resumed run the same as an undisturbed one."""
+"""Rewards in whole runs: every layout takes the same steps, and a resumed run the same as
+an undisturbed one.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ GROUPS = ("--n-samples-per-prompt", "4", "--rollout-batch-size", "4")
 
 @pytest.fixture(scope="module", autouse=True)
 def _module(tmp_path_factory) -> Any:
-    """The function's module, where the worker's interpreter finds it."""
+    """The function's module, in a folder that the worker's interpreter searches."""
     folder = tmp_path_factory.mktemp("functions")
     (folder / "tiny_rewards.py").write_text(FUNCTION)
     with pytest.MonkeyPatch.context() as patch:
@@ -52,7 +54,7 @@ def _steps(rank: int, world_size: int, files: Path, flags: tuple[str, ...]) -> l
 
 
 @pytest.fixture(scope="module", params=["paper", "bytes", "reward"])
-def one_process(request, tiny, weights):
+def one_process(request, tiny, weights) -> tuple[tuple[str, ...], list[tuple[float, float]]]:
     flags = (*weights, *REWARD, *GROUPS, "--simct-interface", request.param, "--lr", "1e-3")
     return flags, run_ranks(1, _steps, tiny, flags)[0]
 
@@ -67,7 +69,7 @@ def one_process(request, tiny, weights):
     ],
     ids=["TP2", "PP2", "DP2", "CP2"],
 )
-def test_every_layout_takes_the_same_steps(tiny, one_process, ranks, layout):
+def test_every_layout_takes_the_same_steps(tiny, one_process, ranks, layout) -> None:
     flags, expected = one_process
     # On policy the term's value is near 0, whatever its gradient.
     assert all(norm > 0.1 for _, norm in expected)
@@ -78,7 +80,7 @@ def test_every_layout_takes_the_same_steps(tiny, one_process, ranks, layout):
 
 
 def _run_and_look(rank: int, world_size: int, argv: list[str]) -> tuple[tuple[int, str, str], list[int]]:
-    """The run, and how many processes it has left."""
+    """Run the command; also returns the number of processes that it has left."""
     with pytest.MonkeyPatch.context() as patch:
         started: list[subprocess.Popen[bytes]] = []
         popen = subprocess.Popen
@@ -95,7 +97,7 @@ def _run_and_look(rank: int, world_size: int, argv: list[str]) -> tuple[tuple[in
     return answer, [sum(process.poll() is None for process in started)]
 
 
-def test_a_resumed_run_equals_an_undisturbed_one(tiny, tmp_path):
+def test_a_resumed_run_equals_an_undisturbed_one(tiny, tmp_path) -> None:
     def trained(folder: Path, iterations: int) -> str:
         saved = (
             "--save",
@@ -137,7 +139,7 @@ def _on_shards(rank: int, world_size: int, interface: str) -> tuple[float, torch
 
 
 @pytest.mark.parametrize("interface", ["paper", "exact", "strict_topk", "alm"])
-def test_vocabulary_shards_find_the_same_term(interface):
+def test_vocabulary_shards_find_the_same_term(interface) -> None:
     whole = evaluate(rewarded(1), InterfaceConfig(interface=interface))
     for total, gradient in run_ranks(2, _on_shards, interface):
         assert total == pytest.approx(float(whole.output.sum), rel=1e-9)

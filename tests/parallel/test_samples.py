@@ -1,4 +1,4 @@
-"""samples.jsonl: what a run keeps of a few responses, under any layout."""
+"""samples.jsonl: the record of a few responses of a run, in any layout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("interface", ["paper", "bytes", "strict"])
-def test_units_spell_the_responses_and_their_losses_add_up(tiny, weights, tmp_path, interface):
+def test_units_spell_the_responses_and_their_losses_add_up(tiny, weights, tmp_path, interface) -> None:
     """One micro-batch of two samples, both kept: their losses are those of the step."""
     rows = {}
     for name, (world_size, flags) in LAYOUTS.items():

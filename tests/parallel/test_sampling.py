@@ -1,5 +1,5 @@
-"""Sampling from vocabulary shards: the same tokens for any split, those of a float64 oracle, with its
-frequencies.
+"""Sampling from vocabulary shards: the same tokens for any split, equal to a float64 oracle's,
+with its frequencies.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.distributed import run_ranks
 from tests.oracles import sampling as oracle
 
 INF = float("inf")
-VOCAB, PADDED = 21, 24  # on 4 ranks the last one holds 3 real columns of 6
+VOCAB, PADDED = 21, 24  # on 4 ranks the last one has 3 real columns of 6
 SETTINGS = [(0.0, 1.0), (1.0, 1.0), (0.6, 1.0), (3.0, 1.0), (1.0, 0.95), (0.7, 0.5), (2.0, 0.05)]
 SETTINGS += [(1.0, 1.0, 1), (1.0, 1.0, 5), (3.0, 0.8, 9), (2.0, 1.0, 20), (2.0, 0.9, 1000)]
 """(temperature, top_p), or with top_k after them; a rank of four has 6 columns."""
@@ -26,7 +26,7 @@ BELOW_ONE = 1.0 - 2.0**-53
 
 
 def random_logits(rows: int, *, scale: float = 2.0, seed: int = 0) -> torch.Tensor:
-    """[rows, PADDED]; padded columns hold the largest numbers, so that reading one shows."""
+    """[rows, PADDED]; padded columns have the largest numbers, so that a read of one is detected."""
     generator = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(rows, PADDED, generator=generator)
     logits[:, VOCAB:] = 1e5
@@ -41,7 +41,9 @@ def choice(setting: tuple) -> dict:
     return dict(zip(("temperature", "top_p", "top_k"), setting, strict=False))
 
 
-def _sample(rank, world_size, logits, uniforms, vocab_size, all_settings):
+def _sample(
+    rank, world_size, logits, uniforms, vocab_size, all_settings
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     width = logits.shape[1] // world_size
     return [
         sample_tokens(
@@ -56,8 +58,10 @@ def _sample(rank, world_size, logits, uniforms, vocab_size, all_settings):
     ]
 
 
-def sample(world_size, logits, uniforms, all_settings=SETTINGS, *, vocab_size=VOCAB):
-    """(ids, log-probs) for each of the settings, which all ranks must agree on."""
+def sample(
+    world_size, logits, uniforms, all_settings=SETTINGS, *, vocab_size=VOCAB
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(ids, log-probs) for each of the settings. All ranks must agree on them."""
     if world_size == 1:
         return _sample(0, 1, logits, uniforms, vocab_size, all_settings)
     first, *others = run_ranks(world_size, _sample, logits, uniforms, vocab_size, all_settings)
@@ -73,7 +77,7 @@ def sample(world_size, logits, uniforms, all_settings=SETTINGS, *, vocab_size=VO
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_tokens_and_log_probs_are_the_oracle_s(world_size):
+def test_tokens_and_log_probs_are_the_oracle_s(world_size) -> None:
     logits, uniforms = random_logits(200), random_uniforms(200)
     for setting, (ids, scores) in zip(SETTINGS, sample(world_size, logits, uniforms), strict=True):
         assert ids.dtype == torch.int64 and scores.dtype == torch.float32
@@ -89,13 +93,13 @@ def test_tokens_and_log_probs_are_the_oracle_s(world_size):
                 probs = oracle.distribution(row, **choice(setting))
                 assert probs[token] > 0
                 expected, margin = oracle.choose(probs, uniform)
-            if margin > 1e-5:  # else single precision may decide
+            if margin > 1e-5:  # otherwise single precision may decide
                 assert token == expected
                 compared += 1
         assert compared > 190
 
 
-def test_every_split_gives_the_same_tokens():
+def test_every_split_gives_the_same_tokens() -> None:
     logits, uniforms = random_logits(2000, seed=2), random_uniforms(2000, seed=3)
     one, two, four = (sample(world_size, logits, uniforms) for world_size in (1, 2, 4))
     for (ids, scores), *others in zip(one, two, four, strict=True):
@@ -105,7 +109,7 @@ def test_every_split_gives_the_same_tokens():
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_greedy_takes_the_lowest_of_equal_ids(world_size):
+def test_greedy_takes_the_lowest_of_equal_ids(world_size) -> None:
     logits = torch.zeros(4, PADDED)
     logits[:, VOCAB:] = 9.0
     logits[1, [7, 13, 20]] = 1.0  # on several ranks
@@ -120,9 +124,9 @@ def test_greedy_takes_the_lowest_of_equal_ids(world_size):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_uniform_numbers_at_the_borders(world_size):
-    """0 takes the first token that has mass, the largest number below 1 the last one; never one without
-    mass.
+def test_uniform_numbers_at_the_borders(world_size) -> None:
+    """0 takes the first token that has mass, the largest number below 1 the last one; no token
+    without mass is taken.
     """
     logits = random_logits(5, scale=1.0)
     logits[1, :14] = -INF  # nothing on the first ranks
@@ -138,8 +142,10 @@ def test_uniform_numbers_at_the_borders(world_size):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_uniform_numbers_at_the_borders_of_a_nucleus(world_size):
-    """The nucleus {5, 9} lies within one shard or two; what is cut on either side of it has no mass."""
+def test_uniform_numbers_at_the_borders_of_a_nucleus(world_size) -> None:
+    """The nucleus {5, 9} lies within one shard or two; the tokens that are cut on either side
+    of it have no mass.
+    """
     logits = torch.zeros(1, PADDED)
     logits[0, [5, 9]] = 10.0
     for uniform, expected in ((0.0, 5), (0.49, 5), (0.51, 9), (BELOW_ONE, 9)):
@@ -148,7 +154,7 @@ def test_uniform_numbers_at_the_borders_of_a_nucleus(world_size):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_extreme_logits(world_size):
+def test_extreme_logits(world_size) -> None:
     generator = torch.Generator().manual_seed(5)
     logits = 1e4 * torch.randn(60, PADDED, generator=generator)
     logits[20:40, :VOCAB] = torch.eye(VOCAB)[torch.arange(20)] * 1e4  # one-hot at id row - 20
@@ -169,7 +175,7 @@ def test_extreme_logits(world_size):
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_without_a_real_column(world_size):
+def test_ranks_without_a_real_column(world_size) -> None:
     """A vocabulary of 5 in 24 columns: most ranks hold padding alone."""
     logits, uniforms = random_logits(300), random_uniforms(300)
     logits[:, 5:] = 1e5
@@ -182,18 +188,18 @@ def test_ranks_without_a_real_column(world_size):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_a_model_that_says_nan_gives_real_ids_with_nan_log_probs(world_size):
-    """So that a broken model stops where the loss is checked, not at an id that no table knows."""
+def test_a_model_that_says_nan_gives_real_ids_with_nan_log_probs(world_size) -> None:
+    """A broken model then stops at the check of the loss, not at an id that no table has."""
     logits = random_logits(3)
     logits[0] = math.nan
-    logits[1, 20] = math.nan  # the last rank alone knows
+    logits[1, 20] = math.nan  # only the last rank has it
     logits[2, 3] = math.nan
     for ids, scores in sample(world_size, logits, random_uniforms(3)):
         assert 0 <= int(ids.min()) <= int(ids.max()) < VOCAB
         assert scores.isnan().all()
 
 
-def test_bf16_logits_are_widened():
+def test_bf16_logits_are_widened() -> None:
     logits, uniforms = random_logits(50).bfloat16(), random_uniforms(50)
     for (ids, scores), (expected, expected_scores) in zip(
         sample(1, logits, uniforms), sample(1, logits.float(), uniforms), strict=True
@@ -205,7 +211,7 @@ def test_bf16_logits_are_widened():
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_frequencies_are_the_distribution_s(world_size):
+def test_frequencies_are_the_distribution_s(world_size) -> None:
     """Chi-square over 20,000 draws of one row; the bound is some five standard deviations."""
     draws = 20_000
     logits = random_logits(1, scale=1.0, seed=7).expand(draws, -1)
@@ -244,7 +250,7 @@ def oracle_cutoff(weights: list[float], top_p: float) -> float:
     sixteenths=st.integers(1, 16),
     candidates=st.integers(1, 5),
 )
-def test_the_cutoff_is_the_oracle_s_however_few_are_offered(rows, sixteenths, candidates):
+def test_the_cutoff_is_the_oracle_s_however_few_are_offered(rows, sixteenths, candidates) -> None:
     top_p = sixteenths / 16
     width = max(len(row) for row in rows)
     weights = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.float32)
@@ -252,7 +258,7 @@ def test_the_cutoff_is_the_oracle_s_however_few_are_offered(rows, sixteenths, ca
     assert cutoff.tolist() == [oracle_cutoff(row, top_p) for row in weights.tolist()]
 
 
-def _cutoffs(rank, world_size, cases):
+def _cutoffs(rank, world_size, cases) -> list[list[float]]:
     results = []
     for weights, top_p, candidates in cases:
         width = weights.shape[1] // world_size
@@ -262,7 +268,7 @@ def _cutoffs(rank, world_size, cases):
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_the_cutoff_on_shards(world_size):
+def test_the_cutoff_on_shards(world_size) -> None:
     generator = torch.Generator().manual_seed(11)
     cases = []
     for i in range(120):
@@ -275,8 +281,8 @@ def test_the_cutoff_on_shards(world_size):
         assert found == expected
 
 
-def test_a_flat_row_needs_more_than_the_first_offer():
-    """1,000 equal weights: 64 candidates hold 6 % of the mass; all tie with the cutoff."""
+def test_a_flat_row_needs_more_than_the_first_offer() -> None:
+    """1,000 equal weights: 64 candidates have 6 % of the mass; all tie with the cutoff."""
     assert nucleus_cutoff(torch.ones(1, 1000), 0.5, group=None).tolist() == [1.0]
     steps = torch.arange(1000, dtype=torch.float32)[None]
     assert nucleus_cutoff(steps, 0.5, group=None).tolist() == [oracle_cutoff(steps[0].tolist(), 0.5)]

@@ -1,5 +1,5 @@
-"""Checkpoints of the distributed optimizer: resumed bit by bit, in other layouts, by and from the plain
-optimizer.
+"""Checkpoints of the distributed optimizer: resumed bit by bit, in other layouts, by and from
+the plain optimizer.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ SHARED = ("--use-distributed-optimizer",)
 
 def trained(
     files: Path, folder: Path, iterations: int, *flags: str, world_size: int = 1, load: Path | None = None
-):
-    """Run to this iteration in the folder, going on from `load` or what is there; what the first rank
-    printed.
+) -> str:
+    """Run to this iteration in the folder, from `load` or the folder's checkpoint; returns the
+    first rank's output.
     """
     argv = command_line(
         files,
@@ -53,7 +53,7 @@ def cut(source: Path, folder: Path, iteration: int) -> Path:
     return folder
 
 
-def test_it_resumes_bit_by_bit(tiny, weights, through, tmp_path):
+def test_it_resumes_bit_by_bit(tiny, weights, through, tmp_path) -> None:
     flags = (*weights, *SHARED, "--tensor-model-parallel-size", "2", "--save-interval", "1")
     for iterations in (1, 3):
         trained(tiny, tmp_path, iterations, *flags, world_size=4)
@@ -69,7 +69,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("layout", OTHERS)
-def test_a_run_goes_on_in_another_layout_and_without_it(tiny, weights, through, tmp_path, layout):
+def test_a_run_goes_on_in_another_layout_and_without_it(tiny, weights, through, tmp_path, layout) -> None:
     world_size, flags = OTHERS[layout]
     load = cut(through, tmp_path / "load", 1)
     trained(
@@ -93,9 +93,10 @@ def test_a_run_goes_on_in_another_layout_and_without_it(tiny, weights, through, 
             assert math.isclose(row[name], wanted[name], rel_tol=1e-5), (name, row[name], wanted[name])
 
 
-def test_what_is_saved_does_not_show_which_optimizer_it_was(tiny, weights, tmp_path):
-    """Two steps on two ranks with either: the same tensors under the same names; each goes on from the first
-    of the other."""
+def test_what_is_saved_does_not_show_which_optimizer_it_was(tiny, weights, tmp_path) -> None:
+    """Two steps on two ranks with either optimizer: the same tensors under the same names. Each continues
+    from the first step of the other.
+    """
     plain, shared = tmp_path / "plain", tmp_path / "shared"
     for folder, flags in ((plain, ()), (shared, SHARED)):
         trained(tiny, folder, 2, *weights, *flags, "--save-interval", "1", world_size=2)
@@ -121,7 +122,7 @@ def test_what_is_saved_does_not_show_which_optimizer_it_was(tiny, weights, tmp_p
 
 def test_weights_that_are_gathered_late_are_fresh_where_they_are_sampled_from_and_saved(
     tiny, weights, tmp_path
-):
+) -> None:
     late = (*SHARED, "--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "3000")
     for folder, flags in ((tmp_path / "plain", ()), (tmp_path / "late", late)):
         trained(tiny, folder, 3, *weights, *flags, world_size=2)
@@ -143,7 +144,7 @@ def experts(tmp_path_factory) -> tuple[str, ...]:
     return "--hf-checkpoint", str(folder), "--adam-eps", "1e-4"
 
 
-def test_experts_resume_bit_by_bit_and_go_on_alone(tiny, weights, experts, tmp_path):
+def test_experts_resume_bit_by_bit_and_go_on_alone(tiny, weights, experts, tmp_path) -> None:
     flags = (*weights[2:], *experts, *SHARED, "--expert-model-parallel-size", "2", "--save-interval", "1")
     trained(tiny, tmp_path / "through", 2, *flags, world_size=4)
     for iterations in (1, 2):
@@ -157,7 +158,7 @@ def test_experts_resume_bit_by_bit_and_go_on_alone(tiny, weights, experts, tmp_p
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_adapters_resume_bit_by_bit(tiny, weights, tmp_path):
+def test_adapters_resume_bit_by_bit(tiny, weights, tmp_path) -> None:
     """--lora-rank with the distributed optimizer: most parameters have neither gradient nor state."""
     pytest.importorskip("transformers")
     save_model(tmp_path / "student", "llama", vocab_size=360)

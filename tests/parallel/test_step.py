@@ -1,8 +1,9 @@
-"""One optimizer step: its gradient, its schedule, its clipping, and what it refuses."""
+"""One optimizer step: its gradient, its schedule, its clipping, and its refusals."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from megatron_simct.alignment import load_tokenizer
 from megatron_simct.job import build_job
 from megatron_simct.loading import load_model
 from megatron_simct.parallel.initialize import process_groups
+from megatron_simct.records import MicroBatch
 from megatron_simct.train import train
 from megatron_simct.update.optimizer import wrap_data_parallel
-from megatron_simct.update.step import NonFiniteError
+from megatron_simct.update.step import NonFiniteError, StepReport
 from tests.distributed import run_ranks
 from tests.steps import scores_of
 from tests.tiny import config
@@ -33,8 +35,8 @@ SGD = (
 SFT = ("--simct-interface", "sft", "--rollout-max-response-len", "64")
 
 
-def micro_batches(job, step: int = 0):
-    """What the training loop hands to the update."""
+def micro_batches(job, step: int = 0) -> list[MicroBatch]:
+    """The training loop's input to the update."""
     prompts = job.prompts.batch(step)
     rollouts = job.engine.generate(prompts, job.sampling)
     pairs = [job.align(prompt, rollout) for prompt, rollout in zip(prompts, rollouts, strict=True)]
@@ -48,9 +50,9 @@ def parameters_of(job) -> dict[str, torch.Tensor]:
 # The gradient
 
 
-def _unpacked(model, batches, vocab_size):
-    """Cross entropy and its gradient by plain autograd: one sequence at a time, no padding, then one
-    division.
+def _unpacked(model, batches, vocab_size) -> tuple[dict[str, torch.Tensor], float, int]:
+    """Cross entropy and its gradient by plain autograd: one sequence at a time, no
+    padding, then one division.
     """
     total, num_labels = 0.0, 0
     model.zero_grad()
@@ -71,8 +73,8 @@ def _unpacked(model, batches, vocab_size):
     return {name: p.grad / num_labels for name, p in model.named_parameters()}, total, num_labels
 
 
-def _one_sgd_step(rank, world_size, folder, weights, *flags):
-    """Weights before and after, the report, and the gradient by hand where one process sees all samples."""
+def _one_sgd_step(rank, world_size, folder, weights, *flags) -> tuple[Any, ...]:
+    """Weights before and after, the report, and, if one process sees all samples, the gradient by hand."""
     resolved = config(folder, *weights, *SFT, *SGD, *flags)
     with process_groups(resolved.parallel, seed=1) as groups:
         job = build_job(resolved, groups)
@@ -93,12 +95,12 @@ def _one_sgd_step(rank, world_size, folder, weights, *flags):
 
 
 @pytest.fixture(scope="module")
-def by_hand(tiny, weights):
+def by_hand(tiny, weights) -> tuple[Any, ...]:
     ((before, after, report, expected),) = run_ranks(1, _one_sgd_step, tiny, weights)
     return before, after, report, expected
 
 
-def test_the_step_follows_the_gradient_of_the_unpacked_loss(by_hand):
+def test_the_step_follows_the_gradient_of_the_unpacked_loss(by_hand) -> None:
     before, after, report, (gradients, total, num_labels) = by_hand
     assert report.sums["num_labels"] == num_labels > 50
     assert report.sums["loss"] == pytest.approx(total, rel=1e-6)
@@ -113,7 +115,7 @@ def test_the_step_follows_the_gradient_of_the_unpacked_loss(by_hand):
 
 
 @pytest.mark.parametrize("flags", [("--micro-batch-size", "1"), ("--micro-batch-size", "4")])
-def test_data_parallel_ranks_take_the_same_step(tiny, weights, by_hand, flags):
+def test_data_parallel_ranks_take_the_same_step(tiny, weights, by_hand, flags) -> None:
     _, expected, expected_report, _ = by_hand
     for _, after, report, _ in run_ranks(2, _one_sgd_step, tiny, weights, *flags):
         assert report.sums["loss"] == pytest.approx(expected_report.sums["loss"], rel=1e-6)
@@ -122,8 +124,8 @@ def test_data_parallel_ranks_take_the_same_step(tiny, weights, by_hand, flags):
             torch.testing.assert_close(after[name], value, rtol=0, atol=2e-6)
 
 
-def _wrapped(rank, world_size, folder, weights):
-    """Weights of a rank on which they had come out otherwise."""
+def _wrapped(rank, world_size, folder, weights) -> dict[str, torch.Tensor]:
+    """Weights of a rank that started with other weights."""
     resolved = config(folder, *weights)
     with process_groups(resolved.parallel, seed=1) as groups:
         student = load_tokenizer(resolved.model.tokenizer_model)
@@ -135,13 +137,13 @@ def _wrapped(rank, world_size, folder, weights):
         return {name: parameter.detach() for name, parameter in chunk.named_parameters()}
 
 
-def test_data_parallel_ranks_start_from_the_weights_of_the_first(tiny, weights):
+def test_data_parallel_ranks_start_from_the_weights_of_the_first(tiny, weights) -> None:
     first, second = run_ranks(2, _wrapped, tiny, weights)
     assert first.keys() == second.keys() and len(first) > 10
     assert all(torch.equal(second[name], value) for name, value in first.items())
 
 
-def test_clipping_scales_the_step_to_its_norm(tiny, weights, by_hand):
+def test_clipping_scales_the_step_to_its_norm(tiny, weights, by_hand) -> None:
     before, free, free_report, _ = by_hand
     limit = free_report.grad_norm / 4
     ((_, clipped, report, _),) = run_ranks(1, _one_sgd_step, tiny, weights, "--clip-grad", str(limit))
@@ -154,16 +156,16 @@ def test_clipping_scales_the_step_to_its_norm(tiny, weights, by_hand):
     assert length == pytest.approx(0.5 * limit, rel=1e-3)
 
 
-def test_a_high_limit_clips_nothing(tiny, weights, by_hand):
+def test_a_high_limit_clips_nothing(tiny, weights, by_hand) -> None:
     _, free, _, _ = by_hand
     ((_, after, _, _),) = run_ranks(1, _one_sgd_step, tiny, weights, "--clip-grad", "1000")
     for name, value in free.items():
         assert torch.equal(after[name], value)
 
 
-def test_weight_decay_is_decoupled_and_spares_norms(tiny, weights):
-    """With a huge --adam-eps the gradient moves nothing, so the decay alone is left: lr x decay of each
-    weight.
+def test_weight_decay_is_decoupled_and_spares_norms(tiny, weights) -> None:
+    """With a huge --adam-eps the gradient moves nothing, so only the decay is left: lr x
+    decay of each weight.
     """
     adam = (
         "--optimizer",
@@ -187,7 +189,7 @@ def test_weight_decay_is_decoupled_and_spares_norms(tiny, weights):
 # The schedule
 
 
-def _learning_rates(rank, world_size, folder, weights, *flags):
+def _learning_rates(rank, world_size, folder, weights, *flags) -> list[float]:
     resolved = config(folder, *weights, *SFT, *flags)
     with process_groups(resolved.parallel, seed=1) as groups:
         job = build_job(resolved, groups)
@@ -204,19 +206,19 @@ def _learning_rates(rank, world_size, folder, weights, *flags):
         ("constant", [0, 0.5, 1, 1, 1, 1, 1, 1]),
     ],
 )
-def test_learning_rates(tiny, weights, style, expected):
+def test_learning_rates(tiny, weights, style, expected) -> None:
     flags = ("--lr", "1e-3", "--min-lr", "1e-4", "--lr-decay-style", style, "--lr-warmup-fraction", ".25")
     (rates,) = run_ranks(1, _learning_rates, tiny, weights, *flags, "--train-iters", "8")
     assert rates == pytest.approx([1e-3 * factor for factor in expected], abs=1e-12)
 
 
-def test_a_rate_below_the_minimum_is_not_raised_to_it(tiny, weights):
+def test_a_rate_below_the_minimum_is_not_raised_to_it(tiny, weights) -> None:
     flags = ("--lr", "1e-9", "--min-lr", "1e-8", "--lr-decay-style", "linear", "--train-iters", "3")
     (rates,) = run_ranks(1, _learning_rates, tiny, weights, *flags)
     assert rates == pytest.approx([1e-9] * 3, rel=1e-6)
 
 
-# What it refuses
+# Refusals
 
 POISONS = {
     "layer": (lambda model, loss, labels: model.decoder.layers[1].mlp.linear_fc2.weight, (0, 0), math.nan),
@@ -235,13 +237,13 @@ POISONS = {
     "teacher's logit": (lambda model, loss, labels: labels.teacher_own_logit, (0,), math.nan),
     "teacher's hidden state": (lambda model, loss, labels: labels.teacher_hidden, (0, 0), math.nan),
 }
-"""Where one rank alone holds a bad number: a tensor, an index, and the number."""
+"""A bad number on one rank alone: a tensor, an index, and the number."""
 
 
-def _poisoned_steps(rank, world_size, folder, weights, tp):
-    """For each of POISONS the error of the step and whether all was left as it was; then a step without
-    poison.
-    """
+def _poisoned_steps(
+    rank, world_size, folder, weights, tp
+) -> tuple[dict[str, tuple[str, bool]], StepReport, int]:
+    """For each of POISONS the error of the step and whether all was unchanged; then a step without poison."""
     resolved = config(folder, *weights, "--tensor-model-parallel-size", str(tp))
     with process_groups(resolved.parallel, seed=1) as groups:
         job = build_job(resolved, groups)
@@ -273,18 +275,18 @@ def _poisoned_steps(rank, world_size, folder, weights, tp):
 
 
 @pytest.mark.parametrize("world_size, tp", [(1, 1), (2, 2), (2, 1)], ids=["one", "tp2", "dp2"])
-def test_a_bad_number_on_one_rank_stops_all_before_any_weight_changes(tiny, weights, world_size, tp):
+def test_a_bad_number_on_one_rank_stops_all_before_any_weight_changes(tiny, weights, world_size, tp) -> None:
     by_rank = run_ranks(world_size, _poisoned_steps, tiny, weights, tp)
     for name in POISONS:
         messages = [results[name][0] for results, _, _ in by_rank]
         assert all("stopped before the optimizer step; lower --lr" in message for message in messages), name
         assert any("nan" in message or "inf" in message for message in messages), name
         assert all(results[name][1] for results, _, _ in by_rank), name
-    for _, report, moved in by_rank:  # and what was refused is forgotten
+    for _, report, moved in by_rank:  # and the refused step has no effect
         assert math.isfinite(report.sums["loss"]) and math.isfinite(report.grad_norm) and moved > 10
 
 
-def _train_broken(rank, world_size, folder, weights, temperature):
+def _train_broken(rank, world_size, folder, weights, temperature) -> str:
     """The error of a whole run whose student holds one nan on one rank."""
     flags = ("--tensor-model-parallel-size", str(world_size), "--rollout-temperature", temperature)
     resolved = config(folder, *weights, *flags, "--make-vocab-size-divisible-by", "128")
@@ -299,6 +301,6 @@ def _train_broken(rank, world_size, folder, weights, temperature):
 
 
 @pytest.mark.parametrize("temperature", ["0", "1"])
-def test_a_broken_student_stops_at_the_loss_after_it_was_sampled(tiny, weights, temperature):
+def test_a_broken_student_stops_at_the_loss_after_it_was_sampled(tiny, weights, temperature) -> None:
     for message in run_ranks(2, _train_broken, tiny, weights, temperature):
         assert "loss sum nan over 96 labels" in message

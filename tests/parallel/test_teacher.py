@@ -1,10 +1,12 @@
-"""What the colocated teacher says of a text is what its full forward pass says, row by row."""
+"""The colocated teacher's scores of a text are those of its full forward pass, row by row."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,18 +17,19 @@ from megatron_simct.job import build_job
 from megatron_simct.loading import load_model
 from megatron_simct.packing import by_number, by_tokens
 from megatron_simct.parallel.initialize import process_groups
-from megatron_simct.records import AlignedPair, SegmentKind, TeacherNeeds
+from megatron_simct.records import AlignedPair, ScoredPair, SegmentKind, TeacherNeeds
 from megatron_simct.rollout.engine import GivenResponses, Sampling
 from megatron_simct.teacher.colocated import ColocatedScorer
 from megatron_simct.teacher.scorer import NoTeacher
+from megatron_simct.update.step import StepReport
 from tests.distributed import run_ranks
 from tests.steps import scores_of
 from tests.tiny import config
 
 
 def make_pairs(needs: TeacherNeeds = TeacherNeeds()) -> list[AlignedPair]:  # noqa: B008  (frozen)
-    """Texts of different lengths; the requested rows are what `alignment` would ask of them, or a part of
-    it.
+    """Texts of different lengths. The requested rows are those that `alignment` would
+    request, or a part of them.
     """
     rng = np.random.default_rng(1)
     pairs = []
@@ -56,9 +59,11 @@ def make_pairs(needs: TeacherNeeds = TeacherNeeds()) -> list[AlignedPair]:  # no
     return pairs
 
 
-def _score(rank, world_size, folder, weights, tp, pairs, cut, packed):
-    """Scored pairs in the order in which they came, and the same numbers from one full pass a text, in
-    float64.
+def _score(
+    rank, world_size, folder, weights, tp, pairs, cut, packed
+) -> tuple[list[ScoredPair], dict[int, tuple[torch.Tensor, torch.Tensor]]]:
+    """Scored pairs in the order in which they arrived, and the same numbers from one full pass for
+    each text, in float64.
     """
     resolved = config(folder, *weights, "--tensor-model-parallel-size", str(tp))
     with process_groups(resolved.parallel, seed=1) as groups:
@@ -72,7 +77,7 @@ def _score(rank, world_size, folder, weights, tp, pairs, cut, packed):
             with torch.no_grad():
                 for pair in pairs:
                     expected[pair.sample_id] = _full_pass(model, pair, vocab_size)
-            # Padded columns must not count: from here on they would win every row.
+            # Padded columns must not count: from here on they would be the largest in every row.
             assert model.output_weight.shape[0] > vocab_size
             model.output_weight[vocab_size:] = 1e3
         scored = scores_of(scorer, pairs)
@@ -80,7 +85,7 @@ def _score(rank, world_size, folder, weights, tp, pairs, cut, packed):
         return scored, expected
 
 
-def _full_pass(model, pair, vocab_size):
+def _full_pass(model, pair, vocab_size) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states and real logits that predict the labels, in the order of the labels."""
     ids = torch.tensor([[*pair.teacher_prompt_ids.tolist(), *pair.teacher_ids.tolist()]])
     hidden = model(ids, torch.arange(ids.shape[1])[None], None)[:, 0]
@@ -90,8 +95,8 @@ def _full_pass(model, pair, vocab_size):
 
 
 @pytest.fixture(scope="module")
-def score(tiny, weights):
-    def score(pairs, *, tp=1, cut=None, packed=False):
+def score(tiny, weights) -> Callable[..., list[Any]]:
+    def score(pairs, *, tp=1, cut=None, packed=False) -> list[Any]:
         cut = cut or partial(by_number, size=2)
         return run_ranks(tp, _score, tiny, weights, tp, pairs, cut, packed)
 
@@ -103,7 +108,7 @@ PACKED = [(partial(by_tokens, max_tokens=tokens), True) for tokens in (1, 20, 10
 
 
 @pytest.mark.parametrize("cut, packed", PADDED + PACKED)
-def test_scores_are_those_of_a_full_pass(score, cut, packed):
+def test_scores_are_those_of_a_full_pass(score, cut, packed) -> None:
     pairs = make_pairs()
     ((scored, expected),) = score(pairs, cut=cut, packed=packed)
     by_id = {s.sample_id: s for s in scored}
@@ -123,14 +128,14 @@ def test_scores_are_those_of_a_full_pass(score, cut, packed):
 
 
 @pytest.mark.parametrize("cut, packed", PADDED[1:] + PACKED[1:])
-def test_every_pair_once_in_any_order(score, cut, packed):
+def test_every_pair_once_in_any_order(score, cut, packed) -> None:
     ((scored, _),) = score(make_pairs(), cut=cut, packed=packed)
     assert sorted(s.sample_id for s in scored) == [0, 1, 2, 3, 4]
     assert [s.sample_id for s in scored] != [0, 1, 2, 3, 4], "texts of similar length share a micro-batch"
 
 
 @pytest.mark.parametrize("hidden_rows", ["none", "one_to_one", "first", "all"])
-def test_only_the_rows_that_were_asked_for_come(score, hidden_rows):
+def test_only_the_rows_that_were_asked_for_come(score, hidden_rows) -> None:
     pairs = make_pairs(TeacherNeeds(hidden_rows=hidden_rows))
     ((scored, expected),) = score(pairs)
     for found in scored:
@@ -145,7 +150,7 @@ def test_only_the_rows_that_were_asked_for_come(score, hidden_rows):
 
 
 @pytest.mark.parametrize("k", [7, 1 << 30], ids=["some", "all"])
-def test_the_likeliest_tokens_come_in_place_of_hidden_states(score, k):
+def test_the_likeliest_tokens_come_in_place_of_hidden_states(score, k) -> None:
     pairs = make_pairs(TeacherNeeds(hidden_rows="one_to_one", topk=k, token_ids=True))
     ((alone, expected),) = score(pairs)
     for scored in (alone, *(of_rank for tp in (2, 4) for of_rank, _ in score(pairs, tp=tp))):
@@ -162,7 +167,7 @@ def test_the_likeliest_tokens_come_in_place_of_hidden_states(score, k):
             )
 
 
-def test_layouts_agree(score):
+def test_layouts_agree(score) -> None:
     pairs = make_pairs()
     ((alone, _),) = score(pairs)
     for scored, _ in score(pairs, tp=2):
@@ -172,11 +177,11 @@ def test_layouts_agree(score):
                 torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=1e-4)
 
 
-def test_no_pairs_no_scores(score):
+def test_no_pairs_no_scores(score) -> None:
     assert score([])[0][0] == []
 
 
-def test_without_a_teacher_the_scores_are_empty():
+def test_without_a_teacher_the_scores_are_empty() -> None:
     needs = TeacherNeeds(teacher=False, hidden_rows="none")
     pairs = [replace(pair, needs=needs) for pair in make_pairs()]
     scored = scores_of(NoTeacher(), pairs)
@@ -189,9 +194,9 @@ def test_without_a_teacher_the_scores_are_empty():
 # The student as its own teacher
 
 
-def _write_canonical_rollouts(folder, student, prompts, max_response_len):
-    """The data's own texts as rollouts: spelled as the tokenizer spells them, so that both sides have equal
-    tokens.
+def _write_canonical_rollouts(folder, student, prompts, max_response_len) -> None:
+    """The data's own texts as rollouts, in the tokenizer's own tokens, so that both
+    sides have equal tokens.
     """
     sampling = Sampling(temperature=1.0, top_p=1.0, max_response_len=max_response_len, seed=0)
     rollouts = GivenResponses(student).generate(prompts, sampling)
@@ -208,7 +213,9 @@ def _write_canonical_rollouts(folder, student, prompts, max_response_len):
     (folder / "rollout_0.0.json").write_text(json.dumps(rows))
 
 
-def _step_as_own_teacher(rank, world_size, folder, weights, tp, rollouts, interface):
+def _step_as_own_teacher(
+    rank, world_size, folder, weights, tp, rollouts, interface
+) -> tuple[StepReport, list[list[int]]]:
     resolved = config(
         folder,
         *weights[:2],
@@ -238,7 +245,9 @@ def _step_as_own_teacher(rank, world_size, folder, weights, tp, rollouts, interf
 
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("interface", ["paper", "strict", "bytes"])
-def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(tiny, weights, tmp_path, tp, interface):
+def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(
+    tiny, weights, tmp_path, tp, interface
+) -> None:
     for report, kinds in run_ranks(tp, _step_as_own_teacher, tiny, weights, tp, tmp_path, interface):
         assert {kind for pair in kinds for kind in pair} == {SegmentKind.SHARED, SegmentKind.STOP}
         sums = report.sums

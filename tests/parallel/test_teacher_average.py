@@ -1,5 +1,5 @@
-"""A teacher whose weights are an average of the student's: by hand, in every layout, after a resume, and
-refusals.
+"""A teacher whose weights are an average of the student's: by hand, in every layout, after a
+resume, and refusals.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from megatron_simct.parallel.cpu import megatron_imports
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.teacher.average import Average
 from megatron_simct.train import train
+from megatron_simct.update.step import StepReport
 from tests.distributed import run_ranks
 from tests.runs import assert_same_run, run, tensors
 from tests.tiny import command_line, config
@@ -56,8 +57,8 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _follow(rank: int, world_size: int, files: Path, flags: tuple[str, ...]) -> tuple[Any, ...]:
-    """Both models' weights after each update, the student's losses, and the teacher's head rows at the
-    end.
+    """Both models' weights after each update, the student's losses, and the final rows of
+    the teacher's head.
     """
     resolved = config(files, *flags)
     with process_groups(resolved.parallel, seed=1) as groups:
@@ -67,7 +68,7 @@ def _follow(rank: int, world_size: int, files: Path, flags: tuple[str, ...]) -> 
         students = []
         step = job.updater.step
 
-        def recording_step(batches):
+        def recording_step(batches) -> StepReport:
             report = step(batches)
             losses.append((report.sums["loss"], report.grad_norm))
             students.append(weights_of(student))
@@ -81,11 +82,11 @@ def _follow(rank: int, world_size: int, files: Path, flags: tuple[str, ...]) -> 
 
 
 @pytest.fixture(scope="module")
-def one_process(tiny, weights):
+def one_process(tiny, weights) -> tuple[Any, ...]:
     return run_ranks(1, _follow, tiny, of_itself(tiny, weights))[0]
 
 
-def test_the_teacher_is_the_average_of_the_students_weights(one_process):
+def test_the_teacher_is_the_average_of_the_students_weights(one_process) -> None:
     (start, end), students, losses, head = one_process
     for name, average in start.items():
         for student in students:
@@ -93,7 +94,7 @@ def test_the_teacher_is_the_average_of_the_students_weights(one_process):
         torch.testing.assert_close(end[name], average, rtol=0, atol=1e-6, msg=name)
         assert float((average - start[name]).abs().max()) > 1e-4, name
     assert all(loss > 1 and norm > 0.1 for loss, norm in losses)
-    # The loss reads the rows of the head as they are now.
+    # The loss reads the current rows of the head.
     rows = end["embedding.word_embeddings.weight"]
     assert torch.equal(head, rows[: len(head)])
 
@@ -107,7 +108,7 @@ def test_the_teacher_is_the_average_of_the_students_weights(one_process):
     ],
     ids=["TP2", "PP2", "DP2 with overlapped gathering"],
 )
-def test_every_layout_takes_the_same_steps(tiny, weights, one_process, ranks, flags):
+def test_every_layout_takes_the_same_steps(tiny, weights, one_process, ranks, flags) -> None:
     _, _, expected, _ = one_process
     for _, _, losses, _ in run_ranks(ranks, _follow, tiny, of_itself(tiny, weights, *flags)):
         for (loss, norm), (expected_loss, expected_norm) in zip(losses[1:], expected[1:], strict=True):
@@ -115,7 +116,7 @@ def test_every_layout_takes_the_same_steps(tiny, weights, one_process, ranks, fl
             assert norm == pytest.approx(expected_norm, rel=1e-4)
 
 
-def test_a_resumed_run_goes_on_with_the_average(tiny, weights, tmp_path):
+def test_a_resumed_run_goes_on_with_the_average(tiny, weights, tmp_path) -> None:
     def trained(folder: Path, iterations: int) -> None:
         saved = (
             "--save",
@@ -137,15 +138,15 @@ def test_a_resumed_run_goes_on_with_the_average(tiny, weights, tmp_path):
     _, state = tensors(tmp_path / "once")
     averages = {name: value for name, value in state.items() if name.startswith("teacher_average.")}
     assert averages and all(value.dtype == torch.float32 for value in averages.values())
-    # A run may start from the weights alone, and one without an average reads the rest.
+    # A run may start from the weights alone, and a run without an average reads the other parts.
     flags = of_itself(tiny, weights, "--pretrained-checkpoint", str(tmp_path / "once" / "save"))
     ((code, out, error),) = run_ranks(1, run, command_line(tiny, *flags, "--train-iters", "1"))
     assert code == 0, out + error
 
 
 def _in_bfloat16(rank: int, world_size: int, files: Path) -> tuple[float, float, set[torch.dtype], bool]:
-    """How far the average and the teacher's weights are from float64 after many small steps, in units of a
-    weight.
+    """Difference of the average and the teacher's weights from float64 after many small steps,
+    in units of a weight.
     """
     resolved = config(files)
     with process_groups(resolved.parallel, seed=1) as groups:
@@ -173,9 +174,9 @@ def _in_bfloat16(rank: int, world_size: int, files: Path) -> tuple[float, float,
         return of_average, of_teacher, dtypes, names
 
 
-def test_the_average_is_float32_where_the_models_are_bfloat16(tiny):
+def test_the_average_is_float32_where_the_models_are_bfloat16(tiny) -> None:
     ((of_average, of_teacher, dtypes, names),) = run_ranks(1, _in_bfloat16, tiny)
-    assert of_average < 1e-5 < of_teacher < 2e-2  # steps of 1e-3 of the way would vanish in bfloat16
+    assert of_average < 1e-5 < of_teacher < 2e-2  # steps of 1e-3 of the difference would vanish in bfloat16
     assert dtypes == {torch.float32} and names
 
 
@@ -188,7 +189,7 @@ def test_the_average_is_float32_where_the_models_are_bfloat16(tiny):
         (("--teacher-ema", "1"), "strictly between 0 and 1"),
     ],
 )
-def test_what_cannot_follow_is_refused(tiny, flags, words):
+def test_what_cannot_follow_is_refused(tiny, flags, words) -> None:
     with pytest.raises(ValueError, match="--teacher-ema") as refused:
         config(tiny, "--teacher-ema", ".9", *flags).check(data_parallel_size=1)
     assert words in str(refused.value)
@@ -204,7 +205,7 @@ def _build(rank: int, world_size: int, files: Path) -> str:
     return ""
 
 
-def test_a_teacher_of_another_shape_is_refused(tiny):
+def test_a_teacher_of_another_shape_is_refused(tiny) -> None:
     ((message,),) = [run_ranks(1, _build, tiny)]
     assert message.startswith("--teacher-ema: --teacher-hf-checkpoint ")
     assert message.endswith("must be of one architecture and vocabulary")

@@ -1,4 +1,4 @@
-"""A teacher in another job scores as the colocated one does, whatever the layouts of the two jobs."""
+"""A teacher in another job scores as the colocated one does, for all layouts of the two jobs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import json
 import math
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ import megatron_simct.teacher.build
 from megatron_simct.config.options import ParallelConfig
 from megatron_simct.job import build_job
 from megatron_simct.parallel.initialize import process_groups
+from megatron_simct.records import ScoredPair
 from megatron_simct.teacher.client import Patience, TeacherClient
 from megatron_simct.teacher.service import serve
 from tests.distributed import run_ranks
@@ -38,8 +42,8 @@ from tests.tiny import command_line, config
 INTERFACES = ("paper", "code", "strict", "uld", "alm", "bytes")
 TEACHERS = {"one": (1, 1, 1), "tp2 x cp2": (2, 1, 2), "pp2": (1, 2, 1), "tp2 x pp2": (2, 2, 1)}
 ADAM = ("--adam-eps", "1e-4")
-"""Adam's first step is the sign of the gradient, also of one that is rounding noise, unless eps is above
-that.
+"""Adam's first step is the sign of the gradient, also of a gradient that is rounding noise,
+unless eps is larger.
 """
 STUDENTS = {"one": (1, 1, 1), "tp2": (2, 1, 1), "pp2": (1, 2, 1), "cp2": (1, 1, 2)}
 
@@ -51,8 +55,8 @@ def layout(tp: int, pp: int, cp: int = 1) -> tuple[str, ...]:
     )
 
 
-def _run(rank, world_size, folder, *flags):
-    """Loss sums and gradient norm of each step, as this rank saw them, and what its client has counted."""
+def _run(rank, world_size, folder, *flags) -> tuple[list[Any], dict[str, int]]:
+    """Loss sums and gradient norm of each step on this rank, and the counts of its client."""
     megatron_simct.teacher.build.Patience = partial(
         Patience, hello_s=0.2, silence_s=2.0, look_s=0.1, look_again_s=0.1
     )
@@ -61,15 +65,15 @@ def _run(rank, world_size, folder, *flags):
         job = build_job(resolved, groups)
         reports = train_and_record(job)
         teacher = job.teacher
-        while hasattr(teacher, "_scorer"):  # behind those that save
+        while hasattr(teacher, "_scorer"):  # inside the scorers that save
             teacher = teacher._scorer
         counts = dict(teacher._client.counts) if getattr(teacher, "_client", None) else {}
     return [(r.sums, r.grad_norm) for r in reports], counts
 
 
 @pytest.fixture(scope="module")
-def colocated(tiny, weights, tmp_path_factory):
-    """One process, both models: its rollouts and what it trained, by interface."""
+def colocated(tiny, weights, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """One process, both models: its rollouts, and its training results by interface."""
     rollouts = tmp_path_factory.mktemp("rollouts")
     return rollouts, {
         interface: run_ranks(
@@ -88,7 +92,7 @@ def colocated(tiny, weights, tmp_path_factory):
     }
 
 
-def assert_same(results, colocated, *, tolerance: float):
+def assert_same(results, colocated, *, tolerance: float) -> None:
     reference, _ = colocated
     assert len(reference) >= 2
     for steps, _ in results:
@@ -101,7 +105,7 @@ def assert_same(results, colocated, *, tolerance: float):
 
 
 @pytest.fixture(scope="module")
-def served(tiny, weights, tmp_path_factory):
+def served(tiny, weights, tmp_path_factory) -> Iterator[Path]:
     """The run directory of a teacher's job of one process that answers in fp32."""
     run_dir = tmp_path_factory.mktemp("served")
     with TeacherJob(
@@ -111,8 +115,12 @@ def served(tiny, weights, tmp_path_factory):
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)
-def test_every_layout_of_both_jobs_and_every_interface(tiny, weights, colocated, served, tmp_path, teacher):
-    """Each two of the teacher's layout, the student's and the interface meet once at least."""
+def test_every_layout_of_both_jobs_and_every_interface(
+    tiny, weights, colocated, served, tmp_path, teacher
+) -> None:
+    """Each pair of values of the teacher's layout, the student's layout and the interface
+    occurs at least once.
+    """
     sizes = TEACHERS[teacher]
     flags = (*layout(*sizes), "--teacher-hidden-dtype", "fp32", "--max-tokens-per-batch", "128")
     with contextlib.ExitStack() as stack:
@@ -138,8 +146,8 @@ EXPERTS = {
 
 
 @pytest.fixture(scope="module")
-def experts(tiny, weights, tmp_path_factory):
-    """Flags of a teacher with experts, its rollouts, and what the colocated one trained."""
+def experts(tiny, weights, tmp_path_factory) -> tuple[tuple[str, ...], Path, dict[str, Any]]:
+    """Flags of a teacher with experts, its rollouts, and the results of training with it colocated."""
     pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("experts")
     of_experts = {
@@ -158,7 +166,7 @@ def experts(tiny, weights, tmp_path_factory):
 
 
 @pytest.mark.parametrize("layout_of_teacher", EXPERTS)
-def test_a_teacher_whose_replicas_share_experts(tiny, weights, experts, tmp_path, layout_of_teacher):
+def test_a_teacher_whose_replicas_share_experts(tiny, weights, experts, tmp_path, layout_of_teacher) -> None:
     of_teacher, rollouts, expected = experts
     world_size, flags = EXPERTS[layout_of_teacher]
     flags = (*of_teacher, *flags, "--teacher-hidden-dtype", "fp32", "--max-tokens-per-batch", "64")
@@ -179,7 +187,7 @@ def test_a_teacher_whose_replicas_share_experts(tiny, weights, experts, tmp_path
 @pytest.mark.parametrize(
     "dtype, interfaces, tolerance", [("bf16", ("paper", "bytes"), 5e-3), ("int8", ("paper",), 1e-2)]
 )
-def test_rounded_hidden_states(tiny, weights, colocated, tmp_path, dtype, interfaces, tolerance):
+def test_rounded_hidden_states(tiny, weights, colocated, tmp_path, dtype, interfaces, tolerance) -> None:
     rollouts, expected = colocated
     with TeacherJob(tiny, weights, tmp_path, "--teacher-hidden-dtype", dtype):
         for interface in interfaces:
@@ -189,14 +197,14 @@ def test_rounded_hidden_states(tiny, weights, colocated, tmp_path, dtype, interf
             assert 0 < abs(steps[0][0]["teacher_nll_sum"] - exact) < 1e-2 * exact, "nothing was rounded"
 
 
-def _remote(weights, rollouts, interface, run_dir, *flags):
+def _remote(weights, rollouts, interface, run_dir, *flags) -> tuple[str, ...]:
     return (
         *(*weights, "--simct-interface", interface, "--load-debug-rollout-data", str(rollouts / interface)),
         *("--teacher-endpoint", str(run_dir), *flags),
     )
 
 
-def test_between_hosts_with_keys_in_waves_and_by_two_students(tiny, weights, colocated, tmp_path):
+def test_between_hosts_with_keys_in_waves_and_by_two_students(tiny, weights, colocated, tmp_path) -> None:
     rollouts, expected = colocated
     flags = ("--bind", "tcp://127.0.0.1", "--teacher-hidden-dtype", "fp32")
     with TeacherJob(tiny, weights, tmp_path, *flags) as teacher:
@@ -208,9 +216,11 @@ def test_between_hosts_with_keys_in_waves_and_by_two_students(tiny, weights, col
 
 
 @pytest.mark.parametrize("interface", ["paper", "bytes", "topk_kl"])
-def test_answers_on_disk_take_the_place_of_a_teacher(tiny, weights, colocated, served, tmp_path, interface):
-    """Saved by the colocated teacher under one layout, read under another; a cache asks only for what it
-    lacks.
+def test_answers_on_disk_take_the_place_of_a_teacher(
+    tiny, weights, colocated, served, tmp_path, interface
+) -> None:
+    """Saved by the colocated teacher in one layout, read in another. A cache asks only for
+    answers that it lacks.
     """
     rollouts, expected = colocated
     replay = (
@@ -252,10 +262,11 @@ def test_answers_on_disk_take_the_place_of_a_teacher(tiny, weights, colocated, s
         assert code == 1 and "teacher weights: others at the teacher" in err and err.count("\n") == 1
 
 
-def test_one_step_off_trains_on_rollouts_that_are_one_step_old(tiny, weights, served, tmp_path):
-    """Every step's loss and gradient are those of the same rollouts in the serial order, from the same
-    weights; the importance weights, which that makes necessary, are 1 in the first step and change what
-    follows."""
+def test_one_step_off_trains_on_rollouts_that_are_one_step_old(tiny, weights, served, tmp_path) -> None:
+    """Every step's loss and gradient are those of the same rollouts in the serial order, from the
+    same weights. The importance weights, which this makes necessary, are 1 in the first step and
+    change the later ones.
+    """
     ratios = ("--rollout-importance-weights", "2")
     flags = (*weights, *layout(2, 1), "--train-iters", "4", "--rollout-wave-size", "4", *ratios)
     saved, serial = tmp_path / "saved", tmp_path / "serial"
@@ -283,12 +294,12 @@ def test_one_step_off_trains_on_rollouts_that_are_one_step_old(tiny, weights, se
 
 
 class _SharedExperts:
-    """In the place of a TeacherForward: a collective over both replicas in every micro-batch."""
+    """Stands in for a TeacherForward: a collective over both replicas in every micro-batch."""
 
-    def __init__(self, group):
+    def __init__(self, group) -> None:
         self._group, self.batches = group, 0
 
-    def run(self, micro_batches):
+    def run(self, micro_batches) -> list[ScoredPair]:
         for _ in micro_batches:
             ranks = torch.ones(1)
             torch.distributed.all_reduce(ranks, group=self._group)
@@ -297,8 +308,8 @@ class _SharedExperts:
         return [answer_of(request) for batch in micro_batches for request in batch]
 
 
-def _replicas_that_share_experts(rank, world_size, folder):
-    """How many micro-batches each replica ran; only the first one has a client."""
+def _replicas_that_share_experts(rank, world_size, folder) -> tuple[int, int]:
+    """The number of micro-batches of each replica; only the first one has a client."""
     with process_groups(ParallelConfig(), seed=0) as groups:
         groups = replace(groups, ep=groups.dp, exchange=groups.dp)
         forward = _SharedExperts(groups.ep)
@@ -309,7 +320,7 @@ def _replicas_that_share_experts(rank, world_size, folder):
             requests = [make_request(rng, sample_id) for sample_id in range(30)]
             client = open_client(folder / "0")
 
-            def ask():
+            def ask() -> None:
                 assert all(same_answer(s, requests[s.sample_id]) for s in collect(client, requests))
                 client.close()
                 done.set()
@@ -319,7 +330,7 @@ def _replicas_that_share_experts(rank, world_size, folder):
         return forward.batches, teacher.server.status()["requests"]
 
 
-def test_replicas_that_share_experts_run_as_many_micro_batches(tmp_path):
+def test_replicas_that_share_experts_run_as_many_micro_batches(tmp_path) -> None:
     (one, answered), (other, none) = run_ranks(2, _replicas_that_share_experts, tmp_path)
     assert one == other > 3 and (answered, none) == (30, 0)
 
@@ -327,7 +338,7 @@ def test_replicas_that_share_experts_run_as_many_micro_batches(tmp_path):
 # Faults; those without a model are in tests/unit/test_teacher_faults.py
 
 
-def test_a_teacher_that_is_killed_in_a_request_and_started_again(tiny, weights, colocated, tmp_path):
+def test_a_teacher_that_is_killed_in_a_request_and_started_again(tiny, weights, colocated, tmp_path) -> None:
     rollouts, expected = colocated
     flags = (*layout(2, 1), "--teacher-hidden-dtype", "fp32", "--max-tokens-per-batch", "64")
     with TeacherJob(tiny, weights, tmp_path, *flags, world_size=2, die_at=4, again=True):
@@ -336,13 +347,13 @@ def test_a_teacher_that_is_killed_in_a_request_and_started_again(tiny, weights, 
     assert counts["answers"] == 16 and counts["again"] > 0
 
 
-def _run_when_two_are_known(rank, world_size, folder, *flags):
-    """As `_run`; a client goes on with the first replica that it meets, and that one may do all there is to
-    do.
+def _run_when_two_are_known(rank, world_size, folder, *flags) -> tuple[list[Any], dict[str, int]]:
+    """As `_run`, but the client waits for two replicas. Otherwise it uses the first one that it meets, which
+    may do all the work.
     """
     meet = TeacherClient.meet
 
-    def meet_two(client):
+    def meet_two(client) -> None:
         meet(client)
         deadline = time.monotonic() + 30
         while len(client.status()) < 2:
@@ -353,7 +364,7 @@ def _run_when_two_are_known(rank, world_size, folder, *flags):
     return _run(rank, world_size, folder, *flags)
 
 
-def test_one_of_two_replicas_is_killed(tiny, weights, colocated, tmp_path):
+def test_one_of_two_replicas_is_killed(tiny, weights, colocated, tmp_path) -> None:
     rollouts, expected = colocated
     flags = ("--teacher-hidden-dtype", "fp32", "--max-tokens-per-batch", "64")
     with TeacherJob(tiny, weights, tmp_path, *flags, die_at=1), TeacherJob(tiny, weights, tmp_path, *flags):
@@ -363,9 +374,11 @@ def test_one_of_two_replicas_is_killed(tiny, weights, colocated, tmp_path):
     assert counts["answers"] == 16 and counts["again"] > 0
 
 
-def test_a_teacher_that_never_returns_leaves_a_checkpoint_to_go_on_from(tiny, weights, served, tmp_path):
-    """One clear line and exit code 1, on every rank; with a teacher again, the run ends as an undisturbed
-    one.
+def test_a_teacher_that_never_returns_leaves_a_checkpoint_to_go_on_from(
+    tiny, weights, served, tmp_path
+) -> None:
+    """One clear line and exit code 1 on every rank. With a teacher again, the run ends as
+    an undisturbed one.
     """
     argv = [*command_line(tiny, *weights), "--simct-interface", "bytes", "--tensor-model-parallel-size", "2"]
     folders = {}
@@ -386,13 +399,13 @@ def test_a_teacher_that_never_returns_leaves_a_checkpoint_to_go_on_from(tiny, we
                 assert f"saved after iteration 1: --load {save}" in err
         for code, _, err in run_ranks(2, run, [*argv_of, "--teacher-endpoint", str(served)]):
             assert code == 0, err
-    # Which samples share a batch of the teacher depends on when they arrive, so the last bits do too.
+    # The batches of the teacher depend on when samples arrive, so the last bits do too.
     for found, wanted in zip(*(metrics(folder) for folder in folders.values()), strict=True):
         assert found.pop("kind") == wanted.pop("kind")
         assert found == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
 
-def test_what_cannot_work_is_one_line_that_names_the_flag(tiny, weights, served, tmp_path):
+def test_what_cannot_work_is_one_line_that_names_the_flag(tiny, weights, served, tmp_path) -> None:
     for more, words in (
         (
             ["--teacher-timeout-minutes", "10"],

@@ -1,11 +1,13 @@
-"""Two teachers in jobs of their own, each with its tokenizer, are one: loss and gradient are those of the
-oracle.
+"""Two teachers in separate jobs, each with its tokenizer, act as one: loss and gradient are
+those of the oracle.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ import torch
 import megatron_simct.teacher.build
 from megatron_simct.alignment.continuations import END
 from megatron_simct.alignment.cut_rules import with_continuations
-from megatron_simct.job import build_job, build_prompts, read_training_rows
+from megatron_simct.job import build_job
+from megatron_simct.job_parts.prompts import build_prompts, read_training_rows
 from megatron_simct.loading import open_model, open_pair, open_tokenizer
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.records import Rollout
@@ -36,8 +39,8 @@ TP2, PP2 = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-si
 
 
 @pytest.fixture(scope="module")
-def second(tmp_path_factory):
-    """A teacher whose tokenizer is a third one."""
+def second(tmp_path_factory) -> Path:
+    """A teacher with a third tokenizer."""
     folder = tmp_path_factory.mktemp("second")
     save_model(folder, "llama", vocab_size=320, hidden_size=48)
     save_byte_level(folder)
@@ -45,14 +48,14 @@ def second(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def rollouts(tiny, tmp_path_factory):
-    """Responses of the tiny job's task, spelled as the student spells them; the last one was cut."""
+def rollouts(tiny, tmp_path_factory) -> Path:
+    """Responses of the tiny job's task, in the student's own tokens; the last one was cut."""
     folder = tmp_path_factory.mktemp("rollouts")
     run_ranks(1, _write_rollouts, tiny, folder)
     return folder
 
 
-def _write_rollouts(rank, world_size, tiny, folder):
+def _write_rollouts(rank, world_size, tiny, folder) -> None:
     tokenizer = open_tokenizer(config(tiny).model, prefix="")
     texts = [
         f"{name} has {number} apples." for number, name in enumerate(["Tom", "Nora", "Anna", "Äh"], start=8)
@@ -75,7 +78,7 @@ def _write_rollouts(rank, world_size, tiny, folder):
     write_rollouts(folder, samples, step=0, dp_rank=0)
 
 
-def _flags(weights, second, rollouts, *more):
+def _flags(weights, second, rollouts, *more) -> tuple[str, ...]:
     return (
         *(
             *weights,
@@ -100,11 +103,11 @@ def _flags(weights, second, rollouts, *more):
     )
 
 
-def _endpoints(run_dir):
+def _endpoints(run_dir) -> tuple[str, ...]:
     return ("--teacher-endpoint", str(run_dir / "1"), "--second-teacher-endpoint", str(run_dir / "2"))
 
 
-def _run(rank, world_size, folder, *flags):
+def _run(rank, world_size, folder, *flags) -> tuple[dict[str, float], float]:
     megatron_simct.teacher.build.Patience = partial(
         Patience, hello_s=0.2, silence_s=2.0, look_s=0.1, look_again_s=0.1
     )
@@ -114,8 +117,8 @@ def _run(rank, world_size, folder, *flags):
     return report.sums, report.grad_norm
 
 
-def _expected(rank, world_size, folder, *flags):
-    """Loss and norm of the gradient by the oracle and autograd, from whole logits of all three models."""
+def _expected(rank, world_size, folder, *flags) -> tuple[float, float, float]:
+    """Loss and norm of the gradient by the oracle and autograd, from full logits of all three models."""
     resolved = config(folder, *flags, "--second-teacher-endpoint", "asks nobody")
     prefixes = ("", "teacher-", "second-teacher-")
     options = (resolved.model, resolved.teacher, resolved.second_teacher)
@@ -154,8 +157,8 @@ def _expected(rank, world_size, folder, *flags):
         return float(total.detach()), float(sum(squares)) ** 0.5, of_any
 
 
-def _follows(tokenizer):
-    """Whether a token may be followed by a byte, or by the end (None)."""
+def _follows(tokenizer) -> Callable[[int, int | None], bool]:
+    """Whether a byte, or the end (None), may follow a token."""
     return lambda token, symbol: bool(
         tokenizer.continuations.may_follow(token, END if symbol is None else symbol)
     )
@@ -169,7 +172,7 @@ def _side(model, table, prompt_ids, labels) -> Side:
 
 
 @pytest.fixture(scope="module")
-def expected(tiny, weights, second, rollouts):
+def expected(tiny, weights, second, rollouts) -> tuple[float, float, float]:
     return run_ranks(1, _expected, tiny, *_flags(weights, second, rollouts))[0]
 
 
@@ -179,7 +182,7 @@ def expected(tiny, weights, second, rollouts):
 )
 def test_two_jobs_are_the_mixture_of_the_oracle(
     tiny, weights, second, rollouts, expected, tmp_path, student, first_teacher, second_teacher
-):
+) -> None:
     fp32 = ("--teacher-hidden-dtype", "fp32")
     of_second = ("--teacher-hf-checkpoint", str(second), "--teacher-tokenizer-model", str(second))
     with (
@@ -210,12 +213,12 @@ def test_two_jobs_are_the_mixture_of_the_oracle(
 )
 def test_what_cannot_work_is_one_line_that_names_the_flag(
     tiny, weights, second, rollouts, tmp_path, change, words
-):
+) -> None:
     argv = command_line(tiny, *_flags(weights, second, rollouts, *_endpoints(tmp_path), *change))
     ((code, _, err),) = run_ranks(1, run, argv)
     assert code == 1 and err.count("\n") == 1 and all(word in err for word in words), err
 
 
-def test_flags_of_a_second_teacher_need_one(tiny, second):
+def test_flags_of_a_second_teacher_need_one(tiny, second) -> None:
     ((code, _, err),) = run_ranks(1, run, command_line(tiny, "--second-teacher-hf-checkpoint", str(second)))
     assert code == 1 and "--second-teacher-endpoint is missing" in err

@@ -1,4 +1,6 @@
-"""A teacher that reads another prompt than the student: the loss and its gradient by hand, and resharding."""
+"""A teacher that reads another prompt than the student: the loss and its gradient by
+hand, and other layouts.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ ROWS = [
         "teacher_suffix": " It is 39.",
     },
 ]
-"""With given responses: the tokens of a sampled one need not be those that the text has."""
+"""With given responses: a sampled response need not have the tokens of its text."""
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +106,11 @@ def _by_hand(
 
 
 @pytest.fixture(scope="module")
-def one_process(tiny, weights, prompts):
+def one_process(tiny, weights, prompts) -> tuple[Any, ...]:
     return run_ranks(1, _taught_by_itself, tiny, weights, prompts)[0]
 
 
-def test_the_loss_is_that_of_the_teacher_behind_its_own_prompt(one_process):
+def test_the_loss_is_that_of_the_teacher_behind_its_own_prompt(one_process) -> None:
     loss, num_labels, grad_norm, (expected, expected_labels, expected_norm) = one_process
     assert num_labels == expected_labels
     assert loss == pytest.approx(expected, rel=1e-5) and loss > 1
@@ -124,7 +126,7 @@ def test_the_loss_is_that_of_the_teacher_behind_its_own_prompt(one_process):
     ],
     ids=["TP2", "PP2", "DP2"],
 )
-def test_every_layout_finds_the_same(tiny, weights, prompts, one_process, ranks, flags):
+def test_every_layout_finds_the_same(tiny, weights, prompts, one_process, ranks, flags) -> None:
     loss, num_labels, grad_norm, _ = one_process
     for of_rank in run_ranks(ranks, _taught_by_itself, tiny, weights, prompts, *flags):
         assert of_rank[0] == pytest.approx(loss, rel=1e-5)

@@ -35,7 +35,7 @@ from tests.tiny import command_line, config
 GIVEN, KEPT = 0.7, 1.3
 """w and v"""
 MOVED = 1.2
-"""The student's weights have been multiplied by this since the start."""
+"""The factor by which the student's weights were multiplied since the start."""
 SUMS = ("loss", "num_labels", "given_nll_sum", "num_given_labels", "reference_kl_sum")
 
 
@@ -68,7 +68,7 @@ def taught_by_itself(files: Path, weights: tuple[str, ...], prompts: Path, *flag
 def _step(
     rank: int, world_size: int, files: Path, weights: tuple[str, ...], prompts: Path, *flags: str
 ) -> tuple[Any, ...]:
-    """The sums, the gradient norm, and in one process the gradient of each tensor; there by hand too."""
+    """The sums, the gradient norm, and in one process the gradient of each tensor, and that by hand."""
     resolved = taught_by_itself(files, weights, prompts, *flags)
     with process_groups(resolved.parallel, seed=1) as groups:
         job = build_job(resolved, groups)
@@ -136,11 +136,11 @@ def _by_hand(
 
 
 @pytest.fixture(scope="module")
-def one_process(tiny, weights, prompts):
+def one_process(tiny, weights, prompts) -> tuple[Any, ...]:
     return run_ranks(1, _step, tiny, weights, prompts)[0]
 
 
-def test_the_step_is_that_of_the_formula(one_process):
+def test_the_step_is_that_of_the_formula(one_process) -> None:
     sums, grad_norm, gradient, (loss, terms, expected) = one_process
     assert sums["num_labels"] != sums["num_given_labels"]  # each mean is over its own labels
     assert sums["loss"] / sums["num_labels"] == pytest.approx(loss, rel=1e-5)
@@ -168,7 +168,7 @@ def test_the_step_is_that_of_the_formula(one_process):
     ],
     ids=["larger micro-batches", "packed", "TP2", "PP2", "DP2", "DP2 overlapped", "CP2", "TP2 DP2 SP packed"],
 )
-def test_every_layout_takes_the_same_step(tiny, weights, prompts, one_process, ranks, flags):
+def test_every_layout_takes_the_same_step(tiny, weights, prompts, one_process, ranks, flags) -> None:
     sums, grad_norm, _, _ = one_process
     for found, norm, _, _ in run_ranks(ranks, _step, tiny, weights, prompts, *flags):
         assert found == pytest.approx(sums, rel=1e-5)
@@ -186,7 +186,7 @@ def _train(folder: Path, files: Path, weights: tuple[str, ...], iterations: int,
 
 
 @pytest.mark.parametrize("interface", ["paper", "bytes"])
-def test_a_resumed_run_equals_an_undisturbed_one(tiny, weights, tmp_path, interface):
+def test_a_resumed_run_equals_an_undisturbed_one(tiny, weights, tmp_path, interface) -> None:
     flags = ("--simct-interface", interface)
     said = _train(tmp_path / "once", tiny, weights, 4, *flags)
     assert "--given-share 0.25: 2 of 8 sequences of a step come with their response" in said
@@ -195,7 +195,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(tiny, weights, tmp_path, interf
     assert_same_run(tmp_path / "twice", tmp_path / "once")
     steps = [row for row in metrics(tmp_path / "once") if row["kind"] == "step"]
     assert len(steps) == 4 and all(row["given_cross_entropy"] > 0 for row in steps)
-    # Sampled by the start itself at first; what is logged of sampled responses has no given ones in it.
+    # At first the start itself has sampled; logged values of sampled responses exclude the given ones.
     assert steps[0]["reference_kl"] == pytest.approx(0, abs=1e-6) and steps[-1]["reference_kl"] > 0.01
     assert all(row["rollout_logprob_difference_largest"] < 1e-4 for row in steps)
     other = ("--pretrained-checkpoint", str(tmp_path / "once" / "save"))
@@ -203,8 +203,8 @@ def test_a_resumed_run_equals_an_undisturbed_one(tiny, weights, tmp_path, interf
     assert "its start is not that of --reference-kl-weight and the weights" in refused
 
 
-def test_a_reward_and_all_terms_beside_each_other(tiny, weights, tmp_path):
-    """Groups of samples are those of sampled prompts alone."""
+def test_a_reward_and_all_terms_beside_each_other(tiny, weights, tmp_path) -> None:
+    """The groups of samples are those of sampled prompts alone."""
     more = ("--simct-interface", "reward", "--reward", "exact_match", "--n-samples-per-prompt", "2")
     said = _train(tmp_path, tiny, weights, 2, *more)
     assert "4 of 16 sequences" in said and "reward silent" in said and "given cross entropy" in said
@@ -220,7 +220,7 @@ def _build(rank: int, world_size: int, files: Path, flags: tuple[str, ...]) -> s
     return ""
 
 
-def test_what_the_files_lack_is_refused(tiny, weights, tmp_path):
+def test_what_the_files_lack_is_refused(tiny, weights, tmp_path) -> None:
     (found,) = run_ranks(1, _build, tiny, ("--reference-kl-weight", "0.1"))
     assert found.startswith("--reference-kl-weight 0.1: --hf-checkpoint ") and "no weights" in found
     rows = [json.loads(line) for line in (tiny / "train.jsonl").read_text().splitlines()]
@@ -247,12 +247,12 @@ def test_what_the_files_lack_is_refused(tiny, weights, tmp_path):
         ),
     ],
 )
-def test_what_has_no_meaning_is_refused(tiny, flags, words):
+def test_what_has_no_meaning_is_refused(tiny, flags, words) -> None:
     with pytest.raises(ValueError, match=words):
         config(tiny, *flags).check(data_parallel_size=1)
 
 
-def test_adapters_stay_near_the_weights_without_them(tiny, weights, tmp_path):
+def test_adapters_stay_near_the_weights_without_them(tiny, weights, tmp_path) -> None:
     save_model(tmp_path / "base", "llama", vocab_size=360, scale=0.2)
     flags = ("--hf-checkpoint", str(tmp_path / "base"), "--lora-rank", "2")
     _train(tmp_path, tiny, weights[2:], 3, *flags)
@@ -260,7 +260,7 @@ def test_adapters_stay_near_the_weights_without_them(tiny, weights, tmp_path):
     assert steps[0] == pytest.approx(0, abs=1e-6) and 0.001 < steps[1] < steps[2]
 
 
-def test_the_run_file_of_the_example_runs(tiny, weights, tmp_path):
+def test_the_run_file_of_the_example_runs(tiny, weights, tmp_path) -> None:
     """On the tiny models, two steps."""
     paths = {
         "hf_checkpoint": tiny / "student",

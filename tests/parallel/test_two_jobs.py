@@ -38,7 +38,7 @@ def argv(files: Path, folder: Path, iterations: int, *flags: str) -> list[str]:
 
 
 def _until_the_other_has_ended(rank: int, world_size: int, arguments: list[str], other_ended: Event) -> list:
-    """The command; the run that owns the folder goes on to its first step when the other one has ended."""
+    """The command. The run that owns the folder continues to its first step when the other one has ended."""
     generate = MegatronEngine.generate
 
     def wait_and_generate(self: MegatronEngine, *args: object) -> object:
@@ -50,7 +50,7 @@ def _until_the_other_has_ended(rank: int, world_size: int, arguments: list[str],
 
 
 def two_together(files: Path, folder: Path, world_size: int) -> list[tuple[int, str]]:
-    """Exit code and standard error of the first ranks of two runs that differ in nothing."""
+    """Exit code and standard error of the first ranks of two identical runs."""
     ended, start = fork.Event(), fork.Barrier(2)
     receiver, sender = fork.Pipe(duplex=False)
 
@@ -76,7 +76,7 @@ TP = {1: (), 2: ("--tensor-model-parallel-size", "2")}
 
 
 def check_two(files: Path, folder: Path, reference: Path, world_size: int) -> None:
-    """AssertionError where they do not end as they should."""
+    """Raises AssertionError if they do not end as they should."""
     (code, err), (refused, line) = two_together(files, folder, world_size)
     assert (code, err, refused) == (0, "", 1), (err, line)
     assert line.count("\n") == 1 and f"--save {folder / 'save'}: another run writes there (process " in line
@@ -100,7 +100,7 @@ def reference(tiny, tmp_path_factory) -> dict[int, Path]:
 
 
 @pytest.mark.parametrize("world_size", [1, 1, 1, 2, 2])
-def test_of_two_runs_that_start_together_one_runs(tiny, reference, tmp_path, world_size):
+def test_of_two_runs_that_start_together_one_runs(tiny, reference, tmp_path, world_size) -> None:
     check_two(tiny, tmp_path, reference[world_size], world_size)
 
 
@@ -120,7 +120,7 @@ def _killed(rank: int, world_size: int, arguments: list[str]) -> list:
     return [*run(rank, world_size, arguments)]
 
 
-def test_a_run_that_was_killed_is_followed_by_the_next(tiny, reference, tmp_path):
+def test_a_run_that_was_killed_is_followed_by_the_next(tiny, reference, tmp_path) -> None:
     with pytest.raises(AssertionError, match="died without an answer"):
         run_ranks(1, _killed, argv(tiny, tmp_path, 2))
     assert (tmp_path / "save" / ".owner.1.lock").exists() and (tmp_path / "run" / ".owner.1.lock").exists()
@@ -131,7 +131,7 @@ def test_a_run_that_was_killed_is_followed_by_the_next(tiny, reference, tmp_path
 
 
 @pytest.mark.parametrize("name", ["save", "run"])
-def test_every_rank_is_refused_in_the_same_words(tiny, tmp_path, name):
+def test_every_rank_is_refused_in_the_same_words(tiny, tmp_path, name) -> None:
     flag = {"save": "--save", "run": "--run-dir"}[name]
     elsewhere = replace(Owner.this_process(), host="node7", job="")
     (tmp_path / name).mkdir()
@@ -149,11 +149,12 @@ def test_every_rank_is_refused_in_the_same_words(tiny, tmp_path, name):
 def _own_twice(rank: int, world_size: int, folder: str) -> list[str]:
     with disk.sole_owner({"--save": folder, "--run-dir": f"{folder}/../{Path(folder).name}", "--x": None}):
         names = [path.name for path in Path(folder).iterdir()]
-        dist.barrier()  # the first rank lets go of the folder and removes it: not before the other has looked
+        # the first rank gives up the folder and removes it, but not before the other has looked
+        dist.barrier()
     return names
 
 
-def test_one_folder_for_both_has_one_lock(tmp_path):
+def test_one_folder_for_both_has_one_lock(tmp_path) -> None:
     assert run_ranks(2, _own_twice, str(tmp_path / "both"))[0] == [".owner.1.lock"]
     assert list(tmp_path.iterdir()) == []
 
@@ -161,7 +162,7 @@ def test_one_folder_for_both_has_one_lock(tmp_path):
 # Teachers
 
 
-def test_a_replica_has_its_files_until_it_is_gone(tmp_path):
+def test_a_replica_has_its_files_until_it_is_gone(tmp_path) -> None:
     folder = tmp_path / "teacher"
     first = Endpoint(replica="a", address="tcp://x:1", life="1", host="h", pid=os.getpid())
     publish(folder, first)

@@ -1,5 +1,6 @@
-"""Experts that are split over other ranks than the rest of the model, and stages whose layers are given: a
-model is read, sampled from, written, saved and loaded in them."""
+"""Experts that are divided over other ranks than the rest of the model, and stages with given layers: in
+these layouts a model is read, sampled from, written, saved and loaded.
+"""
 
 from __future__ import annotations
 
@@ -75,9 +76,9 @@ def folder(tmp_path_factory) -> Path:
 
 def _through(
     rank: int, world_size: int, folder: Path, out: Path, options: dict[str, Any], source: Path | None
-):
-    """Sampled tokens by sample id; the weights written to OUT/hf and OUT/megatron, of the folder or of
-    `source`.
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Sampled tokens by sample id. The weights, from the folder or from `source`, are written to
+    OUT/hf and OUT/megatron.
     """
     parallel = ParallelConfig(**options)
     with process_groups(parallel, seed=3) as groups:
@@ -112,13 +113,13 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def alone(folder, tmp_path_factory):
+def alone(folder, tmp_path_factory) -> tuple[Path, dict[int, tuple[np.ndarray, np.ndarray]]]:
     out = tmp_path_factory.mktemp("alone")
     return out, run_ranks(1, _through, folder, out, {}, None)[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_weights_go_in_and_out_and_sample_as_in_one_process(folder, alone, tmp_path, layout):
+def test_weights_go_in_and_out_and_sample_as_in_one_process(folder, alone, tmp_path, layout) -> None:
     world_size, options = LAYOUTS[layout]
     there, expected = alone
     # From the folder, and from the checkpoint that one process wrote.

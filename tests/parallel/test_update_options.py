@@ -1,10 +1,9 @@
-"""Options of the update: each alone and together, from the same rollouts as one process without any of
-them.
-"""
+"""Options of the update, alone and together, from the same rollouts as one process without any of them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -60,7 +59,7 @@ LAYOUTS = {
 
 
 def full(method: str, num_layers: int) -> tuple[str, ...]:
-    """Whole layers are computed again."""
+    """Whole layers are recomputed."""
     return (
         *("--recompute-granularity", "full", "--recompute-method", method),
         *("--recompute-num-layers", str(num_layers)),
@@ -68,13 +67,13 @@ def full(method: str, num_layers: int) -> tuple[str, ...]:
 
 
 def selective(*modules: str) -> tuple[str, ...]:
-    """Parts of layers are computed again."""
+    """Parts of layers are recomputed."""
     return ("--recompute-granularity", "selective", *(("--recompute-modules", *modules) if modules else ()))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run of two steps came to, as one rank saw it."""
+    """The result of a run of two steps on one rank."""
 
     steps: list[tuple[float, float, float]]
     """Loss sum, labels and gradient norm."""
@@ -82,7 +81,7 @@ class Outcome:
     """This rank's, after the last step."""
 
 
-def _run_each(rank, world_size, folder, runs):
+def _run_each(rank, world_size, folder, runs) -> list[Outcome]:
     """The outcome of each set of flags, in the same processes."""
     outcomes = []
     for flags in runs:
@@ -141,13 +140,13 @@ def student(weights, tmp_path_factory) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def dense(tiny, student, tmp_path_factory) -> Recorded:
-    """That student."""
+    """The same student."""
     return record(tiny, tmp_path_factory.mktemp("dense"), student)
 
 
 @pytest.fixture(scope="module")
 def adapted(tiny, student, tmp_path_factory) -> Recorded:
-    """Adapters of that student, in steps that a run of one step takes too."""
+    """Adapters of the same student, in steps that a run of one step takes too."""
     flags = (*student, "--lora-rank", "4", "--lr-decay-style", "constant")
     return record(tiny, tmp_path_factory.mktemp("adapted"), flags)
 
@@ -163,7 +162,9 @@ def experts(tiny, weights, tmp_path_factory) -> Recorded:
     return record(tiny, folder, flags)
 
 
-def outcomes_of(files, recorded: Recorded, layout: str, options: tuple[tuple[str, ...], ...]):
+def outcomes_of(
+    files, recorded: Recorded, layout: str, options: tuple[tuple[str, ...], ...]
+) -> Iterator[dict[str, list[Outcome]]]:
     """By rank, by interface: the outcome of the layout with each set of options."""
     world_size, flags = LAYOUTS[layout]
     runs = [(*base, *flags, *more) for base in recorded.flags.values() for more in options]
@@ -197,7 +198,7 @@ RECOMPUTE = {
 
 
 @pytest.mark.parametrize("layout", RECOMPUTE)
-def test_what_is_computed_again_is_the_same_to_the_last_bit(tiny, dense, layout):
+def test_what_is_computed_again_is_the_same_to_the_last_bit(tiny, dense, layout) -> None:
     for outcomes in outcomes_of(tiny, dense, layout, ((), *RECOMPUTE[layout])):
         for name, (plain, *again) in outcomes.items():
             assert_agrees(plain, dense.outcomes[name], (layout, name))
@@ -208,7 +209,7 @@ def test_what_is_computed_again_is_the_same_to_the_last_bit(tiny, dense, layout)
                 ), option
 
 
-def test_experts_that_are_computed_again_are_the_same(tiny, experts):
+def test_experts_that_are_computed_again_are_the_same(tiny, experts) -> None:
     for outcomes in outcomes_of(tiny, experts, "ep2", ((), full("uniform", 1), selective("moe"))):
         for name, (plain, *again) in outcomes.items():
             assert_agrees(plain, experts.outcomes[name], ("ep2", name))
@@ -234,14 +235,14 @@ SHARED = {
 
 
 @pytest.mark.parametrize("layout", SHARED)
-def test_a_shared_optimizer_takes_the_same_steps(tiny, dense, layout):
+def test_a_shared_optimizer_takes_the_same_steps(tiny, dense, layout) -> None:
     for outcomes in outcomes_of(tiny, dense, layout, SHARED[layout]):
         for name, found in outcomes.items():
             for option, outcome in zip(SHARED[layout], found, strict=True):
                 assert_agrees(outcome, dense.outcomes[name], (layout, name, option))
 
 
-def test_a_shared_optimizer_of_experts_takes_the_same_steps(tiny, experts):
+def test_a_shared_optimizer_of_experts_takes_the_same_steps(tiny, experts) -> None:
     overlap = ("--overlap-grad-reduce", "--ddp-bucket-size", "3000")
     options = (DISTRIBUTED, overlap, OVERLAP, (*OVERLAP, *full("uniform", 1)))
     for outcomes in outcomes_of(tiny, experts, "ep2 dp2", options):
@@ -251,7 +252,7 @@ def test_a_shared_optimizer_of_experts_takes_the_same_steps(tiny, experts):
 
 
 @pytest.mark.parametrize("layout", ["ep2 etp2", "tp2, ep2 etp1", "cp2, ep2"])
-def test_experts_that_are_split_otherwise_than_the_rest_take_the_same_steps(tiny, experts, layout):
+def test_experts_that_are_split_otherwise_than_the_rest_take_the_same_steps(tiny, experts, layout) -> None:
     options = ((), (*DISTRIBUTED, *full("uniform", 1), *PACKED))
     for outcomes in outcomes_of(tiny, experts, layout, options):
         for name, found in outcomes.items():
@@ -260,8 +261,9 @@ def test_experts_that_are_split_otherwise_than_the_rest_take_the_same_steps(tiny
 
 
 OTHER_ATTENTION = {
-    # Larger weights than usual, or the caps and the gates would hardly matter. At 0.2 the gradient norm of
-    # the delta nets differs by 1e-5 of it between CPUs, by rounding alone; at 0.05 by less than 2e-6.
+    # Larger weights than usual; otherwise the caps and the gates would hardly matter. At 0.2 the
+    # gradient norm of the delta nets differs by 1e-5 of itself between CPUs, by rounding alone; at
+    # 0.05 by less than 2e-6.
     "gemma2": {
         "scale": 0.2,
         "sliding_window": 6,
@@ -279,8 +281,8 @@ OTHER_ATTENTION = {
 
 
 @pytest.mark.parametrize("family, layouts", [("gemma2", ("dp2", "cp2")), ("qwen3_5_text", ("dp2",))])
-def test_other_kinds_of_attention_take_the_same_steps(tiny, weights, tmp_path, family, layouts):
-    """Soft-caps and windows, and gated delta nets, of which context parallelism is refused."""
+def test_other_kinds_of_attention_take_the_same_steps(tiny, weights, tmp_path, family, layouts) -> None:
+    """Soft-caps and windows, and gated delta nets, which refuse context parallelism."""
     shape = {"num_hidden_layers": 4, "head_dim": 8}
     save_model(tmp_path / "student", family, vocab_size=360, **shape, **OTHER_ATTENTION[family])
     flags = (*weights[2:], "--hf-checkpoint", str(tmp_path / "student"), "--adam-eps", "1e-2")
@@ -293,9 +295,11 @@ def test_other_kinds_of_attention_take_the_same_steps(tiny, weights, tmp_path, f
 
 
 @pytest.mark.parametrize("layout", ["dp2", "cp2"])
-def test_adapters_of_a_shared_optimizer_resume_and_take_the_same_steps(tiny, adapted, tmp_path, layout):
-    """--lora-rank with --use-distributed-optimizer: a run of one step, and one that goes on from its
-    checkpoint.
+def test_adapters_of_a_shared_optimizer_resume_and_take_the_same_steps(
+    tiny, adapted, tmp_path, layout
+) -> None:
+    """--lora-rank with --use-distributed-optimizer: a run of one step, and one that continues
+    from its checkpoint.
     """
     runs = []
     for name, flags in adapted.flags.items():

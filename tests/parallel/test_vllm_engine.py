@@ -1,6 +1,6 @@
 """Responses by a vLLM server: they come from the training weights, in every layout, or the run stops.
 
-The server is a stand-in that samples by transformers; tests/end_to_end/vllm.sh asks the real one.
+The server is a stand-in that samples by transformers; tests/end_to_end/vllm.sh uses the real one.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import hashlib
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def command(tiny: Path, student: Path, out: Path, server: GeneratingServer, *fla
 
 
 @pytest.mark.parametrize("tp, pp, dp", [(1, 1, 1), (2, 1, 1), (1, 2, 2)])
-def test_responses_are_of_the_training_weights(tiny, student, tmp_path, tp, pp, dp):
+def test_responses_are_of_the_training_weights(tiny, student, tmp_path, tp, pp, dp) -> None:
     layout = ("--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp))
     held_out = ("--eval-prompt-data", str(tiny / "held_out.jsonl"), "--eval-samples", "0") if tp == 2 else ()
     with GeneratingServer(student) as server:
@@ -83,9 +84,9 @@ def test_responses_are_of_the_training_weights(tiny, student, tmp_path, tp, pp, 
     assert [path.name for path in (tmp_path / "run" / "engine_weights").iterdir()] == ["version-3"]
 
 
-def test_replicas_that_share_experts_score_and_ask_again_together(tiny, tmp_path):
-    """The server of both loses a tensor after an update, is handed it again, and one has nothing to
-    evaluate.
+def test_replicas_that_share_experts_score_and_ask_again_together(tiny, tmp_path) -> None:
+    """The server of both loses a tensor after an update and gets it again; one of them has
+    nothing to evaluate.
     """
     student = tmp_path / "student"
     save_byte_level(student, vocab_size=400)
@@ -99,7 +100,7 @@ def test_replicas_that_share_experts_score_and_ask_again_together(tiny, tmp_path
     with GeneratingServer(student) as server:
         load = server._load
 
-        def lose(body):
+        def lose(body) -> Any:
             answer = load(body)
             if server.loaded.count("version-1") == 1 and server.loaded[-1] == "version-1":
                 with torch.no_grad():
@@ -115,14 +116,14 @@ def test_replicas_that_share_experts_score_and_ask_again_together(tiny, tmp_path
     assert len(rows) == 3 and all(row["rollout_logprob_difference_largest"] < 1e-4 for row in rows)
 
 
-def test_a_server_that_is_started_again_gets_the_weights_again(tiny, student, tmp_path):
-    """After each of the last two updates it has the weights of its folder again: first seen by
-    log-probabilities.
+def test_a_server_that_is_started_again_gets_the_weights_again(tiny, student, tmp_path) -> None:
+    """After each of the last two updates it has the weights of its folder again.
+    Log-probabilities show it first.
     """
     with GeneratingServer(student) as server:
         load = server._load
 
-        def forget(body):
+        def forget(body) -> Any:
             answer = load(body)
             if (
                 server.loaded[-1] in ("version-1", "version-2")
@@ -139,14 +140,12 @@ def test_a_server_that_is_started_again_gets_the_weights_again(tiny, student, tm
     assert server.loaded == ["version-0", "version-1", "version-1", "version-2", "version-2", "version-3"]
 
 
-def test_an_answer_of_other_weights_does_not_count(tiny, student, tmp_path):
-    """The server is another process from the seventh answer on, which is past the ones that are scored
-    here.
-    """
+def test_an_answer_of_other_weights_does_not_count(tiny, student, tmp_path) -> None:
+    """The server is another process from the seventh answer on, after the answers that are scored here."""
     with GeneratingServer(student) as server:
         generate, lock, answers = server._generate, threading.Lock(), []
 
-        def forget(body):
+        def forget(body) -> Any:
             with lock:
                 answers.append(generate(body))
                 if len(answers) == 7:
@@ -165,23 +164,23 @@ def test_an_answer_of_other_weights_does_not_count(tiny, student, tmp_path):
 
 
 @pytest.mark.parametrize("after", [0, 6])
-def test_a_tensor_that_did_not_arrive_is_named(tiny, student, tmp_path, after):
-    """Seen in the first responses of a call, or, where these were right, in the step."""
+def test_a_tensor_that_did_not_arrive_is_named(tiny, student, tmp_path, after) -> None:
+    """Found in the first responses of a call or, if these were right, in the step."""
     name = "model.layers.0.mlp.down_proj.weight"
     with GeneratingServer(student) as server:
         load, generate, lock, answers = server._load, server._generate, threading.Lock(), []
 
-        def spoil():
+        def spoil() -> None:
             with torch.no_grad():
                 server._model.get_parameter(name).mul_(3)
 
-        def lose(body):
+        def lose(body) -> Any:
             answer = load(body)
             if server.loaded[-1] == "version-1" and not after:
                 spoil()
             return answer
 
-        def lose_late(body):
+        def lose_late(body) -> Any:
             with lock:
                 answers.append(body)
                 if len(answers) == 8 + after:
@@ -205,16 +204,16 @@ def test_a_tensor_that_did_not_arrive_is_named(tiny, student, tmp_path, after):
 SEED = 1234 * 1_000_003 % (1 << 31)
 """Seed in the requests of sample 0 in a run with the default --seed."""
 OVERSAMPLED = ("--rollout-oversample", "0.5", "--rollout-importance-weights", "2")
-OVERSAMPLED += ("--rollout-logprob-bound", "1e-4")  # of what the weights of the step have sampled
+OVERSAMPLED += ("--rollout-logprob-bound", "1e-4")  # part of the tokens that the step's weights sampled
 
 
 def slow(server: GeneratingServer, samples: set[int]) -> None:
-    """The server gives these samples two tokens, and no third one before it is asked to go on with them."""
+    """The server gives these samples two tokens, and no third one before it is asked to continue them."""
     server.waits_at = lambda body: 2 if body["sampling_params"]["seed"] - SEED in samples else None
 
 
 def recorded(folder: Path) -> dict[int, list[dict]]:
-    """The responses that each step has trained on, by --save-debug-rollout-data."""
+    """The responses on which each step trained, from --save-debug-rollout-data."""
     steps: dict[int, list[dict]] = {}
     for path in sorted(folder.iterdir()):
         steps.setdefault(int(path.name.split(".")[0].removeprefix("rollout_")), []).extend(
@@ -223,8 +222,8 @@ def recorded(folder: Path) -> dict[int, list[dict]]:
     return steps
 
 
-def test_a_step_closes_before_its_slowest_responses_which_go_on_in_the_next(tiny, student, tmp_path):
-    """Six prompts are in the works, two more than a step needs; two are slow in every step."""
+def test_a_step_closes_before_its_slowest_responses_which_go_on_in_the_next(tiny, student, tmp_path) -> None:
+    """Six prompts are open, two more than a step needs; two are slow in every step."""
     flags = (*OVERSAMPLED, "--save-debug-rollout-data", str(tmp_path / "rollouts"))
     with GeneratingServer(student) as server:
         slow(server, {1, 2, 6, 9, 10, 11})
@@ -265,7 +264,7 @@ def test_a_step_closes_before_its_slowest_responses_which_go_on_in_the_next(tiny
 
 
 def starts(answer: dict, ids: list[int]) -> bool:
-    """Whether this is what the server answered first of a response."""
+    """Whether this is the server's first answer to a response."""
     count = len(answer["token_ids"])
     return 0 < count and answer["token_ids"] == ids[:count]
 
@@ -274,8 +273,8 @@ def json_rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_after_a_kill_nothing_is_lost_or_sampled_twice(tiny, student, tmp_path):
-    """The run has done a step more than is kept of it, and goes on over two replicas."""
+def test_after_a_kill_nothing_is_lost_or_sampled_twice(tiny, student, tmp_path) -> None:
+    """The run has done one step more than is saved, and continues on two replicas."""
     saved = ("--save", str(tmp_path / "save"), "--load", str(tmp_path / "save"), "--save-interval", "1")
     with GeneratingServer(student) as server:
 
@@ -304,14 +303,14 @@ def test_after_a_kill_nothing_is_lost_or_sampled_twice(tiny, student, tmp_path):
     assert all(again[sample][:2] == first[sample][:2] for sample in (6, 9)), "their text was kept"
 
 
-def test_what_a_server_holds_as_it_was_sent(tmp_path):
+def test_what_a_server_holds_as_it_was_sent(tmp_path) -> None:
     sent = {"a.q_proj.weight": torch.ones(2, 2), "a.k_proj.weight": torch.zeros(1, 2), "n": torch.ones(3)}
     sent |= {"a.v_proj.weight": torch.full((1, 2), 2.0), "x": torch.arange(4.0).view(2, 2)}
     save_file(sent, tmp_path / "model.safetensors")
     digests = digests_of(str(tmp_path))
     fused = torch.cat([sent[f"a.{one}_proj.weight"] for one in "qkv"])
 
-    def digest(tensor):
+    def digest(tensor) -> str:
         return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
 
     held = {"dp0:pp0:pcp0:tp0:a.qkv_proj.weight": digest(fused), "dp0:pp0:pcp0:tp0:n": digest(sent["n"])}
@@ -322,9 +321,9 @@ def test_what_a_server_holds_as_it_was_sent(tmp_path):
     assert equal_digests(held | replica, digests) == {"a.qkv_proj.weight"}
 
 
-def test_ids_without_a_token_are_drawn_again(tiny, tmp_path):
-    """A twentieth of what this model says are such ids; they are part of the server's distribution, not of
-    ours.
+def test_ids_without_a_token_are_drawn_again(tiny, tmp_path) -> None:
+    """A twentieth of this model's samples are such ids. They are part of the server's
+    distribution, not of ours.
     """
     student = build(tmp_path / "student", more_rows=16)
     with GeneratingServer(student) as server:
@@ -354,7 +353,7 @@ def test_ids_without_a_token_are_drawn_again(tiny, tmp_path):
         ),
     ],
 )
-def test_options_without_a_meaning(tiny, flags, words):
+def test_options_without_a_meaning(tiny, flags, words) -> None:
     base = ["--teacher-tokenizer-model", "t"]
     base += ["--hf-checkpoint", "x", "--prompt-data", "y", "--teacher-hf-checkpoint", "z"]
     with pytest.raises(ValueError, match=words):

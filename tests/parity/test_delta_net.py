@@ -1,5 +1,6 @@
 """The gated delta net: chunks against the recurrence, whole models against transformers' gradients, caches
-and packed sequences past a chunk, checkpoints in another layout."""
+and packed sequences longer than a chunk, checkpoints in another layout.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +12,14 @@ import torch
 
 from megatron_simct.config.options import ParallelConfig
 from megatron_simct.models import delta_net
-from megatron_simct.models.build import build_model
+from megatron_simct.models.build import HiddenStateModel, InterleavedModel, build_model
 from megatron_simct.models.delta_net import CHUNK, delta_rule
-from megatron_simct.models.families import read_architecture
+from megatron_simct.models.families import Architecture, read_architecture
 from megatron_simct.models.hf_load import load_hf_weights
 from megatron_simct.models.hf_mapping import parameters_of
 from megatron_simct.models.layout import Layout
 from megatron_simct.parallel.initialize import process_groups
-from megatron_simct.records import Prompt
+from megatron_simct.records import Prompt, Rollout
 from megatron_simct.rollout.engine import Sampling
 from megatron_simct.rollout.megatron_engine import MegatronEngine
 from megatron_simct.update.checkpoint import load_weights, save_weights
@@ -41,7 +42,7 @@ TOKENS = torch.randint(0, 90, (2, LENGTH), generator=torch.Generator().manual_se
 
 
 @pytest.mark.parametrize("length", [1, CHUNK, CHUNK + 1, 150])
-def test_chunks_compute_the_recurrence_and_its_gradient(length):
+def test_chunks_compute_the_recurrence_and_its_gradient(length) -> None:
     generator = torch.Generator().manual_seed(1)
     shape = (2, length, 3)
     query, key = torch.nn.functional.normalize(
@@ -61,7 +62,7 @@ def test_chunks_compute_the_recurrence_and_its_gradient(length):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
-def test_a_strong_decay_overflows_nowhere():
+def test_a_strong_decay_overflows_nowhere() -> None:
     query = torch.ones(1, CHUNK, 1, 4) / 2
     decay = torch.full((1, CHUNK, 1), -300.0, requires_grad=True)
     out, state = delta_rule(query, query, query, decay, torch.ones(1, CHUNK, 1))
@@ -75,7 +76,9 @@ def trained(tmp_path_factory) -> tuple[Path, torch.nn.Module]:
     return folder, save_model(folder, "qwen3_5_text", **FIELDS)
 
 
-def build(folder: str, parallel: ParallelConfig, groups):
+def build(
+    folder: str, parallel: ParallelConfig, groups
+) -> tuple[HiddenStateModel | InterleavedModel, Architecture]:
     architecture = read_architecture(folder, flag="")
     model = build_model(architecture, parallel, groups, vocab_size=90, divisible_by=8, bf16=False, flag="")
     load_hf_weights(model, architecture, folder, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag="")
@@ -100,7 +103,7 @@ def _gradients(rank, world_size, folder, weights) -> dict[str, torch.Tensor]:
         return found
 
 
-def test_gradients_of_every_tensor_are_those_of_transformers(trained):
+def test_gradients_of_every_tensor_are_those_of_transformers(trained) -> None:
     folder, model = trained
     weights = torch.randn(2, LENGTH, 99, generator=torch.Generator().manual_seed(2))
     (found,) = run_ranks(1, _gradients, str(folder), weights)
@@ -117,7 +120,7 @@ def test_gradients_of_every_tensor_are_those_of_transformers(trained):
         assert float((found[name] - gradient).abs().max()) < 2e-4 * largest, name
 
 
-def _sampled(rank, world_size, folder, prompts):
+def _sampled(rank, world_size, folder, prompts) -> list[Rollout]:
     parallel = ParallelConfig(tensor_model_parallel_size=world_size)
     with process_groups(parallel, seed=3) as groups:
         model, _ = build(folder, parallel, groups)
@@ -126,7 +129,7 @@ def _sampled(rank, world_size, folder, prompts):
 
 
 @torch.no_grad()
-def test_sampling_past_a_chunk_is_the_whole_forward_pass(trained):
+def test_sampling_past_a_chunk_is_the_whole_forward_pass(trained) -> None:
     folder, model = trained
     sizes = (1, CHUNK - 4, CHUNK, CHUNK + 3, 2 * CHUNK - 2)
     prompts = [
@@ -158,7 +161,7 @@ def _packed(rank, world_size, folder) -> None:
         assert float((together - attention(hidden, None)[0]).abs().max()) > 1e-3
 
 
-def test_packed_sequences_do_not_see_each_other(trained):
+def test_packed_sequences_do_not_see_each_other(trained) -> None:
     run_ranks(1, _packed, str(trained[0]))
 
 
@@ -180,12 +183,12 @@ def _load(rank, world_size, folder, save) -> None:
             assert torch.equal(parameter, others[name]), name
 
 
-def test_a_checkpoint_of_one_layout_loads_in_another(trained, tmp_path):
+def test_a_checkpoint_of_one_layout_loads_in_another(trained, tmp_path) -> None:
     run_ranks(2, _save, str(trained[0]), str(tmp_path / "save"))
     run_ranks(1, _load, str(trained[0]), str(tmp_path / "save"))
 
 
-def test_the_chunk_is_a_matter_of_speed(monkeypatch):
+def test_the_chunk_is_a_matter_of_speed(monkeypatch) -> None:
     generator = torch.Generator().manual_seed(1)
     query = torch.nn.functional.normalize(torch.randn(1, 40, 2, 8, generator=generator), dim=-1)
     rates = torch.rand(1, 40, 2, generator=generator)

@@ -1,5 +1,5 @@
-"""Weights of Hugging Face folders: Megatron's logits equal those of transformers, and what a damaged folder
-says.
+"""Weights of Hugging Face folders: Megatron's logits equal those of transformers, and the errors
+for damaged folders.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import contextlib
 import json
 import re
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +18,11 @@ import torch.distributed as dist
 
 from megatron_simct.config.options import ParallelConfig
 from megatron_simct.models import tensor_files
-from megatron_simct.models.build import build_model
+from megatron_simct.models.build import HiddenStateModel, InterleavedModel, build_model
 from megatron_simct.models.families import read_architecture
 from megatron_simct.models.hf_load import load_hf_weights
 from megatron_simct.models.tensor_files import Piece, find_weights
-from megatron_simct.parallel.initialize import process_groups
+from megatron_simct.parallel.initialize import Groups, process_groups
 from tests.distributed import run_ranks
 from tests.huggingface import save_model
 
@@ -81,7 +82,9 @@ TOKENS = torch.randint(0, 97, (3, 40), generator=torch.Generator().manual_seed(0
 
 
 @contextlib.contextmanager
-def load(folder: str, tp_size: int, ep_size: int = 1):
+def load(
+    folder: str, tp_size: int, ep_size: int = 1
+) -> Iterator[tuple[HiddenStateModel | InterleavedModel, Groups]]:
     """This rank's model, from the folder."""
     architecture = read_architecture(folder, flag="--hf-checkpoint")
     parallel = ParallelConfig(tensor_model_parallel_size=tp_size, expert_model_parallel_size=ep_size)
@@ -101,8 +104,8 @@ def load(folder: str, tp_size: int, ep_size: int = 1):
 
 
 def _logits(rank: int, world_size: int, folder: str) -> tuple[torch.Tensor, float]:
-    """[B, S, published vocabulary] from all ranks' shards, and the largest absolute value in the padded
-    rows.
+    """[B, S, published vocabulary] from all ranks' shards, and the largest absolute value
+    in the padded rows.
     """
     with load(folder, world_size) as (model, groups):
         positions = torch.arange(TOKENS.shape[1]).expand_as(TOKENS)
@@ -122,8 +125,8 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Folder and transformers' logits of each of MODELS, made when first asked for."""
+def folders(tmp_path_factory) -> Callable[[str], tuple[Path, torch.Tensor]]:
+    """Folder and transformers' logits of each of MODELS, made at the first request."""
     made: dict[str, tuple[Path, torch.Tensor]] = {}
 
     def make(name: str) -> tuple[Path, torch.Tensor]:
@@ -139,7 +142,7 @@ def folders(tmp_path_factory):
 
 @pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_equal_those_of_transformers(folders, name, tp_size):
+def test_logits_equal_those_of_transformers(folders, name, tp_size) -> None:
     folder, expected = folders(name)
     for logits, padding in run_ranks(tp_size, _logits, str(folder)):
         assert logits.shape == expected.shape
@@ -147,7 +150,7 @@ def test_logits_equal_those_of_transformers(folders, name, tp_size):
         assert padding == 0
 
 
-def test_the_many_files_are_many(folders):
+def test_the_many_files_are_many(folders) -> None:
     folder, _ = folders("qwen2, tied, many files")
     assert len(list(folder.glob("*.safetensors"))) > 5
 
@@ -169,7 +172,7 @@ def test_the_many_files_are_many(folders):
         "lm_head.weight",
     ],
 )
-def test_one_changed_number_of_the_folder_shows_in_the_logits(folders, tmp_path, tensor):
+def test_one_changed_number_of_the_folder_shows_in_the_logits(folders, tmp_path, tensor) -> None:
     folder, expected = folders("qwen2")
     copy = shutil.copytree(folder, tmp_path / "copy")
 
@@ -182,7 +185,7 @@ def test_one_changed_number_of_the_folder_shows_in_the_logits(folders, tmp_path,
     assert relative(logits, expected) > 1e-3
 
 
-def test_the_scaling_of_rotary_frequencies_shows_in_the_logits(folders, tmp_path):
+def test_the_scaling_of_rotary_frequencies_shows_in_the_logits(folders, tmp_path) -> None:
     folder, expected = folders("llama, scaled rotary")
     copy = shutil.copytree(folder, tmp_path / "copy")
     fields = json.loads((copy / "config.json").read_text())
@@ -198,7 +201,7 @@ def test_the_scaling_of_rotary_frequencies_shows_in_the_logits(folders, tmp_path
 
 
 def _numbers(rank: int, world_size: int, folder: str, tp_size: int, ep_size: int) -> tuple[int, int]:
-    """How many numbers this rank read, and how many of its parameters are not padding."""
+    """The number of numbers that this rank read, and of its parameters that are not padding."""
     read, original = [], tensor_files.TensorFolder.read
 
     def counted(folder: object, piece: Piece) -> None:
@@ -216,7 +219,7 @@ def _numbers(rank: int, world_size: int, folder: str, tp_size: int, ep_size: int
 @pytest.mark.parametrize(
     "name, tp_size, ep_size", [("llama", 2, 1), ("qwen2, tied, many files", 2, 1), ("qwen3_moe", 1, 2)]
 )
-def test_a_rank_reads_its_own_shard_and_no_more(folders, name, tp_size, ep_size):
+def test_a_rank_reads_its_own_shard_and_no_more(folders, name, tp_size, ep_size) -> None:
     numbers = run_ranks(2, _numbers, str(folders(name)[0]), tp_size, ep_size)
     for read, held in numbers:
         assert read == held
@@ -227,7 +230,7 @@ def test_a_rank_reads_its_own_shard_and_no_more(folders, name, tp_size, ep_size)
 
 
 def _second_stage(rank: int, world_size: int, folder: str) -> dict[str, torch.Tensor]:
-    """Parameters of a model of one layer that has the number of the folder's second."""
+    """Parameters of a model of one layer that has the number of the folder's second layer."""
     architecture = read_architecture(folder, flag="")
     with process_groups(ParallelConfig(), seed=3) as groups:
         model = build_model(
@@ -244,7 +247,7 @@ def _second_stage(rank: int, world_size: int, folder: str) -> dict[str, torch.Te
         return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def test_a_layer_is_filled_by_its_number_in_the_whole_model(folders):
+def test_a_layer_is_filled_by_its_number_in_the_whole_model(folders) -> None:
     from safetensors.torch import load_file
 
     folder, _ = folders("llama")
@@ -257,7 +260,7 @@ def test_a_layer_is_filled_by_its_number_in_the_whole_model(folders):
 
 
 def rewrite(folder: Path, change, file: str = "model.safetensors") -> None:
-    """Write the file again after `change` has had its tensors, a dictionary by name."""
+    """Write the file again after `change` has changed its tensors, a dictionary by name."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(str(folder / file))
@@ -322,14 +325,14 @@ O_PROJ = "model.layers.1.self_attn.o_proj.weight"
         ),
     ],
 )
-def test_wrong_tensors_are_named(single, change, words):
+def test_wrong_tensors_are_named(single, change, words) -> None:
     rewrite(single, change)
     message = fail(single)
     for word in words:
         assert word in message
 
 
-def test_experts_that_are_missing_or_too_many_are_named(folders, tmp_path):
+def test_experts_that_are_missing_or_too_many_are_named(folders, tmp_path) -> None:
     name = "model.layers.1.mlp.experts.{}.down_proj.weight"
     for change, words in (
         (lambda t: t.pop(name.format(3)), f"tensor {name.format(3)} is missing in model.safetensors"),
@@ -344,7 +347,7 @@ def test_experts_that_are_missing_or_too_many_are_named(folders, tmp_path):
 
 
 @pytest.mark.parametrize("damage", [truncate, garble])
-def test_a_damaged_file_is_named(single, sharded, damage):
+def test_a_damaged_file_is_named(single, sharded, damage) -> None:
     damage(single / "model.safetensors")
     assert "model.safetensors is damaged or unreadable" in fail(single)
     file = "model-00003-of-"
@@ -353,7 +356,7 @@ def test_a_damaged_file_is_named(single, sharded, damage):
     assert f"{path.name} is damaged or unreadable" in fail(sharded)
 
 
-def test_quantised_weights_that_nothing_describes_are_refused_by_name(single):
+def test_quantised_weights_that_nothing_describes_are_refused_by_name(single) -> None:
     rewrite(single, lambda t: t.update({O_PROJ: t[O_PROJ].to(torch.float8_e4m3fn)}))
     said = (
         f"tensor {O_PROJ} of model.safetensors has the type F8_E4M3, and config.json has no "
@@ -369,7 +372,7 @@ def test_quantised_weights_that_nothing_describes_are_refused_by_name(single):
     )
 
 
-def test_a_truncated_shard_is_named_with_the_tensor(sharded):
+def test_a_truncated_shard_is_named_with_the_tensor(sharded) -> None:
     (path,) = sharded.glob("model-00003-of-*")
     truncate(path)
     assert re.search(
@@ -377,7 +380,7 @@ def test_a_truncated_shard_is_named_with_the_tensor(sharded):
     )
 
 
-def test_an_index_that_names_a_missing_file(sharded):
+def test_an_index_that_names_a_missing_file(sharded) -> None:
     (path,) = sharded.glob("model-00002-of-*")
     path.unlink()
     message = fail(sharded)
@@ -386,7 +389,7 @@ def test_an_index_that_names_a_missing_file(sharded):
     )
 
 
-def test_an_index_that_lacks_a_tensor_or_names_the_wrong_file(sharded):
+def test_an_index_that_lacks_a_tensor_or_names_the_wrong_file(sharded) -> None:
     index = sharded / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     files = content["weight_map"]
@@ -401,7 +404,7 @@ def test_an_index_that_lacks_a_tensor_or_names_the_wrong_file(sharded):
     assert "cannot read model.safetensors.index.json (KeyError" in fail(sharded)
 
 
-def test_folders_without_weights_and_with_weights_that_are_not_read(tmp_path):
+def test_folders_without_weights_and_with_weights_that_are_not_read(tmp_path) -> None:
     assert find_weights(str(tmp_path), flag="--hf-checkpoint") is None
     for name in ("pytorch_model-00001-of-00002.bin", "model-00001-of-00002.safetensors"):
         (tmp_path / name).touch()

@@ -1,7 +1,7 @@
-"""Whole models with the kernels and fused functions of a GPU, on a CPU: the same hidden states and gradients
-as without.
+"""Whole models with the kernels and fused functions of a GPU, on a CPU: the same hidden states and
+gradients as without.
 
-flex_attention is not compiled here, and Megatron's fused functions are not either; what they compute is.
+Neither flex_attention nor Megatron's fused functions are compiled here. Their uncompiled forms are tested.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ MODELS = {
 
 
 def _compare(rank: int, world_size: int) -> list[tuple[str, float, float]]:
-    """For each model the largest differences of hidden states and of gradients, relative to the largest
-    number.
+    """For each model the largest differences of hidden states and of gradients, relative to
+    the largest number.
     """
     found = []
     with (
@@ -80,7 +80,7 @@ def _run(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     return hidden.detach(), torch.cat(gradients)
 
 
-def test_what_a_gpu_computes_with_is_what_a_cpu_computes_with():
+def test_what_a_gpu_computes_with_is_what_a_cpu_computes_with() -> None:
     (found,) = run_ranks(1, _compare, timeout_s=600.0)
     for name, hidden, gradient in found:
         assert hidden < 1e-5 and gradient < 1e-5, (name, hidden, gradient)
@@ -103,7 +103,7 @@ def test_what_a_gpu_computes_with_is_what_a_cpu_computes_with():
     ],
     ids=["dense", "gelu", "clamped experts", "interleaved"],
 )
-def test_fusions_are_on_wherever_there_is_cuda(monkeypatch, architecture, changes):
+def test_fusions_are_on_wherever_there_is_cuda(monkeypatch, architecture, changes) -> None:
     monkeypatch.setattr(build.rope_utils, "fused_apply_rotary_pos_emb", lambda *_: None)
     monkeypatch.setattr(build.linear_layers, "_grad_accum_fusion_available", True)
     on = {
@@ -125,7 +125,7 @@ def test_fusions_are_on_wherever_there_is_cuda(monkeypatch, architecture, change
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])
-def test_megatrons_configuration_has_them(on_cpu):
+def test_megatrons_configuration_has_them(on_cpu) -> None:
     config = build._transformer_config(
         BASE, ParallelConfig(), bf16=False, on_cpu=on_cpu, initialize=False, trains=True, more={}
     )
@@ -134,8 +134,8 @@ def test_megatrons_configuration_has_them(on_cpu):
     assert config.bias_dropout_fusion is not on_cpu
 
 
-def test_the_embedding_of_a_tied_head_does_not_write_to_the_zeros_that_stand_for_its_gradient():
-    """The zeros that the loss hands autograd in place of a gradient that is in main_grad already."""
+def test_the_embedding_of_a_tied_head_does_not_write_to_the_zeros_that_stand_for_its_gradient() -> None:
+    """The loss gives autograd zeros instead of a gradient that is already in main_grad."""
     from megatron_simct.losses import tiles
 
     weight = torch.nn.Parameter(torch.ones(3, 2))

@@ -1,5 +1,6 @@
-"""Models that also read images: their language model is read, computed, generated with and written; what
-reads images stays as it is."""
+"""Models that also read images: their language model is read, computed, sampled from and written; the weights
+for images stay unchanged.
+"""
 
 from __future__ import annotations
 
@@ -94,13 +95,15 @@ def save(folder: Path, model_type: str) -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(tmp_path_factory) -> list[tuple[Path, torch.nn.Module]]:
     folders = {model_type: tmp_path_factory.mktemp(model_type) for model_type in MODELS}
     return [(folder, save(folder, model_type)) for model_type, folder in folders.items()]
 
 
 @pytest.mark.parametrize("layout", ["one", "TP2xPP2"])
-def test_a_layout_computes_what_transformers_computes_and_gives_every_tensor_back(models, tmp_path, layout):
+def test_a_layout_computes_what_transformers_computes_and_gives_every_tensor_back(
+    models, tmp_path, layout
+) -> None:
     from safetensors.torch import load_file
 
     with torch.no_grad():
@@ -128,8 +131,8 @@ def test_a_layout_computes_what_transformers_computes_and_gives_every_tensor_bac
             )
 
 
-def test_controls(models, tmp_path):
-    """The query's growth, the window, and where the language model's names begin."""
+def test_controls(models, tmp_path) -> None:
+    """The query's growth, the window, and the beginning of the language model's names."""
     changes = [
         (0, {"sliding_window": WINDOW + 1}),
         (1, {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5}}),
@@ -150,8 +153,8 @@ def test_controls(models, tmp_path):
             assert relative(logits, models[i][1](input_ids=TOKENS).logits) > 1e-3, change
 
 
-def test_published_fields(tmp_path):
-    """As Gemma-3 4B is published, sizes apart: most fields of the language model are left out."""
+def test_published_fields(tmp_path) -> None:
+    """Gemma-3 4B as published, except sizes: most fields of the language model are left out."""
     fields = {
         "architectures": ["Gemma3ForConditionalGeneration"],
         "boi_token_index": 255999,

@@ -1,6 +1,6 @@
-"""Fields of config.json as models are published with, sizes too: they are read as they are, and the memory
-plan counts as many parameters as transformers' model has. Layers are fewer; the models are built on no
-device."""
+"""Fields of config.json as published, also sizes: they are read as they are, and the memory plan counts as
+many parameters as transformers' model has. Layers are fewer; the models are built on no device.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ COMMON = {
 
 
 UNCOUNTED = (".indexer.", "e_score_correction_bias")
-"""What is not computed here, and what is a buffer."""
+"""Tensors that are not computed here, and one that is a buffer."""
 
 
 def shape(
@@ -484,13 +484,13 @@ def read(tmp_path: Any, fields: dict[str, Any]) -> Any:
     return read_architecture(str(tmp_path), flag="--hf-checkpoint")
 
 
-def test_every_family_is_here():
+def test_every_family_is_here() -> None:
     assert PUBLISHED.keys() == FAMILIES.keys() and NESTED_PUBLISHED.keys() == NESTED.keys()
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", PUBLISHED)
-def test_fields_are_read_and_parameters_counted(tmp_path, family):
+def test_fields_are_read_and_parameters_counted(tmp_path, family) -> None:
     common = {} if family in ("gemma3_text", "qwen3_5_text") else COMMON
     fields = {"model_type": family} | common | PUBLISHED[family]
     found, model = read(tmp_path, fields), on_no_device(fields, "AutoModelForCausalLM")
@@ -503,7 +503,7 @@ def test_fields_are_read_and_parameters_counted(tmp_path, family):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("model_type", NESTED_PUBLISHED)
-def test_language_models_within_others(tmp_path, model_type):
+def test_language_models_within_others(tmp_path, model_type) -> None:
     fields = {"model_type": model_type} | NESTED_PUBLISHED[model_type]
     found, model = read(tmp_path, fields), on_no_device(fields, "AutoModelForImageTextToText")
     parts = ("language_model.", "lm_head.")

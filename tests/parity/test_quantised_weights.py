@@ -1,5 +1,5 @@
-"""Folders of quantised weights: their numbers are those of the equation, and a slice is the slice of the
-whole.
+"""Folders of quantised weights: their numbers are those of the equation, and a slice is the
+slice of the whole.
 
 The tests write the published layouts themselves. The equations, in float64, element by element:
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from safetensors.torch import load_file, save_file
 from megatron_simct.commands import convert_checkpoint
 from megatron_simct.config.options import ParallelConfig
 from megatron_simct.models import tensor_files
-from megatron_simct.models.build import build_model
-from megatron_simct.models.families import read_architecture
+from megatron_simct.models.build import HiddenStateModel, InterleavedModel, build_model
+from megatron_simct.models.families import Architecture, read_architecture
 from megatron_simct.models.formats import find_format
 from megatron_simct.models.hf_export import save_hf_weights
 from megatron_simct.models.hf_load import load_hf_weights
@@ -65,7 +66,7 @@ def compressed(layout: str, weights: dict[str, Any], **fields: Any) -> dict[str,
 
 
 def float8_parts(shape: tuple[int, int], block: tuple[int, int], scale: torch.dtype, seed: int) -> tuple:
-    """Numbers, scales, and what they mean in float64."""
+    """Numbers, scales, and the resulting matrix in float64."""
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.randn(shape, generator=generator).mul(50).to(torch.float8_e4m3fn)
     grid = tuple(-(-size // step) for size, step in zip(shape, block, strict=True))
@@ -88,8 +89,8 @@ def int4_parts(shape: tuple[int, int], group: int, seed: int) -> tuple:
 
 
 def mxfp4_parts(experts: int, rows: int, columns: int) -> tuple:
-    """Blocks, scales, and [E, rows, columns] in float64: sign, two bits of exponent with bias 1, one of
-    fraction.
+    """Blocks, scales, and [E, rows, columns] in float64: sign, two bits of exponent with bias
+    1, one of fraction.
     """
     generator = torch.Generator().manual_seed(5)
     blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), generator=generator, dtype=torch.uint8)
@@ -121,7 +122,7 @@ FORMATS = [
 
 
 def quantised(folder: Path, kind: str) -> torch.Tensor:
-    """A folder with the matrix a.weight, and what it means in float64."""
+    """A folder with the matrix a.weight, and that matrix in float64."""
     shape, block = (ROWS, COLUMNS), (8, 32)
     if kind.startswith("int4"):
         shape, group = ((ROWS, 96), 32) if kind == "int4" else ((7, 90), 16)
@@ -156,7 +157,7 @@ def read(folder: Path, piece: Piece) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_numbers_are_those_of_the_equation_and_slices_those_of_the_whole(tmp_path, kind, monkeypatch):
+def test_numbers_are_those_of_the_equation_and_slices_those_of_the_whole(tmp_path, kind, monkeypatch) -> None:
     meant = quantised(tmp_path, kind)
     monkeypatch.setattr(tensor_files, "_NUMBERS", 3 * meant.shape[1])  # several runs of rows
     whole = read(tmp_path, Piece("a.weight", tuple(meant.shape), torch.empty(meant.shape), 0, len(meant)))
@@ -181,9 +182,9 @@ def test_numbers_are_those_of_the_equation_and_slices_those_of_the_whole(tmp_pat
 EXPERTS, INPUTS, OUTPUTS = 3, 64, 12
 
 
-def expert_pieces(meant: torch.Tensor, name: str):
-    """Pieces of the matrices [r, c] of the experts, with what they are to be; every second row as gpt-oss has
-    them.
+def expert_pieces(meant: torch.Tensor, name: str) -> Iterator[tuple[Piece, torch.Tensor]]:
+    """Pieces of the matrices [r, c] of the experts, with their expected values; some of every second row,
+    as gpt-oss has them.
     """
     experts, rows, columns = meant.shape
     shape = (experts, columns, rows)
@@ -200,7 +201,7 @@ def expert_pieces(meant: torch.Tensor, name: str):
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_matrices_of_experts_in_one_tensor(tmp_path, plain, monkeypatch):
+def test_matrices_of_experts_in_one_tensor(tmp_path, plain, monkeypatch) -> None:
     monkeypatch.setattr(tensor_files, "_BLOCK", 200)
     monkeypatch.setattr(tensor_files, "_NUMBERS", 200)
     blocks, scales, meant = mxfp4_parts(EXPERTS, OUTPUTS, INPUTS)
@@ -215,7 +216,7 @@ def test_matrices_of_experts_in_one_tensor(tmp_path, plain, monkeypatch):
     assert torch.equal(read(tmp_path, piece), bias[2, 1:11:2])
 
 
-def test_numbers_are_those_of_transformers(tmp_path):
+def test_numbers_are_those_of_transformers(tmp_path) -> None:
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -230,7 +231,7 @@ def test_numbers_are_those_of_transformers(tmp_path):
         assert torch.equal(ours, theirs)
 
 
-def test_numbers_are_those_of_compressed_tensors(tmp_path):
+def test_numbers_are_those_of_compressed_tensors(tmp_path) -> None:
     pytest.importorskip("compressed_tensors", reason="the package compressed-tensors is not installed")
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
     from compressed_tensors.quantization import QuantizationArgs
@@ -294,7 +295,9 @@ def write_pair(kind: str, folder: Path, plain: Path) -> tuple[Path, Path]:
     return folder, plain
 
 
-def load(folder: str, groups, parallel: ParallelConfig, *, bf16: bool = False):
+def load(
+    folder: str, groups, parallel: ParallelConfig, *, bf16: bool = False
+) -> tuple[HiddenStateModel | InterleavedModel, Architecture]:
     architecture = read_architecture(folder, flag="--hf-checkpoint")
     model = build_model(
         architecture, parallel, groups, vocab_size=90, divisible_by=16, bf16=bf16, flag="", initialize=False
@@ -329,7 +332,7 @@ def _compare(rank: int, world_size: int, quantised_folder: str, plain: str, save
 @pytest.mark.parametrize("kind, world_size", [("fp8", 1), ("fp8", 4), ("int4", 4)])
 def test_shards_of_a_model_are_those_of_plain_weights_and_an_export_is_plain(
     folders, tmp_path, kind, world_size
-):
+) -> None:
     folder, plain = folders[kind]
     save = tmp_path / "export"
     run_ranks(world_size, _compare, str(folder), str(plain), str(save))
@@ -385,7 +388,7 @@ def fail(folder: Path) -> str:
         ),
     ],
 )
-def test_parts_that_do_not_fit_together_are_named(folders, tmp_path, change, words):
+def test_parts_that_do_not_fit_together_are_named(folders, tmp_path, change, words) -> None:
     folder, _ = folders["fp8"]
     copy = shutil.copytree(folder, tmp_path / "copy")
     tensors = load_file(str(copy / "model.safetensors"))
@@ -394,7 +397,7 @@ def test_parts_that_do_not_fit_together_are_named(folders, tmp_path, change, wor
     assert words in fail(copy)
 
 
-def test_a_head_that_is_quantised_is_not_the_embedding(tmp_path):
+def test_a_head_that_is_quantised_is_not_the_embedding(tmp_path) -> None:
     numbers, scales, _ = float8_parts((16, 8), (8, 8), torch.float32, 1)
     head = {"lm_head.weight": numbers, "lm_head.weight_scale_inv": scales}
     write(tmp_path, fp8(weight_block_size=[8, 8]), head | {"model.embed_tokens.weight": torch.ones(16, 8)})
@@ -431,14 +434,14 @@ def test_a_head_that_is_quantised_is_not_the_embedding(tmp_path):
         ({"quant_method": "bitsandbytes"}, "(bitsandbytes)"),
     ],
 )
-def test_what_is_not_implemented_is_refused_by_name(settings, words):
+def test_what_is_not_implemented_is_refused_by_name(settings, words) -> None:
     for fields in ({"quantization_config": settings}, {"text_config": {"quantization_config": settings}}):
         with pytest.raises(ValueError) as caught:
             find_format(fields, where="--hf-checkpoint DIR: config.json")
         assert str(caught.value).startswith("--hf-checkpoint DIR: config.json") and words in str(caught.value)
 
 
-def test_published_settings_are_known():
+def test_published_settings_are_known() -> None:
     published = {
         "fp8 in blocks of 128 x 128": [
             fp8(weight_block_size=[128, 128]),
@@ -456,7 +459,7 @@ def test_published_settings_are_known():
             assert found is not None and found.label == label
 
 
-def test_transformers_is_not_compared_with_on_a_quantised_folder(folders, tmp_path, capfd):
+def test_transformers_is_not_compared_with_on_a_quantised_folder(folders, tmp_path, capfd) -> None:
     options = ["--hf-checkpoint", str(folders["int4"][0]), "--save", str(tmp_path / "m"), "--verify"]
     convert_checkpoint.main(["hf-to-megatron", *options])
     assert "is quantised (int4 in groups of 32)" in capfd.readouterr().err
@@ -472,7 +475,7 @@ def _same_shards(rank: int, world_size: int, folder: str, plain: str) -> None:
             assert torch.equal(parameter, others[name]), name
 
 
-def test_shards_of_gpt_oss_in_mxfp4_are_those_of_plain_weights(tmp_path):
+def test_shards_of_gpt_oss_in_mxfp4_are_those_of_plain_weights(tmp_path) -> None:
     plain, folder = tmp_path / "plain", tmp_path / "mxfp4"
     shape = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "num_hidden_layers": 1}
     save_model(plain, "gpt_oss", num_local_experts=3, num_experts_per_tok=2, **shape)

@@ -1,8 +1,8 @@
-"""Alignment on real tokenizers and real texts in many scripts: nothing lost, nothing wrong, units as small as
-can be.
+"""Alignment on real tokenizers and real texts in many scripts: nothing lost, nothing wrong, units
+as small as possible.
 
 The tokenizers come from packages (tools/benchmark/real_inputs.py); one that cannot be fetched is skipped with
-the reason. What is expected is computed here in plain Python, from the bytes of each token.
+the reason. The expected results are computed here in plain Python, from the bytes of each token.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import accumulate
 import numpy as np
 import pytest
 
-from megatron_simct.alignment import align, align_batch, build_alignment_map
+from megatron_simct.alignment import Tokenizer, align, align_batch, build_alignment_map
 from megatron_simct.alignment.alignment_map import released_map
 from tools.benchmark import real_inputs
 from tools.benchmark.alignment import overlap
@@ -34,7 +34,7 @@ PIECES: dict[str, list[bytes]] = {}
 NUM_TEXTS = {"humaneval": 15, "champ": 15, "udhr": 31, "gsm8k": 50, "marks": 6}
 
 
-def tokenizer(name):
+def tokenizer(name) -> Tokenizer:
     try:
         return real_inputs.tokenizer(name)
     except Unavailable as error:
@@ -60,7 +60,7 @@ def ends_of(name: str, ids: np.ndarray) -> tuple[bytes, list[int]]:
 
 
 @pytest.mark.parametrize(("teacher_name", "student_name"), PAIRS)
-def test_every_shared_byte_is_in_a_minimal_unit(teacher_name, student_name):
+def test_every_shared_byte_is_in_a_minimal_unit(teacher_name, student_name) -> None:
     teacher, student = tokenizer(teacher_name), tokenizer(student_name)
     samples = [(teacher.encode(data), student.encode(data)) for data in texts()]
     batch = align_batch(teacher.table, [t for t, _ in samples], student.table, [s for _, s in samples])
@@ -72,7 +72,7 @@ def test_every_shared_byte_is_in_a_minimal_unit(teacher_name, student_name):
         size = min(len(teacher_bytes), len(student_bytes))
         common = next((i for i in range(size) if teacher_bytes[i] != student_bytes[i]), size)
         boundaries = sorted(b for b in set(teacher_ends) & set(student_ends) if b <= common)
-        # The units are the gaps between all common boundaries: as many as can be.
+        # The units are the gaps between all common boundaries: as many as possible.
         assert [student_ends[se - 1] for se in found.segments[:, 3]] == boundaries
         assert [teacher_ends[te - 1] for te in found.segments[:, 1]] == boundaries
         starts = np.vstack([np.zeros((1, 4), np.int32), found.segments])[:-1, 1::2]
@@ -88,7 +88,7 @@ def test_every_shared_byte_is_in_a_minimal_unit(teacher_name, student_name):
             assert boundaries[-1] == len(data) and not found.dropped and not found.student_labels_dropped
         else:
             changed += 1
-    # Few texts are rewritten: by Qwen's NFC, and the mark that stands for a blank in SentencePiece.
+    # Few texts are rewritten: by Qwen's NFC, and by SentencePiece's mark for a space.
     assert changed <= 8 and whole > 60_000
 
 
@@ -96,7 +96,7 @@ def test_every_shared_byte_is_in_a_minimal_unit(teacher_name, student_name):
     ("student_name", "teacher_name", "expected", "released"),
     [("qwen2.5", "gemma2", 97_675, 64_272), ("qwen2.5", "gemma3", 95_968, 63_638)],
 )
-def test_shared_vocabulary_of_large_pairs(student_name, teacher_name, expected, released):
+def test_shared_vocabulary_of_large_pairs(student_name, teacher_name, expected, released) -> None:
     student, teacher = tokenizer(student_name), tokenizer(teacher_name)
     alignment_map = build_alignment_map(student, teacher)
     content = [set(t.table.pieces()) - {b""} for t in (student, teacher)]
@@ -108,9 +108,9 @@ def test_shared_vocabulary_of_large_pairs(student_name, teacher_name, expected, 
     )
 
 
-def test_the_released_walk_loses_what_the_minimal_units_keep():
-    """Chinese between two byte-level tokenizers: characters are cut in different places, and the walk gets
-    lost.
+def test_the_released_walk_loses_what_the_minimal_units_keep() -> None:
+    """Chinese between two byte-level tokenizers: they cut characters in different places, and the
+    walk loses its place.
     """
     teacher, student = tokenizer("llama3"), tokenizer("qwen2.5")
     data = "".join(text for text in real_inputs.udhr() if "世界人权宣言" in text).encode()

@@ -1,5 +1,5 @@
-"""The pre-flight of every shipped run file, with the real tokenizers: no failure, and no warning without a
-cause.
+"""The pre-flight of every shipped run file, with the real tokenizers: no failure, and no
+warning without a cause.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import pytest
 
 from megatron_simct.alignment import Tokenizer
 from megatron_simct.loading import open_tokenizer
-from megatron_simct.preflight import check
+from megatron_simct.preflight import model as module
+from megatron_simct.preflight.check import check_run
 from tests.examples import stand_in
 from tests.huggingface import LLAMA_TEMPLATE
 from tools.benchmark.real_inputs import Unavailable, tokenizer_path
@@ -39,8 +40,10 @@ WARNINGS = {
 }
 
 
-def test_every_shipped_file_is_here():
-    """That of the engines needs models which are trained for it: tests/unit/test_preflight_engines.py."""
+def test_every_shipped_file_is_here() -> None:
+    """The run file of the engines needs models that are trained for it:
+    tests/unit/test_preflight_engines.py.
+    """
     assert WARNINGS.keys() | {"engines"} == {
         path.parent.name for path in (ROOT / "examples").glob("*/run.yaml")
     }
@@ -48,19 +51,19 @@ def test_every_shipped_file_is_here():
 
 @pytest.fixture(scope="module")
 def opened() -> dict[str, Tokenizer]:
-    """By model: files of this size take a second or two."""
+    """By model: files of this size take a second or two to open."""
     return {}
 
 
 @pytest.mark.parametrize("name", WARNINGS)
-def test_only_what_has_a_cause_is_warned_of(name, tmp_path, opened, monkeypatch):
-    def open_once(model, *, prefix):
+def test_only_what_has_a_cause_is_warned_of(name, tmp_path, opened, monkeypatch) -> None:
+    def open_once(model, *, prefix) -> Tokenizer:
         key = Path(model.hf_checkpoint).name
         if key not in opened:
             opened[key] = open_tokenizer(model, prefix=prefix)
         return opened[key]
 
-    monkeypatch.setattr(check, "open_tokenizer", open_once)
+    monkeypatch.setattr(module, "open_tokenizer", open_once)
     run = stand_in(ROOT / "examples" / name / "run.yaml", tmp_path)
     for model in (tmp_path / "models").iterdir():
         (model / "generation_config.json").unlink(missing_ok=True)
@@ -71,9 +74,9 @@ def test_only_what_has_a_cause_is_warned_of(name, tmp_path, opened, monkeypatch)
             pytest.skip(str(error))
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(files / file, model)
-        if "chat_template" not in (model / "tokenizer_config.json").read_text():  # those of base models
+        if "chat_template" not in (model / "tokenizer_config.json").read_text():  # base models have none
             (model / "chat_template.jinja").write_text(LLAMA_TEMPLATE)
-    findings = [f for f in check.check_run(run).findings if f.level != "pass"]
+    findings = [f for f in check_run(run).findings if f.level != "pass"]
     assert [f for f in findings if f.level != "warn"] == []
     assert sorted(f.check for f in findings) == sorted(what for what, _ in WARNINGS[name])
     for what, words in WARNINGS[name]:

@@ -1,5 +1,5 @@
-"""AlignmentMap: pairs by bytes, rivals of equal bytes, the stop bridge, shards; real pairs against brute
-force.
+"""AlignmentMap: pairs by bytes, several tokens of equal bytes, the stop bridge, shards; real pairs
+against brute force.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def pairs(alignment_map: AlignmentMap) -> list[tuple[int, int]]:
     return list(zip(alignment_map.student_ids.tolist(), alignment_map.teacher_ids.tolist(), strict=True))
 
 
-def test_small_pair():
+def test_small_pair() -> None:
     student, teacher = tokenizer(STUDENT), tokenizer(TEACHER)
     alignment_map = build_alignment_map(student, teacher)
     assert pairs(alignment_map) == [(2, 2), (3, 3), (4, 4), (6, 6), (7, 8)]
@@ -47,7 +47,7 @@ def test_small_pair():
     assert shared.tolist() == [True, False, False, True]
 
 
-def test_every_id_with_itself():
+def test_every_id_with_itself() -> None:
     alignment_map = identity_map(tokenizer(STUDENT), tokenizer(STUDENT))
     assert pairs(alignment_map) == [(i, i) for i in range(8) if i != 5]
     assert (alignment_map.stop_student_id, alignment_map.stop_teacher_ids) == (5, (5,))
@@ -68,18 +68,18 @@ def test_every_id_with_itself():
         ),
     ],
 )
-def test_ids_of_different_tokenizers_are_not_paired(teacher, words):
+def test_ids_of_different_tokenizers_are_not_paired(teacher, words) -> None:
     with pytest.raises(ValueError, match=words):
         identity_map(tokenizer(STUDENT, special_ids=(0, 4) if "stops" in words else ()), teacher)
 
 
-def test_special_spellings_and_empty_pieces_are_not_shared():
+def test_special_spellings_and_empty_pieces_are_not_shared() -> None:
     student = tokenizer([b"<s>", b"<s>", b"", b"a", b"<p>", b"<e>"], special_ids=[0, 4])
     teacher = tokenizer([b"<s>", b"", b"<p>", b"<e>", b"a", b"<e>"], special_ids=[2])
     assert pairs(build_alignment_map(student, teacher)) == [(1, 0), (3, 4)]
 
 
-def test_of_equal_bytes_the_id_that_encoding_gives_is_kept_else_the_lowest():
+def test_of_equal_bytes_the_id_that_encoding_gives_is_kept_else_the_lowest() -> None:
     pieces = [b"A", b"b", b"A", b"\xff", b"\xff", b"<e>", b"AA", b"AA"]
     table = TokenTable.from_bytes(pieces, stop_ids=[5])
     answers = {"A": [2], "AA": [2, 2]}
@@ -89,12 +89,12 @@ def test_of_equal_bytes_the_id_that_encoding_gives_is_kept_else_the_lowest():
     assert pairs(build_alignment_map(teacher, student)) == [(0, 6), (1, 2), (2, 3), (3, 1)]
 
 
-def test_same_tokenizer_gives_the_identity():
+def test_same_tokenizer_gives_the_identity() -> None:
     student = tokenizer(STUDENT)
     assert pairs(build_alignment_map(student, student)) == [(i, i) for i in range(8) if i != 5]
 
 
-def test_the_first_stop_token_of_the_student_meets_all_of_the_teachers():
+def test_the_first_stop_token_of_the_student_meets_all_of_the_teachers() -> None:
     alignment_map = build_alignment_map(
         tokenizer(STUDENT, stop_ids=(4, 5), special_ids=(0, 4)), tokenizer(TEACHER, stop_ids=(5, 4))
     )
@@ -102,12 +102,12 @@ def test_the_first_stop_token_of_the_student_meets_all_of_the_teachers():
     assert pairs(alignment_map) == [(2, 2), (3, 3), (6, 6), (7, 8)]
 
 
-def test_a_tokenizer_without_stop_token_is_refused():
+def test_a_tokenizer_without_stop_token_is_refused() -> None:
     with pytest.raises(ValueError, match="no stop token"):
         build_alignment_map(tokenizer(STUDENT), tokenizer(TEACHER, stop_ids=()))
 
 
-def test_placement_of_all_columns():
+def test_placement_of_all_columns() -> None:
     alignment_map = build_alignment_map(tokenizer(STUDENT), tokenizer(TEACHER + [b"<e>"], stop_ids=(9, 5)))
     whole = alignment_map.placement(shard_start=0, shard_end=16)
     assert whole.columns.tolist() == [2, 3, 4, 5, 6, 7]
@@ -119,7 +119,7 @@ def test_placement_of_all_columns():
 
 @pytest.mark.parametrize("stop_id", [0, 5, 7])
 @pytest.mark.parametrize("num_shards", [1, 2, 3, 4, 16])
-def test_shards_add_up(num_shards, stop_id):
+def test_shards_add_up(num_shards, stop_id) -> None:
     teacher = tokenizer(TEACHER + [b"<e>"], stop_ids=(9, 5))
     alignment_map = build_alignment_map(tokenizer(STUDENT, stop_ids=(stop_id,)), teacher)
     relation = []
@@ -136,14 +136,14 @@ def test_shards_add_up(num_shards, stop_id):
     assert relation == sorted(expected, key=lambda pair: pair[0])
 
 
-def test_bad_shards_are_refused():
+def test_bad_shards_are_refused() -> None:
     alignment_map = build_alignment_map(tokenizer(STUDENT), tokenizer(TEACHER))
     for start, end in [(-1, 4), (4, 4), (5, 4)]:
         with pytest.raises(ValueError, match="is not a range"):
             alignment_map.placement(shard_start=start, shard_end=end)
 
 
-# Real pairs. What each file's ids mean is read here a second time, without the package.
+# Real pairs. The bytes of each file's ids are read here a second time, without the package.
 
 
 def folder() -> Path:
@@ -172,7 +172,7 @@ def tekken_bytes(path: Path) -> set[bytes]:
 
 
 @pytest.mark.parametrize("version", ["tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3"])
-def test_real_pair_shares_what_brute_force_finds(version):
+def test_real_pair_shares_what_brute_force_finds(version) -> None:
     path, tekken_path = folder() / version, folder() / "tekken_240718.json"
     student, teacher = load_tokenizer(str(path)), load_tokenizer(str(tekken_path))
     shared = sentencepiece_bytes(path) & tekken_bytes(tekken_path)
@@ -188,16 +188,16 @@ def test_real_pair_shares_what_brute_force_finds(version):
     assert forward.shared_student_id(b"A") == student.encode(b"A")[0] > 1000
 
 
-def test_real_identity():
+def test_real_identity() -> None:
     tekken = load_tokenizer(str(folder() / "tekken_240718.json"))
     alignment_map = build_alignment_map(tekken, tekken)
     assert alignment_map.num_shared == 131072 - 1000
     np.testing.assert_array_equal(alignment_map.student_ids, alignment_map.teacher_ids)
 
 
-def test_released_pairs_are_of_equal_strings():
-    """A blank is '▁' on both sides; what the files spell differently is missed, and other bytes may be
-    paired.
+def test_released_pairs_are_of_equal_strings() -> None:
+    """A space is '▁' on both sides. Pairs that the files spell differently are missed, and different
+    bytes may be paired.
     """
 
     def with_strings(pieces: list[bytes], strings: list[str], stop: int) -> Tokenizer:

@@ -56,7 +56,7 @@ def plan(
     )
 
 
-def test_happy_cat():
+def test_happy_cat() -> None:
     pair = plan(HAPPY_STUDENT, HAPPY_TEACHER, [0, 1, 2, 5])
     assert pair.sample_id == 7 and pair.teacher_prompt_ids.tolist() == [1, 2]
     assert pair.teacher_ids.tolist() == [0, 1, 2, 5]
@@ -86,14 +86,14 @@ def test_happy_cat():
     ("hidden_rows", "rows"),
     [("none", []), ("one_to_one", [2, 3]), ("first", [0, 2, 3]), ("all", [0, 1, 2, 3])],
 )
-def test_requested_rows(hidden_rows, rows):
+def test_requested_rows(hidden_rows, rows) -> None:
     needs = TeacherNeeds(hidden_rows=hidden_rows)
     pair = plan(HAPPY_STUDENT, HAPPY_TEACHER, [0, 1, 2, 5], needs=needs)
     assert pair.teacher_rows.tolist() == rows and pair.teacher_rows.dtype == np.int32
     assert pair.needs == needs
 
 
-def test_a_unit_that_spells_a_shared_token_replaces_its_column():
+def test_a_unit_that_spells_a_shared_token_replaces_its_column() -> None:
     pair = plan(DIGIT_STUDENT, DIGIT_TEACHER, [0, 1, 9, 4])
     assert pair.teacher_ids.tolist() == [0, 6, 3]
     assert pair.kinds.tolist() == [UNIT, SHARED, STOP]
@@ -101,7 +101,7 @@ def test_a_unit_that_spells_a_shared_token_replaces_its_column():
     assert pair.counts["canonical"] == 0
 
 
-def test_an_unpaired_id_with_shared_bytes_is_a_unit_of_one_token():
+def test_an_unpaired_id_with_shared_bytes_is_a_unit_of_one_token() -> None:
     pair = plan(DIGIT_STUDENT, DIGIT_TEACHER, [6, 9, 3])
     assert pair.segments.tolist() == [[0, 1, 0, 1], [1, 2, 1, 2], [2, 3, 2, 3]]
     assert pair.kinds.tolist() == [UNIT, SHARED, STOP]
@@ -110,14 +110,14 @@ def test_an_unpaired_id_with_shared_bytes_is_a_unit_of_one_token():
     assert plan(DIGIT_STUDENT, DIGIT_TEACHER, [0, 9, 3]).kinds.tolist() == [SHARED, SHARED, STOP]
 
 
-def test_a_piece_without_bytes_makes_a_unit_of_its_neighbour():
+def test_a_piece_without_bytes_makes_a_unit_of_its_neighbour() -> None:
     student = tokenizer([b"8", b"", b"<e>"], [2])
     pair = plan(student, DIGIT_TEACHER, [0, 1, 0, 2])
     assert pair.segments.tolist() == [[0, 1, 0, 2], [1, 2, 2, 3], [2, 3, 3, 4]]
     assert pair.kinds.tolist() == [UNIT, SHARED, STOP] and pair.replaced_columns.tolist() == [0, -1, -1]
 
 
-def test_a_response_cut_by_length_gets_no_stop_token():
+def test_a_response_cut_by_length_gets_no_stop_token() -> None:
     pair = plan(HAPPY_STUDENT, HAPPY_TEACHER, [0, 1, 2], finish="length")
     assert pair.teacher_ids.tolist() == [0, 1, 2]
     assert pair.kinds.tolist() == [UNIT, SHARED]
@@ -126,7 +126,7 @@ def test_a_response_cut_by_length_gets_no_stop_token():
 
 @pytest.mark.parametrize(("ids", "finish", "num_labels"), [([5], "stop", 1), ([], "length", 0)])
 @pytest.mark.parametrize("hidden_rows", ["none", "one_to_one", "first", "all"])
-def test_empty_responses(ids, finish, num_labels, hidden_rows):
+def test_empty_responses(ids, finish, num_labels, hidden_rows) -> None:
     needs = TeacherNeeds(hidden_rows=hidden_rows)
     pair = plan(HAPPY_STUDENT, HAPPY_TEACHER, ids, finish=finish, needs=needs)
     assert pair.segments.shape == (num_labels, 4) and pair.teacher_ids.tolist() == ids
@@ -139,9 +139,9 @@ def test_empty_responses(ids, finish, num_labels, hidden_rows):
 @pytest.mark.parametrize(
     ("teacher_pieces", "aligned"), [([b"a", b"b", b"<eos>"], 1), ([b"ab", b"a", b"<eos>"], 0)]
 )
-def test_a_byte_that_the_teacher_has_no_token_for_ends_the_common_text(teacher_pieces, aligned):
-    """Byte-level libraries leave such a byte out; a token that is merged across it takes its own unit
-    along.
+def test_a_byte_that_the_teacher_has_no_token_for_ends_the_common_text(teacher_pieces, aligned) -> None:
+    """Byte-level libraries leave such a byte out; a token that is merged across it takes
+    its own unit along.
     """
     student = tokenizer([b"a", b"\x04", b"b", b"<end>"], [3])
     teacher = tokenizer(teacher_pieces, [2])
@@ -155,7 +155,7 @@ def test_a_byte_that_the_teacher_has_no_token_for_ends_the_common_text(teacher_p
     assert pair.byte_events.num_positions <= 1 and not (pair.byte_events.slot_event == 4).any()
 
 
-def test_bytes_that_are_not_utf8_end_the_teachers_text():
+def test_bytes_that_are_not_utf8_end_the_teachers_text() -> None:
     # "8", half of "é", "2", stop: the teacher reads "8".
     pair = plan(DIGIT_STUDENT, DIGIT_TEACHER, [0, 7, 1, 3])
     assert pair.teacher_ids.tolist() == [1, 3]
@@ -171,7 +171,7 @@ def test_bytes_that_are_not_utf8_end_the_teachers_text():
     ]
 
 
-def test_nothing_behind_a_special_token_is_aligned_or_read_by_the_teacher():
+def test_nothing_behind_a_special_token_is_aligned_or_read_by_the_teacher() -> None:
     pair = plan(DIGIT_STUDENT, DIGIT_TEACHER, [2, 9, 5, 0, 1, 3])
     assert pair.teacher_ids.tolist() == [0, 6, 3]
     assert pair.segments.tolist() == [[0, 1, 0, 1], [1, 2, 1, 2]]
@@ -179,7 +179,7 @@ def test_nothing_behind_a_special_token_is_aligned_or_read_by_the_teacher():
     assert pair.counts["student_labels_dropped"] == 4 and pair.counts["canonical"] == 0
 
 
-def test_a_teacher_that_rewrites_text_is_aligned_up_to_there():
+def test_a_teacher_that_rewrites_text_is_aligned_up_to_there() -> None:
     lossy = Tokenizer(
         name="lossy",
         table=DIGIT_TEACHER.table,
@@ -200,7 +200,7 @@ def test_a_teacher_that_rewrites_text_is_aligned_up_to_there():
     assert pair.counts["bytes_dropped_mismatch"] == 0 and pair.counts["segments_stop"] == 0
 
 
-def test_errors():
+def test_errors() -> None:
     with pytest.raises(
         ValueError, match=r'sample 7 finished by "stop" but its last id is 2, not one of .* \[5\]'
     ):
@@ -220,9 +220,9 @@ def test_errors():
         plan_pair(prompt, rollout, alignment_map=build_alignment_map(HAPPY_STUDENT, HAPPY_STUDENT), **both)
 
 
-def test_random_ids_of_a_real_pair_keep_the_books():
-    """Any sampled ids, canonical or not: bytes and labels add up, and what is aligned spells the same
-    bytes.
+def test_random_ids_of_a_real_pair_keep_the_books() -> None:
+    """Any sampled ids, canonical or not: bytes and labels add up, and aligned segments
+    spell the same bytes.
     """
     spec = importlib.util.find_spec("mistral_common")
     if spec is None:
@@ -276,9 +276,9 @@ def test_random_ids_of_a_real_pair_keep_the_books():
         assert num_complete > 5
 
 
-def test_the_released_walk_has_its_own_units():
-    """The walk swallows the 1:1 token behind a mismatch, fuses with the stop tokens, and replaces no
-    column.
+def test_the_released_walk_has_its_own_units() -> None:
+    """The walk includes the 1:1 token after a mismatch, joins it with the stop tokens, and
+    replaces no column.
     """
     needs = TeacherNeeds(segmentation="authors")
     pair = plan(HAPPY_STUDENT, HAPPY_TEACHER, [0, 1, 2, 4, 5], needs=needs)
@@ -313,7 +313,7 @@ SPACED_STUDENT = tokenizer([*BYTES, b"ab", b"<s>"], [8])
 SPACED_TEACHER = tokenizer([*BYTES, b"cd", b"12", b"<t>"], [9])
 
 
-def planned(ids, sample_id=0, finish="stop", **options):
+def planned(ids, sample_id=0, finish="stop", **options) -> AlignedPair:
     prompt = Prompt(sample_id=sample_id, student_ids=np.zeros(1, np.int32), teacher_ids=np.zeros(1, np.int32))
     student_ids, logprobs = np.array(ids, np.int32), np.zeros(len(ids), np.float32)
     rollout = Rollout(
@@ -331,10 +331,10 @@ def planned(ids, sample_id=0, finish="stop", **options):
 
 
 TEXT = [7, 4, 5, 6, 2, 3, 4, 0, 8]
-"""ab|_|1 2|c d|_|a|stop; the teacher says a b|_|12|cd|_|a|stop."""
+"""ab|_|1 2|c d|_|a|stop; the teacher's tokens are a b|_|12|cd|_|a|stop."""
 
 
-def test_weights_follow_the_options():
+def test_weights_follow_the_options() -> None:
     plain = planned(TEXT)
     assert plain.segments[:, 2:].tolist() == [[0, 1], [1, 2], [2, 4], [4, 6], [6, 7], [7, 8], [8, 9]]
     assert plain.kinds.tolist() == [UNIT, SHARED, UNIT, UNIT, SHARED, SHARED, STOP]
@@ -356,7 +356,7 @@ def test_weights_follow_the_options():
 
 
 @pytest.mark.parametrize("scalar, weights", [("dpca", [1, 0, 0, 1]), ("spread", [1, 1, 1, 1])])
-def test_dpca_leaves_out_what_ends_inside_a_character(scalar, weights):
+def test_dpca_leaves_out_what_ends_inside_a_character(scalar, weights) -> None:
     pieces = [b"", b"x", "é".encode()[:1], "é".encode()[1:]]
     both = tokenizer(pieces, [0])
     config = InterfaceConfig(interface="scalar", scalar=scalar)
@@ -375,7 +375,7 @@ def test_dpca_leaves_out_what_ends_inside_a_character(scalar, weights):
     assert pair.weights.tolist() == weights
 
 
-def test_no_unit_loss_leaves_a_share_of_the_units_out():
+def test_no_unit_loss_leaves_a_share_of_the_units_out() -> None:
     weights = [planned(TEXT, sample_id=i, interface="no_unit_loss", rho=0.3).weights for i in range(400)]
     assert all(w[[1, 4, 5, 6]].tolist() == [1, 1, 1, 1] for w in weights)
     assert np.mean([w[[0, 2, 3]] for w in weights]) == pytest.approx(0.7, abs=0.05)
@@ -389,11 +389,11 @@ def test_no_unit_loss_leaves_a_share_of_the_units_out():
     assert any(a.tolist() != b.tolist() for a, b in zip(others, weights, strict=False))
 
 
-def test_random_unit_joins_marked_positions_with_the_next_one():
+def test_random_unit_joins_marked_positions_with_the_next_one() -> None:
     same = planned(TEXT, interface="random_unit", rho=0.0)
     assert same.segments.tolist() == planned(TEXT).segments.tolist()
     assert same.weights.tolist() == [0, 1, 0, 0, 1, 1, 1]
-    text = [0, 1, 2, 3, 4, 0, 1, 7, 0, 8]  # eight 1:1 positions but for "cd", "ab": a b|cd|_|a|b|ab|a
+    text = [0, 1, 2, 3, 4, 0, 1, 7, 0, 8]  # eight 1:1 positions except "cd", "ab": a b|cd|_|a|b|ab|a
     for seed in range(20):
         pair = planned(text, interface="random_unit", rho=0.5, interface_seed=seed)
         singles = planned(text)
@@ -419,7 +419,7 @@ def test_random_unit_joins_marked_positions_with_the_next_one():
     assert max(runs) >= 3, "a run of marked positions is one unit"
 
 
-def test_kd_pairs_every_id_with_itself():
+def test_kd_pairs_every_id_with_itself() -> None:
     pairs = identity_map(SPACED_STUDENT, SPACED_STUDENT)
     placement = pairs.placement(shard_start=0, shard_end=9)
     assert placement.columns.tolist() == list(range(9)) == placement.teacher_rows.tolist()
@@ -430,7 +430,7 @@ def test_kd_pairs_every_id_with_itself():
         identity_map(SPACED_STUDENT, SPACED_TEACHER)
 
 
-def test_without_the_stop_bridge_the_stop_token_is_not_shared():
+def test_without_the_stop_bridge_the_stop_token_is_not_shared() -> None:
     pairs = build_alignment_map(SPACED_STUDENT, SPACED_TEACHER)
     bridged, plain = (pairs.placement(shard_start=0, shard_end=9, stop_bridge=b) for b in (True, False))
     assert bridged.columns.tolist() == [*plain.columns.tolist(), 8] and len(plain.columns) == pairs.num_shared

@@ -49,7 +49,7 @@ def pieces_of(text: str) -> list[Piece]:
 
 
 def as_ids(pieces: list[Piece]) -> tuple[TokenTable, np.ndarray]:
-    """A table in which every position has an id of its own, and the ids of `pieces`.
+    """A table in which every position has its own id, and the ids of `pieces`.
 
     Two stop tokens, one special.
     """
@@ -71,7 +71,7 @@ def segment_list(alignment: Alignment) -> list[tuple[int, int, int, int]]:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_worked_examples(name):
+def test_worked_examples(name) -> None:
     teacher, student, expected = EXAMPLES[name]
     alignment = aligned(pieces_of(teacher), pieces_of(student))
     assert segment_list(alignment) == expected
@@ -84,7 +84,7 @@ def test_worked_examples(name):
         )
 
 
-def test_what_is_masked_is_counted():
+def test_what_is_masked_is_counted() -> None:
     alignment = aligned(pieces_of("x <>"), pieces_of("x y <>"))
     assert alignment.dropped == {"mismatch": 1}
     assert (alignment.student_labels_dropped, alignment.teacher_labels_dropped) == (2, 1)
@@ -114,14 +114,14 @@ def test_what_is_masked_is_counted():
         ("", "a", [], {"mismatch": 1}, 0),
     ],
 )
-def test_edges(teacher, student, segments, dropped, prefix):
+def test_edges(teacher, student, segments, dropped, prefix) -> None:
     alignment = aligned(pieces_of(teacher), pieces_of(student))
     assert (segment_list(alignment), alignment.dropped) == (segments, dropped)
     assert alignment.common_prefix_bytes == prefix
     assert minimal_units(pieces_of(teacher), pieces_of(student)) == (segments, dropped, prefix)
 
 
-def test_errors():
+def test_errors() -> None:
     table, ids = as_ids(pieces_of("a b"))
     with pytest.raises(ValueError, match="outside the vocabulary"):
         align(table, ids, table, np.array([99], dtype=np.int32))
@@ -154,8 +154,8 @@ def pairs(draw, allow_empty: bool = False) -> tuple[list[Piece], list[Piece]]:
 
 @st.composite
 def damaged_pairs(draw) -> tuple[list[Piece], list[Piece]]:
-    """As `pairs`, with pieces exchanged, removed or inserted on either side, specials and stop tokens
-    included.
+    """As `pairs`, with pieces exchanged, removed or inserted on either side, including
+    specials and stop tokens.
     """
     sides = draw(pairs(allow_empty=True))
     for side in sides:
@@ -168,7 +168,7 @@ def damaged_pairs(draw) -> tuple[list[Piece], list[Piece]]:
 
 @settings(max_examples=600, deadline=None)
 @given(damaged_pairs())
-def test_matches_the_oracle(sides):
+def test_matches_the_oracle(sides) -> None:
     alignment = aligned(*sides)
     segments, dropped, prefix = minimal_units(*sides)
     assert (segment_list(alignment), alignment.dropped) == (segments, dropped)
@@ -181,7 +181,7 @@ def spelled(pieces: list[Piece]) -> bytes:
 
 @settings(max_examples=300, deadline=None)
 @given(damaged_pairs())
-def test_segments_spell_equal_bytes_and_tile_what_is_not_dropped(sides):
+def test_segments_spell_equal_bytes_and_tile_what_is_not_dropped(sides) -> None:
     teacher, student = sides
     alignment = aligned(teacher, student)
     at_t = at_s = num_bytes = 0
@@ -203,7 +203,7 @@ def test_segments_spell_equal_bytes_and_tile_what_is_not_dropped(sides):
 
 
 @given(pairs())
-def test_no_interior_offset_is_common(sides):
+def test_no_interior_offset_is_common(sides) -> None:
     teacher, student = sides
     for ts, te, ss, se in segment_list(aligned(teacher, student)):
         interior_t = {len(spelled(teacher[ts:i])) for i in range(ts + 1, te)}
@@ -212,7 +212,7 @@ def test_no_interior_offset_is_common(sides):
 
 
 @given(damaged_pairs())
-def test_swapping_the_sides_swaps_the_segments(sides):
+def test_swapping_the_sides_swaps_the_segments(sides) -> None:
     teacher, student = sides
     forward, backward = aligned(teacher, student), aligned(student, teacher)
     np.testing.assert_array_equal(forward.segments, backward.segments[:, [2, 3, 0, 1]])
@@ -220,14 +220,14 @@ def test_swapping_the_sides_swaps_the_segments(sides):
 
 
 @given(pairs())
-def test_identical_tokens_are_all_one_to_one(sides):
+def test_identical_tokens_are_all_one_to_one(sides) -> None:
     pieces, _ = sides
     alignment = aligned(pieces, pieces)
     assert segment_list(alignment) == [(i, i + 1, i, i + 1) for i in range(len(pieces))]
 
 
 @given(st.data())
-def test_a_refining_teacher_leaves_one_student_token_a_segment(data):
+def test_a_refining_teacher_leaves_one_student_token_a_segment(data) -> None:
     student = data.draw(cut(data.draw(byte_strings), False))
     teacher = [finer for piece in student for finer in data.draw(cut(piece, False))]
     assert [(ss, se) for _, _, ss, se in segment_list(aligned(teacher, student))] == [
@@ -257,8 +257,8 @@ GOLDEN = [
 
 
 @pytest.mark.parametrize(("teacher", "student", "authors", "minimal"), GOLDEN)
-def test_golden_segments(teacher, student, authors, minimal):
-    def side(text):
+def test_golden_segments(teacher, student, authors, minimal) -> None:
+    def side(text) -> tuple[TokenTable, np.ndarray]:
         words = text.split(" ")
         pieces = [b"" if word == "0" else word.replace("_", " ").encode("latin-1") for word in words]
         stops = [i for i, word in enumerate(words) if word in ("<T>", "<S>")]
@@ -283,9 +283,9 @@ def test_golden_segments(teacher, student, authors, minimal):
 
 @given(st.data())
 @settings(max_examples=200, deadline=None)
-def test_a_batch_is_its_samples(data):
-    """Also samples that differ, are empty, stop on one side, or hold pieces without bytes and special
-    tokens.
+def test_a_batch_is_its_samples(data) -> None:
+    """Also samples that differ, are empty, stop on one side, or contain pieces without bytes
+    and special tokens.
     """
     pieces = [b"a", b"b", b"ab", b"ba", b"aba", b"", b"<special>", b"<stop>", b"<stop2>"]
     table = TokenTable.from_bytes(pieces, special_ids=[6], stop_ids=[7, 8])
@@ -315,9 +315,9 @@ def test_a_batch_is_its_samples(data):
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_random_vocabularies(data):
-    """The six properties where ids repeat, as in a real vocabulary: any bytes, two vocabularies with some in
-    common.
+def test_random_vocabularies(data) -> None:
+    """The six properties if ids repeat, as in a real vocabulary: any bytes, two vocabularies
+    with some in common.
     """
     some_bytes = st.binary(min_size=1, max_size=4)
     common = data.draw(st.lists(some_bytes, max_size=6))

@@ -8,6 +8,7 @@ import io
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def real() -> dict[str, Tokenizer]:
 
 @pytest.mark.parametrize("name", REAL)
 @pytest.mark.parametrize("text", TEXTS)
-def test_real_tokenizers_spell_text_exactly(real, name, text):
+def test_real_tokenizers_spell_text_exactly(real, name, text) -> None:
     tokenizer = real[name]
     ids = tokenizer.encode(text.encode())
     assert ids.dtype == np.int32
@@ -61,7 +62,7 @@ def test_real_tokenizers_spell_text_exactly(real, name, text):
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=30))
-def test_real_tokenizers_spell_any_text_and_align(real, text):
+def test_real_tokenizers_spell_any_text_and_align(real, text) -> None:
     ids = {}
     for name, tokenizer in real.items():
         ids[name] = tokenizer.encode(text.encode())
@@ -71,7 +72,7 @@ def test_real_tokenizers_spell_any_text_and_align(real, text):
     assert alignment.dropped == {} and alignment.student_bytes == len(text.encode())
 
 
-def test_real_vocabularies(real):
+def test_real_vocabularies(real) -> None:
     assert {name: tokenizer.table.num_ids for name, tokenizer in real.items()} == {
         "sentencepiece v1": 32000,
         "sentencepiece v3": 32768,
@@ -84,25 +85,25 @@ def test_real_vocabularies(real):
     assert real["sentencepiece v1"].table.special.sum() == 3
 
 
-def test_real_encoding_is_the_library_s_own_without_the_leading_blank(real):
+def test_real_encoding_is_the_library_s_own_without_the_leading_blank(real) -> None:
     import sentencepiece
 
     original = sentencepiece.SentencePieceProcessor(model_file=real["sentencepiece v3"].name)
     for text in TEXTS[1:]:
-        # With its dummy blank the original encodes "\nx" as the tokens of a blank and then the text's own.
+        # With its dummy space the original encodes "\nx" as the tokens of a space and then the text's own.
         own = original.encode("\n" + text)
         assert real["sentencepiece v3"].encode(("\n" + text).encode()).tolist() == own[1:]
     assert real["sentencepiece v3"].decode(real["sentencepiece v3"].encode(b"cat")) == b"cat"
     assert original.id_to_piece(original.encode("cat")[0]) == "▁cat"
 
 
-def test_a_sentencepiece_model_cannot_spell_its_own_blank_mark(real):
+def test_a_sentencepiece_model_cannot_spell_its_own_blank_mark(real) -> None:
     assert real["sentencepiece v3"].decode(real["sentencepiece v3"].encode("a▁b".encode())) == b"a b"
     assert real["tekken"].decode(real["tekken"].encode("a▁b".encode())) == "a▁b".encode()
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_only_the_valid_prefix_is_encoded(real, name):
+def test_only_the_valid_prefix_is_encoded(real, name) -> None:
     tokenizer = real[name]
     for data, prefix in [
         (b"ok \xff no", b"ok "),
@@ -116,14 +117,14 @@ def test_only_the_valid_prefix_is_encoded(real, name):
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_tokenizers_travel_to_workers(real, name):
+def test_tokenizers_travel_to_workers(real, name) -> None:
     copy = pickle.loads(pickle.dumps(real[name]))
     text = "two  blanks, 😀\n".encode()
     assert copy.encode(text).tolist() == real[name].encode(text).tolist()
     assert copy.table.fingerprint == real[name].table.fingerprint
 
 
-def test_given_stop_tokens_replace_the_file_s_own(real):
+def test_given_stop_tokens_replace_the_file_s_own(real) -> None:
     tokenizer = load_tokenizer(real["sentencepiece v3"].name, stop_token_ids=[781, 2])
     assert tokenizer.table.stop_ids == (781, 2)
     assert tokenizer.table.special[781] and not real["sentencepiece v3"].table.special[781]
@@ -139,7 +140,7 @@ MERGES = [b"th", b"the", b" the", b"ca", b"cat", b"12"]
 
 def write_tiktoken(folder: Path, **changes: object) -> str:
     pieces = [bytes([byte]) for byte in range(256)] + MERGES
-    # Rank 260 is left unused, and the special tokens leave a gap behind the ranks.
+    # Rank 260 is unused, and the special tokens leave a gap after the ranks.
     ranks = {piece: rank + (rank >= 260) for rank, piece in enumerate(pieces)}
     path = folder / "small.tiktoken"
     path.write_bytes(b"".join(base64.b64encode(piece) + b" %d\n" % rank for piece, rank in ranks.items()))
@@ -152,7 +153,7 @@ def write_tiktoken(folder: Path, **changes: object) -> str:
     return str(path)
 
 
-def test_tiktoken_file(tmp_path):
+def test_tiktoken_file(tmp_path) -> None:
     tokenizer = load_tokenizer(write_tiktoken(tmp_path))
     table = tokenizer.table
     assert (table.num_ids, table.stop_ids, tokenizer.bos_id) == (272, (270,), None)
@@ -173,12 +174,12 @@ def test_tiktoken_file(tmp_path):
         ({"pattern": "("}, "small.tiktoken"),
     ],
 )
-def test_bad_tiktoken_sidecars(tmp_path, changes, message):
+def test_bad_tiktoken_sidecars(tmp_path, changes, message) -> None:
     with pytest.raises(ValueError, match=message):
         load_tokenizer(write_tiktoken(tmp_path, **changes))
 
 
-def test_tiktoken_ranks_need_every_byte(tmp_path):
+def test_tiktoken_ranks_need_every_byte(tmp_path) -> None:
     path = Path(write_tiktoken(tmp_path))
     path.write_bytes(b"\n".join(line for line in path.read_bytes().splitlines() if not line.endswith(b" 97")))
     with pytest.raises(ValueError, match="1 single bytes have no rank, 0x61 first"):
@@ -206,19 +207,19 @@ def write_sentencepiece(folder: Path, normalizer: str = "identity", **options: o
     return str(path)
 
 
-def test_sentencepiece_keeps_blanks_even_where_the_model_strips_them(tmp_path):
+def test_sentencepiece_keeps_blanks_even_where_the_model_strips_them(tmp_path) -> None:
     # Training leaves add_dummy_prefix and remove_extra_whitespaces on.
     tokenizer = load_tokenizer(write_sentencepiece(tmp_path))
     for data in [b"  the  cat ", b"cat", "ﬁ é\t\n".encode()]:
         assert tokenizer.decode(tokenizer.encode(data)) == data
 
 
-def test_sentencepiece_that_rewrites_text_is_refused(tmp_path):
+def test_sentencepiece_that_rewrites_text_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"small\.model.*normalizer rewrites text.*only identity"):
         load_tokenizer(write_sentencepiece(tmp_path, "nmt_nfkc"))
 
 
-def test_sentencepiece_without_tokens_for_every_text_is_refused(tmp_path):
+def test_sentencepiece_without_tokens_for_every_text_is_refused(tmp_path) -> None:
     path = write_sentencepiece(tmp_path, vocab_size=30, byte_fallback=False)
     with pytest.raises(ValueError, match="single bytes have no token, 0x00 first"):
         load_tokenizer(path)
@@ -227,14 +228,14 @@ def test_sentencepiece_without_tokens_for_every_text_is_refused(tmp_path):
     assert lossy.decode(lossy.encode("the cät".encode())) == b"the ct"
 
 
-def test_sentencepiece_without_stop_token(tmp_path):
+def test_sentencepiece_without_stop_token(tmp_path) -> None:
     path = write_sentencepiece(tmp_path, eos_id=-1)
     with pytest.raises(ValueError, match="names no stop token"):
         load_tokenizer(path)
     assert load_tokenizer(path, stop_token_ids=[0]).table.stop_ids == (0,)
 
 
-def test_spelling_of_a_user_defined_stop_token_is_ordinary_text(tmp_path):
+def test_spelling_of_a_user_defined_stop_token_is_ordinary_text(tmp_path) -> None:
     path, data = write_sentencepiece(tmp_path), b"the <turn> cat<turn>"
     plain = load_tokenizer(path)
     turn_id = plain.table.pieces().index(b"<turn>")
@@ -245,7 +246,7 @@ def test_spelling_of_a_user_defined_stop_token_is_ordinary_text(tmp_path):
     assert stopping.encode(b"the cat").tolist() == plain.encode(b"the cat").tolist()
 
 
-def test_unknown_and_unreadable_files_are_named(tmp_path):
+def test_unknown_and_unreadable_files_are_named(tmp_path) -> None:
     (tmp_path / "tokenizer.bin").touch()
     (tmp_path / "folder").mkdir()
     for name, reason in [
@@ -266,7 +267,7 @@ def test_unknown_and_unreadable_files_are_named(tmp_path):
             load_tokenizer(str(tmp_path / name))
 
 
-def test_an_encoding_that_tiktoken_knows(monkeypatch):
+def test_an_encoding_that_tiktoken_knows(monkeypatch) -> None:
     import tiktoken
 
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256}
@@ -275,7 +276,7 @@ def test_an_encoding_that_tiktoken_knows(monkeypatch):
     )
     monkeypatch.setattr(tiktoken, "list_encoding_names", lambda: ["small", "remote"])
 
-    def get(name):
+    def get(name) -> Any:
         if name == "remote":
             raise ConnectionError("no network")
         return encoding

@@ -1,5 +1,5 @@
-"""Flags, keys of a --config-file, their precedence and their errors; what importing the light modules may
-load.
+"""Flags, keys of a --config-file, their precedence and their errors; modules that the light
+modules may import.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import typing
+from collections.abc import Callable
 
 import pytest
 from hypothesis import example, given, settings
@@ -24,7 +25,7 @@ OPTIONS = {option.key: option for option in options()}
 
 
 def refused(capsys, *argv: str) -> str:
-    """The one line that a wrong command line ends with, and nothing beside it."""
+    """The error line of a wrong command line. Nothing else is printed."""
     with pytest.raises(SystemExit) as exit_:
         parse_config(list(argv))
     out, err = capsys.readouterr()
@@ -35,7 +36,7 @@ def refused(capsys, *argv: str) -> str:
 
 
 @pytest.fixture
-def yaml_file(tmp_path):
+def yaml_file(tmp_path) -> Callable[[str], str]:
     def write(text: str) -> str:
         path = tmp_path / "run.yaml"
         path.write_text(text, encoding="utf-8")
@@ -47,7 +48,7 @@ def yaml_file(tmp_path):
 # Spelling
 
 
-def test_every_field_is_a_flag_with_help():
+def test_every_field_is_a_flag_with_help() -> None:
     groups = typing.get_type_hints(Config)
     expected = {
         "_".join(filter(None, [group.metadata.get("prefix"), field.name]))
@@ -62,7 +63,7 @@ def test_every_field_is_a_flag_with_help():
     assert len({option.flag for option in OPTIONS.values()}) == len(OPTIONS)
 
 
-def test_help_shows_every_flag_and_its_default():
+def test_help_shows_every_flag_and_its_default() -> None:
     text = " ".join(build_parser().format_help().split())
     for option in OPTIONS.values():
         assert option.flag in text
@@ -70,12 +71,12 @@ def test_help_shows_every_flag_and_its_default():
     assert "peak learning rate (default: 1e-06)" in text
 
 
-def test_own_flags_are_not_among_those_that_are_not_implemented():
+def test_own_flags_are_not_among_those_that_are_not_implemented() -> None:
     flags = {option.flag for option in OPTIONS.values()} | {"--config-file", "--print-config"}
     assert not flags & (MEGATRON_FLAGS.keys() | ALWAYS.keys())
 
 
-def test_every_flag_that_is_refused_says_what_to_do(capsys):
+def test_every_flag_that_is_refused_says_what_to_do(capsys) -> None:
     known = {option.flag for option in OPTIONS.values()} | {"--config-file"}
     for flag, reason in MEGATRON_FLAGS.items():
         assert 10 < len(reason) < 140 and not reason.endswith("."), flag
@@ -84,7 +85,7 @@ def test_every_flag_that_is_refused_says_what_to_do(capsys):
     assert refused(capsys, "--finetune").endswith("starts a new run from a checkpoint's weights\n")
 
 
-def test_flags_that_ask_for_what_is_done_anyway_change_nothing(capsys, yaml_file):
+def test_flags_that_ask_for_what_is_done_anyway_change_nothing(capsys, yaml_file) -> None:
     argv = ["--ckpt-format", "torch_dist", "--swiglu", "--use-flash-attn", "--transformer-impl", "local"]
     argv += ["--hidden-dropout", "0.0", "--moe-token-dispatcher-type=alltoall", "--lr", "1e-3"]
     assert parse_config(argv) == parse_config(["--lr", "1e-3"])
@@ -98,11 +99,11 @@ def test_flags_that_ask_for_what_is_done_anyway_change_nothing(capsys, yaml_file
     assert "run.yaml: --swiglu False: it cannot be switched off" in message
 
 
-def test_no_flags_give_the_defaults():
+def test_no_flags_give_the_defaults() -> None:
     assert parse_config([]) == Config()
 
 
-def test_prefixes_reach_their_own_group():
+def test_prefixes_reach_their_own_group() -> None:
     resolved = parse_config(
         ["--hf-checkpoint", "a", "--teacher-hf-checkpoint", "b", "--teacher-stop-token-ids", "7", "9"]
         + ["--simct-divergence", "js", "--simct-js-beta", ".25"]
@@ -112,7 +113,7 @@ def test_prefixes_reach_their_own_group():
     assert (resolved.interface.divergence, resolved.interface.js_beta) == ("js", 0.25)
 
 
-def test_switches_have_a_negation():
+def test_switches_have_a_negation() -> None:
     assert parse_config(["--no-rollout-shuffle"]).data.rollout_shuffle is False
     assert parse_config(["--bf16"]).training.bf16 is True
 
@@ -120,7 +121,7 @@ def test_switches_have_a_negation():
 # Precedence and values
 
 
-def test_defaults_then_file_then_command_line(yaml_file):
+def test_defaults_then_file_then_command_line(yaml_file) -> None:
     path = yaml_file(
         "lr: 1e-5\nmin_lr: 3.0e-7\ntrain_iters: 7\nteacher_stop_token_ids: [3, 4]\nrollout_shuffle: false\n"
     )
@@ -133,13 +134,13 @@ def test_defaults_then_file_then_command_line(yaml_file):
     assert resolved.training.micro_batch_size == Config().training.micro_batch_size
 
 
-def test_an_empty_file_and_null_for_an_optional_value(yaml_file):
+def test_an_empty_file_and_null_for_an_optional_value(yaml_file) -> None:
     assert parse_config(["--config-file", yaml_file("")]) == Config()
     resolved = parse_config(["--config-file", yaml_file("save: null\n"), "--save", "there"])
     assert resolved.output.save == "there"
 
 
-def test_printed_config_reads_back_as_itself(capsys, yaml_file):
+def test_printed_config_reads_back_as_itself(capsys, yaml_file) -> None:
     argv = ["--lr", "1e-20", "--prompt-data", "a: b #c", "--stop-token-ids", "5", "6", "--no-rollout-shuffle"]
     argv += [
         "--eval-interval",
@@ -161,7 +162,7 @@ def test_printed_config_reads_back_as_itself(capsys, yaml_file):
 @example(text="two\n lines: # \u2028\t'\"", number=1e-300)
 @settings(max_examples=50, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])), number=st.floats(allow_nan=False))
-def test_any_value_survives_the_yaml_form(tmp_path_factory, text, number):
+def test_any_value_survives_the_yaml_form(tmp_path_factory, text, number) -> None:
     config = Config()
     config = dataclasses.replace(
         config,
@@ -198,13 +199,13 @@ def test_any_value_survives_the_yaml_form(tmp_path_factory, text, number):
         (["--config-file", "/nowhere/run.yaml"], ["--config-file /nowhere/run.yaml", "No such file"]),
     ],
 )
-def test_wrong_command_lines(capsys, argv, words):
+def test_wrong_command_lines(capsys, argv, words) -> None:
     message = refused(capsys, *argv)
     for word in words:
         assert word in message
 
 
-def test_an_unlike_flag_gets_no_guess(capsys):
+def test_an_unlike_flag_gets_no_guess(capsys) -> None:
     assert "did you mean" not in refused(capsys, "--qqqqqqqq")
 
 
@@ -243,13 +244,13 @@ def test_an_unlike_flag_gets_no_guess(capsys):
         ("stop_token_ids: null\n", ["stop_token_ids", "int"]),
     ],
 )
-def test_wrong_files(capsys, yaml_file, text, words):
+def test_wrong_files(capsys, yaml_file, text, words) -> None:
     message = refused(capsys, "--config-file", yaml_file(text))
     for word in words:
         assert word in message
 
 
-def test_arguments_of_a_template_are_a_mapping_of_yaml_or_json(yaml_file):
+def test_arguments_of_a_template_are_a_mapping_of_yaml_or_json(yaml_file) -> None:
     text = '{"enable_thinking": false, "a": ["ß", null]}'
     mapping = yaml_file(f"teacher_chat_template_kwargs: {text}\nchat_template_date: 2025-12-31\n")
     of_file = parse_config(["--config-file", mapping])
@@ -259,7 +260,7 @@ def test_arguments_of_a_template_are_a_mapping_of_yaml_or_json(yaml_file):
     assert parse_config(["--config-file", yaml_file(to_yaml(of_file))]) == of_file
 
 
-def test_a_file_that_is_not_utf8(capsys, tmp_path):
+def test_a_file_that_is_not_utf8(capsys, tmp_path) -> None:
     (tmp_path / "run.yaml").write_bytes(b"save: \xff\n")
     assert "run.yaml: not YAML" in refused(capsys, "--config-file", str(tmp_path / "run.yaml"))
 
@@ -279,7 +280,7 @@ def check(*argv: str, dp: int = 1, base: list[str] = COMPLETE) -> str:
     return ""
 
 
-def test_a_complete_configuration_passes():
+def test_a_complete_configuration_passes() -> None:
     assert check() == ""
     assert (
         check("--rollout-batch-size", "6", "--n-samples-per-prompt", "4", "--micro-batch-size", "3", dp=4)
@@ -290,7 +291,7 @@ def test_a_complete_configuration_passes():
     )
 
 
-def test_global_batch_size_is_the_rollout_batch():
+def test_global_batch_size_is_the_rollout_batch() -> None:
     message = check("--rollout-batch-size", "6", "--n-samples-per-prompt", "4", "--global-batch-size", "12")
     assert "--global-batch-size 12" in message
     assert "--rollout-batch-size (6) x --n-samples-per-prompt (4) = 24" in message
@@ -305,8 +306,8 @@ def test_global_batch_size_is_the_rollout_batch():
         (7, 3, 2, 1, 2, "6 or 8"),
     ],
 )
-def test_batch_sizes_that_do_not_divide(rollout, samples, micro, dp, product, advice):
-    def flags(rollout_batch_size):
+def test_batch_sizes_that_do_not_divide(rollout, samples, micro, dp, product, advice) -> None:
+    def flags(rollout_batch_size) -> list[str]:
         return [
             *("--rollout-batch-size", str(rollout_batch_size), "--n-samples-per-prompt", str(samples)),
             *("--micro-batch-size", str(micro)),
@@ -320,7 +321,7 @@ def test_batch_sizes_that_do_not_divide(rollout, samples, micro, dp, product, ad
         assert check(*flags(size), dp=dp) == ""
 
 
-def test_interleaved_stages_need_as_many_micro_batches():
+def test_interleaved_stages_need_as_many_micro_batches() -> None:
     flags = ["--pipeline-model-parallel-size", "4", "--num-virtual-stages-per-pipeline-rank", "2"]
     flags += ["--micro-batch-size", "2", "--rollout-batch-size"]
     message = check(*flags, "24", dp=2)
@@ -333,7 +334,7 @@ def test_interleaved_stages_need_as_many_micro_batches():
     )
 
 
-def test_missing_files_are_all_named():
+def test_missing_files_are_all_named() -> None:
     message = check(base=["--prompt-data", "p"])
     for flag in (
         "--hf-checkpoint",
@@ -347,7 +348,7 @@ def test_missing_files_are_all_named():
     assert "--teacher-hf-checkpoint" in check("--simct-interface", "strict", base=COMPLETE[:6])
 
 
-def test_options_that_contradict_each_other():
+def test_options_that_contradict_each_other() -> None:
     assert "--eval-prompt-data" in check("--exit-eval-accuracy", ".5")
     assert "--eval-prompt-data" in check("--eval-benchmark", "gsm8k")
     for flag, *value in (
@@ -404,12 +405,12 @@ def test_options_that_contradict_each_other():
         ("--lr-warmup-fraction", "1", "below 1"),
     ],
 )
-def test_numbers_without_a_meaning(flag, value, bound):
+def test_numbers_without_a_meaning(flag, value, bound) -> None:
     message = check(flag, value)
     assert message.startswith(f"{flag} ") and bound in message
 
 
-def test_no_limit_is_a_limit():
+def test_no_limit_is_a_limit() -> None:
     assert check("--clip-grad", "inf") == ""
     assert check("--exit-duration-in-mins", "inf", "--save", "there") == ""
 
@@ -429,7 +430,7 @@ HEAVY = ["megatron", "transformers", "sentencepiece", "tiktoken", "apex", "trans
         ),
     ],
 )
-def test_light_modules_load_no_heavy_library(modules, more):
+def test_light_modules_load_no_heavy_library(modules, more) -> None:
     code = f"import sys, {', '.join(modules)}; print([m for m in {HEAVY + more!r} if m in sys.modules])"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
@@ -454,7 +455,7 @@ def test_a_number_that_no_machine_can_hold_is_refused(flag: str) -> None:
         config.check(data_parallel_size=1)
 
 
-def test_the_help_has_a_line_for_each_interface_with_its_source_and_its_failure():
+def test_the_help_has_a_line_for_each_interface_with_its_source_and_its_failure() -> None:
     lines = dict(line.split(": ", 1) for line in interface_help().splitlines() if ": " in line)
     for name, method in METHODS.items():
         assert method.text in lines[name] and method.source and f"({method.source})" in lines[name]

@@ -37,7 +37,7 @@ def gradients(output: torch.Tensor, inputs: list[torch.Tensor]) -> tuple[torch.T
 @pytest.mark.parametrize("heads, groups", [(4, 4), (6, 2)])
 @pytest.mark.parametrize("window, cap", [(None, None), (3, None), (None, 1.0), (3, 1.0)])
 @pytest.mark.parametrize("num_queries, num_keys", [(7, 7), (1, 7), (3, 7)])
-def test_values_and_gradients(heads, groups, window, cap, num_queries, num_keys):
+def test_values_and_gradients(heads, groups, window, cap, num_queries, num_keys) -> None:
     inputs = draw(num_queries, num_keys, heads, groups)
     expected = attend(*inputs, scale=0.7, cap=cap, window=window)
     single = [tensor.detach().float().requires_grad_() for tensor in inputs]
@@ -49,7 +49,7 @@ def test_values_and_gradients(heads, groups, window, cap, num_queries, num_keys)
 
 
 @pytest.mark.parametrize("window, cap", [(None, None), (3, None), (2, 1.0)])
-def test_packed_sequences_do_not_see_each_other(window, cap):
+def test_packed_sequences_do_not_see_each_other(window, cap) -> None:
     inputs = [t.detach().requires_grad_() for t in draw(9, 9, 4, 2, sequences=1)]
     lengths = (4, 1, 4)
     layout = Layout(torch.cat([torch.arange(n) for n in lengths]), lengths)
@@ -64,7 +64,7 @@ def test_packed_sequences_do_not_see_each_other(window, cap):
 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("num_queries, num_keys", [(7, 7), (3, 7)])
-def test_sinks_and_their_gradient(window, num_queries, num_keys):
+def test_sinks_and_their_gradient(window, num_queries, num_keys) -> None:
     inputs = draw(num_queries, num_keys, 6, 2)
     sinks = torch.linspace(-2.0, 2.0, 6, dtype=torch.float64).requires_grad_()
     expected = attend(*inputs, scale=0.7, cap=None, window=window, sinks=sinks)
@@ -82,7 +82,7 @@ def test_sinks_and_their_gradient(window, num_queries, num_keys):
 
 
 @pytest.mark.parametrize("num_queries, num_keys", [(7, 7), (3, 7)])
-def test_queries_that_grow_with_their_position(num_queries, num_keys):
+def test_queries_that_grow_with_their_position(num_queries, num_keys) -> None:
     inputs = draw(num_queries, num_keys, 4, 2)
     expected = attend(*inputs, scale=0.7, cap=None, window=None, growth=(0.3, 2))
     rope = Rope(theta=1e4, dim=D, query_growth=0.3, original_length=2)
@@ -93,13 +93,13 @@ def test_queries_that_grow_with_their_position(num_queries, num_keys):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
-def test_layers_of_one_kind_share_a_mask():
+def test_layers_of_one_kind_share_a_mask() -> None:
     layout = Layout(torch.arange(5))
     assert layout.visible_keys(5, 5, 3) is layout.visible_keys(5, 5, 3)
     assert layout.visible_keys(5, 5, 3) is not layout.visible_keys(5, 5, 2)
 
 
-def test_bfloat16_stays_close():
+def test_bfloat16_stays_close() -> None:
     inputs = draw(7, 7, 4, 2)
     expected = attend(*inputs, scale=0.7, cap=1.0, window=3)
     found = build(3, 1.0)(*(t.detach().bfloat16() for t in inputs), None)

@@ -1,4 +1,4 @@
-"""tools/benchmark/loss.py: its plain-torch loss is the same loss, and the table comes out."""
+"""tools/benchmark/loss.py: its plain-torch loss is the same loss, and it prints the table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.public_loss import from_logits
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "benchmark" / "loss.py"
 
 
-def test_small_run_reports_every_variant():
+def test_small_run_reports_every_variant() -> None:
     sizes = ["--labels", "24", "--vocab", "64", "--hidden", "8", "--repeats", "1", "--threads", "1"]
     ran = subprocess.run([sys.executable, TOOL, *sizes, "--json"], capture_output=True, text=True, check=True)
     rows = json.loads(ran.stdout)["variants"]
@@ -26,7 +26,7 @@ def test_small_run_reports_every_variant():
     assert all(row["seconds"] > 0 and row["extra_mib"] >= 0 for row in rows.values())
 
 
-def test_sizes_by_commas_are_all_combinations():
+def test_sizes_by_commas_are_all_combinations() -> None:
     tool = runpy.run_path(str(TOOL))
     flags = ["--labels", "20,24", "--vocab", "512,640", "--tensor-model-parallel-size", "1,2"]
     found = tool["sizes"](tool["parse"](flags))
@@ -56,17 +56,17 @@ def sent(rank: int, world_size: int, variant: str) -> dict[str, int]:
     return counted
 
 
-def test_what_crosses_ranks_is_counted_by_kind():
+def test_what_crosses_ranks_is_counted_by_kind() -> None:
     found = {variant: run_ranks(2, sent, variant)[0] for variant in ("fused", "bytes", "logits")}
     for variant in ("fused", "bytes"):
         assert found[variant]["states"] == 20 * 8 * 4  # the gradient of the hidden states
         assert found[variant]["rows"] == 0
-    # Of a label one maximum and two sums of either model, of a row up to five numbers more.
+    # For a label one maximum and two sums of either model; for a row up to five numbers more.
     assert 24 <= found["fused"]["statistics"] / 20 <= 64 < found["bytes"]["statistics"] / 20
     assert found["logits"]["states"] == 0 and found["logits"]["rows"] > 0
 
 
-def test_dense_variant_is_the_same_loss():
+def test_dense_variant_is_the_same_loss() -> None:
     dense_paper = runpy.run_path(str(TOOL))["dense_paper"]
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(4, 9, generator=generator), torch.randn(4, 11, generator=generator)

@@ -1,4 +1,4 @@
-"""The bias of a pair: what an interface says to a student that is already right, held against the oracles."""
+"""The bias of a pair: the loss of a student that is already right, compared with the oracles."""
 
 from __future__ import annotations
 
@@ -130,14 +130,14 @@ INTERFACES += [InterfaceConfig(divergence="forward_kl"), InterfaceConfig(interfa
 
 
 @pytest.mark.parametrize(("teacher", "student"), [(3, 1), (1, 3), (2, 3)])
-def test_the_losses_are_those_of_the_oracles(teacher, student):
+def test_the_losses_are_those_of_the_oracles(teacher, student) -> None:
     words = {word: mass for word, mass in LANGUAGE.items() if word}
     pair = {"student": tokenizer_of(*grouped(student)), "teacher": tokenizer_of(*grouped(teacher))}
     language = spelled_by(words, *pair.values())
     found = measure_bias(language, INTERFACES, **pair)
     for interface, bias in zip(INTERFACES, found, strict=True):
         perfect, less_sure = oracle(language, interface, *pair.values())
-        if np.isinf(perfect):  # `exact`: the teacher has nothing outside of the shared tokens
+        if np.isinf(perfect):  # `exact`: the teacher has no mass outside the shared tokens
             assert (
                 interface.interface == "exact"
                 and teacher < student
@@ -154,7 +154,7 @@ def test_the_losses_are_those_of_the_oracles(teacher, student):
 
 
 @pytest.mark.parametrize("seed", [3, 8])
-def test_merges_that_disagree_show_and_any_bounds_suit_them(seed):
+def test_merges_that_disagree_show_and_any_bounds_suit_them(seed) -> None:
     pair = random_byte_pairs(seed, length=4)
     sides = [of_byte_pairs(*of, cut) for *of, cut in zip(pair.pieces, pair.merges, pair.cuts, strict=True)]
     language = spelled_by({word: mass for word, mass in pair.language.items() if word}, *sides)
@@ -169,7 +169,7 @@ def test_merges_that_disagree_show_and_any_bounds_suit_them(seed):
     assert found["bytes, any"].flattened == pytest.approx(less_sure, rel=1e-9)
 
 
-def test_one_tokenizer_has_no_bias_and_keeps_all_of_the_true_distance():
+def test_one_tokenizer_has_no_bias_and_keeps_all_of_the_true_distance() -> None:
     only = tokenizer_of(*grouped(2))
     language = {word: mass for word, mass in LANGUAGE.items() if word}
     found = measure_bias(language, list(COMPARED.values()), student=only, teacher=only)
@@ -179,7 +179,7 @@ def test_one_tokenizer_has_no_bias_and_keeps_all_of_the_true_distance():
             assert bias.flattened == pytest.approx(bias.true, rel=1e-5), name
 
 
-def test_a_sample_of_the_words_comes_near_to_all_of_them():
+def test_a_sample_of_the_words_comes_near_to_all_of_them() -> None:
     pair = {"student": tokenizer_of(*grouped(1)), "teacher": tokenizer_of(*grouped(3))}
     language = random_language(DIGITS, 6, seed=1)
     language = spelled_by({word: mass for word, mass in language.items() if word}, *pair.values())
@@ -188,7 +188,7 @@ def test_a_sample_of_the_words_comes_near_to_all_of_them():
     assert some.perfect == pytest.approx(whole.perfect, rel=0.1)
 
 
-def test_words_are_those_of_the_text_with_the_blank_before_them():
+def test_words_are_those_of_the_text_with_the_blank_before_them() -> None:
     assert words_of(["a a b\n", "a"]) == {b"a": 2 / 5, b" a": 1 / 5, b" b": 1 / 5, b"\n": 1 / 5}
     assert words_of(["x y y"], most=1) == {b" y": 1.0}
     only = tokenizer_of(*grouped(1))
@@ -196,7 +196,7 @@ def test_words_are_those_of_the_text_with_the_blank_before_them():
         measure_bias({b"0": 1.0}, [InterfaceConfig()], student=only, teacher=only)
 
 
-def test_what_is_pointed_out():
+def test_what_is_pointed_out() -> None:
     def is_large(perfect: float, true: float) -> bool:
         return Bias(words=9, perfect=perfect, flattened=1.0, true=true).is_large
 

@@ -1,12 +1,14 @@
-"""The least divergence that the unresolved mass permits: equal to its oracle, and zero for any two
-tokenizers.
+"""The least divergence that the unresolved mass permits: equal to its oracle, and zero for
+any two tokenizers.
 """
 
 from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,8 +37,10 @@ from tests.unit.test_bytes import DIVERGENCES, KINDS, PAIRS
 SEEDS = range(12)
 
 
-def limited(cases, seed: int, *, share: float = 0.6):
-    """The same with tables, one a vocabulary, of what may follow; the end may always."""
+def limited(cases, seed: int, *, share: float = 0.6) -> list[tuple[Side, ...]]:
+    """The same cases with a table for each vocabulary of the bytes that may follow; the
+    end may always follow.
+    """
     tables: dict[int, np.ndarray] = {}
     found = []
     for case in cases:
@@ -51,17 +55,17 @@ def limited(cases, seed: int, *, share: float = 0.6):
     return found
 
 
-def _reader(table: np.ndarray):
+def _reader(table: np.ndarray) -> Callable[[int, int | None], bool]:
     return lambda token, symbol: bool(table[token, 256 if symbol is None else symbol])
 
 
-def cases_of(seed: int, *, num_sides: int = 2, num_cases: int = 3):
+def cases_of(seed: int, *, num_sides: int = 2, num_cases: int = 3) -> list[tuple[Side, ...]]:
     cases = random_cases(seed, scale=1.0 + seed % 2, num_sides=num_sides, num_cases=num_cases)
     return limited(cases, seed) if seed % 3 else cases
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_loss_equals_the_oracle(seed, monkeypatch):
+def test_loss_equals_the_oracle(seed, monkeypatch) -> None:
     monkeypatch.setattr(losses_bytes, "TILE", (1, 3, 4096)[seed % 3])
     cases = cases_of(seed)
     for name in DIVERGENCES:
@@ -74,7 +78,7 @@ def test_loss_equals_the_oracle(seed, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_gradient_is_that_of_central_differences_of_the_oracle(seed):
+def test_gradient_is_that_of_central_differences_of_the_oracle(seed) -> None:
     """Caps bind in most of the cases: see below."""
     name = DIVERGENCES[seed % 3]
     (student, teacher), *_ = cases_of(seed, num_cases=1)
@@ -92,13 +96,13 @@ def test_gradient_is_that_of_central_differences_of_the_oracle(seed):
         assert float(found[n, v]) == pytest.approx((values[0] - values[1]) / (2 * step), rel=2e-5, abs=2e-7)
 
 
-def test_the_random_cases_have_caps_that_bind_agreements_and_every_case_of_the_minimizer(monkeypatch):
+def test_the_random_cases_have_caps_that_bind_agreements_and_every_case_of_the_minimizer(monkeypatch) -> None:
     seen = {"agree": 0, "binds": 0}
     solvers = dict.fromkeys(("_outer", "_inner", "_joint"), 0)
     module = losses_bytes.least_divergence.__globals__
     for name in solvers:
 
-        def counted(bounds, name=name, solve=module[name]):
+        def counted(bounds, name=name, solve=module[name]) -> Any:
             solved = solve(bounds)
             solvers[name] += int(solved.is_right.sum())
             return solved
@@ -116,8 +120,8 @@ def test_the_random_cases_have_caps_that_bind_agreements_and_every_case_of_the_m
     assert min(solvers.values()) > 0, solvers
 
 
-def test_the_oracles_minimum_is_the_least():
-    """Against one that takes turns, which knows nothing of the cases."""
+def test_the_oracles_minimum_is_the_least() -> None:
+    """Against a minimizer by alternation, which does not use the cases."""
     compared = 0
     for seed in (1, 2, 4, 5):
         for student, teacher in cases_of(seed):
@@ -134,7 +138,7 @@ def test_the_oracles_minimum_is_the_least():
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_mixture_of_teachers_equals_the_oracle(seed):
+def test_a_mixture_of_teachers_equals_the_oracle(seed) -> None:
     num_teachers = 3 if seed % 4 == 3 else 2
     cases = cases_of(seed, num_sides=1 + num_teachers)
     for name in DIVERGENCES:
@@ -144,7 +148,7 @@ def test_a_mixture_of_teachers_equals_the_oracle(seed):
         assert float(found.sum) == pytest.approx(expected, rel=1e-10, abs=1e-11)
 
 
-def sides_of(language, text, vocabularies, cuts):
+def sides_of(language, text, vocabularies, cuts) -> tuple[Side, ...]:
     sides = []
     for pieces, cut in zip(vocabularies, cuts, strict=True):
         model = ExactModel.of(language, cut, 0)
@@ -161,7 +165,9 @@ def is_zero(cases, *, divergences=DIVERGENCES) -> None:
 
 
 @pytest.mark.parametrize(("kind", "student_name", "teacher_name"), PAIRS)
-def test_one_language_in_two_tokenizers_of_the_longest_match_has_loss_zero(kind, student_name, teacher_name):
+def test_one_language_in_two_tokenizers_of_the_longest_match_has_loss_zero(
+    kind, student_name, teacher_name
+) -> None:
     vocabularies, units, length = KINDS[kind]
     language = random_language(units, length, seed=3)
     pieces = [[b"", *vocabularies[name]] for name in (student_name, teacher_name)]
@@ -170,7 +176,7 @@ def test_one_language_in_two_tokenizers_of_the_longest_match_has_loss_zero(kind,
     is_zero([sides_of(language, text, pieces, cuts) for text in texts])
 
 
-def test_one_language_in_two_unigram_tokenizers_has_loss_zero():
+def test_one_language_in_two_unigram_tokenizers_has_loss_zero() -> None:
     language = random_language([b"a", b"b"], 5, seed=1)
     pieces = [[b"", b"a", b"b", b"ab", b"ba", b"aba", b"bb"], [b"", b"a", b"b", b"aa", b"bab", b"abb"]]
     cuts = [
@@ -180,7 +186,7 @@ def test_one_language_in_two_unigram_tokenizers_has_loss_zero():
     is_zero([sides_of(language, text, pieces, cuts) for text in sorted(language)[::5]])
 
 
-def of_pair(pair, language_of_student, texts):
+def of_pair(pair, language_of_student, texts) -> list[tuple[Side, ...]]:
     """Cases with the tables of both merge tables."""
     follows = []
     for pieces, merges in zip(pair.pieces, pair.merges, strict=True):
@@ -208,7 +214,7 @@ NUM_LANGUAGES = 24
 """More of them take minutes; of the first 40 the worst was 1e-14."""
 
 
-def test_byte_pair_languages_whose_merges_disagree_have_loss_zero_and_a_flatter_student_has_not():
+def test_byte_pair_languages_whose_merges_disagree_have_loss_zero_and_a_flatter_student_has_not() -> None:
     first_fails, kept = 0, []
     for seed in range(NUM_LANGUAGES):
         pair = random_byte_pairs(seed, length=4)
@@ -229,12 +235,13 @@ def test_byte_pair_languages_whose_merges_disagree_have_loss_zero_and_a_flatter_
     )
 
 
-def test_the_teachers_numbers_in_float16_leave_a_perfect_student_almost_alone(monkeypatch):
-    """One rounding moves a log mass x by |x| / 2048 at most, so a probability by that share, and a
-    divergence, which is quadratic in it, by half of its square."""
+def test_the_teachers_numbers_in_float16_leave_a_perfect_student_almost_alone(monkeypatch) -> None:
+    """One rounding moves a log mass x by |x| / 2048 at most. So it moves a probability by that share, and a
+    divergence, which is quadratic in it, by half of its square.
+    """
     largest = 0.0
 
-    def rounded(*args, **options):
+    def rounded(*args, **options) -> torch.Tensor:
         nonlocal largest
         masses = slot_log_masses(*args, **options)
         largest = max(largest, float(-masses[masses > -60].min()))
@@ -254,7 +261,7 @@ def test_the_teachers_numbers_in_float16_leave_a_perfect_student_almost_alone(mo
 
 
 @pytest.mark.parametrize(("kind", "student_name", "one", "other"), TRIPLES[:1] + TRIPLES[3:5] + TRIPLES[7:])
-def test_a_student_that_is_the_mixture_has_loss_zero(kind, student_name, one, other):
+def test_a_student_that_is_the_mixture_has_loss_zero(kind, student_name, one, other) -> None:
     vocabularies, units, length = KINDS[kind]
     vocabularies = MIXED_LETTERS if kind == "letters" else vocabularies
     languages = [random_language(units, length - 1, seed=seed) for seed in (3, 4)]

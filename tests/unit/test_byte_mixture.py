@@ -1,4 +1,4 @@
-"""Two teachers as one, byte by byte: equal to the oracle, and zero where the student is their mixture."""
+"""Two teachers as one, byte by byte: equal to the oracle, and zero if the student is their mixture."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WEIGHTS = {2: (0.3, 0.7), 3: (0.2, 0.5, 0.3)}
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_loss_and_gradient_equal_the_oracle(seed, monkeypatch):
+def test_loss_and_gradient_equal_the_oracle(seed, monkeypatch) -> None:
     monkeypatch.setattr(losses_bytes, "TILE", (1, 3, 4096)[seed % 3])
     num_teachers = 3 if seed % 4 == 3 else 2
     cases = random_cases(seed, num_sides=1 + num_teachers, scale=1.0 + seed % 2)
@@ -32,8 +32,10 @@ def test_loss_and_gradient_equal_the_oracle(seed, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", [277, 327])
-def test_what_is_outside_of_the_events_is_no_spread(seed):
-    """Cases with a loose byte where the student cannot end its token, which few random ones have."""
+def test_what_is_outside_of_the_events_is_no_spread(seed) -> None:
+    """Cases with a loose byte at a place where the student cannot end its token, which
+    few random ones have.
+    """
     cases = random_cases(seed, num_sides=3)
     expected, gradient = mixture_oracle_of(cases, WEIGHTS[2], divergence="reverse_kl")
     found = evaluate_mixture(cases, WEIGHTS[2])
@@ -41,13 +43,13 @@ def test_what_is_outside_of_the_events_is_no_spread(seed):
     torch.testing.assert_close(found.gradient[:, : gradient.shape[1]], gradient, rtol=1e-10, atol=1e-10)
 
 
-def test_the_random_cases_compare_something_and_merge_some_bytes():
+def test_the_random_cases_compare_something_and_merge_some_bytes() -> None:
     found = [evaluate_mixture(random_cases(seed, num_sides=3, scale=1.0), WEIGHTS[2]) for seed in range(12)]
     assert sum(float(f.sum) > 0.1 for f in found) > 8
     assert any(float(f.metrics["bytes_merged"]) for f in found)
 
 
-# In "ab" the first cannot end, and may go on in two ways: how likely "ab" was at all is not known.
+# In "ab" the first cannot end, and may go on in two ways: its probability of "ab" itself is not known.
 LETTERS = {"two ways": [*SINGLES, b"aba", b"abc"], **VOCABULARIES}
 TRIPLES = [
     ("letters", "bytes", "two ways", "long tokens"),
@@ -62,9 +64,9 @@ TRIPLES = [
 
 
 @pytest.mark.parametrize(("kind", "student_name", "one", "other"), TRIPLES)
-def test_a_student_that_is_the_mixture_has_loss_and_gradient_zero(kind, student_name, one, other):
-    """Two teachers of different languages in different tokenizations; the student says each next byte as
-    their mix.
+def test_a_student_that_is_the_mixture_has_loss_and_gradient_zero(kind, student_name, one, other) -> None:
+    """Two teachers of different languages in different tokenizations. The student's next
+    byte is their mixture.
     """
     vocabularies, units, length = KINDS[kind]
     vocabularies = LETTERS if kind == "letters" else vocabularies
@@ -87,8 +89,8 @@ def test_a_student_that_is_the_mixture_has_loss_and_gradient_zero(kind, student_
         )
 
 
-def test_a_teacher_mixed_with_itself_is_that_teacher():
-    """Where it can end at every byte: its vocabulary is closed under prefixes."""
+def test_a_teacher_mixed_with_itself_is_that_teacher() -> None:
+    """The teacher can end at every byte: its vocabulary is closed under prefixes."""
     languages = [random_language([b"a", b"b", b"c"], 4, seed=seed) for seed in (1, 2)]
     cases = []
     for text in sorted(languages[0])[::7]:

@@ -1,6 +1,4 @@
-"""The interface `bytes`: equal to its oracle, and zero whenever two models are the same distribution over
-texts.
-"""
+"""The interface `bytes`: equal to its oracle, and zero if two models are the same distribution over texts."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ DIVERGENCES = ("reverse_kl", "forward_kl", "js")
 
 
 @pytest.mark.parametrize("seed", range(16))
-def test_loss_and_gradient_equal_the_oracle(seed, monkeypatch):
+def test_loss_and_gradient_equal_the_oracle(seed, monkeypatch) -> None:
     monkeypatch.setattr(losses_bytes, "TILE", (1, 3, 4096)[seed % 3])
     cases = random_cases(seed)
     for divergence in DIVERGENCES:
@@ -35,7 +33,7 @@ def test_loss_and_gradient_equal_the_oracle(seed, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", [33, 106, 155])
-def test_bounds_of_loose_bytes_decide_as_in_the_oracle_where_there_is_no_rest(seed):
+def test_bounds_of_loose_bytes_decide_as_in_the_oracle_where_there_is_no_rest(seed) -> None:
     cases = random_cases(seed, scale=1.0)
     expected, gradient = oracle_of(cases, divergence="reverse_kl")
     found = evaluate(cases)
@@ -43,7 +41,7 @@ def test_bounds_of_loose_bytes_decide_as_in_the_oracle_where_there_is_no_rest(se
     torch.testing.assert_close(found.gradient[:, : gradient.shape[1]], gradient, rtol=1e-10, atol=1e-10)
 
 
-def test_some_of_the_random_cases_have_bytes_that_may_agree_and_bytes_that_do_not():
+def test_some_of_the_random_cases_have_bytes_that_may_agree_and_bytes_that_do_not() -> None:
     merged = [float(evaluate(random_cases(seed)).metrics["bytes_merged"]) for seed in range(16)]
     assert any(merged)
     loose = 0
@@ -58,8 +56,8 @@ def test_some_of_the_random_cases_have_bytes_that_may_agree_and_bytes_that_do_no
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 3], [1, 0, 3], [2, 3]])
-def test_a_side_without_a_token_for_a_byte_is_compared_up_to_that_byte(labels):
-    """The student may say byte 4; the teacher's tokenizer has left it out of the text."""
+def test_a_side_without_a_token_for_a_byte_is_compared_up_to_that_byte(labels) -> None:
+    """The student may write byte 4; the teacher's tokenizer leaves it out of the text."""
     pieces = [b"a", b"b", b"ab", b"", b"\x04"]
     generator = torch.Generator().manual_seed(len(labels) + labels[0])
     teacher = oracle.Side(
@@ -76,7 +74,7 @@ def test_a_side_without_a_token_for_a_byte_is_compared_up_to_that_byte(labels):
         assert (at > 0) == bool(found.sum)
 
 
-def test_golden_numbers():
+def test_golden_numbers() -> None:
     for divergence, expected in golden.BYTES.items():
         student, teacher = golden_case()
         _, positions = oracle.loss(student, teacher, divergence_name=divergence)
@@ -90,7 +88,7 @@ def test_golden_numbers():
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_gradient_is_that_of_finite_differences(divergence):
+def test_gradient_is_that_of_finite_differences(divergence) -> None:
     cases = random_cases(4, num_cases=1, scale=1.0)
     found = evaluate(cases, divergence=divergence)
     student, teacher = cases[0]
@@ -136,7 +134,9 @@ PAIRS = [(kind, s, t) for kind, (names, _, _) in KINDS.items() for s in names fo
 
 
 @pytest.mark.parametrize(("kind", "student_name", "teacher_name"), PAIRS)
-def test_one_distribution_in_two_tokenizations_has_loss_and_gradient_zero(kind, student_name, teacher_name):
+def test_one_distribution_in_two_tokenizations_has_loss_and_gradient_zero(
+    kind, student_name, teacher_name
+) -> None:
     vocabularies, units, length = KINDS[kind]
     language = random_language(units, length, seed=3)
     texts = random.Random(5).sample(sorted(language), 16)
@@ -153,7 +153,7 @@ def test_one_distribution_in_two_tokenizations_has_loss_and_gradient_zero(kind, 
         assert float(found.gradient.abs().max()) < 1e-12
 
 
-def test_merges_that_take_the_longest_match_have_loss_zero_too():
+def test_merges_that_take_the_longest_match_have_loss_zero_too() -> None:
     pieces = [*SINGLES, b"aa", b"aac", b"bb", b""]
     language = random_language(SINGLES, 4, seed=1)
     assert all(byte_pairs(pieces)(text) == longest_match(pieces)(text) for text in language)
@@ -168,7 +168,7 @@ def test_merges_that_take_the_longest_match_have_loss_zero_too():
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)
-def test_with_one_tokenizer_it_is_a_lower_bound_of_token_level_kl(name):
+def test_with_one_tokenizer_it_is_a_lower_bound_of_token_level_kl(name) -> None:
     pieces = [*VOCABULARIES[name], b""]
     tokenize = longest_match(pieces)
     of_student, of_teacher = (random_language(SINGLES, 3, seed=seed) for seed in (1, 2))
@@ -186,13 +186,13 @@ def test_with_one_tokenizer_it_is_a_lower_bound_of_token_level_kl(name):
         assert chain == pytest.approx(tokens, abs=1e-6)
 
 
-def test_metrics_are_float64_whatever_the_logits_are():
+def test_metrics_are_float64_whatever_the_logits_are() -> None:
     metrics = evaluate(random_cases(0), dtype=torch.float32).metrics
     assert metrics["byte_positions"] > 0
     assert all(value.dtype == torch.float64 and not value.requires_grad for value in metrics.values())
 
 
-def test_nothing_to_compare_is_a_zero_with_zero_gradient():
+def test_nothing_to_compare_is_a_zero_with_zero_gradient() -> None:
     student, teacher = random_cases(0, num_cases=1)[0]
     special = student.pieces.index(b"", 1) if b"" in student.pieces[1:] else None
     cut = oracle.Side(student.pieces, [0], student.logits[:1], [1 if special is None else special])

@@ -1,4 +1,6 @@
-"""What may follow a token: the merges' rule is that of every pair tried, and no text contradicts a table."""
+"""The bytes that may follow a token: the rule of merges equals a trial of every pair, and no text
+contradicts a table.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ EVERYWHERE = np.ones((256, 256), dtype=bool)
 
 
 def tables(seed: int) -> list[tuple[list[bytes], list[tuple[bytes, bytes]] | None]]:
-    """Two random merge tables, and one whose merges are the joins that are pieces."""
+    """Two random merge tables, and one whose merges are all joins that are pieces."""
     rng = random.Random(seed)
     pieces = [b"", b"a", b"b", b"c"][: rng.randint(3, 4)]
     for _ in range(rng.randint(3, 12)):
@@ -35,7 +37,7 @@ def tables(seed: int) -> list[tuple[list[bytes], list[tuple[bytes, bytes]] | Non
 
 
 @pytest.mark.parametrize("seed", range(25))
-def test_merges_permit_what_some_pair_of_neighbours_shows(seed):
+def test_merges_permit_what_some_pair_of_neighbours_shows(seed) -> None:
     for pieces, merges in tables(seed):
         cut = byte_pairs(pieces, merges)
         symbols = sorted({b for piece in pieces for b in piece})
@@ -49,7 +51,7 @@ def test_merges_permit_what_some_pair_of_neighbours_shows(seed):
                 assert found.may_follow(one, byte) == shown, (pieces, merges, one, byte)
 
 
-def test_where_a_border_may_fall_and_behind_exempt_tokens_everything_may_follow():
+def test_where_a_border_may_fall_and_behind_exempt_tokens_everything_may_follow() -> None:
     pieces = [b"", b"a", b"b", b"ab"]
     table = TokenTable.from_bytes(pieces, [0], [0])
     merges = Merges.of(pieces)
@@ -60,7 +62,7 @@ def test_where_a_border_may_fall_and_behind_exempt_tokens_everything_may_follow(
     )
 
 
-def test_the_longest_match():
+def test_the_longest_match() -> None:
     pieces = [b"", b"a", b"b", b"ab", b"aba"]
     known, cut = longest_match(TokenTable.from_bytes(pieces, [0], [0])), cut_longest(pieces)
     assert known.may_follow(np.array([1, 1, 3, 3]), np.array([97, 98, 97, 98])).tolist() == [
@@ -75,7 +77,7 @@ def test_the_longest_match():
         assert not known.contradictions(np.array(cut(text)), table).size
 
 
-def test_characters_are_not_left_in_the_middle():
+def test_characters_are_not_left_in_the_middle() -> None:
     pieces = [b"", b"a", b"\xc3", b"\xa9", b"\xe6\x97", b"\xa5", "日".encode(), b"\xf0\x9f\x98", b"a\xc3"]
     known = within_characters(TokenTable.from_bytes(pieces, [0], [0]))
     continuing = [known.may_follow(i, 0xA9) for i in range(1, len(pieces))]
@@ -84,7 +86,7 @@ def test_characters_are_not_left_in_the_middle():
     assert others == [x for y in (True, False, True, False, True, True, False, False) for x in (y, y)]
 
 
-def test_tables_are_joined_and_have_a_fingerprint():
+def test_tables_are_joined_and_have_a_fingerprint() -> None:
     a, b = (Continuations.of(np.random.default_rng(seed).random((5, 257)) < 0.5) for seed in (0, 1))
     both = a & b
     ids, symbols = np.arange(5)[:, None], np.arange(257)[None]

@@ -1,4 +1,6 @@
-"""The CPU patches name attributes that exist, leave CUDA machines alone, and compute what they replace."""
+"""The CPU patches name attributes that exist, do not act on CUDA machines, and compute the same
+as what they replace.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,9 @@ from megatron_simct.parallel.cpu import PATCHES
 
 
 @pytest.fixture(scope="module")
-def upstream():
-    """Which attributes a process has that imports the same modules without any patch, and torch's own
-    compile.
+def upstream() -> dict[tuple[str, str], bool]:
+    """The attributes that a process has that imports the same modules without any patch, and
+    torch's own compile.
     """
     code = """
 import json, logging, pkgutil, sys, warnings
@@ -39,20 +41,20 @@ assert "megatron_simct" not in sys.modules
     return dict(zip(names, json.loads(result.stdout.splitlines()[-1]), strict=True))
 
 
-def test_every_patched_attribute_exists_upstream(upstream):
+def test_every_patched_attribute_exists_upstream(upstream) -> None:
     assert len(upstream) == len(PATCHES), "an attribute is patched twice"
     assert [name for name, exists in upstream.items() if not exists] == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is patched here")
-def test_the_patches_are_in_place():
+def test_the_patches_are_in_place() -> None:
     assert cpu.patch_megatron() is True
     for module, name, replacement in PATCHES:
         assert getattr(pkgutil.resolve_name(module), name) is replacement, f"{module}.{name}"
 
 
-def test_nothing_is_patched_where_cuda_is_available(monkeypatch):
-    """From a state in which nothing was patched, so that a patch would show."""
+def test_nothing_is_patched_where_cuda_is_available(monkeypatch) -> None:
+    """The test starts from a state without patches, so that a patch would be seen."""
     monkeypatch.setattr(cpu, "_patched", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     markers = {}
@@ -65,7 +67,7 @@ def test_nothing_is_patched_where_cuda_is_available(monkeypatch):
         assert getattr(pkgutil.resolve_name(module), name) is marker, f"{module}.{name}"
 
 
-def test_a_patch_of_nothing_is_an_error(monkeypatch):
+def test_a_patch_of_nothing_is_an_error(monkeypatch) -> None:
     monkeypatch.setattr(cpu, "_patched", False)
     monkeypatch.setattr(cpu, "PATCHES", (("megatron.core.utils", "no_such_thing", None),))
     with pytest.raises(AttributeError, match=r"megatron\.core\.utils\.no_such_thing does not exist"):
@@ -73,18 +75,18 @@ def test_a_patch_of_nothing_is_an_error(monkeypatch):
     assert cpu._patched is False
 
 
-def test_torch_keeps_its_compiler_and_megatron_does_not_use_it():
+def test_torch_keeps_its_compiler_and_megatron_does_not_use_it() -> None:
     from megatron.core import jit
 
     assert torch.compile.__module__ == "torch", "torch.compile was not put back"
 
-    def function(x):
+    def function(x) -> torch.Tensor:
         return x + 1
 
     assert jit.jit_fuser(function) is function
 
 
-def test_the_compiler_is_put_back_after_an_error():
+def test_the_compiler_is_put_back_after_an_error() -> None:
     before = torch.compile
     with pytest.raises(KeyError), cpu._without_compilation():
         assert torch.compile is not before
@@ -94,7 +96,7 @@ def test_the_compiler_is_put_back_after_an_error():
 
 
 @pytest.mark.parametrize("max_norm", [0.1, 1e6])
-def test_clipping_equals_torch_s(max_norm):
+def test_clipping_equals_torch_s(max_norm) -> None:
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(n)) for n in (3, 7, 1)]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
@@ -110,14 +112,14 @@ def test_clipping_equals_torch_s(max_norm):
     assert torch.equal(ours[0].grad, before) == (max_norm > norm)
 
 
-def test_clipping_takes_one_tensor():
+def test_clipping_takes_one_tensor() -> None:
     parameter = torch.nn.Parameter(torch.zeros(2))
     parameter.grad = torch.tensor([3.0, 4.0])
     cpu._clip_grad_by_total_norm(parameter, 1.0, 5.0)
     torch.testing.assert_close(parameter.grad, torch.tensor([0.6, 0.8]))
 
 
-def test_tensor_factories_read_cuda_as_cpu():
+def test_tensor_factories_read_cuda_as_cpu() -> None:
     stand_in = importlib.import_module("megatron.core.optimizer.clip_grads").torch
     for name, argument in (
         ("zeros", 2),
@@ -137,7 +139,7 @@ def test_tensor_factories_read_cuda_as_cpu():
     assert stand_in.nn is torch.nn and stand_in.float32 is torch.float32
 
 
-def test_random_state_is_that_of_the_cpu_generator():
+def test_random_state_is_that_of_the_cpu_generator() -> None:
     from megatron.core.tensor_parallel import random
 
     torch.manual_seed(3)

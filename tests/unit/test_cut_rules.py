@@ -1,5 +1,5 @@
-"""What a tokenizer's own rules say of neighbours: groups of digits, endings, merges inside a word; texts hold
-it.
+"""A tokenizer's own rules for neighbouring tokens: groups of digits, endings, merges inside a word;
+texts confirm them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def may(tokenizer: Tokenizer, token: str, symbol: str | None) -> bool:
     )
 
 
-def test_inside_a_word_the_merges_decide(tokenizer):
+def test_inside_a_word_the_merges_decide(tokenizer) -> None:
     assert not may(tokenizer, "t", "h")
     assert may(tokenizer, "t", "e")
     assert not may(tokenizer, " ", "a"), "' a' is one token, and a blank before a letter belongs to its word"
@@ -54,7 +54,7 @@ def test_inside_a_word_the_merges_decide(tokenizer):
     assert may(tokenizer, "e", "r"), "'re' is an ending, and may come first"
 
 
-def test_between_signs_the_merges_decide_too(tokenizer):
+def test_between_signs_the_merges_decide_too(tokenizer) -> None:
     assert not may(tokenizer, ".", "."), "two are one token"
     assert not may(tokenizer, ".", "/")
     assert may(tokenizer, "..", ".") and not may(tokenizer, "...", "."), "four are two and two"
@@ -62,12 +62,12 @@ def test_between_signs_the_merges_decide_too(tokenizer):
     assert may(tokenizer, ".", "a") and may(tokenizer, "a", "."), "a border of pretokens falls there"
 
 
-def test_behind_an_ending_anything_may_come(tokenizer):
+def test_behind_an_ending_anything_may_come(tokenizer) -> None:
     assert may(tokenizer, "'re", "r")
     assert may(tokenizer, "s", "h")
 
 
-def test_groups_of_digits_are_all_tried(tokenizer):
+def test_groups_of_digits_are_all_tried(tokenizer) -> None:
     assert not may(tokenizer, "8", "1"), "every group is one token"
     assert not may(tokenizer, "12", "3")
     assert may(tokenizer, "123", "4"), "a group is full"
@@ -75,7 +75,7 @@ def test_groups_of_digits_are_all_tried(tokenizer):
     assert may(tokenizer, "1", None)
 
 
-def test_texts_hold_the_table_and_a_wrong_one_is_found(tokenizer):
+def test_texts_hold_the_table_and_a_wrong_one_is_found(tokenizer) -> None:
     assert check(tokenizer, TEXTS) == 76
     with pytest.raises(ValueError, match="writes .* before .*, which its merges do not explain"):
         check(

@@ -1,4 +1,4 @@
-"""Responses that are given by the data, and responses that are replayed from files."""
+"""Given responses from the data, and responses that are replayed from files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def prompt(sample_id: int, response: str | None = None) -> Prompt:
         ("", 1, [257], "stop"),
     ],
 )
-def test_a_given_response_ends_in_the_stop_token_where_it_fits(response, limit, ids, finish):
+def test_a_given_response_ends_in_the_stop_token_where_it_fits(response, limit, ids, finish) -> None:
     (rollout,) = GivenResponses(TOKENIZER).generate([prompt(5, response)], sampling(limit))
     assert rollout.student_ids.tolist() == ids and rollout.student_ids.dtype == np.int32
     assert rollout.finish == finish
@@ -45,14 +45,14 @@ def test_a_given_response_ends_in_the_stop_token_where_it_fits(response, limit, 
     assert rollout.logprobs.tolist() == [0.0] * len(ids) and rollout.logprobs.dtype == np.float32
 
 
-def test_given_responses_keep_the_order_of_the_prompts():
+def test_given_responses_keep_the_order_of_the_prompts() -> None:
     engine = GivenResponses(TOKENIZER)
     engine.publish(3)
     rollouts = engine.generate([prompt(2, "b"), prompt(1, "a")], sampling())
     assert [(r.sample_id, int(r.student_ids[0])) for r in rollouts] == [(2, 98), (1, 97)]
 
 
-def test_a_missing_response_names_its_sample():
+def test_a_missing_response_names_its_sample() -> None:
     with pytest.raises(AssertionError, match="sample 5 has no given response"):
         GivenResponses(TOKENIZER).generate([prompt(5)], sampling())
 
@@ -67,7 +67,7 @@ class Scripted:
         self.version = 0
         self.calls = 0
 
-    def generate(self, prompts, sampling):
+    def generate(self, prompts, sampling) -> list[Rollout]:
         self.calls += 1
         return [
             Rollout(
@@ -100,7 +100,7 @@ def assert_equal(found: list[Rollout], expected: list[Rollout]) -> None:
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
 
 
-def test_what_was_written_is_read_back_bit_by_bit(tmp_path):
+def test_what_was_written_is_read_back_bit_by_bit(tmp_path) -> None:
     engine = writer(tmp_path / "new" / "folder")
     expected = {}
     for step in (0, 1, 10):
@@ -113,29 +113,29 @@ def test_what_was_written_is_read_back_bit_by_bit(tmp_path):
     assert replay._engine.calls == 0 and replay._engine.version == 0
 
 
-def test_writing_passes_on_what_the_engine_answers(tmp_path):
+def test_writing_passes_on_what_the_engine_answers(tmp_path) -> None:
     assert_equal(
         writer(tmp_path).generate([prompt(1)], sampling()), Scripted().generate([prompt(1)], sampling())
     )
 
 
-def test_a_reader_takes_its_samples_from_all_ranks_files_in_its_own_order(tmp_path):
+def test_a_reader_takes_its_samples_from_all_ranks_files_in_its_own_order(tmp_path) -> None:
     writer(tmp_path, dp_rank=0).generate([prompt(0), prompt(2)], sampling())
     writer(tmp_path, dp_rank=1).generate([prompt(1), prompt(3)], sampling())
     assert [r.sample_id for r in reader(tmp_path).generate([prompt(3), prompt(0)], sampling())] == [3, 0]
 
 
-def test_only_one_rank_of_a_replica_writes(tmp_path):
+def test_only_one_rank_of_a_replica_writes(tmp_path) -> None:
     writer(tmp_path, writes=False).generate([prompt(0)], sampling())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_but_complete_files_is_left(tmp_path):
+def test_nothing_but_complete_files_is_left(tmp_path) -> None:
     writer(tmp_path, dp_rank=2).generate([prompt(0)], sampling())
     assert [path.name for path in tmp_path.iterdir()] == ["rollout_0.2.json"]
 
 
-def test_the_calls_of_each_step_are_counted_from_its_first(tmp_path):
+def test_the_calls_of_each_step_are_counted_from_its_first(tmp_path) -> None:
     engine = writer(tmp_path)
     for step in (4, 5):
         engine.publish(step)
@@ -145,7 +145,7 @@ def test_the_calls_of_each_step_are_counted_from_its_first(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
-def test_a_missing_step_names_flag_and_file(tmp_path):
+def test_a_missing_step_names_flag_and_file(tmp_path) -> None:
     writer(tmp_path).generate([prompt(0)], sampling())
     replay = reader(tmp_path)
     replay.publish(4)
@@ -153,7 +153,7 @@ def test_a_missing_step_names_flag_and_file(tmp_path):
         replay.generate([prompt(0)], sampling())
 
 
-def test_missing_samples_are_counted(tmp_path):
+def test_missing_samples_are_counted(tmp_path) -> None:
     writer(tmp_path).generate([prompt(0)], sampling())
     with pytest.raises(
         ValueError, match=r"^--load-debug-rollout-data .*: step 0 lacks sample 8 \(2 missing\)"
@@ -162,7 +162,7 @@ def test_missing_samples_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[{", json.dumps([{"sample_id": 0}]), json.dumps({"a": 1})])
-def test_a_file_of_another_kind_names_flag_and_file(tmp_path, content):
+def test_a_file_of_another_kind_names_flag_and_file(tmp_path, content) -> None:
     (tmp_path / "rollout_0.0.json").write_text(content)
     with pytest.raises(ValueError, match=r"^--load-debug-rollout-data .*rollout_0\.0\.json: "):
         reader(tmp_path).generate([prompt(0)], sampling())

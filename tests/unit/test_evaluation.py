@@ -1,4 +1,4 @@
-"""Formats of benchmarks, what counts as right, and intervals."""
+"""Formats of benchmarks, grades, and intervals."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import os
 import pickle
 import signal
 import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_simct.evaluation.benchmarks import cut, livecodebench_tests, read_problems
+from megatron_simct.evaluation.benchmarks import Problem, cut, livecodebench_tests, read_problems
 from megatron_simct.evaluation.grading import Grader, same_output
 from megatron_simct.evaluation.math_verifier import MathVerifier
 from megatron_simct.evaluation.sandbox import Limits
@@ -46,7 +48,7 @@ STDIN = [{"input": "1 2\n", "output": "3", "testtype": "stdin"}, {"input": "5 6\
 CALLS = [{"input": "[1, 2]\n3", "output": "[1, 2, 3]", "testtype": "functional"}]
 
 
-def livecodebench(public, private, *, starter="", function=None, packed=True):
+def livecodebench(public, private, *, starter="", function=None, packed=True) -> dict[str, Any]:
     text = json.dumps(private)
     if packed:
         text = base64.b64encode(zlib.compress(pickle.dumps(text))).decode()
@@ -71,14 +73,14 @@ ROWS = {
 }
 
 
-def problem(tmp_path, name, row):
+def problem(tmp_path, name, row) -> Problem:
     (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
     (found,) = read_problems(name, str(tmp_path / "data.jsonl"))
     return found
 
 
 @pytest.fixture(scope="module")
-def verifier():
+def verifier() -> Iterator[MathVerifier]:
     """One process for all tests: it takes seconds to start."""
     verifier = MathVerifier()
     yield verifier
@@ -86,10 +88,10 @@ def verifier():
 
 
 @pytest.fixture
-def right(tmp_path, verifier):
+def right(tmp_path, verifier) -> Callable[..., dict[str, bool]]:
     """right(benchmark, row, response, chat) -> grades"""
 
-    def grade(name, row, response, chat=False):
+    def grade(name, row, response, chat=False) -> dict[str, bool]:
         grader = Grader(name, verifier, chat=chat, limits=LIMITS)
         return grader.grade(problem(tmp_path, name, row), response)
 
@@ -100,7 +102,7 @@ def right(tmp_path, verifier):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_problem_asks_for_what_its_row_says(tmp_path, name):
+def test_a_problem_asks_for_what_its_row_says(tmp_path, name) -> None:
     found = problem(tmp_path, name, ROWS[name])
     asked = {"gsm8k": "How many?", "math500": "Half?", "mbpp": "assert root(9)", "humaneval": "Sum."}.get(
         name, "Add."
@@ -111,7 +113,7 @@ def test_a_problem_asks_for_what_its_row_says(tmp_path, name):
     )
 
 
-def test_lists_and_compressed_lines_are_read(tmp_path):
+def test_lists_and_compressed_lines_are_read(tmp_path) -> None:
     (tmp_path / "list.json").write_text(json.dumps([MBPP, MBPP | {"task_id": 8}]))
     (tmp_path / "lines.jsonl.gz").write_bytes(gzip.compress((json.dumps(MBPP) + "\n").encode()))
     assert [p.problem_id for p in read_problems("mbpp", str(tmp_path / "list.json"))] == ["7", "8"]
@@ -152,7 +154,7 @@ def test_lists_and_compressed_lines_are_read(tmp_path):
         ("math500", "", "contains no problems"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said_in_a_line(tmp_path, name, content, message):
+def test_what_is_wrong_with_a_file_is_said_in_a_line(tmp_path, name, content, message) -> None:
     (tmp_path / "data.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
         read_problems(name, str(tmp_path / "data.jsonl"))
@@ -165,26 +167,26 @@ def test_what_is_wrong_with_a_file_is_said_in_a_line(tmp_path, name, content, me
     [gzip.compress(b"{}" * 99)[:-9], gzip.compress(b"{}" * 99)[:12] + b"no deflate", b"{}"],
     ids=["cut off", "no deflate", "not packed"],
 )
-def test_a_damaged_archive_is_said_in_a_line(tmp_path, data):
+def test_a_damaged_archive_is_said_in_a_line(tmp_path, data) -> None:
     (tmp_path / "data.jsonl.gz").write_bytes(data)
     with pytest.raises(ValueError, match=r"--data .*data\.jsonl\.gz: "):
         read_problems("gsm8k", str(tmp_path / "data.jsonl.gz"))
 
 
-def test_an_id_may_be_a_number(tmp_path):
+def test_an_id_may_be_a_number(tmp_path) -> None:
     rows = [{"id": number, "prompt": "Add.", "label": "3"} for number in (0, 7)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [p.problem_id for p in read_problems("exact_match", str(tmp_path / "data.jsonl"))] == ["0", "7"]
 
 
-def test_private_tests_are_read_without_unpickling():
+def test_private_tests_are_read_without_unpickling() -> None:
     tests, function = livecodebench_tests(livecodebench(STDIN[:1], STDIN[1:]))
     assert tests == STDIN and function is None
     tests, _ = livecodebench_tests(livecodebench(STDIN[:1], STDIN[1:], packed=False))
     assert tests == STDIN
 
     class Harmful:
-        def __reduce__(self):
+        def __reduce__(self) -> tuple[Any, ...]:
             return print, ("unpickled",)
 
     row = livecodebench([], [])
@@ -209,20 +211,20 @@ def test_private_tests_are_read_without_unpickling():
         ("no idea", (False, False, False)),
     ],
 )
-def test_numbers_of_gsm8k(right, response, expected):
+def test_numbers_of_gsm8k(right, response, expected) -> None:
     grades = right("gsm8k", GSM8K, response)
     assert (grades["strict_match"], grades["flexible_extract"]) == expected[1:]
     if response != "#### $1,200" and "not" not in response:
         assert grades["math_verify"] == expected[0]
 
 
-def test_equal_answers_of_math(right):
+def test_equal_answers_of_math(right) -> None:
     assert right("math500", MATH, "It is $\\boxed{0.5}$.", chat=True) == {"math_verify": True}
     assert right("math500", MATH, "It is $\\boxed{\\frac{2}{3}}$.", chat=True) == {"math_verify": False}
     assert right("math500", {"problem": "?", "answer": "x+1"}, "$\\boxed{1+x}$") == {"math_verify": True}
 
 
-def test_labels_are_the_response_or_its_final_answer(right):
+def test_labels_are_the_response_or_its_final_answer(right) -> None:
     row = {"prompt": "Half?", "label": "\\frac{1}{2}"}
     assert right("exact_match", row, "\\frac{1}{2}") == {"exact_match": True}
     assert right("exact_match", row, " \\frac{1}{2}") == {"exact_match": False}
@@ -233,7 +235,7 @@ def test_labels_are_the_response_or_its_final_answer(right):
     assert right("math_label", row, "It is $0.6$.") == {"math_verify": False}
 
 
-def test_a_computation_without_end_is_wrong_and_the_next_answer_is_read(verifier, monkeypatch):
+def test_a_computation_without_end_is_wrong_and_the_next_answer_is_read(verifier, monkeypatch) -> None:
     assert verifier("$\\boxed{4}$", "$\\boxed{2+2}$")
     os.kill(verifier._process.pid, signal.SIGSTOP)
     monkeypatch.setattr(MathVerifier._ask, "__kwdefaults__", {"timeout_s": 0.1})
@@ -242,14 +244,14 @@ def test_a_computation_without_end_is_wrong_and_the_next_answer_is_read(verifier
     assert verifier("$\\boxed{4}$", "$\\boxed{4}$")
 
 
-def test_a_process_that_was_killed_between_two_answers_is_started_again(verifier):
+def test_a_process_that_was_killed_between_two_answers_is_started_again(verifier) -> None:
     assert verifier("$\\boxed{4}$", "$\\boxed{2+2}$")
     verifier._process.kill()
     verifier._process.wait(timeout=60)
     assert verifier("$\\boxed{4}$", "$\\boxed{4}$")
 
 
-def test_a_process_that_is_killed_as_it_is_asked_is_a_wrong_answer(verifier, monkeypatch):
+def test_a_process_that_is_killed_as_it_is_asked_is_a_wrong_answer(verifier, monkeypatch) -> None:
     assert verifier("$\\boxed{4}$", "$\\boxed{2+2}$")
     verifier._process.kill()
     verifier._process.wait(timeout=60)
@@ -266,7 +268,7 @@ RIGHT_CODE = {
 
 
 @pytest.mark.parametrize("name", RIGHT_CODE)
-def test_code_that_passes_its_tests(right, name):
+def test_code_that_passes_its_tests(right, name) -> None:
     good, bad = RIGHT_CODE[name]
     assert right(name, ROWS[name], good) == {"pass": True}
     assert right(name, ROWS[name], bad) == {"pass": False}
@@ -276,8 +278,8 @@ def test_code_that_passes_its_tests(right, name):
     assert right(name, ROWS[name], f"Here:\n```python\n{bad}\n```\nDone.", chat=True) == {"pass": False}
 
 
-def test_a_whole_function_in_a_block_stands_for_the_prompt(right):
-    """It keeps the prompt's imports, and the functions before the one that is asked for."""
+def test_a_whole_function_in_a_block_stands_for_the_prompt(right) -> None:
+    """It keeps the prompt's imports, and the functions before the requested one."""
     whole = "def total(x: List[int]) -> int:\n    return x[0] + x[1]"
     assert right("humaneval", HUMANEVAL, f"```python\n{whole}\n```", chat=True) == {"pass": True}
     assert right("humaneval", HUMANEVAL, f"```python\n{whole}", chat=True) == {"pass": True}, (
@@ -297,7 +299,7 @@ class Checked:
     right: str
     wrong: str
     solution: str = ""
-    """The row's own, whose names are asked for."""
+    """The row's own solution, whose names are requested."""
     setup: str = ""
 
 
@@ -407,7 +409,7 @@ def test_what_tests_may_ask_of_a_program(right, case: Checked) -> None:
 
 
 def test_helpers_of_a_prompt_are_those_of_the_prompt(right) -> None:
-    """A program that has another one in their place does not decide by it."""
+    """A program that defines another function of the same name does not affect the test."""
     prompt = "def twice(x):\n    return 2 * x\n\n\ndef total(x):\n"
     row = HUMANEVAL | {
         "prompt": prompt,
@@ -417,7 +419,7 @@ def test_helpers_of_a_prompt_are_those_of_the_prompt(right) -> None:
     assert right("humaneval", row, "    return 0\n\n\ntwice = total") == {"pass": False}
 
 
-def test_functions_of_livecodebench(right):
+def test_functions_of_livecodebench(right) -> None:
     row = livecodebench(
         [], CALLS, starter="class Solution:\n    def join(self, a, b):\n        ", function="join"
     )
@@ -429,7 +431,7 @@ def test_functions_of_livecodebench(right):
     )
 
 
-def test_programs_of_livecodebench_need_not_import_what_its_grader_imports(right):
+def test_programs_of_livecodebench_need_not_import_what_its_grader_imports(right) -> None:
     code = "print(reduce(lambda a, b: a + pow(b, 1, 100), map(int, sys.stdin.read().split())))"
     assert right(
         "livecodebench",
@@ -439,7 +441,7 @@ def test_programs_of_livecodebench_need_not_import_what_its_grader_imports(right
     ) == {"pass": True}
 
 
-def test_output_is_compared_by_lines_and_numbers():
+def test_output_is_compared_by_lines_and_numbers() -> None:
     assert same_output("1 2 \n3\n", "1 2\n3")
     assert same_output("0.50 1", "0.5 1.0")
     assert not same_output("1 2\n3", "1 2 3")
@@ -447,7 +449,7 @@ def test_output_is_compared_by_lines_and_numbers():
     assert not same_output("a", "b")
 
 
-def test_a_completion_is_cut_where_something_new_starts():
+def test_a_completion_is_cut_where_something_new_starts() -> None:
     assert cut("humaneval", "    return 1\n\nclass A:\n\ndef f():") == "    return 1\n"
     assert cut("gsm8k", "18") == "18"
 
@@ -455,7 +457,7 @@ def test_a_completion_is_cut_where_something_new_starts():
 # Intervals
 
 
-def test_estimates_of_one_and_of_several_samples():
+def test_estimates_of_one_and_of_several_samples() -> None:
     rng = np.random.default_rng(0)
     one = rng.random((400, 1)) < 0.3
     (estimate,) = estimates(one).values()
@@ -468,6 +470,6 @@ def test_estimates_of_one_and_of_several_samples():
     assert (found["avg@2"].mean, found["pass@2"].mean) == (0.5, 0.75)
 
 
-def test_an_interval_of_equal_scores_is_a_point():
+def test_an_interval_of_equal_scores_is_a_point() -> None:
     estimate = bootstrap(np.ones(5))
     assert (estimate.mean, estimate.low, estimate.high) == (1.0, 1.0, 1.0)

@@ -1,5 +1,5 @@
-"""examples/experiments without training: what is planned, kept and run again, and what the report makes of
-results.
+"""examples/experiments without training: which runs are planned, kept and repeated, and
+the report of results.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,8 +27,8 @@ TOY, REAL = SETTINGS[0], SETTINGS[-1]
 
 
 @pytest.fixture(autouse=True)
-def results(tmp_path, monkeypatch):
-    """The folder of results, empty, and the report's beside it."""
+def results(tmp_path, monkeypatch) -> Path:
+    """The empty folder of results, and the report's folder beside it."""
     folder = tmp_path / "results"
     monkeypatch.setattr(plan, "RESULTS", folder)
     monkeypatch.setattr(run, "RESULTS", folder)
@@ -49,7 +50,7 @@ def finished(interface: str, seed: int, *, greedy: str, before: str = "0011") ->
     return done
 
 
-def test_the_first_seed_of_everything_comes_first():
+def test_the_first_seed_of_everything_comes_first() -> None:
     runs = plan.planned_runs()
     assert [r.seed for r in runs] == sorted(r.seed for r in runs)
     assert (
@@ -64,7 +65,7 @@ def test_the_first_seed_of_everything_comes_first():
         assert isinstance(setting.options["lr"], float), "one rate for all interfaces"
 
 
-def test_a_run_is_done_while_its_configuration_is_the_same(results, monkeypatch):
+def test_a_run_is_done_while_its_configuration_is_the_same(results, monkeypatch) -> None:
     done = finished("bytes", 1, greedy="1111")
     options = run.parse(["--parts", "a", "--only", "teacher-groups-bytes"])
     assert done.result["configuration"] == done.configuration
@@ -77,12 +78,12 @@ def test_a_run_is_done_while_its_configuration_is_the_same(results, monkeypatch)
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
-def test_a_failed_run_does_not_stop_the_others(tmp_path, monkeypatch, capsys, jobs):
+def test_a_failed_run_does_not_stop_the_others(tmp_path, monkeypatch, capsys, jobs) -> None:
     class Bench:
-        def __init__(self, setting, workplace):
+        def __init__(self, setting, workplace) -> None:
             pass
 
-        def run(self, one):
+        def run(self, one) -> dict[str, Any]:
             if one.interface == "paper":
                 raise RuntimeError("exit code 3 [/tmp]")
             return {"figures": {"greedy_before": 0.25, "greedy": 0.5}, "seconds": 1.0}
@@ -106,7 +107,7 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path, monkeypatch, capsys, jo
     assert "failed: exit code 3 [/tmp]" in out and "11/11" in out and "greedy 0.250 -> 0.500" in out
 
 
-def test_a_command_is_measured_and_its_failure_is_told(tmp_path):
+def test_a_command_is_measured_and_its_failure_is_told(tmp_path) -> None:
     workplace = processes.Workplace(tmp_path / "work")
     spin = "import time\nwhile time.process_time() < .3: pass"
     used = workplace.command([sys.executable, "-c", spin], log=tmp_path / "logs" / "log.txt")
@@ -117,7 +118,7 @@ def test_a_command_is_measured_and_its_failure_is_told(tmp_path):
         )
 
 
-def test_two_studies_do_not_share_a_folder(tmp_path):
+def test_two_studies_do_not_share_a_folder(tmp_path) -> None:
     first = processes.Workplace(tmp_path)
     other = (
         "from pathlib import Path; from examples.experiments.processes import Workplace; "
@@ -134,10 +135,10 @@ def test_two_studies_do_not_share_a_folder(tmp_path):
     reason="mistral-common is not installed: pip install --no-deps -r examples/quickstart/requirements.txt",
 )
 @pytest.mark.parametrize("setting", SETTINGS[:-1], ids=lambda setting: setting.name)
-def test_every_planned_run_is_a_command_that_the_trainer_accepts(tmp_path, monkeypatch, setting):
+def test_every_planned_run_is_a_command_that_the_trainer_accepts(tmp_path, monkeypatch, setting) -> None:
     commands = []
 
-    def command(self, command, *, log):
+    def command(self, command, *, log) -> dict[str, float]:
         commands.append(parse_config(list(command[3:])))
         log.parent.mkdir()
         evaluation = {"kind": "evaluation", "greedy_accuracy": 0, "sampled_accuracy": 0}
@@ -163,7 +164,7 @@ def test_every_planned_run_is_a_command_that_the_trainer_accepts(tmp_path, monke
     assert len({config.model.pretrained_checkpoint for config in commands}) == 1
 
 
-def test_outcomes_are_what_the_evaluations_have_counted():
+def test_outcomes_are_what_the_evaluations_have_counted() -> None:
     steps = [{"kind": "step", "loss": float(i), "coverage_unit": 0.25} for i in range(20)]
     evaluations = [
         {
@@ -187,7 +188,7 @@ def test_outcomes_are_what_the_evaluations_have_counted():
     assert figures["coverage_one_to_one"] is None, "bytes has none"
 
 
-def test_differences_are_paired_by_seed_and_problem():
+def test_differences_are_paired_by_seed_and_problem() -> None:
     def result(greedy: str) -> dict:
         return {"outcomes": {"greedy": greedy, "greedy_before": "0000"}, "configuration": {"eval_samples": 4}}
 
@@ -203,14 +204,14 @@ def test_differences_are_paired_by_seed_and_problem():
         scoring.difference({1: ours[1]}, {2: theirs[2]}, "greedy")
 
 
-def test_sums_of_texts_are_weighed_by_their_lengths():
+def test_sums_of_texts_are_weighed_by_their_lengths() -> None:
     texts = {"nats": [1.0, 9.0], "nats_before": [2.0, 9.0], "nats_count": [10, 90]}
     values = scoring.scores({"texts": texts}, "nats")
     np.testing.assert_allclose(values.mean(), 0.1)
     assert scoring.change([{"texts": texts}], "nats").mean == pytest.approx(-0.01)
 
 
-def test_an_interval_with_0_in_it_decides_nothing():
+def test_an_interval_with_0_in_it_decides_nothing() -> None:
     higher, lower = scoring.ACCURACIES[0], scoring.DISTANCES[0]
     for bounds, of_higher, of_lower in (
         ((0.1, 0.2), "better", "worse"),
@@ -220,7 +221,7 @@ def test_an_interval_with_0_in_it_decides_nothing():
         assert (scoring.verdict(estimate, higher), scoring.verdict(estimate, lower)) == (of_higher, of_lower)
 
 
-def test_the_report_says_what_is_done_and_what_the_results_bear(tmp_path):
+def test_the_report_says_what_is_done_and_what_the_results_bear(tmp_path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     for seed in (1, 2):
         finished("bytes", seed, greedy="1111")
@@ -243,7 +244,7 @@ def test_the_report_says_what_is_done_and_what_the_results_bear(tmp_path):
     assert figure.read_bytes() == first and len(first) < 60_000 and b"strict" in first
 
 
-def test_no_interface_is_ahead_of_one_that_shares_no_seed_with_it():
+def test_no_interface_is_ahead_of_one_that_shares_no_seed_with_it() -> None:
     def result(greedy: str) -> dict:
         return {"outcomes": {"greedy": greedy}, "configuration": {"eval_samples": 4}}
 
@@ -251,7 +252,7 @@ def test_no_interface_is_ahead_of_one_that_shares_no_seed_with_it():
     assert said == "Best greedy accuracy: `bytes`, 1.0000; not told apart from it: `paper`."
 
 
-def test_the_reports_numbers_are_those_of_its_files():
+def test_the_reports_numbers_are_those_of_its_files() -> None:
     """Recomputed without the report's code: means of outcomes, and intervals over the 54 pairs of numbers."""
     folder = Path(report.__file__).parent
     lines = (folder / "report.md").read_text(encoding="utf-8").splitlines()
@@ -278,8 +279,10 @@ def test_the_reports_numbers_are_those_of_its_files():
     assert compared == 27
 
 
-def test_a_pair_of_numbers_is_drawn_with_all_of_its_problems():
-    """Who knows half of the pairs, in all words: 54 of them say less than 200 problems would."""
+def test_a_pair_of_numbers_is_drawn_with_all_of_its_problems() -> None:
+    """A model that knows half of the pairs, in all words: the interval of 54 pairs is wider than
+    that of 200 problems.
+    """
     values = (np.arange(200) % 54 < 27).astype(float)
     estimate = scoring.by_clusters(values, scoring.NUM_PAIRS)
     assert scoring.NUM_PAIRS == 54 and estimate.mean == values.mean()
@@ -296,7 +299,7 @@ def _held_out() -> str:
         return (Path(folder) / "held_out.jsonl").read_text()
 
 
-def test_results_in_the_repository_are_of_planned_runs(monkeypatch):
+def test_results_in_the_repository_are_of_planned_runs(monkeypatch) -> None:
     monkeypatch.undo()
     for path in sorted(plan.RESULTS.glob("*.json")):
         content = json.loads(path.read_text())
@@ -308,7 +311,7 @@ def test_results_in_the_repository_are_of_planned_runs(monkeypatch):
                 assert share == pytest.approx(content["figures"][name])
 
 
-def test_distances_of_texts_from_a_teacher(tmp_path):
+def test_distances_of_texts_from_a_teacher(tmp_path) -> None:
     pytest.importorskip("transformers", reason="pip install -r requirements-test.txt")
     for name, vocab_size, save_tokenizer in (
         ("student", 320, save_byte_level),
@@ -329,17 +332,17 @@ def test_distances_of_texts_from_a_teacher(tmp_path):
     assert same["nats"] == found["nats"]
     for name in names - {"nats"}:
         assert min(found[name]) > 0.1, name
-        # Of the two stop tokens `strict` compares the student's first with both of the teacher's.
+        # `strict` compares the student's first stop token with both of the teacher's.
         assert max(map(abs, same[name])) < (1e-5 if name.startswith("bytes") else 0.1), name
     assert found["strict_reverse_kl"] != found["strict_forward_kl"]
 
 
-def test_a_run_with_real_weights_is_the_examples_own_commands(tmp_path, monkeypatch):
-    """Downloads, conversion and training replaced; the rest is what runs."""
+def test_a_run_with_real_weights_is_the_examples_own_commands(tmp_path, monkeypatch) -> None:
+    """Downloads, conversion and training are replaced; everything else runs."""
     folder = tmp_path / "work" / REAL.name
     started = []
 
-    def command(self, command, *, log):
+    def command(self, command, *, log) -> dict[str, float]:
         started.append(list(command))
         if "distances.py" in command[1]:
             sums = {"nats": [1.0, 3.0], "nats_count": [10, 10]}
@@ -350,7 +353,7 @@ def test_a_run_with_real_weights_is_the_examples_own_commands(tmp_path, monkeypa
             (folder / "bytes-2" / "distil" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
         return {"seconds": 5.0, "cpu_seconds": 4.0}
 
-    def stage(self, root):
+    def stage(self, root) -> None:
         self.output.parent.mkdir(parents=True, exist_ok=True)
         if self.output.name == "before.json":
             self.output.write_text(json.dumps({"nats": [2.0, 3.0], "nats_count": [10, 10]}))

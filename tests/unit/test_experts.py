@@ -28,7 +28,7 @@ def weights_of(options: dict, correction: torch.Tensor | None, logits: torch.Ten
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_weights_and_their_gradient(name):
+def test_weights_and_their_gradient(name) -> None:
     options, generator = CASES[name], torch.Generator().manual_seed(3)
     logits = (2 * torch.randn(40, 12, generator=generator, dtype=torch.float64)).requires_grad_()
     correction = (
@@ -48,7 +48,7 @@ def test_weights_and_their_gradient(name):
 @pytest.mark.parametrize(
     "name, without", [("correction", "correction"), ("groups", "groups"), ("groups", "factor")]
 )
-def test_each_part_changes_the_weights(name, without):
+def test_each_part_changes_the_weights(name, without) -> None:
     logits = 2 * torch.randn(40, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     correction = torch.linspace(-0.2, 0.2, 12, dtype=torch.float64)
     less = {

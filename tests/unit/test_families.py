@@ -1,10 +1,10 @@
-"""config.json -> Architecture: families, both spellings of rotary scaling, and what is refused."""
+"""config.json -> Architecture: families, both spellings of rotary scaling, and refusals."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from megatron_simct.models import families
 from megatron_simct.models.delta_net import DeltaNet
 from megatron_simct.models.dense import Dense
 from megatron_simct.models.experts import Experts
-from megatron_simct.models.families import read_architecture
+from megatron_simct.models.families import Architecture, read_architecture
 from megatron_simct.models.grouped_query import GroupedQuery
 from megatron_simct.models.hf_mapping import unread_names
 from megatron_simct.models.latent import Latent
@@ -58,8 +58,8 @@ SCALED = {
 
 
 @pytest.fixture
-def read(tmp_path):
-    def read(fields):
+def read(tmp_path) -> Callable[[dict[str, Any]], Architecture]:
+    def read(fields) -> Architecture:
         (tmp_path / "config.json").write_text(fields if isinstance(fields, str) else json.dumps(fields))
         return read_architecture(str(tmp_path), flag="--hf-checkpoint")
 
@@ -70,14 +70,14 @@ def windows_of(architecture: families.Architecture) -> tuple[int | None, ...]:
     return tuple(layer.window for layer in architecture.layers)
 
 
-def test_defaults_of_llama(read):
+def test_defaults_of_llama(read) -> None:
     found = read(LLAMA)
     attention = GroupedQuery(heads=8, groups=8, head_dim=8, scale=8**-0.5)
     layer = Layer(attention=attention, mlp=Dense(width=96), rope=Rope(theta=10000.0, dim=8))
     assert (found.layers, found.tied_embeddings) == ((layer,) * 3, False)
 
 
-def test_qwen2_has_biases_and_its_window_is_neutral_while_unused(read):
+def test_qwen2_has_biases_and_its_window_is_neutral_while_unused(read) -> None:
     found = read(QWEN2 | {"num_key_value_heads": 2, "rope_theta": 1e6})
     assert (found.layers[2].attention.groups, found.ropes[0].theta) == (2, 1e6)
     assert found.layers[0].attention.qkv_bias and found.tied_embeddings
@@ -100,7 +100,7 @@ def test_qwen2_has_biases_and_its_window_is_neutral_while_unused(read):
         ),
     ],
 )
-def test_which_layers_have_a_window(read, fields, windows):
+def test_which_layers_have_a_window(read, fields, windows) -> None:
     assert windows_of(read(fields)) == windows
 
 
@@ -121,7 +121,7 @@ def test_which_layers_have_a_window(read, fields, windows):
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 10000.0, {"kind": "linear", "factor": 2.0}),
     ],
 )
-def test_both_spellings_of_the_rotary_embedding(read, rope, theta, scaling):
+def test_both_spellings_of_the_rotary_embedding(read, rope, theta, scaling) -> None:
     found = read(LLAMA | rope)
     assert found.ropes == (Rope(theta=theta, dim=8, **scaling),)
 
@@ -163,7 +163,7 @@ QWEN3_MOE = LLAMA | {
 }
 
 
-def test_experts_of_qwen3_moe(read):
+def test_experts_of_qwen3_moe(read) -> None:
     found = read(QWEN3_MOE)
     assert found.num_experts == 8 and found.layers[0].attention.qk_norm
     assert {layer.mlp for layer in found.layers} == {Experts(count=8, chosen=2, width=24, normalized=True)}
@@ -174,7 +174,7 @@ def test_experts_of_qwen3_moe(read):
     assert read(LLAMA).num_experts == 0
 
 
-def test_what_gemma2_leaves_out(read):
+def test_what_gemma2_leaves_out(read) -> None:
     found = read(GEMMA2)
     layer = found.layers[0]
     assert (layer.attention.head_dim, found.tied_embeddings, layer.attention.scale) == (256, True, 144**-0.5)
@@ -186,7 +186,7 @@ def test_what_gemma2_leaves_out(read):
     assert read(GEMMA2 | {"attn_logit_softcapping": None}).layers[0].attention.softcap is None
 
 
-def test_gemma3_has_two_rotary_embeddings(read):
+def test_gemma3_has_two_rotary_embeddings(read) -> None:
     fields = GEMMA2 | {"model_type": "gemma3_text", "num_hidden_layers": 7, "sliding_window": 512}
     found = read(fields)
     full, local = Rope(theta=1e6, dim=256), Rope(theta=1e4, dim=256)
@@ -199,7 +199,7 @@ def test_gemma3_has_two_rotary_embeddings(read):
     assert (attention.softcap, found.final_logit_softcap, attention.qk_norm) == (None, None, True)
 
 
-def test_phi4_mini_turns_a_part_of_each_head_by_longrope(read):
+def test_phi4_mini_turns_a_part_of_each_head_by_longrope(read) -> None:
     found = read(PHI4_MINI)
     (rope,) = found.ropes
     assert (rope.kind, rope.dim, rope.original_length) == ("longrope", 4, 4096)
@@ -226,7 +226,7 @@ SMOLLM3 = LLAMA | {
         ({"no_rope_layers": [0, 1, 1, 0, 1, 0], "no_rope_layer_interval": 2}, (None, 0, 0, None, 0)),
     ],
 )
-def test_layers_of_smollm3_without_rotary_embedding_have_the_window(read, fields, with_rope):
+def test_layers_of_smollm3_without_rotary_embedding_have_the_window(read, fields, with_rope) -> None:
     found = read(SMOLLM3 | fields)
     rope = Rope(theta=2e6, dim=8)
     assert [layer.rope for layer in found.layers] == [None if one is None else rope for one in with_rope]
@@ -239,7 +239,7 @@ def test_layers_of_smollm3_without_rotary_embedding_have_the_window(read, fields
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """A config.json that is refused, and what the one line says."""
+    """A config.json that is refused, and the error line."""
 
     base: dict[str, Any]
     change: dict[str, Any] = field(default_factory=dict)
@@ -253,13 +253,13 @@ class Refused:
 
 
 def switch(base: dict[str, Any], name: str, value: Any) -> Refused:
-    """A field that is implemented at other values only."""
+    """A field of which only other values are implemented."""
     words = (f"{name} = {value!r} is not implemented for {base['model_type']}",)
     return Refused(base=base, change={name: value}, words=words)
 
 
 def unknown(base: dict[str, Any], name: str, value: Any) -> Refused:
-    """A field that the family does not have, at a value that would mean something."""
+    """A field that the family does not have, at a value that would have an effect."""
     words = (
         f"field {name!r} is not known for {base['model_type']}, so {value!r} cannot be honoured",
         f'computes the same without it, delete the line of "{name}"',
@@ -512,7 +512,7 @@ EXAONE4 = LLAMA | {
 }
 
 
-def test_the_layers_of_deepseek_v3(read):
+def test_the_layers_of_deepseek_v3(read) -> None:
     found = read(DEEPSEEK)
     dense, experts = found.layers[2].mlp, found.layers[3].mlp
     assert [layer.mlp for layer in found.layers] == [dense] * 3 + [experts] * 2
@@ -541,7 +541,7 @@ def test_the_layers_of_deepseek_v3(read):
     families.check_student(read(GLM4_MOE), flag="--x")
 
 
-def test_deepseek_v32_is_deepseek_v3_up_to_its_index_length(read):
+def test_deepseek_v32_is_deepseek_v3_up_to_its_index_length(read) -> None:
     found, dense = read(DEEPSEEK_V32), read(DEEPSEEK)
     assert found.layers == dense.layers and found.teacher_only
     assert (found.index_length, found.max_position_embeddings) == (2048, 2048) and dense.index_length is None
@@ -558,13 +558,13 @@ def test_deepseek_v32_is_deepseek_v3_up_to_its_index_length(read):
     assert not unread_names(dense).fullmatch("model.layers.4.self_attn.indexer.wq_b.weight")
 
 
-def test_yarn_takes_what_the_file_leaves_out(read):
+def test_yarn_takes_what_the_file_leaves_out(read) -> None:
     (rope,) = read(QWEN2 | {"rope_scaling": {"type": "yarn", "factor": 4.0}}).ropes
     expected = Rope(theta=10000.0, dim=8, kind="yarn", factor=4.0, original_length=512)
     assert rope == replace(expected, attention_factor=0.1 * math.log(4) + 1)
 
 
-def test_hunyuan_stretches_the_base(read):
+def test_hunyuan_stretches_the_base(read) -> None:
     found = read(HUNYUAN)
     assert found.ropes == (Rope(theta=10000.0 * 1000 ** (8 / 6), dim=8),) and found.tied_embeddings
     assert found.layers[0].attention.norm_after_rope and not found.layers[0].has_transformer_engine
@@ -618,7 +618,7 @@ DELTA_SWITCHES = {
 }
 NESTED = {"full_attention": {"rope_type": "default"}}
 REFUSED = [
-    # What no family here is.
+    # Models of no family here.
     Refused(
         base=LLAMA,
         change={"model_type": "gpt2"},
@@ -635,7 +635,7 @@ REFUSED = [
     Refused(base=LLAMA, change={"quantization_config": {}}, words=("it is quantised (of an unnamed kind)",)),
     Refused(base=LLAMA, without="vocab_size", words=("'vocab_size' is missing",)),
     Refused(base=QWEN3_MOE, without="moe_intermediate_size", words=("'moe_intermediate_size' is missing",)),
-    # Every switch that is implemented, at a value that is not.
+    # Every switch, at a value that is not implemented.
     *(
         switch(base, "hidden_act", "gelu")
         for base in (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, PHI4_MINI, SMOLLM3)
@@ -673,13 +673,13 @@ REFUSED = [
     switch(PHI4_MINI, "interpolate_factor", 2),
     # Fields of other families.
     unknown(LLAMA, "sliding_window", 4096),
-    unknown(LLAMA, "sliding_window", False),  # transformers' cache asks whether it is null
+    unknown(LLAMA, "sliding_window", False),  # transformers' cache checks whether it is null
     unknown(LLAMA, "use_sliding_window", True),
     unknown(LLAMA, "partial_rotary_factor", 0.5),
     unknown(LLAMA, "original_max_position_embeddings", 64),  # transformers prefers it to that of the scaling
     unknown(LLAMA, "rope_interleaved", True),
     unknown(LLAMA, "is_causal", False),
-    unknown(LLAMA, "is_causal", None),  # transformers asks whether it is true
+    unknown(LLAMA, "is_causal", None),  # transformers checks whether it is true
     unknown(LLAMA, "use_rope", False),
     unknown(LLAMA, "attention_chunk_size", 8),
     unknown(LLAMA, "per_layer_config", {"0": {"head_dim": 4}}),
@@ -868,15 +868,15 @@ def assert_refused(read: Any, tmp_path: Path, content: dict[str, Any] | str, wor
 @pytest.mark.parametrize(
     "case", REFUSED, ids=lambda case: f"{case.base['model_type']}-{case.without or [*case.change]}"
 )
-def test_what_is_refused(read, tmp_path, case):
+def test_what_is_refused(read, tmp_path, case) -> None:
     assert_refused(read, tmp_path, case.fields, case.words)
 
 
-def test_every_switch_is_in_the_table_of_refusals():
+def test_every_switch_is_in_the_table_of_refusals() -> None:
     tried = {(case.base["model_type"], name) for case in REFUSED for name in case.change}
     for name, family in families.FAMILIES.items():
         for key in families._FIXED.keys() | family.fixed.keys():
-            # What all families share is refused by the same line.
+            # The same line refuses fields for all families.
             assert (name, key) in tried or key in families._FIXED, (name, key)
 
 
@@ -889,11 +889,11 @@ def test_every_switch_is_in_the_table_of_refusals():
         ("[]", ["holds no JSON object"]),
     ],
 )
-def test_a_file_that_is_not_an_object_is_refused(read, tmp_path, content, words):
+def test_a_file_that_is_not_an_object_is_refused(read, tmp_path, content, words) -> None:
     assert_refused(read, tmp_path, content, words)
 
 
-# As they are published, apart from the sizes.
+# As published, except the sizes.
 PUBLISHED = {
     "SmolLM2": LLAMA
     | {"is_llama_config": True, "rope_interleaved": False, "pretraining_tp": 1, "rope_scaling": None}
@@ -949,7 +949,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("fields", PUBLISHED.values(), ids=PUBLISHED)
-def test_what_changes_nothing_is_accepted(read, fields):
+def test_what_changes_nothing_is_accepted(read, fields) -> None:
     known = families._READ | families.FAMILIES[fields["model_type"]].read | {"model_type"}
     assert read(fields) == read({name: value for name, value in fields.items() if name in known})
 
@@ -994,7 +994,7 @@ def test_what_changes_nothing_is_accepted(read, fields):
         (SMOLLM3, "no_rope_layers", [4, ["1"]], "a list, each entry a whole number, at least 0, or null"),
     ],
 )
-def test_a_value_without_a_meaning_is_named(read, tmp_path, fields, field, values, expected):
+def test_a_value_without_a_meaning_is_named(read, tmp_path, fields, field, values, expected) -> None:
     for value in values:
         with pytest.raises(ValueError) as error:
             read(fields | {field: value})
@@ -1028,13 +1028,15 @@ def test_a_value_without_a_meaning_is_named(read, tmp_path, fields, field, value
         ),
     ],
 )
-def test_a_value_without_a_meaning_in_the_scaling_is_named(read, tmp_path, fields, scaling, change, said):
+def test_a_value_without_a_meaning_in_the_scaling_is_named(
+    read, tmp_path, fields, scaling, change, said
+) -> None:
     with pytest.raises(ValueError) as error:
         read(fields | {"rope_scaling": scaling | change})
     assert str(error.value).startswith(f"--hf-checkpoint {tmp_path}: {tmp_path / 'config.json'}: {said}")
 
 
-def test_both_rotary_embeddings_of_gemma3_are_objects(read):
+def test_both_rotary_embeddings_of_gemma3_are_objects(read) -> None:
     both = {"full_attention": {"rope_type": "default"}, "sliding_attention": 1e4}
     with pytest.raises(
         ValueError, match=r"rope_parameters: sliding_attention = 10000\.0; expected an object"
@@ -1042,7 +1044,7 @@ def test_both_rotary_embeddings_of_gemma3_are_objects(read):
         read(GEMMA3 | {"rope_parameters": both})
 
 
-def test_every_field_that_is_read_says_what_it_may_hold():
+def test_every_field_that_is_read_says_what_it_may_hold() -> None:
     assert (
         families._READ.union(*(family.read for family in families.FAMILIES.values()))
         <= families._KINDS.keys()
@@ -1064,7 +1066,7 @@ def test_every_field_that_is_read_says_what_it_may_hold():
             {
                 "adapter_config.json": '{"peft_type": "LORA", "base_model_name_or_path": null}',
                 "adapter_model.safetensors": "",
-                "config.json": json.dumps(LLAMA),  # as some trainers leave it beside the adapter
+                "config.json": json.dumps(LLAMA),  # as some trainers write it beside the adapter
             },
             [
                 "an adapter (LoRA) of another model",
@@ -1077,7 +1079,7 @@ def test_every_field_that_is_read_says_what_it_may_hold():
         ({"adapter_config.json": "[]"}, ["an adapter (LoRA) of another model"]),
     ],
 )
-def test_an_adapter_is_named_as_one(tmp_path, files, words):
+def test_an_adapter_is_named_as_one(tmp_path, files, words) -> None:
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError) as error:
@@ -1087,7 +1089,7 @@ def test_an_adapter_is_named_as_one(tmp_path, files, words):
         assert word in str(error.value)
 
 
-def test_a_merged_model_without_its_adapter_is_read(read, tmp_path):
+def test_a_merged_model_without_its_adapter_is_read(read, tmp_path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="adapter"):
         read(LLAMA)
@@ -1095,7 +1097,7 @@ def test_a_merged_model_without_its_adapter_is_read(read, tmp_path):
     assert read(LLAMA).num_layers == 3
 
 
-def test_published_configurations_with_a_gated_delta_net(read):
+def test_published_configurations_with_a_gated_delta_net(read) -> None:
     for base, packed in ((QWEN3_5, False), (QWEN3_NEXT, True)):
         found = read(base)
         kinds = [type(layer.attention) for layer in found.layers]

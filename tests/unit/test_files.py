@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are complete or do not exist."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 from megatron_simct.files import read_rows, write_rows, write_whole
 
 
-def test_a_disk_that_refuses_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_disk_that_refuses_leaves_what_was_there(tmp_path, monkeypatch) -> None:
     path = tmp_path / "new" / "file.json"
     write_whole(path, "one\r\n")
     assert path.read_bytes() == b"one\r\n"
 
-    def refuse(descriptor):
+    def refuse(descriptor) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", refuse)
@@ -23,7 +23,7 @@ def test_a_disk_that_refuses_leaves_what_was_there(tmp_path, monkeypatch):
     assert path.read_bytes() == b"one\r\n"
 
 
-def test_rows_come_back(tmp_path):
+def test_rows_come_back(tmp_path) -> None:
     rows = [{"text": "a\u2028b\r", "n": 1}, {}]
     write_rows(tmp_path / "rows.jsonl", rows)
     assert read_rows(tmp_path / "rows.jsonl") == rows and [p.name for p in tmp_path.iterdir()] == [
@@ -31,7 +31,7 @@ def test_rows_come_back(tmp_path):
     ]
 
 
-def test_a_link_stays_and_a_pipe_is_written_to(tmp_path):
+def test_a_link_stays_and_a_pipe_is_written_to(tmp_path) -> None:
     (tmp_path / "file").write_text("old")
     (tmp_path / "link").symlink_to("file")
     write_whole(tmp_path / "link", "new")

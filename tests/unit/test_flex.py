@@ -1,7 +1,7 @@
 """flex_attention, uncompiled, against our own attention and the float64 oracle: values and gradients.
 
-torch refuses gradients of flex_attention on a CPU, where only the compiled function lacks them: the check is
-taken out here.
+torch refuses gradients of flex_attention on a CPU, although only the compiled function lacks them. The
+check is removed here.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without")
 
 
 @pytest.fixture(autouse=True)
-def gradients_on_a_cpu(monkeypatch):
+def gradients_on_a_cpu(monkeypatch) -> None:
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
     torch._dynamo.reset()
 
 
-def draw(num_queries: int, num_keys: int, *, heads: int = 4, groups: int = 2, sequences: int = 1):
+def draw(
+    num_queries: int, num_keys: int, *, heads: int = 4, groups: int = 2, sequences: int = 1
+) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(num_keys + 10 * sequences)
     shapes = ((num_queries, heads), (num_keys, groups), (num_keys, groups))
     return [
@@ -57,7 +59,7 @@ def with_gradients(attention, inputs, layout) -> list[torch.Tensor]:
     return [output.detach(), *torch.autograd.grad((output * weights).sum(), leaves)]
 
 
-def assert_equal(found, expected):
+def assert_equal(found, expected) -> None:
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -76,7 +78,7 @@ CASES = {
 
 @pytest.mark.parametrize("lengths", [(9,), (4, 1, 5), (120, 30, 150)], ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
-def test_packed_sequences_as_one_by_one(case, lengths):
+def test_packed_sequences_as_one_by_one(case, lengths) -> None:
     inputs = draw(sum(lengths), sum(lengths))
     layout = Layout(torch.cat([torch.arange(n) for n in lengths]), lengths)
     found = with_gradients(core("flex", **case), inputs, layout)
@@ -84,7 +86,7 @@ def test_packed_sequences_as_one_by_one(case, lengths):
 
 
 @pytest.mark.parametrize("heads, groups", [(4, 4), (6, 2), (3, 1)])
-def test_against_the_equation(heads, groups):
+def test_against_the_equation(heads, groups) -> None:
     """Two padded sequences, and heads that share keys."""
     inputs = [t.requires_grad_() for t in draw(7, 7, heads=heads, groups=groups, sequences=2)]
     expected = attend(*inputs, scale=SCALE, cap=1.0, window=3)
@@ -100,8 +102,8 @@ def test_against_the_equation(heads, groups):
 
 @pytest.mark.parametrize("case", [CASES["plain"], CASES["window and soft-cap"]], ids=["plain", "window"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_context_parallel_rank_has_its_queries(monkeypatch, case, rank):
-    """All keys, and of the queries the early and the late piece of this rank."""
+def test_a_context_parallel_rank_has_its_queries(monkeypatch, case, rank) -> None:
+    """All keys, and the early and the late piece of the queries of this rank."""
     lengths, size = (100, 180), 2
     whole = draw(280, 280)
     layout = Layout(torch.cat([torch.arange(n) for n in lengths]), lengths)
@@ -116,8 +118,8 @@ def test_a_context_parallel_rank_has_its_queries(monkeypatch, case, rank):
     torch.testing.assert_close(found[0], together.detach()[own], rtol=1e-5, atol=1e-5)
 
 
-def test_which_layouts_either_takes_flex_for():
-    """One sequence without a window that cuts it is torch's flash kernel."""
+def test_which_layouts_either_takes_flex_for() -> None:
+    """One sequence without a window that limits it uses torch's flash kernel."""
     one, two = Layout(torch.arange(8)), Layout(torch.arange(4).repeat(2), (4, 4))
     assert not core("either")._takes_flex(one) and not core("either", window=8)._takes_flex(one)
     assert core("either", window=7)._takes_flex(one) and core("either")._takes_flex(two)
@@ -125,16 +127,17 @@ def test_which_layouts_either_takes_flex_for():
     assert core("flex")._takes_flex(one)
 
 
-def test_masks_are_made_once_for_all_layers():
+def test_masks_are_made_once_for_all_layers() -> None:
     layout = Layout(torch.arange(8).repeat(2), (8, 8))
     assert layout.blocks(3) is layout.blocks(3) and layout.blocks(3) is not layout.blocks(4)
     assert layout.blocks(None) is layout.blocks(8)  # no sequence is longer than that window
 
 
 @pytest.mark.parametrize("lengths, window", [((512,), None), ((300, 140, 200), None), ((700,), 300)])
-def test_blocks_hold_what_is_seen(lengths, window):
-    """Every key that is seen lies in a block that is computed, all keys of a whole block are seen, and what
-    no query can see is skipped."""
+def test_blocks_hold_what_is_seen(lengths, window) -> None:
+    """Every key that is seen lies in a computed block, all keys of a full block are seen, and keys that no
+    query can see are skipped.
+    """
     total = sum(lengths)
     mask = Layout(torch.cat([torch.arange(n) for n in lengths]), lengths).blocks(window)
     back = torch.arange(total)[:, None] - torch.arange(total)
@@ -156,7 +159,7 @@ def test_blocks_hold_what_is_seen(lengths, window):
     assert bool(whole.any())
 
 
-def test_a_block_mask_sees_the_keys_from_first_to_last():
+def test_a_block_mask_sees_the_keys_from_first_to_last() -> None:
     first, last = torch.tensor([0, 0, 2]), torch.tensor([0, 1, 3])
     visible = block_mask(first, last, 4).mask_mod
     q, k = torch.arange(3)[:, None], torch.arange(4)

@@ -1,5 +1,5 @@
-"""The files beside a tokenizer in a Hugging Face folder: what transformers reads in them, and what is not
-read.
+"""The files beside a tokenizer in a Hugging Face folder: what transformers reads in them, and
+what it does not read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.unit.test_refusals import write_tekken
 from tools.benchmark import real_inputs
 
 TOOL, NEXT = 319, 320
-"""<tool> is the last id of `save_byte_level`; NEXT is the first that it leaves free."""
+"""<tool> is the last id of `save_byte_level`; NEXT is the first unused one."""
 
 TEXT = "the cat<|im_start|> a  <tool> b<tool>c <new>x <|turn|>\n<|im_end|> Ġcat <|im_end|>12<|endoftext|>"
 
@@ -36,7 +36,7 @@ def added(content: str, *, special: bool = True, **flags: bool) -> dict[str, Any
 
 
 def write(folder: Path, **files: Any) -> Path:
-    """Writes NAME.json of a folder for each argument; tokenizer_config.json keeps its other fields."""
+    """Writes NAME.json of a folder for each argument. tokenizer_config.json keeps its other fields."""
     folder.mkdir(exist_ok=True)
     for name, content in files.items():
         path = folder / f"{name}.json"
@@ -100,7 +100,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("save", [save_byte_level, save_byte_fallback])
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_a_folder_is_read_as_transformers_reads_it(tmp_path, decoder, save):
+def test_a_folder_is_read_as_transformers_reads_it(tmp_path, decoder, save) -> None:
     if save is save_byte_fallback and decoder != "no decoder":
         pytest.skip("the ids of these are those of the byte-level tokenizer")
     differences, seen = [], set()
@@ -121,7 +121,7 @@ def test_a_folder_is_read_as_transformers_reads_it(tmp_path, decoder, save):
 
 
 def differs(folder: Path) -> str:
-    """What differs from transformers; empty if nothing does."""
+    """Differences from transformers; empty if there are none."""
     own, expected = load_tokenizer(str(folder), [0]), reference(folder)
     variables = dict(expected.special_tokens_map)
     if read_folder(folder).variables != variables:
@@ -149,7 +149,7 @@ NAMES = ["gemma2", "llama3-hf", "qwen2.5", "gpt2", "deepseek"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_published_tokenizer_is_read_as_transformers_reads_it(name):
+def test_a_published_tokenizer_is_read_as_transformers_reads_it(name) -> None:
     try:
         folder = real_inputs.tokenizer_path(name).parent
     except real_inputs.Unavailable as reason:
@@ -178,8 +178,8 @@ def test_a_published_tokenizer_is_read_as_transformers_reads_it(name):
 
 @pytest.fixture(scope="module")
 def sentencepiece_file(tmp_path_factory) -> Path:
-    """A model of 300 ids that puts no blank before a text, so that transformers and this package write the
-    same.
+    """A model of 300 ids that puts no space before a text, so that transformers and this
+    package write the same.
     """
     import sentencepiece
 
@@ -227,7 +227,7 @@ SENTENCEPIECE_FILES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("files", SENTENCEPIECE_FILES)
-def test_a_sentencepiece_folder_is_read_as_transformers_reads_it(sentencepiece_file, tmp_path, files):
+def test_a_sentencepiece_folder_is_read_as_transformers_reads_it(sentencepiece_file, tmp_path, files) -> None:
     shutil.copy(sentencepiece_file, tmp_path)
     folder = write(tmp_path, **SENTENCEPIECE_FILES[files])
     own, expected = load_tokenizer(str(folder)), reference(folder)
@@ -239,14 +239,14 @@ def test_a_sentencepiece_folder_is_read_as_transformers_reads_it(sentencepiece_f
     assert own.table.stop_ids == (expected.eos_token_id,)
     assert own.table.num_ids == len(expected)
     special = {i for i, token in expected.added_tokens_decoder.items() if token.special}
-    # What transformers takes for a piece of text, SentencePiece may hold for a control token.
+    # A piece of text for transformers may be a control token for SentencePiece.
     assert special <= set(np.flatnonzero(own.table.special).tolist()) <= special | {0, 1, 2}
     settings = SENTENCEPIECE_FILES[files].get("tokenizer_config", {})
     if "add_bos_token" in settings:
         bos = [] if own.bos_id is None else [own.bos_id]
         assert expected(text).input_ids == bos + wanted and bos == [1] * settings["add_bos_token"]
     else:
-        # transformers 5 puts no BOS here, its older versions put one: the model's own is kept, and said.
+        # transformers 5 adds no BOS here, older versions add one: the model's own is kept, and reported.
         assert own.bos_id == 1
         assert any("has no add_bos_token" in note for note in own.notes) == bool(settings)
     # An added special token is ordinary text in a response.
@@ -255,7 +255,9 @@ def test_a_sentencepiece_folder_is_read_as_transformers_reads_it(sentencepiece_f
     assert own.table.stop_ids[0] not in own.encode(response)
 
 
-def test_a_user_defined_piece_that_a_file_makes_special_is_never_content(sentencepiece_file, tmp_path):
+def test_a_user_defined_piece_that_a_file_makes_special_is_never_content(
+    sentencepiece_file, tmp_path
+) -> None:
     shutil.copy(sentencepiece_file, tmp_path)
     plain, data = load_tokenizer(str(tmp_path)), b"the <turn> cat"
     turn = plain.table.pieces().index(b"<turn>")
@@ -268,11 +270,11 @@ def test_a_user_defined_piece_that_a_file_makes_special_is_never_content(sentenc
 # tekken.json, and tiktoken ranks called tokenizer.model.
 
 
-def test_a_folder_with_tekken_json(tmp_path):
+def test_a_folder_with_tekken_json(tmp_path) -> None:
     write_tekken(tmp_path, special=("<unk>", "<s>", "</s>", "[INST]"))
     plain = load_tokenizer(str(tmp_path))
     assert (plain.bos_id, plain.table.stop_ids, plain.table.num_ids) == (1, (2,), 269)
-    # Ids are ranks behind the ten special ids.
+    # Ids are ranks after the ten special ids.
     assert plain.encode(b" the a").tolist() == [10 + 258, 10 + ord(" "), 10 + ord("a")]
     assert np.flatnonzero(plain.table.special).tolist() == list(range(10))
     write(tmp_path, generation_config={"eos_token_id": [3, 2]}, tokenizer_config={"eos_token": "</s>"})
@@ -280,12 +282,12 @@ def test_a_folder_with_tekken_json(tmp_path):
     assert load_tokenizer(str(tmp_path), [5]).table.stop_ids == (5,)
 
 
-def test_special_ids_of_tekken_json_are_those_of_its_list(tmp_path):
+def test_special_ids_of_tekken_json_are_those_of_its_list(tmp_path) -> None:
     write_tekken(tmp_path, special=("</s>", "<unk>", "<s>"))
     assert (load_tokenizer(str(tmp_path)).bos_id, load_tokenizer(str(tmp_path)).table.stop_ids) == (2, (0,))
 
 
-def test_tokenizer_json_goes_before_the_other_files(tmp_path, sentencepiece_file):
+def test_tokenizer_json_goes_before_the_other_files(tmp_path, sentencepiece_file) -> None:
     write_tekken(tmp_path)
     shutil.copy(sentencepiece_file, tmp_path)
     assert load_tokenizer(str(tmp_path)).name.endswith("tekken.json")
@@ -293,7 +295,7 @@ def test_tokenizer_json_goes_before_the_other_files(tmp_path, sentencepiece_file
     assert load_tokenizer(str(tmp_path)).name.endswith("tokenizer.json")
 
 
-def test_tiktoken_ranks_called_tokenizer_model(tmp_path):
+def test_tiktoken_ranks_called_tokenizer_model(tmp_path) -> None:
     ranks = b"".join(base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256))
     (tmp_path / "tokenizer.model").write_bytes(ranks)
     sidecar = {"pattern": r"\w+|\W", "special_tokens": {"<|end|>": 256}, "stop_tokens": ["<|end|>"]}
@@ -315,10 +317,10 @@ def stop_ids(folder: Path, **files: Any) -> dict[int, str]:
     return load_tokenizer(str(write(folder, **files))).stop_sources
 
 
-def test_stop_ids_by_the_order_of_the_files(folder):
+def test_stop_ids_by_the_order_of_the_files(folder) -> None:
     config = {"eos_token_id": [317, 316]}
     assert list(stop_ids(folder, config=config)) == [318, 316], "generation_config.json decides alone"
-    # Without it: what ends a turn, EOS, then config.json.
+    # Without it: the end of a turn, EOS, then config.json.
     sources = stop_ids(folder, generation_config={}, special_tokens_map={"eos_token": "<|endoftext|>"})
     assert sources == {318: "chat template", 316: "eos_token", 317: "config.json"}
     nested = {"text_config": {"eos_token_id": 317}}
@@ -328,15 +330,15 @@ def test_stop_ids_by_the_order_of_the_files(folder):
     }
 
 
-def test_a_token_of_the_vocabulary_that_a_file_names_is_one_token(folder):
-    """It is no added token of tokenizer.json, yet a template's text with it is that one id."""
+def test_a_token_of_the_vocabulary_that_a_file_names_is_one_token(folder) -> None:
+    """It is not an added token of tokenizer.json, but in a template's text it is that one id."""
     write(folder, tokenizer_config={"eos_token": "Ġcat", "chat_template": "{{ messages[0].content }}Ġcat"})
     found = load_tokenizer(str(folder), [295])
     assert list(found.encode_chat("xĠcat")) == [ord("x") - 33, 295]
     assert found.decode(found.encode("a cat Ġcat".encode())) == "a cat Ġcat".encode()
 
 
-def test_the_variables_of_a_template_are_those_of_the_same_reading(folder):
+def test_the_variables_of_a_template_are_those_of_the_same_reading(folder) -> None:
     source = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
     token_map = {"bos_token": {"content": "<|endoftext|>"}, "eos_token": None}
     write(folder, tokenizer_config={"chat_template": source}, special_tokens_map=token_map)
@@ -346,7 +348,7 @@ def test_the_variables_of_a_template_are_those_of_the_same_reading(folder):
     assert ids.tolist() == expected == [316, ord("a") - 33]
 
 
-def test_an_id_that_only_the_decoder_has_is_one_token_of_a_chat(folder):
+def test_an_id_that_only_the_decoder_has_is_one_token_of_a_chat(folder) -> None:
     decoder = {"320": added("<|turn|>", rstrip=True)}
     template = CHAT_TEMPLATE.replace("<|im_end|>", "<|turn|>")
     write(folder, tokenizer_config={"chat_template": template, "added_tokens_decoder": decoder})
@@ -357,12 +359,12 @@ def test_an_id_that_only_the_decoder_has_is_one_token_of_a_chat(folder):
         messages, add_generation_prompt=True, return_dict=False
     )
     assert ids.count(NEXT) == 1
-    # rstrip takes the line's end away in a prompt; a response is spelled as it is.
+    # rstrip removes the line end in a prompt; a response keeps it.
     response = b"a <|turn|>\n\nb"
     assert found.decode(found.encode(response)) == response
 
 
-def test_what_is_not_used_is_noted(folder):
+def test_what_is_not_used_is_noted(folder) -> None:
     settings = {"pad_token": "[PAD]", "additional_special_tokens": ["<extra>"], "added_tokens_decoder": {}}
     token_map = {"eos_token": "<|endoftext|>"}
     found = load_tokenizer(str(write(folder, tokenizer_config=settings, special_tokens_map=token_map)))
@@ -384,7 +386,7 @@ def test_what_is_not_used_is_noted(folder):
     )
 
 
-def test_notes_are_lines(folder, capsys):
+def test_notes_are_lines(folder, capsys) -> None:
     report_notes(load_tokenizer(str(write(folder, tokenizer_config={"mask_token": "[MASK]"}))), None)
     assert capsys.readouterr().err == (
         f" {folder / 'tokenizer.json'}: tokenizer_config.json: '[MASK]' (mask_token) is not a token of the "
@@ -392,11 +394,11 @@ def test_notes_are_lines(folder, capsys):
     )
 
 
-def test_a_clean_folder_has_no_notes(folder):
+def test_a_clean_folder_has_no_notes(folder) -> None:
     assert load_tokenizer(str(folder)).notes == ()
 
 
-def test_a_file_given_by_its_path_is_read_with_its_folder(folder, sentencepiece_file, tmp_path):
+def test_a_file_given_by_its_path_is_read_with_its_folder(folder, sentencepiece_file, tmp_path) -> None:
     settings = {"added_tokens_decoder": {"320": added("<|turn|>")}, "eos_token": "<|turn|>"}
     write(folder, tokenizer_config=settings, generation_config={})
     assert NEXT in load_tokenizer(str(folder / "tokenizer.json")).table.stop_ids

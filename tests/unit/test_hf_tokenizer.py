@@ -1,4 +1,4 @@
-"""tokenizer.json of both kinds: exact bytes, special tokens, stop tokens and BOS, and what is refused."""
+"""tokenizer.json of both kinds: exact bytes, special tokens, stop tokens and BOS, and refusals."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def loaded(folders) -> dict[str, Tokenizer]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text", TEXTS)
-def test_text_is_spelled_exactly(loaded, kind, text):
+def test_text_is_spelled_exactly(loaded, kind, text) -> None:
     tokenizer = loaded[kind]
     ids = tokenizer.encode(text.encode())
     assert ids.dtype == np.int32
@@ -68,29 +68,29 @@ def test_text_is_spelled_exactly(loaded, kind, text):
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=30))
-def test_any_text_aligns_unless_the_normal_form_changes_it(loaded, text):
+def test_any_text_aligns_unless_the_normal_form_changes_it(loaded, text) -> None:
     fallback, byte_level = loaded["byte fallback"], loaded["byte-level"]
     ids = fallback.encode(text.encode())
     assert fallback.decode(ids) == text.encode()
-    # The byte-level one writes NFC; the aligner counts what that changes.
+    # The byte-level one writes NFC; the aligner counts the changed bytes.
     alignment = align(byte_level.table, byte_level.encode(text.encode()), fallback.table, ids)
     if byte_level.decode(byte_level.encode(text.encode())) == text.encode():
         assert alignment.dropped == {} and alignment.student_bytes == len(text.encode())
 
 
-def test_a_decomposed_letter_is_written_in_nfc(loaded):
+def test_a_decomposed_letter_is_written_in_nfc(loaded) -> None:
     ids = loaded["byte-level"].encode("e\u0301".encode())
     assert loaded["byte-level"].decode(ids) == "é".encode()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tables(loaded, kind):
+def test_tables(loaded, kind) -> None:
     tokenizer = loaded[kind]
     table = tokenizer.table
     assert {bytes([byte]) for byte in range(256)} <= set(table.pieces())
     if kind == "byte-level":
         assert table.num_ids == 320 and np.flatnonzero(table.special).tolist() == [316, 317, 318]
-        # <|im_end|> is the tokenizer's EOS and stands second in generation_config.json.
+        # <|im_end|> is the tokenizer's EOS and is second in generation_config.json.
         assert (table.stop_ids, tokenizer.bos_id) == ((318, 316), None)
         assert table.bytes_of(319) == b"<tool>"
         assert 319 in tokenizer.encode(b"a<tool>")
@@ -101,7 +101,7 @@ def test_tables(loaded, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_encoding_is_the_library_s_own_but_for_the_leading_blank(loaded, folders, kind):
+def test_encoding_is_the_library_s_own_but_for_the_leading_blank(loaded, folders, kind) -> None:
     import tokenizers
 
     own = tokenizers.Tokenizer.from_file(str(folders[kind] / "tokenizer.json"))
@@ -114,7 +114,7 @@ def test_encoding_is_the_library_s_own_but_for_the_leading_blank(loaded, folders
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_spelling_of_special_tokens_is_that_token_in_a_chat_only(loaded, kind):
+def test_the_spelling_of_special_tokens_is_that_token_in_a_chat_only(loaded, kind) -> None:
     tokenizer = loaded[kind]
     stop = tokenizer.table.stop_ids[0]
     text = {"byte-level": "<|im_end|>"}.get(kind, "</s>")
@@ -126,7 +126,7 @@ def test_the_spelling_of_special_tokens_is_that_token_in_a_chat_only(loaded, kin
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokenizers_travel_to_workers(loaded, kind):
+def test_tokenizers_travel_to_workers(loaded, kind) -> None:
     copy = pickle.loads(pickle.dumps(loaded[kind]))
     for text in TEXTS:
         assert copy.encode(text.encode()).tolist() == loaded[kind].encode(text.encode()).tolist()
@@ -134,7 +134,7 @@ def test_tokenizers_travel_to_workers(loaded, kind):
     assert copy.table.fingerprint == loaded[kind].table.fingerprint
 
 
-def test_two_tokenizers_of_one_folder_are_one_vocabulary(loaded, folders):
+def test_two_tokenizers_of_one_folder_are_one_vocabulary(loaded, folders) -> None:
     again = load_tokenizer(str(folders["byte-level"] / "tokenizer.json"))
     assert again.table.fingerprint == loaded["byte-level"].table.fingerprint
     mapped = build_alignment_map(again, loaded["byte fallback"])
@@ -142,7 +142,7 @@ def test_two_tokenizers_of_one_folder_are_one_vocabulary(loaded, folders):
 
 
 @pytest.mark.parametrize("save", [save_real_byte_fallback, save_real_byte_level])
-def test_a_real_vocabulary_reads_like_its_own_file(tmp_path, save):
+def test_a_real_vocabulary_reads_like_its_own_file(tmp_path, save) -> None:
     own = load_tokenizer(str(save(tmp_path)))
     tokenizer = load_tokenizer(str(tmp_path))
     assert tokenizer.table.num_ids > 20000
@@ -160,7 +160,7 @@ def byte_level(tmp_path) -> Path:
     return tmp_path / "tokenizer"
 
 
-def test_stop_tokens_in_the_order_of_the_files(byte_level):
+def test_stop_tokens_in_the_order_of_the_files(byte_level) -> None:
     def stop_ids(*given: int) -> tuple[int, ...]:
         return load_tokenizer(str(byte_level), given).table.stop_ids
 
@@ -185,7 +185,7 @@ def test_stop_tokens_in_the_order_of_the_files(byte_level):
 
 
 @pytest.mark.parametrize("stop", [b"<tool>", b" cat"])
-def test_a_stop_token_of_any_kind_is_never_content(byte_level, stop):
+def test_a_stop_token_of_any_kind_is_never_content(byte_level, stop) -> None:
     plain = load_tokenizer(str(byte_level))
     stop_id = plain.table.pieces().index(stop)
     data = b"the cat" + stop + b" sat"
@@ -194,7 +194,7 @@ def test_a_stop_token_of_any_kind_is_never_content(byte_level, stop):
     assert stop_id not in tokenizer.encode(data) and tokenizer.decode(tokenizer.encode(data)) == data
 
 
-def test_bos_is_what_the_file_puts_whatever_the_settings_say(tmp_path):
+def test_bos_is_what_the_file_puts_whatever_the_settings_say(tmp_path) -> None:
     """As transformers 5 does for a tokenizer.json."""
     save_byte_fallback(tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -216,7 +216,7 @@ def test_bos_is_what_the_file_puts_whatever_the_settings_say(tmp_path):
     assert "add_bos_token = true is not read; a prompt begins with no BOS" in note
 
 
-def test_a_folder_with_a_sentencepiece_model_only(tiny, tmp_path):
+def test_a_folder_with_a_sentencepiece_model_only(tiny, tmp_path) -> None:
     shutil.copy(tiny / "student.model", tmp_path / "tokenizer.model")
     plain = load_tokenizer(str(tmp_path))
     assert plain.table.stop_ids == (2,) and plain.encode_chat is None
@@ -225,10 +225,10 @@ def test_a_folder_with_a_sentencepiece_model_only(tiny, tmp_path):
     assert load_tokenizer(str(tmp_path), [7]).table.stop_ids == (7,)
 
 
-# What would add or drop bytes is taken out, what rewrites them is refused.
+# Steps that would add or drop bytes are removed; steps that rewrite bytes are refused.
 
 
-def test_truncation_dropout_and_prefix_blanks_are_taken_out(tmp_path):
+def test_truncation_dropout_and_prefix_blanks_are_taken_out(tmp_path) -> None:
     spec = save_byte_level(tmp_path)
     truncation = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
     spec["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = True
@@ -293,7 +293,7 @@ WORDPIECE = {
         ({"model": None}, ["no object with a model"]),
     ],
 )
-def test_what_is_refused(tmp_path, changes, words):
+def test_what_is_refused(tmp_path, changes, words) -> None:
     save_byte_level(tmp_path, **changes)
     with pytest.raises(ValueError) as error:
         load_tokenizer(str(tmp_path))
@@ -302,7 +302,7 @@ def test_what_is_refused(tmp_path, changes, words):
         assert word in str(error.value)
 
 
-def test_unreadable_files_are_named(tmp_path):
+def test_unreadable_files_are_named(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"FileNotFoundError.*tokenizer\.json"):
         load_tokenizer(str(tmp_path))
     save_byte_level(tmp_path)
@@ -342,7 +342,7 @@ def test_unreadable_files_are_named(tmp_path):
         ("tokenizer_config.json", "add_bos_token", ["yes", 1], "true or false, or null"),
     ],
 )
-def test_a_setting_without_a_meaning_is_named(byte_level, name, field, values, expected):
+def test_a_setting_without_a_meaning_is_named(byte_level, name, field, values, expected) -> None:
     settings = json.loads((byte_level / name).read_text())
     for value in values:
         (byte_level / name).write_text(json.dumps(settings | {field: value}))
@@ -354,20 +354,20 @@ def test_a_setting_without_a_meaning_is_named(byte_level, name, field, values, e
 @pytest.mark.parametrize(
     "template", [5, ["d"], [[1]], "{{ 1 / 0 }}", "{% break %}", "{{ range(1000000) | list }}"]
 )
-def test_a_template_that_cannot_be_rendered_says_nothing_about_stop_tokens(byte_level, template):
+def test_a_template_that_cannot_be_rendered_says_nothing_about_stop_tokens(byte_level, template) -> None:
     settings = json.loads((byte_level / "tokenizer_config.json").read_text())
     (byte_level / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
     assert load_tokenizer(str(byte_level)).table.stop_ids == (318, 316)
 
 
-def test_a_tokenizer_whose_parts_are_of_other_types_is_named(byte_level):
+def test_a_tokenizer_whose_parts_are_of_other_types_is_named(byte_level) -> None:
     save_byte_level(byte_level, normalizer=["NFC"])
     with pytest.raises(ValueError, match=r"cannot be used: .*accepted are"):
         load_tokenizer(str(byte_level))
 
 
-def test_without_generation_config_the_end_of_a_turn_comes_before_eos(byte_level):
-    """Gemma's folders: the tokenizer's EOS is not what the instructed model stops with."""
+def test_without_generation_config_the_end_of_a_turn_comes_before_eos(byte_level) -> None:
+    """Gemma's folders: the instructed model does not stop with the tokenizer's EOS."""
     tokenizer = json.loads((byte_level / "tokenizer.json").read_text())
     names = {token["content"]: token["id"] for token in tokenizer["added_tokens"] if token["special"]}
     settings = json.loads((byte_level / "tokenizer_config.json").read_text())
@@ -384,8 +384,8 @@ def test_without_generation_config_the_end_of_a_turn_comes_before_eos(byte_level
     assert load_tokenizer(str(byte_level)).table.stop_ids == (names[eos], names[end])
 
 
-def test_a_run_of_blank_marks_that_is_also_a_piece_is_blanks(tmp_path):
-    """Gemma lists its runs of blanks among the added tokens, too."""
+def test_a_run_of_blank_marks_that_is_also_a_piece_is_blanks(tmp_path) -> None:
+    """Gemma also lists its runs of spaces among the added tokens."""
     pieces = {f"<0x{byte:02X}>": byte for byte in range(256)} | {
         "▁": 256,
         "▁▁": 257,
@@ -410,7 +410,7 @@ def test_a_run_of_blank_marks_that_is_also_a_piece_is_blanks(tmp_path):
     assert found.encode(b"a  b").tolist() == [97, 257, 98]
 
 
-def test_an_inverted_split_keeps_what_matches(byte_level):
+def test_an_inverted_split_keeps_what_matches(byte_level) -> None:
     tokenizer = json.loads((byte_level / "tokenizer.json").read_text())
     split = {"type": "Split", "pattern": {"Regex": r"\s*\S+|\s+"}, "behavior": "Removed", "invert": True}
     byte_level_step = {
@@ -431,7 +431,7 @@ def test_an_inverted_split_keeps_what_matches(byte_level):
 
 
 def without_bytes(folder: Path, missing: bytes) -> None:
-    """Give the ids of single bytes, and of what is merged from them, to pieces that no text is cut into."""
+    """Give the ids of single bytes, and of merges of them, to pieces that occur in no text."""
     spec = json.loads((folder / "tokenizer.json").read_text())
     absent = {character for character, byte in hf_tokenizer._byte_of_character().items() if byte in missing}
     model = spec["model"]
@@ -445,13 +445,13 @@ def without_bytes(folder: Path, missing: bytes) -> None:
 SMOLLM2_LACKS = bytes.fromhex("04061314161dc0c1f1f2f5f6f7f8f9fafbfcfdfeff")
 
 
-def test_control_characters_may_have_no_token(byte_level, loaded):
+def test_control_characters_may_have_no_token(byte_level, loaded) -> None:
     without_bytes(byte_level, SMOLLM2_LACKS)
     found = load_tokenizer(str(byte_level))
     assert found.lossy is None and found.table.num_ids == loaded["byte-level"].table.num_ids
     for text in TEXTS:
         assert found.decode(found.encode(text.encode())) == text.encode()
-    # What is left out is seen by who compares bytes: behind it nothing is aligned.
+    # A comparison of bytes shows what is left out: nothing after it is aligned.
     text = b"the cat\x04 sat on the mat"
     assert found.decode(found.encode(text)) == text.replace(b"\x04", b"")
     for other in (loaded["byte fallback"], loaded["byte-level"]):
@@ -462,7 +462,7 @@ def test_control_characters_may_have_no_token(byte_level, loaded):
 
 
 @pytest.mark.parametrize("needed", [b"\n", b"a", b"\xc3", b"\xf3", b"\x80"])
-def test_bytes_of_ordinary_text_need_a_token(byte_level, needed):
+def test_bytes_of_ordinary_text_need_a_token(byte_level, needed) -> None:
     without_bytes(byte_level, SMOLLM2_LACKS + needed)
     with pytest.raises(ValueError, match=f"1 single bytes have no token, {needed[0]:#04x} first"):
         load_tokenizer(str(byte_level))

@@ -1,5 +1,5 @@
-"""Importance weights: their value, what they correct, and losses under them against the losses of weighted
-segments.
+"""Importance weights: their value, their correction, and losses with them against the losses
+of weighted segments.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.oracles.loss_cases import (
 
 
 def by_hand(new: list[float], old: list[float], starts: list[int], cap: float) -> list[float]:
-    """The product of the ratios of the tokens before each, in its own response, at most cap."""
+    """The product of the ratios of the tokens before each one, in its own response, at most cap."""
     weights = []
     for i in range(len(new)):
         start = max(s for s in starts if s <= i)
@@ -38,7 +38,7 @@ def by_hand(new: list[float], old: list[float], starts: list[int], cap: float) -
 
 
 @pytest.mark.parametrize("cap", [1.0, 2.0, 1e6])
-def test_they_are_products_of_the_ratios_before_a_token(cap):
+def test_they_are_products_of_the_ratios_before_a_token(cap) -> None:
     generator = torch.Generator().manual_seed(1)
     new, old = (-torch.rand(2, 9, generator=generator, dtype=torch.float64) * 4).unbind()
     starts = [0, 4, 5]
@@ -47,9 +47,9 @@ def test_they_are_products_of_the_ratios_before_a_token(cap):
     assert [found[i] for i in starts] == [1, 1, 1]
 
 
-def test_without_a_cap_the_weighted_mean_over_old_responses_is_the_mean_over_new_ones():
-    """All responses of three tokens out of three, under two policies; f is any number of the tokens
-    before.
+def test_without_a_cap_the_weighted_mean_over_old_responses_is_the_mean_over_new_ones() -> None:
+    """All responses of three tokens out of three, with two policies; f is any function
+    of the tokens before.
     """
     generator = torch.Generator().manual_seed(2)
     tables = [
@@ -70,8 +70,8 @@ def test_without_a_cap_the_weighted_mean_over_old_responses_is_the_mean_over_new
 
 
 @pytest.mark.parametrize("interface", ["paper", "exact", "strict", "alm", "uld"])
-def test_a_loss_under_weights_is_the_loss_of_weighted_segments(interface):
-    """Value and gradient are the oracle's of the case with the weights as constants of its segments."""
+def test_a_loss_under_weights_is_the_loss_of_weighted_segments(interface) -> None:
+    """Value and gradient are the oracle's for the case whose segments have these weights as constants."""
     case, config = random_case(3, num_segments=8), InterfaceConfig(interface=interface)
     logits = case.student_hidden @ case.student_weight.T
     labels = torch.tensor(case.student_labels)
@@ -111,7 +111,7 @@ def test_a_loss_under_weights_is_the_loss_of_weighted_segments(interface):
 
 
 @pytest.mark.parametrize("bounds", ["longest-match", "any"])
-def test_byte_positions_are_weighted_by_the_label_that_they_are_in(bounds):
+def test_byte_positions_are_weighted_by_the_label_that_they_are_in(bounds) -> None:
     """The sum is that of the labels' losses times fixed factors, and so is its gradient."""
     cases = random_cases(5)
     plain = evaluate_bytes(cases, bounds=bounds)

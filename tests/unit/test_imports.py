@@ -1,4 +1,4 @@
-"""What an import loads, and which parts of the package know which."""
+"""Modules that an import loads, and the table of which part of the package imports which."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 ALLOWED = {
-    # What every other part may read.
+    # Every other part may import these.
     "records": "",
     "files": "",
     "prompt_files": "",
@@ -33,7 +33,7 @@ ALLOWED = {
     "teacher": "alignment config engine_client files loading losses models ownership packing parallel "
     "records update",
     "update": "alignment config files losses models parallel records",
-    # What knows several of them.
+    # Parts that know several of them.
     "loading": "alignment config data evaluation losses models parallel records update",
     "reporting": "alignment config files parallel records update",
     "preflight": "alignment config data engine_client loading losses models packing parallel records "
@@ -43,8 +43,10 @@ ALLOWED = {
     # The jobs, and the commands beside them.
     "commands": "alignment config data evaluation files loading losses models parallel preflight "
     "prompt_files records rollout update",
-    "job": "alignment config data engine_client evaluation files loading losses models packing parallel "
-    "records reporting rewarding rollout stopping teacher update",
+    "job_parts": "alignment config data engine_client evaluation files loading losses models packing "
+    "parallel records reporting rewarding rollout teacher update",
+    "job": "alignment config data job_parts loading losses parallel records reporting rewarding rollout "
+    "stopping teacher update",
     "serve_teacher": "alignment config engine_client loading models parallel stopping teacher",
     "train": "config files job losses models parallel records reporting rollout teacher update",
 }
@@ -55,7 +57,7 @@ No hop knows job.py or train.py.
 
 
 def loaded_by(module: str) -> set[str]:
-    """The modules that a fresh interpreter has after the import, less those it has without."""
+    """The modules that the import adds to those of a fresh interpreter."""
     code = f"import sys; before = set(sys.modules); import {module}; print(*sys.modules.keys() - before)"
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, timeout=120)
@@ -63,7 +65,7 @@ def loaded_by(module: str) -> set[str]:
 
 
 def imported(path: Path) -> set[str]:
-    """Full names of what a file imports, at its top or in a function."""
+    """Full names of a file's imports, at its top or in a function."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -87,13 +89,13 @@ def imported(path: Path) -> set[str]:
         ("megatron_simct.train", "transformers tensorboard wandb matplotlib"),
     ],
 )
-def test_an_import_loads_nothing_heavy_that_it_does_not_need(module, forbidden):
+def test_an_import_loads_nothing_heavy_that_it_does_not_need(module, forbidden) -> None:
     roots = {name.split(".")[0] for name in loaded_by(module)}
     assert roots & set(forbidden.split()) == set()
 
 
 @pytest.mark.parametrize("module", ["megatron_simct.config.command_line", "megatron_simct.train"])
-def test_an_import_leaves_the_interpreter_as_it_was(module):
+def test_an_import_leaves_the_interpreter_as_it_was(module) -> None:
     code = f"import sys; before = sys.excepthook; import {module}; print(sys.excepthook is before)"
     result = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT
@@ -101,11 +103,11 @@ def test_an_import_leaves_the_interpreter_as_it_was(module):
     assert result.stdout == "True\n"
 
 
-def test_the_package_itself_imports_nothing():
+def test_the_package_itself_imports_nothing() -> None:
     assert loaded_by("megatron_simct") == {"megatron_simct"}
 
 
-def test_parts_of_the_package_know_those_of_the_table_and_no_others():
+def test_parts_of_the_package_know_those_of_the_table_and_no_others() -> None:
     package = ROOT / "megatron_simct"
     found: dict[str, set[str]] = {
         path.stem: set()

@@ -1,4 +1,4 @@
-"""Which kernel computes attention, by option, device and layer."""
+"""The kernel of attention, by option, device and layer."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ LONGEST = 1024
         ("auto", CUT, True, True, "either"),
         ("auto", CAPPED, True, True, "flex"),
         ("auto", LATENT, True, True, "flex"),
-        ("auto", PLAIN, True, False, "flex"),  # flash has no float32
+        ("auto", PLAIN, True, False, "flex"),  # flash does not support float32
         ("auto", replace(PLAIN, key_dim=512, value_dim=512), True, True, "flex"),
         ("local", PLAIN, True, True, "torch"),
         ("local", CAPPED, True, True, "torch"),
         ("flash", PLAIN, True, True, "flash"),
     ],
 )
-def test_the_kernel(backend, scores, on_gpu, bf16, kernel):
+def test_the_kernel(backend, scores, on_gpu, bf16, kernel) -> None:
     assert kernel_of(scores, backend, on_gpu=on_gpu, bf16=bf16) == kernel
 
 
@@ -57,7 +57,7 @@ def test_the_kernel(backend, scores, on_gpu, bf16, kernel):
         (CAPPED, True, 1, "operations"),
     ],
 )
-def test_what_torch_takes(scores, bf16, context, kernel):
+def test_what_torch_takes(scores, bf16, context, kernel) -> None:
     found = torch_kernel(scores, bf16=bf16, longest=LONGEST, context_parallel_size=context)
     assert found == kernel
     options = {"bf16": bf16, "longest": LONGEST, "context_parallel_size": context}
@@ -78,7 +78,7 @@ def test_what_torch_takes(scores, bf16, context, kernel):
         (replace(CUT, window=LONGEST), {}, None),
     ],
 )
-def test_flash_is_refused_by_name_where_it_cannot_be(scores, changes, said):
+def test_flash_is_refused_by_name_where_it_cannot_be(scores, changes, said) -> None:
     options = {"on_gpu": True, "bf16": True, "longest": LONGEST, "context_parallel_size": 1} | changes
     if said is None:
         check_backend("flash", [scores], **options, flag="--hf-checkpoint X")
@@ -89,7 +89,7 @@ def test_flash_is_refused_by_name_where_it_cannot_be(scores, changes, said):
     check_backend("local", [PLAIN, scores], **options, flag="--hf-checkpoint X")
 
 
-def test_the_line_has_each_kind_once():
+def test_the_line_has_each_kind_once() -> None:
     options = {"bf16": True, "longest": LONGEST}
     said = describe([PLAIN, CUT, CUT, PLAIN, CAPPED], "auto", **options)
     assert said == (
@@ -103,8 +103,8 @@ def test_the_line_has_each_kind_once():
     )
 
 
-def test_torch_is_asked_where_there_is_a_device():
-    """On a CPU its answer is another, but one of its names."""
+def test_torch_is_asked_where_there_is_a_device() -> None:
+    """On a CPU torch's answer is a different one of its names."""
     cpu = torch.device("cpu")
     name = chosen_by_torch(PLAIN, device=cpu, dtype=torch.float32, masked=True)
     assert name in ("math", "flash", "memory-efficient", "cuDNN", "overrideable")

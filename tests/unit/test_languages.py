@@ -1,4 +1,4 @@
-"""Exact small languages: the cuts are those that they are named after, the models are the language."""
+"""Exact small languages: the cuts follow their definitions, and the models are the language."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def every_cut(text: bytes, pieces: list[bytes]) -> list[list[int]]:
     return [[i, *rest] for i in starts for rest in every_cut(text[len(pieces[i]) :], pieces)]
 
 
-def test_cuts_of_the_four_kinds():
+def test_cuts_of_the_four_kinds() -> None:
     assert longest_match(PIECES)(b"abca") == [6, 1]
     assert byte_pairs(PIECES)(b"abca") == [6, 1], "ab, then abc of ab and c"
     assert byte_pairs(PIECES, [(b"b", b"c"), (b"c", b"a"), (b"a", b"b")])(b"abca") == [1, 5, 1]
@@ -42,7 +42,7 @@ def test_cuts_of_the_four_kinds():
         assert sum(scores[i] for i in unigram(PIECES, scores)(text)) == pytest.approx(best)
 
 
-def test_a_model_of_a_language_gives_each_text_its_probability():
+def test_a_model_of_a_language_gives_each_text_its_probability() -> None:
     language = random_language([b"a", b"b"], 4, seed=2)
     model = ExactModel.of(language, longest_match(PIECES), 0)
     for text, mass in language.items():
@@ -52,7 +52,7 @@ def test_a_model_of_a_language_gives_each_text_its_probability():
     assert expected(language, lambda _: 2.0) == pytest.approx(2.0)
 
 
-def test_a_flattened_student_is_away_from_the_language_and_the_language_is_not():
+def test_a_flattened_student_is_away_from_the_language_and_the_language_is_not() -> None:
     language = language_of([b"a"] * 6 + [b"b"] * 3 + [b"c"])
     assert divergence(language, language) == 0
     flat = flattened(language, 0.5)
@@ -63,7 +63,7 @@ def test_a_flattened_student_is_away_from_the_language_and_the_language_is_not()
     assert divergence(flat, language) > 0.05
 
 
-def test_random_byte_pairs_disagree_and_are_not_longest_match():
+def test_random_byte_pairs_disagree_and_are_not_longest_match() -> None:
     pairs = [random_byte_pairs(seed) for seed in range(20)]
     assert all(pair.disagreement >= 0.3 for pair in pairs)
     other = 0

@@ -1,5 +1,5 @@
-"""Run files, the two command lines, what a dry run prints, what a shell makes of it, and both jobs on this
-machine.
+"""Run files, the two command lines, the output of a dry run, its execution by a shell, and both
+jobs on this machine.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def with_cluster(folder: Path, **changes) -> RunFile:
 
 
 def planned(folder: Path, name: str) -> str:
-    """What a dry run prints."""
+    """The output of a dry run."""
     if name == "local":
         size = {"gpus_per_node": 8}
         return local.dry_run(
@@ -172,8 +172,8 @@ NAMES = ("local", "slurm", "slurm, one job", "pyxis", "apptainer", "jobs", "jobs
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_dry_run_is_as_written_down(name, tmp_path, monkeypatch):
-    """SIMCT_WRITE_GOLDEN=1 writes the files anew, for a person to read the difference."""
+def test_dry_run_is_as_written_down(name, tmp_path, monkeypatch) -> None:
+    """SIMCT_WRITE_GOLDEN=1 writes the files again, so that a person can read the difference."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     path = GOLDEN / f"{name.replace(', ', '_').replace(' ', '_')}.sh"
     text = planned(tmp_path, name)
@@ -183,7 +183,7 @@ def test_dry_run_is_as_written_down(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_dry_run_is_clean_bash(name, tmp_path):
+def test_dry_run_is_clean_bash(name, tmp_path) -> None:
     script = tmp_path / "job.sh"
     text = planned(tmp_path, name)
     script.write_text(text if text.startswith("#!") else "#!/usr/bin/env bash\n" + text)
@@ -194,7 +194,7 @@ def test_dry_run_is_clean_bash(name, tmp_path):
     assert result.returncode == 0, result.stdout
 
 
-def test_both_commands_parse_as_what_the_file_says(tmp_path):
+def test_both_commands_parse_as_what_the_file_says(tmp_path) -> None:
     run = run_of(tmp_path)
     assert parse_config(command_of(run.student)[2:]) == run.config
     assert parse_config(command_of(run.jobs[1])[2:], SERVE_TEACHER) == run.teacher_configs["teacher"]
@@ -217,7 +217,7 @@ def test_both_commands_parse_as_what_the_file_says(tmp_path):
     )
 
 
-def test_arguments_of_templates_reach_both_commands(tmp_path):
+def test_arguments_of_templates_reach_both_commands(tmp_path) -> None:
     student = VALUES["student"] | {
         "apply_chat_template": True,
         "chat_template_date": datetime.date(2025, 12, 31),
@@ -254,7 +254,7 @@ def evil_run(folder: Path, container: str | None) -> RunFile:
 
 
 def evil_jobs(folder: Path) -> RunFile:
-    """An engine with a front; every value of the engine's that is text is EVIL."""
+    """An engine with a front. Every text value of the engine is EVIL."""
     values = json.loads(json.dumps(VALUES))
     student = values["student"] | {
         key: EVIL for key in ("hf_checkpoint", "input_key", "wandb_project", "save")
@@ -282,8 +282,8 @@ def evil_jobs(folder: Path) -> RunFile:
 
 
 @pytest.mark.parametrize("container", [None, "pyxis", "apptainer", "jobs"])
-def test_no_value_reaches_a_shell(container, tmp_path):
-    """The scripts run with every command of theirs replaced by one that writes down its arguments."""
+def test_no_value_reaches_a_shell(container, tmp_path) -> None:
+    """The scripts run with each of their commands replaced by one that writes down its arguments."""
     run = evil_jobs(tmp_path) if container == "jobs" else evil_run(tmp_path, container)
     pwned, calls, commands = tmp_path / "pwned", tmp_path / "calls", tmp_path / "bin"
     commands.mkdir()
@@ -307,10 +307,11 @@ def test_no_value_reaches_a_shell(container, tmp_path):
     assert not pwned.exists() and not Path("/tmp/simct-pwned").exists()
 
 
-def test_no_value_of_a_local_run_reaches_a_shell(tmp_path):
+def test_no_value_of_a_local_run_reaches_a_shell(tmp_path) -> None:
     run = evil_run(tmp_path, None)
     python, calls, pwned = tmp_path / "python", tmp_path / "calls", tmp_path / "pwned"
-    python.write_text('#!/bin/bash\nprintf "%s\\0" "$A" "$@" > "$CALLS.$$"\n')  # two at a time, a file each
+    # two at a time, a file for each
+    python.write_text('#!/bin/bash\nprintf "%s\\0" "$A" "$@" > "$CALLS.$$"\n')
     python.chmod(0o755)
     run = replace(run, run_dir=str(tmp_path / "run"), cluster=replace(run.cluster, python=str(python)))
     env = {"PATH": "/usr/bin:/bin", "CALLS": str(calls), "PWNED": str(pwned)}
@@ -375,7 +376,7 @@ def test_no_value_of_a_local_run_reaches_a_shell(tmp_path):
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
 )
-def test_a_wrong_run_file_is_one_line(change, words, tmp_path, capsys):
+def test_a_wrong_run_file_is_one_line(change, words, tmp_path, capsys) -> None:
     values = json.loads(json.dumps(VALUES))
     for section, value in change.items():
         values[section] = values.get(section, {}) | value if isinstance(value, dict) else value
@@ -512,7 +513,7 @@ LISTED = [
 
 
 @pytest.mark.parametrize("jobs, words", LISTED, ids=[words[:30] for _, words in LISTED])
-def test_a_wrong_list_of_jobs(jobs, words, tmp_path):
+def test_a_wrong_list_of_jobs(jobs, words, tmp_path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({"run_dir": str(tmp_path / "r"), "jobs": jobs}))
     with pytest.raises(ValueError) as error:
@@ -520,8 +521,10 @@ def test_a_wrong_list_of_jobs(jobs, words, tmp_path):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_list_of_jobs_is_what_its_sections_are(tmp_path):
-    """The same run in both forms has the same commands; overrides name a job; a second teacher is wired."""
+def test_a_list_of_jobs_is_what_its_sections_are(tmp_path) -> None:
+    """The same run in both forms has the same commands. Overrides name a job. A second
+    teacher is connected.
+    """
     short = run_of(tmp_path)
     jobs = [
         {"name": kind, "kind": kind, "options": VALUES[kind]} | VALUES["cluster"][kind]
@@ -553,7 +556,7 @@ def test_a_list_of_jobs_is_what_its_sections_are(tmp_path):
     )
 
 
-def test_files_that_are_none_and_overrides(tmp_path):
+def test_files_that_are_none_and_overrides(tmp_path) -> None:
     for text, words in (
         ("a: [", "line 1"),
         ("- a", "expected the sections"),
@@ -582,7 +585,7 @@ def test_files_that_are_none_and_overrides(tmp_path):
             read_run_file(path, [override])
 
 
-def test_the_smallest_file_of_the_help_is_one(tmp_path, capsys):
+def test_the_smallest_file_of_the_help_is_one(tmp_path, capsys) -> None:
     with pytest.raises(SystemExit) as end:
         command.main(["--help"])
     lines = capsys.readouterr().out.splitlines()
@@ -595,12 +598,12 @@ def test_the_smallest_file_of_the_help_is_one(tmp_path, capsys):
     assert capsys.readouterr().err.endswith(": error: the following arguments are required: RUN.yaml\n")
 
 
-def test_times_are_those_of_slurm():
+def test_times_are_those_of_slurm() -> None:
     for text, value in (("90", 5400), ("1:30", 90), ("01:02:03", 3723), ("2-12", 216000), ("1-00:30", 88200)):
         assert seconds(text) == value
 
 
-def test_what_fails_the_pre_flight_is_not_started(tmp_path, capsys, monkeypatch):
+def test_what_fails_the_pre_flight_is_not_started(tmp_path, capsys, monkeypatch) -> None:
     build_pair(tmp_path)
     path = str(write_run(tmp_path))
     monkeypatch.setattr(slurm, "submit", lambda *_, **__: pytest.fail("submitted"))
@@ -609,7 +612,7 @@ def test_what_fails_the_pre_flight_is_not_started(tmp_path, capsys, monkeypatch)
     captured = capsys.readouterr()
     assert "--micro-batch-size" in captured.err and "nothing was started" in captured.err
     assert not (tmp_path / "run").exists()
-    # A dry run shows the plan and what is wrong with it.
+    # A dry run shows the plan and its errors.
     assert command.main([path, "student.micro_batch_size=5", "--dry-run"]) == 1
     captured = capsys.readouterr()
     assert captured.out.startswith("#!/usr/bin/env bash") and "--micro-batch-size" in captured.err
@@ -627,7 +630,7 @@ esac
 """
 
 
-def test_submit_status_logs_cancel(tmp_path, capsys, monkeypatch):
+def test_submit_status_logs_cancel(tmp_path, capsys, monkeypatch) -> None:
     build_pair(tmp_path)
     path = str(write_run(tmp_path))
     commands = tmp_path / "bin"
@@ -671,18 +674,18 @@ def test_submit_status_logs_cancel(tmp_path, capsys, monkeypatch):
     assert command.main(["status", path, "cluster.kind=local", "cluster.teacher.nodes=1"]) == 1
 
 
-def test_without_slurm_it_says_so(tmp_path, monkeypatch):
+def test_without_slurm_it_says_so(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     values = run_of(tmp_path, run_dir=str(tmp_path / "run"))
     with pytest.raises(ValueError, match="sbatch is not on this machine"):
         slurm.submit(values, directory="/")
 
 
-def test_the_address_towards_a_host():
+def test_the_address_towards_a_host() -> None:
     assert address_towards("127.0.0.1") == "127.0.0.1"
 
 
-def test_each_local_job_has_gpus_of_its_own(tmp_path, monkeypatch):
+def test_each_local_job_has_gpus_of_its_own(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     cluster = {"kind": "local", "student": {"gpus_per_node": 2}, "teacher": {"gpus_per_node": 3}}
     run = run_of(tmp_path, cluster=cluster)
@@ -700,13 +703,13 @@ def test_each_local_job_has_gpus_of_its_own(tmp_path, monkeypatch):
             local.devices(run)
 
 
-# Both jobs on this machine: torchrun in the shape of a process that starts a worker and waits for it.
+# Both jobs on this machine. A process that starts a worker and waits for it stands in for torchrun.
 
 TORCHRUN = """
 import subprocess, sys
 sys.exit(subprocess.run([sys.executable, "-u", "-c", sys.argv[1]]).returncode)
 """
-# Each tells by a file that it heeds signals, the student by another one that it was asked to stop.
+# Each writes a file when it handles signals, and the student another one when it was asked to stop.
 TEACHER = """
 import signal, sys, time
 from pathlib import Path
@@ -752,8 +755,8 @@ def start_local(
     interrupts: Sequence[Sequence[str]] = (),
     number: signal.Signals = signal.SIGINT,
 ) -> int:
-    """Exit code of a run of two programs. interrupts: for each Ctrl-C, or other signal, which of FILES it
-    waits for.
+    """Exit code of a run of two programs. interrupts: for each Ctrl-C, or other signal, the one of FILES
+    for which it waits.
     """
     programs = {"teacher": teacher, "student": student} | ({"vllm": engine} if engine else {})
     for name in FILES:
@@ -763,7 +766,7 @@ def start_local(
     run = run_of(tmp_path, run_dir=str(tmp_path / "run"), cluster={"kind": "local", "grace_s": 600})
     if engine:
         run = replace(run, jobs=(*run.jobs, Job(name="vllm", kind="engine", command=("x",), max_restarts=1)))
-    # As torchrun does it: a worker that the parent waits for, stopped by SIGTERM to itself.
+    # As torchrun does it: the parent waits for a worker, which SIGTERM to itself stops.
     jobs = {name: [sys.executable, "-c", TORCHRUN, code] for name, code in programs.items()}
     jobs |= {"vllm": [sys.executable, "-u", "-c", programs["vllm"]]} if engine else {}
     monkeypatch.setattr(local, "commands", lambda _: jobs)
@@ -786,7 +789,7 @@ def start_local(
         sender.join()
 
 
-def test_the_exit_code_is_the_students_and_the_teacher_is_stopped(tmp_path, monkeypatch, capsys):
+def test_the_exit_code_is_the_students_and_the_teacher_is_stopped(tmp_path, monkeypatch, capsys) -> None:
     before = signal.getsignal(signal.SIGINT)
     ends = DYING.replace('not Path("STUDENT").exists() or ', "").replace(
         "exit(3)", 'print("step 1")\nexit(7)'
@@ -798,13 +801,13 @@ def test_the_exit_code_is_the_students_and_the_teacher_is_stopped(tmp_path, monk
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_one_interrupt_lets_the_student_save(tmp_path, monkeypatch, capsys):
+def test_one_interrupt_lets_the_student_save(tmp_path, monkeypatch, capsys) -> None:
     assert start_local(tmp_path, monkeypatch, student=STUDENT, interrupts=[BOTH_HEED]) == 0
     captured = capsys.readouterr()
     assert "[student] saved\n" in captured.out and "stopping" in captured.err
 
 
-def test_a_second_interrupt_ends_both(tmp_path, monkeypatch):
+def test_a_second_interrupt_ends_both(tmp_path, monkeypatch) -> None:
     assert (
         start_local(tmp_path, monkeypatch, student=DEAF, interrupts=[BOTH_HEED, ["ASKED"]])
         == 128 + signal.SIGKILL
@@ -813,8 +816,8 @@ def test_a_second_interrupt_ends_both(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dies", ["teacher", "student"])
-def test_an_interrupt_ends_the_wait_for_the_other_job(tmp_path, monkeypatch, dies):
-    """One job has ended by itself, and the other does not heed that it was asked to stop."""
+def test_an_interrupt_ends_the_wait_for_the_other_job(tmp_path, monkeypatch, dies) -> None:
+    """One job has ended by itself, and the other ignores the request to stop."""
     monkeypatch.setattr(local, "_OTHERS_STOP_S", 600.0)
     dying = DYING.replace(f'not Path("{dies.upper()}").exists()', "False")
     deaf = DEAF.replace("STUDENT", "TEACHER" if dies == "student" else "STUDENT")
@@ -825,7 +828,7 @@ def test_an_interrupt_ends_the_wait_for_the_other_job(tmp_path, monkeypatch, die
     assert not (tmp_path / "ENDED").exists(), "it was killed, not waited for"
 
 
-def test_a_teacher_that_dies_ends_the_run(tmp_path, monkeypatch, capsys):
+def test_a_teacher_that_dies_ends_the_run(tmp_path, monkeypatch, capsys) -> None:
     dying = DYING.replace('not Path("TEACHER").exists()', "False")
     assert start_local(tmp_path, monkeypatch, student=STUDENT, teacher=dying) == 1
     captured = capsys.readouterr()
@@ -840,7 +843,7 @@ test_launch.start_and_kill(sys.argv[1])
 
 
 def start_and_kill(folder: str) -> None:
-    """Jobs of processes that start processes, and a launcher that is killed when all are there."""
+    """Jobs of processes that start processes, and a launcher that is killed when all of them run."""
     begin = (
         f"import os\nfor pid in os.getpid(), os.getppid(): open({folder + '/pid-'!r} + str(pid), "
         "'w').close()\n"
@@ -850,7 +853,7 @@ def start_and_kill(folder: str) -> None:
         start_local(Path(folder), patch, **jobs, interrupts=[BOTH_HEED], number=signal.SIGKILL)
 
 
-def test_a_launcher_that_is_killed_leaves_no_job(tmp_path):
+def test_a_launcher_that_is_killed_leaves_no_job(tmp_path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, capture_output=True, timeout=120
     )
@@ -876,7 +879,7 @@ time.sleep(600)
 """
 
 
-def test_an_engine_that_dies_starts_again_and_is_stopped_at_the_end(tmp_path, monkeypatch, capsys):
+def test_an_engine_that_dies_starts_again_and_is_stopped_at_the_end(tmp_path, monkeypatch, capsys) -> None:
     student = STUDENT.replace(
         "time.sleep(600)", 'while not Path("ENDED").exists(): time.sleep(0.05)\nexit(7)'
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,10 +47,10 @@ WEIGHTED = ("paper", "sum", "code", "exact", "strict", "strict_topk", "uld", "al
 FLOAT32_OTHERS = [
     config for config in OTHERS if config.interface != "code_gh" and config.min_teacher_mass == 0
 ]
-"""Where rows are dropped for their low mass, few or none may be left: there is no norm to relate to."""
+"""If rows are dropped for their low mass, few or none may be left: then there is no norm for comparison."""
 
 
-def test_needs():
+def test_needs() -> None:
     assert teacher_needs(PAPER).hidden_rows == "first"
     assert teacher_needs(InterfaceConfig(interface="strict")).hidden_rows == "one_to_one"
     code = teacher_needs(InterfaceConfig(interface="code"))
@@ -61,7 +62,7 @@ def test_needs():
 
 
 @pytest.mark.parametrize("key", list(golden.LOSS), ids=str)
-def test_golden_loss(key):
+def test_golden_loss(key) -> None:
     interface, divergence, temperature = key
     config = InterfaceConfig(interface=interface, divergence=divergence, temperature=temperature)
     result = evaluate(golden_case(), config)
@@ -70,9 +71,9 @@ def test_golden_loss(key):
 
 
 @pytest.mark.parametrize("key", list(golden.OTHER_LOSSES), ids=str)
-def test_golden_loss_of_other_interfaces(key):
-    """On the minimal segments and on those of the released walk, which swallows the shared token behind the
-    unit.
+def test_golden_loss_of_other_interfaces(key) -> None:
+    """On the minimal segments, and on those of the released walk, which includes in a unit the
+    shared token after it.
     """
     interface, divergence, temperature, segmentation = key
     case = golden_case()
@@ -91,12 +92,12 @@ def test_golden_loss_of_other_interfaces(key):
     ],
     ids=name_of,
 )
-def test_golden_loss_of_partitions_and_likeliest_tokens(config, expected):
+def test_golden_loss_of_partitions_and_likeliest_tokens(config, expected) -> None:
     assert float(evaluate(golden_case(), config).output.sum) / 4 == pytest.approx(expected, abs=5e-7)
 
 
 @pytest.mark.parametrize("config", [*CONFIGS, *OTHERS, *EXACT], ids=name_of)
-def test_losses_of_labels_are_the_parts_of_the_sum(config):
+def test_losses_of_labels_are_the_parts_of_the_sum(config) -> None:
     for seed in range(3):
         case = random_case(seed, weighted=True)
         output = evaluate(case, config).output
@@ -106,7 +107,7 @@ def test_losses_of_labels_are_the_parts_of_the_sum(config):
             assert set(output.label_losses.nonzero().squeeze(1).tolist()) <= starts
 
 
-def test_golden_rows_and_statistics():
+def test_golden_rows_and_statistics() -> None:
     result = evaluate(golden_case(), PAPER)
     rows = [result.metric(f"loss_{kind}_sum") for kind in ("unit", "shared", "stop")]
     assert rows == pytest.approx(golden.PAPER_ROWS, abs=5e-7)
@@ -120,7 +121,7 @@ def test_golden_rows_and_statistics():
 
 @pytest.mark.parametrize("config", [*CONFIGS, *OTHERS], ids=name_of)
 @pytest.mark.parametrize("softcap", [False, True], ids=["plain", "softcap"])
-def test_loss_and_gradient_equal_the_oracle(config, softcap):
+def test_loss_and_gradient_equal_the_oracle(config, softcap) -> None:
     for seed in range(6):
         case = random_case(seed, softcap=softcap)
         result = evaluate(case, config)
@@ -144,9 +145,9 @@ def check_exact(case: LossCase, config: InterfaceConfig) -> None:
 
 
 def rounding_of_the_rest(case: LossCase, config: InterfaceConfig) -> float:
-    """Nats a row. The teacher's rest is what its log-sum-exp leaves of 1, with the rounding of numbers as
-    large as its logits. reverse_kl takes its logarithm, which is the worse the smaller the rest, times the
-    student's rest.
+    """Nats a row. The teacher's rest is 1 minus a sum, computed from its log-sum-exp with the rounding of
+    numbers as large as its logits. reverse_kl takes its logarithm, which is less exact for a smaller rest,
+    times the student's rest.
     """
     if config.divergence != "reverse_kl":
         return 0.0
@@ -167,15 +168,15 @@ def rounding_of_the_rest(case: LossCase, config: InterfaceConfig) -> float:
 
 @pytest.mark.parametrize("config", EXACT, ids=name_of)
 @pytest.mark.parametrize("softcap", [False, True], ids=["plain", "softcap"])
-def test_exact_equals_the_oracle(config, softcap):
+def test_exact_equals_the_oracle(config, softcap) -> None:
     for seed in range(12):
         check_exact(random_case(seed, softcap=softcap, spelled=True, num_segments=12), config)
 
 
 @pytest.mark.parametrize("drop", [12.0, 24.0, 36.0])
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js"])
-def test_exact_where_the_student_has_next_to_nothing_outside(divergence, drop):
-    """Its rest is e^-drop of what it was, far below the rounding of 1, and the teacher's is not."""
+def test_exact_where_the_student_has_next_to_nothing_outside(divergence, drop) -> None:
+    """Its rest is multiplied by e^-drop, far below the rounding of 1; the teacher's is not."""
     for seed in range(3):
         case = random_case(seed, spelled=True, num_segments=12)
         logits = case.student_hidden @ case.student_weight.T
@@ -187,7 +188,7 @@ def test_exact_where_the_student_has_next_to_nothing_outside(divergence, drop):
 
 
 @pytest.mark.parametrize("config", [InterfaceConfig(interface=name) for name in WEIGHTED], ids=name_of)
-def test_weights_of_segments(config):
+def test_weights_of_segments(config) -> None:
     for seed in range(4):
         case = random_case(seed, weighted=True, spelled=True)
         result = evaluate(case, config)
@@ -204,11 +205,12 @@ def test_weights_of_segments(config):
 
 @pytest.mark.parametrize("scale", [0.7, 1.5, 3.0])
 @pytest.mark.parametrize("config", [*CONFIGS, *FLOAT32_OTHERS, *EXACT[:-1]], ids=name_of)
-def test_float32_is_close_to_the_oracle(config, scale):
+def test_float32_is_close_to_the_oracle(config, scale) -> None:
     """At scale 3 logits reach +-100, so float32 rounds the logits themselves by up to 1e-5, and the models
-    hardly overlap: careless differences lose the whole gradient of js there."""
+    hardly overlap: careless differences would lose the whole gradient of js there.
+    """
     if config.interface == "exact" and scale > 1:
-        scale = 1.0  # what is left of 1 is lost to rounding where little is left
+        scale = 1.0  # if little is left of 1, rounding loses it
     limit = 1e-5 if scale < 3 else 4e-5
     for seed in range(3):
         case = random_case(seed, scale=scale, spelled=config.interface == "exact").to(torch.float32)
@@ -225,9 +227,9 @@ def test_float32_is_close_to_the_oracle(config, scale):
 
 
 @pytest.mark.parametrize("scalar", ["dpca", "spread"])
-def test_scalar_clips_ratios_of_an_older_policy(scalar):
-    """Log-probabilities of the sampling policy that are a nat apart: some ratios are clipped, some advantages
-    too.
+def test_scalar_clips_ratios_of_an_older_policy(scalar) -> None:
+    """The sampling policy's log-probabilities differ by a nat: some ratios are clipped, and
+    some advantages too.
     """
     config = InterfaceConfig(interface="scalar", scalar=scalar)
     clipped = 0
@@ -246,8 +248,8 @@ def test_scalar_clips_ratios_of_an_older_policy(scalar):
 
 
 @pytest.mark.parametrize("temperature", [30.0, 1e4, 1e7])
-def test_float32_is_close_to_the_oracle_at_large_temperatures_of_alm(temperature):
-    """Both events are nearly certain: the loss is made of what they lack of 1."""
+def test_float32_is_close_to_the_oracle_at_large_temperatures_of_alm(temperature) -> None:
+    """Both events are nearly certain: the loss depends on their distance from 1."""
     config = InterfaceConfig(interface="alm", alm_temperature=temperature)
     for seed in range(3):
         case = random_case(seed).to(torch.float32)
@@ -257,7 +259,7 @@ def test_float32_is_close_to_the_oracle_at_large_temperatures_of_alm(temperature
         assert (result.hidden_gradient.double() - hidden_gradient).norm() < 1e-5 * hidden_gradient.norm()
 
 
-def test_bfloat16_runs_with_float32_statistics():
+def test_bfloat16_runs_with_float32_statistics() -> None:
     case = random_case(1).to(torch.bfloat16)
     result = evaluate(case, PAPER)
     assert result.output.sum.dtype == torch.float32
@@ -267,8 +269,8 @@ def test_bfloat16_runs_with_float32_statistics():
 
 
 def same_top(case: LossCase, used: set[int], *, cut: bool) -> int:
-    """Rows where both models find the same shared token likeliest; cut: the one that the unit replaces left
-    out.
+    """Rows in which both models have the same likeliest shared token. cut: the token that the unit
+    replaces is left out.
     """
     student, teacher = (
         case.student_hidden @ case.student_weight.T,
@@ -283,12 +285,12 @@ def same_top(case: LossCase, used: set[int], *, cut: bool) -> int:
     return count
 
 
-def test_metrics_equal_the_oracle():
+def test_metrics_equal_the_oracle() -> None:
     kinds = ("unit", "shared", "stop")
     for seed in range(4):
         case = random_case(seed)
         for interface in ("paper", "strict", "strict_topk", "sum", "exact", "code", "code_gh", "alm", "sft"):
-            # topk: all shared tokens, so that strict_topk compares what strict does
+            # topk: all shared tokens, so that strict_topk compares the same as strict
             config = InterfaceConfig(
                 interface=interface, **({"topk": 40} if interface == "strict_topk" else {})
             )
@@ -320,13 +322,13 @@ def test_metrics_equal_the_oracle():
 
 
 @pytest.mark.parametrize("config", [*CONFIGS, *OTHERS, *EXACT], ids=name_of)
-def test_finite_differences(config):
+def test_finite_differences(config) -> None:
     case = random_case(3, num_segments=5, softcap=True)
     student = capped(case.student_hidden @ case.student_weight.T, case.student_softcap)
     own = Model(student, case.student_labels).log_p[
         torch.arange(len(student)), torch.tensor(case.student_labels)
     ]
-    case = replace(case, old_log_probs=own.tolist())  # what was sampled stays as it is
+    case = replace(case, old_log_probs=own.tolist())  # the sampled tokens stay as they are
     gradient = evaluate(case, config).hidden_gradient
     rng = np.random.default_rng(0)
     for _ in range(4):
@@ -345,7 +347,7 @@ def test_finite_differences(config):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=name_of)
-def test_gradient_rows_of_the_logits_sum_to_zero(config):
+def test_gradient_rows_of_the_logits_sum_to_zero(config) -> None:
     """With an identity head the gradient of the hidden states is that of the logits."""
     dense = random_case(5)
     logits = dense.student_hidden @ dense.student_weight.T
@@ -378,7 +380,7 @@ def same_tokenizer_case(seed: int, *, same_model: bool) -> LossCase:
 
 
 @pytest.mark.parametrize("config", [*CONFIGS[:-1], *OTHERS], ids=name_of)
-def test_teacher_equal_to_student_gives_zero(config):
+def test_teacher_equal_to_student_gives_zero(config) -> None:
     result = evaluate(same_tokenizer_case(2, same_model=True), config)
     assert abs(float(result.output.sum)) < 1e-12
     assert result.hidden_gradient.abs().max() < 1e-12
@@ -386,7 +388,7 @@ def test_teacher_equal_to_student_gives_zero(config):
 
 
 @pytest.mark.parametrize("interface", ["paper", "strict"])
-def test_same_tokenizer_gives_full_vocabulary_kl(interface):
+def test_same_tokenizer_gives_full_vocabulary_kl(interface) -> None:
     case = same_tokenizer_case(4, same_model=False)
     log_p = (case.student_hidden @ case.student_weight.T).log_softmax(1)
     log_q = (case.teacher_hidden @ case.teacher_weight.T).log_softmax(1)
@@ -395,7 +397,7 @@ def test_same_tokenizer_gives_full_vocabulary_kl(interface):
     assert result.metric("student_mass_outside_u_sum") == pytest.approx(0, abs=1e-12)
 
 
-def test_order_of_the_shared_vocabulary_does_not_matter():
+def test_order_of_the_shared_vocabulary_does_not_matter() -> None:
     """Another numbering of both vocabularies is the same loss; so is another order of a stop set."""
     case = random_case(7)
     rng = np.random.default_rng(1)
@@ -415,8 +417,8 @@ def test_order_of_the_shared_vocabulary_does_not_matter():
         torch.testing.assert_close(a.hidden_gradient, b.hidden_gradient, rtol=1e-11, atol=1e-12)
 
 
-def test_a_unit_replaces_the_shared_token_of_the_same_bytes():
-    """The teacher's word on the replaced token is not heard, its word on any other is."""
+def test_a_unit_replaces_the_shared_token_of_the_same_bytes() -> None:
+    """The teacher's probability of the replaced token has no effect; that of any other token has."""
     case = random_case(0, num_segments=1)
     token, other = list(case.shared)[1:3]
     eye = torch.eye(len(case.teacher_weight), dtype=torch.float64)
@@ -444,7 +446,7 @@ def test_a_unit_replaces_the_shared_token_of_the_same_bytes():
 
 
 @pytest.mark.parametrize("config", CONFIGS[:5], ids=name_of)
-def test_a_row_with_the_unit_alone_is_zero(config):
+def test_a_row_with_the_unit_alone_is_zero(config) -> None:
     """The unit spells the only shared token: one candidate, probability 1 for both models."""
     case = random_case(0, num_segments=1)
     stop = next(iter(case.shared))
@@ -456,7 +458,7 @@ def test_a_row_with_the_unit_alone_is_zero(config):
     )
 
 
-def test_sums_add_over_micro_batches():
+def test_sums_add_over_micro_batches() -> None:
     """Two samples in one micro-batch and in two: same sum, gradients and metrics."""
     a = random_case(1)
     b = replace(
@@ -484,7 +486,7 @@ def test_sums_add_over_micro_batches():
             assert one.metric(name) == pytest.approx(first.metric(name) + second.metric(name)), name
 
 
-def test_scale_of_the_caller_reaches_the_gradient():
+def test_scale_of_the_caller_reaches_the_gradient() -> None:
     case = random_case(0)
     weight, _ = padded_shard(case.student_weight, 0, 1)
     placement = placement_of(case, 0, len(weight))
@@ -519,7 +521,7 @@ def empty_case(*, keep_labels: bool) -> LossCase:
 
 
 @pytest.mark.parametrize("config", [*CONFIGS, *OTHERS], ids=name_of)
-def test_empty_micro_batches(config):
+def test_empty_micro_batches(config) -> None:
     for keep_labels in (False, True):
         case = empty_case(keep_labels=keep_labels)
         result = evaluate(case, config)
@@ -530,7 +532,7 @@ def test_empty_micro_batches(config):
             assert not result.hidden_gradient.any() and not result.weight_gradient.any()
 
 
-def test_strict_with_units_only():
+def test_strict_with_units_only() -> None:
     case = random_case(0, num_segments=1)
     result = evaluate(case, InterfaceConfig(interface="strict"))
     assert label_batch(case, "strict").teacher_hidden is None
@@ -540,8 +542,8 @@ def test_strict_with_units_only():
 
 @pytest.mark.parametrize("interface", ["paper", "strict", "code", "alm", "sft"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_states_make_the_sum_non_finite(interface, bad):
-    """Whatever the row: also one that the interface does not use."""
+def test_non_finite_states_make_the_sum_non_finite(interface, bad) -> None:
+    """In every row: also in a row that the interface does not use."""
     case = random_case(0)
     for row in range(len(case.student_labels)):
         hidden = case.student_hidden.clone()
@@ -556,7 +558,7 @@ def test_non_finite_states_make_the_sum_non_finite(interface, bad):
             assert not torch.isfinite(result.output.sum), f"segment {a}"
 
 
-def test_no_gradient_is_formed_under_no_grad(monkeypatch):
+def test_no_gradient_is_formed_under_no_grad(monkeypatch) -> None:
     case = random_case(0)
     logits = (case.student_hidden @ case.student_weight.T).requires_grad_()
     teacher = case.teacher_hidden @ case.teacher_weight.T
@@ -576,7 +578,7 @@ FLOOR = -1e4
 def loss_of_logits(
     case: LossCase, student: torch.Tensor, teacher: torch.Tensor, config: InterfaceConfig
 ) -> LossOutput:
-    """The level below the heads: an identity head would turn an infinite logit into nan."""
+    """Below the level of the heads: an identity head would turn an infinite logit into nan."""
     finite = replace(
         case,
         teacher_hidden=teacher.clamp(min=FLOOR),
@@ -596,9 +598,9 @@ def loss_of_logits(
 
 
 @pytest.mark.parametrize("config", CONFIGS[:-1], ids=name_of)
-def test_impossible_columns(config):
-    """A shared token that is impossible for both models adds nothing; for one model, only what the divergence
-    says.
+def test_impossible_columns(config) -> None:
+    """A shared token that is impossible for both models adds nothing. If it is impossible for one of them, it
+    adds the term of the divergence.
     """
     case = random_case(9, vocab_size=40)
     token, teacher_token = next(
@@ -636,9 +638,9 @@ def test_impossible_columns(config):
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js"])
 @pytest.mark.parametrize("interface", ["paper", "sum", "code", "exact", "strict", "strict_topk"])
-def test_a_segment_of_weight_zero_is_left_out_however_far_the_models_are_apart(interface, divergence):
-    """A token that is impossible for one of them: the row's divergence and derivatives are infinite, its part
-    is 0.
+def test_a_segment_of_weight_zero_is_left_out_however_far_the_models_are_apart(interface, divergence) -> None:
+    """A token that is impossible for one of them: the row's divergence and derivatives are
+    infinite, its part is 0.
     """
     config = InterfaceConfig(interface=interface, divergence=divergence)
     case = random_case(9, vocab_size=40, num_stops=1)
@@ -659,7 +661,7 @@ def test_a_segment_of_weight_zero_is_left_out_however_far_the_models_are_apart(i
         torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
 
 
-def test_invalid_labels_are_refused_with_their_numbers():
+def test_invalid_labels_are_refused_with_their_numbers() -> None:
     case = random_case(0)
     labels = label_batch(case)
     placement = placement_of(case, 0, len(case.student_weight))
@@ -699,7 +701,7 @@ def test_invalid_labels_are_refused_with_their_numbers():
             check_labels(invalid, placement=placement, config=PAPER)
 
 
-def test_uld_needs_a_list_for_every_row():
+def test_uld_needs_a_list_for_every_row() -> None:
     case = random_case(0)
     placement, config = placement_of(case, 0, 24), InterfaceConfig(interface="uld")
     labels = label_batch(case, "uld")
@@ -743,15 +745,15 @@ def test_uld_needs_a_list_for_every_row():
         ("no_unit_loss", {"rho": 1.5}, "--simct-rho"),
     ],
 )
-def test_options_that_would_not_be_read_are_refused(interface, option, flag):
+def test_options_that_would_not_be_read_are_refused(interface, option, flag) -> None:
     check_config(InterfaceConfig(interface=interface))
     with pytest.raises(ValueError, match=flag):
         check_config(InterfaceConfig(interface=interface, **option))
 
 
 @pytest.mark.parametrize("interface", METHODS)
-def test_interfaces_without_units_have_no_parts_of_the_gradient(interface):
-    """Those that the page of interfaces gives 1:1 positions only, and those without segments."""
+def test_interfaces_without_units_have_no_parts_of_the_gradient(interface) -> None:
+    """Those that use 1:1 positions only, by the page of interfaces, and those without segments."""
     config = InterfaceConfig(interface=interface)
     if interface in (*ONE_TO_ONE, "topk_kl", "bytes", "sft", "reward"):
         with pytest.raises(ValueError, match=f"--gradient-parts-interval: .* {interface} has no loss of"):
@@ -774,7 +776,7 @@ def test_interfaces_without_units_have_no_parts_of_the_gradient(interface):
     ],
     ids=name_of,
 )
-def test_older_names_are_values_of_fields(older, spelled):
+def test_older_names_are_values_of_fields(older, spelled) -> None:
     assert replace(older.method(), rho=0.5, interface_seed=0) == spelled == spelled.method()
     check_config(older)
     check_config(replace(spelled, interface_seed=older.interface_seed))
@@ -783,7 +785,7 @@ def test_older_names_are_values_of_fields(older, spelled):
     assert float(evaluate(case, older).output.sum) == float(evaluate(case, spelled).output.sum)
 
 
-def test_invalid_options_are_refused():
+def test_invalid_options_are_refused() -> None:
     case = random_case(0)
     for config, message in (
         (InterfaceConfig(temperature=0.0), "--simct-temperature 0.0: must be above 0"),
@@ -816,20 +818,20 @@ def test_invalid_options_are_refused():
 
 
 class Gathered(TorchDispatchMode):
-    """Counts the rows that are gathered of a tensor of this size."""
+    """Counts the rows that are gathered from a tensor of this size."""
 
     def __init__(self, num_rows: int) -> None:
         super().__init__()
         self.num_rows, self.gathered = num_rows, 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
         if function is torch.ops.aten.index_select.default and len(args[0]) == self.num_rows:
             self.gathered += len(args[2])
         return function(*args, **(kwargs or {}))
 
 
-def test_the_weight_rows_of_a_tile_are_gathered_once(monkeypatch):
-    """For its logits and for the gradient of the hidden states: beside the products it is what costs most."""
+def test_the_weight_rows_of_a_tile_are_gathered_once(monkeypatch) -> None:
+    """For its logits and for the gradient of the hidden states: after the products this costs the most."""
     monkeypatch.setattr("megatron_simct.losses.two_pass.MAX_TILE_COLUMNS", 7)
     monkeypatch.setattr("megatron_simct.losses.two_pass.MIN_TILE_COLUMNS", 1)
     case = random_case(0)
@@ -840,8 +842,10 @@ def test_the_weight_rows_of_a_tile_are_gathered_once(monkeypatch):
 
 @pytest.mark.parametrize("width", [1, 3, 7])
 @pytest.mark.parametrize("config", [*CONFIGS, *OTHERS], ids=name_of)
-def test_tiles_of_any_width_give_the_same_numbers(monkeypatch, config, width):
-    """Maxima that grow from tile to tile, tiles without a shared token, a label or a stop set on a border."""
+def test_tiles_of_any_width_give_the_same_numbers(monkeypatch, config, width) -> None:
+    """Maxima that grow from tile to tile, tiles without a shared token, and a label or a
+    stop set on a boundary.
+    """
     monkeypatch.setattr("megatron_simct.losses.two_pass.MAX_TILE_COLUMNS", width)
     monkeypatch.setattr("megatron_simct.losses.two_pass.MIN_TILE_COLUMNS", 1)
     monkeypatch.setattr("megatron_simct.losses.two_pass.CACHED_ELEMENTS", 5)

@@ -1,5 +1,5 @@
-"""The loss for one's own training loop: against the oracle, from logits and fused, on one and two ranks; its
-errors.
+"""The loss for a user's own training loop: against the oracle, from logits and fused, on one and
+two ranks; its errors.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import doctest
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ INTERFACES = (
     "sft",
 )
 DIVERGENCES = dict.fromkeys(("uld", "alm", "scalar", "sft"), ("reverse_kl",) * 3)
-"""Interfaces without a divergence; the others go through all three."""
+"""Interfaces without a divergence. The others use all three."""
 TOPK = {"strict_topk": {"topk": 3}, "uld": {"uld_topk": 5}}
 
 
@@ -89,7 +90,7 @@ def expected(
 
 @pytest.mark.parametrize("interface", INTERFACES)
 @pytest.mark.parametrize("softcap", [False, True], ids=["plain", "softcap"])
-def test_both_entries_equal_the_oracle(interface, softcap):
+def test_both_entries_equal_the_oracle(interface, softcap) -> None:
     for seed, divergence in enumerate(DIVERGENCES.get(interface, ("reverse_kl", "forward_kl", "js"))):
         case = random_case(seed, softcap=softcap, spelled=interface == "exact", weighted=seed == 1)
         weights = {} if interface == "sft" else {"weights": case.weights}
@@ -121,7 +122,7 @@ def test_both_entries_equal_the_oracle(interface, softcap):
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
 @pytest.mark.parametrize("interface", INTERFACES)
-def test_logits_are_read_some_rows_at_a_time(monkeypatch, interface, rows):
+def test_logits_are_read_some_rows_at_a_time(monkeypatch, interface, rows) -> None:
     """Chunks of rows that begin or end among sparse, first dense and other dense rows."""
     monkeypatch.setattr("megatron_simct.losses.two_pass.CACHED_ELEMENTS", 30)
     for seed, divergence in enumerate(DIVERGENCES.get(interface, ("reverse_kl", "forward_kl", "js"))):
@@ -140,7 +141,7 @@ def test_logits_are_read_some_rows_at_a_time(monkeypatch, interface, rows):
 
 
 def without_gathering(rank: int, world_size: int, case: LossCase, interface: str) -> list[float]:
-    """Both entries, where no row of the teacher's head may be moved or copied."""
+    """Both entry points, if no row of the teacher's head may be moved or copied."""
     public.gather_shared_head = None
     group = dist.group.WORLD if world_size > 1 else None
     weight, teacher_weight = (
@@ -153,7 +154,7 @@ def without_gathering(rank: int, world_size: int, case: LossCase, interface: str
 
 
 @pytest.mark.parametrize("interface", ["alm", "uld"])
-def test_no_teacher_row_moves_where_shared_tokens_are_not_compared(interface):
+def test_no_teacher_row_moves_where_shared_tokens_are_not_compared(interface) -> None:
     case = random_case(4)
     value, *_ = expected(case, interface)
     for world_size in (1, 2):
@@ -176,7 +177,7 @@ def bytes_arguments(case: tuple[Side, Side]) -> dict:
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js"])
-def test_bytes_from_logits_and_fused_equals_the_oracle(divergence):
+def test_bytes_from_logits_and_fused_equals_the_oracle(divergence) -> None:
     for seed in range(6):
         (case,) = random_cases(seed, num_cases=1)
         student, teacher = case
@@ -198,7 +199,7 @@ def test_bytes_from_logits_and_fused_equals_the_oracle(divergence):
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_bytes_with_bounds_for_any_tokenizer_equals_its_oracle(known):
+def test_bytes_with_bounds_for_any_tokenizer_equals_its_oracle(known) -> None:
     differences = 0
     for seed in range(1, 6):
         (case,) = limited(random_cases(seed, num_cases=1), seed)
@@ -217,7 +218,7 @@ def test_bytes_with_bounds_for_any_tokenizer_equals_its_oracle(known):
     assert differences > 2, "the option is read"
 
 
-def test_bytes_needs_the_tables():
+def test_bytes_needs_the_tables() -> None:
     (case,) = random_cases(0, num_cases=1)
     options = bytes_arguments(case)
     with pytest.raises(ValueError, match="needs the pair's tables"):
@@ -248,8 +249,8 @@ def on_two_ranks(rank: int, world_size: int, case: LossCase) -> list:
     ]
 
 
-@pytest.mark.parametrize("softcap", [True, False])  # without one, teacher's logits are read where they are
-def test_two_ranks_equal_the_oracle(softcap):
+@pytest.mark.parametrize("softcap", [True, False])  # without one, the teacher's logits are read in place
+def test_two_ranks_equal_the_oracle(softcap) -> None:
     case = random_case(3, softcap=softcap)
     value, of_logits, of_hidden, of_weight = expected(case, "paper")
     found = run_ranks(2, on_two_ranks, case)
@@ -279,7 +280,7 @@ def golden_arguments() -> dict:
 STUDENT, TEACHER = torch.tensor(golden.STUDENT_LOGITS), torch.tensor(golden.TEACHER_LOGITS)
 
 
-def test_golden_numbers_and_normalizer():
+def test_golden_numbers_and_normalizer() -> None:
     output = from_logits(STUDENT, TEACHER, **golden_arguments())
     assert float(output.loss) == pytest.approx(golden.LOSS["paper", "reverse_kl", 1.0], abs=5e-7)
     assert [float(output.metrics[f"rows_{kind}"]) for kind in ("unit", "shared", "stop")] == [1, 1, 1]
@@ -287,7 +288,7 @@ def test_golden_numbers_and_normalizer():
     assert float(half.loss) == pytest.approx(float(output.loss) / 2) and float(half.sum) == float(output.sum)
 
 
-def test_nothing_to_compare_is_a_counted_zero():
+def test_nothing_to_compare_is_a_counted_zero() -> None:
     logits = STUDENT.clone().requires_grad_()
     none = golden_arguments() | {"segments": torch.zeros(0, 4, dtype=torch.int64)}
     output = from_logits(logits, TEACHER, **none)
@@ -324,14 +325,14 @@ def test_nothing_to_compare_is_a_counted_zero():
     ],
     ids=lambda value: "" if isinstance(value, dict) else value[:20],
 )
-def test_wrong_input_is_refused_with_its_numbers(change, message):
+def test_wrong_input_is_refused_with_its_numbers(change, message) -> None:
     with pytest.raises(ValueError, match=message):
         from_logits(STUDENT, TEACHER, **(golden_arguments() | change))
 
 
-def test_a_match_of_the_walk_that_is_no_pair_has_no_unit_under_code():
-    """By hand: the student said id 2, a second "a", the teacher 0; the row has the shared tokens and the
-    stop.
+def test_a_match_of_the_walk_that_is_no_pair_has_no_unit_under_code() -> None:
+    """By hand: the student's token is id 2, a second "a", the teacher's is 0; the row has the shared
+    tokens and the stop.
     """
     pair = SharedVocabulary(
         student_ids=torch.tensor([0, 1]),
@@ -356,7 +357,7 @@ def test_a_match_of_the_walk_that_is_no_pair_has_no_unit_under_code():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_is_refused(bad):
+def test_a_loss_that_is_not_finite_is_refused(bad) -> None:
     for side in range(2):
         logits = [STUDENT.clone(), TEACHER.clone()]
         logits[side][1, 0] = bad
@@ -364,7 +365,7 @@ def test_a_loss_that_is_not_finite_is_refused(bad):
             from_logits(*logits, **golden_arguments())
 
 
-def test_a_teacher_is_needed_and_of_the_students_kind():
+def test_a_teacher_is_needed_and_of_the_students_kind() -> None:
     pair = SharedVocabulary(student_ids=torch.tensor([2]), teacher_ids=torch.tensor([2]))
     labels = torch.tensor([2])
     response = Response(segments=torch.tensor([[0, 1, 0, 1]]), student_labels=labels, teacher_labels=labels)
@@ -374,14 +375,14 @@ def test_a_teacher_is_needed_and_of_the_students_kind():
         cross_tokenizer_loss(Logits(STUDENT[:1]), Head(TEACHER[:1], TEACHER.T), pair, response)
 
 
-def test_the_training_loop_of_the_page_learns():
+def test_the_training_loop_of_the_page_learns() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "only_the_loss.md").read_text(encoding="utf-8")
     code = page.split("```python\n")[1].split("```")[0]
     assert sum(bool(line.strip()) for line in code.splitlines()) <= 40
     torch.manual_seed(0)
     seen = []
 
-    def loss(*args, **options):
+    def loss(*args, **options) -> Any:
         found = cross_tokenizer_loss(*args, **options)
         seen.append(float(found.loss.detach()))
         return found
@@ -391,6 +392,6 @@ def test_the_training_loop_of_the_page_learns():
     assert len(seen) == 80 and sum(seen[-4:]) < 0.5 * sum(seen[:4])
 
 
-def test_the_example_of_the_docstring_runs():
+def test_the_example_of_the_docstring_runs() -> None:
     assert doctest.testmod(public).attempted > 5
     assert doctest.testmod(public).failed == 0

@@ -74,7 +74,7 @@ def loss_case(sample: reference.Sample) -> LossCase:
     )
 
 
-def test_the_samples_have_what_is_to_be_tested():
+def test_the_samples_have_what_is_to_be_tested() -> None:
     samples = [reference.random_sample(seed) for seed in range(NUM_SAMPLES)]
     assert {kind for sample in samples for kind in sample.kinds} == {0, 1, 2}
     assert any(i >= 0 for sample in samples for i in sample.replaced)
@@ -88,7 +88,7 @@ def test_the_samples_have_what_is_to_be_tested():
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(map(str, options.values())))
-def test_loss_and_gradient_equal_the_reference(options):
+def test_loss_and_gradient_equal_the_reference(options) -> None:
     names = {"divergence": "divergence_name", "js_beta": "beta"}
     given = {names.get(name, name): value for name, value in options.items() if name != "interface"}
     config = InterfaceConfig(**options)
@@ -111,7 +111,7 @@ EVENTS = [
     ("bpm", "forward_kl", 5, 0.7),
     ("bpm", "js", 40, 1.0),
 ]
-"""Interface, divergence, k, and the weight of the child term if any."""
+"""Interface, divergence, k, and the weight of the child term, if any."""
 
 
 def config_of(interface: str, divergence: str, k: int, child_weight: float = 0.0) -> InterfaceConfig:
@@ -143,7 +143,7 @@ def records_of(sample: reference.Sample) -> tuple[SharedVocabulary, Response]:
     return pair, Response.of(pair, **labels)
 
 
-def test_records_made_of_pieces_are_those_of_the_reference():
+def test_records_made_of_pieces_are_those_of_the_reference() -> None:
     for seed in range(NUM_SAMPLES):
         sample = reference.random_sample(seed)
         pair, response = records_of(sample)
@@ -154,8 +154,8 @@ def test_records_made_of_pieces_are_those_of_the_reference():
 
 
 def padded_slice(logits: torch.Tensor, rank: int, world_size: int) -> torch.Tensor:
-    """This rank's rows of an output layer that gives these logits for rows of the identity; padding would
-    win.
+    """This rank's rows of an output layer that gives these logits for rows of the identity. Padding would
+    have the largest logits.
     """
     width = -(-(logits.shape[1] + 1) // world_size)
     padded = torch.full((width * world_size, len(logits)), 50.0, dtype=torch.float64)
@@ -164,8 +164,8 @@ def padded_slice(logits: torch.Tensor, rank: int, world_size: int) -> torch.Tens
 
 
 def event_losses(rank: int, world_size: int, seeds: range) -> list[tuple[float, torch.Tensor]]:
-    """From logits, or from this rank's slice of output layers whose hidden states are rows of the
-    identity.
+    """From logits, or from this rank's slice of output layers whose hidden states are
+    rows of the identity.
     """
     found = []
     for seed in seeds:
@@ -199,7 +199,7 @@ def event_losses(rank: int, world_size: int, seeds: range) -> list[tuple[float, 
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_events_of_the_teachers_likeliest_tokens_equal_the_reference(world_size):
+def test_events_of_the_teachers_likeliest_tokens_equal_the_reference(world_size) -> None:
     seeds = range(NUM_SAMPLES) if world_size == 1 else range(2)
     by_rank = [event_losses(0, 1, seeds)] if world_size == 1 else run_ranks(world_size, event_losses, seeds)
     cases = [(reference.random_sample(seed), *event) for seed in seeds for event in EVENTS]
@@ -258,7 +258,9 @@ def records_of_a_run(sample: reference.Sample, sample_id: int, needs) -> tuple[P
 
 
 def over_the_wire(sample: reference.Sample, pair: AlignedPair, rank: int, group) -> ScoredPair:
-    """What a teacher with these logits says: request and answer go through the messages of the two jobs."""
+    """The answer of a teacher with these logits: request and answer go through the
+    messages of the two jobs.
+    """
     weight = padded_slice(sample.teacher_logits, rank, 1 if group is None else group.size()).detach()
     scorer = LabelScorer(
         weight=weight,
@@ -277,8 +279,8 @@ def over_the_wire(sample: reference.Sample, pair: AlignedPair, rank: int, group)
 
 
 def losses_of_a_run(rank: int, world_size: int, seed: int) -> list[tuple[float, torch.Tensor]]:
-    """For each of EVENTS, with one sequence a micro-batch and with three: the sum, and the output layer's
-    gradient.
+    """For each of EVENTS, with one sequence a micro-batch and with three: the sum, and the
+    output layer's gradient.
     """
     group = None if world_size == 1 else dist.group.WORLD
     samples, found = samples_of_one_vocabulary(seed), []
@@ -336,8 +338,8 @@ def losses_of_a_run(rank: int, world_size: int, seed: int) -> list[tuple[float, 
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_events_that_came_over_the_wire_equal_the_reference(world_size):
-    """The teacher's numbers are float32 there: each log-probability is wrong by some rounding errors."""
+def test_events_that_came_over_the_wire_equal_the_reference(world_size) -> None:
+    """The teacher's numbers are float32 there: each log-probability is off by some rounding errors."""
     by_rank = [losses_of_a_run(0, 1, 0)] if world_size == 1 else run_ranks(world_size, losses_of_a_run, 0)
     samples, found = samples_of_one_vocabulary(0), zip(*by_rank, strict=True)
     for event in EVENTS:

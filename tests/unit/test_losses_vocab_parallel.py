@@ -15,13 +15,13 @@ from tests.oracles.loss_cases import placement_of, random_case
 def sample(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rng = np.random.default_rng(0)
     hidden, weight = torch.tensor(rng.normal(size=(13, 7))), torch.tensor(rng.normal(size=(29, 7)) * 4)
-    weight[25:] = 1e3  # padding that would win every maximum
+    weight[25:] = 1e3  # padding that would be every maximum
     return hidden.to(dtype), weight.to(dtype), torch.tensor(rng.integers(0, 25, 13))
 
 
 @pytest.mark.parametrize("chunks", [(4096, 4096), (5, 4), (1, 1), (13, 25)])
 @pytest.mark.parametrize("cap", [None, 3.0])
-def test_label_statistics_equal_the_dense_ones_for_any_tiling(chunks, cap):
+def test_label_statistics_equal_the_dense_ones_for_any_tiling(chunks, cap) -> None:
     hidden, weight, labels = sample()
     own, lse = label_statistics(
         hidden,
@@ -40,7 +40,7 @@ def test_label_statistics_equal_the_dense_ones_for_any_tiling(chunks, cap):
     torch.testing.assert_close(lse, torch.logsumexp(logits, 1), rtol=1e-13, atol=1e-13)
 
 
-def test_label_statistics_of_bfloat16_are_float32_and_carry_no_gradient():
+def test_label_statistics_of_bfloat16_are_float32_and_carry_no_gradient() -> None:
     hidden, weight, labels = sample(torch.bfloat16)
     own, lse = label_statistics(
         hidden.requires_grad_(), weight, labels, shard_start=0, vocab_size=25, group=None
@@ -51,7 +51,7 @@ def test_label_statistics_of_bfloat16_are_float32_and_carry_no_gradient():
     torch.testing.assert_close(lse, torch.logsumexp(logits, 1))
 
 
-def test_label_statistics_keep_no_more_than_one_tile(monkeypatch):
+def test_label_statistics_keep_no_more_than_one_tile(monkeypatch) -> None:
     hidden, weight, labels = sample()
     largest = 0
     linear = torch.nn.functional.linear
@@ -68,7 +68,7 @@ def test_label_statistics_keep_no_more_than_one_tile(monkeypatch):
     assert largest == 24
 
 
-def test_label_statistics_of_nothing_and_of_nan():
+def test_label_statistics_of_nothing_and_of_nan() -> None:
     hidden, weight, labels = sample()
     options = {"shard_start": 0, "vocab_size": 25, "group": None}
     own, lse = label_statistics(hidden[:0], weight, labels[:0], **options)
@@ -78,7 +78,7 @@ def test_label_statistics_of_nothing_and_of_nan():
 
 
 @pytest.mark.parametrize("cap", [None, 3.0])
-def test_statistics_of_logits_are_those_of_hidden_states_and_score_no_padding(cap):
+def test_statistics_of_logits_are_those_of_hidden_states_and_score_no_padding(cap) -> None:
     hidden, weight, labels = sample()
     options = {"shard_start": 0, "vocab_size": 25, "group": None, "logit_softcap": cap}
     own, lse = logit_statistics(hidden @ weight.T, labels, **options)
@@ -87,13 +87,13 @@ def test_statistics_of_logits_are_those_of_hidden_states_and_score_no_padding(ca
     assert lse.dtype == torch.float64
 
 
-def test_statistics_of_logits_of_padding_alone():
+def test_statistics_of_logits_of_padding_alone() -> None:
     hidden, weight, labels = sample()
     own, lse = logit_statistics(hidden @ weight.T, labels, shard_start=25, vocab_size=25, group=None)
     assert (own == 0).all() and (lse == -float("inf")).all()
 
 
-def test_teacher_columns_sum_the_mass_of_a_stop_set():
+def test_teacher_columns_sum_the_mass_of_a_stop_set() -> None:
     for num_stops in (1, 2, 4):
         case = random_case(3, num_stops=num_stops)
         # A second many-to-one column, of another size than the stop set.
@@ -115,14 +115,14 @@ def test_teacher_columns_sum_the_mass_of_a_stop_set():
         assert (columns.position >= 0).sum() == len(case.shared)
 
 
-def test_one_process_takes_its_rows():
+def test_one_process_takes_its_rows() -> None:
     case = random_case(3)
     placement = placement_of(case, 0, len(case.student_weight))
     head = gather_shared_head(case.teacher_weight, 0, placement)
     torch.testing.assert_close(head.weight, case.teacher_weight[torch.from_numpy(placement.teacher_rows)])
 
 
-def test_invalid_placements_are_refused_with_their_numbers():
+def test_invalid_placements_are_refused_with_their_numbers() -> None:
     case = random_case(3)
     placement = placement_of(case, 0, len(case.student_weight))
     offsets, rows = placement.row_offsets, placement.teacher_rows

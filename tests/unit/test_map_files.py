@@ -1,10 +1,11 @@
-"""Alignment maps as folders: what is written comes back, whatever is wrong has its own error, the tool's
-report.
+"""Alignment maps as folders: they are read as they were written, every defect has its own error,
+and the tool's report.
 """
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,14 +48,14 @@ def pair() -> tuple[Tokenizer, Tokenizer]:
 
 
 @pytest.fixture
-def saved(pair, tmp_path):
+def saved(pair, tmp_path) -> Path:
     student, teacher = pair
     folder = tmp_path / "map"
     save_map(folder, build_alignment_map(student, teacher), student=student.table, teacher=teacher.table)
     return folder
 
 
-def test_a_map_comes_back(pair, saved):
+def test_a_map_comes_back(pair, saved) -> None:
     student, teacher = pair
     built, loaded = (
         build_alignment_map(student, teacher),
@@ -72,7 +73,7 @@ def test_a_map_comes_back(pair, saved):
     assert load_map(saved).fingerprint == built.fingerprint
 
 
-def test_saving_again_replaces_a_map_and_nothing_else(pair, saved, tmp_path):
+def test_saving_again_replaces_a_map_and_nothing_else(pair, saved, tmp_path) -> None:
     student, teacher = pair
     other = tokenizer(STUDENT[:-1], (5,))
     save_map(saved, build_alignment_map(other, teacher), student=other.table, teacher=teacher.table)
@@ -86,7 +87,7 @@ def test_saving_again_replaces_a_map_and_nothing_else(pair, saved, tmp_path):
     assert (folder / "file").read_text() == "keep"
 
 
-def test_a_map_is_only_saved_with_its_own_tables(pair, tmp_path):
+def test_a_map_is_only_saved_with_its_own_tables(pair, tmp_path) -> None:
     student, teacher = pair
     with pytest.raises(ValueError, match="roles are swapped"):
         save_map(
@@ -98,7 +99,7 @@ def test_a_map_is_only_saved_with_its_own_tables(pair, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_wrong_tokenizers_are_named(pair, saved):
+def test_wrong_tokenizers_are_named(pair, saved) -> None:
     student, teacher = pair
     with pytest.raises(ValueError, match="roles are swapped"):
         load_map(saved, student=teacher.table, teacher=student.table)
@@ -112,7 +113,7 @@ def test_wrong_tokenizers_are_named(pair, saved):
         load_map(saved, student=student.table, teacher=stops.table)
 
 
-def damage(folder, name, change):
+def damage(folder, name, change) -> None:
     path = folder / name
     path.write_bytes(change(path.read_bytes()))
 
@@ -143,14 +144,14 @@ def damage(folder, name, change):
         ),
     ],
 )
-def test_damaged_files_are_named(saved, name, change, message):
+def test_damaged_files_are_named(saved, name, change, message) -> None:
     damage(saved, name, change)
     with pytest.raises(ValueError, match=message) as error:
         load_map(saved)
     assert str(saved) in str(error.value) and "build it again" in str(error.value)
 
 
-def test_missing_files_are_named(saved, tmp_path):
+def test_missing_files_are_named(saved, tmp_path) -> None:
     (saved / "map.safetensors").unlink()
     with pytest.raises(ValueError, match="map.safetensors cannot be read"):
         load_map(saved)
@@ -170,8 +171,8 @@ def test_missing_files_are_named(saved, tmp_path):
         ({"teacher_ids": [2, 3, 4]}, "student ids"),
     ],
 )
-def test_pairs_that_are_none(saved, change, message):
-    """With a right checksum: a map that was built wrongly, not one that was damaged."""
+def test_pairs_that_are_none(saved, change, message) -> None:
+    """With a right checksum: a map that was built wrongly, and not damaged."""
     import hashlib
 
     tensors = load_file(saved / "map.safetensors")
@@ -188,9 +189,9 @@ def test_pairs_that_are_none(saved, change, message):
         load_map(saved)
 
 
-def test_balance_counts_the_rows_of_the_fullest_rank():
-    """300 ids of the student over two ranks of 256 ids: 200 shared ones in the first, 10 and the stop in the
-    second.
+def test_balance_counts_the_rows_of_the_fullest_rank() -> None:
+    """300 ids of the student over two ranks of 256 ids: 200 shared ones on the first, 10 and the
+    stop on the second.
     """
     student = tokenizer([b"s%d" % i for i in range(299)] + [b"<s>"], (299,))
     shared = [b"s%d" % i for i in (*range(200), *range(256, 266))]
@@ -199,7 +200,7 @@ def test_balance_counts_the_rows_of_the_fullest_rank():
     assert balance == {1: 213 / 313, 2: 2 * 200 / 313, 4: 4 * 128 / 313}
 
 
-def test_coverage_counts_units_by_kind(pair):
+def test_coverage_counts_units_by_kind(pair) -> None:
     student, teacher = pair
     # student ha|ppy| cat|x, teacher hap|py| cat|x; then student " ","t"|..., both sides alike
     coverage = measure_coverage(
@@ -218,7 +219,7 @@ def test_coverage_counts_units_by_kind(pair):
     assert coverage.student_shared_vocabulary_share == 5 / 7
 
 
-def tiktoken_file(folder, name, extra, stop):
+def tiktoken_file(folder, name, extra, stop) -> str:
     """Ranks of all bytes and some merges, as load_tokenizer reads them."""
     import base64
 
@@ -231,7 +232,7 @@ def tiktoken_file(folder, name, extra, stop):
     return str(path)
 
 
-def test_the_tool(tmp_path, capsys):
+def test_the_tool(tmp_path, capsys) -> None:
     teacher = tiktoken_file(tmp_path, "teacher", [b"he", b"hel", b"lo"], "<t>")
     student = tiktoken_file(tmp_path, "student", [b"he", b"ll"], "<s>")
     text, rows = tmp_path / "a.txt", tmp_path / "b.jsonl"
@@ -262,7 +263,7 @@ def test_the_tool(tmp_path, capsys):
     assert load_map(tmp_path / "map").num_shared == 257
     described = json.loads((tmp_path / "map/map.json").read_text())
     assert all(described[name] == report[name] for name in ("corpora", "bias_nats_a_word"))
-    # The words are "hello", the same behind a line end, "he" and "é".
+    # The words are "hello", the same after a line end, "he" and "é".
     biases = report["bias_nats_a_word"]
     assert set(biases) == set(COMPARED) and {bias["words"] for bias in biases.values()} == {4}
     assert biases["bytes, any"]["perfect"] < 1e-12 < 0.1 < biases["paper"]["perfect"]
@@ -283,7 +284,7 @@ def test_the_tool(tmp_path, capsys):
         (["--output", "{dir}"], "--output .* exists and is not an alignment map"),
     ],
 )
-def test_the_tools_errors(tmp_path, capsys, arguments, message):
+def test_the_tools_errors(tmp_path, capsys, arguments, message) -> None:
     import re
 
     teacher = tiktoken_file(tmp_path, "teacher", [], "<t>")
@@ -296,7 +297,7 @@ def test_the_tools_errors(tmp_path, capsys, arguments, message):
     assert not (tmp_path / "map").exists()
 
 
-def test_a_lossy_tokenizer_is_refused_or_its_loss_reported(tmp_path, capsys):
+def test_a_lossy_tokenizer_is_refused_or_its_loss_reported(tmp_path, capsys) -> None:
     teacher = tiktoken_file(tmp_path, "teacher", [], "<t>")
     folder = tmp_path / "wordpiece"
     folder.mkdir()
@@ -326,7 +327,7 @@ def test_a_lossy_tokenizer_is_refused_or_its_loss_reported(tmp_path, capsys):
     assert tool.main([*base, "--allow-lossy"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert "WordPiece" in report["lossy"]["student"] and "Lowercase" in report["lossy"]["student"]
-    # "hello" is spelled, the blank is lost, and what follows cannot be compared.
+    # "hello" is spelled, the space is lost, and the text after it cannot be compared.
     (corpus,) = report["corpora"]
     assert corpus["bytes_dropped"] == {"mismatch": 2, "student_rewrites": 1}
     assert corpus["share_lost"] == 3 / 8

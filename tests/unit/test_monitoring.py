@@ -1,5 +1,5 @@
-"""Ratios from sums, Megatron's log line, metrics.jsonl, and the warning of mass that the loss does not
-see.
+"""Ratios from sums, Megatron's log line, metrics.jsonl, and the warning about mass that
+the loss does not see.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def report(**changes: float) -> StepReport:
 # ratios
 
 
-def test_every_ratio_is_formed_from_the_right_sums():
+def test_every_ratio_is_formed_from_the_right_sums() -> None:
     values = ratios(report(), SAMPLES, sampled=True)
     expected = {
         "loss": 6 / 24,
@@ -101,7 +101,7 @@ def test_every_ratio_is_formed_from_the_right_sums():
     assert values == pytest.approx(expected)
 
 
-def test_the_glossary_has_every_metric_and_no_other():
+def test_the_glossary_has_every_metric_and_no_other() -> None:
     of_bytes = dict.fromkeys(
         ("byte_positions", "loss_bytes_sum", "bytes_student_rest_sum", "bytes_teacher_rest_sum"), 1.0
     )
@@ -137,7 +137,7 @@ def test_the_glossary_has_every_metric_and_no_other():
     assert names | over_ranks == METRICS.keys()
 
 
-def test_given_responses_have_no_gap_and_no_teacher_no_coverage():
+def test_given_responses_have_no_gap_and_no_teacher_no_coverage() -> None:
     values = ratios(report(num_teacher_labels=0.0), SAMPLES, sampled=False)
     assert values.keys() == {
         *("loss", "grad_norm", "learning_rate", "response_length", "stop_rate", "student_nats_per_byte")
@@ -173,13 +173,13 @@ def records(sample_id: int, counts: dict[str, int]) -> tuple[Rollout, AlignedPai
     )
 
 
-def _sample_sums(rank, world_size):
+def _sample_sums(rank, world_size) -> dict[str, float]:
     samples = [records(2 * rank + i, {"bytes": 10 * rank + i, "canonical": 1}) for i in range(2)]
     rollouts, pairs = zip(*samples, strict=True)
     return sample_sums(rollouts, pairs, dist.group.WORLD)
 
 
-def test_sums_are_over_all_ranks():
+def test_sums_are_over_all_ranks() -> None:
     for sums in run_ranks(2, _sample_sums):
         assert sums["samples"] == 4 and sums["stopped"] == 3
         assert sums["bytes"] == 0 + 1 + 10 + 11 and sums["canonical"] == 4
@@ -192,7 +192,7 @@ def test_sums_are_over_all_ranks():
 VALUES = {"loss": 0.25, "grad_norm": 0.5, "learning_rate": 1e-4, "loss_unit": float("nan"), "stop_rate": 0.75}
 
 
-def test_the_line_starts_as_megatron_s():
+def test_the_line_starts_as_megatron_s() -> None:
     line = log_line(1, 100, VALUES, {"rollout": 0.25, "update": 1.0}, batch_size=64)
     assert line.startswith(
         " iteration        1/     100 | consumed samples:           64 | elapsed time per iteration (ms): "
@@ -202,11 +202,11 @@ def test_the_line_starts_as_megatron_s():
     assert line.endswith(" | stop rate: 0.7500 | seconds: rollout 0.25 update 1.00 |")
 
 
-def test_consumed_samples_count_up():
+def test_consumed_samples_count_up() -> None:
     assert "consumed samples:          192 |" in log_line(3, 100, VALUES, {}, batch_size=64)
 
 
-def test_the_line_leaves_out_what_has_no_value_or_did_not_happen():
+def test_the_line_leaves_out_what_has_no_value_or_did_not_happen() -> None:
     line = log_line(1, 2, VALUES | {"dropped_special": 0.0, "dropped_mismatch": 0.1}, {}, batch_size=1)
     assert "nan" not in line and "loss unit" not in line and "dropped special" not in line
     assert "dropped mismatch: 0.1000" in line
@@ -215,8 +215,8 @@ def test_the_line_leaves_out_what_has_no_value_or_did_not_happen():
 # Monitor
 
 
-def _run_monitor(rank, world_size, masses, run_dir, log_interval):
-    """What a run with these shares of mass outside U prints on this rank. The first rank runs first."""
+def _run_monitor(rank, world_size, masses, run_dir, log_interval) -> str:
+    """The output of a run with these shares of mass outside U on this rank. The first rank runs first."""
     # One rank in the data-parallel group, so the sums are those of `report`.
     group = [dist.new_group([i]) for i in range(world_size)][rank]
     groups = SimpleNamespace(dp=group, is_first_rank=rank == 0)
@@ -248,25 +248,25 @@ def warned(masses: list[float]) -> list[str]:
     return re.findall(r"^ WARNING: .*$", text, re.MULTILINE)
 
 
-def test_the_warning_comes_once():
+def test_the_warning_comes_once() -> None:
     (warning,) = warned([0.10, 0.14, 0.16, 0.40, 0.10, 0.30])
     assert "rose from 0.100 to 0.160" in warning
 
 
-def test_no_warning_while_the_mass_does_not_rise_by_a_twentieth():
+def test_no_warning_while_the_mass_does_not_rise_by_a_twentieth() -> None:
     assert warned([0.30, 0.34, 0.01, 0.345]) == []
 
 
-def test_the_rise_counts_from_the_first_step_that_has_a_mass():
+def test_the_rise_counts_from_the_first_step_that_has_a_mass() -> None:
     assert len(warned([math.nan, 0.2, 0.24, math.nan, 0.26])) == 1
 
 
-def test_metrics_are_strict_json_of_the_first_rank(tmp_path):
+def test_metrics_are_strict_json_of_the_first_rank(tmp_path) -> None:
     folder = tmp_path / "a" / "run"
     first, second = run_ranks(2, _run_monitor, [0.25, 0.25, 0.25], str(folder), 2)
     assert second == ""
 
-    def refuse(constant):
+    def refuse(constant) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
     lines = [
@@ -290,7 +290,7 @@ def test_metrics_are_strict_json_of_the_first_rank(tmp_path):
     assert " evaluation at iteration 0 | greedy_accuracy: 0.2500\n" in first
 
 
-def test_a_terminal_shows_whole_lines_above_a_progress_bar(monkeypatch):
+def test_a_terminal_shows_whole_lines_above_a_progress_bar(monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setenv("TERM", "xterm")
     (text,) = run_ranks(1, _run_on_a_terminal)
@@ -302,7 +302,7 @@ def test_a_terminal_shows_whole_lines_above_a_progress_bar(monkeypatch):
     )
 
 
-def _run_on_a_terminal(rank, world_size):
+def _run_on_a_terminal(rank, world_size) -> str:
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     original, sys.stdout = sys.stdout, terminal
@@ -312,7 +312,7 @@ def _run_on_a_terminal(rank, world_size):
         rollouts, pairs = ([record] for record in records(1, {"bytes": 60}))
         for finished in (0, 2, 4):
             monitor.responses(finished, 4)
-            monitor._progress.refresh()  # else when its thread comes to it
+            monitor._progress.refresh()  # otherwise when its thread runs
         monitor.step(1, rollouts, pairs, report(), {"rollout": 0.5})
         monitor.close()
     finally:
@@ -323,7 +323,7 @@ def _run_on_a_terminal(rank, world_size):
 # Stopwatch
 
 
-def test_seconds_add_up_by_hop():
+def test_seconds_add_up_by_hop() -> None:
     clock = Stopwatch()
     for _ in range(2):
         with clock("rollout"):

@@ -1,5 +1,5 @@
-"""The oracle of every token-level interface against the golden numbers and identities, before anything relies
-on it.
+"""The oracle of every token-level interface against the golden numbers and identities, before
+other tests rely on it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STUDENT = Model(torch.tensor(golden.STUDENT_LOGITS), golden.STUDENT_LABELS)
 TEACHER = Model(torch.tensor(golden.TEACHER_LOGITS), golden.TEACHER_LABELS)
 PAIRS = {student: [teacher] for student, teacher in golden.SHARED_PAIRS}
 WALK = golden.WALK
-"""The segments of the authors' own walk on G0: the unit swallows the shared token behind it."""
+"""The segments of the authors' own walk on G0: the unit includes the shared token after it."""
 
 MINIMAL = {"segments": golden.SEGMENTS, "kinds": golden.KINDS, "replaced": (-1, -1, -1), "shared": PAIRS}
 AUTHORS = {"segments": WALK, "kinds": (UNIT, STOP), "replaced": (-1, -1), "shared": PAIRS}
@@ -52,14 +52,14 @@ ROWS = [
 
 
 @pytest.mark.parametrize("options, segmentation, rows, loss", ROWS, ids=str)
-def test_golden_numbers(options, segmentation, rows, loss):
+def test_golden_numbers(options, segmentation, rows, loss) -> None:
     found = [float(row) for row in row_losses(STUDENT, TEACHER, **segmentation, **options)]
     if rows is not None:
         assert found == pytest.approx(rows, abs=5e-7)
     assert sum(found) / len(golden.STUDENT_LABELS) == pytest.approx(loss, abs=5e-7)
 
 
-def test_golden_captured_mass():
+def test_golden_captured_mass() -> None:
     masses = [
         captured_teacher_mass(TEACHER, segment, kind, PAIRS)
         for segment, kind in zip(WALK, (UNIT, STOP), strict=True)
@@ -90,16 +90,16 @@ def one_to_one(num_labels: int, vocab_size: int) -> dict:
 
 
 @pytest.mark.parametrize("interface", TOKEN_LEVEL)
-def test_same_tokenizer_gives_full_vocabulary_kl(interface):
+def test_same_tokenizer_gives_full_vocabulary_kl(interface) -> None:
     student, teacher = random_models(0)
     expected = (student.log_p.exp() * (student.log_p - teacher.log_p)).sum()
-    # All of the vocabulary is shared: the rest of `exact` has no mass on either side.
+    # The whole vocabulary is shared: the rest of `exact` has no mass on either side.
     found = sum(row_losses(student, teacher, **one_to_one(4, 6), interface=interface))
     assert float(found) == pytest.approx(float(expected), abs=1e-12)
 
 
 @pytest.mark.parametrize("interface", [*TOKEN_LEVEL, "strict_topk", "uld", "alm"])
-def test_equal_models_give_zero_loss_and_gradient(interface):
+def test_equal_models_give_zero_loss_and_gradient(interface) -> None:
     student, _ = random_models(1)
     logits = student.logits.clone().requires_grad_()
     segmentation = one_to_one(4, 6) | {"shared": {i: [i] for i in range(4)}}
@@ -112,7 +112,7 @@ def test_equal_models_give_zero_loss_and_gradient(interface):
     assert float(logits.grad.abs().max()) < 1e-12
 
 
-def test_alm_tends_to_its_limit():
+def test_alm_tends_to_its_limit() -> None:
     limit, near = (
         sum(row_losses(STUDENT, TEACHER, **MINIMAL, interface="alm", alm_temperature=t))
         for t in (math.inf, 1e5)
@@ -122,7 +122,7 @@ def test_alm_tends_to_its_limit():
     assert abs(float(one) - float(limit)) > 1e-3
 
 
-def test_uld_top_k_with_a_bin_for_the_rest():
+def test_uld_top_k_with_a_bin_for_the_rest() -> None:
     """k as large as the vocabulary is the full sort; a smaller one cannot see more distance."""
     full, all_bins, few = (
         float(sum(row_losses(STUDENT, TEACHER, **MINIMAL, interface="uld", uld_topk=k))) for k in (0, 9, 3)
@@ -131,7 +131,7 @@ def test_uld_top_k_with_a_bin_for_the_rest():
     assert 0 < few <= full + 1e-12
 
 
-def test_code_sees_a_constant_that_the_others_do_not():
+def test_code_sees_a_constant_that_the_others_do_not() -> None:
     shifted = STUDENT.logits.clone()
     shifted[1] += 2.5  # an inner position of the unit
     for interface in ("paper", "sum", "exact", "code"):
@@ -143,9 +143,9 @@ def test_code_sees_a_constant_that_the_others_do_not():
         assert (abs(before - after) > 1e-3) == (interface == "code"), interface
 
 
-def test_exact_is_a_partition():
-    """Every event of a unit row is a probability and they add up to one, with the unit's bytes shared or
-    not.
+def test_exact_is_a_partition() -> None:
+    """Every event of a unit row is a probability, and they add up to one, whether or not the
+    unit's bytes are shared.
     """
     student, teacher = random_models(2, vocab_size=8)
     shared = {i: [7 - i] for i in range(5)}
@@ -164,8 +164,10 @@ def test_exact_is_a_partition():
     ),
     name=st.sampled_from(["reverse_kl", "forward_kl", "js"]),
 )
-def test_merging_candidates_never_raises_the_divergence(weights, name):
-    """Adding up the probabilities of candidates, for both models alike (the paper's Proposition 1)."""
+def test_merging_candidates_never_raises_the_divergence(weights, name) -> None:
+    """Adding up the probabilities of candidates, for both models in the same way (the
+    paper's Proposition 1).
+    """
 
     def distribution(side: int) -> list[torch.Tensor]:
         total = sum(w[side] for w in weights)

@@ -1,4 +1,6 @@
-"""Steps that carry responses over train on each prompt once and in time, whatever finishes first."""
+"""Steps that carry responses over train on each prompt once and in time, in whatever
+order responses finish.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ SAMPLING = Sampling(temperature=1.0, max_response_len=9, seed=0)
 
 
 class Prompts:
-    """Each group has a prompt of its own."""
+    """Each group has its own prompt."""
 
     def __init__(self, samples_per_prompt: int, first: int = 100) -> None:
         self._samples_per_prompt, self._first = samples_per_prompt, first
@@ -96,7 +98,7 @@ class Ranks:
         return found
 
     def run(self, function: Callable[[int], Any]) -> list[Any]:
-        """function(rank) on each; what they return."""
+        """Run function(rank) on each; the results."""
         found: list[Any] = [None] * self.size
         threads = [
             threading.Thread(target=lambda rank=rank: found.__setitem__(rank, function(rank)), daemon=True)
@@ -122,7 +124,7 @@ def run_steps(
     max_lag: int,
     ahead: int = 0,
 ) -> tuple[list[list[Rollout]], list[bytes], list[float]]:
-    """What each step trains on, the state after each of them, and how many of its responses were carried.
+    """The samples of each step, the state after each step, and the number of carried responses in each.
 
     ahead: steps that are sampled before the update of this one, as by --schedule one_step_off.
     """
@@ -159,13 +161,13 @@ def run_steps(
         again = {row["number"] for row in json.loads(parts[0][1])["groups"]}
         left = {row["number"] for row in json.loads(parts[0][2])["groups"]}
         assert again - left == {r.sample_id // n for r in trained}
-    if len(steps) > 2:  # what a state of another shape had too much is trained on by then
+    if len(steps) > 2:  # samples that a state of another shape had in addition are trained on by then
         assert len(left) == size * -(-more // size) + ahead * share
     return rollouts, [part[2] for part in found[0]], [part[3] for part in found[0]]
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_every_prompt_is_trained_on_once_whatever_finishes_first(seed):
+def test_every_prompt_is_trained_on_once_whatever_finishes_first(seed) -> None:
     """With kills and other numbers of ranks in between: no response is lost, mixed up, or too old."""
     choose = random.Random(seed)
     n, max_lag = choose.randint(1, 3), choose.randint(1, 3)
@@ -199,14 +201,14 @@ def test_every_prompt_is_trained_on_once_whatever_finishes_first(seed):
     assert mixed, "some response is of several weights"
 
 
-def test_steps_that_carry_nothing_over_are_those_of_the_stream_of_prompts():
+def test_steps_that_carry_nothing_over_are_those_of_the_stream_of_prompts() -> None:
     rollouts, states, carried = run_steps(2, range(3, 6), None, seed=1, share=4, more=0, n=2, max_lag=1)
     for step, found in zip(range(3, 6), rollouts, strict=True):
         assert sorted(r.sample_id for r in found) == list(range(8 * step, 8 * step + 8))
     assert json.loads(states[-1])["groups"] == [] and carried == [0, 0, 0]
 
 
-def test_other_prompts_than_those_of_the_checkpoint_are_refused():
+def test_other_prompts_than_those_of_the_checkpoint_are_refused() -> None:
     _, states, _ = run_steps(1, range(2), None, seed=3, share=4, more=2, n=2, max_lag=1)
 
     def another(n: int, first: int) -> Oversampling:
@@ -244,14 +246,14 @@ VLLM = ("--rollout-engine", "vllm", "--rollout-engine-endpoint", "http://h:1", "
         (("--rollout-oversample", "1.5"), "--rollout-oversample 1.5: must be"),
     ],
 )
-def test_refused_where_nothing_can_be_carried_over(flags, words):
+def test_refused_where_nothing_can_be_carried_over(flags, words) -> None:
     base = ["--hf-checkpoint", "x", "--tokenizer-model", "t", "--prompt-data", "y"]
     base += ["--teacher-hf-checkpoint", "z", "--teacher-tokenizer-model", "t"]
     with pytest.raises(ValueError, match=words):
         parse_config([*base, "--rollout-oversample", "0.5", *flags]).check(data_parallel_size=2)
 
 
-def test_the_default_lag_is_one_step_more():
+def test_the_default_lag_is_one_step_more() -> None:
     base = ["--hf-checkpoint", "x", "--prompt-data", "y", *VLLM, "--rollout-oversample", "0.5"]
     assert parse_config(base).max_lag == 1
     assert parse_config([*base, "--schedule", "one_step_off"]).max_lag == 2

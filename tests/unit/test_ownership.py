@@ -1,4 +1,4 @@
-"""One run at a time writes into a folder; only what is provably gone is taken over."""
+"""One run at a time writes to a folder. A lock is taken over only if its owner is provably gone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ fork = multiprocessing.get_context("fork")
 
 
 def elsewhere(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args) in another process, which ends; what it returns, or the text of its ValueError."""
+    """Run function(*args) in another process, which ends. Returns its result, or the
+    text of its ValueError.
+    """
     receiver, sender = fork.Pipe(duplex=False)
 
     def work() -> None:
@@ -39,7 +41,7 @@ def elsewhere(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def take_here(folder: Path) -> str:
-    """Take the lock and end without letting it go, as a process that is killed."""
+    """Take the lock and end without releasing it, like a process that is killed."""
     take(folder, what="--save x")
     return "taken"
 
@@ -49,7 +51,7 @@ def write_lock(folder: Path, owner: Owner) -> None:
     (folder / ".owner.1.lock").write_text(json.dumps(asdict(owner)))
 
 
-def test_a_folder_has_one_owner_until_it_is_let_go(tmp_path):
+def test_a_folder_has_one_owner_until_it_is_let_go(tmp_path) -> None:
     folder = tmp_path / "new" / "save"
     lock = take(folder, what="--save x")
     message = elsewhere(take_here, folder)
@@ -61,7 +63,7 @@ def test_a_folder_has_one_owner_until_it_is_let_go(tmp_path):
     assert elsewhere(take_here, folder) == "taken"
 
 
-def test_a_name_has_its_own_owner(tmp_path):
+def test_a_name_has_its_own_owner(tmp_path) -> None:
     take(tmp_path, name="a", what="a")
     assert elsewhere(lambda: take(tmp_path, name="b", what="b").path.name) == ".b.1.lock"
     assert owner_of(tmp_path, name="a").pid == os.getpid() and owner_of(tmp_path) is None
@@ -71,7 +73,7 @@ def test_a_name_has_its_own_owner(tmp_path):
 
 
 @pytest.mark.parametrize("reaped", [True, False])
-def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, reaped):
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, reaped) -> None:
     receiver, sender = fork.Pipe(duplex=False)
 
     def hold() -> None:
@@ -84,7 +86,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, reaped):
     assert receiver.recv() == "taken"
     assert "another run writes there" in elsewhere(take_here, tmp_path)
     os.kill(process.pid, signal.SIGKILL)
-    # it is dead, and still in the table of processes
+    # it is dead, and still in the process table
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     if reaped:
         process.join()
@@ -95,7 +97,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, reaped):
     process.join()
 
 
-def test_a_number_that_another_process_has_got_is_no_owner(tmp_path):
+def test_a_number_that_another_process_has_got_is_no_owner(tmp_path) -> None:
     me = Owner.this_process()
     write_lock(tmp_path, replace(me, pid=os.getppid(), start="1"))  # it runs, but started at another time
     assert take(tmp_path, what="").owner.pid == os.getpid()
@@ -103,7 +105,7 @@ def test_a_number_that_another_process_has_got_is_no_owner(tmp_path):
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What another process is, and what this one is."""
+    """Properties of another process, and of this one."""
 
     theirs: dict[str, Any]
     ours: dict[str, Any]
@@ -142,7 +144,7 @@ esac
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_only_a_proof_says_that_an_owner_is_gone(tmp_path, monkeypatch, case):
+def test_only_a_proof_says_that_an_owner_is_gone(tmp_path, monkeypatch, case) -> None:
     (tmp_path / "squeue").write_text(SQUEUE)
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -150,19 +152,19 @@ def test_only_a_proof_says_that_an_owner_is_gone(tmp_path, monkeypatch, case):
     assert is_gone(replace(me, **case.theirs), replace(me, **case.ours)) == case.gone
 
 
-def test_without_squeue_a_job_may_run(monkeypatch, tmp_path):
+def test_without_squeue_a_job_may_run(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     me = Owner.this_process({})
     assert not is_gone(replace(me, **SLURM), replace(me, job="55", cluster="c"))
 
 
-def test_slurm_names_the_job(tmp_path):
+def test_slurm_names_the_job(tmp_path) -> None:
     env = {"SLURM_JOB_ID": "7", "SLURM_CLUSTER_NAME": "c", "SLURM_RESTART_COUNT": "2"}
     owner = Owner.this_process(env)
     assert (owner.job, owner.cluster, owner.requeues) == ("7", "c", 2) and "Slurm job 7" in str(owner)
 
 
-def test_where_nothing_is_proved_the_line_that_removes_the_lock_works(tmp_path):
+def test_where_nothing_is_proved_the_line_that_removes_the_lock_works(tmp_path) -> None:
     folder = tmp_path / "it's here"
     write_lock(folder, replace(Owner.this_process(), host="node7"))
     with pytest.raises(
@@ -174,18 +176,18 @@ def test_where_nothing_is_proved_the_line_that_removes_the_lock_works(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", '{"pid": 1}', "[" * 5000])
-def test_a_lock_that_cannot_be_read_is_nobodys_to_take(tmp_path, text):
+def test_a_lock_that_cannot_be_read_is_nobodys_to_take(tmp_path, text) -> None:
     (tmp_path / ".owner.3.lock").write_text(text)
     with pytest.raises(ValueError, match=r"cannot be read; if no run writes there: rm \S+/\.owner\.3\.lock"):
         take(tmp_path, what="--save x")
 
 
-def test_wrong_types_are_no_owner(tmp_path):
+def test_wrong_types_are_no_owner(tmp_path) -> None:
     write_lock(tmp_path, replace(Owner.this_process(), pid="1"))  # type: ignore[arg-type]
     assert owner_of(tmp_path) is None
 
 
-def test_a_lock_that_is_not_ones_own_stays(tmp_path):
+def test_a_lock_that_is_not_ones_own_stays(tmp_path) -> None:
     lock = take(tmp_path, what="")
     other = Owner.this_process()
     write_lock(tmp_path, other)
@@ -205,13 +207,13 @@ def _contend(folder: Path, start: Any, tried: Any, won: Any) -> None:
             won.value += 1
     except ValueError:
         pass
-    tried.wait()  # who has it keeps it until all have tried
+    tried.wait()  # the owner keeps it until all have tried
     if lock is not None:
         lock.release()
 
 
 @pytest.mark.parametrize("left", ["nothing", "a lock of the dead", "two of them"])
-def test_of_many_that_start_together_at_most_one_goes_on(tmp_path, left):
+def test_of_many_that_start_together_at_most_one_goes_on(tmp_path, left) -> None:
     dead = replace(Owner.this_process(), pid=2**22 + 1)
     for attempt in range(8):
         folder = tmp_path / str(attempt)
@@ -227,9 +229,9 @@ def test_of_many_that_start_together_at_most_one_goes_on(tmp_path, left):
         assert won.value == 1 and list(folder.iterdir()) == []
 
 
-def test_one_who_comes_at_the_same_moment_is_seen(tmp_path, monkeypatch):
-    """This process finds a lock of the dead; before it has made the next one, others have come and gone and
-    come.
+def test_one_who_comes_at_the_same_moment_is_seen(tmp_path, monkeypatch) -> None:
+    """This process finds a dead process's lock. Before it has made the next one, others have taken and
+    released it several times.
     """
     dead = replace(Owner.this_process(), pid=2**22 + 1)
     write_lock(tmp_path, dead)
@@ -249,7 +251,7 @@ def test_one_who_comes_at_the_same_moment_is_seen(tmp_path, monkeypatch):
 # File systems
 
 
-def test_a_file_system_without_links(tmp_path, monkeypatch):
+def test_a_file_system_without_links(tmp_path, monkeypatch) -> None:
     def refuse(source: str, target: str) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
@@ -260,18 +262,18 @@ def test_a_file_system_without_links(tmp_path, monkeypatch):
     lock.release()
 
 
-def test_an_answer_that_got_lost_is_no_failure(tmp_path, monkeypatch):
+def test_an_answer_that_got_lost_is_no_failure(tmp_path, monkeypatch) -> None:
     link = os.link
 
     def lost(source: str, target: str) -> None:
         link(source, target)
-        raise FileExistsError(errno.EEXIST, "File exists")  # NFS asks again, and the link is there
+        raise FileExistsError(errno.EEXIST, "File exists")  # NFS repeats the request, and the link exists
 
     monkeypatch.setattr(ownership.os, "link", lost)
     assert take(tmp_path, what="").path.exists()
 
 
-def test_a_disk_that_refuses_says_so(tmp_path):
+def test_a_disk_that_refuses_says_so(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError):
         take(tmp_path / "file" / "save", what="--save x")

@@ -1,4 +1,4 @@
-"""What a CPU install pulls, and what is installed."""
+"""The packages that a CPU install pulls, and the installed files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _names(lines: list[str]) -> list[str]:
     return [re.split(r"[\[<>=! ]", line)[0] for line in lines if line and not line.startswith(("#", "-r"))]
 
 
-def test_cpu_requirements_pull_nothing_of_a_gpu():
+def test_cpu_requirements_pull_nothing_of_a_gpu() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pinned = _names((ROOT / "requirements.txt").read_text().splitlines())
     assert {"torch", "megatron-core"} <= set(pinned)
@@ -28,7 +28,8 @@ def test_cpu_requirements_pull_nothing_of_a_gpu():
     ):
         assert name not in ("transformer-engine", "apex")
     assert _names(project["optional-dependencies"]["gpu"]) == ["transformer-engine"]
-    # Every dependency of the package is pinned, torch exactly, and what draws the quick start's pictures.
+    # Every dependency of the package is pinned, torch exactly, and so are the packages for the
+    # quick start's pictures.
     report = _names(project["optional-dependencies"]["report"])
     assert set(_names(project["dependencies"])) | set(report) == set(pinned)
     assert all(
@@ -36,12 +37,12 @@ def test_cpu_requirements_pull_nothing_of_a_gpu():
     )
 
 
-def test_version_is_one():
+def test_version_is_one() -> None:
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dynamic"] == ["version"]
     assert f"## {megatron_simct.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_the_image_has_the_versions_that_the_tests_ran_with():
+def test_the_image_has_the_versions_that_the_tests_ran_with() -> None:
     pinned = set(
         (ROOT / "requirements.txt").read_text().split() + (ROOT / "requirements-test.txt").read_text().split()
     )
@@ -54,7 +55,7 @@ def test_the_image_has_the_versions_that_the_tests_ran_with():
     assert f"megatron-core=={core}" in pinned
 
 
-def test_all_packages_their_files_and_their_commands_are_installed():
+def test_all_packages_their_files_and_their_commands_are_installed() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     found = project["tool"]["setuptools"]["packages"]["find"]
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "megatron_simct").rglob("*.py")}
@@ -72,7 +73,7 @@ def test_all_packages_their_files_and_their_commands_are_installed():
         assert name.startswith("simct-") and f"def {function}(argv" in path.read_text()
 
 
-def test_a_tool_of_the_checkout_is_the_installed_command():
+def test_a_tool_of_the_checkout_is_the_installed_command() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     installed = {target.split(":")[0]: name for name, target in scripts.items() if ".commands." in target}
     tools = {path.stem: path.read_text() for path in (ROOT / "tools").glob("*.py")}
@@ -85,7 +86,7 @@ def test_a_tool_of_the_checkout_is_the_installed_command():
 
 
 def test_the_lock_file_has_every_pinned_package_with_its_hashes() -> None:
-    """torch excepted: its builds differ by index."""
+    """Except torch: its builds differ by index."""
     entries = re.split(r"\n(?=\S)", (ROOT / "requirements.lock").read_text())
     locked = {entry.split(" ")[0]: entry for entry in entries if not entry.startswith("#")}
     pinned = {

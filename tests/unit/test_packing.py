@@ -1,5 +1,5 @@
-"""Samples side by side in a micro-batch: every label finds the row that predicts it, every segment its
-labels.
+"""Samples side by side in a micro-batch: every label finds the row that predicts it, and every
+segment its labels.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_simct.packing import by_number, by_tokens, pack_micro_batches, pad_right, sequence_batch
-from megatron_simct.records import AlignedPair, Prompt, Rollout, ScoredPair, TeacherNeeds
+from megatron_simct.records import AlignedPair, MicroBatch, Prompt, Rollout, ScoredPair, TeacherNeeds
 
 TEACHER_WIDTH = 3
 
@@ -26,7 +26,7 @@ def sample(
     teacher_labels: int,
     needs: TeacherNeeds = TeacherNeeds(),  # noqa: B008  (frozen)
 ) -> tuple[Prompt, Rollout, AlignedPair, ScoredPair]:
-    """Records whose every number says where it belongs: 100 * sample + position."""
+    """Records in which every number encodes its place: 100 * sample + position."""
     base = 100 * sample_id
     return (
         Prompt(
@@ -73,7 +73,7 @@ SAMPLES = (
         response=3,
         teacher_labels=4,
         segments=[[0, 2, 0, 1], [2, 3, 1, 2], [3, 4, 2, 3]],
-        teacher_rows=[0, 3],  # the segment that starts at label 2 asked for no row
+        teacher_rows=[0, 3],  # the segment that starts at label 2 requests no row
     ),
     sample(2, prompt=5, response=1, teacher_labels=1, segments=[], teacher_rows=[]),
     sample(
@@ -84,7 +84,9 @@ SAMPLES = (
 # Lengths 5, 6, 7, 2: in packed order samples 3, 2 and 1, 4.
 
 
-def pack(samples, scored=None, *, micro_batch_size=2, check=lambda labels: None, **options):
+def pack(
+    samples, scored=None, *, micro_batch_size=2, check=lambda labels: None, **options
+) -> list[MicroBatch]:
     prompts, rollouts, pairs, scores = zip(*samples, strict=True)
     scored = scores if scored is None else scored
     cut = partial(by_number, size=micro_batch_size)
@@ -93,9 +95,9 @@ def pack(samples, scored=None, *, micro_batch_size=2, check=lambda labels: None,
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
-def test_label_rows_pick_the_row_that_predicts_each_label(micro_batch_size, packed):
-    """A causal 'model' whose output at (s, b) is the token that stands there: its row of a label is one
-    before it.
+def test_label_rows_pick_the_row_that_predicts_each_label(micro_batch_size, packed) -> None:
+    """A causal 'model' whose output at (s, b) is the token at that place: the row of a
+    label is one before it.
     """
     for batch in pack(SAMPLES, micro_batch_size=micro_batch_size, packed=packed, multiple_of=3):
         output = batch.sequences.tokens.T[:, :, None]  # [S, B, 1], as Megatron's models return it
@@ -106,7 +108,7 @@ def test_label_rows_pick_the_row_that_predicts_each_label(micro_batch_size, pack
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_label_rows_against_a_loop(packed):
+def test_label_rows_against_a_loop(packed) -> None:
     prompt_lens, label_lens = [3, 1, 4], [2, 5, 0]
     expected, start = [], 0
     for b in range(3):
@@ -120,7 +122,7 @@ def test_label_rows_against_a_loop(packed):
     assert batch.label_rows.tolist() == expected
 
 
-def test_packed_sequences_follow_one_another_and_fill_up_a_multiple():
+def test_packed_sequences_follow_one_another_and_fill_up_a_multiple() -> None:
     prompts, responses = [np.array([1, 2]), np.array([6])], [np.array([3]), np.array([7, 8])]
     batch = sequence_batch(prompts, responses, packed=True, multiple_of=4)
     assert batch.tokens.tolist() == [[1, 2, 3, 6, 7, 8, 0, 0]]
@@ -129,10 +131,10 @@ def test_packed_sequences_follow_one_another_and_fill_up_a_multiple():
     assert sequence_batch(prompts, responses, packed=True, multiple_of=3).lengths == (3, 3)
 
 
-# Cut by tokens
+# Divided by tokens
 
 
-def test_micro_batches_hold_no_more_than_their_tokens():
+def test_micro_batches_hold_no_more_than_their_tokens() -> None:
     lengths = np.random.default_rng(0).integers(1, 30, 200).tolist()
     batches = by_tokens(lengths, max_tokens=64)
     assert sorted(i for chosen in batches for i in chosen) == list(range(200))
@@ -141,16 +143,16 @@ def test_micro_batches_hold_no_more_than_their_tokens():
     assert len(batches) <= 11 / 9 * sum(lengths) / 64 + 1  # the bound of first-fit decreasing
 
 
-def test_a_long_sequence_is_alone():
+def test_a_long_sequence_is_alone() -> None:
     assert by_tokens([3, 90, 5, 9], max_tokens=10) == [[1], [3], [2, 0]]
 
 
 @pytest.mark.parametrize("number", [2, 3, 4, 6])
-def test_ranks_agree_on_the_number_of_micro_batches(number):
+def test_ranks_agree_on_the_number_of_micro_batches(number) -> None:
     lengths = [5, 4, 3, 3, 2, 1]
     asked = []
 
-    def agree(count):
+    def agree(count) -> int:
         asked.append(count)
         return number
 
@@ -161,13 +163,13 @@ def test_ranks_agree_on_the_number_of_micro_batches(number):
     assert totals == sorted(totals, reverse=True) and totals[-1] > 0
 
 
-def test_the_longest_come_first():
+def test_the_longest_come_first() -> None:
     batches = pack(SAMPLES)
     assert [batch.sample_ids for batch in batches] == [(3, 2), (1, 4)]
     assert [batch.sequences.tokens.shape for batch in batches] == [(2, 7), (2, 5)]
 
 
-def test_equal_lengths_keep_their_order():
+def test_equal_lengths_keep_their_order() -> None:
     samples = [
         sample(i, prompt=2, response=1, teacher_labels=1, segments=[[0, 1, 0, 1]], teacher_rows=[0])
         for i in (3, 1, 2, 0)
@@ -175,7 +177,7 @@ def test_equal_lengths_keep_their_order():
     assert [batch.sample_ids for batch in pack(samples)] == [(3, 1), (2, 0)]
 
 
-def test_tokens_are_padded_on_the_right():
+def test_tokens_are_padded_on_the_right() -> None:
     _, batch = pack(SAMPLES)
     sequences = batch.sequences
     assert sequences.tokens.tolist() == [[100, 101, 102, 103, 104], [400, 401, 0, 0, 0]]
@@ -183,19 +185,19 @@ def test_tokens_are_padded_on_the_right():
     assert sequences.tokens.dtype == sequences.position_ids.dtype == sequences.label_rows.dtype == torch.int64
 
 
-def test_pad_right_of_one():
+def test_pad_right_of_one() -> None:
     tokens, positions = pad_right([np.array([4, 5], np.int32)])
     assert tokens.tolist() == [[4, 5]] and positions.tolist() == [[0, 1]]
 
 
-def test_pad_right_to_a_multiple():
+def test_pad_right_to_a_multiple() -> None:
     tokens, positions = pad_right([np.arange(1, 6), np.arange(1, 4)], multiple_of=4)
     assert tokens.tolist() == [[1, 2, 3, 4, 5, 0, 0, 0], [1, 2, 3, 0, 0, 0, 0, 0]]
     assert positions.tolist() == [list(range(8))] * 2
     assert pad_right([np.arange(8)], multiple_of=4)[0].shape == (1, 8)
 
 
-def test_a_multiple_changes_the_width_alone():
+def test_a_multiple_changes_the_width_alone() -> None:
     for wide, narrow in zip(pack(SAMPLES, multiple_of=3), pack(SAMPLES), strict=True):
         wide, narrow = wide.sequences, narrow.sequences
         width = narrow.tokens.shape[1]
@@ -205,7 +207,7 @@ def test_a_multiple_changes_the_width_alone():
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
-def test_everything_of_a_segment_is_its_own_sample_s(micro_batch_size):
+def test_everything_of_a_segment_is_its_own_sample_s(micro_batch_size) -> None:
     by_id = {s[0].sample_id: s for s in SAMPLES}
     for batch in pack(SAMPLES, micro_batch_size=micro_batch_size):
         labels = batch.labels
@@ -246,13 +248,13 @@ def test_everything_of_a_segment_is_its_own_sample_s(micro_batch_size):
         assert labels.segments.dtype == labels.kinds.dtype == labels.teacher_hidden_index.dtype == torch.int64
 
 
-def test_a_segment_that_asked_for_no_row_has_index_minus_one():
+def test_a_segment_that_asked_for_no_row_has_index_minus_one() -> None:
     (batch,) = pack(SAMPLES, micro_batch_size=4)
     # Samples 3, 2, 1, 4; rows [2], [], [0, 3], [0, 1]; segments start at labels 0, 2 | | 0, 2, 3 | 1.
     assert batch.labels.teacher_hidden_index.tolist() == [-1, 0, 1, -1, 2, 4]
 
 
-def test_no_hidden_states_where_none_were_asked_for():
+def test_no_hidden_states_where_none_were_asked_for() -> None:
     needs = TeacherNeeds(hidden_rows="none")
     samples = [
         sample(
@@ -265,7 +267,7 @@ def test_no_hidden_states_where_none_were_asked_for():
     assert batch.labels.teacher_hidden_index.tolist() == [-1, -1]
 
 
-def test_without_a_teacher_there_are_no_segments():
+def test_without_a_teacher_there_are_no_segments() -> None:
     samples = [
         sample(
             i,
@@ -284,7 +286,7 @@ def test_without_a_teacher_there_are_no_segments():
     assert batch.labels.teacher_own_logit.shape == batch.labels.teacher_lse.shape == (0,)
 
 
-def test_scores_may_come_in_any_order():
+def test_scores_may_come_in_any_order() -> None:
     expected = pack(SAMPLES)
     found = pack(SAMPLES, iter([s[3] for s in reversed(SAMPLES)]))
     for a, b in zip(found, expected, strict=True):
@@ -296,30 +298,30 @@ def test_scores_may_come_in_any_order():
 @pytest.mark.parametrize(
     "chosen", [[0, 1, 2], [0, 1, 2, 2], [0, 1, 2, 3, 3]], ids=["missing", "other", "twice"]
 )
-def test_a_score_that_is_missing_or_comes_twice_is_refused(chosen):
+def test_a_score_that_is_missing_or_comes_twice_is_refused(chosen) -> None:
     with pytest.raises(AssertionError, match=r"every pair is scored once: samples \[1, 2, 3, 4\]"):
         pack(SAMPLES, [SAMPLES[i][3] for i in chosen])
 
 
-def test_an_unknown_score_is_refused():
+def test_an_unknown_score_is_refused() -> None:
     stranger = sample(9, prompt=1, response=1, teacher_labels=1, segments=[], teacher_rows=[])
     with pytest.raises(AssertionError, match="every pair is scored once"):
         pack(SAMPLES, [s[3] for s in (*SAMPLES, stranger)])
 
 
-def test_a_sample_id_that_occurs_twice_is_refused():
+def test_a_sample_id_that_occurs_twice_is_refused() -> None:
     with pytest.raises(AssertionError, match="unique"):
         pack([SAMPLES[0], SAMPLES[0]])
 
 
-def test_records_in_different_orders_are_refused():
+def test_records_in_different_orders_are_refused() -> None:
     prompts, rollouts, pairs, scores = zip(*SAMPLES, strict=True)
     with pytest.raises(AssertionError, match="in one order"):
         cut = partial(by_number, size=2)
         pack_micro_batches(prompts, rollouts[::-1], pairs, scores, cut=cut, check=lambda labels: None)
 
 
-def test_every_micro_batch_is_checked():
+def test_every_micro_batch_is_checked() -> None:
     seen = []
     batches = pack(SAMPLES, check=seen.append)
     assert [id(labels) for labels in seen] == [id(batch.labels) for batch in batches]

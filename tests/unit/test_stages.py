@@ -1,4 +1,4 @@
-"""Layers that the pre-flight proposes for pipeline stages, against every way of cutting the layers."""
+"""Layers that the pre-flight proposes for pipeline stages, against every way of dividing the layers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.unit.test_update_support import DENSE, LAYER, layers_of_stages, stage
 @pytest.mark.parametrize("last", [0.0, 1.5, 4.0, 30.0])
 @pytest.mark.parametrize("costs", [(1.0,) * 9, (1.0, 1.0, 5.0, 5.0, 1.0, 2.0, 2.0)])
 @pytest.mark.parametrize("number", [2, 3, 4])
-def test_no_other_cut_has_less_in_its_fullest_stage(costs, last, number):
+def test_no_other_cut_has_less_in_its_fullest_stage(costs, last, number) -> None:
     found = even_stages(costs, last=last, stages=number)
     fullest = []
     for cuts in combinations_with_replacement(range(len(costs) + 1), number - 1):
@@ -32,13 +32,13 @@ def test_no_other_cut_has_less_in_its_fullest_stage(costs, last, number):
     assert unevenness(found, costs, last=last) == pytest.approx(min(fullest))
 
 
-def test_it_is_written_as_the_option_reads_it():
+def test_it_is_written_as_the_option_reads_it() -> None:
     for counts in ([2, 3, 1], [0, 5, 1], [3, 3, 0], [4, 1, 1]):
         text = layout_text(counts)
         assert layers_of_stages(DENSE, stages(pipeline_model_parallel_layout=text)) == counts, text
 
 
-def test_operations_are_those_of_the_matrices():
+def test_operations_are_those_of_the_matrices() -> None:
     """By hand: attention 32 x (4 + 2 x 2) x 16 and 64 x 32, MLP 3 x 32 x 48, two norms."""
     weights = 32 * 128 + 64 * 32 + 3 * 32 * 48 + 64
     plain, again = (

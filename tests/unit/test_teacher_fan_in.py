@@ -1,4 +1,4 @@
-"""Many ranks and replicas: who looks, who is asked, and how answers are taken."""
+"""Many ranks and replicas: who reads the folder, who gets requests, and how answers are collected."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def endpoint(name: str) -> Endpoint:
     return Endpoint(replica=name, address=f"tcp://10.0.0.1:{5000 + int(name[1:])}", life=name)
 
 
-def test_one_rank_reads_the_folder_for_all(tmp_path, monkeypatch):
+def test_one_rank_reads_the_folder_for_all(tmp_path, monkeypatch) -> None:
     store, opens = dist.HashStore(), []
     monkeypatch.setattr(
         lookout_module, "read_endpoints", lambda folder: (opens.append(folder), read_endpoints(folder))[1]
@@ -47,7 +47,7 @@ def test_one_rank_reads_the_folder_for_all(tmp_path, monkeypatch):
 def client_of(
     replicas: dict[str, dict[str, Any]], *, seed: int = 0
 ) -> tuple[TeacherClient, list[tuple[str, Any]]]:
-    """A client that is not started, its replicas with these fields, and what it sends."""
+    """A client that is not started, its replicas with these fields, and its messages."""
     client = TeacherClient(
         lookout=Lookout(addresses=()),
         fingerprints=FINGERPRINTS,
@@ -66,7 +66,7 @@ def client_of(
 
 
 def ask(client: TeacherClient, count: int) -> Counter:
-    """Submit so many requests of 100 tokens; where they went."""
+    """Submit this number of requests of 100 tokens; returns the replicas that got them."""
     template = make_request(np.random.default_rng(0), 0)
     for sample_id in range(count):
         ids = np.zeros(100 - len(template.label_ids), np.int32)
@@ -77,13 +77,13 @@ def ask(client: TeacherClient, count: int) -> Counter:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_work_is_spread_by_what_replicas_hold_and_how_fast_they_are(seed):
+def test_work_is_spread_by_what_replicas_hold_and_how_fast_they_are(seed) -> None:
     client, _ = client_of(
         {
             "r1": {"status": {"speed": 100.0}},
             "r2": {"status": {"speed": 300.0}},
             "r3": {"status": {"speed": 100.0}, "others": 1000},
-            "r4": {"status": {}},  # has not worked yet
+            "r4": {"status": {}},  # has not computed anything yet
         },
         seed=seed,
     )
@@ -97,8 +97,8 @@ def test_work_is_spread_by_what_replicas_hold_and_how_fast_they_are(seed):
     assert max(ends) - min(ends) < 4, "they end together, to within a few requests"
 
 
-def test_many_clients_do_not_run_to_the_same_replica():
-    """Each knows what replicas have reported, and not what the others do at the same moment."""
+def test_many_clients_do_not_run_to_the_same_replica() -> None:
+    """Each knows the replicas' reports, but not what the other clients do at the same moment."""
     asked = Counter()
     for seed in range(64):
         client, _ = client_of({f"r{i}": {"status": {"speed": 1.0}} for i in range(16)}, seed=seed)
@@ -106,7 +106,7 @@ def test_many_clients_do_not_run_to_the_same_replica():
     assert min(asked.values()) > 4 and max(asked.values()) < 32, asked
 
 
-def test_a_students_share_of_what_is_uneven_is_recalled():
+def test_a_students_share_of_what_is_uneven_is_recalled() -> None:
     shares = []
     for seed in range(200):
         status = {"speed": 10.0}
@@ -124,7 +124,7 @@ def test_a_students_share_of_what_is_uneven_is_recalled():
     assert set(shares) == {3, 4} and abs(np.mean(shares) - 3.75) < 0.15
 
 
-def test_a_replica_that_is_a_little_behind_keeps_its_work():
+def test_a_replica_that_is_a_little_behind_keeps_its_work() -> None:
     client, sent = client_of({"r1": {"status": {"speed": 10.0}}, "r2": {"status": {"speed": 10.0}}})
     ask(client, 20)
     del sent[:]
@@ -132,7 +132,7 @@ def test_a_replica_that_is_a_little_behind_keeps_its_work():
     assert not sent
 
 
-def test_pace():
+def test_pace() -> None:
     pace = _Pace()
     assert pace.speed(0.0, 0) == 0.0
     pace.begin(10.0)
@@ -146,7 +146,7 @@ def test_pace():
 
 
 class Answers:
-    """A client that has these answers."""
+    """A client that gets these answers."""
 
     def __init__(self, answers: list[Any], at_once: int) -> None:
         self._answers, self._at_once, self.counts = answers, at_once, {"again": 0}
@@ -163,7 +163,7 @@ class Answers:
         return encode(message), message
 
 
-def test_answers_that_have_arrived_are_shared_together(monkeypatch):
+def test_answers_that_have_arrived_are_shared_together(monkeypatch) -> None:
     requests = [make_request(np.random.default_rng(seed), seed) for seed in range(12)]
     answers = [scored_message(n, answer_of(request), "fp32") for n, request in enumerate(requests)]
     shared: list[int] = []

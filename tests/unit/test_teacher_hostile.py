@@ -1,5 +1,5 @@
-"""A teacher, or whoever can write where teachers are found, that means harm: refused in one line, and nothing
-else.
+"""A hostile teacher, or a person who can write to the endpoint folder: refused in one line,
+without other effects.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -170,7 +171,7 @@ def test_a_key_file_without_keys_is_one_line(text: str, words: str, tmp_path: Pa
 
 @dataclass(kw_only=True)
 class Hostile:
-    """A replica that says what it is told to."""
+    """A replica that answers as it is told to."""
 
     folder: Path
     fingerprints: dict[Any, Any] = field(default_factory=lambda: dict(FINGERPRINTS))
@@ -227,7 +228,7 @@ class Hostile:
 
 
 def _request(kind: str) -> Any:
-    """One that has an answer with that array."""
+    """A request whose answer has that array."""
     rng = np.random.default_rng(1)
     while True:
         request = make_request(rng, 1)
@@ -257,6 +258,7 @@ def test_another_replica_is_asked_what_one_answers_wrongly(tmp_path: Path) -> No
         client = open_client(tmp_path, patience=replace(FAST, silence_s=60.0))
         client.meet()
         _meet_all(client, 2)
+        client._patience = replace(FAST, silence_s=600.0, hello_s=600.0)  # from here on, nothing is recalled
         requests = {number: replace(_request("own_logit"), sample_id=number) for number in range(20)}
         for request in requests.values():
             client.submit(request)
@@ -270,12 +272,14 @@ def test_another_replica_is_asked_what_one_answers_wrongly(tmp_path: Path) -> No
 
 
 def _meet_all(client: TeacherClient, replicas: int) -> None:
-    done = threading.Event()
-    for _ in range(3000):
-        if len(client.status()) == replicas:
-            return
-        done.wait(0.02)
-    raise AssertionError("a replica was not met")
+    _until(lambda: len(client.status()) == replicas)
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -312,21 +316,23 @@ def test_a_byte_may_have_no_probability() -> None:
 )
 def test_a_status_without_its_numbers_is_malformed(status: dict[str, Any], tmp_path: Path) -> None:
     with Hostile(folder=tmp_path, status=status).open():
-        client = open_client(tmp_path, patience=replace(FAST, timeout_s=3.0))
+        client = open_client(tmp_path)
+        _until(lambda: client.counts["malformed"] > 0)
+        client._patience = replace(FAST, timeout_s=0.5)
         with pytest.raises(TeacherError, match="no teacher"):
             client.meet()
         client.close()
-    assert client.counts["malformed"] > 0
 
 
 @pytest.mark.parametrize("fingerprints", [{"hidden_size": [1]}, {1: "x"}])
 def test_fingerprints_of_other_types_are_malformed(fingerprints: dict[Any, Any], tmp_path: Path) -> None:
     with Hostile(folder=tmp_path, fingerprints=fingerprints).open():
-        client = open_client(tmp_path, patience=replace(FAST, timeout_s=3.0))
+        client = open_client(tmp_path)
+        _until(lambda: client.counts["malformed"] > 0)
+        client._patience = replace(FAST, timeout_s=0.5)
         with pytest.raises(TeacherError, match="no teacher"):
             client.meet()
         client.close()
-    assert client.counts["malformed"] > 0
 
 
 def test_what_the_other_end_writes_is_cut_and_escaped(tmp_path: Path) -> None:

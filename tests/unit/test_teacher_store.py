@@ -1,15 +1,16 @@
-"""Answers on disk: what is found again, what is not, and a disk that refuses."""
+"""Answers on disk: which are found again, which are not, and a disk that fails."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_simct.records import AlignedPair, TeacherNeeds
+from megatron_simct.records import AlignedPair, ScoredPair, TeacherNeeds, TeacherRequest
 from megatron_simct.teacher.payload import read_scored
 from megatron_simct.teacher.store import AnswerStore, SavingScorer
 from tests.teacher_jobs import FINGERPRINTS, answer_of, make_request, same_answer
@@ -21,7 +22,7 @@ def open_store(folder, **changes) -> AnswerStore:
     return AnswerStore(str(folder), MARKS | changes, flag="--teacher-cache")
 
 
-def test_an_answer_is_found_by_what_was_asked_and_by_nothing_else(tmp_path):
+def test_an_answer_is_found_by_what_was_asked_and_by_nothing_else(tmp_path) -> None:
     rng = np.random.default_rng(0)
     requests = [make_request(rng, sample_id) for sample_id in range(30)]
     store = open_store(tmp_path)
@@ -36,7 +37,7 @@ def test_an_answer_is_found_by_what_was_asked_and_by_nothing_else(tmp_path):
         assert again.get(replace(request, hidden=not request.hidden)) is None
 
 
-def test_answers_with_ids_are_others_than_those_without(tmp_path):
+def test_answers_with_ids_are_others_than_those_without(tmp_path) -> None:
     store, request = (
         open_store(tmp_path),
         replace(make_request(np.random.default_rng(3), 0), hidden=False, topk=2),
@@ -53,7 +54,7 @@ def test_answers_with_ids_are_others_than_those_without(tmp_path):
     assert not list(tmp_path.rglob(".*")), "nothing half-written is left"
 
 
-def test_bfloat16_stays_bfloat16(tmp_path):
+def test_bfloat16_stays_bfloat16(tmp_path) -> None:
     request = replace(make_request(np.random.default_rng(1), 0), hidden=True, byte_side=None)
     answer = answer_of(request)
     store = open_store(tmp_path)
@@ -62,7 +63,7 @@ def test_bfloat16_stays_bfloat16(tmp_path):
     assert found.hidden.dtype == torch.bfloat16 and torch.equal(found.hidden, answer.hidden.bfloat16())
 
 
-def test_answers_of_another_teacher_are_refused(tmp_path):
+def test_answers_of_another_teacher_are_refused(tmp_path) -> None:
     open_store(tmp_path)
     open_store(tmp_path, teacher_weights=None)
     with pytest.raises(
@@ -71,7 +72,7 @@ def test_answers_of_another_teacher_are_refused(tmp_path):
         open_store(tmp_path, teacher_weights="other")
 
 
-def test_a_damaged_answer_is_none(tmp_path, capsys):
+def test_a_damaged_answer_is_none(tmp_path, capsys) -> None:
     request = make_request(np.random.default_rng(2), 0)
     store = open_store(tmp_path)
     store.put(request, answer_of(request))
@@ -84,7 +85,7 @@ def test_a_damaged_answer_is_none(tmp_path, capsys):
 
 
 class _Echo:
-    def collect(self, pairs):
+    def collect(self, pairs) -> Iterator[ScoredPair]:
         yield from (answer_of(_request(pair)) for pair in pairs)
 
 
@@ -104,7 +105,7 @@ def _pair(sample_id: int) -> AlignedPair:
     )
 
 
-def _request(pair: AlignedPair):
+def _request(pair: AlignedPair) -> TeacherRequest:
     request = make_request(np.random.default_rng(0), pair.sample_id)
     changes = {
         "prompt_ids": pair.teacher_prompt_ids,
@@ -114,12 +115,12 @@ def _request(pair: AlignedPair):
     return replace(request, hidden=True, byte_side=None, **changes)
 
 
-def test_a_full_disk_costs_no_sample(tmp_path, monkeypatch, capsys):
-    """It is reported once; what was kept before stays readable, and nothing half-written is left."""
+def test_a_full_disk_costs_no_sample(tmp_path, monkeypatch, capsys) -> None:
+    """It is reported once. Earlier answers stay readable, and no half-written file remains."""
     store = open_store(tmp_path)
     replaced, kept = os.replace, []
 
-    def full_after_two(*paths):
+    def full_after_two(*paths) -> None:
         if len(kept) == 2:
             raise OSError(28, "No space left on device")
         kept.append(paths)

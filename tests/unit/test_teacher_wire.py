@@ -1,6 +1,4 @@
-"""Messages, and what is refused: bytes that are none, requests that would fault, clients that do not
-belong.
-"""
+"""Messages, and refusals: invalid bytes, requests that would fault, clients without access."""
 
 from __future__ import annotations
 
@@ -10,6 +8,7 @@ import stat
 import time
 import uuid
 from dataclasses import replace
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -18,7 +17,7 @@ import pytest
 import torch
 import zmq
 
-from megatron_simct.records import ScoredPair
+from megatron_simct.records import ScoredPair, TeacherRequest
 from megatron_simct.teacher import endpoints, wire
 from megatron_simct.teacher.endpoints import CLIENT_KEY, SERVER_KEY, connect, make_keys, read_keys
 from megatron_simct.teacher.forward import by_length, quantized, rounded
@@ -49,20 +48,20 @@ SCORE_FIELDS = {"request": 1, "sample_id": 1, "hidden": True, "topk": 0, "token_
 SIZES = {"hidden_size": HIDDEN, "vocab_size": VOCAB}
 
 
-def some_requests(count: int = 40):
+def some_requests(count: int = 40) -> list[TeacherRequest]:
     rng = np.random.default_rng(0)
     return [make_request(rng, sample_id) for sample_id in range(count)]
 
 
 def journey(message: Message) -> Message:
-    """As the other end has it."""
+    """The message as the other end decodes it."""
     return decode([bytes(part) for part in encode(message)])
 
 
 # Messages
 
 
-def test_requests_arrive_as_they_were():
+def test_requests_arrive_as_they_were() -> None:
     for number, request in enumerate(some_requests()):
         message = journey(score_message(number, request))
         found = read_score(message)
@@ -78,7 +77,7 @@ def test_requests_arrive_as_they_were():
                 )
 
 
-def test_the_likeliest_tokens_arrive_in_place_of_hidden_states():
+def test_the_likeliest_tokens_arrive_in_place_of_hidden_states() -> None:
     request = replace(some_requests()[0], hidden=False, topk=3, byte_side=None)
     topk = torch.arange(3.0 * len(request.rows)).reshape(len(request.rows), 3)
     scored = replace(answer_of(request), hidden=None, byte_logprobs=None, topk=topk)
@@ -104,7 +103,7 @@ def test_the_likeliest_tokens_arrive_in_place_of_hidden_states():
         check_request(replace(with_ids, topk=0), vocab_size=VOCAB, max_tokens=100)
 
 
-def test_answers_arrive_as_they_were():
+def test_answers_arrive_as_they_were() -> None:
     for request in some_requests():
         message = journey(scored_message(3, answer_of(request), "fp32"))
         assert same_answer(read_scored(message), request)
@@ -116,7 +115,7 @@ def test_answers_arrive_as_they_were():
 
 
 @pytest.mark.parametrize("dtype, size", [("fp32", 4), ("bf16", 2), ("int8", 1)])
-def test_rounded_hidden_states_lose_nothing_more_on_the_way(dtype, size):
+def test_rounded_hidden_states_lose_nothing_more_on_the_way(dtype, size) -> None:
     torch.manual_seed(0)
     hidden = rounded(torch.randn(7, 64) * torch.logspace(-3, 3, 7)[:, None], dtype)
     nothing = torch.zeros(0)
@@ -135,7 +134,7 @@ def test_rounded_hidden_states_lose_nothing_more_on_the_way(dtype, size):
     assert (error > 0).all() or dtype == "fp32"
 
 
-def test_a_row_that_is_not_finite_stays_so():
+def test_a_row_that_is_not_finite_stays_so() -> None:
     hidden = torch.ones(3, 4)
     hidden[1, 2] = float("nan")
     hidden[2] = 0
@@ -144,7 +143,7 @@ def test_a_row_that_is_not_finite_stays_so():
     assert rounded(hidden, "int8")[1].isnan().all() and rounded(hidden, "int8")[2].tolist() == [0] * 4
 
 
-def test_micro_batches_keep_their_budget_and_one_kind():
+def test_micro_batches_keep_their_budget_and_one_kind() -> None:
     requests = some_requests(200)
     batches = by_length(requests, max_tokens=40)
     assert sorted(r.sample_id for batch in batches for r in batch) == list(range(200))
@@ -155,7 +154,7 @@ def test_micro_batches_keep_their_budget_and_one_kind():
     assert [len(batch) for batch in by_length(requests[:5], max_tokens=1)] == [1] * 5
 
 
-def _header(parts, **changes):
+def _header(parts, **changes) -> list[bytes]:
     values = msgpack.unpackb(parts[0])
     head = [msgpack.packb(values | changes), *parts[1:-1]]
     return [*head, wire._checksum(head)]
@@ -190,14 +189,14 @@ def _header(parts, **changes):
         (lambda p: _header(p, frames=_frames(p, 0, shape=[1 << 40])), "others"),
     ],
 )
-def test_what_is_no_message(change, words):
+def test_what_is_no_message(change, words) -> None:
     request = replace(some_requests()[0], byte_side=None)
     with pytest.raises(WireError, match=words) as error:
         decode(change([bytes(part) for part in encode(score_message(1, request))]))
     assert "\n" not in str(error.value)
 
 
-def _frames(parts, at, **changes):
+def _frames(parts, at, **changes) -> list[Any]:
     specs = msgpack.unpackb(parts[0])["frames"]
     old = dict(zip(("name", "dtype", "shape"), specs[at], strict=True))
     specs[at] = list((old | changes).values())
@@ -205,8 +204,8 @@ def _frames(parts, at, **changes):
 
 
 def _mutated(rng: random.Random, parts: list[bytes]) -> list[bytes]:
-    """Bits flipped, bytes cut or added, parts lost, doubled or swapped; half the time with a checksum that
-    fits.
+    """Bits flipped, bytes cut or added, parts lost, doubled or swapped; half the time
+    with a right checksum.
     """
     parts = list(parts)
     for _ in range(rng.randint(1, 3)):
@@ -235,7 +234,7 @@ def _mutated(rng: random.Random, parts: list[bytes]) -> list[bytes]:
     return parts
 
 
-def test_garbled_messages_are_wire_errors_and_nothing_else():
+def test_garbled_messages_are_wire_errors_and_nothing_else() -> None:
     rng = random.Random(0)
     originals = [[bytes(p) for p in encode(score_message(i, r))] for i, r in enumerate(some_requests())]
     originals += [
@@ -252,9 +251,9 @@ def test_garbled_messages_are_wire_errors_and_nothing_else():
     assert refused > 9_000
 
 
-def test_a_server_outlives_garbled_frames(tmp_path):
-    """10,000 of them, from a client that was welcome: refused and counted, memory stays, and others are
-    served.
+def test_a_server_outlives_garbled_frames(tmp_path) -> None:
+    """10,000 of them, from an accepted client: they are refused and counted, memory stays,
+    and others are served.
     """
     rng = random.Random(1)
     originals = [[bytes(p) for p in encode(score_message(i, r))] for i, r in enumerate(some_requests())]
@@ -281,11 +280,11 @@ def test_a_server_outlives_garbled_frames(tmp_path):
         context.destroy(0)
 
 
-# Who may talk
+# Access
 
 
 @pytest.mark.parametrize("name, value", [("teacher_tokenizer", "b" * 64), ("hidden_size", 17)])
-def test_another_teacher_than_expected_is_one_clear_line(tmp_path, name, value):
+def test_another_teacher_than_expected_is_one_clear_line(tmp_path, name, value) -> None:
     with ModelFreeTeacher(tmp_path) as teacher:
         client = open_client(tmp_path, fingerprints=FINGERPRINTS | {name: value})
         wanted = str(FINGERPRINTS[name])[:12]
@@ -299,7 +298,7 @@ def test_another_teacher_than_expected_is_one_clear_line(tmp_path, name, value):
         _served(tmp_path)
 
 
-def test_what_only_one_end_knows_is_not_compared_but_later_lives_must_share_it(tmp_path):
+def test_what_only_one_end_knows_is_not_compared_but_later_lives_must_share_it(tmp_path) -> None:
     with ModelFreeTeacher(tmp_path, fingerprints=FINGERPRINTS | {"teacher_weights": "one"}) as teacher:
         client = open_client(tmp_path, fingerprints=FINGERPRINTS | {"alignment_map": "x"})
         client.meet()
@@ -311,7 +310,7 @@ def test_what_only_one_end_knows_is_not_compared_but_later_lives_must_share_it(t
             client.close()
 
 
-def test_another_version_is_refused_by_name(tmp_path, monkeypatch):
+def test_another_version_is_refused_by_name(tmp_path, monkeypatch) -> None:
     with ModelFreeTeacher(tmp_path) as teacher:
         context = zmq.Context()
         old = connect(context, teacher.server.endpoint.address, None, b"old")
@@ -325,7 +324,7 @@ def test_another_version_is_refused_by_name(tmp_path, monkeypatch):
         _served(tmp_path)
 
 
-def test_requests_that_would_fault_are_refused_with_a_reason(tmp_path):
+def test_requests_that_would_fault_are_refused_with_a_reason(tmp_path) -> None:
     good = next(r for r in some_requests() if r.byte_side is not None and len(r.label_ids) > 2)
     side = good.byte_side
     wrong = {
@@ -355,7 +354,7 @@ def test_requests_that_would_fault_are_refused_with_a_reason(tmp_path):
         _served(tmp_path)
 
 
-def test_a_frame_beyond_the_limit_ends_the_connection_and_nothing_else(tmp_path, monkeypatch):
+def test_a_frame_beyond_the_limit_ends_the_connection_and_nothing_else(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(endpoints, "MAX_FRAME_BYTES", 1 << 20)
     with ModelFreeTeacher(tmp_path) as teacher:
         context = zmq.Context()
@@ -369,8 +368,8 @@ def test_a_frame_beyond_the_limit_ends_the_connection_and_nothing_else(tmp_path,
         context.destroy(0)
 
 
-def test_what_is_larger_than_it_may_be_is_refused_before_it_is_inflated(tmp_path, monkeypatch):
-    def inflated(frame, size):
+def test_what_is_larger_than_it_may_be_is_refused_before_it_is_inflated(tmp_path, monkeypatch) -> None:
+    def inflated(frame, size) -> None:
         raise AssertionError(f"{size} bytes were inflated")
 
     small = next(r for r in some_requests() if r.byte_side is not None)
@@ -396,7 +395,7 @@ def test_what_is_larger_than_it_may_be_is_refused_before_it_is_inflated(tmp_path
         context.destroy(0)
 
 
-def test_only_an_encrypted_connection_needs_no_checksum():
+def test_only_an_encrypted_connection_needs_no_checksum() -> None:
     parts = encode(hello(), checked=False)
     assert decode(parts, checked=False) == hello()
     with pytest.raises(WireError, match="checksum"):
@@ -404,7 +403,7 @@ def test_only_an_encrypted_connection_needs_no_checksum():
     assert with_checksum(parts) == encode(hello())
 
 
-def test_before_a_hello_nothing_is_accepted(tmp_path):
+def test_before_a_hello_nothing_is_accepted(tmp_path) -> None:
     with ModelFreeTeacher(tmp_path) as teacher:
         context = zmq.Context()
         hasty = connect(context, teacher.server.endpoint.address, None, b"hasty")
@@ -414,7 +413,7 @@ def test_before_a_hello_nothing_is_accepted(tmp_path):
         _served(tmp_path)
 
 
-def test_keys_are_private_and_made_once(tmp_path):
+def test_keys_are_private_and_made_once(tmp_path) -> None:
     keys = make_keys(tmp_path)
     assert make_keys(tmp_path) == keys
     for name in (SERVER_KEY, CLIENT_KEY):
@@ -429,7 +428,7 @@ def test_keys_are_private_and_made_once(tmp_path):
         read_keys(tmp_path / "nowhere")
 
 
-def test_between_hosts_only_the_key_of_the_run_opens(tmp_path):
+def test_between_hosts_only_the_key_of_the_run_opens(tmp_path) -> None:
     keys, others = make_keys(tmp_path / "run"), make_keys(tmp_path / "other")
     wrong = {
         "no key": None,
@@ -450,8 +449,8 @@ def test_between_hosts_only_the_key_of_the_run_opens(tmp_path):
         _served(tmp_path / "run", key_file=tmp_path / "run" / CLIENT_KEY)
 
 
-def _served(folder, **more):
-    """Another client gets what it asks for."""
+def _served(folder, **more) -> None:
+    """Asserts that another client gets its answer."""
     client = open_client(folder, **more)
     requests = some_requests(8)
     assert all(same_answer(s, requests[s.sample_id]) for s in collect(client, requests))

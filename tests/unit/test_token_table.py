@@ -19,7 +19,7 @@ def table() -> TokenTable:
     return TokenTable.from_bytes(PIECES, special_ids=[5], stop_ids=[0])
 
 
-def test_special_and_stop_ids_have_no_bytes(table):
+def test_special_and_stop_ids_have_no_bytes(table) -> None:
     assert table.special.tolist() == [True, False, False, False, False, True]
     assert table.pieces() == [b"", b"a", b"", b"\xf0\x9f", b" the", b""]
     assert [table.bytes_of(i) for i in range(table.num_ids)] == table.pieces()
@@ -27,13 +27,13 @@ def test_special_and_stop_ids_have_no_bytes(table):
     assert (table.num_ids, table.stop_ids) == (6, (0,))
 
 
-def test_special_spelling_is_not_the_content_of_the_same_bytes():
+def test_special_spelling_is_not_the_content_of_the_same_bytes() -> None:
     table = TokenTable.from_bytes([b"</s>", b"</s>"], stop_ids=[0])
     assert table.bytes_of(0) == b"" and table.bytes_of(1) == b"</s>"
 
 
 @given(st.lists(st.binary(max_size=5), min_size=1, max_size=8), st.data())
-def test_spell_concatenates(pieces, data):
+def test_spell_concatenates(pieces, data) -> None:
     ids = data.draw(st.lists(st.integers(0, len(pieces) - 1), max_size=12))
     spelled, ends = TokenTable.from_bytes(pieces).spell(np.array(ids, dtype=np.int32))
     assert spelled.tobytes() == b"".join(pieces[i] for i in ids)
@@ -41,14 +41,14 @@ def test_spell_concatenates(pieces, data):
 
 
 @pytest.mark.parametrize("bad", [6, 7, -1])
-def test_ids_outside_the_vocabulary_are_refused(table, bad):
+def test_ids_outside_the_vocabulary_are_refused(table, bad) -> None:
     with pytest.raises(ValueError, match=rf"ids \[{bad}\] lie outside the vocabulary of 6 ids"):
         table.spell(np.array([1, bad], dtype=np.int32))
     with pytest.raises(ValueError, match=f"id {bad} lies outside"):
         table.bytes_of(bad)
 
 
-def test_bad_special_and_stop_ids_are_refused():
+def test_bad_special_and_stop_ids_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\[2\] lie outside the vocabulary of 2 ids"):
         TokenTable.from_bytes([b"a", b"b"], special_ids=[2])
     with pytest.raises(ValueError, match=r"\[-1\] lie outside"):
@@ -57,7 +57,7 @@ def test_bad_special_and_stop_ids_are_refused():
         TokenTable.from_bytes([b"a", b"b"], stop_ids=[1, 1])
 
 
-def test_fingerprint_sees_bytes_specials_stops_and_where_pieces_end(table):
+def test_fingerprint_sees_bytes_specials_stops_and_where_pieces_end(table) -> None:
     same = TokenTable.from_bytes(PIECES, special_ids=[5], stop_ids=[0])
     assert same.fingerprint == table.fingerprint == pickle.loads(pickle.dumps(table)).fingerprint
     others = [
@@ -71,13 +71,13 @@ def test_fingerprint_sees_bytes_specials_stops_and_where_pieces_end(table):
     assert len({table.fingerprint, *(other.fingerprint for other in others)}) == 1 + len(others)
 
 
-def test_the_table_cannot_be_written(table):
+def test_the_table_cannot_be_written(table) -> None:
     for array in (table.flat, table.offsets, table.special, table.lengths):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 0
 
 
-def test_the_fingerprint_covers_the_normalizer():
+def test_the_fingerprint_covers_the_normalizer() -> None:
     tables = [
         TokenTable.from_bytes([b"a", b"<e>"], stop_ids=[1], normalizer=name) for name in ("", "NFC", "NFC")
     ]

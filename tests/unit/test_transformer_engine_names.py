@@ -1,5 +1,6 @@
 """Names of parameters in megatron-core's TransformerEngine layers, read from its sources. TransformerEngine
-itself does not import without CUDA."""
+itself does not import without CUDA.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ def source(path: str) -> str:
 
 
 def renamed() -> list[tuple[str, str]]:
-    """(TransformerEngine's name, local name), of megatron-core's conversion of one kind of layers to the
-    other.
+    """(TransformerEngine's name, local name), from megatron-core's conversion between the
+    two kinds of layers.
     """
     tree = ast.parse(source("post_training/modelopt/gpt/state_dict_hooks.py"))
     (found,) = {
@@ -44,8 +45,8 @@ def renamed() -> list[tuple[str, str]]:
 
 
 def of_experts(kind: str) -> list[str]:
-    """Names of the experts' weights of one kind of module, of megatron-core's conversion of dense models to
-    experts.
+    """Names of the experts' weights of one kind of module, from megatron-core's conversion of
+    dense models to experts.
     """
     text = source("transformer/moe/upcycling_utils.py")
     (branch,) = re.findall(rf"if experts_type == ExpertsType\.{kind}:\n(.*?)\n    el", text, flags=re.DOTALL)
@@ -53,7 +54,7 @@ def of_experts(kind: str) -> list[str]:
     return [name.replace("{}", "*") for name in names if "bias" not in name]
 
 
-def test_the_fused_norms_of_dense_layers_have_the_rules_of_the_separate_ones():
+def test_the_fused_norms_of_dense_layers_have_the_rules_of_the_separate_ones() -> None:
     rules = layer_rules(DENSE)
     pairs = [
         pair for pair in renamed() if pair[0].startswith(("self_attention.linear_qkv", "mlp.linear_fc1"))
@@ -62,11 +63,11 @@ def test_the_fused_norms_of_dense_layers_have_the_rules_of_the_separate_ones():
     assert len(pairs) == 2
     for theirs, local in pairs:
         assert rules[theirs] == rules[local]
-    # A norm that is fused with the linear layer after it leaves its own place empty.
+    # A norm that is fused with the linear layer after it leaves its own name unused.
     assert "linear_qkv=backend.column_parallel_layer_norm_linear()" in source("models/gpt/gpt_layer_specs.py")
 
 
-def test_grouped_experts_have_the_rules_of_sequential_ones():
+def test_grouped_experts_have_the_rules_of_sequential_ones() -> None:
     rules = layer_rules(EXPERTS)
     grouped, sequential = of_experts("TEGroupedMLP"), of_experts("SequentialMLP")
     assert len(grouped) == len(sequential) == 2
@@ -76,7 +77,7 @@ def test_grouped_experts_have_the_rules_of_sequential_ones():
 
 
 @pytest.mark.parametrize("layer", [DENSE, EXPERTS])
-def test_no_rule_is_left_of_the_other_kind_of_mlp(layer):
+def test_no_rule_is_left_of_the_other_kind_of_mlp(layer) -> None:
     mlp = {name.partition("mlp.")[2] for name in layer_rules(layer) if name.startswith("mlp.")}
     assert mlp and all(
         name.startswith(("experts.", "router.")) == bool(layer.mlp.num_experts) for name in mlp

@@ -1,4 +1,4 @@
-"""What the options of the update do not cover is refused, with the flag and the way out."""
+"""Combinations that the options of the update do not support are refused, with the flag and the remedy."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--r
         (["--recompute-modules", "mlp"], "--recompute-modules needs --recompute-granularity selective"),
     ],
 )
-def test_options_that_contradict_each_other(argv, words):
+def test_options_that_contradict_each_other(argv, words) -> None:
     with pytest.raises(ValueError, match=words):
         parse_config(argv).update.check()
 
@@ -76,7 +76,7 @@ def test_options_that_contradict_each_other(argv, words):
         ([*FULL, "2"], DENSE, {"pipeline_model_parallel_size": 4}, "--recompute-num-layers 2: .* one has 1"),
     ],
 )
-def test_what_a_model_or_layout_does_not_have(argv, architecture, parallel, message):
+def test_what_a_model_or_layout_does_not_have(argv, architecture, parallel, message) -> None:
     update = parse_config(argv).update
     update.check()
     with pytest.raises(ValueError, match=message):
@@ -89,7 +89,7 @@ def test_what_a_model_or_layout_does_not_have(argv, architecture, parallel, mess
         )
 
 
-def test_what_megatron_is_told():
+def test_what_megatron_is_told() -> None:
     assert model_fields(UpdateConfig()) == {}
     assert model_fields(parse_config([*FULL, "3"]).update) == {
         "recompute_granularity": "full",
@@ -113,19 +113,19 @@ def test_what_megatron_is_told():
         ),
     ],
 )
-def test_ranks_that_experts_cannot_be_dealt_out_to(layout, world_size, words):
+def test_ranks_that_experts_cannot_be_dealt_out_to(layout, world_size, words) -> None:
     with pytest.raises(ValueError, match=words):
         check_layout(ParallelConfig(**layout), world_size)
 
 
-def test_a_gated_delta_net_in_context_parallel_ranks():
+def test_a_gated_delta_net_in_context_parallel_ranks() -> None:
     delta = DeltaNet(key_heads=4, value_heads=8, key_dim=8, value_dim=12, window=4, packed=False)
     model = replace(DENSE, layers=(LAYER, replace(LAYER, attention=delta)) * 3)
     with pytest.raises(ValueError, match="--context-parallel-size 2: --hf-checkpoint X has linear attention"):
         check_divides(model, ParallelConfig(context_parallel_size=2), flag="--hf-checkpoint X")
 
 
-def test_an_expert_that_its_ranks_do_not_divide():
+def test_an_expert_that_its_ranks_do_not_divide() -> None:
     with pytest.raises(
         ValueError, match=r"--expert-tensor-parallel-size 5 does not divide moe_ffn_hidden_size \(48\)"
     ):
@@ -136,7 +136,7 @@ def stages(**options: object) -> ParallelConfig:
     return ParallelConfig(**{"pipeline_model_parallel_size": 3} | options)
 
 
-def test_layers_of_stages_are_what_is_said():
+def test_layers_of_stages_are_what_is_said() -> None:
     """Six layers over three stages, or six pieces of three."""
     assert layers_of_stages(DENSE, stages()) == [2, 2, 2]
     assert layers_of_stages(DENSE, stages(pipeline_model_parallel_size=4)) == [1, 2, 2, 1]
@@ -180,7 +180,7 @@ NUMBERED = replace(DENSE, layers=tuple(replace(LAYER, window=number) for number 
         ({"pipeline_model_parallel_layout": "Ett|tt|tL"}, "has 5 layers, and the model 6"),
     ],
 )
-def test_stages_that_are_not_the_models(options, message):
+def test_stages_that_are_not_the_models(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         check_divides(DENSE, stages(**options), flag="--hf-checkpoint X")
 
@@ -202,6 +202,6 @@ def test_stages_that_are_not_the_models(options, message):
         ),
     ],
 )
-def test_stages_that_are_said_twice_or_of_no_pipeline(options, message):
+def test_stages_that_are_said_twice_or_of_no_pipeline(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         check_layout(stages(**options), 3)

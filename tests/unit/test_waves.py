@@ -1,8 +1,9 @@
-"""While a wave is sampled, the one before it is aligned and sent by another thread."""
+"""While a wave is sampled, another thread aligns and sends the one before it."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -40,7 +41,7 @@ class Parts:
             background=ThreadPoolExecutor(max_workers=1),
         )
 
-    def generate(self, wave, sampling):
+    def generate(self, wave, sampling) -> list[SimpleNamespace]:
         number = wave[0].sample_id // 2
         self.sampling[number].set()
         if self.fails == "generate" and number == 1:
@@ -51,7 +52,7 @@ class Parts:
             )
         return [SimpleNamespace(sample_id=prompt.sample_id) for prompt in wave]
 
-    def align(self, prompt, rollout):
+    def align(self, prompt, rollout) -> SimpleNamespace:
         self.threads.add(threading.current_thread())
         number = prompt.sample_id // 2
         if self.fails == "align" and number == 1:
@@ -63,16 +64,16 @@ class Parts:
         assert rollout.sample_id == prompt.sample_id
         return rollout
 
-    def submit(self, pairs):
+    def submit(self, pairs) -> None:
         for pair in pairs:
             self.sent[pair.sample_id].set()
 
 
-def ids_of(records):
+def ids_of(records) -> list[int]:
     return [record.sample_id for record in records]
 
 
-def test_waves_are_aligned_and_sent_while_the_next_are_sampled():
+def test_waves_are_aligned_and_sent_while_the_next_are_sampled() -> None:
     parts, clock = Parts(), Stopwatch()
     batch = begin(parts.job, 0, clock)
     assert ids_of(batch.rollouts) == ids_of(batch.pairs) == list(range(6))
@@ -82,14 +83,14 @@ def test_waves_are_aligned_and_sent_while_the_next_are_sampled():
 
 
 @pytest.mark.parametrize("part, words", [("align", "no map"), ("generate", "no memory")])
-def test_what_goes_wrong_in_either_thread_ends_the_step(part, words):
+def test_what_goes_wrong_in_either_thread_ends_the_step(part, words) -> None:
     parts = Parts(fails=part)
     with pytest.raises(ValueError, match=words):
         begin(parts.job, 0, Stopwatch())
-    parts.job.background.shutdown()  # nothing of it waits for ever
+    parts.job.background.shutdown()  # no thread of it waits forever
 
 
-def test_a_pair_is_sent_as_soon_as_it_is_aligned():
+def test_a_pair_is_sent_as_soon_as_it_is_aligned() -> None:
     parts, order = Parts(fails="nothing"), []
     parts.job.align = lambda prompt, rollout: order.append(("aligned", rollout.sample_id)) or rollout
     parts.job.teacher.submit = lambda pairs: order.extend(("sent", pair.sample_id) for pair in pairs)
@@ -97,12 +98,12 @@ def test_a_pair_is_sent_as_soon_as_it_is_aligned():
     assert order == [(what, number) for number in range(6) for what in ("aligned", "sent")]
 
 
-def test_an_interrupt_while_work_is_handed_over_leaves_no_thread_that_waits():
-    """A Ctrl-C may come when the other thread has its work and this one has not yet gone on."""
+def test_an_interrupt_while_work_is_handed_over_leaves_no_thread_that_waits() -> None:
+    """A Ctrl-C may come when the other thread has its work and this one has not continued yet."""
     parts = Parts(fails="nothing")
     handed_over = []
 
-    def submit(*work):
+    def submit(*work) -> None:
         handed_over.append(pool.submit(*work))
         raise KeyboardInterrupt
 
@@ -116,8 +117,8 @@ def test_an_interrupt_while_work_is_handed_over_leaves_no_thread_that_waits():
 
 
 class Streaming(Parts):
-    """Responses of one wave come one by one, the last prompt's first; each is sent before the next is
-    there.
+    """Responses of one wave come one by one, the last prompt's first. Each is sent before
+    the next one exists.
     """
 
     def __init__(self) -> None:
@@ -127,7 +128,7 @@ class Streaming(Parts):
         )
         self.job.engine = SimpleNamespace(generate=self.generate, publish=None, stream=self.stream)
 
-    def stream(self, prompts, sampling):
+    def stream(self, prompts, sampling) -> Iterator[list[SimpleNamespace]]:
         for prompt in reversed(prompts):
             yield [SimpleNamespace(sample_id=prompt.sample_id)]
             assert self.sent[prompt.sample_id].wait(PATIENCE_S), (
@@ -135,19 +136,19 @@ class Streaming(Parts):
             )
 
 
-def test_responses_are_aligned_and_sent_as_they_finish():
+def test_responses_are_aligned_and_sent_as_they_finish() -> None:
     parts = Streaming()
     batch = begin(parts.job, 0, Stopwatch())
     assert ids_of(batch.prompts) == ids_of(batch.rollouts) == ids_of(batch.pairs) == list(range(6))
     assert batch.more["seconds_rollout_tail"] >= 0
 
 
-def test_the_tail_is_the_time_without_a_tenth_of_the_responses():
+def test_the_tail_is_the_time_without_a_tenth_of_the_responses() -> None:
     assert tail_s([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 30.0]) == 21.0
     assert tail_s([1.0, 4.0]) == tail_s([3.0]) == 0.0
 
 
-def test_responses_of_weights_that_are_too_old_are_refused():
+def test_responses_of_weights_that_are_too_old_are_refused() -> None:
     rollouts = [SimpleNamespace(sample_id=i, weight_version=version) for i, version in enumerate((4, 3, 4))]
     check_lag(rollouts, 4, 1)
     check_lag(rollouts, 40, None)

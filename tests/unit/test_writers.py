@@ -1,4 +1,4 @@
-"""Where metrics go, and what stays of them when a run is resumed."""
+"""Destinations of metrics, and which of them remain when a run is resumed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OLD = [
 
 
 @pytest.mark.parametrize("start, kept", [(0, 0), (1, 2), (2, 3), (3, 5), (9, 5)])
-def test_rows_after_the_loaded_iteration_are_dropped(tmp_path, start, kept):
+def test_rows_after_the_loaded_iteration_are_dropped(tmp_path, start, kept) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(OLD))
     file = JsonLines(str(tmp_path), start=start)
     file.write("step", start + 1, {"loss": 0.5, "loss_unit": math.nan})
@@ -41,16 +41,16 @@ def test_rows_after_the_loaded_iteration_are_dropped(tmp_path, start, kept):
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_line_that_a_kill_cut_off_is_dropped(tmp_path):
+def test_a_line_that_a_kill_cut_off_is_dropped(tmp_path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(OLD) + OLD[-1][:20])
     JsonLines(str(tmp_path), start=5).close()
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(OLD)
 
 
-def test_a_kill_while_rows_are_dropped_loses_none(tmp_path, monkeypatch):
+def test_a_kill_while_rows_are_dropped_loses_none(tmp_path, monkeypatch) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(OLD))
 
-    def killed(*_):
+    def killed(*_) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(writers.os, "replace", killed)
@@ -59,7 +59,7 @@ def test_a_kill_while_rows_are_dropped_loses_none(tmp_path, monkeypatch):
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(OLD)
 
 
-def test_tensorboard_shows_the_metrics_of_a_resumed_run_once(tmp_path):
+def test_tensorboard_shows_the_metrics_of_a_resumed_run_once(tmp_path) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -75,7 +75,7 @@ def test_tensorboard_shows_the_metrics_of_a_resumed_run_once(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("step/loss")] == [(1, 1.0), (2, 12.0)]
 
 
-def test_wandb_writes_an_offline_run(tmp_path, monkeypatch):
+def test_wandb_writes_an_offline_run(tmp_path, monkeypatch) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed: pip install wandb")
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
@@ -92,15 +92,15 @@ def test_wandb_writes_an_offline_run(tmp_path, monkeypatch):
     "output, module",
     [(OutputConfig(tensorboard_dir="x"), "tensorboard"), (OutputConfig(wandb_project="x"), "wandb")],
 )
-def test_a_missing_library_is_named_with_its_flag(monkeypatch, output, module):
+def test_a_missing_library_is_named_with_its_flag(monkeypatch, output, module) -> None:
     monkeypatch.setattr(writers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=rf"--{module}-\w+ needs the package {module}: pip install {module}"):
         check_writers(output)
     check_writers(OutputConfig())
 
 
-def test_neither_library_is_imported_without_its_flag():
-    """By us: megatron-core itself imports those that it finds."""
+def test_neither_library_is_imported_without_its_flag() -> None:
+    """By our code: megatron-core itself imports those that are installed."""
     code = (
         "import sys, megatron_simct.reporting.writers as w; from megatron_simct.config.options import "
         "OutputConfig; w.check_writers(OutputConfig()); assert w.open_writers(OutputConfig(), {}, start=0) "

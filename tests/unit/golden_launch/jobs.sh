@@ -63,7 +63,6 @@ set -euo pipefail
 umask 077
 cd /code
 run_dir=/runs/first
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 export NCCL_DEBUG=WARN
 
@@ -109,6 +108,8 @@ task_student=(
     --open-mode=append
 )
 prefix_student=(
+    env
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 )
 # vllm, an engine: its command; how each task is started; what stands before the command there.
 job_vllm=(

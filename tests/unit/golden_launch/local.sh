@@ -1,6 +1,5 @@
 umask 077
 mkdir -p -- /runs/first
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 export NCCL_DEBUG=WARN
 CUDA_VISIBLE_DEVICES=8,9,10,11,12,13,14,15 /opt/env/bin/python -m torch.distributed.run --nnodes=1 --nproc-per-node=8 --max-restarts=0 --signals-to-handle=SIGINT,SIGHUP,SIGQUIT --rdzv-backend=c10d --rdzv-endpoint=localhost:0 -m megatron_simct.serve_teacher --teacher-hf-checkpoint=/models/teacher --tensor-model-parallel-size=8 --pipeline-model-parallel-size=2 --run-dir=/runs/first/teacher --rollout-max-prompt-len=512 --bf16 &

@@ -31,7 +31,6 @@ set -euo pipefail
 umask 077
 cd /code
 run_dir=/runs/first
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 export NCCL_DEBUG=WARN
 
@@ -72,9 +71,11 @@ task_student=(
     --open-mode=append
     --container-image=/images/simct.sqsh
     --container-mounts=/models:/models:ro,/runs:/runs
-    --container-env=TORCH_DISABLE_SHARE_RDZV_TCP_STORE,CUDA_DEVICE_MAX_CONNECTIONS,NCCL_DEBUG
+    --container-env=CUDA_DEVICE_MAX_CONNECTIONS,NCCL_DEBUG
 )
 prefix_student=(
+    env
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 )
 # teacher: torchrun's options and its own; how each task is started; what stands before them.
 job_teacher=(
@@ -100,7 +101,7 @@ task_teacher=(
     --open-mode=append
     --container-image=/images/simct.sqsh
     --container-mounts=/models:/models:ro,/runs:/runs
-    --container-env=TORCH_DISABLE_SHARE_RDZV_TCP_STORE,CUDA_DEVICE_MAX_CONNECTIONS,NCCL_DEBUG
+    --container-env=CUDA_DEVICE_MAX_CONNECTIONS,NCCL_DEBUG
 )
 prefix_teacher=(
 )

@@ -31,7 +31,6 @@ set -euo pipefail
 umask 077
 cd /code
 run_dir=/runs/first
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 export NCCL_DEBUG=WARN
 
@@ -72,6 +71,8 @@ task_student=(
     --open-mode=append
 )
 prefix_student=(
+    env
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 )
 # teacher: torchrun's options and its own; how each task is started; what stands before them.
 job_teacher=(

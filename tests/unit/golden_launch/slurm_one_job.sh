@@ -20,7 +20,6 @@ set -euo pipefail
 umask 077
 cd /code
 run_dir=/runs/first
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 export NCCL_DEBUG=WARN
 
@@ -60,6 +59,8 @@ task_student=(
     --open-mode=append
 )
 prefix_student=(
+    env
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 )
 
 # A task: torchrun, whose rendezvous lies on the first node. SIGTERM is for the processes that it starts, which save and

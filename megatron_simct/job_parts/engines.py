@@ -1,0 +1,93 @@
+"""The source of a training job's responses: engines, and responses that are stored or given."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_simct.alignment import Tokenizer
+from megatron_simct.config.options import Config
+from megatron_simct.engine_client import EngineClient
+from megatron_simct.models.build import HiddenStateModel, InterleavedModel, whole_sequences
+from megatron_simct.models.families import read_architecture
+from megatron_simct.models.hf_export import save_hf_weights
+from megatron_simct.parallel.disk import on_first_rank
+from megatron_simct.parallel.initialize import Groups
+from megatron_simct.records import Prompt, Rollout
+from megatron_simct.rollout.engine import GivenResponses, ReplayEngine, RolloutEngine
+from megatron_simct.rollout.vllm_engine import VllmEngine
+from megatron_simct.teacher.forward import TeacherForward, own_tokens
+
+
+def build_engine(config: Config, groups: Groups, sampler: RolloutEngine, student: Tokenizer) -> RolloutEngine:
+    """The source of the training responses."""
+    engine: RolloutEngine = sampler if config.samples else GivenResponses(student)
+    save_dir, load_dir = config.rollout.save_debug_rollout_data, config.rollout.load_debug_rollout_data
+    if (save_dir or load_dir) and not config.rollout.rollout_oversample:  # it records by itself
+        engine = ReplayEngine(
+            engine, save_dir=save_dir, load_dir=load_dir, dp_rank=groups.dp_rank, writes=groups.writes_samples
+        )
+    return engine
+
+
+def build_vllm_engine(
+    config: Config,
+    groups: Groups,
+    model: HiddenStateModel | InterleavedModel,
+    student: Tokenizer,
+    *,
+    before_reading_weights: Callable[[], None],
+) -> VllmEngine:
+    """An engine that samples with vLLM servers, which receive the weights in a folder.
+
+    before_reading_weights: see MegatronEngine.
+    """
+    rollout, flag = config.rollout, "--rollout-engine-weights"
+    architecture = read_architecture(config.model.folder, flag="--hf-checkpoint")
+    root = Path(rollout.rollout_engine_weights or f"{config.output.run_dir}/engine_weights").absolute()
+    forward = TeacherForward(model, groups, vocab_size=student.table.num_ids, frozen=False)
+
+    def write_weights(version: int) -> str:
+        before_reading_weights()
+        folder = root / f"version-{version}"
+
+        def make_room() -> None:
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for old in root.glob("version-*"):
+                shutil.rmtree(old)
+
+        on_first_rank(make_room, str(root), flag=flag)
+        dtype = torch.bfloat16 if config.training.bf16 else torch.float32
+        save_hf_weights(
+            model, architecture, groups, template=config.model.folder, save=str(folder), dtype=dtype
+        )
+        return str(folder)
+
+    def log_probs(prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[np.ndarray]:
+        before_reading_weights()
+        was_training = model.training
+        model.eval()
+        try:
+            with whole_sequences(model):
+                requests = [
+                    own_tokens(prompt, rollout) for prompt, rollout in zip(prompts, rollouts, strict=True)
+                ]
+                return [(s.own_logit - s.lse).float().cpu().numpy() for s in forward.run([requests])]
+        finally:
+            model.train(was_training)
+
+    timeout_s = 60 * rollout.rollout_engine_timeout_minutes
+    return VllmEngine(
+        [EngineClient(url, timeout_s=timeout_s) for url in rollout.rollout_engine_endpoint],
+        groups,
+        vocab_size=student.table.num_ids,
+        stop_ids=student.table.stop_ids,
+        write_weights=write_weights,
+        log_probs=log_probs,
+        bound_nats=rollout.rollout_logprob_bound,
+        timeout_s=timeout_s,
+    )
