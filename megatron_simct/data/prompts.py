@@ -36,7 +36,7 @@ class Row:
     response: str | None
     label: str | None
     answer: Message | None = None
-    """Of a transcript: the assistant's message that closes it. Other answers are in the prompt."""
+    """The assistant's message that closes a transcript. Its other answers are in the prompt."""
     teacher_prompt: str | Messages | None = None
     """The prompt that the teacher reads instead of `prompt`. None: it reads the same."""
     where: str = field(default="", compare=False)

@@ -119,7 +119,7 @@ def read_transcript(
 
 
 _Spans = list[tuple[int, int]]
-"""Of each model, the characters [start, end) of a response in the text that its template writes."""
+"""A response's characters [start, end) in the text that each model's template writes."""
 
 
 # The parts

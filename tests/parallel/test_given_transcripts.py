@@ -128,7 +128,7 @@ def pieces_of(tokenizer: Any) -> list[bytes]:
 def turns_of(
     folder: Path, messages: list[dict[str, str]], stop: int
 ) -> list[tuple[Any, list[int], list[int]]]:
-    """Of each answer float64 logits [n, V] of its labels, the labels, and where each ends in its text."""
+    """For each answer: float64 logits [n, V] of its labels, the labels, and where each ends in its text."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
