@@ -415,7 +415,7 @@ def ratios(report: StepReport, samples: dict[str, float], *, sampled: bool) -> d
     if sums.get("num_teacher_labels"):
         for reason in DROP_REASONS:
             values[f"dropped_{reason}"] = _ratio(sums[f"bytes_dropped_{reason}"], sums["bytes"])
-    if sums["turns"]:
+    if sums.get("turns"):
         values["turns"] = _ratio(sums["turns"], sums["samples"])
         values["between_turns"] = _ratio(sums["bytes_between"], sums["bytes_between"] + sums["bytes"])
         for reason in MASK_REASONS:
