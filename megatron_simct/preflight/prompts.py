@@ -27,8 +27,9 @@ def check_prompts(state: State, student: pair.Side, teacher: pair.Side | None) -
             response_key=config.data.response_key,
             label_key=config.data.label_key,
             chat=config.data.apply_chat_template,
-            need_response=config.interface.interface == "sft",
+            need_response=config.interface.interface == "sft" and config.data.simct_on == "sampled",
             need_label=False,
+            transcripts=config.data.simct_on == "given",
         ),
     )
     if config.data.eval_prompt_data is not None:
@@ -57,6 +58,7 @@ def check_prompts(state: State, student: pair.Side, teacher: pair.Side | None) -
             flag="--prompt-data",
             student_chat=student.chat,
             teachers=[] if teacher is None else [(teacher.tokenizer, teacher.chat)],
+            max_response_len=config.rollout.rollout_max_response_len,
         )
     except ValueError as error:
         message = str(error)
@@ -66,6 +68,8 @@ def check_prompts(state: State, student: pair.Side, teacher: pair.Side | None) -
     state.findings += templates
     share = source.num_skipped / len(looked_at)
     said = f"{len(rows):,} prompts; {share:.1%} of the {len(looked_at)} checked are too long and left out"
+    if source.num_masked:
+        said += f"; {source.num_masked} have no answer that every chat template writes, and are left out"
     own = sum(row.teacher_prompt is not None for row in rows)
     if own and teacher is not None:
         said += f"; in {own:,} rows the teacher has its own prompt"
