@@ -7,8 +7,8 @@ On the quick start's names and things:
     3. warm-up    sft of the student on both, stopped while most of its answers are still wrong
     4. distil     the student samples, and each row's teacher scores: `teacher` in the row, --teachers
 
-The teacher of additions has another tokenizer than the student, that of subtractions has the student's. A
-stage whose command and inputs have not changed since it finished is not run again.
+Both teachers have another tokenizer than the student. A stage whose command and inputs have not changed since
+it finished is not run again.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Recipe:
         other, own = sides("digits-agree", "teacher-groups", folder / "tokenizers")
         self._models = {
             "additions": self._architecture("additions", other, "teacher"),
-            "subtractions": self._architecture("subtractions", own, "teacher"),
+            "subtractions": self._architecture("subtractions", other, "teacher"),
             "student": self._architecture("student", own, "student"),
         }
         until = ("--eval-samples", "0", "--exit-eval-accuracy")
