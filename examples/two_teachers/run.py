@@ -7,8 +7,8 @@ On the quick start's names and things:
     3. warm-up    sft of the student on both, stopped while most of its answers are still wrong
     4. distil     the student samples, and each row's teacher scores: `teacher` in the row, --teachers
 
-The teacher of additions has another tokenizer than the student, that of subtractions has the student's. A
-stage whose command and inputs have not changed since it finished is not run again.
+Both teachers have another tokenizer than the student. A stage whose command and inputs have not changed since
+it finished is not run again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ from pathlib import Path
 
 from rich.table import Table
 
-from examples.quickstart.run import ARCHITECTURE, INITIALIZER_RANGE, ROOT, TEACHER_ACCURACY, WARM_ACCURACY
+from examples.quickstart.run import (
+    ARCHITECTURE,
+    INITIALIZER_RANGE,
+    ROOT,
+    TEACHER_ACCURACY,
+    WARM_ACCURACY,
+    measured,
+)
 from examples.quickstart.task import LEFT, NAMES, RIGHT, THINGS
 from examples.quickstart.tokenizer_files import Side, sides
 from examples.stages import Stage, console
@@ -80,7 +87,7 @@ class Recipe:
         other, own = sides("digits-agree", "teacher-groups", folder / "tokenizers")
         self._models = {
             "additions": self._architecture("additions", other, "teacher"),
-            "subtractions": self._architecture("subtractions", own, "teacher"),
+            "subtractions": self._architecture("subtractions", other, "teacher"),
             "student": self._architecture("student", own, "student"),
         }
         until = ("--eval-samples", "0", "--exit-eval-accuracy")
@@ -224,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         own = [json.loads(x) for x in (recipe.teachers[kind].output / "metrics.jsonl").open()]
         summary[f"teacher of {kind}"] = {
             kind: [x["greedy_accuracy"] for x in own if x["kind"] == "evaluation"][-1],
-            other: json.loads((stage.output / "summary.json").read_text())["exact_match"],
+            other: measured(stage),
         }
     summary["student before"] = by_kind(recipe.distil, first=True)
     summary["student after"] = by_kind(recipe.distil)

@@ -36,7 +36,7 @@ MAX_IDLE_S = 60.0
 _WAIT_S = 600.0
 """Longest wait for an answer; only a stopped or starved process exceeds it."""
 
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+REASONING = ("reasoning_content", "thinking", "reasoning")
 """Keys under which a message may hold its reasoning, the one that templates read first."""
 
 
@@ -97,7 +97,7 @@ def close() -> None:
 def _as_templates_read(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message without keys that are null, its reasoning under the names that templates use."""
     message = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((message[key] for key in _REASONING if key in message), None)
+    reasoning = next((message[key] for key in REASONING if key in message), None)
     if reasoning is None:
         return message
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}

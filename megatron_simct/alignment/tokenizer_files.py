@@ -89,8 +89,8 @@ def _file_of(folder: Path) -> Path:
 
 
 def _holds_ranks(path: Path) -> bool:
-    """Whether a file called NAME.model holds tiktoken ranks (Llama 3, Kimi): lines of a base64 text and a
-    number.
+    """Whether a file called NAME.model holds tiktoken ranks (Llama 3, Kimi): lines of a
+    base64 text and a number.
     """
     if ".model" not in path.name:
         return False
@@ -173,8 +173,8 @@ def _load_sentencepiece(
 def _sentencepiece_bos(
     own: int, folder: HfFolder | None, beside: BesideVocabulary
 ) -> tuple[int | None, tuple[str, ...]]:
-    """The id that a prompt starts with: add_bos_token of the folder decides; without it, the model's own
-    BOS.
+    """The id that a prompt starts with: add_bos_token of the folder decides; without it,
+    the model's own BOS.
     """
     bos_id = own if own >= 0 else None
     if folder is None or bos_id is None and beside.bos_id is None:
@@ -266,8 +266,8 @@ def _load_tiktoken_encoding(spec: str, stop_token_ids: tuple[int, ...]) -> Token
         encoding = tiktoken.get_encoding(name)
     except Exception as error:  # of any HTTP library
         raise ValueError(
-            f'tokenizer "{spec}": tiktoken cannot get its ranks; without a network give them as a file '
-            f"NAME.tiktoken, or set TIKTOKEN_CACHE_DIR to where they are ({type(error).__name__}: {error})"
+            f'tokenizer "{spec}": tiktoken cannot download its ranks; without a network, give the ranks as a '
+            f"file NAME.tiktoken, or set TIKTOKEN_CACHE_DIR to their folder ({type(error).__name__}: {error})"
         ) from None
     special_tokens = encoding._special_tokens
     own = {special_tokens[text]: name for text in ("<|endoftext|>",) if text in special_tokens}

@@ -323,7 +323,7 @@ def _listed_jobs(values: dict[str, Any], path: str) -> list[Job]:
     teachers = [job.name for job in jobs if job.kind == "teacher"]
     named = next(job.options.get("teachers") for job in jobs if job.kind == "student")
     if named is None and len(teachers) > 2:
-        names = _list(f"{name}: {{}}" for name in teachers)
+        names = _list([f"{name}: {{}}" for name in teachers])
         raise ValueError(
             f"{path}: jobs: {_list(teachers)} are teachers, but a student has at most two that are mixed; "
             f"for one of them a row give the student teachers: {{{names}}}"
@@ -559,9 +559,8 @@ def _environment(values: Any, *, where: str) -> dict[str, str]:
         if secret_name or (isinstance(value, str) and _SECRET_VALUE.search(value)):
             raise ValueError(
                 f"{where}: {'' if secret_name else 'the value of '}{name} looks like a secret, which must "
-                "not "
-                "be stored in this file or the job script; export it in the shell that starts the launcher: "
-                "all jobs inherit it"
+                "not be stored in this file or the job script; export it in the shell that starts the "
+                "launcher: all jobs inherit it"
             )
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise ValueError(f"{where}: {name}: {value!r} must be a string; put it in quotes")

@@ -15,6 +15,7 @@ import numpy as np
 from megatron_simct import prompt_files
 from megatron_simct.alignment.tokenizer import Tokenizer
 from megatron_simct.data.rendering import ChatTemplate, Messages, render_prompt
+from megatron_simct.data.transcripts import Side, read_transcript
 from megatron_simct.prompt_files import (
     CONVERSATION_KEYS,
     Message,
@@ -25,7 +26,7 @@ from megatron_simct.prompt_files import (
     teacher_of,
     teacher_prompt_of,
 )
-from megatron_simct.records import Asked, Prompt
+from megatron_simct.records import Asked, Prompt, Transcript
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,8 @@ class Row:
     """Messages if chat templates are applied."""
     response: str | None
     label: str | None
+    answer: Message | None = None
+    """The assistant's message that closes a transcript. Its other answers are in the prompt."""
     teacher_prompt: str | Messages | None = None
     """The prompt that the teacher reads instead of `prompt`. None: it reads the same."""
     teacher: str = ""
@@ -62,9 +65,11 @@ def read_prompts(
     chat: bool = False,
     keep_fields: bool = False,
     teachers: Sequence[str] = (),
+    transcripts: bool = False,
 ) -> list[Row]:
     """The rows of a file. With `chat` a prompt is a list of messages, or a text that becomes one user
     message. keep_fields: set Row.fields. teachers: the names of --teachers; each row has one of them.
+    transcripts: rows of messages keep their last answer as a message, and every other row needs a response.
 
     Raises ValueError, naming the flag, the file and the line, if the file is invalid.
     """
@@ -72,7 +77,10 @@ def read_prompts(
     for where, fields in prompt_files.read_rows(path, name=f"{flag} {path}"):
         try:
             text_or_messages, answer = prompt_of(fields, (input_key, *CONVERSATION_KEYS))
-            response = response_of(fields, response_key, answer, needed=need_response)
+            in_messages = transcripts and chat and answer is not None
+            response = response_of(
+                fields, response_key, answer, needed=need_response or (transcripts and not in_messages)
+            )
             label = _label(fields, label_key, needed=need_label)
             prompt = _as_read(text_or_messages, chat, where)
             to_teacher = teacher_prompt_of(fields, prompt)
@@ -84,6 +92,7 @@ def read_prompts(
             Row(
                 prompt=prompt,
                 response=response,
+                answer=_closing(response, answer) if transcripts and chat else None,
                 label=label,
                 teacher_prompt=teacher_prompt,
                 teacher=teacher,
@@ -94,6 +103,14 @@ def read_prompts(
     if not rows:
         raise ValueError(f"{flag} {path}: no prompts in the file")
     return rows
+
+
+def _closing(response: str | None, answer: Message | None) -> Message:
+    """The message that closes a transcript: the row's own one, or its response as one."""
+    if answer is not None:
+        return answer
+    assert response is not None, "response_of refuses a row without one"
+    return {"role": "assistant", "content": response}
 
 
 def _as_read(prompt: str | list[Message], chat: bool, where: str) -> str | list[Message]:
@@ -130,16 +147,35 @@ def _render(
         raise ValueError(f"{where}: {error}") from None
 
 
+Reader = tuple[Tokenizer, ChatTemplate | None]
+"""One model that reads the prompts."""
+
+
 def _rendered(
-    row: Row,
-    student: tuple[Tokenizer, ChatTemplate | None],
-    teachers: Sequence[tuple[Tokenizer, ChatTemplate | None]],
-) -> list[np.ndarray]:
-    """The ids of the student's prompt, then those of each teacher's prompt."""
-    return [
+    row: Row, student: Reader, teachers: Sequence[Reader], max_response_len: int | None
+) -> tuple[list[np.ndarray], Transcript | None]:
+    """The ids of the student's prompt, then those of each teacher's prompt. For a row with an answer its
+    transcript too, or None if nothing of that can be compared.
+    """
+    if row.answer is not None:
+        assert max_response_len is not None, "transcripts have a limit"
+        of_student = _reading(row.prompt, row.answer, student)
+        of_teachers = [_reading(row.read_by_teacher, row.answer, teacher) for teacher in teachers]
+        try:
+            return read_transcript(of_student, of_teachers, max_len=max_response_len)
+        except ValueError as error:
+            raise ValueError(f"{row.where}: {error}") from None
+    ids = [
         _render(row.prompt, *student, where=row.where),
         *(_render(row.read_by_teacher, *teacher, where=row.where) for teacher in teachers),
     ]
+    return ids, None
+
+
+def _reading(prompt: str | Messages, answer: Message, reader: Reader) -> Side:
+    tokenizer, chat = reader
+    assert chat is not None and not isinstance(prompt, str), "transcripts are messages"
+    return Side(tokenizer=tokenizer, chat=chat, messages=[*prompt, answer])
 
 
 class PromptSource:
@@ -159,28 +195,41 @@ class PromptSource:
         dp_size: int,
         flag: str,
         student_chat: ChatTemplate | None = None,
-        teachers: Sequence[tuple[Tokenizer, ChatTemplate | None]] = (),
-        named_teachers: Mapping[str, tuple[Tokenizer, ChatTemplate | None]] = MappingProxyType({}),
+        teachers: Sequence[Reader] = (),
+        named_teachers: Mapping[str, Reader] = MappingProxyType({}),
+        max_response_len: int | None = None,
     ) -> None:
         """batch_size counts prompts of the whole job; None: all of them. Prompts of more than max_prompt_len
         tokens on either side are left out and counted in `num_skipped`. `teachers` read the prompts too; if
         a row has a prompt for the teacher, they read that one, and `num_teacher_prompts` counts the row.
         named_teachers: instead of `teachers`; each reads the rows that name it. Chat templates render prompts
-        that are messages. Raises ValueError if no prompt remains, or if a template refuses a row.
+        that are messages. max_response_len: the tokens behind the prompt that a transcript (a row with an
+        answer) may have; one of which nothing can be compared is left out and counted in `num_masked`. Raises
+        ValueError if no prompt remains, or if a template refuses a row.
         """
 
-        def readers(row: Row) -> Sequence[tuple[Tokenizer, ChatTemplate | None]]:
+        def readers(row: Row) -> Sequence[Reader]:
             return [named_teachers[row.teacher]] if named_teachers else teachers
 
-        rendered = [(row, _rendered(row, (student, student_chat), readers(row))) for row in rows]
-        self._rows = [(row, ids) for row, ids in rendered if max(map(len, ids)) <= max_prompt_len]
-        self.num_skipped = len(rendered) - len(self._rows)
+        rendered = [
+            (row, *_rendered(row, (student, student_chat), readers(row), max_response_len)) for row in rows
+        ]
+        fitting = [one for one in rendered if max(map(len, one[1])) <= max_prompt_len]
+        self.num_skipped = len(rendered) - len(fitting)
+        self._rows = [one for one in fitting if one[0].answer is None or one[2] is not None]
+        self.num_masked = len(fitting) - len(self._rows)
+        has_teacher = bool(teachers or named_teachers)
         self.num_teacher_prompts = (
-            sum(row.teacher_prompt is not None for row, _ in self._rows) if teachers or named_teachers else 0
+            sum(row.teacher_prompt is not None for row, _, _ in self._rows) if has_teacher else 0
         )
-        if not self._rows:
+        if not fitting:
             raise ValueError(
                 f"{flag}: all {len(rows)} prompts exceed --rollout-max-prompt-len {max_prompt_len}"
+            )
+        if not self._rows:
+            raise ValueError(
+                f"{flag}: no answer in any of {len(fitting)} rows stands in every chat template's text as it "
+                f"is and fits into --rollout-max-response-len {max_response_len}"
             )
         self._batch_size = len(self._rows) if batch_size is None else batch_size
         self._samples_per_prompt = samples_per_prompt
@@ -219,7 +268,7 @@ class PromptSource:
         return self._order[1]
 
     def _prompt(self, index: int, *, sample_id: int) -> Prompt:
-        row, (student_ids, *teachers) = self._rows[index]
+        row, (student_ids, *teachers), transcript = self._rows[index]
         return Prompt(
             sample_id=sample_id,
             student_ids=student_ids,
@@ -227,6 +276,7 @@ class PromptSource:
             other_teacher_ids=tuple(teachers[1:]),
             teacher=row.teacher,
             response=row.response,
+            transcript=transcript,
             label=row.label,
             asked=None if row.fields is None else Asked(prompt=row.prompt, row=row.fields),
         )

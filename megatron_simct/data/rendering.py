@@ -131,16 +131,18 @@ class ChatTemplate:
             variables=variables,
         )
 
-    def text(self, messages: Messages) -> str:
-        """The rendered text. Raises ValueError with the reason if the template refuses,
-        templates.TemplateLimit if it exceeds a limit.
+    def text(self, messages: Messages, *, answered: bool = False) -> str:
+        """The rendered text. answered: the messages hold the answer, so the text does not ask for one.
+
+        Raises ValueError with the reason if the template refuses, templates.TemplateLimit if it exceeds a
+        limit.
         """
         return templates.render(
             self.source,
             messages,
             variables={**self.special_tokens, **self.arguments},
             date=self.date,
-            add_generation_prompt=True,
+            add_generation_prompt=not answered,
         )
 
     def render(self, messages: Messages, tokenizer: Tokenizer) -> np.ndarray:

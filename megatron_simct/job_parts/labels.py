@@ -11,6 +11,7 @@ from megatron_simct.alignment import VocabPlacement
 from megatron_simct.alignment.alignment_map import id_of_bytes
 from megatron_simct.alignment.plan import plan_mixture, plan_pair, plan_without_teacher
 from megatron_simct.alignment.translation import Translation
+from megatron_simct.alignment.turns import plan_turns
 from megatron_simct.config.options import Config, InterfaceConfig
 from megatron_simct.loading import Pair
 from megatron_simct.losses import check_labels
@@ -43,6 +44,10 @@ from megatron_simct.records import (
 def build_alignment(config: Config, pair: Pair) -> Callable[[Prompt, Rollout], AlignedPair]:
     """The function that aligns a response: without a teacher, with that of its row, or with several that are
     mixed."""
+    return partial(plan_turns, _build_plan(config, pair), pair.student.table)
+
+
+def _build_plan(config: Config, pair: Pair) -> Callable[[Prompt, Rollout], AlignedPair]:
     student, needs, interface = pair.student, pair.needs, config.interface
     if not pair.teachers:
         return partial(plan_without_teacher, student=student, needs=needs)

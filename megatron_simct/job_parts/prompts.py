@@ -33,10 +33,11 @@ def read_training_rows(config: Config) -> list[Row]:
         response_key=config.data.response_key,
         label_key=config.data.label_key,
         chat=config.data.apply_chat_template,
-        need_response=config.interface.interface == "sft",
+        need_response=config.interface.interface == "sft" and config.data.simct_on == "sampled",
         need_label=False,
         keep_fields=config.reward.reward is not None,
         teachers=[teacher.name for teacher in config.teachers if teacher.name],
+        transcripts=config.data.simct_on == "given",
     )
 
 
@@ -68,8 +69,15 @@ def build_prompts(config: Config, groups: Groups, pair: Pair, rows: Sequence[Row
         student_chat=open_chat_template(config, config.model, pair.student, prefix=""),
         teachers=() if config.routes_rows else reads,
         named_teachers=dict(zip(pair.by_name, reads, strict=True)) if config.routes_rows else {},
+        max_response_len=config.rollout.rollout_max_response_len,
     )
     report_skipped(config, groups, source, "prompts", of=len(rows))
+    if source.num_masked and groups.is_first_rank:
+        print(
+            f" {source.num_masked} of {len(rows)} rows are left out: no answer in them stands in every chat "
+            "template's text as it is and fits into --rollout-max-response-len",
+            flush=True,
+        )
     if source.num_teacher_prompts and groups.is_first_rank:
         print(
             f" the teacher has its own prompt in {source.num_teacher_prompts} of {len(source)} rows",

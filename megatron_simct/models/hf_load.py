@@ -28,8 +28,8 @@ def load_hf_weights(
     flag: str,
     progress: Callable[[int], object] = lambda count: None,
 ) -> None:
-    """Fill every parameter of this rank's part of the model from the folder, in the parameter's own
-    precision.
+    """Fill every parameter of this rank's part of the model from the folder, in the
+    parameter's own precision.
 
     progress: called with the bytes of each parameter when it is filled.
 

@@ -64,7 +64,7 @@ def plan_student(
         prompt_len=rollout.rollout_max_prompt_len,
         response_len=rollout.rollout_max_response_len,
         loss_memory=config.interface.loss_memory_mib << 20,
-        trains_on_given=config.interface.interface == "sft",
+        trains_on_given=not config.samples,
         on_gpu=job.gpus_per_node > 0,
         teachers=[
             sizes_of(one.side, one.options.model, parallel.for_teacher)

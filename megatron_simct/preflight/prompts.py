@@ -30,9 +30,10 @@ def check_prompts(state: State, student: pair.Side, teachers: Sequence[pair.Side
             response_key=config.data.response_key,
             label_key=config.data.label_key,
             chat=config.data.apply_chat_template,
-            need_response=config.interface.interface == "sft",
+            need_response=config.interface.interface == "sft" and config.data.simct_on == "sampled",
             need_label=False,
             teachers=list(named),
+            transcripts=config.data.simct_on == "given",
         ),
     )
     if config.data.eval_prompt_data is not None:
@@ -66,6 +67,7 @@ def check_prompts(state: State, student: pair.Side, teachers: Sequence[pair.Side
             student_chat=student.chat,
             teachers=[] if named else [(side.tokenizer, side.chat) for side in teachers],
             named_teachers={name: (side.tokenizer, side.chat) for name, side in named.items()},
+            max_response_len=config.rollout.rollout_max_response_len,
         )
     except ValueError as error:
         message = str(error)
@@ -75,6 +77,8 @@ def check_prompts(state: State, student: pair.Side, teachers: Sequence[pair.Side
     state.findings += templates
     share = source.num_skipped / len(looked_at)
     said = f"{len(rows):,} prompts; {share:.1%} of the {len(looked_at)} checked are too long and left out"
+    if source.num_masked:
+        said += f"; {source.num_masked} have no answer that every chat template writes, and are left out"
     own = sum(row.teacher_prompt is not None for row in rows)
     if own and teachers:
         said += f"; in {own:,} rows the teacher has its own prompt"

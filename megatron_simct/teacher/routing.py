@@ -68,6 +68,7 @@ def unscored(pair: AlignedPair) -> AlignedPair:
         pair,
         teacher=None,
         teacher_ids=none,
+        teacher_labels=None,
         segments=none.reshape(0, 4),
         kinds=none.astype(np.int8),
         replaced_columns=none,

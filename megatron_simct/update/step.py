@@ -1,5 +1,5 @@
-"""The update: forward and backward through Megatron's schedule, one division, one finite check, one optimizer
-step.
+"""The update: forward and backward through Megatron's schedule, one division, one finite check,
+one optimizer step.
 
 The loss function returns sums. Megatron adds up the label counts of all micro-batches and data-parallel ranks
 and divides every gradient once by that number (finalize_model_grads): the result does not depend on how a
@@ -161,8 +161,8 @@ class Updater:
     def step(self, batches: Sequence[MicroBatch]) -> StepReport:
         """One optimizer step on all micro-batches of all ranks. Collective over the whole job.
 
-        Raises NonFiniteError, on every rank and before any weight changes, for a loss or gradient that is not
-        finite.
+        Raises NonFiniteError, on every rank and before any weight changes, for a loss or gradient
+        that is not finite.
         """
         interval, of_one_to_one = self._gradient_parts_interval, None
         if interval and (self._scheduler.num_steps + 1) % interval == 0:
@@ -244,7 +244,8 @@ class Updater:
             output = self._given_loss(rows, model.output_weight, batch.labels, **named)
             return output.sum, torch.zeros_like(output.num_labels).int(), _given_sums(output)
         if batch.teacher is None:
-            nothing = replace(batch.labels, advantages=None, label_weights=torch.zeros_like(rows[:, 0]))
+            no_weights = torch.zeros(len(batch.labels.student_labels), device=rows.device)
+            nothing = replace(batch.labels, advantages=None, label_weights=no_weights)
             output = self._given_loss(rows, model.output_weight, nothing, **named)
             return output.sum, torch.zeros_like(output.num_labels).int(), _unscored_sums(output)
         output = self._losses[batch.teacher](rows, model.output_weight, batch.labels, **named)
