@@ -397,8 +397,8 @@ PATIENCE = Patience(timeout_s=100, hello_s=0.2, silence_s=2.0, look_s=0.1, look_
 GONE_AT, BACK_AT = 2, 4
 
 
-def _without_second(rank: int, world_size: int, argv: list[str], folder: Path, *teacher: str) -> Any:
-    """A run in which the teacher of the rows of `second` is stopped before an iteration, and started again
+def _without_two(rank: int, world_size: int, argv: list[str], folder: Path, *teacher: str) -> Any:
+    """A run in which the teacher of the rows of `two` is stopped before an iteration, and started again
     before another one: of each step the sums, the gradient norm, and the micro-batches' teachers and labels.
     """
     megatron_simct.teacher.build.Patience = lambda **_: PATIENCE
@@ -417,7 +417,7 @@ def _without_second(rank: int, world_size: int, argv: list[str], folder: Path, *
             if rank == 0 and iteration == BACK_AT:
                 jobs[1].__enter__()
             dist.barrier()
-            client = job.teacher._scorers["second"]._client
+            client = job.teacher._scorers["two"]._client
             if client is not None:
                 gone = GONE_AT <= iteration < BACK_AT
                 client._patience = replace(PATIENCE, timeout_s=1) if gone else PATIENCE
@@ -458,12 +458,12 @@ def _without_second(rank: int, world_size: int, argv: list[str], folder: Path, *
 def test_a_step_goes_on_without_the_rows_of_a_teacher_that_is_gone(
     tiny, weights, rows, other, tmp_path, interface, flags
 ) -> None:
-    """On two data-parallel ranks all rows of one of them are of `second` in some steps."""
+    """On two data-parallel ranks all rows of one of them are of `two` in some steps."""
     teachers = _mixed_places(tiny, weights, other)
-    teachers["second"]["endpoint"] = [str(tmp_path / "second")]
+    teachers["two"]["endpoint"] = [str(tmp_path / "two")]
     content = [json.loads(line) for line in rows.read_text().splitlines()]
-    for number, row in enumerate(content):  # the second of two ranks has rows of `second` only
-        row["teacher"] = "second" if number % 2 else "first"
+    for number, row in enumerate(content):  # the two of two ranks has rows of `two` only
+        row["teacher"] = "two" if number % 2 else "one"
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in content))
     argv = routed(
@@ -472,20 +472,20 @@ def test_a_step_goes_on_without_the_rows_of_a_teacher_that_is_gone(
         *("--micro-batch-size", "1"),
     )
     its_flags = ("--teacher-hf-checkpoint", str(other), "--teacher-tokenizer-model", str(other))
-    found = run_ranks(2, _without_second, argv, tmp_path / "second", str(tiny), *its_flags)
+    found = run_ranks(2, _without_two, argv, tmp_path / "two", str(tiny), *its_flags)
     for number, of_ranks in enumerate(zip(*found, strict=True), start=1):
         gone = GONE_AT <= number < BACK_AT
         counted: dict[str | None, int] = {}
         for teacher, labels in [batch for *_, batches in of_ranks[: 1 if flags else 2] for batch in batches]:
             counted[teacher] = counted.get(teacher, 0) + labels
-        assert (None in counted) == gone and ("second" in counted) != gone, (number, counted)
+        assert (None in counted) == gone and ("two" in counted) != gone, (number, counted)
         assert len({len(batches) for *_, batches in of_ranks}) == 1
         for loss, num_labels, grad_norm, _ in of_ranks:
-            assert num_labels == sum(counted[name] for name in ("first", "second") if name in counted)
+            assert num_labels == sum(counted[name] for name in ("one", "two") if name in counted)
             assert loss > 0 and grad_norm > 0
     steps = [row for row in metrics(tmp_path) if row["kind"] == "step"]
-    assert [row["missing/second"] for row in steps] == [0, 3, 3, 0]
-    assert [row["missing/first"] for row in steps] == [0, 0, 0, 0]
+    assert [row["missing/two"] for row in steps] == [0, 3, 3, 0]
+    assert [row["missing/one"] for row in steps] == [0, 0, 0, 0]
 
 
 def _changed_rows(rows: Path, folder: Path, teacher: str | None) -> Path:
