@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import yaml
 
 import megatron_simct.teacher.build
@@ -397,34 +397,33 @@ PATIENCE = Patience(timeout_s=100, hello_s=0.2, silence_s=2.0, look_s=0.1, look_
 GONE_AT, BACK_AT = 2, 4
 
 
-def _without_two(rank: int, world_size: int, argv: list[str], folder: Path, *teacher: str) -> Any:
-    """A run in which the teacher of the rows of `two` is stopped before an iteration, and started again
+def _until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 100
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _without_two(rank: int, world_size: int, argv: list[str], folder: Path) -> Any:
+    """A run that asks for the end of the teacher of the rows of `two` before an iteration, and for its return
     before another one: of each step the sums, the gradient norm, and the micro-batches' teachers and labels.
     """
     megatron_simct.teacher.build.Patience = lambda **_: PATIENCE
     resolved: Config = parse_config(argv)
     with process_groups(resolved.parallel, seed=1) as groups:
-        jobs = [TeacherJob(Path(teacher[0]), (), folder, *teacher[1:]) for _ in range(2)]
-        if rank == 0:
-            jobs[0].__enter__()
-        dist.barrier()
         job = build_job(resolved, groups)
+        client = job.teacher._scorers["two"]._client
 
         def before_step(iteration: int) -> None:
-            dist.barrier()
-            if rank == 0 and iteration == GONE_AT:
-                jobs[0].__exit__()
-            if rank == 0 and iteration == BACK_AT:
-                jobs[1].__enter__()
-            dist.barrier()
-            client = job.teacher._scorers["two"]._client
+            for at, wish in ((GONE_AT, "gone"), (BACK_AT, "back")):
+                if iteration == at:
+                    (folder / f"wants {wish}").touch()
+                    _until((folder / wish).exists)
             if client is not None:
                 gone = GONE_AT <= iteration < BACK_AT
                 client._patience = replace(PATIENCE, timeout_s=1) if gone else PATIENCE
-            deadline = time.monotonic() + 60
-            while iteration == BACK_AT and client is not None and not client.status():
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+                if iteration == BACK_AT:
+                    _until(client.status)
 
         object.__setattr__(job, "before_step", before_step)
         kept: list[list[MicroBatch]] = []
@@ -436,8 +435,6 @@ def _without_two(rank: int, world_size: int, argv: list[str], folder: Path, *tea
 
         job.updater.step = recording
         reports = train_and_record(job)
-        if rank == 0:
-            jobs[1].__exit__()
         return [
             (
                 report.sums["loss"],
@@ -462,7 +459,7 @@ def test_a_step_goes_on_without_the_rows_of_a_teacher_that_is_gone(
     teachers = _mixed_places(tiny, weights, other)
     teachers["two"]["endpoint"] = [str(tmp_path / "two")]
     content = [json.loads(line) for line in rows.read_text().splitlines()]
-    for number, row in enumerate(content):  # the two of two ranks has rows of `two` only
+    for number, row in enumerate(content):  # one of two ranks has rows of `two` only
         row["teacher"] = "two" if number % 2 else "one"
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in content))
@@ -472,7 +469,15 @@ def test_a_step_goes_on_without_the_rows_of_a_teacher_that_is_gone(
         *("--micro-batch-size", "1"),
     )
     its_flags = ("--teacher-hf-checkpoint", str(other), "--teacher-tokenizer-model", str(other))
-    found = run_ranks(2, _without_two, argv, tmp_path / "two", str(tiny), *its_flags)
+    with ThreadPoolExecutor(1) as pool:
+        with TeacherJob(tiny, (), tmp_path / "two", *its_flags):
+            running = pool.submit(run_ranks, 2, _without_two, argv, tmp_path)
+            _until(lambda: (tmp_path / "wants gone").exists() or running.done())
+        (tmp_path / "gone").touch()
+        _until(lambda: (tmp_path / "wants back").exists() or running.done())
+        with TeacherJob(tiny, (), tmp_path / "two", *its_flags):
+            (tmp_path / "back").touch()
+            found = running.result()
     for number, of_ranks in enumerate(zip(*found, strict=True), start=1):
         gone = GONE_AT <= number < BACK_AT
         counted: dict[str | None, int] = {}
