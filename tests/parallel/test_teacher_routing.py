@@ -34,6 +34,8 @@ from megatron_simct.preflight.check import check_run
 from megatron_simct.records import MicroBatch, Prompt, Rollout
 from megatron_simct.rollout.engine import GivenResponses
 from megatron_simct.teacher.client import Patience
+from megatron_simct.teacher.routing import unscored
+from megatron_simct.teacher.scorer import without_content
 from megatron_simct.update.step import StepReport
 from tests.distributed import run_ranks
 from tests.huggingface import save_byte_level, save_model
@@ -132,6 +134,7 @@ def _step(
         tokenizer = open_tokenizer(resolved.model, prefix="")
         asked = job.prompts.batch(0)
         rollouts = GivenResponses(tokenizer).generate(asked, job.sampling)  # as if they had been sampled
+        drops = resolved.routing.missing_teacher == "drop"  # as if `two` had not answered
         by_hand = None
         if world_size == 1:
             models = {
@@ -140,10 +143,17 @@ def _step(
             }
             own = load_model(resolved, resolved.model, groups, tokenizer, prefix="").double()
             own.load_state_dict(before, strict=False)
+            if drops:
+                del models["two"]
             by_hand = _by_hand(own, models, asked, rollouts, tokenizer.table.num_ids)
         pairs = [job.align(prompt, rollout) for prompt, rollout in zip(asked, rollouts, strict=True)]
-        batches = job.pack(asked, rollouts, pairs, scores_of(job.teacher, pairs))
-        of = {prompt.sample_id: prompt.teacher for prompt in asked}
+        scored = [pair for pair in pairs if not (drops and pair.teacher == "two")]
+        scores = scores_of(job.teacher, scored)
+        if drops:
+            pairs = [pair if pair in scored else unscored(pair) for pair in pairs]
+            scores += [without_content(pair.sample_id) for pair in pairs if pair.teacher is None]
+        batches = job.pack(asked, rollouts, pairs, scores)
+        of = {pair.sample_id: pair.teacher for pair in pairs}
         assert all({of[i] for i in batch.sample_ids} == {batch.teacher} for batch in batches)
         report = job.updater.step(batches)
         after = {name: value.detach().double() for name, value in student.named_parameters()}
@@ -169,6 +179,8 @@ def _by_hand(
 
     found: dict[str, list[torch.Tensor]] = {name: [] for name in teachers}
     for prompt, rollout, name in zip(asked, rollouts, TEACHERS, strict=True):
+        if name not in teachers:
+            continue
         own = log_probs(student, prompt.student_ids, rollout.student_ids)
         target = log_probs(teachers[name], prompt.teacher_ids, rollout.student_ids).detach()
         found[name].append((target.exp() * (target - own)).sum(1))
@@ -232,6 +244,24 @@ def test_every_layout_takes_the_same_step(tiny, weights, rows, moved, one_proces
         assert its == pytest.approx(sums, rel=1e-5)
         assert norm == pytest.approx(grad_norm, rel=1e-5)
     assert len({count for *_, count in found}) == 1, "every rank has as many micro-batches"
+
+
+def test_rows_of_a_missing_teacher_add_nothing(tiny, weights, rows, moved, one_process) -> None:
+    drop = ("--missing-teacher", "drop")
+    found = run_ranks(1, _step, tiny, weights, rows, moved, *drop)
+    sums, grad_norm, gradient, (expected, expected_gradient), _ = found[0]
+    assert sums["num_labels"] == expected["num_labels/one"] < one_process[0]["num_labels"]
+    assert sums["loss"] == pytest.approx(expected["loss/one"], rel=1e-5)
+    assert sums["loss/two"] == sums["num_labels/two"] == 0
+    norm = float(torch.sqrt(sum(value.square().sum() for value in expected_gradient.values())))
+    assert grad_norm == pytest.approx(norm, rel=1e-5) and grad_norm != pytest.approx(one_process[1], rel=0.01)
+    for name, value in expected_gradient.items():
+        # Weights of at most 2 are rounded by 1.2e-7 in the update.
+        torch.testing.assert_close(gradient[name], value, rtol=0, atol=3e-6 * max(1, norm), msg=name)
+    # On one of two ranks; of context-parallel ranks each has some labels of a row.
+    for flags in ((), ("--context-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")):
+        for its, its_norm, *_ in run_ranks(2, _step, tiny, weights, rows, moved, *drop, *flags):
+            assert its == pytest.approx(sums, rel=1e-5) and its_norm == pytest.approx(grad_norm, rel=1e-5)
 
 
 # Other tokenizers, `paper` and `bytes`, jobs of their own
