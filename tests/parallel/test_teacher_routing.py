@@ -609,6 +609,11 @@ def test_what_has_no_meaning_is_refused(tiny, teachers, flags, words) -> None:
         parse_config(argv).check(data_parallel_size=1)
 
 
+def test_without_several_teachers_none_can_be_missing(tiny) -> None:
+    with pytest.raises(ValueError, match="--missing-teacher drop needs --teachers"):
+        parse_config(command_line(tiny, "--missing-teacher", "drop")).check(data_parallel_size=1)
+
+
 def test_experts_over_ranks_need_a_job(tiny, tmp_path) -> None:
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
     for name in ("student", "teacher"):
