@@ -1,4 +1,4 @@
-"""Commands that follow one another, each of which is run again only where it or what it reads has changed."""
+"""Commands that follow one another. Each is run again only if it or its inputs have changed."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Stage:
     inputs: tuple[Path, ...] = ()
     """Other files that it reads."""
     resumes: bool = False
-    """The command goes on from what an interrupted one has left; else that is removed."""
+    """The command continues the output of an interrupted run. Otherwise that output is removed."""
     threads: int = 1
 
     @property
     def record(self) -> Path:
-        """What is known of the last run of this stage."""
+        """The record of the last run of this stage."""
         return self.output.with_name(f".{self.output.name}.stage.json")
 
     @property
@@ -48,8 +48,9 @@ class Stage:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def run(self, root: Path) -> float:
-        """Seconds that the command takes or took, from the folder `root`. SystemExit where it fails,
-        ValueError where its output is there and no stage has made it."""
+        """Seconds that the command takes or took, from the folder `root`. Raises SystemExit if it fails, and
+        ValueError if its output exists but no stage has made it.
+        """
         digest = self.digest
         record = json.loads(self.record.read_text()) if self.record.exists() else {}
         same = record.get("digest") == digest

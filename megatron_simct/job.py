@@ -181,7 +181,7 @@ def build_job(config: Config, groups: Groups) -> Job:
         train_iters=config.training.train_iters,
         log_interval=config.output.log_interval,
         batch_size=config.global_batch_size,
-        sampled=config.interface.interface != "sft",
+        sampled=config.samples,
         start=start,
         writers=open_writers(config.output, to_dict(config), start=start) if groups.is_first_rank else (),
     )

@@ -159,14 +159,20 @@ def sequence_batch(
     packed: bool,
     multiple_of: int = 1,
     context: Context | None = None,
+    labels: Sequence[np.ndarray | None] | None = None,
 ) -> SequenceBatch:
     """Prompts with their responses, whose tokens are the labels, packed in one row or padded beside each
     other.
 
-    context: the tokens of the rows that this rank holds; None: all.
+    context: the tokens of the rows that this rank holds; None: all. labels: which tokens of each response are
+    its labels; None: all.
     """
     sequences = [np.concatenate(both) for both in zip(prompts, responses, strict=True)]
-    label_lens = [len(response) for response in responses]
+    of_responses = [
+        np.arange(len(response)) if chosen is None else chosen
+        for response, chosen in zip(responses, labels or [None] * len(responses), strict=True)
+    ]
+    label_lens = [len(chosen) for chosen in of_responses]
     first_labels = np.array([len(prompt) for prompt in prompts])
     if packed:
         sizes = [len(sequence) for sequence in sequences]
@@ -186,9 +192,9 @@ def sequence_batch(
         lengths = None
         row_of_sample = np.arange(len(sequences))
     # The output at a token predicts the next one, so a label's row is one column before the label.
-    starts = zip(first_labels, label_lens, strict=True)
+    starts = zip(first_labels, of_responses, strict=True)
     places = torch.from_numpy(
-        np.concatenate([first - 1 + np.arange(n) for first, n in starts]).astype(np.int64)
+        np.concatenate([first - 1 + chosen for first, chosen in starts]).astype(np.int64)
     )
     row_of_label = torch.from_numpy(row_of_sample.repeat(label_lens))
     index = owner = None
@@ -239,13 +245,14 @@ def _pack(
     context: Context | None,
     entries: Entries | None,
 ) -> MicroBatch:
-    responses = [rollout.student_ids for _, rollout, _, _ in samples]
+    rollouts = [rollout for _, rollout, _, _ in samples]
     sequences = sequence_batch(
         [prompt.student_ids for prompt, _, _, _ in samples],
-        responses,
+        [rollout.student_ids for rollout in rollouts],
         packed=packed,
         multiple_of=multiple_of,
         context=context,
+        labels=[None if r.transcript is None else r.transcript.student.labels for r in rollouts],
     )
     labels = _pack_labels([s[1:] for s in samples])
     if entries is not None and all(score.topk_ids is not None for *_, score in samples):
@@ -258,7 +265,7 @@ def _pack(
         )
     return MicroBatch(
         sample_ids=tuple(prompt.sample_id for prompt, _, _, _ in samples),
-        num_labels=tuple(len(response) for response in responses),
+        num_labels=tuple(len(rollout.label_ids) for rollout in rollouts),
         sequences=sequences,
         labels=labels,
     )
@@ -268,17 +275,19 @@ def _pack_labels(samples: Sequence[tuple[Rollout, AlignedPair, ScoredPair]]) -> 
     """Shift each sample's segments by the labels before it, and find the hidden row of each segment's first
     label.
     """
-    segments, hidden_index = [], []
+    segments, hidden_index, of_teacher = [], [], []
     teacher_offset = student_offset = hidden_offset = 0
-    for rollout, pair, _ in samples:
+    for rollout, pair, score in samples:
+        own_segments, num_teacher_labels, *scores = _without_what_lies_between(pair, score)
+        of_teacher.append(scores)
         # A segment is (ts, te, ss, se): two teacher labels, two student labels.
         shift = np.array([teacher_offset, teacher_offset, student_offset, student_offset])
-        segments.append(pair.segments + shift)
+        segments.append(own_segments + shift)
         first = _row_of_first_label(pair)
         # Indexes the concatenated rows of `teacher_hidden`; -1 marks a row that was not requested.
         hidden_index.append(np.where(first >= 0, first + hidden_offset, -1))
-        teacher_offset += len(pair.teacher_ids)
-        student_offset += len(rollout.student_ids)
+        teacher_offset += num_teacher_labels
+        student_offset += len(rollout.label_ids)
         hidden_offset += len(pair.teacher_rows)
     events = [
         pair.byte_events for _, pair, score in samples if score.byte_logprobs is not None and pair.byte_events
@@ -290,25 +299,25 @@ def _pack_labels(samples: Sequence[tuple[Rollout, AlignedPair, ScoredPair]]) -> 
         return torch.from_numpy(np.concatenate(arrays).astype(np.int64))
 
     return LabelBatch(
-        student_labels=ints([rollout.student_ids for rollout, _, _ in samples]),
+        student_labels=ints([rollout.label_ids for rollout, _, _ in samples]),
         segments=ints(segments),
         kinds=ints([pair.kinds for _, pair, _ in samples]),
         replaced_columns=ints([pair.replaced_columns for _, pair, _ in samples]),
         teacher_first_columns=ints([pair.teacher_first_columns for _, pair, _ in samples]),
         weights=torch.from_numpy(np.concatenate([pair.weights for _, pair, _ in samples])),
-        teacher_own_logit=torch.cat([score.own_logit for _, _, score in samples]),
-        teacher_lse=torch.cat([score.lse for _, _, score in samples]),
+        teacher_own_logit=torch.cat([own_logit for own_logit, _ in of_teacher]),
+        teacher_lse=torch.cat([lse for _, lse in of_teacher]),
         teacher_hidden=torch.cat(hidden) if hidden else None,
         teacher_hidden_index=ints(hidden_index),
         teacher_topk=torch.cat(topk) if topk else None,
         sampling_log_probs=torch.from_numpy(np.concatenate([rollout.logprobs for rollout, _, _ in samples])),
         response_starts=torch.from_numpy(
-            np.cumsum([0, *(len(rollout.student_ids) for rollout, _, _ in samples[:-1])])
+            np.cumsum([0, *(len(rollout.label_ids) for rollout, _, _ in samples[:-1])])
         ),
         byte_batch=(
             pack_byte_events(
                 events,
-                [len(rollout.student_ids) for rollout, _, _ in samples],
+                [len(rollout.label_ids) for rollout, _, _ in samples],
                 [score.byte_logprobs for _, _, score in samples if score.byte_logprobs is not None],
             )
             if events
@@ -317,11 +326,28 @@ def _pack_labels(samples: Sequence[tuple[Rollout, AlignedPair, ScoredPair]]) -> 
     )
 
 
+def _without_what_lies_between(
+    pair: AlignedPair, score: ScoredPair
+) -> tuple[np.ndarray, int, torch.Tensor, torch.Tensor]:
+    """The segments [A, 4] with labels of responses only, M, and the teacher's own logit and log-sum-exp [M].
+
+    Without scores, on the first pipeline stages, these two stay empty.
+    """
+    labels = pair.teacher_labels
+    if labels is None:
+        return pair.segments, len(pair.teacher_ids), score.own_logit, score.lse
+    segments = pair.segments.copy()
+    # From tokens to labels: the number of labels before a token.
+    segments[:, :2] = np.searchsorted(labels, segments[:, :2])
+    kept = torch.from_numpy(labels).to(score.lse.device) if len(score.lse) else slice(None)
+    return segments, len(labels), score.own_logit[kept], score.lse[kept]
+
+
 def pack_entries(samples: Sequence[tuple[EntryBatch, Rollout, AlignedPair]]) -> EntryBatch:
     """The events of several responses as one."""
     # Entry i is the number of segments, or student labels, of the responses before i.
     segments = np.cumsum([0, *(len(pair.segments) for _, _, pair in samples)])
-    labels = np.cumsum([0, *(len(rollout.student_ids) for _, rollout, _ in samples)])
+    labels = np.cumsum([0, *(len(rollout.label_ids) for _, rollout, _ in samples)])
     found = [entries for entries, _, _ in samples]
 
     def joined(name: str, offsets: np.ndarray) -> torch.Tensor:

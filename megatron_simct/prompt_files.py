@@ -265,6 +265,8 @@ def _message(value: Any, where: str) -> Message:
             known = ", ".join(_SPEAKERS)
             raise RowError(f"messages from the unknown speaker {speaker!r}", f"{where}; known are {known}")
         message = {"role": _SPEAKERS[speaker], "content": message.pop("value")} | message
+    if message.get("tool_calls") and message.get("role") == "assistant":
+        message.setdefault("content", "")  # a message that only calls tools may have none
     if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str | list):
         raise RowError(
             "messages without role and content", f"{where} needs 'role' and 'content', both strings"

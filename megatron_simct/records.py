@@ -14,6 +14,8 @@ Shape letters, used in the whole package:
 Names of student and teacher differ by a prefix or by the suffixes _S and _T.
 
 A *label* is a response token; label p of a response is predicted by row (prompt length + p - 1) of the model.
+A sequence may hold several responses with other text between them (Transcript). Its labels are the tokens of
+the responses, counted from 0 without what lies between; each is predicted by the row of the token before it.
 In a *segment* (ts, te, ss, se) teacher labels [ts, te) and student labels [ss, se) spell the same bytes.
 
 Example. The student samples "ha" "ppy" "</s>", the teacher's tokenizer encodes it as "hap" "py" "<|im_end|>":
@@ -138,6 +140,33 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Turns:
+    """Several responses in one sequence, in one model's tokens."""
+
+    ids: np.ndarray
+    """int32 [n]: all tokens behind the prompt, up to the end of the last response."""
+    spans: np.ndarray
+    """int32 [T, 2], ascending: the tokens [start, end) of each response, with its stop token if it has one.
+    """
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 [N], ascending: which of the tokens belong to responses."""
+        return np.concatenate([np.arange(start, end) for start, end in self.spans.tolist()])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transcript:
+    """The same T responses in every model's tokens, each model's own chat template between them."""
+
+    student: Turns
+    teachers: tuple[Turns, ...]
+    """Empty if nothing is compared."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """turns, bytes_of_turns and bytes_masked_<reason> (data/transcripts.py)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """One conversation, rendered for both models. `data` -> `rollout`."""
 
@@ -151,7 +180,9 @@ class Prompt:
     other_teacher_ids: tuple[np.ndarray, ...] = ()
     """The same of the other teachers of a mixture."""
     response: str | None = None
-    """The given response, for interface `sft`."""
+    """The given response, for interface `sft` and --simct-on given."""
+    transcript: Transcript | None = None
+    """Several given responses in its place, for --simct-on given."""
     label: str | None = None
     """The expected response, for evaluation."""
     asked: Asked | None = None
@@ -169,9 +200,18 @@ class Rollout:
     student_ids: np.ndarray
     """int32 [n], the stop token included when finish is "stop"."""
     logprobs: np.ndarray
-    """float32 [n], log-softmax of the untempered, untruncated logits over the real vocabulary."""
+    """float32 [N], of the labels: log-softmax of the untempered, untruncated logits over the real vocabulary.
+    """
     finish: Literal["stop", "length", "open"]
     """open: the response is not finished; only `rollout` handles such responses."""
+    transcript: Transcript | None = None
+    """With several responses: where they lie in student_ids, and the same in the teachers' tokens."""
+
+    @property
+    def label_ids(self) -> np.ndarray:
+        """int32 [N]: the tokens of the responses; all tokens if there is one response."""
+        given = self.transcript
+        return self.student_ids if given is None else self.student_ids[given.student.labels]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,7 +226,7 @@ class AlignedPair:
     """int32 [pt]"""
     teacher_ids: np.ndarray
     """int32 [m], the teacher's labels: the retokenized response, with its stop token when the student
-    stopped.
+    stopped. With several responses all tokens from the first one on; what lies between is in no segment.
     """
     segments: np.ndarray
     """int32 [A, 4] of (ts, te, ss, se)."""
@@ -207,6 +247,8 @@ class AlignedPair:
     """What both models sum, where needs.byte_events asks for it."""
     others: tuple[AlignedPair, ...] = ()
     """The same response for the other teachers of a mixture, with the same slots of byte_events."""
+    teacher_labels: np.ndarray | None = None
+    """int64 [M], ascending: which of teacher_ids belong to responses; None: all."""
     counts: dict[str, int] = field(default_factory=dict)
     """bytes, bytes_one_to_one, bytes_unit, bytes_dropped_<reason>, and other additive counts for the metrics.
     """

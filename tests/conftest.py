@@ -1,5 +1,5 @@
-"""One thread a process, set before any parallel region runs: the multi-process tests fork from this
-process.
+"""One thread for each process, set before any parallel region runs: multi-process tests
+fork from this process.
 """
 
 import os
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Every command that a test starts, in whatever folder, is of this checkout, installed or not.
+# Every command that a test starts, in any folder, uses this checkout, whether or not it is installed.
 ROOT = str(Path(__file__).resolve().parents[1])
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
 
@@ -35,6 +35,6 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def short_tmp() -> Iterator[Path]:
-    """A folder for temporary files in which sockets may lie: their paths have 107 characters at most."""
+    """A folder for temporary files that may contain sockets: a socket's path has at most 107 characters."""
     with tempfile.TemporaryDirectory(prefix="simct", dir="/tmp") as folder:
         yield Path(folder)

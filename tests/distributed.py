@@ -1,7 +1,7 @@
 """Run a function on N gloo ranks that are forked from this process.
 
-torch and megatron-core are imported once, by the parent; a fork costs about 0.1 s a rank where a fresh
-interpreter costs 6-15 s. The workers use one thread each: a thread pool does not survive a fork.
+The parent imports torch and megatron-core once. A fork costs about 0.1 s a rank; a fresh interpreter costs
+6-15 s. The workers use one thread each, because a thread pool does not survive a fork.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ torch.set_num_threads(1)
 def run_ranks(
     world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0
 ) -> list[Any]:
-    """function(rank, world_size, *args) on every rank of a fresh gloo world; the return values by rank.
+    """Run function(rank, world_size, *args) on every rank of a fresh gloo world; the return values by rank.
 
-    Return values are pickled. The first exception of a worker is raised here, with its rank and traceback;
-    the other workers are killed. AssertionError after timeout_s seconds, naming the ranks that had not
-    finished.
+    Return values are pickled. The first exception of a worker is raised here, with its rank and
+    traceback, and the other workers are killed. Raises AssertionError after timeout_s seconds, naming the
+    ranks that had not finished.
     """
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +56,7 @@ def run_ranks(
         finally:
             for worker in workers:
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(worker.pid, signal.SIGKILL)  # with what it has started itself
+                    os.killpg(worker.pid, signal.SIGKILL)  # also the processes that it has started
                 worker.join()
 
 
@@ -71,7 +71,7 @@ def _work(
     os.setpgid(0, 0)
     torch.set_num_threads(1)
     try:
-        # Code under test that reads a torchrun environment finds this world.
+        # Code under test that reads torchrun's environment variables finds this world.
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
         dist.init_process_group(
             "gloo",
@@ -96,7 +96,7 @@ def _collect(pipes: list[Connection], *, deadline: float) -> list[Any]:
         for pipe in ready:
             rank = pipes.index(pipe)
             try:
-                # Nothing from outside: the sender is a fork of this process.
+                # Nothing comes from outside: the sender is a fork of this process.
                 outcome, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 raise AssertionError(f"rank {rank} died without an answer") from None

@@ -1,5 +1,5 @@
-"""Stand-ins for an inference engine's server, in threads: one with transformers' hidden states, one without a
-model.
+"""Stand-ins for an inference engine's server, in threads: one with transformers' hidden states, and
+one without a model.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import numpy as np
 import torch
 
 FAULTS = ("drop", "refuse", "error", "short", "long", "other", "nan", "garble", "hang")
-"""What may happen to an answer: the connection ends before or within it, a status, fewer rows or more,
-another request's answer, numbers that are none, metadata that is none, and silence."""
+"""Faults of an answer: the connection ends before or within it, a status, fewer or more rows, another
+request's answer, invalid numbers, invalid metadata, and silence.
+"""
 
 
 class EngineServer:
-    """What our client uses of a vLLM server: /v1/models, /version, /pooling, and prompt_logprobs of
-    /v1/completions.
+    """The endpoints of a vLLM server that our client uses: /v1/models, /version, /pooling, and
+    prompt_logprobs of /v1/completions.
     """
 
     def __init__(
@@ -41,8 +42,8 @@ class EngineServer:
         share: float = 0.0,
         hang_s: float = 0.6,
     ) -> None:
-        """hidden_states: ids [n] -> float32 [n, H]. share: of answers to /pooling with one of FAULTS, by the
-        seed.
+        """hidden_states: ids [n] -> float32 [n, H]. share: of answers to /pooling that get one of
+        FAULTS, by the seed.
         """
         self.hidden_states, self.logits = hidden_states, logits
         self.root, self.max_model_len = root, max_model_len
@@ -52,7 +53,7 @@ class EngineServer:
         self.lock = threading.Lock()
         self.random = random.Random(seed)
         self.routes: dict[str, Callable[[dict[str, Any]], Any]] = {}
-        """What else it answers."""
+        """Further endpoints."""
         self.is_down = False
         handler = type("Handler", (_Handler,), {"engine": self})
         self._server = _Server(("127.0.0.1", 0), handler)
@@ -63,7 +64,7 @@ class EngineServer:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def go_down(self) -> None:
-        """As if killed: open connections end, and new ones at once.
+        """Stop as if killed: open connections end, and new ones are closed at once.
 
         Forked processes share the socket that listens.
         """
@@ -89,7 +90,7 @@ class EngineServer:
             self.answered += 1
             if self.random.random() >= self.share:
                 return None
-            # each once first
+            # each fault once first
             fault = self.random.choice([kind for kind in FAULTS if not self.faults[kind]] or FAULTS)
             self.faults[fault] += 1
             return fault
@@ -121,7 +122,7 @@ class _Server(ThreadingHTTPServer):
             self.shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that has gone is nothing to report."""
+        """A client that has gone is not an error."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -170,7 +171,7 @@ class _Handler(BaseHTTPRequestHandler):
                 time.sleep(engine.hang_s)
             case "other":
                 name = "0" * 32
-        with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, as it does in an engine
+        with np.errstate(over="ignore"):  # values too large for float16 become infinite, as in an engine
             hidden = np.array(engine.hidden_states(ids), np.float32).astype(
                 {"float32": "<f4", "float16": "<f2"}[body["embed_dtype"]]
             )
@@ -238,9 +239,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def serve_folder(folder: Path, **more: Any) -> EngineServer:
-    """A server of a folder's model, by transformers on one thread, with the head of the folder kept out of
-    it.
-    """
+    """A server of a folder's model, by transformers on one thread, without the folder's head."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
@@ -263,9 +262,7 @@ def serve_folder(folder: Path, **more: Any) -> EngineServer:
 
 
 class GeneratingServer:
-    """A server that samples from a folder's model by transformers, and reads other weights when it is told
-    to.
-    """
+    """A server that samples from a folder's model by transformers, and loads other weights on request."""
 
     def __init__(self, folder: Path, *, takes_weights: bool = True) -> None:
         import transformers
@@ -277,9 +274,11 @@ class GeneratingServer:
         self.loaded: list[str] = []
         self.version = "default"
         self.waits_at: Callable[[dict[str, Any]], int | None] = lambda body: None
-        """After how many tokens it waits, with this request, until it is told to end it; None: never."""
+        """For a request, the number of tokens after which the server waits until the request is
+        ended; None: never.
+        """
         self.answers: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        """Requests and what they got."""
+        """Requests and their answers."""
         self._ended: dict[str, threading.Event] = {}
         self.server = EngineServer(lambda ids: ids, root=str(folder))
         self.server.routes = {
@@ -298,7 +297,7 @@ class GeneratingServer:
         self.server.stop()
 
     def start_again(self) -> None:
-        """As a new process: with the weights of its folder."""
+        """Act as a new process: with the weights of its folder."""
         with self._lock:
             self._model = self._read(str(self._folder)).eval()
             self.version = "default"
@@ -308,7 +307,7 @@ class GeneratingServer:
         return {"success": True}
 
     def _digests(self, body: dict[str, Any]) -> Any:
-        """As vLLM has them: queries, keys and values in one tensor, gate and up too."""
+        """Checksums in vLLM's form: queries, keys and values in one tensor, gate and up too."""
         assert body == {"action": "checksum"}
         tensors: dict[str, list[torch.Tensor]] = {}
         for name, tensor in self._model.named_parameters():
@@ -328,7 +327,7 @@ class GeneratingServer:
         return {"results": [None]}
 
     def _end(self, body: dict[str, Any]) -> Any:
-        """Ends the requests that it has now; it does not remember other names."""
+        """Ends the current requests. It does not remember other names."""
         found = [self._ended[name] for name in body["request_ids"] if name in self._ended]
         for event in found:
             event.set()
@@ -368,7 +367,7 @@ class GeneratingServer:
 
 
 def teach(folder: Path, ids: np.ndarray, *, steps: int = 60) -> None:
-    """Train the folder's model until it knows a text by heart, and write it back."""
+    """Train the folder's model until it knows a text by heart, and save it."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)

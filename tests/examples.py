@@ -1,6 +1,6 @@
-"""The shipped run files with folders of the published architectures in the place of downloaded models.
+"""The shipped run files with folders of the published architectures instead of downloaded models.
 
-Tokenizers are small ones of the same kind; what is published of the models is their config.json.
+Tokenizers are small ones of the same kind. The models' config.json is as published.
 """
 
 from __future__ import annotations
@@ -127,13 +127,13 @@ PARAMETERS = {
     "Llama-3.1-8B-Instruct": 8_030_261_248,
     "Qwen3-235B-A22B": 235_093_634_560,
 }
-"""As published."""
+"""The published numbers."""
 ROOT = "/shared/simct"
-"""Where the shipped files expect everything."""
+"""The folder of all models and data in the shipped files."""
 
 
 def stand_in(path: Path, folder: Path) -> RunFile:
-    """The run file, with `folder` in the place of ROOT and everything in it that the file names."""
+    """The run file, with `folder` instead of ROOT, and all the files that it names in `folder`."""
     text = path.read_text()
     for name, config in CONFIGS.items():
         if f"{ROOT}/models/{name}\n" not in text:

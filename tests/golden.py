@@ -1,8 +1,8 @@
-"""Sample G0: two toy vocabularies, one response, and the numbers that every interface must give on it.
+"""Sample G0: two toy vocabularies, one response, and the expected result of every interface.
 
-The student says "ha" "ppy" " cat" <eos>, the teacher "hap" "py" " cat" <|im_end|>: one unit of two tokens on
-both sides, one shared token, the stop tokens. Logits are small fractions given by a formula, so that anyone
-can recompute them.
+The student writes "ha" "ppy" " cat" <eos>, the teacher "hap" "py" " cat" <|im_end|>: one unit of two tokens
+on both sides, one shared token, and the stop tokens. Logits are small fractions from a formula, so that
+anyone can recompute them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SHARED_PAIRS = ((2, 2), (3, 3), (4, 4), (5, 5), (6, 6), (7, 8))
 STUDENT_LABELS = (0, 1, 2, 5)
 TEACHER_LABELS = (0, 1, 2, 5)
 SEGMENTS = ((0, 2, 0, 2), (2, 3, 2, 3), (3, 4, 3, 4))
-"""(ts, te, ss, se), the byte-exact minimal units."""
+"""(ts, te, ss, se): the byte-exact minimal units."""
 KINDS = (1, 0, 2)
 """UNIT, SHARED, STOP."""
 
@@ -41,9 +41,9 @@ LOSS = {
 BYTES = {"reverse_kl": 0.833321, "forward_kl": 2.426343, "js": 0.214977}
 """divergence -> sum over byte positions / 4 labels, with every probability floored at 1e-8."""
 BYTES_POSITIONS = (0.645330, 0.369621, 0, 0.496810, 0, 0.602705, 0.549142, 0, 0, 0.669675)
-"""reverse_kl; at positions 2 and 4 the teacher or the student is inside a token that it cannot end there."""
+"""reverse_kl. At positions 2 and 4 the teacher or the student is inside a token that cannot end there."""
 WALK = ((0, 3, 0, 3), (3, 4, 3, 4))
-"""The segments of the released walk on G0: the unit swallows the shared token behind it."""
+"""The segments of the released walk on G0: the unit includes the shared token that follows it."""
 OTHER_LOSSES = {
     ("code", "reverse_kl", 1.0, "authors"): 0.321500,
     ("code", "reverse_kl", 2.0, "authors"): 0.094687,

@@ -1,5 +1,5 @@
-"""Tiny Hugging Face folders: models written by transformers itself, tokenizers trained by the tokenizers
-library.
+"""Tiny Hugging Face folders: models saved by transformers itself, tokenizers trained by the
+tokenizers library.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def build_model(model_type: str, *, scale: float = 0.3, **fields: Any) -> torch.
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            # Norms and biases too: at their initial ones and zeros they could be swapped unnoticed.
+            # Norms and biases too: initial ones and zeros could be swapped unnoticed.
             parameter.copy_(
                 torch.randn(parameter.shape, generator=generator) * scale + (parameter.dim() == 1) * 0.5
             )
@@ -62,7 +62,7 @@ CORPUS = [
     "Привет, мир",
     "你好 世界",
 ] * 10
-PATTERN = r"'s|'t| ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # in the manner of GPT-2
+PATTERN = r"'s|'t| ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # as in GPT-2
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% "
     "endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -75,9 +75,9 @@ LLAMA_TEMPLATE = (
 
 
 def save_byte_level(folder: Path, *, vocab_size: int = 320, **changes: Any) -> dict[str, Any]:
-    """A tokenizer in the manner of Qwen: NFC, byte-level, no BOS, two stop tokens, and a chat template.
+    """A tokenizer like Qwen's: NFC, byte-level, no BOS, two stop tokens, and a chat template.
 
-    `changes` replace parts of tokenizer.json; returns what was written.
+    `changes` replace parts of tokenizer.json. Returns the written content.
     """
     from tokenizers import (
         AddedToken,
@@ -123,9 +123,7 @@ def save_byte_level(folder: Path, *, vocab_size: int = 320, **changes: Any) -> d
 
 
 def save_byte_fallback(folder: Path, *, metaspace: bool = False, **changes: Any) -> dict[str, Any]:
-    """A tokenizer in the manner of Llama-2: '▁', byte fallback, a leading blank, BOS, and a chat template in
-    a file.
-    """
+    """A tokenizer like Llama-2's: '▁', byte fallback, a leading space, BOS, and a chat template in a file."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
     byte_pieces = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -142,7 +140,7 @@ def save_byte_fallback(folder: Path, *, metaspace: bool = False, **changes: Any)
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
     )
     spec = json.loads(tokenizer.to_str())
-    # In real files the byte pieces are of the model only.
+    # In real files the byte pieces are in the model only.
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in byte_pieces]
     bos = {"__type": "AddedToken", "content": "<s>", "special": True}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": "</s>"}
@@ -180,16 +178,16 @@ def save_real_byte_fallback(folder: Path) -> Path:
 
 
 def save_real_byte_level(folder: Path, *, num_ranks: int = 20000) -> Path:
-    """The first ranks of Mistral's tekken as a tokenizer.json, in the folder; returns them as a tiktoken
-    file.
+    """The first ranks of Mistral's tekken as a tokenizer.json, in the folder. Returns them
+    as a tiktoken file.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     content = json.loads((_mistral_data() / "tekken_240718.json").read_text())
     pattern, entries = content["config"]["pattern"], content["vocab"][:num_ranks]
     encoded = [base64.b64decode(entry["token_bytes"]) for entry in entries]
-    # The library's own alphabet, in the order of the bytes that it writes: printable ones first, then the
-    # others.
+    # The library's alphabet, in the order of the bytes that it stands for: printable ones
+    # first, then the others.
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     written = sorted(alphabet, key=lambda c: (ord(c) > 255, c))
     printable = [ord(c) for c in written if ord(c) < 256]
@@ -222,7 +220,7 @@ def _mistral_data() -> Path:
 
 
 def _merges(ids: dict[str, int], *, order: dict[str, float]) -> list[tuple[str, str]]:
-    """Every pair of pieces that makes a piece, in the order of what they make."""
+    """Every pair of pieces that joins to a piece, in the order of the joined pieces."""
     found = [
         (order[piece], ids[piece[:cut]], ids[piece[cut:]], piece[:cut], piece[cut:])
         for piece in ids

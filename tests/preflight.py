@@ -1,5 +1,5 @@
-"""A pair of models with everything that a run file names, small: real tokenizer files, chat templates,
-weights.
+"""A small pair of models with everything that a run file names: real tokenizer files, chat
+templates, weights.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def edit_json(path: Path, **changes: Any) -> None:
-    """Other values of some keys; None takes a key out."""
+    """Set some keys to other values; None removes a key."""
     content = json.loads(path.read_text()) | changes
     write_json(path, {key: value for key, value in content.items() if value is not None})
 
@@ -54,9 +54,7 @@ def build_pair(folder: Path) -> None:
 
 
 def run_values(folder: Path) -> dict[str, Any]:
-    """A run file of that pair on a cluster of GPUs, in which nothing is to be pointed out but random
-    digits.
-    """
+    """A run file of that pair on a cluster of GPUs, for which the pre-flight only warns of random digits."""
     return {
         "run_dir": str(folder / "run"),
         "student": {
@@ -90,7 +88,7 @@ def run_values(folder: Path) -> dict[str, Any]:
 
 
 def write_run(folder: Path, change: Callable[[dict[str, Any], Path], None] | None = None) -> Path:
-    """run.yaml of the pair in the folder, changed."""
+    """run.yaml of the pair in the folder, with changes."""
     values = copy.deepcopy(run_values(folder))
     if change is not None:
         change(values, folder)

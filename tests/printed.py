@@ -1,4 +1,4 @@
-"""What a page of docs/ says that a command prints, beside what it printed."""
+"""Compares the output of a command with the output on a page of docs/."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ _NUMBER = r"\d[\d,]*(\.\d+)?"
 
 
 def commands_of(page: Path) -> list[tuple[str, str]]:
-    """The page's commands in order, each with what stands under it as its output."""
+    """The page's commands in order, each with the text below it as its output."""
     return re.findall(r"```bash\n(.*?)```\n```text\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 def same_but_for_numbers(expected: str, printed: str) -> bool:
-    """Line by line, without numbers and the widths of tables: a run of two steps finds others than a whole
-    one. A line "..." of the page stands for any lines, "..." within one for any text."""
+    """Compares line by line, without numbers and the widths of tables: a run of two steps gives other numbers
+    than a whole one. A line "..." of the page stands for any lines, and "..." within one for any text.
+    """
     return _same(expected, printed, numbers=False)
 
 
 def same(expected: str, printed: str) -> bool:
-    """As same_but_for_numbers, numbers included."""
+    """As same_but_for_numbers, with numbers."""
     return _same(expected, printed, numbers=True)
 
 

@@ -1,4 +1,4 @@
-"""`cross_tokenizer_loss` from the names of a table: which of them go into which of its records."""
+"""`cross_tokenizer_loss` with arguments from the names of a table, and the record that each belongs to."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def fused(
     teacher_weight: torch.Tensor,
     **options: Any,
 ) -> CrossTokenizerLoss:
-    """placed: the head moved beforehand, as `place_shared_head` does it."""
+    """placed: the head is moved beforehand, as `place_shared_head` does it."""
     teacher = Head(teacher_hidden, teacher_weight, **of_side(options, "teacher"))
     if options.get("placed"):
         teacher = place_shared_head(

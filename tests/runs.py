@@ -1,4 +1,4 @@
-"""Whole runs of the command in forked processes, and what two of them have in common."""
+"""Whole runs of the command in forked processes, and comparisons of two runs."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def tensors(folder: Path) -> tuple[int, dict[str, torch.Tensor]]:
-    """The newest checkpoint of FOLDER/save: its iteration, and all weights, optimizer and random state by
-    name.
+    """The newest checkpoint of FOLDER/save: its iteration, and all weights, optimizer and
+    random state by name.
     """
     return run_ranks(1, _tensors, folder)[0]
 
@@ -46,8 +46,8 @@ def _tensors(rank: int, world_size: int, folder: Path) -> tuple[int, dict[str, t
 
 
 def assert_same_run(folder: Path, reference: Path) -> int:
-    """Metrics, last iteration, weights, optimizer and random state are equal bit by bit; the number of
-    tensors.
+    """Asserts that metrics, last iteration, weights, optimizer and random state are equal bit by bit. Returns
+    the number of tensors.
     """
     assert metrics(folder) == metrics(reference)
     (iteration, ours), (expected_iteration, expected) = tensors(folder), tensors(reference)

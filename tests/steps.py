@@ -1,4 +1,4 @@
-"""Training steps of a job, and what each of them reported; what a teacher says of pairs."""
+"""Training steps of a job and their reports; a teacher's scores of pairs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_simct.update.step import StepReport
 
 
 def scores_of(teacher: TeacherScorer, pairs: Sequence[AlignedPair]) -> list[ScoredPair]:
-    """What the teacher says, once it has been asked."""
+    """The teacher's scores of these pairs."""
     teacher.submit(pairs)
     return list(teacher.collect(pairs))
 

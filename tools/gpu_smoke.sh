@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# First contact with a GPU: what works, how fast, how much memory; one Markdown table, in the order of value, and a JSON a
-# step. Each step has its own time limit; together they end within ten minutes. Nothing is fetched.
+# First run on a GPU: what works, how fast, with how much memory. Writes one Markdown table, the most useful steps
+# first, and a JSON file for each step. Each step has a time limit; together they end within ten minutes. Nothing is
+# downloaded.
 #   ./tools/gpu_smoke.sh [--out DIR] [STEP ...]        one GPU or more; with TransformerEngine and Apex, and without
 #   ./tools/gpu_smoke.sh --help                        the steps
 #   SIMCT_GPU_SMOKE_DEVICE=cpu ./tools/gpu_smoke.sh    the same code, small, on a CPU with gloo
-# A bare CUDA machine has torch and lacks the rest. Where there is a network, and with the Python of that machine:
-#   ./tools/gpu_smoke.sh --prepare-wheels wheels       download what the steps need beside torch
-# and there, before the first run:
+# A bare CUDA machine has torch, but not the other packages. On a machine with a network and the same Python version:
+#   ./tools/gpu_smoke.sh --prepare-wheels wheels       download the packages that the steps need beside torch
+# and on the CUDA machine, before the first run:
 #   ./tools/gpu_smoke.sh --install-wheels wheels       into build/gpu_smoke_packages, which later runs find
 # PYTHON names the interpreter.
 set -euo pipefail

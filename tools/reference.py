@@ -1,4 +1,4 @@
-"""docs/reference.md: options and metrics as the code has them. `python tools/reference.py` writes it."""
+"""docs/reference.md: options and metrics from the code. `python tools/reference.py` writes it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A teacher and a student after its warm-up, by the quick start's recipe, as Hugging Face folders for
-engines.
+"""Trains a teacher, and a student up to its warm-up, with the quick start's recipe, and writes them as
+Hugging Face folders for engines.
 
-Heads are 32 wide here, the narrowest that vLLM's attention on a CPU computes. The folders have the
-tokenizers' files under the names that vLLM knows, too.
+Heads are 32 wide here, the narrowest that vLLM's attention on a CPU computes. The folders also contain the
+tokenizers' files under the names that vLLM expects.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TOKENIZERS = {
 
 
 def stages(recipe: Recipe, folder: Path) -> list[Stage]:
-    """Both models' training, then their weights as Hugging Face folders."""
+    """The training of both models, then the export of their weights as Hugging Face folders."""
     convert = str(ROOT / "tools" / "convert_checkpoint.py")
     exports = []
     for name, trained in (("teacher", recipe.teacher), ("student", recipe.student)):
@@ -49,8 +49,8 @@ def stages(recipe: Recipe, folder: Path) -> list[Stage]:
 
 
 def untie(folder: Path) -> None:
-    """Give the model a head of its own: vLLM on a CPU does not notice that one which is the embedding has
-    changed.
+    """Give the model a separate LM head: vLLM on a CPU does not notice a change of a head that is
+    tied to the embedding.
     """
     config, index = folder / "config.json", folder / INDEX
     fields = json.loads(config.read_text())
@@ -70,10 +70,13 @@ def untie(folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="examples/engines/prepare.sh", description=__doc__)
     parser.add_argument(
-        "--run-dir", type=Path, default=ROOT / "runs" / "engines" / "models", help="where they lie"
+        "--run-dir",
+        type=Path,
+        default=ROOT / "runs" / "engines" / "models",
+        help="folder for the models and all other files",
     )
     parser.add_argument(
-        "--smoke", action="store_true", help="two steps each: that it runs, not that it learns"
+        "--smoke", action="store_true", help="two steps each, as a test that it runs; nothing is learned"
     )
     options = parser.parse_args(argv)
     folder = options.run_dir.resolve()
@@ -86,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, files in TOKENIZERS.items():
         for source, known_as in files.items():
             shutil.copyfile(folder / "tokenizers" / source, folder / f"{name}-hf" / known_as)
-    with (folder / "train.jsonl").open() as rows:  # the teacher knows nothing but such answers
+    with (folder / "train.jsonl").open() as rows:  # the teacher knows only answers of this kind
         (folder / "probe.txt").write_text(json.loads(next(rows))["response"])
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What examples/engines/run.yaml needs, under runs/engines: vLLM in an environment of its own (3.4 GB), a teacher, and a
-# student after its warm-up. Minutes on two cores, most of them for packages; what is there already is kept.
+# Prepares examples/engines/run.yaml, under runs/engines: vLLM in a separate environment (3.4 GB), a teacher, and a
+# student after its warm-up. It takes minutes on two cores, mostly for packages. Existing files are kept.
 #   ./examples/engines/prepare.sh && python -m megatron_simct.launch examples/engines/run.yaml
 set -euo pipefail
 cd "$(dirname "$0")/../.."

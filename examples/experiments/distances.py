@@ -1,10 +1,10 @@
-"""How far a student is from its teacher on held-out solutions behind their prompts, text by text.
+"""Distance of a student from its teacher on held-out solutions after their prompts, for each text.
 
     python examples/experiments/distances.py STUDENT_DIR TEACHER_DIR --held-out held_out.jsonl --output
-    distances.json
+        distances.json
 
-transformers runs both folders; megatron_simct.losses compares them, as in training. Written are lists with
-one number a text, sums with what they are to be divided by:
+transformers runs both folders; megatron_simct.losses compares them, as in training. The output has lists with
+one number for each text: sums, and their divisors:
     nats                           the student's, of the solution              nats_count: bytes
     bytes_{reverse,forward}_kl     of the next byte, at every byte and the end   .._count: bytes
     strict_{reverse,forward}_kl    over the shared tokens, at 1:1 positions, the end too  .._count: positions
@@ -95,9 +95,9 @@ def main() -> None:
     parser.add_argument("student", metavar="STUDENT_DIR")
     parser.add_argument("teacher", metavar="TEACHER_DIR")
     parser.add_argument(
-        "--held-out", type=Path, required=True, metavar="FILE", help="JSONL of prompt and response"
+        "--held-out", type=Path, required=True, metavar="FILE", help="JSONL file with prompt and response"
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON to write")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file to write")
     options = parser.parse_args()
     rows = [json.loads(line) for line in options.held_out.read_text(encoding="utf-8").split("\n") if line]
     found = distances(options.student, options.teacher, rows)

@@ -1,4 +1,4 @@
-"""One figure a setting: every seed of every interface, and where the student was before."""
+"""One figure for each setting: every seed of every interface, and the student before distillation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLOURS = ("#1f9e89", "#d97706")
 def draw(
     name: str, results: dict[str, dict[int, dict[str, Any]]], metrics: Sequence[Metric], path: Path
 ) -> None:
-    """The first two metrics, one panel each, on a transparent ground.
+    """Draw the first two metrics, one panel each, on a transparent background.
 
     The same results give the same bytes.
     """

@@ -1,19 +1,19 @@
-"""Which interfaces leave a perfect student alone: exact small languages and the package's own loss.
+"""Which interfaces do not change a perfect student: exact small languages and the package's own loss.
 
     python examples/experiments/perfect_student.py    # the table of docs/perfect_student.md, both directions
     python examples/experiments/perfect_student.py --interface bytes --pair 1,3
 
-A random distribution over the texts of up to three binary digits, and two tokenizers that group up to K
-digits from the left. The perfect student IS the teacher's distribution over texts, in its own tokens. Each
-cell is
+The language is a random distribution over the texts of up to three binary digits. Two tokenizers group up
+to K digits from the left. The perfect student IS the teacher's distribution over texts, in its own
+tokens. Each cell is
 
     G, D0 -> D1
 
-G is the norm of the expected gradient over all of the perfect student's logits, texts weighted as it samples
-them. D is the total variation between the two models' distributions over texts: D0 of a student disturbed by
-noise of --noise nats on every logit, D1 after --steps of Adam on its own samples (in expectation: every text
-with its probability). An interface whose G is not 0 moves a student that is already right; one whose D1 does
-not fall does not learn.
+G is the norm of the expected gradient over all of the perfect student's logits; texts are weighted as it
+samples them. D is the total variation between the two models' distributions over texts: D0 for a student that
+is disturbed by noise of --noise nats on every logit, D1 after --steps of Adam on its own samples (in
+expectation: every text with its probability). An interface whose G is not 0 moves a student that is already
+right. An interface whose D1 does not fall does not learn.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from megatron_simct.losses import Logits, Response, SharedVocabulary, cross_toke
 
 DIGITS, LENGTH = (b"0", b"1"), 3
 PAIRS = ((3, 1), (1, 3), (3, 2), (2, 3), (1, 1))
-"""Digits that teacher and student group."""
+"""Number of digits that teacher and student group."""
 KINDS = {
     "bytes": InterfaceConfig(interface="bytes"),
     "bytes, forward": InterfaceConfig(interface="bytes", divergence="forward_kl"),
@@ -59,7 +59,7 @@ KINDS = {
 
 
 def pieces_of(group: int) -> list[bytes]:
-    """The end of a text, and every group of up to so many digits."""
+    """The end of a text, and every group of up to `group` digits."""
     groups, longest = [b""], [b""]
     for _ in range(group):
         longest = [piece + digit for piece in longest for digit in DIGITS]
@@ -77,7 +77,7 @@ class Side:
     rows: list[list[int]]
     """The row that predicts each of them."""
     logits: torch.Tensor
-    """float64 [beginnings, V] of the perfect model."""
+    """float64 [beginnings, V]: the perfect model's logits."""
 
     @staticmethod
     def of(language: Language, group: int) -> Side:
@@ -96,7 +96,7 @@ class Side:
         return Side(pieces, texts, rows, logits)
 
     def log_masses(self, logits: torch.Tensor) -> torch.Tensor:
-        """[texts]: the log-probability of each text in the tokenizer's own cut."""
+        """[texts]: the log-probability of each text in the tokenizer's own tokens."""
         log_p = logits.log_softmax(1)
         return torch.stack(
             [log_p[rows, labels].sum() for rows, labels in zip(self.rows, self.texts, strict=True)]
@@ -131,7 +131,9 @@ class Comparison:
             self.counts = torch.tensor([len(response.segments) for response in self.responses])
 
     def loss(self, logits: torch.Tensor) -> torch.Tensor:
-        """The expected loss of a text, texts weighted as the student samples them, these weights fixed."""
+        """The expected loss of a text. Texts are weighted as the student samples them; these
+        weights are constants.
+        """
         student, teacher = self.student, self.teacher
         weights = student.log_masses(logits).exp().detach()
         if not teacher_needs(self.config).byte_events:
@@ -148,7 +150,9 @@ class Comparison:
         return self.one_by_one(logits, weights)
 
     def one_by_one(self, logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The weighted sum of the texts' losses, a call for each: `bytes` reads one response at a time."""
+        """The weighted sum of the texts' losses, with a call for each: `bytes` reads one
+        response at a time.
+        """
         student, teacher = self.student, self.teacher
         total = logits.new_zeros(())
         for weight, response, rows_s, rows_t in zip(
@@ -166,8 +170,8 @@ class Comparison:
         return float(logits.grad.norm()) if logits.grad is not None else 0.0
 
     def distance(self, logits: torch.Tensor) -> float:
-        """Total variation between the student's texts and the language; what it spells otherwise is away from
-        all.
+        """Total variation between the student's texts and the language. Other spellings of the student count
+        as distant from every text.
         """
         masses = self.student.log_masses(logits).exp().detach()
         return float(((masses - self.masses).abs().sum() + (1 - masses.sum()).abs()) / 2)
@@ -188,7 +192,7 @@ class Comparison:
 
 
 def _joined(responses: Iterable[Response]) -> Response:
-    """One after another."""
+    """The responses, one after another."""
     segments, student, teacher, replaced = [], [], [], []
     at = torch.zeros(4, dtype=torch.int64)
     for response in responses:
@@ -209,7 +213,7 @@ def _joined(responses: Iterable[Response]) -> Response:
 def rows(
     names: Iterable[str], pairs: Iterable[tuple[int, int]], *, steps: int, noise: float
 ) -> Iterator[str]:
-    """The table's."""
+    """The rows of the table."""
     language = random_language(DIGITS, LENGTH, seed=0)
     for name in names:
         cells = []
@@ -226,12 +230,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--interface", choices=KINDS, nargs="+", default=list(KINDS), help="default: all")
     parser.add_argument(
-        "--pair", nargs="+", default=[f"{t},{s}" for t, s in PAIRS], help="TEACHER,STUDENT: digits grouped"
+        "--interface",
+        choices=KINDS,
+        nargs="+",
+        default=list(KINDS),
+        help="interfaces of the table (default: all)",
     )
-    parser.add_argument("--steps", type=int, default=150, help="of Adam, lr .03 (default: 150)")
-    parser.add_argument("--noise", type=float, default=0.5, help="nats on every logit (default: 0.5)")
+    parser.add_argument(
+        "--pair",
+        nargs="+",
+        default=[f"{t},{s}" for t, s in PAIRS],
+        help="TEACHER,STUDENT: number of digits that each tokenizer groups",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=150, help="steps of Adam, learning rate .03 (default: 150)"
+    )
+    parser.add_argument(
+        "--noise", type=float, default=0.5, help="noise on every logit, in nats (default: 0.5)"
+    )
     options = parser.parse_args()
     pairs = [(int(t), int(s)) for t, s in (pair.split(",") for pair in options.pair)]
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""What is to be run: every run's configuration, and the order of the runs."""
+"""The plan of the study: every run's configuration, and the order of the runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Setting:
     interfaces: tuple[str, ...]
     seeds: int
     options: dict[str, Any]
-    """The same for every interface."""
+    """Options that are the same for every interface."""
 
 
 SETTINGS = (
@@ -85,7 +85,7 @@ class Run:
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """Everything that the result depends on, but for the code."""
+        """Everything that the result depends on, except the code."""
         return {
             "setting": self.setting.name,
             "interface": self.interface,
@@ -99,15 +99,16 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """What the run has found; None where it has not been run, or with another configuration."""
+        """The result of the run; None if it has not been run, or only with another configuration."""
         path = RESULTS / f"{self.name}.json"
         found = json.loads(path.read_text()) if path.exists() else {}
         return found if found.get("fingerprint") == self.fingerprint else None
 
 
 def planned_runs() -> list[Run]:
-    """Every run. Seed 1 of everything comes first, the interfaces that all settings have before the others,
-    so that a study that was stopped early is balanced."""
+    """Every run. Seed 1 comes first, with the interfaces that all settings have before the others, so that a
+    study that is stopped early is balanced.
+    """
     runs = [
         Run(setting=setting, interface=interface, seed=seed)
         for setting in SETTINGS

@@ -1,4 +1,4 @@
-"""Where commands run: a folder that one study at a time works in, also after the study itself was killed."""
+"""Where commands run: a folder in which one study works at a time, even after the study itself was killed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Workplace:
-    """A folder, held by this process and by every command that it starts, as long as any of them lives."""
+    """A folder. This process and every command that it starts hold it as long as any of them lives."""
 
     def __init__(self, folder: Path) -> None:
-        """ValueError where another study is at work there."""
+        """Raises ValueError if another study works there."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -29,8 +29,8 @@ class Workplace:
             ) from None
 
     def command(self, command: Sequence[str], *, log: Path) -> dict[str, float]:
-        """Run it on one thread with its output in a file. {seconds, cpu_seconds}; RuntimeError where it
-        fails.
+        """Run the command on one thread, with its output in a file; returns {seconds, cpu_seconds}. Raises
+        RuntimeError if it fails.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

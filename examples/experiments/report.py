@@ -1,4 +1,4 @@
-"""report.md from the files of results/: tables, figures, and the sentences that they bear."""
+"""Writes report.md from the files of results/: tables, figures, and the sentences that they support."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from megatron_simct.files import write_whole
 
 HERE = Path(__file__).parent
 FIGURES = HERE.parents[1] / "docs" / "figures"
-"""Beside the pages, which show them too."""
+"""Beside the pages, which also show them."""
 BASELINES = ("strict", "paper")
-"""What every other interface is compared with: the one without units, and the one that SimCT proposes."""
+"""Every other interface is compared with these: the one without units, and the one that SimCT proposes."""
 
 HEADLINES = ("greedy", "bytes_reverse_kl")
-"""The metric of a setting that stands for it in the summary."""
+"""For each setting, the metric that the summary shows."""
 
 Results = dict[str, dict[int, dict[str, Any]]]
 """Results of one setting, by interface and seed."""
 
 
 def write_report(runs: Sequence[Run]) -> Path:
-    """Write report.md, and its figures into docs/figures; where the report lies."""
+    """Write report.md, and its figures into docs/figures. Returns the report's path."""
     found = {run.name: run.result for run in runs}
     missing = [run for run in runs if found[run.name] is None]
     by_setting: dict[str, Results] = {setting.name: {} for setting in SETTINGS}
@@ -134,7 +134,7 @@ def _warm_starts(results: Results, metrics: Sequence[Metric]) -> str:
 
 
 def _verdicts(results: Results, metrics: Sequence[Metric]) -> str:
-    """What changed, who is ahead, who harms; each with what its interval says."""
+    """Which metrics changed, which interface leads, which one harms; each with what its interval shows."""
     lines = []
     for metric in metrics:
         of_change = {name: change(list(by_seed.values()), metric.name) for name, by_seed in results.items()}
@@ -158,7 +158,7 @@ def _list(names: Sequence[str], estimates: dict[str, Estimate]) -> str:
 
 
 def _ahead(results: Results, metric: Metric) -> str:
-    """Who has the best mean, and who cannot be told from it."""
+    """The interface with the best mean, and the interfaces that cannot be told from it."""
     sign = 1 if metric.higher_is_better else -1
 
     def mean(name: str) -> float:
@@ -191,7 +191,7 @@ def _digits(metrics: Sequence[Metric]) -> int:
 
 
 def _values(results: Results, metrics: Sequence[Metric]) -> str:
-    """Every seed, and the change that distillation made."""
+    """Every seed, and the change by distillation."""
     digits = _digits(metrics)
     header = ["interface", "seeds"]
     for metric in metrics:
@@ -231,7 +231,7 @@ def _comparisons(results: Results, metrics: Sequence[Metric]) -> str:
 
 
 def _conditions(results: Results) -> str:
-    """What else was seen of the runs, means over seeds."""
+    """Other measurements of the runs, as means over seeds."""
 
     def mean(
         by_seed: dict[int, dict[str, Any]], of: Callable[[dict[str, Any]], float | None], digits: int

@@ -1,11 +1,11 @@
-"""The study: which interface is better on which pair, how sure that is, and where one harms.
+"""The study: which interface is better on which pair, how certain that is, and where one harms.
 
-    ./examples/experiments/run.sh                  what is missing of all parts, then the report
+    ./examples/experiments/run.sh                  all missing runs, then the report
     ./examples/experiments/run.sh --parts a,b      the quick start's pairs only
     ./examples/experiments/run.sh --report-only
 
-Every finished run is a file of results/; a run whose file has the same configuration is not run again. What
-is on the way when the command is stopped or killed is run again, nothing else.
+Every finished run has a file in results/. A run whose file has the same configuration is not run again. If
+the command is stopped or killed, only the unfinished runs are run again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ console = Console(highlight=False)
 
 @command("examples/experiments/run.sh")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0; 1 where a run failed or nothing could be started. Stopped, the same command goes on."""
+    """Exit code 0; 1 if a run failed or nothing could be started. After a stop, the
+    same command continues.
+    """
     options = parse(argv)
     failed = 0 if options.report_only else run_missing(chosen(options), options)
     console.print(f"written to {write_report(planned_runs())}", soft_wrap=True, markup=False)
@@ -46,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def chosen(options: argparse.Namespace) -> list[Run]:
-    """The missing runs of the parts and names that were asked for, in order.
+    """The missing runs of the requested parts and names, in order.
 
-    ValueError where none is meant.
+    Raises ValueError if no run matches.
     """
     runs = [run for run in planned_runs() if run.setting.part in options.parts and options.only in run.name]
     if not runs:
@@ -61,7 +63,7 @@ def chosen(options: argparse.Namespace) -> list[Run]:
 
 
 def run_missing(runs: list[Run], options: argparse.Namespace) -> int:
-    """Run them, --jobs at a time; how many failed."""
+    """Run them, --jobs at a time. Returns the number of failures."""
     if not runs:
         return 0
     workplace = Workplace(options.run_dir.resolve())
@@ -104,14 +106,14 @@ def run_missing(runs: list[Run], options: argparse.Namespace) -> int:
 
 
 def shown(figures: dict[str, float]) -> str:
-    """What changed, in a few words."""
+    """The change, in a few words."""
     if "greedy" in figures:
         return f"greedy {figures['greedy_before']:.3f} -> {figures['greedy']:.3f}"
     return f"nats a byte {figures['nats_before']:.4f} -> {figures['nats']:.4f}"
 
 
 def keep(run: Run, found: dict[str, Any]) -> None:
-    """Write the result; the file gets its name when it is whole and on disk."""
+    """Write the result. The file gets its name when it is complete and on disk."""
     content = {
         "fingerprint": run.fingerprint,
         "configuration": run.configuration,
@@ -128,13 +130,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parts = sorted({setting.part for setting in SETTINGS})
-    parser.add_argument("--parts", default=",".join(parts), help="which of the parts to run, by commas")
-    parser.add_argument("--only", default="", metavar="TEXT", help="runs with this in their name, as bytes-1")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, each on one core")
+    parser.add_argument("--parts", default=",".join(parts), help="parts to run, separated by commas")
     parser.add_argument(
-        "--report-only", action="store_true", help="write the report from the results that are there"
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="run only those whose name contains this, for example bytes-1",
     )
-    parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "experiments", help="where runs work")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="number of runs at a time, one core each"
+    )
+    parser.add_argument(
+        "--report-only", action="store_true", help="only write the report, from existing results"
+    )
+    parser.add_argument(
+        "--run-dir", type=Path, default=ROOT / "runs" / "experiments", help="working folder of the runs"
+    )
     options = parser.parse_args(argv)
     options.parts = options.parts.split(",")
     if not set(options.parts) <= set(parts):

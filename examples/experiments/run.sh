@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The study: creates .venv when missing, installs what it needs, runs what is missing, writes report.md.
+# The study: creates .venv if missing, installs packages, does all missing runs, writes report.md.
 #   ./examples/experiments/run.sh [--parts a,b] [--jobs 2] [--report-only] [--help]
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -1,8 +1,8 @@
-"""Outcomes of finished runs as scores of held-out problems, and differences of them with intervals.
+"""Outcomes of finished runs as scores of held-out problems, and differences between them, with intervals.
 
-The toy's 200 held-out problems are 54 pairs of numbers in other words (`examples/quickstart/task.py`), and
-who can add a pair can add it in any words. So pairs are drawn again, each with all of its problems, not
-problems.
+The toy's 200 held-out problems are 54 pairs of numbers in different words (`examples/quickstart/task.py`). A
+model that can add a pair can add it in any words. Therefore intervals resample pairs, each with all of its
+problems, and not problems.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from examples.quickstart.task import LEFT, RIGHT
 from megatron_simct.evaluation.statistics import RESAMPLES, SEED, Estimate, bootstrap
 
 NUM_PAIRS = len(LEFT) * len(RIGHT) // 5
-"""Pairs of numbers that are held out: problem i is of pair i modulo this."""
+"""Number of held-out pairs of numbers. Problem i belongs to pair i modulo this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ def metrics_of(result: Mapping[str, Any]) -> tuple[Metric, ...]:
 
 
 def scores(result: Mapping[str, Any], metric: str, *, before: bool = False) -> np.ndarray:
-    """[P], one a held-out problem or text; their mean is the run's figure of that metric."""
+    """[P], one for each held-out problem or text. Their mean is the run's figure of that metric."""
     name = f"{metric}_before" if before else metric
     if "outcomes" in result:
         samples = result["configuration"]["eval_samples"] if metric == "sampled" else 1
@@ -57,7 +57,7 @@ def scores(result: Mapping[str, Any], metric: str, *, before: bool = False) -> n
 
 
 def change(results: Sequence[Mapping[str, Any]], metric: str) -> Estimate:
-    """How much distillation changes a metric (after - before), averaged over seeds."""
+    """The change of a metric by distillation (after - before), averaged over seeds."""
     values = [scores(r, metric) - scores(r, metric, before=True) for r in results]
     return _estimate(np.mean(values, axis=0), results[0])
 
@@ -65,9 +65,9 @@ def change(results: Sequence[Mapping[str, Any]], metric: str) -> Estimate:
 def difference(
     ours: Mapping[int, Mapping[str, Any]], theirs: Mapping[int, Mapping[str, Any]], metric: str
 ) -> Estimate:
-    """Difference of two interfaces (ours - theirs), averaged over common seeds.
+    """Difference between two interfaces (ours - theirs), averaged over common seeds.
 
-    ValueError if there are none.
+    Raises ValueError if there are none.
     """
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
@@ -81,8 +81,8 @@ def _estimate(values: np.ndarray, result: Mapping[str, Any]) -> Estimate:
 
 
 def by_clusters(values: np.ndarray, num_clusters: int) -> Estimate:
-    """values [P]: the mean, and its interval over clusters drawn again; value i is of cluster i modulo their
-    number.
+    """values [P]: the mean, and its interval over resampled clusters. Value i belongs to cluster i
+    modulo their number.
     """
     cluster = np.arange(len(values)) % num_clusters
     sums, sizes = np.bincount(cluster, weights=values), np.bincount(cluster)
@@ -92,6 +92,6 @@ def by_clusters(values: np.ndarray, num_clusters: int) -> Estimate:
 
 
 def verdict(estimate: Estimate, metric: Metric) -> str:
-    """better, worse, or undecided where the interval has 0 in it."""
+    """better, worse, or undecided if the interval contains 0."""
     low, high = (estimate.low, estimate.high) if metric.higher_is_better else (-estimate.high, -estimate.low)
     return "better" if low > 0 else "worse" if high < 0 else "undecided"

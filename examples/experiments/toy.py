@@ -1,6 +1,6 @@
 """Parts a and b: the quick start's pairs.
 
-Teacher and warmed-up student are made once; a run is one distillation.
+The teacher and the warmed-up student are made once. A run is one distillation.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from examples.experiments.processes import ROOT, Workplace
 from examples.quickstart import run as quickstart
 
 ENDS = 10
-"""Steps that the first and the last value of a figure are means of."""
+"""The first and the last value of a figure are means of this number of steps."""
 
 
 class Toy:
     """One pair in one direction, with its warm start."""
 
     def __init__(self, setting: Setting, workplace: Workplace) -> None:
-        """Makes the warm start, unless it is there."""
+        """Makes the warm start, unless it exists."""
         self._workplace = workplace
         self._folder = workplace.folder / setting.name
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ class Toy:
     def run(self, run: Run) -> dict[str, Any]:
         """Figures, outcomes and seconds.
 
-        RuntimeError, with the end of its log, where the distillation fails.
+        Raises RuntimeError, with the end of its log, if the distillation fails.
         """
         options = run.setting.options
         flags = {
@@ -80,7 +80,7 @@ class Toy:
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Summarise the rows of metrics.jsonl.
 
-    An outcome has a digit per held-out problem: its right responses.
+    An outcome has one digit for each held-out problem: the number of right responses.
     """
     steps = [row for row in rows if row["kind"] == "step"]
     before, after = (row for row in rows if row["kind"] == "evaluation")

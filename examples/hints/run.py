@@ -6,10 +6,10 @@ Three commands on the quick start's task:
                   solution
     2. evaluate   the warmed-up model on held-out problems whose prompts have the solution: this is the
                   teacher
-    3. distil     the student samples without the solution; the teacher, which is the warmed-up model itself,
-                  scores the same responses behind `teacher_prompt`, which has it
+    3. distil     the student samples without the solution; the teacher is the warmed-up model itself, and
+                  scores the same responses after `teacher_prompt`, which has the solution
 
-A stage whose command and inputs have not changed since it finished is not run again.
+A stage is not run again if its command and inputs have not changed since it finished.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ HINTED_SHARE = 0.5
 
 
 def hinted(row: dict[str, str]) -> str:
-    """The prompt with the worked solution behind it."""
+    """The prompt, followed by the worked solution."""
     a, b = (int(word) for word in row["prompt"].split() if word.isdigit())
     return f"{row['prompt']} Solution: {a} + {b} = {a + b}."
 
@@ -160,17 +160,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--interface", choices=("kd", "bytes", "paper"), default="kd", help="how distributions compare"
+        "--interface",
+        choices=("kd", "bytes", "paper"),
+        default="kd",
+        help="how the distributions of the two models are compared",
     )
-    parser.add_argument("--seed", type=int, default=1, help="weights, order of the problems, sampling")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="seed of weights, order of the problems and sampling"
+    )
     parser.add_argument("--train-iters", type=int, default=100, help="on-policy steps")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the on-policy steps")
     parser.add_argument(
-        "--smoke", action="store_true", help="two steps of each run: that it runs, not that it learns"
+        "--smoke",
+        action="store_true",
+        help="two steps of each run, as a test that it runs; nothing is learned",
     )
-    parser.add_argument(
-        "--run-dir", type=Path, default=ROOT / "runs" / "hints", help="where everything is written"
-    )
+    parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "hints", help="folder for all output")
     return parser.parse_args(argv)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A model teaches itself with hints: creates .venv when missing, installs what it needs, trains, distils, reports.
+# A model teaches itself with hints: creates .venv if missing, installs packages, trains, distils, reports.
 #   ./examples/hints/run.sh [--seed 2] [--help]
 set -euo pipefail
 cd "$(dirname "$0")/../.."

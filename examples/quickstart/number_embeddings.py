@@ -1,8 +1,8 @@
-"""Random weights whose number tokens start as sums of one vector for each (position, digit).
+"""Random weights in which the vector of a number token is the sum of one vector for each (position, digit).
 
-A model that reads "82" as one token must learn every number apart, and a small one memorises sums instead of
-adding. Sums of digit vectors tell it which numbers are neighbours, as a long pre-training would have. Used
-for the tokenizer that groups digits, and only for it.
+A model that reads "82" as one token must learn every number separately. A small one memorises sums instead of
+adding. Sums of digit vectors tell it which numbers are neighbours, as a long pre-training would. They are
+used only for the tokenizer that groups digits.
 """
 
 from __future__ import annotations

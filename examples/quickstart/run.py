@@ -1,4 +1,4 @@
-"""Quick start: teach a teacher, warm up a student with another tokenizer, distil on policy, report.
+"""Quick start: train a teacher, warm up a student with another tokenizer, distil on policy, report.
 
 Three ordinary runs of megatron_simct.train, one after another, each of which a person could type:
 
@@ -6,15 +6,15 @@ Three ordinary runs of megatron_simct.train, one after another, each of which a 
     2. warm-up    sft of the student, stopped early, while most of its answers are still wrong
     3. distil     the student samples, the teacher scores, the chosen interface compares
 
-With --warm-up teacher the student is warmed up on what the teacher says, and two stages come before it, and
-one at the end (tools/evaluate.py, tools/select_responses.py):
+With --warm-up teacher the student is warmed up on the teacher's answers. Then two stages come before the
+warm-up, and one at the end (tools/evaluate.py, tools/select_responses.py):
 
     2a. sample    the teacher answers the training problems, and its answers are checked
-    2b. select    of the right answers to each problem the shortest
+    2b. select    the shortest of the right answers to each problem
     4. evaluate   the distilled student on held-out problems, with intervals
 
-A stage whose command and inputs have not changed since it finished is not run again, so a second interface
-starts from the very same teacher and student; one that was interrupted goes on where it was.
+A stage is not run again if its command and inputs have not changed since it finished, so a second interface
+starts from the same teacher and student. An interrupted stage continues from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ ARCHITECTURE = {
     "tie_word_embeddings": True,
     "hidden_act": "silu",
 }
-# Larger random weights learn sooner, smaller ones generalise better in the end. Where numbers are tokens of
-# their own, sums of unseen numbers are not found from larger ones at all, not even by supervised training.
+# Larger random weights learn sooner; smaller ones generalise better in the end. If numbers are tokens, a
+# model with larger weights does not find sums of unseen numbers at all, even by supervised training.
 INITIALIZER_RANGE = {"teacher": 0.02, "student": 0.05}
 INITIALIZER_RANGE_OF_GROUPED_DIGITS = 0.02
 TEACHER_ACCURACY = 0.95
@@ -94,7 +94,7 @@ class Recipe:
 
     @property
     def warm_start(self) -> list[Stage]:
-        """All that comes before distillation, in order."""
+        """All stages before distillation, in order."""
         stages = [*self.teacher.needs, self.teacher]
         if self._options.warm_up == "teacher":
             stages += [self.sample, self.select]
@@ -158,7 +158,7 @@ class Recipe:
         )
 
     def _start(self, name: str) -> tuple[Stage, ...]:
-        """Weights to start from, for the side that groups digits; the other side starts from random ones."""
+        """Initial weights for the side that groups digits; the other side starts from random ones."""
         if not self._sides[name].groups_digits:
             return ()
         output = self._folder / f"{name}-start"
@@ -209,7 +209,7 @@ class Recipe:
 
     @property
     def _python(self) -> tuple[str, ...]:
-        """What runs a program, or -m and a module, on all ranks."""
+        """The command that runs a program, or -m and a module, on all ranks."""
         torchrun = (
             "-m",
             "torch.distributed.run",
@@ -249,7 +249,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--interface",
         choices=("paper", "sum", "exact", "strict", "strict_topk", "uld", "alm", "bytes"),
         default="paper",
-        help="how distributions compare",
+        help="how the distributions of the two models are compared",
     )
     parser.add_argument(
         "--pair",
@@ -267,20 +267,24 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--warm-up",
         choices=("answers", "teacher"),
         default="answers",
-        help="what the student is warmed up on: the task's answers, or checked answers of the teacher",
+        help="data of the student's warm-up: the task's answers, or checked answers of the teacher",
     )
-    parser.add_argument("--seed", type=int, default=1, help="weights, order of the problems, sampling")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="seed of weights, order of the problems and sampling"
+    )
     parser.add_argument("--train-iters", type=int, default=100, help="on-policy steps")
     parser.add_argument(
-        "--smoke", action="store_true", help="two steps of each stage: that it runs, not that it learns"
+        "--smoke",
+        action="store_true",
+        help="two steps of each stage, as a test that it runs; nothing is learned",
     )
     parser.add_argument("--lr", type=float, default=3e-4, help="learning rate of the on-policy steps")
     parser.add_argument("--processes", type=int, default=2, choices=(1, 2, 4), help="data-parallel ranks")
     parser.add_argument(
-        "--run-dir", type=Path, default=ROOT / "runs" / "quickstart", help="where everything is written"
+        "--run-dir", type=Path, default=ROOT / "runs" / "quickstart", help="folder for all output"
     )
     options = parser.parse_args(argv)
-    for flag, lowest in (("--train-iters", 1), ("--seed", 0)):  # the trainer would say so after minutes
+    for flag, lowest in (("--train-iters", 1), ("--seed", 0)):  # the trainer would report it after minutes
         value = getattr(options, flag.removeprefix("--").replace("-", "_"))
         if value < lowest:
             parser.error(f"{flag} {value}: must be at least {lowest}")

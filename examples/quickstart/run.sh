@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The quick start: creates .venv when missing, installs what it needs, trains, distils, reports.
+# The quick start: creates .venv if missing, installs packages, trains, distils, reports.
 #   ./examples/quickstart/run.sh [--interface strict] [--seed 2] [--help]
 set -euo pipefail
 cd "$(dirname "$0")/../.."

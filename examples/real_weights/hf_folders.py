@@ -1,9 +1,10 @@
-"""A GGUF file as an ordinary Hugging Face folder: config.json, float32 safetensors, tokenizer.json.
+"""Writes a GGUF file as an ordinary Hugging Face folder: config.json, float32 safetensors, tokenizer.json.
 
     python examples/real_weights/hf_folders.py smollm2 --cache FOLDER --save DIR
 
-transformers reads GGUF, but what it has read refuses `save_pretrained`; so the weights are loaded into a
-model built from the same configuration, which does not. Numbers are those of the quantised file, written out.
+transformers reads GGUF, but the model that it reads refuses `save_pretrained`. Therefore the weights are
+loaded into a model built from the same configuration, which can be saved. The numbers are those of the
+quantised file, written as float32.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from examples.real_weights.models import MODELS, Model, gguf_file
 
 
 def restore_digits(spec: dict[str, Any]) -> dict[str, Any]:
-    """The content of a tokenizer.json, with numbers cut into single digits before anything else.
+    """The content of a tokenizer.json, with numbers cut into single digits before any other step.
 
-    transformers' converter keeps only the second of SmolLM2's two pre-tokenizers; without the first, numbers
-    come out in tokens that the model was never trained on.
+    transformers' converter keeps only the second of SmolLM2's two pre-tokenizers. Without the first, numbers
+    become tokens that the model was never trained on.
     """
     before = spec["pre_tokenizer"]
     if before["type"] != "ByteLevel":
@@ -67,8 +68,10 @@ def save_folder(model: Model, cache: Path, save: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", choices=MODELS)
-    parser.add_argument("--cache", type=Path, required=True, help="where the GGUF file lies")
-    parser.add_argument("--save", type=Path, required=True, help="folder to write; replaced")
+    parser.add_argument("--cache", type=Path, required=True, help="folder of the GGUF file")
+    parser.add_argument(
+        "--save", type=Path, required=True, help="folder to write; an existing one is replaced"
+    )
     options = parser.parse_args()
     save_folder(MODELS[options.model], options.cache, options.save)
 

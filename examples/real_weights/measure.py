@@ -1,7 +1,7 @@
-"""What transformers says of a Hugging Face folder: loss on held-out solutions behind their prompts, and
-continuations.
+"""Measurements of a Hugging Face folder by transformers: loss on held-out solutions after their
+prompts, and continuations.
 
-python examples/real_weights/measure.py DIR --held-out held_out.jsonl --output measured.json [--continue 2]
+  python examples/real_weights/measure.py DIR --held-out held_out.jsonl --output measured.json [--continue 2]
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from megatron_simct.files import write_whole
 
 
 def measure(folder: str, rows: list[dict[str, str]], num_continued: int) -> dict[str, Any]:
-    """nats_per_byte of the solutions; loss, nats a label, stop tokens included, as the trainer has it;
-    texts.
+    """nats_per_byte of the solutions; loss: nats a label, stop tokens included, as the
+    trainer defines it; texts.
     """
     import torch
     import transformers
@@ -54,11 +54,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", metavar="DIR", help="Hugging Face folder")
     parser.add_argument(
-        "--held-out", type=Path, required=True, metavar="FILE", help="JSONL of prompt and response"
+        "--held-out", type=Path, required=True, metavar="FILE", help="JSONL file with prompt and response"
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON to write")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file to write")
     parser.add_argument(
-        "--continue", type=int, default=0, metavar="N", dest="num_continued", help="prompts to continue"
+        "--continue",
+        type=int,
+        default=0,
+        metavar="N",
+        dest="num_continued",
+        help="number of prompts to continue",
     )
     options = parser.parse_args()
     rows = [json.loads(line) for line in options.held_out.read_text(encoding="utf-8").split("\n") if line]

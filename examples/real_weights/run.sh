@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Real weights: creates .venv when missing, installs what it needs, fetches two models, distils one into the other.
+# Real weights: creates .venv if missing, installs packages, fetches two models, distils one into the other.
 #   ./examples/real_weights/run.sh [--reverse] [--help]
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -1,8 +1,7 @@
-"""Real problems: what the student is asked in training, and solutions that neither model sees until it is
-measured.
+"""Real problems: prompts for training, and solutions that neither model reads before it is measured.
 
-HumanEval (Python) and CHAMP (mathematics) come from the packages that carry them; GSM8K from a file that is
-given.
+HumanEval (Python) and CHAMP (mathematics) come from packages that contain them; GSM8K
+comes from a given file.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def as_task(problems: Sequence[Problem]) -> list[Problem]:
 def gsm8k_problems(path: Path) -> list[Problem]:
     """Problems in a JSONL file with question and answer. Raises ValueError, naming the file and the line."""
     problems = []
-    # JSON may hold other ends of lines, as U+2028
+    # JSON may contain other line ends, such as U+2028
     lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     for number, line in enumerate(lines, start=1):
         try:
@@ -42,8 +41,8 @@ def gsm8k_problems(path: Path) -> list[Problem]:
 
 
 def split(problems: Sequence[Problem], num_held_out: int) -> tuple[list[Problem], list[Problem]]:
-    """For training, and held out: of every five problems the last, the first `num_held_out` of those short
-    enough.
+    """Training problems, and held-out ones: of every five problems the last, and of these the first
+    `num_held_out` that are short enough.
     """
     train = [p for i, p in enumerate(problems, start=1) if i % HELD_OUT_EVERY and len(p[0]) <= MAX_PROMPT]
     others = problems[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
@@ -52,8 +51,8 @@ def split(problems: Sequence[Problem], num_held_out: int) -> tuple[list[Problem]
 
 
 def write_texts(folder: Path, gsm8k: Path | None, *, num_held_out: int) -> None:
-    """prompts.jsonl with the key prompt; held_out.jsonl with prompt and response, `num_held_out` of each
-    source.
+    """prompts.jsonl with the key prompt; held_out.jsonl with prompt and response,
+    `num_held_out` from each source.
     """
     sources = [humaneval_problems(), as_task(champ_problems())]
     if gsm8k is not None:

@@ -1,17 +1,23 @@
-"""Renders chat templates in a process of its own, which `templates.py` starts; imports jinja2, nothing of
-ours.
+"""Renders chat templates in a process of its own, which `templates.py` starts.
 
-Reads one request a line from stdin and answers each with one line, both JSON. A template is an
-untrusted program: the system limits its CPU time and memory, and ends the process if jinja2's sandbox does
-not help, as in `7 ** (10 ** 9)`. The process ends itself when it is idle.
+It imports jinja2 and no other package of this repository or of its environment. It reads one request a line
+from stdin and answers each with one line, both JSON. A template is an untrusted program: the system limits
+its CPU time and memory, and ends the process if jinja2's sandbox does not help, as in `7 ** (10 ** 9)`. The
+process ends itself when it is idle.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 
 if __name__ == "__main__":
-    sys.path += sys.argv[2:]  # where jinja2 is: an isolated interpreter does not look there by itself
+    # An isolated interpreter may not find the packages that the process which starts it has.
+    for _file in sys.argv[2:]:
+        _spec = importlib.util.spec_from_file_location(_file.split("/")[-2], _file)
+        assert _spec is not None and _spec.loader is not None, _file
+        sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
+        _spec.loader.exec_module(sys.modules[_spec.name])
 
 import functools
 import json

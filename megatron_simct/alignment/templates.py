@@ -16,7 +16,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -37,7 +36,7 @@ MAX_IDLE_S = 60.0
 _WAIT_S = 600.0
 """Longest wait for an answer; only a stopped or starved process exceeds it."""
 
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+REASONING = ("reasoning_content", "thinking", "reasoning")
 """Keys under which a message may hold its reasoning, the one that templates read first."""
 
 
@@ -98,7 +97,7 @@ def close() -> None:
 def _as_templates_read(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message without keys that are null, its reasoning under the names that templates use."""
     message = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((message[key] for key in _REASONING if key in message), None)
+    reasoning = next((message[key] for key in REASONING if key in message), None)
     if reasoning is None:
         return message
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}
@@ -169,9 +168,9 @@ def _started() -> subprocess.Popen[str]:
     if _process is not None and _owner == os.getpid() and _process.poll() is not None:
         _end()  # it ended between two requests, which is not the template's fault
     if _process is None or _owner != os.getpid():
-        packages = {str(Path(file).parents[1]) for file in (jinja2.__file__, markupsafe.__file__)}
+        packages = (markupsafe.__file__, jinja2.__file__)  # jinja2 imports markupsafe
         _process = subprocess.Popen(
-            [sys.executable, "-I", "-B", template_worker.__file__, str(MAX_IDLE_S), *sorted(packages)],
+            [sys.executable, "-I", "-B", template_worker.__file__, str(MAX_IDLE_S), *packages],
             env={"PATH": os.defpath},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

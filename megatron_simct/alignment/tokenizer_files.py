@@ -266,8 +266,8 @@ def _load_tiktoken_encoding(spec: str, stop_token_ids: tuple[int, ...]) -> Token
         encoding = tiktoken.get_encoding(name)
     except Exception as error:  # of any HTTP library
         raise ValueError(
-            f'tokenizer "{spec}": tiktoken cannot get its ranks; without a network give them as a file '
-            f"NAME.tiktoken, or set TIKTOKEN_CACHE_DIR to where they are ({type(error).__name__}: {error})"
+            f'tokenizer "{spec}": tiktoken cannot download its ranks; without a network, give the ranks as a '
+            f"file NAME.tiktoken, or set TIKTOKEN_CACHE_DIR to their folder ({type(error).__name__}: {error})"
         ) from None
     special_tokens = encoding._special_tokens
     own = {special_tokens[text]: name for text in ("<|endoftext|>",) if text in special_tokens}

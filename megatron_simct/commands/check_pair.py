@@ -3,9 +3,9 @@
     python tools/check_pair.py run.yaml
     python tools/check_pair.py run.yaml student.micro_batch_size=2 --device-memory 80 --json
 
-The file is that of `python -m megatron_simct.launch`. No model runs; the checks take seconds on any CPU, with
-large vocabularies up to a minute. The exit code is 1 if a check fails, and each failure names the flag to
-change.
+The file is that of `python -m megatron_simct.launch`. No model runs; the checks take seconds on any
+CPU, with large vocabularies up to a minute. The exit code is 1 if a check fails, and each failure names
+the flag to change.
 
 One check measures the bias of the pair: the loss of a student that is already right, under the run's
 interface. Both models are exact models of the words in the prompts, each with its own tokenizer."""

@@ -247,8 +247,8 @@ def given_responses(options: argparse.Namespace, problems: Sequence[Problem]) ->
     for problem in problems:
         if len(given[problem.problem_id]) != options.samples:
             raise ValueError(
-                f"--responses {path}: {len(given[problem.problem_id])} responses to {problem.problem_id}, "
-                f"and --samples is {options.samples}"
+                f"--responses {path}: {problem.problem_id} has {len(given[problem.problem_id])} responses, "
+                f"but --samples is {options.samples}"
             )
     rows = [
         {"problem_id": problem.problem_id, "sample": sample, "response": response}
@@ -269,8 +269,8 @@ def part_path(options: argparse.Namespace, kind: str, number: int) -> Path:
 def grade(options: argparse.Namespace, problems: Sequence[Problem], parts: Sequence[Rows]) -> Rows:
     """A row for every response, with what is right of it; parts that are graded already are read.
 
-    Rows of programs say by which version of Landlock they were confined, for the next part may be graded
-    elsewhere.
+    Rows of programs say by which version of Landlock they were confined, for the next part may
+    be graded elsewhere.
     """
     by_id = {problem.problem_id: problem for problem in problems}
     limits = Limits(

@@ -29,8 +29,8 @@ KINDS = ("1:1", "1:n", "n:1", "n:m")
 
 
 def inspect(teacher: Tokenizer, student: Tokenizer, data: bytes) -> dict[str, Any]:
-    """The alignment of `data`: segments, ids, dropped bytes by reason, and for display units with kinds and
-    bytes.
+    """The alignment of `data`: segments, ids, dropped bytes by reason, and for display units
+    with kinds and bytes.
     """
     student_ids = student.encode(data)
     spelled = student.decode(student_ids)
@@ -66,8 +66,8 @@ def inspect(teacher: Tokenizer, student: Tokenizer, data: bytes) -> dict[str, An
 
 
 def as_terminal(result: dict[str, Any], *, colours: bool) -> str:
-    """Units between bars, in the colour of their kind; without colours those that are not 1:1 stand in
-    brackets.
+    """Units between bars, in the colour of their kind; without colours those that are not
+    1:1 stand in brackets.
     """
     from rich.console import Console
     from rich.text import Text
@@ -106,7 +106,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     if options.output is not None and options.text_file is not None:
         if Path(options.output).resolve() == Path(options.text_file).resolve():
-            raise ValueError(f"--output {options.output}: is the --text-file; name another")
+            raise ValueError(
+                f"--output {options.output}: is also the file of --text-file; choose another path"
+            )
     data = os.fsencode(options.text) if options.text is not None else Path(options.text_file).read_bytes()
     teacher = _load(options.teacher_tokenizer, "teacher")
     student = _load(options.student_tokenizer, "student")
@@ -142,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the student's tokenizer, in the same forms",
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", metavar="T", help="the text")
+    source.add_argument("--text", metavar="T", help="text to align")
     source.add_argument(
         "--text-file", metavar="F", help="file with the text; the comparison ends at bytes that are not UTF-8"
     )

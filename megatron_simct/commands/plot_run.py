@@ -115,8 +115,8 @@ PANELS = (
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file up to its end, or to a line that a kill cut off; ValueError for another kind of
-    file.
+    """The objects of a file up to its end, or to a line that a kill cut off; ValueError for
+    another kind of file.
     """
     rows: list[dict[str, Any]] = []
     try:
@@ -323,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.png is not None
         and picture_format(options.png) not in FigureCanvasBase.get_supported_filetypes()
     ):
-        raise ValueError(f"--png {options.png}: not a kind of picture; end the name in .png, .svg or .pdf")
+        raise ValueError(f"--png {options.png}: unknown picture format; end the name in .png, .svg or .pdf")
     rows = read_lines(metrics)
     if not any(row["kind"] == "step" for row in rows):
         raise ValueError(f"{metrics}: the run has not finished a step yet")

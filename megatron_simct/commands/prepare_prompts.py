@@ -68,8 +68,8 @@ from megatron_simct.prompt_files import (
 OUTPUT, REPORT = "prompts.jsonl", "report.json"
 _COLUMN = re.compile(r"\{(\w+)\}")
 MAX_REASONS, MAX_SHOWN, MAX_REASON = 20, 3, 300
-"""How many reasons of templates the report keeps of a source, how many of them are printed, characters of
-each.
+"""How many reasons of templates the report keeps of a source, how many of them are printed,
+characters of each.
 """
 
 
@@ -231,8 +231,8 @@ def _filled(kind: type, content: Any, where: str) -> Any:
 
 
 def _is_a(value: Any, kind: Any) -> bool:
-    """Whether a value of YAML is of a field's type: a whole number is a float too, true and false are no
-    numbers.
+    """Whether a value of YAML is of a field's type: a whole number is a float too, true and
+    false are no numbers.
     """
     if get_origin(kind) is list:
         return isinstance(value, list) and all(_is_a(item, get_args(kind)[0]) for item in value)

@@ -82,8 +82,8 @@ def select(
     responses: Iterable[tuple[dict[str, Any], dict[str, bool]]],
     options: argparse.Namespace,
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """The rows to train on, in the order of the problems, and how many responses were kept or dropped for
-    what.
+    """The rows to train on, in the order of the problems, and how many responses were kept
+    or dropped for what.
     """
     counts: Counter[str] = Counter()
     shortest: dict[str, str] = {}

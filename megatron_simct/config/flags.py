@@ -171,8 +171,8 @@ def build_parser(command: Command = TRAIN) -> argparse.ArgumentParser:
 
 
 def parse_config(argv: Sequence[str] | None = None, command: Command = TRAIN) -> Any:
-    """The resolved `command.config` of a command line. Exits with code 2 and one line on a wrong flag, key or
-    value.
+    """The resolved `command.config` of a command line. Exits with code 2 and one line on a wrong
+    flag, key or value.
 
     With --print-config it prints the configuration, in the form that --config-file reads, and exits with 0.
     """

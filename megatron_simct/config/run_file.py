@@ -513,9 +513,8 @@ def _environment(values: Any, *, where: str) -> dict[str, str]:
         if secret_name or (isinstance(value, str) and _SECRET_VALUE.search(value)):
             raise ValueError(
                 f"{where}: {'' if secret_name else 'the value of '}{name} looks like a secret, which must "
-                "not "
-                "be stored in this file or the job script; export it in the shell that starts the launcher: "
-                "all jobs inherit it"
+                "not be stored in this file or the job script; export it in the shell that starts the "
+                "launcher: all jobs inherit it"
             )
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise ValueError(f"{where}: {name}: {value!r} must be a string; put it in quotes")

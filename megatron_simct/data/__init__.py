@@ -1,1 +1,1 @@
-"""Rows of a JSONL file -> prompts rendered for both models, in an order that depends on the seed alone."""
+"""Rows of a JSONL file -> prompts rendered for both models. The order depends on the seed alone."""

@@ -1,6 +1,6 @@
-"""The stream of prompts: which rows belong to which step and to which rank is arithmetic on the step number.
+"""The stream of prompts. The step number alone determines which rows belong to a step and to a rank.
 
-There is no cursor to save: step, seed and file determine the batch, under any data-parallel size.
+No cursor is saved: step, seed and file determine the batch, for every data-parallel size.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from megatron_simct import prompt_files
 from megatron_simct.alignment.tokenizer import Tokenizer
 from megatron_simct.data.rendering import ChatTemplate, Messages, render_prompt
+from megatron_simct.data.transcripts import Side, read_transcript
 from megatron_simct.prompt_files import (
     CONVERSATION_KEYS,
     Message,
@@ -23,7 +24,7 @@ from megatron_simct.prompt_files import (
     response_of,
     teacher_prompt_of,
 )
-from megatron_simct.records import Asked, Prompt
+from megatron_simct.records import Asked, Prompt, Transcript
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,15 +32,17 @@ class Row:
     """One line of the file."""
 
     prompt: str | Messages
-    """Messages where chat templates are applied."""
+    """Messages if chat templates are applied."""
     response: str | None
     label: str | None
+    answer: Message | None = None
+    """The assistant's message that closes a transcript. Its other answers are in the prompt."""
     teacher_prompt: str | Messages | None = None
-    """What the teacher reads in place of `prompt`; None: it reads the same."""
+    """The prompt that the teacher reads instead of `prompt`. None: it reads the same."""
     where: str = field(default="", compare=False)
-    """For messages: flag, file and line."""
+    """Flag, file and line, for error messages."""
     fields: Mapping[str, Any] | None = field(default=None, compare=False)
-    """All of the row, where a reward is a function of it."""
+    """All fields of the row, if a reward is a function of them."""
 
     @property
     def read_by_teacher(self) -> str | Messages:
@@ -57,17 +60,22 @@ def read_prompts(
     need_label: bool,
     chat: bool = False,
     keep_fields: bool = False,
+    transcripts: bool = False,
 ) -> list[Row]:
-    """The rows of a file. With `chat` a prompt is a list of messages, or a text that is the user's one
-    message. keep_fields: Row.fields.
+    """The rows of a file. With `chat` a prompt is a list of messages, or a text that becomes one user
+    message. keep_fields: set Row.fields. transcripts: rows of messages keep their last answer as a message,
+    and every other row needs a response.
 
-    Raises ValueError, naming the flag, the file and the line, for whatever is wrong with the file.
+    Raises ValueError, naming the flag, the file and the line, if the file is invalid.
     """
     rows = []
     for where, fields in prompt_files.read_rows(path, name=f"{flag} {path}"):
         try:
             text_or_messages, answer = prompt_of(fields, (input_key, *CONVERSATION_KEYS))
-            response = response_of(fields, response_key, answer, needed=need_response)
+            in_messages = transcripts and chat and answer is not None
+            response = response_of(
+                fields, response_key, answer, needed=need_response or (transcripts and not in_messages)
+            )
             label = _label(fields, label_key, needed=need_label)
             prompt = _as_read(text_or_messages, chat, where)
             to_teacher = teacher_prompt_of(fields, prompt)
@@ -78,6 +86,7 @@ def read_prompts(
             Row(
                 prompt=prompt,
                 response=response,
+                answer=_closing(response, answer) if transcripts and chat else None,
                 label=label,
                 teacher_prompt=teacher_prompt,
                 where=where,
@@ -89,10 +98,18 @@ def read_prompts(
     return rows
 
 
-def _as_read(prompt: str | list[Message], chat: bool, where: str) -> str | list[Message]:
-    """A text is the user's one message where chat templates are applied.
+def _closing(response: str | None, answer: Message | None) -> Message:
+    """The message that closes a transcript: the row's own one, or its response as one."""
+    if answer is not None:
+        return answer
+    assert response is not None, "response_of refuses a row without one"
+    return {"role": "assistant", "content": response}
 
-    ValueError for what cannot be a prompt.
+
+def _as_read(prompt: str | list[Message], chat: bool, where: str) -> str | list[Message]:
+    """A prompt as it is rendered: with chat templates, a text becomes one user message.
+
+    Raises ValueError if it cannot be a prompt.
     """
     if not prompt:
         raise ValueError(f"{where}: the prompt is empty, but at least one token must precede the response")
@@ -123,16 +140,35 @@ def _render(
         raise ValueError(f"{where}: {error}") from None
 
 
+Reader = tuple[Tokenizer, ChatTemplate | None]
+"""One model that reads the prompts."""
+
+
 def _rendered(
-    row: Row,
-    student: tuple[Tokenizer, ChatTemplate | None],
-    teachers: Sequence[tuple[Tokenizer, ChatTemplate | None]],
-) -> list[np.ndarray]:
-    """The ids of the student's prompt, then those of each teacher's."""
-    return [
+    row: Row, student: Reader, teachers: Sequence[Reader], max_response_len: int | None
+) -> tuple[list[np.ndarray], Transcript | None]:
+    """The ids of the student's prompt, then those of each teacher's prompt. For a row with an answer its
+    transcript too, or None if nothing of that can be compared.
+    """
+    if row.answer is not None:
+        assert max_response_len is not None, "transcripts have a limit"
+        of_student = _reading(row.prompt, row.answer, student)
+        of_teachers = [_reading(row.read_by_teacher, row.answer, teacher) for teacher in teachers]
+        try:
+            return read_transcript(of_student, of_teachers, max_len=max_response_len)
+        except ValueError as error:
+            raise ValueError(f"{row.where}: {error}") from None
+    ids = [
         _render(row.prompt, *student, where=row.where),
         *(_render(row.read_by_teacher, *teacher, where=row.where) for teacher in teachers),
     ]
+    return ids, None
+
+
+def _reading(prompt: str | Messages, answer: Message, reader: Reader) -> Side:
+    tokenizer, chat = reader
+    assert chat is not None and not isinstance(prompt, str), "transcripts are messages"
+    return Side(tokenizer=tokenizer, chat=chat, messages=[*prompt, answer])
 
 
 class PromptSource:
@@ -152,22 +188,34 @@ class PromptSource:
         dp_size: int,
         flag: str,
         student_chat: ChatTemplate | None = None,
-        teachers: Sequence[tuple[Tokenizer, ChatTemplate | None]] = (),
+        teachers: Sequence[Reader] = (),
+        max_response_len: int | None = None,
     ) -> None:
-        """batch_size counts prompts of the whole job; None: all of them. Prompts longer than max_prompt_len
-        tokens on either side are left out and counted in `num_skipped`; ValueError where none remain.
-        `teachers` are those that read the prompts too, each row's own one where it has one;
-        `num_teacher_prompts` counts these rows. The chat templates write prompts that are messages;
-        ValueError where one refuses a row."""
-        rendered = [(row, _rendered(row, (student, student_chat), teachers)) for row in rows]
-        self._rows = [(row, ids) for row, ids in rendered if max(map(len, ids)) <= max_prompt_len]
-        self.num_skipped = len(rendered) - len(self._rows)
+        """batch_size counts prompts of the whole job; None: all of them. Prompts of more than max_prompt_len
+        tokens on either side are left out and counted in `num_skipped`. `teachers` read the prompts too; if
+        a row has a prompt for the teacher, they read that one, and `num_teacher_prompts` counts the row.
+        Chat templates render prompts that are messages. max_response_len: the tokens behind the prompt that a
+        transcript (a row with an answer) may have; one of which nothing can be compared is left out and
+        counted in `num_masked`. Raises ValueError if no prompt remains, or if a template refuses a row.
+        """
+        rendered = [
+            (row, *_rendered(row, (student, student_chat), teachers, max_response_len)) for row in rows
+        ]
+        fitting = [one for one in rendered if max(map(len, one[1])) <= max_prompt_len]
+        self.num_skipped = len(rendered) - len(fitting)
+        self._rows = [one for one in fitting if one[0].answer is None or one[2] is not None]
+        self.num_masked = len(fitting) - len(self._rows)
         self.num_teacher_prompts = (
-            sum(row.teacher_prompt is not None for row, _ in self._rows) if teachers else 0
+            sum(row.teacher_prompt is not None for row, _, _ in self._rows) if teachers else 0
         )
-        if not self._rows:
+        if not fitting:
             raise ValueError(
                 f"{flag}: all {len(rows)} prompts exceed --rollout-max-prompt-len {max_prompt_len}"
+            )
+        if not self._rows:
+            raise ValueError(
+                f"{flag}: no answer in any of {len(fitting)} rows stands in every chat template's text as it "
+                f"is and fits into --rollout-max-response-len {max_response_len}"
             )
         self._batch_size = len(self._rows) if batch_size is None else batch_size
         self._samples_per_prompt = samples_per_prompt
@@ -181,9 +229,7 @@ class PromptSource:
         return len(self._rows)
 
     def batch(self, step: int) -> list[Prompt]:
-        """This rank's samples of a step: every dp_size-th of the step's batch_size x samples_per_prompt
-        samples.
-        """
+        """This rank's samples of a step: every dp_size-th of its batch_size x samples_per_prompt samples."""
         total = self._batch_size * self._samples_per_prompt
         return [self._sample(step * total + i) for i in range(self._dp_rank, total, self._dp_size)]
 
@@ -192,7 +238,7 @@ class PromptSource:
         return [self._sample(sample_id) for sample_id in sample_ids]
 
     def share(self) -> list[Prompt]:
-        """This rank's part of all rows once, in file order: for evaluation."""
+        """This rank's share of all rows once, in file order, for evaluation."""
         return [self._prompt(i, sample_id=i) for i in range(self._dp_rank, len(self._rows), self._dp_size)]
 
     def _sample(self, sample_id: int) -> Prompt:
@@ -208,13 +254,14 @@ class PromptSource:
         return self._order[1]
 
     def _prompt(self, index: int, *, sample_id: int) -> Prompt:
-        row, (student_ids, *teachers) = self._rows[index]
+        row, (student_ids, *teachers), transcript = self._rows[index]
         return Prompt(
             sample_id=sample_id,
             student_ids=student_ids,
             teacher_ids=teachers[0] if teachers else np.zeros(0, np.int32),
             other_teacher_ids=tuple(teachers[1:]),
             response=row.response,
+            transcript=transcript,
             label=row.label,
             asked=None if row.fields is None else Asked(prompt=row.prompt, row=row.fields),
         )

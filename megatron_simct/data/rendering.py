@@ -1,8 +1,8 @@
-"""One text or conversation, as the prompt of both models.
+"""One text or conversation, rendered as the prompt of both models.
 
-Each model reads the response behind its own prompt, a conversation written with its own chat template;
-prompts may differ between the models, the bytes of the response do not. Prompt and response are tokenized
-apart, so that their border is a token boundary on both sides.
+Each model reads the response after its own prompt, a conversation that its own chat template renders. The
+prompts of the models may differ; the bytes of the response do not. Prompt and response are tokenized
+separately, so the boundary between them is a token boundary for both models.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _SET_BY_US = frozenset(
 
 
 def render_prompt(text: str, tokenizer: Tokenizer) -> np.ndarray:
-    """The prompt's ids, int32 [p]: the tokenizer's beginning-of-sequence token where it has one, then the
-    text.
+    """The prompt's ids, int32 [p]: the tokenizer's beginning-of-sequence token, if it has
+    one, then the text.
     """
     ids = tokenizer.encode(text.encode())
     if tokenizer.bos_id is not None:
@@ -41,9 +41,9 @@ def render_prompt(text: str, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def read_date(text: str | None, *, flag: str = "--chat-template-date") -> str:
-    """The date for a template's strftime_now, YYYY-MM-DD; today's for None.
+    """The date for a template's strftime_now, YYYY-MM-DD; None means today.
 
-    ValueError if it is not a date.
+    Raises ValueError if it is not a date.
     """
     if text is None:
         return Date.today().isoformat()
@@ -56,8 +56,9 @@ def read_date(text: str | None, *, flag: str = "--chat-template-date") -> str:
 
 
 def read_arguments(text: str | None, *, flag: str) -> dict[str, Any]:
-    """The arguments of a template, a JSON object. ValueError, naming the flag, if it is not one or sets a
-    reserved name."""
+    """The arguments of a template, from a JSON object. Raises ValueError, naming the flag, if it is not an
+    object or sets a reserved name.
+    """
     if text is None:
         return {}
     try:
@@ -76,22 +77,22 @@ def read_arguments(text: str | None, *, flag: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The chat template of one Hugging Face folder, which writes a conversation up to where the model
-    answers.
+    """The chat template of one Hugging Face folder. It renders a conversation up to the place of
+    the model's answer.
     """
 
     name: str
-    """For messages: the flag and the file."""
+    """Flag and file, for error messages."""
     source: str
     """The template's own text."""
     date: str
-    """YYYY-MM-DD, what strftime_now gives."""
+    """YYYY-MM-DD; the date of strftime_now."""
     special_tokens: Mapping[str, str] = field(default_factory=dict)
-    """bos_token, eos_token and the like: variables of the template."""
+    """bos_token, eos_token and others: variables of the template."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Further variables, such as enable_thinking; they win over special tokens."""
+    """Further variables, such as enable_thinking. They override special tokens."""
     variables: frozenset[str] = frozenset()
-    """What the template reads and does not set."""
+    """Variables that the template reads and does not set."""
 
     @classmethod
     def load(
@@ -130,20 +131,22 @@ class ChatTemplate:
             variables=variables,
         )
 
-    def text(self, messages: Messages) -> str:
-        """What the template writes. Raises ValueError with the reason if it refuses, templates.TemplateLimit
-        if it exceeds a limit."""
+    def text(self, messages: Messages, *, answered: bool = False) -> str:
+        """The rendered text. answered: the messages hold the answer, so the text does not ask for one.
+
+        Raises ValueError with the reason if the template refuses, templates.TemplateLimit if it exceeds a
+        limit.
+        """
         return templates.render(
             self.source,
             messages,
             variables={**self.special_tokens, **self.arguments},
             date=self.date,
-            add_generation_prompt=True,
+            add_generation_prompt=not answered,
         )
 
     def render(self, messages: Messages, tokenizer: Tokenizer) -> np.ndarray:
-        """The prompt's ids, int32 [p]. The template writes BOS itself where the model wants one, so none is
-        added.
+        """The prompt's ids, int32 [p]. No BOS is added: the template writes it if the model needs one.
 
         Raises ValueError, naming the template, if it refuses the messages or writes nothing;
         templates.TemplateLimit if it exceeds a limit.

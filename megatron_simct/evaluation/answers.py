@@ -1,5 +1,5 @@
-"""The answer within a response: what stands outside of its thinking, its program, its final number as plain
-text.
+"""The answer in a response: the text outside its thinking, its program, and its final
+number as plain text.
 """
 
 from __future__ import annotations
@@ -21,25 +21,26 @@ MARKS = (
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("<|inner_prefix|>", "<|inner_suffix|>"),
 )
-"""What opens and what closes a block of thought in published chat templates; the first pair is the default.
+"""Opening and closing marks of a thinking block in published chat templates. The first
+pair is the default.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thinking:
-    """How a model marks what it thinks before it answers."""
+    """The marks that a model puts around its thinking."""
 
     start: str = MARKS[0][0]
     end: str = MARKS[0][1]
     in_prompt: bool = False
-    """Whether the prompt ends with `start`, so that a response begins within the block."""
+    """Whether the prompt ends with `start`, so that a response begins inside the block."""
 
 
 def find_thinking(template: str, prompt: str, marks: Sequence[str] | None = None) -> Thinking:
-    """These marks, or those that a chat template holds, or else the default ones.
+    """The given marks; else those in the chat template; else the default ones.
 
-    `prompt` is one that the template has written. Without a template, an empty opening mark says that prompts
-    end with one.
+    `prompt` is a prompt that the template has rendered. Without a template, an empty opening mark means that
+    prompts end with one.
     """
     start, end = marks or next(
         (pair for pair in MARKS if pair[0] in template or pair[1] in template), MARKS[0]
@@ -50,10 +51,11 @@ def find_thinking(template: str, prompt: str, marks: Sequence[str] | None = None
 
 
 def answer_of(response: str, thinking: Thinking) -> str | None:
-    """The response without its blocks of thought; None if one is not closed, as its answer was still to come.
+    """The response without its thinking blocks. None if one of them is not closed: the answer
+    would come after it.
 
-    A response may begin within a block that the prompt opened. Then there is no opening mark before the first
-    closing one.
+    A response may begin inside a block that the prompt opened. Then its first closing mark has no
+    opening mark before it.
     """
     first_end = response.find(thinking.end)
     first_start = response.find(thinking.start) if thinking.start else -1
@@ -68,7 +70,7 @@ def answer_of(response: str, thinking: Thinking) -> str | None:
         if end < 0:
             return None
         at = end + len(thinking.end)
-    # A block that is closed twice ends at the second mark.
+    # If a block is closed twice, it ends at the second mark.
     return "".join([*outside, response[at:]]).rpartition(thinking.end)[2]
 
 
@@ -77,17 +79,18 @@ def answer_of(response: str, thinking: Thinking) -> str | None:
 _PYTHON = ("python", "python3", "py", "py3", "ipython")
 _LANGUAGE = re.compile(r"[{.\s]*([\w+#-]*)")
 _LOOSE_FENCE = re.compile(r"```(?:([^\n`]*)\n)?(.*?)(?:\n?```|\Z)", re.DOTALL)
-"""Fences wherever they stand in a line, which CommonMark does not know and models write nevertheless."""
+"""Fences at any place in a line. CommonMark does not allow them, but models write them."""
 
 Block = tuple[str, str]
-"""The language that a fence names, in lower case or empty, and the code within."""
+"""The language of a fence, in lower case or empty, and the code in it."""
 
 
 def program_of(text: str, names: Collection[str]) -> str:
-    """The program in an answer: of its code blocks the last that defines one of these names, else the last in
-    Python.
+    """The program in an answer: the last of its code blocks that defines one of these names, or else the
+    last one in Python.
 
-    Blocks of no language count as Python if none says so. A text without blocks is a program as a whole.
+    Blocks without a language count as Python if no block names it. A text without blocks is a
+    program as a whole.
     """
     choices: tuple[Callable[[Block], bool], ...] = (
         lambda block: block[0] in ("", *_PYTHON) and _defines(block[1], names),
@@ -111,7 +114,7 @@ def _defines(code: str, names: Collection[str]) -> bool:
 
 
 def _fenced_blocks(text: str) -> list[Block]:
-    """The fences of CommonMark, also within lists and quotations."""
+    """The fences of CommonMark, also in lists and quotations."""
     blocks = []
     for token in _markdown().parse(text):
         if token.type == "fence" and token.content.strip():
@@ -119,7 +122,7 @@ def _fenced_blocks(text: str) -> list[Block]:
             assert token.map is not None, "a block has lines"
             lines = code.count("\n") + (not code.endswith("\n"))
             if token.map[1] - token.map[0] == lines + 1:
-                # Nothing closes it. The closing fence may stand behind the last line of the code.
+                # Nothing closes it. The closing fence may follow the last line of the code.
                 code = re.split(rf"{re.escape(token.markup)}[ \t]*$", code, maxsplit=1, flags=re.MULTILINE)[0]
             blocks.append((_language(token.info), code))
     return blocks
@@ -127,10 +130,10 @@ def _fenced_blocks(text: str) -> list[Block]:
 
 @cache
 def _markdown() -> Any:
-    """Blocks that can hold a fence, and nothing else.
+    """The block rules of Markdown that can contain a fence, and no others.
 
-    Without HTML, in which a fence below a line `<answer>` is none, and without code by indentation alone, in
-    which a fence that is indented too far is none.
+    HTML is off, because a fence below a line `<answer>` would not be a fence. Code by indentation alone is
+    off, because a fence with too much indentation would not be one.
     """
     from markdown_it import MarkdownIt
 
@@ -147,8 +150,8 @@ def _language(info: str) -> str:
 
 
 def called_functions(tests: Collection[str]) -> set[str]:
-    """The names of functions that some lines of Python call: those that Python does not have, if there are
-    any.
+    """The names of functions that some lines of Python call. Python's own are left out
+    if others are called.
     """
     found: set[str] = set()
     for test in tests:
@@ -165,21 +168,21 @@ def called_functions(tests: Collection[str]) -> set[str]:
 # Numbers
 
 _MINUS = re.compile("[\u2212\ufe63\uff0d]|(?<![\\w)\\]}])[\u2010-\u2013](?=[\\d.\\\\$])")
-"""Minus signs, and hyphens and dashes that stand before a number as its sign."""
+"""Minus signs, and hyphens and dashes before a number that are its sign."""
 _MATH_OR_EMPHASIS = re.compile(
     r"(?<![\w*_\\`)\]}])(?P<mark>\*{1,3}|__|`)(?![\s*_`])(?P<inside>[^\n]{1,300}?)(?<![\s*_`\\])(?P=mark)(?![\w*_`])"
     r"|\$(?! )(?:\\.|[^$\n\\]){1,1000}(?<! )\$(?!\d)|\\\(.{0,1000}?\\\)|\\\[.{0,1000}?\\\]",
     re.DOTALL,
 )
-"""Emphasis, or mathematics, which stays as it is.
+"""Emphasis, or mathematics, which is kept.
 
-The lengths are bounded, or a text of marks alone takes minutes.
+The lengths are bounded: otherwise a text of marks alone takes minutes.
 """
 
 
 def plain_math(text: str) -> str:
-    """The text with ASCII's minus sign, and without Markdown's emphasis, in which Math-Verify finds no
-    numbers.
+    """The text with ASCII minus signs and without Markdown emphasis, in which
+    Math-Verify finds no numbers.
     """
     text = _MINUS.sub("-", text)
     return _MATH_OR_EMPHASIS.sub(lambda found: found["inside"] if found["mark"] else found[0], text)

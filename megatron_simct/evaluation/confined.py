@@ -1,25 +1,28 @@
-"""What a process gives up before it runs a program that nobody has read.
+"""Rights that a process gives up before it runs a program that nobody has read.
 
     seccomp filter of system calls      no socket, no process, no signal to others, no file opened to write,
                                         no change of the file system or of a terminal
-    Landlock, if the kernel has it      no file read but the interpreter's and its libraries', no look into
-                                        another process, no TCP, no abstract socket
+    Landlock, if the kernel has it      reads no file but the interpreter's and its libraries', does not look
+                                        into another process, no TCP, no abstract socket
     undumpable, without capabilities    no other process of the same user looks into this one
     resource limits                     CPU seconds, memory, open files, no core dump
 
-Standard library only. Nothing of it can be taken back. Linux on x86-64 or aarch64.
+Standard library only. None of these rights can be regained. Linux on x86-64 or aarch64.
 """
 
 from __future__ import annotations
 
 import ctypes
+import glob
 import os
+import pkgutil
 import platform
 import resource
 import struct
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
+from importlib.machinery import FileFinder
 
 # System calls and their numbers on x86-64 and on aarch64, where it has them.
 _ALLOWED = {
@@ -88,7 +91,7 @@ _ALLOWED = {
         "arch_prctl": (158, None),
     },
     **{"set_tid_address": (218, 96), "exit": (60, 93), "exit_group": (231, 94)},
-    # what there is to know
+    # information about the system
     **{
         "getpid": (39, 172),
         "getppid": (110, 173),
@@ -123,9 +126,9 @@ _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 """Column of the table, and the name that the kernel has for the architecture."""
 _CLONE_THREAD, _F_SETLKW, _F_DUPFD_CLOEXEC = 0x10000, 7, 1030
 _QUESTIONS = (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
-"""What ioctl may be asked: TCGETS and TCGETS2 (is it a terminal), TIOCGWINSZ, FIONREAD, and of the program's
-own descriptors FIONBIO, FIONCLEX, FIOCLEX. Others type into a terminal (TIOCSTI) or change a file that is
-open to read.
+"""The requests of ioctl that are allowed: TCGETS and TCGETS2 (is it a terminal), TIOCGWINSZ, FIONREAD, and
+for the program's own descriptors FIONBIO, FIONCLEX, FIOCLEX. Others type into a terminal (TIOCSTI) or change
+a file that is open for reading.
 """
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _LOAD, _EQUAL, _ABOVE, _ANY_BIT, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x06
@@ -133,7 +136,9 @@ _ALLOW, _REFUSE, _NO_SUCH_CALL, _KILL = 0x7FFF0000, 0x00050001, 0x00050026, 0x80
 
 
 def system_call_filter(machine: str, pid: int) -> bytes:
-    """The filter as the kernel reads it, struct sock_filter (code u16, jumps u8 u8, constant u32) each."""
+    """The filter as the kernel reads it: struct sock_filter (code u16, jumps u8 u8, constant
+    u32) for each step.
+    """
     column, architecture = _MACHINES[machine]
 
     def argument(index: int) -> tuple[int, int, int, int]:
@@ -152,20 +157,21 @@ def system_call_filter(machine: str, pid: int) -> bytes:
     program += call((56, 220), argument(0), (_ANY_BIT, 0, 1, _CLONE_THREAD), allow, refuse)  # clone
     questions = [(_EQUAL, len(_QUESTIONS) - i, 0, question) for i, question in enumerate(_QUESTIONS)]
     program += call((16, 29), argument(1), *questions, refuse, allow)  # ioctl
-    program += call((435, 435), (_RETURN, 0, 0, _NO_SUCH_CALL))  # clone3: the C library goes on to clone
+    program += call((435, 435), (_RETURN, 0, 0, _NO_SUCH_CALL))  # clone3: the C library then uses clone
     program += call((234, 131), argument(0), (_EQUAL, 0, 1, pid), allow, refuse)  # tgkill: itself
     program += call((302, 261), argument(0), (_EQUAL, 0, 1, 0), allow, refuse)  # prlimit64: itself
     commands = ((_EQUAL, 1, 0, _F_DUPFD_CLOEXEC), (_ABOVE, 1, 0, _F_SETLKW), allow, refuse)
-    program += call((72, 25), argument(1), *commands)  # fcntl: not the commands by which it signals others
+    # fcntl: without the commands that signal other processes
+    program += call((72, 25), argument(1), *commands)
     program.append(refuse)
     return b"".join(struct.pack("HBBI", *step) for step in program)
 
 
-# Landlock: calls 444 to 446 on both architectures. What a version of it can refuse, as bits.
+# Landlock: calls 444 to 446 on both architectures. The rights that a version can refuse, as bits.
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _READ_FILE, _READ_FOLDER = 1 << 2, 1 << 3
 _FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 5: 16}
-"""Number of rights to files, from which version on."""
+"""Number of rights to files, by the first version that has them."""
 _TCP_SINCE, _SCOPES_SINCE = 4, 6
 _TCP, _SCOPES = 0b11, 0b11
 """bind and connect; abstract sockets and signals."""
@@ -181,9 +187,11 @@ _ANSWERS = (
     "lm_eval",
     "megatron_simct",
 )
-"""Beginnings of the names of installed packages that hold benchmarks with their solutions, or the grader
-itself.
+"""Prefixes of the names of installed packages that contain benchmarks with their solutions,
+or the grader itself.
 """
+
+_PACKAGE_FOLDERS = ("site-packages", "dist-packages")
 
 _PDEATHSIG, _DUMPABLE, _SECCOMP, _CHILD_SUBREAPER, _NO_NEW_PRIVS = 1, 4, 22, 36, 38
 _MODE_FILTER = 2
@@ -193,14 +201,14 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def landlock_version() -> int:
-    """Landlock version of this kernel; 0 if it has none or it is switched off."""
+    """The kernel's Landlock version; 0 if it has none or it is switched off."""
     return max(0, _libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), 1))
 
 
 def landlock_ruleset() -> int | None:
-    """A descriptor of the rules: what may be read, and nothing else done to files.
+    """A descriptor of the rules: the files that may be read. Nothing else may be done to files.
 
-    None where there is no Landlock.
+    None if the kernel has no Landlock.
     """
     version = landlock_version()
     if version == 0:
@@ -228,8 +236,8 @@ def landlock_ruleset() -> int | None:
 
 
 def _readable() -> Iterator[tuple[str, int]]:
-    """Paths with the rights to them: the libraries of Python and of the system, packages that are no
-    benchmarks.
+    """Paths with the rights to them: the libraries of Python and of the system, without packages that
+    contain benchmarks.
     """
     names = ("stdlib", "platstdlib", "purelib", "platlib")
     paths = {name: os.path.realpath(sysconfig.get_path(name)) for name in names}
@@ -238,26 +246,35 @@ def _readable() -> Iterator[tuple[str, int]]:
         for prefix in (sys.base_prefix, sys.base_exec_prefix)
         for name in ("lib", "lib64")
     ]
+    searched = [finder.path for finder in pkgutil.iter_importers() if isinstance(finder, FileFinder)]
+    # A .pth file may add packages of another environment to those of this one.
+    others = [path for path in searched if os.path.basename(path) in _PACKAGE_FOLDERS]
+    readable = {
+        os.path.realpath(path)
+        for path in (*paths.values(), *own, *others, *_SYSTEM_LIBRARIES, *_SYSTEM_FILES)
+    }
+    # Other interpreters have packages below the same folders, for example the base of an environment.
+    theirs = [
+        found
+        for path in readable
+        for name in _PACKAGE_FOLDERS
+        for found in glob.glob(os.path.join(path, "python*", name))
+    ]
     left_out = [
         os.path.join(folder, name)
-        for folder in {*paths.values(), *map(os.path.realpath, sys.path)}
+        for folder in {*paths.values(), *map(os.path.realpath, (*searched, *theirs))}
         if os.path.isdir(folder)
         for name in os.listdir(folder)
         if name.lower().replace("-", "_").lstrip("_").startswith(_ANSWERS)
     ]
-    # A .pth file may add packages of another environment to those of this one.
-    others = [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
-    for path in sorted(
-        {
-            os.path.realpath(path)
-            for path in (*paths.values(), *own, *others, *_SYSTEM_LIBRARIES, *_SYSTEM_FILES)
-        }
-    ):
+    for path in sorted(readable):
         yield from _without(path, left_out)
 
 
 def _without(path: str, left_out: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """Rights to a path but for what is left out. A right to a folder holds for all that is below it."""
+    """Rights to a path without the paths that are left out. A right to a folder holds for
+    everything below it.
+    """
     below = [other for other in left_out if other.startswith(path + os.sep)]
     if path in left_out:
         return
@@ -280,8 +297,8 @@ def seclude() -> None:
     """Hide, and give up privileges."""
     hide()
     _prctl(_NO_NEW_PRIVS, 1)
-    # As root, a process looks into others by a capability. It keeps the one with which it reads what its user
-    # reads.
+    # As root, a process looks into others by a capability. It keeps the capability to read
+    # the files of its user.
     header = struct.pack("=Ii", _CAPABILITIES_VERSION_3, 0)
     held = ctypes.create_string_buffer(24)
     if _libc.capget(header, held) != 0:
@@ -293,7 +310,7 @@ def seclude() -> None:
 
 
 def adopt_orphans() -> None:
-    """Become the parent of children's children that outlive their parent."""
+    """Become the parent of descendants that outlive their parent."""
     _prctl(_CHILD_SUBREAPER, 1)
 
 
@@ -305,7 +322,7 @@ def die_with(parent: int) -> None:
 
 
 def confine(*, cpu_s: int, memory_mib: int, ruleset: int | None) -> None:
-    """Set the limits and the filter. OSError or KeyError where this system has none."""
+    """Set the limits and the filter. Raises OSError or KeyError if this system has none."""
     code = system_call_filter(platform.machine(), os.getpid())
 
     class Filter(ctypes.Structure):

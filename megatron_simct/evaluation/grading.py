@@ -1,9 +1,9 @@
-"""What is right: numbers by Math-Verify, programs by their tests.
+"""Grades of responses: Math-Verify compares numbers, tests run programs.
 
-The answer is what a response says outside of its thinking (answers.py). If a block of thinking is not closed
+The answer is the part of a response outside its thinking (answers.py). If a thinking block is not closed,
 there is no answer, and the response is wrong. Only `exact_match` compares the whole response.
 
-GSM8K is graded in two more ways, by the regular expressions with which lm-evaluation-harness defines them:
+GSM8K has two more metrics, with the regular expressions by which lm-evaluation-harness defines them:
 `strict_match` (the number after "####") and `flexible_extract` (the last number).
 """
 
@@ -45,8 +45,8 @@ from math import *
 from typing import *
 from builtins import *
 """
-"""What solutions of LiveCodeBench need not import; builtins last, or math's pow would stand in the place of
-theirs.
+"""Imports that solutions of LiveCodeBench may omit. builtins comes last: otherwise math's pow would
+replace Python's own.
 """
 _FUNCTION = """
 def simct_asked(*arguments):
@@ -70,12 +70,12 @@ class Grader:
     """Whether a gold text and a response have the same final answer: a MathVerifier."""
     _: KW_ONLY
     chat: bool
-    """Whether responses answer a message; else they go on with a text."""
+    """Whether responses answer a message. Otherwise they complete a text."""
     limits: Limits = field(default_factory=Limits)
     thinking: Thinking = field(default_factory=Thinking)
 
     def grade(self, problem: Problem, response: str) -> dict[str, bool]:
-        """Whether the response is right, under each of the benchmark's metrics."""
+        """Whether the response is right, by each of the benchmark's metrics."""
         if self.benchmark == "exact_match":
             return {"exact_match": response == label_of(problem.fields, "label")}
         answer = answer_of(response, self.thinking)
@@ -117,8 +117,8 @@ class Grader:
 
 
 def asked_functions(benchmark: Benchmark, row: dict[str, Any]) -> set[str]:
-    """The names of which a program defines one: the function that is asked for, or those that the tests
-    call.
+    """Names of which a program must define one: the requested function, or the functions
+    that the tests call.
     """
     match benchmark:
         case "humaneval":
@@ -131,7 +131,7 @@ def asked_functions(benchmark: Benchmark, row: dict[str, Any]) -> set[str]:
 
 
 class Graders:
-    """Grades responses in `workers` processes, each with its own Math-Verify. Close it at the end."""
+    """Grades responses in `workers` processes, each with its own Math-Verify. The caller must close it."""
 
     def __init__(
         self, benchmark: Benchmark, *, chat: bool, workers: int, limits: Limits, thinking: Thinking
@@ -143,7 +143,7 @@ class Graders:
             self._idle.put(Grader(benchmark, verifier, chat=chat, limits=limits, thinking=thinking))
 
     def grade(self, responses: Iterable[tuple[Problem, str]]) -> Iterator[dict[str, bool]]:
-        """As Grader.grade, of each, in order."""
+        """The results of Grader.grade for the responses, in order."""
         return self._pool.map(self._one, responses)
 
     def _one(self, response: tuple[Problem, str]) -> dict[str, bool]:
@@ -160,14 +160,14 @@ class Graders:
 
 
 def _passes_humaneval(row: dict[str, Any], code: str, limits: Limits) -> bool:
-    """Functions that stand in the prompt before the one that is asked for are the prompt's, for the test."""
+    """The test uses the prompt's own definitions of functions that precede the requested one."""
     asked = row["entry_point"]
     helpers = re.split(rf"\bdef {asked}\b", row["prompt"])[0]
     return passes(code, f"{row['test']}\ncheck({asked})", limits, helpers=helpers, asked=[asked])
 
 
 def _passes_mbpp(row: dict[str, Any], code: str, limits: Limits) -> bool:
-    """What is asked for is what the row's own solution defines; what it imports, the tests may use."""
+    """The requested names are those that the row's own solution defines. The tests may use its imports."""
     before = row.get("test_imports") or [row.get("test_setup_code") or ""]
     try:
         solution = ast.parse(row.get("code") or "").body
@@ -193,7 +193,7 @@ def _passes_livecodebench(row: dict[str, Any], code: str, limits: Limits) -> boo
 
 
 def same_output(found: str, expected: str) -> bool:
-    """Line by line, without blanks around them; numbers by value."""
+    """Compares line by line, without the spaces around lines; numbers by value."""
     lines, wanted = ([line.strip() for line in text.strip().split("\n")] for text in (found, expected))
     return len(lines) == len(wanted) and all(
         a == b or _same_words(a, b) for a, b in zip(lines, wanted, strict=True)

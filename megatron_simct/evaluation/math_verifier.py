@@ -1,6 +1,6 @@
 """Math-Verify in a separate process, because a response can ask for a computation that never ends.
 
-This file is both sides. The child runs it by its path, so it imports nothing of this package.
+This file has both sides. The child runs it by its path, so it imports nothing from this package.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ class MathVerifier:
 
     TIMEOUT_S = 60.0
     STEP_TIMEOUT_S = 20
-    """Time limit that Math-Verify itself applies to one expression; generous, for a busy machine."""
+    """Time limit that Math-Verify itself applies to one expression. It is long, for a busy machine."""
     MEMORY_MIB = 2048
 
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
 
     def __call__(self, gold: str, response: str) -> bool:
-        """Whether the response's final answer equals that of the gold text. Not in time is wrong."""
-        if self._process is not None and self._process.poll() is not None:  # killed since, not by this answer
+        """Whether the response's final answer equals that of the gold text. False if the
+        process takes too long.
+        """
+        # killed since the last answer, not by this one
+        if self._process is not None and self._process.poll() is not None:
             self.close()
         if self._process is None:
             self._start()
@@ -68,14 +71,14 @@ class MathVerifier:
             self._process.kill()
             self._process.wait(timeout=60)
             assert self._process.stdin is not None and self._process.stdout is not None, "both are pipes"
-            with contextlib.suppress(BrokenPipeError):  # it still holds what the process did not read
+            with contextlib.suppress(BrokenPipeError):  # it still holds input that the process did not read
                 self._process.stdin.close()
             self._process.stdout.close()
             self._process = None
 
 
 def _serve() -> None:
-    """Answer questions [gold, response], one a line, with true or false."""
+    """Answer questions [gold, response], one on each line, with true or false."""
     from math_verify import parse, verify
 
     limit, step = MathVerifier.MEMORY_MIB << 20, MathVerifier.STEP_TIMEOUT_S
@@ -88,7 +91,7 @@ def _serve() -> None:
                 target=parse(response, parsing_timeout=step),
                 timeout_seconds=step,
             )
-        except Exception:  # whatever its parser or sympy raises, there is no equal answer
+        except Exception:  # the parser or sympy may raise anything; then there is no equal answer
             answer = False
         print(json.dumps(bool(answer)), flush=True)
 

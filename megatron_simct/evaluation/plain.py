@@ -1,15 +1,15 @@
 """Calls between a program that nobody has read and the checks of its results, in plain data only.
 
-Each side has a Peer. A message is one list as JSON: a call, or the value or error that answers it. Values
-keep their exact type: None, bool, int, float and str are what they are in JSON, and everything else is [name
-of its type, parts]:
+Each side has a Peer. A message is one list as JSON: a call, or the value or error that answers it.
+Values keep their exact type: None, bool, int, float and str are as in JSON, and every other value is
+[name of its type, parts]:
 
     (1, {"a"})   is   ["tuple", [1, ["set", ["a"]]]]
 
-The reader makes values of these types and no others, so nothing that it gets can run code of the sender:
-there is no class whose `==` is always true. What is not plain stays with its owner, and the other side gets a
-Remote, which equals only itself. A value whose class takes its `==` from a plain type (a namedtuple, an
-IntEnum) is sent as that type.
+The reader makes values of these types and no others, so nothing that it receives can run code of the sender:
+no class arrives whose `==` is always true. A value that is not plain stays with its owner, and the other side
+gets a Remote, which equals only itself. A value whose class inherits its `==` from a plain type (a
+namedtuple, an IntEnum) is sent as that type.
 
 Standard library only.
 """
@@ -32,8 +32,8 @@ from typing import Any, NoReturn
 
 _SCALARS = frozenset({type(None), bool, int, float, str})
 _LONG_INT_BITS = 10_000
-"""An int above this is written in hexadecimal: Python refuses to read or write decimals of more than 4300
-digits.
+"""A larger int is written in hexadecimal: Python refuses to read or write decimals of
+more than 4300 digits.
 """
 
 
@@ -43,7 +43,7 @@ class _Form:
 
     name: str
     parts: Callable[[Any], Iterable[Any]]
-    """What a value is made of, plain values again."""
+    """The parts of a value, which are plain values again."""
     make: Callable[[list[Any]], Any]
     """The value, from its parts."""
 
@@ -74,7 +74,7 @@ _FORMS: dict[type, _Form] = {
     collections.OrderedDict: _Form(
         "OrderedDict", _flat, lambda parts: collections.OrderedDict(_pairs(parts))
     ),
-    # Without its factory, which may be a function: it equals the same mappings.
+    # Without its factory, which may be a function: it equals the same mappings without it.
     collections.defaultdict: _Form(
         "defaultdict", _flat, lambda parts: collections.defaultdict(None, _pairs(parts))
     ),
@@ -120,16 +120,16 @@ _BASES: dict[type, Callable[[Any], Any]] = {
         for base in (complex, bytes, bytearray, tuple, list, dict, set, frozenset, collections.deque)
     },
 }
-"""Types whose subclasses are sent as them, and how a value becomes one of them."""
+"""Types whose subclasses are sent as these types, and the functions that convert a value."""
 
 _MINE, _YOURS = "mine", "yours"
-"""Names of what stays with its owner, as the sender sees it; the one part is its number."""
+"""Names of objects that stay with their owner, from the sender's view. Their one part is a number."""
 _FUNCTIONS = (type, FunctionType, MethodType, BuiltinFunctionType, MethodDescriptorType)
 _ENDS_LOOPS = (StopIteration, StopAsyncIteration)
 
 
 class Remote:
-    """An object of the other side. It can be called, and its attributes be read and set."""
+    """An object of the other side. It can be called, and its attributes can be read and set."""
 
     __slots__ = ("_number", "_peer")
 
@@ -141,7 +141,7 @@ class Remote:
         return self._peer.request("call", self, arguments, named)
 
     def __getattr__(self, name: str) -> Any:
-        # Attributes that Python itself reads, as in a copy, are not passed to the program.
+        # Attributes that Python itself reads, for example in a copy, are not passed to the program.
         if name.startswith("__"):
             raise AttributeError(name)
         return self._peer.request("get", self, name)
@@ -154,9 +154,9 @@ class Peer:
     """One side of the connection.
 
     receive() and send() carry whole messages. broken(reason) ends this process: a message that no
-    well-behaved other side sends must not become an exception, which the checks may catch. shares: whether
-    the other side may read and set attributes of what it has been given. If not, it is given nothing but
-    functions and classes, and may call them.
+    well-behaved peer sends must not become an exception, which the checks could catch. shares: whether the
+    other side may read and set attributes of the objects that it gets. If not, it gets only functions and
+    classes, and may call them.
     """
 
     def __init__(
@@ -169,13 +169,13 @@ class Peer:
     ) -> None:
         self._receive, self._send, self._broken, self._shares = receive, send, broken, shares
         self._given: dict[int, Any] = {}
-        self._numbers: dict[int, int] = {}  # of given objects, by id(); they are kept alive
+        self._numbers: dict[int, int] = {}  # given objects by id(); they are kept alive
         self._remotes: dict[int, Remote] = {}
 
     # Values
 
     def write(self, value: Any) -> Any:
-        """A value as JSON has it. TypeError for one that the other side cannot be given."""
+        """A value as JSON. Raises TypeError if the other side cannot get it."""
         kind = type(value)
         if kind in _SCALARS:
             is_long = kind is int and value.bit_length() > _LONG_INT_BITS
@@ -211,7 +211,7 @@ class Peer:
         return [form.name, parts]
 
     def read(self, value: Any) -> Any:
-        """A value from JSON. An Exception for one that does not have the form."""
+        """A value from JSON. Raises an Exception if it does not have the form."""
         if type(value) in _SCALARS:
             return value
         if (
@@ -245,7 +245,7 @@ class Peer:
     # Messages
 
     def give_first(self, function: Callable[..., Any]) -> None:
-        """To be called before anything else is given: the other side's `first`."""
+        """Call this before any other object is given: it answers the other side's `first`."""
         assert not self._given, "it is the first"
         self._number_of(function)
 
@@ -254,7 +254,7 @@ class Peer:
         return Remote(self, 0)
 
     def request(self, *message: Any) -> Any:
-        """Ask the other side, and answer what it asks meanwhile. Raises what its answer raised."""
+        """Ask the other side, and answer its questions meanwhile. Raises the error that it answers."""
         self._put(list(message))
         while True:
             match self._get():
@@ -266,7 +266,7 @@ class Peer:
                     self._answer(question)
 
     def serve(self) -> NoReturn:
-        """Answer what the other side asks, for ever."""
+        """Answer the other side's questions, forever."""
         while True:
             self._answer(self._get())
 
@@ -318,13 +318,13 @@ def _builtin_name(error: Exception) -> str:
 
 
 def _exception(name: str, text: str) -> Exception:
-    """The exception of that name of Python's own.
+    """Python's own exception of that name.
 
-    What ends loops would end those of the checks: all(map(f, x)).
+    Exceptions that end loops are replaced, because they would end loops of the checks: all(map(f, x)).
     """
     found = getattr(builtins, name, None)
     if isinstance(found, type) and issubclass(found, Exception) and not issubclass(found, _ENDS_LOOPS):
         for kind in found.__mro__:
-            with contextlib.suppress(TypeError):  # some take more than a text
+            with contextlib.suppress(TypeError):  # some need more arguments than a text
                 return kind(text)
     return RuntimeError(text)

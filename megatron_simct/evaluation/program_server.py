@@ -1,17 +1,17 @@
-"""A warm interpreter from which every program is forked: two processes of its own each. Started by
-sandbox.py.
+"""A warm interpreter from which every program is forked, with two processes for each. sandbox.py starts it.
 
-It waits on a socket for connections, one a program. For each it forks a supervisor, and that forks the
-program's process before it reads what is asked: nothing but its own source is ever in the program's process.
+It waits on a socket for connections, one for each program. For each it forks a supervisor. The
+supervisor forks the program's process before it reads the job, so the program's process never holds
+anything but its own source.
 
     grader  --- job, outcome --->  supervisor  --- source, calls, values: plain data (plain.py) --->  program
 
-The supervisor of a job with checks confines itself as it does the program, and runs the checks. They see the
-program's functions as Remote. A message that is not plain data ends the job as an error. The program can
-write to its pipes, and is killed when its supervisor ends. This process ends when the grader closes the
-socket.
+The supervisor of a job with checks confines itself in the same way as the program, and runs the checks.
+They see the program's functions as Remote. A message that is not plain data ends the job as an error.
+The program can write to its pipes, and is killed when its supervisor ends. This process ends when the
+grader closes the socket.
 
-Jobs and outcomes are JSON; before each message stands its length.
+Jobs and outcomes are JSON. The length of each message is sent before it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _OFTEN_IMPORTED = (
     "bisect copy datetime decimal enum fractions functools hashlib heapq inspect io itertools math numbers "
     "operator queue random re statistics string textwrap threading traceback typing zoneinfo"
 ).split()
-"""What most programs import: they need not wait for it."""
+"""Modules that most programs import. They are loaded once, so that programs need not wait for them."""
 STARTED = b"+"
 """The first byte of an answer: both processes run."""
 LENGTH = struct.Struct(">Q")
@@ -52,11 +52,13 @@ _LONGEST_MIB = 256
 """The longest message of a program."""
 _PROGRAM, _CHECKS = "program.py", "checks.py"
 _SLACK_S = 5.0
-"""Checks that do not end by themselves are killed this long after their time."""
+"""Checks that do not end by themselves are killed this long after their time limit."""
 
 
 def main() -> None:
-    """In the first process, serve; in those that are forked from it, supervise a program or be it."""
+    """Serve, in the first process. In the processes that are forked from it, supervise
+    a program or run it.
+    """
     for name in _OFTEN_IMPORTED:
         importlib.import_module(name)
     control = socket.socket(fileno=int(sys.argv[1]))
@@ -66,7 +68,7 @@ def main() -> None:
     print(json.dumps({"landlock": confined.landlock_version()}), flush=True)
     os.dup2(2, 1)
     sys.argv = [_PROGRAM]
-    gc.freeze()  # or each process would copy the pages of all objects when it collects
+    gc.freeze()  # otherwise each process would copy the pages of all objects when it collects
     connection = _next_connection(control)
     pipes = _Pipes.open()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # for sigtimedwait
@@ -82,7 +84,7 @@ def main() -> None:
 
 
 def _next_connection(control: socket.socket) -> int:
-    """Fork a process for each connection. Returns in that process, with the connection's descriptor."""
+    """Fork a process for each connection. Returns in the forked process, with the connection's descriptor."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ended children are not waited for
     while True:
         _, descriptors, _, _ = socket.recv_fds(control, 1, 1)
@@ -116,7 +118,7 @@ class _Pipes:
         return cls(memory, os.pipe(), os.pipe(), os.pipe())
 
     def close_programs(self) -> None:
-        """What only the program needs."""
+        """Close the ends that only the program needs."""
         for descriptor in (self.output[1], self.calls[0], self.values[1]):
             os.close(descriptor)
 
@@ -147,7 +149,7 @@ def _exactly(descriptor: int, size: int) -> bytes:
 
 
 def _be_program(pipes: _Pipes, ruleset: int | None) -> None:
-    """Run the source that comes first; then, unless it is all that is asked, answer calls."""
+    """Run the source that arrives first. If the job asks for more, answer calls."""
     calls, values = pipes.calls[0], pipes.values[1]
     os.dup2(pipes.input, 0)
     os.dup2(pipes.output[1], 1)
@@ -160,7 +162,7 @@ def _be_program(pipes: _Pipes, ruleset: int | None) -> None:
         os._exit(1)
     _send(values, json.dumps(None).encode())
     source = job["source"]
-    # Where inspect and tracebacks look for it; there is no such file.
+    # inspect and tracebacks look for it here; no such file exists
     linecache.cache[_PROGRAM] = (len(source), None, source.splitlines(keepends=True), _PROGRAM)
     namespace: dict[str, Any] = {"__name__": "__main__"} if job["as_script"] else {}
     if not job["answers_calls"]:
@@ -176,7 +178,7 @@ def _be_program(pipes: _Pipes, ruleset: int | None) -> None:
 
 
 def _close_all_but(kept: set[int]) -> None:
-    """Close all descriptors above the three standard ones, except these; there are never many."""
+    """Close all descriptors above the three standard ones, except these. There are never many."""
     start = 3
     for descriptor in sorted(kept):
         os.closerange(start, descriptor)
@@ -185,8 +187,8 @@ def _close_all_but(kept: set[int]) -> None:
 
 
 def _end_quickly() -> NoReturn:
-    """As an interpreter ends, but for taking apart what goes with the process: that takes longer than most
-    programs.
+    """End as an interpreter does, but do not free objects: for most programs that would take
+    longer than the run.
     """
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
@@ -244,7 +246,7 @@ class _Supervisor:
         self._end("ok")
 
     def _watch(self) -> NoReturn:
-        """Until the program ends by itself."""
+        """Wait until the program ends by itself."""
         self._poll.unregister(self._values)
         while self._output >= 0:
             self._wait()
@@ -278,13 +280,13 @@ class _Supervisor:
             self._wait()
 
     def _wait(self) -> None:
-        """Take what comes next, of the program's messages and of what it prints."""
+        """Read the next part of the program's messages or of its output."""
         left = self._deadline - time.monotonic()
         ready = self._poll.poll(1000 * left) if left > 0 else []
         if not ready:
             self._end("time")
         for descriptor, _ in ready:
-            if descriptor == self._connection:  # the grader asks no more: it is gone
+            if descriptor == self._connection:  # the grader asks for nothing more: it is gone
                 os._exit(1)
             part = os.read(descriptor, 1 << 16)
             if descriptor == self._values:
@@ -303,7 +305,9 @@ class _Supervisor:
         self._end("error", f"the program sent no plain data: {reason}")
 
     def _end(self, status: str, reason: str = "") -> NoReturn:
-        """Answer, and end with the program. At once: checks that catch exceptions do not go on."""
+        """Answer, and end with the program. The process ends at once: checks that catch
+        exceptions do not go on.
+        """
         answer = {"status": status, "output": self._printed.decode(errors="replace"), "reason": reason}
         with suppress(OSError):  # the grader is gone
             _send(self._connection, json.dumps(answer).encode())
@@ -311,14 +315,14 @@ class _Supervisor:
 
 
 def _run_checks(peer: Peer, checks: str, helpers: str, asked: Sequence[str]) -> None:
-    """Returns if the checks get to their end. They see what the helpers define and, of the program, what is
-    asked.
+    """Returns if the checks run to their end. They see the helpers' definitions, and the asked
+    names of the program.
 
-    A name that is neither asked, nor defined by the helpers, nor Python's own is the program's too.
+    A name that is not asked, not defined by the helpers and not Python's own is the program's too.
     """
     code = compile(checks, _CHECKS, "exec")
     namespace: dict[str, Any] = {}
-    with suppress(SyntaxError):  # the beginning of something that the program completes
+    with suppress(SyntaxError):  # the beginning of code that the program completes
         exec(compile(helpers, _CHECKS, "exec"), namespace)
     own, python = set(namespace), set(dir(builtins))
     names = {name for name in _names(code) | own | set(asked) if not name.startswith("__")}
@@ -330,7 +334,7 @@ def _run_checks(peer: Peer, checks: str, helpers: str, asked: Sequence[str]) -> 
             if name in found:
                 namespace[name] = found[name]
         elif name not in found:
-            # As where both are one module: what the program does not import is not there.
+            # As if both were one module: a module that the program does not import is not there.
             namespace.pop(name, None)
         elif name not in own | python:
             namespace[name] = importlib.import_module(name)

@@ -2,7 +2,7 @@
 
     python -m megatron_simct.evaluation.reward_worker MODULE:FUNCTION PARENT_PID
 
-What the function prints goes to the log. The process ends with its parent, also in the middle of a call.
+The function's output goes to the log. The process ends with its parent, also in the middle of a call.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_simct.evaluation.confined import die_with
 def main(place: str, parent: int) -> None:
     die_with(parent)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
-    os.dup2(2, 1)  # nothing that the function prints stands between the answers
+    os.dup2(2, 1)  # no output of the function comes between the answers
     try:
         function = find(place)
     except Exception as error:
@@ -38,7 +38,7 @@ def main(place: str, parent: int) -> None:
 
 
 def find(place: str) -> Callable[[Any, str, dict[str, Any]], float]:
-    """The function at MODULE:FUNCTION. `python -m` finds modules of the working directory too."""
+    """The function at MODULE:FUNCTION. `python -m` also finds modules of the working directory."""
     module, _, name = place.partition(":")
     function = getattr(importlib.import_module(module), name)
     if not callable(function):

@@ -1,9 +1,9 @@
-"""What a response is worth to training: --reward, a function of the user's or one of our graders.
+"""Rewards of responses for training: --reward, a user's function or one of our graders.
 
     def reward(prompt, response, row) -> float
 
-prompt: the row's prompt, a text or messages; response: a text; row: the row of --prompt-data as it was read.
-A function runs in processes of its own, which it may block, crash or print in; one that raises, takes too
+prompt: the row's prompt, a text or messages. response: a text. row: the row of --prompt-data as it was read.
+A function runs in separate processes; it may block, crash or print there. A function that raises, takes too
 long or returns no finite number gives no reward.
 """
 
@@ -34,16 +34,16 @@ START_TIMEOUT_S = 300.0
 
 
 ENDED = {"problem": "its process ended"}
-"""What a process says last."""
+"""The last message of a process."""
 
 
 class NoReward(Exception):
-    """Why a response gets none."""
+    """The reason why a response gets no reward."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """What a reward is a function of."""
+    """The arguments of a reward."""
 
     prompt: str | Sequence[Mapping[str, Any]]
     text: str
@@ -54,19 +54,19 @@ class Rewarder(Protocol):
     """Gives one reward at a time."""
 
     def __call__(self, response: Response) -> float:
-        """NoReward for a response that gets none."""
+        """Raises NoReward if the response gets no reward."""
         ...
 
     def close(self) -> None: ...
 
 
 class Rewards:
-    """Rewards of many responses, --reward-workers at a time. To be closed."""
+    """Rewards of many responses, --reward-workers at a time. The caller must close it."""
 
     def __init__(self, options: RewardConfig, *, chat: bool, thinking: Thinking) -> None:
-        """chat, thinking: of the responses, as graders read them.
+        """chat, thinking: properties of the responses, as graders read them.
 
-        ValueError for a function that cannot be imported.
+        Raises ValueError if the function cannot be imported.
         """
         assert options.reward is not None, "there is a reward"
         self._rewarders: list[Rewarder] = []
@@ -83,7 +83,7 @@ class Rewards:
             self._idle.put(rewarder)
 
     def submit(self, responses: Iterable[Response]) -> list[Future[float]]:
-        """In the order of the responses; NoReward where one gets none."""
+        """Futures in the order of the responses. A future raises NoReward if its response gets no reward."""
         return [self._pool.submit(self._one, response) for response in responses]
 
     def _one(self, response: Response) -> float:
@@ -103,12 +103,12 @@ class Rewards:
 
 
 class Graded:
-    """1 for a response that is right, else 0, by one of our graders."""
+    """1 if one of our graders calls a response right, else 0."""
 
     def __init__(self, reward: str, *, chat: bool, thinking: Thinking) -> None:
         self._verifier = MathVerifier()
         if reward == "math":
-            # a missing package is an error now, not a missing reward of every response
+            # report a missing package now, not as a missing reward of every response
             self._verifier("1", "1")
         self._grader = Grader(
             GRADED_REWARDS[reward], self._verifier, chat=chat, limits=Limits(), thinking=thinking
@@ -118,7 +118,7 @@ class Graded:
         problem = Problem(problem_id="", chat="", completion=None, fields=dict(response.row))
         try:
             metrics = self._grader.grade(problem, response.text)
-        except (LookupError, ValueError) as error:  # a row without what the grader reads
+        except (LookupError, ValueError) as error:  # the row lacks a field that the grader reads
             raise NoReward(f"{type(error).__name__}: {error}") from None
         return float(next(iter(metrics.values())))
 
@@ -136,9 +136,9 @@ class Called:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """ValueError, naming the flag, if the function cannot be imported.
+        """Raises ValueError, naming the flag, if the function cannot be imported.
 
-        The calling thread must live as long as the process, which the kernel ends with that thread.
+        The calling thread must live as long as the process: the kernel ends the process with that thread.
         """
         worker = "megatron_simct.evaluation.reward_worker"
         self._process = subprocess.Popen(
@@ -178,7 +178,7 @@ class Called:
         return float(answer["reward"])
 
     def _answer(self, timeout_s: float) -> dict[str, Any] | None:
-        """The next line of the process, or ENDED; None if there is none in time."""
+        """The next line of the process, or ENDED; None if no line arrives in time."""
         assert self._process is not None and self._process.stdout is not None, "it was started"
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
@@ -194,6 +194,6 @@ class Called:
         self._process.wait(timeout=60)
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None, "both are pipes"
-            with contextlib.suppress(BrokenPipeError):  # it still holds what the process did not read
+            with contextlib.suppress(BrokenPipeError):  # it still holds input that the process did not read
                 pipe.close()
         self._process = None

@@ -1,16 +1,17 @@
-"""Run a program that nobody has read in its own process, within limits; check what its functions return.
+"""Run a program that nobody has read in a separate process, within limits; check the
+results of its functions.
 
-    no network, no other process, no file written     refused by the kernel's filter of system calls
-    no file read but Python's own and its libraries'  refused by Landlock, where the kernel has it
+    no network, no other process, no file written     the kernel's filter of system calls refuses it
+    reads only files of Python and its libraries      Landlock refuses the others, if the kernel has it
     nothing of another process                        by Landlock, and none can be looked into (confined.py)
     CPU seconds, memory, open files, core dumps       resource limits of the process
-    seconds, bytes of output                          its supervisor kills the process past them
+    seconds, bytes of output                          its supervisor kills the process beyond them
 
-The checks of a program run in a second process, which has from the program nothing but plain data
-(program_server.py). Where the kernel has no Landlock, a program can read what the user who runs it can read;
-nothing carries that away but its output, which is compared and dropped, and what its functions return.
+The checks of a program run in a second process, which gets only plain data from the program
+(program_server.py). If the kernel has no Landlock, a program can read the files of the user who runs it. Such
+data leaves it only by its output, which is compared and dropped, and by the results of its functions.
 
-Linux on x86-64 or aarch64, any user, no privileges; elsewhere code is not run at all.
+Linux on x86-64 or aarch64, any user, no privileges. On other systems code is not run at all.
 """
 
 from __future__ import annotations
@@ -32,20 +33,23 @@ from megatron_simct.evaluation import confined
 from megatron_simct.evaluation.program_server import LENGTH, STARTED
 
 ROOT = str(Path(__file__).resolve().parents[2])
+_PACKAGE = str(Path(ROOT, "megatron_simct", "__init__.py"))
 _START = """
-import sys
-sys.path.insert(0, sys.argv[2])
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("megatron_simct", sys.argv[2])
+sys.modules["megatron_simct"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["megatron_simct"])
 from megatron_simct.evaluation import program_server
-del sys.path[0]
 program_server.main()
 """
+"""Imports this package, and no other module of its folder."""
 _SERVER_START_S = 120.0
 _ANSWER_SLACK_S = 30.0
-"""A supervisor ends a program that takes too long; this is for a supervisor that cannot."""
+"""A supervisor ends a program that takes too long. This is for a supervisor that cannot."""
 
 Sandbox = Literal["auto", "strict"]
 SANDBOXES: tuple[Sandbox, ...] = get_args(Sandbox)
-"""What a kernel must have for programs to run: the filter of system calls, or Landlock too."""
+"""What a kernel must have so that programs run: the filter of system calls, or Landlock too."""
 
 
 _NO_LANDLOCK = (
@@ -56,7 +60,7 @@ _NO_LANDLOCK = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one program may use."""
+    """Limits of one program."""
 
     cpu_s: int = 10
     wall_s: float = 60.0
@@ -70,51 +74,51 @@ class Outcome:
     """How a program ended."""
 
     status: Literal["ok", "error", "time", "output"]
-    """ok: by itself with exit code 0; error: with another one or by a signal; time and output: past that
-    limit.
+    """ok: ended by itself with exit code 0. error: ended with another code or by a signal. time and output:
+    exceeded that limit.
     """
     output: str
 
 
 def run_program(source: str, limits: Limits, *, stdin: str = "", as_script: bool = False) -> Outcome:
-    """Run Python source; its standard output, of at most limits.output_kib.
+    """Run Python source; return how it ended and its standard output, of at most limits.output_kib.
 
-    as_script: `__name__` is "__main__"; else the source runs as code that is imported.
+    as_script: `__name__` is "__main__". Otherwise the source runs as imported code.
     """
     answer = _run(source, limits, stdin=stdin, as_script=as_script)
     return Outcome(answer["status"], answer["output"])
 
 
 def passes(source: str, checks: str, limits: Limits, *, helpers: str = "", asked: Sequence[str] = ()) -> bool:
-    """Whether checks of what the source defines run to their end, in another process than the source.
+    """Whether checks of the source's definitions run to their end, in another process than the source.
 
-    checks: Python. It sees the source's functions and classes under their names, and calls them with plain
-    data, its own functions, and what it has got from the source; it gets plain data, and objects of the
-    source that equal only themselves. The names of Python and its modules are Python's, unless they are
-    asked. Arguments are copies: a function that changes its argument does not change that of the checks.
-    helpers: what the checks may use instead of the source's definition; asked: names that are the source's in
-    any case.
+    checks: Python. It sees the source's functions and classes under their names. It calls them with plain
+    data, its own functions, and values that it got from the source. It gets plain data, and objects of the
+    source that equal only themselves. The names of Python and its modules are Python's, unless they are in
+    `asked`. Arguments are copies: a function that changes its argument does not change that of the checks.
+    helpers: definitions that the checks may use instead of the source's. asked: names that are the
+    source's in any case.
     """
     answer = _run(source, limits, checks=checks, helpers=helpers, asked=list(asked))
     return answer["status"] == "ok"
 
 
 def landlock_version() -> int:
-    """Landlock version of the kernel under the programs that run here; 0 if it has none."""
+    """The kernel's Landlock version under the programs that run here; 0 if it has none."""
     return _the_server().landlock
 
 
 def described(landlock: int) -> str:
-    """What confines programs on a kernel with this version of Landlock, and what that leaves open."""
+    """What confines programs on a kernel with this version of Landlock, and what remains open."""
     if landlock > 0:
         return f"programs were confined by seccomp and Landlock (version {landlock})"
     return f"programs were confined by seccomp alone, and could read this user's files: {_NO_LANDLOCK}"
 
 
 def check_sandbox(*, flag: str = "--benchmark", sandbox: Sandbox = "auto") -> None:
-    """ValueError, naming the flag that asked for it, where programs cannot be confined on this system."""
+    """Raises ValueError, naming the flag that asked for it, if programs cannot be confined on this system."""
     try:
-        # A module that is not loaded yet shows that the library can still be read.
+        # A module that is not loaded yet shows that the library is still readable.
         outcome = run_program("import colorsys", Limits(wall_s=60.0))
         reason = (
             None if outcome.status == "ok" else f"a program that imports a module ends with {outcome.status}"
@@ -140,7 +144,7 @@ class _Server:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-B", "-c", _START, str(theirs.fileno()), ROOT],
+                [sys.executable, "-I", "-B", "-c", _START, str(theirs.fileno()), _PACKAGE],
                 cwd="/",
                 env={"PATH": os.defpath, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
                 stdin=subprocess.DEVNULL,
@@ -157,11 +161,11 @@ class _Server:
             raise OSError("the process that starts programs has ended")
         self.landlock: int = json.loads(line)["landlock"]
         if self.landlock == 0:
-            # Else a program of the same user reads this process's environment and memory.
+            # Otherwise a program of the same user could read this process's environment and memory.
             confined.hide()
 
     def connect(self) -> socket.socket:
-        """To the supervisor of a new program."""
+        """A connection to the supervisor of a new program."""
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -206,12 +210,12 @@ def _connected() -> socket.socket:
     server = _the_server()
     try:
         return server.connect()
-    except OSError:  # it was killed since
+    except OSError:  # it was killed since the last program
         return _the_server(instead_of=server).connect()
 
 
 def _run(source: str, limits: Limits, **what: Any) -> dict[str, Any]:
-    """Have a program run. OSError where that is not possible on this system, or at this time."""
+    """Run a program. Raises OSError if that is not possible on this system, or at this time."""
     with _connected() as connection:
         return _answer(connection, job(source, limits, **what), limits)
 
@@ -226,9 +230,10 @@ def job(
     stdin: str = "",
     as_script: bool = False,
 ) -> bytes:
-    """What a supervisor reads."""
+    """The message that a supervisor reads."""
     content = {
-        # Half a surrogate pair has no bytes: a question mark makes it a wrong program, not our error.
+        # Half a surrogate pair has no bytes: a question mark makes the program wrong, and
+        # is not an error here.
         "source": source.encode(errors="replace").decode(),
         "checks": checks,
         "helpers": helpers,
@@ -255,7 +260,7 @@ def _answer(connection: socket.socket, message: bytes, limits: Limits) -> dict[s
             connection.settimeout(max(0.001, deadline - time.monotonic()))
     except TimeoutError:
         return {"status": "time", "output": ""}
-    except (BrokenPipeError, ConnectionResetError):  # as where it ends without an answer
+    except (BrokenPipeError, ConnectionResetError):  # it ended without an answer
         pass
     if not data.startswith(STARTED):
         raise OSError(

@@ -1,9 +1,9 @@
-"""How good a model is on a benchmark, and how sure that is.
+"""The score of a model on a benchmark, and its uncertainty.
 
-With k samples a problem, avg@k is the mean over problems of the share of right samples: an unbiased estimate
-of pass@1. pass@k is the share of problems with a right sample. Intervals are percentiles of the mean over
-problems that are drawn again with replacement: they tell what another set of problems would give, not what
-other samples would.
+With k samples a problem, avg@k is the mean over problems of the share of right samples: an unbiased
+estimate of pass@1. pass@k is the share of problems with a right sample. Intervals are percentiles of the
+mean over problems that are drawn again with replacement. They show how the score varies with the set of
+problems, not with the samples.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Estimate:
 
 
 def estimates(right: np.ndarray) -> dict[str, Estimate]:
-    """right: bool [P, k], problems and their samples -> pass@1, or avg@k and pass@k where k > 1."""
+    """right: bool [P, k], problems and their samples -> pass@1, or avg@k and pass@k if k > 1."""
     k = right.shape[1]
     if k == 1:
         return {"pass@1": bootstrap(right[:, 0])}
@@ -34,7 +34,7 @@ def estimates(right: np.ndarray) -> dict[str, Estimate]:
 
 
 def bootstrap(scores: np.ndarray) -> Estimate:
-    """scores [P], one a problem."""
+    """scores [P], one for each problem."""
     scores = scores.astype(np.float64)
     rng = np.random.default_rng(SEED)
     at_a_time = max(1, 2**20 // len(scores))

@@ -25,7 +25,7 @@ from megatron_simct.teacher.forward import TeacherForward, own_tokens
 
 def build_engine(config: Config, groups: Groups, sampler: RolloutEngine, student: Tokenizer) -> RolloutEngine:
     """The source of the training responses."""
-    engine: RolloutEngine = GivenResponses(student) if config.interface.interface == "sft" else sampler
+    engine: RolloutEngine = sampler if config.samples else GivenResponses(student)
     save_dir, load_dir = config.rollout.save_debug_rollout_data, config.rollout.load_debug_rollout_data
     if (save_dir or load_dir) and not config.rollout.rollout_oversample:  # it records by itself
         engine = ReplayEngine(

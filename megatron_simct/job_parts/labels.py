@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from megatron_simct.alignment import VocabPlacement
 from megatron_simct.alignment.alignment_map import id_of_bytes
 from megatron_simct.alignment.plan import plan_mixture, plan_pair, plan_without_teacher
 from megatron_simct.alignment.translation import Translation
+from megatron_simct.alignment.turns import plan_turns
 from megatron_simct.config.options import Config, InterfaceConfig
 from megatron_simct.loading import Pair
 from megatron_simct.losses import check_labels
@@ -24,15 +26,16 @@ from megatron_simct.records import AlignedPair, LabelBatch, MicroBatch, Prompt, 
 
 def build_alignment(config: Config, pair: Pair) -> Callable[[Prompt, Rollout], AlignedPair]:
     """The function that aligns a response: without a teacher, with one, or with several that are mixed."""
-    plan = partial(plan_without_teacher, student=pair.student, needs=pair.needs)
+    given: dict[str, Any] = {"student": pair.student, "needs": pair.needs}
     match [teacher.tokenizer for teacher in pair.teachers]:
         case []:
-            return plan
+            plan = partial(plan_without_teacher, **given)
         case [teacher]:
-            plan = partial(plan_pair, student=pair.student, teacher=teacher, alignment_map=pair.alignment_map)
+            given |= {"alignment_map": pair.alignment_map, "interface": config.interface}
+            plan = partial(plan_pair, teacher=teacher, **given)
         case teachers:
-            plan = partial(plan_mixture, student=pair.student, teachers=teachers)
-    return partial(plan, needs=pair.needs, interface=config.interface)
+            plan = partial(plan_mixture, teachers=teachers, interface=config.interface, **given)
+    return partial(plan_turns, plan, pair.student.table)
 
 
 def build_placement(config: Config, model: HiddenStateModel | InterleavedModel, pair: Pair) -> VocabPlacement:

@@ -32,9 +32,10 @@ def read_training_rows(config: Config) -> list[Row]:
         response_key=config.data.response_key,
         label_key=config.data.label_key,
         chat=config.data.apply_chat_template,
-        need_response=config.interface.interface == "sft",
+        need_response=config.interface.interface == "sft" and config.data.simct_on == "sampled",
         need_label=False,
         keep_fields=config.reward.reward is not None,
+        transcripts=config.data.simct_on == "given",
     )
 
 
@@ -64,8 +65,15 @@ def build_prompts(config: Config, groups: Groups, pair: Pair, rows: Sequence[Row
             (t.tokenizer, open_chat_template(config, t.options, t.tokenizer, prefix=t.prefix))
             for t in pair.teachers
         ],
+        max_response_len=config.rollout.rollout_max_response_len,
     )
     report_skipped(config, groups, source, "prompts", of=len(rows))
+    if source.num_masked and groups.is_first_rank:
+        print(
+            f" {source.num_masked} of {len(rows)} rows are left out: no answer in them stands in every chat "
+            "template's text as it is and fits into --rollout-max-response-len",
+            flush=True,
+        )
     if source.num_teacher_prompts and groups.is_first_rank:
         print(
             f" the teacher has its own prompt in {source.num_teacher_prompts} of {len(source)} rows",

@@ -51,7 +51,7 @@ def build_measure(
     name = torch.cuda.get_device_name(groups.device) if groups.device.type == "cuda" else ""
     peak = peak_operations(name) if config.training.bf16 else None
     throughput = Throughput(Operations(model).forward, device=groups.device, peak=peak)
-    sampled = config.interface.interface != "sft"
+    sampled = config.samples
 
     def measure(
         prompts: Sequence[Prompt],

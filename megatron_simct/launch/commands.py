@@ -1,7 +1,7 @@
 """The command lines of a run. Nothing else spells them.
 
-A command is a list of arguments and never a line of text: whoever writes it into a script quotes each of
-them.
+A command is a list of arguments and never a line of text: whoever writes it into a script
+quotes each of them.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""One heterogeneous Slurm job: component 0 is the student, the others are teachers and engines in the file's
-order.
+"""One heterogeneous Slurm job: component 0 is the student, the others are teachers and engines
+in the file's order.
 
 The script is written into run_dir/job.sh, readable and runnable by hand. Every value that comes from the run
 file goes through shlex.quote on its way into it (`_environment` does so to whatever the template writes), and
@@ -114,8 +114,8 @@ def _is_number(text: str) -> bool:
 
 
 def status(run: RunFile) -> dict[str, Any]:
-    """The job's components in the queue with the names of their jobs, and the last line of the student's
-    metrics.
+    """The job's components in the queue with the names of their jobs, and the last line of
+    the student's metrics.
     """
     number = _submitted(run)
     metrics = Path(run.config.output.run_dir or run.run_dir) / "metrics.jsonl"

@@ -6,8 +6,8 @@ by the kernel that `kernels` says.
     one
     query i sees key j of its own sequence  iff  0 <= i - j < window
 
-Padding stands behind the tokens that it follows, so none of them sees it; what it computes itself, nothing
-reads.
+Padding stands behind the tokens that it follows, so none of them sees it; what it computes
+itself, nothing reads.
 
 Shape letters: S queries, K keys, B sequences (1 where they are packed one after another), n query heads and g
 key heads of this tensor-parallel rank, d entries of a head.
@@ -53,9 +53,9 @@ class SelfAttention(MegatronSelfAttention):
         whole_norms: tuple[Callable[..., torch.nn.Module], ...] | None = None,
         **kwargs: Any,
     ) -> None:
-        """rope_index: the index of its angles in Rotary's output. None: the layer has no rotary embedding.
-        whole_norms: of all heads of queries, and of keys, together; Megatron has norms of single heads
-        only."""
+        """rope_index: the index of its angles in Rotary's output. None: the layer has no rotary
+        embedding. whole_norms: of all heads of queries, and of keys, together; Megatron has norms
+        of single heads only."""
         super().__init__(*args, **kwargs)
         if whole_norms is not None:
             self.q_layernorm, self.k_layernorm = (
@@ -128,8 +128,8 @@ class CoreAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """[S, B, n, d], [K, B, g, d], [K, B, g, d] -> [S, B, n * d].
 
-        packed_seq_params: the sequences. None: each row is a sequence, the queries the last S of the
-        K.
+        packed_seq_params: the sequences. None: each row is a sequence, the queries
+        the last S of the K.
         """
         assert attention_mask is None, "the Layout defines the masks"
         query = self._weighted(query)
@@ -192,8 +192,8 @@ class CoreAttention(torch.nn.Module):
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def _weighted(self, query: torch.Tensor) -> torch.Tensor:
-        """Queries times the weights of UnweightedNorm: a product of query and key sees the product of
-        both.
+        """Queries times the weights of UnweightedNorm: a product of query and key sees
+        the product of both.
         """
         if not self.norms_after_rope:
             return query
@@ -203,8 +203,8 @@ class CoreAttention(torch.nn.Module):
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout | None
     ) -> torch.Tensor:
-        """Consecutive queries of one sequence, or of B padded ones; the masks are those of the layout, if
-        any.
+        """Consecutive queries of one sequence, or of B padded ones; the masks are those of
+        the layout, if any.
         """
         num_queries, num_keys = query.shape[0], key.shape[0]
         if self._growing is not None:

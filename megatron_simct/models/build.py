@@ -92,8 +92,8 @@ class HiddenStateModel(GPTModel):
 
     @property
     def vocab_shard(self) -> tuple[int, int]:
-        """Ids [start, end) of the padded vocabulary whose rows this tensor-parallel rank holds, on any
-        stage.
+        """Ids [start, end) of the padded vocabulary whose rows this tensor-parallel rank
+        holds, on any stage.
         """
         width = self.vocab_size // self.pg_collection.tp.size()
         start = self.pg_collection.tp.rank() * width
@@ -130,8 +130,8 @@ class InterleavedModel(torch.nn.ModuleList):
         return self.stages[-1].logit_softcap
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Under this module's names; the keys in a checkpoint are those of the whole model, as for every
-        layout.
+        """Under this module's names; the keys in a checkpoint are those of the whole model,
+        as for every layout.
         """
         return {
             f"{i}.{name}": value
@@ -441,8 +441,8 @@ def _uneven_stages(architecture: Architecture, parallel: ParallelConfig) -> dict
 
 
 def _mark_split(model: torch.nn.Module) -> None:
-    """Mark parameters that are split over the tensor-parallel ranks: the gradient norm counts the others
-    once.
+    """Mark parameters that are split over the tensor-parallel ranks: the gradient norm
+    counts the others once.
 
     megatron-core marks a weight only when it initialises it.
     """

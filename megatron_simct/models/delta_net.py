@@ -9,13 +9,13 @@ q, k and v come from one projection, then a causal convolution of each channel o
 silu; q and k are divided by their length. A key head serves V / K value heads that follow one another. Each
 head's o is normalized, multiplied by silu(z), and goes through the output projection.
 
-`delta_rule` computes it in chunks of tokens, in products of matrices (section 3.3 of the paper). Within a
-chunk, with G the sum of g up to a token, (I + A) U = beta v and (I + A) W = beta e^G k, where A_ij = beta_i
-e^(G_i - G_j) <k_i, k_j> for j < i. The state at the beginning of a chunk corrects U by W S. All of it is in
-float32.
+`delta_rule` computes it in chunks of tokens, in products of matrices (section 3.3 of the paper). Within
+a chunk, with G the sum of g up to a token, (I + A) U = beta v and (I + A) W = beta e^G k, where A_ij =
+beta_i e^(G_i - G_j) <k_i, k_j> for j < i. The state at the beginning of a chunk corrects U by W S. All
+of it is in float32.
 
-Shape letters: B sequences, S tokens, C tokens of a chunk, K key heads and V value heads, dk and dv their
-entries.
+Shape letters: B sequences, S tokens, C tokens of a chunk, K key heads and V value heads, dk
+and dv their entries.
 """
 
 from __future__ import annotations
@@ -236,8 +236,8 @@ class GatedDeltaNet(MegatronModule):
         packed_seq_params: Layout | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        """[S, B, H] -> [S, B, H]. packed_seq_params: the sequences of a row; None: one, padded at its end at
-        most.
+        """[S, B, H] -> [S, B, H]. packed_seq_params: the sequences of a row; None: one, padded
+        at its end at most.
         """
         projected, ba = self.linear_in(hidden_states)[0], self.linear_ba(hidden_states)[0]
         parts = [(projected.transpose(0, 1), ba.transpose(0, 1))]
@@ -330,8 +330,8 @@ class GatedDeltaNet(MegatronModule):
 def delta_rule(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor, beta: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q, k [B, S, V, dk], v [B, S, V, dv], g and beta [B, S, V] -> o [B, S, V, dv] and the state [B, V, dk,
-    dv].
+    """q, k [B, S, V, dk], v [B, S, V, dv], g and beta [B, S, V] -> o [B, S, V, dv] and the
+    state [B, V, dk, dv].
     """
     length = query.shape[1]
     missing = -length % CHUNK

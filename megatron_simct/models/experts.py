@@ -1,5 +1,5 @@
-"""A mixture of experts: a router picks for each token the MLPs that it goes through, and weighs their
-outputs.
+"""A mixture of experts: a router picks for each token the MLPs that it goes through, and
+weighs their outputs.
 
     s = softmax(W x) or sigmoid(W x), in float32; the choice falls by s + b, with b a correction that training
     of the model moved to even out its experts, and can be limited to the groups of experts whose two best add
@@ -180,8 +180,8 @@ class Experts:
     def route(
         self, logits: torch.Tensor, correction: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights [T, experts], zero of those that are not chosen, and which are, of logits float32 [T,
-        experts].
+        """Weights [T, experts], zero of those that are not chosen, and which are, of logits
+        float32 [T, experts].
         """
         scores = logits.softmax(dim=-1) if self.score == "softmax" else logits.sigmoid()
         preferred = scores.detach() if correction is None else scores.detach() + correction
@@ -227,8 +227,8 @@ class Router(TopKRouter):
         """Always float32, and not trained."""
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
-        """Logits in float32 [S, B, experts] of hidden states [S, B, H]. Megatron's own product wants
-        TransformerEngine."""
+        """Logits in float32 [S, B, experts] of hidden states [S, B, H]. Megatron's own product
+        wants TransformerEngine."""
         bias = None if self.bias is None else self.bias.float()
         return torch.nn.functional.linear(input.float(), self.weight.float(), bias)
 

@@ -238,8 +238,8 @@ _ROPE_FIELDS = {
 
 
 def read_architecture(hf_checkpoint: str, *, flag: str) -> Architecture:
-    """The architecture of the folder's config.json; weights with a head of their own override tied
-    embeddings.
+    """The architecture of the folder's config.json; weights with a head of their own
+    override tied embeddings.
 
     Raises ValueError, naming `flag` and the file, for a missing or unreadable file, a family that is not
     supported, a field that is not implemented, or an adapter instead of a model.

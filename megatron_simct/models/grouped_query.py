@@ -63,8 +63,8 @@ class GroupedQuery:
     packed: bool = False
     """The folder has one tensor of queries, keys and values."""
     output_gate: bool = False
-    """Each head's output is multiplied by the sigmoid of a gate, which the folder has behind the head's
-    query.
+    """Each head's output is multiplied by the sigmoid of a gate, which the folder has
+    behind the head's query.
     """
 
     def check_divides(self, tp: int, *, flag: str) -> None:

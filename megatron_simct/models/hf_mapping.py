@@ -26,8 +26,8 @@ _TRANSFORMER_ENGINE = {
     "mlp.experts.linear_fc1.weight*": "mlp.experts.local_experts.*.linear_fc1.weight",
     "mlp.experts.linear_fc2.weight*": "mlp.experts.local_experts.*.linear_fc2.weight",
 }
-"""Names of parameters in megatron-core's TransformerEngine layers, where they are not those of its local
-layers.
+"""Names of parameters in megatron-core's TransformerEngine layers, where they are not those
+of its local layers.
 """
 
 

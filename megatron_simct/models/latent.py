@@ -1,5 +1,5 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values of a token come from a short
-vector.
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values of a token come
+from a short vector.
 
     c = norm(A_kv x)[: rank],   k_r = (A_kv x)[rank :], rotated by its position, one for all heads
     q = B_q norm(A_q x)         or B_q x; the last rope_dim entries of each head are rotated
@@ -120,8 +120,8 @@ class Latent:
         return query + down + up + heads * self.value_dim * h
 
     def kept_bytes(self, share: Share, *, batch: float, length: int) -> float:
-        """Queries and keys before and after the rotation, values and what they are mixed to, the short
-        vectors.
+        """Queries and keys before and after the rotation, values and what they are mixed
+        to, the short vectors.
         """
         values = self.heads / share.tp * (4 * self.key_dim + 3 * self.value_dim)
         values += 3 * (self.rank + self.rope_dim + (self.query_rank or 0))
@@ -232,8 +232,8 @@ class LatentAttention(MegatronModule):
         return gather_from_tensor_model_parallel_region(projection(hidden)[0], group=self._tp)
 
     def _per_position(self, short: torch.Tensor) -> torch.Tensor:
-        """Under sequence parallelism the vectors of this rank's positions, which a column-parallel layer
-        reads.
+        """Under sequence parallelism the vectors of this rank's positions, which a
+        column-parallel layer reads.
         """
         if self.config.sequence_parallel:
             return scatter_to_sequence_parallel_region(short.contiguous(), group=self._tp)

@@ -121,8 +121,8 @@ class Mlp(Protocol):
     """A kind of MLP."""
 
     def check_divides(self, tp: int, expert_tp: int, *, flag: str) -> None:
-        """ValueError, naming the flag, if these numbers of ranks do not divide it. expert_tp: those of an
-        expert.
+        """ValueError, naming the flag, if these numbers of ranks do not divide it. expert_tp:
+        those of an expert.
         """
 
     @property
@@ -149,8 +149,8 @@ class Mlp(Protocol):
         """Those of the experts that ranks share out among them."""
 
     def kept_bytes(self, share: Share, *, hidden_size: float, batch: float, length: int) -> float:
-        """Bytes that autograd keeps on one rank. hidden_size: of a token on this rank, less under sequence
-        parallelism.
+        """Bytes that autograd keeps on one rank. hidden_size: of a token on this rank, less under
+        sequence parallelism.
         """
 
     def forward_bytes(self, share: Share, *, batch: float, length: int) -> float:
@@ -159,8 +159,8 @@ class Mlp(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Angles:
-    """Angles of every position, [length, rotated entries of a head]: cosines, and sines with the rotation's
-    sign.
+    """Angles of every position, [length, rotated entries of a head]: cosines, and sines with
+    the rotation's sign.
     """
 
     cos: torch.Tensor
@@ -175,8 +175,8 @@ class Angles:
         return Angles(angles.cos().to(dtype), (angles.sin() * sign).to(dtype), rope.interleaved)
 
     def apply_(self, x: torch.Tensor, positions: slice | torch.Tensor) -> None:
-        """Rotate the first entries of x [..., g, heads, d] in place; `positions` has one for each row of g
-        heads.
+        """Rotate the first entries of x [..., g, heads, d] in place; `positions` has one for
+        each row of g heads.
         """
         cos, sin = self.cos[positions, None, None], self.sin[positions, None, None]
         apply_rotary_(x, cos, sin, interleaved=self.interleaved)
@@ -242,8 +242,8 @@ class Layer:
         return self.attention.has_transformer_engine and self.mlp.has_transformer_engine
 
     def spec(self, backend: BackendSpecProvider, ropes: Sequence[Rope]) -> ModuleSpec:
-        """Megatron's layer with these parts; our own norm, or TransformerEngine's where it is fused with a
-        linear.
+        """Megatron's layer with these parts; our own norm, or TransformerEngine's where it is
+        fused with a linear.
         """
         fused = backend.fuse_layernorm_and_linear()
         norm = IdentityOp if fused or self.norms == "after" else RMSNorm

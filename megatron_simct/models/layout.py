@@ -124,8 +124,8 @@ class Layout(PackedSeqParams):
         return self._visible[shape]
 
     def blocks(self, window: int | None) -> BlockMask:
-        """The mask of all queries of this rank over all keys of a row, for flex_attention; made once for all
-        layers.
+        """The mask of all queries of this rank over all keys of a row, for flex_attention; made
+        once for all layers.
         """
         window = window if window is not None and window < self.longest else None
         if window not in self._blocks:

@@ -1,5 +1,5 @@
-"""LoRA: a model's weights are frozen, and a product of two small matrices is trained beside each projection
-W.
+"""LoRA: a model's weights are frozen, and a product of two small matrices is trained
+beside each projection W.
 
     y = x W^T + (alpha / r) x A^T B^T,    A [r, in], B [out, r]    (Hu et al., arXiv:2106.09685; no dropout)
 
@@ -7,9 +7,9 @@ Each projection of the Hugging Face folder has its own A and B, also where Megat
 matrix. So they are what the package peft calls the adapter of that module. A is drawn from the seed and the
 module's name, the same in every layout; B is zero at the start.
 
-Tensor parallelism splits what it splits of W: the rows of B beside a column-parallel layer, the columns of A
-beside a row-parallel one. The other matrix is whole on every rank, and what crosses ranks is r numbers a
-token.
+Tensor parallelism splits what it splits of W: the rows of B beside a column-parallel layer, the
+columns of A beside a row-parallel one. The other matrix is whole on every rank, and what crosses ranks
+is r numbers a token.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""torch's RMSNorm as Megatron's layer specs want it. megatron-core's own wrapper refuses sequence
-parallelism.
+"""torch's RMSNorm as Megatron's layer specs want it. megatron-core's own wrapper refuses
+sequence parallelism.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ class WholeNorm(torch.nn.Module):
 
 
 def row_parallel(projection: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """A row-parallel layer's output without autograd, and without the norm that comes after it in some
-    families.
+    """A row-parallel layer's output without autograd, and without the norm that comes after
+    it in some families.
     """
     if type(projection) not in (RowParallelLinear, NormedRowParallelLinear):
         return projection(hidden)[0]  # TransformerEngine's, or one with an adapter

@@ -11,8 +11,8 @@ _PEAKS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "GH200": 989e12, "A100
 
 
 class Operations:
-    """Two for each weight of a matrix and token, four for each pair of positions and entry of a query
-    head.
+    """Two for each weight of a matrix and token, four for each pair of positions and
+    entry of a query head.
     """
 
     def __init__(self, model: HiddenStateModel | InterleavedModel) -> None:
@@ -45,8 +45,8 @@ class Operations:
         self._per_label = 2.0 * last.output_weight.numel() if last.post_process else 0.0
 
     def forward(self, lengths: Sequence[int], num_labels: int) -> float:
-        """Operations of a forward pass over sequences of these lengths, with the LM head at num_labels
-        positions.
+        """Operations of a forward pass over sequences of these lengths, with the LM head at
+        num_labels positions.
         """
         count = self._per_token * sum(lengths) + self._per_label * num_labels
         for width, window in self._attention:

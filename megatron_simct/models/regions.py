@@ -1,5 +1,5 @@
-"""The parts of a decoding step between its matrix products: small functions, each of which is compiled to one
-kernel.
+"""The parts of a decoding step between its matrix products: small functions, each of which is
+compiled to one kernel.
 
 `EAGER` runs them in torch's own operations, `compiled` by torch.compile: Triton on a GPU, C++ on a CPU.
 
@@ -45,8 +45,8 @@ def added(hidden: torch.Tensor, output: torch.Tensor, after: Scale | None, facto
 def add_normed(
     hidden: torch.Tensor, output: torch.Tensor, after: Scale | None, before: Scale, factor: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The result of `added`, and its norm, which the next part of the layer reads. before: scale of that
-    norm.
+    """The result of `added`, and its norm, which the next part of the layer reads. before:
+    scale of that norm.
     """
     hidden = added(hidden, output, after, factor)
     return hidden, normed(hidden, before)

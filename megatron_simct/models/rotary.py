@@ -37,8 +37,8 @@ class Rope:
     """The same for longer sequences."""
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    """yarn: waves that rotate more often in the original length are kept, those that rotate less often are
-    stretched.
+    """yarn: waves that rotate more often in the original length are kept, those that rotate less
+    often are stretched.
     """
     truncate: bool = True
     """yarn: the bounds of the entries between the two are whole numbers."""
@@ -51,8 +51,8 @@ class Rope:
 
 
 class Rotary(torch.nn.Module):
-    """In the place of Megatron's RotaryEmbedding, which knows one base and one scaling with fixed
-    constants.
+    """In the place of Megatron's RotaryEmbedding, which knows one base and one scaling
+    with fixed constants.
     """
 
     def __init__(self, ropes: Sequence[Rope], *, longest: int | None) -> None:

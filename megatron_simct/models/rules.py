@@ -250,8 +250,8 @@ class PerGroup:
 
 @dataclass(frozen=True, slots=True)
 class StackedGatedMLP:
-    """Weights [E, H, 2 f] or biases [E, 2 f] of all experts in one tensor, gate and up projection in
-    turns.
+    """Weights [E, H, 2 f] or biases [E, 2 f] of all experts in one tensor, gate and up
+    projection in turns.
     """
 
     name: str

@@ -70,8 +70,8 @@ def has_own_head(folder: str, *, embedding: str = EMBEDDING, head: str = HEAD, f
 
 
 def is_for_bf16(folder: str, *, flag: str) -> bool:
-    """Whether bfloat16 holds the folder's tensors: all are bfloat16, or the matrices are quantised to fewer
-    bits.
+    """Whether bfloat16 holds the folder's tensors: all are bfloat16, or the matrices are
+    quantised to fewer bits.
 
     Raises ValueError as TensorFolder does.
     """
@@ -111,8 +111,8 @@ class TensorFolder:
     """The tensors of a folder by name. Files are opened when a tensor of theirs is first read."""
 
     def __init__(self, folder: str, files: contextlib.ExitStack, *, flag: str, plain: bool = False) -> None:
-        """plain: only tensors that are not quantised are asked for, so the folder may have any
-        quantisation.
+        """plain: only tensors that are not quantised are asked for, so the folder may
+        have any quantisation.
         """
         self._where = f"{flag} {folder}"
         self.format = None if plain else folder_format(folder, flag=flag)

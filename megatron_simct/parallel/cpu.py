@@ -1,10 +1,10 @@
 """megatron-core on CPU with gloo: patches for machines without a CUDA device.
 
-megatron-core names CUDA in four ways: it asks for the current device, it synchronises and forks the RNG, it
-writes device="cuda" into tensor factories, and it checks for CUDA tensor types. Each entry of PATCHES
-replaces one attribute of one module or class; nothing is patched where torch.cuda.is_available(). A test
-asserts that every patched attribute exists upstream, so that a new megatron-core cannot make a patch silently
-void.
+megatron-core names CUDA in four ways: it asks for the current device, it synchronises and forks the
+RNG, it writes device="cuda" into tensor factories, and it checks for CUDA tensor types. Each entry of
+PATCHES replaces one attribute of one module or class; nothing is patched where
+torch.cuda.is_available(). A test asserts that every patched attribute exists upstream, so that a new
+megatron-core cannot make a patch silently void.
 
 The literal device="cuda" lives in a few modules. They get a stand-in for the name `torch` whose tensor
 factories read "cuda" as "cpu"; a torch function mode would do the same at some 20 % of a small step, and not
@@ -97,8 +97,8 @@ def _init_data(sharded: Any, device: Any, init_fn: Callable[..., torch.Tensor] =
 
 
 def _splits_as_numbers(dispatcher: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> Any:
-    """Upstream brings the sizes of what ranks send each other from the device to the host, on a stream of its
-    own.
+    """Upstream brings the sizes of what ranks send each other from the device to the host, on
+    a stream of its own.
     """
     if point == dispatcher.cuda_dtoh_point:
         for name in ("input_splits", "output_splits", "output_splits_tp"):
@@ -134,8 +134,8 @@ def _sum_and_scatter_rows(
     input_split_sizes: Sequence[int] | None = None,
     use_global_buffer: bool = False,
 ) -> torch.Tensor:
-    """This rank's rows of the sum over ranks; for blocks that differ in size gloo sums all of them
-    everywhere.
+    """This rank's rows of the sum over ranks; for blocks that differ in size gloo sums all
+    of them everywhere.
     """
     size = group.size()
     if size == 1:
@@ -240,8 +240,8 @@ def _without_compilation() -> Iterator[None]:
     """megatron-core hands its small fused functions to torch.compile at import time: 2-8 s each at their
     first call.
 
-    Its modules take the decorator from megatron.core.jit, which reads it from torch when it is first
-    imported.
+    Its modules take the decorator from megatron.core.jit, which reads it from torch when
+    it is first imported.
     """
     compile_ = torch.compile
     torch.compile = lambda function=None, **options: function or (lambda f: f)  # type: ignore[assignment]
@@ -253,8 +253,8 @@ def _without_compilation() -> Iterator[None]:
 
 @contextlib.contextmanager
 def megatron_imports() -> Iterator[None]:
-    """Where this package imports megatron-core: patched first on CPU, and without its warnings at import
-    time.
+    """Where this package imports megatron-core: patched first on CPU, and without its
+    warnings at import time.
     """
     patch_megatron()
     with _quietly(), _without_loggers():

@@ -85,8 +85,8 @@ class Groups:
 
     @property
     def passes_together(self) -> bool:
-        """Whether this rank shares experts with ranks that have other samples, so that all must run a layer
-        together.
+        """Whether this rank shares experts with ranks that have other samples, so that all must
+        run a layer together.
         """
         return self.exchange.size() > self.tp.size()
 
@@ -184,8 +184,8 @@ def _check_expert_ranks(parallel: ParallelConfig, world_size: int) -> None:
 
 
 def check_restarts(world_size: int) -> None:
-    """Raises ValueError if processes that torchrun restarts would meet at the address of those before
-    them.
+    """Raises ValueError if processes that torchrun restarts would meet at the address
+    of those before them.
     """
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     if world_size > 1 and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":

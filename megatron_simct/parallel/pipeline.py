@@ -23,8 +23,8 @@ def from_last_stage(values: dict[str, float], pp: dist.ProcessGroup) -> dict[str
 
 
 def tensor_from_last_stage(tensor: torch.Tensor, pp: dist.ProcessGroup) -> torch.Tensor:
-    """`tensor` of the last stage, in place of what the other stages hold: the same shape and type
-    everywhere.
+    """`tensor` of the last stage, in place of what the other stages hold: the same shape
+    and type everywhere.
     """
     if pp.size() > 1:
         dist.broadcast(tensor, src=dist.get_global_rank(pp, pp.size() - 1), group=pp)
@@ -39,8 +39,8 @@ def through_stage(
     first: bool,
     last: bool,
 ) -> torch.Tensor:
-    """Run forward(hidden states of the stage before; None on the first), and send its result to the next
-    stage.
+    """Run forward(hidden states of the stage before; None on the first), and send its
+    result to the next stage.
 
     `received` gives shape and type of what comes from the stage before; it is written to. An interleaved
     pipeline goes around the ranks more than once, so `first` and `last` are about the stage, not the rank.

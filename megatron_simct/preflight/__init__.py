@@ -1,5 +1,5 @@
-"""What can be known of a run before it is queued: whether the pair fits, the layout divides and the memory
-suffices.
+"""What can be known of a run before it is queued: whether the pair fits, the layout divides and
+the memory suffices.
 
 Reading order:
     check.py      all checks of one run file, as findings

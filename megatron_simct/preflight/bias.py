@@ -1,14 +1,15 @@
-"""What an interface says to a student that is already right, on a pair of tokenizers and texts of the user.
+"""The loss that an interface has for a student that is already right, on a pair of tokenizers
+and the user's texts.
 
 The words of the texts, with their frequencies, are a small language (alignment/languages.py). Teacher and
-student are its exact models, each in its own tokenizer's cut: one distribution over texts, with nothing left
-to learn. The loss between them is the *bias* of the pair: 0 for an interface that leaves such a student
-alone.
+student are exact models of it, each in the tokens of its own tokenizer: they have one distribution over
+texts, so nothing is left to learn. The loss between them is the *bias* of the pair. It is 0 if the interface
+leaves such a student alone.
 
-A second student is less sure, its probabilities in proportion to p^0.8. Its true divergence from the teacher
-is known, so its loss says how much of what there is to learn the interface finds.
+A second student is less sure: its probabilities are proportional to p^0.8. Its true divergence from the
+teacher is known, so its loss shows how much of this divergence the interface finds.
 
-Words stand for the text: what depends on more than one word is not in these figures. Nothing runs a model.
+Words stand for the text: the figures leave out everything that depends on more than one word. No model runs.
 """
 
 from __future__ import annotations
@@ -42,18 +43,23 @@ COMPARED = {
     "bytes, longest-match": InterfaceConfig(interface="bytes"),
     "bytes, any": InterfaceConfig(interface="bytes", byte_bounds="any"),
 }
-"""What build_alignment_map shows."""
+"""The interfaces that build_alignment_map shows."""
 _WITHOUT = ("kd", "sft", "scalar")
-"""Interfaces without a bias: one tokenizer, no teacher, or a policy gradient, whose value is not a
-distance."""
+"""Interfaces without a bias: they need one tokenizer or no teacher, or are a policy gradient, whose
+value is not a distance.
+"""
 _OF_A_RUN = ("drop_units", "random_units", "unit_weight", "mask_whitespace", "stop_bridge", "shared")
-"""Options that act where a run makes its segments and pairs. The figure is that of their defaults."""
+"""Options that act when a run makes its segments and pairs. The figure is that of their defaults."""
 
 LIMIT, LIMIT_SHARE = 0.01, 0.1
-"""Nats a word, and share of what the less sure student is truly away, from which a bias is pointed out."""
+"""Limits from which a bias is reported: nats a word, and a share of the less sure
+student's true divergence.
+"""
 MAX_WORDS, MAX_SAMPLED, BATCH = 4000, 400, 64
 FLOOR = 1e-10
-"""Probability of a token that no word has there, under interfaces of tokens. `bytes` has its own."""
+"""Probability of a token that no word has at this place, for interfaces of tokens.
+`bytes` has its own floor.
+"""
 _WORD = re.compile(r"\s?[^\s]+|\s+")
 
 
@@ -62,22 +68,22 @@ class Bias:
     """Losses in nats a word."""
 
     words: int
-    """Different words of the language."""
+    """Number of different words of the language."""
     perfect: float
     """The loss of a student that is the teacher's distribution."""
     flattened: float
     """The loss of a student that is less sure."""
     true: float
-    """What that student is away: KL(student || teacher)."""
+    """The true divergence of that student: KL(student || teacher)."""
 
     @property
     def is_large(self) -> bool:
-        """Whether it should be pointed out."""
+        """Whether it should be reported."""
         return self.perfect > max(LIMIT, LIMIT_SHARE * self.true)
 
     @property
     def prefers_the_flattened(self) -> bool:
-        """Whether the loss would rather have the less sure student."""
+        """Whether the less sure student has the lower loss."""
         return self.flattened < self.perfect
 
     def as_json(self) -> dict[str, Any]:
@@ -85,14 +91,14 @@ class Bias:
 
 
 def has_bias(interface: InterfaceConfig) -> bool:
-    """Whether the figure exists for it."""
+    """Whether an interface has this figure."""
     return interface.method().interface not in _WITHOUT
 
 
 def words_of(texts: Iterable[str], *, most: int = MAX_WORDS) -> dict[bytes, float]:
-    """The language of the texts' most frequent words, each with the blank before it.
+    """The language of the texts' most frequent words, each with the space before it.
 
-    Empty if there are none.
+    Empty if the texts have no words.
     """
     counts = Counter(word for text in texts for word in _WORD.findall(text))
     kept = counts.most_common(most)
@@ -101,7 +107,7 @@ def words_of(texts: Iterable[str], *, most: int = MAX_WORDS) -> dict[bytes, floa
 
 
 def spelled_by(language: Language, *tokenizers: Tokenizer) -> dict[bytes, float]:
-    """Without the words that a tokenizer rewrites."""
+    """The language without the words that a tokenizer changes."""
     kept = {
         word: mass
         for word, mass in language.items()
@@ -120,11 +126,11 @@ def measure_bias(
     sampled: int = MAX_SAMPLED,
     advance: Callable[[], object] = lambda: None,
 ) -> list[Bias]:
-    """One answer an interface. The losses are means over all words, or over `sampled` of them: half the
-    likeliest, the others drawn. `advance` is called num_steps(sampled) times at most.
+    """One result for each interface. The losses are means over all words, or over `sampled` of them: half are
+    the likeliest words, and the others are drawn. `advance` is called num_steps(sampled) times at most.
 
-    Interface bytes with byte_bounds "any" wants tokenizers of `with_continuations`. ValueError for texts of
-    one word.
+    Interface bytes with byte_bounds "any" needs tokenizers of `with_continuations`. Raises ValueError if the
+    texts have fewer than two words.
     """
     language = spelled_by(language, student, teacher)
     if len(language) < 2:
@@ -153,7 +159,7 @@ def measure_bias(
 
 
 def num_steps(sampled: int = MAX_SAMPLED) -> int:
-    """For a bar of progress."""
+    """The number of calls of `advance`, for a progress bar."""
     return 2 * -(-sampled // BATCH)
 
 
@@ -173,7 +179,7 @@ def _sample(language: Language, count: int) -> tuple[list[bytes], np.ndarray]:
 
 
 class _ByTokens:
-    """Interfaces of tokens. Only ids that can have a probability get a column."""
+    """Losses of the interfaces of tokens. Only ids that can have a probability get a column."""
 
     def __init__(
         self, of_student: ExactModel, of_teacher: ExactModel, student: TokenTable, teacher: TokenTable
@@ -182,7 +188,7 @@ class _ByTokens:
         said = [{i for row in model.next_tokens.values() for i in row} for model in self._models]
         tables = (student, teacher)
         pieces = [{table.bytes_of(i) for i in ids} for table, ids in zip(tables, said, strict=True)]
-        # What only one model says is shared all the same, if the other's vocabulary has its bytes.
+        # A token that one model alone uses is shared too, if the other's vocabulary has its bytes.
         for table, ids, others, own in zip(tables, said, pieces[::-1], pieces, strict=True):
             wanted = others - own
             ids |= set(
@@ -202,7 +208,7 @@ class _ByTokens:
         self._rows: dict[tuple[int, tuple[int, ...]], np.ndarray] = {}
 
     def loss(self, words: Sequence[bytes], weights: np.ndarray, interface: InterfaceConfig) -> float:
-        """The sum of the words' losses, weighted."""
+        """The weighted sum of the words' losses."""
         method, defaults = interface.method(), InterfaceConfig()
         method = replace(method, **{name: getattr(defaults, name) for name in _OF_A_RUN})
         segmentation = teacher_needs(method).segmentation
@@ -238,7 +244,9 @@ class _ByTokens:
         return float(cross_tokenizer_loss(student, teacher, self._pair, response, method, normalizer=1).sum)
 
     def _row(self, side: int, beginning: tuple[int, ...]) -> np.ndarray:
-        """float64 [columns]: log-probabilities behind the beginning of a word, in columns."""
+        """float64 [columns]: log-probabilities of the next token, in columns, after the
+        beginning of a word.
+        """
         found = self._rows.get((side, beginning))
         if found is None:
             column = self._columns[side]
@@ -246,13 +254,13 @@ class _ByTokens:
             shares = self._models[side].next_tokens[tuple(ids[k] for k in beginning)]
             found = np.full(len(column), np.log(FLOOR))
             found[[column[i] for i in shares]] = np.log(list(shares.values()))
-            if not beginning:  # of all words; others are of a few
+            if not beginning:  # all words begin here; few words share any other beginning
                 self._rows[side, beginning] = found
         return found
 
 
 class _ByBytes:
-    """Interface `bytes`, whose bounds depend on the whole vocabularies; the rows stay sparse."""
+    """Losses of interface `bytes`, whose bounds depend on the whole vocabularies. The rows are sparse."""
 
     def __init__(
         self, of_student: ExactModel, of_teacher: ExactModel, student: Tokenizer, teacher: Tokenizer
@@ -262,7 +270,7 @@ class _ByBytes:
         self._rows: dict[tuple[int, tuple[int, ...]], tuple[np.ndarray, np.ndarray]] = {}
 
     def loss(self, words: Sequence[bytes], weights: np.ndarray, interface: InterfaceConfig) -> float:
-        """The sum of the words' losses, weighted."""
+        """The weighted sum of the words' losses."""
         events: list[ByteEvents] = []
         masses: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         labels = [[np.array(model.labels(word), dtype=np.int32) for model in self._models] for word in words]
@@ -298,7 +306,7 @@ class _ByBytes:
         )
 
     def _log_masses(self, side: int, labels: list[int], sums: ByteSide) -> torch.Tensor:
-        """float64 [E]: log mass of every slot, as the loss has it of dense rows."""
+        """float64 [E]: log mass of every slot, as the loss computes it from dense rows."""
         width = self._tokenizers[side].table.num_ids + 1
         key = sums.segment_row.astype(np.int64) * width + sums.segment_start
         segments, own = np.zeros(key.size), np.empty(len(labels))
@@ -311,7 +319,9 @@ class _ByBytes:
         return log_masses(log_segments, torch.from_numpy(own), pack_byte_sides([sums], [len(labels)]))
 
     def _row(self, side: int, beginning: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """Behind the beginning of a word: places of ids in byte order, and their probabilities."""
+        """Places in byte order of the ids that may follow the beginning of a word, and
+        their probabilities.
+        """
         found = self._rows.get((side, beginning))
         if found is None:
             shares = self._models[side].next_tokens[beginning]

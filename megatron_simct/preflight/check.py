@@ -1,6 +1,6 @@
 """All checks of one run file, in the order in which a user would meet their failures.
 
-All but the bias take seconds.
+All of them except the bias take seconds.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from megatron_simct.preflight.state import State
 
 
 def check_run(run: RunFile, *, device_memory_gib: float | None = None, bias: bool = False) -> Report:
-    """Every check that the file allows. User errors are returned as findings, not raised.
+    """Run every check that the file allows. User errors are returned as findings, not raised.
 
-    device_memory_gib goes before cluster.device_memory_gib. bias: measure the loss of a student that is
-    already right, which takes some seconds, for large vocabularies up to a minute.
+    device_memory_gib overrides cluster.device_memory_gib. bias: measure the loss of a student that is already
+    right. This takes some seconds, and up to a minute for large vocabularies.
     """
     state = State(run, device_memory_gib or run.cluster.device_memory_gib)
     findings = state.findings
@@ -74,8 +74,7 @@ def check_run(run: RunFile, *, device_memory_gib: float | None = None, bias: boo
     average = state.config.teacher_job.ema
     if average is not None and teacher is not None and teacher.architecture != student.architecture:
         said = (
-            f"{average}: teacher and student must have the same architecture, but "
-            "--teacher-hf-checkpoint "
+            f"{average}: teacher and student must have the same architecture, but --teacher-hf-checkpoint "
             "has another"
         )
         findings.append(failed("teacher", "weights", said, flag="--teacher-ema"))
@@ -90,7 +89,7 @@ def check_run(run: RunFile, *, device_memory_gib: float | None = None, bias: boo
 def _check_memory(
     state: State, student: pair.Side, teacher: pair.Side | None, alignment_map: AlignmentMap | None
 ) -> dict[str, MemoryPlan]:
-    """A plan for each job, and whether it fits."""
+    """The memory plan of each job. Adds whether it fits, and proposals, to the findings."""
     plans: dict[str, MemoryPlan] = {}
     on_its_ranks = {"student", "teacher"} if state.colocated else {"student"}
     if "student" in state.sound and not state.undivided & on_its_ranks:

@@ -1,4 +1,6 @@
-"""Nodes, times, environments and paths of a run: what the scheduler would find out late, or not at all."""
+"""Nodes, time limits, environments and paths of a run: mistakes that the scheduler would
+report late, or never.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ _OF_A_NODE = ("/tmp", "/dev/shm", "/var/tmp")
 
 
 def check_cluster(run: RunFile) -> list[Finding]:
-    """Everything about where the jobs run, the models' layouts apart."""
+    """Check where the jobs run. The models' layouts are checked elsewhere."""
     findings = [*_sizes(run), *_times(run), *_container(run), *_folders(run), *_environment(run)]
     return findings or [passed("cluster", "cluster", _summary(run))]
 
@@ -111,7 +113,7 @@ def _container(run: RunFile) -> Iterator[Finding]:
                 "cluster", "container", f"{where}: a local run starts in this environment; leave it out"
             )
             return
-        if job.container or job.kind == "student":  # that of the cluster once
+        if job.container or job.kind == "student":  # the cluster's own is reported once
             image = container.image
             is_file = container.runtime == "apptainer" or image.endswith(".sqsh")
             if is_file and "://" not in image and not _exists(image):
@@ -125,13 +127,13 @@ def _container(run: RunFile) -> Iterator[Finding]:
 
 
 def _inside(key: str, path: str, container: Container, where: str) -> Iterator[Finding]:
-    """Whether an image sees a path."""
+    """Whether the container sees a path."""
     if not os.path.isabs(path):
         message = f"{key} {path}: a relative path has no meaning in a container; write the absolute path"
         yield failed("cluster", "container", message)
     elif not _is_mounted(path, container):
-        # apptainer mounts home, /tmp and the current directory by itself, unless its administrator says
-        # otherwise.
+        # apptainer mounts home, /tmp and the current directory by default, unless its
+        # administrator changes this.
         own = [Path.home(), Path("/tmp"), Path.cwd()]
         if container.runtime == "apptainer" and any(Path(path).is_relative_to(folder) for folder in own):
             return
@@ -140,7 +142,7 @@ def _inside(key: str, path: str, container: Container, where: str) -> Iterator[F
 
 
 def _paths(run: RunFile, job: Job) -> Iterator[tuple[str, str]]:
-    """Every path that a job reads or writes, by its flag."""
+    """Every path that a job reads or writes, with its flag."""
     if job.kind == "engine":
         model = job.flag_of_command("--model")
         if model is not None:

@@ -21,13 +21,13 @@ from megatron_simct.teacher.engine_logprobs import serves
 _MAX_LOGPROBS = 20
 """vLLM's default of --max-logprobs."""
 _WEIGHTS_SHARE = 0.9
-"""How much of a device's memory weights may take; the rest is for activations and the cache of keys and
-values.
+"""Share of a device's memory that weights may take. The rest is for activations and the cache
+of keys and values.
 """
 
 
 def check_engines(run: RunFile, device_memory_gib: float | None) -> list[Finding]:
-    """Everything about the jobs of kind engine that can be known here."""
+    """All checks of the jobs of kind engine that are possible before they start."""
     findings: list[Finding] = []
     for job in run.of_kind("engine"):
         found = [
@@ -46,7 +46,7 @@ def check_engines(run: RunFile, device_memory_gib: float | None) -> list[Finding
 
 
 def served_by(field: LogprobField) -> list[str]:
-    """The interfaces that a server can teach which gives log-probabilities of tokens."""
+    """The interfaces that work with a server that returns log-probabilities of tokens in this field."""
     names = [name for name in METHODS if name != "sft"]
     return [name for name in names if _is_served(InterfaceConfig(interface=cast(Interface, name)), field)]
 
@@ -58,7 +58,7 @@ def _is_served(config: InterfaceConfig, field: LogprobField) -> bool:
 
 
 def _answers(run: RunFile, job: Job) -> Iterator[Finding]:
-    """Whether a teacher's servers, which do not give hidden states, serve the run's interface."""
+    """Check that servers which return no hidden states serve the run's interface."""
     field = run.teacher_configs[job.name].engine.answers
     if field == "hidden_states":
         return
@@ -67,8 +67,7 @@ def _answers(run: RunFile, job: Job) -> Iterator[Finding]:
     if not _is_served(interface, field):
         message = (
             f"{flag} {field} supports {names}, but not --simct-interface {interface.interface}; choose one "
-            "of "
-            "them"
+            "of them"
         )
         yield failed(job.name, "interface", f"{message}, or servers that return hidden_states", flag=flag)
         return

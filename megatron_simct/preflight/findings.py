@@ -19,7 +19,7 @@ class Finding:
     check: str
     message: str
     flag: str | None = None
-    """What to change: a flag of the side's command, or a key of the run file."""
+    """The option to change: a flag of the side's command, or a key of the run file."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -31,7 +31,7 @@ def passed(side: str, check: str, message: str) -> Finding:
 
 
 def warned(side: str, check: str, message: str, *, flag: str) -> Finding:
-    """A warning: the run can start, but may not do what is wanted."""
+    """A warning: the run can start, but may not do what the user wants."""
     return Finding(level="warn", side=side, check=check, message=message, flag=flag)
 
 

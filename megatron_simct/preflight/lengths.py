@@ -64,6 +64,6 @@ def check_traffic(state: State, teacher: pair.Side, coverage: Coverage | None) -
 
 
 def teacher_labels(state: State, coverage: Coverage | None) -> int:
-    """Teacher's tokens of a response of full length."""
+    """Number of teacher tokens in a response of full length."""
     ratio = 1.0 if coverage is None else coverage.teacher_tokens / max(coverage.student_tokens, 1)
     return round(state.config.rollout.rollout_max_response_len * ratio)

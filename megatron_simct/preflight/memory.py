@@ -1,10 +1,11 @@
 """Bytes of one rank of a job: what it always holds, and what each phase of a step adds.
 
-Parameters are counted exactly. Activations are what autograd keeps of a layer of this package's models,
-measured through saved-tensor hooks; what an allocator loses to fragmentation is a share on top (`RESERVE`).
+Parameters are counted exactly. Activations are the tensors that autograd saves in a layer of this
+package's models, measured with saved-tensor hooks. `RESERVE` adds a share for memory that the allocator
+loses to fragmentation.
 
-Each layer counts what is its own (`models.layers`). Letters: h hidden size, t tensor-parallel size, B
-sequences of a micro-batch, S positions.
+Each layer counts its own parts (`models.layers`). Letters: h hidden size, t tensor-parallel size, B sequences
+of a micro-batch, S positions.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from megatron_simct.models.layers import Layer, Share
 GIB = 1 << 30
 
 RESERVE = 0.08
-"""Share of what is planned that the allocator's fragmentation and temporary buffers take on top."""
+"""Share that the allocator's fragmentation and temporary buffers add to the planned bytes."""
 GPU_CONTEXT = 2 * GIB
-"""What CUDA, cuBLAS and NCCL hold on a GPU before the first tensor."""
+"""Bytes that CUDA, cuBLAS and NCCL hold on a GPU before the first tensor."""
 
 
 NO_OPTIONS = UpdateConfig()
@@ -33,18 +34,18 @@ NO_OPTIONS = UpdateConfig()
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Bytes of the rank that needs most."""
+    """Bytes of the rank that needs the most memory."""
 
     held: dict[str, int]
-    """Part -> bytes, during the whole run."""
+    """Part -> bytes; held during the whole run."""
     phases: dict[str, dict[str, int]]
-    """Phase of a step -> part -> bytes: phases follow one another, so the largest counts."""
+    """Phase of a step -> part -> bytes. Phases follow one another, so the largest one counts."""
     num_parameters: int
     """Number of parameters of the whole model."""
 
     @property
     def peak_phase(self) -> str:
-        """The phase that needs most."""
+        """The phase that needs the most memory."""
         return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
 
     @property
@@ -61,11 +62,11 @@ class Sizes:
     architecture: Architecture
     parallel: ParallelConfig
     vocab_size: int
-    """Rows of the embedding with its padding."""
+    """Rows of the embedding, with its padding."""
     bf16: bool
     attention_backend: AttentionBackend = "auto"
     on_gpu: bool = False
-    """Kernels of attention hold no scores, and activations are fused."""
+    """On a GPU, attention kernels hold no scores, and activations are fused."""
 
     @property
     def value_bytes(self) -> int:
@@ -78,7 +79,7 @@ class Sizes:
 
     @property
     def share(self) -> Share:
-        """What a rank has of each layer."""
+        """One rank's share of each layer."""
         return Share(
             hidden_size=self.architecture.hidden_size,
             tp=self.tp,
@@ -95,7 +96,7 @@ class Sizes:
 
 
 def total_parameters(architecture: Architecture, *, vocab_size: int) -> int:
-    """Parameters of the whole model with vocab_size rows of the embedding."""
+    """Parameters of the whole model with an embedding of vocab_size rows."""
     embedding = vocab_size * architecture.hidden_size
     heads = 1 if architecture.tied_embeddings else 2
     layers = sum(
@@ -107,7 +108,7 @@ def total_parameters(architecture: Architecture, *, vocab_size: int) -> int:
 def stage_parameters(sizes: Sizes, *, stage: int) -> int:
     """Parameters of one rank of the pipeline stage.
 
-    Tied embeddings lie on the first and on the last stage.
+    The first and the last stage both hold tied embeddings.
     """
     architecture = sizes.architecture
     count = sum(layer.parameters(sizes.share) for layer in stage_layers(sizes, stage))
@@ -123,7 +124,7 @@ def stage_parameters(sizes: Sizes, *, stage: int) -> int:
 
 
 def stage_layers(sizes: Sizes, stage: int) -> tuple[Layer, ...]:
-    """Layers of a pipeline stage; of interleaved ones those of all its pieces."""
+    """Layers of a pipeline stage. With interleaved stages, those of all its pieces."""
     bounds = [0, *accumulate(layers_of_stages(sizes.architecture, sizes.parallel))]
     pieces = pairwise(bounds)
     own = (piece for number, piece in enumerate(pieces) if number % sizes.pp == stage)
@@ -131,12 +132,13 @@ def stage_layers(sizes: Sizes, stage: int) -> tuple[Layer, ...]:
 
 
 def layer_activation_bytes(sizes: Sizes, layer: Layer, *, batch: float, length: int) -> int:
-    """What autograd keeps of one layer on one rank, for `batch` sequences of `length` positions.
+    """Bytes that autograd saves in one layer on one rank, for `batch` sequences of `length` positions.
 
-    Beside attention and MLP 6 B S h / t' values, t' = t under sequence parallelism and else 1: inputs of both
-    norms, of the projections and of the residuals. In bfloat16 each norm keeps its input in float32 too,
-    which counts as 4 h more, and norms of what is added to the residual keep another 4 h. Context-parallel
-    ranks keep the keys and values of all of them too, which are as many as generation would cache.
+    Attention and MLP count their own. The layer adds 6 B S h / t' values, with t' = t under sequence
+    parallelism and t' = 1 otherwise: inputs of both norms, of the projections and of the residuals. In
+    bfloat16 each norm also keeps its input in float32, which counts as 4 h more. Norms of the values that are
+    added to the residual keep another 4 h. Each context-parallel rank also keeps the keys and values of all
+    these ranks, which are as many as generation would cache.
     """
     hidden = sizes.architecture.hidden_size / (sizes.tp if sizes.parallel.sequence_parallel else 1)
     wide = 6 + (4 if sizes.bf16 else 0) + {"before": 0, "around": 4, "after": 0}[layer.norms]
@@ -158,8 +160,9 @@ def kept_activations(
     length: int,
     in_flight: int = 1,
 ) -> int:
-    """What autograd keeps of the layers of a stage, for `in_flight` micro-batches, and what the backward pass
-    of one computes again and then holds at one time."""
+    """Bytes that autograd saves in the layers of a stage for `in_flight` micro-batches, and the most that the
+    backward pass of one of them recomputes and then holds at a time.
+    """
     whole = [layer_activation_bytes(sizes, layer, batch=batch, length=length) for layer in layers]
     unit = update.recompute_num_layers or 1
     hidden = sizes.architecture.hidden_size / (sizes.tp if sizes.parallel.sequence_parallel else 1)
@@ -177,7 +180,7 @@ def kept_activations(
 
 
 def _parts_of_layer(sizes: Sizes, layer: Layer, modules: Sequence[str], *, batch: float, length: int) -> int:
-    """What autograd keeps of these parts of a layer beside what enters them."""
+    """Bytes that autograd saves in these parts of a layer, without their inputs."""
     hidden = sizes.architecture.hidden_size / (sizes.tp if sizes.parallel.sequence_parallel else 1)
     kept = 0.0
     if ("moe" if layer.mlp.num_experts else "mlp") in modules:
@@ -191,8 +194,9 @@ def _parts_of_layer(sizes: Sizes, layer: Layer, modules: Sequence[str], *, batch
 
 
 def forward_bytes(sizes: Sizes, *, batch: float, length: int) -> int:
-    """The most that a forward pass without gradients holds at one time: three hidden states and one layer's
-    MLP or attention."""
+    """The most that a forward pass without gradients holds at a time: three hidden states, and one
+    layer's MLP or attention.
+    """
     hidden = 3 * sizes.architecture.hidden_size * sizes.value_bytes * batch * length
     parts = (part for layer in sizes.architecture.kinds for part in (layer.attention, layer.mlp))
     return math.ceil(
@@ -201,14 +205,14 @@ def forward_bytes(sizes: Sizes, *, batch: float, length: int) -> int:
 
 
 def cache_bytes(sizes: Sizes, *, stage: int, batch: int, length: int) -> int:
-    """What generation keeps for every layer of the stage: keys and values of attention."""
+    """Bytes that generation caches for all layers of the stage: keys and values of attention."""
     layers = stage_layers(sizes, stage)
     return sum(layer.attention.cache_bytes(sizes.share, batch=batch, length=length) for layer in layers)
 
 
 def optimizer_bytes(optimizer: str, *, bf16: bool) -> int:
-    """Bytes of optimizer state a parameter: float32 moments, and with bfloat16 parameters their float32
-    masters.
+    """Bytes of optimizer state for each parameter: float32 moments, and the float32 master of a
+    bfloat16 parameter.
     """
     return {"adam": 8, "sgd": 4}[optimizer] + (4 if bf16 else 0)
 
@@ -234,16 +238,16 @@ def student_plan(
     averages_teacher: bool = False,
     keeps_start: bool = False,
 ) -> MemoryPlan:
-    """The rank of the student that needs most.
+    """The memory plan of the student rank that needs the most.
 
-    micro_batch_size: sequences of full length, a fraction where they are packed. engine_batch_size: sequences
+    micro_batch_size: sequences of full length; a fraction if they are packed. engine_batch_size: sequences
     decoded together. loss_memory: bytes of --simct-loss-memory-mib. trains_on_given: no rollouts.
-    data_parallel_size: ranks that --use-distributed-optimizer shares over. teacher: the model that shares the
-    ranks, if any. shared_rows: rows of the teacher's head on the fullest rank of the last stage, each
-    teacher_hidden_size wide. adapters: numbers of a layer's adapters on one rank, if these are trained and
-    the weights are not. averages_teacher: --teacher-ema, whose float32 average lies beside weights of another
-    type. keeps_start: --reference-kl-weight, whose model is the student once more, and whose hidden states
-    are there for all labels of a step.
+    data_parallel_size: ranks over which --use-distributed-optimizer shares. teacher: the model that shares
+    the ranks, if any. shared_rows: rows of the teacher's head on the fullest rank of the last stage, each
+    teacher_hidden_size wide. adapters: number of each layer's adapter parameters on one rank, if adapters are
+    trained instead of the weights. averages_teacher: --teacher-ema, whose float32 average is held beside
+    weights of another type. keeps_start: --reference-kl-weight, which holds a second copy of the student, and
+    its hidden states for all labels of a step.
     """
     plans = []
     sizes = replace(sizes, on_gpu=on_gpu)
@@ -251,8 +255,8 @@ def student_plan(
     length = prompt_len + response_len
     shares = expert_shares = 1
     if update.use_distributed_optimizer:
-        # Context-parallel ranks hold the same weights. An expert lies on as many ranks as are left of a
-        # stage's when those are taken out that hold other experts, or other parts of it.
+        # Context-parallel ranks hold the same weights. Ranks of a stage that hold other experts, or another
+        # part of an expert, do not share its optimizer state.
         shares = data_parallel_size * sizes.parallel.context_parallel_size
         apart = sizes.parallel.expert_model_parallel_size * sizes.parallel.expert_tp
         expert_shares = max(1, shares * sizes.tp // apart)
@@ -272,7 +276,7 @@ def student_plan(
         phases: dict[str, dict[str, int]] = {}
         if not trains_on_given:
             logits = 4 * 4 * engine_batch_size * math.ceil(sizes.vocab_size / sizes.tp) if last else 0
-            # Sampling has torch's operations on a GPU too.
+            # Sampling uses torch's operations on a GPU too.
             prefill = forward_bytes(replace(sizes, on_gpu=False), batch=engine_batch_size, length=prompt_len)
             phases["rollout"] = {
                 "KV cache": cache_bytes(sizes, stage=stage, batch=engine_batch_size, length=length),
@@ -301,22 +305,22 @@ def student_plan(
             )
         }
         scattered = (trained - experts if shares > 1 else 0) + (experts if expert_shares > 1 else 0)
-        if scattered and not on_gpu:  # gloo sums a copy of it; what autograd kept is gone by then
+        if scattered and not on_gpu:  # gloo sums a copy of it; autograd's tensors are free by then
             phases["reduction"] = {"copy of the gradients": 4 * scattered}
         if last:
             if shared_rows:
                 held["teacher head"] = shared_rows * teacher_hidden_size * sizes.value_bytes
             labels = math.ceil(micro_batch_size * response_len)
-            # The hidden states and their gradient, in float32 too; the teacher's rows.
+            # The hidden states and their gradient, also in float32, and the teacher's rows.
             rows = (
                 labels * (2 * sizes.architecture.hidden_size + teacher_hidden_size) * (sizes.value_bytes + 4)
             )
-            if keeps_start:  # a loss of its own over the same rows
+            if keeps_start:  # a second loss over the same rows
                 hidden = labels * sizes.architecture.hidden_size
                 rows += 3 * hidden * (sizes.value_bytes + 4)
                 phases["update"]["start's hidden states"] = num_micro_batches * hidden * sizes.value_bytes
             phases["update"]["loss"] = loss_memory + rows
-            if not adapters:  # the gradient that autograd is handed in the place of the LM head's own
+            if not adapters:  # the gradient that is passed to autograd instead of the LM head's own
                 head = math.ceil(sizes.vocab_size / sizes.tp) * sizes.architecture.hidden_size
                 phases["update"]["loss"] += head * sizes.value_bytes
         held = held | ({"GPU context": GPU_CONTEXT} if on_gpu else {})
@@ -326,10 +330,11 @@ def student_plan(
 
 
 def teacher_plan(sizes: Sizes, *, tokens: int, length: int, on_gpu: bool) -> MemoryPlan:
-    """The rank of a teacher job that needs most: weights, and the forward pass of `tokens` in all, `length` a
-    sequence.
+    """The memory plan of the teacher-job rank that needs the most: weights, and a forward pass of `tokens` in
+    total, `length` in each sequence.
 
-    Shorter sequences fill a micro-batch to its last token where those of `length` leave some of it empty.
+    Shorter sequences can fill a micro-batch to its last token, while sequences of `length`
+    leave some of it empty.
     """
     plans = []
     sizes = replace(sizes, on_gpu=on_gpu)
@@ -339,8 +344,8 @@ def teacher_plan(sizes: Sizes, *, tokens: int, length: int, on_gpu: bool) -> Mem
         if stage == sizes.pp - 1:
             columns = math.ceil(sizes.vocab_size / sizes.tp)
             parts["hidden states"] = tokens * sizes.architecture.hidden_size * (sizes.value_bytes + 4)
-            # losses.label_statistics: a tile in the type of the weights, in float32, and less the rows'
-            # maxima.
+            # losses.label_statistics: a tile in the type of the weights, in float32, and with the maxima of
+            # its rows subtracted.
             tile = min(LABEL_STATISTICS_ROWS, tokens) * min(LABEL_STATISTICS_COLUMNS, columns)
             parts["logits"] = (sizes.value_bytes + 8) * tile
         held = held | ({"GPU context": GPU_CONTEXT} if on_gpu else {})
@@ -350,12 +355,12 @@ def teacher_plan(sizes: Sizes, *, tokens: int, length: int, on_gpu: bool) -> Mem
 
 
 def as_gib(parts: Mapping[str, int]) -> dict[str, float]:
-    """The same in GiB, to two digits behind the point."""
+    """The same in GiB, to two decimal places."""
     return {name: round(size / GIB, 2) for name, size in parts.items()}
 
 
 def size_text(size: float) -> str:
-    """A number of bytes for people."""
+    """A number of bytes as text."""
     for unit, name in ((GIB, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
         if size >= unit:
             return f"{size / unit:,.1f} {name}"

@@ -18,11 +18,13 @@ from megatron_simct.update.support import check_support
 
 
 def check_model(state: State, name: str, model: ModelConfig) -> pair.Side | None:
-    """One model: its architecture in its layout, its weights, its tokenizer and template."""
+    """Check one model: architecture, layout, weights, tokenizer and chat template. None if it
+    cannot be compared.
+    """
     flag = state.flags[name]
     folder = model.hf_checkpoint
     if folder is None:
-        return None  # said by the options
+        return None  # the check of options reports it
     read = describe_teacher if state.has_engine(name) else read_architecture
     architecture = state.attempt(
         name, "family", lambda: read(folder, flag=f"--{flag}hf-checkpoint"), _describe
@@ -55,7 +57,7 @@ def check_model(state: State, name: str, model: ModelConfig) -> pair.Side | None
     state.findings += pair.check_vocabulary(side)
     try:
         state.findings += pair.check_stop_tokens(side)
-    except ValueError as error:  # a template without an end
+    except ValueError as error:  # the template has no end of a turn
         state.findings.append(failed(name, "chat template", str(error), flag=f"--{flag}hf-checkpoint"))
         return None
     state.sides[name] = side
@@ -65,7 +67,7 @@ def check_model(state: State, name: str, model: ModelConfig) -> pair.Side | None
 def _check_layout(
     state: State, name: str, architecture: Architecture, parallel: ParallelConfig, where: str, flag: str
 ) -> None:
-    """One layout of one model."""
+    """Check one layout of one model."""
 
     def divides() -> bool:
         check_divides(architecture, parallel, flag=f"--{flag}hf-checkpoint")
@@ -76,7 +78,7 @@ def _check_layout(
 
 
 def _check_update(state: State, architecture: Architecture, parallel: ParallelConfig, flag: str) -> None:
-    """The options of the update, for the student."""
+    """Check the options of the update, for the student."""
     on_gpu = state.run.student.gpus_per_node > 0
     try:
         check_support(state.config.update, parallel, architecture, transformer_engine=on_gpu, flag=flag)
@@ -87,7 +89,7 @@ def _check_update(state: State, architecture: Architecture, parallel: ParallelCo
 def _check_attention(
     state: State, name: str, architecture: Architecture, parallel: ParallelConfig, flag: str
 ) -> None:
-    """The kernels of a model's attention."""
+    """Check the kernels of a model's attention."""
     if name in state.jobs:
         job, teacher = state.jobs[name]
         backend, bf16 = teacher.serving.attention_backend, teacher.serving.bf16
@@ -128,7 +130,7 @@ def _check_attention(
 
 
 def _layouts(state: State, name: str) -> Iterator[tuple[ParallelConfig, str]]:
-    """Every layout that the model is built in, where it is one."""
+    """Every layout in which the job builds the model; none if its options are invalid."""
     if name in state.jobs:
         if name in state.sound and not state.has_engine(name):
             yield state.jobs[name][1].parallel, ""

@@ -1,4 +1,4 @@
-"""Options of each job that are checked without a look at the models."""
+"""Options of each job that are checked without the models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_simct.update.checkpoint import has_checkpoint
 
 
 def check_options(state: State) -> None:
-    """What the options say by themselves."""
+    """Check the options alone."""
     config, student = state.config, state.run.student
 
     def check() -> int:

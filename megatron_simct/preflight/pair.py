@@ -1,8 +1,8 @@
-"""What two models share: prompts in both chat templates, stop tokens, coverage of the text, the interface
-that suits.
+"""Properties of a pair of models: prompts in both chat templates, stop tokens, coverage of the
+text, and the interface.
 
-Every function answers with findings, of which each says what to change. What training itself would refuse is
-left to the code that trains: `options.py` and `model.py` call it.
+Every function returns findings, and each of these says what to change. Mistakes that training itself refuses
+are left to the code that trains: `options.py` and `model.py` call it.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ MAX_TEXTS, MAX_CHARACTERS = 400, 200_000
 """Limits of the prompt sample used for coverage and template checks."""
 
 LOST_FAIL, LOST_WARN = 0.2, 0.005
-"""Share of bytes in no unit from which a pair is refused, or pointed out."""
+"""Share of bytes in no unit from which a pair is refused, and from which a warning is given."""
 SKIPPED_WARN = 0.05
 
 _MARKERS = re.compile(r"<\|[a-z_]+\|>|</?s>|<(?:bos|eos|start_of_turn|end_of_turn)>|\[/?INST\]|<<SYS>>")
-"""What chat templates write, and texts seldom do."""
+"""Strings that chat templates write, and that are rare in other texts."""
 _NUMBERS = ("7", "12", "365", "1234", "31415926")
 _SAMPLE: Messages = [{"role": "user", "content": "What is six times seven?"}]
 _SYSTEM: Messages = [{"role": "system", "content": "Be brief."}, *_SAMPLE]
@@ -43,7 +43,7 @@ _SYSTEM: Messages = [{"role": "system", "content": "Be brief."}, *_SAMPLE]
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One model of the pair. `flag` is the prefix of its flags: empty, or teacher-."""
+    """One model of the pair. `flag` is the prefix of its flags: empty, or for example teacher-."""
 
     name: str
     flag: str
@@ -54,7 +54,7 @@ class Side:
 
 
 def check_stop_tokens(side: Side) -> list[Finding]:
-    """Whether what ends a turn in the chat template is among the tokens that end a response."""
+    """Check that the token that ends a turn in the chat template is a stop token."""
     table = side.tokenizer.table
     stops = ", ".join(
         f"{i} ({side.tokenizer.stop_sources[i]})" if i in side.tokenizer.stop_sources else str(i)
@@ -78,7 +78,7 @@ def check_stop_tokens(side: Side) -> list[Finding]:
 
 
 def check_vocabulary(side: Side) -> list[Finding]:
-    """Whether the embedding has a row for every id of the tokenizer."""
+    """Check that the embedding has a row for every id of the tokenizer."""
     ids, rows = side.tokenizer.table.num_ids, side.architecture.vocab_size
     if ids > rows:
         return [
@@ -86,8 +86,7 @@ def check_vocabulary(side: Side) -> list[Finding]:
                 side.name,
                 "vocabulary",
                 f"the tokenizer has {ids:,} ids, but config.json says vocab_size {rows:,}: they do not "
-                "belong "
-                "to one model",
+                "belong to one model",
                 flag=f"--{side.flag}tokenizer-model",
             )
         ]
@@ -95,12 +94,12 @@ def check_vocabulary(side: Side) -> list[Finding]:
 
 
 def check_length(side: Side, *, prompt_len: int, response_len: int) -> list[Finding]:
-    """Whether prompt and response fit into the positions that the model knows.
+    """Check that prompt and response fit into the model's positions.
 
-    prompt_len and response_len in the side's own tokens.
+    prompt_len and response_len are in the side's own tokens.
     """
     limit, wanted = side.architecture.max_position_embeddings, prompt_len + response_len
-    if limit is None:  # an engine's model, which says so itself
+    if limit is None:  # an engine runs this model and reports its limit
         return []
     if wanted > limit:
         return [
@@ -167,8 +166,7 @@ def check_templates(student: Side, teacher: Side | None, rows: Sequence[Row], *,
                 "pair",
                 "thinking",
                 f"only the {side.name}'s template has a thinking mode, and its text after <think> is "
-                "unlikely "
-                f"under the other model; {way_out}",
+                f"unlikely under the other model; {way_out}",
                 flag=f"--{side.flag}{'chat-template-kwargs' if switch else 'hf-checkpoint'}",
             )
         )
@@ -188,7 +186,7 @@ def _has_template(side: Side) -> bool:
 
 
 def _check_bos(side: Side, rows: Sequence[Row]) -> list[Finding]:
-    """BOS once at the start: a template may write it where the message holds it already."""
+    """Check for a second BOS: a template may write one before a message that begins with one."""
     bos = side.tokenizer.bos_id
     for row in rows:
         prompt = read_by(side, row)
@@ -219,7 +217,7 @@ def _check_bos(side: Side, rows: Sequence[Row]) -> list[Finding]:
 
 
 def _text(chat: ChatTemplate, messages: Messages) -> str | None:
-    """The rendered text, None where the template refuses."""
+    """The rendered text; None if the template refuses the messages."""
     try:
         return chat.text(messages)
     except TemplateLimit as error:
@@ -229,8 +227,9 @@ def _text(chat: ChatTemplate, messages: Messages) -> str | None:
 
 
 def _thinks(chat: ChatTemplate) -> bool:
-    """Whether the template opens a thinking block, or a model with it does so by itself unless
-    enable_thinking is false."""
+    """Whether a thinking block is open after the prompt: the template opens one, or a model with this
+    template opens one unless enable_thinking is false.
+    """
     if chat.arguments.get("enable_thinking") is False:
         return False
     rendered = _text(chat, _SAMPLE) or ""
@@ -239,7 +238,7 @@ def _thinks(chat: ChatTemplate) -> bool:
 
 
 def read_by(side: Side, row: Row) -> Messages | str:
-    """The row's prompt, or the one that is for the teacher alone."""
+    """The row's prompt for this side: the teacher's own prompt, if the row has one."""
     return row.read_by_teacher if side.name == "teacher" else row.prompt
 
 
@@ -256,9 +255,7 @@ def side_by_side(student: Side, teacher: Side | None, row: Row) -> dict[str, str
 
 
 def texts_of(rows: Sequence[Row]) -> list[str]:
-    """The texts of the prompts, the teacher's own too, and of the responses or labels that are given with
-    them.
-    """
+    """The texts of the prompts, including the teacher's own, and of the given responses or labels."""
     texts, size = [], 0
     step = max(1, len(rows) // MAX_TEXTS)
     for row in rows[::step]:
@@ -277,14 +274,14 @@ def texts_of(rows: Sequence[Row]) -> list[str]:
 def coverage_of(
     rows: Sequence[Row], *, student: Side, teacher: Side, alignment_map: AlignmentMap
 ) -> Coverage:
-    """On the user's own prompts."""
+    """Coverage of the user's own prompts."""
     return measure_coverage(
         texts_of(rows), student=student.tokenizer, teacher=teacher.tokenizer, alignment_map=alignment_map
     )
 
 
 def check_coverage(coverage: Coverage) -> list[Finding]:
-    """How much of the text any interface can compare."""
+    """Check how much of the text an interface can compare."""
     lost = sum(coverage.bytes_dropped.values()) / max(coverage.bytes, 1)
     shares = coverage.student_token_shares
     said = (
@@ -301,11 +298,11 @@ def check_coverage(coverage: Coverage) -> list[Finding]:
 
 
 def check_interface(interface: str, coverage: Coverage, *, student: Side, teacher: Side) -> list[Finding]:
-    """Whether the interface suits the pair: where digits are grouped differently, only `bytes` was seen to
-    learn.
+    """Check the interface against the pair. If digits are grouped differently, only `bytes`
+    learned in our study.
 
-    Interfaces of units push the student's right first token down where it says in several tokens what the
-    teacher says in one; the share of such tokens (1:n) is what is at stake.
+    Interfaces of units lower the probability of the student's right first token if the student writes in
+    several tokens a text that is one token for the teacher. The share of such tokens (1:n) is at risk.
     """
     differ = any(not _cut_alike(number.encode(), student=student, teacher=teacher) for number in _NUMBERS)
     at_stake = coverage.student_token_shares["1_n"] + coverage.student_token_shares["n_m"]
@@ -336,8 +333,8 @@ def check_interface(interface: str, coverage: Coverage, *, student: Side, teache
 
 
 def bias_of(rows: Sequence[Row], interface: InterfaceConfig, *, student: Side, teacher: Side) -> Bias | None:
-    """On the words of the user's own prompts; None where the interface has no such figure, or the prompts no
-    words.
+    """The bias on the words of the user's own prompts. None if the interface has no such figure, or the
+    prompts have no words.
     """
     language = words_of(texts_of(rows))
     if not has_bias(interface) or len(language) < 2:
@@ -349,12 +346,11 @@ def bias_of(rows: Sequence[Row], interface: InterfaceConfig, *, student: Side, t
 
 
 def check_bias(bias: Bias, interface: InterfaceConfig) -> list[Finding]:
-    """Whether the interface has something to say to a student that is already right."""
+    """Check whether the interface has a loss for a student that is already right."""
     said = (
         f"on {bias.words:,} words of the prompts, a student that is already right has a loss of "
         f"{bias.perfect:.4f} nats a word under {interface.interface}; a less sure student, at a true "
-        "distance "
-        f"of {bias.true:.3f}, has {bias.flattened:.3f}"
+        f"distance of {bias.true:.3f}, has {bias.flattened:.3f}"
     )
     if not bias.is_large:
         return [passed("pair", "bias", said)]

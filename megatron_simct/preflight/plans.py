@@ -21,7 +21,7 @@ from megatron_simct.preflight.memory import GIB, MemoryPlan, Sizes, size_text, s
 from megatron_simct.preflight.state import State
 
 MEMORY_WARN = 0.9
-"""Share of the device from which a plan is pointed out."""
+"""Share of the device from which a plan gets a warning."""
 
 
 def plan_student(
@@ -33,14 +33,14 @@ def plan_student(
     parallel: ParallelConfig | None = None,
     engine_batch_size: int | None = None,
 ) -> MemoryPlan:
-    """parallel, engine_batch_size: in the place of those of the run."""
+    """The student's memory plan. parallel and engine_batch_size replace those of the run."""
     config, job = state.config, state.run.student
     parallel, rollout = parallel or config.parallel, config.rollout
     sizes_of = partial(_sizes, bf16=config.training.bf16, attention_backend=config.training.attention_backend)
     sizes = sizes_of(student, config.model, parallel)
     data_parallel_size = max(1, job.world_size // parallel.model_parallel_size)
     share = -(-config.global_batch_size // data_parallel_size)
-    # What a rank has of a micro-batch, and of a step, in sequences.
+    # One rank's part of a micro-batch, and of a step, in sequences.
     context = parallel.context_parallel_size
     sequences, of_step = config.training.micro_batch_size / context, share / context
     if config.training.max_tokens_per_gpu is not None:
@@ -62,7 +62,7 @@ def plan_student(
         prompt_len=rollout.rollout_max_prompt_len,
         response_len=rollout.rollout_max_response_len,
         loss_memory=config.interface.loss_memory_mib << 20,
-        trains_on_given=config.interface.interface == "sft",
+        trains_on_given=not config.samples,
         on_gpu=job.gpus_per_node > 0,
         teacher=(
             sizes_of(teacher, config.teacher, parallel.for_teacher)
@@ -78,7 +78,7 @@ def plan_student(
 
 
 def _adapters(state: State, student: pair.Side) -> dict[Layer, int] | None:
-    """Numbers of each layer's adapters, if these are what is trained."""
+    """Number of each layer's adapter parameters; None if the weights themselves are trained."""
     if not state.config.lora.rank:
         return None
     return state.attempt(

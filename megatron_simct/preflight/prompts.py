@@ -1,4 +1,6 @@
-"""The prompts of a run: whether they can be read, rendered in both chat templates, and are short enough."""
+"""Prompts of a run: they must be readable, both chat templates must render them, and some
+must be short enough.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,10 @@ from megatron_simct.preflight.state import State
 
 
 def check_prompts(state: State, student: pair.Side, teacher: pair.Side | None) -> list[Row]:
-    """The prompts, where they can be read and rendered; else none."""
+    """The prompts. Empty if they cannot be read or rendered."""
     config = state.config
     if config.data.prompt_data is None:
-        return []  # said by the options
+        return []  # the check of options reports it
 
     rows = state.attempt(
         "pair",
@@ -25,8 +27,9 @@ def check_prompts(state: State, student: pair.Side, teacher: pair.Side | None) -
             response_key=config.data.response_key,
             label_key=config.data.label_key,
             chat=config.data.apply_chat_template,
-            need_response=config.interface.interface == "sft",
+            need_response=config.interface.interface == "sft" and config.data.simct_on == "sampled",
             need_label=False,
+            transcripts=config.data.simct_on == "given",
         ),
     )
     if config.data.eval_prompt_data is not None:
@@ -55,6 +58,7 @@ def check_prompts(state: State, student: pair.Side, teacher: pair.Side | None) -
             flag="--prompt-data",
             student_chat=student.chat,
             teachers=[] if teacher is None else [(teacher.tokenizer, teacher.chat)],
+            max_response_len=config.rollout.rollout_max_response_len,
         )
     except ValueError as error:
         message = str(error)
@@ -64,6 +68,8 @@ def check_prompts(state: State, student: pair.Side, teacher: pair.Side | None) -
     state.findings += templates
     share = source.num_skipped / len(looked_at)
     said = f"{len(rows):,} prompts; {share:.1%} of the {len(looked_at)} checked are too long and left out"
+    if source.num_masked:
+        said += f"; {source.num_masked} have no answer that every chat template writes, and are left out"
     own = sum(row.teacher_prompt is not None for row in rows)
     if own and teacher is not None:
         said += f"; in {own:,} rows the teacher has its own prompt"

@@ -1,4 +1,4 @@
-"""Other options that would fit too, and be faster."""
+"""Other options that would also fit, and be faster."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def propose_batch_and_layout(
     alignment_map: AlignmentMap | None,
     device: float,
 ) -> None:
-    """What would fit too, and be faster: more sequences decoded together, less tensor parallelism."""
+    """Propose more sequences decoded together, or less tensor parallelism, if they would also fit."""
     config, world_size = state.config, state.run.student.world_size
     parallel = config.parallel
 
@@ -70,7 +70,9 @@ def propose_batch_and_layout(
 def propose_stages(
     state: State, student: pair.Side, teacher: pair.Side | None, alignment_map: AlignmentMap | None
 ) -> None:
-    """Other layers for the pipeline stages, where one of them has much more to do than the others."""
+    """Propose another number of layers for each pipeline stage, if one stage has much more
+    work than the others.
+    """
     config, parallel = state.config, state.config.parallel
     pp, architecture = parallel.pipeline_model_parallel_size, known(student.architecture)
     if pp == 1 or parallel.num_virtual_stages_per_pipeline_rank > 1 or not _can_run(state, student, parallel):
@@ -111,7 +113,7 @@ def propose_stages(
 
 
 def _can_run(state: State, student: pair.Side, parallel: ParallelConfig) -> bool:
-    """Whether the student and its batch divide over a layout."""
+    """Whether a layout divides the student and its batch."""
     world_size = state.run.student.world_size
     try:
         check_layout(parallel, world_size)

@@ -15,11 +15,11 @@ from megatron_simct.preflight.traffic import Traffic
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was found, and the numbers behind it. Parts that could not be looked at are missing."""
+    """The findings, and the numbers behind them. Parts that could not be checked are missing."""
 
     findings: list[Finding]
     plans: dict[str, MemoryPlan] = field(default_factory=dict)
-    """student and teacher job -> plan."""
+    """Job -> plan."""
     traffic: Traffic | None = None
     coverage: Coverage | None = None
     bias: Bias | None = None
@@ -31,7 +31,7 @@ class Report:
         return any(finding.level == "fail" for finding in self.findings)
 
     def as_json(self) -> dict[str, Any]:
-        """One object; memory in GiB."""
+        """One JSON object; memory in GiB."""
         return {
             "failed": self.failed,
             "findings": [finding.as_json() for finding in self.findings],

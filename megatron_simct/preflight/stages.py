@@ -1,8 +1,8 @@
-"""Which layers each pipeline stage should have: the last one has the LM head and the loss too.
+"""The number of layers of each pipeline stage: the last one also has the LM head and the loss.
 
-Counted are matrix products of a sequence of full length, forward and backward. A layer multiplies each token
-three times with its weights, four times if it is computed again. Of the head every label costs four products
-with the student's rows (logits in two passes, and two gradients) and two with the teacher's.
+The costs are matrix products for a sequence of full length, forward and backward. A layer multiplies each
+token three times with its weights, and four times if it is recomputed. In the head, every label costs four
+products with the student's rows (logits in two passes, and two gradients) and two with the teacher's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_simct.models.layers import Layer, Share
 def layer_operations(layer: Layer, *, hidden_size: int, tokens: int, computed_again: bool) -> float:
     """Operations of one layer, in all tensor-parallel ranks together."""
     weights = layer.parameters(Share(hidden_size=hidden_size))
-    if isinstance(layer.mlp, Experts):  # a token goes through a few of them
+    if isinstance(layer.mlp, Experts):  # each token uses only some of them
         weights -= 3 * hidden_size * layer.mlp.width * (layer.mlp.count - layer.mlp.chosen)
     return (4 if computed_again else 3) * 2.0 * weights * tokens
 
@@ -25,17 +25,18 @@ def layer_operations(layer: Layer, *, hidden_size: int, tokens: int, computed_ag
 def loss_operations(
     *, hidden_size: int, vocab_size: int, teacher_rows: int, teacher_hidden_size: int, labels: int
 ) -> float:
-    """Operations of the LM head and the loss. teacher_rows: of its head, 0 where it sends no hidden
-    states.
+    """Operations of the LM head and the loss. teacher_rows: rows of the teacher's head; 0 if it
+    sends no hidden states.
     """
     return 2.0 * labels * (4 * vocab_size * hidden_size + 2 * teacher_rows * teacher_hidden_size)
 
 
 def even_stages(costs: Sequence[float], *, last: float, stages: int) -> list[int]:
-    """How many consecutive layers each stage has if the stage that does most does as little as it can.
+    """The number of consecutive layers of each stage that makes the largest cost of a stage
+    as small as possible.
 
-    costs: of each layer. last: what the last stage does beside its layers. Stages between the ends have one
-    at least.
+    costs: of each layer. last: what the last stage does beside its layers. A stage between the ends has
+    at least one layer.
     """
     ends = [0.0]
     for cost in costs:
@@ -43,7 +44,9 @@ def even_stages(costs: Sequence[float], *, last: float, stages: int) -> list[int
 
     @cache
     def best(stage: int, start: int) -> tuple[float, float, tuple[int, ...]]:
-        """The most that one of the stages from this one on does, the sum of squares, and their layers."""
+        """The largest cost among the stages from this one on, the sum of squares, and
+        their numbers of layers.
+        """
         if stage == stages - 1:
             does = ends[-1] - ends[start] + last
             return does, does**2, (len(costs) - start,)
@@ -58,7 +61,7 @@ def even_stages(costs: Sequence[float], *, last: float, stages: int) -> list[int
 
 
 def unevenness(layers: Sequence[int], costs: Sequence[float], *, last: float) -> float:
-    """What the stage that does most does, over the mean."""
+    """The largest cost of a stage, divided by the mean."""
     start, done = 0, []
     for count in layers:
         done.append(sum(costs[start : start + count]))
@@ -68,6 +71,6 @@ def unevenness(layers: Sequence[int], costs: Sequence[float], *, last: float) ->
 
 
 def layout_text(layers: Sequence[int]) -> str:
-    """As --pipeline-model-parallel-layout has it."""
+    """The value of --pipeline-model-parallel-layout."""
     stages = ["" if count == 0 else "t" if count == 1 else f"t*{count}" for count in layers]
     return f"E{'|'.join(stages)}L"

@@ -1,4 +1,4 @@
-"""State that the checks of one run share: its options, the findings so far, and what was found sound."""
+"""State that the checks of one run share: its options, the findings so far, and the models that were read."""
 
 from __future__ import annotations
 

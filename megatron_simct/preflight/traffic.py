@@ -1,4 +1,4 @@
-"""Bytes that one step sends between the two jobs, or between the two models where they share ranks."""
+"""Bytes that one step sends between the two jobs, or between the two models if they share ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOGPROB_BYTES = 4
 ID_BYTES = 4
 """Its id, int32."""
 BYTE_EVENT_BYTES = 800
-"""A response token of the interface bytes, in half precision; measured, it depends on the pair a little."""
+"""A response token of the interface bytes, in half precision. Measured; it depends a little on the pair."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +23,9 @@ class Traffic:
     requests: int
     """Token ids, student -> teacher."""
     answers: int
-    """What the interface needs of the teacher."""
+    """The teacher's answers, as the interface needs them."""
     logits: int
-    """What the teacher's whole logits in float16 would be instead."""
+    """The teacher's full logits in float16, for comparison."""
 
 
 def step_traffic(
@@ -39,8 +39,10 @@ def step_traffic(
     value_bytes: int,
     vocab_size: int,
 ) -> Traffic:
-    """teacher_labels, rows: labels of a response in the teacher's tokens, and those whose hidden state is
-    wanted, or their likeliest tokens. value_bytes: of an entry of a hidden state."""
+    """The traffic of one step. teacher_labels: labels of a response in the teacher's tokens. rows:
+    those of them whose hidden state or likeliest tokens the interface needs. value_bytes: of one
+    value of a hidden state.
+    """
     if not needs.teacher:
         return Traffic(requests=0, answers=0, logits=0)
     answer = LABEL_BYTES * teacher_labels

@@ -55,8 +55,8 @@ def check_weights(
 def _describe_quantised(
     state: State, name: str, weights: Path, flag: str, architecture: Architecture
 ) -> None:
-    """What quantised weights take in files and in memory, where the plan counts them as what they
-    become.
+    """Report quantised weights: their size in files, and in memory after dequantisation,
+    which the plan counts.
     """
     label = folder_format(str(weights.parent), flag=f"--{flag}hf-checkpoint")
     if label is None:
@@ -78,7 +78,7 @@ def _describe_quantised(
 
 
 def _check_shards(index: Path, *, flag: str) -> None:
-    """ValueError where a file of the index is missing, as after a download that was cut off."""
+    """Raises ValueError if a file of the index is missing, for example after an interrupted download."""
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

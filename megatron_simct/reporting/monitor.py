@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_simct.alignment.plan import DROP_REASONS
+from megatron_simct.alignment.turns import MASK_REASONS
 from megatron_simct.parallel.initialize import Groups
 from megatron_simct.parallel.reductions import sum_over_ranks
 from megatron_simct.records import AlignedPair, Prompt, Rollout
@@ -38,6 +39,10 @@ COUNTS = (
     "segments_stop",
     "segments_blank",
     "canonical",
+    "turns",
+    "bytes_of_turns",
+    "bytes_between",
+    *(f"bytes_masked_{reason}" for reason in MASK_REASONS),
 )
 """The counts of an AlignedPair that are logged."""
 
@@ -71,11 +76,14 @@ METRICS = {
     "learning_rate": ("", "learning rate of the step"),
     "response_length": ("tokens", "mean length of a response, including its stop token"),
     "stop_rate": ("share of samples", "responses that end in a stop token"),
-    "student_nats_per_byte": ("nats a byte", "surprise of the student at the responses: -log p / bytes"),
-    "teacher_nats_per_byte": ("nats a byte", "surprise of the teacher at the same bytes"),
+    "student_nats_per_byte": ("nats a byte", "the student's -log p of the responses, divided by their bytes"),
+    "teacher_nats_per_byte": (
+        "nats a byte",
+        "the teacher's -log p of the same bytes, divided by their number",
+    ),
     "student_entropy": (
         "nats a label",
-        "surprise of the student at the sampled tokens; an estimate of its entropy at rollout temperature 1 "
+        "the student's -log p of the sampled tokens; an estimate of its entropy at rollout temperature 1 "
         "and top-p 1",
     ),
     "rollout_logprob_gap": (
@@ -91,7 +99,7 @@ METRICS = {
     "rollout_logprob_difference_largest": ("nats", "largest of these differences"),
     "rollout_importance_weight": (
         "",
-        "--rollout-importance-weights: mean weight of the labels; 1 if the training weights have sampled",
+        "--rollout-importance-weights: mean weight of the labels; 1 if the training weights sampled them",
     ),
     "seconds_rollout_tail": (
         "s",
@@ -181,6 +189,24 @@ METRICS = {
     "dropped_no_bytes": ("share of bytes", "dropped: tokens without bytes, in a response without bytes"),
     "dropped_walk": ("share of bytes", "dropped: lost by the walk of SimCT's released code (interface code)"),
     "dropped_invalid_utf8": ("share of bytes", "dropped: bytes that are not UTF-8, and all after them"),
+    "turns": (
+        "responses a row",
+        "--simct-on given: answers, and thinking before them, that are trained on, mean over rows",
+    ),
+    "between_turns": (
+        "share of bytes",
+        "--simct-on given: from the first to the last response, text of others and of the chat template",
+    ),
+    "masked_student_template": (
+        "share of bytes",
+        "--simct-on given: of the assistant's text, what the student's chat template does not write as it is",
+    ),
+    "masked_teacher_template": ("share of bytes", "the same for a teacher's chat template"),
+    "masked_other_text": ("share of bytes", "the same where the teacher's messages have another answer"),
+    "masked_blank": ("share of bytes", "the same: blanks at the ends of an answer that a template strips"),
+    "masked_marks": ("share of bytes", "the same: marks of thinking inside a content"),
+    "masked_tool_calls": ("share of bytes", "the same: calls of tools, as JSON"),
+    "masked_too_long": ("share of bytes", "the same: what does not fit into --rollout-max-response-len"),
     "seconds": ("s", "wall time of the step"),
     "seconds_rollout": ("s", "part of the step spent sampling"),
     "seconds_alignment": ("s", "part of the step spent in alignment"),
@@ -322,7 +348,7 @@ class Throughput:
             len(prompt.student_ids) + len(rollout.student_ids)
             for prompt, rollout in zip(prompts, rollouts, strict=True)
         ]
-        return self._count(lengths, sum(len(rollout.student_ids) for rollout in rollouts)) if lengths else 0.0
+        return self._count(lengths, sum(len(rollout.label_ids) for rollout in rollouts)) if lengths else 0.0
 
 
 def sample_sums(
@@ -389,6 +415,11 @@ def ratios(report: StepReport, samples: dict[str, float], *, sampled: bool) -> d
     if sums.get("num_teacher_labels"):
         for reason in DROP_REASONS:
             values[f"dropped_{reason}"] = _ratio(sums[f"bytes_dropped_{reason}"], sums["bytes"])
+    if sums.get("turns"):
+        values["turns"] = _ratio(sums["turns"], sums["samples"])
+        values["between_turns"] = _ratio(sums["bytes_between"], sums["bytes_between"] + sums["bytes"])
+        for reason in MASK_REASONS:
+            values[f"masked_{reason}"] = _ratio(sums[f"bytes_masked_{reason}"], sums["bytes_of_turns"])
     if "loss_reward_sum" in sums:
         values["loss_reward"] = _ratio(sums["loss_reward_sum"], sums["num_labels"])
         values["reward_clipped"] = _ratio(sums["reward_clipped_sum"], sums["num_labels"])

@@ -71,11 +71,11 @@ class SampleLog:
             )
 
     def _units(self, rollout: Rollout, pair: AlignedPair, losses: np.ndarray) -> list[dict[str, Any]]:
-        num_labels = len(rollout.student_ids)
+        label_ids = rollout.label_ids
         units, position = [], 0
         for ts, te, ss, se in [
             *pair.segments[np.argsort(pair.segments[:, 2])].tolist(),
-            (0, 0, num_labels, num_labels),
+            (0, 0, len(label_ids), len(label_ids)),
         ]:
             spans = [(label, label + 1, 0, 0) for label in range(position, ss)] + [(ss, se, ts, te)] * (
                 se > ss
@@ -83,7 +83,7 @@ class SampleLog:
             for first, last, first_t, last_t in spans:
                 units.append(
                     {
-                        "student": _pieces(self._student, rollout.student_ids[first:last]),
+                        "student": _pieces(self._student, label_ids[first:last]),
                         "teacher": _pieces(self._teacher, pair.teacher_ids[first_t:last_t])
                         if last_t > first_t
                         else [],

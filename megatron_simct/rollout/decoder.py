@@ -97,8 +97,8 @@ class Decoder:
     def _through(
         self, hidden: torch.Tensor, regions: Regions, attend: Callable[[Cache, torch.Tensor], torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The residual after all layers of the stage, and the same after the final norm, if the stage has
-        it.
+        """The residual after all layers of the stage, and the same after the final norm,
+        if the stage has it.
         """
         # Norms 2 i and 2 i + 1 come before the attention and the MLP of layer i. A sum and the norm that
         # follows it are one operation, so the last MLP is followed by the stage's final norm, or by none.

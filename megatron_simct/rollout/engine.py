@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -55,8 +55,8 @@ class StreamingEngine(Protocol):
     """A RolloutEngine that can return responses as they finish."""
 
     def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[list[Rollout]]:
-        """Each response once, in any order, the same on every rank of the model replica; collective over
-        it.
+        """Each response once, in any order, the same on every rank of the model replica;
+        collective over it.
         """
         ...
 
@@ -94,7 +94,7 @@ def responses(
 
 
 class GivenResponses:
-    """The data's own responses, tokenized for the student and ended by its stop token."""
+    """The data's own responses, tokenized for the student and ended by its stop token, or its transcripts."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -106,6 +106,16 @@ class GivenResponses:
         """Given responses do not depend on weights."""
 
     def _rollout(self, prompt: Prompt, max_response_len: int) -> Rollout:
+        if prompt.transcript is not None:
+            given = prompt.transcript.student
+            return Rollout(
+                sample_id=prompt.sample_id,
+                weight_version=-1,
+                student_ids=given.ids,
+                logprobs=np.zeros(len(given.labels), np.float32),
+                finish="stop" if int(given.ids[-1]) in self._tokenizer.table.stop_ids else "length",
+                transcript=prompt.transcript,
+            )
         assert prompt.response is not None, f"sample {prompt.sample_id} has no given response"
         content = self._tokenizer.encode(prompt.response.encode())
         ids = np.append(content, np.int32(self._tokenizer.table.stop_ids[0]))[:max_response_len].astype(
@@ -121,8 +131,8 @@ class GivenResponses:
 
 
 class SharedEngine:
-    """For context parallelism: ranks with the same samples, each of whose engines answers a share of the
-    prompts."""
+    """For context parallelism: ranks with the same samples, each of whose engines answers a
+    share of the prompts."""
 
     def __init__(self, engine: RolloutEngine, group: dist.ProcessGroup) -> None:
         self._engine, self._group = engine, group
@@ -196,7 +206,7 @@ class ReplayEngine:
                 f" ({len(missing)} missing); it was written with other prompts, --seed or batch sizes, or "
                 "with --rollout-oversample, which chooses the samples of a step"
             )
-        return [rollouts[prompt.sample_id] for prompt in prompts]
+        return [replace(rollouts[p.sample_id], transcript=p.transcript) for p in prompts]
 
 
 def write_rollouts(

@@ -61,7 +61,7 @@ class GivenRows:
             for pair in pairs
         ]
         batches = self.pack(prompts, rollouts, pairs, scored)
-        counts = [sum(len(one.student_ids) for one in some) for some in (sampled, rollouts)]
+        counts = [sum(len(one.label_ids) for one in some) for some in (sampled, rollouts)]
         of_sampled, of_given = total(torch.tensor(counts, dtype=torch.int64), self.group).tolist()
         return [_weighted(batch, self.weight * of_sampled / of_given) for batch in batches]
 

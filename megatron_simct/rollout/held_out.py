@@ -18,9 +18,9 @@ from megatron_simct.rollout.engine import RolloutEngine, Sampling
 class Evaluator:
     """Greedy and sampled accuracy of an engine on a fixed set of prompts.
 
-    The sampled draws depend on the seed alone, so two evaluations of one set of weights agree. One rank of
-    each model replica judges the replica's responses, in `right`, so that all ranks have the same
-    result.
+    The sampled draws depend on the seed alone, so two evaluations of one set of weights agree.
+    One rank of each model replica judges the replica's responses, in `right`, so that all ranks
+    have the same result.
     """
 
     def __init__(

@@ -53,8 +53,8 @@ class MegatronEngine:
         before_reading_weights: Callable[[], None] = lambda: None,
         stepping: Stepping | None = None,
     ) -> None:
-        """vocab_size: without padding. batch_size: most sequences that are decoded together; it bounds the KV
-        cache.
+        """vocab_size: without padding. batch_size: most sequences that are decoded together; it
+        bounds the KV cache.
 
         progress: called after each token with the numbers of finished and of all responses of a call.
         before_reading_weights: brings the weights up to date. stepping: None: the default of the device.
@@ -211,8 +211,8 @@ class MegatronEngine:
 
 
 class _Run:
-    """State of one call of `generate` on the device: caches, and the last token and next position of each
-    row.
+    """State of one call of `generate` on the device: caches, and the last token and next
+    position of each row.
     """
 
     def __init__(
@@ -247,8 +247,8 @@ class _Run:
         self._graphs = StepGraphs(self._forward, capture=stepping.graphs and device.type == "cuda" and alone)
 
     def start(self, rows: Sequence[int], sequences: Sequence[_Sequence], lengths: torch.Tensor) -> None:
-        """Register sequences whose prompts, of lengths int64 [R], have been read into these consecutive
-        rows.
+        """Register sequences whose prompts, of lengths int64 [R], have been read into
+        these consecutive rows.
         """
         part = slice(rows[0], rows[-1] + 1)
         self._uniforms[part] = torch.from_numpy(np.stack([sequence.uniforms for sequence in sequences])).to(
@@ -368,8 +368,8 @@ class _Sequence:
 
 
 def _by_prompt(sequences: Sequence[_Sequence]) -> list[list[_Sequence]]:
-    """The samples of each distinct prompt, longest prompts first, so that neighbours in a batch are of like
-    length.
+    """The samples of each distinct prompt, longest prompts first, so that neighbours in a batch
+    are of like length.
     """
     groups: dict[bytes, list[_Sequence]] = {}
     for sequence in sequences:
@@ -380,8 +380,8 @@ def _by_prompt(sequences: Sequence[_Sequence]) -> list[list[_Sequence]]:
 def _admitted(waiting: deque[list[_Sequence]], rows: int, num_active: int) -> list[list[_Sequence]]:
     """Take from `waiting` the prompts that fit into the free rows, all samples of a prompt at once.
 
-    Takes none before an eighth of the rows is free: a forward pass for one prompt costs nearly as much as for
-    several.
+    Takes none before an eighth of the rows is free: a forward pass for one prompt costs nearly as
+    much as for several.
     """
     if waiting and len(waiting[0]) > rows:  # a prompt with more samples than rows comes in parts
         samples = waiting.popleft()
@@ -397,8 +397,8 @@ def _admitted(waiting: deque[list[_Sequence]], rows: int, num_active: int) -> li
 
 
 def _passes(groups: Sequence[list[_Sequence]]) -> list[list[list[_Sequence]]]:
-    """Cut into parts of at most PREFILL_TOKENS padded prompt tokens each; groups are sorted, the longest
-    first.
+    """Cut into parts of at most PREFILL_TOKENS padded prompt tokens each; groups are
+    sorted, the longest first.
     """
     passes: list[list[list[_Sequence]]] = []
     for samples in groups:

@@ -214,8 +214,8 @@ class Oversampling:
             self._open[group.number] = group
 
     def _topped_up(self) -> tuple[int, list[int], dict[int, Group]]:
-        """The state after new groups are begun: the next group, open groups of each rank, and groups of this
-        rank."""
+        """The state after new groups are begun: the next group, open groups of each rank, and
+        groups of this rank."""
         size = self._share + self._more
         wanted = [max(0, size - count) for count in self._counts]
         following = self._next

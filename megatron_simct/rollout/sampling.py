@@ -105,8 +105,8 @@ def nucleus_cutoff(
 def _invert_cdf(
     weights: torch.Tensor, uniforms: torch.Tensor, group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The local column that holds the uniform's quantile [B], and whether this rank is the one that holds it
-    [B].
+    """The local column that holds the uniform's quantile [B], and whether this rank is the
+    one that holds it [B].
     """
     cumulative = weights.cumsum(dim=1, dtype=torch.float64)
     mass = cumulative[:, -1].contiguous()

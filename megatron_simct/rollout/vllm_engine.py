@@ -478,8 +478,8 @@ _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 
 
 def held_whole(checksums: Mapping[str, str]) -> dict[str, set[str]]:
-    """Name -> SHA-256 of the bytes of each tensor that no rank has a part of: one, or several if replicas
-    differ.
+    """Name -> SHA-256 of the bytes of each tensor that no rank has a part of: one, or several
+    if replicas differ.
 
     checksums: "dpD:ppP:pcpC:tpT:NAME" -> SHA-256. A tensor that ranks of one replica hold otherwise is one
     that they share.
@@ -514,8 +514,8 @@ def _tensors(folder: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _digests(sent: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, str]]:
-    """SHA-256 of each tensor, and of those that are held as one, by the names that the server has for
-    them.
+    """SHA-256 of each tensor, and of those that are held as one, by the names that the
+    server has for them.
     """
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in sent:

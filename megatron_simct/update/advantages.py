@@ -25,9 +25,9 @@ class Advantages:
     of_samples: dict[int, float]
     """By sample id, for the samples of this rank."""
     metrics: dict[str, float]
-    """reward (mean), reward_spread (mean over groups of the standard deviation), reward_silent (share of
-    groups whose rewards are all the same, which teach nothing), reward_failed (share of responses without
-    one)."""
+    """reward (mean), reward_spread (mean over groups of the standard deviation), reward_silent
+    (share of groups whose rewards are all the same, which teach nothing), reward_failed (share of
+    responses without one)."""
 
 
 def group_advantages(rewards: np.ndarray, group_size: int) -> np.ndarray:

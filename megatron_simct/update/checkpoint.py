@@ -132,8 +132,8 @@ class Checkpoints:
         average: Average | None = None,
         carried_over: CarriedOver | None = None,
     ) -> None:
-        """dp: ranks with the same weights, each of which writes or reads a share of them, if that is
-        configured.
+        """dp: ranks with the same weights, each of which writes or reads a share of them, if
+        that is configured.
 
         in_background: `save` returns once it has a copy of all that is written; `finish` waits for the
         rest. before_reading_weights: brings them up to date. retain: checkpoints to keep, None for all.
@@ -194,8 +194,8 @@ class Checkpoints:
     def resume(
         self, directory: str, *, step: int | None = None, verified: bool = True
     ) -> tuple[int, dict[str, tuple[Any, Any]]]:
-        """Restore the newest checkpoint of the directory; its iteration, and the options that differ (its,
-        ours).
+        """Restore the newest checkpoint of the directory; its iteration, and the options that
+        differ (its, ours).
 
         step: that iteration instead. verified: see `check`. Raises ValueError, naming the flag and the
         directory, if there is none, or if it holds weights only, is damaged, or belongs to another model,
@@ -243,8 +243,8 @@ class Checkpoints:
     def _state(self, iteration: int, *, is_loading: bool, rng: str | None = "tensors") -> dict[str, Any]:
         """What is saved, or requested. Before its first step an optimizer has no state.
 
-        rng: the form of the random state there: "tensors", "object" (of earlier versions), or None to skip
-        it.
+        rng: the form of the random state there: "tensors", "object" (of earlier versions),
+        or None to skip it.
         """
         model = self._model.sharded_state_dict()
         state: dict[str, Any] = {"model": _trained(model)}
@@ -327,8 +327,8 @@ def has_checkpoint(directory: str) -> bool:
 
 
 def saved_options(directory: str) -> dict[str, Any]:
-    """Every option of the run that wrote DIR's newest checkpoint, by its key; empty if there is none to
-    resume.
+    """Every option of the run that wrote DIR's newest checkpoint, by its key; empty if
+    there is none to resume.
     """
     try:
         _, path = newest_checkpoint(directory, flag="--load")
@@ -551,8 +551,8 @@ def _of_step(directory: str, step: int) -> tuple[int, Path]:
 
 
 def newest_checkpoint(directory: str, *, flag: str) -> tuple[int, Path]:
-    """The iteration and the folder of the newest checkpoint. Raises ValueError, naming the flag, if there is
-    none.
+    """The iteration and the folder of the newest checkpoint. Raises ValueError, naming the
+    flag, if there is none.
     """
     try:
         named = (Path(directory) / TRACKER).read_text().strip()
@@ -567,8 +567,8 @@ def newest_checkpoint(directory: str, *, flag: str) -> tuple[int, Path]:
 
 
 class Write:
-    """A checkpoint that is being written, under a temporary name. `finish` renames it and then updates the
-    tracker.
+    """A checkpoint that is being written, under a temporary name. `finish` renames it and then
+    updates the tracker.
     """
 
     def __init__(
@@ -780,8 +780,8 @@ def _rng_state() -> dict[str, torch.Tensor]:
 
 
 def _set_rng_state(state: dict[str, Any]) -> None:
-    """Restore the result of `_rng_state`, or that of an earlier version, with a dictionary of tracker
-    states.
+    """Restore the result of `_rng_state`, or that of an earlier version, with a
+    dictionary of tracker states.
     """
     tracker = {
         name.removeprefix("tracker."): value for name, value in state.items() if name.startswith("tracker.")

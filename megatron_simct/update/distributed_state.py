@@ -1,5 +1,5 @@
-"""Converts the state of Megatron's distributed optimizer to and from a plain optimizer's form in a
-checkpoint.
+"""Converts the state of Megatron's distributed optimizer to and from a plain optimizer's
+form in a checkpoint.
 
 The distributed optimizer cuts a flat buffer of all parameters into one piece for each data-parallel rank,
 wherever the cuts fall. In a checkpoint each parameter's state is a tensor of the parameter's shape, under the

@@ -38,15 +38,15 @@ def without_units(batch: MicroBatch) -> MicroBatch:
 
 
 def gradients(optimizer: MegatronOptimizer) -> list[list[torch.Tensor]]:
-    """Copies of the gradients that count for this rank's part of the norm, by optimizer of a chain, after
-    `prepare_grads`.
+    """Copies of the gradients that count for this rank's part of the norm, by optimizer of a chain,
+    after `prepare_grads`.
     """
     return [[one.clone() for one in _of_norm(part)] for part in parts_of(optimizer)]
 
 
 def _of_norm(part: MegatronOptimizer) -> list[torch.Tensor]:
-    """The gradients that count for this rank's part of the norm. megatron-core 0.19 has renamed the
-    method.
+    """The gradients that count for this rank's part of the norm. megatron-core 0.19 has
+    renamed the method.
     """
     found = getattr(part, "get_main_grads_for_grad_norm", None) or part.get_grads_for_grad_norm
     return found()

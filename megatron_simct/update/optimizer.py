@@ -55,8 +55,8 @@ def wrap_data_parallel(
 
 
 def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
-    """Bring the weights up to date on every rank, if --overlap-param-gather leaves that to the next forward
-    pass.
+    """Bring the weights up to date on every rank, if --overlap-param-gather leaves that to
+    the next forward pass.
 
     For code that reads them without a forward pass. Collective over the data-parallel groups; a second call
     has no effect.

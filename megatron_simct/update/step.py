@@ -1,5 +1,5 @@
-"""The update: forward and backward through Megatron's schedule, one division, one finite check, one optimizer
-step.
+"""The update: forward and backward through Megatron's schedule, one division, one finite check,
+one optimizer step.
 
 The loss function returns sums. Megatron adds up the label counts of all micro-batches and data-parallel ranks
 and divides every gradient once by that number (finalize_model_grads): the result does not depend on how a
@@ -143,8 +143,8 @@ class Updater:
     def step(self, batches: Sequence[MicroBatch]) -> StepReport:
         """One optimizer step on all micro-batches of all ranks. Collective over the whole job.
 
-        Raises NonFiniteError, on every rank and before any weight changes, for a loss or gradient that is not
-        finite.
+        Raises NonFiniteError, on every rank and before any weight changes, for a loss or gradient
+        that is not finite.
         """
         interval, of_one_to_one = self._gradient_parts_interval, None
         if interval and (self._scheduler.num_steps + 1) % interval == 0:

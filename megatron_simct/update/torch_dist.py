@@ -1,5 +1,5 @@
-"""Writes and reads checkpoints of the format torch_dist: hashed while they are written, read without
-unpickling.
+"""Writes and reads checkpoints of the format torch_dist: hashed while they are written, read
+without unpickling.
 
 Three parts of the format are pickles. `.metadata` is unpickled by megatron-core through torch, which would
 call whatever the file names: here it is read by `MetadataReader`, which knows the dozen classes that such a
@@ -74,8 +74,8 @@ OWN_WRITER: dict[str, Any] = (
     if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
     else {}
 )
-"""For dist_checkpointing.save: megatron-core's own writer, where later versions would take that of another
-package.
+"""For dist_checkpointing.save: megatron-core's own writer, where later versions would take that
+of another package.
 """
 
 
@@ -256,8 +256,8 @@ class HashingStrategy(torch_strategies.TorchDistSaveShardedStrategy):
 
 
 def _write_here(writer: Any, rank: int, write_buckets: Any, results: Any) -> None:
-    """megatron-core's writing of files, one by one in this thread, instead of in a forked process for
-    each.
+    """megatron-core's writing of files, one by one in this thread, instead of in a
+    forked process for each.
     """
     transforms = [writer.transforms] if hasattr(writer, "transforms") else []
     written: Any = {}

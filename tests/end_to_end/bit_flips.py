@@ -1,6 +1,7 @@
-"""Single bits of a checkpoint's files, flipped at random: none passes the verification, none is trained on.
+"""Flips single bits of a checkpoint's files at random: the verification must find each, and no
+run may train on one.
 
-python -m tests.end_to_end.bit_flips 1000 [--through-train 20] [--seed S]
+    python -m tests.end_to_end.bit_flips 1000 [--through-train 20] [--seed S]
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tests.tiny import build_files, command_line
 
 
 def flip(path: Path, bit: int) -> None:
-    """Turn one bit over; once more turns it back."""
+    """Flip one bit; a second flip restores it."""
     with path.open("r+b") as file:
         file.seek(bit // 8)
         (byte,) = file.read(1)
@@ -27,7 +28,7 @@ def flip(path: Path, bit: int) -> None:
 
 
 def chosen(folder: Path, count: int, dice: random.Random) -> list[tuple[Path, int]]:
-    """Files in turn, so that all are hit, each with a bit."""
+    """Each file in turn, so that all are used, and a random bit of it."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     picked = [files[number % len(files)] for number in range(count)]
     return [(path, dice.randrange(8 * path.stat().st_size)) for path in picked]
@@ -36,7 +37,7 @@ def chosen(folder: Path, count: int, dice: random.Random) -> list[tuple[Path, in
 def unnoticed(
     rank: int, world_size: int, folder: Path, flips: list[tuple[Path, int]]
 ) -> list[tuple[str, int]]:
-    """The flips that `verify` does not find, or finds in another file."""
+    """The flips that `verify` does not find, or reports for another file."""
     sound = verify(folder)
     assert sound is not None and sound.damage is None
     missed = []
@@ -50,7 +51,7 @@ def unnoticed(
 
 
 def flips_in_one_process(folder: Path, count: int, *, seed: int) -> str:
-    """What was found in a checkpoint. AssertionError where a flip passes."""
+    """A summary of the flips in a checkpoint. Raises AssertionError if one is not found."""
     flips = chosen(folder, count, random.Random(seed))
     ((missed),) = run_ranks(1, unnoticed, folder, flips, timeout_s=3600)
     assert not missed, missed
@@ -58,7 +59,7 @@ def flips_in_one_process(folder: Path, count: int, *, seed: int) -> str:
 
 
 def flips_through_train(save: Path, argv: list[str], count: int, *, seed: int) -> str:
-    """The same, where the command is to resume. The tracker is among the files."""
+    """The same, with a command that resumes. The tracker is among the files."""
     folder = save / f"iter_{int((save / TRACKER).read_text()):07d}"
     flips = [
         *chosen(folder, max(0, count - 2), random.Random(seed)),

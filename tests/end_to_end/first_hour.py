@@ -1,6 +1,6 @@
-"""Run every command of the quick start and of a first hour as a newcomer does; compare what each prints.
+"""Run every command of the quick start and of a first hour as a newcomer does; compare the output of each.
 
-Needs nothing but Python: the first command makes the environment. Runs in the current folder, a checkout.
+It needs only Python: the first command makes the environment. It runs in the current folder, a checkout.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> None:
     for command, expected in steps:
         begin = time.monotonic()
         printed = run(command)
-        if "Held-out accuracy" in expected:  # its last table; before it, the three runs' own lines
+        if "Held-out accuracy" in expected:  # its last table; the lines before it are those of the three runs
             printed = printed[printed.index("   Held-out accuracy") :]
         if not same_but_for_numbers(expected, printed):
             sys.exit(f"first_hour: {command}\nthe page prints\n{expected}\nfound was\n{printed}")

@@ -1,9 +1,9 @@
 """kill -9 at N random moments of a tiny run, restarted until it is done, against an undisturbed run.
 
-The seed chooses each moment: a hop (in turn, so that all are hit), one of its calls in the three steps that
-follow a restart, a rank, and how long after the call began, up to the time that such a call takes. Each
-attempt forks fresh processes from this one, which has trained nothing. Where one rank is killed the others
-are killed after it, as torchrun does. Then metrics (timing apart), weights, optimizer and random state must
+The seed chooses each moment: a hop (in turn, so that all are used), one of its calls in the three steps that
+follow a restart, a rank, and a delay after the start of the call, up to the time that such a call takes. Each
+attempt forks fresh processes from this one, which has trained nothing. If one rank is killed, the others are
+killed after it, as torchrun does. At the end metrics (except times), weights, optimizer and random state must
 be equal bit by bit.
 """
 
@@ -42,7 +42,7 @@ HOPS: dict[str, tuple[Any, str]] = {
     "scoring": (ColocatedScorer, "collect"),
     "publish": (Write, "finish"),
 }
-"""What is wrapped to know where a process is."""
+"""The methods that are wrapped to know which hop a process is in."""
 
 SAVE_INTERVAL = 2
 
@@ -110,16 +110,16 @@ def attempt(
 
 
 def verify(folder: Path, *, kills: int, seed: int, processes: int, flags: Sequence[str] | None = None) -> str:
-    """Run, kill, restart, compare; one line that says what was verified. AssertionError where it does not
-    hold.
+    """Run, kill, restart, compare. Returns one line that says what was verified. Raises
+    AssertionError on a difference.
 
-    flags: of the run; without them, tensor parallelism over all processes.
+    flags: of the run. Without them, all processes are tensor-parallel.
     """
     flags = ("--tensor-model-parallel-size", str(processes)) if flags is None else flags
     files = folder / "files"
     files.mkdir()
     build_files(files)
-    # An attempt is killed within three steps, so it brings the run forward by at most one checkpoint.
+    # An attempt is killed within three steps, so the run advances by at most one checkpoint.
     steps = SAVE_INTERVAL * (kills + 1)
     argv = {
         name: command_line(
@@ -160,7 +160,7 @@ def _moments(
     for number in range(kills):
         hop = list(HOPS)[number % len(HOPS)]
         calls = 1 if hop in ("save", "publish") else (SAVE_INTERVAL + 1) * len(seconds[hop]) // steps
-        # The run may have only SAVE_INTERVAL steps left at the last kill.
+        # At the last kill the run may have only SAVE_INTERVAL steps left.
         calls = min(calls, SAVE_INTERVAL * len(seconds[hop]) // steps) if number == kills - 1 else calls
         typical = sorted(seconds[hop])[len(seconds[hop]) // 2]
         moments.append(
@@ -181,7 +181,8 @@ def main() -> None:
     parser.add_argument("kills", type=int, metavar="N")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--processes", type=int, default=2, choices=(1, 2), help="tensor-parallel ranks")
-    options, flags = parser.parse_known_args()  # the others are of the run, in the place of its layout
+    # the other arguments are flags of the run, instead of its layout
+    options, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         text = verify(
             Path(folder),

@@ -1,17 +1,18 @@
-"""tools/evaluate.py beside lm-eval: the same responses get the same grades, the same model the same
-responses.
+"""tools/evaluate.py beside lm-eval: the same responses get the same grades, and the same model gives
+the same responses.
 
     python -m tests.end_to_end.lm_eval_harness --gsm8k test.jsonl --mbpp sanitized-mbpp.json --model DIR
 
-1. Responses that are right, wrong or badly ended, made from the data sets' own solutions, go through
-   lm-eval's tasks gsm8k, humaneval and mbpp (zero-shot, its prompts, filters and metrics) and through
+1. Right, wrong and badly ended responses, made from the data sets' own solutions, go through lm-eval's tasks
+   gsm8k, humaneval and mbpp (zero-shot, its prompts, filters and metrics) and through
    tools/evaluate.py --responses.
-2. A model goes from a Hugging Face folder to a checkpoint and back. On the export lm-eval's `hf` backend
-   (transformers) and tools/evaluate.py (the engine, TP3) answer the first problems of GSM8K greedily, and
-   both are graded.
+2. A model is converted from a Hugging Face folder to a checkpoint and back. On the export lm-eval's `hf`
+   backend (transformers) and tools/evaluate.py (the engine, TP3) answer the first problems of GSM8K greedily,
+   and both are graded.
 
-Every grade of every problem has to be equal. Exit code 1 and the first differences where one is not.
-lm-eval runs programs with a metric that is downloaded from a hub; a stand-in runs them here, in a child each.
+Every grade of every problem must be equal. Otherwise the exit code is 1, and the first differences are
+printed. lm-eval runs programs with a metric that is downloaded from a hub. Here a stand-in runs each
+in a child process.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ METRICS = {
 """lm-eval's name of each metric, and ours."""
 PROGRAM_S = 20
 TP = 3
-"""SmolLM2-135M has 9 heads, 3 of keys and values."""
+"""SmolLM2-135M has 9 heads, and 3 of keys and values."""
 
 Rows = list[dict[str, Any]]
 
@@ -71,7 +72,7 @@ def main() -> None:
             if options.model:
                 compare_model(options.model, rows[: options.questions], options.max_response_len, work)
         if options.mbpp:
-            # lm-eval knows the unsanitized file: `text`, three tests, no imports.
+            # lm-eval expects the unsanitized file: `text`, three tests, no imports.
             rows = [
                 {**row, "text": row["prompt"]}
                 for row in json.loads(options.mbpp.read_text())
@@ -170,8 +171,8 @@ def lm_eval_grades(
     from lm_eval.evaluator import simple_evaluate
 
     class Given(LM):
-        """Answers with the responses in the order of the rows, cut at the task's stop strings as every
-        backend does.
+        """A model that answers with the given responses in the order of the rows, cut at the task's stop
+        strings as every backend does.
         """
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
@@ -212,7 +213,7 @@ def lm_eval_grades(
 
 
 def our_grades(name: str, rows: Rows, folder: Path, *flags: Any, ranks: int = 1) -> dict[str, list[bool]]:
-    """Those of tools/evaluate.py."""
+    """The grades of tools/evaluate.py."""
     data = folder.with_suffix(".jsonl")
     _write_lines(data, rows)
     start = (
@@ -244,7 +245,9 @@ def _report(what: str, theirs: dict[str, list[bool]], ours: dict[str, list[bool]
 def _run_programs(
     references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,)
 ) -> Any:
-    """What the metric `code_eval` computes for one prediction each: the share of programs that end well."""
+    """The result of the metric `code_eval` for one prediction each: the share of programs
+    that end without error.
+    """
     passed = []
     for reference, (prediction,) in zip(references, predictions, strict=True):
         program = [sys.executable, "-I", "-c", f"{prediction}\n{reference}"]

@@ -1,11 +1,11 @@
-"""What slurm.sh verifies, on the Slurm that it has set up.
+"""The checks of slurm.sh, on the Slurm that it has set up.
 
 The quick-start pair, from checkpoints of a few steps, through `python -m megatron_simct.launch`:
 
-    one job           pre-empted by a job of higher priority, queued again, resumed: metrics as if nothing had
-                      happened
-    heterogeneous     the teacher on one node, the student on the other; told to stop, queued again, resumed
-                      to the end
+    one job           pre-empted by a job of higher priority, queued again, resumed: the same metrics as an
+                      undisturbed run
+    heterogeneous     the teacher on one node, the student on the other; stopped, queued again, resumed to the
+                      end
     cancelled         no process of either component is left
 """
 
@@ -27,7 +27,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 ITERATIONS = 100
 TOKEN = "hf_" + "9fQ2" * 8
-"""A secret where jobs are launched, which they inherit."""
+"""A secret in the environment from which jobs are launched; they inherit it."""
 WAIT_S = 600.0
 
 
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def quick_start(folder: Path) -> dict[str, Any]:
-    """Sections student and teacher of the quick start's pair, from a few steps of each."""
+    """Sections student and teacher of the quick start's pair, after a few steps of each."""
     command = [
         sys.executable,
         "examples/quickstart/run.py",
@@ -72,7 +72,7 @@ def quick_start(folder: Path) -> dict[str, Any]:
 
 
 def write_run(folder: Path, name: str, pair: dict[str, Any], *, kind: str, with_teacher: bool) -> Path:
-    """A run file; without a teacher job the teacher is on the student's ranks."""
+    """Write a run file. Without a teacher job the teacher is on the student's ranks."""
     size = {"cpus_per_node": 1}
     run: dict[str, Any] = {
         "run_dir": str(folder / name),
@@ -90,7 +90,7 @@ def write_run(folder: Path, name: str, pair: dict[str, Any], *, kind: str, with_
 
 
 def one_job(folder: Path, pair: dict[str, Any]) -> int:
-    """Pre-empted and resumed against undisturbed; the step after which it was pre-empted."""
+    """A pre-empted and resumed run against an undisturbed one; returns the step of the pre-emption."""
     launch(write_run(folder, "undisturbed", pair, kind="local", with_teacher=False))
     path = write_run(folder, "preempted", pair, kind="slurm", with_teacher=False)
     launch(path)
@@ -108,7 +108,7 @@ def one_job(folder: Path, pair: dict[str, Any]) -> int:
 
 
 def heterogeneous(folder: Path, pair: dict[str, Any]) -> int:
-    """Both components, told to stop and resumed; the step after which it stopped."""
+    """Both components, stopped and resumed; returns the step of the stop."""
     path = write_run(folder, "both", pair, kind="slurm", with_teacher=True)
     launch(path)
     wait("the first step", lambda: steps(folder / "both") >= 1)
@@ -120,7 +120,7 @@ def heterogeneous(folder: Path, pair: dict[str, Any]) -> int:
     assert len(secrets) == 2
     commands = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
     assert not [command for command in commands if any(secret in command for secret in {TOKEN, *secrets})]
-    # What Slurm sends to the job's script when grace_s seconds of its time are left.
+    # The signal that Slurm sends to the job's script when grace_s seconds of its time are left.
     tell_to_stop(folder / "both", "scancel", "--batch", "--signal=USR1", number)
     wait("the job to be queued again", lambda: "queued again" in log(folder / "both"))
     stopped = int((folder / "both" / "checkpoint" / "latest_checkpointed_iteration.txt").read_text())
@@ -130,7 +130,7 @@ def heterogeneous(folder: Path, pair: dict[str, Any]) -> int:
     assert [row["iteration"] for row in rows] == list(range(1, ITERATIONS + 1))
     reference = [row for row in metrics(folder / "undisturbed") if row["kind"] == "step"]
     gaps = [abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(rows, reference, strict=True)]
-    # What the teacher sends is rounded to bfloat16; the responses are equal until a rounding tips a sample.
+    # The teacher's answers are rounded to bfloat16; responses are equal until a rounding changes a sample.
     assert gaps[0] < 5e-3, gaps[0]
     shown = launch("logs", path)
     assert "[teacher-0]  teacher replica 0 of 1 at tcp://" in shown and "[student-0]  iteration " in shown
@@ -152,8 +152,9 @@ def cancelled(folder: Path, pair: dict[str, Any]) -> None:
 
 
 def tell_to_stop(run: Path, *command: str) -> None:
-    """After the third step: the student stands still until what the command causes has reached it, so that it
-    is not done before."""
+    """Stop the job after the third step. The student is suspended until the signal has reached it, so that it
+    does not finish first.
+    """
     wait("the first steps", lambda: steps(run) >= 3)
     students = [process for process in processes(run) if is_student(process)]
     for process in students:
@@ -168,15 +169,13 @@ def tell_to_stop(run: Path, *command: str) -> None:
 
 
 def is_student(process: psutil.Process) -> bool:
-    """One that trains; torchrun, which has the same arguments behind its own, goes on."""
+    """Whether a process is a rank that trains, and not torchrun, which has the same arguments."""
     arguments = process.cmdline()
     return "megatron_simct.train" in arguments and "torch.distributed.run" not in arguments
 
 
 def has_reached(process: psutil.Process, number: signal.Signals) -> bool:
-    """Whether a process that stands still was sent the signal; Slurm wakes some of those that it tells to
-    end.
-    """
+    """Whether a suspended process was sent the signal. Slurm wakes some of the processes that it signals."""
     if not process.is_running() or process.status() != psutil.STATUS_STOPPED:
         return True
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
@@ -184,13 +183,14 @@ def has_reached(process: psutil.Process, number: signal.Signals) -> bool:
 
 
 def launch(*arguments: str | Path) -> str:
-    """python -m megatron_simct.launch; what it prints."""
+    """Run python -m megatron_simct.launch; returns its output."""
     return call(sys.executable, "-m", "megatron_simct.launch", *map(str, arguments))
 
 
 def call(*command: str) -> str:
-    """What it prints. Slurm's own commands fail now and then where a machine is busy: squeue and sinfo, which
-    change nothing, are asked again."""
+    """Run a command; returns its output. Slurm's own commands sometimes fail on a busy machine: squeue and
+    sinfo, which change nothing, are repeated.
+    """
     deadline = time.monotonic() + (WAIT_S if command[0] in ("squeue", "sinfo") else 0.0)
     while True:
         result = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, cwd=ROOT)
@@ -220,7 +220,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def steps(run: Path) -> int:
-    """Lines of metrics so far; of a run that fails, its logs."""
+    """Number of lines of metrics so far. If the run has failed, its logs are shown."""
     path = run / "student" / "metrics.jsonl"
     if path.exists():
         return len(path.read_text().splitlines())
@@ -235,7 +235,7 @@ def log(run: Path) -> str:
 
 
 def processes(run: Path) -> list[psutil.Process]:
-    """Those whose command line names the run."""
+    """Processes whose command line contains the run's folder."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         arguments = process.info["cmdline"] or []
@@ -245,9 +245,7 @@ def processes(run: Path) -> list[psutil.Process]:
 
 
 def assert_private(run: Path) -> None:
-    """Nobody else can enter the run's folder, nor read what lies in it; secrets are in the files of keys
-    alone.
-    """
+    """No other user can enter the run's folder or read its files. Secrets are only in the key files."""
     assert run.stat().st_mode & 0o777 == 0o700
     files = [path for path in run.rglob("*") if path.is_file()]
     secrets = {secret for path in files if path.name.endswith("_key.json") for secret in keys_of(path)}
@@ -259,7 +257,7 @@ def assert_private(run: Path) -> None:
 
 
 def keys_of(file: Path) -> set[str]:
-    """The secret ones."""
+    """The secret keys."""
     return {value for name, value in json.loads(file.read_text()).items() if name.endswith("_secret")}
 
 

@@ -1,18 +1,18 @@
-"""What soak.sh runs: a launcher with a student (two ranks) and two teacher replicas, disturbed until the time
-is over.
+"""The test of soak.sh: a launcher with a student (two ranks) and two teacher replicas, disturbed
+until the time is over.
 
     kill          kill -9 of one process of the student or the teacher; torchrun starts the job again
     crash         kill -9 of the launcher and of everything below it, as when a machine loses its power
     interrupt     SIGINT to the launcher: the student saves, and the launcher is started again
     stop          SIGSTOP of one process, and SIGCONT later
-    link          the proxy between student and teacher passes nothing on for a while; half of the time it
-                  also closes its connections
+    link          the proxy between student and teacher stops forwarding for a while; half of the time it also
+                  closes its connections
     disk          the disk of the run is full for a while
     clock         the clock that all processes see jumps, forwards or backwards
 
-A round is one run of STEPS steps. At its end metrics, weights, optimizer and random state are those of an
-undisturbed run, bit by bit. For that the teacher computes each sample alone: its batches depend on when
-requests arrive.
+A round is one run of STEPS steps. At its end metrics, weights, optimizer and random state equal those of
+an undisturbed run bit by bit. Therefore the teacher computes each sample alone: its batches depend on
+when requests arrive.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ TEACHER_TOKENS = 200
 """Token limit of one teacher batch: above one sample (112 of prompt, at most 64 of response), below two."""
 PROMPT = "How many marbles has Nora, and how many has Anna? " * 4
 STUCK_S = 600.0
-"""Without a step for so long nothing heals any more."""
+"""A run that makes no step for this long is stuck."""
 
 
 class Proxy(threading.Thread):
-    """Passes TCP connections on to a port of this host, unless the link is cut."""
+    """Forwards TCP connections to a port of this host, unless the link is cut."""
 
     def __init__(self, target: int) -> None:
         super().__init__(daemon=True)
@@ -69,7 +69,7 @@ class Proxy(threading.Thread):
             try:
                 far = socket.create_connection(("127.0.0.1", self._target), timeout=5)
                 far.settimeout(None)
-            except OSError:  # the teacher is not there now
+            except OSError:  # the teacher is not running now
                 near.close()
                 continue
             self._pairs.append((near, far))
@@ -101,7 +101,7 @@ class Proxy(threading.Thread):
 
 
 class Round:
-    """One run under disturbances, in a folder of its own."""
+    """One run with disturbances, in its own folder."""
 
     def __init__(
         self, folder: Path, files: Path, weights: tuple[str, ...], logs: Path, dice: random.Random
@@ -110,7 +110,7 @@ class Round:
         self.log = logs / f"{folder.name}.log"
         self.done: Counter[str] = Counter()
         first = _free_port()
-        ports = [first, first + 1]  # as replicas bind
+        ports = [first, first + 1]  # the ports at which replicas bind
         self._proxies = [Proxy(port) for port in ports]
         for proxy in self._proxies:
             proxy.start()
@@ -183,7 +183,7 @@ class Round:
             )
 
     def run(self, disturbances: dict[str, Callable[[Round], None]]) -> None:
-        """Until the student has made all its steps."""
+        """Run until the student has made all its steps."""
         self.start()
         last, since = -1, time.monotonic()
         while True:
@@ -208,8 +208,8 @@ class Round:
                 disturbances[name](self)
 
     def _pause(self) -> None:
-        """A few seconds; half of the time until the next step, or a run that starts again would never come to
-        one.
+        """Wait a few seconds. Half of the time, wait until the next step: a run that always starts again
+        would never make one.
         """
         time.sleep(self._dice.uniform(1.0, 6.0))
         wants_step, before, deadline = self._dice.random() < 0.5, self.steps(), time.monotonic() + 60
@@ -223,7 +223,7 @@ class Round:
             time.sleep(0.2)
 
     def processes(self) -> list[psutil.Process]:
-        """Ranks of the student and of the teacher."""
+        """The ranks of the student and of the teacher."""
         assert self._launcher is not None
         with contextlib.suppress(psutil.NoSuchProcess):
             below = psutil.Process(self._launcher.pid).children(recursive=True)
@@ -286,7 +286,7 @@ class Round:
         self._set_clock(self._dice.choice([-86400, -3600, -60, 60, 3600, 86400]))
 
     def _set_clock(self, offset_s: int) -> None:
-        """In place: the processes have the file mapped."""
+        """Write in place: the processes have mapped the file."""
         with self._clock.open("r+b" if self._clock.exists() else "wb") as file:
             file.write(offset_s.to_bytes(8, sys.byteorder, signed=True))
 
@@ -311,7 +311,9 @@ def _is_rank(process: psutil.Process) -> bool:
 
 
 def _processes_of(run: Path) -> list[psutil.Process]:
-    """All whose command line names the run's folder; a process that a rank forked has the rank's."""
+    """All processes whose command line contains the run's folder. A process forked by a rank has the
+    rank's command line.
+    """
     return [
         process
         for process in psutil.process_iter(["cmdline"])
@@ -320,7 +322,7 @@ def _processes_of(run: Path) -> list[psutil.Process]:
 
 
 def _free_port() -> int:
-    """A port whose next one is free too: replica 1 binds to it."""
+    """A port whose successor is also free: replica 1 binds to that."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
 

@@ -1,5 +1,5 @@
-"""The command on Hugging Face folders of both sides: weights, tokenizer, stop ids and chat template of
-each.
+"""The command with Hugging Face folders on both sides: weights, tokenizer, stop ids and
+chat template of each.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def test_two_steps_from_folders_alone(files, tmp_path, prompts) -> None:
         for step in metrics[name]:
             assert step["loss"] > 0 and step["rollout_logprob_gap"] < 1e-4
             assert 0 < step["coverage_one_to_one"] + step["coverage_unit"] <= 1
-    # The weights of the folder do not depend on the layout, so neither does the first step.
+    # The folder's weights do not depend on the layout, so the first step does not either.
     for name in ("tp2", "pp2"):
         for metric in ("loss", "grad_norm"):
             assert metrics[name][0][metric] == pytest.approx(metrics["one"][0][metric], rel=1e-5)
@@ -105,7 +105,7 @@ def test_two_steps_from_folders_alone(files, tmp_path, prompts) -> None:
 def _on_day(
     rank: int, world_size: int, argv: list[str], days: list[str], command: Any = main
 ) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the command, when the clock of each rank shows its day."""
+    """Exit code, stdout and stderr of the command, if the clock of each rank shows its day."""
 
     class Clock(datetime.date):
         @classmethod
@@ -121,7 +121,7 @@ def _on_day(
 
 @pytest.fixture(scope="module")
 def dated(files, tmp_path_factory) -> Path:
-    """The student's folder, whose template writes the day and, unless it is told not to, a word."""
+    """The student's folder, whose template writes the day and, unless an argument prevents it, a word."""
     folder = tmp_path_factory.mktemp("dated") / "student"
     shutil.copytree(files / "student", folder)
     (folder / "chat_template.jinja").write_text(
@@ -157,12 +157,12 @@ def test_a_run_that_goes_on_another_day_has_the_prompts_of_the_first(files, date
     assert f"chat_template_date: '{first}'" in (tmp_path / "resumed" / "run" / "config.yaml").read_text()
     (run_file,) = (tmp_path / "resumed" / "save").glob("iter_0000003/run.json")
     assert json.loads(run_file.read_text())["config"]["chat_template_date"] == first
-    # Another date, and another argument, are other prompts; both are said.
+    # Another date and another argument give other prompts; both are reported.
     flags = ("--chat-template-date", later, "--chat-template-kwargs", '{"enable_thinking": false}')
     text = trained(tmp_path / "resumed", [later], 4, *flags)
     assert f"chat_template_date {first} -> {later}" in text
     assert 'chat_template_kwargs None -> {"enable_thinking": false}' in text
-    # A rank whose clock is past midnight takes the date of the first.
+    # A rank whose clock is past midnight uses the first rank's date.
     trained(tmp_path / "two", [first, later], 1, world_size=2)
     trained(tmp_path / "one", [first, first], 1, world_size=2)
     assert_same_run(tmp_path / "two", tmp_path / "one")
@@ -243,7 +243,7 @@ def test_folders_without_weights_are_reported_once(files, tmp_path) -> None:
     assert lines == [f" random weights: --teacher-hf-checkpoint {tmp_path / 'teacher'}"]
 
 
-# Wrong folders: one line that names the flag, and exit code 1.
+# Invalid folders: one line that names the flag, and exit code 1.
 
 
 def drop_tensor(folder: Path) -> None:

@@ -36,7 +36,7 @@ def test_all_canonical_solutions_pass() -> None:
     assert len(found) == 164 and [p.problem_id for p, ok in zip(problems, found, strict=True) if not ok] == []
 
 
-@pytest.mark.parametrize("style", sorted(set(STYLES) - {"backticks within tildes"}))  # which adds a line
+@pytest.mark.parametrize("style", sorted(set(STYLES) - {"backticks within tildes"}))  # this adds a line
 def test_every_solution_is_found_in_every_style(style) -> None:
     for problem in read_problems("humaneval", None):
         code = problem.fields["prompt"] + problem.fields["canonical_solution"]
@@ -46,7 +46,7 @@ def test_every_solution_is_found_in_every_style(style) -> None:
 
 @pytest.mark.parametrize("style", ["in a list", "tildes", "before its output"])
 def test_solutions_in_a_block_keep_their_verdict(style) -> None:
-    """Every tenth problem, once as it is and once with a wrong result."""
+    """Every tenth problem, once unchanged and once with a wrong result."""
     grader = dataclasses.replace(GRADER, chat=True)
     for problem in read_problems("humaneval", None)[::10]:
         code = problem.fields["prompt"] + problem.fields["canonical_solution"]
@@ -56,7 +56,7 @@ def test_solutions_in_a_block_keep_their_verdict(style) -> None:
 
 
 def test_mutated_solutions_are_rejected() -> None:
-    """Every third solution, with what it returns last wrapped in a list."""
+    """Every third solution, with its last return value wrapped in a list."""
     pairs = []
     for problem in read_problems("humaneval", None)[::3]:
         changed, count = re.subn(r"return (.+)\s*\Z", r"return [\1]\n", problem.fields["canonical_solution"])

@@ -1,4 +1,4 @@
-"""The tool that shows an alignment: its three formats, and its page in a real browser where there is one."""
+"""The tool that shows an alignment: its three formats, and its page in a real browser if one is installed."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def test_errors_name_the_flag(arguments, capsys) -> None:
 
 
 def test_the_page_in_a_browser(arguments, tmp_path) -> None:
-    """Offline, in light and dark: pointing shows ids and bytes, a click dims a kind, no byte of the text is
-    markup.
+    """Offline, in light and dark: pointing shows ids and bytes, a click dims a kind, and no byte of the
+    text becomes markup.
     """
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     browser_path = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -22,7 +22,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_pat
 
 
 def test_ranks_of_torchrun_save_on_sigterm_and_go_on(tiny, tmp_path) -> None:
-    """Real processes: what a cluster's scheduler does to a job, and the job started again."""
+    """Real processes: the signal that a cluster's scheduler sends to a job, and the restarted job."""
 
     run = (
         "--run-dir",

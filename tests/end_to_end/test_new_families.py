@@ -1,5 +1,6 @@
-"""The normal command with families of several kinds of layers: a teacher with latent attention and experts, a
-student with a gated delta net, resumed and exported."""
+"""The normal command with families of several kinds of layers: a teacher with latent attention and experts,
+and a student with a gated delta net, resumed and exported.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The report of a run: its numbers, files that are not a run's, and the page in a real browser where there is
-one.
+"""The report of a run: its numbers, files that are not a run's, and the page in a real browser
+if one is installed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""The quick start runs from one end to the other, two steps a stage: real torchrun, two ranks, real
-tokenizers.
-"""
+"""The whole quick start with two steps in each stage: real torchrun, two ranks, real tokenizers."""
 
 from __future__ import annotations
 
@@ -31,7 +29,9 @@ needs_tokenizers = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """A checkout in which the quick start has run, two steps a stage; what it printed is in `printed`."""
+    """A checkout in which the quick start has run, with two steps in each stage. Its
+    output is in `printed`.
+    """
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("megatron_simct", "tools", "examples"):
         (folder / name).symlink_to(ROOT / name)
@@ -42,7 +42,7 @@ def checkout(tmp_path_factory) -> Path:
 
 
 def _run(command: list[str], folder: Path) -> str:
-    """What the command prints, and the errors, as a person in `folder` sees them in a pipe."""
+    """The output of the command and its errors, as a person in `folder` sees them in a pipe."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -103,7 +103,7 @@ def test_a_warm_up_on_the_teachers_answers_is_a_chain_of_commands_that_the_tools
         evaluate._parser().parse_args(list(stage.command[2:])) for stage in (sample, evaluation)
     )
     selected = select_responses._parser().parse_args(list(select.command[2:]))
-    # What a stage leaves is what the next one reads.
+    # The output of each stage is the input of the next one.
     assert asked.pretrained_checkpoint == str(teacher.output / "checkpoint")
     assert (str(selected.responses), selected.data) == (asked.output_dir, asked.data)
     assert (

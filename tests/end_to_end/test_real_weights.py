@@ -1,6 +1,4 @@
-"""The example with real weights from one end to the other, shortened: only where it is asked for, as it
-downloads.
-"""
+"""The whole example with real weights, shortened. It downloads, so it runs only on request."""
 
 from __future__ import annotations
 
@@ -18,7 +16,9 @@ from tools.benchmark.real_inputs import Unavailable
 
 ROOT = Path(__file__).resolve().parents[2]
 WANTED = "MEGATRON_SIMCT_REAL_WEIGHTS"
-"""1: run it in a temporary folder; else a folder to run it in, where finished stages are kept."""
+"""1: run it in a temporary folder. Another value: a folder to run it in, in which
+finished stages are kept.
+"""
 
 
 @pytest.mark.skipif(
@@ -44,7 +44,7 @@ def test_two_steps_with_real_weights(tmp_path, monkeypatch) -> None:
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     summary = json.loads((folder / "gemma3-to-smollm2" / "summary.json").read_text())
     assert summary["num_shared"] == 46145 and summary["train_iters"] == 2
-    # Real models, read as they are: far from the 5.5 nats of a uniform byte.
+    # Real models, read correctly: far from the 5.5 nats of a uniform byte.
     assert (
         0.3 < summary["teacher_nats_per_byte"] < 1.2 and 0.3 < summary["student_nats_per_byte_before"] < 1.2
     )

@@ -1,6 +1,4 @@
-"""The teacher's command as a user starts it, on a Hugging Face folder, and a student that trains against
-it.
-"""
+"""The teacher's command as a user starts it, on a Hugging Face folder, and a student that trains with it."""
 
 from __future__ import annotations
 
@@ -32,8 +30,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """A student folder of qwen2, and a teacher folder of gemma2 (soft-caps, tied embeddings) in many
-    files.
+    """A student folder of qwen2, and a teacher folder of gemma2 (soft-caps, tied
+    embeddings) in many files.
     """
     root = tmp_path_factory.mktemp("folders")
     save_model(root / "student", "qwen2", tie_word_embeddings=True, vocab_size=333, scale=0.1)
@@ -66,8 +64,8 @@ def student(files: Path, folder: Path, *flags: str) -> list[str]:
 
 
 def test_torchrun_serves_a_folder_and_sigterm_ends_it(files, tmp_path) -> None:
-    """A student in two ranks reads from the folder only the rows that it shares, and trains as with its own
-    teacher.
+    """A student on two ranks reads from the folder only the rows that it shares, and trains as with
+    a colocated teacher.
     """
     environment = {
         k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
@@ -109,13 +107,13 @@ def test_torchrun_serves_a_folder_and_sigterm_ends_it(files, tmp_path) -> None:
             and status["queue"] == status["malformed"] == 0
             and status["memory_mib"] > 50
         )
-        os.kill(endpoint.pid, signal.SIGTERM)  # of its replica, one rank is enough: it tells the other
+        os.kill(endpoint.pid, signal.SIGTERM)  # one rank of its replica is enough: it tells the other
         out, _ = teacher.communicate(timeout=60)
         assert teacher.returncode == 0, out
         assert " teacher replica 0 stops: 16 requests, " in out
         assert not read_endpoints(tmp_path / "teacher") and not list((tmp_path / "teacher").glob("*.status"))
     finally:
-        if teacher.poll() is None:  # torchrun's workers are in sessions of their own: it ends them itself
+        if teacher.poll() is None:  # torchrun's workers are in their own sessions: torchrun ends them itself
             teacher.terminate()
             teacher.wait(60)
 

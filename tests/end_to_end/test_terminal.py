@@ -1,4 +1,4 @@
-"""What commands write to a terminal, with colours and without, and what they write where there is none."""
+"""Output of commands on a terminal, with and without colours, and without a terminal."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ SHOWN = {
     "evaluate": "95 % interval",
     "train": "evaluation at iteration 1",
 }
-"""Something that each command writes."""
+"""A part of each command's output."""
 BARS = {"evaluate": "grading"}
-"""What stands beside the bar of a command that takes long. Training's bar: tests/unit/test_monitoring.py."""
+"""The text beside the progress bar of a slow command. Training's bar: tests/unit/test_monitoring.py."""
 NOISE = re.compile(r"warning|deprecat|traceback|no cuda|found, using", re.IGNORECASE)
 
 
@@ -54,7 +54,7 @@ def _environment(**more: str) -> dict[str, str]:
 
 
 def _on_a_terminal(command: list[str], folder: Path, **more: str) -> str:
-    """What a terminal of 100 columns is sent."""
+    """The output to a terminal of 100 columns."""
     ours, theirs = pty.openpty()
     environment = _environment(COLUMNS="100", **more)
     process = subprocess.Popen(

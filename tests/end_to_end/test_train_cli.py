@@ -1,6 +1,4 @@
-"""The command as a user starts it: real processes, their exit codes, what they print and what they leave
-behind.
-"""
+"""The command as a user starts it: real processes, their exit codes, their output and their files."""
 
 from __future__ import annotations
 
@@ -35,7 +33,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def start(*command: str) -> subprocess.CompletedProcess:
-    """A fresh interpreter, outside of any job."""
+    """A fresh interpreter, without a job's environment."""
     torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     env = {name: value for name, value in os.environ.items() if name not in torchrun and "SLURM" not in name}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -145,7 +143,7 @@ def write_rows(path: Path, *rows: dict) -> str:
 
 
 def _said(out: str) -> list[str]:
-    """The lines of a run, but for those that say which weights it starts from."""
+    """The lines of a run, without those that name the initial weights."""
     return [
         line
         for line in out.splitlines()
@@ -202,7 +200,7 @@ def _said(out: str) -> list[str]:
     ids=lambda value: value[0].lstrip("-") if isinstance(value, list) and value[0].startswith("--") else "",
 )
 def test_wrong_input_is_one_line_that_names_the_flag(tiny, more, code, words) -> None:
-    """And it is found before anything else runs, so that the first evaluation prints nothing."""
+    """It is also found before anything else runs, so the first evaluation prints nothing."""
     argv = command_line(tiny, "--eval-prompt-data", str(tiny / "held_out.jsonl"), *more)
     ((found, out, err),) = run_ranks(1, _main, argv)
     assert found == code and _said(out) == []
@@ -258,7 +256,9 @@ def test_prompts_that_are_left_out_are_counted(tiny, tmp_path) -> None:
 
 
 def test_a_given_alignment_map_is_the_one_that_is_used(tiny, tmp_path) -> None:
-    """A map of the same tokenizers with half of the pairs compares fewer tokens; another's is refused."""
+    """A map of the same tokenizers with half of the pairs compares fewer tokens. A map of other
+    tokenizers is refused.
+    """
     student = load_tokenizer(str(tiny / "student.model"))
     teacher = load_tokenizer(str(tiny / "teacher.tiktoken"))
     whole = build_alignment_map(student, teacher)
@@ -313,7 +313,7 @@ def test_the_printed_configuration_is_that_of_the_command_line(tiny) -> None:
 
 
 def test_two_launchers_on_one_host_where_the_usual_port_is_taken(tiny, tmp_path) -> None:
-    """29500 is torchrun's own choice, and what PyTorch's examples use: another job may hold it."""
+    """29500 is the default port of torchrun and of PyTorch's examples: another job may use it."""
     values = {
         "hf_checkpoint": str(tiny / "student"),
         "tokenizer_model": str(tiny / "student.model"),
@@ -332,7 +332,7 @@ def test_two_launchers_on_one_host_where_the_usual_port_is_taken(tiny, tmp_path)
             held = stack.enter_context(socket.socket(family))
             if family == socket.AF_INET6:
                 held.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            with contextlib.suppress(OSError):  # somebody else holds it, or the machine has no IPv6
+            with contextlib.suppress(OSError):  # another process uses it, or the machine has no IPv6
                 held.bind((address, 29500))
                 held.listen()
         launchers = []

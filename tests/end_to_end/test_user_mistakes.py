@@ -1,8 +1,7 @@
-"""What users do wrong, over all commands: one helpful line, no traceback, an exit code, and nothing
-half-written.
+"""Users' mistakes with all commands: one helpful line, no traceback, an exit code, and no half-written file.
 
-`MISTAKES` is the list. Each is the command's main() in a forked process, started in a folder that has what is
-needed, with a right command line but for the flags that are given. Afterwards the folder is as it was before.
+`MISTAKES` is the list. Each is the command's main() in a forked process, started in a folder that has all
+necessary files, with a right command line except for the given flags. Afterwards the folder is unchanged.
 """
 
 from __future__ import annotations
@@ -80,13 +79,13 @@ class Mistake:
     what: str
     command: str
     flags: str
-    """Behind the right ones, or with a leading `=` instead of them."""
+    """Flags after the right ones; with a leading `=`, instead of them."""
     line: str
-    """A regular expression that the line after `PROGRAM: error: ` begins with."""
+    """A regular expression for the beginning of the line after `PROGRAM: error: `."""
     code: int
     """Exit code: 2 for a wrong command line, 1 for anything else."""
     disk: str = ""
-    """What out/ is on: `full` or `read-only`; `cut off`: there is no network."""
+    """The state of the disk of out/: `full` or `read-only`. `cut off`: there is no network."""
 
 
 MISTAKES = [
@@ -454,7 +453,7 @@ MISTAKES = [
         command="inspect",
         what="no network",
         flags="--teacher-tokenizer tiktoken:o200k_base",
-        line=".*without a network give them as a file",
+        line=".*without a network, give the ranks as a",
         code=1,
         disk="cut off",
     ),
@@ -462,7 +461,7 @@ MISTAKES = [
         command="inspect",
         what="output file is the input file",
         flags=f"= {TOKENIZERS} --text-file text.txt --output text.txt",
-        line="--output text.txt: is the --text",
+        line="--output text.txt: is also the file of --text",
         code=1,
     ),
     Mistake(
@@ -720,7 +719,7 @@ MISTAKES = [
         command="evaluate",
         what="more samples than responses",
         flags="--samples 3",
-        line="--responses responses.jsonl: 1 responses to p0, and --samples",
+        line="--responses responses.jsonl: p0 has 1 responses, but --samples",
         code=1,
     ),
     Mistake(
@@ -791,14 +790,14 @@ MISTAKES = [
         command="plot",
         what="unknown picture format",
         flags="--png out/a.txt",
-        line="--png out/a.txt: not a kind of picture",
+        line="--png out/a.txt: unknown picture format",
         code=1,
     ),
     Mistake(
         command="plot",
         what="picture with the name of a page",
         flags="--png out/report.html",
-        line="--png out/report.html: not a kind of picture",
+        line="--png out/report.html: unknown picture format",
         code=1,
     ),
     Mistake(
@@ -881,7 +880,7 @@ MISTAKES = [
 
 @pytest.fixture(scope="module")
 def desk(tiny, tmp_path_factory) -> Path:
-    """The folder that the commands are started in."""
+    """The folder in which the commands are started."""
     folder = tmp_path_factory.mktemp("desk")
     (folder / "tiny").symlink_to(tiny)
     (folder / "pair").mkdir()
@@ -970,7 +969,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(mistake, desk) -> None:
 
 
 def test_a_full_disk_at_a_save_is_one_line_and_no_checkpoint(desk) -> None:
-    """What is there has a temporary name, which the next start clears away."""
+    """The unfinished files have a temporary name. The next start removes them."""
     save = Mistake(
         command="train",
         what="full disk",
@@ -1008,7 +1007,7 @@ def test_debug_shows_the_traceback(tmp_path) -> None:
 def test_ctrl_c_is_one_line(begun, tiny, tmp_path) -> None:
     flags = ("--train-iters", "1000", "--run-dir", str(tmp_path / "run"))
     command = [sys.executable, "-m", "megatron_simct.train", *command_line(tiny, *flags)]
-    # A job that a shell has put into the background ignores SIGINT, and so would all that it starts.
+    # A job in a shell's background ignores SIGINT, and so would its children.
     listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=ROOT, preexec_fn=listening, **pipes)
@@ -1024,7 +1023,7 @@ def test_ctrl_c_is_one_line(begun, tiny, tmp_path) -> None:
         _, err = process.communicate(timeout=300)
     finally:
         process.kill()
-    assert process.returncode in (130, -signal.SIGINT)  # a shell says 130 of both
+    assert process.returncode in (130, -signal.SIGINT)  # a shell returns 130 for both
     assert err.splitlines()[-1].endswith("train: interrupted"), err
     assert "Traceback" not in err
 
@@ -1052,7 +1051,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _obey_permissions() -> None:
-    """Root reads and writes everything, until it gives up CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
+    """Root can read and write everything, until it gives up CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
     libc = ctypes.CDLL(None, use_errno=True)
     header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     assert libc.capget(header, sets) == 0
@@ -1061,8 +1060,8 @@ def _obey_permissions() -> None:
 
 
 def _mount(folder: Path, disk: str) -> str | None:
-    """A disk of this process alone, without room or read-only, or no network; why not, where that is not
-    allowed.
+    """Mount a disk for this process alone, full or read-only, or disconnect the network. Returns the reason
+    if that is not allowed.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     new_network, new_mounts, read_only, private = 0x40000000, 0x20000, 1, 0x44000

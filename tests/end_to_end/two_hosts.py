@@ -1,4 +1,4 @@
-"""What two_hosts.sh verifies, between the two network namespaces that it makes.
+"""The checks of two_hosts.sh, between the two network namespaces that it makes.
 
     teacher and student     on a host each: the link is cut for a while and a rank of the teacher killed,
                             whose torchrun starts it again; the student, which only waits, ends as with a
@@ -7,7 +7,7 @@
                             starts them; a rank on the second is killed, both start again and resume: the
                             first steps are as on one host
 
-Whatever it has started ends with the script's namespaces.
+All processes that it starts end with the script's namespaces.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LINK = "veth0"
 LAYOUTS = {"DP2": (), "PP2": ("--pipeline-model-parallel-size", "2")}
 STEPS = 6
 LONG = 40
-"""Steps of a student that is disturbed: far more than it makes until then, however late that comes."""
+"""Steps of a student that is disturbed: far more than it makes before that, however late it is."""
 CUT_S = 15.0
 WAIT_S = 300.0
 
@@ -117,7 +117,7 @@ def teacher_elsewhere(folder: Path, files: Path, weights: tuple[str, ...]) -> fl
 
 
 def stand_still(folder: Path) -> None:
-    """Until the student has made no step for CUT_S seconds: those that had their answers it may end."""
+    """Wait until the student has made no step for CUT_S seconds. It may finish steps whose answers it has."""
     known, since = num_steps(folder / "remote"), time.monotonic()
     while time.monotonic() < since + CUT_S:
         if (steps := num_steps(folder / "remote")) != known:
@@ -128,7 +128,7 @@ def stand_still(folder: Path) -> None:
 
 
 def student_on_both(folder: Path, files: Path, weights: tuple[str, ...], layout: tuple[str, ...]) -> float:
-    """The largest difference of a metric from those of a run on one host that nobody disturbed."""
+    """The largest difference of a metric from that of an undisturbed run on one host."""
     size = JobSize(nodes=2, max_restarts=1)
     flags = command_line(files, *weights, *layout, "--train-iters", str(LONG))
     both = folder / "both"
@@ -147,11 +147,11 @@ def student_on_both(folder: Path, files: Path, weights: tuple[str, ...], layout:
 def start(
     log: Path, host: str, size: JobSize, *command: str, rendezvous: str | None = None
 ) -> subprocess.Popen[bytes]:
-    """torchrun on a host, as the launcher's script for Slurm starts it."""
+    """Start torchrun on a host in the same way as the launcher's script for Slurm."""
     log.parent.mkdir(exist_ok=True)
     meeting = [f"--rdzv-endpoint={ADDRESSES[rendezvous or host]}:29500"]
     meeting += [f"--rdzv-conf=is_host={int(rendezvous in (None, host))}"]
-    # No name leads to a namespace.
+    # Names do not resolve to a namespace.
     meeting += [f"--local-addr={ADDRESSES[host]}"]
     variables = FRESH_STORE | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LINK}
     place = ["ip", "netns", "exec", host, sys.executable]
@@ -166,7 +166,7 @@ def start(
 
 
 def one_host(folder: Path, flags: list[str]) -> Path:
-    """The same flags on two ranks side by side, the teacher's model in them."""
+    """The same flags on two ranks of one host, with the teacher's model on them."""
     for code, _, err in run_ranks(2, run, [*flags, "--run-dir", str(folder / "run")]):
         if code:
             fail(folder, f"the run on one host:\n{err}")
@@ -177,7 +177,7 @@ def compare(found: Path, expected: Path, *, tolerance: float) -> float:
     """The largest difference of a metric of the first steps, relative to its value or to 0.1."""
     largest = 0.0
     pairs = list(zip(metrics(found), metrics(expected), strict=True))
-    for ours, wanted in pairs[:STEPS]:  # of many steps: until a rounding has tipped a sample
+    for ours, wanted in pairs[:STEPS]:  # the mean over many steps, until a rounding has changed a sample
         assert ours.keys() == wanted.keys()
         for name in ours.keys() - {"kind"}:
             largest = max(largest, abs(ours[name] - wanted[name]) / max(abs(wanted[name]), 0.1))

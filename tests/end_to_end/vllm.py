@@ -1,19 +1,19 @@
 """Runs of the launcher with a real vLLM server under the teacher; started by vllm.sh.
 
-statistics     what the front makes of vLLM's hidden states is what our own teacher says, for qwen3; for
-               cohere, which models/ does not know, it is what the same code makes of transformers' hidden
+statistics     for qwen3 the front's results from vLLM's hidden states are those of our own teacher; for
+               cohere, which models/ does not know, they are those of the same code from transformers' hidden
                states
 training       20 steps of `paper` and of `bytes` from one run file, on stored rollouts: the metrics are those
                with our own teacher, and the engine is killed (-9) in the middle of the first
-together       vLLM under the teacher and vLLM that samples, from one run file: 20 steps in which the
-               responses are of the training weights
+together       vLLM under the teacher and vLLM that samples, from one run file: 20 steps in which the training
+               weights have sampled the responses
 oversampling   vLLM's unfinished responses are carried over into the next step, through a kill (-9) of the
                student; the training weights confirm the log-probabilities of every piece
-generating     log-probabilities of a prompt's tokens, own and likeliest, as our own teacher has them; what it
-               holds of the weights that it was handed is told from what it does not
-wrong weights  a head of other weights is found before any student is answered
+generating     log-probabilities of a prompt's tokens, own and likeliest, are those of our own teacher;
+               tensors that it holds as they were sent are told from the others
+wrong weights  a head of other weights is found before any student gets an answer
 example        examples/engines/run.yaml on models of two steps: the student, then the launcher is killed
-               (-9), nothing of it stays, and the same command goes on from the checkpoint
+               (-9), none of its processes remains, and the same command continues from the checkpoint
 faults         100 seeds of faults between front and engine (the stand-in's):
                tests/parallel/test_engine_teacher.py
 """
@@ -69,7 +69,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
 }
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
-"""Heads of 64 numbers: vLLM's attention on a CPU takes no smaller ones than 32."""
+"""Heads of 64 numbers: vLLM's attention on a CPU supports no smaller ones than 32."""
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **WIDE},
     "qwen3": {"model_type": "qwen3", **WIDE, "head_dim": 64},
@@ -113,7 +113,9 @@ def main() -> None:
 
 @contextmanager
 def engine(folder: Path, python: str, port: int, *flags: str) -> Iterator[str]:
-    """A server of the folder, for pooling unless there are other flags; its address, once it answers."""
+    """A server of the folder, for pooling unless other flags are given. Yields its
+    address once it answers.
+    """
     log = folder.with_suffix(".log").open("wb")
     process = subprocess.Popen(
         [python, *command_of(folder, port, *flags)],
@@ -142,7 +144,7 @@ def engine(folder: Path, python: str, port: int, *flags: str) -> Iterator[str]:
 
 
 def command_of(folder: Path, port: int, *flags: str) -> list[str]:
-    """vLLM's server on one thread, in float32; flags: in the place of those of pooling."""
+    """vLLM's server on one thread, in float32. flags: instead of those for pooling."""
     return [
         *("-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)),
         *("--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--max-model-len", "256"),
@@ -151,7 +153,9 @@ def command_of(folder: Path, port: int, *flags: str) -> list[str]:
 
 
 def clean_environment() -> dict[str, str]:
-    """Without what points Python to this checkout: vLLM's environment has other versions."""
+    """The environment without the variables that point Python to this checkout: vLLM's environment
+    has other versions.
+    """
     return {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
 
 
@@ -183,7 +187,7 @@ def statistics(folder: Path, python: str) -> float:
 
 
 def by_transformers(folder: Path, requests: list, scorer: Any) -> dict[int, dict[str, torch.Tensor]]:
-    """The same code over transformers' hidden states."""
+    """The same code with transformers' hidden states."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
@@ -241,8 +245,8 @@ def training(folder: Path, python: str, interface: str, *, kill: bool) -> float:
 
 
 def together(folder: Path, python: str) -> float:
-    """The largest difference between the server's log-probabilities and the training weights', over the
-    steps.
+    """The largest difference between the server's log-probabilities and the training
+    weights', over the steps.
     """
     environment = ENVIRONMENT | {"PYTHONPATH": "", "VLLM_SERVER_DEV_MODE": "1"}
     pooling = {"name": "vllm", "kind": "engine", "python": python, "env": environment}
@@ -297,7 +301,7 @@ def oversampling(folder: Path, python: str) -> None:
     assert done.returncode == 0 and "resuming" in done.stdout, done.stdout[-3000:]
     trained = {
         step: json.loads((rollouts / f"rollout_{step}.0.json").read_text()) for step in range(8)
-    }  # a step that was done again has replaced its file
+    }  # a repeated step has replaced its file
     ids = [row["sample_id"] for rows in trained.values() for row in rows]
     state = json.loads((run / "save" / "iter_0000008" / "carried_over.json").read_text())
     left = [row["number"] for row in state["groups"]]
@@ -310,7 +314,7 @@ def oversampling(folder: Path, python: str) -> None:
 
 
 def options_of(folder: Path, interface: str) -> dict[str, Any]:
-    """What all runs of the student share."""
+    """Options of all runs of the student."""
     return {
         "hf_checkpoint": str(folder / "student"),
         "prompt_data": str(folder / "prompts.jsonl"),
@@ -360,7 +364,7 @@ def kill_engine(run: Path) -> None:
 
 
 def generating(folder: Path, python: str) -> float:
-    """The largest difference between what a server says of prompts and what our own teacher does."""
+    """The largest difference between a server's and our own teacher's log-probabilities of prompts."""
     requests = [replace(r, byte_side=None, hidden=False) for r in make_requests()]
     requests = [
         replace(r, topk=5, token_ids=True) if r.sample_id % 2 else replace(r, topk=0) for r in requests
@@ -405,8 +409,9 @@ def generating(folder: Path, python: str) -> float:
 
 
 def example(checkout: Path, python: str) -> None:
-    """The student of the shipped run file alone is killed after its third step, then the launcher after
-    another two. The command is given again after each."""
+    """The student of the shipped run file is killed after its third step, then the launcher after another
+    two. The same command is given again after each kill.
+    """
     checkout.mkdir()
     for name in ("megatron_simct", "tools", "examples"):
         (checkout / name).symlink_to(ROOT / name)
@@ -417,7 +422,7 @@ def example(checkout: Path, python: str) -> None:
     tokenizer = load_tokenizer(str(models / "tokenizers" / "mistral_v3.model"))
     ids = tokenizer.encode((models / "probe.txt").read_bytes())
     teach(models / "teacher-hf", np.array([tokenizer.bos_id, *ids]), steps=30)
-    (models / "teacher-hf" / INDEX).unlink()  # of the file that this has replaced
+    (models / "teacher-hf" / INDEX).unlink()  # rows of the file that this one has replaced
     iterations = ("jobs.student.options.train_iters=8", "jobs.student.options.save_interval=2")
     command = [sys.executable, "-m", "megatron_simct.launch", "examples/engines/run.yaml", *iterations]
     run, log = checkout / "runs" / "engines" / "run", checkout / "log"
@@ -464,7 +469,7 @@ def faults() -> None:
 
 
 def wrong_weights(folder: Path) -> None:
-    """A front whose folder has another head than the engine's ends before it answers anybody."""
+    """A front whose folder has another head than the engine's ends before it answers."""
     from tests.engines import serve_folder
 
     wrong = shutil.copytree(folder / "llama", folder / "wrong")

@@ -1,9 +1,8 @@
-"""What a first run on GPUs has to show: each check is a function of the device and returns lines of one
-table.
+"""The checks of a first run on GPUs. Each is a function of the device and returns lines of one table.
 
-SIMCT_GPU_SMOKE_DEVICE=cpu runs the same functions small, on CPU with gloo, so that on a GPU only what is
-special to it can go wrong: NCCL, TransformerEngine, the memory allocator. Ranks are spawned: CUDA does not
-survive a fork.
+SIMCT_GPU_SMOKE_DEVICE=cpu runs the same functions small, on a CPU with gloo, so that on a GPU only the parts
+that are special to it can fail: NCCL, TransformerEngine, the memory allocator. Ranks are spawned: CUDA does
+not survive a fork.
 """
 
 from __future__ import annotations
@@ -53,24 +52,24 @@ class Line:
     unit: str = ""
     limit: float | None = None
     note: str = ""
-    """Instead of a number."""
+    """A text instead of a number."""
 
     @property
     def passed(self) -> bool:
-        """nan does not pass."""
+        """Whether the value is within the limit; nan is not."""
         return self.limit is None or self.value <= self.limit
 
 
 def smoke_device() -> torch.device | None:
-    """A GPU, else what SIMCT_GPU_SMOKE_DEVICE names, else None."""
+    """A GPU, or else the device that SIMCT_GPU_SMOKE_DEVICE names, or else None."""
     if torch.cuda.is_available():
         return torch.device("cuda", 0)
     return torch.device("cpu") if os.environ.get("SIMCT_GPU_SMOKE_DEVICE") == "cpu" else None
 
 
 def on_ranks(world_size: int, function: Callable[..., dict[str, torch.Tensor]], *args: Any) -> list[dict]:
-    """function(device, *args) on every rank of a new world, NCCL where CUDA is available; what each
-    returns.
+    """Run function(device, *args) on every rank of a new world, with NCCL if CUDA is available; the
+    results of the ranks.
     """
     with tempfile.TemporaryDirectory() as folder:
         ranks = torch.multiprocessing.spawn(
@@ -93,7 +92,7 @@ def _rank(
     rank: int, world_size: int, folder: str, function: Callable[..., dict], args: tuple[Any, ...]
 ) -> None:
     on_gpu = torch.cuda.is_available()
-    # NCCL wants a device a rank; gloo takes tensors of one device on all ranks.
+    # NCCL needs one device for each rank; gloo accepts tensors of one device on all ranks.
     alone = on_gpu and torch.cuda.device_count() < world_size
     local_rank = 0 if alone else rank
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
@@ -149,8 +148,8 @@ def _loss_on_shards(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def training_on_two_ranks(device: torch.device) -> list[Line]:
-    """Two steps of `train.py` from one process's rollouts; the largest difference of loss and gradient
-    norm.
+    """Two steps of `train.py` from one process's rollouts; the largest difference of
+    loss and gradient norm.
     """
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder)
@@ -197,7 +196,7 @@ def bfloat16_loss(device: torch.device) -> list[Line]:
         for name, ours, theirs in zip(
             ("value", "hidden gradient", "weight gradient"), of_fused, of_dense, strict=True
         ):
-            # One sample: a lucky value of dense torch is no yardstick.
+            # With one sample, a lucky value of dense torch would be a wrong reference.
             limit = NO_WORSE * theirs if name != "value" else max(2 * theirs, 1e-3)
             lines.append(Line(check=f"bf16 against float64, {interface}: {name}", value=ours, limit=limit))
     return lines
@@ -233,7 +232,7 @@ def _arguments(case: LossCase, device: torch.device) -> dict[str, Any]:
 
 
 def architecture(*, hidden_size: int, num_layers: int, vocab_size: int) -> Architecture:
-    """A llama."""
+    """An architecture of llama's kind."""
     head_dim = 64
     heads = hidden_size // head_dim
     layer = Layer(
@@ -253,8 +252,9 @@ def architecture(*, hidden_size: int, num_layers: int, vocab_size: int) -> Archi
 
 
 def stock_layers(device: torch.device) -> list[Line]:
-    """Hidden states and embedding gradient of megatron-core's layers, of TransformerEngine where it imports,
-    and of our own local ones."""
+    """Hidden states and embedding gradient of megatron-core's layers, of TransformerEngine's if it imports,
+    and of our own local ones.
+    """
     on_gpu = device.type == "cuda"
     has_engine = on_gpu and build.gpt_layer_specs.HAVE_TE
     with process_groups(ParallelConfig(), seed=1) as groups:
@@ -271,7 +271,7 @@ def stock_layers(device: torch.device) -> list[Line]:
         tokens, positions = _tokens(2, 64, 512, device)
         mask = torch.ones(1, 1, 64, 64, dtype=torch.bool, device=device).triu(1)
         states, gradients = [], []
-        for model, own_mask in ((ours, None), (theirs, mask)):  # our attention is causal by itself
+        for model, own_mask in ((ours, None), (theirs, mask)):  # our attention applies the causal mask itself
             hidden = model(tokens, positions, own_mask)
             (hidden * torch.linspace(-1, 1, hidden.shape[-1], device=device)).sum().backward()
             states.append(hidden.detach())
@@ -290,7 +290,7 @@ def stock_layers(device: torch.device) -> list[Line]:
 
 
 def _stock_model(ours: HiddenStateModel, *, transformer_engine: bool) -> torch.nn.Module:
-    """GPTModel of megatron-core whose output is what leaves the last norm."""
+    """megatron-core's GPTModel that returns the output of the last norm."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt import gpt_layer_specs as specs
 
@@ -314,7 +314,7 @@ def _stock_model(ours: HiddenStateModel, *, transformer_engine: bool) -> torch.n
 
 
 def _stock_names(state: dict[str, Any], *, fused_norms: bool) -> dict[str, Any]:
-    """TransformerEngine keeps a norm's weight with the linear layer behind it."""
+    """Names in TransformerEngine, which keeps a norm's weight in the linear layer that follows it."""
     fused = {
         "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
         "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -336,8 +336,8 @@ def _tokens(
 
 
 def step_speed(device: torch.device) -> list[Line]:
-    """Forward pass of a small student, fused loss (`paper`, teacher's states given) and backward pass, in
-    bf16.
+    """Forward pass of a small student, fused loss (`paper`, given states of the teacher) and
+    backward pass, in bf16.
     """
     on_gpu = device.type == "cuda"
     vocab_size, batch, length = (131072, 8, 512) if on_gpu else (512, 1, 32)
@@ -371,7 +371,7 @@ def step_speed(device: torch.device) -> list[Line]:
         seconds = math.inf
         for _ in range(5 if on_gpu else 1):
             start = time.perf_counter()
-            step()  # ends with a number on the host
+            step()  # the last operation is a number on the host
             if on_gpu:
                 torch.cuda.synchronize(device)
             seconds = min(seconds, time.perf_counter() - start)

@@ -1,5 +1,5 @@
-"""Whole runs as a user starts them, in processes of their own, on one device: training, a resume, a teacher's
-job.
+"""Whole runs as a user starts them, in separate processes on one device: training, a
+resume, a teacher's job.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _metrics(run_dir: Path) -> list[dict]:
 def training(device: torch.device) -> list[Line]:
     """Tiny models: three steps, saved; then resumed to five.
 
-    Losses, and how far sampled log-probs are from trained.
+    Returns losses, and the difference between sampled and trained log-probs.
     """
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder)
@@ -63,8 +63,8 @@ def training(device: torch.device) -> list[Line]:
 
 
 def full_size(device: torch.device) -> list[Line]:
-    """Random weights of Qwen2.5-7B's shapes teach Gemma-2-2B's, tokenizers of the tiny pair: seconds and
-    memory.
+    """A teacher with random weights of Qwen2.5-7B's shapes and a student of Gemma-2-2B's, tokenizers of the
+    tiny pair: seconds and memory.
     """
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder)
@@ -93,7 +93,7 @@ def full_size(device: torch.device) -> list[Line]:
 
 
 def teacher_job(device: torch.device) -> list[Line]:
-    """A teacher's job and a student's, two processes on one device and an encrypted socket between them."""
+    """A teacher's job and a student's: two processes on one device, and an encrypted socket between them."""
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder)
         build_files(files)

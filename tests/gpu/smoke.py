@@ -1,9 +1,8 @@
-"""The steps of a first run on a GPU, each in a process of its own under its own time limit:
-tools/gpu_smoke.sh.
+"""The steps of a first run on a GPU, each in a separate process with its own time limit: tools/gpu_smoke.sh.
 
-`STEPS` is the list, in the order of their value; the limits add up to less than ten minutes. Each step writes
-DIR/NAME.json when it ends, so what was measured before an abort is kept. Ends with 1 if a step failed or
-raised.
+`STEPS` is the list, the most useful steps first. The limits add up to less than ten minutes. Each step
+writes DIR/NAME.json when it ends, so that measurements before an abort are kept. Exits with 1 if a
+step failed or raised.
 """
 
 from __future__ import annotations
@@ -120,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(step: Step, device: torch.device) -> dict:
-    """The step's result: its lines, or why there are none."""
+    """The step's result: its lines, or the reason why there are none."""
     begin = time.monotonic()
     try:
         return {
@@ -137,14 +136,14 @@ def took(begin: float) -> dict[str, float]:
 
 
 def in_time(step: Step, device: torch.device, out: Path) -> dict:
-    """The result of the step in a process of its own, which is killed at the step's limit."""
+    """The result of the step in a separate process, which is killed at the step's limit."""
     found = torch.cuda.device_count() if device.type == "cuda" else step.gpus
     if found < step.gpus:
         return write(out, step, {"skipped": f"needs {step.gpus} GPUs, found {found}"})
     path = out / f"{step.name}.json"
     path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "tests.gpu.smoke", step.name, "--out", str(out), "--in-this-process"]
-    limit_s = step.limit_s if device.type == "cuda" else 10 * step.limit_s  # compilers and a busy machine
+    limit_s = step.limit_s if device.type == "cuda" else 10 * step.limit_s  # compilers, and a busy machine
     with open(out / f"{step.name}.log", "wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
@@ -152,7 +151,7 @@ def in_time(step: Step, device: torch.device, out: Path) -> dict:
         except subprocess.TimeoutExpired:
             code = None
         try:
-            os.killpg(process.pid, signal.SIGKILL)  # with what it has started itself
+            os.killpg(process.pid, signal.SIGKILL)  # also the processes that it has started
         except ProcessLookupError:
             pass
         process.wait()
@@ -169,7 +168,7 @@ def write(out: Path, step: Step, result: dict) -> dict:
 
 
 def shown(result: dict) -> bool:
-    """Print the step's rows; whether nothing failed."""
+    """Print the step's rows; returns whether nothing failed."""
     head = f"| {result['step']} | {result.get('seconds', '')} |"
     if "skipped" in result:
         print(f"{head} {result['about']} | - | - | skipped: {result['skipped']} |", flush=True)

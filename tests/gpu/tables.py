@@ -1,4 +1,6 @@
-"""Measurements of a first run on a GPU: the loss, attention and generation. On a CPU the same code, small."""
+"""Measurements of a first run on a GPU: the loss, attention and generation. On a CPU the
+same code runs small.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,7 @@ def versions(device: torch.device) -> list[Line]:
 
 
 def timed(function: Callable[[], object], device: torch.device, *, repeats: int) -> tuple[float, float]:
-    """Least milliseconds of a call after one that does not count, and the most MiB that a call adds."""
+    """Least milliseconds of a call, after one call that is not counted, and the most MiB that a call adds."""
     function()
     on_gpu = device.type == "cuda"
     best, peak = float("inf"), 0.0
@@ -133,8 +135,8 @@ def _fused(case: dict[str, Any], interface: Any) -> None:
 
 
 def _products(case: dict[str, Any]) -> None:
-    """The teacher's shared logits, the student's twice, and the student's two gradients; in chunks of
-    rows.
+    """The teacher's shared logits, the student's twice, and the student's two
+    gradients, in chunks of rows.
     """
     hidden, weight = case["hidden"].detach(), case["weight"].detach()
     for rows, teacher in zip(hidden.split(1024), case["teacher_hidden"].split(1024), strict=True):
@@ -220,7 +222,7 @@ SMALL = {
 
 
 def shapes_of(config: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """On a CPU, small ones of the same family."""
+    """The layers' shapes; on a CPU, small ones of the same family."""
     return (
         config
         if device.type == "cuda"
@@ -229,7 +231,7 @@ def shapes_of(config: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def generation(device: torch.device) -> list[Line]:
-    """Milliseconds a token of random weights, launched one by one and as the engine does it."""
+    """Milliseconds a token with random weights, with separate kernel launches and as the engine does it."""
     on_gpu = device.type == "cuda"
     usual = Stepping.on(device)
     ways = {

@@ -1,4 +1,4 @@
-"""The steps of a first run on a GPU as tests; skipped, with the reason, where there is no GPU."""
+"""The steps of a first run on a GPU as tests. They are skipped, with the reason, if there is no GPU."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Minimal common units by sets of byte offsets, in plain Python; and a greedy encoder for small
-vocabularies.
+"""Minimal common units by sets of byte offsets, in plain Python, and a greedy encoder for
+small vocabularies.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ Piece = bytes | str
 def minimal_units(
     teacher: Sequence[Piece], student: Sequence[Piece]
 ) -> tuple[list[tuple[int, int, int, int]], dict[str, int], int]:
-    """Segments (ts, te, ss, se), {reason: student bytes in no segment} (at most one reason), common prefix in
-    bytes.
+    """Segments (ts, te, ss, se), {reason: student bytes in no segment} (at most one reason), and the
+    common prefix in bytes.
     """
     teacher_content, teacher_stops = _without_stop(teacher)
     student_content, student_stops = _without_stop(student)
@@ -77,7 +77,9 @@ def _belongs(span: tuple[int, int], left: int, right: int) -> bool:
 
 
 def greedy_encoder(pieces: Sequence[bytes | None]) -> Callable[[str], list[int]]:
-    """Encodes by the longest piece that fits, the lowest id among equals; None is no content."""
+    """Encodes by the longest piece that fits, and the lowest id among equals. Pieces that are
+    None have no content.
+    """
 
     def encode(text: str) -> list[int]:
         data, ids = text.encode(), []

@@ -18,8 +18,8 @@ def attend(
     sinks: torch.Tensor | None = None,
     growth: tuple[float, int] | None = None,
 ) -> torch.Tensor:
-    """[S, B, n, d], [K, B, g, d], [K, B, g, d] -> [S, B, n * d]; the queries are the last S of the K
-    positions.
+    """[S, B, n, d], [K, B, g, d], [K, B, g, d] -> [S, B, n * d]; the queries are the last S
+    of the K positions.
 
     score = scale * <q, k>, capped to cap * tanh(score / cap); a query at position p weighs the positions of
     (p - window, p] by exp(score) over their sum, to which exp(sinks[h]) of head h is added. growth: (beta,

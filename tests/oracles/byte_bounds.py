@@ -38,7 +38,7 @@ Symbol = int | str
 
 @dataclass
 class View:
-    """What one side knows at one byte position."""
+    """One side's knowledge at one byte position."""
 
     known: dict[Symbol, float]
     ended: dict[tuple[int, bytes], float]
@@ -100,7 +100,7 @@ def _goes_to(side: Side, w: int) -> Callable[[Symbol], bool]:
 
 @dataclass
 class Position:
-    """Student and teacher, every list over events; masses are shares of the model's whole."""
+    """Student and teacher, with every list over events. Masses are shares of the model's total."""
 
     known: tuple[list[float], list[float]]
     caps: tuple[list[float], list[float]]
@@ -140,7 +140,7 @@ def joined(student: View, teachers: Sequence[View], weights: Sequence[float]) ->
 
 
 def least(at: Position, name: str, beta: float) -> float:
-    """The least divergence that the bounds permit."""
+    """The least divergence that the bounds allow."""
     if not at.known[0]:
         return 0.0
     s, t = ([x + FLOOR for x in side] for side in at.known)
@@ -185,9 +185,7 @@ def least(at: Position, name: str, beta: float) -> float:
 
 
 def projected_minimum(at: Position, name: str, beta: float, steps: int = 4000) -> float:
-    """The same by taking turns: the best a for the b that there is, then the best b; each is one
-    bisection.
-    """
+    """The same by alternation: the best a for the current b, then the best b. Each is one bisection."""
     s, t = ([x + FLOOR for x in side] for side in at.known)
     c, d = at.caps
     u, v = at.unresolved
@@ -204,7 +202,7 @@ def projected_minimum(at: Position, name: str, beta: float, steps: int = 4000) -
 
 
 def _root(function: Callable[[float], float], target: float) -> float:
-    """Where an ascending function is `target`; 0 for none."""
+    """Where an ascending function has the value `target`; 0 if nowhere."""
     if target <= 0:
         return 0.0
     left, right = 1e-30, 1e15
@@ -237,7 +235,7 @@ def _sum(p: list[float], q: list[float], name: str, beta: float) -> float:
 def position_views(
     student: Side, teachers: Sequence[Side], weights: Sequence[float] = (1.0,)
 ) -> list[Position]:
-    """What is compared at every byte position."""
+    """The compared events at every byte position."""
     sides = [student, *teachers]
     rows = [torch.log_softmax(side.logits.detach().double(), dim=-1).tolist() for side in sides]
     text, count = positions(*sides)

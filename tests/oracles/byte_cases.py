@@ -1,5 +1,5 @@
-"""Samples for the interface `bytes`: two random vocabularies, one text, random logits, and the package's
-answer.
+"""Samples for the interface `bytes`: two random vocabularies, one text, random logits, and
+the package's result.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def continuations_of(side: Side) -> Continuations | None:
 
 
 def bounds_of(student: Side, teachers: Sequence[Side]) -> list[ByteEvents]:
-    """The events of `plan_byte_bounds`, an answer a teacher."""
+    """The events of `plan_byte_bounds`, one result for each teacher."""
     texts, stops = zip(*(_text(student, teacher) for teacher in teachers), strict=True)
     sides = [
         PlannedSide(table=table_of(side), ids=_ids(side), continuations=continuations_of(side))
@@ -53,7 +53,7 @@ def bounds_of(student: Side, teachers: Sequence[Side]) -> list[ByteEvents]:
 
 
 def events_of(student: Side, teacher: Side) -> ByteEvents:
-    """Those of the longest match."""
+    """The events of the longest match."""
     text, stop = _text(student, teacher)
     tables = table_of(student), table_of(teacher)
     ids = [_ids(side) for side in (student, teacher)]
@@ -78,7 +78,7 @@ def _ids(side: Side) -> np.ndarray:
 
 
 def _text(student: Side, teacher: Side) -> tuple[np.ndarray, bool]:
-    """What both spell, and whether both stop there."""
+    """The text that both spell, and whether both stop at its end."""
     table, ids = table_of(student), _ids(student)
     alignment = align(table_of(teacher), _ids(teacher), table, ids)
     content = ids[:-1] if student.labels[-1] in student.stop_ids else ids
@@ -96,8 +96,8 @@ class Evaluation:
 
 
 def _shard(logits: torch.Tensor, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, int, int]:
-    """This rank's columns (at least one of them padding in the whole), where they start, and how many are
-    real.
+    """This rank's columns (with at least one of padding over all ranks), where they start, and the
+    number of real ones.
     """
     rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     width = -(-(logits.shape[1] + 1) // size)
@@ -118,7 +118,7 @@ def evaluate(
     label_terms: Callable[[torch.Tensor], torch.Tensor] | None = None,
     weigh: Weigh | None = None,
 ) -> Evaluation:
-    """The package's loss of a micro-batch of (student, teacher) with common vocabularies."""
+    """The package's loss of a micro-batch of (student, teacher) pairs with common vocabularies."""
     if bounds == "any":
         events = [bounds_of(student, [teacher]) for student, teacher in cases]
     else:
@@ -138,7 +138,7 @@ def evaluate_mixture(
     dtype: torch.dtype = torch.float64,
     bounds: str = "longest-match",
 ) -> Evaluation:
-    """The same of (student, teacher, teacher, ...), the teachers mixed."""
+    """The same for (student, teacher, teacher, ...), with the teachers mixed."""
     plan = bounds_of if bounds == "any" else mixture_events_of
     events = [plan(student, teachers) for student, *teachers in cases]
     return _evaluate(cases, events, weights, divergence=divergence, js_beta=js_beta, group=group, dtype=dtype)
@@ -216,8 +216,8 @@ ALPHABET = (b"a", b"b", b"c", "é".encode(), "日".encode())
 
 
 def random_vocabulary(rng: random.Random, *, closed: bool, size: int = 14) -> list[bytes]:
-    """Single bytes of the alphabet, longer tokens, some duplicate, specials without bytes, and a stop token,
-    id 0.
+    """Single bytes of the alphabet, longer tokens with some duplicates, specials without bytes, and
+    a stop token, id 0.
     """
     pieces = {bytes([b]) for unit in ALPHABET for b in unit}
     for _ in range(size):
@@ -230,7 +230,7 @@ def random_vocabulary(rng: random.Random, *, closed: bool, size: int = 14) -> li
 
 
 def spelled(rng: random.Random, pieces: list[bytes], text: bytes) -> list[int]:
-    """The ids of some tokenization of the text, canonical or not."""
+    """The ids of a tokenization of the text, canonical or not."""
     ids = []
     while text:
         choices = [i for i, piece in enumerate(pieces) if piece and text.startswith(piece)]
@@ -242,7 +242,7 @@ def spelled(rng: random.Random, pieces: list[bytes], text: bytes) -> list[int]:
 def random_cases(
     seed: int, *, num_cases: int = 3, scale: float = 2.0, num_sides: int = 2
 ) -> list[tuple[Side, ...]]:
-    """Responses that stopped, were cut, differ in their last bytes, hold a special token, or are empty."""
+    """Responses that stop, are cut, differ in their last bytes, contain a special token, or are empty."""
     rng = random.Random(seed)
     vocabularies = [random_vocabulary(rng, closed=rng.random() < 0.5) for _ in range(num_sides)]
     cases = []

@@ -1,4 +1,4 @@
-"""Models of exact small languages (alignment/languages.py) as the sides that the oracle of `bytes` takes."""
+"""Models of exact small languages (alignment/languages.py) as sides for the oracle of `bytes`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
 
 
 def write_out(language: Language, text: bytes, pieces: Sequence[bytes], stop_id: int, cut: Cut) -> Side:
-    """What the model of `language` in this tokenization says along `text`."""
+    """The output of the model of `language` in this tokenization along `text`."""
     model = ExactModel.of(language, cut, stop_id)
     return Side(
         list(pieces), [stop_id], torch.from_numpy(model.logits(text, len(pieces))), model.labels(text)

@@ -28,7 +28,7 @@ BOUND_TOLERANCE = 1e-4
 
 @dataclass
 class Side:
-    """One model's word on one response."""
+    """One model's output for one response."""
 
     pieces: list[bytes]
     """Bytes of each id, b"" for ids without content."""
@@ -37,13 +37,14 @@ class Side:
     """[n, V], the real vocabulary."""
     labels: list[int]
     follows: Callable[[int, int | None], bool] | None = None
-    """Whether a byte, or the end (None), may come behind a token in the tokenizer's own cut; None: not known.
+    """Whether a byte, or the end (None), may follow a token in the tokenizer's own
+    tokenization; None: not known.
     """
 
 
 @dataclass
 class Point:
-    """What a side knows at one byte position; masses are relative to its realized path."""
+    """One side's knowledge at one byte position. Masses are relative to its realized path."""
 
     mass: dict[int, torch.Tensor]
     boundary: bool
@@ -90,11 +91,11 @@ def point(side: Side, log_p: torch.Tensor, text: bytes, i: int) -> Point:
 
 @dataclass
 class Shares:
-    """What one side says of the events of a position, in any unit that is the same for all of them."""
+    """One side's masses of the events of a position, in any unit that is the same for all of them."""
 
     mass: dict[str | int, torch.Tensor]
     slack: torch.Tensor
-    """How much more its loose bytes may have, all together; 0 without any."""
+    """The additional mass that its loose bytes may have, all together; 0 without any."""
     loose: set[int]
 
 
@@ -110,7 +111,7 @@ def shares(own: Point, common: set[int], *, stop_is_event: bool, has_rest: bool)
 
 
 def mixture(own: list[Shares], wholes: list[torch.Tensor], weights: list[float]) -> Shares:
-    """A teacher that says b with the weighted sum of the probabilities with which the teachers say b."""
+    """A teacher whose probability of b is the weighted sum of the teachers' probabilities."""
     parts = list(zip(weights, own, wholes, strict=True))
     mass = {event: sum(w * s.mass[event] / whole for w, s, whole in parts) for event in own[0].mass}
     return Shares(
@@ -120,7 +121,8 @@ def mixture(own: list[Shares], wholes: list[torch.Tensor], weights: list[float])
 
 def compared(student: Shares, teacher: Shares) -> list[dict[str | int, torch.Tensor]]:
     """The probabilities of the two sides that are compared at one position."""
-    # A byte whose probability may be the same in both models, for all that is known, is no event of its own.
+    # If a byte's probability may be the same in both models, by all that is known, it is not
+    # an event of its own.
     has_rest = REST in student.mass
     merged = set()
     for b in student.loose | teacher.loose:
@@ -157,7 +159,7 @@ def events(student: Point, teacher: Point) -> list[dict[str | int, torch.Tensor]
 def mixture_events(
     student: Point, teachers: list[Point], weights: list[float]
 ) -> list[dict[str | int, torch.Tensor]]:
-    """Events of a student and a mixture; none if a teacher is inside a token that it cannot end."""
+    """Events of a student and a mixture. None if a teacher is inside a token that cannot end here."""
     if not all(teacher.can_end for teacher in teachers):
         return [{}, {}]
     common = set(student.mass).intersection(*(set(teacher.mass) for teacher in teachers))
@@ -185,8 +187,8 @@ def divergence(p: dict, q: dict, name: str, beta: float) -> torch.Tensor:
 
 
 def positions(*sides: Side) -> tuple[bytes, int]:
-    """The common text, and how many byte positions are compared: its length, one more where all stopped on
-    it.
+    """The common text, and the number of compared byte positions: its length, and one more if all
+    stopped at its end.
     """
     texts, stopped = [], []
     for side in sides:
@@ -208,7 +210,7 @@ def positions(*sides: Side) -> tuple[bytes, int]:
 def loss(
     student: Side, teacher: Side, *, divergence_name: str = "reverse_kl", beta: float = 0.5
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The sum over byte positions, and one value a position. Differentiable in student.logits."""
+    """The sum over byte positions, and the value of each position. Differentiable in student.logits."""
     log_p = torch.log_softmax(student.logits.double(), dim=-1)
     log_q = torch.log_softmax(teacher.logits.double(), dim=-1).detach()
     text, count = positions(student, teacher)

@@ -41,8 +41,8 @@ def components(sample: Sample) -> list[set[int]]:
 
 
 def child_loss(sample: Sample, student_logits: torch.Tensor, *, k: int) -> torch.Tensor:
-    """Summed over segments with their weights; of the teacher its k likeliest tokens of each row, and what
-    was said.
+    """The sum over segments with their weights. The teacher has its k likeliest tokens of each row, and
+    the sampled tokens.
     """
     log_p, log_q = student_logits.log_softmax(1), sample.teacher_logits.log_softmax(1)
     total, groups = 0 * student_logits.sum(), components(sample)

@@ -11,8 +11,8 @@ import torch
 def recurrence(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor, beta: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, S, heads, k] twice, [B, S, heads, v], [B, S, heads] twice -> [B, S, heads, v], and S [B, heads, k,
-    v].
+    """[B, S, heads, k] twice, [B, S, heads, v], [B, S, heads] twice -> [B, S, heads, v], and
+    S [B, heads, k, v].
     """
     state = torch.zeros(query.shape[0], query.shape[2], query.shape[3], value.shape[3], dtype=query.dtype)
     outputs = []

@@ -1,8 +1,8 @@
-"""The loss as plain torch writes it: all logits of both models at once, log_softmax, kl_div, autograd.
+"""The loss as plain torch computes it: all logits of both models at once, log_softmax, kl_div, autograd.
 
-In the type of its inputs, softmax in float32 for bfloat16: what the package's rounding is measured against.
-In float64 it stands for the oracle where a vocabulary is too large for one candidate at a time. Nothing is
-shared with the package.
+It computes in the type of its inputs, with softmax in float32 for bfloat16. The package's rounding is
+compared with it. In float64 it replaces the oracle if a vocabulary is too large for one candidate at a time.
+It shares nothing with the package.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import kl_div
 
 ABSENT = -1e9
-"""The score of a column that is no candidate of a row."""
+"""The score of a column that is not a candidate of a row."""
 
 
 def dense_sum(
@@ -30,10 +30,10 @@ def dense_sum(
     beta: float = 0.5,
     rounded: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.clone,
 ) -> torch.Tensor:
-    """Sum over rows of `paper`, `sum` or `strict` at temperature 1. case: labels, segments, ... of a
-    LossCase.
+    """Sum over rows of `paper`, `sum` or `strict` at temperature 1. case: labels,
+    segments, ... of a LossCase.
 
-    `rounded` is done to what goes into the logits and to the log-probabilities.
+    `rounded` is applied to the inputs of the logits and to the log-probabilities.
     """
     log_p = rounded(_log_softmax(rounded(student_hidden) @ rounded(student_weight).T))
     log_q = rounded(_log_softmax(rounded(teacher_hidden) @ rounded(teacher_weight).T)).detach()

@@ -1,7 +1,7 @@
 """Samples for the loss: packed labels with segments, both models' hidden states and heads, and their shards.
 
-A case is dense and whole; `shard` cuts out what one tensor-parallel rank sees and `evaluate` calls the
-package on it.
+A case is dense and whole. `shard` selects the part of one tensor-parallel rank, and `evaluate`
+calls the package on it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ONE_TO_ONE = ("strict", "strict_topk", "kd", "uld")
 WITHOUT_HEAD = ("sft", "reward", "alm", "uld", "scalar")
 
 PADDING_SCORE = 50.0
-"""Padded rows of both heads give huge logits: a loss that scores them is far off."""
+"""Padded rows of both heads give huge logits, so a loss that scores them is far off."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class LossCase:
     replaced: list[int]
     shared: dict[int, list[int]]
     weights: list[float] | None = None
-    """One a segment; None: all 1."""
+    """One for each segment; None: all 1."""
     student_softcap: float | None = None
     teacher_softcap: float | None = None
     old_log_probs: list[float] | None = None
-    """Log-probabilities of the student labels when they were sampled; None: today's."""
+    """Log-probabilities of the student labels when they were sampled; None: the current ones."""
     advantages: list[float] | None = None
-    """One a student label; None: there is no reward."""
+    """One for each student label; None: there is no reward."""
 
     def to(self, dtype: torch.dtype) -> LossCase:
         names = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")
@@ -57,7 +57,7 @@ class LossCase:
 
 
 def golden_case() -> LossCase:
-    """G0, whose logits go through identity heads."""
+    """G0, whose logits pass through identity heads."""
     return LossCase(
         student_hidden=torch.tensor(golden.STUDENT_LOGITS),
         student_weight=torch.eye(8, dtype=torch.float64),
@@ -83,10 +83,10 @@ def random_case(
     spelled: bool = False,
     weighted: bool = False,
 ) -> LossCase:
-    """Shared tokens, units of 1-4 tokens a side, some of them spelling a shared token, stops, labels in no
-    segment.
+    """Shared tokens, units of 1-4 tokens a side, some of which spell a shared token, stops, and
+    labels in no segment.
 
-    spelled: units as texts make them, where a side of one shared token is the unit's whole text and stop
+    spelled: units as texts make them: if a side is one shared token, it is the unit's whole text, and stop
     tokens are in no unit. weighted: segments of weights 0, .5 and 2.
     """
     rng = np.random.default_rng(seed)
@@ -100,7 +100,7 @@ def random_case(
     labels_t: list[int] = []
     segments, kinds, replaced = [], [], []
     for a in range(num_segments):
-        if rng.random() < 0.3:  # labels behind a byte mismatch belong to no segment
+        if rng.random() < 0.3:  # labels after a byte mismatch belong to no segment
             labels_s += rng.integers(0, v_s, rng.integers(1, 3)).tolist()
             labels_t += rng.integers(0, v_t, rng.integers(0, 3)).tolist()
         kind = (oracle.UNIT, oracle.SHARED, oracle.STOP)[a % 3]
@@ -150,7 +150,8 @@ def _spelled_unit(
     rng: np.random.Generator, students: list[int], shared: dict[int, list[int]], stop: int, v_s: int, v_t: int
 ) -> tuple[list[int], list[int], int]:
     """Labels of both sides, and the shared token of the same bytes, if any. At most one side is that token
-    alone; any other path may begin with it, or with what the other side begins with."""
+    alone. Any other path may begin with it, or with the beginning of the other side.
+    """
     stops_t = shared[stop]
     new_s = [i for i in rng.integers(0, v_s, 8).tolist() if i != stop][: int(rng.integers(2, 4))]
     new_t = [i for i in rng.integers(0, v_t, 9).tolist() if i not in stops_t][: int(rng.integers(2, 4))]
@@ -175,7 +176,9 @@ def _spelled_unit(
 def padded_shard(
     weight: torch.Tensor, rank: int, world_size: int, *, extra: int = 1
 ) -> tuple[torch.Tensor, int]:
-    """This rank's rows of a head padded to world_size equal shards, `extra` rows of padding at the least."""
+    """This rank's rows of a head that is padded to world_size equal shards, with at least
+    `extra` rows of padding.
+    """
     width = -(-(len(weight) + extra) // world_size)
     padded = weight.new_full((width * world_size, weight.shape[1]), PADDING_SCORE)
     padded[: len(weight)] = weight
@@ -183,7 +186,7 @@ def padded_shard(
 
 
 def placement_of(case: LossCase, start: int, end: int) -> VocabPlacement:
-    """The shared tokens whose student ids lie in [start, end)."""
+    """The shared tokens with student ids in [start, end)."""
     ids = sorted(student for student in case.shared if start <= student < end)
     rows = [case.shared[student] for student in ids]
     return VocabPlacement(
@@ -198,9 +201,7 @@ def placement_of(case: LossCase, start: int, end: int) -> VocabPlacement:
 
 
 def label_batch(case: LossCase, interface: str = "paper", *, uld_topk: int = 0) -> LabelBatch:
-    """What the teacher would have sent: statistics of every label, hidden states of the rows asked for,
-    shuffled.
-    """
+    """The teacher's answer: statistics of every label, and hidden states of the requested rows, shuffled."""
     dtype = case.student_hidden.dtype
     logits = case.teacher_hidden.double() @ case.teacher_weight.double().T
     if case.teacher_softcap is not None:
@@ -253,7 +254,7 @@ def shared_head_of(case: LossCase, placement: VocabPlacement, group: dist.Proces
 
 @dataclass
 class Evaluation:
-    """What the package says of a case on one rank; gradients of the sum."""
+    """The package's result for a case on one rank. Gradients are of the sum."""
 
     output: LossOutput
     hidden_gradient: torch.Tensor
@@ -327,7 +328,7 @@ def evaluate_oracle(
 
 
 def name_of(config: object) -> str:
-    """What differs from the defaults; other parameters of a test as they are."""
+    """The options that differ from the defaults, for the name of a test."""
     if not isinstance(config, InterfaceConfig):
         return str(config)
     changed = [getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default]
@@ -366,8 +367,8 @@ OTHERS = [
     InterfaceConfig(interface="scalar"),
     InterfaceConfig(interface="scalar", scalar="spread"),
 ]
-"""Interfaces beside those of CONFIGS: other unit scores, events without shared tokens, and fewer columns or
-rows.
+"""Interfaces beside those of CONFIGS: other unit scores, events without shared tokens, and
+fewer columns or rows.
 """
 
 EXACT = [

@@ -1,6 +1,6 @@
-"""A whole sample by the oracle: the sum over the rows of modes.py, and what is measured beside it.
+"""A whole sample by the oracle: the sum over the rows of modes.py, and the measurements beside it.
 
-Dense float64 logits; nothing is shared with the package, gradients come from autograd.
+Dense float64 logits. It shares nothing with the package; gradients come from autograd.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ NO_ROWS_OF_U = ("sft", "alm", "uld", "scalar")
 class OracleLoss:
     sum: torch.Tensor
     rows: list[torch.Tensor]
-    """One value a segment that is used."""
+    """One value for each used segment."""
     mass_outside: tuple[float, float]
-    """Student's and teacher's probability of tokens that are not shared, at the first positions of the used
-    rows.
+    """Student's and teacher's probability of tokens that are not shared, at the first
+    positions of the used rows.
     """
     nll: tuple[float, float]
 

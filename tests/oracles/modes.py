@@ -1,10 +1,10 @@
-"""Every token-level interface in dense float64: one function a definition, one row and one candidate at a
-time.
+"""Every token-level interface in dense float64: one function for each definition, one row and one
+candidate at a time.
 
-Notation: M is the student or the teacher; z_M(p, v) its logit of id v in the row that predicts label p, after
-any soft-cap; p_M its softmax. A segment (ts, te, ss, se) says that teacher labels [ts, te) and student labels
-[ss, se) spell the same bytes. O maps each shared student id to its teacher ids (several for a stop set: their
-mass is one). Nothing is shared with the package; gradients come from autograd.
+Notation: M is the student or the teacher; z_M(p, v) is its logit of id v in the row that predicts label p,
+after any soft-cap; p_M is its softmax. A segment (ts, te, ss, se) means that teacher labels [ts, te) and
+student labels [ss, se) spell the same bytes. O maps each shared student id to its teacher ids (a stop set has
+several, whose mass is one). It shares nothing with the package; gradients come from autograd.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 SHARED, UNIT, STOP = 0, 1, 2
 LENGTH_POWER = {"mean": 1, "raw": 1, "sum": 0}
-"""What the power of k is that a unit's score is divided by."""
+"""The power of k by which a unit's score is divided."""
 Segment = tuple[int, int, int, int]
 
 
@@ -47,7 +47,7 @@ def capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
 
 
 def divergence(p: list[torch.Tensor], q: list[torch.Tensor], name: str, beta: float = 0.5) -> torch.Tensor:
-    """p is the student's. A candidate of probability 0 adds nothing where it is the weight."""
+    """p is the student's. A candidate whose weighting probability is 0 adds nothing."""
     total = torch.zeros((), dtype=torch.float64)
     for p_u, q_u in zip(p, q, strict=True):
         m_u = beta * q_u + (1 - beta) * p_u
@@ -111,12 +111,12 @@ def scored_row(
 def exact_row(
     student: Model, teacher: Model, segment: Segment, kind: int, replaced: int, shared: dict[int, list[int]]
 ) -> Row:
-    """`exact`: a partition of events at the first position, the rest being one of them.
+    """`exact`: a partition of events at the first position. The rest is one of them.
 
-    A shared token w keeps p(w); the first token of the unit's path keeps what does not go on along the path;
-    the unit has the path's probability, and that of the shared token of the same bytes (once, if that token
-    is the path). Small events are sums of small numbers: what large ones leave of 1 would be the rounding of
-    those.
+    A shared token w keeps p(w). The first token of the unit's path keeps the probability that does not go on
+    along the path. The unit has the path's probability, and that of the shared token of the same bytes (once,
+    if that token is the path). Small events are computed as sums of small numbers: 1 minus large ones would
+    leave only the rounding of those.
     """
     ts, te, ss, se = segment
 
@@ -124,7 +124,7 @@ def exact_row(
         row = model.log_p[start].exp()
         along = torch.exp(sum(path(model, start, end)))
         first = model.labels[start]
-        # p(first) - along, of which nothing is left where the first token is the whole path.
+        # p(first) - along; nothing is left of it if the first token is the whole path.
         turns_off = -row[first] * torch.expm1(sum(path(model, start + 1, end), torch.zeros_like(along)))
         found = []
         for w in shared:
@@ -140,8 +140,8 @@ def exact_row(
                 same = ids_of(replaced)
                 mass = sum(row[i] for i in same)
                 is_path = end - start == 1 and first in same
-                # The path may begin with the replaced token itself: what does not go on is then the token's
-                # own.
+                # The path may begin with the replaced token itself. Then the probability that does not go on
+                # is the token's own.
                 goes_on = first in same and end - start > 1
                 unit = mass if is_path or goes_on else mass + along
             found.append(unit)
@@ -179,8 +179,8 @@ def top_k_row(
 
 
 def uld_row(student: Model, teacher: Model, segment: Segment, *, k: int, temperature: float) -> torch.Tensor:
-    """1.5 times the distance of both sorted distributions; k > 0: the k largest and one bin for the
-    others.
+    """1.5 times the distance of both sorted distributions. k > 0: the k largest, and one
+    bin for the others.
     """
     ts, _, ss, _ = segment
     p = sorted(torch.softmax(student.logits[ss] / temperature, 0), key=lambda x: -float(x.detach()))
@@ -207,7 +207,9 @@ def alm_row(student: Model, teacher: Model, segment: Segment, *, temperature: fl
 def scalar_row(
     student: Model, teacher: Model, segment: Segment, *, name: str, old: Sequence[float] | None
 ) -> torch.Tensor:
-    """Advantages from the chunk's one number; the clipped surrogate of each token, one token at a time."""
+    """Advantages from the chunk's one number, and the clipped surrogate of each token,
+    one token at a time.
+    """
     ts, te, ss, se = segment
     new = path(student, ss, se)
     old_log = [float(x.detach()) for x in new] if old is None else [float(old[n]) for n in range(ss, se)]
@@ -224,7 +226,9 @@ def scalar_row(
 
 
 def captured_teacher_mass(teacher: Model, segment: Segment, kind: int, shared: dict[int, list[int]]) -> float:
-    """What `code_gh` and the smallest teacher mass go by: the shared tokens', and a unit's geometric mean."""
+    """The probability that `code_gh` and the smallest teacher mass compare: the shared tokens', and a
+    unit's geometric mean.
+    """
     ts, te, _, _ = segment
     mass = sum(float(teacher.log_p[ts, t].exp()) for ids in shared.values() for t in ids)
     if kind == UNIT:
@@ -254,9 +258,10 @@ def row_losses(
     scalar: str = "dpca",
     old_log_probs: Sequence[float] | None = None,
 ) -> list[torch.Tensor]:
-    """One value a segment that the interface uses, in order; their sum over N labels is the loss.
+    """The value of each segment that the interface uses, in order. Their sum over N labels is the loss.
 
-    `sft` has one value a student label. weights: one a segment; a segment of weight 0 is not used.
+    `sft` has one value for each student label. weights: one for each segment; a segment of
+    weight 0 is not used.
     """
     if interface == "sft":
         return [-x for x in path(student, 0, len(student.labels))]

@@ -19,7 +19,9 @@ SHARED, UNIT, STOP = 0, 1, 2
 
 @dataclass(frozen=True)
 class Sample:
-    """One response: two vocabularies, how each cuts the same text, and both models' logits at its labels."""
+    """One response: two vocabularies, the two tokenizations of one text, and both models'
+    logits at its labels.
+    """
 
     student_pieces: list[bytes]
     teacher_pieces: list[bytes]
@@ -34,7 +36,9 @@ class Sample:
 
     @property
     def shared(self) -> dict[int, list[int]]:
-        """Tokens of equal bytes, the lowest id where several have them; and the stop tokens."""
+        """Tokens of equal bytes, and the stop tokens. If several tokens have the same
+        bytes, the lowest id.
+        """
         first_of: dict[bytes, int] = {}
         for i, piece in reversed(list(enumerate(self.teacher_pieces))):
             first_of[piece] = i
@@ -65,7 +69,9 @@ class Sample:
 
 
 def random_sample(seed: int, *, length: int = 24) -> Sample:
-    """A text over three letters, cut by chance on both sides: units begin with, and spell, shared tokens."""
+    """A text over three letters, tokenized at random on both sides: units begin with, and
+    spell, shared tokens.
+    """
     rng = np.random.default_rng(seed)
     text = bytes(rng.choice(list(LETTERS), length).tolist())
     sides = []
@@ -133,7 +139,7 @@ def loss(
 ) -> torch.Tensor:
     """The sum over rows.
 
-    `code` is on the minimal segments here: which segments there are is the alignment's.
+    `code` uses the minimal segments here: the alignment determines the segments.
     """
     z_s, z_t = student_logits, sample.teacher_logits
     log_p, log_q = z_s.log_softmax(1), z_t.log_softmax(1)
@@ -215,10 +221,10 @@ def loss(
 def event_masses(
     sample: Sample, a: int, log_p: torch.Tensor, log_q: torch.Tensor, k: int
 ) -> list[torch.Tensor]:
-    """[P_S, P_T] of a segment's events, what was said first: every pair of tokens is tried.
+    """[P_S, P_T] of a segment's events, the sampled one first. Every pair of tokens is tried.
 
-    Of tokens with equal bytes the student's lowest id and the teacher's likeliest token count; the stop
-    tokens are one.
+    Of tokens with equal bytes the student's lowest id and the teacher's likeliest token count. The
+    stop tokens are one.
     """
     ts, te, ss, se = sample.segments[a]
     own, theirs = sample.student_labels[ss:se], sample.teacher_labels[ts:te]
@@ -249,8 +255,8 @@ def event_masses(
 
 
 def prefix_target(sample: Sample, a: int, label: int, log_q: torch.Tensor, k: int) -> dict[int, float]:
-    """The `bpm` target of one student label of segment a, by the bytes before it: every teacher token is
-    looked at.
+    """The `bpm` target of one student label of segment a, from the bytes before it, over
+    every teacher token.
     """
     ts, te, ss, _ = sample.segments[a]
     words = [sample.teacher_pieces[i] for i in sample.teacher_labels[ts:te]]

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 def yarn_frequencies(
     dim: int, *, theta: float, factor: float, length: int, fast: float, slow: float, truncate: bool
 ) -> list[float]:
-    """f_i = theta^(-2i/dim) where wave i turns more than `fast` times within `length` positions, f_i / factor
-    where it turns less than `slow` times, and between the two an even mixture in i (YaRN, arXiv:2309.00071,
-    as published models use it: with the i rounded outwards if truncate)."""
+    """f_i = theta^(-2i/dim) if wave i turns more than `fast` times within `length` positions, f_i / factor if
+    it turns less than `slow` times, and between the two a mixture that is linear in i (YaRN,
+    arXiv:2309.00071, as published models use it: the i are rounded outwards if truncate).
+    """
 
     def turns(i: float) -> float:
         return length * theta ** (-2 * i / dim) / (2 * math.pi)
@@ -38,7 +39,7 @@ def yarn_frequencies(
 def apply_rotary(
     x: Sequence[float], position: int, frequencies: Sequence[float], *, interleaved: bool
 ) -> list[float]:
-    """Pairs of the first entries of x, as complex numbers, times e^(i position f)."""
+    """Pairs of the first entries of x, as complex numbers, multiplied by e^(i position f)."""
     out, half = list(x), len(frequencies)
     for i, f in enumerate(frequencies):
         a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + half)

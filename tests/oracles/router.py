@@ -1,4 +1,4 @@
-"""Which experts a token goes through and their weights, in float64, one token at a time."""
+"""The experts of a token and their weights, in float64, one token at a time."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def route(
     least_sum: float = 0.0,
     factor: float = 1.0,
 ) -> torch.Tensor:
-    """[T, experts] -> weights of the same shape, 0 of those that are not chosen.
+    """[T, experts] -> weights of the same shape, 0 for experts that are not chosen.
 
     s = exp(z) / sum exp(z), or 1 / (1 + exp(-z)). A group's rank is the sum of its two largest s +
-    correction; the `chosen` largest s + correction of the `chosen_groups` best groups are chosen. Their
-    weight is factor * s, over their sum if normalized.
+    correction. The `chosen` largest s + correction of the `chosen_groups` best groups are chosen. Their
+    weight is factor * s, divided by their sum if normalized.
     """
     rows = []
     for z in logits:

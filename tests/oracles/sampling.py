@@ -1,6 +1,4 @@
-"""Sampling from one row of logits in float64, one process, one token at a time, in the words of its
-definition.
-"""
+"""Sampling from one row of logits in float64, one process, one token at a time, following the definition."""
 
 from __future__ import annotations
 
@@ -24,8 +22,8 @@ def greedy(logits: Sequence[float]) -> int:
 
 
 def nucleus(probs: Sequence[float], top_p: float) -> set[int]:
-    """The fewest tokens, from the most probable, that hold top_p of the mass, and those as probable as the
-    last.
+    """The fewest tokens, from the most probable, that have top_p of the mass, and those as
+    probable as the last.
     """
     order = sorted(range(len(probs)), key=lambda i: -probs[i])
     wanted = top_p * math.fsum(probs)
@@ -41,8 +39,9 @@ def nucleus(probs: Sequence[float], top_p: float) -> set[int]:
 def distribution(
     logits: Sequence[float], *, temperature: float, top_p: float, top_k: int = -1
 ) -> list[float]:
-    """What is sampled from: tempered, cut to the top_k most probable and what ties with the last of them, cut
-    to the nucleus of what is left, normalized."""
+    """The distribution to sample from: tempered, cut to the top_k most probable and those that tie with the
+    last of them, cut to the nucleus of the rest, normalized.
+    """
     probs = [math.exp(score) for score in log_softmax([z / temperature for z in logits])]
     if 0 < top_k < len(probs):
         lowest = sorted(probs)[-top_k]
@@ -55,8 +54,8 @@ def distribution(
 
 
 def choose(probs: Sequence[float], uniform: float) -> tuple[int, float]:
-    """The first id whose cumulative probability exceeds the uniform number, and how far that is from a
-    border.
+    """The first id whose cumulative probability exceeds the uniform number, and the distance of that
+    number from a boundary.
     """
     ends = [math.fsum(probs[: i + 1]) for i in range(len(probs))]
     chosen = next((i for i, end in enumerate(ends) if end > uniform), len(probs) - 1)

@@ -1,4 +1,4 @@
-"""What the parallel tests share."""
+"""Fixtures of the parallel tests."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""--async-save: a checkpoint is what its step was, gets its name when it is whole, and a refused one stops
-the run.
+"""--async-save: a checkpoint has the state of its step, gets its name when it is complete, and a
+failed one stops the run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def names(folder: Path) -> list[str]:
 
 
 class _Steps:
-    """Runs the loop of a job one step at a time, and looks at the folder between them."""
+    """Runs the loop of a job one step at a time, and lists the folder between steps."""
 
     def __init__(self, job, folder: Path, released: threading.Event) -> None:
         self.seen: list[list[str]] = []
@@ -49,7 +49,7 @@ class _Steps:
 
 
 def _train_held_up(rank, world_size, files, folder) -> list[list[str]]:
-    """Folders before each step, where the last rank may write only when the third step has begun."""
+    """Folders before each step. The last rank may write only when the third step has begun."""
     released = threading.Event()
     write = torch_dist._write_here
 
@@ -76,7 +76,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny, tmp_path) -> None:
 
 @pytest.mark.parametrize("flags", [(), ("--use-distributed-optimizer",)], ids=["plain", "shared"])
 def test_it_ends_and_resumes_as_without_it(tiny, tmp_path, flags) -> None:
-    """What is saved is what the step was: training changes the weights while they are written."""
+    """The saved state is that of the step: training changes the weights while they are written."""
     through, resumed = tmp_path / "through", tmp_path / "resumed"
     for folder, iterations, more in (
         (through, 3, ()),

@@ -110,9 +110,9 @@ def test_what_crosses_ranks_is_two_reductions_a_model() -> None:
 
 
 def evaluate_split(rank: int, world_size: int) -> list[tuple]:
-    """For each of CASES, with labels dealt out in pieces as context parallelism does: this rank's share of
-    the sum, the gradient of all rows' logits, its share of the labels' losses, what is exchanged, and the
-    bytes that were sent.
+    """For each of CASES, with labels distributed in pieces as context parallelism does: this rank's share
+    of the sum, the gradient of all rows' logits, its share of the labels' losses, the exchanged values,
+    and the bytes sent.
     """
     found = []
     for cases in CASES:
@@ -160,7 +160,7 @@ def evaluate_split(rank: int, world_size: int) -> list[tuple]:
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_rows_split_over_context_parallel_ranks(world_size) -> None:
-    """Both models' rows, tokens that straddle the cuts among them; and what the ranks send each other."""
+    """Both models' rows, with tokens that straddle the cuts; and what the ranks send each other."""
     by_rank = run_ranks(world_size, evaluate_split)
     exchanged = 0
     for cases, *found in zip(CASES, *by_rank, strict=True):
@@ -171,8 +171,8 @@ def test_rows_split_over_context_parallel_ranks(world_size) -> None:
         num_labels = len(alone.label_losses)
         for _, of_rows, _, number, sent in found:
             torch.testing.assert_close(of_rows, gradient, rtol=1e-10, atol=1e-10)
-            # Forward and back, in float64: a number for each label, and one for each segment that another
-            # rank needs.
+            # Forward and back, in float64: a number for each label, and one for each segment that
+            # another rank needs.
             assert sent == {"all_reduce": 2 * 8 * (num_labels + number)}
             exchanged += number
     assert exchanged > 20, "no token straddled a cut"

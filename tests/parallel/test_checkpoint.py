@@ -1,4 +1,4 @@
-"""Weights survive a change of layout bit by bit; what cannot be loaded says why in one line."""
+"""Weights survive a change of layout bit by bit. If a checkpoint cannot be loaded, one line says why."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def student_of(folder, groups, *flags) -> HiddenStateModel | InterleavedModel:
 
 
 def in_job(function) -> Callable[..., Any]:
-    """function(groups, *args) on every rank, with tensor parallelism over all of them."""
+    """Run function(groups, *args) on every rank, with tensor parallelism over all of them."""
 
     def worker(rank, world_size, folder, *args) -> Any:
         resolved = config(folder, "--tensor-model-parallel-size", str(world_size))
@@ -89,7 +89,7 @@ def test_weights_go_from_one_rank_to_two_and_back(tiny, tmp_path) -> None:
         assert shard["decoder.layers.0.mlp.linear_fc2.weight"].shape == (32, 32), "each rank holds its half"
     assert weights_back.keys() == weights.keys()
     for name, value in weights.items():
-        if name == "embedding.word_embeddings.weight":  # the padding past the vocabulary is nobody's
+        if name == "embedding.word_embeddings.weight":  # no token uses the padding past the vocabulary
             value, weights_back[name] = value[:360], weights_back[name][:360]
         assert torch.equal(weights_back[name], value), name
     assert torch.equal(logits_back, logits)
@@ -113,7 +113,7 @@ def _refusals(rank, world_size, folder, sources, tp) -> list[str]:
 
 @in_job
 def _save_relatives(groups, folder, target) -> None:
-    """Checkpoints of models that are almost the student."""
+    """Checkpoints of models that differ a little from the student."""
     for name, changes in RELATIVES.items():
         architecture = target / f"{name} model"
         architecture.mkdir()
@@ -162,7 +162,7 @@ def test_what_is_no_checkpoint_of_this_model_is_refused_in_one_line(tiny, weight
 
 @in_job
 def _killed_before_the_tracker(groups, folder, target) -> tuple[torch.Tensor, torch.Tensor]:
-    """A sound checkpoint 1; then checkpoint 2 is killed between its last file and the tracker."""
+    """A sound checkpoint 1; then a kill of checkpoint 2 between its last file and the tracker."""
     model = student_of(folder, groups)
     save_weights(model, str(target), 1)
     first = logits_of(model, groups)
@@ -188,7 +188,7 @@ def _killed_before_the_tracker(groups, folder, target) -> tuple[torch.Tensor, to
 def _resume(
     groups, folder, target
 ) -> tuple[tuple[int, torch.Tensor], torch.Tensor, tuple[int, torch.Tensor]]:
-    """What the next run loads, and what it loads after it has saved checkpoint 2 over the remains."""
+    """The state that the next run loads, and the state after it has saved checkpoint 2 over the remains."""
     model = student_of(folder, groups)
     loaded = load_weights(model, str(target), flag="--load-it"), logits_of(model, groups)
     with torch.no_grad():
@@ -216,8 +216,8 @@ def test_a_kill_before_the_tracker_leaves_the_previous_checkpoint_in_use(tiny, t
 
 @in_job
 def _save_as_others_do(groups, folder, target, tracker) -> torch.Tensor:
-    """The form of their converters: TransformerEngine's extra state, pickled arguments, `release` or
-    iteration 0.
+    """The form of their converters: TransformerEngine's extra state, pickled arguments,
+    `release` or iteration 0.
     """
     model = student_of(folder, groups)
     path = target / (tracker if tracker == "release" else f"iter_{int(tracker):07d}")
@@ -249,7 +249,7 @@ def test_weights_of_megatron_s_converters_are_read(tiny, tmp_path, tracker) -> N
 
 @in_job
 def _between_kinds_of_norms(groups, folder, source, target) -> torch.Tensor:
-    """Load what norms without extra state have saved into norms that have one, and save those."""
+    """Load weights saved by norms without extra state into norms that have one, and save those."""
     RMSNorm.get_extra_state = lambda self: torch.empty(0, dtype=torch.uint8)
     RMSNorm.set_extra_state = lambda self, state: None
     model = student_of(folder, groups)

@@ -1,5 +1,5 @@
-"""tools/convert_checkpoint.py: Hugging Face -> Megatron -> Hugging Face gives every tensor back, bit by
-bit.
+"""tools/convert_checkpoint.py: Hugging Face -> Megatron -> Hugging Face gives every
+tensor back, bit by bit.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def tensors_of(folder) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Callable[..., Path]:
-    """[family, tied, type] -> a folder, made when first asked for."""
+    """[family, tied, type] -> a folder, made at the first request."""
     made = {}
 
     def make(family: str, tied: bool, dtype: torch.dtype) -> Path:
@@ -138,9 +138,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """What a folder holds whose config.json says tie_word_embeddings: true, and whether the two are one
-    then.
-    """
+    """The head in a folder whose config.json has tie_word_embeddings: true, and whether it is then tied."""
 
     change: Callable[[dict[str, torch.Tensor]], None]
     tied: bool
@@ -196,7 +194,7 @@ HEADS = {
 def test_a_head_beside_a_tied_embedding_counts_as_in_transformers(
     folder, tmp_path, head, there, back, family
 ) -> None:
-    """Read, converted in any layout, exported: the logits stay, and the export says which head it has."""
+    """Read, converted in any layout, exported: the logits stay, and the export reports which head it has."""
     from transformers import AutoModelForCausalLM
 
     case, source = HEADS[head], shutil.copytree(folder(family, True, torch.float32), tmp_path / "source")
@@ -227,7 +225,7 @@ def test_a_head_beside_a_tied_embedding_counts_as_in_transformers(
 
 
 def _write(folder: Path, tensors: dict[str, torch.Tensor], *, many_files: bool) -> None:
-    """The weights, in one file or with the head in a file of its own."""
+    """The weights, in one file, or with the head in a separate file."""
     if not many_files:
         save_file(tensors, str(folder / "model.safetensors"), {"format": "pt"})
         return
@@ -253,7 +251,7 @@ def test_verify_compares_with_transformers(folder, tmp_path, layout, family, cap
 
 @pytest.fixture(scope="module")
 def with_tokenizer(tmp_path_factory) -> Path:
-    """A folder whose model has an id for each of its tokenizer's."""
+    """A folder whose model has an id for each id of its tokenizer."""
     path = tmp_path_factory.mktemp("with_tokenizer")
     save_model(path, "llama", vocab_size=340, num_hidden_layers=4)
     save_byte_fallback(path)
@@ -323,7 +321,7 @@ def test_an_export_is_on_the_disk_before_it_has_its_name(folder, tmp_path) -> No
 
 
 def _sync_noting(log: str, path: Path) -> None:
-    """Which path, and whether the export has its name."""
+    """The synced path, and whether the export has its name."""
     with Path(log).open("a") as file:
         file.write(f"{path} {Path(log).with_name('hf').exists()}\n")
 
@@ -355,7 +353,7 @@ def test_a_disk_that_is_full_for_one_rank_ends_all_with_one_line(folder, tmp_pat
 
 
 def _full_for_rank_2(path: Path, original: Callable, mode: str = "r", **options: object) -> IO:
-    """That rank is the first of the second stage. What is written to /dev/full finds no space."""
+    """This rank is the first of the second stage. A write to /dev/full finds no space."""
     full = mode == "wb" and path.suffix == ".safetensors" and os.environ["RANK"] == "2"
     return original(Path("/dev/full") if full else path, mode, **options)
 

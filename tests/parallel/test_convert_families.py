@@ -1,6 +1,7 @@
 """Every family from a Hugging Face folder into a checkpoint of one layout, and from there into another
-layout: bit by bit what that layout reads from the folder, and exports as the folder has it
-(tests/parity/test_families.py). One world has every layout in turn."""
+layout: bit by bit equal to what that layout reads from the folder, and exported as the folder has it
+(tests/parity/test_families.py). One world uses every layout in turn.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from tests.parity.test_families import MODELS, VOCAB
 
 pytest.importorskip("transformers")
 
-LAYOUTS = {  # TP, PP, EP; the other ranks hold copies
+LAYOUTS = {  # TP, PP, EP; the other ranks have copies
     "DP": (1, 1, 1),
     "TP2": (2, 1, 1),
     "PP2": (1, 2, 1),
@@ -47,7 +48,7 @@ def _layout(name: str) -> ParallelConfig:
 
 
 class _Models(torch.nn.ModuleList):
-    """Models of several folders, which share a checkpoint: that takes as long as one of them does."""
+    """Models of several folders that share a checkpoint: this takes as long as one model does."""
 
     def sharded_state_dict(self) -> dict[str, Any]:
         parts = [model.sharded_state_dict(prefix=f"{i}.") for i, model in enumerate(self)]
@@ -57,7 +58,7 @@ class _Models(torch.nn.ModuleList):
 def _convert(
     rank: int, world_size: int, pairs: list[tuple[str, str]], folders: list[str], save: str
 ) -> list[str]:
-    """Which tensors a checkpoint of the first layout of a pair does not give back in the second."""
+    """Names of the tensors that a checkpoint of a pair's first layout does not restore in the second."""
     architectures = [read_architecture(folder, flag="") for folder in folders]
     options = {"vocab_size": VOCAB, "divisible_by": 8, "bf16": False, "flag": "", "initialize": False}
     for there in dict.fromkeys(pair[0] for pair in pairs):

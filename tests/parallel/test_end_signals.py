@@ -1,4 +1,4 @@
-"""What a signal does to jobs that load, that work, and that were told once before."""
+"""The effect of a signal on jobs that load, that work, and that got one signal before."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from tests.teacher_jobs import make_request, open_client
 from tests.tiny import command_line
 
 APART_S = 1.5
-"""Longer than signals count as one."""
+"""Two signals that are closer together count as one."""
 
 
 def wait_in_c(*_, **__) -> None:
-    """Where Python's own handlers of signals are not called, for minutes."""
+    """Wait in C code, for minutes. Python's own signal handlers are not called there."""
     dist.HashStore().get("what nobody sets")
 
 
 class Ranks:
-    """A command in forked processes with a stderr and a folder for temporary files of their own."""
+    """A command in forked processes with their own stderr and folder for temporary files."""
 
     def __init__(
         self, folder: Path, tmp: Path, main: Callable, argv: list[str], patch: Callable, world_size: int = 1
     ) -> None:
-        """patch(rank, ready): before the command, on every rank, which has come where it is to be with
-        ready.set().
+        """patch(rank, ready) is called before the command, on every rank; a rank that has reached its
+        place calls ready.set().
         """
         context = multiprocessing.get_context("fork")
         self._folder, self.tmp = folder, tmp
@@ -105,7 +105,7 @@ def teacher_argv(tiny, weights, tmp_path) -> list[str]:
 
 
 def last_loads(module: object, name: str, after: str, world_size: int) -> Callable:
-    """The last rank loads for ever; the others have come to what follows."""
+    """The last rank loads forever; the others have reached the next call."""
 
     def patch(rank, ready) -> None:
         def load(*args, **kwargs) -> None:
@@ -140,7 +140,7 @@ def test_a_teacher_that_loads_ends_at_once_and_leaves_nothing(
     patch = last_loads(serve_teacher, "open_model", "TeacherForward", world_size)
     with ranks(tmp_path, short_tmp, serve_teacher.main, teacher_argv, patch, world_size) as job_:
         job_.come()
-        time.sleep(0.5)  # one that has loaded would open its endpoint
+        time.sleep(0.5)  # a teacher that has loaded would open its endpoint
         job_.tell(number)
         (first, *others) = job_.end()
         assert first == (code, line) and others == [(code, "")] * (world_size - 1)
@@ -166,11 +166,11 @@ def test_a_second_signal_ends_a_teacher_that_finishes_what_it_holds(
         client.submit(make_request(np.random.default_rng(0), 0))
         job_.come()
         job_.tell(number)
-        job_.tell(number)  # a terminal's, and torchrun's for it
+        job_.tell(number)  # from a terminal, and from torchrun
         time.sleep(APART_S)
         assert job_.running() and read_endpoints(folder), "one alone is no reason to drop a request"
         deadline = time.monotonic() + 60
-        while job_.running() and time.monotonic() < deadline:  # it may have heard of the first one late
+        while job_.running() and time.monotonic() < deadline:  # it may have received the first one late
             job_.tell(number)
             time.sleep(0.5)
         ((ended, _),) = job_.end()
@@ -196,7 +196,7 @@ def test_training_that_loads_ends_at_once_on_the_signal_that_it_handles(
 
 
 def test_a_fork_does_not_tell_its_parent_of_its_own_signals(tmp_path, short_tmp) -> None:
-    """As the children that write a checkpoint's shards, where a scheduler signals all processes of a job."""
+    """Like the children that write a checkpoint's shards, if a scheduler signals all processes of a job."""
 
     def main(_: list[str]) -> int:
         from megatron_simct.stopping import EndSignals

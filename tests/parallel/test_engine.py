@@ -1,4 +1,4 @@
-"""Generation with a KV cache and padded batches says what the same weights say without either."""
+"""Generation with a KV cache and padded batches gives the same results as the same weights without either."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SAMPLED = Sampling(temperature=1.0, top_p=0.95, max_response_len=10, seed=1)
 
 
 def make_prompts() -> list[Prompt]:
-    """Lengths on both sides of each other, a single token among them."""
+    """Prompts of several lengths, also of a single token."""
     rng = np.random.default_rng(0)
     empty = np.zeros(0, np.int32)
     return [
@@ -47,7 +47,7 @@ PROMPTS = make_prompts()
 
 
 def in_job(function) -> Callable[..., Any]:
-    """function(model, groups, *args) on every rank, with the student's checkpoint loaded."""
+    """Run function(model, groups, *args) on every rank, with the student's checkpoint loaded."""
 
     def worker(rank, world_size, folder, weights, tp, *args) -> Any:
         resolved = config(folder, *weights, "--tensor-model-parallel-size", str(tp))
@@ -194,8 +194,9 @@ def test_a_response_of_one_token(generate, greedy) -> None:
 
 @in_job
 def _counted(model, groups, prompts, sampling, batch_size) -> tuple[list[Rollout], list[Any], list[Any]]:
-    """Rollouts; what each forward pass worked on, (prompts, rows to fill) or the sequences of a decoding
-    step; and how many responses were said to be finished after each token."""
+    """Rollouts; the size of each forward pass, (prompts, rows to fill) or the number of sequences of a
+    decoding step; and the reported numbers of finished responses after each token.
+    """
     passes, reported = [], []
     with pytest.MonkeyPatch.context() as patch:
         prefill, decode = Decoder.prefill, Decoder.decode
@@ -332,8 +333,8 @@ def _stepped(model, groups, prompts, calls, backend) -> list[list[Rollout]]:
 
 @pytest.mark.parametrize("tp, pp", [(1, 1), (2, 1), (1, 2)])
 def test_tokens_do_not_depend_on_how_steps_are_shaped_and_when_they_are_read(tiny, weights, tp, pp) -> None:
-    """Rows and positions rounded up, tokens read a step or two later, parts of a layer traced by the
-    compiler.
+    """Rows and positions rounded up, tokens read a step or two later, parts of a layer
+    traced by the compiler.
     """
     prompts = [replace(prompt, sample_id=100 * i + j) for i, prompt in enumerate(PROMPTS) for j in range(2)]
     several = [(GREEDY, NEVER), (SAMPLED, SOME), (replace(SAMPLED, max_response_len=1), SOME)]
@@ -355,7 +356,9 @@ def test_no_prompts_no_rollouts(generate) -> None:
 
 @in_job
 def _states(model, groups) -> tuple[list[int], list[tuple[bool, bool]], bool]:
-    """What generate leaves: the version of its rollouts and the mode of the model, also after an error."""
+    """The state after generate: the version of its rollouts and the mode of the model,
+    also after an error.
+    """
     engine = MegatronEngine(model, groups, vocab_size=VOCAB, stop_ids=NEVER, batch_size=4)
     versions, modes = [], []
     for training in (True, False):
@@ -407,7 +410,7 @@ def test_new_weights_are_used_at_once(tiny, weights) -> None:
 
 
 class _AnotherLinear(torch.nn.Module):
-    """Hides the type of a module, as if it were not one of megatron-core's own."""
+    """Hides the type of a module, as if it were not megatron-core's own."""
 
     def __init__(self, module) -> None:
         super().__init__()
@@ -463,7 +466,7 @@ def _generate_shares(model, groups, calls) -> list[list[Rollout]]:
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_ranks_that_share_experts_answer_prompts_of_their_own(tiny, experts, tp) -> None:
-    """Other numbers of prompts, other lengths, other ends; a rank without any prompt, too."""
+    """Different numbers of prompts, lengths and ends; one rank has no prompt."""
     (expected,) = run_ranks(1, _without_cache, tiny, experts, 1, PROMPTS, GREEDY.max_response_len)
     assert len({tuple(answer) for answer in expected}) == len(PROMPTS)
     stop = expected[0][1]

@@ -1,8 +1,7 @@
-"""A teacher whose layers run in an inference engine answers as our own does, and knows a wrong engine from a
-right one.
+"""A teacher whose layers run in an inference engine answers as our own does, and detects a wrong engine.
 
-The engine is a server with transformers' hidden states, or one without a model that misbehaves by a seed. The
-real vLLM is asked by tests/end_to_end/vllm.sh.
+The engine is a server with transformers' hidden states, or one without a model that misbehaves by a seed.
+tests/end_to_end/vllm.sh uses the real vLLM.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ FOLDERS = {
     },
     "cohere": {"model_type": "cohere", "logit_scale": 0.5, "tie_word_embeddings": True, "scale": 0.5},
 }
-"""The last is of no family that models/ knows: its logits are scaled, and its norm is a LayerNorm."""
+"""The last is of a family that models/ does not know: its logits are scaled, and its norm is a LayerNorm."""
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +95,7 @@ def front(folder: Path, *flags: str) -> tuple[LabelScorer, Probe, Tokenizer]:
 
 
 def make_requests(count: int = 16) -> list[TeacherRequest]:
-    """Hidden rows or sums of bytes, by chance; every fourth wants the likeliest tokens."""
+    """Requests for hidden rows or sums of bytes, at random; every fourth asks for the likeliest tokens."""
     rng = np.random.default_rng(3)
     requests = [make_request(rng, sample_id) for sample_id in range(count)]
     return [
@@ -181,8 +180,8 @@ def test_a_family_that_models_does_not_know(folders) -> None:
 
 @pytest.mark.parametrize("field", ["prompt_logprobs", "echo"])
 def test_log_probabilities_of_a_server_that_generates(folders, field) -> None:
-    """Own log-probabilities are those of our own teacher, and so are the likeliest tokens where ids are
-    named.
+    """Own log-probabilities are those of our own teacher, and so are the likeliest tokens if
+    the answers have ids.
     """
     requests = [replace(r, byte_side=None, hidden=False) for r in make_requests()]
     requests = [
@@ -240,7 +239,7 @@ def test_what_a_head_may_not_have(folders, tmp_path, name, changes, words) -> No
 def test_a_default_that_config_json_leaves_out_and_a_nested_folder(folders, tmp_path) -> None:
     folder = shutil.copytree(folders["gemma2"], tmp_path / "changed")
     _fields(folder, final_logit_softcapping=None)
-    # which we do not read, but the head is not quantised
+    # we do not read this format, but the head is not quantised
     _fields(folder, quantization_config={"quant_method": "awq"})
     assert read_head(str(folder), flag="").final_logit_softcap == 30.0
     fields = json.loads((folder / "config.json").read_text())
@@ -278,8 +277,8 @@ def test_the_probe_knows_a_wrong_head_and_a_wrong_engine(folders, tmp_path) -> N
                 tensors["model.norm.weight"] *= 1.2
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
             assert words in probed(folder)
-        # The head of a later checkpoint is near enough to pass, but not what the generating server computes
-        # with.
+        # The head of a later checkpoint is similar enough to pass, but the generating server
+        # computes other numbers.
         folder = shutil.copytree(folders["llama"], tmp_path / "later")
         tensors = load_file(folder / "model.safetensors")
         tensors["lm_head.weight"] *= 0.7
@@ -289,7 +288,7 @@ def test_the_probe_knows_a_wrong_head_and_a_wrong_engine(folders, tmp_path) -> N
         with pytest.raises(ValueError, match="--engine-check-endpoint .* are not the same"):
             later.compare(client, client)
 
-        # An engine that begins to serve something else is not asked any more.
+        # An engine that begins to serve another model gets no more requests.
         good = server.hidden_states
         server.hidden_states = lambda ids: good(np.roll(ids, 1))
         with pytest.raises(ValueError, match="must serve the same model|under a shuffled one"):
@@ -329,7 +328,7 @@ def test_options_without_a_meaning(folders, flags, words) -> None:
 
 
 def sums_of(ids: np.ndarray) -> np.ndarray:
-    """Hidden states without a model: they depend on every token so far."""
+    """Hidden states without a model: they depend on every token up to theirs."""
     return np.outer(np.cumsum(ids.astype(np.float64)) % 97, 1 + np.arange(HIDDEN)).astype(np.float32) / 97
 
 
@@ -394,7 +393,7 @@ SEEDS = range(int(os.environ.get("ENGINE_FAULT_SEEDS", "20")))
 
 @pytest.mark.parametrize("answers", ["hidden_states", "prompt_logprobs", "echo"])
 def test_faults_between_front_and_engine_cost_time_only(short_tmp, monkeypatch, answers) -> None:
-    """Every sample is answered once, with its own answer, whatever happens to the answers of two engines."""
+    """Every sample is answered once, with its own answer, for all faults in the answers of two engines."""
     monkeypatch.setattr("megatron_simct.teacher.engine_pool._FIRST_WAIT_S", 0.01)
     scorer = model_free_scorer()
     faults: dict[str, int] = {}
@@ -442,10 +441,12 @@ def test_faults_between_front_and_engine_cost_time_only(short_tmp, monkeypatch, 
 
 
 class Front:
-    """A front's job in a forked process: entered when its server is up, left by SIGTERM with exit code 0."""
+    """A front's job in a forked process. It is entered when the server is up, and ended by
+    SIGTERM with exit code 0.
+    """
 
     def __init__(self, folder: Path, run_dir: Path, address: str, *flags: str) -> None:
-        """flags: in the place of a comparison with the same server's log-probabilities."""
+        """flags: instead of a comparison with the same server's log-probabilities."""
         self._argv = [
             "--teacher-hf-checkpoint",
             str(folder),
@@ -507,8 +508,8 @@ def _train(
 
 
 def test_a_run_with_an_engine_is_the_run_with_our_own_teacher(tiny, folders, tmp_path, short_tmp) -> None:
-    """Also where the engine dies with requests in hand and comes back, and with a teacher that models/ cannot
-    build.
+    """Also if the engine dies while it has requests and comes back, and with a teacher that
+    models/ cannot build.
     """
     save_model(tmp_path / "student", "llama", vocab_size=400, scale=0.2)
     save_byte_level(tmp_path / "student", vocab_size=400)
@@ -552,8 +553,8 @@ def test_a_run_with_an_engine_is_the_run_with_our_own_teacher(tiny, folders, tmp
 def test_a_server_that_generates_teaches_alm_and_what_compares_likeliest_tokens(
     tiny, folders, tmp_path, short_tmp
 ) -> None:
-    """Metrics are those with our own teacher; what needs more is refused with the reason, and so is another
-    model.
+    """Metrics are those with our own teacher. Interfaces that need more are refused with the reason, and
+    so is another model.
     """
     save_model(tmp_path / "student", "llama", vocab_size=400, scale=0.2)
     save_byte_level(tmp_path / "student", vocab_size=400)

@@ -31,7 +31,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def run(tiny, weights, tmp_path_factory) -> Callable[..., tuple[int, str]]:
-    """run(folder, *flags, ranks) -> exit code and what the first rank wrote to standard error"""
+    """run(folder, *flags, ranks) -> exit code, and the first rank's standard error"""
     data = tmp_path_factory.mktemp("data") / "problems.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
 
@@ -73,7 +73,7 @@ def finished(run, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def alone(finished, tmp_path) -> Path:
-    """A copy of the folder that one process has left."""
+    """A copy of the folder that one process has written."""
     return Path(shutil.copytree(finished, tmp_path / "alone"))
 
 
@@ -188,14 +188,14 @@ def test_given_responses_are_graded_without_a_model(tmp_path) -> None:
     assert select_responses.main([*select, "--output", str(tmp_path / "right.jsonl")]) == 0
     assert (tmp_path / "right.jsonl").read_text().count("x = 1") == 3
     code, error = _main(0, 1, [*argv, "--output-dir", str(tmp_path / "another")])
-    assert code == 1 and "2 responses to 0, and --samples is 1" in error
+    assert code == 1 and "0 has 2 responses, but --samples is 1" in error
 
 
 def test_programs_are_confined_as_asked_and_the_results_say_how(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without Landlock `strict` neither grades nor takes grades, and the table says what programs could
-    read.
+    """Without Landlock `strict` neither grades nor accepts grades, and the table says what
+    programs could read.
     """
     (tmp_path / "problems.jsonl").write_text(json.dumps(ROWS[2]) + "\n")
     (tmp_path / "given.jsonl").write_text(json.dumps({"problem_id": 2, "response": "x = 1"}) + "\n")
@@ -241,7 +241,7 @@ def _train(rank, world_size, argv) -> int:
 
 
 def test_a_teachers_right_answers_are_what_a_student_is_warmed_up_on(tiny, weights, tmp_path) -> None:
-    """Sample and check, select, sft: each command reads what the one before has left."""
+    """Sample and check, select, sft: each command reads the output of the one before."""
 
     def sample(folder: Path, labels: list[str]) -> list[dict]:
         rows = [{"prompt": f"Tom has {i}.", "label": label} for i, label in enumerate(labels)]
@@ -291,9 +291,7 @@ def test_a_teachers_right_answers_are_what_a_student_is_warmed_up_on(tiny, weigh
 
 @pytest.mark.parametrize("flags, ranks", [((), 1), ((), 2), (("--tensor-model-parallel-size", "2"), 2)])
 def test_a_benchmark_while_training_is_graded_as_afterwards(tiny, weights, tmp_path, flags, ranks) -> None:
-    """What the model says stands behind a comment sign, so that a program is right where its first line
-    is.
-    """
+    """The model's text follows a comment sign, so a program is right if its first line is."""
     data = tmp_path / "problems.jsonl"
     rows = [
         {

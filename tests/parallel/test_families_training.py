@@ -1,5 +1,6 @@
-"""Steps on families with norms in unusual places and soft-caps: the same in every layout, and soft-caps reach
-the loss, the scorer and the sampler."""
+"""Steps with families that have norms in unusual places and soft-caps: the same in every layout. Soft-caps
+reach the loss, the scorer and the sampler.
+"""
 
 from __future__ import annotations
 
@@ -156,7 +157,7 @@ def test_layouts_take_the_same_steps(files, alone, layout, student, teacher) -> 
 
 
 def test_a_student_with_a_gated_delta_net_takes_the_same_steps_in_every_layout(files) -> None:
-    # The first gradient agrees to 5e-6; at the others' rate the second step would magnify that.
+    # The first gradient agrees to 5e-6; with the usual rate the second step would magnify that.
     job = (_steps, files, "qwen3_5_text", "qwen3", "--lr", "0.01")
     (expected,) = run_ranks(1, *job)
     for layout in ("tp2", "tp2 x pp2, sequence", "pp2, interleaved"):
@@ -208,7 +209,9 @@ def test_layouts_that_experts_cannot_have_name_the_flag(files, world_size, flags
 
 
 def _own_teacher(rank, world_size, folder, family, interface) -> tuple[StepReport, list[Any]]:
-    """The loss against itself of responses that both tokenize alike, and the teacher's log-probs."""
+    """The loss against itself of responses with the same tokens on both sides, and the
+    teacher's log-probs.
+    """
     resolved = _job_config(folder, family, family, "--simct-interface", interface)
     with process_groups(resolved.parallel, seed=1) as groups:
         job = build_job(resolved, groups)
@@ -234,7 +237,7 @@ def _own_teacher(rank, world_size, folder, family, interface) -> tuple[StepRepor
 
 @pytest.mark.parametrize("interface", ["paper", "bytes"])
 def test_a_model_with_soft_caps_is_its_own_teacher(files, interface) -> None:
-    """Loss and scorer agree: one of them without the cap would not."""
+    """Loss and scorer agree. If one of them lacked the cap, they would not."""
     ((report, answers),) = run_ranks(1, _own_teacher, files, "gemma2", interface)
     assert abs(report.sums["loss"]) < 1e-5 * report.sums["num_labels"]
     model = transformers_model(files / "gemma2")
@@ -258,7 +261,7 @@ def log_probs(model, prompt: np.ndarray, response: np.ndarray) -> torch.Tensor:
 
 
 def _given_responses(rank, world_size, folder, *flags) -> list[tuple[StepReport, list[Any]]]:
-    """The report of a step on its own responses, and these, of each of STUDENTS."""
+    """The report of a step on given responses, and these responses, for each of STUDENTS."""
     answers = []
     for family in STUDENTS:
         sft = ("--simct-interface", "sft", "--rollout-max-response-len", "40", "--lr", "0")

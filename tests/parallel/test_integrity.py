@@ -1,4 +1,6 @@
-"""A checkpoint is used if it is as it was written; else the file, and what to do, are named in one line."""
+"""A checkpoint is used only if it is unchanged since it was written. Otherwise one line names the
+file and the remedy.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,7 @@ def printed(arguments: list[str], *, world_size: int = 1) -> str:
 
 
 def refused(arguments: list[str], *, world_size: int = 1) -> str:
-    """The one line of each rank, which is the same."""
+    """The one error line, which is the same on each rank."""
     results = run_ranks(world_size, run, arguments)
     lines = {re.sub(r" on rank \d", "", err) for _, _, err in results}
     assert all(code == 1 for code, _, _ in results) and len(lines) == 1, results
@@ -90,7 +92,7 @@ def test_no_flipped_bit_passes(folder) -> None:
 
 
 def test_no_flipped_bit_is_trained_on(tiny, folder) -> None:
-    for iteration in (1, 2):  # a tracker that names another whole checkpoint is obeyed
+    for iteration in (1, 2):  # a tracker that names another complete checkpoint is followed
         shutil.rmtree(folder / "save" / f"iter_000000{iteration}")
     assert flips_through_train(folder / "save", argv(tiny, folder, 4), 4, seed=2).startswith("0 of 4")
 
@@ -175,7 +177,7 @@ def test_a_file_of_ones_own_beside_them_does_no_harm(tiny, folder) -> None:
 
 
 def as_before(folder: Path) -> None:
-    """What a checkpoint of the versions without hashes has in run.json."""
+    """Remove from run.json what earlier versions, without hashes, did not write."""
     content, _ = read_run_file(folder)
     del content["files"], content["sha256"]
     (folder / RUN_FILE).write_text(json.dumps(content, indent=2) + "\n")
@@ -207,7 +209,7 @@ def test_a_checkpoint_without_hashes_is_loaded_with_one_line(tiny, original, tmp
 
 
 def test_what_is_sealed_is_not_taken_for_an_earlier_version(tiny, folder) -> None:
-    """Neither half of the seal can be lost by one bit without the other being noticed."""
+    """One bit cannot remove one half of the seal without a trace in the other."""
     path = newest(folder) / RUN_FILE
     good = path.read_bytes()
     for field in (b'"files"', b'"sha256": "' + json.loads(good)["sha256"].encode()):
@@ -279,7 +281,7 @@ def test_downloaded_weights_are_compared_with_a_list(tiny, hf_folder, tmp_path) 
     flip(files[1], 8 * files[1].stat().st_size - 1)
     line = refused([*start, "--hf-sha256", str(listed)], world_size=2)
     assert f"--hf-checkpoint {hf_folder}: {files[1].name} is not the file that {listed} names" in line
-    printed(start)  # nobody has said what it must be
+    printed(start)  # no file says what the hash must be
     listed.write_text("".join(row for row in listed.read_text().splitlines(True) if files[2].name not in row))
     assert f"has no line for {files[2].name}" in refused([*start, "--hf-sha256", str(listed)])
     listed.write_text("0123  model.safetensors\n")

@@ -1,5 +1,5 @@
-"""Options of the comparison from the command line to the loss: each one changes a training step as it
-says.
+"""Options of the comparison from the command line to the loss: each one changes a
+training step as described.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def sums_of_a_step(rank, world_size, folder, *flags) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def replay(tiny, weights, tmp_path_factory) -> tuple[str, ...]:
-    """Flags that replay one step's rollouts, some of which stopped and hold blanks."""
+    """Flags that replay one step's rollouts, some of which stopped and contain spaces."""
     folder = tmp_path_factory.mktemp("rollouts")
     run_ranks(1, sums_of_a_step, tiny, *weights, "--save-debug-rollout-data", str(folder))
-    # the samples of a random model say little: these are the task's own answers
+    # a random model's samples are not useful here: these are the task's own answers
     for file in folder.glob("*.json"):
         _write_answers(file, tiny, by_letters=True)
     return (*weights, "--load-debug-rollout-data", str(folder))
@@ -97,8 +97,8 @@ def test_likeliest_tokens_only(tiny, replay) -> None:
 
 
 def test_one_number_a_unit(tiny, replay) -> None:
-    """scalar reads the log-probabilities that the rollouts were sampled with; span_mse adds units to
-    strict.
+    """scalar reads the log-probabilities with which the rollouts were sampled; span_mse
+    adds units to strict.
     """
     dpca = sums(tiny, replay, "--simct-interface", "scalar")
     spread = sums(tiny, replay, "--simct-interface", "scalar", "--simct-scalar", "spread")
@@ -112,10 +112,11 @@ def test_one_number_a_unit(tiny, replay) -> None:
 
 
 def test_one_tokenizer(tiny, replay, tmp_path) -> None:
-    """kd: the student as its own teacher loses nothing; other tokenizers, and a map, are refused."""
+    """kd: a student that is its own teacher has no loss; other tokenizers, and a map, are refused."""
     shutil.copytree(replay[-1], tmp_path / "rollouts")
     for file in (tmp_path / "rollouts").glob("*.json"):
-        _write_answers(file, tiny, by_letters=False)  # else the teacher reads other tokens than the student
+        # otherwise the teacher reads other tokens than the student
+        _write_answers(file, tiny, by_letters=False)
     replay = (*replay[:-1], str(tmp_path / "rollouts"))
     own = (
         "--teacher-hf-checkpoint",

@@ -1,5 +1,5 @@
-"""Layouts of large models, rank by rank on the meta device in a world of fake ranks: shapes without
-memory.
+"""Layouts of large models, rank by rank on the meta device in a world of fake ranks:
+shapes without memory.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ Found = tuple[str, tuple[int, ...], int, int, int, int]
 
 
 class Covered:
-    """What the ranks of a job have of the tensors of a folder."""
+    """The parts of a folder's tensors that the ranks of a job have."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
@@ -101,7 +101,9 @@ class Covered:
 
 @contextlib.contextmanager
 def _model(architecture: Architecture, *, rank: int, ep: int, pp: int = PP) -> Iterator[tuple[Any, Any]]:
-    """The part of one rank of a TP8 x PP4 (x EP) job, or one of another number of stages, and its groups."""
+    """The part of one rank of a TP8 x PP4 (x EP) job, or of one with another number of
+    stages, and its groups.
+    """
     world_size = TP * pp * ep
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     parallel = ParallelConfig(
@@ -131,14 +133,14 @@ def _pieces_of(parameters: Iterable[tuple[Rule, Place, torch.Tensor]], tp_rank: 
 
 
 def _cover_llama(rank: int, world_size: int) -> Covered:
-    """What all ranks of the 70B model cover."""
+    """The parts of the 70B model's tensors on all ranks."""
     dist.destroy_process_group()
     covered = Covered()
     for fake_rank in range(TP * PP):
         with _model(LLAMA_70B, rank=fake_rank, ep=1) as (model, groups):
             parameters = parameters_of(model, LLAMA_70B, tp_rank=groups.tp_rank, tp_size=TP)
             covered.add(_pieces_of(parameters, groups.tp_rank))
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)  # for run_ranks to leave
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)  # run_ranks leaves this group
     return covered
 
 
@@ -165,11 +167,12 @@ def test_the_ranks_of_a_70b_model_share_every_tensor_of_its_folder() -> None:
 def _cover_experts(
     rank: int, world_size: int, architecture: Architecture, pp: int
 ) -> tuple[Covered, list[tuple[int, list[int]]]]:
-    """What all ranks of a large mixture of experts cover; first layer and experts of the ranks that were
-    built.
+    """The parts of a large mixture of experts on all ranks; the first layer and the experts
+    of the built ranks.
 
-    All ranks of a stage have parameters of the same shapes, so one of them is built for each stage, and has
-    as many as the plan says; the others' pieces are those of the same parameters in another place.
+    All ranks of a stage have parameters of the same shapes. Therefore one of them is built for each
+    stage, and its size is compared with the plan; the pieces of the others are those of the same
+    parameters in another place.
     """
     dist.destroy_process_group()
     covered, built = Covered(), []
@@ -200,8 +203,8 @@ def _cover_experts(
 
 
 def test_the_ranks_of_a_235b_mixture_of_experts_share_every_tensor_of_its_folder() -> None:
-    """Its 94 layers are 23, 24, 24 and 23 on four stages, and its 4 query groups lie on 8 tensor-parallel
-    ranks.
+    """Its 94 layers are 23, 24, 24 and 23 on four stages, and its 4 query groups lie on 8
+    tensor-parallel ranks.
     """
     ((covered, built),) = run_ranks(1, _cover_experts, QWEN3_235B_A22B, PP, timeout_s=240)
     assert built == [
@@ -239,7 +242,7 @@ GLM_4_6 = ROUTED | {
     **{"max_position_embeddings": 202752, "rms_norm_eps": 1e-5, "rope_theta": 1000000},
 }
 LARGE = {
-    # Of a layer: attention; of a dense one and of one with experts: the MLP.
+    # The attention of a layer; the MLP of a dense one and of one with experts.
     "DeepSeek-V3": (
         DEEPSEEK_V3,
         7168 * 1536 + 1536 + 1536 * 128 * 192 + 7168 * 576 + 512 + 512 * 128 * 256 + 128 * 128 * 7168,
@@ -257,8 +260,9 @@ LARGE = {
 
 @pytest.mark.parametrize("name", LARGE)
 def test_large_teachers_on_512_ranks(tmp_path, name) -> None:
-    """TP8 x PP8 x EP8: every number of the published sizes belongs to its ranks once, the corrections of the
-    routers too, and the plan counts what is built."""
+    """TP8 x PP8 x EP8: every number of the published sizes belongs to its ranks once, also the corrections of
+    the routers, and the plan counts what is built.
+    """
     fields, attention, dense, experts = LARGE[name]
     (tmp_path / "config.json").write_text(json.dumps(fields))
     architecture = read_architecture(str(tmp_path), flag="")

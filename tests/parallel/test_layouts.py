@@ -20,7 +20,7 @@ from tests.tiny import config
 INTERFACES = ("paper", "code", "exact", "strict", "uld", "alm", "scalar", "bytes", "bytes, any", "sft")
 OF_WHOLE_RESPONSES = ("partition", "topk_kl", "bpm")
 OF_THEM = ("tp2", "dp2, packed", "pp2, packed")
-"""Interfaces without context parallelism, and the layouts that they are tried in."""
+"""Interfaces without context parallelism, and the layouts in which they are tried."""
 OPTIONS = {
     "bytes, any": ("--simct-byte-bounds", "any"),
     "bpm": ("--simct-divergence", "forward_kl"),
@@ -28,8 +28,8 @@ OPTIONS = {
 }
 TP2, PP2 = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
 ADAM = ("--adam-eps", "1e-4")
-"""Adam's first step is the sign of the gradient, also of one that is rounding noise, unless eps is above
-that.
+"""Adam's first step is the sign of the gradient, also of a gradient that is rounding noise,
+unless eps is larger.
 """
 CP2 = ("--context-parallel-size", "2")
 PACKED = ("--max-tokens-per-gpu", "114")  # data-parallel ranks need one micro-batch, or two
@@ -99,7 +99,7 @@ def test_layouts_agree(tiny, weights, recorded, layout) -> None:
                 assert sums.keys() == wanted.keys()
                 assert wanted["loss"] > 0.1 and wanted_norm > 0.01
                 for name, value in wanted.items():
-                    # What sampling and training differ by is rounding: some 1e-5 at each of a hundred labels.
+                    # Sampling and training differ by rounding: some 1e-5 at each of a hundred labels.
                     least = 1e-3 if name.startswith("rollout_gap") else 1e-4
                     assert math.isclose(sums[name], value, rel_tol=1e-5, abs_tol=least), (interface, name)
                 assert math.isclose(grad_norm, wanted_norm, rel_tol=1e-5), interface
@@ -129,7 +129,9 @@ def test_micro_batch_size_changes_nothing(tiny, weights, recorded, micro_batch_s
 
 @pytest.mark.parametrize("layout", ["tp2", "dp2", "cp2"])
 def test_sampling_does_not_depend_on_the_layout(tiny, weights, recorded, tmp_path, layout) -> None:
-    """The rollouts of step 0 are the same tokens: draws depend on seed and sample id, weights on the seed."""
+    """The rollouts of step 0 have the same tokens: draws depend on seed and sample id,
+    weights on the seed.
+    """
     from megatron_simct.rollout.engine import ReplayEngine
 
     world_size, flags = LAYOUTS[layout]
@@ -157,7 +159,7 @@ def _read(engine_class, folder) -> list[Rollout]:
 
 
 def test_sampled_log_probs_are_the_trainer_s(recorded) -> None:
-    """Every sampled label scores the same in training: the sum of both sides agrees to 1e-4 a label."""
+    """Every sampled label has the same log-prob in training: the sums of both sides agree to 1e-4 a label."""
     import json
 
     folder, expected = recorded
@@ -173,7 +175,7 @@ def test_sampled_log_probs_are_the_trainer_s(recorded) -> None:
 
 
 def _parts(rank, world_size, folder, *flags) -> list[Any]:
-    """What each step says of its gradient's parts, and its norm."""
+    """Each step's metrics of its gradient's parts, and its norm."""
     resolved = config(folder, *ADAM, *flags)
     with process_groups(resolved.parallel, seed=resolved.training.seed) as groups:
         return [
@@ -183,8 +185,8 @@ def _parts(rank, world_size, folder, *flags) -> list[Any]:
 
 
 def _norms_of_parts(rank, world_size, folder, *flags) -> list[float]:
-    """The gradient norm of the first step with all weights, with those of 1:1 positions, and with those of
-    units.
+    """The gradient norm of the first step with all weights, with those of 1:1 positions, and
+    with those of units.
     """
     found = []
     for kept in ([0, 1, 2], [0, 2], [1]):

@@ -1,4 +1,4 @@
-"""What a load costs in memory, in a process of its own."""
+"""Memory of a load, in a separate process."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Adapters against the model whose weights are W + (alpha / r) B A: what it computes, its gradients, what it
-samples.
+"""Adapters against the model with weights W + (alpha / r) B A: its outputs, gradients and samples.
 
     dL / dB = (alpha / r) dL/dW A^T        dL / dA = (alpha / r) B^T dL/dW
 
-with dL/dW of one process that trains all weights of the merged folder, on the same rollouts.
+with dL/dW from one process that trains all weights of the merged folder, on the same rollouts.
 """
 
 from __future__ import annotations
@@ -62,18 +61,18 @@ LAYOUTS = {
 FAMILIES: dict[str, dict] = {
     "llama": {"num_hidden_layers": 4},  # fused projections of several heads each
     "phi3": {"num_hidden_layers": 4, "tie_word_embeddings": True},  # one tensor of queries, keys and values
-    "gemma2": {"num_hidden_layers": 4, "head_dim": 8},  # norms behind the projections
+    "gemma2": {"num_hidden_layers": 4, "head_dim": 8},  # norms after the projections
 }
 
 
 def drawn(name: str, *shape: int) -> torch.Tensor:
-    """Numbers that depend on the name alone, float64."""
+    """float64 numbers that depend on the name alone."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.2
 
 
 def pair_of(name: str, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [r, in] and B [out, r] beside the tensor of the folder, float64, of float32's precision."""
+    """A [r, in] and B [out, r] for the tensor of the folder: float64 with float32's precision."""
     a, b = drawn(f"{name} A", RANK, shape[1]), drawn(f"{name} B", shape[0], RANK)
     return a.float().double(), b.float().double()
 
@@ -94,8 +93,9 @@ def merged(folder: Path, save: Path, targets: set[str]) -> dict[str, torch.Tenso
 
 
 def fill(model, tp_rank: int, tp_size: int) -> dict[str, tuple[str, str, int]]:
-    """Put A and B of `pair_of` into the adapters. By parameter: the folder's tensor, which of the two, its
-    first row or column."""
+    """Put A and B of `pair_of` into the adapters. For each parameter: the folder's tensor, which of the two,
+    and its first row or column.
+    """
     places = {}
     for _, adapter in adapters_of(model):
         for index, rows in enumerate(adapter.parts.rows):
@@ -119,7 +119,7 @@ def fill(model, tp_rank: int, tp_size: int) -> dict[str, tuple[str, str, int]]:
 
 @dataclass
 class Found:
-    """What one rank saw."""
+    """Results of one rank."""
 
     loss: float
     gradients: list[tuple[str, str, int, torch.Tensor]]
@@ -189,7 +189,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def cases(tiny, weights, tmp_path_factory) -> dict[str, Case]:
-    """Each family's folder and what one process computes with the merged weights."""
+    """Each family's folder, and the results of one process with the merged weights."""
     found = {}
     for family, fields in FAMILIES.items():
         folder = tmp_path_factory.mktemp(family)

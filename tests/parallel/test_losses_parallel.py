@@ -1,4 +1,6 @@
-"""The loss on vocabulary shards: same numbers for every tensor-parallel size, and how much crosses ranks."""
+"""The loss on vocabulary shards: the same numbers for every tensor-parallel size, and the
+bytes between ranks.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,7 @@ def product(cases: list[LossCase], configs: list[InterfaceConfig]) -> Pairs:
 
 
 def in_turn(configs: list[InterfaceConfig]) -> Pairs:
-    """Every configuration with the smallest vocabulary and with one other case, by turns."""
+    """Every configuration with the smallest vocabulary and, in turns, with one other case."""
     pairs = [(CASES[-1], config) for config in configs]
     return pairs + [(CASES[i % (len(CASES) - 1)], config) for i, config in enumerate(configs)]
 
@@ -96,7 +98,7 @@ def _compare(world_size: int, pairs: Pairs) -> None:
 
 
 def test_two_likeliest_tokens_on_two_ranks_agree_with_the_teacher() -> None:
-    """Logits of bf16 are often equal; the ranks' answers must not add up to something else."""
+    """bf16 logits are often equal; the sum of the ranks' answers must still be right."""
     case = random_case(0, num_stops=1)
     student, teacher = (
         case.student_hidden @ case.student_weight.T,
@@ -149,7 +151,7 @@ def test_golden_numbers_on_two_ranks(dtype) -> None:
 
 @contextmanager
 def counted_bytes() -> Iterator[dict[str, int]]:
-    """A dict of what this rank hands to each collective of torch.distributed, in bytes."""
+    """A dict of the bytes that this rank passes to each collective of torch.distributed."""
     sent: dict[str, int] = {}
     names = [
         name
@@ -163,7 +165,7 @@ def counted_bytes() -> Iterator[dict[str, int]]:
     originals = {name: getattr(dist, name) for name in names}
 
     def counting(name: str) -> Callable[..., Any]:
-        # The input is the second argument where the first is the output.
+        # The input is the second argument if the first is the output.
         position = 1 if name.startswith(("all_gather", "all_to_all", "reduce_scatter")) else 0
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -221,7 +223,7 @@ def bytes_of_one_loss(rank: int, world_size: int, case: LossCase, config: Interf
     ids=name_of,
 )
 def test_bytes_between_ranks_per_row(config, limit) -> None:
-    """Every label a row of its own is the dearest case; a wider vocabulary costs nothing more."""
+    """The most expensive case is a row for every label; a wider vocabulary adds nothing."""
     base = random_case(0, num_segments=60).to(torch.float32)
     n = len(base.student_labels)
     dense = replace(
@@ -357,8 +359,8 @@ def test_label_statistics_on_shards(world_size, cap) -> None:
 def context_parallel(
     rank: int, world_size: int, tp: int, cases: list[LossCase], configs: list[InterfaceConfig]
 ) -> list[Any]:
-    """As `evaluate`, with labels dealt out in pieces: the first and the last to rank 0, as context
-    parallelism does.
+    """As `evaluate`, with labels distributed in pieces: the first and the last to rank 0, as
+    context parallelism does.
     """
     groups = {"tp": None, "cp": None}
     for start in range(0, world_size, tp):

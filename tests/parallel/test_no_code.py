@@ -1,7 +1,7 @@
-"""No file that a command opens makes it run code: a pickle that would is put in the place of each of them.
+"""No file that a command opens can make it run code: each of them is replaced by a pickle that would.
 
-Which files a command opens is not written down here: a hook in the interpreter hears of every open of a run
-that succeeds. Files that libraries open by themselves are those that the command line names.
+The test does not list the files that a command opens: a hook in the interpreter records every open of a
+successful run. Files that libraries open by themselves are those that the command line names.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def saved(value: object, *, zipped: bool = True) -> bytes:
 
 
 def payloads(path: Path, mark: Path) -> list[bytes]:
-    """What a reader of such a file could be made to run."""
+    """Contents that could make a reader of such a file run code."""
     evil = Evil(mark)
     if path.suffix in (".yaml", ".yml"):
         return [f"!!python/object/apply:os.mkdir ['{mark}']\n".encode()]
@@ -77,7 +77,7 @@ def test_the_payloads_would_run(tmp_path) -> None:
     }
     for name, read in readers.items():
         for data in payloads(Path(name), tmp_path / "mark"):
-            with contextlib.suppress(Exception):  # of what comes after it
+            with contextlib.suppress(Exception):  # of the payloads that follow it
                 read(data)
             (tmp_path / "mark").rmdir()  # it is there
 
@@ -90,7 +90,7 @@ Main = Callable[[Sequence[str]], int | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A command on the files of a folder, and some of the files that it must be seen to open."""
+    """A command on the files of a folder, and some of the files that it must open."""
 
     main: Main
     argv: Callable[[Path], list[str]]
@@ -218,7 +218,7 @@ CASES = {
 def _run(
     rank: int, world_size: int, main: Main, argv: list[str], folder: Path | None
 ) -> tuple[object, str, set[Path]]:
-    """Exit code, standard error, and what was opened for reading in the folder."""
+    """Exit code, standard error, and the files of the folder that were opened for reading."""
     opened: set[Path] = set()
 
     def hear(event: str, args: tuple[Any, ...]) -> None:
@@ -246,7 +246,7 @@ def succeed(main: Main, *argv: str) -> None:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
-    """All that the commands read, made by the commands."""
+    """All input files of the commands, made by the commands."""
     folder = tmp_path_factory.mktemp("inputs") / "inputs"
     files = folder / "files"
     files.mkdir(parents=True)
@@ -296,7 +296,7 @@ def inputs(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copied(inputs, tmp_path) -> Iterator[Path]:
-    """The inputs, which are as before at the end."""
+    """The inputs. They are restored at the end."""
     shutil.copytree(inputs, tmp_path / "pristine")
     yield inputs
     shutil.rmtree(inputs)
@@ -321,7 +321,7 @@ def test_no_file_that_a_command_opens_runs_code(copied, tmp_path, case) -> None:
     for path in files:
         for data in payloads(path, mark):
             path.write_bytes(data)
-            # where it fails, it says so in a line
+            # if it fails, one line says so
             ((code, err, _),) = run_ranks(1, _run, case.main, argv, None)
             assert not mark.exists(), path
             ends.append(code)
@@ -339,11 +339,11 @@ def test_what_both_jobs_exchange_in_files_runs_no_code(tmp_path) -> None:
     assert read_endpoints(tmp_path) == {} and not (tmp_path / "mark").exists()
 
 
-# What lies within files of a checkpoint
+# Contents of a checkpoint's files
 
 
 def _edit(inputs: Path, change: Callable[[Any], None]) -> Path:
-    """The folder of a checkpoint whose `.metadata` is another one."""
+    """A checkpoint folder with another `.metadata`."""
     folder = inputs / "save" / "iter_0000001"
     metadata = read_metadata(folder)
     change(metadata)
@@ -367,7 +367,7 @@ def test_the_metadata_is_checked_in_every_part(copied, tmp_path, place) -> None:
 
 
 def test_a_name_behind_an_allowed_one_is_none(tmp_path) -> None:
-    """Protocol 4 lets a name have dots: `torch` `Size.__class__`, and on to anything."""
+    """In protocol 4 a name may have dots: `torch` `Size.__class__`, and from there any object."""
     for module, name in (
         ("torch", "Size.__reduce__"),
         ("torch", "os.system"),
@@ -394,7 +394,7 @@ def test_shards_are_read_as_numbers_only(copied, tmp_path, zipped) -> None:
 
 
 def _resume_with_objects(argv: Sequence[str]) -> int | None:
-    """train, where the random state is requested as the object that earlier versions wrote."""
+    """train, with the random state requested as the object that earlier versions wrote."""
     checkpoint._has_rng_tensors = lambda path: False
     return train.main(argv)
 

@@ -1,7 +1,8 @@
-"""Pipeline stages and sequence parallelism: the same steps and the same text as one process, from the same
-weights.
+"""Pipeline stages and sequence parallelism: the same steps and the same text as one process,
+from the same weights.
 
-Both ways of tying: the student's embedding is tied while the teacher's is not, and the other way round.
+Both ways of tying are tested: the student's embedding is tied and the teacher's is not, and
+the other way round.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ TIED = ("student tied", "teacher tied")
 
 @pytest.fixture(scope="module", params=TIED)
 def files(request, tiny, tmp_path_factory) -> Path:
-    """A complete job, and checkpoints that every layout starts from."""
+    """A complete job, and the checkpoints from which every layout starts."""
     folder = tmp_path_factory.mktemp("files") / "job"
     shutil.copytree(tiny, folder)
     for side in ("student", "teacher"):
@@ -73,8 +74,8 @@ def weight_flags(folder) -> tuple[str, ...]:
     return (
         *("--pretrained-checkpoint", str(folder / "weights" / "student")),
         *("--teacher-pretrained-checkpoint", str(folder / "weights" / "teacher")),
-        # Adam's first step is the sign of the gradient, also of one that is rounding noise, unless eps is
-        # above that.
+        # Adam's first step is the sign of the gradient, also of a gradient that is rounding noise,
+        # unless eps is larger.
         *("--adam-eps", "1e-4"),
     )
 
@@ -84,7 +85,9 @@ def job_config(folder, *flags) -> Config:
 
 
 def replicated_parameters(model) -> dict[str, torch.Tensor]:
-    """What tensor parallelism does not split, under names that do not depend on the stage: the norms."""
+    """The parameters that tensor parallelism does not split (the norms), under names that do not
+    depend on the stage.
+    """
     first = model.decoder.layers[0].layer_number - 1
     found = {}
     for name, parameter in model.named_parameters():
@@ -144,8 +147,8 @@ def recorded(files, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "files, layout, interface",
-    # Each layout under each interface; the ways of tying by turns, so that each layout and interface meets
-    # both.
+    # Each layout with each interface. The ways of tying alternate, so that each layout and each
+    # interface meets both.
     [
         (TIED[(i + j) % 2], layout, interface)
         for i, layout in enumerate(LAYOUTS)
@@ -168,7 +171,7 @@ def test_layouts_agree_with_one_process(files, recorded, layout, interface) -> N
             assert sums.keys() == wanted.keys()
             assert wanted["loss"] > 0.1 and wanted_norm > 0.01
             for name, value in wanted.items():
-                # What sampling and training differ by is rounding: some 1e-5 at each of a hundred labels.
+                # Sampling and training differ by rounding: some 1e-5 at each of a hundred labels.
                 least = 1e-3 if name.startswith("rollout_gap") else 1e-4
                 assert math.isclose(sums[name], value, rel_tol=1e-5, abs_tol=least), name
             assert math.isclose(sums["loss"], wanted["loss"], rel_tol=1e-5)
@@ -186,7 +189,7 @@ def test_layouts_agree_with_one_process(files, recorded, layout, interface) -> N
         )
 
 
-# Gradients that are summed while the backward pass still runs
+# Gradients that are summed during the backward pass
 
 THREE_MICRO_BATCHES = ("--simct-interface", "paper", "--rollout-batch-size", "12")
 OVERLAPPED = {
@@ -198,7 +201,7 @@ OVERLAPPED = {
 
 
 def _run_counting_buckets(rank, world_size, folder, *flags) -> tuple[Any, ...]:
-    """`_run`, and how many reductions began in a backward pass, before Megatron waits for them."""
+    """`_run`, and the number of reductions that began in a backward pass, before Megatron waits for them."""
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as BucketGroup
 
@@ -227,8 +230,8 @@ def recorded_at_length(files, tmp_path_factory) -> tuple[str, Any]:
 
 @pytest.mark.parametrize("layout", OVERLAPPED)
 def test_overlapped_reduction_changes_nothing(files, recorded_at_length, layout) -> None:
-    """Three micro-batches a rank, small buckets, and a head whose gradient is in main_grad before backward
-    begins.
+    """Three micro-batches a rank, small buckets, and a head whose gradient is in main_grad before the
+    backward pass begins.
     """
     world_size, flags = OVERLAPPED[layout]
     rollouts, (expected, expected_norms, _) = recorded_at_length
@@ -238,8 +241,8 @@ def test_overlapped_reduction_changes_nothing(files, recorded_at_length, layout)
         *("--load-debug-rollout-data", rollouts),
     )  # fmt: skip
     for steps, norms, _, counts in results:
-        # Megatron learns in the first step which gradients a bucket waits for, and overlaps from the second
-        # one on.
+        # Megatron learns in the first step which gradients a bucket waits for, and overlaps from
+        # the second step on.
         assert counts["early"] == counts["late"] > 0
         for (sums, grad_norm, _), (wanted, wanted_norm, _) in zip(steps, expected, strict=True):
             assert math.isclose(sums["loss"], wanted["loss"], rel_tol=1e-5)
@@ -256,8 +259,8 @@ def _command(rank, world_size, argv) -> int:
 
 
 def test_a_whole_run_logs_what_one_process_logs(files, tmp_path) -> None:
-    """Sampling, evaluation, training and saving by the command; the first rank, on the first stage,
-    writes.
+    """Sampling, evaluation, training and saving by the command. The first rank, on the
+    first stage, writes.
     """
     logs = {}
     for name, (world_size, flags) in {
@@ -403,7 +406,7 @@ def test_stages_draw_different_weights(tiny) -> None:
     assert first.std() > 0.1 and (first - second).std() > 0.1
 
 
-# What is refused
+# Refusals
 
 
 def _refusal(rank, world_size, folder, *flags) -> str:

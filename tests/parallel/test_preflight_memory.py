@@ -1,5 +1,5 @@
-"""The memory plan against models as they are built: parameters of every rank, and what autograd keeps of a
-layer.
+"""The memory plan against the built models: parameters of every rank, and activations that
+autograd keeps of a layer.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ BASE = Architecture(
 
 
 def model_of(layer: Layer = LAYER, **attention: Any) -> Architecture:
-    """Six such layers, with changes of their attention."""
+    """Six such layers, with changes to their attention."""
     return replace(BASE, layers=(replace(layer, attention=replace(layer.attention, **attention)),) * 6)
 
 
@@ -153,7 +153,7 @@ def test_experts_are_shared_out(tp, etp) -> None:
 def kept_by_autograd(
     model: torch.nn.Module, *, batch: int, length: int, context: dist.ProcessGroup | None = None
 ) -> int:
-    """Bytes of different storages that a forward pass saves, parameters apart."""
+    """Bytes of different storages that a forward pass saves, without parameters."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -176,7 +176,7 @@ def kept_by_autograd(
 
 
 def _layer_bytes(rank, world_size, architecture, parallel, batch, length, update=NO_OPTIONS) -> int:
-    """What one more layer keeps."""
+    """Bytes that one more layer keeps."""
     kept = []
     for num_layers in (2, 3):
         cut = replace(architecture, layers=architecture.layers[:num_layers])
@@ -233,7 +233,7 @@ ACTIVATIONS = {
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_are_what_autograd_keeps(name) -> None:
-    """Within 12 %: row statistics and the like are left out."""
+    """Within 12 %: row statistics and similar tensors are left out."""
     architecture, options = ACTIVATIONS[name]
     parallel = ParallelConfig(**options)
     batch, length = 2, 130 if name.startswith("delta") else 64  # its chunks are of 64
@@ -273,7 +273,7 @@ RECOMPUTED = {
 
 @pytest.mark.parametrize("name", RECOMPUTED)
 def test_what_is_computed_again_is_not_kept(name) -> None:
-    """Within 12 %, as above: what one more layer adds to the plan."""
+    """Within 12 %, as above: the bytes that one more layer adds to the plan."""
     architecture, options, layout = RECOMPUTED[name]
     update, parallel = UpdateConfig(**options), ParallelConfig(**layout)
     batch, length = 2, 64

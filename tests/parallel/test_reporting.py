@@ -1,4 +1,4 @@
-"""What a run tells beside its loss: operations, timers, the slowest rank, traces."""
+"""Reports of a run beside its loss: operations, timers, the slowest rank, traces."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from tests.tiny import command_line, config
 
 
 def test_a_run_tells_what_it_took(tiny, tmp_path) -> None:
-    """Two pipeline stages with everything on: the log has Megatron's timers, metrics.jsonl the rest, and the
-    trace the hops."""
+    """Two pipeline stages with everything on: the log has Megatron's timers, metrics.jsonl the other values,
+    and the trace the hops.
+    """
     flags = ("--log-throughput", "--timing-log-level", "2", "--profile", "--profile-step-start", "2")
     flags += ("--profile-step-end", "3", "--profile-ranks", "1", "--manual-gc", "--manual-gc-interval", "2")
     flags += ("--pipeline-model-parallel-size", "2", "--train-iters", "3", "--deterministic-mode")
@@ -73,8 +74,8 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_operations_are_those_of_the_equation(tiny, layout) -> None:
-    """The tiny student: 2 layers, hidden 32, MLP 64 (gated), 4 heads and 2 key heads of 8, 360 ids and no
-    padding.
+    """The tiny student: 2 layers, hidden 32, MLP 64 (gated), 4 heads and 2 key heads of 8,
+    360 ids, no padding.
     """
     world_size, flags = LAYOUTS[layout]
     weights = 2 * (32 * (4 + 2 + 2) * 8 + 32 * 32 + 3 * 32 * 64)

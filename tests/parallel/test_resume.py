@@ -1,4 +1,4 @@
-"""A resumed run ends where an undisturbed one ends, bit by bit, and says so when it cannot."""
+"""A resumed run ends bit by bit as an undisturbed one, and reports it if it cannot."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ from tests.tiny import command_line, config
 
 
 def trained(files: Path, folder: Path, iterations: int, *flags: str, world_size: int = 1) -> str:
-    """Run to this iteration in the folder, resuming what is there; what the first rank printed."""
+    """Run to this iteration in the folder, and resume from its checkpoint; returns the
+    first rank's output.
+    """
     results = run_ranks(world_size, run, arguments(files, folder, iterations, *flags))
     assert all(code == 0 for code, _, _ in results), results
     return results[0][1]
@@ -109,7 +111,7 @@ def test_rollouts_are_recorded_under_the_step_that_the_run_goes_on_from(tiny, un
 
 
 def test_two_data_parallel_ranks_resume_bit_by_bit(tiny, tmp_path) -> None:
-    """In micro-batches that are cut by tokens."""
+    """With micro-batches that are divided by tokens."""
     for folder, stops in ((tmp_path / "undisturbed", [3]), (tmp_path / "resumed", [2, 3])):
         for iterations in stops:
             trained(tiny, folder, iterations, "--max-tokens-per-gpu", "130", world_size=2)
@@ -219,7 +221,7 @@ def test_every_rank_has_its_own_random_state_again(tiny, tmp_path) -> None:
     assert run_ranks(2, _random_state_after, tiny, tmp_path, False) == saved
 
 
-# What is refused
+# Refusals
 
 
 def refused(argv: list[str], *words: str, world_size: int = 1) -> None:
@@ -292,7 +294,7 @@ def test_only_the_newest_checkpoints_are_kept_and_remains_are_removed(tiny, tmp_
     (remains / "half").write_text("")
     (
         tmp_path / "save" / "iter_0000007"
-    ).mkdir()  # of an earlier run that went further: not one of the newest of this
+    ).mkdir()  # of an earlier run that went further; it is not among this run's newest
     trained(tiny, tmp_path, 4, "--save-interval", "1", "--save-retain", "2")
     kept = ["iter_0000003", "iter_0000004", "iter_0000007", TRACKER]
     assert sorted(p.name for p in (tmp_path / "save").iterdir()) == kept
@@ -348,7 +350,9 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_checkpoint_to_resume_from(
 
 
 def test_a_kill_while_a_checkpoint_takes_the_place_of_another_leaves_one_of_them(tiny, tmp_path) -> None:
-    """A run that is started afresh over an old one saves an iteration that the tracker already names."""
+    """A run that starts again in the folder of an old one saves an iteration that the
+    tracker already names.
+    """
     argv = arguments(tiny, tmp_path, 2)
     trained(tiny, tmp_path, 2)
     load = argv.index("--load")
@@ -401,7 +405,9 @@ def test_time_that_is_over_stops_after_a_save(tiny, tmp_path) -> None:
 
 
 def _poisoned(rank, world_size, argv) -> tuple[str, list[int]]:
-    """The error of each rank when the teacher's score of a sample of rank 1 is nan in step 1; that sample."""
+    """The error of each rank if the teacher's score of a sample of rank 1 is nan in step
+    1; and that sample.
+    """
     resolved = config(Path(), *argv)
     with process_groups(resolved.parallel, seed=resolved.training.seed) as groups:
         job = build_job(resolved, groups)

@@ -1,4 +1,6 @@
-"""Rewards in whole runs: every layout takes the same steps, a resumed run the same as an undisturbed one."""
+"""Rewards in whole runs: every layout takes the same steps, and a resumed run the same as
+an undisturbed one.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ GROUPS = ("--n-samples-per-prompt", "4", "--rollout-batch-size", "4")
 
 @pytest.fixture(scope="module", autouse=True)
 def _module(tmp_path_factory) -> Any:
-    """The function's module, where the worker's interpreter finds it."""
+    """The function's module, in a folder that the worker's interpreter searches."""
     folder = tmp_path_factory.mktemp("functions")
     (folder / "tiny_rewards.py").write_text(FUNCTION)
     with pytest.MonkeyPatch.context() as patch:
@@ -78,7 +80,7 @@ def test_every_layout_takes_the_same_steps(tiny, one_process, ranks, layout) -> 
 
 
 def _run_and_look(rank: int, world_size: int, argv: list[str]) -> tuple[tuple[int, str, str], list[int]]:
-    """The run, and how many processes it has left."""
+    """Run the command; also returns the number of processes that it has left."""
     with pytest.MonkeyPatch.context() as patch:
         started: list[subprocess.Popen[bytes]] = []
         popen = subprocess.Popen

@@ -1,4 +1,4 @@
-"""samples.jsonl: what a run keeps of a few responses, under any layout."""
+"""samples.jsonl: the record of a few responses of a run, in any layout."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Sampling from vocabulary shards: the same tokens for any split, those of a float64 oracle, with its
-frequencies.
+"""Sampling from vocabulary shards: the same tokens for any split, equal to a float64 oracle's,
+with its frequencies.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.distributed import run_ranks
 from tests.oracles import sampling as oracle
 
 INF = float("inf")
-VOCAB, PADDED = 21, 24  # on 4 ranks the last one holds 3 real columns of 6
+VOCAB, PADDED = 21, 24  # on 4 ranks the last one has 3 real columns of 6
 SETTINGS = [(0.0, 1.0), (1.0, 1.0), (0.6, 1.0), (3.0, 1.0), (1.0, 0.95), (0.7, 0.5), (2.0, 0.05)]
 SETTINGS += [(1.0, 1.0, 1), (1.0, 1.0, 5), (3.0, 0.8, 9), (2.0, 1.0, 20), (2.0, 0.9, 1000)]
 """(temperature, top_p), or with top_k after them; a rank of four has 6 columns."""
@@ -26,7 +26,7 @@ BELOW_ONE = 1.0 - 2.0**-53
 
 
 def random_logits(rows: int, *, scale: float = 2.0, seed: int = 0) -> torch.Tensor:
-    """[rows, PADDED]; padded columns hold the largest numbers, so that reading one shows."""
+    """[rows, PADDED]; padded columns have the largest numbers, so that a read of one is detected."""
     generator = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(rows, PADDED, generator=generator)
     logits[:, VOCAB:] = 1e5
@@ -61,7 +61,7 @@ def _sample(
 def sample(
     world_size, logits, uniforms, all_settings=SETTINGS, *, vocab_size=VOCAB
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(ids, log-probs) for each of the settings, which all ranks must agree on."""
+    """(ids, log-probs) for each of the settings. All ranks must agree on them."""
     if world_size == 1:
         return _sample(0, 1, logits, uniforms, vocab_size, all_settings)
     first, *others = run_ranks(world_size, _sample, logits, uniforms, vocab_size, all_settings)
@@ -93,7 +93,7 @@ def test_tokens_and_log_probs_are_the_oracle_s(world_size) -> None:
                 probs = oracle.distribution(row, **choice(setting))
                 assert probs[token] > 0
                 expected, margin = oracle.choose(probs, uniform)
-            if margin > 1e-5:  # else single precision may decide
+            if margin > 1e-5:  # otherwise single precision may decide
                 assert token == expected
                 compared += 1
         assert compared > 190
@@ -125,8 +125,8 @@ def test_greedy_takes_the_lowest_of_equal_ids(world_size) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_uniform_numbers_at_the_borders(world_size) -> None:
-    """0 takes the first token that has mass, the largest number below 1 the last one; never one without
-    mass.
+    """0 takes the first token that has mass, the largest number below 1 the last one; no token
+    without mass is taken.
     """
     logits = random_logits(5, scale=1.0)
     logits[1, :14] = -INF  # nothing on the first ranks
@@ -143,7 +143,9 @@ def test_uniform_numbers_at_the_borders(world_size) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_uniform_numbers_at_the_borders_of_a_nucleus(world_size) -> None:
-    """The nucleus {5, 9} lies within one shard or two; what is cut on either side of it has no mass."""
+    """The nucleus {5, 9} lies within one shard or two; the tokens that are cut on either side
+    of it have no mass.
+    """
     logits = torch.zeros(1, PADDED)
     logits[0, [5, 9]] = 10.0
     for uniform, expected in ((0.0, 5), (0.49, 5), (0.51, 9), (BELOW_ONE, 9)):
@@ -187,10 +189,10 @@ def test_ranks_without_a_real_column(world_size) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_a_model_that_says_nan_gives_real_ids_with_nan_log_probs(world_size) -> None:
-    """So that a broken model stops where the loss is checked, not at an id that no table knows."""
+    """A broken model then stops at the check of the loss, not at an id that no table has."""
     logits = random_logits(3)
     logits[0] = math.nan
-    logits[1, 20] = math.nan  # the last rank alone knows
+    logits[1, 20] = math.nan  # only the last rank has it
     logits[2, 3] = math.nan
     for ids, scores in sample(world_size, logits, random_uniforms(3)):
         assert 0 <= int(ids.min()) <= int(ids.max()) < VOCAB
@@ -280,7 +282,7 @@ def test_the_cutoff_on_shards(world_size) -> None:
 
 
 def test_a_flat_row_needs_more_than_the_first_offer() -> None:
-    """1,000 equal weights: 64 candidates hold 6 % of the mass; all tie with the cutoff."""
+    """1,000 equal weights: 64 candidates have 6 % of the mass; all tie with the cutoff."""
     assert nucleus_cutoff(torch.ones(1, 1000), 0.5, group=None).tolist() == [1.0]
     steps = torch.arange(1000, dtype=torch.float32)[None]
     assert nucleus_cutoff(steps, 0.5, group=None).tolist() == [oracle_cutoff(steps[0].tolist(), 0.5)]

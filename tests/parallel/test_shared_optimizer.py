@@ -1,5 +1,5 @@
-"""Checkpoints of the distributed optimizer: resumed bit by bit, in other layouts, by and from the plain
-optimizer.
+"""Checkpoints of the distributed optimizer: resumed bit by bit, in other layouts, by and from
+the plain optimizer.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ SHARED = ("--use-distributed-optimizer",)
 def trained(
     files: Path, folder: Path, iterations: int, *flags: str, world_size: int = 1, load: Path | None = None
 ) -> str:
-    """Run to this iteration in the folder, going on from `load` or what is there; what the first rank
-    printed.
+    """Run to this iteration in the folder, from `load` or the folder's checkpoint; returns the
+    first rank's output.
     """
     argv = command_line(
         files,
@@ -94,8 +94,9 @@ def test_a_run_goes_on_in_another_layout_and_without_it(tiny, weights, through, 
 
 
 def test_what_is_saved_does_not_show_which_optimizer_it_was(tiny, weights, tmp_path) -> None:
-    """Two steps on two ranks with either: the same tensors under the same names; each goes on from the first
-    of the other."""
+    """Two steps on two ranks with either optimizer: the same tensors under the same names. Each continues
+    from the first step of the other.
+    """
     plain, shared = tmp_path / "plain", tmp_path / "shared"
     for folder, flags in ((plain, ()), (shared, SHARED)):
         trained(tiny, folder, 2, *weights, *flags, "--save-interval", "1", world_size=2)

@@ -1,4 +1,4 @@
-"""One optimizer step: its gradient, its schedule, its clipping, and what it refuses."""
+"""One optimizer step: its gradient, its schedule, its clipping, and its refusals."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SFT = ("--simct-interface", "sft", "--rollout-max-response-len", "64")
 
 
 def micro_batches(job, step: int = 0) -> list[MicroBatch]:
-    """What the training loop hands to the update."""
+    """The training loop's input to the update."""
     prompts = job.prompts.batch(step)
     rollouts = job.engine.generate(prompts, job.sampling)
     pairs = [job.align(prompt, rollout) for prompt, rollout in zip(prompts, rollouts, strict=True)]
@@ -51,8 +51,8 @@ def parameters_of(job) -> dict[str, torch.Tensor]:
 
 
 def _unpacked(model, batches, vocab_size) -> tuple[dict[str, torch.Tensor], float, int]:
-    """Cross entropy and its gradient by plain autograd: one sequence at a time, no padding, then one
-    division.
+    """Cross entropy and its gradient by plain autograd: one sequence at a time, no
+    padding, then one division.
     """
     total, num_labels = 0.0, 0
     model.zero_grad()
@@ -74,7 +74,7 @@ def _unpacked(model, batches, vocab_size) -> tuple[dict[str, torch.Tensor], floa
 
 
 def _one_sgd_step(rank, world_size, folder, weights, *flags) -> tuple[Any, ...]:
-    """Weights before and after, the report, and the gradient by hand where one process sees all samples."""
+    """Weights before and after, the report, and, if one process sees all samples, the gradient by hand."""
     resolved = config(folder, *weights, *SFT, *SGD, *flags)
     with process_groups(resolved.parallel, seed=1) as groups:
         job = build_job(resolved, groups)
@@ -125,7 +125,7 @@ def test_data_parallel_ranks_take_the_same_step(tiny, weights, by_hand, flags) -
 
 
 def _wrapped(rank, world_size, folder, weights) -> dict[str, torch.Tensor]:
-    """Weights of a rank on which they had come out otherwise."""
+    """Weights of a rank that started with other weights."""
     resolved = config(folder, *weights)
     with process_groups(resolved.parallel, seed=1) as groups:
         student = load_tokenizer(resolved.model.tokenizer_model)
@@ -164,8 +164,8 @@ def test_a_high_limit_clips_nothing(tiny, weights, by_hand) -> None:
 
 
 def test_weight_decay_is_decoupled_and_spares_norms(tiny, weights) -> None:
-    """With a huge --adam-eps the gradient moves nothing, so the decay alone is left: lr x decay of each
-    weight.
+    """With a huge --adam-eps the gradient moves nothing, so only the decay is left: lr x
+    decay of each weight.
     """
     adam = (
         "--optimizer",
@@ -218,7 +218,7 @@ def test_a_rate_below_the_minimum_is_not_raised_to_it(tiny, weights) -> None:
     assert rates == pytest.approx([1e-9] * 3, rel=1e-6)
 
 
-# What it refuses
+# Refusals
 
 POISONS = {
     "layer": (lambda model, loss, labels: model.decoder.layers[1].mlp.linear_fc2.weight, (0, 0), math.nan),
@@ -237,15 +237,13 @@ POISONS = {
     "teacher's logit": (lambda model, loss, labels: labels.teacher_own_logit, (0,), math.nan),
     "teacher's hidden state": (lambda model, loss, labels: labels.teacher_hidden, (0, 0), math.nan),
 }
-"""Where one rank alone holds a bad number: a tensor, an index, and the number."""
+"""A bad number on one rank alone: a tensor, an index, and the number."""
 
 
 def _poisoned_steps(
     rank, world_size, folder, weights, tp
 ) -> tuple[dict[str, tuple[str, bool]], StepReport, int]:
-    """For each of POISONS the error of the step and whether all was left as it was; then a step without
-    poison.
-    """
+    """For each of POISONS the error of the step and whether all was unchanged; then a step without poison."""
     resolved = config(folder, *weights, "--tensor-model-parallel-size", str(tp))
     with process_groups(resolved.parallel, seed=1) as groups:
         job = build_job(resolved, groups)
@@ -284,7 +282,7 @@ def test_a_bad_number_on_one_rank_stops_all_before_any_weight_changes(tiny, weig
         assert all("stopped before the optimizer step; lower --lr" in message for message in messages), name
         assert any("nan" in message or "inf" in message for message in messages), name
         assert all(results[name][1] for results, _, _ in by_rank), name
-    for _, report, moved in by_rank:  # and what was refused is forgotten
+    for _, report, moved in by_rank:  # and the refused step has no effect
         assert math.isfinite(report.sums["loss"]) and math.isfinite(report.grad_norm) and moved > 10
 
 

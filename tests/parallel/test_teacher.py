@@ -1,4 +1,4 @@
-"""What the colocated teacher says of a text is what its full forward pass says, row by row."""
+"""The colocated teacher's scores of a text are those of its full forward pass, row by row."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from tests.tiny import config
 
 
 def make_pairs(needs: TeacherNeeds = TeacherNeeds()) -> list[AlignedPair]:  # noqa: B008  (frozen)
-    """Texts of different lengths; the requested rows are what `alignment` would ask of them, or a part of
-    it.
+    """Texts of different lengths. The requested rows are those that `alignment` would
+    request, or a part of them.
     """
     rng = np.random.default_rng(1)
     pairs = []
@@ -62,8 +62,8 @@ def make_pairs(needs: TeacherNeeds = TeacherNeeds()) -> list[AlignedPair]:  # no
 def _score(
     rank, world_size, folder, weights, tp, pairs, cut, packed
 ) -> tuple[list[ScoredPair], dict[int, tuple[torch.Tensor, torch.Tensor]]]:
-    """Scored pairs in the order in which they came, and the same numbers from one full pass a text, in
-    float64.
+    """Scored pairs in the order in which they arrived, and the same numbers from one full pass for
+    each text, in float64.
     """
     resolved = config(folder, *weights, "--tensor-model-parallel-size", str(tp))
     with process_groups(resolved.parallel, seed=1) as groups:
@@ -77,7 +77,7 @@ def _score(
             with torch.no_grad():
                 for pair in pairs:
                     expected[pair.sample_id] = _full_pass(model, pair, vocab_size)
-            # Padded columns must not count: from here on they would win every row.
+            # Padded columns must not count: from here on they would be the largest in every row.
             assert model.output_weight.shape[0] > vocab_size
             model.output_weight[vocab_size:] = 1e3
         scored = scores_of(scorer, pairs)
@@ -195,8 +195,8 @@ def test_without_a_teacher_the_scores_are_empty() -> None:
 
 
 def _write_canonical_rollouts(folder, student, prompts, max_response_len) -> None:
-    """The data's own texts as rollouts: spelled as the tokenizer spells them, so that both sides have equal
-    tokens.
+    """The data's own texts as rollouts, in the tokenizer's own tokens, so that both
+    sides have equal tokens.
     """
     sampling = Sampling(temperature=1.0, top_p=1.0, max_response_len=max_response_len, seed=0)
     rollouts = GivenResponses(student).generate(prompts, sampling)

@@ -1,5 +1,5 @@
-"""A teacher whose weights are an average of the student's: by hand, in every layout, after a resume, and
-refusals.
+"""A teacher whose weights are an average of the student's: by hand, in every layout, after a
+resume, and refusals.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _follow(rank: int, world_size: int, files: Path, flags: tuple[str, ...]) -> tuple[Any, ...]:
-    """Both models' weights after each update, the student's losses, and the teacher's head rows at the
-    end.
+    """Both models' weights after each update, the student's losses, and the final rows of
+    the teacher's head.
     """
     resolved = config(files, *flags)
     with process_groups(resolved.parallel, seed=1) as groups:
@@ -94,7 +94,7 @@ def test_the_teacher_is_the_average_of_the_students_weights(one_process) -> None
         torch.testing.assert_close(end[name], average, rtol=0, atol=1e-6, msg=name)
         assert float((average - start[name]).abs().max()) > 1e-4, name
     assert all(loss > 1 and norm > 0.1 for loss, norm in losses)
-    # The loss reads the rows of the head as they are now.
+    # The loss reads the current rows of the head.
     rows = end["embedding.word_embeddings.weight"]
     assert torch.equal(head, rows[: len(head)])
 
@@ -138,15 +138,15 @@ def test_a_resumed_run_goes_on_with_the_average(tiny, weights, tmp_path) -> None
     _, state = tensors(tmp_path / "once")
     averages = {name: value for name, value in state.items() if name.startswith("teacher_average.")}
     assert averages and all(value.dtype == torch.float32 for value in averages.values())
-    # A run may start from the weights alone, and one without an average reads the rest.
+    # A run may start from the weights alone, and a run without an average reads the other parts.
     flags = of_itself(tiny, weights, "--pretrained-checkpoint", str(tmp_path / "once" / "save"))
     ((code, out, error),) = run_ranks(1, run, command_line(tiny, *flags, "--train-iters", "1"))
     assert code == 0, out + error
 
 
 def _in_bfloat16(rank: int, world_size: int, files: Path) -> tuple[float, float, set[torch.dtype], bool]:
-    """How far the average and the teacher's weights are from float64 after many small steps, in units of a
-    weight.
+    """Difference of the average and the teacher's weights from float64 after many small steps,
+    in units of a weight.
     """
     resolved = config(files)
     with process_groups(resolved.parallel, seed=1) as groups:
@@ -176,7 +176,7 @@ def _in_bfloat16(rank: int, world_size: int, files: Path) -> tuple[float, float,
 
 def test_the_average_is_float32_where_the_models_are_bfloat16(tiny) -> None:
     ((of_average, of_teacher, dtypes, names),) = run_ranks(1, _in_bfloat16, tiny)
-    assert of_average < 1e-5 < of_teacher < 2e-2  # steps of 1e-3 of the way would vanish in bfloat16
+    assert of_average < 1e-5 < of_teacher < 2e-2  # steps of 1e-3 of the difference would vanish in bfloat16
     assert dtypes == {torch.float32} and names
 
 

@@ -1,4 +1,4 @@
-"""A teacher in another job scores as the colocated one does, whatever the layouts of the two jobs."""
+"""A teacher in another job scores as the colocated one does, for all layouts of the two jobs."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ from tests.tiny import command_line, config
 INTERFACES = ("paper", "code", "strict", "uld", "alm", "bytes")
 TEACHERS = {"one": (1, 1, 1), "tp2 x cp2": (2, 1, 2), "pp2": (1, 2, 1), "tp2 x pp2": (2, 2, 1)}
 ADAM = ("--adam-eps", "1e-4")
-"""Adam's first step is the sign of the gradient, also of one that is rounding noise, unless eps is above
-that.
+"""Adam's first step is the sign of the gradient, also of a gradient that is rounding noise,
+unless eps is larger.
 """
 STUDENTS = {"one": (1, 1, 1), "tp2": (2, 1, 1), "pp2": (1, 2, 1), "cp2": (1, 1, 2)}
 
@@ -56,7 +56,7 @@ def layout(tp: int, pp: int, cp: int = 1) -> tuple[str, ...]:
 
 
 def _run(rank, world_size, folder, *flags) -> tuple[list[Any], dict[str, int]]:
-    """Loss sums and gradient norm of each step, as this rank saw them, and what its client has counted."""
+    """Loss sums and gradient norm of each step on this rank, and the counts of its client."""
     megatron_simct.teacher.build.Patience = partial(
         Patience, hello_s=0.2, silence_s=2.0, look_s=0.1, look_again_s=0.1
     )
@@ -65,7 +65,7 @@ def _run(rank, world_size, folder, *flags) -> tuple[list[Any], dict[str, int]]:
         job = build_job(resolved, groups)
         reports = train_and_record(job)
         teacher = job.teacher
-        while hasattr(teacher, "_scorer"):  # behind those that save
+        while hasattr(teacher, "_scorer"):  # inside the scorers that save
             teacher = teacher._scorer
         counts = dict(teacher._client.counts) if getattr(teacher, "_client", None) else {}
     return [(r.sums, r.grad_norm) for r in reports], counts
@@ -73,7 +73,7 @@ def _run(rank, world_size, folder, *flags) -> tuple[list[Any], dict[str, int]]:
 
 @pytest.fixture(scope="module")
 def colocated(tiny, weights, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
-    """One process, both models: its rollouts and what it trained, by interface."""
+    """One process, both models: its rollouts, and its training results by interface."""
     rollouts = tmp_path_factory.mktemp("rollouts")
     return rollouts, {
         interface: run_ranks(
@@ -118,7 +118,9 @@ def served(tiny, weights, tmp_path_factory) -> Iterator[Path]:
 def test_every_layout_of_both_jobs_and_every_interface(
     tiny, weights, colocated, served, tmp_path, teacher
 ) -> None:
-    """Each two of the teacher's layout, the student's and the interface meet once at least."""
+    """Each pair of values of the teacher's layout, the student's layout and the interface
+    occurs at least once.
+    """
     sizes = TEACHERS[teacher]
     flags = (*layout(*sizes), "--teacher-hidden-dtype", "fp32", "--max-tokens-per-batch", "128")
     with contextlib.ExitStack() as stack:
@@ -145,7 +147,7 @@ EXPERTS = {
 
 @pytest.fixture(scope="module")
 def experts(tiny, weights, tmp_path_factory) -> tuple[tuple[str, ...], Path, dict[str, Any]]:
-    """Flags of a teacher with experts, its rollouts, and what the colocated one trained."""
+    """Flags of a teacher with experts, its rollouts, and the results of training with it colocated."""
     pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("experts")
     of_experts = {
@@ -217,8 +219,8 @@ def test_between_hosts_with_keys_in_waves_and_by_two_students(tiny, weights, col
 def test_answers_on_disk_take_the_place_of_a_teacher(
     tiny, weights, colocated, served, tmp_path, interface
 ) -> None:
-    """Saved by the colocated teacher under one layout, read under another; a cache asks only for what it
-    lacks.
+    """Saved by the colocated teacher in one layout, read in another. A cache asks only for
+    answers that it lacks.
     """
     rollouts, expected = colocated
     replay = (
@@ -261,9 +263,10 @@ def test_answers_on_disk_take_the_place_of_a_teacher(
 
 
 def test_one_step_off_trains_on_rollouts_that_are_one_step_old(tiny, weights, served, tmp_path) -> None:
-    """Every step's loss and gradient are those of the same rollouts in the serial order, from the same
-    weights; the importance weights, which that makes necessary, are 1 in the first step and change what
-    follows."""
+    """Every step's loss and gradient are those of the same rollouts in the serial order, from the
+    same weights. The importance weights, which this makes necessary, are 1 in the first step and
+    change the later ones.
+    """
     ratios = ("--rollout-importance-weights", "2")
     flags = (*weights, *layout(2, 1), "--train-iters", "4", "--rollout-wave-size", "4", *ratios)
     saved, serial = tmp_path / "saved", tmp_path / "serial"
@@ -291,7 +294,7 @@ def test_one_step_off_trains_on_rollouts_that_are_one_step_old(tiny, weights, se
 
 
 class _SharedExperts:
-    """In the place of a TeacherForward: a collective over both replicas in every micro-batch."""
+    """Stands in for a TeacherForward: a collective over both replicas in every micro-batch."""
 
     def __init__(self, group) -> None:
         self._group, self.batches = group, 0
@@ -306,7 +309,7 @@ class _SharedExperts:
 
 
 def _replicas_that_share_experts(rank, world_size, folder) -> tuple[int, int]:
-    """How many micro-batches each replica ran; only the first one has a client."""
+    """The number of micro-batches of each replica; only the first one has a client."""
     with process_groups(ParallelConfig(), seed=0) as groups:
         groups = replace(groups, ep=groups.dp, exchange=groups.dp)
         forward = _SharedExperts(groups.ep)
@@ -345,8 +348,8 @@ def test_a_teacher_that_is_killed_in_a_request_and_started_again(tiny, weights, 
 
 
 def _run_when_two_are_known(rank, world_size, folder, *flags) -> tuple[list[Any], dict[str, int]]:
-    """As `_run`; a client goes on with the first replica that it meets, and that one may do all there is to
-    do.
+    """As `_run`, but the client waits for two replicas. Otherwise it uses the first one that it meets, which
+    may do all the work.
     """
     meet = TeacherClient.meet
 
@@ -374,8 +377,8 @@ def test_one_of_two_replicas_is_killed(tiny, weights, colocated, tmp_path) -> No
 def test_a_teacher_that_never_returns_leaves_a_checkpoint_to_go_on_from(
     tiny, weights, served, tmp_path
 ) -> None:
-    """One clear line and exit code 1, on every rank; with a teacher again, the run ends as an undisturbed
-    one.
+    """One clear line and exit code 1 on every rank. With a teacher again, the run ends as
+    an undisturbed one.
     """
     argv = [*command_line(tiny, *weights), "--simct-interface", "bytes", "--tensor-model-parallel-size", "2"]
     folders = {}
@@ -396,7 +399,7 @@ def test_a_teacher_that_never_returns_leaves_a_checkpoint_to_go_on_from(
                 assert f"saved after iteration 1: --load {save}" in err
         for code, _, err in run_ranks(2, run, [*argv_of, "--teacher-endpoint", str(served)]):
             assert code == 0, err
-    # Which samples share a batch of the teacher depends on when they arrive, so the last bits do too.
+    # The batches of the teacher depend on when samples arrive, so the last bits do too.
     for found, wanted in zip(*(metrics(folder) for folder in folders.values()), strict=True):
         assert found.pop("kind") == wanted.pop("kind")
         assert found == pytest.approx(wanted, rel=1e-4, abs=1e-5)

@@ -1,5 +1,5 @@
-"""Two teachers in jobs of their own, each with its tokenizer, are one: loss and gradient are those of the
-oracle.
+"""Two teachers in separate jobs, each with its tokenizer, act as one: loss and gradient are
+those of the oracle.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TP2, PP2 = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-si
 
 @pytest.fixture(scope="module")
 def second(tmp_path_factory) -> Path:
-    """A teacher whose tokenizer is a third one."""
+    """A teacher with a third tokenizer."""
     folder = tmp_path_factory.mktemp("second")
     save_model(folder, "llama", vocab_size=320, hidden_size=48)
     save_byte_level(folder)
@@ -49,7 +49,7 @@ def second(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def rollouts(tiny, tmp_path_factory) -> Path:
-    """Responses of the tiny job's task, spelled as the student spells them; the last one was cut."""
+    """Responses of the tiny job's task, in the student's own tokens; the last one was cut."""
     folder = tmp_path_factory.mktemp("rollouts")
     run_ranks(1, _write_rollouts, tiny, folder)
     return folder
@@ -118,7 +118,7 @@ def _run(rank, world_size, folder, *flags) -> tuple[dict[str, float], float]:
 
 
 def _expected(rank, world_size, folder, *flags) -> tuple[float, float, float]:
-    """Loss and norm of the gradient by the oracle and autograd, from whole logits of all three models."""
+    """Loss and norm of the gradient by the oracle and autograd, from full logits of all three models."""
     resolved = config(folder, *flags, "--second-teacher-endpoint", "asks nobody")
     prefixes = ("", "teacher-", "second-teacher-")
     options = (resolved.model, resolved.teacher, resolved.second_teacher)
@@ -158,7 +158,7 @@ def _expected(rank, world_size, folder, *flags) -> tuple[float, float, float]:
 
 
 def _follows(tokenizer) -> Callable[[int, int | None], bool]:
-    """Whether a token may be followed by a byte, or by the end (None)."""
+    """Whether a byte, or the end (None), may follow a token."""
     return lambda token, symbol: bool(
         tokenizer.continuations.may_follow(token, END if symbol is None else symbol)
     )

@@ -1,4 +1,6 @@
-"""A teacher that reads another prompt than the student: the loss and its gradient by hand, and resharding."""
+"""A teacher that reads another prompt than the student: the loss and its gradient by
+hand, and other layouts.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ ROWS = [
         "teacher_suffix": " It is 39.",
     },
 ]
-"""With given responses: the tokens of a sampled one need not be those that the text has."""
+"""With given responses: a sampled response need not have the tokens of its text."""
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ from tests.tiny import command_line, config
 GIVEN, KEPT = 0.7, 1.3
 """w and v"""
 MOVED = 1.2
-"""The student's weights have been multiplied by this since the start."""
+"""The factor by which the student's weights were multiplied since the start."""
 SUMS = ("loss", "num_labels", "given_nll_sum", "num_given_labels", "reference_kl_sum")
 
 
@@ -68,7 +68,7 @@ def taught_by_itself(files: Path, weights: tuple[str, ...], prompts: Path, *flag
 def _step(
     rank: int, world_size: int, files: Path, weights: tuple[str, ...], prompts: Path, *flags: str
 ) -> tuple[Any, ...]:
-    """The sums, the gradient norm, and in one process the gradient of each tensor; there by hand too."""
+    """The sums, the gradient norm, and in one process the gradient of each tensor, and that by hand."""
     resolved = taught_by_itself(files, weights, prompts, *flags)
     with process_groups(resolved.parallel, seed=1) as groups:
         job = build_job(resolved, groups)
@@ -195,7 +195,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(tiny, weights, tmp_path, interf
     assert_same_run(tmp_path / "twice", tmp_path / "once")
     steps = [row for row in metrics(tmp_path / "once") if row["kind"] == "step"]
     assert len(steps) == 4 and all(row["given_cross_entropy"] > 0 for row in steps)
-    # Sampled by the start itself at first; what is logged of sampled responses has no given ones in it.
+    # At first the start itself has sampled; logged values of sampled responses exclude the given ones.
     assert steps[0]["reference_kl"] == pytest.approx(0, abs=1e-6) and steps[-1]["reference_kl"] > 0.01
     assert all(row["rollout_logprob_difference_largest"] < 1e-4 for row in steps)
     other = ("--pretrained-checkpoint", str(tmp_path / "once" / "save"))
@@ -204,7 +204,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(tiny, weights, tmp_path, interf
 
 
 def test_a_reward_and_all_terms_beside_each_other(tiny, weights, tmp_path) -> None:
-    """Groups of samples are those of sampled prompts alone."""
+    """The groups of samples are those of sampled prompts alone."""
     more = ("--simct-interface", "reward", "--reward", "exact_match", "--n-samples-per-prompt", "2")
     said = _train(tmp_path, tiny, weights, 2, *more)
     assert "4 of 16 sequences" in said and "reward silent" in said and "given cross entropy" in said

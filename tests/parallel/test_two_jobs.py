@@ -38,7 +38,7 @@ def argv(files: Path, folder: Path, iterations: int, *flags: str) -> list[str]:
 
 
 def _until_the_other_has_ended(rank: int, world_size: int, arguments: list[str], other_ended: Event) -> list:
-    """The command; the run that owns the folder goes on to its first step when the other one has ended."""
+    """The command. The run that owns the folder continues to its first step when the other one has ended."""
     generate = MegatronEngine.generate
 
     def wait_and_generate(self: MegatronEngine, *args: object) -> object:
@@ -50,7 +50,7 @@ def _until_the_other_has_ended(rank: int, world_size: int, arguments: list[str],
 
 
 def two_together(files: Path, folder: Path, world_size: int) -> list[tuple[int, str]]:
-    """Exit code and standard error of the first ranks of two runs that differ in nothing."""
+    """Exit code and standard error of the first ranks of two identical runs."""
     ended, start = fork.Event(), fork.Barrier(2)
     receiver, sender = fork.Pipe(duplex=False)
 
@@ -76,7 +76,7 @@ TP = {1: (), 2: ("--tensor-model-parallel-size", "2")}
 
 
 def check_two(files: Path, folder: Path, reference: Path, world_size: int) -> None:
-    """AssertionError where they do not end as they should."""
+    """Raises AssertionError if they do not end as they should."""
     (code, err), (refused, line) = two_together(files, folder, world_size)
     assert (code, err, refused) == (0, "", 1), (err, line)
     assert line.count("\n") == 1 and f"--save {folder / 'save'}: another run writes there (process " in line
@@ -149,7 +149,8 @@ def test_every_rank_is_refused_in_the_same_words(tiny, tmp_path, name) -> None:
 def _own_twice(rank: int, world_size: int, folder: str) -> list[str]:
     with disk.sole_owner({"--save": folder, "--run-dir": f"{folder}/../{Path(folder).name}", "--x": None}):
         names = [path.name for path in Path(folder).iterdir()]
-        dist.barrier()  # the first rank lets go of the folder and removes it: not before the other has looked
+        # the first rank gives up the folder and removes it, but not before the other has looked
+        dist.barrier()
     return names
 
 

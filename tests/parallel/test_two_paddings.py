@@ -1,5 +1,6 @@
-"""One tokenizer, two models whose embeddings are padded to different sizes, as those of Qwen2.5 are (151,936
-rows and 152,064): rows that the tokenizer has no id for count on neither side."""
+"""One tokenizer, and two models whose embeddings are padded to different sizes, as Qwen2.5's are (151,936
+rows and 152,064): rows without an id of the tokenizer count on neither side.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +61,7 @@ def _step_of(files: Path, models: Path, *flags: str, tp: int = 1) -> Step:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """The published sizes; rows without an id hold numbers that would drown all others."""
+    """The published sizes. Rows without an id have numbers that would dominate all others."""
     folder = tmp_path_factory.mktemp("padded")
     for side, tied in (("student", True), ("teacher", False)):
         save_model(folder / side, "qwen2", vocab_size=ROWS[side], tie_word_embeddings=tied)
@@ -104,7 +105,7 @@ def sampled(tiny, models, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def given(tiny, sampled, tmp_path_factory) -> Path:
-    """The same samples with ANSWERS in the place of what a random model says."""
+    """The same samples with ANSWERS instead of a random model's responses."""
     folder = tmp_path_factory.mktemp("given")
     tokenizer = load_tokenizer(str(tiny / "student.model"))
     for file in sampled.glob("*.json"):
@@ -142,9 +143,7 @@ def test_a_step_is_that_of_the_models_without_padding(tiny, models, trimmed, giv
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("interface", ["kd", "paper"])
 def test_the_loss_is_that_of_transformers_logits_in_float64(tiny, models, given, interface, tp) -> None:
-    """A softmax over the ids of the tokenizer on both sides; under `paper` over the tokens that both
-    spell.
-    """
+    """A softmax over the ids of the tokenizer on both sides; with `paper`, over the tokens that both have."""
     tokenizer = load_tokenizer(str(tiny / "student.model"))
     stop = tokenizer.table.stop_ids[0]
     if interface == "kd":

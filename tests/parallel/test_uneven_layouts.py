@@ -1,5 +1,6 @@
-"""Experts that are split over other ranks than the rest of the model, and stages whose layers are given: a
-model is read, sampled from, written, saved and loaded in them."""
+"""Experts that are divided over other ranks than the rest of the model, and stages with given layers: in
+these layouts a model is read, sampled from, written, saved and loaded.
+"""
 
 from __future__ import annotations
 
@@ -76,8 +77,8 @@ def folder(tmp_path_factory) -> Path:
 def _through(
     rank: int, world_size: int, folder: Path, out: Path, options: dict[str, Any], source: Path | None
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """Sampled tokens by sample id; the weights written to OUT/hf and OUT/megatron, of the folder or of
-    `source`.
+    """Sampled tokens by sample id. The weights, from the folder or from `source`, are written to
+    OUT/hf and OUT/megatron.
     """
     parallel = ParallelConfig(**options)
     with process_groups(parallel, seed=3) as groups:

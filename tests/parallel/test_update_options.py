@@ -1,6 +1,4 @@
-"""Options of the update: each alone and together, from the same rollouts as one process without any of
-them.
-"""
+"""Options of the update, alone and together, from the same rollouts as one process without any of them."""
 
 from __future__ import annotations
 
@@ -61,7 +59,7 @@ LAYOUTS = {
 
 
 def full(method: str, num_layers: int) -> tuple[str, ...]:
-    """Whole layers are computed again."""
+    """Whole layers are recomputed."""
     return (
         *("--recompute-granularity", "full", "--recompute-method", method),
         *("--recompute-num-layers", str(num_layers)),
@@ -69,13 +67,13 @@ def full(method: str, num_layers: int) -> tuple[str, ...]:
 
 
 def selective(*modules: str) -> tuple[str, ...]:
-    """Parts of layers are computed again."""
+    """Parts of layers are recomputed."""
     return ("--recompute-granularity", "selective", *(("--recompute-modules", *modules) if modules else ()))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run of two steps came to, as one rank saw it."""
+    """The result of a run of two steps on one rank."""
 
     steps: list[tuple[float, float, float]]
     """Loss sum, labels and gradient norm."""
@@ -142,13 +140,13 @@ def student(weights, tmp_path_factory) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def dense(tiny, student, tmp_path_factory) -> Recorded:
-    """That student."""
+    """The same student."""
     return record(tiny, tmp_path_factory.mktemp("dense"), student)
 
 
 @pytest.fixture(scope="module")
 def adapted(tiny, student, tmp_path_factory) -> Recorded:
-    """Adapters of that student, in steps that a run of one step takes too."""
+    """Adapters of the same student, in steps that a run of one step takes too."""
     flags = (*student, "--lora-rank", "4", "--lr-decay-style", "constant")
     return record(tiny, tmp_path_factory.mktemp("adapted"), flags)
 
@@ -263,8 +261,9 @@ def test_experts_that_are_split_otherwise_than_the_rest_take_the_same_steps(tiny
 
 
 OTHER_ATTENTION = {
-    # Larger weights than usual, or the caps and the gates would hardly matter. At 0.2 the gradient norm of
-    # the delta nets differs by 1e-5 of it between CPUs, by rounding alone; at 0.05 by less than 2e-6.
+    # Larger weights than usual; otherwise the caps and the gates would hardly matter. At 0.2 the
+    # gradient norm of the delta nets differs by 1e-5 of itself between CPUs, by rounding alone; at
+    # 0.05 by less than 2e-6.
     "gemma2": {
         "scale": 0.2,
         "sliding_window": 6,
@@ -283,7 +282,7 @@ OTHER_ATTENTION = {
 
 @pytest.mark.parametrize("family, layouts", [("gemma2", ("dp2", "cp2")), ("qwen3_5_text", ("dp2",))])
 def test_other_kinds_of_attention_take_the_same_steps(tiny, weights, tmp_path, family, layouts) -> None:
-    """Soft-caps and windows, and gated delta nets, of which context parallelism is refused."""
+    """Soft-caps and windows, and gated delta nets, which refuse context parallelism."""
     shape = {"num_hidden_layers": 4, "head_dim": 8}
     save_model(tmp_path / "student", family, vocab_size=360, **shape, **OTHER_ATTENTION[family])
     flags = (*weights[2:], "--hf-checkpoint", str(tmp_path / "student"), "--adam-eps", "1e-2")
@@ -299,8 +298,8 @@ def test_other_kinds_of_attention_take_the_same_steps(tiny, weights, tmp_path, f
 def test_adapters_of_a_shared_optimizer_resume_and_take_the_same_steps(
     tiny, adapted, tmp_path, layout
 ) -> None:
-    """--lora-rank with --use-distributed-optimizer: a run of one step, and one that goes on from its
-    checkpoint.
+    """--lora-rank with --use-distributed-optimizer: a run of one step, and one that continues
+    from its checkpoint.
     """
     runs = []
     for name, flags in adapted.flags.items():

@@ -1,6 +1,6 @@
 """Responses by a vLLM server: they come from the training weights, in every layout, or the run stops.
 
-The server is a stand-in that samples by transformers; tests/end_to_end/vllm.sh asks the real one.
+The server is a stand-in that samples by transformers; tests/end_to_end/vllm.sh uses the real one.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def test_responses_are_of_the_training_weights(tiny, student, tmp_path, tp, pp, 
 
 
 def test_replicas_that_share_experts_score_and_ask_again_together(tiny, tmp_path) -> None:
-    """The server of both loses a tensor after an update, is handed it again, and one has nothing to
-    evaluate.
+    """The server of both loses a tensor after an update and gets it again; one of them has
+    nothing to evaluate.
     """
     student = tmp_path / "student"
     save_byte_level(student, vocab_size=400)
@@ -117,8 +117,8 @@ def test_replicas_that_share_experts_score_and_ask_again_together(tiny, tmp_path
 
 
 def test_a_server_that_is_started_again_gets_the_weights_again(tiny, student, tmp_path) -> None:
-    """After each of the last two updates it has the weights of its folder again: first seen by
-    log-probabilities.
+    """After each of the last two updates it has the weights of its folder again.
+    Log-probabilities show it first.
     """
     with GeneratingServer(student) as server:
         load = server._load
@@ -141,9 +141,7 @@ def test_a_server_that_is_started_again_gets_the_weights_again(tiny, student, tm
 
 
 def test_an_answer_of_other_weights_does_not_count(tiny, student, tmp_path) -> None:
-    """The server is another process from the seventh answer on, which is past the ones that are scored
-    here.
-    """
+    """The server is another process from the seventh answer on, after the answers that are scored here."""
     with GeneratingServer(student) as server:
         generate, lock, answers = server._generate, threading.Lock(), []
 
@@ -167,7 +165,7 @@ def test_an_answer_of_other_weights_does_not_count(tiny, student, tmp_path) -> N
 
 @pytest.mark.parametrize("after", [0, 6])
 def test_a_tensor_that_did_not_arrive_is_named(tiny, student, tmp_path, after) -> None:
-    """Seen in the first responses of a call, or, where these were right, in the step."""
+    """Found in the first responses of a call or, if these were right, in the step."""
     name = "model.layers.0.mlp.down_proj.weight"
     with GeneratingServer(student) as server:
         load, generate, lock, answers = server._load, server._generate, threading.Lock(), []
@@ -206,16 +204,16 @@ def test_a_tensor_that_did_not_arrive_is_named(tiny, student, tmp_path, after) -
 SEED = 1234 * 1_000_003 % (1 << 31)
 """Seed in the requests of sample 0 in a run with the default --seed."""
 OVERSAMPLED = ("--rollout-oversample", "0.5", "--rollout-importance-weights", "2")
-OVERSAMPLED += ("--rollout-logprob-bound", "1e-4")  # of what the weights of the step have sampled
+OVERSAMPLED += ("--rollout-logprob-bound", "1e-4")  # part of the tokens that the step's weights sampled
 
 
 def slow(server: GeneratingServer, samples: set[int]) -> None:
-    """The server gives these samples two tokens, and no third one before it is asked to go on with them."""
+    """The server gives these samples two tokens, and no third one before it is asked to continue them."""
     server.waits_at = lambda body: 2 if body["sampling_params"]["seed"] - SEED in samples else None
 
 
 def recorded(folder: Path) -> dict[int, list[dict]]:
-    """The responses that each step has trained on, by --save-debug-rollout-data."""
+    """The responses on which each step trained, from --save-debug-rollout-data."""
     steps: dict[int, list[dict]] = {}
     for path in sorted(folder.iterdir()):
         steps.setdefault(int(path.name.split(".")[0].removeprefix("rollout_")), []).extend(
@@ -225,7 +223,7 @@ def recorded(folder: Path) -> dict[int, list[dict]]:
 
 
 def test_a_step_closes_before_its_slowest_responses_which_go_on_in_the_next(tiny, student, tmp_path) -> None:
-    """Six prompts are in the works, two more than a step needs; two are slow in every step."""
+    """Six prompts are open, two more than a step needs; two are slow in every step."""
     flags = (*OVERSAMPLED, "--save-debug-rollout-data", str(tmp_path / "rollouts"))
     with GeneratingServer(student) as server:
         slow(server, {1, 2, 6, 9, 10, 11})
@@ -266,7 +264,7 @@ def test_a_step_closes_before_its_slowest_responses_which_go_on_in_the_next(tiny
 
 
 def starts(answer: dict, ids: list[int]) -> bool:
-    """Whether this is what the server answered first of a response."""
+    """Whether this is the server's first answer to a response."""
     count = len(answer["token_ids"])
     return 0 < count and answer["token_ids"] == ids[:count]
 
@@ -276,7 +274,7 @@ def json_rows(folder: Path) -> list[dict]:
 
 
 def test_after_a_kill_nothing_is_lost_or_sampled_twice(tiny, student, tmp_path) -> None:
-    """The run has done a step more than is kept of it, and goes on over two replicas."""
+    """The run has done one step more than is saved, and continues on two replicas."""
     saved = ("--save", str(tmp_path / "save"), "--load", str(tmp_path / "save"), "--save-interval", "1")
     with GeneratingServer(student) as server:
 
@@ -324,8 +322,8 @@ def test_what_a_server_holds_as_it_was_sent(tmp_path) -> None:
 
 
 def test_ids_without_a_token_are_drawn_again(tiny, tmp_path) -> None:
-    """A twentieth of what this model says are such ids; they are part of the server's distribution, not of
-    ours.
+    """A twentieth of this model's samples are such ids. They are part of the server's
+    distribution, not of ours.
     """
     student = build(tmp_path / "student", more_rows=16)
     with GeneratingServer(student) as server:

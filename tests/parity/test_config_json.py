@@ -1,5 +1,6 @@
 """config.json as transformers reads it: fields that change nothing, spellings of the rotary embedding, and
-which head counts where a folder has two."""
+which head counts if a folder has two.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ transformers = pytest.importorskip("transformers")
 
 TOKENS = torch.randint(0, 99, (2, 20), generator=torch.Generator().manual_seed(0))
 
-# A value of every field of INERT that a reader of the field would notice.
+# For every field of INERT, a value that a reader of the field would notice.
 INERT_VALUES: dict[str, Any] = {
     "architectures": ["AnotherForCausalLM"],
     "torch_dtype": "float32",
@@ -169,12 +170,12 @@ def test_every_inert_field_has_a_value_here() -> None:
 # transformers has no such class
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "kimi_k2"])
 def test_a_field_that_is_accepted_changes_nothing(tmp_path, family, values) -> None:
-    """Neither in transformers nor here."""
+    """It changes nothing in transformers or here."""
     save_model(tmp_path, family, **_fields(family))
     path = tmp_path / "config.json"
     fields = json.loads(path.read_text())
     expected, architecture = _logits(tmp_path), read_architecture(str(tmp_path), flag="")
-    own = FAMILIES[family].read  # read here: another value is another model
+    own = FAMILIES[family].read  # these are read here: another value gives another model
     fixed = {
         name for name, value in values.items() if value not in FAMILIES[family].fixed.get(name, (value,))
     }
@@ -200,7 +201,7 @@ class Spellings:
 
     choices: dict[str, list[Any]]
     accepted: int
-    """How many of the combinations mean something to both libraries."""
+    """The number of combinations that both libraries accept."""
 
     def __iter__(self) -> Any:
         for values in itertools.product(*self.choices.values()):
@@ -292,7 +293,7 @@ CLASSES = {"smollm3": "SmolLM3", "gemma3_text": "Gemma3"}
 
 
 def _angles(rope: Rope, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of positions 0 .. length - 1, as transformers multiplies with them."""
+    """Cosines and sines of positions 0 .. length - 1, as transformers uses them."""
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies(rope, length))
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
@@ -301,7 +302,9 @@ def _angles(rope: Rope, length: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", SPELLINGS)
 def test_spellings_of_the_rotary_embedding_mean_what_they_mean_in_transformers(tmp_path, family) -> None:
-    """What either library refuses the other may refuse or read; what both read is the same."""
+    """If one library refuses a spelling, the other may refuse or read it. If both read it, the
+    result is the same.
+    """
     name = MODULES.get(family, family)
     module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     embedding = getattr(module, f"{CLASSES.get(family, name.capitalize())}RotaryEmbedding")

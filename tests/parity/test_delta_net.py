@@ -1,5 +1,6 @@
 """The gated delta net: chunks against the recurrence, whole models against transformers' gradients, caches
-and packed sequences past a chunk, checkpoints in another layout."""
+and packed sequences longer than a chunk, checkpoints in another layout.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Tiny random models of every family: what transformers computes, Megatron computes in every layout; weights
-go there and back bit by bit; and whatever the comparison should notice, it notices."""
+"""Tiny random models of every family: Megatron computes the same as transformers in every layout, weights go
+there and back bit by bit, and the comparison notices every change that it should notice.
+"""
 
 from __future__ import annotations
 
@@ -388,7 +389,7 @@ CONTROLS: dict[str, list[dict[str, Any]]] = {
     ],
     "exaone4": [{"sliding_window": None, "layer_types": None}, {"layer_types": ["sliding_attention"] * 4}],
 }
-# Changes that no config.json says, of all layers of a family's first model, or of the whole of it.
+# Changes of all layers of a family's first model, or of the whole model, that no field of config.json makes.
 RECORDS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "qwen3_5_text": [("model", {"zero_centered_norm": False})],
     "gemma2": [("model", {"zero_centered_norm": False}), ("model", {"embedding_scale": 1.0})],
@@ -399,7 +400,7 @@ RECORDS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "ernie4_5": [("rope", {"interleaved": False})],
     "deepseek_v3": [("mlp", {"factor": 1.0}), ("mlp", {"normalized": False})],
 }
-# What config.json must say.
+# Fields that config.json must have.
 REQUIRED: dict[str, dict[str, Any]] = {
     "qwen3_moe": MOE,
     **dict.fromkeys(("glm4_moe", "solar_open", "dots1"), ROUTED),
@@ -409,7 +410,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "gpt_oss": {"num_local_experts": 6},
     **dict.fromkeys(("deepseek_v3", "deepseek_v32", "glm4_moe_lite"), LATENT | {"num_key_value_heads": 8}),
 }
-# The same as a family's first model in the spelling of older files.
+# A family's first model in the spelling of older files.
 SPELLED: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"model_type": "kimi_k2"},  # transformers has no class of that name
     "llama": {
@@ -450,7 +451,7 @@ LAYOUTS |= MOE_LAYOUTS
 TOKENS = torch.randint(0, VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(0))
 EMPTY = np.zeros(0, np.int32)
 NOT_EXPORTED = ("deepseek_v32",)
-PROMPTS = [  # of several lengths, below, at and past the window: padded on the left
+PROMPTS = [  # of several lengths, shorter than the window, equal to it and longer: padded on the left
     Prompt(sample_id=i, student_ids=TOKENS[i % 3, :n].numpy().astype(np.int32), teacher_ids=EMPTY)
     for i, n in enumerate((2, WINDOW, 3 * WINDOW, 25))
 ]
@@ -460,7 +461,7 @@ GREEDY = replace(SAMPLING, temperature=0.0)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Callable[[str], list[tuple[Path, torch.nn.Module]]]:
-    """Folders and models of a family, made when first asked for."""
+    """Folders and models of a family, made at the first request."""
     made: dict[str, list[tuple[Path, torch.nn.Module]]] = {}
 
     def make(family: str) -> list[tuple[Path, torch.nn.Module]]:
@@ -481,8 +482,8 @@ def test_every_family_is_here() -> None:
 
 
 def _run(rank: int, world_size: int, folders: list[str], layout: str, save: str | None) -> list[tuple]:
-    """Logits [B, S, published vocabulary], rollouts, and largest padding of each folder; writes it again to
-    `save`.
+    """Logits [B, S, published vocabulary], rollouts, and largest padding of each folder. Writes
+    each again to `save`.
     """
     tp, pp, ep = LAYOUTS[layout]
     parallel = ParallelConfig(
@@ -548,8 +549,9 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @torch.no_grad()
 def check_rollouts(rollouts: list, model: torch.nn.Module) -> None:
-    """The log-probs of tokens sampled with a KV cache are transformers' of the whole sequence, and tokens
-    that were chosen greedily are the likeliest."""
+    """The log-probs of tokens sampled with a KV cache are transformers' for the whole sequence, and tokens
+    that were chosen greedily are the likeliest.
+    """
     assert len(rollouts) in (len(PROMPTS), 2 * len(PROMPTS))
     for i, rollout in enumerate(rollouts):
         prompt = PROMPTS[i % len(PROMPTS)]
@@ -605,7 +607,7 @@ def test_a_layout_computes_what_transformers_computes_and_gives_every_tensor_bac
 )
 @pytest.mark.parametrize("family", MODELS)
 def test_what_config_json_leaves_out_is_read_as_transformers_reads_it(tmp_path, family, change) -> None:
-    """Files that were written by hand, or by another library, lack what transformers has a default for."""
+    """Files written by hand, or by another library, lack fields for which transformers has a default."""
     from transformers import AutoConfig
 
     known = FAMILIES[family].read | FAMILIES[family].neutral - {"sliding_window"}
@@ -640,8 +642,8 @@ def test_what_config_json_leaves_out_is_read_as_transformers_reads_it(tmp_path, 
 
 
 def changed(architecture: Architecture, part: str, change: dict[str, Any]) -> Architecture:
-    """Another model: with a change of the architecture itself, or of a part of each layer that has the
-    field.
+    """Another model: with a change of the architecture itself, or of the part of each layer
+    that has the field.
     """
     if part == "model":
         return replace(architecture, **change)
@@ -683,10 +685,10 @@ def test_every_tensor_and_every_setting_shows_in_the_logits(folders, tmp_path, f
             continue
         row = int(TOKENS[0, 0]) if "embed_tokens" in name else 0
         copy = tmp_path / name
-        if copy.exists():  # the gate of the last head, behind its query
+        if copy.exists():  # the gate of the last head, after its query
             copy, row = tmp_path / f"{name} gate", -1
         shutil.copytree(folder, copy)
-        # What is changed of one expert is changed of all, since a few tokens may not choose it.
+        # A change of one expert is made to all, since a few tokens may not choose it.
         changed = {
             other: tensors[other].clone()
             for other in tensors
@@ -713,8 +715,7 @@ def test_every_tensor_and_every_setting_shows_in_the_logits(folders, tmp_path, f
         assert relative(logits, expected) > 1e-3, name
 
 
-# Names of tensors of multi-token prediction, as they are published, and the field that says how many layers
-# there are.
+# Published names of tensors of multi-token prediction, and the field that gives the number of their layers.
 MTP = {
     "glm4_moe": (
         ("model.layers.4.eh_proj.weight", "model.layers.4.mlp.experts.0.up_proj.weight"),
@@ -776,8 +777,8 @@ def _too_long(rank: int, world_size: int, folder: str) -> None:
 
 @torch.no_grad()
 def test_what_an_indexer_leaves_out_shows_past_its_length(folders) -> None:
-    """Up to index_topk positions deepseek_v32 is dense attention; past it transformers computes something
-    else.
+    """Up to index_topk positions deepseek_v32 is dense attention. Beyond it, transformers
+    computes something else.
     """
     folder, model = folders("deepseek_v32")[0]
     assert read_architecture(str(folder), flag="").index_length == LENGTH
@@ -797,7 +798,7 @@ WEIGHTS = torch.randn(3, LENGTH, VOCAB, generator=torch.Generator().manual_seed(
 
 
 def _gradients(rank: int, world_size: int, folders: list[str]) -> list[dict[str, torch.Tensor]]:
-    """Gradients of a sum of logits, times WEIGHTS, by every tensor of each folder."""
+    """Gradients of a sum of logits times WEIGHTS, for every tensor of each folder."""
     with process_groups(ParallelConfig(), seed=3) as groups:
         return [_gradients_of(folder, groups) for folder in folders]
 

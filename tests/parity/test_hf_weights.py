@@ -1,5 +1,5 @@
-"""Weights of Hugging Face folders: Megatron's logits equal those of transformers, and what a damaged folder
-says.
+"""Weights of Hugging Face folders: Megatron's logits equal those of transformers, and the errors
+for damaged folders.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def load(
 
 
 def _logits(rank: int, world_size: int, folder: str) -> tuple[torch.Tensor, float]:
-    """[B, S, published vocabulary] from all ranks' shards, and the largest absolute value in the padded
-    rows.
+    """[B, S, published vocabulary] from all ranks' shards, and the largest absolute value
+    in the padded rows.
     """
     with load(folder, world_size) as (model, groups):
         positions = torch.arange(TOKENS.shape[1]).expand_as(TOKENS)
@@ -125,7 +125,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Callable[[str], tuple[Path, torch.Tensor]]:
-    """Folder and transformers' logits of each of MODELS, made when first asked for."""
+    """Folder and transformers' logits of each of MODELS, made at the first request."""
     made: dict[str, tuple[Path, torch.Tensor]] = {}
 
     def make(name: str) -> tuple[Path, torch.Tensor]:
@@ -200,7 +200,7 @@ def test_the_scaling_of_rotary_frequencies_shows_in_the_logits(folders, tmp_path
 
 
 def _numbers(rank: int, world_size: int, folder: str, tp_size: int, ep_size: int) -> tuple[int, int]:
-    """How many numbers this rank read, and how many of its parameters are not padding."""
+    """The number of numbers that this rank read, and of its parameters that are not padding."""
     read, original = [], tensor_files.TensorFolder.read
 
     def counted(folder: object, piece: Piece) -> None:
@@ -272,7 +272,7 @@ def test_what_one_replica_cannot_read_is_an_error_on_all(folders, tmp_path) -> N
 
 
 def _second_stage(rank: int, world_size: int, folder: str) -> dict[str, torch.Tensor]:
-    """Parameters of a model of one layer that has the number of the folder's second."""
+    """Parameters of a model of one layer that has the number of the folder's second layer."""
     architecture = read_architecture(folder, flag="")
     with process_groups(ParallelConfig(), seed=3) as groups:
         model = build_model(
@@ -302,7 +302,7 @@ def test_a_layer_is_filled_by_its_number_in_the_whole_model(folders) -> None:
 
 
 def rewrite(folder: Path, change, file: str = "model.safetensors") -> None:
-    """Write the file again after `change` has had its tensors, a dictionary by name."""
+    """Write the file again after `change` has changed its tensors, a dictionary by name."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(str(folder / file))

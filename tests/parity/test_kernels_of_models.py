@@ -1,7 +1,7 @@
-"""Whole models with the kernels and fused functions of a GPU, on a CPU: the same hidden states and gradients
-as without.
+"""Whole models with the kernels and fused functions of a GPU, on a CPU: the same hidden states and
+gradients as without.
 
-flex_attention is not compiled here, and Megatron's fused functions are not either; what they compute is.
+Neither flex_attention nor Megatron's fused functions are compiled here. Their uncompiled forms are tested.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ MODELS = {
 
 
 def _compare(rank: int, world_size: int) -> list[tuple[str, float, float]]:
-    """For each model the largest differences of hidden states and of gradients, relative to the largest
-    number.
+    """For each model the largest differences of hidden states and of gradients, relative to
+    the largest number.
     """
     found = []
     with (
@@ -135,7 +135,7 @@ def test_megatrons_configuration_has_them(on_cpu) -> None:
 
 
 def test_the_embedding_of_a_tied_head_does_not_write_to_the_zeros_that_stand_for_its_gradient() -> None:
-    """The zeros that the loss hands autograd in place of a gradient that is in main_grad already."""
+    """The loss gives autograd zeros instead of a gradient that is already in main_grad."""
     from megatron_simct.losses import tiles
 
     weight = torch.nn.Parameter(torch.ones(3, 2))

@@ -1,5 +1,6 @@
-"""Models that also read images: their language model is read, computed, generated with and written; what
-reads images stays as it is."""
+"""Models that also read images: their language model is read, computed, sampled from and written; the weights
+for images stay unchanged.
+"""
 
 from __future__ import annotations
 
@@ -131,7 +132,7 @@ def test_a_layout_computes_what_transformers_computes_and_gives_every_tensor_bac
 
 
 def test_controls(models, tmp_path) -> None:
-    """The query's growth, the window, and where the language model's names begin."""
+    """The query's growth, the window, and the beginning of the language model's names."""
     changes = [
         (0, {"sliding_window": WINDOW + 1}),
         (1, {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5}}),
@@ -153,7 +154,7 @@ def test_controls(models, tmp_path) -> None:
 
 
 def test_published_fields(tmp_path) -> None:
-    """As Gemma-3 4B is published, sizes apart: most fields of the language model are left out."""
+    """Gemma-3 4B as published, except sizes: most fields of the language model are left out."""
     fields = {
         "architectures": ["Gemma3ForConditionalGeneration"],
         "boi_token_index": 255999,

@@ -1,6 +1,6 @@
-"""Fields of config.json as models are published with, sizes too: they are read as they are, and the memory
-plan counts as many parameters as transformers' model has. Layers are fewer; the models are built on no
-device."""
+"""Fields of config.json as published, also sizes: they are read as they are, and the memory plan counts as
+many parameters as transformers' model has. Layers are fewer; the models are built on no device.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ COMMON = {
 
 
 UNCOUNTED = (".indexer.", "e_score_correction_bias")
-"""What is not computed here, and what is a buffer."""
+"""Tensors that are not computed here, and one that is a buffer."""
 
 
 def shape(

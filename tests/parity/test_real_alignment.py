@@ -1,8 +1,8 @@
-"""Alignment on real tokenizers and real texts in many scripts: nothing lost, nothing wrong, units as small as
-can be.
+"""Alignment on real tokenizers and real texts in many scripts: nothing lost, nothing wrong, units
+as small as possible.
 
 The tokenizers come from packages (tools/benchmark/real_inputs.py); one that cannot be fetched is skipped with
-the reason. What is expected is computed here in plain Python, from the bytes of each token.
+the reason. The expected results are computed here in plain Python, from the bytes of each token.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def test_every_shared_byte_is_in_a_minimal_unit(teacher_name, student_name) -> N
         size = min(len(teacher_bytes), len(student_bytes))
         common = next((i for i in range(size) if teacher_bytes[i] != student_bytes[i]), size)
         boundaries = sorted(b for b in set(teacher_ends) & set(student_ends) if b <= common)
-        # The units are the gaps between all common boundaries: as many as can be.
+        # The units are the gaps between all common boundaries: as many as possible.
         assert [student_ends[se - 1] for se in found.segments[:, 3]] == boundaries
         assert [teacher_ends[te - 1] for te in found.segments[:, 1]] == boundaries
         starts = np.vstack([np.zeros((1, 4), np.int32), found.segments])[:-1, 1::2]
@@ -88,7 +88,7 @@ def test_every_shared_byte_is_in_a_minimal_unit(teacher_name, student_name) -> N
             assert boundaries[-1] == len(data) and not found.dropped and not found.student_labels_dropped
         else:
             changed += 1
-    # Few texts are rewritten: by Qwen's NFC, and the mark that stands for a blank in SentencePiece.
+    # Few texts are rewritten: by Qwen's NFC, and by SentencePiece's mark for a space.
     assert changed <= 8 and whole > 60_000
 
 
@@ -109,8 +109,8 @@ def test_shared_vocabulary_of_large_pairs(student_name, teacher_name, expected, 
 
 
 def test_the_released_walk_loses_what_the_minimal_units_keep() -> None:
-    """Chinese between two byte-level tokenizers: characters are cut in different places, and the walk gets
-    lost.
+    """Chinese between two byte-level tokenizers: they cut characters in different places, and the
+    walk loses its place.
     """
     teacher, student = tokenizer("llama3"), tokenizer("qwen2.5")
     data = "".join(text for text in real_inputs.udhr() if "世界人权宣言" in text).encode()

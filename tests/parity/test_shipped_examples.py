@@ -1,5 +1,5 @@
-"""The pre-flight of every shipped run file, with the real tokenizers: no failure, and no warning without a
-cause.
+"""The pre-flight of every shipped run file, with the real tokenizers: no failure, and no
+warning without a cause.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ WARNINGS = {
 
 
 def test_every_shipped_file_is_here() -> None:
-    """That of the engines needs models which are trained for it: tests/unit/test_preflight_engines.py."""
+    """The run file of the engines needs models that are trained for it:
+    tests/unit/test_preflight_engines.py.
+    """
     assert WARNINGS.keys() | {"engines"} == {
         path.parent.name for path in (ROOT / "examples").glob("*/run.yaml")
     }
@@ -49,7 +51,7 @@ def test_every_shipped_file_is_here() -> None:
 
 @pytest.fixture(scope="module")
 def opened() -> dict[str, Tokenizer]:
-    """By model: files of this size take a second or two."""
+    """By model: files of this size take a second or two to open."""
     return {}
 
 
@@ -72,7 +74,7 @@ def test_only_what_has_a_cause_is_warned_of(name, tmp_path, opened, monkeypatch)
             pytest.skip(str(error))
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(files / file, model)
-        if "chat_template" not in (model / "tokenizer_config.json").read_text():  # those of base models
+        if "chat_template" not in (model / "tokenizer_config.json").read_text():  # base models have none
             (model / "chat_template.jinja").write_text(LLAMA_TEMPLATE)
     findings = [f for f in check_run(run).findings if f.level != "pass"]
     assert [f for f in findings if f.level != "warn"] == []

@@ -1,6 +1,7 @@
-"""megatron-core's TransformerEngine layers, put together by its own functions from stand-ins for
-TransformerEngine's modules: what a Hugging Face folder is read into and what it computes. The modules
-themselves need a GPU."""
+"""megatron-core's TransformerEngine layers, assembled by its own functions from stand-ins for
+TransformerEngine's modules: where a Hugging Face folder is read to, and what the layers compute. The modules
+themselves need a GPU.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +80,7 @@ class GroupedLinear(torch.nn.Module):
 
 @contextlib.contextmanager
 def stand_ins() -> Iterator[None]:
-    """In the places where megatron-core's functions look for TransformerEngine's modules."""
+    """Put them where megatron-core's functions look for TransformerEngine's modules."""
     modules = {
         "TELayerNormColumnParallelLinear": LayerNormLinear,
         "TEColumnParallelLinear": ColumnParallelLinear,
@@ -99,8 +100,8 @@ def stand_ins() -> Iterator[None]:
 
 
 def stored(model: torch.nn.Module) -> set[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the tensors of a checkpoint; those of experts are up to TransformerEngine's own
-    modules.
+    """Names and shapes of the tensors of a checkpoint. TransformerEngine's own modules
+    determine those of experts.
     """
     entries = model.sharded_state_dict().values()
     entries = [part for entry in entries for part in (entry.build() if hasattr(entry, "build") else [entry])]
@@ -110,7 +111,7 @@ def stored(model: torch.nn.Module) -> set[tuple[str, tuple[int, ...]]]:
 
 @torch.no_grad()
 def _read(rank: int, world_size: int, folder: str, save: str) -> tuple[torch.Tensor, set[str], set, set]:
-    """Logits, names of a layer's parameters, what a checkpoint holds, and what one of local layers holds.
+    """Logits, names of a layer's parameters, the names in a checkpoint, and those in one of local layers.
 
     The folder is written again to `save`.
     """

@@ -1,5 +1,5 @@
-"""AlignmentMap: pairs by bytes, rivals of equal bytes, the stop bridge, shards; real pairs against brute
-force.
+"""AlignmentMap: pairs by bytes, several tokens of equal bytes, the stop bridge, shards; real pairs
+against brute force.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def test_bad_shards_are_refused() -> None:
             alignment_map.placement(shard_start=start, shard_end=end)
 
 
-# Real pairs. What each file's ids mean is read here a second time, without the package.
+# Real pairs. The bytes of each file's ids are read here a second time, without the package.
 
 
 def folder() -> Path:
@@ -196,8 +196,8 @@ def test_real_identity() -> None:
 
 
 def test_released_pairs_are_of_equal_strings() -> None:
-    """A blank is '▁' on both sides; what the files spell differently is missed, and other bytes may be
-    paired.
+    """A space is '▁' on both sides. Pairs that the files spell differently are missed, and different
+    bytes may be paired.
     """
 
     def with_strings(pieces: list[bytes], strings: list[str], stop: int) -> Tokenizer:

@@ -140,8 +140,8 @@ def test_empty_responses(ids, finish, num_labels, hidden_rows) -> None:
     ("teacher_pieces", "aligned"), [([b"a", b"b", b"<eos>"], 1), ([b"ab", b"a", b"<eos>"], 0)]
 )
 def test_a_byte_that_the_teacher_has_no_token_for_ends_the_common_text(teacher_pieces, aligned) -> None:
-    """Byte-level libraries leave such a byte out; a token that is merged across it takes its own unit
-    along.
+    """Byte-level libraries leave such a byte out; a token that is merged across it takes
+    its own unit along.
     """
     student = tokenizer([b"a", b"\x04", b"b", b"<end>"], [3])
     teacher = tokenizer(teacher_pieces, [2])
@@ -221,8 +221,8 @@ def test_errors() -> None:
 
 
 def test_random_ids_of_a_real_pair_keep_the_books() -> None:
-    """Any sampled ids, canonical or not: bytes and labels add up, and what is aligned spells the same
-    bytes.
+    """Any sampled ids, canonical or not: bytes and labels add up, and aligned segments
+    spell the same bytes.
     """
     spec = importlib.util.find_spec("mistral_common")
     if spec is None:
@@ -277,8 +277,8 @@ def test_random_ids_of_a_real_pair_keep_the_books() -> None:
 
 
 def test_the_released_walk_has_its_own_units() -> None:
-    """The walk swallows the 1:1 token behind a mismatch, fuses with the stop tokens, and replaces no
-    column.
+    """The walk includes the 1:1 token after a mismatch, joins it with the stop tokens, and
+    replaces no column.
     """
     needs = TeacherNeeds(segmentation="authors")
     pair = plan(HAPPY_STUDENT, HAPPY_TEACHER, [0, 1, 2, 4, 5], needs=needs)
@@ -331,7 +331,7 @@ def planned(ids, sample_id=0, finish="stop", **options) -> AlignedPair:
 
 
 TEXT = [7, 4, 5, 6, 2, 3, 4, 0, 8]
-"""ab|_|1 2|c d|_|a|stop; the teacher says a b|_|12|cd|_|a|stop."""
+"""ab|_|1 2|c d|_|a|stop; the teacher's tokens are a b|_|12|cd|_|a|stop."""
 
 
 def test_weights_follow_the_options() -> None:
@@ -393,7 +393,7 @@ def test_random_unit_joins_marked_positions_with_the_next_one() -> None:
     same = planned(TEXT, interface="random_unit", rho=0.0)
     assert same.segments.tolist() == planned(TEXT).segments.tolist()
     assert same.weights.tolist() == [0, 1, 0, 0, 1, 1, 1]
-    text = [0, 1, 2, 3, 4, 0, 1, 7, 0, 8]  # eight 1:1 positions but for "cd", "ab": a b|cd|_|a|b|ab|a
+    text = [0, 1, 2, 3, 4, 0, 1, 7, 0, 8]  # eight 1:1 positions except "cd", "ab": a b|cd|_|a|b|ab|a
     for seed in range(20):
         pair = planned(text, interface="random_unit", rho=0.5, interface_seed=seed)
         singles = planned(text)

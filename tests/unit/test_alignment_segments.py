@@ -49,7 +49,7 @@ def pieces_of(text: str) -> list[Piece]:
 
 
 def as_ids(pieces: list[Piece]) -> tuple[TokenTable, np.ndarray]:
-    """A table in which every position has an id of its own, and the ids of `pieces`.
+    """A table in which every position has its own id, and the ids of `pieces`.
 
     Two stop tokens, one special.
     """
@@ -154,8 +154,8 @@ def pairs(draw, allow_empty: bool = False) -> tuple[list[Piece], list[Piece]]:
 
 @st.composite
 def damaged_pairs(draw) -> tuple[list[Piece], list[Piece]]:
-    """As `pairs`, with pieces exchanged, removed or inserted on either side, specials and stop tokens
-    included.
+    """As `pairs`, with pieces exchanged, removed or inserted on either side, including
+    specials and stop tokens.
     """
     sides = draw(pairs(allow_empty=True))
     for side in sides:
@@ -284,8 +284,8 @@ def test_golden_segments(teacher, student, authors, minimal) -> None:
 @given(st.data())
 @settings(max_examples=200, deadline=None)
 def test_a_batch_is_its_samples(data) -> None:
-    """Also samples that differ, are empty, stop on one side, or hold pieces without bytes and special
-    tokens.
+    """Also samples that differ, are empty, stop on one side, or contain pieces without bytes
+    and special tokens.
     """
     pieces = [b"a", b"b", b"ab", b"ba", b"aba", b"", b"<special>", b"<stop>", b"<stop2>"]
     table = TokenTable.from_bytes(pieces, special_ids=[6], stop_ids=[7, 8])
@@ -316,8 +316,8 @@ def test_a_batch_is_its_samples(data) -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_random_vocabularies(data) -> None:
-    """The six properties where ids repeat, as in a real vocabulary: any bytes, two vocabularies with some in
-    common.
+    """The six properties if ids repeat, as in a real vocabulary: any bytes, two vocabularies
+    with some in common.
     """
     some_bytes = st.binary(min_size=1, max_size=4)
     common = data.draw(st.lists(some_bytes, max_size=6))

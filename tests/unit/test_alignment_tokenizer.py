@@ -90,7 +90,7 @@ def test_real_encoding_is_the_library_s_own_without_the_leading_blank(real) -> N
 
     original = sentencepiece.SentencePieceProcessor(model_file=real["sentencepiece v3"].name)
     for text in TEXTS[1:]:
-        # With its dummy blank the original encodes "\nx" as the tokens of a blank and then the text's own.
+        # With its dummy space the original encodes "\nx" as the tokens of a space and then the text's own.
         own = original.encode("\n" + text)
         assert real["sentencepiece v3"].encode(("\n" + text).encode()).tolist() == own[1:]
     assert real["sentencepiece v3"].decode(real["sentencepiece v3"].encode(b"cat")) == b"cat"
@@ -140,7 +140,7 @@ MERGES = [b"th", b"the", b" the", b"ca", b"cat", b"12"]
 
 def write_tiktoken(folder: Path, **changes: object) -> str:
     pieces = [bytes([byte]) for byte in range(256)] + MERGES
-    # Rank 260 is left unused, and the special tokens leave a gap behind the ranks.
+    # Rank 260 is unused, and the special tokens leave a gap after the ranks.
     ranks = {piece: rank + (rank >= 260) for rank, piece in enumerate(pieces)}
     path = folder / "small.tiktoken"
     path.write_bytes(b"".join(base64.b64encode(piece) + b" %d\n" % rank for piece, rank in ranks.items()))

@@ -1,4 +1,4 @@
-"""What in a response is its answer: outside of its thinking, in its code blocks, as a plain number."""
+"""The answer in a response: outside its thinking, in its code blocks, as a plain number."""
 
 from __future__ import annotations
 
@@ -154,10 +154,10 @@ def rollout(ids: list[int], finish: Literal["stop", "length"]) -> Rollout:
 
 
 def test_marks_that_are_special_tokens_are_written(tmp_path: Path) -> None:
-    """A special token has no bytes: without its text a block of thought would be part of the answer."""
+    """A special token has no bytes: without its text a thinking block would be part of the answer."""
     save_byte_level(tmp_path)
     tokenizer: Tokenizer = load_tokenizer(str(tmp_path))
-    start, end = "<|im_start|>", "<tool>"  # one special token, and one that is an ordinary text
+    start, end = "<|im_start|>", "<tool>"  # one special token, and one ordinary text
     marks = special_marks(tokenizer, (start, end, ""))
     (start_id,) = marks
     assert marks == {start_id: start} and tokenizer.table.special[start_id]
@@ -223,7 +223,7 @@ def test_a_program_is_found_in_every_style(style: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """A response with several blocks, and the one that is its program."""
+    """A response with several blocks, and the block that is its program."""
 
     name: str
     text: str
@@ -396,7 +396,9 @@ def test_what_is_no_emphasis_and_no_sign_stays(text: str) -> None:
 
 
 def test_the_expressions_of_gsm8k_read_the_answer_as_it_is(verifier: MathVerifier) -> None:
-    """They are lm-evaluation-harness's own: no emphasis is taken away and no sign is changed for them."""
+    """They are lm-evaluation-harness's own expressions: no emphasis is removed and no sign
+    is changed for them.
+    """
     problem = Problem(problem_id="a", chat="?", completion="?", fields={"answer": "x\n#### -3"})
     grader = Grader("gsm8k", verifier, chat=True)
     names = ("math_verify", "strict_match", "flexible_extract")
@@ -417,7 +419,7 @@ def test_the_label_of_exact_match_is_the_whole_response() -> None:
     assert grader.grade(problem, "4") == {"exact_match": False}
 
 
-# tools/evaluate.py and what selects from it
+# tools/evaluate.py, and the selection from its output
 
 
 def graded(folder: Path, responses: list[str], *flags: str) -> list[bool]:

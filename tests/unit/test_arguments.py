@@ -1,5 +1,5 @@
-"""Flags, keys of a --config-file, their precedence and their errors; what importing the light modules may
-load.
+"""Flags, keys of a --config-file, their precedence and their errors; modules that the light
+modules may import.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OPTIONS = {option.key: option for option in options()}
 
 
 def refused(capsys, *argv: str) -> str:
-    """The one line that a wrong command line ends with, and nothing beside it."""
+    """The error line of a wrong command line. Nothing else is printed."""
     with pytest.raises(SystemExit) as exit_:
         parse_config(list(argv))
     out, err = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""tools/benchmark/loss.py: its plain-torch loss is the same loss, and the table comes out."""
+"""tools/benchmark/loss.py: its plain-torch loss is the same loss, and it prints the table."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_what_crosses_ranks_is_counted_by_kind() -> None:
     for variant in ("fused", "bytes"):
         assert found[variant]["states"] == 20 * 8 * 4  # the gradient of the hidden states
         assert found[variant]["rows"] == 0
-    # Of a label one maximum and two sums of either model, of a row up to five numbers more.
+    # For a label one maximum and two sums of either model; for a row up to five numbers more.
     assert 24 <= found["fused"]["statistics"] / 20 <= 64 < found["bytes"]["statistics"] / 20
     assert found["logits"]["states"] == 0 and found["logits"]["rows"] > 0
 

@@ -1,4 +1,4 @@
-"""The bias of a pair: what an interface says to a student that is already right, held against the oracles."""
+"""The bias of a pair: the loss of a student that is already right, compared with the oracles."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_the_losses_are_those_of_the_oracles(teacher, student) -> None:
     found = measure_bias(language, INTERFACES, **pair)
     for interface, bias in zip(INTERFACES, found, strict=True):
         perfect, less_sure = oracle(language, interface, *pair.values())
-        if np.isinf(perfect):  # `exact`: the teacher has nothing outside of the shared tokens
+        if np.isinf(perfect):  # `exact`: the teacher has no mass outside the shared tokens
             assert (
                 interface.interface == "exact"
                 and teacher < student

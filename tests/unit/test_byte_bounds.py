@@ -1,5 +1,5 @@
-"""The least divergence that the unresolved mass permits: equal to its oracle, and zero for any two
-tokenizers.
+"""The least divergence that the unresolved mass permits: equal to its oracle, and zero for
+any two tokenizers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ SEEDS = range(12)
 
 
 def limited(cases, seed: int, *, share: float = 0.6) -> list[tuple[Side, ...]]:
-    """The same with tables, one a vocabulary, of what may follow; the end may always."""
+    """The same cases with a table for each vocabulary of the bytes that may follow; the
+    end may always follow.
+    """
     tables: dict[int, np.ndarray] = {}
     found = []
     for case in cases:
@@ -119,7 +121,7 @@ def test_the_random_cases_have_caps_that_bind_agreements_and_every_case_of_the_m
 
 
 def test_the_oracles_minimum_is_the_least() -> None:
-    """Against one that takes turns, which knows nothing of the cases."""
+    """Against a minimizer by alternation, which does not use the cases."""
     compared = 0
     for seed in (1, 2, 4, 5):
         for student, teacher in cases_of(seed):
@@ -234,8 +236,9 @@ def test_byte_pair_languages_whose_merges_disagree_have_loss_zero_and_a_flatter_
 
 
 def test_the_teachers_numbers_in_float16_leave_a_perfect_student_almost_alone(monkeypatch) -> None:
-    """One rounding moves a log mass x by |x| / 2048 at most, so a probability by that share, and a
-    divergence, which is quadratic in it, by half of its square."""
+    """One rounding moves a log mass x by |x| / 2048 at most. So it moves a probability by that share, and a
+    divergence, which is quadratic in it, by half of its square.
+    """
     largest = 0.0
 
     def rounded(*args, **options) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Two teachers as one, byte by byte: equal to the oracle, and zero where the student is their mixture."""
+"""Two teachers as one, byte by byte: equal to the oracle, and zero if the student is their mixture."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def test_loss_and_gradient_equal_the_oracle(seed, monkeypatch) -> None:
 
 @pytest.mark.parametrize("seed", [277, 327])
 def test_what_is_outside_of_the_events_is_no_spread(seed) -> None:
-    """Cases with a loose byte where the student cannot end its token, which few random ones have."""
+    """Cases with a loose byte at a place where the student cannot end its token, which
+    few random ones have.
+    """
     cases = random_cases(seed, num_sides=3)
     expected, gradient = mixture_oracle_of(cases, WEIGHTS[2], divergence="reverse_kl")
     found = evaluate_mixture(cases, WEIGHTS[2])
@@ -47,7 +49,7 @@ def test_the_random_cases_compare_something_and_merge_some_bytes() -> None:
     assert any(float(f.metrics["bytes_merged"]) for f in found)
 
 
-# In "ab" the first cannot end, and may go on in two ways: how likely "ab" was at all is not known.
+# In "ab" the first cannot end, and may go on in two ways: its probability of "ab" itself is not known.
 LETTERS = {"two ways": [*SINGLES, b"aba", b"abc"], **VOCABULARIES}
 TRIPLES = [
     ("letters", "bytes", "two ways", "long tokens"),
@@ -63,8 +65,8 @@ TRIPLES = [
 
 @pytest.mark.parametrize(("kind", "student_name", "one", "other"), TRIPLES)
 def test_a_student_that_is_the_mixture_has_loss_and_gradient_zero(kind, student_name, one, other) -> None:
-    """Two teachers of different languages in different tokenizations; the student says each next byte as
-    their mix.
+    """Two teachers of different languages in different tokenizations. The student's next
+    byte is their mixture.
     """
     vocabularies, units, length = KINDS[kind]
     vocabularies = LETTERS if kind == "letters" else vocabularies
@@ -88,7 +90,7 @@ def test_a_student_that_is_the_mixture_has_loss_and_gradient_zero(kind, student_
 
 
 def test_a_teacher_mixed_with_itself_is_that_teacher() -> None:
-    """Where it can end at every byte: its vocabulary is closed under prefixes."""
+    """The teacher can end at every byte: its vocabulary is closed under prefixes."""
     languages = [random_language([b"a", b"b", b"c"], 4, seed=seed) for seed in (1, 2)]
     cases = []
     for text in sorted(languages[0])[::7]:

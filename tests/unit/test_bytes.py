@@ -1,6 +1,4 @@
-"""The interface `bytes`: equal to its oracle, and zero whenever two models are the same distribution over
-texts.
-"""
+"""The interface `bytes`: equal to its oracle, and zero if two models are the same distribution over texts."""
 
 from __future__ import annotations
 
@@ -59,7 +57,7 @@ def test_some_of_the_random_cases_have_bytes_that_may_agree_and_bytes_that_do_no
 
 @pytest.mark.parametrize("labels", [[0, 1, 3], [1, 0, 3], [2, 3]])
 def test_a_side_without_a_token_for_a_byte_is_compared_up_to_that_byte(labels) -> None:
-    """The student may say byte 4; the teacher's tokenizer has left it out of the text."""
+    """The student may write byte 4; the teacher's tokenizer leaves it out of the text."""
     pieces = [b"a", b"b", b"ab", b"", b"\x04"]
     generator = torch.Generator().manual_seed(len(labels) + labels[0])
     teacher = oracle.Side(

@@ -1,5 +1,5 @@
-"""What a chat template writes: as transformers' apply_chat_template, construct by construct, and within
-limits.
+"""The text of a chat template: as by transformers' apply_chat_template, construct by
+construct, and within limits.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import markupsafe
 import pytest
 
 from megatron_simct.alignment import load_tokenizer, template_worker, templates
@@ -51,14 +53,14 @@ PARTS = [
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A template, and what it is given."""
+    """A template, and its variables."""
 
     name: str
     template: str
     messages: list[dict[str, Any]] = field(default_factory=lambda: TALK)
     arguments: dict[str, Any] = field(default_factory=dict)
     says: str | None = None
-    """What the refusal says, if not what transformers says."""
+    """The reason of the refusal, if it differs from transformers'."""
 
 
 def each(body: str) -> str:
@@ -127,7 +129,7 @@ RENDERED = [
     Case(name="tojson of numbers", template="{{ [1, 1.0, 1e30, -0.0, true, none] | tojson }}"),
     Case(name="tojson of a tuple", template="{{ (1, 2) | tojson }}"),
     Case(name="tojson of another script", template="{{ '你好 😀' | tojson(ensure_ascii=True) }}"),
-    # What is given
+    # Given variables
     Case(name="tools are none", template="{{ tools is defined }}{{ tools is none }}{{ tools }}"),
     Case(name="tools are false", template="{% if tools %}tools{% else %}none{% endif %}"),
     Case(name="documents are none", template="{{ documents is defined }}{{ documents is none }}"),
@@ -390,9 +392,7 @@ def write(folder: Path, template: object) -> None:
 
 @pytest.fixture
 def reference(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """reference(messages, **arguments) -> the text of transformers, for the template of the folder and
-    DATE
-    """
+    """reference(messages, **arguments) -> transformers' text for the template of the folder and DATE"""
     transformers = pytest.importorskip("transformers")
     from transformers.utils import chat_template_utils
 
@@ -441,7 +441,7 @@ def test_refusals_are_those_of_transformers(folder: Path, reference: Any, case: 
     assert (case.says or str(theirs.value)) in str(refusal.value)
 
 
-# Which of several templates
+# The choice among several templates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -523,7 +523,7 @@ def test_the_end_of_a_turn_is_found_behind_the_training_tag(tmp_path: Path) -> N
 
 @dataclass(frozen=True, kw_only=True)
 class Wrong:
-    """A value of --teacher-chat-template-kwargs, and what the one line about it says."""
+    """A value of --teacher-chat-template-kwargs, and the error line."""
 
     value: str
     says: str
@@ -582,7 +582,7 @@ def test_without_a_date_it_is_today(tmp_path: Path) -> None:
 
 @pytest.fixture
 def limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Small ones, and a new process afterwards."""
+    """Small limits, and a new process afterwards."""
     monkeypatch.setattr(templates, "MAX_CPU_S", 0.5)
     monkeypatch.setattr(templates, "MAX_MEMORY_MIB", 256)
     monkeypatch.setattr(templates, "MAX_CHARACTERS", 100_000)
@@ -642,7 +642,7 @@ def test_a_template_beyond_a_limit_is_one_line(limits: None, excess: Excess) -> 
 def test_the_folder_of_an_endless_template_is_refused_by_name(limits: None, tmp_path: Path) -> None:
     save_byte_level(tmp_path)
     write(tmp_path, ENDLESS)
-    tokenizer = load_tokenizer(str(tmp_path))  # which looks for the end of a turn, in vain
+    tokenizer = load_tokenizer(str(tmp_path))  # it looks in vain for the end of a turn
     template = ChatTemplate.load(str(tmp_path), flag="--hf-checkpoint")
     expected = f"^--hf-checkpoint {tmp_path}: tokenizer_config.json takes more than 0.5 s of CPU time$"
     with pytest.raises(templates.TemplateLimit, match=expected):
@@ -688,7 +688,7 @@ def test_a_process_that_ends_while_it_is_asked_is_replaced(monkeypatch: pytest.M
     render("a")
     process, start = templates._process, templates._started
     assert process is not None and process.wait(timeout=60) == 0
-    found = iter([process])  # as it is between the look at it and the request
+    found = iter([process])  # as if it ended between the check and the request
     monkeypatch.setattr(templates, "_started", lambda: next(found, None) or start())
     monkeypatch.setattr(templates, "MAX_IDLE_S", 60.0)
     assert render("b") == "b"
@@ -736,3 +736,23 @@ def test_a_forked_process_renders_in_one_of_its_own() -> None:
 def test_what_the_process_imports_is_none_of_the_package() -> None:
     source = Path(template_worker.__file__).read_text()
     assert "megatron_simct" not in source
+
+
+def test_the_process_has_jinja2_from_its_parent_alone() -> None:
+    """-S: without the packages of its interpreter. The request is that of `templates.variables_of`."""
+    limits = {"max_characters": 10, "max_cpu_s": 10.0, "max_memory_mib": 512}
+    request = {"source": "{{ bos_token }}", "date": DATE, "variables": None, **limits}
+    files = (markupsafe.__file__, jinja2.__file__)
+    command = [sys.executable, "-I", "-S", "-B", template_worker.__file__, "60"]
+    given, none = (
+        subprocess.run(
+            [*command, *packages],
+            input=json.dumps(request) + "\n",
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        for packages in (files, ())
+    )
+    assert json.loads(given.stdout)["reads"] == ["bos_token"], given.stderr
+    assert "No module named 'jinja2'" in none.stderr and none.stdout == ""

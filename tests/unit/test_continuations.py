@@ -1,4 +1,6 @@
-"""What may follow a token: the merges' rule is that of every pair tried, and no text contradicts a table."""
+"""The bytes that may follow a token: the rule of merges equals a trial of every pair, and no text
+contradicts a table.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ EVERYWHERE = np.ones((256, 256), dtype=bool)
 
 
 def tables(seed: int) -> list[tuple[list[bytes], list[tuple[bytes, bytes]] | None]]:
-    """Two random merge tables, and one whose merges are the joins that are pieces."""
+    """Two random merge tables, and one whose merges are all joins that are pieces."""
     rng = random.Random(seed)
     pieces = [b"", b"a", b"b", b"c"][: rng.randint(3, 4)]
     for _ in range(rng.randint(3, 12)):

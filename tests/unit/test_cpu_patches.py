@@ -1,4 +1,6 @@
-"""The CPU patches name attributes that exist, leave CUDA machines alone, and compute what they replace."""
+"""The CPU patches name attributes that exist, do not act on CUDA machines, and compute the same
+as what they replace.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ from megatron_simct.parallel.cpu import PATCHES
 
 @pytest.fixture(scope="module")
 def upstream() -> dict[tuple[str, str], bool]:
-    """Which attributes a process has that imports the same modules without any patch, and torch's own
-    compile.
+    """The attributes that a process has that imports the same modules without any patch, and
+    torch's own compile.
     """
     code = """
 import json, logging, pkgutil, sys, warnings
@@ -52,7 +54,7 @@ def test_the_patches_are_in_place() -> None:
 
 
 def test_nothing_is_patched_where_cuda_is_available(monkeypatch) -> None:
-    """From a state in which nothing was patched, so that a patch would show."""
+    """The test starts from a state without patches, so that a patch would be seen."""
     monkeypatch.setattr(cpu, "_patched", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     markers = {}

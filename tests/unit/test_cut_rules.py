@@ -1,5 +1,5 @@
-"""What a tokenizer's own rules say of neighbours: groups of digits, endings, merges inside a word; texts hold
-it.
+"""A tokenizer's own rules for neighbouring tokens: groups of digits, endings, merges inside a word;
+texts confirm them.
 """
 
 from __future__ import annotations

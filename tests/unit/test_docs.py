@@ -1,6 +1,4 @@
-"""README and docs/: what they name exists, links lead somewhere, and the site loads nothing of other
-hosts.
-"""
+"""README and docs/: the paths, flags and links in them exist, and the site loads nothing from other hosts."""
 
 from __future__ import annotations
 
@@ -129,7 +127,7 @@ def test_pages_name_many_flags_and_paths() -> None:
 
 
 def test_no_docstring_needs_the_name_above_it() -> None:
-    """A text that begins with Of continues the name of what it describes, so it says nothing alone."""
+    """A text that begins with Of continues the name above it, and says nothing alone."""
     start = '"""' + "Of "
     sources = [
         path

@@ -1,4 +1,4 @@
-"""Responses that are given by the data, and responses that are replayed from files."""
+"""Given responses from the data, and responses that are replayed from files."""
 
 from __future__ import annotations
 

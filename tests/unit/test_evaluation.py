@@ -1,4 +1,4 @@
-"""Formats of benchmarks, what counts as right, and intervals."""
+"""Formats of benchmarks, grades, and intervals."""
 
 from __future__ import annotations
 
@@ -279,7 +279,7 @@ def test_code_that_passes_its_tests(right, name) -> None:
 
 
 def test_a_whole_function_in_a_block_stands_for_the_prompt(right) -> None:
-    """It keeps the prompt's imports, and the functions before the one that is asked for."""
+    """It keeps the prompt's imports, and the functions before the requested one."""
     whole = "def total(x: List[int]) -> int:\n    return x[0] + x[1]"
     assert right("humaneval", HUMANEVAL, f"```python\n{whole}\n```", chat=True) == {"pass": True}
     assert right("humaneval", HUMANEVAL, f"```python\n{whole}", chat=True) == {"pass": True}, (
@@ -299,7 +299,7 @@ class Checked:
     right: str
     wrong: str
     solution: str = ""
-    """The row's own, whose names are asked for."""
+    """The row's own solution, whose names are requested."""
     setup: str = ""
 
 
@@ -409,7 +409,7 @@ def test_what_tests_may_ask_of_a_program(right, case: Checked) -> None:
 
 
 def test_helpers_of_a_prompt_are_those_of_the_prompt(right) -> None:
-    """A program that has another one in their place does not decide by it."""
+    """A program that defines another function of the same name does not affect the test."""
     prompt = "def twice(x):\n    return 2 * x\n\n\ndef total(x):\n"
     row = HUMANEVAL | {
         "prompt": prompt,

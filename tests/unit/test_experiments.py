@@ -1,5 +1,5 @@
-"""examples/experiments without training: what is planned, kept and run again, and what the report makes of
-results.
+"""examples/experiments without training: which runs are planned, kept and repeated, and
+the report of results.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TOY, REAL = SETTINGS[0], SETTINGS[-1]
 
 @pytest.fixture(autouse=True)
 def results(tmp_path, monkeypatch) -> Path:
-    """The folder of results, empty, and the report's beside it."""
+    """The empty folder of results, and the report's folder beside it."""
     folder = tmp_path / "results"
     monkeypatch.setattr(plan, "RESULTS", folder)
     monkeypatch.setattr(run, "RESULTS", folder)
@@ -280,7 +280,9 @@ def test_the_reports_numbers_are_those_of_its_files() -> None:
 
 
 def test_a_pair_of_numbers_is_drawn_with_all_of_its_problems() -> None:
-    """Who knows half of the pairs, in all words: 54 of them say less than 200 problems would."""
+    """A model that knows half of the pairs, in all words: the interval of 54 pairs is wider than
+    that of 200 problems.
+    """
     values = (np.arange(200) % 54 < 27).astype(float)
     estimate = scoring.by_clusters(values, scoring.NUM_PAIRS)
     assert scoring.NUM_PAIRS == 54 and estimate.mean == values.mean()
@@ -330,13 +332,13 @@ def test_distances_of_texts_from_a_teacher(tmp_path) -> None:
     assert same["nats"] == found["nats"]
     for name in names - {"nats"}:
         assert min(found[name]) > 0.1, name
-        # Of the two stop tokens `strict` compares the student's first with both of the teacher's.
+        # `strict` compares the student's first stop token with both of the teacher's.
         assert max(map(abs, same[name])) < (1e-5 if name.startswith("bytes") else 0.1), name
     assert found["strict_reverse_kl"] != found["strict_forward_kl"]
 
 
 def test_a_run_with_real_weights_is_the_examples_own_commands(tmp_path, monkeypatch) -> None:
-    """Downloads, conversion and training replaced; the rest is what runs."""
+    """Downloads, conversion and training are replaced; everything else runs."""
     folder = tmp_path / "work" / REAL.name
     started = []
 

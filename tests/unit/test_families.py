@@ -1,4 +1,4 @@
-"""config.json -> Architecture: families, both spellings of rotary scaling, and what is refused."""
+"""config.json -> Architecture: families, both spellings of rotary scaling, and refusals."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def test_layers_of_smollm3_without_rotary_embedding_have_the_window(read, fields
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """A config.json that is refused, and what the one line says."""
+    """A config.json that is refused, and the error line."""
 
     base: dict[str, Any]
     change: dict[str, Any] = field(default_factory=dict)
@@ -253,13 +253,13 @@ class Refused:
 
 
 def switch(base: dict[str, Any], name: str, value: Any) -> Refused:
-    """A field that is implemented at other values only."""
+    """A field of which only other values are implemented."""
     words = (f"{name} = {value!r} is not implemented for {base['model_type']}",)
     return Refused(base=base, change={name: value}, words=words)
 
 
 def unknown(base: dict[str, Any], name: str, value: Any) -> Refused:
-    """A field that the family does not have, at a value that would mean something."""
+    """A field that the family does not have, at a value that would have an effect."""
     words = (
         f"field {name!r} is not known for {base['model_type']}, so {value!r} cannot be honoured",
         f'computes the same without it, delete the line of "{name}"',
@@ -618,7 +618,7 @@ DELTA_SWITCHES = {
 }
 NESTED = {"full_attention": {"rope_type": "default"}}
 REFUSED = [
-    # What no family here is.
+    # Models of no family here.
     Refused(
         base=LLAMA,
         change={"model_type": "gpt2"},
@@ -635,7 +635,7 @@ REFUSED = [
     Refused(base=LLAMA, change={"quantization_config": {}}, words=("it is quantised (of an unnamed kind)",)),
     Refused(base=LLAMA, without="vocab_size", words=("'vocab_size' is missing",)),
     Refused(base=QWEN3_MOE, without="moe_intermediate_size", words=("'moe_intermediate_size' is missing",)),
-    # Every switch that is implemented, at a value that is not.
+    # Every switch, at a value that is not implemented.
     *(
         switch(base, "hidden_act", "gelu")
         for base in (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, PHI4_MINI, SMOLLM3)
@@ -673,13 +673,13 @@ REFUSED = [
     switch(PHI4_MINI, "interpolate_factor", 2),
     # Fields of other families.
     unknown(LLAMA, "sliding_window", 4096),
-    unknown(LLAMA, "sliding_window", False),  # transformers' cache asks whether it is null
+    unknown(LLAMA, "sliding_window", False),  # transformers' cache checks whether it is null
     unknown(LLAMA, "use_sliding_window", True),
     unknown(LLAMA, "partial_rotary_factor", 0.5),
     unknown(LLAMA, "original_max_position_embeddings", 64),  # transformers prefers it to that of the scaling
     unknown(LLAMA, "rope_interleaved", True),
     unknown(LLAMA, "is_causal", False),
-    unknown(LLAMA, "is_causal", None),  # transformers asks whether it is true
+    unknown(LLAMA, "is_causal", None),  # transformers checks whether it is true
     unknown(LLAMA, "use_rope", False),
     unknown(LLAMA, "attention_chunk_size", 8),
     unknown(LLAMA, "per_layer_config", {"0": {"head_dim": 4}}),
@@ -876,7 +876,7 @@ def test_every_switch_is_in_the_table_of_refusals() -> None:
     tried = {(case.base["model_type"], name) for case in REFUSED for name in case.change}
     for name, family in families.FAMILIES.items():
         for key in families._FIXED.keys() | family.fixed.keys():
-            # What all families share is refused by the same line.
+            # The same line refuses fields for all families.
             assert (name, key) in tried or key in families._FIXED, (name, key)
 
 
@@ -893,7 +893,7 @@ def test_a_file_that_is_not_an_object_is_refused(read, tmp_path, content, words)
     assert_refused(read, tmp_path, content, words)
 
 
-# As they are published, apart from the sizes.
+# As published, except the sizes.
 PUBLISHED = {
     "SmolLM2": LLAMA
     | {"is_llama_config": True, "rope_interleaved": False, "pretraining_tp": 1, "rope_scaling": None}
@@ -1066,7 +1066,7 @@ def test_every_field_that_is_read_says_what_it_may_hold() -> None:
             {
                 "adapter_config.json": '{"peft_type": "LORA", "base_model_name_or_path": null}',
                 "adapter_model.safetensors": "",
-                "config.json": json.dumps(LLAMA),  # as some trainers leave it beside the adapter
+                "config.json": json.dumps(LLAMA),  # as some trainers write it beside the adapter
             },
             [
                 "an adapter (LoRA) of another model",

@@ -1,7 +1,7 @@
 """flex_attention, uncompiled, against our own attention and the float64 oracle: values and gradients.
 
-torch refuses gradients of flex_attention on a CPU, where only the compiled function lacks them: the check is
-taken out here.
+torch refuses gradients of flex_attention on a CPU, although only the compiled function lacks them. The
+check is removed here.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def test_against_the_equation(heads, groups) -> None:
 @pytest.mark.parametrize("case", [CASES["plain"], CASES["window and soft-cap"]], ids=["plain", "window"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_context_parallel_rank_has_its_queries(monkeypatch, case, rank) -> None:
-    """All keys, and of the queries the early and the late piece of this rank."""
+    """All keys, and the early and the late piece of the queries of this rank."""
     lengths, size = (100, 180), 2
     whole = draw(280, 280)
     layout = Layout(torch.cat([torch.arange(n) for n in lengths]), lengths)
@@ -119,7 +119,7 @@ def test_a_context_parallel_rank_has_its_queries(monkeypatch, case, rank) -> Non
 
 
 def test_which_layouts_either_takes_flex_for() -> None:
-    """One sequence without a window that cuts it is torch's flash kernel."""
+    """One sequence without a window that limits it uses torch's flash kernel."""
     one, two = Layout(torch.arange(8)), Layout(torch.arange(4).repeat(2), (4, 4))
     assert not core("either")._takes_flex(one) and not core("either", window=8)._takes_flex(one)
     assert core("either", window=7)._takes_flex(one) and core("either")._takes_flex(two)
@@ -135,8 +135,9 @@ def test_masks_are_made_once_for_all_layers() -> None:
 
 @pytest.mark.parametrize("lengths, window", [((512,), None), ((300, 140, 200), None), ((700,), 300)])
 def test_blocks_hold_what_is_seen(lengths, window) -> None:
-    """Every key that is seen lies in a block that is computed, all keys of a whole block are seen, and what
-    no query can see is skipped."""
+    """Every key that is seen lies in a computed block, all keys of a full block are seen, and keys that no
+    query can see are skipped.
+    """
     total = sum(lengths)
     mask = Layout(torch.cat([torch.arange(n) for n in lengths]), lengths).blocks(window)
     back = torch.arange(total)[:, None] - torch.arange(total)

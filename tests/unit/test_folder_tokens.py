@@ -1,5 +1,5 @@
-"""The files beside a tokenizer in a Hugging Face folder: what transformers reads in them, and what is not
-read.
+"""The files beside a tokenizer in a Hugging Face folder: what transformers reads in them, and
+what it does not read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.unit.test_refusals import write_tekken
 from tools.benchmark import real_inputs
 
 TOOL, NEXT = 319, 320
-"""<tool> is the last id of `save_byte_level`; NEXT is the first that it leaves free."""
+"""<tool> is the last id of `save_byte_level`; NEXT is the first unused one."""
 
 TEXT = "the cat<|im_start|> a  <tool> b<tool>c <new>x <|turn|>\n<|im_end|> Ġcat <|im_end|>12<|endoftext|>"
 
@@ -36,7 +36,7 @@ def added(content: str, *, special: bool = True, **flags: bool) -> dict[str, Any
 
 
 def write(folder: Path, **files: Any) -> Path:
-    """Writes NAME.json of a folder for each argument; tokenizer_config.json keeps its other fields."""
+    """Writes NAME.json of a folder for each argument. tokenizer_config.json keeps its other fields."""
     folder.mkdir(exist_ok=True)
     for name, content in files.items():
         path = folder / f"{name}.json"
@@ -121,7 +121,7 @@ def test_a_folder_is_read_as_transformers_reads_it(tmp_path, decoder, save) -> N
 
 
 def differs(folder: Path) -> str:
-    """What differs from transformers; empty if nothing does."""
+    """Differences from transformers; empty if there are none."""
     own, expected = load_tokenizer(str(folder), [0]), reference(folder)
     variables = dict(expected.special_tokens_map)
     if read_folder(folder).variables != variables:
@@ -178,8 +178,8 @@ def test_a_published_tokenizer_is_read_as_transformers_reads_it(name) -> None:
 
 @pytest.fixture(scope="module")
 def sentencepiece_file(tmp_path_factory) -> Path:
-    """A model of 300 ids that puts no blank before a text, so that transformers and this package write the
-    same.
+    """A model of 300 ids that puts no space before a text, so that transformers and this
+    package write the same.
     """
     import sentencepiece
 
@@ -239,14 +239,14 @@ def test_a_sentencepiece_folder_is_read_as_transformers_reads_it(sentencepiece_f
     assert own.table.stop_ids == (expected.eos_token_id,)
     assert own.table.num_ids == len(expected)
     special = {i for i, token in expected.added_tokens_decoder.items() if token.special}
-    # What transformers takes for a piece of text, SentencePiece may hold for a control token.
+    # A piece of text for transformers may be a control token for SentencePiece.
     assert special <= set(np.flatnonzero(own.table.special).tolist()) <= special | {0, 1, 2}
     settings = SENTENCEPIECE_FILES[files].get("tokenizer_config", {})
     if "add_bos_token" in settings:
         bos = [] if own.bos_id is None else [own.bos_id]
         assert expected(text).input_ids == bos + wanted and bos == [1] * settings["add_bos_token"]
     else:
-        # transformers 5 puts no BOS here, its older versions put one: the model's own is kept, and said.
+        # transformers 5 adds no BOS here, older versions add one: the model's own is kept, and reported.
         assert own.bos_id == 1
         assert any("has no add_bos_token" in note for note in own.notes) == bool(settings)
     # An added special token is ordinary text in a response.
@@ -274,7 +274,7 @@ def test_a_folder_with_tekken_json(tmp_path) -> None:
     write_tekken(tmp_path, special=("<unk>", "<s>", "</s>", "[INST]"))
     plain = load_tokenizer(str(tmp_path))
     assert (plain.bos_id, plain.table.stop_ids, plain.table.num_ids) == (1, (2,), 269)
-    # Ids are ranks behind the ten special ids.
+    # Ids are ranks after the ten special ids.
     assert plain.encode(b" the a").tolist() == [10 + 258, 10 + ord(" "), 10 + ord("a")]
     assert np.flatnonzero(plain.table.special).tolist() == list(range(10))
     write(tmp_path, generation_config={"eos_token_id": [3, 2]}, tokenizer_config={"eos_token": "</s>"})
@@ -320,7 +320,7 @@ def stop_ids(folder: Path, **files: Any) -> dict[int, str]:
 def test_stop_ids_by_the_order_of_the_files(folder) -> None:
     config = {"eos_token_id": [317, 316]}
     assert list(stop_ids(folder, config=config)) == [318, 316], "generation_config.json decides alone"
-    # Without it: what ends a turn, EOS, then config.json.
+    # Without it: the end of a turn, EOS, then config.json.
     sources = stop_ids(folder, generation_config={}, special_tokens_map={"eos_token": "<|endoftext|>"})
     assert sources == {318: "chat template", 316: "eos_token", 317: "config.json"}
     nested = {"text_config": {"eos_token_id": 317}}
@@ -331,7 +331,7 @@ def test_stop_ids_by_the_order_of_the_files(folder) -> None:
 
 
 def test_a_token_of_the_vocabulary_that_a_file_names_is_one_token(folder) -> None:
-    """It is no added token of tokenizer.json, yet a template's text with it is that one id."""
+    """It is not an added token of tokenizer.json, but in a template's text it is that one id."""
     write(folder, tokenizer_config={"eos_token": "Ġcat", "chat_template": "{{ messages[0].content }}Ġcat"})
     found = load_tokenizer(str(folder), [295])
     assert list(found.encode_chat("xĠcat")) == [ord("x") - 33, 295]
@@ -359,7 +359,7 @@ def test_an_id_that_only_the_decoder_has_is_one_token_of_a_chat(folder) -> None:
         messages, add_generation_prompt=True, return_dict=False
     )
     assert ids.count(NEXT) == 1
-    # rstrip takes the line's end away in a prompt; a response is spelled as it is.
+    # rstrip removes the line end in a prompt; a response keeps it.
     response = b"a <|turn|>\n\nb"
     assert found.decode(found.encode(response)) == response
 

@@ -1,4 +1,4 @@
-"""tokenizer.json of both kinds: exact bytes, special tokens, stop tokens and BOS, and what is refused."""
+"""tokenizer.json of both kinds: exact bytes, special tokens, stop tokens and BOS, and refusals."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_any_text_aligns_unless_the_normal_form_changes_it(loaded, text) -> None
     fallback, byte_level = loaded["byte fallback"], loaded["byte-level"]
     ids = fallback.encode(text.encode())
     assert fallback.decode(ids) == text.encode()
-    # The byte-level one writes NFC; the aligner counts what that changes.
+    # The byte-level one writes NFC; the aligner counts the changed bytes.
     alignment = align(byte_level.table, byte_level.encode(text.encode()), fallback.table, ids)
     if byte_level.decode(byte_level.encode(text.encode())) == text.encode():
         assert alignment.dropped == {} and alignment.student_bytes == len(text.encode())
@@ -90,7 +90,7 @@ def test_tables(loaded, kind) -> None:
     assert {bytes([byte]) for byte in range(256)} <= set(table.pieces())
     if kind == "byte-level":
         assert table.num_ids == 320 and np.flatnonzero(table.special).tolist() == [316, 317, 318]
-        # <|im_end|> is the tokenizer's EOS and stands second in generation_config.json.
+        # <|im_end|> is the tokenizer's EOS and is second in generation_config.json.
         assert (table.stop_ids, tokenizer.bos_id) == ((318, 316), None)
         assert table.bytes_of(319) == b"<tool>"
         assert 319 in tokenizer.encode(b"a<tool>")
@@ -225,7 +225,7 @@ def test_a_folder_with_a_sentencepiece_model_only(tiny, tmp_path) -> None:
     assert load_tokenizer(str(tmp_path), [7]).table.stop_ids == (7,)
 
 
-# What would add or drop bytes is taken out, what rewrites them is refused.
+# Steps that would add or drop bytes are removed; steps that rewrite bytes are refused.
 
 
 def test_truncation_dropout_and_prefix_blanks_are_taken_out(tmp_path) -> None:
@@ -367,7 +367,7 @@ def test_a_tokenizer_whose_parts_are_of_other_types_is_named(byte_level) -> None
 
 
 def test_without_generation_config_the_end_of_a_turn_comes_before_eos(byte_level) -> None:
-    """Gemma's folders: the tokenizer's EOS is not what the instructed model stops with."""
+    """Gemma's folders: the instructed model does not stop with the tokenizer's EOS."""
     tokenizer = json.loads((byte_level / "tokenizer.json").read_text())
     names = {token["content"]: token["id"] for token in tokenizer["added_tokens"] if token["special"]}
     settings = json.loads((byte_level / "tokenizer_config.json").read_text())
@@ -385,7 +385,7 @@ def test_without_generation_config_the_end_of_a_turn_comes_before_eos(byte_level
 
 
 def test_a_run_of_blank_marks_that_is_also_a_piece_is_blanks(tmp_path) -> None:
-    """Gemma lists its runs of blanks among the added tokens, too."""
+    """Gemma also lists its runs of spaces among the added tokens."""
     pieces = {f"<0x{byte:02X}>": byte for byte in range(256)} | {
         "▁": 256,
         "▁▁": 257,
@@ -431,7 +431,7 @@ def test_an_inverted_split_keeps_what_matches(byte_level) -> None:
 
 
 def without_bytes(folder: Path, missing: bytes) -> None:
-    """Give the ids of single bytes, and of what is merged from them, to pieces that no text is cut into."""
+    """Give the ids of single bytes, and of merges of them, to pieces that occur in no text."""
     spec = json.loads((folder / "tokenizer.json").read_text())
     absent = {character for character, byte in hf_tokenizer._byte_of_character().items() if byte in missing}
     model = spec["model"]
@@ -451,7 +451,7 @@ def test_control_characters_may_have_no_token(byte_level, loaded) -> None:
     assert found.lossy is None and found.table.num_ids == loaded["byte-level"].table.num_ids
     for text in TEXTS:
         assert found.decode(found.encode(text.encode())) == text.encode()
-    # What is left out is seen by who compares bytes: behind it nothing is aligned.
+    # A comparison of bytes shows what is left out: nothing after it is aligned.
     text = b"the cat\x04 sat on the mat"
     assert found.decode(found.encode(text)) == text.replace(b"\x04", b"")
     for other in (loaded["byte fallback"], loaded["byte-level"]):

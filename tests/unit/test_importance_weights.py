@@ -1,5 +1,5 @@
-"""Importance weights: their value, what they correct, and losses under them against the losses of weighted
-segments.
+"""Importance weights: their value, their correction, and losses with them against the losses
+of weighted segments.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.oracles.loss_cases import (
 
 
 def by_hand(new: list[float], old: list[float], starts: list[int], cap: float) -> list[float]:
-    """The product of the ratios of the tokens before each, in its own response, at most cap."""
+    """The product of the ratios of the tokens before each one, in its own response, at most cap."""
     weights = []
     for i in range(len(new)):
         start = max(s for s in starts if s <= i)
@@ -48,8 +48,8 @@ def test_they_are_products_of_the_ratios_before_a_token(cap) -> None:
 
 
 def test_without_a_cap_the_weighted_mean_over_old_responses_is_the_mean_over_new_ones() -> None:
-    """All responses of three tokens out of three, under two policies; f is any number of the tokens
-    before.
+    """All responses of three tokens out of three, with two policies; f is any function
+    of the tokens before.
     """
     generator = torch.Generator().manual_seed(2)
     tables = [
@@ -71,7 +71,7 @@ def test_without_a_cap_the_weighted_mean_over_old_responses_is_the_mean_over_new
 
 @pytest.mark.parametrize("interface", ["paper", "exact", "strict", "alm", "uld"])
 def test_a_loss_under_weights_is_the_loss_of_weighted_segments(interface) -> None:
-    """Value and gradient are the oracle's of the case with the weights as constants of its segments."""
+    """Value and gradient are the oracle's for the case whose segments have these weights as constants."""
     case, config = random_case(3, num_segments=8), InterfaceConfig(interface=interface)
     logits = case.student_hidden @ case.student_weight.T
     labels = torch.tensor(case.student_labels)

@@ -1,4 +1,4 @@
-"""What an import loads, and which parts of the package know which."""
+"""Modules that an import loads, and the table of which part of the package imports which."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 ALLOWED = {
-    # What every other part may read.
+    # Every other part may import these.
     "records": "",
     "files": "",
     "prompt_files": "",
@@ -33,7 +33,7 @@ ALLOWED = {
     "teacher": "alignment config engine_client files loading losses models ownership packing parallel "
     "records update",
     "update": "alignment config files losses models parallel records",
-    # What knows several of them.
+    # Parts that know several of them.
     "loading": "alignment config data evaluation losses models parallel records update",
     "reporting": "alignment config files parallel records update",
     "preflight": "alignment config data engine_client loading losses models packing parallel records "
@@ -57,7 +57,7 @@ No hop knows job.py or train.py.
 
 
 def loaded_by(module: str) -> set[str]:
-    """The modules that a fresh interpreter has after the import, less those it has without."""
+    """The modules that the import adds to those of a fresh interpreter."""
     code = f"import sys; before = set(sys.modules); import {module}; print(*sys.modules.keys() - before)"
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, timeout=120)
@@ -65,7 +65,7 @@ def loaded_by(module: str) -> set[str]:
 
 
 def imported(path: Path) -> set[str]:
-    """Full names of what a file imports, at its top or in a function."""
+    """Full names of a file's imports, at its top or in a function."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -105,6 +105,15 @@ def test_an_import_leaves_the_interpreter_as_it_was(module) -> None:
 
 def test_the_package_itself_imports_nothing() -> None:
     assert loaded_by("megatron_simct") == {"megatron_simct"}
+
+
+def test_no_file_changes_where_modules_are_found() -> None:
+    """A checkout and an installed package have the same names (CONTRIBUTING.md)."""
+    sources = [
+        path for room in ("megatron_simct", "tools", "examples") for path in (ROOT / room).rglob("*.py")
+    ]
+    assert len(sources) > 200
+    assert [str(path) for path in sources if "sys.path" in path.read_text(encoding="utf-8")] == []
 
 
 def test_parts_of_the_package_know_those_of_the_table_and_no_others() -> None:

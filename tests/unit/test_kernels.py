@@ -1,4 +1,4 @@
-"""Which kernel computes attention, by option, device and layer."""
+"""The kernel of attention, by option, device and layer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LONGEST = 1024
         ("auto", CUT, True, True, "either"),
         ("auto", CAPPED, True, True, "flex"),
         ("auto", LATENT, True, True, "flex"),
-        ("auto", PLAIN, True, False, "flex"),  # flash has no float32
+        ("auto", PLAIN, True, False, "flex"),  # flash does not support float32
         ("auto", replace(PLAIN, key_dim=512, value_dim=512), True, True, "flex"),
         ("local", PLAIN, True, True, "torch"),
         ("local", CAPPED, True, True, "torch"),
@@ -104,7 +104,7 @@ def test_the_line_has_each_kind_once() -> None:
 
 
 def test_torch_is_asked_where_there_is_a_device() -> None:
-    """On a CPU its answer is another, but one of its names."""
+    """On a CPU torch's answer is a different one of its names."""
     cpu = torch.device("cpu")
     name = chosen_by_torch(PLAIN, device=cpu, dtype=torch.float32, masked=True)
     assert name in ("math", "flash", "memory-efficient", "cuDNN", "overrideable")

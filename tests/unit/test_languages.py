@@ -1,4 +1,4 @@
-"""Exact small languages: the cuts are those that they are named after, the models are the language."""
+"""Exact small languages: the cuts follow their definitions, and the models are the language."""
 
 from __future__ import annotations
 

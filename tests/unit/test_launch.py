@@ -1,5 +1,5 @@
-"""Run files, the two command lines, what a dry run prints, what a shell makes of it, and both jobs on this
-machine.
+"""Run files, the two command lines, the output of a dry run, its execution by a shell, and both
+jobs on this machine.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def with_cluster(folder: Path, **changes) -> RunFile:
 
 
 def planned(folder: Path, name: str) -> str:
-    """What a dry run prints."""
+    """The output of a dry run."""
     if name == "local":
         size = {"gpus_per_node": 8}
         return local.dry_run(
@@ -173,7 +173,7 @@ NAMES = ("local", "slurm", "slurm, one job", "pyxis", "apptainer", "jobs", "jobs
 
 @pytest.mark.parametrize("name", NAMES)
 def test_dry_run_is_as_written_down(name, tmp_path, monkeypatch) -> None:
-    """SIMCT_WRITE_GOLDEN=1 writes the files anew, for a person to read the difference."""
+    """SIMCT_WRITE_GOLDEN=1 writes the files again, so that a person can read the difference."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     path = GOLDEN / f"{name.replace(', ', '_').replace(' ', '_')}.sh"
     text = planned(tmp_path, name)
@@ -254,7 +254,7 @@ def evil_run(folder: Path, container: str | None) -> RunFile:
 
 
 def evil_jobs(folder: Path) -> RunFile:
-    """An engine with a front; every value of the engine's that is text is EVIL."""
+    """An engine with a front. Every text value of the engine is EVIL."""
     values = json.loads(json.dumps(VALUES))
     student = values["student"] | {
         key: EVIL for key in ("hf_checkpoint", "input_key", "wandb_project", "save")
@@ -283,7 +283,7 @@ def evil_jobs(folder: Path) -> RunFile:
 
 @pytest.mark.parametrize("container", [None, "pyxis", "apptainer", "jobs"])
 def test_no_value_reaches_a_shell(container, tmp_path) -> None:
-    """The scripts run with every command of theirs replaced by one that writes down its arguments."""
+    """The scripts run with each of their commands replaced by one that writes down its arguments."""
     run = evil_jobs(tmp_path) if container == "jobs" else evil_run(tmp_path, container)
     pwned, calls, commands = tmp_path / "pwned", tmp_path / "calls", tmp_path / "bin"
     commands.mkdir()
@@ -310,7 +310,8 @@ def test_no_value_reaches_a_shell(container, tmp_path) -> None:
 def test_no_value_of_a_local_run_reaches_a_shell(tmp_path) -> None:
     run = evil_run(tmp_path, None)
     python, calls, pwned = tmp_path / "python", tmp_path / "calls", tmp_path / "pwned"
-    python.write_text('#!/bin/bash\nprintf "%s\\0" "$A" "$@" > "$CALLS.$$"\n')  # two at a time, a file each
+    # two at a time, a file for each
+    python.write_text('#!/bin/bash\nprintf "%s\\0" "$A" "$@" > "$CALLS.$$"\n')
     python.chmod(0o755)
     run = replace(run, run_dir=str(tmp_path / "run"), cluster=replace(run.cluster, python=str(python)))
     env = {"PATH": "/usr/bin:/bin", "CALLS": str(calls), "PWNED": str(pwned)}
@@ -521,7 +522,9 @@ def test_a_wrong_list_of_jobs(jobs, words, tmp_path) -> None:
 
 
 def test_a_list_of_jobs_is_what_its_sections_are(tmp_path) -> None:
-    """The same run in both forms has the same commands; overrides name a job; a second teacher is wired."""
+    """The same run in both forms has the same commands. Overrides name a job. A second
+    teacher is connected.
+    """
     short = run_of(tmp_path)
     jobs = [
         {"name": kind, "kind": kind, "options": VALUES[kind]} | VALUES["cluster"][kind]
@@ -609,7 +612,7 @@ def test_what_fails_the_pre_flight_is_not_started(tmp_path, capsys, monkeypatch)
     captured = capsys.readouterr()
     assert "--micro-batch-size" in captured.err and "nothing was started" in captured.err
     assert not (tmp_path / "run").exists()
-    # A dry run shows the plan and what is wrong with it.
+    # A dry run shows the plan and its errors.
     assert command.main([path, "student.micro_batch_size=5", "--dry-run"]) == 1
     captured = capsys.readouterr()
     assert captured.out.startswith("#!/usr/bin/env bash") and "--micro-batch-size" in captured.err
@@ -700,13 +703,13 @@ def test_each_local_job_has_gpus_of_its_own(tmp_path, monkeypatch) -> None:
             local.devices(run)
 
 
-# Both jobs on this machine: torchrun in the shape of a process that starts a worker and waits for it.
+# Both jobs on this machine. A process that starts a worker and waits for it stands in for torchrun.
 
 TORCHRUN = """
 import subprocess, sys
 sys.exit(subprocess.run([sys.executable, "-u", "-c", sys.argv[1]]).returncode)
 """
-# Each tells by a file that it heeds signals, the student by another one that it was asked to stop.
+# Each writes a file when it handles signals, and the student another one when it was asked to stop.
 TEACHER = """
 import signal, sys, time
 from pathlib import Path
@@ -752,8 +755,8 @@ def start_local(
     interrupts: Sequence[Sequence[str]] = (),
     number: signal.Signals = signal.SIGINT,
 ) -> int:
-    """Exit code of a run of two programs. interrupts: for each Ctrl-C, or other signal, which of FILES it
-    waits for.
+    """Exit code of a run of two programs. interrupts: for each Ctrl-C, or other signal, the one of FILES
+    for which it waits.
     """
     programs = {"teacher": teacher, "student": student} | ({"vllm": engine} if engine else {})
     for name in FILES:
@@ -763,7 +766,7 @@ def start_local(
     run = run_of(tmp_path, run_dir=str(tmp_path / "run"), cluster={"kind": "local", "grace_s": 600})
     if engine:
         run = replace(run, jobs=(*run.jobs, Job(name="vllm", kind="engine", command=("x",), max_restarts=1)))
-    # As torchrun does it: a worker that the parent waits for, stopped by SIGTERM to itself.
+    # As torchrun does it: the parent waits for a worker, which SIGTERM to itself stops.
     jobs = {name: [sys.executable, "-c", TORCHRUN, code] for name, code in programs.items()}
     jobs |= {"vllm": [sys.executable, "-u", "-c", programs["vllm"]]} if engine else {}
     monkeypatch.setattr(local, "commands", lambda _: jobs)
@@ -814,7 +817,7 @@ def test_a_second_interrupt_ends_both(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.parametrize("dies", ["teacher", "student"])
 def test_an_interrupt_ends_the_wait_for_the_other_job(tmp_path, monkeypatch, dies) -> None:
-    """One job has ended by itself, and the other does not heed that it was asked to stop."""
+    """One job has ended by itself, and the other ignores the request to stop."""
     monkeypatch.setattr(local, "_OTHERS_STOP_S", 600.0)
     dying = DYING.replace(f'not Path("{dies.upper()}").exists()', "False")
     deaf = DEAF.replace("STUDENT", "TEACHER" if dies == "student" else "STUDENT")
@@ -840,7 +843,7 @@ test_launch.start_and_kill(sys.argv[1])
 
 
 def start_and_kill(folder: str) -> None:
-    """Jobs of processes that start processes, and a launcher that is killed when all are there."""
+    """Jobs of processes that start processes, and a launcher that is killed when all of them run."""
     begin = (
         f"import os\nfor pid in os.getpid(), os.getppid(): open({folder + '/pid-'!r} + str(pid), "
         "'w').close()\n"

@@ -47,7 +47,7 @@ WEIGHTED = ("paper", "sum", "code", "exact", "strict", "strict_topk", "uld", "al
 FLOAT32_OTHERS = [
     config for config in OTHERS if config.interface != "code_gh" and config.min_teacher_mass == 0
 ]
-"""Where rows are dropped for their low mass, few or none may be left: there is no norm to relate to."""
+"""If rows are dropped for their low mass, few or none may be left: then there is no norm for comparison."""
 
 
 def test_needs() -> None:
@@ -72,8 +72,8 @@ def test_golden_loss(key) -> None:
 
 @pytest.mark.parametrize("key", list(golden.OTHER_LOSSES), ids=str)
 def test_golden_loss_of_other_interfaces(key) -> None:
-    """On the minimal segments and on those of the released walk, which swallows the shared token behind the
-    unit.
+    """On the minimal segments, and on those of the released walk, which includes in a unit the
+    shared token after it.
     """
     interface, divergence, temperature, segmentation = key
     case = golden_case()
@@ -145,9 +145,9 @@ def check_exact(case: LossCase, config: InterfaceConfig) -> None:
 
 
 def rounding_of_the_rest(case: LossCase, config: InterfaceConfig) -> float:
-    """Nats a row. The teacher's rest is what its log-sum-exp leaves of 1, with the rounding of numbers as
-    large as its logits. reverse_kl takes its logarithm, which is the worse the smaller the rest, times the
-    student's rest.
+    """Nats a row. The teacher's rest is 1 minus a sum, computed from its log-sum-exp with the rounding of
+    numbers as large as its logits. reverse_kl takes its logarithm, which is less exact for a smaller rest,
+    times the student's rest.
     """
     if config.divergence != "reverse_kl":
         return 0.0
@@ -176,7 +176,7 @@ def test_exact_equals_the_oracle(config, softcap) -> None:
 @pytest.mark.parametrize("drop", [12.0, 24.0, 36.0])
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js"])
 def test_exact_where_the_student_has_next_to_nothing_outside(divergence, drop) -> None:
-    """Its rest is e^-drop of what it was, far below the rounding of 1, and the teacher's is not."""
+    """Its rest is multiplied by e^-drop, far below the rounding of 1; the teacher's is not."""
     for seed in range(3):
         case = random_case(seed, spelled=True, num_segments=12)
         logits = case.student_hidden @ case.student_weight.T
@@ -207,9 +207,10 @@ def test_weights_of_segments(config) -> None:
 @pytest.mark.parametrize("config", [*CONFIGS, *FLOAT32_OTHERS, *EXACT[:-1]], ids=name_of)
 def test_float32_is_close_to_the_oracle(config, scale) -> None:
     """At scale 3 logits reach +-100, so float32 rounds the logits themselves by up to 1e-5, and the models
-    hardly overlap: careless differences lose the whole gradient of js there."""
+    hardly overlap: careless differences would lose the whole gradient of js there.
+    """
     if config.interface == "exact" and scale > 1:
-        scale = 1.0  # what is left of 1 is lost to rounding where little is left
+        scale = 1.0  # if little is left of 1, rounding loses it
     limit = 1e-5 if scale < 3 else 4e-5
     for seed in range(3):
         case = random_case(seed, scale=scale, spelled=config.interface == "exact").to(torch.float32)
@@ -227,8 +228,8 @@ def test_float32_is_close_to_the_oracle(config, scale) -> None:
 
 @pytest.mark.parametrize("scalar", ["dpca", "spread"])
 def test_scalar_clips_ratios_of_an_older_policy(scalar) -> None:
-    """Log-probabilities of the sampling policy that are a nat apart: some ratios are clipped, some advantages
-    too.
+    """The sampling policy's log-probabilities differ by a nat: some ratios are clipped, and
+    some advantages too.
     """
     config = InterfaceConfig(interface="scalar", scalar=scalar)
     clipped = 0
@@ -248,7 +249,7 @@ def test_scalar_clips_ratios_of_an_older_policy(scalar) -> None:
 
 @pytest.mark.parametrize("temperature", [30.0, 1e4, 1e7])
 def test_float32_is_close_to_the_oracle_at_large_temperatures_of_alm(temperature) -> None:
-    """Both events are nearly certain: the loss is made of what they lack of 1."""
+    """Both events are nearly certain: the loss depends on their distance from 1."""
     config = InterfaceConfig(interface="alm", alm_temperature=temperature)
     for seed in range(3):
         case = random_case(seed).to(torch.float32)
@@ -268,8 +269,8 @@ def test_bfloat16_runs_with_float32_statistics() -> None:
 
 
 def same_top(case: LossCase, used: set[int], *, cut: bool) -> int:
-    """Rows where both models find the same shared token likeliest; cut: the one that the unit replaces left
-    out.
+    """Rows in which both models have the same likeliest shared token. cut: the token that the unit
+    replaces is left out.
     """
     student, teacher = (
         case.student_hidden @ case.student_weight.T,
@@ -289,7 +290,7 @@ def test_metrics_equal_the_oracle() -> None:
     for seed in range(4):
         case = random_case(seed)
         for interface in ("paper", "strict", "strict_topk", "sum", "exact", "code", "code_gh", "alm", "sft"):
-            # topk: all shared tokens, so that strict_topk compares what strict does
+            # topk: all shared tokens, so that strict_topk compares the same as strict
             config = InterfaceConfig(
                 interface=interface, **({"topk": 40} if interface == "strict_topk" else {})
             )
@@ -327,7 +328,7 @@ def test_finite_differences(config) -> None:
     own = Model(student, case.student_labels).log_p[
         torch.arange(len(student)), torch.tensor(case.student_labels)
     ]
-    case = replace(case, old_log_probs=own.tolist())  # what was sampled stays as it is
+    case = replace(case, old_log_probs=own.tolist())  # the sampled tokens stay as they are
     gradient = evaluate(case, config).hidden_gradient
     rng = np.random.default_rng(0)
     for _ in range(4):
@@ -417,7 +418,7 @@ def test_order_of_the_shared_vocabulary_does_not_matter() -> None:
 
 
 def test_a_unit_replaces_the_shared_token_of_the_same_bytes() -> None:
-    """The teacher's word on the replaced token is not heard, its word on any other is."""
+    """The teacher's probability of the replaced token has no effect; that of any other token has."""
     case = random_case(0, num_segments=1)
     token, other = list(case.shared)[1:3]
     eye = torch.eye(len(case.teacher_weight), dtype=torch.float64)
@@ -542,7 +543,7 @@ def test_strict_with_units_only() -> None:
 @pytest.mark.parametrize("interface", ["paper", "strict", "code", "alm", "sft"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_states_make_the_sum_non_finite(interface, bad) -> None:
-    """Whatever the row: also one that the interface does not use."""
+    """In every row: also in a row that the interface does not use."""
     case = random_case(0)
     for row in range(len(case.student_labels)):
         hidden = case.student_hidden.clone()
@@ -577,7 +578,7 @@ FLOOR = -1e4
 def loss_of_logits(
     case: LossCase, student: torch.Tensor, teacher: torch.Tensor, config: InterfaceConfig
 ) -> LossOutput:
-    """The level below the heads: an identity head would turn an infinite logit into nan."""
+    """Below the level of the heads: an identity head would turn an infinite logit into nan."""
     finite = replace(
         case,
         teacher_hidden=teacher.clamp(min=FLOOR),
@@ -598,8 +599,8 @@ def loss_of_logits(
 
 @pytest.mark.parametrize("config", CONFIGS[:-1], ids=name_of)
 def test_impossible_columns(config) -> None:
-    """A shared token that is impossible for both models adds nothing; for one model, only what the divergence
-    says.
+    """A shared token that is impossible for both models adds nothing. If it is impossible for one of them, it
+    adds the term of the divergence.
     """
     case = random_case(9, vocab_size=40)
     token, teacher_token = next(
@@ -638,8 +639,8 @@ def test_impossible_columns(config) -> None:
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js"])
 @pytest.mark.parametrize("interface", ["paper", "sum", "code", "exact", "strict", "strict_topk"])
 def test_a_segment_of_weight_zero_is_left_out_however_far_the_models_are_apart(interface, divergence) -> None:
-    """A token that is impossible for one of them: the row's divergence and derivatives are infinite, its part
-    is 0.
+    """A token that is impossible for one of them: the row's divergence and derivatives are
+    infinite, its part is 0.
     """
     config = InterfaceConfig(interface=interface, divergence=divergence)
     case = random_case(9, vocab_size=40, num_stops=1)
@@ -752,7 +753,7 @@ def test_options_that_would_not_be_read_are_refused(interface, option, flag) -> 
 
 @pytest.mark.parametrize("interface", METHODS)
 def test_interfaces_without_units_have_no_parts_of_the_gradient(interface) -> None:
-    """Those that the page of interfaces gives 1:1 positions only, and those without segments."""
+    """Those that use 1:1 positions only, by the page of interfaces, and those without segments."""
     config = InterfaceConfig(interface=interface)
     if interface in (*ONE_TO_ONE, "topk_kl", "bytes", "sft", "reward"):
         with pytest.raises(ValueError, match=f"--gradient-parts-interval: .* {interface} has no loss of"):
@@ -817,7 +818,7 @@ def test_invalid_options_are_refused() -> None:
 
 
 class Gathered(TorchDispatchMode):
-    """Counts the rows that are gathered of a tensor of this size."""
+    """Counts the rows that are gathered from a tensor of this size."""
 
     def __init__(self, num_rows: int) -> None:
         super().__init__()
@@ -830,7 +831,7 @@ class Gathered(TorchDispatchMode):
 
 
 def test_the_weight_rows_of_a_tile_are_gathered_once(monkeypatch) -> None:
-    """For its logits and for the gradient of the hidden states: beside the products it is what costs most."""
+    """For its logits and for the gradient of the hidden states: after the products this costs the most."""
     monkeypatch.setattr("megatron_simct.losses.two_pass.MAX_TILE_COLUMNS", 7)
     monkeypatch.setattr("megatron_simct.losses.two_pass.MIN_TILE_COLUMNS", 1)
     case = random_case(0)
@@ -842,7 +843,9 @@ def test_the_weight_rows_of_a_tile_are_gathered_once(monkeypatch) -> None:
 @pytest.mark.parametrize("width", [1, 3, 7])
 @pytest.mark.parametrize("config", [*CONFIGS, *OTHERS], ids=name_of)
 def test_tiles_of_any_width_give_the_same_numbers(monkeypatch, config, width) -> None:
-    """Maxima that grow from tile to tile, tiles without a shared token, a label or a stop set on a border."""
+    """Maxima that grow from tile to tile, tiles without a shared token, and a label or a
+    stop set on a boundary.
+    """
     monkeypatch.setattr("megatron_simct.losses.two_pass.MAX_TILE_COLUMNS", width)
     monkeypatch.setattr("megatron_simct.losses.two_pass.MIN_TILE_COLUMNS", 1)
     monkeypatch.setattr("megatron_simct.losses.two_pass.CACHED_ELEMENTS", 5)

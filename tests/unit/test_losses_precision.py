@@ -1,9 +1,9 @@
-"""Rounding: fp32 beside one rounding of its operands, bf16 beside plain torch in bf16, all measured against
-float64.
+"""Rounding: fp32 beside one rounding of its operands, bf16 beside plain torch in bf16, all
+compared with float64.
 
 The error of one number may be small by luck, so errors are root mean squares over several samples. `FAR`
-models hardly overlap; `NEAR` ones differ by a few hundredths of a nat a row, where the gradient is made of
-small differences.
+models hardly overlap. `NEAR` ones differ by a few hundredths of a nat a row, so that the gradient consists
+of small differences.
 """
 
 from __future__ import annotations
@@ -29,20 +29,24 @@ from tests.oracles.loss_cases import LossCase, evaluate, evaluate_oracle, random
 from tests.unit.test_losses_public import arguments
 
 FAR, NEAR = (4.0, None), (2.0, 0.3)
-"""Scale of the logits, and of what the teacher's differ by from the student's; None: they are unrelated."""
+"""Scale of the logits, and of the difference between the teacher's and the student's; None:
+they are unrelated.
+"""
 DIVERGENCES = ("reverse_kl", "forward_kl", "js")
 MODES = [(interface, divergence) for interface in ("paper", "strict", "sum") for divergence in DIVERGENCES]
 FLOAT32_STEP = 2.0**-23
-"""Relative distance of neighboring float32 numbers: what any float32 result may be off by."""
+"""Relative distance of neighboring float32 numbers, by which any float32 result may be off."""
 ROUNDINGS = 8
-"""How many times the error of rounded operands a result may be off: a dozen operations round one after
-another, and their errors add up as a random walk does."""
-ROW_ERROR = FLOAT32_STEP / 2
-"""Nats: a row's value is what is left of sums that are about a nat, or log 2 for js, and are rounded as such.
+"""Factor by which a result may exceed the error of rounded operands: a dozen operations round one after
+another, and their errors add up as a random walk does.
 """
+ROW_ERROR = FLOAT32_STEP / 2
+"""Nats: a row's value is the difference of sums of about a nat, or log 2 for js, that are rounded as such."""
 NO_WORSE = 1.05
-"""Error of bf16 beside dense bf16. Nearly all of it is that of the logits, which both round alike; a weight
-gradient without main_grad is rounded twice, once for the shared columns and once for the rows of units."""
+"""Error of bf16 over that of dense bf16. Nearly all of it comes from the logits, which both round in
+the same way. A weight gradient without main_grad is rounded twice, once for the shared columns and once
+for the rows of units.
+"""
 
 Found = Sequence[torch.Tensor]
 """Loss (a sum), gradient of the hidden states, gradient of the weight."""
@@ -112,7 +116,7 @@ def dense(case: LossCase, interface: str, divergence: str, rounded: Rounding = t
 
 
 def fused(case: LossCase, interface: str, divergence: str) -> Found:
-    """Statistics of the teacher's labels included."""
+    """With statistics of the teacher's labels."""
     options = arguments(case) | {"interface": interface, "divergence": divergence, "normalizer": 1}
 
     def loss(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -136,7 +140,7 @@ def mean_errors(errors: list[list[float]]) -> list[float]:
 
 @pytest.mark.parametrize(("interface", "divergence"), MODES)
 def test_dense_torch_in_float64_is_the_oracle(interface, divergence) -> None:
-    """So it may stand for it below."""
+    """Therefore it may replace the oracle below."""
     case = random_case(3)
     expected, *gradients = evaluate_oracle(case, InterfaceConfig(interface=interface, divergence=divergence))
     for a, b in zip(dense(case, interface, divergence), (expected.sum.detach(), *gradients), strict=True):
@@ -144,9 +148,8 @@ def test_dense_torch_in_float64_is_the_oracle(interface, divergence) -> None:
 
 
 def check_float32(cases: list[LossCase], interface: str, divergence: str) -> None:
-    """What one rounding of the weights, hidden states and log-probabilities makes of the result in float64
-    says how far a good float32 result may be off; how close dense torch comes is luck, and differs between
-    kinds of CPU.
+    """The effect in float64 of one rounding of the weights, hidden states and log-probabilities shows how far
+    a good float32 result may be off. The distance of dense torch is luck, and differs between kinds of CPU.
     """
     errors: dict[str, list[list[float]]] = {"operands": [], "fused": [], "labels": []}
     exact = []
@@ -184,7 +187,7 @@ def test_float32_is_as_good_as_its_operands_over_many_tiles(divergence) -> None:
 
 
 def main_grad_of(case: LossCase, interface: str, divergence: str) -> torch.Tensor:
-    """The weight's gradient as Megatron's DDP keeps it."""
+    """The weight's gradient as Megatron's DDP stores it."""
     weight = case.student_weight.clone().requires_grad_()
     weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(weight, dtype=torch.float32), False
     options = arguments(case) | {"interface": interface, "divergence": divergence, "normalizer": 1}
@@ -248,8 +251,9 @@ def byte_gradients(given: ByteInput, loss: Callable[[torch.Tensor, torch.Tensor]
 
 
 def dense_bytes(given: ByteInput, divergence: str, rounded: Rounding = torch.Tensor.clone) -> Found:
-    """The oracle's steps in the type of the input, softmax in float32 for bf16. `rounded` is done to what
-    goes into the logits and to the log-probabilities."""
+    """The oracle's steps in the type of the input, with softmax in float32 for bf16. `rounded` is applied to
+    the inputs of the logits and to the log-probabilities.
+    """
 
     def log_softmax(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         logits = rounded(hidden) @ rounded(weight).T

@@ -1,5 +1,5 @@
-"""The loss for one's own training loop: against the oracle, from logits and fused, on one and two ranks; its
-errors.
+"""The loss for a user's own training loop: against the oracle, from logits and fused, on one and
+two ranks; its errors.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ INTERFACES = (
     "sft",
 )
 DIVERGENCES = dict.fromkeys(("uld", "alm", "scalar", "sft"), ("reverse_kl",) * 3)
-"""Interfaces without a divergence; the others go through all three."""
+"""Interfaces without a divergence. The others use all three."""
 TOPK = {"strict_topk": {"topk": 3}, "uld": {"uld_topk": 5}}
 
 
@@ -141,7 +141,7 @@ def test_logits_are_read_some_rows_at_a_time(monkeypatch, interface, rows) -> No
 
 
 def without_gathering(rank: int, world_size: int, case: LossCase, interface: str) -> list[float]:
-    """Both entries, where no row of the teacher's head may be moved or copied."""
+    """Both entry points, if no row of the teacher's head may be moved or copied."""
     public.gather_shared_head = None
     group = dist.group.WORLD if world_size > 1 else None
     weight, teacher_weight = (
@@ -249,7 +249,7 @@ def on_two_ranks(rank: int, world_size: int, case: LossCase) -> list:
     ]
 
 
-@pytest.mark.parametrize("softcap", [True, False])  # without one, teacher's logits are read where they are
+@pytest.mark.parametrize("softcap", [True, False])  # without one, the teacher's logits are read in place
 def test_two_ranks_equal_the_oracle(softcap) -> None:
     case = random_case(3, softcap=softcap)
     value, of_logits, of_hidden, of_weight = expected(case, "paper")
@@ -331,8 +331,8 @@ def test_wrong_input_is_refused_with_its_numbers(change, message) -> None:
 
 
 def test_a_match_of_the_walk_that_is_no_pair_has_no_unit_under_code() -> None:
-    """By hand: the student said id 2, a second "a", the teacher 0; the row has the shared tokens and the
-    stop.
+    """By hand: the student's token is id 2, a second "a", the teacher's is 0; the row has the shared
+    tokens and the stop.
     """
     pair = SharedVocabulary(
         student_ids=torch.tensor([0, 1]),

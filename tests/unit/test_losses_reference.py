@@ -111,7 +111,7 @@ EVENTS = [
     ("bpm", "forward_kl", 5, 0.7),
     ("bpm", "js", 40, 1.0),
 ]
-"""Interface, divergence, k, and the weight of the child term if any."""
+"""Interface, divergence, k, and the weight of the child term, if any."""
 
 
 def config_of(interface: str, divergence: str, k: int, child_weight: float = 0.0) -> InterfaceConfig:
@@ -154,8 +154,8 @@ def test_records_made_of_pieces_are_those_of_the_reference() -> None:
 
 
 def padded_slice(logits: torch.Tensor, rank: int, world_size: int) -> torch.Tensor:
-    """This rank's rows of an output layer that gives these logits for rows of the identity; padding would
-    win.
+    """This rank's rows of an output layer that gives these logits for rows of the identity. Padding would
+    have the largest logits.
     """
     width = -(-(logits.shape[1] + 1) // world_size)
     padded = torch.full((width * world_size, len(logits)), 50.0, dtype=torch.float64)
@@ -164,8 +164,8 @@ def padded_slice(logits: torch.Tensor, rank: int, world_size: int) -> torch.Tens
 
 
 def event_losses(rank: int, world_size: int, seeds: range) -> list[tuple[float, torch.Tensor]]:
-    """From logits, or from this rank's slice of output layers whose hidden states are rows of the
-    identity.
+    """From logits, or from this rank's slice of output layers whose hidden states are
+    rows of the identity.
     """
     found = []
     for seed in seeds:
@@ -258,7 +258,9 @@ def records_of_a_run(sample: reference.Sample, sample_id: int, needs) -> tuple[P
 
 
 def over_the_wire(sample: reference.Sample, pair: AlignedPair, rank: int, group) -> ScoredPair:
-    """What a teacher with these logits says: request and answer go through the messages of the two jobs."""
+    """The answer of a teacher with these logits: request and answer go through the
+    messages of the two jobs.
+    """
     weight = padded_slice(sample.teacher_logits, rank, 1 if group is None else group.size()).detach()
     scorer = LabelScorer(
         weight=weight,
@@ -277,8 +279,8 @@ def over_the_wire(sample: reference.Sample, pair: AlignedPair, rank: int, group)
 
 
 def losses_of_a_run(rank: int, world_size: int, seed: int) -> list[tuple[float, torch.Tensor]]:
-    """For each of EVENTS, with one sequence a micro-batch and with three: the sum, and the output layer's
-    gradient.
+    """For each of EVENTS, with one sequence a micro-batch and with three: the sum, and the
+    output layer's gradient.
     """
     group = None if world_size == 1 else dist.group.WORLD
     samples, found = samples_of_one_vocabulary(seed), []
@@ -337,7 +339,7 @@ def losses_of_a_run(rank: int, world_size: int, seed: int) -> list[tuple[float, 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_events_that_came_over_the_wire_equal_the_reference(world_size) -> None:
-    """The teacher's numbers are float32 there: each log-probability is wrong by some rounding errors."""
+    """The teacher's numbers are float32 there: each log-probability is off by some rounding errors."""
     by_rank = [losses_of_a_run(0, 1, 0)] if world_size == 1 else run_ranks(world_size, losses_of_a_run, 0)
     samples, found = samples_of_one_vocabulary(0), zip(*by_rank, strict=True)
     for event in EVENTS:

@@ -15,7 +15,7 @@ from tests.oracles.loss_cases import placement_of, random_case
 def sample(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rng = np.random.default_rng(0)
     hidden, weight = torch.tensor(rng.normal(size=(13, 7))), torch.tensor(rng.normal(size=(29, 7)) * 4)
-    weight[25:] = 1e3  # padding that would win every maximum
+    weight[25:] = 1e3  # padding that would be every maximum
     return hidden.to(dtype), weight.to(dtype), torch.tensor(rng.integers(0, 25, 13))
 
 

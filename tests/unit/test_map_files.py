@@ -1,5 +1,5 @@
-"""Alignment maps as folders: what is written comes back, whatever is wrong has its own error, the tool's
-report.
+"""Alignment maps as folders: they are read as they were written, every defect has its own error,
+and the tool's report.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def test_missing_files_are_named(saved, tmp_path) -> None:
     ],
 )
 def test_pairs_that_are_none(saved, change, message) -> None:
-    """With a right checksum: a map that was built wrongly, not one that was damaged."""
+    """With a right checksum: a map that was built wrongly, and not damaged."""
     import hashlib
 
     tensors = load_file(saved / "map.safetensors")
@@ -190,8 +190,8 @@ def test_pairs_that_are_none(saved, change, message) -> None:
 
 
 def test_balance_counts_the_rows_of_the_fullest_rank() -> None:
-    """300 ids of the student over two ranks of 256 ids: 200 shared ones in the first, 10 and the stop in the
-    second.
+    """300 ids of the student over two ranks of 256 ids: 200 shared ones on the first, 10 and the
+    stop on the second.
     """
     student = tokenizer([b"s%d" % i for i in range(299)] + [b"<s>"], (299,))
     shared = [b"s%d" % i for i in (*range(200), *range(256, 266))]
@@ -263,7 +263,7 @@ def test_the_tool(tmp_path, capsys) -> None:
     assert load_map(tmp_path / "map").num_shared == 257
     described = json.loads((tmp_path / "map/map.json").read_text())
     assert all(described[name] == report[name] for name in ("corpora", "bias_nats_a_word"))
-    # The words are "hello", the same behind a line end, "he" and "é".
+    # The words are "hello", the same after a line end, "he" and "é".
     biases = report["bias_nats_a_word"]
     assert set(biases) == set(COMPARED) and {bias["words"] for bias in biases.values()} == {4}
     assert biases["bytes, any"]["perfect"] < 1e-12 < 0.1 < biases["paper"]["perfect"]
@@ -327,7 +327,7 @@ def test_a_lossy_tokenizer_is_refused_or_its_loss_reported(tmp_path, capsys) -> 
     assert tool.main([*base, "--allow-lossy"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert "WordPiece" in report["lossy"]["student"] and "Lowercase" in report["lossy"]["student"]
-    # "hello" is spelled, the blank is lost, and what follows cannot be compared.
+    # "hello" is spelled, the space is lost, and the text after it cannot be compared.
     (corpus,) = report["corpora"]
     assert corpus["bytes_dropped"] == {"mismatch": 2, "student_rewrites": 1}
     assert corpus["share_lost"] == 3 / 8

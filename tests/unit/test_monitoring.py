@@ -1,5 +1,5 @@
-"""Ratios from sums, Megatron's log line, metrics.jsonl, and the warning of mass that the loss does not
-see.
+"""Ratios from sums, Megatron's log line, metrics.jsonl, and the warning about mass that
+the loss does not see.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_simct import train
+from megatron_simct.alignment.turns import MASK_REASONS
 from megatron_simct.records import AlignedPair, Rollout, TeacherNeeds
 from megatron_simct.reporting.monitor import METRICS, Monitor, Stopwatch, log_line, ratios, sample_sums
 from megatron_simct.update.step import StepReport
@@ -120,6 +121,7 @@ def test_the_glossary_has_every_metric_and_no_other() -> None:
     names |= ratios(report(**of_rewards), SAMPLES, sampled=True).keys()
     of_terms = {"given_nll_sum": 1.0, "num_given_labels": 2.0, "reference_kl_sum": 1.0}
     names |= ratios(report(**of_terms), SAMPLES, sampled=True).keys()
+    names |= ratios(report(), SAMPLES | OF_TURNS, sampled=False).keys()
     names |= {"reward", "reward_spread", "reward_silent", "reward_failed"}
     hops = set(re.findall(r'clock\("(\w+)"\)', inspect.getsource(train)))
     names |= {f"seconds_{hop}" for hop in hops} | {"seconds", "peak_memory_gib", "rollout_tokens_per_second"}
@@ -135,6 +137,22 @@ def test_the_glossary_has_every_metric_and_no_other() -> None:
         "rollout_tflops",
     }
     assert names | over_ranks == METRICS.keys()
+
+
+OF_TURNS = {
+    "turns": 10,
+    "bytes_between": 20,
+    "bytes_of_turns": 80,
+    **{f"bytes_masked_{reason}": number for number, reason in enumerate(MASK_REASONS)},
+}
+"""Four transcripts, whose compared bytes are the 60 of SAMPLES."""
+
+
+def test_what_transcripts_mask_is_a_share_of_the_assistants_text() -> None:
+    values = ratios(report(), SAMPLES | OF_TURNS, sampled=False)
+    assert values["turns"] == 10 / 4 and values["between_turns"] == 20 / (20 + 60)
+    assert values["masked_student_template"] == 0 and values["masked_blank"] == 3 / 80
+    assert sum(values[f"masked_{reason}"] for reason in MASK_REASONS) == pytest.approx(21 / 80)
 
 
 def test_given_responses_have_no_gap_and_no_teacher_no_coverage() -> None:
@@ -216,7 +234,7 @@ def test_the_line_leaves_out_what_has_no_value_or_did_not_happen() -> None:
 
 
 def _run_monitor(rank, world_size, masses, run_dir, log_interval) -> str:
-    """What a run with these shares of mass outside U prints on this rank. The first rank runs first."""
+    """The output of a run with these shares of mass outside U on this rank. The first rank runs first."""
     # One rank in the data-parallel group, so the sums are those of `report`.
     group = [dist.new_group([i]) for i in range(world_size)][rank]
     groups = SimpleNamespace(dp=group, is_first_rank=rank == 0)
@@ -312,7 +330,7 @@ def _run_on_a_terminal(rank, world_size) -> str:
         rollouts, pairs = ([record] for record in records(1, {"bytes": 60}))
         for finished in (0, 2, 4):
             monitor.responses(finished, 4)
-            monitor._progress.refresh()  # else when its thread comes to it
+            monitor._progress.refresh()  # otherwise when its thread runs
         monitor.step(1, rollouts, pairs, report(), {"rollout": 0.5})
         monitor.close()
     finally:

@@ -1,5 +1,5 @@
-"""The oracle of every token-level interface against the golden numbers and identities, before anything relies
-on it.
+"""The oracle of every token-level interface against the golden numbers and identities, before
+other tests rely on it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STUDENT = Model(torch.tensor(golden.STUDENT_LOGITS), golden.STUDENT_LABELS)
 TEACHER = Model(torch.tensor(golden.TEACHER_LOGITS), golden.TEACHER_LABELS)
 PAIRS = {student: [teacher] for student, teacher in golden.SHARED_PAIRS}
 WALK = golden.WALK
-"""The segments of the authors' own walk on G0: the unit swallows the shared token behind it."""
+"""The segments of the authors' own walk on G0: the unit includes the shared token after it."""
 
 MINIMAL = {"segments": golden.SEGMENTS, "kinds": golden.KINDS, "replaced": (-1, -1, -1), "shared": PAIRS}
 AUTHORS = {"segments": WALK, "kinds": (UNIT, STOP), "replaced": (-1, -1), "shared": PAIRS}
@@ -93,7 +93,7 @@ def one_to_one(num_labels: int, vocab_size: int) -> dict:
 def test_same_tokenizer_gives_full_vocabulary_kl(interface) -> None:
     student, teacher = random_models(0)
     expected = (student.log_p.exp() * (student.log_p - teacher.log_p)).sum()
-    # All of the vocabulary is shared: the rest of `exact` has no mass on either side.
+    # The whole vocabulary is shared: the rest of `exact` has no mass on either side.
     found = sum(row_losses(student, teacher, **one_to_one(4, 6), interface=interface))
     assert float(found) == pytest.approx(float(expected), abs=1e-12)
 
@@ -144,8 +144,8 @@ def test_code_sees_a_constant_that_the_others_do_not() -> None:
 
 
 def test_exact_is_a_partition() -> None:
-    """Every event of a unit row is a probability and they add up to one, with the unit's bytes shared or
-    not.
+    """Every event of a unit row is a probability, and they add up to one, whether or not the
+    unit's bytes are shared.
     """
     student, teacher = random_models(2, vocab_size=8)
     shared = {i: [7 - i] for i in range(5)}
@@ -165,7 +165,9 @@ def test_exact_is_a_partition() -> None:
     name=st.sampled_from(["reverse_kl", "forward_kl", "js"]),
 )
 def test_merging_candidates_never_raises_the_divergence(weights, name) -> None:
-    """Adding up the probabilities of candidates, for both models alike (the paper's Proposition 1)."""
+    """Adding up the probabilities of candidates, for both models in the same way (the
+    paper's Proposition 1).
+    """
 
     def distribution(side: int) -> list[torch.Tensor]:
         total = sum(w[side] for w in weights)

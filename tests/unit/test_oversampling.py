@@ -1,4 +1,6 @@
-"""Steps that carry responses over train on each prompt once and in time, whatever finishes first."""
+"""Steps that carry responses over train on each prompt once and in time, in whatever
+order responses finish.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ SAMPLING = Sampling(temperature=1.0, max_response_len=9, seed=0)
 
 
 class Prompts:
-    """Each group has a prompt of its own."""
+    """Each group has its own prompt."""
 
     def __init__(self, samples_per_prompt: int, first: int = 100) -> None:
         self._samples_per_prompt, self._first = samples_per_prompt, first
@@ -96,7 +98,7 @@ class Ranks:
         return found
 
     def run(self, function: Callable[[int], Any]) -> list[Any]:
-        """function(rank) on each; what they return."""
+        """Run function(rank) on each; the results."""
         found: list[Any] = [None] * self.size
         threads = [
             threading.Thread(target=lambda rank=rank: found.__setitem__(rank, function(rank)), daemon=True)
@@ -122,7 +124,7 @@ def run_steps(
     max_lag: int,
     ahead: int = 0,
 ) -> tuple[list[list[Rollout]], list[bytes], list[float]]:
-    """What each step trains on, the state after each of them, and how many of its responses were carried.
+    """The samples of each step, the state after each step, and the number of carried responses in each.
 
     ahead: steps that are sampled before the update of this one, as by --schedule one_step_off.
     """
@@ -159,7 +161,7 @@ def run_steps(
         again = {row["number"] for row in json.loads(parts[0][1])["groups"]}
         left = {row["number"] for row in json.loads(parts[0][2])["groups"]}
         assert again - left == {r.sample_id // n for r in trained}
-    if len(steps) > 2:  # what a state of another shape had too much is trained on by then
+    if len(steps) > 2:  # samples that a state of another shape had in addition are trained on by then
         assert len(left) == size * -(-more // size) + ahead * share
     return rollouts, [part[2] for part in found[0]], [part[3] for part in found[0]]
 

@@ -1,4 +1,4 @@
-"""One run at a time writes into a folder; only what is provably gone is taken over."""
+"""One run at a time writes to a folder. A lock is taken over only if its owner is provably gone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ fork = multiprocessing.get_context("fork")
 
 
 def elsewhere(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args) in another process, which ends; what it returns, or the text of its ValueError."""
+    """Run function(*args) in another process, which ends. Returns its result, or the
+    text of its ValueError.
+    """
     receiver, sender = fork.Pipe(duplex=False)
 
     def work() -> None:
@@ -39,7 +41,7 @@ def elsewhere(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def take_here(folder: Path) -> str:
-    """Take the lock and end without letting it go, as a process that is killed."""
+    """Take the lock and end without releasing it, like a process that is killed."""
     take(folder, what="--save x")
     return "taken"
 
@@ -84,7 +86,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, reaped) -> None:
     assert receiver.recv() == "taken"
     assert "another run writes there" in elsewhere(take_here, tmp_path)
     os.kill(process.pid, signal.SIGKILL)
-    # it is dead, and still in the table of processes
+    # it is dead, and still in the process table
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     if reaped:
         process.join()
@@ -103,7 +105,7 @@ def test_a_number_that_another_process_has_got_is_no_owner(tmp_path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What another process is, and what this one is."""
+    """Properties of another process, and of this one."""
 
     theirs: dict[str, Any]
     ours: dict[str, Any]
@@ -205,7 +207,7 @@ def _contend(folder: Path, start: Any, tried: Any, won: Any) -> None:
             won.value += 1
     except ValueError:
         pass
-    tried.wait()  # who has it keeps it until all have tried
+    tried.wait()  # the owner keeps it until all have tried
     if lock is not None:
         lock.release()
 
@@ -228,8 +230,8 @@ def test_of_many_that_start_together_at_most_one_goes_on(tmp_path, left) -> None
 
 
 def test_one_who_comes_at_the_same_moment_is_seen(tmp_path, monkeypatch) -> None:
-    """This process finds a lock of the dead; before it has made the next one, others have come and gone and
-    come.
+    """This process finds a dead process's lock. Before it has made the next one, others have taken and
+    released it several times.
     """
     dead = replace(Owner.this_process(), pid=2**22 + 1)
     write_lock(tmp_path, dead)
@@ -265,7 +267,7 @@ def test_an_answer_that_got_lost_is_no_failure(tmp_path, monkeypatch) -> None:
 
     def lost(source: str, target: str) -> None:
         link(source, target)
-        raise FileExistsError(errno.EEXIST, "File exists")  # NFS asks again, and the link is there
+        raise FileExistsError(errno.EEXIST, "File exists")  # NFS repeats the request, and the link exists
 
     monkeypatch.setattr(ownership.os, "link", lost)
     assert take(tmp_path, what="").path.exists()

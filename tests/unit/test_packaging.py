@@ -1,4 +1,4 @@
-"""What a CPU install pulls, and what is installed."""
+"""The packages that a CPU install pulls, and the installed files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def test_cpu_requirements_pull_nothing_of_a_gpu() -> None:
     ):
         assert name not in ("transformer-engine", "apex")
     assert _names(project["optional-dependencies"]["gpu"]) == ["transformer-engine"]
-    # Every dependency of the package is pinned, torch exactly, and what draws the quick start's pictures.
+    # Every dependency of the package is pinned, torch exactly, and so are the packages for the
+    # quick start's pictures.
     report = _names(project["optional-dependencies"]["report"])
     assert set(_names(project["dependencies"])) | set(report) == set(pinned)
     assert all(
@@ -85,7 +86,7 @@ def test_a_tool_of_the_checkout_is_the_installed_command() -> None:
 
 
 def test_the_lock_file_has_every_pinned_package_with_its_hashes() -> None:
-    """torch excepted: its builds differ by index."""
+    """Except torch: its builds differ by index."""
     entries = re.split(r"\n(?=\S)", (ROOT / "requirements.lock").read_text())
     locked = {entry.split(" ")[0]: entry for entry in entries if not entry.startswith("#")}
     pinned = {

@@ -1,5 +1,5 @@
-"""Samples side by side in a micro-batch: every label finds the row that predicts it, every segment its
-labels.
+"""Samples side by side in a micro-batch: every label finds the row that predicts it, and every
+segment its labels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def sample(
     teacher_labels: int,
     needs: TeacherNeeds = TeacherNeeds(),  # noqa: B008  (frozen)
 ) -> tuple[Prompt, Rollout, AlignedPair, ScoredPair]:
-    """Records whose every number says where it belongs: 100 * sample + position."""
+    """Records in which every number encodes its place: 100 * sample + position."""
     base = 100 * sample_id
     return (
         Prompt(
@@ -73,7 +73,7 @@ SAMPLES = (
         response=3,
         teacher_labels=4,
         segments=[[0, 2, 0, 1], [2, 3, 1, 2], [3, 4, 2, 3]],
-        teacher_rows=[0, 3],  # the segment that starts at label 2 asked for no row
+        teacher_rows=[0, 3],  # the segment that starts at label 2 requests no row
     ),
     sample(2, prompt=5, response=1, teacher_labels=1, segments=[], teacher_rows=[]),
     sample(
@@ -96,8 +96,8 @@ def pack(
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
 def test_label_rows_pick_the_row_that_predicts_each_label(micro_batch_size, packed) -> None:
-    """A causal 'model' whose output at (s, b) is the token that stands there: its row of a label is one
-    before it.
+    """A causal 'model' whose output at (s, b) is the token at that place: the row of a
+    label is one before it.
     """
     for batch in pack(SAMPLES, micro_batch_size=micro_batch_size, packed=packed, multiple_of=3):
         output = batch.sequences.tokens.T[:, :, None]  # [S, B, 1], as Megatron's models return it
@@ -131,7 +131,7 @@ def test_packed_sequences_follow_one_another_and_fill_up_a_multiple() -> None:
     assert sequence_batch(prompts, responses, packed=True, multiple_of=3).lengths == (3, 3)
 
 
-# Cut by tokens
+# Divided by tokens
 
 
 def test_micro_batches_hold_no_more_than_their_tokens() -> None:

@@ -1,4 +1,4 @@
-"""What each interface does to a student that is already right, on exact small languages:
+"""The effect of each interface on a student that is already right, on exact small languages:
 docs/perfect_student.md.
 """
 
@@ -18,9 +18,9 @@ LANGUAGE = random_language(DIGITS, LENGTH, seed=0)
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "perfect_student.md"
 BYTES = ("bytes", "bytes, forward", "bytes, any", "bytes, any, forward")
 LEFT_ALONE = {**dict.fromkeys(BYTES, PAIRS), "bpm, forward": ((3, 1), (3, 2))}
-"""Interface -> the pairs of other tokenizers whose perfect student it leaves alone."""
+"""Interface -> the pairs of different tokenizers whose perfect student it does not change."""
 WEIGHTS = 1e-7
-"""Weights of segments are float32, so that what cancels between texts leaves this much."""
+"""Weights of segments are float32, so sums over texts that should cancel leave this much."""
 
 
 def comparison(name: str, pair: tuple[int, int]) -> Comparison:
@@ -47,7 +47,7 @@ def test_which_leave_a_perfect_student_of_another_tokenizer_alone(name) -> None:
 
 @pytest.mark.parametrize("name", [name for name in KINDS if not name.startswith("bytes")])
 def test_texts_in_one_call_are_the_sum_of_each_in_a_call_of_its_own(name) -> None:
-    """As micro-batches are."""
+    """Micro-batches rely on this."""
     both = comparison(name, (3, 2))
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(both.student.logits.shape, generator=generator, dtype=torch.float64)

@@ -88,7 +88,7 @@ VALUES = [
 
 @dataclass
 class Two:
-    """checks has a Peer to program's, which serves in a thread."""
+    """checks has a Peer that is connected to program's, which serves in a thread."""
 
     checks: Peer
     program: Peer

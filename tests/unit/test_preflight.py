@@ -1,6 +1,4 @@
-"""What the pre-flight finds, one misconfiguration after another, and that it is silent where nothing is
-wrong.
-"""
+"""Findings of the pre-flight, one misconfiguration after another; a right configuration has none."""
 
 from __future__ import annotations
 
@@ -44,7 +42,7 @@ def pair(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(pair, tmp_path) -> Path:
-    """A copy that a test may spoil."""
+    """A copy that a test may damage."""
     copied = tmp_path / "pair"
     shutil.copytree(pair, copied)
     return copied
@@ -56,7 +54,7 @@ def findings(folder: Path, change: Change | None = None) -> list[Finding]:
 
 def test_nothing_is_wrong_with_the_pair_itself(folder) -> None:
     found = findings(folder)
-    # the tests' folder is one of this node
+    # the tests' folder is node-local
     problems = [f for f in found if f.level != "pass" and f.flag != "run_dir"]
     assert problems == []
     assert {f.side for f in found} == {"student", "teacher", "pair", "cluster"}
@@ -178,7 +176,7 @@ def image(runtime: str, **values: Any) -> Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One change of a run that works, and the finding that it must cause."""
+    """One change to a run that works, and the finding that it must cause."""
 
     what: str
     change: Change
@@ -189,7 +187,7 @@ class Case:
     """The finding's side; None: any."""
 
     def is_found(self, finding: Finding) -> bool:
-        """Whether a finding is the one that is expected."""
+        """Whether a finding is the expected one."""
         return (
             finding.flag == self.flag
             and self.side in (None, finding.side)
@@ -884,8 +882,8 @@ def test_what_may_be_meant_is_a_warning(folder: Path, case: Case) -> None:
 
 
 def test_texts_that_cannot_be_compared_fail(folder, monkeypatch) -> None:
-    """No pair of loadable tokenizers loses a fifth of its bytes, so one that spells something else stands
-    in.
+    """No pair of loadable tokenizers loses a fifth of its bytes, so a tokenizer that spells
+    something else stands in.
     """
     from megatron_simct.preflight import pair as module
 
@@ -949,7 +947,7 @@ def test_the_tool_prints_a_table_or_json_and_fails(folder, capsys) -> None:
 
 
 def test_what_takes_long_at_the_start_is_said(folder) -> None:
-    """With bounds for any tokenizer, a line for each tokenizer whose table is made."""
+    """With bounds for any tokenizer: one line for each tokenizer whose table is made."""
     lines: list[str] = []
     pair = open_pair(
         read_run_file(str(write_run(folder, student(simct_byte_bounds="any")))).config, say=lines.append
@@ -964,7 +962,7 @@ def test_what_takes_long_at_the_start_is_said(folder) -> None:
 
 
 def test_golden_plan_of_a_235b_teacher(tmp_path) -> None:
-    """TP8 x PP2, bfloat16: 47 layers each; the last stage needs most, with the head and the answers."""
+    """TP8 x PP2, bfloat16: 47 layers each. The last stage needs the most, with the head and the answers."""
     write_json(tmp_path / "config.json", CONFIGS["Qwen3-235B-A22B"])
     architecture = read_architecture(str(tmp_path), flag="--teacher-hf-checkpoint")
     assert total_parameters(architecture, vocab_size=151936) == 235_093_634_560
@@ -1069,7 +1067,7 @@ CLUSTER_EXAMPLES = [
 
 @pytest.mark.parametrize("path", CLUSTER_EXAMPLES, ids=lambda path: path.parent.name)
 def test_shipped_examples_fit_on_paper(path, tmp_path) -> None:
-    """With folders that have the published architectures in the place of downloaded ones, nothing fails."""
+    """With folders of the published architectures instead of downloaded ones, nothing fails."""
     run = stand_in(path, tmp_path)
     report = check_run(run)
     assert [f for f in report.findings if f.level == "fail"] == []
@@ -1100,8 +1098,8 @@ def test_answers_from_disk_need_no_teacher_in_memory(folder) -> None:
 
 
 def test_likeliest_tokens_come_in_place_of_hidden_states(folder) -> None:
-    """uld: no head of the teacher on the student's ranks, and --simct-uld-topk numbers a row over the
-    wire.
+    """uld: no head of the teacher on the student's ranks, and --simct-uld-topk numbers a
+    row between the jobs.
     """
     reports = {
         topk: check_run(

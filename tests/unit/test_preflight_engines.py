@@ -1,4 +1,4 @@
-"""What the pre-flight finds of inference engines and their fronts."""
+"""Findings of the pre-flight about inference engines and their fronts."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ def engine(**changes: Any) -> Change:
 
 
 def command_with(*words: str) -> Change:
-    """Later words of the engine's command are not read: these come first."""
+    """These words come first: of a repeated option the first is read."""
     return lambda run, _: run["jobs"][2].update(command=[*words, *run["jobs"][2]["command"]])
 
 
 def heavy(run: dict[str, Any], folder: Path) -> None:
     with (folder / "teacher" / "model-2.safetensors").open("wb") as file:
-        file.truncate(300 << 30)  # a hole: no byte of it is on the disk
+        file.truncate(300 << 30)  # a sparse file, which takes no room on the disk
 
 
 def heavy_on_few(run: dict[str, Any], folder: Path) -> None:
@@ -155,7 +155,7 @@ def test_what_a_server_that_generates_can_teach(folder, interface, more, words) 
     reason="mistral-common is not installed: pip install --no-deps -r examples/quickstart/requirements.txt",
 )
 def test_the_shipped_run_file_passes(tmp_path, monkeypatch) -> None:
-    """With what its prepare.sh leaves, but for the weights."""
+    """With the files that its prepare.sh makes, except the weights."""
     models = tmp_path / "runs" / "engines" / "models"
     teacher, student = sides("digits-agree", "teacher-groups", models / "tokenizers")
     write_task(models)

@@ -1,4 +1,6 @@
-"""tools/prepare_prompts.py: what is kept, what is dropped and why, and that training reads the result."""
+"""tools/prepare_prompts.py: which rows are kept or dropped, the reasons, and that
+training reads the result.
+"""
 
 from __future__ import annotations
 
@@ -173,7 +175,7 @@ def test_both_templates_count_tokens_and_refuse(prepare, tmp_path) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Written:
-    """A template with what it is given, and the text that it writes for the message Hi?"""
+    """A template with its variables, and the text that it writes for the message Hi?"""
 
     name: str
     template: str

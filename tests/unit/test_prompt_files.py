@@ -1,4 +1,4 @@
-"""Files of prompts as people have them: what each form means to every reader, and what is refused by name."""
+"""Files of prompts as people have them: the meaning of each form for every reader, and named refusals."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def train(path: Path, **overrides: Any) -> list[Row]:
 
 
 def prepare(path: Path, **keys: Any) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """The rows that tools/prepare_prompts.py keeps of a file, and how many it drops for what."""
+    """The rows of a file that tools/prepare_prompts.py keeps, and the number that it
+    drops for each reason.
+    """
     mixture = path.parent / "mixture.yaml"
     source = {"name": "a", "path": path.name} | keys
     mixture.write_text(yaml.safe_dump({"sources": [source, {"name": "kept", "path": "kept.jsonl"}]}))
@@ -49,7 +51,7 @@ def prepare(path: Path, **keys: Any) -> tuple[list[dict[str, Any]], dict[str, in
 
 
 def write(folder: Path, content: Any, name: str = "rows.jsonl") -> Path:
-    """A file of these bytes, or of one row a line."""
+    """A file of these bytes, or with one row on each line."""
     rows = content if isinstance(content, list) else [content]
     data = content if isinstance(content, bytes) else "".join(json.dumps(row) + "\n" for row in rows).encode()
     (folder / name).write_bytes(data)
@@ -61,7 +63,7 @@ def write(folder: Path, content: Any, name: str = "rows.jsonl") -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """How rows may stand in a file."""
+    """A form that rows may have in a file."""
 
     name: str
     file: str = "rows.jsonl"
@@ -103,7 +105,7 @@ def test_every_reader_reads_every_form(tmp_path: Path, form: Form) -> None:
 
 
 def test_tables_are_read_by_every_reader(tmp_path: Path) -> None:
-    """A table pads each message and each part with the keys that another one has."""
+    """A table adds to each message and each part the keys that another one has."""
     pyarrow = pytest.importorskip("pyarrow", reason="Parquet and Arrow files are read by pyarrow")
     from pyarrow import parquet
 
@@ -131,7 +133,7 @@ def test_tables_are_read_by_every_reader(tmp_path: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Unreadable:
-    """A file that no reader takes, and what each says of it behind the file's name."""
+    """A file that no reader accepts, and each reader's message after the file's name."""
 
     name: str
     file: str = "rows.jsonl"
@@ -298,7 +300,7 @@ def test_a_response_that_is_no_text_is_not_graded(tmp_path: Path, capsys: Any, r
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """A row, and what it asks and answers."""
+    """A row, its question and its answer."""
 
     name: str
     row: dict[str, Any]
@@ -413,7 +415,7 @@ def test_a_conversation_means_the_same_to_every_reader(tmp_path: Path, case: Con
     assert (kept["messages"], kept.get("response"), dropped) == (case.messages, case.response, {})
     (problem,) = read_problems("math_label", str(path))
     assert problem.messages == case.messages
-    # What preparation writes is a prompt file that means the same.
+    # The output of preparation is a prompt file with the same meaning.
     prepared = write(tmp_path, kept, "prepared.jsonl")
     assert train(prepared) == [row]
 
@@ -440,7 +442,7 @@ def test_sft_reads_the_answer_that_closes_a_conversation(tmp_path: Path) -> None
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """A row that no reader takes; `reason` is also what preparation counts it under."""
+    """A row that no reader accepts. Preparation counts it under `reason`."""
 
     name: str
     row: dict[str, Any]
@@ -599,7 +601,7 @@ def test_two_answers_that_differ_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="line 1: two answers .'response' differs from the answer that ends"):
         train(path)
     assert prepare(path, response_key="response") == ([], {"two answers": 1})
-    # A mixture that does not name the column does not take it.
+    # A mixture that does not name the column does not use it.
     assert prepare(path)[0][0]["response"] == "It is 51."
 
 
@@ -673,7 +675,7 @@ def test_a_conversation_of_a_problem_needs_a_template(tmp_path: Path, capsys: An
     assert evaluate.main(argv) == 1
     assert "0 is a conversation; it needs --chat-responses" in capsys.readouterr().err
     assert evaluate.main([*argv, "--chat-responses"]) == 0
-    # The response that is selected stands behind the whole conversation.
+    # The selected response follows the whole conversation.
     selected = tmp_path / "warm_up.jsonl"
     argv = ["--responses", str(tmp_path / "out"), "--data", str(problems), "--output", str(selected)]
     assert select_responses.main(argv) == 0
@@ -681,7 +683,7 @@ def test_a_conversation_of_a_problem_needs_a_template(tmp_path: Path, capsys: An
     assert (row.prompt, row.response) == ([SYSTEM, ASKED], "It is fifty-one, surely.")
 
 
-# What the teacher alone reads
+# Prompts that only the teacher reads
 
 
 HINT = " Hint: 51."

@@ -1,4 +1,4 @@
-"""Rows of a prompt file and their errors; which rows belong to which step and rank."""
+"""Rows of a prompt file and their errors; the rows of each step and rank."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_the_teacher_reads_its_own_prompt_where_a_row_has_one() -> None:
     assert second.teacher_ids.tolist() == [ord("p")] * 2
     assert prompts.num_teacher_prompts == 1
     assert source(rows=rows, teachers=[]).num_teacher_prompts == 0
-    # The teacher's own prompt counts where prompts are too long.
+    # The teacher's own prompt also counts for the length limit.
     short = source(rows=rows, max_prompt_len=3)
     assert (len(short), short.num_skipped, short.num_teacher_prompts) == (1, 1, 0)
 

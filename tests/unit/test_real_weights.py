@@ -1,5 +1,5 @@
-"""examples/real_weights without its downloads: its texts, stages and commands, and what it makes of their
-results.
+"""examples/real_weights without its downloads: its texts, stages and commands, and its
+use of their results.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ SMOLLM2 = {
 }
 """config.json of SmolLM2-135M-Instruct, as published."""
 FROM_GGUF = {"unk_token_id": 0, "_model_name_or_path": "SmolLM2-135M-Instruct"}
-"""What transformers adds when it reads the model from a GGUF file."""
+"""The fields that transformers adds when it reads the model from a GGUF file."""
 
 
 @pytest.mark.parametrize("change", [{}, FROM_GGUF], ids=["published", "from GGUF"])
@@ -166,7 +166,7 @@ def test_a_stage_is_run_again_where_what_it_reads_has_changed(stage, tmp_path) -
         stage.output.write_text("old")
         stage.inputs[0].write_text(stage.inputs[0].read_text() + "3")
         given.run(tmp_path)
-        assert stage.output.read_text() == "x"  # what the other command left is gone
+        assert stage.output.read_text() == "x"  # the other command's output is gone
 
 
 def test_what_no_stage_has_made_is_not_removed(stage, tmp_path) -> None:

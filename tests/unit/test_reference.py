@@ -1,4 +1,4 @@
-"""The page of options and metrics is what the code says."""
+"""The page of options and metrics agrees with the code."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What is refused, with the words that say why: a table, so that nothing is accepted silently later.
+"""Inputs that are refused, with parts of the reason: a table, so that none is silently accepted later.
 
-Each case makes an input and gives it to the function that reads it; the message is one line, which names the
-file.
+Each case makes an input and gives it to the function that reads it. The message is one line,
+which names the file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Case:
 
 
 def token(content: str, **fields: Any) -> dict[str, Any]:
-    """An added token; the flags are false if `fields` does not say otherwise."""
+    """An added token. The flags are false unless `fields` sets them."""
     flags = dict.fromkeys(("special", "lstrip", "rstrip", "normalized", "single_word"), False)
     return {"content": content} | flags | fields
 
@@ -41,8 +41,8 @@ def token(content: str, **fields: Any) -> dict[str, Any]:
 def folder_of(
     path: Path, *, more: Sequence[dict[str, Any]] = (), stop: Sequence[int] = (), **files: Any
 ) -> object:
-    """A byte-level tokenizer, `more` added tokens in tokenizer.json, and files beside it, each by its
-    name.
+    """A byte-level tokenizer, `more` added tokens in tokenizer.json, and files beside
+    it, each by its name.
     """
     spec = save_byte_level(path)
     spec["added_tokens"] += more
@@ -340,7 +340,7 @@ FOLDERS = [
         ["special token '<10>' has the id 10 of 10 special ids"],
     ),
 ]
-"""A Hugging Face folder: added tokens, BOS, stop ids, and the tokenizer that is in it."""
+"""A Hugging Face folder: added tokens, BOS, stop ids, and its tokenizer."""
 
 SENTENCEPIECE = [
     Case(
@@ -445,7 +445,7 @@ def test_refused_beside_a_sentencepiece_model(tiny: Path, tmp_path: Path, case: 
 
 
 def test_what_the_cases_are_made_of_is_accepted(tiny: Path, tmp_path: Path) -> None:
-    """So each case is refused for what it adds."""
+    """Therefore each case is refused for what it adds."""
     made: dict[str, Callable[[Path], object]] = {
         "folder": folder_of,
         "spec": spec_of,

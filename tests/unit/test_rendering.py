@@ -1,6 +1,4 @@
-"""Conversations in each model's own chat template: rows with messages, the rendered ids, and what is
-refused.
-"""
+"""Conversations in each model's own chat template: rows with messages, the rendered ids, and refusals."""
 
 from __future__ import annotations
 
@@ -187,7 +185,7 @@ def test_rows_hold_messages_or_the_text_of_one(read) -> None:
     rows = read({"messages": messages, "label": "l"}, {"prompt": "a"}, {"prompt": messages})
     assert [row.prompt for row in rows] == [messages, [{"role": "user", "content": "a"}], messages]
     assert [row.label for row in rows] == ["l", None, None]
-    # --input-key goes before `messages`.
+    # --input-key takes precedence over `messages`.
     assert read({"messages": messages, "q": "a"}, input_key="q")[0].prompt == [
         {"role": "user", "content": "a"}
     ]

@@ -1,4 +1,4 @@
-"""Rewards: what a function may do, what a response is worth beside others, and the term of the loss."""
+"""Rewards: what a function may do, the advantage of a response among others, and the term of the loss."""
 
 from __future__ import annotations
 
@@ -188,11 +188,11 @@ def term(log_probs: torch.Tensor, old: list[float], advantages: list[float]) -> 
     "config", [InterfaceConfig(interface="reward"), *CONFIGS, *OTHERS, *EXACT], ids=name_of
 )
 def test_the_term_is_added_to_every_interface(config) -> None:
-    """Value and gradient of the sum are those without a reward, which other tests hold, and the oracle's
-    term.
+    """Value and gradient of the sum are those without a reward, which other tests verify,
+    plus the oracle's term.
     """
     if config.interface == "sft":
-        return  # has no samples to reward: --reward refuses it
+        return  # it has no samples to reward: --reward refuses it
     for seed in range(2):
         case = rewarded(seed, softcap=bool(seed))
         hidden = case.student_hidden.double().clone().requires_grad_()
@@ -253,7 +253,7 @@ def test_a_process_that_is_gone_is_started_again(module) -> None:
 
 
 def test_a_function_that_hangs_ends_with_the_rank_that_is_killed(module) -> None:
-    """The rank says which process hangs, and is killed with -9 in the middle of the call."""
+    """The rank names the process that hangs, and is killed with -9 in the middle of the call."""
     code = "import my_rewards\nfrom megatron_simct.evaluation.rewards import Called, Response\n"
     code += "called = Called('my_rewards:trouble', timeout_s=600.0)\ncalled.start()\n"
     code += "print(called._process.pid, flush=True)\ncalled(Response(prompt='', text='hang', row={}))\n"
@@ -273,7 +273,7 @@ def _until(condition: Callable[[], bool], otherwise: str) -> None:
 
 
 def _lives(pid: int) -> bool:
-    """A zombie that nobody has waited for does not."""
+    """False for a zombie for which no process has waited."""
     try:
         return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):

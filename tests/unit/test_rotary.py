@@ -1,4 +1,4 @@
-"""Angles of rotary embeddings, in float64 from their definition, and which factors of longrope are taken."""
+"""Angles of rotary embeddings, in float64 from their definition, and the choice of longrope's factors."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_pairs_are_rotated_as_complex_numbers(interleaved, dim) -> None:
         torch.testing.assert_close(
             found[position, b, head].double(), torch.tensor(row).double(), rtol=1e-5, atol=1e-5
         )
-    # The way back turns the other way.
+    # The backward pass rotates in the other direction.
     (gradient,) = torch.autograd.grad(found, x, grad_outputs=found)
     torch.testing.assert_close(gradient, x.detach(), rtol=1e-5, atol=1e-5)
 

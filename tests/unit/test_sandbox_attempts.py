@@ -1,5 +1,5 @@
-"""A table of what a graded program may try: to reach files, neighbours, the network, or a verdict it has not
-earned.
+"""A table of attempts by a graded program: to reach files, neighbours, the network, or a verdict
+that it has not earned.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ REACHED = "REACHED"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """A program that prints REACHED if it has got what it wants."""
+    """A program that prints REACHED if its attempt succeeds."""
 
     name: str
     source: str
     landlock: bool = False
-    """Whether nothing else stops it."""
+    """Whether only Landlock stops it."""
     x86_64: bool = False
-    """Whether it is written with the numbers of that architecture."""
+    """Whether it uses the numbers of that architecture."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forgery:
-    """A program that wants to pass checks that it does not meet."""
+    """A program that tries to pass checks that it does not meet."""
 
     name: str
     source: str
@@ -51,7 +51,7 @@ class Forgery:
 
 
 def does(name: str, step: str, *, landlock: bool = False) -> Attempt:
-    """It is reached if a step raises nothing."""
+    """It is reached if no step raises an exception."""
     lines = ["import ctypes, fcntl, mmap, os, resource, signal, socket, subprocess, sys, threading", "try:"]
     lines += [f"    {line}" for line in step.splitlines()]
     lines += [
@@ -64,9 +64,9 @@ def does(name: str, step: str, *, landlock: bool = False) -> Attempt:
 
 
 def calls(name: str, number: int, *arguments: object) -> Attempt:
-    """It is reached if the kernel takes a call.
+    """It is reached if the kernel accepts a call.
 
-    Arguments: numbers, bytes, or a text for what the program computes.
+    Arguments: numbers, bytes, or a text for an expression of the program.
     """
     shown = ", ".join(
         f"ctypes.c_long({argument})" if isinstance(argument, int | str) else repr(argument)
@@ -252,9 +252,9 @@ WRITES = [
     does("its limits", "resource.setrlimit(resource.RLIMIT_AS, (-1, -1))"),
 ]
 PUBLIC = ("cmdline", "status", "task", "fd")
-"""What every process shows of itself in /proc, the numbers of its descriptors to root only."""
+"""Files of /proc that every process shows to all users; the numbers of its descriptors only to root."""
 PRIVATE = ("environ", "mem", "maps", "fdinfo", "cwd", "root", "exe", "stack", "auxv")
-"""What it shows to those who may trace it."""
+"""Files that it shows to those who may trace it."""
 OTHERS = ("grader", "supervisor", "neighbour")
 SHOWN = """
 path = "/proc/{pid}/{name}"
@@ -278,7 +278,7 @@ LOOKS = [
     ),
     *(does(f"{who}: its pipes", TAKEN.strip().format(pid=f"@{who}@")) for who in OTHERS),
 ]
-"""What Landlock refuses, and without it the kernel's own rights: those processes cannot be traced."""
+"""Landlock refuses these, and without it the kernel's own rights do: those processes cannot be traced."""
 NEIGHBOURS = [
     *LOOKS,
     *(
@@ -328,10 +328,10 @@ marks = re.findall("mark[0-9a-f]{32}", "".join(found))
 def f(x):
     return marks[0] if marks else None
 """
-"""Returns what the checks compare with, if it is anywhere in reach."""
+"""Returns the value with which the checks compare, if it is anywhere in reach."""
 
 FORGERIES = [
-    # Values that are not what they seem.
+    # Values that are not what they seem to be.
     Forgery(name="equals everything", source=f"class E:\n{EQUAL}def f(x):\n    return E()"),
     *(
         Forgery(
@@ -531,7 +531,7 @@ FORGERIES = [
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What there is to reach."""
+    """The targets of the attempts."""
 
     folder: Path
     inherited: int
@@ -563,7 +563,7 @@ def place() -> Iterator[Place]:
     with contextlib.ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv("SIMCT_ATTEMPT_TOKEN", secrets.token_hex(16))
-        patch.setattr(sandbox, "_server", None)  # one that could have inherited all this
+        patch.setattr(sandbox, "_server", None)  # a neighbour that could have inherited all this
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="simct_attempts_")))
         (folder / "secret").write_text("secret")
         (folder / "link").symlink_to(folder / "secret")
@@ -602,7 +602,7 @@ def test_the_table_is_long() -> None:
 NO_LANDLOCK = sandbox._START.replace(
     "program_server.main", "program_server.confined._CREATE_RULESET = 1 << 16\nprogram_server.main"
 )
-"""Starts the server as on a kernel that has none."""
+"""Starts the server as if the kernel had no Landlock."""
 
 
 @pytest.mark.parametrize("attempt", ATTEMPTS, ids=lambda attempt: attempt.name)
@@ -614,7 +614,7 @@ def test_nothing_is_reached(place: Place, attempt: Attempt) -> None:
     before = contents(place.folder)
     outcome = run_program(place.filled(attempt.source), LIMITS)
     assert REACHED not in outcome.output
-    # It ran, and was refused or killed; a program that is wrong would show nothing.
+    # It ran, and was refused or killed. A program with an error of its own would show nothing.
     assert outcome.status == "error" or "refused" in outcome.output or attempt.x86_64, outcome
     assert contents(place.folder) == before
     assert not [name for name in ("/tmp/simct_attempt", "/dev/shm/simct_attempt") if os.path.exists(name)]
@@ -623,7 +623,9 @@ def test_nothing_is_reached(place: Place, attempt: Attempt) -> None:
 def test_without_landlock_only_files_and_what_all_may_see_are_reached(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it takes away shows which attempts it alone stops. This process is hidden meanwhile."""
+    """Without it, the attempts that succeed are those that it alone stops. This process
+    is hidden meanwhile.
+    """
     monkeypatch.setattr(sandbox, "_START", NO_LANDLOCK)
     monkeypatch.setattr(sandbox, "_server", None)
     try:
@@ -652,7 +654,7 @@ def test_strict_runs_nothing_without_landlock(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_is_refused_could_be_reached(place: Place, tmp_path: Path) -> None:
-    """The attempts say so where nothing stops them: else the test above shows nothing."""
+    """The attempts succeed if nothing stops them; otherwise the test above would show nothing."""
     (tmp_path / "secret").write_text("secret")
     for name in ("a file of the user", "names in the root", "a new file", "a link"):
         (source,) = (attempt.source for attempt in ATTEMPTS if attempt.name == name)
@@ -671,7 +673,7 @@ def test_no_verdict_is_forged(forgery: Forgery) -> None:
 
 
 def test_right_programs_pass_beside_a_hundred_thieves(place: Place) -> None:
-    """Each program of the first table, and forgeries, at a time with right and wrong programs."""
+    """Each program of the first table, and forgeries, at the same time as right and wrong programs."""
     thieves = [place.filled(attempt.source) for attempt in ATTEMPTS[-60:]]
     forgeries = [forgery for forgery in FORGERIES if forgery.limits is LIMITS][:40]
 

@@ -1,4 +1,4 @@
-"""tools/select_responses.py: which of a teacher's responses a student is warmed up on."""
+"""tools/select_responses.py: the responses of a teacher that warm up a student."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ LONG = "The answer, after some thought about it, is four."
 
 
 def leave(folder: Path, responses: list[list[tuple[str, bool, str]]], *, chat: bool = False) -> list[str]:
-    """What tools/evaluate.py leaves, with (text, whether it is right, finish) of each sample; flags that read
-    it.
+    """Write the output of tools/evaluate.py, with (text, whether it is right, finish) of each sample. Returns
+    flags that read it.
     """
     data = folder / "problems.jsonl"
     rows = [{"id": f"p{i}", "prompt": f"2 + {i}?", "label": "4"} for i in range(len(responses))]

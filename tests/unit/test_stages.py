@@ -1,4 +1,4 @@
-"""Layers that the pre-flight proposes for pipeline stages, against every way of cutting the layers."""
+"""Layers that the pre-flight proposes for pipeline stages, against every way of dividing the layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many ranks and replicas: who looks, who is asked, and how answers are taken."""
+"""Many ranks and replicas: who reads the folder, who gets requests, and how answers are collected."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_one_rank_reads_the_folder_for_all(tmp_path, monkeypatch) -> None:
 def client_of(
     replicas: dict[str, dict[str, Any]], *, seed: int = 0
 ) -> tuple[TeacherClient, list[tuple[str, Any]]]:
-    """A client that is not started, its replicas with these fields, and what it sends."""
+    """A client that is not started, its replicas with these fields, and its messages."""
     client = TeacherClient(
         lookout=Lookout(addresses=()),
         fingerprints=FINGERPRINTS,
@@ -66,7 +66,7 @@ def client_of(
 
 
 def ask(client: TeacherClient, count: int) -> Counter:
-    """Submit so many requests of 100 tokens; where they went."""
+    """Submit this number of requests of 100 tokens; returns the replicas that got them."""
     template = make_request(np.random.default_rng(0), 0)
     for sample_id in range(count):
         ids = np.zeros(100 - len(template.label_ids), np.int32)
@@ -83,7 +83,7 @@ def test_work_is_spread_by_what_replicas_hold_and_how_fast_they_are(seed) -> Non
             "r1": {"status": {"speed": 100.0}},
             "r2": {"status": {"speed": 300.0}},
             "r3": {"status": {"speed": 100.0}, "others": 1000},
-            "r4": {"status": {}},  # has not worked yet
+            "r4": {"status": {}},  # has not computed anything yet
         },
         seed=seed,
     )
@@ -98,7 +98,7 @@ def test_work_is_spread_by_what_replicas_hold_and_how_fast_they_are(seed) -> Non
 
 
 def test_many_clients_do_not_run_to_the_same_replica() -> None:
-    """Each knows what replicas have reported, and not what the others do at the same moment."""
+    """Each knows the replicas' reports, but not what the other clients do at the same moment."""
     asked = Counter()
     for seed in range(64):
         client, _ = client_of({f"r{i}": {"status": {"speed": 1.0}} for i in range(16)}, seed=seed)
@@ -146,7 +146,7 @@ def test_pace() -> None:
 
 
 class Answers:
-    """A client that has these answers."""
+    """A client that gets these answers."""
 
     def __init__(self, answers: list[Any], at_once: int) -> None:
         self._answers, self._at_once, self.counts = answers, at_once, {"again": 0}

@@ -1,5 +1,4 @@
-"""What goes wrong between the two jobs costs time and nothing else: every sample is answered once, with its
-own answer.
+"""Faults between the two jobs cost only time: every sample is answered once, with its own answer.
 
 The teacher here has no model. tests/parallel/test_teacher_job.py kills real ones.
 """
@@ -64,13 +63,13 @@ def assert_each_once(scored, requests) -> None:
 
 
 def nothing_left(client: TeacherClient) -> bool:
-    """No second answer of any sample has come up."""
+    """Asserts that no sample got a second answer."""
     time.sleep(0.05)
     return client._results.empty() and not client._open
 
 
 def with_every_seed(check: Callable[[int, Path], Any], folder: Path) -> list[Any]:
-    """check(seed, a folder of its own), several at a time: they wait more than they work."""
+    """Run check(seed, a folder of its own), several at a time: they mostly wait."""
     with ThreadPoolExecutor(10) as pool:
         return list(pool.map(lambda seed: check(seed, folder / str(seed)), SEEDS))
 
@@ -104,8 +103,8 @@ def test_a_bad_line(tmp_path, fault) -> None:
 
 
 def test_a_replica_whose_model_hangs_and_goes_on(tmp_path) -> None:
-    """It says that it has been hanging for long; the other does its work too, and what it still holds is
-    recalled.
+    """It reports that its model has not moved for long. The other replica does its work too, and the requests
+    that it still holds are recalled.
     """
 
     def check(seed: int, folder: Path) -> None:
@@ -128,7 +127,7 @@ def test_a_replica_whose_model_hangs_and_goes_on(tmp_path) -> None:
 
 
 def test_a_slow_replica_is_asked_once_and_hands_back_what_another_can_do_sooner(tmp_path) -> None:
-    """It lives and works: of what it has, only what it has not begun with goes to the other."""
+    """It lives and works: of its requests, only those that it has not begun with go to the other."""
 
     def check(seed: int, folder: Path) -> None:
         with ModelFreeTeacher(folder) as slow, ModelFreeTeacher(folder) as other:
@@ -180,8 +179,8 @@ def test_a_replica_that_stops_hands_back_what_it_has_not_begun(tmp_path) -> None
             other.resume()
             scored = [read_scored(client.next()[1]) for _ in requests]
             assert_each_once(scored, requests)
-            # What it hands back in its last moment may be overtaken by the news that it is gone (it is asked
-            # again), or may have been recalled since its first answer told how fast it is.
+            # Requests that it hands back at the end may arrive after the news that it is gone; these are sent
+            # again. Or they were recalled, because its first answer showed its speed.
             handed_back = one.server.status()["handed_back"]
             counts = client.counts
             assert 0 < handed_back <= counts["handed_back"] + counts["again"] + counts["recalled"]
@@ -193,7 +192,9 @@ def test_a_replica_that_stops_hands_back_what_it_has_not_begun(tmp_path) -> None
 
 
 def test_a_restart_at_another_address(tmp_path) -> None:
-    """The first replica vanishes with its work; another life of it opens elsewhere, under the same name."""
+    """The first replica vanishes with its work. Its next life opens at another address,
+    under the same name.
+    """
 
     def check(seed: int, folder: Path) -> None:
         one = ModelFreeTeacher(folder, name="replica")
@@ -215,7 +216,7 @@ def test_a_restart_at_another_address(tmp_path) -> None:
 
 
 def test_another_life_at_the_same_address(tmp_path) -> None:
-    """What the first life held is asked for at once, without waiting for its silence."""
+    """The requests of the first life are sent again at once, without a wait for its silence."""
     with ModelFreeTeacher(tmp_path) as teacher:
         patience = replace(FAST, silence_s=60.0)
         client = open_client(tmp_path, patience=patience)
@@ -225,7 +226,7 @@ def test_another_life_at_the_same_address(tmp_path) -> None:
         for request in requests:
             client.submit(request)
         _until(lambda: teacher.server.status()["queue"] > 0)
-        with teacher.server._condition:  # it forgets everything, as a process that is started anew
+        with teacher.server._condition:  # it forgets everything, as a process that is started again
             teacher.server._queue.clear()
             teacher.server._welcome.clear()
             teacher.server.endpoint = replace(teacher.server.endpoint, life="another")
@@ -277,8 +278,8 @@ def test_a_replica_gets_no_more_than_the_window(tmp_path) -> None:
 
 
 def test_an_answer_to_what_waits_to_be_asked_again_counts(tmp_path) -> None:
-    """A replica that is taken for dead answers after all, before it has greeted again; then it works as
-    before.
+    """A replica that counts as dead answers after all, before it has greeted again. Then
+    it works as before.
     """
     context = zmq.Context()
     router, address = bind(context, "ipc", None, number=0)
@@ -344,7 +345,7 @@ def test_a_request_that_the_model_has_is_not_queued_again(tmp_path) -> None:
         client.submit(request)
         works: list[Any] = []
         _until(lambda: bool(works.extend(teacher.server.take(100, 0.05)) or works))
-        for _ in range(2):  # as after an answer that was lost on the way
+        for _ in range(2):  # as after an answer that was lost
             client._send(client._replicas[teacher.server.endpoint.replica], client._open[1].parts)
         _until(lambda: teacher.server.status()["again"] == 2)
         assert len(works) == 1 and teacher.server.status()["queue"] == 0
@@ -361,7 +362,7 @@ def test_a_client_that_is_killed_leaves_nothing_behind(tmp_path) -> None:
         for request in requests_of(0):
             gone.submit(request)
         _until(lambda: teacher.server.status()["queue"] == 24)
-        gone._send = lambda *_: None  # from here on it says nothing
+        gone._send = lambda *_: None  # from here on it is silent
         _until(lambda: teacher.server.status()["clients"] == 0)
         status = teacher.server.status()
         assert status["queue"] == 0 and teacher.server._queued_bytes == 0
@@ -424,7 +425,7 @@ def test_a_killed_replica_of_this_host_is_forgotten_by_the_next(tmp_path) -> Non
         dead = replace(teacher.server.endpoint, replica="dead", pid=2**22 + 1, address=address)
         elsewhere = replace(dead, replica="elsewhere", host="another")
         for endpoint in (dead, elsewhere):
-            # Without a lock, as from an earlier version: a lock of this process would say that they run.
+            # Without a lock, as from an earlier version: a lock of this process would show that they run.
             (tmp_path / f"{endpoint.replica}.json").write_text(json.dumps(asdict(endpoint)))
         publish(tmp_path, teacher.server.endpoint)
         assert not (tmp_path / "dead.json").exists() and not left.parent.exists()
@@ -476,7 +477,7 @@ def test_an_address_that_was_checked_is_free_and_nothing_is_left(tmp_path, short
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_replica_does_not_outlive_its_server(tmp_path, monkeypatch) -> None:
-    """Its model would wait for ever for requests that nobody can bring."""
+    """Its model would wait forever for requests that cannot arrive."""
     teacher = ModelFreeTeacher(tmp_path, works=False)
     monkeypatch.setattr(teacher.server, "_send", lambda: 1 / 0)
     _until(lambda: not teacher.server.is_alive())

@@ -1,5 +1,5 @@
-"""A teacher, or whoever can write where teachers are found, that means harm: refused in one line, and nothing
-else.
+"""A hostile teacher, or a person who can write to the endpoint folder: refused in one line,
+without other effects.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def test_a_key_file_without_keys_is_one_line(text: str, words: str, tmp_path: Pa
 
 @dataclass(kw_only=True)
 class Hostile:
-    """A replica that says what it is told to."""
+    """A replica that answers as it is told to."""
 
     folder: Path
     fingerprints: dict[Any, Any] = field(default_factory=lambda: dict(FINGERPRINTS))
@@ -228,7 +228,7 @@ class Hostile:
 
 
 def _request(kind: str) -> Any:
-    """One that has an answer with that array."""
+    """A request whose answer has that array."""
     rng = np.random.default_rng(1)
     while True:
         request = make_request(rng, 1)

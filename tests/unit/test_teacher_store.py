@@ -1,4 +1,4 @@
-"""Answers on disk: what is found again, what is not, and a disk that refuses."""
+"""Answers on disk: which are found again, which are not, and a disk that fails."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _request(pair: AlignedPair) -> TeacherRequest:
 
 
 def test_a_full_disk_costs_no_sample(tmp_path, monkeypatch, capsys) -> None:
-    """It is reported once; what was kept before stays readable, and nothing half-written is left."""
+    """It is reported once. Earlier answers stay readable, and no half-written file remains."""
     store = open_store(tmp_path)
     replaced, kept = os.replace, []
 

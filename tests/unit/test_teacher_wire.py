@@ -1,6 +1,4 @@
-"""Messages, and what is refused: bytes that are none, requests that would fault, clients that do not
-belong.
-"""
+"""Messages, and refusals: invalid bytes, requests that would fault, clients without access."""
 
 from __future__ import annotations
 
@@ -56,7 +54,7 @@ def some_requests(count: int = 40) -> list[TeacherRequest]:
 
 
 def journey(message: Message) -> Message:
-    """As the other end has it."""
+    """The message as the other end decodes it."""
     return decode([bytes(part) for part in encode(message)])
 
 
@@ -206,8 +204,8 @@ def _frames(parts, at, **changes) -> list[Any]:
 
 
 def _mutated(rng: random.Random, parts: list[bytes]) -> list[bytes]:
-    """Bits flipped, bytes cut or added, parts lost, doubled or swapped; half the time with a checksum that
-    fits.
+    """Bits flipped, bytes cut or added, parts lost, doubled or swapped; half the time
+    with a right checksum.
     """
     parts = list(parts)
     for _ in range(rng.randint(1, 3)):
@@ -254,8 +252,8 @@ def test_garbled_messages_are_wire_errors_and_nothing_else() -> None:
 
 
 def test_a_server_outlives_garbled_frames(tmp_path) -> None:
-    """10,000 of them, from a client that was welcome: refused and counted, memory stays, and others are
-    served.
+    """10,000 of them, from an accepted client: they are refused and counted, memory stays,
+    and others are served.
     """
     rng = random.Random(1)
     originals = [[bytes(p) for p in encode(score_message(i, r))] for i, r in enumerate(some_requests())]
@@ -282,7 +280,7 @@ def test_a_server_outlives_garbled_frames(tmp_path) -> None:
         context.destroy(0)
 
 
-# Who may talk
+# Access
 
 
 @pytest.mark.parametrize("name, value", [("teacher_tokenizer", "b" * 64), ("hidden_size", 17)])
@@ -452,7 +450,7 @@ def test_between_hosts_only_the_key_of_the_run_opens(tmp_path) -> None:
 
 
 def _served(folder, **more) -> None:
-    """Another client gets what it asks for."""
+    """Asserts that another client gets its answer."""
     client = open_client(folder, **more)
     requests = some_requests(8)
     assert all(same_answer(s, requests[s.sample_id]) for s in collect(client, requests))

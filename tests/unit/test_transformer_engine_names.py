@@ -1,5 +1,6 @@
 """Names of parameters in megatron-core's TransformerEngine layers, read from its sources. TransformerEngine
-itself does not import without CUDA."""
+itself does not import without CUDA.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ def source(path: str) -> str:
 
 
 def renamed() -> list[tuple[str, str]]:
-    """(TransformerEngine's name, local name), of megatron-core's conversion of one kind of layers to the
-    other.
+    """(TransformerEngine's name, local name), from megatron-core's conversion between the
+    two kinds of layers.
     """
     tree = ast.parse(source("post_training/modelopt/gpt/state_dict_hooks.py"))
     (found,) = {
@@ -44,8 +45,8 @@ def renamed() -> list[tuple[str, str]]:
 
 
 def of_experts(kind: str) -> list[str]:
-    """Names of the experts' weights of one kind of module, of megatron-core's conversion of dense models to
-    experts.
+    """Names of the experts' weights of one kind of module, from megatron-core's conversion of
+    dense models to experts.
     """
     text = source("transformer/moe/upcycling_utils.py")
     (branch,) = re.findall(rf"if experts_type == ExpertsType\.{kind}:\n(.*?)\n    el", text, flags=re.DOTALL)
@@ -62,7 +63,7 @@ def test_the_fused_norms_of_dense_layers_have_the_rules_of_the_separate_ones() -
     assert len(pairs) == 2
     for theirs, local in pairs:
         assert rules[theirs] == rules[local]
-    # A norm that is fused with the linear layer after it leaves its own place empty.
+    # A norm that is fused with the linear layer after it leaves its own name unused.
     assert "linear_qkv=backend.column_parallel_layer_norm_linear()" in source("models/gpt/gpt_layer_specs.py")
 
 

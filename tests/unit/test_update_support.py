@@ -1,4 +1,4 @@
-"""What the options of the update do not cover is refused, with the flag and the way out."""
+"""Combinations that the options of the update do not support are refused, with the flag and the remedy."""
 
 from __future__ import annotations
 

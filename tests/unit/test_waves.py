@@ -1,4 +1,4 @@
-"""While a wave is sampled, the one before it is aligned and sent by another thread."""
+"""While a wave is sampled, another thread aligns and sends the one before it."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_what_goes_wrong_in_either_thread_ends_the_step(part, words) -> None:
     parts = Parts(fails=part)
     with pytest.raises(ValueError, match=words):
         begin(parts.job, 0, Stopwatch())
-    parts.job.background.shutdown()  # nothing of it waits for ever
+    parts.job.background.shutdown()  # no thread of it waits forever
 
 
 def test_a_pair_is_sent_as_soon_as_it_is_aligned() -> None:
@@ -99,7 +99,7 @@ def test_a_pair_is_sent_as_soon_as_it_is_aligned() -> None:
 
 
 def test_an_interrupt_while_work_is_handed_over_leaves_no_thread_that_waits() -> None:
-    """A Ctrl-C may come when the other thread has its work and this one has not yet gone on."""
+    """A Ctrl-C may come when the other thread has its work and this one has not continued yet."""
     parts = Parts(fails="nothing")
     handed_over = []
 
@@ -117,8 +117,8 @@ def test_an_interrupt_while_work_is_handed_over_leaves_no_thread_that_waits() ->
 
 
 class Streaming(Parts):
-    """Responses of one wave come one by one, the last prompt's first; each is sent before the next is
-    there.
+    """Responses of one wave come one by one, the last prompt's first. Each is sent before
+    the next one exists.
     """
 
     def __init__(self) -> None:

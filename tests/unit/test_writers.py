@@ -1,4 +1,4 @@
-"""Where metrics go, and what stays of them when a run is resumed."""
+"""Destinations of metrics, and which of them remain when a run is resumed."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_missing_library_is_named_with_its_flag(monkeypatch, output, module) -
 
 
 def test_neither_library_is_imported_without_its_flag() -> None:
-    """By us: megatron-core itself imports those that it finds."""
+    """By our code: megatron-core itself imports those that are installed."""
     code = (
         "import sys, megatron_simct.reporting.writers as w; from megatron_simct.config.options import "
         "OutputConfig; w.check_writers(OutputConfig()); assert w.open_writers(OutputConfig(), {}, start=0) "

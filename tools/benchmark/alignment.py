@@ -1,15 +1,15 @@
-"""How fast two tokenizations are aligned, and whether it is right: ours, SimCT's released walk, TRL's GOLD.
+"""Speed and correctness of the alignment of two tokenizations: ours, SimCT's released walk, TRL's GOLD.
 
     python tools/benchmark/alignment.py    # real pairs and texts, fetched (some 160 MB)
     python tools/benchmark/alignment.py --pair TEACHER STUDENT --corpus FILE ...    # your own
     python tools/benchmark/alignment.py --overlap    # shared vocabularies beside published figures
 
-Speed is student plus teacher tokens a second on one core, from ids to segments; retokenization is apart.
-Every figure is the best of several repeats, the methods taking turns, so ratios of one run can be compared.
-Right means: the units of a text are the gaps between all common token ends, up to the first byte in which the
-two spellings differ.
+Speed is student plus teacher tokens a second on one core, from ids to segments. Retokenization is measured
+separately. Every figure is the best of several repeats. The methods take turns, so ratios within one run are
+comparable. The right units of a text are the gaps between all common token ends, up to the first byte at
+which the two spellings differ.
 
-TRL's GOLD is measured where the package `trl` is installed (extra `benchmark`).
+TRL's GOLD is measured if the package `trl` is installed (extra `benchmark`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ OVERLAPS = {
     ("gpt4o", "gemma3"): 0.6545,
 }
 """Shared tokens over the smaller vocabulary, as NVIDIA published it for Llama-3, Qwen, Gemma-3 and
-Phi-4-mini, whose vocabulary is taken for gpt4o's (o200k) here; theirs may be of other revisions."""
+Phi-4-mini. Phi-4-mini's vocabulary is taken as gpt4o's (o200k) here. NVIDIA's may be of other revisions.
+"""
 DEFAULT_PAIRS = [
     ("llama3", "qwen2.5"),
     ("qwen2.5", "gemma2"),
@@ -57,7 +58,7 @@ class Speed:
     method: str
     shape: str
     tokens: int
-    """Both sides."""
+    """Tokens of both sides."""
     tokens_per_second: float
 
 
@@ -69,11 +70,11 @@ class Correctness:
     method: str
     text: str
     coverage: float
-    """Share of the bytes, up to where the two spellings differ, that lie in right units."""
+    """Share of the bytes in right units, among the bytes up to the place where the two spellings differ."""
     wrong_units: int
     """Units whose two sides are not the same piece of the text."""
     units_over_ideal: float
-    """Right units over the number of gaps between common token ends."""
+    """Number of right units over the number of gaps between common token ends."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,9 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--corpus", nargs="+", default=[], metavar="FILE", help="UTF-8 texts instead of the fetched ones"
     )
-    parser.add_argument(
-        "--repeats", type=int, default=7, help="repeats of each measurement, of which the best counts"
-    )
+    parser.add_argument("--repeats", type=int, default=7, help="repeats of each measurement; the best counts")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--overlap",
@@ -135,13 +134,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def overlap(one: Tokenizer, other: Tokenizer) -> tuple[int, float]:
-    """Tokens of equal bytes, and their share of the smaller vocabulary, special ids counted."""
+    """Number of tokens of equal bytes, and their share of the smaller vocabulary, with special ids."""
     shared = build_alignment_map(one, other).num_shared
     return shared, shared / min(one.table.num_ids, other.table.num_ids)
 
 
 def show_overlaps() -> int:
-    """1 where no tokenizer could be had."""
+    """Exit code; 1 if no tokenizer is available."""
     found = 0
     for (one, other), published in OVERLAPS.items():
         try:
@@ -184,7 +183,7 @@ def _texts(files: Sequence[str]) -> dict[str, list[bytes]]:
 
 
 def methods(teacher: Tokenizer, student: Tokenizer) -> dict[str, Method]:
-    """Name -> (teacher ids, student ids) -> segments [A, 4] or what it gives instead."""
+    """Name -> (teacher ids, student ids) -> segments [A, 4], or the method's own kind of result."""
 
     def ours(t: np.ndarray, s: np.ndarray) -> np.ndarray:
         return align(teacher.table, t, student.table, s).segments
@@ -219,7 +218,7 @@ def _offsets(ids: list[int], lengths: list[int]) -> list[tuple[int, int]]:
 def _gold() -> Callable[..., tuple[list[list[int]], list[list[int]]]] | None:
     """TRL's grouping of two lists of byte offsets.
 
-    It is given the bytes of each token, which it derives itself.
+    It gets the bytes of each token, which it derives by itself in TRL.
     """
     try:
         from trl.experimental.gold.gold_trainer import ULDLoss
@@ -243,7 +242,9 @@ def _gold_status() -> str:
 def measure_speed(
     name: str, teacher: Tokenizer, student: Tokenizer, texts: dict[str, list[bytes]], repeats: int
 ) -> list[Speed]:
-    """One call of 200 and of 2,000 student tokens, a batch of 64 of 200, and one response of 128k."""
+    """Speed for one call of 200 and of 2,000 student tokens, a batch of 64 x 200, and
+    one response of 128k.
+    """
     text = b"\n".join(piece for pieces in texts.values() for piece in pieces)
     text *= 1 + 600_000 // len(text)
     rows = []
@@ -265,7 +266,7 @@ def measure_speed(
         best = dict.fromkeys(runs, float("inf"))
         for _ in range(repeats):
             for method, run in runs.items():
-                # some milliseconds, as the others take
+                # some milliseconds, like the others
                 inner = max(1, 200_000 // tokens) if method == "ours" else 1
                 start = time.perf_counter()
                 for _ in range(inner):
@@ -294,7 +295,7 @@ def cut(text: bytes, size: int, teacher: Tokenizer, student: Tokenizer) -> tuple
 
 
 def measure_retokenization(teacher: Tokenizer, texts: dict[str, list[bytes]]) -> float:
-    """Teacher tokens a second of its own library, for the responses of all texts."""
+    """Teacher tokens a second of the teacher's own library, for the responses of all texts."""
     pieces = [piece for group in texts.values() for piece in group]
     start = time.perf_counter()
     tokens = sum(len(teacher.encode(piece)) for piece in pieces)
@@ -304,7 +305,7 @@ def measure_retokenization(teacher: Tokenizer, texts: dict[str, list[bytes]]) ->
 def check(
     name: str, teacher: Tokenizer, student: Tokenizer, texts: dict[str, list[bytes]]
 ) -> list[Correctness]:
-    """Compare each method's units with what plain Python finds."""
+    """Compare each method's units with those that plain Python finds."""
     rows = []
     pieces = [side.table.pieces() for side in (teacher, student)]
     for text, group in texts.items():
@@ -341,7 +342,7 @@ def check(
 
 
 def ratios(speeds: Sequence[Speed]) -> dict[str, float]:
-    """By how much ours is faster than each other method, the least over pairs, by shape."""
+    """How many times faster ours is than each other method, for each shape; the smallest ratio over pairs."""
     found: dict[str, float] = {}
     ours = {(s.pair, s.shape): s.tokens_per_second for s in speeds if s.method == "ours"}
     for speed in speeds:

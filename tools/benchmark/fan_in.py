@@ -4,19 +4,19 @@
     python tools/benchmark/fan_in.py --clients 16 --replicas 4 --scale 0.5 --json
     python tools/benchmark/fan_in.py --rule timer --steps even    # the control
 
-Clients and servers are those of a run (`TeacherClient`, `ReplicaServer`) with all their sockets, on
-loopback, encrypted (CURVE) unless --bind ipc; the clients of a process take turns in one thread. A model is a
-rate: --tokens-per-second, in batches as `serve` takes them. A simulated second lasts --scale seconds, every
-time-out too, so that this machine can serve all of it. In a step every client asks for its samples at once
-and waits for all answers.
+Clients and servers are those of a run (`TeacherClient`, `ReplicaServer`) with all their sockets, on loopback,
+encrypted (CURVE) unless --bind ipc. The clients of a process take turns in one thread. A model is replaced by
+a rate: --tokens-per-second, in batches as `serve` takes them. A simulated second lasts --scale seconds, and
+every time-out is scaled in the same way, so that this machine can serve all of it. In a step every client
+sends all its requests at once and waits for all answers.
 
-steps     even: all replicas are as fast as they say. straggler: one in sixteen computes at 0.4 of its rate.
-          death: one in sixteen is killed (-9) after a quarter of the step, and started again after half of
-          it.
-rule      holds: what the package does. timer: the control, as earlier versions did: a request goes to the
-          replica that has the least of this client's own tokens, again to another after 30 s without an
-          answer, and every client reads the endpoint folder twice a second.
-computed  answers that models made, over the distinct requests; 1 is none twice
+steps     even: all replicas are as fast as they report. straggler: one in sixteen computes at 0.4 of its
+          rate. death: one in sixteen is killed (-9) after a quarter of the step, and started again after half
+          of it.
+rule      holds: the package's rule. timer: the control, the rule of earlier versions: a request goes to the
+          replica that has the fewest of this client's own tokens, and again to another one after 30 s without
+          an answer; every client reads the endpoint folder twice a second.
+computed  answers that models computed, over the distinct requests; 1 means that none was computed twice
 seconds   simulated; `over_ideal` is over all tokens divided by what the replicas compute meanwhile
 """
 
@@ -59,7 +59,7 @@ FINGERPRINTS = {"hidden_size": 1}
 STEPS = ("even", "straggler", "death")
 AGAIN_S = 30.0
 TURNS = 8
-"""How many times a client has its turn in a simulated second."""
+"""Number of turns of each client in a simulated second."""
 SLOW = 0.4
 fork = multiprocessing.get_context("fork")
 
@@ -69,30 +69,45 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--clients", type=int, default=256, help="data-parallel ranks (default: 256)")
-    parser.add_argument("--replicas", type=int, default=32, help="of the teacher (default: 32)")
+    parser.add_argument("--replicas", type=int, default=32, help="replicas of the teacher (default: 32)")
     parser.add_argument(
         "--samples", type=int, default=48, help="requests of a client in a step (default: 48)"
     )
-    parser.add_argument("--tokens", type=int, default=2000, help="of a request, on average (default: 2000)")
     parser.add_argument(
-        "--tokens-per-second", type=float, default=20000, help="of a replica (default: 20000)"
+        "--tokens", type=int, default=2000, help="tokens of a request, on average (default: 2000)"
     )
     parser.add_argument(
-        "--max-tokens-per-batch", type=int, default=8192, help="of the teacher (default: 8192)"
+        "--tokens-per-second", type=float, default=20000, help="speed of a replica (default: 20000)"
     )
     parser.add_argument(
-        "--window-tokens", type=int, default=65536, help="of a client at a replica (default: 65536)"
+        "--max-tokens-per-batch",
+        type=int,
+        default=8192,
+        help="tokens in a batch of the teacher (default: 8192)",
     )
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="default: all three")
-    parser.add_argument("--rule", choices=("holds", "timer"), default="holds", help="default: holds")
     parser.add_argument(
-        "--scale", type=float, default=4.0, help="seconds that a simulated one lasts (default: 4)"
+        "--window-tokens",
+        type=int,
+        default=65536,
+        help="tokens of a client in flight at a replica (default: 65536)",
+    )
+    parser.add_argument(
+        "--steps", nargs="+", choices=STEPS, default=list(STEPS), help="kinds of steps (default: all three)"
+    )
+    parser.add_argument(
+        "--rule",
+        choices=("holds", "timer"),
+        default="holds",
+        help="rule by which requests are distributed (default: holds)",
+    )
+    parser.add_argument(
+        "--scale", type=float, default=4.0, help="seconds for each simulated second (default: 4)"
     )
     parser.add_argument(
         "--bind", default="tcp://127.0.0.1", help="ipc or tcp://HOST (default: tcp://127.0.0.1)"
     )
     parser.add_argument(
-        "--processes", type=int, default=2, help="of clients, and as many of servers (default: 2)"
+        "--processes", type=int, default=2, help="processes for clients, and as many for servers (default: 2)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     return parser.parse_args(argv)
@@ -126,13 +141,13 @@ class Worker:
 
 
 def simulate(options: argparse.Namespace) -> dict[str, Any]:
-    """Every step, one after the other, by the same clients and replicas."""
+    """Run all steps, one after the other, with the same clients and replicas."""
     with tempfile.TemporaryDirectory(prefix="fan") as run:
         folder = Path(run) / "teacher"
         folder.mkdir(mode=0o700)
         if options.bind != "ipc":
             make_keys(folder)
-        # Those that will be killed are processes of their own.
+        # Each replica that will be killed is a process of its own.
         mortal = range(max(1, options.replicas // 16)) if "death" in options.steps else range(0)
         others = np.array_split(np.arange(len(mortal), options.replicas), options.processes)
         servers = [Worker.start(run_servers, options, folder, [n]) for n in mortal]
@@ -233,7 +248,7 @@ def wait_until(moment: float) -> None:
 
 
 class Messages:
-    """Counts what is encoded, which is what is sent."""
+    """Counts messages when they are encoded, which is when they are sent."""
 
     def __init__(self, *modules: Any) -> None:
         self.count = 0
@@ -253,7 +268,7 @@ class Messages:
 
 
 class Cpu:
-    """CPU seconds of this process since the last time."""
+    """CPU seconds of this process since the last call."""
 
     def __init__(self) -> None:
         self._last = time.process_time()
@@ -267,7 +282,7 @@ class Cpu:
 
 
 def run_servers(pipe: Connection, options: argparse.Namespace, folder: Path, numbers: Sequence[int]) -> None:
-    """Some replicas in one process, until it is killed."""
+    """Run some replicas in one process, until it is killed."""
     messages, cpu = Messages(service_module), Cpu()
     replicas = [Replica(options, folder, number) for number in numbers]
     while True:
@@ -284,7 +299,7 @@ def run_servers(pipe: Connection, options: argparse.Namespace, folder: Path, num
 
 
 class Replica(threading.Thread):
-    """A server, and in the place of the model a rate."""
+    """A server with a rate instead of a model."""
 
     def __init__(self, options: argparse.Namespace, folder: Path, number: int) -> None:
         super().__init__(daemon=True)
@@ -329,7 +344,9 @@ class Replica(threading.Thread):
 
 
 class TimerClient(TeacherClient):
-    """The control: what no answer has come to for a while is asked again, whoever has it."""
+    """The control: a request that has no answer after a while is sent again, whether or not
+    its replica has it.
+    """
 
     again_s = AGAIN_S
 
@@ -365,7 +382,9 @@ class TimerClient(TeacherClient):
 
 
 def run_clients(pipe: Connection, options: argparse.Namespace, folder: Path, ranks: Sequence[int]) -> None:
-    """Some ranks in one process: each a client, and for every step its requests and all answers."""
+    """Run some ranks in one process: each has a client, and in every step sends its requests
+    and reads all answers.
+    """
     opens = Counter[str]()
     read = lookout_module.read_endpoints
 
@@ -382,7 +401,7 @@ def run_clients(pipe: Connection, options: argparse.Namespace, folder: Path, ran
     clients = {rank: open_client(options, folder, store, context, reads=rank == 0) for rank in ranks}
 
     def turns(goes_on: Callable[[], bool]) -> None:
-        """All clients in turn, so many times in a simulated second, while there is something to wait for."""
+        """Give every client its turns in a simulated second, as long as an answer is missing."""
         while goes_on():
             end = time.monotonic() + options.scale / TURNS
             for client in clients.values():

@@ -1,20 +1,21 @@
-"""Tokens a second of the rollout engine beside transformers' generate, on the same weights in one process, in
-float32.
+"""Tokens a second of the rollout engine beside transformers' generate, on the same weights in one
+process, in float32.
 
     python tools/benchmark/generation.py
     python tools/benchmark/generation.py --prompts 4 --samples-per-prompt 8 --temperature 1 --json
 
 Without --hf-checkpoint the model has the shapes of SmolLM2-135M and random weights. No sequence stops before
---new-tokens. Both take turns; `seconds` is the least of --repeats calls, prompts included. transformers is
-given each prompt --samples-per-prompt times. Under --temperature 0 `same_tokens` says what share of the
-tokens are equal: rounding may part the two at a near tie, and they stay apart from there on.
+--new-tokens. The two take turns. `seconds` is the least of --repeats calls, prompts included. transformers
+gets each prompt --samples-per-prompt times. With --temperature 0, `same_tokens` is the share of equal tokens:
+rounding may separate the two at a near tie, and from there on they stay apart.
 
     python tools/benchmark/generation.py --count
 
-counts instead what one decoded token launches, on tiny random models: calls of torch's operations that are no
-views, and kernels of compiled regions, for a layer and for what is outside of layers (the difference of two
-models); and how often the host reads the device or sends it something, prompts aside. The step is shaped as
-on a GPU. All-reduces of tensor parallelism are not in it. Needs a C++ compiler.
+counts the launches of one decoded token instead, on tiny random models: calls of torch's operations other
+than views, and kernels of compiled regions, for each layer and for the rest of the model (from the
+difference between two models). It also counts how often the host reads from the device or sends to it,
+without the prompts. The step has the same shape as on a GPU. All-reduces of tensor parallelism are not
+counted. It needs a C++ compiler.
 """
 
 from __future__ import annotations
@@ -71,16 +72,24 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--hf-checkpoint", metavar="DIR", help="Hugging Face folder with weights")
-    parser.add_argument("--prompts", type=int, default=8, help="different prompts (default: 8)")
-    parser.add_argument("--prompt-tokens", type=int, default=64, help="tokens of each (default: 64)")
+    parser.add_argument("--prompts", type=int, default=8, help="number of different prompts (default: 8)")
+    parser.add_argument("--prompt-tokens", type=int, default=64, help="tokens of each prompt (default: 64)")
     parser.add_argument("--samples-per-prompt", type=int, default=1, help="responses a prompt (default: 1)")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens of each response (default: 64)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy")
-    parser.add_argument("--top-p", type=float, default=1.0, help="default: 1")
-    parser.add_argument("--top-k", type=int, default=-1, help="default: -1, all")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="temperature of sampling (default: 0, greedy)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="probability of the tokens to sample from (default: 1)"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=-1, help="number of tokens to sample from (default: -1, all)"
+    )
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls of each (default: 3)")
-    parser.add_argument("--count", action="store_true", help="operations of a token instead of seconds")
+    parser.add_argument(
+        "--count", action="store_true", help="count the operations of a token instead of measuring seconds"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     return parser.parse_args(argv)
 
@@ -88,7 +97,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     if options.count:
-        os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # what is taken from a cache is not counted
+        os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # loads from a cache are not counted
         counts = [count(name, with_compiler=value) for name in SHAPES for value in (False, True)]
         print(json.dumps(counts) if options.json else "\n".join(map(counted_line, counts)))
         return 0
@@ -118,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(options: argparse.Namespace, folder: str, theirs: Any) -> dict:
-    """Seconds and tokens a second of both, and how often they chose the same token."""
+    """Seconds and tokens a second of both, and the share of equal tokens."""
     architecture = read_architecture(folder, flag="--hf-checkpoint")
     vocab_size, total = architecture.vocab_size, options.prompts * options.samples_per_prompt
     ids = torch.randint(0, vocab_size, (options.prompts, options.prompt_tokens))
@@ -213,7 +222,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 class Launches(TorchDispatchMode):
-    """Counts operations that are no views and do not only allocate."""
+    """Counts operations, except views and operations that only allocate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -229,7 +238,7 @@ class Launches(TorchDispatchMode):
 
 
 class Waits(TorchFunctionMode):
-    """Counts where the host reads a tensor, or makes one of numbers of its own."""
+    """Counts reads of a tensor by the host, and tensors that are made from its numbers."""
 
     READS = ("tolist", "item", "__bool__", "__int__", "__float__", "numpy", "cpu", "tensor", "from_numpy")
 
@@ -243,7 +252,7 @@ class Waits(TorchFunctionMode):
 
 
 def count(name: str, *, with_compiler: bool) -> dict[str, Any]:
-    """What one more token costs under greedy and under free sampling, for a layer and for the rest."""
+    """Launches of one more token in greedy and in free sampling, for each layer and for the rest."""
     kernels = Kernels()
     regions = kernels.regions() if with_compiler else EAGER
     megatron_engine.compiled = lambda: regions  # type: ignore[assignment]
@@ -259,8 +268,8 @@ def count(name: str, *, with_compiler: bool) -> dict[str, Any]:
 
 
 def count_model(name: str, layers: int, kernels: Kernels) -> dict[str, float]:
-    """A token's launches and waits in a model with so many layers, from calls with different numbers of
-    tokens.
+    """A token's launches and waits in a model with this number of layers, from calls with
+    different numbers of tokens.
     """
     config = {**TINY, **SHAPES[name], "num_hidden_layers": layers}
     parallel, stepping = ParallelConfig(), Stepping(rows=8, keys=256, late=1, compiled=True, graphs=True)
@@ -296,11 +305,13 @@ def count_model(name: str, layers: int, kernels: Kernels) -> dict[str, float]:
 
 
 KERNELS = ("async_compile.cpp_pybinding(", "async_compile.triton(", "extern_kernels.")
-"""What the compiler's code calls."""
+"""Calls by the compiler's generated code."""
 
 
 class Kernels:
-    """Counts kernels of compiled regions: for each call of a region, as many as the compiler made of it."""
+    """Counts kernels of compiled regions: each call of a region counts as many as the
+    compiler generated for it.
+    """
 
     def __init__(self) -> None:
         self.count, self._made = 0, Counter[str]()
@@ -315,7 +326,7 @@ class Kernels:
 
     def _counted(self, name: str, region: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
-            with disable_modes():  # the compiler takes its own way under a mode
+            with disable_modes():  # the compiler behaves differently under a mode
                 result, codes = run_and_get_code(region, *args)
                 if codes:  # it has just been compiled
                     self._made[name] = max(sum(map(code.count, KERNELS)) for code in codes)
@@ -346,7 +357,7 @@ def counted_line(counts: dict[str, Any]) -> str:
 def race(
     runners: dict[str, Callable[[], torch.Tensor]], repeats: int
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """The least seconds and the answer of each runner, in turns, after one call that does not count."""
+    """The least seconds and the answer of each runner, in turns, after one call that is not counted."""
     answers = {name: run() for name, run in runners.items()}
     seconds = dict.fromkeys(runners, float("inf"))
     for _ in range(repeats):

@@ -1,5 +1,5 @@
-"""Time and memory of the loss (interface paper, forward and backward) beside plain torch and its own matrix
-products.
+"""Time and memory of the loss (interface paper, forward and backward) beside plain torch and its
+own matrix products.
 
     python tools/benchmark/loss.py --labels 512 --vocab 151936 --teacher-vocab 128256 --shared 109566
     python tools/benchmark/loss.py --labels 4096 --hidden 896 --variants fused,products --dtype bf16
@@ -8,33 +8,33 @@ products.
     python tools/benchmark/loss.py --labels 512 --vocab 152064 --variants fused,bytes
 
 variants
-    dense      plain torch from logits that exist: log_softmax, gather, softmax over U, autograd (one process
-               only)
+    dense      plain torch from given logits: log_softmax, gather, softmax over U, autograd (one process only)
     logits     cross_tokenizer_loss from the same logits
-    fused      cross_tokenizer_loss from what enters the output layers
-    products   the bare matrix products that `fused` cannot do without, each done at once: student logits,
+    fused      cross_tokenizer_loss from the inputs of the output layers
+    products   the bare matrix products that `fused` needs at least, each computed at once: student logits,
                teacher logits of the shared tokens, the logits' gradient times the weight and times the hidden
                states
-    bytes      the interface bytes from what enters the output layers, the teacher's sums included, as `fused`
-               includes the teacher's statistics; what both plan on the host beforehand (alignment, byte
-               events) is left out
+    bytes      the interface bytes from the inputs of the output layers, with the teacher's sums, as `fused`
+               includes the teacher's statistics; the plans that both make on the host beforehand (alignment,
+               byte events) are left out
     bytes-longest-match   the same with --simct-byte-bounds longest-match
-    gold       the loss of TRL's GOLD trainer (1.16, hybrid) from the same logits as `dense`, where trl is
-               installed; one process only, and another definition of the same job
+    gold       the loss of TRL's GOLD trainer (1.16, hybrid) from the same logits as `dense`, if trl is
+               installed; one process only, and another definition of the same task
 
 seconds     the least of --repeats calls; variants take turns in one process, so their ratios hold on a busy
             machine
-extra MiB   highest resident memory during the first call, less what was resident before it (inputs), a
-            process a variant; `less gradients` leaves out the gradients that the call returns
-sent        bytes of the tensors that one call hands to collectives of torch.distributed, a label, counted by
-            wrapping them: `statistics` are reductions of vectors (the loss), `states` those of the hidden
-            states' gradient [n, H], which any column-parallel layer makes, `rows` is what goes from rank to
+extra MiB   highest resident memory during the first call, less the memory that was resident before it
+            (inputs), a process for each variant; `less gradients` leaves out the gradients that the call
+            returns
+sent        bytes of the tensors that one call passes to collectives of torch.distributed, for each label;
+            wrappers count them: `statistics` are reductions of vectors (the loss), `states` those of the
+            hidden states' gradient [n, H], which any column-parallel layer makes, `rows` is sent from rank to
             rank
 
 Labels: 9 of 10 segments are one shared token on both sides, the tenth is a unit of two tokens on both. For
-`bytes` the tokens are made up: all single bytes, words of 2 to 8 letters drawn as English draws letters, and
-their prefixes. Several sizes, by commas, are measured one after another; --json then prints one object a
-line.
+`bytes` the tokens are made up: all single bytes, words of 2 to 8 letters with the frequencies of English
+letters, and their prefixes. Several sizes, separated by commas, are measured one after another; --json then
+prints one object on each line.
 """
 
 from __future__ import annotations
@@ -67,16 +67,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--labels", default="512", help="student labels, some by commas (default: 512)")
     parser.add_argument(
-        "--vocab", default="32000", help="student's vocabulary, some by commas (default: 32000)"
+        "--labels", default="512", help="student labels; several separated by commas (default: 512)"
+    )
+    parser.add_argument(
+        "--vocab", default="32000", help="student's vocabulary; several separated by commas (default: 32000)"
     )
     parser.add_argument("--teacher-vocab", type=int, help="default: --vocab")
     parser.add_argument("--shared", type=int, help="shared tokens; default: 0.7 of the smaller vocabulary")
     parser.add_argument("--hidden", type=int, default=896, help="hidden size of the student (default: 896)")
     parser.add_argument("--teacher-hidden", type=int, help="default: --hidden")
     parser.add_argument(
-        "--dtype", choices=("fp32", "bf16"), default="fp32", help="of hidden states, weights, logits"
+        "--dtype",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="data type of hidden states, weights and logits",
     )
     parser.add_argument(
         "--threads", type=int, default=2, help="threads of torch, over all ranks (default: 2)"
@@ -84,7 +89,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--tensor-model-parallel-size", default="1", help="gloo ranks, 1, 2 or 1,2 (default: 1)"
     )
-    parser.add_argument("--variants", default="dense,logits,fused,products", help="some of them, by commas")
+    parser.add_argument(
+        "--variants", default="dense,logits,fused,products", help="variants to measure, separated by commas"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="timed calls a variant (default: 3)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -116,7 +123,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def sizes(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """One set of options for each combination of the sizes given by commas."""
+    """One set of options for each combination of the sizes that commas separate."""
     found = []
     for tp, labels, vocab in itertools.product(args.tensor_model_parallel_size, args.labels, args.vocab):
         one = copy.copy(args)
@@ -129,11 +136,11 @@ def sizes(args: argparse.Namespace) -> list[argparse.Namespace]:
     return found
 
 
-# The parent: one set of ranks for the times, one a variant for the memory
+# The parent: one set of ranks for the times, and one set a variant for the memory
 
 
 def run_workers(args: argparse.Namespace, mode: str, variants: str) -> dict[str, Any]:
-    """What rank 0 prints. Freed memory goes back to the system at once where it is measured."""
+    """The output of rank 0. If memory is measured, freed memory is returned to the system at once."""
     size = args.tensor_model_parallel_size
     with tempfile.TemporaryDirectory() as folder:
         workers = []
@@ -267,7 +274,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class count_bytes:
-    """Collects the bytes of the tensors that this rank hands to collectives, by what they carry."""
+    """Collects the bytes of the tensors that this rank passes to collectives, by their content."""
 
     def __enter__(self) -> dict[str, int]:
         import torch.distributed as dist
@@ -285,7 +292,7 @@ class count_bytes:
 
             return wrapper
 
-        # Which argument is sent.
+        # The argument that is sent.
         names = {"all_reduce": 0, "broadcast": 0, "all_to_all_single": 1, "all_gather_into_tensor": 1}
         for name, given in (
             names | {"all_gather": 1, "reduce_scatter_tensor": 1, "send": 0, "isend": 0}
@@ -301,7 +308,7 @@ class count_bytes:
 
 
 def reset_peak() -> int:
-    """Bytes that are resident; the kernel's record of the peak starts again from them."""
+    """Resident bytes. The kernel's record of the peak starts again from this value."""
     Path("/proc/self/clear_refs").write_text("5")
     return status("VmRSS")
 
@@ -316,7 +323,7 @@ def status(name: str) -> int:
 
 
 def build(args: argparse.Namespace, variant: str, rank: int, group: Any) -> tuple[Callable[[], None], int]:
-    """A call of forward and backward, and the bytes of the gradients it leaves on this rank."""
+    """A call of forward and backward, and the bytes of the gradients that it leaves on this rank."""
     import torch
 
     from megatron_simct.losses import (
@@ -437,7 +444,7 @@ def byte_loss(
     rank: int,
     group: Any,
 ) -> Callable[[], Any]:
-    """A call of `bytes` on the labels of the sample; tables, events and their packing are made here, once."""
+    """A call of `bytes` on the labels of the sample. Tables, events and their packing are made once, here."""
     import numpy as np
     import torch
 
@@ -524,7 +531,7 @@ def byte_loss(
 
 
 def made_up_words(count: int) -> list[bytes]:
-    """`count` different byte strings: a shuffle of all single bytes, words, and some of their prefixes."""
+    """`count` different byte strings: all single bytes, words, and some of their prefixes, shuffled."""
     rng = random.Random(0)
     words = {bytes([b]) for b in range(256)}
     while len(words) < count:
@@ -537,16 +544,16 @@ def made_up_words(count: int) -> list[bytes]:
 
 
 def _gold() -> Any:
-    """The class of TRL's loss, or None."""
+    """The class of TRL's loss; None if it cannot be imported."""
     try:
         from trl.experimental.gold.gold_trainer import ULDLoss
-    except Exception:  # trl says RuntimeError where something that it needs is missing
+    except Exception:  # trl raises RuntimeError if one of its own imports is missing
         return None
     return ULDLoss
 
 
 def gold_loss(student: Any, teacher: Any, sample: dict[str, Any]) -> Callable[[], Any]:
-    """TRL's loss with its trainer's defaults and the hybrid that compares tokens of equal spelling."""
+    """TRL's loss with its trainer's defaults, and with the hybrid that compares tokens of equal spelling."""
     import torch
 
     n = len(student)
@@ -570,7 +577,7 @@ def gold_loss(student: Any, teacher: Any, sample: dict[str, Any]) -> Callable[[]
         beta=0.0,
     )
     loss = _gold()(config, *tokenizers, device=student.device)
-    # Every label is a token of its own; those of a unit end at other bytes, so that it is one group.
+    # Every label is a separate token. Those of a unit end at other bytes, so that the unit is one group.
     ends = {side: torch.arange(1, n + 1) * 4 for side in ("student", "teacher")}
     for ss, se in sample["segments"][:, 2:].tolist():
         if se - ss > 1:

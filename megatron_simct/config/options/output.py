@@ -82,7 +82,7 @@ class OutputConfig:
     timing_log_level: int = option(
         0,
         "Megatron's timers below each log line, shortest and longest time over the ranks: 1: parts of the "
-        "optimizer step; 2: also each forward and backward pass and what stages send; 0: none",
+        "optimizer step; 2: also each forward and backward pass and communication between stages; 0: none",
         at_least=0,
         at_most=2,
     )
@@ -90,7 +90,7 @@ class OutputConfig:
         False, "write a trace of the steps from --profile-step-start on into RUN_DIR/profile"
     )
     profile_step_start: int = option(10, "first step that --profile traces", at_least=1)
-    profile_step_end: int = option(12, "first step that --profile does not trace any more", at_least=2)
+    profile_step_end: int = option(12, "the trace of --profile ends before this step", at_least=2)
     profile_ranks: tuple[int, ...] = option((0,), "ranks that --profile traces")
     tensorboard_dir: str | None = option(
         None, "write the metrics for TensorBoard to this directory", metavar="DIR"

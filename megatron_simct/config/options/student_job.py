@@ -49,6 +49,11 @@ class Config:
         return method is None or method.teacher
 
     @property
+    def samples(self) -> bool:
+        """Whether the student samples the responses that it trains on."""
+        return self.interface.interface != "sft" and self.data.simct_on == "sampled"
+
+    @property
     def global_batch_size(self) -> int:
         """Sequences of one optimizer step."""
         return self.rollout.rollout_batch_size * self.rollout.n_samples_per_prompt
@@ -88,6 +93,7 @@ class Config:
         self._check_mixture()
         self._check_average()
         self._check_templates()
+        self._check_given()
 
     def _check_batch(self, data_parallel_size: int) -> None:
         """Raises ValueError for a batch size that is not that of the rollouts, or that cannot be divided."""
@@ -100,6 +106,26 @@ class Config:
                 f"--n-samples-per-prompt ({self.rollout.n_samples_per_prompt}) = {size}"
             )
         self._check_micro_batches(size, data_parallel_size)
+
+    def _check_given(self) -> None:
+        """Raises ValueError for options of sampling beside given responses."""
+        if self.data.simct_on == "sampled":
+            return
+        name, rollout = self.interface.interface, self.rollout
+        against = {
+            f"--simct-interface {name}": (name in ("reward", "scalar"), "it compares sampled responses"),
+            "--reward": (self.reward.reward is not None, "it judges sampled responses"),
+            "--rollout-engine vllm": (rollout.rollout_engine == "vllm", "nothing is sampled"),
+            "--rollout-importance-weights": (
+                rollout.rollout_importance_weights is not None,
+                "given responses have no probabilities of a sampling",
+            ),
+            "--given-share": (self.terms.given_share is not None, "all responses are given"),
+            "--reference-kl-weight": (self.terms.reference_kl_weight > 0, "its mean is over sampled labels"),
+        }
+        for flag, (given, why) in against.items():
+            if given:
+                raise ValueError(f"--simct-on given: not with {flag}: {why}; leave one of them out")
 
     def _check_required(self) -> None:
         """Raises ValueError if an option is missing that every run needs."""

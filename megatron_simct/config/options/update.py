@@ -51,8 +51,8 @@ class TrainingConfig:
         "kernel that computes attention on a GPU, in the update and in a teacher on the same ranks. auto: "
         "torch's flash kernel for one sequence without a window in bf16, and flex_attention for windows, "
         "soft-caps, sinks, packed sequences and float32. flash: torch's flash kernel, or an error. local: "
-        "whatever kernel torch takes, and all scores in memory where there is a soft-cap. fused and unfused "
-        "are TransformerEngine's and are refused. On a CPU auto is local; sampling always is",
+        "the kernel that torch chooses; with a soft-cap all scores are in memory. fused and unfused are "
+        "TransformerEngine's and are refused. On a CPU auto means local; sampling always uses local",
     )
     optimizer: Literal["adam", "sgd"] = option("adam", "adam is AdamW, as in Megatron-LM")
     lr: float = option(1e-6, "peak learning rate", at_least=0)

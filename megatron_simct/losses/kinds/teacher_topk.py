@@ -120,7 +120,7 @@ def response_entries(
     likely = Likely.of(
         pair.teacher_rows.tolist(), scored.topk_ids, scored.topk, labels, scored.own_logit - scored.lse
     )
-    return build(pair.segments.tolist(), (rollout.student_ids.tolist(), labels), likely, translation)
+    return build(pair.segments.tolist(), (rollout.label_ids.tolist(), labels), likely, translation)
 
 
 def as_entries(events: Sequence[Event]) -> EntryBatch:
