@@ -239,6 +239,12 @@ def accuracy(stage: Stage, which: str, *, first: bool = False) -> float:
     return evaluations[0 if first else -1][f"{which}_accuracy"]
 
 
+def measured(stage: Stage) -> float:
+    """The share of right answers that tools/evaluate.py has found."""
+    results = json.loads((stage.output / "results.json").read_text())
+    return results["metrics"]["exact_match"]["pass@1"]["mean"]
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         prog="examples/quickstart/run.sh",

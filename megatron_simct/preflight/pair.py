@@ -239,7 +239,7 @@ def _thinks(chat: ChatTemplate) -> bool:
 
 def read_by(side: Side, row: Row) -> Messages | str:
     """The row's prompt for this side: the teacher's own prompt, if the row has one."""
-    return row.read_by_teacher if side.name == "teacher" else row.prompt
+    return row.read_by_teacher if side.flag else row.prompt
 
 
 def side_by_side(student: Side, teacher: Side | None, row: Row) -> dict[str, str]:
