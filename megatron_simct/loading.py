@@ -293,9 +293,7 @@ def open_model(
         if quantised is not None and groups.is_first_rank:
             kind = "bfloat16" if bf16 else "float32"
             print(f" {flag} {options.folder}: {quantised.label}, converted to {kind} in memory", flush=True)
-        load_hf_weights(
-            model, architecture, options.folder, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag=flag
-        )
+        load_hf_weights(model, architecture, options.folder, groups, flag=flag)
     return model
 
 

@@ -14,7 +14,7 @@ warm-up, and one at the end (tools/evaluate.py, tools/select_responses.py):
     4. evaluate   the distilled student on held-out problems, with intervals
 
 A stage is not run again if its command and inputs have not changed since it finished, so a second interface
-starts from the same teacher and student. An interrupted stage continues from its last checkpoint.
+starts from the same teacher and student. An interrupted stage continues where it stopped.
 """
 
 from __future__ import annotations

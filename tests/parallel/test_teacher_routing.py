@@ -193,7 +193,7 @@ def _by_hand(
 
 
 @pytest.fixture(scope="module")
-def one_process(tiny, weights, rows, moved):
+def one_process(tiny, weights, rows, moved) -> tuple[Any, ...]:
     return run_ranks(1, _step, tiny, weights, rows, moved)[0]
 
 

@@ -209,7 +209,7 @@ def test_sums_are_over_all_ranks() -> None:
         assert sums["bytes_dropped_mismatch"] == 0, "a count that no pair has is zero"
 
 
-def _sums_by_teacher(rank, world_size):
+def _sums_by_teacher(rank, world_size) -> dict[str, float]:
     samples = [records(2 * rank + i, {"bytes": 10 * rank + i + 1}) for i in range(2)]
     rollouts, pairs = zip(*samples, strict=True)
     pairs = [replace(pair, teacher="a" if rank else "ab"[i]) for i, pair in enumerate(pairs)]
