@@ -34,7 +34,7 @@ def read_training_rows(config: Config) -> list[Row]:
         chat=config.data.apply_chat_template,
         need_response=config.interface.interface == "sft" and config.data.simct_on == "sampled",
         need_label=False,
-        keep_fields=config.reward.reward is not None,
+        keep_fields=config.keeps_fields,
         transcripts=config.data.simct_on == "given",
     )
 
