@@ -125,9 +125,9 @@ class EngineClient:
     def token_log_probs(
         self, ids: np.ndarray, *, field: LogprobField = "prompt_logprobs", k: int = 0
     ) -> np.ndarray:
-        """float64 [n - 1, 1 + 2k]: the log-probability of each id but the first, by a server that generates;
-        then those of the k likeliest in its place, descending, and which these are. k needs the field
-        prompt_logprobs.
+        """float64 [n - 1, 1 + 2k]: the log-probability of each id but the first, by a server that
+        generates; then those of the k likeliest in its place, descending, and which these are. k needs the
+        field prompt_logprobs.
         """
         assert not k or field == "prompt_logprobs", "an echo does not return ids"
         body = {
@@ -239,8 +239,8 @@ def _of_prompt(choice: Any, ids: list[int], k: int) -> list[list[float]]:
 
 
 def _of_echo(choice: Any, ids: list[int]) -> list[float]:
-    """A number a token, of the prompt's part of an echo; where tokens are named by id, they must be the
-    prompt's.
+    """A number a token, of the prompt's part of an echo; where tokens are named by id, they
+    must be the prompt's.
     """
     found, tokens = choice["logprobs"]["token_logprobs"], choice["logprobs"]["tokens"]
     for token, expected in zip(tokens, ids, strict=False):

@@ -21,8 +21,8 @@ def owner_tag() -> str:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Bytes, or a text in UTF-8. The file gets its name when it is whole and on disk. OSError where that
-    fails.
+    """Bytes, or a text in UTF-8. The file gets its name when it is whole and on disk.
+    OSError where that fails.
 
     Folders above it are made. A link stays, and what it points to is written; so does a device or a pipe
     (/dev/null), which is never half there.

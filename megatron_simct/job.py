@@ -28,7 +28,7 @@ from megatron_simct.job_parts.labels import (
     build_cut,
     build_entries,
     build_packing,
-    build_placement,
+    build_placements,
 )
 from megatron_simct.job_parts.prompts import (
     build_given_rows,
@@ -62,7 +62,7 @@ from megatron_simct.rollout.megatron_engine import MegatronEngine
 from megatron_simct.rollout.oversampling import Oversampling
 from megatron_simct.rollout.vllm_engine import VllmEngine
 from megatron_simct.stopping import ExitWatch
-from megatron_simct.teacher.build import build_teacher, teacher_logit_softcap
+from megatron_simct.teacher.build import build_teachers
 from megatron_simct.teacher.reference import Reference
 from megatron_simct.teacher.scorer import TeacherScorer
 from megatron_simct.update.checkpoint import Checkpoints
@@ -156,9 +156,14 @@ def build_job(config: Config, groups: Groups) -> Job:
     prompts = build_prompts(config, groups, pair, rows)
     oversampling = build_oversampling(config, groups, prompts)
     model = load_student(config, groups, student)
-    placement = build_placement(config, model, pair)
-    teacher_cut = build_cut(config, groups, context_parallel_size=config.teacher_context_parallel_size)
-    teaching = build_teacher(config, groups, pair, placement, teacher_cut, model)
+    placements = build_placements(config, model, pair)
+    teacher_cut = build_cut(
+        config,
+        groups,
+        context_parallel_size=config.teacher_context_parallel_size,
+        agrees=not config.routes_rows,
+    )
+    teaching = build_teachers(config, groups, pair, placements, teacher_cut, model)
     reference = build_reference(config, groups, student)
     chunks = wrap_data_parallel(model, config.parallel, config.update)
     optimizer, scheduler = build_optimizer(chunks, config.training, config.update)
@@ -191,6 +196,7 @@ def build_job(config: Config, groups: Groups) -> Job:
         batch_size=config.global_batch_size,
         sampled=config.samples,
         start=start,
+        teachers=[name for name in pair.by_name if name],
         writers=open_writers(config.output, to_dict(config), start=start) if groups.is_first_rank else (),
     )
     sampler: RolloutEngine = MegatronEngine(
@@ -242,22 +248,20 @@ def build_job(config: Config, groups: Groups) -> Job:
             student,
             rows,
             sampling=sampling,
-            pack=build_packing(config, groups, placement, interface=InterfaceConfig(interface="sft")),
+            pack=build_packing(config, groups, placements, interface=InterfaceConfig(interface="sft")),
         ),
         reference=reference,
         pack=build_packing(
-            config, groups, placement, interface=config.interface, entries=build_entries(config, pair)
+            config, groups, placements, interface=config.interface, entries=build_entries(config, pair)
         ),
         updater=Updater(
             chunks,
             optimizer,
             scheduler,
             groups,
-            shared_head=teaching.shared_head,
-            placement=placement,
+            teachers=teaching.heads,
             interface=config.interface,
             byte_order=build_byte_order(model, groups, student) if pair.needs.byte_events else None,
-            teacher_logit_softcap=teacher_logit_softcap(config) if pair.teachers else None,
             gradient_parts_interval=config.output.gradient_parts_interval,
             importance_cap=config.rollout.rollout_importance_weights,
             check_sampling=(

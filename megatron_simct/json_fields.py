@@ -1,5 +1,5 @@
-"""Allowed values of fields in JSON files from elsewhere; any other value raises a ValueError that names the
-field."""
+"""Allowed values of fields in JSON files from elsewhere; any other value raises a ValueError
+that names the field."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@ Used by the student's job (job.py), the teacher's (serve_teacher.py), the pre-fl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -16,10 +16,9 @@ from megatron_simct.alignment.map_files import load_map
 from megatron_simct.config.options import (
     AttentionBackend,
     Config,
-    MixtureConfig,
     ModelConfig,
     ParallelConfig,
-    TeacherJobConfig,
+    TeacherOptions,
 )
 from megatron_simct.data.prompts import Row, read_prompts
 from megatron_simct.data.rendering import ChatTemplate, read_date
@@ -42,67 +41,65 @@ from megatron_simct.update.support import model_fields
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """One teacher of a run."""
+    """One teacher of a run, with the files that its options name."""
 
-    prefix: str
-    """Prefix of the flags: "teacher-" or "second-teacher-"."""
-    options: ModelConfig
-    job: TeacherJobConfig | MixtureConfig
-    """Options of the teacher's job."""
-    weight: float
-    """Weight in the mixture of next-byte distributions; 1 for a single teacher."""
+    of: TeacherOptions
     tokenizer: Tokenizer
+    alignment_map: AlignmentMap | None
+    """The tokens that it shares with the student; None if no tokens are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Student, teachers, alignment map and the needs of the interface, opened once for a run."""
+    """Student, teachers and the needs of the interface, opened once for a run."""
 
     student: Tokenizer
     teachers: tuple[Teacher, ...]
-    """Empty for an interface without a teacher. Several teachers are mixed byte by byte."""
-    alignment_map: AlignmentMap | None
-    """The tokens that student and teacher share; None if no tokens are compared."""
+    """Empty for an interface without a teacher. Several teachers have names, and each scores the rows that
+    name it; or they have none, and are mixed byte by byte."""
     needs: TeacherNeeds
 
     @property
-    def teacher(self) -> Tokenizer | None:
-        """The tokenizer of the first teacher."""
-        return self.teachers[0].tokenizer if self.teachers else None
+    def by_name(self) -> dict[str, Teacher]:
+        """The teachers by Prompt.teacher; of a mixture the first one."""
+        found: dict[str, Teacher] = {}
+        for teacher in self.teachers:
+            found.setdefault(teacher.of.name, teacher)
+        return found
 
 
 def open_pair(config: Config, *, say: Callable[[str], object] = lambda line: None) -> Pair:
-    """The tokenizers and the alignment map of the run. Raises ValueError, naming the flag, if one cannot be
+    """The tokenizers and the alignment maps of the run. Raises ValueError, naming the flag, if one cannot be
     opened. say: called with a line before work that takes long.
     """
     needs = teacher_needs(config.interface)
     student = open_tokenizer(config.model, prefix="")
-    teachers = tuple(_open_teachers(config)) if needs.teacher else ()
+    teachers = config.teachers if needs.teacher else ()
+    sides = [student, *(open_tokenizer(one.model, prefix=one.prefix) for one in teachers)]
     if needs.byte_events and config.interface.byte_bounds == "any":
-        sides = []
-        for tokenizer in (student, *(one.tokenizer for one in teachers)):
+        for number, tokenizer in enumerate(sides):
             say(
                 f" {tokenizer.name}: finding the tokens that may follow each of {tokenizer.table.num_ids:,} "
                 "tokens"
             )
-            sides.append(with_continuations(tokenizer))
-        student, *others = sides
-        teachers = tuple(replace(one, tokenizer=other) for one, other in zip(teachers, others, strict=True))
-    alignment_map = None
-    if teachers and (not needs.byte_events or config.data.simct_alignment_map is not None):
-        alignment_map = open_alignment_map(config, student, teachers[0].tokenizer)
-    return Pair(student=student, teachers=teachers, alignment_map=alignment_map, needs=needs)
-
-
-def _open_teachers(config: Config) -> Iterator[Teacher]:
-    share = config.mixture.weight if config.mixes_teachers else 0.0
-    sides: list[tuple[str, ModelConfig, TeacherJobConfig | MixtureConfig, float]]
-    sides = [("teacher-", config.teacher, config.teacher_job, 1 - share)]
-    if config.mixes_teachers:
-        sides.append(("second-teacher-", config.second_teacher, config.mixture, share))
-    for prefix, options, job, weight in sides:
-        tokenizer = open_tokenizer(options, prefix=prefix)
-        yield Teacher(prefix=prefix, options=options, job=job, weight=weight, tokenizer=tokenizer)
+            sides[number] = with_continuations(tokenizer)
+    student, *others = sides
+    return Pair(
+        student=student,
+        teachers=tuple(
+            Teacher(
+                of=one,
+                tokenizer=tokenizer,
+                alignment_map=(
+                    None
+                    if needs.byte_events and one.alignment_map is None
+                    else open_alignment_map(config, one, student, tokenizer)
+                ),
+            )
+            for one, tokenizer in zip(teachers, others, strict=True)
+        ),
+        needs=needs,
+    )
 
 
 def open_tokenizer(options: ModelConfig, *, prefix: str) -> Tokenizer:
@@ -114,21 +111,20 @@ def open_tokenizer(options: ModelConfig, *, prefix: str) -> Tokenizer:
         raise ValueError(f"--{prefix}tokenizer-model: {error}") from None
 
 
-def open_alignment_map(config: Config, student: Tokenizer, teacher: Tokenizer) -> AlignmentMap:
-    """The alignment map of --simct-alignment-map, if it belongs to these two tokenizers; built if none is
-    given."""
-    folder = config.data.simct_alignment_map
+def open_alignment_map(
+    config: Config, options: TeacherOptions, student: Tokenizer, teacher: Tokenizer
+) -> AlignmentMap:
+    """The alignment map that a teacher's options name, if it belongs to these two tokenizers; built if they
+    name none."""
+    folder, flag = options.alignment_map, options.map_flag
     if config.interface.interface == "kd":
         if folder is not None:
-            raise ValueError(
-                f"--simct-alignment-map {folder}: interface kd pairs every id with itself; leave it out"
-            )
+            raise ValueError(f"{flag} {folder}: interface kd pairs every id with itself; leave it out")
         return identity_map(student, teacher)
     if config.interface.shared == "released":
         if folder is not None:
             raise ValueError(
-                f"--simct-alignment-map {folder}: it pairs tokens with equal bytes; leave out --simct-shared "
-                "released"
+                f"{flag} {folder}: it pairs tokens with equal bytes; leave out --simct-shared released"
             )
         return released_map(student, teacher)
     if folder is None:
@@ -136,7 +132,7 @@ def open_alignment_map(config: Config, student: Tokenizer, teacher: Tokenizer) -
     try:
         return load_map(folder, student=student.table, teacher=teacher.table)
     except ValueError as error:
-        raise ValueError(f"--simct-alignment-map: {error}") from None
+        raise ValueError(f"{flag}: {error}") from None
 
 
 def open_chat_template(
@@ -299,9 +295,7 @@ def open_model(
         if quantised is not None and groups.is_first_rank:
             kind = "bfloat16" if bf16 else "float32"
             print(f" {flag} {options.folder}: {quantised.label}, converted to {kind} in memory", flush=True)
-        load_hf_weights(
-            model, architecture, options.folder, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag=flag
-        )
+        load_hf_weights(model, architecture, options.folder, groups, flag=flag)
     return model
 
 

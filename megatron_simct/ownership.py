@@ -197,8 +197,8 @@ def _link_new(lock: Lock) -> bool:
 
 
 def _make_new(lock: Lock) -> bool:
-    """The same on a file system without hard links, where a lock that is being written is one that nobody can
-    read.
+    """The same on a file system without hard links, where a lock that is being written is one
+    that nobody can read.
     """
     try:
         descriptor = os.open(lock.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)

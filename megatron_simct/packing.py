@@ -135,13 +135,33 @@ def by_tokens(
             bins[fits].append(i)
             totals[fits] += lengths[i]
 
+    # Every rank needs the same number of micro-batches: that of the rank that needs most.
+    return _split(bins, lengths, number=agree(len(bins)))
+
+
+def by_teacher(
+    lengths: Sequence[int], *, teachers: Sequence[str], cut: Cut, agree: Callable[[int], int]
+) -> list[list[int]]:
+    """Micro-batches whose sequences have one teacher each.
+
+    teachers: of each sequence. cut: of the sequences of one teacher; it must not be collective, since a rank
+    may have no sequence of a teacher. agree: as of by_tokens, for the micro-batches of all teachers together.
+    """
+    bins: list[list[int]] = []
+    for name in sorted(set(teachers)):
+        own = [i for i, teacher in enumerate(teachers) if teacher == name]
+        bins += [[own[i] for i in chosen] for chosen in cut([lengths[i] for i in own])]
+    return _split(bins, lengths, number=agree(len(bins)))
+
+
+def _split(bins: list[list[int]], lengths: Sequence[int], *, number: int) -> list[list[int]]:
+    """So many micro-batches, that with most tokens first: the largest ones are halved."""
+
     def tokens(chosen: Sequence[int]) -> int:
         return sum(lengths[i] for i in chosen)
 
-    # Every rank needs the same number of micro-batches: the largest bins are split until this rank has as
-    # many as the rank that needs most.
-    number = agree(len(bins))
     assert len(bins) <= number <= len(lengths), f"{number} micro-batches of {len(lengths)} samples"
+    bins = list(bins)
     while len(bins) < number:
         largest = max((chosen for chosen in bins if len(chosen) > 1), key=tokens)
         bins.remove(largest)
@@ -255,6 +275,8 @@ def _pack(
         labels=[None if r.transcript is None else r.transcript.student.labels for r in rollouts],
     )
     labels = _pack_labels([s[1:] for s in samples])
+    teacher = samples[0][2].teacher
+    assert all(pair.teacher == teacher for _, _, pair, _ in samples), "a micro-batch has one teacher"
     if entries is not None and all(score.topk_ids is not None for *_, score in samples):
         of_samples = [(entries(rollout, pair, score), rollout, pair) for _, rollout, pair, score in samples]
         labels = replace(labels, entries=pack_entries(of_samples))
@@ -268,6 +290,7 @@ def _pack(
         num_labels=tuple(len(rollout.label_ids) for rollout in rollouts),
         sequences=sequences,
         labels=labels,
+        teacher=teacher,
     )
 
 

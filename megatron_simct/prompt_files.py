@@ -254,6 +254,24 @@ def teacher_prompt_of(row: dict[str, Any], prompt: str | Sequence[Message]) -> s
     return [{"role": "system", "content": system}, *messages[messages[0]["role"] == "system" :]]
 
 
+def teacher_of(row: dict[str, Any], names: Sequence[str]) -> str:
+    """The name of the row's teacher, under `teacher`; without names, empty. A row without a name has the only
+    teacher, if there is one. names: of all teachers. Raises RowError for another name, or for none among
+    several.
+    """
+    if not names:
+        return ""
+    name = row.get("teacher")
+    if name is None and len(names) == 1:
+        return names[0]
+    known = f"the teachers are {', '.join(names)}"
+    if name is None:
+        raise RowError("no teacher", f"{known}; {_has(row)}")
+    if name not in names:
+        raise RowError(f"the unknown teacher {name!r}", known)
+    return str(name)
+
+
 def _message(value: Any, where: str) -> Message:
     if not isinstance(value, dict):
         raise RowError("messages without role and content", f"{where} is not an object")

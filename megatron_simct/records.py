@@ -181,6 +181,8 @@ class Prompt:
     """int32 [pt]"""
     other_teacher_ids: tuple[np.ndarray, ...] = ()
     """The same of the other teachers of a mixture."""
+    teacher: str = ""
+    """The name of the row's teacher; empty without --teachers."""
     response: str | None = None
     """The given response, for interface `sft` and --simct-on given."""
     transcript: Transcript | None = None
@@ -253,6 +255,8 @@ class AlignedPair:
     """The same response for the other teachers of a mixture, with the same slots of byte_events."""
     teacher_labels: np.ndarray | None = None
     """int64 [M], ascending: which of teacher_ids belong to responses; None: all."""
+    teacher: str = ""
+    """The name of the teacher that scores it; empty without --teachers."""
     counts: dict[str, int] = field(default_factory=dict)
     """bytes, bytes_one_to_one, bytes_unit, bytes_dropped_<reason>, and other additive counts for the metrics.
     """
@@ -466,6 +470,8 @@ class MicroBatch:
     """How many each sample has; N in all."""
     sequences: SequenceBatch
     labels: LabelBatch
+    teacher: str = ""
+    """The name of the teacher that has scored all its samples; empty without --teachers."""
     reference: LabelBatch | None = None
     """The same labels, each beside what the student at its start says of it, for --reference-kl-weight."""
     is_given: bool = False

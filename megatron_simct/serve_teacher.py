@@ -149,8 +149,8 @@ def _serve_engine(
     tokenizer: Tokenizer,
     map_fingerprint: str | None,
 ) -> None:
-    """Answers requests with hidden states of engines and this job's LM head, or with log-probabilities of
-    servers.
+    """Answers requests with hidden states of engines and this job's LM head, or with
+    log-probabilities of servers.
     """
     options, serving, engine, flag = config.teacher, config.serving, config.engine, "--teacher-hf-checkpoint"
     signals.defer(groups.device)

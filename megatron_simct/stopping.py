@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 
 _TOGETHER_S = 1.0
-"""Signals within this time count as one: a scheduler may send it to all processes, and torchrun again to its
-own. """
+"""Signals within this time count as one: a scheduler may send it to all processes, and
+torchrun again to its own."""
 
 
 class EndSignals:
@@ -94,8 +94,8 @@ _at_sudden_end: list[Callable[[], object]] = []
 
 @contextlib.contextmanager
 def at_sudden_end(action: Callable[[], object]) -> Iterator[None]:
-    """Call action() where a signal ends the process at once while the context lasts: no `finally` runs
-    then.
+    """Call action() where a signal ends the process at once while the context lasts: no
+    `finally` runs then.
     """
     _at_sudden_end.append(action)
     try:
@@ -117,9 +117,9 @@ def children_end_with_me() -> Iterator[None]:
     """While the context lasts, a process that is forked from this one is killed when this one ends, by kill
     -9 too.
 
-    megatron-core forks processes that write a checkpoint. One that waits for a parent that was killed would
-    wait for ever. The kernel counts a child as its thread's: fork from a thread that lives as long as the
-    child.
+    megatron-core forks processes that write a checkpoint. One that waits for a parent that was
+    killed would wait for ever. The kernel counts a child as its thread's: fork from a thread that
+    lives as long as the child.
     """
     global _children_end_with
     before, _children_end_with = _children_end_with, os.getpid()

@@ -285,11 +285,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def report_random_weights(config: Config, groups: Groups, *, resumed: bool) -> None:
     """Logs a line if a model starts from random weights."""
-    sides = {"--hf-checkpoint": config.model, "--teacher-hf-checkpoint": config.teacher}
-    if resumed:
-        del sides["--hf-checkpoint"]
-    if not config.needs_teacher:
-        del sides["--teacher-hf-checkpoint"]
+    sides = {} if resumed else {"--hf-checkpoint": config.model}
+    if config.needs_teacher:
+        sides |= {f"--{teacher.prefix}hf-checkpoint": teacher.model for teacher in config.teachers}
     random = [
         f"{flag} {options.hf_checkpoint}"
         for flag, options in sides.items()

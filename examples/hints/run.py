@@ -23,7 +23,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from examples.quickstart.run import ARCHITECTURE, INITIALIZER_RANGE, ROOT, WARM_ACCURACY, accuracy
+from examples.quickstart.run import ARCHITECTURE, INITIALIZER_RANGE, ROOT, WARM_ACCURACY, accuracy, measured
 from examples.quickstart.task import write_task
 from examples.quickstart.tokenizer_files import sides
 from examples.stages import Stage, console
@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for stage in (warm_up, evaluate, distil):
         stage.run(ROOT)
     summary = {
-        "with_solution": json.loads((evaluate.output / "summary.json").read_text())["exact_match"],
+        "with_solution": measured(evaluate),
         "before": accuracy(distil, "greedy", first=True),
         "after": accuracy(distil, "greedy"),
         "interface": options.interface,

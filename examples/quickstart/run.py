@@ -14,7 +14,7 @@ warm-up, and one at the end (tools/evaluate.py, tools/select_responses.py):
     4. evaluate   the distilled student on held-out problems, with intervals
 
 A stage is not run again if its command and inputs have not changed since it finished, so a second interface
-starts from the same teacher and student. An interrupted stage continues from its last checkpoint.
+starts from the same teacher and student. An interrupted stage continues where it stopped.
 """
 
 from __future__ import annotations
@@ -237,6 +237,12 @@ def accuracy(stage: Stage, which: str, *, first: bool = False) -> float:
     rows = [json.loads(line) for line in (stage.output / "metrics.jsonl").read_text().splitlines()]
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
     return evaluations[0 if first else -1][f"{which}_accuracy"]
+
+
+def measured(stage: Stage) -> float:
+    """The share of right answers that tools/evaluate.py has found."""
+    results = json.loads((stage.output / "results.json").read_text())
+    return results["metrics"]["exact_match"]["pass@1"]["mean"]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

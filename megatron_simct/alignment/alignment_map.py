@@ -146,14 +146,12 @@ def identity_map(student: Tokenizer, teacher: Tokenizer) -> AlignmentMap:
         if replace(table, stop_ids=()).fingerprint == replace(teacher.table, stop_ids=()).fingerprint:
             raise ValueError(
                 f'tokenizers "{student.name}" and "{teacher.name}" are the same, but the student stops at '
-                "ids "
-                f"{list(table.stop_ids)} and the teacher at {list(teacher.table.stop_ids)}; give both the "
-                "same by --stop-token-ids and --teacher-stop-token-ids"
+                f"ids {list(table.stop_ids)} and the teacher at {list(teacher.table.stop_ids)}; give both "
+                "the same by --stop-token-ids and --teacher-stop-token-ids"
             )
         raise ValueError(
             f'tokenizers "{student.name}" and "{teacher.name}" are not the same, so their ids cannot be '
-            "compared one "
-            "by one; choose another --simct-interface than kd"
+            "compared one by one; choose another --simct-interface than kd"
         )
     if not table.stop_ids:
         raise ValueError(f'tokenizer "{student.name}" has no stop token')
@@ -184,8 +182,7 @@ def released_map(student: Tokenizer, teacher: Tokenizer) -> AlignmentMap:
         if tokenizer.strings is None:
             raise ValueError(
                 f'--simct-shared released: tokenizer "{tokenizer.name}" is not a tokenizer.json, whose '
-                "strings "
-                "it compares"
+                "strings it compares"
             )
         ids: dict[str, int] = {}
         for text, token_id in sorted(tokenizer.strings().items(), key=lambda item: item[1]):

@@ -4,9 +4,9 @@ The interface `bytes` compares distributions over the next byte at every byte po
 response y. The structure is known before a model runs, so this module plans it, with integers only; the
 probabilities come later.
 
-One model. Its tokens v_1 .. v_n of the response end at offsets beta_1 .. beta_n. Row k is the distribution
-after k of them. Relative to the probability A_K of the path up to K, the last boundary at or before i, it
-gives:
+One model. Its tokens v_1 .. v_n of the response end at offsets beta_1 .. beta_n. Row k is the
+distribution after k of them. Relative to the probability A_K of the path up to K, the last boundary at or
+before i, it gives:
 
     known        tokens that spell y[beta_k : i] and go on with byte b, or end the text where i is a boundary:
                  the mass m(b), m(end). They stand for texts that go on with b.
@@ -291,8 +291,8 @@ def _walk(side: Side, text: np.ndarray, num_positions: int) -> _Walk:
 
 
 def _last_border(trie: ByteTrie, text: np.ndarray) -> np.ndarray:
-    """int64 [L + 1]: for every i the last offset B <= i that no token can cross in a text that begins with
-    y[:i].
+    """int64 [L + 1]: for every i the last offset B <= i that no token can cross in a text
+    that begins with y[:i].
     """
     size = text.size
     crossed = np.zeros(size + 2, dtype=np.int64)

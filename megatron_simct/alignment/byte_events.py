@@ -65,11 +65,11 @@ NUM_BYTES = 256
 
 @dataclass(frozen=True, eq=False)
 class ByteTrie:
-    """A vocabulary in the order of its bytes, as a trie. Node 0 is the root; a node is a prefix of some
-    token.
+    """A vocabulary in the order of its bytes, as a trie. Node 0 is the root; a node is a
+    prefix of some token.
 
-    Nodes are numbered by depth, and within one depth in byte order, so the children of a node are
-    consecutive.
+    Nodes are numbered by depth, and within one depth in byte order, so the children of a
+    node are consecutive.
     """
 
     order: np.ndarray
@@ -77,8 +77,8 @@ class ByteTrie:
     num_content: int
     num_other: int
     first: np.ndarray
-    """int64 [nodes]: tokens that begin with the node's bytes are order[first:end]; those that spell just them
-    lead.
+    """int64 [nodes]: tokens that begin with the node's bytes are order[first:end]; those that
+    spell just them lead.
     """
     end: np.ndarray
     """int64 [nodes]"""
@@ -163,9 +163,9 @@ def plan_byte_events(
 ) -> ByteEvents:
     """The events of one response, and both models' sums.
 
-    text uint8 [L]: the bytes that both sequences of ids (int32 [N], [M]) begin with, up to the first special
-    token of either; stop: both spell just `text` and then stop, so that the position behind it is compared
-    too.
+    text uint8 [L]: the bytes that both sequences of ids (int32 [N], [M]) begin with, up to the first
+    special token of either; stop: both spell just `text` and then stop, so that the position behind
+    it is compared too.
     """
     num_positions = text.size + stop
     walks = [
@@ -184,8 +184,8 @@ def plan_mixture_events(
     student_ids: np.ndarray,
     teachers: Sequence[tuple[TokenTable, np.ndarray]],
 ) -> list[ByteEvents]:
-    """As `plan_byte_events`, for a mixture of teachers (each a table and its ids): one result for each
-    teacher.
+    """As `plan_byte_events`, for a mixture of teachers (each a table and its ids): one
+    result for each teacher.
 
     They differ in the teacher's sums only: the slots and the student's sums are the same.
     """

@@ -122,8 +122,8 @@ class Continuations:
         return digest.hexdigest()
 
     def contradictions(self, ids: np.ndarray, table: TokenTable) -> np.ndarray:
-        """int64 [n]: positions in a tokenizer's own cut at which the table forbids the actual
-        continuation.
+        """int64 [n]: positions in a tokenizer's own cut at which the table forbids the
+        actual continuation.
         """
         ids = np.asarray(ids, dtype=np.int64)
         ids = ids[table.lengths[ids] > 0]
@@ -222,8 +222,8 @@ class _Derivations:
     times_taken: np.ndarray
     """int64 [V]: merges whose right half it is."""
     by_depth: list[np.ndarray]
-    """Tokens with a right half: first those whose right half is a symbol, then those whose right half is of
-    these.
+    """Tokens with a right half: first those whose right half is a symbol, then those whose
+    right half is of these.
     """
 
     @classmethod
@@ -258,8 +258,8 @@ class _Derivations:
         )
 
     def first_merge(self, tokens: np.ndarray, begins: int) -> np.ndarray:
-        """int64 [n]: when a merge first joins what ends a token with the token `begins` behind it, _NEVER if
-        none.
+        """int64 [n]: when a merge first joins what ends a token with the token `begins` behind
+        it, _NEVER if none.
         """
         num_ids = self.left_of.size
         found = np.full(tokens.size, _NEVER)
@@ -293,8 +293,8 @@ class _Derivations:
     ) -> np.ndarray:
         """bool [n]: whether a longer token that begins with `node` can stand behind each token.
 
-        first: when a merge would join the token with `node`, if that has not become part of a longer one by
-        then.
+        first: when a merge would join the token with `node`, if that has not become part of a
+        longer one by then.
         """
         found = np.zeros(tokens.size, dtype=bool)
         open_ = np.arange(tokens.size)

@@ -44,8 +44,8 @@ class Coverage:
     """The units of most bytes: text, and the number of tokens on each side."""
 
     def as_json(self) -> dict[str, Any]:
-        """One flat object; `share_*` are shares of the student's tokens; kinds name the teacher's side
-        first.
+        """One flat object; `share_*` are shares of the student's tokens; kinds name the
+        teacher's side first.
         """
         return {
             "student_tokens": self.student_tokens,

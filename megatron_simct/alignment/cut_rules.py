@@ -4,9 +4,9 @@
 that compare bytes do it.
 
 Borders of pretokens are found by trying: every pair of kinds of ASCII characters in several
-contexts. An apostrophe and one or two letters ("'s", "'re") end a pretoken inside a word; tokens that can end
-such a pretoken may be followed by anything. `check` holds the whole table against the neighbours in real
-texts.
+contexts. An apostrophe and one or two letters ("'s", "'re") end a pretoken inside a word; tokens
+that can end such a pretoken may be followed by anything. `check` holds the whole table against the
+neighbours in real texts.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ def _of_merges(rules: CutRules, table: TokenTable) -> Continuations:
 
 
 def _inside(pretokens: Callable[[str], Sequence[str]]) -> tuple[np.ndarray, list[str]]:
-    """bool [256, 256], between which characters no border falls, and the endings that make a border in a
-    word.
+    """bool [256, 256], between which characters no border falls, and the endings that make
+    a border in a word.
     """
     endings = [e for e in _ENDINGS if len(pretokens(f"x{e}a")) > len(pretokens(f"x{e}"))]
     inside = np.zeros((256, 256), dtype=bool)
@@ -150,8 +150,8 @@ def _has_border(pretokens: Callable[[str], Sequence[str]], ones: str, others: st
 
 
 def _of_digits(tokenizer: Tokenizer) -> Continuations | None:
-    """Where runs of digits are cut into groups from the left, each for itself, every group is tried; else
-    None.
+    """Where runs of digits are cut into groups from the left, each for itself, every group
+    is tried; else None.
     """
     table = tokenizer.table
     pieces = table.pieces()

@@ -1,5 +1,5 @@
-"""A Hugging Face folder compared with the vocabulary beside it: one id for each token, and the ids that end a
-response.
+"""A Hugging Face folder compared with the vocabulary beside it: one id for each token, and the ids
+that end a response.
 
 A token that a run uses and the vocabulary lacks is an error: BOS, EOS, a stop id, a token that the chat
 template writes. transformers adds an id for such a token, behind those of the model. Any other one
@@ -88,8 +88,8 @@ def _unread_role(folder: HfFolder, token: AddedToken | NamedToken) -> list[str]:
 
 
 def _template_texts(folder: HfFolder) -> tuple[list[str], frozenset[str]]:
-    """The texts that the folder's chat template holds, and the variables that it reads; none if it cannot be
-    read.
+    """The texts that the folder's chat template holds, and the variables that it reads; none
+    if it cannot be read.
     """
     try:
         _, source = template_source(folder.path, folder.settings)

@@ -1,5 +1,5 @@
-"""The files beside a tokenizer in a Hugging Face folder: added tokens, BOS, stop ids, variables of the chat
-template.
+"""The files beside a tokenizer in a Hugging Face folder: added tokens, BOS, stop ids, variables
+of the chat template.
 
 `read_folder` reads them once, in the order of precedence of transformers:
     tokenizer_config.json     named tokens, and added_tokens_decoder: tokens with their ids. If it has that
@@ -238,8 +238,8 @@ def _eos_token_ids(folder: Path) -> tuple[dict[int, str], bool]:
 
 
 def tokenizer_file(folder: Path) -> Path | None:
-    """The tokenizer of a Hugging Face folder: tokenizer.json, else Mistral's tekken.json, else
-    tokenizer.model.
+    """The tokenizer of a Hugging Face folder: tokenizer.json, else Mistral's tekken.json,
+    else tokenizer.model.
     """
     names = ("tokenizer.json", "tekken.json", "tokenizer.model")
     return next((folder / name for name in names if (folder / name).exists()), None)

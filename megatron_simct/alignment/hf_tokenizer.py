@@ -110,8 +110,8 @@ def load_hf_tokenizer(
 
 
 def _merge_added_tokens(spec: dict[str, Any], folder: HfFolder) -> dict[str, str]:
-    """Put the tokens of the folder's other files into the file's added tokens; the file that each one is
-    from.
+    """Put the tokens of the folder's other files into the file's added tokens; the file
+    that each one is from.
 
     added_tokens_decoder replaces the flags of a token that tokenizer.json lists, added_tokens.json does not.
     A token with a role is special, but for one that added_tokens_decoder leaves out. A named token that only
@@ -232,8 +232,8 @@ def _strings(encoder: Encoder) -> dict[str, int]:
 
 
 class Encoder:
-    """text -> ids, without BOS. Can be pickled: the library's own pickles forget how special tokens are
-    read.
+    """text -> ids, without BOS. Can be pickled: the library's own pickles forget how
+    special tokens are read.
     """
 
     def __init__(self, spec: str, *, special_tokens: bool) -> None:
@@ -256,8 +256,8 @@ class Encoder:
 
 
 def _keep_text(spec: dict[str, Any], lossy: Callable[[str], None]) -> tuple[bool, bool]:
-    """Take the leading blank out of the pipeline; whether it is byte-level, and whether '▁' stands for a
-    blank.
+    """Take the leading blank out of the pipeline; whether it is byte-level, and whether '▁'
+    stands for a blank.
 
     `lossy` is called for a step that would rewrite or drop text.
     """
@@ -351,8 +351,8 @@ def _speller(model: dict[str, Any], *, byte_level: bool, blank_mark: bool) -> Ca
 
 
 def _byte_of_character() -> dict[str, int]:
-    """Byte-level vocabularies write printable Latin-1 as it is, and the other 68 bytes as U+0100 and on, in
-    order.
+    """Byte-level vocabularies write printable Latin-1 as it is, and the other 68 bytes as
+    U+0100 and on, in order.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

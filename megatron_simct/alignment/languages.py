@@ -1,5 +1,5 @@
-"""Small languages with exact models: every text has a probability, and can be written in the tokens of any
-tokenizer.
+"""Small languages with exact models: every text has a probability, and can be written in the
+tokens of any tokenizer.
 
 The distributions of a model of such a language in a given tokenization follow by counting:
 
@@ -48,8 +48,8 @@ def longest_match(pieces: Sequence[bytes]) -> Cut:
 
 
 def byte_pairs(pieces: Sequence[bytes], merges: Sequence[tuple[bytes, bytes]] | None = None) -> Cut:
-    """Byte-pair merging: of all neighbours that a merge joins, the earliest merge first, and of these the
-    leftmost.
+    """Byte-pair merging: of all neighbours that a merge joins, the earliest merge first, and of
+    these the leftmost.
 
     merges: default, every pair of pieces whose join is a piece, in the order of the joins' ids (as tiktoken
     has it).

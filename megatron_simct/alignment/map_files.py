@@ -32,8 +32,8 @@ _SIDES = ("student", "teacher")
 def placement_balance(
     alignment_map: AlignmentMap, tp_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
 ) -> dict[int, float]:
-    """Tensor-parallel size P -> teacher rows on the fullest rank over V_T / P: 1 is the share of an even
-    split.
+    """Tensor-parallel size P -> teacher rows on the fullest rank over V_T / P: 1 is the
+    share of an even split.
 
     The student's vocabulary is split as Megatron does it by default: padded to a multiple of 128 P, in P
     equal ranges.

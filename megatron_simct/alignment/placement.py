@@ -16,8 +16,8 @@ class VocabPlacement:
     relation is a CSR: the stop column has as many teacher rows as the teacher has stop tokens, every other
     shared column has one.
 
-    Invariants: columns ascending, no duplicates; row_offsets[0] == 0 and row_offsets[-1] ==
-    len(teacher_rows).
+    Invariants: columns ascending, no duplicates; row_offsets[0] == 0 and row_offsets[-1]
+    == len(teacher_rows).
     """
 
     student_vocab_size: int

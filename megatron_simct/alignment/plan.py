@@ -237,8 +237,7 @@ def _check(
     if rollout.finish == "stop" and last_id not in student.table.stop_ids:
         raise ValueError(
             f'sample {rollout.sample_id} finished by "stop" but its last id is {last_id}, not one of the '
-            "stop ids "
-            f"{list(student.table.stop_ids)}"
+            f"stop ids {list(student.table.stop_ids)}"
         )
     if alignment_map is None:
         return

@@ -12,8 +12,8 @@ What real text adds to that:
 - Pieces of zero bytes attach to the segment on their left, at offset 0 to the first segment.
 - The stop tokens are their own segment at the end, if both sides stopped and nothing was masked before them.
 
-The segmentation "authors" is the walk of SimCT's released code instead (`_walk`), for comparison with their
-results.
+The segmentation "authors" is the walk of SimCT's released code instead (`_walk`), for comparison
+with their results.
 
 Shape letters: M teacher labels, N student labels, A segments.
 """
@@ -39,8 +39,8 @@ class Alignment:
     """
 
     segments: np.ndarray
-    """int32 [A, 4] of (ts, te, ss, se): teacher labels [ts, te) and student labels [ss, se) spell the same
-    bytes.
+    """int32 [A, 4] of (ts, te, ss, se): teacher labels [ts, te) and student labels [ss, se)
+    spell the same bytes.
     """
     byte_ends: np.ndarray
     """int64 [A]: byte offset where each segment ends; the stop segment ends where the one before it does."""
@@ -57,8 +57,8 @@ class Alignment:
     walk         behind the last match of segmentation "authors"
     """
     common_prefix_bytes: int
-    """Length of the longest common byte prefix; up to one unit of it may be masked, where a token crosses its
-    end.
+    """Length of the longest common byte prefix; up to one unit of it may be masked, where a
+    token crosses its end.
     """
     student_bytes: int
     """Bytes of the student's whole content, masked or not."""
@@ -140,8 +140,8 @@ def align_batch(
     *,
     segmentation: Segmentation = "minimal",
 ) -> list[Alignment]:
-    """`align` of each sample: the same results, in one pass over all of them where nothing has to be
-    masked.
+    """`align` of each sample: the same results, in one pass over all of them where
+    nothing has to be masked.
     """
     samples = list(zip(teacher_ids, student_ids, strict=True))
     results: list[Alignment | None] = [None] * len(samples)

@@ -84,8 +84,8 @@ def _check_name(name: Any) -> None:
 
 
 def environment(date: str) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """The environment that transformers gives to a template, with the clock fixed at the start of `date`,
-    YYYY-MM-DD.
+    """The environment that transformers gives to a template, with the clock fixed at the start of
+    `date`, YYYY-MM-DD.
     """
     day = datetime.fromisoformat(date)
 
@@ -132,8 +132,8 @@ def _render(source: str, date: str, variables: dict[str, Any], max_characters: i
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """The text of a template, or what it reads if `variables` is null; `refused` with the reason if it
-    fails.
+    """The text of a template, or what it reads if `variables` is null; `refused` with the
+    reason if it fails.
     """
     source, date, variables = request["source"], request["date"], request["variables"]
     try:

@@ -4,8 +4,8 @@ Two tokenizers are comparable only as bytes: one writes a blank as 'Ġ', another
 character over three tokens, none of which is text. So each tokenizer is reduced once to a table id -> bytes,
 and everything after that (segments, shared vocabulary) compares bytes and never text.
 
-Shape letters: V ids of the tokenizer, Z bytes of all pieces together, N ids of a sequence, L bytes they
-spell.
+Shape letters: V ids of the tokenizer, Z bytes of all pieces together, N ids of a sequence,
+L bytes they spell.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class TokenTable:
         *,
         normalizer: str = "",
     ) -> TokenTable:
-        """The table of `pieces` [V]. Stop ids are special too; what `pieces` holds for a special id is
-        ignored.
+        """The table of `pieces` [V]. Stop ids are special too; what `pieces` holds for a
+        special id is ignored.
 
         Raises ValueError for a special or stop id outside [0, V) and for a stop id given twice.
         """
@@ -83,15 +83,15 @@ class TokenTable:
 
     @property
     def num_ids(self) -> int:
-        """V, the real size of the vocabulary: a model's padded ids from here on are never sampled or
-        scored.
+        """V, the real size of the vocabulary: a model's padded ids from here on are
+        never sampled or scored.
         """
         return self.special.size
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) of bytes, special flags, stop ids and normalizer: equal means that ids mean the
-        same.
+        """sha256 (hex) of bytes, special flags, stop ids and normalizer: equal means
+        that ids mean the same.
         """
         digest = hashlib.sha256(self.normalizer.encode())
         for array in (self.offsets, self.flat, self.special, np.asarray(self.stop_ids, dtype=np.int64)):
@@ -113,8 +113,8 @@ class TokenTable:
     def spell(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The bytes of a sequence of ids [N] and where each id ends in them.
 
-        Returns uint8 [L] and int64 [N]. Raises ValueError for an id outside the vocabulary, such as a padded
-        one.
+        Returns uint8 [L] and int64 [N]. Raises ValueError for an id outside the vocabulary,
+        such as a padded one.
         """
         try:
             # As unsigned numbers negative ids are out of range too, instead of counting from the end.

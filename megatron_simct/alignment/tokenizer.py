@@ -36,8 +36,8 @@ class Tokenizer:
     stop_sources: dict[int, str] = field(default_factory=dict)
     """The source of each stop id, for messages."""
     notes: tuple[str, ...] = ()
-    """Messages about settings in the files beside the tokenizer that are ignored, or used in an unexpected
-    way.
+    """Messages about settings in the files beside the tokenizer that are ignored, or used
+    in an unexpected way.
     """
     cut_rules: Callable[[], CutRules] | None = None
     """Reads the rules of its cut of a text, on demand; None if its files do not contain them."""
@@ -45,8 +45,8 @@ class Tokenizer:
     """The vocabulary as a tokenizer.json spells it, string -> id, read on demand; None for other files.
     """
     continuations: Continuations | None = None
-    """Which byte may follow which token in its own cut of a text (cut_rules.py); None if that is not
-    known.
+    """Which byte may follow which token in its own cut of a text (cut_rules.py); None
+    if that is not known.
     """
     lossy: str | None = None
     """Why its tokens may not spell the text that they encode; None if they do."""
@@ -91,8 +91,8 @@ def build_table(
 
 
 def readable(data: bytes, *, keep: str = "") -> str:
-    """Bytes as text; what is not UTF-8, or not printable and not one of the characters of `keep`, as an
-    escape.
+    """Bytes as text; what is not UTF-8, or not printable and not one of the characters of
+    `keep`, as an escape.
     """
     text = data.decode(errors="backslashreplace")
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)

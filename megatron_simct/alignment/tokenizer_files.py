@@ -89,8 +89,8 @@ def _file_of(folder: Path) -> Path:
 
 
 def _holds_ranks(path: Path) -> bool:
-    """Whether a file called NAME.model holds tiktoken ranks (Llama 3, Kimi): lines of a base64 text and a
-    number.
+    """Whether a file called NAME.model holds tiktoken ranks (Llama 3, Kimi): lines of a
+    base64 text and a number.
     """
     if ".model" not in path.name:
         return False
@@ -173,8 +173,8 @@ def _load_sentencepiece(
 def _sentencepiece_bos(
     own: int, folder: HfFolder | None, beside: BesideVocabulary
 ) -> tuple[int | None, tuple[str, ...]]:
-    """The id that a prompt starts with: add_bos_token of the folder decides; without it, the model's own
-    BOS.
+    """The id that a prompt starts with: add_bos_token of the folder decides; without it,
+    the model's own BOS.
     """
     bos_id = own if own >= 0 else None
     if folder is None or bos_id is None and beside.bos_id is None:

@@ -121,8 +121,7 @@ def to_megatron(options: argparse.Namespace, parallel: ParallelConfig, groups: G
             model,
             architecture,
             folder,
-            tp_rank=groups.tp_rank,
-            tp_size=groups.tp_size,
+            groups,
             flag=flag,
             progress=progress,
         )
@@ -185,9 +184,7 @@ def _load(
                 f"{flag} {folder}: is not the folder on whose weights the adapters of --load {options.load} "
                 "were trained"
             )
-        load_hf_weights(
-            model, architecture, folder, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag=flag
-        )
+        load_hf_weights(model, architecture, folder, groups, flag=flag)
         add_adapters(
             model, architecture, adapters.lora, tp_size=groups.tp_size, seed=0, flag=f"{flag} {folder}"
         )

@@ -1,5 +1,5 @@
-"""How a command reads its flags, and how it ends: a user's mistake is one line on stderr, without a
-traceback.
+"""How a command reads its flags, and how it ends: a user's mistake is one line on stderr,
+without a traceback.
 
 Commands import libraries that take seconds inside of `loading`, so that a Ctrl-C meanwhile is one line too.
 """

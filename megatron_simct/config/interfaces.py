@@ -141,8 +141,7 @@ def interface_help() -> str:
         lines.append(f"{name}: older name of {method_name} {flags}")
     lines.append(
         "If the two tokenizers group digits differently, all of them but bytes change even a perfect "
-        "student; "
-        "bpm with forward_kl does so only if the student has the longer tokens (docs/perfect_student.md). "
-        "tools/check_pair.py measures this for your pair and text"
+        "student; bpm with forward_kl does so only if the student has the longer tokens "
+        "(docs/perfect_student.md). tools/check_pair.py measures this for your pair and text"
     )
     return "\n".join(lines)

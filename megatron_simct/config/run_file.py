@@ -19,6 +19,14 @@ teacher that names it (`engine: vllm`) loads only the LM head:
          command: [-m, vllm.entrypoints.openai.api_server, --model, /models/teacher, --port, "8000"]}
       - {name: teacher, kind: teacher, engine: vllm, options: {teacher_hf_checkpoint: /models/teacher}}
 
+Two teachers are mixed (--second-teacher-endpoint). For teachers that each score the rows of --prompt-data
+that name them, the student's `teachers` has their names; a teacher that has a job gets its folder and its
+endpoint from the job of its name:
+
+      - {name: student, kind: student, options: {teachers: {maths: {}, code: {}}, prompt_data: ...}}
+      - {name: maths, kind: teacher, options: {teacher_hf_checkpoint: /models/maths}}
+      - {name: code, kind: teacher, options: {teacher_hf_checkpoint: /models/code}}
+
 The short form for a student and at most one teacher has sections instead of the list; without `teacher` both
 models share the student's ranks:
 
@@ -313,8 +321,13 @@ def _listed_jobs(values: dict[str, Any], path: str) -> list[Job]:
     if sum(job.kind == "student" for job in jobs) != 1:
         raise ValueError(f"{path}: jobs: exactly one must be of kind student")
     teachers = [job.name for job in jobs if job.kind == "teacher"]
-    if len(teachers) > 2:
-        raise ValueError(f"{path}: jobs: {_list(teachers)} are teachers, but a student has at most two")
+    named = next(job.options.get("teachers") for job in jobs if job.kind == "student")
+    if named is None and len(teachers) > 2:
+        names = _list([f"{name}: {{}}" for name in teachers])
+        raise ValueError(
+            f"{path}: jobs: {_list(teachers)} are teachers, but a student has at most two that are mixed; "
+            f"for one of them a row give the student teachers: {{{names}}}"
+        )
     engines = [job.name for job in jobs if job.kind == "engine"]
     for job in jobs:
         where = f"{path}: jobs.{job.name}"
@@ -370,11 +383,17 @@ def _joined(jobs: Sequence[Job], cluster: Cluster, run_dir: str, *, where: str) 
     for job in jobs[1:]:
         teacher = job.options
         if job.kind == "teacher":
-            prefix = next(prefixes)
             # The student needs the teacher's tokenizer and config.json; the teacher needs the longest
             # sequence.
-            to_student = {prefix + key: value for key, value in teacher.items() if key.startswith("teacher_")}
+            to_student = {key: value for key, value in teacher.items() if key.startswith("teacher_")}
             to_student = {key: value for key, value in to_student.items() if key in of_student}
+            named = student.get("teachers")
+            if named is not None:
+                named = _with_job(named, job, to_student, run_dir, where=where)
+                student, to_student = student | {"teachers": named}, {}
+            else:
+                prefix = next(prefixes)
+                to_student = {prefix + key: value for key, value in to_student.items()}
             given = {"rollout_max_prompt_len", "rollout_max_response_len", "simct_alignment_map"} & of_teacher
             to_teacher = {key: jobs[0].options[key] for key in given & jobs[0].options.keys()}
             for theirs, ours in ((to_student, student), (to_teacher, teacher)):
@@ -384,12 +403,39 @@ def _joined(jobs: Sequence[Job], cluster: Cluster, run_dir: str, *, where: str) 
                             f"{where}: student.{key} and {job.name}.{key} differ; leave one of them out"
                         )
             teacher = {"run_dir": f"{run_dir}/{job.name}"} | to_teacher | teacher
-            student = to_student | {f"{prefix}teacher_endpoint": [teacher["run_dir"]]} | student
+            if named is None:
+                student = to_student | {f"{prefix}teacher_endpoint": [teacher["run_dir"]]} | student
             teacher = _engine_options(job, jobs, cluster, "engine_endpoint") | teacher
         joined.append(dataclasses.replace(job, options=teacher))
     sampled = _engine_options(jobs[0], jobs, cluster, "rollout_engine_endpoint")
     student = ({"rollout_engine": "vllm"} if sampled else {}) | sampled | student
     return [dataclasses.replace(jobs[0], options=_filled(student, cluster, run_dir)), *joined]
+
+
+def _with_job(named: Any, job: Job, options: dict[str, Any], run_dir: str, *, where: str) -> dict[str, Any]:
+    """The student's `teachers` with the folder and the endpoint of a teacher's job. options: those of the job
+    that the student reads too.
+    """
+    own = {key.removeprefix("teacher_"): value for key, value in options.items()}
+    if not isinstance(named, dict):
+        raise ValueError(f"{where}: student.teachers: expected teachers by name, {job.name}: {{}}")
+    if job.name not in named:
+        raise ValueError(
+            f"{where}: student.teachers has no {job.name}, which is a job; it has {_list(list(named))}"
+        )
+    given = {} if named[job.name] is None else named[job.name]
+    if not isinstance(given, dict):
+        raise ValueError(f"{where}: student.teachers.{job.name}: expected its options by key")
+    for key in own.keys() & given.keys():
+        if own[key] != given[key]:
+            raise ValueError(
+                f"{where}: student.teachers.{job.name}.{key} and {job.name}.teacher_{key} differ; leave one "
+                "of them out"
+            )
+    endpoint = {"endpoint": [job.options.get("run_dir", f"{run_dir}/{job.name}")]}
+    if job.options.get("simct_alignment_map") is not None:
+        own["simct_alignment_map"] = job.options["simct_alignment_map"]
+    return named | {job.name: own | endpoint | given}
 
 
 def _engine_options(job: Job, jobs: Sequence[Job], cluster: Cluster, key: str) -> dict[str, Any]:
@@ -513,9 +559,8 @@ def _environment(values: Any, *, where: str) -> dict[str, str]:
         if secret_name or (isinstance(value, str) and _SECRET_VALUE.search(value)):
             raise ValueError(
                 f"{where}: {'' if secret_name else 'the value of '}{name} looks like a secret, which must "
-                "not "
-                "be stored in this file or the job script; export it in the shell that starts the launcher: "
-                "all jobs inherit it"
+                "not be stored in this file or the job script; export it in the shell that starts the "
+                "launcher: all jobs inherit it"
             )
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise ValueError(f"{where}: {name}: {value!r} must be a string; put it in quotes")

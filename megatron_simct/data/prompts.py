@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from megatron_simct.prompt_files import (
     label_of,
     prompt_of,
     response_of,
+    teacher_of,
     teacher_prompt_of,
 )
 from megatron_simct.records import Asked, Prompt, Transcript
@@ -39,6 +41,8 @@ class Row:
     """The assistant's message that closes a transcript. Its other answers are in the prompt."""
     teacher_prompt: str | Messages | None = None
     """The prompt that the teacher reads instead of `prompt`. None: it reads the same."""
+    teacher: str = ""
+    """The name of the teacher that scores the row; empty without --teachers."""
     where: str = field(default="", compare=False)
     """Flag, file and line, for error messages."""
     fields: Mapping[str, Any] | None = field(default=None, compare=False)
@@ -60,11 +64,12 @@ def read_prompts(
     need_label: bool,
     chat: bool = False,
     keep_fields: bool = False,
+    teachers: Sequence[str] = (),
     transcripts: bool = False,
 ) -> list[Row]:
     """The rows of a file. With `chat` a prompt is a list of messages, or a text that becomes one user
-    message. keep_fields: set Row.fields. transcripts: rows of messages keep their last answer as a message,
-    and every other row needs a response.
+    message. keep_fields: set Row.fields. teachers: the names of --teachers; each row has one of them.
+    transcripts: rows of messages keep their last answer as a message, and every other row needs a response.
 
     Raises ValueError, naming the flag, the file and the line, if the file is invalid.
     """
@@ -80,6 +85,7 @@ def read_prompts(
             prompt = _as_read(text_or_messages, chat, where)
             to_teacher = teacher_prompt_of(fields, prompt)
             teacher_prompt = None if to_teacher is None else _as_read(to_teacher, chat, where)
+            teacher = teacher_of(fields, teachers)
         except RowError as error:
             raise ValueError(f"{where}: {error}") from None
         rows.append(
@@ -89,6 +95,7 @@ def read_prompts(
                 answer=_closing(response, answer) if transcripts and chat else None,
                 label=label,
                 teacher_prompt=teacher_prompt,
+                teacher=teacher,
                 where=where,
                 fields=fields if keep_fields else None,
             )
@@ -189,24 +196,31 @@ class PromptSource:
         flag: str,
         student_chat: ChatTemplate | None = None,
         teachers: Sequence[Reader] = (),
+        named_teachers: Mapping[str, Reader] = MappingProxyType({}),
         max_response_len: int | None = None,
     ) -> None:
         """batch_size counts prompts of the whole job; None: all of them. Prompts of more than max_prompt_len
         tokens on either side are left out and counted in `num_skipped`. `teachers` read the prompts too; if
         a row has a prompt for the teacher, they read that one, and `num_teacher_prompts` counts the row.
-        Chat templates render prompts that are messages. max_response_len: the tokens behind the prompt that a
-        transcript (a row with an answer) may have; one of which nothing can be compared is left out and
-        counted in `num_masked`. Raises ValueError if no prompt remains, or if a template refuses a row.
+        named_teachers: instead of `teachers`; each reads the rows that name it. Chat templates render prompts
+        that are messages. max_response_len: the tokens behind the prompt that a transcript (a row with an
+        answer) may have; one of which nothing can be compared is left out and counted in `num_masked`. Raises
+        ValueError if no prompt remains, or if a template refuses a row.
         """
+
+        def readers(row: Row) -> Sequence[Reader]:
+            return [named_teachers[row.teacher]] if named_teachers else teachers
+
         rendered = [
-            (row, *_rendered(row, (student, student_chat), teachers, max_response_len)) for row in rows
+            (row, *_rendered(row, (student, student_chat), readers(row), max_response_len)) for row in rows
         ]
         fitting = [one for one in rendered if max(map(len, one[1])) <= max_prompt_len]
         self.num_skipped = len(rendered) - len(fitting)
         self._rows = [one for one in fitting if one[0].answer is None or one[2] is not None]
         self.num_masked = len(fitting) - len(self._rows)
+        has_teacher = bool(teachers or named_teachers)
         self.num_teacher_prompts = (
-            sum(row.teacher_prompt is not None for row, _, _ in self._rows) if teachers else 0
+            sum(row.teacher_prompt is not None for row, _, _ in self._rows) if has_teacher else 0
         )
         if not fitting:
             raise ValueError(
@@ -260,6 +274,7 @@ class PromptSource:
             student_ids=student_ids,
             teacher_ids=teachers[0] if teachers else np.zeros(0, np.int32),
             other_teacher_ids=tuple(teachers[1:]),
+            teacher=row.teacher,
             response=row.response,
             transcript=transcript,
             label=row.label,

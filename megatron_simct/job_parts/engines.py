@@ -61,15 +61,19 @@ def with_turns(
     the responses."""
     if config.rollout.environment is None:
         return engine
+    readers = [
+        (
+            one.of.name,
+            (one.tokenizer, open_chat_template(config, one.of.model, one.tokenizer, prefix=one.of.prefix)),
+        )
+        for one in pair.teachers
+        if scored
+    ]
     return TurnsEngine(
         engine,
         replies=None if environment is None else environment.replies,
         student=(pair.student, open_chat_template(config, config.model, pair.student, prefix="")),
-        teachers=[
-            (t.tokenizer, open_chat_template(config, t.options, t.tokenizer, prefix=t.prefix))
-            for t in pair.teachers
-            if scored
-        ],
+        teachers=lambda prompt: [reader for name, reader in readers if name == prompt.teacher],
     )
 
 

@@ -98,8 +98,8 @@ def build_evaluator(
 def judge(
     config: Config, problems: Sequence[Problem], student: Tokenizer, chat: ChatTemplate | None
 ) -> Callable[[Sequence[Prompt], Sequence[Rollout]], Sequence[bool]]:
-    """The grader of --eval-benchmark. Raises ValueError for a benchmark of programs if they cannot be
-    sandboxed."""
+    """The grader of --eval-benchmark. Raises ValueError for a benchmark of programs if they
+    cannot be sandboxed."""
     benchmark = config.evaluation.eval_benchmark
     if benchmark == "exact_match":
         return partial(equals_label, tokenizer=student)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,41 +19,80 @@ from megatron_simct.losses.kinds.table import interface_of
 from megatron_simct.losses.kinds.teacher_topk import response_entries
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel
 from megatron_simct.models.layout import context_pieces, token_multiple
-from megatron_simct.packing import Context, Cut, Entries, by_number, by_tokens, pack_micro_batches
+from megatron_simct.packing import (
+    Context,
+    Cut,
+    Entries,
+    by_number,
+    by_teacher,
+    by_tokens,
+    pack_micro_batches,
+)
 from megatron_simct.parallel.initialize import Groups
 from megatron_simct.parallel.reductions import largest
-from megatron_simct.records import AlignedPair, LabelBatch, MicroBatch, Prompt, Rollout
+from megatron_simct.records import (
+    AlignedPair,
+    EntryBatch,
+    LabelBatch,
+    MicroBatch,
+    Prompt,
+    Rollout,
+    ScoredPair,
+)
 
 
 def build_alignment(config: Config, pair: Pair) -> Callable[[Prompt, Rollout], AlignedPair]:
-    """The function that aligns a response: without a teacher, with one, or with several that are mixed."""
-    given: dict[str, Any] = {"student": pair.student, "needs": pair.needs}
-    match [teacher.tokenizer for teacher in pair.teachers]:
-        case []:
-            plan = partial(plan_without_teacher, **given)
-        case [teacher]:
-            given |= {"alignment_map": pair.alignment_map, "interface": config.interface}
-            plan = partial(plan_pair, teacher=teacher, **given)
-        case teachers:
-            plan = partial(plan_mixture, teachers=teachers, interface=config.interface, **given)
-    return partial(plan_turns, plan, pair.student.table)
+    """The function that aligns a response: without a teacher, with that of its row, or with several that are
+    mixed."""
+    return partial(plan_turns, _build_plan(config, pair), pair.student.table)
 
 
-def build_placement(config: Config, model: HiddenStateModel | InterleavedModel, pair: Pair) -> VocabPlacement:
-    """The shared vocabulary on this rank's slice of the student's."""
+def _build_plan(config: Config, pair: Pair) -> Callable[[Prompt, Rollout], AlignedPair]:
+    student, needs, interface = pair.student, pair.needs, config.interface
+    if not pair.teachers:
+        return partial(plan_without_teacher, student=student, needs=needs)
+    if len(pair.by_name) < len(pair.teachers):
+        tokenizers = [teacher.tokenizer for teacher in pair.teachers]
+        return partial(plan_mixture, student=student, teachers=tokenizers, needs=needs, interface=interface)
+
+    def align(prompt: Prompt, rollout: Rollout) -> AlignedPair:
+        teacher = pair.by_name[prompt.teacher]
+        aligned = plan_pair(
+            prompt,
+            rollout,
+            student=student,
+            teacher=teacher.tokenizer,
+            alignment_map=teacher.alignment_map,
+            needs=needs,
+            interface=interface,
+        )
+        return replace(aligned, teacher=prompt.teacher)
+
+    return align
+
+
+def build_placements(
+    config: Config, model: HiddenStateModel | InterleavedModel, pair: Pair
+) -> dict[str, VocabPlacement]:
+    """The tokens shared with each teacher, by its name, on this rank's slice of the student's vocabulary;
+    without a teacher, that slice alone."""
     start, end = model.vocab_shard
-    if pair.alignment_map is None:
-        vocab_size = pair.student.table.num_ids
-        return VocabPlacement.student_only(student_vocab_size=vocab_size, shard_start=start, shard_end=end)
-    return pair.alignment_map.placement(
-        shard_start=start, shard_end=end, stop_bridge=config.interface.stop_bridge
-    )
+    maps = {name: teacher.alignment_map for name, teacher in pair.by_name.items()} or {"": None}
+    vocab_size = pair.student.table.num_ids
+    return {
+        name: (
+            VocabPlacement.student_only(student_vocab_size=vocab_size, shard_start=start, shard_end=end)
+            if tables is None
+            else tables.placement(shard_start=start, shard_end=end, stop_bridge=config.interface.stop_bridge)
+        )
+        for name, tables in maps.items()
+    }
 
 
 def build_packing(
     config: Config,
     groups: Groups,
-    placement: VocabPlacement,
+    placements: Mapping[str, VocabPlacement],
     *,
     interface: InterfaceConfig,
     entries: Entries | None = None,
@@ -62,9 +102,9 @@ def build_packing(
     if groups.cp_size > 1:
         pieces = partial(context_pieces, size=groups.cp_size)
         context = Context(rank=groups.cp_rank, size=groups.cp_size, pieces=pieces)
-    return partial(
+    placement = next(iter(placements.values()))  # only the student's vocabulary is checked, the same in all
+    pack = partial(
         pack_micro_batches,
-        cut=build_cut(config, groups, context_parallel_size=groups.cp_size),
         check=(
             partial(check_labels, placement=placement, config=interface)
             if groups.is_last_stage
@@ -75,43 +115,72 @@ def build_packing(
         context=context,
         entries=entries,
     )
+    cut = build_cut(config, groups, context_parallel_size=groups.cp_size, agrees=not config.routes_rows)
+    if not config.routes_rows:
+        return partial(pack, cut=cut)
+    agree = build_agreement(config, groups)
+
+    def pack_by_teacher(
+        prompts: Sequence[Prompt],
+        rollouts: Sequence[Rollout],
+        pairs: Sequence[AlignedPair],
+        *more: Any,
+        **named: Any,
+    ) -> list[MicroBatch]:
+        teachers = [pair.teacher for pair in pairs]
+        apart = partial(by_teacher, teachers=teachers, cut=cut, agree=agree)
+        return pack(prompts, rollouts, pairs, *more, cut=apart, **named)
+
+    return pack_by_teacher
 
 
-def build_cut(config: Config, groups: Groups, *, context_parallel_size: int) -> Cut:
+def build_cut(config: Config, groups: Groups, *, context_parallel_size: int, agrees: bool = True) -> Cut:
     """The function that divides a rank's sequences into micro-batches, equally many on every rank.
 
-    context_parallel_size: ranks that share each of them.
+    context_parallel_size: ranks that share each of them. agrees: False for sequences of which ranks have
+    different numbers; then micro-batches need not be equally many.
     """
-    training, parallel = config.training, config.parallel
+    training = config.training
     if training.max_tokens_per_gpu is None:
         return partial(by_number, size=training.micro_batch_size)
+    cut = partial(by_tokens, max_tokens=training.max_tokens_per_gpu * context_parallel_size)
+    return partial(cut, agree=build_agreement(config, groups)) if agrees else cut
+
+
+def build_agreement(config: Config, groups: Groups) -> Callable[[int], int]:
+    """From the number of micro-batches that a rank needs to the number that all ranks have. Collective."""
+    parallel = config.parallel
     # The interleaved schedule needs a multiple of the number of stages.
     interleaved = parallel.num_virtual_stages_per_pipeline_rank > 1
     stages = parallel.pipeline_model_parallel_size if interleaved else 1
-
-    def agree(count: int) -> int:
-        return -(-largest(count, groups.dp_cp) // stages) * stages
-
-    return partial(by_tokens, max_tokens=training.max_tokens_per_gpu * context_parallel_size, agree=agree)
+    return lambda count: -(-largest(count, groups.dp_cp) // stages) * stages
 
 
 def build_entries(config: Config, pair: Pair) -> Entries | None:
     """The function that lists the single tokens to compare from a teacher's scores; None if the interface
     compares none.
     """
-    entries_of, tables = interface_of(config.interface).entries, pair.alignment_map
+    entries_of = interface_of(config.interface).entries
     if entries_of is None:
         return None
-    assert pair.teacher is not None and tables is not None, "this interface compares tokens with a teacher's"
     compares_stops = config.interface.stop_bridge
-    translation = Translation(
-        student=pair.student.table.pieces(),
-        teacher=pair.teacher.table.pieces(),
-        student_of_bytes=id_of_bytes(pair.student),
-        stop_student_id=tables.stop_student_id if compares_stops else None,
-        stop_teacher_ids=frozenset(tables.stop_teacher_ids),
-    )
-    return partial(response_entries, entries_of(config.interface), translation)
+    translations = {}
+    for name, teacher in pair.by_name.items():
+        tables = teacher.alignment_map
+        assert tables is not None, "this interface compares tokens with a teacher's"
+        translations[name] = Translation(
+            student=pair.student.table.pieces(),
+            teacher=teacher.tokenizer.table.pieces(),
+            student_of_bytes=id_of_bytes(pair.student),
+            stop_student_id=tables.stop_student_id if compares_stops else None,
+            stop_teacher_ids=frozenset(tables.stop_teacher_ids),
+        )
+    of_interface = entries_of(config.interface)
+
+    def entries(rollout: Rollout, aligned: AlignedPair, scored: ScoredPair) -> EntryBatch:
+        return response_entries(of_interface, translations[aligned.teacher], rollout, aligned, scored)
+
+    return entries
 
 
 def _leave_to_last_stage(labels: LabelBatch) -> None:

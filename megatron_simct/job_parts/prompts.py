@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -35,6 +36,7 @@ def read_training_rows(config: Config) -> list[Row]:
         need_response=config.interface.interface == "sft" and config.data.simct_on == "sampled",
         need_label=False,
         keep_fields=config.keeps_fields,
+        teachers=[teacher.name for teacher in config.teachers if teacher.name],
         transcripts=config.data.simct_on == "given",
     )
 
@@ -49,6 +51,10 @@ def with_prompt_date(config: Config) -> Config:
 
 def build_prompts(config: Config, groups: Groups, pair: Pair, rows: Sequence[Row]) -> PromptSource:
     """The training prompts of each rank; with `sft` those with given responses."""
+    reads = [
+        (one.tokenizer, open_chat_template(config, one.of.model, one.tokenizer, prefix=one.of.prefix))
+        for one in pair.teachers
+    ]
     source = PromptSource(
         rows,
         student=pair.student,
@@ -61,10 +67,8 @@ def build_prompts(config: Config, groups: Groups, pair: Pair, rows: Sequence[Row
         dp_size=groups.dp_size,
         flag="--prompt-data",
         student_chat=open_chat_template(config, config.model, pair.student, prefix=""),
-        teachers=[
-            (t.tokenizer, open_chat_template(config, t.options, t.tokenizer, prefix=t.prefix))
-            for t in pair.teachers
-        ],
+        teachers=() if config.routes_rows else reads,
+        named_teachers=dict(zip(pair.by_name, reads, strict=True)) if config.routes_rows else {},
         max_response_len=config.rollout.rollout_max_response_len,
     )
     report_skipped(config, groups, source, "prompts", of=len(rows))
@@ -79,6 +83,10 @@ def build_prompts(config: Config, groups: Groups, pair: Pair, rows: Sequence[Row
             f" the teacher has its own prompt in {source.num_teacher_prompts} of {len(source)} rows",
             flush=True,
         )
+    if config.routes_rows and groups.is_first_rank:
+        counts = Counter(row.teacher for row in rows)
+        said = ", ".join(f"{name} {counts[name]}" for name in pair.by_name)
+        print(f" rows of --prompt-data by teacher: {said}", flush=True)
     return source
 
 

@@ -82,7 +82,7 @@ def build_sample_log(
         train_iters=config.training.train_iters,
         start=start,
         student=pair.student,
-        teacher=pair.teacher,
+        teachers={name: teacher.tokenizer for name, teacher in pair.by_name.items()},
     ).step
 
 

@@ -52,7 +52,7 @@ def check_experts(config: Config) -> None:
     """Raises ValueError for options of experts if neither model has experts."""
     sides = [(config.model.folder, "--hf-checkpoint")]
     if teacher_needs(config.interface).teacher:
-        sides.append((config.teacher.folder, "--teacher-hf-checkpoint"))
+        sides += [(one.model.folder, f"--{one.prefix}hf-checkpoint") for one in config.teachers]
     parallel = config.parallel
     ep = parallel.expert_model_parallel_size
     given = {
@@ -109,14 +109,23 @@ def identity(config: Config, pair: Pair) -> dict[str, object]:
             json.dumps(asdict(read_architecture(config.model.folder, flag="--hf-checkpoint")))
         ),
         "tokenizer": pair.student.table.fingerprint,
-        "teacher_tokenizer": None,
-        "alignment_map": pair.alignment_map.fingerprint if pair.alignment_map is not None else None,
+        "teacher_tokenizer": _by_teacher(
+            {name: one.tokenizer.table.fingerprint for name, one in pair.by_name.items()}
+        ),
+        "alignment_map": _by_teacher(
+            {
+                name: None if one.alignment_map is None else one.alignment_map.fingerprint
+                for name, one in pair.by_name.items()
+            }
+        ),
         "adapters": adapter_identity(config),
         "start": start_fingerprint(config),
-    } | {
-        f"{teacher.prefix.replace('-', '_')}tokenizer": teacher.tokenizer.table.fingerprint
-        for teacher in pair.teachers
     }
+
+
+def _by_teacher(values: dict[str, str | None]) -> object:
+    """A value for each name of --teachers; of a single teacher, its value alone."""
+    return values if "" not in values and values else values.get("")
 
 
 def adapter_identity(config: Config) -> dict[str, object] | None:

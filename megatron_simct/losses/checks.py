@@ -132,8 +132,8 @@ def check_config(config: InterfaceConfig, *, context_parallel_size: int = 1) -> 
 
 
 def check_has_units(config: InterfaceConfig, *, flag: str) -> None:
-    """ValueError, naming the flag, for an interface in whose loss no multi-token unit has a part of its
-    own.
+    """ValueError, naming the flag, for an interface in whose loss no multi-token unit
+    has a part of its own.
     """
     method = config.method()
     needs = interface_of(config).rows(method)

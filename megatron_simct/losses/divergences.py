@@ -261,8 +261,8 @@ def weighted_(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 def _deficit(log_a: torch.Tensor, log_b: torch.Tensor, share: float) -> torch.Tensor:
-    """log(1 + (1 - share) b / (share a)): by how much log(a / m), m = share a + (1 - share) b, is below
-    -log(share).
+    """log(1 + (1 - share) b / (share a)): by how much log(a / m), m = share a + (1 - share) b,
+    is below -log(share).
     """
     relative = log_b - log_a + math.log((1 - share) / share)
     return torch.logaddexp(relative, torch.zeros_like(relative))

@@ -53,8 +53,8 @@ class LossOutput:
     sum: torch.Tensor
     """0-dim, nats: the sum over rows, not divided by anything. Differentiable."""
     num_labels: torch.Tensor
-    """0-dim int64: N, all student labels, dropped ones included: what the sum is later divided by, over all
-    ranks.
+    """0-dim int64: N, all student labels, dropped ones included: what the sum is later divided
+    by, over all ranks.
     """
     metrics: dict[str, torch.Tensor]
     """0-dim float64, without gradient.
@@ -113,9 +113,9 @@ def interface_loss(
     importance_cap: weight each segment, or byte position, by how likely the response before it is, compared
     with when it was sampled, capped at this value (policy_gradient.py); None: no weights.
 
-    A non-finite logit, of either model, makes the sum non-finite: the step is refused, no row is dropped
-    silently. Raises ValueError for options without a meaning and for a missing shared head or teacher hidden
-    states.
+    A non-finite logit, of either model, makes the sum non-finite: the step is refused, no row is
+    dropped silently. Raises ValueError for options without a meaning and for a missing shared head or
+    teacher hidden states.
     """
     check_config(config)
 
@@ -221,8 +221,8 @@ def interface_loss_from_logits(
     student_logit_softcap: float | None = None,
     byte_order: ByteOrder | None = None,
 ) -> LossOutput:
-    """`interface_loss` from logits that exist: student_logits [N, W], teacher_logits [R, X], before any
-    soft-cap.
+    """`interface_loss` from logits that exist: student_logits [N, W], teacher_logits [R, X],
+    before any soft-cap.
 
     teacher_rows int64 [r]: the column of teacher_logits of each of the placement's teacher rows (in one
     process, with logits over the whole teacher vocabulary: placement.teacher_rows); None: the columns are the
@@ -264,8 +264,8 @@ def _num_columns(width: int, placement: VocabPlacement) -> int:
 
 @torch.no_grad()
 def _plan(labels: LabelBatch, needs: RowNeeds, label_rows: LabelRows | None) -> RowPlan:
-    """The rows of this rank that the interface compares, and which of them need the whole softmax in their
-    gradient.
+    """The rows of this rank that the interface compares, and which of them need the whole
+    softmax in their gradient.
     """
     used = is_row(labels.kinds, needs)
     # The student's part of (ts, te, ss, se). `dense` is indexed by labels [N], `special` and `shared` by
@@ -548,8 +548,8 @@ def _of_all_labels(
 
 
 def _local_weights(weights: GradientWeights, label_rows: LabelRows, needs: RowNeeds) -> GradientWeights:
-    """The gradient's weights of the labels whose rows this rank holds, summed over the segments of all
-    ranks.
+    """The gradient's weights of the labels whose rows this rank holds, summed over the
+    segments of all ranks.
     """
     # [N] on every rank: what this rank's segments ask of all labels, also of those whose rows are elsewhere.
     own, softmax = weights.own_weight, weights.softmax_weight

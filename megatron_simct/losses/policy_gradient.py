@@ -31,8 +31,8 @@ def log_ratios(log_probs: torch.Tensor, old_log_probs: torch.Tensor) -> torch.Te
 def importance_weights(
     log_probs: torch.Tensor, old_log_probs: torch.Tensor, response_starts: torch.Tensor, *, cap: float
 ) -> torch.Tensor:
-    """[N]: w_i of each label, in float64 until it is done. response_starts int64 [B], ascending: the first
-    labels.
+    """[N]: w_i of each label, in float64 until it is done. response_starts int64 [B],
+    ascending: the first labels.
     """
     ratios = log_ratios(log_probs.double(), old_log_probs.double())
     # The sum of log r over all labels before i, less that before the response of i: what is left is the sum

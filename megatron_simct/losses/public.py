@@ -180,8 +180,8 @@ class Response:
     """
 
     segments: torch.Tensor
-    """int64 [A, 4] of (ts, te, ss, se), ascending: labels [ts, te) and student labels [ss, se) spell the same
-    bytes.
+    """int64 [A, 4] of (ts, te, ss, se), ascending: labels [ts, te) and student labels [ss, se)
+    spell the same bytes.
     """
     student_labels: torch.Tensor
     """int64 [n]"""
@@ -242,8 +242,8 @@ def cross_tokenizer_loss(
     normalizer: float | torch.Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> CrossTokenizerLoss:
-    """The loss of `options` (default: `paper`); differentiable in the tensors of `student`. Collective over
-    `group`.
+    """The loss of `options` (default: `paper`); differentiable in the tensors of `student`.
+    Collective over `group`.
 
     teacher: None for interface "sft". Student and teacher are both Logits or both Head.
     normalizer: what the sum is divided by; default: n, or 1 where that is 0.

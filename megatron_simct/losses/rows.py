@@ -130,14 +130,14 @@ class Statistics:
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     """The sums of RunningSums."""
     special_student: torch.Tensor = NOTHING
-    """[F, K], logits (before the temperature) of the special columns; -inf where the token is not a shared
-    one.
+    """[F, K], logits (before the temperature) of the special columns; -inf where the token
+    is not a shared one.
     """
     special_teacher: torch.Tensor = NOTHING
     """[F, K]"""
     outside: torch.Tensor = NOTHING
-    """[A], with `outside`: the sum of e^(z - label_max) over columns that are not shared, special ids left
-    out.
+    """[A], with `outside`: the sum of e^(z - label_max) over columns that are not shared,
+    special ids left out.
     """
     top_student: torch.Tensor = NOTHING
     """[A, k], descending: logits of the likeliest columns; -inf where a row has fewer."""
@@ -166,8 +166,8 @@ class Rows:
     deficits: Callable[[Norms], list[torch.Tensor]] | None = None
     """The additional pass over the tiles that js needs."""
     shared: tuple[Norms, torch.Tensor, torch.Tensor] | None = field(init=False, default=None)
-    """After `divergence`: norms, offset, and a leaf whose gradient is the scale of the shared columns'
-    gradient.
+    """After `divergence`: norms, offset, and a leaf whose gradient is the scale of the
+    shared columns' gradient.
     """
 
     def __post_init__(self) -> None:
@@ -207,8 +207,8 @@ class Rows:
 
     @property
     def old_log_probs(self) -> torch.Tensor:
-        """[N], no gradient: the labels' log-probabilities when they were sampled; today's where that is not
-        known.
+        """[N], no gradient: the labels' log-probabilities when they were sampled; today's
+        where that is not known.
         """
         sampled = self.labels.sampling_log_probs
         return self.statistics.log_probs if sampled is None else sampled.to(self.statistics.log_probs.dtype)
@@ -260,8 +260,8 @@ class Rows:
         return value
 
     def masses(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """[A] each: the models' probability of the shared tokens, special columns included, at the first
-        rows.
+        """[A] each: the models' probability of the shared tokens, special columns
+        included, at the first rows.
         """
         stats, temperature = self.statistics, self.config.temperature
         # At temperature 1 the sums of the scores are sums of probabilities; else pass 1 summed the masses, of
@@ -280,8 +280,8 @@ class Rows:
         return student, teacher
 
     def kept(self, teacher_mass: torch.Tensor | None) -> torch.Tensor:
-        """[A]: the weights, 0 where the teacher gives the compared tokens and the unit less than
-        min_teacher_mass.
+        """[A]: the weights, 0 where the teacher gives the compared tokens and the unit less
+        than min_teacher_mass.
         """
         least = self.config.min_teacher_mass
         if least <= 0 or teacher_mass is None:

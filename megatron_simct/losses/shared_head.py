@@ -203,8 +203,8 @@ def gather_shared_head(
     splits the student's vocabulary. Collective: every rank of the group calls it once, at start-up. What
     moves is how many rows each rank asks of each other, their ids, and the rows themselves.
 
-    Raises ValueError for a shard that does not start at rank * W_T, and for teacher ids outside the real
-    vocabulary.
+    Raises ValueError for a shard that does not start at rank * W_T, and for teacher ids outside
+    the real vocabulary.
     """
     shard_size = teacher_weight_shard.shape[0]
     world_size = 1 if group is None else dist.get_world_size(group)

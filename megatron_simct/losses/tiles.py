@@ -94,8 +94,8 @@ class GivenLogits:
         return [slice(*ends) for ends in zip([0, *borders], [*borders, self.num_rows], strict=True)]
 
     def logits(self, start: int, end: int, rows: slice = ALL_ROWS) -> torch.Tensor:
-        """[n, end - start], a new tensor: the capped logits of local columns [start, end) at a slice of the
-        rows.
+        """[n, end - start], a new tensor: the capped logits of local columns [start, end) at
+        a slice of the rows.
         """
         tile = self._logits[self._memory_slice(rows), start:end].to(self.dtype, copy=True)
         return soft_cap(tile, self.soft_cap, in_place=True)
@@ -123,8 +123,8 @@ class GivenLogits:
         self._gradient[self._memory_slice(rows), start:end] += gradient.to(self._gradient.dtype)
 
     def add_gradient_at(self, columns: torch.Tensor, gradient: torch.Tensor, rows: slice = ALL_ROWS) -> None:
-        """Take [n, w], the gradient with respect to `logits_at(columns, rows)`: the first that these entries
-        get.
+        """Take [n, w], the gradient with respect to `logits_at(columns, rows)`: the first
+        that these entries get.
         """
         if self.soft_cap is not None:
             gradient = _through_cap_(gradient, self.logits_at(columns, rows), self.soft_cap)
@@ -179,9 +179,9 @@ class OutputLayer:
     ) -> None:
         """hidden [n, H], weight [W, H]; the first `num_columns` rows of the weight are real.
 
-        order [n], a permutation: row i of this source is row order[i] of `hidden`; None is the identity. The
-        gradient of `hidden` is that of this rank's columns: the caller sums it over tensor-parallel ranks
-        (`copy_to_group`).
+        order [n], a permutation: row i of this source is row order[i] of `hidden`; None is the identity.
+        The gradient of `hidden` is that of this rank's columns: the caller sums it over tensor-parallel
+        ranks (`copy_to_group`).
         """
         self.num_rows, self.num_columns = hidden.shape[0], num_columns
         self.dtype = statistics_dtype(hidden)
@@ -279,16 +279,16 @@ class OutputLayer:
         return soft_cap(linear(self._hidden[rows], weight).to(self.dtype), self.soft_cap, in_place=True)
 
     def _rows_at(self, columns: torch.Tensor) -> torch.Tensor:
-        """The weight rows of a gathered tile; kept until another tile is asked for, as each is read several
-        times.
+        """The weight rows of a gathered tile; kept until another tile is asked for, as each is
+        read several times.
         """
         if self._gathered is None or self._gathered[0] is not columns:
             self._gathered = (columns, self._weight.index_select(0, columns))
         return self._gathered[1]
 
     def _add_to_hidden(self, weight: torch.Tensor, gradient: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Add a tile's part to the hidden states' gradient; returns the gradient of the logits before the
-        cap.
+        """Add a tile's part to the hidden states' gradient; returns the gradient of the
+        logits before the cap.
         """
         if self.soft_cap is not None:
             gradient = _through_cap_(gradient, self._tile(weight, rows), self.soft_cap)
@@ -367,8 +367,8 @@ class _KnownGradient(torch.autograd.Function):
 
 
 class _KnownGradients(torch.autograd.Function):
-    """`value` as a function of hidden states and an output weight with known gradients; None if not
-    needed.
+    """`value` as a function of hidden states and an output weight with known gradients;
+    None if not needed.
     """
 
     @staticmethod

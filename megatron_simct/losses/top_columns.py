@@ -1,9 +1,9 @@
-"""The student's k likeliest columns of every row, over all ranks: the passes of interfaces that compare only
-these.
+"""The student's k likeliest columns of every row, over all ranks: the passes of interfaces that
+compare only these.
 
 Pass 1 keeps the k largest scores of each shared row among this rank's columns while tiles go by, and the
-log-sum-exp of every row; the ranks exchange 2 k numbers a row. Pass 2 makes tiles again only for dense rows
-(two_pass.py).
+log-sum-exp of every row; the ranks exchange 2 k numbers a row. Pass 2 makes tiles again only for dense
+rows (two_pass.py).
 
 Shapes: as in two_pass.py, and `k` top columns.
 """

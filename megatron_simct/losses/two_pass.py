@@ -18,9 +18,9 @@ The gradient of a row of logits z, with x_c the score z_c / tau of a shared toke
 
     own_weight onehot(label)  +  softmax_weight softmax(z)  +  scale p_c (D_c - offset) at the shared columns
 
-A row may have *special columns*: shared tokens taken out of the sums (and of the last term) whose scores
-every rank gets to know, so that the interface can put them back as it likes; `special_weight` is their
-gradient.
+A row may have *special columns*: shared tokens taken out of the sums (and of the last term) whose
+scores every rank gets to know, so that the interface can put them back as it likes;
+`special_weight` is their gradient.
 
 An interface may ask for the probability that a first row gives to the columns that are not shared
 (`outside`). It is summed, not taken as what the shared ones leave of 1: where they leave little, that would
@@ -57,12 +57,12 @@ MAX_TILE_COLUMNS = 4096
 """Wider tiles gain nothing: the products are as fast."""
 MIN_TILE_COLUMNS = 64
 ROWS_FIRST_ELEMENTS = 1 << 20
-"""Elements of a tile of whole rows, if logits exist: the scores are read again in another order, from the
-cache.
+"""Elements of a tile of whole rows, if logits exist: the scores are read again in another
+order, from the cache.
 """
 CACHED_ELEMENTS = 1 << 19
-"""On a CPU, elementwise work goes over blocks of rows that stay in the cache; the products take the whole
-tile.
+"""On a CPU, elementwise work goes over blocks of rows that stay in the cache; the products
+take the whole tile.
 """
 
 
@@ -94,8 +94,8 @@ class RowPlan:
     def build(
         starts: torch.Tensor, *, shared: torch.Tensor, dense: torch.Tensor, special: torch.Tensor | None
     ) -> RowPlan:
-        """starts int64 [segments]: each segment's first student row; shared bool [segments]: which are shared
-        rows.
+        """starts int64 [segments]: each segment's first student row; shared bool [segments]:
+        which are shared rows.
 
         dense bool [N]: rows whose gradient needs the softmax. special int64 [segments, K]: ids, read at dense
         first rows only. How many rows are of which kind decides shapes, so on a GPU this waits for the
@@ -558,8 +558,8 @@ class TwoPass(Tiles):
 
 
 def _keep_freed_memory() -> None:
-    """Let malloc keep what is freed, up to 62 MiB: it would hand every tile's memory back, and fault it in
-    again.
+    """Let malloc keep what is freed, up to 62 MiB: it would hand every tile's memory back,
+    and fault it in again.
 
     glibc keeps twice the largest block that was ever freed, if that is below 32 MiB. Allocating and freeing
     one untouched block is enough.

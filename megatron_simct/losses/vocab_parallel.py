@@ -35,8 +35,8 @@ def statistics_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 def num_real_columns(*, shard_start: int, shard_width: int, vocab_size: int) -> int:
-    """How many of the columns [shard_start, shard_start + shard_width) are real tokens; the rest is
-    padding.
+    """How many of the columns [shard_start, shard_start + shard_width) are real tokens;
+    the rest is padding.
     """
     return max(0, min(shard_width, vocab_size - shard_start))
 
@@ -86,8 +86,8 @@ def reduce_packed(
 
 
 class OnlineLogSumExp:
-    """log sum e^x of each row over columns that come a tile at a time: the maximum, and the sum relative to
-    it.
+    """log sum e^x of each row over columns that come a tile at a time: the maximum, and the
+    sum relative to it.
     """
 
     def __init__(self, num_rows: int, *, like: torch.Tensor) -> None:
@@ -109,8 +109,8 @@ class OnlineLogSumExp:
         return exponentials, shrink
 
     def shrink_to(self, maxima: torch.Tensor) -> torch.Tensor:
-        """Make the sums relative to larger or equal maxima, such as those of all ranks; returns the
-        factor.
+        """Make the sums relative to larger or equal maxima, such as those of all ranks;
+        returns the factor.
         """
         shrink = (self.maxima - maxima).exp()
         self.sums *= shrink
@@ -118,8 +118,8 @@ class OnlineLogSumExp:
 
 
 def own_logits(logits: torch.Tensor, labels: torch.Tensor, shard_start: int) -> torch.Tensor:
-    """[n, w], [n] -> [n]: each row's logit of its label, 0 where the label's column is on another rank (for a
-    SUM).
+    """[n, w], [n] -> [n]: each row's logit of its label, 0 where the label's column is on
+    another rank (for a SUM).
     """
     if logits.shape[1] == 0:
         return logits.new_zeros(logits.shape[0])
@@ -152,8 +152,8 @@ def label_statistics(
     row_chunk: int = LABEL_STATISTICS_ROWS,
     column_chunk: int = LABEL_STATISTICS_COLUMNS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each label's logit and its row's log-sum-exp over the real vocabulary, without keeping the logits. No
-    gradient.
+    """Each label's logit and its row's log-sum-exp over the real vocabulary, without keeping the
+    logits. No gradient.
 
     hidden [n, H], equal on every rank; weight [W, H], this rank's rows of the output layer from id
     `shard_start` on; labels [n], ids below `vocab_size`. Returns (own_logit [n], lse [n]), float32 (float64
@@ -221,8 +221,8 @@ class LabelSums:
 
 
 class _CopyToGroup(torch.autograd.Function):
-    """The identity forward, the sum over the group backward: how a replicated tensor enters column-parallel
-    work.
+    """The identity forward, the sum over the group backward: how a replicated tensor enters
+    column-parallel work.
     """
 
     @staticmethod
@@ -240,7 +240,7 @@ class _CopyToGroup(torch.autograd.Function):
 
 
 def copy_to_group(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """`tensor`, equal on every rank of the group, for use with each rank's own columns; its gradient is
-    summed.
+    """`tensor`, equal on every rank of the group, for use with each rank's own columns; its
+    gradient is summed.
     """
     return _CopyToGroup.apply(tensor, group)

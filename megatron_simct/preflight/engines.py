@@ -67,8 +67,7 @@ def _answers(run: RunFile, job: Job) -> Iterator[Finding]:
     if not _is_served(interface, field):
         message = (
             f"{flag} {field} supports {names}, but not --simct-interface {interface.interface}; choose one "
-            "of "
-            "them"
+            "of them"
         )
         yield failed(job.name, "interface", f"{message}, or servers that return hidden_states", flag=flag)
         return

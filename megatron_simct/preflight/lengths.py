@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron_simct.alignment.coverage import Coverage
 from megatron_simct.losses import teacher_needs
 from megatron_simct.preflight import pair
 from megatron_simct.preflight.findings import Finding, failed, passed
 from megatron_simct.preflight.memory import size_text
-from megatron_simct.preflight.state import State
+from megatron_simct.preflight.state import Compared, State
 from megatron_simct.preflight.traffic import Traffic, step_traffic
 
 _VALUE_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 
 
-def check_lengths(
-    state: State, student: pair.Side, teacher: pair.Side | None, coverage: Coverage | None
-) -> list[Finding]:
+def check_lengths(state: State, student: pair.Side, compared: Sequence[Compared]) -> list[Finding]:
     rollout = state.config.rollout
     lengths = {
         "prompt_len": rollout.rollout_max_prompt_len,
         "response_len": rollout.rollout_max_response_len,
     }
     findings = pair.check_length(student, **lengths)
-    if teacher is not None:
-        lengths["response_len"] = teacher_labels(state, coverage)
-        findings += pair.check_length(teacher, **lengths)
-        limit = None if state.teacher_job is None else state.teacher_job.serving.max_tokens_per_batch
+    for one in compared:
+        lengths["response_len"] = teacher_labels(state, one.coverage)
+        findings += pair.check_length(one.side, **lengths)
+        job = state.jobs.get(one.side.name)
+        limit = None if job is None else job[1].serving.max_tokens_per_batch
         if limit is not None and sum(lengths.values()) > limit:
             message = f"--max-tokens-per-batch {limit}: {sum(lengths.values()):,} tokens would be refused"
-            findings.append(failed("teacher", "context", message))
+            findings.append(failed(one.side.name if one.options.name else "teacher", "context", message))
     return findings
 
 
-def check_traffic(state: State, teacher: pair.Side, coverage: Coverage | None) -> Traffic:
-    config = state.config
+def check_traffic(state: State, one: Compared) -> Traffic:
+    """The most that a step sends to a teacher, if it scores all rows, and gets back."""
+    config, teacher, coverage = state.config, one.side, one.coverage
     needs = teacher_needs(config.interface)
     labels = teacher_labels(state, coverage)
     rows = labels
@@ -44,7 +46,8 @@ def check_traffic(state: State, teacher: pair.Side, coverage: Coverage | None) -
         rows = round(labels * one_to_one / max(coverage.teacher_tokens, 1))
     elif needs.hidden_rows == "none":
         rows = 0
-    hidden_dtype = state.teacher_job.serving.teacher_hidden_dtype if state.teacher_job else "bf16"
+    job = state.jobs.get(teacher.name)
+    hidden_dtype = "bf16" if job is None else job[1].serving.teacher_hidden_dtype
     traffic = step_traffic(
         needs,
         sequences=config.global_batch_size,
@@ -59,7 +62,7 @@ def check_traffic(state: State, teacher: pair.Side, coverage: Coverage | None) -
         f"at most {size_text(traffic.requests)} to the teacher and {size_text(traffic.answers)} back a "
         f"step; full logits would be {size_text(traffic.logits)}"
     )
-    state.findings.append(passed("pair", "traffic", said))
+    state.findings.append(passed(one.options.name or "pair", "traffic", said))
     return traffic
 
 

@@ -231,7 +231,7 @@ def student_plan(
     on_gpu: bool,
     update: UpdateConfig = NO_OPTIONS,
     data_parallel_size: int = 1,
-    teacher: Sizes | None = None,
+    teachers: Sequence[Sizes] = (),
     shared_rows: int = 0,
     teacher_hidden_size: int = 0,
     adapters: Mapping[Layer, int] | None = None,
@@ -242,8 +242,8 @@ def student_plan(
 
     micro_batch_size: sequences of full length; a fraction if they are packed. engine_batch_size: sequences
     decoded together. loss_memory: bytes of --simct-loss-memory-mib. trains_on_given: no rollouts.
-    data_parallel_size: ranks over which --use-distributed-optimizer shares. teacher: the model that shares
-    the ranks, if any. shared_rows: rows of the teacher's head on the fullest rank of the last stage, each
+    data_parallel_size: ranks over which --use-distributed-optimizer shares. teachers: models that
+    share the ranks. shared_rows: rows of the teachers' heads on the fullest rank of the last stage, each
     teacher_hidden_size wide. adapters: number of each layer's adapter parameters on one rank, if adapters are
     trained instead of the weights. averages_teacher: --teacher-ema, whose float32 average is held beside
     weights of another type. keeps_start: --reference-kl-weight, which holds a second copy of the student, and
@@ -251,7 +251,7 @@ def student_plan(
     """
     plans = []
     sizes = replace(sizes, on_gpu=on_gpu)
-    teacher = None if teacher is None else replace(teacher, on_gpu=on_gpu)
+    teachers = [replace(teacher, on_gpu=on_gpu) for teacher in teachers]
     length = prompt_len + response_len
     shares = expert_shares = 1
     if update.use_distributed_optimizer:
@@ -282,13 +282,16 @@ def student_plan(
                 "KV cache": cache_bytes(sizes, stage=stage, batch=engine_batch_size, length=length),
                 "forward pass": max(prefill, logits),
             }
-        if teacher is not None:
-            average_bytes = 4 if averages_teacher and teacher.value_bytes != 4 else 0
-            held["teacher weights"] = (teacher.value_bytes + average_bytes) * stage_parameters(
-                teacher, stage=stage
+        if teachers:
+            held["teacher weights"] = sum(
+                (one.value_bytes + (4 if averages_teacher and one.value_bytes != 4 else 0))
+                * stage_parameters(one, stage=stage)
+                for one in teachers
             )
             phases["teacher"] = {
-                "forward pass": forward_bytes(teacher, batch=micro_batch_size, length=length)
+                "forward pass": max(
+                    forward_bytes(one, batch=micro_batch_size, length=length) for one in teachers
+                )
             }
         if keeps_start:
             held["start's weights"] = sizes.value_bytes * parameters

@@ -134,7 +134,7 @@ def _layouts(state: State, name: str) -> Iterator[tuple[ParallelConfig, str]]:
     if name in state.jobs:
         if name in state.sound and not state.has_engine(name):
             yield state.jobs[name][1].parallel, ""
-    elif "student" in state.sound and (name == "student" or state.colocated):
+    elif "student" in state.sound and (name == "student" or name in state.colocated):
         if name == "student":
             yield state.config.parallel, ""
         else:

@@ -10,6 +10,7 @@ from megatron_simct.parallel.initialize import check_layout
 from megatron_simct.preflight.findings import failed, passed
 from megatron_simct.preflight.state import State
 from megatron_simct.reporting.writers import check_writers
+from megatron_simct.teacher.build import check_dense
 from megatron_simct.update.checkpoint import has_checkpoint
 
 
@@ -25,6 +26,8 @@ def check_options(state: State) -> None:
         check_config(config.interface, context_parallel_size=config.parallel.context_parallel_size)
         if config.output.gradient_parts_interval:
             check_has_units(config.interface, flag="--gradient-parts-interval")
+        if config.routes_rows:
+            check_dense(config)
         if state.run.cluster.container is None:
             check_writers(config.output)
         return data_parallel_size

@@ -86,8 +86,7 @@ def check_vocabulary(side: Side) -> list[Finding]:
                 side.name,
                 "vocabulary",
                 f"the tokenizer has {ids:,} ids, but config.json says vocab_size {rows:,}: they do not "
-                "belong "
-                "to one model",
+                "belong to one model",
                 flag=f"--{side.flag}tokenizer-model",
             )
         ]
@@ -167,8 +166,7 @@ def check_templates(student: Side, teacher: Side | None, rows: Sequence[Row], *,
                 "pair",
                 "thinking",
                 f"only the {side.name}'s template has a thinking mode, and its text after <think> is "
-                "unlikely "
-                f"under the other model; {way_out}",
+                f"unlikely under the other model; {way_out}",
                 flag=f"--{side.flag}{'chat-template-kwargs' if switch else 'hf-checkpoint'}",
             )
         )
@@ -241,7 +239,7 @@ def _thinks(chat: ChatTemplate) -> bool:
 
 def read_by(side: Side, row: Row) -> Messages | str:
     """The row's prompt for this side: the teacher's own prompt, if the row has one."""
-    return row.read_by_teacher if side.name == "teacher" else row.prompt
+    return row.read_by_teacher if side.flag else row.prompt
 
 
 def side_by_side(student: Side, teacher: Side | None, row: Row) -> dict[str, str]:
@@ -352,8 +350,7 @@ def check_bias(bias: Bias, interface: InterfaceConfig) -> list[Finding]:
     said = (
         f"on {bias.words:,} words of the prompts, a student that is already right has a loss of "
         f"{bias.perfect:.4f} nats a word under {interface.interface}; a less sure student, at a true "
-        "distance "
-        f"of {bias.true:.3f}, has {bias.flattened:.3f}"
+        f"distance of {bias.true:.3f}, has {bias.flattened:.3f}"
     )
     if not bias.is_large:
         return [passed("pair", "bias", said)]

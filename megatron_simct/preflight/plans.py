@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
-from megatron_simct.alignment import AlignmentMap
 from megatron_simct.alignment.map_files import placement_balance
 from megatron_simct.config.options import AttentionBackend, ModelConfig, ParallelConfig, TeacherConfig
 from megatron_simct.config.run_file import Job, JobSize
@@ -18,7 +18,7 @@ from megatron_simct.models.lora import adapter_parameters
 from megatron_simct.preflight import pair
 from megatron_simct.preflight.findings import failed, passed, warned
 from megatron_simct.preflight.memory import GIB, MemoryPlan, Sizes, size_text, student_plan, teacher_plan
-from megatron_simct.preflight.state import State
+from megatron_simct.preflight.state import Compared, State
 
 MEMORY_WARN = 0.9
 """Share of the device from which a plan gets a warning."""
@@ -27,8 +27,7 @@ MEMORY_WARN = 0.9
 def plan_student(
     state: State,
     student: pair.Side,
-    teacher: pair.Side | None,
-    alignment_map: AlignmentMap | None,
+    compared: Sequence[Compared],
     *,
     parallel: ParallelConfig | None = None,
     engine_batch_size: int | None = None,
@@ -47,10 +46,13 @@ def plan_student(
         longest = rollout.rollout_max_prompt_len + rollout.rollout_max_response_len
         sequences = max(1.0 / context, config.training.max_tokens_per_gpu / longest)
     needs = teacher_needs(config.interface)
-    rows = 0
-    if alignment_map is not None and needs.hidden_rows != "none" and not needs.topk:
-        tp = parallel.tensor_model_parallel_size
-        rows = round(placement_balance(alignment_map, (tp,))[tp] * alignment_map.teacher_vocab_size / tp)
+    width = max((one.side.architecture.hidden_size for one in compared), default=0)
+    values, tp = 0, parallel.tensor_model_parallel_size  # of the teachers' heads on the fullest rank
+    for one in compared:
+        tables = one.alignment_map
+        if tables is not None and needs.hidden_rows != "none" and not needs.topk:
+            rows = round(placement_balance(tables, (tp,))[tp] * tables.teacher_vocab_size / tp)
+            values += rows * one.side.architecture.hidden_size
     return student_plan(
         sizes,
         optimizer=config.training.optimizer,
@@ -64,13 +66,13 @@ def plan_student(
         loss_memory=config.interface.loss_memory_mib << 20,
         trains_on_given=not config.samples,
         on_gpu=job.gpus_per_node > 0,
-        teacher=(
-            sizes_of(teacher, config.teacher, parallel.for_teacher)
-            if state.colocated and teacher is not None
-            else None
-        ),
-        shared_rows=rows,
-        teacher_hidden_size=0 if teacher is None else teacher.architecture.hidden_size,
+        teachers=[
+            sizes_of(one.side, one.options.model, parallel.for_teacher)
+            for one in compared
+            if one.side.name in state.colocated
+        ],
+        shared_rows=math.ceil(values / width) if width else 0,
+        teacher_hidden_size=width,
         adapters=_adapters(state, student),
         averages_teacher=config.teacher_job.ema is not None,
         keeps_start=config.terms.reference_kl_weight > 0,

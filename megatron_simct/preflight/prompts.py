@@ -4,16 +4,19 @@ must be short enough.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron_simct.data.prompts import PromptSource, Row, read_prompts
 from megatron_simct.loading import open_held_out
 from megatron_simct.preflight import pair
-from megatron_simct.preflight.findings import failed, passed, warned
+from megatron_simct.preflight.findings import Finding, failed, passed, warned
 from megatron_simct.preflight.state import State
 
 
-def check_prompts(state: State, student: pair.Side, teacher: pair.Side | None) -> list[Row]:
-    """The prompts. Empty if they cannot be read or rendered."""
+def check_prompts(state: State, student: pair.Side, teachers: Sequence[pair.Side]) -> list[Row]:
+    """The prompts. Empty if they cannot be read or rendered. teachers: one, or those of --teachers."""
     config = state.config
+    named = {side.name: side for side in teachers} if config.routes_rows else {}
     if config.data.prompt_data is None:
         return []  # the check of options reports it
 
@@ -29,6 +32,7 @@ def check_prompts(state: State, student: pair.Side, teacher: pair.Side | None) -
             chat=config.data.apply_chat_template,
             need_response=config.interface.interface == "sft" and config.data.simct_on == "sampled",
             need_label=False,
+            teachers=list(named),
             transcripts=config.data.simct_on == "given",
         ),
     )
@@ -44,7 +48,11 @@ def check_prompts(state: State, student: pair.Side, teacher: pair.Side | None) -
         state.findings.append(finding("student", "prompts", said))
     looked_at = rows[:: max(1, len(rows) // pair.MAX_TEXTS)]
     try:
-        templates = pair.check_templates(student, teacher, looked_at, chat=config.data.apply_chat_template)
+        templates: list[Finding] = []
+        sides: list[pair.Side | None] = [*teachers] or [None]
+        for side in sides:
+            read = [row for row in looked_at if side is None or not named or row.teacher == side.name]
+            templates += pair.check_templates(student, side, read, chat=config.data.apply_chat_template)
         source = PromptSource(
             looked_at,
             student=student.tokenizer,
@@ -57,7 +65,8 @@ def check_prompts(state: State, student: pair.Side, teacher: pair.Side | None) -
             dp_size=1,
             flag="--prompt-data",
             student_chat=student.chat,
-            teachers=[] if teacher is None else [(teacher.tokenizer, teacher.chat)],
+            teachers=[] if named else [(side.tokenizer, side.chat) for side in teachers],
+            named_teachers={name: (side.tokenizer, side.chat) for name, side in named.items()},
             max_response_len=config.rollout.rollout_max_response_len,
         )
     except ValueError as error:
@@ -71,7 +80,7 @@ def check_prompts(state: State, student: pair.Side, teacher: pair.Side | None) -
     if source.num_masked:
         said += f"; {source.num_masked} have no answer that every chat template writes, and are left out"
     own = sum(row.teacher_prompt is not None for row in rows)
-    if own and teacher is not None:
+    if own and teachers:
         said += f"; in {own:,} rows the teacher has its own prompt"
     if share > pair.SKIPPED_WARN:
         state.findings.append(warned("pair", "prompts", said, flag="--rollout-max-prompt-len"))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from megatron_simct.alignment import AlignmentMap
 from megatron_simct.config.options import ParallelConfig
 from megatron_simct.losses import teacher_needs
 from megatron_simct.models.build import check_divides, layers_of_stages
@@ -21,14 +21,13 @@ from megatron_simct.preflight.stages import (
     loss_operations,
     unevenness,
 )
-from megatron_simct.preflight.state import State
+from megatron_simct.preflight.state import Compared, State
 
 
 def propose_batch_and_layout(
     state: State,
     student: pair.Side,
-    teacher: pair.Side | None,
-    alignment_map: AlignmentMap | None,
+    compared: Sequence[Compared],
     device: float,
 ) -> None:
     """Propose more sequences decoded together, or less tensor parallelism, if they would also fit."""
@@ -36,9 +35,7 @@ def propose_batch_and_layout(
     parallel = config.parallel
 
     def fits(**changes: Any) -> bool:
-        return (
-            plan_student(state, student, teacher, alignment_map, **changes).peak <= MEMORY_WARN * device * GIB
-        )
+        return plan_student(state, student, compared, **changes).peak <= MEMORY_WARN * device * GIB
 
     ranks = parallel.model_parallel_size
     share = -(-config.global_batch_size * ranks // world_size)
@@ -67,9 +64,7 @@ def propose_batch_and_layout(
         tp *= 2
 
 
-def propose_stages(
-    state: State, student: pair.Side, teacher: pair.Side | None, alignment_map: AlignmentMap | None
-) -> None:
+def propose_stages(state: State, student: pair.Side, compared: Sequence[Compared]) -> None:
     """Propose another number of layers for each pipeline stage, if one stage has much more
     work than the others.
     """
@@ -87,12 +82,13 @@ def propose_stages(
         )
         for layer in architecture.layers
     ]
-    sends_rows = alignment_map is not None and needs.hidden_rows != "none" and not needs.topk
+    sends_rows = needs.hidden_rows != "none" and not needs.topk
+    maps = [one.alignment_map for one in compared if one.alignment_map is not None and sends_rows]
     last = loss_operations(
         hidden_size=architecture.hidden_size,
         vocab_size=architecture.vocab_size,
-        teacher_rows=alignment_map.teacher_vocab_size if alignment_map is not None and sends_rows else 0,
-        teacher_hidden_size=0 if teacher is None else teacher.architecture.hidden_size,
+        teacher_rows=max((tables.teacher_vocab_size for tables in maps), default=0),
+        teacher_hidden_size=max((one.side.architecture.hidden_size for one in compared), default=0),
         labels=rollout.rollout_max_response_len,
     )
     layers = even_stages(costs, last=last, stages=pp)
@@ -101,7 +97,7 @@ def propose_stages(
     if now > 1.05 * then:
         text = layout_text(layers)
         fitting = replace(parallel.for_teacher, pipeline_model_parallel_layout=text)
-        plan = plan_student(state, student, teacher, alignment_map, parallel=fitting)
+        plan = plan_student(state, student, compared, parallel=fitting)
         device = state.device_memory_gib
         if _can_run(state, student, fitting) and (device is None or plan.peak <= MEMORY_WARN * device * GIB):
             said = (

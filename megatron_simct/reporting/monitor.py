@@ -136,6 +136,12 @@ METRICS = {
     "reward_failed": ("share of samples", "--reward: responses without a reward"),
     "loss_reward": ("nats a label", "--reward: the policy-gradient term, part of the loss"),
     "reward_clipped": ("share of labels", "--reward: labels whose importance ratio is clipped"),
+    "loss/TEACHER": ("nats a label", "--teachers: loss over the student labels of this teacher's rows"),
+    "samples/TEACHER": ("share of samples", "--teachers: responses that this teacher scores"),
+    "teacher_nats_per_byte/TEACHER": (
+        "nats a byte",
+        "--teachers: surprise of this teacher at the responses that it scores",
+    ),
     "given_cross_entropy": (
         "nats a label",
         "--given-share: cross entropy of the given responses, before --sft-weight",
@@ -352,9 +358,13 @@ class Throughput:
 
 
 def sample_sums(
-    rollouts: Sequence[Rollout], pairs: Sequence[AlignedPair], group: dist.ProcessGroup
+    rollouts: Sequence[Rollout],
+    pairs: Sequence[AlignedPair],
+    group: dist.ProcessGroup,
+    *,
+    teachers: Sequence[str] = (),
 ) -> dict[str, float]:
-    """Sums over the global batch of what samples say of themselves.
+    """Sums over the global batch of what samples say of themselves. teachers: the names of --teachers.
 
     Collective over the data-parallel group.
     """
@@ -364,6 +374,9 @@ def sample_sums(
         "stopped": sum(r.finish == "stop" for r in rollouts),
         "rollout_nll_sum": -sum(float(np.sum(r.logprobs, dtype=np.float64)) for r in rollouts),
     }
+    for name in teachers:
+        own = [pair for pair in pairs if pair.teacher == name]
+        sums |= {f"samples/{name}": len(own), f"bytes/{name}": sum(pair.counts["bytes"] for pair in own)}
     return sum_over_ranks({name: torch.tensor(float(value)) for name, value in sums.items()}, group)
 
 
@@ -423,6 +436,12 @@ def ratios(report: StepReport, samples: dict[str, float], *, sampled: bool) -> d
     if "loss_reward_sum" in sums:
         values["loss_reward"] = _ratio(sums["loss_reward_sum"], sums["num_labels"])
         values["reward_clipped"] = _ratio(sums["reward_clipped_sum"], sums["num_labels"])
+    for name in [key.removeprefix("samples/") for key in sums if key.startswith("samples/")]:
+        values |= {
+            f"loss/{name}": _ratio(sums[f"loss/{name}"], sums[f"num_labels/{name}"]),
+            f"samples/{name}": _ratio(sums[f"samples/{name}"], sums["samples"]),
+            f"teacher_nats_per_byte/{name}": _ratio(sums[f"teacher_nll_sum/{name}"], sums[f"bytes/{name}"]),
+        }
     if "num_given_labels" in sums:
         values["given_cross_entropy"] = _ratio(sums["given_nll_sum"], sums["num_given_labels"])
     if "reference_kl_sum" in sums:
@@ -460,11 +479,13 @@ class Monitor:
         batch_size: int,
         sampled: bool,
         start: int = 0,
+        teachers: Sequence[str] = (),
         writers: Sequence[Writer] = (),
     ) -> None:
         """sampled: responses come from the student; else they are given, and have no log-probs of their own.
 
-        start: the iteration that a resumed run goes on from. writers: where metrics go beside metrics.jsonl.
+        start: the iteration that a resumed run goes on from. teachers: the names of --teachers. writers:
+        where metrics go beside metrics.jsonl.
         """
         self._group = groups.dp
         self._active = groups.is_first_rank
@@ -472,6 +493,7 @@ class Monitor:
         self._log_interval = log_interval
         self._batch_size = batch_size
         self._sampled = sampled
+        self._teachers = teachers
         self._first_mass: float | None = None
         self._warned = False
         self._writers = list(writers)
@@ -509,9 +531,8 @@ class Monitor:
         note: ends the log line, and is not recorded. rewarded: metrics of rewards. more: what is measured
         over all ranks; it is recorded, and not in the log line. timers: lines of Megatron's timers.
         """
-        values = ratios(report, sample_sums(rollouts, pairs, self._group), sampled=self._sampled) | dict(
-            rewarded
-        )
+        samples = sample_sums(rollouts, pairs, self._group, teachers=self._teachers)
+        values = ratios(report, samples, sampled=self._sampled) | dict(rewarded)
         if self._sampled and any(rollout.weight_version != iteration - 1 for rollout in rollouts):
             values["rollout_lag"] = (
                 iteration - 1 - float(np.mean([rollout.weight_version for rollout in rollouts]))

@@ -7,11 +7,12 @@ One object a line:
 
 A unit is a segment, or a student label that is in none (then `teacher` is empty). Its loss, in nats, is what
 its labels add to the sum that the step divides once by the global number of labels (LossOutput.label_losses).
+With --teachers a sample has the name of its teacher too, under `teacher`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,12 +40,14 @@ class SampleLog:
         train_iters: int,
         start: int,
         student: Tokenizer,
-        teacher: Tokenizer | None,
+        teachers: Mapping[str, Tokenizer],
     ) -> None:
-        """interval: steps between records; the first and the last step are kept too. start: see JsonLines."""
+        """interval: steps between records; the first and the last step are kept too. start: see JsonLines.
+
+        teachers: by AlignedPair.teacher; empty without a teacher."""
         self._file = JsonLines(run_dir, start=start, name="samples.jsonl")
         self._interval, self._train_iters = interval, train_iters
-        self._student, self._teacher = student, teacher
+        self._student, self._teachers = student, teachers
 
     def step(
         self, iteration: int, rollouts: Sequence[Rollout], pairs: Sequence[AlignedPair], report: StepReport
@@ -54,17 +57,15 @@ class SampleLog:
             return
         for rollout, pair in list(zip(rollouts, pairs, strict=True))[:SAMPLES]:
             losses = report.label_losses[rollout.sample_id].float().cpu().numpy()
-            prompt = (
-                ""
-                if self._teacher is None
-                else readable(self._teacher.decode(pair.teacher_prompt_ids), keep="\n")
-            )
+            teacher = self._teachers.get(pair.teacher)
+            prompt = "" if teacher is None else readable(teacher.decode(pair.teacher_prompt_ids), keep="\n")
             self._file.write(
                 "sample",
                 iteration,
                 {
                     "sample_id": rollout.sample_id,
                     "finish": rollout.finish,
+                    **({"teacher": pair.teacher} if pair.teacher else {}),
                     "prompt": prompt,
                     "units": self._units(rollout, pair, losses),
                 },
@@ -84,7 +85,7 @@ class SampleLog:
                 units.append(
                     {
                         "student": _pieces(self._student, label_ids[first:last]),
-                        "teacher": _pieces(self._teacher, pair.teacher_ids[first_t:last_t])
+                        "teacher": _pieces(self._teachers.get(pair.teacher), pair.teacher_ids[first_t:last_t])
                         if last_t > first_t
                         else [],
                         "loss": float(losses[first:last].sum()),

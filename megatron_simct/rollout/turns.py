@@ -40,16 +40,17 @@ class TurnsEngine:
         *,
         replies: Replies | None,
         student: Reader,
-        teachers: Sequence[Reader],
+        teachers: Callable[[Prompt], Sequence[Reader]],
     ) -> None:
-        """replies: None on ranks that do not ask."""
+        """replies: None on ranks that do not ask. teachers: those that read the responses to a prompt."""
         self._engine = engine
         self._replies = replies
         self._student, self._teachers = student, teachers
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
         """See RolloutEngine.generate."""
-        talks = [_Talk.begin(p, self._student, self._teachers, sampling.max_response_len) for p in prompts]
+        most = sampling.max_response_len
+        talks = [_Talk.begin(prompt, self._student, self._teachers(prompt), most) for prompt in prompts]
         turn, anyone = 0, True
         while anyone:
             going_on = [talk for talk in talks if talk.is_open]

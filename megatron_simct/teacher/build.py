@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from megatron_simct.alignment import VocabPlacement
-from megatron_simct.config.options import Config
+from megatron_simct.config.options import Config, TeacherOptions
 from megatron_simct.loading import Pair, Teacher, build_byte_order, describe_teacher, load_model
 from megatron_simct.losses import SharedColumns, SharedHead, gather_shared_head
 from megatron_simct.models.families import read_architecture
@@ -27,9 +28,11 @@ from megatron_simct.teacher.fingerprints import fingerprints
 from megatron_simct.teacher.lookout import Lookout
 from megatron_simct.teacher.mixture import MixtureScorer
 from megatron_simct.teacher.remote import RemoteScorer
+from megatron_simct.teacher.routing import RoutedScorer
 from megatron_simct.teacher.scorer import NoTeacher, TeacherScorer
 from megatron_simct.teacher.store import AnswerStore, SavingScorer, StoredClient
 from megatron_simct.update.checkpoint import load_output_shard
+from megatron_simct.update.step import TeacherHead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,23 +40,40 @@ class Teaching:
     """All teachers of a job."""
 
     scorer: TeacherScorer
-    shared_head: SharedHead | None = None
-    """On the last stage, the rows of the teacher's head that this rank's columns need, if any."""
+    heads: Mapping[str, TeacherHead]
+    """By AlignedPair.teacher; without a teacher, the student's placement alone."""
     average: Average | None = None
-    """The average that is the first teacher's weights, with --teacher-ema."""
+    """The average that is the only teacher's weights, with --teacher-ema."""
 
 
-def build_teacher(
-    config: Config, groups: Groups, pair: Pair, placement: VocabPlacement, cut: Cut, student: Model
+def build_teachers(
+    config: Config,
+    groups: Groups,
+    pair: Pair,
+    placements: Mapping[str, VocabPlacement],
+    cut: Cut,
+    student: Model,
 ) -> Teaching:
-    """cut: how a teacher on these ranks cuts pairs into micro-batches. student: the model that a teacher with
-    --teacher-ema follows.
+    """placements: of each teacher by its name. cut: how a teacher on these ranks cuts pairs into
+    micro-batches. student: the model that a teacher with --teacher-ema follows.
     """
     if not pair.teachers:
-        return Teaching(scorer=NoTeacher())
+        return Teaching(
+            scorer=NoTeacher(), heads={name: TeacherHead(placement=of) for name, of in placements.items()}
+        )
+    if config.routes_rows:
+        check_dense(config)
+        built = {
+            name: _build_teacher(config, groups, pair, teacher, placements[name], cut, student)
+            for name, teacher in pair.by_name.items()
+        }
+        return Teaching(
+            scorer=RoutedScorer({name: one.scorer for name, one in built.items()}),
+            heads={name: one.head for name, one in built.items()},
+        )
     first, *others = pair.teachers
-    teaching = _build_first(config, groups, pair, placement, cut, student)
-    scorer = teaching.scorer
+    built_first = _build_teacher(config, groups, pair, first, placements[""], cut, student)
+    scorer = built_first.scorer
     kept = {
         "--save-debug-scored-data": config.rollout.save_debug_scored_data,
         "--teacher-cache": config.teacher_job.cache,
@@ -64,19 +84,53 @@ def build_teacher(
             scorer = SavingScorer(scorer, store, writes=groups.owns_teacher_socket)
     if others:
         scorers = [scorer, *(_build_remote(config, groups, pair, teacher) for teacher in others)]
-        scorer = MixtureScorer(scorers, [teacher.weight for teacher in pair.teachers], groups)
-    return replace(teaching, scorer=scorer)
+        scorer = MixtureScorer(scorers, [teacher.of.weight for teacher in pair.teachers], groups)
+    return Teaching(scorer=scorer, heads={"": built_first.head}, average=built_first.average)
 
 
-def _build_first(
-    config: Config, groups: Groups, pair: Pair, placement: VocabPlacement, cut: Cut, student: Model
-) -> Teaching:
-    """The first teacher: in another job, on disk, or on these ranks."""
-    teacher, needs = pair.teachers[0], pair.needs
-    if config.teacher_job.endpoint or config.rollout.load_debug_scored_data:
-        head = load_shared_head(config, groups, placement, needs)
-        return Teaching(scorer=_build_remote(config, groups, pair, teacher), shared_head=head)
-    model = load_model(config, teacher.options, groups, teacher.tokenizer, prefix=teacher.prefix)
+def check_dense(config: Config) -> None:
+    """Raises ValueError for experts that ranks share, of a teacher on these ranks: its rows are not equally
+    many on every rank, and the exchange between experts would wait.
+    """
+    size = config.parallel.expert_model_parallel_size
+    for teacher in config.teachers:
+        flag = f"--{teacher.prefix}hf-checkpoint"
+        if size > 1 and not teacher.job.endpoint:
+            if read_architecture(teacher.model.folder, flag=flag).num_experts:
+                raise ValueError(
+                    f"{flag} {teacher.model.folder}: has experts, which --expert-model-parallel-size "
+                    f"{size} divides over ranks, and these have different numbers of its rows; give it an "
+                    "endpoint, a job of its own"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Built:
+    scorer: TeacherScorer
+    head: TeacherHead
+    average: Average | None = None
+
+
+def _build_teacher(
+    config: Config,
+    groups: Groups,
+    pair: Pair,
+    teacher: Teacher,
+    placement: VocabPlacement,
+    cut: Cut,
+    student: Model,
+) -> _Built:
+    """A teacher in another job, on disk, or on these ranks."""
+    needs, options = pair.needs, teacher.of
+    flag = f"--{options.prefix}hf-checkpoint"
+    softcap = describe_teacher(options.model.folder, flag=flag).final_logit_softcap
+    if options.job.endpoint or config.rollout.load_debug_scored_data:
+        head = load_shared_head(config, groups, options, placement, needs)
+        return _Built(
+            scorer=_build_remote(config, groups, pair, teacher),
+            head=TeacherHead(placement=placement, shared_head=head, logit_softcap=softcap),
+        )
+    model = load_model(config, options.model, groups, teacher.tokenizer, prefix=options.prefix)
     scorer = ColocatedScorer(
         model,
         groups,
@@ -102,11 +156,13 @@ def _build_first(
         try:
             average = Average(model, student, decay=config.teacher_job.ema, changed=changed)
         except ValueError:
-            folders = (
-                f"--teacher-hf-checkpoint {teacher.options.folder} and --hf-checkpoint {config.model.folder}"
-            )
+            folders = f"{flag} {options.model.folder} and --hf-checkpoint {config.model.folder}"
             raise ValueError(f"--teacher-ema: {folders} must be of one architecture and vocabulary") from None
-    return Teaching(scorer=scorer, shared_head=head, average=average)
+    return _Built(
+        scorer=scorer,
+        head=TeacherHead(placement=placement, shared_head=head, logit_softcap=softcap),
+        average=average,
+    )
 
 
 def head_rows(model: Model, placement: VocabPlacement, groups: Groups) -> SharedHead:
@@ -131,29 +187,29 @@ def _build_remote(config: Config, groups: Groups, pair: Pair, teacher: Teacher) 
         store = None if folder is None else AnswerStore(folder, marks, flag=flag)
     client: TeacherClient | StoredClient | None = None
     if groups.owns_teacher_socket:
-        asked = build_client(config, groups, teacher, marks) if teacher.job.endpoint else None
+        asked = build_client(config, groups, teacher, marks) if teacher.of.job.endpoint else None
         client = asked if store is None else StoredClient(store, asked)
     return RemoteScorer(client, groups)
 
 
 def teacher_fingerprints(config: Config, pair: Pair, teacher: Teacher) -> dict[str, object]:
     """The fingerprints of a teacher that this job knows."""
-    flag = f"--{teacher.prefix}hf-checkpoint"
+    flag, tables = f"--{teacher.of.prefix}hf-checkpoint", teacher.alignment_map
     return fingerprints(
-        teacher.options,
-        describe_teacher(teacher.options.folder, flag=flag),
+        teacher.of.model,
+        describe_teacher(teacher.of.model.folder, flag=flag),
         teacher.tokenizer,
         longest=config.rollout.rollout_max_prompt_len + config.rollout.rollout_max_response_len,
         student=pair.student,
-        alignment_map=pair.alignment_map.fingerprint if pair.alignment_map is not None else None,
-        prefix=teacher.prefix,
+        alignment_map=tables.fingerprint if tables is not None else None,
+        prefix=teacher.of.prefix,
     )
 
 
 def build_client(config: Config, groups: Groups, teacher: Teacher, marks: dict[str, object]) -> TeacherClient:
     """The connection to a teacher's job. marks: fingerprints. The first model replica reads the endpoints for
     all."""
-    job = teacher.job
+    job = teacher.of.job
     addresses = tuple(place for place in job.endpoint if "://" in place)
     folder = None if addresses else endpoint_folder(job.endpoint[0])
     return TeacherClient(
@@ -162,18 +218,18 @@ def build_client(config: Config, groups: Groups, teacher: Teacher, marks: dict[s
         fingerprints=marks,
         patience=Patience(timeout_s=60 * config.teacher_job.timeout_minutes),
         window_tokens=config.teacher_job.window_tokens,
-        where=f"--{teacher.prefix}endpoint {' '.join(job.endpoint)}",
+        where=f"--{teacher.of.prefix}endpoint {' '.join(job.endpoint)}",
     )
 
 
 def load_shared_head(
-    config: Config, groups: Groups, placement: VocabPlacement, needs: TeacherNeeds
+    config: Config, groups: Groups, teacher: TeacherOptions, placement: VocabPlacement, needs: TeacherNeeds
 ) -> SharedHead | None:
     """The head rows that this rank's columns need, straight from the teacher's checkpoint.
 
     Collective over the job.
     """
-    options, flag = config.teacher, "--teacher-hf-checkpoint"
+    options, flag = teacher.model, f"--{teacher.prefix}hf-checkpoint"
     if needs.hidden_rows == "none" or needs.topk:
         return None
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
@@ -184,7 +240,7 @@ def load_shared_head(
             groups=groups,
             divisible_by=options.make_vocab_size_divisible_by,
             dtype=dtype,
-            flag="--teacher-pretrained-checkpoint",
+            flag=f"--{teacher.prefix}pretrained-checkpoint",
             verified=config.output.verify_checkpoint,
         ).to(groups.device)
         if not groups.is_last_stage:
@@ -197,7 +253,7 @@ def load_shared_head(
             "job"
         )
     if config.output.verify_checkpoint:
-        check_hashes(options.folder, listed=options.hf_sha256, prefix="teacher-")
+        check_hashes(options.folder, listed=options.hf_sha256, prefix=teacher.prefix)
     if not groups.is_last_stage:
         return None
     head = read_head(options.folder, flag=flag)
@@ -205,8 +261,3 @@ def load_shared_head(
     return SharedHead(
         weight=rows.to(groups.device), columns=SharedColumns.from_placement(placement, groups.device)
     )
-
-
-def teacher_logit_softcap(config: Config) -> float | None:
-    """The soft-cap of the teacher's logits, which the loss computes from its hidden states."""
-    return describe_teacher(config.teacher.folder, flag="--teacher-hf-checkpoint").final_logit_softcap

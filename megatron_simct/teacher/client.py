@@ -5,9 +5,9 @@ window holds. `RemoteScorer` (remote.py) is the TeacherScorer on top of it.
 
 Which replica. Every replica reports how many tokens it holds for all students, and how many it computes a
 second. A request goes to a replica that would finish before the mean (`_choose`). Many clients choose at the
-same moment and from reports that are a second old, so each draws at random. If the load is uneven, or becomes
-so because a replica slows down, requests that the model has not begun are recalled and sent elsewhere
-(`_even_out`).
+same moment and from reports that are a second old, so each draws at random. If the load is uneven, or
+becomes so because a replica slows down, requests that the model has not begun are recalled and sent
+elsewhere (`_even_out`).
 
 What is sent again. A request has a number. A socket keeps the order of its messages, so the reply to a
 greeting settles the state of every request sent before the greeting: the replica has answered it, lists it as
@@ -371,8 +371,8 @@ class TeacherClient(Thread):
         return [name for name, replica in self._replicas.items() if replica.ready and name != other_than]
 
     def _choose(self, tokens: int, other_than: str | None = None) -> str | None:
-        """A replica whose window has room, drawn by how much it can take before it ends as late as the
-        mean.
+        """A replica whose window has room, drawn by how much it can take before it ends
+        as late as the mean.
         """
         ready = self._ready(other_than)
         free = [name for name in ready if self._has_room(name, tokens)]

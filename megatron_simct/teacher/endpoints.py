@@ -251,8 +251,8 @@ def _alive(pid: int) -> bool:
 
 
 def bind(context: zmq.Context, wanted: str, keys: Keys | None, *, number: int) -> tuple[zmq.Socket, str]:
-    """A ROUTER socket and its address. wanted: "ipc", or tcp://HOST[:PORT]; replica `number` takes PORT +
-    number.
+    """A ROUTER socket and its address. wanted: "ipc", or tcp://HOST[:PORT]; replica `number`
+    takes PORT + number.
 
     Raises ValueError, naming --bind, if the address cannot be bound.
     """

@@ -43,16 +43,16 @@ MARGIN_NATS = 1.0
 """Nats a token by which the text must be more likely under the head than by chance: under a shuffled head, or
 if all tokens were equally likely."""
 SAME_NATS = 0.05
-"""Largest difference between two runs of one model in reduced precision, of the mean log-probability of the
-text.
+"""Largest difference between two runs of one model in reduced precision, of the mean
+log-probability of the text.
 """
 
 
 def open_head(
     config: TeacherConfig, tokenizer: Tokenizer, device: torch.device
 ) -> tuple[Head, LabelScorer, torch.Tensor | None]:
-    """The head of --teacher-hf-checkpoint, a scorer of hidden states with it, and the norm's weight if it is
-    known.
+    """The head of --teacher-hf-checkpoint, a scorer of hidden states with it, and the norm's
+    weight if it is known.
 
     Raises ValueError, naming the flag, for a folder of an unknown kind.
     """
@@ -128,8 +128,8 @@ class Probe:
             )
 
     def compare(self, client: EngineClient, checker: EngineClient) -> float:
-        """The largest difference to the log-probabilities that a generating server of the model gives for the
-        text.
+        """The largest difference to the log-probabilities that a generating server of the model
+        gives for the text.
 
         ValueError if it is more than reduced precision explains.
         """

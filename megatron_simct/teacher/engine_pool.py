@@ -73,8 +73,8 @@ class EnginePool:
         probe: Callable[[EngineClient], object],
         ask: Ask,
     ) -> None:
-        """probe: raises EngineFault or ValueError if a replica must not be asked. All replicas begin
-        unprobed.
+        """probe: raises EngineFault or ValueError if a replica must not be asked. All
+        replicas begin unprobed.
 
         ask: requests an engine's rows for the ids [n].
         """

@@ -17,8 +17,8 @@ MAX_SHARED_BYTES = 1 << 28
 def share(
     messages: Sequence[Parts] | None, group: dist.ProcessGroup, *, source: int, device: torch.device
 ) -> list[Parts] | None:
-    """The messages of the group's rank `source` on every rank, or None if it has None. Collective over the
-    group.
+    """The messages of the group's rank `source` on every rank, or None if it has None.
+    Collective over the group.
 
     Two small broadcasts of sizes, and one of the bytes themselves.
     """

@@ -96,8 +96,8 @@ class TeacherForward:
         multiple_of: int = 1,
         context: dist.ProcessGroup | None = None,
     ) -> None:
-        """vocab_size is the teacher's real one; ids past it are never scored. byte_order: for requests of
-        `bytes`.
+        """vocab_size is the teacher's real one; ids past it are never scored. byte_order: for
+        requests of `bytes`.
 
         frozen: freeze the model; False for the student's own, which scores its responses too. hidden_dtype:
         hidden states are rounded to it first; None: they are not rounded. packed, multiple_of: how the
@@ -143,8 +143,8 @@ class TeacherForward:
     def exchanged(
         self, requests: Sequence[TeacherRequest], answers: Sequence[ScoredPair], group: dist.ProcessGroup
     ) -> list[ScoredPair]:
-        """The answers to all requests on all ranks of the group; rank r has answered requests r, r + size,
-        ...
+        """The answers to all requests on all ranks of the group; rank r has answered
+        requests r, r + size, ...
 
         Each answer is broadcast by the rank that has it.
         """
@@ -243,8 +243,8 @@ class LocalLabels:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelScorer:
-    """Statistics of hidden states, which Megatron or an engine has computed, on this rank's slice of the
-    vocabulary.
+    """Statistics of hidden states, which Megatron or an engine has computed, on this rank's
+    slice of the vocabulary.
     """
 
     weight: torch.Tensor
@@ -260,8 +260,8 @@ class LabelScorer:
     hidden_dtype: HiddenDtype | None
     """Hidden states are rounded to it first; None: they are not rounded."""
     hidden_scale: float = 1.0
-    """Factor of the hidden states, for a model that scales its logits; our own models have applied it
-    already.
+    """Factor of the hidden states, for a model that scales its logits; our own models have
+    applied it already.
     """
 
     @torch.no_grad()
@@ -430,8 +430,8 @@ def dequantized(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def _rotated(rows: torch.Tensor) -> torch.Tensor:
-    """The orthonormal Walsh-Hadamard transform of a row's blocks, as long as the largest power of 2 in its
-    width.
+    """The orthonormal Walsh-Hadamard transform of a row's blocks, as long as the largest
+    power of 2 in its width.
     """
     width = rows.shape[1]
     block = width & -width

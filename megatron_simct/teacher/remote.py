@@ -46,8 +46,8 @@ class RemoteScorer:
                 self._client.submit(TeacherRequest.of(pair))
 
     def collect(self, pairs: Sequence[AlignedPair]) -> Iterator[ScoredPair]:
-        """See TeacherScorer. Collective over the job. Answers to pairs of other calls are kept for
-        them.
+        """See TeacherScorer. Collective over the job. Answers to pairs of other
+        calls are kept for them.
 
         TeacherError, on every rank, if answers do not come.
         """

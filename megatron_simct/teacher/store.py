@@ -62,8 +62,8 @@ class AnswerStore:
                 raise ValueError(f"{self.where}: {mismatch(name, teacher=theirs[name], student=value)}")
 
     def get(self, request: TeacherRequest) -> tuple[Sequence[Any], Message] | None:
-        """The stored answer to this request, as TeacherClient.next returns it; None if it is missing or
-        damaged.
+        """The stored answer to this request, as TeacherClient.next returns it; None if it is
+        missing or damaged.
         """
         try:
             data = self._path(request).read_bytes()

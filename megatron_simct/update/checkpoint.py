@@ -75,8 +75,8 @@ _REFUSED_WRITES = ("basic_ios", "iostream", "PytorchStreamWriter")
 _IDENTITY_FLAGS = {
     "model": "--hf-checkpoint",
     "tokenizer": "--tokenizer-model and --stop-token-ids",
-    "teacher_tokenizer": "--teacher-tokenizer-model and --teacher-stop-token-ids",
-    "alignment_map": "--tokenizer-model and --teacher-tokenizer-model",
+    "teacher_tokenizer": "--teacher-tokenizer-model and --teacher-stop-token-ids, or --teachers",
+    "alignment_map": "--tokenizer-model and --teacher-tokenizer-model, or --teachers",
     "adapters": "--lora-rank, --lora-alpha, --lora-target-modules and the weights of --hf-checkpoint",
     "start": "--reference-kl-weight and the weights of --hf-checkpoint or --pretrained-checkpoint",
 }

@@ -9,7 +9,7 @@ batch is split.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -71,6 +71,18 @@ class Start(Protocol):
     def logit_softcap(self) -> float | None: ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherHead:
+    """What the loss reads of a teacher beside its scores."""
+
+    placement: VocabPlacement
+    """The tokens that it shares with the student, on this rank's slice of the student's vocabulary."""
+    shared_head: SharedHead | None = None
+    """On the last stage, the rows of its head that this rank's columns need, if any."""
+    logit_softcap: float | None = None
+    """The soft-cap of its logits, which the loss computes from its hidden states."""
+
+
 class Updater:
     """Owns the trained model's optimizer; the weights are changed here and nowhere else."""
 
@@ -81,17 +93,17 @@ class Updater:
         scheduler: OptimizerParamScheduler,
         groups: Groups,
         *,
-        shared_head: SharedHead | None,
-        placement: VocabPlacement,
+        teachers: Mapping[str, TeacherHead],
         interface: InterfaceConfig,
         byte_order: ByteOrder | None = None,
-        teacher_logit_softcap: float | None = None,
         gradient_parts_interval: int = 0,
         importance_cap: float | None = None,
         check_sampling: Callable[[float, float], None] | None = None,
         reference: Start | None = None,
     ) -> None:
-        """gradient_parts_interval: number of steps between comparisons of the gradient's parts; 0: never.
+        """teachers: by MicroBatch.teacher; without a teacher, its placement alone.
+
+        gradient_parts_interval: number of steps between comparisons of the gradient's parts; 0: never.
 
         importance_cap: see interface_loss. check_sampling: called in each step, before the weights change,
         with the mean and the largest difference of the labels' log-probabilities in sampling and in training;
@@ -104,21 +116,24 @@ class Updater:
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._groups = groups
-        self._loss = partial(
-            interface_loss,
-            shared_head=shared_head,
-            placement=placement,
-            config=interface,
-            group=groups.tp,
-            byte_order=byte_order,
-            teacher_logit_softcap=teacher_logit_softcap,
-            importance_cap=importance_cap,
-        )
+        self._losses = {
+            name: partial(
+                interface_loss,
+                shared_head=teacher.shared_head,
+                placement=teacher.placement,
+                config=interface,
+                group=groups.tp,
+                byte_order=byte_order,
+                teacher_logit_softcap=teacher.logit_softcap,
+                importance_cap=importance_cap,
+            )
+            for name, teacher in teachers.items()
+        }
         memory = interface.loss_memory_mib
         self._given_loss = partial(
             interface_loss,
             shared_head=None,
-            placement=placement,
+            placement=next(iter(teachers.values())).placement,
             config=InterfaceConfig(interface="sft", loss_memory_mib=memory),
             group=groups.tp,
         )
@@ -222,9 +237,10 @@ class Updater:
         if batch.is_given:
             output = self._given_loss(rows, model.output_weight, batch.labels, **named)
             return output.sum, torch.zeros_like(output.num_labels).int(), _given_sums(output)
-        output = self._loss(rows, model.output_weight, batch.labels, **named)
+        output = self._losses[batch.teacher](rows, model.output_weight, batch.labels, **named)
         value, label_losses = output.sum, output.label_losses
         sums = {"num_labels": output.num_labels, **output.metrics}
+        sums |= _sums_by_teacher(output, batch.teacher, list(self._losses))
         if batch.reference is not None:
             assert self._reference_loss is not None and self._reference is not None
             kept = self._reference_loss(rows, model.output_weight, batch.reference, **named)
@@ -292,6 +308,20 @@ def _add(outputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {
         name: torch.stack([output[name].double() for output in outputs if name in output]).sum()
         for name in names
+    }
+
+
+def _sums_by_teacher(output: LossOutput, teacher: str, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The sums of a micro-batch for its own teacher, and zeros for the others; nothing without names."""
+    zero = torch.zeros_like(output.num_labels).double()
+    return {
+        f"{key}/{name}": value.detach().double() if name == teacher else zero
+        for name in filter(None, names)
+        for key, value in {
+            "loss": output.sum,
+            "num_labels": output.num_labels,
+            "teacher_nll_sum": output.metrics["teacher_nll_sum"],
+        }.items()
     }
 
 

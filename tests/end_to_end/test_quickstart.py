@@ -13,8 +13,11 @@ import pytest
 
 from examples.hints import run as hints
 from examples.quickstart import run as quickstart
+from examples.stages import Stage
+from examples.two_teachers import run as two_teachers
 from megatron_simct.commands import evaluate, select_responses
 from megatron_simct.config.flags import parse_config
+from megatron_simct.config.options import Config
 from megatron_simct.data.prompts import read_prompts
 from tests.printed import commands_of, same_but_for_numbers
 
@@ -117,6 +120,39 @@ def test_a_warm_up_on_the_teachers_answers_is_a_chain_of_commands_that_the_tools
     for before, after in zip(chain, chain[1:], strict=False):
         assert before in after.needs
     assert all(stage.resumes for stage in chain if stage is not select)
+
+
+@needs_tokenizers
+def test_the_example_of_two_teachers_names_the_one_that_knows_each_row(tmp_path) -> None:
+    recipe = two_teachers.Recipe(two_teachers.parse(["--run-dir", str(tmp_path)]), tmp_path)
+
+    def parsed(stage: Stage) -> Config:
+        command = list(stage.command)
+        return parse_config(command[command.index("megatron_simct.train") + 1 :])
+
+    taught, warm = parsed(recipe.distil), parsed(recipe.warm_up)
+    taught.check(data_parallel_size=1)
+    assert taught.model.pretrained_checkpoint == warm.output.save
+    assert {one.name for one in taught.teachers} == set(two_teachers.KINDS)
+    keys = {"flag": "", "input_key": "prompt", "response_key": "response", "label_key": "label"}
+    keys |= {"need_response": True, "need_label": True, "teachers": list(two_teachers.KINDS)}
+    rows = read_prompts(taught.data.prompt_data, **keys)
+    for one in taught.teachers:
+        trained = parsed(recipe.teachers[one.name])
+        assert one.model.pretrained_checkpoint == trained.output.save
+        assert one.model.tokenizer_model == trained.model.tokenizer_model
+        known = read_prompts(trained.data.prompt_data, **keys)
+        assert {row.prompt for row in known} == {row.prompt for row in rows if row.teacher == one.name}
+        sign = 1 if one.name == "additions" else -1
+        for row in known[:50]:
+            a, b = (int(word) for word in row.prompt.split() if word.isdigit())
+            assert f" {a + sign * b} " in row.label
+        held_out = read_prompts(trained.data.eval_prompt_data, **keys)
+        assert not {row.prompt for row in held_out} & {row.prompt for row in rows}
+        (other,) = set(two_teachers.KINDS) - {one.name}
+        asked = evaluate._parser().parse_args(list(recipe.others[one.name].command[2:]))
+        assert asked.data == parsed(recipe.teachers[other]).data.eval_prompt_data
+        assert asked.pretrained_checkpoint == trained.output.save
 
 
 @needs_tokenizers

@@ -87,7 +87,7 @@ def _convert(
 
 def _read(models: _Models, architectures: list[Architecture], folders: list[str], groups: Groups) -> None:
     for model, architecture, folder in zip(models, architectures, folders, strict=True):
-        load_hf_weights(model, architecture, folder, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag="")
+        load_hf_weights(model, architecture, folder, groups, flag="")
 
 
 def _tensors(models: _Models) -> Iterator[tuple[str, torch.Tensor]]:

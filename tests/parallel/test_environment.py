@@ -95,7 +95,7 @@ def _talk(
         engine,
         replies=lambda talks: {i: as_message(calculator(messages)) for i, messages in talks.items()},
         student=student,
-        teachers=teachers,
+        teachers=lambda prompt: teachers,
     )
     prompts = []
     for number in script:

@@ -35,7 +35,7 @@ with process_groups(ParallelConfig(), seed=1) as groups:
         architecture, ParallelConfig(), groups, vocab_size=90, divisible_by=128, bf16=True, flag="",
         initialize=False,
     )
-    load_hf_weights(model, architecture, sys.argv[1], tp_rank=0, tp_size=1, flag="")
+    load_hf_weights(model, architecture, sys.argv[1], groups, flag="")
     print((memory("VmHWM") - before) / sum(parameter.nbytes for parameter in model.parameters()))
 """
 

@@ -252,7 +252,7 @@ def _poisoned_steps(
         before, lr = parameters_of(job), optimizer.param_groups[0]["lr"]
         results = {}
         for name, (find, index, value) in POISONS.items():
-            tensor = find(job.updater.model, job.updater._loss, batches[0].labels).detach()
+            tensor = find(job.updater.model, job.updater._losses[""], batches[0].labels).detach()
             sound = tensor[index].clone()
             if rank == world_size - 1:
                 tensor[index] = value

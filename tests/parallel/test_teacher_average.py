@@ -77,7 +77,7 @@ def _follow(rank: int, world_size: int, files: Path, flags: tuple[str, ...]) -> 
         job.updater.step = recording_step
         train(job)
         seen.append(weights_of(teacher))
-        head = job.updater._loss.keywords["shared_head"]
+        head = job.updater._losses[""].keywords["shared_head"]
         return seen, students, losses, None if head is None else head.weight.double()
 
 

@@ -87,9 +87,7 @@ def _through(
             architecture, parallel, groups, vocab_size=VOCAB, divisible_by=8, bf16=False, flag=""
         )
         if source is None:
-            load_hf_weights(
-                model, architecture, str(folder), tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag="--it"
-            )
+            load_hf_weights(model, architecture, str(folder), groups, flag="--it")
         else:
             load_weights(model, str(source), flag="--it")
         engine = MegatronEngine(model, groups, vocab_size=VOCAB, stop_ids=[VOCAB], batch_size=2)

@@ -81,7 +81,7 @@ def build(
 ) -> tuple[HiddenStateModel | InterleavedModel, Architecture]:
     architecture = read_architecture(folder, flag="")
     model = build_model(architecture, parallel, groups, vocab_size=90, divisible_by=8, bf16=False, flag="")
-    load_hf_weights(model, architecture, folder, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag="")
+    load_hf_weights(model, architecture, folder, groups, flag="")
     return model, architecture
 
 

@@ -507,7 +507,7 @@ def _one(folder: str, parallel: ParallelConfig, groups: Any, save: str | None) -
     assert sum(parameter.numel() for parameter in model.parameters()) == planned, (
         "the memory plan counts them"
     )
-    load_hf_weights(model, architecture, folder, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag="")
+    load_hf_weights(model, architecture, folder, groups, flag="")
     logits = _logits(model, groups)[..., : architecture.vocab_size]
     rollouts = None
     if save is not None and not architecture.teacher_only:
@@ -808,7 +808,7 @@ def _gradients_of(folder: str, groups: Any) -> dict[str, torch.Tensor]:
     model = build_model(
         architecture, ParallelConfig(), groups, vocab_size=VOCAB, divisible_by=8, bf16=False, flag=""
     )
-    load_hf_weights(model, architecture, folder, tp_rank=0, tp_size=1, flag="")
+    load_hf_weights(model, architecture, folder, groups, flag="")
     hidden = model(TOKENS, torch.arange(LENGTH).expand_as(TOKENS), None)
     logits = soft_cap(hidden @ model.output_weight.T, model.logit_softcap).transpose(0, 1)[..., :VOCAB]
     (logits * WEIGHTS).sum().backward()

@@ -96,8 +96,7 @@ def load(
             model,
             architecture,
             folder,
-            tp_rank=groups.tp_rank,
-            tp_size=groups.tp_size,
+            groups,
             flag="--hf-checkpoint",
         )
         yield model.eval(), groups
@@ -216,17 +215,60 @@ def _numbers(rank: int, world_size: int, folder: str, tp_size: int, ep_size: int
         return sum(read), held - padding * 32 * (1 if model.share_embeddings_and_output_weights else 2)
 
 
-@pytest.mark.parametrize(
-    "name, tp_size, ep_size", [("llama", 2, 1), ("qwen2, tied, many files", 2, 1), ("qwen3_moe", 1, 2)]
-)
-def test_a_rank_reads_its_own_shard_and_no_more(folders, name, tp_size, ep_size) -> None:
-    numbers = run_ranks(2, _numbers, str(folders(name)[0]), tp_size, ep_size)
-    for read, held in numbers:
+@pytest.mark.parametrize("name", ["llama", "qwen2, tied, many files"])
+def test_a_rank_reads_its_own_shard_and_no_more(folders, name) -> None:
+    for read, held in run_ranks(2, _numbers, str(folders(name)[0]), 2, 1):
         assert read == held
-    if ep_size == 2:
-        ((whole, _),) = run_ranks(1, _numbers, str(folders(name)[0]), 1, 1)
-        # layers, experts of the other rank, their numbers
-        assert whole - numbers[0][0] == 2 * 2 * (3 * 32 * 20)
+
+
+@pytest.mark.parametrize(
+    "name, world_size, tp_size, ep_size",
+    [("llama", 2, 1, 1), ("llama", 4, 2, 1), ("qwen3_moe", 2, 1, 2), ("qwen3_moe", 4, 1, 2)],
+)
+def test_ranks_with_the_same_weights_read_the_folder_once(
+    folders, name, world_size, tp_size, ep_size
+) -> None:
+    folder = str(folders(name)[0])
+    numbers = run_ranks(world_size, _numbers, folder, tp_size, ep_size)
+    alone = run_ranks(tp_size, _numbers, folder, tp_size, 1)
+    assert sum(read for read, _ in numbers) == sum(held for _, held in alone)
+    largest = 112 * 32  # the embedding with its padding
+    shares = [read for read, _ in numbers]
+    assert max(shares) - min(shares) <= largest, "each reads about as much as the others"
+
+
+def _parameters(
+    rank: int, world_size: int, folder: str, tp_size: int, ep_size: int
+) -> dict[str, torch.Tensor]:
+    with load(folder, tp_size, ep_size) as (model, _):
+        return {
+            name: tensor.detach().clone() for name, tensor in model.state_dict().items() if tensor is not None
+        }
+
+
+@pytest.mark.parametrize("name, ep_size", [("llama", 1), ("qwen3_moe", 1), ("qwen3_moe", 2)])
+def test_every_replica_has_the_weights_that_one_reads_alone(folders, name, ep_size) -> None:
+    folder = str(folders(name)[0])
+    alone = run_ranks(ep_size, _parameters, folder, 1, ep_size)
+    for rank, found in enumerate(run_ranks(2 * ep_size, _parameters, folder, 1, ep_size)):
+        expected = alone[rank % ep_size]
+        assert found.keys() == expected.keys()
+        for key, tensor in expected.items():
+            assert torch.equal(found[key], tensor), key
+
+
+def _refused(rank: int, world_size: int, folder: str) -> str:
+    with pytest.raises(ValueError) as raised, load(folder, 1):
+        pass
+    return str(raised.value)
+
+
+def test_what_one_replica_cannot_read_is_an_error_on_all(folders, tmp_path) -> None:
+    copy = shutil.copytree(folders("llama")[0], tmp_path / "copy")
+    rewrite(copy, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(7)}))
+    first, *others = run_ranks(3, _refused, str(copy))
+    assert "tensor model.norm.weight of model.safetensors has the shape [7]" in first
+    assert others == [first, first]
 
 
 def _second_stage(rank: int, world_size: int, folder: str) -> dict[str, torch.Tensor]:
@@ -243,7 +285,7 @@ def _second_stage(rank: int, world_size: int, folder: str) -> dict[str, torch.Te
             flag="",
         )
         model.decoder.layers[0].layer_number = 2
-        load_hf_weights(model, architecture, folder, tp_rank=0, tp_size=1, flag="")
+        load_hf_weights(model, architecture, folder, groups, flag="")
         return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 

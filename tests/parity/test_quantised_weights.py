@@ -302,9 +302,7 @@ def load(
     model = build_model(
         architecture, parallel, groups, vocab_size=90, divisible_by=16, bf16=bf16, flag="", initialize=False
     )
-    load_hf_weights(
-        model, architecture, folder, tp_rank=groups.tp_rank, tp_size=groups.tp_size, flag="--hf-checkpoint"
-    )
+    load_hf_weights(model, architecture, folder, groups, flag="--hf-checkpoint")
     return model, architecture
 
 

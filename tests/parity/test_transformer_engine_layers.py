@@ -119,7 +119,7 @@ def _read(rank: int, world_size: int, folder: str, save: str) -> tuple[torch.Ten
     options = {"vocab_size": 90, "divisible_by": 8, "bf16": False, "flag": "", "initialize": False}
     with process_groups(ParallelConfig(), seed=1) as groups, stand_ins() as use_local:
         model = build.build_model(architecture, ParallelConfig(), groups, **options).eval()
-        load_hf_weights(model, architecture, folder, tp_rank=0, tp_size=1, flag="")
+        load_hf_weights(model, architecture, folder, groups, flag="")
         hidden = model(TOKENS, torch.arange(TOKENS.shape[1]).expand_as(TOKENS), None)
         logits = (hidden @ model.output_weight.T).transpose(0, 1)[..., : architecture.vocab_size]
         save_hf_weights(model, architecture, groups, template=folder, save=save, dtype=torch.float32)

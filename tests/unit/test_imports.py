@@ -107,6 +107,15 @@ def test_the_package_itself_imports_nothing() -> None:
     assert loaded_by("megatron_simct") == {"megatron_simct"}
 
 
+def test_no_file_changes_where_modules_are_found() -> None:
+    """A checkout and an installed package have the same names (CONTRIBUTING.md)."""
+    sources = [
+        path for room in ("megatron_simct", "tools", "examples") for path in (ROOT / room).rglob("*.py")
+    ]
+    assert len(sources) > 200
+    assert [str(path) for path in sources if "sys.path" in path.read_text(encoding="utf-8")] == []
+
+
 def test_parts_of_the_package_know_those_of_the_table_and_no_others() -> None:
     package = ROOT / "megatron_simct"
     found: dict[str, set[str]] = {

@@ -121,6 +121,9 @@ def test_the_glossary_has_every_metric_and_no_other() -> None:
     names |= ratios(report(**of_rewards), SAMPLES, sampled=True).keys()
     of_terms = {"given_nll_sum": 1.0, "num_given_labels": 2.0, "reference_kl_sum": 1.0}
     names |= ratios(report(**of_terms), SAMPLES, sampled=True).keys()
+    of_one = ("loss", "num_labels", "teacher_nll_sum", "samples", "bytes")
+    of_teachers = {f"{name}/TEACHER": 1.0 for name in of_one}
+    names |= ratios(report(), SAMPLES | of_teachers, sampled=True).keys()
     names |= ratios(report(), SAMPLES | OF_TURNS, sampled=False).keys()
     names |= {"reward", "reward_spread", "reward_silent", "reward_failed"}
     hops = set(re.findall(r'clock\("(\w+)"\)', inspect.getsource(train)))
@@ -203,6 +206,22 @@ def test_sums_are_over_all_ranks() -> None:
         assert sums["bytes"] == 0 + 1 + 10 + 11 and sums["canonical"] == 4
         assert sums["rollout_nll_sum"] == 4 * 0.5 + 0 + 1 + 2 + 3
         assert sums["bytes_dropped_mismatch"] == 0, "a count that no pair has is zero"
+
+
+def _sums_by_teacher(rank, world_size) -> dict[str, float]:
+    samples = [records(2 * rank + i, {"bytes": 10 * rank + i + 1}) for i in range(2)]
+    rollouts, pairs = zip(*samples, strict=True)
+    pairs = [replace(pair, teacher="a" if rank else "ab"[i]) for i, pair in enumerate(pairs)]
+    return sample_sums(rollouts, pairs, dist.group.WORLD, teachers=["a", "b", "c"])
+
+
+def test_sums_by_teacher_are_there_for_teachers_without_a_row() -> None:
+    for sums in run_ranks(2, _sums_by_teacher):
+        found = {name: sums[name] for name in sums if "/" in name}
+        assert found == {
+            **{"samples/a": 3, "bytes/a": 1 + 11 + 12, "samples/b": 1, "bytes/b": 2},
+            **{"samples/c": 0, "bytes/c": 0},
+        }
 
 
 # log_line

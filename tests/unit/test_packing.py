@@ -4,13 +4,21 @@ segment its labels.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_simct.packing import by_number, by_tokens, pack_micro_batches, pad_right, sequence_batch
+from megatron_simct.packing import (
+    by_number,
+    by_teacher,
+    by_tokens,
+    pack_micro_batches,
+    pad_right,
+    sequence_batch,
+)
 from megatron_simct.records import AlignedPair, MicroBatch, Prompt, Rollout, ScoredPair, TeacherNeeds
 
 TEACHER_WIDTH = 3
@@ -129,6 +137,38 @@ def test_packed_sequences_follow_one_another_and_fill_up_a_multiple() -> None:
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 0, 1]]
     assert batch.lengths == (3, 3, 2)
     assert sequence_batch(prompts, responses, packed=True, multiple_of=3).lengths == (3, 3)
+
+
+# Divided by teacher
+
+
+def test_micro_batches_have_one_teacher_each_and_are_as_many_as_all_need() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        lengths, teachers = random.integers(1, 30, 12).tolist(), random.choice(list("abc"), 12).tolist()
+        for cut in (partial(by_number, size=4), partial(by_tokens, max_tokens=40)):
+            needed: list[int] = []
+            found = by_teacher(lengths, teachers=teachers, cut=cut, agree=lambda n: needed.append(n) or n + 2)  # noqa: B023
+            assert len(found) == needed[0] + 2
+            assert sorted(i for chosen in found for i in chosen) == list(range(12))
+            assert all(len({teachers[i] for i in chosen}) == 1 for chosen in found)
+    # The three of a need two micro-batches, and one more is halved.
+    chosen = by_teacher(
+        [5, 6, 7, 1], teachers=list("aaab"), cut=partial(by_number, size=2), agree=lambda count: count + 1
+    )
+    assert chosen == [[2], [1], [0], [3]]
+
+
+def test_a_micro_batch_has_the_name_of_its_teacher() -> None:
+    prompts, rollouts, pairs, scores = zip(*SAMPLES, strict=True)
+    named = [replace(pair, teacher=name) for pair, name in zip(pairs, "abab", strict=True)]
+    cut = partial(
+        by_teacher, teachers=list("abab"), cut=partial(by_number, size=4), agree=lambda count: count
+    )
+    batches = pack_micro_batches(prompts, rollouts, named, scores, cut=cut, check=lambda labels: None)
+    assert {batch.teacher: batch.sample_ids for batch in batches} == {"a": (3, 1), "b": (2, 4)}
+    with pytest.raises(AssertionError, match="a micro-batch has one teacher"):
+        pack(list(zip(prompts, rollouts, named, scores, strict=True)))
 
 
 # Divided by tokens

@@ -901,6 +901,39 @@ def test_what_the_teacher_alone_reads_is_shown(folder, capsys) -> None:
     assert "in 1 rows the teacher has its own prompt" in said
 
 
+def by_row(values: dict[str, Any], folder: Path) -> None:
+    """A teacher in a job of its own, and one on the student's ranks."""
+    sizes = {name: values["cluster"].pop(name) for name in ("student", "teacher")}
+    options = values.pop("student") | {
+        "teachers": {"maths": {}, "here": {"hf_checkpoint": str(folder / "teacher")}}
+    }
+    values["jobs"] = [
+        {"name": "student", "kind": "student", "options": options, **sizes["student"]},
+        {"name": "maths", "kind": "teacher", "options": values.pop("teacher"), **sizes["teacher"]},
+    ]
+
+
+def test_each_of_several_teachers_is_checked_on_its_rows(folder) -> None:
+    rows = [{"prompt": f"Tom has {i} apples.", "teacher": "maths" if i % 4 else "here"} for i in range(8)]
+    prompts(*rows)({}, folder)
+    report = check_run(read_run_file(str(write_run(folder, by_row))))
+    assert not report.failed, [f for f in report.findings if f.level == "fail"]
+    for name in ("maths", "here"):
+        checks = {f.check for f in report.findings if f.side == name}
+        assert checks >= {"tokenizer", "shared vocabulary", "coverage", "interface", "context", "traffic"}
+    assert report.plans.keys() == {"student", "maths"}
+    alone = check_run(read_run_file(str(write_run(folder, both(colocated))))).plans["student"]
+    assert report.plans["student"].held["teacher weights"] == alone.held["teacher weights"] > 0
+
+    prompts(*[row | {"teacher": "maths"} for row in rows])({}, folder)
+    (warning,) = [f for f in findings(folder, by_row) if f.flag == "--teachers"]
+    assert (warning.side, warning.level) == ("here", "warn") and "no row of --prompt-data" in warning.message
+
+    prompts(*rows, {"prompt": "Who?", "teacher": "law"})({}, folder)
+    (failure,) = [f for f in findings(folder, by_row) if f.level == "fail"]
+    assert "prompts.jsonl, line 9: the unknown teacher 'law'" in failure.message
+
+
 def test_the_plan_counts_the_average_of_a_teachers_weights(folder) -> None:
     def teacher_weights(*changes: Change) -> int:
         report = check_run(read_run_file(str(write_run(folder, both(colocated, *changes)))))

@@ -750,6 +750,17 @@ def test_training_and_preparation_read_the_teachers_prompt_alike(tmp_path) -> No
     assert [row.teacher_prompt for row in train(prepared)] == by_the_user
 
 
+def test_a_mixture_names_teachers(tmp_path) -> None:
+    """Those that the mixture names, else those of the rows; training reads them."""
+    path = write(tmp_path, [{"prompt": "3 + 4?", "teacher": "maths"}, {"prompt": "Who?", "teacher": 5}])
+    kept, dropped = prepare(path)
+    assert [row.get("teacher") for row in sorted(kept, key=lambda row: row["id"])] == ["maths", None]
+    assert not dropped
+    kept, _ = prepare(path, teacher="code")
+    read = train(write(tmp_path, kept, "prepared.jsonl"), chat=False, teachers=["maths", "code"])
+    assert [row.teacher for row in read] == ["code", "code"]
+
+
 def test_a_mixture_writes_hints_from_columns(tmp_path) -> None:
     rows = [{"prompt": "3 + 4?", "solution": "7", "steps": 1}, {"prompt": "1 + 1?"}]
     path = write(tmp_path, rows)

@@ -148,7 +148,7 @@ def measure(options: argparse.Namespace, folder: str, theirs: Any) -> dict:
             flag="--hf-checkpoint",
             initialize=False,
         )
-        load_hf_weights(model, architecture, folder, tp_rank=0, tp_size=1, flag="--hf-checkpoint")
+        load_hf_weights(model, architecture, folder, groups, flag="--hf-checkpoint")
         theirs.to(groups.device)
         engine = MegatronEngine(model, groups, vocab_size=vocab_size, stop_ids=(), batch_size=total)
         sampling = Sampling(

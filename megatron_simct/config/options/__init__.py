@@ -14,7 +14,12 @@ from megatron_simct.config.options.output import OutputConfig
 from megatron_simct.config.options.parallel import ParallelConfig
 from megatron_simct.config.options.rollout import GRADED_REWARDS, RewardConfig, RolloutConfig
 from megatron_simct.config.options.student_job import Config
-from megatron_simct.config.options.teacher import MixtureConfig, TeacherJobConfig
+from megatron_simct.config.options.teacher import (
+    MixtureConfig,
+    RoutingConfig,
+    TeacherJobConfig,
+    TeacherOptions,
+)
 from megatron_simct.config.options.teacher_job import EngineTeacherConfig, ServingConfig, TeacherConfig
 from megatron_simct.config.options.update import LoraConfig, RecomputeModule, TrainingConfig, UpdateConfig
 
@@ -37,9 +42,11 @@ __all__ = [
     "RecomputeModule",
     "RewardConfig",
     "RolloutConfig",
+    "RoutingConfig",
     "ServingConfig",
     "TeacherConfig",
     "TeacherJobConfig",
+    "TeacherOptions",
     "TermsConfig",
     "TrainingConfig",
     "UpdateConfig",

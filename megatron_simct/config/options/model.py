@@ -23,8 +23,8 @@ def check_attention(backend: AttentionBackend) -> None:
 class ModelConfig:
     """A model and its tokenizer.
 
-    The student's flags have no prefix. The teacher's begin with --teacher-, the second teacher's with
-    --second-teacher-.
+    The student's flags have no prefix. The teacher's begin with --teacher-, the second teacher's
+    with --second-teacher-.
     """
 
     hf_checkpoint: str | None = option(

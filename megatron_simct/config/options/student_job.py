@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from megatron_simct.config.interfaces import METHODS
 from megatron_simct.config.options.data import DataConfig
@@ -15,7 +15,13 @@ from megatron_simct.config.options.model import ModelConfig, check_attention
 from megatron_simct.config.options.output import OutputConfig
 from megatron_simct.config.options.parallel import ParallelConfig
 from megatron_simct.config.options.rollout import GRADED_REWARDS, RewardConfig, RolloutConfig
-from megatron_simct.config.options.teacher import MixtureConfig, TeacherJobConfig
+from megatron_simct.config.options.teacher import (
+    MixtureConfig,
+    RoutingConfig,
+    TeacherJobConfig,
+    TeacherOptions,
+    read_teachers,
+)
 from megatron_simct.config.options.update import LoraConfig, TrainingConfig, UpdateConfig
 
 _PLACE = re.compile(r"[\w.]+:\w+")
@@ -30,6 +36,7 @@ class Config:
     teacher_job: TeacherJobConfig = field(default_factory=TeacherJobConfig, metadata={"prefix": "teacher"})
     second_teacher: ModelConfig = field(default_factory=ModelConfig, metadata={"prefix": "second_teacher"})
     mixture: MixtureConfig = field(default_factory=MixtureConfig, metadata={"prefix": "second_teacher"})
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
     interface: InterfaceConfig = field(default_factory=InterfaceConfig, metadata={"prefix": "simct"})
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -47,6 +54,33 @@ class Config:
         """Whether the interface compares the student with a teacher."""
         method = METHODS.get(self.interface.method().interface)
         return method is None or method.teacher
+
+    @property
+    def teachers(self) -> tuple[TeacherOptions, ...]:
+        """All teachers, whether or not the interface uses one: those of --teachers, or the one or two of the
+        other flags. Raises ValueError if --teachers is not what it should be."""
+        if self.routing.teachers is not None:
+            return read_teachers(self.routing.teachers)
+        share = self.mixture.weight if self.mixes_teachers else 0.0
+        first = TeacherOptions(
+            name="",
+            prefix="teacher-",
+            model=self.teacher,
+            job=self.teacher_job,
+            weight=1 - share,
+            alignment_map=self.data.simct_alignment_map,
+        )
+        if not self.mixes_teachers:
+            return (first,)
+        second = TeacherOptions(
+            name="", prefix="second-teacher-", model=self.second_teacher, job=self.mixture, weight=share
+        )
+        return (first, second)
+
+    @property
+    def routes_rows(self) -> bool:
+        """Whether each row has a teacher of its own choice: --teachers."""
+        return self.routing.teachers is not None
 
     @property
     def samples(self) -> bool:
@@ -94,6 +128,7 @@ class Config:
         self._check_reward()
         self._check_importance_weights()
         self._check_update()
+        self._check_routing()
         self._check_remote_teacher()
         self._check_mixture()
         self._check_average()
@@ -163,7 +198,7 @@ class Config:
             "--tokenizer-model": self.model.tokenizer_place,
             "--prompt-data": self.data.prompt_data,
         }
-        if self.needs_teacher:
+        if self.needs_teacher and not self.routes_rows:
             required["--teacher-hf-checkpoint"] = self.teacher.hf_checkpoint
             required["--teacher-tokenizer-model"] = self.teacher.tokenizer_place
         missing = [flag for flag, value in required.items() if not value]
@@ -227,21 +262,48 @@ class Config:
         if self.parallel.ddp_bucket_size is not None and not self.parallel.overlap_grad_reduce:
             raise ValueError("--ddp-bucket-size needs --overlap-grad-reduce")
 
+    def _check_routing(self) -> None:
+        """Raises ValueError for --teachers beside the flags of a single teacher, or without a use."""
+        if not self.routes_rows:
+            return
+        if not self.needs_teacher:
+            raise ValueError(
+                f"--teachers: --simct-interface {self.interface.interface} uses no teacher; leave it out"
+            )
+        job, shared = self.teacher_job, ("timeout_minutes", "window_tokens")  # of every teacher
+        single = replace(job, **{key: getattr(TeacherJobConfig(), key) for key in shared})
+        for flags, given, instead in (
+            ("--teacher-hf-checkpoint and others of its model", self.teacher != ModelConfig(), True),
+            ("--teacher-endpoint, -client-key, -cache and -ema", single != TeacherJobConfig(), True),
+            ("--second-teacher flags", self.second_teacher != ModelConfig() or self.mixes_teachers, True),
+            ("--simct-alignment-map", self.data.simct_alignment_map is not None, True),
+            ("--save-debug-scored-data", self.rollout.save_debug_scored_data is not None, False),
+            ("--load-debug-scored-data", self.rollout.load_debug_scored_data is not None, False),
+        ):
+            if given:
+                way_out = "write them into its entries" if instead else "leave one of them out"
+                raise ValueError(f"--teachers: not with {flags}, which are of a single teacher; {way_out}")
+        if self.parallel.num_virtual_stages_per_pipeline_rank > 1:
+            here = [teacher.name for teacher in self.teachers if not teacher.job.endpoint]
+            if here:
+                raise ValueError(
+                    f"--teachers {here[0]}: with --num-virtual-stages-per-pipeline-rank it needs an "
+                    "endpoint, a job of its own: its rows in a step are not a multiple of the stages"
+                )
+
     def _check_remote_teacher(self) -> None:
         """Raises ValueError for options of a teacher in another job that contradict each other."""
-        if (
-            self.teacher_job.endpoint
-            and self.teacher_job.timeout_minutes >= self.parallel.distributed_timeout_minutes
-        ):
+        remote = [teacher for teacher in self.teachers if teacher.job.endpoint]
+        if remote and self.teacher_job.timeout_minutes >= self.parallel.distributed_timeout_minutes:
             raise ValueError(
                 f"--teacher-timeout-minutes ({self.teacher_job.timeout_minutes:g}) must be below "
                 f"--distributed-timeout-minutes ({self.parallel.distributed_timeout_minutes}): while one "
                 "rank waits for the teacher, others wait for that rank"
             )
-        if self.training.lag and not self.teacher_job.endpoint:
+        if self.training.lag and len(remote) < len(self.teachers):
+            needed = "an endpoint for each of --teachers" if self.routes_rows else "--teacher-endpoint"
             raise ValueError(
-                "--schedule one_step_off needs --teacher-endpoint: it overlaps training with a teacher in "
-                "another job"
+                f"--schedule one_step_off needs {needed}: it overlaps training with a teacher in another job"
             )
         if self.teacher_job.cache is not None and not self.teacher_job.endpoint:
             raise ValueError(
@@ -253,19 +315,19 @@ class Config:
                 "--load-debug-scored-data never asks a teacher; leave out --teacher-endpoint, or use "
                 "--teacher-cache"
             )
-        for prefix, places in (("", self.teacher_job.endpoint), ("second-", self.mixture.endpoint)):
+        for teacher in remote:
+            places = teacher.job.endpoint
             num_addresses = sum("://" in place for place in places)
             if num_addresses < len(places) and len(places) > 1:
                 raise ValueError(
-                    f"--{prefix}teacher-endpoint {' '.join(places)}: give one directory, or addresses only"
+                    f"--{teacher.prefix}endpoint {' '.join(places)}: give one directory, or addresses only"
                 )
 
     def _check_templates(self) -> None:
         """Raises ValueError for options of chat templates without --apply-chat-template."""
         for flag, text in {
             "--chat-template-kwargs": self.model.chat_template_kwargs,
-            "--teacher-chat-template-kwargs": self.teacher.chat_template_kwargs,
-            "--second-teacher-chat-template-kwargs": self.second_teacher.chat_template_kwargs,
+            **{f"--{of.prefix}chat-template-kwargs": of.model.chat_template_kwargs for of in self.teachers},
             "--chat-template-date": self.data.chat_template_date,
         }.items():
             if text is not None and not self.data.apply_chat_template:

@@ -1,10 +1,14 @@
-"""The student's options for teachers that are jobs of their own."""
+"""The student's options for teachers that are jobs of their own, and for several teachers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import re
+from dataclasses import dataclass, fields
+from typing import Any, get_args, get_type_hints
 
 from megatron_simct.config.options.declare import option
+from megatron_simct.config.options.model import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,3 +66,96 @@ class MixtureConfig:
         above=0,
         below=1,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingConfig:
+    """Several teachers, of which each scores the rows of --prompt-data that name it."""
+
+    teachers: str | None = option(
+        None,
+        'teachers by name, in place of --teacher-hf-checkpoint: {"NAME": {"hf_checkpoint": DIR, ...}, ...}; '
+        "each row of --prompt-data has the name of its teacher under 'teacher'. An entry has the options of "
+        "a model (hf_checkpoint, tokenizer_model, ...), and endpoint, client_key and simct_alignment_map",
+        metavar="JSON",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherOptions:
+    """The options of one teacher, whichever flags have given them."""
+
+    name: str
+    """Its name in --teachers; empty for a teacher of other flags."""
+    prefix: str
+    """Prefix of its flags, for errors: "teacher-", "second-teacher-" or "teachers NAME."."""
+    model: ModelConfig
+    job: TeacherJobConfig | MixtureConfig
+    """Where the teacher's job is; without an endpoint the teacher is on the student's ranks."""
+    weight: float = 1.0
+    """Weight in the mixture of next-byte distributions; 1 outside of mixtures."""
+    alignment_map: str | None = None
+    """Folder of its alignment map; None: built at the start."""
+
+    @property
+    def map_flag(self) -> str:
+        """The flag of its alignment map."""
+        return f"--{self.prefix}simct-alignment-map" if self.name else "--simct-alignment-map"
+
+
+_NAME = re.compile(r"[\w.-]+")
+_OF_JOB = ("endpoint", "client_key")
+_MAP = "simct_alignment_map"
+
+
+def read_teachers(text: str) -> tuple[TeacherOptions, ...]:
+    """The teachers of --teachers, in its order. Raises ValueError, naming the teacher and the key."""
+    try:
+        entries = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--teachers: not JSON ({error})") from None
+    if not isinstance(entries, dict) or not entries:
+        raise ValueError('--teachers: expected teachers by name: {"NAME": {"hf_checkpoint": DIR}, ...}')
+    return tuple(_read_teacher(name, values) for name, values in entries.items())
+
+
+def _read_teacher(name: str, values: Any) -> TeacherOptions:
+    where = f"--teachers {name}"
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{where}: a name has only letters, digits, and the characters _ . -")
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: expected its options by key, such as hf_checkpoint")
+    kinds = get_type_hints(ModelConfig) | {key: get_type_hints(TeacherJobConfig)[key] for key in _OF_JOB}
+    kinds[_MAP] = str | None
+    read = {}
+    for key, value in values.items():
+        if key not in kinds:
+            raise ValueError(f"{where}: unknown key {key!r}; it has {', '.join(kinds)}")
+        read[key] = _read_value(value, kinds[key], where=f"{where}.{key}")
+    model = ModelConfig(**{key: value for key, value in read.items() if key not in (*_OF_JOB, _MAP)})
+    for one in fields(ModelConfig):
+        if one.metadata["range"] is not None:
+            one.metadata["range"].check(f"{where}.{one.name}", getattr(model, one.name))
+    if not model.hf_checkpoint:
+        raise ValueError(f"{where}: hf_checkpoint is missing, the teacher's Hugging Face folder")
+    return TeacherOptions(
+        name=name,
+        prefix=f"teachers {name}.",
+        model=model,
+        job=TeacherJobConfig(**{key: read[key] for key in _OF_JOB if key in read}),
+        alignment_map=read.get(_MAP),
+    )
+
+
+def _read_value(value: Any, kind: Any, *, where: str) -> Any:
+    """A value of JSON as one of this type: `str | None`, `int`, or a tuple."""
+    inner = [a for a in get_args(kind) if a not in (type(None), Ellipsis)] or [kind]
+    many = getattr(kind, "__origin__", None) is tuple
+    if many and not isinstance(value, list):
+        raise ValueError(f"{where}: {value!r} is not a list; write [{json.dumps(value)}]")
+    if isinstance(value, dict):  # arguments of a chat template
+        value = json.dumps(value, ensure_ascii=False)
+    for item in value if many else [value]:
+        if type(item) is not inner[0] and not (item is None and type(None) in get_args(kind)):
+            raise ValueError(f"{where}: {item!r} is not a value of type {inner[0].__name__}")
+    return tuple(value) if many else value

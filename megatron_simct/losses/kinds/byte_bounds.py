@@ -1,5 +1,5 @@
-"""The least divergence that the unresolved mass permits: the algebra of the interface `bytes` at one byte
-position.
+"""The least divergence that the unresolved mass permits: the algebra of the interface `bytes`
+at one byte position.
 
 Known masses s_e, t_e of the events, divided by each model's whole, known plus unresolved u_S, u_T, are lower
 bounds. The truth is s_e + a_e and t_e + b_e with 0 <= a_e <= cS_e, sum of a = u_S, and the same for b. The
@@ -17,8 +17,8 @@ be moved has one ratio). With clip(x) = clip(x, 0, cap):
     C  else one ratio r: events with (s + cS) / t < r have a = cS, b = 0, those with s / (t + cT) > r have a =
        0, b = cT, and the rest together have the ratio r = (1 - fixed s) / (1 - fixed t)
 
-Each sum is piecewise linear in its unknown, so a sort of the events' break points finds where it has its
-value.
+Each sum is piecewise linear in its unknown, so a sort of the events' break points finds
+where it has its value.
 
 Gradient, by the envelope theorem: f'(r_e) for s_e, f'(lo) for u_S (f'(r) in C) and, where the student's cap
 binds, f'(r_e) - f'(lo) for cS_e, which is a sum of the student's own masses.
@@ -125,8 +125,8 @@ def least_divergence(bounds: Bounds, *, divergence: str, js_beta: float) -> Leas
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Solved:
-    """Per event p, q and whether the student's cap binds; of every position the ratio below which it is
-    raised.
+    """Per event p, q and whether the student's cap binds; of every position the ratio below
+    which it is raised.
     """
 
     is_right: torch.Tensor

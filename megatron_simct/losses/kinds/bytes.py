@@ -4,8 +4,8 @@ With A_k the probability of a model's first k tokens of the response, the mass o
 
     sum over its entries (row k, segment)  of  A_k / A_K * (probability of the segment's tokens in row k)
 
-K being the row of the last boundary at or before i: relative to the realized path, in log space. Two
-definitions:
+K being the row of the last boundary at or before i: relative to the realized path, in log
+space. Two definitions:
 
     --simct-byte-bounds any             (alignment/byte_bounds.py) the position's loss is the least divergence
                                         that both models' known and unresolved masses permit (byte_bounds.py):
@@ -175,8 +175,8 @@ def teacher_byte_statistics(
     logit_softcap: float | None = None,
     shared: SharedRows | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(log-probability of every slot [E], own logit [n], log-sum-exp [n]) from what enters a frozen output
-    layer.
+    """(log-probability of every slot [E], own logit [n], log-sum-exp [n]) from what enters a
+    frozen output layer.
 
     hidden [n, H] and weight [W, H] as in `label_statistics`, whose two answers are the last two. shared: the
     rows are a context-parallel rank's; all ranks get all slots.
@@ -204,8 +204,8 @@ def slot_log_masses(
     shard_start: int,
     group: dist.ProcessGroup | None,
 ) -> torch.Tensor:
-    """[E]: one model's log-probability of every slot relative to its realized path, equal on every rank. No
-    gradient.
+    """[E]: one model's log-probability of every slot relative to its realized path, equal on
+    every rank. No gradient.
 
     labels int64 [n], whose rows are those of `source`, in one order.
     """
@@ -346,8 +346,8 @@ def position_values(
 def bounded_divergences(
     student: torch.Tensor, teacher: torch.Tensor, batch: ByteBatch, *, divergence: str, js_beta: float
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """([P], derivatives with respect to `student` [E], sums for the metrics). student, teacher [E]: log
-    masses.
+    """([P], derivatives with respect to `student` [E], sums for the metrics). student,
+    teacher [E]: log masses.
     """
     assert batch.slot_cap is not None, "events of plan_byte_bounds"
     position, event, num_positions = batch.slot_position, batch.slot_event, batch.num_positions
@@ -506,8 +506,8 @@ def log_masses(log_segments: torch.Tensor, log_probs: torch.Tensor, side: ByteSi
 
 
 def _log_sums(terms: torch.Tensor, index: torch.Tensor, size: int) -> torch.Tensor:
-    """[X] -> [size]: the log-sum-exp of the terms of each index; -inf, with gradient 0, where there are
-    none.
+    """[X] -> [size]: the log-sum-exp of the terms of each index; -inf, with gradient 0,
+    where there are none.
     """
     maxima = torch.full((size,), NEGATIVE_INFINITY, dtype=terms.dtype, device=terms.device)
     maxima = finite_reference(maxima.scatter_reduce(0, index, terms.detach(), "amax"))
@@ -567,8 +567,8 @@ def _add_gradient(
     order: ByteOrder,
     shard_start: int,
 ) -> None:
-    """Add the gradient of the logits, from those of the segments' [G] and the labels' [n]
-    log-probabilities.
+    """Add the gradient of the logits, from those of the segments' [G] and the labels'
+    [n] log-probabilities.
     """
     # log p(segment) = log(segment sum) - log(row sum): its gradient g gives every e^z of the segment g /
     # segment sum, and takes g / row sum from every e^z of the row. So does the label's gradient from its row.
@@ -598,8 +598,8 @@ def _tiles(side: ByteSideBatch, order: ByteOrder, num_rows: int) -> Iterator[tup
 
 
 def _own_places(labels: torch.Tensor, order: ByteOrder, shard_start: int) -> torch.Tensor:
-    """int64 [n]: the place of each label among this rank's columns in byte order, -1 if another rank has
-    it.
+    """int64 [n]: the place of each label among this rank's columns in byte order, -1 if
+    another rank has it.
     """
     num_columns = len(order.columns)
     # place: from a local column to its place in byte order; one entry more, for padding and other ranks.

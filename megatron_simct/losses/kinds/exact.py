@@ -1,5 +1,5 @@
-"""`exact`: a partition of events at a segment's first position, each with its probability; nothing is
-renormalized.
+"""`exact`: a partition of events at a segment's first position, each with its probability;
+nothing is renormalized.
 
 With P the probability of the unit's path, v_1 its first token and w the shared token of the same bytes, for
 each model:
@@ -140,8 +140,8 @@ def _log_not(log_probs: torch.Tensor) -> torch.Tensor:
 def _floored_rests(log_student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[A] each, student and teacher: the log-probability of the rest; the teacher's is rounded as 1 is.
 
-    Two rests that are as good as nothing do not differ; a student without any other token has one that is
-    finite.
+    Two rests that are as good as nothing do not differ; a student without any other token has
+    one that is finite.
     """
     least = torch.finfo(teacher.dtype).eps
     floored = (teacher <= least) | (log_student == NEGATIVE_INFINITY)

@@ -1,15 +1,15 @@
 """`paper`, `code`, `strict`, `kd`: a softmax over the shared tokens and, in the row of a unit, the unit.
 
-SimCT (arXiv:2605.07711, Eq. 6-9). For a model M, a segment's first prefix h, and a candidate u that M spells
-v_1..v_k:
+SimCT (arXiv:2605.07711, Eq. 6-9). For a model M, a segment's first prefix h, and a candidate u
+that M spells v_1..v_k:
 
     s_M(u | h) = 1/k sum_j log p_M(v_j | h, v_<j)             Eq. 7; for a shared token k = 1
     q_M(u | h) = exp s_M(u | h) / sum_{u' in U} exp s_M(u' | h)       U = shared tokens, and this row's unit
     loss       = sum over segments of D(q_S(. | h), q_T(. | h))       Eq. 9 has D = KL(q_S || q_T)
 
-U is a set of byte strings. If a unit spells the bytes of a shared token w (the student sampled "8" "2", and
-"82" is shared), the row has one column for them: the realized unit's score replaces column w, for both
-models.
+U is a set of byte strings. If a unit spells the bytes of a shared token w (the student sampled "8"
+"2", and "82" is shared), the row has one column for them: the realized unit's score replaces column
+w, for both models.
 
     paper     every minimal unit. The default. unit_score "sum": without the 1/k.
     code      SimCT's released code: the segments of its walk, raw logits in place of log-probabilities. Not
@@ -19,8 +19,8 @@ models.
               runs.
     kd        strict where both models have one tokenizer: U is the whole vocabulary.
 
-D is in losses/divergences.py, the sums over the shared tokens too; this file and that one are all of the
-method.
+D is in losses/divergences.py, the sums over the shared tokens too; this file and that one
+are all of the method.
 
 Scores are divided by the temperature. A softmax does not see a constant, so the log-sum-exp of the first row
 is added to all log-probabilities of a row: shared tokens are then plain logits, and their maxima and sums do
@@ -69,8 +69,8 @@ def value(rows: Rows) -> RowValues:
 
 
 def strict(rows: Rows) -> RowValues:
-    """The 1:1 positions, and with span_mse > 0 the units by it (log q(unit) - log p(unit))^2, their whole
-    paths.
+    """The 1:1 positions, and with span_mse > 0 the units by it (log q(unit) - log
+    p(unit))^2, their whole paths.
     """
     found = value(rows)
     if not rows.config.span_mse:
