@@ -142,7 +142,7 @@ class _Talk:
     """The newest response. It is not written yet, for what follows decides whether its stop token belongs to
     it."""
     num_bytes: int = 0
-    """Of all responses."""
+    """Bytes of all responses."""
 
     @classmethod
     def begin(cls, prompt: Prompt, student: Reader, teachers: Sequence[Reader], most: int) -> _Talk:
