@@ -50,7 +50,7 @@ from megatron_simct.job_parts.student import (
 from megatron_simct.loading import build_byte_order, open_pair
 from megatron_simct.losses import check_config, check_has_units
 from megatron_simct.parallel.initialize import Groups
-from megatron_simct.records import AlignedPair, MicroBatch, Prompt, Rollout
+from megatron_simct.records import AlignedPair, MicroBatch, Prompt, Rollout, ScoredPair
 from megatron_simct.reporting.monitor import Monitor
 from megatron_simct.reporting.profiling import Profiler
 from megatron_simct.reporting.writers import check_writers, open_writers
@@ -64,6 +64,7 @@ from megatron_simct.rollout.vllm_engine import VllmEngine
 from megatron_simct.stopping import ExitWatch
 from megatron_simct.teacher.build import build_teachers
 from megatron_simct.teacher.reference import Reference
+from megatron_simct.teacher.routing import count_missing
 from megatron_simct.teacher.scorer import TeacherScorer
 from megatron_simct.update.checkpoint import Checkpoints
 from megatron_simct.update.optimizer import build_optimizer, gather_weights, wrap_data_parallel
@@ -94,6 +95,8 @@ class Job:
     """None without --reference-kl-weight."""
     pack: Callable[..., list[MicroBatch]]
     updater: Updater
+    count_missing: Callable[[Sequence[AlignedPair], Sequence[ScoredPair]], dict[str, float]] | None
+    """With --missing-teacher drop: metrics of the pairs without a score; collective over the job."""
     teacher_follows: Callable[[], None]
     """After an update: --teacher-ema averages the student's weights into the teacher's."""
     monitor: Monitor
@@ -272,6 +275,12 @@ def build_job(config: Config, groups: Groups) -> Job:
                 else None
             ),
             reference=reference,
+            may_miss=config.routing.missing_teacher == "drop",
+        ),
+        count_missing=(
+            partial(count_missing, names=list(pair.by_name), group=groups.dp)
+            if config.routing.missing_teacher == "drop"
+            else None
         ),
         teacher_follows=build_following(
             teaching.average, before_reading_weights=partial(gather_weights, chunks)

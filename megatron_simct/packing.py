@@ -98,7 +98,8 @@ def pack_micro_batches(
         of = {rollout.sample_id: (rollout, *reference[rollout.sample_id]) for rollout in rollouts}
         batches = [replace(b, reference=_pack_labels([of[i] for i in b.sample_ids])) for b in batches]
     for batch in batches:
-        check(batch.labels)
+        if batch.teacher is not None:
+            check(batch.labels)
     return batches
 
 
@@ -140,7 +141,7 @@ def by_tokens(
 
 
 def by_teacher(
-    lengths: Sequence[int], *, teachers: Sequence[str], cut: Cut, agree: Callable[[int], int]
+    lengths: Sequence[int], *, teachers: Sequence[str | None], cut: Cut, agree: Callable[[int], int]
 ) -> list[list[int]]:
     """Micro-batches whose sequences have one teacher each.
 
@@ -148,7 +149,7 @@ def by_teacher(
     may have no sequence of a teacher. agree: as of by_tokens, for the micro-batches of all teachers together.
     """
     bins: list[list[int]] = []
-    for name in sorted(set(teachers)):
+    for name in dict.fromkeys(teachers):
         own = [i for i, teacher in enumerate(teachers) if teacher == name]
         bins += [[own[i] for i in chosen] for chosen in cut([lengths[i] for i in own])]
     return _split(bins, lengths, number=agree(len(bins)))

@@ -255,8 +255,8 @@ class AlignedPair:
     """The same response for the other teachers of a mixture, with the same slots of byte_events."""
     teacher_labels: np.ndarray | None = None
     """int64 [M], ascending: which of teacher_ids belong to responses; None: all."""
-    teacher: str = ""
-    """The name of the teacher that scores it; empty without --teachers."""
+    teacher: str | None = ""
+    """The name of the teacher that scores it; empty without --teachers; None: nobody has scored it."""
     counts: dict[str, int] = field(default_factory=dict)
     """bytes, bytes_one_to_one, bytes_unit, bytes_dropped_<reason>, and other additive counts for the metrics.
     """
@@ -470,8 +470,9 @@ class MicroBatch:
     """How many each sample has; N in all."""
     sequences: SequenceBatch
     labels: LabelBatch
-    teacher: str = ""
-    """The name of the teacher that has scored all its samples; empty without --teachers."""
+    teacher: str | None = ""
+    """The name of the teacher that has scored all its samples; empty without --teachers. None: nobody has
+    scored them, and they add nothing to the loss (--missing-teacher drop)."""
     reference: LabelBatch | None = None
     """The same labels, each beside what the student at its start says of it, for --reference-kl-weight."""
     is_given: bool = False

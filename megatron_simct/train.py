@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_simct.config.command_line import command, loading
@@ -32,7 +32,8 @@ from megatron_simct.parallel.initialize import Groups, process_groups
 from megatron_simct.records import AlignedPair, MicroBatch, Prompt, Rollout, ScoredPair
 from megatron_simct.reporting.monitor import Stopwatch
 from megatron_simct.rollout.engine import RacingEngine, responses
-from megatron_simct.teacher.scorer import TeacherError
+from megatron_simct.teacher.routing import unscored
+from megatron_simct.teacher.scorer import TeacherError, without_content
 from megatron_simct.update.advantages import Advantages
 from megatron_simct.update.step import NonFiniteError
 
@@ -53,7 +54,7 @@ def train(job: Job) -> None:
                 ahead.append(begin(job, coming, clock))
             batch = ahead.popleft()
             check_lag(batch.rollouts, iteration, job.config.max_lag)
-            scores = collect(job, batch, clock)
+            batch, scores = collect(job, batch, clock)
         with clock("update"), kept_for_replay(job, batch.rollouts, iteration):
             report = job.updater.step(pack(job, batch, scores))
             job.after_update(iteration)
@@ -91,6 +92,8 @@ class Batch:
     """Rewards by sample id, on the rank that asks for them; empty without --reward."""
     given: tuple[Sequence[Prompt], Sequence[Rollout]]
     """Rows of the step that come with their response; empty without --given-share."""
+    unscored: Sequence[tuple[Prompt, Rollout, AlignedPair]] = ()
+    """Rows that add nothing to the step, because their teacher is missing (--missing-teacher drop)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,21 +144,43 @@ def begin(job: Job, iteration: int, clock: Stopwatch) -> Batch:
     )
 
 
-def collect(job: Job, batch: Batch, clock: Stopwatch) -> Scores:
-    """Waits for the teacher's scores of a batch, and for its rewards if the run has any."""
+def collect(job: Job, batch: Batch, clock: Stopwatch) -> tuple[Batch, Scores]:
+    """Waits for the teacher's scores of a batch, and for its rewards if the run has any. The batch is that of
+    the rows that have scores."""
     teacher = list(job.teacher.collect(batch.pairs))
     start = None if job.reference is None else job.reference.score(batch.prompts, batch.rollouts)
     rewards = None
     if job.rewarding is not None:
         with clock("reward"):
             rewards = job.rewarding.collect(batch.rollouts, batch.rewards)
-    return Scores(teacher=teacher, start=start, rewards=rewards)
+    return with_scores(job, batch, teacher), Scores(teacher=teacher, start=start, rewards=rewards)
+
+
+def with_scores(job: Job, batch: Batch, scored: Sequence[ScoredPair]) -> Batch:
+    """The batch without the rows whose teacher is missing, which are counted."""
+    if job.count_missing is None:
+        return batch
+    missing = job.count_missing(batch.pairs, scored)
+    found = {one.sample_id for one in scored}
+    rows = list(zip(batch.prompts, batch.rollouts, batch.pairs, strict=True))
+    kept = [row for row in rows if row[0].sample_id in found]
+    return replace(
+        batch,
+        prompts=[prompt for prompt, _, _ in kept],
+        rollouts=[rollout for _, rollout, _ in kept],
+        pairs=[pair for _, _, pair in kept],
+        more={**batch.more, **missing},
+        unscored=[(*row[:2], unscored(row[2])) for row in rows if row[0].sample_id not in found],
+    )
 
 
 def pack(job: Job, batch: Batch, scores: Scores) -> list[MicroBatch]:
     """The micro-batches of a step; those of given rows come last."""
     micro_batches = job.pack(
-        *(batch.prompts, batch.rollouts, batch.pairs, scores.teacher),
+        [*batch.prompts, *(prompt for prompt, _, _ in batch.unscored)],
+        [*batch.rollouts, *(rollout for _, rollout, _ in batch.unscored)],
+        [*batch.pairs, *(pair for _, _, pair in batch.unscored)],
+        [*scores.teacher, *(without_content(pair.sample_id) for _, _, pair in batch.unscored)],
         advantages=None if scores.rewards is None else scores.rewards.of_samples,
         reference=scores.start,
     )

@@ -178,6 +178,7 @@ def build_entries(config: Config, pair: Pair) -> Entries | None:
     of_interface = entries_of(config.interface)
 
     def entries(rollout: Rollout, aligned: AlignedPair, scored: ScoredPair) -> EntryBatch:
+        assert aligned.teacher is not None, "a pair that nobody has scored has no entries"
         return response_entries(of_interface, translations[aligned.teacher], rollout, aligned, scored)
 
     return entries

@@ -8,13 +8,16 @@ stage to stage during generation.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+T = TypeVar("T")
 
-def from_last_stage(values: dict[str, float], pp: dist.ProcessGroup) -> dict[str, float]:
-    """The last stage's values on every stage; those of other stages are not read."""
+
+def from_last_stage(values: T, pp: dist.ProcessGroup) -> T:
+    """The last stage's values, which are pickled, on every stage; those of other stages are not read."""
     if pp.size() == 1:
         return values
     carrier = [values]

@@ -142,6 +142,10 @@ METRICS = {
         "nats a byte",
         "--teachers: surprise of this teacher at the responses that it scores",
     ),
+    "missing/TEACHER": (
+        "responses",
+        "--missing-teacher drop: responses that this teacher has not scored, which add nothing to the step",
+    ),
     "given_cross_entropy": (
         "nats a label",
         "--given-share: cross entropy of the given responses, before --sft-weight",

@@ -57,7 +57,7 @@ class SampleLog:
             return
         for rollout, pair in list(zip(rollouts, pairs, strict=True))[:SAMPLES]:
             losses = report.label_losses[rollout.sample_id].float().cpu().numpy()
-            teacher = self._teachers.get(pair.teacher)
+            teacher = self._teachers.get(pair.teacher or "")
             prompt = "" if teacher is None else readable(teacher.decode(pair.teacher_prompt_ids), keep="\n")
             self._file.write(
                 "sample",
@@ -85,7 +85,9 @@ class SampleLog:
                 units.append(
                     {
                         "student": _pieces(self._student, label_ids[first:last]),
-                        "teacher": _pieces(self._teachers.get(pair.teacher), pair.teacher_ids[first_t:last_t])
+                        "teacher": _pieces(
+                            self._teachers.get(pair.teacher or ""), pair.teacher_ids[first_t:last_t]
+                        )
                         if last_t > first_t
                         else [],
                         "loss": float(losses[first:last].sum()),

@@ -189,7 +189,7 @@ def _build_remote(config: Config, groups: Groups, pair: Pair, teacher: Teacher) 
     if groups.owns_teacher_socket:
         asked = build_client(config, groups, teacher, marks) if teacher.of.job.endpoint else None
         client = asked if store is None else StoredClient(store, asked)
-    return RemoteScorer(client, groups)
+    return RemoteScorer(client, groups, drops=config.routing.missing_teacher == "drop")
 
 
 def teacher_fingerprints(config: Config, pair: Pair, teacher: Teacher) -> dict[str, object]:

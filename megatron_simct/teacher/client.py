@@ -39,7 +39,7 @@ from megatron_simct.teacher.fingerprints import mismatch
 from megatron_simct.teacher.forward import TeacherRequest
 from megatron_simct.teacher.lookout import Lookout
 from megatron_simct.teacher.payload import misfit, score_message
-from megatron_simct.teacher.scorer import TeacherError
+from megatron_simct.teacher.scorer import TeacherError, TeacherMissing
 from megatron_simct.teacher.wire import Message, WireError, decode, encode, num_bytes, quoted, with_checksum
 
 
@@ -152,8 +152,8 @@ class TeacherClient(Thread):
         self._poller.register(self._waker.receiver, zmq.POLLIN)
         self._identity = b"s" + uuid.uuid4().bytes
         self._random = random.Random(self._identity)
-        self._inbox: SimpleQueue[tuple[int, _Open]] = SimpleQueue()
-        self._results: SimpleQueue[tuple[Sequence[Any], Message] | str] = SimpleQueue()
+        self._inbox: SimpleQueue[tuple[int, _Open] | None] = SimpleQueue()
+        self._results: SimpleQueue[tuple[Sequence[Any], Message] | TeacherError] = SimpleQueue()
         self._replicas: dict[str, _Replica] = {}
         self._open: dict[int, _Open] = {}
         self._waiting: deque[int] = deque()
@@ -186,6 +186,11 @@ class TeacherClient(Thread):
         self._inbox.put((self._number, entry))
         self._waker.wake()
 
+    def forget(self) -> None:
+        """Give up all requests that were submitted before; later ones are sent as usual."""
+        self._inbox.put(None)
+        self._waker.wake()
+
     def arrived(self) -> bool:
         """Whether `next` would return at once."""
         return not self._results.empty()
@@ -195,9 +200,9 @@ class TeacherClient(Thread):
         try:
             result = self._results.get(timeout=self._patience.timeout_s + 60)
         except Empty:  # the thread itself has died
-            result = f"{self._where}: the thread that waits for the teacher has ended"
-        if isinstance(result, str):
-            raise TeacherError(result)
+            result = TeacherError(f"{self._where}: the thread that waits for the teacher has ended")
+        if isinstance(result, TeacherError):
+            raise result
         return result
 
     def meet(self) -> None:
@@ -205,7 +210,7 @@ class TeacherClient(Thread):
         try:
             self._met.get(timeout=self._patience.timeout_s)
         except Empty:
-            raise TeacherError(self._nobody("no teacher")) from None
+            raise TeacherMissing(self._nobody("no teacher")) from None
         if self._failed:
             self.next()
 
@@ -251,9 +256,17 @@ class TeacherClient(Thread):
     def _take_in(self) -> None:
         while True:
             try:
-                number, entry = self._inbox.get_nowait()
+                submitted = self._inbox.get_nowait()
             except Empty:
                 return
+            if submitted is None:
+                for entry in self._open.values():
+                    self._release(entry)
+                self._open.clear()
+                self._waiting.clear()
+                self._failed = False
+                continue
+            number, entry = submitted
             if not self._open:
                 self._progress = time.monotonic()
             self._open[number] = entry
@@ -538,7 +551,8 @@ class TeacherClient(Thread):
 
     def _give_up(self, now: float) -> None:
         if self._open and not self._failed and now - self._progress > self._patience.timeout_s:
-            self._fail(self._nobody(f"{len(self._open)} samples are unanswered and no answer has come"))
+            what = f"{len(self._open)} samples are unanswered and no answer has come"
+            self._fail(self._nobody(what), TeacherMissing)
 
     def _nobody(self, what: str) -> str:
         now = time.monotonic()
@@ -556,9 +570,9 @@ class TeacherClient(Thread):
             text += f"; files that are not a replica's: {'; '.join(ignored)}"
         return text
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str, kind: type[TeacherError] = TeacherError) -> None:
         self._failed = True
-        self._results.put(reason)
+        self._results.put(kind(reason))
         self._met.put(False)
 
 

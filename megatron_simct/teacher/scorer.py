@@ -17,6 +17,10 @@ class TeacherError(RuntimeError):
     """The teacher refuses, or has not answered in time. Raised on every rank before any weight changes."""
 
 
+class TeacherMissing(TeacherError):
+    """No replica of the teacher has answered in time; one that starts later may answer other requests."""
+
+
 class TeacherScorer(Protocol):
     """Anything that scores the teacher's tokens of a response."""
 
@@ -29,7 +33,7 @@ class TeacherScorer(Protocol):
 
     def collect(self, pairs: Sequence[AlignedPair]) -> Iterator[ScoredPair]:
         """The scores of pairs that were submitted, each once, in any order, with exactly the statistics of
-        its `needs`.
+        its `needs`. With --missing-teacher drop, pairs whose teacher does not answer have none.
 
         Collective over one model replica. Only the last pipeline stage gets content: on the others the
         tensors are empty.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -100,6 +100,7 @@ class Updater:
         importance_cap: float | None = None,
         check_sampling: Callable[[float, float], None] | None = None,
         reference: Start | None = None,
+        may_miss: bool = False,
     ) -> None:
         """teachers: by MicroBatch.teacher; without a teacher, its placement alone.
 
@@ -107,9 +108,11 @@ class Updater:
 
         importance_cap: see interface_loss. check_sampling: called in each step, before the weights change,
         with the mean and the largest difference of the labels' log-probabilities in sampling and in training;
-        it may raise. reference: for micro-batches that have one.
+        it may raise. reference: for micro-batches that have one. may_miss: whether a rank may have only
+        micro-batches without a teacher.
         """
         self._gradient_parts_interval = gradient_parts_interval
+        self._may_miss = may_miss
         self._check_sampling = check_sampling
         self._chunks = list(chunks)
         self._ddp = self._chunks[-1]  # on the last stage the one with the head
@@ -180,7 +183,10 @@ class Updater:
         if self._groups.is_last_stage:
             widest = torch.stack(gaps).max()
             dist.all_reduce(widest, op=dist.ReduceOp.MAX, group=self._groups.dp_cp)
-            sums = sum_over_ranks(_add(outputs), self._groups.dp_cp) | {"rollout_gap_largest": float(widest)}
+            own = _add(outputs)
+            if self._may_miss:
+                own = _with_names_of_all_ranks(own, self._groups.dp_cp)
+            sums = sum_over_ranks(own, self._groups.dp_cp) | {"rollout_gap_largest": float(widest)}
         sums = from_last_stage(sums, self._groups.pp)
         learning_rate = self._optimizer.param_groups[0]["lr"]
         bad_ids = [
@@ -237,6 +243,11 @@ class Updater:
         if batch.is_given:
             output = self._given_loss(rows, model.output_weight, batch.labels, **named)
             return output.sum, torch.zeros_like(output.num_labels).int(), _given_sums(output)
+        if batch.teacher is None:
+            no_weights = torch.zeros(len(batch.labels.student_labels), device=rows.device)
+            nothing = replace(batch.labels, advantages=None, label_weights=no_weights)
+            output = self._given_loss(rows, model.output_weight, nothing, **named)
+            return output.sum, torch.zeros_like(output.num_labels).int(), _unscored_sums(output)
         output = self._losses[batch.teacher](rows, model.output_weight, batch.labels, **named)
         value, label_losses = output.sum, output.label_losses
         sums = {"num_labels": output.num_labels, **output.metrics}
@@ -311,7 +322,9 @@ def _add(outputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     }
 
 
-def _sums_by_teacher(output: LossOutput, teacher: str, names: Sequence[str]) -> dict[str, torch.Tensor]:
+def _sums_by_teacher(
+    output: LossOutput, teacher: str | None, names: Sequence[str]
+) -> dict[str, torch.Tensor]:
     """The sums of a micro-batch for its own teacher, and zeros for the others; nothing without names."""
     zero = torch.zeros_like(output.num_labels).double()
     return {
@@ -322,6 +335,26 @@ def _sums_by_teacher(output: LossOutput, teacher: str, names: Sequence[str]) -> 
             "num_labels": output.num_labels,
             "teacher_nll_sum": output.metrics["teacher_nll_sum"],
         }.items()
+    }
+
+
+def _with_names_of_all_ranks(
+    sums: dict[str, torch.Tensor], group: dist.ProcessGroup
+) -> dict[str, torch.Tensor]:
+    """The sums, and zeros for those that only other ranks of the group have. Collective over the group."""
+    of_ranks: list[list[str]] = [[]] * group.size()
+    dist.all_gather_object(of_ranks, sorted(sums), group=group)
+    zero = torch.zeros_like(sums["loss"])
+    return {name: sums.get(name, zero) for names in of_ranks for name in names}
+
+
+def _unscored_sums(output: LossOutput) -> dict[str, torch.Tensor]:
+    """What a micro-batch that nobody has scored reports: nothing."""
+    return {
+        "loss": output.sum.detach().clone(),
+        "num_labels": torch.zeros_like(output.num_labels),
+        "label_losses": output.label_losses,
+        "rollout_gap_largest": output.log_probs.new_zeros(()),
     }
 
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,14 +31,17 @@ from megatron_simct.loading import load_model, open_model, open_tokenizer
 from megatron_simct.models.build import HiddenStateModel
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.preflight.check import check_run
-from megatron_simct.records import Prompt, Rollout
+from megatron_simct.records import MicroBatch, Prompt, Rollout
 from megatron_simct.rollout.engine import GivenResponses
 from megatron_simct.teacher.client import Patience
+from megatron_simct.teacher.routing import unscored
+from megatron_simct.teacher.scorer import without_content
+from megatron_simct.update.step import StepReport
 from tests.distributed import run_ranks
 from tests.huggingface import save_byte_level, save_model
 from tests.oracles import bytes as oracle
 from tests.runs import assert_same_run, metrics, run
-from tests.steps import scores_of
+from tests.steps import scores_of, train_and_record
 from tests.teacher_jobs import TeacherJob
 from tests.tiny import command_line
 
@@ -128,6 +134,7 @@ def _step(
         tokenizer = open_tokenizer(resolved.model, prefix="")
         asked = job.prompts.batch(0)
         rollouts = GivenResponses(tokenizer).generate(asked, job.sampling)  # as if they had been sampled
+        drops = resolved.routing.missing_teacher == "drop"  # as if `two` had not answered
         by_hand = None
         if world_size == 1:
             models = {
@@ -136,10 +143,17 @@ def _step(
             }
             own = load_model(resolved, resolved.model, groups, tokenizer, prefix="").double()
             own.load_state_dict(before, strict=False)
+            if drops:
+                del models["two"]
             by_hand = _by_hand(own, models, asked, rollouts, tokenizer.table.num_ids)
         pairs = [job.align(prompt, rollout) for prompt, rollout in zip(asked, rollouts, strict=True)]
-        batches = job.pack(asked, rollouts, pairs, scores_of(job.teacher, pairs))
-        of = {prompt.sample_id: prompt.teacher for prompt in asked}
+        scored = [pair for pair in pairs if not (drops and pair.teacher == "two")]
+        scores = scores_of(job.teacher, scored)
+        if drops:
+            pairs = [pair if pair in scored else unscored(pair) for pair in pairs]
+            scores += [without_content(pair.sample_id) for pair in pairs if pair.teacher is None]
+        batches = job.pack(asked, rollouts, pairs, scores)
+        of = {pair.sample_id: pair.teacher for pair in pairs}
         assert all({of[i] for i in batch.sample_ids} == {batch.teacher} for batch in batches)
         report = job.updater.step(batches)
         after = {name: value.detach().double() for name, value in student.named_parameters()}
@@ -165,6 +179,8 @@ def _by_hand(
 
     found: dict[str, list[torch.Tensor]] = {name: [] for name in teachers}
     for prompt, rollout, name in zip(asked, rollouts, TEACHERS, strict=True):
+        if name not in teachers:
+            continue
         own = log_probs(student, prompt.student_ids, rollout.student_ids)
         target = log_probs(teachers[name], prompt.teacher_ids, rollout.student_ids).detach()
         found[name].append((target.exp() * (target - own)).sum(1))
@@ -228,6 +244,24 @@ def test_every_layout_takes_the_same_step(tiny, weights, rows, moved, one_proces
         assert its == pytest.approx(sums, rel=1e-5)
         assert norm == pytest.approx(grad_norm, rel=1e-5)
     assert len({count for *_, count in found}) == 1, "every rank has as many micro-batches"
+
+
+def test_rows_of_a_missing_teacher_add_nothing(tiny, weights, rows, moved, one_process) -> None:
+    drop = ("--missing-teacher", "drop")
+    found = run_ranks(1, _step, tiny, weights, rows, moved, *drop)
+    sums, grad_norm, gradient, (expected, expected_gradient), _ = found[0]
+    assert sums["num_labels"] == expected["num_labels/one"] < one_process[0]["num_labels"]
+    assert sums["loss"] == pytest.approx(expected["loss/one"], rel=1e-5)
+    assert sums["loss/two"] == sums["num_labels/two"] == 0
+    norm = float(torch.sqrt(sum(value.square().sum() for value in expected_gradient.values())))
+    assert grad_norm == pytest.approx(norm, rel=1e-5) and grad_norm != pytest.approx(one_process[1], rel=0.01)
+    for name, value in expected_gradient.items():
+        # Weights of at most 2 are rounded by 1.2e-7 in the update.
+        torch.testing.assert_close(gradient[name], value, rtol=0, atol=3e-6 * max(1, norm), msg=name)
+    # On one of two ranks; of context-parallel ranks each has some labels of a row.
+    for flags in ((), ("--context-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")):
+        for its, its_norm, *_ in run_ranks(2, _step, tiny, weights, rows, moved, *drop, *flags):
+            assert its == pytest.approx(sums, rel=1e-5) and its_norm == pytest.approx(grad_norm, rel=1e-5)
 
 
 # Other tokenizers, `paper` and `bytes`, jobs of their own
@@ -387,6 +421,108 @@ def test_a_resumed_run_equals_an_undisturbed_one(tiny, weights, rows, other, tmp
     assert code == 1 and "its teacher tokenizer is not that of" in error and "--teachers" in error
 
 
+# A teacher that is gone
+
+PATIENCE = Patience(timeout_s=100, hello_s=0.2, silence_s=2.0, look_s=0.1, look_again_s=0.1)
+GONE_AT, BACK_AT = 2, 4
+
+
+def _until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 100
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _without_two(rank: int, world_size: int, argv: list[str], folder: Path) -> Any:
+    """A run that asks for the end of the teacher of the rows of `two` before an iteration, and for its return
+    before another one: of each step the sums, the gradient norm, and the micro-batches' teachers and labels.
+    """
+    megatron_simct.teacher.build.Patience = lambda **_: PATIENCE
+    resolved: Config = parse_config(argv)
+    with process_groups(resolved.parallel, seed=1) as groups:
+        job = build_job(resolved, groups)
+        client = job.teacher._scorers["two"]._client
+
+        def before_step(iteration: int) -> None:
+            for at, wish in ((GONE_AT, "gone"), (BACK_AT, "back")):
+                if iteration == at:
+                    (folder / f"wants {wish}").touch()
+                    _until((folder / wish).exists)
+            if client is not None:
+                gone = GONE_AT <= iteration < BACK_AT
+                client._patience = replace(PATIENCE, timeout_s=1) if gone else PATIENCE
+                if iteration == BACK_AT:
+                    _until(client.status)
+
+        object.__setattr__(job, "before_step", before_step)
+        kept: list[list[MicroBatch]] = []
+        step = job.updater.step
+
+        def recording(batches: list[MicroBatch]) -> StepReport:
+            kept.append(batches)
+            return step(batches)
+
+        job.updater.step = recording
+        reports = train_and_record(job)
+        return [
+            (
+                report.sums["loss"],
+                report.sums["num_labels"],
+                report.grad_norm,
+                [(batch.teacher, sum(batch.num_labels)) for batch in batches],
+            )
+            for report, batches in zip(reports, kept, strict=True)
+        ]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("--pipeline-model-parallel-size", "2"), ("--tensor-model-parallel-size", "2")],
+    ids=["DP2", "PP2", "TP2"],
+)
+@pytest.mark.parametrize("interface", ["paper", "bytes"])
+def test_a_step_goes_on_without_the_rows_of_a_teacher_that_is_gone(
+    tiny, weights, rows, other, tmp_path, interface, flags
+) -> None:
+    """On two data-parallel ranks all rows of one of them are of `two` in some steps."""
+    teachers = _mixed_places(tiny, weights, other)
+    teachers["two"]["endpoint"] = [str(tmp_path / "two")]
+    content = [json.loads(line) for line in rows.read_text().splitlines()]
+    for number, row in enumerate(content):  # one of two ranks has rows of `two` only
+        row["teacher"] = "two" if number % 2 else "one"
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    argv = routed(
+        *(tiny, path, teachers, *_flags(weights, interface), "--missing-teacher", "drop", *flags),
+        *("--train-iters", str(BACK_AT), "--run-dir", str(tmp_path / "run"), "--given-share", "0.25"),
+        *("--micro-batch-size", "1"),
+    )
+    its_flags = ("--teacher-hf-checkpoint", str(other), "--teacher-tokenizer-model", str(other))
+    with ThreadPoolExecutor(1) as pool:
+        with TeacherJob(tiny, (), tmp_path / "two", *its_flags):
+            running = pool.submit(run_ranks, 2, _without_two, argv, tmp_path)
+            _until(lambda: (tmp_path / "wants gone").exists() or running.done())
+        (tmp_path / "gone").touch()
+        _until(lambda: (tmp_path / "wants back").exists() or running.done())
+        with TeacherJob(tiny, (), tmp_path / "two", *its_flags):
+            (tmp_path / "back").touch()
+            found = running.result()
+    for number, of_ranks in enumerate(zip(*found, strict=True), start=1):
+        gone = GONE_AT <= number < BACK_AT
+        counted: dict[str | None, int] = {}
+        for teacher, labels in [batch for *_, batches in of_ranks[: 1 if flags else 2] for batch in batches]:
+            counted[teacher] = counted.get(teacher, 0) + labels
+        assert (None in counted) == gone and ("two" in counted) != gone, (number, counted)
+        assert len({len(batches) for *_, batches in of_ranks}) == 1
+        for loss, num_labels, grad_norm, _ in of_ranks:
+            assert num_labels == sum(counted[name] for name in ("one", "two") if name in counted)
+            assert loss > 0 and grad_norm > 0
+    steps = [row for row in metrics(tmp_path) if row["kind"] == "step"]
+    assert [row["missing/two"] for row in steps] == [0, 3, 3, 0]
+    assert [row["missing/one"] for row in steps] == [0, 0, 0, 0]
+
+
 def _changed_rows(rows: Path, folder: Path, teacher: str | None) -> Path:
     """The rows, of which the third has another teacher, or none."""
     content = [json.loads(line) for line in rows.read_text().splitlines()]
@@ -471,6 +607,11 @@ def test_what_has_no_meaning_is_refused(tiny, teachers, flags, words) -> None:
         argv[argv.index("--teachers") + 1] = teachers
     with pytest.raises(ValueError, match=words):
         parse_config(argv).check(data_parallel_size=1)
+
+
+def test_without_several_teachers_none_can_be_missing(tiny) -> None:
+    with pytest.raises(ValueError, match="--missing-teacher drop needs --teachers"):
+        parse_config(command_line(tiny, "--missing-teacher", "drop")).check(data_parallel_size=1)
 
 
 def test_experts_over_ranks_need_a_job(tiny, tmp_path) -> None:

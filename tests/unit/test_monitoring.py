@@ -124,6 +124,7 @@ def test_the_glossary_has_every_metric_and_no_other() -> None:
     of_one = ("loss", "num_labels", "teacher_nll_sum", "samples", "bytes")
     of_teachers = {f"{name}/TEACHER": 1.0 for name in of_one}
     names |= ratios(report(), SAMPLES | of_teachers, sampled=True).keys()
+    names |= {"missing/TEACHER"}
     names |= ratios(report(), SAMPLES | OF_TURNS, sampled=False).keys()
     names |= {"reward", "reward_spread", "reward_silent", "reward_failed"}
     hops = set(re.findall(r'clock\("(\w+)"\)', inspect.getsource(train)))

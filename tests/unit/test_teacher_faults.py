@@ -26,7 +26,7 @@ from megatron_simct.teacher.client import TeacherClient
 from megatron_simct.teacher.endpoints import Endpoint, bind, check_bind, make_keys, publish, withdraw
 from megatron_simct.teacher.forward import TeacherRequest
 from megatron_simct.teacher.payload import read_score, read_scored, score_message, scored_message
-from megatron_simct.teacher.scorer import TeacherError
+from megatron_simct.teacher.scorer import TeacherError, TeacherMissing
 from megatron_simct.teacher.wire import Message, decode, encode, num_bytes
 from tests.teacher_jobs import (
     FAST,
@@ -122,6 +122,26 @@ def test_a_replica_whose_model_hangs_and_goes_on(tmp_path) -> None:
             assert_each_once(collect(client, again), again)
             _until(lambda: len(one.answered) + len(other.answered) == 2 * len(requests))
             client.close()
+
+    with_every_seed(check, tmp_path)
+
+
+def test_requests_that_are_given_up_do_not_come_back_with_the_teacher(tmp_path) -> None:
+    """Nobody is there, so the client says that; what is asked after that is answered as usual."""
+
+    def check(seed: int, folder: Path) -> None:
+        client = open_client(folder, patience=replace(FAST, timeout_s=0.3))
+        client.submit(requests_of(seed)[0])
+        with pytest.raises(TeacherMissing, match="1 samples are unanswered"):
+            client.next()
+        client.forget()
+        client._patience = FAST
+        with ModelFreeTeacher(folder) as teacher:
+            _until(lambda: len(client.status()) == 1)
+            again = requests_of(seed + 100)
+            assert_each_once(collect(client, again), again)
+            assert len(teacher.answered) == len(again) and not client.arrived()
+        client.close()
 
     with_every_seed(check, tmp_path)
 

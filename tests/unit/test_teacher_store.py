@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_simct.records import AlignedPair, ScoredPair, TeacherNeeds, TeacherRequest
+from megatron_simct.records import AlignedPair, ScoredPair, TeacherNeeds
+from megatron_simct.teacher.forward import TeacherRequest
 from megatron_simct.teacher.payload import read_scored
 from megatron_simct.teacher.store import AnswerStore, SavingScorer
 from tests.teacher_jobs import FINGERPRINTS, answer_of, make_request, same_answer

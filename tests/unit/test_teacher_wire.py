@@ -17,10 +17,10 @@ import pytest
 import torch
 import zmq
 
-from megatron_simct.records import ScoredPair, TeacherRequest
+from megatron_simct.records import ScoredPair
 from megatron_simct.teacher import endpoints, wire
 from megatron_simct.teacher.endpoints import CLIENT_KEY, SERVER_KEY, connect, make_keys, read_keys
-from megatron_simct.teacher.forward import by_length, quantized, rounded
+from megatron_simct.teacher.forward import TeacherRequest, by_length, quantized, rounded
 from megatron_simct.teacher.payload import (
     check_request,
     misfit,

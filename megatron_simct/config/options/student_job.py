@@ -265,6 +265,8 @@ class Config:
     def _check_routing(self) -> None:
         """Raises ValueError for --teachers beside the flags of a single teacher, or without a use."""
         if not self.routes_rows:
+            if self.routing.missing_teacher == "drop":
+                raise ValueError("--missing-teacher drop needs --teachers, whose other rows go on")
             return
         if not self.needs_teacher:
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, fields
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from megatron_simct.config.options.declare import option
 from megatron_simct.config.options.model import ModelConfig
@@ -78,6 +78,11 @@ class RoutingConfig:
         "each row of --prompt-data has the name of its teacher under 'teacher'. An entry has the options of "
         "a model (hf_checkpoint, tokenizer_model, ...), and endpoint, client_key and simct_alignment_map",
         metavar="JSON",
+    )
+    missing_teacher: Literal["stop", "drop"] = option(
+        "stop",
+        "what to do if no answer of one of --teachers comes for --teacher-timeout-minutes: save a checkpoint "
+        "and stop; or drop its rows from each step, and count them, until one of its replicas is back",
     )
 
 
