@@ -15,7 +15,13 @@ from megatron_simct.alignment import report_notes
 from megatron_simct.config.flags import to_dict
 from megatron_simct.config.options import Config, InterfaceConfig
 from megatron_simct.data.prompts import PromptSource
-from megatron_simct.job_parts.engines import build_engine, build_vllm_engine
+from megatron_simct.evaluation.environment import Environment
+from megatron_simct.job_parts.engines import (
+    build_engine,
+    build_environment,
+    build_vllm_engine,
+    with_turns,
+)
 from megatron_simct.job_parts.grading import build_evaluator, build_rewarding
 from megatron_simct.job_parts.labels import (
     build_alignment,
@@ -81,6 +87,8 @@ class Job:
     """One background thread, which aligns sampled responses and sends them to the teacher."""
     rewarding: Rewarding | None
     """None without --reward."""
+    environment: Environment | None
+    """What answers responses; None without --environment, and on ranks that do not ask."""
     given: GivenRows | None
     """None without --given-share."""
     reference: Reference | None
@@ -216,7 +224,8 @@ def build_job(config: Config, groups: Groups) -> Job:
         if groups.cp_size > 1:
             sampler = SharedEngine(sampler, groups.cp)
         source = sampler
-    engine = build_engine(config, groups, source, student)
+    environment = build_environment(config, groups)
+    engine = build_engine(config, groups, with_turns(config, pair, source, environment, scored=True), student)
     engine.publish(start)
     sampling = Sampling(
         temperature=config.rollout.rollout_temperature,
@@ -235,6 +244,7 @@ def build_job(config: Config, groups: Groups) -> Job:
         teacher=teaching.scorer,
         background=ThreadPoolExecutor(max_workers=1, thread_name_prefix="alignment"),
         rewarding=build_rewarding(config, groups, student),
+        environment=environment,
         given=build_given_rows(
             config,
             groups,
@@ -277,7 +287,9 @@ def build_job(config: Config, groups: Groups) -> Job:
         ),
         monitor=monitor,
         log_samples=build_sample_log(config, groups, pair, start=start),
-        evaluator=build_evaluator(config, groups, source, student),
+        evaluator=build_evaluator(
+            config, groups, with_turns(config, pair, source, environment, scored=False), student
+        ),
         start=start,
         save=checkpoints.save,
         finish_save=checkpoints.finish,

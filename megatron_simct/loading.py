@@ -181,6 +181,7 @@ def open_held_out(config: Config) -> tuple[list[Row], list[Problem]]:
             chat=data.apply_chat_template,
             need_response=False,
             need_label=True,
+            keep_fields=config.rollout.environment is not None,
         )
         return rows, []
     problems = read_problems(benchmark, path, flag=flag)
@@ -189,6 +190,7 @@ def open_held_out(config: Config) -> tuple[list[Row], list[Problem]]:
             prompt=problem.messages if data.apply_chat_template else _completion(problem, flag),
             response=None,
             label=str(number),
+            fields=None if config.rollout.environment is None else problem.fields,
             where=f"{flag} {path}: problem {problem.problem_id}",
         )
         for number, problem in enumerate(problems)

@@ -131,12 +131,14 @@ class TeacherNeeds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """A row of --prompt-data, for --reward."""
+    """A row of --prompt-data, for --reward and --environment."""
 
     prompt: str | Sequence[Mapping[str, Any]]
     """A text, or messages."""
     row: Mapping[str, Any]
     """All of it, as it was read."""
+    teacher_prompt: str | Sequence[Mapping[str, Any]] | None = None
+    """What the teachers read instead of the prompt, if that is another one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +192,8 @@ class Prompt:
     """Several given responses in its place, for --simct-on given."""
     label: str | None = None
     """The expected response, for evaluation."""
+    room: int | None = None
+    """Tokens that its response may have, if fewer than Sampling.max_response_len."""
     asked: Asked | None = None
     """What a reward is a function of beside the response."""
 

@@ -302,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             report_interface(config, groups)
             report_precision(config, groups)
             with contextlib.ExitStack() as parts:
-                for part in (job.monitor, job.profiler, job.rewarding):
+                for part in (job.monitor, job.profiler, job.rewarding, job.environment):
                     if part is not None:
                         parts.callback(part.close)
                 train(job)

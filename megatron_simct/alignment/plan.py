@@ -17,6 +17,7 @@ from megatron_simct.alignment.alignment_map import AlignmentMap
 from megatron_simct.alignment.byte_bounds import Side, plan_byte_bounds
 from megatron_simct.alignment.byte_events import plan_byte_events, plan_mixture_events
 from megatron_simct.alignment.segments import Alignment, align
+from megatron_simct.alignment.token_table import TokenTable
 from megatron_simct.alignment.tokenizer import Tokenizer, utf8_prefix_bytes
 from megatron_simct.config.options import InterfaceConfig
 from megatron_simct.records import AlignedPair, ByteEvents, Prompt, Rollout, SegmentKind, TeacherNeeds
@@ -154,19 +155,25 @@ def _read(
     _check(prompt, rollout, student=student, teacher=teacher, alignment_map=alignment_map)
     stopped = rollout.finish == "stop"
     content_ids = rollout.student_ids[:-1] if stopped else rollout.student_ids
-    spelled, ends = student.table.spell(content_ids)
-    special = student.table.special[content_ids]
-    # Behind a special token nothing can be aligned, so the teacher does not read on either.
-    data = spelled[: ends[special.argmax()] if special.any() else None].tobytes()
-
+    data = bytes_before_special(student.table, content_ids)
     teacher_ids = teacher.encode(data)
     if stopped:
         teacher_ids = np.append(teacher_ids, np.int32(teacher.table.stop_ids[0]))
     alignment = align(
         teacher.table, teacher_ids, student.table, rollout.student_ids, segmentation=needs.segmentation
     )
-    common = spelled[: alignment.common_prefix_bytes]
+    common = np.frombuffer(data, np.uint8)[: alignment.common_prefix_bytes]
     return _Read(data=data, teacher_ids=teacher_ids, alignment=alignment, common=common)
+
+
+def bytes_before_special(table: TokenTable, ids: np.ndarray) -> bytes:
+    """The bytes of ids [n] up to the first special token.
+
+    Behind it nothing can be aligned, so the teacher does not read on either.
+    """
+    spelled, ends = table.spell(ids)
+    special = table.special[ids]
+    return spelled[: ends[special.argmax()] if special.any() else None].tobytes()
 
 
 def _pair(

@@ -282,5 +282,7 @@ class PromptSource:
             response=row.response,
             transcript=transcript,
             label=row.label,
-            asked=None if row.fields is None else Asked(prompt=row.prompt, row=row.fields),
+            asked=None
+            if row.fields is None
+            else Asked(prompt=row.prompt, row=row.fields, teacher_prompt=row.teacher_prompt),
         )

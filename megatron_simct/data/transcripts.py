@@ -286,7 +286,7 @@ def _tokens(
             raise ValueError(f"{side.chat.name} writes nothing before the first answer")
         contents.append([side.tokenizer.encode(text[start:end].encode()) for start, end in spans])
         behind.append(
-            [_inside(side.tokenizer, text[end:to]) for (_, end), to in zip(spans, ends[1:], strict=True)]
+            [inside_ids(side.tokenizer, text[end:to]) for (_, end), to in zip(spans, ends[1:], strict=True)]
         )
     stops = [
         all(
@@ -314,7 +314,7 @@ def _tokens(
     return prompts, turns
 
 
-def _inside(tokenizer: Tokenizer, text: str) -> np.ndarray:
+def inside_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
     """The ids of text inside a rendered template, int32: without the blank that some tokenizers put first."""
     assert tokenizer.encode_chat is not None, f"{tokenizer.name} cannot encode a chat template"
     ids = np.asarray(tokenizer.encode_chat(text), np.int32)

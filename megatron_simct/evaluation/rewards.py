@@ -9,14 +9,8 @@ long or returns no finite number gives no reward.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import os
 import queue
-import selectors
-import subprocess
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,16 +19,10 @@ from typing import Any, Protocol
 from megatron_simct.config.options import GRADED_REWARDS, RewardConfig
 from megatron_simct.evaluation.answers import Thinking
 from megatron_simct.evaluation.benchmarks import Problem
+from megatron_simct.evaluation.called import Function, NoAnswer
 from megatron_simct.evaluation.grading import Grader
 from megatron_simct.evaluation.math_verifier import MathVerifier
 from megatron_simct.evaluation.sandbox import Limits
-
-START_TIMEOUT_S = 300.0
-"""Importing a user's module may import a large library."""
-
-
-ENDED = {"problem": "its process ended"}
-"""The last message of a process."""
 
 
 class NoReward(Exception):
@@ -126,74 +114,17 @@ class Graded:
         self._verifier.close()
 
 
-class Called:
-    """A function in a separate process, which is killed if it does not answer in time."""
+class Called(Function):
+    """A user's function in a separate process."""
 
     def __init__(self, place: str, *, timeout_s: float) -> None:
         """place: MODULE:FUNCTION."""
-        self._place = place
-        self._timeout_s = timeout_s
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Raises ValueError, naming the flag, if the function cannot be imported.
-
-        The calling thread must live as long as the process: the kernel ends the process with that thread.
-        """
-        worker = "megatron_simct.evaluation.reward_worker"
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", worker, self._place, str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        )
-        answer = self._answer(START_TIMEOUT_S)
-        if answer is None or "problem" in answer:
-            self.close()
-            why = f"not imported in {START_TIMEOUT_S:g} s" if answer is None else answer["problem"]
-            raise ValueError(f"--reward {self._place}: {why}")
+        super().__init__(place, flag="--reward", timeout_s=timeout_s)
 
     def __call__(self, response: Response) -> float:
-        if self._process is None:
-            try:
-                self.start()
-            except ValueError as error:
-                raise NoReward(str(error)) from None
-        process = self._process
-        assert process is not None and process.stdin is not None, "it was started"
-        asked = json.dumps(
-            {"prompt": response.prompt, "response": response.text, "row": response.row}, default=str
-        )
-        with contextlib.suppress(BrokenPipeError):  # the process has ended meanwhile, so there is no answer
-            process.stdin.write(asked.encode() + b"\n")
-            process.stdin.flush()
-        answer = self._answer(self._timeout_s)
-        if answer is None:
-            self.close()
-            raise NoReward(f"no answer in {self._timeout_s:g} s")
-        if answer == ENDED:
-            self.close()
-        if "problem" in answer:
-            raise NoReward(answer["problem"])
-        return float(answer["reward"])
-
-    def _answer(self, timeout_s: float) -> dict[str, Any] | None:
-        """The next line of the process, or ENDED; None if no line arrives in time."""
-        assert self._process is not None and self._process.stdout is not None, "it was started"
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            if not selector.select(timeout_s):
-                return None
-        line = self._process.stdout.readline()
-        return json.loads(line) if line else ENDED
-
-    def close(self) -> None:
-        if self._process is None:
-            return
-        self._process.kill()
-        self._process.wait(timeout=60)
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None, "both are pipes"
-            with contextlib.suppress(BrokenPipeError):  # it still holds input that the process did not read
-                pipe.close()
-        self._process = None
+        try:
+            return float(self.ask(response.prompt, response.text, response.row))
+        except NoAnswer as why:
+            raise NoReward(str(why)) from None
+        except (TypeError, ValueError) as error:
+            raise NoReward(f"{type(error).__name__}: {error}") from None

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megatron_simct.alignment import Tokenizer
 from megatron_simct.config.options import Config
 from megatron_simct.engine_client import EngineClient
+from megatron_simct.evaluation.environment import Environment
+from megatron_simct.loading import Pair, open_chat_template
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, whole_sequences
 from megatron_simct.models.families import read_architecture
 from megatron_simct.models.hf_export import save_hf_weights
@@ -19,8 +23,58 @@ from megatron_simct.parallel.disk import on_first_rank
 from megatron_simct.parallel.initialize import Groups
 from megatron_simct.records import Prompt, Rollout
 from megatron_simct.rollout.engine import GivenResponses, ReplayEngine, RolloutEngine
+from megatron_simct.rollout.turns import TurnsEngine
 from megatron_simct.rollout.vllm_engine import VllmEngine
 from megatron_simct.teacher.forward import TeacherForward, own_tokens
+
+ENVIRONMENT_WORKERS = 4
+"""Processes of each model replica that call the function of --environment."""
+
+
+def build_environment(config: Config, groups: Groups) -> Environment | None:
+    """The environment, on one rank of each model replica. Raises ValueError if a rank cannot import it."""
+    rollout = config.rollout
+    if rollout.environment is None:
+        return None
+    environment, problem = None, ""
+    if groups.writes_samples:
+        try:
+            environment = Environment(
+                rollout.environment,
+                timeout_s=rollout.environment_timeout_seconds,
+                workers=ENVIRONMENT_WORKERS,
+                say=partial(print, flush=True),
+            )
+        except ValueError as error:
+            problem = str(error)
+    problems: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    if any(problems):
+        raise ValueError(next(filter(None, problems)))
+    return environment
+
+
+def with_turns(
+    config: Config, pair: Pair, engine: RolloutEngine, environment: Environment | None, *, scored: bool
+) -> RolloutEngine:
+    """The engine, with the environment between its responses if there is one. scored: whether teachers read
+    the responses."""
+    if config.rollout.environment is None:
+        return engine
+    readers = [
+        (
+            one.of.name,
+            (one.tokenizer, open_chat_template(config, one.of.model, one.tokenizer, prefix=one.of.prefix)),
+        )
+        for one in pair.teachers
+        if scored
+    ]
+    return TurnsEngine(
+        engine,
+        replies=None if environment is None else environment.replies,
+        student=(pair.student, open_chat_template(config, config.model, pair.student, prefix="")),
+        teachers=lambda prompt: [reader for name, reader in readers if name == prompt.teacher],
+    )
 
 
 def build_engine(config: Config, groups: Groups, sampler: RolloutEngine, student: Tokenizer) -> RolloutEngine:

@@ -35,7 +35,7 @@ def read_training_rows(config: Config) -> list[Row]:
         chat=config.data.apply_chat_template,
         need_response=config.interface.interface == "sft" and config.data.simct_on == "sampled",
         need_label=False,
-        keep_fields=config.reward.reward is not None,
+        keep_fields=config.keeps_fields,
         teachers=[teacher.name for teacher in config.teachers if teacher.name],
         mixes=config.interface.interface == "bytes",
         transcripts=config.data.simct_on == "given",

@@ -200,12 +200,12 @@ METRICS = {
     "dropped_walk": ("share of bytes", "dropped: lost by the walk of SimCT's released code (interface code)"),
     "dropped_invalid_utf8": ("share of bytes", "dropped: bytes that are not UTF-8, and all after them"),
     "turns": (
-        "responses a row",
-        "--simct-on given: answers, and thinking before them, that are trained on, mean over rows",
+        "responses a sequence",
+        "--simct-on given, --environment: responses of a sequence that are trained on, mean over sequences",
     ),
     "between_turns": (
         "share of bytes",
-        "--simct-on given: from the first to the last response, text of others and of the chat template",
+        "the same runs: from the first to the last response, text of others and of the chat template",
     ),
     "masked_student_template": (
         "share of bytes",
@@ -435,7 +435,7 @@ def ratios(report: StepReport, samples: dict[str, float], *, sampled: bool) -> d
     if sums.get("turns"):
         values["turns"] = _ratio(sums["turns"], sums["samples"])
         values["between_turns"] = _ratio(sums["bytes_between"], sums["bytes_between"] + sums["bytes"])
-        for reason in MASK_REASONS:
+        for reason in MASK_REASONS if sums["bytes_of_turns"] else ():
             values[f"masked_{reason}"] = _ratio(sums[f"bytes_masked_{reason}"], sums["bytes_of_turns"])
     if "loss_reward_sum" in sums:
         values["loss_reward"] = _ratio(sums["loss_reward_sum"], sums["num_labels"])

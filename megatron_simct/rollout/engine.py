@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_simct.alignment.tokenizer import Tokenizer
 from megatron_simct.files import write_whole
-from megatron_simct.records import Prompt, Rollout
+from megatron_simct.records import Prompt, Rollout, Transcript, Turns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,7 +206,7 @@ class ReplayEngine:
                 f" ({len(missing)} missing); it was written with other prompts, --seed or batch sizes, or "
                 "with --rollout-oversample, which chooses the samples of a step"
             )
-        return [replace(rollouts[p.sample_id], transcript=p.transcript) for p in prompts]
+        return [rollouts[prompt.sample_id] for prompt in prompts]
 
 
 def write_rollouts(
@@ -225,7 +225,27 @@ def rollout_row(rollout: Rollout) -> dict[str, Any]:
         "student_ids": rollout.student_ids.tolist(),
         "logprobs": [float(x) for x in rollout.logprobs],
         "finish": rollout.finish,
+    } | ({} if rollout.transcript is None else {"transcript": _transcript_row(rollout.transcript)})
+
+
+def _transcript_row(transcript: Transcript) -> dict[str, Any]:
+    """Where the responses lie, and the teachers' tokens; the student's are those of the rollout."""
+    return {
+        "spans": transcript.student.spans.tolist(),
+        "teachers": [{"ids": t.ids.tolist(), "spans": t.spans.tolist()} for t in transcript.teachers],
+        "counts": dict(transcript.counts),
     }
+
+
+def _transcript_from_row(row: dict[str, Any], student_ids: np.ndarray) -> Transcript:
+    def turns(ids: np.ndarray, spans: Sequence[Sequence[int]]) -> Turns:
+        return Turns(ids=ids, spans=np.asarray(spans, np.int32).reshape(-1, 2))
+
+    return Transcript(
+        student=turns(student_ids, row["spans"]),
+        teachers=tuple(turns(np.asarray(t["ids"], np.int32), t["spans"]) for t in row["teachers"]),
+        counts={str(name): int(count) for name, count in row["counts"].items()},
+    )
 
 
 def _read(file: Path) -> list[Rollout]:
@@ -239,10 +259,12 @@ def _read(file: Path) -> list[Rollout]:
 
 def rollout_from_row(row: dict[str, Any]) -> Rollout:
     """The response that `rollout_row` wrote."""
+    ids = np.asarray(row["student_ids"], np.int32)
     return Rollout(
         sample_id=row["sample_id"],
         weight_version=row["weight_version"],
-        student_ids=np.asarray(row["student_ids"], np.int32),
+        student_ids=ids,
         logprobs=np.asarray(row["logprobs"], np.float32),
         finish=row["finish"],
+        transcript=_transcript_from_row(row["transcript"], ids) if "transcript" in row else None,
     )

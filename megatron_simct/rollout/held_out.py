@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -71,17 +72,25 @@ class Evaluator:
 
 
 def response_text(rollout: Rollout, tokenizer: Tokenizer, marks: Mapping[int, str]) -> str:
-    """The text of a rollout without its stop token; invalid UTF-8 is replaced.
+    """The text of a rollout without its stop token; invalid UTF-8 is replaced. With several responses that of
+    the last one.
 
     Special tokens have no bytes. Those in `marks` are written as the given text.
     """
-    content = rollout.student_ids[:-1] if rollout.finish == "stop" else rollout.student_ids
+    content = _last_content(rollout)
     pieces, start = [], 0
     for end, token_id in enumerate(content.tolist()):
         if token_id in marks:
             pieces += [tokenizer.decode(content[start:end]), marks[token_id].encode()]
             start = end + 1
     return b"".join([*pieces, tokenizer.decode(content[start:])]).decode(errors="replace")
+
+
+def _last_content(rollout: Rollout) -> np.ndarray:
+    """int32: the tokens of the last response without its stop token."""
+    start = 0 if rollout.transcript is None else int(rollout.transcript.student.spans[-1, 0])
+    end = len(rollout.student_ids) - (rollout.finish == "stop")
+    return rollout.student_ids[start:end]
 
 
 def special_marks(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[int, str]:
@@ -99,6 +108,6 @@ def equals_label(
 ) -> list[bool]:
     """Whether each response has a stop token and exactly the bytes of the label."""
     return [
-        rollout.finish == "stop" and tokenizer.decode(rollout.student_ids[:-1]) == str(prompt.label).encode()
+        rollout.finish == "stop" and tokenizer.decode(_last_content(rollout)) == str(prompt.label).encode()
         for prompt, rollout in zip(prompts, rollouts, strict=True)
     ]

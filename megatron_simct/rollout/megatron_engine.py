@@ -92,7 +92,7 @@ class MegatronEngine:
         All ranks of a replica take the same branches, because they see the same tokens.
         """
         rows = max(1, min(self._batch_size, len(sequences)))
-        length = max((len(s.prompt.student_ids) for s in sequences), default=1) + sampling.max_response_len
+        length = max((s.longest for s in sequences), default=1 + sampling.max_response_len)
         run = _Run(
             self._model,
             self._groups,
@@ -332,11 +332,17 @@ class _Sequence:
         self.finish: Literal["stop", "length"] | None = None
         self.asked = 0
         """Number of tokens that have been chosen; the last of them may not be in `ids` yet."""
-        self._max_len = sampling.max_response_len
+        most = sampling.max_response_len
+        self._max_len = most if prompt.room is None else min(most, prompt.room)
         # A counter-based generator, seeded by seed and sample id alone: any rank can draw the same numbers.
         generator = np.random.Generator(np.random.Philox(key=[sampling.seed, prompt.sample_id]))
-        self.uniforms = generator.random(self._max_len)
+        self.uniforms = generator.random(most)
         """One for each token."""
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that prompt and response may have."""
+        return len(self.prompt.student_ids) + self._max_len
 
     @property
     def length(self) -> int:

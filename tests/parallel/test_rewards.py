@@ -87,7 +87,7 @@ def _run_and_look(rank: int, world_size: int, argv: list[str]) -> tuple[tuple[in
 
         def recording(command: list[str], *args: Any, **kwargs: Any) -> subprocess.Popen[bytes]:
             process = popen(command, *args, **kwargs)
-            if "megatron_simct.evaluation.reward_worker" in command:
+            if "megatron_simct.evaluation.function_worker" in command:
                 started.append(process)
             return process
 

@@ -29,7 +29,7 @@ ALLOWED = {
     "packing": "records",
     "losses": "alignment config packing records",
     "models": "config files json_fields parallel",
-    "rollout": "alignment data engine_client files losses models packing parallel records",
+    "rollout": "alignment data engine_client files losses models packing parallel prompt_files records",
     "teacher": "alignment config engine_client files loading losses models ownership packing parallel "
     "records update",
     "update": "alignment config files losses models parallel records",
@@ -45,8 +45,8 @@ ALLOWED = {
     "prompt_files records rollout update",
     "job_parts": "alignment config data engine_client evaluation files loading losses models packing "
     "parallel records reporting rewarding rollout teacher update",
-    "job": "alignment config data job_parts loading losses parallel records reporting rewarding rollout "
-    "stopping teacher update",
+    "job": "alignment config data evaluation job_parts loading losses parallel records reporting rewarding "
+    "rollout stopping teacher update",
     "serve_teacher": "alignment config engine_client loading models parallel stopping teacher",
     "train": "config files job losses models parallel records reporting rollout teacher update",
 }

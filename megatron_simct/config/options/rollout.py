@@ -34,6 +34,15 @@ class RolloutConfig:
     rollout_max_response_len: int = option(
         1024, "maximum number of tokens in a response, including the stop token", at_least=1, at_most=2**24
     )
+    environment: str | None = option(
+        None,
+        "what answers a response: MODULE:FUNCTION, called with the messages so far; it returns None, or a "
+        "reply, behind which the student goes on in the same sequence",
+        metavar="FUNCTION",
+    )
+    environment_timeout_seconds: float = option(
+        10.0, "a conversation whose reply takes longer than this ends without one", above=0
+    )
     rollout_engine_batch_size: int = option(
         64, "sequences decoded together on one rank; limits the KV cache", at_least=1
     )

@@ -88,6 +88,11 @@ class Config:
         return self.interface.interface != "sft" and self.data.simct_on == "sampled"
 
     @property
+    def keeps_fields(self) -> bool:
+        """Whether a function reads the rows of prompts."""
+        return self.reward.reward is not None or self.rollout.environment is not None
+
+    @property
     def global_batch_size(self) -> int:
         """Sequences of one optimizer step."""
         return self.rollout.rollout_batch_size * self.rollout.n_samples_per_prompt
@@ -129,6 +134,7 @@ class Config:
         self._check_average()
         self._check_templates()
         self._check_given()
+        self._check_environment()
 
     def _check_batch(self, data_parallel_size: int) -> None:
         """Raises ValueError for a batch size that is not that of the rollouts, or that cannot be divided."""
@@ -161,6 +167,29 @@ class Config:
         for flag, (given, why) in against.items():
             if given:
                 raise ValueError(f"--simct-on given: not with {flag}: {why}; leave one of them out")
+
+    def _check_environment(self) -> None:
+        """Raises ValueError for an environment without sampled responses, or beside parts that read one."""
+        rollout = self.rollout
+        if rollout.environment is None:
+            if rollout.environment_timeout_seconds != RolloutConfig().environment_timeout_seconds:
+                raise ValueError("--environment-timeout-seconds needs --environment")
+            return
+        if not _PLACE.fullmatch(rollout.environment):
+            raise ValueError(f"--environment {rollout.environment}: must be MODULE:FUNCTION")
+        why = "not implemented for responses of several turns"
+        against = {
+            "--simct-on given": (self.data.simct_on == "given", "nothing is sampled"),
+            "--simct-interface sft": (self.interface.interface == "sft", "nothing is sampled"),
+            "--simct-interface scalar": (self.interface.interface == "scalar", why),
+            "--reward": (self.reward.reward is not None, why),
+            "--reference-kl-weight": (self.terms.reference_kl_weight > 0, why),
+            "--rollout-engine vllm": (rollout.rollout_engine == "vllm", why),
+            "--rollout-importance-weights": (rollout.rollout_importance_weights is not None, why),
+        }
+        for flag, (given, reason) in against.items():
+            if given:
+                raise ValueError(f"--environment: not with {flag}: {reason}; leave one of them out")
 
     def _check_required(self) -> None:
         """Raises ValueError if an option is missing that every run needs."""

@@ -1,6 +1,6 @@
-"""The process that calls the function of --reward: JSON lines, requests on its input, answers on its output.
+"""The process that calls a user's function: JSON lines, arguments on its input, answers on its output.
 
-    python -m megatron_simct.evaluation.reward_worker MODULE:FUNCTION PARENT_PID
+    python -m megatron_simct.evaluation.function_worker MODULE:FUNCTION PARENT_PID
 
 The function's output goes to the log. The process ends with its parent, also in the middle of a call.
 """
@@ -26,18 +26,15 @@ def main(place: str, parent: int) -> None:
     except Exception as error:
         _answer(answers, problem=_said(error))
         return
-    _answer(answers, reward=0.0)
+    _answer(answers, value=None)
     for line in sys.stdin:
-        asked = json.loads(line)
         try:
-            reward = float(function(asked["prompt"], asked["response"], asked["row"]))
-        except Exception as error:
+            _answer(answers, value=function(*json.loads(line)))
+        except Exception as error:  # also of a value that is neither JSON nor a number
             _answer(answers, problem=_said(error))
-        else:
-            _answer(answers, reward=reward)
 
 
-def find(place: str) -> Callable[[Any, str, dict[str, Any]], float]:
+def find(place: str) -> Callable[..., Any]:
     """The function at MODULE:FUNCTION. `python -m` also finds modules of the working directory."""
     module, _, name = place.partition(":")
     function = getattr(importlib.import_module(module), name)
@@ -47,7 +44,7 @@ def find(place: str) -> Callable[[Any, str, dict[str, Any]], float]:
 
 
 def _answer(answers: Any, **fields: Any) -> None:
-    answers.write(json.dumps(fields) + "\n")
+    answers.write(json.dumps(fields, default=float) + "\n")
     answers.flush()
 
 
