@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -145,7 +146,7 @@ def test_the_example_of_two_teachers_names_the_one_that_knows_each_row(tmp_path)
         assert {row.prompt for row in known} == {row.prompt for row in rows if row.teacher == one.name}
         sign = 1 if one.name == "additions" else -1
         for row in known[:50]:
-            a, b = (int(word) for word in row.prompt.split() if word.isdigit())
+            a, b = map(int, re.findall(r"\d+", row.prompt))
             assert f" {a + sign * b} " in row.label
         held_out = read_prompts(trained.data.eval_prompt_data, **keys)
         assert not {row.prompt for row in held_out} & {row.prompt for row in rows}
@@ -171,7 +172,7 @@ def test_the_example_of_hints_is_a_chain_whose_teacher_reads_the_solution(tmp_pa
     keys = {"flag": "", "input_key": "prompt", "response_key": "response", "label_key": "label"}
     rows = read_prompts(taught.data.prompt_data, need_response=False, need_label=False, **keys)
     for row in rows[:50]:
-        a, b = (int(word) for word in row.prompt.split() if word.isdigit())
+        a, b = map(int, re.findall(r"\d+", row.prompt))
         assert (
             row.teacher_prompt == f"{row.prompt} Solution: {a} + {b} = {a + b}."
             and "Solution" not in row.prompt
