@@ -64,7 +64,7 @@ from megatron_simct.rollout.vllm_engine import VllmEngine
 from megatron_simct.stopping import ExitWatch
 from megatron_simct.teacher.build import build_teachers
 from megatron_simct.teacher.reference import Reference
-from megatron_simct.teacher.routing import count_missing
+from megatron_simct.teacher.routing import RoutedScorer, count_missing
 from megatron_simct.teacher.scorer import TeacherScorer
 from megatron_simct.update.checkpoint import Checkpoints
 from megatron_simct.update.optimizer import build_optimizer, gather_weights, wrap_data_parallel
@@ -95,7 +95,7 @@ class Job:
     """None without --reference-kl-weight."""
     pack: Callable[..., list[MicroBatch]]
     updater: Updater
-    count_missing: Callable[[Sequence[AlignedPair], Sequence[ScoredPair]], dict[str, float]] | None
+    count_missing: Callable[[Sequence[ScoredPair]], dict[str, float]] | None
     """With --missing-teacher drop: metrics of the pairs without a score; collective over the job."""
     teacher_follows: Callable[[], None]
     """After an update: --teacher-ema averages the student's weights into the teacher's."""
@@ -278,8 +278,8 @@ def build_job(config: Config, groups: Groups) -> Job:
             may_miss=config.routing.missing_teacher == "drop",
         ),
         count_missing=(
-            partial(count_missing, names=list(pair.by_name), group=groups.dp)
-            if config.routing.missing_teacher == "drop"
+            partial(count_missing, teaching.scorer, group=groups.dp)
+            if config.routing.missing_teacher == "drop" and isinstance(teaching.scorer, RoutedScorer)
             else None
         ),
         teacher_follows=build_following(

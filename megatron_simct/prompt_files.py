@@ -254,22 +254,42 @@ def teacher_prompt_of(row: dict[str, Any], prompt: str | Sequence[Message]) -> s
     return [{"role": "system", "content": system}, *messages[messages[0]["role"] == "system" :]]
 
 
-def teacher_of(row: dict[str, Any], names: Sequence[str]) -> str:
-    """The name of the row's teacher, under `teacher`; without names, empty. A row without a name has the only
-    teacher, if there is one. names: of all teachers. Raises RowError for another name, or for none among
-    several.
+def teachers_of(row: dict[str, Any], names: Sequence[str], *, mixes: bool) -> dict[str, float]:
+    """The teachers of a row and their weights, which add up to 1: the one under `teacher`, or several under
+    `teachers`, {NAME: weight}, that with the largest weight first. Empty without names.
+
+    A row that names none has the only teacher, if there is one. names: of all teachers. mixes: whether
+    several can be mixed. Raises RowError for another name, for none among several, and for weights that are
+    not positive numbers.
     """
     if not names:
-        return ""
-    name = row.get("teacher")
-    if name is None and len(names) == 1:
-        return names[0]
+        return {}
+    one, several = row.get("teacher"), row.get("teachers")
     known = f"the teachers are {', '.join(names)}"
-    if name is None:
+    if one is not None and several is not None:
+        raise RowError("two keys for the teacher", "'teacher' and 'teachers'; leave one of them out")
+    if one is None and several is None:
+        if len(names) > 1:
+            raise RowError("no teacher", f"{known}; {_has(row)}")
+        return {names[0]: 1.0}
+    if several is None:
+        several = {one: 1.0}
+    if not isinstance(several, dict):
+        raise RowError("'teachers' are not weights by name", 'write {"NAME": 0.5, "OTHER": 0.5}')
+    # A table has a null for each name that only other rows have.
+    weights = {name: weight for name, weight in several.items() if weight is not None}
+    for name, weight in weights.items():
+        if name not in names:
+            raise RowError(f"the unknown teacher {name!r}", known)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise RowError("a weight that is not a positive number", f"that of the teacher {name!r}")
+    if not weights:
         raise RowError("no teacher", f"{known}; {_has(row)}")
-    if name not in names:
-        raise RowError(f"the unknown teacher {name!r}", known)
-    return str(name)
+    if len(weights) > 1 and not mixes:
+        raise RowError("several teachers", "only --simct-interface bytes mixes teachers; name one of them")
+    total = sum(weights.values())
+    order = sorted(weights, key=lambda name: (-weights[name], names.index(name)))
+    return {name: weights[name] / total for name in order}
 
 
 def _message(value: Any, where: str) -> Message:

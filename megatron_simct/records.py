@@ -182,7 +182,10 @@ class Prompt:
     other_teacher_ids: tuple[np.ndarray, ...] = ()
     """The same of the other teachers of a mixture."""
     teacher: str = ""
-    """The name of the row's teacher; empty without --teachers."""
+    """The name of the row's teacher, of a mixture that with the largest weight; empty without --teachers."""
+    mixture: tuple[tuple[str, float], ...] = ()
+    """Names and weights of the teachers that are mixed for this row of --teachers, in the order of
+    teacher_ids and other_teacher_ids; empty if one scores it alone."""
     response: str | None = None
     """The given response, for interface `sft` and --simct-on given."""
     transcript: Transcript | None = None
@@ -257,6 +260,8 @@ class AlignedPair:
     """int64 [M], ascending: which of teacher_ids belong to responses; None: all."""
     teacher: str | None = ""
     """The name of the teacher that scores it; empty without --teachers; None: nobody has scored it."""
+    teacher_weight: float = 1.0
+    """The weight of this teacher in the mixture of a row of --teachers."""
     counts: dict[str, int] = field(default_factory=dict)
     """bytes, bytes_one_to_one, bytes_unit, bytes_dropped_<reason>, and other additive counts for the metrics.
     """

@@ -160,7 +160,7 @@ def with_scores(job: Job, batch: Batch, scored: Sequence[ScoredPair]) -> Batch:
     """The batch without the rows whose teacher is missing, which are counted."""
     if job.count_missing is None:
         return batch
-    missing = job.count_missing(batch.pairs, scored)
+    missing = job.count_missing(scored)
     found = {one.sample_id for one in scored}
     rows = list(zip(batch.prompts, batch.rollouts, batch.pairs, strict=True))
     kept = [row for row in rows if row[0].sample_id in found]

@@ -22,7 +22,7 @@ a YAML file: `seed`, `size`, `exclude` and a list of `sources`, each with
     teacher_suffix          a text appended to the prompt for the teacher only, such as a hint; in both
                             texts {NAME} is replaced by the row's column NAME
     teacher                 the name of the teacher that scores the rows, with --teachers; default: the
-                            row's column teacher, if it has one
+                            row's column teacher or teachers, if it has one
     min_chars, max_chars    length of the prompt
 
 `exclude` is a list of {path, prompt_key}: prompts of these files, such as test sets, are left out. The same
@@ -370,9 +370,11 @@ def clean(fields: dict[str, Any], source: Source) -> dict[str, Any]:
     row: dict[str, Any] = {"prompt" if isinstance(prompt, str) else "messages": prompt}
     row |= _for_teacher(fields, source)
     _to_teacher(row, prompt)  # drops a row whose prompt for the teacher has no meaning
-    teacher = fields.get("teacher") if source.teacher is None else source.teacher
-    if isinstance(teacher, str):
-        row["teacher"] = teacher
+    for key, kind in (("teacher", str), ("teachers", dict)):
+        if source.teacher is None and isinstance(fields.get(key), kind):
+            row[key] = fields[key]
+    if source.teacher is not None:
+        row["teacher"] = source.teacher
     response = _response(fields, source, answer)
     if response is not None:
         row["response"] = response

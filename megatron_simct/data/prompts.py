@@ -23,8 +23,8 @@ from megatron_simct.prompt_files import (
     label_of,
     prompt_of,
     response_of,
-    teacher_of,
     teacher_prompt_of,
+    teachers_of,
 )
 from megatron_simct.records import Asked, Prompt, Transcript
 
@@ -41,8 +41,9 @@ class Row:
     """The assistant's message that closes a transcript. Its other answers are in the prompt."""
     teacher_prompt: str | Messages | None = None
     """The prompt that the teacher reads instead of `prompt`. None: it reads the same."""
-    teacher: str = ""
-    """The name of the teacher that scores the row; empty without --teachers."""
+    teachers: Mapping[str, float] = field(default_factory=dict)
+    """The weights of the teachers that score the row, by name, the largest first; empty without --teachers.
+    """
     where: str = field(default="", compare=False)
     """Flag, file and line, for error messages."""
     fields: Mapping[str, Any] | None = field(default=None, compare=False)
@@ -65,11 +66,13 @@ def read_prompts(
     chat: bool = False,
     keep_fields: bool = False,
     teachers: Sequence[str] = (),
+    mixes: bool = False,
     transcripts: bool = False,
 ) -> list[Row]:
     """The rows of a file. With `chat` a prompt is a list of messages, or a text that becomes one user
-    message. keep_fields: set Row.fields. teachers: the names of --teachers; each row has one of them.
-    transcripts: rows of messages keep their last answer as a message, and every other row needs a response.
+    message. keep_fields: set Row.fields. teachers: the names of --teachers; each row has one of them, or
+    several if they can be mixed (mixes). transcripts: rows of messages keep their last answer as a message,
+    and every other row needs a response.
 
     Raises ValueError, naming the flag, the file and the line, if the file is invalid.
     """
@@ -85,7 +88,7 @@ def read_prompts(
             prompt = _as_read(text_or_messages, chat, where)
             to_teacher = teacher_prompt_of(fields, prompt)
             teacher_prompt = None if to_teacher is None else _as_read(to_teacher, chat, where)
-            teacher = teacher_of(fields, teachers)
+            weights = teachers_of(fields, teachers, mixes=mixes)
         except RowError as error:
             raise ValueError(f"{where}: {error}") from None
         rows.append(
@@ -95,7 +98,7 @@ def read_prompts(
                 answer=_closing(response, answer) if transcripts and chat else None,
                 label=label,
                 teacher_prompt=teacher_prompt,
-                teacher=teacher,
+                teachers=weights,
                 where=where,
                 fields=fields if keep_fields else None,
             )
@@ -209,7 +212,7 @@ class PromptSource:
         """
 
         def readers(row: Row) -> Sequence[Reader]:
-            return [named_teachers[row.teacher]] if named_teachers else teachers
+            return [named_teachers[name] for name in row.teachers] if named_teachers else teachers
 
         rendered = [
             (row, *_rendered(row, (student, student_chat), readers(row), max_response_len)) for row in rows
@@ -274,7 +277,8 @@ class PromptSource:
             student_ids=student_ids,
             teacher_ids=teachers[0] if teachers else np.zeros(0, np.int32),
             other_teacher_ids=tuple(teachers[1:]),
-            teacher=row.teacher,
+            teacher=next(iter(row.teachers), ""),
+            mixture=tuple(row.teachers.items()) if len(row.teachers) > 1 else (),
             response=row.response,
             transcript=transcript,
             label=row.label,

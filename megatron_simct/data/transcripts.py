@@ -214,8 +214,6 @@ def _marked(messages: Messages, chosen: Sequence[tuple[_Part, str]]) -> Messages
 def _matched(text: str, marked: str, chosen: Sequence[tuple[_Part, str]]) -> list[_Place | None] | None:
     """The place of each chosen part; None for one that is not written. None for all if the two texts differ
     in anything but the parts."""
-    if any(marked.count(mark) > 1 for _, mark in chosen):
-        return None
     order = sorted((marked.find(mark), k) for k, (_, mark) in enumerate(chosen) if mark in marked)
     ends = [where for where, _ in [*order, (len(marked), -1)][1:]]
     places: list[_Place | None] = [None] * len(chosen)

@@ -56,6 +56,16 @@ def _build_plan(config: Config, pair: Pair) -> Callable[[Prompt, Rollout], Align
         return partial(plan_mixture, student=student, teachers=tokenizers, needs=needs, interface=interface)
 
     def align(prompt: Prompt, rollout: Rollout) -> AlignedPair:
+        if prompt.mixture:
+            tokenizers = [pair.by_name[name].tokenizer for name, _ in prompt.mixture]
+            aligned = plan_mixture(
+                prompt, rollout, student=student, teachers=tokenizers, needs=needs, interface=interface
+            )
+            named = [
+                replace(part, teacher=name, teacher_weight=weight)
+                for part, (name, weight) in zip((aligned, *aligned.others), prompt.mixture, strict=True)
+            ]
+            return replace(named[0], others=tuple(named[1:]))
         teacher = pair.by_name[prompt.teacher]
         aligned = plan_pair(
             prompt,
@@ -127,7 +137,7 @@ def build_packing(
         *more: Any,
         **named: Any,
     ) -> list[MicroBatch]:
-        teachers = [pair.teacher for pair in pairs]
+        teachers = [f"{pair.teacher}+" if pair.others else pair.teacher for pair in pairs]
         apart = partial(by_teacher, teachers=teachers, cut=cut, agree=agree)
         return pack(prompts, rollouts, pairs, *more, cut=apart, **named)
 

@@ -37,6 +37,7 @@ def read_training_rows(config: Config) -> list[Row]:
         need_label=False,
         keep_fields=config.keeps_fields,
         teachers=[teacher.name for teacher in config.teachers if teacher.name],
+        mixes=config.interface.interface == "bytes",
         transcripts=config.data.simct_on == "given",
     )
 
@@ -84,7 +85,7 @@ def build_prompts(config: Config, groups: Groups, pair: Pair, rows: Sequence[Row
             flush=True,
         )
     if config.routes_rows and groups.is_first_rank:
-        counts = Counter(row.teacher for row in rows)
+        counts = Counter(name for row in rows for name in row.teachers)
         said = ", ".join(f"{name} {counts[name]}" for name in pair.by_name)
         print(f" rows of --prompt-data by teacher: {said}", flush=True)
     return source

@@ -89,7 +89,7 @@ def _compare(
     """Compare the student with one teacher, on the prompts that this teacher reads."""
     findings, options = state.findings, state.teachers[teacher.name]
     if state.config.routes_rows and rows:
-        rows = [row for row in rows if row.teacher == teacher.name]
+        rows = [row for row in rows if teacher.name in row.teachers]
         if not rows:
             message = "no row of --prompt-data names this teacher"
             findings.append(warned(teacher.name, "prompts", message, flag="--teachers"))
@@ -121,7 +121,7 @@ def _show_prompt(student: pair.Side, teachers: Sequence[pair.Side], rows: Sequen
     """The first prompt as the student and its teacher read it."""
     named = {side.name: side for side in teachers}
     first = next(iter(teachers), None)
-    return pair.side_by_side(student, named.get(rows[0].teacher, first), rows[0])
+    return pair.side_by_side(student, named.get(next(iter(rows[0].teachers), ""), first), rows[0])
 
 
 def _check_memory(state: State, student: pair.Side, compared: Sequence[Compared]) -> dict[str, MemoryPlan]:

@@ -33,6 +33,7 @@ def check_prompts(state: State, student: pair.Side, teachers: Sequence[pair.Side
             need_response=config.interface.interface == "sft" and config.data.simct_on == "sampled",
             need_label=False,
             teachers=list(named),
+            mixes=config.interface.interface == "bytes",
             transcripts=config.data.simct_on == "given",
         ),
     )
@@ -51,7 +52,7 @@ def check_prompts(state: State, student: pair.Side, teachers: Sequence[pair.Side
         templates: list[Finding] = []
         sides: list[pair.Side | None] = [*teachers] or [None]
         for side in sides:
-            read = [row for row in looked_at if side is None or not named or row.teacher == side.name]
+            read = [row for row in looked_at if side is None or not named or side.name in row.teachers]
             templates += pair.check_templates(student, side, read, chat=config.data.apply_chat_template)
         source = PromptSource(
             looked_at,

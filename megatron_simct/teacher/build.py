@@ -68,7 +68,7 @@ def build_teachers(
             for name, teacher in pair.by_name.items()
         }
         return Teaching(
-            scorer=RoutedScorer({name: one.scorer for name, one in built.items()}),
+            scorer=RoutedScorer({name: one.scorer for name, one in built.items()}, groups),
             heads={name: one.head for name, one in built.items()},
         )
     first, *others = pair.teachers

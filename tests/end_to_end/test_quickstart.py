@@ -143,7 +143,9 @@ def test_the_example_of_two_teachers_names_the_one_that_knows_each_row(tmp_path)
         assert one.model.pretrained_checkpoint == trained.output.save
         assert one.model.tokenizer_model == trained.model.tokenizer_model
         known = read_prompts(trained.data.prompt_data, **keys)
-        assert {row.prompt for row in known} == {row.prompt for row in rows if row.teacher == one.name}
+        assert {row.prompt for row in known} == {
+            row.prompt for row in rows if row.teachers == {one.name: 1.0}
+        }
         sign = 1 if one.name == "additions" else -1
         for row in known[:50]:
             a, b = map(int, re.findall(r"\d+", row.prompt))

@@ -184,7 +184,7 @@ def test_training_that_loads_ends_at_once_on_the_signal_that_it_handles(
 ) -> None:
     save = ("--save", str(tmp_path / "save"), "--run-dir", str(tmp_path / "run"))
     argv = command_line(tiny, "--exit-signal-handler", *save)
-    patch = last_loads(job, "load_student", "build_placement", world_size)
+    patch = last_loads(job, "load_student", "build_placements", world_size)
     with ranks(tmp_path, short_tmp, train.main, argv, patch, world_size) as job_:
         job_.come()
         job_.tell(signal.SIGTERM)

@@ -312,17 +312,16 @@ def _oracle(resolved: Config, groups: Any, asked: Sequence[Prompt], rollouts: Se
     count = 0
     for prompt, rollout in zip(asked, rollouts, strict=True):
         text = tokenizers[""].decode(rollout.student_ids[:-1])
-        teacher = tokenizers[prompt.teacher]
-        labels = np.append(teacher.encode(text), teacher.table.stop_ids[:1])
-        sides = [
-            _side(models[name], tokenizers[name].table, ids, response)
-            for name, ids, response in (
-                ("", prompt.student_ids, rollout.student_ids),
-                (prompt.teacher, prompt.teacher_ids, labels),
-            )
-        ]
+        weights = dict(prompt.mixture) or {prompt.teacher: 1.0}
+        sides = [_side(models[""], tokenizers[""].table, prompt.student_ids, rollout.student_ids)]
+        for name, ids in zip(weights, (prompt.teacher_ids, *prompt.other_teacher_ids), strict=True):
+            labels = np.append(tokenizers[name].encode(text), tokenizers[name].table.stop_ids[:1])
+            sides.append(_side(models[name], tokenizers[name].table, ids, labels))
+        if prompt.mixture:
+            value = oracle.mixture_loss(sides[0], sides[1:], list(weights.values()))
+        else:
+            value, _ = oracle.loss(*sides)
         key = f"loss/{prompt.teacher}"
-        value, _ = oracle.loss(*sides)
         sums[key] = sums.get(key, torch.zeros((), dtype=torch.float64)) + value
         count += len(rollout.student_ids)
     models[""].zero_grad()
@@ -382,6 +381,70 @@ def test_teachers_with_other_tokenizers_and_jobs(
         for found, norm, _ in run_ranks(ranks, _scored, argv, False):
             assert found == pytest.approx(sums, rel=1e-5) and found["loss/two"] > 1
             assert norm == pytest.approx(grad_norm, rel=1e-5)
+
+
+# Rows with a mixture
+
+
+@pytest.fixture(scope="module")
+def mixed(rows, tmp_path_factory) -> Path:
+    """The rows, of which a third has the weights 3 to 1 and a third 1 to 2."""
+    content = [json.loads(line) for line in rows.read_text().splitlines()]
+    for number, row in enumerate(content):
+        if number % 3:
+            del row["teacher"]
+            row["teachers"] = {"one": 3, "two": 1} if number % 3 == 1 else {"one": 0.5, "two": 1.0}
+    path = tmp_path_factory.mktemp("mixed") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def mixture(tiny, weights, mixed, other) -> Any:
+    teachers = _mixed_places(tiny, weights, other)
+    return run_ranks(1, _scored, routed(tiny, mixed, teachers, *_flags(weights, "bytes")), True)[0]
+
+
+def test_rows_with_weights_are_the_mixture_of_the_oracle(mixture, on_these_ranks) -> None:
+    sums, grad_norm, (expected, expected_norm) = mixture
+    assert expected.keys() == {"loss/one", "loss/two"}
+    for name, value in expected.items():
+        assert sums[name] == pytest.approx(value, rel=1e-5) and value > 1
+    assert grad_norm == pytest.approx(expected_norm, rel=1e-5)
+    assert sums["loss"] != pytest.approx(on_these_ranks["bytes"][0]["loss"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        (2, ()),
+        (2, ("--tensor-model-parallel-size", "2")),
+        (2, ("--pipeline-model-parallel-size", "2")),
+        (2, ("--context-parallel-size", "2")),
+    ],
+    ids=["DP2", "TP2", "PP2", "CP2"],
+)
+def test_every_layout_mixes_alike(tiny, weights, mixed, other, mixture, tmp_path, ranks, flags) -> None:
+    """One of the teachers in a job of its own."""
+    teachers = _mixed_places(tiny, weights, other)
+    teachers["two"]["endpoint"] = [str(tmp_path)]
+    argv = routed(tiny, mixed, teachers, *_flags(weights, "bytes"), *flags)
+    its_flags = ("--teacher-hf-checkpoint", str(other), "--teacher-tokenizer-model", str(other))
+    with TeacherJob(tiny, (), tmp_path, "--teacher-hidden-dtype", "fp32", *its_flags):
+        for found, norm, _ in run_ranks(ranks, _scored, argv, False):
+            assert found == pytest.approx(mixture[0], rel=1e-5)
+            assert norm == pytest.approx(mixture[1], rel=1e-5)
+
+
+def test_a_resumed_mixture_equals_an_undisturbed_one(tiny, weights, mixed, other, tmp_path) -> None:
+    argv = routed(
+        *(tiny, mixed, _mixed_places(tiny, weights, other), *weights[:2], "--simct-interface", "bytes"),
+    )
+    code, out, error = _train(tmp_path / "once", argv, 4)
+    assert code == 0 and "by teacher: one 44, two 36" in out, error + out
+    for iterations in (2, 4):
+        assert _train(tmp_path / "twice", argv, iterations)[0] == 0
+    assert_same_run(tmp_path / "twice", tmp_path / "once")
 
 
 # Whole runs
@@ -491,6 +554,8 @@ def test_a_step_goes_on_without_the_rows_of_a_teacher_that_is_gone(
     content = [json.loads(line) for line in rows.read_text().splitlines()]
     for number, row in enumerate(content):  # one of two ranks has rows of `two` only
         row["teacher"] = "two" if number % 2 else "one"
+        if interface == "bytes" and number % 6 == 0:  # a mixture needs both
+            row |= {"teacher": None, "teachers": {"one": 2, "two": 1}}
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in content))
     argv = routed(
@@ -519,7 +584,8 @@ def test_a_step_goes_on_without_the_rows_of_a_teacher_that_is_gone(
             assert num_labels == sum(counted[name] for name in ("one", "two") if name in counted)
             assert loss > 0 and grad_norm > 0
     steps = [row for row in metrics(tmp_path) if row["kind"] == "step"]
-    assert [row["missing/two"] for row in steps] == [0, 3, 3, 0]
+    missing = 4 if interface == "bytes" else 3
+    assert [row["missing/two"] for row in steps] == [0, missing, missing, 0]
     assert [row["missing/one"] for row in steps] == [0, 0, 0, 0]
 
 

@@ -289,6 +289,6 @@ def test_an_encoding_that_tiktoken_knows(monkeypatch) -> None:
     with pytest.raises(ValueError, match="tiktoken:other.*tiktoken knows small, remote"):
         load_tokenizer("tiktoken:other")
     with pytest.raises(
-        ValueError, match=r"cannot get its ranks; .*NAME\.tiktoken.*\(ConnectionError: no network\)"
+        ValueError, match=r"cannot download its ranks; .*NAME\.tiktoken.*\(ConnectionError: no network\)"
     ):
         load_tokenizer("tiktoken:remote")

@@ -758,7 +758,39 @@ def test_a_mixture_names_teachers(tmp_path) -> None:
     assert not dropped
     kept, _ = prepare(path, teacher="code")
     read = train(write(tmp_path, kept, "prepared.jsonl"), chat=False, teachers=["maths", "code"])
-    assert [row.teacher for row in read] == ["code", "code"]
+    assert [row.teachers for row in read] == [{"code": 1.0}, {"code": 1.0}]
+    path = write(tmp_path, {"prompt": "q", "teachers": {"maths": 1, "code": 3}})
+    kept, _ = prepare(path)
+    options = {"chat": False, "teachers": ["maths", "code"], "mixes": True}
+    (row,) = train(write(tmp_path, kept, "prepared.jsonl"), **options)
+    assert list(row.teachers.items()) == [("code", 0.75), ("maths", 0.25)]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"teachers": {"maths": 1, "law": 1}}, "the unknown teacher 'law'"),
+        ({"teachers": {"maths": 0, "code": 1}}, "a weight that is not a positive number .*'maths'"),
+        ({"teachers": {"maths": True}}, "a weight that is not a positive number"),
+        ({"teachers": {"maths": "1"}}, "a weight that is not a positive number"),
+        ({"teachers": ["maths"]}, "'teachers' are not weights by name"),
+        ({"teachers": {}}, "no teacher"),
+        ({"teachers": {"maths": 1}, "teacher": "maths"}, "two keys for the teacher"),
+        ({}, "no teacher"),
+    ],
+)
+def test_teachers_that_cannot_be_mixed_are_named(tmp_path, row, words) -> None:
+    path = write(tmp_path, {"prompt": "q"} | row)
+    with pytest.raises(ValueError, match=f"line 1: {words}"):
+        train(path, chat=False, teachers=["maths", "code"], mixes=True)
+
+
+def test_only_bytes_are_mixed(tmp_path) -> None:
+    path = write(tmp_path, {"prompt": "q", "teachers": {"maths": 1, "code": 1}})
+    with pytest.raises(ValueError, match="line 1: several teachers .only --simct-interface bytes mixes"):
+        train(path, chat=False, teachers=["maths", "code"])
+    path = write(tmp_path, {"prompt": "q", "teachers": {"maths": 2}})
+    assert train(path, chat=False, teachers=["maths", "code"])[0].teachers == {"maths": 1.0}
 
 
 def test_a_mixture_writes_hints_from_columns(tmp_path) -> None:

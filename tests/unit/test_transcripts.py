@@ -380,18 +380,29 @@ def test_the_teacher_may_read_other_messages_with_as_many_answers(models) -> Non
         given(asked("yes"))
 
 
-def test_a_template_that_looks_into_a_text_is_asked_about_each_alone(models, tmp_path) -> None:
-    """It writes 'yes' in capitals, and says how long an answer is."""
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content == 'yes' %}YES{% else %}"
-        "{{ m.content }}{% endif %}{% if m.content | length == 2 %}!{% endif %}<|im_end|>\n{% endfor %}"
-    )
+@pytest.mark.parametrize(
+    ("looks", "kept"),
+    [
+        ("{% if m.content == 'yes' %}YES{% else %}{{ m.content }}{% endif %}", ["no", "the cat", "apples"]),
+        ("{{ m.content }}{% if m.content | length == 2 %}!{% endif %}", ["yes", "the cat", "apples"]),
+        ("{{ m.content }}{% if m.content == 'apples' %}</end>{% endif %}", ["yes", "no", "the cat"]),
+        ("{{ m.content }}{{ m.content }}", []),
+    ],
+    ids=["another text", "its length", "more behind the last", "twice"],
+)
+def test_a_template_that_looks_into_a_text_is_asked_about_each_alone(
+    models: dict[str, Model], tmp_path: Path, looks: str, kept: list[str]
+) -> None:
     save_byte_level(tmp_path)
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n" + looks + "{% endfor %}"
     (tmp_path / "chat_template.jinja").write_text(template)
     chat = ChatTemplate.load(str(tmp_path), flag="--hf-checkpoint")
     odd = Model("odd", load_tokenizer(str(tmp_path)), chat, None)
-    texts, counts = compared({**models, "odd": odd}, "odd", "keeps", asked("yes", "no", "the cat", "apples"))
-    assert texts == ["the cat", "apples"] and counts["masked_student_template"] == 5
+    answers = ["yes", "no", "the cat", "apples"]
+    texts, counts = compared({**models, "odd": odd}, "odd", "keeps", asked(*answers))
+    assert texts == kept
+    masked = sum(len(answer) for answer in answers if answer not in kept)
+    assert not kept or counts["masked_student_template"] == masked > 0
 
 
 ROW = {"flag": "--prompt-data", "input_key": "prompt", "response_key": "response", "label_key": "label"}

@@ -75,7 +75,8 @@ class RoutingConfig:
     teachers: str | None = option(
         None,
         'teachers by name, in place of --teacher-hf-checkpoint: {"NAME": {"hf_checkpoint": DIR, ...}, ...}; '
-        "each row of --prompt-data has the name of its teacher under 'teacher'. An entry has the options of "
+        "each row of --prompt-data has the name of its teacher under 'teacher', or with interface bytes the "
+        "weights of several under 'teachers'. An entry has the options of "
         "a model (hf_checkpoint, tokenizer_model, ...), and endpoint, client_key and simct_alignment_map",
         metavar="JSON",
     )
