@@ -225,9 +225,10 @@ def _matched(text: str, marked: str, chosen: Sequence[tuple[_Part, str]]) -> lis
         behind = marked[where + len(mark) : end]
         found = next(
             (
-                one
-                for one in _stripped(part.text)
-                if text.startswith(part.text[slice(*one)] + behind, position)
+                (left, right)
+                for left, right in _stripped(part.text, blanks=_blanks_at(text, position))
+                if text.startswith(behind, position + right - left)
+                and text.startswith(part.text[left:right], position)
             ),
             None,
         )
@@ -238,14 +239,22 @@ def _matched(text: str, marked: str, chosen: Sequence[tuple[_Part, str]]) -> lis
     return places if position == len(text) else None
 
 
-def _stripped(text: str) -> Iterator[tuple[int, int]]:
-    """Ranges of a text that leave out only blanks at its ends, the longest first."""
+def _stripped(text: str, *, blanks: int) -> Iterator[tuple[int, int]]:
+    """Ranges of a text that leave out only blanks at its ends, the longest first. At most as many as it has
+    characters, and one. blanks: with how many blanks the range begins, unless the text is blank."""
     head, tail = len(text) - len(text.lstrip()), len(text) - len(text.rstrip())
-    if head == len(text):
-        tail = 0  # blanks only: any of its ends
-    cut = [(left, right) for left in range(head + 1) for right in range(tail + 1)]
-    for left, right in sorted(cut, key=sum):
-        yield left, len(text) - right
+    if head == len(text):  # any of its ends
+        yield from ((left, len(text)) for left in range(head + 1))
+    elif blanks <= head:
+        yield from ((head - blanks, len(text) - right) for right in range(tail + 1))
+
+
+def _blanks_at(text: str, position: int) -> int:
+    """The number of blanks in a text from a position on."""
+    end = position
+    while end < len(text) and text[end].isspace():
+        end += 1
+    return end - position
 
 
 def _common(parts: Sequence[_Part], places: Sequence[_Place | None]) -> _Spans | str:
@@ -272,9 +281,12 @@ def _tokens(
 ) -> tuple[list[np.ndarray], list[Turns]]:
     """Each model's prompt, and all responses with what lies between them.
 
-    A response is tokenized apart from what stands around it, as when it is sampled.
+    A response is tokenized apart from what stands around it, as when it is sampled. Teachers read what the
+    student's tokens spell, which is the text in another normal form if its tokenizer has one (NFC).
     """
     prompts, contents, behind = [], [], []
+    written = [texts[0][slice(*of_sides[0])].encode() for of_sides in compared]
+    spelled = [sides[0].tokenizer.decode(sides[0].tokenizer.encode(data)) for data in written]
     for i, (side, text) in enumerate(zip(sides, texts, strict=True)):
         spans = [of_sides[i] for of_sides in compared]
         ends = [*(start for start, _ in spans), len(text)]
@@ -282,7 +294,7 @@ def _tokens(
         prompts.append(np.asarray(side.tokenizer.encode_chat(text[: ends[0]]), np.int32))
         if not prompts[-1].size:
             raise ValueError(f"{side.chat.name} writes nothing before the first answer")
-        contents.append([side.tokenizer.encode(text[start:end].encode()) for start, end in spans])
+        contents.append([side.tokenizer.encode(data) for data in (spelled if i else written)])
         behind.append(
             [inside_ids(side.tokenizer, text[end:to]) for (_, end), to in zip(spans, ends[1:], strict=True)]
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -206,7 +206,19 @@ class ReplayEngine:
                 f" ({len(missing)} missing); it was written with other prompts, --seed or batch sizes, or "
                 "with --rollout-oversample, which chooses the samples of a step"
             )
-        return [rollouts[prompt.sample_id] for prompt in prompts]
+        return [self._of_this_run(rollouts[prompt.sample_id], prompt) for prompt in prompts]
+
+    def _of_this_run(self, rollout: Rollout, prompt: Prompt) -> Rollout:
+        """With --simct-on given, teachers of the run that wrote the file may have had other tokens."""
+        if prompt.transcript is None:
+            return rollout
+        if not np.array_equal(rollout.student_ids, prompt.transcript.student.ids):
+            raise ValueError(
+                f"--load-debug-rollout-data {self._load_dir}: step {self._step}: sample {rollout.sample_id} "
+                "is not what --prompt-data gives; it was written with other rows, another tokenizer or chat "
+                "template, or without --simct-on given"
+            )
+        return replace(rollout, transcript=prompt.transcript)
 
 
 def write_rollouts(

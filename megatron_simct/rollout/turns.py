@@ -113,7 +113,12 @@ class _Written:
             return tokenizer.encode(reply["content"].encode())
         said = str([*self.messages, reply])
         mark = next(mark for mark in map("qx{}zj".format, range(1 << 30)) if mark not in said)
-        text = chat.text([*self.messages, {"role": "assistant", "content": mark}, reply])
+        try:
+            text = chat.text([*self.messages, {"role": "assistant", "content": mark}, reply])
+        except ValueError as error:
+            raise ValueError(
+                f"--environment: {chat.name} does not render a reply of the role {reply['role']!r}: {error}"
+            ) from None
         if text.count(mark) != 1:
             raise ValueError(f"--environment: {chat.name} writes an answer {text.count(mark)} times")
         return inside_ids(tokenizer, text.split(mark)[1])

@@ -206,6 +206,18 @@ def test_without_chat_templates_the_reply_follows_the_stop_token(sides: dict[str
         assert text_of(tokenizer, {stop: "|"}, ids) == "calculator(12 + 7)|19 19.|"
 
 
+def test_a_template_that_refuses_a_reply_is_named(sides: dict[str, Reader], tmp_path: Path) -> None:
+    save_byte_fallback(tmp_path)
+    teacher = reader(
+        tmp_path,
+        "{% for m in messages %}{% if m.role == 'user' and loop.index > 1 %}"
+        "{{ raise_exception('one question') }}{% endif %}{{ m.role + ' ' + m.content }}{% endfor %}",
+    )
+    words = "--environment: --hf-checkpoint .* does not render a reply of the role 'user': one question"
+    with pytest.raises(Exception, match=words):
+        run_ranks(1, _talk, sides["student"], [teacher], {0: ["calculator(12 + 7)"]}, 1000, True)
+
+
 def test_a_conversation_ends_where_no_response_fits_behind_the_reply(sides: dict[str, Reader]) -> None:
     student, teacher = sides["student"], sides["teacher"]
 

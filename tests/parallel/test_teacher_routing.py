@@ -629,6 +629,16 @@ def _single(files: Path, *flags: str) -> list[str]:
     [
         ("[]", (), "--teachers: expected teachers by name"),
         ("{", (), "--teachers: not JSON"),
+        (
+            '{"a": {"hf_checkpoint": "/a"}, "a": {"hf_checkpoint": "/b"}}',
+            (),
+            "--teachers: not JSON .'a' stands twice",
+        ),
+        (
+            '{"a": {"hf_checkpoint": "/a", "endpoint": ["/jobs/a"]}}',
+            ("--context-parallel-size", "2", "--teacher-context-parallel-size", "1"),
+            "student's ranks; with endpoints of all --teachers give --context-parallel-size to the",
+        ),
         ('{"a b": {}}', (), "--teachers a b: a name has only letters, digits"),
         ('{"a": {}}', (), "--teachers a: hf_checkpoint is missing"),
         (

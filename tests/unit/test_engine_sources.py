@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from megatron_simct.alignment import Tokenizer, TokenTable
-from megatron_simct.records import Prompt, Rollout
+from megatron_simct.records import Prompt, Rollout, Transcript, Turns
 from megatron_simct.rollout.engine import GivenResponses, ReplayEngine, Sampling
 
 TABLE = TokenTable.from_bytes([bytes([i]) for i in range(256)] + [b"", b""], stop_ids=[257, 256])
@@ -166,3 +167,23 @@ def test_a_file_of_another_kind_names_flag_and_file(tmp_path, content) -> None:
     (tmp_path / "rollout_0.0.json").write_text(content)
     with pytest.raises(ValueError, match=r"^--load-debug-rollout-data .*rollout_0\.0\.json: "):
         reader(tmp_path).generate([prompt(0)], sampling())
+
+
+def given_row(ids: list[int], *teachers: list[int]) -> Prompt:
+    """A row with one answer of these ids."""
+    student, *others = (
+        Turns(ids=np.array(of_one, np.int32), spans=np.array([[0, len(of_one)]], np.int32))
+        for of_one in (ids, *teachers)
+    )
+    return replace(prompt(1), transcript=Transcript(student=student, teachers=tuple(others)))
+
+
+def test_given_rows_are_read_back_with_the_teachers_of_this_run(tmp_path) -> None:
+    ReplayEngine(
+        GivenResponses(TOKENIZER), save_dir=str(tmp_path), load_dir=None, dp_rank=0, writes=True
+    ).generate([given_row([97, 98])], sampling())  # of an interface without a teacher
+    row = given_row([97, 98], [5, 6, 7])
+    (rollout,) = reader(tmp_path).generate([row], sampling())
+    assert rollout.transcript is row.transcript and rollout.student_ids.tolist() == [97, 98]
+    with pytest.raises(ValueError, match="^--load-debug-rollout-data .*sample 1 is not what --prompt-data"):
+        reader(tmp_path).generate([given_row([97, 99], [5, 6, 7])], sampling())

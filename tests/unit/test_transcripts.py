@@ -313,6 +313,32 @@ def test_blanks_that_one_template_strips_are_masked(models) -> None:
     assert compared(models, "thinks", "strips", asked(" \n", "b"))[0] == ["b"]
 
 
+def test_many_blanks_at_both_ends_of_an_answer_are_stripped_one_by_one(models) -> None:
+    answer = " " * 5_000 + "a" + "\n" * 5_000  # 25 million ways to strip them, of which one is right
+    sides = [models["thinks"], models["strips"]]
+    assert compared(models, "thinks", "strips", asked("b", answer), max_len=50_000)[0] == ["b", "a"]
+    _, given = read(models["thinks"], models["keeps"], asked("b", answer), max_len=50_000)
+    start, end = given.student.spans[1].tolist()
+    stops = int(given.student.ids[end - 1]) in sides[0].tokenizer.table.stop_ids
+    assert sides[0].tokenizer.decode(given.student.ids[start : end - stops]).decode() == answer
+
+
+def test_a_teacher_reads_what_the_tokens_of_a_student_with_a_normal_form_spell(models) -> None:
+    decomposed, composed = "cafe\u0301", "caf\u00e9"
+    student, teacher = models["thinks"], models["keeps"]  # of which only the first writes NFC
+    prompts, given = read(student, teacher, asked(decomposed, f"{decomposed} {decomposed}."))
+    pair = aligned(student, teacher, prompts, given)
+    for model, turns in ((student, given.student), (teacher, given.teachers[0])):
+        stop = [int(turns.ids[end - 1]) in model.tokenizer.table.stop_ids for _, end in turns.spans]
+        said = [
+            model.tokenizer.decode(turns.ids[start : end - stops]).decode()
+            for (start, end), stops in zip(turns.spans.tolist(), stop, strict=True)
+        ]
+        assert said == [composed, f"{composed} {composed}."]
+    assert pair.counts["bytes"] == sum(len(text.encode()) for text in said)
+    assert pair.counts["bytes_one_to_one"] + pair.counts["bytes_unit"] == pair.counts["bytes"]
+
+
 def test_a_stop_token_belongs_to_a_response_if_both_have_one_behind_it(models) -> None:
     for student, teacher, stops in (
         ("thinks", "keeps", True),

@@ -431,10 +431,11 @@ class Config:
                 f"--teacher-context-parallel-size {of_teacher}: must be 1 or --context-parallel-size "
                 f"({context}); a teacher with --teacher-endpoint has its own --context-parallel-size"
             )
-        if of_teacher is not None and self.teacher_job.endpoint:
+        if of_teacher is not None and all(teacher.job.endpoint for teacher in self.teachers):
+            endpoint = "endpoints of all --teachers" if self.routes_rows else "--teacher-endpoint"
             raise ValueError(
                 "--teacher-context-parallel-size applies to a teacher on the student's ranks; with "
-                "--teacher-endpoint give --context-parallel-size to the teacher's job"
+                f"{endpoint} give --context-parallel-size to the teacher's job"
             )
         by_tokens = self.training.max_tokens_per_gpu is not None
         step = self._divisor(data_parallel_size)
