@@ -177,6 +177,20 @@ def test_the_teacher_reads_its_own_prompt_where_a_row_has_one() -> None:
     assert (len(short), short.num_skipped, short.num_teacher_prompts) == (1, 1, 0)
 
 
+def test_the_teachers_that_a_row_names_read_it() -> None:
+    rows = [
+        Row(prompt="p", response=None, label=None, teachers=weights)
+        for weights in ({"a": 1.0}, {"b": 1.0}, {"b": 0.75, "a": 0.25})
+    ]
+    named = {"a": (STUDENT, None), "b": (TEACHER, None)}
+    prompts = source(rows=rows, shuffle=False, teachers=(), named_teachers=named, batch_size=3).batch(0)
+    by_a, by_b = [257, ord("p")], [ord("p")] * 2
+    assert [one.teacher_ids.tolist() for one in prompts] == [by_a, by_b, by_b]
+    assert [one.teacher for one in prompts] == ["a", "b", "b"]
+    assert [one.mixture for one in prompts] == [(), (), (("b", 0.75), ("a", 0.25))]
+    assert [[ids.tolist() for ids in one.other_teacher_ids] for one in prompts] == [[], [], [by_a]]
+
+
 def test_every_row_once_an_epoch_then_in_another_order() -> None:
     prompts = source()
     rows = [row_of(p) for step in range(5) for p in prompts.batch(step)]  # 20 samples: two epochs of 10
