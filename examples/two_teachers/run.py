@@ -5,7 +5,8 @@ On the quick start's names and things:
     1. teachers   sft of a teacher on additions, and of another one on subtractions
     2. evaluate   each teacher on the problems of the other one
     3. warm-up    sft of the student on both, stopped while most of its answers are still wrong
-    4. distil     the student samples, and each row's teacher scores: `teacher` in the row, --teachers
+    4. distil     the student samples, and each row's teacher scores: `teacher` in the row, --teachers; with
+                  --own-weight below 1 the other teacher is mixed in: `teachers`
 
 Both teachers have another tokenizer than the student. A stage whose command and inputs have not changed since
 it finished is not run again.
@@ -18,8 +19,9 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -42,9 +44,10 @@ KINDS = {"additions": "gets", "subtractions": "loses"}
 TRAIN_SIZE, HELD_OUT_SIZE, DATA_SEED = 3000, 100, 7
 
 
-def write_prompts(folder: Path) -> None:
+def write_prompts(folder: Path, *, own_weight: float = 1.0) -> None:
     """For each kind KIND.jsonl and KIND-held_out.jsonl; train.jsonl and held_out.jsonl of both, in which each
-    row names its teacher. No pair of numbers is in both files of a kind.
+    row names its teacher; and with an own_weight below 1 mixed-WEIGHT.jsonl, the training rows with the
+    weights of both. No pair of numbers is in both files of a kind.
     """
     pairs = [(a, b) for a in LEFT for b in RIGHT]
     random.Random(DATA_SEED).shuffle(pairs)
@@ -61,6 +64,12 @@ def write_prompts(folder: Path) -> None:
             together[name] += rows
     for name, rows in together.items():
         write(folder / f"{name}.jsonl", rows)
+    if own_weight < 1:
+        mixed: list[dict[str, Any]] = []
+        for one in together["train"]:
+            weights = {kind: own_weight if kind == one["teacher"] else 1 - own_weight for kind in KINDS}
+            mixed.append({key: one[key] for key in ("prompt", "label")} | {"teachers": weights})
+        write(folder / f"mixed-{own_weight}.jsonl", mixed)
 
 
 def row(pair: tuple[int, int], kind: str, verb: str, rng: random.Random) -> dict[str, str]:
@@ -73,7 +82,7 @@ def row(pair: tuple[int, int], kind: str, verb: str, rng: random.Random) -> dict
     return {"prompt": prompt, "response": answer, "label": answer, "teacher": kind}
 
 
-def write(path: Path, rows: list[dict[str, str]]) -> None:
+def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """The rows as JSON lines."""
     path.write_text("".join(json.dumps(one) + "\n" for one in rows))
 
@@ -83,7 +92,8 @@ class Recipe:
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self._options, self._folder = options, folder
-        write_prompts(folder)
+        write_prompts(folder, own_weight=options.own_weight)
+        mixed = "" if options.own_weight == 1 else f"-{options.own_weight}"
         other, own = sides("digits-agree", "teacher-groups", folder / "tokenizers")
         self._models = {
             "additions": self._architecture("additions", other, "teacher"),
@@ -108,14 +118,14 @@ class Recipe:
             *("--eval-interval", "20", *until, str(WARM_ACCURACY)),
         )
         self.distil = self._train(
-            *("distil", "student", "train", "held_out"),
+            *("distil", "student", f"mixed{mixed}" if mixed else "train", "held_out"),
             *("--pretrained-checkpoint", str(self.warm_up.output / "checkpoint")),
             *("--teachers", json.dumps({kind: self._entry(kind) for kind in KINDS})),
             *("--simct-interface", options.interface, "--lr", str(options.lr)),
             *("--lr-decay-style", "constant", "--train-iters", str(options.train_iters)),
             *("--rollout-batch-size", "64", "--eval-interval", "20"),
             needs=(*self.teachers.values(), self.warm_up),
-            output="distil",
+            output=f"distil{mixed}",
         )
 
     @property
@@ -205,6 +215,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--interface", choices=("bytes", "paper"), default="bytes", help="how distributions compare"
     )
+    parser.add_argument(
+        "--own-weight",
+        type=float,
+        default=1.0,
+        help="weight of the row's own teacher; the other one, which does not know, has the rest",
+    )
     parser.add_argument("--seed", type=int, default=1, help="weights, order of the problems, sampling")
     parser.add_argument("--train-iters", type=int, default=100, help="on-policy steps")
     parser.add_argument("--lr", type=float, default=3e-4, help="learning rate of the on-policy steps")
@@ -214,7 +230,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--run-dir", type=Path, default=ROOT / "runs" / "two_teachers", help="where everything is written"
     )
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if not 0 < options.own_weight <= 1:
+        parser.error(f"--own-weight {options.own_weight}: must be above 0 and at most 1")
+    if options.own_weight < 1 and options.interface != "bytes":
+        parser.error("--own-weight below 1: only --interface bytes mixes teachers")
+    return options
 
 
 @command("examples/two_teachers/run.sh", also=(subprocess.CalledProcessError,))

@@ -156,6 +156,16 @@ def test_the_example_of_two_teachers_names_the_one_that_knows_each_row(tmp_path)
         asked = evaluate._parser().parse_args(list(recipe.others[one.name].command[2:]))
         assert asked.data == parsed(recipe.teachers[other]).data.eval_prompt_data
         assert asked.pretrained_checkpoint == trained.output.save
+    options = two_teachers.parse(["--run-dir", str(tmp_path), "--own-weight", "0.7"])
+    other_recipe = two_teachers.Recipe(options, tmp_path)
+    assert other_recipe.warm_up.digest == recipe.warm_up.digest, "a mixture begins with the same student"
+    assert other_recipe.distil.output != recipe.distil.output
+    keys |= {"need_response": False, "mixes": True}
+    mixed = read_prompts(parsed(other_recipe.distil).data.prompt_data, **keys)
+    for row, (kind,) in zip(mixed, (row.teachers for row in rows), strict=True):
+        assert row.teachers == pytest.approx(
+            {name: 0.7 if name == kind else 0.3 for name in two_teachers.KINDS}
+        )
 
 
 @needs_tokenizers

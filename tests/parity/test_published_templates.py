@@ -14,8 +14,11 @@ from typing import Any
 
 import pytest
 
+from megatron_simct.alignment import load_tokenizer
+from megatron_simct.alignment.turns import MASK_REASONS
 from megatron_simct.data.rendering import ChatTemplate
-from tests.huggingface import save_byte_level
+from megatron_simct.data.transcripts import Side, read_transcript
+from tests.huggingface import save_byte_fallback, save_byte_level
 from tools.benchmark.real_inputs import CHAT_TEMPLATES, TOKENIZERS, Unavailable, fetch
 
 transformers = pytest.importorskip("transformers")
@@ -150,3 +153,85 @@ def test_templates_of_published_folders(clock: None, tmp_path: Path, name: str) 
     settings = {key: settings[key] for key in settings if key == "chat_template" or key.endswith("_token")}
     found, rendered = differences(tmp_path, tokenizer(tmp_path, settings))
     assert not found and rendered >= 3
+
+
+ANSWERED: list[tuple[list[dict[str, Any]], list[str], int]] = [
+    (
+        [
+            USER,
+            {"role": "assistant", "content": " 31 "},
+            {"role": "user", "content": "Und nachts?"},
+            {"role": "assistant", "content": "19"},
+        ],
+        ["31", "19"],
+        6,
+    ),
+    (
+        [
+            USER,
+            {"role": "assistant", "content": "<think>\nwarm\n</think>\n\n31"},
+            {"role": "user", "content": "Und nachts?"},
+            {"role": "assistant", "content": "19", "reasoning_content": "kalt"},
+        ],
+        ["warm", "31", "19"],
+        31,
+    ),
+    (
+        [
+            USER,
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            {"role": "tool", "name": "weather", "tool_call_id": "call00001", "content": "31"},
+            {"role": "assistant", "content": "31 Grad"},
+        ],
+        ["31 Grad"],
+        7 + len(json.dumps([CALL], ensure_ascii=False).encode()),
+    ),
+]
+"""Transcripts, the texts of their answers without blanks, and bytes of all that the assistant wrote."""
+PLAIN = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]\n{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("package", CHAT_TEMPLATES)
+def test_answers_are_found_in_what_published_templates_write(tmp_path: Path, package: str) -> None:
+    """Beside a teacher whose template writes each content as it is: the last answer is always compared."""
+    try:
+        files = fetch(CHAT_TEMPLATES[package])
+    except Unavailable as error:
+        pytest.skip(str(error))
+    save_byte_level(tmp_path / "student")
+    save_byte_fallback(tmp_path / "teacher")
+    (tmp_path / "teacher" / "chat_template.jinja").write_text(PLAIN)
+    student, teacher = (load_tokenizer(str(tmp_path / name)) for name in ("student", "teacher"))
+    of_teacher = ChatTemplate.load(str(tmp_path / "teacher"), flag="--teacher-hf-checkpoint")
+    found = 0
+    for path in sorted(files.glob("*.jinja")):
+        (tmp_path / "student" / "chat_template.jinja").write_text(path.read_text(encoding="utf-8"))
+        chat = ChatTemplate.load(str(tmp_path / "student"), flag="--hf-checkpoint", date=DATE)
+        for messages, answers, num_bytes in ANSWERED:
+            sides = [
+                Side(tokenizer=student, chat=chat, messages=messages),
+                Side(tokenizer=teacher, chat=of_teacher, messages=messages),
+            ]
+            try:
+                if not chat.text(messages, answered=True).rpartition("19")[1] and answers[-1] == "19":
+                    continue  # a template that reads contents in parts only, and writes nothing of a text
+                _, given = read_transcript(sides[0], sides[1:], max_len=1000)
+            except ValueError:  # it refuses the roles, or these calls
+                continue
+            if given is None and answers[-1] != "19":
+                continue
+            assert given is not None, f"{path.name}: {messages}"
+            both = [
+                [tokenizer.decode(side.ids[a:b]).decode() for a, b in side.spans.tolist()]
+                for tokenizer, side in ((student, given.student), (teacher, given.teachers[0]))
+            ]
+            assert both[0] == both[1] and both[0][-1] == answers[-1], f"{path.name}: {both}"
+            assert [text.strip() for text in both[0]] == [a for a in answers if a in map(str.strip, both[0])]
+            masked = sum(given.counts[f"bytes_masked_{reason}"] for reason in MASK_REASONS)
+            assert masked + sum(len(text.encode()) for text in both[0]) == num_bytes, path.name
+            assert given.counts["bytes_of_turns"] == num_bytes
+            found += 1
+    assert found > len(CHAT_TEMPLATES[package].members), f"{found} transcripts"
