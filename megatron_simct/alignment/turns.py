@@ -49,6 +49,11 @@ def plan_turns(
         )
         pairs.append(plan(prompt, response))
     sizes = [end - start for start, end in transcript.student.spans.tolist()]
+    num_teachers = len(pairs[0].others) + pairs[0].needs.teacher
+    assert len(transcript.teachers) == num_teachers, (
+        f"sample {prompt.sample_id}: {num_teachers} teachers read it, but its responses are in the tokens of "
+        f"{len(transcript.teachers)}"
+    )
     if not transcript.teachers:
         return replace(pairs[0], counts=_counts([pair.counts for pair in pairs]) | transcript.counts)
     first, *others = transcript.teachers

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_simct.alignment import Tokenizer
 from megatron_simct.config.options import Config
+from megatron_simct.data.prompts import Reader
 from megatron_simct.engine_client import EngineClient
 from megatron_simct.evaluation.environment import Environment
 from megatron_simct.loading import Pair, open_chat_template
@@ -69,11 +70,16 @@ def with_turns(
         for one in pair.teachers
         if scored
     ]
+
+    def teachers(prompt: Prompt) -> list[Reader]:
+        names = [name for name, _ in prompt.mixture] or [prompt.teacher]
+        return [reader for wanted in names for name, reader in readers if name == wanted]
+
     return TurnsEngine(
         engine,
         replies=None if environment is None else environment.replies,
         student=(pair.student, open_chat_template(config, config.model, pair.student, prefix="")),
-        teachers=lambda prompt: [reader for name, reader in readers if name == prompt.teacher],
+        teachers=teachers,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,20 @@ from safetensors.torch import load_file, save_file
 from examples.transcripts.calculator import reply as calculator
 from megatron_simct.alignment import Tokenizer, load_tokenizer
 from megatron_simct.config.flags import parse_config
+from megatron_simct.config.options import Config, ModelConfig, RolloutConfig, TeacherJobConfig, TeacherOptions
 from megatron_simct.config.run_file import read_run_file
 from megatron_simct.data.prompts import Reader
 from megatron_simct.data.rendering import ChatTemplate, render_prompt
 from megatron_simct.evaluation.called import NoAnswer
 from megatron_simct.evaluation.environment import Environment, as_message
 from megatron_simct.job import build_job
+from megatron_simct.job_parts.engines import with_turns
 from megatron_simct.launch.commands import command_of
+from megatron_simct.loading import Pair, Teacher
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.preflight.check import check_run
-from megatron_simct.records import Asked, Prompt, Rollout
+from megatron_simct.prompt_files import Message
+from megatron_simct.records import Asked, Prompt, Rollout, TeacherNeeds
 from megatron_simct.rollout.engine import Sampling, rollout_from_row, rollout_row
 from megatron_simct.rollout.held_out import equals_label, response_text
 from megatron_simct.rollout.turns import TurnsEngine
@@ -204,6 +208,58 @@ def test_without_chat_templates_the_reply_follows_the_stop_token(sides: dict[str
     ):
         ids = turns.ids.tolist()
         assert text_of(tokenizer, {stop: "|"}, ids) == "calculator(12 + 7)|19 19.|"
+
+
+class _Calculator:
+    """An Environment in this process."""
+
+    @staticmethod
+    def replies(talks: Mapping[int, Sequence[Message]]) -> dict[int, Message | None]:
+        return {number: as_message(calculator(messages)) for number, messages in talks.items()}
+
+
+def _mixed(
+    rank: int, world_size: int, student: Tokenizer, teachers: dict[str, Tokenizer]
+) -> dict[str, list[int]]:
+    """The tokens of each teacher of a row that mixes two of them, as the parts of a job write them."""
+    pair = Pair(
+        student=student,
+        teachers=tuple(
+            Teacher(
+                of=TeacherOptions(name=name, prefix="", model=ModelConfig(), job=TeacherJobConfig()),
+                tokenizer=tokenizer,
+                alignment_map=None,
+            )
+            for name, tokenizer in teachers.items()
+        ),
+        needs=TeacherNeeds(),
+    )
+    engine = Scripted(student, {0: ["calculator(12 + 7)", "19"]}, stop=318)
+    config = Config(rollout=RolloutConfig(environment="module:function"))
+    environment: Any = _Calculator()
+    turns = with_turns(config, pair, engine, environment, scored=True)
+    prompt = Prompt(
+        sample_id=0,
+        student_ids=student.encode(b"12 + 7?"),
+        teacher_ids=np.zeros(1, np.int32),
+        teacher="b",
+        mixture=(("b", 0.75), ("a", 0.25)),
+        asked=Asked(prompt="12 + 7?", row={}),
+    )
+    (rollout,) = turns.generate([prompt], Sampling(temperature=1.0, max_response_len=100, seed=0))
+    assert rollout.transcript is not None
+    found = [of_one.ids.tolist() for of_one in rollout.transcript.teachers]
+    return dict(zip([name for name, _ in prompt.mixture], found, strict=True))
+
+
+def test_all_teachers_of_a_row_read_the_conversation(sides: dict[str, Reader]) -> None:
+    (student, _), (other, _) = sides["student"], sides["teacher"]
+    teachers = {"a": student, "b": other, "c": other}
+    (found,) = run_ranks(1, _mixed, student, teachers)
+    assert list(found) == ["b", "a"]
+    for name, ids in found.items():
+        stop = teachers[name].table.stop_ids[0]
+        assert text_of(teachers[name], {stop: "|"}, ids) == "calculator(12 + 7)|1919|"
 
 
 def test_a_template_that_refuses_a_reply_is_named(sides: dict[str, Reader], tmp_path: Path) -> None:
