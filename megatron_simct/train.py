@@ -55,7 +55,7 @@ def train(job: Job) -> None:
             batch = ahead.popleft()
             check_lag(batch.rollouts, iteration, job.config.max_lag)
             batch, scores = collect(job, batch, clock)
-        with clock("update"), kept_for_replay(job, batch.rollouts, iteration):
+        with clock("update"), kept_for_replay(job, batch.all_rollouts, iteration):
             report = job.updater.step(pack(job, batch, scores))
             job.after_update(iteration)
         iteration += 1
@@ -94,6 +94,11 @@ class Batch:
     """Rows of the step that come with their response; empty without --given-share."""
     unscored: Sequence[tuple[Prompt, Rollout, AlignedPair]] = ()
     """Rows that add nothing to the step, because their teacher is missing (--missing-teacher drop)."""
+
+    @property
+    def all_rollouts(self) -> list[Rollout]:
+        """The responses of all rows of the step."""
+        return [*self.rollouts, *(rollout for _, rollout, _ in self.unscored)]
 
 
 @dataclass(frozen=True, kw_only=True)

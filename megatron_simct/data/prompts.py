@@ -146,7 +146,7 @@ def _render(
     assert chat is not None, f"{where}: messages without a chat template"
     try:
         return chat.render(prompt, tokenizer)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: {error}") from None
 
 
@@ -166,7 +166,7 @@ def _rendered(
         of_teachers = [_reading(row.read_by_teacher, row.answer, teacher) for teacher in teachers]
         try:
             return read_transcript(of_student, of_teachers, max_len=max_response_len)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{row.where}: {error}") from None
     ids = [
         _render(row.prompt, *student, where=row.where),

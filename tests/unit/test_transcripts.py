@@ -461,3 +461,22 @@ def test_rows_become_rollouts(models, tmp_path) -> None:
         rows_of(path, {"messages": [{"role": "user", "content": "a"}]})
     with pytest.raises(ValueError, match="line 1: the teacher.s own messages do not have as many"):
         source(models, rows_of(path, {"messages": asked("a", "b"), "teacher_prompt": "c"}))
+
+
+@pytest.mark.parametrize("where", ["in the answer", "in the prompt"])
+def test_a_row_that_is_too_deep_to_be_written_is_named(models, where: str) -> None:
+    deep: list[Any] = []
+    for _ in range(5_000):
+        deep = [deep]
+    message = {"role": "assistant", "content": "yes", "tool_calls": deep}
+    question = {"role": "user", "content": "12 7?"}
+    answered = where == "in the answer"
+    row = Row(
+        prompt=[question] if answered else [question, message, question],
+        response=None,
+        label=None,
+        answer=message if answered else None,
+        where="--prompt-data rows.jsonl, line 7",
+    )
+    with pytest.raises(ValueError, match="^--prompt-data rows.jsonl, line 7: .*recursion"):
+        source(models, [row])

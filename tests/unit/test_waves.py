@@ -10,9 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from megatron_simct import train
 from megatron_simct.records import Prompt
 from megatron_simct.reporting.monitor import Stopwatch
-from megatron_simct.train import begin, check_lag, tail_s
+from megatron_simct.train import Batch, begin, check_lag, tail_s
+from megatron_simct.update.step import NonFiniteError
 
 PATIENCE_S = 30
 
@@ -88,6 +90,45 @@ def test_what_goes_wrong_in_either_thread_ends_the_step(part, words) -> None:
     with pytest.raises(ValueError, match=words):
         begin(parts.job, 0, Stopwatch())
     parts.job.background.shutdown()  # no thread of it waits forever
+
+
+def test_the_kept_rollouts_of_a_failed_step_are_those_of_all_its_rows(monkeypatch) -> None:
+    def step(micro_batches) -> None:
+        raise NonFiniteError("not finite")
+
+    rollouts = [SimpleNamespace(sample_id=number, weight_version=0) for number in range(3)]
+    batch = Batch(
+        prompts=[],
+        rollouts=rollouts[:2],
+        pairs=[],
+        more={},
+        rewards={},
+        given=([], []),
+        unscored=[(None, rollouts[2], None)],  # type: ignore[list-item]
+    )
+    monkeypatch.setattr(train, "begin", lambda job, iteration, clock: batch)
+    monkeypatch.setattr(train, "collect", lambda job, batch, clock: (batch, None))
+    monkeypatch.setattr(train, "pack", lambda job, batch, scores: [])
+    kept: list[int] = []
+    job = SimpleNamespace(
+        config=SimpleNamespace(
+            training=SimpleNamespace(train_iters=1, lag=0),
+            output=SimpleNamespace(save=None),
+            evaluation=SimpleNamespace(eval_interval=None),
+            max_lag=None,
+        ),
+        exit_watch=SimpleNamespace(loaded=lambda: None),
+        start=0,
+        evaluator=None,
+        oversampling=None,
+        before_step=lambda iteration: None,
+        updater=SimpleNamespace(step=step),
+        finish_save=lambda: None,
+        keep_batch=lambda rollouts, iteration: kept.extend(ids_of(rollouts)) or "folder",
+    )
+    with pytest.raises(NonFiniteError, match="--load-debug-rollout-data folder"):
+        train.train(job)  # type: ignore[arg-type]
+    assert kept == [0, 1, 2]  # a replay asks for all of them
 
 
 def test_a_pair_is_sent_as_soon_as_it_is_aligned() -> None:
