@@ -260,7 +260,7 @@ def teachers_of(row: dict[str, Any], names: Sequence[str], *, mixes: bool) -> di
 
     A row that names none has the only teacher, if there is one. names: of all teachers. mixes: whether
     several can be mixed. Raises RowError for another name, for none among several, and for weights that are
-    not positive numbers.
+    not numbers from 1e-6 to 1e6.
     """
     if not names:
         return {}
@@ -281,8 +281,8 @@ def teachers_of(row: dict[str, Any], names: Sequence[str], *, mixes: bool) -> di
     for name, weight in weights.items():
         if name not in names:
             raise RowError(f"the unknown teacher {name!r}", known)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-            raise RowError("a weight that is not a positive number", f"that of the teacher {name!r}")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 1e-6 <= weight <= 1e6:
+            raise RowError("a weight that is not a number from 1e-6 to 1e6", f"that of the teacher {name!r}")
     if not weights:
         raise RowError("no teacher", f"{known}; {_has(row)}")
     if len(weights) > 1 and not mixes:

@@ -640,6 +640,7 @@ def _single(files: Path, *flags: str) -> list[str]:
             "student's ranks; with endpoints of all --teachers give --context-parallel-size to the",
         ),
         ('{"a b": {}}', (), "--teachers a b: a name has only letters, digits"),
+        ('{"student": {}}', (), "--teachers student: this name is the student's"),
         ('{"a": {}}', (), "--teachers a: hf_checkpoint is missing"),
         (
             '{"a": {"hf_chekpoint": "/a"}}',

@@ -770,9 +770,17 @@ def test_a_mixture_names_teachers(tmp_path) -> None:
     ("row", "words"),
     [
         ({"teachers": {"maths": 1, "law": 1}}, "the unknown teacher 'law'"),
-        ({"teachers": {"maths": 0, "code": 1}}, "a weight that is not a positive number .*'maths'"),
-        ({"teachers": {"maths": True}}, "a weight that is not a positive number"),
-        ({"teachers": {"maths": "1"}}, "a weight that is not a positive number"),
+        ({"teachers": {"maths": 0, "code": 1}}, "a weight that is not a number from 1e-6 to 1e6 .*'maths'"),
+        (
+            {"teachers": {"maths": 1e300, "code": 1e-300}},
+            "a weight that is not a number from 1e-6 to 1e6 .*'maths'",
+        ),
+        (
+            {"teachers": {"maths": 10**400, "code": 0.5}},
+            "a weight that is not a number from 1e-6 to 1e6 .*'maths'",
+        ),
+        ({"teachers": {"maths": True}}, "a weight that is not a number from 1e-6 to 1e6"),
+        ({"teachers": {"maths": "1"}}, "a weight that is not a number from 1e-6 to 1e6"),
         ({"teachers": ["maths"]}, "'teachers' are not weights by name"),
         ({"teachers": {}}, "no teacher"),
         ({"teachers": {"maths": 1}, "teacher": "maths"}, "two keys for the teacher"),

@@ -138,6 +138,8 @@ def _read_teacher(name: str, values: Any) -> TeacherOptions:
     where = f"--teachers {name}"
     if not _NAME.fullmatch(name):
         raise ValueError(f"{where}: a name has only letters, digits, and the characters _ . -")
+    if name == "student":
+        raise ValueError(f"{where}: this name is the student's in reports; choose another one")
     if not isinstance(values, dict):
         raise ValueError(f"{where}: expected its options by key, such as hf_checkpoint")
     kinds = get_type_hints(ModelConfig) | {key: get_type_hints(TeacherJobConfig)[key] for key in _OF_JOB}
