@@ -152,6 +152,12 @@ class Answers:
         self._answers, self._at_once, self.counts = answers, at_once, {"again": 0}
         self._left = at_once
 
+    def start(self) -> None:
+        pass
+
+    def meet(self) -> None:
+        pass
+
     def arrived(self) -> bool:
         return bool(self._answers) and self._left > 0
 
@@ -171,9 +177,8 @@ def test_answers_that_have_arrived_are_shared_together(monkeypatch) -> None:
         remote, "share", lambda messages, *_, **__: (shared.append(len(messages)), messages)[1]
     )
     monkeypatch.setattr(remote, "_agree", lambda problem: None)
-    scorer = remote.RemoteScorer.__new__(remote.RemoteScorer)
-    scorer._client, scorer._early = Answers(answers, at_once=4), {}
-    scorer._groups = SimpleNamespace(is_last_stage=True, tp_cp=None, device=None)
+    groups = SimpleNamespace(owns_teacher_socket=True, is_last_stage=True, tp_cp=None, device=None)
+    scorer = remote.RemoteScorer(Answers(answers, at_once=4), groups)
     pairs = [SimpleNamespace(sample_id=n) for n in range(12)]
     first = [scored.sample_id for scored in scorer.collect(pairs[1:7])]
     rest = [scored.sample_id for scored in scorer.collect([pairs[0], *pairs[7:]])]
