@@ -192,9 +192,9 @@ class Written:
             text="Hi?",
         ),
         Written(
-            name="any date",
+            name="today's date",
             template="{{ strftime_now('%Y-%m-%d') }} {{ messages[0].content }}",
-            text="2222-22-22 Hi?",
+            text="TODAY Hi?",
         ),
         Written(
             name="a date of another length",
@@ -221,9 +221,11 @@ def test_tokens_are_those_of_what_the_template_writes(prepare, tmp_path, written
     (tmp_path / "student" / "chat_template.jinja").write_text(written.template)
     flags = ("--hf-checkpoint", str(tmp_path / "student"), "--apply-chat-template", *written.flags)
     _, rows, report, error = prepare({"a.jsonl": [{"prompt": "Hi?"}]}, one(), *flags)
-    expected = load_tokenizer(str(tmp_path / "student")).encode_chat(written.text)
+    date = report["chat_template"]["chat_template_date"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", date)
+    text = written.text.replace("TODAY", date)
+    expected = load_tokenizer(str(tmp_path / "student")).encode_chat(text)
     assert [row["student_tokens"] for row in rows] == [len(expected)]
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d", report["chat_template"]["chat_template_date"])
 
 
 def test_reasons_of_templates_are_counted_and_the_first_one_ends_an_empty_mixture(
