@@ -21,23 +21,18 @@ counted. It needs a C++ compiler.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch._inductor.utils import run_and_get_code
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from megatron_simct.config.options import ParallelConfig
 from megatron_simct.models.build import build_model
@@ -50,6 +45,7 @@ from megatron_simct.rollout import megatron_engine
 from megatron_simct.rollout.engine import Sampling
 from megatron_simct.rollout.graphs import Stepping
 from megatron_simct.rollout.megatron_engine import MegatronEngine
+from tools.benchmark.counting import Kernels, Launches, Waits
 
 SMOLLM2_135M: dict[str, Any] = {
     "model_type": "llama",
@@ -221,40 +217,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-class Launches(TorchDispatchMode):
-    """Counts operations, except views and operations that only allocate."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not func.is_view and not any(
-            word in func.__name__ for word in ("empty", "alias", "detach", "unsafe_view")
-        ):
-            self.names[func.__name__] += 1
-        return result
-
-
-class Waits(TorchFunctionMode):
-    """Counts reads of a tensor by the host, and tensors that are made from its numbers."""
-
-    READS = ("tolist", "item", "__bool__", "__int__", "__float__", "numpy", "cpu", "tensor", "from_numpy")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += getattr(func, "__name__", "") in self.READS
-        return func(*args, **(kwargs or {}))
-
-
 def count(name: str, *, with_compiler: bool) -> dict[str, Any]:
     """Launches of one more token in greedy and in free sampling, for each layer and for the rest."""
     kernels = Kernels()
-    regions = kernels.regions() if with_compiler else EAGER
+    regions = regions_of(kernels) if with_compiler else EAGER
     megatron_engine.compiled = lambda: regions  # type: ignore[assignment]
     few, many = (count_model(name, layers, kernels) for layers in (4, 8))
     a_layer = (many["launches"] - few["launches"]) / 4
@@ -299,51 +265,19 @@ def count_model(name: str, layers: int, kernels: Kernels) -> dict[str, float]:
             sampling = Sampling(temperature=1.0, max_response_len=tokens, seed=1)
             with Launches() as launches, Waits() as waits:
                 engine.generate(prompts, sampling)
-            totals.append((sum(launches.names.values()) + kernels.take(), waits.count))
+            totals.append((sum(launches.names.values()) + kernels.take()[0], waits.count))
     (_, _), (few, few_waits), (many, many_waits) = totals
     return {"launches": (many - few) / 16, "waits": (many_waits - few_waits) / 16}
 
 
-KERNELS = ("async_compile.cpp_pybinding(", "async_compile.triton(", "extern_kernels.")
-"""Calls by the compiler's generated code."""
-
-
-class Kernels:
-    """Counts kernels of compiled regions: each call of a region counts as many as the
-    compiler generated for it.
-    """
-
-    def __init__(self) -> None:
-        self.count, self._made = 0, Counter[str]()
-
-    def regions(self) -> Regions:
-        torch.compiler.reset()
-        compiled.cache_clear()
-        made = compiled()
-        return Regions(
-            **{field.name: self._counted(field.name, getattr(made, field.name)) for field in fields(made)}
-        )
-
-    def _counted(self, name: str, region: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            with disable_modes():  # the compiler behaves differently under a mode
-                result, codes = run_and_get_code(region, *args)
-                if codes:  # it has just been compiled
-                    self._made[name] = max(sum(map(code.count, KERNELS)) for code in codes)
-            self.count += self._made[name]
-            return result
-
-        return call
-
-    def take(self) -> int:
-        count, self.count = self.count, 0
-        return count
-
-
-@contextlib.contextmanager
-def disable_modes() -> Iterator[None]:
-    with _disable_current_modes(), torch._C.DisableTorchFunction():
-        yield
+def regions_of(kernels: Kernels) -> Regions:
+    """The compiled regions, whose kernels are counted."""
+    torch.compiler.reset()
+    compiled.cache_clear()
+    made = compiled()
+    return Regions(
+        **{field.name: kernels.counted(field.name, getattr(made, field.name)) for field in fields(made)}
+    )
 
 
 def counted_line(counts: dict[str, Any]) -> str:
