@@ -33,10 +33,12 @@ Shapes: `A` rows, `c` columns of a tile, `E` columns that every rank knows.
 from __future__ import annotations
 
 import math
+from copy import copy
 from dataclasses import dataclass
 
 import torch
 
+from megatron_simct.losses import bodies
 from megatron_simct.losses.vocab_parallel import NEGATIVE_INFINITY, finite_reference, row_maxima
 
 
@@ -57,50 +59,59 @@ class RunningSums:
         self.sums = {name: like.new_zeros(num_rows) for name in names}
         self._divergence, self._temperature = divergence, temperature
 
-    def add(self, student: torch.Tensor, teacher: torch.Tensor, rows: slice) -> None:
-        """student, teacher [A, c]: scores of a tile at a slice of the rows. Both are overwritten."""
+    def at(self, rows: slice) -> RunningSums:
+        """Views of a slice of the rows."""
+        part = copy(self)
+        for name in ("student_max", "teacher_max", "teacher_at_top"):
+            setattr(part, name, getattr(self, name)[rows])
+        part.sums = {name: values[rows] for name, values in self.sums.items()}
+        return part
+
+    def add(self, student: torch.Tensor, teacher: torch.Tensor) -> None:
+        """student, teacher [A, c]: scores of a tile. Both are overwritten."""
         if student.shape[1] == 0:
             return
         # Of the student's likeliest column so far the teacher's score: it moves when the maximum rises.
         largest, where = student.max(dim=1, keepdim=True)
-        rises = largest.squeeze(1) > self.student_max[rows]
+        rises = largest.squeeze(1) > self.student_max
         at_top = teacher.gather(1, where).squeeze(1)
-        self.teacher_at_top[rows] = torch.where(rises, at_top, self.teacher_at_top[rows])
-        new_s = torch.maximum(self.student_max[rows], largest.squeeze(1))
-        new_t = torch.maximum(self.teacher_max[rows], row_maxima(teacher))
-        self.rescale(new_s, new_t, rows)
+        self.teacher_at_top.copy_(torch.where(rises, at_top, self.teacher_at_top))
+        new_s = torch.maximum(self.student_max, largest.squeeze(1))
+        new_t = torch.maximum(self.teacher_max, row_maxima(teacher))
+        self.rescale(new_s, new_t)
         s = student.sub_(finite_reference(new_s).unsqueeze(1))
         t = teacher.sub_(finite_reference(new_t).unsqueeze(1))
-        sums = {name: values[rows] for name, values in self.sums.items()}
+        sums = self.sums
         if self._temperature != 1:
-            sums["mass_s"] += (s * self._temperature).exp_().sum(1)
-            sums["mass_t"] += (t * self._temperature).exp_().sum(1)
+            sums["mass_s"].add_((s * self._temperature).exp_().sum(1))
+            sums["mass_t"].add_((t * self._temperature).exp_().sum(1))
         # From here on s and t are relative to the new maxima, and the older sums are too.
         weights_s, weights_t = s.exp(), t.exp()
-        sums["z_s"] += weights_s.sum(1)
-        sums["z_t"] += weights_t.sum(1)
+        sums["z_s"].add_(weights_s.sum(1))
+        sums["z_t"].add_(weights_t.sum(1))
         if self._divergence == "reverse_kl":
-            sums["cross"] += weighted_(weights_s, s.sub_(t)).sum(1)
+            sums["cross"].add_(weighted_(weights_s, s.sub_(t)).sum(1))
         elif self._divergence == "forward_kl":
-            sums["cross"] += weighted_(weights_t, t.sub_(s)).sum(1)
+            sums["cross"].add_(weighted_(weights_t, t.sub_(s)).sum(1))
 
-    def rescale(self, new_s: torch.Tensor, new_t: torch.Tensor, rows: slice) -> None:
+    def rescale(self, new_s: torch.Tensor, new_t: torch.Tensor) -> None:
         """Make the sums relative to larger maxima."""
         # X holds differences s - t: if the maxima rise by d_s and d_t, each difference falls by d_s - d_t and
         # each weight is multiplied by e^-d_s.
-        rise_s, factor_s = _rise(self.student_max[rows], new_s)
-        rise_t, factor_t = _rise(self.teacher_max[rows], new_t)
-        sums = {name: values[rows] for name, values in self.sums.items()}
+        rise_s, factor_s = _rise(self.student_max, new_s)
+        rise_t, factor_t = _rise(self.teacher_max, new_t)
+        sums = self.sums
         if self._divergence == "reverse_kl":
             sums["cross"].sub_(sums["z_s"] * (rise_s - rise_t)).mul_(factor_s)
         elif self._divergence == "forward_kl":
             sums["cross"].sub_(sums["z_t"] * (rise_t - rise_s)).mul_(factor_t)
-        sums["z_s"] *= factor_s
-        sums["z_t"] *= factor_t
+        sums["z_s"].mul_(factor_s)
+        sums["z_t"].mul_(factor_t)
         if self._temperature != 1:
-            sums["mass_s"] *= (-rise_s * self._temperature).exp()
-            sums["mass_t"] *= (-rise_t * self._temperature).exp()
-        self.student_max[rows], self.teacher_max[rows] = new_s, new_t
+            sums["mass_s"].mul_((-rise_s * self._temperature).exp())
+            sums["mass_t"].mul_((-rise_t * self._temperature).exp())
+        self.student_max.copy_(new_s)
+        self.teacher_max.copy_(new_t)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,7 +265,7 @@ def weighted_(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
     `weights` is overwritten and returned.
     """
-    if weights.device.type == "cpu" and weights.numel() > 0 and weights.amin() > 0:
+    if bodies.by_blocks(weights.device) and weights.numel() > 0 and weights.amin() > 0:
         return weights.mul_(values)  # the common case: one look at the weights in place of a mask
     nothing = weights == 0
     return weights.mul_(values).masked_fill_(nothing, 0)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_simct.losses.rows import Statistics
 from megatron_simct.losses.two_pass import GradientWeights, Tiles, common, relative
-from megatron_simct.losses.vocab_parallel import LabelSums, add_at_, finite_reference, reduce_packed
+from megatron_simct.losses.vocab_parallel import LabelSums, add_at_, finite_reference, reduce_packed, soft_cap
 from megatron_simct.records import EntryBatch
 
 
@@ -30,11 +30,10 @@ class Entries(Tiles):
         self._rows, self._columns_of = place[entries.label], entries.column - self._shard_start
 
     def _within(self, rows: slice, start: int, end: int) -> tuple[torch.Tensor, ...]:
-        """Entries in these rows and columns: which, and their place in the block."""
+        """Which entries [E] are in these rows and columns, and their place in the block, of others any."""
         row, column = self._rows, self._columns_of
         is_local = (row >= rows.start) & (row < rows.stop) & (column >= start) & (column < end)
-        found = is_local.nonzero().squeeze(1)
-        return found, row[found] - rows.start, column[found] - start
+        return is_local, torch.where(is_local, row - rows.start, 0), torch.where(is_local, column - start, 0)
 
     def statistics(self) -> Statistics:
         """Pass 1: one MAX and one SUM reduction."""
@@ -42,11 +41,12 @@ class Entries(Tiles):
         values = self._empty.new_zeros(len(self._rows))
         for chunk, start, end in self._tiles():
             logits = self._source.read(start, end, chunk)
-            found, row, column = self._within(chunk, start, end)
+            is_local, row, column = self._within(chunk, start, end)
             # An entry lies in one tile of one rank; the others keep 0, so a SUM joins them.
-            values[found] = logits[row, column]
+            found = soft_cap(logits[row, column].to(values.dtype), self._source.soft_cap)
+            values = torch.where(is_local, found, values)
             for rows in self._blocks(chunk.start, chunk.stop, end - start):
-                seen.add(logits[relative(rows, chunk)], rows, start)
+                seen.add(logits[relative(rows, chunk)], rows, start, cap=self._source.soft_cap)
         (label_max,) = reduce_packed([seen.exponentials.maxima], dist.ReduceOp.MAX, self._group)
         label_max = finite_reference(label_max)
         seen.exponentials.shrink_to(label_max)
@@ -69,6 +69,7 @@ class Entries(Tiles):
             # softmax_weight softmax(z), then own_weight at the label, then each entry's own gradient.
             logits.sub_(label_max[dense].unsqueeze(1)).exp_().mul_(softmax[dense].unsqueeze(1))
             add_at_(logits, self._labels[dense].unsqueeze(1) - start, own[dense].unsqueeze(1))
-            found, row, column = self._within(dense, start, end)
-            logits.index_put_((row, column), weights.entry_weight[found], accumulate=True)
+            is_local, row, column = self._within(dense, start, end)
+            entry_weight = torch.where(is_local, weights.entry_weight, 0)
+            logits.index_put_((row, column), entry_weight, accumulate=True)
             source.add_gradient(start, end, logits, dense)

@@ -101,10 +101,8 @@ class GivenLogits:
         return soft_cap(tile, self.soft_cap, in_place=True)
 
     def read(self, start: int, end: int, rows: slice = ALL_ROWS) -> torch.Tensor:
-        """`logits`, not to be overwritten: a view of what exists where it is what is asked for."""
-        if self.soft_cap is None and self._logits.dtype == self.dtype:
-            return self._logits[self._memory_slice(rows), start:end]
-        return self.logits(start, end, rows)
+        """`logits` as they are, in the source's own type and before the cap; not to be overwritten."""
+        return self._logits[self._memory_slice(rows), start:end]
 
     def logits_at(self, columns: torch.Tensor, rows: slice = ALL_ROWS) -> torch.Tensor:
         """[n, w], a new tensor: the capped logits of local columns `columns` int64 [w]."""
@@ -217,7 +215,7 @@ class OutputLayer:
 
     def read(self, start: int, end: int, rows: slice = ALL_ROWS) -> torch.Tensor:
         """See GivenLogits.read."""
-        return self.logits(start, end, rows)
+        return linear(self._hidden[rows], self._weight[start:end])
 
     def logits_at(self, columns: torch.Tensor, rows: slice = ALL_ROWS) -> torch.Tensor:
         """See GivenLogits.logits_at."""

@@ -23,6 +23,7 @@ from megatron_simct.losses.vocab_parallel import (
     add_at_,
     finite_reference,
     reduce_packed,
+    soft_cap,
 )
 
 
@@ -46,11 +47,12 @@ class TopColumns(Tiles):
             teacher, index = self._teacher_tile(chunk, start, end)
             for rows in self._blocks(chunk.start, chunk.stop, end - start):
                 block = logits[relative(rows, chunk)]
-                seen.add(block, rows, start)
+                seen.add(block, rows, start, cap=self._source.soft_cap)
                 shared = common(rows, slice(0, self._plan.num_shared))
                 if shared is None:
                     continue
-                block = block[: shared.stop - shared.start]
+                block = block[: shared.stop - shared.start].to(self._source.dtype)
+                block = soft_cap(block, self._source.soft_cap)
                 if self._teacher is None:
                     self._keep(block, None, torch.arange(start, end, device=block.device), shared)
                 elif teacher is not None and index is not None:

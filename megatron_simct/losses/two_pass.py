@@ -41,6 +41,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_simct.losses import bodies
 from megatron_simct.losses.divergences import Norms, RunningSums, mean_deficits, score_gradient_
 from megatron_simct.losses.rows import Statistics
 from megatron_simct.losses.shared_head import SharedColumns, TeacherScores
@@ -49,16 +50,19 @@ from megatron_simct.losses.vocab_parallel import (
     NEGATIVE_INFINITY,
     LabelSums,
     add_at_,
+    add_exponentials_,
     finite_reference,
+    own_logits,
     reduce_packed,
+    soft_cap,
 )
 
 MAX_TILE_COLUMNS = 4096
-"""Wider tiles gain nothing: the products are as fast."""
+"""On a CPU wider tiles gain nothing: the products are as fast. On a GPU the memory alone decides."""
 MIN_TILE_COLUMNS = 64
 ROWS_FIRST_ELEMENTS = 1 << 20
-"""Elements of a tile of whole rows, if logits exist: the scores are read again in another
-order, from the cache.
+"""Elements of a tile of whole rows, if logits exist, on a CPU: the scores are read again in another order,
+from the cache.
 """
 CACHED_ELEMENTS = 1 << 19
 """On a CPU, elementwise work goes over blocks of rows that stay in the cache; the products
@@ -95,32 +99,31 @@ class RowPlan:
         starts: torch.Tensor, *, shared: torch.Tensor, dense: torch.Tensor, special: torch.Tensor | None
     ) -> RowPlan:
         """starts int64 [segments]: each segment's first student row; shared bool [segments]:
-        which are shared rows.
+        which are shared rows, of which each row is one segment's at most.
 
         dense bool [N]: rows whose gradient needs the softmax. special int64 [segments, K]: ids, read at dense
-        first rows only. How many rows are of which kind decides shapes, so on a GPU this waits for the
-        labels' transfer.
+        first rows only. How many rows are of which kind decides shapes, so the host waits for the device
+        here, once.
         """
         num_rows = len(dense)
-        segments = shared.nonzero().squeeze(1)
-        rows = starts[segments]
+        # The row of a segment that is not shared is none: one row more, cut off behind.
+        rows = torch.where(shared, starts, num_rows)
+        is_first = dense.new_zeros(num_rows + 1).index_fill_(0, rows, True)[:num_rows]
+        first_dense = shared & torch.cat([dense, dense.new_zeros(1)])[rows]
+        counts = torch.stack([shared.sum(), first_dense.sum(), (dense & ~is_first).sum()])
+        num_shared, num_first, num_others = counts.tolist()
         # Sparse first rows go before dense ones, each kind in the order of the segments.
-        first_dense = dense[rows] if len(rows) else rows.bool()
-        segments = torch.cat([segments[~first_dense], segments[first_dense]])
-        rows = starts[segments]
-        num_first = int(first_dense.sum())
-        is_first = torch.zeros_like(dense).index_fill_(0, rows, True)
-        # Dense rows other than first rows: the later labels of units, for example.
-        others = (dense & ~is_first).nonzero().squeeze(1)
-        rest = (~dense & ~is_first).nonzero().squeeze(1)
-        num_sparse = len(rows) - num_first
+        segments = torch.where(shared, first_dense.long(), 2).argsort(stable=True)[:num_shared]
+        num_sparse = num_shared - num_first
+        # The rows behind the first ones: the later labels of units, for example, and the rest.
+        behind = torch.where(is_first, 0, torch.where(dense, 1, 2)).argsort(stable=True)[num_shared:]
         chosen = segments[num_sparse:]
         return RowPlan(
-            order=torch.cat([rows, others, rest]) if num_rows else rows,
+            order=torch.cat([starts[segments], behind]),
             segments=segments,
             num_sparse=num_sparse,
             num_first=num_first,
-            num_dense=num_first + len(others),
+            num_dense=num_first + num_others,
             special=chosen.new_zeros(len(chosen), 0) if special is None else special[chosen],
         )
 
@@ -169,7 +172,8 @@ class Tiles:
 
         labels int64 [N], in the student's order. teacher is None if no scores of shared tokens are read.
         """
-        if source.device.type == "cpu":
+        on_cpu = bodies.by_blocks(source.device)
+        if on_cpu:
             _keep_freed_memory()
         self._source, self._teacher, self._plan, self._columns = source, teacher, plan, columns
         # Local columns; a label of another rank lies outside of [0, W).
@@ -179,12 +183,13 @@ class Tiles:
         num_rows = source.num_rows + (0 if teacher is None else plan.num_shared)
         # A tile of each model; a second one while a soft-cap or a narrower type is converted.
         width = (memory_mib << 20) // max(1, 2 * num_rows * self._empty.element_size())
-        self._width = max(MIN_TILE_COLUMNS, min(MAX_TILE_COLUMNS, width))
+        self._width = max(MIN_TILE_COLUMNS, min(MAX_TILE_COLUMNS, width) if on_cpu else width)
         self._height = max(1, source.num_rows)
         # Logits that exist are read along the memory: all columns of as many rows as stay in the cache.
         if source.rows_first:
             self._width = max(1, source.num_columns)
-            self._height = max(1, ROWS_FIRST_ELEMENTS // self._width)
+            elements = ROWS_FIRST_ELEMENTS if on_cpu else memory_mib << 20 >> 3
+            self._height = max(1, elements // self._width)
 
     @property
     def _sparse(self) -> slice:
@@ -201,7 +206,7 @@ class Tiles:
     def _blocks(self, start: int, stop: int, width: int) -> Iterator[slice]:
         """Rows [start, stop) in blocks; a block is either before, in or behind the dense first rows."""
         size = max(1, stop - start)
-        if self._source.device.type == "cpu":
+        if bodies.by_blocks(self._source.device):
             size = max(1, CACHED_ELEMENTS // max(1, width))
         # A block never crosses a border between kinds of rows, so all its rows have the same needs.
         borders = [b for b in (self._plan.num_sparse, self._plan.num_shared) if start < b < stop]
@@ -281,24 +286,31 @@ class TwoPass(Tiles):
         special_s = self._empty.new_full(plan.special.shape, NEGATIVE_INFINITY)
         special_t = torch.full_like(special_s, NEGATIVE_INFINITY)
         outside = self._empty.new_zeros(plan.num_shared if self._outside else 0)
+        first_pass = bodies.body(_first_pass, source.device)
         for chunk, start, end in self._tiles():
             logits = source.read(start, end, chunk)
             teacher, index = self._teacher_tile(chunk, start, end)
             for rows in self._blocks(chunk.start, chunk.stop, end - start):
                 block = logits[relative(rows, chunk)]
-                shared = slice(rows.start, min(rows.stop, plan.num_shared))
-                # Shared rows come first in the plan's order, so they are the first `num_shared` rows of the
-                # block.
-                num_shared = shared.stop - shared.start
-                if teacher is not None and index is not None and num_shared > 0:
-                    s = block[:num_shared].gather(1, index.expand(num_shared, -1))
-                    t = teacher[relative(shared, chunk)]
-                    self._mask_special(s, t, shared, start, end, read=(special_s, special_t))
-                    running.add(self._scaled(s), self._scaled(t), shared)
-                exponentials, shrink = seen.add(block, rows, start)
-                if self._outside and num_shared > 0:
-                    outside[shared] *= shrink[:num_shared]
-                    outside[shared] += self._outside_sums(exponentials[:num_shared], index, shared, start)
+                # Shared rows come first in the plan's order, so they are the first rows of the block.
+                shared = common(rows, slice(0, plan.num_shared))
+                if shared is None or (teacher is None and not self._outside):
+                    seen.add(block, rows, start, cap=source.soft_cap)
+                    continue
+                compared = None
+                if teacher is not None and index is not None:
+                    compared = (teacher[relative(shared, chunk)], index, running.at(shared))
+                first_pass(
+                    block,
+                    start,
+                    source.soft_cap,
+                    seen.at(rows),
+                    self._temperature,
+                    compared,
+                    self._taken_out(shared, start, end, (special_s, special_t)),
+                    self._special_columns(shared, start) if self._outside else None,
+                    outside[shared] if self._outside else None,
+                )
         return self._reduce(seen, running, special_s, special_t, outside)
 
     def _reduce(
@@ -327,7 +339,7 @@ class TwoPass(Tiles):
         outside = outside * shrink[: len(outside)]
         # Which ranks hold a token that is the likeliest of both: in bf16 several tokens may be the student's.
         agrees = (running.student_max == student_max) & (running.teacher_at_top == teacher_max)
-        running.rescale(student_max.clone(), teacher_max.clone(), slice(None))
+        running.rescale(student_max, teacher_max)
         label_sum, own, num_agree, outside, *shared = reduce_packed(
             [seen.exponentials.sums, seen.own, agrees.to(label_max.dtype), outside, *running.sums.values()],
             dist.ReduceOp.SUM,
@@ -346,30 +358,16 @@ class TwoPass(Tiles):
             outside=outside,
         )
 
-    def _outside_sums(
-        self, exponentials: torch.Tensor, index: torch.Tensor | None, rows: slice, start: int
-    ) -> torch.Tensor:
-        """[rows]: over the columns of a block that are not shared; the block is overwritten."""
-        if index is not None:
-            exponentials.index_fill_(1, index, 0)
-        self._without_special_(exponentials, rows, start)
-        return exponentials.sum(1)
-
-    def _without_special_(self, values: torch.Tensor, rows: slice, start: int) -> None:
-        """Put 0 at the special columns of a block of first rows; values [rows, w] from column `start` on."""
+    def _special_columns(self, rows: slice, start: int) -> torch.Tensor:
+        """[rows, K]: the special columns of a block of first rows, counted from column `start`."""
         # With `outside` no row is sparse, so first row i of the plan is row i of `special`.
-        special = self._plan.special[rows] - self._shard_start - start
-        is_local = (special >= 0) & (special < values.shape[1])
-        places = special.clamp(0, values.shape[1] - 1)
-        # One column at a time: clamped places may coincide, and one write must not undo another.
-        for k in range(places.shape[1]):
-            column = places[:, k : k + 1]
-            values.scatter_(1, column, values.gather(1, column).masked_fill(is_local[:, k : k + 1], 0))
+        return self._plan.special[rows] - self._shard_start - start
 
     def deficits(self, norms: Norms) -> list[torch.Tensor]:
         """The sums of js over the shared columns, [A] each: another look at the tiles, one SUM reduction."""
         plan = self._plan
         total = [self._empty.new_zeros(plan.num_shared) for _ in range(4)]
+        add_deficits = bodies.body(_add_deficits, self._source.device)
         for chunk, start, end in self._tiles():
             teacher, index = self._teacher_tile(chunk, start, end)
             if teacher is None or index is None:
@@ -386,22 +384,15 @@ class TwoPass(Tiles):
                 pieces.append((first, logits.gather(1, index.expand(len(logits), -1))))
             for piece, student in pieces:
                 for rows in self._blocks(piece.start, piece.stop, student.shape[1]):
-                    s = student[relative(rows, piece)]
-                    t = teacher[relative(rows, chunk)]
-                    self._mask_special(s, t, rows, start, end)
-                    row_norms = norms.at(rows)
-                    log_p = (
-                        self._scaled(s)
-                        .sub_(row_norms.student_max.unsqueeze(1))
-                        .sub_(row_norms.student_log_z.unsqueeze(1))
+                    add_deficits(
+                        student[relative(rows, piece)],
+                        teacher[relative(rows, chunk)],
+                        self._taken_out(rows, start, end),
+                        norms.at(rows),
+                        self._temperature,
+                        self._beta,
+                        [sums[rows] for sums in total],
                     )
-                    log_q = (
-                        self._scaled(t)
-                        .sub_(row_norms.teacher_max.unsqueeze(1))
-                        .sub_(row_norms.teacher_log_z.unsqueeze(1))
-                    )
-                    for sums, part in zip(total, mean_deficits(log_p, log_q, self._beta), strict=True):
-                        sums[rows] += part
         return reduce_packed(total, dist.ReduceOp.SUM, self._group)
 
     def add_gradient(self, statistics: Statistics, weights: GradientWeights) -> None:
@@ -422,9 +413,17 @@ class TwoPass(Tiles):
             if teacher is not None and index is not None and sparse is not None:
                 columns = index + start  # one tensor for both calls: an output layer gathers its rows once
                 student = source.logits_at(columns, sparse)
+                sparse_gradient = bodies.body(_sparse_gradient_, source.device)
                 for rows in self._blocks(sparse.start, sparse.stop, student.shape[1]):
                     block_rows = relative(rows, sparse)
-                    self._shared_gradient_(student[block_rows], teacher[block_rows], rows, weights)
+                    sparse_gradient(
+                        student[block_rows],
+                        teacher[block_rows],
+                        _at(weights.shared, rows),
+                        self._temperature,
+                        self._divergence,
+                        self._beta,
+                    )
                 source.add_gradient_at(columns, student, sparse)
             if dense is not None:
                 # The teacher's first row is that of the chunk, whose sparse rows come before its dense ones.
@@ -453,61 +452,38 @@ class TwoPass(Tiles):
         """Dense rows of a tile; `teacher` has the scores of those of them that are shared rows."""
         plan = self._plan
         logits = self._source.logits(start, end, dense)
+        dense_gradient = bodies.body(_dense_gradient_, self._source.device)
         for rows in self._blocks(dense.start, dense.stop, end - start):
-            block = logits[relative(rows, dense)]
-            shared = slice(rows.start, min(rows.stop, plan.num_shared))
-            # The gradient at the shared columns is made before the logits of the block become e^(z - max).
-            gradient = None
-            if teacher is not None and index is not None and shared.start < shared.stop:
-                index_of_rows = index.expand(shared.stop - shared.start, -1)
-                s = block[: len(index_of_rows)].gather(1, index_of_rows)
-                t = teacher[relative(shared, dense)]
-                self._mask_special(s, t, shared, start, end)
-                gradient = self._shared_gradient_(s, t, shared, weights)
-            block.sub_(label_max[rows].unsqueeze(1)).exp_()
-            of_all_columns = None
-            if all_columns is not None and shared.start < shared.stop:
-                of_all_columns = block[: shared.stop - shared.start] * all_columns[shared].unsqueeze(1)
-            block.mul_(softmax[rows].unsqueeze(1))
-            # With `outside` the softmax term is for unshared columns alone: special ones get 0 here, and the
-            # shared ones are overwritten, not added to.
-            if self._outside and shared.start < shared.stop:
-                # The softmax term is for unshared columns alone: special columns get 0 here, and the shared
-                # ones are overwritten below, not added to.
-                self._without_special_(block[: shared.stop - shared.start], shared, start)
-            if gradient is not None:
+            block, shared = logits[relative(rows, dense)], common(rows, slice(0, plan.num_shared))
+            compared = outside = special = None
+            if shared is not None:
+                if teacher is not None and index is not None:
+                    scores = teacher[relative(shared, dense)]
+                    taken_out = self._taken_out(shared, start, end)
+                    compared = (scores, index, taken_out, _at(weights.shared, shared))
                 if self._outside:
-                    block[: len(gradient)].scatter_(1, index_of_rows, gradient)
-                else:
-                    block[: len(gradient)].scatter_add_(1, index_of_rows, gradient)
-            if of_all_columns is not None:
-                block[: len(of_all_columns)].add_(of_all_columns)
-            add_at_(block, self._labels[rows].unsqueeze(1) - start, own[rows].unsqueeze(1))
-            if weights.special_weight is not None and shared.start < shared.stop:
-                first = relative(shared, plan.dense)
-                special = plan.special[first] - self._shard_start - start
-                values = torch.where(plan.special[first] >= 0, weights.special_weight[first], 0)
-                add_at_(block[: shared.stop - shared.start], special, values)
+                    all_columns_weight = None if all_columns is None else all_columns[shared]
+                    outside = (self._special_columns(shared, start), all_columns_weight)
+                if weights.special_weight is not None:
+                    first = relative(shared, plan.dense)
+                    named = plan.special[first]
+                    # Of special columns that no token is named for, -1, the weight is 0.
+                    special = (named - self._shard_start - start, named >= 0, weights.special_weight[first])
+            dense_gradient(
+                block,
+                self._labels[rows],
+                start,
+                own[rows],
+                softmax[rows],
+                label_max[rows],
+                self._temperature,
+                self._divergence,
+                self._beta,
+                compared,
+                outside,
+                special,
+            )
         self._source.add_gradient(start, end, logits, dense)
-
-    def _shared_gradient_(
-        self, student: torch.Tensor, teacher: torch.Tensor, rows: slice, weights: GradientWeights
-    ) -> torch.Tensor:
-        """The gradient at the shared columns of a block; it overwrites both models' logits."""
-        assert weights.shared is not None, "a teacher's scores are compared"
-        norms, offset, scale = weights.shared
-        return score_gradient_(
-            self._scaled(student),
-            self._scaled(teacher),
-            norms.at(rows),
-            offset=offset[rows],
-            scale=scale[rows],
-            divergence=self._divergence,
-            beta=self._beta,
-        )
-
-    def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits if self._temperature == 1 else logits.div_(self._temperature)
 
     def _positions(self, ids: torch.Tensor) -> torch.Tensor:
         """Which of this rank's shared tokens each student id is, or -1."""
@@ -520,41 +496,195 @@ class TwoPass(Tiles):
         is_local = (ids >= 0) & (local >= 0) & (local < len(position))
         return torch.where(is_local, position[local.clamp(0, len(position) - 1)], -1)
 
-    def _mask_special(
-        self,
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        rows: slice,
-        start: int,
-        end: int,
-        *,
-        read: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> None:
-        """Take the special columns out of a block [rows, c]: -inf for both models.
-
-        `read` receives their logits.
-        """
+    def _taken_out(
+        self, rows: slice, start: int, end: int, read: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> TakenOut | None:
+        """The special columns of shared rows in a tile; None where they have none."""
         plan = self._plan
         if plan.special.numel() == 0 or rows.start < plan.num_sparse:
-            return
+            return None
         assert self._columns is not None, "special columns are shared tokens"
         first, _ = self._columns.within(start, end)
         chosen = relative(rows, plan.dense)
         # Places in the block, whose columns are the shared tokens [first, first + c).
-        position = self._special_position[chosen] - first
-        is_local = (position >= 0) & (position < student.shape[1])
-        index = position.clamp(0, student.shape[1] - 1)
-        values_s, values_t = student.gather(1, index), teacher.gather(1, index)
-        if read is not None:
-            read[0][chosen] = torch.where(is_local, values_s, read[0][chosen])
-            read[1][chosen] = torch.where(is_local, values_t, read[1][chosen])
-        # One column at a time: clamped places may coincide, and one write must not undo another.
-        for k in range(index.shape[1]):
-            for block in (student, teacher):
-                current = block.gather(1, index[:, k : k + 1])
-                block.scatter_(
-                    1, index[:, k : k + 1], current.masked_fill(is_local[:, k : k + 1], NEGATIVE_INFINITY)
-                )
+        views = None if read is None else (read[0][chosen], read[1][chosen])
+        return self._special_position[chosen] - first, views
+
+
+TakenOut = tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]
+"""Special columns of a block: places [rows, K] among the c shared tokens, outside of [0, c) for none, and
+where their logits [rows, K] of both models are written to, if anywhere."""
+OfShared = tuple[Norms, torch.Tensor, torch.Tensor]
+"""GradientWeights.shared of some rows."""
+
+
+def _at(shared: OfShared | None, rows: slice) -> OfShared:
+    assert shared is not None, "a teacher's scores are compared"
+    norms, offset, scale = shared
+    return norms.at(rows), offset[rows], scale[rows]
+
+
+# Bodies of tiles (bodies.py). Blocks are [rows, w]; `left` is the block's first column among this rank's.
+
+
+def _first_pass(
+    block: torch.Tensor,
+    left: int,
+    cap: float | None,
+    seen: tuple[torch.Tensor, ...],
+    temperature: float,
+    compared: tuple[torch.Tensor, torch.Tensor, RunningSums] | None,
+    taken_out: TakenOut | None,
+    special: torch.Tensor | None,
+    outside: torch.Tensor | None,
+) -> None:
+    """Add a block that begins with shared rows to the sums of pass 1.
+
+    block: in the source's type, before the cap; seen: LabelSums.at; compared: the teacher's scores [a, c] of
+    the a shared rows, their columns int64 [c] in the block and their running sums; special: columns [a, K] in
+    the block; outside: sums [a].
+    """
+    labels, own, maxima, sums = seen
+    block = soft_cap(block.to(own.dtype), cap)
+    if compared is not None:
+        teacher, index, running = compared
+        s, t = block[: len(teacher)].gather(1, index.expand(len(teacher), -1)), bodies.scratch(teacher)
+        _take_out_(s, t, taken_out)
+        running.add(_scaled_(s, temperature), _scaled_(t, temperature))
+    own.add_(own_logits(block, labels, left))
+    exponentials, shrink = add_exponentials_(block, maxima, sums)
+    if outside is not None:
+        assert special is not None, "both are of the rows whose columns outside are summed"
+        exponentials = exponentials[: len(outside)]
+        if compared is not None:
+            exponentials.index_fill_(1, compared[1], 0)
+        _without_(exponentials, special)
+        outside.mul_(shrink[: len(outside)]).add_(exponentials.sum(1))
+
+
+def _add_deficits(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    taken_out: TakenOut | None,
+    norms: Norms,
+    temperature: float,
+    beta: float,
+    total: list[torch.Tensor],
+) -> None:
+    """Add a block's sums of js, [rows] each, to `total`; student, teacher [rows, c]: logits of the shared
+    tokens, which are overwritten."""
+    s, t = bodies.scratch(student), bodies.scratch(teacher)
+    _take_out_(s, t, taken_out)
+    log_p = _scaled_(s, temperature).sub_(norms.student_max.unsqueeze(1))
+    log_q = _scaled_(t, temperature).sub_(norms.teacher_max.unsqueeze(1))
+    log_p = log_p.sub_(norms.student_log_z.unsqueeze(1))
+    log_q = log_q.sub_(norms.teacher_log_z.unsqueeze(1))
+    for sums, part in zip(total, mean_deficits(log_p, log_q, beta), strict=True):
+        sums.add_(part)
+
+
+def _sparse_gradient_(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    shared: OfShared,
+    temperature: float,
+    divergence: str,
+    beta: float,
+) -> torch.Tensor:
+    """The gradient at the shared columns, in place of the student's logits [rows, c]; the teacher's are
+    overwritten too."""
+    norms, offset, scale = shared
+    return score_gradient_(
+        _scaled_(student, temperature),
+        _scaled_(bodies.scratch(teacher), temperature),
+        norms,
+        offset=offset,
+        scale=scale,
+        divergence=divergence,
+        beta=beta,
+    )
+
+
+def _dense_gradient_(
+    block: torch.Tensor,
+    labels: torch.Tensor,
+    left: int,
+    own: torch.Tensor,
+    softmax: torch.Tensor,
+    label_max: torch.Tensor,
+    temperature: float,
+    divergence: str,
+    beta: float,
+    compared: tuple[torch.Tensor, torch.Tensor, TakenOut | None, OfShared] | None,
+    outside: tuple[torch.Tensor, torch.Tensor | None] | None,
+    special: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+) -> None:
+    """The gradient of a block of dense rows, which begins with its shared rows, in place of its logits.
+
+    compared: the teacher's scores [a, c] of the shared rows, their columns int64 [c] in the block, the
+    special columns among them and the weights of the rows; outside: special columns [a, K] in the block, and
+    the weight [a] of all columns; special: the same columns, which of them are there, and their weight.
+    """
+    # The gradient at the shared columns is made before the logits of the block become e^(z - max).
+    gradient = None
+    if compared is not None:
+        teacher, index, taken_out, of_shared = compared
+        index_of_rows = index.expand(len(teacher), -1)
+        s, t = block[: len(teacher)].gather(1, index_of_rows), bodies.scratch(teacher)
+        _take_out_(s, t, taken_out)
+        gradient = _sparse_gradient_(s, t, of_shared, temperature, divergence, beta)
+    block.sub_(label_max.unsqueeze(1)).exp_()
+    of_all_columns = None
+    if outside is not None and outside[1] is not None:
+        of_all_columns = block[: len(outside[1])] * outside[1].unsqueeze(1)
+    block.mul_(softmax.unsqueeze(1))
+    if outside is not None:
+        # The softmax term is for unshared columns alone: special columns get 0 here, and the shared ones are
+        # overwritten below, not added to.
+        _without_(block[: len(outside[0])], outside[0])
+    if gradient is not None and outside is not None:
+        block[: len(gradient)].scatter_(1, index_of_rows, gradient)
+    elif gradient is not None:
+        block[: len(gradient)].scatter_add_(1, index_of_rows, gradient)
+    if of_all_columns is not None:
+        block[: len(of_all_columns)].add_(of_all_columns)
+    add_at_(block, labels.unsqueeze(1) - left, own.unsqueeze(1))
+    if special is not None:
+        columns, is_there, weight = special
+        add_at_(block[: len(columns)], columns, torch.where(is_there, weight, 0))
+
+
+def _scaled_(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
+def _without_(values: torch.Tensor, columns: torch.Tensor) -> None:
+    """Put 0 at columns [rows, K] of values [rows, w]; others than [0, w) are left out."""
+    is_local = (columns >= 0) & (columns < values.shape[1])
+    places = columns.clamp(0, values.shape[1] - 1)
+    # One column at a time: clamped places may coincide, and one write must not undo another.
+    for k in range(places.shape[1]):
+        column = places[:, k : k + 1]
+        values.scatter_(1, column, values.gather(1, column).masked_fill(is_local[:, k : k + 1], 0))
+
+
+def _take_out_(student: torch.Tensor, teacher: torch.Tensor, taken_out: TakenOut | None) -> None:
+    """Take the special columns out of a block [rows, c]: -inf for both models."""
+    if taken_out is None:
+        return
+    position, read = taken_out
+    is_local = (position >= 0) & (position < student.shape[1])
+    index = position.clamp(0, student.shape[1] - 1)
+    if read is not None:
+        for logits, values in zip((student, teacher), read, strict=True):
+            values.copy_(torch.where(is_local, logits.gather(1, index), values))
+    # One column at a time: clamped places may coincide, and one write must not undo another.
+    for k in range(index.shape[1]):
+        for block in (student, teacher):
+            current = block.gather(1, index[:, k : k + 1])
+            block.scatter_(
+                1, index[:, k : k + 1], current.masked_fill(is_local[:, k : k + 1], NEGATIVE_INFINITY)
+            )
 
 
 def _keep_freed_memory() -> None:

@@ -22,11 +22,15 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import linear
 
+from megatron_simct.losses import bodies
+
 NEGATIVE_INFINITY = float("-inf")
 LABEL_STATISTICS_ROWS, LABEL_STATISTICS_COLUMNS = 4096, 1024
 """16 MiB of float32: malloc hands larger blocks back to the system each time."""
-ROWS_OF_LOGITS = 8
-"""At a time, of logits that exist: what is computed of them should stay in the cache."""
+LABEL_STATISTICS_COLUMNS_GPU = 8192
+"""128 MiB of float32."""
+ROWS_OF_LOGITS, ROWS_OF_LOGITS_GPU = 8, 1024
+"""At a time, of logits that exist: on a CPU what is computed of them should stay in the cache."""
 
 
 def statistics_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -97,16 +101,7 @@ class OnlineLogSumExp:
     def add(self, tile: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """tile [rows, w], of a slice of the rows. Returns e^(tile - maxima), a new tensor, and what older
         sums shrank by."""
-        maxima = torch.maximum(self.maxima[rows], row_maxima(tile))
-        reference = finite_reference(maxima)
-        # Older sums are relative to the old maximum: multiplied by e^(old - new) they are relative to the
-        # new.
-        shrink = (self.maxima[rows] - reference).exp()
-        exponentials = (tile - reference.unsqueeze(1)).exp_()
-        self.sums[rows] *= shrink
-        self.sums[rows] += exponentials.sum(1)
-        self.maxima[rows] = maxima
-        return exponentials, shrink
+        return add_exponentials_(tile, self.maxima[rows], self.sums[rows])
 
     def shrink_to(self, maxima: torch.Tensor) -> torch.Tensor:
         """Make the sums relative to larger or equal maxima, such as those of all ranks;
@@ -115,6 +110,35 @@ class OnlineLogSumExp:
         shrink = (self.maxima - maxima).exp()
         self.sums *= shrink
         return shrink
+
+
+def add_exponentials_(
+    tile: torch.Tensor, maxima: torch.Tensor, sums: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """OnlineLogSumExp.add for its state [n] of the tile's rows, [n, w]."""
+    larger = torch.maximum(maxima, row_maxima(tile))
+    reference = finite_reference(larger)
+    # Older sums are relative to the old maximum: multiplied by e^(old - new) they are relative to the new.
+    shrink = (maxima - reference).exp()
+    exponentials = (tile - reference.unsqueeze(1)).exp_()
+    sums.mul_(shrink).add_(exponentials.sum(1))
+    maxima.copy_(larger)
+    return exponentials, shrink
+
+
+def add_labels_(
+    tile: torch.Tensor,
+    labels: torch.Tensor,
+    left: int,
+    cap: float | None,
+    own: torch.Tensor,
+    maxima: torch.Tensor,
+    sums: torch.Tensor,
+) -> None:
+    """A body: LabelSums.add for its state [n] of the tile's rows, [n, w] of any type and before the cap."""
+    tile = soft_cap(tile.to(own.dtype), cap)
+    own.add_(own_logits(tile, labels, left))
+    add_exponentials_(tile, maxima, sums)
 
 
 def own_logits(logits: torch.Tensor, labels: torch.Tensor, shard_start: int) -> torch.Tensor:
@@ -150,7 +174,7 @@ def label_statistics(
     group: dist.ProcessGroup | None,
     logit_softcap: float | None = None,
     row_chunk: int = LABEL_STATISTICS_ROWS,
-    column_chunk: int = LABEL_STATISTICS_COLUMNS,
+    column_chunk: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each label's logit and its row's log-sum-exp over the real vocabulary, without keeping the
     logits. No gradient.
@@ -161,16 +185,20 @@ def label_statistics(
     log-probability in nats.
 
     At most row_chunk x column_chunk logits exist at a time: the maximum and the sum of a row are carried from
-    one tile of columns to the next. Between ranks go 12 bytes a row.
+    one tile of columns to the next. column_chunk: None for what suits the device. Between ranks go 12 bytes a
+    row.
     """
+    if column_chunk is None:
+        on_cpu = bodies.by_blocks(hidden.device)
+        column_chunk = LABEL_STATISTICS_COLUMNS if on_cpu else LABEL_STATISTICS_COLUMNS_GPU
     like = torch.empty(0, dtype=statistics_dtype(hidden), device=hidden.device)
     sums = LabelSums(labels - shard_start, like=like)
     width = num_real_columns(shard_start=shard_start, shard_width=weight.shape[0], vocab_size=vocab_size)
     for top in range(0, hidden.shape[0], row_chunk):
         rows = slice(top, min(top + row_chunk, hidden.shape[0]))
         for left in range(0, width, column_chunk):
-            tile = linear(hidden[rows], weight[left : min(left + column_chunk, width)]).to(like.dtype)
-            sums.add(soft_cap(tile, logit_softcap, in_place=True), rows, left)
+            tile = linear(hidden[rows], weight[left : min(left + column_chunk, width)])
+            sums.add(tile, rows, left, cap=logit_softcap)
     return sums.over_ranks(group)
 
 
@@ -188,9 +216,10 @@ def logit_statistics(
     like = torch.empty(0, dtype=statistics_dtype(logits), device=logits.device)
     sums = LabelSums(labels - shard_start, like=like)
     width = num_real_columns(shard_start=shard_start, shard_width=logits.shape[1], vocab_size=vocab_size)
-    for top in range(0, logits.shape[0] if width else 0, ROWS_OF_LOGITS):
-        rows = slice(top, min(top + ROWS_OF_LOGITS, logits.shape[0]))
-        sums.add(soft_cap(logits[rows, :width].to(like.dtype), logit_softcap), rows, 0)
+    height = ROWS_OF_LOGITS if bodies.by_blocks(logits.device) else ROWS_OF_LOGITS_GPU
+    for top in range(0, logits.shape[0] if width else 0, height):
+        rows = slice(top, min(top + height, logits.shape[0]))
+        sums.add(logits[rows, :width], rows, 0, cap=logit_softcap)
     return sums.over_ranks(group)
 
 
@@ -203,13 +232,19 @@ class LabelSums:
         self.own = like.new_zeros(len(labels))
         self.exponentials = OnlineLogSumExp(len(labels), like=like)
 
-    def add(self, tile: torch.Tensor, rows: slice, left: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """tile [rows, w]: logits of this rank's columns from `left` on.
+    def at(self, rows: slice) -> tuple[torch.Tensor, ...]:
+        """Labels of a slice of the rows, and views of their logits, maxima and sums."""
+        return (
+            self._labels[rows],
+            self.own[rows],
+            self.exponentials.maxima[rows],
+            self.exponentials.sums[rows],
+        )
 
-        Returns what OnlineLogSumExp.add does.
-        """
-        self.own[rows] += own_logits(tile, self._labels[rows], left)
-        return self.exponentials.add(tile, rows)
+    def add(self, tile: torch.Tensor, rows: slice, left: int, *, cap: float | None = None) -> None:
+        """tile [rows, w]: this rank's columns from `left` on, of any type and before the cap."""
+        labels, *state = self.at(rows)
+        bodies.body(add_labels_, tile.device)(tile, labels, left, cap, *state)
 
     def over_ranks(self, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(own_logit, lse), equal on every rank: one MAX and one SUM."""
