@@ -280,9 +280,10 @@ def _plan(labels: LabelBatch, needs: RowNeeds, label_rows: LabelRows | None) -> 
         case "segments":
             dense = segments_to_labels(used, starts, ends, num_labels).bool()
         case "firsts":
-            dense = torch.zeros_like(labels.student_labels, dtype=torch.bool).index_fill_(
-                0, starts[used], True
-            )
+            # The row of a segment that is not used is none: one row more, cut off behind.
+            rows = torch.where(used, starts, num_labels)
+            dense = torch.zeros_like(rows.new_empty(num_labels + 1), dtype=torch.bool)
+            dense = dense.index_fill_(0, rows, True)[:num_labels]
         case "labels":
             dense = torch.ones_like(labels.student_labels, dtype=torch.bool)
     match needs.special:
@@ -588,7 +589,7 @@ def _metrics(
         # Rows without segments (`sft`) are of no kind.
         chosen = used & (kinds == kind)
         metrics[f"loss_{kind.name.lower()}_sum"] = total(
-            row_losses[chosen] if needs.segments else row_losses[:0]
+            torch.where(chosen, row_losses, 0) if needs.segments else row_losses[:0]
         )
         metrics[f"rows_{kind.name.lower()}"] = total(chosen)
     # Mass of the shared tokens alone: a unit's own first step is not added, a replaced column counts.

@@ -35,6 +35,13 @@ Labels: 9 of 10 segments are one shared token on both sides, the tenth is a unit
 `bytes` the tokens are made up: all single bytes, words of 2 to 8 letters with the frequencies of English
 letters, and their prefixes. Several sizes, separated by commas, are measured one after another; --json then
 prints one object on each line.
+
+    python tools/benchmark/loss.py --count
+
+counts what a GPU would be asked for instead, on tiny random models on a CPU: launches of a tile of columns,
+forward and backward, bytes that all operations but the matrix products read and write for each row and
+column, what the rest of a call launches, and how often the host waits. Once in torch's operations and once
+with the bodies of tiles compiled, which needs a C++ compiler; in both cases over whole tiles, as on a GPU.
 """
 
 from __future__ import annotations
@@ -93,6 +100,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--variants", default="dense,logits,fused,products", help="variants to measure, separated by commas"
     )
     parser.add_argument("--repeats", type=int, default=3, help="timed calls a variant (default: 3)")
+    parser.add_argument(
+        "--count", action="store_true", help="count launches, bytes and waits instead of measuring seconds"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -179,6 +189,12 @@ def main() -> None:
     args = parse()
     if args.worker:
         print(json.dumps(work(sizes(args)[0])))
+        return
+    if args.count:
+        from tools.benchmark.loss_counts import counts
+
+        for row in counts():
+            print(json.dumps(row) if args.json else "  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
         return
     for one in sizes(args):
         for name in sorted(set(args.variants.split(",")) - set(one.variants.split(","))):

@@ -1,0 +1,43 @@
+"""How a device goes through a tile. The arithmetic of a tile is in functions of tensors, its bodies.
+
+On a CPU they run in torch's operations, in place and over blocks of rows that stay in the cache. On a GPU,
+where every operation is a launch and reads the tile from memory again, they run over whole tiles and are
+compiled by torch.compile: a few kernels each.
+
+A body writes results into views of what it is given, and has no branch on a tensor's values where `by_blocks`
+is false. What it overwrites of its inputs without meaning to return it goes through `scratch` first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import torch
+
+Body = TypeVar("Body", bound=Callable[..., Any])
+BACKEND = "inductor"
+
+
+def by_blocks(device: torch.device) -> bool:
+    """Whether elementwise work goes over blocks of rows, in torch's operations."""
+    return device.type == "cpu"
+
+
+def body(function: Body, device: torch.device) -> Body:
+    """`function` as it is, or compiled, for all shapes at once."""
+    return function if by_blocks(device) else compiled(function, BACKEND)
+
+
+@lru_cache(maxsize=64)
+def compiled(function: Body, backend: str) -> Body:
+    """A function that torch cannot compile runs as it is; so does one that meets more kinds of shapes than
+    torch keeps (sizes 0 and 1 are kinds of their own)."""
+    return torch.compile(function, backend=backend, dynamic=True)
+
+
+def scratch(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, which may be overwritten. In compiled code a copy that is never made, where else the
+    caller's tensor would have to be written."""
+    return tensor.clone() if torch.compiler.is_compiling() else tensor
