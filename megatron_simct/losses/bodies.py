@@ -41,3 +41,9 @@ def scratch(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, which may be overwritten. In compiled code a copy that is never made, where else the
     caller's tensor would have to be written."""
     return tensor.clone() if torch.compiler.is_compiling() else tensor
+
+
+def is_column(block: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """[n, w]: which entry of each row is its column int64 [n]; none if that is outside of the block. For
+    compiled code, where the comparison is part of the kernel around it, and a scatter is one of its own."""
+    return torch.arange(block.shape[1], device=block.device) == columns.unsqueeze(1)

@@ -182,7 +182,7 @@ class Tiles:
         self._empty = torch.zeros(0, dtype=source.dtype, device=source.device)
         num_rows = source.num_rows + (0 if teacher is None else plan.num_shared)
         # A tile of each model; a second one while a soft-cap or a narrower type is converted.
-        width = (memory_mib << 20) // max(1, 2 * num_rows * self._empty.element_size())
+        width = _columns_of_memory(memory_mib, 2 * num_rows * self._empty.element_size())
         self._width = max(MIN_TILE_COLUMNS, min(MAX_TILE_COLUMNS, width) if on_cpu else width)
         self._height = max(1, source.num_rows)
         # Logits that exist are read along the memory: all columns of as many rows as stay in the cache.
@@ -660,6 +660,10 @@ def _scaled_(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 def _without_(values: torch.Tensor, columns: torch.Tensor) -> None:
     """Put 0 at columns [rows, K] of values [rows, w]; others than [0, w) are left out."""
+    if torch.compiler.is_compiling():
+        for k in range(columns.shape[1]):
+            values.masked_fill_(bodies.is_column(values, columns[:, k]), 0)
+        return
     is_local = (columns >= 0) & (columns < values.shape[1])
     places = columns.clamp(0, values.shape[1] - 1)
     # One column at a time: clamped places may coincide, and one write must not undo another.
@@ -678,6 +682,12 @@ def _take_out_(student: torch.Tensor, teacher: torch.Tensor, taken_out: TakenOut
     if read is not None:
         for logits, values in zip((student, teacher), read, strict=True):
             values.copy_(torch.where(is_local, logits.gather(1, index), values))
+    if torch.compiler.is_compiling():
+        for k in range(index.shape[1]):
+            taken = bodies.is_column(student, position[:, k])
+            student.masked_fill_(taken, NEGATIVE_INFINITY)
+            teacher.masked_fill_(taken, NEGATIVE_INFINITY)
+        return
     # One column at a time: clamped places may coincide, and one write must not undo another.
     for k in range(index.shape[1]):
         for block in (student, teacher):
@@ -695,6 +705,10 @@ def _keep_freed_memory() -> None:
     one untouched block is enough.
     """
     torch.empty(31 << 20, dtype=torch.uint8)
+
+
+def _columns_of_memory(memory_mib: int, column_bytes: int) -> int:
+    return (memory_mib << 20) // max(1, column_bytes)
 
 
 def relative(rows: slice, outer: slice) -> slice:

@@ -156,6 +156,11 @@ def own_logits(logits: torch.Tensor, labels: torch.Tensor, shard_start: int) -> 
 
 def add_at_(block: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) -> None:
     """block[i, columns[i, k]] += values[i, k] where the column is one of the block."""
+    if torch.compiler.is_compiling():
+        for k in range(columns.shape[1]):
+            at_column = bodies.is_column(block, columns[:, k])
+            block.add_(torch.where(at_column, values[:, k : k + 1], 0).to(block.dtype))
+        return
     # Columns outside of the block add 0 to the nearest column in it.
     is_local = (columns >= 0) & (columns < block.shape[1])
     block.scatter_add_(

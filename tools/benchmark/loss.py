@@ -191,6 +191,7 @@ def main() -> None:
         print(json.dumps(work(sizes(args)[0])))
         return
     if args.count:
+        os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # loads from a cache are not counted
         from tools.benchmark.loss_counts import counts
 
         for row in counts():

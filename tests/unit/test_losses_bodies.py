@@ -1,0 +1,73 @@
+"""The bodies of tiles as a GPU has them: over whole tiles, and compiled. The numbers are the oracle's."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_simct.config.options import InterfaceConfig
+from megatron_simct.losses import bodies
+from tests.oracles.loss_cases import CONFIGS, OTHERS, evaluate, evaluate_oracle, name_of, random_case
+
+COMPILED = [
+    InterfaceConfig(),
+    InterfaceConfig(divergence="forward_kl", temperature=2.0),
+    InterfaceConfig(interface="exact"),
+]
+
+
+@pytest.fixture
+def whole_tiles(monkeypatch) -> Iterator[Callable[[Any], None]]:
+    """As on a GPU; the answer takes what compiles the bodies."""
+    monkeypatch.setattr(bodies, "by_blocks", lambda device: False)
+    monkeypatch.setattr("megatron_simct.losses.two_pass.MIN_TILE_COLUMNS", 1)
+    torch.compiler.reset()
+
+    def compile_by(how: Callable[[Any], Any]) -> None:
+        made: dict[Any, Any] = {}
+        monkeypatch.setattr(
+            bodies, "compiled", lambda function, backend: made.setdefault(function, how(function))
+        )
+
+    yield compile_by
+    torch.compiler.reset()
+
+
+def check(config: InterfaceConfig, seeds: tuple[int, ...], *, tolerance: float) -> None:
+    for seed in seeds:
+        case = random_case(seed, softcap=seed == 1)
+        result = evaluate(case, config)
+        expected, hidden_gradient, weight_gradient = evaluate_oracle(case, config)
+        assert float(result.output.sum) == pytest.approx(float(expected.sum.detach()), rel=tolerance)
+        real = result.weight_gradient[: len(weight_gradient)]
+        for found, of_oracle in ((result.hidden_gradient, hidden_gradient), (real, weight_gradient)):
+            torch.testing.assert_close(found, of_oracle, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("width", [3, 1000])
+@pytest.mark.parametrize("config", [*CONFIGS, *OTHERS], ids=name_of)
+def test_whole_tiles_give_the_same_numbers(whole_tiles, monkeypatch, config, width) -> None:
+    monkeypatch.setattr("megatron_simct.losses.two_pass._columns_of_memory", lambda *_: width)
+    whole_tiles(lambda function: function)
+    check(config, (0, 1, 2), tolerance=1e-10)
+
+
+@pytest.mark.parametrize("config", COMPILED, ids=name_of)
+def test_traced_bodies_give_the_same_numbers(whole_tiles, monkeypatch, config) -> None:
+    """One graph each, without a look at a tensor's values."""
+    monkeypatch.setattr("megatron_simct.losses.two_pass._columns_of_memory", lambda *_: 9)
+    whole_tiles(lambda function: torch.compile(function, backend="aot_eager", dynamic=True, fullgraph=True))
+    check(config, (0, 1), tolerance=1e-10)
+
+
+def test_kernels_give_the_same_numbers(whole_tiles, monkeypatch) -> None:
+    """Code of the compiler's C++ backend."""
+    if shutil.which("c++") is None:
+        pytest.skip("there is no C++ compiler: c++ is not in PATH")
+    monkeypatch.setattr("megatron_simct.losses.two_pass._columns_of_memory", lambda *_: 12)
+    whole_tiles(lambda function: torch.compile(function, dynamic=True, fullgraph=True))
+    check(InterfaceConfig(), (1,), tolerance=1e-10)
