@@ -434,6 +434,10 @@ class LabelBatch:
     response_starts: torch.Tensor | None = None
     """int64 [B], ascending: the first label of each response, for importance weights."""
 
+    def to(self, device: torch.device) -> LabelBatch:
+        """The same with every tensor on the device."""
+        return _moved(self, device)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceBatch:
@@ -496,7 +500,9 @@ def _moved(record: Any, device: torch.device) -> Any:
     for name in record.__slots__:
         value = getattr(record, name)
         if isinstance(value, torch.Tensor):
-            changes[name] = value.to(device, non_blocking=True)
+            # From memory that is not pinned, a copy to a GPU waits.
+            pinned = device.type == "cuda" and value.device.type == "cpu"
+            changes[name] = (value.pin_memory() if pinned else value).to(device, non_blocking=True)
         elif isinstance(
             value, LabelBatch | ByteBatch | ByteSideBatch | ByteSidePart | EntryBatch | SequenceBatch
         ):

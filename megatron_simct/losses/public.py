@@ -32,7 +32,7 @@ Shapes: records.py's legend; `n` student labels, `m` teacher labels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -271,11 +271,12 @@ def cross_tokenizer_loss(
         student.width, student.vocab_size, None if teacher is None else teacher, pair, group
     )
     device = response.student_labels.device
+    on_host = _on_host(response)
     shared_head, columns, teacher_rows, values = None, None, None, None
     own = lse = torch.zeros(0, dtype=torch.float32, device=student.rows.device)
     if given is not None:
         _check_rows("teacher", given, response.teacher_labels)
-        _check_ids("teacher_labels", response.teacher_labels, placement.teacher_vocab_size)
+        _check_ids("teacher_labels", on_host.teacher_labels, placement.teacher_vocab_size)
         own, lse = _statistics(given, response.teacher_labels, placement, group)
         start, compares = _rank(group) * given.width, compares_shared_tokens(options)
         values = given.rows.detach()
@@ -294,7 +295,7 @@ def cross_tokenizer_loss(
     needs_segments = needs.teacher and not needs.byte_events
     as_authors = needs.segmentation == "authors"
     labels = _labels(
-        response,
+        on_host,
         pair,
         placement,
         own,
@@ -309,9 +310,9 @@ def cross_tokenizer_loss(
         tables = _checked_tables(pair, placement)
         order, start = _byte_order(tables[1], given.width, group, device)
         sides = [
-            Side(table=table, ids=ids.detach().cpu().numpy().astype(np.int32), continuations=continuations)
+            Side(table=table, ids=ids.numpy().astype(np.int32), continuations=continuations)
             for table, ids, continuations in zip(
-                tables, (response.student_labels, response.teacher_labels), pair.continuations, strict=True
+                tables, (on_host.student_labels, on_host.teacher_labels), pair.continuations, strict=True
             )
         ]
         events = _byte_events(sides[0], sides[1], bounds=options.byte_bounds)
@@ -338,14 +339,15 @@ def cross_tokenizer_loss(
         labels, entries_of = replace(labels, teacher_topk=log_q), interface_of(options).entries
         if entries_of is not None:
             assert ids is not None, "they were asked for"
-            teacher_labels = response.teacher_labels.tolist()
+            teacher_labels = on_host.teacher_labels.tolist()
             likely = Likely.of(range(len(teacher_labels)), ids, log_q, teacher_labels, own - lse)
-            both = (response.student_labels.tolist(), teacher_labels)
+            both = (on_host.student_labels.tolist(), teacher_labels)
             entries = entries_of(options)(
-                response.segments.tolist(), both, likely, pair.translation(options.interface)
+                on_host.segments.tolist(), both, likely, pair.translation(options.interface)
             )
-            labels = replace(labels, entries=entries.to(device))
+            labels = replace(labels, entries=entries)
     check_labels(labels, placement=placement, config=options)
+    labels = labels.to(device)
     common: dict[str, Any] = {
         "placement": placement,
         "config": options,
@@ -379,6 +381,19 @@ def place_shared_head(
     placement = _placement(student_width, student_vocab_size, teacher, pair, group)
     start = _rank(group) * teacher.width
     return replace(teacher, placed=gather_shared_head(teacher.weight.detach(), start, placement, group))
+
+
+def _on_host(response: Response) -> Response:
+    """The response on the CPU, where it is checked: one wait for the device, a second one for weights."""
+    given = {field.name: getattr(response, field.name) for field in fields(response)}
+    integers = {name: x.detach() for name, x in given.items() if x is not None and name != "weights"}
+    if all(x.device.type == "cpu" for x in integers.values()):
+        return response
+    packed = torch.cat([x.flatten().long() for x in integers.values()]).cpu()
+    pieces = packed.split([x.numel() for x in integers.values()])
+    changes = {name: piece.view(x.shape) for (name, x), piece in zip(integers.items(), pieces, strict=True)}
+    weights = None if response.weights is None else response.weights.detach().cpu()
+    return replace(response, weights=weights, **changes)
 
 
 def _rank(group: dist.ProcessGroup | None) -> int:
@@ -606,7 +621,7 @@ def _with_bytes(
     group: dist.ProcessGroup | None,
 ) -> LabelBatch:
     """The labels with the events and the teacher's log-probabilities of them."""
-    device = labels.student_labels.device
+    device = labels.teacher_lse.device
     side = pack_byte_sides([events.teacher], [len(response.teacher_labels)]).to(device)
     masses = slot_log_masses(
         teacher, response.teacher_labels, side, order=order, shard_start=teacher_start, group=group
@@ -617,14 +632,17 @@ def _with_bytes(
 
 def _finish(output: LossOutput, normalizer: float | torch.Tensor | None) -> CrossTokenizerLoss:
     """Divide once. Raises ValueError if the sum is not finite."""
-    if not bool(torch.isfinite(output.sum)):
+    count = output.num_labels
+    divisor = count.clamp(min=1) if normalizer is None else normalizer
+    # One wait for both; where the divisor is our own it is positive.
+    is_positive = torch.as_tensor(1 if normalizer is None else normalizer, device=count.device) > 0
+    finite, positive = torch.stack([torch.isfinite(output.sum), is_positive.reshape(())]).tolist()
+    if not finite:
         raise ValueError(
             f"the loss is {float(output.sum.detach())}: nan or inf in the logits of either model, or a "
             "candidate that only one of them finds impossible"
         )
-    count = output.num_labels
-    divisor = count.clamp(min=1) if normalizer is None else normalizer
-    if not bool(torch.as_tensor(divisor) > 0):
+    if not positive:
         raise ValueError(
             f"normalizer {float(divisor)}: must be positive, the student labels of the global batch"
         )

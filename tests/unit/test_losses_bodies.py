@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from megatron_simct.config.options import InterfaceConfig
-from megatron_simct.losses import bodies
+from megatron_simct.losses import bodies, interface_loss
+from megatron_simct.records import SequenceBatch
+from tests.oracles import loss_cases
 from tests.oracles.loss_cases import CONFIGS, OTHERS, evaluate, evaluate_oracle, name_of, random_case
+from tools.benchmark.counting import Launches, Waits
 
 COMPILED = [
     InterfaceConfig(),
@@ -71,3 +74,36 @@ def test_kernels_give_the_same_numbers(whole_tiles, monkeypatch) -> None:
     monkeypatch.setattr("megatron_simct.losses.two_pass._columns_of_memory", lambda *_: 12)
     whole_tiles(lambda function: torch.compile(function, dynamic=True, fullgraph=True))
     check(InterfaceConfig(), (1,), tolerance=1e-10)
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, *OTHERS], ids=name_of)
+def test_the_host_waits_once_a_call(whole_tiles, monkeypatch, config) -> None:
+    """For how many rows are of which kind, and where no segment has a row for how many there are."""
+    found = []
+
+    def counted(*given: Any, **named: Any) -> Any:
+        with Launches() as launches, Waits() as waits:
+            output = interface_loss(*given, **named)
+        found.append(launches.waits + waits.count)
+        return output
+
+    whole_tiles(lambda function: function)
+    monkeypatch.setattr(loss_cases, "interface_loss", counted)
+    evaluate(random_case(0), config)
+    has_rows = config.interface not in loss_cases.WITHOUT_HEAD or config.interface == "uld"
+    assert found == [1 if has_rows else 2]
+
+
+def test_a_batch_is_pinned_before_it_moves_to_a_gpu(monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append("pinned") or self)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, device, non_blocking: calls.append((device.type, non_blocking))
+    )
+    numbers = torch.zeros(2)
+    batch = SequenceBatch(tokens=numbers, position_ids=numbers, lengths=None, label_rows=numbers)
+    batch.to(torch.device("cuda"))
+    assert calls == ["pinned", ("cuda", True)] * 3
+    calls.clear()
+    batch.to(torch.device("cpu"))
+    assert calls == [("cpu", True)] * 3

@@ -24,7 +24,7 @@ PRODUCTS = ("mm", "addmm", "bmm", "linear")
 """Matrix products: their operands are not counted as bytes."""
 AT_INDEX = ("gather", "index", "scatter", "embedding")
 """Beginnings of names of operations that touch as much of their first operand as they are given places."""
-WAITING = ("nonzero", "masked_select", "_local_scalar_dense", "_unique2", "equal")
+WAITING = ("nonzero", "masked_select", "_unique2", "equal")
 """Operations whose result the host needs."""
 
 
