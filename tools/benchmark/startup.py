@@ -23,7 +23,9 @@ import time
 from pathlib import Path
 
 import psutil
-import real_inputs
+
+from tools.benchmark import real_inputs
+
 
 SIDES = {"gemma2": "gemma", "qwen2.5": "qwen2_5"}
 """The tokenizers of student and teacher, and their chat templates."""
