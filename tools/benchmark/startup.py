@@ -26,7 +26,6 @@ import psutil
 
 from tools.benchmark import real_inputs
 
-
 SIDES = {"gemma2": "gemma", "qwen2.5": "qwen2_5"}
 """The tokenizers of student and teacher, and their chat templates."""
 
