@@ -485,7 +485,7 @@ def train_beside(args: argparse.Namespace, folder: Path, schedule: str) -> dict[
                 at_step.append(busy.value)
                 record(*of_step, **more)
 
-            job.monitor.step = step  # type: ignore[method-assign, assignment]
+            job.monitor.step = step  # type: ignore[method-assign]
             train(job)
     finally:
         stop.set()
