@@ -34,7 +34,7 @@ def body(function: Body, device: torch.device) -> Body:
 def compiled(function: Body, backend: str) -> Body:
     """A function that torch cannot compile runs as it is; so does one that meets more kinds of shapes than
     torch keeps (sizes 0 and 1 are kinds of their own)."""
-    return torch.compile(function, backend=backend, dynamic=True)
+    return torch.compile(function, backend=backend, dynamic=True)  # type: ignore[return-value]
 
 
 def scratch(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,11 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from megatron_simct.config.options import AttentionBackend, ParallelConfig, UpdateConfig
-from megatron_simct.losses.vocab_parallel import LABEL_STATISTICS_COLUMNS, LABEL_STATISTICS_ROWS
+from megatron_simct.losses.vocab_parallel import (
+    LABEL_STATISTICS_COLUMNS,
+    LABEL_STATISTICS_COLUMNS_GPU,
+    LABEL_STATISTICS_ROWS,
+)
 from megatron_simct.models.build import layers_of_stages
 from megatron_simct.models.families import Architecture
 from megatron_simct.models.layers import Layer, Share
@@ -349,7 +353,8 @@ def teacher_plan(sizes: Sizes, *, tokens: int, length: int, on_gpu: bool) -> Mem
             parts["hidden states"] = tokens * sizes.architecture.hidden_size * (sizes.value_bytes + 4)
             # losses.label_statistics: a tile in the type of the weights, in float32, and with the maxima of
             # its rows subtracted.
-            tile = min(LABEL_STATISTICS_ROWS, tokens) * min(LABEL_STATISTICS_COLUMNS, columns)
+            width = LABEL_STATISTICS_COLUMNS_GPU if on_gpu else LABEL_STATISTICS_COLUMNS
+            tile = min(LABEL_STATISTICS_ROWS, tokens) * min(width, columns)
             parts["logits"] = (sizes.value_bytes + 8) * tile
         held = held | ({"GPU context": GPU_CONTEXT} if on_gpu else {})
         total = total_parameters(sizes.architecture, vocab_size=sizes.vocab_size)

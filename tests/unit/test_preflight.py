@@ -1015,10 +1015,10 @@ def test_golden_plan_of_a_235b_teacher(tmp_path) -> None:
         "scoring": {
             "forward pass": rows * 2 * (3 * 4096 + 4 * 8 * 1536 // 8 + 2 * 8 * 4096),
             "hidden states": rows * 4096 * 6,
-            "logits": (2 + 8) * 4096 * 1024,
+            "logits": (2 + 8) * 4096 * 8192,
         }
     }
-    assert plan.peak / GIB == pytest.approx(34.98, abs=0.02)
+    assert plan.peak / GIB == pytest.approx(35.25, abs=0.02)
     # Experts over 8 data-parallel ranks too, on 128 GPUs.
     spread = ParallelConfig(
         tensor_model_parallel_size=8, pipeline_model_parallel_size=2, expert_model_parallel_size=8

@@ -104,26 +104,31 @@ class Kernels:
     """Counts kernels of compiled functions: each call counts as many as the compiler generated for it."""
 
     def __init__(self) -> None:
-        self.count, self.bytes, self._made = 0, 0, {}  # type: ignore[var-annotated]
+        self.count, self.bytes = 0, 0.0
+        self._made: dict[str, tuple[int, float]] = {}
+        """Kernels of each function, and the bytes that they touch for one of its arguments."""
 
     def counted(self, name: str, compiled: Callable[..., Any]) -> Callable[..., Any]:
-        """The compiled function, counted under this name. Bytes are those of its first call's shapes."""
+        """The compiled function, counted under this name. Bytes are those of the shapes for which it was
+        compiled, times the size of a call's arguments over theirs."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             sizes: list[int] = []
             with disable_modes(), _bytes_of_graphs(sizes):  # the compiler behaves differently under a mode
                 result, codes = run_and_get_code(compiled, *args, **kwargs)
+            given = sum(_size(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
             if codes:  # it has just been compiled
-                self._made[name] = (max(sum(map(code.count, KERNELS)) for code in codes), sum(sizes))
+                kernels = max(sum(map(code.count, KERNELS)) for code in codes)
+                self._made[name] = (kernels, sum(sizes) / max(1, given))
             self.count += self._made[name][0]
-            self.bytes += self._made[name][1]
+            self.bytes += self._made[name][1] * given
             return result
 
         return call
 
-    def take(self) -> tuple[int, int]:
+    def take(self) -> tuple[int, float]:
         """Kernels and bytes since it was last asked."""
-        taken, self.count, self.bytes = (self.count, self.bytes), 0, 0
+        taken, self.count, self.bytes = (self.count, self.bytes), 0, 0.0
         return taken
 
 

@@ -107,7 +107,7 @@ def make(name: str, vocab: int) -> Callable[[], None]:
     hidden, weight = normal(ROWS, HIDDEN).requires_grad_(), normal(vocab, HIDDEN).requires_grad_()
     labels = torch.randint(vocab, (ROWS,), generator=generator)
     if name == "teacher's statistics":
-        options = {"shard_start": 0, "vocab_size": vocab, "group": None}
+        options: dict[str, Any] = {"shard_start": 0, "vocab_size": vocab, "group": None}
         return lambda: label_statistics(hidden, weight, labels, **options) and None
     if name == "bytes":
         return bytes_call(vocab)
