@@ -1018,7 +1018,7 @@ def test_golden_plan_of_a_235b_teacher(tmp_path) -> None:
             "logits": (2 + 8) * 4096 * 8192,
         }
     }
-    assert plan.peak / GIB == pytest.approx(35.25, abs=0.02)
+    assert plan.peak / GIB == pytest.approx(35.27, abs=0.02)
     # Experts over 8 data-parallel ranks too, on 128 GPUs.
     spread = ParallelConfig(
         tensor_model_parallel_size=8, pipeline_model_parallel_size=2, expert_model_parallel_size=8
