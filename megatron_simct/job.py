@@ -231,7 +231,9 @@ def build_job(config: Config, groups: Groups) -> Job:
             sampler = SharedEngine(sampler, groups.cp)
         source = sampler
     environment = build_environment(config, groups)
-    engine = build_engine(config, groups, with_turns(config, pair, source, environment, scored=True), student)
+    engine = build_engine(
+        config, groups, with_turns(config, groups, pair, source, environment, scored=True), student
+    )
     engine.publish(start)
     sampling = Sampling(
         temperature=config.rollout.rollout_temperature,
@@ -297,7 +299,7 @@ def build_job(config: Config, groups: Groups) -> Job:
         evaluator=build_evaluator(
             config,
             groups,
-            with_turns(config, pair, source, environment, scored=False),
+            with_turns(config, groups, pair, source, environment, scored=False),
             student,
             divide=node.divided,
         ),

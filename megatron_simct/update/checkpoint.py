@@ -145,6 +145,9 @@ class Checkpoints:
         self._average, self._carried_over = average, carried_over
         self._optimizer = optimizer
         self._scheduler = scheduler
+        self._same_weights = dp
+        self._validated: set[bool] = set()
+        """Whether states with and without an optimizer were found to be whole, over all ranks."""
         self._writers = dp if writes_in_parallel else None
         self._readers = dp if reads_in_parallel else None
         self._in_background = in_background
@@ -174,7 +177,9 @@ class Checkpoints:
             beside={} if self._carried_over is None else {_CARRIED_OVER: self._carried_over.state()},
             among=self._writers,
             in_background=self._in_background,
+            validated=(iteration > 0) in self._validated,
         )
+        self._validated.add(iteration > 0)
         self._saved = iteration
         if not self._in_background:
             self.finish()
@@ -259,14 +264,23 @@ class Checkpoints:
         if self._average is not None:
             state[_AVERAGE] = self._average.sharded_state_dict(f"{_AVERAGE}.")
         world_size, rank = dist.get_world_size(), dist.get_rank()
-        if rng == "tensors":
-            state[_RNG] = {
-                name: ShardedTensor.from_rank_offsets(f"{_RNG}.{name}", value, (0, rank, world_size))
-                for name, value in _rng_state().items()
-            }
+        if rng == "tensors" and is_loading:
+            state[_RNG] = _rng_shards(rank, _rng_state())
+        elif rng == "tensors":
+            state[_RNG] = self._rng_of_all()
         elif rng == "object":
             state[_RNG] = ShardedObject(_RNG, None, (world_size,), (rank,), replica_id=0)
         return state
+
+    def _rng_of_all(self) -> dict[str, Any]:
+        """The random states of the ranks with the same weights, on the first of them: ranks that write no
+        weights write no file. Collective over them.
+        """
+        group = self._same_weights
+        parts: list[Any] = [None] * group.size() if group.rank() == 0 else []
+        own = (dist.get_rank(), _rng_state())
+        dist.gather_object(own, parts or None, dst=dist.get_global_rank(group, 0), group=group)
+        return {str(rank): _rng_shards(rank, states) for rank, states in parts}
 
     def _restore(self, state: dict[str, Any], iteration: int) -> None:
         _load(self._model, state["model"])
@@ -581,11 +595,13 @@ class Write:
         beside: Mapping[str, bytes] = MappingProxyType({}),
         among: dist.ProcessGroup | None = None,
         in_background: bool = False,
+        validated: bool = False,
     ) -> None:
         """Write, or begin to. All methods are collective over the whole job.
 
         beside: files that the first rank writes, by name. among: ranks with equal state, each of which writes
-        a share; None: the first of them writes all.
+        a share; None: the first of them writes all. validated: a state of the same shards was written before;
+        without, every rank gets a list of all ranks' shards to check that each is written once.
         """
         self.directory, self.iteration = directory, iteration
         self._run, self._beside = run, beside
@@ -603,7 +619,12 @@ class Write:
         with self._refused(), warnings.catch_warnings(), without_crc32():
             warnings.simplefilter("ignore")
             request = dist_checkpointing.save(
-                state, str(self._temporary), strategy, async_sharded_save=in_background, **OWN_WRITER
+                state,
+                str(self._temporary),
+                strategy,
+                validate_access_integrity=not validated,
+                async_sharded_save=in_background,
+                **OWN_WRITER,
             )
             if in_background:
                 self._background = BackgroundWrite(request)
@@ -622,8 +643,8 @@ class Write:
             with self._refused():
                 self._background.finish()
         check_all_wrote(self._strategy.refused, self.directory)
-        parts: list[dict[str, FileHash]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(parts, self._strategy.hashes)
+        parts: list[dict[str, FileHash]] = [{}] * dist.get_world_size() if dist.get_rank() == 0 else []
+        dist.gather_object(self._strategy.hashes, parts or None, dst=0)
         on_first_rank(lambda: self._publish(parts), self.directory)
 
     def _make_room(self) -> None:
@@ -777,6 +798,14 @@ def _rng_state() -> dict[str, torch.Tensor]:
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return {name: value.cpu() for name, value in states.items()}
+
+
+def _rng_shards(rank: int, states: Mapping[str, torch.Tensor]) -> dict[str, ShardedTensor]:
+    """The random state of a rank, as its part of that of all ranks."""
+    return {
+        name: ShardedTensor.from_rank_offsets(f"{_RNG}.{name}", value, (0, rank, dist.get_world_size()))
+        for name, value in states.items()
+    }
 
 
 def _set_rng_state(state: dict[str, Any]) -> None:

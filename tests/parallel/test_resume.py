@@ -218,6 +218,8 @@ def _random_state_after(rank, world_size, files, folder, save) -> list[float]:
 def test_every_rank_has_its_own_random_state_again(tiny, tmp_path) -> None:
     saved = run_ranks(2, _random_state_after, tiny, tmp_path, True)
     assert saved[0] != saved[1]
+    files = [file.name for file in tmp_path.rglob("*.distcp")]
+    assert files and all(name.startswith("__0_") for name in files)  # the other rank has no weights to write
     assert run_ranks(2, _random_state_after, tiny, tmp_path, False) == saved
 
 
