@@ -145,7 +145,6 @@ class Checkpoints:
         self._average, self._carried_over = average, carried_over
         self._optimizer = optimizer
         self._scheduler = scheduler
-        self._same_weights = dp
         self._validated: set[bool] = set()
         """Whether states with and without an optimizer were found to be whole, over all ranks."""
         self._writers = dp if writes_in_parallel else None
@@ -264,23 +263,14 @@ class Checkpoints:
         if self._average is not None:
             state[_AVERAGE] = self._average.sharded_state_dict(f"{_AVERAGE}.")
         world_size, rank = dist.get_world_size(), dist.get_rank()
-        if rng == "tensors" and is_loading:
-            state[_RNG] = _rng_shards(rank, _rng_state())
-        elif rng == "tensors":
-            state[_RNG] = self._rng_of_all()
+        if rng == "tensors":
+            state[_RNG] = {
+                name: ShardedTensor.from_rank_offsets(f"{_RNG}.{name}", value, (0, rank, world_size))
+                for name, value in _rng_state().items()
+            }
         elif rng == "object":
             state[_RNG] = ShardedObject(_RNG, None, (world_size,), (rank,), replica_id=0)
         return state
-
-    def _rng_of_all(self) -> dict[str, Any]:
-        """The random states of the ranks with the same weights, on the first of them: ranks that write no
-        weights write no file. Collective over them.
-        """
-        group = self._same_weights
-        parts: list[Any] = [None] * group.size() if group.rank() == 0 else []
-        own = (dist.get_rank(), _rng_state())
-        dist.gather_object(own, parts or None, dst=dist.get_global_rank(group, 0), group=group)
-        return {str(rank): _rng_shards(rank, states) for rank, states in parts}
 
     def _restore(self, state: dict[str, Any], iteration: int) -> None:
         _load(self._model, state["model"])
@@ -798,14 +788,6 @@ def _rng_state() -> dict[str, torch.Tensor]:
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return {name: value.cpu() for name, value in states.items()}
-
-
-def _rng_shards(rank: int, states: Mapping[str, torch.Tensor]) -> dict[str, ShardedTensor]:
-    """The random state of a rank, as its part of that of all ranks."""
-    return {
-        name: ShardedTensor.from_rank_offsets(f"{_RNG}.{name}", value, (0, rank, dist.get_world_size()))
-        for name, value in states.items()
-    }
 
 
 def _set_rng_state(state: dict[str, Any]) -> None:
