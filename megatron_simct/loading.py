@@ -4,7 +4,7 @@ Used by the student's job (job.py), the teacher's (serve_teacher.py), the pre-fl
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any
 
@@ -16,15 +16,23 @@ from megatron_simct.alignment.map_files import load_map
 from megatron_simct.config.options import (
     AttentionBackend,
     Config,
+    InterfaceConfig,
     ModelConfig,
     ParallelConfig,
     TeacherOptions,
+    flag_of,
 )
 from megatron_simct.data.prompts import Row, read_prompts
 from megatron_simct.data.rendering import ChatTemplate, read_date
 from megatron_simct.evaluation.answers import Thinking, find_thinking
 from megatron_simct.evaluation.benchmarks import Problem, read_problems
-from megatron_simct.losses import ByteOrder, teacher_needs
+from megatron_simct.losses import (
+    ByteOrder,
+    check_config,
+    check_has_units,
+    comparison_with,
+    teacher_needs,
+)
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, build_model
 from megatron_simct.models.families import Architecture, read_architecture
 from megatron_simct.models.formats import folder_format
@@ -47,17 +55,23 @@ class Teacher:
     tokenizer: Tokenizer
     alignment_map: AlignmentMap | None
     """The tokens that it shares with the student; None if no tokens are compared."""
+    interface: InterfaceConfig
+    """How its rows are compared."""
+
+    @property
+    def needs(self) -> TeacherNeeds:
+        """What its interface asks of it."""
+        return teacher_needs(self.interface)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Student, teachers and the needs of the interface, opened once for a run."""
+    """Student and teachers, opened once for a run."""
 
     student: Tokenizer
     teachers: tuple[Teacher, ...]
     """Empty for an interface without a teacher. Several teachers have names, and each scores the rows that
     name it; or they have none, and are mixed byte by byte."""
-    needs: TeacherNeeds
 
     @property
     def by_name(self) -> dict[str, Teacher]:
@@ -72,12 +86,13 @@ def open_pair(config: Config, *, say: Callable[[str], object] = lambda line: Non
     """The tokenizers and the alignment maps of the run. Raises ValueError, naming the flag, if one cannot be
     opened. say: called with a line before work that takes long.
     """
-    needs = teacher_needs(config.interface)
     student = open_tokenizer(config.model, prefix="")
-    teachers = config.teachers if needs.teacher else ()
+    teachers = config.teachers if config.needs_teacher else ()
+    interfaces = [comparisons(config)[one.name] for one in teachers]
     sides = [student, *(open_tokenizer(one.model, prefix=one.prefix) for one in teachers)]
-    if needs.byte_events and config.interface.byte_bounds == "any":
-        for number, tokenizer in enumerate(sides):
+    bounded = [compares_bounds(one) for one in interfaces]
+    for number, tokenizer in enumerate(sides):
+        if any(bounded) if number == 0 else bounded[number - 1]:
             say(
                 f" {tokenizer.name}: finding the tokens that may follow each of {tokenizer.table.num_ids:,} "
                 "tokens"
@@ -92,14 +107,50 @@ def open_pair(config: Config, *, say: Callable[[str], object] = lambda line: Non
                 tokenizer=tokenizer,
                 alignment_map=(
                     None
-                    if needs.byte_events and one.alignment_map is None
-                    else open_alignment_map(config, one, student, tokenizer)
+                    if interface.interface == "bytes" and one.alignment_map is None
+                    else open_alignment_map(one, student, tokenizer, interface=interface)
                 ),
+                interface=interface,
             )
-            for one, tokenizer in zip(teachers, others, strict=True)
+            for one, tokenizer, interface in zip(teachers, others, interfaces, strict=True)
         ),
-        needs=needs,
     )
+
+
+def comparisons(config: Config) -> dict[str, InterfaceConfig]:
+    """How rows are compared, by the name of their teacher in --teachers; without it, by an empty name."""
+    if not config.routes_rows:
+        return {"": config.interface}
+    return {one.name: comparison_with(config.interface, one.comparison) for one in config.teachers}
+
+
+def check_comparisons(config: Config) -> None:
+    """Raises ValueError for options of a comparison that have no meaning, or that the layout refuses."""
+    of_teachers = comparisons(config)
+    for name, interface in of_teachers.items():
+        try:
+            check_config(interface, context_parallel_size=config.parallel.context_parallel_size)
+            if config.output.gradient_parts_interval:
+                check_has_units(interface, flag="--gradient-parts-interval")
+        except ValueError as error:
+            raise ValueError(f"--teachers {name}: {error}" if name else str(error)) from None
+    for one in fields(InterfaceConfig):
+        value = getattr(config.interface, one.name)
+        if value != one.default and all(getattr(of, one.name) != value for of in of_teachers.values()):
+            raise ValueError(
+                f"{flag_of(f'simct_{one.name}')} {value}: no teacher of --teachers is compared so; leave it "
+                "out"
+            )
+
+
+def compares_bounds(interface: InterfaceConfig) -> bool:
+    """Whether a comparison needs to know which tokens may follow each other (`with_continuations`)."""
+    return interface.interface == "bytes" and interface.byte_bounds == "any"
+
+
+def mixable(config: Config) -> dict[str, InterfaceConfig]:
+    """The teachers that a row of --teachers may mix, with what must be the same of all that it mixes."""
+    return {name: one for name, one in comparisons(config).items() if name and one.interface == "bytes"}
 
 
 def open_tokenizer(options: ModelConfig, *, prefix: str) -> Tokenizer:
@@ -112,16 +163,19 @@ def open_tokenizer(options: ModelConfig, *, prefix: str) -> Tokenizer:
 
 
 def open_alignment_map(
-    config: Config, options: TeacherOptions, student: Tokenizer, teacher: Tokenizer
+    options: TeacherOptions, student: Tokenizer, teacher: Tokenizer, *, interface: InterfaceConfig
 ) -> AlignmentMap:
     """The alignment map that a teacher's options name, if it belongs to these two tokenizers; built if they
     name none."""
     folder, flag = options.alignment_map, options.map_flag
-    if config.interface.interface == "kd":
+    if interface.interface == "kd":
         if folder is not None:
             raise ValueError(f"{flag} {folder}: interface kd pairs every id with itself; leave it out")
-        return identity_map(student, teacher)
-    if config.interface.shared == "released":
+        try:
+            return identity_map(student, teacher)
+        except ValueError as error:
+            raise ValueError(f"--teachers {options.name}: {error}" if options.name else str(error)) from None
+    if interface.shared == "released":
         if folder is not None:
             raise ValueError(
                 f"{flag} {folder}: it pairs tokens with equal bytes; leave out --simct-shared released"

@@ -4,6 +4,7 @@ from megatron_simct.losses.checks import (
     check_config,
     check_has_units,
     check_labels,
+    comparison_with,
     known_failure,
     teacher_needs,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "check_config",
     "check_has_units",
     "check_labels",
+    "comparison_with",
     "cross_tokenizer_loss",
     "gather_shared_head",
     "interface_loss",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 
@@ -111,15 +113,7 @@ def check_config(config: InterfaceConfig, *, context_parallel_size: int = 1) -> 
             "--simct-divergence reverse_kl: the targets of interface bpm are 0 for most tokens, where it is "
             "infinite; take forward_kl, as published, or js"
         )
-    _, set_by_name = VARIANTS.get(config.interface, ("", {}))
-    read = (interface.reads | {"interface", "loss_memory_mib"}) - set_by_name.keys()
-    if "rho" in set_by_name.values():
-        read |= {"rho", "interface_seed"}
-    method = config.method()
-    if method.drop_units or method.random_units is not None:
-        read |= {"interface_seed"}
-    if config.divergence != "js":
-        read -= {"js_beta"}
+    method, read = config.method(), options_read(config)
     for field in fields(config):
         if getattr(config, field.name) != field.default and field.name not in read:
             flag = f"--{'no-' if field.default is True else ''}{flag_of('simct_' + field.name)[2:]}"
@@ -129,6 +123,28 @@ def check_config(config: InterfaceConfig, *, context_parallel_size: int = 1) -> 
             )
     if method.drop_units and method.random_units is not None:
         raise ValueError("--simct-drop-units and --simct-random-units: one ablation at a time")
+
+
+def options_read(config: InterfaceConfig) -> frozenset[str]:
+    """The fields of the configuration that have a meaning with its interface."""
+    _, set_by_name = VARIANTS.get(config.interface, ("", {}))
+    read = (interface_of(config).reads | {"interface", "loss_memory_mib"}) - set_by_name.keys()
+    if "rho" in set_by_name.values():
+        read |= {"rho", "interface_seed"}
+    method = config.method()
+    if method.drop_units or method.random_units is not None:
+        read |= {"interface_seed"}
+    return read if config.divergence == "js" else read - {"js_beta"}
+
+
+def comparison_with(run: InterfaceConfig, own: Mapping[str, Any]) -> InterfaceConfig:
+    """The configuration of a run with the fields that one of its teachers has in their place.
+
+    Fields of the run that the interface does not read are at their defaults.
+    """
+    wanted = replace(run, **own)
+    read = options_read(wanted) | own.keys()
+    return InterfaceConfig(**{one.name: getattr(wanted, one.name) for one in fields(run) if one.name in read})
 
 
 def check_has_units(config: InterfaceConfig, *, flag: str) -> None:

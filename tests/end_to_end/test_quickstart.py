@@ -160,7 +160,7 @@ def test_the_example_of_two_teachers_names_the_one_that_knows_each_row(tmp_path)
     other_recipe = two_teachers.Recipe(options, tmp_path)
     assert other_recipe.warm_up.digest == recipe.warm_up.digest, "a mixture begins with the same student"
     assert other_recipe.distil.output != recipe.distil.output
-    keys |= {"need_response": False, "mixes": True}
+    keys |= {"need_response": False, "mixes": dict.fromkeys(two_teachers.KINDS)}
     mixed = read_prompts(parsed(other_recipe.distil).data.prompt_data, **keys)
     for row, (kind,) in zip(mixed, (row.teachers for row in rows), strict=True):
         assert row.teachers == pytest.approx(

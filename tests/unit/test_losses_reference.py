@@ -311,7 +311,7 @@ def losses_of_a_run(rank: int, world_size: int, seed: int) -> list[tuple[float, 
                 *zip(*records, strict=True),
                 scored[::-1],
                 cut=partial(by_number, size=size),
-                check=partial(check_labels, placement=placement, config=config),
+                check=lambda batch: check_labels(batch.labels, placement=placement, config=config),
                 entries=partial(response_entries, build, vocabulary.translation(config.interface)),
             )
             assert len(batches) == 3 // size
