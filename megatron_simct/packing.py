@@ -68,8 +68,8 @@ def pack_micro_batches(
     prompts, rollouts and pairs are in one order; scored pairs come in any order and are matched by sample id.
     Tensors are on the CPU, but for what the teacher left on a device. `check` raises ValueError for labels
     that the loss could not read; it runs here, before anything is moved, for those that have scores. context:
-    see sequence_batch. advantages: of the samples, by id, times the weight of their term. reference: by id, MicroBatch.reference
-    of each sample.
+    see sequence_batch. advantages: of the samples, by id, times the weight of their term. reference: by id,
+    MicroBatch.reference of each sample.
     """
     scored = list(scored)
     # The teacher answers in any order, so scores are matched by sample id.
