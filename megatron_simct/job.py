@@ -47,7 +47,8 @@ from megatron_simct.job_parts.student import (
     load_student,
     resume,
 )
-from megatron_simct.loading import build_byte_order, check_comparisons, comparisons, open_pair
+from megatron_simct.loading import build_byte_order, open_pair
+from megatron_simct.losses import check_comparisons, comparisons
 from megatron_simct.parallel.initialize import Groups
 from megatron_simct.records import AlignedPair, MicroBatch, Prompt, Rollout, ScoredPair
 from megatron_simct.reporting.monitor import Monitor

@@ -4,7 +4,7 @@ Used by the student's job (job.py), the teacher's (serve_teacher.py), the pre-fl
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -20,19 +20,12 @@ from megatron_simct.config.options import (
     ModelConfig,
     ParallelConfig,
     TeacherOptions,
-    flag_of,
 )
 from megatron_simct.data.prompts import Row, read_prompts
 from megatron_simct.data.rendering import ChatTemplate, read_date
 from megatron_simct.evaluation.answers import Thinking, find_thinking
 from megatron_simct.evaluation.benchmarks import Problem, read_problems
-from megatron_simct.losses import (
-    ByteOrder,
-    check_config,
-    check_has_units,
-    comparison_with,
-    teacher_needs,
-)
+from megatron_simct.losses import ByteOrder, comparisons, teacher_needs
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, build_model
 from megatron_simct.models.families import Architecture, read_architecture
 from megatron_simct.models.formats import folder_format
@@ -117,40 +110,9 @@ def open_pair(config: Config, *, say: Callable[[str], object] = lambda line: Non
     )
 
 
-def comparisons(config: Config) -> dict[str, InterfaceConfig]:
-    """How rows are compared, by the name of their teacher in --teachers; without it, by an empty name."""
-    if not config.routes_rows:
-        return {"": config.interface}
-    return {one.name: comparison_with(config.interface, one.comparison) for one in config.teachers}
-
-
-def check_comparisons(config: Config) -> None:
-    """Raises ValueError for options of a comparison that have no meaning, or that the layout refuses."""
-    of_teachers = comparisons(config)
-    for name, interface in of_teachers.items():
-        try:
-            check_config(interface, context_parallel_size=config.parallel.context_parallel_size)
-            if config.output.gradient_parts_interval:
-                check_has_units(interface, flag="--gradient-parts-interval")
-        except ValueError as error:
-            raise ValueError(f"--teachers {name}: {error}" if name else str(error)) from None
-    for one in fields(InterfaceConfig):
-        value = getattr(config.interface, one.name)
-        if value != one.default and all(getattr(of, one.name) != value for of in of_teachers.values()):
-            raise ValueError(
-                f"{flag_of(f'simct_{one.name}')} {value}: no teacher of --teachers is compared so; leave it "
-                "out"
-            )
-
-
 def compares_bounds(interface: InterfaceConfig) -> bool:
     """Whether a comparison needs to know which tokens may follow each other (`with_continuations`)."""
     return interface.interface == "bytes" and interface.byte_bounds == "any"
-
-
-def mixable(config: Config) -> dict[str, InterfaceConfig]:
-    """The teachers that a row of --teachers may mix, with what must be the same of all that it mixes."""
-    return {name: one for name, one in comparisons(config).items() if name and one.interface == "bytes"}
 
 
 def open_tokenizer(options: ModelConfig, *, prefix: str) -> Tokenizer:

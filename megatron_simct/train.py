@@ -25,8 +25,7 @@ with loading("megatron_simct.train"):
 from megatron_simct.config.flags import parse_config, to_yaml
 from megatron_simct.config.options import Config
 from megatron_simct.files import write_whole
-from megatron_simct.loading import comparisons
-from megatron_simct.losses import known_failure
+from megatron_simct.losses import comparisons, known_failure
 from megatron_simct.models.tensor_files import find_weights
 from megatron_simct.parallel.disk import sole_owner
 from megatron_simct.parallel.initialize import Groups, process_groups

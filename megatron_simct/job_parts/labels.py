@@ -13,8 +13,8 @@ from megatron_simct.alignment.plan import plan_mixture, plan_pair, plan_without_
 from megatron_simct.alignment.translation import Translation
 from megatron_simct.alignment.turns import plan_turns
 from megatron_simct.config.options import Config, InterfaceConfig
-from megatron_simct.loading import Pair, comparisons
-from megatron_simct.losses import check_labels, teacher_needs
+from megatron_simct.loading import Pair
+from megatron_simct.losses import check_labels, comparisons, teacher_needs
 from megatron_simct.losses.kinds.table import interface_of
 from megatron_simct.losses.kinds.teacher_topk import response_entries
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel

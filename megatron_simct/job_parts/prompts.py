@@ -15,7 +15,8 @@ import torch.distributed as dist
 from megatron_simct.alignment import Tokenizer
 from megatron_simct.config.options import Config
 from megatron_simct.data.prompts import PromptSource, Row, read_prompts
-from megatron_simct.loading import Pair, mixable, open_chat_template, prompt_date
+from megatron_simct.loading import Pair, open_chat_template, prompt_date
+from megatron_simct.losses import mixable
 from megatron_simct.parallel.initialize import Groups
 from megatron_simct.records import MicroBatch
 from megatron_simct.rollout.engine import Sampling, write_rollouts

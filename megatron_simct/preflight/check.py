@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from megatron_simct.config.run_file import RunFile
 from megatron_simct.data.prompts import Row
-from megatron_simct.loading import comparisons, open_alignment_map
+from megatron_simct.loading import open_alignment_map
+from megatron_simct.losses import comparisons
 from megatron_simct.preflight import pair
 from megatron_simct.preflight.bias import Bias
 from megatron_simct.preflight.cluster import check_cluster

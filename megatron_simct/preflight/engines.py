@@ -13,8 +13,7 @@ from megatron_simct.config.interfaces import METHODS, Interface
 from megatron_simct.config.options import InterfaceConfig
 from megatron_simct.config.run_file import Job, RunFile
 from megatron_simct.engine_client import LogprobField
-from megatron_simct.loading import comparisons
-from megatron_simct.losses import teacher_needs
+from megatron_simct.losses import comparisons, teacher_needs
 from megatron_simct.losses.rows import ALL_TOKENS
 from megatron_simct.preflight.findings import Finding, failed, passed, warned
 from megatron_simct.teacher.engine_logprobs import serves

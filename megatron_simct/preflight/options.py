@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from megatron_simct.config.options import TeacherConfig
-from megatron_simct.loading import check_comparisons
+from megatron_simct.losses import check_comparisons
 from megatron_simct.parallel.initialize import check_layout
 from megatron_simct.preflight.findings import failed, passed
 from megatron_simct.preflight.state import State

@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_simct.data.prompts import PromptSource, Row, read_prompts
-from megatron_simct.loading import mixable, open_held_out
+from megatron_simct.loading import open_held_out
+from megatron_simct.losses import mixable
 from megatron_simct.preflight import pair
 from megatron_simct.preflight.findings import Finding, failed, passed, warned
 from megatron_simct.preflight.state import State

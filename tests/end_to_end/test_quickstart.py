@@ -20,7 +20,7 @@ from megatron_simct.commands import evaluate, select_responses
 from megatron_simct.config.flags import parse_config
 from megatron_simct.config.options import Config
 from megatron_simct.data.prompts import read_prompts
-from megatron_simct.loading import comparisons
+from megatron_simct.losses import comparisons
 from tests.printed import commands_of, same_but_for_numbers
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,7 +22,8 @@ from megatron_simct.config.options import Config
 from megatron_simct.config.run_file import read_run_file
 from megatron_simct.job import build_job
 from megatron_simct.launch.commands import command_of
-from megatron_simct.loading import check_comparisons, comparisons, load_model, open_tokenizer
+from megatron_simct.loading import load_model, open_tokenizer
+from megatron_simct.losses import check_comparisons, comparisons
 from megatron_simct.models.build import HiddenStateModel
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.preflight.check import check_run
