@@ -57,23 +57,22 @@ class Config:
 
     @property
     def teachers(self) -> tuple[TeacherOptions, ...]:
-        """All teachers, whether or not the interface uses one: those of --teachers, or the one or two of the
-        other flags. Raises ValueError if --teachers is not what it should be."""
+        """All teachers, whether or not the interface uses one: those of --teachers; the one of the other
+        flags, without a name; or that and a second one, which get names. Raises ValueError if --teachers is
+        not what it should be."""
         if self.routing.teachers is not None:
             return read_teachers(self.routing.teachers)
-        share = self.mixture.weight if self.mixes_teachers else 0.0
         first = TeacherOptions(
-            name="",
+            name="first" if self.mixes_teachers else "",
             prefix="teacher-",
             model=self.teacher,
             job=self.teacher_job,
-            weight=1 - share,
             alignment_map=self.data.simct_alignment_map,
         )
         if not self.mixes_teachers:
             return (first,)
         second = TeacherOptions(
-            name="", prefix="second-teacher-", model=self.second_teacher, job=self.mixture, weight=share
+            name="second", prefix="second-teacher-", model=self.second_teacher, job=self.mixture
         )
         return (first, second)
 
@@ -81,6 +80,20 @@ class Config:
     def routes_rows(self) -> bool:
         """Whether each row has a teacher of its own choice: --teachers."""
         return self.routing.teachers is not None
+
+    @property
+    def names_teachers(self) -> bool:
+        """Whether teachers have names, by which rows have one of them or a mixture: those of --teachers, and
+        the two of which every row has the same mixture."""
+        return self.routes_rows or self.mixes_teachers
+
+    @property
+    def mixture_of_all_rows(self) -> dict[str, float]:
+        """With a second teacher, the weights of both in every row, by name; else nothing."""
+        if not self.mixes_teachers:
+            return {}
+        first, second = self.teachers
+        return {first.name: 1 - self.mixture.weight, second.name: self.mixture.weight}
 
     @property
     def interface_names(self) -> tuple[str, ...]:
