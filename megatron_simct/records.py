@@ -215,6 +215,8 @@ class Rollout:
     """open: the response is not finished; only `rollout` handles such responses."""
     transcript: Transcript | None = None
     """With several responses: where they lie in student_ids, and the same in the teachers' tokens."""
+    turn: int = 0
+    """Of one response of several: which it is."""
 
     @property
     def label_ids(self) -> np.ndarray:

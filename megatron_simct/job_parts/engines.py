@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_simct.alignment import Tokenizer
-from megatron_simct.config.options import Config
+from megatron_simct.config.options import ENVIRONMENT_WORKERS, Config
 from megatron_simct.data.prompts import Reader
 from megatron_simct.engine_client import EngineClient
 from megatron_simct.evaluation.environment import Environment
@@ -27,9 +27,6 @@ from megatron_simct.rollout.engine import GivenResponses, ReplayEngine, RolloutE
 from megatron_simct.rollout.turns import TurnsEngine
 from megatron_simct.rollout.vllm_engine import VllmEngine
 from megatron_simct.teacher.forward import TeacherForward, own_tokens
-
-ENVIRONMENT_WORKERS = 4
-"""Processes of each model replica that call the function of --environment."""
 
 
 def build_environment(config: Config, groups: Groups) -> Environment | None:

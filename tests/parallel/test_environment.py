@@ -468,6 +468,11 @@ def test_a_resumed_run_and_a_replayed_one_equal_an_undisturbed_one(files: Path, 
         (("--environment", "a:b", "--simct-on", "given"), "--environment: not with --simct-on given"),
         (("--environment", "a:b", "--reference-kl-weight", "1"), "not with --reference-kl-weight"),
         (("--environment-timeout-seconds", "1"), "--environment-timeout-seconds needs --environment"),
+        (
+            ("--environment", "a:b", "--environment-timeout-seconds", "300"),
+            "--environment-timeout-seconds 300: a turn of 8 conversations in 4 processes may wait 600 seconds, "
+            "and other ranks wait 10 minutes; lower it or --rollout-wave-size, or raise",
+        ),
     ],
 )
 def test_what_has_no_meaning_is_refused(files: Path, flags: tuple[str, ...], words: str) -> None:

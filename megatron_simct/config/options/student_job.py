@@ -14,7 +14,12 @@ from megatron_simct.config.options.loss import InterfaceConfig, TermsConfig
 from megatron_simct.config.options.model import ModelConfig, check_attention
 from megatron_simct.config.options.output import OutputConfig
 from megatron_simct.config.options.parallel import ParallelConfig
-from megatron_simct.config.options.rollout import GRADED_REWARDS, RewardConfig, RolloutConfig
+from megatron_simct.config.options.rollout import (
+    ENVIRONMENT_WORKERS,
+    GRADED_REWARDS,
+    RewardConfig,
+    RolloutConfig,
+)
 from megatron_simct.config.options.teacher import (
     MixtureConfig,
     RoutingConfig,
@@ -155,7 +160,7 @@ class Config:
         self._check_average()
         self._check_templates()
         self._check_given()
-        self._check_environment()
+        self._check_environment(data_parallel_size)
 
     def _check_batch(self, data_parallel_size: int) -> None:
         """Raises ValueError for a batch size that is not that of the rollouts, or that cannot be divided."""
@@ -192,7 +197,7 @@ class Config:
             if given:
                 raise ValueError(f"--simct-on given: not with {flag}: {why}; leave one of them out")
 
-    def _check_environment(self) -> None:
+    def _check_environment(self, data_parallel_size: int) -> None:
         """Raises ValueError for an environment without sampled responses, or beside parts that read one."""
         rollout = self.rollout
         if rollout.environment is None:
@@ -214,6 +219,18 @@ class Config:
         for flag, (given, reason) in against.items():
             if given:
                 raise ValueError(f"--environment: not with {flag}: {reason}; leave one of them out")
+        # A rank waits for the replies of a turn while another one asks for those of its conversations.
+        asked = self.sampled_prompts * rollout.n_samples_per_prompt // data_parallel_size
+        asked = min(asked, rollout.rollout_wave_size or asked)
+        longest = math.ceil(asked / ENVIRONMENT_WORKERS) * rollout.environment_timeout_seconds
+        limit = self.parallel.distributed_timeout_minutes
+        if longest >= 60 * limit:
+            raise ValueError(
+                f"--environment-timeout-seconds {rollout.environment_timeout_seconds:g}: a turn of {asked} "
+                f"conversations in {ENVIRONMENT_WORKERS} processes may wait {longest:g} seconds, and other "
+                f"ranks wait {limit} minutes; lower it or --rollout-wave-size, or raise "
+                "--distributed-timeout-minutes"
+            )
 
     def _check_required(self) -> None:
         """Raises ValueError if an option is missing that every run needs."""
