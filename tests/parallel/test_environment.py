@@ -470,8 +470,8 @@ def test_a_resumed_run_and_a_replayed_one_equal_an_undisturbed_one(files: Path, 
         (("--environment-timeout-seconds", "1"), "--environment-timeout-seconds needs --environment"),
         (
             ("--environment", "a:b", "--environment-timeout-seconds", "300"),
-            "--environment-timeout-seconds 300: a turn of 8 conversations in 4 processes may wait 600 seconds, "
-            "and other ranks wait 10 minutes; lower it or --rollout-wave-size, or raise",
+            "--environment-timeout-seconds 300: a turn of 8 conversations in 4 processes may wait 600 "
+            "seconds, and other ranks wait 10 minutes; lower it or --rollout-wave-size, or raise",
         ),
     ],
 )
