@@ -166,6 +166,8 @@ class Transcript:
     """Empty if nothing is compared."""
     counts: dict[str, int] = field(default_factory=dict)
     """turns, bytes_of_turns and bytes_masked_<reason> (data/transcripts.py)."""
+    readers: str = ""
+    """Fingerprint of the tokenizers and templates of all models; of responses that an environment answers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -86,7 +86,12 @@ def build_engine(config: Config, groups: Groups, sampler: RolloutEngine, student
     save_dir, load_dir = config.rollout.save_debug_rollout_data, config.rollout.load_debug_rollout_data
     if (save_dir or load_dir) and not config.rollout.rollout_oversample:  # it records by itself
         engine = ReplayEngine(
-            engine, save_dir=save_dir, load_dir=load_dir, dp_rank=groups.dp_rank, writes=groups.writes_samples
+            engine,
+            save_dir=save_dir,
+            load_dir=load_dir,
+            dp_rank=groups.dp_rank,
+            writes=groups.writes_samples,
+            readers_of=sampler.readers_of if isinstance(sampler, TurnsEngine) else None,
         )
     return engine
 

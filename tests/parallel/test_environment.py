@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -455,6 +456,14 @@ def test_a_resumed_run_and_a_replayed_one_equal_an_undisturbed_one(files: Path, 
     assert all("masked_blank" not in row for row in steps)
     _train(module / "replayed", files, 4, "--load-debug-rollout-data", kept)
     assert metrics(module / "replayed") == metrics(module / "once")
+    # With another template of the teacher the replies would be in other tokens.
+    other = module / "other-teacher"
+    shutil.copytree(files / "teacher", other)
+    template = (other / "chat_template.jinja").read_text()
+    (other / "chat_template.jinja").write_text(template.replace("[assistant]", "[model]"))
+    flags = ("--load-debug-rollout-data", kept, "--teacher-hf-checkpoint", str(other))
+    ((code, _, error),) = run_ranks(1, run, command_line(files, *flags, "--rollout-batch-size", "4"))
+    assert code == 1 and "or with other tokenizers or chat templates of the student or its teacher" in error
 
 
 @pytest.mark.parametrize(
