@@ -162,7 +162,7 @@ def test_each_response_draws_units_of_its_own(tokenizers: list[Tokenizer]) -> No
         teacher=teacher,
         alignment_map=build_alignment_map(student, teacher),
         needs=TeacherNeeds(),
-        interface=InterfaceConfig(random_units=0.5),
+        interface=InterfaceConfig(drop_units=0.5),
     )
     given = Transcript(student=turns_of(student), teachers=(turns_of(teacher),))
     joined = plan_turns(plan, student.table, PROMPT, rollout_of(given.student.ids, given))
@@ -170,10 +170,10 @@ def test_each_response_draws_units_of_its_own(tokenizers: list[Tokenizer]) -> No
         plan(PROMPT, replace(rollout_of(given.student.ids[start:end]), turn=turn))
         for turn, (start, end) in enumerate(given.student.spans.tolist())
     ]
-    assert joined.kinds.tolist() == [kind for pair in apart for kind in pair.kinds.tolist()]
+    assert joined.weights.tolist() == [weight for pair in apart for weight in pair.weights.tolist()]
     start, end = max(given.student.spans.tolist(), key=lambda span: span[1] - span[0])
     text = rollout_of(given.student.ids[start:end])
-    drawn = {tuple(plan(PROMPT, replace(text, turn=turn)).kinds.tolist()) for turn in range(8)}
+    drawn = {tuple(plan(PROMPT, replace(text, turn=turn)).weights.tolist()) for turn in range(8)}
     assert len(drawn) > 1
 
 
