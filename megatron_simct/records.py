@@ -218,7 +218,7 @@ class Rollout:
     transcript: Transcript | None = None
     """With several responses: where they lie in student_ids, and the same in the teachers' tokens."""
     turn: int = 0
-    """Of one response of several: which it is."""
+    """Which of several responses it is, if it is one of them."""
 
     @property
     def label_ids(self) -> np.ndarray:

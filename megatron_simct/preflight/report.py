@@ -37,9 +37,9 @@ class Report:
     plans: dict[str, MemoryPlan] = field(default_factory=dict)
     """Job -> plan."""
     numbers: Numbers = field(default_factory=Numbers)
-    """Of the only teacher, or the first one of a mixture."""
+    """The numbers of the only teacher, or of the first one of a mixture."""
     teachers: dict[str, Numbers] = field(default_factory=dict)
-    """Of each of --teachers."""
+    """The same of each of --teachers, by name."""
     prompts: dict[str, str] = field(default_factory=dict)
     """The first prompt, as each side reads it."""
 

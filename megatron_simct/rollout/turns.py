@@ -260,7 +260,7 @@ class _Talk:
 
 
 def _fingerprint(readers: Sequence[Reader]) -> str:
-    """Of the tokenizers, and of what each template writes between two responses."""
+    """The same for equal tokenizers and templates, which write what stands between two responses."""
     parts = [
         (
             tokenizer.table.fingerprint,
