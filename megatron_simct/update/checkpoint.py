@@ -77,6 +77,7 @@ _IDENTITY_FLAGS = {
     "tokenizer": "--tokenizer-model and --stop-token-ids",
     "teacher_tokenizer": "--teacher-tokenizer-model and --teacher-stop-token-ids, or --teachers",
     "alignment_map": "--tokenizer-model and --teacher-tokenizer-model, or --teachers",
+    "interface": "--teachers and --simct-interface",
     "adapters": "--lora-rank, --lora-alpha, --lora-target-modules and the weights of --hf-checkpoint",
     "start": "--reference-kl-weight and the weights of --hf-checkpoint or --pretrained-checkpoint",
 }
