@@ -229,7 +229,9 @@ def build_job(config: Config, groups: Groups) -> Job:
             sampler = SharedEngine(sampler, groups.cp)
         source = sampler
     environment = build_environment(config, groups)
-    engine = build_engine(config, groups, with_turns(config, pair, source, environment, scored=True), student)
+    engine = build_engine(
+        config, groups, with_turns(config, groups, pair, source, environment, scored=True), student
+    )
     engine.publish(start)
     sampling = Sampling(
         temperature=config.rollout.rollout_temperature,
@@ -298,7 +300,7 @@ def build_job(config: Config, groups: Groups) -> Job:
         evaluator=build_evaluator(
             config,
             groups,
-            with_turns(config, pair, source, environment, scored=False),
+            with_turns(config, groups, pair, source, environment, scored=False),
             student,
             divide=node.divided,
         ),

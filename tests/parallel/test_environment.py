@@ -106,6 +106,7 @@ def _talk(
     turns = TurnsEngine(
         engine,
         replies=lambda talks: {i: as_message(calculator(messages)) for i, messages in talks.items()},
+        in_replica=lambda replies: replies,
         student=student,
         teachers=lambda prompt: teachers,
     )
@@ -245,16 +246,17 @@ def _mixed(
     engine = Scripted(student, {0: ["calculator(12 + 7)", "19"]}, stop=318)
     config = Config(rollout=RolloutConfig(environment="module:function"))
     environment: Any = _Calculator()
-    turns = with_turns(config, pair, engine, environment, scored=True)
-    prompt = Prompt(
-        sample_id=0,
-        student_ids=student.encode(b"12 + 7?"),
-        teacher_ids=np.zeros(1, np.int32),
-        teacher="b",
-        mixture=(("b", 0.75), ("a", 0.25)),
-        asked=Asked(prompt="12 + 7?", row={}),
-    )
-    (rollout,) = turns.generate([prompt], Sampling(temperature=1.0, max_response_len=100, seed=0))
+    with process_groups(config.parallel, seed=0) as groups:
+        turns = with_turns(config, groups, pair, engine, environment, scored=True)
+        prompt = Prompt(
+            sample_id=0,
+            student_ids=student.encode(b"12 + 7?"),
+            teacher_ids=np.zeros(1, np.int32),
+            teacher="b",
+            mixture=(("b", 0.75), ("a", 0.25)),
+            asked=Asked(prompt="12 + 7?", row={}),
+        )
+        (rollout,) = turns.generate([prompt], Sampling(temperature=1.0, max_response_len=100, seed=0))
     assert rollout.transcript is not None
     found = [of_one.ids.tolist() for of_one in rollout.transcript.teachers]
     return dict(zip([name for name, _ in prompt.mixture], found, strict=True))
