@@ -13,10 +13,12 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+
+from megatron_simct.json_fields import object_of_pairs
 
 CONVERSATION_KEYS = ("messages", "conversations", "conversation")
 """Keys of a conversation, read if a row has no prompt."""
@@ -129,21 +131,12 @@ def _read_text(path: Path, name: str) -> str:
 def _parsed(text: str, name: str, hint: str, *, line: int) -> Any:
     """The JSON value of a text that starts at this line of the file."""
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return json.loads(text, object_pairs_hook=object_of_pairs)
     except json.JSONDecodeError as error:
         where = f"{name}, line {line + error.lineno - 1}"
         raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno}); {hint}") from None
     except (ValueError, RecursionError) as error:  # too many digits, too deep, a key that stands twice
         raise ValueError(f"{name}, line {line}: {error}") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} occurs twice in one object")
-    return found
 
 
 def _table_rows(path: Path, kind: str, name: str) -> Iterable[tuple[str, Any]]:
@@ -254,13 +247,16 @@ def teacher_prompt_of(row: dict[str, Any], prompt: str | Sequence[Message]) -> s
     return [{"role": "system", "content": system}, *messages[messages[0]["role"] == "system" :]]
 
 
-def teachers_of(row: dict[str, Any], names: Sequence[str], *, mixes: bool) -> dict[str, float]:
+def teachers_of(
+    row: dict[str, Any], names: Sequence[str], *, mixes: Mapping[str, object]
+) -> dict[str, float]:
     """The teachers of a row and their weights, which add up to 1: the one under `teacher`, or several under
     `teachers`, {NAME: weight}, that with the largest weight first. Empty without names.
 
-    A row that names none has the only teacher, if there is one. names: of all teachers. mixes: whether
-    several can be mixed. Raises RowError for another name, for none among several, and for weights that are
-    not numbers from 1e-6 to 1e6.
+    A row that names none has the only teacher, if there is one. names: of all teachers. mixes: the
+    names of those that can be mixed, each with what must be the same of all that a row mixes. Raises RowError
+    for another name, for none among several, for several that cannot be mixed, and for weights that are not
+    numbers from 1e-6 to 1e6.
     """
     if not names:
         return {}
@@ -285,8 +281,16 @@ def teachers_of(row: dict[str, Any], names: Sequence[str], *, mixes: bool) -> di
             raise RowError("a weight that is not a number from 1e-6 to 1e6", f"that of the teacher {name!r}")
     if not weights:
         raise RowError("no teacher", f"{known}; {_has(row)}")
-    if len(weights) > 1 and not mixes:
-        raise RowError("several teachers", "only --simct-interface bytes mixes teachers; name one of them")
+    if len(weights) > 1:
+        for name in weights:
+            if name not in mixes:
+                why = f"only --simct-interface bytes mixes teachers, not that of {name}; name one of them"
+                raise RowError("several teachers", why)
+        first = next(iter(weights))
+        other = next((name for name in weights if mixes[name] != mixes[first]), None)
+        if other is not None:
+            why = f"--simct options of {first} and {other} differ, and a mixture has one comparison"
+            raise RowError("several teachers", f"{why}; name one of them")
     total = sum(weights.values())
     order = sorted(weights, key=lambda name: (-weights[name], names.index(name)))
     return {name: weights[name] / total for name in order}

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -67,6 +69,32 @@ def build_files(folder: Path) -> None:
     _write_ranks(folder / "teacher.tiktoken")
     for side, hidden_size, vocab_size in (("student", 32, 360), ("teacher", 48, 300)):
         _write_architecture(folder / side, hidden_size=hidden_size, vocab_size=vocab_size)
+
+
+def routed(files: Path, rows: Path, teachers: dict[str, Any], *flags: str) -> list[str]:
+    """The command line of the tiny job with these teachers in place of its own, of 8 rows a step."""
+    argv = command_line(files, *("--prompt-data", str(rows), "--teachers", json.dumps(teachers)), *flags)
+    for flag in (
+        "--teacher-hf-checkpoint",
+        "--teacher-tokenizer-model",
+        "--teacher-make-vocab-size-divisible-by",
+    ):
+        at = argv.index(flag)
+        del argv[at : at + 2]
+    return argv
+
+
+def rows_of_teachers(files: Path, path: Path, names: Sequence[str]) -> Path:
+    """The tiny job's rows, with the teachers `names` in turn and responses of many lengths; half of the rows
+    have a prompt for the teacher alone. Written to `path`, which is returned."""
+    rows: list[dict[str, Any]] = [
+        json.loads(line) for line in (files / "train.jsonl").read_text().splitlines()
+    ]
+    for number, row in enumerate(rows):
+        row |= {"response": row["response"] + " Tom" * (number % 4), "teacher": names[number % len(names)]}
+        row |= {"teacher_suffix": f" {row['label']}"} if number % 2 else {}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def config(folder: Path, *flags: str) -> Config:

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from megatron_simct.alignment import Tokenizer
-from megatron_simct.config.options import Config
+from megatron_simct.config.options import ENVIRONMENT_WORKERS, Config
 from megatron_simct.data.prompts import Reader
 from megatron_simct.engine_client import EngineClient
 from megatron_simct.evaluation.environment import Environment
@@ -20,16 +19,14 @@ from megatron_simct.loading import Pair, open_chat_template
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, whole_sequences
 from megatron_simct.models.families import read_architecture
 from megatron_simct.models.hf_export import save_hf_weights
-from megatron_simct.parallel.disk import on_first_rank
+from megatron_simct.parallel.disk import on_first_rank, raise_together
 from megatron_simct.parallel.initialize import Groups
+from megatron_simct.parallel.pipeline import from_writer
 from megatron_simct.records import Prompt, Rollout
 from megatron_simct.rollout.engine import GivenResponses, ReplayEngine, RolloutEngine
 from megatron_simct.rollout.turns import TurnsEngine
 from megatron_simct.rollout.vllm_engine import VllmEngine
 from megatron_simct.teacher.forward import TeacherForward, own_tokens
-
-ENVIRONMENT_WORKERS = 4
-"""Processes of each model replica that call the function of --environment."""
 
 
 def build_environment(config: Config, groups: Groups) -> Environment | None:
@@ -37,7 +34,7 @@ def build_environment(config: Config, groups: Groups) -> Environment | None:
     rollout = config.rollout
     if rollout.environment is None:
         return None
-    environment, problem = None, ""
+    environment, problem = None, None
     if groups.writes_samples:
         try:
             environment = Environment(
@@ -48,15 +45,18 @@ def build_environment(config: Config, groups: Groups) -> Environment | None:
             )
         except ValueError as error:
             problem = str(error)
-    problems: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    if any(problems):
-        raise ValueError(next(filter(None, problems)))
+    raise_together(problem)
     return environment
 
 
 def with_turns(
-    config: Config, pair: Pair, engine: RolloutEngine, environment: Environment | None, *, scored: bool
+    config: Config,
+    groups: Groups,
+    pair: Pair,
+    engine: RolloutEngine,
+    environment: Environment | None,
+    *,
+    scored: bool,
 ) -> RolloutEngine:
     """The engine, with the environment between its responses if there is one. scored: whether teachers read
     the responses."""
@@ -78,6 +78,7 @@ def with_turns(
     return TurnsEngine(
         engine,
         replies=None if environment is None else environment.replies,
+        in_replica=partial(from_writer, groups=groups),
         student=(pair.student, open_chat_template(config, config.model, pair.student, prefix="")),
         teachers=teachers,
     )
@@ -89,7 +90,12 @@ def build_engine(config: Config, groups: Groups, sampler: RolloutEngine, student
     save_dir, load_dir = config.rollout.save_debug_rollout_data, config.rollout.load_debug_rollout_data
     if (save_dir or load_dir) and not config.rollout.rollout_oversample:  # it records by itself
         engine = ReplayEngine(
-            engine, save_dir=save_dir, load_dir=load_dir, dp_rank=groups.dp_rank, writes=groups.writes_samples
+            engine,
+            save_dir=save_dir,
+            load_dir=load_dir,
+            dp_rank=groups.dp_rank,
+            writes=groups.writes_samples,
+            readers_of=sampler.readers_of if isinstance(sampler, TurnsEngine) else None,
         )
     return engine
 

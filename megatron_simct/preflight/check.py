@@ -11,6 +11,7 @@ from dataclasses import replace
 from megatron_simct.config.run_file import RunFile
 from megatron_simct.data.prompts import Row
 from megatron_simct.loading import open_alignment_map
+from megatron_simct.losses import comparisons
 from megatron_simct.preflight import pair
 from megatron_simct.preflight.bias import Bias
 from megatron_simct.preflight.cluster import check_cluster
@@ -23,7 +24,7 @@ from megatron_simct.preflight.options import check_options
 from megatron_simct.preflight.plans import check_fit, plan_student, plan_teacher
 from megatron_simct.preflight.prompts import check_prompts
 from megatron_simct.preflight.proposals import propose_batch_and_layout, propose_stages
-from megatron_simct.preflight.report import Report
+from megatron_simct.preflight.report import Numbers, Report
 from megatron_simct.preflight.state import Compared, State
 
 
@@ -54,11 +55,12 @@ def check_run(run: RunFile, *, device_memory_gib: float | None = None, bias: boo
     if student is None or len(teachers) < len(sides) or (state.needs_teacher and not sides):
         return Report(findings=findings)
     rows = check_prompts(state, student, teachers)
-    compared, measured = [], None
+    compared, biases = [], []
     for side in teachers:
         begin = len(findings)
         one, measured = _compare(state, student, side, rows, bias=bias)
         compared.append(one)
+        biases.append(measured)
         if state.config.routes_rows:
             findings[begin:] = [replace(found, side=side.name) for found in findings[begin:]]
     findings += check_lengths(state, student, compared)
@@ -71,14 +73,16 @@ def check_run(run: RunFile, *, device_memory_gib: float | None = None, bias: boo
         )
         findings.append(failed("teacher", "weights", said, flag="--teacher-ema"))
     plans = _check_memory(state, student, compared)
-    traffic = [check_traffic(state, one) for one in compared]
-    only = None if state.config.routes_rows or not compared else compared[0]
+    numbers = {
+        one.options.name: Numbers(traffic=check_traffic(state, one), coverage=one.coverage, bias=measured)
+        for one, measured in zip(compared, biases, strict=True)
+    }
+    by_teacher = state.config.routes_rows
     return Report(
         findings=findings,
         plans=plans,
-        traffic=traffic[0] if only is not None else None,
-        coverage=only.coverage if only is not None else None,
-        bias=measured if only is not None else None,
+        numbers=Numbers() if by_teacher else next(iter(numbers.values()), Numbers()),
+        teachers=numbers if by_teacher else {},
         prompts=_show_prompt(student, teachers, rows) if rows else {},
     )
 
@@ -93,27 +97,32 @@ def _compare(
         if not rows:
             message = "no row of --prompt-data names this teacher"
             findings.append(warned(teacher.name, "prompts", message, flag="--teachers"))
+    interface = comparisons(state.config)[options.name]
     alignment_map = state.attempt(
         "pair",
         "shared vocabulary",
-        lambda: open_alignment_map(state.config, options, student.tokenizer, teacher.tokenizer),
+        lambda: open_alignment_map(options, student.tokenizer, teacher.tokenizer, interface=interface),
         lambda found: f"{found.num_shared:,} tokens",
     )
     coverage, measured = None, None
     if alignment_map is not None and rows:
         coverage = pair.coverage_of(rows, student=student, teacher=teacher, alignment_map=alignment_map)
         findings += pair.check_coverage(coverage)
-        findings += pair.check_interface(
-            state.config.interface.interface, coverage, student=student, teacher=teacher
-        )
-        interface = state.config.interface
+        findings += pair.check_interface(interface.interface, coverage, student=student, teacher=teacher)
         if bias:
             measured = state.attempt(
                 "pair", "bias", lambda: pair.bias_of(rows, interface, student=student, teacher=teacher)
             )
         if measured is not None:
             findings += pair.check_bias(measured, interface)
-    one = Compared(side=teacher, options=options, rows=rows, alignment_map=alignment_map, coverage=coverage)
+    one = Compared(
+        side=teacher,
+        options=options,
+        interface=interface,
+        rows=rows,
+        alignment_map=alignment_map,
+        coverage=coverage,
+    )
     return one, measured
 
 

@@ -10,6 +10,8 @@ token by token; the replies have no loss.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -39,12 +41,14 @@ class TurnsEngine:
         engine: RolloutEngine,
         *,
         replies: Replies | None,
+        in_replica: Callable[[dict[int, Message | None]], dict[int, Message | None]],
         student: Reader,
         teachers: Callable[[Prompt], Sequence[Reader]],
     ) -> None:
-        """replies: None on ranks that do not ask. teachers: those that read the responses to a prompt."""
+        """replies: None on ranks that do not ask. in_replica: gives every rank of a model replica what the
+        one that asks has. teachers: those that read the responses to a prompt."""
         self._engine = engine
-        self._replies = replies
+        self._replies, self._in_replica = replies, in_replica
         self._student, self._teachers = student, teachers
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
@@ -70,12 +74,13 @@ class TurnsEngine:
     def publish(self, weight_version: int) -> None:
         self._engine.publish(weight_version)
 
+    def readers_of(self, prompt: Prompt) -> str:
+        """The fingerprint that the responses to this prompt have: Transcript.readers."""
+        return _fingerprint([self._student, *self._teachers(prompt)])
+
     def _ask(self, conversations: Mapping[int, list[Message]]) -> dict[int, Message | None]:
-        """The replies to the conversations of all ranks: one rank of each model replica asks."""
-        mine = {} if self._replies is None else dict(self._replies(conversations))
-        found: list[dict[int, Message | None]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(found, mine)
-        return {sample_id: reply for some in found for sample_id, reply in some.items()}
+        """The replies: one rank of each model replica asks. Collective over the replica."""
+        return self._in_replica({} if self._replies is None else dict(self._replies(conversations)))
 
     @staticmethod
     def _anyone(is_open: bool) -> bool:
@@ -248,8 +253,21 @@ class _Talk:
                 student=turns,
                 teachers=tuple(side.turns() for side in self.teachers),
                 counts={"turns": len(turns.spans), "bytes_between": len(spelled) - self.num_bytes},
+                readers=_fingerprint([side.reader for side in (self.student, *self.teachers)]),
             ),
         )
+
+
+def _fingerprint(readers: Sequence[Reader]) -> str:
+    """The same for equal tokenizers and templates, which write what stands between two responses."""
+    parts = [
+        (
+            tokenizer.table.fingerprint,
+            None if chat is None else [chat.source, dict(chat.special_tokens), dict(chat.arguments)],
+        )
+        for tokenizer, chat in readers
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _messages(prompt: str | Sequence[Mapping[str, object]]) -> list[Message]:

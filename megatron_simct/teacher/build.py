@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from megatron_simct.alignment import VocabPlacement
-from megatron_simct.config.options import Config, TeacherOptions
+from megatron_simct.config.options import Config, InterfaceConfig, TeacherOptions
 from megatron_simct.loading import Pair, Teacher, build_byte_order, describe_teacher, load_model
-from megatron_simct.losses import SharedColumns, SharedHead, gather_shared_head
+from megatron_simct.losses import SharedColumns, SharedHead, gather_shared_head, teacher_needs
 from megatron_simct.models.families import read_architecture
 from megatron_simct.models.head import load_head_rows, read_head
 from megatron_simct.models.hf_hashes import check_hashes
@@ -19,14 +19,12 @@ from megatron_simct.models.layout import token_multiple
 from megatron_simct.models.tensor_files import find_weights
 from megatron_simct.packing import Cut
 from megatron_simct.parallel.initialize import Groups, shared_store
-from megatron_simct.records import TeacherNeeds
 from megatron_simct.teacher.average import Average, Model
 from megatron_simct.teacher.client import Patience, TeacherClient
 from megatron_simct.teacher.colocated import ColocatedScorer
 from megatron_simct.teacher.endpoints import CLIENT_KEY, endpoint_folder
 from megatron_simct.teacher.fingerprints import fingerprints
 from megatron_simct.teacher.lookout import Lookout
-from megatron_simct.teacher.mixture import MixtureScorer
 from megatron_simct.teacher.remote import RemoteScorer
 from megatron_simct.teacher.routing import RoutedScorer
 from megatron_simct.teacher.scorer import NoTeacher, TeacherScorer
@@ -57,35 +55,33 @@ def build_teachers(
     """placements: of each teacher by its name. cut: how a teacher on these ranks cuts pairs into
     micro-batches. student: the model that a teacher with --teacher-ema follows.
     """
-    if not pair.teachers:
-        return Teaching(
-            scorer=NoTeacher(), heads={name: TeacherHead(placement=of) for name, of in placements.items()}
-        )
     if config.routes_rows:
         check_dense(config)
-        built = {
-            name: _build_teacher(config, groups, pair, teacher, placements[name], cut, student)
-            for name, teacher in pair.by_name.items()
-        }
+    if not pair.teachers:
         return Teaching(
-            scorer=RoutedScorer({name: one.scorer for name, one in built.items()}, groups),
-            heads={name: one.head for name, one in built.items()},
+            scorer=NoTeacher(),
+            heads={
+                name: TeacherHead(placement=of, interface=config.interface) for name, of in placements.items()
+            },
         )
-    first, *others = pair.teachers
-    built_first = _build_teacher(config, groups, pair, first, placements[""], cut, student)
-    scorer = built_first.scorer
+    built = {
+        name: _build_teacher(config, groups, pair, teacher, placements[name], cut, student)
+        for name, teacher in pair.by_name.items()
+    }
+    heads = {name: one.head for name, one in built.items()}
+    scorers = {name: one.scorer for name, one in built.items()}
+    if config.names_teachers:
+        return Teaching(scorer=RoutedScorer(scorers, groups), heads=heads)
+    (scorer,) = scorers.values()
     kept = {
         "--save-debug-scored-data": config.rollout.save_debug_scored_data,
         "--teacher-cache": config.teacher_job.cache,
     }
     for flag, folder in kept.items():
         if folder is not None:
-            store = AnswerStore(folder, teacher_fingerprints(config, pair, first), flag=flag)
+            store = AnswerStore(folder, teacher_fingerprints(config, pair, pair.teachers[0]), flag=flag)
             scorer = SavingScorer(scorer, store, writes=groups.owns_teacher_socket)
-    if others:
-        scorers = [scorer, *(_build_remote(config, groups, pair, teacher) for teacher in others)]
-        scorer = MixtureScorer(scorers, [teacher.of.weight for teacher in pair.teachers], groups)
-    return Teaching(scorer=scorer, heads={"": built_first.head}, average=built_first.average)
+    return Teaching(scorer=scorer, heads=heads, average=built[""].average)
 
 
 def check_dense(config: Config) -> None:
@@ -121,14 +117,16 @@ def _build_teacher(
     student: Model,
 ) -> _Built:
     """A teacher in another job, on disk, or on these ranks."""
-    needs, options = pair.needs, teacher.of
+    needs, options, interface = teacher.needs, teacher.of, teacher.interface
     flag = f"--{options.prefix}hf-checkpoint"
     softcap = describe_teacher(options.model.folder, flag=flag).final_logit_softcap
     if options.job.endpoint or config.rollout.load_debug_scored_data:
-        head = load_shared_head(config, groups, options, placement, needs)
+        head = load_shared_head(config, groups, options, placement, interface)
         return _Built(
             scorer=_build_remote(config, groups, pair, teacher),
-            head=TeacherHead(placement=placement, shared_head=head, logit_softcap=softcap),
+            head=TeacherHead(
+                placement=placement, interface=interface, shared_head=head, logit_softcap=softcap
+            ),
         )
     model = load_model(config, options.model, groups, teacher.tokenizer, prefix=options.prefix)
     scorer = ColocatedScorer(
@@ -160,7 +158,7 @@ def _build_teacher(
             raise ValueError(f"--teacher-ema: {folders} must be of one architecture and vocabulary") from None
     return _Built(
         scorer=scorer,
-        head=TeacherHead(placement=placement, shared_head=head, logit_softcap=softcap),
+        head=TeacherHead(placement=placement, interface=interface, shared_head=head, logit_softcap=softcap),
         average=average,
     )
 
@@ -177,14 +175,12 @@ def head_rows(model: Model, placement: VocabPlacement, groups: Groups) -> Shared
 def _build_remote(config: Config, groups: Groups, pair: Pair, teacher: Teacher) -> RemoteScorer:
     """A teacher in another job, behind answers on disk if there are any; or these answers alone."""
     marks = teacher_fingerprints(config, pair, teacher)
-    store = None
-    if teacher is pair.teachers[0]:
-        stored = config.rollout.load_debug_scored_data
-        folder, flag = (
-            (stored, "--load-debug-scored-data") if stored else (config.teacher_job.cache, "--teacher-cache")
-        )
-        # On every rank, or the others would wait for the one that finds answers of another teacher.
-        store = None if folder is None else AnswerStore(folder, marks, flag=flag)
+    stored = config.rollout.load_debug_scored_data
+    folder, flag = (
+        (stored, "--load-debug-scored-data") if stored else (config.teacher_job.cache, "--teacher-cache")
+    )
+    # On every rank, or the others would wait for the one that finds answers of another teacher.
+    store = None if folder is None else AnswerStore(folder, marks, flag=flag)
     client: TeacherClient | StoredClient | None = None
     if groups.owns_teacher_socket:
         asked = build_client(config, groups, teacher, marks) if teacher.of.job.endpoint else None
@@ -223,13 +219,17 @@ def build_client(config: Config, groups: Groups, teacher: Teacher, marks: dict[s
 
 
 def load_shared_head(
-    config: Config, groups: Groups, teacher: TeacherOptions, placement: VocabPlacement, needs: TeacherNeeds
+    config: Config,
+    groups: Groups,
+    teacher: TeacherOptions,
+    placement: VocabPlacement,
+    interface: InterfaceConfig,
 ) -> SharedHead | None:
     """The head rows that this rank's columns need, straight from the teacher's checkpoint.
 
     Collective over the job.
     """
-    options, flag = teacher.model, f"--{teacher.prefix}hf-checkpoint"
+    options, flag, needs = teacher.model, f"--{teacher.prefix}hf-checkpoint", teacher_needs(interface)
     if needs.hidden_rows == "none" or needs.topk:
         return None
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
@@ -248,7 +248,7 @@ def load_shared_head(
         return gather_shared_head(shard, groups.tp_rank * len(shard), placement, groups.tp)
     if find_weights(options.folder, flag=flag) is None:
         raise ValueError(
-            f"{flag} {options.hf_checkpoint}: has no weights; --simct-interface {config.interface.interface} "
+            f"{flag} {options.hf_checkpoint}: has no weights; --simct-interface {interface.interface} "
             "needs the rows of the teacher's head that the student shares, although the teacher is another "
             "job"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,14 @@ from safetensors.torch import load_file, save_file
 from examples.transcripts.calculator import reply as calculator
 from megatron_simct.alignment import Tokenizer, load_tokenizer
 from megatron_simct.config.flags import parse_config
-from megatron_simct.config.options import Config, ModelConfig, RolloutConfig, TeacherJobConfig, TeacherOptions
+from megatron_simct.config.options import (
+    Config,
+    InterfaceConfig,
+    ModelConfig,
+    RolloutConfig,
+    TeacherJobConfig,
+    TeacherOptions,
+)
 from megatron_simct.config.run_file import read_run_file
 from megatron_simct.data.prompts import Reader
 from megatron_simct.data.rendering import ChatTemplate, render_prompt
@@ -29,7 +37,7 @@ from megatron_simct.loading import Pair, Teacher
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.preflight.check import check_run
 from megatron_simct.prompt_files import Message
-from megatron_simct.records import Asked, Prompt, Rollout, TeacherNeeds
+from megatron_simct.records import Asked, Prompt, Rollout
 from megatron_simct.rollout.engine import Sampling, rollout_from_row, rollout_row
 from megatron_simct.rollout.held_out import equals_label, response_text
 from megatron_simct.rollout.turns import TurnsEngine
@@ -98,6 +106,7 @@ def _talk(
     turns = TurnsEngine(
         engine,
         replies=lambda talks: {i: as_message(calculator(messages)) for i, messages in talks.items()},
+        in_replica=lambda replies: replies,
         student=student,
         teachers=lambda prompt: teachers,
     )
@@ -229,24 +238,25 @@ def _mixed(
                 of=TeacherOptions(name=name, prefix="", model=ModelConfig(), job=TeacherJobConfig()),
                 tokenizer=tokenizer,
                 alignment_map=None,
+                interface=InterfaceConfig(interface="bytes"),
             )
             for name, tokenizer in teachers.items()
         ),
-        needs=TeacherNeeds(),
     )
     engine = Scripted(student, {0: ["calculator(12 + 7)", "19"]}, stop=318)
     config = Config(rollout=RolloutConfig(environment="module:function"))
     environment: Any = _Calculator()
-    turns = with_turns(config, pair, engine, environment, scored=True)
-    prompt = Prompt(
-        sample_id=0,
-        student_ids=student.encode(b"12 + 7?"),
-        teacher_ids=np.zeros(1, np.int32),
-        teacher="b",
-        mixture=(("b", 0.75), ("a", 0.25)),
-        asked=Asked(prompt="12 + 7?", row={}),
-    )
-    (rollout,) = turns.generate([prompt], Sampling(temperature=1.0, max_response_len=100, seed=0))
+    with process_groups(config.parallel, seed=0) as groups:
+        turns = with_turns(config, groups, pair, engine, environment, scored=True)
+        prompt = Prompt(
+            sample_id=0,
+            student_ids=student.encode(b"12 + 7?"),
+            teacher_ids=np.zeros(1, np.int32),
+            teacher="b",
+            mixture=(("b", 0.75), ("a", 0.25)),
+            asked=Asked(prompt="12 + 7?", row={}),
+        )
+        (rollout,) = turns.generate([prompt], Sampling(temperature=1.0, max_response_len=100, seed=0))
     assert rollout.transcript is not None
     found = [of_one.ids.tolist() for of_one in rollout.transcript.teachers]
     return dict(zip([name for name, _ in prompt.mixture], found, strict=True))
@@ -448,6 +458,14 @@ def test_a_resumed_run_and_a_replayed_one_equal_an_undisturbed_one(files: Path, 
     assert all("masked_blank" not in row for row in steps)
     _train(module / "replayed", files, 4, "--load-debug-rollout-data", kept)
     assert metrics(module / "replayed") == metrics(module / "once")
+    # With another template of the teacher the replies would be in other tokens.
+    other = module / "other-teacher"
+    shutil.copytree(files / "teacher", other)
+    template = (other / "chat_template.jinja").read_text()
+    (other / "chat_template.jinja").write_text(template.replace("[assistant]", "[model]"))
+    flags = ("--load-debug-rollout-data", kept, "--teacher-hf-checkpoint", str(other))
+    ((code, _, error),) = run_ranks(1, run, command_line(files, *flags, "--rollout-batch-size", "4"))
+    assert code == 1 and "or with other tokenizers or chat templates of the student or its teacher" in error
 
 
 @pytest.mark.parametrize(
@@ -461,6 +479,11 @@ def test_a_resumed_run_and_a_replayed_one_equal_an_undisturbed_one(files: Path, 
         (("--environment", "a:b", "--simct-on", "given"), "--environment: not with --simct-on given"),
         (("--environment", "a:b", "--reference-kl-weight", "1"), "not with --reference-kl-weight"),
         (("--environment-timeout-seconds", "1"), "--environment-timeout-seconds needs --environment"),
+        (
+            ("--environment", "a:b", "--environment-timeout-seconds", "300"),
+            "--environment-timeout-seconds 300: a turn of 8 conversations in 4 processes may wait 600 "
+            "seconds, and other ranks wait 10 minutes; lower it or --rollout-wave-size, or raise",
+        ),
     ],
 )
 def test_what_has_no_meaning_is_refused(files: Path, flags: tuple[str, ...], words: str) -> None:

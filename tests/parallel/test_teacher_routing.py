@@ -43,7 +43,7 @@ from tests.oracles import bytes as oracle
 from tests.runs import assert_same_run, metrics, run
 from tests.steps import scores_of, train_and_record
 from tests.teacher_jobs import TeacherJob
-from tests.tiny import command_line
+from tests.tiny import command_line, routed, rows_of_teachers
 
 pytest.importorskip("transformers")
 
@@ -53,14 +53,7 @@ TEACHERS = ("one", "two", "one", "one", "one", "two", "one", "one")
 
 @pytest.fixture(scope="module")
 def rows(tiny, tmp_path_factory) -> Path:
-    """Responses of many lengths; half of the rows have a prompt for the teacher alone."""
-    rows = [json.loads(line) for line in (tiny / "train.jsonl").read_text().splitlines()]
-    for number, row in enumerate(rows):
-        row |= {"response": row["response"] + " Tom" * (number % 4), "teacher": TEACHERS[number % 8]}
-        row |= {"teacher_suffix": f" {row['label']}"} if number % 2 else {}
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return rows_of_teachers(tiny, tmp_path_factory.mktemp("rows") / "rows.jsonl", TEACHERS)
 
 
 @pytest.fixture(scope="module")
@@ -80,19 +73,6 @@ def of_start(weights: tuple[str, ...]) -> str:
 def of_teacher(weights: tuple[str, ...]) -> str:
     """The checkpoint of the tiny teacher's weights."""
     return dict(zip(weights[::2], weights[1::2], strict=True))["--teacher-pretrained-checkpoint"]
-
-
-def routed(files: Path, rows: Path, teachers: dict[str, Any], *flags: str) -> list[str]:
-    """The command line of the tiny job with these teachers in place of its own, of 8 rows a step."""
-    argv = command_line(files, *("--prompt-data", str(rows), "--teachers", json.dumps(teachers)), *flags)
-    for flag in (
-        "--teacher-hf-checkpoint",
-        "--teacher-tokenizer-model",
-        "--teacher-make-vocab-size-divisible-by",
-    ):
-        at = argv.index(flag)
-        del argv[at : at + 2]
-    return argv
 
 
 # One tokenizer and two models, by hand
@@ -632,7 +612,7 @@ def _single(files: Path, *flags: str) -> list[str]:
         (
             '{"a": {"hf_checkpoint": "/a"}, "a": {"hf_checkpoint": "/b"}}',
             (),
-            "--teachers: not JSON .'a' stands twice",
+            "--teachers: not JSON .the key 'a' occurs twice",
         ),
         (
             '{"a": {"hf_checkpoint": "/a", "endpoint": ["/jobs/a"]}}',

@@ -14,7 +14,12 @@ from megatron_simct.config.options.loss import InterfaceConfig, TermsConfig
 from megatron_simct.config.options.model import ModelConfig, check_attention
 from megatron_simct.config.options.output import OutputConfig
 from megatron_simct.config.options.parallel import ParallelConfig
-from megatron_simct.config.options.rollout import GRADED_REWARDS, RewardConfig, RolloutConfig
+from megatron_simct.config.options.rollout import (
+    ENVIRONMENT_WORKERS,
+    GRADED_REWARDS,
+    RewardConfig,
+    RolloutConfig,
+)
 from megatron_simct.config.options.teacher import (
     MixtureConfig,
     RoutingConfig,
@@ -57,23 +62,22 @@ class Config:
 
     @property
     def teachers(self) -> tuple[TeacherOptions, ...]:
-        """All teachers, whether or not the interface uses one: those of --teachers, or the one or two of the
-        other flags. Raises ValueError if --teachers is not what it should be."""
+        """All teachers, whether or not the interface uses one: those of --teachers; the one of the other
+        flags, without a name; or that and a second one, which get names. Raises ValueError if --teachers is
+        not what it should be."""
         if self.routing.teachers is not None:
             return read_teachers(self.routing.teachers)
-        share = self.mixture.weight if self.mixes_teachers else 0.0
         first = TeacherOptions(
-            name="",
+            name="first" if self.mixes_teachers else "",
             prefix="teacher-",
             model=self.teacher,
             job=self.teacher_job,
-            weight=1 - share,
             alignment_map=self.data.simct_alignment_map,
         )
         if not self.mixes_teachers:
             return (first,)
         second = TeacherOptions(
-            name="", prefix="second-teacher-", model=self.second_teacher, job=self.mixture, weight=share
+            name="second", prefix="second-teacher-", model=self.second_teacher, job=self.mixture
         )
         return (first, second)
 
@@ -81,6 +85,28 @@ class Config:
     def routes_rows(self) -> bool:
         """Whether each row has a teacher of its own choice: --teachers."""
         return self.routing.teachers is not None
+
+    @property
+    def names_teachers(self) -> bool:
+        """Whether teachers have names, by which rows have one of them or a mixture: those of --teachers, and
+        the two of which every row has the same mixture."""
+        return self.routes_rows or self.mixes_teachers
+
+    @property
+    def mixture_of_all_rows(self) -> dict[str, float]:
+        """With a second teacher, the weights of both in every row, by name; else nothing."""
+        if not self.mixes_teachers:
+            return {}
+        first, second = self.teachers
+        return {first.name: 1 - self.mixture.weight, second.name: self.mixture.weight}
+
+    @property
+    def interface_names(self) -> tuple[str, ...]:
+        """The interfaces that compare rows: that of the run, or those of the entries of --teachers."""
+        if not self.routes_rows:
+            return (self.interface.interface,)
+        own = [one.comparison.get("interface", self.interface.interface) for one in self.teachers]
+        return tuple(dict.fromkeys(own))
 
     @property
     def samples(self) -> bool:
@@ -134,7 +160,7 @@ class Config:
         self._check_average()
         self._check_templates()
         self._check_given()
-        self._check_environment()
+        self._check_environment(data_parallel_size)
 
     def _check_batch(self, data_parallel_size: int) -> None:
         """Raises ValueError for a batch size that is not that of the rollouts, or that cannot be divided."""
@@ -152,9 +178,12 @@ class Config:
         """Raises ValueError for options of sampling beside given responses."""
         if self.data.simct_on == "sampled":
             return
-        name, rollout = self.interface.interface, self.rollout
+        rollout = self.rollout
         against = {
-            f"--simct-interface {name}": (name in ("reward", "scalar"), "it compares sampled responses"),
+            **{
+                f"--simct-interface {name}": (name in ("reward", "scalar"), "it compares sampled responses")
+                for name in self.interface_names
+            },
             "--reward": (self.reward.reward is not None, "it judges sampled responses"),
             "--rollout-engine vllm": (rollout.rollout_engine == "vllm", "nothing is sampled"),
             "--rollout-importance-weights": (
@@ -168,7 +197,7 @@ class Config:
             if given:
                 raise ValueError(f"--simct-on given: not with {flag}: {why}; leave one of them out")
 
-    def _check_environment(self) -> None:
+    def _check_environment(self, data_parallel_size: int) -> None:
         """Raises ValueError for an environment without sampled responses, or beside parts that read one."""
         rollout = self.rollout
         if rollout.environment is None:
@@ -181,7 +210,7 @@ class Config:
         against = {
             "--simct-on given": (self.data.simct_on == "given", "nothing is sampled"),
             "--simct-interface sft": (self.interface.interface == "sft", "nothing is sampled"),
-            "--simct-interface scalar": (self.interface.interface == "scalar", why),
+            "--simct-interface scalar": ("scalar" in self.interface_names, why),
             "--reward": (self.reward.reward is not None, why),
             "--reference-kl-weight": (self.terms.reference_kl_weight > 0, why),
             "--rollout-engine vllm": (rollout.rollout_engine == "vllm", why),
@@ -190,6 +219,18 @@ class Config:
         for flag, (given, reason) in against.items():
             if given:
                 raise ValueError(f"--environment: not with {flag}: {reason}; leave one of them out")
+        # A rank waits for the replies of a turn while another one asks for those of its conversations.
+        asked = self.sampled_prompts * rollout.n_samples_per_prompt // data_parallel_size
+        asked = min(asked, rollout.rollout_wave_size or asked)
+        longest = math.ceil(asked / ENVIRONMENT_WORKERS) * rollout.environment_timeout_seconds
+        limit = self.parallel.distributed_timeout_minutes
+        if longest >= 60 * limit:
+            raise ValueError(
+                f"--environment-timeout-seconds {rollout.environment_timeout_seconds:g}: a turn of {asked} "
+                f"conversations in {ENVIRONMENT_WORKERS} processes may wait {longest:g} seconds, and other "
+                f"ranks wait {limit} minutes; lower it or --rollout-wave-size, or raise "
+                "--distributed-timeout-minutes"
+            )
 
     def _check_required(self) -> None:
         """Raises ValueError if an option is missing that every run needs."""
@@ -376,10 +417,11 @@ class Config:
         """Raises ValueError if the interface or the layout does not support importance weights."""
         if self.rollout.rollout_importance_weights is None:
             return
-        flag, name = "--rollout-importance-weights", self.interface.interface
-        if name in ("sft", "scalar"):
-            why = "trains on given responses" if name == "sft" else "already has an importance ratio"
-            raise ValueError(f"{flag}: --simct-interface {name} {why}; leave it out")
+        flag = "--rollout-importance-weights"
+        for name in self.interface_names:
+            if name in ("sft", "scalar"):
+                why = "trains on given responses" if name == "sft" else "already has an importance ratio"
+                raise ValueError(f"{flag}: --simct-interface {name} {why}; leave it out")
         if self.parallel.context_parallel_size > 1:
             raise ValueError(
                 f"{flag}: needs whole responses on a rank; leave it out, or --context-parallel-size"
