@@ -32,8 +32,8 @@ def body(function: Body, device: torch.device) -> Body:
 
 @lru_cache(maxsize=64)
 def compiled(function: Body, backend: str) -> Body:
-    """A function that torch cannot compile runs as it is; so does one that meets more kinds of shapes than
-    torch keeps (sizes 0 and 1 are kinds of their own)."""
+    """Compiled at its first call. What torch cannot trace runs as it is; so does a function that meets more
+    kinds of arguments than torch keeps (sizes 0 and 1 are kinds of their own)."""
     return torch.compile(function, backend=backend, dynamic=True)  # type: ignore[return-value]
 
 

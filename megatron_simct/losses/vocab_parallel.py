@@ -98,11 +98,6 @@ class OnlineLogSumExp:
         self.maxima = like.new_full((num_rows,), NEGATIVE_INFINITY)
         self.sums = like.new_zeros(num_rows)
 
-    def add(self, tile: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """tile [rows, w], of a slice of the rows. Returns e^(tile - maxima), a new tensor, and what older
-        sums shrank by."""
-        return add_exponentials_(tile, self.maxima[rows], self.sums[rows])
-
     def shrink_to(self, maxima: torch.Tensor) -> torch.Tensor:
         """Make the sums relative to larger or equal maxima, such as those of all ranks;
         returns the factor.
@@ -115,7 +110,8 @@ class OnlineLogSumExp:
 def add_exponentials_(
     tile: torch.Tensor, maxima: torch.Tensor, sums: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """OnlineLogSumExp.add for its state [n] of the tile's rows, [n, w]."""
+    """Adds a tile [n, w] to the state [n] of its rows in OnlineLogSumExp. Returns e^(tile - maxima), a new
+    tensor, and what older sums shrank by."""
     larger = torch.maximum(maxima, row_maxima(tile))
     reference = finite_reference(larger)
     # Older sums are relative to the old maximum: multiplied by e^(old - new) they are relative to the new.
@@ -136,7 +132,7 @@ def add_labels_(
     sums: torch.Tensor,
 ) -> None:
     """A body: LabelSums.add for its state [n] of the tile's rows, [n, w] of any type and before the cap."""
-    tile = soft_cap(tile.to(own.dtype), cap)
+    tile = soft_cap(tile.to(own.dtype), cap, in_place=tile.dtype != own.dtype)  # a new one if converted
     own.add_(own_logits(tile, labels, left))
     add_exponentials_(tile, maxima, sums)
 

@@ -33,7 +33,7 @@ CONFIGS = {
 }
 
 
-def counts(names: tuple[str, ...] = (*CONFIGS, "teacher's statistics", "bytes")) -> Iterator[dict[str, Any]]:
+def counts(names: tuple[str, ...] = (*CONFIGS, "teacher's statistics")) -> Iterator[dict[str, Any]]:
     """A row for each interface, in torch's operations and compiled."""
     for name in names:
         for with_compiler in (False, True):
@@ -91,7 +91,6 @@ def as_on_a_gpu(kernels: Kernels | None) -> Iterator[None]:
         patch.object(bodies_of_tiles, "compiled", compiled),
         patch("megatron_simct.losses.two_pass.MIN_TILE_COLUMNS", COLUMNS),
         patch("megatron_simct.losses.vocab_parallel.LABEL_STATISTICS_COLUMNS_GPU", COLUMNS),
-        patch("megatron_simct.losses.kinds.bytes.TILE", COLUMNS),
     ):
         yield
 
@@ -109,8 +108,6 @@ def make(name: str, vocab: int) -> Callable[[], None]:
     if name == "teacher's statistics":
         options: dict[str, Any] = {"shard_start": 0, "vocab_size": vocab, "group": None}
         return lambda: label_statistics(hidden, weight, labels, **options) and None
-    if name == "bytes":
-        return bytes_call(vocab)
     config = replace(CONFIGS[name], loss_memory_mib=1)  # tiles of MIN_TILE_COLUMNS, which is COLUMNS here
     shared = np.arange(vocab)
     shared = shared if name == "kd" else shared[shared % 10 < 7]
@@ -147,11 +144,3 @@ def make(name: str, vocab: int) -> Callable[[], None]:
         output.sum.backward()
 
     return call
-
-
-def bytes_call(vocab: int) -> Callable[[], None]:
-    from tools.benchmark import loss
-
-    flags = ["--labels", str(ROWS), "--vocab", str(vocab), "--hidden", str(HIDDEN), "--dtype", "bf16"]
-    (args,) = loss.sizes(loss.parse(flags))
-    return loss.build(args, "bytes", 0, None)[0]
