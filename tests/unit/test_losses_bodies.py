@@ -110,7 +110,7 @@ def test_a_batch_is_pinned_before_it_moves_to_a_gpu(monkeypatch) -> None:
 
 
 def test_launches_bytes_and_waits_are_counted() -> None:
-    """Of operations whose bytes are known: views are none, products have no bytes, places count alone."""
+    """Views are no launches, products have no bytes, and of a gather only its places count."""
     table, places = torch.zeros(100, 4), torch.tensor([[0], [1]])
     with Launches() as launches, Waits() as waits:
         product = table[:2] @ table.T
