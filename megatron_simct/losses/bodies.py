@@ -10,11 +10,13 @@ is false. What it overwrites of its inputs without meaning to return it goes thr
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 Body = TypeVar("Body", bound=Callable[..., Any])
 BACKEND = "inductor"
@@ -33,8 +35,26 @@ def body(function: Body, device: torch.device) -> Body:
 @lru_cache(maxsize=64)
 def compiled(function: Body, backend: str) -> Body:
     """Compiled at its first call. What torch cannot trace runs as it is; so does a function that meets more
-    kinds of arguments than torch keeps (sizes 0 and 1 are kinds of their own)."""
-    return torch.compile(function, backend=backend, dynamic=True)  # type: ignore[return-value]
+    kinds of arguments than torch keeps (sizes 0 and 1 are kinds of their own).
+
+    If the compiler fails (no C compiler, no Triton for this GPU), a warning says why, and the function runs as
+    it is from then on, with the same numbers. TORCH_COMPILE_DISABLE=1 asks for that from the start.
+    """
+    run: Callable[..., Any] = torch.compile(function, backend=backend, dynamic=True)
+
+    def compiled_or_not(*given: Any) -> Any:
+        nonlocal run
+        try:
+            return run(*given)
+        except TorchDynamoException as error:  # it comes before anything has been computed
+            if run is function:
+                raise
+            reason = " ".join(str(error).split())[:300]
+            warnings.warn(f"{function.__name__} of the loss runs uncompiled: {reason}", stacklevel=2)
+            run = function
+            return function(*given)
+
+    return compiled_or_not  # type: ignore[return-value]
 
 
 def scratch(tensor: torch.Tensor) -> torch.Tensor:

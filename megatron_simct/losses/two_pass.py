@@ -58,7 +58,7 @@ from megatron_simct.losses.vocab_parallel import (
 )
 
 MAX_TILE_COLUMNS = 4096
-"""On a CPU wider tiles gain nothing: the products are as fast. On a GPU the memory alone decides."""
+"""Wider tiles gain nothing: the products are as fast."""
 MIN_TILE_COLUMNS = 64
 ROWS_FIRST_ELEMENTS = 1 << 20
 """Elements of a tile of whole rows, if logits exist, on a CPU: the scores are read again in another order,
@@ -183,12 +183,12 @@ class Tiles:
         num_rows = source.num_rows + (0 if teacher is None else plan.num_shared)
         # A tile of each model; a second one while a soft-cap or a narrower type is converted.
         width = _columns_of_memory(memory_mib, 2 * num_rows * self._empty.element_size())
-        self._width = max(MIN_TILE_COLUMNS, min(MAX_TILE_COLUMNS, width) if on_cpu else width)
+        self._width = max(MIN_TILE_COLUMNS, min(MAX_TILE_COLUMNS, width))
         self._height = max(1, source.num_rows)
         # Logits that exist are read along the memory: all columns of as many rows as stay in the cache.
         if source.rows_first:
             self._width = max(1, source.num_columns)
-            elements = ROWS_FIRST_ELEMENTS if on_cpu else memory_mib << 20 >> 3
+            elements = ROWS_FIRST_ELEMENTS if on_cpu else (memory_mib << 20) // 8  # two tiles of float32
             self._height = max(1, elements // self._width)
 
     @property

@@ -76,6 +76,21 @@ def test_kernels_give_the_same_numbers(whole_tiles, monkeypatch) -> None:
     check(InterfaceConfig(interface="strict"), (1,), tolerance=1e-10)
 
 
+def test_a_compiler_that_fails_is_warned_of_once_and_done_without() -> None:
+    def fails(graph: Any, inputs: Any) -> Any:
+        raise OSError("no compiler")
+
+    def double_(block: torch.Tensor) -> None:
+        block.mul_(2)
+
+    numbers = torch.ones(3)
+    body = bodies.compiled(double_, fails)
+    with pytest.warns(UserWarning, match="double_ of the loss runs uncompiled: .*no compiler"):
+        body(numbers)
+    body(numbers)
+    assert numbers.tolist() == [4.0, 4.0, 4.0]
+
+
 @pytest.mark.parametrize("config", [*CONFIGS, *OTHERS], ids=name_of)
 def test_the_host_waits_once_a_call(whole_tiles, monkeypatch, config) -> None:
     """For how many rows are of which kind, and where no segment has a row for how many there are."""
