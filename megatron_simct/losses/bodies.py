@@ -37,8 +37,8 @@ def compiled(function: Body, backend: str) -> Body:
     """Compiled at its first call. What torch cannot trace runs as it is; so does a function that meets more
     kinds of arguments than torch keeps (sizes 0 and 1 are kinds of their own).
 
-    If the compiler fails (no C compiler, no Triton for this GPU), a warning says why, and the function runs as
-    it is from then on, with the same numbers. TORCH_COMPILE_DISABLE=1 asks for that from the start.
+    If the compiler fails (no C compiler, no Triton for this GPU), a warning says why, and the function runs
+    as it is from then on, with the same numbers. TORCH_COMPILE_DISABLE=1 asks for that from the start.
     """
     run: Callable[..., Any] = torch.compile(function, backend=backend, dynamic=True)
 
