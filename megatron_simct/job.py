@@ -50,6 +50,7 @@ from megatron_simct.job_parts.student import (
 from megatron_simct.loading import build_byte_order, open_pair
 from megatron_simct.losses import check_config, check_has_units
 from megatron_simct.parallel.initialize import Groups
+from megatron_simct.parallel.node import Node
 from megatron_simct.records import AlignedPair, MicroBatch, Prompt, Rollout, ScoredPair
 from megatron_simct.reporting.monitor import Monitor
 from megatron_simct.reporting.profiling import Profiler
@@ -150,13 +151,18 @@ def build_job(config: Config, groups: Groups) -> Job:
     )
     check_experts(config)
     check_update(config, groups)
-    pair = open_pair(config, say=partial(print, flush=True) if groups.is_first_rank else lambda line: None)
+    node = Node.of_this_rank()
+    pair = open_pair(
+        config,
+        say=partial(print, flush=True) if groups.is_first_rank else lambda line: None,
+        divide=node.divided,
+    )
     student = pair.student
     if groups.is_first_rank:
         report_notes(student, *(teacher.tokenizer for teacher in pair.teachers))
 
     rows = read_training_rows(config)
-    prompts = build_prompts(config, groups, pair, rows)
+    prompts = build_prompts(config, groups, pair, rows, divide=node.divided)
     oversampling = build_oversampling(config, groups, prompts)
     model = load_student(config, groups, student)
     placements = build_placements(config, model, pair)
@@ -252,6 +258,7 @@ def build_job(config: Config, groups: Groups) -> Job:
             rows,
             sampling=sampling,
             pack=build_packing(config, groups, placements, interface=InterfaceConfig(interface="sft")),
+            divide=node.divided,
         ),
         reference=reference,
         pack=build_packing(
@@ -288,7 +295,11 @@ def build_job(config: Config, groups: Groups) -> Job:
         monitor=monitor,
         log_samples=build_sample_log(config, groups, pair, start=start),
         evaluator=build_evaluator(
-            config, groups, with_turns(config, pair, source, environment, scored=False), student
+            config,
+            groups,
+            with_turns(config, pair, source, environment, scored=False),
+            student,
+            divide=node.divided,
         ),
         start=start,
         save=checkpoints.save,

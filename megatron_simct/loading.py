@@ -4,12 +4,15 @@ Used by the student's job (job.py), the teacher's (serve_teacher.py), the pre-fl
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from megatron_simct.alignment import AlignmentMap, Tokenizer, build_alignment_map, load_tokenizer
 from megatron_simct.alignment.alignment_map import identity_map, released_map
+from megatron_simct.alignment.continuations import Continuations
 from megatron_simct.alignment.cut_rules import with_continuations
 from megatron_simct.alignment.hf_folder import locate_tokenizer
 from megatron_simct.alignment.map_files import load_map
@@ -20,7 +23,7 @@ from megatron_simct.config.options import (
     ParallelConfig,
     TeacherOptions,
 )
-from megatron_simct.data.prompts import Row, read_prompts
+from megatron_simct.data.prompts import Divide, Row, read_prompts, undivided
 from megatron_simct.data.rendering import ChatTemplate, read_date
 from megatron_simct.evaluation.answers import Thinking, find_thinking
 from megatron_simct.evaluation.benchmarks import Problem, read_problems
@@ -68,21 +71,19 @@ class Pair:
         return found
 
 
-def open_pair(config: Config, *, say: Callable[[str], object] = lambda line: None) -> Pair:
+def open_pair(
+    config: Config, *, say: Callable[[str], object] = lambda line: None, divide: Divide = undivided
+) -> Pair:
     """The tokenizers and the alignment maps of the run. Raises ValueError, naming the flag, if one cannot be
-    opened. say: called with a line before work that takes long.
+    opened. say: called with a line before work that takes long. divide: who makes which table of
+    continuations.
     """
     needs = teacher_needs(config.interface)
     student = open_tokenizer(config.model, prefix="")
     teachers = config.teachers if needs.teacher else ()
     sides = [student, *(open_tokenizer(one.model, prefix=one.prefix) for one in teachers)]
     if needs.byte_events and config.interface.byte_bounds == "any":
-        for number, tokenizer in enumerate(sides):
-            say(
-                f" {tokenizer.name}: finding the tokens that may follow each of {tokenizer.table.num_ids:,} "
-                "tokens"
-            )
-            sides[number] = with_continuations(tokenizer)
+        sides = _with_continuations(sides, say, divide)
     student, *others = sides
     return Pair(
         student=student,
@@ -100,6 +101,31 @@ def open_pair(config: Config, *, say: Callable[[str], object] = lambda line: Non
         ),
         needs=needs,
     )
+
+
+def _with_continuations(
+    tokenizers: Sequence[Tokenizer], say: Callable[[str], object], divide: Divide
+) -> list[Tokenizer]:
+    """The tokenizers with their tables of continuations."""
+    for tokenizer in tokenizers:
+        say(
+            f" {tokenizer.name}: finding the tokens that may follow each of {tokenizer.table.num_ids:,} "
+            "tokens"
+        )
+
+    def tables(some: range) -> Mapping[str, np.ndarray]:
+        found: dict[str, np.ndarray] = {}
+        for number in some:
+            table = with_continuations(tokenizers[number]).continuations
+            assert table is not None, "it has just been made"
+            found |= {f"rows_{number}": table.rows, f"row_of_{number}": table.row_of}
+        return found
+
+    made = {name: array for part in divide(len(tokenizers), tables) for name, array in part.items()}
+    return [
+        replace(tokenizer, continuations=Continuations(made[f"rows_{number}"], made[f"row_of_{number}"]))
+        for number, tokenizer in enumerate(tokenizers)
+    ]
 
 
 def open_tokenizer(options: ModelConfig, *, prefix: str) -> Tokenizer:

@@ -12,6 +12,8 @@ RESULTS = Path(__file__).parent / "results"
 SOME = ("paper", "strict", "bytes", "exact", "alm")
 ALL = (*SOME, "sum", "code", "strict_topk", "no_unit_loss", "random_unit", "uld")
 TOY = {"train_iters": 100, "rollout_batch_size": 32, "eval_samples": 4, "warm_start_seed": 1}
+VARIANTS = {"bytes_any": ("bytes", {"--simct-byte-bounds": "any"})}
+"""A name of the study that is an interface with flags of its own."""
 REAL = {
     "train_iters": 8,
     "rollout_batch_size": 8,
@@ -70,6 +72,21 @@ SETTINGS = (
     ),
 )
 
+WARM_STARTS = (1, 2, 3)
+BOUNDS = tuple(
+    Setting(
+        part="d",
+        name=f"{setting.name}-start-{warm_start}",
+        title=setting.title,
+        interfaces=("bytes", "bytes_any"),
+        seeds=2,
+        options={**setting.options, "warm_start_seed": warm_start},
+    )
+    for setting in SETTINGS[:2]
+    for warm_start in WARM_STARTS
+)
+"""`bytes` with either of its bounds, if digits disagree, in both directions."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -111,7 +128,7 @@ def planned_runs() -> list[Run]:
     """
     runs = [
         Run(setting=setting, interface=interface, seed=seed)
-        for setting in SETTINGS
+        for setting in (*SETTINGS, *BOUNDS)
         for interface in setting.interfaces
         for seed in range(1, setting.seeds + 1)
     ]

@@ -7,9 +7,21 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from examples.experiments.figures import draw
-from examples.experiments.plan import SETTINGS, Run, Setting
-from examples.experiments.scoring import Metric, change, difference, metrics_of, scores, verdict
+from examples.experiments.plan import BOUNDS, SETTINGS, Run, Setting
+from examples.experiments.scoring import (
+    ACCURACIES,
+    NUM_PAIRS,
+    Metric,
+    change,
+    difference,
+    metrics_of,
+    over_starts,
+    scores,
+    verdict,
+)
 from megatron_simct.evaluation.statistics import Estimate
 from megatron_simct.files import write_whole
 
@@ -30,13 +42,17 @@ def write_report(runs: Sequence[Run]) -> Path:
     """Write report.md, and its figures into docs/figures. Returns the report's path."""
     found = {run.name: run.result for run in runs}
     missing = [run for run in runs if found[run.name] is None]
-    by_setting: dict[str, Results] = {setting.name: {} for setting in SETTINGS}
+    by_setting: dict[str, Results] = {setting.name: {} for setting in (*SETTINGS, *BOUNDS)}
     for run in runs:
         if found[run.name] is not None:
             by_setting[run.setting.name].setdefault(run.interface, {})[run.seed] = found[run.name]
-    parts = [_introduction(runs, missing), _summary(by_setting)]
-    parts += [_section(setting, by_setting[setting.name]) for setting in SETTINGS]
-    parts.append(_limits())
+    parts = [
+        _introduction(runs, missing),
+        _summary({setting.name: by_setting[setting.name] for setting in SETTINGS}),
+        *(_section(setting, by_setting[setting.name]) for setting in SETTINGS),
+        _bounds(by_setting),
+        _limits(),
+    ]
     path = HERE / "report.md"
     write_whole(path, "\n\n".join(parts) + "\n")
     return path
@@ -55,7 +71,7 @@ def _introduction(runs: Sequence[Run], missing: Sequence[Run]) -> str:
     ]
     if missing:
         lines += ["Missing, by setting, interface and seed:", ""]
-        for setting in SETTINGS:
+        for setting in (*SETTINGS, *BOUNDS):
             seeds = {name: [] for name in setting.interfaces}
             for run in missing:
                 if run.setting == setting:
@@ -272,6 +288,55 @@ def _rising(results: Results) -> str:
     rose = [f"`{name}` ({first:.3f} to {last:.3f})" for name, (first, last) in ends.items() if last > first]
     return (
         f"Own loss, of the first and of the last ten steps, rose under {', '.join(rose) or 'none of them'}."
+    )
+
+
+def _bounds(by_setting: dict[str, Results]) -> str:
+    """`bytes` with --simct-byte-bounds any less longest-match, on the warm starts and seeds that both have."""
+    lines = ["## `bytes`: `any` less `longest-match`, if digits disagree", ""]
+    rows = []
+    for title in dict.fromkeys(setting.title for setting in BOUNDS):
+        paired: dict[str, list[tuple[int, dict[str, Any], dict[str, Any]]]] = {}
+        for setting in BOUNDS:
+            found = by_setting[setting.name]
+            first, other = found.get("bytes", {}), found.get("bytes_any", {})
+            both = [(seed, first[seed], other[seed]) for seed in sorted(first.keys() & other.keys())]
+            if setting.title == title and both:
+                paired[str(setting.options["warm_start_seed"])] = both
+        for metric in ACCURACIES if paired else ():
+            of_starts = []
+            for start, both in paired.items():
+                values = [
+                    (scores(r, metric.name, before=True), scores(r, metric.name), scores(o, metric.name))
+                    for _, r, o in both
+                ]
+                of_starts.append(np.mean([other - first for _, first, other in values], axis=0))
+                means = [
+                    f"{before.mean():.3f} -> {first.mean():.3f}, {other.mean():.3f}"
+                    for before, first, other in values
+                ]
+                seeds = " ".join(str(seed) for seed, _, _ in both)
+                rows.append([title, metric.title, start, seeds, "; ".join(means), ""])
+            estimate = over_starts(np.array(of_starts), NUM_PAIRS)
+            rows.append([title, metric.title, "all", "", "", _interval(estimate, 3)])
+    if not rows:
+        return "\n".join([*lines, "No run of this part is done."])
+    header = [
+        "pair",
+        "metric",
+        "warm start",
+        "seeds",
+        "before -> `longest-match`, `any`; by seed",
+        "difference",
+    ]
+    return "\n".join(
+        [
+            *lines,
+            "Part d; both start from the same models, with the same seeds, rate and steps as above. Intervals are",
+            "over pairs of numbers and over warm starts, both drawn again; seeds are averaged.",
+            "",
+            _table(header, rows),
+        ]
     )
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from examples.experiments.plan import RESULTS, SETTINGS, Run, planned_runs
+from examples.experiments.plan import BOUNDS, RESULTS, SETTINGS, Run, planned_runs
 from examples.experiments.processes import Workplace
 from examples.experiments.real import RealWeights
 from examples.experiments.report import write_report
@@ -69,7 +69,7 @@ def run_missing(runs: list[Run], options: argparse.Namespace) -> int:
     workplace = Workplace(options.run_dir.resolve())
     benches = {
         setting.name: (RealWeights if setting.name == "real-weights" else Toy)(setting, workplace)
-        for setting in SETTINGS
+        for setting in (*SETTINGS, *BOUNDS)
         if any(run.setting.name == setting.name for run in runs)
     }
     begin, done, failed = time.monotonic(), 0, 0
@@ -129,7 +129,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description="Compare the interfaces. Results accumulate in examples/experiments/results.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parts = sorted({setting.part for setting in SETTINGS})
+    parts = sorted({setting.part for setting in (*SETTINGS, *BOUNDS)})
     parser.add_argument("--parts", default=",".join(parts), help="parts to run, separated by commas")
     parser.add_argument(
         "--only",

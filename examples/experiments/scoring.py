@@ -91,6 +91,25 @@ def by_clusters(values: np.ndarray, num_clusters: int) -> Estimate:
     return Estimate(mean=float(values.mean()), low=float(low), high=float(high))
 
 
+def over_starts(values: np.ndarray, num_clusters: int) -> Estimate:
+    """values [W, P] of W warm starts: the mean, and its interval over resampled warm starts and clusters.
+
+    Value [w, i] belongs to cluster i modulo their number.
+    """
+    of_cluster = np.arange(num_clusters) == (np.arange(values.shape[1]) % num_clusters)[:, None]
+    sums, sizes = values @ of_cluster, of_cluster.sum(axis=0)
+    random = np.random.default_rng(SEED)
+    starts = random.integers(0, len(values), (RESAMPLES, len(values)))
+    # How often each warm start was drawn; then the sums of every drawn set of them, by cluster.
+    counts = (starts[:, :, None] == np.arange(len(values))).sum(axis=1)
+    drawn = random.integers(0, num_clusters, (RESAMPLES, num_clusters))
+    means = np.take_along_axis(counts @ sums, drawn, axis=1).sum(axis=1) / (
+        len(values) * sizes[drawn].sum(axis=1)
+    )
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Estimate(mean=float(values.mean()), low=float(low), high=float(high))
+
+
 def verdict(estimate: Estimate, metric: Metric) -> str:
     """better, worse, or undecided if the interval contains 0."""
     low, high = (estimate.low, estimate.high) if metric.higher_is_better else (-estimate.high, -estimate.low)

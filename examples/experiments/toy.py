@@ -1,4 +1,4 @@
-"""Parts a and b: the quick start's pairs.
+"""Parts a, b and d: the quick start's pairs.
 
 The teacher and the warmed-up student are made once. A run is one distillation.
 """
@@ -11,7 +11,7 @@ import shutil
 from statistics import fmean
 from typing import Any
 
-from examples.experiments.plan import Run, Setting
+from examples.experiments.plan import VARIANTS, Run, Setting
 from examples.experiments.processes import ROOT, Workplace
 from examples.quickstart import run as quickstart
 
@@ -44,7 +44,9 @@ class Toy:
         Raises RuntimeError, with the end of its log, if the distillation fails.
         """
         options = run.setting.options
+        interface, flags = VARIANTS.get(run.interface, (run.interface, {}))
         flags = {
+            **flags,
             "--train-iters": options["train_iters"],
             "--rollout-batch-size": options["rollout_batch_size"],
             "--micro-batch-size": options["rollout_batch_size"],
@@ -58,7 +60,7 @@ class Toy:
             ),
         }
         stage = self._recipe.distil(
-            *(run.interface, f"{run.interface}-{run.seed}"),
+            *(interface, f"{run.interface}-{run.seed}"),
             *(str(part) for item in flags.items() for part in item),
         )
         shutil.rmtree(stage.output, ignore_errors=True)

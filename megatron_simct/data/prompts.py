@@ -5,7 +5,7 @@ No cursor is saved: step, seed and file determine the batch, for every data-para
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron_simct import prompt_files
 from megatron_simct.alignment.tokenizer import Tokenizer
+from megatron_simct.data.rendered import RenderedRows, Rendering, flat
 from megatron_simct.data.rendering import ChatTemplate, Messages, render_prompt
 from megatron_simct.data.transcripts import Side, read_transcript
 from megatron_simct.prompt_files import (
@@ -26,7 +27,7 @@ from megatron_simct.prompt_files import (
     teacher_prompt_of,
     teachers_of,
 )
-from megatron_simct.records import Asked, Prompt, Transcript
+from megatron_simct.records import Asked, Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,9 +155,21 @@ Reader = tuple[Tokenizer, ChatTemplate | None]
 """One model that reads the prompts."""
 
 
+Divide = Callable[[int, Callable[[range], Mapping[str, np.ndarray]]], Sequence[Mapping[str, np.ndarray]]]
+"""divide(n, make) is [make(a part of range(n)), ...] for all parts, in their order; other ranks may have made
+some of them (parallel/node.py)."""
+
+
+def undivided(
+    count: int, make: Callable[[range], Mapping[str, np.ndarray]]
+) -> Sequence[Mapping[str, np.ndarray]]:
+    """Everything is one part, made here."""
+    return [make(range(count))]
+
+
 def _rendered(
     row: Row, student: Reader, teachers: Sequence[Reader], max_response_len: int | None
-) -> tuple[list[np.ndarray], Transcript | None]:
+) -> Rendering:
     """The ids of the student's prompt, then those of each teacher's prompt. For a row with an answer its
     transcript too, or None if nothing of that can be compared.
     """
@@ -201,40 +214,47 @@ class PromptSource:
         teachers: Sequence[Reader] = (),
         named_teachers: Mapping[str, Reader] = MappingProxyType({}),
         max_response_len: int | None = None,
+        divide: Divide = undivided,
     ) -> None:
         """batch_size counts prompts of the whole job; None: all of them. Prompts of more than max_prompt_len
         tokens on either side are left out and counted in `num_skipped`. `teachers` read the prompts too; if
         a row has a prompt for the teacher, they read that one, and `num_teacher_prompts` counts the row.
         named_teachers: instead of `teachers`; each reads the rows that name it. Chat templates render prompts
         that are messages. max_response_len: the tokens behind the prompt that a transcript (a row with an
-        answer) may have; one of which nothing can be compared is left out and counted in `num_masked`. Raises
-        ValueError if no prompt remains, or if a template refuses a row.
+        answer) may have; one of which nothing can be compared is left out and counted in `num_masked`.
+        divide: who renders which rows. Raises ValueError if no prompt remains, or if a template refuses a
+        row.
         """
 
         def readers(row: Row) -> Sequence[Reader]:
             return [named_teachers[name] for name in row.teachers] if named_teachers else teachers
 
-        rendered = [
-            (row, *_rendered(row, (student, student_chat), readers(row), max_response_len)) for row in rows
-        ]
-        fitting = [one for one in rendered if max(map(len, one[1])) <= max_prompt_len]
-        self.num_skipped = len(rendered) - len(fitting)
-        self._rows = [one for one in fitting if one[0].answer is None or one[2] is not None]
-        self.num_masked = len(fitting) - len(self._rows)
+        def render(some: range) -> Mapping[str, np.ndarray]:
+            of = (rows[index] for index in some)
+            return flat(_rendered(row, (student, student_chat), readers(row), max_response_len) for row in of)
+
+        self._rows, self._rendered = rows, RenderedRows(divide(len(rows), render))
+        fits = self._rendered.longest <= max_prompt_len
+        has_answer = np.array([row.answer is not None for row in rows], dtype=bool)
+        kept = fits & ~(has_answer & ~self._rendered.compared)
+        self._kept = kept.nonzero()[0]
+        """int64: the rows that are left, in file order."""
+        self.num_skipped = int((~fits).sum())
+        self.num_masked = int((fits & ~kept).sum())
         has_teacher = bool(teachers or named_teachers)
         self.num_teacher_prompts = (
-            sum(row.teacher_prompt is not None for row, _, _ in self._rows) if has_teacher else 0
+            sum(rows[index].teacher_prompt is not None for index in self._kept) if has_teacher else 0
         )
-        if not fitting:
+        if not fits.any():
             raise ValueError(
                 f"{flag}: all {len(rows)} prompts exceed --rollout-max-prompt-len {max_prompt_len}"
             )
-        if not self._rows:
+        if not self._kept.size:
             raise ValueError(
-                f"{flag}: no answer in any of {len(fitting)} rows stands in every chat template's text as it "
-                f"is and fits into --rollout-max-response-len {max_response_len}"
+                f"{flag}: no answer in any of {int(fits.sum())} rows stands in every chat template's text as "
+                f"it is and fits into --rollout-max-response-len {max_response_len}"
             )
-        self._batch_size = len(self._rows) if batch_size is None else batch_size
+        self._batch_size = len(self._kept) if batch_size is None else batch_size
         self._samples_per_prompt = samples_per_prompt
         self._shuffle = shuffle
         self._seed = seed
@@ -243,7 +263,7 @@ class PromptSource:
         self._order: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._kept)
 
     def batch(self, step: int) -> list[Prompt]:
         """This rank's samples of a step: every dp_size-th of its batch_size x samples_per_prompt samples."""
@@ -256,22 +276,23 @@ class PromptSource:
 
     def share(self) -> list[Prompt]:
         """This rank's share of all rows once, in file order, for evaluation."""
-        return [self._prompt(i, sample_id=i) for i in range(self._dp_rank, len(self._rows), self._dp_size)]
+        return [self._prompt(i, sample_id=i) for i in range(self._dp_rank, len(self._kept), self._dp_size)]
 
     def _sample(self, sample_id: int) -> Prompt:
-        epoch, position = divmod(sample_id // self._samples_per_prompt, len(self._rows))
+        epoch, position = divmod(sample_id // self._samples_per_prompt, len(self._kept))
         return self._prompt(int(self._epoch_order(epoch)[position]), sample_id=sample_id)
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:
-            order = np.arange(len(self._rows))
+            order = np.arange(len(self._kept))
             if self._shuffle:
                 np.random.default_rng([self._seed, epoch]).shuffle(order)
             self._order = (epoch, order)
         return self._order[1]
 
     def _prompt(self, index: int, *, sample_id: int) -> Prompt:
-        row, (student_ids, *teachers), transcript = self._rows[index]
+        row = self._rows[self._kept[index]]
+        (student_ids, *teachers), transcript = self._rendered[int(self._kept[index])]
         return Prompt(
             sample_id=sample_id,
             student_ids=student_ids,

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_simct.alignment import Tokenizer
 from megatron_simct.config.options import Config
-from megatron_simct.data.prompts import PromptSource
+from megatron_simct.data.prompts import Divide, PromptSource
 from megatron_simct.data.rendering import ChatTemplate
 from megatron_simct.evaluation.benchmarks import CODE, Problem
 from megatron_simct.evaluation.grading import Graders
@@ -62,9 +62,10 @@ def build_rewarding(config: Config, groups: Groups, student: Tokenizer) -> Rewar
 
 
 def build_evaluator(
-    config: Config, groups: Groups, engine: RolloutEngine, student: Tokenizer
+    config: Config, groups: Groups, engine: RolloutEngine, student: Tokenizer, *, divide: Divide
 ) -> Evaluator | None:
-    """The evaluation: held-out prompts, how to sample responses, and how to grade them."""
+    """The evaluation: held-out prompts, how to sample responses, and how to grade them. divide: who renders
+    which prompts."""
     if config.data.eval_prompt_data is None:
         return None
     rows, problems = open_held_out(config)
@@ -81,6 +82,7 @@ def build_evaluator(
         dp_size=groups.dp_size,
         flag="--eval-prompt-data",
         student_chat=chat,
+        divide=divide,
     )
     report_skipped(config, groups, prompts, "held-out prompts", of=len(rows))
     return Evaluator(

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_simct.alignment import Tokenizer
 from megatron_simct.config.options import Config
-from megatron_simct.data.prompts import PromptSource, Row, read_prompts
+from megatron_simct.data.prompts import Divide, PromptSource, Row, read_prompts, undivided
 from megatron_simct.loading import Pair, open_chat_template, prompt_date
 from megatron_simct.parallel.initialize import Groups
 from megatron_simct.records import MicroBatch
@@ -50,8 +50,10 @@ def with_prompt_date(config: Config) -> Config:
     return replace(config, data=replace(config.data, chat_template_date=date[0]))
 
 
-def build_prompts(config: Config, groups: Groups, pair: Pair, rows: Sequence[Row]) -> PromptSource:
-    """The training prompts of each rank; with `sft` those with given responses."""
+def build_prompts(
+    config: Config, groups: Groups, pair: Pair, rows: Sequence[Row], *, divide: Divide = undivided
+) -> PromptSource:
+    """The training prompts of each rank; with `sft` those with given responses. divide: who renders which."""
     reads = [
         (one.tokenizer, open_chat_template(config, one.of.model, one.tokenizer, prefix=one.of.prefix))
         for one in pair.teachers
@@ -71,6 +73,7 @@ def build_prompts(config: Config, groups: Groups, pair: Pair, rows: Sequence[Row
         teachers=() if config.routes_rows else reads,
         named_teachers=dict(zip(pair.by_name, reads, strict=True)) if config.routes_rows else {},
         max_response_len=config.rollout.rollout_max_response_len,
+        divide=divide,
     )
     report_skipped(config, groups, source, "prompts", of=len(rows))
     if source.num_masked and groups.is_first_rank:
@@ -135,8 +138,10 @@ def build_given_rows(
     *,
     sampling: Sampling,
     pack: Callable[..., list[MicroBatch]],
+    divide: Divide,
 ) -> GivenRows | None:
-    """The rows of --given-share; None without it. Raises ValueError if no row has a response."""
+    """The rows of --given-share; None without it. divide: who renders which. Raises ValueError if no row has
+    a response."""
     if not config.given_rows:
         return None
     with_response = [row for row in rows if row.response is not None]
@@ -158,6 +163,7 @@ def build_given_rows(
         dp_size=groups.dp_size,
         flag="--prompt-data",
         student_chat=open_chat_template(config, config.model, student, prefix=""),
+        divide=divide,
     )
     if groups.is_first_rank:
         print(

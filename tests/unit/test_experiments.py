@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from examples.experiments import distances, plan, processes, real, report, run, scoring, toy
-from examples.experiments.plan import SETTINGS, Run
+from examples.experiments.plan import BOUNDS, SETTINGS, VARIANTS, Run
 from examples.quickstart.task import write_task
 from examples.real_weights import measure
 from megatron_simct.config.flags import parse_config
@@ -55,13 +55,13 @@ def test_the_first_seed_of_everything_comes_first() -> None:
     assert [r.seed for r in runs] == sorted(r.seed for r in runs)
     assert (
         len(runs)
-        == 2 * 11 * 5 + 5 * 3 + 5 * 2
+        == 2 * 11 * 5 + 5 * 3 + 5 * 2 + 6 * 2 * 2
         == len({r.name for r in runs})
         == len({r.fingerprint for r in runs})
     )
     first = [(r.setting.name, r.interface) for r in runs if r.seed == 1]
-    assert len(first) == 32 and {r.setting.part for r in runs} == {"a", "b", "c"}
-    for setting in SETTINGS:
+    assert len(first) == 44 and {r.setting.part for r in runs} == {"a", "b", "c", "d"}
+    for setting in (*SETTINGS, *BOUNDS):
         assert isinstance(setting.options["lr"], float), "one rate for all interfaces"
 
 
@@ -134,7 +134,7 @@ def test_two_studies_do_not_share_a_folder(tmp_path) -> None:
     importlib.util.find_spec("mistral_common") is None,
     reason="mistral-common is not installed: pip install --no-deps -r examples/quickstart/requirements.txt",
 )
-@pytest.mark.parametrize("setting", SETTINGS[:-1], ids=lambda setting: setting.name)
+@pytest.mark.parametrize("setting", [*SETTINGS[:-1], BOUNDS[0]], ids=lambda setting: setting.name)
 def test_every_planned_run_is_a_command_that_the_trainer_accepts(tmp_path, monkeypatch, setting) -> None:
     commands = []
 
@@ -154,7 +154,9 @@ def test_every_planned_run_is_a_command_that_the_trainer_accepts(tmp_path, monke
     for interface, config in zip(setting.interfaces, commands, strict=True):
         config.check(data_parallel_size=1)
         check_config(config.interface)
-        assert config.interface.interface == interface and config.training.seed == 3
+        name, flags = VARIANTS.get(interface, (interface, {}))
+        assert config.interface.interface == name and config.training.seed == 3
+        assert config.interface.byte_bounds == flags.get("--simct-byte-bounds", "longest-match")
         assert (config.training.lr, config.training.train_iters) == (
             setting.options["lr"],
             TOY.options["train_iters"],
@@ -228,7 +230,7 @@ def test_the_report_says_what_is_done_and_what_the_results_bear(tmp_path) -> Non
         finished("paper", seed, greedy="0000")
     finished("strict", 1, greedy="0011")
     text = report.write_report(plan.planned_runs()).read_text()
-    assert "**5 of 135 planned runs are done.**" in text
+    assert "**5 of 159 planned runs are done.**" in text
     assert re.search(r"^\* teacher-groups: .*`strict` 2 3 4 5, `bytes` 3 4 5", text, re.MULTILINE)
     assert "* Greedy accuracy improves under `bytes` (+0.500)." in text
     assert "* Greedy accuracy is harmed by `paper` (-0.500)." in text
@@ -277,6 +279,47 @@ def test_the_reports_numbers_are_those_of_its_files() -> None:
             assert (float(said[2]), float(said[3])) == pytest.approx((low, high), abs=0.012), row
             compared += 1
     assert compared == 27
+
+
+def test_the_reports_numbers_on_bounds_are_those_of_its_files() -> None:
+    """Recomputed without the report's code: differences by warm start, intervals over both."""
+    folder = Path(report.__file__).parent
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    random = np.random.default_rng(1)
+    for title in {setting.title for setting in BOUNDS}:
+        of_starts = []
+        for setting in BOUNDS:
+            differences = []
+            for path in (folder / "results").glob(f"{setting.name}-bytes_any-[0-9].json"):
+                other = path.with_name(path.name.replace("bytes_any", "bytes"))
+                if setting.title == title and other.exists():
+                    any_, first = (json.loads(p.read_text())["outcomes"]["greedy"] for p in (path, other))
+                    differences.append([int(a) - int(b) for a, b in zip(any_, first, strict=True)])
+            if differences:
+                of_starts.append(np.mean(differences, axis=0))
+        said = re.search(rf"\| {title} \| greedy accuracy \| all \|.*\| (\S+) \((\S+) to (\S+)\)", text)
+        assert (said is not None) == bool(of_starts)
+        if said is None:
+            continue
+        means = []
+        for _ in range(4000):
+            starts = random.integers(0, len(of_starts), len(of_starts))
+            gain = np.mean([of_starts[w] for w in starts], axis=0)
+            values = np.concatenate([gain[k::54] for k in random.integers(0, 54, 54)])
+            means.append(values.mean())
+        low, high = np.percentile(means, [2.5, 97.5])
+        assert float(said[1]) == pytest.approx(np.mean(of_starts), abs=6e-4)
+        assert (float(said[2]), float(said[3])) == pytest.approx((low, high), abs=0.012)
+
+
+def test_warm_starts_are_drawn_as_pairs_are() -> None:
+    """Two starts that differ by .5 in everything: one of four draws has the one alone, one the other."""
+    values = np.stack([np.zeros(200), np.full(200, 0.5)])
+    estimate = scoring.over_starts(values, scoring.NUM_PAIRS)
+    assert (estimate.low, estimate.mean, estimate.high) == (0, 0.25, 0.5)
+    one = (np.arange(200) % 54 < 27).astype(float)
+    alone, clusters = scoring.over_starts(one[None], 54), scoring.by_clusters(one, 54)
+    assert (alone.low, alone.high) == pytest.approx((clusters.low, clusters.high), abs=0.01)
 
 
 def test_a_pair_of_numbers_is_drawn_with_all_of_its_problems() -> None:

@@ -22,7 +22,8 @@ import pytest
 from megatron_simct.alignment import Tokenizer, load_tokenizer
 from megatron_simct.alignment.plan import plan_pair
 from megatron_simct.alignment.turns import MASK_REASONS, plan_turns
-from megatron_simct.data.prompts import PromptSource, Row, read_prompts
+from megatron_simct.data.prompts import PromptSource, Row, _rendered, read_prompts
+from megatron_simct.data.rendered import RenderedRows, flat
 from megatron_simct.data.rendering import ChatTemplate
 from megatron_simct.data.transcripts import Side, read_transcript
 from megatron_simct.records import AlignedPair, Prompt, Rollout, TeacherNeeds, Transcript, Turns
@@ -480,3 +481,32 @@ def test_a_row_that_is_too_deep_to_be_written_is_named(models, where: str) -> No
     )
     with pytest.raises(ValueError, match="^--prompt-data rows.jsonl, line 7: .*recursion"):
         source(models, [row])
+
+
+def test_rows_rendered_in_parts_are_the_same(models, tmp_path) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    rows = rows_of(
+        tmp_path / "rows.jsonl",
+        {"messages": asked("yes", "no")},
+        {"prompt": "How many?", "response": "12"},
+        {"messages": asked({"content": None, "tool_calls": [call]})},
+        {"messages": asked("yes", "no"), "teacher_system": "A hint."},
+    )
+    readers = [(models[name].tokenizer, models[name].chat) for name in ("thinks", "inst")]
+    expected = [_rendered(row, readers[0], readers[1:], 100) for row in rows]
+    cuts = [range(0, 1), range(1, 1), range(1, 3), range(3, 4)]
+    found = RenderedRows([flat(expected[i] for i in some) for some in cuts])
+    assert len(found) == 4 and found.compared.tolist() == [True, True, False, True]
+    for i, (ids, transcript) in enumerate(expected):
+        own, same = found[i]
+        assert found.longest[i] == max(map(len, ids))
+        assert [one.tolist() for one in own] == [one.tolist() for one in ids]
+        assert {one.dtype for one in own} == {np.dtype(np.int32)}
+        if transcript is None:
+            assert same is None
+            continue
+        assert same.counts == transcript.counts and len(same.teachers) == 1
+        pairs = zip((same.student, *same.teachers), (transcript.student, *transcript.teachers), strict=True)
+        for one, other in pairs:
+            assert one.ids.tolist() == other.ids.tolist() and one.ids.dtype == np.int32
+            assert one.spans.tolist() == other.spans.tolist() and one.spans.dtype == np.int32

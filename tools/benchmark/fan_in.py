@@ -55,7 +55,8 @@ from megatron_simct.teacher.lookout import Lookout
 from megatron_simct.teacher.payload import scored_message
 from megatron_simct.teacher.service import ReplicaServer
 
-FINGERPRINTS = {"hidden_size": 1}
+VOCAB_SIZE = 10
+FINGERPRINTS = {"hidden_size": 1, "teacher_vocabulary": VOCAB_SIZE}
 STEPS = ("even", "straggler", "death")
 AGAIN_S = 30.0
 TURNS = 8
@@ -313,7 +314,7 @@ class Replica(threading.Thread):
             number=number,
             keys=None if options.bind == "ipc" else make_keys(folder),
             fingerprints=FINGERPRINTS,
-            vocab_size=10,
+            vocab_size=VOCAB_SIZE,
             max_tokens=options.max_tokens_per_batch,
             life=uuid.uuid4().hex,
             forget_s=60 * options.scale,

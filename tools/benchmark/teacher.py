@@ -479,13 +479,13 @@ def train_beside(args: argparse.Namespace, folder: Path, schedule: str) -> dict[
             job = build_job(config, groups)
             record, at_step = job.monitor.step, []
 
-            def step(*of_step: Any) -> None:
+            def step(*of_step: Any, **more: Any) -> None:
                 seconds = of_step[4]
                 pace.value = (seconds.get("rollout", 0.0) + seconds["update"]) / PROMPTS
                 at_step.append(busy.value)
-                record(*of_step)
+                record(*of_step, **more)
 
-            job.monitor.step = step  # type: ignore[method-assign, assignment]
+            job.monitor.step = step  # type: ignore[method-assign]
             train(job)
     finally:
         stop.set()
